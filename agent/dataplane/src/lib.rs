@@ -1,0 +1,1 @@
+//! Puts a rule set into the kernel: nftables driver and the backend trait.

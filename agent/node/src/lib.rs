@@ -1,0 +1,1 @@
+//! hanse-agent: enforces one node's rule sets.

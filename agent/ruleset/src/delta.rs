@@ -1,0 +1,158 @@
+//! The difference between two generations, and its application.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::digest::Digest;
+use crate::model::{
+    Chain, ChainId, EndpointId, Generation, LocalEndpoint, Members, NodeConfig, Policy, PolicyId, RuleSet, Set, SetId,
+    SocketAddress,
+};
+
+/// Members that come and go in one set. Additions and removals are disjoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SetChange {
+    Addresses { add: Vec<IpAddr>, remove: Vec<IpAddr> },
+    Nets { add: Vec<IpNet>, remove: Vec<IpNet> },
+    Sockets { add: Vec<SocketAddress>, remove: Vec<SocketAddress> },
+}
+
+/// What turns the rule set of digest `base` into the one of digest `digest`.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Delta {
+    /// `None`: start from the empty rule set.
+    pub base: Option<Digest>,
+    pub digest: Digest,
+    pub generation: Generation,
+    pub hub_revision: u64,
+    pub local_revision: u64,
+    pub node: Option<NodeConfig>,
+    /// New sets, whole.
+    pub sets: Vec<Arc<Set>>,
+    pub set_changes: Vec<(SetId, SetChange)>,
+    pub policies: Vec<Arc<Policy>>,
+    pub chains: Vec<Arc<Chain>>,
+    /// New and changed endpoints.
+    pub endpoints: Vec<Arc<LocalEndpoint>>,
+    pub removed_sets: Vec<SetId>,
+    pub removed_policies: Vec<PolicyId>,
+    pub removed_chains: Vec<ChainId>,
+    pub removed_endpoints: Vec<EndpointId>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ApplyError {
+    #[error("the delta starts from {expected}, this rule set is {found}")]
+    Base { expected: Digest, found: Digest },
+    #[error("the delta changes set {0}, which is not held")]
+    UnknownSet(SetId),
+    #[error("the delta changes set {0} as another kind than it has")]
+    SetKind(SetId),
+    #[error("{what} names {name}, which is not in the rule set")]
+    Dangling { what: &'static str, name: String },
+    #[error("the result is {found}, the sender has {expected}")]
+    Digest { expected: Digest, found: Digest },
+}
+
+impl RuleSet {
+    /// Applies a delta: the new rule set, or what does not fit, with `self` untouched. O(size of the rule set's maps) for
+    /// the clone of pointers; sets that do not change are shared.
+    pub fn apply(&self, delta: &Delta) -> Result<RuleSet, ApplyError> {
+        let mut next = match delta.base {
+            None => RuleSet::default(),
+            Some(expected) => {
+                let found = self.digest();
+                if found != expected {
+                    return Err(ApplyError::Base { expected, found });
+                }
+                self.clone()
+            }
+        };
+        next.generation = delta.generation;
+        next.hub_revision = delta.hub_revision;
+        next.local_revision = delta.local_revision;
+        if let Some(node) = &delta.node {
+            next.node = node.clone();
+        }
+        for id in &delta.removed_endpoints {
+            next.endpoints.remove(id);
+        }
+        for id in &delta.removed_chains {
+            next.chains.remove(id);
+        }
+        for id in &delta.removed_policies {
+            next.policies.remove(id);
+        }
+        for id in &delta.removed_sets {
+            next.sets.remove(id);
+        }
+        for set in &delta.sets {
+            next.sets.insert(set.id, Arc::clone(set));
+        }
+        for (id, change) in &delta.set_changes {
+            let set = next.sets.get_mut(id).ok_or(ApplyError::UnknownSet(*id))?;
+            match (&mut Arc::make_mut(set).members, change) {
+                (Members::Addresses(members), SetChange::Addresses { add, remove }) => {
+                    change_members(members, add, remove)
+                }
+                (Members::Nets(members), SetChange::Nets { add, remove }) => change_members(members, add, remove),
+                (Members::Sockets(members), SetChange::Sockets { add, remove }) => change_members(members, add, remove),
+                _ => return Err(ApplyError::SetKind(*id)),
+            }
+        }
+        for policy in &delta.policies {
+            next.policies.insert(policy.id(), Arc::clone(policy));
+        }
+        for chain in &delta.chains {
+            next.chains.insert(chain.id(), Arc::clone(chain));
+        }
+        for endpoint in &delta.endpoints {
+            next.endpoints.insert(endpoint.id.clone(), Arc::clone(endpoint));
+        }
+        next.check_references()?;
+        let found = next.digest();
+        if found != delta.digest {
+            return Err(ApplyError::Digest { expected: delta.digest, found });
+        }
+        Ok(next)
+    }
+
+    /// Every name that an object of the rule set uses is in the rule set.
+    pub fn check_references(&self) -> Result<(), ApplyError> {
+        for endpoint in self.endpoints.values() {
+            for chain in [endpoint.ingress, endpoint.egress, endpoint.egress_to_node] {
+                if !self.chains.contains_key(&chain) {
+                    return Err(ApplyError::Dangling { what: "endpoint", name: chain.to_string() });
+                }
+            }
+        }
+        for chain in self.chains.values() {
+            for policy in chain.phases.iter().flat_map(|phase| &phase.tiers).flat_map(|tier| &tier.policies) {
+                if !self.policies.contains_key(policy) {
+                    return Err(ApplyError::Dangling { what: "chain", name: policy.to_string() });
+                }
+            }
+        }
+        for policy in self.policies.values() {
+            for peer in policy.rules.iter().flat_map(|rule| [&rule.source, &rule.destination]) {
+                let named = peer.in_sets.iter().flatten().chain(&peer.not_sets).chain(&peer.in_sockets);
+                for set in named.chain(&peer.port_sets).chain(&peer.not_port_sets) {
+                    if !self.sets.contains_key(set) {
+                        return Err(ApplyError::Dangling { what: "policy", name: set.to_string() });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn change_members<T: Ord + Copy>(members: &mut BTreeSet<T>, add: &[T], remove: &[T]) {
+    for member in remove {
+        members.remove(member);
+    }
+    members.extend(add.iter().copied());
+}

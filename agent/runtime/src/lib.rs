@@ -1,0 +1,1 @@
+//! What every process shares: logs, metrics, health, TLS identity, retry, drain.

@@ -1,0 +1,1 @@
+//! Clusters in network namespaces, simulation, and the tests that inspect packets.

@@ -1,0 +1,1 @@
+//! Policies and inventory in, per-node rule sets and a report out.

@@ -1,0 +1,1 @@
+//! hanse-hub: registry, trust, exchange and policy distribution of a ClusterSet.

@@ -1,0 +1,8 @@
+//! Clusters, selectors, tiers and policies, and the reference evaluator that everything else must agree with.
+//!
+//! Every policy API is a conversion into [`model`] (in `federation/k8s-api`). Pure: no I/O, no clock.
+
+pub mod inventory;
+pub mod model;
+pub mod selector;
+pub mod tri;

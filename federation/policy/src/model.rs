@@ -1,0 +1,221 @@
+//! The one internal model of policy.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::selector::Selector;
+
+/// A cluster's name in its ClusterSet: a DNS label.
+pub type ClusterName = Arc<str>;
+
+/// Which clusters' endpoints a selection looks at. Cluster selectors are resolved to names before they come here.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ClusterScope {
+    /// The cluster that enforces the policy.
+    Local,
+    /// Every cluster of the ClusterSet.
+    All,
+    Named(BTreeSet<ClusterName>),
+}
+
+/// A set of workloads: a selector over effective labels (see [`crate::inventory`]) within a scope of clusters. Namespace
+/// and account scope are part of the selector: `projectcalico.org/namespace`, `pcns.…`, `projectcalico.org/serviceaccount`,
+/// `pcsa.…`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Selection {
+    pub clusters: ClusterScope,
+    pub selector: Selector,
+}
+
+/// Whose tiers and policies: federated and local names are different even when spelt alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Phase {
+    /// Federated tiers before the cluster's own.
+    Guard,
+    /// The cluster's own tiers.
+    Local,
+    /// Federated tiers after the cluster's own.
+    Baseline,
+}
+
+/// `None` (absent) sorts last; otherwise by value. Never NaN.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Order(pub Option<f64>);
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TierId {
+    pub phase: Phase,
+    pub name: Arc<str>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TierDefault {
+    Deny,
+    Pass,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tier {
+    pub id: TierId,
+    pub order: Order,
+    pub default: TierDefault,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PolicyKind {
+    /// networking.k8s.io/v1
+    KubernetesNetworkPolicy,
+    /// policy.networking.k8s.io/v1alpha2
+    ClusterNetworkPolicy,
+    /// projectcalico.org/v3
+    CalicoNetworkPolicy,
+    CalicoGlobalNetworkPolicy,
+    StagedNetworkPolicy,
+    StagedGlobalNetworkPolicy,
+    StagedKubernetesNetworkPolicy,
+    /// hanse.dev/v1alpha1
+    FederatedNetworkPolicy,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PolicyId {
+    /// `None`: the federation's.
+    pub cluster: Option<ClusterName>,
+    pub kind: PolicyKind,
+    pub namespace: Option<Arc<str>>,
+    pub name: Arc<str>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum StagedAction {
+    Set,
+    Delete,
+    Learn,
+    Ignore,
+}
+
+/// A policy as it is enforced by one cluster, or by each cluster of `enforcers`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Policy {
+    pub id: PolicyId,
+    pub tier: TierId,
+    pub order: Order,
+    /// Which clusters enforce it. A local policy: its own.
+    pub enforcers: ClusterScope,
+    /// Which of the enforcing cluster's endpoints it applies to.
+    pub selector: Selector,
+    pub ingress: Option<Vec<Rule>>,
+    pub egress: Option<Vec<Rule>>,
+    /// `Some`: never acts.
+    pub staged: Option<StagedAction>,
+    /// `doNotTrack` or `preDNAT`: does nothing on pods.
+    pub host_only: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Action {
+    Allow,
+    Deny,
+    Pass,
+    Log,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum IpVersion {
+    V4,
+    V6,
+}
+
+/// A protocol by name or by number: a *name* ICMP or ICMPv6 implies the family, the number does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    Tcp,
+    Udp,
+    Icmp,
+    IcmpV6,
+    Sctp,
+    UdpLite,
+    Number(u8),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Icmp {
+    pub kind: Option<u8>,
+    pub code: Option<u8>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Port {
+    /// Both ends inclusive.
+    Range(u16, u16),
+    /// Looked up on the endpoint at this end of the packet.
+    Named(Arc<str>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceMatch {
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HttpMatch {
+    pub methods: Vec<String>,
+    pub paths: Vec<HttpPath>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum HttpPath {
+    Exact(String),
+    Prefix(String),
+}
+
+/// What one end must be; everything given must hold.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct EntityMatch {
+    pub nets: Vec<IpNet>,
+    pub not_nets: Vec<IpNet>,
+    pub selection: Option<Selection>,
+    /// True for addresses that no endpoint owns, unless `selection` says otherwise.
+    pub not_selection: Option<Selection>,
+    pub ports: Vec<Port>,
+    pub not_ports: Vec<Port>,
+    pub service: Option<ServiceMatch>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Rule {
+    pub action: Action,
+    /// Zero-based index in the source object's list; a conversion may make several rules of one.
+    pub index: u32,
+    pub ip_version: Option<IpVersion>,
+    pub protocol: Option<Protocol>,
+    pub not_protocol: Option<Protocol>,
+    pub icmp: Option<Icmp>,
+    pub not_icmp: Option<Icmp>,
+    pub source: EntityMatch,
+    pub destination: EntityMatch,
+    pub http: Option<HttpMatch>,
+    /// A part of the source rule that this version does not understand, in words: the whole match is at best unknown.
+    pub not_understood: Option<Arc<str>>,
+}
+
+impl Eq for Order {}
+
+impl PartialOrd for Order {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Order {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        match (self.0, other.0) {
+            // Adding zero turns -0.0 into 0.0, which policy files do not distinguish.
+            (Some(a), Some(b)) => (a + 0.0).total_cmp(&(b + 0.0)),
+            (a, b) => b.is_some().cmp(&a.is_some()),
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Revisions, compare-and-swap, prefix watch and leases over an embedded file or memory.
