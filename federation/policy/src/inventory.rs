@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::model::ClusterName;
+use crate::model::{ClusterName, ClusterScope, Selection};
+use crate::selector::{Label, LabelLookup, build};
+use crate::tri::Tri;
 
 pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
 
@@ -62,10 +64,9 @@ pub struct NamedPort {
 }
 
 /// Whatever a selector can match: a pod that owns addresses, or a network set.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Endpoint {
-    /// Its own labels, as written. Effective labels add the namespace's under `pcns.`, the account's under `pcsa.`, and
-    /// `projectcalico.org/{namespace,serviceaccount,orchestrator}`; own labels of those names are dropped first.
+    /// Its own labels, as written. See [`EffectiveLabels`] for what a selector sees.
     pub labels: Labels,
     pub service_account: Option<Arc<str>>,
     /// A pod's addresses, the primary first; empty for a pod that ended, has none yet, or is on the host's network.
@@ -76,6 +77,9 @@ pub struct Endpoint {
     pub node: Option<Arc<str>>,
     /// Shares its node's addresses, and is selected by nothing.
     pub host_network: bool,
+    /// The node's addresses that a pod on the host's network uses, its primary first. They are not the pod's: this only
+    /// tells a question about the pod which addresses to ask about.
+    pub host_addresses: Vec<IpAddr>,
 }
 
 /// A service with its backends, for `services` matches.
@@ -90,4 +94,134 @@ pub struct Inventory {
     pub clusters: BTreeMap<ClusterName, Cluster>,
     /// FederatedNetworkSets: of no cluster, matched within [`crate::model::ClusterScope::All`].
     pub federated_sets: BTreeMap<EndpointId, Endpoint>,
+}
+
+impl Inventory {
+    /// Whether `selection`, in a policy that `enforcer` enforces, holds for an endpoint of `cluster`.
+    ///
+    /// Out of scope it never does. Of a stale cluster everything in scope is unknown, and so is a label whose key the
+    /// cluster may not set. What a cluster knows first-hand is never unknown to it: of its own endpoints, `enforcer`
+    /// sees every label, stale or not.
+    pub fn selects(&self, enforcer: &str, selection: &Selection, cluster: &str, endpoint: &EndpointId) -> Tri {
+        let Some(owner) = self.clusters.get(cluster).filter(|_| selection.clusters.contains(enforcer, cluster)) else {
+            return Tri::No;
+        };
+        let Some(it) = owner.endpoints.get(endpoint).filter(|it| !it.host_network) else {
+            return Tri::No;
+        };
+        let first_hand = enforcer == cluster;
+        if owner.stale && !first_hand {
+            return Tri::Unknown;
+        }
+        selection.selector.evaluate(&EffectiveLabels { cluster: owner, id: endpoint, endpoint: it, first_hand })
+    }
+
+    /// Whether `selection` holds for a federated network set: only one of the whole ClusterSet can.
+    pub fn selects_federated_set(&self, selection: &Selection, set: &EndpointId) -> Tri {
+        match self.federated_sets.get(set) {
+            Some(endpoint) if selection.clusters == ClusterScope::All => {
+                let cluster = &Cluster::default();
+                selection.selector.evaluate(&EffectiveLabels { cluster, id: set, endpoint, first_hand: true })
+            }
+            _ => Tri::No,
+        }
+    }
+}
+
+impl ClusterScope {
+    /// Whether a policy that `enforcer` enforces looks at endpoints of `cluster`.
+    pub fn contains(&self, enforcer: &str, cluster: &str) -> bool {
+        match self {
+            Self::Local => enforcer == cluster,
+            Self::All => true,
+            Self::Named(names) => names.contains(cluster),
+        }
+    }
+}
+
+/// The labels of an endpoint as a selector sees them: its own, then the namespace's behind `pcns.`, a pod's account's
+/// behind `pcsa.` (with the names of both as `projectcalico.org/name`), and
+/// `projectcalico.org/{namespace,serviceaccount,orchestrator}`. Own labels of those names and prefixes are not seen, so
+/// that they cannot be forged. An own label whose key is outside the cluster's grant is unknown, present or not.
+#[derive(Debug, Clone, Copy)]
+pub struct EffectiveLabels<'a> {
+    pub cluster: &'a Cluster,
+    pub id: &'a EndpointId,
+    pub endpoint: &'a Endpoint,
+    /// Asked by the endpoint's own cluster, to which the grant is no bound.
+    pub first_hand: bool,
+}
+
+impl EffectiveLabels<'_> {
+    fn namespace(&self) -> Option<&Namespace> {
+        self.cluster.namespaces.get(self.id.namespace.as_ref()?)
+    }
+
+    fn account(&self) -> Option<&Arc<str>> {
+        self.endpoint.service_account.as_ref().filter(|_| self.id.kind == EndpointKind::Pod)
+    }
+
+    fn account_labels(&self) -> Option<&Labels> {
+        self.cluster.service_accounts.get(&(self.id.namespace.clone()?, self.account()?.clone()))
+    }
+
+    /// All that are present, and known; not sorted.
+    pub fn known(&self) -> Vec<(Arc<str>, Arc<str>)> {
+        let mut all = Vec::new();
+        for (key, value) in &self.endpoint.labels {
+            if matches!(self.label(key), Label::Present(_)) && !build::is_reserved_key(key) {
+                all.push((key.clone(), value.clone()));
+            }
+        }
+        if let Some(namespace) = &self.id.namespace {
+            all.push((build::NAMESPACE.into(), namespace.clone()));
+            all.push((format!("{}{}", build::NAMESPACE_PREFIX, build::NAME).into(), namespace.clone()));
+        }
+        for (key, value) in self.namespace().iter().flat_map(|namespace| &namespace.labels) {
+            if &**key != build::NAME {
+                all.push((format!("{}{key}", build::NAMESPACE_PREFIX).into(), value.clone()));
+            }
+        }
+        if let Some(account) = self.account() {
+            all.push((build::SERVICE_ACCOUNT.into(), account.clone()));
+            all.push((format!("{}{}", build::SERVICE_ACCOUNT_PREFIX, build::NAME).into(), account.clone()));
+        }
+        for (key, value) in self.account_labels().into_iter().flatten() {
+            if &**key != build::NAME {
+                all.push((format!("{}{key}", build::SERVICE_ACCOUNT_PREFIX).into(), value.clone()));
+            }
+        }
+        if self.id.kind == EndpointKind::Pod {
+            all.push((build::ORCHESTRATOR.into(), build::KUBERNETES.into()));
+        }
+        all
+    }
+}
+
+impl LabelLookup for EffectiveLabels<'_> {
+    fn label(&self, key: &str) -> Label<'_> {
+        fn of<'v>(value: Option<&'v Arc<str>>) -> Label<'v> {
+            value.map_or(Label::Absent, |value| Label::Present(value))
+        }
+        if let Some(key) = key.strip_prefix(build::NAMESPACE_PREFIX) {
+            return match key {
+                build::NAME => of(self.id.namespace.as_ref()),
+                _ => of(self.namespace().and_then(|namespace| namespace.labels.get(key))),
+            };
+        }
+        if let Some(key) = key.strip_prefix(build::SERVICE_ACCOUNT_PREFIX) {
+            return match key {
+                build::NAME => of(self.account()),
+                _ => of(self.account_labels().and_then(|labels| labels.get(key))),
+            };
+        }
+        match (key, &self.cluster.label_grant) {
+            (build::NAMESPACE, _) => of(self.id.namespace.as_ref()),
+            (build::SERVICE_ACCOUNT, _) => of(self.account()),
+            (build::ORCHESTRATOR, _) if self.id.kind == EndpointKind::Pod => Label::Present(build::KUBERNETES),
+            (build::ORCHESTRATOR, _) => Label::Absent,
+            (_, LabelGrant::Keys(granted)) if !self.first_hand && !granted.contains(key) => Label::Unknown,
+            _ => of(self.endpoint.labels.get(key)),
+        }
+    }
 }

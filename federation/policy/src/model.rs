@@ -1,6 +1,6 @@
 //! The one internal model of policy.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -200,6 +200,110 @@ pub struct Rule {
     pub http: Option<HttpMatch>,
     /// A part of the source rule that this version does not understand, in words: the whole match is at best unknown.
     pub not_understood: Option<Arc<str>>,
+}
+
+/// The tiers and policies of one owner.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Layer {
+    pub tiers: BTreeMap<TierId, Tier>,
+    pub policies: BTreeMap<PolicyId, Policy>,
+}
+
+/// Everything that is written: the federation's, and each cluster's own.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PolicySet {
+    pub federation: Layer,
+    pub clusters: BTreeMap<ClusterName, Layer>,
+}
+
+/// Where a tier stands in its phase: known tiers by order and name, then those that policies name but no object defines.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TierRank {
+    missing: bool,
+    order: Order,
+    name: Arc<str>,
+}
+
+impl Layer {
+    /// A tier as it applies: as its object says, else as one of the three that always exist, else (`None` for the tier
+    /// object) at the end of its phase with default action Deny.
+    pub fn tier(&self, id: &TierId) -> (TierRank, TierDefault) {
+        let rank = |missing, order| TierRank { missing, order, name: id.name.clone() };
+        if let Some(tier) = self.tiers.get(id) {
+            return (rank(false, tier.order), tier.default);
+        }
+        match (id.phase, &*id.name) {
+            (Phase::Local, "default") => (rank(false, Order(Some(1_000_000.0))), TierDefault::Deny),
+            (Phase::Local, "kube-admin") => (rank(false, Order(Some(1_000.0))), TierDefault::Pass),
+            (Phase::Local, "kube-baseline") => (rank(false, Order(Some(10_000_000.0))), TierDefault::Pass),
+            _ => (rank(true, Order(None)), TierDefault::Deny),
+        }
+    }
+}
+
+impl PolicyKind {
+    /// The kind in the string that breaks ties of order.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::KubernetesNetworkPolicy => "KubernetesNetworkPolicy",
+            Self::ClusterNetworkPolicy => "ClusterNetworkPolicy",
+            Self::CalicoNetworkPolicy => "NetworkPolicy",
+            Self::CalicoGlobalNetworkPolicy => "GlobalNetworkPolicy",
+            Self::StagedNetworkPolicy => "StagedNetworkPolicy",
+            Self::StagedGlobalNetworkPolicy => "StagedGlobalNetworkPolicy",
+            Self::StagedKubernetesNetworkPolicy => "StagedKubernetesNetworkPolicy",
+            Self::FederatedNetworkPolicy => "FederatedNetworkPolicy",
+        }
+    }
+}
+
+impl PolicyId {
+    /// What orders policies of equal order in a tier: `name/namespace/kind`, compared as bytes.
+    pub fn tie(&self) -> String {
+        format!("{}/{}/{}", self.name, self.namespace.as_deref().unwrap_or(""), self.kind.name())
+    }
+}
+
+impl Policy {
+    /// Whether it acts: staged policies and those of hosts do not.
+    pub fn acts(&self) -> bool {
+        self.staged.is_none() && !self.host_only
+    }
+}
+
+impl Rule {
+    /// Why the match of this rule is at best unknown, if it is: a part was not understood, or only a gateway could judge
+    /// it.
+    pub fn unknown_because(&self) -> Option<&str> {
+        let http = self.http.as_ref().map(|_| "http needs a gateway");
+        self.not_understood.as_deref().or(http)
+    }
+}
+
+impl EntityMatch {
+    /// The clusters on whose pods a named port of this end is looked up: those of the selection beside it; without one
+    /// the whole ClusterSet for a federated policy, and its own cluster for a local one.
+    pub fn named_port_scope(&self, policy: &PolicyId) -> ClusterScope {
+        match &self.selection {
+            Some(selection) => selection.clusters.clone(),
+            None if policy.cluster.is_none() => ClusterScope::All,
+            None => ClusterScope::Local,
+        }
+    }
+}
+
+impl Protocol {
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+            Self::Icmp => 1,
+            Self::IcmpV6 => 58,
+            Self::Sctp => 132,
+            Self::UdpLite => 136,
+            Self::Number(number) => number,
+        }
+    }
 }
 
 impl Eq for Order {}

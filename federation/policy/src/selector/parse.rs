@@ -1,0 +1,264 @@
+//! The parser: one pass over the bytes with a stack of its own, so that hostile nesting costs an error and no stack.
+
+use std::sync::Arc;
+
+use super::Expr;
+
+/// The longest label key, in bytes (Calico's limit).
+pub const MAX_LABEL_BYTES: usize = 512;
+
+/// The deepest nesting of parentheses. Calico's policies hold selectors of at most 1024 characters, so that no valid one
+/// comes near; evaluation recurses at most three frames a level.
+pub const MAX_NESTING: usize = 512;
+
+/// A malformed expression.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("column {column}: {message}")]
+pub struct SyntaxError {
+    /// The byte at which reading failed, counted from 1; one past the end where something is missing.
+    pub column: usize,
+    pub message: String,
+}
+
+pub(super) fn parse(text: &str) -> Result<Expr, SyntaxError> {
+    let mut cursor = Cursor { text, at: 0 };
+    cursor.skip_blank();
+    if cursor.rest().is_empty() {
+        return Ok(Expr::All);
+    }
+    // The innermost parenthesis is last; the first is the whole expression.
+    let mut open = vec![Level::default()];
+    loop {
+        let mut negated = false;
+        let operand = loop {
+            cursor.skip_blank();
+            if cursor.rest().starts_with("!=") {
+                return Err(cursor.error("expected an operation"));
+            }
+            if cursor.take("!") {
+                negated = !negated;
+            } else if cursor.take("(") {
+                if open.len() > MAX_NESTING {
+                    return Err(cursor.error_before("(", &format!("nested deeper than {MAX_NESTING}")));
+                }
+                open.push(Level { negated, ..Level::default() });
+                negated = false;
+            } else {
+                break cursor.operation()?;
+            }
+        };
+        let mut operand = negate_if(negated, operand);
+        // What follows an operand: an operator, or the end of one or more levels.
+        loop {
+            cursor.skip_blank();
+            let depth = open.len();
+            let Some(level) = open.last_mut() else {
+                return Err(cursor.error("expected the end"));
+            };
+            level.conjuncts.push(operand);
+            if cursor.take("&&") {
+                break;
+            }
+            level.end_conjunction();
+            if cursor.take("||") {
+                break;
+            }
+            if cursor.rest().is_empty() {
+                if depth > 1 {
+                    return Err(cursor.error("expected )"));
+                }
+                return Ok(chain(std::mem::take(&mut level.disjuncts), Expr::Or));
+            }
+            if depth == 1 || !cursor.take(")") {
+                return Err(cursor.error(match cursor.rest().as_bytes()[0] {
+                    b'&' => "expected &&",
+                    b'|' => "expected ||",
+                    _ if depth > 1 => "expected &&, || or )",
+                    _ => "expected &&, || or the end",
+                }));
+            }
+            operand = negate_if(level.negated, chain(std::mem::take(&mut level.disjuncts), Expr::Or));
+            open.pop();
+        }
+    }
+}
+
+/// One parenthesis that is still open.
+#[derive(Default)]
+struct Level {
+    negated: bool,
+    disjuncts: Vec<Expr>,
+    conjuncts: Vec<Expr>,
+}
+
+impl Level {
+    fn end_conjunction(&mut self) {
+        let conjuncts = std::mem::take(&mut self.conjuncts);
+        self.disjuncts.push(chain(conjuncts, Expr::And));
+    }
+}
+
+/// A chain of one part is that part.
+fn chain(mut parts: Vec<Expr>, join: fn(Arc<[Expr]>) -> Expr) -> Expr {
+    if parts.len() == 1 { parts.remove(0) } else { join(parts.into()) }
+}
+
+fn negate_if(negated: bool, expr: Expr) -> Expr {
+    if negated { Expr::Not(Arc::new(expr)) } else { expr }
+}
+
+struct Cursor<'a> {
+    text: &'a str,
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn rest(&self) -> &'a str {
+        &self.text[self.at..]
+    }
+
+    fn error(&self, message: &str) -> SyntaxError {
+        SyntaxError { column: self.at + 1, message: message.to_owned() }
+    }
+
+    /// An error at `taken`, which was just read.
+    fn error_before(&self, taken: &str, message: &str) -> SyntaxError {
+        SyntaxError { column: self.at - taken.len() + 1, message: message.to_owned() }
+    }
+
+    fn take(&mut self, token: &str) -> bool {
+        let found = self.rest().starts_with(token);
+        if found {
+            self.at += token.len();
+        }
+        found
+    }
+
+    /// Only space and tab are white space.
+    fn skip_blank(&mut self) {
+        self.at += self.rest().bytes().take_while(|byte| matches!(byte, b' ' | b'\t')).count();
+    }
+
+    fn identifier(&mut self) -> Result<Arc<str>, SyntaxError> {
+        let length = self.rest().bytes().take_while(|byte| is_label_byte(*byte)).count();
+        if length == 0 {
+            return Err(self.error("expected a label"));
+        }
+        if length > MAX_LABEL_BYTES {
+            return Err(self.error(&format!("a label has at most {MAX_LABEL_BYTES} bytes")));
+        }
+        let label = &self.rest()[..length];
+        self.at += length;
+        Ok(label.into())
+    }
+
+    /// `has(label)`, `all()`, `global()` or a comparison. Words are keywords only where they stand: `has(`, `all(` and
+    /// `global(` at the start of an operation, without a space, and operators directly after a label.
+    fn operation(&mut self) -> Result<Expr, SyntaxError> {
+        if self.take("has(") {
+            self.skip_blank();
+            let key = self.identifier()?;
+            self.close()?;
+            return Ok(Expr::Has(key));
+        }
+        for (word, expr) in [("all(", Expr::All), ("global(", Expr::Global)] {
+            if self.take(word) {
+                self.close()?;
+                return Ok(expr);
+            }
+        }
+        if !self.rest().bytes().next().is_some_and(is_label_byte) {
+            return Err(self.error("expected an operation"));
+        }
+        let key = self.identifier()?;
+        self.comparison(key)
+    }
+
+    fn close(&mut self) -> Result<(), SyntaxError> {
+        self.skip_blank();
+        if self.take(")") { Ok(()) } else { Err(self.error("expected )")) }
+    }
+
+    fn comparison(&mut self, key: Arc<str>) -> Result<Expr, SyntaxError> {
+        self.skip_blank();
+        let operators: [(&[&str], fn(Arc<str>, Arc<str>) -> Expr); 3] = [
+            (&["contains"], Expr::Contains),
+            (&["starts", "with"], Expr::StartsWith),
+            (&["ends", "with"], Expr::EndsWith),
+        ];
+        if self.take("==") {
+            return Ok(Expr::Equal(key, self.string()?));
+        }
+        if self.take("!=") {
+            return Ok(Expr::NotEqual(key, self.string()?));
+        }
+        for (words, make) in operators {
+            if self.take_words(words) {
+                return Ok(make(key, self.string()?));
+            }
+        }
+        if self.take_words(&["not", "in"]) {
+            return Ok(Expr::NotIn(key, self.set()?));
+        }
+        if self.take_words(&["in"]) {
+            return Ok(Expr::In(key, self.set()?));
+        }
+        Err(self.error("expected an operator after the label"))
+    }
+
+    /// Takes words with or without white space between them, when no label byte follows the last.
+    fn take_words(&mut self, words: &[&str]) -> bool {
+        let start = self.at;
+        let found = words.iter().all(|word| {
+            self.skip_blank();
+            self.take(word)
+        }) && !self.rest().bytes().next().is_some_and(is_label_byte);
+        if !found {
+            self.at = start;
+        }
+        found
+    }
+
+    fn string(&mut self) -> Result<Arc<str>, SyntaxError> {
+        self.skip_blank();
+        let quote = match self.rest().as_bytes().first() {
+            Some(quote @ (b'"' | b'\'')) => *quote as char,
+            _ => return Err(self.error("expected a string")),
+        };
+        let inner = &self.rest()[1..];
+        let Some(length) = inner.find(quote) else {
+            return Err(self.error("the string does not end"));
+        };
+        self.at += length + 2;
+        Ok(inner[..length].into())
+    }
+
+    fn set(&mut self) -> Result<Arc<[Arc<str>]>, SyntaxError> {
+        self.skip_blank();
+        if !self.take("{") {
+            return Err(self.error("expected a set: {"));
+        }
+        let mut values = Vec::new();
+        loop {
+            self.skip_blank();
+            if self.take("}") {
+                break;
+            }
+            values.push(self.string()?);
+            self.skip_blank();
+            if !self.take(",") {
+                if self.take("}") {
+                    break;
+                }
+                return Err(self.error("expected , or }"));
+            }
+        }
+        values.sort();
+        values.dedup();
+        Ok(values.into())
+    }
+}
+
+fn is_label_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'/' | b'-')
+}
