@@ -1,1 +1,62 @@
-fn main() {}
+//! `hanse`: the command of platform teams.
+//!
+//! One module per group of commands. [`policy`] works offline, from directories of manifests; nothing in it opens a
+//! connection. Every command prints a table for people, and `-o json|yaml` for programs; programs may rely on the
+//! latter and on the exit codes (0 done, 1 the answer is no or something failed, 2 the input is malformed).
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+mod output;
+mod policy;
+
+/// Zero-trust policy for a federation of Kubernetes clusters.
+#[derive(Debug, Parser)]
+#[command(name = "hanse", version, propagate_version = true)]
+struct Cli {
+    #[command(flatten)]
+    globals: Globals,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command may need.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Globals {
+    /// The context file: hub addresses, trust domain, and the paths of CA, certificate and key.
+    #[arg(long, global = true, env = "HANSE_CONTEXT", value_name = "FILE")]
+    pub context: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Ask what policy says, and check what is written.
+    #[command(subcommand)]
+    Policy(policy::Command),
+    /// Print the completion script of a shell.
+    Completion { shell: clap_complete::Shell },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match cli.command {
+        Command::Policy(command) => command.run(),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "hanse", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        // A reader that went away (`| head`) is no failure of ours.
+        let gone = |cause: &(dyn std::error::Error + 'static)| {
+            cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+        };
+        if error.chain().any(gone) {
+            return ExitCode::SUCCESS;
+        }
+        eprintln!("hanse: {error:#}");
+        ExitCode::FAILURE
+    })
+}

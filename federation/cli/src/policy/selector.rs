@@ -1,0 +1,81 @@
+//! `hanse policy selector`.
+
+use std::collections::BTreeMap;
+use std::io::BufRead as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use hanse_policy::selector::Selector;
+use hanse_policy::tri::Tri;
+use serde::Serialize;
+
+use crate::output::{self, Format};
+
+/// Exits 2 when the expression is malformed, with the column on standard error.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Label sets, one JSON object of strings per line; `-` is standard input.
+    #[arg(long, value_name = "FILE.jsonl")]
+    labels: Option<PathBuf>,
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+    /// The expression; empty selects everything.
+    #[arg(value_name = "EXPR", allow_hyphen_values = true)]
+    expression: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Answer {
+    canonical: String,
+    id: String,
+    results: Vec<bool>,
+}
+
+impl Arguments {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let selector = match Selector::parse(&self.expression) {
+            Ok(selector) => selector,
+            Err(error) => {
+                eprintln!("hanse: malformed selector: {error}");
+                eprintln!("  {}", self.expression);
+                let before = self.expression.as_bytes().get(..error.column - 1).unwrap_or_default();
+                eprintln!("  {}^", " ".repeat(String::from_utf8_lossy(before).chars().count()));
+                return Ok(ExitCode::from(2));
+            }
+        };
+        let label_sets = self.labels.as_deref().map(read_label_sets).transpose()?.unwrap_or_default();
+        let answer = Answer {
+            canonical: selector.canonical.to_string(),
+            id: selector.id(),
+            results: label_sets.iter().map(|labels| selector.evaluate(labels) == Tri::Yes).collect(),
+        };
+        if self.output != Format::Table {
+            output::print(self.output, &answer)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        println!("canonical  {}\nid         {}", answer.canonical, answer.id);
+        if self.labels.is_some() {
+            let mut table = output::table(["LINE", "SELECTED", "LABELS"]);
+            for (at, (labels, selected)) in label_sets.iter().zip(&answer.results).enumerate() {
+                table.add_row([(at + 1).to_string(), selected.to_string(), serde_json::to_string(labels)?]);
+            }
+            println!("{table}");
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn read_label_sets(path: &std::path::Path) -> anyhow::Result<Vec<BTreeMap<String, String>>> {
+    let reader = super::open(path)?;
+    let mut sets = Vec::new();
+    for (at, line) in reader.lines().enumerate() {
+        let line = line.with_context(|| format!("read {}", path.display()))?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let labels = serde_json::from_str(&line).with_context(|| format!("{}:{}", path.display(), at + 1))?;
+        sets.push(labels);
+    }
+    Ok(sets)
+}
