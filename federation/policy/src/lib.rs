@@ -2,6 +2,7 @@
 //!
 //! Every policy API is a conversion into [`model`] (in `federation/k8s-api`). Pure: no I/O, no clock.
 
+pub mod evaluate;
 pub mod inventory;
 pub mod model;
 pub mod selector;

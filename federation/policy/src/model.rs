@@ -258,9 +258,24 @@ impl PolicyKind {
 }
 
 impl PolicyId {
-    /// What orders policies of equal order in a tier: `name/namespace/kind`, compared as bytes.
+    /// What orders policies of equal order in a tier: `name/namespace/kind`, compared as bytes. A staged policy stands
+    /// where it will when committed.
     pub fn tie(&self) -> String {
-        format!("{}/{}/{}", self.name, self.namespace.as_deref().unwrap_or(""), self.kind.name())
+        let kind = self.commits_to().map_or(self.kind, |committed| committed.kind);
+        format!("{}/{}/{}", self.name, self.namespace.as_deref().unwrap_or(""), kind.name())
+    }
+}
+
+impl PolicyId {
+    /// For a staged kind, the policy that it would become.
+    pub fn commits_to(&self) -> Option<PolicyId> {
+        let kind = match self.kind {
+            PolicyKind::StagedNetworkPolicy => PolicyKind::CalicoNetworkPolicy,
+            PolicyKind::StagedGlobalNetworkPolicy => PolicyKind::CalicoGlobalNetworkPolicy,
+            PolicyKind::StagedKubernetesNetworkPolicy => PolicyKind::KubernetesNetworkPolicy,
+            _ => return None,
+        };
+        Some(PolicyId { kind, ..self.clone() })
     }
 }
 

@@ -181,21 +181,20 @@ impl<'a> Cursor<'a> {
 
     fn comparison(&mut self, key: Arc<str>) -> Result<Expr, SyntaxError> {
         self.skip_blank();
-        let operators: [(&[&str], fn(Arc<str>, Arc<str>) -> Expr); 3] = [
-            (&["contains"], Expr::Contains),
-            (&["starts", "with"], Expr::StartsWith),
-            (&["ends", "with"], Expr::EndsWith),
-        ];
         if self.take("==") {
             return Ok(Expr::Equal(key, self.string()?));
         }
         if self.take("!=") {
             return Ok(Expr::NotEqual(key, self.string()?));
         }
-        for (words, make) in operators {
-            if self.take_words(words) {
-                return Ok(make(key, self.string()?));
-            }
+        if self.take_words(&["contains"]) {
+            return Ok(Expr::Contains(key, self.string()?));
+        }
+        if self.take_words(&["starts", "with"]) {
+            return Ok(Expr::StartsWith(key, self.string()?));
+        }
+        if self.take_words(&["ends", "with"]) {
+            return Ok(Expr::EndsWith(key, self.string()?));
         }
         if self.take_words(&["not", "in"]) {
             return Ok(Expr::NotIn(key, self.set()?));

@@ -1,0 +1,460 @@
+//! The reference evaluator: what policy says of one packet, slow and obvious.
+//!
+//! Everything else (compiled rule sets, the kernel, [`crate::prepared`]) must agree with [`evaluate`]. It says what
+//! policy says, without the guards of the hooks: an address that no pod owns is just that, in a pod range too.
+//!
+//! # Order
+//! A direction is judged by the policies that the pod's cluster enforces on it: federated tiers of phase Guard, the
+//! cluster's own tiers, federated tiers of phase Baseline, then the pod's profile, which allows (as Kubernetes does).
+//! A tier in which no policy applies to the pod in this direction is skipped with its default action.
+//!
+//! # Unknown never opens
+//! A rule matches, does not match, or may match. Where it may: Allow does not match, Deny and Pass deny, Log is skipped.
+
+use std::net::IpAddr;
+
+use crate::inventory::{EndpointId, EndpointKind, Inventory};
+use crate::model::{
+    Action, ClusterName, ClusterScope, EntityMatch, Icmp, IpVersion, Layer, Phase, Policy, PolicyId, PolicySet, Port,
+    Protocol, Rule, Selection, ServiceMatch, StagedAction, TierDefault, TierId,
+};
+use crate::tri::Tri;
+
+/// One packet: the first of a connection, between its ends after translation.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Query {
+    pub source: End,
+    pub destination: End,
+    /// The IP protocol number.
+    pub protocol: u8,
+    /// 0 where the protocol has none.
+    pub source_port: u16,
+    pub destination_port: u16,
+    /// Type and code, for ICMP and ICMPv6.
+    pub icmp: Option<(u8, u8)>,
+}
+
+/// One end of a packet. Both ends are of one family.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct End {
+    pub address: IpAddr,
+    /// The pod that owns the address; `None`: nobody does.
+    pub pod: Option<(ClusterName, EndpointId)>,
+}
+
+/// Which policies act.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum View {
+    /// Those that are enforced.
+    Enforced,
+    /// As if each staged policy were committed: `Set` enforced (in the place of the policy that it would replace),
+    /// `Delete` gone. `Learn` and `Ignore` change nothing.
+    Pending,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    Allow,
+    Deny,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// Deny when either direction denies.
+    pub verdict: Verdict,
+    /// What the source's policies say; `None` where the source is not a pod.
+    pub egress: Option<Judgement>,
+    /// What the destination's policies say; `None` where the destination is not a pod.
+    pub ingress: Option<Judgement>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Judgement {
+    pub verdict: Verdict,
+    /// What spoke, in the order in which it was asked; the last decided.
+    pub trace: Vec<Step>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// A rule matched, or may match and is none that could open.
+    Rule {
+        tier: TierId,
+        policy: PolicyId,
+        /// Index in the list of this direction, as written.
+        index: u32,
+        action: Action,
+        effect: Effect,
+    },
+    /// No rule of the tier decided. `last` is the last of the policies that apply.
+    EndOfTier { tier: TierId, last: PolicyId, action: TierDefault },
+    /// No tier decided.
+    Profile,
+    /// A pod always reaches itself.
+    Itself,
+}
+
+/// What a rule did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// As its action says.
+    Acted,
+    /// A federated Allow, which leaves its phase to the cluster's own tiers.
+    Left,
+    /// It may match, so it denies.
+    DeniedUnknown,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Direction {
+    Ingress,
+    Egress,
+}
+
+/// What policy says of `query`.
+pub fn evaluate(policies: &PolicySet, inventory: &Inventory, query: &Query, view: View) -> Answer {
+    let facts = Inspection { inventory };
+    let judge = |end: &End, direction| {
+        let (cluster, pod) = end.pod.as_ref()?;
+        let tiers = applicable_tiers(policies, inventory, cluster, pod, direction, view);
+        let final_allow = inventory.clusters.get(cluster).is_some_and(|cluster| cluster.federated_allow_final);
+        Some(judge(&facts, cluster, &tiers, final_allow, query, direction))
+    };
+    answer(query, judge)
+}
+
+/// Judges both directions of `query` with `judge`, which answers `None` where an end is not a pod.
+pub(crate) fn answer(query: &Query, judge: impl Fn(&End, Direction) -> Option<Judgement>) -> Answer {
+    let (egress, ingress) = if query.source.pod.is_some() && query.source.pod == query.destination.pod {
+        let itself = || Some(Judgement { verdict: Verdict::Allow, trace: vec![Step::Itself] });
+        (itself(), itself())
+    } else {
+        (judge(&query.source, Direction::Egress), judge(&query.destination, Direction::Ingress))
+    };
+    let denied = [&egress, &ingress].into_iter().flatten().any(|judgement| judgement.verdict == Verdict::Deny);
+    Answer { verdict: if denied { Verdict::Deny } else { Verdict::Allow }, egress, ingress }
+}
+
+/// A tier with the policies that apply to one pod in one direction, in order. Never empty.
+#[derive(Debug, Clone)]
+pub(crate) struct TierView<'a> {
+    pub id: &'a TierId,
+    pub default: TierDefault,
+    pub policies: Vec<&'a Policy>,
+}
+
+/// The tiers that judge `pod` in `direction`, in the order in which they are asked.
+fn applicable_tiers<'a>(
+    policies: &'a PolicySet,
+    inventory: &Inventory,
+    cluster: &ClusterName,
+    pod: &EndpointId,
+    direction: Direction,
+    view: View,
+) -> Vec<TierView<'a>> {
+    let layers = [Some(&policies.federation), policies.clusters.get(cluster)];
+    let applying = layers.into_iter().flatten().flat_map(|layer| {
+        acting(layer, view)
+            .into_iter()
+            .filter(|policy| policy.enforcers.contains(cluster, cluster))
+            .filter(|policy| rules(policy, direction).is_some())
+            .filter(|policy| applies(inventory, policy, cluster, pod))
+            .map(move |policy| (layer, policy))
+    });
+    in_tiers(applying.collect())
+}
+
+/// Whether a policy selects a pod of the cluster that enforces it. Of its own pods a cluster knows everything, so that
+/// this is never unknown.
+fn applies(inventory: &Inventory, policy: &Policy, cluster: &ClusterName, pod: &EndpointId) -> bool {
+    let own = Selection { clusters: ClusterScope::Local, selector: policy.selector.clone() };
+    inventory.selects(cluster, &own, cluster, pod) == Tri::Yes
+}
+
+/// Sorts policies into tiers, and the tiers: by phase, then by rank; the policies by order, then by their tie string.
+pub(crate) fn in_tiers<'a>(mut applying: Vec<(&'a Layer, &'a Policy)>) -> Vec<TierView<'a>> {
+    applying.sort_by_cached_key(|(layer, policy)| {
+        let (rank, _) = layer.tier(&policy.tier);
+        (policy.tier.phase, rank, policy.order, policy.id.tie())
+    });
+    let mut tiers: Vec<TierView<'a>> = Vec::new();
+    for (layer, policy) in applying {
+        match tiers.last_mut() {
+            Some(tier) if *tier.id == policy.tier => tier.policies.push(policy),
+            _ => tiers.push(TierView { id: &policy.tier, default: layer.tier(&policy.tier).1, policies: vec![policy] }),
+        }
+    }
+    tiers
+}
+
+/// The policies of a layer that act in a view.
+pub(crate) fn acting(layer: &Layer, view: View) -> Vec<&Policy> {
+    let pending = view == View::Pending;
+    // What staged policies replace or delete.
+    let gone: Vec<PolicyId> = layer
+        .policies
+        .values()
+        .filter(|policy| pending && matches!(policy.staged, Some(StagedAction::Set | StagedAction::Delete)))
+        .filter_map(|policy| policy.id.commits_to())
+        .collect();
+    let acts = |policy: &&Policy| match policy.staged {
+        None => !gone.contains(&policy.id),
+        Some(StagedAction::Set) => pending,
+        Some(StagedAction::Delete | StagedAction::Learn | StagedAction::Ignore) => false,
+    };
+    layer.policies.values().filter(|policy| !policy.host_only).filter(acts).collect()
+}
+
+pub(crate) fn rules(policy: &Policy, direction: Direction) -> Option<&[Rule]> {
+    match direction {
+        Direction::Ingress => policy.ingress.as_deref(),
+        Direction::Egress => policy.egress.as_deref(),
+    }
+}
+
+/// Asks the tiers in order.
+pub(crate) fn judge(
+    facts: &impl Facts,
+    enforcer: &str,
+    tiers: &[TierView<'_>],
+    federated_allow_final: bool,
+    query: &Query,
+    direction: Direction,
+) -> Judgement {
+    let mut trace = Vec::new();
+    let mut left: Option<Phase> = None;
+    'tiers: for tier in tiers {
+        if left == Some(tier.id.phase) {
+            continue;
+        }
+        for policy in &tier.policies {
+            for rule in rules(policy, direction).unwrap_or_default() {
+                let matched = rule_matches(facts, enforcer, policy, rule, query);
+                let federated = policy.id.cluster.is_none();
+                let effect = match (rule.action, matched) {
+                    (_, Tri::No) | (Action::Allow | Action::Log, Tri::Unknown) => continue,
+                    (Action::Deny | Action::Pass, Tri::Unknown) => Effect::DeniedUnknown,
+                    (Action::Allow, Tri::Yes) if federated && !federated_allow_final => Effect::Left,
+                    (_, Tri::Yes) => Effect::Acted,
+                };
+                let (tier_id, id) = (tier.id.clone(), policy.id.clone());
+                trace.push(Step::Rule { tier: tier_id, policy: id, index: rule.index, action: rule.action, effect });
+                match (rule.action, effect) {
+                    (_, Effect::DeniedUnknown) | (Action::Deny, _) => {
+                        return Judgement { verdict: Verdict::Deny, trace };
+                    }
+                    (_, Effect::Left) => {
+                        left = Some(tier.id.phase);
+                        continue 'tiers;
+                    }
+                    (Action::Allow, _) => return Judgement { verdict: Verdict::Allow, trace },
+                    (Action::Pass, _) => continue 'tiers,
+                    (Action::Log, _) => {}
+                }
+            }
+        }
+        if let Some(last) = tier.policies.last() {
+            trace.push(Step::EndOfTier { tier: tier.id.clone(), last: last.id.clone(), action: tier.default });
+        }
+        if tier.default == TierDefault::Deny {
+            return Judgement { verdict: Verdict::Deny, trace };
+        }
+    }
+    trace.push(Step::Profile);
+    Judgement { verdict: Verdict::Allow, trace }
+}
+
+/// What rules ask about the ends of a packet.
+pub(crate) trait Facts {
+    /// Whether the end is one of those selected: its pod, or a network set that holds its address.
+    fn selected(&self, enforcer: &str, selection: &Selection, end: &End) -> Tri;
+    /// Whether the end is a pod in `scope` with a port of this name, number and protocol.
+    fn named_port(&self, enforcer: &str, scope: &ClusterScope, name: &str, end: &End, protocol: u8, port: u16) -> Tri;
+    /// Whether the end is a backend of a service of the enforcing cluster: by address, protocol and port, or with no
+    /// port asked by address alone.
+    fn backend(&self, enforcer: &str, service: &ServiceMatch, address: IpAddr, port: Option<(u8, u16)>) -> Tri;
+}
+
+/// Looks everything up in the inventory, each time.
+struct Inspection<'a> {
+    inventory: &'a Inventory,
+}
+
+impl Facts for Inspection<'_> {
+    fn selected(&self, enforcer: &str, selection: &Selection, end: &End) -> Tri {
+        let holds = |nets: &[ipnet::IpNet]| nets.iter().any(|net| net.contains(&end.address));
+        let mut any = Tri::No;
+        if let Some((cluster, pod)) = &end.pod {
+            any = any.or(self.inventory.selects(enforcer, selection, cluster, pod));
+        }
+        for (name, cluster) in &self.inventory.clusters {
+            for (id, endpoint) in &cluster.endpoints {
+                if id.kind == EndpointKind::NetworkSet && holds(&endpoint.nets) {
+                    any = any.or(self.inventory.selects(enforcer, selection, name, id));
+                }
+            }
+        }
+        for (id, endpoint) in &self.inventory.federated_sets {
+            if holds(&endpoint.nets) {
+                any = any.or(self.inventory.selects_federated_set(selection, id));
+            }
+        }
+        any
+    }
+
+    fn named_port(&self, enforcer: &str, scope: &ClusterScope, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
+        named_port(self.inventory, enforcer, scope, name, end, protocol, port)
+    }
+
+    fn backend(&self, enforcer: &str, service: &ServiceMatch, address: IpAddr, port: Option<(u8, u16)>) -> Tri {
+        backend(self.inventory, enforcer, service, address, port)
+    }
+}
+
+/// See [`Facts::named_port`]. Of a stale cluster, what was a named port when it fell silent may still be one.
+pub(crate) fn named_port(
+    inventory: &Inventory,
+    enforcer: &str,
+    scope: &ClusterScope,
+    name: &str,
+    end: &End,
+    protocol: u8,
+    port: u16,
+) -> Tri {
+    let Some((cluster, pod)) = end.pod.as_ref().filter(|(cluster, _)| scope.contains(enforcer, cluster)) else {
+        return Tri::No;
+    };
+    let Some(owner) = inventory.clusters.get(cluster) else { return Tri::No };
+    let found = owner.endpoints.get(pod).is_some_and(|it| {
+        it.ports.iter().any(|have| &*have.name == name && have.protocol == protocol && have.port == port)
+    });
+    match found {
+        true if owner.stale && **cluster != *enforcer => Tri::Unknown,
+        found => Tri::from(found),
+    }
+}
+
+/// See [`Facts::backend`]. A service that does not exist has no backends.
+pub(crate) fn backend(
+    inventory: &Inventory,
+    enforcer: &str,
+    service: &ServiceMatch,
+    address: IpAddr,
+    port: Option<(u8, u16)>,
+) -> Tri {
+    let key = (service.namespace.clone(), service.name.clone());
+    let found = inventory.clusters.get(enforcer).and_then(|cluster| cluster.services.get(&key)).is_some_and(
+        |service| match port {
+            Some((protocol, port)) => service.backends.contains(&(address, protocol, port)),
+            None => service.backends.iter().any(|(backend, ..)| *backend == address),
+        },
+    );
+    Tri::from(found)
+}
+
+/// Whether `rule` of `policy` matches.
+pub(crate) fn rule_matches(facts: &impl Facts, enforcer: &str, policy: &Policy, rule: &Rule, query: &Query) -> Tri {
+    let version = if query.destination.address.is_ipv4() { IpVersion::V4 } else { IpVersion::V6 };
+    if !header_matches(rule, query, version) {
+        return Tri::No;
+    }
+    let understood = if rule.unknown_because().is_some() { Tri::Unknown } else { Tri::Yes };
+    let end_matches = |entity: &EntityMatch, end: &End, port: u16, side: Side| {
+        entity_matches(facts, enforcer, policy, entity, end, query.protocol, port, side)
+    };
+    let source = end_matches(&rule.source, &query.source, query.source_port, Side::Source);
+    if source == Tri::No {
+        return Tri::No;
+    }
+    let destination = end_matches(&rule.destination, &query.destination, query.destination_port, Side::Destination);
+    understood.and(source).and(destination)
+}
+
+/// What a rule says of the packet itself, and whether it speaks of this family at all.
+fn header_matches(rule: &Rule, query: &Query, version: IpVersion) -> bool {
+    if rule.ip_version.is_some_and(|wanted| wanted != version) || !is_on(rule, version) {
+        return false;
+    }
+    rule.protocol.is_none_or(|wanted| wanted.number() == query.protocol)
+        && rule.not_protocol.is_none_or(|unwanted| unwanted.number() != query.protocol)
+        && rule.icmp.is_none_or(|wanted| icmp_matches(wanted, query, version))
+        && rule.not_icmp.is_none_or(|unwanted| unwanted.kind.is_none() || !icmp_matches(unwanted, query, version))
+}
+
+/// A rule is off for a family when one of its lists of nets, or of negated nets, has none of that family, or when its
+/// protocol is the *name* of the other family's ICMP.
+fn is_on(rule: &Rule, version: IpVersion) -> bool {
+    let of_version = |net: &ipnet::IpNet| matches!(net, ipnet::IpNet::V4(_)) == (version == IpVersion::V4);
+    let lists = [&rule.source.nets, &rule.source.not_nets, &rule.destination.nets, &rule.destination.not_nets];
+    let foreign = match rule.protocol {
+        Some(Protocol::Icmp) => version == IpVersion::V6,
+        Some(Protocol::IcmpV6) => version == IpVersion::V4,
+        _ => false,
+    };
+    !foreign && lists.into_iter().all(|nets| nets.is_empty() || nets.iter().any(of_version))
+}
+
+/// Type and code are those of the family's own ICMP.
+fn icmp_matches(wanted: Icmp, query: &Query, version: IpVersion) -> bool {
+    let Some(kind) = wanted.kind else { return true };
+    let protocol = if version == IpVersion::V4 { 1 } else { 58 };
+    let same = |(have, code)| kind == have && wanted.code.is_none_or(|wanted| wanted == code);
+    query.protocol == protocol && query.icmp.is_some_and(same)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Source,
+    Destination,
+}
+
+#[expect(clippy::too_many_arguments, reason = "the packet's parts, each named")]
+fn entity_matches(
+    facts: &impl Facts,
+    enforcer: &str,
+    policy: &Policy,
+    entity: &EntityMatch,
+    end: &End,
+    protocol: u8,
+    port: u16,
+    side: Side,
+) -> Tri {
+    let in_nets = |nets: &[ipnet::IpNet]| nets.iter().any(|net| net.contains(&end.address));
+    if !entity.nets.is_empty() && !in_nets(&entity.nets) || in_nets(&entity.not_nets) {
+        return Tri::No;
+    }
+    let any_port = |ports: &[Port]| {
+        let scope = || entity.named_port_scope(&policy.id);
+        let mut any = Tri::No;
+        for wanted in ports.iter().filter(|_| has_ports(protocol)) {
+            any = any.or(match wanted {
+                Port::Range(first, last) => Tri::from((*first..=*last).contains(&port)),
+                Port::Named(name) => facts.named_port(enforcer, &scope(), name, end, protocol, port),
+            });
+        }
+        any
+    };
+    let mut all = Tri::Yes;
+    if !entity.ports.is_empty() {
+        all = all.and(any_port(&entity.ports));
+    }
+    if !entity.not_ports.is_empty() {
+        all = all.and(!any_port(&entity.not_ports));
+    }
+    if let Some(service) = entity.service.as_ref().filter(|_| all != Tri::No) {
+        let port = (side == Side::Destination).then_some((protocol, port));
+        all = all.and(facts.backend(enforcer, service, end.address, port));
+    }
+    if let Some(selection) = entity.selection.as_ref().filter(|_| all != Tri::No) {
+        all = all.and(facts.selected(enforcer, selection, end));
+    }
+    if let Some(unwanted) = entity.not_selection.as_ref().filter(|_| all != Tri::No) {
+        all = all.and(!facts.selected(enforcer, unwanted, end));
+    }
+    all
+}
+
+/// TCP, UDP, DCCP, SCTP and UDP-Lite.
+fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, 6 | 17 | 33 | 132 | 136)
+}

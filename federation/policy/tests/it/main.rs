@@ -1,0 +1,3 @@
+//! The policy crate from outside.
+
+mod selectors;
