@@ -116,9 +116,9 @@ pub fn evaluate(policies: &PolicySet, inventory: &Inventory, query: &Query, view
     let facts = Inspection { inventory };
     let judge = |end: &End, direction| {
         let (cluster, pod) = end.pod.as_ref()?;
+        let owner = inventory.clusters.get(cluster).filter(|owner| owner.endpoints.contains_key(pod))?;
         let tiers = applicable_tiers(policies, inventory, cluster, pod, direction, view);
-        let final_allow = inventory.clusters.get(cluster).is_some_and(|cluster| cluster.federated_allow_final);
-        Some(judge(&facts, cluster, &tiers, final_allow, query, direction))
+        Some(judge(&facts, cluster, &tiers, owner.federated_allow_final, query, direction))
     };
     answer(query, judge)
 }
@@ -153,15 +153,20 @@ fn applicable_tiers<'a>(
     view: View,
 ) -> Vec<TierView<'a>> {
     let layers = [Some(&policies.federation), policies.clusters.get(cluster)];
-    let applying = layers.into_iter().flatten().flat_map(|layer| {
-        acting(layer, view)
-            .into_iter()
-            .filter(|policy| policy.enforcers.contains(cluster, cluster))
-            .filter(|policy| rules(policy, direction).is_some())
-            .filter(|policy| applies(inventory, policy, cluster, pod))
-            .map(move |policy| (layer, policy))
-    });
-    in_tiers(applying.collect())
+    let mut applying: Vec<(&Layer, &Policy)> = layers
+        .into_iter()
+        .flatten()
+        .flat_map(|layer| {
+            acting(layer, view)
+                .into_iter()
+                .filter(|policy| policy.enforcers.contains(cluster, cluster))
+                .filter(|policy| rules(policy, direction).is_some())
+                .filter(|policy| applies(inventory, policy, cluster, pod))
+                .map(move |policy| (layer, policy))
+        })
+        .collect();
+    in_order(&mut applying);
+    in_tiers(applying)
 }
 
 /// Whether a policy selects a pod of the cluster that enforces it. Of its own pods a cluster knows everything, so that
@@ -171,17 +176,24 @@ fn applies(inventory: &Inventory, policy: &Policy, cluster: &ClusterName, pod: &
     inventory.selects(cluster, &own, cluster, pod) == Tri::Yes
 }
 
-/// Sorts policies into tiers, and the tiers: by phase, then by rank; the policies by order, then by their tie string.
-pub(crate) fn in_tiers<'a>(mut applying: Vec<(&'a Layer, &'a Policy)>) -> Vec<TierView<'a>> {
-    applying.sort_by_cached_key(|(layer, policy)| {
+/// Sorts policies by phase, then by the rank of their tier, then by order, then by their tie string.
+pub(crate) fn in_order(policies: &mut [(&Layer, &Policy)]) {
+    policies.sort_by_cached_key(|(layer, policy)| {
         let (rank, _) = layer.tier(&policy.tier);
         (policy.tier.phase, rank, policy.order, policy.id.tie())
     });
+}
+
+/// Sorted policies in their tiers.
+pub(crate) fn in_tiers<'a>(sorted: impl IntoIterator<Item = (&'a Layer, &'a Policy)>) -> Vec<TierView<'a>> {
     let mut tiers: Vec<TierView<'a>> = Vec::new();
-    for (layer, policy) in applying {
+    for (layer, policy) in sorted {
         match tiers.last_mut() {
             Some(tier) if *tier.id == policy.tier => tier.policies.push(policy),
-            _ => tiers.push(TierView { id: &policy.tier, default: layer.tier(&policy.tier).1, policies: vec![policy] }),
+            _ => {
+                let (_, default) = layer.tier(&policy.tier);
+                tiers.push(TierView { id: &policy.tier, default, policies: vec![policy] });
+            }
         }
     }
     tiers

@@ -5,5 +5,6 @@
 pub mod evaluate;
 pub mod inventory;
 pub mod model;
+pub mod prepared;
 pub mod selector;
 pub mod tri;

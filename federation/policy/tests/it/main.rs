@@ -1,3 +1,5 @@
 //! The policy crate from outside.
 
+mod evaluator;
 mod selectors;
+mod worlds;

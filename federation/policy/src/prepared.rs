@@ -1,0 +1,383 @@
+//! The evaluator for many questions: the rules are judged by the reference's own code ([`crate::evaluate`]), while what
+//! that code asks is looked up in indexes and remembered.
+//!
+//! - Pods with the same cluster, namespace, account and labels form a class: which policies apply to it, and which
+//!   selections hold it, is found once.
+//! - The policies of a cluster are sorted once; those of one class are found by a label that their selectors require.
+//! - Network sets are found by the prefixes of their nets.
+//!
+//! It borrows what it was made of, so it never goes stale; it remembers behind `RefCell`, so it belongs to one thread.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::rc::Rc;
+
+use ipnet::IpNet;
+
+use crate::evaluate::{
+    Answer, Direction, End, Facts, Query, TierView, View, acting, answer, backend, in_order, in_tiers, judge,
+    named_port, rules,
+};
+use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, Labels};
+use crate::model::{ClusterScope, EntityMatch, Layer, Policy, PolicySet, Selection, ServiceMatch};
+use crate::selector::{Expr, Label, LabelLookup as _, Selector};
+use crate::tri::Tri;
+
+type Chain<'a> = Rc<Vec<TierView<'a>>>;
+/// By the number of the selection; `None` was not asked yet.
+type Answers = Rc<[Cell<Option<Tri>>]>;
+/// A class, the network sets that hold the address, and the enforcing cluster (the address of its name).
+type MemoKey = (Option<u32>, Rc<[u32]>, usize);
+type FastMap<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
+
+/// What may be remembered about selections, in bytes: one byte for each selection of a class and an enforcing cluster.
+/// 256 MiB hold 25,000 classes of a state with 10,000 selections; when it is full, everything is forgotten.
+const MEMO_BYTES: usize = 256 << 20;
+
+/// A set of policies and an inventory, ready to be asked.
+#[derive(Debug)]
+pub struct Prepared<'a> {
+    inventory: &'a Inventory,
+    plans: FastMap<&'a str, Plan<'a>>,
+    /// By the address of the selection in the policy set.
+    selections: FastMap<usize, u32>,
+    selection_count: usize,
+    sets: NetworkSets<'a>,
+    classes: RefCell<Classes<'a>>,
+    /// By class and direction.
+    chains: RefCell<FastMap<(u32, Direction), Chain<'a>>>,
+    memos: RefCell<Memos>,
+}
+
+impl<'a> Prepared<'a> {
+    pub fn new(policies: &'a PolicySet, inventory: &'a Inventory, view: View) -> Self {
+        let plans = inventory.clusters.keys().map(|cluster| (&**cluster, Plan::new(policies, cluster, view))).collect();
+        let mut selections = FastMap::default();
+        let mut ids: FastMap<&Selection, u32> = FastMap::default();
+        let layers = [&policies.federation].into_iter().chain(policies.clusters.values());
+        for policy in layers.flat_map(|layer| layer.policies.values()) {
+            for rule in [&policy.ingress, &policy.egress].into_iter().flatten().flatten() {
+                for selection in [&rule.source, &rule.destination].into_iter().flat_map(selections_of) {
+                    let next = ids.len() as u32;
+                    let id = *ids.entry(selection).or_insert(next);
+                    selections.insert(address_of(selection), id);
+                }
+            }
+        }
+        Self {
+            inventory,
+            plans,
+            selections,
+            selection_count: ids.len(),
+            sets: NetworkSets::new(inventory),
+            classes: RefCell::default(),
+            chains: RefCell::default(),
+            memos: RefCell::default(),
+        }
+    }
+
+    /// The same as [`crate::evaluate::evaluate`].
+    pub fn evaluate(&self, query: &Query) -> Answer {
+        let ends = [self.class_of(&query.source), self.class_of(&query.destination)];
+        answer(query, |end, direction| {
+            let (cluster, pod) = end.pod.as_ref()?;
+            let (name, owner) = self.inventory.clusters.get_key_value(cluster)?;
+            let (id, endpoint) = owner.endpoints.get_key_value(pod)?;
+            let facts = Remembered { prepared: self, query, memos: ends.each_ref().map(|end| self.memo(end, name)) };
+            let tiers = self.chain(name, owner, id, endpoint, direction);
+            Some(judge(&facts, name, &tiers, owner.federated_allow_final, query, direction))
+        })
+    }
+
+    fn chain(
+        &self,
+        cluster: &'a str,
+        owner: &'a Cluster,
+        id: &'a EndpointId,
+        endpoint: &'a Endpoint,
+        direction: Direction,
+    ) -> Chain<'a> {
+        let Some(plan) = self.plans.get(cluster).filter(|_| !endpoint.host_network) else {
+            return Rc::default();
+        };
+        let class = self.classes.borrow_mut().pod(cluster, id, endpoint);
+        if let Some(chain) = self.chains.borrow().get(&(class, direction)) {
+            return chain.clone();
+        }
+        let chain = Rc::new(plan.tiers(owner, id, endpoint, direction));
+        self.chains.borrow_mut().insert((class, direction), chain.clone());
+        chain
+    }
+
+    fn class_of(&self, end: &End) -> EndClass<'a> {
+        let pod = end.pod.as_ref().and_then(|(cluster, pod)| {
+            let (cluster, owner) = self.inventory.clusters.get_key_value(cluster)?;
+            let (id, endpoint) = owner.endpoints.get_key_value(pod)?;
+            Some((self.classes.borrow_mut().pod(cluster, id, endpoint), &**cluster, id))
+        });
+        EndClass {
+            class: pod.map(|(class, ..)| class),
+            pod: pod.map(|(_, cluster, id)| (cluster, id)),
+            sets: self.sets.holding(end.address),
+        }
+    }
+
+    fn memo(&self, end: &EndClass<'a>, enforcer: &'a str) -> Memo<'a> {
+        let mut memos = self.memos.borrow_mut();
+        let key = (end.class, end.sets.clone(), enforcer.as_ptr() as usize);
+        if let Some(answers) = memos.by_class.get(&key) {
+            return Memo { end: end.clone(), answers: answers.clone() };
+        }
+        memos.bytes += self.selection_count;
+        if memos.bytes > MEMO_BYTES {
+            *memos = Memos { bytes: self.selection_count, ..Memos::default() };
+        }
+        let answers: Answers = vec![Cell::new(None); self.selection_count].into();
+        memos.by_class.insert(key, answers.clone());
+        Memo { end: end.clone(), answers }
+    }
+}
+
+fn selections_of(entity: &EntityMatch) -> impl Iterator<Item = &Selection> {
+    entity.selection.iter().chain(&entity.not_selection)
+}
+
+fn address_of(selection: &Selection) -> usize {
+    std::ptr::from_ref(selection) as usize
+}
+
+#[derive(Debug, Default)]
+struct Memos {
+    by_class: FastMap<MemoKey, Answers>,
+    bytes: usize,
+}
+
+/// All that selections see of an end.
+#[derive(Debug, Clone)]
+struct EndClass<'a> {
+    class: Option<u32>,
+    /// One of the class.
+    pod: Option<(&'a str, &'a EndpointId)>,
+    sets: Rc<[u32]>,
+}
+
+#[derive(Debug)]
+struct Memo<'a> {
+    end: EndClass<'a>,
+    answers: Answers,
+}
+
+/// [`Facts`] of one query and one enforcing cluster.
+struct Remembered<'p, 'a> {
+    prepared: &'p Prepared<'a>,
+    query: &'p Query,
+    memos: [Memo<'a>; 2],
+}
+
+impl Facts for Remembered<'_, '_> {
+    fn selected(&self, enforcer: &str, selection: &Selection, end: &End) -> Tri {
+        let memo = &self.memos[usize::from(!std::ptr::eq(end, &self.query.source))];
+        let answer = self.prepared.selections.get(&address_of(selection)).map(|id| &memo.answers[*id as usize]);
+        if let Some(known) = answer.and_then(Cell::get) {
+            return known;
+        }
+        let inventory = self.prepared.inventory;
+        let mut any = Tri::No;
+        if let Some((cluster, pod)) = memo.end.pod {
+            any = any.or(inventory.selects(enforcer, selection, cluster, pod));
+        }
+        for set in memo.end.sets.iter() {
+            any = any.or(match self.prepared.sets.all[*set as usize] {
+                (Some(cluster), id, _) => inventory.selects(enforcer, selection, cluster, id),
+                (None, id, _) => inventory.selects_federated_set(selection, id),
+            });
+        }
+        if let Some(answer) = answer {
+            answer.set(Some(any));
+        }
+        any
+    }
+
+    fn named_port(&self, enforcer: &str, scope: &ClusterScope, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
+        named_port(self.prepared.inventory, enforcer, scope, name, end, protocol, port)
+    }
+
+    fn backend(&self, enforcer: &str, service: &ServiceMatch, address: IpAddr, port: Option<(u8, u16)>) -> Tri {
+        backend(self.prepared.inventory, enforcer, service, address, port)
+    }
+}
+
+/// Numbers pods that no selector can tell apart.
+#[derive(Debug, Default)]
+struct Classes<'a> {
+    by_key: FastMap<ClassKey<'a>, u32>,
+    /// By the address of the endpoint in the inventory.
+    by_endpoint: FastMap<usize, u32>,
+}
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct ClassKey<'a> {
+    cluster: &'a str,
+    namespace: Option<&'a str>,
+    account: Option<&'a str>,
+    host_network: bool,
+    labels: &'a Labels,
+}
+
+impl<'a> Classes<'a> {
+    fn pod(&mut self, cluster: &'a str, id: &'a EndpointId, endpoint: &'a Endpoint) -> u32 {
+        let address = std::ptr::from_ref(endpoint) as usize;
+        if let Some(class) = self.by_endpoint.get(&address) {
+            return *class;
+        }
+        let key = ClassKey {
+            cluster,
+            namespace: id.namespace.as_deref(),
+            account: endpoint.service_account.as_deref(),
+            host_network: endpoint.host_network,
+            labels: &endpoint.labels,
+        };
+        let next = self.by_key.len() as u32;
+        let class = *self.by_key.entry(key).or_insert(next);
+        self.by_endpoint.insert(address, class);
+        class
+    }
+}
+
+/// The policies that one cluster enforces, in order, and where to find those that select a pod.
+#[derive(Debug)]
+struct Plan<'a> {
+    policies: Vec<(&'a Layer, &'a Policy)>,
+    /// Subjects by a label that they require, with its value where they require that too.
+    by_label: FastMap<&'a str, ByValue>,
+    /// Subjects that require no label.
+    others: Vec<u32>,
+    subjects: Vec<(&'a Selector, Vec<u32>)>,
+}
+
+#[derive(Debug, Default)]
+struct ByValue {
+    any: Vec<u32>,
+    of_value: FastMap<String, Vec<u32>>,
+}
+
+impl<'a> Plan<'a> {
+    fn new(policies: &'a PolicySet, cluster: &str, view: View) -> Self {
+        let layers = [Some(&policies.federation), policies.clusters.get(cluster)];
+        let mut enforced: Vec<(&Layer, &Policy)> = layers
+            .into_iter()
+            .flatten()
+            .flat_map(|layer| acting(layer, view).into_iter().map(move |policy| (layer, policy)))
+            .filter(|(_, policy)| policy.enforcers.contains(cluster, cluster))
+            .collect();
+        in_order(&mut enforced);
+        let mut plan =
+            Self { policies: enforced, by_label: FastMap::default(), others: Vec::new(), subjects: Vec::new() };
+        let mut by_selector: FastMap<&str, u32> = FastMap::default();
+        for (at, (_, policy)) in plan.policies.iter().enumerate() {
+            let next = plan.subjects.len() as u32;
+            let subject = *by_selector.entry(&policy.selector.canonical).or_insert(next);
+            if subject == next {
+                plan.subjects.push((&policy.selector, Vec::new()));
+                match required(&policy.selector.expr) {
+                    None => plan.others.push(subject),
+                    Some((key, None)) => plan.by_label.entry(key).or_default().any.push(subject),
+                    Some((key, Some(values))) => {
+                        let by_value = plan.by_label.entry(key).or_default();
+                        for value in values {
+                            by_value.of_value.entry(value.to_owned()).or_default().push(subject);
+                        }
+                    }
+                }
+            }
+            plan.subjects[subject as usize].1.push(at as u32);
+        }
+        plan
+    }
+
+    fn tiers(&self, owner: &Cluster, id: &EndpointId, endpoint: &Endpoint, direction: Direction) -> Vec<TierView<'a>> {
+        let labels = EffectiveLabels { cluster: owner, id, endpoint, first_hand: true };
+        let mut candidates = self.others.clone();
+        for (key, by_value) in &self.by_label {
+            if let Label::Present(value) = labels.label(key) {
+                candidates.extend(&by_value.any);
+                candidates.extend(by_value.of_value.get(value).into_iter().flatten());
+            }
+        }
+        let mut found: Vec<u32> = candidates
+            .into_iter()
+            .map(|subject| &self.subjects[subject as usize])
+            .filter(|(selector, _)| selector.evaluate(&labels) == Tri::Yes)
+            .flat_map(|(_, policies)| policies.iter().copied())
+            .filter(|at| rules(self.policies[*at as usize].1, direction).is_some())
+            .collect();
+        found.sort_unstable();
+        in_tiers(found.into_iter().map(|at| self.policies[at as usize]))
+    }
+}
+
+/// A label that must be present for the expression to hold, and the values it may then have: the most telling of a
+/// conjunction.
+fn required(expr: &Expr) -> Option<(&str, Option<Vec<&str>>)> {
+    match expr {
+        Expr::Equal(key, value) => Some((key, Some(vec![value]))),
+        Expr::In(key, values) => Some((key, Some(values.iter().map(|value| &**value).collect()))),
+        Expr::Has(key) | Expr::Contains(key, _) | Expr::StartsWith(key, _) | Expr::EndsWith(key, _) => {
+            Some((key, None))
+        }
+        // Of equals the last: conversions put the pods' own labels behind what all pods, or all of a namespace, share.
+        Expr::And(parts) => parts.iter().filter_map(required).max_by_key(|(_, values)| values.is_some()),
+        Expr::All | Expr::Global | Expr::NotEqual(..) | Expr::NotIn(..) | Expr::Not(_) | Expr::Or(_) => None,
+    }
+}
+
+/// Network sets by the prefixes of their nets.
+#[derive(Debug)]
+struct NetworkSets<'a> {
+    /// With the cluster; `None` is the federation.
+    all: Vec<(Option<&'a str>, &'a EndpointId, &'a Endpoint)>,
+    by_net: FastMap<IpNet, Vec<u32>>,
+    /// The lengths in use, for each family.
+    lengths: [Vec<u8>; 2],
+    none: Rc<[u32]>,
+}
+
+impl<'a> NetworkSets<'a> {
+    fn new(inventory: &'a Inventory) -> Self {
+        let of_clusters = inventory.clusters.iter().flat_map(|(name, cluster)| {
+            cluster.endpoints.iter().map(move |(id, endpoint)| (Some(&**name), id, endpoint))
+        });
+        let federated = inventory.federated_sets.iter().map(|(id, endpoint)| (None, id, endpoint));
+        let all: Vec<_> =
+            of_clusters.filter(|(_, id, _)| id.kind == EndpointKind::NetworkSet).chain(federated).collect();
+        let mut by_net: FastMap<IpNet, Vec<u32>> = FastMap::default();
+        let mut lengths = [Vec::new(), Vec::new()];
+        for (at, (.., endpoint)) in all.iter().enumerate() {
+            for net in &endpoint.nets {
+                by_net.entry(net.trunc()).or_default().push(at as u32);
+                lengths[usize::from(matches!(net, IpNet::V6(_)))].push(net.prefix_len());
+            }
+        }
+        for lengths in &mut lengths {
+            lengths.sort_unstable();
+            lengths.dedup();
+        }
+        Self { all, by_net, lengths, none: Rc::new([]) }
+    }
+
+    fn holding(&self, address: IpAddr) -> Rc<[u32]> {
+        let mut found = Vec::new();
+        for length in &self.lengths[usize::from(address.is_ipv6())] {
+            if let Ok(net) = IpNet::new(address, *length) {
+                found.extend(self.by_net.get(&net.trunc()).into_iter().flatten().copied());
+            }
+        }
+        if found.is_empty() {
+            return self.none.clone();
+        }
+        found.sort_unstable();
+        found.dedup();
+        found.into()
+    }
+}
