@@ -1,1 +1,19 @@
 //! What every process shares: logs, metrics, health, TLS identity, retry, drain.
+//!
+//! It promises that a caller's identity comes from its certificate and nothing else, that a connection never
+//! outlives the certificates it was opened with, and that no secret is ever formatted into a log line.
+//! It knows nothing of policy, of clusters' contents, or of any one protocol.
+
+pub mod ca;
+pub mod files;
+pub mod health;
+pub mod identity;
+pub mod keys;
+pub mod logging;
+pub mod metrics;
+pub mod monitor;
+pub mod retry;
+pub mod shutdown;
+pub mod tls;
+
+pub use identity::{Identity, TrustDomain};

@@ -1,0 +1,82 @@
+//! Files that must be whole or absent: written beside their place, flushed, then renamed into it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use zeroize::Zeroizing;
+
+/// Largest secret that is read, in bytes: a key or a token with room to spare.
+pub const MAX_SECRET_BYTES: u64 = 64 * 1024;
+
+/// Writes `bytes` to `path` with mode 0600, atomically and durably.
+///
+/// # Errors
+/// Those of the file system; `path` then holds what it held before.
+pub fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_atomic(path, bytes, 0o600)
+}
+
+/// Writes `bytes` to `path` with `mode`, atomically and durably.
+///
+/// # Errors
+/// Those of the file system; `path` then holds what it held before.
+pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "path has no file name"))?;
+    let temporary = folder.join(format!(
+        ".{}.{}.{}",
+        name.to_string_lossy(),
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    ));
+    let written = (|| {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
+        // The mode at creation is narrowed by the umask; a secret's is never widened by it.
+        file.set_permissions(fs::Permissions::from_mode(mode))?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        File::open(&folder)?.sync_all()
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written
+}
+
+/// Reads a secret, refusing a file that others may read.
+///
+/// # Errors
+/// Those of the file system; `PermissionDenied` when group or others have any access; `InvalidData` above [`MAX_SECRET_BYTES`].
+pub fn read_secret(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
+    let mut file = File::open(path)?;
+    let metadata = file.metadata()?;
+    if metadata.permissions().mode() & 0o077 != 0 {
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!("{} may be read by others than its owner: set its mode to 0600", path.display()),
+        ));
+    }
+    if metadata.len() > MAX_SECRET_BYTES {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "secret is larger than 64 KiB"));
+    }
+    let mut bytes = Zeroizing::new(Vec::with_capacity(metadata.len() as usize));
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Creates `path` and its parents, readable by the owner only.
+///
+/// # Errors
+/// Those of the file system.
+pub fn private_folder(path: &Path) -> io::Result<()> {
+    fs::create_dir_all(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700))
+}

@@ -1,0 +1,224 @@
+//! The opening side. A [`Connection`] is one TLS connection and never reconnects by itself, so that its owner decides when
+//! state must be resumed.
+
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use rustls::client::Resumption;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+use super::connection::{BoundedStream, Peer};
+use super::server::key_exchange;
+use super::verify::{algorithms, verify_directly};
+use super::{ALPN, CredentialStore, Presents, Trust, VERSIONS, provider};
+use crate::identity::Identity;
+use crate::keys::{Certificate, Fingerprint, KeyError};
+
+/// Opening a connection, with its handshake, takes at most this long.
+const CONNECT_TIME: Duration = Duration::from_secs(10);
+
+/// Why a connection could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error("connect to {0}")]
+    Connect(String, #[source] io::Error),
+    #[error("connecting to {0} took longer than 10 seconds")]
+    Time(String),
+    #[error("open HTTP/2 to {0}")]
+    Http2(String, #[source] tonic::transport::Error),
+    #[error("the certificate of {0} cannot be read")]
+    Certificate(String, #[source] KeyError),
+}
+
+/// Opens connections to one kind of server.
+#[derive(Clone)]
+pub struct TlsClient {
+    config: Arc<ClientConfig>,
+    credentials: Option<CredentialStore>,
+}
+
+impl fmt::Debug for TlsClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsClient").field("credentials", &self.credentials).finish_non_exhaustive()
+    }
+}
+
+/// One open connection.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    /// Fails for good when the connection has ended.
+    pub channel: Channel,
+    /// The server. `peer.ends_at` is when the connection will end by itself: open the next before.
+    pub peer: Peer,
+}
+
+impl TlsClient {
+    /// Presents `credentials` (the newest at each connection) to servers that `trust` accepts.
+    ///
+    /// # Errors
+    /// When TLS 1.3 is not available.
+    pub fn mutual(credentials: CredentialStore, trust: &Trust) -> Result<Self, KeyError> {
+        let presents = Presents { store: credentials.clone(), chain: Vec::new() };
+        let config = builder(trust.server_verifier())?.with_client_cert_resolver(Arc::new(presents));
+        Ok(Self::finish(config, Some(credentials)))
+    }
+
+    /// Presents nothing: only for joining, enrolling and late renewal.
+    ///
+    /// # Errors
+    /// When TLS 1.3 is not available.
+    pub fn anonymous(trust: &Trust) -> Result<Self, KeyError> {
+        Ok(Self::finish(builder(trust.server_verifier())?.with_no_client_auth(), None))
+    }
+
+    /// Presents nothing, and trusts the authority with this fingerprint, which the server must send along.
+    ///
+    /// # Errors
+    /// When TLS 1.3 is not available.
+    pub fn pinned(root: PinnedRoot) -> Result<Self, KeyError> {
+        Ok(Self::finish(builder(Arc::new(root))?.with_no_client_auth(), None))
+    }
+
+    fn finish(mut config: ClientConfig, credentials: Option<CredentialStore>) -> Self {
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.resumption = Resumption::disabled();
+        config.enable_sni = false;
+        Self { config: Arc::new(config), credentials }
+    }
+
+    /// Opens a connection to `address`, which is `host:port`.
+    ///
+    /// # Errors
+    /// When the server cannot be reached, is not who it should be, or refuses us.
+    pub async fn connect(&self, address: &str) -> Result<Connection, ClientError> {
+        tokio::time::timeout(CONNECT_TIME, self.open(address))
+            .await
+            .map_err(|_| ClientError::Time(address.to_owned()))?
+    }
+
+    async fn open(&self, address: &str) -> Result<Connection, ClientError> {
+        let failed = |e| ClientError::Connect(address.to_owned(), e);
+        let tcp = TcpStream::connect(address).await.map_err(failed)?;
+        tcp.set_nodelay(true).map_err(failed)?;
+        let remote = tcp.peer_addr().map_err(failed)?;
+        // The verifier looks at the identity in the certificate, never at this name.
+        let name = ServerName::IpAddress(remote.ip().into());
+        // Read before the handshake: a certificate replaced meanwhile ends later, never earlier.
+        let own = self.credentials.as_ref().map(|c| c.current().certificate.not_after);
+        let stream = TlsConnector::from(self.config.clone()).connect(name, tcp).await.map_err(failed)?;
+        let session = stream.get_ref().1;
+        let der = session.peer_certificates().and_then(|chain| chain.first());
+        let unread = |e| ClientError::Certificate(address.to_owned(), e);
+        let der = der.ok_or(KeyError::Certificate("none was sent")).map_err(unread)?;
+        let certificate = Certificate::from_der(der).map_err(unread)?;
+        let peer = Peer {
+            ends_at: own.map_or(certificate.not_after, |own| own.min(certificate.not_after)),
+            certificate: Some(Arc::new(certificate)),
+            address: remote,
+            key_exchange: key_exchange(session.negotiated_key_exchange_group()),
+            closed: CancellationToken::new(),
+        };
+        let stream = Mutex::new(Some(BoundedStream::new(stream, peer.clone(), None)));
+        let connector = tower::service_fn(move |_: Uri| {
+            let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+            async move {
+                stream
+                    .map(TokioIo::new)
+                    .ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "the connection has ended"))
+            }
+        });
+        let channel = Endpoint::from_static("https://hanse.invalid")
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(10))
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(4 << 20)
+            .connect_with_connector(connector)
+            .await
+            .map_err(|e| ClientError::Http2(address.to_owned(), e))?;
+        Ok(Connection { channel, peer })
+    }
+}
+
+fn builder(
+    verifier: Arc<dyn ServerCertVerifier>,
+) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>, KeyError> {
+    Ok(ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(VERSIONS)
+        .map_err(|_| KeyError::Certificate("TLS 1.3 is not available"))?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier))
+}
+
+/// Trusts whatever authority has this fingerprint, to have directly issued a certificate for `expected`: how a newcomer
+/// recognises the hub (or its member) before it knows the authority itself.
+#[derive(Debug, Clone)]
+pub struct PinnedRoot {
+    fingerprint: Fingerprint,
+    expected: Identity,
+}
+
+impl PinnedRoot {
+    /// `fingerprint` is the SHA-256 of the authority's certificate (DER).
+    pub fn new(fingerprint: Fingerprint, expected: Identity) -> Self {
+        Self { fingerprint, expected }
+    }
+}
+
+impl ServerCertVerifier for PinnedRoot {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let authority = intermediates
+            .iter()
+            .take(4)
+            .find(|der| Fingerprint::of(der) == self.fingerprint)
+            .ok_or(Error::InvalidCertificate(CertificateError::UnknownIssuer))?;
+        let bad = |_| Error::InvalidCertificate(CertificateError::BadEncoding);
+        let trust_domain = Certificate::from_der(authority).map_err(bad)?.trust_domain;
+        let mut roots = RootCertStore::empty();
+        roots.add(authority.clone().into_owned())?;
+        verify_directly(end_entity, &roots, now)?;
+        let certificate = Certificate::from_der(end_entity).map_err(bad)?;
+        if certificate.is_ca || certificate.identity != self.expected || certificate.trust_domain != trust_domain {
+            return Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure));
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("only TLS 1.3 is spoken".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &algorithms())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        algorithms().supported_schemes()
+    }
+}

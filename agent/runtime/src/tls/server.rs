@@ -1,0 +1,270 @@
+//! The accepting side: bounded handshakes, a rate limit where asked, and the peer on every request.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use rustls::ServerConfig;
+use rustls::server::NoServerSessionStorage;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
+use tokio_rustls::TlsAcceptor;
+use tokio_stream::Stream;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use super::connection::{BoundedStream, Connections, Peer};
+use super::{ALPN, CredentialStore, Presents, Trust, VERSIONS, provider};
+use crate::keys::{Certificate, KeyError};
+
+/// A handshake takes at most this long.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
+/// Sources that the rate limit remembers: 4,096 × about 64 bytes is 256 KiB. Beyond it, full allowances are forgotten; when none is full, newcomers are refused.
+const MAX_SOURCES: usize = 4096;
+
+/// The bounds of a listener.
+#[derive(Debug, Clone, Copy)]
+pub struct IncomingLimits {
+    /// Open connections, including those in their handshake. Each costs about 100 KiB with its HTTP/2 buffers.
+    pub connections: usize,
+    /// Handshakes at once.
+    pub handshakes: usize,
+    /// New connections that one address may open in a second, and in a burst of ten seconds' worth; none is no limit.
+    pub per_second: Option<f64>,
+}
+
+impl Default for IncomingLimits {
+    fn default() -> Self {
+        Self { connections: 16_384, handshakes: 256, per_second: None }
+    }
+}
+
+/// How a listener presents itself and whom it lets in.
+#[derive(Debug, Clone)]
+pub struct ServerTls {
+    config: Arc<ServerConfig>,
+    credentials: CredentialStore,
+}
+
+impl ServerTls {
+    /// Demands a certificate that `trust` accepts.
+    ///
+    /// # Errors
+    /// When the authority cannot verify clients.
+    pub fn mutual(credentials: CredentialStore, trust: &Trust) -> Result<Self, KeyError> {
+        let builder = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(VERSIONS)
+            .map_err(|_| KeyError::Certificate("TLS 1.3 is not available"))?
+            .with_client_cert_verifier(trust.client_verifier()?);
+        let presents = Presents { store: credentials.clone(), chain: Vec::new() };
+        Ok(Self::finish(builder.with_cert_resolver(Arc::new(presents)), credentials))
+    }
+
+    /// Asks for no certificate: only for joining and enrolling. Presents `authority` too, for clients that know its hash.
+    ///
+    /// # Errors
+    /// When TLS 1.3 is not available.
+    pub fn anonymous(credentials: CredentialStore, authority: &Certificate) -> Result<Self, KeyError> {
+        let builder = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(VERSIONS)
+            .map_err(|_| KeyError::Certificate("TLS 1.3 is not available"))?
+            .with_no_client_auth();
+        let presents = Presents { store: credentials.clone(), chain: vec![authority.der.clone()] };
+        Ok(Self::finish(builder.with_cert_resolver(Arc::new(presents)), credentials))
+    }
+
+    fn finish(mut config: ServerConfig, credentials: CredentialStore) -> Self {
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.send_tls13_tickets = 0;
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.max_early_data_size = 0;
+        Self { config: Arc::new(config), credentials }
+    }
+}
+
+/// Accepted connections, for [`tonic::transport::server::Router::serve_with_incoming`].
+pub struct Incoming {
+    receiver: mpsc::Receiver<BoundedStream<tokio_rustls::server::TlsStream<TcpStream>>>,
+    address: SocketAddr,
+}
+
+impl fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Incoming").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+impl Incoming {
+    /// The bound address, with the port that was chosen where 0 was asked for.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Stream for Incoming {
+    type Item = io::Result<BoundedStream<tokio_rustls::server::TlsStream<TcpStream>>>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.receiver.poll_recv(context).map(|stream| stream.map(Ok))
+    }
+}
+
+/// A tonic server with the settings of every link: dead peers are noticed within 20 seconds, 256 streams a connection.
+pub fn http2_server() -> tonic::transport::Server {
+    tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .initial_stream_window_size(1 << 20)
+        .initial_connection_window_size(4 << 20)
+        .max_concurrent_streams(256)
+}
+
+/// Binds `address` and accepts until `stop`. Every connection is entered in `connections` while it is open.
+///
+/// # Errors
+/// When the address cannot be bound.
+pub async fn incoming(
+    address: SocketAddr,
+    tls: ServerTls,
+    limits: IncomingLimits,
+    connections: Connections,
+    stop: CancellationToken,
+) -> io::Result<Incoming> {
+    let listener = TcpListener::bind(address).await?;
+    let address = listener.local_addr()?;
+    let (sender, receiver) = mpsc::channel(16);
+    tokio::spawn(async move {
+        let acceptor = TlsAcceptor::from(tls.config.clone());
+        let handshakes = Arc::new(Semaphore::new(limits.handshakes));
+        let mut rate = limits.per_second.map(RateLimit::new);
+        loop {
+            let accepted = tokio::select! {
+                () = stop.cancelled() => return,
+                () = sender.closed() => return,
+                accepted = listener.accept() => accepted,
+            };
+            let (stream, remote) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Usually out of file descriptors: waiting lets some be closed.
+                    warn!(%error, "accept failed");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            };
+            if rate.as_mut().is_some_and(|rate| !rate.allows(remote.ip(), Instant::now())) {
+                debug!(%remote, "connection refused by the rate limit");
+                continue;
+            }
+            let Ok(place) = handshakes.clone().try_acquire_owned() else {
+                warn!(%remote, limit = limits.handshakes, "connection refused: too many handshakes");
+                continue;
+            };
+            if connections.len() >= limits.connections {
+                warn!(%remote, limit = limits.connections, "connection refused: too many connections");
+                continue;
+            }
+            let (acceptor, sender, tls, connections) =
+                (acceptor.clone(), sender.clone(), tls.clone(), connections.clone());
+            tokio::spawn(async move {
+                let _ = stream.set_nodelay(true);
+                let stream = match tokio::time::timeout(HANDSHAKE_TIME, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => stream,
+                    Ok(Err(error)) => return debug!(%remote, %error, "handshake refused"),
+                    Err(_) => return debug!(%remote, "handshake took too long"),
+                };
+                drop(place);
+                if let Some(peer) = describe(&stream, remote, &tls) {
+                    let stream = BoundedStream::new(stream, peer, Some(&connections));
+                    let _ = sender.send(stream).await;
+                }
+            });
+        }
+    });
+    Ok(Incoming { receiver, address })
+}
+
+fn describe(stream: &tokio_rustls::server::TlsStream<TcpStream>, address: SocketAddr, tls: &ServerTls) -> Option<Peer> {
+    let session = stream.get_ref().1;
+    let certificate = match session.peer_certificates() {
+        // The verifier has read it already, so this does not fail.
+        Some([first, ..]) => Some(Arc::new(Certificate::from_der(first).ok()?)),
+        _ => None,
+    };
+    let own = tls.credentials.current().certificate.not_after;
+    Some(Peer {
+        ends_at: certificate.as_ref().map_or(own, |c| c.not_after.min(own)),
+        certificate,
+        address,
+        key_exchange: key_exchange(session.negotiated_key_exchange_group()),
+        closed: CancellationToken::new(),
+    })
+}
+
+/// The name of a key exchange group, as the IANA registry "TLS Supported Groups" spells it.
+pub(super) fn key_exchange(group: Option<&'static dyn rustls::crypto::SupportedKxGroup>) -> &'static str {
+    match group.map(|group| group.name()) {
+        Some(rustls::NamedGroup::X25519MLKEM768) => "X25519MLKEM768",
+        Some(rustls::NamedGroup::X25519) => "x25519",
+        Some(rustls::NamedGroup::secp256r1) => "secp256r1",
+        _ => "unknown",
+    }
+}
+
+/// A token bucket per source address: `per_second` refill, ten seconds' worth of burst and at least 1.
+struct RateLimit {
+    per_second: f64,
+    burst: f64,
+    sources: HashMap<IpAddr, (f64, Instant)>,
+}
+
+impl RateLimit {
+    fn new(per_second: f64) -> Self {
+        Self { per_second, burst: (per_second * 10.0).max(1.0), sources: HashMap::new() }
+    }
+
+    fn allows(&mut self, source: IpAddr, now: Instant) -> bool {
+        // IPv6 hosts own whole /64 networks.
+        let source = match source {
+            IpAddr::V6(v6) => IpAddr::from((u128::from(v6) >> 64 << 64).to_be_bytes()),
+            v4 => v4,
+        };
+        if self.sources.len() >= MAX_SOURCES && !self.sources.contains_key(&source) {
+            let (burst, per_second) = (self.burst, self.per_second);
+            self.sources.retain(|_, (left, at)| *left + now.duration_since(*at).as_secs_f64() * per_second < burst);
+            if self.sources.len() >= MAX_SOURCES {
+                return false;
+            }
+        }
+        let (left, at) = self.sources.entry(source).or_insert((self.burst, now));
+        *left = (*left + now.duration_since(*at).as_secs_f64() * self.per_second).min(self.burst);
+        *at = now;
+        if *left < 1.0 {
+            return false;
+        }
+        *left -= 1.0;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_limit_refills_and_is_per_source() {
+        let mut rate = RateLimit::new(1.0);
+        let now = Instant::now();
+        let (a, b) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+        assert_eq!((0..20).filter(|_| rate.allows(a, now)).count(), 10);
+        assert!(rate.allows(b, now));
+        assert!(rate.allows(a, now + Duration::from_secs(1)));
+        assert!(!rate.allows(a, now + Duration::from_secs(1)));
+    }
+}
