@@ -1,0 +1,116 @@
+//! The recent past, and those who read it. A watcher that is too slow is told to list again; nothing queues for it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, RwLock};
+
+use tokio::sync::watch;
+
+use crate::{Event, Prefix, Revision, StoreError};
+
+/// Events held: 16,384 events whose values are at most 64 MiB together.
+const MAX_EVENTS: usize = 16_384;
+const MAX_BYTES: usize = 64 << 20;
+/// Events given out by one call of [`Watch::next`], unless one transaction has more.
+const MAX_BATCH: usize = 256;
+
+#[derive(Debug)]
+pub(crate) struct History {
+    events: VecDeque<Event>,
+    bytes: usize,
+    /// All changes after this revision are held.
+    floor: Revision,
+}
+
+impl History {
+    pub(crate) fn new(floor: Revision) -> Self {
+        Self { events: VecDeque::new(), bytes: 0, floor }
+    }
+
+    pub(crate) fn push(&mut self, event: Event) {
+        self.bytes += size(&event);
+        self.events.push_back(event);
+    }
+
+    /// Forgets whole transactions from the front while there is too much.
+    pub(crate) fn trim(&mut self) {
+        while self.events.len() > MAX_EVENTS || self.bytes > MAX_BYTES {
+            let Some(first) = self.events.front().map(|e| e.revision) else { return };
+            if self.events.back().is_some_and(|last| last.revision == first) {
+                return;
+            }
+            self.floor = first;
+            while self.events.front().is_some_and(|e| e.revision == first) {
+                if let Some(event) = self.events.pop_front() {
+                    self.bytes -= size(&event);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn floor(&self) -> Revision {
+        self.floor
+    }
+
+    /// The next events after `after` below `prefix`, and the revision up to which nothing else is below it.
+    fn after(&self, after: Revision, prefix: &Prefix, newest: Revision) -> (Vec<Event>, Revision) {
+        let start = self.events.partition_point(|e| e.revision <= after);
+        let mut found: Vec<Event> = Vec::new();
+        for event in self.events.range(start..) {
+            if !prefix.matches(&event.key) {
+                continue;
+            }
+            match found.last() {
+                Some(last) if found.len() >= MAX_BATCH && last.revision != event.revision => {
+                    let upto = last.revision;
+                    return (found, upto);
+                }
+                _ => found.push(event.clone()),
+            }
+        }
+        (found, newest)
+    }
+}
+
+fn size(event: &Event) -> usize {
+    128 + event.key.as_bytes().len() + event.entry.as_ref().map_or(0, |e| e.value.len())
+}
+
+/// A reader of changes.
+#[derive(Debug)]
+pub struct Watch {
+    pub(crate) history: Arc<RwLock<History>>,
+    pub(crate) newest: watch::Receiver<Revision>,
+    pub(crate) prefix: Prefix,
+    pub(crate) after: Revision,
+}
+
+impl Watch {
+    /// The next changes: one or more whole transactions, in order. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// `Compacted` when this reader was too slow, `Closed` when the store is gone.
+    pub async fn next(&mut self) -> Result<Vec<Event>, StoreError> {
+        loop {
+            let newest = *self.newest.borrow_and_update();
+            if newest > self.after {
+                let (events, upto) = {
+                    let history = self.history.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    if self.after < history.floor {
+                        return Err(StoreError::Compacted { asked: self.after, floor: history.floor });
+                    }
+                    history.after(self.after, &self.prefix, newest)
+                };
+                self.after = upto;
+                if !events.is_empty() {
+                    return Ok(events);
+                }
+            }
+            self.newest.changed().await.map_err(|_| StoreError::Closed)?;
+        }
+    }
+
+    /// Everything up to this revision has been given out.
+    pub fn revision(&self) -> Revision {
+        self.after
+    }
+}

@@ -1,0 +1,4 @@
+//! One suite for every store, and the file's promise under `kill -9`.
+
+mod crash;
+mod suite;
