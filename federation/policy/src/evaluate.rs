@@ -11,12 +11,13 @@
 //! # Unknown never opens
 //! A rule matches, does not match, or may match. Where it may: Allow does not match, Deny and Pass deny, Log is skipped.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use crate::inventory::{EndpointId, EndpointKind, Inventory};
 use crate::model::{
-    Action, ClusterName, ClusterScope, EntityMatch, Icmp, IpVersion, Layer, Phase, Policy, PolicyId, PolicySet, Port,
-    Protocol, Rule, Selection, ServiceMatch, StagedAction, TierDefault, TierId,
+    Action, ClusterName, ClusterScope, EntityMatch, Icmp, IpVersion, Layer, Order, Phase, Policy, PolicyId, PolicySet,
+    Port, Protocol, Rule, Selection, ServiceMatch, StagedAction, TierDefault, TierId,
 };
 use crate::tri::Tri;
 
@@ -174,6 +175,42 @@ fn applicable_tiers<'a>(
 fn applies(inventory: &Inventory, policy: &Policy, cluster: &ClusterName, pod: &EndpointId) -> bool {
     let own = Selection { clusters: ClusterScope::Local, selector: policy.selector.clone() };
     inventory.selects(cluster, &own, cluster, pod) == Tri::Yes
+}
+
+/// A tier in its place, with its policies in theirs.
+#[derive(Debug, Clone)]
+pub struct OrderedTier<'a> {
+    pub id: &'a TierId,
+    pub order: Order,
+    pub default: TierDefault,
+    /// Policies name it, and no object defines it.
+    pub missing: bool,
+    pub policies: Vec<&'a Policy>,
+}
+
+/// All tiers that `cluster` has or enforces, in the order in which they are asked: those without policies, and policies
+/// that never act, included.
+pub fn order<'a>(policies: &'a PolicySet, cluster: &str) -> Vec<OrderedTier<'a>> {
+    let mut tiers = Vec::new();
+    for layer in [Some(&policies.federation), policies.clusters.get(cluster)].into_iter().flatten() {
+        let enforced = || layer.policies.values().filter(|policy| policy.enforcers.contains(cluster, cluster));
+        let ids: BTreeSet<&TierId> = layer.tiers.keys().chain(enforced().map(|policy| &policy.tier)).collect();
+        for id in ids {
+            let mut own: Vec<(&Layer, &Policy)> =
+                enforced().filter(|policy| policy.tier == *id).map(|policy| (layer, policy)).collect();
+            in_order(&mut own);
+            tiers.push((id, layer, own));
+        }
+    }
+    tiers.sort_by_key(|(id, layer, _)| (id.phase, layer.tier(id).0));
+    tiers
+        .into_iter()
+        .map(|(id, layer, own)| {
+            let (rank, default) = layer.tier(id);
+            let policies = own.into_iter().map(|(_, policy)| policy).collect();
+            OrderedTier { id, order: rank.order, default, missing: rank.missing, policies }
+        })
+        .collect()
 }
 
 /// Sorts policies by phase, then by the rank of their tier, then by order, then by their tie string.

@@ -4,6 +4,7 @@
 
 pub mod evaluate;
 pub mod inventory;
+pub mod lint;
 pub mod model;
 pub mod prepared;
 pub mod selector;

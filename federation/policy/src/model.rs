@@ -219,9 +219,9 @@ pub struct PolicySet {
 /// Where a tier stands in its phase: known tiers by order and name, then those that policies name but no object defines.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TierRank {
-    missing: bool,
-    order: Order,
-    name: Arc<str>,
+    pub missing: bool,
+    pub order: Order,
+    pub name: Arc<str>,
 }
 
 impl Layer {
