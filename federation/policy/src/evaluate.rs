@@ -119,7 +119,13 @@ pub fn evaluate(policies: &PolicySet, inventory: &Inventory, query: &Query, view
         let (cluster, pod) = end.pod.as_ref()?;
         let owner = inventory.clusters.get(cluster).filter(|owner| owner.endpoints.contains_key(pod))?;
         let tiers = applicable_tiers(policies, inventory, cluster, pod, direction, view);
-        Some(judge(&facts, cluster, &tiers, owner.federated_allow_final, query, direction))
+        let court = Court { facts: &facts, enforcer: cluster, federated_allow_final: owner.federated_allow_final };
+        let all_rules = |tier: usize| {
+            let of_policy =
+                |policy| rules(policy, direction).unwrap_or_default().iter().map(move |rule| (policy, rule));
+            tiers[tier].policies.iter().copied().flat_map(of_policy)
+        };
+        Some(court.judge(&tiers, all_rules, query))
     };
     answer(query, judge)
 }
@@ -261,29 +267,31 @@ pub(crate) fn rules(policy: &Policy, direction: Direction) -> Option<&[Rule]> {
     }
 }
 
-/// Asks the tiers in order.
-pub(crate) fn judge(
-    facts: &impl Facts,
-    enforcer: &str,
-    tiers: &[TierView<'_>],
-    federated_allow_final: bool,
-    query: &Query,
-    direction: Direction,
-) -> Judgement {
-    let mut trace = Vec::new();
-    let mut left: Option<Phase> = None;
-    'tiers: for tier in tiers {
-        if left == Some(tier.id.phase) {
-            continue;
-        }
-        for policy in &tier.policies {
-            for rule in rules(policy, direction).unwrap_or_default() {
-                let matched = rule_matches(facts, enforcer, policy, rule, query);
+/// Who judges: a cluster, and what it knows.
+pub(crate) struct Court<'c, F> {
+    pub facts: &'c F,
+    pub enforcer: &'c str,
+    pub federated_allow_final: bool,
+}
+
+impl<F: Facts> Court<'_, F> {
+    /// Asks the tiers in order. `rules` gives the rules of a tier in order; it may leave out those that cannot decide.
+    pub fn judge<'p, I>(&self, tiers: &[TierView<'p>], rules: impl Fn(usize) -> I, query: &Query) -> Judgement
+    where
+        I: Iterator<Item = (&'p Policy, &'p Rule)>,
+    {
+        let mut trace = Vec::new();
+        let mut left: Option<Phase> = None;
+        'tiers: for (at, tier) in tiers.iter().enumerate() {
+            if left == Some(tier.id.phase) {
+                continue;
+            }
+            for (policy, rule) in rules(at) {
                 let federated = policy.id.cluster.is_none();
-                let effect = match (rule.action, matched) {
+                let effect = match (rule.action, rule_matches(self.facts, self.enforcer, policy, rule, query)) {
                     (_, Tri::No) | (Action::Allow | Action::Log, Tri::Unknown) => continue,
                     (Action::Deny | Action::Pass, Tri::Unknown) => Effect::DeniedUnknown,
-                    (Action::Allow, Tri::Yes) if federated && !federated_allow_final => Effect::Left,
+                    (Action::Allow, Tri::Yes) if federated && !self.federated_allow_final => Effect::Left,
                     (_, Tri::Yes) => Effect::Acted,
                 };
                 let (tier_id, id) = (tier.id.clone(), policy.id.clone());
@@ -301,16 +309,16 @@ pub(crate) fn judge(
                     (Action::Log, _) => {}
                 }
             }
+            if let Some(last) = tier.policies.last() {
+                trace.push(Step::EndOfTier { tier: tier.id.clone(), last: last.id.clone(), action: tier.default });
+            }
+            if tier.default == TierDefault::Deny {
+                return Judgement { verdict: Verdict::Deny, trace };
+            }
         }
-        if let Some(last) = tier.policies.last() {
-            trace.push(Step::EndOfTier { tier: tier.id.clone(), last: last.id.clone(), action: tier.default });
-        }
-        if tier.default == TierDefault::Deny {
-            return Judgement { verdict: Verdict::Deny, trace };
-        }
+        trace.push(Step::Profile);
+        Judgement { verdict: Verdict::Allow, trace }
     }
-    trace.push(Step::Profile);
-    Judgement { verdict: Verdict::Allow, trace }
 }
 
 /// What rules ask about the ends of a packet.

@@ -16,15 +16,19 @@ use std::rc::Rc;
 use ipnet::IpNet;
 
 use crate::evaluate::{
-    Answer, Direction, End, Facts, Query, TierView, View, acting, answer, backend, in_order, in_tiers, judge,
+    Answer, Court, Direction, End, Facts, Query, TierView, View, acting, answer, backend, in_order, in_tiers,
     named_port, rules,
 };
 use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, Labels};
-use crate::model::{ClusterScope, EntityMatch, Layer, Policy, PolicySet, Selection, ServiceMatch};
+use crate::model::{
+    Action, ClusterScope, EntityMatch, Layer, Policy, PolicySet, Protocol, Rule, Selection, ServiceMatch,
+};
 use crate::selector::{Expr, Label, LabelLookup as _, Selector};
 use crate::tri::Tri;
 
-type Chain<'a> = Rc<Vec<TierView<'a>>>;
+type Chain<'a> = Rc<Plain<'a>>;
+/// A cluster (the address of its name), a direction, and the policies that apply.
+type ChainKey = (usize, Direction, Vec<u32>);
 /// By the number of the selection; `None` was not asked yet.
 type Answers = Rc<[Cell<Option<Tri>>]>;
 /// A class, the network sets that hold the address, and the enforcing cluster (the address of its name).
@@ -47,6 +51,7 @@ pub struct Prepared<'a> {
     classes: RefCell<Classes<'a>>,
     /// By class and direction.
     chains: RefCell<FastMap<(u32, Direction), Chain<'a>>>,
+    chains_by_content: RefCell<FastMap<ChainKey, Chain<'a>>>,
     memos: RefCell<Memos>,
 }
 
@@ -73,6 +78,7 @@ impl<'a> Prepared<'a> {
             sets: NetworkSets::new(inventory),
             classes: RefCell::default(),
             chains: RefCell::default(),
+            chains_by_content: RefCell::default(),
             memos: RefCell::default(),
         }
     }
@@ -85,8 +91,13 @@ impl<'a> Prepared<'a> {
             let (name, owner) = self.inventory.clusters.get_key_value(cluster)?;
             let (id, endpoint) = owner.endpoints.get_key_value(pod)?;
             let facts = Remembered { prepared: self, query, memos: ends.each_ref().map(|end| self.memo(end, name)) };
-            let tiers = self.chain(name, owner, id, endpoint, direction);
-            Some(judge(&facts, name, &tiers, owner.federated_allow_final, query, direction))
+            let chain = self.chain(name, owner, id, endpoint, direction);
+            let court = Court { facts: &facts, enforcer: name, federated_allow_final: owner.federated_allow_final };
+            let candidates = |tier: usize| {
+                let rules = chain.rules[tier].iter().filter(|rule| facts.may_match(rule));
+                rules.map(|rule| (rule.policy, rule.rule))
+            };
+            Some(court.judge(&chain.tiers, candidates, query))
         })
     }
 
@@ -105,9 +116,43 @@ impl<'a> Prepared<'a> {
         if let Some(chain) = self.chains.borrow().get(&(class, direction)) {
             return chain.clone();
         }
-        let chain = Rc::new(plan.tiers(owner, id, endpoint, direction));
+        let found = plan.applying(owner, id, endpoint, direction);
+        let key = (cluster.as_ptr() as usize, direction, found);
+        let known = self.chains_by_content.borrow().get(&key).cloned();
+        let chain = known.unwrap_or_else(|| {
+            let tiers = in_tiers(key.2.iter().map(|at| plan.policies[*at as usize]));
+            let rules = tiers.iter().map(|tier| self.plain_rules(tier, direction)).collect();
+            let chain = Rc::new(Plain { tiers, rules });
+            self.chains_by_content.borrow_mut().insert(key, chain.clone());
+            chain
+        });
         self.chains.borrow_mut().insert((class, direction), chain.clone());
         chain
+    }
+
+    /// The rules of a tier that can decide: one that does what an earlier one does, where that one matches, never comes
+    /// to it. Log rules speak each time.
+    fn plain_rules(&self, tier: &TierView<'a>, direction: Direction) -> Vec<PlainRule<'a>> {
+        let mut seen = std::collections::HashSet::with_hasher(foldhash::fast::RandomState::default());
+        let mut plain = Vec::new();
+        let number = |selection: &Option<Selection>| {
+            selection.as_ref().and_then(|it| self.selections.get(&address_of(it))).copied()
+        };
+        for policy in &tier.policies {
+            for rule in rules(policy, direction).unwrap_or_default() {
+                let meaning = Rule { index: 0, ..rule.clone() };
+                if rule.action != Action::Log && !seen.insert(meaning) {
+                    continue;
+                }
+                plain.push(PlainRule {
+                    policy,
+                    rule,
+                    protocol: rule.protocol.map(Protocol::number),
+                    ends: [number(&rule.source.selection), number(&rule.destination.selection)],
+                });
+            }
+        }
+        plain
     }
 
     fn class_of(&self, end: &End) -> EndClass<'a> {
@@ -137,6 +182,23 @@ impl<'a> Prepared<'a> {
         memos.by_class.insert(key, answers.clone());
         Memo { end: end.clone(), answers }
     }
+}
+
+/// What judges one direction of a pod, laid out to be read quickly.
+#[derive(Debug, Default)]
+struct Plain<'a> {
+    tiers: Vec<TierView<'a>>,
+    /// For each tier, in order.
+    rules: Vec<Vec<PlainRule<'a>>>,
+}
+
+#[derive(Debug)]
+struct PlainRule<'a> {
+    protocol: Option<u8>,
+    /// The numbers of the selections of source and destination.
+    ends: [Option<u32>; 2],
+    policy: &'a Policy,
+    rule: &'a Rule,
 }
 
 fn selections_of(entity: &EntityMatch) -> impl Iterator<Item = &Selection> {
@@ -173,6 +235,17 @@ struct Remembered<'p, 'a> {
     prepared: &'p Prepared<'a>,
     query: &'p Query,
     memos: [Memo<'a>; 2],
+}
+
+impl Remembered<'_, '_> {
+    /// Whether a rule is worth asking: not when its protocol, or a selection that was asked before, says no.
+    fn may_match(&self, rule: &PlainRule<'_>) -> bool {
+        let excluded = |(end, memo): (&Option<u32>, &Memo<'_>)| {
+            end.is_some_and(|number| memo.answers[number as usize].get() == Some(Tri::No))
+        };
+        rule.protocol.is_none_or(|protocol| protocol == self.query.protocol)
+            && !rule.ends.iter().zip(&self.memos).any(excluded)
+    }
 }
 
 impl Facts for Remembered<'_, '_> {
@@ -296,7 +369,8 @@ impl<'a> Plan<'a> {
         plan
     }
 
-    fn tiers(&self, owner: &Cluster, id: &EndpointId, endpoint: &Endpoint, direction: Direction) -> Vec<TierView<'a>> {
+    /// The policies that apply to a pod in a direction, by their places.
+    fn applying(&self, owner: &Cluster, id: &EndpointId, endpoint: &Endpoint, direction: Direction) -> Vec<u32> {
         let labels = EffectiveLabels { cluster: owner, id, endpoint, first_hand: true };
         let mut candidates = self.others.clone();
         for (key, by_value) in &self.by_label {
@@ -313,7 +387,7 @@ impl<'a> Plan<'a> {
             .filter(|at| rules(self.policies[*at as usize].1, direction).is_some())
             .collect();
         found.sort_unstable();
-        in_tiers(found.into_iter().map(|at| self.policies[at as usize]))
+        found
     }
 }
 
