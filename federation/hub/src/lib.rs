@@ -1,1 +1,16 @@
 //! hanse-hub: registry, trust, exchange and policy distribution of a ClusterSet.
+//!
+//! [`registry`] is the truth: registrations, grants, users, federated objects and leases, in one store, every change with
+//! its audit record in one transaction. [`registration`] lets clusters join and renew, [`administration`] serves platform
+//! teams, and the exchange relays what members publish. Endpoints are never in the store.
+
+pub mod administration;
+pub mod authority;
+pub mod grants;
+pub mod manifest;
+pub mod registration;
+pub mod registry;
+pub mod roles;
+pub mod server;
+pub mod status;
+pub mod token;

@@ -1,1 +1,110 @@
-fn main() {}
+//! `hanse-hub`: makes a ClusterSet (`init`) and serves it (`run`).
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use hanse_hub::authority::Lifetimes;
+use hanse_hub::server::{Hub, Options, init};
+use hanse_runtime::shutdown::Shutdown;
+use hanse_runtime::{TrustDomain, logging, tls};
+
+/// The hub of a ClusterSet: registry, trust, exchange and policy distribution.
+#[derive(Debug, Parser)]
+#[command(name = "hanse-hub", version, propagate_version = true)]
+struct Cli {
+    /// text or json.
+    #[arg(long, global = true, default_value_t)]
+    log_format: logging::Format,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make the root authority, the store, and the first administrator's context file DATA/admin.context.
+    Init(InitArgs),
+    /// Serve.
+    Run(RunArgs),
+}
+
+#[derive(Debug, Args)]
+struct InitArgs {
+    /// The folder of the hub's files; made when absent.
+    #[arg(long)]
+    data: PathBuf,
+    /// The name that all identities of this ClusterSet begin with.
+    #[arg(long, default_value = "hanse.local")]
+    trust_domain: String,
+    /// Where members and users will reach the hub: written into the administrator's context.
+    #[arg(long)]
+    listen: SocketAddr,
+    /// Where newcomers will reach the hub.
+    #[arg(long)]
+    join_listen: SocketAddr,
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// The folder of the hub's files.
+    #[arg(long)]
+    data: PathBuf,
+    /// For members and users, who show certificates.
+    #[arg(long)]
+    listen: SocketAddr,
+    /// For newcomers with a token.
+    #[arg(long)]
+    join_listen: SocketAddr,
+    /// Health and readiness over HTTP.
+    #[arg(long)]
+    health_listen: Option<SocketAddr>,
+    /// Prometheus metrics over HTTP, on a loopback address.
+    #[arg(long)]
+    metrics_listen: Option<SocketAddr>,
+    /// How long a cluster may be silent before its endpoints count as unknown.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    lease_seconds: u64,
+    /// How long certificates of members and of the hub are valid.
+    #[arg(long, default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    certificate_seconds: u64,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    logging::init(cli.log_format);
+    tls::install_provider();
+    match cli.command {
+        Command::Init(args) => {
+            let trust_domain = TrustDomain::new(&args.trust_domain).context("read --trust-domain")?;
+            init(&args.data, &trust_domain, args.listen).await?;
+            println!(
+                "A ClusterSet {trust_domain} is in {0}. Administer it with:\n\n  export HANSE_CONTEXT={0}/admin.context",
+                args.data.display()
+            );
+            println!(
+                "\nServe it with:\n\n  hanse-hub run --data {} --listen {} --join-listen {}",
+                args.data.display(),
+                args.listen,
+                args.join_listen
+            );
+            Ok(())
+        }
+        Command::Run(args) => {
+            let shutdown = Shutdown::default();
+            let options = Options {
+                health_listen: args.health_listen,
+                metrics_listen: args.metrics_listen,
+                lease: Duration::from_secs(args.lease_seconds),
+                lifetimes: Lifetimes { leaf: Duration::from_secs(args.certificate_seconds), ..Lifetimes::default() },
+                ..Options::new(args.data, args.listen, args.join_listen)
+            };
+            Hub::start(options, &shutdown).await?;
+            shutdown.wait_for_signal().await.context("wait for a signal")?;
+            shutdown.drain(Hub::DRAIN).await;
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,550 @@
+//! What platform teams do: the conversion module of `administration.proto`, and the rules behind it.
+
+mod convert;
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use hanse_proto::federation::v1 as wire;
+use hanse_runtime::Identity;
+use hanse_runtime::identity::check_label;
+use hanse_runtime::tls::{Connections, Peer, peer_identity};
+use hanse_store::Transaction;
+use tonic::{Request, Response, Status};
+use tracing::info;
+
+use crate::authority::Authority;
+use crate::grants::MemberCluster;
+use crate::manifest::{self, Checked, Kind, ObjectId};
+use crate::registration::{requested, status};
+use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
+use crate::registry::{ChangeError, Deed, MAX_OBJECTS, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds};
+use crate::roles::{Need, Role, allow};
+use crate::status::{PolicyState, Realisations};
+use crate::token::Token;
+
+/// Longest life of a token: a week.
+const MAX_TOKEN_LIFE: Duration = Duration::from_secs(7 * 86_400);
+/// Ended tokens that are deleted with the creation of one.
+const TOKENS_SWEPT: usize = 32;
+/// Longest reason of a revocation, in bytes.
+const MAX_REASON_BYTES: usize = 1024;
+
+/// The service of `administration.proto`.
+#[derive(Clone)]
+pub struct Administration {
+    registry: Registry,
+    authority: Authority,
+    connections: Connections,
+    realisations: Arc<dyn Realisations>,
+}
+
+impl std::fmt::Debug for Administration {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Administration").field("registry", &self.registry).finish_non_exhaustive()
+    }
+}
+
+impl Administration {
+    pub fn new(
+        registry: Registry,
+        authority: Authority,
+        connections: Connections,
+        realisations: Arc<dyn Realisations>,
+    ) -> Self {
+        Self { registry, authority, connections, realisations }
+    }
+
+    fn view<T>(&self, request: &Request<T>) -> Result<Arc<Snapshot>, Status> {
+        let snapshot = self.registry.snapshot();
+        permit(&snapshot, &caller(request)?, Need::View).map_err(status)?;
+        Ok(snapshot)
+    }
+
+    async fn create_token(&self, who: &Identity, request: wire::CreateTokenRequest) -> Result<Token, ChangeError> {
+        check_label(&request.cluster).map_err(|e| ChangeError::Invalid(format!("cluster: {e}")))?;
+        let life = Duration::from_secs(request.lifetime_seconds);
+        if life.is_zero() || life > MAX_TOKEN_LIFE {
+            return Err(ChangeError::Invalid("lifetime_seconds: use 1 to 604800 (a week)".to_owned()));
+        }
+        let root = self.authority.root().fingerprint();
+        let token = Token::generate(&request.cluster, self.authority.trust_domain().clone(), root);
+        let token = token.map_err(ChangeError::Invalid)?;
+        let now = self.registry.now();
+        let record = TokenRecord {
+            cluster: request.cluster.clone(),
+            secret_hash: token.secret_hash().to_string(),
+            expires_at: seconds(now + life),
+            accept: request.accept,
+            bound_key: None,
+            created_by: who.to_string(),
+        };
+        let deed = Deed::new(who, "token.create", format!("token/{} for cluster/{}", token.id, token.cluster));
+        self.registry
+            .change(&deed, |snapshot| {
+                permit(snapshot, who, Need::Operate(&request.cluster))?;
+                let ended = snapshot.tokens.iter().filter(|(_, t)| t.expires_at <= seconds(now));
+                let ended: Vec<_> = ended.map(|(id, _)| id.clone()).collect();
+                if snapshot.tokens.len() - ended.len() >= MAX_TOKENS {
+                    return Err(ChangeError::Limit(format!("there are {MAX_TOKENS} tokens already")));
+                }
+                let mut transaction = Transaction::default().put(key(&["token", &token.id])?, records::encode(&record));
+                for id in ended.iter().take(TOKENS_SWEPT) {
+                    transaction = transaction.delete(key(&["token", id])?);
+                }
+                Ok((transaction, ()))
+            })
+            .await?;
+        Ok(token)
+    }
+
+    async fn revoke_token(&self, who: &Identity, id: &str) -> Result<(), ChangeError> {
+        let deed = Deed::new(who, "token.revoke", format!("token/{}", clipped(id)));
+        let change = self.registry.change(&deed, |snapshot| {
+            let token = snapshot.tokens.get(id);
+            permit(snapshot, who, token.map_or(Need::Administer, |t| Need::Operate(&t.cluster)))?;
+            token.ok_or_else(|| ChangeError::NotFound(format!("there is no token {id}")))?;
+            Ok((Transaction::default().delete(key(&["token", id])?), ()))
+        });
+        change.await.map(|_| ())
+    }
+
+    /// Changes the state of a cluster's registration.
+    async fn set_state(
+        &self,
+        who: &Identity,
+        action: &'static str,
+        name: &str,
+        to: MemberState,
+    ) -> Result<(), ChangeError> {
+        let deed = Deed::new(who, action, format!("cluster/{}", clipped(name)));
+        let change = self.registry.change(&deed, |snapshot| {
+            permit(snapshot, who, Need::Operate(name))?;
+            let member = snapshot.members.get(name).map(|m| m.record.clone());
+            let member = member.ok_or_else(|| ChangeError::NotFound(format!("no cluster has joined as {name}")))?;
+            let transaction = match (&member.state, &to) {
+                (from, to) if from == to => Transaction::default(),
+                (MemberState::Revoked { .. }, MemberState::Accepted) => {
+                    let text = "it has been revoked: let it join again with a new token";
+                    return Err(ChangeError::Conflict(text.to_owned()));
+                }
+                (MemberState::Revoked { .. }, _) => Transaction::default(),
+                _ => {
+                    // A revoked cluster's tokens end with it.
+                    let tokens = snapshot.tokens.iter().filter(|(_, t)| t.cluster == name).take(64);
+                    let mut transaction = Transaction::default();
+                    if matches!(to, MemberState::Revoked { .. }) {
+                        for (id, _) in tokens {
+                            transaction = transaction.delete(key(&["token", id])?);
+                        }
+                    }
+                    let record = MemberRecord { state: to.clone(), ..member };
+                    transaction.put(key(&["member", name])?, records::encode(&record))
+                }
+            };
+            Ok((transaction, ()))
+        });
+        change.await.map(|_| ())
+    }
+
+    /// Closes the connections of this replica whose certificate is no longer admitted. Others see the store's change.
+    fn close_refused(&self) -> u32 {
+        let snapshot = self.registry.snapshot();
+        let closed = self.connections.close_where(|peer| refused(&snapshot, peer));
+        u32::try_from(closed).unwrap_or(u32::MAX)
+    }
+
+    async fn apply(
+        &self,
+        who: &Identity,
+        manifest: Bytes,
+        precondition: Option<wire::apply_request::Precondition>,
+    ) -> Result<wire::ApplyResponse, ChangeError> {
+        let Checked { id, tier, warnings } = manifest::check(&manifest).map_err(ChangeError::Invalid)?;
+        let deed = Deed::new(who, "apply", id.to_string());
+        let (revision, applied) = self
+            .registry
+            .change(&deed, |snapshot| {
+                let old = snapshot.objects.get(&id);
+                let old_tier = old.and_then(|o| manifest::tier_of(&o.manifest).ok()).filter(|_| tier.is_some());
+                let tiers: Vec<&str> = tier.iter().chain(&old_tier).map(|t| &**t).collect();
+                permit(snapshot, who, Need::Write(&id, &tiers))?;
+                use wire::apply_request::Precondition;
+                let found = old.map(|o| o.revision);
+                match (&precondition, found) {
+                    (Some(Precondition::Revision(expected)), found) if found != Some(*expected) => {
+                        let found = found.map_or_else(|| "it is absent".to_owned(), |r| format!("it is at {r}"));
+                        return Err(ChangeError::Conflict(format!("{id} is not at revision {expected}: {found}")));
+                    }
+                    (Some(Precondition::Absent(_)), Some(_)) => {
+                        return Err(ChangeError::Conflict(format!("{id} exists already")));
+                    }
+                    _ => {}
+                }
+                if old.is_some_and(|o| o.manifest == manifest) {
+                    return Ok((Transaction::default(), wire::Applied::Unchanged));
+                }
+                if old.is_none() && snapshot.objects.len() >= MAX_OBJECTS {
+                    return Err(ChangeError::Limit(format!("there are {MAX_OBJECTS} objects already")));
+                }
+                if id.kind == Kind::MemberCluster {
+                    check_nets(snapshot, &id.name, &manifest)?;
+                }
+                let applied = if old.is_some() { wire::Applied::Configured } else { wire::Applied::Created };
+                Ok((Transaction::default().put(object_key(&id)?, manifest.clone()), applied))
+            })
+            .await?;
+        // What did not change is as applied since it was written.
+        let revision = self.registry.snapshot().objects.get(&id).map_or(revision, |o| o.revision);
+        Ok(wire::ApplyResponse {
+            kind: convert::kind_to_wire(id.kind).into(),
+            name: id.name.to_string(),
+            revision,
+            applied: applied.into(),
+            warnings,
+        })
+    }
+
+    async fn delete(&self, who: &Identity, id: ObjectId) -> Result<u64, ChangeError> {
+        let deed = Deed::new(who, "delete", id.to_string());
+        let (revision, ()) = self
+            .registry
+            .change(&deed, |snapshot| {
+                let old = snapshot.objects.get(&id);
+                let tier = old.filter(|_| id.kind == Kind::FederatedNetworkPolicy);
+                let tier = tier.and_then(|o| manifest::tier_of(&o.manifest).ok());
+                let tiers: Vec<&str> = tier.iter().map(|t| &**t).collect();
+                // Who may not write it is not told whether it exists.
+                permit(snapshot, who, Need::Write(&id, &tiers))?;
+                old.ok_or_else(|| ChangeError::NotFound(format!("there is no {id}")))?;
+                Ok((Transaction::default().delete(object_key(&id)?), ()))
+            })
+            .await?;
+        Ok(revision)
+    }
+
+    async fn create_user(
+        &self,
+        who: &Identity,
+        request: wire::CreateUserRequest,
+    ) -> Result<wire::CreateUserResponse, Status> {
+        let identity = Identity::user(&request.name).map_err(|e| Status::invalid_argument(format!("name: {e}")))?;
+        let roles = request.roles.into_iter().map(convert::role_from_wire).collect::<Result<Vec<Role>, _>>()?;
+        if roles.is_empty() || roles.len() > 16 {
+            return Err(Status::invalid_argument("roles: a user has 1 to 16"));
+        }
+        let requested = requested(&request.request, "request")?;
+        let now = self.registry.now();
+        create_user(&self.registry, &self.authority, who, &request.name, roles, &requested.public().to_string(), now)
+            .await
+            .map_err(status)?;
+        let certificate = self.authority.ca().issue(&identity, &requested, self.authority.lifetimes.user, now);
+        let certificate = certificate.map_err(|e| Status::internal(e.to_string()))?;
+        Ok(wire::CreateUserResponse {
+            certificate: certificate.der.to_vec().into(),
+            root: self.authority.root().der.to_vec().into(),
+        })
+    }
+
+    async fn revoke_user(&self, who: &Identity, name: &str) -> Result<(), ChangeError> {
+        let deed = Deed::new(who, "user.revoke", format!("user/{}", clipped(name)));
+        let change = self.registry.change(&deed, |snapshot| {
+            permit(snapshot, who, Need::Administer)?;
+            let user = snapshot.users.get(name);
+            let user = user.ok_or_else(|| ChangeError::NotFound(format!("there is no user {name}")))?;
+            let others = snapshot.users.iter().filter(|(other, user)| ***other != *name && !user.revoked);
+            if !others.into_iter().any(|(_, user)| user.roles.contains(&Role::Administrator)) {
+                return Err(ChangeError::Conflict("no administrator would be left".to_owned()));
+            }
+            let record = UserRecord { revoked: true, ..UserRecord::clone(user) };
+            Ok((Transaction::default().put(key(&["user", name])?, records::encode(&record)), ()))
+        });
+        change.await.map(|_| ())
+    }
+
+    fn cluster_status(&self, snapshot: &Snapshot) -> Vec<wire::ClusterStatus> {
+        let realisations = self.realisations.clusters();
+        let peers = self.connections.peers();
+        let mut statuses = Vec::with_capacity(snapshot.clusters.len());
+        for (name, cluster) in &snapshot.clusters {
+            let realisation = realisations.get(name).cloned().unwrap_or_default();
+            let identity = Identity::Cluster(name.clone());
+            let peer = peers.iter().find(|peer| peer.identity() == Some(&identity) && !peer.closed.is_cancelled());
+            let member = snapshot.members.get(name).map(|m| &m.record);
+            statuses.push(wire::ClusterStatus {
+                name: name.to_string(),
+                state: convert::state_name(&cluster.state).to_owned(),
+                connected: realisation.connected,
+                lease: convert::lease_name(cluster.lease).to_owned(),
+                age_ms: self.age_ms(name),
+                epoch: realisation.epoch,
+                revision: realisation.revision,
+                endpoints: realisation.endpoints,
+                digests_equal: realisation.digests_equal,
+                enforced_revision: realisation.enforced_revision,
+                received_revision: realisation.received_revision,
+                agents: realisation.agents,
+                agents_current: realisation.agents_current,
+                certificate_expires_at: member.map_or(0, |m| m.certificate_expires_at),
+                key_exchange: peer.map_or_else(String::new, |peer| peer.key_exchange.to_owned()),
+                refused: realisation.refused,
+                refusals: realisation.refusals,
+            });
+        }
+        statuses
+    }
+
+    fn age_ms(&self, cluster: &str) -> Option<u64> {
+        self.registry.silent_for(cluster).map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
+    }
+}
+
+/// Creates a user, or gives one a new key and roles.
+///
+/// # Errors
+/// When `who` may not, or the store fails.
+pub async fn create_user(
+    registry: &Registry,
+    authority: &Authority,
+    who: &Identity,
+    name: &str,
+    roles: Vec<Role>,
+    public: &str,
+    now: SystemTime,
+) -> Result<(), ChangeError> {
+    let record = UserRecord {
+        key: public.to_owned(),
+        previous_key: None,
+        roles,
+        revoked: false,
+        certificate_expires_at: seconds(now + authority.lifetimes.user),
+    };
+    let deed = Deed::new(who, "user.create", format!("user/{name}"));
+    let change = registry.change(&deed, |snapshot| {
+        permit(snapshot, who, Need::Administer)?;
+        if snapshot.users.len() >= MAX_USERS && !snapshot.users.contains_key(name) {
+            return Err(ChangeError::Limit(format!("there are {MAX_USERS} users already")));
+        }
+        Ok((Transaction::default().put(key(&["user", name])?, records::encode(&record)), ()))
+    });
+    change.await.map(|_| ())
+}
+
+/// Whether `who` may. The hub itself (at `init`, on its own machine) may do everything.
+fn permit(snapshot: &Snapshot, who: &Identity, need: Need<'_>) -> Result<(), ChangeError> {
+    let allowed = match who {
+        Identity::Hub => true,
+        Identity::User(name) => snapshot.users.get(name).is_some_and(|user| !user.revoked && allow(&user.roles, need)),
+        Identity::Cluster(_) | Identity::Node { .. } => false,
+    };
+    if allowed { Ok(()) } else { Err(ChangeError::Denied(format!("{who} has no role that allows this"))) }
+}
+
+/// Nets of clusters never overlap; the later is refused.
+fn check_nets(snapshot: &Snapshot, name: &str, manifest: &[u8]) -> Result<(), ChangeError> {
+    let new = MemberCluster::from_manifest(manifest).map_err(ChangeError::Invalid)?;
+    for (other, cluster) in &snapshot.clusters {
+        if **other != *name
+            && let Some((own, theirs)) = new.overlap(&cluster.grant)
+        {
+            let text =
+                format!("spec.grants.cidrs: {own} overlaps with {theirs}, which is granted to the cluster {other}");
+            return Err(ChangeError::Conflict(text));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a connection must not go on.
+pub(crate) fn refused(snapshot: &Snapshot, peer: &Peer) -> bool {
+    peer.certificate.as_ref().is_some_and(|certificate| !snapshot.admits(certificate))
+}
+
+fn caller<T>(request: &Request<T>) -> Result<Identity, Status> {
+    match peer_identity(request)? {
+        user @ Identity::User(_) => Ok(user.clone()),
+        other => Err(Status::permission_denied(format!("{other} is not a user"))),
+    }
+}
+
+fn object_key(id: &ObjectId) -> Result<hanse_store::Key, ChangeError> {
+    key(&["object", id.kind.name(), &id.name])
+}
+
+/// What a stranger sends is not repeated at length.
+fn clipped(text: &str) -> String {
+    text.chars().take(64).collect()
+}
+
+#[tonic::async_trait]
+impl wire::administration_server::Administration for Administration {
+    async fn create_token(
+        &self,
+        request: Request<wire::CreateTokenRequest>,
+    ) -> Result<Response<wire::CreateTokenResponse>, Status> {
+        let who = caller(&request)?;
+        let token = self.create_token(&who, request.into_inner()).await.map_err(status)?;
+        Ok(Response::new(wire::CreateTokenResponse { id: token.id.clone(), token: token.to_text() }))
+    }
+
+    async fn list_tokens(
+        &self,
+        request: Request<wire::ListTokensRequest>,
+    ) -> Result<Response<wire::ListTokensResponse>, Status> {
+        let snapshot = self.view(&request)?;
+        let tokens = snapshot.tokens.iter().map(|(id, token)| convert::token_to_wire(id, token)).collect();
+        Ok(Response::new(wire::ListTokensResponse { tokens }))
+    }
+
+    async fn revoke_token(
+        &self,
+        request: Request<wire::RevokeTokenRequest>,
+    ) -> Result<Response<wire::RevokeTokenResponse>, Status> {
+        let who = caller(&request)?;
+        self.revoke_token(&who, &request.into_inner().id).await.map_err(status)?;
+        Ok(Response::new(wire::RevokeTokenResponse {}))
+    }
+
+    async fn list_clusters(
+        &self,
+        request: Request<wire::ListClustersRequest>,
+    ) -> Result<Response<wire::ListClustersResponse>, Status> {
+        let snapshot = self.view(&request)?;
+        let wanted = request.into_inner().name;
+        let clusters = snapshot.clusters.iter().filter(|(name, _)| wanted.is_empty() || ***name == *wanted);
+        let clusters = clusters
+            .map(|(name, cluster)| convert::cluster_to_wire(cluster, snapshot.members.get(name).map(|m| &m.record)));
+        Ok(Response::new(wire::ListClustersResponse { clusters: clusters.collect() }))
+    }
+
+    async fn accept_cluster(
+        &self,
+        request: Request<wire::AcceptClusterRequest>,
+    ) -> Result<Response<wire::AcceptClusterResponse>, Status> {
+        let who = caller(&request)?;
+        let name = request.into_inner().name;
+        self.set_state(&who, "cluster.accept", &name, MemberState::Accepted).await.map_err(status)?;
+        Ok(Response::new(wire::AcceptClusterResponse {}))
+    }
+
+    async fn revoke_cluster(
+        &self,
+        request: Request<wire::RevokeClusterRequest>,
+    ) -> Result<Response<wire::RevokeClusterResponse>, Status> {
+        let who = caller(&request)?;
+        let wire::RevokeClusterRequest { name, reason } = request.into_inner();
+        if reason.len() > MAX_REASON_BYTES {
+            return Err(Status::invalid_argument("reason: at most 1,024 bytes"));
+        }
+        let revoked = MemberState::Revoked { reason };
+        self.set_state(&who, "cluster.revoke", &name, revoked).await.map_err(status)?;
+        let closed = self.close_refused();
+        info!(cluster = name, closed, "cluster revoked");
+        Ok(Response::new(wire::RevokeClusterResponse { closed }))
+    }
+
+    async fn create_user(
+        &self,
+        request: Request<wire::CreateUserRequest>,
+    ) -> Result<Response<wire::CreateUserResponse>, Status> {
+        let who = caller(&request)?;
+        let created = self.create_user(&who, request.into_inner()).await?;
+        self.close_refused();
+        Ok(Response::new(created))
+    }
+
+    async fn list_users(
+        &self,
+        request: Request<wire::ListUsersRequest>,
+    ) -> Result<Response<wire::ListUsersResponse>, Status> {
+        let snapshot = self.registry.snapshot();
+        permit(&snapshot, &caller(&request)?, Need::Administer).map_err(status)?;
+        let users = snapshot.users.iter().map(|(name, user)| convert::user_to_wire(name, user)).collect();
+        Ok(Response::new(wire::ListUsersResponse { users }))
+    }
+
+    async fn revoke_user(
+        &self,
+        request: Request<wire::RevokeUserRequest>,
+    ) -> Result<Response<wire::RevokeUserResponse>, Status> {
+        let who = caller(&request)?;
+        self.revoke_user(&who, &request.into_inner().name).await.map_err(status)?;
+        Ok(Response::new(wire::RevokeUserResponse { closed: self.close_refused() }))
+    }
+
+    async fn apply(&self, request: Request<wire::ApplyRequest>) -> Result<Response<wire::ApplyResponse>, Status> {
+        let who = caller(&request)?;
+        let wire::ApplyRequest { manifest, precondition } = request.into_inner();
+        self.apply(&who, manifest, precondition).await.map(Response::new).map_err(status)
+    }
+
+    async fn get(&self, request: Request<wire::GetRequest>) -> Result<Response<wire::GetResponse>, Status> {
+        let snapshot = self.view(&request)?;
+        let request = request.into_inner();
+        let kind = convert::kind_from_wire(request.kind)?;
+        let wanted = |id: &ObjectId| {
+            kind.is_none_or(|kind| kind == id.kind) && (request.name.is_empty() || request.name == *id.name)
+        };
+        let objects = snapshot.objects.values().filter(|object| wanted(&object.id));
+        let objects = objects.map(|object| wire::Object {
+            kind: convert::kind_to_wire(object.id.kind).into(),
+            name: object.id.name.to_string(),
+            revision: object.revision,
+            manifest: object.manifest.clone(),
+        });
+        Ok(Response::new(wire::GetResponse { objects: objects.collect() }))
+    }
+
+    async fn delete(&self, request: Request<wire::DeleteRequest>) -> Result<Response<wire::DeleteResponse>, Status> {
+        let who = caller(&request)?;
+        let request = request.into_inner();
+        let kind = convert::kind_from_wire(request.kind)?.ok_or_else(|| Status::invalid_argument("kind: name one"))?;
+        let id = ObjectId { kind, name: request.name.into() };
+        let revision = self.delete(&who, id).await.map_err(status)?;
+        Ok(Response::new(wire::DeleteResponse { revision }))
+    }
+
+    async fn status(&self, request: Request<wire::StatusRequest>) -> Result<Response<wire::StatusResponse>, Status> {
+        let snapshot = self.view(&request)?;
+        let clusters = self.cluster_status(&snapshot);
+        Ok(Response::new(wire::StatusResponse { revision: snapshot.revision, clusters }))
+    }
+
+    async fn policy_status(
+        &self,
+        request: Request<wire::PolicyStatusRequest>,
+    ) -> Result<Response<wire::PolicyStatusResponse>, Status> {
+        let snapshot = self.view(&request)?;
+        let name = request.into_inner().name;
+        let id = ObjectId { kind: Kind::FederatedNetworkPolicy, name: name.as_str().into() };
+        let object = snapshot.objects.get(&id);
+        let object = object.ok_or_else(|| Status::not_found(format!("there is no {id}")))?;
+        let states = self.realisations.policy(&name).unwrap_or_default();
+        let clusters = states.into_iter().map(|(cluster, state)| {
+            use wire::policy_in_cluster::State;
+            let state = match state {
+                PolicyState::Enforced => State::Enforced(wire::Enforced {}),
+                PolicyState::Lagging(who) => State::Lagging(who),
+                PolicyState::Refused(why) => State::Refused(why),
+            };
+            let age_ms = self.age_ms(&cluster);
+            wire::PolicyInCluster { cluster: cluster.to_string(), state: Some(state), age_ms }
+        });
+        Ok(Response::new(wire::PolicyStatusResponse { revision: object.revision, clusters: clusters.collect() }))
+    }
+
+    async fn list_audit(
+        &self,
+        request: Request<wire::ListAuditRequest>,
+    ) -> Result<Response<wire::ListAuditResponse>, Status> {
+        permit(&self.registry.snapshot(), &caller(&request)?, Need::Administer).map_err(status)?;
+        let limit = match request.into_inner().limit {
+            0 => 100,
+            limit => limit as usize,
+        };
+        let records = self.registry.audit(limit).await.map_err(status)?;
+        let records = records.into_iter().map(|(number, record)| convert::audit_to_wire(number, record)).collect();
+        Ok(Response::new(wire::ListAuditResponse { records }))
+    }
+}

@@ -1,0 +1,105 @@
+//! The ClusterSet's root on disk, and the hub's own certificate.
+//!
+//! `ca.key` (0600) and `ca.pem` are made once by `hanse-hub init`. The hub's leaf lives in memory: each process issues its own
+//! and replaces it two thirds through its validity.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use hanse_runtime::ca::{Ca, CaError};
+use hanse_runtime::keys::{Certificate, Credentials, KeyError};
+use hanse_runtime::tls::CredentialStore;
+use hanse_runtime::{Identity, TrustDomain};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// How long certificates are valid.
+#[derive(Debug, Clone, Copy)]
+pub struct Lifetimes {
+    /// Of members and of the hub itself.
+    pub leaf: Duration,
+    /// Of users.
+    pub user: Duration,
+    /// Of clusters' intermediates: nodes must start while the hub is away, for long.
+    pub intermediate: Duration,
+    /// How long after its end a member's certificate may still be renewed.
+    pub late_renewal: Duration,
+}
+
+impl Default for Lifetimes {
+    fn default() -> Self {
+        Self { leaf: DAY, user: DAY * 90, intermediate: DAY * 365, late_renewal: DAY * 30 }
+    }
+}
+
+/// The lifetime of the root.
+const ROOT: Duration = Duration::from_secs(86_400 * 3_650);
+
+/// The root with its key, which issues everything that the hub trusts.
+#[derive(Debug, Clone)]
+pub struct Authority {
+    ca: Arc<Ca>,
+    pub lifetimes: Lifetimes,
+}
+
+impl Authority {
+    /// Makes the root in `folder`.
+    ///
+    /// # Errors
+    /// When files cannot be written, or signing fails.
+    pub fn create(folder: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<Self, CaError> {
+        let ca = Ca::root(trust_domain, ROOT, now)?;
+        ca.credentials().key.write(&folder.join("ca.key"))?;
+        ca.certificate().write(&folder.join("ca.pem"))?;
+        Ok(Self { ca: Arc::new(ca), lifetimes: Lifetimes::default() })
+    }
+
+    /// Reads the root from `folder`.
+    ///
+    /// # Errors
+    /// When files are absent, readable by others, or do not belong together.
+    pub fn read(folder: &Path, lifetimes: Lifetimes) -> Result<Self, CaError> {
+        let credentials = Credentials::read(&folder.join("ca.key"), &folder.join("ca.pem"))?;
+        Ok(Self { ca: Arc::new(Ca::new(credentials, true)?), lifetimes })
+    }
+
+    pub fn ca(&self) -> &Ca {
+        &self.ca
+    }
+
+    pub fn root(&self) -> &Certificate {
+        self.ca.certificate()
+    }
+
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.root().trust_domain
+    }
+
+    /// A fresh leaf for this process.
+    ///
+    /// # Errors
+    /// When signing fails.
+    pub fn hub_credentials(&self) -> Result<Credentials, CaError> {
+        self.ca.issue_credentials(&Identity::Hub, self.lifetimes.leaf, SystemTime::now())
+    }
+
+    /// Replaces the hub's leaf in `store` in time, until `stop`.
+    pub async fn keep_fresh(self, store: CredentialStore, stop: CancellationToken) {
+        loop {
+            let wait = store.current().certificate.renew_at().duration_since(SystemTime::now()).unwrap_or_default();
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(wait.max(Duration::from_millis(200))) => {}
+            }
+            let renewed = self.hub_credentials().map_err(|e| e.to_string());
+            let replaced = renewed.and_then(|c| store.replace(c).map_err(|e: KeyError| e.to_string()));
+            match replaced {
+                Ok(()) => info!("hub certificate renewed"),
+                Err(error) => error!(%error, "hub certificate not renewed"),
+            }
+        }
+    }
+}

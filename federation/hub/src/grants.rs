@@ -1,0 +1,274 @@
+//! MemberCluster: a cluster's labels, and what it may give to the others.
+//!
+//! ```yaml
+//! apiVersion: hanse.dev/v1alpha1
+//! kind: MemberCluster
+//! metadata: {name: train}
+//! spec:
+//!   labels: {env: prod, region: eu}
+//!   grants:
+//!     namespaces: ["*"]                # or names; none by default
+//!     cidrs: [10.1.0.0/16]             # of its endpoints; never overlap with another cluster's
+//!     labels: {app: ["*"], stage: [inference, training]}   # keys with permitted values; absent: every key
+//!     visibleTo: {clusterSelector: "env == 'prod'"}        # absent: everybody
+//!     limits: {endpoints: 100000, labelSets: 20000, updatesPerSecond: 2000}
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use hanse_policy::inventory::{LabelGrant, Labels};
+use hanse_policy::selector::Selector;
+use hanse_policy::tri::Tri;
+use ipnet::IpNet;
+use serde::Deserialize;
+
+/// Label keys with this prefix are the hub's own.
+pub const RESERVED_PREFIX: &str = "hanse.dev/";
+/// Most entries in each list of a MemberCluster.
+const MAX_ENTRIES: usize = 4_096;
+
+/// A cluster's labels and grants. The default grants nothing.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct MemberCluster {
+    pub labels: Labels,
+    pub namespaces: Namespaces,
+    /// The nets that its endpoints' addresses come from.
+    pub cidrs: Vec<IpNet>,
+    /// The label keys that it may set, with the values permitted; none is every key and value.
+    pub label_values: Option<BTreeMap<Arc<str>, Values>>,
+    /// Which clusters may see what it exports; none is all.
+    pub visible_to: Option<Selector>,
+    pub limits: Limits,
+}
+
+/// The namespaces that a cluster may export.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Namespaces {
+    All,
+    Named(BTreeSet<Arc<str>>),
+}
+
+impl Default for Namespaces {
+    fn default() -> Self {
+        Self::Named(BTreeSet::new())
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Values {
+    Any,
+    Named(BTreeSet<Arc<str>>),
+}
+
+/// How much a cluster may publish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    pub endpoints: u64,
+    pub label_sets: u64,
+    pub updates_per_second: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { endpoints: 100_000, label_sets: 100_000, updates_per_second: 10_000 }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct Manifest {
+    #[serde(default)]
+    spec: Spec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Spec {
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
+    #[serde(default)]
+    grants: Grants,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Grants {
+    #[serde(default)]
+    namespaces: Vec<String>,
+    #[serde(default)]
+    cidrs: Vec<String>,
+    #[serde(default)]
+    labels: Option<BTreeMap<String, Vec<String>>>,
+    #[serde(default)]
+    visible_to: Option<VisibleTo>,
+    #[serde(default)]
+    limits: LimitsSpec,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct VisibleTo {
+    cluster_selector: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct LimitsSpec {
+    endpoints: Option<u64>,
+    label_sets: Option<u64>,
+    updates_per_second: Option<u64>,
+}
+
+impl MemberCluster {
+    /// Reads a manifest (JSON).
+    ///
+    /// # Errors
+    /// What is wrong, naming the field.
+    pub fn from_manifest(manifest: &[u8]) -> Result<Self, String> {
+        let Manifest { spec: Spec { labels, grants } } =
+            serde_json::from_slice(manifest).map_err(|e| format!("spec: {e}"))?;
+        let lists = [
+            labels.len(),
+            grants.namespaces.len(),
+            grants.cidrs.len(),
+            grants.labels.as_ref().map_or(0, BTreeMap::len),
+        ];
+        if lists.iter().any(|len| *len > MAX_ENTRIES) {
+            return Err(format!("spec: a list has at most {MAX_ENTRIES} entries"));
+        }
+        let mut cidrs = Vec::with_capacity(grants.cidrs.len());
+        for (index, text) in grants.cidrs.iter().enumerate() {
+            let field = format!("spec.grants.cidrs[{index}]");
+            let net: IpNet = text.parse().map_err(|_| format!("{field}: '{text}' is not a net"))?;
+            if net.trunc() != net {
+                return Err(format!("{field}: '{text}' has bits beyond its prefix; did you mean {}", net.trunc()));
+            }
+            if let Some(other) = cidrs.iter().find(|other| overlap(other, &net)) {
+                return Err(format!("{field}: '{text}' overlaps with {other}"));
+            }
+            cidrs.push(net);
+        }
+        let label_values = grants.labels.map(|labels| {
+            let values = |values: Vec<String>| match values.iter().any(|v| v == "*") {
+                true => Values::Any,
+                false => Values::Named(values.into_iter().map(Arc::from).collect()),
+            };
+            labels.into_iter().map(|(key, v)| (Arc::from(key), values(v))).collect::<BTreeMap<Arc<str>, Values>>()
+        });
+        if let Some(key) = label_values.iter().flat_map(BTreeMap::keys).find(|key| key.starts_with(RESERVED_PREFIX)) {
+            return Err(format!("spec.grants.labels: '{key}' is the hub's and cannot be granted"));
+        }
+        let visible_to = grants.visible_to.map(|v| Selector::parse(&v.cluster_selector)).transpose();
+        let default = Limits::default();
+        Ok(Self {
+            labels: labels.into_iter().map(|(k, v)| (Arc::from(k), Arc::from(v))).collect(),
+            namespaces: match grants.namespaces.iter().any(|n| n == "*") {
+                true => Namespaces::All,
+                false => Namespaces::Named(grants.namespaces.into_iter().map(Arc::from).collect()),
+            },
+            cidrs,
+            label_values,
+            visible_to: visible_to.map_err(|e| format!("spec.grants.visibleTo.clusterSelector: {e}"))?,
+            limits: Limits {
+                endpoints: grants.limits.endpoints.unwrap_or(default.endpoints),
+                label_sets: grants.limits.label_sets.unwrap_or(default.label_sets),
+                updates_per_second: grants.limits.updates_per_second.unwrap_or(default.updates_per_second),
+            },
+        })
+    }
+
+    /// Whether endpoints of this namespace may be exported.
+    pub fn permits_namespace(&self, name: &str) -> bool {
+        match &self.namespaces {
+            Namespaces::All => true,
+            Namespaces::Named(names) => names.contains(name),
+        }
+    }
+
+    /// Whether an endpoint may have this address.
+    pub fn permits_address(&self, address: IpAddr) -> bool {
+        self.cidrs.iter().any(|net| net.contains(&address))
+    }
+
+    /// Whether an endpoint may have this label. A key outside the grant is not refused: it is unknown (see [`Self::label_grant`]).
+    pub fn permits_label(&self, key: &str, value: &str) -> bool {
+        if key.starts_with(RESERVED_PREFIX) {
+            return false;
+        }
+        match self.label_values.as_ref().and_then(|keys| keys.get(key)) {
+            Some(Values::Named(values)) => values.contains(value),
+            Some(Values::Any) | None => true,
+        }
+    }
+
+    /// The keys that are known on this cluster's endpoints.
+    pub fn label_grant(&self) -> LabelGrant {
+        match &self.label_values {
+            None => LabelGrant::All,
+            Some(keys) => LabelGrant::Keys(keys.keys().cloned().collect()),
+        }
+    }
+
+    /// Whether a cluster with these labels may see what this one exports.
+    pub fn visible_to(&self, labels: &Labels) -> bool {
+        self.visible_to.as_ref().is_none_or(|selector| selector.evaluate(labels) == Tri::Yes)
+    }
+
+    /// The first of its nets that overlaps with one of `other`, with that one.
+    pub fn overlap(&self, other: &Self) -> Option<(IpNet, IpNet)> {
+        let pairs = self.cidrs.iter().flat_map(|a| other.cidrs.iter().map(move |b| (*a, *b)));
+        pairs.into_iter().find(|(a, b)| overlap(a, b))
+    }
+}
+
+fn overlap(a: &IpNet, b: &IpNet) -> bool {
+    a.contains(b) || b.contains(a)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(spec: serde_json::Value) -> Result<MemberCluster, String> {
+        MemberCluster::from_manifest(serde_json::json!({ "spec": spec }).to_string().as_bytes())
+    }
+
+    #[test]
+    fn without_a_grant_nothing_is_granted() {
+        let none = MemberCluster::default();
+        assert!(!none.permits_namespace("a") && !none.permits_address([10, 0, 0, 1].into()));
+        assert_eq!(read(serde_json::json!({})).unwrap(), none);
+    }
+
+    #[test]
+    fn reads_every_field_and_names_what_is_wrong() {
+        let grant = read(serde_json::json!({
+            "labels": {"env": "prod"},
+            "grants": {
+                "namespaces": ["a"], "cidrs": ["10.1.0.0/16", "fd00::/64"],
+                "labels": {"app": ["*"], "stage": ["x"]},
+                "visibleTo": {"clusterSelector": "env == 'prod'"},
+                "limits": {"endpoints": 5}
+            }
+        }))
+        .unwrap();
+        assert!(grant.permits_namespace("a") && !grant.permits_namespace("b"));
+        assert!(grant.permits_address([10, 1, 2, 3].into()) && !grant.permits_address([10, 2, 0, 0].into()));
+        assert!(
+            grant.permits_label("app", "q") && grant.permits_label("stage", "x") && !grant.permits_label("stage", "y")
+        );
+        assert!(!grant.permits_label("hanse.dev/x", "y"));
+        assert!(grant.visible_to(&grant.labels) && !grant.visible_to(&Labels::new()));
+        for (spec, field) in [
+            (serde_json::json!({"grants": {"cidrs": ["10.1.0.1/16"]}}), "spec.grants.cidrs[0]"),
+            (serde_json::json!({"grants": {"cidrs": ["10.0.0.0/8", "10.1.0.0/16"]}}), "spec.grants.cidrs[1]"),
+            (serde_json::json!({"grants": {"labels": {"hanse.dev/a": []}}}), "spec.grants.labels"),
+            (serde_json::json!({"grants": {"visibleTo": {"clusterSelector": "=="}}}), "visibleTo"),
+            (serde_json::json!({"typo": 1}), "typo"),
+        ] {
+            let error = read(spec).unwrap_err();
+            assert!(error.contains(field), "{error}");
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The federated objects: which kind and name a manifest has, and whether it may enter the store.
+
+use std::sync::Arc;
+
+use hanse_runtime::identity::check_subdomain;
+use serde::Deserialize;
+
+use crate::grants::MemberCluster;
+
+/// Largest manifest, in bytes.
+pub const MAX_MANIFEST_BYTES: usize = 256 << 10;
+
+/// The kinds of `hanse.dev/v1alpha1`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    FederatedNetworkPolicy,
+    FederatedNetworkSet,
+    MemberCluster,
+    Tier,
+}
+
+/// An object's kind and name. Its fields are the store's key.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectId {
+    pub kind: Kind,
+    pub name: Arc<str>,
+}
+
+impl Kind {
+    pub const ALL: [Self; 4] =
+        [Self::FederatedNetworkPolicy, Self::FederatedNetworkSet, Self::MemberCluster, Self::Tier];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FederatedNetworkPolicy => "FederatedNetworkPolicy",
+            Self::FederatedNetworkSet => "FederatedNetworkSet",
+            Self::MemberCluster => "MemberCluster",
+            Self::Tier => "Tier",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+}
+
+impl std::fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.kind.name(), self.name)
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Head {
+    api_version: String,
+    kind: String,
+    metadata: Metadata,
+}
+
+#[derive(Debug, Deserialize)]
+struct Metadata {
+    name: String,
+    #[serde(default)]
+    namespace: Option<String>,
+}
+
+/// What a valid manifest is.
+#[derive(Debug, Clone)]
+pub struct Checked {
+    pub id: ObjectId,
+    /// The tier of a policy.
+    pub tier: Option<Arc<str>>,
+    /// What its author should know though it is valid.
+    pub warnings: Vec<String>,
+}
+
+/// Checks a manifest (JSON) whole: what is accepted here can be read by everybody of this version.
+///
+/// # Errors
+/// What is wrong, naming the field.
+pub fn check(manifest: &[u8]) -> Result<Checked, String> {
+    if manifest.len() > MAX_MANIFEST_BYTES {
+        return Err("a manifest has at most 256 KiB".to_owned());
+    }
+    let head: Head = serde_json::from_slice(manifest).map_err(|e| format!("the manifest cannot be read: {e}"))?;
+    if head.api_version != "hanse.dev/v1alpha1" {
+        return Err(format!("apiVersion: '{}' is not hanse.dev/v1alpha1", head.api_version));
+    }
+    let kind = Kind::from_name(&head.kind)
+        .ok_or_else(|| format!("kind: '{}' is not a kind of hanse.dev/v1alpha1", head.kind))?;
+    if head.metadata.namespace.is_some() {
+        return Err(format!("metadata.namespace: a {} has none", kind.name()));
+    }
+    check_subdomain(&head.metadata.name).map_err(|e| format!("metadata.name: {e}"))?;
+    let id = ObjectId { kind, name: head.metadata.name.into() };
+    let mut checked = Checked { id, tier: None, warnings: Vec::new() };
+    if kind == Kind::MemberCluster {
+        hanse_runtime::identity::check_label(&checked.id.name).map_err(|e| format!("metadata.name: {e}"))?;
+        MemberCluster::from_manifest(manifest)?;
+    }
+    if kind == Kind::FederatedNetworkPolicy {
+        checked.tier = Some(tier_of(manifest)?);
+    }
+    Ok(checked)
+}
+
+/// The tier that a policy names.
+///
+/// # Errors
+/// When it names none.
+pub fn tier_of(manifest: &[u8]) -> Result<Arc<str>, String> {
+    #[derive(Deserialize)]
+    struct Policy {
+        spec: Spec,
+    }
+    #[derive(Deserialize)]
+    struct Spec {
+        #[serde(default)]
+        tier: String,
+    }
+    let policy: Policy = serde_json::from_slice(manifest).map_err(|e| format!("spec: {e}"))?;
+    if policy.spec.tier.is_empty() {
+        return Err("spec.tier: a federated policy names its tier".to_owned());
+    }
+    Ok(policy.spec.tier.into())
+}

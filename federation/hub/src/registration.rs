@@ -1,0 +1,321 @@
+//! Joining and renewing: the conversion module of `registration.proto`, and the rules behind it.
+
+use std::time::{Duration, SystemTime};
+
+use aws_lc_rs::constant_time::verify_slices_are_equal;
+use hanse_proto::federation::v1 as wire;
+use hanse_runtime::Identity;
+use hanse_runtime::ca::CaError;
+use hanse_runtime::identity::check_label;
+use hanse_runtime::keys::{Certificate, Fingerprint, KeyError, RequestedKey};
+use hanse_runtime::tls::{peer, peer_identity};
+use hanse_store::Transaction;
+use tonic::{Request, Response, Status};
+use tracing::{info, warn};
+
+use crate::authority::Authority;
+use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
+use crate::registry::{ChangeError, Deed, MAX_CLUSTERS, Registry, Snapshot, key, seconds};
+use crate::token::{MAX_TOKEN_BYTES, Token};
+
+/// How soon a waiting member may ask again.
+const RETRY: Duration = Duration::from_secs(1);
+/// A wrong token, a wrong cluster and an unknown token get this answer, so that none tells them apart.
+const REFUSED: &str = "the token is not valid";
+
+/// The services of `registration.proto`.
+#[derive(Debug, Clone)]
+pub struct Registration {
+    registry: Registry,
+    authority: Authority,
+}
+
+/// What a newcomer or a renewing party gets.
+struct Issued {
+    certificate: Certificate,
+    intermediate: Option<Certificate>,
+}
+
+enum Joined {
+    Issued(Issued),
+    Waiting,
+}
+
+impl Registration {
+    pub fn new(registry: Registry, authority: Authority) -> Self {
+        Self { registry, authority }
+    }
+
+    async fn join(
+        &self,
+        token: &Token,
+        request: &RequestedKey,
+        intermediate: &RequestedKey,
+        allow_final: bool,
+    ) -> Result<Joined, ChangeError> {
+        let now = self.registry.now();
+        let public = request.public().to_string();
+        let deed =
+            Deed { who: format!("token/{}", token.id), action: "join", object: format!("cluster/{}", token.cluster) };
+        let root = self.authority.root().fingerprint();
+        let lifetimes = self.authority.lifetimes;
+        let (_, accepted) = self
+            .registry
+            .change(&deed, |snapshot| {
+                let record = check_token(snapshot, token, root, now)?;
+                let mut transaction = Transaction::default();
+                match &record.bound_key {
+                    None => {
+                        let bound = TokenRecord { bound_key: Some(public.clone()), ..record.clone() };
+                        transaction = transaction.put(key(&["token", &token.id])?, records::encode(&bound));
+                    }
+                    Some(bound) if *bound == public => {}
+                    Some(_) => return Err(ChangeError::Denied("the token belongs to another key".to_owned())),
+                }
+                if snapshot.members.len() >= MAX_CLUSTERS && !snapshot.members.contains_key(token.cluster.as_str()) {
+                    return Err(ChangeError::Limit(format!("there are {MAX_CLUSTERS} clusters already")));
+                }
+                let before = snapshot.members.get(token.cluster.as_str()).map(|m| &m.record);
+                let member = match before {
+                    // The same newcomer asks again: whatever an operator has decided holds.
+                    Some(member) if member.key == public && member.token == token.id => member.clone(),
+                    // A newer token replaces an older registration: the older key is gone from here on.
+                    _ => MemberRecord {
+                        key: public.clone(),
+                        previous_key: None,
+                        state: if record.accept { MemberState::Accepted } else { MemberState::Pending },
+                        certificate_expires_at: 0,
+                        federated_allow_final: allow_final,
+                        token: token.id.clone(),
+                    },
+                };
+                let accepted = match &member.state {
+                    MemberState::Accepted => true,
+                    MemberState::Pending => false,
+                    MemberState::Revoked { .. } => {
+                        return Err(ChangeError::Denied("the cluster has been revoked".to_owned()));
+                    }
+                };
+                // Its certificate's end is registered before it is issued.
+                let expires = if accepted { seconds(now + lifetimes.leaf) } else { 0 };
+                let member = MemberRecord { certificate_expires_at: expires, ..member };
+                if before != Some(&member) {
+                    transaction = transaction.put(key(&["member", &token.cluster])?, records::encode(&member));
+                }
+                Ok((transaction, accepted))
+            })
+            .await?;
+        if !accepted {
+            return Ok(Joined::Waiting);
+        }
+        let identity = Identity::cluster(&token.cluster).map_err(|e| ChangeError::Invalid(e.to_string()))?;
+        let ca = self.authority.ca();
+        let certificate = ca.issue(&identity, request, lifetimes.leaf, now).map_err(signing)?;
+        let intermediate =
+            ca.issue_intermediate(&token.cluster, intermediate, lifetimes.intermediate, now).map_err(signing)?;
+        Ok(Joined::Issued(Issued { certificate, intermediate: Some(intermediate) }))
+    }
+
+    async fn renew(
+        &self,
+        presented: &Certificate,
+        request: &RequestedKey,
+        intermediate: Option<&RequestedKey>,
+    ) -> Result<Issued, ChangeError> {
+        let now = self.registry.now();
+        let identity = presented.identity.clone();
+        let deed = Deed::new(&identity, "renew", identity.to_string());
+        let (new, presented_key) = (request.public().to_string(), presented.public.to_string());
+        let previous_key = (new != presented_key).then_some(presented_key);
+        let lifetimes = self.authority.lifetimes;
+        let lifetime = match &identity {
+            Identity::Cluster(_) => lifetimes.leaf,
+            Identity::User(_) if intermediate.is_none() => lifetimes.user,
+            _ => return Err(ChangeError::Denied("only clusters and users renew here".to_owned())),
+        };
+        let certificate_expires_at = seconds(now + lifetime);
+        self.registry
+            .change(&deed, |snapshot| {
+                if !snapshot.admits(presented) {
+                    return Err(ChangeError::Denied("the certificate has been revoked".to_owned()));
+                }
+                let record = match &identity {
+                    Identity::Cluster(name) => snapshot.members.get(name).map(|member| {
+                        let member = member.record.clone();
+                        let renewed = MemberRecord {
+                            key: new.clone(),
+                            previous_key: previous_key.clone(),
+                            certificate_expires_at,
+                            ..member
+                        };
+                        (["member", name], records::encode(&renewed))
+                    }),
+                    Identity::User(name) => snapshot.users.get(name).map(|user| {
+                        let user = UserRecord::clone(user);
+                        let renewed = UserRecord {
+                            key: new.clone(),
+                            previous_key: previous_key.clone(),
+                            certificate_expires_at,
+                            ..user
+                        };
+                        (["user", name], records::encode(&renewed))
+                    }),
+                    Identity::Hub | Identity::Node { .. } => None,
+                };
+                let (path, record) = record.ok_or_else(|| ChangeError::NotFound("not registered".to_owned()))?;
+                Ok((Transaction::default().put(key(&path)?, record), ()))
+            })
+            .await?;
+        let ca = self.authority.ca();
+        let certificate = ca.issue(&identity, request, lifetime, now).map_err(signing)?;
+        let intermediate = match (&identity, intermediate) {
+            (Identity::Cluster(name), Some(requested)) => {
+                Some(ca.issue_intermediate(name, requested, lifetimes.intermediate, now).map_err(signing)?)
+            }
+            _ => None,
+        };
+        Ok(Issued { certificate, intermediate })
+    }
+
+    /// For the key that is registered, and a certificate that ended at most so long ago. Gives a certificate for that key.
+    async fn renew_late(&self, request: &RequestedKey) -> Result<Certificate, ChangeError> {
+        let now = self.registry.now();
+        let public = request.public().to_string();
+        let lifetimes = self.authority.lifetimes;
+        // Nobody is told whether a key is unknown, revoked or too late.
+        let refused = || ChangeError::Denied("no such key may renew".to_owned());
+        let find = |snapshot: &Snapshot| {
+            let mut members = snapshot.members.iter();
+            let (name, member) = members.find(|(_, m)| m.record.key == public)?;
+            let member = &member.record;
+            let until = member.certificate_expires_at + lifetimes.late_renewal.as_secs();
+            let may =
+                member.state == MemberState::Accepted && member.certificate_expires_at != 0 && seconds(now) <= until;
+            may.then(|| (name.clone(), member.clone()))
+        };
+        // Strangers must not write to the audit: only who is found changes anything.
+        let (name, _) = find(&self.registry.snapshot()).ok_or_else(refused)?;
+        let identity = Identity::Cluster(name.clone());
+        let deed = Deed::new(&identity, "renew.late", identity.to_string());
+        self.registry
+            .change(&deed, |snapshot| {
+                let (_, member) = find(snapshot).filter(|(n, _)| *n == name).ok_or_else(refused)?;
+                let renewed = MemberRecord { certificate_expires_at: seconds(now + lifetimes.leaf), ..member };
+                Ok((Transaction::default().put(key(&["member", &name])?, records::encode(&renewed)), ()))
+            })
+            .await?;
+        self.authority.ca().issue(&identity, request, lifetimes.leaf, now).map_err(signing)
+    }
+
+    fn issued(&self, issued: Issued) -> wire::Issued {
+        wire::Issued {
+            certificate: issued.certificate.der.to_vec().into(),
+            root: self.authority.root().der.to_vec().into(),
+            intermediate: issued.intermediate.map(|c| c.der.to_vec().into()).unwrap_or_default(),
+        }
+    }
+}
+
+/// The token's record, if the token is right and has not ended.
+fn check_token(
+    snapshot: &Snapshot,
+    token: &Token,
+    root: Fingerprint,
+    now: SystemTime,
+) -> Result<TokenRecord, ChangeError> {
+    // Not `Denied`, which is audited: guessing must not fill the audit.
+    let refused = || ChangeError::NotFound(REFUSED.to_owned());
+    let record = snapshot.tokens.get(token.id.as_str()).ok_or_else(refused)?;
+    let hash = token.secret_hash().to_string();
+    let right = verify_slices_are_equal(hash.as_bytes(), record.secret_hash.as_bytes()).is_ok();
+    if !right || record.cluster != token.cluster || token.root != root || seconds(now) >= record.expires_at {
+        return Err(refused());
+    }
+    Ok(TokenRecord::clone(record))
+}
+
+fn signing(error: CaError) -> ChangeError {
+    ChangeError::Invalid(format!("the certificate cannot be issued: {error}"))
+}
+
+/// The gRPC code of a refused change.
+pub(crate) fn status(error: ChangeError) -> Status {
+    match error {
+        ChangeError::Invalid(text) => Status::invalid_argument(text),
+        ChangeError::Denied(text) => Status::permission_denied(text),
+        ChangeError::NotFound(text) => Status::not_found(text),
+        ChangeError::Conflict(text) => Status::failed_precondition(text),
+        ChangeError::Limit(text) => Status::resource_exhausted(text),
+        ChangeError::Busy => Status::aborted("other replicas changed the registry meanwhile: try again"),
+        ChangeError::Store(error) => {
+            tracing::error!(%error, "the store failed");
+            Status::unavailable("the store failed")
+        }
+    }
+}
+
+pub(crate) fn requested(der: &[u8], field: &'static str) -> Result<RequestedKey, Status> {
+    RequestedKey::from_request(der).map_err(|e: KeyError| Status::invalid_argument(format!("{field}: {e}")))
+}
+
+#[tonic::async_trait]
+impl wire::registration_server::Registration for Registration {
+    async fn join(&self, request: Request<wire::JoinRequest>) -> Result<Response<wire::JoinResponse>, Status> {
+        let address = peer(&request)?.address;
+        let request = request.into_inner();
+        if request.token.len() > MAX_TOKEN_BYTES {
+            return Err(Status::invalid_argument("token: it is too long"));
+        }
+        let token =
+            Token::parse(&request.token).ok_or_else(|| Status::invalid_argument("token: it is not a join token"))?;
+        check_label(&request.cluster).map_err(|e| Status::invalid_argument(format!("cluster: {e}")))?;
+        if request.cluster != token.cluster {
+            warn!(%address, token = token.id, cluster = request.cluster, "a token was presented for another cluster");
+            return Err(Status::permission_denied(format!("the token is for the cluster {}", token.cluster)));
+        }
+        let own = requested(&request.request, "request")?;
+        let intermediate = requested(&request.intermediate_request, "intermediate_request")?;
+        if own.public() == intermediate.public() {
+            return Err(Status::invalid_argument("intermediate_request: it must be for a key of its own"));
+        }
+        let joined = self.join(&token, &own, &intermediate, request.federated_allow_final).await.map_err(|error| {
+            warn!(%address, token = token.id, cluster = token.cluster, %error, "join refused");
+            status(error)
+        })?;
+        use wire::join_response::State;
+        let state = match joined {
+            Joined::Issued(issued) => {
+                info!(%address, cluster = token.cluster, key = %own.public(), "cluster joined");
+                State::Issued(self.issued(issued))
+            }
+            Joined::Waiting => State::Waiting(wire::AwaitingAcceptance { retry_ms: RETRY.as_millis() as u64 }),
+        };
+        Ok(Response::new(wire::JoinResponse { state: Some(state) }))
+    }
+
+    async fn renew_late(
+        &self,
+        request: Request<wire::RenewLateRequest>,
+    ) -> Result<Response<wire::RenewLateResponse>, Status> {
+        let request = requested(&request.into_inner().request, "request")?;
+        let certificate = self.renew_late(&request).await.map_err(status)?;
+        info!(identity = %certificate.identity, "certificate renewed late");
+        Ok(Response::new(wire::RenewLateResponse { certificate: certificate.der.to_vec().into() }))
+    }
+}
+
+#[tonic::async_trait]
+impl wire::renewal_server::Renewal for Registration {
+    async fn renew(&self, request: Request<wire::RenewRequest>) -> Result<Response<wire::RenewResponse>, Status> {
+        peer_identity(&request)?;
+        let presented = peer(&request)?.certificate.clone().ok_or_else(|| Status::unauthenticated("no certificate"))?;
+        let request = request.into_inner();
+        let own = requested(&request.request, "request")?;
+        let intermediate = match request.intermediate_request.is_empty() {
+            true => None,
+            false => Some(requested(&request.intermediate_request, "intermediate_request")?),
+        };
+        let issued = self.renew(&presented, &own, intermediate.as_ref()).await.map_err(status)?;
+        Ok(Response::new(wire::RenewResponse { issued: Some(self.issued(issued)) }))
+    }
+}

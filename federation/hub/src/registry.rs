@@ -1,0 +1,381 @@
+//! The truth of a ClusterSet, in one store, and a view of it that everybody reads.
+//!
+//! Every change is decided on one [`Snapshot`] and committed only if no other change came between (the audit's counter is
+//! compared), with its audit record in the same transaction. When a change is answered, the snapshot shows it. Leases and
+//! "was heard" are outside of that order, since they carry no decision.
+
+pub mod records;
+mod snapshot;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use hanse_runtime::Identity;
+use hanse_runtime::keys::Certificate;
+use hanse_runtime::retry::Backoff;
+use hanse_store::{Compare, Key, LeaseId, Outcome, Prefix, Revision, Store, StoreError, Transaction};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+use records::{AuditRecord, MemberState};
+pub use snapshot::{Cluster, ClusterState, Lease, Object, Snapshot};
+
+/// Audit records kept; the oldest goes with each new one. 10,000 × about 300 bytes is 3 MiB.
+pub const MAX_AUDIT_RECORDS: u64 = 10_000;
+/// Most clusters with a registration, objects of one kind, users, and tokens that have not ended.
+pub const MAX_CLUSTERS: usize = 4_096;
+pub const MAX_OBJECTS: usize = 50_000;
+pub const MAX_USERS: usize = 10_000;
+pub const MAX_TOKENS: usize = 10_000;
+
+/// How long a conflicting change is tried again: conflicts come from other replicas only.
+const MAX_ATTEMPTS: usize = 32;
+
+/// Reads the wall clock; replaced by tests.
+#[derive(Clone)]
+pub struct Clock(pub Arc<dyn Fn() -> SystemTime + Send + Sync>);
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self(Arc::new(SystemTime::now))
+    }
+}
+
+impl std::fmt::Debug for Clock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Clock")
+    }
+}
+
+/// Why a change was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    #[error("{0}")]
+    Invalid(String),
+    #[error("{0}")]
+    Denied(String),
+    #[error("{0}")]
+    NotFound(String),
+    #[error("{0}")]
+    Conflict(String),
+    #[error("{0}")]
+    Limit(String),
+    #[error("the store failed")]
+    Store(#[from] StoreError),
+    #[error("other replicas changed the registry too often meanwhile")]
+    Busy,
+}
+
+/// Who does what, for the audit.
+#[derive(Debug, Clone)]
+pub struct Deed {
+    pub who: String,
+    pub action: &'static str,
+    pub object: String,
+}
+
+/// A handle on the registry. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    store: Arc<dyn Store>,
+    epoch: u64,
+    lease_time: Duration,
+    clock: Clock,
+    view: watch::Sender<Arc<Snapshot>>,
+    /// Orders the changes of this replica, so that they do not conflict among themselves.
+    changing: tokio::sync::Mutex<()>,
+    leases: tokio::sync::Mutex<HashMap<Arc<str>, LeaseId>>,
+    heard: Mutex<HashMap<Arc<str>, Instant>>,
+    /// Lives as long as the handles do.
+    _following: tokio_util::sync::DropGuard,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Registry").field("store", &self.store).field("epoch", &self.epoch).finish_non_exhaustive()
+    }
+}
+
+impl Registry {
+    /// Reads the store and follows it. `lease_time` is how long a cluster may be silent before it counts as stale.
+    ///
+    /// # Errors
+    /// When the store fails, or holds a record that this version cannot read.
+    pub async fn open(store: Arc<dyn Store>, lease_time: Duration, clock: Clock) -> Result<Self, ChangeError> {
+        let epoch = read_or_make_epoch(&*store).await?;
+        let everything = Prefix::new::<&str>(&[]).map_err(|e| ChangeError::Invalid(e.to_string()))?;
+        let listing = store.list(&everything).await?;
+        let snapshot = Snapshot::from_listing(&listing).map_err(ChangeError::Invalid)?;
+        let leases = listing.entries.iter().filter_map(|e| {
+            let mut segments = e.key.segments();
+            (segments.next() == Some("lease")).then_some(())?;
+            Some((Arc::from(segments.next()?), e.lease?))
+        });
+        let leases = tokio::sync::Mutex::new(leases.collect());
+        let view = watch::Sender::new(Arc::new(snapshot));
+        let stop = CancellationToken::new();
+        tokio::spawn(follow(store.clone(), view.clone(), stop.clone()));
+        Ok(Self {
+            shared: Arc::new(Shared {
+                store,
+                epoch,
+                lease_time,
+                clock,
+                view,
+                changing: tokio::sync::Mutex::default(),
+                leases,
+                heard: Mutex::default(),
+                _following: stop.drop_guard(),
+            }),
+        })
+    }
+
+    /// The newest view.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.shared.view.borrow().clone()
+    }
+
+    /// Sees each new view; a slow reader sees the newest only.
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.shared.view.subscribe()
+    }
+
+    /// Names the store's numbering: revisions of different epochs have nothing to do with each other.
+    pub fn epoch(&self) -> u64 {
+        self.shared.epoch
+    }
+
+    pub fn lease_time(&self) -> Duration {
+        self.shared.lease_time
+    }
+
+    pub fn now(&self) -> SystemTime {
+        (self.shared.clock.0)()
+    }
+
+    /// Seconds since 1970.
+    pub fn now_seconds(&self) -> u64 {
+        seconds(self.now())
+    }
+
+    /// Whether this certificate may be used now: its owner is registered with this key and has not been revoked. The
+    /// certificate itself (chain, time) is TLS's business.
+    pub fn admits(&self, certificate: &Certificate) -> bool {
+        self.snapshot().admits(certificate)
+    }
+
+    /// A cluster was heard: its lease begins, or begins again. Cheap while the lease holds (nothing is written), so it may be
+    /// called for each message.
+    ///
+    /// # Errors
+    /// When the store fails, or the cluster is not accepted.
+    pub async fn heard(&self, cluster: &str) -> Result<(), ChangeError> {
+        let name: Arc<str> = cluster.into();
+        if !self.snapshot().members.get(cluster).is_some_and(|m| m.record.state == MemberState::Accepted) {
+            return Err(ChangeError::NotFound(format!("cluster {cluster} is not accepted")));
+        }
+        let now = Instant::now();
+        self.shared.heard.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), now);
+        let mut leases = self.shared.leases.lock().await;
+        if let Some(lease) = leases.get(&name) {
+            match self.shared.store.renew_lease(*lease).await {
+                Ok(()) => return Ok(()),
+                Err(StoreError::NoLease(_)) => drop(leases.remove(&name)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let lease = self.shared.store.grant_lease(self.shared.lease_time).await?;
+        let live = Transaction::default()
+            .put_with_lease(key(&["lease", cluster])?, Bytes::new(), lease)
+            .put(key(&["heard", cluster])?, Bytes::new());
+        let outcome = self.shared.store.commit(live).await?;
+        leases.insert(name, lease);
+        if let Outcome::Committed(revision) = outcome {
+            self.shown(revision).await?;
+        }
+        info!(cluster, "cluster heard");
+        Ok(())
+    }
+
+    /// How long ago this replica heard a cluster, by its monotonic clock.
+    pub fn silent_for(&self, cluster: &str) -> Option<Duration> {
+        self.shared.heard.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).map(Instant::elapsed)
+    }
+
+    /// Makes one change. `decide` is called with the newest view, possibly more than once, and returns the transaction and
+    /// what to answer. The audit record is added here.
+    ///
+    /// # Errors
+    /// What `decide` returns (a denial is audited too), or the store's failure.
+    pub async fn change<T>(
+        &self,
+        deed: &Deed,
+        mut decide: impl FnMut(&Snapshot) -> Result<(Transaction, T), ChangeError>,
+    ) -> Result<(Revision, T), ChangeError> {
+        let _turn = self.shared.changing.lock().await;
+        let mut backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(200));
+        for _ in 0..MAX_ATTEMPTS {
+            let snapshot = self.snapshot();
+            let (transaction, answer, refused) = match decide(&snapshot) {
+                Ok((transaction, answer)) if transaction.changes.is_empty() => return Ok((snapshot.revision, answer)),
+                Ok((transaction, answer)) => (transaction, Some(answer), None),
+                Err(error @ ChangeError::Denied(_)) => (Transaction::default(), None, Some(error)),
+                Err(error) => return Err(error),
+            };
+            let outcome = refused.as_ref().map_or_else(|| "done".to_owned(), ToString::to_string);
+            let transaction = self.audited(transaction, &snapshot, deed, outcome)?;
+            if let Outcome::Committed(revision) = self.shared.store.commit(transaction).await? {
+                self.shown(revision).await?;
+                match (answer, refused) {
+                    (_, Some(error)) => return Err(error),
+                    (Some(answer), None) => {
+                        info!(who = deed.who, action = deed.action, object = deed.object, revision, "registry changed");
+                        return Ok((revision, answer));
+                    }
+                    (None, None) => return Err(ChangeError::Busy),
+                }
+            }
+            tokio::time::sleep(backoff.next_delay()).await;
+        }
+        Err(ChangeError::Busy)
+    }
+
+    fn audited(
+        &self,
+        transaction: Transaction,
+        snapshot: &Snapshot,
+        deed: &Deed,
+        outcome: String,
+    ) -> Result<Transaction, ChangeError> {
+        let counter = key(&["meta", "audit"])?;
+        let number = snapshot.audit_number + 1;
+        let record = AuditRecord {
+            at: self.now_seconds(),
+            who: deed.who.clone(),
+            action: deed.action.to_owned(),
+            object: deed.object.clone(),
+            outcome,
+        };
+        let compare = match snapshot.audit_revision {
+            0 => Compare::Absent(counter.clone()),
+            revision => Compare::Modified(counter.clone(), revision),
+        };
+        let mut transaction = transaction
+            .when(compare)
+            .put(counter, number.to_string())
+            .put(audit_key(number)?, records::encode(&record));
+        if let Some(oldest) = number.checked_sub(MAX_AUDIT_RECORDS).filter(|n| *n > 0) {
+            transaction = transaction.delete(audit_key(oldest)?);
+        }
+        Ok(transaction)
+    }
+
+    /// The newest `limit` audit records, newest first.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn audit(&self, limit: usize) -> Result<Vec<(u64, AuditRecord)>, ChangeError> {
+        let newest = self.snapshot().audit_number;
+        let mut found = Vec::new();
+        for number in (1..=newest).rev().take(limit.min(MAX_AUDIT_RECORDS as usize)) {
+            if let Some(entry) = self.shared.store.read(&audit_key(number)?).await?
+                && let Ok(record) = records::decode(&entry.value)
+            {
+                found.push((number, record));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Waits until the view shows `revision`.
+    async fn shown(&self, revision: Revision) -> Result<(), ChangeError> {
+        let mut view = self.subscribe();
+        view.wait_for(|snapshot| snapshot.revision >= revision).await.map_err(|_| StoreError::Closed)?;
+        Ok(())
+    }
+}
+
+/// Applies the store's events to the view. Where the store no longer holds them, it lists again.
+async fn follow(store: Arc<dyn Store>, view: watch::Sender<Arc<Snapshot>>, stop: CancellationToken) {
+    let Ok(everything) = Prefix::new::<&str>(&[]) else { return };
+    let mut backoff = Backoff::default();
+    loop {
+        let from = view.borrow().revision;
+        let mut events = match store.watch(everything.clone(), from).await {
+            Ok(events) => events,
+            Err(StoreError::Compacted { .. }) => {
+                match store.list(&everything).await.map(|listing| Snapshot::from_listing(&listing)) {
+                    Ok(Ok(snapshot)) => drop(view.send_replace(Arc::new(snapshot))),
+                    Ok(Err(error)) => error!(%error, "the store holds what cannot be read"),
+                    Err(error) => error!(%error, "the store cannot be listed"),
+                }
+                if !backoff.wait(&stop).await {
+                    return;
+                }
+                continue;
+            }
+            Err(error) => {
+                error!(%error, "the store cannot be watched");
+                if !backoff.wait(&stop).await {
+                    return;
+                }
+                continue;
+            }
+        };
+        backoff.reset();
+        loop {
+            let batch = tokio::select! {
+                () = stop.cancelled() => return,
+                batch = events.next() => batch,
+            };
+            let Ok(batch) = batch else { break };
+            let mut snapshot = Snapshot::clone(&view.borrow());
+            for event in &batch {
+                if let Err(error) = snapshot.apply(event) {
+                    error!(%error, key = %event.key, "the store holds what cannot be read");
+                }
+            }
+            view.send_replace(Arc::new(snapshot));
+        }
+    }
+}
+
+async fn read_or_make_epoch(store: &dyn Store) -> Result<u64, ChangeError> {
+    let name = key(&["meta", "epoch"])?;
+    let mut bytes = [0; 8];
+    aws_lc_rs::rand::fill(&mut bytes).map_err(|_| ChangeError::Invalid("the random generator failed".to_owned()))?;
+    // Seconds in the upper half make a later store's epoch the greater one, where epochs are compared at all.
+    let random = u64::from(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
+    let epoch = seconds(SystemTime::now()) << 32 | random;
+    let make = Transaction::default().when(Compare::Absent(name.clone())).put(name.clone(), epoch.to_string());
+    store.commit(make).await?;
+    let entry = store.read(&name).await?;
+    let text = entry.as_ref().and_then(|e| std::str::from_utf8(&e.value).ok());
+    text.and_then(|t| t.parse().ok()).ok_or_else(|| ChangeError::Invalid("the store's epoch cannot be read".to_owned()))
+}
+
+/// A key from names that have been checked already.
+pub(crate) fn key(segments: &[&str]) -> Result<Key, ChangeError> {
+    Key::new(segments).map_err(|e| ChangeError::Invalid(e.to_string()))
+}
+
+fn audit_key(number: u64) -> Result<Key, ChangeError> {
+    key(&["audit", &format!("{number:020}")])
+}
+
+pub(crate) fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+impl Deed {
+    pub fn new(who: &Identity, action: &'static str, object: impl Into<String>) -> Self {
+        Self { who: who.to_string(), action, object: object.into() }
+    }
+}

@@ -1,0 +1,234 @@
+//! One consistent view of the registry.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use hanse_policy::inventory::Labels;
+use hanse_runtime::Identity;
+use hanse_runtime::keys::Certificate;
+use hanse_store::{Entry, Event, Listing, Revision};
+
+use super::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
+use crate::grants::MemberCluster;
+use crate::manifest::{Kind, ObjectId};
+
+/// The registry as of one revision. Cheap to clone: everything in it is shared.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    pub revision: Revision,
+    /// Every cluster that has joined or is expected, in the order of names.
+    pub clusters: BTreeMap<Arc<str>, Arc<Cluster>>,
+    /// The federated objects.
+    pub objects: BTreeMap<ObjectId, Arc<Object>>,
+    pub(crate) tokens: BTreeMap<Arc<str>, Arc<TokenRecord>>,
+    pub(crate) members: BTreeMap<Arc<str>, Arc<Stored<MemberRecord>>>,
+    pub(crate) users: BTreeMap<Arc<str>, Arc<UserRecord>>,
+    pub(crate) audit_number: u64,
+    pub(crate) audit_revision: Revision,
+    leases: BTreeMap<Arc<str>, Revision>,
+    /// When each cluster was first heard, or its lease last changed.
+    heard: BTreeMap<Arc<str>, Revision>,
+    grants: BTreeMap<Arc<str>, Arc<Stored<MemberCluster>>>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Stored<T> {
+    pub(crate) record: T,
+    pub(crate) revision: Revision,
+}
+
+/// One cluster: its registration, its MemberCluster and its lease in one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cluster {
+    pub name: Arc<str>,
+    pub state: ClusterState,
+    /// From its MemberCluster. Without one it has no labels and no grants: it exports nothing.
+    pub labels: Labels,
+    pub grant: Arc<MemberCluster>,
+    pub lease: Lease,
+    pub federated_allow_final: bool,
+    /// The revision of the newest of all of the above.
+    pub revision: Revision,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ClusterState {
+    /// There is a MemberCluster, and nobody has joined.
+    Expected,
+    /// It waits for an operator.
+    Pending,
+    Accepted,
+    /// Withdrawn: nothing of it is true any more.
+    Revoked {
+        reason: Arc<str>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lease {
+    NeverHeard,
+    Live,
+    Stale,
+}
+
+/// A federated object as its author wrote it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Object {
+    pub id: ObjectId,
+    /// The author's bytes (JSON).
+    pub manifest: Bytes,
+    /// The revision that wrote them.
+    pub revision: Revision,
+}
+
+impl Snapshot {
+    pub(crate) fn from_listing(listing: &Listing) -> Result<Self, String> {
+        let mut snapshot = Self::default();
+        for entry in &listing.entries {
+            let event = Event { revision: entry.modified, key: entry.key.clone(), entry: Some(entry.clone()) };
+            snapshot.apply(&event).map_err(|e| format!("{}: {e}", entry.key))?;
+        }
+        snapshot.revision = listing.revision;
+        let names: Vec<Arc<str>> = snapshot.clusters.keys().cloned().collect();
+        for name in names {
+            let part = |of: Option<Revision>| of.unwrap_or_default();
+            let mut revision = part(snapshot.members.get(&name).map(|m| m.revision))
+                .max(part(snapshot.grants.get(&name).map(|g| g.revision)))
+                .max(part(snapshot.leases.get(&name).copied()))
+                .max(part(snapshot.heard.get(&name).copied()));
+            if let Some(cluster) = snapshot.clusters.get_mut(&name) {
+                // The end of a lease leaves no entry that says when: the newest revision is late enough.
+                if cluster.lease == Lease::Stale {
+                    revision = listing.revision;
+                }
+                *cluster = Arc::new(Cluster { revision, ..Cluster::clone(cluster) });
+            }
+        }
+        Ok(snapshot)
+    }
+
+    pub(crate) fn apply(&mut self, event: &Event) -> Result<(), String> {
+        self.revision = self.revision.max(event.revision);
+        let segments: Vec<&str> = event.key.segments().collect();
+        let entry = event.entry.as_ref();
+        match segments[..] {
+            ["token", id] => set(&mut self.tokens, id, read(entry)?.map(Arc::new)),
+            ["user", name] => set(&mut self.users, name, read(entry)?.map(Arc::new)),
+            ["member", name] => {
+                let record = read(entry)?.map(|record| Arc::new(Stored { record, revision: event.revision }));
+                set(&mut self.members, name, record);
+                self.merge(name, event.revision);
+            }
+            ["lease", name] => {
+                // The end of a lease is a change of the cluster too.
+                set(&mut self.leases, name, entry.map(|_| event.revision));
+                self.merge(name, event.revision);
+            }
+            ["heard", name] => {
+                set(&mut self.heard, name, entry.map(|_| event.revision));
+                self.merge(name, event.revision);
+            }
+            ["object", kind, name] => {
+                let Some(kind) = Kind::from_name(kind) else {
+                    return Err("an object of an unknown kind".to_owned());
+                };
+                let id = ObjectId { kind, name: name.into() };
+                if kind == Kind::MemberCluster {
+                    let grant = entry.map(|e| MemberCluster::from_manifest(&e.value)).transpose()?;
+                    let grant = grant.map(|record| Arc::new(Stored { record, revision: event.revision }));
+                    set(&mut self.grants, name, grant);
+                    self.merge(name, event.revision);
+                }
+                match entry {
+                    Some(e) => {
+                        let object = Object { id: id.clone(), manifest: e.value.clone(), revision: e.modified };
+                        self.objects.insert(id, Arc::new(object));
+                    }
+                    None => drop(self.objects.remove(&id)),
+                }
+            }
+            ["meta", "audit"] => {
+                if let Some(entry) = entry {
+                    let text = std::str::from_utf8(&entry.value).ok();
+                    self.audit_number = text.and_then(|t| t.parse().ok()).ok_or("the audit's counter is no number")?;
+                    self.audit_revision = entry.modified;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn merge(&mut self, name: &str, revision: Revision) {
+        let member = self.members.get(name);
+        let grant = self.grants.get(name);
+        if member.is_none() && grant.is_none() {
+            self.clusters.remove(name);
+            return;
+        }
+        let state = match member.map(|m| &m.record.state) {
+            None => ClusterState::Expected,
+            Some(MemberState::Pending) => ClusterState::Pending,
+            Some(MemberState::Accepted) => ClusterState::Accepted,
+            Some(MemberState::Revoked { reason }) => ClusterState::Revoked { reason: reason.as_str().into() },
+        };
+        let lease = match (self.leases.contains_key(name), self.heard.contains_key(name)) {
+            (true, _) => Lease::Live,
+            (false, true) => Lease::Stale,
+            (false, false) => Lease::NeverHeard,
+        };
+        let grant = grant.map_or_else(Default::default, |g| Arc::new(g.record.clone()));
+        let name: Arc<str> = name.into();
+        let cluster = Cluster {
+            name: name.clone(),
+            state,
+            labels: grant.labels.clone(),
+            grant,
+            lease,
+            federated_allow_final: member.is_some_and(|m| m.record.federated_allow_final),
+            revision,
+        };
+        // Renewals of certificates change nothing that others see: the revision then stays.
+        let same = |old: &Arc<Cluster>| Cluster { revision, ..Cluster::clone(old) } == cluster;
+        if !self.clusters.get(&name).is_some_and(same) {
+            self.clusters.insert(name, Arc::new(cluster));
+        }
+    }
+
+    /// Whether this certificate's owner is registered with its key, and not revoked.
+    pub fn admits(&self, certificate: &Certificate) -> bool {
+        let is = |key: &str, previous: &Option<String>| {
+            let public = certificate.public.to_string();
+            public == key || previous.as_ref() == Some(&public)
+        };
+        match &certificate.identity {
+            Identity::Hub => true,
+            Identity::Cluster(name) => self.members.get(name).is_some_and(|member| {
+                let member = &member.record;
+                member.state == MemberState::Accepted && is(&member.key, &member.previous_key)
+            }),
+            Identity::User(name) => {
+                self.users.get(name).is_some_and(|user| !user.revoked && is(&user.key, &user.previous_key))
+            }
+            Identity::Node { .. } => false,
+        }
+    }
+
+    /// The names of the accepted clusters whose labels `matches`.
+    pub fn accepted(&self, matches: impl Fn(&Cluster) -> bool) -> BTreeSet<Arc<str>> {
+        let accepted = self.clusters.values().filter(|c| c.state == ClusterState::Accepted && matches(c));
+        accepted.map(|c| c.name.clone()).collect()
+    }
+}
+
+fn set<T>(map: &mut BTreeMap<Arc<str>, T>, name: &str, value: Option<T>) {
+    match value {
+        Some(value) => drop(map.insert(name.into(), value)),
+        None => drop(map.remove(name)),
+    }
+}
+
+fn read<T: serde::de::DeserializeOwned>(entry: Option<&Entry>) -> Result<Option<T>, String> {
+    entry.map(|e| records::decode(&e.value)).transpose().map_err(|e| e.to_string())
+}

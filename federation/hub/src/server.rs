@@ -1,0 +1,244 @@
+//! The hub as a whole: its store, its listeners, and what keeps them true.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use hanse_proto::federation::v1::administration_server::AdministrationServer;
+use hanse_proto::federation::v1::registration_server::RegistrationServer;
+use hanse_proto::federation::v1::renewal_server::RenewalServer;
+use hanse_runtime::files;
+use hanse_runtime::health::Health;
+use hanse_runtime::keys::{Credentials, Key};
+use hanse_runtime::metrics::Metrics;
+use hanse_runtime::monitor::{self, Page};
+use hanse_runtime::shutdown::Shutdown;
+use hanse_runtime::tls::{Connections, CredentialStore, IncomingLimits, ServerTls, Trust, http2_server, incoming};
+use hanse_runtime::{Identity, TrustDomain};
+use hanse_store::{Store, open_file};
+use prometheus_client::metrics::gauge::Gauge;
+use serde::{Deserialize, Serialize};
+use tonic::service::Routes;
+use tracing::{error, info, warn};
+
+use crate::administration::{Administration, create_user, refused};
+use crate::authority::{Authority, Lifetimes};
+use crate::registration::Registration;
+use crate::registry::{Clock, Registry};
+use crate::roles::Role;
+use crate::status::{NothingKnown, Realisations};
+
+/// The largest request of the administration: a manifest of 256 KiB with room.
+const MAX_REQUEST_BYTES: usize = 1 << 20;
+/// The largest request on the join listener: a token and two requests are below 20 KiB.
+const MAX_JOIN_BYTES: usize = 64 << 10;
+/// Open connections on the join listener, and new ones in a second from one address.
+const JOIN_LIMITS: IncomingLimits = IncomingLimits { connections: 512, handshakes: 64, per_second: Some(10.0) };
+/// How long streams may take to end when the hub stops.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// How a hub runs.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Holds `ca.key`, `ca.pem` and `hub.redb`.
+    pub data: PathBuf,
+    pub listen: SocketAddr,
+    pub join_listen: SocketAddr,
+    pub health_listen: Option<SocketAddr>,
+    pub metrics_listen: Option<SocketAddr>,
+    /// How long a cluster may be silent.
+    pub lease: Duration,
+    pub lifetimes: Lifetimes,
+    /// The wall clock of registrations; TLS always uses the machine's.
+    pub clock: Clock,
+}
+
+impl Options {
+    /// The defaults for a hub whose files are in `data`.
+    pub fn new(data: PathBuf, listen: SocketAddr, join_listen: SocketAddr) -> Self {
+        Self {
+            data,
+            listen,
+            join_listen,
+            health_listen: None,
+            metrics_listen: None,
+            lease: Duration::from_secs(30),
+            lifetimes: Lifetimes::default(),
+            clock: Clock::default(),
+        }
+    }
+}
+
+/// A running hub.
+#[derive(Debug)]
+pub struct Hub {
+    pub address: SocketAddr,
+    pub join_address: SocketAddr,
+    pub registry: Registry,
+    pub authority: Authority,
+    pub connections: Connections,
+}
+
+/// What a user's context file holds. Paths are relative to the file. Shared with the command `hanse`, which reads it as YAML.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Context {
+    pub hubs: Vec<String>,
+    pub trust_domain: String,
+    pub ca: PathBuf,
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+}
+
+/// Makes a ClusterSet in `data`: its root, its store, and the first administrator with the context file `admin.context`.
+///
+/// # Errors
+/// When there is one already, or files cannot be written.
+pub async fn init(data: &Path, trust_domain: &TrustDomain, listen: SocketAddr) -> anyhow::Result<()> {
+    files::private_folder(data).with_context(|| format!("make {}", data.display()))?;
+    anyhow::ensure!(!data.join("ca.key").exists(), "{} holds a ClusterSet already", data.display());
+    let now = SystemTime::now();
+    // The key comes last among what `ensure` looks at: an init that was cut short can be repeated.
+    let authority = Authority::create(data, trust_domain, now).context("make the root")?;
+    let store = open_file(&data.join("hub.redb")).context("make the store")?;
+    let lease = Duration::from_secs(30);
+    let registry = Registry::open(Arc::new(store), lease, Clock::default()).await.context("fill the store")?;
+    let key = Key::generate()?;
+    let roles = vec![Role::Administrator];
+    let public = key.public().to_string();
+    create_user(&registry, &authority, &Identity::Hub, "admin", roles, &public, now)
+        .await
+        .context("make the administrator")?;
+    let request = hanse_runtime::keys::RequestedKey::from_request(&key.request()?)?;
+    let identity = Identity::user("admin")?;
+    let certificate = authority.ca().issue(&identity, &request, authority.lifetimes.user, now)?;
+    let credentials = Credentials::new(key, certificate)?;
+    credentials.key.write(&data.join("admin.key"))?;
+    credentials.certificate.write(&data.join("admin.pem"))?;
+    let context = Context {
+        hubs: vec![listen.to_string()],
+        trust_domain: trust_domain.to_string(),
+        ca: "ca.pem".into(),
+        certificate: "admin.pem".into(),
+        key: "admin.key".into(),
+    };
+    let text = serde_json::to_string_pretty(&context)? + "\n";
+    files::write_secret(&data.join("admin.context"), text.as_bytes()).context("write admin.context")?;
+    Ok(())
+}
+
+impl Hub {
+    /// Opens the store and the listeners, and serves until `shutdown`.
+    ///
+    /// # Errors
+    /// When files or listeners cannot be opened.
+    pub async fn start(options: Options, shutdown: &Shutdown) -> anyhow::Result<Self> {
+        let store = open_file(&options.data.join("hub.redb")).context("open the store")?;
+        Self::start_with(options, Arc::new(store), shutdown).await
+    }
+
+    /// As [`Self::start`], over a store of the caller's.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_with(options: Options, store: Arc<dyn Store>, shutdown: &Shutdown) -> anyhow::Result<Self> {
+        let stop = shutdown.token();
+        let (health, metrics) = (Health::default(), Metrics::default());
+        let serving = health.condition("serving");
+        if let Some(address) = options.health_listen {
+            monitor::serve(address, Page::Health(health.clone()), stop.clone()).await?;
+        }
+        if let Some(address) = options.metrics_listen {
+            monitor::serve(address, Page::Metrics(metrics.clone(), None), stop.clone()).await?;
+        }
+
+        let authority = Authority::read(&options.data, options.lifetimes).context("read the root")?;
+        let registry = Registry::open(store, options.lease, options.clock).await.context("read the registry")?;
+        let credentials = CredentialStore::new(authority.hub_credentials().context("issue the hub's certificate")?)?;
+        shutdown.spawn(authority.clone().keep_fresh(credentials.clone(), stop.clone()));
+
+        // Only leaves of the root's own; members and users only; only those that the registry knows, and at each handshake anew.
+        let accept = |identity: &Identity| matches!(identity, Identity::Cluster(_) | Identity::User(_));
+        let admits = registry.clone();
+        let trust =
+            Trust::new(authority.root(), accept)?.with_revocation(move |certificate| !admits.admits(certificate));
+        let connections = Connections::default();
+        shutdown.spawn(close_refused(registry.clone(), connections.clone(), metrics.clone(), shutdown.clone()));
+
+        let realisations: Arc<dyn Realisations> = Arc::new(NothingKnown);
+        let registration = Registration::new(registry.clone(), authority.clone());
+        let administration =
+            Administration::new(registry.clone(), authority.clone(), connections.clone(), realisations);
+        let routes = Routes::builder()
+            .add_service(RenewalServer::new(registration.clone()).max_decoding_message_size(MAX_JOIN_BYTES))
+            .add_service(AdministrationServer::new(administration).max_decoding_message_size(MAX_REQUEST_BYTES))
+            .clone()
+            .routes();
+
+        let tls = ServerTls::mutual(credentials.clone(), &trust)?;
+        let main = incoming(options.listen, tls, IncomingLimits::default(), connections.clone(), stop.clone());
+        let main = main.await.with_context(|| format!("listen on {}", options.listen))?;
+        let tls = ServerTls::anonymous(credentials, authority.root())?;
+        let joining = incoming(options.join_listen, tls, JOIN_LIMITS, Connections::default(), stop.clone());
+        let joining = joining.await.with_context(|| format!("listen for joins on {}", options.join_listen))?;
+        let (address, join_address) = (main.address(), joining.address());
+
+        let server =
+            http2_server().add_routes(routes).serve_with_incoming_shutdown(main, stop.clone().cancelled_owned());
+        shutdown.spawn(ends("main", server));
+        let registration = RegistrationServer::new(registration).max_decoding_message_size(MAX_JOIN_BYTES);
+        let server = http2_server()
+            .timeout(Duration::from_secs(20))
+            .add_service(registration)
+            .serve_with_incoming_shutdown(joining, stop.clone().cancelled_owned());
+        shutdown.spawn(ends("join", server));
+        // Long streams do not end by themselves: they get a moment, then their connections are closed.
+        let closing = connections.clone();
+        shutdown.spawn(async move {
+            stop.cancelled().await;
+            tokio::time::sleep(DRAIN / 2).await;
+            closing.close_where(|_| true);
+        });
+        serving.set(true);
+        info!(%address, %join_address, trust_domain = %authority.trust_domain(), "hub serves");
+        Ok(Self { address, join_address, registry, authority, connections })
+    }
+
+    /// How long [`Shutdown::drain`] should wait for a hub.
+    pub const DRAIN: Duration = DRAIN;
+}
+
+async fn ends(listener: &'static str, server: impl Future<Output = Result<(), tonic::transport::Error>>) {
+    if let Err(error) = server.await {
+        error!(%error, listener, "listener failed");
+    }
+}
+
+/// Follows the registry: a revocation closes connections at once, on every replica and whoever asked for it.
+async fn close_refused(registry: Registry, connections: Connections, metrics: Metrics, shutdown: Shutdown) {
+    let (open, revision) = (Gauge::<i64>::default(), Gauge::<i64>::default());
+    metrics.register(|registry| {
+        registry.register("hub_connections", "Open connections of members and users", open.clone());
+        registry.register("hub_revision", "Newest revision of the registry", revision.clone());
+    });
+    let stop = shutdown.token();
+    let mut view = registry.subscribe();
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        let snapshot = view.borrow_and_update().clone();
+        let closed = connections.close_where(|peer| !peer.closed.is_cancelled() && refused(&snapshot, peer));
+        if closed > 0 {
+            warn!(closed, "connections closed: their certificates are no longer admitted");
+        }
+        open.set(i64::try_from(connections.len()).unwrap_or(i64::MAX));
+        revision.set(i64::try_from(snapshot.revision).unwrap_or(i64::MAX));
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = view.changed() => if changed.is_err() { return },
+            // A handshake that began before a revocation may have ended after it.
+            _ = tick.tick() => {}
+        }
+    }
+}
