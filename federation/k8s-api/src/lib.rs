@@ -1,1 +1,21 @@
-//! Manifests of every kind Hanse reads, and their conversion into the policy model.
+//! Manifests of every kind that Hanse reads, and their conversion into the policy model.
+//!
+//! [`manifest::read_dir`] and [`manifest::read_bytes`] turn files into typed, validated [`manifest::Object`]s; what
+//! cannot be understood becomes a [`manifest::Diagnostic`] with file, line and field, and never hides its neighbours.
+//! [`assemble`] turns the objects of one cluster, or of the federation, into inventory and policies. Wire types stop here.
+//!
+//! No clock, no network; files are touched in `manifest::read_dir` alone.
+
+pub mod assemble;
+pub mod calico;
+pub mod cluster_network_policy;
+pub mod document;
+pub mod field;
+pub mod hanse;
+pub mod kubernetes;
+pub mod manifest;
+pub mod network_policy;
+pub mod rule;
+
+pub use assemble::{Federation, assemble_cluster, assemble_federation};
+pub use manifest::{Diagnostic, Manifest, Manifests, Object, Place, Skipped, read_bytes, read_dir};

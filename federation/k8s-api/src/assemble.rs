@@ -1,0 +1,237 @@
+//! The objects of one cluster, or of the federation, into inventory and policies.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, Labels, Namespace};
+use hanse_policy::model::{ClusterName, ClusterScope, Layer, Phase};
+
+use crate::calico::Converted;
+use crate::field::{Errors, FieldError};
+use crate::hanse::{ClusterLabels, FederatedNetworkPolicy, Member};
+use crate::manifest::{Diagnostic, Manifest, Object};
+
+/// The label that the API server gives every namespace.
+pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// A node, as far as rule sets need it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NodeInfo {
+    pub labels: Labels,
+    pub addresses: Vec<IpAddr>,
+    pub pod_ranges: Vec<ipnet::IpNet>,
+}
+
+/// One cluster's own state.
+#[derive(Debug, Clone, Default)]
+pub struct ClusterState {
+    pub cluster: Cluster,
+    pub layer: Layer,
+    pub nodes: BTreeMap<Arc<str>, NodeInfo>,
+    /// Objects that were left out, and why.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// What is written for the whole ClusterSet.
+#[derive(Debug, Clone, Default)]
+pub struct Federation {
+    pub layer: Layer,
+    pub sets: BTreeMap<EndpointId, Endpoint>,
+    pub members: BTreeMap<ClusterName, Member>,
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// What is wrong with an object by itself.
+pub fn validate(object: &Object) -> Vec<FieldError> {
+    let mut errors = Errors::default();
+    let cluster: ClusterName = "cluster".into();
+    match object {
+        Object::NetworkPolicy(policy) => drop(policy.convert(&cluster, &mut errors)),
+        Object::ClusterNetworkPolicy(policy) => drop(policy.convert(&cluster, &BTreeMap::new(), &mut errors)),
+        Object::Calico(object) => drop(object.convert(&cluster, &mut errors)),
+        Object::FederatedNetworkPolicy(policy) => {
+            drop(policy.convert(&ClusterLabels::new(), &BTreeMap::new(), &mut errors));
+        }
+        Object::Tier(tier) => drop(tier.convert(&mut errors)),
+        Object::FederatedNetworkSet(set) => drop(set.convert(&mut errors)),
+        Object::MemberCluster(member) => drop(member.convert(&mut errors)),
+        Object::Namespace(_)
+        | Object::Node(_)
+        | Object::ServiceAccount(_)
+        | Object::Pod(_)
+        | Object::Service(_)
+        | Object::EndpointSlice(_) => {}
+    }
+    errors.0
+}
+
+/// The inventory and the policies of the cluster `name`. Objects of the federation among them are left out with a
+/// diagnostic; of two objects with one key the first in the order of the files counts.
+pub fn assemble_cluster<'a>(
+    name: &ClusterName,
+    objects: impl IntoIterator<Item = &'a Manifest> + Clone,
+) -> ClusterState {
+    let mut state = ClusterState::default();
+    for manifest in objects.clone() {
+        if let Object::Node(node) = &manifest.object {
+            let labels = node.metadata.labels.clone();
+            let info = NodeInfo { labels, addresses: node.addresses(), pod_ranges: node.pod_ranges() };
+            state.nodes.entry(node.metadata.name.as_str().into()).or_insert(info);
+        }
+    }
+    let mut seen: BTreeMap<_, &Manifest> = BTreeMap::new();
+    for manifest in objects {
+        let reference = &manifest.reference;
+        // The two API groups of Calico name the same objects.
+        let group = match reference.api_version.as_str() {
+            crate::calico::CRD_API_VERSION => crate::calico::API_VERSION,
+            other => other,
+        };
+        let namespace = match &manifest.object {
+            Object::Namespace(_) | Object::Node(_) => None,
+            _ => Some(reference.namespace.as_deref().unwrap_or("default")),
+        };
+        let key = (group, reference.kind.as_str(), namespace, reference.name.as_str());
+        if let Some(first) = seen.insert(key, manifest) {
+            seen.insert(key, first);
+            let place = &first.place;
+            let message = format!("stands already at {}:{}, which counts", place.file, place.line);
+            state.diagnostics.push(diagnostic(manifest, "metadata.name", message));
+            continue;
+        }
+        add_to_cluster(name, manifest, &mut state);
+    }
+    let implied: BTreeSet<Arc<str>> =
+        state.cluster.endpoints.keys().filter_map(|endpoint| endpoint.namespace.clone()).collect();
+    for namespace in implied {
+        state.cluster.namespaces.entry(namespace).or_default();
+    }
+    for (name, namespace) in &mut state.cluster.namespaces {
+        namespace.labels.insert(NAMESPACE_NAME_LABEL.into(), name.clone());
+    }
+    state
+}
+
+fn add_to_cluster(name: &ClusterName, manifest: &Manifest, state: &mut ClusterState) {
+    let cluster = &mut state.cluster;
+    // Errors were found when the object was read.
+    let mut errors = Errors::default();
+    match &manifest.object {
+        Object::Namespace(namespace) => {
+            let labels = namespace.metadata.labels.clone();
+            cluster.namespaces.insert(namespace.metadata.name.as_str().into(), Namespace { labels });
+        }
+        Object::Node(_) => {}
+        Object::ServiceAccount(account) => {
+            let key = (account.metadata.namespace(), account.metadata.name.as_str().into());
+            cluster.service_accounts.insert(key, account.metadata.labels.clone());
+        }
+        Object::Pod(pod) => {
+            let node = pod.spec.node_name.as_ref().and_then(|node| state.nodes.get(node));
+            let endpoint = pod.endpoint(node.map_or(&[], |node| &node.addresses));
+            cluster.endpoints.insert(pod.id(), endpoint);
+        }
+        Object::Service(service) => {
+            let key = (service.metadata.namespace(), service.metadata.name.as_str().into());
+            cluster.services.entry(key).or_default();
+        }
+        Object::EndpointSlice(slice) => {
+            if let Some(key) = slice.service() {
+                cluster.services.entry(key).or_default().backends.extend(slice.backends());
+            }
+        }
+        Object::NetworkPolicy(policy) => {
+            let policy = policy.convert(name, &mut errors);
+            state.layer.policies.insert(policy.id.clone(), policy);
+        }
+        Object::ClusterNetworkPolicy(policy) => {
+            let policy = policy.convert(name, &state.nodes, &mut errors);
+            state.layer.policies.insert(policy.id.clone(), policy);
+        }
+        Object::Calico(object) => match object.convert(name, &mut errors) {
+            Converted::Tier(tier) => drop(state.layer.tiers.insert(tier.id.clone(), tier)),
+            Converted::Policy(policy) => drop(state.layer.policies.insert(policy.id.clone(), *policy)),
+            Converted::NetworkSet(id, set) => drop(cluster.endpoints.insert(id, *set)),
+        },
+        Object::FederatedNetworkPolicy(_)
+        | Object::Tier(_)
+        | Object::FederatedNetworkSet(_)
+        | Object::MemberCluster(_) => {
+            let message = "belongs to the federation: apply it at the hub, or give it with --federation";
+            state.diagnostics.push(diagnostic(manifest, "kind", message.to_owned()));
+        }
+    }
+}
+
+/// What the federation says. `clusters`: every cluster that takes part, with a MemberCluster or without.
+pub fn assemble_federation<'a>(
+    objects: impl IntoIterator<Item = &'a Manifest> + Clone,
+    clusters: impl IntoIterator<Item = ClusterName>,
+) -> Federation {
+    let mut federation = Federation::default();
+    let mut seen: BTreeMap<(&str, &str), &Manifest> = BTreeMap::new();
+    let mut policies: Vec<(&Manifest, &FederatedNetworkPolicy)> = Vec::new();
+    // Errors were found when the object was read.
+    let mut errors = Errors::default();
+    for manifest in objects {
+        let key = (manifest.reference.kind.as_str(), manifest.reference.name.as_str());
+        if let Some(first) = seen.insert(key, manifest) {
+            seen.insert(key, first);
+            let place = &first.place;
+            let message = format!("stands already at {}:{}, which counts", place.file, place.line);
+            federation.diagnostics.push(diagnostic(manifest, "metadata.name", message));
+            continue;
+        }
+        match &manifest.object {
+            Object::Tier(tier) => {
+                let tier = tier.convert(&mut errors);
+                federation.layer.tiers.insert(tier.id.clone(), tier);
+            }
+            Object::FederatedNetworkSet(set) => {
+                let (id, endpoint) = set.convert(&mut errors);
+                federation.sets.insert(id, endpoint);
+            }
+            Object::MemberCluster(member) => {
+                let member = member.convert(&mut errors);
+                federation.members.insert(member.name.clone(), member);
+            }
+            Object::FederatedNetworkPolicy(policy) => policies.push((manifest, policy)),
+            _ => {
+                let message = "belongs to a cluster: the federation has FederatedNetworkPolicy, Tier, \
+                               FederatedNetworkSet and MemberCluster";
+                federation.diagnostics.push(diagnostic(manifest, "kind", message.to_owned()));
+            }
+        }
+    }
+    let mut labels: ClusterLabels =
+        federation.members.values().map(|member| (member.name.clone(), member.labels.clone())).collect();
+    for cluster in clusters {
+        labels.entry(cluster).or_default();
+    }
+    let phases: BTreeMap<Arc<str>, Phase> =
+        federation.layer.tiers.keys().map(|tier| (tier.name.clone(), tier.phase)).collect();
+    for (manifest, policy) in policies {
+        let policy = policy.convert(&labels, &phases, &mut errors);
+        if !phases.contains_key(&policy.tier.name) {
+            let message =
+                format!("no Tier is called \"{}\": the policy stands in a Guard tier at the end", policy.tier.name);
+            federation.diagnostics.push(diagnostic(manifest, "spec.tier", message));
+        }
+        if matches!(&policy.enforcers, ClusterScope::Named(names) if names.is_empty()) {
+            let message = "selects no cluster: nobody enforces the policy".to_owned();
+            federation.diagnostics.push(diagnostic(manifest, "spec.clusterSelector", message));
+        }
+        federation.layer.policies.insert(policy.id.clone(), policy);
+    }
+    federation
+}
+
+fn diagnostic(manifest: &Manifest, field: &str, message: String) -> Diagnostic {
+    Diagnostic {
+        place: manifest.place.clone(),
+        field: field.to_owned(),
+        message,
+        object: Some(manifest.reference.clone()),
+    }
+}

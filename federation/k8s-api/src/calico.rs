@@ -1,0 +1,335 @@
+//! Calico v3 kinds, `projectcalico.org/v3`, and the same as stored under `crd.projectcalico.org/v1`.
+
+use std::sync::Arc;
+
+use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind};
+use hanse_policy::model::{
+    self, ClusterName, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, StagedAction, TierDefault, TierId,
+};
+use hanse_policy::selector::{Selector, build};
+use serde::Deserialize;
+
+use crate::document::Node;
+use crate::field::{Errors, FieldError, Path};
+use crate::hanse::{check_order, convert_default_action};
+use crate::kubernetes::{Metadata, null_as_default};
+use crate::manifest::{Reference, typed};
+use crate::network_policy::{self, peers_scope};
+use crate::rule::{self, Context, RuleSpec};
+
+pub const API_VERSION: &str = "projectcalico.org/v3";
+pub const CRD_API_VERSION: &str = "crd.projectcalico.org/v1";
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Resource<S: Default> {
+    #[serde(rename = "apiVersion")]
+    pub _api_version: serde::de::IgnoredAny,
+    #[serde(rename = "kind")]
+    pub _kind: serde::de::IgnoredAny,
+    #[serde(default)]
+    pub metadata: Metadata,
+    #[serde(default = "S::default")]
+    pub spec: S,
+    #[serde(default, rename = "status")]
+    pub _status: Option<serde::de::IgnoredAny>,
+}
+
+#[derive(Debug, Clone)]
+pub enum CalicoObject {
+    Tier(Resource<TierSpec>),
+    /// NetworkPolicy, GlobalNetworkPolicy and their staged kinds.
+    Policy(PolicyKind, Box<Resource<PolicySpec>>),
+    StagedKubernetes(Box<Resource<StagedKubernetesSpec>>),
+    /// NetworkSet and GlobalNetworkSet.
+    NetworkSet {
+        global: bool,
+        set: Resource<NetworkSetSpec>,
+    },
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TierSpec {
+    pub order: Option<f64>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub default_action: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PolicySpec {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub tier: String,
+    pub order: Option<f64>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub ingress: Vec<RuleSpec>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub egress: Vec<RuleSpec>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub selector: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub types: Vec<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub service_account_selector: String,
+    /// Hints to Calico's own dataplanes; without meaning for a verdict.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub performance_hints: Vec<String>,
+    /// Staged kinds only.
+    pub staged_action: Option<String>,
+    /// The global kinds only, as the four below.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub namespace_selector: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub do_not_track: bool,
+    #[serde(default, rename = "preDNAT", deserialize_with = "null_as_default")]
+    pub pre_dnat: bool,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub apply_on_forward: bool,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StagedKubernetesSpec {
+    pub staged_action: Option<String>,
+    #[serde(flatten)]
+    pub rest: serde_json::Map<String, serde_json::Value>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkSetSpec {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub nets: Vec<String>,
+}
+
+/// `None`: a kind of Calico that says nothing about policy.
+pub fn read(reference: &Reference, kind: &str, node: &Node) -> Result<Option<CalicoObject>, Vec<FieldError>> {
+    let policy = |kind| Ok::<_, Vec<FieldError>>(CalicoObject::Policy(kind, typed(node)?));
+    let object = match kind {
+        "Tier" => CalicoObject::Tier(typed(node)?),
+        // Older versions store Kubernetes' own policies under this kind too, with a prefix; they are read at their source.
+        "NetworkPolicy" | "StagedNetworkPolicy"
+            if reference.api_version == CRD_API_VERSION && reference.name.starts_with("knp.default.") =>
+        {
+            return Ok(None);
+        }
+        "NetworkPolicy" => policy(PolicyKind::CalicoNetworkPolicy)?,
+        "GlobalNetworkPolicy" => policy(PolicyKind::CalicoGlobalNetworkPolicy)?,
+        "StagedNetworkPolicy" => policy(PolicyKind::StagedNetworkPolicy)?,
+        "StagedGlobalNetworkPolicy" => policy(PolicyKind::StagedGlobalNetworkPolicy)?,
+        "StagedKubernetesNetworkPolicy" => CalicoObject::StagedKubernetes(typed(node)?),
+        "NetworkSet" => CalicoObject::NetworkSet { global: false, set: typed(node)? },
+        "GlobalNetworkSet" => CalicoObject::NetworkSet { global: true, set: typed(node)? },
+        _ => return Ok(None),
+    };
+    Ok(Some(object))
+}
+
+/// What a Calico object is in the model.
+#[derive(Debug, Clone)]
+pub enum Converted {
+    Tier(model::Tier),
+    Policy(Box<Policy>),
+    NetworkSet(EndpointId, Box<Endpoint>),
+}
+
+impl CalicoObject {
+    pub fn metadata(&self) -> &Metadata {
+        match self {
+            Self::Tier(tier) => &tier.metadata,
+            Self::Policy(_, policy) => &policy.metadata,
+            Self::StagedKubernetes(policy) => &policy.metadata,
+            Self::NetworkSet { set, .. } => &set.metadata,
+        }
+    }
+
+    pub fn convert(&self, cluster: &ClusterName, errors: &mut Errors) -> Converted {
+        match self {
+            Self::Tier(tier) => Converted::Tier(convert_tier(tier, errors)),
+            Self::Policy(kind, policy) => Converted::Policy(Box::new(convert_policy(*kind, policy, cluster, errors))),
+            Self::StagedKubernetes(policy) => {
+                Converted::Policy(Box::new(convert_staged_kubernetes(policy, cluster, errors)))
+            }
+            Self::NetworkSet { global, set } => {
+                let path = Path::Root("spec");
+                let nets = rule::convert_nets(&set.spec.nets, &path.field("nets"), errors);
+                let namespace = (!global).then(|| set.metadata.namespace());
+                let labels = set.metadata.labels.clone();
+                let id =
+                    EndpointId { kind: EndpointKind::NetworkSet, namespace, name: set.metadata.name.as_str().into() };
+                Converted::NetworkSet(id, Box::new(Endpoint { nets, labels, ..Endpoint::default() }))
+            }
+        }
+    }
+}
+
+/// Tiers that always exist, with what an object of their name may say.
+const FIXED_TIERS: [(&str, f64, TierDefault); 3] = [
+    ("default", 1_000_000.0, TierDefault::Deny),
+    ("kube-admin", 1_000.0, TierDefault::Pass),
+    ("kube-baseline", 10_000_000.0, TierDefault::Pass),
+];
+
+fn convert_tier(tier: &Resource<TierSpec>, errors: &mut Errors) -> model::Tier {
+    let path = Path::Root("spec");
+    let name = tier.metadata.name.as_str();
+    check_order(tier.spec.order, &path, errors);
+    let mut default = convert_default_action(&tier.spec.default_action, &path.field("defaultAction"), errors);
+    let mut order = tier.spec.order;
+    if let Some((_, fixed, action)) = FIXED_TIERS.iter().find(|(known, ..)| *known == name) {
+        if order.is_some_and(|order| order != *fixed) {
+            errors.add(&path.field("order"), format!("the tier {name} has the order {fixed}"));
+        }
+        if !tier.spec.default_action.is_empty() && default != *action {
+            errors.add(&path.field("defaultAction"), format!("the tier {name} has the default action {action:?}"));
+        }
+        (order, default) = (Some(*fixed), *action);
+    }
+    model::Tier { id: TierId { phase: Phase::Local, name: name.into() }, order: Order(order), default }
+}
+
+/// `types` with Calico's defaults: whether the policy is of ingress, and of egress.
+pub fn convert_types(
+    types: &[String],
+    has_ingress: bool,
+    has_egress: bool,
+    path: &Path<'_>,
+    errors: &mut Errors,
+) -> (bool, bool) {
+    if types.is_empty() {
+        return (has_ingress || !has_egress, has_egress);
+    }
+    let mut of = (false, false);
+    for (index, name) in types.iter().enumerate() {
+        let seen = match name.as_str() {
+            "Ingress" => &mut of.0,
+            "Egress" => &mut of.1,
+            other => {
+                errors.add(&path.index(index), format!("\"{other}\" is neither Ingress nor Egress"));
+                continue;
+            }
+        };
+        if std::mem::replace(seen, true) {
+            errors.add(&path.index(index), format!("{name} stands twice"));
+        }
+    }
+    of
+}
+
+pub fn convert_staged_action(text: Option<&str>, path: &Path<'_>, errors: &mut Errors) -> StagedAction {
+    match text {
+        None | Some("" | "Set") => StagedAction::Set,
+        Some("Delete") => StagedAction::Delete,
+        Some("Learn") => StagedAction::Learn,
+        Some("Ignore") => StagedAction::Ignore,
+        Some(other) => {
+            errors.add(path, format!("\"{other}\" is none of Set, Delete, Learn, Ignore"));
+            StagedAction::Ignore
+        }
+    }
+}
+
+fn convert_policy(
+    kind: PolicyKind,
+    policy: &Resource<PolicySpec>,
+    cluster: &ClusterName,
+    errors: &mut Errors,
+) -> Policy {
+    let path = Path::Root("spec");
+    let spec = &policy.spec;
+    let is_global = matches!(kind, PolicyKind::CalicoGlobalNetworkPolicy | PolicyKind::StagedGlobalNetworkPolicy);
+    let is_staged = matches!(kind, PolicyKind::StagedNetworkPolicy | PolicyKind::StagedGlobalNetworkPolicy);
+    let namespace = (!is_global).then(|| policy.metadata.namespace());
+    for (given, name) in [
+        (!spec.namespace_selector.is_empty(), "namespaceSelector"),
+        (spec.do_not_track, "doNotTrack"),
+        (spec.pre_dnat, "preDNAT"),
+        (spec.apply_on_forward, "applyOnForward"),
+    ] {
+        if given && !is_global {
+            errors.add(&path.field(name), "is a field of GlobalNetworkPolicy only");
+        }
+    }
+    if spec.staged_action.is_some() && !is_staged {
+        errors.add(&path.field("stagedAction"), "is a field of the staged kinds only");
+    }
+    let scope = peers_scope(&policy.metadata, errors);
+    let resolve = |_: Option<&Selector>| scope.clone();
+    let context = Context { namespace: namespace.as_deref(), clusters: &resolve, federated: false };
+    let mut selector = |text: &str, name: &'static str| {
+        let path = path.field(name);
+        (!text.is_empty()).then(|| errors.note(&path, rule::parse_selector(text))).flatten()
+    };
+    let namespaces = selector(&spec.namespace_selector, "namespaceSelector");
+    let accounts = selector(&spec.service_account_selector, "serviceAccountSelector");
+    let own = selector(&spec.selector, "selector");
+    let subject = [
+        namespace.as_deref().map(build::in_namespace),
+        namespaces.map(|selector| build::in_namespaces(&selector.expr)),
+        accounts.map(|selector| build::with_service_account(&selector.expr)),
+        own.map(|selector| selector.expr),
+    ];
+    let types_path = path.field("types");
+    let has = (!spec.ingress.is_empty(), !spec.egress.is_empty());
+    let (ingress, egress) = convert_types(&spec.types, has.0, has.1, &types_path, errors);
+    if spec.do_not_track && spec.pre_dnat {
+        errors.add(&path.field("preDNAT"), "may not stand beside doNotTrack");
+    }
+    if (spec.do_not_track || spec.pre_dnat) && !spec.apply_on_forward {
+        errors.add(&path.field("applyOnForward"), "must be true where doNotTrack or preDNAT is");
+    }
+    if spec.pre_dnat && (has.1 || spec.types.iter().any(|name| name == "Egress")) {
+        errors.add(&path.field("preDNAT"), "is for ingress only");
+    }
+    check_order(spec.order, &path, errors);
+    let (ingress_path, egress_path) = (path.field("ingress"), path.field("egress"));
+    let ingress_rules = rule::convert_rules(&spec.ingress, context, &ingress_path, errors);
+    let egress_rules = rule::convert_rules(&spec.egress, context, &egress_path, errors);
+    for (rules, path, allowed) in
+        [(&spec.ingress, &ingress_path, !spec.do_not_track && !spec.pre_dnat), (&spec.egress, &egress_path, false)]
+    {
+        for (index, _) in rules.iter().enumerate().filter(|(_, rule)| rule.http.is_some() && !allowed) {
+            let path = path.index(index);
+            errors.add(&path.field("http"), "is for ingress rules, and not beside doNotTrack or preDNAT");
+        }
+    }
+    let staged_path = path.field("stagedAction");
+    let tier = if spec.tier.is_empty() { "default" } else { spec.tier.as_str() };
+    Policy {
+        id: PolicyId { cluster: Some(cluster.clone()), kind, namespace, name: policy.metadata.name.as_str().into() },
+        tier: TierId { phase: Phase::Local, name: tier.into() },
+        order: Order(spec.order),
+        enforcers: ClusterScope::Local,
+        selector: Selector::from(build::all_of(subject.into_iter().flatten())),
+        ingress: ingress.then_some(ingress_rules),
+        egress: egress.then_some(egress_rules),
+        staged: is_staged.then(|| convert_staged_action(spec.staged_action.as_deref(), &staged_path, errors)),
+        host_only: spec.do_not_track || spec.pre_dnat,
+    }
+}
+
+fn convert_staged_kubernetes(
+    policy: &Resource<StagedKubernetesSpec>,
+    cluster: &ClusterName,
+    errors: &mut Errors,
+) -> Policy {
+    let path = Path::Root("spec");
+    let rest = serde_json::Value::Object(policy.spec.rest.clone());
+    let spec = match serde_path_to_error::deserialize::<_, network_policy::Spec>(rest) {
+        Ok(spec) => spec,
+        Err(error) => {
+            errors.0.push(FieldError { path: format!("spec.{}", error.path()), message: error.inner().to_string() });
+            network_policy::Spec::default()
+        }
+    };
+    let scope = peers_scope(&policy.metadata, errors);
+    let id = PolicyId {
+        cluster: Some(cluster.clone()),
+        kind: PolicyKind::StagedKubernetesNetworkPolicy,
+        namespace: Some(policy.metadata.namespace()),
+        name: Arc::from(policy.metadata.name.as_str()),
+    };
+    let staged = convert_staged_action(policy.spec.staged_action.as_deref(), &path.field("stagedAction"), errors);
+    Policy { staged: Some(staged), ..spec.convert(id, scope, errors) }
+}

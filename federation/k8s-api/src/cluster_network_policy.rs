@@ -1,0 +1,415 @@
+//! `policy.networking.k8s.io/v1alpha2` ClusterNetworkPolicy.
+//!
+//! Tier Admin is our local tier `kube-admin`, Baseline `kube-baseline`; both pass on what no rule matched, so that a
+//! ClusterNetworkPolicy never isolates. A peer or a protocol that is not understood makes its whole rule unknown: an
+//! Accept rule then matches nothing, and Deny and Pass deny whatever the rule could have covered.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use hanse_policy::model::{
+    Action, ClusterName, ClusterScope, EntityMatch, Order, Phase, Policy, PolicyId, PolicyKind, Port, Protocol, Rule,
+    Selection, TierId,
+};
+use hanse_policy::selector::Selector;
+use hanse_policy::selector::build::{self, Namespaces};
+use hanse_policy::tri::Tri;
+use ipnet::IpNet;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::assemble::NodeInfo;
+use crate::field::{Errors, Path};
+use crate::kubernetes::{Metadata, null_as_default};
+use crate::network_policy::{LabelSelector, parse_net, peers_scope};
+
+/// Bounds of the API's schema.
+pub const MAX_RULES: usize = 25;
+pub const MAX_PEERS: usize = 25;
+pub const MAX_PROTOCOLS: usize = 25;
+pub const MAX_NETWORKS: usize = 25;
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ClusterNetworkPolicy {
+    #[serde(rename = "apiVersion")]
+    pub _api_version: serde::de::IgnoredAny,
+    #[serde(rename = "kind")]
+    pub _kind: serde::de::IgnoredAny,
+    #[serde(default)]
+    pub metadata: Metadata,
+    pub spec: Spec,
+    #[serde(default, rename = "status")]
+    pub _status: Option<serde::de::IgnoredAny>,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Spec {
+    pub tier: String,
+    pub priority: i64,
+    pub subject: Subject,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub ingress: Vec<RuleSpec>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub egress: Vec<RuleSpec>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Subject {
+    pub namespaces: Option<LabelSelector>,
+    pub pods: Option<PodsSpec>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PodsSpec {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub namespace_selector: LabelSelector,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub pod_selector: LabelSelector,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RuleSpec {
+    /// For people.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub name: String,
+    pub action: String,
+    /// Ingress rules.
+    pub from: Option<Vec<Peer>>,
+    /// Egress rules.
+    pub to: Option<Vec<Peer>>,
+    pub protocols: Option<Vec<ProtocolSpec>>,
+}
+
+/// Exactly one is given; `other` is what this version does not know.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Peer {
+    pub namespaces: Option<LabelSelector>,
+    pub pods: Option<PodsSpec>,
+    /// Egress only, as the two below.
+    pub networks: Option<Vec<String>>,
+    pub nodes: Option<LabelSelector>,
+    pub domain_names: Option<Vec<String>>,
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// Exactly one is given; `other` is what this version does not know.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ProtocolSpec {
+    pub tcp: Option<PortSpec>,
+    pub udp: Option<PortSpec>,
+    pub sctp: Option<PortSpec>,
+    pub destination_named_port: Option<String>,
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortSpec {
+    pub destination_port: Option<DestinationPort>,
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DestinationPort {
+    pub number: Option<i64>,
+    pub range: Option<PortRange>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortRange {
+    pub start: i64,
+    pub end: i64,
+}
+
+/// A part of a rule, or the reason why it is not understood.
+type Part<T> = Result<T, String>;
+
+#[derive(Debug, Clone, Default)]
+struct ProtocolMatch {
+    protocol: Option<Protocol>,
+    ports: Vec<Port>,
+}
+
+struct Walk<'a> {
+    scope: &'a ClusterScope,
+    nodes: &'a BTreeMap<Arc<str>, NodeInfo>,
+}
+
+impl ClusterNetworkPolicy {
+    /// As `cluster`'s policy; `nodes` are that cluster's, for peers that are nodes.
+    pub fn convert(&self, cluster: &ClusterName, nodes: &BTreeMap<Arc<str>, NodeInfo>, errors: &mut Errors) -> Policy {
+        let path = Path::Root("spec");
+        let spec = &self.spec;
+        let tier = match spec.tier.as_str() {
+            "Admin" => "kube-admin",
+            "Baseline" => "kube-baseline",
+            other => {
+                errors.add(&path.field("tier"), format!("\"{other}\" is neither Admin nor Baseline"));
+                "kube-admin"
+            }
+        };
+        if !(0..=1000).contains(&spec.priority) {
+            errors.add(&path.field("priority"), format!("{} is not between 0 and 1000", spec.priority));
+        }
+        let scope = peers_scope(&self.metadata, errors);
+        let walk = Walk { scope: &scope, nodes };
+        let subject_path = path.field("subject");
+        let subject = match (&spec.subject.namespaces, &spec.subject.pods) {
+            (Some(namespaces), None) => namespaces_expr(namespaces, &subject_path.field("namespaces"), errors),
+            (None, Some(pods)) => pods_expr(pods, &subject_path.field("pods"), errors),
+            _ => {
+                errors.add(&subject_path, "must have one of namespaces and pods");
+                Selector::from(build::not(hanse_policy::selector::Expr::All))
+            }
+        };
+        let mut direction = |rules: &[RuleSpec], name: &'static str, ingress: bool| {
+            let path = path.field(name);
+            if rules.len() > MAX_RULES {
+                errors.add(&path, format!("has {} rules; {MAX_RULES} are allowed", rules.len()));
+            }
+            let mut converted = Vec::new();
+            for (index, rule) in rules.iter().enumerate() {
+                walk.rule(index, rule, ingress, &path.index(index), &mut converted, errors);
+            }
+            // Without rules in a direction the policy says nothing of it; it never isolates.
+            (!rules.is_empty()).then_some(converted)
+        };
+        let (ingress, egress) = (direction(&spec.ingress, "ingress", true), direction(&spec.egress, "egress", false));
+        Policy {
+            id: PolicyId {
+                cluster: Some(cluster.clone()),
+                kind: PolicyKind::ClusterNetworkPolicy,
+                namespace: None,
+                name: self.metadata.name.as_str().into(),
+            },
+            tier: TierId { phase: Phase::Local, name: tier.into() },
+            order: Order(u16::try_from(spec.priority).ok().map(f64::from)),
+            enforcers: ClusterScope::Local,
+            selector: subject,
+            ingress,
+            egress,
+            staged: None,
+            host_only: false,
+        }
+    }
+}
+
+impl Walk<'_> {
+    fn rule(
+        &self,
+        index: usize,
+        rule: &RuleSpec,
+        ingress: bool,
+        path: &Path<'_>,
+        converted: &mut Vec<Rule>,
+        errors: &mut Errors,
+    ) {
+        let action = match rule.action.as_str() {
+            "Accept" => Action::Allow,
+            "Deny" => Action::Deny,
+            "Pass" => Action::Pass,
+            other => {
+                errors.add(&path.field("action"), format!("\"{other}\" is none of Accept, Deny, Pass"));
+                return;
+            }
+        };
+        let (name, peers, wrong) = match ingress {
+            true => ("from", &rule.from, ("to", rule.to.is_some())),
+            false => ("to", &rule.to, ("from", rule.from.is_some())),
+        };
+        if wrong.1 {
+            errors.add(&path.field(wrong.0), "belongs to the other direction");
+        }
+        let peers_path = path.field(name);
+        let peers = peers.as_deref().unwrap_or_default();
+        if peers.is_empty() || peers.len() > MAX_PEERS {
+            errors.add(&peers_path, format!("must have 1 to {MAX_PEERS} peers"));
+        }
+        let mut ends: Vec<Part<EntityMatch>> = Vec::new();
+        for (index, peer) in peers.iter().enumerate() {
+            self.peer(peer, ingress, &peers_path.index(index), &mut ends, errors);
+        }
+        let protocols_path = path.field("protocols");
+        let protocols: Vec<Part<ProtocolMatch>> = match &rule.protocols {
+            None => vec![Ok(ProtocolMatch::default())],
+            Some(entries) => {
+                if entries.is_empty() || entries.len() > MAX_PROTOCOLS {
+                    errors.add(&protocols_path, format!("must have 1 to {MAX_PROTOCOLS} entries"));
+                }
+                let entries = entries.iter().enumerate();
+                entries
+                    .filter_map(|(index, entry)| convert_protocol(entry, &protocols_path.index(index), errors))
+                    .collect()
+            }
+        };
+        let reasons = ends.iter().filter_map(|end| end.as_ref().err());
+        let reason = reasons.chain(protocols.iter().filter_map(|part| part.as_ref().err())).next().cloned();
+        for end in &ends {
+            for protocol in &protocols {
+                let end = end.clone().unwrap_or_default();
+                let protocol = protocol.clone().unwrap_or_default();
+                let (mut source, mut destination) = (EntityMatch::default(), EntityMatch::default());
+                *(if ingress { &mut source } else { &mut destination }) = end;
+                destination.ports = protocol.ports;
+                converted.push(Rule {
+                    action,
+                    index: u32::try_from(index).unwrap_or(u32::MAX),
+                    ip_version: None,
+                    protocol: protocol.protocol,
+                    not_protocol: None,
+                    icmp: None,
+                    not_icmp: None,
+                    source,
+                    destination,
+                    http: None,
+                    not_understood: reason.as_deref().map(Arc::from),
+                });
+            }
+        }
+    }
+
+    fn peer(
+        &self,
+        peer: &Peer,
+        ingress: bool,
+        path: &Path<'_>,
+        ends: &mut Vec<Part<EntityMatch>>,
+        errors: &mut Errors,
+    ) {
+        let given = [
+            peer.namespaces.is_some(),
+            peer.pods.is_some(),
+            peer.networks.is_some(),
+            peer.nodes.is_some(),
+            peer.domain_names.is_some(),
+        ];
+        let count = given.into_iter().filter(|given| *given).count() + usize::from(!peer.other.is_empty());
+        if count > 1 {
+            errors.add(path, "must have one field only");
+        }
+        let selected = |selector: Selector| {
+            let selection = Some(Selection { clusters: self.scope.clone(), selector });
+            Ok(EntityMatch { selection, ..EntityMatch::default() })
+        };
+        if let Some(namespaces) = &peer.namespaces {
+            ends.push(selected(namespaces_expr(namespaces, &path.field("namespaces"), errors)));
+        } else if let Some(pods) = &peer.pods {
+            ends.push(selected(pods_expr(pods, &path.field("pods"), errors)));
+        } else if ingress && given[2..].iter().any(|given| *given) {
+            errors.add(path, "networks, nodes and domainNames are peers of egress only");
+        } else if let Some(networks) = &peer.networks {
+            let path = path.field("networks");
+            if networks.is_empty() || networks.len() > MAX_NETWORKS {
+                errors.add(&path, format!("must have 1 to {MAX_NETWORKS} networks"));
+            }
+            let nets: Vec<IpNet> = networks
+                .iter()
+                .enumerate()
+                .filter_map(|(index, text)| errors.note(&path.index(index), parse_net(text)))
+                .collect();
+            self.nets(nets, ends);
+        } else if let Some(nodes) = &peer.nodes {
+            let selector = nodes.convert(&path.field("nodes"), errors).to_expr();
+            let chosen = self.nodes.values().filter(|node| selector.evaluate(&node.labels) == Tri::Yes);
+            self.nets(chosen.flat_map(|node| &node.addresses).map(|address| IpNet::from(*address)).collect(), ends);
+        } else if peer.domain_names.is_some() {
+            ends.push(Err("domainNames cannot be enforced yet".to_owned()));
+        } else {
+            let names = peer.other.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            ends.push(Err(format!(
+                "{path} is not understood: {}",
+                if names.is_empty() { "it is empty" } else { &names }
+            )));
+        }
+    }
+
+    /// Nets of each family make a match of their own, since a rule with nets speaks of their families only.
+    fn nets(&self, nets: Vec<IpNet>, ends: &mut Vec<Part<EntityMatch>>) {
+        let (v4, v6): (Vec<IpNet>, Vec<IpNet>) = nets.into_iter().partition(|net| matches!(net, IpNet::V4(_)));
+        for nets in [v4, v6].into_iter().filter(|nets| !nets.is_empty()) {
+            ends.push(Ok(EntityMatch { nets, ..EntityMatch::default() }));
+        }
+    }
+}
+
+fn namespaces_expr(namespaces: &LabelSelector, path: &Path<'_>, errors: &mut Errors) -> Selector {
+    let namespaces = namespaces.convert(path, errors);
+    Selector::from(build::kubernetes_pods(Namespaces::Selected(&namespaces), None))
+}
+
+fn pods_expr(pods: &PodsSpec, path: &Path<'_>, errors: &mut Errors) -> Selector {
+    let namespaces = pods.namespace_selector.convert(&path.field("namespaceSelector"), errors);
+    let own = pods.pod_selector.convert(&path.field("podSelector"), errors);
+    Selector::from(build::kubernetes_pods(Namespaces::Selected(&namespaces), Some(&own)))
+}
+
+/// `None`: refused with an error.
+fn convert_protocol(entry: &ProtocolSpec, path: &Path<'_>, errors: &mut Errors) -> Option<Part<ProtocolMatch>> {
+    let named =
+        [(Protocol::Tcp, "tcp", &entry.tcp), (Protocol::Udp, "udp", &entry.udp), (Protocol::Sctp, "sctp", &entry.sctp)];
+    let count = named.iter().filter(|(.., spec)| spec.is_some()).count()
+        + usize::from(entry.destination_named_port.is_some())
+        + usize::from(!entry.other.is_empty());
+    if count > 1 {
+        errors.add(path, "must have one field only");
+        return None;
+    }
+    for (protocol, name, spec) in named {
+        let Some(spec) = spec else { continue };
+        if !spec.other.is_empty() {
+            let names = spec.other.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            return Some(Err(format!("{path}.{name} is not understood: {names}")));
+        }
+        let path = path.field(name);
+        let ports = match &spec.destination_port {
+            None => Vec::new(),
+            Some(port) => vec![convert_port(port, &path.field("destinationPort"), errors)?],
+        };
+        return Some(Ok(ProtocolMatch { protocol: Some(protocol), ports }));
+    }
+    match &entry.destination_named_port {
+        Some(name) if !name.is_empty() => {
+            Some(Ok(ProtocolMatch { protocol: None, ports: vec![Port::Named(name.as_str().into())] }))
+        }
+        _ => Some(Err(format!("{path} is not understood"))),
+    }
+}
+
+fn convert_port(port: &DestinationPort, path: &Path<'_>, errors: &mut Errors) -> Option<Port> {
+    let mut number = |value: i64, path: &Path<'_>| {
+        let valid = u16::try_from(value).ok().filter(|port| *port > 0);
+        if valid.is_none() {
+            errors.add(path, format!("{value} is not between 1 and 65535"));
+        }
+        valid
+    };
+    match (port.number, &port.range) {
+        (Some(value), None) => number(value, &path.field("number")).map(|port| Port::Range(port, port)),
+        (None, Some(range)) => {
+            let path = path.field("range");
+            let (first, last) = (number(range.start, &path.field("start")), number(range.end, &path.field("end")));
+            let (first, last) = (first?, last?);
+            if first >= last {
+                errors.add(&path, "start must be less than end");
+                return None;
+            }
+            Some(Port::Range(first, last))
+        }
+        _ => {
+            errors.add(path, "must have one of number and range");
+            None
+        }
+    }
+}

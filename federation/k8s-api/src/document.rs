@@ -1,0 +1,325 @@
+//! YAML (and so JSON) into values that remember their lines.
+//!
+//! A file is cut at its `---` lines first, so that one broken document leaves its neighbours whole. Scalars follow the
+//! YAML 1.2 core schema: `yes` and `on` are strings, which is what an API server stores for them.
+
+use saphyr_parser::{Event, Parser, ScalarStyle};
+use serde_json::{Map, Number, Value};
+
+/// Deepest nesting of lists and mappings; the deepest field of any kind lies at about 12.
+pub const MAX_DEPTH: usize = 64;
+/// Values of one document after aliases are expanded; at about 80 bytes each, 160 MiB. The largest object that an API
+/// server stores (1.5 MiB) has at most half of that.
+pub const MAX_VALUES: usize = 2 * 1024 * 1024;
+
+/// A value with the line (one-based) on which it starts.
+#[derive(Debug, Clone)]
+pub struct Node {
+    pub line: u32,
+    pub data: Data,
+}
+
+#[derive(Debug, Clone)]
+pub enum Data {
+    Scalar(Value),
+    Sequence(Vec<Node>),
+    /// Key, the key's line, value.
+    Mapping(Vec<(String, u32, Node)>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct SyntaxError {
+    pub line: u32,
+    pub message: String,
+}
+
+/// The documents of a file. Empty ones are left out.
+pub fn parse(text: &str) -> Vec<Result<Node, SyntaxError>> {
+    pieces(text)
+        .into_iter()
+        .filter_map(|(first_line, piece)| match parse_one(piece, first_line) {
+            Ok(None) => None,
+            Ok(Some(node)) => Some(Ok(node)),
+            Err(error) => Some(Err(error)),
+        })
+        .collect()
+}
+
+/// Cuts at lines that start with `---`, which end a document wherever they stand. Each piece comes with the number of
+/// lines before it.
+fn pieces(text: &str) -> Vec<(u32, &str)> {
+    let mut pieces = Vec::new();
+    let (mut start, mut start_line, mut at) = (0, 0, 0);
+    for (number, line) in (0..).zip(text.split_inclusive('\n')) {
+        let marks =
+            line.strip_prefix("---").is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']));
+        if marks && at > start {
+            pieces.push((start_line, &text[start..at]));
+            (start, start_line) = (at, number);
+        }
+        at += line.len();
+    }
+    pieces.push((start_line, &text[start..]));
+    pieces
+}
+
+fn parse_one(text: &str, lines_before: u32) -> Result<Option<Node>, SyntaxError> {
+    let mut loader = Loader { lines_before, open: Vec::new(), anchors: Vec::new(), values: 0, root: None };
+    for event in Parser::new_from_str(text) {
+        let (event, span) = event.map_err(|error| SyntaxError {
+            line: lines_before + line_of(error.marker().line()),
+            message: format!("not valid YAML: {}", error.info()),
+        })?;
+        loader.event(event, line_of(span.start.line()))?;
+    }
+    let empty = |node: &Node| matches!(&node.data, Data::Scalar(Value::Null));
+    Ok(loader.root.filter(|node| !empty(node)))
+}
+
+fn line_of(line: usize) -> u32 {
+    u32::try_from(line.max(1)).unwrap_or(u32::MAX)
+}
+
+struct Loader {
+    lines_before: u32,
+    open: Vec<Open>,
+    anchors: Vec<(usize, Node)>,
+    values: usize,
+    root: Option<Node>,
+}
+
+struct Open {
+    anchor: usize,
+    node: Node,
+    /// In a mapping: the key that waits for its value.
+    key: Option<(String, u32)>,
+}
+
+impl Loader {
+    fn event(&mut self, event: Event<'_>, line: u32) -> Result<(), SyntaxError> {
+        let line = self.lines_before + line;
+        let fail = |message: &str| Err(SyntaxError { line, message: message.to_owned() });
+        match event {
+            Event::SequenceStart(anchor, _) => self.start(anchor, line, Data::Sequence(Vec::new())),
+            Event::MappingStart(anchor, _) => self.start(anchor, line, Data::Mapping(Vec::new())),
+            Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
+                Some(done) => self.place(done.anchor, done.node),
+                None => fail("not valid YAML: an end without a start"),
+            },
+            Event::Scalar(text, style, anchor, tag) => {
+                let is_string = style != ScalarStyle::Plain || tag.is_some_and(|tag| tag.suffix == "str");
+                let data = Data::Scalar(if is_string { Value::String(text.into_owned()) } else { plain(&text) });
+                self.place(anchor, Node { line, data })
+            }
+            Event::Alias(anchor) => match self.anchors.iter().rev().find(|(known, _)| *known == anchor) {
+                Some((_, node)) => {
+                    self.values += count(node);
+                    if self.values > MAX_VALUES {
+                        return fail(&format!("more than {MAX_VALUES} values"));
+                    }
+                    let node = node.clone();
+                    self.place(0, node)
+                }
+                None => fail("an alias without an anchor before it"),
+            },
+            Event::Nothing | Event::StreamStart | Event::StreamEnd | Event::DocumentStart(_) | Event::DocumentEnd => {
+                Ok(())
+            }
+        }
+    }
+
+    fn start(&mut self, anchor: usize, line: u32, data: Data) -> Result<(), SyntaxError> {
+        if self.open.len() >= MAX_DEPTH {
+            return Err(SyntaxError { line, message: format!("nested deeper than {MAX_DEPTH}") });
+        }
+        self.open.push(Open { anchor, node: Node { line, data }, key: None });
+        Ok(())
+    }
+
+    fn place(&mut self, anchor: usize, node: Node) -> Result<(), SyntaxError> {
+        let line = node.line;
+        let fail = |message: String| Err(SyntaxError { line, message });
+        self.values += 1;
+        if self.values > MAX_VALUES {
+            return fail(format!("more than {MAX_VALUES} values"));
+        }
+        if anchor != 0 {
+            self.anchors.push((anchor, node.clone()));
+        }
+        let Some(parent) = self.open.last_mut() else {
+            if self.root.is_some() {
+                return fail("a second document without a `---` line before it".to_owned());
+            }
+            self.root = Some(node);
+            return Ok(());
+        };
+        match &mut parent.node.data {
+            Data::Sequence(items) => items.push(node),
+            Data::Mapping(entries) => match parent.key.take() {
+                None => {
+                    let key = match node.data {
+                        Data::Scalar(Value::String(key)) => key,
+                        Data::Scalar(value @ (Value::Number(_) | Value::Bool(_))) => value.to_string(),
+                        _ => return fail("a key must be a plain text".to_owned()),
+                    };
+                    if entries.iter().any(|(known, ..)| *known == key) {
+                        return fail(format!("the key \"{key}\" stands twice in one mapping"));
+                    }
+                    parent.key = Some((key, line));
+                }
+                Some((key, key_line)) => entries.push((key, key_line, node)),
+            },
+            Data::Scalar(_) => return fail("a value inside a scalar".to_owned()),
+        }
+        Ok(())
+    }
+}
+
+fn count(node: &Node) -> usize {
+    match &node.data {
+        Data::Scalar(_) => 1,
+        Data::Sequence(items) => 1 + items.iter().map(count).sum::<usize>(),
+        Data::Mapping(entries) => 1 + entries.iter().map(|(.., node)| count(node)).sum::<usize>(),
+    }
+}
+
+/// A plain scalar by the core schema of YAML 1.2.2 (10.3.2).
+fn plain(text: &str) -> Value {
+    match text {
+        "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
+        "true" | "True" | "TRUE" => return Value::Bool(true),
+        "false" | "False" | "FALSE" => return Value::Bool(false),
+        _ => {}
+    }
+    let radix = |prefix, radix| text.strip_prefix(prefix).and_then(|digits| i64::from_str_radix(digits, radix).ok());
+    if let Some(number) = radix("0x", 16).or_else(|| radix("0o", 8)) {
+        return Value::from(number);
+    }
+    let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
+    if !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        if let Ok(number) = text.parse::<i64>() {
+            return Value::from(number);
+        }
+        if let Ok(number) = text.parse::<u64>() {
+            return Value::from(number);
+        }
+    }
+    let is_float = digits.bytes().any(|byte| byte.is_ascii_digit())
+        && digits.bytes().all(|byte| byte.is_ascii_digit() || matches!(byte, b'.' | b'e' | b'E' | b'+' | b'-'))
+        && !digits.starts_with(['e', 'E', '+', '-']);
+    if is_float && let Some(number) = text.parse::<f64>().ok().and_then(Number::from_f64) {
+        return Value::Number(number);
+    }
+    Value::String(text.to_owned())
+}
+
+impl Node {
+    /// The value without lines.
+    pub fn to_value(&self) -> Value {
+        match &self.data {
+            Data::Scalar(value) => value.clone(),
+            Data::Sequence(items) => Value::Array(items.iter().map(Node::to_value).collect()),
+            Data::Mapping(entries) => {
+                let pairs = entries.iter().map(|(key, _, node)| (key.clone(), node.to_value()));
+                Value::Object(pairs.collect::<Map<_, _>>())
+            }
+        }
+    }
+
+    pub fn child(&self, name: &str) -> Option<&Node> {
+        let Data::Mapping(entries) = &self.data else { return None };
+        entries.iter().find(|(key, ..)| key == name).map(|(.., node)| node)
+    }
+
+    pub fn text(&self) -> Option<&str> {
+        match &self.data {
+            Data::Scalar(Value::String(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The line of a field path such as `spec.ingress[0].ports`, or of the deepest part of it that exists.
+    pub fn line_of(&self, path: &str) -> u32 {
+        let (mut node, mut line) = (self, self.line);
+        for part in path.split(['.', '[']).filter(|part| !part.is_empty()) {
+            let found = match &node.data {
+                Data::Mapping(entries) => {
+                    entries.iter().find(|(key, ..)| key == part).map(|(_, line, node)| (*line, node))
+                }
+                Data::Sequence(items) => part
+                    .strip_suffix(']')
+                    .and_then(|index| items.get(index.parse::<usize>().ok()?))
+                    .map(|node| (node.line, node)),
+                Data::Scalar(_) => None,
+            };
+            let Some((found_line, found_node)) = found else { break };
+            (line, node) = (found_line, found_node);
+        }
+        line
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(text: &str) -> Node {
+        parse(text).remove(0).expect("valid")
+    }
+
+    #[test]
+    fn scalars_follow_the_core_schema() {
+        let node = one("a: 80\nb: '80'\nc: yes\nd: true\ne: 1.5\nf:\ng: 0x10\nh: 1e3\ni: 1.2.3\nj: -5\nk: 0o17\nl: e5");
+        let expected = serde_json::json!({
+            "a": 80, "b": "80", "c": "yes", "d": true, "e": 1.5, "f": null, "g": 16, "h": 1000.0, "i": "1.2.3", "j": -5,
+            "k": 15, "l": "e5",
+        });
+        assert_eq!(node.to_value(), expected);
+    }
+
+    #[test]
+    fn a_broken_document_leaves_its_neighbours() {
+        let documents = parse("a: 1\n---\nb: [\n---\nc: 3\n");
+        assert_eq!(documents.len(), 3);
+        assert_eq!(documents[0].as_ref().map(Node::to_value), Ok(serde_json::json!({"a": 1})));
+        assert!(documents[1].as_ref().is_err_and(|error| error.line >= 3), "{:?}", documents[1]);
+        assert_eq!(
+            documents[2].as_ref().map(|node| (node.line, node.to_value())),
+            Ok((5, serde_json::json!({"c": 3})))
+        );
+    }
+
+    #[test]
+    fn lines_lead_to_fields() {
+        let node = one("\nspec:\n  ingress:\n  - from: []\n    ports:\n    - port: 80\n    - port: 81\n");
+        assert_eq!(node.line_of("spec.ingress[0].ports[1].port"), 7);
+        assert_eq!(node.line_of("spec.ingress[0].ports[1].endPort"), 7);
+        assert_eq!(node.line_of("spec.ingress"), 3);
+    }
+
+    #[test]
+    fn doubled_keys_deep_nesting_and_alias_bombs_are_refused() {
+        for (text, wanted) in [
+            ("a: 1\na: 2\n".to_owned(), "stands twice"),
+            (format!("{}1{}", "[".repeat(100), "]".repeat(100)), "nested deeper"),
+        ] {
+            let error = parse(&text).remove(0).expect_err("refused");
+            assert!(error.message.contains(wanted), "{error}");
+        }
+        let mut bomb = "a0: &a0 [1,1,1,1,1,1,1,1,1,1]\n".to_owned();
+        for level in 1..10 {
+            let before = level - 1;
+            bomb.push_str(&format!("a{level}: &a{level} [{}]\n", vec![format!("*a{before}"); 10].join(",")));
+        }
+        assert!(parse(&bomb).remove(0).is_err());
+    }
+
+    #[test]
+    fn json_is_read_too() {
+        assert_eq!(
+            one("{\n\t\"a\": [1, \"x\"],\n\t\"b\": {}\n}").to_value(),
+            serde_json::json!({"a": [1, "x"], "b": {}})
+        );
+    }
+}

@@ -1,0 +1,54 @@
+//! Errors that name a field.
+
+use std::fmt::Display;
+
+/// What is wrong with one field; `path` is as an API server writes it, `spec.ingress[0].ports[1].port`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: {message}")]
+pub struct FieldError {
+    pub path: String,
+    pub message: String,
+}
+
+/// Collects errors while a conversion walks an object.
+#[derive(Debug, Default)]
+pub struct Errors(pub Vec<FieldError>);
+
+impl Errors {
+    pub fn add(&mut self, path: &Path<'_>, message: impl Display) {
+        self.0.push(FieldError { path: path.to_string(), message: message.to_string() });
+    }
+
+    /// Notes the error of a part and goes on without it.
+    pub fn note<T>(&mut self, path: &Path<'_>, result: Result<T, impl Display>) -> Option<T> {
+        result.map_err(|error| self.add(path, error)).ok()
+    }
+}
+
+/// A place in an object, built on the stack while walking down.
+#[derive(Debug, Clone, Copy)]
+pub enum Path<'a> {
+    Root(&'a str),
+    Field(&'a Path<'a>, &'a str),
+    Index(&'a Path<'a>, usize),
+}
+
+impl<'a> Path<'a> {
+    pub fn field(&'a self, name: &'a str) -> Path<'a> {
+        Path::Field(self, name)
+    }
+
+    pub fn index(&'a self, index: usize) -> Path<'a> {
+        Path::Index(self, index)
+    }
+}
+
+impl Display for Path<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Root(name) => f.write_str(name),
+            Self::Field(parent, name) => write!(f, "{parent}.{name}"),
+            Self::Index(parent, index) => write!(f, "{parent}[{index}]"),
+        }
+    }
+}

@@ -1,0 +1,379 @@
+//! The federation's own kinds, `hanse.dev/v1alpha1`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant};
+use hanse_policy::model::{
+    self, ClusterName, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, TierDefault, TierId,
+};
+use hanse_policy::selector::{Expr, Selector, build};
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use crate::field::{Errors, Path};
+use crate::kubernetes::{Map, Metadata, null_as_default};
+use crate::network_policy::{is_subdomain, parse_net};
+use crate::rule::{self, Context, RuleSpec};
+
+pub const API_VERSION: &str = "hanse.dev/v1alpha1";
+
+macro_rules! object {
+    ($(#[$doc:meta])* $name:ident, $spec:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Deserialize)]
+        #[serde(rename_all = "camelCase", deny_unknown_fields)]
+        pub struct $name {
+            #[serde(rename = "apiVersion")]
+            pub _api_version: serde::de::IgnoredAny,
+            #[serde(rename = "kind")]
+            pub _kind: serde::de::IgnoredAny,
+            #[serde(default)]
+            pub metadata: Metadata,
+            #[serde(default, deserialize_with = "null_as_default")]
+            pub spec: $spec,
+            #[serde(default, rename = "status")]
+            pub _status: Option<serde::de::IgnoredAny>,
+        }
+    };
+}
+
+object!(
+    /// Cluster-scoped; fields mean what they mean in Calico's GlobalNetworkPolicy.
+    FederatedNetworkPolicy,
+    PolicySpec
+);
+object!(
+    /// A tier of the federation.
+    Tier,
+    TierSpec
+);
+object!(
+    /// Nets with labels, matched by the selectors of federated policies.
+    FederatedNetworkSet,
+    NetworkSetSpec
+);
+object!(
+    /// What the hub says of one cluster: its labels and its grants.
+    MemberCluster,
+    MemberClusterSpec
+);
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PolicySpec {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub tier: String,
+    pub order: Option<f64>,
+    /// Which clusters enforce the policy, by their labels at the hub; empty is all.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub cluster_selector: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub namespace_selector: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub selector: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub service_account_selector: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub types: Vec<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub ingress: Vec<RuleSpec>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub egress: Vec<RuleSpec>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TierSpec {
+    /// `Guard`: before the clusters' own tiers; `Baseline`: after them.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub phase: String,
+    pub order: Option<f64>,
+    /// `Deny` (the default) or `Pass`.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub default_action: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkSetSpec {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub nets: Vec<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct MemberClusterSpec {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub labels: Map,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub grants: GrantsSpec,
+    /// `Pass` (the default): a federated Allow leaves to the cluster's own tiers. `Final`: it ends.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub federated_allow: String,
+}
+
+/// What a cluster may claim. Absent fields do not limit, but for `cidrs`: without CIDRs a cluster exports no endpoint.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct GrantsSpec {
+    /// Which namespaces it may export; absent is all.
+    pub namespaces: Option<Vec<String>>,
+    /// Where its endpoints' addresses lie; never overlapping another cluster's.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub cidrs: Vec<String>,
+    /// Which label keys its endpoints may carry; absent is all.
+    pub labels: Option<Vec<LabelGrantSpec>>,
+    /// Selects the clusters that may see its exports; absent is all.
+    pub visible_to: Option<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub limits: LimitsSpec,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct LabelGrantSpec {
+    #[serde(default)]
+    pub key: String,
+    /// Permitted values; absent is any.
+    pub values: Option<Vec<String>>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct LimitsSpec {
+    pub endpoints: Option<u64>,
+    pub label_sets: Option<u64>,
+    pub updates_per_second: Option<u64>,
+}
+
+/// A cluster's grants, parsed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Grants {
+    pub namespaces: Option<BTreeSet<Arc<str>>>,
+    pub cidrs: Vec<IpNet>,
+    /// Key to permitted values (`None`: any); `None`: every key.
+    pub labels: Option<BTreeMap<Arc<str>, Option<BTreeSet<Arc<str>>>>>,
+    pub visible_to: Option<Selector>,
+    pub max_endpoints: u64,
+    pub max_label_sets: u64,
+    pub max_updates_per_second: u64,
+}
+
+/// Limits where a MemberCluster names none: a large cluster of 5,000 nodes with 30 pods each.
+pub const DEFAULT_MAX_ENDPOINTS: u64 = 150_000;
+pub const DEFAULT_MAX_LABEL_SETS: u64 = 50_000;
+pub const DEFAULT_MAX_UPDATES_PER_SECOND: u64 = 10_000;
+
+/// A MemberCluster, parsed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Member {
+    pub name: ClusterName,
+    pub labels: Map,
+    pub grants: Grants,
+    pub federated_allow_final: bool,
+}
+
+/// The labels by which clusters are selected: those of their MemberCluster, and `hanse.dev/cluster` with their name.
+pub type ClusterLabels = BTreeMap<ClusterName, Map>;
+
+/// The label with which each cluster can be selected by name.
+pub const CLUSTER_NAME_LABEL: &str = "hanse.dev/cluster";
+
+/// Resolves a cluster selector to names; without one, to all clusters.
+pub fn resolve_clusters(selector: Option<&Selector>, clusters: &ClusterLabels) -> ClusterScope {
+    match selector {
+        None => ClusterScope::All,
+        Some(selector) if selector.expr == Expr::All => ClusterScope::All,
+        Some(selector) => ClusterScope::Named(select_clusters(selector, clusters)),
+    }
+}
+
+/// The clusters that a selector selects.
+pub fn select_clusters(selector: &Selector, clusters: &ClusterLabels) -> BTreeSet<ClusterName> {
+    let selects = |(name, labels): (&ClusterName, &Map)| {
+        let mut labels = labels.clone();
+        labels.insert(CLUSTER_NAME_LABEL.into(), name.clone());
+        (selector.expr.evaluate(&labels) == hanse_policy::tri::Tri::Yes).then(|| name.clone())
+    };
+    clusters.iter().filter_map(selects).collect()
+}
+
+impl FederatedNetworkPolicy {
+    /// `tiers`: the phase of each federated tier; a tier without an object is a Guard.
+    pub fn convert(&self, clusters: &ClusterLabels, tiers: &BTreeMap<Arc<str>, Phase>, errors: &mut Errors) -> Policy {
+        let path = Path::Root("spec");
+        let spec = &self.spec;
+        let resolve = |selector: Option<&Selector>| resolve_clusters(selector, clusters);
+        let context = Context { namespace: None, clusters: &resolve, federated: true };
+        let mut selector = |text: &str, name: &'static str| {
+            let path = path.field(name);
+            (!text.is_empty()).then(|| errors.note(&path, rule::parse_selector(text))).flatten()
+        };
+        let cluster_selector = selector(&spec.cluster_selector, "clusterSelector");
+        let namespaces = selector(&spec.namespace_selector, "namespaceSelector");
+        let accounts = selector(&spec.service_account_selector, "serviceAccountSelector");
+        let own = selector(&spec.selector, "selector");
+        let subject = build::all_of(
+            [
+                namespaces.map(|selector| build::in_namespaces(&selector.expr)),
+                accounts.map(|selector| build::with_service_account(&selector.expr)),
+                own.map(|selector| selector.expr),
+            ]
+            .into_iter()
+            .flatten(),
+        );
+        let (ingress, egress) = crate::calico::convert_types(
+            &spec.types,
+            !spec.ingress.is_empty(),
+            !spec.egress.is_empty(),
+            &path.field("types"),
+            errors,
+        );
+        let ingress_rules = rule::convert_rules(&spec.ingress, context, &path.field("ingress"), errors);
+        let egress_rules = rule::convert_rules(&spec.egress, context, &path.field("egress"), errors);
+        check_order(spec.order, &path, errors);
+        if spec.tier.is_empty() {
+            errors.add(&path.field("tier"), "is missing: name a Tier of the federation");
+        }
+        let phase = tiers.get(spec.tier.as_str()).copied().unwrap_or(Phase::Guard);
+        Policy {
+            id: PolicyId {
+                cluster: None,
+                kind: PolicyKind::FederatedNetworkPolicy,
+                namespace: None,
+                name: self.metadata.name.as_str().into(),
+            },
+            tier: TierId { phase, name: spec.tier.as_str().into() },
+            order: Order(spec.order),
+            enforcers: resolve(cluster_selector.as_ref()),
+            selector: Selector::from(subject),
+            ingress: ingress.then_some(ingress_rules),
+            egress: egress.then_some(egress_rules),
+            staged: None,
+            host_only: false,
+        }
+    }
+}
+
+/// An order is a number: JSON has no NaN, but a very large one reads as infinite.
+pub fn check_order(order: Option<f64>, spec: &Path<'_>, errors: &mut Errors) {
+    if order.is_some_and(|order| !order.is_finite()) {
+        errors.add(&spec.field("order"), "is not a finite number");
+    }
+}
+
+impl Tier {
+    pub fn convert(&self, errors: &mut Errors) -> model::Tier {
+        let path = Path::Root("spec");
+        let phase = match self.spec.phase.as_str() {
+            "" | "Guard" => Phase::Guard,
+            "Baseline" => Phase::Baseline,
+            other => {
+                errors.add(&path.field("phase"), format!("\"{other}\" is neither Guard nor Baseline"));
+                Phase::Guard
+            }
+        };
+        check_order(self.spec.order, &path, errors);
+        model::Tier {
+            id: TierId { phase, name: self.metadata.name.as_str().into() },
+            order: Order(self.spec.order),
+            default: convert_default_action(&self.spec.default_action, &path.field("defaultAction"), errors),
+        }
+    }
+}
+
+pub fn convert_default_action(text: &str, path: &Path<'_>, errors: &mut Errors) -> TierDefault {
+    match text {
+        "" | "Deny" => TierDefault::Deny,
+        "Pass" => TierDefault::Pass,
+        other => {
+            errors.add(path, format!("\"{other}\" is neither Deny nor Pass"));
+            TierDefault::Deny
+        }
+    }
+}
+
+impl FederatedNetworkSet {
+    pub fn convert(&self, errors: &mut Errors) -> (EndpointId, Endpoint) {
+        let path = Path::Root("spec");
+        let nets_path = path.field("nets");
+        let nets = self.spec.nets.iter().enumerate().filter_map(|(index, text)| {
+            let net = text.parse::<std::net::IpAddr>().map(IpNet::from).or_else(|_| parse_net(text));
+            errors.note(&nets_path.index(index), net)
+        });
+        let endpoint = Endpoint { nets: nets.collect(), labels: self.metadata.labels.clone(), ..Endpoint::default() };
+        let name = self.metadata.name.as_str().into();
+        (EndpointId { kind: EndpointKind::NetworkSet, namespace: None, name }, endpoint)
+    }
+}
+
+impl MemberCluster {
+    pub fn convert(&self, errors: &mut Errors) -> Member {
+        let path = Path::Root("spec");
+        let name = self.metadata.name.as_str();
+        if !is_subdomain(name) || name.contains('.') || name.len() > 63 {
+            let root = Path::Root("metadata");
+            errors.add(&root.field("name"), "must be a DNS label: at most 63 of a-z 0-9 -");
+        }
+        let grants_path = path.field("grants");
+        let grants = &self.spec.grants;
+        let cidrs_path = grants_path.field("cidrs");
+        let mut cidrs = Vec::new();
+        for (index, text) in grants.cidrs.iter().enumerate() {
+            cidrs.extend(errors.note(&cidrs_path.index(index), parse_net(text)));
+        }
+        let labels_path = grants_path.field("labels");
+        let labels = grants.labels.as_ref().map(|labels| {
+            let mut keys = BTreeMap::new();
+            for (index, grant) in labels.iter().enumerate() {
+                let path = labels_path.index(index);
+                if grant.key.is_empty() {
+                    errors.add(&path.field("key"), "is missing");
+                }
+                if grant.key.starts_with("hanse.dev/") {
+                    errors.add(&path.field("key"), "keys under hanse.dev/ are the hub's and cannot be granted");
+                }
+                let values =
+                    grant.values.as_ref().map(|values| values.iter().map(|value| value.as_str().into()).collect());
+                keys.insert(grant.key.as_str().into(), values);
+            }
+            keys
+        });
+        let visible_path = grants_path.field("visibleTo");
+        let visible_to =
+            grants.visible_to.as_ref().and_then(|text| errors.note(&visible_path, rule::parse_selector(text)));
+        let federated_allow_final = match self.spec.federated_allow.as_str() {
+            "" | "Pass" => false,
+            "Final" => true,
+            other => {
+                errors.add(&path.field("federatedAllow"), format!("\"{other}\" is neither Pass nor Final"));
+                false
+            }
+        };
+        Member {
+            name: name.into(),
+            labels: self.spec.labels.clone(),
+            grants: Grants {
+                namespaces: grants.namespaces.as_ref().map(|all| all.iter().map(|name| name.as_str().into()).collect()),
+                cidrs,
+                labels,
+                visible_to,
+                max_endpoints: grants.limits.endpoints.unwrap_or(DEFAULT_MAX_ENDPOINTS),
+                max_label_sets: grants.limits.label_sets.unwrap_or(DEFAULT_MAX_LABEL_SETS),
+                max_updates_per_second: grants.limits.updates_per_second.unwrap_or(DEFAULT_MAX_UPDATES_PER_SECOND),
+            },
+            federated_allow_final,
+        }
+    }
+}
+
+impl Grants {
+    /// Which keys its origin may set, as matching needs it.
+    pub fn label_grant(&self) -> LabelGrant {
+        match &self.labels {
+            None => LabelGrant::All,
+            Some(keys) => LabelGrant::Keys(keys.keys().cloned().collect()),
+        }
+    }
+}

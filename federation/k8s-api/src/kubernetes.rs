@@ -1,0 +1,303 @@
+//! The Kubernetes objects that make up the inventory, with the fields that policy needs. Other fields are left alone, so
+//! that an object of a newer API server is read as well.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, NamedPort};
+use serde::Deserialize;
+
+pub type Map = BTreeMap<Arc<str>, Arc<str>>;
+
+/// `null` counts as absent, as an API server has it.
+pub(crate) fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Metadata {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub name: String,
+    pub namespace: Option<Arc<str>>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub labels: Map,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub annotations: Map,
+    /// RFC 3339; what "newest" goes by.
+    pub creation_timestamp: Option<Arc<str>>,
+    pub deletion_timestamp: Option<Arc<str>>,
+}
+
+impl Metadata {
+    /// A namespaced object without a namespace is in `default`.
+    pub fn namespace(&self) -> Arc<str> {
+        self.namespace.clone().filter(|namespace| !namespace.is_empty()).unwrap_or_else(|| "default".into())
+    }
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Namespace {
+    #[serde(default)]
+    pub metadata: Metadata,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct ServiceAccount {
+    #[serde(default)]
+    pub metadata: Metadata,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Node {
+    #[serde(default)]
+    pub metadata: Metadata,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub spec: NodeSpec,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub status: NodeStatus,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct NodeSpec {
+    #[serde(rename = "podCIDR")]
+    pub pod_cidr: Option<String>,
+    #[serde(rename = "podCIDRs", default, deserialize_with = "null_as_default")]
+    pub pod_cidrs: Vec<String>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct NodeStatus {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub addresses: Vec<NodeAddress>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct NodeAddress {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub address: String,
+}
+
+impl Node {
+    /// All IP addresses of the node, the order as stored.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let mut all = Vec::new();
+        for address in self.status.addresses.iter().filter_map(|entry| parse_address(&entry.address)) {
+            if !all.contains(&address) {
+                all.push(address);
+            }
+        }
+        all
+    }
+
+    /// Where this node's pods get their addresses.
+    pub fn pod_ranges(&self) -> Vec<ipnet::IpNet> {
+        let mut all: Vec<ipnet::IpNet> = Vec::new();
+        for net in self.spec.pod_cidrs.iter().chain(&self.spec.pod_cidr).filter_map(|text| text.parse().ok()) {
+            let net: ipnet::IpNet = net;
+            if !all.contains(&net.trunc()) {
+                all.push(net.trunc());
+            }
+        }
+        all
+    }
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Pod {
+    #[serde(default)]
+    pub metadata: Metadata,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub spec: PodSpec,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub status: PodStatus,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodSpec {
+    pub service_account_name: Option<Arc<str>>,
+    pub node_name: Option<Arc<str>>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub host_network: bool,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub containers: Vec<Container>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub init_containers: Vec<Container>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Container {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub ports: Vec<ContainerPort>,
+    /// `Always` on an init container: a sidecar, which runs beside the others.
+    pub restart_policy: Option<String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ContainerPort {
+    pub name: Option<Arc<str>>,
+    pub container_port: u16,
+    pub protocol: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodStatus {
+    pub phase: Option<String>,
+    #[serde(rename = "podIP")]
+    pub pod_ip: Option<String>,
+    #[serde(rename = "podIPs", default, deserialize_with = "null_as_default")]
+    pub pod_ips: Vec<PodIp>,
+    #[serde(rename = "hostIP")]
+    pub host_ip: Option<String>,
+    #[serde(rename = "hostIPs", default, deserialize_with = "null_as_default")]
+    pub host_ips: Vec<PodIp>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct PodIp {
+    pub ip: Option<String>,
+}
+
+impl Pod {
+    pub fn id(&self) -> EndpointId {
+        EndpointId {
+            kind: EndpointKind::Pod,
+            namespace: Some(self.metadata.namespace()),
+            name: self.metadata.name.as_str().into(),
+        }
+    }
+
+    /// Succeeded or failed: it owns no address any more.
+    pub fn has_ended(&self) -> bool {
+        matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed"))
+    }
+
+    /// As an endpoint of the inventory. `node_addresses`: of the pod's node, used where the pod is on its network.
+    pub fn endpoint(&self, node_addresses: &[IpAddr]) -> Endpoint {
+        let mut reported = Vec::new();
+        for text in self.status.pod_ip.iter().chain(self.status.pod_ips.iter().filter_map(|entry| entry.ip.as_ref())) {
+            if let Some(address) = parse_address(text)
+                && !reported.contains(&address)
+            {
+                reported.push(address);
+            }
+        }
+        let (ended, host) = (self.has_ended(), self.spec.host_network);
+        let host_addresses = match (host, reported.is_empty()) {
+            (false, _) => Vec::new(),
+            (true, false) => reported.clone(),
+            (true, true) => {
+                let hosts = self.status.host_ips.iter().filter_map(|entry| entry.ip.as_ref());
+                let mut hosts: Vec<_> =
+                    hosts.chain(&self.status.host_ip).filter_map(|text| parse_address(text)).collect();
+                hosts.extend(node_addresses);
+                hosts
+            }
+        };
+        let sidecars =
+            self.spec.init_containers.iter().filter(|container| container.restart_policy.as_deref() == Some("Always"));
+        let ports = self.spec.containers.iter().chain(sidecars).flat_map(|container| &container.ports);
+        Endpoint {
+            labels: self.metadata.labels.clone(),
+            service_account: Some(self.spec.service_account_name.clone().unwrap_or_else(|| "default".into())),
+            addresses: if ended || host { Vec::new() } else { reported },
+            nets: Vec::new(),
+            ports: ports
+                .filter_map(|port| {
+                    let protocol = protocol_number(port.protocol.as_deref().unwrap_or("TCP"))?;
+                    Some(NamedPort { name: port.name.clone()?, protocol, port: port.container_port })
+                })
+                .collect(),
+            node: self.spec.node_name.clone(),
+            host_network: host,
+            host_addresses,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Service {
+    #[serde(default)]
+    pub metadata: Metadata,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub spec: ServiceSpec,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceSpec {
+    #[serde(rename = "type")]
+    pub kind: Option<String>,
+    #[serde(rename = "clusterIP")]
+    pub cluster_ip: Option<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub selector: Map,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointSlice {
+    #[serde(default)]
+    pub metadata: Metadata,
+    #[serde(default)]
+    pub address_type: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub endpoints: Vec<SliceEndpoint>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub ports: Vec<SlicePort>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct SliceEndpoint {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub addresses: Vec<String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct SlicePort {
+    pub protocol: Option<String>,
+    pub port: Option<u16>,
+}
+
+impl EndpointSlice {
+    /// The service that the slice belongs to.
+    pub fn service(&self) -> Option<(Arc<str>, Arc<str>)> {
+        let name = self.metadata.labels.get("kubernetes.io/service-name")?;
+        Some((self.metadata.namespace(), Arc::clone(name)))
+    }
+
+    /// Address, protocol number and port of every backend, ready or not: policy speaks of who belongs to the service.
+    pub fn backends(&self) -> impl Iterator<Item = (IpAddr, u8, u16)> {
+        let addresses = self.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+        addresses.filter_map(|text| parse_address(text)).flat_map(|address| {
+            self.ports.iter().filter_map(move |port| {
+                Some((address, protocol_number(port.protocol.as_deref().unwrap_or("TCP"))?, port.port?))
+            })
+        })
+    }
+}
+
+/// An address in any spelling; one of IPv4 mapped into IPv6 is the IPv4 address.
+pub fn parse_address(text: &str) -> Option<IpAddr> {
+    text.trim().parse::<IpAddr>().ok().map(|address| address.to_canonical())
+}
+
+/// The protocols that Kubernetes names on ports.
+pub fn protocol_number(name: &str) -> Option<u8> {
+    match name {
+        "TCP" => Some(6),
+        "UDP" => Some(17),
+        "SCTP" => Some(132),
+        _ => None,
+    }
+}

@@ -1,0 +1,281 @@
+//! Files of manifests into typed, validated objects.
+
+use std::path::{Path as FilePath, PathBuf};
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+
+use crate::calico::{self, CalicoObject};
+use crate::cluster_network_policy::ClusterNetworkPolicy;
+use crate::document::{self, Data, Node};
+use crate::field::FieldError;
+use crate::hanse::{self, FederatedNetworkPolicy, FederatedNetworkSet, MemberCluster, Tier};
+use crate::kubernetes::{EndpointSlice, Namespace, Node as KubeNode, Pod, Service, ServiceAccount};
+use crate::network_policy::NetworkPolicy;
+
+/// The largest file that is read: ten objects of the largest size that an API server stores (1.5 MiB), rounded up.
+/// Directories may hold any number of files.
+pub const MAX_FILE_BYTES: u64 = 64 * 1024 * 1024;
+/// How deep below the directory files are looked for.
+pub const MAX_DIRECTORY_DEPTH: usize = 16;
+
+/// Where something stands; the line is one-based.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Place {
+    pub file: Arc<str>,
+    pub line: u32,
+}
+
+/// What is wrong, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Diagnostic {
+    pub place: Place,
+    /// The field's path; empty where the error is not about a field.
+    pub field: String,
+    pub message: String,
+    /// The object, as far as it is known.
+    pub object: Option<Reference>,
+}
+
+/// Names an object as it is written.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Reference {
+    pub api_version: String,
+    pub kind: String,
+    pub namespace: Option<String>,
+    pub name: String,
+}
+
+/// A document of a kind that Hanse does not read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    pub place: Place,
+    pub object: Reference,
+}
+
+#[derive(Debug, Clone)]
+pub struct Manifest {
+    pub place: Place,
+    pub reference: Reference,
+    pub object: Object,
+}
+
+#[derive(Debug, Clone)]
+pub enum Object {
+    Namespace(Namespace),
+    Node(KubeNode),
+    ServiceAccount(ServiceAccount),
+    Pod(Box<Pod>),
+    Service(Service),
+    EndpointSlice(EndpointSlice),
+    NetworkPolicy(Box<NetworkPolicy>),
+    ClusterNetworkPolicy(Box<ClusterNetworkPolicy>),
+    Calico(Box<CalicoObject>),
+    FederatedNetworkPolicy(Box<FederatedNetworkPolicy>),
+    Tier(Tier),
+    FederatedNetworkSet(FederatedNetworkSet),
+    MemberCluster(Box<MemberCluster>),
+}
+
+/// What was read.
+#[derive(Debug, Clone, Default)]
+pub struct Manifests {
+    pub objects: Vec<Manifest>,
+    pub diagnostics: Vec<Diagnostic>,
+    pub skipped: Vec<Skipped>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("read {path}")]
+pub struct ReadError {
+    pub path: PathBuf,
+    pub source: std::io::Error,
+}
+
+/// Reads a file, or every `.yaml`, `.yml` and `.json` file below a directory, in the order of their paths. Hidden files
+/// and folders are left out. A single file that cannot be read is a diagnostic; a directory that cannot be listed is an
+/// error, for it is not an empty one.
+pub fn read_dir(path: &FilePath) -> Result<Manifests, ReadError> {
+    let mut files = Vec::new();
+    list(path, 0, &mut files)?;
+    files.sort();
+    let mut read = Manifests::default();
+    for file in files {
+        let name: Arc<str> = file.to_string_lossy().into();
+        match read_file(&file) {
+            Ok(bytes) => read_bytes(&name, &bytes, &mut read),
+            Err(error) => read.diagnostics.push(Diagnostic {
+                place: Place { file: name, line: 1 },
+                field: String::new(),
+                message: error.to_string(),
+                object: None,
+            }),
+        }
+    }
+    Ok(read)
+}
+
+/// The files that [`read_dir`] would read below `path`, or `path` itself where it is a file.
+pub fn list(path: &FilePath, depth: usize, files: &mut Vec<PathBuf>) -> Result<(), ReadError> {
+    let fail = |source| ReadError { path: path.to_owned(), source };
+    if path.metadata().map_err(fail)?.is_file() {
+        files.push(path.to_owned());
+        return Ok(());
+    }
+    for entry in path.read_dir().map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        let path = entry.path();
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        // A link may lead to nothing, or the file may be gone by now.
+        let Ok(metadata) = path.metadata() else { continue };
+        let readable = path
+            .extension()
+            .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|known| extension.eq_ignore_ascii_case(known)));
+        if metadata.is_dir() && depth < MAX_DIRECTORY_DEPTH {
+            list(&path, depth + 1, files)?;
+        } else if metadata.is_file() && readable {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// Reads one file, up to [`MAX_FILE_BYTES`].
+pub fn read_file(path: &FilePath) -> std::io::Result<Vec<u8>> {
+    use std::io::Read as _;
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(std::io::Error::other(format!("larger than {MAX_FILE_BYTES} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Reads the documents of one file. What cannot be understood becomes a diagnostic; the rest is read all the same.
+pub fn read_bytes(file: &Arc<str>, bytes: &[u8], read: &mut Manifests) {
+    let place = |line| Place { file: Arc::clone(file), line };
+    let text = match std::str::from_utf8(bytes) {
+        Ok(text) => text.strip_prefix('\u{feff}').unwrap_or(text),
+        Err(error) => {
+            let line = 1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
+            let (field, message) = (String::new(), "not UTF-8".to_owned());
+            let place = place(u32::try_from(line).unwrap_or(u32::MAX));
+            read.diagnostics.push(Diagnostic { place, field, message, object: None });
+            return;
+        }
+    };
+    for document in document::parse(text) {
+        match document {
+            Ok(node) => read_node(file, &node, read),
+            Err(error) => read.diagnostics.push(Diagnostic {
+                place: place(error.line),
+                field: String::new(),
+                message: error.message,
+                object: None,
+            }),
+        }
+    }
+}
+
+fn read_node(file: &Arc<str>, node: &Node, read: &mut Manifests) {
+    let place = Place { file: Arc::clone(file), line: node.line };
+    let refuse = |read: &mut Manifests, field: &str, message: String, object| {
+        let place = Place { file: Arc::clone(file), line: node.line_of(field) };
+        read.diagnostics.push(Diagnostic { place, field: field.to_owned(), message, object });
+    };
+    if !matches!(node.data, Data::Mapping(_)) {
+        return refuse(read, "", "not an object: a mapping with apiVersion, kind and metadata is wanted".into(), None);
+    }
+    let text_at = |path: &[&str]| {
+        let found = path.iter().try_fold(node, |node, name| node.child(name));
+        found.and_then(Node::text).unwrap_or_default().to_owned()
+    };
+    let reference = Reference {
+        api_version: text_at(&["apiVersion"]),
+        kind: text_at(&["kind"]),
+        namespace: Some(text_at(&["metadata", "namespace"])).filter(|namespace| !namespace.is_empty()),
+        name: text_at(&["metadata", "name"]),
+    };
+    for (field, value) in [("apiVersion", &reference.api_version), ("kind", &reference.kind)] {
+        if value.is_empty() {
+            return refuse(
+                read,
+                field,
+                "is missing: every object names its apiVersion and kind".into(),
+                Some(reference.clone()),
+            );
+        }
+    }
+    if let Some(item_kind) = reference.kind.strip_suffix("List")
+        && let Some(Data::Sequence(items)) = node.child("items").map(|items| &items.data)
+    {
+        for item in items {
+            read_node(file, &typed_item(item, &reference.api_version, item_kind), read);
+        }
+        return;
+    }
+    match read_object(&reference, node) {
+        Ok(Some(_)) if reference.name.is_empty() => {
+            refuse(read, "metadata.name", "is missing".into(), Some(reference));
+        }
+        Ok(Some(object)) => read.objects.push(Manifest { place, reference, object }),
+        Ok(None) => read.skipped.push(Skipped { place, object: reference }),
+        Err(errors) => {
+            for error in errors {
+                refuse(read, &error.path, error.message, Some(reference.clone()));
+            }
+        }
+    }
+}
+
+/// Items of a typed list (`PodList`) may leave out what the list says.
+fn typed_item(item: &Node, api_version: &str, kind: &str) -> Node {
+    let mut item = item.clone();
+    if let Data::Mapping(entries) = &mut item.data
+        && !kind.is_empty()
+    {
+        for (field, value) in [("apiVersion", api_version), ("kind", kind)] {
+            if !entries.iter().any(|(key, ..)| key == field) {
+                let node = Node { line: item.line, data: Data::Scalar(value.into()) };
+                entries.push((field.to_owned(), item.line, node));
+            }
+        }
+    }
+    item
+}
+
+/// `None`: a kind that Hanse does not read.
+fn read_object(reference: &Reference, node: &Node) -> Result<Option<Object>, Vec<FieldError>> {
+    let object = match (reference.api_version.as_str(), reference.kind.as_str()) {
+        ("v1", "Namespace") => Object::Namespace(typed(node)?),
+        ("v1", "Node") => Object::Node(typed(node)?),
+        ("v1", "ServiceAccount") => Object::ServiceAccount(typed(node)?),
+        ("v1", "Pod") => Object::Pod(typed(node)?),
+        ("v1", "Service") => Object::Service(typed(node)?),
+        ("discovery.k8s.io/v1", "EndpointSlice") => Object::EndpointSlice(typed(node)?),
+        ("networking.k8s.io/v1", "NetworkPolicy") => Object::NetworkPolicy(typed(node)?),
+        ("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolicy") => Object::ClusterNetworkPolicy(typed(node)?),
+        (hanse::API_VERSION, "FederatedNetworkPolicy") => Object::FederatedNetworkPolicy(typed(node)?),
+        (hanse::API_VERSION, "Tier") => Object::Tier(typed(node)?),
+        (hanse::API_VERSION, "FederatedNetworkSet") => Object::FederatedNetworkSet(typed(node)?),
+        (hanse::API_VERSION, "MemberCluster") => Object::MemberCluster(typed(node)?),
+        (calico::API_VERSION | calico::CRD_API_VERSION, kind) => match calico::read(reference, kind, node)? {
+            Some(object) => Object::Calico(Box::new(object)),
+            None => return Ok(None),
+        },
+        _ => return Ok(None),
+    };
+    let errors = crate::assemble::validate(&object);
+    if errors.is_empty() { Ok(Some(object)) } else { Err(errors) }
+}
+
+/// A node as a type; the error names the field.
+pub(crate) fn typed<T: DeserializeOwned>(node: &Node) -> Result<T, Vec<FieldError>> {
+    serde_path_to_error::deserialize(node.to_value()).map_err(|error| {
+        let path = error.path().to_string();
+        let path = if path == "." { String::new() } else { path };
+        vec![FieldError { path, message: error.into_inner().to_string() }]
+    })
+}

@@ -1,0 +1,482 @@
+//! Rules as Calico v3 writes them, which `hanse.dev` shares: validation and conversion.
+
+use std::sync::Arc;
+
+use hanse_policy::model::{
+    Action, ClusterScope, EntityMatch, HttpMatch, HttpPath, Icmp, IpVersion, Port, Protocol, Rule, Selection,
+    ServiceMatch,
+};
+use hanse_policy::selector::build;
+use hanse_policy::selector::{Expr, Selector};
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use crate::field::{Errors, Path};
+use crate::kubernetes::null_as_default;
+use crate::network_policy::IntOrString;
+
+/// Bounds of Calico's schema.
+pub const MAX_RULES: usize = 1024;
+pub const MAX_SELECTOR_CHARACTERS: usize = 1024;
+pub const MAX_NETS: usize = 256;
+pub const MAX_PORTS: usize = 50;
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RuleSpec {
+    #[serde(default)]
+    pub action: String,
+    pub ip_version: Option<i64>,
+    pub protocol: Option<IntOrString>,
+    pub not_protocol: Option<IntOrString>,
+    pub icmp: Option<IcmpSpec>,
+    #[serde(rename = "notICMP")]
+    pub not_icmp: Option<IcmpSpec>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub source: EntitySpec,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub destination: EntitySpec,
+    pub http: Option<HttpSpec>,
+    /// Annotations of the rule: for people.
+    #[serde(rename = "metadata")]
+    pub _metadata: Option<serde::de::IgnoredAny>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IcmpSpec {
+    #[serde(rename = "type")]
+    pub kind: Option<i64>,
+    pub code: Option<i64>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EntitySpec {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub nets: Vec<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub not_nets: Vec<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub selector: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub not_selector: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub namespace_selector: String,
+    pub service_accounts: Option<ServiceAccountsSpec>,
+    pub services: Option<ServiceSpec>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub ports: Vec<IntOrString>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub not_ports: Vec<IntOrString>,
+    /// `hanse.dev` only: which clusters' workloads. Absent: the whole ClusterSet.
+    pub cluster_selector: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceAccountsSpec {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub names: Vec<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub selector: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceSpec {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub name: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub namespace: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HttpSpec {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub methods: Vec<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub paths: Vec<HttpPathSpec>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HttpPathSpec {
+    pub exact: Option<String>,
+    pub prefix: Option<String>,
+}
+
+/// Whose rules are converted.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// Of a namespaced policy: rules with a selector look only there, unless they have a namespaceSelector.
+    pub namespace: Option<&'a str>,
+    /// Resolves a cluster selector, or its absence, to clusters.
+    pub clusters: &'a dyn Fn(Option<&Selector>) -> ClusterScope,
+    /// Whether `clusterSelector` is a field of this kind.
+    pub federated: bool,
+}
+
+impl std::fmt::Debug for Context<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("namespace", &self.namespace).finish_non_exhaustive()
+    }
+}
+
+/// The rules of one direction.
+pub fn convert_rules(rules: &[RuleSpec], context: Context<'_>, path: &Path<'_>, errors: &mut Errors) -> Vec<Rule> {
+    if rules.len() > MAX_RULES {
+        errors.add(path, format!("has {} rules; {MAX_RULES} are allowed", rules.len()));
+    }
+    let indexed = rules.iter().enumerate();
+    indexed.filter_map(|(index, rule)| convert_rule(index, rule, context, &path.index(index), errors)).collect()
+}
+
+fn convert_rule(
+    index: usize,
+    rule: &RuleSpec,
+    context: Context<'_>,
+    path: &Path<'_>,
+    errors: &mut Errors,
+) -> Option<Rule> {
+    let action = match rule.action.as_str() {
+        "Allow" => Some(Action::Allow),
+        "Deny" => Some(Action::Deny),
+        "Pass" => Some(Action::Pass),
+        "Log" => Some(Action::Log),
+        "" => {
+            errors.add(&path.field("action"), "is missing: Allow, Deny, Pass or Log");
+            None
+        }
+        other => {
+            errors.add(&path.field("action"), format!("\"{other}\" is none of Allow, Deny, Pass, Log"));
+            None
+        }
+    };
+    let ip_version = match rule.ip_version {
+        None => None,
+        Some(4) => Some(IpVersion::V4),
+        Some(6) => Some(IpVersion::V6),
+        Some(other) => {
+            errors.add(&path.field("ipVersion"), format!("{other} is neither 4 nor 6"));
+            None
+        }
+    };
+    let mut protocol_of = |spec: &Option<IntOrString>, name: &'static str| {
+        let spec = spec.as_ref()?;
+        errors.note(&path.field(name), convert_protocol(spec))
+    };
+    let protocol = protocol_of(&rule.protocol, "protocol");
+    let not_protocol = protocol_of(&rule.not_protocol, "notProtocol");
+    let icmp = rule.icmp.and_then(|icmp| convert_icmp(icmp, &path.field("icmp"), errors));
+    let not_icmp = rule.not_icmp.and_then(|icmp| convert_icmp(icmp, &path.field("notICMP"), errors));
+    for (version, name) in [(IpVersion::V4, Protocol::Icmp), (IpVersion::V6, Protocol::IcmpV6)] {
+        if protocol == Some(name) && ip_version.is_some_and(|wanted| wanted != version) {
+            errors.add(&path.field("ipVersion"), "does not go with a protocol of the other IP version");
+        }
+    }
+    let source = convert_entity(&rule.source, context, &path.field("source"), false, errors);
+    let destination = convert_entity(&rule.destination, context, &path.field("destination"), true, errors);
+    check_families(ip_version, &source, &destination, path, errors);
+    check_ports(rule, protocol, &source, &destination, path, errors);
+    let http = rule.http.as_ref().and_then(|http| {
+        let path = path.field("http");
+        if action.is_some_and(|action| action != Action::Allow) {
+            errors.add(&path, "goes with the action Allow only");
+        }
+        if protocol.is_some_and(|protocol| protocol != Protocol::Tcp) {
+            errors.add(&path, "goes with the protocol TCP only");
+        }
+        convert_http(http, &path, errors)
+    });
+    Some(Rule {
+        action: action?,
+        index: u32::try_from(index).unwrap_or(u32::MAX),
+        ip_version,
+        protocol,
+        not_protocol,
+        icmp,
+        not_icmp,
+        source,
+        destination,
+        http,
+        not_understood: None,
+    })
+}
+
+/// By name (any case is refused but the listed ones) or by number, 1 to 255.
+fn convert_protocol(spec: &IntOrString) -> Result<Protocol, String> {
+    let number = |number: i64| match u8::try_from(number) {
+        Ok(number) if number > 0 => Ok(Protocol::Number(number)),
+        _ => Err(format!("{number} is not between 1 and 255")),
+    };
+    match spec {
+        IntOrString::Int(value) => number(*value),
+        IntOrString::String(name) => match name.as_str() {
+            "TCP" => Ok(Protocol::Tcp),
+            "UDP" => Ok(Protocol::Udp),
+            "ICMP" => Ok(Protocol::Icmp),
+            "ICMPv6" => Ok(Protocol::IcmpV6),
+            "SCTP" => Ok(Protocol::Sctp),
+            "UDPLite" => Ok(Protocol::UdpLite),
+            other => match other.parse::<i64>() {
+                Ok(value) => number(value),
+                Err(_) => Err(format!("\"{other}\" is none of TCP, UDP, ICMP, ICMPv6, SCTP, UDPLite or 1 to 255")),
+            },
+        },
+    }
+}
+
+fn convert_icmp(icmp: IcmpSpec, path: &Path<'_>, errors: &mut Errors) -> Option<Icmp> {
+    let mut part = |value: Option<i64>, name: &'static str, last: u8| {
+        let value = value?;
+        let number = u8::try_from(value).ok().filter(|number| *number <= last);
+        if number.is_none() {
+            errors.add(&path.field(name), format!("{value} is not between 0 and {last}"));
+        }
+        number
+    };
+    let (kind, code) = (part(icmp.kind, "type", 254), part(icmp.code, "code", 255));
+    if icmp.kind.is_none() && icmp.code.is_some() {
+        errors.add(&path.field("code"), "needs type beside it");
+    }
+    Some(Icmp { kind, code })
+}
+
+fn convert_entity(
+    entity: &EntitySpec,
+    context: Context<'_>,
+    path: &Path<'_>,
+    is_destination: bool,
+    errors: &mut Errors,
+) -> EntityMatch {
+    let selector = note_selector(&entity.selector, &path.field("selector"), errors);
+    let not_selector = note_selector(&entity.not_selector, &path.field("notSelector"), errors);
+    let namespaces = note_selector(&entity.namespace_selector, &path.field("namespaceSelector"), errors);
+    let accounts = entity.service_accounts.as_ref().map(|accounts| {
+        let path = path.field("serviceAccounts");
+        let selector = note_selector(&accounts.selector, &path.field("selector"), errors);
+        let names = accounts.names.iter().map(String::as_str);
+        let names = if accounts.names.is_empty() { Expr::All } else { build::service_accounts(names) };
+        build::all_of([names, selector.map_or(Expr::All, |selector| build::with_service_account(&selector.expr))])
+    });
+    if entity.cluster_selector.is_some() && !context.federated {
+        errors.add(&path.field("clusterSelector"), "is a field of FederatedNetworkPolicy only");
+    }
+    let cluster_path = path.field("clusterSelector");
+    let cluster_selector =
+        entity.cluster_selector.as_ref().and_then(|text| errors.note(&cluster_path, parse_selector(text)));
+    let clusters = (context.clusters)(cluster_selector.as_ref());
+
+    let looks_at_labels = selector.is_some() || not_selector.is_some() || accounts.is_some();
+    let namespace_scope = match (&namespaces, context.namespace) {
+        (Some(selector), _) => Some(build::in_namespaces(&selector.expr)),
+        (None, Some(namespace)) if looks_at_labels => Some(build::in_namespace(namespace)),
+        _ => None,
+    };
+    // A lone clusterSelector means whatever those clusters own.
+    let selected = selector.is_some() || accounts.is_some() || namespace_scope.is_some() || cluster_selector.is_some();
+    let selection = selected.then(|| {
+        let own = selector.map(|selector| selector.expr);
+        let parts = [namespace_scope, accounts, own].into_iter().flatten();
+        Selection { clusters: clusters.clone(), selector: Selector::from(build::all_of(parts)) }
+    });
+    let not_selection = not_selector.map(|selector| Selection { clusters, selector });
+    let service = entity
+        .services
+        .as_ref()
+        .and_then(|service| convert_service(service, entity, context, &path.field("services"), is_destination, errors));
+    EntityMatch {
+        nets: convert_nets(&entity.nets, &path.field("nets"), errors),
+        not_nets: convert_nets(&entity.not_nets, &path.field("notNets"), errors),
+        selection,
+        not_selection,
+        ports: convert_port_list(&entity.ports, &path.field("ports"), errors),
+        not_ports: convert_port_list(&entity.not_ports, &path.field("notPorts"), errors),
+        service,
+    }
+}
+
+fn convert_service(
+    service: &ServiceSpec,
+    entity: &EntitySpec,
+    context: Context<'_>,
+    path: &Path<'_>,
+    is_destination: bool,
+    errors: &mut Errors,
+) -> Option<ServiceMatch> {
+    let others = [
+        (!entity.selector.is_empty(), "selector"),
+        (!entity.not_selector.is_empty(), "notSelector"),
+        (!entity.namespace_selector.is_empty(), "namespaceSelector"),
+        (entity.service_accounts.is_some(), "serviceAccounts"),
+        (!entity.nets.is_empty(), "nets"),
+        (!entity.not_nets.is_empty(), "notNets"),
+        (is_destination && !entity.ports.is_empty(), "ports"),
+        (is_destination && !entity.not_ports.is_empty(), "notPorts"),
+    ];
+    for (_, name) in others.into_iter().filter(|(given, _)| *given) {
+        errors.add(path, format!("may not stand beside {name}"));
+    }
+    if service.name.is_empty() {
+        errors.add(&path.field("name"), "is missing");
+        return None;
+    }
+    let namespace: Arc<str> = match (service.namespace.as_str(), context.namespace) {
+        ("", Some(own)) => own.into(),
+        ("", None) => {
+            errors.add(&path.field("namespace"), "is missing: this policy has no namespace of its own");
+            return None;
+        }
+        (given, _) => given.into(),
+    };
+    Some(ServiceMatch { namespace, name: service.name.as_str().into() })
+}
+
+/// `None`: not given.
+fn note_selector(text: &str, path: &Path<'_>, errors: &mut Errors) -> Option<Selector> {
+    if text.is_empty() {
+        return None;
+    }
+    errors.note(path, parse_selector(text))
+}
+
+/// A selector of a policy, bounded.
+pub fn parse_selector(text: &str) -> Result<Selector, String> {
+    if text.chars().count() > MAX_SELECTOR_CHARACTERS {
+        return Err(format!("longer than {MAX_SELECTOR_CHARACTERS} characters"));
+    }
+    Selector::parse(text).map_err(|error| format!("\"{text}\" is no selector: {error}"))
+}
+
+/// Nets of a rule or a set: no host bits; a bare address is one address.
+pub fn convert_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<IpNet> {
+    if texts.len() > MAX_NETS {
+        errors.add(path, format!("has {} nets; {MAX_NETS} are allowed", texts.len()));
+    }
+    let parsed = texts.iter().enumerate().filter_map(|(index, text)| {
+        let path = path.index(index);
+        let net =
+            text.parse::<IpNet>().or_else(|error| text.parse::<std::net::IpAddr>().map(IpNet::from).map_err(|_| error));
+        let Ok(net) = net else {
+            errors.add(&path, format!("\"{text}\" is no CIDR, such as 10.9.8.0/24 or 2001:db8::/64"));
+            return None;
+        };
+        if net.trunc() != net {
+            errors.add(&path, format!("\"{text}\" has bits behind its prefix; {} is meant?", net.trunc()));
+        }
+        Some(net.trunc())
+    });
+    parsed.collect()
+}
+
+fn convert_port_list(specs: &[IntOrString], path: &Path<'_>, errors: &mut Errors) -> Vec<Port> {
+    if specs.len() > MAX_PORTS {
+        errors.add(path, format!("has {} ports; {MAX_PORTS} are allowed", specs.len()));
+    }
+    let ports = specs.iter().enumerate();
+    ports.filter_map(|(index, spec)| errors.note(&path.index(index), convert_port(spec))).collect()
+}
+
+/// A number, `first:last`, or a name.
+fn convert_port(spec: &IntOrString) -> Result<Port, String> {
+    let number = |value: i64| match u16::try_from(value) {
+        Ok(port) if port > 0 => Ok(port),
+        _ => Err(format!("{value} is not between 1 and 65535")),
+    };
+    let text = match spec {
+        IntOrString::Int(value) => return number(*value).map(|port| Port::Range(port, port)),
+        IntOrString::String(text) => text,
+    };
+    let digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let parse =
+        |part: &str| part.parse::<i64>().map_err(|_| format!("{part} is not between 1 and 65535")).and_then(number);
+    if digits(text) {
+        return parse(text).map(|port| Port::Range(port, port));
+    }
+    if let Some((first, last)) = text.split_once(':')
+        && digits(first)
+        && digits(last)
+    {
+        let (first, last) = (parse(first)?, parse(last)?);
+        return match first <= last {
+            true => Ok(Port::Range(first, last)),
+            false => Err(format!("the range {first}:{last} ends before it starts")),
+        };
+    }
+    let inside = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+    if (1..=128).contains(&text.len()) && text.bytes().all(inside) {
+        return Ok(Port::Named(text.as_str().into()));
+    }
+    Err(format!("\"{text}\" is no port: a number, first:last, or a name of 1 to 128 of A-Z a-z 0-9 _ . -"))
+}
+
+/// All nets of a rule are of one family, the rule's own where it names one.
+fn check_families(
+    ip_version: Option<IpVersion>,
+    source: &EntityMatch,
+    destination: &EntityMatch,
+    path: &Path<'_>,
+    errors: &mut Errors,
+) {
+    let nets = [&source.nets, &source.not_nets, &destination.nets, &destination.not_nets];
+    let has = |v4: bool| nets.into_iter().flatten().any(|net| matches!(net, IpNet::V4(_)) == v4);
+    let (v4, v6) = (has(true), has(false));
+    if v4 && v6 {
+        errors.add(path, "has both IPv4 and IPv6 nets; make two rules of it");
+    }
+    if (v4 && ip_version == Some(IpVersion::V6)) || (v6 && ip_version == Some(IpVersion::V4)) {
+        errors.add(&path.field("ipVersion"), "does not go with nets of the other IP version");
+    }
+}
+
+/// Numbers need a protocol that has ports; names alone carry theirs.
+fn check_ports(
+    rule: &RuleSpec,
+    protocol: Option<Protocol>,
+    source: &EntityMatch,
+    destination: &EntityMatch,
+    path: &Path<'_>,
+    errors: &mut Errors,
+) {
+    let has_ports = protocol.is_some_and(|protocol| matches!(protocol.number(), 6 | 17 | 132));
+    for (entity, end) in [(source, "source"), (destination, "destination")] {
+        for (ports, name) in [(&entity.ports, "ports"), (&entity.not_ports, "notPorts")] {
+            let all_named = ports.iter().all(|port| matches!(port, Port::Named(_)));
+            let fine = ports.is_empty() || has_ports || (rule.protocol.is_none() && all_named);
+            if !fine {
+                let end_path = path.field(end);
+                errors.add(&end_path.field(name), "needs the protocol TCP, UDP or SCTP");
+            }
+        }
+    }
+}
+
+fn convert_http(http: &HttpSpec, path: &Path<'_>, errors: &mut Errors) -> Option<HttpMatch> {
+    const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];
+    let methods_path = path.field("methods");
+    for (index, method) in http.methods.iter().enumerate() {
+        if !METHODS.contains(&method.as_str()) {
+            errors.add(&methods_path.index(index), format!("\"{method}\" is none of {}", METHODS.join(", ")));
+        }
+        if http.methods[..index].contains(method) {
+            errors.add(&methods_path.index(index), format!("\"{method}\" stands twice"));
+        }
+    }
+    let paths_path = path.field("paths");
+    let mut paths = Vec::new();
+    for (index, entry) in http.paths.iter().enumerate() {
+        let path = paths_path.index(index);
+        let text = entry.exact.as_ref().or(entry.prefix.as_ref());
+        if text.is_some_and(|text| !text.starts_with('/') || text.contains(['?', '#'])) {
+            errors.add(&path, "must start with / and hold neither ? nor #");
+        }
+        match (&entry.exact, &entry.prefix) {
+            (Some(exact), None) => paths.push(HttpPath::Exact(exact.clone())),
+            (None, Some(prefix)) => paths.push(HttpPath::Prefix(prefix.clone())),
+            _ => errors.add(&path, "must have one of exact and prefix"),
+        }
+    }
+    Some(HttpMatch { methods: http.methods.clone(), paths })
+}

@@ -1,0 +1,4 @@
+//! Manifests as people write them, through the whole reader.
+
+mod network_policy;
+mod reading;

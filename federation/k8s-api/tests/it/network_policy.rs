@@ -1,0 +1,141 @@
+//! NetworkPolicy, clause by clause.
+
+use std::sync::Arc;
+
+use hanse_k8s_api::{Manifests, assemble_cluster, read_bytes};
+use hanse_policy::model::{Policy, Port, Protocol};
+
+fn policy(spec: &str) -> Result<Policy, Vec<String>> {
+    let text = format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p, namespace: a}}\nspec: {spec}\n"
+    );
+    let mut read = Manifests::default();
+    read_bytes(&Arc::from("f"), text.as_bytes(), &mut read);
+    if !read.diagnostics.is_empty() {
+        return Err(read.diagnostics.iter().map(|it| format!("{}: {}", it.field, it.message)).collect());
+    }
+    let state = assemble_cluster(&"c".into(), &read.objects);
+    Ok(state.layer.policies.into_values().next().expect("one policy"))
+}
+
+#[test]
+fn types_default_by_the_sections() {
+    for (spec, ingress, egress) in [
+        ("{podSelector: {}}", true, false),
+        ("{podSelector: {}, egress: []}", true, false),
+        ("{podSelector: {}, egress: null}", true, false),
+        ("{podSelector: {}, egress: [{}]}", true, true),
+        ("{podSelector: {}, policyTypes: [Egress]}", false, true),
+        ("{podSelector: {}, policyTypes: [Egress], ingress: [{}]}", false, true),
+        ("{podSelector: {}, policyTypes: [Ingress, Egress]}", true, true),
+        ("{}", true, false),
+    ] {
+        let policy = policy(spec).expect(spec);
+        assert_eq!((policy.ingress.is_some(), policy.egress.is_some()), (ingress, egress), "{spec}");
+    }
+}
+
+#[test]
+fn ports_by_protocol() {
+    for (ports, expected) in [
+        ("[]", vec![(None, vec![])]),
+        ("[{}]", vec![(Some(Protocol::Tcp), vec![])]),
+        ("[{protocol: UDP}]", vec![(Some(Protocol::Udp), vec![])]),
+        (
+            "[{port: 80}, {port: 90, endPort: 99}]",
+            vec![(Some(Protocol::Tcp), vec![Port::Range(80, 80), Port::Range(90, 99)])],
+        ),
+        ("[{port: 80}, {}]", vec![(Some(Protocol::Tcp), vec![])]),
+        ("[{port: http}]", vec![(Some(Protocol::Tcp), vec![Port::Named("http".into())])]),
+        (
+            "[{port: 53, protocol: UDP}, {port: 53}, {protocol: SCTP}]",
+            vec![
+                (Some(Protocol::Tcp), vec![Port::Range(53, 53)]),
+                (Some(Protocol::Udp), vec![Port::Range(53, 53)]),
+                (Some(Protocol::Sctp), vec![]),
+            ],
+        ),
+    ] {
+        let policy = policy(&format!("{{podSelector: {{}}, ingress: [{{ports: {ports}}}]}}")).expect(ports);
+        let rules = policy.ingress.expect("of ingress");
+        let found: Vec<_> = rules.into_iter().map(|rule| (rule.protocol, rule.destination.ports)).collect();
+        assert_eq!(found, expected, "{ports}");
+    }
+}
+
+#[test]
+fn peers_look_where_they_say() {
+    const PODS: &str = r#"projectcalico.org/orchestrator == "k8s""#;
+    for (peer, expected) in [
+        ("{podSelector: {}}", format!(r#"({PODS} && projectcalico.org/namespace == "a")"#)),
+        ("{namespaceSelector: {}}", format!("({PODS} && has(projectcalico.org/namespace))")),
+        (
+            "{namespaceSelector: {matchLabels: {t: x}}, podSelector: {matchExpressions: [{key: k, operator: NotIn, values: [w, v]}]}}",
+            format!(r#"({PODS} && pcns.t == "x" && k not in {{"v", "w"}})"#),
+        ),
+        (
+            "{podSelector: {matchLabels: {k: ''}}}",
+            format!(r#"({PODS} && projectcalico.org/namespace == "a" && k == "")"#),
+        ),
+    ] {
+        let policy = policy(&format!("{{podSelector: {{}}, ingress: [{{from: [{peer}]}}]}}")).expect(peer);
+        let rules = policy.ingress.expect("of ingress");
+        let selection = rules[0].source.selection.as_ref().expect("a selection");
+        assert_eq!(&*selection.selector.canonical, expected, "{peer}");
+    }
+}
+
+#[test]
+fn an_empty_rule_list_allows_nothing_and_an_empty_rule_everything() {
+    assert_eq!(policy("{podSelector: {}, ingress: []}").expect("valid").ingress, Some(vec![]));
+    let rules = policy("{podSelector: {}, ingress: [{}]}").expect("valid").ingress.expect("of ingress");
+    assert_eq!((rules.len(), &rules[0].source, &rules[0].destination), (1, &Default::default(), &Default::default()));
+}
+
+#[test]
+fn what_an_api_server_refuses_is_refused_with_the_field() {
+    for (spec, field) in [
+        ("{ingress: [{ports: [{protocol: ICMP}]}]}", "spec.ingress[0].ports[0].protocol"),
+        ("{ingress: [{ports: [{port: 0}]}]}", "spec.ingress[0].ports[0].port"),
+        ("{ingress: [{ports: [{port: 70000}]}]}", "spec.ingress[0].ports[0].port"),
+        ("{ingress: [{ports: [{port: '80'}]}]}", "spec.ingress[0].ports[0].port"),
+        ("{ingress: [{ports: [{port: UPPER}]}]}", "spec.ingress[0].ports[0].port"),
+        ("{ingress: [{ports: [{endPort: 80}]}]}", "spec.ingress[0].ports[0].endPort"),
+        ("{ingress: [{ports: [{port: http, endPort: 80}]}]}", "spec.ingress[0].ports[0].endPort"),
+        ("{ingress: [{ports: [{port: 80, endPort: 79}]}]}", "spec.ingress[0].ports[0].endPort"),
+        ("{ingress: [{from: [{}]}]}", "spec.ingress[0].from[0]"),
+        ("{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8}, podSelector: {}}]}]}", "spec.ingress[0].from[0]"),
+        ("{ingress: [{from: [{ipBlock: {cidr: ten}}]}]}", "spec.ingress[0].from[0].ipBlock.cidr"),
+        (
+            "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/9]}}]}]}",
+            "spec.ingress[0].from[0].ipBlock.except[0]",
+        ),
+        (
+            "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.0.0.0/8]}}]}]}",
+            "spec.ingress[0].from[0].ipBlock.except[0]",
+        ),
+        ("{policyTypes: [Both]}", "spec.policyTypes[0]"),
+        ("{podSelector: {matchExpressions: [{key: a, operator: In}]}}", "spec.podSelector.matchExpressions[0].values"),
+        (
+            "{podSelector: {matchExpressions: [{key: a, operator: Exists, values: [b]}]}}",
+            "spec.podSelector.matchExpressions[0].values",
+        ),
+        (
+            "{podSelector: {matchExpressions: [{key: a, operator: Gt, values: ['1']}]}}",
+            "spec.podSelector.matchExpressions[0].operator",
+        ),
+        ("{podSelector: {matchLabels: {'a b': c}}}", "spec.podSelector.matchLabels"),
+        ("{podSelecter: {}}", "spec.podSelecter"),
+    ] {
+        let errors = policy(spec).expect_err(spec);
+        assert!(errors.len() == 1 && errors[0].starts_with(&format!("{field}: ")), "{spec}: {errors:?}");
+    }
+}
+
+#[test]
+fn host_bits_of_a_block_are_masked() {
+    let policy = policy("{egress: [{to: [{ipBlock: {cidr: 10.1.2.3/16, except: [10.1.2.3/24]}}]}]}").expect("valid");
+    let rule = &policy.egress.expect("of egress")[0];
+    assert_eq!(rule.destination.nets, ["10.1.0.0/16".parse().expect("a net")]);
+    assert_eq!(rule.destination.not_nets, ["10.1.2.0/24".parse().expect("a net")]);
+}

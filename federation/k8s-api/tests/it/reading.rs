@@ -1,0 +1,159 @@
+//! Reading files: places, errors, and what is left when something is broken.
+
+use std::sync::Arc;
+
+use hanse_k8s_api::{Manifests, assemble_cluster, assemble_federation, read_bytes, read_dir};
+use hanse_policy::model::{ClusterScope, Phase};
+use proptest::prelude::*;
+
+fn read(text: &str) -> Manifests {
+    let mut read = Manifests::default();
+    read_bytes(&Arc::from("file.yaml"), text.as_bytes(), &mut read);
+    read
+}
+
+fn complaints(read: &Manifests) -> Vec<String> {
+    let line = |diagnostic: &hanse_k8s_api::Diagnostic| {
+        format!("{}:{} {}: {}", diagnostic.place.file, diagnostic.place.line, diagnostic.field, diagnostic.message)
+    };
+    read.diagnostics.iter().map(line).collect()
+}
+
+#[test]
+fn one_bad_document_does_not_hide_the_others() {
+    let read = read(
+        "apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\n---\nkind: [\n---\n\
+         apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: a}\nspec: {hostNetwork: sure}\n---\n\
+         apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d}\n---\n\
+         apiVersion: v1\nkind: Namespace\nmetadata: {name: b}\n",
+    );
+    assert_eq!(read.objects.len(), 2);
+    assert_eq!(read.skipped.len(), 1);
+    let complaints = complaints(&read);
+    assert_eq!(complaints.len(), 2, "{complaints:?}");
+    assert!(complaints[0].starts_with("file.yaml:6 ") || complaints[0].starts_with("file.yaml:5 "), "{complaints:?}");
+    assert!(complaints[1].starts_with("file.yaml:10 spec.hostNetwork: "), "{complaints:?}");
+}
+
+#[test]
+fn lists_are_opened() {
+    let read = read(
+        "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Namespace, metadata: {name: a}}\n---\n\
+         apiVersion: v1\nkind: PodList\nitems:\n- metadata: {name: p, namespace: a}\n",
+    );
+    assert_eq!(complaints(&read), Vec::<String>::new());
+    assert_eq!(read.objects.len(), 2);
+}
+
+#[test]
+fn a_missing_directory_is_an_error_and_no_empty_one() {
+    let directory = tempfile::tempdir().expect("a directory");
+    assert!(read_dir(&directory.path().join("none")).is_err());
+    assert!(read_dir(directory.path()).expect("readable").objects.is_empty());
+    std::fs::write(directory.path().join("x.yaml"), "apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\n")
+        .expect("written");
+    std::fs::write(directory.path().join("note.txt"), "hello").expect("written");
+    assert_eq!(read_dir(directory.path()).expect("readable").objects.len(), 1);
+}
+
+#[test]
+fn pods_become_endpoints() {
+    let read = read(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: web, namespace: shop, labels: {app: web}}\n\
+         spec:\n  nodeName: n1\n  containers:\n  - ports: [{name: http, containerPort: 80}]\n\
+         \x20 - ports: [{name: dns, containerPort: 53, protocol: UDP}]\n\
+         status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}]}\n---\n\
+         apiVersion: v1\nkind: Pod\nmetadata: {name: done, namespace: shop}\n\
+         status: {phase: Succeeded, podIP: 10.0.0.2}\n---\n\
+         apiVersion: v1\nkind: Pod\nmetadata: {name: host, namespace: shop}\nspec: {hostNetwork: true, nodeName: n1}\n\
+         status: {phase: Running, podIP: 192.168.0.1}\n",
+    );
+    assert_eq!(complaints(&read), Vec::<String>::new());
+    let state = assemble_cluster(&"c".into(), &read.objects);
+    let endpoint = |name: &str| {
+        let found = state.cluster.endpoints.iter().find(|(id, _)| &*id.name == name);
+        found.map(|(_, endpoint)| endpoint.clone()).expect("the pod")
+    };
+    let web = endpoint("web");
+    assert_eq!(web.addresses, ["10.0.0.1".parse::<std::net::IpAddr>().expect("v4"), "fd00::1".parse().expect("v6")]);
+    assert_eq!(
+        web.ports.iter().map(|port| (&*port.name, port.protocol, port.port)).collect::<Vec<_>>(),
+        [("http", 6, 80), ("dns", 17, 53)]
+    );
+    assert_eq!(web.service_account.as_deref(), Some("default"));
+    assert!(endpoint("done").addresses.is_empty());
+    let host = endpoint("host");
+    assert!(host.host_network && host.addresses.is_empty() && host.host_addresses.len() == 1);
+    let labels = &state.cluster.namespaces["shop"].labels;
+    assert_eq!(labels.get("kubernetes.io/metadata.name").map(|value| &**value), Some("shop"));
+}
+
+#[test]
+fn the_federation_is_resolved_to_names() {
+    let read = read(
+        "apiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {name: platform}\nspec: {phase: Baseline, order: 1}\n---\n\
+         apiVersion: hanse.dev/v1alpha1\nkind: MemberCluster\nmetadata: {name: prod}\n\
+         spec: {labels: {env: prod}, grants: {cidrs: [10.1.0.0/16]}}\n---\n\
+         apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolicy\nmetadata: {name: p}\n\
+         spec:\n  tier: platform\n  clusterSelector: env == 'prod'\n  selector: app == 'vllm'\n  types: [Ingress]\n\
+         \x20 ingress:\n  - action: Allow\n    protocol: TCP\n\
+         \x20   source: {clusterSelector: \"hanse.dev/cluster == 'train'\", selector: role == 'gateway'}\n\
+         \x20   destination: {ports: [8000, '9000:9010', http]}\n",
+    );
+    assert_eq!(complaints(&read), Vec::<String>::new());
+    let federation = assemble_federation(&read.objects, ["prod".into(), "train".into()]);
+    assert!(federation.diagnostics.is_empty(), "{:?}", federation.diagnostics);
+    let policy = federation.layer.policies.values().next().expect("the policy");
+    assert_eq!(policy.tier.phase, Phase::Baseline);
+    assert_eq!(policy.enforcers, ClusterScope::Named(["prod".into()].into()));
+    let rule = &policy.ingress.as_deref().expect("of ingress")[0];
+    let selection = rule.source.selection.as_ref().expect("a selection");
+    assert_eq!(selection.clusters, ClusterScope::Named(["train".into()].into()));
+    assert_eq!(rule.destination.ports.len(), 3);
+    assert!(policy.egress.is_none());
+}
+
+#[test]
+fn fields_nobody_knows_are_named() {
+    for (text, wanted) in [
+        (
+            "apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolicy\nmetadata: {name: p}\nspec:\n  tier: t\n  selecter: a == 'b'\n",
+            "file.yaml:6 spec.selecter",
+        ),
+        (
+            "apiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {name: p}\nspec:\n  ingress:\n  - action: Allow\n    source: {clusterSelector: a == 'b'}\n",
+            "file.yaml:7 spec.ingress[0].source.clusterSelector",
+        ),
+        (
+            "apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolicy\nmetadata: {name: p}\nspec:\n  tier: t\n  ingress:\n  - action: Permit\n",
+            "file.yaml:7 spec.ingress[0].action",
+        ),
+        (
+            "apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolicy\nmetadata: {name: p}\nspec:\n  tier: t\n  selector: a = 'b'\n",
+            "file.yaml:6 spec.selector",
+        ),
+    ] {
+        let complaints = complaints(&read(text));
+        assert!(complaints.len() == 1 && complaints[0].starts_with(wanted), "{complaints:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_bytes_make_the_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        let mut read = Manifests::default();
+        read_bytes(&Arc::from("f"), &bytes, &mut read);
+    }
+
+    #[test]
+    fn no_shape_makes_the_reader_panic(
+        kind in prop::sample::select(vec!["NetworkPolicy", "Pod", "Node", "EndpointSlice"]),
+        spec in "[\\[\\]{}:, \\-a-z0-9'\"\n]{0,120}",
+    ) {
+        let group = match kind { "NetworkPolicy" => "networking.k8s.io/v1", "EndpointSlice" => "discovery.k8s.io/v1", _ => "v1" };
+        let text = format!("apiVersion: {group}\nkind: {kind}\nmetadata: {{name: x}}\nspec: {spec}\n");
+        drop(read(&text));
+    }
+}
