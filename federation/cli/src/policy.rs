@@ -4,11 +4,38 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Subcommand;
+use serde::Serialize;
 
+use crate::output::Format;
+
+mod check;
+mod diff;
+mod explain;
+mod lint;
+mod load;
+mod matrix;
+mod order;
+mod question;
+mod scaffold;
 mod selector;
+mod trace;
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Say whether manifests would be accepted, and what is wrong with them by file and line.
+    Check(check::Arguments),
+    /// Judge packets, and say which rule decided.
+    Explain(explain::Arguments),
+    /// Judge every pair of pods.
+    Matrix(matrix::Arguments),
+    /// Print tiers and policies in the one order in which they are asked.
+    Order(order::Arguments),
+    /// Say which pairs of workloads change verdict between two states, or between enforced and staged.
+    Diff(diff::Arguments),
+    /// Find what is written and probably not meant.
+    Lint(lint::Arguments),
+    /// Render a preset for AI workloads.
+    Scaffold(scaffold::Arguments),
     /// Read a selector: its canonical form, its id, and which label sets it selects.
     Selector(selector::Arguments),
 }
@@ -16,6 +43,13 @@ pub enum Command {
 impl Command {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         match self {
+            Self::Check(arguments) => arguments.run(),
+            Self::Explain(arguments) => arguments.run(),
+            Self::Matrix(arguments) => arguments.run(),
+            Self::Order(arguments) => arguments.run(),
+            Self::Diff(arguments) => arguments.run(),
+            Self::Lint(arguments) => arguments.run(),
+            Self::Scaffold(arguments) => arguments.run(),
             Self::Selector(arguments) => arguments.run(),
         }
     }
@@ -28,4 +62,16 @@ fn open(path: &std::path::Path) -> anyhow::Result<Box<dyn std::io::BufRead>> {
     }
     let file = std::fs::File::open(path).with_context(|| format!("open {}", path.display()))?;
     Ok(Box::new(std::io::BufReader::new(file)))
+}
+
+/// One line of JSON, or one document of YAML.
+fn write_line(out: &mut impl std::io::Write, format: Format, value: &impl Serialize) -> anyhow::Result<()> {
+    match format {
+        Format::Yaml => write!(out, "---\n{}", serde_yaml_ng::to_string(value)?)?,
+        Format::Json | Format::Table => {
+            serde_json::to_writer(&mut *out, value).map_err(std::io::Error::from)?;
+            out.write_all(b"\n")?;
+        }
+    }
+    Ok(())
 }

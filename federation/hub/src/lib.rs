@@ -13,3 +13,4 @@ pub mod registry;
 pub mod roles;
 pub mod server;
 pub mod status;
+pub mod token;

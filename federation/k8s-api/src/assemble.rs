@@ -233,5 +233,6 @@ fn diagnostic(manifest: &Manifest, field: &str, message: String) -> Diagnostic {
         field: field.to_owned(),
         message,
         object: Some(manifest.reference.clone()),
+        start: manifest.place.line,
     }
 }

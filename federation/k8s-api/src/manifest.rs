@@ -35,6 +35,8 @@ pub struct Diagnostic {
     pub message: String,
     /// The object, as far as it is known.
     pub object: Option<Reference>,
+    /// The line on which the object starts, or where one could not be read.
+    pub start: u32,
 }
 
 /// Names an object as it is written.
@@ -109,6 +111,7 @@ pub fn read_dir(path: &FilePath) -> Result<Manifests, ReadError> {
                 field: String::new(),
                 message: error.to_string(),
                 object: None,
+                start: 1,
             }),
         }
     }
@@ -162,7 +165,8 @@ pub fn read_bytes(file: &Arc<str>, bytes: &[u8], read: &mut Manifests) {
             let line = 1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
             let (field, message) = (String::new(), "not UTF-8".to_owned());
             let place = place(u32::try_from(line).unwrap_or(u32::MAX));
-            read.diagnostics.push(Diagnostic { place, field, message, object: None });
+            let start = place.line;
+            read.diagnostics.push(Diagnostic { place, field, message, object: None, start });
             return;
         }
     };
@@ -174,6 +178,7 @@ pub fn read_bytes(file: &Arc<str>, bytes: &[u8], read: &mut Manifests) {
                 field: String::new(),
                 message: error.message,
                 object: None,
+                start: error.line,
             }),
         }
     }
@@ -183,7 +188,7 @@ fn read_node(file: &Arc<str>, node: &Node, read: &mut Manifests) {
     let place = Place { file: Arc::clone(file), line: node.line };
     let refuse = |read: &mut Manifests, field: &str, message: String, object| {
         let place = Place { file: Arc::clone(file), line: node.line_of(field) };
-        read.diagnostics.push(Diagnostic { place, field: field.to_owned(), message, object });
+        read.diagnostics.push(Diagnostic { place, field: field.to_owned(), message, object, start: node.line });
     };
     if !matches!(node.data, Data::Mapping(_)) {
         return refuse(read, "", "not an object: a mapping with apiVersion, kind and metadata is wanted".into(), None);

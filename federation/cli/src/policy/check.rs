@@ -1,0 +1,133 @@
+//! `hanse policy check`: whether manifests would be accepted, offline.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use hanse_k8s_api::manifest::{Reference, read_dir};
+use serde::Serialize;
+
+use crate::output::Format;
+
+/// Validates every object below a directory as an API server would, and says what is wrong by file and line. Kinds that
+/// Hanse does not read are listed and skipped. Exits 1 when an object is refused.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Directories or files.
+    #[arg(value_name = "DIR", required = true)]
+    directories: Vec<PathBuf>,
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+/// One object, or one document that is none.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ObjectLine {
+    file: String,
+    /// Where the object starts.
+    line: u32,
+    api_version: String,
+    kind: String,
+    namespace: Option<String>,
+    name: String,
+    ok: bool,
+    /// A kind that Hanse does not read.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    skipped: bool,
+    errors: Vec<ErrorLine>,
+}
+
+#[derive(Debug, Serialize)]
+struct ErrorLine {
+    field: String,
+    message: String,
+    /// Where the field stands.
+    line: u32,
+}
+
+impl Arguments {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let mut objects = Vec::new();
+        for directory in &self.directories {
+            objects.extend(check(directory)?);
+        }
+        let refused = objects.iter().filter(|object| !object.ok).count();
+        let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+        for object in &objects {
+            if self.output != Format::Table {
+                super::write_line(&mut out, self.output, object)?;
+                continue;
+            }
+            for error in &object.errors {
+                let field = if error.field.is_empty() { String::new() } else { format!("{}: ", error.field) };
+                writeln!(out, "{}:{}: {}{field}{}", object.file, error.line, subject(object), error.message)?;
+            }
+            if object.skipped {
+                writeln!(
+                    out,
+                    "{}:{}: {}skipped: not a kind that Hanse reads",
+                    object.file,
+                    object.line,
+                    subject(object)
+                )?;
+            }
+        }
+        if self.output == Format::Table {
+            let skipped = objects.iter().filter(|object| object.skipped).count();
+            let accepted = objects.len() - refused - skipped;
+            writeln!(out, "{accepted} accepted, {refused} refused, {skipped} skipped")?;
+        }
+        out.flush()?;
+        Ok(if refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// `Kind namespace/name: `, as far as it is known.
+fn subject(object: &ObjectLine) -> String {
+    match (&object.namespace, object.kind.is_empty()) {
+        (_, true) => String::new(),
+        (Some(namespace), _) => format!("{} {namespace}/{}: ", object.kind, object.name),
+        (None, _) => format!("{} {}: ", object.kind, object.name),
+    }
+}
+
+/// Every object of a directory, in the order of files and lines.
+fn check(directory: &std::path::Path) -> anyhow::Result<Vec<ObjectLine>> {
+    let read = read_dir(directory).with_context(|| format!("read {}", directory.display()))?;
+    let line = |file: &str, line, reference: Reference, skipped| ObjectLine {
+        file: file.to_owned(),
+        line,
+        api_version: reference.api_version,
+        kind: reference.kind,
+        namespace: reference.namespace,
+        name: reference.name,
+        ok: true,
+        skipped,
+        errors: Vec::new(),
+    };
+    // Several objects may start on one line.
+    let mut objects: BTreeMap<(Arc<str>, u32, Reference), ObjectLine> = BTreeMap::new();
+    let of_objects = read.objects.into_iter().map(|object| (object.place, object.reference, false));
+    let of_skipped = read.skipped.into_iter().map(|skipped| (skipped.place, skipped.object, true));
+    for (place, reference, skipped) in of_objects.chain(of_skipped) {
+        let key = (place.file.clone(), place.line, reference.clone());
+        objects.insert(key, line(&place.file, place.line, reference, skipped));
+    }
+    for diagnostic in read.diagnostics {
+        let (file, start) = (diagnostic.place.file, diagnostic.start);
+        let reference = diagnostic.object.unwrap_or_default();
+        let key = (file.clone(), start, reference.clone());
+        let object = objects.entry(key).or_insert_with(|| line(&file, start, reference, false));
+        object.ok = false;
+        object.errors.push(ErrorLine {
+            field: diagnostic.field,
+            message: diagnostic.message,
+            line: diagnostic.place.line,
+        });
+    }
+    Ok(objects.into_values().collect())
+}

@@ -1,0 +1,151 @@
+//! Clusters and federation from directories of manifests.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use hanse_k8s_api::manifest::{Diagnostic, Manifests, Place, read_dir};
+use hanse_k8s_api::{assemble_cluster, assemble_federation};
+use hanse_policy::inventory::Inventory;
+use hanse_policy::model::{ClusterName, PolicyId, PolicySet};
+
+use super::trace;
+
+/// Where to read from.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Sources {
+    /// A cluster: its name and the directory of its manifests (YAML or JSON, objects as an API server stores them).
+    #[arg(long = "cluster", value_name = "NAME=DIR", required = true)]
+    clusters: Vec<ClusterSource>,
+    /// The directory of the federation's manifests (`hanse.dev`).
+    #[arg(long, value_name = "DIR")]
+    federation: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone)]
+pub struct ClusterSource {
+    name: ClusterName,
+    directory: PathBuf,
+}
+
+impl std::str::FromStr for ClusterSource {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((name, directory)) if !name.is_empty() && !directory.is_empty() => {
+                Ok(Self { name: name.into(), directory: directory.into() })
+            }
+            _ => Err("expected NAME=DIR".to_owned()),
+        }
+    }
+}
+
+/// Everything that was read.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    pub policies: PolicySet,
+    pub inventory: Inventory,
+    /// How many errors objects and files had; each was named on standard error.
+    pub refused: usize,
+    places: BTreeMap<WrittenName, Place>,
+}
+
+/// Cluster, kind, namespace and name.
+type WrittenName = (Option<ClusterName>, String, Option<String>, String);
+
+impl Sources {
+    /// Reads everything. What is refused or skipped is named on standard error, and the rest is read all the same; a
+    /// directory that cannot be read is an error.
+    pub fn load(&self) -> anyhow::Result<Loaded> {
+        let mut loaded = Loaded::default();
+        let mut clusters = BTreeMap::new();
+        for source in &self.clusters {
+            let manifests = loaded.read(Some(&source.name), &source.directory)?;
+            let state = assemble_cluster(&source.name, &manifests.objects);
+            loaded.report(&state.diagnostics, false);
+            if clusters.insert(source.name.clone(), state).is_some() {
+                bail!("cluster {} is given twice", source.name);
+            }
+        }
+        let federated = match &self.federation {
+            Some(directory) => loaded.read(None, directory)?,
+            None => Manifests::default(),
+        };
+        let federation = assemble_federation(&federated.objects, clusters.keys().cloned());
+        loaded.report(&federation.diagnostics, false);
+        for (name, state) in clusters {
+            let mut cluster = state.cluster;
+            if let Some(member) = federation.members.get(&name) {
+                cluster.labels = member.labels.clone();
+                cluster.label_grant = member.grants.label_grant();
+                cluster.federated_allow_final = member.federated_allow_final;
+            }
+            loaded.inventory.clusters.insert(name.clone(), cluster);
+            loaded.policies.clusters.insert(name, state.layer);
+        }
+        loaded.inventory.federated_sets = federation.sets;
+        loaded.policies.federation = federation.layer;
+        Ok(loaded)
+    }
+
+    /// The same, with some directories replaced.
+    pub fn instead(&self, with: &[ClusterSource], federation: Option<&Path>) -> Self {
+        let mut sources = self.clone();
+        for source in with {
+            sources.clusters.retain(|known| known.name != source.name);
+            sources.clusters.push(source.clone());
+        }
+        if let Some(federation) = federation {
+            sources.federation = Some(federation.to_owned());
+        }
+        sources
+    }
+}
+
+impl Loaded {
+    fn read(&mut self, cluster: Option<&ClusterName>, directory: &Path) -> anyhow::Result<Manifests> {
+        let manifests = read_dir(directory).with_context(|| format!("read {}", directory.display()))?;
+        self.report(&manifests.diagnostics, true);
+        for skipped in &manifests.skipped {
+            let (place, object) = (&skipped.place, &skipped.object);
+            eprintln!(
+                "{}:{}: {} {} is skipped: not a kind that Hanse reads",
+                place.file, place.line, object.kind, object.name
+            );
+        }
+        for object in &manifests.objects {
+            let of = &object.reference;
+            let name = (cluster.cloned(), of.kind.clone(), of.namespace.clone(), of.name.clone());
+            self.places.entry(name).or_insert_with(|| object.place.clone());
+        }
+        Ok(manifests)
+    }
+
+    fn report(&mut self, diagnostics: &[Diagnostic], refused: bool) {
+        for diagnostic in diagnostics {
+            let Diagnostic { place, field, message, object, .. } = diagnostic;
+            let object = object.as_ref().map_or(String::new(), |object| format!("{} {}: ", object.kind, object.name));
+            let field = if field.is_empty() { String::new() } else { format!("{field}: ") };
+            let kind = if refused { "refused" } else { "note" };
+            eprintln!("{}:{}: {kind}: {object}{field}{message}", place.file, place.line);
+        }
+        self.refused += if refused { diagnostics.len() } else { 0 };
+    }
+
+    pub fn has_staged(&self) -> bool {
+        let layers = [&self.policies.federation].into_iter().chain(self.policies.clusters.values());
+        layers.flat_map(|layer| layer.policies.values()).any(|policy| policy.staged.is_some())
+    }
+
+    /// Where a policy is written.
+    pub fn place(&self, policy: &PolicyId) -> Option<&Place> {
+        let (_, kind) = trace::api(policy.kind);
+        let namespace = policy.namespace.as_deref().map(str::to_owned);
+        let of = |name: &str| (policy.cluster.clone(), kind.to_owned(), namespace.clone(), name.to_owned());
+        // Objects without a namespace are in `default`; Calico may store a name with its tier before it.
+        let found = self.places.get(&of(&policy.name));
+        let bare = || (policy.cluster.clone(), kind.to_owned(), None, policy.name.to_string());
+        found.or_else(|| self.places.get(&bare())).or_else(|| self.places.get(&of(&format!("default.{}", policy.name))))
+    }
+}

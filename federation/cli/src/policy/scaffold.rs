@@ -1,0 +1,122 @@
+//! `hanse policy scaffold`: presets for AI workloads, rendered as manifests to read, change and keep in a repository.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+
+use crate::output;
+
+struct Preset {
+    name: &'static str,
+    about: &'static str,
+    /// With defaults; an empty default must be given.
+    parameters: &'static [(&'static str, &'static str)],
+    template: &'static str,
+}
+
+const CLUSTERS: (&str, &str) = ("clusters", "all()");
+
+const PRESETS: &[Preset] = &[
+    Preset {
+        name: "tiers",
+        about: "the two tiers that the other presets stand in; apply it first",
+        parameters: &[],
+        template: include_str!("scaffold/tiers.yaml"),
+    },
+    Preset {
+        name: "default-deny",
+        about: "every pod closed in both directions unless a policy opens it; DNS stays open",
+        parameters: &[CLUSTERS],
+        template: include_str!("scaffold/default-deny.yaml"),
+    },
+    Preset {
+        name: "deny-metadata",
+        about: "no workload reaches the cloud's metadata addresses",
+        parameters: &[CLUSTERS],
+        template: include_str!("scaffold/deny-metadata.yaml"),
+    },
+    Preset {
+        name: "stages",
+        about: "training, fine-tuning, inference and production kept apart by a namespace label",
+        parameters: &[CLUSTERS, ("label", "stage")],
+        template: include_str!("scaffold/stages.yaml"),
+    },
+    Preset {
+        name: "model-registry",
+        about: "who reads and who publishes models and data sets",
+        parameters: &[
+            CLUSTERS,
+            ("registry", "app == 'model-registry'"),
+            ("readers", "models == 'read'"),
+            ("writers", "models == 'write'"),
+            ("readPort", "8080"),
+            ("writePort", "8081"),
+        ],
+        template: include_str!("scaffold/model-registry.yaml"),
+    },
+    Preset {
+        name: "gpu-collective",
+        about: "the workers of one job talk with each other only",
+        parameters: &[CLUSTERS, ("label", "batch.kubernetes.io/job-name"), ("job", "")],
+        template: include_str!("scaffold/gpu-collective.yaml"),
+    },
+    Preset {
+        name: "egress-registries",
+        about: "out of the clusters only to named registries, on HTTPS",
+        parameters: &[CLUSTERS, ("from", "all()"), ("nets", "")],
+        template: include_str!("scaffold/egress-registries.yaml"),
+    },
+];
+
+/// Without a preset, lists them with their parameters.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    #[arg(value_name = "PRESET")]
+    preset: Option<String>,
+    /// A parameter; may be given several times.
+    #[arg(long = "set", value_name = "NAME=VALUE", value_parser = assignment)]
+    set: Vec<(String, String)>,
+}
+
+fn assignment(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+impl Arguments {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let Some(name) = &self.preset else {
+            let mut table = output::table(["PRESET", "PARAMETERS", ""]);
+            for preset in PRESETS {
+                let shown = preset.parameters.iter().map(|(name, default)| match *default {
+                    "" => format!("{name} (needed)"),
+                    default => format!("{name}={default}"),
+                });
+                table.add_row([preset.name, &shown.collect::<Vec<_>>().join("\n"), preset.about]);
+            }
+            println!("{table}");
+            return Ok(ExitCode::SUCCESS);
+        };
+        let preset = PRESETS.iter().find(|preset| preset.name == name);
+        let preset = preset.with_context(|| format!("no preset {name:?}; `hanse policy scaffold` lists them"))?;
+        let given: BTreeMap<_, _> = self.set.into_iter().collect();
+        if let Some(unknown) = given.keys().find(|name| preset.parameters.iter().all(|(known, _)| known != name)) {
+            bail!("preset {name} has no parameter {unknown:?}");
+        }
+        let mut rendered = preset.template.to_owned();
+        for (parameter, default) in preset.parameters {
+            let value = given.get(*parameter).map_or(*default, String::as_str);
+            if value.is_empty() {
+                bail!("preset {name} needs --set {parameter}=…");
+            }
+            if value.contains(['"', '\n']) {
+                bail!("parameter {parameter}: double quotes and line breaks cannot stand in a manifest here");
+            }
+            rendered = rendered.replace(&format!("${{{parameter}}}"), value);
+        }
+        std::io::stdout().write_all(rendered.as_bytes())?;
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,4 @@
+//! The `hanse` command as people and programs use it.
+
+mod corpus;
+mod offline;

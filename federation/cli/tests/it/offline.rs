@@ -1,0 +1,255 @@
+//! The contracts of the offline commands, besides the verdicts.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+
+fn hanse(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_hanse")).args(arguments).output().expect("hanse runs")
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+#[test]
+fn a_selector_is_named_and_asked() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let labels = root.path().join("labels.jsonl");
+    std::fs::write(&labels, "{\"a\":\"b\"}\n{}\n{\"a\":\"c\",\"x\":\"\"}\n").expect("labels");
+    let output = hanse(&["policy", "selector", "--labels", text(&labels), "-o", "json", "--", "! a=='b'"]);
+    assert!(output.status.success(), "{output:?}");
+    let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(answer["canonical"], "!a == \"b\"");
+    assert_eq!(answer["results"], json!([false, true, true]));
+    assert!(answer["id"].as_str().is_some_and(|id| id.starts_with("s:") && id.len() == 40), "{answer}");
+}
+
+#[test]
+fn an_empty_selector_is_all() {
+    let output = hanse(&["policy", "selector", "-o", "json", "--", ""]);
+    let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(answer["id"], "s:5y5I3VdRZfDU01O--xXAPx2yxCQQqMf0M6IWug");
+}
+
+#[test]
+fn a_malformed_selector_exits_2_and_names_the_column() {
+    let output = hanse(&["policy", "selector", "-o", "json", "--", "a == 'b' &"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(output.stdout.is_empty());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("column 10"), "{output:?}");
+}
+
+#[test]
+fn completion_scripts_are_printed() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = hanse(&["completion", shell]);
+        assert!(output.status.success() && String::from_utf8_lossy(&output.stdout).contains("hanse"), "{shell}");
+    }
+}
+
+#[test]
+fn manifests_are_checked_by_file_and_line() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let file = root.path().join("all.yaml");
+    let manifests = "\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: good, namespace: web}
+spec: {podSelector: {}}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: bad, namespace: web}
+spec:
+  podSelector: {}
+  ingress:
+  - ports:
+    - port: 70000
+---
+apiVersion: example.org/v1
+kind: Other
+metadata: {name: other}
+---
+broken: [
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: last}
+spec:
+  selector: has(a
+";
+    std::fs::write(&file, manifests).expect("manifests");
+    let output = hanse(&["policy", "check", "-o", "json", text(root.path())]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let lines: Vec<Value> =
+        String::from_utf8_lossy(&output.stdout).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let told: Vec<(u64, &str, bool)> = lines
+        .iter()
+        .map(|line| (line["line"].as_u64().unwrap_or(0), line["name"].as_str().unwrap_or(""), line["ok"] == true))
+        .collect();
+    assert_eq!(told[..3], [(1, "good", true), (6, "bad", false), (15, "other", true)], "{lines:#?}");
+    assert_eq!(told[4], (21, "last", false), "{lines:#?}");
+    assert!(told[3].0 >= 19 && !told[3].2, "{lines:#?}");
+    assert_eq!(lines[1]["errors"][0]["field"], "spec.ingress[0].ports[0].port");
+    assert_eq!(lines[4]["errors"][0]["field"], "spec.selector");
+    for field in ["file", "line", "apiVersion", "kind", "namespace", "name", "ok", "errors"] {
+        assert!(lines[0].get(field).is_some(), "{field}");
+    }
+    let output = hanse(&["policy", "check", text(root.path())]);
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(told.contains("all.yaml:13: NetworkPolicy web/bad: spec.ingress[0].ports[0].port: "), "{told}");
+}
+
+#[test]
+fn a_directory_that_cannot_be_read_is_no_empty_one() {
+    let output = hanse(&["policy", "check", "/nonexistent/manifests"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("/nonexistent/manifests"));
+}
+
+const WORLD: &str = "\
+apiVersion: v1
+kind: Namespace
+metadata: {name: web, labels: {kubernetes.io/metadata.name: web}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: server, namespace: web, labels: {app: server}}
+spec: {nodeName: n, containers: [{name: c}]}
+status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client, namespace: web, labels: {app: client}}
+spec: {nodeName: n, containers: [{name: c}]}
+status: {phase: Running, podIP: 10.0.0.2, podIPs: [{ip: 10.0.0.2}, {ip: 'fd00::2'}]}
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: server}
+spec:
+  order: 5
+  selector: app == 'server'
+  types: [Ingress]
+  ingress:
+  - {action: Log}
+  - {action: Allow, protocol: UDP}
+---
+apiVersion: projectcalico.org/v3
+kind: StagedGlobalNetworkPolicy
+metadata: {name: server}
+spec:
+  order: 5
+  selector: app == 'server'
+  types: [Ingress]
+  ingress:
+  - {action: Allow, protocol: TCP, source: {selector: app == 'client'}, destination: {ports: [80]}}
+";
+
+#[test]
+fn explain_names_what_decided_and_what_is_staged() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    std::fs::write(root.path().join("world.yaml"), WORLD).expect("manifests");
+    let queries = root.path().join("queries.jsonl");
+    let pod = |name: &str| json!({"cluster": "c", "namespace": "web", "pod": name});
+    let lines = [
+        json!({"from": pod("client"), "to": pod("server"), "protocol": "TCP", "port": 80}),
+        json!({"from": {"ip": "10.0.0.2"}, "to": pod("server"), "protocol": 17, "port": 80}),
+        json!({"from": pod("nobody"), "to": pod("server"), "protocol": "TCP", "port": 80}),
+        json!({"from": {"ip": "203.0.113.1"}, "to": {"ip": "203.0.113.2"}, "protocol": "TCP", "port": 80}),
+    ];
+    std::fs::write(&queries, lines.map(|line| line.to_string()).join("\n")).expect("queries");
+    let cluster = format!("c={}", root.path().display());
+    let output = hanse(&["policy", "explain", "--cluster", &cluster, "--queries", text(&queries), "-o", "json"]);
+    assert_eq!(output.status.code(), Some(1), "a query has no answer: {output:?}");
+    let answers: Vec<Value> =
+        String::from_utf8_lossy(&output.stdout).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let [first, second, third, fourth] = &answers[..] else { panic!("{answers:#?}") };
+    assert_eq!(first["verdict"], "deny");
+    assert_eq!(first["egress"], json!({"verdict": "allow", "trace": [{"profile": "kubernetes", "action": "Allow"}]}));
+    let policy =
+        json!({"cluster": "c", "apiVersion": "projectcalico.org/v3", "kind": "GlobalNetworkPolicy", "name": "server"});
+    assert_eq!(
+        first["ingress"]["trace"],
+        json!([
+            {"phase": "Local", "tier": "default", "policy": policy, "rule": 0, "action": "Log"},
+            {"phase": "Local", "tier": "default", "policy": policy, "endOfTier": true, "action": "Deny"},
+        ])
+    );
+    assert_eq!(first["staged"]["verdict"], "allow", "the staged policy takes the place of the enforced one");
+    assert_eq!(second["verdict"], "allow");
+    assert_eq!(second["ingress"]["trace"][1]["rule"], 1);
+    assert!(third["error"].as_str().is_some_and(|error| error.contains("nobody")), "{third}");
+    assert_eq!((&fourth["egress"]["verdict"], &fourth["ingress"]["verdict"]), (&json!("none"), &json!("none")));
+    assert_eq!(fourth["verdict"], "allow");
+}
+
+#[test]
+fn diff_shows_what_staged_policies_would_change() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    std::fs::write(root.path().join("world.yaml"), WORLD).expect("manifests");
+    let cluster = format!("c={}", root.path().display());
+    let output = hanse(&["policy", "diff", "--cluster", &cluster, "--staged", "--exit-code", "-o", "json"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let changes: Vec<Value> =
+        String::from_utf8_lossy(&output.stdout).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let opened = |change: &&Value| change["after"] == "allow";
+    let named: Vec<_> = changes.iter().filter(opened).map(|change| (&change["from"]["pod"], &change["port"])).collect();
+    assert_eq!(named, [(&json!("client"), &json!(80)), (&json!("client"), &json!(80))], "one in each family");
+    assert!(changes.iter().any(|change| change["protocol"] == "UDP" && change["after"] == "deny"), "{changes:#?}");
+}
+
+#[test]
+fn order_and_matrix_and_lint_answer() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    std::fs::write(root.path().join("world.yaml"), WORLD).expect("manifests");
+    let cluster = format!("c={}", root.path().display());
+    let lines = |arguments: &[&str]| -> Vec<Value> {
+        let output = hanse(arguments);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"))).collect()
+    };
+    let order = lines(&["policy", "order", "--cluster", &cluster, "-o", "json"]);
+    assert_eq!(order[0]["tier"], "default");
+    assert_eq!(order[0]["order"], 1_000_000.0);
+    let matrix = lines(&["policy", "matrix", "--cluster", &cluster, "--port", "80,53/UDP", "-o", "json"]);
+    let verdict = |from: &str, to: &str, protocol: &str| {
+        let found = matrix
+            .iter()
+            .find(|line| line["from"]["pod"] == from && line["to"]["pod"] == to && line["protocol"] == protocol);
+        found.map(|line| line["verdict"].as_str().unwrap_or_default().to_owned())
+    };
+    assert_eq!(verdict("client", "server", "TCP").as_deref(), Some("deny"));
+    assert_eq!(verdict("client", "server", "UDP").as_deref(), Some("allow"));
+    assert_eq!(verdict("server", "client", "TCP").as_deref(), Some("allow"));
+    let findings = lines(&["policy", "lint", "--cluster", &cluster, "-o", "json"]);
+    assert!(findings.iter().any(|finding| finding["id"] == "HN005"), "{findings:#?}");
+    let sarif = hanse(&["policy", "lint", "--cluster", &cluster, "-o", "sarif"]);
+    let sarif: Value = serde_json::from_slice(&sarif.stdout).expect("JSON");
+    assert_eq!(sarif["version"], "2.1.0");
+}
+
+#[test]
+fn presets_are_valid_manifests() {
+    let needed = [("gpu-collective", "job=llama"), ("egress-registries", "nets=203.0.113.0/24")];
+    let root = tempfile::tempdir().expect("temporary directory");
+    for preset in
+        ["tiers", "default-deny", "deny-metadata", "stages", "model-registry", "gpu-collective", "egress-registries"]
+    {
+        let mut arguments = vec!["policy", "scaffold", preset, "--set", "clusters=!has(x)"];
+        if preset == "tiers" {
+            arguments.truncate(3);
+        }
+        for (_, parameter) in needed.iter().filter(|(name, _)| *name == preset) {
+            arguments.extend(["--set", parameter]);
+        }
+        let output = hanse(&arguments);
+        assert!(output.status.success(), "{preset}: {output:?}");
+        std::fs::write(root.path().join(format!("{preset}.yaml")), output.stdout).expect("manifests");
+    }
+    let output = hanse(&["policy", "check", text(root.path())]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    assert!(!hanse(&["policy", "scaffold", "gpu-collective"]).status.success(), "a parameter is missing");
+}
