@@ -306,6 +306,25 @@ impl Credentials {
     pub fn identity(&self) -> &Identity {
         &self.certificate.identity
     }
+
+    /// Reads both from one file, as [`Self::write_file`] wrote it.
+    ///
+    /// # Errors
+    /// When the file cannot be read, others may read it, or its parts do not belong together.
+    pub fn read_file(path: &Path) -> Result<Self, KeyError> {
+        let bytes = files::read_secret(path).map_err(|e| KeyError::File(format!("read {}", path.display()), e))?;
+        Self::new(Key::from_pem(&bytes)?, Certificate::from_pem(&bytes)?)
+    }
+
+    /// Writes key and certificate into one file (mode 0600), so that no crash can leave one without the other.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_file(&self, path: &Path) -> Result<(), KeyError> {
+        let key = self.key.to_pem();
+        let text = Zeroizing::new(format!("{}{}", key.as_str(), self.certificate.to_pem()));
+        files::write_secret(path, text.as_bytes()).map_err(|e| KeyError::File(format!("write {}", path.display()), e))
+    }
 }
 
 impl Fingerprint {

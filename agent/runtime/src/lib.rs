@@ -15,5 +15,6 @@ pub mod monitor;
 pub mod retry;
 pub mod shutdown;
 pub mod tls;
+pub mod token;
 
 pub use identity::{Identity, TrustDomain};

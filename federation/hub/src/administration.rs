@@ -22,7 +22,7 @@ use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, Use
 use crate::registry::{ChangeError, Deed, MAX_OBJECTS, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds};
 use crate::roles::{Need, Role, allow};
 use crate::status::{PolicyState, Realisations};
-use crate::token::Token;
+use hanse_runtime::token::Token;
 
 /// Longest life of a token: a week.
 const MAX_TOKEN_LIFE: Duration = Duration::from_secs(7 * 86_400);

@@ -13,4 +13,3 @@ pub mod registry;
 pub mod roles;
 pub mod server;
 pub mod status;
-pub mod token;

@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use crate::authority::Authority;
 use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
 use crate::registry::{ChangeError, Deed, MAX_CLUSTERS, Registry, Snapshot, key, seconds};
-use crate::token::{MAX_TOKEN_BYTES, Token};
+use hanse_runtime::token::{MAX_TOKEN_BYTES, Token};
 
 /// How soon a waiting member may ask again.
 const RETRY: Duration = Duration::from_secs(1);

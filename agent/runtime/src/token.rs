@@ -3,10 +3,10 @@
 //! `hanse-join.v1.<cluster>.<trust domain, base64url>.<root fingerprint>.<id>.<secret, base64url>`. The fingerprint lets the newcomer
 //! recognise the hub; the secret lets the hub recognise the newcomer. The hub keeps only the secret's hash.
 
+use crate::identity::{TrustDomain, check_label};
+use crate::keys::Fingerprint;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use hanse_runtime::identity::{TrustDomain, check_label};
-use hanse_runtime::keys::Fingerprint;
 
 const PREFIX: &str = "hanse-join.v1";
 /// Longest token, in characters: a label, a trust domain of 255 bytes and 200 more.

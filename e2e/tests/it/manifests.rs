@@ -1,0 +1,90 @@
+//! The invariants of the layout, held over the manifests (see ARCHITECTURE.md).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Crates without I/O.
+const PURE: &[&str] = &["hanse-policy", "hanse-compiler", "hanse-ruleset"];
+/// What would make a crate impure.
+const IMPURE: &[&str] =
+    &["tokio", "tonic", "kube", "netlink", "aya", "nix", "libc", "socket2", "hyper", "rand", "time"];
+/// The crates of the agent that the federation may use.
+const SHARED: &[&str] = &["hanse-ruleset", "hanse-runtime"];
+
+struct Crate {
+    directory: PathBuf,
+    /// Of `[dependencies]`; those of tests and builds are not part of the product.
+    dependencies: BTreeSet<String>,
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace's root")
+}
+
+/// Every crate below the two roofs, by name.
+fn crates() -> BTreeMap<String, Crate> {
+    let mut found = BTreeMap::new();
+    for roof in ["federation", "agent"] {
+        for entry in root().join(roof).read_dir().expect("the roof").flatten() {
+            let manifest = entry.path().join("Cargo.toml");
+            let Ok(text) = std::fs::read_to_string(&manifest) else { continue };
+            let (mut section, mut name, mut dependencies) = ("", String::new(), BTreeSet::new());
+            for line in text.lines().map(str::trim) {
+                if line.starts_with('[') {
+                    section = line;
+                } else if let Some((key, value)) = line.split_once('=') {
+                    let key = key.trim().split('.').next().unwrap_or_default();
+                    match section {
+                        "[package]" if key == "name" => name = value.trim().trim_matches('"').to_owned(),
+                        "[dependencies]" => drop(dependencies.insert(key.to_owned())),
+                        _ => {}
+                    }
+                }
+            }
+            let directory = entry.path().strip_prefix(root()).expect("below the root").to_owned();
+            found.insert(name, Crate { directory, dependencies });
+        }
+    }
+    found
+}
+
+#[test]
+fn pure_crates_name_nothing_impure() {
+    let crates = crates();
+    for name in PURE {
+        let pure = crates.get(*name).unwrap_or_else(|| panic!("{name} is a crate"));
+        for dependency in &pure.dependencies {
+            let impure = IMPURE.iter().any(|word| dependency == word || dependency.starts_with(&format!("{word}-")));
+            assert!(!impure, "{name} is pure and names {dependency}");
+            let ours = dependency.starts_with("hanse-");
+            assert!(
+                !ours || PURE.contains(&dependency.as_str()),
+                "{name} is pure and names {dependency}, which is not"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_agent_does_not_depend_on_the_federation() {
+    let crates = crates();
+    let under = |name: &str, roof: &str| crates.get(name).is_some_and(|it| it.directory.starts_with(roof));
+    for (name, it) in &crates {
+        for dependency in &it.dependencies {
+            if it.directory.starts_with("agent") {
+                assert!(!under(dependency, "federation"), "{name} is of the agent and names {dependency}");
+            } else if under(dependency, "agent") {
+                assert!(SHARED.contains(&dependency.as_str()), "{name} is of the federation and names {dependency}");
+            }
+        }
+    }
+}
+
+#[test]
+fn generated_types_stay_out_of_the_domain() {
+    // A crate that does not name the wire crate cannot hold one of its types.
+    for (name, it) in &crates() {
+        let may = matches!(name.as_str(), "hanse-runtime" | "hanse-agent" | "hanse-hub" | "hanse-member" | "hanse");
+        assert!(may || !it.dependencies.contains("hanse-proto"), "{name} is domain and names the wire crate");
+    }
+}

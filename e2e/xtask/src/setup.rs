@@ -1,0 +1,51 @@
+//! What a task needs beside Rust and a C compiler.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, bail};
+
+/// A program and the Debian package that has it.
+struct Tool {
+    program: &'static str,
+    package: &'static str,
+}
+
+/// `ip` makes the namespaces of the packet tests and of the demo.
+const PACKET_TOOLS: &[Tool] = &[Tool { program: "ip", package: "iproute2" }];
+
+/// Installs what the packet tests and the demo need, when root on Debian; else says what to install.
+pub fn packet_tools() -> anyhow::Result<()> {
+    let missing: Vec<&str> =
+        PACKET_TOOLS.iter().filter(|tool| find(tool.program).is_none()).map(|tool| tool.package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let list = missing.join(" ");
+    if !is_root() || find("apt-get").is_none() {
+        bail!("missing: {list}. Install these packages (on Debian, as root: apt-get install {list}) and run again");
+    }
+    println!("installing {list}");
+    run(Command::new("apt-get").args(["update", "-qq"]))?;
+    run(Command::new("apt-get").args(["install", "-y", "-qq", "--no-install-recommends"]).args(&missing))
+}
+
+pub fn is_root() -> bool {
+    Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0")
+}
+
+fn find(program: &str) -> Option<std::path::PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let system = ["/usr/sbin", "/sbin"].map(|directory| Path::new(directory).to_owned());
+    std::env::split_paths(&path).chain(system).map(|directory| directory.join(program)).find(|path| path.is_file())
+}
+
+/// Runs a command to its end; a failure names it.
+pub fn run(command: &mut Command) -> anyhow::Result<()> {
+    let name = format!("{command:?}").replace('"', "");
+    let status = command.status().with_context(|| format!("start {name}"))?;
+    if !status.success() {
+        bail!("{name} failed: {status}");
+    }
+    Ok(())
+}

@@ -1,0 +1,324 @@
+//! How a member becomes one, and stays one: joining with a token, its files, and the renewal of its certificates.
+//!
+//! In the data folder: `member.pem` (key and certificate, 0600), `intermediate.pem` (the cluster's own authority, 0600), `root.pem`, and
+//! `next.pem` keys while something is asked for. A key is on disk before the hub hears of it, so that a crash at any
+//! moment leaves a registered key in our hands. With these files a member starts while everything else is down.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use hanse_proto::federation::v1 as wire;
+use hanse_proto::federation::v1::registration_client::RegistrationClient;
+use hanse_proto::federation::v1::renewal_client::RenewalClient;
+use hanse_runtime::Identity;
+use hanse_runtime::ca::{Ca, CaError};
+use hanse_runtime::files;
+use hanse_runtime::keys::{Certificate, Credentials, Key, KeyError};
+use hanse_runtime::retry::Backoff;
+use hanse_runtime::tls::{ClientError, CredentialStore, PinnedRoot, TlsClient, Trust};
+use hanse_runtime::token::Token;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+/// A call for a certificate takes at most this long.
+const CALL_TIME: Duration = Duration::from_secs(15);
+
+/// Why a member has no identity.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistrationError {
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Ca(#[from] CaError),
+    #[error("read the token from {0}")]
+    TokenFile(PathBuf, #[source] std::io::Error),
+    #[error("{0} holds no join token")]
+    NoToken(PathBuf),
+    #[error("the token is for the cluster {0}, not {1}")]
+    OtherCluster(String, String),
+    #[error("the files in {0} are of the cluster {1}, not {2}")]
+    OtherFiles(PathBuf, String, String),
+    #[error("the hub refused: {0}")]
+    Refused(String),
+    #[error("the hub cannot be reached")]
+    Unreachable(#[source] ClientError),
+    #[error("the hub could not answer: {0}")]
+    Failed(String),
+    #[error("the hub issued what does not fit: {0}")]
+    Unfit(&'static str),
+    #[error("make {0}")]
+    Folder(PathBuf, #[source] std::io::Error),
+    #[error("stopped")]
+    Stopped,
+}
+
+/// A member's identity and its cluster's own authority. Clones share them.
+#[derive(Debug, Clone)]
+pub struct MemberIdentity {
+    data: PathBuf,
+    cluster: Arc<str>,
+    root: Certificate,
+    credentials: CredentialStore,
+    authority: watch::Sender<Arc<Ca>>,
+}
+
+impl MemberIdentity {
+    /// Reads the files in `data`; none when the cluster has not joined yet.
+    ///
+    /// # Errors
+    /// When files are damaged, readable by others, or of another cluster.
+    pub fn read(data: &Path, cluster: &str) -> Result<Option<Self>, RegistrationError> {
+        if !data.join("member.pem").exists() {
+            return Ok(None);
+        }
+        let credentials = Credentials::read_file(&data.join("member.pem"))?;
+        let found = credentials.identity().to_string();
+        if credentials.identity() != &Identity::Cluster(cluster.into()) {
+            return Err(RegistrationError::OtherFiles(data.to_owned(), found, cluster.to_owned()));
+        }
+        let authority = Ca::new(Credentials::read_file(&data.join("intermediate.pem"))?, false)?;
+        Ok(Some(Self {
+            data: data.to_owned(),
+            cluster: cluster.into(),
+            root: Certificate::read(&data.join("root.pem"))?,
+            credentials: CredentialStore::new(credentials)?,
+            authority: watch::Sender::new(Arc::new(authority)),
+        }))
+    }
+
+    /// Joins with the token in `token_file`, trying each of `join` in turn, and waits for acceptance, however long. The hub is recognised by
+    /// the hash in the token.
+    ///
+    /// # Errors
+    /// When the token is refused or malformed, or `stop` came first. An unreachable hub is tried again.
+    pub async fn join(
+        data: &Path,
+        cluster: &str,
+        token_file: &Path,
+        join: &[String],
+        federated_allow_final: bool,
+        stop: &CancellationToken,
+    ) -> Result<Self, RegistrationError> {
+        files::private_folder(data).map_err(|e| RegistrationError::Folder(data.to_owned(), e))?;
+        let text =
+            files::read_secret(token_file).map_err(|e| RegistrationError::TokenFile(token_file.to_owned(), e))?;
+        let token = std::str::from_utf8(&text).ok().and_then(Token::parse);
+        let token = token.ok_or_else(|| RegistrationError::NoToken(token_file.to_owned()))?;
+        if token.cluster != cluster {
+            return Err(RegistrationError::OtherCluster(token.cluster, cluster.to_owned()));
+        }
+        let client = TlsClient::pinned(PinnedRoot::new(token.root, Identity::Hub))?;
+        let key = Key::read_or_generate(&data.join("member.next.pem"))?;
+        let authority_key = Key::read_or_generate(&data.join("intermediate.next.pem"))?;
+        let request = wire::JoinRequest {
+            token: token.to_text(),
+            cluster: cluster.to_owned(),
+            request: key.request()?.into(),
+            intermediate_request: authority_key.request()?.into(),
+            federated_allow_final,
+        };
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+        for address in join.iter().cycle() {
+            let asked = tokio::select! {
+                () = stop.cancelled() => return Err(RegistrationError::Stopped),
+                asked = ask(&client, address, request.clone()) => asked,
+            };
+            let wait = match asked {
+                Ok(wire::join_response::State::Issued(issued)) => {
+                    let root = Certificate::from_der(&issued.root)?;
+                    if root.fingerprint() != token.root {
+                        return Err(RegistrationError::Unfit("its root is not the one in the token"));
+                    }
+                    let authority = fitting(&authority_key, &issued.intermediate, cluster, true)?;
+                    let credentials = fitting(&key, &issued.certificate, cluster, false)?;
+                    root.write(&data.join("root.pem"))?;
+                    authority.write_file(&data.join("intermediate.pem"))?;
+                    // The last: its presence says that the cluster has joined.
+                    credentials.write_file(&data.join("member.pem"))?;
+                    info!(cluster, hub = address, key = %key.public(), "joined");
+                    forget_next(data);
+                    return Self::read(data, cluster)?.ok_or(RegistrationError::Unfit("its files are gone"));
+                }
+                Ok(wire::join_response::State::Waiting(waiting)) => {
+                    info!(cluster, hub = address, "waiting to be accepted: run `hanse cluster accept`");
+                    backoff.reset();
+                    Duration::from_millis(waiting.retry_ms.clamp(100, 60_000))
+                }
+                Err(error @ RegistrationError::Refused(_)) => return Err(error),
+                Err(error) => {
+                    warn!(%error, cluster, hub = address, "join failed, trying again");
+                    backoff.next_delay()
+                }
+            };
+            tokio::select! {
+                () = stop.cancelled() => return Err(RegistrationError::Stopped),
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+        Err(RegistrationError::Refused("no address to join at was given".to_owned()))
+    }
+
+    pub fn cluster(&self) -> &Arc<str> {
+        &self.cluster
+    }
+
+    pub fn root(&self) -> &Certificate {
+        &self.root
+    }
+
+    /// What is shown to the hub. `subscribe` on it sees renewals: open the next connection then.
+    pub fn credentials(&self) -> &CredentialStore {
+        &self.credentials
+    }
+
+    /// The cluster's own authority: it issues the member's certificate towards agents, and the agents'.
+    pub fn authority(&self) -> Arc<Ca> {
+        self.authority.borrow().clone()
+    }
+
+    /// Opens connections to the hub: presents the member's newest certificate, and accepts the hub only.
+    ///
+    /// # Errors
+    /// When the root cannot be trusted.
+    pub fn hub_client(&self) -> Result<TlsClient, KeyError> {
+        let trust = Trust::new(&self.root, |identity| *identity == Identity::Hub)?;
+        TlsClient::mutual(self.credentials.clone(), &trust)
+    }
+
+    /// Renews the certificate in time, at one of `hubs`; where it has ended, late and at one of `join`. Returns at `stop`.
+    pub async fn keep_fresh(self, hubs: Vec<String>, join: Vec<String>, stop: CancellationToken) {
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+        loop {
+            let certificate = self.credentials.current().certificate;
+            let wait = certificate.renew_at().duration_since(SystemTime::now()).unwrap_or_default();
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(wait) => {}
+            }
+            let late = SystemTime::now() >= certificate.not_after;
+            let addresses = if late { &join } else { &hubs };
+            let mut renewed = false;
+            for address in addresses {
+                let attempt = async { if late { self.renew_late(address).await } else { self.renew(address).await } };
+                match attempt.await {
+                    Ok(()) => {
+                        info!(cluster = %self.cluster, hub = address, late, "certificate renewed");
+                        renewed = true;
+                        break;
+                    }
+                    Err(error) => {
+                        warn!(%error, cluster = %self.cluster, hub = address, late, "certificate not renewed")
+                    }
+                }
+            }
+            if renewed {
+                backoff.reset();
+            } else if !backoff.wait(&stop).await {
+                return;
+            }
+        }
+    }
+
+    /// Asks for a certificate for a new key, over a connection with the present one. The intermediate is renewed along when it is due.
+    ///
+    /// # Errors
+    /// When the hub cannot be reached or refuses; the present certificate stays in use.
+    pub async fn renew(&self, address: &str) -> Result<(), RegistrationError> {
+        let key = Key::read_or_generate(&self.data.join("member.next.pem"))?;
+        let authority = self.authority();
+        let due = authority.certificate().renew_at() <= SystemTime::now();
+        // The intermediate keeps its key: what agents pin stays true.
+        let intermediate_request = if due { authority.credentials().key.request()? } else { Vec::new() };
+        let request =
+            wire::RenewRequest { request: key.request()?.into(), intermediate_request: intermediate_request.into() };
+        let connection = self.hub_client()?.connect(address).await.map_err(RegistrationError::Unreachable)?;
+        let answer = call(RenewalClient::new(connection.channel).renew(request)).await?;
+        let issued = answer.issued.ok_or(RegistrationError::Unfit("nothing"))?;
+        let credentials = fitting(&key, &issued.certificate, &self.cluster, false)?;
+        credentials.write_file(&self.data.join("member.pem"))?;
+        self.credentials.replace(credentials)?;
+        if due {
+            let renewed = fitting(&authority.credentials().key, &issued.intermediate, &self.cluster, true)?;
+            renewed.write_file(&self.data.join("intermediate.pem"))?;
+            self.authority.send_replace(Arc::new(Ca::new(renewed, false)?));
+        }
+        forget_next(&self.data);
+        Ok(())
+    }
+
+    /// Asks for a certificate for the registered key, after the present one has ended.
+    ///
+    /// # Errors
+    /// When the hub cannot be reached or refuses.
+    pub async fn renew_late(&self, address: &str) -> Result<(), RegistrationError> {
+        let trust = Trust::new(&self.root, |identity| *identity == Identity::Hub)?;
+        let client = TlsClient::anonymous(&trust)?;
+        // A renewal whose answer was lost has registered the next key already.
+        let next = self.data.join("member.next.pem");
+        let keys = [Some(self.credentials.current().key), next.exists().then(|| Key::read(&next)).transpose()?];
+        let mut refused = RegistrationError::Unfit("nothing");
+        for key in keys.into_iter().flatten() {
+            let request = wire::RenewLateRequest { request: key.request()?.into() };
+            let connection = client.connect(address).await.map_err(RegistrationError::Unreachable)?;
+            match call(RegistrationClient::new(connection.channel).renew_late(request)).await {
+                Ok(answer) => {
+                    let credentials = fitting(&key, &answer.certificate, &self.cluster, false)?;
+                    credentials.write_file(&self.data.join("member.pem"))?;
+                    self.credentials.replace(credentials)?;
+                    return Ok(());
+                }
+                Err(error) => refused = error,
+            }
+        }
+        Err(refused)
+    }
+}
+
+async fn ask(
+    client: &TlsClient,
+    address: &str,
+    request: wire::JoinRequest,
+) -> Result<wire::join_response::State, RegistrationError> {
+    let connection = client.connect(address).await.map_err(RegistrationError::Unreachable)?;
+    let answer = call(RegistrationClient::new(connection.channel).join(request)).await?;
+    answer.state.ok_or(RegistrationError::Unfit("nothing"))
+}
+
+async fn call<T>(
+    answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, RegistrationError> {
+    let late = |_| RegistrationError::Failed("it took too long".to_owned());
+    match tokio::time::timeout(CALL_TIME, answer).await.map_err(late)? {
+        Ok(answer) => Ok(answer.into_inner()),
+        Err(status) => {
+            use tonic::Code::{FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unauthenticated};
+            let text = status.message().to_owned();
+            let refused = [FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unauthenticated];
+            match refused.contains(&status.code()) {
+                true => Err(RegistrationError::Refused(text)),
+                false => Err(RegistrationError::Failed(text)),
+            }
+        }
+    }
+}
+
+/// The issued certificate with the key that it was asked for.
+fn fitting(key: &Key, der: &[u8], cluster: &str, authority: bool) -> Result<Credentials, RegistrationError> {
+    let certificate = Certificate::from_der(der)?;
+    if certificate.identity != Identity::Cluster(cluster.into()) {
+        return Err(RegistrationError::Unfit("a certificate for another identity"));
+    }
+    if certificate.is_ca != authority {
+        return Err(RegistrationError::Unfit("a leaf where an authority was asked for, or the other way round"));
+    }
+    Ok(Credentials::new(key.clone(), certificate)?)
+}
+
+fn forget_next(data: &Path) {
+    for name in ["member.next.pem", "intermediate.next.pem"] {
+        // What stays is used for the next request, which is as good.
+        let _ = std::fs::remove_file(data.join(name));
+    }
+}
