@@ -1,0 +1,354 @@
+//! Kubernetes NetworkPolicy a second time: read straight from the API's text over the JSON of the objects, sharing nothing
+//! with the conversion and the evaluator, and compared with `hanse policy explain` on random policies, pods and packets.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+const ROUNDS: u64 = 40;
+const QUERIES: usize = 250;
+
+/// SplitMix64: its whole state is its seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % bound as u64) as usize
+    }
+
+    fn once_in(&mut self, times: usize) -> bool {
+        self.below(times) == 0
+    }
+
+    fn pick<T: Clone>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())].clone()
+    }
+}
+
+const NAMESPACES: [&str; 3] = ["a", "b", "c"];
+const KEYS: [&str; 3] = ["app", "tier", "x"];
+const VALUES: [&str; 3] = ["one", "two", ""];
+const PROTOCOLS: [(&str, u8); 3] = [("TCP", 6), ("UDP", 17), ("SCTP", 132)];
+const NUMBERS: [u16; 4] = [53, 80, 81, 8080];
+const NAMES: [&str; 3] = ["http", "dns", "none"];
+const NETS: [(&str, &str); 6] = [
+    ("10.0.0.0/24", "10.0.0.4/30"),
+    ("10.0.0.0/29", "10.0.0.2/32"),
+    ("0.0.0.0/0", "10.0.0.0/25"),
+    ("203.0.113.7/24", "203.0.113.0/25"),
+    ("fd00::/64", "fd00::4/126"),
+    ("::/0", "2001:db8::/32"),
+];
+
+fn labels(random: &mut Random) -> Value {
+    let mut labels = serde_json::Map::new();
+    for key in KEYS {
+        if random.once_in(2) {
+            labels.insert(key.to_owned(), json!(random.pick(&VALUES)));
+        }
+    }
+    Value::Object(labels)
+}
+
+fn selector(random: &mut Random) -> Value {
+    let mut selector = json!({});
+    if random.once_in(2) {
+        selector["matchLabels"] = json!({random.pick(&KEYS): random.pick(&VALUES)});
+    }
+    if random.once_in(3) {
+        let operator = random.pick(&["In", "NotIn", "Exists", "DoesNotExist"]);
+        let mut requirement = json!({"key": random.pick(&KEYS), "operator": operator});
+        if matches!(operator, "In" | "NotIn") {
+            requirement["values"] = json!([random.pick(&VALUES), random.pick(&VALUES)]);
+        }
+        selector["matchExpressions"] = json!([requirement]);
+    }
+    selector
+}
+
+fn peer(random: &mut Random) -> Value {
+    if random.once_in(4) {
+        let (cidr, except) = random.pick(&NETS);
+        let except: Vec<&str> = if random.once_in(2) { vec![except] } else { Vec::new() };
+        return json!({"ipBlock": {"cidr": cidr, "except": except}});
+    }
+    match random.below(3) {
+        0 => json!({"podSelector": selector(random)}),
+        1 => json!({"namespaceSelector": selector(random)}),
+        _ => json!({"podSelector": selector(random), "namespaceSelector": selector(random)}),
+    }
+}
+
+fn port(random: &mut Random) -> Value {
+    let mut port = json!({});
+    if random.once_in(2) {
+        port["protocol"] = json!(random.pick(&PROTOCOLS).0);
+    }
+    match random.below(4) {
+        0 => {}
+        1 => port["port"] = json!(random.pick(&NAMES)),
+        2 => {
+            port["port"] = json!(80);
+            port["endPort"] = json!(random.pick(&[80, 81, 9000]));
+        }
+        _ => port["port"] = json!(random.pick(&NUMBERS)),
+    }
+    port
+}
+
+fn rules(random: &mut Random, peers: &str) -> Value {
+    let some = |random: &mut Random, make: fn(&mut Random) -> Value| -> Value {
+        (0..random.below(3)).map(|_| make(random)).collect()
+    };
+    let rule = |random: &mut Random| {
+        let mut rule = json!({});
+        if !random.once_in(4) {
+            rule[peers] = some(random, peer);
+        }
+        if !random.once_in(3) {
+            rule["ports"] = some(random, port);
+        }
+        rule
+    };
+    (0..random.below(3)).map(|_| rule(random)).collect()
+}
+
+fn policy(random: &mut Random, at: usize) -> Value {
+    let mut spec = json!({"podSelector": if random.once_in(2) { json!({}) } else { selector(random) }});
+    if !random.once_in(3) {
+        spec["ingress"] = rules(random, "from");
+    }
+    if !random.once_in(3) {
+        spec["egress"] = rules(random, "to");
+    }
+    match random.below(5) {
+        0 => spec["policyTypes"] = json!(["Ingress"]),
+        1 => spec["policyTypes"] = json!(["Egress"]),
+        2 => spec["policyTypes"] = json!(["Egress", "Ingress"]),
+        _ => {}
+    }
+    let metadata = json!({"name": format!("p{at}"), "namespace": random.pick(&NAMESPACES)});
+    json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec})
+}
+
+fn pod(random: &mut Random, at: usize) -> Value {
+    let container = |random: &mut Random| {
+        let ports = (0..random.below(3)).map(|_| {
+            let mut port = json!({"name": random.pick(&NAMES[..2]), "containerPort": random.pick(&NUMBERS)});
+            if random.once_in(2) {
+                port["protocol"] = json!(random.pick(&PROTOCOLS).0);
+            }
+            port
+        });
+        let ports: Vec<Value> = ports.collect();
+        json!({"name": "c", "ports": ports})
+    };
+    let host = random.once_in(10);
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": format!("pod{at}"), "namespace": random.pick(&NAMESPACES), "labels": labels(random)},
+        "spec": {"hostNetwork": host, "containers": [container(random), container(random)]},
+        "status": {
+            "phase": if random.once_in(12) { "Succeeded" } else { "Running" },
+            "podIP": format!("10.0.0.{at}"),
+            "podIPs": [{"ip": format!("10.0.0.{at}")}, {"ip": format!("fd00::{at}")}],
+        },
+    })
+}
+
+struct World {
+    namespaces: BTreeMap<String, Value>,
+    pods: Vec<Value>,
+    policies: Vec<Value>,
+}
+
+struct Packet<'w> {
+    source: (IpAddr, Option<&'w Value>),
+    destination: (IpAddr, Option<&'w Value>),
+    protocol: u8,
+    port: u16,
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+impl World {
+    fn selects(&self, selector: &Value, labels: &Value) -> bool {
+        let has = |key: &str, value: &str| labels.get(key).is_some_and(|have| have == value);
+        let pairs = selector["matchLabels"].as_object().into_iter().flatten();
+        pairs.into_iter().all(|(key, value)| has(key, text(value)))
+            && list(&selector["matchExpressions"]).iter().all(|requirement| {
+                let key = text(&requirement["key"]);
+                let one_of = list(&requirement["values"]).iter().any(|value| has(key, text(value)));
+                match text(&requirement["operator"]) {
+                    "In" => one_of,
+                    "NotIn" => !one_of,
+                    "Exists" => labels.get(key).is_some(),
+                    _ => labels.get(key).is_none(),
+                }
+            })
+    }
+
+    fn peer_matches(&self, peer: &Value, namespace: &str, address: IpAddr, pod: Option<&Value>) -> bool {
+        let within = |cidr: &Value| text(cidr).parse::<ipnet::IpNet>().expect("CIDR").contains(&address);
+        if let Some(block) = peer.get("ipBlock") {
+            return within(&block["cidr"]) && !list(&block["except"]).iter().any(within);
+        }
+        let Some(pod) = pod else { return false };
+        let of_pod = text(&pod["metadata"]["namespace"]);
+        let in_namespace = match peer.get("namespaceSelector") {
+            Some(selector) => self.selects(selector, &self.namespaces[of_pod]),
+            None => of_pod == namespace,
+        };
+        in_namespace && peer.get("podSelector").is_none_or(|it| self.selects(it, &pod["metadata"]["labels"]))
+    }
+
+    fn port_matches(&self, entry: &Value, packet: &Packet<'_>) -> bool {
+        let number = |name: &Value| PROTOCOLS.iter().find(|(known, _)| name == known).map_or(6, |(_, number)| *number);
+        if number(&entry["protocol"]) != packet.protocol {
+            return false;
+        }
+        match &entry["port"] {
+            Value::Null => true,
+            Value::String(name) => packet.destination.1.is_some_and(|pod| {
+                let ports = list(&pod["spec"]["containers"]).iter().flat_map(|container| list(&container["ports"]));
+                ports.into_iter().any(|port| {
+                    port["name"] == **name
+                        && port["containerPort"] == packet.port
+                        && number(&port["protocol"]) == packet.protocol
+                })
+            }),
+            first => {
+                let first = first.as_u64().expect("port");
+                let last = entry["endPort"].as_u64().unwrap_or(first);
+                (first..=last).contains(&u64::from(packet.port))
+            }
+        }
+    }
+
+    /// `None` where the pod is not isolated.
+    fn direction(&self, packet: &Packet<'_>, ingress: bool) -> Option<bool> {
+        let (pod, other) =
+            if ingress { (packet.destination.1?, packet.source) } else { (packet.source.1?, packet.destination) };
+        let (kind, rules, peers) = if ingress { ("Ingress", "ingress", "from") } else { ("Egress", "egress", "to") };
+        let mut isolated = None;
+        for policy in &self.policies {
+            let (spec, namespace) = (&policy["spec"], text(&policy["metadata"]["namespace"]));
+            let applies = match spec.get("policyTypes") {
+                Some(types) => list(types).iter().any(|known| known == kind),
+                None => ingress || !list(&spec["egress"]).is_empty(),
+            };
+            let selected = pod["metadata"]["namespace"] == namespace
+                && self.selects(&spec["podSelector"], &pod["metadata"]["labels"]);
+            if !applies || !selected {
+                continue;
+            }
+            let allowed = list(&spec[rules]).iter().any(|rule| {
+                let (peers, ports) = (list(&rule[peers]), list(&rule["ports"]));
+                (peers.is_empty() || peers.iter().any(|peer| self.peer_matches(peer, namespace, other.0, other.1)))
+                    && (ports.is_empty() || ports.iter().any(|port| self.port_matches(port, packet)))
+            });
+            isolated = Some(isolated.unwrap_or(false) || allowed);
+        }
+        isolated
+    }
+
+    fn verdict(&self, packet: &Packet<'_>) -> bool {
+        let itself = packet.source.1.is_some()
+            && packet.source.1.map(|pod| &pod["metadata"]["name"])
+                == packet.destination.1.map(|pod| &pod["metadata"]["name"]);
+        itself || self.direction(packet, false).unwrap_or(true) && self.direction(packet, true).unwrap_or(true)
+    }
+}
+
+fn round(seed: u64, denied: &mut usize, total: &mut usize) {
+    let mut random = Random(seed);
+    let world = World {
+        namespaces: NAMESPACES.iter().map(|name| ((*name).to_owned(), labels(&mut random))).collect(),
+        pods: (1..9).map(|at| pod(&mut random, at)).collect(),
+        policies: (0..3 + random.below(9)).map(|at| policy(&mut random, at)).collect(),
+    };
+    let end = |random: &mut Random, v6: bool| -> (IpAddr, Option<usize>) {
+        let at = random.below(world.pods.len() + 2);
+        let Some(pod) = world.pods.get(at) else {
+            let outside = if v6 { "2001:db8::9" } else { "203.0.113.9" };
+            return (outside.parse().expect("address"), None);
+        };
+        let address = text(&pod["status"]["podIPs"][usize::from(v6)]["ip"]).parse().expect("address");
+        let owns = pod["spec"]["hostNetwork"] == false && pod["status"]["phase"] == "Running";
+        (address, owns.then_some(at))
+    };
+    let (mut lines, mut expected) = (Vec::new(), Vec::new());
+    for _ in 0..QUERIES {
+        let v6 = random.once_in(3);
+        let (source, destination) = (end(&mut random, v6), end(&mut random, v6));
+        let (protocol, port) = (random.pick(&PROTOCOLS), random.pick(&NUMBERS));
+        let place = |random: &mut Random, (address, pod): (IpAddr, Option<usize>)| match pod {
+            Some(at) if random.once_in(2) => {
+                let metadata = &world.pods[at]["metadata"];
+                json!({"cluster": "k", "namespace": metadata["namespace"], "pod": metadata["name"]})
+            }
+            _ => json!({"ip": address}),
+        };
+        let line = json!({
+            "from": place(&mut random, source), "to": place(&mut random, destination),
+            "protocol": protocol.0, "port": port, "ipVersion": if v6 { 6 } else { 4 },
+        });
+        let of = |(address, pod): (IpAddr, Option<usize>)| (address, pod.map(|at| &world.pods[at]));
+        let packet = Packet { source: of(source), destination: of(destination), protocol: protocol.1, port };
+        expected.push(world.verdict(&packet));
+        lines.push(line.to_string());
+    }
+    let root = tempfile::tempdir().expect("temporary directory");
+    let namespaces = world.namespaces.iter().map(
+        |(name, labels)| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}),
+    );
+    let items: Vec<Value> =
+        namespaces.chain(world.pods.iter().cloned()).chain(world.policies.iter().cloned()).collect();
+    let all = json!({"apiVersion": "v1", "kind": "List", "items": items});
+    std::fs::write(root.path().join("all.json"), all.to_string()).expect("manifests");
+    let queries = root.path().join("queries.jsonl");
+    std::fs::write(&queries, lines.join("\n")).expect("queries");
+    let output = Command::new(env!("CARGO_BIN_EXE_hanse"))
+        .args(["policy", "explain", "-o", "json", "--cluster", &format!("k={}", root.path().display()), "--queries"])
+        .arg(&queries)
+        .output()
+        .expect("hanse runs");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "seed {seed}: {stderr}");
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let answers: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(answers.len(), expected.len(), "seed {seed}");
+    for ((line, expected), answer) in lines.iter().zip(expected).zip(answers) {
+        let verdict = if expected { "allow" } else { "deny" };
+        assert_eq!(answer["verdict"], verdict, "seed {seed}\n{line}\n{answer}\n{all:#}");
+        *total += 1;
+        *denied += usize::from(!expected);
+    }
+}
+
+#[test]
+fn network_policy_means_what_its_text_says() {
+    let first = std::env::var("HANSE_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(|| std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0_u8) >> 16);
+    println!("HANSE_SEED={first}");
+    let (mut denied, mut total) = (0, 0);
+    for seed in first..first + ROUNDS {
+        round(seed, &mut denied, &mut total);
+    }
+    println!("{total} packets, {denied} denied");
+    assert!(denied * 10 >= total * 3 && denied * 10 <= total * 7, "{denied} of {total} are denied");
+}
