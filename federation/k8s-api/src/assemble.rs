@@ -81,6 +81,7 @@ pub fn assemble_cluster<'a>(
         }
     }
     let mut seen: BTreeMap<_, &Manifest> = BTreeMap::new();
+    let mut created = BTreeMap::new();
     for manifest in objects {
         let reference = &manifest.reference;
         // The two API groups of Calico name the same objects.
@@ -100,8 +101,12 @@ pub fn assemble_cluster<'a>(
             state.diagnostics.push(diagnostic(manifest, "metadata.name", message));
             continue;
         }
+        if let Object::Pod(pod) = &manifest.object {
+            created.insert(pod.id(), pod.metadata.creation_timestamp.clone());
+        }
         add_to_cluster(name, manifest, &mut state);
     }
+    settle_addresses(&mut state.cluster, &created);
     let implied: BTreeSet<Arc<str>> =
         state.cluster.endpoints.keys().filter_map(|endpoint| endpoint.namespace.clone()).collect();
     for namespace in implied {
@@ -111,6 +116,23 @@ pub fn assemble_cluster<'a>(
         namespace.labels.insert(NAMESPACE_NAME_LABEL.into(), name.clone());
     }
     state
+}
+
+/// An address belongs to one live pod, the newest; of equally old ones to the first by name.
+fn settle_addresses(cluster: &mut Cluster, created: &BTreeMap<EndpointId, Option<Arc<str>>>) {
+    let mut owners: BTreeMap<IpAddr, EndpointId> = BTreeMap::new();
+    for (id, endpoint) in &cluster.endpoints {
+        for address in &endpoint.addresses {
+            // RFC 3339 in UTC, as API servers write it, sorts as text.
+            let newer = |owner: &EndpointId| created.get(id) > created.get(owner);
+            if owners.get(address).is_none_or(newer) {
+                owners.insert(*address, id.clone());
+            }
+        }
+    }
+    for (id, endpoint) in &mut cluster.endpoints {
+        endpoint.addresses.retain(|address| owners.get(address) == Some(id));
+    }
 }
 
 fn add_to_cluster(name: &ClusterName, manifest: &Manifest, state: &mut ClusterState) {

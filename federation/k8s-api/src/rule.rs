@@ -254,7 +254,9 @@ fn convert_entity(
     let selector = note_selector(&entity.selector, &path.field("selector"), errors);
     let not_selector = note_selector(&entity.not_selector, &path.field("notSelector"), errors);
     let namespaces = note_selector(&entity.namespace_selector, &path.field("namespaceSelector"), errors);
-    let accounts = entity.service_accounts.as_ref().map(|accounts| {
+    let accounts = entity.service_accounts.as_ref();
+    let accounts = accounts.filter(|accounts| !accounts.names.is_empty() || !accounts.selector.is_empty());
+    let accounts = accounts.map(|accounts| {
         let path = path.field("serviceAccounts");
         let selector = note_selector(&accounts.selector, &path.field("selector"), errors);
         let names = accounts.names.iter().map(String::as_str);

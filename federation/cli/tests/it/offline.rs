@@ -253,3 +253,40 @@ fn presets_are_valid_manifests() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     assert!(!hanse(&["policy", "scaffold", "gpu-collective"]).status.success(), "a parameter is missing");
 }
+
+#[test]
+fn an_address_is_the_newest_live_pods() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let pod = |name: &str, created: &str, phase: &str, app: &str| {
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": name, "namespace": "web", "creationTimestamp": created, "labels": {"app": app}},
+            "spec": {"containers": []}, "status": {"phase": phase, "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}]},
+        })
+    };
+    let policy = json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "p", "namespace": "web"},
+        "spec": {"podSelector": {"matchLabels": {"app": "new"}}},
+    });
+    let items = [
+        pod("a", "2026-01-01T00:00:00Z", "Running", "old"),
+        pod("b", "2026-02-01T00:00:00Z", "Running", "new"),
+        pod("c", "2026-03-01T00:00:00Z", "Succeeded", "ended"),
+        policy,
+    ];
+    std::fs::write(
+        root.path().join("all.json"),
+        json!({"kind": "List", "apiVersion": "v1", "items": items}).to_string(),
+    )
+    .expect("manifests");
+    let queries = root.path().join("queries.jsonl");
+    let query = json!({"from": {"ip": "203.0.113.1"}, "to": {"ip": "10.0.0.1"}, "protocol": "TCP", "port": 80});
+    let older = json!({"from": {"ip": "203.0.113.1"}, "to": {"cluster": "c", "namespace": "web", "pod": "a"}, "protocol": "TCP", "port": 80});
+    std::fs::write(&queries, format!("{query}\n{older}\n")).expect("queries");
+    let cluster = format!("c={}", root.path().display());
+    let output = hanse(&["policy", "explain", "--cluster", &cluster, "--queries", text(&queries), "-o", "json"]);
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    let lines: Vec<&str> = stdout.lines().collect();
+    assert!(lines[0].contains("\"verdict\":\"deny\""), "{stdout}");
+    assert!(lines[1].contains("owns no address"), "{stdout}");
+}
