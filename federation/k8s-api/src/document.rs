@@ -8,9 +8,9 @@ use serde_json::{Map, Number, Value};
 
 /// Deepest nesting of lists and mappings; the deepest field of any kind lies at about 12.
 pub const MAX_DEPTH: usize = 64;
-/// Values of one document after aliases are expanded; at about 80 bytes each, 160 MiB. The largest object that an API
-/// server stores (1.5 MiB) has at most half of that.
-pub const MAX_VALUES: usize = 2 * 1024 * 1024;
+/// Values of one document that aliases repeat; at about 80 bytes each, 160 MiB. What is written out is bounded by the size
+/// of the file alone: a list of a large cluster's pods is one document with tens of millions of values.
+pub const MAX_REPEATED_VALUES: usize = 2 * 1024 * 1024;
 
 /// A value with the line (one-based) on which it starts.
 #[derive(Debug, Clone)]
@@ -65,7 +65,7 @@ fn pieces(text: &str) -> Vec<(u32, &str)> {
 }
 
 fn parse_one(text: &str, lines_before: u32) -> Result<Option<Node>, SyntaxError> {
-    let mut loader = Loader { lines_before, open: Vec::new(), anchors: Vec::new(), values: 0, root: None };
+    let mut loader = Loader { lines_before, open: Vec::new(), anchors: Vec::new(), repeated: 0, root: None };
     for event in Parser::new_from_str(text) {
         let (event, span) = event.map_err(|error| SyntaxError {
             line: lines_before + line_of(error.marker().line()),
@@ -85,7 +85,7 @@ struct Loader {
     lines_before: u32,
     open: Vec<Open>,
     anchors: Vec<(usize, Node)>,
-    values: usize,
+    repeated: usize,
     root: Option<Node>,
 }
 
@@ -114,9 +114,9 @@ impl Loader {
             }
             Event::Alias(anchor) => match self.anchors.iter().rev().find(|(known, _)| *known == anchor) {
                 Some((_, node)) => {
-                    self.values += count(node);
-                    if self.values > MAX_VALUES {
-                        return fail(&format!("more than {MAX_VALUES} values"));
+                    self.repeated += count(node);
+                    if self.repeated > MAX_REPEATED_VALUES {
+                        return fail(&format!("aliases repeat more than {MAX_REPEATED_VALUES} values"));
                     }
                     let node = node.clone();
                     self.place(0, node)
@@ -140,10 +140,6 @@ impl Loader {
     fn place(&mut self, anchor: usize, node: Node) -> Result<(), SyntaxError> {
         let line = node.line;
         let fail = |message: String| Err(SyntaxError { line, message });
-        self.values += 1;
-        if self.values > MAX_VALUES {
-            return fail(format!("more than {MAX_VALUES} values"));
-        }
         if anchor != 0 {
             self.anchors.push((anchor, node.clone()));
         }

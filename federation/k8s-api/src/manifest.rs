@@ -13,9 +13,8 @@ use crate::hanse::{self, FederatedNetworkPolicy, FederatedNetworkSet, MemberClus
 use crate::kubernetes::{EndpointSlice, Namespace, Node as KubeNode, Pod, Service, ServiceAccount};
 use crate::network_policy::NetworkPolicy;
 
-/// The largest file that is read: ten objects of the largest size that an API server stores (1.5 MiB), rounded up.
-/// Directories may hold any number of files.
-pub const MAX_FILE_BYTES: u64 = 64 * 1024 * 1024;
+/// The largest file that is read: a list of 100,000 pods at 5 KiB each. Directories may hold any number of files.
+pub const MAX_FILE_BYTES: u64 = 512 * 1024 * 1024;
 /// How deep below the directory files are looked for.
 pub const MAX_DIRECTORY_DEPTH: usize = 16;
 
