@@ -21,7 +21,7 @@ use crate::evaluate::{
 };
 use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, Labels};
 use crate::model::{
-    Action, ClusterScope, EntityMatch, Layer, Policy, PolicySet, Protocol, Rule, Selection, ServiceMatch,
+    Action, ClusterName, ClusterScope, EntityMatch, Layer, Policy, PolicySet, Protocol, Rule, Selection, ServiceMatch,
 };
 use crate::selector::{Expr, Label, LabelLookup as _, Selector};
 use crate::tri::Tri;
@@ -44,6 +44,7 @@ const MEMO_BYTES: usize = 256 << 20;
 pub struct Prepared<'a> {
     inventory: &'a Inventory,
     plans: FastMap<&'a str, Plan<'a>>,
+    pods: FastMap<&'a str, Pods<'a>>,
     /// By the address of the selection in the policy set.
     selections: FastMap<usize, u32>,
     selection_count: usize,
@@ -70,9 +71,14 @@ impl<'a> Prepared<'a> {
                 }
             }
         }
+        let pods_of = |(cluster, owner): (&'a ClusterName, &'a Cluster)| {
+            let by_id = owner.endpoints.iter().map(|(id, endpoint)| (id, (id, endpoint))).collect();
+            (&**cluster, Pods { cluster, owner, by_id })
+        };
         Self {
             inventory,
             plans,
+            pods: inventory.clusters.iter().map(pods_of).collect(),
             selections,
             selection_count: ids.len(),
             sets: NetworkSets::new(inventory),
@@ -86,13 +92,13 @@ impl<'a> Prepared<'a> {
     /// The same as [`crate::evaluate::evaluate`].
     pub fn evaluate(&self, query: &Query) -> Answer {
         let ends = [self.class_of(&query.source), self.class_of(&query.destination)];
-        answer(query, |end, direction| {
-            let (cluster, pod) = end.pod.as_ref()?;
-            let (name, owner) = self.inventory.clusters.get_key_value(cluster)?;
-            let (id, endpoint) = owner.endpoints.get_key_value(pod)?;
-            let facts = Remembered { prepared: self, query, memos: ends.each_ref().map(|end| self.memo(end, name)) };
-            let chain = self.chain(name, owner, id, endpoint, direction);
-            let court = Court { facts: &facts, enforcer: name, federated_allow_final: owner.federated_allow_final };
+        answer(query, |_, direction| {
+            let pod = ends[usize::from(direction == Direction::Ingress)].pod?;
+            let facts =
+                Remembered { prepared: self, query, memos: ends.each_ref().map(|end| self.memo(end, pod.cluster)) };
+            let chain = self.chain(pod, direction);
+            let federated_allow_final = pod.owner.federated_allow_final;
+            let court = Court { facts: &facts, enforcer: pod.cluster, federated_allow_final };
             let candidates = |tier: usize| {
                 let rules = chain.rules[tier].iter().filter(|rule| facts.may_match(rule));
                 rules.map(|rule| (rule.policy, rule.rule))
@@ -101,23 +107,15 @@ impl<'a> Prepared<'a> {
         })
     }
 
-    fn chain(
-        &self,
-        cluster: &'a str,
-        owner: &'a Cluster,
-        id: &'a EndpointId,
-        endpoint: &'a Endpoint,
-        direction: Direction,
-    ) -> Chain<'a> {
-        let Some(plan) = self.plans.get(cluster).filter(|_| !endpoint.host_network) else {
-            return Rc::default();
-        };
-        let class = self.classes.borrow_mut().pod(cluster, id, endpoint);
-        if let Some(chain) = self.chains.borrow().get(&(class, direction)) {
+    fn chain(&self, pod: Pod<'a>, direction: Direction) -> Chain<'a> {
+        if let Some(chain) = self.chains.borrow().get(&(pod.class, direction)) {
             return chain.clone();
         }
-        let found = plan.applying(owner, id, endpoint, direction);
-        let key = (cluster.as_ptr() as usize, direction, found);
+        let Some(plan) = self.plans.get(pod.cluster).filter(|_| !pod.endpoint.host_network) else {
+            return Rc::default();
+        };
+        let found = plan.applying(pod.owner, pod.id, pod.endpoint, direction);
+        let key = (pod.cluster.as_ptr() as usize, direction, found);
         let known = self.chains_by_content.borrow().get(&key).cloned();
         let chain = known.unwrap_or_else(|| {
             let tiers = in_tiers(key.2.iter().map(|at| plan.policies[*at as usize]));
@@ -126,7 +124,7 @@ impl<'a> Prepared<'a> {
             self.chains_by_content.borrow_mut().insert(key, chain.clone());
             chain
         });
-        self.chains.borrow_mut().insert((class, direction), chain.clone());
+        self.chains.borrow_mut().insert((pod.class, direction), chain.clone());
         chain
     }
 
@@ -156,21 +154,18 @@ impl<'a> Prepared<'a> {
     }
 
     fn class_of(&self, end: &End) -> EndClass<'a> {
-        let pod = end.pod.as_ref().and_then(|(cluster, pod)| {
-            let (cluster, owner) = self.inventory.clusters.get_key_value(cluster)?;
-            let (id, endpoint) = owner.endpoints.get_key_value(pod)?;
-            Some((self.classes.borrow_mut().pod(cluster, id, endpoint), &**cluster, id))
+        let pod = end.pod.as_ref().and_then(|(cluster, id)| {
+            let pods = self.pods.get(&**cluster)?;
+            let (id, endpoint) = pods.by_id.get(id).copied()?;
+            let class = self.classes.borrow_mut().pod(pods.cluster, id, endpoint);
+            Some(Pod { class, cluster: pods.cluster, owner: pods.owner, id, endpoint })
         });
-        EndClass {
-            class: pod.map(|(class, ..)| class),
-            pod: pod.map(|(_, cluster, id)| (cluster, id)),
-            sets: self.sets.holding(end.address),
-        }
+        EndClass { pod, sets: self.sets.holding(end.address) }
     }
 
     fn memo(&self, end: &EndClass<'a>, enforcer: &'a str) -> Memo<'a> {
         let mut memos = self.memos.borrow_mut();
-        let key = (end.class, end.sets.clone(), enforcer.as_ptr() as usize);
+        let key = (end.pod.map(|pod| pod.class), end.sets.clone(), enforcer.as_ptr() as usize);
         if let Some(answers) = memos.by_class.get(&key) {
             return Memo { end: end.clone(), answers: answers.clone() };
         }
@@ -218,10 +213,25 @@ struct Memos {
 /// All that selections see of an end.
 #[derive(Debug, Clone)]
 struct EndClass<'a> {
-    class: Option<u32>,
-    /// One of the class.
-    pod: Option<(&'a str, &'a EndpointId)>,
+    pod: Option<Pod<'a>>,
     sets: Rc<[u32]>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Pod<'a> {
+    class: u32,
+    cluster: &'a str,
+    owner: &'a Cluster,
+    id: &'a EndpointId,
+    endpoint: &'a Endpoint,
+}
+
+/// The endpoints of one cluster.
+#[derive(Debug)]
+struct Pods<'a> {
+    cluster: &'a str,
+    owner: &'a Cluster,
+    by_id: FastMap<&'a EndpointId, (&'a EndpointId, &'a Endpoint)>,
 }
 
 #[derive(Debug)]
@@ -257,8 +267,8 @@ impl Facts for Remembered<'_, '_> {
         }
         let inventory = self.prepared.inventory;
         let mut any = Tri::No;
-        if let Some((cluster, pod)) = memo.end.pod {
-            any = any.or(inventory.selects(enforcer, selection, cluster, pod));
+        if let Some(pod) = memo.end.pod {
+            any = any.or(inventory.selects(enforcer, selection, pod.cluster, pod.id));
         }
         for set in memo.end.sets.iter() {
             any = any.or(match self.prepared.sets.all[*set as usize] {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use hanse_policy::evaluate::View;
+use hanse_policy::evaluate::{View, evaluate};
 use hanse_policy::prepared::Prepared;
 use serde::Serialize;
 
@@ -25,6 +25,9 @@ pub struct Arguments {
     /// "ipVersion":4|6}`
     #[arg(long, value_name = "FILE.jsonl")]
     queries: PathBuf,
+    /// Ask the reference evaluator, which looks everything up anew for each question. The answers are the same.
+    #[arg(long)]
+    reference: bool,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -46,6 +49,7 @@ impl Arguments {
             table.set_header(["FROM", "TO", "VERDICT", "STAGED", "EGRESS", "INGRESS"]);
         }
         let mut out = std::io::BufWriter::with_capacity(1 << 16, std::io::stdout().lock());
+        let form = if self.reference { "reference" } else { "prepared" };
         let mut unanswered = 0;
         for line in super::open(&self.queries)?.lines() {
             let line = line.with_context(|| format!("read {}", self.queries.display()))?;
@@ -70,8 +74,12 @@ impl Arguments {
                     continue;
                 }
             };
-            let answer = enforced.evaluate(&packet);
-            let staged = pending.as_ref().map(|pending| pending.evaluate(&packet));
+            let ask = |prepared: &Prepared<'_>, view| match self.reference {
+                true => evaluate(policies, inventory, &packet, view),
+                false => prepared.evaluate(&packet),
+            };
+            let answer = ask(&enforced, View::Enforced);
+            let staged = pending.as_ref().map(|pending| ask(pending, View::Pending));
             match (self.output, asked) {
                 (Format::Table, Ok(question)) => {
                     let mut row = vec![question.from.to_string(), question.to.to_string()];
@@ -80,7 +88,9 @@ impl Arguments {
                     row.extend([trace::reason(answer.egress.as_ref()), trace::reason(answer.ingress.as_ref())]);
                     table.add_row(row);
                 }
-                (format, _) => super::write_line(&mut out, format, &AnswerLine::new(&answer, staged.as_ref()))?,
+                (format, _) => {
+                    super::write_line(&mut out, format, &AnswerLine::new(&answer, staged.as_ref(), Some(form)))?
+                }
             }
         }
         if self.output == Format::Table {

@@ -1,5 +1,6 @@
 //! Questions as they are written, and the packets that they ask about.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -122,21 +123,22 @@ struct Candidate {
 /// Pods by their addresses.
 #[derive(Debug)]
 pub struct Owners<'a> {
-    inventory: &'a Inventory,
-    by_address: std::collections::HashMap<IpAddr, Vec<(&'a ClusterName, &'a EndpointId)>>,
+    by_name: HashMap<&'a str, (&'a ClusterName, HashMap<&'a EndpointId, &'a Endpoint>)>,
+    by_address: HashMap<IpAddr, Vec<(&'a ClusterName, &'a EndpointId)>>,
 }
 
 impl<'a> Owners<'a> {
     pub fn new(inventory: &'a Inventory) -> Self {
-        let mut by_address = std::collections::HashMap::<_, Vec<_>>::new();
+        let (mut by_name, mut by_address) = (HashMap::new(), HashMap::<_, Vec<_>>::new());
         for (cluster, it) in &inventory.clusters {
+            by_name.insert(&**cluster, (cluster, it.endpoints.iter().collect()));
             for (id, endpoint) in it.endpoints.iter().filter(|(_, endpoint)| !endpoint.host_network) {
                 for address in &endpoint.addresses {
                     by_address.entry(*address).or_default().push((cluster, id));
                 }
             }
         }
-        Self { inventory, by_address }
+        Self { by_name, by_address }
     }
 
     /// The packet that a question asks about.
@@ -187,15 +189,15 @@ impl<'a> Owners<'a> {
         namespace: &str,
         pod: &str,
     ) -> Result<(ClusterName, EndpointId, &'a Endpoint), QuestionError> {
-        let clusters = &self.inventory.clusters;
-        let (name, found) = match cluster {
-            Some(name) => clusters.get_key_value(name).ok_or_else(|| QuestionError::Cluster(name.to_owned()))?,
-            None => clusters.iter().next().filter(|_| clusters.len() == 1).ok_or(QuestionError::WhichCluster)?,
+        let clusters = &self.by_name;
+        let (name, endpoints) = match cluster {
+            Some(name) => clusters.get(name).ok_or_else(|| QuestionError::Cluster(name.to_owned()))?,
+            None => clusters.values().next().filter(|_| clusters.len() == 1).ok_or(QuestionError::WhichCluster)?,
         };
         let id = EndpointId { kind: EndpointKind::Pod, namespace: Some(Arc::from(namespace)), name: Arc::from(pod) };
         let missing = || QuestionError::Pod(name.to_string(), namespace.to_owned(), pod.to_owned());
-        let endpoint = found.endpoints.get(&id).ok_or_else(missing)?;
-        Ok((name.clone(), id, endpoint))
+        let endpoint = endpoints.get(&id).ok_or_else(missing)?;
+        Ok(((*name).clone(), id, endpoint))
     }
 
     /// An address that several clusters' pods own is the other end's cluster's, else the first cluster's.

@@ -12,6 +12,9 @@ pub struct AnswerLine<'a> {
     /// What would be said if staged policies were committed; absent where none is staged.
     #[serde(skip_serializing_if = "Option::is_none")]
     staged: Option<Box<AnswerLine<'a>>>,
+    /// Which form of the evaluator answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    form: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -60,12 +63,13 @@ struct PolicyLine<'a> {
 }
 
 impl<'a> AnswerLine<'a> {
-    pub fn new(enforced: &'a Answer, pending: Option<&'a Answer>) -> Self {
+    pub fn new(enforced: &'a Answer, pending: Option<&'a Answer>, form: Option<&'static str>) -> Self {
         Self {
             verdict: verdict(enforced.verdict),
             egress: direction(enforced.egress.as_ref()),
             ingress: direction(enforced.ingress.as_ref()),
-            staged: pending.map(|pending| Box::new(Self::new(pending, None))),
+            staged: pending.map(|pending| Box::new(Self::new(pending, None, None))),
+            form,
         }
     }
 }
