@@ -6,6 +6,7 @@
 
 pub mod administration;
 pub mod authority;
+pub mod exchange;
 pub mod grants;
 pub mod manifest;
 pub mod registration;

@@ -1,0 +1,612 @@
+//! One watching stream: what its receiver lacks, and the order in which it is sent.
+//!
+//! Withdrawals come first, also within a batch; then the rest of the batch that is being sent; then a change of interest, the
+//! hub's own objects, and the origins in turn. The interest shrinks only when everything that needed the larger one is out of
+//! force at the receiver.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::{Arc, Weak};
+
+use bytes::Bytes;
+use hanse_policy::model::ClusterName;
+use hanse_proto::federation::v1 as pb;
+use hashbrown::HashMap;
+use pb::watch_request::Message as Request;
+use pb::watch_response::Message as Response;
+
+use super::{Exchange, HubObjects, MAX_DIRTY};
+use crate::exchange::model::{Interest, Lease, Position};
+use crate::exchange::wire;
+
+/// How far a receiver's position may fall behind while nothing of interest to it changes: half of the removals remembered.
+const MAX_LAG: u64 = super::super::origin::MAX_TOMBSTONES as u64 / 2;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ReceiverId(u64);
+
+/// Why a watching stream is closed.
+#[derive(Debug, thiserror::Error)]
+pub enum WatchError {
+    #[error("{0}")]
+    Protocol(String),
+    #[error("protocol version {0} is not known here")]
+    Version(u32),
+    #[error("cluster is not accepted")]
+    NotAccepted,
+}
+
+/// A receiver for status.
+#[derive(Debug, Clone)]
+pub struct ReceiverState {
+    pub cluster: ClusterName,
+    pub interest: u64,
+    pub interest_in_force: u64,
+    pub in_force: Position,
+}
+
+#[derive(Debug)]
+pub(super) struct Receiver {
+    cluster: ClusterName,
+    open: Option<Box<Opening>>,
+    pub(super) class: usize,
+    /// The class of the interest that the receiver came with, while anything resumes from it.
+    held_class: Option<usize>,
+    interest: Interest,
+    own: Interest,
+    number: u64,
+    hub: HubCursor,
+    cursors: HashMap<usize, Cursor>,
+    /// Origins that may have something to be sent.
+    pending: BTreeSet<usize>,
+    /// Origins whose completeness for the present interest is still to be told.
+    due: BTreeSet<ClusterName>,
+    urgent: VecDeque<Response>,
+    /// What belongs to no batch, in order.
+    notices: VecDeque<Response>,
+    flight: VecDeque<Response>,
+    flight_origin: Option<ClusterName>,
+    /// Keeps a shared snapshot while it is sent.
+    _snapshot: Option<Arc<Vec<Bytes>>>,
+    acked: (u64, Position),
+}
+
+/// What a receiver opened its stream with, until the hub's state is as new as it.
+#[derive(Debug)]
+struct Opening {
+    hub: Option<Position>,
+    hub_digest: Option<u128>,
+    held: Vec<(ClusterName, Held)>,
+    interest: Interest,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    position: Position,
+    view: u64,
+    digest: Option<u128>,
+}
+
+#[derive(Debug, Default)]
+struct HubCursor {
+    snapshot: bool,
+    dirty: BTreeSet<u64>,
+    sent: Position,
+}
+
+#[derive(Debug)]
+struct Cursor {
+    wants: Wants,
+    dirty: BTreeSet<u64>,
+    sent: u64,
+    /// The receiver holds something of it.
+    shown: bool,
+    /// An empty batch is due, to move its position.
+    nudge: bool,
+}
+
+#[derive(Debug)]
+enum Wants {
+    Changes,
+    Snapshot,
+    Resume(Held),
+}
+
+impl Default for Cursor {
+    fn default() -> Self {
+        Self { wants: Wants::Snapshot, dirty: BTreeSet::new(), sent: 0, shown: false, nudge: false }
+    }
+}
+
+impl Receiver {
+    pub(super) fn forget_origin(&mut self, number: usize) {
+        self.cursors.remove(&number);
+        self.pending.remove(&number);
+    }
+
+    pub(super) fn withdraw(&mut self, cluster: &ClusterName) {
+        if *cluster == self.cluster {
+            return;
+        }
+        if self.flight_origin.as_ref() == Some(cluster) {
+            self.flight.clear();
+            self.flight_origin = None;
+        }
+        self.due.remove(cluster);
+        self.urgent.push_back(Response::Withdrawn(pb::Withdrawn { cluster: cluster.to_string() }));
+    }
+
+    pub(super) fn origin_moved(&mut self, number: usize, position: Position, first: bool, new_epoch: bool) {
+        if self.open.is_some() {
+            return;
+        }
+        let cursor = self.cursors.entry(number).or_default();
+        if new_epoch {
+            cursor.wants = Wants::Snapshot;
+            cursor.dirty.clear();
+        }
+        cursor.nudge |= position.revision > cursor.sent.saturating_add(MAX_LAG);
+        if first || new_epoch || cursor.nudge || matches!(cursor.wants, Wants::Resume(_)) {
+            self.pending.insert(number);
+        }
+    }
+
+    pub(super) fn mark(&mut self, number: usize, ids: &[u64]) {
+        let Some(cursor) = self.cursors.get_mut(&number) else { return };
+        if matches!(cursor.wants, Wants::Changes) {
+            cursor.dirty.extend(ids);
+            if cursor.dirty.len() > MAX_DIRTY {
+                cursor.dirty.clear();
+                cursor.wants = Wants::Snapshot;
+            }
+        }
+        self.pending.insert(number);
+    }
+}
+
+impl Exchange {
+    /// A cluster opened a watching stream with this first message.
+    ///
+    /// # Errors
+    /// When the message does not speak the protocol, or the cluster is not accepted.
+    pub fn watch_open(&mut self, cluster: ClusterName, open: pb::WatchOpen) -> Result<ReceiverId, WatchError> {
+        if open.protocol != wire::PROTOCOL {
+            return Err(WatchError::Version(open.protocol));
+        }
+        if self.hub.loaded && !self.hub.federation.clusters.contains_key(&cluster) {
+            return Err(WatchError::NotAccepted);
+        }
+        let mut held = Vec::new();
+        for it in open.held {
+            let position = it.position.ok_or_else(|| WatchError::Protocol("held.position: missing".to_owned()))?;
+            let state = Held { position: position.into(), view: it.view, digest: wire::read_digest(&it.digest) };
+            held.push((ClusterName::from(it.origin), state));
+        }
+        let opening = Opening {
+            hub: open.hub.map(Position::from),
+            hub_digest: wire::read_digest(&open.hub_digest),
+            held,
+            interest: wire::read_interest(open.interest).map_err(WatchError::Protocol)?,
+        };
+        let own = wire::read_interest(open.own).map_err(WatchError::Protocol)?;
+        let class = self.acquire_class(&Interest::new());
+        let id = ReceiverId(self.next_id);
+        self.next_id += 1;
+        let receiver = Receiver {
+            cluster,
+            open: Some(Box::new(opening)),
+            class,
+            held_class: None,
+            interest: Interest::new(),
+            own,
+            number: 0,
+            hub: HubCursor::default(),
+            cursors: HashMap::new(),
+            pending: BTreeSet::new(),
+            due: BTreeSet::new(),
+            urgent: VecDeque::new(),
+            notices: VecDeque::new(),
+            flight: VecDeque::new(),
+            flight_origin: None,
+            _snapshot: None,
+            acked: (0, Position::default()),
+        };
+        self.receivers.insert(id, receiver);
+        self.ready.insert(id);
+        Ok(id)
+    }
+
+    pub fn watch_close(&mut self, id: ReceiverId) {
+        if let Some(receiver) = self.receivers.remove(&id) {
+            self.release_class(receiver.class);
+            if let Some(class) = receiver.held_class {
+                self.release_class(class);
+            }
+        }
+        self.ready.remove(&id);
+    }
+
+    /// Takes a later message of the receiver.
+    ///
+    /// # Errors
+    /// When it does not speak the protocol.
+    pub fn watch(&mut self, id: ReceiverId, request: pb::WatchRequest) -> Result<(), WatchError> {
+        let Some(receiver) = self.receivers.get_mut(&id) else { return Ok(()) };
+        match request.message {
+            None | Some(Request::Heartbeat(_)) => return Ok(()),
+            Some(Request::Open(_)) => return Err(WatchError::Protocol("open comes once".to_owned())),
+            Some(Request::Own(own)) => {
+                receiver.own = wire::read_interest(own.selections).map_err(WatchError::Protocol)?;
+            }
+            Some(Request::Ack(ack)) => match ack.what {
+                Some(pb::watch_ack::What::InForce(it)) => {
+                    receiver.acked = (it.interest, it.hub.map(Position::from).unwrap_or_default());
+                }
+                Some(pb::watch_ack::What::Mismatch(it)) if it.origin.is_empty() => receiver.hub.snapshot = true,
+                Some(pb::watch_ack::What::Mismatch(it)) => {
+                    if let Some(number) = self.origin_numbers.get(&*it.origin)
+                        && let Some(cursor) = receiver.cursors.get_mut(number)
+                    {
+                        cursor.wants = Wants::Snapshot;
+                        cursor.dirty.clear();
+                        receiver.pending.insert(*number);
+                    }
+                }
+                None => {}
+            },
+        }
+        self.retarget(id);
+        self.ready.insert(id);
+        Ok(())
+    }
+
+    pub fn receivers(&self) -> Vec<ReceiverState> {
+        let state = |receiver: &Receiver| ReceiverState {
+            cluster: receiver.cluster.clone(),
+            interest: receiver.number,
+            interest_in_force: receiver.acked.0,
+            in_force: receiver.acked.1,
+        };
+        self.receivers.values().map(state).collect()
+    }
+
+    /// The digest of what a receiver should hold of an origin now, once it has been sent all of it.
+    pub fn expected_digest(&self, id: ReceiverId, origin: &str) -> Option<u128> {
+        let receiver = self.receivers.get(&id)?;
+        if origin.is_empty() {
+            return Some(self.hub.digest_for(&receiver.cluster));
+        }
+        if !self.sees(&receiver.cluster, origin) {
+            return Some(0);
+        }
+        let number = self.origin_numbers.get(origin)?;
+        self.origins[*number].as_ref().filter(|origin| origin.synced)?;
+        Some(self.class(receiver.class).views.get(number).map_or(0, |view| view.digest))
+    }
+
+    /// The next message for a receiver; none when there is nothing to say now.
+    pub fn next(&mut self, id: ReceiverId) -> Option<pb::WatchResponse> {
+        loop {
+            let receiver = self.receivers.get_mut(&id)?;
+            let message = receiver.urgent.pop_front().or_else(|| receiver.flight.pop_front());
+            if let Some(message) = message {
+                return Some(pb::WatchResponse { message: Some(message) });
+            }
+            receiver.flight_origin = None;
+            receiver._snapshot = None;
+            if receiver.open.is_some() {
+                if !self.start(id) {
+                    return None;
+                }
+                continue;
+            }
+            if let Some(message) = receiver.notices.pop_front() {
+                return Some(pb::WatchResponse { message: Some(message) });
+            }
+            if receiver.hub.snapshot || !receiver.hub.dirty.is_empty() {
+                receiver.fill_hub(&self.hub);
+                continue;
+            }
+            let number = receiver.pending.pop_first()?;
+            self.fill_origin(id, number);
+        }
+    }
+
+    /// Begins to serve a receiver, once the hub's state is not older than what it holds.
+    fn start(&mut self, id: ReceiverId) -> bool {
+        let Some(receiver) = self.receivers.get_mut(&id) else { return false };
+        let now = self.hub.federation.position;
+        let behind = |held: Position| held.epoch == now.epoch && held.revision > now.revision;
+        if !self.hub.loaded || receiver.open.as_ref().is_none_or(|open| open.hub.is_some_and(behind)) {
+            return false;
+        }
+        let Some(open) = receiver.open.take() else { return false };
+        let cluster = receiver.cluster.clone();
+        receiver.notices.push_back(Response::Welcome(pb::WatchWelcome { heartbeat_ms: 0 }));
+        let hub = &mut receiver.hub;
+        let digest = self.hub.digest_for(&cluster);
+        match open.hub {
+            Some(held) if held.epoch == now.epoch && open.hub_digest == Some(digest) => hub.sent = held,
+            Some(held) if held.epoch == now.epoch && held.revision >= self.hub.floor => {
+                hub.dirty = self.hub.since(held.revision).collect();
+                hub.sent = held;
+                hub.snapshot = hub.dirty.is_empty();
+            }
+            _ => hub.snapshot = true,
+        }
+        receiver.interest = open.interest.clone();
+        for (origin, _) in &open.held {
+            if !self.hub.federation.clusters.contains_key(origin) {
+                receiver.urgent.push_back(Response::Withdrawn(pb::Withdrawn { cluster: origin.to_string() }));
+            }
+        }
+        let target = self.target(&cluster, id);
+        let interest: Interest = open.interest.union(&target).cloned().collect();
+        let held_class = self.acquire_class(&open.interest);
+        let origins: Vec<ClusterName> = self.hub.federation.clusters.keys().cloned().collect();
+        let mut cursors = HashMap::new();
+        for name in origins {
+            let Some(number) = self.origin_number(&name).filter(|_| name != cluster) else { continue };
+            let held = open.held.iter().find(|(origin, _)| *origin == name).map(|(_, held)| *held);
+            let wants = held.map_or(Wants::Snapshot, Wants::Resume);
+            cursors.insert(number, Cursor { wants, shown: held.is_some(), ..Cursor::default() });
+        }
+        if let Some(receiver) = self.receivers.get_mut(&id) {
+            receiver.held_class = Some(held_class);
+            receiver.pending = cursors.keys().copied().collect();
+            receiver.cursors = cursors;
+        }
+        self.switch(id, interest);
+        true
+    }
+
+    /// What a receiver should be sent, from its policies and its own wishes.
+    fn target(&self, cluster: &str, id: ReceiverId) -> Interest {
+        let derived = self.derived.get(cluster).map(|interest| (**interest).clone()).unwrap_or_default();
+        let own = self.receivers.get(&id).map(|receiver| receiver.own.clone()).unwrap_or_default();
+        derived.into_iter().chain(own).collect()
+    }
+
+    /// Widens a receiver's interest when it lacks something, and narrows it when nothing in force needs the rest.
+    fn retarget(&mut self, id: ReceiverId) {
+        let Some(receiver) = self.receivers.get(&id).filter(|receiver| receiver.open.is_none()) else { return };
+        let target = self.target(&receiver.cluster, id);
+        if !target.is_subset(&receiver.interest) {
+            let interest = receiver.interest.union(&target).cloned().collect();
+            self.switch(id, interest);
+        } else if target.len() < receiver.interest.len()
+            && receiver.acked == (receiver.number, receiver.hub.sent)
+            && !receiver.hub.snapshot
+            && receiver.hub.dirty.is_empty()
+        {
+            self.switch(id, target);
+        }
+    }
+
+    /// Gives a receiver its next interest.
+    fn switch(&mut self, id: ReceiverId, interest: Interest) {
+        let new = self.acquire_class(&interest);
+        let Some(receiver) = self.receivers.get(&id) else { return };
+        let (cluster, old) = (receiver.cluster.clone(), receiver.class);
+        let mut changed: Vec<(usize, Vec<u64>)> = Vec::new();
+        for (number, cursor) in &receiver.cursors {
+            let Some(origin) = self.origins[*number].as_ref() else { continue };
+            if matches!(cursor.wants, Wants::Changes) {
+                changed.push((*number, differences(self, origin, *number, old, new)));
+            }
+        }
+        let due: BTreeSet<ClusterName> = self
+            .hub
+            .federation
+            .clusters
+            .iter()
+            .filter(|(name, state)| {
+                self.sees(&cluster, name) && state.waits_for(self.origin(name).is_some_and(|origin| origin.synced))
+            })
+            .map(|(name, _)| name.clone())
+            .collect();
+        let numbers: Vec<usize> = due.iter().filter_map(|name| self.origin_number(name)).collect();
+        if let Some(receiver) = self.receivers.get_mut(&id) {
+            receiver.number += 1;
+            let notice = pb::Interest {
+                number: receiver.number,
+                added: interest.difference(&receiver.interest).map(|w| pb::Selection::from(&**w)).collect(),
+                removed: receiver.interest.difference(&interest).map(|w| pb::Selection::from(&**w)).collect(),
+                origins: due.iter().map(|name| name.to_string()).collect(),
+            };
+            receiver.notices.push_back(Response::Interest(notice));
+            receiver.interest = interest;
+            receiver.class = new;
+            receiver.due = due;
+            receiver.pending.extend(numbers);
+            for (number, ids) in changed {
+                receiver.mark(number, &ids);
+            }
+        }
+        self.release_class(old);
+    }
+
+    /// The federation changed: marks what receivers must be told of it.
+    pub(super) fn federation_changed(&mut self) {
+        let revision = self.hub.federation.position.revision;
+        let changed: Vec<u64> = self.hub.since(revision.saturating_sub(1)).collect();
+        let ids: Vec<ReceiverId> = self.receivers.keys().copied().collect();
+        for id in ids {
+            if let Some(receiver) = self.receivers.get_mut(&id)
+                && receiver.open.is_none()
+            {
+                if receiver.hub.sent.epoch != self.hub.federation.position.epoch {
+                    receiver.hub.snapshot = true;
+                }
+                let told = changed.iter().filter(|id| {
+                    self.hub.objects.get(*id).is_none_or(|o| o.is_for(&receiver.cluster) || o.was_for(&receiver.cluster))
+                });
+                receiver.hub.dirty.extend(told);
+                // Visibility or leases may have changed.
+                receiver.pending.extend(receiver.cursors.keys());
+            }
+            self.retarget(id);
+            self.ready.insert(id);
+        }
+    }
+
+    /// Cuts a batch of one origin at its present revision, if the receiver lacks something of it.
+    fn fill_origin(&mut self, id: ReceiverId, number: usize) {
+        let Some(mut receiver) = self.receivers.remove(&id) else { return };
+        self.fill(&mut receiver, number);
+        let resuming = receiver.cursors.values().any(|cursor| matches!(cursor.wants, Wants::Resume(_)));
+        let done = if resuming { None } else { receiver.held_class.take() };
+        self.receivers.insert(id, receiver);
+        if let Some(class) = done {
+            self.release_class(class);
+        }
+    }
+
+    fn fill(&mut self, receiver: &mut Receiver, number: usize) {
+        let Some(origin) = self.origins[number].as_ref() else { return };
+        let name = origin.name.clone();
+        if name == receiver.cluster {
+            return;
+        }
+        let sees = self.sees(&receiver.cluster, &name);
+        let cursor = receiver.cursors.entry(number).or_default();
+        if !sees {
+            receiver.due.remove(&name);
+            if cursor.shown {
+                *cursor = Cursor::default();
+                let end = pb::End { position: Some(origin.position.into()), digest: wire::digest_bytes(0), view: 0 };
+                receiver.flight.extend([begin(&name, true, 0), Response::End(end)]);
+            }
+            return;
+        }
+        if !origin.synced {
+            let lease = self.hub.federation.clusters.get(&name).map(|state| state.lease);
+            if matches!(lease, Some(Lease::Stale { .. } | Lease::NeverHeard)) && receiver.due.remove(&name) {
+                receiver.flight.push_back(complete(receiver.number, &name, None, 0));
+            }
+            return;
+        }
+        let view_token = self.view_token(receiver.class, &name);
+        if let Wants::Resume(held) = cursor.wants {
+            let position = origin.position;
+            if held.position.epoch > position.epoch
+                || (held.position.epoch == position.epoch && held.position.revision > position.revision)
+            {
+                // This replica is behind: it waits rather than going back in time.
+                return;
+            }
+            let base = [Some(receiver.class), receiver.held_class]
+                .into_iter()
+                .flatten()
+                .find(|class| self.view_token(*class, &name) == held.view);
+            let resumable =
+                held.position.epoch == position.epoch && origin.resumable_from(held.position.revision);
+            cursor.wants = match base.filter(|_| resumable) {
+                None => Wants::Snapshot,
+                Some(base) => {
+                    let (touched, removed) = origin.since(held.position.revision);
+                    cursor.dirty.extend(touched.into_iter().filter_map(|slot| origin.entry(slot)).map(|e| e.id));
+                    cursor.dirty.extend(removed);
+                    cursor.dirty.extend(differences(self, origin, number, base, receiver.class));
+                    let digest = self.class(receiver.class).views.get(&number).map_or(0, |view| view.digest);
+                    if held.digest == Some(digest) {
+                        cursor.dirty.clear();
+                    }
+                    cursor.nudge = true;
+                    Wants::Changes
+                }
+            };
+        }
+        let Some(class) = self.classes[receiver.class].as_mut() else { return };
+        let view = class.views.entry(number).or_default();
+        let snapshot = matches!(cursor.wants, Wants::Snapshot);
+        if snapshot || !cursor.dirty.is_empty() || cursor.nudge {
+            receiver.flight.push_back(begin(&name, snapshot, 0));
+            let bytes = |slot| origin.entry(slot).map(|entry| Bytes::copy_from_slice(&entry.bytes));
+            if snapshot {
+                let frames = view.snapshot.as_ref().and_then(Weak::upgrade).unwrap_or_else(|| {
+                    Arc::new(wire::frames(view.members.iter().filter_map(bytes), Vec::new()))
+                });
+                view.snapshot = Some(Arc::downgrade(&frames));
+                receiver.flight.extend(frames.iter().cloned().map(Response::Frame));
+                receiver._snapshot = Some(frames);
+            } else {
+                let (mut upserts, mut removals) = (Vec::new(), Vec::new());
+                for id in &cursor.dirty {
+                    match origin.slot_of(*id).filter(|slot| view.members.contains(*slot)).and_then(bytes) {
+                        Some(update) => upserts.push(update),
+                        None => removals.push(*id),
+                    }
+                }
+                receiver.flight.extend(wire::frames(upserts, removals).into_iter().map(Response::Frame));
+            }
+            let digest = wire::digest_bytes(view.digest);
+            let end = pb::End { position: Some(origin.position.into()), digest, view: view_token };
+            receiver.flight.push_back(Response::End(end));
+            receiver.flight_origin = Some(name.clone());
+            let sent = origin.position.revision;
+            *cursor = Cursor { wants: Wants::Changes, dirty: BTreeSet::new(), sent, shown: true, nudge: false };
+        }
+        if receiver.due.remove(&name) {
+            receiver.flight.push_back(complete(receiver.number, &name, Some(origin.position), view_token));
+        }
+    }
+}
+
+impl Receiver {
+    fn fill_hub(&mut self, hub: &HubObjects) {
+        let snapshot = std::mem::take(&mut self.hub.snapshot);
+        let dirty = std::mem::take(&mut self.hub.dirty);
+        let (mut upserts, mut removals) = (Vec::new(), Vec::new());
+        if snapshot {
+            upserts.extend(hub.objects.values().filter(|o| o.is_for(&self.cluster)).map(|o| o.bytes.clone()));
+        } else {
+            for id in dirty {
+                match hub.objects.get(&id).filter(|object| object.is_for(&self.cluster)) {
+                    Some(object) => upserts.push(object.bytes.clone()),
+                    None => removals.push(id),
+                }
+            }
+        }
+        let position = hub.federation.position;
+        self.flight.push_back(begin("", snapshot, self.number));
+        self.flight.extend(wire::frames(upserts, removals).into_iter().map(Response::Frame));
+        let digest = wire::digest_bytes(hub.digest_for(&self.cluster));
+        self.flight.push_back(Response::End(pb::End { position: Some(position.into()), digest, view: 0 }));
+        self.hub.sent = position;
+    }
+}
+
+impl HubObjects {
+    /// Ids touched or removed after a revision.
+    fn since(&self, revision: u64) -> impl Iterator<Item = u64> + '_ {
+        let touched = self.objects.iter().filter(move |(_, o)| o.touched > revision).map(|(id, _)| *id);
+        let removed = self.tombstones.iter().filter(move |(at, _)| *at > revision).map(|(_, id)| *id);
+        touched.chain(removed)
+    }
+}
+
+/// The ids that only one of two classes selects of an origin.
+fn differences(exchange: &Exchange, origin: &super::Origin, number: usize, old: usize, new: usize) -> Vec<u64> {
+    if old == new {
+        return Vec::new();
+    }
+    let (old, new) = (exchange.class(old).views.get(&number), exchange.class(new).views.get(&number));
+    let has = |view: Option<&super::View>, slot| view.is_some_and(|view| view.members.contains(slot));
+    let either = [old, new].into_iter().flatten().flat_map(|view| view.members.iter());
+    let slots = either.filter(|slot| has(old, *slot) != has(new, *slot));
+    slots.filter_map(|slot| origin.entry(slot)).map(|entry| entry.id).collect()
+}
+
+fn begin(origin: &str, snapshot: bool, needs_interest: u64) -> Response {
+    let kind = match snapshot {
+        true => pb::begin::Kind::Snapshot(pb::Snapshot {}),
+        false => pb::begin::Kind::Delta(pb::Delta {}),
+    };
+    Response::Begin(pb::Begin { origin: origin.to_owned(), kind: Some(kind), needs_interest })
+}
+
+fn complete(interest: u64, origin: &str, position: Option<Position>, view: u64) -> Response {
+    use pb::complete::State;
+    let state = position.map_or(State::NothingHeld(pb::NothingHeld {}), |position| State::Position(position.into()));
+    Response::Complete(pb::Complete { interest, origin: origin.to_owned(), state: Some(state), view })
+}

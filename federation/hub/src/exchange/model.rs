@@ -1,0 +1,164 @@
+//! What the exchange holds, in its own words.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use hanse_policy::inventory::{LabelGrant, Labels};
+use hanse_policy::model::{ClusterName, ClusterScope};
+use hanse_policy::selector::Selector;
+
+/// A position in what one origin publishes; both numbers are the publisher's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Position {
+    pub epoch: u64,
+    pub revision: u64,
+}
+
+/// Which endpoints someone must be sent: those for which the selector is not certainly false, and that have a port of one
+/// of the names where some are given. The scope is never `Local`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Wanted {
+    pub clusters: ClusterScope,
+    pub selector: Selector,
+    pub port_names: BTreeSet<Arc<str>>,
+}
+
+pub type Interest = BTreeSet<Arc<Wanted>>;
+
+/// What a cluster may publish.
+pub trait Grant: Send + Sync + std::fmt::Debug {
+    fn permits_namespace(&self, name: &str) -> bool;
+    fn permits_address(&self, address: IpAddr) -> bool;
+    /// Whether the value is permitted. A key outside the grant is not refused but unknown.
+    fn permits_label(&self, key: &str, value: &str) -> bool;
+    fn label_grant(&self) -> LabelGrant;
+    /// Most endpoints.
+    fn max_endpoints(&self) -> usize;
+    /// Most label sets.
+    fn max_label_sets(&self) -> usize;
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lease {
+    NeverHeard,
+    Live,
+    Stale { silent_ms: u64 },
+}
+
+/// A cluster of the ClusterSet, as the registry has it.
+#[derive(Debug, Clone)]
+pub struct ClusterState {
+    pub labels: Labels,
+    pub grant: Arc<dyn Grant>,
+    /// Differs whenever the grant or its visibility does; the same on every replica.
+    pub grant_token: u64,
+    pub cidrs: Vec<ipnet::IpNet>,
+    pub lease: Lease,
+    pub federated_allow_final: bool,
+    /// Who may see what it exports; none is everybody.
+    pub visible_to: Option<BTreeSet<ClusterName>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ManifestKind {
+    Policy,
+    Tier,
+    NetworkSet,
+}
+
+/// A federated object with what the hub made of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FederatedManifest {
+    pub json: Bytes,
+    /// For a policy the clusters that enforce it; for the other kinds none, which is everybody.
+    pub enforcers: Option<BTreeSet<ClusterName>>,
+    /// What its cluster selectors select now.
+    pub resolved: BTreeMap<Arc<str>, BTreeSet<ClusterName>>,
+    /// What its enforcers must be sent before it comes into force.
+    pub interest: Interest,
+    pub features: Vec<String>,
+}
+
+/// The ClusterSet's own state at one revision of the hub's store.
+#[derive(Debug, Clone, Default)]
+pub struct Federation {
+    /// Names the store's numbering.
+    pub position: Position,
+    /// The accepted clusters. One that is not named here is gone.
+    pub clusters: BTreeMap<ClusterName, ClusterState>,
+    pub manifests: BTreeMap<(ManifestKind, Arc<str>), Arc<FederatedManifest>>,
+}
+
+/// Why an object changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error("malformed: {0}")]
+    Malformed(String),
+    #[error("feature {0} is unknown here")]
+    FeatureUnknown(String),
+    #[error("namespace {0} is not granted")]
+    NamespaceNotGranted(Arc<str>),
+    #[error("address {0} is not granted")]
+    AddressNotGranted(IpAddr),
+    #[error("label {0} is not granted")]
+    LabelNotGranted(String),
+    #[error("a newer endpoint owns {0}")]
+    AddressTaken(IpAddr),
+    #[error("it refers to object {0}, which is not there or is refused")]
+    ReferenceMissing(u64),
+    #[error("more {0} than granted")]
+    LimitExceeded(&'static str),
+    #[error("members do not publish {0}")]
+    KindNotPublishable(&'static str),
+}
+
+/// A growable set of small numbers, one bit each.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Bits(Vec<u64>);
+
+impl Bits {
+    pub fn contains(&self, at: u32) -> bool {
+        self.0.get(at as usize / 64).is_some_and(|word| word >> (at % 64) & 1 == 1)
+    }
+
+    /// Sets or clears a bit and returns what it was.
+    pub fn set(&mut self, at: u32, value: bool) -> bool {
+        let word = at as usize / 64;
+        if word >= self.0.len() {
+            if !value {
+                return false;
+            }
+            self.0.resize(word + 1, 0);
+        }
+        let mask = 1 << (at % 64);
+        let was = self.0[word] & mask != 0;
+        if value {
+            self.0[word] |= mask;
+        } else {
+            self.0[word] &= !mask;
+        }
+        was
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        self.0.iter().enumerate().flat_map(|(at, word)| {
+            let mut rest = *word;
+            std::iter::from_fn(move || {
+                (rest != 0).then(|| {
+                    let bit = rest.trailing_zeros();
+                    rest &= rest - 1;
+                    at as u32 * 64 + bit
+                })
+            })
+        })
+    }
+}
+
+/// The digest of one object: see the wire's description.
+pub fn digest_of(bytes: &[u8]) -> u128 {
+    let mut first = [0; 16];
+    first.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
+    u128::from_le_bytes(first)
+}

@@ -1,0 +1,819 @@
+//! What one cluster publishes, as this hub holds it.
+//!
+//! What is accepted is a function of the published objects and the grants, not of their order: replicas that hold the same
+//! objects accept the same. Refused objects are kept beside (within limits), so that a wider grant or a withdrawn rival
+//! brings them back. Endpoints with the same namespace, account and label set form a *profile*: selections are judged once
+//! per profile, and per endpoint only where they name a label of its own or a port.
+//!
+//! Each entry has the revision by which it was last *touched*, by itself or by what it refers to; resuming looks for
+//! entries touched later. That is a scan of the origin's entries, skipped when nothing was touched since, which costs no memory
+//! per endpoint. Removed ids stand in a bounded list; below its floor only a snapshot helps.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use hanse_policy::inventory::LabelGrant;
+use hanse_policy::model::ClusterName;
+use hanse_policy::selector::build;
+use hashbrown::{HashMap, HashSet};
+
+use super::model::{Bits, Grant, Position, Refusal, digest_of};
+use super::select::{Known, Selections};
+use super::wire::{self, EndpointExport, Export, Pairs};
+
+/// Removed ids that are remembered per origin: 4,096 × 16 bytes is 64 KiB.
+pub const MAX_TOMBSTONES: usize = 4_096;
+/// Objects kept beside the granted endpoints and label sets: namespaces, accounts and what is refused.
+const MAX_OTHERS: usize = 65_536;
+
+#[derive(Debug)]
+pub struct Entry {
+    pub id: u64,
+    pub digest: u128,
+    pub bytes: Arc<[u8]>,
+    /// The publisher's revision at which it changed itself.
+    own: u64,
+    pub touched: u64,
+    body: Body,
+    /// It counts: nothing is wrong with it nor with what it refers to, and no newer endpoint has its addresses.
+    pub visible: bool,
+}
+
+#[derive(Debug)]
+enum Body {
+    Endpoint { profile: u32 },
+    Support(Box<Support>),
+    Refused(Box<Refusal>),
+}
+
+#[derive(Debug)]
+enum Support {
+    Namespace { name: Arc<str>, labels: Pairs },
+    Account { namespace: u64, name: Arc<str>, labels: Pairs },
+    LabelSet { labels: Pairs },
+}
+
+type ProfileKey = [u64; 3];
+
+#[derive(Debug)]
+struct Profile {
+    key: ProfileKey,
+    endpoints: Vec<u32>,
+    /// Keys of labels of their own, of any endpoint that was in it.
+    own_keys: Vec<Arc<str>>,
+    /// Selections that hold, or may, for all of it.
+    matches: Vec<u32>,
+    /// Selections that each endpoint must be asked about.
+    asking: Vec<u32>,
+    problem: Option<Refusal>,
+}
+
+/// What a batch changed, for those who follow the origin.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// By slot, with what stood there before; a slot is given to another object only after the changes are told.
+    pub endpoints: BTreeMap<u32, Before>,
+    pub supports: BTreeMap<u32, Before>,
+    /// Supports whose endpoints changed.
+    pub referred: BTreeSet<u32>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Before {
+    pub id: u64,
+    pub digest: u128,
+}
+
+/// Why a batch changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BatchError {
+    #[error("epoch {0} is older than the one held")]
+    OldEpoch(u64),
+    #[error("a delta, and nothing is held that it could change")]
+    NothingHeld,
+    #[error("revision {0} is not past the one held")]
+    OldRevision(u64),
+}
+
+/// A batch as it was staged: the newest bytes of each id, none for a removal.
+#[derive(Debug, Default)]
+pub struct Batch {
+    pub snapshot: bool,
+    pub updates: BTreeMap<u64, Option<Arc<[u8]>>>,
+    /// Updates that have no readable id.
+    pub unreadable: usize,
+}
+
+#[derive(Debug)]
+pub struct Origin {
+    pub name: ClusterName,
+    pub position: Position,
+    /// It has published to this replica since the replica started.
+    pub synced: bool,
+    pub grant: Arc<dyn Grant>,
+    label_grant: LabelGrant,
+    entries: Vec<Option<Entry>>,
+    free: Vec<u32>,
+    freed: Vec<u32>,
+    ids: HashMap<u64, u32>,
+    owners: HashMap<IpAddr, u32>,
+    contested: BTreeMap<IpAddr, BTreeSet<u32>>,
+    profiles: Vec<Profile>,
+    profile_numbers: HashMap<ProfileKey, u32>,
+    /// The profiles that refer to an object.
+    referring: HashMap<u64, Vec<u32>>,
+    tombstones: VecDeque<(u64, u64)>,
+    floor: u64,
+    last_touched: u64,
+    /// Of everything published and kept.
+    published: u128,
+    endpoints: usize,
+    label_sets: usize,
+    overflow: BTreeMap<u64, Refusal>,
+    pub unreadable: usize,
+}
+
+impl Origin {
+    pub fn new(name: ClusterName, grant: Arc<dyn Grant>) -> Self {
+        let label_grant = grant.label_grant();
+        Self {
+            name,
+            position: Position::default(),
+            synced: false,
+            grant,
+            label_grant,
+            entries: Vec::new(),
+            free: Vec::new(),
+            freed: Vec::new(),
+            ids: HashMap::new(),
+            owners: HashMap::new(),
+            contested: BTreeMap::new(),
+            profiles: Vec::new(),
+            profile_numbers: HashMap::new(),
+            referring: HashMap::new(),
+            tombstones: VecDeque::new(),
+            floor: 0,
+            last_touched: 0,
+            published: 0,
+            endpoints: 0,
+            label_sets: 0,
+            overflow: BTreeMap::new(),
+            unreadable: 0,
+        }
+    }
+
+    pub fn entry(&self, slot: u32) -> Option<&Entry> {
+        self.entries.get(slot as usize)?.as_ref()
+    }
+
+    fn live(&self, slot: u32) -> &Entry {
+        self.entry(slot).expect("a slot that is referred to is taken")
+    }
+
+    pub fn slots(&self) -> impl Iterator<Item = (u32, &Entry)> {
+        self.entries.iter().enumerate().filter_map(|(slot, entry)| Some((slot as u32, entry.as_ref()?)))
+    }
+
+    pub fn slot_of(&self, id: u64) -> Option<u32> {
+        self.ids.get(&id).copied()
+    }
+
+    pub fn digest_published(&self) -> u128 {
+        self.published
+    }
+
+    pub fn endpoint_count(&self) -> usize {
+        self.endpoints
+    }
+
+    /// Something published is not kept, because of a limit.
+    pub fn overflowed(&self) -> bool {
+        !self.overflow.is_empty()
+    }
+
+    /// Whether a resuming receiver's revision is still within the remembered removals.
+    pub fn resumable_from(&self, revision: u64) -> bool {
+        revision >= self.floor && revision <= self.position.revision
+    }
+
+    /// Slots touched, and ids removed, after a revision.
+    pub fn since(&self, revision: u64) -> (Vec<u32>, Vec<u64>) {
+        if self.last_touched <= revision {
+            return (Vec::new(), Vec::new());
+        }
+        let touched = self.slots().filter(|(_, entry)| entry.touched > revision).map(|(slot, _)| slot).collect();
+        let removed = self.tombstones.iter().rev().take_while(|(at, _)| *at > revision).map(|(_, id)| *id).collect();
+        (touched, removed)
+    }
+
+    /// All refusals that stand: how many, and the first `max`.
+    pub fn refusals(&self, max: usize) -> (usize, Vec<(u64, Refusal)>) {
+        let mut total = self.overflow.len() + self.unreadable;
+        let mut list: Vec<_> = self.overflow.iter().take(max).map(|(id, why)| (*id, why.clone())).collect();
+        for (_, entry) in self.slots() {
+            let why = match &entry.body {
+                Body::Refused(why) => (**why).clone(),
+                Body::Endpoint { profile } if !entry.visible => match &self.profiles[*profile as usize].problem {
+                    Some(problem) => problem.clone(),
+                    None => self.lost_address(entry),
+                },
+                Body::Support(support) if !entry.visible => match **support {
+                    Support::Account { namespace, .. } => Refusal::ReferenceMissing(namespace),
+                    _ => continue,
+                },
+                _ => continue,
+            };
+            total += 1;
+            if list.len() < max {
+                list.push((entry.id, why));
+            }
+        }
+        (total, list)
+    }
+
+    fn lost_address(&self, entry: &Entry) -> Refusal {
+        let lost = endpoint_of(&entry.bytes).and_then(|e| {
+            e.addresses.into_iter().find(|address| {
+                let owner = self.owners.get(address).and_then(|slot| self.entry(*slot));
+                owner.is_none_or(|owner| owner.id != entry.id)
+            })
+        });
+        lost.map_or(Refusal::ReferenceMissing(0), Refusal::AddressTaken)
+    }
+
+    /// Applies a whole batch. What it changed is told once; then [`Self::settle`] must be called.
+    ///
+    /// # Errors
+    /// When the batch does not follow on what is held; nothing has changed then.
+    pub fn apply(&mut self, batch: Batch, position: Position, selections: &Selections) -> Result<Changes, BatchError> {
+        let same_epoch = self.synced && position.epoch == self.position.epoch;
+        if self.synced && position.epoch < self.position.epoch {
+            return Err(BatchError::OldEpoch(position.epoch));
+        }
+        if !batch.snapshot && !same_epoch {
+            return Err(BatchError::NothingHeld);
+        }
+        if same_epoch && position.revision < self.position.revision {
+            return Err(BatchError::OldRevision(position.revision));
+        }
+        let mut updates = batch.updates;
+        let mut removed = Vec::new();
+        if batch.snapshot {
+            removed.extend(self.ids.keys().copied().filter(|id| !same_epoch || !updates.contains_key(id)));
+            self.overflow.clear();
+            self.unreadable = 0;
+        }
+        self.unreadable += batch.unreadable;
+        let mut work = Work::default();
+        updates.retain(|id, bytes| {
+            if bytes.is_none() {
+                removed.push(*id);
+            }
+            bytes.is_some()
+        });
+        removed.sort_unstable();
+        for id in removed {
+            self.overflow.remove(&id);
+            self.remove(id, &mut work);
+            if same_epoch {
+                self.tombstones.push_back((position.revision, id));
+            }
+        }
+        for (id, bytes) in updates {
+            if let Some(bytes) = bytes {
+                self.put(id, bytes, position.revision, &mut work);
+            }
+        }
+        if !same_epoch {
+            self.tombstones.clear();
+            self.floor = position.revision;
+        }
+        while self.tombstones.len() > MAX_TOMBSTONES {
+            self.floor = self.tombstones.pop_front().map_or(self.floor, |(revision, _)| self.floor.max(revision));
+        }
+        self.position = position;
+        self.synced = true;
+        Ok(self.recompute(work, selections, position.revision))
+    }
+
+    /// Judges everything again under another grant. The origin's position stays; views of other grants are told apart by
+    /// their token.
+    pub fn regrant(&mut self, grant: Arc<dyn Grant>, selections: &Selections) -> Changes {
+        self.label_grant = grant.label_grant();
+        self.grant = grant;
+        let mut work = Work::default();
+        let all: Vec<(u64, Arc<[u8]>, u64)> =
+            self.slots().map(|(_, e)| (e.id, e.bytes.clone(), e.own)).collect();
+        for (id, bytes, _) in all {
+            self.put_again(id, bytes, &mut work);
+        }
+        work.profiles.extend(0..self.profiles.len() as u32);
+        let revision = self.position.revision;
+        self.recompute(work, selections, revision)
+    }
+
+    /// Frees the slots of removed objects, once their followers know.
+    pub fn settle(&mut self) {
+        self.free.append(&mut self.freed);
+    }
+
+    /// Judges a new selection over every profile.
+    pub fn select(&mut self, number: u32, selections: &Selections) {
+        if !selections.wanted(number).clusters.contains("", &self.name) {
+            return;
+        }
+        for at in 0..self.profiles.len() {
+            let profile = &self.profiles[at];
+            if profile.problem.is_some() || profile.endpoints.is_empty() {
+                continue;
+            }
+            if selections.asks_endpoints(number, &profile.own_keys) {
+                self.profiles[at].asking.push(number);
+                continue;
+            }
+            let pairs = self.effective(profile.key, &[]);
+            if selections.may_match(number, &Known { pairs: &pairs, grant: &self.label_grant }) {
+                self.profiles[at].matches.push(number);
+            }
+        }
+    }
+
+    /// Forgets a selection whose number will be given to another.
+    pub fn unselect(&mut self, number: u32) {
+        for profile in &mut self.profiles {
+            profile.matches.retain(|n| *n != number);
+            profile.asking.retain(|n| *n != number);
+        }
+    }
+
+    /// Whether an endpoint counts and one of the selections may hold for it.
+    pub fn endpoint_selected(&self, slot: u32, interest: &Bits, selections: &Selections) -> bool {
+        let Some(Entry { body: Body::Endpoint { profile }, visible: true, bytes, .. }) = self.entry(slot) else {
+            return false;
+        };
+        let profile = &self.profiles[*profile as usize];
+        if profile.matches.iter().any(|number| interest.contains(*number)) {
+            return true;
+        }
+        let asking: Vec<u32> = profile.asking.iter().copied().filter(|number| interest.contains(*number)).collect();
+        if asking.is_empty() {
+            return false;
+        }
+        let Some(endpoint) = endpoint_of(bytes) else { return false };
+        let pairs = self.effective(profile.key, &endpoint.own);
+        let known = Known { pairs: &pairs, grant: &self.label_grant };
+        asking.into_iter().any(|number| {
+            let ports = &selections.wanted(number).port_names;
+            (ports.is_empty() || !ports.is_disjoint(&endpoint.port_names)) && selections.may_match(number, &known)
+        })
+    }
+
+    /// Whether a support object counts and one of these endpoints refers to it.
+    pub fn support_selected(&self, slot: u32, endpoints: &Bits) -> bool {
+        let Some(entry) = self.entry(slot).filter(|entry| entry.visible && matches!(entry.body, Body::Support(_))) else {
+            return false;
+        };
+        let profiles = self.referring.get(&entry.id).into_iter().flatten();
+        profiles.flat_map(|p| &self.profiles[*p as usize].endpoints).any(|slot| endpoints.contains(*slot))
+    }
+
+    pub fn is_endpoint(&self, slot: u32) -> bool {
+        matches!(self.entry(slot), Some(Entry { body: Body::Endpoint { .. }, .. }))
+    }
+
+    /// The supports that an endpoint refers to.
+    pub fn supports_of(&self, slot: u32) -> impl Iterator<Item = u32> + '_ {
+        let profile = match self.entry(slot) {
+            Some(Entry { body: Body::Endpoint { profile }, .. }) => Some(self.profiles[*profile as usize].key),
+            _ => None,
+        };
+        profile.into_iter().flatten().filter_map(|id| self.slot_of(id))
+    }
+
+    fn remove(&mut self, id: u64, work: &mut Work) {
+        let Some(slot) = self.ids.remove(&id) else { return };
+        let entry = self.entries[slot as usize].take().expect("an id's slot is taken");
+        self.published = self.published.wrapping_sub(entry.digest);
+        self.detach(slot, &entry, work);
+        self.freed.push(slot);
+    }
+
+    /// Takes an entry out of every index.
+    fn detach(&mut self, slot: u32, entry: &Entry, work: &mut Work) {
+        let before = Before { id: entry.id, digest: entry.digest };
+        match &entry.body {
+            Body::Endpoint { profile } => {
+                self.endpoints -= 1;
+                work.endpoints.entry(slot).or_insert(before);
+                self.unclaim(slot, &entry.bytes, work);
+                let profile = *profile as usize;
+                self.profiles[profile].endpoints.retain(|s| *s != slot);
+                work.referred.extend(self.profiles[profile].key);
+            }
+            Body::Support(support) => {
+                self.label_sets -= usize::from(matches!(**support, Support::LabelSet { .. }));
+                work.supports.entry(slot).or_insert(before);
+                work.profiles.extend(self.referring.get(&entry.id).into_iter().flatten());
+                work.changed_ids.insert(entry.id);
+            }
+            Body::Refused(_) => {
+                work.supports.entry(slot).or_insert(before);
+            }
+        }
+    }
+
+    fn put(&mut self, id: u64, bytes: Arc<[u8]>, revision: u64, work: &mut Work) {
+        let digest = digest_of(&bytes);
+        let slot = self.slot_of(id);
+        if slot.is_some_and(|slot| self.live(slot).digest == digest) {
+            return;
+        }
+        let read = wire::read_export(&bytes);
+        let own = read.as_ref().map_or(revision, |(_, own, _)| (*own).min(revision));
+        let export = read.map_or_else(|| Err(Refusal::Malformed("no ObjectUpdate".to_owned())), |(_, _, export)| export);
+        if let Some(slot) = slot {
+            let entry = self.entries[slot as usize].take().expect("an id's slot is taken");
+            self.published = self.published.wrapping_sub(entry.digest);
+            self.detach(slot, &entry, work);
+            self.ids.remove(&id);
+            self.freed.push(slot);
+        }
+        let others = self.ids.len() - self.endpoints - self.label_sets;
+        let full = match &export {
+            Ok(Export::Endpoint(_)) if self.endpoints >= self.grant.max_endpoints() => Some("endpoints"),
+            Ok(Export::LabelSet { .. }) if self.label_sets >= self.grant.max_label_sets() => Some("label sets"),
+            Ok(Export::Endpoint(_) | Export::LabelSet { .. }) => None,
+            _ => (others >= MAX_OTHERS).then_some("other objects"),
+        };
+        if let Some(what) = full {
+            // Only so many of these are named as well.
+            if self.overflow.len() < MAX_OTHERS {
+                self.overflow.insert(id, Refusal::LimitExceeded(what));
+            }
+            return;
+        }
+        self.overflow.remove(&id);
+        // The slot of a replaced object is used again at once: its followers know it by the slot.
+        let slot = match slot {
+            Some(slot) => {
+                self.freed.retain(|s| *s != slot);
+                slot
+            }
+            None => self.free.pop().unwrap_or_else(|| {
+                self.entries.push(None);
+                self.entries.len() as u32 - 1
+            }),
+        };
+        self.ids.insert(id, slot);
+        self.published = self.published.wrapping_add(digest);
+        let body = self.attach(slot, id, export, work);
+        self.entries[slot as usize] = Some(Entry { id, digest, bytes, own, touched: revision, body, visible: false });
+    }
+
+    fn put_again(&mut self, id: u64, bytes: Arc<[u8]>, work: &mut Work) {
+        let Some(slot) = self.slot_of(id) else { return };
+        let mut entry = self.entries[slot as usize].take().expect("an id's slot is taken");
+        self.detach(slot, &entry, work);
+        let export = wire::read_export(&bytes)
+            .map_or_else(|| Err(Refusal::Malformed("no ObjectUpdate".to_owned())), |(_, _, export)| export);
+        entry.body = self.attach(slot, id, export, work);
+        self.entries[slot as usize] = Some(entry);
+    }
+
+    /// Puts what an object says into the indices, if the grants let it.
+    fn attach(&mut self, slot: u32, id: u64, export: Result<Export, Refusal>, work: &mut Work) -> Body {
+        let export = export.and_then(|export| self.permit(export));
+        let body = match export {
+            Err(refusal) => Body::Refused(Box::new(refusal)),
+            Ok(Export::Namespace { name, labels }) => Body::Support(Box::new(Support::Namespace { name, labels })),
+            Ok(Export::ServiceAccount { namespace, name, labels }) => {
+                Body::Support(Box::new(Support::Account { namespace, name, labels }))
+            }
+            Ok(Export::LabelSet { labels }) => {
+                self.label_sets += 1;
+                Body::Support(Box::new(Support::LabelSet { labels }))
+            }
+            Ok(Export::Endpoint(endpoint)) => {
+                self.endpoints += 1;
+                let profile = self.profile(&endpoint, work);
+                self.profiles[profile as usize].endpoints.push(slot);
+                Body::Endpoint { profile }
+            }
+        };
+        match &body {
+            Body::Endpoint { profile } => {
+                work.referred.extend(self.profiles[*profile as usize].key);
+                let before = work.supports.get(&slot).copied().unwrap_or(Before { id, digest: 0 });
+                work.endpoints.entry(slot).or_insert(before);
+            }
+            Body::Support(_) | Body::Refused(_) => {
+                work.supports.entry(slot).or_insert(Before { id, digest: 0 });
+                work.profiles.extend(self.referring.get(&id).into_iter().flatten());
+                work.changed_ids.insert(id);
+            }
+        }
+        body
+    }
+
+    fn permit(&self, export: Export) -> Result<Export, Refusal> {
+        let labels = match &export {
+            Export::Namespace { name, .. } if !self.grant.permits_namespace(name) => {
+                return Err(Refusal::NamespaceNotGranted(name.clone()));
+            }
+            Export::Endpoint(endpoint) => {
+                if let Some(address) = endpoint.addresses.iter().find(|a| !self.grant.permits_address(**a)) {
+                    return Err(Refusal::AddressNotGranted(*address));
+                }
+                &endpoint.own
+            }
+            Export::LabelSet { labels } => labels,
+            Export::Namespace { .. } | Export::ServiceAccount { .. } => return Ok(export),
+        };
+        match labels.iter().find(|(key, value)| !self.grant.permits_label(key, value)) {
+            Some((key, value)) => Err(Refusal::LabelNotGranted(format!("{key}={value}"))),
+            None => Ok(export),
+        }
+    }
+
+    fn profile(&mut self, endpoint: &EndpointExport, work: &mut Work) -> u32 {
+        let key = [endpoint.namespace, endpoint.service_account, endpoint.label_set];
+        let number = match self.profile_numbers.get(&key) {
+            Some(number) => *number,
+            None => {
+                let number = self.profiles.len() as u32;
+                self.profiles.push(Profile {
+                    key,
+                    endpoints: Vec::new(),
+                    own_keys: Vec::new(),
+                    matches: Vec::new(),
+                    asking: Vec::new(),
+                    problem: None,
+                });
+                self.profile_numbers.insert(key, number);
+                for id in key.into_iter().filter(|id| *id != 0) {
+                    self.referring.entry(id).or_default().push(number);
+                }
+                work.profiles.insert(number);
+                number
+            }
+        };
+        let profile = &mut self.profiles[number as usize];
+        if profile.endpoints.is_empty() {
+            work.profiles.insert(number);
+        }
+        for (key, _) in &endpoint.own {
+            if !profile.own_keys.contains(key) {
+                profile.own_keys.push(key.clone());
+                work.profiles.insert(number);
+            }
+        }
+        number
+    }
+
+    /// Brings everything derived up to date and says what changed.
+    fn recompute(&mut self, mut work: Work, selections: &Selections, revision: u64) -> Changes {
+        // An account counts only where its namespace does.
+        let changed = std::mem::take(&mut work.changed_ids);
+        let mut accounts = BTreeSet::new();
+        for (slot, entry) in self.slots() {
+            if changed.is_empty() {
+                break;
+            }
+            if let Body::Support(support) = &entry.body
+                && let Support::Account { namespace, .. } = **support
+                && (changed.contains(&namespace) || changed.contains(&entry.id))
+            {
+                accounts.insert(slot);
+            }
+        }
+        let supports: Vec<u32> = work.supports.keys().copied().collect();
+        for slot in supports.into_iter().chain(accounts.iter().copied()) {
+            let Some(entry) = self.entry(slot) else { continue };
+            let visible = match &entry.body {
+                Body::Support(support) => match **support {
+                    Support::Account { namespace, .. } => self.namespace(namespace).is_some(),
+                    _ => true,
+                },
+                Body::Endpoint { .. } | Body::Refused(_) => false,
+            };
+            if accounts.contains(&slot) {
+                work.supports.entry(slot).or_insert(Before { id: entry.id, digest: entry.digest });
+                work.profiles.extend(self.referring.get(&entry.id).into_iter().flatten());
+            }
+            let entry = self.entries[slot as usize].as_mut().expect("checked above");
+            entry.visible = visible;
+            entry.touched = revision;
+        }
+        for number in std::mem::take(&mut work.profiles) {
+            self.judge(number, selections);
+            for slot in self.profiles[number as usize].endpoints.clone() {
+                let entry = self.live(slot);
+                let before = Before { id: entry.id, digest: entry.digest };
+                work.endpoints.entry(slot).or_insert(before);
+            }
+            work.referred.extend(self.profiles[number as usize].key);
+        }
+        // Who owns which address: the newest of those that are otherwise fine.
+        let mut rivals = BTreeSet::new();
+        let affected: Vec<u32> = work.endpoints.keys().copied().collect();
+        for slot in &affected {
+            let Some(Entry { body: Body::Endpoint { profile }, bytes, .. }) = self.entry(*slot) else { continue };
+            let fine = self.profiles[*profile as usize].problem.is_none();
+            let addresses = endpoint_of(bytes).map(|e| e.addresses).unwrap_or_default();
+            for address in addresses {
+                match fine {
+                    true => self.claim(address, *slot, &mut rivals),
+                    false => self.drop_claim(address, *slot, &mut rivals),
+                }
+            }
+        }
+        rivals.extend(std::mem::take(&mut work.rivals));
+        for slot in rivals {
+            if let Some(entry) = self.entry(slot) {
+                work.endpoints.entry(slot).or_insert(Before { id: entry.id, digest: entry.digest });
+                if let Body::Endpoint { profile } = entry.body {
+                    work.referred.extend(self.profiles[profile as usize].key);
+                }
+            }
+        }
+        for slot in work.endpoints.keys() {
+            let Some(Entry { body: Body::Endpoint { profile }, bytes, .. }) = self.entry(*slot) else { continue };
+            let visible = self.profiles[*profile as usize].problem.is_none()
+                && endpoint_of(bytes).is_some_and(|e| e.addresses.iter().all(|a| self.owners.get(a) == Some(slot)));
+            let entry = self.entries[*slot as usize].as_mut().expect("checked above");
+            entry.visible = visible;
+            entry.touched = revision;
+        }
+        let mut referred = BTreeSet::new();
+        for id in work.referred {
+            if let Some(slot) = self.slot_of(id) {
+                self.entries[slot as usize].as_mut().expect("an id's slot is taken").touched = revision;
+                referred.insert(slot);
+            }
+        }
+        // A slot may have held an object of the other sort.
+        work.supports.retain(|slot, _| !self.is_endpoint(*slot));
+        self.last_touched = revision;
+        Changes { endpoints: work.endpoints, supports: work.supports, referred }
+    }
+
+    fn namespace(&self, id: u64) -> Option<(&Arc<str>, &Pairs)> {
+        match &self.entry(self.slot_of(id)?)?.body {
+            Body::Support(support) => match &**support {
+                Support::Namespace { name, labels } => Some((name, labels)),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    fn account(&self, id: u64, of: u64) -> Option<(&Arc<str>, &Pairs)> {
+        match &self.entry(self.slot_of(id)?)?.body {
+            Body::Support(support) => match &**support {
+                Support::Account { namespace, name, labels } if *namespace == of => Some((name, labels)),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    fn label_set(&self, id: u64) -> Option<&Pairs> {
+        match &self.entry(self.slot_of(id)?)?.body {
+            Body::Support(support) => match &**support {
+                Support::LabelSet { labels } => Some(labels),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// Judges a profile: what is wrong with what it refers to, and which selections match it.
+    fn judge(&mut self, number: u32, selections: &Selections) {
+        let profile = &self.profiles[number as usize];
+        let [namespace, account, label_set] = profile.key;
+        let problem = if self.namespace(namespace).is_none() {
+            let refused = self.slot_of(namespace).and_then(|slot| self.entry(slot)).map(|entry| &entry.body);
+            match refused {
+                Some(Body::Refused(why)) if matches!(**why, Refusal::NamespaceNotGranted(_)) => Some((**why).clone()),
+                _ => Some(Refusal::ReferenceMissing(namespace)),
+            }
+        } else if account != 0 && self.account(account, namespace).is_none() {
+            Some(Refusal::ReferenceMissing(account))
+        } else if label_set != 0 && self.label_set(label_set).is_none() {
+            Some(Refusal::ReferenceMissing(label_set))
+        } else {
+            None
+        };
+        let (mut matches, mut asking) = (Vec::new(), Vec::new());
+        if problem.is_none() && !profile.endpoints.is_empty() {
+            let pairs = self.effective(profile.key, &[]);
+            let known = Known { pairs: &pairs, grant: &self.label_grant };
+            for candidate in selections.candidates(&self.name, &known, &profile.own_keys) {
+                if selections.asks_endpoints(candidate, &profile.own_keys) {
+                    asking.push(candidate);
+                } else if selections.may_match(candidate, &known) {
+                    matches.push(candidate);
+                }
+            }
+        }
+        let profile = &mut self.profiles[number as usize];
+        (profile.problem, profile.matches, profile.asking) = (problem, matches, asking);
+        profile.matches.shrink_to_fit();
+        profile.asking.shrink_to_fit();
+    }
+
+    /// The effective labels of a profile's endpoint with these labels of its own, sorted by key.
+    fn effective(&self, key: ProfileKey, own: &[(Arc<str>, Arc<str>)]) -> Vec<(Arc<str>, Arc<str>)> {
+        let [namespace, account, label_set] = key;
+        let mut pairs: Vec<(Arc<str>, Arc<str>)> = own.iter().filter(|(k, _)| !wire::is_forged(k)).cloned().collect();
+        let own_len = pairs.len();
+        for (k, v) in self.label_set(label_set).into_iter().flatten() {
+            if !wire::is_forged(k) && !pairs[..own_len].iter().any(|(have, _)| have == k) {
+                pairs.push((k.clone(), v.clone()));
+            }
+        }
+        if let Some((name, labels)) = self.namespace(namespace) {
+            pairs.push((build::NAMESPACE.into(), name.clone()));
+            prefixed(build::NAMESPACE_PREFIX, name, labels, &mut pairs);
+        }
+        if let Some((name, labels)) = self.account(account, namespace) {
+            pairs.push((build::SERVICE_ACCOUNT.into(), name.clone()));
+            prefixed(build::SERVICE_ACCOUNT_PREFIX, name, labels, &mut pairs);
+        }
+        pairs.push((build::ORCHESTRATOR.into(), build::KUBERNETES.into()));
+        pairs.sort_unstable();
+        pairs
+    }
+
+    fn unclaim(&mut self, slot: u32, bytes: &[u8], work: &mut Work) {
+        for address in endpoint_of(bytes).map(|e| e.addresses).unwrap_or_default() {
+            // The entry is out of its slot already, so that it cannot win.
+            self.drop_claim(address, slot, &mut work.rivals);
+        }
+    }
+
+    fn claim(&mut self, address: IpAddr, slot: u32, rivals: &mut BTreeSet<u32>) {
+        match self.owners.get(&address) {
+            None => drop(self.owners.insert(address, slot)),
+            Some(owner) => {
+                let owner = *owner;
+                let claimants = self.contested.entry(address).or_insert_with(|| BTreeSet::from([owner]));
+                if !claimants.insert(slot) && claimants.len() == 1 {
+                    self.contested.remove(&address);
+                    return;
+                }
+                self.decide(address, rivals);
+            }
+        }
+    }
+
+    fn drop_claim(&mut self, address: IpAddr, slot: u32, rivals: &mut BTreeSet<u32>) {
+        if let Some(claimants) = self.contested.get_mut(&address) {
+            if claimants.remove(&slot) {
+                self.decide(address, rivals);
+            }
+        } else if self.owners.get(&address) == Some(&slot) {
+            self.owners.remove(&address);
+        }
+    }
+
+    fn decide(&mut self, address: IpAddr, rivals: &mut BTreeSet<u32>) {
+        let Some(claimants) = self.contested.get(&address) else { return };
+        rivals.extend(claimants);
+        let newest = claimants.iter().copied().max_by_key(|slot| self.entry(*slot).map(|entry| (entry.own, entry.id)));
+        let single = claimants.len() <= 1;
+        match newest {
+            Some(newest) => drop(self.owners.insert(address, newest)),
+            None => drop(self.owners.remove(&address)),
+        }
+        if single {
+            self.contested.remove(&address);
+        }
+    }
+}
+
+/// What a change still has to bring up to date.
+#[derive(Debug, Default)]
+struct Work {
+    endpoints: BTreeMap<u32, Before>,
+    supports: BTreeMap<u32, Before>,
+    profiles: BTreeSet<u32>,
+    referred: BTreeSet<u64>,
+    changed_ids: HashSet<u64>,
+    rivals: BTreeSet<u32>,
+}
+
+fn endpoint_of(bytes: &[u8]) -> Option<EndpointExport> {
+    match wire::read_export(bytes) {
+        Some((_, _, Ok(Export::Endpoint(endpoint)))) => Some(endpoint),
+        _ => None,
+    }
+}
+
+fn prefixed(prefix: &str, name: &Arc<str>, labels: &Pairs, into: &mut Vec<(Arc<str>, Arc<str>)>) {
+    into.push((format!("{prefix}{}", build::NAME).into(), name.clone()));
+    for (key, value) in labels.iter().filter(|(key, _)| &**key != build::NAME) {
+        into.push((format!("{prefix}{key}").into(), value.clone()));
+    }
+}

@@ -1,0 +1,235 @@
+//! Which selections an origin's label combination matches, without asking each selection.
+//!
+//! A selection is filed under pairs (or keys) of which any match needs at least one; those that have no such anchor are
+//! asked always. Promises that no match is missed; does not look at single endpoints.
+
+use std::sync::Arc;
+
+use hanse_policy::inventory::LabelGrant;
+use hanse_policy::selector::build::is_reserved_key;
+use hanse_policy::selector::{Expr, Label, LabelLookup};
+use hanse_policy::tri::Tri;
+use hashbrown::HashMap;
+
+use super::model::Wanted;
+
+/// Effective labels, sorted by key, and which own keys count.
+#[derive(Debug)]
+pub struct Known<'a> {
+    pub pairs: &'a [(Arc<str>, Arc<str>)],
+    pub grant: &'a LabelGrant,
+}
+
+impl LabelLookup for Known<'_> {
+    fn label(&self, key: &str) -> Label<'_> {
+        if !is_reserved_key(key)
+            && let LabelGrant::Keys(granted) = self.grant
+            && !granted.contains(key)
+        {
+            return Label::Unknown;
+        }
+        match self.pairs.binary_search_by(|(have, _)| (**have).cmp(key)) {
+            Ok(at) => Label::Present(&self.pairs[at].1),
+            Err(_) => Label::Absent,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Slot {
+    wanted: Arc<Wanted>,
+    users: u32,
+}
+
+#[derive(Debug, Default)]
+struct Filed {
+    /// Everything that names this key.
+    naming: Vec<u32>,
+    /// Anchored on the key's presence.
+    present: Vec<u32>,
+    values: HashMap<Arc<str>, Vec<u32>>,
+}
+
+/// All selections in use, each with a number.
+#[derive(Debug, Default)]
+pub struct Selections {
+    slots: Vec<Option<Slot>>,
+    free: Vec<u32>,
+    numbers: HashMap<Arc<Wanted>, u32>,
+    keys: HashMap<Arc<str>, Filed>,
+    unanchored: Vec<u32>,
+}
+
+impl Selections {
+    /// One more user of a selection; true when it is new.
+    pub fn acquire(&mut self, wanted: &Arc<Wanted>) -> (u32, bool) {
+        if let Some(number) = self.numbers.get(wanted) {
+            let slot = self.slots[*number as usize].as_mut().expect("a numbered selection is there");
+            slot.users += 1;
+            return (*number, false);
+        }
+        let number = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() as u32 - 1
+        });
+        self.slots[number as usize] = Some(Slot { wanted: wanted.clone(), users: 1 });
+        self.numbers.insert(wanted.clone(), number);
+        let expr = &wanted.selector.expr;
+        expr.for_each_key(&mut |key| {
+            let naming = &mut self.keys.entry(key.clone()).or_default().naming;
+            if naming.last() != Some(&number) {
+                naming.push(number);
+            }
+        });
+        match anchors(expr) {
+            None => self.unanchored.push(number),
+            Some(found) => {
+                for (key, value) in found {
+                    let filed = self.keys.entry(key).or_default();
+                    match value {
+                        None => filed.present.push(number),
+                        Some(value) => filed.values.entry(value).or_default().push(number),
+                    }
+                }
+            }
+        }
+        (number, true)
+    }
+
+    /// One user fewer; true when it was the last.
+    pub fn release(&mut self, number: u32) -> bool {
+        let slot = self.slots[number as usize].as_mut().expect("a released selection was acquired");
+        slot.users -= 1;
+        if slot.users > 0 {
+            return false;
+        }
+        let Some(Slot { wanted, .. }) = self.slots[number as usize].take() else { return false };
+        self.numbers.remove(&wanted);
+        self.free.push(number);
+        self.unanchored.retain(|n| *n != number);
+        wanted.selector.expr.for_each_key(&mut |key| {
+            if let Some(filed) = self.keys.get_mut(key) {
+                filed.naming.retain(|n| *n != number);
+                filed.present.retain(|n| *n != number);
+                filed.values.retain(|_, list| {
+                    list.retain(|n| *n != number);
+                    !list.is_empty()
+                });
+                if filed.naming.is_empty() {
+                    self.keys.remove(key);
+                }
+            }
+        });
+        true
+    }
+
+    pub fn wanted(&self, number: u32) -> &Arc<Wanted> {
+        &self.slots[number as usize].as_ref().expect("a used selection is there").wanted
+    }
+
+    /// Whether it names one of these keys or asks for ports, so that single endpoints must be asked.
+    pub fn asks_endpoints(&self, number: u32, own_keys: &[Arc<str>]) -> bool {
+        let wanted = self.wanted(number);
+        let mut asks = !wanted.port_names.is_empty();
+        if !own_keys.is_empty() {
+            wanted.selector.expr.for_each_key(&mut |key| asks |= own_keys.contains(key));
+        }
+        asks
+    }
+
+    /// Calls `visit` once with each selection that these labels may satisfy or that names one of `own_keys`.
+    pub fn candidates(&self, origin: &str, labels: &Known<'_>, own_keys: &[Arc<str>]) -> Vec<u32> {
+        let mut found = self.unanchored.clone();
+        for (key, value) in labels.pairs {
+            if let Some(filed) = self.keys.get(key) {
+                found.extend(&filed.present);
+                found.extend(filed.values.get(value).into_iter().flatten());
+            }
+        }
+        for key in own_keys {
+            found.extend(self.keys.get(key).into_iter().flat_map(|filed| &filed.naming));
+        }
+        if let LabelGrant::Keys(granted) = labels.grant {
+            for (key, filed) in &self.keys {
+                if !is_reserved_key(key) && !granted.contains(key) {
+                    found.extend(&filed.naming);
+                }
+            }
+        }
+        found.sort_unstable();
+        found.dedup();
+        // The scope never names the asker: nobody is sent what is his own.
+        found.retain(|number| self.wanted(*number).clusters.contains("", origin));
+        found
+    }
+
+    /// Whether a selection is not certainly false.
+    pub fn may_match(&self, number: u32, labels: &Known<'_>) -> bool {
+        self.wanted(number).selector.evaluate(labels) != Tri::No
+    }
+}
+
+type Anchor = (Arc<str>, Option<Arc<str>>);
+
+/// Pairs, or keys, of which a label map must have at least one for `expr` not to be false; none when there is no such list.
+fn anchors(expr: &Expr) -> Option<Vec<Anchor>> {
+    match expr {
+        Expr::Equal(key, value) => Some(vec![(key.clone(), Some(value.clone()))]),
+        Expr::In(key, values) => Some(values.iter().map(|value| (key.clone(), Some(value.clone()))).collect()),
+        Expr::Has(key) | Expr::Contains(key, _) | Expr::StartsWith(key, _) | Expr::EndsWith(key, _) => {
+            Some(vec![(key.clone(), None)])
+        }
+        // An exact value is rarer than a key, and a short list is rarer than a long one.
+        Expr::And(parts) => parts.iter().filter_map(anchors).min_by_key(|list| (list.iter().filter(|a| a.1.is_none()).count(), list.len())),
+        Expr::Or(parts) => {
+            let lists: Option<Vec<_>> = parts.iter().map(anchors).collect();
+            lists.map(|lists| lists.into_iter().flatten().collect())
+        }
+        Expr::All | Expr::Global | Expr::NotEqual(..) | Expr::NotIn(..) | Expr::Not(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hanse_policy::model::ClusterScope;
+
+    #[test]
+    fn candidates_miss_no_match() {
+        let expressions = [
+            "a == '1'", "a in {'1', '2'}", "has(b)", "!has(b)", "a != '1'", "a == '1' && b == '2'", "a == '1' || c == '3'",
+            "a contains '1'", "!(a == '1')", "all()", "a == '1' || !has(c)", "b starts with '2' && a == '2'",
+        ];
+        let mut table = Selections::default();
+        let numbers: Vec<u32> = expressions
+            .iter()
+            .map(|text| {
+                let selector = hanse_policy::selector::Selector::parse(text).unwrap();
+                table.acquire(&Arc::new(Wanted { clusters: ClusterScope::All, selector, port_names: [].into() })).0
+            })
+            .collect();
+        for grant in [LabelGrant::All, LabelGrant::Keys([Arc::from("a")].into())] {
+            for bits in 0..27 {
+                let pairs: Vec<(Arc<str>, Arc<str>)> = ["a", "b", "c"]
+                    .iter()
+                    .enumerate()
+                    .filter_map(|(at, key)| match bits / 3_usize.pow(at as u32) % 3 {
+                        0 => None,
+                        value => Some((Arc::from(*key), Arc::from(value.to_string()))),
+                    })
+                    .collect();
+                let known = Known { pairs: &pairs, grant: &grant };
+                let found = table.candidates("x", &known, &[]);
+                for number in &numbers {
+                    assert!(
+                        !table.may_match(*number, &known) || found.contains(number),
+                        "{} over {pairs:?} with {grant:?}",
+                        expressions[*number as usize]
+                    );
+                }
+            }
+        }
+        numbers.iter().for_each(|number| assert!(table.release(*number)));
+        assert!(table.keys.is_empty() && table.unanchored.is_empty() && table.numbers.is_empty());
+    }
+}

@@ -1,0 +1,296 @@
+//! The exchange's wire types into what the stores hold, and back. Limits of the protocol are enforced here.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use hanse_policy::inventory::LabelGrant;
+use hanse_policy::model::ClusterScope;
+use hanse_policy::selector::Selector;
+use hanse_policy::selector::build::is_reserved_key;
+use hanse_proto::federation::v1 as pb;
+use pb::object_update::Body;
+use prost::Message as _;
+
+use super::model::{ClusterState, FederatedManifest, Lease, ManifestKind, Position, Refusal, Wanted};
+
+pub const PROTOCOL: u32 = 1;
+/// Most bytes of an encoded frame.
+pub const MAX_FRAME_BYTES: usize = 1 << 20;
+/// Most bytes of any message: an interest of 16,384 selections of 250 bytes fits.
+pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
+/// Most bytes of one object that a member publishes.
+pub const MAX_EXPORT_BYTES: usize = 16 << 10;
+pub const MAX_SELECTIONS: usize = 16_384;
+const MAX_SELECTOR_BYTES: usize = 8 << 10;
+const MAX_NAME_BYTES: usize = 253;
+const MAX_KEY_BYTES: usize = 512;
+const MAX_VALUE_BYTES: usize = 1 << 10;
+const MAX_ADDRESSES: usize = 16;
+const MAX_PORTS: usize = 256;
+const MAX_OWN_PAIRS: usize = 64;
+const MAX_SHARED_PAIRS: usize = 256;
+
+/// Sorted by key, keys unique.
+pub type Pairs = Box<[(Arc<str>, Arc<str>)]>;
+
+/// What members publish, as far as selecting and granting need it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Export {
+    Namespace { name: Arc<str>, labels: Pairs },
+    ServiceAccount { namespace: u64, name: Arc<str>, labels: Pairs },
+    LabelSet { labels: Pairs },
+    Endpoint(EndpointExport),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointExport {
+    pub namespace: u64,
+    pub service_account: u64,
+    pub label_set: u64,
+    pub own: Pairs,
+    pub addresses: Vec<IpAddr>,
+    pub port_names: BTreeSet<Arc<str>>,
+}
+
+/// An update's id and revision, and what it says or why it is refused. None when not even the id can be read.
+pub fn read_export(bytes: &[u8]) -> Option<(u64, u64, Result<Export, Refusal>)> {
+    let update = pb::ObjectUpdate::decode(bytes).ok().filter(|update| update.id != 0)?;
+    let (id, revision) = (update.id, update.revision);
+    Some((id, revision, export(update, bytes.len())))
+}
+
+fn export(update: pb::ObjectUpdate, len: usize) -> Result<Export, Refusal> {
+    if len > MAX_EXPORT_BYTES {
+        return Err(Refusal::Malformed(format!("{len} bytes, of {MAX_EXPORT_BYTES}")));
+    }
+    if let Some(feature) = update.features.into_iter().next() {
+        return Err(Refusal::FeatureUnknown(feature));
+    }
+    match update.body {
+        Some(Body::Namespace(it)) => {
+            Ok(Export::Namespace { name: name("name", &it.name)?, labels: pairs(it.labels, MAX_SHARED_PAIRS)? })
+        }
+        Some(Body::ServiceAccount(it)) => Ok(Export::ServiceAccount {
+            namespace: it.namespace,
+            name: name("name", &it.name)?,
+            labels: pairs(it.labels, MAX_SHARED_PAIRS)?,
+        }),
+        Some(Body::LabelSet(it)) => Ok(Export::LabelSet { labels: pairs(it.labels, MAX_SHARED_PAIRS)? }),
+        Some(Body::Endpoint(it)) => {
+            name("name", &it.name)?;
+            if it.addresses.len() > MAX_ADDRESSES || it.ports.len() > MAX_PORTS || it.node.len() > MAX_NAME_BYTES {
+                return Err(Refusal::Malformed("addresses, ports or node exceed their limit".to_owned()));
+            }
+            Ok(Export::Endpoint(EndpointExport {
+                namespace: it.namespace,
+                service_account: it.service_account,
+                label_set: it.label_set,
+                own: pairs(it.labels, MAX_OWN_PAIRS)?,
+                addresses: it.addresses.iter().map(|bytes| address(bytes)).collect::<Result<_, _>>()?,
+                port_names: it.ports.into_iter().map(|port| Arc::from(port.name)).collect(),
+            }))
+        }
+        Some(Body::Policy(_) | Body::Tier(_) | Body::NetworkSet(_)) => Err(Refusal::KindNotPublishable("policy")),
+        Some(Body::Cluster(_)) => Err(Refusal::KindNotPublishable("clusters")),
+        None => Err(Refusal::Malformed("no kind that is known here".to_owned())),
+    }
+}
+
+fn name(field: &str, text: &str) -> Result<Arc<str>, Refusal> {
+    match text.len() {
+        1..=MAX_NAME_BYTES => Ok(text.into()),
+        len => Err(Refusal::Malformed(format!("{field}: {len} bytes, of 1 to {MAX_NAME_BYTES}"))),
+    }
+}
+
+fn pairs(list: Vec<pb::Pair>, max: usize) -> Result<Pairs, Refusal> {
+    if list.len() > max {
+        return Err(Refusal::Malformed(format!("labels: {} pairs, of {max}", list.len())));
+    }
+    let mut pairs: Vec<(Arc<str>, Arc<str>)> = Vec::with_capacity(list.len());
+    for pair in list {
+        if pair.key.len() > MAX_KEY_BYTES || pair.value.len() > MAX_VALUE_BYTES {
+            return Err(Refusal::Malformed("labels: a key or value is too long".to_owned()));
+        }
+        pairs.push((pair.key.into(), pair.value.into()));
+    }
+    pairs.sort();
+    match pairs.windows(2).any(|two| two[0].0 == two[1].0) {
+        true => Err(Refusal::Malformed("labels: a key is there twice".to_owned())),
+        false => Ok(pairs.into()),
+    }
+}
+
+fn address(bytes: &[u8]) -> Result<IpAddr, Refusal> {
+    match (<[u8; 4]>::try_from(bytes), <[u8; 16]>::try_from(bytes)) {
+        (Ok(v4), _) => Ok(v4.into()),
+        (_, Ok(v6)) => Ok(v6.into()),
+        _ => Err(Refusal::Malformed(format!("addresses: {} bytes, of 4 or 16", bytes.len()))),
+    }
+}
+
+/// Whether an own label key is one that effective labels add, so that it is not seen.
+pub fn is_forged(key: &str) -> bool {
+    is_reserved_key(key)
+}
+
+/// Cuts encoded updates and removals into frames.
+pub fn frames(upserts: impl IntoIterator<Item = Bytes>, removals: Vec<u64>) -> Vec<Bytes> {
+    // A tag and a length of at most four bytes before each update; ten bytes at most for each removal.
+    let mut frames = Vec::new();
+    let (mut frame, mut size) = (pb::Frame::default(), 0);
+    let mut cut = |frame: &mut pb::Frame, size: &mut usize| {
+        if *size > 0 {
+            frames.push(Bytes::from(std::mem::take(frame).encode_to_vec()));
+            *size = 0;
+        }
+    };
+    for update in upserts {
+        let cost = update.len() + 5;
+        if size + cost > MAX_FRAME_BYTES {
+            cut(&mut frame, &mut size);
+        }
+        size += cost;
+        frame.upserts.push(update);
+    }
+    for id in removals {
+        if size + 16 > MAX_FRAME_BYTES {
+            cut(&mut frame, &mut size);
+        }
+        size += 10;
+        frame.removals.push(id);
+    }
+    cut(&mut frame, &mut size);
+    frames
+}
+
+pub fn read_frame(bytes: &[u8]) -> Result<pb::Frame, Refusal> {
+    if bytes.len() > MAX_FRAME_BYTES {
+        return Err(Refusal::Malformed(format!("frame: {} bytes, of {MAX_FRAME_BYTES}", bytes.len())));
+    }
+    pb::Frame::decode(bytes).map_err(|error| Refusal::Malformed(format!("frame: {error}")))
+}
+
+pub fn digest_bytes(digest: u128) -> Bytes {
+    Bytes::copy_from_slice(&digest.to_le_bytes())
+}
+
+pub fn read_digest(bytes: &[u8]) -> Option<u128> {
+    bytes.try_into().ok().map(u128::from_le_bytes)
+}
+
+impl From<Position> for pb::Position {
+    fn from(Position { epoch, revision }: Position) -> Self {
+        Self { epoch, revision }
+    }
+}
+
+impl From<pb::Position> for Position {
+    fn from(pb::Position { epoch, revision }: pb::Position) -> Self {
+        Self { epoch, revision }
+    }
+}
+
+impl From<&Wanted> for pb::Selection {
+    fn from(wanted: &Wanted) -> Self {
+        let clusters = match &wanted.clusters {
+            ClusterScope::Named(names) => {
+                pb::selection::Clusters::Named(pb::Clusters { names: names.iter().map(|n| n.to_string()).collect() })
+            }
+            // A receiver is never sent what is its own, so `Local` would be nothing; it is resolved before it comes here.
+            ClusterScope::All | ClusterScope::Local => pb::selection::Clusters::All(pb::AllClusters {}),
+        };
+        Self {
+            clusters: Some(clusters),
+            selector: wanted.selector.canonical.to_string(),
+            port_names: wanted.port_names.iter().map(|n| n.to_string()).collect(),
+        }
+    }
+}
+
+/// Reads selections; errors name the one that cannot be read.
+pub fn read_interest(list: Vec<pb::Selection>) -> Result<BTreeSet<Arc<Wanted>>, String> {
+    if list.len() > MAX_SELECTIONS {
+        return Err(format!("{} selections, of {MAX_SELECTIONS}", list.len()));
+    }
+    let mut interest = BTreeSet::new();
+    for (at, selection) in list.into_iter().enumerate() {
+        if selection.selector.len() > MAX_SELECTOR_BYTES {
+            return Err(format!("selections[{at}]: {} bytes, of {MAX_SELECTOR_BYTES}", selection.selector.len()));
+        }
+        let selector = Selector::parse(&selection.selector).map_err(|e| format!("selections[{at}].selector: {e}"))?;
+        let clusters = match selection.clusters {
+            Some(pb::selection::Clusters::All(_)) => ClusterScope::All,
+            Some(pb::selection::Clusters::Named(named)) => {
+                ClusterScope::Named(named.names.into_iter().map(Arc::from).collect())
+            }
+            None => return Err(format!("selections[{at}].clusters: missing")),
+        };
+        let port_names = selection.port_names.into_iter().map(Arc::from).collect();
+        interest.insert(Arc::new(Wanted { clusters, selector, port_names }));
+    }
+    Ok(interest)
+}
+
+/// The hub's own objects have no revision of their own in their bytes, so that every replica makes the same of them.
+pub fn manifest_update(id: u64, kind: ManifestKind, name: &str, manifest: &FederatedManifest) -> Bytes {
+    let body = pb::Manifest {
+        name: name.to_owned(),
+        json: manifest.json.clone(),
+        enforcers: manifest.enforcers.iter().flatten().map(|n| n.to_string()).collect(),
+        clusters: manifest
+            .resolved
+            .iter()
+            .map(|(expression, names)| pb::ResolvedSelector {
+                expression: expression.to_string(),
+                names: names.iter().map(|n| n.to_string()).collect(),
+            })
+            .collect(),
+    };
+    let body = match kind {
+        ManifestKind::Policy => Body::Policy(body),
+        ManifestKind::Tier => Body::Tier(body),
+        ManifestKind::NetworkSet => Body::NetworkSet(body),
+    };
+    let update = pb::ObjectUpdate { id, revision: 0, features: manifest.features.clone(), body: Some(body) };
+    update.encode_to_vec().into()
+}
+
+pub fn cluster_update(id: u64, name: &str, state: &ClusterState) -> Bytes {
+    use pb::cluster_record::{LabelGrant as Grant, Lease as State};
+    let record = pb::ClusterRecord {
+        name: name.to_owned(),
+        labels: state.labels.iter().map(|(k, v)| pb::Pair { key: k.to_string(), value: v.to_string() }).collect(),
+        label_grant: Some(match state.grant.label_grant() {
+            LabelGrant::All => Grant::AllKeys(pb::AllKeys {}),
+            LabelGrant::Keys(keys) => Grant::Keys(pb::Keys { keys: keys.iter().map(|k| k.to_string()).collect() }),
+        }),
+        cidrs: state.cidrs.iter().map(|net| net.to_string()).collect(),
+        lease: Some(match state.lease {
+            Lease::NeverHeard => State::NeverHeard(pb::NeverHeard {}),
+            Lease::Live => State::Live(pb::Live {}),
+            Lease::Stale { silent_ms } => State::Stale(pb::Stale { silent_ms }),
+        }),
+        federated_allow_final: state.federated_allow_final,
+    };
+    let update = pb::ObjectUpdate { id, revision: 0, features: Vec::new(), body: Some(Body::Cluster(record)) };
+    update.encode_to_vec().into()
+}
+
+pub fn refusal(id: u64, refusal: &Refusal) -> pb::Refusal {
+    use pb::refusal::Reason;
+    let reason = match refusal {
+        Refusal::Malformed(why) => Reason::Malformed(why.clone()),
+        Refusal::FeatureUnknown(feature) => Reason::FeatureUnknown(feature.clone()),
+        Refusal::NamespaceNotGranted(name) => Reason::NamespaceNotGranted(name.to_string()),
+        Refusal::AddressNotGranted(address) => Reason::AddressNotGranted(address.to_string()),
+        Refusal::LabelNotGranted(label) => Reason::LabelNotGranted(label.clone()),
+        Refusal::AddressTaken(address) => Reason::AddressTaken(address.to_string()),
+        Refusal::ReferenceMissing(id) => Reason::ReferenceMissing(*id),
+        Refusal::LimitExceeded(what) => Reason::LimitExceeded((*what).to_owned()),
+        Refusal::KindNotPublishable(kind) => Reason::KindNotPublishable((*kind).to_owned()),
+    };
+    pb::Refusal { id, reason: Some(reason) }
+}
