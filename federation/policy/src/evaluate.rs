@@ -177,10 +177,10 @@ fn applicable_tiers<'a>(
 }
 
 /// Whether a policy selects a pod of the cluster that enforces it. Of its own pods a cluster knows everything, so that
-/// this is never unknown.
+/// this is never unknown; were it, the policy would apply.
 fn applies(inventory: &Inventory, policy: &Policy, cluster: &ClusterName, pod: &EndpointId) -> bool {
     let own = Selection { clusters: ClusterScope::Local, selector: policy.selector.clone() };
-    inventory.selects(cluster, &own, cluster, pod) == Tri::Yes
+    inventory.selects(cluster, &own, cluster, pod) != Tri::No
 }
 
 /// A tier in its place, with its policies in theirs.

@@ -2,4 +2,5 @@
 
 mod evaluator;
 mod selectors;
+mod unknown;
 mod worlds;
