@@ -11,8 +11,10 @@ struct Tool {
     package: &'static str,
 }
 
-/// `ip` makes the namespaces of the packet tests and of the demo.
-const PACKET_TOOLS: &[Tool] = &[Tool { program: "ip", package: "iproute2" }];
+/// `ip` makes the namespaces of the packet tests and of the demo; `nft` makes the damage that the tests want repaired. No
+/// program of ours calls either.
+const PACKET_TOOLS: &[Tool] =
+    &[Tool { program: "ip", package: "iproute2" }, Tool { program: "nft", package: "nftables" }];
 
 /// Installs what the packet tests and the demo need, when root on Debian; else says what to install.
 pub fn packet_tools() -> anyhow::Result<()> {

@@ -147,13 +147,16 @@ pub struct LimitsSpec {
     pub updates_per_second: Option<u64>,
 }
 
+/// Label key to permitted values; `None`: any value.
+pub type LabelKeys = BTreeMap<Arc<str>, Option<BTreeSet<Arc<str>>>>;
+
 /// A cluster's grants, parsed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Grants {
     pub namespaces: Option<BTreeSet<Arc<str>>>,
     pub cidrs: Vec<IpNet>,
-    /// Key to permitted values (`None`: any); `None`: every key.
-    pub labels: Option<BTreeMap<Arc<str>, Option<BTreeSet<Arc<str>>>>>,
+    /// `None`: every key.
+    pub labels: Option<LabelKeys>,
     pub visible_to: Option<Selector>,
     pub max_endpoints: u64,
     pub max_label_sets: u64,

@@ -1,0 +1,384 @@
+//! The nftables driver: one table `inet hanse`, written over netlink.
+//!
+//! A restarted agent knows its rules by the table's name and by the comment of the one rule in the chain `state`, which
+//! holds generation, digest and epoch.
+
+mod conntrack;
+mod expression;
+mod netlink;
+mod render;
+mod write;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use hanse_ruleset::{ChainId, Digest, EndpointId, Generation, PolicyId, RuleSet, SetId};
+
+use self::netlink::{Attributes, BatchError, Netlink, attributes, text_of};
+use self::write::{Closed, Tag, Writer};
+use crate::{Applied, Backend, Error, Found, Refusal};
+
+const GET_CHAIN_RULES: u16 = (10 << 8) | 7;
+const GET_SET_ELEMENTS: u16 = (10 << 8) | 13;
+const EVENT_GROUP: u32 = 7;
+const FAMILY_INET: u8 = 1;
+/// How often a generation is tried again with refused objects closed.
+const MAX_ATTEMPTS: usize = 8;
+
+/// How the driver shares the kernel with others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    pub table: String,
+    /// Bits of the connection mark that are ours: contiguous, at least 8.
+    pub ct_mark_mask: u32,
+    /// Bits of the packet mark that are ours while a packet is judged; the lowest two are used, and zero afterwards.
+    pub packet_mark_mask: u32,
+    /// Interfaces that lead out of the node. Packets from any other must come from where their source is routed to.
+    pub uplinks: Vec<String>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { table: "hanse".into(), ct_mark_mask: 0xffff_0000, packet_mark_mask: 0x0030_0000, uplinks: Vec::new() }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    #[error("the connection mark mask {0:#x} must be at least 8 bits side by side")]
+    CtMask(u32),
+    #[error("the packet mark mask {0:#x} must be at least 2 bits side by side")]
+    PacketMask(u32),
+    #[error("\"{0}\" is no interface name: 1 to 15 bytes")]
+    Interface(String),
+}
+
+/// The number of a judgement: connections judged under another are judged again. Starts at 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Epoch(u32);
+
+fn contiguous(mask: u32, bits: u32) -> bool {
+    mask.count_ones() >= bits
+        && (mask >> mask.trailing_zeros()).count_ones() == 32 - (mask >> mask.trailing_zeros()).leading_zeros()
+}
+
+impl Config {
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if !contiguous(self.ct_mark_mask, 8) {
+            return Err(ConfigError::CtMask(self.ct_mark_mask));
+        }
+        if !contiguous(self.packet_mark_mask, 2) {
+            return Err(ConfigError::PacketMask(self.packet_mark_mask));
+        }
+        match self.uplinks.iter().find(|name| name.is_empty() || name.len() > 15) {
+            Some(name) => Err(ConfigError::Interface(name.clone())),
+            None => Ok(()),
+        }
+    }
+
+    fn ct_mark(&self, epoch: Epoch, allowed: bool) -> u32 {
+        ((epoch.0 << 1) | u32::from(allowed)) << self.ct_mark_mask.trailing_zeros()
+    }
+
+    fn last_epoch(&self) -> Epoch {
+        Epoch((1 << (self.ct_mark_mask.count_ones() - 1)) - 1)
+    }
+
+    fn packet_mark_mask(&self) -> u32 {
+        0b11 << self.packet_mark_mask.trailing_zeros()
+    }
+
+    fn packet_mark(&self, bits: u32) -> u32 {
+        bits << self.packet_mark_mask.trailing_zeros()
+    }
+}
+
+#[derive(Debug)]
+pub struct Nftables {
+    config: Config,
+    netlink: Netlink,
+    events: Netlink,
+    /// What is in the kernel and of which we know every object; `None`: something else, or nothing.
+    installed: Option<Installed>,
+    epoch: Epoch,
+}
+
+#[derive(Debug, Clone)]
+struct Installed {
+    rules: Arc<RuleSet>,
+    closed: Closed,
+    uplinks: Vec<String>,
+}
+
+/// What the rule in `state` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct State {
+    generation: Generation,
+    digest: Digest,
+    epoch: Epoch,
+}
+
+impl State {
+    fn comment(self) -> String {
+        let Generation { term, number } = self.generation;
+        format!("hanse/1 {term} {number} {} {}", self.digest, self.epoch.0)
+    }
+
+    fn parse(comment: &str) -> Option<Self> {
+        let mut parts = comment.split(' ');
+        if parts.next()? != "hanse/1" {
+            return None;
+        }
+        let generation = Generation { term: parts.next()?.parse().ok()?, number: parts.next()?.parse().ok()? };
+        let digest = Digest(u128::from_str_radix(parts.next()?, 16).ok()?);
+        Some(Self { generation, digest, epoch: Epoch(parts.next()?.parse().ok()?) })
+    }
+}
+
+impl Nftables {
+    /// Opens the kernel's door in the network namespace of the calling thread. `config` is checked.
+    pub fn open(config: Config) -> Result<Self, Error> {
+        let netlink = Netlink::open().map_err(Error::Io)?;
+        let mut events = Netlink::open().map_err(Error::Io)?;
+        events.subscribe(EVENT_GROUP).map_err(Error::Io)?;
+        Ok(Self { config, netlink, events, installed: None, epoch: Epoch(0) })
+    }
+
+    /// Changes which interfaces are uplinks; takes effect with the next [`Backend::apply`].
+    pub fn set_uplinks(&mut self, uplinks: Vec<String>) {
+        self.config.uplinks = uplinks;
+    }
+
+    fn next_epoch(&mut self) -> Result<Epoch, Error> {
+        if self.epoch < self.config.last_epoch() {
+            return Ok(Epoch(self.epoch.0 + 1));
+        }
+        // The numbers start again, so no connection may still carry an old one.
+        conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask).map_err(Error::Io)?;
+        Ok(Epoch(1))
+    }
+
+    fn commit(&mut self, next: &Arc<RuleSet>, whole: bool) -> Result<Applied, Error> {
+        let mut closed = self.installed.as_ref().filter(|_| !whole).map(|it| it.closed.clone()).unwrap_or_default();
+        // What is gone needs no stand-in.
+        closed.policies.retain(|id, _| next.policies.contains_key(id));
+        closed.sets.retain(|id, _| next.sets.contains_key(id));
+        closed.chains.retain(|id, _| next.chains.contains_key(id));
+        closed.endpoints.retain(|id, _| next.endpoints.contains_key(id));
+        let epoch = self.next_epoch()?;
+        for _ in 0..MAX_ATTEMPTS {
+            let state = State { generation: next.generation, digest: next.digest(), epoch };
+            let before = self.installed.as_ref().filter(|_| !whole);
+            let writer =
+                Writer::new(&self.config, before.map(|it| (&*it.rules, &it.closed, &it.uplinks[..])), next, &closed);
+            let batch = writer.write(epoch, &state.comment());
+            match self.netlink.commit(&batch) {
+                Ok(()) => {
+                    self.epoch = epoch;
+                    let uplinks = self.config.uplinks.clone();
+                    let applied = Applied { refused: closed.refusals(next) };
+                    self.installed = Some(Installed { rules: Arc::clone(next), closed, uplinks });
+                    return Ok(applied);
+                }
+                Err(BatchError::Io(error)) => return Err(Error::Io(error)),
+                Err(BatchError::Refused(refused)) => {
+                    let text = |(tag, error): &(Tag, std::io::Error)| format!("{tag:?}: {error}");
+                    let reasons = refused.iter().take(3).map(text).collect::<Vec<_>>().join("; ");
+                    tracing::warn!(%reasons, "the kernel refused a batch");
+                    // What the batch left of the events is not drift.
+                    if !closed.add(next, refused) {
+                        self.installed = None;
+                        return Err(Error::Refused(reasons));
+                    }
+                }
+            }
+        }
+        Err(Error::Refused(format!("still refused after {MAX_ATTEMPTS} attempts")))
+    }
+
+    fn read_state(&mut self) -> Result<Option<State>, Error> {
+        let query = Attributes::default().text(1, &self.config.table).text(2, "state");
+        let rules = match self.netlink.query(GET_CHAIN_RULES, netlink::DUMP, FAMILY_INET, &query) {
+            Ok(rules) => rules,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::Io(error)),
+        };
+        let comment = |body: &[u8]| {
+            let rule = attributes(body);
+            (text_of(rule.get(&1)?) == self.config.table && text_of(rule.get(&2)?) == "state").then_some(())?;
+            // Type 0 is the comment, then its length.
+            let data = rule.get(&7)?.get(2..)?;
+            State::parse(&text_of(data))
+        };
+        Ok(rules.iter().find_map(|rule| comment(&rule.body)))
+    }
+
+    /// How many rules each chain of the table has, and elements each set.
+    fn inventory(&mut self, sets: impl Iterator<Item = String>) -> Result<BTreeMap<String, usize>, Error> {
+        let table = self.config.table.clone();
+        let query = Attributes::default().text(1, &table);
+        let mut counts = BTreeMap::new();
+        for rule in self.netlink.query(GET_CHAIN_RULES, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Io)? {
+            let rule = attributes(&rule.body);
+            if rule.get(&1).is_some_and(|name| text_of(name) == table) {
+                let chain = rule.get(&2).map(|name| text_of(name)).unwrap_or_default();
+                *counts.entry(chain).or_default() += 1;
+            }
+        }
+        for set in sets {
+            let query = Attributes::default().text(1, &table).text(2, &set);
+            let dumped = match self.netlink.query(GET_SET_ELEMENTS, netlink::DUMP, FAMILY_INET, &query) {
+                Ok(dumped) => dumped,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(Error::Io(error)),
+            };
+            let count =
+                dumped.iter().filter_map(|part| attributes(&part.body).get(&3).map(|list| count_elements(list)));
+            counts.insert(format!("set {set}"), count.sum());
+        }
+        Ok(counts)
+    }
+
+    /// Whether the kernel holds as many rules and elements as `rules` makes.
+    fn holds(&mut self, rules: &RuleSet) -> Result<bool, Error> {
+        let closed = Closed::default();
+        let writer = Writer::new(&self.config, None, rules, &closed);
+        let expected = writer.inventory(Epoch(1));
+        let sets: Vec<String> =
+            expected.keys().filter_map(|name| name.strip_prefix("set ")).map(str::to_owned).collect();
+        let found = self.inventory(sets.into_iter())?;
+        Ok(found == expected)
+    }
+}
+
+fn count_elements(mut list: &[u8]) -> usize {
+    let mut count = 0;
+    while let [l0, l1, _, _, ..] = *list {
+        let length = usize::from(u16::from_ne_bytes([l0, l1]));
+        if length < 4 {
+            break;
+        }
+        count += 1;
+        list = list.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    count
+}
+
+impl Backend for Nftables {
+    fn adopt(&mut self, expected: Option<&Arc<RuleSet>>) -> Result<Found, Error> {
+        let Some(state) = self.read_state()? else {
+            // Marks of an earlier life would pass for judgements of ours.
+            conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask).map_err(Error::Io)?;
+            return Ok(Found::Nothing);
+        };
+        self.epoch = state.epoch;
+        if let Some(rules) = expected
+            && rules.digest() == state.digest
+            && self.holds(rules)?
+        {
+            let uplinks = self.config.uplinks.clone();
+            self.installed = Some(Installed { rules: Arc::clone(rules), closed: Closed::default(), uplinks });
+        }
+        Ok(Found::Rules { generation: state.generation, digest: state.digest })
+    }
+
+    fn apply(&mut self, next: &Arc<RuleSet>) -> Result<Applied, Error> {
+        let whole = self.installed.is_none();
+        match self.commit(next, whole) {
+            // What we know of the kernel may be wrong: once more, whole.
+            Err(Error::Refused(reason)) if !whole => {
+                tracing::warn!(%reason, "the difference was refused, writing the whole table");
+                self.commit(next, true)
+            }
+            result => result,
+        }
+    }
+
+    fn repair(&mut self) -> Result<bool, Error> {
+        let ours = self.netlink.port();
+        let table = self.config.table.clone();
+        let changed = match self.events.events().map_err(Error::Io)? {
+            // Some were lost: look for ourselves.
+            None => true,
+            Some(events) => events.iter().any(|event| {
+                event.port != ours
+                    && event.family == FAMILY_INET
+                    && attributes(&event.body).get(&1).is_some_and(|name| text_of(name) == table)
+            }),
+        };
+        let Some(installed) = self.installed.clone().filter(|_| changed) else { return Ok(false) };
+        self.commit(&installed.rules, true)?;
+        Ok(true)
+    }
+
+    fn cleanup(&mut self) -> Result<(), Error> {
+        let mut batch = netlink::Batch::new();
+        let table = Attributes::default().text(1, &self.config.table);
+        // Made first, so that it exists.
+        batch.push(Tag::Table, write::NEW_TABLE, netlink::CREATE, FAMILY_INET, &table);
+        batch.push(Tag::Table, write::DELETE_TABLE, 0, FAMILY_INET, &table);
+        match self.netlink.commit(&batch) {
+            Ok(()) => {}
+            Err(BatchError::Io(error)) => return Err(Error::Io(error)),
+            Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),
+        }
+        self.installed = None;
+        conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask).map_err(Error::Io)
+    }
+}
+
+/// The sets that a policy names.
+fn sets_of(policy: &hanse_ruleset::Policy) -> BTreeSet<SetId> {
+    let peers = policy.rules.iter().flat_map(|rule| [&rule.source, &rule.destination]);
+    peers
+        .flat_map(|peer| {
+            let named = peer.in_sets.iter().flatten().chain(&peer.not_sets).chain(&peer.in_sockets);
+            named.chain(&peer.port_sets).chain(&peer.not_port_sets).copied()
+        })
+        .collect()
+}
+
+impl Closed {
+    /// Notes what was refused; whether that can help.
+    fn add(&mut self, next: &RuleSet, refused: Vec<(Tag, std::io::Error)>) -> bool {
+        let before = self.len();
+        for (tag, error) in refused {
+            let reason = error.to_string();
+            match tag {
+                Tag::Policy(id) => drop(self.policies.insert(id, reason)),
+                Tag::Chain(id) => drop(self.chains.insert(id, reason)),
+                Tag::Endpoint(id) => drop(self.endpoints.insert(id, reason)),
+                Tag::Set(id) => {
+                    let users = next.policies.iter().filter(|(_, policy)| sets_of(policy).contains(&id));
+                    for (policy, _) in users {
+                        self.policies.insert(*policy, format!("its set {id} was refused: {reason}"));
+                    }
+                    self.sets.insert(id, reason);
+                }
+                Tag::Table | Tag::Base | Tag::Removal => {}
+            }
+        }
+        self.len() > before
+    }
+
+    fn len(&self) -> usize {
+        self.policies.len() + self.sets.len() + self.chains.len() + self.endpoints.len()
+    }
+
+    fn refusals(&self, rules: &RuleSet) -> Vec<Refusal> {
+        let policy = |(id, reason): (&PolicyId, &String)| {
+            let name = rules.policies.get(id).map_or_else(|| id.to_string(), |policy| policy.name.to_string());
+            Refusal { object: format!("policy {name}"), reason: reason.clone() }
+        };
+        let set = |(id, reason): (&SetId, &String)| Refusal { object: format!("set {id}"), reason: reason.clone() };
+        let chain =
+            |(id, reason): (&ChainId, &String)| Refusal { object: format!("chain {id}"), reason: reason.clone() };
+        let endpoint = |(id, reason): (&EndpointId, &String)| Refusal {
+            object: format!("endpoint {}/{}", id.namespace, id.name),
+            reason: reason.clone(),
+        };
+        let policies = self.policies.iter().map(policy);
+        let sets = self.sets.iter().map(set);
+        policies.chain(sets).chain(self.chains.iter().map(chain)).chain(self.endpoints.iter().map(endpoint)).collect()
+    }
+}

@@ -1,0 +1,334 @@
+//! Netlink messages for netfilter: attributes, batches, and the socket.
+//!
+//! Formats: `linux/netlink.h`, `linux/netfilter/nfnetlink.h`. All netfilter integers are big-endian, all netlink headers
+//! native.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsRawFd as _;
+
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+
+/// Flags of `nlmsghdr`.
+pub const REQUEST: u16 = 0x1;
+pub const ACK: u16 = 0x4;
+pub const DUMP: u16 = 0x300;
+pub const CREATE: u16 = 0x400;
+
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+const SUBSYSTEM_NFTABLES: u16 = 10;
+/// Marks an attribute that holds attributes.
+const NESTED: u16 = 0x8000;
+const HEADER_BYTES: usize = 16;
+
+/// What one receive may bring: the kernel's dumps use skbs of at most 32 KiB, acknowledgements carry the failed message.
+const RECEIVE_BYTES: usize = 256 * 1024;
+/// The send buffer that is asked for: a batch of 250,000 set members of 32 bytes, twice.
+const SEND_BUFFER_BYTES: usize = 16 * 1024 * 1024;
+
+/// Attributes under construction.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Attributes(pub Vec<u8>);
+
+impl Attributes {
+    pub fn bytes(mut self, kind: u16, payload: &[u8]) -> Self {
+        // Payloads are built here from bounded parts: names, elements in chunks.
+        let length = u16::try_from(4 + payload.len()).expect("an attribute holds less than 64 KiB");
+        self.0.extend(length.to_ne_bytes());
+        self.0.extend(kind.to_ne_bytes());
+        self.0.extend(payload);
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        self
+    }
+
+    pub fn u8(self, kind: u16, value: u8) -> Self {
+        self.bytes(kind, &[value])
+    }
+
+    pub fn u16(self, kind: u16, value: u16) -> Self {
+        self.bytes(kind, &value.to_be_bytes())
+    }
+
+    pub fn u32(self, kind: u16, value: u32) -> Self {
+        self.bytes(kind, &value.to_be_bytes())
+    }
+
+    pub fn text(self, kind: u16, text: &str) -> Self {
+        let mut bytes = text.as_bytes().to_vec();
+        bytes.push(0);
+        self.bytes(kind, &bytes)
+    }
+
+    pub fn nest(self, kind: u16, inner: &Attributes) -> Self {
+        self.bytes(kind | NESTED, &inner.0)
+    }
+}
+
+/// Reads attributes; what is cut off ends the reading.
+pub fn attributes(mut bytes: &[u8]) -> BTreeMap<u16, &[u8]> {
+    let mut found = BTreeMap::new();
+    while let [l0, l1, k0, k1, ..] = *bytes {
+        let length = usize::from(u16::from_ne_bytes([l0, l1]));
+        let kind = u16::from_ne_bytes([k0, k1]) & 0x3fff;
+        let Some(payload) = bytes.get(4..length) else { break };
+        found.insert(kind, payload);
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    found
+}
+
+pub fn text_of(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes.strip_suffix(&[0]).unwrap_or(bytes)).into_owned()
+}
+
+/// One message: a netfilter header and attributes.
+fn push_message(into: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, family: u8, resource: u16, body: &[u8]) {
+    let length = u32::try_from(HEADER_BYTES + 4 + body.len()).expect("a message holds less than 4 GiB");
+    into.extend(length.to_ne_bytes());
+    into.extend(kind.to_ne_bytes());
+    into.extend(flags.to_ne_bytes());
+    into.extend(sequence.to_ne_bytes());
+    into.extend(0u32.to_ne_bytes());
+    into.extend([family, 0]);
+    into.extend(resource.to_be_bytes());
+    into.extend(body);
+    into.resize(into.len().next_multiple_of(4), 0);
+}
+
+/// Messages that take effect together or not at all. Each carries a tag by which a refusal is told.
+#[derive(Debug)]
+pub struct Batch<T> {
+    bytes: Vec<u8>,
+    tags: Vec<T>,
+}
+
+impl<T: Clone> Batch<T> {
+    pub fn new() -> Self {
+        let mut bytes = Vec::new();
+        push_message(&mut bytes, BATCH_BEGIN, REQUEST, 0, 0, SUBSYSTEM_NFTABLES, &[]);
+        Self { bytes, tags: Vec::new() }
+    }
+
+    pub fn push(&mut self, tag: T, message: u16, flags: u16, family: u8, body: &Attributes) {
+        self.tags.push(tag);
+        let sequence = u32::try_from(self.tags.len()).expect("a batch holds less than 4 Gi messages");
+        // The first message asks for the answer that tells the end.
+        let flags = if sequence == 1 { flags | ACK } else { flags };
+        push_message(
+            &mut self.bytes,
+            (SUBSYSTEM_NFTABLES << 8) | message,
+            flags | REQUEST,
+            sequence,
+            family,
+            0,
+            &body.0,
+        );
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.tags.is_empty()
+    }
+}
+
+/// Why a batch did not take effect.
+#[derive(Debug, thiserror::Error)]
+pub enum BatchError<T> {
+    #[error("talk to the kernel over netlink")]
+    Io(#[source] io::Error),
+    /// The messages that the kernel refused, and why. Nothing took effect.
+    #[error("the kernel refused {} messages of the batch, first with: {}", .0.len(), .0.first().map_or_else(String::new, |(_, error)| error.to_string()))]
+    Refused(Vec<(T, io::Error)>),
+}
+
+/// A message from the kernel.
+#[derive(Debug)]
+pub struct Received {
+    /// The port of the socket that caused it; 0 where the kernel itself did.
+    pub port: u32,
+    /// Behind the netfilter header.
+    pub body: Vec<u8>,
+    /// The address family of the netfilter header.
+    pub family: u8,
+}
+
+#[derive(Debug)]
+pub struct Netlink {
+    socket: Socket,
+    port: u32,
+    sequence: u32,
+}
+
+impl Netlink {
+    pub fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        let port = socket.bind_auto()?.port_number();
+        let fd = unsafe_free_fd(&socket);
+        // Beyond the system's limit only the host's root may go; elsewhere the limit has to do.
+        if nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::SndBufForce, &SEND_BUFFER_BYTES).is_err() {
+            let _ = nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::SndBuf, &SEND_BUFFER_BYTES);
+        }
+        let _ = nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::RcvBufForce, &SEND_BUFFER_BYTES);
+        Ok(Self { socket, port, sequence: 0x4000_0000 })
+    }
+
+    /// The number by which the kernel tells whose changes an event is about.
+    pub fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Commits a batch and waits for the answer.
+    pub fn commit<T: Clone>(&mut self, batch: &Batch<T>) -> Result<(), BatchError<T>> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let mut bytes = batch.bytes.clone();
+        push_message(&mut bytes, BATCH_END, REQUEST, 0, 0, SUBSYSTEM_NFTABLES, &[]);
+        let kernel = SocketAddr::new(0, 0);
+        self.socket.send_to(&bytes, &kernel, 0).map_err(BatchError::Io)?;
+        let mut refused: Vec<(T, io::Error)> = Vec::new();
+        let mut answered = false;
+        while !answered {
+            let (datagram, _) = self.receive(0).map_err(BatchError::Io)?;
+            for message in messages(&datagram) {
+                let Some((sequence, error)) = message.acknowledgement() else { continue };
+                match (usize::try_from(sequence).ok().and_then(|at| batch.tags.get(at.checked_sub(1)?)), error) {
+                    (_, None) => answered |= sequence == 1,
+                    (Some(tag), Some(error)) => {
+                        answered |= sequence == 1;
+                        refused.push((tag.clone(), error));
+                    }
+                    // The batch as a whole, such as a lack of privileges or of buffer.
+                    (None, Some(error)) => return Err(BatchError::Io(error)),
+                }
+            }
+        }
+        // Refusals of one batch come in one go; what is still on the way belongs to it.
+        while let Ok((datagram, _)) = self.receive(libc_dontwait()) {
+            for message in messages(&datagram) {
+                if let Some((sequence, Some(error))) = message.acknowledgement()
+                    && let Some(tag) = usize::try_from(sequence).ok().and_then(|at| batch.tags.get(at.checked_sub(1)?))
+                {
+                    refused.push((tag.clone(), error));
+                }
+            }
+        }
+        if refused.is_empty() { Ok(()) } else { Err(BatchError::Refused(refused)) }
+    }
+
+    /// Asks for a dump, or for one object, and gives what comes.
+    pub fn query(&mut self, kind: u16, flags: u16, family: u8, body: &Attributes) -> io::Result<Vec<Received>> {
+        self.sequence += 1;
+        let mut bytes = Vec::new();
+        push_message(&mut bytes, kind, REQUEST | flags, self.sequence, family, 0, &body.0);
+        self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
+        let mut found = Vec::new();
+        loop {
+            let (datagram, _) = self.receive(0)?;
+            for message in messages(&datagram) {
+                if message.sequence != self.sequence {
+                    continue;
+                }
+                match message.kind {
+                    NLMSG_DONE => return Ok(found),
+                    NLMSG_ERROR => match message.acknowledgement() {
+                        Some((_, Some(error))) => return Err(error),
+                        _ => return Ok(found),
+                    },
+                    _ => found.push(message.received()),
+                }
+            }
+            if flags & (DUMP | ACK) == 0 {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// Joins a group of events.
+    pub fn subscribe(&mut self, group: u32) -> io::Result<()> {
+        self.socket.add_membership(group)
+    }
+
+    /// What events have come; `None` when some were lost. Never waits.
+    pub fn events(&mut self) -> io::Result<Option<Vec<Received>>> {
+        let mut found = Vec::new();
+        loop {
+            match self.receive(libc_dontwait()) {
+                Ok((datagram, _)) => found.extend(messages(&datagram).map(|message| message.received())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Some(found)),
+                Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ENOBUFS as i32) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn receive(&self, flags: i32) -> io::Result<(Vec<u8>, SocketAddr)> {
+        let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
+        loop {
+            match self.socket.recv_from(&mut buffer, flags) {
+                // Only the kernel speaks to us.
+                Ok((_, from)) if from.port_number() != 0 => buffer.clear(),
+                Ok((_, from)) => return Ok((buffer, from)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+fn libc_dontwait() -> i32 {
+    nix::sys::socket::MsgFlags::MSG_DONTWAIT.bits()
+}
+
+/// The socket as something that socket options can be set on.
+fn unsafe_free_fd(socket: &Socket) -> impl std::os::fd::AsFd + use<> {
+    #[expect(
+        unsafe_code,
+        reason = "the descriptor lives as long as the socket, which outlives this function's callers"
+    )]
+    // SAFETY: the borrowed descriptor is used only while `socket` is alive, within `Netlink::open`.
+    unsafe {
+        std::os::fd::BorrowedFd::borrow_raw(socket.as_raw_fd())
+    }
+}
+
+struct Message<'a> {
+    kind: u16,
+    sequence: u32,
+    port: u32,
+    payload: &'a [u8],
+}
+
+impl Message<'_> {
+    /// Of which message, and the error if it is one.
+    fn acknowledgement(&self) -> Option<(u32, Option<io::Error>)> {
+        if self.kind != NLMSG_ERROR {
+            return None;
+        }
+        let code = i32::from_ne_bytes(self.payload.get(..4)?.try_into().ok()?);
+        Some((self.sequence, (code != 0).then(|| io::Error::from_raw_os_error(-code))))
+    }
+
+    fn received(&self) -> Received {
+        Received {
+            port: self.port,
+            body: self.payload.get(4..).unwrap_or_default().to_vec(),
+            family: self.payload.first().copied().unwrap_or_default(),
+        }
+    }
+}
+
+fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
+    std::iter::from_fn(move || {
+        let header: &[u8; HEADER_BYTES] = bytes.first_chunk()?;
+        let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let length = usize::try_from(word(0)).ok()?;
+        let payload = bytes.get(HEADER_BYTES..length)?;
+        let message =
+            Message { kind: u16::from_ne_bytes([header[4], header[5]]), sequence: word(8), port: word(12), payload };
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(message)
+    })
+}

@@ -1,0 +1,500 @@
+//! The difference between two rule sets as one batch.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use hanse_ruleset::{Chain, ChainId, EndpointId, Family, Policy, PolicyId, RuleSet, Set, SetId};
+
+use super::expression::{Verdict, value, verdict_data};
+use super::netlink::{Attributes, Batch, CREATE};
+use super::render::{
+    AnonymousSet, Element, INTERVAL, KernelChain, MAP, Render, Rule, SetDefinition, base_chains, endpoint_elements,
+    epoch_chains, fixed_sets, interface_key, range_elements, set_definitions, set_elements, set_name,
+};
+use super::{Config, Epoch, FAMILY_INET};
+
+pub const NEW_TABLE: u16 = 0;
+pub const DELETE_TABLE: u16 = 2;
+const NEW_CHAIN: u16 = 3;
+const DELETE_CHAIN: u16 = 5;
+const NEW_RULE: u16 = 6;
+const DELETE_RULE: u16 = 8;
+const NEW_SET: u16 = 9;
+const DELETE_SET: u16 = 11;
+const NEW_ELEMENTS: u16 = 12;
+const DELETE_ELEMENTS: u16 = 14;
+const APPEND: u16 = 0x800;
+const ANONYMOUS_AND_CONSTANT: u32 = 0x1 | 0x2;
+/// Elements of one message: at most 120 bytes each, so that the list stays below the 64 KiB of an attribute.
+const ELEMENTS_PER_MESSAGE: usize = 500;
+
+/// What a message is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tag {
+    Table,
+    Base,
+    Set(SetId),
+    Policy(PolicyId),
+    Chain(ChainId),
+    Endpoint(EndpointId),
+    Removal,
+}
+
+/// Objects that the kernel refused, with the reason: what fails closed stands in their place.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Closed {
+    pub policies: BTreeMap<PolicyId, String>,
+    pub sets: BTreeMap<SetId, String>,
+    pub chains: BTreeMap<ChainId, String>,
+    pub endpoints: BTreeMap<EndpointId, String>,
+}
+
+pub struct Writer<'a> {
+    config: &'a Config,
+    /// `None`: the table is written from nothing.
+    before: Option<(&'a RuleSet, &'a Closed, &'a [String])>,
+    next: &'a RuleSet,
+    closed: &'a Closed,
+    batch: Batch<Tag>,
+    anonymous_sets: u32,
+}
+
+impl<'a> Writer<'a> {
+    pub fn new(
+        config: &'a Config,
+        before: Option<(&'a RuleSet, &'a Closed, &'a [String])>,
+        next: &'a RuleSet,
+        closed: &'a Closed,
+    ) -> Self {
+        Self { config, before, next, closed, batch: Batch::new(), anonymous_sets: 0 }
+    }
+
+    /// The whole change. Sets come first, then chains, then what leads to them; what is gone leaves last.
+    pub fn write(mut self, epoch: Epoch, state: &str) -> Batch<Tag> {
+        let table = Attributes::default().text(1, &self.config.table);
+        self.batch.push(Tag::Table, NEW_TABLE, CREATE, FAMILY_INET, &table);
+        if self.before.is_none() {
+            self.batch.push(Tag::Table, DELETE_TABLE, 0, FAMILY_INET, &table);
+            self.batch.push(Tag::Table, NEW_TABLE, CREATE, FAMILY_INET, &table);
+            for set in fixed_sets() {
+                self.new_set(&Tag::Base, &set);
+            }
+        }
+        self.write_fixed_elements();
+        self.write_sets();
+        let mut chains = self.new_chains();
+        let base = self.base_chains_to_write();
+        let holding = epoch_chains(self.config, epoch);
+        // First every chain, then the rules that jump between them.
+        if self.before.is_none() {
+            for chain in base.iter().chain(&holding) {
+                self.new_chain(&Tag::Base, chain);
+            }
+            self.new_chain(&Tag::Base, &KernelChain { name: "state".into(), hook: None, rules: Vec::new() });
+        }
+        for (tag, chain) in &chains {
+            self.new_chain(tag, chain);
+        }
+        for chain in base.iter().chain(&holding) {
+            if self.before.is_some() {
+                self.flush_chain(&chain.name);
+            }
+            self.rules(&Tag::Base, chain);
+        }
+        for (tag, chain) in std::mem::take(&mut chains) {
+            self.rules(&tag, &chain);
+        }
+        self.write_endpoints();
+        if self.before.is_some() {
+            self.flush_chain("state");
+        }
+        self.state_rule(state);
+        self.remove();
+        self.batch
+    }
+
+    /// How many rules each chain would have, and elements each set (`set NAME`).
+    pub fn inventory(&self, epoch: Epoch) -> BTreeMap<String, usize> {
+        let mut counts: BTreeMap<String, usize> = BTreeMap::from([("state".to_owned(), 1)]);
+        let chains = self.new_chains().into_iter().map(|(_, chain)| chain);
+        for chain in chains.chain(base_chains(self.config, &self.next.node)).chain(epoch_chains(self.config, epoch)) {
+            if !chain.rules.is_empty() {
+                counts.insert(chain.name, chain.rules.len());
+            }
+        }
+        let mut add = |set: String, elements: &[Element]| {
+            *counts.entry(format!("set {set}")).or_default() += kernel_count(elements);
+        };
+        for set in fixed_sets() {
+            add(set.name, &[]);
+        }
+        for (set, elements) in self.fixed_elements() {
+            add(set, &elements);
+        }
+        for endpoint in self.next.endpoints.values() {
+            for (set, element) in endpoint_elements(endpoint) {
+                add(set, &[element]);
+            }
+        }
+        for set in self.next.sets.values() {
+            for family in [Family::V4, Family::V6] {
+                add(set_name(set.id, family), &set_elements(&set.members, family));
+            }
+        }
+        counts
+    }
+
+    fn fixed_elements(&self) -> Vec<(String, Vec<Element>)> {
+        let uplinks = self.config.uplinks.iter().map(|name| Element::Key(interface_key(name))).collect();
+        let mut fixed = vec![("uplinks".to_owned(), uplinks)];
+        for family in [Family::V4, Family::V6] {
+            let name = format!("ranges{}", super::render::family_digit(family));
+            fixed.push((name, range_elements(&self.next.node, family)));
+        }
+        fixed
+    }
+
+    fn write_fixed_elements(&mut self) {
+        let uplinks_same = self.before.is_some_and(|(.., uplinks)| uplinks == self.config.uplinks);
+        let ranges_same = self.before.is_some_and(|(before, ..)| before.node.pod_ranges == self.next.node.pod_ranges);
+        for (set, elements) in self.fixed_elements() {
+            let same = if set == "uplinks" { uplinks_same } else { ranges_same };
+            if !same {
+                self.replace_elements(&Tag::Base, &set, &elements);
+            }
+        }
+    }
+
+    fn write_sets(&mut self) {
+        let next = self.next;
+        for (id, set) in &next.sets {
+            if self.closed.sets.contains_key(id) {
+                continue;
+            }
+            let tag = Tag::Set(*id);
+            let before = self
+                .before
+                .and_then(|(before, closed, _)| before.sets.get(id).filter(|_| !closed.sets.contains_key(id)));
+            match before {
+                None => self.whole_set(&tag, set),
+                Some(before) if Arc::ptr_eq(before, set) => {}
+                Some(before) if before.kind() != set.kind() => {
+                    for definition in set_definitions(before) {
+                        self.delete_set(&definition.name);
+                    }
+                    self.whole_set(&tag, set);
+                }
+                Some(before) => self.changed_set(&tag, before, set),
+            }
+        }
+    }
+
+    fn whole_set(&mut self, tag: &Tag, set: &Set) {
+        for (definition, family) in set_definitions(set).into_iter().zip([Family::V4, Family::V6]) {
+            self.new_set(tag, &definition);
+            self.elements(tag, NEW_ELEMENTS, &definition.name, None, &set_elements(&set.members, family));
+        }
+    }
+
+    fn changed_set(&mut self, tag: &Tag, before: &Set, set: &Set) {
+        use hanse_ruleset::Members::{Addresses, Nets, Sockets};
+        if before.members == set.members {
+            return;
+        }
+        for family in [Family::V4, Family::V6] {
+            let name = set_name(set.id, family);
+            let (gone, come) = match (&before.members, &set.members) {
+                // Merged intervals have no identity of their own.
+                (Nets(_), _) | (_, Nets(_)) => {
+                    let (old, new) = (set_elements(&before.members, family), set_elements(&set.members, family));
+                    if old != new {
+                        self.replace_elements(tag, &name, &new);
+                    }
+                    continue;
+                }
+                (Addresses(old), Addresses(new)) => (
+                    set_elements(&Addresses(old.difference(new).copied().collect()), family),
+                    set_elements(&Addresses(new.difference(old).copied().collect()), family),
+                ),
+                (Sockets(old), Sockets(new)) => (
+                    set_elements(&Sockets(old.difference(new).copied().collect()), family),
+                    set_elements(&Sockets(new.difference(old).copied().collect()), family),
+                ),
+                _ => continue,
+            };
+            self.elements(tag, DELETE_ELEMENTS, &name, None, &gone);
+            self.elements(tag, NEW_ELEMENTS, &name, None, &come);
+        }
+    }
+
+    /// Chains that `next` has and the kernel has not.
+    fn new_chains(&self) -> Vec<(Tag, KernelChain)> {
+        let mut chains = Vec::new();
+        for (id, policy) in &self.next.policies {
+            if !self.has_policy(*id) {
+                chains.extend(self.policy_chains(*id, policy));
+            }
+        }
+        for (id, chain) in &self.next.chains {
+            if !self.has_chain(*id) {
+                chains.extend(self.chain_chains(*id, chain, self.closed));
+            }
+        }
+        chains
+    }
+
+    fn has_policy(&self, id: PolicyId) -> bool {
+        self.before.is_some_and(|(before, ..)| before.policies.contains_key(&id))
+    }
+
+    fn has_chain(&self, id: ChainId) -> bool {
+        self.before.is_some_and(|(before, ..)| before.chains.contains_key(&id))
+    }
+
+    fn renders(&self) -> [Render<'a>; 2] {
+        [Family::V4, Family::V6].map(|family| Render { config: self.config, family })
+    }
+
+    fn policy_chains(&self, id: PolicyId, policy: &Policy) -> Vec<(Tag, KernelChain)> {
+        let closed = self.closed.policies.contains_key(&id);
+        let chain = |render: Render<'_>| if closed { render.closed_policy(id) } else { render.policy(id, policy) };
+        self.renders().map(|render| (Tag::Policy(id), chain(render))).into()
+    }
+
+    fn chain_chains(&self, id: ChainId, chain: &Chain, closed: &Closed) -> Vec<(Tag, KernelChain)> {
+        let nothing = Chain { phases: Vec::new(), profile_allows: false };
+        let chain = if closed.chains.contains_key(&id) { &nothing } else { chain };
+        self.renders()
+            .into_iter()
+            .flat_map(|render| render.chain(id, chain))
+            .map(|chain| (Tag::Chain(id), chain))
+            .collect()
+    }
+
+    /// All base chains for a new table; for an old one, those that hold what the node's settings say.
+    fn base_chains_to_write(&self) -> Vec<KernelChain> {
+        let all = base_chains(self.config, &self.next.node);
+        match self.before {
+            None => all,
+            Some((before, ..))
+                if before.node.own_streams == self.next.node.own_streams
+                    && before.node.unknown_pods == self.next.node.unknown_pods =>
+            {
+                Vec::new()
+            }
+            Some(_) => all
+                .into_iter()
+                .filter(|chain| ["judge", "node"].iter().any(|name| chain.name.starts_with(name)))
+                .collect(),
+        }
+    }
+
+    fn write_endpoints(&mut self) {
+        let next = self.next;
+        let elements = |rules: &RuleSet, closed: &Closed, id: &EndpointId| -> BTreeSet<(String, Element)> {
+            let open = rules.endpoints.get(id).filter(|_| !closed.endpoints.contains_key(id));
+            open.map(|endpoint| endpoint_elements(endpoint)).unwrap_or_default()
+        };
+        let mut gone: BTreeMap<String, Vec<Element>> = BTreeMap::new();
+        let mut come: Vec<(EndpointId, BTreeSet<(String, Element)>)> = Vec::new();
+        let mut touched: BTreeSet<&EndpointId> = next.endpoints.keys().collect();
+        if let Some((before, closed, _)) = self.before {
+            for (id, endpoint) in &before.endpoints {
+                if next.endpoints.get(id).is_some_and(|same| Arc::ptr_eq(same, endpoint) || same == endpoint)
+                    && closed.endpoints.contains_key(id) == self.closed.endpoints.contains_key(id)
+                {
+                    touched.remove(id);
+                    continue;
+                }
+                let new = elements(next, self.closed, id);
+                for (set, element) in elements(before, closed, id) {
+                    if !new.contains(&(set.clone(), element.clone())) {
+                        gone.entry(set).or_default().push(element);
+                    }
+                }
+            }
+        }
+        for id in touched {
+            let mut new = elements(next, self.closed, id);
+            if let Some((before, closed, _)) = self.before {
+                let old = elements(before, closed, id);
+                new.retain(|element| !old.contains(element));
+            }
+            come.push((id.clone(), new));
+        }
+        for (set, elements) in gone {
+            self.elements(&Tag::Removal, DELETE_ELEMENTS, &set, None, &elements);
+        }
+        for (id, elements) in come {
+            for (set, element) in elements {
+                self.elements(&Tag::Endpoint(id.clone()), NEW_ELEMENTS, &set, None, &[element]);
+            }
+        }
+    }
+
+    fn remove(&mut self) {
+        let Some((before, closed, _)) = self.before else { return };
+        let mut chains = Vec::new();
+        for (id, chain) in before.chains.iter().filter(|(id, _)| !self.next.chains.contains_key(*id)) {
+            chains.extend(self.chain_chains(*id, chain, closed).into_iter().map(|(_, chain)| chain.name));
+        }
+        for id in before.policies.keys().filter(|id| !self.next.policies.contains_key(*id)) {
+            chains.extend([Family::V4, Family::V6].map(|family| super::render::policy_chain_name(*id, family)));
+        }
+        for name in &chains {
+            self.flush_chain(name);
+        }
+        for name in &chains {
+            let body = self.named(name, 3);
+            self.batch.push(Tag::Removal, DELETE_CHAIN, 0, FAMILY_INET, &body);
+        }
+        let next = self.next;
+        for set in before.sets.values().filter(|set| !next.sets.contains_key(&set.id)) {
+            if closed.sets.contains_key(&set.id) {
+                continue;
+            }
+            for definition in set_definitions(set) {
+                self.delete_set(&definition.name);
+            }
+        }
+    }
+
+    /// Table and a name in attribute `kind`.
+    fn named(&self, name: &str, kind: u16) -> Attributes {
+        Attributes::default().text(1, &self.config.table).text(kind, name)
+    }
+
+    fn new_chain(&mut self, tag: &Tag, chain: &KernelChain) {
+        let mut body = self.named(&chain.name, 3);
+        if let Some((kind, hook, priority)) = chain.hook {
+            let hook = Attributes::default().u32(1, hook).bytes(2, &priority.to_be_bytes());
+            body = body.nest(4, &hook).text(7, kind);
+        }
+        self.batch.push(tag.clone(), NEW_CHAIN, CREATE, FAMILY_INET, &body);
+    }
+
+    fn flush_chain(&mut self, name: &str) {
+        let body = self.named(name, 2);
+        self.batch.push(Tag::Removal, DELETE_RULE, 0, FAMILY_INET, &body);
+    }
+
+    fn rules(&mut self, tag: &Tag, chain: &KernelChain) {
+        for rule in &chain.rules {
+            self.rule(tag, &chain.name, rule);
+        }
+    }
+
+    fn rule(&mut self, tag: &Tag, chain: &str, rule: &Rule) {
+        let first = self.anonymous_sets;
+        for set in &rule.anonymous {
+            self.anonymous_set(tag, set);
+        }
+        let name_of = |index: usize| {
+            let id = first + u32::try_from(index).unwrap_or_default() + 1;
+            ("__set%d".to_owned(), id)
+        };
+        let expressions =
+            rule.expressions.iter().fold(Attributes::default(), |list, it| list.nest(1, &it.encode(&name_of)));
+        let body = self.named(chain, 2).nest(4, &expressions);
+        self.batch.push(tag.clone(), NEW_RULE, CREATE | APPEND, FAMILY_INET, &body);
+    }
+
+    fn anonymous_set(&mut self, tag: &Tag, set: &AnonymousSet) {
+        self.anonymous_sets += 1;
+        let id = self.anonymous_sets;
+        let body = self
+            .named("__set%d", 2)
+            .u32(3, INTERVAL | ANONYMOUS_AND_CONSTANT)
+            .u32(4, 0)
+            .u32(5, set.key_length)
+            .u32(10, id);
+        self.batch.push(tag.clone(), NEW_SET, CREATE, FAMILY_INET, &body);
+        let elements: Vec<Element> =
+            set.intervals.iter().map(|(first, last)| Element::Interval(first.clone(), last.clone())).collect();
+        self.elements(tag, NEW_ELEMENTS, "__set%d", Some(id), &elements);
+    }
+
+    fn state_rule(&mut self, comment: &str) {
+        let verdict = Attributes::default().u32(1, 0).nest(2, &verdict_data(&Verdict::Return));
+        let expression = Attributes::default().text(1, "immediate").nest(2, &verdict);
+        // A comment as people's tools show it: type 0, length, text.
+        let mut data = vec![0, u8::try_from(comment.len() + 1).unwrap_or(u8::MAX)];
+        data.extend(comment.as_bytes());
+        data.push(0);
+        let body = self.named("state", 2).nest(4, &Attributes::default().nest(1, &expression)).bytes(7, &data);
+        self.batch.push(Tag::Base, NEW_RULE, CREATE | APPEND, FAMILY_INET, &body);
+    }
+
+    fn new_set(&mut self, tag: &Tag, set: &SetDefinition) {
+        const VERDICT_TYPE: u32 = 0xffff_ff00;
+        let mut body = self.named(&set.name, 2).u32(3, set.flags).u32(4, 0).u32(5, set.key_length);
+        if set.flags & MAP != 0 {
+            body = body.u32(6, VERDICT_TYPE);
+        }
+        self.anonymous_sets += 1;
+        body = body.u32(10, self.anonymous_sets);
+        self.batch.push(tag.clone(), NEW_SET, CREATE, FAMILY_INET, &body);
+    }
+
+    fn delete_set(&mut self, name: &str) {
+        let body = self.named(name, 2);
+        self.batch.push(Tag::Removal, DELETE_SET, 0, FAMILY_INET, &body);
+    }
+
+    fn replace_elements(&mut self, tag: &Tag, set: &str, elements: &[Element]) {
+        if self.before.is_some() {
+            let body = self.named(set, 2);
+            self.batch.push(tag.clone(), DELETE_ELEMENTS, 0, FAMILY_INET, &body);
+        }
+        self.elements(tag, NEW_ELEMENTS, set, None, elements);
+    }
+
+    fn elements(&mut self, tag: &Tag, message: u16, set: &str, id: Option<u32>, elements: &[Element]) {
+        for chunk in elements.chunks(ELEMENTS_PER_MESSAGE) {
+            let list = chunk.iter().fold(Attributes::default(), encode_element);
+            let mut body = self.named(set, 2);
+            if let Some(id) = id {
+                body = body.u32(4, id);
+            }
+            let flags = if message == NEW_ELEMENTS { CREATE } else { 0 };
+            self.batch.push(tag.clone(), message, flags, FAMILY_INET, &body.nest(3, &list));
+        }
+    }
+}
+
+fn encode_element(list: Attributes, element: &Element) -> Attributes {
+    const INTERVAL_END: u32 = 1;
+    let key = |bytes: &[u8]| Attributes::default().nest(1, &value(bytes));
+    match element {
+        Element::Key(bytes) => list.nest(1, &key(bytes)),
+        Element::Interval(first, last) => {
+            let list = list.nest(1, &key(first));
+            match successor(last) {
+                Some(end) => list.nest(1, &key(&end).u32(3, INTERVAL_END)),
+                None => list,
+            }
+        }
+        Element::Jump(bytes, chain) => list.nest(1, &key(bytes).nest(2, &verdict_data(&Verdict::Jump(chain.clone())))),
+    }
+}
+
+/// How many elements the kernel counts: an interval has an end, unless it reaches the last value.
+fn kernel_count(elements: &[Element]) -> usize {
+    let count = |element: &Element| match element {
+        Element::Interval(_, last) if successor(last).is_some() => 2,
+        _ => 1,
+    };
+    elements.iter().map(count).sum()
+}
+
+/// The next value of the same width; none behind the last.
+fn successor(bytes: &[u8]) -> Option<Vec<u8>> {
+    let mut next = bytes.to_vec();
+    for byte in next.iter_mut().rev() {
+        *byte = byte.wrapping_add(1);
+        if *byte != 0 {
+            return Some(next);
+        }
+    }
+    None
+}

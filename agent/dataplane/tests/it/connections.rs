@@ -1,0 +1,165 @@
+//! Connections that outlive generations.
+
+use std::net::UdpSocket;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use hanse_dataplane::Backend as _;
+use hanse_dataplane::nftables::Config;
+use hanse_ruleset::Action;
+
+use crate::net::{Net, is_reset, passes};
+use crate::verdicts::{Build, addresses, from_set, rule, to_port};
+
+#[test]
+fn a_forbidden_connection_is_cut_at_both_ends() {
+    for (to, listen) in [("10.1.0.3:80", "10.1.0.3:80"), ("[fd01::3]:80", "[fd01::3]:80")] {
+        let mut net = Net::new();
+        net.pod(2);
+        net.pod(3);
+        let mut driver = net.driver();
+        let listener = net.listen("p3", listen);
+        let open =
+            |number| Build { pods: vec![2, 3], ingress: Some(vec![rule(Action::Allow)]), number, ..Build::default() };
+        // The server may send whatever it likes by itself: only what it received is forbidden.
+        let closed = |number| Build {
+            pods: vec![2, 3],
+            ingress: Some(vec![to_port(Action::Deny, 80), rule(Action::Allow)]),
+            number,
+            ..Build::default()
+        };
+        driver.apply(&open(1).rules()).expect("applied");
+        let (mut busy_client, mut busy_server) = net.pair("p2", to, &listener);
+        let (mut idle_client, mut idle_server) = net.pair("p2", to, &listener);
+        assert!(passes(&mut busy_client, &mut busy_server) && passes(&mut busy_server, &mut busy_client));
+        driver.apply(&closed(2).rules()).expect("applied");
+        assert!(!passes(&mut busy_client, &mut busy_server), "{to}: the client goes on");
+        assert!(is_reset(&mut busy_client), "{to}: the client is not told");
+        assert!(is_reset(&mut busy_server), "{to}: the server is not told");
+        // The idle one: the server speaks first.
+        assert!(!passes(&mut idle_server, &mut idle_client), "{to}: the server goes on");
+        assert!(is_reset(&mut idle_server) && is_reset(&mut idle_client), "{to}: the idle connection");
+        assert!(net.connect("p2", to).is_none());
+        driver.apply(&open(3).rules()).expect("applied");
+        assert!(net.connect("p2", to).is_some(), "{to}: open again");
+    }
+}
+
+#[test]
+fn a_connection_picked_up_in_the_middle_does_not_pass() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    let mut driver = net.driver();
+    let listener = net.listen("p3", "10.1.0.3:80");
+    let (mut client, mut server) = net.pair("p2", "10.1.0.3:80", &listener);
+    assert!(passes(&mut client, &mut server));
+    // What the server sends by itself is allowed, what comes to port 80 is not; and the kernel has no memory of the
+    // connection (nothing tracked it so far).
+    let closed = Build {
+        pods: vec![2, 3],
+        ingress: Some(vec![to_port(Action::Deny, 80), rule(Action::Allow)]),
+        ..Build::default()
+    };
+    driver.apply(&closed.rules()).expect("applied");
+    assert!(!passes(&mut server, &mut client));
+    assert!(!passes(&mut client, &mut server));
+}
+
+#[test]
+fn allowed_connections_survive_a_thousand_generations() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    // A service address that another table translates.
+    let node = net.name("node");
+    let nat = "table ip services { chain prerouting { type nat hook prerouting priority -100; \
+               ip daddr 10.96.0.1 tcp dport 80 dnat to 10.1.0.3:8080\n}\n}\n";
+    let loaded = std::process::Command::new("ip").args(["netns", "exec", &node, "nft", nat]).output();
+    assert!(loaded.is_ok_and(|it| it.status.success()), "nft of nftables makes the translation");
+    // Few epochs, so that they start again several times.
+    let mut driver = net.driver_with(Config { ct_mark_mask: 0xff00_0000, ..Config::default() });
+    let generation = |number: u64| {
+        let members = [format!("10.200.{}.{}", number / 250, number % 250 + 1)];
+        let members: Vec<&str> = members.iter().map(String::as_str).collect();
+        Build {
+            pods: vec![2, 3],
+            ingress: Some(vec![from_set(Action::Deny, "forbidden"), to_port(Action::Allow, 8080)]),
+            sets: vec![addresses("forbidden", &members)],
+            number,
+            ..Build::default()
+        }
+    };
+    driver.apply(&generation(0).rules()).expect("applied");
+    let listener = net.listen("p3", "10.1.0.3:8080");
+    let (mut direct, mut direct_server) = net.pair("p2", "10.1.0.3:8080", &listener);
+    let (mut service, mut service_server) = net.pair("p2", "10.96.0.1:80", &listener);
+    for number in 1..=1000 {
+        driver.apply(&generation(number).rules()).expect("applied");
+        if number % 10 == 0 {
+            assert!(passes(&mut direct, &mut direct_server), "{number}");
+            assert!(passes(&mut service_server, &mut service), "{number}: from the server, translated");
+            assert!(passes(&mut service, &mut service_server), "{number}: translated");
+        }
+    }
+}
+
+#[test]
+fn no_packet_slips_through_while_generations_flip() {
+    let mut net = Net::new();
+    for pod in [2, 3, 4] {
+        net.pod(pod);
+    }
+    let mut driver = net.driver();
+    // Everything changes its name each time: the list of rules, so policy, chain and the endpoints' elements.
+    let generation = |number: u64| {
+        let mut rules = vec![from_set(Action::Allow, if number.is_multiple_of(2) { "even" } else { "odd" })];
+        rules.extend((0..number % 3).map(|extra| to_port(Action::Deny, 1000 + extra as u16)));
+        let name = if number.is_multiple_of(2) { "even" } else { "odd" };
+        Build {
+            pods: vec![2, 3, 4],
+            ingress: Some(rules),
+            sets: vec![addresses(name, &["10.1.0.2"])],
+            number,
+            ..Build::default()
+        }
+    };
+    driver.apply(&generation(0).rules()).expect("applied");
+    let (allowed, forbidden) = (net.udp("p3", "10.1.0.3:5000"), net.udp("p3", "10.1.0.3:5001"));
+    assert!(net.datagram("p2", "10.1.0.2:4000", &allowed) && !net.datagram("p4", "10.1.0.4:4000", &forbidden));
+    let done = AtomicBool::new(false);
+    let (sent_allowed, sent_forbidden) = (AtomicU64::new(0), AtomicU64::new(0));
+    // Each round from a new port, so that every packet is the first of its connection, and from one that stays.
+    let flood = |pod: &str, to: &str, sent: &AtomicU64| {
+        let own = format!("10.1.0.{}:0", &pod[1..]);
+        net.within(pod, || {
+            let lasting = UdpSocket::bind(&own).expect("bound");
+            while !done.load(Ordering::Relaxed) {
+                let fresh = UdpSocket::bind(&own).expect("bound");
+                for socket in [&fresh, &lasting] {
+                    sent.fetch_add(u64::from(socket.send_to(b"flood", to).is_ok()), Ordering::Relaxed);
+                }
+            }
+        });
+    };
+    let mut received = 0u64;
+    std::thread::scope(|scope| {
+        scope.spawn(|| flood("p2", "10.1.0.3:5000", &sent_allowed));
+        scope.spawn(|| flood("p4", "10.1.0.3:5001", &sent_forbidden));
+        allowed.set_nonblocking(true).expect("set");
+        for number in 1..=1000 {
+            driver.apply(&generation(number).rules()).expect("applied");
+            while allowed.recv_from(&mut [0; 16]).is_ok() {
+                received += 1;
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    forbidden.set_nonblocking(true).expect("set");
+    let leaked = std::iter::from_fn(|| forbidden.recv_from(&mut [0; 16]).ok()).count();
+    let (sent_allowed, sent_forbidden) = (sent_allowed.into_inner(), sent_forbidden.into_inner());
+    println!(
+        "1000 generations: {sent_forbidden} forbidden packets sent, {leaked} received; {sent_allowed} allowed sent, {received} received"
+    );
+    assert!(sent_forbidden > 1000 && received > 1000, "the flood is one");
+    assert_eq!(leaked, 0);
+}

@@ -1,0 +1,7 @@
+//! The driver against the real kernel: every verdict here is what packets did, in network namespaces.
+
+mod connections;
+mod differential;
+mod lifecycle;
+mod net;
+mod verdicts;
