@@ -103,17 +103,8 @@ impl Inventory {
     /// cluster may not set. What a cluster knows first-hand is never unknown to it: of its own endpoints, `enforcer`
     /// sees every label, stale or not.
     pub fn selects(&self, enforcer: &str, selection: &Selection, cluster: &str, endpoint: &EndpointId) -> Tri {
-        let Some(owner) = self.clusters.get(cluster).filter(|_| selection.clusters.contains(enforcer, cluster)) else {
-            return Tri::No;
-        };
-        let Some(it) = owner.endpoints.get(endpoint).filter(|it| !it.host_network) else {
-            return Tri::No;
-        };
-        let first_hand = enforcer == cluster;
-        if owner.stale && !first_hand {
-            return Tri::Unknown;
-        }
-        selection.selector.evaluate(&EffectiveLabels { cluster: owner, id: endpoint, endpoint: it, first_hand })
+        let found = self.clusters.get(cluster).and_then(|owner| Some((owner, owner.endpoints.get(endpoint)?)));
+        found.map_or(Tri::No, |(owner, it)| selects(enforcer, selection, cluster, owner, endpoint, it))
     }
 
     /// Whether `selection` holds for a federated network set: only one of the whole ClusterSet can.
@@ -126,6 +117,25 @@ impl Inventory {
             _ => Tri::No,
         }
     }
+}
+
+/// [`Inventory::selects`] where the endpoint is at hand.
+pub(crate) fn selects(
+    enforcer: &str,
+    selection: &Selection,
+    cluster: &str,
+    owner: &Cluster,
+    id: &EndpointId,
+    endpoint: &Endpoint,
+) -> Tri {
+    if endpoint.host_network || !selection.clusters.contains(enforcer, cluster) {
+        return Tri::No;
+    }
+    let first_hand = enforcer == cluster;
+    if owner.stale && !first_hand {
+        return Tri::Unknown;
+    }
+    selection.selector.evaluate(&EffectiveLabels { cluster: owner, id, endpoint, first_hand })
 }
 
 impl ClusterScope {
@@ -153,6 +163,14 @@ pub struct EffectiveLabels<'a> {
 }
 
 impl EffectiveLabels<'_> {
+    /// A label of the object's own, whose key is not reserved.
+    fn own(&self, key: &str) -> Label<'_> {
+        match &self.cluster.label_grant {
+            LabelGrant::Keys(granted) if !self.first_hand && !granted.contains(key) => Label::Unknown,
+            _ => self.endpoint.labels.get(key).map_or(Label::Absent, |value| Label::Present(value)),
+        }
+    }
+
     fn namespace(&self) -> Option<&Namespace> {
         self.cluster.namespaces.get(self.id.namespace.as_ref()?)
     }
@@ -203,6 +221,10 @@ impl LabelLookup for EffectiveLabels<'_> {
         fn of<'v>(value: Option<&'v Arc<str>>) -> Label<'v> {
             value.map_or(Label::Absent, |value| Label::Present(value))
         }
+        // Every name that is not the object's own starts with this letter; most keys do not.
+        if !key.starts_with('p') {
+            return self.own(key);
+        }
         if let Some(key) = key.strip_prefix(build::NAMESPACE_PREFIX) {
             return match key {
                 build::NAME => of(self.id.namespace.as_ref()),
@@ -215,13 +237,12 @@ impl LabelLookup for EffectiveLabels<'_> {
                 _ => of(self.account_labels().and_then(|labels| labels.get(key))),
             };
         }
-        match (key, &self.cluster.label_grant) {
-            (build::NAMESPACE, _) => of(self.id.namespace.as_ref()),
-            (build::SERVICE_ACCOUNT, _) => of(self.account()),
-            (build::ORCHESTRATOR, _) if self.id.kind == EndpointKind::Pod => Label::Present(build::KUBERNETES),
-            (build::ORCHESTRATOR, _) => Label::Absent,
-            (_, LabelGrant::Keys(granted)) if !self.first_hand && !granted.contains(key) => Label::Unknown,
-            _ => of(self.endpoint.labels.get(key)),
+        match key {
+            build::NAMESPACE => of(self.id.namespace.as_ref()),
+            build::SERVICE_ACCOUNT => of(self.account()),
+            build::ORCHESTRATOR if self.id.kind == EndpointKind::Pod => Label::Present(build::KUBERNETES),
+            build::ORCHESTRATOR => Label::Absent,
+            _ => self.own(key),
         }
     }
 }

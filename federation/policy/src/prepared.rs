@@ -1,8 +1,8 @@
 //! The evaluator for many questions: the rules are judged by the reference's own code ([`crate::evaluate`]), while what
 //! that code asks is looked up in indexes and remembered.
 //!
-//! - Pods with the same cluster, namespace, account and labels form a class: which policies apply to it, and which
-//!   selections hold it, is found once.
+//! - Pods with the same cluster, namespace, account and labels form a class, labels that no selector names aside: which
+//!   policies apply to it, and which selections hold it, is found once.
 //! - The policies of a cluster are sorted once; those of one class are found by a label that their selectors require.
 //! - Network sets are found by the prefixes of their nets.
 //!
@@ -19,7 +19,7 @@ use crate::evaluate::{
     Answer, Court, Direction, End, Facts, Query, TierView, View, acting, answer, backend, in_order, in_tiers,
     named_port, rules,
 };
-use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, Labels};
+use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, Labels, selects};
 use crate::model::{
     Action, ClusterName, ClusterScope, EntityMatch, Layer, Policy, PolicySet, Protocol, Rule, Selection, ServiceMatch,
 };
@@ -33,6 +33,7 @@ type ChainKey = (usize, Direction, Vec<u32>);
 type Answers = Rc<[Cell<Option<Tri>>]>;
 /// A class, the network sets that hold the address, and the enforcing cluster (the address of its name).
 type MemoKey = (Option<u32>, Rc<[u32]>, usize);
+type FastSet<T> = std::collections::HashSet<T, foldhash::fast::RandomState>;
 type FastMap<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
 /// What may be remembered about selections, in bytes: one byte for each selection of a class and an enforcing cluster.
@@ -62,11 +63,21 @@ impl<'a> Prepared<'a> {
         let mut selections = FastMap::default();
         let mut ids: FastMap<&Selection, u32> = FastMap::default();
         let layers = [&policies.federation].into_iter().chain(policies.clusters.values());
+        let mut keys = FastSet::default();
+        let mut note = |selector: &'a Selector| {
+            selector.expr.for_each_key(&mut |key| {
+                keys.insert(&**key);
+            });
+        };
         for policy in layers.flat_map(|layer| layer.policies.values()) {
+            note(&policy.selector);
             for rule in [&policy.ingress, &policy.egress].into_iter().flatten().flatten() {
                 for selection in [&rule.source, &rule.destination].into_iter().flat_map(selections_of) {
                     let next = ids.len() as u32;
                     let id = *ids.entry(selection).or_insert(next);
+                    if id == next {
+                        note(&selection.selector);
+                    }
                     selections.insert(address_of(selection), id);
                 }
             }
@@ -82,7 +93,7 @@ impl<'a> Prepared<'a> {
             selections,
             selection_count: ids.len(),
             sets: NetworkSets::new(inventory),
-            classes: RefCell::default(),
+            classes: RefCell::new(Classes { keys, by_key: FastMap::default(), by_endpoint: FastMap::default() }),
             chains: RefCell::default(),
             chains_by_content: RefCell::default(),
             memos: RefCell::default(),
@@ -131,7 +142,7 @@ impl<'a> Prepared<'a> {
     /// The rules of a tier that can decide: one that does what an earlier one does, where that one matches, never comes
     /// to it. Log rules speak each time.
     fn plain_rules(&self, tier: &TierView<'a>, direction: Direction) -> Vec<PlainRule<'a>> {
-        let mut seen = std::collections::HashSet::with_hasher(foldhash::fast::RandomState::default());
+        let mut seen = FastSet::default();
         let mut plain = Vec::new();
         let number = |selection: &Option<Selection>| {
             selection.as_ref().and_then(|it| self.selections.get(&address_of(it))).copied()
@@ -268,7 +279,7 @@ impl Facts for Remembered<'_, '_> {
         let inventory = self.prepared.inventory;
         let mut any = Tri::No;
         if let Some(pod) = memo.end.pod {
-            any = any.or(inventory.selects(enforcer, selection, pod.cluster, pod.id));
+            any = any.or(selects(enforcer, selection, pod.cluster, pod.owner, pod.id, pod.endpoint));
         }
         for set in memo.end.sets.iter() {
             any = any.or(match self.prepared.sets.all[*set as usize] {
@@ -292,8 +303,10 @@ impl Facts for Remembered<'_, '_> {
 }
 
 /// Numbers pods that no selector can tell apart.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Classes<'a> {
+    /// The label keys that some selector names.
+    keys: FastSet<&'a str>,
     by_key: FastMap<ClassKey<'a>, u32>,
     /// By the address of the endpoint in the inventory.
     by_endpoint: FastMap<usize, u32>,
@@ -305,10 +318,15 @@ struct ClassKey<'a> {
     namespace: Option<&'a str>,
     account: Option<&'a str>,
     host_network: bool,
-    labels: &'a Labels,
+    labels: Vec<(&'a str, &'a str)>,
 }
 
 impl<'a> Classes<'a> {
+    fn telling(&self, labels: &'a Labels) -> Vec<(&'a str, &'a str)> {
+        let pairs = labels.iter().map(|(key, value)| (&**key, &**value));
+        pairs.filter(|(key, _)| self.keys.contains(key)).collect()
+    }
+
     fn pod(&mut self, cluster: &'a str, id: &'a EndpointId, endpoint: &'a Endpoint) -> u32 {
         let address = std::ptr::from_ref(endpoint) as usize;
         if let Some(class) = self.by_endpoint.get(&address) {
@@ -319,7 +337,7 @@ impl<'a> Classes<'a> {
             namespace: id.namespace.as_deref(),
             account: endpoint.service_account.as_deref(),
             host_network: endpoint.host_network,
-            labels: &endpoint.labels,
+            labels: self.telling(&endpoint.labels),
         };
         let next = self.by_key.len() as u32;
         let class = *self.by_key.entry(key).or_insert(next);
@@ -363,20 +381,38 @@ impl<'a> Plan<'a> {
             let subject = *by_selector.entry(&policy.selector.canonical).or_insert(next);
             if subject == next {
                 plan.subjects.push((&policy.selector, Vec::new()));
-                match required(&policy.selector.expr) {
-                    None => plan.others.push(subject),
-                    Some((key, None)) => plan.by_label.entry(key).or_default().any.push(subject),
-                    Some((key, Some(values))) => {
-                        let by_value = plan.by_label.entry(key).or_default();
-                        for value in values {
-                            by_value.of_value.entry(value.to_owned()).or_default().push(subject);
-                        }
-                    }
-                }
             }
             plan.subjects[subject as usize].1.push(at as u32);
         }
+        plan.index_subjects();
         plan
+    }
+
+    /// Each subject under the label that it requires and the fewest others do.
+    fn index_subjects(&mut self) {
+        let mut all = Vec::new();
+        let mut requiring: FastMap<Requirement<'_>, u32> = FastMap::default();
+        for (selector, _) in &self.subjects {
+            let requirements = required(&selector.expr);
+            for requirement in &requirements {
+                *requiring.entry(requirement.clone()).or_default() += 1;
+            }
+            all.push(requirements);
+        }
+        for (subject, requirements) in (0..).zip(all) {
+            // A label with a value before one without, where as many require it.
+            let rarest = requirements.into_iter().min_by_key(|it| (requiring[it], it.1.is_none()));
+            match rarest {
+                None => self.others.push(subject),
+                Some((key, None)) => self.by_label.entry(key).or_default().any.push(subject),
+                Some((key, Some(values))) => {
+                    let by_value = self.by_label.entry(key).or_default();
+                    for value in values {
+                        by_value.of_value.entry(value.to_owned()).or_default().push(subject);
+                    }
+                }
+            }
+        }
     }
 
     /// The policies that apply to a pod in a direction, by their places.
@@ -401,18 +437,19 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// A label that must be present for the expression to hold, and the values it may then have: the most telling of a
-/// conjunction.
-fn required(expr: &Expr) -> Option<(&str, Option<Vec<&str>>)> {
+/// A label that must be present, with the values that it may have if not any.
+type Requirement<'e> = (&'e str, Option<Vec<&'e str>>);
+
+/// Labels that must be present for the expression to hold.
+fn required(expr: &Expr) -> Vec<Requirement<'_>> {
     match expr {
-        Expr::Equal(key, value) => Some((key, Some(vec![value]))),
-        Expr::In(key, values) => Some((key, Some(values.iter().map(|value| &**value).collect()))),
+        Expr::Equal(key, value) => vec![(key, Some(vec![value]))],
+        Expr::In(key, values) => vec![(key, Some(values.iter().map(|value| &**value).collect()))],
         Expr::Has(key) | Expr::Contains(key, _) | Expr::StartsWith(key, _) | Expr::EndsWith(key, _) => {
-            Some((key, None))
+            vec![(key, None)]
         }
-        // Of equals the last: conversions put the pods' own labels behind what all pods, or all of a namespace, share.
-        Expr::And(parts) => parts.iter().filter_map(required).max_by_key(|(_, values)| values.is_some()),
-        Expr::All | Expr::Global | Expr::NotEqual(..) | Expr::NotIn(..) | Expr::Not(_) | Expr::Or(_) => None,
+        Expr::And(parts) => parts.iter().flat_map(required).collect(),
+        Expr::All | Expr::Global | Expr::NotEqual(..) | Expr::NotIn(..) | Expr::Not(_) | Expr::Or(_) => Vec::new(),
     }
 }
 
