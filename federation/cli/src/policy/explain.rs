@@ -88,9 +88,7 @@ impl Arguments {
                     row.extend([trace::reason(answer.egress.as_ref()), trace::reason(answer.ingress.as_ref())]);
                     table.add_row(row);
                 }
-                (format, _) => {
-                    super::write_line(&mut out, format, &AnswerLine::new(&answer, staged.as_ref(), Some(form)))?
-                }
+                (format, _) => super::write_line(&mut out, format, &AnswerLine::new(&answer, staged.as_ref(), form))?,
             }
         }
         if self.output == Format::Table {

@@ -118,6 +118,14 @@ pub enum QuestionError {
 struct Candidate {
     addresses: Vec<IpAddr>,
     owners: Vec<(ClusterName, EndpointId)>,
+    /// The cluster that was named, though nobody there owns the address.
+    named: Option<ClusterName>,
+}
+
+impl Candidate {
+    fn is_of(&self, cluster: &ClusterName) -> bool {
+        self.named.as_ref() == Some(cluster) || self.owners.iter().any(|(owner, _)| owner == cluster)
+    }
 }
 
 /// Pods by their addresses.
@@ -166,11 +174,12 @@ impl<'a> Owners<'a> {
                 let address = address.to_canonical();
                 let owners = self.by_address.get(&address).into_iter().flatten();
                 let owners = owners.map(|(cluster, id)| ((*cluster).clone(), (*id).clone())).collect();
-                Ok(Candidate { addresses: vec![address], owners })
+                Ok(Candidate { addresses: vec![address], owners, named: None })
             }
             Place::Pod { cluster, namespace, pod } => {
                 let (cluster, id, endpoint) = self.pod(cluster.as_deref(), namespace, pod)?;
                 // A pod on the host's network has its node's addresses, which nobody owns.
+                let named = Some(cluster.clone());
                 let (addresses, owners) = match endpoint.host_network {
                     true => (endpoint.host_addresses.clone(), Vec::new()),
                     false => (endpoint.addresses.clone(), vec![(cluster, id)]),
@@ -178,7 +187,7 @@ impl<'a> Owners<'a> {
                 if addresses.is_empty() {
                     return Err(QuestionError::NoAddress(place.to_string()));
                 }
-                Ok(Candidate { addresses, owners })
+                Ok(Candidate { addresses, owners, named })
             }
         }
     }
@@ -205,7 +214,7 @@ impl<'a> Owners<'a> {
         let of_version = |address: &&IpAddr| address.is_ipv4() == (version == 4);
         let family = || QuestionError::Family(place.to_string(), version);
         let address = *this.addresses.iter().find(of_version).ok_or_else(family)?;
-        let shared = this.owners.iter().find(|(cluster, _)| other.owners.iter().any(|(have, _)| have == cluster));
+        let shared = this.owners.iter().find(|(cluster, _)| other.is_of(cluster));
         Ok(End { address, pod: shared.or(this.owners.first()).cloned() })
     }
 }

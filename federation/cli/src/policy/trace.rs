@@ -9,12 +9,19 @@ pub struct AnswerLine<'a> {
     verdict: &'static str,
     egress: DirectionLine<'a>,
     ingress: DirectionLine<'a>,
-    /// What would be said if staged policies were committed; absent where none is staged.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    staged: Option<Box<AnswerLine<'a>>>,
+    staged: StagedLine<'a>,
     /// Which form of the evaluator answered.
+    form: &'static str,
+}
+
+/// What would be said if staged policies were committed; where none is staged, the verdict alone.
+#[derive(Debug, Serialize)]
+struct StagedLine<'a> {
+    verdict: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    form: Option<&'static str>,
+    egress: Option<DirectionLine<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ingress: Option<DirectionLine<'a>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -63,12 +70,16 @@ struct PolicyLine<'a> {
 }
 
 impl<'a> AnswerLine<'a> {
-    pub fn new(enforced: &'a Answer, pending: Option<&'a Answer>, form: Option<&'static str>) -> Self {
+    pub fn new(enforced: &'a Answer, pending: Option<&'a Answer>, form: &'static str) -> Self {
         Self {
             verdict: verdict(enforced.verdict),
             egress: direction(enforced.egress.as_ref()),
             ingress: direction(enforced.ingress.as_ref()),
-            staged: pending.map(|pending| Box::new(Self::new(pending, None, None))),
+            staged: StagedLine {
+                verdict: verdict(pending.unwrap_or(enforced).verdict),
+                egress: pending.map(|pending| direction(pending.egress.as_ref())),
+                ingress: pending.map(|pending| direction(pending.ingress.as_ref())),
+            },
             form,
         }
     }
