@@ -290,3 +290,98 @@ fn an_address_is_the_newest_live_pods() {
     assert!(lines[0].contains("\"verdict\":\"deny\""), "{stdout}");
     assert!(lines[1].contains("owns no address"), "{stdout}");
 }
+
+/// All presets together, over two clusters of AI workloads.
+#[test]
+fn presets_mean_what_they_say() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let federation = root.path().join("federation");
+    std::fs::create_dir(&federation).expect("directory");
+    for preset in [
+        &["tiers"][..],
+        &["default-deny"],
+        &["deny-metadata"],
+        &["stages"],
+        &["model-registry"],
+        &["gpu-collective", "--set", "job=llama"],
+        &["egress-registries", "--set", "nets=203.0.113.0/28", "--set", "from=app == 'builder'"],
+    ] {
+        let output = hanse(&[&["policy", "scaffold"], preset].concat());
+        assert!(output.status.success(), "{preset:?}: {output:?}");
+        std::fs::write(federation.join(format!("{}.yaml", preset[0])), output.stdout).expect("manifests");
+    }
+    let namespace = |name: &str, stage: &str| {
+        let labels = json!({"kubernetes.io/metadata.name": name, "stage": stage});
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+    };
+    let pod = |namespace: &str, name: &str, address: &str, labels: Value| {
+        json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": namespace, "labels": labels},
+            "spec": {"containers": []}, "status": {"phase": "Running", "podIP": address},
+        })
+    };
+    let job = |name: &str| json!({"batch.kubernetes.io/job-name": name});
+    let worlds = [
+        (
+            "train",
+            vec![
+                namespace("jobs", "train"),
+                namespace("kube-system", ""),
+                pod("jobs", "llama-0", "10.0.0.1", job("llama")),
+                pod("jobs", "llama-1", "10.0.0.2", job("llama")),
+                pod("jobs", "other-0", "10.0.0.3", job("other")),
+                pod("jobs", "loader", "10.0.0.4", json!({"models": "write"})),
+                pod("jobs", "builder", "10.0.0.5", json!({"app": "builder"})),
+                pod("kube-system", "dns", "10.0.0.9", json!({"k8s-app": "kube-dns"})),
+            ],
+        ),
+        (
+            "serve",
+            vec![
+                namespace("llm", "inference"),
+                pod("llm", "vllm", "10.1.0.1", json!({"models": "read"})),
+                pod("llm", "peer", "10.1.0.2", json!({})),
+                pod("llm", "registry", "10.1.0.3", json!({"app": "model-registry"})),
+            ],
+        ),
+    ];
+    let mut arguments = vec!["policy".to_owned(), "explain".to_owned(), "-o".to_owned(), "json".to_owned()];
+    for (name, items) in worlds {
+        let directory = root.path().join(name);
+        std::fs::create_dir(&directory).expect("directory");
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
+        std::fs::write(directory.join("all.json"), list.to_string()).expect("manifests");
+        arguments.extend(["--cluster".to_owned(), format!("{name}={}", directory.display())]);
+    }
+    let cases = [
+        ("10.0.0.1", "10.0.0.2", "TCP", 29500, "allow", "workers of one job"),
+        ("10.0.0.3", "10.0.0.1", "TCP", 29500, "deny", "workers of another job of the same stage"),
+        ("10.0.0.1", "10.0.0.3", "TCP", 29500, "allow", "within the stage, to a job without the preset"),
+        ("10.0.0.1", "10.1.0.1", "TCP", 80, "deny", "training to inference"),
+        ("10.1.0.1", "10.1.0.2", "TCP", 80, "allow", "within inference"),
+        ("10.0.0.4", "10.1.0.3", "TCP", 8081, "allow", "a writer publishes, across clusters and stages"),
+        ("10.1.0.1", "10.1.0.3", "TCP", 8080, "allow", "a reader reads"),
+        ("10.0.0.5", "10.1.0.3", "TCP", 8080, "deny", "neither reader nor writer, of another stage"),
+        ("10.0.0.1", "10.0.0.9", "UDP", 53, "allow", "names can be looked up"),
+        ("10.0.0.1", "10.0.0.9", "UDP", 54, "deny", "and nothing else"),
+        ("10.0.0.5", "203.0.113.5", "TCP", 443, "allow", "out to a named registry"),
+        ("10.0.0.5", "203.0.113.99", "TCP", 443, "deny", "and to nothing else outside"),
+        ("10.0.0.4", "203.0.113.5", "TCP", 443, "deny", "nor by others"),
+        ("10.0.0.9", "169.254.169.254", "TCP", 80, "deny", "the metadata address, even without a default deny"),
+        ("203.0.113.1", "10.1.0.1", "TCP", 80, "deny", "from outside"),
+    ];
+    let queries = root.path().join("queries.jsonl");
+    let line = |(from, to, protocol, port, ..): &(&str, &str, &str, u16, &str, &str)| {
+        json!({"from": {"ip": from}, "to": {"ip": to}, "protocol": protocol, "port": port}).to_string()
+    };
+    std::fs::write(&queries, cases.iter().map(line).collect::<Vec<_>>().join("\n")).expect("queries");
+    arguments.extend(["--federation".to_owned(), federation.display().to_string()]);
+    arguments.extend(["--queries".to_owned(), queries.display().to_string()]);
+    let output = hanse(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(output.status.success(), "{output:?}");
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    for (answer, (from, to, _, port, verdict, about)) in stdout.lines().zip(cases) {
+        let answer: Value = serde_json::from_str(answer).expect("JSON");
+        assert_eq!(answer["verdict"], verdict, "{about}: {from} -> {to}:{port}\n{answer:#}");
+    }
+}
