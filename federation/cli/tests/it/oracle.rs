@@ -1,4 +1,4 @@
-//! Kubernetes NetworkPolicy a second time: read straight from the API's text over the JSON of the objects, sharing nothing
+//! NetworkPolicy and ClusterNetworkPolicy a second time: read straight from the API's text over the JSON of the objects, sharing nothing
 //! with the conversion and the evaluator, and compared with `hanse policy explain` on random policies, pods and packets.
 
 use std::collections::BTreeMap;
@@ -137,6 +137,53 @@ fn policy(random: &mut Random, at: usize) -> Value {
     json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec})
 }
 
+fn cluster_policy(random: &mut Random, at: usize) -> Value {
+    let pods = |random: &mut Random| {
+        let mut pods = json!({"podSelector": selector(random)});
+        if random.once_in(2) {
+            pods["namespaceSelector"] = selector(random);
+        }
+        json!({"pods": pods})
+    };
+    let workloads = |random: &mut Random| match random.once_in(2) {
+        true => json!({"namespaces": selector(random)}),
+        false => pods(random),
+    };
+    let protocol = |random: &mut Random| {
+        let name = random.pick(&["tcp", "udp", "sctp"]);
+        match random.below(4) {
+            0 => json!({name: {}}),
+            1 => json!({name: {"destinationPort": {"number": random.pick(&NUMBERS)}}}),
+            2 => json!({name: {"destinationPort": {"range": {"start": 60, "end": random.pick(&[80, 81])}}}}),
+            _ => json!({"destinationNamedPort": random.pick(&NAMES)}),
+        }
+    };
+    let rules = |random: &mut Random, peers: &str| -> Value {
+        let rule = |random: &mut Random| {
+            let peer = |random: &mut Random| match peers == "to" && random.once_in(3) {
+                true => json!({"networks": [random.pick(&NETS).0, random.pick(&NETS).1]}),
+                false => workloads(random),
+            };
+            let list: Vec<Value> = (0..1 + random.below(2)).map(|_| peer(random)).collect();
+            let mut rule = json!({"action": random.pick(&["Accept", "Deny", "Pass"]), peers: list});
+            if random.once_in(2) {
+                rule["protocols"] = (0..1 + random.below(2)).map(|_| protocol(random)).collect();
+            }
+            rule
+        };
+        (0..random.below(3)).map(|_| rule(random)).collect()
+    };
+    let (ingress, egress) = (rules(random, "from"), rules(random, "to"));
+    json!({
+        "apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy",
+        "metadata": {"name": format!("c{at}")},
+        "spec": {
+            "tier": random.pick(&["Admin", "Baseline"]), "priority": random.below(3),
+            "subject": workloads(random), "ingress": ingress, "egress": egress,
+        },
+    })
+}
+
 fn pod(random: &mut Random, at: usize) -> Value {
     let container = |random: &mut Random| {
         let ports = (0..random.below(3)).map(|_| {
@@ -166,6 +213,7 @@ struct World {
     namespaces: BTreeMap<String, Value>,
     pods: Vec<Value>,
     policies: Vec<Value>,
+    cluster_policies: Vec<Value>,
 }
 
 struct Packet<'w> {
@@ -237,6 +285,77 @@ impl World {
         }
     }
 
+    /// `None` where no rule of the tier ends it.
+    fn tier(&self, packet: &Packet<'_>, ingress: bool, tier: &str) -> Option<bool> {
+        let (pod, other) =
+            if ingress { (packet.destination.1?, packet.source) } else { (packet.source.1?, packet.destination) };
+        let (rules, peers) = if ingress { ("ingress", "from") } else { ("egress", "to") };
+        let mut policies: Vec<&Value> =
+            self.cluster_policies.iter().filter(|policy| policy["spec"]["tier"] == tier).collect();
+        policies.sort_by_key(|it| (it["spec"]["priority"].as_u64(), text(&it["metadata"]["name"]).to_owned()));
+        for policy in policies.into_iter().map(|policy| &policy["spec"]) {
+            if !self.workload_matches(&policy["subject"], Some(pod)) {
+                continue;
+            }
+            for rule in list(&policy[rules]) {
+                let of_peer = |peer: &Value| match peer.get("networks") {
+                    Some(nets) => {
+                        list(nets).iter().any(|net| text(net).parse::<ipnet::IpNet>().expect("CIDR").contains(&other.0))
+                    }
+                    None => self.workload_matches(peer, other.1),
+                };
+                let of_protocol = |entry: &Value| self.protocol_matches(entry, packet);
+                let matched = list(&rule[peers]).iter().any(of_peer)
+                    && rule.get("protocols").is_none_or(|entries| list(entries).iter().any(of_protocol));
+                match (matched, text(&rule["action"])) {
+                    (false, _) => {}
+                    (true, "Accept") => return Some(true),
+                    (true, "Deny") => return Some(false),
+                    (true, _) => return None,
+                }
+            }
+        }
+        None
+    }
+
+    /// A subject or a peer: `namespaces` or `pods`.
+    fn workload_matches(&self, workload: &Value, pod: Option<&Value>) -> bool {
+        let Some(pod) = pod else { return false };
+        let namespace = &self.namespaces[text(&pod["metadata"]["namespace"])];
+        match (workload.get("namespaces"), workload.get("pods")) {
+            (Some(selector), _) => self.selects(selector, namespace),
+            (None, pods) => pods.is_some_and(|pods| {
+                self.selects(&pods["podSelector"], &pod["metadata"]["labels"])
+                    && pods.get("namespaceSelector").is_none_or(|selector| self.selects(selector, namespace))
+            }),
+        }
+    }
+
+    fn protocol_matches(&self, entry: &Value, packet: &Packet<'_>) -> bool {
+        if let Some(name) = entry.get("destinationNamedPort") {
+            // Its protocol is the container port's.
+            let any =
+                |(protocol, _): &(&str, u8)| self.port_matches(&json!({"port": name, "protocol": protocol}), packet);
+            return PROTOCOLS.iter().any(any);
+        }
+        let known = |(name, number): &(&str, u8)| entry.get(name.to_lowercase()).map(|spec| (spec, *number));
+        let Some((spec, number)) = PROTOCOLS.iter().find_map(known) else { return false };
+        let port = &spec["destinationPort"];
+        let (first, last) = match (port["number"].as_u64(), port["range"].as_object()) {
+            (Some(number), _) => (number, number),
+            (None, Some(range)) => (range["start"].as_u64().expect("start"), range["end"].as_u64().expect("end")),
+            (None, None) => (0, u64::MAX),
+        };
+        number == packet.protocol && (first..=last).contains(&u64::from(packet.port))
+    }
+
+    /// Admin, then NetworkPolicy where it isolates, then Baseline, then allow.
+    fn judged(&self, packet: &Packet<'_>, ingress: bool) -> bool {
+        let admin = self.tier(packet, ingress, "Admin");
+        let own = admin.or_else(|| self.direction(packet, ingress));
+        own.or_else(|| self.tier(packet, ingress, "Baseline")).unwrap_or(true)
+    }
+
     /// `None` where the pod is not isolated.
     fn direction(&self, packet: &Packet<'_>, ingress: bool) -> Option<bool> {
         let (pod, other) =
@@ -268,7 +387,7 @@ impl World {
         let itself = packet.source.1.is_some()
             && packet.source.1.map(|pod| &pod["metadata"]["name"])
                 == packet.destination.1.map(|pod| &pod["metadata"]["name"]);
-        itself || self.direction(packet, false).unwrap_or(true) && self.direction(packet, true).unwrap_or(true)
+        itself || self.judged(packet, false) && self.judged(packet, true)
     }
 }
 
@@ -277,7 +396,8 @@ fn round(seed: u64, denied: &mut usize, total: &mut usize) {
     let world = World {
         namespaces: NAMESPACES.iter().map(|name| ((*name).to_owned(), labels(&mut random))).collect(),
         pods: (1..9).map(|at| pod(&mut random, at)).collect(),
-        policies: (0..3 + random.below(9)).map(|at| policy(&mut random, at)).collect(),
+        policies: (0..1 + random.below(9)).map(|at| policy(&mut random, at)).collect(),
+        cluster_policies: (0..random.below(5)).map(|at| cluster_policy(&mut random, at)).collect(),
     };
     let end = |random: &mut Random, v6: bool| -> (IpAddr, Option<usize>) {
         let at = random.below(world.pods.len() + 2);
@@ -315,7 +435,7 @@ fn round(seed: u64, denied: &mut usize, total: &mut usize) {
         |(name, labels)| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}),
     );
     let items: Vec<Value> =
-        namespaces.chain(world.pods.iter().cloned()).chain(world.policies.iter().cloned()).collect();
+        namespaces.chain(world.pods.iter().chain(&world.policies).chain(&world.cluster_policies).cloned()).collect();
     let all = json!({"apiVersion": "v1", "kind": "List", "items": items});
     std::fs::write(root.path().join("all.json"), all.to_string()).expect("manifests");
     let queries = root.path().join("queries.jsonl");
@@ -339,7 +459,7 @@ fn round(seed: u64, denied: &mut usize, total: &mut usize) {
 }
 
 #[test]
-fn network_policy_means_what_its_text_says() {
+fn kubernetes_policies_mean_what_their_text_says() {
     let first = std::env::var("HANSE_SEED")
         .ok()
         .and_then(|seed| seed.parse().ok())
