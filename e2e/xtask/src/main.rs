@@ -1,5 +1,6 @@
 //! The project's tasks. Each installs what is missing (or says what to install), builds, and runs.
 
+mod demo;
 mod setup;
 mod test;
 
@@ -14,12 +15,15 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Three clusters of AI workloads on this machine, and the packets between them.
+    Demo(demo::Arguments),
     /// Check formatting and lints, and run every test, those with packets too.
     Test(test::Arguments),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().task {
+        Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
     }
 }

@@ -36,10 +36,15 @@ pub fn is_root() -> bool {
     Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0")
 }
 
-fn find(program: &str) -> Option<std::path::PathBuf> {
+pub fn find(program: &str) -> Option<std::path::PathBuf> {
     let path = std::env::var_os("PATH")?;
     let system = ["/usr/sbin", "/sbin"].map(|directory| Path::new(directory).to_owned());
     std::env::split_paths(&path).chain(system).map(|directory| directory.join(program)).find(|path| path.is_file())
+}
+
+/// The cargo that runs this task.
+pub fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
 /// Runs a command to its end; a failure names it.

@@ -14,14 +14,13 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     setup::packet_tools()?;
-    let cargo = || Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     let in_ci = std::env::var_os("CI").is_some();
     let mut steps: Vec<(&str, Command)> = Vec::new();
     if !arguments.tests_only {
-        let mut format = cargo();
+        let mut format = setup::cargo();
         format.args(["fmt", "--all", "--check"]);
         steps.push(("formatting", format));
-        let mut lints = cargo();
+        let mut lints = setup::cargo();
         lints.args(["clippy", "--workspace", "--all-targets", "--locked", "--quiet"]);
         if in_ci {
             // Warnings are denied where they would otherwise stay.
@@ -30,12 +29,20 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         steps.push(("lints", lints));
     }
     // The packet tests run the project's own programs.
-    let mut build = cargo();
+    let mut build = setup::cargo();
     build.args(["build", "--workspace", "--bins", "--locked"]);
     steps.push(("programs", build));
-    let mut tests = cargo();
+    let mut tests = setup::cargo();
     tests.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
     steps.push(("tests", tests));
+    // The dependency policy, where the tool for it is installed; its absence is said, and no reason to fail.
+    if setup::find("cargo-deny").is_some() {
+        let mut deny = setup::cargo();
+        deny.args(["deny", "check", "licenses", "bans", "sources"]);
+        steps.push(("dependencies", deny));
+    } else {
+        println!("== dependencies: not checked against deny.toml (cargo-deny is not installed)");
+    }
     for (name, mut command) in steps {
         println!("== {name}");
         let start = Instant::now();

@@ -1,0 +1,75 @@
+//! Processes of the product, started in a namespace and watched.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::namespace::Namespace;
+use crate::probe;
+
+/// A running program; dropped, it is killed. Both its outputs go to one log file.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Appends to the log, so that a restart's lines follow those of the run before.
+    pub fn start(namespace: &Namespace, mut command: Command, log: &Path) -> std::io::Result<Self> {
+        let output = File::options().create(true).append(true).open(log)?;
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        let child = namespace.enter(|| command.spawn())?;
+        Ok(Self { child, log: log.to_owned() })
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether the log came to hold `text` in time, while the process ran.
+    pub fn wait_for(&mut self, text: &str, deadline: Duration) -> bool {
+        let mut ended = false;
+        let found = probe::until(deadline, || {
+            ended = self.has_ended();
+            self.log().contains(text) || ended
+        });
+        found.is_some() && (!ended || self.log().contains(text))
+    }
+
+    pub fn has_ended(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(Some(_)))
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// `kill -9`: no goodbye, no flush.
+    pub fn kill(mut self) -> std::io::Result<ExitStatus> {
+        self.child.kill()?;
+        self.child.wait()
+    }
+
+    /// Asks to end, and kills after `patience`.
+    pub fn stop(mut self, patience: Duration) -> std::io::Result<ExitStatus> {
+        let id = i32::try_from(self.child.id()).map_err(std::io::Error::other)?;
+        kill(Pid::from_raw(id), Signal::SIGTERM)?;
+        if probe::until(patience, || self.has_ended()).is_none() {
+            self.child.kill()?;
+        }
+        self.child.wait()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
