@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
 use crate::namespace::Namespace;
@@ -23,7 +23,11 @@ impl Process {
     pub fn start(namespace: &Namespace, mut command: Command, log: &Path) -> std::io::Result<Self> {
         let output = File::options().create(true).append(true).open(log)?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
-        let child = namespace.enter(|| command.spawn())?;
+        let child = namespace.enter(|| {
+            // A process inherits the signals that its parent's thread blocks; this one shall be stoppable.
+            SigSet::empty().thread_set_mask()?;
+            command.spawn()
+        })?;
         Ok(Self { child, log: log.to_owned() })
     }
 

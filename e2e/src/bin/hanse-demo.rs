@@ -125,7 +125,6 @@ fn story(screen: &Screen, programs: &Path, manifests: &Path, once: bool) -> anyh
         bail!("the hub ended with {status}");
     }
     drop(listeners);
-    drop(fabric);
     Ok(wrong)
 }
 
