@@ -1,5 +1,6 @@
 //! The `hanse` command as people and programs use it.
 
+mod calico_oracle;
 mod corpus;
 mod offline;
 mod oracle;
