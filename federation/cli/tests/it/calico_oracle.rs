@@ -14,8 +14,10 @@ const QUERIES: usize = 250;
 
 type Labels = BTreeMap<String, String>;
 
+type Meaning = fn(&Labels) -> bool;
+
 /// Selectors with their meaning over one map of labels.
-const SELECTORS: [(&str, fn(&Labels) -> bool); 9] = [
+const SELECTORS: [(&str, Meaning); 9] = [
     ("app == 'one'", |labels| labels.get("app").is_some_and(|value| value == "one")),
     ("app != 'one'", |labels| labels.get("app").is_none_or(|value| value != "one")),
     ("has(role)", |labels| labels.contains_key("role")),
@@ -80,7 +82,8 @@ const PORTS: [u16; 3] = [80, 81, 8080];
 fn entity(random: &mut Random, v6: bool, ports: bool) -> Value {
     let mut entity = json!({});
     let nets: &[&str] = if v6 { &V6_NETS } else { &V4_NETS };
-    let fields: [(&str, usize, &dyn Fn(&mut Random) -> Value); 8] = [
+    type Make<'m> = &'m dyn Fn(&mut Random) -> Value;
+    let fields: [(&str, usize, Make<'_>); 8] = [
         ("selector", 3, &|random| json!(selector(random))),
         ("notSelector", 6, &|random| json!(selector(random))),
         ("namespaceSelector", 5, &|random| match random.below(4) {
