@@ -57,6 +57,68 @@ pub enum ApplyError {
     Digest { expected: Digest, found: Digest },
 }
 
+impl Delta {
+    /// What turns `before` (`None`: the empty rule set) into `after`. Sets that both share by pointer cost nothing.
+    pub fn between(before: Option<&RuleSet>, after: &RuleSet) -> Self {
+        let nothing = RuleSet::default();
+        let old = before.unwrap_or(&nothing);
+        let mut delta = Delta {
+            base: before.map(RuleSet::digest),
+            digest: after.digest(),
+            generation: after.generation,
+            hub_revision: after.hub_revision,
+            local_revision: after.local_revision,
+            node: (before.is_none() || old.node != after.node).then(|| after.node.clone()),
+            ..Delta::default()
+        };
+        for (id, set) in &after.sets {
+            match old.sets.get(id) {
+                Some(same) if Arc::ptr_eq(same, set) => {}
+                Some(was) if was.kind() == set.kind() => {
+                    delta.set_changes.extend(SetChange::between(was, set).map(|it| (*id, it)))
+                }
+                _ => delta.sets.push(Arc::clone(set)),
+            }
+        }
+        let new =
+            |(id, policy): (&PolicyId, &Arc<Policy>)| (!old.policies.contains_key(id)).then(|| Arc::clone(policy));
+        delta.policies = after.policies.iter().filter_map(new).collect();
+        let new = |(id, chain): (&ChainId, &Arc<Chain>)| (!old.chains.contains_key(id)).then(|| Arc::clone(chain));
+        delta.chains = after.chains.iter().filter_map(new).collect();
+        let changed = |(id, endpoint): (&EndpointId, &Arc<LocalEndpoint>)| {
+            (old.endpoints.get(id) != Some(endpoint)).then(|| Arc::clone(endpoint))
+        };
+        delta.endpoints = after.endpoints.iter().filter_map(changed).collect();
+        delta.removed_sets = old.sets.keys().filter(|id| !after.sets.contains_key(id)).copied().collect();
+        delta.removed_policies = old.policies.keys().filter(|id| !after.policies.contains_key(id)).copied().collect();
+        delta.removed_chains = old.chains.keys().filter(|id| !after.chains.contains_key(id)).copied().collect();
+        delta.removed_endpoints =
+            old.endpoints.keys().filter(|id| !after.endpoints.contains_key(*id)).cloned().collect();
+        delta
+    }
+}
+
+impl SetChange {
+    /// `None`: nothing changed, or the kinds differ.
+    fn between(was: &Set, set: &Set) -> Option<Self> {
+        fn both<T: Ord + Copy>(was: &BTreeSet<T>, set: &BTreeSet<T>) -> Option<(Vec<T>, Vec<T>)> {
+            let (add, remove): (Vec<T>, Vec<T>) =
+                (set.difference(was).copied().collect(), was.difference(set).copied().collect());
+            (!add.is_empty() || !remove.is_empty()).then_some((add, remove))
+        }
+        match (&was.members, &set.members) {
+            (Members::Addresses(was), Members::Addresses(set)) => {
+                both(was, set).map(|(add, remove)| Self::Addresses { add, remove })
+            }
+            (Members::Nets(was), Members::Nets(set)) => both(was, set).map(|(add, remove)| Self::Nets { add, remove }),
+            (Members::Sockets(was), Members::Sockets(set)) => {
+                both(was, set).map(|(add, remove)| Self::Sockets { add, remove })
+            }
+            _ => None,
+        }
+    }
+}
+
 impl RuleSet {
     /// Applies a delta: the new rule set, or what does not fit, with `self` untouched. O(size of the rule set's maps) for
     /// the clone of pointers; sets that do not change are shared.

@@ -4,6 +4,7 @@
 //! outlives the certificates it was opened with, and that no secret is ever formatted into a log line.
 //! It knows nothing of policy, of clusters' contents, or of any one protocol.
 
+pub mod agent_wire;
 pub mod ca;
 pub mod files;
 pub mod health;

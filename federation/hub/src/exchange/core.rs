@@ -281,7 +281,9 @@ impl Exchange {
         }
         let mut hasher = blake3::Hasher::new();
         for wanted in interest {
-            hasher.update(format!("{:?}\n{}\n{:?}\n", wanted.clusters, wanted.selector.canonical, wanted.port_names).as_bytes());
+            hasher.update(
+                format!("{:?}\n{}\n{:?}\n", wanted.clusters, wanted.selector.canonical, wanted.port_names).as_bytes(),
+            );
         }
         let mut class = Class {
             numbers: numbers.clone(),
@@ -335,9 +337,12 @@ impl Exchange {
 
     fn sees(&self, receiver: &str, origin: &str) -> bool {
         origin != receiver
-            && self.hub.federation.clusters.get(origin).is_some_and(|state| {
-                state.visible_to.as_ref().is_none_or(|visible| visible.contains(receiver))
-            })
+            && self
+                .hub
+                .federation
+                .clusters
+                .get(origin)
+                .is_some_and(|state| state.visible_to.as_ref().is_none_or(|visible| visible.contains(receiver)))
     }
 }
 

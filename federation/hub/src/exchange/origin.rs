@@ -303,8 +303,7 @@ impl Origin {
         self.label_grant = grant.label_grant();
         self.grant = grant;
         let mut work = Work::default();
-        let all: Vec<(u64, Arc<[u8]>, u64)> =
-            self.slots().map(|(_, e)| (e.id, e.bytes.clone(), e.own)).collect();
+        let all: Vec<(u64, Arc<[u8]>, u64)> = self.slots().map(|(_, e)| (e.id, e.bytes.clone(), e.own)).collect();
         for (id, bytes, _) in all {
             self.put_again(id, bytes, &mut work);
         }
@@ -371,7 +370,8 @@ impl Origin {
 
     /// Whether a support object counts and one of these endpoints refers to it.
     pub fn support_selected(&self, slot: u32, endpoints: &Bits) -> bool {
-        let Some(entry) = self.entry(slot).filter(|entry| entry.visible && matches!(entry.body, Body::Support(_))) else {
+        let Some(entry) = self.entry(slot).filter(|entry| entry.visible && matches!(entry.body, Body::Support(_)))
+        else {
             return false;
         };
         let profiles = self.referring.get(&entry.id).into_iter().flatten();
@@ -431,7 +431,8 @@ impl Origin {
         }
         let read = wire::read_export(&bytes);
         let own = read.as_ref().map_or(revision, |(_, own, _)| (*own).min(revision));
-        let export = read.map_or_else(|| Err(Refusal::Malformed("no ObjectUpdate".to_owned())), |(_, _, export)| export);
+        let export =
+            read.map_or_else(|| Err(Refusal::Malformed("no ObjectUpdate".to_owned())), |(_, _, export)| export);
         if let Some(slot) = slot {
             let entry = self.entries[slot as usize].take().expect("an id's slot is taken");
             self.published = self.published.wrapping_sub(entry.digest);

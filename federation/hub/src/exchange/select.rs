@@ -180,7 +180,10 @@ fn anchors(expr: &Expr) -> Option<Vec<Anchor>> {
             Some(vec![(key.clone(), None)])
         }
         // An exact value is rarer than a key, and a short list is rarer than a long one.
-        Expr::And(parts) => parts.iter().filter_map(anchors).min_by_key(|list| (list.iter().filter(|a| a.1.is_none()).count(), list.len())),
+        Expr::And(parts) => parts
+            .iter()
+            .filter_map(anchors)
+            .min_by_key(|list| (list.iter().filter(|a| a.1.is_none()).count(), list.len())),
         Expr::Or(parts) => {
             let lists: Option<Vec<_>> = parts.iter().map(anchors).collect();
             lists.map(|lists| lists.into_iter().flatten().collect())
@@ -197,8 +200,18 @@ mod tests {
     #[test]
     fn candidates_miss_no_match() {
         let expressions = [
-            "a == '1'", "a in {'1', '2'}", "has(b)", "!has(b)", "a != '1'", "a == '1' && b == '2'", "a == '1' || c == '3'",
-            "a contains '1'", "!(a == '1')", "all()", "a == '1' || !has(c)", "b starts with '2' && a == '2'",
+            "a == '1'",
+            "a in {'1', '2'}",
+            "has(b)",
+            "!has(b)",
+            "a != '1'",
+            "a == '1' && b == '2'",
+            "a == '1' || c == '3'",
+            "a contains '1'",
+            "!(a == '1')",
+            "all()",
+            "a == '1' || !has(c)",
+            "b starts with '2' && a == '2'",
         ];
         let mut table = Selections::default();
         let numbers: Vec<u32> = expressions

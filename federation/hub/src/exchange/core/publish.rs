@@ -46,8 +46,7 @@ impl Exchange {
     pub fn publish_open(&mut self, cluster: ClusterName) -> PublishId {
         let id = PublishId(self.next_id);
         self.next_id += 1;
-        let publisher =
-            Publisher { cluster, epoch: None, staged: None, resyncing: false, told_refusals: Vec::new() };
+        let publisher = Publisher { cluster, epoch: None, staged: None, resyncing: false, told_refusals: Vec::new() };
         self.publishers.insert(id, publisher);
         id
     }
@@ -61,7 +60,11 @@ impl Exchange {
     ///
     /// # Errors
     /// When the stream must be closed: the caller does not speak the protocol, or is no longer accepted.
-    pub fn publish(&mut self, id: PublishId, request: pb::PublishRequest) -> Result<Vec<pb::PublishResponse>, PublishError> {
+    pub fn publish(
+        &mut self,
+        id: PublishId,
+        request: pb::PublishRequest,
+    ) -> Result<Vec<pb::PublishResponse>, PublishError> {
         let publisher = self.publishers.get_mut(&id).ok_or(PublishError::Protocol("closed"))?;
         let cluster = publisher.cluster.clone();
         let answers = match request.message.ok_or(PublishError::Protocol("an empty message"))? {
@@ -83,7 +86,8 @@ impl Exchange {
             }
             Request::Frame(bytes) => {
                 let batch = publisher.staged.as_mut().ok_or(PublishError::Protocol("a frame outside of a batch"))?;
-                let frame = wire::read_frame(&bytes).map_err(|_| PublishError::Protocol("a frame that cannot be read"))?;
+                let frame =
+                    wire::read_frame(&bytes).map_err(|_| PublishError::Protocol("a frame that cannot be read"))?;
                 for id in frame.removals {
                     batch.updates.insert(id, None);
                 }

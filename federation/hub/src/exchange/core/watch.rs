@@ -438,7 +438,10 @@ impl Exchange {
                     receiver.hub.snapshot = true;
                 }
                 let told = changed.iter().filter(|id| {
-                    self.hub.objects.get(*id).is_none_or(|o| o.is_for(&receiver.cluster) || o.was_for(&receiver.cluster))
+                    self.hub
+                        .objects
+                        .get(*id)
+                        .is_none_or(|o| o.is_for(&receiver.cluster) || o.was_for(&receiver.cluster))
                 });
                 receiver.hub.dirty.extend(told);
                 // Visibility or leases may have changed.
@@ -498,8 +501,7 @@ impl Exchange {
                 .into_iter()
                 .flatten()
                 .find(|class| self.view_token(*class, &name) == held.view);
-            let resumable =
-                held.position.epoch == position.epoch && origin.resumable_from(held.position.revision);
+            let resumable = held.position.epoch == position.epoch && origin.resumable_from(held.position.revision);
             cursor.wants = match base.filter(|_| resumable) {
                 None => Wants::Snapshot,
                 Some(base) => {
@@ -523,9 +525,11 @@ impl Exchange {
             receiver.flight.push_back(begin(&name, snapshot, 0));
             let bytes = |slot| origin.entry(slot).map(|entry| Bytes::copy_from_slice(&entry.bytes));
             if snapshot {
-                let frames = view.snapshot.as_ref().and_then(Weak::upgrade).unwrap_or_else(|| {
-                    Arc::new(wire::frames(view.members.iter().filter_map(bytes), Vec::new()))
-                });
+                let frames = view
+                    .snapshot
+                    .as_ref()
+                    .and_then(Weak::upgrade)
+                    .unwrap_or_else(|| Arc::new(wire::frames(view.members.iter().filter_map(bytes), Vec::new())));
                 view.snapshot = Some(Arc::downgrade(&frames));
                 receiver.flight.extend(frames.iter().cloned().map(Response::Frame));
                 receiver._snapshot = Some(frames);

@@ -1,0 +1,43 @@
+//! What the agent says of itself, in a file beside its snapshot, for `hanse-agent status`.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    pub node: String,
+    /// Term and number of what is in force.
+    pub term: u64,
+    pub number: u64,
+    /// Hexadecimal.
+    pub digest: String,
+    pub hub_revision: u64,
+    pub local_revision: u64,
+    pub endpoints: usize,
+    pub policies: usize,
+    pub sets: usize,
+    /// Objects that the kernel refused.
+    pub refused: Vec<String>,
+    pub connected: bool,
+    /// Seconds since the Unix epoch, by this machine's clock.
+    pub written_at: u64,
+}
+
+impl Status {
+    /// A file that cannot be written is logged: it is for people only.
+    pub fn write(&self, data: &Path) {
+        let text = serde_json::to_vec_pretty(self).unwrap_or_default();
+        if let Err(error) = hanse_runtime::files::write_atomic(&data.join("status.json"), &text, 0o600) {
+            tracing::warn!(%error, "the status file cannot be written");
+        }
+    }
+
+    pub fn read(data: &Path) -> anyhow::Result<Self> {
+        use anyhow::Context as _;
+        let path = data.join("status.json");
+        let text = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+        serde_json::from_slice(&text).with_context(|| format!("understand {}", path.display()))
+    }
+}

@@ -1,0 +1,189 @@
+//! Following the member: one stream, resumed by digest.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use hanse_proto::agent::v1 as wire;
+use hanse_proto::agent::v1::agents_client::AgentsClient;
+use hanse_ruleset::{Delta, Generation, RuleSet};
+use hanse_runtime::agent_wire::{self, Assembled, Assembler};
+use hanse_runtime::health::Condition;
+use hanse_runtime::retry::Backoff;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::enforcer::Enforcer;
+use crate::identity::NodeIdentity;
+use crate::status::Status;
+
+/// The largest message that is taken: the 1 MiB of the contract and its frame.
+const MAX_MESSAGE_BYTES: usize = 1024 * 1024 + 64 * 1024;
+/// Messages to the member that wait to be sent: an answer to each of the two that can be under way.
+const OUTBOX: usize = 4;
+/// Refusals that one ack names.
+const MAX_REFUSALS: usize = 1_000;
+
+#[derive(Debug)]
+pub struct Follower {
+    pub node: String,
+    pub data: PathBuf,
+    pub enforcer: Enforcer,
+    /// What is in force, as far as it is known.
+    pub held: Option<Arc<RuleSet>>,
+    pub in_sync: Condition,
+}
+
+impl Follower {
+    /// Follows one of `members` until `stop`.
+    pub async fn run(mut self, identity: NodeIdentity, members: Vec<String>, stop: CancellationToken) {
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        self.write_status(false, &[]);
+        for member in members.iter().cycle() {
+            let ended = tokio::select! {
+                () = stop.cancelled() => return,
+                ended = self.follow(&identity, member, &mut backoff) => ended,
+            };
+            match ended {
+                Ok(()) => tracing::info!(member, "the stream ended, opening the next"),
+                Err(error) => tracing::warn!(error = format!("{error:#}"), member, "not in sync, trying again"),
+            }
+            self.write_status(false, &[]);
+            if !backoff.wait(&stop).await {
+                return;
+            }
+        }
+    }
+
+    async fn follow(&mut self, identity: &NodeIdentity, member: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
+        let mut renewed = identity.credentials.subscribe();
+        renewed.mark_unchanged();
+        let connection = identity.client()?.connect(member).await?;
+        let mut client = AgentsClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let (outbox, sending) = mpsc::channel(OUTBOX);
+        outbox.send(self.hello()).await.context("say hello")?;
+        let mut stream = client.sync(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
+        let mut assembler = Assembler::default();
+        loop {
+            let message = tokio::select! {
+                message = stream.message() => message.context("receive")?,
+                // The next connection shows the new certificate; state resumes by digest.
+                _ = renewed.changed() => return Ok(()),
+            };
+            let Some(message) = message else { return Ok(()) };
+            let answer = match assembler.receive(message) {
+                Ok(Assembled::Nothing) => continue,
+                Ok(Assembled::Delta(delta)) => self.apply(&delta).await,
+                Ok(Assembled::Position { generation, hub_revision, local_revision }) => {
+                    self.move_on(generation, hub_revision, local_revision)
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the member sent what cannot be understood; what is in force stays");
+                    self.ack(&[], error.to_string())
+                }
+            };
+            backoff.reset();
+            outbox.send(answer).await.context("answer")?;
+        }
+    }
+
+    fn hello(&self) -> wire::AgentToMember {
+        let nothing = RuleSet::default();
+        let held = self.held.as_deref().unwrap_or(&nothing);
+        let hello = wire::Hello {
+            generation: Some(agent_wire::generation(held.generation)),
+            digest: agent_wire::digest(held.digest()),
+            features: Vec::new(),
+        };
+        wire::AgentToMember { message: Some(wire::agent_to_member::Message::Hello(hello)) }
+    }
+
+    async fn apply(&mut self, delta: &Delta) -> wire::AgentToMember {
+        let nothing = RuleSet::default();
+        let next = match self.held.as_deref().unwrap_or(&nothing).apply(delta) {
+            Ok(next) => Arc::new(next),
+            Err(error) => {
+                tracing::warn!(%error, "the delta does not fit, asking for the whole");
+                self.held = None;
+                return self.hello();
+            }
+        };
+        match self.enforcer.apply(Arc::clone(&next)).await {
+            Ok(applied) => {
+                tracing::info!(
+                    term = next.generation.term,
+                    number = next.generation.number,
+                    endpoints = next.endpoints.len(),
+                    policies = next.policies.len(),
+                    "enforced"
+                );
+                for refusal in &applied.refused {
+                    tracing::error!(
+                        object = refusal.object,
+                        reason = refusal.reason,
+                        "the kernel refused; closed instead"
+                    );
+                }
+                self.held = Some(next);
+                self.in_sync.set(true);
+                let refused: Vec<(String, String)> =
+                    applied.refused.into_iter().map(|refusal| (refusal.object, refusal.reason)).collect();
+                self.write_status(true, &refused);
+                self.ack(&refused, String::new())
+            }
+            Err(error) => {
+                tracing::error!(%error, number = next.generation.number, "not enforced; what is in force stays");
+                self.ack(&[], error.to_string())
+            }
+        }
+    }
+
+    fn move_on(&mut self, generation: Generation, hub_revision: u64, local_revision: u64) -> wire::AgentToMember {
+        if let Some(held) = &self.held {
+            self.held = Some(Arc::new(RuleSet { generation, hub_revision, local_revision, ..(**held).clone() }));
+            self.in_sync.set(true);
+            self.write_status(true, &[]);
+        }
+        self.ack(&[], String::new())
+    }
+
+    fn ack(&self, refused: &[(String, String)], failed: String) -> wire::AgentToMember {
+        let nothing = RuleSet::default();
+        let held = self.held.as_deref().unwrap_or(&nothing);
+        let refusals = refused.iter().take(MAX_REFUSALS);
+        let ack = wire::Ack {
+            generation: Some(agent_wire::generation(held.generation)),
+            digest: agent_wire::digest(held.digest()),
+            revisions: Some(wire::Revisions { hub: held.hub_revision, local: held.local_revision }),
+            refusals: refusals
+                .map(|(object, reason)| wire::Refusal { object: object.clone(), reason: reason.clone() })
+                .collect(),
+            failed,
+            unenforced: Vec::new(),
+            probe: String::new(),
+        };
+        wire::AgentToMember { message: Some(wire::agent_to_member::Message::Ack(ack)) }
+    }
+
+    fn write_status(&self, connected: bool, refused: &[(String, String)]) {
+        let nothing = RuleSet::default();
+        let held = self.held.as_deref().unwrap_or(&nothing);
+        let status = Status {
+            node: self.node.clone(),
+            term: held.generation.term,
+            number: held.generation.number,
+            digest: held.digest().to_string(),
+            hub_revision: held.hub_revision,
+            local_revision: held.local_revision,
+            endpoints: held.endpoints.len(),
+            policies: held.policies.len(),
+            sets: held.sets.len(),
+            refused: refused.iter().map(|(object, reason)| format!("{object}: {reason}")).collect(),
+            connected,
+            written_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        };
+        status.write(&self.data);
+    }
+}
