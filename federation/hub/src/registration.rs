@@ -37,7 +37,7 @@ struct Issued {
 }
 
 enum Joined {
-    Issued(Issued),
+    Issued(Box<Issued>),
     Waiting,
 }
 
@@ -113,7 +113,7 @@ impl Registration {
         let certificate = ca.issue(&identity, request, lifetimes.leaf, now).map_err(signing)?;
         let intermediate =
             ca.issue_intermediate(&token.cluster, intermediate, lifetimes.intermediate, now).map_err(signing)?;
-        Ok(Joined::Issued(Issued { certificate, intermediate: Some(intermediate) }))
+        Ok(Joined::Issued(Box::new(Issued { certificate, intermediate: Some(intermediate) })))
     }
 
     async fn renew(
@@ -286,7 +286,7 @@ impl wire::registration_server::Registration for Registration {
         let state = match joined {
             Joined::Issued(issued) => {
                 info!(%address, cluster = token.cluster, key = %own.public(), "cluster joined");
-                State::Issued(self.issued(issued))
+                State::Issued(self.issued(*issued))
             }
             Joined::Waiting => State::Waiting(wire::AwaitingAcceptance { retry_ms: RETRY.as_millis() as u64 }),
         };
