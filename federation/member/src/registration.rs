@@ -164,6 +164,11 @@ impl MemberIdentity {
         &self.cluster
     }
 
+    /// The folder of the member's files.
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+
     pub fn root(&self) -> &Certificate {
         &self.root
     }

@@ -1,0 +1,257 @@
+//! The fan-out: every agent gets what its node must enforce, as a delta against what it holds.
+//!
+//! One delta is under way to an agent at a time, and the next starts from what it acknowledged, so a slow agent is sent
+//! the newest state and nothing in between, makes nobody wait, and costs one rule set (shared by pointer) of memory.
+//! Who an agent is comes from its certificate, which the cluster's own authority issued.
+
+mod enrol;
+mod service;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use hanse_proto::agent::v1::agents_server::AgentsServer;
+use hanse_proto::agent::v1::enrolment_server::EnrolmentServer;
+use hanse_ruleset::{Digest, Generation, RuleSet};
+use hanse_runtime::Identity;
+use hanse_runtime::ca::CaError;
+use hanse_runtime::keys::KeyError;
+use hanse_runtime::shutdown::Shutdown;
+use hanse_runtime::tls::{
+    Connections, CredentialStore, Incoming, IncomingLimits, ServerTls, Trust, http2_server, incoming,
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+pub use enrol::{NodeToken, NodeTokenError, create_node_token};
+
+use crate::registration::MemberIdentity;
+
+/// How long certificates of nodes, and of the member towards them, are valid.
+pub const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+/// Enrolments that one address may ask for in a second.
+const ENROLMENTS_PER_SECOND: f64 = 5.0;
+/// The largest message of an agent: 2,000 refusals and pods of about 300 bytes.
+const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
+
+#[derive(Debug, thiserror::Error)]
+pub enum FanoutError {
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Ca(#[from] CaError),
+    #[error("listen on {0}")]
+    Listen(SocketAddr, #[source] std::io::Error),
+    #[error("keep the term in {0}")]
+    Term(PathBuf, #[source] std::io::Error),
+}
+
+/// What is known of one node's agent.
+#[derive(Debug, Clone, Default)]
+pub struct NodeStatus {
+    pub connected: bool,
+    /// Of what is in force, by the last ack.
+    pub generation: Generation,
+    pub digest: Digest,
+    pub hub_revision: u64,
+    pub local_revision: u64,
+    /// Objects that the kernel refused, with the reason.
+    pub refused: Vec<(String, String)>,
+    /// Why the newest generation is not in force.
+    pub failed: Option<String>,
+    /// When the last ack came.
+    pub heard: Option<Instant>,
+}
+
+/// Hands rule sets to agents. Clones share everything.
+#[derive(Debug, Clone)]
+pub struct Fanout {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    term: u64,
+    nodes: Mutex<BTreeMap<Arc<str>, Node>>,
+    /// Counts changes of any node's status.
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+struct Node {
+    target: watch::Sender<Option<Arc<RuleSet>>>,
+    status: NodeStatus,
+    /// Number of the stream that speaks for the node; an older one is told to end.
+    stream: u64,
+    replaced: CancellationToken,
+}
+
+impl Node {
+    fn new() -> Self {
+        Self {
+            target: watch::Sender::new(None),
+            status: NodeStatus::default(),
+            stream: 0,
+            replaced: CancellationToken::new(),
+        }
+    }
+}
+
+impl Fanout {
+    /// A new term begins: it grows with each start, so that agents take what this member says over what an earlier one
+    /// said.
+    ///
+    /// # Errors
+    /// When the term cannot be kept.
+    pub fn new(data: &Path) -> Result<Self, FanoutError> {
+        let path = data.join("term");
+        let last = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
+        // Where the file was lost, the clock keeps the term growing.
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let term = last.max(now) + 1;
+        hanse_runtime::files::write_atomic(&path, format!("{term}\n").as_bytes(), 0o600)
+            .map_err(|error| FanoutError::Term(path, error))?;
+        let shared = Shared { term, nodes: Mutex::default(), changed: watch::Sender::new(0) };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Opens both listeners; returns their addresses.
+    ///
+    /// # Errors
+    /// When an address cannot be bound, or no certificate can be made.
+    pub async fn serve(
+        &self,
+        identity: &MemberIdentity,
+        agents: SocketAddr,
+        enrolment: SocketAddr,
+        shutdown: &Shutdown,
+    ) -> Result<(SocketAddr, SocketAddr), FanoutError> {
+        let authority = identity.authority();
+        let cluster = Identity::Cluster(Arc::clone(identity.cluster()));
+        let credentials = authority.issue_credentials(&cluster, CERTIFICATE_LIFETIME, SystemTime::now())?;
+        let credentials = CredentialStore::new(credentials)?;
+        let own = Arc::clone(identity.cluster());
+        let trust = Trust::new(
+            authority.certificate(),
+            move |identity| matches!(identity, Identity::Node { cluster, .. } if *cluster == own),
+        )?;
+        let mutual = ServerTls::mutual(credentials.clone(), &trust)?;
+        let anonymous = ServerTls::anonymous(credentials.clone(), authority.certificate())?;
+        let stop = shutdown.token();
+        let listen = async |address, tls, limits| -> Result<Incoming, FanoutError> {
+            let listening = incoming(address, tls, limits, Connections::default(), stop.clone()).await;
+            listening.map_err(|error| FanoutError::Listen(address, error))
+        };
+        let agents = listen(agents, mutual, IncomingLimits::default()).await?;
+        let limits =
+            IncomingLimits { connections: 256, per_second: Some(ENROLMENTS_PER_SECOND), ..IncomingLimits::default() };
+        let enrolment = listen(enrolment, anonymous, limits).await?;
+        let addresses = (agents.address(), enrolment.address());
+        let service = service::Service { fanout: self.clone(), identity: identity.clone(), stop: stop.clone() };
+        let server = AgentsServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let until = stop.clone();
+        shutdown.spawn(http2_server().add_service(server).serve_with_incoming_shutdown(agents, async move {
+            until.cancelled().await;
+        }));
+        let enrol = EnrolmentServer::new(enrol::Service::new(identity.clone())).max_decoding_message_size(16 * 1024);
+        let until = stop.clone();
+        shutdown.spawn(http2_server().add_service(enrol).serve_with_incoming_shutdown(enrolment, async move {
+            until.cancelled().await;
+        }));
+        let identity = identity.clone();
+        shutdown.spawn(async move { renew(identity, cluster, credentials, stop).await });
+        Ok(addresses)
+    }
+
+    /// What a node must enforce from now on. Nothing is sent where only revisions differ, but for the new position.
+    /// The generation is set here.
+    pub fn publish(&self, node: &Arc<str>, mut rules: RuleSet) {
+        let mut nodes = self.nodes();
+        let entry = nodes.entry(Arc::clone(node)).or_insert_with(Node::new);
+        let number = entry.target.borrow().as_ref().map_or(1, |last| {
+            let same = last.digest() == rules.digest();
+            last.generation.number + u64::from(!same)
+        });
+        rules.generation = Generation { term: self.shared.term, number };
+        entry.target.send_replace(Some(Arc::new(rules)));
+    }
+
+    /// A node that is gone: its agent is sent nothing more.
+    pub fn forget(&self, node: &str) {
+        if let Some(gone) = self.nodes().remove(node) {
+            gone.replaced.cancel();
+        }
+    }
+
+    /// What is known of every node that is, or ought to be, enforced.
+    pub fn realisation(&self) -> BTreeMap<Arc<str>, NodeStatus> {
+        self.nodes().iter().map(|(name, node)| (Arc::clone(name), node.status.clone())).collect()
+    }
+
+    /// Whether every node has acknowledged the newest that was published for it.
+    pub fn is_current(&self) -> bool {
+        self.nodes().values().all(|node| {
+            node.target.borrow().as_ref().is_none_or(|target| {
+                let status = &node.status;
+                (status.hub_revision, status.local_revision) == (target.hub_revision, target.local_revision)
+                    && status.generation == target.generation
+                    && status.failed.is_none()
+            })
+        })
+    }
+
+    /// Changes whenever the status of a node does.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.shared.changed.subscribe()
+    }
+
+    fn nodes(&self) -> std::sync::MutexGuard<'_, BTreeMap<Arc<str>, Node>> {
+        self.shared.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn update(&self, node: &str, change: impl FnOnce(&mut NodeStatus)) {
+        if let Some(node) = self.nodes().get_mut(node) {
+            change(&mut node.status);
+        }
+        self.shared.changed.send_modify(|count| *count += 1);
+    }
+
+    /// A stream begins to speak for a node: what it must enforce, the stream's number, and when it must end.
+    fn attach(&self, name: &Arc<str>) -> (watch::Receiver<Option<Arc<RuleSet>>>, u64, CancellationToken) {
+        let mut nodes = self.nodes();
+        let node = nodes.entry(Arc::clone(name)).or_insert_with(Node::new);
+        node.replaced.cancel();
+        node.replaced = CancellationToken::new();
+        node.stream += 1;
+        node.status.connected = true;
+        (node.target.subscribe(), node.stream, node.replaced.clone())
+    }
+
+    fn detach(&self, name: &str, stream: u64) {
+        if let Some(node) = self.nodes().get_mut(name).filter(|node| node.stream == stream) {
+            node.status.connected = false;
+        }
+        self.shared.changed.send_modify(|count| *count += 1);
+    }
+}
+
+/// Keeps the certificate towards agents fresh.
+async fn renew(identity: MemberIdentity, cluster: Identity, credentials: CredentialStore, stop: CancellationToken) {
+    loop {
+        let wait = credentials.current().certificate.renew_at().duration_since(SystemTime::now()).unwrap_or_default();
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(wait.max(Duration::from_secs(1))) => {}
+        }
+        let issued = identity.authority().issue_credentials(&cluster, CERTIFICATE_LIFETIME, SystemTime::now());
+        let replaced = issued
+            .map_err(|error| error.to_string())
+            .and_then(|new| credentials.replace(new).map_err(|error| error.to_string()));
+        if let Err(error) = replaced {
+            tracing::error!(error, "the certificate towards agents cannot be renewed");
+        }
+    }
+}

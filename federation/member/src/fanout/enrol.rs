@@ -1,0 +1,139 @@
+//! Enrolment of nodes: single-use tokens with a time limit, kept as hashes, bound to the first key that presents them.
+//!
+//! One file per token in the folder `node-tokens`, so that `hanse-member node-token create` needs no running member.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use hanse_proto::agent::v1 as wire;
+use hanse_runtime::Identity;
+use hanse_runtime::files::{private_folder, write_atomic};
+use hanse_runtime::keys::RequestedKey;
+use hanse_runtime::token::Token;
+use serde::{Deserialize, Serialize};
+use tonic::{Request, Response, Status};
+
+use super::CERTIFICATE_LIFETIME;
+use crate::registration::MemberIdentity;
+
+const FOLDER: &str = "node-tokens";
+
+/// What is kept of a token.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeToken {
+    pub node: String,
+    /// SHA-256 of the secret, hexadecimal.
+    secret_hash: String,
+    /// Seconds since the Unix epoch, by this machine's clock.
+    expires_at: u64,
+    /// SHA-256 of the public key that presented it first, hexadecimal.
+    key: Option<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum NodeTokenError {
+    #[error("\"{0}\" is no node name: a lowercase DNS name")]
+    Name(String),
+    #[error("make the token: {0}")]
+    Make(String),
+    #[error("keep the token")]
+    Keep(#[source] std::io::Error),
+}
+
+/// Makes a token for one node and gives its text, a secret. It enrols `node` once, within `lifetime`.
+///
+/// # Errors
+/// When the name is no node name, or the token cannot be kept.
+pub fn create_node_token(
+    data: &Path,
+    identity: &MemberIdentity,
+    node: &str,
+    lifetime: Duration,
+) -> Result<String, NodeTokenError> {
+    Identity::node(identity.cluster(), node).map_err(|_| NodeTokenError::Name(node.to_owned()))?;
+    let authority = identity.authority();
+    let certificate = authority.certificate();
+    let domain = certificate.trust_domain.clone();
+    let token = Token::generate(identity.cluster(), domain, certificate.fingerprint()).map_err(NodeTokenError::Make)?;
+    let kept = NodeToken {
+        node: node.to_owned(),
+        secret_hash: token.secret_hash().to_string(),
+        expires_at: seconds(SystemTime::now() + lifetime),
+        key: None,
+    };
+    let folder = data.join(FOLDER);
+    private_folder(&folder).map_err(NodeTokenError::Keep)?;
+    let text = serde_json::to_vec(&kept).map_err(|error| NodeTokenError::Make(error.to_string()))?;
+    write_atomic(&folder.join(format!("{}.json", token.id)), &text, 0o600).map_err(NodeTokenError::Keep)?;
+    Ok(token.to_text())
+}
+
+fn seconds(at: SystemTime) -> u64 {
+    at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[derive(Debug)]
+pub struct Service {
+    identity: MemberIdentity,
+    /// One at a time, so that a token is bound once.
+    lock: tokio::sync::Mutex<()>,
+}
+
+impl Service {
+    pub fn new(identity: MemberIdentity) -> Self {
+        Self { identity, lock: tokio::sync::Mutex::new(()) }
+    }
+
+    /// The node that the token enrols with this key.
+    fn redeem(&self, text: &str, key: &RequestedKey) -> Result<String, Status> {
+        // One answer for every wrong token: nothing is learned by trying.
+        let refused = || Status::permission_denied("the token is not valid: unknown, used by another key, or too old");
+        let token = Token::parse(text).ok_or_else(refused)?;
+        let path = self.identity.data().join(FOLDER).join(format!("{}.json", token.id));
+        let kept = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<NodeToken>(&bytes).ok());
+        let mut kept = kept.ok_or_else(refused)?;
+        // Both are hashes of secrets of 256 bits: how long a comparison takes says nothing of use.
+        if kept.secret_hash != token.secret_hash().to_string() || seconds(SystemTime::now()) > kept.expires_at {
+            return Err(refused());
+        }
+        let presented = key.public().to_string();
+        match &kept.key {
+            Some(bound) if *bound != presented => return Err(refused()),
+            Some(_) => {}
+            None => {
+                kept.key = Some(presented);
+                let text = serde_json::to_vec(&kept).map_err(|_| Status::internal("keep the token"))?;
+                write_atomic(&path, &text, 0o600).map_err(|_| Status::internal("keep the token"))?;
+            }
+        }
+        Ok(kept.node)
+    }
+}
+
+#[tonic::async_trait]
+impl wire::enrolment_server::Enrolment for Service {
+    async fn enrol(&self, request: Request<wire::EnrolRequest>) -> Result<Response<wire::EnrolResponse>, Status> {
+        let request = request.into_inner();
+        let key = RequestedKey::from_request(&request.request)
+            .map_err(|error| Status::invalid_argument(format!("the request cannot be used: {error}")))?;
+        let _one = self.lock.lock().await;
+        let node = self.redeem(&request.token, &key)?;
+        let answer = issue(&self.identity, &node, &key)?;
+        tracing::info!(node, "node enrolled");
+        Ok(Response::new(answer))
+    }
+}
+
+/// A certificate of the cluster's authority for a node.
+pub fn issue(identity: &MemberIdentity, node: &str, key: &RequestedKey) -> Result<wire::EnrolResponse, Status> {
+    let node = Identity::node(identity.cluster(), node).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let authority = identity.authority();
+    let certificate = authority
+        .issue(&node, key, CERTIFICATE_LIFETIME, SystemTime::now())
+        .map_err(|error| Status::internal(error.to_string()))?;
+    Ok(wire::EnrolResponse {
+        certificate: certificate.der.to_vec().into(),
+        authority: authority.certificate().der.to_vec().into(),
+    })
+}
