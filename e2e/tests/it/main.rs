@@ -1,4 +1,5 @@
 //! Tests of the whole.
 
+mod guards;
 mod manifests;
 mod network;

@@ -9,7 +9,7 @@ use hanse_e2e::probe::{self, Listener, Observed};
 use hanse_e2e::world::{Cluster, Pod};
 use hanse_e2e::{matrix, namespace, sandbox};
 
-fn demo() -> Vec<Cluster> {
+pub fn demo() -> Vec<Cluster> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
     ["train", "serve", "prod"]
         .map(|name| Cluster::read(name, &directory.join(name)).expect("the demo's manifests"))
