@@ -51,11 +51,6 @@ pub fn draw(pods: &[Pod], pairs: &[(&Pod, &Pod)], observed: &[Observed], expecte
     grid(pods, pairs, cells, colour)
 }
 
-/// Draws what policy asks for.
-pub fn draw_asked(pods: &[Pod], pairs: &[(&Pod, &Pod)], allowed: &[bool], colour: bool) -> String {
-    grid(pods, pairs, allowed.iter().map(|allowed| if *allowed { Cell::Open } else { Cell::Closed }), colour)
-}
-
 #[derive(Debug, Clone, Copy)]
 enum Cell {
     Open,

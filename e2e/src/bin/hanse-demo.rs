@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Parser;
+use hanse_e2e::enforcement::Enforcement;
 use hanse_e2e::fabric::Fabric;
 use hanse_e2e::matrix;
 use hanse_e2e::probe::{self, Listener};
@@ -109,13 +110,39 @@ fn story(screen: &Screen, programs: &Path, manifests: &Path, once: bool) -> anyh
     let hub = start_hub(&fabric, programs, &scratch.path().join("hub"))?;
     screen.say(&format!("  hanse-hub serves as process {}", hub.id()));
 
-    screen.title("What the federation's policies ask for (computed by hanse policy explain, not measured)");
+    screen.say("  From here on the demo itself carries rule sets to the nodes, in place of members and agents.");
+    let mut enforcement = Enforcement::default();
     let federation = manifests.join("federation");
-    let asked = expectation::explain(&hanse, &clusters, Some(&federation), &pairs, 4, scratch.path())?;
-    let asked: Vec<bool> = asked.iter().map(|answer| answer.allowed).collect();
-    print!("{}", matrix::draw_asked(&pods, &pairs, &asked, screen.colour));
-    let open = asked.iter().filter(|allowed| **allowed).count();
-    screen.say(&format!("  {open} of {} pairs stay open.", asked.len()));
+    let mut clusters = clusters;
+    for (title, relabelled) in [
+        ("Default deny and the federation's policies, compiled and put into every node's kernel", false),
+        ("serve/notebook-0 is relabelled app=vllm: the registry of train opens to it", true),
+    ] {
+        screen.title(title);
+        if relabelled {
+            let directory = scratch.path().join("serve");
+            std::fs::create_dir(&directory).context("make a folder for the changed manifests")?;
+            let text =
+                std::fs::read_to_string(manifests.join("serve/cluster.yaml")).context("read serve's manifests")?;
+            let text = text.replace("app: notebook", "app: vllm");
+            std::fs::write(directory.join("cluster.yaml"), text).context("write serve's manifests")?;
+            clusters[1] = Cluster::read(CLUSTERS[1], &directory).context("read serve's manifests")?;
+        }
+        let took = enforcement.apply(&fabric, &clusters, &federation)?;
+        screen.say(&format!("  read, compiled and applied on six nodes in {} ms", took.as_millis()));
+        for version in [4, 6] {
+            let asked = expectation::explain(&hanse, &clusters, Some(&federation), &pairs, version, scratch.path())?;
+            let asked: Vec<bool> = asked.iter().map(|answer| answer.allowed).collect();
+            let observed = matrix::measure(&fabric, &pairs, version);
+            let differences = matrix::differences(&pairs, &observed, &asked);
+            if version == 4 {
+                print!("{}", matrix::draw(&pods, &pairs, &observed, &asked, screen.colour));
+            }
+            let open = asked.iter().filter(|allowed| **allowed).count();
+            screen.verdict(&format!("IPv{version}: {open} of {} pairs are open", pairs.len()), &differences);
+            wrong += differences.len();
+        }
+    }
 
     if !once {
         stay(screen, privilege_flags())?;
