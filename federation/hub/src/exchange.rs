@@ -5,7 +5,9 @@
 //! counts an origin as not yet synced until it has published again, and tells nobody that anything is gone.
 
 pub mod core;
+pub mod derive;
 pub mod model;
 pub mod origin;
 pub mod select;
+pub mod service;
 pub mod wire;

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use hanse_proto::federation::v1::administration_server::AdministrationServer;
+use hanse_proto::federation::v1::exchange_server::ExchangeServer;
 use hanse_proto::federation::v1::registration_server::RegistrationServer;
 use hanse_proto::federation::v1::renewal_server::RenewalServer;
 use hanse_runtime::files;
@@ -25,10 +26,12 @@ use tracing::{error, info, warn};
 
 use crate::administration::{Administration, create_user, refused};
 use crate::authority::{Authority, Lifetimes};
+use crate::exchange::service::Service;
+use crate::exchange::wire::MAX_MESSAGE_BYTES;
 use crate::registration::Registration;
 use crate::registry::{Clock, Registry};
 use crate::roles::Role;
-use crate::status::{NothingKnown, Realisations};
+use crate::status::Realisations;
 
 /// The largest request of the administration: a manifest of 256 KiB with room.
 const MAX_REQUEST_BYTES: usize = 1 << 20;
@@ -167,13 +170,16 @@ impl Hub {
         let connections = Connections::default();
         shutdown.spawn(close_refused(registry.clone(), connections.clone(), metrics.clone(), shutdown.clone()));
 
-        let realisations: Arc<dyn Realisations> = Arc::new(NothingKnown);
+        let exchange = Service::new(registry.clone(), stop.clone());
+        shutdown.spawn(exchange.clone().follow_registry());
+        let realisations: Arc<dyn Realisations> = Arc::new(exchange.clone());
         let registration = Registration::new(registry.clone(), authority.clone());
         let administration =
             Administration::new(registry.clone(), authority.clone(), connections.clone(), realisations);
         let routes = Routes::builder()
             .add_service(RenewalServer::new(registration.clone()).max_decoding_message_size(MAX_JOIN_BYTES))
             .add_service(AdministrationServer::new(administration).max_decoding_message_size(MAX_REQUEST_BYTES))
+            .add_service(ExchangeServer::new(exchange).max_decoding_message_size(MAX_MESSAGE_BYTES))
             .clone()
             .routes();
 

@@ -113,30 +113,29 @@ pub struct MemberClusterSpec {
     pub federated_allow: String,
 }
 
-/// What a cluster may claim. Absent fields do not limit, but for `cidrs`: without CIDRs a cluster exports no endpoint.
+/// What a cluster may claim. Without namespaces or CIDRs it exports nothing.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct GrantsSpec {
-    /// Which namespaces it may export; absent is all.
-    pub namespaces: Option<Vec<String>>,
+    /// Which namespaces it may export; `*` is all.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub namespaces: Vec<String>,
     /// Where its endpoints' addresses lie; never overlapping another cluster's.
     #[serde(default, deserialize_with = "null_as_default")]
     pub cidrs: Vec<String>,
-    /// Which label keys its endpoints may carry; absent is all.
-    pub labels: Option<Vec<LabelGrantSpec>>,
-    /// Selects the clusters that may see its exports; absent is all.
-    pub visible_to: Option<String>,
+    /// Which label keys its endpoints may carry, with the permitted values (`*`: any); absent is every key and value.
+    pub labels: Option<BTreeMap<String, Vec<String>>>,
+    /// The clusters that may see its exports; absent is all.
+    pub visible_to: Option<VisibleToSpec>,
     #[serde(default, deserialize_with = "null_as_default")]
     pub limits: LimitsSpec,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct LabelGrantSpec {
+pub struct VisibleToSpec {
     #[serde(default)]
-    pub key: String,
-    /// Permitted values; absent is any.
-    pub values: Option<Vec<String>>,
+    pub cluster_selector: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -153,6 +152,7 @@ pub type LabelKeys = BTreeMap<Arc<str>, Option<BTreeSet<Arc<str>>>>;
 /// A cluster's grants, parsed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Grants {
+    /// `None`: every namespace.
     pub namespaces: Option<BTreeSet<Arc<str>>>,
     pub cidrs: Vec<IpNet>,
     /// `None`: every key.
@@ -205,10 +205,19 @@ pub fn select_clusters(selector: &Selector, clusters: &ClusterLabels) -> BTreeSe
 impl FederatedNetworkPolicy {
     /// `tiers`: the phase of each federated tier; a tier without an object is a Guard.
     pub fn convert(&self, clusters: &ClusterLabels, tiers: &BTreeMap<Arc<str>, Phase>, errors: &mut Errors) -> Policy {
+        self.convert_with(&|selector| resolve_clusters(selector, clusters), tiers, errors)
+    }
+
+    /// With cluster selectors resolved by someone else: the hub, for the members.
+    pub fn convert_with(
+        &self,
+        resolve: &dyn Fn(Option<&Selector>) -> ClusterScope,
+        tiers: &BTreeMap<Arc<str>, Phase>,
+        errors: &mut Errors,
+    ) -> Policy {
         let path = Path::Root("spec");
         let spec = &self.spec;
-        let resolve = |selector: Option<&Selector>| resolve_clusters(selector, clusters);
-        let context = Context { namespace: None, clusters: &resolve, federated: true };
+        let context = Context { namespace: None, clusters: resolve, federated: true };
         let mut selector = |text: &str, name: &'static str| {
             let path = path.field(name);
             (!text.is_empty()).then(|| errors.note(&path, rule::parse_selector(text))).flatten()
@@ -256,6 +265,16 @@ impl FederatedNetworkPolicy {
             staged: None,
             host_only: false,
         }
+    }
+}
+
+impl FederatedNetworkPolicy {
+    /// The cluster selectors that are written in it.
+    pub fn cluster_selectors(&self) -> impl Iterator<Item = &str> {
+        let rules = self.spec.ingress.iter().chain(&self.spec.egress);
+        let ends = rules.flat_map(|rule| [&rule.source, &rule.destination]);
+        let peers = ends.filter_map(|end| end.cluster_selector.as_deref());
+        [self.spec.cluster_selector.as_str()].into_iter().filter(|text| !text.is_empty()).chain(peers)
     }
 }
 
@@ -327,25 +346,23 @@ impl MemberCluster {
             cidrs.extend(errors.note(&cidrs_path.index(index), parse_net(text)));
         }
         let labels_path = grants_path.field("labels");
+        let named = |values: &[String]| -> Option<BTreeSet<Arc<str>>> {
+            let any = values.iter().any(|value| value == "*");
+            (!any).then(|| values.iter().map(|value| value.as_str().into()).collect())
+        };
         let labels = grants.labels.as_ref().map(|labels| {
-            let mut keys = BTreeMap::new();
-            for (index, grant) in labels.iter().enumerate() {
-                let path = labels_path.index(index);
-                if grant.key.is_empty() {
-                    errors.add(&path.field("key"), "is missing");
-                }
-                if grant.key.starts_with("hanse.dev/") {
-                    errors.add(&path.field("key"), "keys under hanse.dev/ are the hub's and cannot be granted");
-                }
-                let values =
-                    grant.values.as_ref().map(|values| values.iter().map(|value| value.as_str().into()).collect());
-                keys.insert(grant.key.as_str().into(), values);
+            for key in labels.keys().filter(|key| key.starts_with("hanse.dev/")) {
+                errors
+                    .add(&labels_path, format!("\"{key}\": keys under hanse.dev/ are the hub's and cannot be granted"));
             }
-            keys
+            labels.iter().map(|(key, values)| (key.as_str().into(), named(values))).collect()
         });
         let visible_path = grants_path.field("visibleTo");
-        let visible_to =
-            grants.visible_to.as_ref().and_then(|text| errors.note(&visible_path, rule::parse_selector(text)));
+        let visible_path = visible_path.field("clusterSelector");
+        let visible_to = grants
+            .visible_to
+            .as_ref()
+            .and_then(|visible| errors.note(&visible_path, rule::parse_selector(&visible.cluster_selector)));
         let federated_allow_final = match self.spec.federated_allow.as_str() {
             "" | "Pass" => false,
             "Final" => true,
@@ -358,7 +375,7 @@ impl MemberCluster {
             name: name.into(),
             labels: self.spec.labels.clone(),
             grants: Grants {
-                namespaces: grants.namespaces.as_ref().map(|all| all.iter().map(|name| name.as_str().into()).collect()),
+                namespaces: named(&grants.namespaces),
                 cidrs,
                 labels,
                 visible_to,

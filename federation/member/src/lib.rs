@@ -1,4 +1,8 @@
 //! hanse-member: one cluster's inventory, its hub streams, and the fan-out to its agents.
 
+pub mod exchange;
 pub mod fanout;
+pub mod process;
 pub mod registration;
+pub mod source;
+pub mod world;

@@ -1,1 +1,160 @@
-fn main() {}
+//! `hanse-member`: one cluster's inventory, its hub streams, and the fan-out to its agents.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use hanse_member::fanout::create_node_token;
+use hanse_member::process::{self, Options};
+use hanse_member::registration::MemberIdentity;
+use hanse_ruleset::UnknownPods;
+use hanse_runtime::shutdown::Shutdown;
+use hanse_runtime::{logging, tls};
+
+/// How long a stop waits for tasks.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Publishes one cluster to the hub, receives the others, and tells the cluster's agents what to enforce.
+#[derive(Debug, Parser)]
+#[command(name = "hanse-member", version, propagate_version = true)]
+struct Cli {
+    /// text or json.
+    #[arg(long, global = true, default_value_t)]
+    log_format: logging::Format,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Join where needed, and serve the cluster's agents.
+    Run(Box<RunArgs>),
+    /// Tokens with which nodes enrol.
+    NodeToken {
+        #[command(subcommand)]
+        command: NodeTokenCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum NodeTokenCommand {
+    /// Print a token, a secret, that enrols one node once. The cluster must have joined.
+    Create(NodeTokenArgs),
+}
+
+#[derive(Debug, Args)]
+struct NodeTokenArgs {
+    /// The folder of the member's files.
+    #[arg(long)]
+    data: PathBuf,
+    /// The cluster's name.
+    #[arg(long)]
+    cluster: String,
+    /// The node's name.
+    #[arg(long)]
+    node: String,
+    /// How long the token is valid.
+    #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=604_800))]
+    seconds: u64,
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// The folder of the member's files; made when absent.
+    #[arg(long)]
+    data: PathBuf,
+    /// The cluster's name in its ClusterSet.
+    #[arg(long)]
+    cluster: String,
+    /// The hub, HOST:PORT; may be given once for each replica.
+    #[arg(long, required = true)]
+    hub: Vec<String>,
+    /// Where the hub takes newcomers, HOST:PORT; needed until the cluster has joined, and for late renewal.
+    #[arg(long)]
+    join: Vec<String>,
+    /// A file with a join token; needed until the cluster has joined.
+    #[arg(long)]
+    token_file: Option<PathBuf>,
+    /// A directory of Kubernetes manifests: the cluster.
+    #[arg(long)]
+    source: PathBuf,
+    /// For agents, who show certificates.
+    #[arg(long)]
+    agent_listen: SocketAddr,
+    /// For nodes with a node token.
+    #[arg(long)]
+    enrol_listen: SocketAddr,
+    /// What a federated Allow means here: `Pass` leaves to this cluster's own tiers, `Final` ends.
+    #[arg(long, value_enum, default_value_t = FederatedAllow::Pass)]
+    federated_allow: FederatedAllow,
+    /// What happens to pods whose rules have not arrived yet.
+    #[arg(long, value_enum, default_value_t = Unknown::Deny)]
+    unknown_pods: Unknown,
+    /// Health and readiness over HTTP.
+    #[arg(long)]
+    health_listen: Option<SocketAddr>,
+    /// Prometheus metrics over HTTP, on a loopback address.
+    #[arg(long)]
+    metrics_listen: Option<SocketAddr>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum FederatedAllow {
+    #[value(name = "Pass")]
+    Pass,
+    #[value(name = "Final")]
+    Final,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Unknown {
+    #[value(name = "Deny")]
+    Deny,
+    #[value(name = "Allow")]
+    Allow,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    logging::init(cli.log_format);
+    tls::install_provider();
+    match cli.command {
+        Command::NodeToken { command: NodeTokenCommand::Create(args) } => {
+            let identity = MemberIdentity::read(&args.data, &args.cluster)?;
+            let identity = identity.with_context(|| format!("{} has not joined yet", args.cluster))?;
+            let lifetime = Duration::from_secs(args.seconds);
+            println!("{}", create_node_token(&args.data, &identity, &args.node, lifetime)?);
+            Ok(())
+        }
+        Command::Run(args) => {
+            let shutdown = Shutdown::default();
+            let options = Options {
+                data: args.data,
+                cluster: args.cluster,
+                hubs: args.hub,
+                join: args.join,
+                token_file: args.token_file,
+                source: args.source,
+                agent_listen: args.agent_listen,
+                enrol_listen: args.enrol_listen,
+                federated_allow_final: args.federated_allow == FederatedAllow::Final,
+                unknown_pods: match args.unknown_pods {
+                    Unknown::Deny => UnknownPods::Deny,
+                    Unknown::Allow => UnknownPods::Allow,
+                },
+                health_listen: args.health_listen,
+                metrics_listen: args.metrics_listen,
+            };
+            let running = process::run(options, shutdown.clone());
+            tokio::select! {
+                ended = running => ended?,
+                signalled = shutdown.wait_for_signal() => signalled.context("wait for a signal")?,
+            }
+            shutdown.drain(DRAIN).await;
+            Ok(())
+        }
+    }
+}

@@ -283,6 +283,18 @@ impl Exchange {
         Some(self.class(receiver.class).views.get(number).map_or(0, |view| view.digest))
     }
 
+    /// Whether what a cluster last said it holds of each origin is what it should hold; none before it has said.
+    pub fn digests_equal(&self, cluster: &str) -> Option<bool> {
+        let told = self.realisations.get(cluster)?;
+        let (id, _) = self.receivers.iter().find(|(_, receiver)| *receiver.cluster == *cluster)?;
+        let equal = |held: &pb::OriginState| {
+            let expected = self.expected_digest(*id, &held.origin);
+            // An origin that has not published yet is not known here, so nothing is said of it.
+            expected.is_none_or(|expected| wire::digest_bytes(expected) == held.digest)
+        };
+        Some(told.origins.iter().all(equal))
+    }
+
     /// The next message for a receiver; none when there is nothing to say now.
     pub fn next(&mut self, id: ReceiverId) -> Option<pb::WatchResponse> {
         loop {

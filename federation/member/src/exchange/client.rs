@@ -1,0 +1,305 @@
+//! The exchange over connections: publishes to every replica of the hub, watches one, and keeps snapshots on disk.
+//!
+//! State is shared under one lock that nobody waits with. A replica that cannot be reached is tried again for ever; what
+//! is held stays.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use hanse_policy::inventory::Cluster;
+use hanse_proto::federation::v1 as pb;
+use hanse_proto::federation::v1::exchange_client::ExchangeClient;
+use hanse_runtime::files::write_atomic;
+use hanse_runtime::retry::Backoff;
+use hanse_runtime::shutdown::Shutdown;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use super::model::{Updates, Wanted};
+use super::publisher::{PublishSession, Publisher};
+use super::receiver::Receiver;
+use crate::registration::MemberIdentity;
+
+/// Messages that wait for a connection: 4 × 1 MiB at most.
+const OUTBOX: usize = 4;
+const MAX_MESSAGE_BYTES: usize = 4 << 20;
+/// How often a quiet stream says that the cluster lives.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+/// A stream on which nothing came for this long is given up: the hub speaks every 3 seconds.
+const SILENCE: Duration = Duration::from_secs(15);
+/// How often what was received is written down, at most.
+const STORE_EVERY: Duration = Duration::from_secs(1);
+const HEADER: &[u8] = b"hanse-exchange/1\n";
+
+/// What the member says of itself, and hears. Clones share everything.
+#[derive(Debug, Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    data: PathBuf,
+    publisher: Mutex<Publisher>,
+    receiver: Mutex<Receiver>,
+    /// Counts what there is to publish.
+    published: watch::Sender<u64>,
+    /// Counts what was received.
+    received: watch::Sender<u64>,
+    own: watch::Sender<BTreeSet<Wanted>>,
+    realisation: watch::Sender<Option<Arc<pb::Realisation>>>,
+    refusals: Mutex<Vec<pb::Refusal>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic elsewhere does not make the data wrong: each call leaves it whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Client {
+    /// Restores what was published and received before this start.
+    pub fn restore(data: &Path) -> Self {
+        let publisher = read(&data.join("publisher.snapshot")).and_then(|bytes| Publisher::restore(&bytes));
+        let epoch = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64);
+        let receiver = read(&data.join("receiver.snapshot")).and_then(|bytes| Receiver::restore(&bytes));
+        let shared = Shared {
+            data: data.to_owned(),
+            // Epochs grow: a lost numbering starts behind every one that this clock has given.
+            publisher: Mutex::new(publisher.unwrap_or_else(|| Publisher::new(epoch()))),
+            receiver: Mutex::new(receiver.unwrap_or_default()),
+            published: watch::Sender::new(0),
+            received: watch::Sender::new(0),
+            own: watch::Sender::default(),
+            realisation: watch::Sender::default(),
+            refusals: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Publishes to every hub and watches one, until the shutdown.
+    pub fn start(&self, identity: &MemberIdentity, hubs: &[String], shutdown: &Shutdown) {
+        for hub in hubs {
+            let (client, identity, hub) = (self.clone(), identity.clone(), hub.clone());
+            let stop = shutdown.token();
+            shutdown.spawn(async move { client.publish_for_ever(&identity, &hub, &stop).await });
+        }
+        let (client, identity, hubs) = (self.clone(), identity.clone(), hubs.to_vec());
+        let stop = shutdown.token();
+        shutdown.spawn(async move { client.watch_for_ever(&identity, &hubs, &stop).await });
+        let (client, stop) = (self.clone(), shutdown.token());
+        shutdown.spawn(async move { client.store_for_ever(&stop).await });
+    }
+
+    /// What this cluster exports from now on.
+    pub fn publish(&self, cluster: &Cluster) {
+        let mut publisher = lock(&self.shared.publisher);
+        if !publisher.publish(cluster) {
+            return;
+        }
+        // Ids must be on disk before anybody hears of them: a restart may not give them to something else.
+        let bytes = publisher.store();
+        drop(publisher);
+        self.write("publisher.snapshot", &bytes);
+        self.shared.published.send_modify(|count| *count += 1);
+    }
+
+    /// What this cluster's own policies can select elsewhere.
+    pub fn want(&self, wanted: BTreeSet<Wanted>) {
+        self.shared.own.send_if_modified(|own| std::mem::replace(own, wanted.clone()) != wanted);
+    }
+
+    /// What is told to the hub of enforcement.
+    pub fn report(&self, realisation: pb::Realisation) {
+        let realisation = Some(Arc::new(realisation));
+        self.shared.realisation.send_if_modified(|last| {
+            let news = *last != realisation;
+            last.clone_from(&realisation);
+            news
+        });
+    }
+
+    /// Changes since the last call; `changes` tells when to look.
+    pub fn take_updates(&self) -> Option<Updates> {
+        lock(&self.shared.receiver).take_updates()
+    }
+
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.shared.received.subscribe()
+    }
+
+    /// Looks at what is held.
+    pub fn with_receiver<T>(&self, look: impl FnOnce(&Receiver) -> T) -> T {
+        look(&lock(&self.shared.receiver))
+    }
+
+    fn write(&self, name: &str, body: &[u8]) {
+        let bytes = [HEADER, blake3::hash(body).as_bytes(), body].concat();
+        if let Err(error) = write_atomic(&self.shared.data.join(name), &bytes, 0o600) {
+            tracing::error!(%error, name, "a snapshot cannot be written: a restart would begin with an older one");
+        }
+    }
+
+    async fn publish_for_ever(&self, identity: &MemberIdentity, hub: &str, stop: &CancellationToken) {
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        loop {
+            let ended = tokio::select! {
+                () = stop.cancelled() => return,
+                ended = self.publish_once(identity, hub, &mut backoff) => ended,
+            };
+            if let Err(error) = ended {
+                tracing::warn!(error = format!("{error:#}"), hub, "not publishing, trying again");
+            }
+            if !backoff.wait(stop).await {
+                return;
+            }
+        }
+    }
+
+    async fn publish_once(&self, identity: &MemberIdentity, hub: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
+        let mut renewed = identity.credentials().subscribe();
+        renewed.mark_unchanged();
+        let connection = identity.hub_client()?.connect(hub).await?;
+        let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let (outbox, sending) = mpsc::channel(OUTBOX);
+        let open = PublishSession::open(&lock(&self.shared.publisher));
+        outbox.send(open).await?;
+        let mut answers = client.publish(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
+        let mut session = PublishSession::default();
+        let mut published = self.shared.published.subscribe();
+        let mut realisation = self.shared.realisation.subscribe();
+        realisation.mark_changed();
+        let mut beat = tokio::time::interval(HEARTBEAT);
+        loop {
+            use pb::publish_request::Message;
+            let requests = session.poll(&lock(&self.shared.publisher));
+            for request in requests {
+                outbox.send(request).await.context("publish")?;
+            }
+            let message = tokio::select! {
+                answer = answers.message() => {
+                    let Some(answer) = answer.context("publish")? else { return Ok(()) };
+                    backoff.reset();
+                    let refused = matches!(answer.message, Some(pb::publish_response::Message::Refusals(_)));
+                    session.take(&mut lock(&self.shared.publisher), answer);
+                    if refused {
+                        self.tell_refusals(&session);
+                    }
+                    continue;
+                }
+                changed = published.changed() => { changed.context("publish")?; continue }
+                changed = realisation.changed() => {
+                    changed.context("publish")?;
+                    match realisation.borrow_and_update().clone() {
+                        Some(realisation) => Message::Realisation((*realisation).clone()),
+                        None => continue,
+                    }
+                }
+                _ = beat.tick() => Message::Heartbeat(pb::Heartbeat {}),
+                // The next connection shows the new certificate, and goes on where this one ended.
+                _ = renewed.changed() => return Ok(()),
+            };
+            outbox.send(pb::PublishRequest { message: Some(message) }).await.context("publish")?;
+        }
+    }
+
+    fn tell_refusals(&self, session: &PublishSession) {
+        let mut told = lock(&self.shared.refusals);
+        if *told == session.refusals {
+            return;
+        }
+        let publisher = lock(&self.shared.publisher);
+        for refusal in &session.refusals {
+            let object = publisher.name_of(refusal.id).unwrap_or_default();
+            tracing::warn!(object, id = refusal.id, refusal = ?refusal.reason, "the hub refused an export");
+        }
+        told.clone_from(&session.refusals);
+    }
+
+    async fn watch_for_ever(&self, identity: &MemberIdentity, hubs: &[String], stop: &CancellationToken) {
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        for hub in hubs.iter().cycle() {
+            let ended = tokio::select! {
+                () = stop.cancelled() => return,
+                ended = self.watch_once(identity, hub, &mut backoff) => ended,
+            };
+            lock(&self.shared.receiver).disconnected();
+            if let Err(error) = ended {
+                tracing::warn!(error = format!("{error:#}"), hub, "not watching, trying again; what is held stays");
+            }
+            if !backoff.wait(stop).await {
+                return;
+            }
+        }
+    }
+
+    async fn watch_once(&self, identity: &MemberIdentity, hub: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
+        let mut renewed = identity.credentials().subscribe();
+        renewed.mark_unchanged();
+        let connection = identity.hub_client()?.connect(hub).await?;
+        let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let (outbox, sending) = mpsc::channel(OUTBOX);
+        let mut own = self.shared.own.subscribe();
+        let open = {
+            let mut receiver = lock(&self.shared.receiver);
+            receiver.set_own(&own.borrow_and_update());
+            receiver.open()
+        };
+        outbox.send(open).await?;
+        let mut incoming = client.watch(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
+        loop {
+            let answers = tokio::select! {
+                message = tokio::time::timeout(SILENCE, incoming.message()) => {
+                    let message = message.context("the hub is silent")?.context("watch")?;
+                    let Some(message) = message else { return Ok(()) };
+                    let answers = lock(&self.shared.receiver).take(message)?;
+                    backoff.reset();
+                    self.shared.received.send_modify(|count| *count += 1);
+                    answers
+                }
+                changed = own.changed() => {
+                    changed.context("watch")?;
+                    let wanted = own.borrow_and_update().clone();
+                    lock(&self.shared.receiver).set_own(&wanted).into_iter().collect()
+                }
+                _ = renewed.changed() => return Ok(()),
+            };
+            for answer in answers {
+                outbox.send(answer).await.context("answer")?;
+            }
+        }
+    }
+
+    /// Writes down what was received, so that a start needs nobody.
+    async fn store_for_ever(&self, stop: &CancellationToken) {
+        let mut received = self.shared.received.subscribe();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                changed = received.changed() => if changed.is_err() { break },
+            }
+            let bytes = lock(&self.shared.receiver).store();
+            self.write("receiver.snapshot", &bytes);
+            tokio::select! {
+                () = stop.cancelled() => break,
+                () = tokio::time::sleep(STORE_EVERY) => {}
+            }
+        }
+        let bytes = lock(&self.shared.receiver).store();
+        self.write("receiver.snapshot", &bytes);
+    }
+}
+
+/// `None`: there is no file, or it is damaged, which is logged.
+fn read(path: &Path) -> Option<Vec<u8>> {
+    let bytes = std::fs::read(path).ok()?;
+    let whole = bytes.strip_prefix(HEADER).and_then(|rest| rest.split_at_checked(32));
+    let body = whole.filter(|(hash, body)| blake3::hash(body).as_bytes() == hash).map(|(_, body)| body.to_vec());
+    if body.is_none() {
+        tracing::warn!(path = %path.display(), "the snapshot is damaged and not used");
+    }
+    body
+}
