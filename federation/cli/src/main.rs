@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
+mod online;
 mod output;
 mod policy;
 
@@ -35,14 +36,38 @@ enum Command {
     /// Ask what policy says, and check what is written.
     #[command(subcommand)]
     Policy(policy::Command),
+    /// Tokens with which clusters join.
+    #[command(subcommand)]
+    Token(online::token::Command),
+    /// The clusters of the ClusterSet.
+    #[command(subcommand)]
+    Cluster(online::cluster::Command),
+    /// Write objects of the federation to the hub.
+    Apply(online::object::Apply),
+    /// Read objects of the federation from the hub.
+    Get(online::object::Get),
+    /// Delete objects of the federation.
+    Delete(online::object::Delete),
+    /// How the clusters are: connected, age of data, digests, agents, certificates.
+    Status(online::status::Status),
+    /// Wait until a policy is enforced everywhere.
+    Wait(online::wait::Wait),
     /// Print the completion script of a shell.
     Completion { shell: clap_complete::Shell },
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    let context = cli.globals.context.as_deref();
     let outcome = match cli.command {
         Command::Policy(command) => command.run(),
+        Command::Token(command) => command.run(context),
+        Command::Cluster(command) => command.run(context),
+        Command::Apply(command) => command.run(context),
+        Command::Get(command) => command.run(context),
+        Command::Delete(command) => command.run(context),
+        Command::Status(command) => command.run(context),
+        Command::Wait(command) => command.run(context),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "hanse", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

@@ -1,0 +1,108 @@
+//! `hanse token …`: what clusters join with.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Subcommand;
+use hanse_proto::federation::v1 as pb;
+use serde::Serialize;
+
+use super::{call, time, with_client};
+use crate::output::{self, Format};
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Print a token, a secret, with which one cluster joins once.
+    Create {
+        /// The cluster's name.
+        #[arg(long)]
+        cluster: String,
+        /// How long the token is valid, in seconds.
+        #[arg(long, default_value_t = 3600)]
+        seconds: u64,
+        /// The cluster waits for `hanse cluster accept` before it gets a certificate.
+        #[arg(long)]
+        wait_for_accept: bool,
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
+    /// The tokens that are valid; never their secrets.
+    List {
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
+    /// Make a token worthless. Clusters that have joined with it stay.
+    Revoke {
+        /// The token's id.
+        id: String,
+    },
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Token {
+    id: String,
+    cluster: String,
+    expires_at: String,
+    accepts_at_once: bool,
+    used: bool,
+    created_by: String,
+}
+
+impl Command {
+    pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Create { cluster, seconds, wait_for_accept, output } => {
+                let request = pb::CreateTokenRequest { cluster, lifetime_seconds: seconds, accept: !wait_for_accept };
+                let created =
+                    with_client(context, |mut client| async move { call(client.create_token(request)).await })?;
+                match output {
+                    // Alone on the line, so that it can go into a file.
+                    Format::Table => println!("{}", created.token),
+                    format => output::print(format, &serde_json::json!({"id": created.id, "token": created.token}))?,
+                }
+            }
+            Self::List { output } => {
+                let listed = with_client(context, |mut client| async move {
+                    call(client.list_tokens(pb::ListTokensRequest {})).await
+                })?;
+                let tokens: Vec<Token> = listed
+                    .tokens
+                    .into_iter()
+                    .map(|token| Token {
+                        id: token.id,
+                        cluster: token.cluster,
+                        expires_at: time(token.expires_at),
+                        accepts_at_once: token.accept,
+                        used: !token.bound_key.is_empty(),
+                        created_by: token.created_by,
+                    })
+                    .collect();
+                if output != Format::Table {
+                    output::print(output, &tokens)?;
+                    return Ok(ExitCode::SUCCESS);
+                }
+                let mut table = output::table(["ID", "CLUSTER", "EXPIRES", "ACCEPTS", "USED", "BY"]);
+                for token in tokens {
+                    let accepts = if token.accepts_at_once { "at once" } else { "by an operator" };
+                    let used = if token.used { "yes" } else { "no" };
+                    table.add_row([
+                        token.id.as_str(),
+                        &token.cluster,
+                        &token.expires_at,
+                        accepts,
+                        used,
+                        &token.created_by,
+                    ]);
+                }
+                println!("{table}");
+            }
+            Self::Revoke { id } => {
+                let request = pb::RevokeTokenRequest { id: id.clone() };
+                with_client(context, |mut client| async move { call(client.revoke_token(request)).await })?;
+                println!("token {id} revoked");
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
