@@ -61,6 +61,19 @@ pub struct SetDefinition {
     pub name: String,
     pub flags: u32,
     pub key_length: u32,
+    /// How people's tools show keys; the kernel does not look at it.
+    pub key_type: u32,
+}
+
+/// Types as libnftables numbers them; a concatenation has six bits for each part.
+const INTERFACE_NAME: u32 = 41;
+const PROTOCOL_AND_PORT: u32 = (12 << 6) | 13;
+
+fn address_type(family: Family) -> u32 {
+    match family {
+        Family::V4 => 7,
+        Family::V6 => 8,
+    }
 }
 
 /// A chain with its rules, whole.
@@ -127,12 +140,13 @@ pub fn set_name(id: SetId, family: Family) -> String {
 pub fn set_definitions(set: &Set) -> [SetDefinition; 2] {
     both().map(|family| {
         let address = address_length(family);
-        let (flags, key_length) = match set.kind() {
-            SetKind::Addresses => (0, address),
-            SetKind::Nets => (INTERVAL, address),
-            SetKind::Sockets => (0, address + 8),
+        let kind = address_type(family);
+        let (flags, key_length, key_type) = match set.kind() {
+            SetKind::Addresses => (0, address, kind),
+            SetKind::Nets => (INTERVAL, address, kind),
+            SetKind::Sockets => (0, address + 8, (kind << 12) | PROTOCOL_AND_PORT),
         };
-        SetDefinition { name: set_name(set.id, family), flags, key_length }
+        SetDefinition { name: set_name(set.id, family), flags, key_length, key_type }
     })
 }
 
@@ -162,10 +176,14 @@ pub fn set_elements(members: &Members, family: Family) -> Vec<Element> {
 
 /// The maps and sets that hold a node's own endpoints and ranges.
 pub fn fixed_sets() -> Vec<SetDefinition> {
-    let mut sets = vec![SetDefinition { name: "uplinks".into(), flags: 0, key_length: 16 }];
+    let mut sets = vec![SetDefinition { name: "uplinks".into(), flags: 0, key_length: 16, key_type: INTERFACE_NAME }];
     for family in both() {
         let (digit, length) = (family_digit(family), address_length(family));
-        let set = |name: &str, flags, key_length| SetDefinition { name: format!("{name}{digit}"), flags, key_length };
+        let kind = address_type(family);
+        let set = |name: &str, flags, key_length| {
+            let key_type = if key_length > length { (kind << 6) | kind } else { kind };
+            SetDefinition { name: format!("{name}{digit}"), flags, key_length, key_type }
+        };
         sets.extend([
             set("pods", 0, length),
             set("ranges", INTERVAL, length),

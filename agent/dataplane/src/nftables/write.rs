@@ -427,7 +427,7 @@ impl<'a> Writer<'a> {
 
     fn new_set(&mut self, tag: &Tag, set: &SetDefinition) {
         const VERDICT_TYPE: u32 = 0xffff_ff00;
-        let mut body = self.named(&set.name, 2).u32(3, set.flags).u32(4, 0).u32(5, set.key_length);
+        let mut body = self.named(&set.name, 2).u32(3, set.flags).u32(4, set.key_type).u32(5, set.key_length);
         if set.flags & MAP != 0 {
             body = body.u32(6, VERDICT_TYPE);
         }
