@@ -1,7 +1,35 @@
 //! Policies and inventory in, per-node rule sets and a report out.
 //!
-//! Pure and deterministic: the same input gives the same bytes. [`whole::compile`] compiles from nothing.
+//! [`Compiler`] holds the state of one cluster as its member knows it. [`Compiler::apply`] takes one update and is cheap;
+//! [`Compiler::commit`] brings the rule sets of all nodes up to date and says what changed: shared set members once, and
+//! per node what it gains and loses. Nodes that need the same chains share one profile, so that an update costs what it
+//! touches.
+//!
+//! Promises: the same state gives the same bytes, in whatever order and however many commits it came. After any updates
+//! the result is the one from nothing. Unknown never opens: rules name the certain or the possible members of a
+//! selector, whichever fails closed.
+//!
+//! [`whole::compile`] is the same from nothing and the obvious way, for what is asked once and as a second opinion. Its
+//! sets have names of their own.
+//!
+//! Does not: read clocks, do I/O, number generations, encode anything.
 
+mod change;
+mod commit;
+mod compiler;
+mod id_set;
+pub mod index;
+mod inventory;
+mod node;
+mod pool;
+mod report;
+mod rule;
+mod update;
 pub mod whole;
 
-pub use whole::{Compiled, Input, PolicyReport, compile};
+pub use change::{Changes, NodeChange, Objects};
+pub use compiler::Compiler;
+pub use id_set::IdSet;
+pub use report::{Direction, Ignored, PeerReport, PolicyReport, Reason, Report};
+pub use update::{ClusterRecord, Update};
+pub use whole::{Compiled, Input, compile};

@@ -1,0 +1,650 @@
+//! Which selectors hold for which labels, kept up to date from both sides.
+//!
+//! Labels are interned as pairs. Only keys that some selector names count: labels that agree in those form one *class*,
+//! and every selector is evaluated once per class, however many endpoints have it. A class finds the selectors that may
+//! hold for it by the pairs and keys that they need ([`Atom`]); what can hold without any label (negations, `all()`) is
+//! the residual, asked always. A selector finds its classes the same way.
+//!
+//! Does not know endpoints, clusters or addresses: those who do keep them by [`ClassId`].
+
+use std::sync::Arc;
+
+use foldhash::fast::RandomState;
+use hanse_policy::selector::{Expr, Selector, build};
+use hanse_policy::tri::Tri;
+use hashbrown::{HashMap, HashTable};
+use smallvec::SmallVec;
+use std::hash::BuildHasher as _;
+
+use crate::id_set::IdSet;
+
+pub type PairId = u32;
+pub type KeyId = u32;
+pub type SelectorId = u32;
+pub type ClassId = u32;
+pub type RealmId = u32;
+
+pub(crate) type FastMap<K, V> = HashMap<K, V, RandomState>;
+
+/// Whose labels these are: what is known of those that are absent.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Realm {
+    /// Every label is known.
+    Known,
+    /// Own labels with other keys than these are unknown, present or not.
+    Granted(Arc<[Arc<str>]>),
+    /// Every selector is unknown.
+    Stale,
+}
+
+#[derive(Debug)]
+struct Pair {
+    key: KeyId,
+    value: Arc<str>,
+    references: u32,
+}
+
+#[derive(Debug)]
+struct Key {
+    text: Arc<str>,
+    /// Added by the inventory, so never a matter of grants.
+    reserved: bool,
+    /// Some selector names or named it.
+    relevant: bool,
+    selectors: IdSet,
+}
+
+/// A leaf of an expression in negation normal form.
+#[derive(Debug)]
+struct Leaf {
+    key: KeyId,
+    test: Test,
+    negated: bool,
+}
+
+#[derive(Debug)]
+enum Test {
+    Present,
+    /// Sorted.
+    OneOf(Box<[PairId]>),
+    Contains(Arc<str>),
+    StartsWith(Arc<str>),
+    EndsWith(Arc<str>),
+}
+
+#[derive(Debug)]
+enum Node {
+    Constant(bool),
+    Leaf(Leaf),
+    And(Box<[Node]>),
+    Or(Box<[Node]>),
+}
+
+/// What a class must have for a selector to hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Atom {
+    Pair(PairId),
+    Key(KeyId),
+}
+
+#[derive(Debug)]
+struct Registered {
+    selector: Selector,
+    node: Node,
+    keys: Box<[KeyId]>,
+    /// `None`: residual.
+    anchors: Option<Box<[Atom]>>,
+    users: u32,
+    yes: IdSet,
+    unknown: IdSet,
+}
+
+/// A selector that holds, or may hold, for a class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Match {
+    pub selector: SelectorId,
+    pub certain: bool,
+}
+
+#[derive(Debug)]
+struct Class {
+    realm: RealmId,
+    /// Keeps apart what must not share a class though its labels agree.
+    tag: u8,
+    /// By key.
+    labels: Box<[(KeyId, PairId)]>,
+    /// By selector.
+    matches: Vec<Match>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Index {
+    hasher: RandomState,
+    keys: Vec<Key>,
+    keys_by_text: FastMap<Arc<str>, KeyId>,
+    pairs: Vec<Pair>,
+    free_pairs: Vec<PairId>,
+    pairs_by_content: HashTable<PairId>,
+    realms: Vec<(Realm, IdSet)>,
+    selectors: Vec<Option<Registered>>,
+    free_selectors: Vec<SelectorId>,
+    selectors_by_canonical: FastMap<Arc<str>, SelectorId>,
+    by_pair: FastMap<PairId, IdSet>,
+    by_key: FastMap<KeyId, IdSet>,
+    residual: IdSet,
+    classes: Vec<Option<Class>>,
+    free_classes: Vec<ClassId>,
+    classes_by_content: HashTable<ClassId>,
+    all_classes: IdSet,
+    classes_by_pair: FastMap<PairId, IdSet>,
+    classes_by_key: FastMap<KeyId, IdSet>,
+}
+
+impl Default for Index {
+    fn default() -> Self {
+        Self {
+            hasher: RandomState::default(),
+            keys: Vec::new(),
+            keys_by_text: FastMap::default(),
+            pairs: Vec::new(),
+            free_pairs: Vec::new(),
+            pairs_by_content: HashTable::new(),
+            realms: vec![(Realm::Known, IdSet::default())],
+            selectors: Vec::new(),
+            free_selectors: Vec::new(),
+            selectors_by_canonical: FastMap::default(),
+            by_pair: FastMap::default(),
+            by_key: FastMap::default(),
+            residual: IdSet::default(),
+            classes: Vec::new(),
+            free_classes: Vec::new(),
+            classes_by_content: HashTable::new(),
+            all_classes: IdSet::default(),
+            classes_by_pair: FastMap::default(),
+            classes_by_key: FastMap::default(),
+        }
+    }
+}
+
+impl Index {
+    pub fn key(&mut self, text: &str) -> KeyId {
+        if let Some(id) = self.keys_by_text.get(text) {
+            return *id;
+        }
+        let id = self.keys.len() as KeyId;
+        let shared: Arc<str> = text.into();
+        let reserved = build::is_reserved_key(text);
+        self.keys.push(Key { text: shared.clone(), reserved, relevant: false, selectors: IdSet::default() });
+        self.keys_by_text.insert(shared, id);
+        id
+    }
+
+    /// Interns a pair and takes a reference to it.
+    pub fn pair(&mut self, key: KeyId, value: &Arc<str>) -> PairId {
+        let hash = self.hasher.hash_one((key, &**value));
+        let same = |id: &PairId| {
+            let pair = &self.pairs[*id as usize];
+            pair.key == key && *pair.value == **value
+        };
+        if let Some(id) = self.pairs_by_content.find(hash, same) {
+            self.pairs[*id as usize].references += 1;
+            return *id;
+        }
+        let pair = Pair { key, value: value.clone(), references: 1 };
+        let id = match self.free_pairs.pop() {
+            Some(id) => {
+                self.pairs[id as usize] = pair;
+                id
+            }
+            None => {
+                self.pairs.push(pair);
+                self.pairs.len() as PairId - 1
+            }
+        };
+        let (hasher, pairs) = (&self.hasher, &self.pairs);
+        self.pairs_by_content.insert_unique(hash, id, |id| {
+            let pair = &pairs[*id as usize];
+            hasher.hash_one((pair.key, &*pair.value))
+        });
+        id
+    }
+
+    pub fn release(&mut self, pair: PairId) {
+        let slot = &mut self.pairs[pair as usize];
+        slot.references -= 1;
+        if slot.references == 0 {
+            let hash = self.hasher.hash_one((slot.key, &*slot.value));
+            slot.value = Arc::default();
+            if let Ok(entry) = self.pairs_by_content.find_entry(hash, |id| *id == pair) {
+                entry.remove();
+            }
+            self.free_pairs.push(pair);
+        }
+    }
+
+    pub fn key_of(&self, pair: PairId) -> KeyId {
+        self.pairs[pair as usize].key
+    }
+
+    pub fn is_relevant(&self, key: KeyId) -> bool {
+        self.keys[key as usize].relevant
+    }
+
+    pub fn realm(&mut self, realm: &Realm) -> RealmId {
+        let found = self.realms.iter().position(|(have, _)| have == realm);
+        found.unwrap_or_else(|| {
+            self.realms.push((realm.clone(), IdSet::default()));
+            self.realms.len() - 1
+        }) as RealmId
+    }
+
+    /// Whether a realm lets an own label of this key be known.
+    pub fn knows(&self, realm: RealmId, key: KeyId) -> bool {
+        match &self.realms[realm as usize].0 {
+            Realm::Known => true,
+            Realm::Stale => false,
+            Realm::Granted(keys) => {
+                let key = &self.keys[key as usize];
+                key.reserved || keys.binary_search(&key.text).is_ok()
+            }
+        }
+    }
+
+    // Selectors.
+
+    /// Takes a use of a selector, which is matched against all classes when it is new. `newly_relevant` is told the keys
+    /// that no selector named before: what has them must be classed again.
+    pub fn register(&mut self, selector: &Selector, newly_relevant: &mut Vec<KeyId>) -> SelectorId {
+        if let Some(id) = self.selectors_by_canonical.get(&selector.canonical) {
+            let id = *id;
+            if let Some(registered) = &mut self.selectors[id as usize] {
+                registered.users += 1;
+            }
+            return id;
+        }
+        let node = self.prepare(&selector.expr, false);
+        let mut keys = Vec::new();
+        node.for_each_leaf(&mut |leaf| keys.push(leaf.key));
+        keys.sort_unstable();
+        keys.dedup();
+        let anchors = self.anchors(&node).map(Vec::into_boxed_slice);
+        let registered = Registered {
+            selector: selector.clone(),
+            node,
+            keys: keys.into(),
+            anchors,
+            users: 1,
+            yes: IdSet::default(),
+            unknown: IdSet::default(),
+        };
+        let id = match self.free_selectors.pop() {
+            Some(id) => id,
+            None => {
+                self.selectors.push(None);
+                self.selectors.len() as SelectorId - 1
+            }
+        };
+        for key in &registered.keys {
+            let key_slot = &mut self.keys[*key as usize];
+            key_slot.selectors.insert(id);
+            if !std::mem::replace(&mut key_slot.relevant, true) {
+                newly_relevant.push(*key);
+            }
+        }
+        match &registered.anchors {
+            None => self.residual.insert(id),
+            Some(atoms) => atoms.iter().for_each(|atom| match atom {
+                Atom::Pair(pair) => self.by_pair.entry(*pair).or_default().insert(id),
+                Atom::Key(key) => self.by_key.entry(*key).or_default().insert(id),
+            }),
+        }
+        self.selectors_by_canonical.insert(selector.canonical.clone(), id);
+        let candidates = self.candidate_classes(&registered);
+        self.selectors[id as usize] = Some(registered);
+        for class in candidates {
+            self.match_one(class, id);
+        }
+        id
+    }
+
+    /// Gives back a use.
+    pub fn unregister(&mut self, id: SelectorId) {
+        let Some(registered) = &mut self.selectors[id as usize] else { return };
+        registered.users -= 1;
+        if registered.users > 0 {
+            return;
+        }
+        let Some(registered) = self.selectors[id as usize].take() else { return };
+        for key in &registered.keys {
+            self.keys[*key as usize].selectors.remove(id);
+        }
+        match &registered.anchors {
+            None => self.residual.remove(id),
+            Some(atoms) => atoms.iter().for_each(|atom| match atom {
+                Atom::Pair(pair) => forget(&mut self.by_pair, *pair, id),
+                Atom::Key(key) => forget(&mut self.by_key, *key, id),
+            }),
+        }
+        self.selectors_by_canonical.remove(&registered.selector.canonical);
+        for class in registered.yes.iter().chain(registered.unknown.iter()) {
+            if let Some(class) = &mut self.classes[class as usize]
+                && let Ok(at) = class.matches.binary_search_by_key(&id, |it| it.selector)
+            {
+                class.matches.remove(at);
+            }
+        }
+        registered.node.for_each_leaf(&mut |leaf| {
+            if let Test::OneOf(pairs) = &leaf.test {
+                pairs.iter().for_each(|pair| self.release(*pair));
+            }
+        });
+        self.free_selectors.push(id);
+    }
+
+    pub fn selector(&self, id: SelectorId) -> Option<&Selector> {
+        self.selectors[id as usize].as_ref().map(|registered| &registered.selector)
+    }
+
+    /// The selector of this canonical form, when it is registered.
+    pub fn find(&self, selector: &Selector) -> Option<SelectorId> {
+        self.selectors_by_canonical.get(&selector.canonical).copied()
+    }
+
+    /// The classes for which a selector certainly holds.
+    pub fn certain(&self, id: SelectorId) -> impl Iterator<Item = ClassId> {
+        self.selectors[id as usize].iter().flat_map(|registered| registered.yes.iter())
+    }
+
+    /// The classes for which it is unknown whether a selector holds.
+    pub fn unknown(&self, id: SelectorId) -> impl Iterator<Item = ClassId> {
+        self.selectors[id as usize].iter().flat_map(|registered| registered.unknown.iter())
+    }
+
+    // Classes.
+
+    /// The class of these labels (pairs of relevant keys that the realm knows, sorted by key, no key twice), made when it
+    /// is new.
+    pub fn class(&mut self, realm: RealmId, tag: u8, labels: &[(KeyId, PairId)]) -> ClassId {
+        let hash = self.hasher.hash_one((realm, tag, labels));
+        let same = |id: &ClassId| {
+            let class = self.classes[*id as usize].as_ref();
+            class.is_some_and(|class| class.realm == realm && class.tag == tag && *class.labels == *labels)
+        };
+        if let Some(id) = self.classes_by_content.find(hash, same) {
+            return *id;
+        }
+        let id = match self.free_classes.pop() {
+            Some(id) => id,
+            None => {
+                self.classes.push(None);
+                self.classes.len() as ClassId - 1
+            }
+        };
+        for (key, pair) in labels {
+            self.pairs[*pair as usize].references += 1;
+            self.classes_by_pair.entry(*pair).or_default().insert(id);
+            self.classes_by_key.entry(*key).or_default().insert(id);
+        }
+        self.classes[id as usize] = Some(Class { realm, tag, labels: labels.into(), matches: Vec::new() });
+        self.all_classes.insert(id);
+        self.realms[realm as usize].1.insert(id);
+        let (hasher, classes) = (&self.hasher, &self.classes);
+        self.classes_by_content.insert_unique(hash, id, |id| {
+            let class = classes[*id as usize].as_ref();
+            class.map_or(0, |class| hasher.hash_one((class.realm, class.tag, &*class.labels)))
+        });
+        for selector in self.candidate_selectors(realm, labels) {
+            self.match_one(id, selector);
+        }
+        id
+    }
+
+    /// Forgets a class that nothing has any more.
+    pub fn remove_class(&mut self, id: ClassId) {
+        let Some(class) = self.classes[id as usize].take() else { return };
+        let hash = self.hasher.hash_one((class.realm, class.tag, &*class.labels));
+        if let Ok(entry) = self.classes_by_content.find_entry(hash, |have| *have == id) {
+            entry.remove();
+        }
+        for (key, pair) in &class.labels {
+            forget(&mut self.classes_by_pair, *pair, id);
+            forget(&mut self.classes_by_key, *key, id);
+            self.release(*pair);
+        }
+        self.all_classes.remove(id);
+        self.realms[class.realm as usize].1.remove(id);
+        for it in &class.matches {
+            if let Some(registered) = &mut self.selectors[it.selector as usize] {
+                registered.yes.remove(id);
+                registered.unknown.remove(id);
+            }
+        }
+        self.free_classes.push(id);
+    }
+
+    /// The selectors that hold, or may hold, for a class, sorted.
+    pub fn matches(&self, class: ClassId) -> &[Match] {
+        self.classes[class as usize].as_ref().map_or(&[], |class| &class.matches)
+    }
+
+    pub fn selector_count(&self) -> usize {
+        self.selectors_by_canonical.len()
+    }
+
+    pub fn pair_count(&self) -> usize {
+        self.pairs_by_content.len()
+    }
+
+    pub fn class_count(&self) -> usize {
+        self.classes.len() - self.free_classes.len()
+    }
+
+    fn match_one(&mut self, class_id: ClassId, selector: SelectorId) {
+        let Some(registered) = &self.selectors[selector as usize] else { return };
+        let Some(class) = &self.classes[class_id as usize] else { return };
+        let certain = match self.evaluate(registered, class) {
+            Tri::No => return,
+            Tri::Yes => true,
+            Tri::Unknown => false,
+        };
+        if let Some(registered) = &mut self.selectors[selector as usize] {
+            let list = if certain { &mut registered.yes } else { &mut registered.unknown };
+            list.insert(class_id);
+        }
+        if let Some(class) = &mut self.classes[class_id as usize]
+            && let Err(at) = class.matches.binary_search_by_key(&selector, |it| it.selector)
+        {
+            class.matches.insert(at, Match { selector, certain });
+        }
+    }
+
+    fn evaluate(&self, registered: &Registered, class: &Class) -> Tri {
+        if self.realms[class.realm as usize].0 == Realm::Stale {
+            return Tri::Unknown;
+        }
+        self.value(&registered.node, class)
+    }
+
+    fn value(&self, node: &Node, class: &Class) -> Tri {
+        match node {
+            Node::Constant(truth) => Tri::from(*truth),
+            Node::Leaf(leaf) => self.leaf_value(leaf, class),
+            Node::And(parts) => {
+                let mut all = Tri::Yes;
+                for part in parts {
+                    all = all.and(self.value(part, class));
+                    if all == Tri::No {
+                        break;
+                    }
+                }
+                all
+            }
+            Node::Or(parts) => {
+                let mut any = Tri::No;
+                for part in parts {
+                    any = any.or(self.value(part, class));
+                    if any == Tri::Yes {
+                        break;
+                    }
+                }
+                any
+            }
+        }
+    }
+
+    fn leaf_value(&self, leaf: &Leaf, class: &Class) -> Tri {
+        let positive = match class.labels.binary_search_by_key(&leaf.key, |(key, _)| *key) {
+            Ok(at) => {
+                let pair = class.labels[at].1;
+                let value = || &*self.pairs[pair as usize].value;
+                match &leaf.test {
+                    Test::Present => true,
+                    Test::OneOf(pairs) => pairs.binary_search(&pair).is_ok(),
+                    Test::Contains(part) => value().contains(&**part),
+                    Test::StartsWith(part) => value().starts_with(&**part),
+                    Test::EndsWith(part) => value().ends_with(&**part),
+                }
+            }
+            Err(_) if !self.knows(class.realm, leaf.key) => return Tri::Unknown,
+            Err(_) => false,
+        };
+        Tri::from(positive != leaf.negated)
+    }
+
+    fn candidate_selectors(&self, realm: RealmId, labels: &[(KeyId, PairId)]) -> Vec<SelectorId> {
+        let mut found: Vec<SelectorId> = Vec::new();
+        match &self.realms[realm as usize].0 {
+            Realm::Stale => return self.selectors_by_canonical.values().copied().collect(),
+            Realm::Known => {}
+            Realm::Granted(_) => {
+                for (key, slot) in self.keys.iter().enumerate() {
+                    if slot.relevant && !self.knows(realm, key as KeyId) {
+                        found.extend(slot.selectors.iter());
+                    }
+                }
+            }
+        }
+        found.extend(self.residual.iter());
+        for (key, pair) in labels {
+            found.extend(self.by_pair.get(pair).into_iter().flat_map(IdSet::iter));
+            found.extend(self.by_key.get(key).into_iter().flat_map(IdSet::iter));
+        }
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+
+    fn candidate_classes(&self, registered: &Registered) -> Vec<ClassId> {
+        let Some(atoms) = &registered.anchors else { return self.all_classes.iter().collect() };
+        let mut found: Vec<ClassId> = Vec::new();
+        for atom in atoms {
+            let posting = match atom {
+                Atom::Pair(pair) => self.classes_by_pair.get(pair),
+                Atom::Key(key) => self.classes_by_key.get(key),
+            };
+            found.extend(posting.into_iter().flat_map(IdSet::iter));
+        }
+        for (at, (realm, classes)) in self.realms.iter().enumerate() {
+            let all = *realm == Realm::Stale || registered.keys.iter().any(|key| !self.knows(at as RealmId, *key));
+            if all {
+                found.extend(classes.iter());
+            }
+        }
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+
+    /// Negation normal form over interned labels.
+    fn prepare(&mut self, expr: &Expr, negated: bool) -> Node {
+        let leaf = |key, test, flip: bool| Node::Leaf(Leaf { key, test, negated: negated != flip });
+        match expr {
+            Expr::All | Expr::Global => Node::Constant(!negated),
+            Expr::Has(key) => leaf(self.key(key), Test::Present, false),
+            Expr::Equal(key, value) | Expr::NotEqual(key, value) => {
+                let key = self.key(key);
+                let pair = self.pair(key, value);
+                leaf(key, Test::OneOf([pair].into()), matches!(expr, Expr::NotEqual(..)))
+            }
+            Expr::In(key, values) | Expr::NotIn(key, values) => {
+                let key = self.key(key);
+                let mut pairs: Vec<PairId> = values.iter().map(|value| self.pair(key, value)).collect();
+                pairs.sort_unstable();
+                leaf(key, Test::OneOf(pairs.into()), matches!(expr, Expr::NotIn(..)))
+            }
+            Expr::Contains(key, part) => leaf(self.key(key), Test::Contains(part.clone()), false),
+            Expr::StartsWith(key, part) => leaf(self.key(key), Test::StartsWith(part.clone()), false),
+            Expr::EndsWith(key, part) => leaf(self.key(key), Test::EndsWith(part.clone()), false),
+            Expr::Not(inner) => self.prepare(inner, !negated),
+            Expr::And(parts) | Expr::Or(parts) => {
+                let prepared = parts.iter().map(|part| self.prepare(part, negated)).collect();
+                let is_and = matches!(expr, Expr::And(_)) != negated;
+                if is_and { Node::And(prepared) } else { Node::Or(prepared) }
+            }
+        }
+    }
+
+    /// Atoms of which a class without unknown labels has at least one when the node holds; `None` when it may have none.
+    fn anchors(&self, node: &Node) -> Option<Vec<Atom>> {
+        match node {
+            Node::Constant(true) => None,
+            Node::Constant(false) => Some(Vec::new()),
+            Node::Leaf(leaf) if leaf.negated => None,
+            Node::Leaf(leaf) => Some(match &leaf.test {
+                Test::OneOf(pairs) => pairs.iter().map(|pair| Atom::Pair(*pair)).collect(),
+                _ => vec![Atom::Key(leaf.key)],
+            }),
+            Node::And(parts) => {
+                let options = parts.iter().filter_map(|part| self.anchors(part));
+                options.min_by_key(|atoms| self.crowd(atoms))
+            }
+            Node::Or(parts) => {
+                let mut all = Vec::new();
+                for part in parts {
+                    all.extend(self.anchors(part)?);
+                }
+                Some(all)
+            }
+        }
+    }
+
+    /// How little atoms tell apart: what all pods have is worst, then whole keys, then what many selectors stand on.
+    fn crowd(&self, atoms: &[Atom]) -> (bool, bool, usize) {
+        let on_every_pod = |atom: &Atom| {
+            let key = match atom {
+                Atom::Pair(pair) => self.key_of(*pair),
+                Atom::Key(key) => *key,
+            };
+            &*self.keys[key as usize].text == build::ORCHESTRATOR
+        };
+        let standing = |atom: &Atom| match atom {
+            Atom::Pair(pair) => self.by_pair.get(pair).map_or(0, IdSet::len),
+            Atom::Key(key) => self.by_key.get(key).map_or(0, IdSet::len),
+        };
+        let keys = atoms.iter().any(|atom| matches!(atom, Atom::Key(_)));
+        (atoms.iter().any(on_every_pod), keys, atoms.iter().map(standing).sum::<usize>() + atoms.len())
+    }
+}
+
+impl Node {
+    fn for_each_leaf(&self, visit: &mut impl FnMut(&Leaf)) {
+        match self {
+            Self::Constant(_) => {}
+            Self::Leaf(leaf) => visit(leaf),
+            Self::And(parts) | Self::Or(parts) => parts.iter().for_each(|part| part.for_each_leaf(visit)),
+        }
+    }
+}
+
+fn forget<K: std::hash::Hash + Eq>(map: &mut FastMap<K, IdSet>, key: K, id: u32) {
+    if let hashbrown::hash_map::Entry::Occupied(mut entry) = map.entry(key) {
+        entry.get_mut().remove(id);
+        if entry.get().is_empty() {
+            entry.remove();
+        }
+    }
+}
+
+/// Labels of one object as the index wants them.
+pub type Labels = SmallVec<[(KeyId, PairId); 12]>;

@@ -1,0 +1,693 @@
+//! The sets that rules name: which endpoints a selector, a port name or a service stands for, as addresses, nets and
+//! sockets.
+//!
+//! A *pool* is what stands behind a clause: a selector in a scope, or a port name in a scope. It has up to two sets per
+//! part, the certain and the possible members; while these do not differ, one set stands for both. Where they part, both
+//! get names of their own: contents may be newer than rules, and a Deny rule that still reads the old name must never see
+//! fewer members. A *set* is held while a compiled policy names it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use hanse_policy::inventory::{EndpointKind, Service};
+use hanse_policy::model::{ClusterScope, ServiceMatch};
+use hanse_ruleset::{Digest, Members, Set, SetChange, SetId, SocketAddress};
+use ipnet::IpNet;
+use smallvec::SmallVec;
+
+use crate::id_set::IdSet;
+use crate::index::{FastMap, SelectorId};
+use crate::inventory::{Contribution, Inventory};
+
+pub(crate) type PoolId = u32;
+pub(crate) type SetIndex = u32;
+type ServiceKey = (Arc<str>, Arc<str>);
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Source {
+    Selector(SelectorId),
+    Port(Arc<str>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// Addresses of a selector, sockets of a port name.
+    Main,
+    Nets,
+}
+
+/// Which members a set holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum View {
+    /// All, none of them being unknown.
+    Known,
+    Certain,
+    Possible,
+}
+
+const VIEWS: [View; 3] = [View::Known, View::Certain, View::Possible];
+
+#[derive(Debug)]
+struct Pool {
+    scope: ClusterScope,
+    source: Source,
+    /// Compiled policies that name it.
+    users: IdSet,
+    /// Endpoints with nets; those of both parts for which it is unknown whether they belong.
+    nets: u32,
+    unknown_main: u32,
+    unknown_nets: u32,
+    /// By part and view.
+    sets: [[Option<SetIndex>; 3]; 2],
+}
+
+/// What a policy's text depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    nets: bool,
+    unknown_main: bool,
+    unknown_nets: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Meaning {
+    Pool { pool: PoolId, part: Part, view: View },
+    Service { key: ServiceKey, sockets: bool },
+}
+
+#[derive(Debug)]
+pub(crate) struct HeldSet {
+    pub id: SetId,
+    meaning: Meaning,
+    /// Compiled policies that name it.
+    references: u32,
+    pub digest: Digest,
+    /// Whole, while nothing changed since somebody asked.
+    whole: Option<Arc<Set>>,
+    /// How many network sets hold each net.
+    nets: BTreeMap<IpNet, u32>,
+    /// Profiles that have it.
+    pub profiles: IdSet,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Member {
+    Address(IpAddr),
+    Net(IpNet),
+    Socket(SocketAddress),
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Pools {
+    pools: Vec<Option<Pool>>,
+    free_pools: Vec<PoolId>,
+    by_content: FastMap<(Source, ClusterScope), PoolId>,
+    by_selector: FastMap<SelectorId, SmallVec<[PoolId; 2]>>,
+    by_port: FastMap<Arc<str>, SmallVec<[PoolId; 2]>>,
+    pub sets: Vec<Option<HeldSet>>,
+    free_sets: Vec<SetIndex>,
+    pub sets_by_id: FastMap<SetId, SetIndex>,
+    service_sets: FastMap<(ServiceKey, bool), SetIndex>,
+    services: FastMap<ServiceKey, Service>,
+    /// Members that come (positive) and go, since the last commit.
+    pending: FastMap<(SetIndex, Member), i32>,
+    /// The shapes at the last commit of pools that may have another since.
+    shapes: FastMap<PoolId, Shape>,
+}
+
+impl Pools {
+    /// The pool of a source in a scope, used by a policy.
+    pub fn pool(&mut self, inventory: &Inventory, source: Source, scope: &ClusterScope, user: u32) -> PoolId {
+        let key = (source, scope.clone());
+        if let Some(id) = self.by_content.get(&key) {
+            let id = *id;
+            if let Some(pool) = &mut self.pools[id as usize] {
+                pool.users.insert(user);
+            }
+            return id;
+        }
+        let mut pool = Pool {
+            scope: key.1.clone(),
+            source: key.0.clone(),
+            users: IdSet::default(),
+            nets: 0,
+            unknown_main: 0,
+            unknown_nets: 0,
+            sets: [[None; 3]; 2],
+        };
+        pool.users.insert(user);
+        pool.count(inventory);
+        let id = match self.free_pools.pop() {
+            Some(id) => id,
+            None => {
+                self.pools.push(None);
+                self.pools.len() as PoolId - 1
+            }
+        };
+        match &pool.source {
+            Source::Selector(selector) => self.by_selector.entry(*selector).or_default().push(id),
+            Source::Port(name) => self.by_port.entry(name.clone()).or_default().push(id),
+        }
+        self.by_content.insert(key, id);
+        self.pools[id as usize] = Some(pool);
+        id
+    }
+
+    /// A policy names a pool no more. Its sets are let go by the compiled policies that named them.
+    pub fn leave(&mut self, id: PoolId, user: u32) {
+        let Some(pool) = &mut self.pools[id as usize] else { return };
+        pool.users.remove(user);
+        if !pool.users.is_empty() {
+            return;
+        }
+        let Some(pool) = self.pools[id as usize].take() else { return };
+        let list = match &pool.source {
+            Source::Selector(selector) => self.by_selector.get_mut(selector),
+            Source::Port(name) => self.by_port.get_mut(name),
+        };
+        if let Some(list) = list {
+            list.retain(|it| *it != id);
+            if list.is_empty() {
+                match &pool.source {
+                    Source::Selector(selector) => drop(self.by_selector.remove(selector)),
+                    Source::Port(name) => drop(self.by_port.remove(name)),
+                }
+            }
+        }
+        self.shapes.remove(&id);
+        self.by_content.remove(&(pool.source, pool.scope));
+        self.free_pools.push(id);
+    }
+
+    /// The sets that together hold a pool's certain or possible members.
+    pub fn sets_of(&mut self, inventory: &Inventory, id: PoolId, possible: bool) -> SmallVec<[SetIndex; 2]> {
+        let Some(shape) = self.pools[id as usize].as_ref().map(Pool::shape) else { return SmallVec::new() };
+        let mut sets = SmallVec::new();
+        sets.push(self.pool_set(inventory, id, Part::Main, View::of(possible, shape.unknown_main)));
+        if shape.nets {
+            sets.push(self.pool_set(inventory, id, Part::Nets, View::of(possible, shape.unknown_nets)));
+        }
+        sets
+    }
+
+    /// Whether a pool's certain and possible members differ.
+    pub fn is_uncertain(&self, id: PoolId) -> bool {
+        self.pools[id as usize].as_ref().is_some_and(|pool| pool.unknown_main + pool.unknown_nets > 0)
+    }
+
+    fn pool_set(&mut self, inventory: &Inventory, id: PoolId, part: Part, view: View) -> SetIndex {
+        let Some(pool) = &self.pools[id as usize] else { unreachable!("a pool is held while a policy names it") };
+        if let Some(set) = pool.sets[part as usize][view as usize] {
+            return set;
+        }
+        let meaning = Meaning::Pool { pool: id, part, view };
+        let (set_id, members, nets) = pool.members(inventory, part, view);
+        let index = self.hold(set_id, meaning, members, nets);
+        if let Some(pool) = &mut self.pools[id as usize] {
+            pool.sets[part as usize][view as usize] = Some(index);
+        }
+        index
+    }
+
+    /// The backends of a service: sockets, or for a source their addresses.
+    pub fn service_set(&mut self, service: &ServiceMatch, sockets: bool) -> SetIndex {
+        let key = ((service.namespace.clone(), service.name.clone()), sockets);
+        if let Some(set) = self.service_sets.get(&key) {
+            return *set;
+        }
+        let kind = if sockets { "sockets" } else { "addresses" };
+        let id = SetId::of_meaning(&["service", &service.namespace, &service.name, kind]);
+        let members = service_members(self.services.get(&key.0), sockets);
+        let meaning = Meaning::Service { key: key.0.clone(), sockets };
+        let index = self.hold(id, meaning, members, BTreeMap::new());
+        self.service_sets.insert(key, index);
+        index
+    }
+
+    fn hold(&mut self, id: SetId, meaning: Meaning, members: Members, nets: BTreeMap<IpNet, u32>) -> SetIndex {
+        let set = Set { id, members };
+        let held = HeldSet {
+            id,
+            meaning,
+            references: 0,
+            digest: Digest::of_set(&set),
+            whole: Some(Arc::new(set)),
+            nets,
+            profiles: IdSet::default(),
+        };
+        let index = match self.free_sets.pop() {
+            Some(index) => {
+                self.sets[index as usize] = Some(held);
+                index
+            }
+            None => {
+                self.sets.push(Some(held));
+                self.sets.len() as SetIndex - 1
+            }
+        };
+        self.sets_by_id.insert(id, index);
+        index
+    }
+
+    pub fn held(&self, set: SetIndex) -> &HeldSet {
+        let held = self.sets[set as usize].as_ref();
+        held.expect("a set is held while a compiled policy names it")
+    }
+
+    pub fn held_mut(&mut self, set: SetIndex) -> &mut HeldSet {
+        let held = self.sets[set as usize].as_mut();
+        held.expect("a set is held while a compiled policy names it")
+    }
+
+    pub fn refer(&mut self, set: SetIndex) {
+        self.held_mut(set).references += 1;
+    }
+
+    pub fn release(&mut self, set: SetIndex) {
+        let held = self.held_mut(set);
+        held.references -= 1;
+        if held.references > 0 {
+            return;
+        }
+        let Some(held) = self.sets[set as usize].take() else { return };
+        self.sets_by_id.remove(&held.id);
+        match held.meaning {
+            Meaning::Pool { pool, part, view } => {
+                if let Some(pool) = &mut self.pools[pool as usize] {
+                    pool.sets[part as usize][view as usize] = None;
+                }
+            }
+            Meaning::Service { key, sockets } => drop(self.service_sets.remove(&(key, sockets))),
+        }
+        self.free_sets.push(set);
+    }
+
+    /// A set with all its members.
+    pub fn whole(&mut self, inventory: &Inventory, set: SetIndex) -> Arc<Set> {
+        let held = self.held(set);
+        if let Some(whole) = &held.whole {
+            return whole.clone();
+        }
+        let members = match &held.meaning {
+            Meaning::Service { key, sockets } => service_members(self.services.get(key), *sockets),
+            Meaning::Pool { part: Part::Nets, .. } => Members::Nets(held.nets.keys().copied().collect()),
+            Meaning::Pool { pool, part, view } => match &self.pools[*pool as usize] {
+                Some(pool) => pool.members(inventory, *part, *view).1,
+                None => unreachable!("a pool outlives its sets"),
+            },
+        };
+        let whole = Arc::new(Set { id: held.id, members });
+        self.held_mut(set).whole = Some(whole.clone());
+        whole
+    }
+
+    /// Replaces a service's backends.
+    pub fn set_service(&mut self, key: ServiceKey, service: Option<Service>) {
+        let members = |members: Members| -> BTreeSet<Member> {
+            match members {
+                Members::Addresses(all) => all.into_iter().map(Member::Address).collect(),
+                Members::Nets(all) => all.into_iter().map(Member::Net).collect(),
+                Members::Sockets(all) => all.into_iter().map(Member::Socket).collect(),
+            }
+        };
+        for sockets in [true, false] {
+            if let Some(set) = self.service_sets.get(&(key.clone(), sockets)) {
+                let old = members(service_members(self.services.get(&key), sockets));
+                let new = members(service_members(service.as_ref(), sockets));
+                for gone in old.difference(&new) {
+                    *self.pending.entry((*set, *gone)).or_default() -= 1;
+                }
+                for come in new.difference(&old) {
+                    *self.pending.entry((*set, *come)).or_default() += 1;
+                }
+            }
+        }
+        match service {
+            Some(service) => drop(self.services.insert(key, service)),
+            None => drop(self.services.remove(&key)),
+        }
+    }
+
+    /// Takes note that an endpoint contributes otherwise.
+    pub fn contribute(&mut self, inventory: &Inventory, old: Option<&Contribution>, new: Option<&Contribution>) {
+        if self.by_content.is_empty() {
+            return;
+        }
+        let what = |it: Option<&Contribution>| it.map(|it| (it.cluster, it.class));
+        let same_labels = what(old) == what(new);
+        let unchanged =
+            same_labels && old.map(|it| (&it.addresses, &it.nets)) == new.map(|it| (&it.addresses, &it.nets));
+        let ports_unchanged = old.map(|it| (&it.ports, it.stale, &it.addresses, it.cluster))
+            == new.map(|it| (&it.ports, it.stale, &it.addresses, it.cluster));
+        for (contribution, sign) in [(old, -1), (new, 1)] {
+            let Some(contribution) = contribution else { continue };
+            if !unchanged {
+                self.contribute_labels(inventory, contribution, sign);
+            }
+            if !ports_unchanged {
+                self.contribute_ports(inventory, contribution, sign);
+            }
+        }
+    }
+
+    fn contribute_labels(&mut self, inventory: &Inventory, it: &Contribution, sign: i32) {
+        for matched in inventory.index.matches(it.class) {
+            let Some(pools) = self.by_selector.get(&matched.selector) else { continue };
+            for id in pools {
+                let Some(pool) = &mut self.pools[*id as usize] else { continue };
+                if !inventory.in_scope(&pool.scope, it.cluster) {
+                    continue;
+                }
+                self.shapes.entry(*id).or_insert_with(|| pool.shape());
+                let count = |counter: &mut u32| *counter = counter.wrapping_add_signed(sign);
+                let is_net_set = !it.nets.is_empty();
+                if is_net_set {
+                    count(&mut pool.nets);
+                }
+                if !matched.certain {
+                    count(if is_net_set { &mut pool.unknown_nets } else { &mut pool.unknown_main });
+                }
+                for view in VIEWS.into_iter().filter(|view| view.takes(matched.certain)) {
+                    if let Some(set) = pool.sets[Part::Main as usize][view as usize] {
+                        for address in &it.addresses {
+                            *self.pending.entry((set, Member::Address(*address))).or_default() += sign;
+                        }
+                    }
+                    if let Some(set) = pool.sets[Part::Nets as usize][view as usize] {
+                        for net in &it.nets {
+                            *self.pending.entry((set, Member::Net(*net))).or_default() += sign;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn contribute_ports(&mut self, inventory: &Inventory, it: &Contribution, sign: i32) {
+        let mut names: SmallVec<[&Arc<str>; 4]> = it.ports.iter().map(|port| &port.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        for name in names {
+            let Some(pools) = self.by_port.get(name) else { continue };
+            let ports: BTreeSet<(u8, u16)> =
+                it.ports.iter().filter(|port| port.name == *name).map(|port| (port.protocol, port.port)).collect();
+            for id in pools {
+                let Some(pool) = &mut self.pools[*id as usize] else { continue };
+                if !inventory.in_scope(&pool.scope, it.cluster) {
+                    continue;
+                }
+                self.shapes.entry(*id).or_insert_with(|| pool.shape());
+                if it.stale {
+                    pool.unknown_main = pool.unknown_main.wrapping_add_signed(sign);
+                }
+                for view in VIEWS.into_iter().filter(|view| view.takes(!it.stale)) {
+                    let Some(set) = pool.sets[Part::Main as usize][view as usize] else { continue };
+                    for address in &it.addresses {
+                        for (protocol, port) in &ports {
+                            let member = SocketAddress { address: *address, protocol: *protocol, port: *port };
+                            *self.pending.entry((set, Member::Socket(member))).or_default() += sign;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Pools and sets that are held.
+    pub fn count(&self) -> [usize; 2] {
+        [self.by_content.len(), self.sets_by_id.len()]
+    }
+
+    /// Policies that name a pool whose shape is another than at the last commit.
+    pub fn take_reshaped(&mut self) -> Vec<u32> {
+        let shapes = std::mem::take(&mut self.shapes);
+        let reshaped = shapes.into_iter().filter_map(|(id, before)| {
+            let pool = self.pools[id as usize].as_ref()?;
+            (pool.shape() != before).then(|| pool.users.iter().collect::<Vec<u32>>())
+        });
+        let mut users: Vec<u32> = reshaped.flatten().collect();
+        users.sort_unstable();
+        users.dedup();
+        users
+    }
+
+    /// Settles what came and went: the changes by set, with the digests already those of the new contents, and by how
+    /// much each digest changed.
+    pub fn take_changes(&mut self) -> Vec<(SetIndex, SetChange, Digest)> {
+        let mut pending: Vec<((SetIndex, Member), i32)> =
+            std::mem::take(&mut self.pending).into_iter().filter(|(_, count)| *count != 0).collect();
+        pending.sort_unstable();
+        let mut changes = Vec::new();
+        for group in pending.chunk_by(|a, b| a.0.0 == b.0.0) {
+            let index = group[0].0.0;
+            let Some(held) = self.sets[index as usize].as_mut() else { continue };
+            let mut add = Vec::new();
+            let mut remove = Vec::new();
+            for ((_, member), count) in group {
+                if let Member::Net(net) = member {
+                    let holders = held.nets.entry(*net).or_default();
+                    let before = *holders;
+                    *holders = holders.wrapping_add_signed(*count);
+                    let after = *holders;
+                    if after == 0 {
+                        held.nets.remove(net);
+                    }
+                    match (before, after) {
+                        (0, 1..) => add.push(*member),
+                        (1.., 0) => remove.push(*member),
+                        _ => {}
+                    }
+                } else if *count > 0 {
+                    add.push(*member);
+                } else {
+                    remove.push(*member);
+                }
+            }
+            if add.is_empty() && remove.is_empty() {
+                continue;
+            }
+            let mut delta = Digest::default();
+            add.iter().for_each(|member| delta.add(member.digest(held.id)));
+            remove.iter().for_each(|member| delta.remove(member.digest(held.id)));
+            held.digest.add(delta);
+            let change = change_of(&add, &remove);
+            held.change(&change);
+            changes.push((index, change, delta));
+        }
+        changes
+    }
+}
+
+impl HeldSet {
+    /// Keeps the whole set true where nobody else holds it, else lets go of it.
+    fn change(&mut self, change: &SetChange) {
+        let Some(set) = self.whole.as_mut().and_then(Arc::get_mut) else {
+            self.whole = None;
+            return;
+        };
+        match (&mut set.members, change) {
+            (Members::Addresses(members), SetChange::Addresses { add, remove }) => {
+                for it in remove {
+                    members.remove(it);
+                }
+                members.extend(add);
+            }
+            (Members::Nets(members), SetChange::Nets { add, remove }) => {
+                for it in remove {
+                    members.remove(it);
+                }
+                members.extend(add);
+            }
+            (Members::Sockets(members), SetChange::Sockets { add, remove }) => {
+                for it in remove {
+                    members.remove(it);
+                }
+                members.extend(add);
+            }
+            _ => self.whole = None,
+        }
+    }
+}
+
+impl Member {
+    fn digest(self, set: SetId) -> Digest {
+        match self {
+            Self::Address(it) => Digest::of_address(set, it),
+            Self::Net(it) => Digest::of_net(set, it),
+            Self::Socket(it) => Digest::of_socket(set, it),
+        }
+    }
+}
+
+fn change_of(add: &[Member], remove: &[Member]) -> SetChange {
+    fn only<T>(all: &[Member], pick: impl Fn(&Member) -> Option<T>) -> Vec<T> {
+        all.iter().filter_map(pick).collect()
+    }
+    let address = |it: &Member| if let Member::Address(it) = it { Some(*it) } else { None };
+    let net = |it: &Member| if let Member::Net(it) = it { Some(*it) } else { None };
+    let socket = |it: &Member| if let Member::Socket(it) = it { Some(*it) } else { None };
+    match add.first().or(remove.first()) {
+        Some(Member::Net(_)) => SetChange::Nets { add: only(add, net), remove: only(remove, net) },
+        Some(Member::Socket(_)) => SetChange::Sockets { add: only(add, socket), remove: only(remove, socket) },
+        _ => SetChange::Addresses { add: only(add, address), remove: only(remove, address) },
+    }
+}
+
+fn service_members(service: Option<&Service>, sockets: bool) -> Members {
+    let backends = service.into_iter().flat_map(|service| &service.backends).copied();
+    if sockets {
+        Members::Sockets(backends.map(|(address, protocol, port)| SocketAddress { address, protocol, port }).collect())
+    } else {
+        Members::Addresses(backends.map(|(address, ..)| address).collect())
+    }
+}
+
+impl View {
+    /// The set to read for the certain or the possible members, by whether they differ.
+    fn of(possible: bool, differ: bool) -> Self {
+        match (differ, possible) {
+            (false, _) => Self::Known,
+            (true, false) => Self::Certain,
+            (true, true) => Self::Possible,
+        }
+    }
+
+    fn takes(self, certain: bool) -> bool {
+        certain || self == Self::Possible
+    }
+}
+
+impl Pool {
+    fn shape(&self) -> Shape {
+        Shape { nets: self.nets > 0, unknown_main: self.unknown_main > 0, unknown_nets: self.unknown_nets > 0 }
+    }
+
+    /// Calls `visit` with each endpoint in scope that belongs, or may belong.
+    fn for_each(&self, inventory: &Inventory, mut visit: impl FnMut(u32, bool)) {
+        match &self.source {
+            Source::Selector(selector) => {
+                let certain = inventory.index.certain(*selector).map(|class| (class, true));
+                let unknown = inventory.index.unknown(*selector).map(|class| (class, false));
+                for (class, certain) in certain.chain(unknown) {
+                    for at in inventory.members.get(class as usize).into_iter().flat_map(IdSet::iter) {
+                        if inventory.in_scope(&self.scope, inventory.cluster_of(at)) {
+                            visit(at, certain);
+                        }
+                    }
+                }
+            }
+            Source::Port(name) => {
+                for at in inventory.by_port.get(name).into_iter().flat_map(IdSet::iter) {
+                    let cluster = inventory.cluster_of(at);
+                    let counts = inventory.slots[at as usize].class != crate::inventory::NONE;
+                    if counts && inventory.in_scope(&self.scope, cluster) {
+                        visit(at, !inventory.is_stale(cluster));
+                    }
+                }
+            }
+        }
+    }
+
+    fn count(&mut self, inventory: &Inventory) {
+        let (mut nets, mut unknown_main, mut unknown_nets) = (0, 0, 0);
+        let is_port = matches!(self.source, Source::Port(_));
+        self.for_each(inventory, |at, certain| {
+            let is_net_set = !is_port && !inventory.slots[at as usize].nets.is_empty();
+            nets += is_net_set as u32;
+            unknown_main += (!certain && !is_net_set) as u32;
+            unknown_nets += (!certain && is_net_set) as u32;
+        });
+        (self.nets, self.unknown_main, self.unknown_nets) = (nets, unknown_main, unknown_nets);
+    }
+
+    fn members(&self, inventory: &Inventory, part: Part, view: View) -> (SetId, Members, BTreeMap<IpNet, u32>) {
+        let which = match view {
+            View::Known => "known",
+            View::Certain => "certain",
+            View::Possible => "possible",
+        };
+        let names = match &self.scope {
+            ClusterScope::Named(names) => names.iter().map(|name| &**name).collect(),
+            _ => Vec::new(),
+        };
+        let scope = match &self.scope {
+            ClusterScope::Local => "local",
+            ClusterScope::All => "all",
+            ClusterScope::Named(_) => "named",
+        };
+        let named = |what: [&str; 3]| {
+            let parts: Vec<&str> = what.into_iter().chain([which, scope]).chain(names.iter().copied()).collect();
+            SetId::of_meaning(&parts)
+        };
+        match (&self.source, part) {
+            (Source::Port(name), _) => {
+                let mut all = Vec::new();
+                self.for_each(inventory, |at, certain| {
+                    let ports = inventory.slots[at as usize].ports.iter().filter(|_| view.takes(certain));
+                    for port in ports.filter(|port| port.name == *name) {
+                        let (protocol, port) = (port.protocol, port.port);
+                        all.extend(inventory.held(at).map(|address| SocketAddress { address, protocol, port }));
+                    }
+                });
+                (named(["port", name, "sockets"]), Members::Sockets(all.into_iter().collect()), BTreeMap::new())
+            }
+            (Source::Selector(selector), part) => {
+                let text = inventory.index.selector(*selector).map_or("", |selector| &selector.canonical);
+                let mut addresses = Vec::new();
+                let mut nets = BTreeMap::new();
+                self.for_each(inventory, |at, certain| {
+                    if !view.takes(certain) {
+                        return;
+                    }
+                    match part {
+                        Part::Main => addresses.extend(inventory.held(at)),
+                        Part::Nets => {
+                            for net in &inventory.slots[at as usize].nets {
+                                *nets.entry(*net).or_default() += 1;
+                            }
+                        }
+                    }
+                });
+                match part {
+                    Part::Main => {
+                        let id = named(["selector", text, "addresses"]);
+                        (id, Members::Addresses(addresses.into_iter().collect()), nets)
+                    }
+                    Part::Nets => {
+                        let members = Members::Nets(nets.keys().copied().collect());
+                        (named(["selector", text, "nets"]), members, nets)
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// How many endpoints of each cluster belong to a selector in a scope, and how many more may.
+pub(crate) fn census(
+    inventory: &Inventory,
+    selector: SelectorId,
+    scope: &ClusterScope,
+) -> BTreeMap<Arc<str>, (usize, usize)> {
+    let pool = Pool {
+        scope: scope.clone(),
+        source: Source::Selector(selector),
+        users: IdSet::default(),
+        nets: 0,
+        unknown_main: 0,
+        unknown_nets: 0,
+        sets: [[None; 3]; 2],
+    };
+    let mut by_cluster: FastMap<u32, (usize, usize)> = FastMap::default();
+    pool.for_each(inventory, |at, certain| {
+        let counts = by_cluster.entry(inventory.cluster_of(at)).or_default();
+        if certain { counts.0 += 1 } else { counts.1 += 1 }
+    });
+    by_cluster.into_iter().map(|(id, counts)| (inventory.clusters[id as usize].name.clone(), counts)).collect()
+}
+
+/// How many pods of a selection there are, for reports.
+pub(crate) fn is_pod(inventory: &Inventory, at: u32) -> bool {
+    inventory.kind_of(at) == EndpointKind::Pod
+}

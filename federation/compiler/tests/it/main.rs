@@ -1,0 +1,8 @@
+//! The compiler against the reference evaluator, and against itself from nothing.
+
+mod differential;
+mod incremental;
+mod shared;
+
+#[path = "../../../policy/tests/it/worlds.rs"]
+mod worlds;
