@@ -106,8 +106,22 @@ pub struct Nftables {
 #[derive(Debug, Clone)]
 struct Installed {
     rules: Arc<RuleSet>,
+    /// Of each set, so that the digest of the next rule set costs what changed.
+    set_digests: BTreeMap<SetId, Digest>,
     closed: Closed,
     uplinks: Vec<String>,
+}
+
+/// The digests of sets; those that `before` shares by pointer are known.
+fn set_digests(rules: &RuleSet, before: Option<&Installed>) -> BTreeMap<SetId, Digest> {
+    let known = |id: &SetId, set: &Arc<hanse_ruleset::Set>| {
+        let before = before?;
+        let same = before.rules.sets.get(id).is_some_and(|held| Arc::ptr_eq(held, set));
+        before.set_digests.get(id).filter(|_| same).copied()
+    };
+    let digest =
+        |(id, set): (&SetId, &Arc<hanse_ruleset::Set>)| (*id, known(id, set).unwrap_or_else(|| Digest::of_set(set)));
+    rules.sets.iter().map(digest).collect()
 }
 
 /// What the rule in `state` says.
@@ -166,8 +180,10 @@ impl Nftables {
         closed.chains.retain(|id, _| next.chains.contains_key(id));
         closed.endpoints.retain(|id, _| next.endpoints.contains_key(id));
         let epoch = self.next_epoch()?;
+        let set_digests = set_digests(next, self.installed.as_ref());
+        let digest = next.digest_with(set_digests.values().copied());
         for _ in 0..MAX_ATTEMPTS {
-            let state = State { generation: next.generation, digest: next.digest(), epoch };
+            let state = State { generation: next.generation, digest, epoch };
             let before = self.installed.as_ref().filter(|_| !whole);
             let writer =
                 Writer::new(&self.config, before.map(|it| (&*it.rules, &it.closed, &it.uplinks[..])), next, &closed);
@@ -177,7 +193,7 @@ impl Nftables {
                     self.epoch = epoch;
                     let uplinks = self.config.uplinks.clone();
                     let applied = Applied { refused: closed.refusals(next) };
-                    self.installed = Some(Installed { rules: Arc::clone(next), closed, uplinks });
+                    self.installed = Some(Installed { rules: Arc::clone(next), set_digests, closed, uplinks });
                     return Ok(applied);
                 }
                 Err(BatchError::Io(error)) => return Err(Error::Io(error)),
@@ -277,7 +293,9 @@ impl Backend for Nftables {
             && self.holds(rules)?
         {
             let uplinks = self.config.uplinks.clone();
-            self.installed = Some(Installed { rules: Arc::clone(rules), closed: Closed::default(), uplinks });
+            let set_digests = set_digests(rules, None);
+            self.installed =
+                Some(Installed { rules: Arc::clone(rules), set_digests, closed: Closed::default(), uplinks });
         }
         Ok(Found::Rules { generation: state.generation, digest: state.digest })
     }

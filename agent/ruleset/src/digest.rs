@@ -85,8 +85,13 @@ impl Digest {
 impl RuleSet {
     /// The digest of all that is enforced; generation and revisions are not part of it.
     pub fn digest(&self) -> Digest {
+        self.digest_with(self.sets.values().map(|set| Digest::of_set(set)))
+    }
+
+    /// As [`Self::digest`], where the digests of the sets are known already.
+    pub fn digest_with(&self, sets: impl IntoIterator<Item = Digest>) -> Digest {
         let mut sum = Digest::of_node(&self.node);
-        self.sets.values().for_each(|set| sum.add(Digest::of_set(set)));
+        sets.into_iter().for_each(|set| sum.add(set));
         self.policies.keys().for_each(|id| sum.add(Digest::of_policy(*id)));
         self.chains.keys().for_each(|id| sum.add(Digest::of_chain(*id)));
         self.endpoints.values().for_each(|endpoint| sum.add(Digest::of_endpoint(endpoint)));

@@ -377,8 +377,9 @@ impl Render<'_> {
         if let Some(icmp) = policy_rule.not_icmp {
             ways = self.not_icmp(ways, icmp);
         }
+        let has_ports = policy_rule.protocol.is_some_and(|protocol| WITH_PORTS.contains(&protocol));
         for (peer, end) in [(&policy_rule.source, End::Source), (&policy_rule.destination, End::Destination)] {
-            ways = self.peer(ways, peer, end);
+            ways = self.peer(ways, peer, end, has_ports);
         }
         ways
     }
@@ -417,7 +418,8 @@ impl Render<'_> {
         other
     }
 
-    fn peer(self, mut ways: Vec<Rule>, peer: &Peer, end: End) -> Vec<Rule> {
+    /// `has_ports`: the rule's protocol is one with ports.
+    fn peer(self, mut ways: Vec<Rule>, peer: &Peer, end: End, has_ports: bool) -> Vec<Rule> {
         let family = self.family;
         if !peer.nets.is_empty() {
             let nets = intervals(peer.nets.iter().copied(), family);
@@ -450,7 +452,9 @@ impl Render<'_> {
             if !peer.ports.is_empty() {
                 let mut with = ways.clone();
                 and(&mut with, |way| {
-                    protocol_with_ports(way, false);
+                    if !has_ports {
+                        protocol_with_ports(way, false);
+                    }
                     port_in(way, end, &peer.ports, false);
                 });
                 next.extend(with);
@@ -463,10 +467,12 @@ impl Render<'_> {
             ways = next;
         }
         if !peer.not_ports.is_empty() {
-            let mut without = ways.clone();
+            let mut without = if has_ports { Vec::new() } else { ways.clone() };
             and(&mut without, |way| protocol_with_ports(way, true));
             and(&mut ways, |way| {
-                protocol_with_ports(way, false);
+                if !has_ports {
+                    protocol_with_ports(way, false);
+                }
                 port_in(way, end, &peer.not_ports, true);
             });
             ways.extend(without);
@@ -487,8 +493,7 @@ impl Render<'_> {
 
     fn address_in(self, way: &mut Rule, end: End, nets: &[(Vec<u8>, Vec<u8>)], invert: bool) {
         way.expressions.push(self.load_address(end, R1));
-        let set = way.own_set(address_length(self.family), nets.to_vec());
-        way.expressions.push(Expression::Lookup { set, register: R1, invert });
+        way.in_intervals(address_length(self.family), nets.to_vec(), invert);
     }
 
     fn address_in_set(self, way: &mut Rule, end: End, set: SetId, invert: bool) {
@@ -776,9 +781,22 @@ impl End {
 }
 
 impl Rule {
-    fn own_set(&mut self, key_length: u32, intervals: Vec<(Vec<u8>, Vec<u8>)>) -> SetName {
-        self.anonymous.push(AnonymousSet { key_length, intervals });
-        SetName::Anonymous(self.anonymous.len() - 1)
+    /// Whether what is loaded lies in one of the intervals. A set of the rule's own only where it must be: the kernel
+    /// finds a name for each by looking at all others.
+    fn in_intervals(&mut self, key_length: u32, intervals: Vec<(Vec<u8>, Vec<u8>)>, invert: bool) {
+        let compare = |operator, value: &[u8]| Expression::Compare { register: R1, operator, value: value.to_vec() };
+        match (&intervals[..], invert) {
+            ([(only, last)], false) if only == last => self.expressions.push(compare(Compare::Equal, only)),
+            ([(only, last)], true) if only == last => self.expressions.push(compare(Compare::NotEqual, only)),
+            ([(first, last)], false) => {
+                self.expressions.extend([compare(Compare::AtLeast, first), compare(Compare::AtMost, last)]);
+            }
+            _ => {
+                self.anonymous.push(AnonymousSet { key_length, intervals });
+                let set = SetName::Anonymous(self.anonymous.len() - 1);
+                self.expressions.push(Expression::Lookup { set, register: R1, invert });
+            }
+        }
     }
 }
 
@@ -849,8 +867,7 @@ fn compare_icmp(way: &mut Rule, operator: Compare, icmp: Icmp) {
 fn protocol_with_ports(way: &mut Rule, invert: bool) {
     way.expressions.push(Expression::LoadCt { key: Ct::Protocol, direction: None, register: R1 });
     let protocols = WITH_PORTS.map(|protocol| (vec![protocol], vec![protocol]));
-    let set = way.own_set(1, protocols.to_vec());
-    way.expressions.push(Expression::Lookup { set, register: R1, invert });
+    way.in_intervals(1, protocols.to_vec(), invert);
 }
 
 fn port_in(way: &mut Rule, end: End, ranges: &[PortRange], invert: bool) {
@@ -866,8 +883,7 @@ fn port_in(way: &mut Rule, end: End, ranges: &[PortRange], invert: bool) {
         }
     }
     let bytes = |port: u16| port.to_be_bytes().to_vec();
-    let set = way.own_set(2, merged.into_iter().map(|(first, last)| (bytes(first), bytes(last))).collect());
-    way.expressions.push(Expression::Lookup { set, register: R1, invert });
+    way.in_intervals(2, merged.into_iter().map(|(first, last)| (bytes(first), bytes(last))).collect(), invert);
 }
 
 #[cfg(test)]
