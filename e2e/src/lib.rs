@@ -6,6 +6,7 @@
 //!
 //! This crate only makes networks, starts processes and sends packets; what should pass is for policy to say.
 
+pub mod deployment;
 pub mod enforcement;
 pub mod expectation;
 pub mod fabric;

@@ -4,26 +4,26 @@
 //! `hanse policy explain` says of the same manifests. A difference ends the demo with exit code 1.
 
 use std::io::IsTerminal as _;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Parser;
-use hanse_e2e::enforcement::Enforcement;
+use hanse_e2e::deployment::{Deployment, PATIENCE};
 use hanse_e2e::fabric::Fabric;
 use hanse_e2e::matrix;
-use hanse_e2e::probe::{self, Listener};
-use hanse_e2e::process::Process;
+use hanse_e2e::namespace::Namespace;
+use hanse_e2e::probe::{self, Listener, Observed};
 use hanse_e2e::sandbox::{self, Privilege};
 use hanse_e2e::world::{Cluster, Pod};
 use hanse_e2e::{expectation, namespace};
 use nix::sys::signal::{SigSet, Signal};
 
 const CLUSTERS: [&str; 3] = ["train", "serve", "prod"];
-/// Loopback of the router's namespace: the hub of the demo serves there.
-const HUB: &str = "127.0.0.1:7443";
-const HUB_JOIN: &str = "127.0.0.1:7444";
-const HUB_HEALTH: &str = "127.0.0.1:7445";
+const MANIFEST: &str = "cluster.yaml";
+/// How long a forged packet is waited for.
+const FORGED_PATIENCE: Duration = Duration::from_millis(300);
 
 #[derive(Debug, Parser)]
 #[command(name = "hanse-demo", about = "The demo; start it with cargo xtask demo", version)]
@@ -64,105 +64,245 @@ fn main() -> anyhow::Result<()> {
 
 /// Returns how many measurements differed from what was expected.
 fn story(screen: &Screen, programs: &Path, manifests: &Path, once: bool) -> anyhow::Result<usize> {
-    let clusters: Vec<Cluster> = CLUSTERS
-        .iter()
-        .map(|name| Cluster::read(name, &manifests.join(name)))
-        .collect::<Result<_, _>>()
-        .context("read the demo's manifests")?;
-    let pods: Vec<Pod> = clusters.iter().flat_map(|cluster| cluster.pods.clone()).collect();
     let scratch = tempfile::tempdir_in("/run").context("make a folder for the demo's files")?;
-    let hanse = programs.join("hanse");
+    let scratch = scratch.path();
+    // The members read copies, so that the demo can edit them.
+    let read = |name: &&str| -> anyhow::Result<Cluster> {
+        let directory = scratch.join("clusters").join(name);
+        std::fs::create_dir_all(&directory).context("make a folder for manifests")?;
+        std::fs::copy(manifests.join(name).join(MANIFEST), directory.join(MANIFEST)).context("copy manifests")?;
+        Cluster::read(name, &directory).context("read the demo's manifests")
+    };
+    let clusters: Vec<Cluster> = CLUSTERS.iter().map(read).collect::<anyhow::Result<_>>()?;
+    let pods: Vec<Pod> = clusters.iter().flat_map(|cluster| cluster.pods.clone()).collect();
 
     screen.title("Three clusters of two nodes; every node and pod is a network namespace");
-    let fabric = Fabric::build(&clusters).context("build the network")?;
-    let listeners: Vec<Listener> = pods
-        .iter()
-        .map(|pod| {
-            let namespace = fabric.pod(pod).with_context(|| format!("find {}", pod.title()))?;
-            Listener::start(namespace, pod.port, &pod.title()).with_context(|| format!("serve {}", pod.title()))
-        })
-        .collect::<anyhow::Result<_>>()?;
+    let mut fabric = Fabric::build(&clusters).context("build the network")?;
+    // A pod of prod that its manifests do not name yet.
+    let newcomer = newcomer(&pods)?;
+    fabric.add_pod(&newcomer).context("add the newcomer")?;
+    let listen = |fabric: &Fabric, pod: &Pod| {
+        let namespace = fabric.pod(pod).with_context(|| format!("find {}", pod.title()))?;
+        Listener::start(namespace, pod.port, &pod.title()).with_context(|| format!("serve {}", pod.title()))
+    };
+    let listeners: Vec<Listener> = pods.iter().map(|pod| listen(&fabric, pod)).collect::<anyhow::Result<_>>()?;
     for cluster in &clusters {
         let names: Vec<&str> = cluster.pods.iter().map(|pod| pod.name.as_str()).collect();
         screen.say(&format!("  {:6} {}", cluster.name, names.join(", ")));
     }
-
-    let mut wrong = 0;
-    screen.title("Without policy: every pod reaches every pod");
-    let pairs = matrix::pairs(&pods);
-    for version in [4, 6] {
-        let expected = expectation::explain(&hanse, &clusters, None, &pairs, version, scratch.path())?;
-        let expected: Vec<bool> = expected.iter().map(|answer| answer.allowed).collect();
-        let began = Instant::now();
-        let observed = matrix::measure(&fabric, &pairs, version);
-        let differences = matrix::differences(&pairs, &observed, &expected);
-        if version == 4 {
-            print!("{}", matrix::draw(&pods, &pairs, &observed, &expected, screen.colour));
-        }
-        screen.verdict(
-            &format!("IPv{version}: {} connections tried in {} ms", pairs.len(), began.elapsed().as_millis()),
-            &differences,
-        );
-        wrong += differences.len();
-    }
-
-    screen.title("A hub for them");
-    let hub = start_hub(&fabric, programs, &scratch.path().join("hub"))?;
-    screen.say(&format!("  hanse-hub serves as process {}", hub.id()));
-
-    screen.say("  From here on the demo itself carries rule sets to the nodes, in place of members and agents.");
-    let mut enforcement = Enforcement::default();
+    let find =
+        |name: &str| pods.iter().find(|pod| pod.name == name).with_context(|| format!("{name} is in the manifests"));
+    let connects = |fabric: &Fabric, from: &Pod, to: &Pod, family: usize| {
+        let inside = fabric.pod(from).is_some_and(|namespace| {
+            probe::tcp(namespace, SocketAddr::new(to.addresses[family], to.port), &to.title()) == Observed::Open
+        });
+        inside
+    };
+    let fabric = fabric;
     let federation = manifests.join("federation");
-    let mut clusters = clusters;
-    for (title, relabelled) in [
-        ("Default deny and the federation's policies, compiled and put into every node's kernel", false),
-        ("serve/notebook-0 is relabelled app=vllm: the registry of train opens to it", true),
-    ] {
-        screen.title(title);
-        if relabelled {
-            let directory = scratch.path().join("serve");
-            std::fs::create_dir(&directory).context("make a folder for the changed manifests")?;
-            let text =
-                std::fs::read_to_string(manifests.join("serve/cluster.yaml")).context("read serve's manifests")?;
-            let text = text.replace("app: notebook", "app: vllm");
-            std::fs::write(directory.join("cluster.yaml"), text).context("write serve's manifests")?;
-            clusters[1] = Cluster::read(CLUSTERS[1], &directory).context("read serve's manifests")?;
-        }
-        let took = enforcement.apply(&fabric, &clusters, &federation)?;
-        screen.say(&format!("  read, compiled and applied on six nodes in {} ms", took.as_millis()));
+    let hanse = programs.join("hanse");
+    let mut wrong = 0;
+    let pairs = matrix::pairs(&pods);
+    let measure = |fabric: &Fabric, policy: Option<&Path>, draw: bool| -> anyhow::Result<usize> {
+        let mut wrong = 0;
         for version in [4, 6] {
-            let asked = expectation::explain(&hanse, &clusters, Some(&federation), &pairs, version, scratch.path())?;
-            let asked: Vec<bool> = asked.iter().map(|answer| answer.allowed).collect();
-            let observed = matrix::measure(&fabric, &pairs, version);
-            let differences = matrix::differences(&pairs, &observed, &asked);
-            if version == 4 {
-                print!("{}", matrix::draw(&pods, &pairs, &observed, &asked, screen.colour));
+            let expected = expectation::explain(&hanse, &clusters, policy, &pairs, version, scratch)?;
+            let expected: Vec<bool> = expected.iter().map(|answer| answer.allowed).collect();
+            let began = Instant::now();
+            let observed = matrix::measure(fabric, &pairs, version);
+            let differences = matrix::differences(&pairs, &observed, &expected);
+            if draw && version == 4 {
+                print!("{}", matrix::draw(&pods, &pairs, &observed, &expected, screen.colour));
             }
-            let open = asked.iter().filter(|allowed| **allowed).count();
-            screen.verdict(&format!("IPv{version}: {open} of {} pairs are open", pairs.len()), &differences);
+            let open = expected.iter().filter(|allowed| **allowed).count();
+            let text = format!(
+                "IPv{version}: {open} of {} pairs open, {} connections tried in {} ms",
+                pairs.len(),
+                pairs.len(),
+                began.elapsed().as_millis()
+            );
+            screen.verdict(&text, &differences);
             wrong += differences.len();
         }
+        Ok(wrong)
+    };
+    let claim = |text: &str, holds: bool| {
+        let difference = if holds { Vec::new() } else { vec!["the packets say otherwise".to_owned()] };
+        screen.verdict(text, &difference);
+        usize::from(!holds)
+    };
+
+    screen.title("A hub, a member of each cluster, an agent on every node; joined with real tokens");
+    let mut world = Deployment::start(&fabric, programs, scratch)?;
+    let member_clusters = federation.join("clusters.yaml");
+    world.hanse(&["apply", "-f", &member_clusters.to_string_lossy()])?;
+    let began = Instant::now();
+    for cluster in &clusters {
+        world.join(cluster, &cluster.directory)?;
+    }
+    world.settle(&CLUSTERS)?;
+    screen.say(&format!("  3 members and 6 agents joined and in sync after {:.1} s", began.elapsed().as_secs_f64()));
+    print!("{}", indent(&world.hanse(&["status"])?));
+    screen.title("Without policy: every pod reaches every pod");
+    wrong += measure(&fabric, None, true)?;
+
+    screen.title("Default deny, and federated policies that allow exactly what the workloads need");
+    let began = Instant::now();
+    world.hanse(&["apply", "-f", &federation.to_string_lossy()])?;
+    world.wait_for_policies()?;
+    screen.say(&format!("  applied, and enforced on six nodes, after {} ms", began.elapsed().as_millis()));
+    wrong += measure(&fabric, Some(&federation), true)?;
+
+    screen.title("serve/notebook-0 is relabelled app=vllm in its own cluster: the registry of train opens to it");
+    let (notebook, registry) = (find("notebook-0")?, find("registry-0")?);
+    let manifest = clusters[1].directory.join(MANIFEST);
+    wrong += claim("before: closed", !connects(&fabric, notebook, registry, 0));
+    edit(&manifest, "app: notebook", "app: vllm")?;
+    let followed = probe::until(PATIENCE, || connects(&fabric, notebook, registry, 0));
+    let text = followed.map_or("it never opened".to_owned(), |took| {
+        format!("open {} ms after the file was written", took.as_millis())
+    });
+    wrong += claim(&text, followed.is_some());
+    world.settle(&CLUSTERS)?;
+    wrong += measure(&fabric, Some(&federation), true)?;
+
+    screen.title("The hub is killed: enforcement, and each cluster by itself, go on");
+    world.kill_hub()?;
+    wrong += measure(&fabric, Some(&federation), false)?;
+    let (trainer, other) = (find("trainer-0")?, find("trainer-1")?);
+    wrong += claim("train/trainer-0 reaches trainer-1", connects(&fabric, trainer, other, 0));
+    let train = clusters[0].directory.join(MANIFEST);
+    edit_pod(&train, "trainer-0", "app: trainer", "app: retired")?;
+    let cut = probe::until(PATIENCE, || !connects(&fabric, trainer, other, 0));
+    let text = cut.map_or("a relabel in train changed nothing".to_owned(), |took| {
+        format!("relabelled app=retired: closed {} ms after the file was written, without a hub", took.as_millis())
+    });
+    wrong += claim(&text, cut.is_some());
+    edit_pod(&train, "trainer-0", "app: retired", "app: trainer")?;
+    wrong +=
+        claim("relabelled back: open again", probe::until(PATIENCE, || connects(&fabric, trainer, other, 0)).is_some());
+
+    screen.title("The hub is back");
+    world.start_hub()?;
+    let took = world.settle(&CLUSTERS)?;
+    screen.say(&format!("  everybody in sync after {} ms", took.as_millis()));
+    wrong += measure(&fabric, Some(&federation), false)?;
+
+    screen.title("The attacker lies about its address");
+    let (attacker, client, gateway) = (find("attacker-0")?, find("client-0")?, find("gateway-0")?);
+    let at_gateway = pods.iter().position(|pod| pod.name == gateway.name).context("the gateway listens")?;
+    for family in 0..2 {
+        let target = SocketAddr::new(gateway.addresses[family], gateway.port);
+        let before = listeners[at_gateway].datagrams();
+        let inside = fabric.pod(attacker).context("the attacker is built")?;
+        forge(inside, client.addresses[family], target)?;
+        let arrived = probe::until(FORGED_PATIENCE, || listeners[at_gateway].datagrams() > before).is_some();
+        let text =
+            format!("packets from {} as {} to the gateway do not arrive", attacker.title(), client.addresses[family]);
+        wrong += claim(&text, !arrived);
     }
 
+    screen.title("A new pod's first packets, before its rules; then it is named");
+    for family in 0..2 {
+        let quiet = !connects(&fabric, &newcomer, gateway, family) && !connects(&fabric, trainer, &newcomer, family);
+        wrong += claim(&format!("{} reaches nobody and nobody reaches it", newcomer.addresses[family]), quiet);
+    }
+    let file = clusters[2].directory.join("newcomer.yaml");
+    std::fs::write(&file, newcomer_manifest(&newcomer)).context("write the newcomer's manifest")?;
+    let opened = probe::until(PATIENCE, || connects(&fabric, &newcomer, gateway, 0));
+    let text = opened.map_or("it never reached the gateway".to_owned(), |took| {
+        format!("as app=client it reaches the gateway {} ms after its manifest was written", took.as_millis())
+    });
+    wrong += claim(&text, opened.is_some());
+
+    screen.title("prod is revoked: what it published is gone everywhere, at once");
+    let vllm = find("vllm-0")?;
+    wrong += claim("before: prod/gateway-0 reaches serve/vllm-0", connects(&fabric, gateway, vllm, 0));
+    world.hanse(&["cluster", "revoke", "prod", "--reason", "the demo"])?;
+    let closed = probe::until(PATIENCE, || !connects(&fabric, gateway, vllm, 0));
+    let text = closed.map_or("it stayed open".to_owned(), |took| {
+        format!("closed {} ms after the command returned", took.as_millis())
+    });
+    wrong += claim(&text, closed.is_some());
+    wrong += claim("train and serve go on", connects(&fabric, notebook, registry, 0));
+
     if !once {
-        stay(screen, privilege_flags())?;
+        stay(screen, privilege_flags(), &world)?;
     }
-    let status = hub.stop(Duration::from_secs(10)).context("stop the hub")?;
-    if !status.success() {
-        bail!("the hub ended with {status}");
-    }
+    drop(world);
     drop(listeners);
     Ok(wrong)
 }
 
+/// A client in a namespace of its own on the node of the attacker.
+fn newcomer(pods: &[Pod]) -> anyhow::Result<Pod> {
+    let attacker = pods.iter().find(|pod| pod.name == "attacker-0").context("the attacker is in the manifests")?;
+    let beside = |address: &IpAddr| match address {
+        IpAddr::V4(address) => IpAddr::V4((u32::from(*address) + 50).into()),
+        IpAddr::V6(address) => IpAddr::V6((u128::from(*address) + 50).into()),
+    };
+    let addresses = attacker.addresses.iter().map(beside).collect();
+    Ok(Pod { namespace: "apps".into(), name: "newcomer-0".into(), addresses, ..attacker.clone() })
+}
+
+fn newcomer_manifest(pod: &Pod) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {}, namespace: {}, labels: {{app: client}}}}\n\
+         spec: {{nodeName: {}}}\nstatus: {{phase: Running, podIP: {}, podIPs: [{{ip: {}}}, {{ip: \"{}\"}}]}}\n",
+        pod.name, pod.namespace, pod.node, pod.addresses[0], pod.addresses[0], pod.addresses[1]
+    )
+}
+
+/// Replaces text in a file, as editors do it: the file is never half written.
+fn edit(path: &Path, from: &str, to: &str) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(path).context("read a manifest")?;
+    if !text.contains(from) {
+        bail!("{} does not hold {from}", path.display());
+    }
+    replace(path, &text.replace(from, to))
+}
+
+/// As [`edit`], in the document of one pod.
+fn edit_pod(path: &Path, pod: &str, from: &str, to: &str) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(path).context("read a manifest")?;
+    let documents = text.split("\n---\n").map(|document| {
+        let is_it = document.lines().any(|line| line.trim() == format!("name: {pod}"));
+        if is_it { document.replace(from, to) } else { document.to_owned() }
+    });
+    replace(path, &documents.collect::<Vec<_>>().join("\n---\n"))
+}
+
+fn replace(path: &Path, text: &str) -> anyhow::Result<()> {
+    let beside = path.with_extension("new");
+    std::fs::write(&beside, text).context("write a manifest")?;
+    std::fs::rename(&beside, path).context("put a manifest in its place")
+}
+
+/// Sends as somebody else: the address is taken on the loopback interface for that.
+fn forge(inside: &Namespace, source: IpAddr, target: SocketAddr) -> anyhow::Result<()> {
+    let length = if source.is_ipv4() { 32 } else { 128 };
+    inside.batch(&format!("addr add {source}/{length} dev lo\n")).context("take the address")?;
+    for _ in 0..5 {
+        probe::send_udp(inside, source, target).context("send")?;
+    }
+    inside.batch(&format!("addr del {source}/{length} dev lo\n")).context("give the address back")
+}
+
+fn indent(text: &str) -> String {
+    text.lines().map(|line| format!("  {}\n", line.trim_end())).collect()
+}
+
 /// Keeps everything as it is until Ctrl-C, which ends the process.
-fn stay(screen: &Screen, flags: &str) -> anyhow::Result<()> {
+fn stay(screen: &Screen, flags: &str, world: &Deployment<'_>) -> anyhow::Result<()> {
     // /proc is the machine's, so this is our number as the machine knows it.
     let process = std::fs::read_link("/proc/self").context("read our process number")?;
     screen.title("Everything stays up until Ctrl-C");
     let enter = format!("nsenter --target {} {flags}--net --mount", process.display());
     screen.say(&format!("  the namespaces:   {enter} ip netns list"));
     screen.say(&format!("  the attacker:     {enter} ip netns exec prod-sandbox-attacker-0 bash"));
+    let context = world.context();
+    screen
+        .say(&format!("  the hub:          {enter} ip netns exec router hanse --context {} status", context.display()));
     screen.say("  what policy says: target/debug/hanse policy matrix --cluster train=e2e/demo/train \\");
     screen.say("                      --cluster serve=e2e/demo/serve --cluster prod=e2e/demo/prod --federation e2e/demo/federation");
     loop {
@@ -193,30 +333,6 @@ fn end_on_signal() -> anyhow::Result<()> {
         }
     });
     Ok(())
-}
-
-fn start_hub(fabric: &Fabric, programs: &Path, data: &Path) -> anyhow::Result<Process> {
-    let program = programs.join("hanse-hub");
-    let hub = |verb: &str| {
-        let mut command = std::process::Command::new(&program);
-        command.args([verb, "--listen", HUB, "--join-listen", HUB_JOIN, "--data"]).arg(data);
-        command
-    };
-    let output = hub("init").output().context("start hanse-hub init")?;
-    if !output.status.success() {
-        bail!("hanse-hub init: {}", String::from_utf8_lossy(&output.stderr).trim());
-    }
-    let mut run = hub("run");
-    run.args(["--health-listen", HUB_HEALTH]);
-    let mut process = Process::start(fabric.router(), run, &data.with_extension("log")).context("start hanse-hub")?;
-    let health = HUB_HEALTH.parse().context("read the health address")?;
-    let ready = probe::until(Duration::from_secs(10), || {
-        process.has_ended() || probe::http_ok(fabric.router(), health, "/readyz")
-    });
-    if ready.is_none() || process.has_ended() {
-        bail!("the hub did not become ready:\n{}", process.log());
-    }
-    Ok(process)
 }
 
 struct Screen {
