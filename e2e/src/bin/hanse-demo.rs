@@ -93,10 +93,9 @@ fn story(screen: &Screen, programs: &Path, manifests: &Path, once: bool) -> anyh
     let find =
         |name: &str| pods.iter().find(|pod| pod.name == name).with_context(|| format!("{name} is in the manifests"));
     let connects = |fabric: &Fabric, from: &Pod, to: &Pod, family: usize| {
-        let inside = fabric.pod(from).is_some_and(|namespace| {
+        fabric.pod(from).is_some_and(|namespace| {
             probe::tcp(namespace, SocketAddr::new(to.addresses[family], to.port), &to.title()) == Observed::Open
-        });
-        inside
+        })
     };
     let fabric = fabric;
     let federation = manifests.join("federation");

@@ -250,7 +250,7 @@ impl Compiler {
                 NONE => None,
                 node => self.nodes[node as usize].endpoints.get(&at).cloned(),
             };
-            if old.as_ref().map(|it| &**it) == new.as_ref() && old_node == new_node {
+            if old.as_deref() == new.as_ref() && old_node == new_node {
                 continue;
             }
             if let Some(old) = old {
