@@ -163,16 +163,17 @@ impl std::fmt::Debug for Digest {
     }
 }
 
-/// Every field goes in with its length or a fixed width, so that no two different contents give the same input.
-struct Hasher(blake3::Hasher);
+/// Every field goes in with its length or a fixed width, so that no two different contents give the same input. The input
+/// is gathered first: hashing it at once costs a fraction of feeding the hash field by field.
+struct Hasher(Vec<u8>);
 
 impl Hasher {
     fn new(what: &str) -> Self {
-        Self(blake3::Hasher::new()).text(what)
+        Self(Vec::with_capacity(128)).text(what)
     }
 
     fn bytes(mut self, bytes: &[u8]) -> Self {
-        self.0.update(bytes);
+        self.0.extend_from_slice(bytes);
         self
     }
 
@@ -229,7 +230,7 @@ impl Hasher {
 
     fn name(self) -> [u8; 16] {
         let mut name = [0; 16];
-        name.copy_from_slice(&self.0.finalize().as_bytes()[..16]);
+        name.copy_from_slice(&blake3::hash(&self.0).as_bytes()[..16]);
         name
     }
 

@@ -28,7 +28,7 @@ pub(crate) struct PolicySlot {
     pub subject: Option<SelectorId>,
     pub committed_subject: Option<SelectorId>,
     /// One use each.
-    registered: Vec<SelectorId>,
+    registered: Box<[SelectorId]>,
     tie: Arc<str>,
     pub tier: u32,
     /// Ingress, egress.
@@ -223,9 +223,10 @@ impl Compiler {
         }
         let tier = self.tier(&policy.tier);
         let acts = policy.acts() && policy.enforcers.contains(&self.local, &self.local);
+        let policy = Arc::new(policy);
         let at = match self.policies_by_id.get(&policy.id).copied() {
             Some(at) => {
-                if self.policies[at as usize].live && *self.policies[at as usize].policy == policy {
+                if self.policies[at as usize].live && self.policies[at as usize].policy == policy {
                     return;
                 }
                 self.retire_policy(at);
@@ -233,12 +234,12 @@ impl Compiler {
             }
             None => {
                 let slot = PolicySlot {
-                    policy: Arc::new(policy.clone()),
+                    policy: policy.clone(),
                     acts,
                     live: true,
                     subject: None,
                     committed_subject: None,
-                    registered: Vec::new(),
+                    registered: Box::default(),
                     tie: policy.id.tie().into(),
                     tier,
                     units: [None; 2],
@@ -273,11 +274,11 @@ impl Compiler {
             self.by_subject.entry(own).or_default().insert(at);
         }
         let slot = &mut self.policies[at as usize];
-        slot.policy = Arc::new(policy);
+        slot.policy = policy;
         slot.acts = acts;
         slot.live = true;
         slot.subject = subject;
-        slot.registered = registered;
+        slot.registered = registered.into();
         slot.tier = tier;
         self.mark_policy(at);
     }
@@ -286,7 +287,7 @@ impl Compiler {
     fn retire_policy(&mut self, at: u32) {
         self.mark_policy(at);
         let slot = &mut self.policies[at as usize];
-        self.retired.append(&mut slot.registered);
+        self.retired.extend(std::mem::take(&mut slot.registered));
         if let Some(subject) = slot.subject.take()
             && let Some(policies) = self.by_subject.get_mut(&subject)
         {

@@ -95,7 +95,8 @@ pub(crate) struct Inventory {
     by_key: Vec<RoaringBitmap>,
     slots_by_id: HashTable<u32>,
     /// Who holds an address: of several that claim it, the local cluster's, then the first by name.
-    holders: FastMap<IpAddr, u32>,
+    /// As slot and place among its addresses.
+    holders: HashTable<(u32, u32)>,
     /// All who claim an address that more than one claims.
     contested: FastMap<IpAddr, SmallVec<[u32; 2]>>,
     pub by_port: FastMap<Arc<str>, IdSet>,
@@ -126,7 +127,7 @@ impl Inventory {
             free_slots: Vec::new(),
             by_key: Vec::new(),
             slots_by_id: HashTable::new(),
-            holders: FastMap::default(),
+            holders: HashTable::new(),
             contested: FastMap::default(),
             by_port: FastMap::default(),
             members: Vec::new(),
@@ -319,7 +320,6 @@ impl Inventory {
         let mut addresses: Addresses = endpoint.addresses.into_iter().filter(|_| holds).collect();
         addresses.sort_unstable();
         addresses.dedup();
-        addresses.iter().for_each(|address| self.claim(*address, at));
         self.contexts[context as usize].endpoints.insert(at);
         self.clusters[cluster as usize].endpoints.insert(at);
         let slot = &mut self.slots[at as usize];
@@ -331,6 +331,9 @@ impl Inventory {
         slot.ports = endpoint.ports.into();
         slot.host_network = endpoint.host_network;
         slot.live = true;
+        for place in 0..self.slots[at as usize].addresses.len() {
+            self.claim(self.slots[at as usize].addresses[place], at);
+        }
     }
 
     pub fn remove_endpoint(&mut self, cluster: u32, id: &EndpointId) {
@@ -368,7 +371,7 @@ impl Inventory {
     fn empty(&mut self, at: u32) {
         let slot = &mut self.slots[at as usize];
         let (own, ports) = (std::mem::take(&mut slot.own), std::mem::take(&mut slot.ports));
-        let (addresses, context) = (std::mem::take(&mut slot.addresses), slot.context);
+        let (addresses, context) = (slot.addresses.clone(), slot.context);
         slot.nets = Box::default();
         for pair in own {
             let key = self.index.key_of(pair) as usize;
@@ -384,6 +387,7 @@ impl Inventory {
             }
         }
         addresses.iter().for_each(|address| self.yield_address(*address, at));
+        self.slots[at as usize].addresses.clear();
         let context_slot = &mut self.contexts[context as usize];
         context_slot.endpoints.remove(at);
         if context_slot.endpoints.is_empty() && !context_slot.dirty {
@@ -394,24 +398,43 @@ impl Inventory {
         self.clusters[cluster as usize].endpoints.remove(at);
     }
 
-    fn claim(&mut self, address: IpAddr, at: u32) {
-        let Some(holder) = self.holders.get(&address).copied() else {
-            self.holders.insert(address, at);
-            return;
+    fn holder(&self, address: IpAddr) -> Option<u32> {
+        let same = |(at, place): &(u32, u32)| self.slots[*at as usize].addresses.get(*place as usize) == Some(&address);
+        self.holders.find(self.hasher.hash_one(address), same).map(|(at, _)| *at)
+    }
+
+    /// Makes an endpoint, which must have the address in its slot, its holder.
+    fn set_holder(&mut self, address: IpAddr, at: u32) {
+        let place = self.slots[at as usize].addresses.iter().position(|it| *it == address);
+        let Some(place) = place else { return };
+        let (slots, hasher) = (&self.slots, &self.hasher);
+        let hash = |(at, place): &(u32, u32)| {
+            slots[*at as usize].addresses.get(*place as usize).map_or(0, |address| hasher.hash_one(address))
         };
-        if holder == at {
-            return;
+        self.holders.insert_unique(hasher.hash_one(address), (at, place as u32), hash);
+    }
+
+    /// Must be called while the holder has the address in its slot.
+    fn unset_holder(&mut self, address: IpAddr) {
+        let slots = &self.slots;
+        let same = |(at, place): &(u32, u32)| slots[*at as usize].addresses.get(*place as usize) == Some(&address);
+        if let Ok(entry) = self.holders.find_entry(self.hasher.hash_one(address), same) {
+            entry.remove();
         }
+    }
+
+    /// Claims what is in an endpoint's slot.
+    fn claim(&mut self, address: IpAddr, at: u32) {
+        let Some(holder) = self.holder(address) else { return self.set_holder(address, at) };
         let claimants = self.contested.entry(address).or_insert_with(|| SmallVec::from_slice(&[holder]));
-        if !claimants.contains(&at) {
-            claimants.push(at);
-        }
+        claimants.push(at);
         self.settle(address);
     }
 
+    /// Gives up what is still in an endpoint's slot.
     fn yield_address(&mut self, address: IpAddr, at: u32) {
         match self.contested.get_mut(&address) {
-            None => drop(self.holders.remove(&address)),
+            None => self.unset_holder(address),
             Some(claimants) => {
                 claimants.retain(|claimant| *claimant != at);
                 self.settle(address);
@@ -424,15 +447,15 @@ impl Inventory {
         let Some(claimants) = self.contested.get(&address) else { return };
         let claimants = claimants.clone();
         let first = claimants.iter().copied().min_by(|a, b| self.precedence(*a).cmp(&self.precedence(*b)));
-        let holder = self.holders.get(&address).copied();
+        let holder = self.holder(address);
         if first != holder {
             for changed in [holder, first].into_iter().flatten() {
                 self.mark(changed);
             }
-        }
-        match first {
-            Some(first) => drop(self.holders.insert(address, first)),
-            None => drop(self.holders.remove(&address)),
+            self.unset_holder(address);
+            if let Some(first) = first {
+                self.set_holder(address, first);
+            }
         }
         if claimants.len() < 2 {
             self.contested.remove(&address);
@@ -450,7 +473,7 @@ impl Inventory {
     pub fn held(&self, at: u32) -> impl Iterator<Item = IpAddr> {
         let slot = &self.slots[at as usize];
         let uncontested = self.contested.is_empty();
-        slot.addresses.iter().copied().filter(move |it| uncontested || self.holders.get(it) == Some(&at))
+        slot.addresses.iter().copied().filter(move |it| uncontested || self.holder(*it) == Some(at))
     }
 
     pub fn contested(&self) -> impl Iterator<Item = IpAddr> {

@@ -102,7 +102,8 @@ enum Member {
 pub(crate) struct Pools {
     pools: Vec<Option<Pool>>,
     free_pools: Vec<PoolId>,
-    by_content: FastMap<(Source, ClusterScope), PoolId>,
+    /// How many pools there are.
+    count: usize,
     by_selector: FastMap<SelectorId, SmallVec<[PoolId; 2]>>,
     by_port: FastMap<Arc<str>, SmallVec<[PoolId; 2]>>,
     pub sets: Vec<Option<HeldSet>>,
@@ -119,17 +120,21 @@ pub(crate) struct Pools {
 impl Pools {
     /// The pool of a source in a scope, used by a policy.
     pub fn pool(&mut self, inventory: &Inventory, source: Source, scope: &ClusterScope, user: u32) -> PoolId {
-        let key = (source, scope.clone());
-        if let Some(id) = self.by_content.get(&key) {
-            let id = *id;
-            if let Some(pool) = &mut self.pools[id as usize] {
+        let same_source = match &source {
+            Source::Selector(selector) => self.by_selector.get(selector),
+            Source::Port(name) => self.by_port.get(name),
+        };
+        for id in same_source.into_iter().flatten() {
+            if let Some(pool) = &mut self.pools[*id as usize]
+                && pool.scope == *scope
+            {
                 pool.users.insert(user);
+                return *id;
             }
-            return id;
         }
         let mut pool = Pool {
-            scope: key.1.clone(),
-            source: key.0.clone(),
+            scope: scope.clone(),
+            source,
             users: IdSet::default(),
             nets: 0,
             unknown_main: 0,
@@ -149,7 +154,7 @@ impl Pools {
             Source::Selector(selector) => self.by_selector.entry(*selector).or_default().push(id),
             Source::Port(name) => self.by_port.entry(name.clone()).or_default().push(id),
         }
-        self.by_content.insert(key, id);
+        self.count += 1;
         self.pools[id as usize] = Some(pool);
         id
     }
@@ -176,7 +181,7 @@ impl Pools {
             }
         }
         self.shapes.remove(&id);
-        self.by_content.remove(&(pool.source, pool.scope));
+        self.count -= 1;
         self.free_pools.push(id);
     }
 
@@ -331,7 +336,7 @@ impl Pools {
 
     /// Takes note that an endpoint contributes otherwise.
     pub fn contribute(&mut self, inventory: &Inventory, old: Option<&Contribution>, new: Option<&Contribution>) {
-        if self.by_content.is_empty() {
+        if self.count == 0 {
             return;
         }
         let what = |it: Option<&Contribution>| it.map(|it| (it.cluster, it.class));
@@ -416,7 +421,7 @@ impl Pools {
 
     /// Pools and sets that are held.
     pub fn count(&self) -> [usize; 2] {
-        [self.by_content.len(), self.sets_by_id.len()]
+        [self.count, self.sets_by_id.len()]
     }
 
     /// Policies that name a pool whose shape is another than at the last commit.

@@ -39,7 +39,8 @@ pub(crate) fn compile(
     let mut writer = Writer { pools, inventory, policy, user, sets: Vec::new(), named: Vec::new() };
     let leaves = policy.id.cluster.is_none() && !federated_allow_final;
     let allow = if leaves { Action::Leave } else { Action::Allow };
-    let mut written = Vec::new();
+    // At most two of each, nearly always one.
+    let mut written = Vec::with_capacity(rules.as_ref().map_or(0, Vec::len));
     for rule in rules.iter().flatten() {
         let Some(family) = families(rule) else { continue };
         let understood = rule.unknown_because().is_none();
@@ -62,11 +63,13 @@ pub(crate) fn compile(
             }
         }
     }
+    written.shrink_to_fit();
     let Writer { mut sets, mut named, .. } = writer;
     sets.sort_unstable();
     sets.dedup();
     named.sort_unstable();
     named.dedup();
+    sets.shrink_to_fit();
     let policy = hanse_ruleset::Policy { name: name(&policy.id), rules: written };
     Compiled { policy, sets, pools: named }
 }
