@@ -3,3 +3,4 @@
 mod guards;
 mod manifests;
 mod network;
+mod system;

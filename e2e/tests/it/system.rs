@@ -1,0 +1,218 @@
+//! The whole system, judged by packets: real processes, joined with real tokens, killed in the middle of things.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use hanse_e2e::deployment::{Deployment, PATIENCE};
+use hanse_e2e::fabric::Fabric;
+use hanse_e2e::probe::{self, Listener, Observed};
+use hanse_e2e::sandbox;
+use hanse_e2e::world::{Cluster, Pod};
+
+const MANIFEST: &str = "cluster.yaml";
+
+/// Two clusters of the demo, with manifests that the test may edit.
+struct World {
+    clusters: Vec<Cluster>,
+    pods: Vec<Pod>,
+    scratch: tempfile::TempDir,
+    federation: PathBuf,
+}
+
+impl World {
+    fn new() -> Self {
+        let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
+        let scratch = tempfile::tempdir_in("/run").expect("a folder");
+        let read = |name: &str| {
+            let directory = scratch.path().join("clusters").join(name);
+            std::fs::create_dir_all(&directory).expect("a folder");
+            std::fs::copy(manifests.join(name).join(MANIFEST), directory.join(MANIFEST)).expect("copied");
+            Cluster::read(name, &directory).expect("the demo's manifests")
+        };
+        let clusters: Vec<Cluster> = ["train", "serve"].map(read).into();
+        let pods = clusters.iter().flat_map(|cluster| cluster.pods.clone()).collect();
+        Self { clusters, pods, scratch, federation: manifests.join("federation") }
+    }
+
+    fn pod(&self, name: &str) -> &Pod {
+        self.pods.iter().find(|pod| pod.name == name).expect("in the demo")
+    }
+
+    fn edit(&self, cluster: usize, from: &str, to: &str) {
+        let path = self.clusters[cluster].directory.join(MANIFEST);
+        let text = std::fs::read_to_string(&path).expect("a manifest");
+        assert!(text.contains(from), "{from}");
+        let beside = path.with_extension("new");
+        std::fs::write(&beside, text.replace(from, to)).expect("written");
+        std::fs::rename(&beside, &path).expect("renamed");
+    }
+
+    fn join<'f>(&self, fabric: &'f Fabric) -> Deployment<'f> {
+        let mut world = Deployment::start(fabric, &programs(), self.scratch.path()).expect("a hub");
+        let clusters = self.federation.join("clusters.yaml");
+        world.hanse(&["apply", "-f", &clusters.to_string_lossy()]).expect("applied");
+        for cluster in &self.clusters {
+            world.join(cluster, &cluster.directory).expect("joined");
+        }
+        world.settle(&["train", "serve"]).expect("in sync");
+        world
+    }
+
+    fn listen(&self, fabric: &Fabric) -> Vec<Listener> {
+        let one = |pod: &Pod| Listener::start(fabric.pod(pod).expect("built"), pod.port, &pod.title());
+        self.pods.iter().map(|pod| one(pod).expect("the port is free")).collect()
+    }
+}
+
+/// The programs that `cargo xtask test` built, beside the test's own.
+fn programs() -> PathBuf {
+    let test = std::env::current_exe().expect("the test binary has a path");
+    let directory = test.parent().and_then(Path::parent).expect("the target directory").to_owned();
+    assert!(directory.join("hanse-agent").exists(), "build the programs first: cargo build --workspace --bins");
+    directory
+}
+
+fn connects(fabric: &Fabric, from: &Pod, to: &Pod) -> bool {
+    let inside = fabric.pod(from).expect("built");
+    (0..2)
+        .all(|family| probe::tcp(inside, SocketAddr::new(to.addresses[family], to.port), &to.title()) == Observed::Open)
+}
+
+fn blocked(fabric: &Fabric, from: &Pod, to: &Pod) -> bool {
+    let inside = fabric.pod(from).expect("built");
+    (0..2).all(|family| {
+        probe::tcp(inside, SocketAddr::new(to.addresses[family], to.port), &to.title()) == Observed::Closed
+    })
+}
+
+#[test]
+fn nothing_is_lost_or_let_through_when_processes_are_killed() {
+    sandbox::test("system::nothing_is_lost_or_let_through_when_processes_are_killed", || {
+        let world = World::new();
+        let fabric = Fabric::build(&world.clusters).expect("the network");
+        let listeners = world.listen(&fabric);
+        let mut system = world.join(&fabric);
+        system.hanse(&["apply", "-f", &world.federation.to_string_lossy()]).expect("applied");
+        system.wait_for_policies().expect("enforced");
+        let (trainer, registry) = (world.pod("trainer-0"), world.pod("registry-0"));
+        let (notebook, vllm) = (world.pod("notebook-0"), world.pod("vllm-0"));
+        assert!(connects(&fabric, trainer, registry) && connects(&fabric, vllm, registry));
+        assert!(blocked(&fabric, notebook, registry));
+
+        // From here on the notebook sends to the registry all the time, and nothing may arrive.
+        let at_registry = world.pods.iter().position(|pod| pod.name == "registry-0").expect("it listens");
+        let before = listeners[at_registry].datagrams();
+        let (done, sent) = (AtomicBool::new(false), AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let inside = fabric.pod(notebook).expect("built");
+                while !done.load(Ordering::Relaxed) {
+                    for family in 0..2 {
+                        let to = SocketAddr::new(registry.addresses[family], registry.port);
+                        if probe::send_udp(inside, notebook.addresses[family], to).is_ok() {
+                            sent.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                    std::thread::yield_now();
+                }
+            });
+            let train = &world.clusters[0];
+            // Each is killed while an update is under way, and started again.
+            for round in 0..3 {
+                let (from, to) = if round % 2 == 0 { ("app: vllm", "app: llm") } else { ("app: llm", "app: vllm") };
+                world.edit(1, from, to);
+                match round {
+                    0 => {
+                        system.kill_hub().expect("killed");
+                        system.start_hub().expect("started");
+                    }
+                    1 => {
+                        system.kill_member("train").expect("killed");
+                        system.start_member(train, &train.directory).expect("started");
+                    }
+                    _ => {
+                        for node in &train.nodes {
+                            system.kill_agent("train", &node.name).expect("killed");
+                        }
+                        for node in &train.nodes {
+                            system.start_agent(train, node).expect("started");
+                        }
+                    }
+                }
+                let open = round % 2 == 1;
+                let followed = probe::until(PATIENCE, || match open {
+                    true => connects(&fabric, vllm, registry),
+                    false => blocked(&fabric, vllm, registry),
+                });
+                assert!(followed.is_some(), "round {round} did not converge\n{}", system.logs());
+                system.settle(&["train", "serve"]).expect("in sync");
+                assert!(connects(&fabric, trainer, registry), "round {round}: what is allowed stays so");
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(listeners[at_registry].datagrams(), before, "a forbidden packet arrived");
+        let sent = sent.into_inner();
+        println!("{sent} forbidden packets sent while hub, member and agents were killed, none arrived");
+        assert!(sent > 1_000, "the flood is one: {sent}");
+    });
+}
+
+#[test]
+fn deny_everything_is_curable_from_the_hub() {
+    sandbox::test("system::deny_everything_is_curable_from_the_hub", || {
+        let world = World::new();
+        let fabric = Fabric::build(&world.clusters).expect("the network");
+        let _listeners = world.listen(&fabric);
+        let system = world.join(&fabric);
+        let (trainer, vllm) = (world.pod("trainer-0"), world.pod("vllm-0"));
+        assert!(connects(&fabric, trainer, vllm));
+        let path = world.scratch.path().join("deny.yaml");
+        let deny = "apiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {name: lockdown}\nspec: {order: 1}\n---\n\
+                    apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolicy\nmetadata: {name: lockdown}\n\
+                    spec:\n  tier: lockdown\n  types: [Ingress, Egress]\n  ingress: [{action: Deny}]\n  egress: [{action: Deny}]\n";
+        std::fs::write(&path, deny).expect("written");
+        system.hanse(&["apply", "-f", &path.to_string_lossy()]).expect("applied");
+        system.wait_for_policies().expect("enforced");
+        assert!(blocked(&fabric, trainer, vllm) && blocked(&fabric, trainer, world.pod("trainer-1")));
+        system.hanse(&["delete", "-f", &path.to_string_lossy()]).expect("deleted");
+        let open = probe::until(PATIENCE, || connects(&fabric, trainer, vllm));
+        assert!(open.is_some(), "the fleet did not recover\n{}", system.logs());
+    });
+}
+
+#[test]
+fn what_exceeds_a_grant_is_refused_by_itself_and_seen_by_nobody() {
+    sandbox::test("system::what_exceeds_a_grant_is_refused_by_itself_and_seen_by_nobody", || {
+        let world = World::new();
+        let fabric = Fabric::build(&world.clusters).expect("the network");
+        let _listeners = world.listen(&fabric);
+        let system = world.join(&fabric);
+        system.hanse(&["apply", "-f", &world.federation.to_string_lossy()]).expect("applied");
+        system.wait_for_policies().expect("enforced");
+        let (notebook, registry) = (world.pod("notebook-0"), world.pod("registry-0"));
+        assert!(blocked(&fabric, notebook, registry));
+        // serve claims a trainer at an address of its own grant, and one at an address of train's.
+        let claim = |name: &str, address: std::net::IpAddr| {
+            format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: models, labels: {{app: trainer}}}}\n\
+                 spec: {{nodeName: node-1}}\nstatus: {{phase: Running, podIP: \"{address}\"}}\n---\n"
+            )
+        };
+        let stolen = world.pod("trainer-1").addresses[0];
+        let file = world.clusters[1].directory.join("claims.yaml");
+        std::fs::write(&file, claim("thief", stolen)).expect("written");
+        let refused = probe::until(PATIENCE, || {
+            let status = system.hanse(&["status", "-o", "json"]).unwrap_or_default();
+            let status: serde_json::Value = serde_json::from_str(&status).unwrap_or_default();
+            let serve = status["clusters"].as_array().into_iter().flatten().find(|it| it["name"] == "serve");
+            serve.is_some_and(|serve| serve["refused"] == 1)
+        });
+        assert!(refused.is_some(), "{}", system.hanse(&["status", "-o", "json"]).unwrap_or_default());
+        // The rest of what serve publishes goes on: a relabel is followed.
+        world.edit(1, "app: notebook", "app: vllm");
+        let open = probe::until(PATIENCE, || connects(&fabric, notebook, registry));
+        assert!(open.is_some(), "one refused object keeps others out\n{}", system.logs());
+        assert!(connects(&fabric, world.pod("trainer-0"), world.pod("trainer-1")), "the owner keeps its address");
+    });
+}
