@@ -20,8 +20,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).context("find the workspace's root")?;
     println!("building (a few minutes the first time)");
     let mut build = setup::cargo();
-    build.current_dir(root).args(["build", "--quiet", "--locked", "--bins"]);
-    setup::run(build.args(["--package", "hanse", "--package", "hanse-hub", "--package", "hanse-e2e"]))?;
+    setup::run(build.current_dir(root).args(["build", "--quiet", "--locked", "--workspace", "--bins"]))?;
     let programs = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), Into::into).join("debug");
     let mut demo = Command::new(programs.join("hanse-demo"));
     demo.arg("--programs").arg(&programs).arg("--manifests").arg(root.join("e2e/demo"));
