@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use hanse_k8s_api::assemble::Federation;
 use hanse_k8s_api::manifest::{Manifests, Object, read_bytes};
 use hanse_policy::model::{ClusterScope, Phase, Port};
 use hanse_policy::selector::{Expr, Selector};
@@ -27,7 +28,7 @@ use crate::exchange::wire::digest_bytes;
 use crate::fanout::Fanout;
 use crate::registration::MemberIdentity;
 use crate::source::{Directory, Source as _, Sourced};
-use crate::world::{Imports, World};
+use crate::world::World;
 
 /// How often the source is looked at: edits apply within a second.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -102,19 +103,14 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     };
     sourced.set(true);
     let mut member = Member {
-        world: World {
-            cluster: identity.cluster().clone(),
-            unknown_pods: options.unknown_pods,
-            own_streams: Vec::new(),
-            local,
-            imports: Imports::default(),
-        },
+        world: World::new(identity.cluster().clone(), options.unknown_pods, Vec::new()),
         manifests: BTreeMap::new(),
         refused: BTreeMap::new(),
         nodes: BTreeSet::new(),
         fanout: fanout.clone(),
         client: client.clone(),
     };
+    member.take_local(local);
     if let Some(updates) = client.take_updates() {
         member.receive(updates);
     }
@@ -128,7 +124,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
             local = local_news.recv() => {
-                member.world.local = local.context("read the source")?;
+                member.take_local(local.context("read the source")?);
                 member.changed();
                 told = false;
             }
@@ -164,20 +160,27 @@ struct Member {
 }
 
 impl Member {
+    /// What the source has is published, and says what this cluster looks for in others.
+    fn take_local(&mut self, local: Arc<Sourced>) {
+        self.client.publish(&local.state.cluster);
+        self.world.set_local(local);
+        self.client.want(self.wanted());
+    }
+
     fn receive(&mut self, updates: Updates) {
         let mut federation_changed = false;
-        for change in &updates.changes {
-            change.apply(&mut self.world.imports.inventory);
-            if let Change::Manifest { kind, name, manifest } = change {
-                federation_changed = true;
-                let key = (*kind, name.clone());
-                match manifest {
-                    Some(manifest) => drop(self.manifests.insert(key, manifest.clone())),
-                    None => drop(self.manifests.remove(&key)),
-                }
+        for change in updates.changes {
+            let Change::Manifest { kind, name, manifest } = change else {
+                self.world.receive(change);
+                continue;
+            };
+            federation_changed = true;
+            match manifest {
+                Some(manifest) => drop(self.manifests.insert((kind, name), manifest)),
+                None => drop(self.manifests.remove(&(kind, name))),
             }
         }
-        self.world.imports.revision = updates.in_force.revision;
+        self.world.hub_revision = updates.in_force.revision;
         if federation_changed {
             self.read_federation();
         }
@@ -185,8 +188,8 @@ impl Member {
 
     /// Converts the federated objects anew. One that cannot be read keeps its last version that could.
     fn read_federation(&mut self) {
-        let before = std::mem::take(&mut self.world.imports.federation);
-        let now = &mut self.world.imports.federation;
+        let before = self.world.federation();
+        let mut now = Federation::default();
         self.refused.clear();
         let mut policies = Vec::new();
         let mut phases: BTreeMap<Arc<str>, Phase> = BTreeMap::new();
@@ -232,34 +235,29 @@ impl Member {
             policy.enforcers = ClusterScope::Named(manifest.enforcers.clone());
             now.layer.policies.insert(policy.id.clone(), policy);
         }
+        self.world.set_federation(now);
     }
 
-    /// Something changed: compiles, hands out, publishes.
+    /// Something changed: compiles and hands out.
     fn changed(&mut self) {
         let start = Instant::now();
+        let (hub_revision, local_revision) = (self.world.hub_revision, self.world.local().revision);
         let compiled = self.world.compile();
-        let compile_ms = start.elapsed().as_millis();
-        for gone in self.nodes.iter().filter(|node| !compiled.nodes.contains_key(*node)) {
+        let compile_us = start.elapsed().as_micros();
+        for gone in self.nodes.iter().filter(|node| !compiled.contains_key(*node)) {
             self.fanout.forget(gone);
         }
-        self.nodes = compiled.nodes.keys().cloned().collect();
-        for (node, rules) in compiled.nodes {
-            self.fanout.publish(&node, rules);
+        self.nodes = compiled.keys().cloned().collect();
+        for (node, rules) in compiled {
+            self.fanout.publish(node, rules.clone());
         }
-        self.client.publish(&self.world.local.state.cluster);
-        self.client.want(self.wanted());
-        tracing::info!(
-            hub_revision = self.world.imports.revision,
-            local_revision = self.world.local.revision,
-            compile_ms,
-            "compiled"
-        );
+        tracing::info!(hub_revision, local_revision, compile_us, "compiled");
     }
 
     /// What this cluster's own policies look for in others.
     fn wanted(&self) -> BTreeSet<Wanted> {
         let mut wanted = BTreeSet::new();
-        for policy in self.world.local.state.layer.policies.values().filter(|policy| policy.acts()) {
+        for policy in self.world.local().state.layer.policies.values().filter(|policy| policy.acts()) {
             for entity in
                 policy.ingress.iter().chain(&policy.egress).flatten().flat_map(|it| [&it.source, &it.destination])
             {
@@ -305,8 +303,8 @@ impl Member {
         let nodes: Vec<pb::NodePosition> = nodes.collect();
         let current = |node: &&pb::NodePosition| {
             node.connected
-                && node.hub_revision == self.world.imports.revision
-                && node.local_revision == self.world.local.revision
+                && node.hub_revision == self.world.hub_revision
+                && node.local_revision == self.world.local().revision
         };
         let agents_current = nodes.iter().filter(current).count();
         let refused = self.refused.iter().map(|(policy, why)| pb::PolicyState {
