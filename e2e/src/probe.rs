@@ -12,6 +12,8 @@ use crate::namespace::Namespace;
 /// How long a connection may take. A refused packet costs all of it, so it is short; an open path on one machine takes
 /// well below a tenth of it.
 pub const PATIENCE: Duration = Duration::from_millis(700);
+/// How finely [`becomes`] looks: at most 70 connections at once are under way.
+const PROBE_EVERY: Duration = Duration::from_millis(10);
 /// The longest title that a listener sends.
 const TITLE_BYTES: usize = 128;
 
@@ -129,6 +131,34 @@ pub fn until(deadline: Duration, mut done: impl FnMut() -> bool) -> Option<Durat
         }
         std::thread::park_timeout(Duration::from_millis(5));
     }
+}
+
+/// When connections become open, or closed: a new one starts every few milliseconds, and the result is the start of the
+/// first that was as wanted, after which none was otherwise. `None` when that did not happen before the deadline.
+pub fn becomes(
+    namespace: &Namespace,
+    to: SocketAddr,
+    title: &str,
+    wanted: Observed,
+    deadline: Duration,
+) -> Option<Duration> {
+    let (start, wanted) = (Instant::now(), &wanted);
+    std::thread::scope(|scope| {
+        let (tell, told) = std::sync::mpsc::channel();
+        let mut outcomes: Vec<(Duration, bool)> = Vec::new();
+        while start.elapsed() < deadline && !outcomes.iter().any(|(_, as_wanted)| *as_wanted) {
+            let (tell, at) = (tell.clone(), start.elapsed());
+            // Whoever listened has what it wanted.
+            scope.spawn(move || drop(tell.send((at, tcp(namespace, to, title) == *wanted))));
+            std::thread::park_timeout(PROBE_EVERY);
+            outcomes.extend(told.try_iter());
+        }
+        drop(tell);
+        outcomes.extend(told);
+        outcomes.sort();
+        let last_otherwise = outcomes.iter().rposition(|(_, as_wanted)| !as_wanted);
+        outcomes.get(last_otherwise.map_or(0, |at| at + 1)).map(|(at, _)| *at)
+    })
 }
 
 /// Whether an HTTP server answers 200.
