@@ -148,13 +148,15 @@ pub fn becomes(
         let mut outcomes: Vec<(Duration, bool)> = Vec::new();
         while start.elapsed() < deadline && !outcomes.iter().any(|(_, as_wanted)| *as_wanted) {
             let (tell, at) = (tell.clone(), start.elapsed());
-            // Whoever listened has what it wanted.
-            scope.spawn(move || drop(tell.send((at, tcp(namespace, to, title) == *wanted))));
+            scope.spawn(move || {
+                let as_wanted = tcp(namespace, to, title) == *wanted;
+                tell.send((at, as_wanted)).expect("the receiver outlives the scope");
+            });
             std::thread::park_timeout(PROBE_EVERY);
             outcomes.extend(told.try_iter());
         }
         drop(tell);
-        outcomes.extend(told);
+        outcomes.extend(told.iter());
         outcomes.sort();
         let last_otherwise = outcomes.iter().rposition(|(_, as_wanted)| !as_wanted);
         outcomes.get(last_otherwise.map_or(0, |at| at + 1)).map(|(at, _)| *at)

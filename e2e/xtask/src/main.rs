@@ -1,5 +1,6 @@
 //! The project's tasks. Each installs what is missing (or says what to install), builds, and runs.
 
+mod bench;
 mod demo;
 mod setup;
 mod test;
@@ -17,12 +18,15 @@ struct Arguments {
 enum Task {
     /// Three clusters of AI workloads on this machine, and the packets between them.
     Demo(demo::Arguments),
+    /// Measure what the design has budgets for: time as wall and as CPU, memory as the peak of a process of its own.
+    Bench(bench::Arguments),
     /// Check formatting and lints, and run every test, those with packets too.
     Test(test::Arguments),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().task {
+        Task::Bench(arguments) => bench::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
     }

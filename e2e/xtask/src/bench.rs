@@ -1,0 +1,52 @@
+//! `cargo xtask bench`: the figures behind the budgets of the design.
+
+use anyhow::{Context as _, bail};
+
+use crate::setup;
+
+/// A benchmark: its name here, the package and the bench target that run it.
+struct Bench {
+    name: &'static str,
+    package: &'static str,
+    /// It makes a network namespace.
+    needs_root: bool,
+}
+
+const BENCHES: &[Bench] = &[
+    Bench { name: "compile", package: "hanse-compiler", needs_root: false },
+    Bench { name: "fanout", package: "hanse-member", needs_root: false },
+    Bench { name: "hub", package: "hanse-hub", needs_root: false },
+    Bench { name: "nftables", package: "hanse-dataplane", needs_root: true },
+    Bench { name: "questions", package: "hanse-policy", needs_root: false },
+];
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Which: compile, fanout, hub, nftables or questions; all of them when none is named.
+    bench: Option<String>,
+    /// Only these shapes of it.
+    shapes: Vec<String>,
+    /// json: one object per figure and line, {"bench","shape","metric","value","unit"}; else a table.
+    #[arg(short, long, value_parser = ["table", "json"], default_value = "table")]
+    output: String,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let wanted = |bench: &&Bench| arguments.bench.as_deref().is_none_or(|name| name == bench.name);
+    let benches: Vec<&Bench> = BENCHES.iter().filter(wanted).collect();
+    if benches.is_empty() {
+        let names: Vec<&str> = BENCHES.iter().map(|bench| bench.name).collect();
+        let name = arguments.bench.as_deref().context("at least one benchmark exists")?;
+        bail!("there is no benchmark {name:?}; there are {}", names.join(", "));
+    }
+    for bench in benches {
+        if bench.needs_root && !setup::is_root() {
+            eprintln!("{} needs root (for a network namespace of its own): left out", bench.name);
+            continue;
+        }
+        let mut command = setup::cargo();
+        command.args(["bench", "--quiet", "--locked", "--package", bench.package, "--bench", bench.name, "--"]);
+        setup::run(command.args(&arguments.shapes).args(["-o", &arguments.output]))?;
+    }
+    Ok(())
+}
