@@ -161,10 +161,14 @@ impl<'a> Deployment<'a> {
 
     /// Runs `hanse` as the administrator; its output, or its complaint.
     pub fn hanse(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        success(&format!("hanse {}", arguments.join(" ")), self.try_hanse(arguments)?)
+    }
+
+    /// As [`Self::hanse`], whatever the outcome.
+    pub fn try_hanse(&self, arguments: &[&str]) -> anyhow::Result<Output> {
         let mut command = self.program("hanse");
         command.arg("--context").arg(self.context()).args(arguments);
-        let output = self.fabric.router().enter(|| command.output()).context("start hanse")?;
-        success(&format!("hanse {}", arguments.join(" ")), output)
+        self.fabric.router().enter(|| command.output()).context("start hanse")
     }
 
     /// The administrator's context file.

@@ -216,3 +216,79 @@ fn what_exceeds_a_grant_is_refused_by_itself_and_seen_by_nobody() {
         assert!(connects(&fabric, world.pod("trainer-0"), world.pod("trainer-1")), "the owner keeps its address");
     });
 }
+
+/// Without what only one of the two can say.
+fn plain(line: &str) -> serde_json::Value {
+    let mut value: serde_json::Value = serde_json::from_str(line).expect("JSON");
+    value.as_object_mut().expect("an object").remove("asked");
+    value
+}
+
+#[test]
+fn members_that_run_explain_what_their_manifests_say() {
+    sandbox::test("system::members_that_run_explain_what_their_manifests_say", || {
+        let world = World::new();
+        let fabric = Fabric::build(&world.clusters).expect("the network");
+        let mut system = world.join(&fabric);
+        system.hanse(&["apply", "-f", &world.federation.to_string_lossy()]).expect("applied");
+        system.wait_for_policies().expect("enforced");
+        let mut queries: Vec<String> = Vec::new();
+        for (from, to) in world.pods.iter().flat_map(|from| world.pods.iter().map(move |to| (from, to))) {
+            let name =
+                |pod: &Pod| serde_json::json!({"cluster": pod.cluster, "namespace": pod.namespace, "pod": pod.name});
+            let address = |pod: &Pod, family: usize| serde_json::json!({"ip": pod.addresses[family]});
+            for (version, from, to) in [
+                (4, name(from), name(to)),
+                (6, name(from), name(to)),
+                (4, address(from, 0), name(to)),
+                (6, name(from), address(to, 1)),
+                (4, address(from, 0), address(to, 0)),
+                (4, name(from), serde_json::json!({"ip": "203.0.113.9"})),
+            ] {
+                let query = serde_json::json!({"from": from, "to": to, "port": 8000, "ipVersion": version});
+                queries.push(query.to_string());
+            }
+        }
+        let file = world.scratch.path().join("queries.jsonl");
+        std::fs::write(&file, queries.join("\n")).expect("written");
+        let explain = ["policy", "explain", "-o", "json", "--queries", &file.to_string_lossy()].map(str::to_owned);
+        let ask = |more: &[String]| {
+            let arguments: Vec<&str> = explain.iter().chain(more).map(String::as_str).collect();
+            system.hanse(&arguments).expect("answered")
+        };
+        let sources = world.clusters.iter().map(|it| format!("--cluster={}={}", it.name, it.directory.display()));
+        let sources: Vec<String> = sources.chain([format!("--federation={}", world.federation.display())]).collect();
+        let (live, offline) = (ask(&[]), ask(&sources));
+        assert_eq!((live.lines().count(), offline.lines().count()), (queries.len(), queries.len()));
+        for ((query, live), offline) in queries.iter().zip(live.lines()).zip(offline.lines()) {
+            assert_eq!(plain(live), plain(offline), "{query}");
+        }
+        let allowed = live.lines().filter(|line| plain(line)["verdict"] == "allow").count();
+        assert!(allowed > queries.len() / 20 && allowed < queries.len() / 2, "{allowed} of {}", queries.len());
+        let both: serde_json::Value = serde_json::from_str(live.lines().nth(24).expect("a line")).expect("JSON");
+        assert!(!both["asked"].as_array().expect("a live answer says who was asked").is_empty(), "{both}");
+
+        let matrix = ["policy", "matrix", "-o", "json", "--port", "8000"];
+        let offline: Vec<&str> = matrix.into_iter().chain(sources.iter().map(String::as_str)).collect();
+        let sorted = |text: String| {
+            let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+            lines.sort();
+            lines
+        };
+        let live = sorted(system.hanse(&matrix).expect("answered"));
+        assert_eq!(live, sorted(system.hanse(&offline).expect("answered")));
+        assert_eq!(live.len(), world.pods.len() * world.pods.len());
+
+        // Nobody answers for a member that is away, and the others' answers come all the same.
+        system.kill_member("serve").expect("killed");
+        let explain = explain.each_ref().map(String::as_str);
+        let mut last = String::new();
+        let away = probe::until(PATIENCE, || {
+            let output = system.try_hanse(&explain).expect("started");
+            last = String::from_utf8_lossy(&output.stdout).into_owned();
+            let named = last.lines().any(|line| line.contains("cluster serve does not attend"));
+            named && last.lines().any(|line| line.contains("verdict")) && output.status.code() == Some(1)
+        });
+        assert!(away.is_some() && last.lines().count() == queries.len(), "{last}");
+    });
+}

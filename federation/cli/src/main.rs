@@ -1,7 +1,7 @@
 //! `hanse`: the command of platform teams.
 //!
-//! One module per group of commands. [`policy`] works offline, from directories of manifests; nothing in it opens a
-//! connection. Every command prints a table for people, and `-o json|yaml` for programs; programs may rely on the
+//! One module per group of commands. [`policy`] works offline, from directories of manifests; its `explain` and
+//! `matrix` also ask the members of a federation that runs, through its hub. Every command prints a table for people, and `-o json|yaml` for programs; programs may rely on the
 //! latter and on the exit codes (0 done, 1 the answer is no or something failed, 2 the input is malformed).
 
 use std::path::PathBuf;
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let context = cli.globals.context.as_deref();
     let outcome = match cli.command {
-        Command::Policy(command) => command.run(),
+        Command::Policy(command) => command.run(context),
         Command::Token(command) => command.run(context),
         Command::Cluster(command) => command.run(context),
         Command::Apply(command) => command.run(context),

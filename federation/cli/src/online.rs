@@ -18,7 +18,7 @@ pub mod token;
 pub mod wait;
 
 /// The largest answer: all manifests of a hub with 10,000 objects of 6 KiB.
-const MAX_ANSWER_BYTES: usize = 64 << 20;
+pub const MAX_ANSWER_BYTES: usize = 64 << 20;
 /// How long one answer may take.
 const CALL_TIME: Duration = Duration::from_secs(30);
 
@@ -39,12 +39,19 @@ pub fn with_client<T, F>(context: Option<&Path>, work: impl FnOnce(Client) -> F)
 where
     F: Future<Output = anyhow::Result<T>>,
 {
+    connected(context, async |channel| {
+        work(AdministrationClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES)).await
+    })
+}
+
+/// Runs `work` with a connection to the first hub of the context that answers.
+pub fn connected<T>(context: Option<&Path>, work: impl AsyncFnOnce(Channel) -> anyhow::Result<T>) -> anyhow::Result<T> {
     install_provider();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start")?;
     runtime.block_on(async { work(connect(context).await?).await })
 }
 
-async fn connect(context: Option<&Path>) -> anyhow::Result<Client> {
+async fn connect(context: Option<&Path>) -> anyhow::Result<Channel> {
     let path = context.context("no hub is known: name a context file with --context or HANSE_CONTEXT")?;
     let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     let file: ContextFile = serde_yaml_ng::from_str(&text).with_context(|| format!("understand {}", path.display()))?;
@@ -56,10 +63,7 @@ async fn connect(context: Option<&Path>) -> anyhow::Result<Client> {
     let mut last = None;
     for hub in &file.hubs {
         match client.connect(hub).await {
-            Ok(connection) => {
-                let client = AdministrationClient::new(connection.channel);
-                return Ok(client.max_decoding_message_size(MAX_ANSWER_BYTES));
-            }
+            Ok(connection) => return Ok(connection.channel),
             Err(error) => last = Some(error),
         }
     }

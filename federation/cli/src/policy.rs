@@ -1,4 +1,4 @@
-//! `hanse policy …`: what policy says, from directories of manifests.
+//! `hanse policy …`: what policy says, from directories of manifests, or of a federation that runs.
 
 use std::process::ExitCode;
 
@@ -12,13 +12,12 @@ mod check;
 mod diff;
 mod explain;
 mod lint;
+mod live;
 mod load;
 mod matrix;
 mod order;
-mod question;
 mod scaffold;
 mod selector;
-mod trace;
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -41,11 +40,11 @@ pub enum Command {
 }
 
 impl Command {
-    pub fn run(self) -> anyhow::Result<ExitCode> {
+    pub fn run(self, context: Option<&std::path::Path>) -> anyhow::Result<ExitCode> {
         match self {
             Self::Check(arguments) => arguments.run(),
-            Self::Explain(arguments) => arguments.run(),
-            Self::Matrix(arguments) => arguments.run(),
+            Self::Explain(arguments) => arguments.run(context),
+            Self::Matrix(arguments) => arguments.run(context),
             Self::Order(arguments) => arguments.run(),
             Self::Diff(arguments) => arguments.run(),
             Self::Lint(arguments) => arguments.run(),

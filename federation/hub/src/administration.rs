@@ -332,7 +332,7 @@ pub async fn create_user(
 }
 
 /// Whether `who` may. The hub itself (at `init`, on its own machine) may do everything.
-fn permit(snapshot: &Snapshot, who: &Identity, need: Need<'_>) -> Result<(), ChangeError> {
+pub(crate) fn permit(snapshot: &Snapshot, who: &Identity, need: Need<'_>) -> Result<(), ChangeError> {
     let allowed = match who {
         Identity::Hub => true,
         Identity::User(name) => snapshot.users.get(name).is_some_and(|user| !user.revoked && allow(&user.roles, need)),
@@ -361,7 +361,7 @@ pub(crate) fn refused(snapshot: &Snapshot, peer: &Peer) -> bool {
     peer.certificate.as_ref().is_some_and(|certificate| !snapshot.admits(certificate))
 }
 
-fn caller<T>(request: &Request<T>) -> Result<Identity, Status> {
+pub(crate) fn caller<T>(request: &Request<T>) -> Result<Identity, Status> {
     match peer_identity(request)? {
         user @ Identity::User(_) => Ok(user.clone()),
         other => Err(Status::permission_denied(format!("{other} is not a user"))),

@@ -8,6 +8,8 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context as _;
 use hanse_proto::federation::v1::administration_server::AdministrationServer;
 use hanse_proto::federation::v1::exchange_server::ExchangeServer;
+use hanse_proto::federation::v1::inquiries_server::InquiriesServer;
+use hanse_proto::federation::v1::questions_server::QuestionsServer;
 use hanse_proto::federation::v1::registration_server::RegistrationServer;
 use hanse_proto::federation::v1::renewal_server::RenewalServer;
 use hanse_runtime::files;
@@ -28,6 +30,7 @@ use crate::administration::{Administration, create_user, refused};
 use crate::authority::{Authority, Lifetimes};
 use crate::exchange::service::Service;
 use crate::exchange::wire::MAX_MESSAGE_BYTES;
+use crate::questions::{self, Questions};
 use crate::registration::Registration;
 use crate::registry::{Clock, Registry};
 use crate::roles::Role;
@@ -173,6 +176,7 @@ impl Hub {
         let exchange = Service::new(registry.clone(), stop.clone());
         shutdown.spawn(exchange.clone().follow_registry());
         let realisations: Arc<dyn Realisations> = Arc::new(exchange.clone());
+        let questions = Questions::new(registry.clone(), stop.clone());
         let registration = Registration::new(registry.clone(), authority.clone());
         let administration =
             Administration::new(registry.clone(), authority.clone(), connections.clone(), realisations);
@@ -180,6 +184,8 @@ impl Hub {
             .add_service(RenewalServer::new(registration.clone()).max_decoding_message_size(MAX_JOIN_BYTES))
             .add_service(AdministrationServer::new(administration).max_decoding_message_size(MAX_REQUEST_BYTES))
             .add_service(ExchangeServer::new(exchange).max_decoding_message_size(MAX_MESSAGE_BYTES))
+            .add_service(QuestionsServer::new(questions.clone()).max_decoding_message_size(questions::MAX_ANSWER_BYTES))
+            .add_service(InquiriesServer::new(questions).max_decoding_message_size(MAX_REQUEST_BYTES))
             .clone()
             .routes();
 

@@ -3,6 +3,7 @@
 pub mod exchange;
 pub mod fanout;
 pub mod process;
+pub mod questions;
 pub mod registration;
 pub mod source;
 pub mod world;

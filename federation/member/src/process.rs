@@ -26,6 +26,7 @@ use crate::exchange::client::Client;
 use crate::exchange::model::{Change, Manifest, ManifestKind, Updates, Wanted};
 use crate::exchange::wire::digest_bytes;
 use crate::fanout::Fanout;
+use crate::questions::Answering;
 use crate::registration::MemberIdentity;
 use crate::source::{Directory, Source as _, Sourced};
 use crate::world::World;
@@ -102,6 +103,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         local = local_news.recv() => local.context("read the source")?,
     };
     sourced.set(true);
+    let answering = Answering::new(identity.cluster().clone(), client.clone());
     let mut member = Member {
         world: World::new(identity.cluster().clone(), options.unknown_pods, Vec::new()),
         manifests: BTreeMap::new(),
@@ -109,6 +111,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         nodes: BTreeSet::new(),
         fanout: fanout.clone(),
         client: client.clone(),
+        answering: answering.clone(),
     };
     member.take_local(local);
     if let Some(updates) = client.take_updates() {
@@ -116,6 +119,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     }
     member.changed();
     client.start(&identity, &options.hubs, &shutdown);
+    answering.start(&identity, &options.hubs, &shutdown);
     let (mut received, mut acknowledged) = (client.changes(), fanout.changes());
     let mut report = tokio::time::interval(REPORT_EVERY);
     report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -157,6 +161,7 @@ struct Member {
     nodes: BTreeSet<Arc<str>>,
     fanout: Fanout,
     client: Client,
+    answering: Answering,
 }
 
 impl Member {
@@ -251,6 +256,7 @@ impl Member {
         for (node, rules) in compiled {
             self.fanout.publish(node, rules.clone());
         }
+        self.answering.tell(self.world.local(), self.world.federation(), hub_revision);
         tracing::info!(hub_revision, local_revision, compile_us, "compiled");
     }
 

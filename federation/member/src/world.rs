@@ -22,7 +22,7 @@ pub struct World {
     /// Hanse's own streams, which come before every tier.
     own_streams: Vec<OwnStream>,
     local: Arc<Sourced>,
-    federation: Federation,
+    federation: Arc<Federation>,
     /// The hub's revision that this is true of; 0 without a hub.
     pub hub_revision: u64,
     compiler: Compiler,
@@ -37,7 +37,7 @@ impl World {
             unknown_pods,
             own_streams,
             local: Arc::default(),
-            federation: Federation::default(),
+            federation: Arc::default(),
             hub_revision: 0,
             nodes: BTreeMap::new(),
         }
@@ -48,7 +48,7 @@ impl World {
         &self.local
     }
 
-    pub fn federation(&self) -> &Federation {
+    pub fn federation(&self) -> &Arc<Federation> {
         &self.federation
     }
 
@@ -96,8 +96,8 @@ impl World {
 
     /// Takes what the federation says now in place of what it said.
     pub fn set_federation(&mut self, now: Federation) {
-        let before = std::mem::replace(&mut self.federation, now);
-        let now = std::mem::take(&mut self.federation);
+        let now = Arc::new(now);
+        let before = std::mem::replace(&mut self.federation, Arc::clone(&now));
         for (id, set) in differences(&before.sets, &now.sets) {
             let (cluster, id) = (None, id.clone());
             self.compiler.apply(match set.cloned() {
@@ -106,7 +106,6 @@ impl World {
             });
         }
         self.layer(&before.layer, &now.layer);
-        self.federation = now;
     }
 
     /// Takes a change of another cluster, or what the hub says of this one. Manifests are left to the caller, who converts

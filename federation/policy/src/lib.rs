@@ -3,6 +3,7 @@
 //! Every policy API is a conversion into [`model`] (in `federation/k8s-api`). Pure: no I/O, no clock.
 
 pub mod evaluate;
+pub mod explain;
 pub mod inventory;
 pub mod lint;
 pub mod model;

@@ -216,6 +216,14 @@ pub struct PolicySet {
     pub clusters: BTreeMap<ClusterName, Layer>,
 }
 
+impl PolicySet {
+    /// Whether any policy is staged.
+    pub fn has_staged(&self) -> bool {
+        let layers = [&self.federation].into_iter().chain(self.clusters.values());
+        layers.flat_map(|layer| layer.policies.values()).any(|policy| policy.staged.is_some())
+    }
+}
+
 /// Where a tier stands in its phase: known tiers by order and name, then those that policies name but no object defines.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TierRank {

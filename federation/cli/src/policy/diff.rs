@@ -13,9 +13,9 @@ use serde::Serialize;
 
 use super::load::{ClusterSource, Loaded, Sources};
 use super::matrix::PortName;
-use super::question::{Owners, Place, ProtocolName, Question};
-use super::trace;
 use crate::output::{self, Format};
+use hanse_policy::explain::answer;
+use hanse_policy::explain::{Owners, Place, ProtocolName, Question};
 
 /// Addresses that stand for the world, where none is given: documentation ranges (RFC 5737, RFC 3849).
 const OUTSIDE: [&str; 2] = ["203.0.113.1", "2001:db8::1"];
@@ -119,10 +119,10 @@ impl Arguments {
                             to,
                             protocol: &name,
                             port: *port,
-                            before: trace::verdict(was.verdict),
-                            after: trace::verdict(is.verdict),
-                            egress: trace::reason(is.egress.as_ref()),
-                            ingress: trace::reason(is.ingress.as_ref()),
+                            before: answer::verdict(was.verdict),
+                            after: answer::verdict(is.verdict),
+                            egress: answer::reason(is.egress.as_ref()),
+                            ingress: answer::reason(is.ingress.as_ref()),
                         };
                         if self.output != Format::Table {
                             super::write_line(&mut out, self.output, &line)?;

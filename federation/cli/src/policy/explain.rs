@@ -1,21 +1,20 @@
 //! `hanse policy explain`: what policy says of packets, and why.
 
 use std::io::{BufRead as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use hanse_policy::evaluate::{View, evaluate};
-use hanse_policy::prepared::Prepared;
+use hanse_policy::explain::{AnswerLine, Explainer, Question};
 use serde::Serialize;
 
-use super::load::{Loaded, Sources};
-use super::question::{Owners, Question};
-use super::trace::{self, AnswerLine};
+use super::live;
+use super::load::Sources;
 use crate::output::{self, Format};
 
-/// Answers each line of the queries by one line, in the same order. Exits 1 when a query has no answer, or an object was
-/// refused.
+/// Answers each line of the queries by one line, in the same order: from directories of manifests, or, without
+/// --cluster, by what the members know now (egress is asked of the source's member, ingress of the destination's). Exits
+/// 1 when a query has no answer, or an object was refused.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
@@ -26,7 +25,7 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE.jsonl")]
     queries: PathBuf,
     /// Ask the reference evaluator, which looks everything up anew for each question. The answers are the same.
-    #[arg(long)]
+    #[arg(long, requires = "clusters")]
     reference: bool,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -37,64 +36,93 @@ struct ErrorLine {
     error: String,
 }
 
-impl Arguments {
-    pub fn run(self) -> anyhow::Result<ExitCode> {
-        let loaded = self.sources.load()?;
-        let Loaded { policies, inventory, refused, .. } = &loaded;
-        let owners = Owners::new(inventory);
-        let enforced = Prepared::new(policies, inventory, View::Enforced);
-        let pending = loaded.has_staged().then(|| Prepared::new(policies, inventory, View::Pending));
-        let mut table = output::table(["FROM", "TO", "VERDICT", "EGRESS", "INGRESS"]);
-        if pending.is_some() {
-            table.set_header(["FROM", "TO", "VERDICT", "STAGED", "EGRESS", "INGRESS"]);
-        }
-        let mut out = std::io::BufWriter::with_capacity(1 << 16, std::io::stdout().lock());
-        let form = if self.reference { "reference" } else { "prepared" };
-        let mut unanswered = 0;
-        for line in super::open(&self.queries)?.lines() {
-            let line = line.with_context(|| format!("read {}", self.queries.display()))?;
-            if line.trim().is_empty() {
-                continue;
-            }
-            let asked = serde_json::from_str::<Question>(&line).map_err(|error| format!("malformed query: {error}"));
-            let packet = asked
-                .as_ref()
-                .map_err(Clone::clone)
-                .and_then(|question| owners.packet(question).map_err(|error| error.to_string()));
-            let packet = match packet {
-                Ok(packet) => packet,
-                Err(error) => {
-                    unanswered += 1;
-                    match self.output {
-                        Format::Table => {
-                            table.add_row([line.clone(), String::new(), format!("error: {error}")]);
-                        }
-                        format => super::write_line(&mut out, format, &ErrorLine { error })?,
+/// Prints answers as they come.
+struct Printer {
+    output: Format,
+    out: std::io::BufWriter<std::io::StdoutLock<'static>>,
+    table: comfy_table::Table,
+    unanswered: usize,
+}
+
+impl Printer {
+    fn new(output: Format) -> Self {
+        let out = std::io::BufWriter::with_capacity(1 << 16, std::io::stdout().lock());
+        let table = output::table(["FROM", "TO", "VERDICT", "STAGED", "EGRESS", "INGRESS"]);
+        Self { output, out, table, unanswered: 0 }
+    }
+
+    fn print(
+        &mut self,
+        asked: &str,
+        question: Option<&Question>,
+        answer: Result<AnswerLine<'_>, String>,
+    ) -> anyhow::Result<()> {
+        match (self.output, answer) {
+            (Format::Table, answer) => {
+                let from = question.map_or(asked.to_owned(), |question| question.from.to_string());
+                let to = question.map_or(String::new(), |question| question.to.to_string());
+                match answer {
+                    Ok(line) => {
+                        let staged = line.staged.egress.is_some().then(|| line.staged.verdict.to_string());
+                        let staged = staged.unwrap_or_else(|| "-".to_owned());
+                        let (egress, ingress) = (line.egress.reason(), line.ingress.reason());
+                        self.table.add_row([from, to, line.verdict.into_owned(), staged, egress, ingress]);
                     }
-                    continue;
+                    Err(error) => {
+                        self.unanswered += 1;
+                        self.table.add_row([from, to, format!("error: {error}")]);
+                    }
                 }
-            };
-            let ask = |prepared: &Prepared<'_>, view| match self.reference {
-                true => evaluate(policies, inventory, &packet, view),
-                false => prepared.evaluate(&packet),
-            };
-            let answer = ask(&enforced, View::Enforced);
-            let staged = pending.as_ref().map(|pending| ask(pending, View::Pending));
-            match (self.output, asked) {
-                (Format::Table, Ok(question)) => {
-                    let mut row = vec![question.from.to_string(), question.to.to_string()];
-                    row.push(trace::verdict(answer.verdict).to_owned());
-                    row.extend(staged.as_ref().map(|staged| trace::verdict(staged.verdict).to_owned()));
-                    row.extend([trace::reason(answer.egress.as_ref()), trace::reason(answer.ingress.as_ref())]);
-                    table.add_row(row);
-                }
-                (format, _) => super::write_line(&mut out, format, &AnswerLine::new(&answer, staged.as_ref(), form))?,
+            }
+            (format, Ok(line)) => super::write_line(&mut self.out, format, &line)?,
+            (format, Err(error)) => {
+                self.unanswered += 1;
+                super::write_line(&mut self.out, format, &ErrorLine { error })?;
             }
         }
+        Ok(())
+    }
+
+    /// How many questions had no answer.
+    fn finish(mut self) -> anyhow::Result<usize> {
         if self.output == Format::Table {
-            writeln!(out, "{table}")?;
+            writeln!(self.out, "{}", self.table)?;
         }
-        out.flush()?;
-        Ok(if unanswered == 0 && *refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        self.out.flush()?;
+        Ok(self.unanswered)
+    }
+}
+
+impl Arguments {
+    pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
+        let lines = super::open(&self.queries)?
+            .lines()
+            .filter(|line| line.as_ref().map_or(true, |line| !line.trim().is_empty()));
+        let lines = lines.map(|line| line.with_context(|| format!("read {}", self.queries.display())));
+        let read =
+            |line: &str| serde_json::from_str::<Question>(line).map_err(|error| format!("malformed query: {error}"));
+        let mut printer = Printer::new(self.output);
+        if self.sources.is_live()? {
+            let lines = lines.collect::<anyhow::Result<Vec<String>>>()?;
+            live::explain(context, &lines, |line, answer| {
+                let question = read(line);
+                let answer = question.as_ref().map_err(Clone::clone).and_then(|_| answer);
+                printer.print(line, question.as_ref().ok(), answer)
+            })?;
+            return Ok(if printer.finish()? == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        let loaded = self.sources.load()?;
+        let explainer = Explainer::new(&loaded.policies, &loaded.inventory).by_reference(self.reference);
+        for line in lines {
+            let line = line?;
+            let question = read(&line);
+            let explained = question.as_ref().map_err(Clone::clone);
+            let explained =
+                explained.and_then(|question| explainer.explain(question).map_err(|error| error.to_string()));
+            let answer = explained.as_ref().map(|it| it.line()).map_err(Clone::clone);
+            printer.print(&line, question.as_ref().ok(), answer)?;
+        }
+        let unanswered = printer.finish()?;
+        Ok(if unanswered == 0 && loaded.refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }

@@ -10,8 +10,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::load::Sources;
-use super::trace;
 use crate::output;
+use hanse_policy::explain::answer;
 
 /// Exits 1 when a finding is at least as severe as `--fail-on`.
 #[derive(Debug, clap::Args)]
@@ -75,7 +75,7 @@ impl Arguments {
                     check: finding.check.name,
                     severity: severity(finding.check.severity),
                     cluster: finding.cluster.as_deref(),
-                    policy: finding.policy.as_ref().map(trace::policy_name),
+                    policy: finding.policy.as_ref().map(answer::policy_name),
                     rule: finding.rule.map(|(direction, index)| rule_name(direction, index)),
                     file: place.map(|place| place.file.to_string()),
                     line: place.map(|place| place.line),

@@ -9,13 +9,14 @@ use hanse_k8s_api::{assemble_cluster, assemble_federation};
 use hanse_policy::inventory::Inventory;
 use hanse_policy::model::{ClusterName, PolicyId, PolicySet};
 
-use super::trace;
+use hanse_policy::explain::answer;
 
 /// Where to read from.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Sources {
-    /// A cluster: its name and the directory of its manifests (YAML or JSON, objects as an API server stores them).
-    #[arg(long = "cluster", value_name = "NAME=DIR", required = true)]
+    /// A cluster: its name and the directory of its manifests (YAML or JSON, objects as an API server stores them). May be
+    /// given several times.
+    #[arg(long = "cluster", value_name = "NAME=DIR")]
     clusters: Vec<ClusterSource>,
     /// The directory of the federation's manifests (`hanse.dev`).
     #[arg(long, value_name = "DIR")]
@@ -58,6 +59,9 @@ impl Sources {
     /// Reads everything. What is refused or skipped is named on standard error, and the rest is read all the same; a
     /// directory that cannot be read is an error.
     pub fn load(&self) -> anyhow::Result<Loaded> {
+        if self.clusters.is_empty() {
+            bail!("no cluster is named: --cluster NAME=DIR");
+        }
         let mut loaded = Loaded::default();
         let mut clusters = BTreeMap::new();
         for source in &self.clusters {
@@ -87,6 +91,17 @@ impl Sources {
         loaded.inventory.federated_sets = federation.sets;
         loaded.policies.federation = federation.layer;
         Ok(loaded)
+    }
+
+    /// Whether nothing is to be read, so that the federation that runs is meant.
+    ///
+    /// # Errors
+    /// When the federation's directory is named without a cluster's.
+    pub fn is_live(&self) -> anyhow::Result<bool> {
+        if self.clusters.is_empty() && self.federation.is_some() {
+            bail!("--federation needs the clusters to go with it: --cluster NAME=DIR");
+        }
+        Ok(self.clusters.is_empty())
     }
 
     /// The same, with some directories replaced.
@@ -133,14 +148,9 @@ impl Loaded {
         self.refused += if refused { diagnostics.len() } else { 0 };
     }
 
-    pub fn has_staged(&self) -> bool {
-        let layers = [&self.policies.federation].into_iter().chain(self.policies.clusters.values());
-        layers.flat_map(|layer| layer.policies.values()).any(|policy| policy.staged.is_some())
-    }
-
     /// Where a policy is written.
     pub fn place(&self, policy: &PolicyId) -> Option<&Place> {
-        let (_, kind) = trace::api(policy.kind);
+        let (_, kind) = answer::api(policy.kind);
         let namespace = policy.namespace.as_deref().map(str::to_owned);
         let of = |name: &str| (policy.cluster.clone(), kind.to_owned(), namespace.clone(), name.to_owned());
         // Objects without a namespace are in `default`; Calico may store a name with its tier before it.

@@ -1,26 +1,30 @@
 //! `hanse policy matrix`: which pods may talk to which.
 
 use std::io::Write as _;
+use std::net::IpAddr;
+use std::path::Path;
 use std::process::ExitCode;
 
-use hanse_policy::evaluate::{End, Query, Verdict, View};
-use hanse_policy::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory};
+use hanse_policy::evaluate::{End, Query, View};
+use hanse_policy::inventory::{Cluster, EffectiveLabels, EndpointId, EndpointKind, Inventory, Labels};
 use hanse_policy::model::ClusterName;
 use hanse_policy::prepared::Prepared;
 use hanse_policy::selector::Selector;
 use hanse_policy::tri::Tri;
 use serde::Serialize;
 
+use super::live;
 use super::load::{Loaded, Sources};
-use super::question::{Place, ProtocolName};
-use super::trace;
 use crate::output::{self, Format};
+use hanse_policy::explain::answer;
+use hanse_policy::explain::{Place, ProtocolName};
+use hanse_proto::federation::v1 as pb;
 
 /// More pods than this are listed pair by pair, since nobody reads wider tables.
 const WIDEST: usize = 40;
 
-/// Judges every pair of pods in each direction, on each port. Pods on the host's network and pods that ended are left
-/// out.
+/// Judges every pair of pods in each direction, on each port: from directories of manifests, or, without --cluster, by what
+/// the members know now. Pods on the host's network and pods that ended are left out.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
@@ -72,23 +76,48 @@ struct PairLine<'a> {
     verdict: &'static str,
 }
 
-struct Pod<'a> {
+/// A pod that is asked about.
+struct Pod {
     place: Place,
-    cluster: &'a ClusterName,
-    id: &'a EndpointId,
-    endpoint: &'a Endpoint,
+    /// Who it is offline.
+    owner: Option<(ClusterName, EndpointId)>,
+    addresses: Vec<IpAddr>,
 }
 
+/// The verdicts of one source towards every destination; `None` where the two share no address family.
+type Row = Vec<Option<&'static str>>;
+
 impl Arguments {
-    pub fn run(self) -> anyhow::Result<ExitCode> {
+    pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
+        if self.sources.is_live()? {
+            let pods = live::pods(context)?;
+            let (sources, destinations) = (told(&pods, &self.from), told(&pods, &self.to));
+            let mut unanswered = 0;
+            self.print(&sources, &destinations, |from, port| {
+                let (row, missing) = self.ask(context, from, &destinations, port)?;
+                unanswered += missing;
+                Ok(row)
+            })?;
+            return Ok(if unanswered == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
         let loaded = self.sources.load()?;
         let Loaded { policies, inventory, refused, .. } = &loaded;
         let view = if self.staged { View::Pending } else { View::Enforced };
         let prepared = Prepared::new(policies, inventory, view);
-        let (sources, destinations) = (pods(inventory, &self.from), pods(inventory, &self.to));
-        let judge = |from: &Pod<'_>, to: &Pod<'_>, port: &PortName| {
-            self.query(from, to, port).map(|query| prepared.evaluate(&query).verdict)
-        };
+        let (sources, destinations) = (read(inventory, &self.from), read(inventory, &self.to));
+        self.print(&sources, &destinations, |from, port| {
+            let judge = |to| self.query(from, to, port).map(|query| answer::verdict(prepared.evaluate(&query).verdict));
+            Ok(destinations.iter().map(judge).collect())
+        })?;
+        Ok(if *refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    fn print(
+        &self,
+        sources: &[Pod],
+        destinations: &[Pod],
+        mut row: impl FnMut(&Pod, &PortName) -> anyhow::Result<Row>,
+    ) -> anyhow::Result<()> {
         let mut out = std::io::BufWriter::new(std::io::stdout().lock());
         if self.output == Format::Table && destinations.len() <= WIDEST {
             for port in &self.ports {
@@ -100,15 +129,15 @@ impl Arguments {
                 let mut table = output::table(["", "FROM \\ TO"]);
                 let numbers = (1..=destinations.len()).map(|number| number.to_string());
                 table.set_header(["".to_owned(), "FROM \\ TO".to_owned()].into_iter().chain(numbers));
-                for from in &sources {
+                for from in sources {
                     let at = destinations.iter().position(|to| to.place == from.place);
-                    let mut row = vec![at.map_or(String::new(), |at| (at + 1).to_string()), from.place.to_string()];
-                    row.extend(destinations.iter().map(|to| match judge(from, to, port) {
-                        Some(Verdict::Allow) => "+".to_owned(),
-                        Some(Verdict::Deny) => "-".to_owned(),
+                    let mut cells = vec![at.map_or(String::new(), |at| (at + 1).to_string()), from.place.to_string()];
+                    cells.extend(row(from, port)?.into_iter().map(|verdict| match verdict {
+                        Some("allow") => "+".to_owned(),
+                        Some(_) => "-".to_owned(),
                         None => String::new(),
                     }));
-                    table.add_row(row);
+                    table.add_row(cells);
                 }
                 writeln!(out, "{table}\n")?;
                 let unlisted =
@@ -118,11 +147,11 @@ impl Arguments {
                 }
             }
         } else {
-            for from in &sources {
-                for to in &destinations {
-                    for port in &self.ports {
-                        let Some(verdict) = judge(from, to, port) else { continue };
-                        let verdict = trace::verdict(verdict);
+            for from in sources {
+                let rows = self.ports.iter().map(|port| row(from, port)).collect::<anyhow::Result<Vec<Row>>>()?;
+                for (at, to) in destinations.iter().enumerate() {
+                    for (port, row) in self.ports.iter().zip(&rows) {
+                        let Some(verdict) = row[at] else { continue };
                         if self.output == Format::Table {
                             writeln!(
                                 out,
@@ -138,31 +167,74 @@ impl Arguments {
                 }
             }
         }
-        out.flush()?;
-        Ok(if *refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(out.flush()?)
     }
 
-    /// `None` where the two share no address family.
-    fn query(&self, from: &Pod<'_>, to: &Pod<'_>, port: &PortName) -> Option<Query> {
+    /// The addresses between which packets go; `None` where the two share no address family.
+    fn addresses(&self, from: &Pod, to: &Pod) -> Option<(IpAddr, IpAddr)> {
         let wanted = |v4: bool| self.ip_version.is_none_or(|version| (version == 4) == v4);
-        let destination = to.endpoint.addresses.iter().find(|address| {
-            wanted(address.is_ipv4()) && from.endpoint.addresses.iter().any(|from| from.is_ipv4() == address.is_ipv4())
+        let destination = to.addresses.iter().find(|address| {
+            wanted(address.is_ipv4()) && from.addresses.iter().any(|from| from.is_ipv4() == address.is_ipv4())
         })?;
-        let source = from.endpoint.addresses.iter().find(|address| address.is_ipv4() == destination.is_ipv4())?;
-        let end = |pod: &Pod<'_>, address| End { address, pod: Some((pod.cluster.clone(), pod.id.clone())) };
+        let source = from.addresses.iter().find(|address| address.is_ipv4() == destination.is_ipv4())?;
+        Some((*source, *destination))
+    }
+
+    fn query(&self, from: &Pod, to: &Pod, port: &PortName) -> Option<Query> {
+        let (source, destination) = self.addresses(from, to)?;
+        let end = |pod: &Pod, address| End { address, pod: pod.owner.clone() };
         Some(Query {
-            source: end(from, *source),
-            destination: end(to, *destination),
+            source: end(from, source),
+            destination: end(to, destination),
             protocol: port.protocol,
             source_port: 40_000,
             destination_port: port.port,
             icmp: None,
         })
     }
+
+    /// A row by the members' word, and how many pairs had no answer; those are named on standard error.
+    fn ask(&self, context: Option<&Path>, from: &Pod, to: &[Pod], port: &PortName) -> anyhow::Result<(Row, usize)> {
+        let query = |to: &Pod| {
+            let version = if self.addresses(from, to)?.1.is_ipv4() { 4 } else { 6 };
+            let (from, to, protocol, port) = (&from.place, &to.place, port.protocol, port.port);
+            let query = LiveQuery { from, to, protocol, port, ip_version: version };
+            Some(serde_json::to_string(&query).expect("names and numbers are JSON"))
+        };
+        let queries: Vec<Option<String>> = to.iter().map(query).collect();
+        let asked: Vec<String> = queries.iter().flatten().cloned().collect();
+        let (mut verdicts, mut unanswered) = (Vec::new(), 0);
+        live::explain(context, &asked, |query, line| {
+            verdicts.push(match line {
+                Ok(line) => {
+                    let verdict = if self.staged { line.staged.verdict } else { line.verdict };
+                    Some(if verdict == "allow" { "allow" } else { "deny" })
+                }
+                Err(error) => {
+                    unanswered += 1;
+                    eprintln!("hanse: {query}: {error}");
+                    None
+                }
+            });
+            Ok(())
+        })?;
+        let mut verdicts = verdicts.into_iter();
+        Ok((queries.iter().map(|query| query.as_ref().and_then(|_| verdicts.next().flatten())).collect(), unanswered))
+    }
 }
 
-fn pods<'a>(inventory: &'a Inventory, selector: &Selector) -> Vec<Pod<'a>> {
-    let of_cluster = |(cluster, it): (&'a ClusterName, &'a Cluster)| {
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct LiveQuery<'a> {
+    from: &'a Place,
+    to: &'a Place,
+    protocol: u8,
+    port: u16,
+    ip_version: u8,
+}
+
+fn read(inventory: &Inventory, selector: &Selector) -> Vec<Pod> {
+    let of_cluster = |(cluster, it): (&ClusterName, &Cluster)| {
         it.endpoints
             .iter()
             .filter(|(id, endpoint)| {
@@ -173,14 +245,34 @@ fn pods<'a>(inventory: &'a Inventory, selector: &Selector) -> Vec<Pod<'a>> {
                 selector.evaluate(&labels) == Tri::Yes
             })
             .map(|(id, endpoint)| {
-                let place = Place::Pod {
-                    cluster: Some(cluster.to_string()),
-                    namespace: id.namespace.as_deref().unwrap_or_default().to_owned(),
-                    pod: id.name.to_string(),
-                };
-                Pod { place, cluster, id, endpoint }
+                let namespace = id.namespace.as_deref().unwrap_or_default();
+                let owner = Some((cluster.clone(), id.clone()));
+                Pod { place: place(cluster, namespace, &id.name), owner, addresses: endpoint.addresses.clone() }
             })
             .collect::<Vec<_>>()
     };
     inventory.clusters.iter().flat_map(of_cluster).collect()
+}
+
+/// Those of a federation that runs, by what their members tell.
+fn told(pods: &[pb::PodInfo], selector: &Selector) -> Vec<Pod> {
+    let selected = |pod: &&pb::PodInfo| {
+        let labels: Labels =
+            pod.labels.iter().map(|(key, value)| (key.as_str().into(), value.as_str().into())).collect();
+        !pod.addresses.is_empty() && !pod.host_network && selector.evaluate(&labels) == Tri::Yes
+    };
+    let address = |bytes: &[u8]| match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+        _ => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+    };
+    let pod = |pod: &pb::PodInfo| Pod {
+        place: place(&pod.cluster, &pod.namespace, &pod.name),
+        owner: None,
+        addresses: pod.addresses.iter().filter_map(|it| address(it)).collect(),
+    };
+    pods.iter().filter(selected).map(pod).collect()
+}
+
+fn place(cluster: &str, namespace: &str, pod: &str) -> Place {
+    Place::Pod { cluster: Some(cluster.to_owned()), namespace: namespace.to_owned(), pod: pod.to_owned() }
 }

@@ -7,8 +7,8 @@ use hanse_policy::model::{Order, Policy, StagedAction};
 use serde::Serialize;
 
 use super::load::{Loaded, Sources};
-use super::trace;
 use crate::output::{self, Format};
+use hanse_policy::explain::answer;
 
 /// Prints the tiers and policies of each cluster in the order in which they are asked.
 #[derive(Debug, clap::Args)]
@@ -60,10 +60,10 @@ impl Arguments {
             for tier in evaluate::order(policies, cluster) {
                 let line = TierLine {
                     cluster,
-                    phase: trace::phase(tier.id.phase),
+                    phase: answer::phase(tier.id.phase),
                     tier: &tier.id.name,
                     order: tier.order.0,
-                    default_action: trace::default_name(tier.default),
+                    default_action: answer::default_name(tier.default),
                     missing: tier.missing,
                     policies: tier.policies.iter().copied().map(policy_line).collect(),
                 };
@@ -89,7 +89,7 @@ impl Arguments {
                         (None, true) => "hosts only".to_owned(),
                         (None, false) => String::new(),
                     };
-                    let own = [trace::policy_name(&policy.id), shown(policy.order), types.to_owned(), note];
+                    let own = [answer::policy_name(&policy.id), shown(policy.order), types.to_owned(), note];
                     table.add_row(place.clone().chain(own));
                 }
             }
@@ -102,7 +102,7 @@ impl Arguments {
 }
 
 fn policy_line(policy: &Policy) -> PolicyLine<'_> {
-    let (api_version, kind) = trace::api(policy.id.kind);
+    let (api_version, kind) = answer::api(policy.id.kind);
     PolicyLine {
         api_version,
         kind,

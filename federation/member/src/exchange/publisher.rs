@@ -376,7 +376,7 @@ fn request(message: Request) -> pb::PublishRequest {
     pb::PublishRequest { message: Some(message) }
 }
 
-fn octets(address: &std::net::IpAddr) -> Bytes {
+pub(crate) fn octets(address: &std::net::IpAddr) -> Bytes {
     match address {
         std::net::IpAddr::V4(v4) => Bytes::copy_from_slice(&v4.octets()),
         std::net::IpAddr::V6(v6) => Bytes::copy_from_slice(&v6.octets()),

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hanse_policy::inventory::{Endpoint, EndpointId, Labels};
+use hanse_policy::inventory::{Endpoint, EndpointId, Inventory, Labels};
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
@@ -226,6 +226,20 @@ impl Receiver {
             interest: self.complete_interest.iter().cloned().collect(),
         };
         stored.encode_to_vec()
+    }
+
+    /// All clusters and endpoints that are held, put together anew. O(all of them).
+    pub fn everything(&self) -> Inventory {
+        let mut changes: Vec<Change> = Vec::new();
+        for (name, record) in &self.clusters {
+            changes.push(Change::Cluster { name: name.clone(), record: Some(record.clone()) });
+        }
+        for (name, origin) in &self.origins {
+            origin.tell_all(name, &mut changes);
+        }
+        let mut inventory = Inventory::default();
+        changes.iter().for_each(|change| change.apply(&mut inventory));
+        inventory
     }
 
     /// The first message of a watching stream. What an earlier stream left unfinished is dropped.
@@ -617,8 +631,23 @@ impl Origin {
         Ok(())
     }
 
+    /// Everything that is held, as changes from nothing.
+    fn tell_all(&self, cluster: &ClusterName, changes: &mut Vec<Change>) {
+        let (mut namespaces, mut accounts) = (BTreeSet::new(), BTreeSet::new());
+        for (id, held) in &self.objects {
+            match &held.object {
+                Some(Small::Namespace(name)) => drop(namespaces.insert((*id, name.clone()))),
+                Some(Small::ServiceAccount { namespace, name }) => {
+                    accounts.extend(self.namespace_name(*namespace).map(|namespace| (namespace, name.clone(), *id)));
+                }
+                Some(Small::LabelSet(_) | Small::Endpoint { .. }) | None => {}
+            }
+        }
+        self.tell(cluster, self.names.keys().cloned().collect(), namespaces, accounts, changes);
+    }
+
     fn tell(
-        &mut self,
+        &self,
         cluster: &ClusterName,
         endpoints: BTreeSet<EndpointId>,
         namespaces: BTreeSet<(u64, Arc<str>)>,

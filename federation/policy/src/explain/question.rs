@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use hanse_policy::evaluate::{End, Query};
-use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Inventory};
-use hanse_policy::model::ClusterName;
+use crate::evaluate::{End, Query};
+use crate::inventory::{Endpoint, EndpointId, EndpointKind, Inventory};
+use crate::model::ClusterName;
 use serde::{Deserialize, Serialize};
 
 /// One line of `--queries`.

@@ -1,0 +1,443 @@
+//! Questions to members, and what users learn by them: the hub holds no cluster's own policies.
+//!
+//! A member attends over a stream that it opens. Its egress is asked of the source's member, ingress of the destination's;
+//! who an end is, is asked of its own. A member that does not attend is named as such: nobody answers for it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::join_all;
+use hanse_policy::evaluate::{End, Query};
+use hanse_policy::explain::answer::Asked;
+use hanse_policy::explain::{AnswerLine, Owners, Place, Question};
+use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Inventory};
+use hanse_policy::model::ClusterName;
+use hanse_proto::federation::v1 as pb;
+use hanse_runtime::Identity;
+use hanse_runtime::tls::peer_identity;
+use pb::answer::Answer as Reply;
+use pb::explanation::Explanation as Explained;
+use pb::pods_question::Which;
+use pb::question::Question as Ask;
+use serde::Serialize;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::administration::{caller, permit};
+use crate::registration::status;
+use crate::registry::Registry;
+use crate::roles::Need;
+
+/// Queries in one request, and in one question.
+const MAX_QUERIES: usize = 64;
+/// A query: names of 253 bytes and some numbers.
+const MAX_QUERY_BYTES: usize = 4096;
+/// Questions that one member has at once.
+const MAX_UNDER_WAY: usize = 16;
+/// How long a member may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The largest answer: 64 traces, or 10,000 pods of some 400 bytes.
+pub const MAX_ANSWER_BYTES: usize = 4 << 20;
+
+/// The members that attend. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Questions {
+    registry: Registry,
+    attendants: Arc<Mutex<BTreeMap<ClusterName, Attendant>>>,
+    stop: CancellationToken,
+}
+
+#[derive(Debug)]
+struct Attendant {
+    /// Tells streams of one cluster apart.
+    stream: u64,
+    outbox: mpsc::Sender<Result<pb::Question, Status>>,
+    next: u64,
+    waiting: HashMap<u64, oneshot::Sender<Reply>>,
+}
+
+/// Why a member gave no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+enum AskError {
+    #[error("the member of cluster {0} does not attend here; see `hanse status`")]
+    Absent(ClusterName),
+    #[error("the member of cluster {0} has {MAX_UNDER_WAY} questions under way: ask again later")]
+    Busy(ClusterName),
+    #[error("the member of cluster {0} did not answer within {patience} s", patience = PATIENCE.as_secs())]
+    Silent(ClusterName),
+    #[error("the member of cluster {0} says: {1}")]
+    Refused(ClusterName, String),
+    #[error("the member of cluster {0} answered another question")]
+    Wrong(ClusterName),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each call leaves the map whole, so a panic elsewhere does not make it wrong.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Questions {
+    pub fn new(registry: Registry, stop: CancellationToken) -> Self {
+        Self { registry, attendants: Arc::default(), stop }
+    }
+
+    async fn ask(&self, cluster: &ClusterName, question: Ask) -> Result<Reply, AskError> {
+        let absent = || AskError::Absent(cluster.clone());
+        let (answer, answered) = oneshot::channel();
+        let (outbox, message) = {
+            let mut attendants = lock(&self.attendants);
+            let attendant = attendants.get_mut(cluster).ok_or_else(absent)?;
+            attendant.waiting.retain(|_, waiting| !waiting.is_closed());
+            if attendant.waiting.len() >= MAX_UNDER_WAY {
+                return Err(AskError::Busy(cluster.clone()));
+            }
+            attendant.next += 1;
+            attendant.waiting.insert(attendant.next, answer);
+            (attendant.outbox.clone(), pb::Question { id: attendant.next, question: Some(question) })
+        };
+        let asked = async {
+            outbox.send(Ok(message)).await.map_err(|_| absent())?;
+            answered.await.map_err(|_| absent())
+        };
+        match tokio::time::timeout(PATIENCE, asked).await {
+            Err(_) => Err(AskError::Silent(cluster.clone())),
+            Ok(Ok(Reply::Refused(why))) => Err(AskError::Refused(cluster.clone(), why)),
+            Ok(answer) => answer,
+        }
+    }
+
+    async fn pods(&self, cluster: &ClusterName, which: Which) -> Result<pb::Pods, AskError> {
+        match self.ask(cluster, Ask::Pods(pb::PodsQuestion { which: Some(which) })).await? {
+            Reply::Pods(pods) => Ok(pods),
+            _ => Err(AskError::Wrong(cluster.clone())),
+        }
+    }
+
+    async fn explained(&self, cluster: &ClusterName, queries: Vec<Bytes>) -> Result<pb::Explained, AskError> {
+        let count = queries.len();
+        match self.ask(cluster, Ask::Explain(pb::ExplainQuestion { queries })).await? {
+            Reply::Explained(explained) if explained.explanations.len() == count => Ok(explained),
+            _ => Err(AskError::Wrong(cluster.clone())),
+        }
+    }
+
+    /// The cluster whose granted nets hold an address.
+    fn granted(&self, address: IpAddr) -> Option<ClusterName> {
+        let snapshot = self.registry.snapshot();
+        let holds = |cidrs: &[ipnet::IpNet]| cidrs.iter().any(|net| net.contains(&address));
+        snapshot.clusters.iter().find(|(_, it)| holds(&it.grant.cidrs)).map(|(name, _)| name.clone())
+    }
+
+    /// Asks each end's own cluster who it is. What cannot be asked comes back by cluster.
+    async fn resolve(&self, questions: &[Question]) -> (Inventory, BTreeMap<ClusterName, AskError>) {
+        let mut wanted: BTreeSet<(ClusterName, WantedPod)> = BTreeSet::new();
+        for question in questions {
+            for (this, other) in [(&question.from, &question.to), (&question.to, &question.from)] {
+                match this {
+                    Place::Pod { cluster: Some(cluster), namespace, pod } => {
+                        wanted.insert((cluster.as_str().into(), WantedPod::Name(namespace.clone(), pod.clone())));
+                    }
+                    Place::Pod { cluster: None, .. } => {}
+                    Place::Address { ip } => {
+                        let Ok(address) = ip.parse::<IpAddr>() else { continue };
+                        let address = address.to_canonical();
+                        let beside = match other {
+                            Place::Pod { cluster: Some(cluster), .. } => Some(ClusterName::from(cluster.as_str())),
+                            _ => None,
+                        };
+                        let asked = beside.into_iter().chain(self.granted(address));
+                        wanted.extend(asked.map(|cluster| (cluster, WantedPod::Address(address))));
+                    }
+                }
+            }
+        }
+        let mut inventory = Inventory::default();
+        let mut failed = BTreeMap::new();
+        let wanted: Vec<_> = wanted.into_iter().collect();
+        // Each member takes some at a time; the rest wait for these.
+        for wanted in wanted.chunks(MAX_UNDER_WAY / 2) {
+            let asked = wanted.iter().map(async |(cluster, which)| (cluster, self.pods(cluster, which.into()).await));
+            for (cluster, pods) in join_all(asked).await {
+                match pods {
+                    Ok(pods) => {
+                        let endpoints = &mut inventory.clusters.entry(cluster.clone()).or_default().endpoints;
+                        endpoints.extend(pods.pods.iter().map(endpoint));
+                    }
+                    Err(error) => drop(failed.insert(cluster.clone(), error)),
+                }
+            }
+        }
+        (inventory, failed)
+    }
+
+    async fn explain(&self, queries: Vec<Bytes>) -> Vec<pb::Explanation> {
+        let read = |query: &Bytes| -> Result<Question, String> {
+            if query.len() > MAX_QUERY_BYTES {
+                return Err(format!("malformed query: more than {MAX_QUERY_BYTES} bytes"));
+            }
+            let question: Question =
+                serde_json::from_slice(query).map_err(|error| format!("malformed query: {error}"))?;
+            let nameless = |place: &Place| matches!(place, Place::Pod { cluster: None, .. });
+            match nameless(&question.from) || nameless(&question.to) {
+                true => Err("cluster is missing: name the pod's cluster".to_owned()),
+                false => Ok(question),
+            }
+        };
+        let questions: Vec<Result<Question, String>> = queries.iter().map(read).collect();
+        let readable: Vec<Question> = questions.iter().filter_map(|it| it.as_ref().ok().cloned()).collect();
+        let (inventory, mut failed) = self.resolve(&readable).await;
+        let owners = Owners::new(&inventory);
+        let packet = |question: &Question| -> Result<Query, String> {
+            for place in [&question.from, &question.to] {
+                let cluster = match place {
+                    Place::Pod { cluster, .. } => cluster.as_deref().map(ClusterName::from),
+                    Place::Address { ip } => ip.parse().ok().and_then(|it: IpAddr| self.granted(it.to_canonical())),
+                };
+                if let Some(error) = cluster.and_then(|cluster| failed.get(&cluster)) {
+                    return Err(error.to_string());
+                }
+            }
+            owners.packet(question).map_err(|error| error.to_string())
+        };
+        let packets: Vec<Result<Query, String>> =
+            questions.iter().map(|it| it.as_ref().map_err(Clone::clone).and_then(packet)).collect();
+        // What each member is asked: the numbers of the queries that have an end in its cluster.
+        let mut asked: BTreeMap<ClusterName, Vec<usize>> = BTreeMap::new();
+        for (at, packet) in packets.iter().enumerate() {
+            let Ok(packet) = packet else { continue };
+            let ends = [&packet.source, &packet.destination].into_iter().filter_map(|end| end.pod.as_ref());
+            let clusters: BTreeSet<&ClusterName> = ends.map(|(cluster, _)| cluster).collect();
+            clusters.into_iter().for_each(|cluster| asked.entry(cluster.clone()).or_default().push(at));
+        }
+        let ask = async |(cluster, numbers): (ClusterName, Vec<usize>)| {
+            let queries = numbers.iter().filter_map(|at| Some(rewritten(packets[*at].as_ref().ok()?, &cluster)));
+            let answer = self.explained(&cluster, queries.collect()).await;
+            (cluster, numbers, answer)
+        };
+        let mut answers: BTreeMap<(usize, ClusterName), (Explained, Asked)> = BTreeMap::new();
+        for (cluster, numbers, answer) in join_all(asked.into_iter().map(ask)).await {
+            match answer {
+                Ok(answer) => {
+                    let asked = Asked {
+                        cluster: cluster.to_string(),
+                        hub_revision: answer.hub_revision,
+                        local_revision: answer.local_revision,
+                    };
+                    let explained = answer.explanations.into_iter().filter_map(|it| it.explanation);
+                    for (at, explained) in numbers.into_iter().zip(explained) {
+                        answers.insert((at, cluster.clone()), (explained, asked.clone()));
+                    }
+                }
+                Err(error) => drop(failed.insert(cluster, error)),
+            }
+        }
+        let join = |(at, packet): (usize, Result<Query, String>)| -> Result<Bytes, String> {
+            let packet = packet?;
+            let mut asked = Vec::new();
+            let mut side = |end: &End| -> Result<Option<AnswerLine<'_>>, String> {
+                let Some((cluster, _)) = &end.pod else { return Ok(None) };
+                let Some((explained, by)) = answers.get(&(at, cluster.clone())) else {
+                    return Err(failed.get(cluster).cloned().unwrap_or(AskError::Wrong(cluster.clone())).to_string());
+                };
+                if !asked.contains(by) {
+                    asked.push(by.clone());
+                }
+                match explained {
+                    Explained::Error(error) => Err(AskError::Refused(cluster.clone(), error.clone()).to_string()),
+                    Explained::Answer(json) => {
+                        let line = serde_json::from_slice(json);
+                        Ok(Some(line.map_err(|_| AskError::Wrong(cluster.clone()).to_string())?))
+                    }
+                }
+            };
+            let (source, destination) = (side(&packet.source)?, side(&packet.destination)?);
+            let line = AnswerLine { asked, ..AnswerLine::joined(source, destination) };
+            serde_json::to_vec(&line).map(Bytes::from).map_err(|error| error.to_string())
+        };
+        let joined = packets.into_iter().enumerate().map(join);
+        joined
+            .map(|it| pb::Explanation { explanation: Some(it.map_or_else(Explained::Error, Explained::Answer)) })
+            .collect()
+    }
+
+    async fn list(&self, cluster: &str) -> pb::ListPodsResponse {
+        let snapshot = self.registry.snapshot();
+        let named = |name: &&ClusterName| cluster.is_empty() || ***name == *cluster;
+        let clusters: Vec<ClusterName> = snapshot.clusters.keys().filter(named).cloned().collect();
+        let mut answer = pb::ListPodsResponse::default();
+        let mut note = |cluster: &ClusterName, note: String| {
+            answer.notes.push(pb::ClusterNote { cluster: cluster.to_string(), note })
+        };
+        if clusters.is_empty() && !cluster.is_empty() {
+            note(&cluster.into(), "there is no such cluster".to_owned());
+        }
+        // One after the other: the answers of all at once would be 4 MiB for each of 1,000 clusters.
+        for cluster in clusters {
+            match self.pods(&cluster, Which::All(pb::AllPods {})).await {
+                Ok(pods) => {
+                    if pods.truncated {
+                        note(&cluster, format!("has more than the {} pods that are told", pods.pods.len()));
+                    }
+                    answer
+                        .pods
+                        .extend(pods.pods.into_iter().map(|pod| pb::PodInfo { cluster: cluster.to_string(), ..pod }));
+                }
+                Err(error) => note(&cluster, error.to_string()),
+            }
+        }
+        answer
+    }
+
+    /// Takes a member's answers until its stream ends.
+    async fn attended(
+        self,
+        cluster: ClusterName,
+        mut incoming: Streaming<pb::Answer>,
+        outbox: mpsc::Sender<Result<pb::Question, Status>>,
+    ) {
+        let stream = {
+            let mut attendants = lock(&self.attendants);
+            // The newest stream speaks for the cluster; whoever waits on an older one is told that nobody answers.
+            let stream = attendants.get(&cluster).map_or(1, |earlier| earlier.stream + 1);
+            let attendant = Attendant { stream, outbox, next: 0, waiting: HashMap::new() };
+            attendants.insert(cluster.clone(), attendant);
+            stream
+        };
+        let mut take = async || -> Result<(), Status> {
+            while let Some(answer) = incoming.message().await? {
+                let mut attendants = lock(&self.attendants);
+                let attendant = attendants.get_mut(&cluster).filter(|it| it.stream == stream);
+                let Some(attendant) = attendant else { return Ok(()) };
+                let waiting = attendant.waiting.remove(&answer.id);
+                if let (Some(waiting), Some(answer)) = (waiting, answer.answer) {
+                    // Who asked may have given up.
+                    let _ = waiting.send(answer);
+                }
+            }
+            Ok(())
+        };
+        let ended = tokio::select! {
+            () = self.stop.cancelled() => Ok(()),
+            ended = take() => ended,
+        };
+        if let Err(status) = ended {
+            tracing::info!(%cluster, error = status.message(), "attending ended");
+        }
+        let mut attendants = lock(&self.attendants);
+        if attendants.get(&cluster).is_some_and(|it| it.stream == stream) {
+            attendants.remove(&cluster);
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum WantedPod {
+    Name(String, String),
+    Address(IpAddr),
+}
+
+impl From<&WantedPod> for Which {
+    fn from(wanted: &WantedPod) -> Self {
+        match wanted {
+            WantedPod::Name(namespace, name) => {
+                Self::Name(pb::PodName { namespace: namespace.clone(), name: name.clone() })
+            }
+            WantedPod::Address(IpAddr::V4(address)) => Self::Address(Bytes::copy_from_slice(&address.octets())),
+            WantedPod::Address(IpAddr::V6(address)) => Self::Address(Bytes::copy_from_slice(&address.octets())),
+        }
+    }
+}
+
+fn endpoint(pod: &pb::PodInfo) -> (EndpointId, Endpoint) {
+    let address = |bytes: &Bytes| match bytes.len() {
+        4 => <[u8; 4]>::try_from(&bytes[..]).ok().map(IpAddr::from),
+        _ => <[u8; 16]>::try_from(&bytes[..]).ok().map(IpAddr::from),
+    };
+    let addresses: Vec<IpAddr> = pod.addresses.iter().filter_map(address).collect();
+    let (addresses, host_addresses) = if pod.host_network { (Vec::new(), addresses) } else { (addresses, Vec::new()) };
+    let id = EndpointId {
+        kind: EndpointKind::Pod,
+        namespace: Some(pod.namespace.as_str().into()),
+        name: pod.name.as_str().into(),
+    };
+    (id, Endpoint { addresses, host_addresses, host_network: pod.host_network, ..Endpoint::default() })
+}
+
+/// A query as the member of `cluster` is asked it: its own ends by name, the others by address.
+fn rewritten(packet: &Query, cluster: &ClusterName) -> Bytes {
+    #[derive(Serialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Rewritten {
+        from: Place,
+        to: Place,
+        protocol: u8,
+        port: u16,
+        source_port: u16,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        icmp: Option<Icmp>,
+        ip_version: u8,
+    }
+    #[derive(Serialize)]
+    struct Icmp {
+        #[serde(rename = "type")]
+        kind: u8,
+        code: u8,
+    }
+    let place = |end: &End| match &end.pod {
+        Some((owner, id)) if owner == cluster => Place::Pod {
+            cluster: Some(owner.to_string()),
+            namespace: id.namespace.as_deref().unwrap_or_default().to_owned(),
+            pod: id.name.to_string(),
+        },
+        _ => Place::Address { ip: end.address.to_string() },
+    };
+    let query = Rewritten {
+        from: place(&packet.source),
+        to: place(&packet.destination),
+        protocol: packet.protocol,
+        port: packet.destination_port,
+        source_port: packet.source_port,
+        icmp: packet.icmp.map(|(kind, code)| Icmp { kind, code }),
+        ip_version: if packet.source.address.is_ipv4() { 4 } else { 6 },
+    };
+    serde_json::to_vec(&query).expect("names and numbers are JSON").into()
+}
+
+#[tonic::async_trait]
+impl pb::questions_server::Questions for Questions {
+    type AttendStream = Pin<Box<dyn Stream<Item = Result<pb::Question, Status>> + Send>>;
+
+    async fn attend(&self, request: Request<Streaming<pb::Answer>>) -> Result<Response<Self::AttendStream>, Status> {
+        let Identity::Cluster(cluster) = peer_identity(&request)? else {
+            return Err(Status::permission_denied("only members attend"));
+        };
+        let cluster = Arc::clone(cluster);
+        let (outbox, sending) = mpsc::channel(MAX_UNDER_WAY);
+        tokio::spawn(self.clone().attended(cluster, request.into_inner(), outbox));
+        Ok(Response::new(Box::pin(ReceiverStream::new(sending))))
+    }
+}
+
+#[tonic::async_trait]
+impl pb::inquiries_server::Inquiries for Questions {
+    async fn explain(&self, request: Request<pb::ExplainRequest>) -> Result<Response<pb::ExplainResponse>, Status> {
+        permit(&self.registry.snapshot(), &caller(&request)?, Need::View).map_err(status)?;
+        let queries = request.into_inner().queries;
+        if queries.len() > MAX_QUERIES {
+            return Err(Status::invalid_argument(format!("at most {MAX_QUERIES} queries in one request")));
+        }
+        Ok(Response::new(pb::ExplainResponse { explanations: Questions::explain(self, queries).await }))
+    }
+
+    async fn list_pods(&self, request: Request<pb::ListPodsRequest>) -> Result<Response<pb::ListPodsResponse>, Status> {
+        permit(&self.registry.snapshot(), &caller(&request)?, Need::View).map_err(status)?;
+        Ok(Response::new(self.list(&request.into_inner().cluster).await))
+    }
+}

@@ -1,0 +1,236 @@
+//! What this member answers when a hub asks: who its pods are, and what policy says of packets.
+//!
+//! Answers come from what was received and read last, put together when the first question after a change comes, so that
+//! who is never asked pays nothing. One question is worked on at a time, beside everything else.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use hanse_k8s_api::assemble::Federation;
+use hanse_policy::explain::{Explainer, Question};
+use hanse_policy::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory};
+use hanse_policy::model::{ClusterName, PolicySet};
+use hanse_proto::federation::v1 as pb;
+use hanse_proto::federation::v1::questions_client::QuestionsClient;
+use hanse_runtime::retry::Backoff;
+use hanse_runtime::shutdown::Shutdown;
+use pb::answer::Answer as Reply;
+use pb::pods_question::Which;
+use pb::question::Question as Ask;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::exchange::client::Client;
+use crate::exchange::publisher::octets;
+use crate::exchange::receiver::Receiver;
+use crate::registration::MemberIdentity;
+use crate::source::Sourced;
+
+/// Queries that one question may have.
+const MAX_QUERIES: usize = 64;
+/// Pods that one answer tells: of some 400 bytes each, so that it fits in a message.
+const MAX_PODS: usize = 10_000;
+/// The largest question: 64 queries of 4 KiB.
+const MAX_QUESTION_BYTES: usize = 512 << 10;
+/// Answers that wait for the connection; the hub asks no more at once.
+const OUTBOX: usize = 16;
+const MAX_DELAY: Duration = Duration::from_secs(5);
+
+/// Answers questions. Clones share what they know.
+#[derive(Debug, Clone)]
+pub struct Answering {
+    cluster: ClusterName,
+    client: Client,
+    told: Arc<Mutex<Told>>,
+    known: Arc<Mutex<Option<Arc<Known>>>>,
+}
+
+/// What the process told last.
+#[derive(Debug, Clone, Default)]
+struct Told {
+    version: u64,
+    local: Arc<Sourced>,
+    federation: Arc<Federation>,
+    hub_revision: u64,
+}
+
+/// Everything that an answer needs.
+#[derive(Debug)]
+struct Known {
+    /// Of [`Told`].
+    version: u64,
+    policies: PolicySet,
+    inventory: Inventory,
+    hub_revision: u64,
+    local_revision: u64,
+}
+
+impl Answering {
+    pub fn new(cluster: ClusterName, client: Client) -> Self {
+        Self { cluster, client, told: Arc::default(), known: Arc::default() }
+    }
+
+    /// What holds from now on.
+    pub fn tell(&self, local: &Arc<Sourced>, federation: &Arc<Federation>, hub_revision: u64) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let (local, federation) = (Arc::clone(local), Arc::clone(federation));
+        *told = Told { version: told.version + 1, local, federation, hub_revision };
+    }
+
+    /// Attends at every hub until the shutdown.
+    pub fn start(&self, identity: &MemberIdentity, hubs: &[String], shutdown: &Shutdown) {
+        for hub in hubs {
+            let (this, identity, hub, stop) = (self.clone(), identity.clone(), hub.clone(), shutdown.token());
+            shutdown.spawn(async move { this.attend_for_ever(&identity, &hub, &stop).await });
+        }
+    }
+
+    async fn attend_for_ever(&self, identity: &MemberIdentity, hub: &str, stop: &CancellationToken) {
+        let mut backoff = Backoff::new(Duration::from_millis(100), MAX_DELAY);
+        loop {
+            let ended = tokio::select! {
+                () = stop.cancelled() => return,
+                ended = self.attend(identity, hub, &mut backoff) => ended,
+            };
+            if let Err(error) = ended {
+                tracing::debug!(error = format!("{error:#}"), hub, "not attending, trying again");
+            }
+            if !backoff.wait(stop).await {
+                return;
+            }
+        }
+    }
+
+    async fn attend(&self, identity: &MemberIdentity, hub: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
+        let mut renewed = identity.credentials().subscribe();
+        renewed.mark_unchanged();
+        let connection = identity.hub_client()?.connect(hub).await?;
+        let mut client = QuestionsClient::new(connection.channel).max_decoding_message_size(MAX_QUESTION_BYTES);
+        let (outbox, sending) = mpsc::channel(OUTBOX);
+        outbox.send(pb::Answer::default()).await?;
+        let mut questions = client.attend(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
+        backoff.reset();
+        loop {
+            let question = tokio::select! {
+                question = questions.message() => question.context("be asked")?,
+                // The next connection shows the new certificate.
+                _ = renewed.changed() => return Ok(()),
+            };
+            let Some(question) = question else { return Ok(()) };
+            let this = self.clone();
+            let answer = tokio::task::spawn_blocking(move || this.answer(question.question)).await?;
+            outbox.send(pb::Answer { id: question.id, answer: Some(answer) }).await.context("answer")?;
+        }
+    }
+
+    fn answer(&self, question: Option<Ask>) -> Reply {
+        match question {
+            Some(Ask::Explain(question)) if question.queries.len() > MAX_QUERIES => {
+                Reply::Refused(format!("more than {MAX_QUERIES} queries"))
+            }
+            Some(Ask::Explain(question)) => Reply::Explained(self.known().explain(&question.queries)),
+            Some(Ask::Pods(pb::PodsQuestion { which: Some(which) })) => {
+                let told = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                Reply::Pods(pods(&told.local.state.cluster, &which))
+            }
+            Some(Ask::Pods(_)) | None => Reply::Refused("the question is not understood by this version".to_owned()),
+        }
+    }
+
+    fn known(&self) -> Arc<Known> {
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = known.as_ref().filter(|known| known.version == told.version) {
+            return Arc::clone(known);
+        }
+        let now = Arc::new(Known::new(&self.cluster, &told, self.client.with_receiver(Receiver::everything)));
+        *known = Some(Arc::clone(&now));
+        now
+    }
+}
+
+impl Known {
+    /// The others as the hub has them, this cluster as its own source has it.
+    fn new(cluster: &ClusterName, told: &Told, mut inventory: Inventory) -> Self {
+        let (local, federation) = (&told.local.state, &told.federation);
+        let mut own = local.cluster.clone();
+        if let Some(record) = inventory.clusters.get(cluster) {
+            own.labels.clone_from(&record.labels);
+            own.label_grant.clone_from(&record.label_grant);
+            own.federated_allow_final = record.federated_allow_final;
+        }
+        inventory.clusters.insert(cluster.clone(), own);
+        inventory.federated_sets.clone_from(&federation.sets);
+        let policies = PolicySet {
+            federation: federation.layer.clone(),
+            clusters: BTreeMap::from([(cluster.clone(), local.layer.clone())]),
+        };
+        Self {
+            version: told.version,
+            policies,
+            inventory,
+            hub_revision: told.hub_revision,
+            local_revision: told.local.revision,
+        }
+    }
+
+    fn explain(&self, queries: &[Bytes]) -> pb::Explained {
+        let explainer = Explainer::new(&self.policies, &self.inventory);
+        let explain = |query: &Bytes| -> Result<Bytes, String> {
+            let question: Question = serde_json::from_slice(query).map_err(|error| error.to_string())?;
+            let explanation = explainer.explain(&question).map_err(|error| error.to_string())?;
+            serde_json::to_vec(&explanation.line()).map(Bytes::from).map_err(|error| error.to_string())
+        };
+        let explained = |query| {
+            use pb::explanation::Explanation;
+            let explanation = explain(query).map_or_else(Explanation::Error, Explanation::Answer);
+            pb::Explanation { explanation: Some(explanation) }
+        };
+        pb::Explained {
+            explanations: queries.iter().map(explained).collect(),
+            hub_revision: self.hub_revision,
+            local_revision: self.local_revision,
+        }
+    }
+}
+
+fn pods(cluster: &Cluster, which: &Which) -> pb::Pods {
+    let info = |(id, endpoint): (&EndpointId, &Endpoint)| {
+        let labels = EffectiveLabels { cluster, id, endpoint, first_hand: true }.known();
+        let addresses = if endpoint.host_network { &endpoint.host_addresses } else { &endpoint.addresses };
+        pb::PodInfo {
+            cluster: String::new(),
+            namespace: id.namespace.as_deref().unwrap_or_default().to_owned(),
+            name: id.name.to_string(),
+            addresses: addresses.iter().map(octets).collect(),
+            host_network: endpoint.host_network,
+            labels: labels.into_iter().map(|(key, value)| (key.to_string(), value.to_string())).collect(),
+        }
+    };
+    let is_pod = |(id, _): &(&EndpointId, &Endpoint)| id.kind == EndpointKind::Pod;
+    let all = cluster.endpoints.iter().filter(is_pod);
+    match which {
+        Which::Name(name) => {
+            let id = EndpointId {
+                kind: EndpointKind::Pod,
+                namespace: Some(name.namespace.as_str().into()),
+                name: name.name.as_str().into(),
+            };
+            pb::Pods { pods: cluster.endpoints.get_key_value(&id).map(info).into_iter().collect(), truncated: false }
+        }
+        Which::Address(address) => {
+            let owns = |(_, it): &(&EndpointId, &Endpoint)| {
+                !it.host_network && it.addresses.iter().any(|own| octets(own) == *address)
+            };
+            pb::Pods { pods: all.filter(owns).take(1).map(info).collect(), truncated: false }
+        }
+        Which::All(_) => {
+            let truncated = all.clone().nth(MAX_PODS).is_some();
+            pb::Pods { pods: all.take(MAX_PODS).map(info).collect(), truncated }
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Answers as they are printed.
+
+use std::borrow::Cow;
+
+use crate::evaluate::{Answer, Effect, Judgement, Step, Verdict};
+use crate::model::{Action, Phase, PolicyId, PolicyKind, TierDefault};
+use serde::{Deserialize, Serialize};
+
+/// One line of the answers. The text is a contract: others check our verdicts by it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AnswerLine<'a> {
+    /// `allow` or `deny`.
+    pub verdict: Cow<'a, str>,
+    pub egress: DirectionLine<'a>,
+    pub ingress: DirectionLine<'a>,
+    pub staged: StagedLine<'a>,
+    /// Which form of the evaluator answered.
+    pub form: Cow<'a, str>,
+    /// Who judged, of a live question.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub asked: Vec<Asked>,
+}
+
+/// A member that judged, and what it had compiled then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Asked {
+    pub cluster: String,
+    pub hub_revision: u64,
+    pub local_revision: u64,
+}
+
+/// What would be said if staged policies were committed; where none is staged, the verdict alone.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StagedLine<'a> {
+    pub verdict: Cow<'a, str>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress: Option<DirectionLine<'a>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ingress: Option<DirectionLine<'a>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DirectionLine<'a> {
+    /// `allow`, `deny`, or `none` where that end is not a pod.
+    pub verdict: Cow<'a, str>,
+    trace: Vec<StepLine<'a>>,
+}
+
+/// Exactly one of `rule`, `endOfTier`, `profile` and `itself` is there.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct StepLine<'a> {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    phase: Option<Cow<'a, str>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tier: Option<Cow<'a, str>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    policy: Option<PolicyLine<'a>>,
+    /// Zero-based index in the list of this direction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rule: Option<u32>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    end_of_tier: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    profile: Option<Cow<'a, str>>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    itself: bool,
+    action: Cow<'a, str>,
+    /// Where the rule did something else than its action: `leave` (a federated Allow leaves to the cluster's own tiers)
+    /// or `deny-unknown` (it may match, which cannot be known).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    effect: Option<Cow<'a, str>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PolicyLine<'a> {
+    /// Absent: the federation's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    cluster: Option<Cow<'a, str>>,
+    api_version: Cow<'a, str>,
+    kind: Cow<'a, str>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    namespace: Option<Cow<'a, str>>,
+    name: Cow<'a, str>,
+}
+
+impl<'a> AnswerLine<'a> {
+    pub fn new(enforced: &'a Answer, pending: Option<&'a Answer>, form: &'static str) -> Self {
+        Self {
+            verdict: verdict(enforced.verdict).into(),
+            egress: DirectionLine::new(enforced.egress.as_ref()),
+            ingress: DirectionLine::new(enforced.ingress.as_ref()),
+            staged: StagedLine {
+                verdict: verdict(pending.unwrap_or(enforced).verdict).into(),
+                egress: pending.map(|pending| DirectionLine::new(pending.egress.as_ref())),
+                ingress: pending.map(|pending| DirectionLine::new(pending.ingress.as_ref())),
+            },
+            form: form.into(),
+            asked: Vec::new(),
+        }
+    }
+
+    /// Egress as the source's side judged it, ingress as the destination's did; `None` where that end is not a pod.
+    pub fn joined(source: Option<Self>, destination: Option<Self>) -> Self {
+        let none = || DirectionLine { verdict: "none".into(), trace: Vec::new() };
+        let form = source.as_ref().or(destination.as_ref()).map_or("prepared".into(), |line| line.form.clone());
+        let (egress, staged_egress) = source.map_or_else(|| (none(), None), |line| (line.egress, line.staged.egress));
+        let (ingress, staged_ingress) =
+            destination.map_or_else(|| (none(), None), |line| (line.ingress, line.staged.ingress));
+        let verdict = |egress: &DirectionLine<'_>, ingress: &DirectionLine<'_>| -> Cow<'a, str> {
+            let denied = [egress, ingress].iter().any(|line| line.verdict == "deny");
+            if denied { "deny".into() } else { "allow".into() }
+        };
+        let (pending_egress, pending_ingress) =
+            (staged_egress.as_ref().unwrap_or(&egress), staged_ingress.as_ref().unwrap_or(&ingress));
+        let is_staged = staged_egress.is_some() || staged_ingress.is_some();
+        let staged = StagedLine {
+            verdict: verdict(pending_egress, pending_ingress),
+            egress: is_staged.then(|| pending_egress.clone()),
+            ingress: is_staged.then(|| pending_ingress.clone()),
+        };
+        Self { verdict: verdict(&egress, &ingress), egress, ingress, staged, form, asked: Vec::new() }
+    }
+}
+
+impl<'a> DirectionLine<'a> {
+    fn new(judgement: Option<&'a Judgement>) -> Self {
+        match judgement {
+            None => Self { verdict: "none".into(), trace: Vec::new() },
+            Some(judgement) => {
+                Self { verdict: verdict(judgement.verdict).into(), trace: judgement.trace.iter().map(step).collect() }
+            }
+        }
+    }
+
+    /// What decided, for people.
+    pub fn reason(&self) -> String {
+        let Some(last) = self.trace.last() else { return "-".to_owned() };
+        let tier = last.tier.as_deref().unwrap_or_default();
+        let policy = last.policy.as_ref().map(PolicyLine::title).unwrap_or_default();
+        let action = match last.effect.as_deref() {
+            Some("deny-unknown") => "deny (unknown)".to_owned(),
+            Some(effect) => effect.to_owned(),
+            None => last.action.to_lowercase(),
+        };
+        match last.rule {
+            Some(rule) => format!("{action}: {policy} rule {rule} in tier {tier}"),
+            None if last.end_of_tier => format!("{action}: end of tier {tier} after {policy}"),
+            None if last.itself => format!("{action}: itself"),
+            None => format!("{action}: profile"),
+        }
+    }
+}
+
+impl PolicyLine<'_> {
+    fn title(&self) -> String {
+        match &self.namespace {
+            Some(namespace) => format!("{} {namespace}/{}", self.kind, self.name),
+            None => format!("{} {}", self.kind, self.name),
+        }
+    }
+}
+
+pub fn verdict(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Allow => "allow",
+        Verdict::Deny => "deny",
+    }
+}
+
+/// What decided a direction, for people.
+pub fn reason(judgement: Option<&Judgement>) -> String {
+    DirectionLine::new(judgement).reason()
+}
+
+pub fn policy_name(id: &PolicyId) -> String {
+    let (_, kind) = api(id.kind);
+    match &id.namespace {
+        Some(namespace) => format!("{kind} {namespace}/{}", id.name),
+        None => format!("{kind} {}", id.name),
+    }
+}
+
+fn step(step: &Step) -> StepLine<'_> {
+    match step {
+        Step::Rule { tier, policy, index, action, effect } => StepLine {
+            phase: Some(phase(tier.phase).into()),
+            tier: Some((&*tier.name).into()),
+            policy: Some(policy_line(policy)),
+            rule: Some(*index),
+            action: action_name(*action).into(),
+            effect: match effect {
+                Effect::Acted => None,
+                Effect::Left => Some("leave".into()),
+                Effect::DeniedUnknown => Some("deny-unknown".into()),
+            },
+            ..StepLine::default()
+        },
+        Step::EndOfTier { tier, last, action } => StepLine {
+            phase: Some(phase(tier.phase).into()),
+            tier: Some((&*tier.name).into()),
+            policy: Some(policy_line(last)),
+            end_of_tier: true,
+            action: default_name(*action).into(),
+            ..StepLine::default()
+        },
+        Step::Profile => StepLine { profile: Some("kubernetes".into()), action: "Allow".into(), ..StepLine::default() },
+        Step::Itself => StepLine { itself: true, action: "Allow".into(), ..StepLine::default() },
+    }
+}
+
+fn policy_line(id: &PolicyId) -> PolicyLine<'_> {
+    let (api_version, kind) = api(id.kind);
+    PolicyLine {
+        cluster: id.cluster.as_deref().map(Cow::Borrowed),
+        api_version: api_version.into(),
+        kind: kind.into(),
+        namespace: id.namespace.as_deref().map(Cow::Borrowed),
+        name: (&*id.name).into(),
+    }
+}
+
+pub fn phase(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Guard => "Guard",
+        Phase::Local => "Local",
+        Phase::Baseline => "Baseline",
+    }
+}
+
+pub fn default_name(action: TierDefault) -> &'static str {
+    match action {
+        TierDefault::Deny => "Deny",
+        TierDefault::Pass => "Pass",
+    }
+}
+
+fn action_name(action: Action) -> &'static str {
+    match action {
+        Action::Allow => "Allow",
+        Action::Deny => "Deny",
+        Action::Pass => "Pass",
+        Action::Log => "Log",
+    }
+}
+
+pub fn api(kind: PolicyKind) -> (&'static str, &'static str) {
+    match kind {
+        PolicyKind::KubernetesNetworkPolicy => ("networking.k8s.io/v1", "NetworkPolicy"),
+        PolicyKind::ClusterNetworkPolicy => ("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolicy"),
+        PolicyKind::CalicoNetworkPolicy => ("projectcalico.org/v3", "NetworkPolicy"),
+        PolicyKind::CalicoGlobalNetworkPolicy => ("projectcalico.org/v3", "GlobalNetworkPolicy"),
+        PolicyKind::StagedNetworkPolicy => ("projectcalico.org/v3", "StagedNetworkPolicy"),
+        PolicyKind::StagedGlobalNetworkPolicy => ("projectcalico.org/v3", "StagedGlobalNetworkPolicy"),
+        PolicyKind::StagedKubernetesNetworkPolicy => ("projectcalico.org/v3", "StagedKubernetesNetworkPolicy"),
+        PolicyKind::FederatedNetworkPolicy => ("hanse.dev/v1alpha1", "FederatedNetworkPolicy"),
+    }
+}
