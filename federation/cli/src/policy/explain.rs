@@ -106,7 +106,7 @@ impl Arguments {
             let lines = lines.collect::<anyhow::Result<Vec<String>>>()?;
             live::explain(context, &lines, |line, answer| {
                 let question = read(line);
-                let answer = question.as_ref().map_err(Clone::clone).and_then(|_| answer);
+                let answer = question.as_ref().map_err(Clone::clone).and(answer);
                 printer.print(line, question.as_ref().ok(), answer)
             })?;
             return Ok(if printer.finish()? == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
