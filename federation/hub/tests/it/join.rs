@@ -1,0 +1,211 @@
+//! Joining, renewing, revoking.
+
+use std::time::{Duration, SystemTime};
+
+use hanse_hub::authority::Lifetimes;
+use hanse_hub::registry::ClusterState;
+use hanse_member::registration::{MemberIdentity, RegistrationError};
+use hanse_proto::federation::v1 as wire;
+use hanse_proto::federation::v1::registration_client::RegistrationClient;
+use hanse_runtime::Identity;
+use hanse_runtime::keys::{Fingerprint, Key};
+use hanse_runtime::tls::{PinnedRoot, TlsClient};
+use hanse_runtime::token::Token;
+
+use crate::support::{SOON, TestHub, eventually, is_served};
+
+#[tokio::test]
+async fn a_cluster_joins_with_a_token_and_is_served() {
+    let test = TestHub::start().await;
+    let member = test.member("train").await;
+    let address = test.hub.address.to_string();
+    let connection = member.hub_client().unwrap().connect(&address).await.unwrap();
+    assert_eq!(connection.peer.key_exchange, "X25519MLKEM768");
+    assert_eq!(connection.peer.identity(), Some(&Identity::Hub));
+    assert!(is_served(&member, &address).await);
+
+    // The intermediate is the cluster's own and starts without a hub.
+    assert_eq!(member.authority().certificate().identity, Identity::cluster("train").unwrap());
+    let read = MemberIdentity::read(&test.member_folder("train"), "train").unwrap().unwrap();
+    assert_eq!(read.credentials().current().certificate.serial, member.credentials().current().certificate.serial);
+    assert!(MemberIdentity::read(&test.member_folder("train"), "serve").is_err(), "files of another cluster");
+    use std::os::unix::fs::PermissionsExt;
+    for name in ["member.pem", "intermediate.pem"] {
+        let mode = std::fs::metadata(test.member_folder("train").join(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn without_acceptance_nothing_is_issued() {
+    let test = TestHub::start().await;
+    let token = test.token("train", false).await;
+    let joining = test.join("train", "train", &token);
+    let accepting = async {
+        let registry = test.hub.registry.clone();
+        eventually("pending", || async {
+            registry.snapshot().clusters.get("train").is_some_and(|c| c.state == ClusterState::Pending)
+        })
+        .await;
+        assert!(!test.member_folder("train").join("member.pem").exists());
+        let accept = wire::AcceptClusterRequest { name: "train".to_owned() };
+        test.admin().await.accept_cluster(accept).await.unwrap();
+    };
+    let (member, ()) = tokio::join!(joining, accepting);
+    assert!(is_served(&member.unwrap(), &test.hub.address.to_string()).await);
+}
+
+/// The raw answer to a join with this token and key.
+async fn ask(test: &TestHub, token: &str, cluster: &str, key: &Key) -> Result<wire::JoinResponse, tonic::Status> {
+    let root = test.hub.authority.root().fingerprint();
+    let client = TlsClient::pinned(PinnedRoot::new(root, Identity::Hub)).unwrap();
+    let connection = client.connect(&test.hub.join_address.to_string()).await.unwrap();
+    let request = wire::JoinRequest {
+        token: token.to_owned(),
+        cluster: cluster.to_owned(),
+        request: key.request().unwrap().into(),
+        intermediate_request: Key::generate().unwrap().request().unwrap().into(),
+        federated_allow_final: false,
+    };
+    RegistrationClient::new(connection.channel).join(request).await.map(tonic::Response::into_inner)
+}
+
+#[tokio::test]
+async fn a_token_belongs_to_its_first_key_its_cluster_and_its_time() {
+    let test = TestHub::start().await;
+    let token = test.token("train", true).await;
+    let [first, second] = [(); 2].map(|()| Key::generate().unwrap());
+    let code = |answer: Result<wire::JoinResponse, tonic::Status>| answer.err().map(|status| status.code());
+
+    assert_eq!(code(ask(&test, &token, "serve", &first).await), Some(tonic::Code::PermissionDenied), "other cluster");
+    assert_eq!(code(ask(&test, &token, "train", &first).await), None);
+    assert_eq!(code(ask(&test, &token, "train", &first).await), None, "the same key may ask again");
+    assert_eq!(code(ask(&test, &token, "train", &second).await), Some(tonic::Code::PermissionDenied), "another key");
+
+    let forged = Token::generate("train", test.hub.authority.trust_domain().clone(), Fingerprint::of(b"")).unwrap();
+    assert_eq!(code(ask(&test, &forged.to_text(), "train", &second).await), Some(tonic::Code::NotFound), "unknown");
+    let late = test.token("late", true).await;
+    test.advance(Duration::from_secs(601));
+    assert_eq!(code(ask(&test, &late, "late", &second).await), Some(tonic::Code::NotFound), "ended");
+    assert_eq!(code(ask(&test, &token, "train", &first).await), Some(tonic::Code::NotFound), "ended for its key too");
+}
+
+#[tokio::test]
+async fn a_revoked_token_is_worth_nothing() {
+    let test = TestHub::start().await;
+    let token = test.token("train", true).await;
+    let id = Token::parse(&token).unwrap().id;
+    test.admin().await.revoke_token(wire::RevokeTokenRequest { id }).await.unwrap();
+    assert!(matches!(test.join("train", "train", &token).await, Err(RegistrationError::Refused(_))));
+}
+
+#[tokio::test]
+async fn a_newcomer_tells_a_false_hub_by_the_hash_in_its_token() {
+    let test = TestHub::start().await;
+    let other = TestHub::start().await;
+    let root = other.hub.authority.root().fingerprint();
+    let client = TlsClient::pinned(PinnedRoot::new(root, Identity::Hub)).unwrap();
+    assert!(client.connect(&test.hub.join_address.to_string()).await.is_err());
+    assert!(client.connect(&other.hub.join_address.to_string()).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_renewal_changes_the_key_and_the_old_one_ends_with_the_next() {
+    let test = TestHub::start().await;
+    let member = test.member("train").await;
+    let address = test.hub.address.to_string();
+    let first = MemberIdentity::read(&test.member_folder("train"), "train").unwrap().unwrap();
+    let held = first.hub_client().unwrap().connect(&address).await.unwrap();
+    member.renew(&address).await.unwrap();
+    assert_ne!(member.credentials().current().key.public(), first.credentials().current().key.public());
+    assert!(is_served(&member, &address).await);
+    assert!(is_served(&first, &address).await, "the answer might have been lost");
+    assert!(!held.peer.closed.is_cancelled(), "the old connection lives while the new one is opened");
+    member.renew(&address).await.unwrap();
+    assert!(is_served(&member, &address).await);
+    eventually("the first key is forgotten", || async { !is_served(&first, &address).await }).await;
+    tokio::time::timeout(SOON, held.peer.closed.cancelled()).await.expect("its connection is closed");
+}
+
+#[tokio::test]
+async fn a_revocation_closes_streams_at_once_and_outlives_a_restart() {
+    let test = TestHub::start().await;
+    let (member, bystander) = (test.member("train").await, test.member("serve").await);
+    let address = test.hub.address.to_string();
+    let connection = member.hub_client().unwrap().connect(&address).await.unwrap();
+    let other = bystander.hub_client().unwrap().connect(&address).await.unwrap();
+    let revoke = wire::RevokeClusterRequest { name: "train".to_owned(), reason: "lost".to_owned() };
+    let started = std::time::Instant::now();
+    let answer = test.admin().await.revoke_cluster(revoke).await.unwrap().into_inner();
+    assert_eq!(answer.closed, 1);
+    tokio::time::timeout(SOON, connection.peer.closed.cancelled()).await.expect("the stream is closed");
+    println!("revocation closed the stream after {:?}", started.elapsed());
+    assert!(!other.peer.closed.is_cancelled());
+    assert!(!is_served(&member, &address).await && is_served(&bystander, &address).await);
+    assert!(matches!(member.renew_late(&test.hub.join_address.to_string()).await, Err(RegistrationError::Refused(_))));
+
+    let test = test.restart().await;
+    let address = test.hub.address.to_string();
+    assert!(!is_served(&member, &address).await && is_served(&bystander, &address).await);
+    let accept = wire::AcceptClusterRequest { name: "train".to_owned() };
+    let refused = test.admin().await.accept_cluster(accept).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition, "only a new token lets it in again");
+    let token = test.token("train", true).await;
+    let again = test.join("train-again", "train", &token).await.unwrap();
+    assert!(is_served(&again, &address).await && !is_served(&member, &address).await);
+}
+
+#[tokio::test]
+async fn a_connection_ends_with_its_certificate_and_late_renewal_does_nothing_else() {
+    let lifetimes = Lifetimes { leaf: Duration::from_secs(2), ..Lifetimes::default() };
+    let test = TestHub::start_with(lifetimes).await;
+    let member = test.member("train").await;
+    let (address, join) = (test.hub.address.to_string(), test.hub.join_address.to_string());
+    let connection = member.hub_client().unwrap().connect(&address).await.unwrap();
+    let ends_at = connection.peer.ends_at;
+    assert!(ends_at <= member.credentials().current().certificate.not_after);
+    tokio::time::timeout(SOON, connection.peer.closed.cancelled()).await.expect("it ends");
+    // Certificates count whole seconds, and the hub's own leaf may end a moment earlier.
+    assert!(SystemTime::now() >= ends_at);
+    eventually("the certificate ends", || async {
+        SystemTime::now() > member.credentials().current().certificate.not_after + Duration::from_secs(1)
+    })
+    .await;
+    assert!(!is_served(&member, &address).await, "an ended certificate is not served");
+    assert!(member.renew(&address).await.is_err(), "nor renewed the ordinary way");
+
+    let before = test.hub.registry.snapshot();
+    member.renew_late(&join).await.unwrap();
+    let after = test.hub.registry.snapshot();
+    assert!(is_served(&member, &address).await);
+    assert_eq!(before.clusters, after.clusters, "nothing of the cluster has changed");
+    assert_eq!(before.objects, after.objects);
+
+    let stranger = Key::generate().unwrap().request().unwrap();
+    let root = test.hub.authority.root().fingerprint();
+    let client = TlsClient::pinned(PinnedRoot::new(root, Identity::Hub)).unwrap();
+    let channel = client.connect(&join).await.unwrap().channel;
+    let request = wire::RenewLateRequest { request: stranger.into() };
+    let refused = RegistrationClient::new(channel.clone()).renew_late(request).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+    // With nothing but a token or a key, no other service is there.
+    let status = wire::StatusRequest {};
+    let admin = wire::administration_client::AdministrationClient::new(channel).status(status).await.unwrap_err();
+    assert_eq!(admin.code(), tonic::Code::Unimplemented);
+
+    test.advance(lifetimes.late_renewal + Duration::from_secs(60));
+    assert!(matches!(member.renew_late(&join).await, Err(RegistrationError::Refused(_))), "after 30 days");
+}
+
+#[tokio::test]
+async fn the_join_listener_limits_the_rate() {
+    let test = TestHub::start().await;
+    let client = TlsClient::pinned(PinnedRoot::new(test.hub.authority.root().fingerprint(), Identity::Hub)).unwrap();
+    let mut refused = 0;
+    for _ in 0..150 {
+        if client.connect(&test.hub.join_address.to_string()).await.is_err() {
+            refused += 1;
+        }
+    }
+    assert!(refused > 0, "150 connections in a burst of 100");
+}

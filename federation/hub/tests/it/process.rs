@@ -1,0 +1,150 @@
+//! The real binary: `kill -9` in the middle of changes, and what it writes to its log.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use hanse_proto::federation::v1 as wire;
+use hanse_runtime::keys::Credentials;
+use hanse_runtime::token::Token;
+
+use crate::support::{Admin, SOON, apply, connect, is_served, join, open, policy};
+
+struct Process {
+    child: Child,
+    listen: String,
+    join: String,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Ports that were free a moment ago.
+fn free_ports() -> [String; 2] {
+    let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    listeners.map(|listener| listener.local_addr().unwrap().to_string())
+}
+
+fn hub() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_hanse-hub"))
+}
+
+fn initialise(data: &Path) -> [String; 2] {
+    let [listen, join] = free_ports();
+    let made = hub().args(["init", "--listen", &listen, "--join-listen", &join, "--data"]).arg(data).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    [listen, join]
+}
+
+fn start(data: &Path, [listen, join]: &[String; 2], log: &Path) -> Process {
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
+    let child = hub()
+        .args(["run", "--log-format", "json", "--listen", listen, "--join-listen", join, "--data"])
+        .arg(data)
+        .env("HANSE_LOG", "trace")
+        .stderr(Stdio::from(log))
+        .spawn()
+        .unwrap();
+    Process { child, listen: listen.clone(), join: join.clone() }
+}
+
+async fn administrator(data: &Path, process: &Process) -> Admin {
+    let credentials = Credentials::read(&data.join("admin.key"), &data.join("admin.pem")).unwrap();
+    let deadline = tokio::time::Instant::now() + SOON;
+    while open(credentials.clone(), &data.join("ca.pem"), &process.listen).await.is_err() {
+        assert!(tokio::time::Instant::now() < deadline, "the hub does not serve");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    connect(credentials, &data.join("ca.pem"), &process.listen).await
+}
+
+#[tokio::test]
+async fn kill_9_loses_nothing_accepted() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("hub");
+    let log = folder.path().join("log");
+    let ports = initialise(&data);
+    assert!(!hub().args(["init", "--listen", &ports[0], "--join-listen", &ports[1], "--data"]).arg(&data).output().unwrap().status.success(), "twice");
+    let mut accepted = Vec::new();
+    let mut members = Vec::new();
+    for round in 0..4_usize {
+        let mut process = start(&data, &ports, &log);
+        let mut admin = administrator(&data, &process).await;
+        let cluster = format!("cluster-{round}");
+        let request = wire::CreateTokenRequest { cluster: cluster.clone(), lifetime_seconds: 600, accept: true };
+        let token = admin.create_token(request).await.unwrap().into_inner().token;
+        members.push(join(&folder.path().join(&cluster), &cluster, &token, &process.join).await.unwrap());
+        if round == 2 {
+            let revoke = wire::RevokeClusterRequest { name: "cluster-0".to_owned(), reason: "test".to_owned() };
+            admin.revoke_cluster(revoke).await.unwrap();
+        }
+        // Changes go on while the signal comes.
+        let mut writer = admin.clone();
+        let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
+        let writing = tokio::spawn(async move {
+            for i in 0.. {
+                let name = format!("policy-{round}-{i}");
+                if writer.apply(apply(policy(&name, "platform"))).await.is_err() {
+                    return;
+                }
+                sender.send(name).unwrap();
+            }
+        });
+        for _ in 0..5 + round * 3 {
+            accepted.push(receiver.recv().await.unwrap());
+        }
+        process.child.kill().unwrap();
+        process.child.wait().unwrap();
+        writing.await.unwrap();
+        while let Some(name) = receiver.recv().await {
+            accepted.push(name);
+        }
+    }
+    let process = start(&data, &ports, &log);
+    let mut admin = administrator(&data, &process).await;
+    let objects = admin.get(wire::GetRequest::default()).await.unwrap().into_inner().objects;
+    for name in &accepted {
+        assert!(objects.iter().any(|o| o.name == *name), "{name} was accepted");
+    }
+    for (round, member) in members.iter().enumerate() {
+        assert_eq!(is_served(member, &process.listen).await, round != 0, "cluster-{round}");
+    }
+    println!("4 kills, {} policies accepted, {} found, 4 registrations, 1 revocation", accepted.len(), objects.len());
+}
+
+#[tokio::test]
+async fn no_secret_is_in_the_log_even_at_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("hub");
+    let log = folder.path().join("log");
+    let ports = initialise(&data);
+    let process = start(&data, &ports, &log);
+    let mut admin = administrator(&data, &process).await;
+    let request = wire::CreateTokenRequest { cluster: "train".to_owned(), lifetime_seconds: 600, accept: true };
+    let token = admin.create_token(request).await.unwrap().into_inner().token;
+    let member = join(&folder.path().join("train"), "train", &token, &process.join).await.unwrap();
+    member.renew(&process.listen).await.unwrap();
+    // A wrong use of the token is logged, without the token.
+    assert!(join(&folder.path().join("second"), "train", &token, &process.join).await.is_err());
+    drop(process);
+
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert!(text.contains("cluster joined") && text.contains("join refused"), "the log is there:\n{text}");
+    assert!(text.contains(&Token::parse(&token).unwrap().id), "tokens are named by their id");
+    let mut secrets = vec![token.rsplit_once('.').unwrap().1.to_owned()];
+    for key in ["ca.key", "admin.key"] {
+        let pem = std::fs::read_to_string(data.join(key)).unwrap();
+        secrets.extend(pem.lines().filter(|line| !line.starts_with("-----")).map(str::to_owned));
+    }
+    for secret in secrets.iter().filter(|s| s.len() >= 20) {
+        assert!(!text.contains(secret), "a secret is in the log");
+    }
+    for line in text.lines() {
+        assert!(line.starts_with('{'), "every line is JSON: {line}");
+    }
+}
