@@ -36,14 +36,26 @@ pub struct Deployment<'a> {
     members: BTreeMap<String, Process>,
     /// By (cluster, node).
     agents: BTreeMap<(String, String), Process>,
+    /// How long certificates are valid, in seconds, where not as by default.
+    lifetime: Option<u32>,
 }
 
 impl<'a> Deployment<'a> {
     /// Makes a ClusterSet and serves it.
     pub fn start(fabric: &'a Fabric, programs: &Path, scratch: &Path) -> anyhow::Result<Self> {
+        Self::start_with(fabric, programs, scratch, None)
+    }
+
+    /// As [`Self::start`], with certificates of members and nodes that are valid for `lifetime` seconds.
+    pub fn start_with(
+        fabric: &'a Fabric,
+        programs: &Path,
+        scratch: &Path,
+        lifetime: Option<u32>,
+    ) -> anyhow::Result<Self> {
         let (programs, scratch) = (programs.to_owned(), scratch.to_owned());
         let mut world =
-            Self { fabric, programs, scratch, hub: None, members: BTreeMap::new(), agents: BTreeMap::new() };
+            Self { fabric, programs, scratch, hub: None, members: BTreeMap::new(), agents: BTreeMap::new(), lifetime };
         let mut init = world.program("hanse-hub");
         init.args(["init", "--listen", HUB, "--join-listen", HUB_JOIN, "--data"]).arg(world.scratch.join("hub"));
         let output = init.output().context("start hanse-hub init")?;
@@ -68,6 +80,7 @@ impl<'a> Deployment<'a> {
         let before = std::fs::read_to_string(&log).unwrap_or_default().matches("hub serves").count();
         let mut run = self.program("hanse-hub");
         run.args(["run", "--listen", HUB, "--join-listen", HUB_JOIN, "--data"]).arg(self.scratch.join("hub"));
+        run.args(self.lifetime.iter().flat_map(|it| ["--certificate-seconds".to_owned(), it.to_string()]));
         let mut hub = Process::start(self.fabric.router(), run, &log).context("start hanse-hub")?;
         let served = probe::until(PATIENCE, || hub.has_ended() || hub.log().matches("hub serves").count() > before);
         if served.is_none() || hub.has_ended() {
@@ -120,6 +133,7 @@ impl<'a> Deployment<'a> {
         run.args(["run", "--cluster", &cluster.name, "--hub", HUB, "--join", HUB_JOIN]);
         run.args(["--agent-listen", &address(AGENTS_PORT), "--enrol-listen", &address(ENROL_PORT)]);
         run.arg("--token-file").arg(self.scratch.join(format!("{}.token", cluster.name)));
+        run.args(self.lifetime.iter().flat_map(|it| ["--node-certificate-seconds".to_owned(), it.to_string()]));
         run.arg("--data").arg(self.member_data(&cluster.name)).arg("--source").arg(source);
         let mut member = Process::start(namespace, run, &log).context("start hanse-member")?;
         let serves = |member: &mut Process| member.log().matches("member serves").count() > before;
@@ -206,6 +220,11 @@ impl<'a> Deployment<'a> {
             self.hanse(&["wait", "--for=enforced", "--timeout", "20", name]).with_context(|| self.logs())?;
         }
         Ok(())
+    }
+
+    /// What each process has said so far: the hub first, then members, then agents.
+    pub fn all_logs(&self) -> Vec<String> {
+        self.hub.iter().chain(self.members.values()).chain(self.agents.values()).map(Process::log).collect()
     }
 
     /// The end of every log, for when something is wrong.

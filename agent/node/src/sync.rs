@@ -14,6 +14,7 @@ use hanse_runtime::retry::Backoff;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
 
 use crate::enforcer::Enforcer;
 use crate::identity::NodeIdentity;
@@ -60,17 +61,18 @@ impl Follower {
     async fn follow(&mut self, identity: &NodeIdentity, member: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
         let mut renewed = identity.credentials.subscribe();
         renewed.mark_unchanged();
-        let connection = identity.client()?.connect(member).await?;
-        let mut client = AgentsClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let (outbox, sending) = mpsc::channel(OUTBOX);
-        outbox.send(self.hello()).await.context("say hello")?;
-        let mut stream = client.sync(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
+        let (mut outbox, mut stream) = self.open(identity, member).await?;
         let mut assembler = Assembler::default();
         loop {
             let message = tokio::select! {
                 message = stream.message() => message.context("receive")?,
-                // The next connection shows the new certificate; state resumes by digest.
-                _ = renewed.changed() => return Ok(()),
+                // The next connection shows the new certificate, and resumes by digest; then the old one closes.
+                _ = renewed.changed() => {
+                    renewed.mark_unchanged();
+                    (outbox, stream) = self.open(identity, member).await?;
+                    assembler = Assembler::default();
+                    continue;
+                }
             };
             let Some(message) = message else { return Ok(()) };
             let answer = match assembler.receive(message) {
@@ -87,6 +89,19 @@ impl Follower {
             backoff.reset();
             outbox.send(answer).await.context("answer")?;
         }
+    }
+
+    async fn open(
+        &self,
+        identity: &NodeIdentity,
+        member: &str,
+    ) -> anyhow::Result<(mpsc::Sender<wire::AgentToMember>, Streaming<wire::MemberToAgent>)> {
+        let connection = identity.client()?.connect(member).await?;
+        let mut client = AgentsClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let (outbox, sending) = mpsc::channel(OUTBOX);
+        outbox.send(self.hello()).await.context("say hello")?;
+        let stream = client.sync(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
+        Ok((outbox, stream))
     }
 
     fn hello(&self) -> wire::AgentToMember {

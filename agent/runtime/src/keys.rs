@@ -16,6 +16,7 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
+use crate::ca::EARLY_START;
 use crate::files;
 use crate::identity::{Identity, IdentityError, TrustDomain, split_uri};
 
@@ -273,10 +274,10 @@ impl Certificate {
         Fingerprint::of(&self.der)
     }
 
-    /// When it should be renewed: two thirds through its validity.
+    /// When it should be renewed: two thirds through its validity, from when it was issued.
     pub fn renew_at(&self) -> SystemTime {
-        let lifetime = self.not_after.duration_since(self.not_before).unwrap_or_default();
-        self.not_before + lifetime * 2 / 3
+        let issued = self.not_before + EARLY_START;
+        issued + self.not_after.duration_since(issued).unwrap_or_default() * 2 / 3
     }
 }
 

@@ -49,7 +49,11 @@ impl World {
     }
 
     fn join<'f>(&self, fabric: &'f Fabric) -> Deployment<'f> {
-        let mut world = Deployment::start(fabric, &programs(), self.scratch.path()).expect("a hub");
+        self.join_with(fabric, None)
+    }
+
+    fn join_with<'f>(&self, fabric: &'f Fabric, lifetime: Option<u32>) -> Deployment<'f> {
+        let mut world = Deployment::start_with(fabric, &programs(), self.scratch.path(), lifetime).expect("a hub");
         let clusters = self.federation.join("clusters.yaml");
         world.hanse(&["apply", "-f", &clusters.to_string_lossy()]).expect("applied");
         for cluster in &self.clusters {
@@ -214,6 +218,47 @@ fn what_exceeds_a_grant_is_refused_by_itself_and_seen_by_nobody() {
         let open = probe::until(PATIENCE, || connects(&fabric, notebook, registry));
         assert!(open.is_some(), "one refused object keeps others out\n{}", system.logs());
         assert!(connects(&fabric, world.pod("trainer-0"), world.pod("trainer-1")), "the owner keeps its address");
+    });
+}
+
+#[test]
+fn certificates_rotate_without_losing_an_update() {
+    sandbox::test("system::certificates_rotate_without_losing_an_update", || {
+        const LIFETIME: u32 = 4;
+        let world = World::new();
+        let fabric = Fabric::build(&world.clusters).expect("the network");
+        let _listeners = world.listen(&fabric);
+        let system = world.join_with(&fabric, Some(LIFETIME));
+        system.hanse(&["apply", "-f", &world.federation.to_string_lossy()]).expect("applied");
+        system.wait_for_policies().expect("enforced");
+        let (registry, notebook) = (world.pod("registry-0"), world.pod("notebook-0"));
+        let inside = fabric.pod(notebook).expect("built");
+        let target = SocketAddr::new(registry.addresses[0], registry.port);
+        let rotations = |log: &str| log.matches("certificate renewed").count();
+        // The hub renews by itself; members and agents ask for it.
+        let rotated = |system: &Deployment<'_>| {
+            system.all_logs().iter().skip(1).map(|log| rotations(log)).min().unwrap_or_default()
+        };
+        let mut updates = 0;
+        while rotated(&system) < 3 {
+            let (from, to, wanted) = match updates % 2 {
+                0 => ("app: notebook", "app: vllm, was: notebook", Observed::Open),
+                _ => ("app: vllm, was: notebook", "app: notebook", Observed::Closed),
+            };
+            world.edit(1, from, to);
+            let followed = probe::becomes(inside, target, &registry.title(), wanted, PATIENCE);
+            assert!(followed.is_some(), "update {updates} was lost\n{}", system.logs());
+            updates += 1;
+            assert!(updates < 200, "certificates do not rotate\n{}", system.logs());
+        }
+        println!("{updates} updates while every certificate was renewed at least 3 times");
+        for log in system.all_logs() {
+            let given_up = log.lines().find(|line| {
+                let signs = ["trying again", "not renewed", "the stream ended"];
+                signs.iter().any(|sign| line.contains(sign))
+            });
+            assert_eq!(given_up, None, "the next connection resumes before the last one closes");
+        }
     });
 }
 

@@ -30,8 +30,6 @@ pub use enrol::{NodeToken, NodeTokenError, create_node_token};
 
 use crate::registration::MemberIdentity;
 
-/// How long certificates of nodes, and of the member towards them, are valid.
-pub const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Enrolments that one address may ask for in a second.
 const ENROLMENTS_PER_SECOND: f64 = 5.0;
 /// The largest message of an agent: 2,000 refusals and pods of about 300 bytes.
@@ -75,6 +73,8 @@ pub struct Fanout {
 #[derive(Debug)]
 struct Shared {
     term: u64,
+    /// How long certificates of nodes, and of the member towards them, are valid.
+    lifetime: Duration,
     nodes: Mutex<BTreeMap<Arc<str>, Node>>,
     /// Counts changes of any node's status.
     changed: watch::Sender<u64>,
@@ -102,11 +102,11 @@ impl Node {
 
 impl Fanout {
     /// A new term begins: it grows with each start, so that agents take what this member says over what an earlier one
-    /// said.
+    /// said. `lifetime` is that of certificates of nodes, and of the member towards them.
     ///
     /// # Errors
     /// When the term cannot be kept.
-    pub fn new(data: &Path) -> Result<Self, FanoutError> {
+    pub fn new(data: &Path, lifetime: Duration) -> Result<Self, FanoutError> {
         let path = data.join("term");
         let last = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
         // Where the file was lost, the clock keeps the term growing.
@@ -114,7 +114,7 @@ impl Fanout {
         let term = last.max(now) + 1;
         hanse_runtime::files::write_atomic(&path, format!("{term}\n").as_bytes(), 0o600)
             .map_err(|error| FanoutError::Term(path, error))?;
-        let shared = Shared { term, nodes: Mutex::default(), changed: watch::Sender::new(0) };
+        let shared = Shared { term, lifetime, nodes: Mutex::default(), changed: watch::Sender::new(0) };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -131,7 +131,7 @@ impl Fanout {
     ) -> Result<(SocketAddr, SocketAddr), FanoutError> {
         let authority = identity.authority();
         let cluster = Identity::Cluster(Arc::clone(identity.cluster()));
-        let credentials = authority.issue_credentials(&cluster, CERTIFICATE_LIFETIME, SystemTime::now())?;
+        let credentials = authority.issue_credentials(&cluster, self.shared.lifetime, SystemTime::now())?;
         let credentials = CredentialStore::new(credentials)?;
         let own = Arc::clone(identity.cluster());
         let trust = Trust::new(
@@ -156,13 +156,15 @@ impl Fanout {
         shutdown.spawn(http2_server().add_service(server).serve_with_incoming_shutdown(agents, async move {
             until.cancelled().await;
         }));
-        let enrol = EnrolmentServer::new(enrol::Service::new(identity.clone())).max_decoding_message_size(16 * 1024);
+        let enrol = EnrolmentServer::new(enrol::Service::new(identity.clone(), self.shared.lifetime))
+            .max_decoding_message_size(16 * 1024);
         let until = stop.clone();
         shutdown.spawn(http2_server().add_service(enrol).serve_with_incoming_shutdown(enrolment, async move {
             until.cancelled().await;
         }));
         let identity = identity.clone();
-        shutdown.spawn(async move { renew(identity, cluster, credentials, stop).await });
+        let lifetime = self.shared.lifetime;
+        shutdown.spawn(async move { renew(identity, cluster, lifetime, credentials, stop).await });
         Ok(addresses)
     }
 
@@ -239,14 +241,20 @@ impl Fanout {
 }
 
 /// Keeps the certificate towards agents fresh.
-async fn renew(identity: MemberIdentity, cluster: Identity, credentials: CredentialStore, stop: CancellationToken) {
+async fn renew(
+    identity: MemberIdentity,
+    cluster: Identity,
+    lifetime: Duration,
+    credentials: CredentialStore,
+    stop: CancellationToken,
+) {
     loop {
         let wait = credentials.current().certificate.renew_at().duration_since(SystemTime::now()).unwrap_or_default();
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(wait.max(Duration::from_secs(1))) => {}
         }
-        let issued = identity.authority().issue_credentials(&cluster, CERTIFICATE_LIFETIME, SystemTime::now());
+        let issued = identity.authority().issue_credentials(&cluster, lifetime, SystemTime::now());
         let replaced = issued
             .map_err(|error| error.to_string())
             .and_then(|new| credentials.replace(new).map_err(|error| error.to_string()));

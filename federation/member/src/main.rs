@@ -86,6 +86,9 @@ struct RunArgs {
     /// For nodes with a node token.
     #[arg(long)]
     enrol_listen: SocketAddr,
+    /// How long certificates of nodes are valid; they are renewed well before.
+    #[arg(long, default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(2..=7_776_000))]
+    node_certificate_seconds: u64,
     /// What a federated Allow means here: `Pass` leaves to this cluster's own tiers, `Final` ends.
     #[arg(long, value_enum, default_value_t = FederatedAllow::Pass)]
     federated_allow: FederatedAllow,
@@ -141,6 +144,7 @@ async fn main() -> anyhow::Result<()> {
                 agent_listen: args.agent_listen,
                 enrol_listen: args.enrol_listen,
                 federated_allow_final: args.federated_allow == FederatedAllow::Final,
+                node_lifetime: Duration::from_secs(args.node_certificate_seconds),
                 unknown_pods: match args.unknown_pods {
                     Unknown::Deny => UnknownPods::Deny,
                     Unknown::Allow => UnknownPods::Allow,

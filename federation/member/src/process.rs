@@ -49,6 +49,8 @@ pub struct Options {
     pub agent_listen: SocketAddr,
     pub enrol_listen: SocketAddr,
     pub federated_allow_final: bool,
+    /// How long certificates of nodes are valid.
+    pub node_lifetime: Duration,
     pub unknown_pods: UnknownPods,
     pub health_listen: Option<SocketAddr>,
     pub metrics_listen: Option<SocketAddr>,
@@ -80,7 +82,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     };
     joined.set(true);
     shutdown.spawn(identity.clone().keep_fresh(options.hubs.clone(), options.join.clone(), stop.clone()));
-    let fanout = Fanout::new(&options.data)?;
+    let fanout = Fanout::new(&options.data, options.node_lifetime)?;
     let (agents, enrolment) = fanout.serve(&identity, options.agent_listen, options.enrol_listen, &shutdown).await?;
     tracing::info!(cluster = options.cluster, %agents, %enrolment, "member serves");
     let client = Client::restore(&options.data);

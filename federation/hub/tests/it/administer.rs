@@ -23,7 +23,8 @@ async fn each_role_does_its_own_and_nothing_else() {
     let mut author = test.user("author", Role::Author(wire::Author { tiers: vec!["platform".into()] })).await;
     let mut operator = test.user("operator", Role::Operator(wire::Operator { clusters: vec!["train".into()] })).await;
     let denied = Some(Code::PermissionDenied);
-    let token = |cluster: &str| wire::CreateTokenRequest { cluster: cluster.into(), lifetime_seconds: 60, accept: true };
+    let token =
+        |cluster: &str| wire::CreateTokenRequest { cluster: cluster.into(), lifetime_seconds: 60, accept: true };
 
     for user in [&mut viewer, &mut author, &mut operator] {
         assert_eq!(code(user.status(wire::StatusRequest {}).await), None);

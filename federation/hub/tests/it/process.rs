@@ -69,7 +69,16 @@ async fn kill_9_loses_nothing_accepted() {
     let data = folder.path().join("hub");
     let log = folder.path().join("log");
     let ports = initialise(&data);
-    assert!(!hub().args(["init", "--listen", &ports[0], "--join-listen", &ports[1], "--data"]).arg(&data).output().unwrap().status.success(), "twice");
+    assert!(
+        !hub()
+            .args(["init", "--listen", &ports[0], "--join-listen", &ports[1], "--data"])
+            .arg(&data)
+            .output()
+            .unwrap()
+            .status
+            .success(),
+        "twice"
+    );
     let mut accepted = Vec::new();
     let mut members = Vec::new();
     for round in 0..4_usize {

@@ -1,8 +1,8 @@
 //! A hub, its administrator and members, in one process or two.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use hanse_hub::authority::Lifetimes;
@@ -155,7 +155,6 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, mut check: impl Fn
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
-
 
 pub fn policy(name: &str, tier: &str) -> Vec<u8> {
     serde_json::json!({

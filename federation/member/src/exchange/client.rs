@@ -18,6 +18,7 @@ use hanse_runtime::shutdown::Shutdown;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
 
 use super::model::{Updates, Wanted};
 use super::publisher::{PublishSession, Publisher};
@@ -162,13 +163,7 @@ impl Client {
     async fn publish_once(&self, identity: &MemberIdentity, hub: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
         let mut renewed = identity.credentials().subscribe();
         renewed.mark_unchanged();
-        let connection = identity.hub_client()?.connect(hub).await?;
-        let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let (outbox, sending) = mpsc::channel(OUTBOX);
-        let open = PublishSession::open(&lock(&self.shared.publisher));
-        outbox.send(open).await?;
-        let mut answers = client.publish(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
-        let mut session = PublishSession::default();
+        let (mut outbox, mut answers, mut session) = self.open_publish(identity, hub).await?;
         let mut published = self.shared.published.subscribe();
         let mut realisation = self.shared.realisation.subscribe();
         realisation.mark_changed();
@@ -199,11 +194,34 @@ impl Client {
                     }
                 }
                 _ = beat.tick() => Message::Heartbeat(pb::Heartbeat {}),
-                // The next connection shows the new certificate, and goes on where this one ended.
-                _ = renewed.changed() => return Ok(()),
+                // The next connection shows the new certificate; this one closes when that one has resumed.
+                _ = renewed.changed() => {
+                    renewed.mark_unchanged();
+                    (outbox, answers, session) = self.open_publish(identity, hub).await?;
+                    realisation.mark_changed();
+                    continue;
+                }
             };
             outbox.send(pb::PublishRequest { message: Some(message) }).await.context("publish")?;
         }
+    }
+
+    /// A publishing stream that the hub has answered.
+    async fn open_publish(
+        &self,
+        identity: &MemberIdentity,
+        hub: &str,
+    ) -> anyhow::Result<(mpsc::Sender<pb::PublishRequest>, Streaming<pb::PublishResponse>, PublishSession)> {
+        let connection = identity.hub_client()?.connect(hub).await?;
+        let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let (outbox, sending) = mpsc::channel(OUTBOX);
+        let open = PublishSession::open(&lock(&self.shared.publisher));
+        outbox.send(open).await?;
+        let mut answers = client.publish(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
+        let mut session = PublishSession::default();
+        let welcome = answers.message().await.context("be welcomed")?.context("the hub closed the stream")?;
+        session.take(&mut lock(&self.shared.publisher), welcome);
+        Ok((outbox, answers, session))
     }
 
     fn tell_refusals(&self, session: &PublishSession) {
@@ -239,17 +257,8 @@ impl Client {
     async fn watch_once(&self, identity: &MemberIdentity, hub: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
         let mut renewed = identity.credentials().subscribe();
         renewed.mark_unchanged();
-        let connection = identity.hub_client()?.connect(hub).await?;
-        let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let (outbox, sending) = mpsc::channel(OUTBOX);
         let mut own = self.shared.own.subscribe();
-        let open = {
-            let mut receiver = lock(&self.shared.receiver);
-            receiver.set_own(&own.borrow_and_update());
-            receiver.open()
-        };
-        outbox.send(open).await?;
-        let mut incoming = client.watch(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
+        let (mut outbox, mut incoming) = self.open_watch(identity, hub, &mut own).await?;
         loop {
             let answers = tokio::select! {
                 message = tokio::time::timeout(SILENCE, incoming.message()) => {
@@ -265,12 +274,44 @@ impl Client {
                     let wanted = own.borrow_and_update().clone();
                     lock(&self.shared.receiver).set_own(&wanted).into_iter().collect()
                 }
-                _ = renewed.changed() => return Ok(()),
+                // As when publishing: the old stream is open until the new one has resumed.
+                _ = renewed.changed() => {
+                    renewed.mark_unchanged();
+                    (outbox, incoming) = self.open_watch(identity, hub, &mut own).await?;
+                    continue;
+                }
             };
             for answer in answers {
                 outbox.send(answer).await.context("answer")?;
             }
         }
+    }
+
+    /// A watching stream that the hub has answered.
+    async fn open_watch(
+        &self,
+        identity: &MemberIdentity,
+        hub: &str,
+        own: &mut watch::Receiver<BTreeSet<Wanted>>,
+    ) -> anyhow::Result<(mpsc::Sender<pb::WatchRequest>, Streaming<pb::WatchResponse>)> {
+        let connection = identity.hub_client()?.connect(hub).await?;
+        let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let (outbox, sending) = mpsc::channel(OUTBOX);
+        let open = {
+            let mut receiver = lock(&self.shared.receiver);
+            receiver.set_own(&own.borrow_and_update());
+            receiver.open()
+        };
+        outbox.send(open).await?;
+        let mut incoming = client.watch(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
+        let first = tokio::time::timeout(SILENCE, incoming.message()).await.context("the hub is silent")?;
+        let first = first.context("watch")?.context("the hub closed the stream")?;
+        let answers = lock(&self.shared.receiver).take(first)?;
+        for answer in answers {
+            outbox.send(answer).await.context("answer")?;
+        }
+        self.shared.received.send_modify(|count| *count += 1);
+        Ok((outbox, incoming))
     }
 
     /// Writes down what was received, so that a start needs nobody.

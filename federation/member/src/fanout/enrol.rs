@@ -13,7 +13,6 @@ use hanse_runtime::token::Token;
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status};
 
-use super::CERTIFICATE_LIFETIME;
 use crate::registration::MemberIdentity;
 
 const FOLDER: &str = "node-tokens";
@@ -76,13 +75,15 @@ fn seconds(at: SystemTime) -> u64 {
 #[derive(Debug)]
 pub struct Service {
     identity: MemberIdentity,
+    /// Of the certificates that are issued.
+    lifetime: Duration,
     /// One at a time, so that a token is bound once.
     lock: tokio::sync::Mutex<()>,
 }
 
 impl Service {
-    pub fn new(identity: MemberIdentity) -> Self {
-        Self { identity, lock: tokio::sync::Mutex::new(()) }
+    pub fn new(identity: MemberIdentity, lifetime: Duration) -> Self {
+        Self { identity, lifetime, lock: tokio::sync::Mutex::new(()) }
     }
 
     /// The node that the token enrols with this key.
@@ -119,18 +120,23 @@ impl wire::enrolment_server::Enrolment for Service {
             .map_err(|error| Status::invalid_argument(format!("the request cannot be used: {error}")))?;
         let _one = self.lock.lock().await;
         let node = self.redeem(&request.token, &key)?;
-        let answer = issue(&self.identity, &node, &key)?;
+        let answer = issue(&self.identity, &node, &key, self.lifetime)?;
         tracing::info!(node, "node enrolled");
         Ok(Response::new(answer))
     }
 }
 
 /// A certificate of the cluster's authority for a node.
-pub fn issue(identity: &MemberIdentity, node: &str, key: &RequestedKey) -> Result<wire::EnrolResponse, Status> {
+pub fn issue(
+    identity: &MemberIdentity,
+    node: &str,
+    key: &RequestedKey,
+    lifetime: Duration,
+) -> Result<wire::EnrolResponse, Status> {
     let node = Identity::node(identity.cluster(), node).map_err(|error| Status::invalid_argument(error.to_string()))?;
     let authority = identity.authority();
     let certificate = authority
-        .issue(&node, key, CERTIFICATE_LIFETIME, SystemTime::now())
+        .issue(&node, key, lifetime, SystemTime::now())
         .map_err(|error| Status::internal(error.to_string()))?;
     Ok(wire::EnrolResponse {
         certificate: certificate.der.to_vec().into(),

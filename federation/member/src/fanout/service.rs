@@ -45,7 +45,7 @@ impl wire::agents_server::Agents for Service {
         let node = node_of(&request)?;
         let key = RequestedKey::from_request(&request.into_inner().request)
             .map_err(|error| Status::invalid_argument(format!("the request cannot be used: {error}")))?;
-        Ok(Response::new(enrol::issue(&self.identity, &node, &key)?))
+        Ok(Response::new(enrol::issue(&self.identity, &node, &key, self.fanout.shared.lifetime)?))
     }
 
     type SyncStream = Pin<Box<dyn Stream<Item = Result<wire::MemberToAgent, Status>> + Send>>;
