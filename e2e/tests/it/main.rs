@@ -3,4 +3,5 @@
 mod guards;
 mod manifests;
 mod network;
+mod simulation;
 mod system;

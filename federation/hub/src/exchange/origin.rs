@@ -650,7 +650,10 @@ impl Origin {
         for id in work.referred {
             if let Some(slot) = self.slot_of(id) {
                 self.entries[slot as usize].as_mut().expect("an id's slot is taken").touched = revision;
-                referred.insert(slot);
+                // In another epoch the id may be an endpoint's.
+                if !self.is_endpoint(slot) {
+                    referred.insert(slot);
+                }
             }
         }
         // A slot may have held an object of the other sort.

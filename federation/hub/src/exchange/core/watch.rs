@@ -1,7 +1,7 @@
 //! One watching stream: what its receiver lacks, and the order in which it is sent.
 //!
-//! Withdrawals come first, also within a batch; then the rest of the batch that is being sent; then a change of interest, the
-//! hub's own objects, and the origins in turn. The interest shrinks only when everything that needed the larger one is out of
+//! Withdrawals come first, also within a batch; then the rest of the batch that is being sent; then a change of interest, what
+//! origins changed before the hub's own objects did, those, and the origins in turn. The interest shrinks only when everything that needed the larger one is out of
 //! force at the receiver.
 
 use std::collections::{BTreeSet, VecDeque};
@@ -56,6 +56,9 @@ pub(super) struct Receiver {
     number: u64,
     hub: HubCursor,
     cursors: HashMap<usize, Cursor>,
+    /// Origins whose changes go before the hub's own objects: they were here when those changed, and a policy comes with all
+    /// that it selects.
+    ahead: BTreeSet<usize>,
     /// Origins that may have something to be sent.
     pending: BTreeSet<usize>,
     /// Origins whose completeness for the present interest is still to be told.
@@ -89,6 +92,9 @@ struct Held {
 #[derive(Debug, Default)]
 struct HubCursor {
     snapshot: bool,
+    /// The first batch of the stream is due: it goes before any origin's, as it takes back what waits at the receiver and is
+    /// not covered by the present interest.
+    first: bool,
     dirty: BTreeSet<u64>,
     sent: Position,
 }
@@ -121,6 +127,7 @@ impl Receiver {
     pub(super) fn forget_origin(&mut self, number: usize) {
         self.cursors.remove(&number);
         self.pending.remove(&number);
+        self.ahead.remove(&number);
     }
 
     pub(super) fn withdraw(&mut self, cluster: &ClusterName) {
@@ -132,6 +139,12 @@ impl Receiver {
             self.flight_origin = None;
         }
         self.due.remove(cluster);
+        // The withdrawal overtakes them.
+        for notice in &mut self.notices {
+            if let Response::Interest(interest) = notice {
+                interest.origins.retain(|origin| **origin != **cluster);
+            }
+        }
         self.urgent.push_back(Response::Withdrawn(pb::Withdrawn { cluster: cluster.to_string() }));
     }
 
@@ -201,6 +214,7 @@ impl Exchange {
             number: 0,
             hub: HubCursor::default(),
             cursors: HashMap::new(),
+            ahead: BTreeSet::new(),
             pending: BTreeSet::new(),
             due: BTreeSet::new(),
             urgent: VecDeque::new(),
@@ -314,8 +328,19 @@ impl Exchange {
             if let Some(message) = receiver.notices.pop_front() {
                 return Some(pb::WatchResponse { message: Some(message) });
             }
+            if receiver.hub.first && self.has_news(id) {
+                // Origins were heard since the interest was told: the policies of this batch wait for them as well.
+                let interest = self.receivers.get(&id)?.interest.clone();
+                self.switch(id, interest);
+                continue;
+            }
+            let receiver = self.receivers.get_mut(&id)?;
             if receiver.hub.snapshot || !receiver.hub.dirty.is_empty() {
-                receiver.fill_hub(&self.hub);
+                match receiver.ahead.pop_first().filter(|_| !receiver.hub.first) {
+                    Some(number) if receiver.pending.remove(&number) => self.fill_origin(id, number),
+                    Some(_) => {}
+                    None => receiver.fill_hub(&self.hub),
+                }
                 continue;
             }
             let number = receiver.pending.pop_first()?;
@@ -345,6 +370,7 @@ impl Exchange {
             }
             _ => hub.snapshot = true,
         }
+        hub.first = hub.snapshot || !hub.dirty.is_empty();
         receiver.interest = open.interest.clone();
         for (origin, _) in &open.held {
             if !self.hub.federation.clusters.contains_key(origin) {
@@ -369,6 +395,20 @@ impl Exchange {
         }
         self.switch(id, interest);
         true
+    }
+
+    /// Whether an origin can be sent that the receiver holds nothing newest of, and does not wait for.
+    fn has_news(&self, id: ReceiverId) -> bool {
+        let Some(receiver) = self.receivers.get(&id) else { return false };
+        let is_news = |(number, cursor): (&usize, &Cursor)| {
+            self.origins[*number].as_ref().is_some_and(|origin| {
+                origin.synced
+                    && !matches!(cursor.wants, Wants::Changes)
+                    && !receiver.due.contains(&origin.name)
+                    && self.sees(&receiver.cluster, &origin.name)
+            })
+        };
+        receiver.cursors.iter().any(is_news)
     }
 
     /// What a receiver should be sent, from its policies and its own wishes.
@@ -456,6 +496,7 @@ impl Exchange {
                         .is_none_or(|o| o.is_for(&receiver.cluster) || o.was_for(&receiver.cluster))
                 });
                 receiver.hub.dirty.extend(told);
+                receiver.ahead.extend(&receiver.pending);
                 // Visibility or leases may have changed.
                 receiver.pending.extend(receiver.cursors.keys());
             }
@@ -485,11 +526,14 @@ impl Exchange {
         let sees = self.sees(&receiver.cluster, &name);
         let cursor = receiver.cursors.entry(number).or_default();
         if !sees {
-            receiver.due.remove(&name);
             if cursor.shown {
                 *cursor = Cursor::default();
                 let end = pb::End { position: Some(origin.position.into()), digest: wire::digest_bytes(0), view: 0 };
                 receiver.flight.extend([begin(&name, true, 0), Response::End(end)]);
+            }
+            // Nothing more comes of it: nobody need wait.
+            if receiver.due.remove(&name) {
+                receiver.flight.push_back(complete(receiver.number, &name, None, 0));
             }
             return;
         }
@@ -570,6 +614,8 @@ impl Exchange {
 
 impl Receiver {
     fn fill_hub(&mut self, hub: &HubObjects) {
+        self.ahead.clear();
+        self.hub.first = false;
         let snapshot = std::mem::take(&mut self.hub.snapshot);
         let dirty = std::mem::take(&mut self.hub.dirty);
         let (mut upserts, mut removals) = (Vec::new(), Vec::new());

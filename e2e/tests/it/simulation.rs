@@ -1,0 +1,122 @@
+//! Hub and members without sockets and clocks, driven from a seed: anything may happen between any two messages.
+//!
+//! At each step, of each receiver: what it holds of an origin is a past state of it; nothing is lost but by its origin's
+//! or the hub's word; a policy is in force only with all that it can select. At the end, when everybody is connected and
+//! nothing more is said: everybody holds exactly what the interests select, and the digests are equal.
+
+mod fleet;
+
+use std::collections::BTreeMap;
+
+use fleet::{Fleet, Random};
+use hanse_policy::model::ClusterScope;
+
+const RUNS: u64 = 400;
+const STEPS: usize = 600;
+
+fn seed() -> u64 {
+    std::env::var("HANSE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_124)
+}
+
+/// The seeds of runs are the printed one and those that follow it.
+#[test]
+fn whatever_happens_nothing_is_lost_and_no_policy_opens_a_gap() {
+    let seed = seed();
+    println!("seed {seed}");
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for run in seed..seed + RUNS {
+        let mut fleet = Fleet::new(Random(run), &mut counts);
+        for step in 0..STEPS {
+            fleet.at = format!("seed {run}, step {step}");
+            fleet.something_happens();
+        }
+        fleet.at = format!("seed {run}, at rest");
+        fleet.come_to_rest();
+    }
+    println!("{counts:#?}");
+    for (what, least) in [
+        ("pod changed", 1_000),
+        ("namespace changed", 100),
+        ("policy applied", 500),
+        ("policy deleted", 100),
+        ("own interest changed", 100),
+        ("publish stream cut", 100),
+        ("watch stream cut", 100),
+        ("hub restarted", 50),
+        ("member restarted", 50),
+        ("numbering lost", 10),
+        ("lease ended", 50),
+        ("grant changed", 50),
+        ("cluster withdrawn", 20),
+        ("cluster came", 20),
+        ("policy waited", 50),
+        ("policy came into force", 500),
+        ("left interest", 100),
+        ("resumed without a snapshot", 100),
+        ("snapshot", 100),
+    ] {
+        let seen = counts.get(what).copied().unwrap_or_default();
+        assert!(seen >= least, "{what}: only {seen} times");
+    }
+}
+
+/// A fleet at rest with one pod in each of many namespaces.
+fn large<'a>(counts: &'a mut BTreeMap<&'static str, usize>) -> Fleet<'a> {
+    let mut fleet = Fleet::new(Random(1), counts);
+    fleet.apply_policy("everything", "all()", &[0, 2], ClusterScope::All);
+    fleet.set_pods(1, (0..2_000).map(|number| (format!("pod-{number}"), "web")));
+    fleet.come_to_rest();
+    fleet
+}
+
+#[test]
+fn a_stream_that_resumes_is_sent_what_changed() {
+    let mut counts = BTreeMap::new();
+    let mut fleet = large(&mut counts);
+    let whole = fleet.bytes_received(0);
+    fleet.cut_watch(0);
+    fleet.set_pod(1, "pod-7", "app", "db");
+    fleet.remove_pod(1, "pod-8");
+    fleet.come_to_rest();
+    let resumed = fleet.bytes_received(0) - whole;
+    assert!(resumed < 2_000 && whole > 50_000, "{resumed} bytes after {whole}");
+    // The publisher too goes on where it was, also at a hub that is asked anew after its own restart of the stream.
+    let published = fleet.bytes_published(1);
+    fleet.cut_publish(1);
+    fleet.set_pod(1, "pod-9", "app", "db");
+    fleet.come_to_rest();
+    let again = fleet.bytes_published(1) - published;
+    assert!(again < 2_000, "{again} bytes published after {published}");
+}
+
+#[test]
+fn a_slow_receiver_is_sent_the_newest_once_and_makes_nobody_wait() {
+    let mut counts = BTreeMap::new();
+    let mut fleet = large(&mut counts);
+    fleet.stall(0);
+    let before = (fleet.bytes_received(0), fleet.bytes_received(2));
+    for round in 0..50 {
+        let value = |number| if (number + round) % 2 == 0 { "web" } else { "db" };
+        fleet.set_pods(1, (0..200).map(|number| (format!("pod-{number}"), value(number))));
+        fleet.pump();
+    }
+    assert_eq!(fleet.bytes_received(0), before.0, "it is stalled");
+    assert!(fleet.holds_all_of(2, 1), "the others went on");
+    fleet.resume(0);
+    fleet.come_to_rest();
+    let (slow, fast) = (fleet.bytes_received(0) - before.0, fleet.bytes_received(2) - before.1);
+    assert!(slow * 10 < fast, "10,000 changes of 200 pods came to {slow} bytes, and to {fast} for one that kept up");
+}
+
+#[test]
+fn a_withdrawal_goes_ahead_of_everything() {
+    let mut counts = BTreeMap::new();
+    let mut fleet = large(&mut counts);
+    fleet.stall(0);
+    fleet.set_pods(2, (0..2_000).map(|number| (format!("pod-{number}"), "web")));
+    fleet.pump();
+    fleet.withdraw(1);
+    fleet.resume(0);
+    fleet.deliver_one(0);
+    assert!(!fleet.holds_any_of(0, 1), "the next message after a withdrawal is the withdrawal");
+}

@@ -1,0 +1,745 @@
+//! The simulated fleet: real cores, pretended wires, and the truth to hold them against.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use hanse_hub::exchange::core::{Exchange, PublishId, ReceiverId};
+use hanse_hub::exchange::model as hub;
+use hanse_member::exchange::model::{Change, ClusterRecord, Position, Wanted};
+use hanse_member::exchange::publisher::{PublishSession, Publisher};
+use hanse_member::exchange::receiver::Receiver;
+use hanse_policy::inventory::{
+    Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, Namespace,
+};
+use hanse_policy::model::{ClusterName, ClusterScope};
+use hanse_policy::selector::Selector;
+use hanse_policy::tri::Tri;
+use hanse_proto::federation::v1 as pb;
+
+pub const MEMBERS: usize = 4;
+const NAMESPACES: [&str; 3] = ["train", "serve", "secret"];
+const SELECTORS: [&str; 7] =
+    ["app == 'web'", "app == 'db'", "has(app)", "all()", "app != 'web'", "pcns.stage == 'prod'", "!has(gpu)"];
+/// More messages than any fleet of these tests has to say: beyond, it never comes to rest.
+const MOST_MESSAGES: usize = 200_000;
+
+/// A generator whose whole state is its seed (SplitMix64).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % bound as u64) as usize
+    }
+
+    fn one<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())]
+    }
+}
+
+/// Everything but some namespaces.
+#[derive(Debug, Clone, Default)]
+struct Grant {
+    denied: BTreeSet<&'static str>,
+}
+
+impl hub::Grant for Grant {
+    fn permits_namespace(&self, name: &str) -> bool {
+        !self.denied.contains(name)
+    }
+    fn permits_address(&self, _: IpAddr) -> bool {
+        true
+    }
+    fn permits_label(&self, _: &str, _: &str) -> bool {
+        true
+    }
+    fn label_grant(&self) -> LabelGrant {
+        LabelGrant::default()
+    }
+    fn max_endpoints(&self) -> usize {
+        usize::MAX
+    }
+    fn max_label_sets(&self) -> usize {
+        usize::MAX
+    }
+}
+
+/// What the hub's store says of a cluster.
+#[derive(Debug, Clone)]
+struct Registered {
+    grant: Grant,
+    lease: hub::Lease,
+    visible_to: Option<BTreeSet<ClusterName>>,
+}
+
+struct Member {
+    name: ClusterName,
+    truth: Cluster,
+    addresses: u32,
+    publisher: Publisher,
+    stored_publisher: Vec<u8>,
+    receiver: Receiver,
+    stored_receiver: Vec<u8>,
+    own: BTreeSet<Wanted>,
+    /// Kept by changes alone.
+    view: Inventory,
+    in_force: BTreeMap<Arc<str>, u64>,
+    publishing: Option<Publishing>,
+    watching: Option<ReceiverId>,
+    stalled: bool,
+    received: usize,
+    published: usize,
+    /// Origins of which this receiver holds something, by the hub's word.
+    held: BTreeSet<ClusterName>,
+    snapshots_since_open: usize,
+}
+
+struct Publishing {
+    id: PublishId,
+    session: PublishSession,
+    outbox: VecDeque<pb::PublishRequest>,
+}
+
+/// A version of a policy: what it can select, and what the hub held when it was applied there.
+struct Version {
+    interest: BTreeSet<Wanted>,
+    enforcers: BTreeSet<ClusterName>,
+    /// Origins that were published at the hub then, unless the hub restarted since.
+    synced: BTreeMap<ClusterName, Position>,
+}
+
+pub struct Fleet<'a> {
+    random: Random,
+    counts: &'a mut BTreeMap<&'static str, usize>,
+    pub at: String,
+    members: Vec<Member>,
+    exchange: Exchange,
+    registered: BTreeMap<ClusterName, Registered>,
+    policies: BTreeMap<Arc<str>, u64>,
+    versions: BTreeMap<u64, Version>,
+    revision: u64,
+    /// What each cluster was at each of its positions.
+    history: BTreeMap<(ClusterName, u64, u64), Arc<Cluster>>,
+}
+
+fn name(member: usize) -> ClusterName {
+    format!("cluster-{member}").into()
+}
+
+fn pod(namespace: &str, name: &str) -> EndpointId {
+    EndpointId { kind: EndpointKind::Pod, namespace: Some(namespace.into()), name: name.into() }
+}
+
+impl<'a> Fleet<'a> {
+    pub fn new(random: Random, counts: &'a mut BTreeMap<&'static str, usize>) -> Self {
+        let member = |number| Member {
+            name: name(number),
+            truth: Cluster::default(),
+            addresses: 0,
+            publisher: Publisher::new(1),
+            stored_publisher: Vec::new(),
+            receiver: Receiver::default(),
+            stored_receiver: Vec::new(),
+            own: BTreeSet::new(),
+            view: Inventory::default(),
+            in_force: BTreeMap::new(),
+            publishing: None,
+            watching: None,
+            stalled: false,
+            received: 0,
+            published: 0,
+            held: BTreeSet::new(),
+            snapshots_since_open: 0,
+        };
+        let mut fleet = Self {
+            random,
+            counts,
+            at: "at the start".to_owned(),
+            members: (0..MEMBERS).map(member).collect(),
+            exchange: Exchange::new(),
+            registered: BTreeMap::new(),
+            policies: BTreeMap::new(),
+            versions: BTreeMap::new(),
+            revision: 0,
+            history: BTreeMap::new(),
+        };
+        for number in 0..MEMBERS {
+            let new = Registered { grant: Grant::default(), lease: hub::Lease::NeverHeard, visible_to: None };
+            fleet.registered.insert(name(number), new);
+            for namespace in NAMESPACES {
+                let labels = [("stage".into(), "prod".into())].into_iter().collect();
+                fleet.members[number].truth.namespaces.insert(namespace.into(), Namespace { labels });
+            }
+            fleet.publish(number);
+        }
+        fleet.tell_federation();
+        fleet
+    }
+
+    fn count(&mut self, what: &'static str) {
+        *self.counts.entry(what).or_default() += 1;
+    }
+
+    // What can happen.
+
+    pub fn something_happens(&mut self) {
+        let member = self.random.below(MEMBERS);
+        match self.random.below(100) {
+            0..16 => {
+                let (pod, value) = (format!("pod-{}", self.random.below(8)), self.random.one(&["web", "db", "cache"]));
+                match self.random.below(3) {
+                    0 => self.remove_pod(member, &pod),
+                    1 => self.set_pod(member, &pod, "app", value),
+                    _ => self.set_pod(member, &pod, "gpu", value),
+                }
+                self.count("pod changed");
+            }
+            16..18 => {
+                let (namespace, stage) = (self.random.one(&NAMESPACES), self.random.one(&["prod", "dev"]));
+                let labels = [("stage".into(), stage.into())].into_iter().collect();
+                self.members[member].truth.namespaces.insert(namespace.into(), Namespace { labels });
+                self.publish(member);
+                self.count("namespace changed");
+            }
+            18..23 => {
+                let (policy, selector) = (self.random.one(&["a", "b", "c"]), self.random.one(&SELECTORS));
+                let enforcers: Vec<usize> = (0..MEMBERS).filter(|_| self.random.below(2) == 0).collect();
+                let clusters = match self.random.below(3) {
+                    0 => ClusterScope::Named([name(0), name(1)].into()),
+                    _ => ClusterScope::All,
+                };
+                self.apply_policy(policy, selector, &enforcers, clusters);
+                self.count("policy applied");
+            }
+            23 => {
+                let policy = self.random.one(&["a", "b", "c"]);
+                if self.policies.remove(policy).is_some() {
+                    self.tell_federation();
+                    self.count("policy deleted");
+                }
+            }
+            24 => self.change_own_interest(member),
+            25 => self.cut_publish(member),
+            26 => self.cut_watch(member),
+            27 if self.random.below(4) == 0 => self.restart_hub(),
+            28 if self.random.below(4) == 0 => self.restart_member(member),
+            29 => self.change_lease(member),
+            30 if self.random.below(2) == 0 => self.change_grant(member),
+            31 if self.random.below(3) == 0 => match self.registered.contains_key(&name(member)) {
+                true => self.withdraw(member),
+                false => self.come(member),
+            },
+            32 => {
+                let stored = self.members[member].receiver.store();
+                self.members[member].stored_receiver = stored;
+            }
+            33..66 => drop(self.deliver_published(member)),
+            _ => drop(self.deliver_one(member)),
+        }
+    }
+
+    /// As one change.
+    pub fn set_pods(&mut self, member: usize, pods: impl Iterator<Item = (String, &'static str)>) {
+        pods.for_each(|(pod, value)| self.label_pod(member, &pod, "app", value));
+        self.publish(member);
+    }
+
+    pub fn set_pod(&mut self, member: usize, pod: &str, key: &str, value: &str) {
+        self.label_pod(member, pod, key, value);
+        self.publish(member);
+    }
+
+    fn label_pod(&mut self, member: usize, pod_name: &str, key: &str, value: &str) {
+        let place = pod_name.len() + pod_name.bytes().map(usize::from).sum::<usize>();
+        let id = pod(NAMESPACES[place % NAMESPACES.len()], pod_name);
+        let it = &mut self.members[member];
+        it.addresses += 1;
+        let fresh = IpAddr::from(Ipv4Addr::from(0x0a00_0000 + (member as u32) * 0x1_0000 + it.addresses));
+        let endpoint =
+            it.truth.endpoints.entry(id).or_insert_with(|| Endpoint { addresses: vec![fresh], ..Endpoint::default() });
+        endpoint.labels.insert(key.into(), value.into());
+    }
+
+    pub fn remove_pod(&mut self, member: usize, pod_name: &str) {
+        self.members[member].truth.endpoints.retain(|id, _| *id.name != *pod_name);
+        self.publish(member);
+    }
+
+    pub fn apply_policy(&mut self, policy: &str, selector: &str, enforcers: &[usize], clusters: ClusterScope) {
+        let selector = Selector::parse(selector).expect("a selector");
+        let wanted = Wanted { clusters, selector, port_names: BTreeSet::new() };
+        let number = self.versions.len() as u64 + 1;
+        let version = Version {
+            interest: [wanted].into(),
+            enforcers: enforcers.iter().map(|member| name(*member)).collect(),
+            synced: BTreeMap::new(),
+        };
+        self.versions.insert(number, version);
+        self.policies.insert(policy.into(), number);
+        self.tell_federation();
+        let synced = (0..MEMBERS).map(name).filter_map(|cluster| {
+            let origin = self.exchange.origin(&cluster).filter(|origin| origin.synced)?;
+            let at = Position { epoch: origin.position.epoch, revision: origin.position.revision };
+            Some((cluster, at))
+        });
+        let synced = synced.collect();
+        self.versions.get_mut(&number).expect("just made").synced = synced;
+    }
+
+    fn change_own_interest(&mut self, member: usize) {
+        let selector = Selector::parse(self.random.one(&SELECTORS)).expect("a selector");
+        let wanted = Wanted { clusters: ClusterScope::All, selector, port_names: BTreeSet::new() };
+        let own = if self.random.below(3) == 0 { BTreeSet::new() } else { [wanted].into() };
+        let it = &mut self.members[member];
+        it.own.clone_from(&own);
+        let request = it.receiver.set_own(&own);
+        if let (Some(request), Some(id)) = (request, it.watching) {
+            self.exchange.watch(id, request).expect("the protocol");
+        }
+        self.count("own interest changed");
+    }
+
+    pub fn cut_publish(&mut self, member: usize) {
+        if let Some(stream) = self.members[member].publishing.take() {
+            self.exchange.publish_close(stream.id);
+            self.count("publish stream cut");
+        }
+    }
+
+    pub fn cut_watch(&mut self, member: usize) {
+        if let Some(id) = self.members[member].watching.take() {
+            self.exchange.watch_close(id);
+            self.members[member].receiver.disconnected();
+            self.count("watch stream cut");
+        }
+    }
+
+    /// Endpoints are gone at the hub, its store is not.
+    fn restart_hub(&mut self) {
+        for it in &mut self.members {
+            (it.publishing, it.watching) = (None, None);
+            it.receiver.disconnected();
+        }
+        self.exchange = Exchange::new();
+        self.versions.values_mut().for_each(|version| version.synced.clear());
+        self.tell_federation();
+        self.count("hub restarted");
+    }
+
+    /// It goes on from what it wrote down last, or has lost its numbering.
+    fn restart_member(&mut self, member: usize) {
+        self.cut_publish(member);
+        self.cut_watch(member);
+        let lost = self.random.below(4) == 0;
+        let it = &mut self.members[member];
+        it.receiver = Receiver::restore(&it.stored_receiver).unwrap_or_default();
+        (it.view, it.in_force, it.held) = Default::default();
+        it.publisher = match lost {
+            true => Publisher::new(it.publisher.position().epoch + 1),
+            false => Publisher::restore(&it.stored_publisher).expect("what was stored"),
+        };
+        it.receiver.set_own(&it.own.clone());
+        it.held = it.receiver.origins().into_keys().collect();
+        self.take_changes(member, true);
+        self.publish(member);
+        self.count(if lost { "numbering lost" } else { "member restarted" });
+    }
+
+    fn change_lease(&mut self, member: usize) {
+        let Some(it) = self.registered.get_mut(&name(member)) else { return };
+        it.lease = match it.lease {
+            hub::Lease::NeverHeard => return,
+            hub::Lease::Live => hub::Lease::Stale { silent_ms: 30_000 },
+            hub::Lease::Stale { .. } => hub::Lease::Live,
+        };
+        self.tell_federation();
+        self.count("lease ended");
+    }
+
+    fn change_grant(&mut self, member: usize) {
+        let someone = name(self.random.below(MEMBERS));
+        let Some(it) = self.registered.get_mut(&name(member)) else { return };
+        match self.random.below(3) {
+            0 => it.visible_to = Some([someone, name(member)].into()),
+            1 => it.visible_to = None,
+            _ if it.grant.denied.is_empty() => drop(it.grant.denied.insert("secret")),
+            _ => it.grant.denied.clear(),
+        }
+        // What is granted from now on comes as a new cluster does, after policies.
+        for version in self.versions.values_mut() {
+            version.synced.remove(&name(member));
+        }
+        self.tell_federation();
+        self.count("grant changed");
+    }
+
+    pub fn withdraw(&mut self, member: usize) {
+        self.registered.remove(&name(member));
+        self.cut_publish(member);
+        self.cut_watch(member);
+        for version in self.versions.values_mut() {
+            version.synced.remove(&name(member));
+        }
+        self.tell_federation();
+        self.count("cluster withdrawn");
+    }
+
+    fn come(&mut self, member: usize) {
+        let new = Registered { grant: Grant::default(), lease: hub::Lease::NeverHeard, visible_to: None };
+        self.registered.insert(name(member), new);
+        self.tell_federation();
+        self.count("cluster came");
+    }
+
+    pub fn stall(&mut self, member: usize) {
+        self.members[member].stalled = true;
+    }
+
+    pub fn resume(&mut self, member: usize) {
+        self.members[member].stalled = false;
+    }
+
+    // Wires.
+
+    fn publish(&mut self, member: usize) {
+        let it = &mut self.members[member];
+        it.publisher.publish(&it.truth);
+        it.stored_publisher = it.publisher.store();
+        self.remember(member);
+    }
+
+    fn remember(&mut self, member: usize) {
+        let it = &self.members[member];
+        let Position { epoch, revision } = it.publisher.position();
+        self.history.insert((it.name.clone(), epoch, revision), Arc::new(it.truth.clone()));
+    }
+
+    fn tell_federation(&mut self) {
+        self.revision += 1;
+        let cluster = |(name, it): (&ClusterName, &Registered)| {
+            let token = format!("{:?} {:?}", it.grant, it.visible_to);
+            let state = hub::ClusterState {
+                labels: Default::default(),
+                grant: Arc::new(it.grant.clone()),
+                grant_token: u64::from_le_bytes(blake3::hash(token.as_bytes()).as_bytes()[..8].try_into().expect("8")),
+                cidrs: Vec::new(),
+                lease: it.lease,
+                federated_allow_final: false,
+                visible_to: it.visible_to.clone(),
+            };
+            (name.clone(), state)
+        };
+        let manifest = |(policy, number): (&Arc<str>, &u64)| {
+            let version = &self.versions[number];
+            let wanted = |it: &Wanted| {
+                let (clusters, selector) = (it.clusters.clone(), it.selector.clone());
+                Arc::new(hub::Wanted { clusters, selector, port_names: it.port_names.clone() })
+            };
+            let manifest = hub::FederatedManifest {
+                json: number.to_string().into(),
+                enforcers: Some(version.enforcers.clone()),
+                resolved: BTreeMap::new(),
+                interest: version.interest.iter().map(wanted).collect(),
+                features: Vec::new(),
+            };
+            ((hub::ManifestKind::Policy, policy.clone()), Arc::new(manifest))
+        };
+        self.exchange.set_federation(hub::Federation {
+            position: hub::Position { epoch: 1, revision: self.revision },
+            clusters: self.registered.iter().map(cluster).collect(),
+            manifests: self.policies.iter().map(manifest).collect(),
+        });
+    }
+
+    /// Connects a stream that is not, or moves one message to the hub; whether anything moved.
+    fn deliver_published(&mut self, member: usize) -> bool {
+        let it = &mut self.members[member];
+        if !self.registered.contains_key(&it.name) {
+            return false;
+        }
+        let Some(stream) = it.publishing.as_mut() else {
+            let open = PublishSession::open(&it.publisher);
+            let id = self.exchange.publish_open(it.name.clone());
+            let (session, outbox) = (PublishSession::default(), VecDeque::from([open]));
+            it.publishing = Some(Publishing { id, session, outbox });
+            return true;
+        };
+        if stream.outbox.is_empty() {
+            stream.outbox.extend(stream.session.poll(&it.publisher));
+        }
+        let Some(request) = stream.outbox.pop_front() else { return false };
+        it.published += prost::Message::encoded_len(&request);
+        let answers = self.exchange.publish(stream.id, request).expect("the protocol");
+        for answer in answers {
+            stream.session.take(&mut it.publisher, answer);
+        }
+        it.stored_publisher = it.publisher.store();
+        if let Some(registered) = self.registered.get_mut(&name(member))
+            && registered.lease == hub::Lease::NeverHeard
+        {
+            registered.lease = hub::Lease::Live;
+            self.tell_federation();
+        }
+        self.remember(member);
+        true
+    }
+
+    /// Connects a stream that is not, or moves one message to the receiver; whether anything moved.
+    pub fn deliver_one(&mut self, member: usize) -> bool {
+        let it = &mut self.members[member];
+        if it.stalled || !self.registered.contains_key(&it.name) {
+            return false;
+        }
+        let Some(id) = it.watching else {
+            let open = it.receiver.open();
+            let Some(pb::watch_request::Message::Open(open)) = open.message else { panic!("not an opening") };
+            it.watching = Some(self.exchange.watch_open(it.name.clone(), open).expect("accepted"));
+            it.snapshots_since_open = 0;
+            return true;
+        };
+        let Some(response) = self.exchange.next(id) else { return false };
+        it.received += prost::Message::encoded_len(&response);
+        let mut resumed = None;
+        match &response.message {
+            Some(pb::watch_response::Message::Begin(begin)) if !begin.origin.is_empty() => {
+                let snapshot = matches!(begin.kind, Some(pb::begin::Kind::Snapshot(_)));
+                it.snapshots_since_open += usize::from(snapshot);
+                resumed = Some(snapshot);
+            }
+            Some(pb::watch_response::Message::Withdrawn(withdrawn)) => drop(it.held.remove(&*withdrawn.cluster)),
+            _ => {}
+        }
+        let requests = it.receiver.take(response).expect("the protocol");
+        if let Some(snapshot) = resumed {
+            self.count(if snapshot { "snapshot" } else { "resumed without a snapshot" });
+        }
+        for request in requests {
+            self.exchange.watch(id, request).expect("the protocol");
+        }
+        self.take_changes(member, false);
+        true
+    }
+
+    /// Hands changes on, as the member's process does, and holds the result against the truth.
+    fn take_changes(&mut self, member: usize, restored: bool) {
+        let waiting = self.members[member].receiver.waiting().0;
+        if !waiting.is_empty() {
+            self.count("policy waited");
+        }
+        let Some(updates) = self.members[member].receiver.take_updates() else { return };
+        let mut came = BTreeSet::new();
+        for change in updates.changes {
+            let it = &mut self.members[member];
+            change.apply(&mut it.view);
+            match change {
+                Change::Manifest { name, manifest: None, .. } => drop(it.in_force.remove(&name)),
+                Change::Manifest { name: policy, manifest: Some(manifest), .. } => {
+                    let number = std::str::from_utf8(&manifest.json).expect("text").parse().expect("a number");
+                    it.in_force.insert(policy, number);
+                    came.insert(number);
+                }
+                Change::Cluster { name, record: None } | Change::Withdrawn { name } => drop(it.held.remove(&name)),
+                Change::Endpoint { cluster, id, endpoint: None } => {
+                    let there = |it: &Member| it.name == cluster && it.truth.endpoints.contains_key(&id);
+                    if self.members.iter().any(there) {
+                        self.count("left interest");
+                    }
+                }
+                Change::Cluster { .. }
+                | Change::Namespace { .. }
+                | Change::ServiceAccount { .. }
+                | Change::Endpoint { .. } => {}
+            }
+        }
+        // Changes that come together count together: a version may have been replaced at once.
+        let it = &self.members[member];
+        let came: Vec<u64> = it.in_force.values().copied().filter(|number| came.contains(number)).collect();
+        for number in came.into_iter().filter(|_| !restored) {
+            self.comes_into_force(member, number);
+        }
+        self.check(member);
+    }
+
+    // What must hold.
+
+    /// All that a policy could select when it was applied is there, as new as it was then.
+    fn comes_into_force(&mut self, member: usize, number: u64) {
+        self.count("policy came into force");
+        let (at, it, version) = (&self.at, &self.members[member], &self.versions[&number]);
+        let held = it.receiver.origins();
+        for (origin, then) in &version.synced {
+            let Some(registered) = self.registered.get(origin) else { continue };
+            let scope = version.interest.iter().any(|wanted| wanted.clusters.contains(&it.name, origin));
+            let seen = registered.visible_to.as_ref().is_none_or(|names| names.contains(&it.name));
+            if *origin == it.name || !scope || !seen || self.exchange.origin(origin).is_none_or(|it| !it.synced) {
+                continue;
+            }
+            let now = held.get(origin).map(|status| status.position);
+            assert!(now.is_some(), "{at}: {} enforces version {number} without {origin}, at {then:?}", it.name);
+            let since = (origin.clone(), then.epoch, then.revision)..=(origin.clone(), u64::MAX, u64::MAX);
+            let since: Vec<&Arc<Cluster>> = self.history.range(since).map(|(_, was)| was).collect();
+            let then = since[0];
+            let view = it.view.clusters.get(origin);
+            for (id, endpoint) in &then.endpoints {
+                let namespace = id.namespace.as_ref().expect("a pod");
+                // Where the pod has changed since, the change is under way.
+                let same = registered.grant.denied.is_empty()
+                    && since.iter().all(|was| {
+                        was.endpoints.get(id) == Some(endpoint)
+                            && was.namespaces.get(namespace) == then.namespaces.get(namespace)
+                    });
+                let labels = EffectiveLabels { cluster: then, id, endpoint, first_hand: false };
+                let selects = |wanted: &Wanted| {
+                    wanted.clusters.contains(&it.name, origin) && wanted.selector.evaluate(&labels) != Tri::No
+                };
+                if same && version.interest.iter().any(selects) {
+                    let there = view.is_some_and(|view| view.endpoints.contains_key(id));
+                    assert!(there, "{at}: {} enforces version {number} without {id:?} of {origin}", it.name);
+                }
+            }
+        }
+    }
+
+    /// What a receiver holds is what its origins were, and covers the policies that are in force.
+    fn check(&self, member: usize) {
+        let (at, it) = (&self.at, &self.members[member]);
+        let me = &it.name;
+        let origins = it.receiver.origins();
+        for origin in &it.held {
+            assert!(origins.contains_key(origin), "{at}: {me} lost {origin}, and nobody said so");
+        }
+        for (origin, status) in &origins {
+            let Position { epoch, revision } = status.position;
+            let (from, to) = ((origin.clone(), epoch, 0), (origin.clone(), epoch, revision));
+            let Some((_, then)) = self.history.range(from..=to).next_back() else {
+                let nothing = it.view.clusters.get(origin).is_none_or(|view| view.endpoints.is_empty());
+                assert!(nothing, "{at}: {me} holds {origin} at {epoch}/{revision}, where it never was");
+                continue;
+            };
+            let view = it.view.clusters.get(origin).cloned().unwrap_or_default();
+            for (id, endpoint) in &view.endpoints {
+                let truth = then.endpoints.get(id);
+                let same = truth.is_some_and(|it| it.labels == endpoint.labels && it.addresses == endpoint.addresses);
+                assert!(same, "{at}: {me} holds {id:?} of {origin} as {endpoint:?}; at {epoch}/{revision}: {truth:?}");
+            }
+        }
+    }
+
+    fn wanted(&self, member: usize) -> BTreeSet<Wanted> {
+        let it = &self.members[member];
+        let enforced = self.policies.values().map(|number| &self.versions[number]);
+        let enforced = enforced.filter(|version| version.enforcers.contains(&it.name));
+        it.own.iter().cloned().chain(enforced.flat_map(|version| version.interest.iter().cloned())).collect()
+    }
+
+    /// The pods of an origin that a receiver must hold, by the truth.
+    fn expected(&self, member: usize, origin: usize) -> BTreeSet<EndpointId> {
+        let (receiver, owner) = (&self.members[member].name, &self.members[origin]);
+        let Some(registered) = self.registered.get(&owner.name) else { return BTreeSet::new() };
+        if registered.visible_to.as_ref().is_some_and(|names| !names.contains(receiver)) {
+            return BTreeSet::new();
+        }
+        let wanted = self.wanted(member);
+        let selected = |(id, endpoint): &(&EndpointId, &Endpoint)| {
+            let labels = EffectiveLabels { cluster: &owner.truth, id, endpoint, first_hand: false };
+            let namespace = id.namespace.as_deref().unwrap_or_default();
+            !registered.grant.denied.contains(namespace)
+                && wanted.iter().any(|wanted| {
+                    wanted.clusters.contains(receiver, &owner.name) && wanted.selector.evaluate(&labels) != Tri::No
+                })
+        };
+        owner.truth.endpoints.iter().filter(selected).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Until nothing more is said.
+    pub fn pump(&mut self) {
+        let mut moved = true;
+        let mut messages = 0;
+        while moved {
+            moved = false;
+            for member in 0..MEMBERS {
+                while self.deliver_published(member) {
+                    (moved, messages) = (true, messages + 1);
+                }
+                while self.deliver_one(member) {
+                    (moved, messages) = (true, messages + 1);
+                }
+                assert!(messages < MOST_MESSAGES, "{}: it never comes to rest", self.at);
+            }
+        }
+    }
+
+    pub fn come_to_rest(&mut self) {
+        for member in 0..MEMBERS {
+            if !self.registered.contains_key(&name(member)) {
+                self.come(member);
+            }
+            self.resume(member);
+        }
+        for registered in self.registered.values_mut().filter(|it| it.lease != hub::Lease::NeverHeard) {
+            registered.lease = hub::Lease::Live;
+        }
+        self.tell_federation();
+        self.pump();
+        let at = self.at.clone();
+        for (member, it) in self.members.iter().enumerate() {
+            let mut in_force: BTreeMap<Arc<str>, u64> = self.policies.clone();
+            in_force.retain(|_, number| self.versions[number].enforcers.contains(&it.name));
+            assert_eq!(it.in_force, in_force, "{at}: policies of {}", it.name);
+            assert!(it.receiver.waiting().0.is_empty(), "{at}: {} waits", it.name);
+            for origin in (0..MEMBERS).filter(|origin| *origin != member) {
+                let owner = &self.members[origin];
+                let view = it.view.clusters.get(&owner.name).cloned().unwrap_or_default();
+                let held: BTreeSet<EndpointId> = view.endpoints.keys().cloned().collect();
+                assert_eq!(held, self.expected(member, origin), "{at}: {} of {}", it.name, owner.name);
+                for (id, endpoint) in &view.endpoints {
+                    let truth = &owner.truth.endpoints[id];
+                    assert_eq!((&truth.labels, &truth.addresses), (&endpoint.labels, &endpoint.addresses), "{at}");
+                    let namespace = id.namespace.as_ref().expect("a pod");
+                    assert_eq!(view.namespaces.get(namespace), owner.truth.namespaces.get(namespace), "{at}");
+                }
+                let digest = it.receiver.origins().get(&owner.name).map_or(0, |status| status.digest);
+                let expected = self.exchange.expected_digest(it.watching.expect("connected"), &owner.name);
+                assert_eq!(Some(digest), expected.or(Some(0)), "{at}: {} of {}", it.name, owner.name);
+            }
+            assert_eq!(
+                self.exchange.expected_digest(it.watching.expect("connected"), ""),
+                Some(it.receiver.hub_digest()),
+                "{at}: {}",
+                it.name
+            );
+            let mut everything = it.receiver.everything();
+            // Clusters that say nothing are named by records alone.
+            everything.clusters.retain(|_, cluster| !cluster.endpoints.is_empty());
+            for (cluster, all) in &everything.clusters {
+                assert_eq!(Some(&all.endpoints), it.view.clusters.get(cluster).map(|it| &it.endpoints), "{at}");
+            }
+            let records: BTreeMap<&ClusterName, &ClusterRecord> = it.receiver.clusters().iter().collect();
+            assert_eq!(records.len(), self.registered.len(), "{at}");
+        }
+    }
+
+    // For the tests of single promises.
+
+    pub fn bytes_received(&self, member: usize) -> usize {
+        self.members[member].received
+    }
+
+    pub fn bytes_published(&self, member: usize) -> usize {
+        self.members[member].published
+    }
+
+    pub fn holds_any_of(&self, member: usize, origin: usize) -> bool {
+        let view = self.members[member].view.clusters.get(&name(origin));
+        view.is_some_and(|view| !view.endpoints.is_empty())
+    }
+
+    pub fn holds_all_of(&self, member: usize, origin: usize) -> bool {
+        let view = self.members[member].view.clusters.get(&name(origin)).cloned().unwrap_or_default();
+        view.endpoints.keys().cloned().collect::<BTreeSet<_>>() == self.expected(member, origin)
+    }
+}
