@@ -115,8 +115,28 @@ fn a_withdrawal_goes_ahead_of_everything() {
     fleet.stall(0);
     fleet.set_pods(2, (0..2_000).map(|number| (format!("pod-{number}"), "web")));
     fleet.pump();
-    fleet.withdraw(1);
     fleet.resume(0);
+    // The first message of a batch is out, the rest of it waits.
+    fleet.deliver_one(0);
+    fleet.withdraw(1);
     fleet.deliver_one(0);
     assert!(!fleet.holds_any_of(0, 1), "the next message after a withdrawal is the withdrawal");
+}
+
+#[test]
+fn a_hub_that_restarts_makes_nobody_forget_and_no_policy_come_early() {
+    let mut counts = BTreeMap::new();
+    let mut fleet = large(&mut counts);
+    fleet.restart_hub();
+    fleet.start_anew(3);
+    fleet.apply_policy("late", "app == 'web'", &[0, 3], ClusterScope::All);
+    // Cluster 1 lives and has not published to this hub yet; the receivers are connected.
+    for _ in 0..100 {
+        fleet.deliver_one(0);
+        fleet.deliver_one(3);
+    }
+    assert!(fleet.holds_all_of(0, 1), "what it holds, it keeps");
+    assert!(!fleet.enforces(0, "late") && !fleet.enforces(3, "late"), "the policy waits for cluster 1");
+    fleet.pump();
+    assert!(fleet.enforces(0, "late") && fleet.enforces(3, "late") && fleet.holds_all_of(3, 1));
 }

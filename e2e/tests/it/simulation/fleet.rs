@@ -94,7 +94,9 @@ struct Member {
     received: usize,
     published: usize,
     /// Origins of which this receiver holds something, by the hub's word.
-    held: BTreeSet<ClusterName>,
+    held: BTreeMap<ClusterName, Position>,
+    /// Clusters that were ever hidden from it.
+    hidden: BTreeSet<ClusterName>,
     snapshots_since_open: usize,
 }
 
@@ -152,7 +154,8 @@ impl<'a> Fleet<'a> {
             stalled: false,
             received: 0,
             published: 0,
-            held: BTreeSet::new(),
+            held: BTreeMap::new(),
+            hidden: BTreeSet::new(),
             snapshots_since_open: 0,
         };
         let mut fleet = Self {
@@ -286,7 +289,7 @@ impl<'a> Fleet<'a> {
             let at = Position { epoch: origin.position.epoch, revision: origin.position.revision };
             Some((cluster, at))
         });
-        let synced = synced.collect();
+        let synced: BTreeMap<ClusterName, Position> = synced.collect();
         self.versions.get_mut(&number).expect("just made").synced = synced;
     }
 
@@ -319,7 +322,7 @@ impl<'a> Fleet<'a> {
     }
 
     /// Endpoints are gone at the hub, its store is not.
-    fn restart_hub(&mut self) {
+    pub fn restart_hub(&mut self) {
         for it in &mut self.members {
             (it.publishing, it.watching) = (None, None);
             it.receiver.disconnected();
@@ -343,10 +346,16 @@ impl<'a> Fleet<'a> {
             false => Publisher::restore(&it.stored_publisher).expect("what was stored"),
         };
         it.receiver.set_own(&it.own.clone());
-        it.held = it.receiver.origins().into_keys().collect();
+        it.held = it.receiver.origins().into_iter().map(|(name, status)| (name, status.position)).collect();
         self.take_changes(member, true);
         self.publish(member);
         self.count(if lost { "numbering lost" } else { "member restarted" });
+    }
+
+    /// Without what it wrote down.
+    pub fn start_anew(&mut self, member: usize) {
+        self.members[member].stored_receiver.clear();
+        self.restart_member(member);
     }
 
     fn change_lease(&mut self, member: usize) {
@@ -364,7 +373,12 @@ impl<'a> Fleet<'a> {
         let someone = name(self.random.below(MEMBERS));
         let Some(it) = self.registered.get_mut(&name(member)) else { return };
         match self.random.below(3) {
-            0 => it.visible_to = Some([someone, name(member)].into()),
+            0 => {
+                for other in self.members.iter_mut().filter(|other| other.name != someone) {
+                    other.hidden.insert(name(member));
+                }
+                it.visible_to = Some([someone, name(member)].into());
+            }
             1 => it.visible_to = None,
             _ if it.grant.denied.is_empty() => drop(it.grant.denied.insert("secret")),
             _ => it.grant.denied.clear(),
@@ -605,13 +619,18 @@ impl<'a> Fleet<'a> {
     }
 
     /// What a receiver holds is what its origins were, and covers the policies that are in force.
-    fn check(&self, member: usize) {
-        let (at, it) = (&self.at, &self.members[member]);
+    fn check(&mut self, member: usize) {
+        let (at, it) = (&self.at, &mut self.members[member]);
         let me = &it.name;
         let origins = it.receiver.origins();
-        for origin in &it.held {
-            assert!(origins.contains_key(origin), "{at}: {me} lost {origin}, and nobody said so");
+        for (origin, before) in &it.held {
+            let now = origins.get(origin).map(|status| status.position);
+            assert!(
+                now >= Some(*before) || it.hidden.contains(origin),
+                "{at}: {me} had {origin} at {before:?}, now {now:?}, and nobody said so"
+            );
         }
+        it.held = origins.iter().map(|(name, status)| (name.clone(), status.position)).collect();
         for (origin, status) in &origins {
             let Position { epoch, revision } = status.position;
             let (from, to) = ((origin.clone(), epoch, 0), (origin.clone(), epoch, revision));
@@ -724,6 +743,10 @@ impl<'a> Fleet<'a> {
     }
 
     // For the tests of single promises.
+
+    pub fn enforces(&self, member: usize, policy: &str) -> bool {
+        self.members[member].in_force.get(policy) == self.policies.get(policy)
+    }
 
     pub fn bytes_received(&self, member: usize) -> usize {
         self.members[member].received
