@@ -14,8 +14,9 @@ use crate::field::{Errors, FieldError, Path};
 use crate::hanse::{check_order, convert_default_action};
 use crate::kubernetes::{Metadata, null_as_default};
 use crate::manifest::{Reference, typed};
-use crate::network_policy::{self, peers_scope};
-use crate::rule::{self, Context, RuleSpec};
+use crate::metadata::{NAME_RULE, check_metadata};
+use crate::network_policy::{self, is_dns_label, is_subdomain, peers_scope};
+use crate::rule::{self, Context, RuleSpec, RulesOf};
 
 pub const API_VERSION: &str = "projectcalico.org/v3";
 pub const CRD_API_VERSION: &str = "crd.projectcalico.org/v1";
@@ -153,7 +154,11 @@ impl CalicoObject {
             }
             Self::NetworkSet { global, set } => {
                 let path = Path::Root("spec");
-                let nets = rule::convert_nets(&set.spec.nets, &path.field("nets"), errors);
+                let nets = rule::convert_set(&set.spec.nets, &path.field("nets"), errors);
+                check_metadata(&set.metadata, errors);
+                if set.metadata.labels.contains_key(build::NAMESPACE) {
+                    errors.add(&Path::Root("metadata.labels"), format!("\"{}\" may not be set", build::NAMESPACE));
+                }
                 let namespace = (!global).then(|| set.metadata.namespace());
                 let labels = set.metadata.labels.clone();
                 let id =
@@ -174,14 +179,18 @@ const FIXED_TIERS: [(&str, f64, TierDefault); 3] = [
 fn convert_tier(tier: &Resource<TierSpec>, errors: &mut Errors) -> model::Tier {
     let path = Path::Root("spec");
     let name = tier.metadata.name.as_str();
+    check_metadata(&tier.metadata, errors);
+    if !name.is_empty() && !is_dns_label(name) {
+        errors.add(&Path::Root("metadata.name"), "a tier is named by at most 63 of a-z 0-9 -, without dots");
+    }
     check_order(tier.spec.order, &path, errors);
     let mut default = convert_default_action(&tier.spec.default_action, &path.field("defaultAction"), errors);
     let mut order = tier.spec.order;
     if let Some((_, fixed, action)) = FIXED_TIERS.iter().find(|(known, ..)| *known == name) {
-        if order.is_some_and(|order| order != *fixed) {
+        if order != Some(*fixed) {
             errors.add(&path.field("order"), format!("the tier {name} has the order {fixed}"));
         }
-        if !tier.spec.default_action.is_empty() && default != *action {
+        if default != *action {
             errors.add(&path.field("defaultAction"), format!("the tier {name} has the default action {action:?}"));
         }
         (order, default) = (Some(*fixed), *action);
@@ -254,6 +263,33 @@ fn convert_policy(
     if spec.staged_action.is_some() && !is_staged {
         errors.add(&path.field("stagedAction"), "is a field of the staged kinds only");
     }
+    check_metadata(&policy.metadata, errors);
+    check_policy_name(policy.metadata.name.as_str(), is_global, errors);
+    if is_staged && spec.staged_action.as_deref() == Some("Delete") {
+        let empty =
+            PolicySpec { tier: spec.tier.clone(), staged_action: spec.staged_action.clone(), ..Default::default() };
+        if *spec != empty {
+            errors.add(&path, "may hold nothing beside tier where stagedAction is Delete");
+        }
+    }
+    if !spec.tier.is_empty() && !is_subdomain(&spec.tier) {
+        errors.add(&path.field("tier"), format!("\"{}\" is no name: {NAME_RULE}", spec.tier));
+    }
+    for (index, hint) in spec.performance_hints.iter().enumerate() {
+        let path = path.field("performanceHints");
+        if hint != "AssumeNeededOnEveryNode" {
+            errors.add(&path.index(index), format!("\"{hint}\" is not AssumeNeededOnEveryNode"));
+        } else if spec.performance_hints[..index].contains(hint) {
+            errors.add(&path.index(index), format!("{hint} stands twice"));
+        }
+    }
+    for (text, name) in [
+        (&spec.selector, "selector"),
+        (&spec.namespace_selector, "namespaceSelector"),
+        (&spec.service_account_selector, "serviceAccountSelector"),
+    ] {
+        rule::refuse_global(text, &path.field(name), errors);
+    }
     let scope = peers_scope(&policy.metadata, errors);
     let resolve = |_: Option<&Selector>| scope.clone();
     let context = Context { namespace: namespace.as_deref(), clusters: &resolve, federated: false };
@@ -284,16 +320,8 @@ fn convert_policy(
     }
     check_order(spec.order, &path, errors);
     let (ingress_path, egress_path) = (path.field("ingress"), path.field("egress"));
-    let ingress_rules = rule::convert_rules(&spec.ingress, context, &ingress_path, errors);
-    let egress_rules = rule::convert_rules(&spec.egress, context, &egress_path, errors);
-    for (rules, path, allowed) in
-        [(&spec.ingress, &ingress_path, !spec.do_not_track && !spec.pre_dnat), (&spec.egress, &egress_path, false)]
-    {
-        for (index, _) in rules.iter().enumerate().filter(|(_, rule)| rule.http.is_some() && !allowed) {
-            let path = path.index(index);
-            errors.add(&path.field("http"), "is for ingress rules, and not beside doNotTrack or preDNAT");
-        }
-    }
+    let ingress_rules = rule::convert_rules(&spec.ingress, RulesOf::Ingress, context, &ingress_path, errors);
+    let egress_rules = rule::convert_rules(&spec.egress, RulesOf::Egress, context, &egress_path, errors);
     let staged_path = path.field("stagedAction");
     let tier = if spec.tier.is_empty() { "default" } else { spec.tier.as_str() };
     Policy {
@@ -306,6 +334,19 @@ fn convert_policy(
         egress: egress.then_some(egress_rules),
         staged: is_staged.then(|| convert_staged_action(spec.staged_action.as_deref(), &staged_path, errors)),
         host_only: spec.do_not_track || spec.pre_dnat,
+    }
+}
+
+/// A label, or two with a dot between (a tier before the name); a namespaced one also what older versions made of other
+/// systems' policies.
+fn check_policy_name(name: &str, is_global: bool, errors: &mut Errors) {
+    let two_labels = || name.split_once('.').is_some_and(|(tier, rest)| is_dns_label(tier) && is_dns_label(rest));
+    let converted = || {
+        let rest = ["knp.default.", "ossg.default."].iter().find_map(|prefix| name.strip_prefix(prefix));
+        !is_global && rest.is_some_and(is_subdomain)
+    };
+    if !name.is_empty() && !is_dns_label(name) && !two_labels() && !converted() {
+        errors.add(&Path::Root("metadata.name"), "a policy is named by a-z 0-9 -, with a dot after the tier at most");
     }
 }
 
@@ -323,6 +364,11 @@ fn convert_staged_kubernetes(
             network_policy::Spec::default()
         }
     };
+    check_metadata(&policy.metadata, errors);
+    let staged_action = policy.spec.staged_action.as_deref();
+    if staged_action == Some("Delete") && spec != network_policy::Spec::default() {
+        errors.add(&path, "may hold nothing else where stagedAction is Delete");
+    }
     let scope = peers_scope(&policy.metadata, errors);
     let id = PolicyId {
         cluster: Some(cluster.clone()),
@@ -330,6 +376,6 @@ fn convert_staged_kubernetes(
         namespace: Some(policy.metadata.namespace()),
         name: Arc::from(policy.metadata.name.as_str()),
     };
-    let staged = convert_staged_action(policy.spec.staged_action.as_deref(), &path.field("stagedAction"), errors);
+    let staged = convert_staged_action(staged_action, &path.field("stagedAction"), errors);
     Policy { staged: Some(staged), ..spec.convert(id, scope, errors) }
 }

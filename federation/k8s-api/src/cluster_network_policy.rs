@@ -21,6 +21,7 @@ use serde_json::{Map, Value};
 use crate::assemble::NodeInfo;
 use crate::field::{Errors, Path};
 use crate::kubernetes::{Metadata, null_as_default};
+use crate::metadata::check_metadata;
 use crate::network_policy::{LabelSelector, parse_net, peers_scope};
 
 /// Bounds of the API's schema.
@@ -28,6 +29,9 @@ pub const MAX_RULES: usize = 25;
 pub const MAX_PEERS: usize = 25;
 pub const MAX_PROTOCOLS: usize = 25;
 pub const MAX_NETWORKS: usize = 25;
+pub const MAX_DOMAIN_NAMES: usize = 25;
+pub const MAX_RULE_NAME_CHARACTERS: usize = 100;
+pub const MAX_NETWORK_CHARACTERS: usize = 43;
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -67,8 +71,7 @@ pub struct Subject {
 pub struct PodsSpec {
     #[serde(default, deserialize_with = "null_as_default")]
     pub namespace_selector: LabelSelector,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub pod_selector: LabelSelector,
+    pub pod_selector: Option<LabelSelector>,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -163,6 +166,7 @@ impl ClusterNetworkPolicy {
         if !(0..=1000).contains(&spec.priority) {
             errors.add(&path.field("priority"), format!("{} is not between 0 and 1000", spec.priority));
         }
+        check_metadata(&self.metadata, errors);
         let scope = peers_scope(&self.metadata, errors);
         let walk = Walk { scope: &scope, nodes };
         let subject_path = path.field("subject");
@@ -232,6 +236,9 @@ impl Walk<'_> {
         if wrong.1 {
             errors.add(&path.field(wrong.0), "belongs to the other direction");
         }
+        if rule.name.chars().count() > MAX_RULE_NAME_CHARACTERS {
+            errors.add(&path.field("name"), format!("longer than {MAX_RULE_NAME_CHARACTERS} characters"));
+        }
         let peers_path = path.field(name);
         let peers = peers.as_deref().unwrap_or_default();
         if peers.is_empty() || peers.len() > MAX_PEERS {
@@ -254,6 +261,17 @@ impl Walk<'_> {
                     .collect()
             }
         };
+        let named = |entry: &ProtocolSpec| entry.destination_named_port.is_some();
+        let no_pods = |peer: &Peer| peer.networks.is_some() || peer.nodes.is_some() || peer.domain_names.is_some();
+        if rule.protocols.iter().flatten().any(named) && peers.iter().any(no_pods) {
+            errors.add(path, "networks, nodes and domainNames have no named ports");
+        }
+        let peer_reason = ends.iter().find_map(|end| end.as_ref().err().cloned());
+        if let Some(reason) = peer_reason.filter(|_| action != Action::Allow) {
+            // A peer that is not understood may be anything, and the rule denies all of it.
+            converted.push(Rule { not_understood: Some(reason.into()), ..rule_of(action, index) });
+            return;
+        }
         let reasons = ends.iter().filter_map(|end| end.as_ref().err());
         let reason = reasons.chain(protocols.iter().filter_map(|part| part.as_ref().err())).next().cloned();
         for end in &ends {
@@ -263,19 +281,8 @@ impl Walk<'_> {
                 let (mut source, mut destination) = (EntityMatch::default(), EntityMatch::default());
                 *(if ingress { &mut source } else { &mut destination }) = end;
                 destination.ports = protocol.ports;
-                converted.push(Rule {
-                    action,
-                    index: u32::try_from(index).unwrap_or(u32::MAX),
-                    ip_version: None,
-                    protocol: protocol.protocol,
-                    not_protocol: None,
-                    icmp: None,
-                    not_icmp: None,
-                    source,
-                    destination,
-                    http: None,
-                    not_understood: reason.as_deref().map(Arc::from),
-                });
+                let (protocol, not_understood) = (protocol.protocol, reason.as_deref().map(Arc::from));
+                converted.push(Rule { protocol, source, destination, not_understood, ..rule_of(action, index) });
             }
         }
     }
@@ -314,6 +321,12 @@ impl Walk<'_> {
             if networks.is_empty() || networks.len() > MAX_NETWORKS {
                 errors.add(&path, format!("must have 1 to {MAX_NETWORKS} networks"));
             }
+            for (index, text) in networks.iter().enumerate() {
+                if text.len() > MAX_NETWORK_CHARACTERS {
+                    errors.add(&path.index(index), format!("longer than {MAX_NETWORK_CHARACTERS} characters"));
+                }
+            }
+            refuse_doubles(networks, &path, errors);
             let nets: Vec<IpNet> = networks
                 .iter()
                 .enumerate()
@@ -324,7 +337,15 @@ impl Walk<'_> {
             let selector = nodes.convert(&path.field("nodes"), errors).to_expr();
             let chosen = self.nodes.values().filter(|node| selector.evaluate(&node.labels) == Tri::Yes);
             self.nets(chosen.flat_map(|node| &node.addresses).map(|address| IpNet::from(*address)).collect(), ends);
-        } else if peer.domain_names.is_some() {
+        } else if let Some(names) = &peer.domain_names {
+            let path = path.field("domainNames");
+            if names.is_empty() || names.len() > MAX_DOMAIN_NAMES {
+                errors.add(&path, format!("must have 1 to {MAX_DOMAIN_NAMES} names"));
+            }
+            for (index, name) in names.iter().enumerate().filter(|(_, name)| !is_domain_name(name)) {
+                errors.add(&path.index(index), format!("\"{name}\" is no domain name, such as *.example.org"));
+            }
+            refuse_doubles(names, &path, errors);
             ends.push(Err("domainNames cannot be enforced yet".to_owned()));
         } else {
             let names = peer.other.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
@@ -344,6 +365,42 @@ impl Walk<'_> {
     }
 }
 
+/// A rule that matches everything.
+fn rule_of(action: Action, index: usize) -> Rule {
+    Rule {
+        action,
+        index: u32::try_from(index).unwrap_or(u32::MAX),
+        ip_version: None,
+        protocol: None,
+        not_protocol: None,
+        icmp: None,
+        not_icmp: None,
+        source: EntityMatch::default(),
+        destination: EntityMatch::default(),
+        http: None,
+        not_understood: None,
+    }
+}
+
+/// Lists that are sets have nothing twice.
+fn refuse_doubles(texts: &[String], path: &Path<'_>, errors: &mut Errors) {
+    for (index, text) in texts.iter().enumerate().filter(|(index, text)| texts[..*index].contains(text)) {
+        errors.add(&path.index(index), format!("\"{text}\" stands twice"));
+    }
+}
+
+/// Two labels or more; the first may be `*`, and a dot may stand at the end.
+fn is_domain_name(text: &str) -> bool {
+    let name = text.strip_prefix("*.").unwrap_or(text);
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let label = |label: &str| {
+        let inside = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+        let edge = |end: Option<u8>| end.is_some_and(|byte| byte.is_ascii_alphanumeric());
+        label.bytes().all(inside) && edge(label.bytes().next()) && edge(label.bytes().last())
+    };
+    name.contains('.') && name.split('.').all(label)
+}
+
 fn namespaces_expr(namespaces: &LabelSelector, path: &Path<'_>, errors: &mut Errors) -> Selector {
     let namespaces = namespaces.convert(path, errors);
     Selector::from(build::kubernetes_pods(Namespaces::Selected(&namespaces), None))
@@ -351,7 +408,11 @@ fn namespaces_expr(namespaces: &LabelSelector, path: &Path<'_>, errors: &mut Err
 
 fn pods_expr(pods: &PodsSpec, path: &Path<'_>, errors: &mut Errors) -> Selector {
     let namespaces = pods.namespace_selector.convert(&path.field("namespaceSelector"), errors);
-    let own = pods.pod_selector.convert(&path.field("podSelector"), errors);
+    let own_path = path.field("podSelector");
+    if pods.pod_selector.is_none() {
+        errors.add(&own_path, "is missing; {} selects every pod");
+    }
+    let own = pods.pod_selector.clone().unwrap_or_default().convert(&own_path, errors);
     Selector::from(build::kubernetes_pods(Namespaces::Selected(&namespaces), Some(&own)))
 }
 

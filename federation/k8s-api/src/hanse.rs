@@ -13,8 +13,9 @@ use serde::Deserialize;
 
 use crate::field::{Errors, Path};
 use crate::kubernetes::{Map, Metadata, null_as_default};
+use crate::metadata::check_metadata;
 use crate::network_policy::{is_subdomain, parse_net};
-use crate::rule::{self, Context, RuleSpec};
+use crate::rule::{self, Context, RuleSpec, RulesOf};
 
 pub const API_VERSION: &str = "hanse.dev/v1alpha1";
 
@@ -215,6 +216,7 @@ impl FederatedNetworkPolicy {
         tiers: &BTreeMap<Arc<str>, Phase>,
         errors: &mut Errors,
     ) -> Policy {
+        check_metadata(&self.metadata, errors);
         let path = Path::Root("spec");
         let spec = &self.spec;
         let context = Context { namespace: None, clusters: resolve, federated: true };
@@ -242,8 +244,9 @@ impl FederatedNetworkPolicy {
             &path.field("types"),
             errors,
         );
-        let ingress_rules = rule::convert_rules(&spec.ingress, context, &path.field("ingress"), errors);
-        let egress_rules = rule::convert_rules(&spec.egress, context, &path.field("egress"), errors);
+        let ingress_rules =
+            rule::convert_rules(&spec.ingress, RulesOf::Ingress, context, &path.field("ingress"), errors);
+        let egress_rules = rule::convert_rules(&spec.egress, RulesOf::Egress, context, &path.field("egress"), errors);
         check_order(spec.order, &path, errors);
         if spec.tier.is_empty() {
             errors.add(&path.field("tier"), "is missing: name a Tier of the federation");
@@ -319,12 +322,8 @@ pub fn convert_default_action(text: &str, path: &Path<'_>, errors: &mut Errors) 
 impl FederatedNetworkSet {
     pub fn convert(&self, errors: &mut Errors) -> (EndpointId, Endpoint) {
         let path = Path::Root("spec");
-        let nets_path = path.field("nets");
-        let nets = self.spec.nets.iter().enumerate().filter_map(|(index, text)| {
-            let net = text.parse::<std::net::IpAddr>().map(IpNet::from).or_else(|_| parse_net(text));
-            errors.note(&nets_path.index(index), net)
-        });
-        let endpoint = Endpoint { nets: nets.collect(), labels: self.metadata.labels.clone(), ..Endpoint::default() };
+        let nets = rule::convert_set(&self.spec.nets, &path.field("nets"), errors);
+        let endpoint = Endpoint { nets, labels: self.metadata.labels.clone(), ..Endpoint::default() };
         let name = self.metadata.name.as_str().into();
         (EndpointId { kind: EndpointKind::NetworkSet, namespace: None, name }, endpoint)
     }

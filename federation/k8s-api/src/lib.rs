@@ -14,6 +14,7 @@ pub mod field;
 pub mod hanse;
 pub mod kubernetes;
 pub mod manifest;
+pub mod metadata;
 pub mod network_policy;
 pub mod rule;
 

@@ -17,6 +17,7 @@ use serde::Deserialize;
 
 use crate::field::{Errors, Path};
 use crate::kubernetes::{Map, Metadata, null_as_default};
+use crate::metadata::check_metadata;
 
 /// Makes the peers of a local policy those of the whole ClusterSet; the only value is `ClusterSet`.
 pub const PEERS_ANNOTATION: &str = "hanse.dev/peers";
@@ -124,6 +125,7 @@ impl NetworkPolicy {
     /// As `cluster`'s policy. Every error names its field; none means that an API server would store the object.
     pub fn convert(&self, cluster: &ClusterName, errors: &mut Errors) -> Policy {
         let namespace = self.metadata.namespace();
+        check_metadata(&self.metadata, errors);
         let scope = peers_scope(&self.metadata, errors);
         let id = PolicyId {
             cluster: Some(Arc::clone(cluster)),
@@ -471,6 +473,11 @@ pub fn label_key_error(key: &str) -> Option<&'static str> {
         return Some("the part before / must be a lowercase DNS name of at most 253 characters");
     }
     None
+}
+
+/// One part of a DNS name, lower case: at most 63 of a-z 0-9 -.
+pub fn is_dns_label(text: &str) -> bool {
+    text.len() <= 63 && !text.contains('.') && is_subdomain(text)
 }
 
 /// RFC 1123: what most objects are named by.

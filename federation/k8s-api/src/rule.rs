@@ -12,10 +12,14 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::field::{Errors, Path};
-use crate::kubernetes::null_as_default;
-use crate::network_policy::IntOrString;
+use crate::kubernetes::{Map, null_as_default};
+use crate::metadata::{NAME_RULE, check_annotations};
+use crate::network_policy::{IntOrString, is_subdomain, parse_net};
 
 /// Bounds of Calico's schema.
+pub const MAX_HTTP_METHODS: usize = 20;
+pub const MAX_HTTP_PATHS: usize = 20;
+pub const MAX_HTTP_PATH_CHARACTERS: usize = 1024;
 pub const MAX_RULES: usize = 1024;
 pub const MAX_SELECTOR_CHARACTERS: usize = 1024;
 pub const MAX_NETS: usize = 256;
@@ -38,8 +42,14 @@ pub struct RuleSpec {
     pub destination: EntitySpec,
     pub http: Option<HttpSpec>,
     /// Annotations of the rule: for people.
-    #[serde(rename = "metadata")]
-    pub _metadata: Option<serde::de::IgnoredAny>,
+    pub metadata: Option<RuleMetadata>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuleMetadata {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub annotations: Map,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
@@ -118,6 +128,13 @@ pub struct Context<'a> {
     pub federated: bool,
 }
 
+/// Of which direction rules are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RulesOf {
+    Ingress,
+    Egress,
+}
+
 impl std::fmt::Debug for Context<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Context").field("namespace", &self.namespace).finish_non_exhaustive()
@@ -125,12 +142,36 @@ impl std::fmt::Debug for Context<'_> {
 }
 
 /// The rules of one direction.
-pub fn convert_rules(rules: &[RuleSpec], context: Context<'_>, path: &Path<'_>, errors: &mut Errors) -> Vec<Rule> {
+pub fn convert_rules(
+    rules: &[RuleSpec],
+    of: RulesOf,
+    context: Context<'_>,
+    path: &Path<'_>,
+    errors: &mut Errors,
+) -> Vec<Rule> {
     if rules.len() > MAX_RULES {
         errors.add(path, format!("has {} rules; {MAX_RULES} are allowed", rules.len()));
     }
+    for (index, rule) in rules.iter().enumerate() {
+        check_direction(rule, of, &path.index(index), errors);
+    }
     let indexed = rules.iter().enumerate();
     indexed.filter_map(|(index, rule)| convert_rule(index, rule, context, &path.index(index), errors)).collect()
+}
+
+/// Services and HTTP go with one direction each: services are the peer, and requests are judged where they arrive.
+fn check_direction(rule: &RuleSpec, of: RulesOf, path: &Path<'_>, errors: &mut Errors) {
+    let (own_end, name) = match of {
+        RulesOf::Ingress => (&rule.destination, "destination"),
+        RulesOf::Egress => (&rule.source, "source"),
+    };
+    if own_end.services.is_some() {
+        let path = path.field(name);
+        errors.add(&path.field("services"), format!("is for the peer: not for the {name} of {of:?} rules"));
+    }
+    if of == RulesOf::Egress && rule.http.is_some() {
+        errors.add(&path.field("http"), "is for ingress rules only");
+    }
 }
 
 fn convert_rule(
@@ -172,9 +213,17 @@ fn convert_rule(
     let icmp = rule.icmp.and_then(|icmp| convert_icmp(icmp, &path.field("icmp"), errors));
     let not_icmp = rule.not_icmp.and_then(|icmp| convert_icmp(icmp, &path.field("notICMP"), errors));
     for (version, name) in [(IpVersion::V4, Protocol::Icmp), (IpVersion::V6, Protocol::IcmpV6)] {
-        if protocol == Some(name) && ip_version.is_some_and(|wanted| wanted != version) {
+        let named = protocol == Some(name) || not_protocol == Some(name);
+        if named && ip_version.is_some_and(|wanted| wanted != version) {
             errors.add(&path.field("ipVersion"), "does not go with a protocol of the other IP version");
         }
+    }
+    if rule.icmp.is_some() && !matches!(protocol, Some(Protocol::Icmp | Protocol::IcmpV6)) {
+        errors.add(&path.field("icmp"), "needs the protocol ICMP or ICMPv6, by name");
+    }
+    if let Some(metadata) = &rule.metadata {
+        let path = path.field("metadata");
+        check_annotations(&metadata.annotations, &path.field("annotations"), errors);
     }
     let source = convert_entity(&rule.source, context, &path.field("source"), false, errors);
     let destination = convert_entity(&rule.destination, context, &path.field("destination"), true, errors);
@@ -186,7 +235,7 @@ fn convert_rule(
             errors.add(&path, "goes with the action Allow only");
         }
         if protocol.is_some_and(|protocol| protocol != Protocol::Tcp) {
-            errors.add(&path, "goes with the protocol TCP only");
+            errors.add(&path, "goes with the protocol TCP only, by name");
         }
         convert_http(http, &path, errors)
     });
@@ -252,8 +301,14 @@ fn convert_entity(
     errors: &mut Errors,
 ) -> EntityMatch {
     let selector = note_selector(&entity.selector, &path.field("selector"), errors);
+    refuse_global(&entity.selector, &path.field("selector"), errors);
     let not_selector = note_selector(&entity.not_selector, &path.field("notSelector"), errors);
     let namespaces = note_selector(&entity.namespace_selector, &path.field("namespaceSelector"), errors);
+    // By the text, as Calico looks for it: in a string it counts too.
+    let is_global = namespaces.as_ref().is_some_and(|selector| selector.expr == Expr::Global);
+    if entity.namespace_selector.contains("global(") && !is_global {
+        errors.add(&path.field("namespaceSelector"), "global() may not stand beside anything else");
+    }
     let accounts = entity.service_accounts.as_ref();
     let accounts = accounts.filter(|accounts| !accounts.names.is_empty() || !accounts.selector.is_empty());
     let accounts = accounts.map(|accounts| {
@@ -291,7 +346,7 @@ fn convert_entity(
         .and_then(|service| convert_service(service, entity, context, &path.field("services"), is_destination, errors));
     EntityMatch {
         nets: convert_nets(&entity.nets, &path.field("nets"), errors),
-        not_nets: convert_nets(&entity.not_nets, &path.field("notNets"), errors),
+        not_nets: convert_not_nets(&entity.not_nets, &path.field("notNets"), errors),
         selection,
         not_selection,
         ports: convert_port_list(&entity.ports, &path.field("ports"), errors),
@@ -325,6 +380,11 @@ fn convert_service(
         errors.add(&path.field("name"), "is missing");
         return None;
     }
+    for (text, name) in [(&service.name, "name"), (&service.namespace, "namespace")] {
+        if !text.is_empty() && !is_subdomain(text) {
+            errors.add(&path.field(name), format!("\"{text}\" is no name: {NAME_RULE}"));
+        }
+    }
     let namespace: Arc<str> = match (service.namespace.as_str(), context.namespace) {
         ("", Some(own)) => own.into(),
         ("", None) => {
@@ -352,15 +412,21 @@ pub fn parse_selector(text: &str) -> Result<Selector, String> {
     Selector::parse(text).map_err(|error| format!("\"{text}\" is no selector: {error}"))
 }
 
-/// Nets of a rule or a set: no host bits; a bare address is one address.
-pub fn convert_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<IpNet> {
+/// `global()` is for the namespaceSelector of a rule. By the text, as Calico looks for it.
+pub fn refuse_global(text: &str, path: &Path<'_>, errors: &mut Errors) {
+    if text.contains("global(") {
+        errors.add(path, "global() is for the namespaceSelector of a rule only");
+    }
+}
+
+/// Nets of a rule: with a prefix length, and without host bits.
+fn convert_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<IpNet> {
     if texts.len() > MAX_NETS {
         errors.add(path, format!("has {} nets; {MAX_NETS} are allowed", texts.len()));
     }
     let parsed = texts.iter().enumerate().filter_map(|(index, text)| {
         let path = path.index(index);
-        let net =
-            text.parse::<IpNet>().or_else(|error| text.parse::<std::net::IpAddr>().map(IpNet::from).map_err(|_| error));
+        let net = text.parse::<IpNet>();
         let Ok(net) = net else {
             errors.add(&path, format!("\"{text}\" is no CIDR, such as 10.9.8.0/24 or 2001:db8::/64"));
             return None;
@@ -371,6 +437,23 @@ pub fn convert_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> V
         Some(net.trunc())
     });
     parsed.collect()
+}
+
+/// The same; all of a family may not be excluded, for the rule would match nothing.
+fn convert_not_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<IpNet> {
+    for (index, text) in texts.iter().enumerate() {
+        if text.parse::<IpNet>().is_ok_and(|net| net.prefix_len() == 0 && net.trunc() == net) {
+            errors.add(&path.index(index), format!("\"{text}\" excludes everything, so that the rule matches nothing"));
+        }
+    }
+    convert_nets(texts, path, errors)
+}
+
+/// Nets of a network set, any number of them: host bits are masked, and a bare address is one address.
+pub fn convert_set(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<IpNet> {
+    let parse = |text: &String| text.parse::<std::net::IpAddr>().map(IpNet::from).or_else(|_| parse_net(text));
+    let indexed = texts.iter().enumerate();
+    indexed.filter_map(|(index, text)| errors.note(&path.index(index), parse(text))).collect()
 }
 
 fn convert_port_list(specs: &[IntOrString], path: &Path<'_>, errors: &mut Errors) -> Vec<Port> {
@@ -456,29 +539,38 @@ fn check_ports(
 }
 
 fn convert_http(http: &HttpSpec, path: &Path<'_>, errors: &mut Errors) -> Option<HttpMatch> {
-    const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];
     let methods_path = path.field("methods");
+    if http.methods.len() > MAX_HTTP_METHODS {
+        errors.add(&methods_path, format!("has {} methods; {MAX_HTTP_METHODS} are allowed", http.methods.len()));
+    }
     for (index, method) in http.methods.iter().enumerate() {
-        if !METHODS.contains(&method.as_str()) {
-            errors.add(&methods_path.index(index), format!("\"{method}\" is none of {}", METHODS.join(", ")));
-        }
         if http.methods[..index].contains(method) {
             errors.add(&methods_path.index(index), format!("\"{method}\" stands twice"));
         }
     }
     let paths_path = path.field("paths");
+    if http.paths.len() > MAX_HTTP_PATHS {
+        errors.add(&paths_path, format!("has {} paths; {MAX_HTTP_PATHS} are allowed", http.paths.len()));
+    }
     let mut paths = Vec::new();
     for (index, entry) in http.paths.iter().enumerate() {
         let path = paths_path.index(index);
-        let text = entry.exact.as_ref().or(entry.prefix.as_ref());
-        if text.is_some_and(|text| !text.starts_with('/') || text.contains(['?', '#'])) {
-            errors.add(&path, "must start with / and hold neither ? nor #");
+        let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        let (text, found) = match (given(&entry.exact), given(&entry.prefix)) {
+            (Some(exact), None) => (exact.clone(), HttpPath::Exact(exact)),
+            (None, Some(prefix)) => (prefix.clone(), HttpPath::Prefix(prefix)),
+            _ => {
+                errors.add(&path, "must have one of exact and prefix");
+                continue;
+            }
+        };
+        if !text.starts_with('/') || text.contains(['?', '#', ' ']) {
+            errors.add(&path, "must start with / and hold neither ? nor # nor a space");
         }
-        match (&entry.exact, &entry.prefix) {
-            (Some(exact), None) => paths.push(HttpPath::Exact(exact.clone())),
-            (None, Some(prefix)) => paths.push(HttpPath::Prefix(prefix.clone())),
-            _ => errors.add(&path, "must have one of exact and prefix"),
+        if text.chars().count() > MAX_HTTP_PATH_CHARACTERS {
+            errors.add(&path, format!("longer than {MAX_HTTP_PATH_CHARACTERS} characters"));
         }
+        paths.push(found);
     }
     Some(HttpMatch { methods: http.methods.clone(), paths })
 }

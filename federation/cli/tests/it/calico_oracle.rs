@@ -95,7 +95,8 @@ fn entity(random: &mut Random, v6: bool, ports: bool) -> Value {
             false => json!({"selector": selector(random)}),
         }),
         ("nets", 6, &|random| json!([random.pick(nets), random.pick(nets)])),
-        ("notNets", 9, &|random| json!([random.pick(nets)])),
+        // The last of each is everything, which may not be excluded.
+        ("notNets", 9, &|random| json!([random.pick(&nets[..nets.len() - 1])])),
         ("ports", 4, &|random| match random.below(3) {
             0 => json!(["http"]),
             1 => json!([random.pick(&PORTS), "http"]),

@@ -161,13 +161,20 @@ fn cluster_policy(random: &mut Random, at: usize) -> Value {
     let rules = |random: &mut Random, peers: &str| -> Value {
         let rule = |random: &mut Random| {
             let peer = |random: &mut Random| match peers == "to" && random.once_in(3) {
-                true => json!({"networks": [random.pick(&NETS).0, random.pick(&NETS).1]}),
+                true => json!({"networks": [random.pick(&NETS).0, random.pick(&NETS[1..]).1]}),
                 false => workloads(random),
             };
             let list: Vec<Value> = (0..1 + random.below(2)).map(|_| peer(random)).collect();
+            let has_networks = list.iter().any(|peer| peer.get("networks").is_some());
             let mut rule = json!({"action": random.pick(&["Accept", "Deny", "Pass"]), peers: list});
             if random.once_in(2) {
-                rule["protocols"] = (0..1 + random.below(2)).map(|_| protocol(random)).collect();
+                let entries = (0..1 + random.below(2)).map(|_| protocol(random));
+                let named = |entry: &Value| entry.get("destinationNamedPort").is_some();
+                // Networks have no named ports: the API refuses both in one rule.
+                let entries: Vec<Value> = entries.filter(|entry| !(has_networks && named(entry))).collect();
+                if !entries.is_empty() {
+                    rule["protocols"] = json!(entries);
+                }
             }
             rule
         };

@@ -1,4 +1,13 @@
 //! Manifests as people write them, through the whole reader.
 
+mod calico;
+mod cluster_network_policy;
 mod network_policy;
 mod reading;
+
+/// The fields that reading `text` complains of, in their order.
+fn refusals(text: &str) -> Vec<String> {
+    let mut read = hanse_k8s_api::Manifests::default();
+    hanse_k8s_api::read_bytes(&"file.yaml".into(), text.as_bytes(), &mut read);
+    read.diagnostics.into_iter().map(|diagnostic| diagnostic.field).collect()
+}

@@ -1,0 +1,106 @@
+//! ClusterNetworkPolicy v1alpha2: what its schema refuses we refuse, with the field's path.
+
+use crate::refusals;
+
+fn check(spec: &str) -> Vec<String> {
+    refusals(&format!(
+        "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {{name: p}}\nspec: {spec}\n"
+    ))
+}
+
+fn of_rule(direction: &str, rule: &str) -> Vec<String> {
+    check(&format!("{{tier: Admin, priority: 1, subject: {{namespaces: {{}}}}, {direction}: [{rule}]}}"))
+}
+
+#[test]
+fn specs() {
+    for spec in [
+        "{tier: Admin, priority: 0, subject: {namespaces: {}}}",
+        "{tier: Baseline, priority: 1000, subject: {pods: {podSelector: {}}}}",
+        "{tier: Admin, priority: 5, subject: {pods: {namespaceSelector: {matchLabels: {a: b}}, podSelector: {}}}, ingress: []}",
+    ] {
+        assert_eq!(check(spec), Vec::<String>::new(), "{spec}");
+    }
+    for (spec, field) in [
+        ("{tier: admin, priority: 0, subject: {namespaces: {}}}", "spec.tier"),
+        ("{tier: Admin, priority: -1, subject: {namespaces: {}}}", "spec.priority"),
+        ("{tier: Admin, priority: 1001, subject: {namespaces: {}}}", "spec.priority"),
+        ("{tier: Admin, priority: 0, subject: {}}", "spec.subject"),
+        ("{tier: Admin, priority: 0, subject: {namespaces: {}, pods: {podSelector: {}}}}", "spec.subject"),
+        ("{tier: Admin, priority: 0, subject: {pods: {namespaceSelector: {}}}}", "spec.subject.pods.podSelector"),
+        (
+            "{tier: Admin, priority: 0, subject: {namespaces: {matchExpressions: [{key: a, operator: In}]}}}",
+            "spec.subject.namespaces.matchExpressions[0].values",
+        ),
+    ] {
+        assert_eq!(check(spec), [field], "{spec}");
+    }
+    for missing in [
+        "{priority: 0, subject: {namespaces: {}}}",
+        "{tier: Admin, subject: {namespaces: {}}}",
+        "{tier: Admin, priority: 0}",
+    ] {
+        assert_eq!(check(missing).len(), 1, "{missing}");
+    }
+}
+
+#[test]
+fn rules() {
+    let long = "n".repeat(100);
+    let peers = |count: usize| vec!["{namespaces: {}}"; count].join(", ");
+    for (direction, rule) in [
+        ("ingress", "{action: Accept, from: [{namespaces: {}}]}".to_owned()),
+        ("ingress", format!("{{name: {long}, action: Pass, from: [{}]}}", peers(25))),
+        ("ingress", "{action: Deny, from: [{pods: {podSelector: {}}}], protocols: [{destinationNamedPort: http}]}".to_owned()),
+        (
+            "egress",
+            "{action: Deny, to: [{networks: [10.0.0.1/8, 'fd00::/8']}, {nodes: {}}], protocols: [{tcp: {destinationPort: {number: 80}}}, \
+             {udp: {destinationPort: {range: {start: 1, end: 65535}}}}, {sctp: {destinationPort: {number: 1}}}]}"
+                .to_owned(),
+        ),
+        ("egress", "{action: Accept, to: [{domainNames: [example.org, '*.example.org', a.b.]}]}".to_owned()),
+    ] {
+        assert_eq!(of_rule(direction, &rule), Vec::<String>::new(), "{rule}");
+    }
+    for (direction, rule, field) in [
+        ("ingress", "{action: Allow, from: [{namespaces: {}}]}".to_owned(), ".action"),
+        ("ingress", format!("{{name: {long}n, action: Pass, from: [{{namespaces: {{}}}}]}}"), ".name"),
+        ("ingress", "{action: Deny, from: []}".to_owned(), ".from"),
+        ("ingress", "{action: Deny}".to_owned(), ".from"),
+        ("egress", format!("{{action: Deny, to: [{}]}}", peers(26)), ".to"),
+        ("ingress", "{action: Deny, from: [{networks: [10.0.0.0/8]}]}".to_owned(), ".from[0]"),
+        ("ingress", "{action: Deny, from: [{namespaces: {}, pods: {podSelector: {}}}]}".to_owned(), ".from[0]"),
+        ("ingress", "{action: Deny, from: [{pods: {}}]}".to_owned(), ".from[0].pods.podSelector"),
+        ("egress", "{action: Deny, to: [{networks: []}]}".to_owned(), ".to[0].networks"),
+        ("egress", "{action: Deny, to: [{networks: [10.0.0.1]}]}".to_owned(), ".to[0].networks[0]"),
+        ("egress", "{action: Deny, to: [{networks: [10.0.0.0/8, 10.0.0.0/8]}]}".to_owned(), ".to[0].networks[1]"),
+        ("egress", "{action: Accept, to: [{domainNames: [localhost]}]}".to_owned(), ".to[0].domainNames[0]"),
+        ("egress", "{action: Accept, to: [{domainNames: ['a.*.org']}]}".to_owned(), ".to[0].domainNames[0]"),
+        ("egress", "{action: Deny, to: [{namespaces: {}}], protocols: []}".to_owned(), ".protocols"),
+        (
+            "egress",
+            "{action: Deny, to: [{namespaces: {}}], protocols: [{tcp: {destinationPort: {}}}]}".to_owned(),
+            ".protocols[0].tcp.destinationPort",
+        ),
+        (
+            "egress",
+            "{action: Deny, to: [{namespaces: {}}], protocols: [{tcp: {destinationPort: {number: 0}}}]}".to_owned(),
+            ".protocols[0].tcp.destinationPort.number",
+        ),
+        (
+            "egress",
+            "{action: Deny, to: [{namespaces: {}}], protocols: [{udp: {destinationPort: {range: {start: 5, end: 5}}}}]}".to_owned(),
+            ".protocols[0].udp.destinationPort.range",
+        ),
+        (
+            "egress",
+            "{action: Deny, to: [{namespaces: {}}], protocols: [{tcp: {destinationPort: {number: 1}}, udp: {destinationPort: {number: 1}}}]}".to_owned(),
+            ".protocols[0]",
+        ),
+        ("egress", "{action: Deny, to: [{nodes: {}}], protocols: [{destinationNamedPort: http}]}".to_owned(), ""),
+    ] {
+        assert_eq!(of_rule(direction, &rule), [format!("spec.{direction}[0]{field}")], "{rule}");
+    }
+    let many = vec!["{action: Deny, from: [{namespaces: {}}]}"; 26].join(", ");
+    assert_eq!(of_rule("ingress", &many), ["spec.ingress"]);
+}
