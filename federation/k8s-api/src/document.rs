@@ -46,9 +46,43 @@ pub fn parse(text: &str) -> Vec<Result<Node, SyntaxError>> {
         .collect()
 }
 
+/// JSON values one after another, as `kubectl` writes and reads them; `None` where the text is anything else.
+fn json_pieces(text: &str) -> Option<Vec<(u32, &str)>> {
+    let (mut pieces, mut start) = (Vec::new(), None);
+    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
+    let (mut line, mut start_line) = (0, 0);
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' if depth > 0 => in_string = !in_string,
+            _ if in_string => {}
+            b'{' | b'[' => {
+                if start.is_none() {
+                    (start, start_line) = (Some(at), line);
+                }
+                depth += 1;
+            }
+            b'}' | b']' if depth > 0 => {
+                depth -= 1;
+                if depth == 0 {
+                    pieces.push((start_line, &text[start.take()?..=at]));
+                }
+            }
+            byte if depth == 0 && !byte.is_ascii_whitespace() => return None,
+            _ => {}
+        }
+        line += u32::from(byte == b'\n');
+    }
+    (depth == 0).then_some(pieces)
+}
+
 /// Cuts at lines that start with `---`, which end a document wherever they stand. Each piece comes with the number of
 /// lines before it.
 fn pieces(text: &str) -> Vec<(u32, &str)> {
+    if let Some(pieces) = json_pieces(text) {
+        return pieces;
+    }
     let mut pieces = Vec::new();
     let (mut start, mut start_line, mut at) = (0, 0, 0);
     for (number, line) in (0..).zip(text.split_inclusive('\n')) {
@@ -65,6 +99,10 @@ fn pieces(text: &str) -> Vec<(u32, &str)> {
 }
 
 fn parse_one(text: &str, lines_before: u32) -> Result<Option<Node>, SyntaxError> {
+    // Directives stand before the `---` at which the file was cut.
+    if text.lines().all(|line| line.is_empty() || line.starts_with(['#', '%'])) {
+        return Ok(None);
+    }
     let mut loader = Loader { lines_before, open: Vec::new(), anchors: Vec::new(), repeated: 0, root: None };
     for event in Parser::new_from_str(text) {
         let (event, span) = event.map_err(|error| SyntaxError {
@@ -104,7 +142,10 @@ impl Loader {
             Event::SequenceStart(anchor, _) => self.start(anchor, line, Data::Sequence(Vec::new())),
             Event::MappingStart(anchor, _) => self.start(anchor, line, Data::Mapping(Vec::new())),
             Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
-                Some(done) => self.place(done.anchor, done.node),
+                Some(mut done) => {
+                    merge(&mut done.node);
+                    self.place(done.anchor, done.node)
+                }
                 None => fail("not valid YAML: an end without a start"),
             },
             Event::Scalar(text, style, anchor, tag) => {
@@ -169,6 +210,26 @@ impl Loader {
             Data::Scalar(_) => return fail("a value inside a scalar".to_owned()),
         }
         Ok(())
+    }
+}
+
+/// Takes in what the key `<<` of a mapping names: a mapping, or several, of which the first counts. What the mapping says
+/// itself counts before all of them.
+fn merge(node: &mut Node) {
+    let Data::Mapping(entries) = &mut node.data else { return };
+    let Some(at) = entries.iter().position(|(key, ..)| key == "<<") else { return };
+    let (.., merged) = entries.remove(at);
+    let sources = match merged.data {
+        Data::Sequence(sources) => sources,
+        _ => vec![merged],
+    };
+    for source in sources {
+        let Data::Mapping(more) = source.data else { continue };
+        for entry in more {
+            if !entries.iter().any(|(key, ..)| *key == entry.0) {
+                entries.push(entry);
+            }
+        }
     }
 }
 
@@ -309,6 +370,35 @@ mod tests {
             bomb.push_str(&format!("a{level}: &a{level} [{}]\n", vec![format!("*a{before}"); 10].join(",")));
         }
         assert!(parse(&bomb).remove(0).is_err());
+    }
+
+    #[test]
+    fn merge_keys_yield_to_what_is_written() {
+        let node = one("a: &a {x: 1, y: 2}\nb: &b {x: 3, z: 4}\nc: {<<: [*a, *b], y: 5}\nd: {<<: *b}\n");
+        let value = node.to_value();
+        assert_eq!((&value["c"], &value["d"]), (&serde_json::json!({"x": 1, "y": 5, "z": 4}), &value["b"]));
+    }
+
+    #[test]
+    fn directives_are_no_document() {
+        let documents = parse("%YAML 1.2\n# about\n---\na: 1\n");
+        assert_eq!(documents.len(), 1, "{documents:?}");
+        assert_eq!(documents[0].as_ref().map(|node| node.line), Ok(4));
+    }
+
+    #[test]
+    fn json_values_may_follow_each_other() {
+        let documents = parse("{\"a\": \"}{\\\"\"}\n\n{\"b\":\n [1]} {\"c\": 2}\n");
+        let read: Vec<_> = documents.iter().map(|it| it.as_ref().map(|it| (it.line, it.to_value()))).collect();
+        assert_eq!(
+            read,
+            [
+                Ok((1, serde_json::json!({"a": "}{\""}))),
+                Ok((3, serde_json::json!({"b": [1]}))),
+                Ok((4, serde_json::json!({"c": 2}))),
+            ]
+        );
+        assert!(parse("{\"a\": 1}\n{\"b\"")[0].is_err(), "what does not end is no JSON");
     }
 
     #[test]

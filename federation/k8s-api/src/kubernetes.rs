@@ -123,6 +123,8 @@ pub struct Pod {
 #[serde(rename_all = "camelCase")]
 pub struct PodSpec {
     pub service_account_name: Option<Arc<str>>,
+    /// What the field was called once; API servers keep both alike.
+    pub service_account: Option<Arc<str>>,
     pub node_name: Option<Arc<str>>,
     #[serde(default, deserialize_with = "null_as_default")]
     pub host_network: bool,
@@ -168,6 +170,13 @@ pub struct PodIp {
     pub ip: Option<String>,
 }
 
+impl PodSpec {
+    fn account(&self) -> Arc<str> {
+        let given = [&self.service_account_name, &self.service_account].into_iter().flatten();
+        given.into_iter().find(|name| !name.is_empty()).cloned().unwrap_or_else(|| "default".into())
+    }
+}
+
 impl Pod {
     pub fn id(&self) -> EndpointId {
         EndpointId {
@@ -209,7 +218,7 @@ impl Pod {
         let ports = self.spec.containers.iter().chain(sidecars).flat_map(|container| &container.ports);
         Endpoint {
             labels: self.metadata.labels.clone(),
-            service_account: Some(self.spec.service_account_name.clone().unwrap_or_else(|| "default".into())),
+            service_account: Some(self.spec.account()),
             addresses: if ended || host { Vec::new() } else { reported },
             nets: Vec::new(),
             ports: ports

@@ -212,13 +212,17 @@ fn read_node(file: &Arc<str>, node: &Node, read: &mut Manifests) {
             );
         }
     }
-    if let Some(item_kind) = reference.kind.strip_suffix("List")
-        && let Some(Data::Sequence(items)) = node.child("items").map(|items| &items.data)
-    {
-        for item in items {
-            read_node(file, &typed_item(item, &reference.api_version, item_kind), read);
+    if let (Some(item_kind), Some(items)) = (reference.kind.strip_suffix("List"), node.child("items")) {
+        match &items.data {
+            Data::Sequence(items) => {
+                for item in items {
+                    read_node(file, &typed_item(item, &reference.api_version, item_kind), read);
+                }
+                return;
+            }
+            Data::Scalar(serde_json::Value::Null) => return,
+            Data::Scalar(_) | Data::Mapping(_) => {}
         }
-        return;
     }
     match read_object(&reference, node) {
         Ok(Some(_)) if reference.name.is_empty() => {
