@@ -4,7 +4,11 @@
 //! YAML 1.2 core schema: `yes` and `on` are strings, which is what an API server stores for them.
 
 use saphyr_parser::{Event, Parser, ScalarStyle};
+use serde::de::value::{MapDeserializer, SeqDeserializer};
+use serde::de::{Deserializer, IntoDeserializer, Visitor};
 use serde_json::{Map, Number, Value};
+
+mod json;
 
 /// Deepest nesting of lists and mappings; the deepest field of any kind lies at about 12.
 pub const MAX_DEPTH: usize = 64;
@@ -99,6 +103,13 @@ fn pieces(text: &str) -> Vec<(u32, &str)> {
 }
 
 fn parse_one(text: &str, lines_before: u32) -> Result<Option<Node>, SyntaxError> {
+    match json::parse(text, lines_before + 1) {
+        Some(node) => Ok(Some(node)),
+        None => parse_yaml(text, lines_before),
+    }
+}
+
+fn parse_yaml(text: &str, lines_before: u32) -> Result<Option<Node>, SyntaxError> {
     // Directives stand before the `---` at which the file was cut.
     if text.lines().all(|line| line.is_empty() || line.starts_with(['#', '%'])) {
         return Ok(None);
@@ -271,6 +282,48 @@ fn plain(text: &str) -> Value {
     Value::String(text.to_owned())
 }
 
+impl<'de> IntoDeserializer<'de, serde_json::Error> for &'de Node {
+    type Deserializer = Self;
+
+    fn into_deserializer(self) -> Self {
+        self
+    }
+}
+
+impl<'de> Deserializer<'de> for &'de Node {
+    type Error = serde_json::Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        match &self.data {
+            Data::Scalar(value) => value.deserialize_any(visitor),
+            Data::Sequence(items) => visitor.visit_seq(SeqDeserializer::new(items.iter())),
+            Data::Mapping(entries) => {
+                visitor.visit_map(MapDeserializer::new(entries.iter().map(|(key, _, node)| (key.as_str(), node))))
+            }
+        }
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        match &self.data {
+            Data::Scalar(Value::Null) => visitor.visit_none(),
+            _ => visitor.visit_some(self),
+        }
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, Self::Error> {
+        visitor.visit_newtype_struct(self)
+    }
+
+    fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        visitor.visit_unit()
+    }
+
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple
+        tuple_struct map struct enum identifier
+    }
+}
+
 impl Node {
     /// The value without lines.
     pub fn to_value(&self) -> Value {
@@ -319,7 +372,40 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    fn any_json() -> impl Strategy<Value = Value> {
+        let text = "[a-z<>{}:,#\\-\"\\\\\n é]{0,6}";
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            (-1e9..1e9).prop_map(Value::from),
+            text.prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 40, 5, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..5).prop_map(Value::from),
+                prop::collection::btree_map("[a-z\"\\\\ ]{1,4}", inner, 0..5)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn the_quick_way_reads_what_yaml_reads(value in any_json(), pretty: bool) {
+            let value = serde_json::json!({"it": value});
+            let text = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) };
+            let text = text.expect("JSON");
+            let quick = json::parse(&text, 8).expect("well formed");
+            let slow = parse_yaml(&text, 7).expect("YAML").expect("a document");
+            prop_assert_eq!(format!("{quick:?}"), format!("{slow:?}"));
+            prop_assert_eq!(quick.to_value(), value);
+        }
+    }
 
     fn one(text: &str) -> Node {
         parse(text).remove(0).expect("valid")

@@ -1,5 +1,6 @@
 //! Files of manifests into typed, validated objects.
 
+use std::borrow::Cow;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
@@ -239,7 +240,10 @@ fn read_node(file: &Arc<str>, node: &Node, read: &mut Manifests) {
 }
 
 /// Items of a typed list (`PodList`) may leave out what the list says.
-fn typed_item(item: &Node, api_version: &str, kind: &str) -> Node {
+fn typed_item<'n>(item: &'n Node, api_version: &str, kind: &str) -> Cow<'n, Node> {
+    if item.child("apiVersion").is_some() && item.child("kind").is_some() {
+        return Cow::Borrowed(item);
+    }
     let mut item = item.clone();
     if let Data::Mapping(entries) = &mut item.data
         && !kind.is_empty()
@@ -251,7 +255,7 @@ fn typed_item(item: &Node, api_version: &str, kind: &str) -> Node {
             }
         }
     }
-    item
+    Cow::Owned(item)
 }
 
 /// `None`: a kind that Hanse does not read.
@@ -281,7 +285,7 @@ fn read_object(reference: &Reference, node: &Node) -> Result<Option<Object>, Vec
 
 /// A node as a type; the error names the field.
 pub(crate) fn typed<T: DeserializeOwned>(node: &Node) -> Result<T, Vec<FieldError>> {
-    serde_path_to_error::deserialize(node.to_value()).map_err(|error| {
+    serde_path_to_error::deserialize(node).map_err(|error| {
         let path = error.path().to_string();
         let path = if path == "." { String::new() } else { path };
         vec![FieldError { path, message: error.into_inner().to_string() }]
