@@ -77,6 +77,15 @@ fn programs() -> PathBuf {
     directory
 }
 
+/// Ends the flood when it is dropped, also by a failure: a scope waits for its threads.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 fn connects(fabric: &Fabric, from: &Pod, to: &Pod) -> bool {
     let inside = fabric.pod(from).expect("built");
     (0..2)
@@ -109,6 +118,7 @@ fn nothing_is_lost_or_let_through_when_processes_are_killed() {
         let before = listeners[at_registry].datagrams();
         let (done, sent) = (AtomicBool::new(false), AtomicU64::new(0));
         std::thread::scope(|scope| {
+            let _ends = Ends(&done);
             scope.spawn(|| {
                 let inside = fabric.pod(notebook).expect("built");
                 while !done.load(Ordering::Relaxed) {
@@ -153,11 +163,88 @@ fn nothing_is_lost_or_let_through_when_processes_are_killed() {
                 system.settle(&["train", "serve"]).expect("in sync");
                 assert!(connects(&fabric, trainer, registry), "round {round}: what is allowed stays so");
             }
-            done.store(true, Ordering::Relaxed);
         });
         assert_eq!(listeners[at_registry].datagrams(), before, "a forbidden packet arrived");
         let sent = sent.into_inner();
         println!("{sent} forbidden packets sent while hub, member and agents were killed, none arrived");
+        assert!(sent > 1_000, "the flood is one: {sent}");
+    });
+}
+
+/// Everything is denied; then all but the notebook is allowed, whose endpoint the enforcing cluster was never sent.
+#[test]
+fn a_policy_that_arrives_before_the_endpoints_it_denies_opens_no_gap() {
+    sandbox::test("system::a_policy_that_arrives_before_the_endpoints_it_denies_opens_no_gap", || {
+        let world = World::new();
+        let fabric = Fabric::build(&world.clusters).expect("the network");
+        let listeners = world.listen(&fabric);
+        let mut system = world.join(&fabric);
+        let (registry, notebook, vllm) = (world.pod("registry-0"), world.pod("notebook-0"), world.pod("vllm-0"));
+        let policy = |name: &str, ingress: &str| {
+            let path = world.scratch.path().join(format!("{name}.yaml"));
+            let text = format!(
+                "apiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {{name: gap}}\nspec: {{phase: Guard, order: 1}}\n---\n\
+                 apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolicy\nmetadata: {{name: gap}}\n\
+                 spec:\n  tier: gap\n  clusterSelector: \"role == 'train'\"\n  \
+                 selector: \"app == 'model-registry'\"\n  types: [Ingress]\n  ingress: {ingress}\n"
+            );
+            std::fs::write(&path, text).expect("written");
+            path.to_string_lossy().into_owned()
+        };
+        let closed = policy("closed", "[{action: Deny}]");
+        let all_but = policy("all-but", "[{action: Deny, source: {selector: \"app == 'notebook'\"}}, {action: Allow}]");
+        system.hanse(&["apply", "-f", &closed]).expect("applied");
+        system.wait_for_policies().expect("enforced");
+        assert!(blocked(&fabric, notebook, registry) && blocked(&fabric, vllm, registry));
+
+        let at_registry = world.pods.iter().position(|pod| pod.name == "registry-0").expect("it listens");
+        let before = listeners[at_registry].datagrams();
+        let (done, sent) = (AtomicBool::new(false), AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            let _ends = Ends(&done);
+            scope.spawn(|| {
+                let inside = fabric.pod(notebook).expect("built");
+                while !done.load(Ordering::Relaxed) {
+                    for family in 0..2 {
+                        let to = SocketAddr::new(registry.addresses[family], registry.port);
+                        if probe::send_udp(inside, notebook.addresses[family], to).is_ok() {
+                            sent.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                    std::thread::yield_now();
+                }
+            });
+            // The endpoints come with the policy, and go with it.
+            for round in 0..3 {
+                system.hanse(&["apply", "-f", &all_but]).expect("applied");
+                let open = probe::until(PATIENCE, || connects(&fabric, vllm, registry));
+                assert!(open.is_some(), "round {round} did not open\n{}", system.logs());
+                system.hanse(&["apply", "-f", &closed]).expect("applied");
+                let shut = probe::until(PATIENCE, || blocked(&fabric, vllm, registry));
+                assert!(shut.is_some(), "round {round} did not close\n{}", system.logs());
+                system.settle(&["train"]).expect("in sync");
+            }
+            // They come late: a hub that has restarted holds none of a cluster whose member is away.
+            system.kill_member("serve").expect("killed");
+            system.kill_hub().expect("killed");
+            system.start_hub().expect("started");
+            system.hanse(&["apply", "-f", &all_but]).expect("applied");
+            let waits = probe::until(PATIENCE, || {
+                let wait = system.try_hanse(&["wait", "--for=enforced", "--timeout", "1", "gap"]).expect("it runs");
+                let said = String::from_utf8_lossy(&wait.stderr).into_owned();
+                !wait.status.success() && said.contains("waits for serve")
+            });
+            assert!(waits.is_some(), "the policy waits for the endpoints of serve\n{}", system.logs());
+            assert!(blocked(&fabric, vllm, registry), "and the former holds");
+            let serve = &world.clusters[1];
+            system.start_member(serve, &serve.directory).expect("started");
+            let open = probe::until(PATIENCE, || connects(&fabric, vllm, registry));
+            assert!(open.is_some(), "the policy did not come into force\n{}", system.logs());
+            system.settle(&["train"]).expect("in sync");
+        });
+        assert_eq!(listeners[at_registry].datagrams(), before, "a forbidden packet arrived");
+        let sent = sent.into_inner();
+        println!("{sent} forbidden packets sent while the policy changed, none arrived");
         assert!(sent > 1_000, "the flood is one: {sent}");
     });
 }

@@ -294,7 +294,23 @@ impl Origin {
         }
         self.position = position;
         self.synced = true;
-        Ok(self.recompute(work, selections, position.revision))
+        let changes = self.recompute(work, selections, position.revision);
+        if batch.snapshot {
+            // What grew by doubling is a third too large, and most origins change little afterwards.
+            self.shrink();
+        }
+        Ok(changes)
+    }
+
+    fn shrink(&mut self) {
+        self.entries.shrink_to_fit();
+        self.profiles.shrink_to_fit();
+        self.owners.shrink_to_fit();
+        self.ids.shrink_to_fit();
+        for profile in &mut self.profiles {
+            profile.endpoints.shrink_to_fit();
+        }
+        self.referring.values_mut().for_each(Vec::shrink_to_fit);
     }
 
     /// Judges everything again under another grant. The origin's position stays; views of other grants are told apart by
