@@ -15,7 +15,7 @@ use hanse_k8s_api::manifest::{Manifests, read_dir};
 use hanse_k8s_api::{assemble_cluster, assemble_federation};
 use hanse_policy::inventory::Inventory;
 use hanse_policy::model::{ClusterName, PolicySet};
-use hanse_ruleset::{Generation, NodeConfig, UnknownPods};
+use hanse_ruleset::{Generation, NodeConfig, RuleSet, UnknownPods};
 
 use crate::fabric::{Fabric, UPLINK};
 use crate::world::Cluster;
@@ -39,7 +39,6 @@ impl Enforcement {
     /// Reads, compiles and applies everything; returns how long that took. A refused manifest or rule is an error.
     pub fn apply(&mut self, fabric: &Fabric, clusters: &[Cluster], federation: &Path) -> anyhow::Result<Duration> {
         let start = Instant::now();
-        self.number += 1;
         let (policies, inventory) = load(clusters, federation)?;
         for cluster in clusters {
             let config = |node: &crate::world::Node| NodeConfig {
@@ -52,44 +51,63 @@ impl Enforcement {
                 cluster.nodes.iter().map(|node| (node.name.as_str().into(), config(node))).collect();
             let name: ClusterName = cluster.name.as_str().into();
             let compiled = compile(Input { cluster: &name, policies: &policies, inventory: &inventory, nodes: &nodes });
-            for (node, mut rules) in compiled.nodes {
-                rules.generation = Generation { term: 1, number: self.number };
-                let key = (cluster.name.clone(), node.to_string());
-                if !self.nodes.contains_key(&key) {
-                    let namespace = fabric.node(&key.0, &key.1).context("find the node's namespace")?;
-                    let config = Config { uplinks: vec![UPLINK.to_owned()], ..Config::default() };
-                    let kernel = namespace.enter(|| Nftables::open(config)).context("open nftables")?;
-                    self.nodes.insert(key.clone(), Kernel(kernel));
-                }
-                let kernel = self.nodes.get_mut(&key).context("find the node's dataplane")?;
-                let applied = kernel.0.apply(&Arc::new(rules)).context("apply rules")?;
-                if !applied.refused.is_empty() {
-                    bail!("the kernel of {}/{} refuses {:?}", key.0, key.1, applied.refused);
-                }
-            }
+            self.enforce(fabric, &cluster.name, compiled.nodes)?;
         }
         Ok(start.elapsed())
     }
+
+    /// Puts the rule sets of a cluster's nodes in force, as their next generation. A refused rule is an error.
+    pub fn enforce(
+        &mut self,
+        fabric: &Fabric,
+        cluster: &str,
+        nodes: BTreeMap<Arc<str>, RuleSet>,
+    ) -> anyhow::Result<()> {
+        self.number += 1;
+        for (node, mut rules) in nodes {
+            rules.generation = Generation { term: 1, number: self.number };
+            let key = (cluster.to_owned(), node.to_string());
+            if !self.nodes.contains_key(&key) {
+                let namespace = fabric.node(&key.0, &key.1).context("find the node's namespace")?;
+                let config = Config { uplinks: vec![UPLINK.to_owned()], ..Config::default() };
+                let kernel = namespace.enter(|| Nftables::open(config)).context("open nftables")?;
+                self.nodes.insert(key.clone(), Kernel(kernel));
+            }
+            let kernel = self.nodes.get_mut(&key).context("find the node's dataplane")?;
+            let applied = kernel.0.apply(&Arc::new(rules)).context("apply rules")?;
+            if !applied.refused.is_empty() {
+                bail!("the kernel of {}/{} refuses {:?}", key.0, key.1, applied.refused);
+            }
+        }
+        Ok(())
+    }
 }
 
-fn load(clusters: &[Cluster], federation: &Path) -> anyhow::Result<(PolicySet, Inventory)> {
+/// The policies and inventory of a federation's manifests.
+pub fn assemble(clusters: &[(ClusterName, Manifests)], federation: &Manifests) -> (PolicySet, Inventory) {
     let (mut policies, mut inventory) = (PolicySet::default(), Inventory::default());
-    let names = clusters.iter().map(|cluster| ClusterName::from(cluster.name.as_str()));
-    let federation = assemble_federation(&read(federation)?.objects, names);
-    for cluster in clusters {
-        let name = ClusterName::from(cluster.name.as_str());
-        let mut state = assemble_cluster(&name, &read(&cluster.directory)?.objects);
-        if let Some(member) = federation.members.get(&name) {
+    let federation = assemble_federation(&federation.objects, clusters.iter().map(|(name, _)| name.clone()));
+    for (name, manifests) in clusters {
+        let mut state = assemble_cluster(name, &manifests.objects);
+        if let Some(member) = federation.members.get(name) {
             state.cluster.labels = member.labels.clone();
             state.cluster.label_grant = member.grants.label_grant();
             state.cluster.federated_allow_final = member.federated_allow_final;
         }
         inventory.clusters.insert(name.clone(), state.cluster);
-        policies.clusters.insert(name, state.layer);
+        policies.clusters.insert(name.clone(), state.layer);
     }
     inventory.federated_sets = federation.sets;
     policies.federation = federation.layer;
-    Ok((policies, inventory))
+    (policies, inventory)
+}
+
+fn load(clusters: &[Cluster], federation: &Path) -> anyhow::Result<(PolicySet, Inventory)> {
+    let clusters: Vec<(ClusterName, Manifests)> = clusters
+        .iter()
+        .map(|cluster| Ok((ClusterName::from(cluster.name.as_str()), read(&cluster.directory)?)))
+        .collect::<anyhow::Result<_>>()?;
+    Ok(assemble(&clusters, &read(federation)?))
 }
 
 fn read(directory: &Path) -> anyhow::Result<Manifests> {

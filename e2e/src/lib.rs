@@ -12,6 +12,7 @@ pub mod expectation;
 pub mod fabric;
 pub mod matrix;
 pub mod namespace;
+pub mod packet;
 pub mod probe;
 pub mod process;
 pub mod sandbox;

@@ -89,6 +89,8 @@ pub fn test(name: &str, body: impl FnOnce()) {
         output.status,
         String::from_utf8_lossy(&output.stderr)
     );
+    // What the test counted, for whoever wants to see it.
+    print!("{text}");
 }
 
 fn prepare() -> Result<(), namespace::NetworkError> {

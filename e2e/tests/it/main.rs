@@ -1,7 +1,13 @@
 //! Tests of the whole.
 
 mod guards;
+mod kernel;
 mod manifests;
 mod network;
 mod simulation;
 mod system;
+
+#[path = "../../../federation/cli/tests/it/corpus/reading.rs"]
+mod corpus;
+#[path = "../../../federation/policy/tests/it/worlds.rs"]
+mod worlds;

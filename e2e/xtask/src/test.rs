@@ -28,10 +28,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         }
         steps.push(("lints", lints));
     }
-    // The packet tests run the project's own programs.
+    // The packet tests run the project's own programs. Built together with the tests, so that both use one build of every
+    // dependency: alone, the programs would be built with fewer features of them.
     let mut build = setup::cargo();
-    build.args(["build", "--workspace", "--bins", "--locked"]);
-    steps.push(("programs", build));
+    build.args(["build", "--workspace", "--bins", "--tests", "--locked"]);
+    steps.push(("programs and tests", build));
     let mut tests = setup::cargo();
     tests.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
     steps.push(("tests", tests));

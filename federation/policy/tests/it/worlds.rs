@@ -46,6 +46,8 @@ const KEYS: &[&str] = &["app", "role", "stage"];
 const VALUES: &[&str] = &["a", "b", "c"];
 const ACCOUNTS: &[&str] = &["default", "runner"];
 const PORTS: &[u16] = &[53, 80, 8080, 40_000];
+/// Among them the echo requests of both families.
+const ICMP_TYPES: &[u8] = &[0, 8, 128];
 const PORT_NAMES: &[&str] = &["dns", "http"];
 const SELECTORS: &[&str] = &[
     "all()",
@@ -279,7 +281,7 @@ fn rule(random: &mut Random, index: u32, selection: &dyn Fn(&mut Random) -> Sele
         ])
     };
     let icmp = |random: &mut Random| Icmp {
-        kind: random.some(2, |random| random.below(2) as u8 * 8),
+        kind: random.some(2, |random| random.pick(ICMP_TYPES)),
         code: random.some(2, |random| random.below(2) as u8),
     };
     let port = |random: &mut Random| match random.below(4) {
@@ -341,6 +343,6 @@ pub fn query(random: &mut Random, inventory: &Inventory) -> Query {
         protocol,
         source_port: if ports { 40_000 } else { 0 },
         destination_port: if ports { random.pick(PORTS) } else { 0 },
-        icmp: matches!(protocol, 1 | 58).then(|| (random.below(2) as u8 * 8, random.below(2) as u8)),
+        icmp: matches!(protocol, 1 | 58).then(|| (random.pick(ICMP_TYPES), random.below(2) as u8)),
     }
 }
