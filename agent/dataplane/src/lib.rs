@@ -8,17 +8,20 @@
 
 pub mod nftables;
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use hanse_ruleset::{Digest, Generation, RuleSet};
+use hanse_ruleset::{Digest, EndpointId, Generation, LocalEndpoint, RuleSet};
 
 /// What was found in the kernel at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
     /// Nothing of ours.
     Nothing,
-    /// Rules of this generation and digest; they stay in force until something else is applied.
-    Rules { generation: Generation, digest: Digest },
+    /// Rules of this generation and digest; they stay in force until something else is applied. `whole`: they are what was
+    /// expected, as far as they were looked at.
+    Rules { generation: Generation, digest: Digest, whole: bool },
 }
 
 /// What came of applying a generation.
@@ -33,6 +36,39 @@ pub struct Refusal {
     /// `policy …`, `set …`, `chain …`, `endpoint …`.
     pub object: String,
     pub reason: String,
+}
+
+/// What a probe found of an endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finding {
+    /// The hooks see its packets, on every address.
+    Enforced,
+    /// The address is one of the node itself, so its packets are the node's.
+    HostNetwork(IpAddr),
+    /// It has more than one way out, and only the one with its address is judged: their names.
+    SecondInterface(String),
+    /// It lives, but what it sends from this address to other pods passes by the hooks.
+    Bypassed(IpAddr),
+    /// It does not answer on this address, so nothing is known.
+    Silent(IpAddr),
+}
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Enforced => write!(f, "enforced"),
+            Self::HostNetwork(address) => write!(f, "host network: {address} is an address of the node"),
+            Self::SecondInterface(names) => {
+                write!(f, "second interface: of {names} only the one with the pod's address is judged")
+            }
+            Self::Bypassed(address) => write!(
+                f,
+                "bypassed: what {address} sends to other pods does not pass the hooks (a bridge without br_netfilter, or a \
+                 program that moves packets past them)"
+            ),
+            Self::Silent(address) => write!(f, "not proven: {address} does not answer the probe"),
+        }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +90,13 @@ pub trait Backend: Send {
 
     /// Puts back what someone else changed; whether anything was.
     fn repair(&mut self) -> Result<bool, Error>;
+
+    /// Asks `endpoints` for packets that the hooks must see. A little later (answers within one machine take less than a
+    /// millisecond, and a neighbour's answer before the first) [`Self::findings`] tells which were.
+    fn probe(&mut self, endpoints: &[Arc<LocalEndpoint>]) -> Result<(), Error>;
+
+    /// What the probe before found of `endpoints`, the ones that it asked.
+    fn findings(&mut self, endpoints: &[Arc<LocalEndpoint>]) -> Result<BTreeMap<EndpointId, Finding>, Error>;
 
     /// Removes everything of ours.
     fn cleanup(&mut self) -> Result<(), Error>;

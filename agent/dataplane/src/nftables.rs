@@ -5,23 +5,29 @@
 
 mod conntrack;
 mod expression;
+mod interfaces;
 mod netlink;
+mod probe;
 mod render;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::ops::Bound;
 use std::sync::Arc;
 
-use hanse_ruleset::{ChainId, Digest, EndpointId, Generation, PolicyId, RuleSet, SetId};
+use hanse_ruleset::{ChainId, Digest, EndpointId, Generation, LocalEndpoint, PolicyId, RuleSet, SetId};
 
 use self::netlink::{Attributes, BatchError, Netlink, attributes, text_of};
 use self::write::{Closed, Tag, Writer};
-use crate::{Applied, Backend, Error, Found, Refusal};
+use crate::{Applied, Backend, Error, Finding, Found, Refusal};
 
 const GET_CHAIN_RULES: u16 = (10 << 8) | 7;
 const GET_SET_ELEMENTS: u16 = (10 << 8) | 13;
 const EVENT_GROUP: u32 = 7;
 const FAMILY_INET: u8 = 1;
+/// Where answers to probes are noted: to those in the node's name, and to those in another pod's.
+const PROBE_SETS: [&str; 2] = ["answered", "crossed"];
 /// How often a generation is tried again with refused objects closed.
 const MAX_ATTEMPTS: usize = 8;
 
@@ -100,6 +106,12 @@ pub struct Nftables {
     events: Netlink,
     /// What is in the kernel and of which we know every object; `None`: something else, or nothing.
     installed: Option<Installed>,
+    /// What was committed last, and so what a repair puts back.
+    held: Option<Arc<RuleSet>>,
+    /// The kernel may hold something else than `held`: until the whole table is written, no difference is.
+    drifted: bool,
+    /// Addresses that the probe under way asked in the name of another pod.
+    asked_across: BTreeSet<IpAddr>,
     epoch: Epoch,
 }
 
@@ -155,7 +167,16 @@ impl Nftables {
         let netlink = Netlink::open().map_err(Error::Io)?;
         let mut events = Netlink::open().map_err(Error::Io)?;
         events.subscribe(EVENT_GROUP).map_err(Error::Io)?;
-        Ok(Self { config, netlink, events, installed: None, epoch: Epoch(0) })
+        Ok(Self {
+            config,
+            netlink,
+            events,
+            installed: None,
+            held: None,
+            drifted: false,
+            asked_across: BTreeSet::new(),
+            epoch: Epoch(0),
+        })
     }
 
     /// Changes which interfaces are uplinks; takes effect with the next [`Backend::apply`].
@@ -163,13 +184,38 @@ impl Nftables {
         self.config.uplinks = uplinks;
     }
 
+    /// The numbers start again at their end, so no connection may still carry an old one. Which is why they are taken out
+    /// by halves: while one half is cleared, connections are judged under the other.
     fn next_epoch(&mut self) -> Result<Epoch, Error> {
-        if self.epoch < self.config.last_epoch() {
-            return Ok(Epoch(self.epoch.0 + 1));
-        }
-        // The numbers start again, so no connection may still carry an old one.
-        conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask).map_err(Error::Io)?;
-        Ok(Epoch(1))
+        let last = self.config.last_epoch();
+        let half = last.0.div_ceil(2);
+        let next = if self.epoch < last { Epoch(self.epoch.0 + 1) } else { Epoch(1) };
+        let entered = match next.0 {
+            1 => 1..half,
+            it if it == half => half..last.0 + 1,
+            _ => return Ok(next),
+        };
+        let shift = self.config.ct_mark_mask.trailing_zeros() + 1;
+        let mask = self.config.ct_mark_mask;
+        conntrack::clear_marks(&mut self.netlink, mask, |mark| entered.contains(&((mark & mask) >> shift)))
+            .map_err(Error::Io)?;
+        Ok(next)
+    }
+
+    /// Notes whether someone else changed our table since the last look.
+    fn look(&mut self) -> Result<(), Error> {
+        let ours = self.netlink.port();
+        let table = &self.config.table;
+        self.drifted |= match self.events.events().map_err(Error::Io)? {
+            // Some were lost.
+            None => true,
+            Some(events) => events.iter().any(|event| {
+                event.port != ours
+                    && event.family == FAMILY_INET
+                    && attributes(&event.body).get(&1).is_some_and(|name| text_of(name) == *table)
+            }),
+        };
+        Ok(())
     }
 
     fn commit(&mut self, next: &Arc<RuleSet>, whole: bool) -> Result<Applied, Error> {
@@ -194,9 +240,15 @@ impl Nftables {
                     let uplinks = self.config.uplinks.clone();
                     let applied = Applied { refused: closed.refusals(next) };
                     self.installed = Some(Installed { rules: Arc::clone(next), set_digests, closed, uplinks });
+                    self.held = Some(Arc::clone(next));
+                    self.drifted = false;
                     return Ok(applied);
                 }
-                Err(BatchError::Io(error)) => return Err(Error::Io(error)),
+                Err(BatchError::Io(error)) => {
+                    // Whether it took effect is not known.
+                    self.drifted = true;
+                    return Err(Error::Io(error));
+                }
                 Err(BatchError::Refused(refused)) => {
                     let text = |(tag, error): &(Tag, std::io::Error)| format!("{tag:?}: {error}");
                     let reasons = refused.iter().take(3).map(text).collect::<Vec<_>>().join("; ");
@@ -210,6 +262,30 @@ impl Nftables {
             }
         }
         Err(Error::Refused(format!("still refused after {MAX_ATTEMPTS} attempts")))
+    }
+
+    /// The address of another endpoint, of the same family and not the node's: the next in order.
+    fn peer_of(&self, endpoint: &LocalEndpoint, address: IpAddr, own: &BTreeSet<IpAddr>) -> Option<IpAddr> {
+        let all = &self.held.as_ref()?.endpoints;
+        let after = all.range((Bound::Excluded(&endpoint.id), Bound::Unbounded));
+        let others = after.chain(all.iter()).filter(|(id, _)| **id != endpoint.id);
+        let fits = |other: &&IpAddr| other.is_ipv4() == address.is_ipv4() && !own.contains(other);
+        others.flat_map(|(_, other)| &other.addresses).find(fits).copied()
+    }
+
+    /// The addresses that packets have added to a set, of both families.
+    fn noted(&mut self, set: &str) -> Result<BTreeSet<IpAddr>, Error> {
+        let mut noted = BTreeSet::new();
+        for family in ['4', '6'] {
+            let query = Attributes::default().text(1, &self.config.table).text(2, &format!("{set}{family}"));
+            let dumped = self.netlink.query(GET_SET_ELEMENTS, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Io)?;
+            for part in dumped {
+                let part = attributes(&part.body);
+                let elements = part.get(&3).map(|list| netlink::list(list)).into_iter().flatten();
+                noted.extend(elements.filter_map(|element| address_of(attributes(element).get(&1)?)));
+            }
+        }
+        Ok(noted)
     }
 
     fn read_state(&mut self) -> Result<Option<State>, Error> {
@@ -249,7 +325,7 @@ impl Nftables {
                 Err(error) => return Err(Error::Io(error)),
             };
             let count =
-                dumped.iter().filter_map(|part| attributes(&part.body).get(&3).map(|list| count_elements(list)));
+                dumped.iter().filter_map(|part| attributes(&part.body).get(&3).map(|list| netlink::list(list).count()));
             counts.insert(format!("set {set}"), count.sum());
         }
         Ok(counts)
@@ -267,27 +343,23 @@ impl Nftables {
     }
 }
 
-fn count_elements(mut list: &[u8]) -> usize {
-    let mut count = 0;
-    while let [l0, l1, _, _, ..] = *list {
-        let length = usize::from(u16::from_ne_bytes([l0, l1]));
-        if length < 4 {
-            break;
-        }
-        count += 1;
-        list = list.get(length.next_multiple_of(4)..).unwrap_or_default();
-    }
-    count
+/// The address in an element's key.
+fn address_of(key: &[u8]) -> Option<IpAddr> {
+    let key = attributes(key);
+    let bytes = *key.get(&1)?;
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
 }
 
 impl Backend for Nftables {
     fn adopt(&mut self, expected: Option<&Arc<RuleSet>>) -> Result<Found, Error> {
         let Some(state) = self.read_state()? else {
             // Marks of an earlier life would pass for judgements of ours.
-            conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask).map_err(Error::Io)?;
+            conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Io)?;
             return Ok(Found::Nothing);
         };
         self.epoch = state.epoch;
+        let mut whole = false;
         if let Some(rules) = expected
             && rules.digest() == state.digest
             && self.holds(rules)?
@@ -296,12 +368,15 @@ impl Backend for Nftables {
             let set_digests = set_digests(rules, None);
             self.installed =
                 Some(Installed { rules: Arc::clone(rules), set_digests, closed: Closed::default(), uplinks });
+            self.held = Some(Arc::clone(rules));
+            whole = true;
         }
-        Ok(Found::Rules { generation: state.generation, digest: state.digest })
+        Ok(Found::Rules { generation: state.generation, digest: state.digest, whole })
     }
 
     fn apply(&mut self, next: &Arc<RuleSet>) -> Result<Applied, Error> {
-        let whole = self.installed.is_none();
+        self.look()?;
+        let whole = self.installed.is_none() || self.drifted;
         match self.commit(next, whole) {
             // What we know of the kernel may be wrong: once more, whole.
             Err(Error::Refused(reason)) if !whole => {
@@ -313,20 +388,68 @@ impl Backend for Nftables {
     }
 
     fn repair(&mut self) -> Result<bool, Error> {
-        let ours = self.netlink.port();
-        let table = self.config.table.clone();
-        let changed = match self.events.events().map_err(Error::Io)? {
-            // Some were lost: look for ourselves.
-            None => true,
-            Some(events) => events.iter().any(|event| {
-                event.port != ours
-                    && event.family == FAMILY_INET
-                    && attributes(&event.body).get(&1).is_some_and(|name| text_of(name) == table)
-            }),
-        };
-        let Some(installed) = self.installed.clone().filter(|_| changed) else { return Ok(false) };
-        self.commit(&installed.rules, true)?;
+        self.look()?;
+        let Some(held) = self.held.clone().filter(|_| self.drifted) else { return Ok(false) };
+        self.commit(&held, true)?;
         Ok(true)
+    }
+
+    fn probe(&mut self, endpoints: &[Arc<LocalEndpoint>]) -> Result<(), Error> {
+        let mut batch = netlink::Batch::new();
+        for set in PROBE_SETS.iter().flat_map(|set| [format!("{set}4"), format!("{set}6")]) {
+            let all = Attributes::default().text(1, &self.config.table).text(2, &set);
+            batch.push(Tag::Base, write::DELETE_ELEMENTS, 0, FAMILY_INET, &all);
+        }
+        match self.netlink.commit(&batch) {
+            Ok(()) => {}
+            Err(BatchError::Io(error)) => return Err(Error::Io(error)),
+            Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),
+        }
+        let own = interfaces::own_addresses().map_err(Error::Io)?;
+        self.asked_across.clear();
+        for endpoint in endpoints {
+            for address in endpoint.addresses.iter().filter(|address| !own.contains(address)) {
+                let peer = self.peer_of(endpoint, *address, &own);
+                // Without another pod there is nobody to be bypassed to.
+                if peer.is_some() {
+                    self.asked_across.insert(*address);
+                }
+                for from in std::iter::once(None).chain(peer.map(Some)) {
+                    if let Err(error) = probe::ask(from, *address) {
+                        tracing::debug!(%address, %error, "not probed");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn findings(&mut self, endpoints: &[Arc<LocalEndpoint>]) -> Result<BTreeMap<EndpointId, Finding>, Error> {
+        let [answered, crossed] = PROBE_SETS.map(|set| self.noted(set));
+        let (answered, crossed) = (answered?, crossed?);
+        let survey = interfaces::survey().map_err(Error::Io)?;
+        let of_address = |address: IpAddr| {
+            if survey.own.contains(&address) {
+                Finding::HostNetwork(address)
+            } else if !answered.contains(&address) {
+                Finding::Silent(address)
+            } else if self.asked_across.contains(&address) && !crossed.contains(&address) {
+                Finding::Bypassed(address)
+            } else {
+                Finding::Enforced
+            }
+        };
+        let second = |endpoint: &LocalEndpoint| {
+            let home =
+                survey.behind.iter().find(|it| endpoint.addresses.iter().any(|own| it.addresses.contains(own)))?;
+            (home.ways.len() > 1).then(|| Finding::SecondInterface(home.ways.join(", ")))
+        };
+        let finding = |endpoint: &Arc<LocalEndpoint>| {
+            let each = endpoint.addresses.iter().map(|address| of_address(*address));
+            let worse = each.into_iter().find(|finding| *finding != Finding::Enforced);
+            worse.or_else(|| second(endpoint)).unwrap_or(Finding::Enforced)
+        };
+        Ok(endpoints.iter().map(|endpoint| (endpoint.id.clone(), finding(endpoint))).collect())
     }
 
     fn cleanup(&mut self) -> Result<(), Error> {
@@ -340,8 +463,8 @@ impl Backend for Nftables {
             Err(BatchError::Io(error)) => return Err(Error::Io(error)),
             Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),
         }
-        self.installed = None;
-        conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask).map_err(Error::Io)
+        (self.installed, self.held) = (None, None);
+        conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Io)
     }
 }
 

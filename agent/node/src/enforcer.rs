@@ -1,20 +1,32 @@
-//! The one thread that touches the kernel: applies rule sets in order, and repairs what others change.
+//! The one thread that touches the kernel: applies rule sets in order, repairs what others change, and probes whether the
+//! hooks see the pods' packets.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hanse_dataplane::nftables::{Config, Nftables};
-use hanse_dataplane::{Applied, Backend as _, Error, Found};
-use hanse_ruleset::{NodeConfig, RuleSet};
+use hanse_dataplane::{Applied, Backend as _, Error, Finding, Found, Refusal};
+use hanse_ruleset::{EndpointId, LocalEndpoint, NodeConfig, RuleSet};
 use ipnet::IpNet;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::{snapshot, uplinks};
 
 /// How often drift is looked for: well under the second within which it is promised to be gone.
 const REPAIR_EVERY: Duration = Duration::from_millis(200);
+/// How long answers to a probe may take.
+const PROBE_PATIENCE: Duration = Duration::from_millis(300);
+/// Pods that one probe asks: with two addresses 2,000 packets, in a few milliseconds.
+const MAX_PROBED: usize = 500;
+/// When a pod that is not proven is asked again, doubling from the first to the second.
+const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How long what was proven is believed: what stands beside us on the node changes.
+const BELIEVED: Duration = Duration::from_secs(600);
+/// How long the snapshot may be older than what is in force while generations follow each other closely.
+const SNAPSHOT_AGE: Duration = Duration::from_secs(1);
 
 struct Command {
     rules: Arc<RuleSet>,
@@ -25,6 +37,16 @@ struct Command {
 #[derive(Debug, Clone)]
 pub struct Enforcer {
     commands: mpsc::Sender<Command>,
+    proofs: watch::Receiver<Arc<Proofs>>,
+}
+
+/// What probes have found so far.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Proofs {
+    /// What is wrong with the hooks as a whole; empty when they see pod traffic, or there is no pod.
+    pub hooks: String,
+    /// Pods that are not enforced, and those of which it is not known.
+    pub unenforced: BTreeMap<EndpointId, String>,
 }
 
 /// How the agent enforces.
@@ -47,21 +69,28 @@ impl Options {
 
 impl Enforcer {
     /// Brings the kernel to what is known at start, before anybody is asked: rules that are found stay; without any the
-    /// snapshot is applied; without one the node's pod ranges are closed. Returns what is now known to be in force.
+    /// snapshot is applied; without one the node's pod ranges are closed. Returns what is now known to be in force, and what
+    /// of it the kernel refused.
     ///
     /// # Errors
     /// When the kernel cannot be spoken to.
-    pub fn start(options: Options) -> Result<(Self, Option<Arc<RuleSet>>), Error> {
+    pub fn start(options: Options) -> Result<(Self, Option<Arc<RuleSet>>, Vec<Refusal>), Error> {
         let mut backend = Nftables::open(options.dataplane.clone())?;
         let kept = snapshot::read(&options.snapshot()).map(Arc::new);
         let ranges = kept.as_ref().map_or(&options.pod_ranges, |rules| &rules.node.pod_ranges).clone();
         if options.detect_uplinks {
             backend.set_uplinks(uplinks::detect(&ranges));
         }
+        let mut refused = Vec::new();
         let held = match backend.adopt(kept.as_ref())? {
-            Found::Rules { generation, digest } => {
+            Found::Rules { generation, digest, whole } => {
                 tracing::info!(term = generation.term, number = generation.number, %digest, "found rules in the kernel, which stay");
-                kept.filter(|rules| rules.digest() == digest)
+                let kept = kept.filter(|rules| rules.digest() == digest);
+                if let Some(rules) = kept.as_ref().filter(|_| !whole) {
+                    refused = backend.apply(rules)?.refused;
+                    tracing::warn!("they were not what they say they are; repaired");
+                }
+                kept
             }
             Found::Nothing => {
                 let known = kept.is_some();
@@ -69,14 +98,21 @@ impl Enforcer {
                     let node = NodeConfig { pod_ranges: options.pod_ranges.clone(), ..NodeConfig::default() };
                     Arc::new(RuleSet { node, ..RuleSet::default() })
                 });
-                backend.apply(&rules)?;
+                refused = backend.apply(&rules)?.refused;
                 tracing::info!(snapshot = known, "the kernel held no rules; applied what is known");
                 kept
             }
         };
         let (commands, receiver) = mpsc::channel();
-        std::thread::spawn(move || serve(&mut backend, &options, &receiver));
-        Ok((Self { commands }, held))
+        let (telling, proofs) = watch::channel(Arc::default());
+        let prober = Prober::new(held.clone(), telling);
+        std::thread::spawn(move || serve(&mut backend, &options, &receiver, prober));
+        Ok((Self { commands, proofs }, held, refused))
+    }
+
+    /// What probes have found, and when that changes.
+    pub fn proofs(&self) -> watch::Receiver<Arc<Proofs>> {
+        self.proofs.clone()
     }
 
     /// Makes `rules` what is enforced. When it returns, connections that they forbid are cut.
@@ -91,30 +127,139 @@ impl Enforcer {
     }
 }
 
-fn serve(backend: &mut Nftables, options: &Options, commands: &mpsc::Receiver<Command>) {
-    let mut ranges = options.pod_ranges.clone();
+fn serve(backend: &mut Nftables, options: &Options, commands: &mpsc::Receiver<Command>, mut prober: Prober) {
+    // What the file of the snapshot does not say yet, since when.
+    let mut unsaved: Option<(Instant, Arc<RuleSet>)> = None;
     loop {
         match commands.recv_timeout(REPAIR_EVERY) {
             Ok(Command { rules, answer }) => {
-                ranges.clone_from(&rules.node.pod_ranges);
                 if options.detect_uplinks {
-                    backend.set_uplinks(uplinks::detect(&ranges));
+                    backend.set_uplinks(uplinks::detect(&rules.node.pod_ranges));
                 }
                 let applied = backend.apply(&rules);
-                if applied.is_ok()
-                    && let Err(error) = snapshot::write(&options.snapshot(), &rules)
-                {
-                    tracing::error!(%error, "the snapshot cannot be written: a restart would begin with an older one");
+                if applied.is_ok() {
+                    let since = unsaved.map_or_else(Instant::now, |(since, _)| since);
+                    unsaved = Some((since, Arc::clone(&rules)));
+                    prober.rules = Some(rules);
                 }
                 // Who asked may have gone; the rules are in force all the same.
                 let _ = answer.send(applied);
             }
-            Err(mpsc::RecvTimeoutError::Timeout) => match backend.repair() {
-                Ok(true) => tracing::warn!("someone changed our rules in the kernel; repaired"),
-                Ok(false) => {}
-                Err(error) => tracing::error!(%error, "looking for drift failed"),
-            },
-            Err(mpsc::RecvTimeoutError::Disconnected) => return,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                match backend.repair() {
+                    Ok(true) => tracing::warn!("someone changed our rules in the kernel; repaired"),
+                    Ok(false) => {}
+                    Err(error) => tracing::error!(%error, "looking for drift failed"),
+                }
+                prober.turn(backend);
+                // Time enough, whenever it was that the last came.
+                unsaved = unsaved.and_then(|(_, rules)| save(options, rules));
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                if let Some((_, rules)) = unsaved {
+                    save(options, rules);
+                }
+                return;
+            }
         }
+        unsaved = match unsaved {
+            Some((since, rules)) if since.elapsed() >= SNAPSHOT_AGE => save(options, rules),
+            other => other,
+        };
+    }
+}
+
+/// Writes the snapshot; what could not be written is given back.
+fn save(options: &Options, rules: Arc<RuleSet>) -> Option<(Instant, Arc<RuleSet>)> {
+    let error = snapshot::write(&options.snapshot(), &rules).err()?;
+    tracing::error!(%error, "the snapshot cannot be written: a restart would begin with an older one");
+    Some((Instant::now(), rules))
+}
+
+/// Which pods are asked when, and what was found.
+struct Prober {
+    rules: Option<Arc<RuleSet>>,
+    known: BTreeMap<EndpointId, Known>,
+    under_way: Option<(Instant, Vec<Arc<LocalEndpoint>>)>,
+    telling: watch::Sender<Arc<Proofs>>,
+}
+
+struct Known {
+    endpoint: Arc<LocalEndpoint>,
+    finding: Finding,
+    again_at: Instant,
+    again_after: Duration,
+}
+
+impl Prober {
+    fn new(rules: Option<Arc<RuleSet>>, telling: watch::Sender<Arc<Proofs>>) -> Self {
+        Self { rules, known: BTreeMap::new(), under_way: None, telling }
+    }
+
+    /// Reads the answers that are due, and asks whom it is time to ask.
+    fn turn(&mut self, backend: &mut Nftables) {
+        let Some(rules) = self.rules.clone() else { return };
+        let mut hooks = String::new();
+        match self.under_way.take() {
+            Some((since, asked)) if since.elapsed() < PROBE_PATIENCE => {
+                self.under_way = Some((since, asked));
+                return;
+            }
+            Some((_, asked)) => match backend.findings(&asked) {
+                Ok(findings) => self.learn(&asked, findings),
+                Err(error) => hooks = format!("the answers to the probe cannot be read: {error}"),
+            },
+            None => {}
+        }
+        self.known.retain(|id, known| {
+            rules.endpoints.get(id).is_some_and(|endpoint| endpoint.addresses == known.endpoint.addresses)
+        });
+        let now = Instant::now();
+        let due = |id: &EndpointId| self.known.get(id).is_none_or(|known| known.again_at <= now);
+        let ask: Vec<_> = rules.endpoints.iter().filter(|(id, _)| due(id)).map(|(_, it)| Arc::clone(it)).collect();
+        let ask: Vec<_> = ask.into_iter().take(MAX_PROBED).collect();
+        if !ask.is_empty() {
+            match backend.probe(&ask) {
+                Ok(()) => self.under_way = Some((now, ask)),
+                Err(error) => hooks = format!("the probe cannot be sent: {error}"),
+            }
+        }
+        self.tell(&rules, hooks);
+    }
+
+    fn learn(&mut self, asked: &[Arc<LocalEndpoint>], mut findings: BTreeMap<EndpointId, Finding>) {
+        for endpoint in asked {
+            let Some(finding) = findings.remove(&endpoint.id) else { continue };
+            let before = self.known.get(&endpoint.id).filter(|known| known.finding == finding);
+            let again_after = match (&finding, before) {
+                (Finding::Enforced, _) => BELIEVED,
+                (_, None) => ASK_AGAIN.0,
+                (_, Some(known)) => (known.again_after * 2).min(ASK_AGAIN.1),
+            };
+            let again_at = Instant::now() + again_after;
+            let known = Known { endpoint: Arc::clone(endpoint), finding, again_at, again_after };
+            self.known.insert(endpoint.id.clone(), known);
+        }
+    }
+
+    fn tell(&self, rules: &RuleSet, mut hooks: String) {
+        let enforced = self.known.values().any(|known| known.finding == Finding::Enforced);
+        if hooks.is_empty() && !enforced && !rules.endpoints.is_empty() {
+            hooks = "no pod has shown yet that the hooks see its packets".into();
+        }
+        let reason = |id: &EndpointId| match self.known.get(id) {
+            None => Some("not proven: the probe is under way".to_owned()),
+            Some(Known { finding: Finding::Enforced, .. }) => None,
+            Some(known) => Some(known.finding.to_string()),
+        };
+        let unenforced = rules.endpoints.keys().filter_map(|id| Some((id.clone(), reason(id)?))).collect();
+        let proofs = Proofs { hooks, unenforced };
+        self.telling.send_if_modified(|told| {
+            let changed = **told != proofs;
+            if changed {
+                *told = Arc::new(proofs);
+            }
+            changed
+        });
     }
 }

@@ -167,7 +167,8 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         pod_ranges: args.pod_range.iter().map(IpNet::trunc).collect(),
     };
     // Before anybody is asked: the node is closed, or as it was.
-    let (enforcer, held) = Enforcer::start(options).context("bring the kernel to what is known (this needs root)")?;
+    let (enforcer, held, refused) =
+        Enforcer::start(options).context("bring the kernel to what is known (this needs root)")?;
     let shutdown = Shutdown::default();
     let stop = shutdown.token();
     let health = Health::default();
@@ -175,7 +176,8 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     if let Some(address) = args.health_listen {
         serve(address, Page::Health(health), stop.clone()).await?;
     }
-    let follower = Follower { node: args.node.clone(), data: args.data.clone(), enforcer, held, in_sync };
+    let (node, data) = (args.node.clone(), args.data.clone());
+    let follower = Follower { node, data, enforcer, held, refused, in_sync };
     let (member, enrol, token_file) = (args.member, args.enrol, args.token_file);
     let (data, node, begin) = (args.data, args.node, shutdown.clone());
     let task = shutdown.spawn(async move {

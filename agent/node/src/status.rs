@@ -20,9 +20,22 @@ pub struct Status {
     pub sets: usize,
     /// Objects that the kernel refused.
     pub refused: Vec<String>,
+    /// What is wrong with the hooks as a whole; empty when they see pod traffic.
+    #[serde(default)]
+    pub hooks: String,
+    /// Pods that are not enforced, or of which it is not known.
+    #[serde(default)]
+    pub unenforced: Vec<Unenforced>,
     pub connected: bool,
     /// Seconds since the Unix epoch, by this machine's clock.
     pub written_at: u64,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unenforced {
+    pub namespace: String,
+    pub name: String,
+    pub reason: String,
 }
 
 impl Status {

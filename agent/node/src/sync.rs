@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
+use hanse_dataplane::Refusal;
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
-use hanse_ruleset::{Delta, Generation, RuleSet};
+use hanse_ruleset::{Delta, EndpointId, Generation, RuleSet};
 use hanse_runtime::agent_wire::{self, Assembled, Assembler};
 use hanse_runtime::health::Condition;
 use hanse_runtime::retry::Backoff;
@@ -18,7 +19,7 @@ use tonic::Streaming;
 
 use crate::enforcer::Enforcer;
 use crate::identity::NodeIdentity;
-use crate::status::Status;
+use crate::status::{Status, Unenforced};
 
 /// The largest message that is taken: the 1 MiB of the contract and its frame.
 const MAX_MESSAGE_BYTES: usize = 1024 * 1024 + 64 * 1024;
@@ -26,6 +27,8 @@ const MAX_MESSAGE_BYTES: usize = 1024 * 1024 + 64 * 1024;
 const OUTBOX: usize = 4;
 /// Refusals that one ack names.
 const MAX_REFUSALS: usize = 1_000;
+/// Pods that one ack names.
+const MAX_UNENFORCED: usize = 1_000;
 
 #[derive(Debug)]
 pub struct Follower {
@@ -34,6 +37,8 @@ pub struct Follower {
     pub enforcer: Enforcer,
     /// What is in force, as far as it is known.
     pub held: Option<Arc<RuleSet>>,
+    /// Objects of it that the kernel refused.
+    pub refused: Vec<Refusal>,
     pub in_sync: Condition,
 }
 
@@ -41,7 +46,7 @@ impl Follower {
     /// Follows one of `members` until `stop`.
     pub async fn run(mut self, identity: NodeIdentity, members: Vec<String>, stop: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
-        self.write_status(false, &[]);
+        self.write_status(false);
         for member in members.iter().cycle() {
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
@@ -51,7 +56,7 @@ impl Follower {
                 Ok(()) => tracing::info!(member, "the stream ended, opening the next"),
                 Err(error) => tracing::warn!(error = format!("{error:#}"), member, "not in sync, trying again"),
             }
-            self.write_status(false, &[]);
+            self.write_status(false);
             if !backoff.wait(&stop).await {
                 return;
             }
@@ -63,29 +68,43 @@ impl Follower {
         renewed.mark_unchanged();
         let (mut outbox, mut stream) = self.open(identity, member).await?;
         let mut assembler = Assembler::default();
+        let mut proofs = self.enforcer.proofs();
+        proofs.mark_unchanged();
+        // Whether the member has heard what is in force, and so can be told more of it.
+        let mut told = false;
         loop {
             let message = tokio::select! {
                 message = stream.message() => message.context("receive")?,
+                Ok(()) = proofs.changed() => {
+                    self.write_status(told);
+                    if told {
+                        outbox.send(self.ack(String::new())).await.context("tell what the probe found")?;
+                    }
+                    continue;
+                }
                 // The next connection shows the new certificate, and resumes by digest; then the old one closes.
                 _ = renewed.changed() => {
                     renewed.mark_unchanged();
                     (outbox, stream) = self.open(identity, member).await?;
-                    assembler = Assembler::default();
+                    (assembler, told) = (Assembler::default(), false);
                     continue;
                 }
             };
             let Some(message) = message else { return Ok(()) };
             let answer = match assembler.receive(message) {
                 Ok(Assembled::Nothing) => continue,
+                Ok(Assembled::Delta(delta)) if self.is_behind(delta.generation) => self.behind(delta.generation),
+                Ok(Assembled::Position { generation, .. }) if self.is_behind(generation) => self.behind(generation),
                 Ok(Assembled::Delta(delta)) => self.apply(&delta).await,
                 Ok(Assembled::Position { generation, hub_revision, local_revision }) => {
                     self.move_on(generation, hub_revision, local_revision)
                 }
                 Err(error) => {
                     tracing::error!(%error, "the member sent what cannot be understood; what is in force stays");
-                    self.ack(&[], error.to_string())
+                    self.ack(error.to_string())
                 }
             };
+            told = matches!(answer.message, Some(wire::agent_to_member::Message::Ack(_)));
             backoff.reset();
             outbox.send(answer).await.context("answer")?;
         }
@@ -119,6 +138,11 @@ impl Follower {
         let nothing = RuleSet::default();
         let next = match self.held.as_deref().unwrap_or(&nothing).apply(delta) {
             Ok(next) => Arc::new(next),
+            // Asked again it would be the same.
+            Err(error) if delta.base.is_none() => {
+                tracing::error!(%error, "the rule set does not hold together; what is in force stays");
+                return self.ack(error.to_string());
+            }
             Err(error) => {
                 tracing::warn!(%error, "the delta does not fit, asking for the whole");
                 self.held = None;
@@ -142,49 +166,65 @@ impl Follower {
                     );
                 }
                 self.held = Some(next);
+                self.refused = applied.refused;
                 self.in_sync.set(true);
-                let refused: Vec<(String, String)> =
-                    applied.refused.into_iter().map(|refusal| (refusal.object, refusal.reason)).collect();
-                self.write_status(true, &refused);
-                self.ack(&refused, String::new())
+                self.write_status(true);
+                self.ack(String::new())
             }
             Err(error) => {
                 tracing::error!(%error, number = next.generation.number, "not enforced; what is in force stays");
-                self.ack(&[], error.to_string())
+                self.ack(error.to_string())
             }
         }
+    }
+
+    /// A member that was replaced may not know it yet.
+    fn is_behind(&self, generation: Generation) -> bool {
+        self.held.as_ref().is_some_and(|held| generation.term < held.generation.term)
+    }
+
+    fn behind(&self, generation: Generation) -> wire::AgentToMember {
+        let held = self.held.as_ref().map(|held| held.generation.term).unwrap_or_default();
+        tracing::warn!(term = generation.term, held, "the member's term is over; what is in force stays");
+        self.ack(format!("term {} is over: term {held} has begun", generation.term))
     }
 
     fn move_on(&mut self, generation: Generation, hub_revision: u64, local_revision: u64) -> wire::AgentToMember {
         if let Some(held) = &self.held {
             self.held = Some(Arc::new(RuleSet { generation, hub_revision, local_revision, ..(**held).clone() }));
             self.in_sync.set(true);
-            self.write_status(true, &[]);
+            self.write_status(true);
         }
-        self.ack(&[], String::new())
+        self.ack(String::new())
     }
 
-    fn ack(&self, refused: &[(String, String)], failed: String) -> wire::AgentToMember {
+    fn ack(&self, failed: String) -> wire::AgentToMember {
         let nothing = RuleSet::default();
         let held = self.held.as_deref().unwrap_or(&nothing);
-        let refusals = refused.iter().take(MAX_REFUSALS);
+        let refusal = |it: &Refusal| wire::Refusal { object: it.object.clone(), reason: it.reason.clone() };
+        let proofs = self.enforcer.proofs().borrow().clone();
+        let pods = proofs.unenforced.iter().take(MAX_UNENFORCED);
+        let pod = |(id, reason): (&EndpointId, &String)| wire::PodStatus {
+            namespace: id.namespace.to_string(),
+            name: id.name.to_string(),
+            reason: reason.clone(),
+        };
         let ack = wire::Ack {
             generation: Some(agent_wire::generation(held.generation)),
             digest: agent_wire::digest(held.digest()),
             revisions: Some(wire::Revisions { hub: held.hub_revision, local: held.local_revision }),
-            refusals: refusals
-                .map(|(object, reason)| wire::Refusal { object: object.clone(), reason: reason.clone() })
-                .collect(),
+            refusals: self.refused.iter().take(MAX_REFUSALS).map(refusal).collect(),
             failed,
-            unenforced: Vec::new(),
-            probe: String::new(),
+            unenforced: pods.map(pod).collect(),
+            probe: proofs.hooks.clone(),
         };
         wire::AgentToMember { message: Some(wire::agent_to_member::Message::Ack(ack)) }
     }
 
-    fn write_status(&self, connected: bool, refused: &[(String, String)]) {
+    fn write_status(&self, connected: bool) {
         let nothing = RuleSet::default();
         let held = self.held.as_deref().unwrap_or(&nothing);
+        let proofs = self.enforcer.proofs().borrow().clone();
         let status = Status {
             node: self.node.clone(),
             term: held.generation.term,
@@ -195,7 +235,17 @@ impl Follower {
             endpoints: held.endpoints.len(),
             policies: held.policies.len(),
             sets: held.sets.len(),
-            refused: refused.iter().map(|(object, reason)| format!("{object}: {reason}")).collect(),
+            refused: self.refused.iter().map(|it| format!("{}: {}", it.object, it.reason)).collect(),
+            hooks: proofs.hooks.clone(),
+            unenforced: proofs
+                .unenforced
+                .iter()
+                .map(|(id, reason)| Unenforced {
+                    namespace: id.namespace.to_string(),
+                    name: id.name.to_string(),
+                    reason: reason.clone(),
+                })
+                .collect(),
             connected,
             written_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };

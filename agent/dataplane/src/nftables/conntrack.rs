@@ -12,13 +12,13 @@ const MARK: u16 = 8;
 const ZONE: u16 = 18;
 const MARK_MASK: u16 = 21;
 
-/// Takes our bits out of the mark of every connection.
-pub fn clear_marks(netlink: &mut Netlink, mask: u32) -> io::Result<()> {
+/// Takes the bits of `mask` out of the mark of every connection whose mark is `stale`.
+pub fn clear_marks(netlink: &mut Netlink, mask: u32, stale: impl Fn(u32) -> bool) -> io::Result<()> {
     let dumped = netlink.query(SUBSYSTEM | GET, DUMP, 0, &Attributes::default())?;
     for connection in dumped {
         let parts = attributes(&connection.body);
         let mark = parts.get(&MARK).and_then(|bytes| bytes.first_chunk()).map_or(0, |bytes| u32::from_be_bytes(*bytes));
-        let Some(tuple) = parts.get(&TUPLE_ORIGINAL).filter(|_| mark & mask != 0) else { continue };
+        let Some(tuple) = parts.get(&TUPLE_ORIGINAL).filter(|_| mark & mask != 0 && stale(mark)) else { continue };
         let mut change = Attributes::default().nest(TUPLE_ORIGINAL, &Attributes(tuple.to_vec()));
         if let Some(zone) = parts.get(&ZONE) {
             change = change.bytes(ZONE, zone);

@@ -107,6 +107,11 @@ pub enum Expression {
     FibSourceInterface {
         register: u32,
     },
+    /// Adds what is in the register to a named set.
+    AddToSet {
+        set: String,
+        register: u32,
+    },
     Counter,
     Log {
         group: u16,
@@ -154,6 +159,10 @@ impl Expression {
                 const RESULT_INTERFACE: u32 = 1;
                 const SOURCE_AND_INPUT: u32 = 1 | 8;
                 ("fib", new().u32(1, *register).u32(2, RESULT_INTERFACE).u32(3, SOURCE_AND_INPUT))
+            }
+            Self::AddToSet { set, register } => {
+                const ADD: u32 = 0;
+                ("dynset", new().text(1, set).u32(3, ADD).u32(4, *register))
             }
             Self::Counter => ("counter", new()),
             Self::Log { group } => ("log", new().u16(1, *group)),

@@ -7,7 +7,10 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd as _;
 
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use netlink_sys::{
+    Socket, SocketAddr,
+    protocols::{NETLINK_NETFILTER, NETLINK_ROUTE},
+};
 
 /// Flags of `nlmsghdr`.
 pub const REQUEST: u16 = 0x1;
@@ -80,22 +83,42 @@ pub fn attributes(mut bytes: &[u8]) -> BTreeMap<u16, &[u8]> {
     found
 }
 
+/// The entries of a list, whose attributes are all of one kind.
+pub fn list(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let [l0, l1, _, _, ..] = *bytes else { return None };
+        let length = usize::from(u16::from_ne_bytes([l0, l1]));
+        let payload = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(payload)
+    })
+}
+
 pub fn text_of(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes.strip_suffix(&[0]).unwrap_or(bytes)).into_owned()
 }
 
 /// One message: a netfilter header and attributes.
 fn push_message(into: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, family: u8, resource: u16, body: &[u8]) {
-    let length = u32::try_from(HEADER_BYTES + 4 + body.len()).expect("a message holds less than 4 GiB");
+    let [high, low] = resource.to_be_bytes();
+    push_header(into, kind, flags, sequence, 4 + body.len());
+    into.extend([family, 0, high, low]);
+    into.extend(body);
+    into.resize(into.len().next_multiple_of(4), 0);
+}
+
+fn push_raw(into: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, body: &[u8]) {
+    push_header(into, kind, flags, sequence, body.len());
+    into.extend(body);
+}
+
+fn push_header(into: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, body_length: usize) {
+    let length = u32::try_from(HEADER_BYTES + body_length).expect("a message holds less than 4 GiB");
     into.extend(length.to_ne_bytes());
     into.extend(kind.to_ne_bytes());
     into.extend(flags.to_ne_bytes());
     into.extend(sequence.to_ne_bytes());
     into.extend(0u32.to_ne_bytes());
-    into.extend([family, 0]);
-    into.extend(resource.to_be_bytes());
-    into.extend(body);
-    into.resize(into.len().next_multiple_of(4), 0);
 }
 
 /// Messages that take effect together or not at all. Each carries a tag by which a refusal is told.
@@ -162,8 +185,20 @@ pub struct Netlink {
 }
 
 impl Netlink {
+    /// The door to netfilter.
     pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        Self::open_protocol(NETLINK_NETFILTER)
+    }
+
+    /// The door to interfaces and addresses. Requests are read strictly, so that the kernel does what they say.
+    pub fn open_route() -> io::Result<Self> {
+        let netlink = Self::open_protocol(NETLINK_ROUTE)?;
+        netlink.socket.set_netlink_get_strict_chk(true)?;
+        Ok(netlink)
+    }
+
+    fn open_protocol(protocol: isize) -> io::Result<Self> {
+        let mut socket = Socket::new(protocol)?;
         let port = socket.bind_auto()?.port_number();
         let fd = unsafe_free_fd(&socket);
         // Beyond the system's limit only the host's root may go; elsewhere the limit has to do.
@@ -220,10 +255,22 @@ impl Netlink {
 
     /// Asks for a dump, or for one object, and gives what comes.
     pub fn query(&mut self, kind: u16, flags: u16, family: u8, body: &Attributes) -> io::Result<Vec<Received>> {
-        self.sequence += 1;
         let mut bytes = Vec::new();
-        push_message(&mut bytes, kind, REQUEST | flags, self.sequence, family, 0, &body.0);
-        self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
+        push_message(&mut bytes, kind, REQUEST | flags, self.sequence + 1, family, 0, &body.0);
+        self.ask(&bytes, flags, |message| message.received())
+    }
+
+    /// Asks for a dump of what is no netfilter object. `body` begins with the family's own header, and so do the answers.
+    pub fn dump(&mut self, kind: u16, body: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+        let mut bytes = Vec::new();
+        push_raw(&mut bytes, kind, REQUEST | DUMP, self.sequence + 1, body);
+        self.ask(&bytes, DUMP, |message| message.payload.to_vec())
+    }
+
+    /// Sends a request of the next sequence number, and reads until its answer is complete.
+    fn ask<T>(&mut self, request: &[u8], flags: u16, read: impl Fn(&Message<'_>) -> T) -> io::Result<Vec<T>> {
+        self.sequence += 1;
+        self.socket.send_to(request, &SocketAddr::new(0, 0), 0)?;
         let mut found = Vec::new();
         loop {
             let (datagram, _) = self.receive(0)?;
@@ -237,7 +284,7 @@ impl Netlink {
                         Some((_, Some(error))) => return Err(error),
                         _ => return Ok(found),
                     },
-                    _ => found.push(message.received()),
+                    _ => found.push(read(&message)),
                 }
             }
             if flags & (DUMP | ACK) == 0 {

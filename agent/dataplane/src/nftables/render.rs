@@ -18,12 +18,20 @@ use super::{Config, Epoch};
 /// The flags of `NFTA_SET_FLAGS` that we use.
 pub const INTERVAL: u32 = 0x4;
 pub const MAP: u32 = 0x8;
+/// Packets add to it: nobody's drift.
+pub const DYNAMIC: u32 = 0x20;
+/// The sets of one connection mark each, which says: judged under the present epoch.
+const MARKED_ALLOWED: &str = "marked-allowed";
+const MARKED_DEAD: &str = "marked-dead";
 /// ICMP's and ICMPv6's protocol numbers.
 const ICMP: u8 = 1;
 const ICMP_V6: u8 = 58;
 /// Protocols with ports: TCP, UDP, DCCP, SCTP, UDP-Lite.
 const WITH_PORTS: [u8; 5] = [6, 17, 33, 132, 136];
 const TCP: u8 = 6;
+/// How a probe's payload begins, and so what answers it: in the node's name, and in the name of another pod.
+pub const PROBE_OWN: [u8; 8] = *b"hanse?\0n";
+pub const PROBE_ACROSS: [u8; 8] = *b"hanse?\0p";
 /// The group to which Log rules send packets.
 const LOG_GROUP: u16 = 4738;
 /// Bits of `ct state`.
@@ -67,6 +75,7 @@ pub struct SetDefinition {
 
 /// Types as libnftables numbers them; a concatenation has six bits for each part.
 const INTERFACE_NAME: u32 = 41;
+const MARK_TYPE: u32 = 19;
 const PROTOCOL_AND_PORT: u32 = (12 << 6) | 13;
 
 fn address_type(family: Family) -> u32 {
@@ -176,7 +185,12 @@ pub fn set_elements(members: &Members, family: Family) -> Vec<Element> {
 
 /// The maps and sets that hold a node's own endpoints and ranges.
 pub fn fixed_sets() -> Vec<SetDefinition> {
-    let mut sets = vec![SetDefinition { name: "uplinks".into(), flags: 0, key_length: 16, key_type: INTERFACE_NAME }];
+    let mark = |name: &str| SetDefinition { name: name.into(), flags: 0, key_length: 4, key_type: MARK_TYPE };
+    let mut sets = vec![
+        SetDefinition { name: "uplinks".into(), flags: 0, key_length: 16, key_type: INTERFACE_NAME },
+        mark(MARKED_ALLOWED),
+        mark(MARKED_DEAD),
+    ];
     for family in both() {
         let (digit, length) = (family_digit(family), address_length(family));
         let kind = address_type(family);
@@ -187,23 +201,29 @@ pub fn fixed_sets() -> Vec<SetDefinition> {
         sets.extend([
             set("pods", 0, length),
             set("ranges", INTERVAL, length),
+            set("guarded", 0, length),
             set("self", 0, length * 2),
             set("egress", MAP, length),
             set("ingress", MAP, length),
             set("tonode", MAP, length),
+            set("answered", DYNAMIC, length),
+            set("crossed", DYNAMIC, length),
         ]);
     }
     sets
 }
 
-/// What one endpoint adds to the fixed sets: set name and element.
-pub fn endpoint_elements(endpoint: &LocalEndpoint) -> BTreeSet<(String, Element)> {
+/// What one endpoint adds to the fixed sets: set name and element. `guarded`: its way to the node is judged.
+pub fn endpoint_elements(endpoint: &LocalEndpoint, guarded: bool) -> BTreeSet<(String, Element)> {
     let mut elements = BTreeSet::new();
     for address in &endpoint.addresses {
         let family = Family::of(*address);
         let digit = family_digit(family);
         let key = address_bytes(*address);
         elements.insert((format!("pods{digit}"), Element::Key(key.clone())));
+        if guarded {
+            elements.insert((format!("guarded{digit}"), Element::Key(key.clone())));
+        }
         for (map, chain) in
             [("egress", endpoint.egress), ("ingress", endpoint.ingress), ("tonode", endpoint.egress_to_node)]
         {
@@ -589,7 +609,7 @@ impl Render<'_> {
     }
 }
 
-/// Chains that do not change with policy, but for those that hold the epoch.
+/// Chains that do not change with policy, but for those that note the epoch.
 pub fn base_chains(config: &Config, node: &NodeConfig) -> Vec<KernelChain> {
     const PRE_ROUTING: u32 = 0;
     const INPUT: u32 = 1;
@@ -598,142 +618,219 @@ pub fn base_chains(config: &Config, node: &NodeConfig) -> Vec<KernelChain> {
     const RAW: i32 = -300;
     const FILTER: i32 = 0;
     let chain = |name: &str, rules| KernelChain { name: name.into(), hook: None, rules };
-    let mut chains = Vec::new();
+    let mut chains = verdict_chains(config);
+    chains.push(chain("undecided", vec![rule([Expression::Counter, Expression::Verdict(Verdict::Drop)])]));
     for family in both() {
         let render = Render { config, family };
         chains.push(render.judge(node));
         chains.push(render.judge_to_node(node));
-        let digit = family_digit(family);
-        // Of a packet without a connection only the addresses are known.
-        let (offsets, length) = match family {
-            Family::V4 => ([12, 16], 4),
-            Family::V6 => ([8, 24], 16),
-        };
-        let mut rules = Vec::new();
-        for (offset, set) in offsets.into_iter().flat_map(|offset| [(offset, "ranges"), (offset, "pods")]) {
-            let set = SetName::Named(format!("{set}{digit}"));
-            rules.push(rule([
-                Expression::LoadPayload { base: 1, offset, length, register: R1 },
-                Expression::Lookup { set, register: R1, invert: false },
-                Expression::Counter,
-                Expression::Verdict(Verdict::Drop),
-            ]));
-        }
-        chains.push(chain(&format!("untracked{digit}"), rules));
+        chains.push(chain(&format!("untracked{}", family_digit(family)), drop_addressed(family, &["ranges", "pods"])));
+        chains.push(chain(&format!("guarded{}", family_digit(family)), drop_addressed(family, &["guarded"])));
     }
-    chains.push(chain(
-        "dead",
-        vec![
-            rule(protocol_is(TCP).into_iter().chain([Expression::Counter, Expression::TcpReset])),
-            rule([Expression::Counter, Expression::Verdict(Verdict::Drop)]),
-        ],
-    ));
-    chains.push(chain("undecided", vec![rule([Expression::Counter, Expression::Verdict(Verdict::Drop)])]));
-    let judged = |name: &str| -> Vec<Rule> {
-        both()
-            .map(|family| rule(family_is(family).into_iter().chain([jump(format!("{name}{}", family_digit(family)))])))
-            .into()
-    };
-
-    let mut forward = Vec::new();
-    for family in both() {
-        let untracked = jump(format!("untracked{}", family_digit(family)));
-        let states = state_is(STATE_INVALID | STATE_UNTRACKED);
-        forward.push(rule(states.into_iter().chain(family_is(family)).chain([untracked])));
-    }
-    forward.push(rule(
-        state_is(STATE_INVALID | STATE_UNTRACKED).into_iter().chain([Expression::Verdict(Verdict::Accept)]),
-    ));
-    forward.push(rule([jump("short")]));
-    // A connection that is picked up in the middle cannot be judged in its direction.
-    let mut middle = state_is(STATE_NEW).to_vec();
-    middle.extend(protocol_is(TCP));
-    middle.extend([
-        Expression::LoadPayload { base: 2, offset: 13, length: 1, register: R1 },
-        Expression::Bitwise { register: R1, mask: vec![0x17], xor: vec![0] },
-        Expression::Compare { register: R1, operator: Compare::NotEqual, value: vec![0x02] },
-    ]);
-    for family in both() {
-        let mut middle = middle.clone();
-        middle.extend(family_is(family));
-        middle.push(jump(format!("untracked{}", family_digit(family))));
-        forward.push(rule(middle));
-    }
-    forward.extend(judged("judge"));
-
-    let direction_is = |direction: Direction| {
-        [
-            Expression::LoadCt { key: Ct::Direction, direction: None, register: R1 },
-            Expression::Compare { register: R1, operator: Compare::Equal, value: vec![direction as u8] },
-        ]
-    };
-    let accept = || Expression::Verdict(Verdict::Accept);
-    // What has no connection, or one that the node began, is not a pod's.
-    let not_of_pods = |node_began: Direction| {
-        vec![
-            rule(state_is(STATE_INVALID | STATE_UNTRACKED).into_iter().chain([accept()])),
-            rule(direction_is(node_began).into_iter().chain([accept()])),
-        ]
-    };
-    let mut input = not_of_pods(Direction::Reply);
-    input.push(rule([jump("short")]));
-    input.extend(judged("node"));
-    let mut output = vec![rule(state_is(STATE_RELATED).into_iter().chain([accept()]))];
-    output.extend(not_of_pods(Direction::Original));
-    output.push(rule([jump("short")]));
-    output.extend(judged("node"));
-
-    let interface = [
-        Expression::LoadMeta { key: Meta::InputInterfaceName, register: R1 },
-        Expression::Lookup { set: SetName::Named("uplinks".into()), register: R1, invert: false },
-        accept(),
-    ];
-    let loopback = [
-        Expression::LoadMeta { key: Meta::InputInterfaceName, register: R1 },
-        Expression::Compare { register: R1, operator: Compare::Equal, value: interface_key("lo") },
-        accept(),
-    ];
-    // Neighbour discovery starts without an address; it ends at the node.
-    let discovery = protocol_is(ICMP_V6).into_iter().chain([
-        Expression::LoadPayload { base: 2, offset: 0, length: 1, register: R1 },
-        Expression::Compare { register: R1, operator: Compare::AtLeast, value: vec![133] },
-        Expression::Compare { register: R1, operator: Compare::AtMost, value: vec![136] },
-        accept(),
-    ]);
-    let forged = [
-        Expression::FibSourceInterface { register: R1 },
-        Expression::Compare { register: R1, operator: Compare::Equal, value: vec![0; 4] },
-        Expression::Counter,
-        Expression::Verdict(Verdict::Drop),
-    ];
-    let arrival = vec![rule(loopback), rule(interface), rule(discovery), rule(forged)];
     for (name, hook, priority, rules) in [
-        ("prerouting", PRE_ROUTING, RAW, arrival),
-        ("input", INPUT, FILTER, input),
-        ("forward", FORWARD, FILTER, forward),
-        ("output", OUTPUT, FILTER, output),
+        ("prerouting", PRE_ROUTING, RAW, arrival()),
+        ("input", INPUT, FILTER, to_node()),
+        ("forward", FORWARD, FILTER, through_node(config)),
+        ("output", OUTPUT, FILTER, from_node()),
     ] {
         chains.push(KernelChain { name: name.into(), hook: Some(("filter", hook, priority)), rules });
     }
     chains
 }
 
-/// The chains that hold the epoch: `short` for connections that are already judged, `allowed` and `deny` to note it.
-pub fn epoch_chains(config: &Config, epoch: Epoch) -> Vec<KernelChain> {
-    let chain = |name: &str, rules| KernelChain { name: name.into(), hook: None, rules };
-    let judged_as = |allowed: bool| {
-        [
-            Expression::LoadCt { key: Ct::Mark, direction: None, register: R1 },
-            Expression::Bitwise { register: R1, mask: config.ct_mark_mask.to_ne_bytes().to_vec(), xor: vec![0; 4] },
-            Expression::Compare {
-                register: R1,
-                operator: Compare::Equal,
-                value: config.ct_mark(epoch, allowed).to_ne_bytes().to_vec(),
-            },
-        ]
+/// Drops what comes from or goes to a member of one of the fixed `sets`. Of a packet without a connection only its own
+/// addresses are known.
+fn drop_addressed(family: Family, sets: &[&str]) -> Vec<Rule> {
+    let digit = family_digit(family);
+    let ends = [load_source(family), load_destination(family)];
+    let drop = |load: Expression, set: &&str| {
+        let set = SetName::Named(format!("{set}{digit}"));
+        let lookup = Expression::Lookup { set, register: R1, invert: false };
+        rule([load, lookup, Expression::Counter, Expression::Verdict(Verdict::Drop)])
     };
-    let note = |allowed: bool| {
-        [
+    ends.into_iter().flat_map(|load| sets.iter().map(move |set| drop(load.clone(), set))).collect()
+}
+
+/// Both families' forms of a rule: `matches` and then a jump to the chain of the family.
+fn per_family(matches: &[Expression], chain: &str) -> [Rule; 2] {
+    both().map(|family| {
+        let leap = jump(format!("{chain}{}", family_digit(family)));
+        rule(family_is(family).into_iter().chain(matches.iter().cloned()).chain([leap]))
+    })
+}
+
+fn accept() -> Expression {
+    Expression::Verdict(Verdict::Accept)
+}
+
+fn from_loopback() -> [Expression; 3] {
+    [
+        Expression::LoadMeta { key: Meta::InputInterfaceName, register: R1 },
+        Expression::Compare { register: R1, operator: Compare::Equal, value: interface_key("lo") },
+        accept(),
+    ]
+}
+
+/// `prerouting`: no forged source comes from where pods are. An uplink is trusted with any source.
+fn arrival() -> Vec<Rule> {
+    let uplink = [
+        Expression::LoadMeta { key: Meta::InputInterfaceName, register: R1 },
+        Expression::Lookup { set: SetName::Named("uplinks".into()), register: R1, invert: false },
+        accept(),
+    ];
+    // It starts without an address, and ends at the node or on a bridge: `forward` sees to that.
+    let discovery = neighbour_discovery().into_iter().chain([accept()]);
+    let forged = [
+        Expression::FibSourceInterface { register: R1 },
+        Expression::Compare { register: R1, operator: Compare::Equal, value: vec![0; 4] },
+        Expression::Counter,
+        Expression::Verdict(Verdict::Drop),
+    ];
+    let mut rules = vec![rule(from_loopback()), rule(uplink), rule(discovery), rule(forged)];
+    for (probe, set) in [(PROBE_OWN, "answered"), (PROBE_ACROSS, "crossed")] {
+        let noted = |family| rule(probe_answer(family, probe).into_iter().chain(note_source(family, set)));
+        rules.extend(both().map(noted));
+    }
+    rules
+}
+
+/// `forward`: whatever a pod exchanges with anybody but its own node.
+fn through_node(config: &Config) -> Vec<Rule> {
+    // It was noted when it arrived, and the pod in whose name we asked did not ask.
+    let answered =
+        |family| rule(probe_answer(family, PROBE_ACROSS).into_iter().chain([Expression::Verdict(Verdict::Drop)]));
+    let mut rules: Vec<Rule> = both().map(answered).into();
+    // Routed packets have lost a hop by now, and discovery is never routed. With all its hops it is on a bridge.
+    let all_hops = [
+        Expression::LoadPayload { base: 1, offset: 7, length: 1, register: R1 },
+        Expression::Compare { register: R1, operator: Compare::Equal, value: vec![255] },
+        accept(),
+    ];
+    rules.push(rule(neighbour_discovery().into_iter().chain(all_hops)));
+    rules
+        .push(rule(neighbour_discovery().into_iter().chain([Expression::Counter, Expression::Verdict(Verdict::Drop)])));
+    let unknown = state_is(STATE_INVALID | STATE_UNTRACKED);
+    rules.extend(per_family(&unknown, "untracked"));
+    rules.push(rule(unknown.into_iter().chain([accept()])));
+    // A connection that a helper expected has its master's mark, but not its verdict; errors about one share both.
+    for family in both() {
+        let icmp = Render { config, family }.icmp_protocol();
+        let other = [
+            Expression::LoadMeta { key: Meta::TransportProtocol, register: R1 },
+            Expression::Compare { register: R1, operator: Compare::NotEqual, value: vec![icmp] },
+            jump(format!("judge{}", family_digit(family))),
+        ];
+        rules.push(rule(family_is(family).into_iter().chain(state_is(STATE_RELATED)).chain(other)));
+    }
+    rules.push(rule([jump("short")]));
+    // A connection that is picked up in the middle cannot be judged in its direction.
+    rules.extend(per_family(&picked_up(), "untracked"));
+    rules.extend(per_family(&[], "judge"));
+    rules
+}
+
+/// `input`: what comes to the node itself.
+fn to_node() -> Vec<Rule> {
+    let unknown = state_is(STATE_INVALID | STATE_UNTRACKED);
+    // What the node says to itself; a reset of ours to one of its sockets too.
+    let mut rules = vec![rule(from_loopback())];
+    let discovery = state_is(STATE_UNTRACKED).into_iter().chain(protocol_is(ICMP_V6)).chain([accept()]);
+    rules.push(rule(discovery));
+    rules.extend(per_family(&unknown, "guarded"));
+    rules.push(rule(unknown.into_iter().chain([accept()])));
+    // What the node began is answered.
+    rules.push(rule(direction_is(Direction::Reply).into_iter().chain([accept()])));
+    rules.push(rule([jump("short")]));
+    rules.extend(per_family(&[], "node"));
+    rules
+}
+
+/// `output`: what the node itself sends.
+fn from_node() -> Vec<Rule> {
+    // Errors, and our own resets.
+    let mut rules = vec![rule(state_is(STATE_RELATED).into_iter().chain([accept()]))];
+    // The middle of a connection that a pod may have begun: who may not reach the node must not be reached by it that way.
+    let invalid: Vec<Expression> = state_is(STATE_INVALID).into_iter().chain(protocol_is(TCP)).collect();
+    rules.extend(per_family(&invalid, "guarded"));
+    rules.push(rule(state_is(STATE_INVALID | STATE_UNTRACKED).into_iter().chain([accept()])));
+    rules.extend(per_family(&picked_up(), "guarded"));
+    rules.push(rule(direction_is(Direction::Original).into_iter().chain([accept()])));
+    rules.push(rule([jump("short")]));
+    rules.extend(per_family(&[], "node"));
+    rules
+}
+
+fn direction_is(direction: Direction) -> [Expression; 2] {
+    [
+        Expression::LoadCt { key: Ct::Direction, direction: None, register: R1 },
+        Expression::Compare { register: R1, operator: Compare::Equal, value: vec![direction as u8] },
+    ]
+}
+
+/// TCP that connection tracking sees for the first time, and not from its beginning.
+fn picked_up() -> Vec<Expression> {
+    const FIN_SYN_RST_ACK: u8 = 0x17;
+    const SYN: u8 = 0x02;
+    let flags = [
+        Expression::LoadPayload { base: 2, offset: 13, length: 1, register: R1 },
+        Expression::Bitwise { register: R1, mask: vec![FIN_SYN_RST_ACK], xor: vec![0] },
+        Expression::Compare { register: R1, operator: Compare::NotEqual, value: vec![SYN] },
+    ];
+    state_is(STATE_NEW).into_iter().chain(protocol_is(TCP)).chain(flags).collect()
+}
+
+/// Router and neighbour solicitation and advertisement (RFC 4861).
+fn neighbour_discovery() -> Vec<Expression> {
+    let kinds = [
+        Expression::LoadPayload { base: 2, offset: 0, length: 1, register: R1 },
+        Expression::Compare { register: R1, operator: Compare::AtLeast, value: vec![133] },
+        Expression::Compare { register: R1, operator: Compare::AtMost, value: vec![136] },
+    ];
+    protocol_is(ICMP_V6).into_iter().chain(kinds).collect()
+}
+
+/// What a pod answers to a probe of ours: an echo reply with the probe's payload.
+fn probe_answer(family: Family, payload: [u8; 8]) -> Vec<Expression> {
+    let (protocol, reply) = match family {
+        Family::V4 => (ICMP, 0),
+        Family::V6 => (ICMP_V6, 129),
+    };
+    let content = [
+        Expression::LoadPayload { base: 2, offset: 0, length: 1, register: R1 },
+        Expression::Compare { register: R1, operator: Compare::Equal, value: vec![reply] },
+        Expression::LoadPayload { base: 2, offset: 8, length: 8, register: R1 },
+        Expression::Compare { register: R1, operator: Compare::Equal, value: payload.to_vec() },
+    ];
+    family_is(family).into_iter().chain(protocol_is(protocol)).chain(content).collect()
+}
+
+/// Adds the packet's source to a set.
+fn note_source(family: Family, set: &str) -> [Expression; 2] {
+    let set = format!("{set}{}", family_digit(family));
+    [load_source(family), Expression::AddToSet { set, register: R1 }]
+}
+
+fn load_source(family: Family) -> Expression {
+    let (offset, length) = match family {
+        Family::V4 => (12, 4),
+        Family::V6 => (8, 16),
+    };
+    Expression::LoadPayload { base: 1, offset, length, register: R1 }
+}
+
+fn load_destination(family: Family) -> Expression {
+    let (offset, length) = match family {
+        Family::V4 => (16, 4),
+        Family::V6 => (24, 16),
+    };
+    Expression::LoadPayload { base: 1, offset, length, register: R1 }
+}
+
+/// The chains that note the epoch, whose only rule changes with each generation. Nothing in them ends a packet's way: such
+/// rules the kernel accepts without walking the whole table for loops.
+pub fn epoch_chains(config: &Config, epoch: Epoch) -> [KernelChain; 2] {
+    [("note-allowed", true), ("note-dead", false)].map(|(name, allowed)| {
+        let note = rule([
             Expression::LoadCt { key: Ct::Mark, direction: None, register: R1 },
             Expression::Bitwise {
                 register: R1,
@@ -741,6 +838,25 @@ pub fn epoch_chains(config: &Config, epoch: Epoch) -> Vec<KernelChain> {
                 xor: config.ct_mark(epoch, allowed).to_ne_bytes().to_vec(),
             },
             Expression::SetCtMark { register: R1 },
+        ]);
+        KernelChain { name: name.into(), hook: None, rules: vec![note] }
+    })
+}
+
+/// The marks of connections that are judged under `epoch`: set and element.
+pub fn epoch_elements(config: &Config, epoch: Epoch) -> [(&'static str, Element); 2] {
+    [(MARKED_ALLOWED, true), (MARKED_DEAD, false)]
+        .map(|(set, allowed)| (set, Element::Key(config.ct_mark(epoch, allowed).to_ne_bytes().to_vec())))
+}
+
+/// `short` for connections that are already judged, `allowed` and `deny` for those that are now.
+fn verdict_chains(config: &Config) -> Vec<KernelChain> {
+    let chain = |name: &str, rules| KernelChain { name: name.into(), hook: None, rules };
+    let marked = |set: &str| {
+        [
+            Expression::LoadCt { key: Ct::Mark, direction: None, register: R1 },
+            Expression::Bitwise { register: R1, mask: config.ct_mark_mask.to_ne_bytes().to_vec(), xor: vec![0; 4] },
+            Expression::Lookup { set: SetName::Named(set.into()), register: R1, invert: false },
         ]
     };
     let begun = state_is(STATE_ESTABLISHED | STATE_RELATED);
@@ -748,15 +864,23 @@ pub fn epoch_chains(config: &Config, epoch: Epoch) -> Vec<KernelChain> {
         chain(
             "short",
             vec![
-                rule(judged_as(true).into_iter().chain([Expression::Verdict(Verdict::Accept)])),
-                rule(judged_as(false).into_iter().chain([goto("dead")])),
+                rule(marked(MARKED_ALLOWED).into_iter().chain([Expression::Verdict(Verdict::Accept)])),
+                rule(marked(MARKED_DEAD).into_iter().chain([goto("dead")])),
             ],
         ),
-        chain("allowed", vec![rule(note(true).into_iter().chain([Expression::Verdict(Verdict::Accept)]))]),
+        chain("allowed", vec![rule([jump("note-allowed")]), rule([Expression::Verdict(Verdict::Accept)])]),
         chain(
             "deny",
             vec![
-                rule(begun.into_iter().chain(note(false)).chain([goto("dead")])),
+                rule(begun.into_iter().chain([goto("forbid")])),
+                rule([Expression::Counter, Expression::Verdict(Verdict::Drop)]),
+            ],
+        ),
+        chain("forbid", vec![rule([jump("note-dead")]), rule([goto("dead")])]),
+        chain(
+            "dead",
+            vec![
+                rule(protocol_is(TCP).into_iter().chain([Expression::Counter, Expression::TcpReset])),
                 rule([Expression::Counter, Expression::Verdict(Verdict::Drop)]),
             ],
         ),

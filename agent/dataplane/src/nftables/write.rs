@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use hanse_ruleset::{Chain, ChainId, EndpointId, Family, Policy, PolicyId, RuleSet, Set, SetId};
+use hanse_ruleset::{Chain, ChainId, EndpointId, Family, LocalEndpoint, Policy, PolicyId, RuleSet, Set, SetId};
 
-use super::expression::{Verdict, value, verdict_data};
+use super::expression::{Expression, Verdict, value, verdict_data};
 use super::netlink::{Attributes, Batch, CREATE};
 use super::render::{
-    AnonymousSet, Element, INTERVAL, KernelChain, MAP, Render, Rule, SetDefinition, base_chains, endpoint_elements,
-    epoch_chains, fixed_sets, interface_key, range_elements, set_definitions, set_elements, set_name,
+    AnonymousSet, DYNAMIC, Element, INTERVAL, KernelChain, MAP, Render, Rule, SetDefinition, base_chains,
+    endpoint_elements, epoch_chains, epoch_elements, fixed_sets, interface_key, range_elements, set_definitions,
+    set_elements, set_name,
 };
 use super::{Config, Epoch, FAMILY_INET};
 
@@ -22,7 +23,7 @@ const DELETE_RULE: u16 = 8;
 const NEW_SET: u16 = 9;
 const DELETE_SET: u16 = 11;
 const NEW_ELEMENTS: u16 = 12;
-const DELETE_ELEMENTS: u16 = 14;
+pub const DELETE_ELEMENTS: u16 = 14;
 const APPEND: u16 = 0x800;
 const ANONYMOUS_AND_CONSTANT: u32 = 0x1 | 0x2;
 /// Elements of one message: at most 120 bytes each, so that the list stays below the 64 KiB of an attribute.
@@ -81,8 +82,11 @@ impl<'a> Writer<'a> {
             }
         }
         self.write_fixed_elements();
+        for (set, element) in epoch_elements(self.config, epoch) {
+            self.replace_elements(&Tag::Base, set, &[element]);
+        }
         self.write_sets();
-        let mut chains = self.new_chains();
+        let mut chains = self.chains_to_write();
         let base = self.base_chains_to_write();
         let holding = epoch_chains(self.config, epoch);
         // First every chain, then the rules that jump between them.
@@ -102,6 +106,9 @@ impl<'a> Writer<'a> {
             self.rules(&Tag::Base, chain);
         }
         for (tag, chain) in std::mem::take(&mut chains) {
+            if self.before.is_some() {
+                self.flush_chain(&chain.name);
+            }
             self.rules(&tag, &chain);
         }
         self.write_endpoints();
@@ -116,7 +123,7 @@ impl<'a> Writer<'a> {
     /// How many rules each chain would have, and elements each set (`set NAME`).
     pub fn inventory(&self, epoch: Epoch) -> BTreeMap<String, usize> {
         let mut counts: BTreeMap<String, usize> = BTreeMap::from([("state".to_owned(), 1)]);
-        let chains = self.new_chains().into_iter().map(|(_, chain)| chain);
+        let chains = self.chains_to_write().into_iter().map(|(_, chain)| chain);
         for chain in chains.chain(base_chains(self.config, &self.next.node)).chain(epoch_chains(self.config, epoch)) {
             if !chain.rules.is_empty() {
                 counts.insert(chain.name, chain.rules.len());
@@ -125,14 +132,17 @@ impl<'a> Writer<'a> {
         let mut add = |set: String, elements: &[Element]| {
             *counts.entry(format!("set {set}")).or_default() += kernel_count(elements);
         };
-        for set in fixed_sets() {
+        for set in fixed_sets().into_iter().filter(|set| set.flags & DYNAMIC == 0) {
             add(set.name, &[]);
+        }
+        for (set, element) in epoch_elements(self.config, epoch) {
+            add(set.to_owned(), &[element]);
         }
         for (set, elements) in self.fixed_elements() {
             add(set, &elements);
         }
         for endpoint in self.next.endpoints.values() {
-            for (set, element) in endpoint_elements(endpoint) {
+            for (set, element) in endpoint_elements(endpoint, is_guarded(self.next, endpoint)) {
                 add(set, &[element]);
             }
         }
@@ -227,28 +237,28 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Chains that `next` has and the kernel has not.
-    fn new_chains(&self) -> Vec<(Tag, KernelChain)> {
+    /// Chains that the kernel has not as `next` wants them: new ones, and those that are closed or open now and were not.
+    fn chains_to_write(&self) -> Vec<(Tag, KernelChain)> {
         let mut chains = Vec::new();
         for (id, policy) in &self.next.policies {
-            if !self.has_policy(*id) {
+            let closed = self.closed.policies.contains_key(id);
+            let same = self.before.is_some_and(|(before, was, _)| {
+                before.policies.contains_key(id) && was.policies.contains_key(id) == closed
+            });
+            if !same {
                 chains.extend(self.policy_chains(*id, policy));
             }
         }
         for (id, chain) in &self.next.chains {
-            if !self.has_chain(*id) {
+            let closed = self.closed.chains.contains_key(id);
+            let same = self.before.is_some_and(|(before, was, _)| {
+                before.chains.contains_key(id) && was.chains.contains_key(id) == closed
+            });
+            if !same {
                 chains.extend(self.chain_chains(*id, chain, self.closed));
             }
         }
         chains
-    }
-
-    fn has_policy(&self, id: PolicyId) -> bool {
-        self.before.is_some_and(|(before, ..)| before.policies.contains_key(&id))
-    }
-
-    fn has_chain(&self, id: ChainId) -> bool {
-        self.before.is_some_and(|(before, ..)| before.chains.contains_key(&id))
     }
 
     fn renders(&self) -> [Render<'a>; 2] {
@@ -293,7 +303,7 @@ impl<'a> Writer<'a> {
         let next = self.next;
         let elements = |rules: &RuleSet, closed: &Closed, id: &EndpointId| -> BTreeSet<(String, Element)> {
             let open = rules.endpoints.get(id).filter(|_| !closed.endpoints.contains_key(id));
-            open.map(|endpoint| endpoint_elements(endpoint)).unwrap_or_default()
+            open.map(|endpoint| endpoint_elements(endpoint, is_guarded(rules, endpoint))).unwrap_or_default()
         };
         let mut gone: BTreeMap<String, Vec<Element>> = BTreeMap::new();
         let mut come: Vec<(EndpointId, BTreeSet<(String, Element)>)> = Vec::new();
@@ -350,6 +360,15 @@ impl<'a> Writer<'a> {
         }
         let next = self.next;
         for set in before.sets.values().filter(|set| !next.sets.contains_key(&set.id)) {
+            if closed.sets.contains_key(&set.id) {
+                continue;
+            }
+            for definition in set_definitions(set) {
+                self.delete_set(&definition.name);
+            }
+        }
+        // What was refused now and stood before: the policies that used it are closed, and nobody does any more.
+        for set in self.closed.sets.keys().filter_map(|id| before.sets.get(id)) {
             if closed.sets.contains_key(&set.id) {
                 continue;
             }
@@ -415,8 +434,7 @@ impl<'a> Writer<'a> {
     }
 
     fn state_rule(&mut self, comment: &str) {
-        let verdict = Attributes::default().u32(1, 0).nest(2, &verdict_data(&Verdict::Return));
-        let expression = Attributes::default().text(1, "immediate").nest(2, &verdict);
+        let expression = Expression::Counter.encode(&|_| (String::new(), 0));
         // A comment as people's tools show it: type 0, length, text.
         let mut data = vec![0, u8::try_from(comment.len() + 1).unwrap_or(u8::MAX)];
         data.extend(comment.as_bytes());
@@ -460,6 +478,12 @@ impl<'a> Writer<'a> {
             self.batch.push(tag.clone(), message, flags, FAMILY_INET, &body.nest(3, &list));
         }
     }
+}
+
+/// Whether the endpoint's way to its node is judged at all.
+fn is_guarded(rules: &RuleSet, endpoint: &LocalEndpoint) -> bool {
+    let open = |chain: &Arc<Chain>| chain.profile_allows && chain.phases.iter().all(|phase| phase.tiers.is_empty());
+    !rules.chains.get(&endpoint.egress_to_node).is_some_and(open)
 }
 
 fn encode_element(list: Attributes, element: &Element) -> Attributes {

@@ -1,11 +1,12 @@
 //! Restart, drift, removal, and what the kernel refuses.
 
 use std::process::Command;
+use std::sync::Arc;
 
 use hanse_dataplane::{Backend as _, Found};
-use hanse_ruleset::Action;
+use hanse_ruleset::{Action, Peer, Rule, SetId};
 
-use crate::net::{Net, passes};
+use crate::net::{Net, address, passes};
 use crate::verdicts::{Build, addresses, from_set, rule};
 
 fn nft(net: &Net, command: &str) -> String {
@@ -42,7 +43,7 @@ fn a_restarted_agent_adopts_what_it_finds() {
     assert!(net.connect("p2", "10.1.0.3:80").is_none());
     let before = nft(&net, "-a list table inet hanse");
     let mut driver = net.driver();
-    let found = Found::Rules { generation: rules.generation, digest: rules.digest() };
+    let found = Found::Rules { generation: rules.generation, digest: rules.digest(), whole: true };
     assert_eq!(driver.adopt(Some(&rules)).expect("read"), found);
     assert_eq!(nft(&net, "-a list table inet hanse"), before, "adoption changes nothing");
     // Only the difference is written: the policy's chain keeps its handle.
@@ -88,19 +89,123 @@ fn drift_is_repaired() {
     net.pod(2);
     net.pod(3);
     let mut driver = net.driver();
-    driver.apply(&closed().rules()).expect("applied");
+    let rules = closed().rules();
+    driver.apply(&rules).expect("applied");
     let _listener = net.listen("p3", "10.1.0.3:80");
     assert!(!driver.repair().expect("looked"), "nothing was changed");
-    for damage in ["flush chain inet hanse forward", "delete table inet hanse", "flush ruleset"] {
-        nft(&net, damage);
-        assert!(net.connect("p2", "10.1.0.3:80").is_some(), "{damage}: the damage is real");
-        assert!(driver.repair().expect("repaired"), "{damage}");
-        assert!(net.connect("p2", "10.1.0.3:80").is_none(), "{damage}");
+    let whole = nft(&net, "list table inet hanse");
+    let name = |prefix: &str, kind: &str| {
+        let line = whole.lines().map(str::trim).find(|line| line.starts_with(&format!("{kind} {prefix}")));
+        line.and_then(|line| line.split(' ').nth(1)).expect("in the table").to_owned()
+    };
+    let (policy, chain, friends) = (name("p4-", "chain"), name("c4-", "chain"), name("s4-", "set"));
+    let handles = nft(&net, "-a list chain inet hanse forward");
+    let judge = handles.lines().find(|line| line.contains("jump judge4") && !line.contains("related"));
+    let handle = judge.and_then(|line| line.rsplit(' ').next()).expect("a handle").to_owned();
+    // With what the damage opens; `None`: it opens nothing, and is put back all the same.
+    for (damage, opens) in [
+        ("flush chain inet hanse forward".to_owned(), true),
+        (format!("delete rule inet hanse forward handle {handle}"), true),
+        ("insert rule inet hanse forward accept".to_owned(), false),
+        (format!("insert rule inet hanse {policy} meta mark set 0x00100000 return"), true),
+        (format!("flush chain inet hanse {policy}"), false),
+        (format!("add element inet hanse {friends} {{ 10.1.0.2 }}"), true),
+        (format!("delete element inet hanse {friends} {{ 10.1.0.9 }}"), false),
+        ("delete element inet hanse ingress4 { 10.1.0.3 }".to_owned(), false),
+        ("delete element inet hanse pods4 { 10.1.0.3 }".to_owned(), false),
+        ("add element inet hanse uplinks { pod2 }".to_owned(), false),
+        ("add chain inet hanse forward { policy drop; }".to_owned(), false),
+        (format!("insert rule inet hanse {chain} accept"), true),
+        ("add chain inet hanse more { type filter hook forward priority 10; }".to_owned(), false),
+        ("add table inet hanse { flags dormant; }".to_owned(), true),
+        ("flush chain inet hanse state".to_owned(), false),
+        ("delete chain inet hanse prerouting".to_owned(), false),
+        ("flush table inet hanse".to_owned(), true),
+        ("delete table inet hanse".to_owned(), true),
+        ("flush ruleset".to_owned(), true),
+    ] {
+        // A connection of its own for each: what was judged already is not asked again.
+        nft(&net, &damage);
+        let ends_elsewhere = damage.contains("forward accept");
+        if !ends_elsewhere {
+            assert_eq!(net.connect("p2", "10.1.0.3:80").is_some(), opens, "{damage}: what it does");
+        }
+        assert!(driver.repair().expect("repaired"), "{damage}: not seen");
+        assert!(net.connect("p2", "10.1.0.3:80").is_none(), "{damage}: not repaired");
+        assert_eq!(without_counts(&nft(&net, "list table inet hanse")), without_counts(&whole), "{damage}");
         assert!(!driver.repair().expect("looked"), "{damage}: its own repair is no drift");
     }
+    // A generation after the damage does not build on it.
+    nft(&net, &format!("add element inet hanse {friends} {{ 10.1.0.2 }}"));
+    driver.apply(&Build { number: 1, ..closed() }.rules()).expect("applied");
+    assert!(net.connect("p2", "10.1.0.3:80").is_none(), "the next generation left the damage");
     // Somebody else's table is none of ours.
     nft(&net, "add table inet other");
     assert!(!driver.repair().expect("looked"));
+}
+
+/// The table as text, without what packets and generations change in it.
+fn without_counts(table: &str) -> String {
+    let mut text = String::new();
+    for line in table.lines() {
+        let line = line.split("counter packets").next().unwrap_or_default();
+        let holds_epoch = line.contains("hanse/1") || line.contains("0x000") || line.contains("elements = { 0x");
+        let is_note = line.contains("ct mark set");
+        if !holds_epoch && !is_note {
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+    }
+    text
+}
+
+#[test]
+fn what_the_kernel_refuses_is_closed_and_named_and_the_rest_applies() {
+    let mut net = Net::new();
+    for pod in [2, 3, 4] {
+        net.pod(pod);
+    }
+    let mut driver = net.driver();
+    let _listeners =
+        ["10.1.0.3:80", "10.1.0.4:80"].map(|at| net.listen(if at.contains(".3:") { "p3" } else { "p4" }, at));
+    let open =
+        |number| Build { pods: vec![2, 3, 4], ingress: Some(vec![rule(Action::Allow)]), number, ..Build::default() };
+    driver.apply(&open(1).rules()).expect("applied");
+    assert!(net.connect("p2", "10.1.0.3:80").is_some());
+    // A rule of more expressions than the kernel takes in one, for pod 3 alone.
+    let wide = Rule {
+        source: Peer { not_sets: vec![SetId::of_meaning(&["strangers"]); 100], ..Peer::default() },
+        ..rule(Action::Allow)
+    };
+    let mut rules = (*Build { sets: vec![addresses("strangers", &["10.1.0.9"])], ..open(2) }.rules()).clone();
+    let other =
+        Build { ingress: Some(vec![wide]), sets: vec![addresses("strangers", &["10.1.0.9"])], ..open(2) }.rules();
+    for (id, policy) in &other.policies {
+        rules.policies.insert(*id, policy.clone());
+    }
+    for (id, chain) in &other.chains {
+        rules.chains.insert(*id, chain.clone());
+    }
+    let three = other.endpoints.iter().find(|(id, _)| &*id.name == "p3").expect("pod 3");
+    rules.endpoints.insert(three.0.clone(), three.1.clone());
+    // And an address that two endpoints claim.
+    let mut twin = (**three.1).clone();
+    twin.id.name = "twin".into();
+    (twin.ingress, twin.addresses) = (twin.egress, vec![address("10.1.0.4")]);
+    rules.endpoints.insert(twin.id.clone(), Arc::new(twin));
+    let applied = driver.apply(&Arc::new(rules.clone())).expect("the rest applies");
+    let refused: Vec<&str> = applied.refused.iter().map(|it| it.object.as_str()).collect();
+    assert_eq!(refused, ["policy ingress", "endpoint a/twin"], "{applied:?}");
+    assert!(applied.refused.iter().all(|it| !it.reason.is_empty()));
+    assert!(net.connect("p2", "10.1.0.3:80").is_none(), "what was refused is closed");
+    assert!(net.connect("p2", "10.1.0.4:80").is_some(), "the rest applies");
+    // It stays closed, and named, in the next generation; and opens once it is gone.
+    rules.generation.number = 3;
+    let applied = driver.apply(&Arc::new(rules)).expect("applied");
+    assert_eq!(applied.refused.len(), 2);
+    assert!(net.connect("p2", "10.1.0.3:80").is_none());
+    assert_eq!(driver.apply(&open(4).rules()).expect("applied").refused, []);
+    assert!(net.connect("p2", "10.1.0.3:80").is_some());
 }
 
 #[test]

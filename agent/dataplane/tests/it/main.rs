@@ -4,4 +4,5 @@ mod connections;
 mod differential;
 mod lifecycle;
 mod net;
+mod probes;
 mod verdicts;

@@ -59,7 +59,7 @@ impl Net {
         ip(&format!("-n {name} link set lo up"));
     }
 
-    fn sysctl(&self, short: &str, setting: &str) {
+    pub fn sysctl(&self, short: &str, setting: &str) {
         let (key, value) = setting.split_once('=').expect("key=value");
         let path = format!("/proc/sys/{}", key.replace('.', "/"));
         let value = value.to_owned();
@@ -86,6 +86,31 @@ impl Net {
         ip(&format!("-n {pod} -6 route add default via fe80::1 dev eth0"));
         ip(&format!("-n {node} route add 10.1.0.{number} dev pod{number}"));
         ip(&format!("-n {node} -6 route add fd01::{number} dev pod{number}"));
+    }
+
+    /// Adds pods `10.1.0.N` / `fd01::N` that hang at one bridge of the node, whose filtering is on or off.
+    pub fn bridged_pods(&mut self, numbers: &[u8], filtered: bool) {
+        let node = self.name("node");
+        ip(&format!("-n {node} link add br0 type bridge"));
+        ip(&format!("-n {node} addr add 10.1.0.1/24 dev br0"));
+        ip(&format!("-n {node} addr add fd01::1/64 dev br0 nodad"));
+        ip(&format!("-n {node} link set br0 up"));
+        for family in ["iptables", "ip6tables"] {
+            self.sysctl("node", &format!("net.bridge.bridge-nf-call-{family}={}", u8::from(filtered)));
+        }
+        for number in numbers {
+            let short = format!("p{number}");
+            self.add(&short);
+            let pod = self.name(&short);
+            ip(&format!("link add pod{number} netns {node} type veth peer name eth0 netns {pod}"));
+            ip(&format!("-n {node} link set pod{number} master br0"));
+            ip(&format!("-n {node} link set pod{number} up"));
+            ip(&format!("-n {pod} addr add 10.1.0.{number}/24 dev eth0"));
+            ip(&format!("-n {pod} addr add fd01::{number}/64 dev eth0 nodad"));
+            ip(&format!("-n {pod} link set eth0 up"));
+            ip(&format!("-n {pod} route add default via 10.1.0.1"));
+            ip(&format!("-n {pod} -6 route add default via fd01::1"));
+        }
     }
 
     pub fn name(&self, short: &str) -> String {
@@ -148,6 +173,18 @@ impl Net {
             stream.set_nodelay(true).expect("set");
         }
         (client, server)
+    }
+
+    /// Sends a whole IP packet from `short`, with the header that it has.
+    pub fn raw(&self, short: &str, to: IpAddr, packet: &[u8]) {
+        use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, sendto, socket};
+        use std::os::fd::AsRawFd as _;
+        self.within(short, || {
+            let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+            let socket = socket(family, SockType::Raw, SockFlag::empty(), SockProtocol::Raw).expect("root");
+            let to = nix::sys::socket::SockaddrStorage::from(SocketAddr::new(to, 0));
+            sendto(socket.as_raw_fd(), packet, &to, MsgFlags::empty()).expect("sent");
+        });
     }
 
     /// Whether a datagram from `short` reaches a socket.

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use hanse_dataplane::Backend as _;
 use hanse_ruleset::{
-    Action, Chain, EndpointId, Generation, LocalEndpoint, Members, NodeConfig, Peer, Phase, Policy, PortRange, Rule,
-    RuleSet, Set, SetId, Tier, TierDefault,
+    Action, Chain, EndpointId, Generation, LocalEndpoint, Members, NodeConfig, OwnStream, Peer, Phase, Policy,
+    PortRange, Rule, RuleSet, Set, SetId, Tier, TierDefault, UnknownPods,
 };
 
-use crate::net::{Net, address};
+use crate::net::{Net, address, passes};
 
 pub fn rule(action: Action) -> Rule {
     Rule {
@@ -33,6 +33,8 @@ pub struct Build {
     pub egress: Option<Vec<Rule>>,
     pub to_node: Option<Vec<Rule>>,
     pub sets: Vec<Set>,
+    pub own_streams: Vec<OwnStream>,
+    pub unknown_pods: UnknownPods,
     pub number: u64,
 }
 
@@ -42,6 +44,8 @@ impl Build {
             generation: Generation { term: 1, number: self.number },
             node: NodeConfig {
                 pod_ranges: vec!["10.1.0.0/24".parse().expect("a net"), "fd01::/64".parse().expect("a net")],
+                own_streams: self.own_streams,
+                unknown_pods: self.unknown_pods,
                 ..NodeConfig::default()
             },
             ..RuleSet::default()
@@ -191,4 +195,196 @@ fn forged_sources_do_not_pass() {
     }
     assert!(net.datagram("p4", "10.1.0.4:4000", &target));
     assert!(net.datagram("p2", "10.1.0.2:4000", &target));
+}
+
+/// A stream from anywhere to `port` of pod 3, of pod 2 and of the node.
+fn own_stream(port: u16) -> OwnStream {
+    let to = ["10.1.0.2/31", "10.1.255.1/32", "fd01::2/127", "fd01:ffff::1/128", "10.9.0.2/32", "fd09::2/128"];
+    OwnStream {
+        name: "member to agents".into(),
+        from: Vec::new(),
+        to: to.map(|net| net.parse().expect("a net")).into(),
+        protocol: 6,
+        port,
+    }
+}
+
+#[test]
+fn an_own_stream_cannot_be_denied_in_any_hook_direction_or_family() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    let mut driver = net.driver();
+    let ways = [
+        ("p2", "p3", "10.1.0.3"),
+        ("p2", "p3", "fd01::3"),
+        ("remote", "p3", "10.1.0.3"),
+        ("remote", "p3", "fd01::3"),
+        ("p2", "remote", "10.9.0.2"),
+        ("p2", "remote", "fd09::2"),
+        ("p2", "node", "10.1.255.1"),
+        ("p2", "node", "fd01:ffff::1"),
+        ("node", "p3", "10.1.0.3"),
+        ("node", "p3", "fd01::3"),
+    ];
+    // Deny-everything, everywhere; pod 3 is not even known.
+    let closed = |number, own_streams| Build {
+        pods: vec![2],
+        ingress: Some(vec![]),
+        egress: Some(vec![]),
+        to_node: Some(vec![]),
+        own_streams,
+        number,
+        ..Build::default()
+    };
+    driver.apply(&closed(1, vec![own_stream(7443)]).rules()).expect("applied");
+    let mut held = Vec::new();
+    for (from, to, at) in ways {
+        let ip = address(at);
+        let (own, other) = (std::net::SocketAddr::new(ip, 7443), std::net::SocketAddr::new(ip, 7444));
+        let listeners = [own, other].map(|at| net.listen(to, &at.to_string()));
+        assert_eq!(net.connect(from, &other.to_string()).is_some(), from == "node", "{from} to {other}: another port");
+        let (mut client, mut server) = net.pair(from, &own.to_string(), &listeners[0]);
+        assert!(passes(&mut client, &mut server) && passes(&mut server, &mut client), "{from} to {own}");
+        held.push((from, own, client, server));
+    }
+    // It goes on over generations, busy or not, and the server may speak first.
+    driver.apply(&closed(2, vec![own_stream(7443), own_stream(9)]).rules()).expect("applied");
+    for (from, own, client, server) in &mut held {
+        assert!(passes(server, client) && passes(client, server), "{from} to {own}: after a generation");
+    }
+    // It is the list that opened them.
+    driver.apply(&closed(3, vec![]).rules()).expect("applied");
+    for (from, own, client, server) in &mut held {
+        assert_eq!(passes(server, client), *from == "node", "{from} to {own}: without the list");
+    }
+}
+
+#[test]
+fn unknown_pods_pass_where_the_setting_says_so() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    let mut driver = net.driver();
+    let _listeners = ["10.1.0.3:80", "[fd01::3]:80"].map(|at| net.listen("p3", at));
+    for (number, unknown_pods) in [(1, UnknownPods::Deny), (2, UnknownPods::Allow), (3, UnknownPods::Deny)] {
+        driver.apply(&Build { pods: vec![2], unknown_pods, number, ..Build::default() }.rules()).expect("applied");
+        for (from, to) in [("p2", "10.1.0.3:80"), ("p2", "[fd01::3]:80"), ("remote", "10.1.0.3:80")] {
+            let passes = unknown_pods == UnknownPods::Allow;
+            assert_eq!(net.connect(from, to).is_some(), passes, "{from} to {to}, {unknown_pods:?}");
+        }
+    }
+}
+
+#[test]
+fn a_pod_reaches_itself_through_a_service_and_its_node_whatever_policy_says() {
+    let mut net = Net::new();
+    net.pod(2);
+    let mut driver = net.driver();
+    let node = net.name("node");
+    let nat = "table ip services { chain prerouting { type nat hook prerouting priority -100; \
+               ip daddr 10.96.0.1 tcp dport 80 dnat to 10.1.0.2:80; }; chain postrouting { type nat hook postrouting \
+               priority 100; ip saddr 10.1.0.2 ip daddr 10.1.0.2 masquerade; }; }";
+    crate::net::ip(&format!("netns exec {node} nft {nat}"));
+    driver
+        .apply(&Build { pods: vec![2], ingress: Some(vec![]), egress: Some(vec![]), ..Build::default() }.rules())
+        .expect("applied");
+    let _listener = net.listen("p2", "10.1.0.2:80");
+    assert!(net.connect("p2", "10.96.0.1:80").is_some(), "the packet turns at the node");
+    assert!(net.connect("remote", "10.1.0.2:80").is_none());
+}
+
+#[test]
+fn discovery_is_not_a_way_around() {
+    let mut net = Net::new();
+    net.pod(2);
+    let mut driver = net.driver();
+    // A neighbour advertisement with a foreign source, to the remote host: nothing that a router passes on.
+    let (from, to) = (address("fd77::1"), address("fd09::2"));
+    let (std::net::IpAddr::V6(source), std::net::IpAddr::V6(target)) = (from, to) else { unreachable!() };
+    let mut message = vec![136, 0, 0, 0, 0, 0, 0, 0];
+    message.extend(target.octets());
+    let length = u32::try_from(message.len()).expect("short").to_be_bytes();
+    let pseudo = [&source.octets()[..], &target.octets(), &length, &[0, 0, 0, 58], &message].concat();
+    let mut sum: u32 = pseudo.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    message[2..4].copy_from_slice(&(!u16::try_from(sum).expect("folded")).to_be_bytes());
+    let mut packet = vec![0x60, 0, 0, 0, 0, 24, 58, 255];
+    packet.extend(source.octets());
+    packet.extend(target.octets());
+    packet.extend(&message);
+    // What arrives there is counted by a table of the remote host's own.
+    let remote = net.name("remote");
+    let count =
+        "table ip6 seen { chain in { type filter hook prerouting priority -300; ip6 saddr fd77::1 counter; }; }";
+    crate::net::ip(&format!("netns exec {remote} nft {count}"));
+    let seen = || {
+        let listed = std::process::Command::new("ip")
+            .args(["netns", "exec", &remote, "nft", "list", "table", "ip6", "seen"])
+            .output()
+            .expect("nft of nftables");
+        let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+        let packets = text.split("counter packets ").nth(1).and_then(|rest| rest.split(' ').next()).expect("a counter");
+        packets.parse::<u64>().expect("a number")
+    };
+    net.raw("p2", to, &packet);
+    assert!(crate::net::until(|| (seen() == 1).then_some(())).is_some(), "without rules it arrives");
+    driver.apply(&Build { pods: vec![2], ..Build::default() }.rules()).expect("applied");
+    net.raw("p2", to, &packet);
+    // What is allowed goes the same way behind it.
+    let _listener = net.listen("remote", "[fd09::2]:80");
+    assert!(net.connect("p2", "[fd09::2]:80").is_some(), "the pod's own discovery works");
+    assert_eq!(seen(), 1);
+}
+
+#[test]
+fn fragments_are_judged_as_the_packet_that_they_make() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    let mut driver = net.driver();
+    let udp = |port| {
+        let destination = Peer { ports: vec![PortRange { first: port, last: port }], ..Peer::default() };
+        Rule { destination, protocol: Some(17), ..rule(Action::Allow) }
+    };
+    driver
+        .apply(&Build { pods: vec![2, 3], ingress: Some(vec![udp(5000)]), ..Build::default() }.rules())
+        .expect("applied");
+    for (from, at, passes) in [
+        ("10.1.0.2:0", "10.1.0.3:5000", true),
+        ("10.1.0.2:0", "10.1.0.3:5001", false),
+        ("[fd01::2]:0", "[fd01::3]:5000", true),
+        ("[fd01::2]:0", "[fd01::3]:5001", false),
+    ] {
+        let (receiver, sender) = (net.udp("p3", at), net.udp("p2", from));
+        // Three fragments on a link of 1,500 bytes; only the first has ports.
+        sender.send_to(&[7; 4000], at).expect("sent");
+        let mut buffer = [0; 8000];
+        assert_eq!(receiver.recv_from(&mut buffer).is_ok_and(|(length, _)| length == 4000), passes, "{at}");
+    }
+}
+
+#[test]
+fn errors_about_an_allowed_connection_come_back() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    let mut driver = net.driver();
+    let build = Build { pods: vec![2, 3], ingress: Some(vec![from_set(Action::Allow, "clients")]), ..Build::default() };
+    // Pod 2 may open to pod 3, nobody to pod 2: the error is no connection of its own.
+    let build = Build { sets: vec![addresses("clients", &["10.1.0.2", "fd01::2"])], ..build };
+    driver.apply(&build.rules()).expect("applied");
+    for (from, to) in [("10.1.0.2:4000", "10.1.0.3:9"), ("[fd01::2]:4000", "[fd01::3]:9")] {
+        let socket = net.udp("p2", from);
+        socket.connect(to).expect("set");
+        socket.send(b"nobody listens").expect("sent");
+        let error = socket.recv(&mut [0; 16]).expect_err("nobody answers");
+        assert_eq!(
+            error.kind(),
+            std::io::ErrorKind::ConnectionRefused,
+            "{to}: the port is unreachable, and we hear it"
+        );
+    }
 }

@@ -163,9 +163,11 @@ impl AgentStream {
         let held: Digest = parse_digest(&ack.digest).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let revisions = ack.revisions.unwrap_or_default();
         let failed = (!ack.failed.is_empty()).then_some(ack.failed);
-        let sent = self.in_flight.take();
-        let done = sent.filter(|sent| failed.is_none() && sent.digest() == held);
         let (generation, now) = (parse_generation(ack.generation), Instant::now());
+        // Otherwise it is news of what is in force, such as a probe's: what is under way still is.
+        let answers = self.in_flight.as_ref().is_some_and(|sent| failed.is_some() || sent.generation == generation);
+        let known = self.held.as_ref().is_some_and(|ours| ours.digest() == held);
+        let done = self.in_flight.take_if(|_| answers).filter(|sent| failed.is_none() && sent.digest() == held);
         let failed_again = failed.is_some();
         self.fanout.update(&self.node, |status| {
             status.generation = generation;
@@ -178,6 +180,7 @@ impl AgentStream {
         });
         match done {
             Some(done) => self.held = Some(done),
+            None if !answers && known => {}
             // What the agent has is not what we thought: from the beginning, and not at once.
             None => {
                 self.held = None;
