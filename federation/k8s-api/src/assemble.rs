@@ -1,6 +1,7 @@
 //! The objects of one cluster, or of the federation, into inventory and policies.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -10,7 +11,9 @@ use hanse_policy::model::{ClusterName, ClusterScope, Layer, Phase};
 use crate::calico::Converted;
 use crate::field::{Errors, FieldError};
 use crate::hanse::{ClusterLabels, FederatedNetworkPolicy, Member};
+use crate::kubernetes::{EndpointSlice, Node as KubeNode, Service, ServiceAccount};
 use crate::manifest::{Diagnostic, Manifest, Object};
+use crate::metadata::check_metadata;
 
 /// The label that the API server gives every namespace.
 pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
@@ -42,6 +45,54 @@ pub struct Federation {
     pub diagnostics: Vec<Diagnostic>,
 }
 
+/// The objects that were met, by the key that an API server has them under.
+#[derive(Debug, Default)]
+struct Seen<'m>(HashMap<(&'m str, &'m str, Option<&'m str>, &'m str), &'m Manifest>);
+
+impl<'m> Seen<'m> {
+    /// What is said of an object whose key another had before it.
+    fn twice(&mut self, manifest: &'m Manifest) -> Option<Diagnostic> {
+        let reference = &manifest.reference;
+        // The two API groups of Calico name the same objects.
+        let group = match reference.api_version.as_str() {
+            crate::calico::CRD_API_VERSION => crate::calico::API_VERSION,
+            other => other,
+        };
+        let namespace = match &manifest.object {
+            Object::Namespace(_)
+            | Object::Node(_)
+            | Object::ClusterNetworkPolicy(_)
+            | Object::FederatedNetworkPolicy(_)
+            | Object::Tier(_)
+            | Object::FederatedNetworkSet(_)
+            | Object::MemberCluster(_) => None,
+            Object::ServiceAccount(_)
+            | Object::Pod(_)
+            | Object::Service(_)
+            | Object::EndpointSlice(_)
+            | Object::NetworkPolicy(_)
+            | Object::Calico(_) => Some(reference.namespace.as_deref().unwrap_or("default")),
+        };
+        match self.0.entry((group, &reference.kind, namespace, &reference.name)) {
+            Entry::Vacant(entry) => {
+                entry.insert(manifest);
+                None
+            }
+            Entry::Occupied(first) => {
+                let place = &first.get().place;
+                let message = format!("stands already at {}:{}, which counts", place.file, place.line);
+                Some(diagnostic(manifest, "metadata.name", message))
+            }
+        }
+    }
+}
+
+/// What is said of every object whose key another had before it, in their order.
+pub fn doubles(objects: &[Manifest]) -> Vec<Diagnostic> {
+    let mut seen = Seen::default();
+    objects.iter().filter_map(|manifest| seen.twice(manifest)).collect()
+}
+
 /// What is wrong with an object by itself.
 pub fn validate(object: &Object) -> Vec<FieldError> {
     let mut errors = Errors::default();
@@ -56,12 +107,12 @@ pub fn validate(object: &Object) -> Vec<FieldError> {
         Object::Tier(tier) => drop(tier.convert(&mut errors)),
         Object::FederatedNetworkSet(set) => drop(set.convert(&mut errors)),
         Object::MemberCluster(member) => drop(member.convert(&mut errors)),
-        Object::Namespace(_)
-        | Object::Node(_)
-        | Object::ServiceAccount(_)
-        | Object::Pod(_)
-        | Object::Service(_)
-        | Object::EndpointSlice(_) => {}
+        Object::Namespace(namespace) => namespace.check(&mut errors),
+        Object::Pod(pod) => pod.check(&mut errors),
+        Object::Node(KubeNode { metadata, .. })
+        | Object::ServiceAccount(ServiceAccount { metadata })
+        | Object::Service(Service { metadata, .. })
+        | Object::EndpointSlice(EndpointSlice { metadata, .. }) => check_metadata(metadata, &mut errors),
     }
     errors.0
 }
@@ -80,25 +131,11 @@ pub fn assemble_cluster<'a>(
             state.nodes.entry(node.metadata.name.as_str().into()).or_insert(info);
         }
     }
-    let mut seen: BTreeMap<_, &Manifest> = BTreeMap::new();
+    let mut seen = Seen::default();
     let mut created = BTreeMap::new();
     for manifest in objects {
-        let reference = &manifest.reference;
-        // The two API groups of Calico name the same objects.
-        let group = match reference.api_version.as_str() {
-            crate::calico::CRD_API_VERSION => crate::calico::API_VERSION,
-            other => other,
-        };
-        let namespace = match &manifest.object {
-            Object::Namespace(_) | Object::Node(_) => None,
-            _ => Some(reference.namespace.as_deref().unwrap_or("default")),
-        };
-        let key = (group, reference.kind.as_str(), namespace, reference.name.as_str());
-        if let Some(first) = seen.insert(key, manifest) {
-            seen.insert(key, first);
-            let place = &first.place;
-            let message = format!("stands already at {}:{}, which counts", place.file, place.line);
-            state.diagnostics.push(diagnostic(manifest, "metadata.name", message));
+        if let Some(twice) = seen.twice(manifest) {
+            state.diagnostics.push(twice);
             continue;
         }
         if let Object::Pod(pod) = &manifest.object {
@@ -192,17 +229,13 @@ pub fn assemble_federation<'a>(
     clusters: impl IntoIterator<Item = ClusterName>,
 ) -> Federation {
     let mut federation = Federation::default();
-    let mut seen: BTreeMap<(&str, &str), &Manifest> = BTreeMap::new();
+    let mut seen = Seen::default();
     let mut policies: Vec<(&Manifest, &FederatedNetworkPolicy)> = Vec::new();
     // Errors were found when the object was read.
     let mut errors = Errors::default();
     for manifest in objects {
-        let key = (manifest.reference.kind.as_str(), manifest.reference.name.as_str());
-        if let Some(first) = seen.insert(key, manifest) {
-            seen.insert(key, first);
-            let place = &first.place;
-            let message = format!("stands already at {}:{}, which counts", place.file, place.line);
-            federation.diagnostics.push(diagnostic(manifest, "metadata.name", message));
+        if let Some(twice) = seen.twice(manifest) {
+            federation.diagnostics.push(twice);
             continue;
         }
         match &manifest.object {

@@ -66,12 +66,15 @@ pub struct Subject {
     pub pods: Option<PodsSpec>,
 }
 
+/// `other` is what this version does not know.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct PodsSpec {
     #[serde(default, deserialize_with = "null_as_default")]
     pub namespace_selector: LabelSelector,
     pub pod_selector: Option<LabelSelector>,
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -122,11 +125,13 @@ pub struct PortSpec {
     pub other: Map<String, Value>,
 }
 
+/// One of both is given; `other` is what this version does not know.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct DestinationPort {
     pub number: Option<i64>,
     pub range: Option<PortRange>,
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -172,7 +177,14 @@ impl ClusterNetworkPolicy {
         let subject_path = path.field("subject");
         let subject = match (&spec.subject.namespaces, &spec.subject.pods) {
             (Some(namespaces), None) => namespaces_expr(namespaces, &subject_path.field("namespaces"), errors),
-            (None, Some(pods)) => pods_expr(pods, &subject_path.field("pods"), errors),
+            (None, Some(pods)) => {
+                let path = subject_path.field("pods");
+                // Whom a policy is for has no reading that fails closed.
+                for name in pods.other.keys() {
+                    errors.add(&path.field(name), "is not known");
+                }
+                pods_expr(pods, &path, errors)
+            }
             _ => {
                 errors.add(&subject_path, "must have one of namespaces and pods");
                 Selector::from(build::not(hanse_policy::selector::Expr::All))
@@ -313,7 +325,9 @@ impl Walk<'_> {
         if let Some(namespaces) = &peer.namespaces {
             ends.push(selected(namespaces_expr(namespaces, &path.field("namespaces"), errors)));
         } else if let Some(pods) = &peer.pods {
-            ends.push(selected(pods_expr(pods, &path.field("pods"), errors)));
+            let path = path.field("pods");
+            let selector = pods_expr(pods, &path, errors);
+            ends.push(not_known(&pods.other, &path).map_or_else(|| selected(selector), Err));
         } else if ingress && given[2..].iter().any(|given| *given) {
             errors.add(path, "networks, nodes and domainNames are peers of egress only");
         } else if let Some(networks) = &peer.networks {
@@ -330,7 +344,7 @@ impl Walk<'_> {
             let nets: Vec<IpNet> = networks
                 .iter()
                 .enumerate()
-                .filter_map(|(index, text)| errors.note(&path.index(index), parse_net(text)))
+                .filter_map(|(index, text)| errors.note(&path.index(index), parse_network(text)))
                 .collect();
             self.nets(nets, ends);
         } else if let Some(nodes) = &peer.nodes {
@@ -348,11 +362,8 @@ impl Walk<'_> {
             refuse_doubles(names, &path, errors);
             ends.push(Err("domainNames cannot be enforced yet".to_owned()));
         } else {
-            let names = peer.other.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-            ends.push(Err(format!(
-                "{path} is not understood: {}",
-                if names.is_empty() { "it is empty" } else { &names }
-            )));
+            let empty = || format!("{path} is not understood: it is empty");
+            ends.push(Err(not_known(&peer.other, path).unwrap_or_else(empty)));
         }
     }
 
@@ -362,6 +373,20 @@ impl Walk<'_> {
         for nets in [v4, v6].into_iter().filter(|nets| !nets.is_empty()) {
             ends.push(Ok(EntityMatch { nets, ..EntityMatch::default() }));
         }
+    }
+}
+
+/// What is said of fields that this version does not know.
+fn not_known(other: &Map<String, Value>, path: &Path<'_>) -> Option<String> {
+    let names = other.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+    (!names.is_empty()).then(|| format!("{path} is not understood: {names}"))
+}
+
+/// A CIDR as CEL's `isCIDR` takes it: host bits may be set, and IPv4 may not be mapped into IPv6.
+fn parse_network(text: &str) -> Result<IpNet, String> {
+    match (parse_net(text)?, text.contains(':')) {
+        (IpNet::V4(_), true) => Err(format!("\"{text}\" is IPv4 mapped into IPv6, which is not allowed")),
+        (net, _) => Ok(net),
     }
 }
 
@@ -429,22 +454,28 @@ fn convert_protocol(entry: &ProtocolSpec, path: &Path<'_>, errors: &mut Errors) 
     }
     for (protocol, name, spec) in named {
         let Some(spec) = spec else { continue };
-        if !spec.other.is_empty() {
-            let names = spec.other.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-            return Some(Err(format!("{path}.{name} is not understood: {names}")));
-        }
         let path = path.field(name);
-        let ports = match &spec.destination_port {
-            None => Vec::new(),
-            Some(port) => vec![convert_port(port, &path.field("destinationPort"), errors)?],
+        if let Some(reason) = not_known(&spec.other, &path) {
+            return Some(Err(reason));
+        }
+        let Some(port) = &spec.destination_port else {
+            errors.add(&path, "must have a field: destinationPort");
+            return None;
         };
-        return Some(Ok(ProtocolMatch { protocol: Some(protocol), ports }));
+        let path = path.field("destinationPort");
+        let port = match not_known(&port.other, &path) {
+            Some(reason) => return Some(Err(reason)),
+            None => convert_port(port, &path, errors)?,
+        };
+        return Some(Ok(ProtocolMatch { protocol: Some(protocol), ports: vec![port] }));
     }
     match &entry.destination_named_port {
         Some(name) if !name.is_empty() => {
             Some(Ok(ProtocolMatch { protocol: None, ports: vec![Port::Named(name.as_str().into())] }))
         }
-        _ => Some(Err(format!("{path} is not understood"))),
+        _ => {
+            Some(Err(not_known(&entry.other, path).unwrap_or_else(|| format!("{path} is not understood: it is empty"))))
+        }
     }
 }
 

@@ -1,7 +1,11 @@
 //! YAML (and so JSON) into values that remember their lines.
 //!
 //! A file is cut at its `---` lines first, so that one broken document leaves its neighbours whole. Scalars follow the
-//! YAML 1.2 core schema: `yes` and `on` are strings, which is what an API server stores for them.
+//! YAML 1.2 core schema, in which `yes` and `on` are strings: `kubectl` reads them as booleans, so that where it accepts
+//! them no field that is read here is concerned. Numbers are those of `kubectl`: a leading zero means octal, and `80.0`
+//! and `8e1` are the integer 80.
+
+use std::collections::{HashMap, HashSet};
 
 use saphyr_parser::{Event, Parser, ScalarStyle};
 use serde::de::value::{MapDeserializer, SeqDeserializer};
@@ -12,8 +16,8 @@ mod json;
 
 /// Deepest nesting of lists and mappings; the deepest field of any kind lies at about 12.
 pub const MAX_DEPTH: usize = 64;
-/// Values of one document that aliases repeat; at about 80 bytes each, 160 MiB. What is written out is bounded by the size
-/// of the file alone: a list of a large cluster's pods is one document with tens of millions of values.
+/// Values of one document that anchors keep and aliases repeat; at about 80 bytes each, 160 MiB. What is written out is
+/// bounded by the size of the file alone: a list of a large cluster's pods is one document with tens of millions of values.
 pub const MAX_REPEATED_VALUES: usize = 2 * 1024 * 1024;
 
 /// A value with the line (one-based) on which it starts.
@@ -114,7 +118,7 @@ fn parse_yaml(text: &str, lines_before: u32) -> Result<Option<Node>, SyntaxError
     if text.lines().all(|line| line.is_empty() || line.starts_with(['#', '%'])) {
         return Ok(None);
     }
-    let mut loader = Loader { lines_before, open: Vec::new(), anchors: Vec::new(), repeated: 0, root: None };
+    let mut loader = Loader { lines_before, open: Vec::new(), anchors: HashMap::new(), repeated: 0, root: None };
     for event in Parser::new_from_str(text) {
         let (event, span) = event.map_err(|error| SyntaxError {
             line: lines_before + line_of(error.marker().line()),
@@ -133,7 +137,7 @@ fn line_of(line: usize) -> u32 {
 struct Loader {
     lines_before: u32,
     open: Vec<Open>,
-    anchors: Vec<(usize, Node)>,
+    anchors: HashMap<usize, Node>,
     repeated: usize,
     root: Option<Node>,
 }
@@ -143,6 +147,27 @@ struct Open {
     node: Node,
     /// In a mapping: the key that waits for its value.
     key: Option<(String, u32)>,
+    keys: Keys,
+}
+
+/// The keys of one mapping. A few are compared one by one; more are hashed, so that the time for a mapping of any size
+/// grows with its size and not with the square of it.
+#[derive(Default)]
+struct Keys(HashSet<String>);
+
+impl Keys {
+    const FEW: usize = 16;
+
+    /// False where `key` stands among `entries`, which are all that were added before.
+    fn add(&mut self, key: &str, entries: &[(String, u32, Node)]) -> bool {
+        if entries.len() < Self::FEW {
+            return !entries.iter().any(|(known, ..)| known == key);
+        }
+        if self.0.is_empty() {
+            self.0.extend(entries.iter().map(|(known, ..)| known.clone()));
+        }
+        self.0.insert(key.to_owned())
+    }
 }
 
 impl Loader {
@@ -154,7 +179,7 @@ impl Loader {
             Event::MappingStart(anchor, _) => self.start(anchor, line, Data::Mapping(Vec::new())),
             Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
                 Some(mut done) => {
-                    merge(&mut done.node);
+                    merge(&mut done.node)?;
                     self.place(done.anchor, done.node)
                 }
                 None => fail("not valid YAML: an end without a start"),
@@ -164,13 +189,9 @@ impl Loader {
                 let data = Data::Scalar(if is_string { Value::String(text.into_owned()) } else { plain(&text) });
                 self.place(anchor, Node { line, data })
             }
-            Event::Alias(anchor) => match self.anchors.iter().rev().find(|(known, _)| *known == anchor) {
-                Some((_, node)) => {
-                    self.repeated += count(node);
-                    if self.repeated > MAX_REPEATED_VALUES {
-                        return fail(&format!("aliases repeat more than {MAX_REPEATED_VALUES} values"));
-                    }
-                    let node = node.clone();
+            Event::Alias(anchor) => match self.anchors.get(&anchor) {
+                Some(node) => {
+                    let node = repeat(node, &mut self.repeated)?;
                     self.place(0, node)
                 }
                 None => fail("an alias without an anchor before it"),
@@ -185,7 +206,7 @@ impl Loader {
         if self.open.len() >= MAX_DEPTH {
             return Err(SyntaxError { line, message: format!("nested deeper than {MAX_DEPTH}") });
         }
-        self.open.push(Open { anchor, node: Node { line, data }, key: None });
+        self.open.push(Open { anchor, node: Node { line, data }, key: None, keys: Keys::default() });
         Ok(())
     }
 
@@ -193,7 +214,8 @@ impl Loader {
         let line = node.line;
         let fail = |message: String| Err(SyntaxError { line, message });
         if anchor != 0 {
-            self.anchors.push((anchor, node.clone()));
+            let kept = repeat(&node, &mut self.repeated)?;
+            self.anchors.insert(anchor, kept);
         }
         let Some(parent) = self.open.last_mut() else {
             if self.root.is_some() {
@@ -211,7 +233,7 @@ impl Loader {
                         Data::Scalar(value @ (Value::Number(_) | Value::Bool(_))) => value.to_string(),
                         _ => return fail("a key must be a plain text".to_owned()),
                     };
-                    if entries.iter().any(|(known, ..)| *known == key) {
+                    if !parent.keys.add(&key, entries) {
                         return fail(format!("the key \"{key}\" stands twice in one mapping"));
                     }
                     parent.key = Some((key, line));
@@ -224,24 +246,39 @@ impl Loader {
     }
 }
 
+/// A copy of `node`, counted.
+fn repeat(node: &Node, repeated: &mut usize) -> Result<Node, SyntaxError> {
+    *repeated += count(node);
+    if *repeated > MAX_REPEATED_VALUES {
+        let message = format!("anchors and aliases repeat more than {MAX_REPEATED_VALUES} values");
+        return Err(SyntaxError { line: node.line, message });
+    }
+    Ok(node.clone())
+}
+
 /// Takes in what the key `<<` of a mapping names: a mapping, or several, of which the first counts. What the mapping says
 /// itself counts before all of them.
-fn merge(node: &mut Node) {
-    let Data::Mapping(entries) = &mut node.data else { return };
-    let Some(at) = entries.iter().position(|(key, ..)| key == "<<") else { return };
+fn merge(node: &mut Node) -> Result<(), SyntaxError> {
+    let Data::Mapping(entries) = &mut node.data else { return Ok(()) };
+    let Some(at) = entries.iter().position(|(key, ..)| key == "<<") else { return Ok(()) };
     let (.., merged) = entries.remove(at);
     let sources = match merged.data {
         Data::Sequence(sources) => sources,
         _ => vec![merged],
     };
+    let mut keys = Keys::default();
     for source in sources {
-        let Data::Mapping(more) = source.data else { continue };
+        let Data::Mapping(more) = source.data else {
+            let message = "\"<<\" takes a mapping, or a list of mappings".to_owned();
+            return Err(SyntaxError { line: source.line, message });
+        };
         for entry in more {
-            if !entries.iter().any(|(key, ..)| *key == entry.0) {
+            if keys.add(&entry.0, entries) {
                 entries.push(entry);
             }
         }
     }
+    Ok(())
 }
 
 fn count(node: &Node) -> usize {
@@ -252,8 +289,10 @@ fn count(node: &Node) -> usize {
     }
 }
 
-/// A plain scalar by the core schema of YAML 1.2.2 (10.3.2).
+/// A plain scalar by the core schema of YAML 1.2.2 (10.3.2), with the numbers of `kubectl`.
 fn plain(text: &str) -> Value {
+    /// Every integer up to here is a float of its own.
+    const EXACT: f64 = (1_u64 << 53) as f64;
     match text {
         "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
         "true" | "True" | "TRUE" => return Value::Bool(true),
@@ -266,6 +305,12 @@ fn plain(text: &str) -> Value {
     }
     let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
     if !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        if digits.len() > 1
+            && digits.starts_with('0')
+            && let Ok(number) = i64::from_str_radix(digits, 8)
+        {
+            return Value::from(if text.starts_with('-') { -number } else { number });
+        }
         if let Ok(number) = text.parse::<i64>() {
             return Value::from(number);
         }
@@ -276,8 +321,13 @@ fn plain(text: &str) -> Value {
     let is_float = digits.bytes().any(|byte| byte.is_ascii_digit())
         && digits.bytes().all(|byte| byte.is_ascii_digit() || matches!(byte, b'.' | b'e' | b'E' | b'+' | b'-'))
         && !digits.starts_with(['e', 'E', '+', '-']);
-    if is_float && let Some(number) = text.parse::<f64>().ok().and_then(Number::from_f64) {
-        return Value::Number(number);
+    if is_float && let Ok(number) = text.parse::<f64>() {
+        if number.fract() == 0.0 && number.abs() < EXACT {
+            return Value::from(number as i64);
+        }
+        if let Some(number) = Number::from_f64(number) {
+            return Value::Number(number);
+        }
     }
     Value::String(text.to_owned())
 }
@@ -382,7 +432,7 @@ mod tests {
             Just(Value::Null),
             any::<bool>().prop_map(Value::from),
             any::<i64>().prop_map(Value::from),
-            (-1e9..1e9).prop_map(Value::from),
+            (-1e9..1e9).prop_filter("80.0 is read as 80", |it: &f64| it.fract() != 0.0).prop_map(Value::from),
             text.prop_map(Value::from),
         ];
         leaf.prop_recursive(4, 40, 5, move |inner| {
@@ -413,10 +463,12 @@ mod tests {
 
     #[test]
     fn scalars_follow_the_core_schema() {
-        let node = one("a: 80\nb: '80'\nc: yes\nd: true\ne: 1.5\nf:\ng: 0x10\nh: 1e3\ni: 1.2.3\nj: -5\nk: 0o17\nl: e5");
+        let node = one(
+            "a: 80\nb: '80'\nc: yes\nd: true\ne: 1.5\nf:\ng: 0x10\nh: 1e3\ni: 1.2.3\nj: -5\nk: 0o17\nl: e5\nm: 010\nn: 089\no: 80.0\np: -07",
+        );
         let expected = serde_json::json!({
-            "a": 80, "b": "80", "c": "yes", "d": true, "e": 1.5, "f": null, "g": 16, "h": 1000.0, "i": "1.2.3", "j": -5,
-            "k": 15, "l": "e5",
+            "a": 80, "b": "80", "c": "yes", "d": true, "e": 1.5, "f": null, "g": 16, "h": 1000, "i": "1.2.3", "j": -5,
+            "k": 15, "l": "e5", "m": 8, "n": 89, "o": 80, "p": -7,
         });
         assert_eq!(node.to_value(), expected);
     }
@@ -456,6 +508,44 @@ mod tests {
             bomb.push_str(&format!("a{level}: &a{level} [{}]\n", vec![format!("*a{before}"); 10].join(",")));
         }
         assert!(parse(&bomb).remove(0).is_err());
+        // Each anchor keeps what is below it.
+        let mut nested = vec!["1"; 100_000].join(",");
+        for level in 0..50 {
+            nested = format!("&a{level} [{nested}]");
+        }
+        assert!(parse(&nested).remove(0).is_err_and(|error| error.message.contains("repeat")));
+    }
+
+    #[test]
+    fn many_keys_are_told_apart_too() {
+        let text: String = (0..200).map(|at| format!("k{at}: {at}\n")).collect();
+        assert!(matches!(one(&text).data, Data::Mapping(entries) if entries.len() == 200));
+        for doubled in [0, 15, 16, 17, 199] {
+            let yaml = format!("{text}k{doubled}: 1\n");
+            let error = parse(&yaml).remove(0).expect_err("refused");
+            assert_eq!((error.line, error.message.contains("stands twice")), (201, true), "{error}");
+            let json = format!(
+                "{{{}}}",
+                yaml.lines().map(|it| format!("\"{}", it.replace(": ", "\": "))).collect::<Vec<_>>().join(",")
+            );
+            assert!(parse(&json).remove(0).is_err_and(|error| error.message.contains("stands twice")), "{doubled}");
+            let merged = format!(
+                "base: &b {{k{doubled}: over, more: 1}}\nit:\n  <<: *b\n{}",
+                text.lines().map(|it| format!("  {it}\n")).collect::<String>()
+            );
+            let value = one(&merged).to_value();
+            assert_eq!(
+                (&value["it"][format!("k{doubled}")], &value["it"]["more"]),
+                (&Value::from(doubled), &Value::from(1))
+            );
+        }
+    }
+
+    #[test]
+    fn a_merge_key_names_mappings() {
+        for text in ["a: {<<: 5}", "a: {<<: [{b: 1}, c]}"] {
+            assert!(parse(text).remove(0).is_err_and(|error| error.message.contains("<<")), "{text}");
+        }
     }
 
     #[test]

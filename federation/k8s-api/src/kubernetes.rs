@@ -8,6 +8,9 @@ use std::sync::Arc;
 use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, NamedPort};
 use serde::Deserialize;
 
+use crate::field::{Errors, Path};
+use crate::metadata::check_metadata;
+
 pub type Map = BTreeMap<Arc<str>, Arc<str>>;
 
 /// `null` counts as absent, as an API server has it.
@@ -45,6 +48,16 @@ impl Metadata {
 pub struct Namespace {
     #[serde(default)]
     pub metadata: Metadata,
+}
+
+impl Namespace {
+    pub fn check(&self, errors: &mut Errors) {
+        check_metadata(&self.metadata, errors);
+        if self.metadata.name.contains('.') || self.metadata.name.len() > 63 {
+            let path = Path::Root("metadata.name");
+            errors.add(&path, format!("\"{}\" is no namespace: at most 63 of a-z 0-9 -", self.metadata.name));
+        }
+    }
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -186,6 +199,24 @@ impl Pod {
         }
     }
 
+    /// What an API server would not store: metadata that is malformed, and addresses that are none.
+    pub fn check(&self, errors: &mut Errors) {
+        check_metadata(&self.metadata, errors);
+        let status = Path::Root("status");
+        let mut check = |path: &Path<'_>, text: &Option<String>| {
+            if let Some(text) = text.as_deref().filter(|text| !text.is_empty() && parse_address(text).is_none()) {
+                errors.add(path, format!("\"{text}\" is no address"));
+            }
+        };
+        check(&status.field("podIP"), &self.status.pod_ip);
+        check(&status.field("hostIP"), &self.status.host_ip);
+        for (name, entries) in [("podIPs", &self.status.pod_ips), ("hostIPs", &self.status.host_ips)] {
+            for (index, entry) in entries.iter().enumerate() {
+                check(&status.field(name).index(index).field("ip"), &entry.ip);
+            }
+        }
+    }
+
     /// Succeeded or failed: it owns no address any more.
     pub fn has_ended(&self) -> bool {
         matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed"))
@@ -202,7 +233,7 @@ impl Pod {
             }
         }
         let (ended, host) = (self.has_ended(), self.spec.host_network);
-        let host_addresses = match (host, reported.is_empty()) {
+        let host_addresses = match (host && !ended, reported.is_empty()) {
             (false, _) => Vec::new(),
             (true, false) => reported.clone(),
             (true, true) => {
@@ -296,9 +327,24 @@ impl EndpointSlice {
     }
 }
 
-/// An address in any spelling; one of IPv4 mapped into IPv6 is the IPv4 address.
+/// An address in any spelling, zeros before the numbers of an IPv4 address included (API servers stored them once); one
+/// of IPv4 mapped into IPv6 is the IPv4 address.
 pub fn parse_address(text: &str) -> Option<IpAddr> {
-    text.trim().parse::<IpAddr>().ok().map(|address| address.to_canonical())
+    let parsed = text.parse::<IpAddr>().or_else(|_| without_zeros(text).parse());
+    parsed.ok().map(|address| address.to_canonical())
+}
+
+/// `010.0.0.1` as `10.0.0.1`: the numbers are decimal all the same.
+pub fn without_zeros(text: &str) -> String {
+    let number = |part: &str| match part.trim_start_matches('0') {
+        "" if !part.is_empty() => "0".to_owned(),
+        rest => rest.to_owned(),
+    };
+    let (before, address) = text.rsplit_once(':').map_or(("", text), |(before, _)| text.split_at(before.len() + 1));
+    if !address.contains('.') {
+        return text.to_owned();
+    }
+    format!("{before}{}", address.split('.').map(number).collect::<Vec<_>>().join("."))
 }
 
 /// The protocols that Kubernetes names on ports.

@@ -1,6 +1,7 @@
 //! Files of manifests into typed, validated objects.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use crate::network_policy::NetworkPolicy;
 
 /// The largest file that is read: a list of 100,000 pods at 5 KiB each. Directories may hold any number of files.
 pub const MAX_FILE_BYTES: u64 = 512 * 1024 * 1024;
-/// How deep below the directory files are looked for.
+/// How many directories may lie between the one that is read and a file; below that, reading fails.
 pub const MAX_DIRECTORY_DEPTH: usize = 16;
 
 /// Where something stands; the line is one-based.
@@ -98,9 +99,7 @@ pub struct ReadError {
 /// and folders are left out. A single file that cannot be read is a diagnostic; a directory that cannot be listed is an
 /// error, for it is not an empty one.
 pub fn read_dir(path: &FilePath) -> Result<Manifests, ReadError> {
-    let mut files = Vec::new();
-    list(path, 0, &mut files)?;
-    files.sort();
+    let files = list(path)?;
     let mut read = Manifests::default();
     for file in files {
         let name: Arc<str> = file.to_string_lossy().into();
@@ -118,15 +117,36 @@ pub fn read_dir(path: &FilePath) -> Result<Manifests, ReadError> {
     Ok(read)
 }
 
-/// The files that [`read_dir`] would read below `path`, or `path` itself where it is a file.
-pub fn list(path: &FilePath, depth: usize, files: &mut Vec<PathBuf>) -> Result<(), ReadError> {
-    let fail = |source| ReadError { path: path.to_owned(), source };
-    if path.metadata().map_err(fail)?.is_file() {
+/// The files that [`read_dir`] would read below `path`, or `path` itself where it is a file, sorted. Links are followed;
+/// a directory is listed once, by whatever names it is reached.
+pub fn list(path: &FilePath) -> Result<Vec<PathBuf>, ReadError> {
+    let mut files = Vec::new();
+    if path.metadata().map_err(|source| ReadError { path: path.to_owned(), source })?.is_file() {
         files.push(path.to_owned());
+    } else {
+        list_dir(path, 0, &mut BTreeSet::new(), &mut files)?;
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn list_dir(
+    path: &FilePath,
+    depth: usize,
+    listed: &mut BTreeSet<PathBuf>,
+    files: &mut Vec<PathBuf>,
+) -> Result<(), ReadError> {
+    let fail = |source| ReadError { path: path.to_owned(), source };
+    if !listed.insert(path.canonicalize().map_err(fail)?) {
         return Ok(());
     }
-    for entry in path.read_dir().map_err(fail)? {
-        let entry = entry.map_err(fail)?;
+    if depth > MAX_DIRECTORY_DEPTH {
+        let message = format!("lies more than {MAX_DIRECTORY_DEPTH} directories below the one that is read");
+        return Err(fail(std::io::Error::other(message)));
+    }
+    let mut entries = path.read_dir().and_then(Iterator::collect::<Result<Vec<_>, _>>).map_err(fail)?;
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in entries {
         let path = entry.path();
         if entry.file_name().as_encoded_bytes().starts_with(b".") {
             continue;
@@ -136,8 +156,8 @@ pub fn list(path: &FilePath, depth: usize, files: &mut Vec<PathBuf>) -> Result<(
         let readable = path
             .extension()
             .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|known| extension.eq_ignore_ascii_case(known)));
-        if metadata.is_dir() && depth < MAX_DIRECTORY_DEPTH {
-            list(&path, depth + 1, files)?;
+        if metadata.is_dir() {
+            list_dir(&path, depth + 1, listed, files)?;
         } else if metadata.is_file() && readable {
             files.push(path);
         }
@@ -214,15 +234,17 @@ fn read_node(file: &Arc<str>, node: &Node, read: &mut Manifests) {
         }
     }
     if let (Some(item_kind), Some(items)) = (reference.kind.strip_suffix("List"), node.child("items")) {
+        // Other kinds end in List too: theirs are lists of something else.
+        let is_object = |item: &Node| matches!(item.data, Data::Mapping(_));
         match &items.data {
-            Data::Sequence(items) => {
+            Data::Sequence(items) if item_kind.is_empty() || items.iter().all(is_object) => {
                 for item in items {
                     read_node(file, &typed_item(item, &reference.api_version, item_kind), read);
                 }
                 return;
             }
             Data::Scalar(serde_json::Value::Null) => return,
-            Data::Scalar(_) | Data::Mapping(_) => {}
+            Data::Scalar(_) | Data::Mapping(_) | Data::Sequence(_) => {}
         }
     }
     match read_object(&reference, node) {

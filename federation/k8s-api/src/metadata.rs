@@ -4,17 +4,23 @@ use hanse_policy::inventory::Labels;
 
 use crate::field::{Errors, Path};
 use crate::kubernetes::Metadata;
-use crate::network_policy::{is_subdomain, label_key_error, label_value_error};
+use crate::network_policy::{is_dns_label, is_subdomain, label_key_error, label_value_error};
 
 /// How most objects are named.
 pub const NAME_RULE: &str = "at most 253 of a-z 0-9 - and ., in parts that start and end with a letter or digit";
 /// All keys and values of an object's annotations together.
 pub const MAX_ANNOTATION_BYTES: usize = 256 * 1024;
 
-/// Name, labels and annotations. A name that is missing is complained of elsewhere.
+/// Name, namespace, labels and annotations. A name that is missing is complained of elsewhere.
 pub fn check_metadata(metadata: &Metadata, errors: &mut Errors) {
     if !metadata.name.is_empty() && !is_subdomain(&metadata.name) {
         errors.add(&Path::Root("metadata.name"), format!("\"{}\" is no name: {NAME_RULE}", metadata.name));
+    }
+    if let Some(namespace) = metadata.namespace.as_deref().filter(|it| !it.is_empty() && !is_dns_label(it)) {
+        let message = format!(
+            "\"{namespace}\" is no namespace: at most 63 of a-z 0-9 -, starting and ending with a letter or digit"
+        );
+        errors.add(&Path::Root("metadata.namespace"), message);
     }
     let path = Path::Root("metadata.labels");
     for (key, value) in &metadata.labels {

@@ -4,6 +4,7 @@
 //! in the policy's directions. Each rule becomes one model rule for every pair of a peer and a protocol.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use hanse_policy::model::{
@@ -16,7 +17,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::field::{Errors, Path};
-use crate::kubernetes::{Map, Metadata, null_as_default};
+use crate::kubernetes::{Map, Metadata, null_as_default, without_zeros};
 use crate::metadata::check_metadata;
 
 /// Makes the peers of a local policy those of the whole ClusterSet; the only value is `ClusterSet`.
@@ -250,12 +251,12 @@ impl IpBlock {
             errors.add(&cidr_path, "is missing");
             return None;
         }
-        let cidr = errors.note(&cidr_path, parse_net(&self.cidr))?;
+        let cidr = errors.note(&cidr_path, parse_block(&self.cidr))?;
         let except_path = path.field("except");
         let mut not_nets = Vec::new();
         for (index, text) in self.except.iter().enumerate() {
             let path = except_path.index(index);
-            let Some(net) = errors.note(&path, parse_net(text)) else { continue };
+            let Some(net) = errors.note(&path, parse_block(text)) else { continue };
             if !cidr.contains(&net) || cidr == net {
                 errors.add(&path, format!("must lie within {cidr} and be smaller"));
             }
@@ -265,11 +266,30 @@ impl IpBlock {
     }
 }
 
-/// A CIDR in any spelling; host bits are masked.
+/// A CIDR; host bits are masked, and an IPv4 net mapped into IPv6 is the IPv4 net.
 pub fn parse_net(text: &str) -> Result<IpNet, String> {
-    let net: IpNet =
-        text.parse().map_err(|_| format!("\"{text}\" is no CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))?;
-    Ok(net.trunc())
+    let parse = || {
+        let (address, prefix) = text.split_once('/')?;
+        let address: IpAddr = address.parse().ok()?;
+        let is_plain = prefix == "0" || prefix.starts_with(|first: char| ('1'..='9').contains(&first));
+        let prefix: u8 = is_plain.then(|| prefix.parse().ok())??;
+        let net = IpNet::new(address, prefix).ok()?.trunc();
+        match (address.to_canonical(), prefix.checked_sub(96)) {
+            (IpAddr::V4(mapped), Some(prefix)) if address.is_ipv6() => {
+                Some(IpNet::new(mapped.into(), prefix).ok()?.trunc())
+            }
+            _ => Some(net),
+        }
+    };
+    parse().ok_or_else(|| format!("\"{text}\" is no CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))
+}
+
+/// A CIDR as API servers take it in an `ipBlock`: zeros may stand before the numbers of an IPv4 address, and of the prefix.
+fn parse_block(text: &str) -> Result<IpNet, String> {
+    let Some((address, prefix)) = text.split_once('/') else { return parse_net(text) };
+    let digits = prefix.trim_start_matches('0');
+    let prefix = if digits.is_empty() && !prefix.is_empty() { "0" } else { digits };
+    parse_net(&format!("{}/{prefix}", without_zeros(address))).map_err(|_| parse_net(text).err().unwrap_or_default())
 }
 
 /// One protocol with its ports: all of them where the list is empty.

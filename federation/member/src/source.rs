@@ -62,16 +62,18 @@ impl Directory {
 
     /// Brings `files` up to date; whether anything changed.
     fn refresh(&mut self) -> bool {
-        let mut listed = Vec::new();
-        if let Err(error) = manifest::list(&self.path, 0, &mut listed) {
-            let reason = format!("{error}: {}; what was read last stays in force", error.source);
-            let news = self.unlisted.as_ref() != Some(&reason);
-            self.unlisted = Some(reason);
-            return news;
-        }
+        let listed = match manifest::list(&self.path) {
+            Ok(listed) => listed,
+            Err(error) => {
+                let reason = format!("{error}: {}; what was read last stays in force", error.source);
+                let news = self.unlisted.as_ref() != Some(&reason);
+                self.unlisted = Some(reason);
+                return news;
+            }
+        };
         let mut changed = self.unlisted.take().is_some();
         let before = self.files.len();
-        self.files.retain(|path, _| listed.contains(path));
+        self.files.retain(|path, _| listed.binary_search(path).is_ok());
         changed |= self.files.len() != before;
         for path in listed {
             let file = self.files.entry(path.clone()).or_default();

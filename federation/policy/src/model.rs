@@ -267,8 +267,12 @@ impl PolicyKind {
 
 impl PolicyId {
     /// What orders policies of equal order in a tier: `name/namespace/kind`, compared as bytes. A staged policy stands
-    /// where it will when committed.
+    /// where it will when committed. ClusterNetworkPolicies of equal priority stand in the order of their names, in which
+    /// `a` comes before `a-b`; the API leaves it open.
     pub fn tie(&self) -> String {
+        if self.kind == PolicyKind::ClusterNetworkPolicy {
+            return format!("{}\0/{}", self.name, self.kind.name());
+        }
         let kind = self.commits_to().map_or(self.kind, |committed| committed.kind);
         format!("{}/{}/{}", self.name, self.namespace.as_deref().unwrap_or(""), kind.name())
     }

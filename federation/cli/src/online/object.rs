@@ -78,10 +78,7 @@ fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     let mut written = Vec::new();
     let mut checked = Manifests::default();
     for path in files {
-        let mut paths = Vec::new();
-        list(path, 0, &mut paths)?;
-        paths.sort();
-        for path in paths {
+        for path in list(path)? {
             let bytes = read_file(&path).with_context(|| format!("read {}", path.display()))?;
             let name: Arc<str> = path.to_string_lossy().into();
             read_bytes(&name, &bytes, &mut checked);

@@ -7,13 +7,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use hanse_k8s_api::assemble::doubles;
 use hanse_k8s_api::manifest::{Reference, read_dir};
 use serde::Serialize;
 
 use crate::output::Format;
 
 /// Validates every object below a directory as an API server would, and says what is wrong by file and line. Kinds that
-/// Hanse does not read are listed and skipped. Exits 1 when an object is refused.
+/// Hanse does not read are listed and skipped, and so are objects that another of the directory stands for already: of
+/// several with one key the first counts. Exits 1 when an object is refused.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Directories or files.
@@ -23,7 +25,7 @@ pub struct Arguments {
     output: Format,
 }
 
-/// One object, or one document that is none.
+/// One object, or one document that is none. The JSON is a contract.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct ObjectLine {
@@ -36,7 +38,7 @@ struct ObjectLine {
     name: String,
     ok: bool,
     /// A kind that Hanse does not read.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[serde(skip)]
     skipped: bool,
     errors: Vec<ErrorLine>,
 }
@@ -46,18 +48,23 @@ struct ErrorLine {
     field: String,
     message: String,
     /// Where the field stands.
+    #[serde(skip)]
     line: u32,
 }
 
 impl Arguments {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let mut objects = Vec::new();
+        let (mut objects, mut notes) = (Vec::new(), Vec::new());
         for directory in &self.directories {
-            objects.extend(check(directory)?);
+            objects.extend(check(directory, &mut notes)?);
         }
         let refused = objects.iter().filter(|object| !object.ok).count();
         let mut out = std::io::BufWriter::new(std::io::stdout().lock());
         for object in &objects {
+            if object.skipped {
+                let subject = subject(object);
+                notes.push(format!("{}:{}: {subject}skipped: not a kind that Hanse reads", object.file, object.line));
+            }
             if self.output != Format::Table {
                 super::write_line(&mut out, self.output, object)?;
                 continue;
@@ -66,14 +73,11 @@ impl Arguments {
                 let field = if error.field.is_empty() { String::new() } else { format!("{}: ", error.field) };
                 writeln!(out, "{}:{}: {}{field}{}", object.file, error.line, subject(object), error.message)?;
             }
-            if object.skipped {
-                writeln!(
-                    out,
-                    "{}:{}: {}skipped: not a kind that Hanse reads",
-                    object.file,
-                    object.line,
-                    subject(object)
-                )?;
+        }
+        for note in notes {
+            match self.output {
+                Format::Table => writeln!(out, "{note}")?,
+                Format::Json | Format::Yaml => eprintln!("{note}"),
             }
         }
         if self.output == Format::Table {
@@ -95,9 +99,13 @@ fn subject(object: &ObjectLine) -> String {
     }
 }
 
-/// Every object of a directory, in the order of files and lines.
-fn check(directory: &std::path::Path) -> anyhow::Result<Vec<ObjectLine>> {
+/// Every object of a directory, in the order of files and lines. `notes`: what is to be said and is no refusal.
+fn check(directory: &std::path::Path, notes: &mut Vec<String>) -> anyhow::Result<Vec<ObjectLine>> {
     let read = read_dir(directory).with_context(|| format!("read {}", directory.display()))?;
+    for double in doubles(&read.objects) {
+        let Reference { kind, name, .. } = double.object.unwrap_or_default();
+        notes.push(format!("{}:{}: note: {kind} {name} {}", double.place.file, double.place.line, double.message));
+    }
     let line = |file: &str, line, reference: Reference, skipped| ObjectLine {
         file: file.to_owned(),
         line,

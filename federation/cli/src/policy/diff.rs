@@ -97,7 +97,7 @@ impl Arguments {
                     let base = Question {
                         from: from.clone(),
                         to: to.clone(),
-                        protocol: ProtocolName::Number(6),
+                        protocol: Some(ProtocolName::Number(6)),
                         port: Some(0),
                         source_port: None,
                         icmp: None,

@@ -1,6 +1,6 @@
 //! `hanse policy explain`: what policy says of packets, and why.
 
-use std::io::{BufRead as _, Write as _};
+use std::io::{BufRead, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -30,6 +30,10 @@ pub struct Arguments {
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
+
+/// The longest line of queries that is read whole; what is cut off makes the line malformed. A query has a few hundred
+/// bytes.
+const MAX_LINE_BYTES: u64 = 1 << 20;
 
 #[derive(Serialize)]
 struct ErrorLine {
@@ -95,9 +99,8 @@ impl Printer {
 
 impl Arguments {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        let lines = super::open(&self.queries)?
-            .lines()
-            .filter(|line| line.as_ref().map_or(true, |line| !line.trim().is_empty()));
+        let mut input = super::open(&self.queries)?;
+        let lines = std::iter::from_fn(|| next_line(&mut input).transpose());
         let lines = lines.map(|line| line.with_context(|| format!("read {}", self.queries.display())));
         let read =
             |line: &str| serde_json::from_str::<Question>(line).map_err(|error| format!("malformed query: {error}"));
@@ -124,5 +127,42 @@ impl Arguments {
         }
         let unanswered = printer.finish()?;
         Ok(if unanswered == 0 && loaded.refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// The next line that is not blank. Bytes that are no UTF-8 are replaced, so that only their own line has no answer.
+fn next_line(input: &mut impl BufRead) -> std::io::Result<Option<String>> {
+    loop {
+        let mut bytes = Vec::new();
+        if input.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes)? == 0 {
+            return Ok(None);
+        }
+        if bytes.len() as u64 == MAX_LINE_BYTES && !bytes.ends_with(b"\n") {
+            input.skip_until(b'\n')?;
+        }
+        let line = String::from_utf8_lossy(&bytes);
+        let line = line.trim_start_matches('\u{feff}').trim();
+        if !line.is_empty() {
+            return Ok(Some(line.to_owned()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_cannot_be_read_leaves_its_neighbours() {
+        let long = "x".repeat(usize::try_from(MAX_LINE_BYTES).expect("small") + 7);
+        let text = ["\u{feff}{\"a\":1}\r\n\n \n", &long, "\nb\n"].concat();
+        let mut input = &[text.as_bytes(), b"\xff\nlast"].concat()[..];
+        let mut next = || next_line(&mut input).expect("in memory");
+        assert_eq!(next().as_deref(), Some("{\"a\":1}"));
+        assert_eq!(next().map(|line| line.len() as u64), Some(MAX_LINE_BYTES));
+        assert_eq!(next().as_deref(), Some("b"));
+        assert_eq!(next().as_deref(), Some("\u{fffd}"));
+        assert_eq!(next().as_deref(), Some("last"));
+        assert_eq!(next(), None);
     }
 }

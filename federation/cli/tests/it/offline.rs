@@ -94,12 +94,126 @@ spec:
     assert!(told[3].0 >= 19 && !told[3].2, "{lines:#?}");
     assert_eq!(lines[1]["errors"][0]["field"], "spec.ingress[0].ports[0].port");
     assert_eq!(lines[4]["errors"][0]["field"], "spec.selector");
-    for field in ["file", "line", "apiVersion", "kind", "namespace", "name", "ok", "errors"] {
-        assert!(lines[0].get(field).is_some(), "{field}");
+    let fields = |value: &Value| value.as_object().expect("an object").keys().cloned().collect::<Vec<_>>();
+    for line in &lines {
+        assert_eq!(fields(line), ["file", "line", "apiVersion", "kind", "namespace", "name", "ok", "errors"]);
+        for error in line["errors"].as_array().expect("a list") {
+            assert_eq!(fields(error), ["field", "message"]);
+        }
     }
+    assert!(String::from_utf8_lossy(&output.stderr).contains("all.yaml:15: Other other: skipped"), "{output:?}");
     let output = hanse(&["policy", "check", text(root.path())]);
     let told = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(told.contains("all.yaml:13: NetworkPolicy web/bad: spec.ingress[0].ports[0].port: "), "{told}");
+}
+
+#[test]
+fn the_first_of_two_objects_with_one_key_counts() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let policy = |rules: &str| {
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p, namespace: web}}\nspec: {{podSelector: {{}}, ingress: [{rules}]}}\n"
+        )
+    };
+    std::fs::write(root.path().join("a.yaml"), policy("")).expect("manifests");
+    std::fs::write(root.path().join("b.yaml"), format!("{WORLD}---\n{}", policy("{}"))).expect("manifests");
+    for format in ["json", "table"] {
+        let output = hanse(&["policy", "check", "-o", format, text(root.path())]);
+        assert!(output.status.success(), "{output:?}");
+        let told = [output.stdout, output.stderr].concat();
+        let told = String::from_utf8_lossy(&told).into_owned();
+        assert!(
+            told.contains("NetworkPolicy p stands already at") && told.contains("a.yaml:1, which counts"),
+            "{told}"
+        );
+    }
+    let queries = root.path().join("queries.jsonl");
+    std::fs::write(&queries, r#"{"from":{"ip":"10.0.0.1"},"to":{"ip":"10.0.0.2"},"port":80}"#).expect("queries");
+    let cluster = format!("c={}", root.path().display());
+    let output = hanse(&["policy", "explain", "--cluster", &cluster, "--queries", text(&queries), "-o", "json"]);
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && stdout.starts_with(r#"{"verdict":"deny""#), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("stands already"), "{output:?}");
+}
+
+/// What a query may leave out, and how else it may be written.
+#[test]
+fn queries_have_defaults_and_spellings() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    for (cluster, app) in [("a", "client"), ("b", "server")] {
+        let directory = root.path().join(cluster);
+        std::fs::create_dir(&directory).expect("directory");
+        let policy = format!(
+            "---\napiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {{name: p}}\nspec:\n  selector: app == '{app}'\n  types: [Ingress]\n  ingress:\n  \
+             - {{action: Allow, protocol: TCP, source: {{ports: [40000]}}, destination: {{ports: [80]}}}}\n  - {{action: Allow, protocol: ICMP, icmp: {{type: 8, code: 0}}}}\n  \
+             - {{action: Allow, protocol: SCTP}}\n  - {{action: Allow, protocol: 47}}\n"
+        );
+        let world = WORLD.split("---\napiVersion: projectcalico.org/v3").next().expect("the pods");
+        std::fs::write(directory.join("all.yaml"), format!("{world}{policy}")).expect("manifests");
+    }
+    let pod = |cluster: &str, name: &str| format!(r#"{{"cluster":"{cluster}","namespace":"web","pod":"{name}"}}"#);
+    let (server_a, server_b, client_b) = (pod("a", "server"), pod("b", "server"), pod("b", "client"));
+    let outside = r#"{"ip":"203.0.113.1"}"#;
+    let cases = [
+        // Of both clusters' pods with the address it is the one of the other end's cluster: in b the server is closed, in a not.
+        (format!(r#"{{"from":{client_b},"to":{{"ip":"10.0.0.1"}},"port":81}}"#), "deny"),
+        (format!(r#"{{"from":{server_a},"to":{{"ip":"10.0.0.1"}},"port":81}}"#), "allow"),
+        (format!(r#"{{"from":{{"ip":"10.0.0.2"}},"to":{server_b},"port":81}}"#), "deny"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"port":80}}"#), "allow"),
+        (
+            format!(
+                r#"{{"from":{outside},"to":{server_b},"port":80,"protocol":null,"sourcePort":null,"icmp":null,"ipVersion":null}}"#
+            ),
+            "allow",
+        ),
+        (format!(r#"{{"from":{outside},"to":{server_b},"port":80,"protocol":"TCP","sourcePort":40000}}"#), "allow"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"port":80,"sourcePort":40001}}"#), "deny"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"port":80,"protocol":"UDP"}}"#), "deny"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"port":80,"protocol":6}}"#), "allow"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"port":1,"protocol":"132"}}"#), "allow"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"protocol":"ICMP","icmp":{{"type":8,"code":0}}}}"#), "allow"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"protocol":1,"icmp":{{"type":8}}}}"#), "allow"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"protocol":"ICMP","icmp":{{"type":0,"code":0}}}}"#), "deny"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"protocol":"ICMP"}}"#), "deny"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"protocol":"47"}}"#), "allow"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"protocol":255}}"#), "deny"),
+        (format!(r#"{{"from":{outside},"to":{{"ip":"2001:db8::1"}},"port":1}}"#), "error"),
+        (format!(r#"{{"from":{client_b},"to":{server_b},"port":81,"ipVersion":5}}"#), "error"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"port":80,"ipVersion":6}}"#), "error"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"protocol":"SCTP"}}"#), "error"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"port":65536}}"#), "error"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"port":80,"protocol":256}}"#), "error"),
+        (format!(r#"{{"from":{outside},"to":{{"namespace":"web","pod":"server"}},"port":80}}"#), "error"),
+        (format!(r#"{{"from":{outside},"to":{},"port":80}}"#, pod("c", "server")), "error"),
+        (r#"{"from":{"ip":"10.0.0"},"to":{"ip":"10.0.0.1"},"port":80}"#.to_owned(), "error"),
+        (r#"{"from":{},"to":{"ip":"10.0.0.1"},"port":80}"#.to_owned(), "error"),
+        ("no JSON".to_owned(), "error"),
+    ];
+    let queries = root.path().join("queries.jsonl");
+    std::fs::write(&queries, cases.iter().map(|(line, _)| line.as_str()).collect::<Vec<_>>().join("\n\n"))
+        .expect("queries");
+    let clusters = ["a", "b"].map(|name| format!("{name}={}", root.path().join(name).display()));
+    let output = hanse(&[
+        "policy",
+        "explain",
+        "--cluster",
+        &clusters[0],
+        "--cluster",
+        &clusters[1],
+        "--queries",
+        text(&queries),
+        "-o",
+        "json",
+    ]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(stdout.lines().count(), cases.len(), "{output:?}");
+    for ((query, wanted), answer) in cases.iter().zip(stdout.lines()) {
+        let answer: Value = serde_json::from_str(answer).expect("JSON");
+        let verdict =
+            if answer.get("error").is_some() { "error" } else { answer["verdict"].as_str().expect("a verdict") };
+        assert_eq!(verdict, *wanted, "{query}\n{answer:#}");
+    }
 }
 
 #[test]

@@ -37,6 +37,10 @@ const VALUES: [&str; 3] = ["one", "two", ""];
 const PROTOCOLS: [(&str, u8); 3] = [("TCP", 6), ("UDP", 17), ("SCTP", 132)];
 const NUMBERS: [u16; 4] = [53, 80, 81, 8080];
 const NAMES: [&str; 3] = ["http", "dns", "none"];
+/// One has what another begins with: equal priorities go by name.
+const POLICY_NAMES: [&str; 5] = ["c-z", "c.0", "c0", "c", "c-0"];
+/// Addresses that no pod owns, of each family.
+const OUTSIDE: [[&str; 3]; 2] = [["203.0.113.9", "192.168.0.1", "192.168.0.2"], ["2001:db8::9", "fd10::1", "fd10::2"]];
 const NETS: [(&str, &str); 6] = [
     ("10.0.0.0/24", "10.0.0.4/30"),
     ("10.0.0.0/29", "10.0.0.2/32"),
@@ -151,21 +155,31 @@ fn cluster_policy(random: &mut Random, at: usize) -> Value {
     };
     let protocol = |random: &mut Random| {
         let name = random.pick(&["tcp", "udp", "sctp"]);
-        match random.below(4) {
-            0 => json!({name: {}}),
-            1 => json!({name: {"destinationPort": {"number": random.pick(&NUMBERS)}}}),
-            2 => json!({name: {"destinationPort": {"range": {"start": 60, "end": random.pick(&[80, 81])}}}}),
+        match random.below(10) {
+            0 => random.pick(&[
+                json!({"icmp": {}}),
+                json!({name: {"flags": 2}}),
+                json!({name: {"destinationPort": {"set": [80]}}}),
+            ]),
+            1..4 => json!({name: {"destinationPort": {"number": random.pick(&NUMBERS)}}}),
+            4..7 => json!({name: {"destinationPort": {"range": {"start": 60, "end": random.pick(&[80, 81])}}}}),
             _ => json!({"destinationNamedPort": random.pick(&NAMES)}),
         }
     };
     let rules = |random: &mut Random, peers: &str| -> Value {
         let rule = |random: &mut Random| {
-            let peer = |random: &mut Random| match peers == "to" && random.once_in(3) {
-                true => json!({"networks": [random.pick(&NETS).0, random.pick(&NETS[1..]).1]}),
-                false => workloads(random),
+            let peer = |random: &mut Random| match (peers == "to", random.below(12)) {
+                (true, 0..4) => json!({"networks": [random.pick(&NETS).0, random.pick(&NETS[1..]).1]}),
+                (true, 4..6) => json!({"nodes": selector(random)}),
+                (_, 6) => random.pick(&[
+                    json!({}),
+                    json!({"vms": {"a": "b"}}),
+                    json!({"pods": {"podSelector": {}, "more": 1}}),
+                ]),
+                _ => workloads(random),
             };
             let list: Vec<Value> = (0..1 + random.below(2)).map(|_| peer(random)).collect();
-            let has_networks = list.iter().any(|peer| peer.get("networks").is_some());
+            let has_networks = list.iter().any(|peer| peer.get("networks").or(peer.get("nodes")).is_some());
             let mut rule = json!({"action": random.pick(&["Accept", "Deny", "Pass"]), peers: list});
             if random.once_in(2) {
                 let entries = (0..1 + random.below(2)).map(|_| protocol(random));
@@ -183,7 +197,7 @@ fn cluster_policy(random: &mut Random, at: usize) -> Value {
     let (ingress, egress) = (rules(random, "from"), rules(random, "to"));
     json!({
         "apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy",
-        "metadata": {"name": format!("c{at}")},
+        "metadata": {"name": POLICY_NAMES[at]},
         "spec": {
             "tier": random.pick(&["Admin", "Baseline"]), "priority": random.below(3),
             "subject": workloads(random), "ingress": ingress, "egress": egress,
@@ -204,10 +218,14 @@ fn pod(random: &mut Random, at: usize) -> Value {
         json!({"name": "c", "ports": ports})
     };
     let host = random.once_in(10);
+    let mut first = container(random);
+    if random.once_in(2) {
+        first["restartPolicy"] = json!("Always");
+    }
     json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": format!("pod{at}"), "namespace": random.pick(&NAMESPACES), "labels": labels(random)},
-        "spec": {"hostNetwork": host, "containers": [container(random), container(random)]},
+        "spec": {"hostNetwork": host, "containers": [container(random), container(random)], "initContainers": [first]},
         "status": {
             "phase": if random.once_in(12) { "Succeeded" } else { "Running" },
             "podIP": format!("10.0.0.{at}"),
@@ -216,7 +234,31 @@ fn pod(random: &mut Random, at: usize) -> Value {
     })
 }
 
+fn node(random: &mut Random, at: usize) -> Value {
+    let addresses = [
+        json!({"type": "InternalIP", "address": OUTSIDE[0][at]}),
+        json!({"type": "InternalIP", "address": OUTSIDE[1][at]}),
+    ];
+    json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": format!("n{at}"), "labels": labels(random)},
+        "status": {"addresses": addresses},
+    })
+}
+
+/// Fields that nobody knows.
+const STRANGE: [&str; 5] = ["vms", "icmp", "more", "flags", "set"];
+
+/// Whether a peer or a protocol is not understood: nothing is in it, or something that nobody knows.
+fn is_strange(entry: &Value) -> bool {
+    fn holds_strange(value: &Value) -> bool {
+        let strange = |(name, value): (&String, &Value)| STRANGE.contains(&name.as_str()) || holds_strange(value);
+        value.as_object().is_some_and(|fields| fields.iter().any(strange))
+    }
+    *entry == json!({}) || holds_strange(entry)
+}
+
 struct World {
+    nodes: Vec<Value>,
     namespaces: BTreeMap<String, Value>,
     pods: Vec<Value>,
     policies: Vec<Value>,
@@ -277,8 +319,10 @@ impl World {
         match &entry["port"] {
             Value::Null => true,
             Value::String(name) => packet.destination.1.is_some_and(|pod| {
-                let ports = list(&pod["spec"]["containers"]).iter().flat_map(|container| list(&container["ports"]));
-                ports.into_iter().any(|port| {
+                let sidecar = |container: &&Value| container["restartPolicy"] == "Always";
+                let sidecars = list(&pod["spec"]["initContainers"]).iter().filter(sidecar);
+                let containers = list(&pod["spec"]["containers"]).iter().chain(sidecars);
+                containers.flat_map(|container| list(&container["ports"])).any(|port| {
                     port["name"] == **name
                         && port["containerPort"] == packet.port
                         && number(&port["protocol"]) == packet.protocol
@@ -305,15 +349,32 @@ impl World {
                 continue;
             }
             for rule in list(&policy[rules]) {
-                let of_peer = |peer: &Value| match peer.get("networks") {
-                    Some(nets) => {
+                let of_peer = |peer: &Value| match (peer.get("networks"), peer.get("nodes")) {
+                    (Some(nets), _) => {
                         list(nets).iter().any(|net| text(net).parse::<ipnet::IpNet>().expect("CIDR").contains(&other.0))
                     }
-                    None => self.workload_matches(peer, other.1),
+                    (_, Some(selector)) => self.nodes.iter().any(|node| {
+                        self.selects(selector, &node["metadata"]["labels"])
+                            && list(&node["status"]["addresses"])
+                                .iter()
+                                .any(|it| text(&it["address"]) == other.0.to_string())
+                    }),
+                    _ => self.workload_matches(peer, other.1),
                 };
                 let of_protocol = |entry: &Value| self.protocol_matches(entry, packet);
-                let matched = list(&rule[peers]).iter().any(of_peer)
-                    && rule.get("protocols").is_none_or(|entries| list(entries).iter().any(of_protocol));
+                let strange_peer = list(&rule[peers]).iter().any(is_strange);
+                let strange_protocol = list(&rule["protocols"]).iter().any(is_strange);
+                let peers_match = list(&rule[peers]).iter().any(of_peer);
+                let matched =
+                    peers_match && rule.get("protocols").is_none_or(|entries| list(entries).iter().any(of_protocol));
+                // What is not understood fails closed.
+                match (strange_peer, strange_protocol, text(&rule["action"])) {
+                    (true, ..) | (_, true, _) if rule["action"] == "Accept" => continue,
+                    (true, ..) => return Some(false),
+                    (_, true, _) if peers_match => return Some(false),
+                    (_, true, _) => continue,
+                    _ => {}
+                }
                 match (matched, text(&rule["action"])) {
                     (false, _) => {}
                     (true, "Accept") => return Some(true),
@@ -351,7 +412,8 @@ impl World {
         let (first, last) = match (port["number"].as_u64(), port["range"].as_object()) {
             (Some(number), _) => (number, number),
             (None, Some(range)) => (range["start"].as_u64().expect("start"), range["end"].as_u64().expect("end")),
-            (None, None) => (0, u64::MAX),
+            // Not understood.
+            (None, None) => return false,
         };
         number == packet.protocol && (first..=last).contains(&u64::from(packet.port))
     }
@@ -401,6 +463,7 @@ impl World {
 fn round(seed: u64, denied: &mut usize, total: &mut usize) {
     let mut random = Random(seed);
     let world = World {
+        nodes: (1..3).map(|at| node(&mut random, at)).collect(),
         namespaces: NAMESPACES.iter().map(|name| ((*name).to_owned(), labels(&mut random))).collect(),
         pods: (1..9).map(|at| pod(&mut random, at)).collect(),
         policies: (0..1 + random.below(9)).map(|at| policy(&mut random, at)).collect(),
@@ -409,7 +472,7 @@ fn round(seed: u64, denied: &mut usize, total: &mut usize) {
     let end = |random: &mut Random, v6: bool| -> (IpAddr, Option<usize>) {
         let at = random.below(world.pods.len() + 2);
         let Some(pod) = world.pods.get(at) else {
-            let outside = if v6 { "2001:db8::9" } else { "203.0.113.9" };
+            let outside = random.pick(&OUTSIDE[usize::from(v6)]);
             return (outside.parse().expect("address"), None);
         };
         let address = text(&pod["status"]["podIPs"][usize::from(v6)]["ip"]).parse().expect("address");
@@ -441,8 +504,9 @@ fn round(seed: u64, denied: &mut usize, total: &mut usize) {
     let namespaces = world.namespaces.iter().map(
         |(name, labels)| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}),
     );
-    let items: Vec<Value> =
-        namespaces.chain(world.pods.iter().chain(&world.policies).chain(&world.cluster_policies).cloned()).collect();
+    let items: Vec<Value> = namespaces
+        .chain(world.nodes.iter().chain(&world.pods).chain(&world.policies).chain(&world.cluster_policies).cloned())
+        .collect();
     let all = json!({"apiVersion": "v1", "kind": "List", "items": items});
     std::fs::write(root.path().join("all.json"), all.to_string()).expect("manifests");
     let queries = root.path().join("queries.jsonl");

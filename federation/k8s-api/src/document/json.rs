@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use super::{Data, MAX_DEPTH, Node, plain};
+use super::{Data, Keys, MAX_DEPTH, Node, plain};
 
 /// `first_line`: the line of the text's first byte.
 pub(super) fn parse(text: &str, first_line: u32) -> Option<Node> {
@@ -58,7 +58,7 @@ impl<'a> Cursor<'a> {
 
     fn mapping(&mut self, depth: usize) -> Option<Vec<(String, u32, Node)>> {
         self.take(b'{')?;
-        let mut entries: Vec<(String, u32, Node)> = Vec::new();
+        let (mut entries, mut keys) = (Vec::new(), Keys::default());
         self.skip_blank();
         if self.take(b'}').is_some() {
             return Some(entries);
@@ -67,7 +67,7 @@ impl<'a> Cursor<'a> {
             self.skip_blank();
             let line = self.line;
             let key = self.string()?;
-            if entries.iter().any(|(known, ..)| *known == key) {
+            if !keys.add(&key, &entries) {
                 return None;
             }
             self.skip_blank();

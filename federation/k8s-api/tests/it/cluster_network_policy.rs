@@ -18,6 +18,8 @@ fn specs() {
         "{tier: Admin, priority: 0, subject: {namespaces: {}}}",
         "{tier: Baseline, priority: 1000, subject: {pods: {podSelector: {}}}}",
         "{tier: Admin, priority: 5, subject: {pods: {namespaceSelector: {matchLabels: {a: b}}, podSelector: {}}}, ingress: []}",
+        "{tier: Admin, priority: 5.0, subject: {namespaces: {}}}",
+        "{tier: Admin, priority: 5, subject: {namespaces: {}}, ingress: null, egress: null}",
     ] {
         assert_eq!(check(spec), Vec::<String>::new(), "{spec}");
     }
@@ -28,6 +30,8 @@ fn specs() {
         ("{tier: Admin, priority: 0, subject: {}}", "spec.subject"),
         ("{tier: Admin, priority: 0, subject: {namespaces: {}, pods: {podSelector: {}}}}", "spec.subject"),
         ("{tier: Admin, priority: 0, subject: {pods: {namespaceSelector: {}}}}", "spec.subject.pods.podSelector"),
+        ("{tier: Admin, priority: 0, subject: {pods: {podSelector: {}, more: {}}}}", "spec.subject.pods.more"),
+        ("{tier: Admin, priority: '0', subject: {namespaces: {}}}", "spec.priority"),
         (
             "{tier: Admin, priority: 0, subject: {namespaces: {matchExpressions: [{key: a, operator: In}]}}}",
             "spec.subject.namespaces.matchExpressions[0].values",
@@ -73,6 +77,19 @@ fn rules() {
         ("ingress", "{action: Deny, from: [{pods: {}}]}".to_owned(), ".from[0].pods.podSelector"),
         ("egress", "{action: Deny, to: [{networks: []}]}".to_owned(), ".to[0].networks"),
         ("egress", "{action: Deny, to: [{networks: [10.0.0.1]}]}".to_owned(), ".to[0].networks[0]"),
+        // What CEL's isCIDR refuses.
+        ("egress", "{action: Deny, to: [{networks: [010.0.0.0/8]}]}".to_owned(), ".to[0].networks[0]"),
+        ("egress", "{action: Deny, to: [{networks: [10.0.0.0/08]}]}".to_owned(), ".to[0].networks[0]"),
+        ("egress", "{action: Deny, to: [{networks: [10.0.0.0/33]}]}".to_owned(), ".to[0].networks[0]"),
+        ("egress", "{action: Deny, to: [{networks: ['::ffff:10.0.0.0/104']}]}".to_owned(), ".to[0].networks[0]"),
+        ("egress", "{action: Deny, to: [{networks: ['fe80::1%eth0/64']}]}".to_owned(), ".to[0].networks[0]"),
+        ("egress", "{action: Deny, to: [{namespaces: {}}], protocols: [{tcp: {}}]}".to_owned(), ".protocols[0].tcp"),
+        ("egress", "{action: Deny, to: [{namespaces: {matchLabels: {a: 1}}}]}".to_owned(), ".to[0].namespaces.matchLabels.a"),
+        (
+            "egress",
+            "{action: Deny, to: [{namespaces: {}}], protocols: [{sctp: {destinationPort: {number: '80'}}}]}".to_owned(),
+            ".protocols[0].sctp.destinationPort.number",
+        ),
         ("egress", "{action: Deny, to: [{networks: [10.0.0.0/8, 10.0.0.0/8]}]}".to_owned(), ".to[0].networks[1]"),
         ("egress", "{action: Accept, to: [{domainNames: [localhost]}]}".to_owned(), ".to[0].domainNames[0]"),
         ("egress", "{action: Accept, to: [{domainNames: ['a.*.org']}]}".to_owned(), ".to[0].domainNames[0]"),

@@ -126,6 +126,30 @@ fn what_an_api_server_refuses_is_refused_with_the_field() {
         ),
         ("{podSelector: {matchLabels: {'a b': c}}}", "spec.podSelector.matchLabels"),
         ("{podSelecter: {}}", "spec.podSelecter"),
+        ("{ingress: [{ports: [{port: ''}]}]}", "spec.ingress[0].ports[0].port"),
+        ("{ingress: [{ports: [{port: -1}]}]}", "spec.ingress[0].ports[0].port"),
+        ("{ingress: [{ports: [{port: 80.5}]}]}", "spec.ingress[0].ports[0].port"),
+        ("{ingress: [{ports: [{port: a-very-long-name}]}]}", "spec.ingress[0].ports[0].port"),
+        ("{ingress: [{ports: [{port: 80, endPort: 65536}]}]}", "spec.ingress[0].ports[0].endPort"),
+        ("{ingress: [{ports: [{protocol: tcp}]}]}", "spec.ingress[0].ports[0].protocol"),
+        ("{ingress: [{from: [{ipBlock: {}}]}]}", "spec.ingress[0].from[0].ipBlock.cidr"),
+        ("{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0}}]}]}", "spec.ingress[0].from[0].ipBlock.cidr"),
+        ("{ingress: [{from: [{ipBlock: {cidr: 10.0.0.256/8}}]}]}", "spec.ingress[0].from[0].ipBlock.cidr"),
+        ("{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/}}]}]}", "spec.ingress[0].from[0].ipBlock.cidr"),
+        (
+            "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: ['fd00::/64']}}]}]}",
+            "spec.ingress[0].from[0].ipBlock.except[0]",
+        ),
+        ("{policyTypes: [Ingress, Egress, Ingress]}", "spec.policyTypes"),
+        ("{podSelector: {matchLabels: {a: 'b c'}}}", "spec.podSelector.matchLabels"),
+        ("{podSelector: {matchLabels: {a/b/c: d}}}", "spec.podSelector.matchLabels"),
+        ("{podSelector: {matchLabels: {UP/b: d}}}", "spec.podSelector.matchLabels"),
+        ("{podSelector: {matchLabels: {a: 1}}}", "spec.podSelector.matchLabels.a"),
+        (
+            "{podSelector: {matchExpressions: [{key: a, operator: In, values: [ok, -bad]}]}}",
+            "spec.podSelector.matchExpressions[0].values[1]",
+        ),
+        ("{ingress: [{to: []}]}", "spec.ingress[0].to"),
     ] {
         let errors = policy(spec).expect_err(spec);
         assert!(errors.len() == 1 && errors[0].starts_with(&format!("{field}: ")), "{spec}: {errors:?}");

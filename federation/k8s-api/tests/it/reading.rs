@@ -57,6 +57,75 @@ fn a_missing_directory_is_an_error_and_no_empty_one() {
 }
 
 #[test]
+fn a_directory_is_listed_once_whatever_links_lead_to_it() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    let namespace = |name: &str| format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n");
+    let below = root.join("a/b");
+    std::fs::create_dir_all(&below).expect("made");
+    std::fs::write(below.join("deep.yml"), namespace("deep")).expect("written");
+    std::fs::write(root.join("UPPER.JSON"), r#"{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "j"}}"#)
+        .expect("written");
+    std::fs::write(root.join(".hidden.yaml"), namespace("hidden")).expect("written");
+    for (to, link) in [(root, "one"), (root, "two"), (&below, "a/three"), (&root.join("none"), "dangling.yaml")] {
+        std::os::unix::fs::symlink(to, root.join(link)).expect("linked");
+    }
+    // As a ConfigMap is mounted: files are links into a hidden folder.
+    std::fs::create_dir(root.join("..data")).expect("made");
+    std::fs::write(root.join("..data/m.yaml"), namespace("mounted")).expect("written");
+    std::os::unix::fs::symlink("..data/m.yaml", root.join("m.yaml")).expect("linked");
+    let read = read_dir(root).expect("readable");
+    let mut names: Vec<&str> = read.objects.iter().map(|object| object.reference.name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!((names, read.diagnostics.len()), (vec!["deep", "j", "mounted"], 0));
+    let mut deep = root.to_owned();
+    for _ in 0..=hanse_k8s_api::manifest::MAX_DIRECTORY_DEPTH {
+        deep.push("d");
+    }
+    std::fs::create_dir_all(&deep).expect("made");
+    assert!(read_dir(root).is_err(), "what lies too deep is not left out in silence");
+}
+
+#[test]
+fn documents_are_cut_where_they_end() {
+    let read = read(
+        "\u{feff}# first\r\n---\r\napiVersion: v1\r\nkind: Namespace\r\nmetadata:\r\n  name: a\r\n---\r\n# only this\r\n---\r\n   \r\n\
+         --- # b\napiVersion: v1\nkind: Namespace\nmetadata: {name: b}\n...\n---\n\
+         --- {apiVersion: v1, kind: Namespace, metadata: {name: c}}\n---\t\n{\"apiVersion\": \"v1\",\"kind\": \"Namespace\", \"metadata\": {\"name\": \"d\"}}\n\
+         ---\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: text}\ndata:\n  a: |\n    ---\n    kind: Namespace\n---\n\
+         apiVersion: v1\nkind: Namespace\nmetadata: {name: e}\n--- \n---",
+    );
+    assert_eq!(complaints(&read), Vec::<String>::new());
+    let names: Vec<(&str, u32)> =
+        read.objects.iter().map(|object| (object.reference.name.as_str(), object.place.line)).collect();
+    assert_eq!(names, [("a", 3), ("b", 12), ("c", 17), ("d", 19), ("e", 29)]);
+    assert_eq!(read.skipped.len(), 1);
+}
+
+#[test]
+fn what_no_api_server_would_store_is_refused() {
+    for (text, wanted) in [
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: UPPER}\n", "file.yaml:3 metadata.name"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: a.b}\n", "file.yaml:3 metadata.name"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: 123}\n", "file.yaml:3 metadata.name"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: a, labels: {a: 'b c'}}\n", "file.yaml:3 metadata.labels"),
+        ("apiVersion: v1\nkind: Pod\nmetadata: {name: a, namespace: B}\n", "file.yaml:3 metadata.namespace"),
+        ("apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nstatus: {podIP: ten}\n", "file.yaml:4 status.podIP"),
+        (
+            "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nstatus:\n  podIPs:\n  - ip: 10.0.0.1\n  - ip: 10.0.0.256\n",
+            "file.yaml:7 status.podIPs[1].ip",
+        ),
+        ("apiVersion: v1\nkind: Node\nmetadata: {name: a b}\n", "file.yaml:3 metadata.name"),
+        ("apiVersion: v1\nkind: Pod\nmetadata: {}\n", "file.yaml:3 metadata.name"),
+        ("apiVersion: v1\nmetadata: {name: a}\n", "file.yaml:1 kind"),
+        ("just a text\n", "file.yaml:1 "),
+    ] {
+        let complaints = complaints(&read(text));
+        assert!(complaints.len() == 1 && complaints[0].starts_with(wanted), "{text}: {complaints:?}");
+    }
+}
+
+#[test]
 fn pods_become_endpoints() {
     let read = read(
         "apiVersion: v1\nkind: Pod\nmetadata: {name: web, namespace: shop, labels: {app: web}}\n\

@@ -15,8 +15,9 @@ use serde::{Deserialize, Serialize};
 pub struct Question {
     pub from: Place,
     pub to: Place,
+    /// TCP where it is left out.
     #[serde(default)]
-    pub protocol: ProtocolName,
+    pub protocol: Option<ProtocolName>,
     pub port: Option<u16>,
     pub source_port: Option<u16>,
     pub icmp: Option<IcmpHeader>,
@@ -53,12 +54,6 @@ pub struct IcmpHeader {
 pub enum ProtocolName {
     Number(u8),
     Name(String),
-}
-
-impl Default for ProtocolName {
-    fn default() -> Self {
-        Self::Name("TCP".to_owned())
-    }
 }
 
 impl ProtocolName {
@@ -153,7 +148,7 @@ impl<'a> Owners<'a> {
     pub fn packet(&self, question: &Question) -> Result<Query, QuestionError> {
         let (from, to) = (self.candidate(&question.from)?, self.candidate(&question.to)?);
         let version = version(question, &from, &to)?;
-        let protocol = question.protocol.number()?;
+        let protocol = question.protocol.as_ref().map_or(Ok(6), ProtocolName::number)?;
         let has_ports = matches!(protocol, 6 | 17 | 33 | 132 | 136);
         let source = self.end(&question.from, &from, &to, version)?;
         let destination = self.end(&question.to, &to, &from, version)?;
