@@ -3,6 +3,7 @@
 //! Every cell of a measured matrix is a TCP connection that was tried; what it is held against is what
 //! `hanse policy explain` says of the same manifests. A difference ends the demo with exit code 1.
 
+use std::collections::BTreeSet;
 use std::io::IsTerminal as _;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use hanse_e2e::deployment::{Deployment, PATIENCE};
 use hanse_e2e::fabric::Fabric;
 use hanse_e2e::matrix;
 use hanse_e2e::namespace::Namespace;
+use hanse_e2e::packet::{Packet, Sender, TCP, Tap};
 use hanse_e2e::probe::{self, Listener, Observed};
 use hanse_e2e::sandbox::{self, Privilege};
 use hanse_e2e::world::{Cluster, Pod};
@@ -195,16 +197,28 @@ fn story(screen: &Screen, programs: &Path, manifests: &Path, once: bool) -> anyh
 
     screen.title("The attacker lies about its address");
     let (attacker, client, gateway) = (find("attacker-0")?, find("client-0")?, find("gateway-0")?);
-    let at_gateway = pods.iter().position(|pod| pod.name == gateway.name).context("the gateway listens")?;
+    let tap = Tap::open(fabric.pod(gateway).context("the gateway is built")?).context("watch the gateway")?;
+    let mut seen = BTreeSet::new();
+    let mut arrives = |number: u64, patience: Duration| {
+        probe::until(patience, || {
+            seen.extend(tap.arrived().unwrap_or_default());
+            seen.contains(&number)
+        })
+    };
     for family in 0..2 {
         let target = SocketAddr::new(gateway.addresses[family], gateway.port);
-        let before = listeners[at_gateway].datagrams();
-        let inside = fabric.pod(attacker).context("the attacker is built")?;
-        forge(inside, client.addresses[family], target)?;
-        let arrived = probe::until(FORGED_PATIENCE, || listeners[at_gateway].datagrams() > before).is_some();
-        let text =
-            format!("packets from {} as {} to the gateway do not arrive", attacker.title(), client.addresses[family]);
-        wrong += claim(&text, !arrived);
+        let address = client.addresses[family];
+        let number = 2 * family as u64;
+        send_as(fabric.pod(client).context("the client is built")?, address, target, number)?;
+        let honest = arrives(number, PATIENCE).is_some();
+        send_as(fabric.pod(attacker).context("the attacker is built")?, address, target, number + 1)?;
+        let forged = arrives(number + 1, FORGED_PATIENCE).is_some();
+        let text = format!(
+            "a packet of {} as {address} reaches the gateway, the same of {} does not",
+            client.title(),
+            attacker.title()
+        );
+        wrong += claim(&text, honest && !forged);
     }
 
     screen.title("A new pod's first packets, before its rules; then it is named");
@@ -232,7 +246,7 @@ fn story(screen: &Screen, programs: &Path, manifests: &Path, once: bool) -> anyh
     wrong += claim("train and serve go on", connects(&fabric, notebook, registry, 0));
 
     if !once {
-        stay(screen, privilege_flags(), &world)?;
+        stay(screen, privilege_flags(), &world, programs, scratch)?;
     }
     drop(world);
     drop(listeners);
@@ -283,14 +297,12 @@ fn replace(path: &Path, text: &str) -> anyhow::Result<()> {
     std::fs::rename(&beside, path).context("put a manifest in its place")
 }
 
-/// Sends as somebody else: the address is taken on the loopback interface for that.
-fn forge(inside: &Namespace, source: IpAddr, target: SocketAddr) -> anyhow::Result<()> {
-    let length = if source.is_ipv4() { 32 } else { 128 };
-    inside.batch(&format!("addr add {source}/{length} dev lo\n")).context("take the address")?;
-    for _ in 0..5 {
-        probe::send_udp(inside, source, target).context("send")?;
-    }
-    inside.batch(&format!("addr del {source}/{length} dev lo\n")).context("give the address back")
+/// Sends the first packet of a TCP connection, from an address that need not be the sender's.
+fn send_as(inside: &Namespace, source: IpAddr, target: SocketAddr, number: u64) -> anyhow::Result<()> {
+    let sender = Sender::open(inside).context("open raw sockets")?;
+    let (destination, destination_port, source_port) = (target.ip(), target.port(), 40_000);
+    let packet = Packet { source, destination, protocol: TCP, source_port, destination_port, icmp: (0, 0), number };
+    sender.send(&packet).context("send a packet")
 }
 
 fn indent(text: &str) -> String {
@@ -298,18 +310,26 @@ fn indent(text: &str) -> String {
 }
 
 /// Keeps everything as it is until Ctrl-C, which ends the process.
-fn stay(screen: &Screen, flags: &str, world: &Deployment<'_>) -> anyhow::Result<()> {
+fn stay(screen: &Screen, flags: &str, world: &Deployment<'_>, programs: &Path, scratch: &Path) -> anyhow::Result<()> {
     // /proc is the machine's, so this is our number as the machine knows it.
     let process = std::fs::read_link("/proc/self").context("read our process number")?;
     screen.title("Everything stays up until Ctrl-C");
     let enter = format!("nsenter --target {} {flags}--net --mount", process.display());
-    screen.say(&format!("  the namespaces:   {enter} ip netns list"));
-    screen.say(&format!("  the attacker:     {enter} ip netns exec prod-sandbox-attacker-0 bash"));
-    let context = world.context();
-    screen
-        .say(&format!("  the hub:          {enter} ip netns exec router hanse --context {} status", context.display()));
-    screen.say("  what policy says: target/debug/hanse policy matrix --cluster train=e2e/demo/train \\");
-    screen.say("                      --cluster serve=e2e/demo/serve --cluster prod=e2e/demo/prod --federation e2e/demo/federation");
+    let (hanse, context) = (programs.canonicalize().context("find the programs")?.join("hanse"), world.context());
+    let edit = scratch.join("clusters").join(CLUSTERS[0]).join(MANIFEST);
+    screen.say("  in another terminal:");
+    screen.say(&format!(
+        "    hanse() {{ {enter} ip netns exec router {} --context {} \"$@\"; }}",
+        hanse.display(),
+        context.display()
+    ));
+    screen.say("    hanse status");
+    screen.say("    hanse policy matrix --port 5000        # what the members say of the model registry");
+    screen.say("    hanse get FederatedNetworkPolicy");
+    screen.say("  the attacker's shell:");
+    screen.say(&format!("    {enter} ip netns exec prod-sandbox-attacker-0 bash"));
+    screen.say("  the manifests that a member watches; save a change and it is enforced:");
+    screen.say(&format!("    {enter} ${{EDITOR:-vi}} {}", edit.display()));
     loop {
         std::thread::park();
     }
