@@ -11,11 +11,11 @@ use serde::Deserialize;
 
 use crate::document::Node;
 use crate::field::{Errors, FieldError, Path};
-use crate::hanse::{check_order, convert_default_action};
+use crate::hanse::{TIER_NAME_RULE, check_order, check_part_name, convert_default_action};
 use crate::kubernetes::{Metadata, null_as_default};
 use crate::manifest::{Reference, typed};
 use crate::metadata::{NAME_RULE, check_metadata};
-use crate::network_policy::{self, is_dns_label, is_subdomain, peers_scope};
+use crate::network_policy::{self, is_subdomain, peers_scope};
 use crate::rule::{self, Context, RuleSpec, RulesOf};
 
 pub const API_VERSION: &str = "projectcalico.org/v3";
@@ -69,8 +69,7 @@ pub struct PolicySpec {
     pub egress: Vec<RuleSpec>,
     #[serde(default, deserialize_with = "null_as_default")]
     pub selector: String,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub types: Vec<String>,
+    pub types: Option<Vec<String>>,
     #[serde(default, deserialize_with = "null_as_default")]
     pub service_account_selector: String,
     /// Hints to Calico's own dataplanes; without meaning for a verdict.
@@ -106,6 +105,14 @@ pub struct NetworkSetSpec {
 
 /// `None`: a kind of Calico that says nothing about policy.
 pub fn read(reference: &Reference, kind: &str, node: &Node) -> Result<Option<CalicoObject>, Vec<FieldError>> {
+    let object = read_kind(reference, kind, node)?;
+    if object.is_some() && node.child("spec").is_none() {
+        return Err(vec![FieldError { path: "spec".to_owned(), message: "is missing".to_owned() }]);
+    }
+    Ok(object)
+}
+
+fn read_kind(reference: &Reference, kind: &str, node: &Node) -> Result<Option<CalicoObject>, Vec<FieldError>> {
     let policy = |kind| Ok::<_, Vec<FieldError>>(CalicoObject::Policy(kind, typed(node)?));
     let object = match kind {
         "Tier" => CalicoObject::Tier(typed(node)?),
@@ -180,9 +187,7 @@ fn convert_tier(tier: &Resource<TierSpec>, errors: &mut Errors) -> model::Tier {
     let path = Path::Root("spec");
     let name = tier.metadata.name.as_str();
     check_metadata(&tier.metadata, errors);
-    if !name.is_empty() && !is_dns_label(name) {
-        errors.add(&Path::Root("metadata.name"), "a tier is named by at most 63 of a-z 0-9 -, without dots");
-    }
+    check_part_name(name, TIER_NAME_RULE, errors);
     check_order(tier.spec.order, &path, errors);
     let mut default = convert_default_action(&tier.spec.default_action, &path.field("defaultAction"), errors);
     let mut order = tier.spec.order;
@@ -198,16 +203,19 @@ fn convert_tier(tier: &Resource<TierSpec>, errors: &mut Errors) -> model::Tier {
     model::Tier { id: TierId { phase: Phase::Local, name: name.into() }, order: Order(order), default }
 }
 
-/// `types` with Calico's defaults: whether the policy is of ingress, and of egress.
+/// `types` with Calico's defaults where there is none: whether the policy is of ingress, and of egress.
 pub fn convert_types(
-    types: &[String],
+    types: Option<&[String]>,
     has_ingress: bool,
     has_egress: bool,
     path: &Path<'_>,
     errors: &mut Errors,
 ) -> (bool, bool) {
-    if types.is_empty() {
+    let Some(types) = types else {
         return (has_ingress || !has_egress, has_egress);
+    };
+    if types.is_empty() {
+        errors.add(path, "is empty: name Ingress, Egress or both, or leave it out");
     }
     let mut of = (false, false);
     for (index, name) in types.iter().enumerate() {
@@ -228,7 +236,7 @@ pub fn convert_types(
 
 pub fn convert_staged_action(text: Option<&str>, path: &Path<'_>, errors: &mut Errors) -> StagedAction {
     match text {
-        None | Some("" | "Set") => StagedAction::Set,
+        None | Some("Set") => StagedAction::Set,
         Some("Delete") => StagedAction::Delete,
         Some("Learn") => StagedAction::Learn,
         Some("Ignore") => StagedAction::Ignore,
@@ -275,14 +283,13 @@ fn convert_policy(
     if !spec.tier.is_empty() && !is_subdomain(&spec.tier) {
         errors.add(&path.field("tier"), format!("\"{}\" is no name: {NAME_RULE}", spec.tier));
     }
+    let hints_path = path.field("performanceHints");
     for (index, hint) in spec.performance_hints.iter().enumerate() {
-        let path = path.field("performanceHints");
         if hint != "AssumeNeededOnEveryNode" {
-            errors.add(&path.index(index), format!("\"{hint}\" is not AssumeNeededOnEveryNode"));
-        } else if spec.performance_hints[..index].contains(hint) {
-            errors.add(&path.index(index), format!("{hint} stands twice"));
+            errors.add(&hints_path.index(index), format!("\"{hint}\" is not AssumeNeededOnEveryNode"));
         }
     }
+    rule::refuse_twice(&spec.performance_hints, &hints_path, errors);
     for (text, name) in [
         (&spec.selector, "selector"),
         (&spec.namespace_selector, "namespaceSelector"),
@@ -308,14 +315,14 @@ fn convert_policy(
     ];
     let types_path = path.field("types");
     let has = (!spec.ingress.is_empty(), !spec.egress.is_empty());
-    let (ingress, egress) = convert_types(&spec.types, has.0, has.1, &types_path, errors);
+    let (ingress, egress) = convert_types(spec.types.as_deref(), has.0, has.1, &types_path, errors);
     if spec.do_not_track && spec.pre_dnat {
         errors.add(&path.field("preDNAT"), "may not stand beside doNotTrack");
     }
     if (spec.do_not_track || spec.pre_dnat) && !spec.apply_on_forward {
         errors.add(&path.field("applyOnForward"), "must be true where doNotTrack or preDNAT is");
     }
-    if spec.pre_dnat && (has.1 || spec.types.iter().any(|name| name == "Egress")) {
+    if spec.pre_dnat && (has.1 || spec.types.iter().flatten().any(|name| name == "Egress")) {
         errors.add(&path.field("preDNAT"), "is for ingress only");
     }
     check_order(spec.order, &path, errors);
@@ -337,15 +344,15 @@ fn convert_policy(
     }
 }
 
-/// A label, or two with a dot between (a tier before the name); a namespaced one also what older versions made of other
-/// systems' policies.
+/// One part, or two with a dot between (a tier before the name), of any length that a name may have; a namespaced one also
+/// what older versions made of other systems' policies.
 fn check_policy_name(name: &str, is_global: bool, errors: &mut Errors) {
-    let two_labels = || name.split_once('.').is_some_and(|(tier, rest)| is_dns_label(tier) && is_dns_label(rest));
     let converted = || {
         let rest = ["knp.default.", "ossg.default."].iter().find_map(|prefix| name.strip_prefix(prefix));
         !is_global && rest.is_some_and(is_subdomain)
     };
-    if !name.is_empty() && !is_dns_label(name) && !two_labels() && !converted() {
+    // What is no name at all is complained of with the other metadata.
+    if is_subdomain(name) && name.matches('.').count() > 1 && !converted() {
         errors.add(&Path::Root("metadata.name"), "a policy is named by a-z 0-9 -, with a dot after the tier at most");
     }
 }

@@ -13,8 +13,8 @@ use serde::Deserialize;
 
 use crate::field::{Errors, Path};
 use crate::kubernetes::{Map, Metadata, null_as_default};
-use crate::metadata::check_metadata;
-use crate::network_policy::{is_subdomain, parse_net};
+use crate::metadata::{check_labels, check_metadata};
+use crate::network_policy::{is_dns_label, is_subdomain, parse_net};
 use crate::rule::{self, Context, RuleSpec, RulesOf};
 
 pub const API_VERSION: &str = "hanse.dev/v1alpha1";
@@ -75,8 +75,7 @@ pub struct PolicySpec {
     pub selector: String,
     #[serde(default, deserialize_with = "null_as_default")]
     pub service_account_selector: String,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub types: Vec<String>,
+    pub types: Option<Vec<String>>,
     #[serde(default, deserialize_with = "null_as_default")]
     pub ingress: Vec<RuleSpec>,
     #[serde(default, deserialize_with = "null_as_default")]
@@ -220,6 +219,14 @@ impl FederatedNetworkPolicy {
         let path = Path::Root("spec");
         let spec = &self.spec;
         let context = Context { namespace: None, clusters: resolve, federated: true };
+        for (text, name) in [
+            (&spec.cluster_selector, "clusterSelector"),
+            (&spec.namespace_selector, "namespaceSelector"),
+            (&spec.selector, "selector"),
+            (&spec.service_account_selector, "serviceAccountSelector"),
+        ] {
+            rule::refuse_global(text, &path.field(name), errors);
+        }
         let mut selector = |text: &str, name: &'static str| {
             let path = path.field(name);
             (!text.is_empty()).then(|| errors.note(&path, rule::parse_selector(text))).flatten()
@@ -238,7 +245,7 @@ impl FederatedNetworkPolicy {
             .flatten(),
         );
         let (ingress, egress) = crate::calico::convert_types(
-            &spec.types,
+            spec.types.as_deref(),
             !spec.ingress.is_empty(),
             !spec.egress.is_empty(),
             &path.field("types"),
@@ -250,6 +257,8 @@ impl FederatedNetworkPolicy {
         check_order(spec.order, &path, errors);
         if spec.tier.is_empty() {
             errors.add(&path.field("tier"), "is missing: name a Tier of the federation");
+        } else if !is_dns_label(&spec.tier) {
+            errors.add(&path.field("tier"), format!("\"{}\" is no tier's name: {TIER_NAME_RULE}", spec.tier));
         }
         let phase = tiers.get(spec.tier.as_str()).copied().unwrap_or(Phase::Guard);
         Policy {
@@ -281,6 +290,15 @@ impl FederatedNetworkPolicy {
     }
 }
 
+pub const TIER_NAME_RULE: &str = "a tier is named by at most 63 of a-z 0-9 -, without dots";
+
+/// A name of one part. One that is missing, or no name at all, is complained of with the other metadata.
+pub fn check_part_name(name: &str, rule: &str, errors: &mut Errors) {
+    if is_subdomain(name) && !is_dns_label(name) {
+        errors.add(&Path::Root("metadata.name"), rule);
+    }
+}
+
 /// An order is a number: JSON has no NaN, but a very large one reads as infinite.
 pub fn check_order(order: Option<f64>, spec: &Path<'_>, errors: &mut Errors) {
     if order.is_some_and(|order| !order.is_finite()) {
@@ -290,6 +308,8 @@ pub fn check_order(order: Option<f64>, spec: &Path<'_>, errors: &mut Errors) {
 
 impl Tier {
     pub fn convert(&self, errors: &mut Errors) -> model::Tier {
+        check_metadata(&self.metadata, errors);
+        check_part_name(&self.metadata.name, TIER_NAME_RULE, errors);
         let path = Path::Root("spec");
         let phase = match self.spec.phase.as_str() {
             "" | "Guard" => Phase::Guard,
@@ -321,6 +341,7 @@ pub fn convert_default_action(text: &str, path: &Path<'_>, errors: &mut Errors) 
 
 impl FederatedNetworkSet {
     pub fn convert(&self, errors: &mut Errors) -> (EndpointId, Endpoint) {
+        check_metadata(&self.metadata, errors);
         let path = Path::Root("spec");
         let nets = rule::convert_set(&self.spec.nets, &path.field("nets"), errors);
         let endpoint = Endpoint { nets, labels: self.metadata.labels.clone(), ..Endpoint::default() };
@@ -333,10 +354,9 @@ impl MemberCluster {
     pub fn convert(&self, errors: &mut Errors) -> Member {
         let path = Path::Root("spec");
         let name = self.metadata.name.as_str();
-        if !is_subdomain(name) || name.contains('.') || name.len() > 63 {
-            let root = Path::Root("metadata");
-            errors.add(&root.field("name"), "must be a DNS label: at most 63 of a-z 0-9 -");
-        }
+        check_metadata(&self.metadata, errors);
+        check_part_name(name, "must be a DNS label: at most 63 of a-z 0-9 -", errors);
+        check_labels(&self.spec.labels, &path.field("labels"), errors);
         let grants_path = path.field("grants");
         let grants = &self.spec.grants;
         let cidrs_path = grants_path.field("cidrs");

@@ -22,16 +22,19 @@ pub fn check_metadata(metadata: &Metadata, errors: &mut Errors) {
         );
         errors.add(&Path::Root("metadata.namespace"), message);
     }
-    let path = Path::Root("metadata.labels");
-    for (key, value) in &metadata.labels {
+    check_labels(&metadata.labels, &Path::Root("metadata.labels"), errors);
+    check_annotations(&metadata.annotations, &Path::Root("metadata.annotations"), errors);
+}
+
+pub fn check_labels(labels: &Labels, path: &Path<'_>, errors: &mut Errors) {
+    for (key, value) in labels {
         if let Some(why) = label_key_error(key) {
-            errors.add(&path, format!("\"{key}\": {why}"));
+            errors.add(path, format!("\"{key}\": {why}"));
         }
         if let Some(why) = label_value_error(value) {
-            errors.add(&path, format!("\"{value}\": {why}"));
+            errors.add(path, format!("\"{value}\": {why}"));
         }
     }
-    check_annotations(&metadata.annotations, &Path::Root("metadata.annotations"), errors);
 }
 
 /// Keys are those of labels, in any case; values are free, and the whole is bounded.

@@ -1,5 +1,6 @@
 //! Rules as Calico v3 writes them, which `hanse.dev` shares: validation and conversion.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use hanse_policy::model::{
@@ -23,6 +24,8 @@ pub const MAX_HTTP_PATH_CHARACTERS: usize = 1024;
 pub const MAX_RULES: usize = 1024;
 pub const MAX_SELECTOR_CHARACTERS: usize = 1024;
 pub const MAX_NETS: usize = 256;
+/// Of a network set.
+pub const MAX_SET_NETS: usize = 100_000;
 pub const MAX_PORTS: usize = 50;
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -156,7 +159,35 @@ pub fn convert_rules(
         check_direction(rule, of, &path.index(index), errors);
     }
     let indexed = rules.iter().enumerate();
-    indexed.filter_map(|(index, rule)| convert_rule(index, rule, context, &path.index(index), errors)).collect()
+    let converted = indexed.filter_map(|(index, rule)| convert_rule(index, rule, context, &path.index(index), errors));
+    converted.flat_map(with_ports_of_tcp).collect()
+}
+
+/// Without a protocol a port's name means a TCP port, in a rule of any protocol: as Calico has it. What the model looks up
+/// has the packet's protocol, so that such a rule becomes several, of which at most one matches a packet, but for a negated
+/// name beside a negated protocol.
+fn with_ports_of_tcp(rule: Rule) -> Vec<Rule> {
+    let ends = [&rule.source, &rule.destination];
+    if rule.protocol.is_some() || ends.iter().all(|end| end.ports.is_empty() && end.not_ports.is_empty()) {
+        return vec![rule];
+    }
+    let of_tcp = Rule { protocol: Some(Protocol::Tcp), ..rule.clone() };
+    if ends.iter().any(|end| !end.ports.is_empty()) {
+        return vec![of_tcp];
+    }
+    // What is excluded are ports of TCP: the other protocols match as if nothing were.
+    let mut others = rule.clone();
+    others.source.not_ports.clear();
+    others.destination.not_ports.clear();
+    match rule.not_protocol.map(Protocol::number) {
+        None => vec![of_tcp, Rule { not_protocol: Some(Protocol::Tcp), ..others }],
+        Some(6) => vec![others],
+        Some(unwanted) => {
+            let with_ports = [Protocol::Udp, Protocol::Sctp].into_iter().filter(|it| it.number() != unwanted);
+            let freed = with_ports.map(|protocol| Rule { protocol: Some(protocol), ..others.clone() });
+            [rule].into_iter().chain(freed).collect()
+        }
+    }
 }
 
 /// Services and HTTP go with one direction each: services are the peer, and requests are judged where they arrive.
@@ -212,14 +243,15 @@ fn convert_rule(
     let not_protocol = protocol_of(&rule.not_protocol, "notProtocol");
     let icmp = rule.icmp.and_then(|icmp| convert_icmp(icmp, &path.field("icmp"), errors));
     let not_icmp = rule.not_icmp.and_then(|icmp| convert_icmp(icmp, &path.field("notICMP"), errors));
-    for (version, name) in [(IpVersion::V4, Protocol::Icmp), (IpVersion::V6, Protocol::IcmpV6)] {
-        let named = protocol == Some(name) || not_protocol == Some(name);
-        if named && ip_version.is_some_and(|wanted| wanted != version) {
-            errors.add(&path.field("ipVersion"), "does not go with a protocol of the other IP version");
-        }
+    let is_icmp = |spec: &Option<IntOrString>| is_protocol(spec, "ICMP", 1);
+    let is_icmpv6 = |spec: &Option<IntOrString>| is_protocol(spec, "ICMPv6", 58);
+    let of_v4 = is_icmp(&rule.protocol) || is_icmp(&rule.not_protocol);
+    let of_v6 = is_icmpv6(&rule.protocol) || is_icmpv6(&rule.not_protocol);
+    if of_v4 && ip_version == Some(IpVersion::V6) || of_v6 && ip_version == Some(IpVersion::V4) {
+        errors.add(&path.field("ipVersion"), "does not go with a protocol of the other IP version");
     }
-    if rule.icmp.is_some() && !matches!(protocol, Some(Protocol::Icmp | Protocol::IcmpV6)) {
-        errors.add(&path.field("icmp"), "needs the protocol ICMP or ICMPv6, by name");
+    if rule.icmp.is_some() && !is_icmp(&rule.protocol) && !is_icmpv6(&rule.protocol) {
+        errors.add(&path.field("icmp"), "needs the protocol ICMP or ICMPv6");
     }
     if let Some(metadata) = &rule.metadata {
         let path = path.field("metadata");
@@ -234,8 +266,8 @@ fn convert_rule(
         if action.is_some_and(|action| action != Action::Allow) {
             errors.add(&path, "goes with the action Allow only");
         }
-        if protocol.is_some_and(|protocol| protocol != Protocol::Tcp) {
-            errors.add(&path, "goes with the protocol TCP only, by name");
+        if rule.protocol.is_some() && !is_protocol(&rule.protocol, "TCP", 6) {
+            errors.add(&path, "goes with the protocol TCP only");
         }
         convert_http(http, &path, errors)
     });
@@ -254,6 +286,15 @@ fn convert_rule(
     })
 }
 
+/// Whether a protocol is written so. A number in quotes is neither to Calico's schema.
+fn is_protocol(spec: &Option<IntOrString>, name: &str, number: i64) -> bool {
+    match spec {
+        Some(IntOrString::Int(value)) => *value == number,
+        Some(IntOrString::String(text)) => text == name,
+        None => false,
+    }
+}
+
 /// By name (any case is refused but the listed ones) or by number, 1 to 255.
 fn convert_protocol(spec: &IntOrString) -> Result<Protocol, String> {
     let number = |number: i64| match u8::try_from(number) {
@@ -270,8 +311,8 @@ fn convert_protocol(spec: &IntOrString) -> Result<Protocol, String> {
             "SCTP" => Ok(Protocol::Sctp),
             "UDPLite" => Ok(Protocol::UdpLite),
             other => match other.parse::<i64>() {
-                Ok(value) => number(value),
-                Err(_) => Err(format!("\"{other}\" is none of TCP, UDP, ICMP, ICMPv6, SCTP, UDPLite or 1 to 255")),
+                Ok(value) if other.bytes().all(|byte| byte.is_ascii_digit()) => number(value),
+                _ => Err(format!("\"{other}\" is none of TCP, UDP, ICMP, ICMPv6, SCTP, UDPLite or 1 to 255")),
             },
         },
     }
@@ -304,16 +345,17 @@ fn convert_entity(
     refuse_global(&entity.selector, &path.field("selector"), errors);
     let not_selector = note_selector(&entity.not_selector, &path.field("notSelector"), errors);
     let namespaces = note_selector(&entity.namespace_selector, &path.field("namespaceSelector"), errors);
-    // By the text, as Calico looks for it: in a string it counts too.
-    let is_global = namespaces.as_ref().is_some_and(|selector| selector.expr == Expr::Global);
-    if entity.namespace_selector.contains("global(") && !is_global {
+    if entity.namespace_selector.contains("global(") && !is_global_alone(&entity.namespace_selector) {
         errors.add(&path.field("namespaceSelector"), "global() may not stand beside anything else");
     }
     let accounts = entity.service_accounts.as_ref();
     let accounts = accounts.filter(|accounts| !accounts.names.is_empty() || !accounts.selector.is_empty());
     let accounts = accounts.map(|accounts| {
         let path = path.field("serviceAccounts");
-        let selector = note_selector(&accounts.selector, &path.field("selector"), errors);
+        refuse_twice(&accounts.names, &path.field("names"), errors);
+        // The one selector of a rule that Calico's schema does not bound.
+        let given = Some(&accounts.selector).filter(|text| !text.is_empty());
+        let selector = given.and_then(|text| errors.note(&path.field("selector"), parse_unbounded(text)));
         let names = accounts.names.iter().map(String::as_str);
         let names = if accounts.names.is_empty() { Expr::All } else { build::service_accounts(names) };
         build::all_of([names, selector.map_or(Expr::All, |selector| build::with_service_account(&selector.expr))])
@@ -409,7 +451,26 @@ pub fn parse_selector(text: &str) -> Result<Selector, String> {
     if text.chars().count() > MAX_SELECTOR_CHARACTERS {
         return Err(format!("longer than {MAX_SELECTOR_CHARACTERS} characters"));
     }
+    parse_unbounded(text)
+}
+
+fn parse_unbounded(text: &str) -> Result<Selector, String> {
     Selector::parse(text).map_err(|error| format!("\"{text}\" is no selector: {error}"))
+}
+
+/// Whether a selector is `global()` and nothing else, not even parentheses: by the text, as Calico looks for it.
+fn is_global_alone(text: &str) -> bool {
+    let blank = [' ', '\t'];
+    let inside = text.trim_matches(blank).strip_prefix("global(").and_then(|rest| rest.strip_suffix(')'));
+    inside.is_some_and(|inside| inside.trim_matches(blank).is_empty())
+}
+
+/// Lists that Calico's schema calls sets hold nothing twice, as written.
+pub fn refuse_twice(texts: &[String], path: &Path<'_>, errors: &mut Errors) {
+    let mut seen = HashSet::new();
+    for (index, text) in texts.iter().enumerate().filter(|(_, text)| !seen.insert(*text)) {
+        errors.add(&path.index(index), format!("\"{text}\" stands twice"));
+    }
 }
 
 /// `global()` is for the namespaceSelector of a rule. By the text, as Calico looks for it.
@@ -424,6 +485,7 @@ fn convert_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<I
     if texts.len() > MAX_NETS {
         errors.add(path, format!("has {} nets; {MAX_NETS} are allowed", texts.len()));
     }
+    refuse_twice(texts, path, errors);
     let parsed = texts.iter().enumerate().filter_map(|(index, text)| {
         let path = path.index(index);
         let net = text.parse::<IpNet>();
@@ -449,8 +511,12 @@ fn convert_not_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> V
     convert_nets(texts, path, errors)
 }
 
-/// Nets of a network set, any number of them: host bits are masked, and a bare address is one address.
+/// Nets of a network set: host bits are masked, and a bare address is one address.
 pub fn convert_set(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<IpNet> {
+    if texts.len() > MAX_SET_NETS {
+        errors.add(path, format!("has {} nets; {MAX_SET_NETS} are allowed", texts.len()));
+    }
+    refuse_twice(texts, path, errors);
     let parse = |text: &String| text.parse::<std::net::IpAddr>().map(IpNet::from).or_else(|_| parse_net(text));
     let indexed = texts.iter().enumerate();
     indexed.filter_map(|(index, text)| errors.note(&path.index(index), parse(text))).collect()
@@ -543,11 +609,7 @@ fn convert_http(http: &HttpSpec, path: &Path<'_>, errors: &mut Errors) -> Option
     if http.methods.len() > MAX_HTTP_METHODS {
         errors.add(&methods_path, format!("has {} methods; {MAX_HTTP_METHODS} are allowed", http.methods.len()));
     }
-    for (index, method) in http.methods.iter().enumerate() {
-        if http.methods[..index].contains(method) {
-            errors.add(&methods_path.index(index), format!("\"{method}\" stands twice"));
-        }
-    }
+    refuse_twice(&http.methods, &methods_path, errors);
     let paths_path = path.field("paths");
     if http.paths.len() > MAX_HTTP_PATHS {
         errors.add(&paths_path, format!("has {} paths; {MAX_HTTP_PATHS} are allowed", http.paths.len()));

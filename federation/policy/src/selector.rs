@@ -17,6 +17,7 @@ use crate::tri::Tri;
 
 pub mod build;
 mod parse;
+pub mod property;
 
 pub use parse::{MAX_LABEL_BYTES, MAX_NESTING, SyntaxError};
 

@@ -39,6 +39,8 @@ fn rules() {
         "{action: Allow, protocol: ICMP, icmp: {type: 254, code: 255}, ipVersion: 4}",
         "{action: Allow, protocol: ICMPv6, icmp: {type: 0}, ipVersion: 6}",
         "{action: Allow, protocol: ICMP, icmp: {}}",
+        "{action: Allow, protocol: 1, icmp: {type: 8}, ipVersion: 4}",
+        "{action: Allow, protocol: 58, icmp: {type: 128}, notProtocol: 6}",
         "{action: Deny, protocol: TCP, notICMP: {type: 8}}",
         "{action: Allow, notICMP: {type: 8}}",
         "{action: Allow, source: {nets: [10.0.0.0/8, 10.0.0.1/32]}, destination: {notNets: [0.0.0.0/1]}}",
@@ -52,6 +54,8 @@ fn rules() {
         "{action: Allow, source: {services: {name: front, namespace: other}, ports: [80]}, protocol: TCP}",
         "{action: Allow, http: {methods: [GET, BREW], paths: [{exact: /a}, {prefix: /b, exact: ''}]}}",
         "{action: Allow, protocol: TCP, http: {}}",
+        "{action: Allow, protocol: 6, http: {methods: [GET]}}",
+        "{action: Allow, source: {nets: [10.0.0.0/8], notNets: [10.0.0.0/8]}, destination: {nets: [10.0.0.0/8]}}",
         "{action: Allow, metadata: {annotations: {Some.where/Key: any thing}}}",
         "{action: Allow, source: null, destination: null, http: null}",
     ] {
@@ -78,7 +82,12 @@ fn rules() {
         ("{action: Allow, protocol: TCP, destination: {ports: ['80-90', 'a b']}}", "destination.ports[1]"),
         ("{action: Allow, icmp: {type: 8}}", "icmp"),
         ("{action: Allow, protocol: TCP, icmp: {type: 8}}", "icmp"),
-        ("{action: Allow, protocol: 1, icmp: {type: 8}}", "icmp"),
+        ("{action: Allow, protocol: '1', icmp: {type: 8}}", "icmp"),
+        ("{action: Allow, protocol: 17, icmp: {type: 8}}", "icmp"),
+        ("{action: Allow, protocol: '+6'}", "protocol"),
+        ("{action: Allow, protocol: 1, ipVersion: 6}", "ipVersion"),
+        ("{action: Allow, protocol: 58, ipVersion: 4}", "ipVersion"),
+        ("{action: Allow, notProtocol: 58, ipVersion: 4}", "ipVersion"),
         ("{action: Allow, protocol: ICMP, icmp: {code: 0}}", "icmp.code"),
         ("{action: Allow, protocol: ICMP, icmp: {type: 255}}", "icmp.type"),
         ("{action: Allow, protocol: ICMP, icmp: {type: 3, code: 256}}", "icmp.code"),
@@ -92,10 +101,16 @@ fn rules() {
         ("{action: Allow, source: {notNets: [0.0.0.0/0]}}", "source.notNets[0]"),
         ("{action: Allow, destination: {notNets: ['::/0']}}", "destination.notNets[0]"),
         ("{action: Allow, source: {nets: [10.0.0.0/8]}, ipVersion: 6}", "ipVersion"),
+        ("{action: Allow, source: {nets: [10.0.0.0/8, 11.0.0.0/8, 10.0.0.0/8]}}", "source.nets[2]"),
+        ("{action: Allow, destination: {notNets: [10.0.0.0/8, 10.0.0.0/8]}}", "destination.notNets[1]"),
+        ("{action: Allow, source: {serviceAccounts: {names: [a, a]}}}", "source.serviceAccounts.names[1]"),
         ("{action: Allow, source: {selector: has(}}", "source.selector"),
         ("{action: Allow, source: {selector: global()}}", "source.selector"),
         ("{action: Allow, source: {namespaceSelector: global() && has(a)}}", "source.namespaceSelector"),
         ("{action: Allow, source: {namespaceSelector: '!global()'}}", "source.namespaceSelector"),
+        ("{action: Allow, source: {namespaceSelector: '!!global()'}}", "source.namespaceSelector"),
+        ("{action: Allow, source: {namespaceSelector: (global())}}", "source.namespaceSelector"),
+        ("{action: Allow, source: {namespaceSelector: \"a == 'global('\"}}", "source.namespaceSelector"),
         ("{action: Allow, source: {notSelector: a = b}}", "source.notSelector"),
         ("{action: Allow, source: {serviceAccounts: {selector: a}}}", "source.serviceAccounts.selector"),
         ("{action: Allow, source: {services: {}}}", "source.services.name"),
@@ -108,7 +123,7 @@ fn rules() {
         ("{action: Allow, destination: {services: {name: a}}}", "destination.services"),
         ("{action: Deny, http: {methods: [GET]}}", "http"),
         ("{action: Allow, protocol: UDP, http: {methods: [GET]}}", "http"),
-        ("{action: Allow, protocol: 6, http: {methods: [GET]}}", "http"),
+        ("{action: Allow, protocol: '6', http: {methods: [GET]}}", "http"),
         ("{action: Allow, http: {methods: [GET, GET]}}", "http.methods[1]"),
         ("{action: Allow, http: {paths: [{}]}}", "http.paths[0]"),
         ("{action: Allow, http: {paths: [{exact: /a, prefix: /b}]}}", "http.paths[0]"),
@@ -123,6 +138,52 @@ fn rules() {
         rule_refusals("{action: Allow, source: {nets: [10.0.0.0/8]}, destination: {notNets: ['fd00::/8']}}"),
         ["spec.ingress[0]"]
     );
+}
+
+/// A field that is unknown refuses the object: what it would limit must not be taken for unlimited.
+#[test]
+fn fields_that_are_not_known() {
+    for (rule, field) in [
+        ("{action: Allow, destination: {domains: [example.org]}}", "destination.domains"),
+        ("{action: Allow, source: {networks: {name: a}}}", "source.networks"),
+        ("{action: Allow, dscp: 4}", "dscp"),
+        ("{action: Allow, source: {clusterSelector: all()}}", "source.clusterSelector"),
+    ] {
+        assert_eq!(rule_refusals(rule), [format!("spec.ingress[0].{field}")], "{rule}");
+    }
+    refuses(
+        "GlobalNetworkPolicy",
+        &[("{selecter: all()}", "spec.selecter"), ("{clusterSelector: a}", "spec.clusterSelector")],
+    );
+}
+
+#[test]
+fn an_object_needs_a_spec() {
+    for (kind, expected) in [
+        ("NetworkPolicy", vec!["spec"]),
+        ("GlobalNetworkPolicy", vec!["spec"]),
+        ("StagedKubernetesNetworkPolicy", vec!["spec"]),
+        ("Tier", vec!["spec"]),
+        ("GlobalNetworkSet", vec!["spec"]),
+        ("HostEndpoint", vec![]),
+    ] {
+        for group in ["projectcalico.org/v3", "crd.projectcalico.org/v1"] {
+            let text = format!("apiVersion: {group}\nkind: {kind}\nmetadata: {{name: p, namespace: web}}\n");
+            assert_eq!(refusals(&text), expected, "{kind}");
+        }
+    }
+}
+
+/// Lists without a bound of their own cost no more than their length.
+#[test]
+fn long_lists_are_refused_quickly() {
+    let many: Vec<String> = (0..200_000).map(|at| format!("m{at}")).collect();
+    let many = many.join(", ");
+    assert_eq!(
+        rule_refusals(&format!("{{action: Allow, http: {{methods: [{many}]}}}}")),
+        ["spec.ingress[0].http.methods"]
+    );
+    assert_eq!(rule_refusals(&format!("{{action: Allow, source: {{serviceAccounts: {{names: [{many}]}}}}}}")), [""; 0]);
 }
 
 #[test]
@@ -164,6 +225,7 @@ fn policies() {
         &[
             ("{order: x}", "spec.order"),
             ("{tier: A_B}", "spec.tier"),
+            ("{types: []}", "spec.types"),
             ("{types: [Both]}", "spec.types[0]"),
             ("{types: [Ingress, Ingress]}", "spec.types[1]"),
             ("{selector: global()}", "spec.selector"),
@@ -197,6 +259,9 @@ fn names_and_metadata() {
     let refused = |kind: &str, name: &str| check(kind, name, "{}").contains(&"metadata.name".to_owned());
     for (kind, name, expected) in [
         ("NetworkPolicy", "a", false),
+        ("NetworkPolicy", &"a".repeat(200), false),
+        ("GlobalNetworkPolicy", &format!("{}.{}", "a".repeat(100), "b".repeat(100)), false),
+        ("GlobalNetworkPolicy", &"a".repeat(254), true),
         ("NetworkPolicy", "default.a-9", false),
         ("NetworkPolicy", "a.b.c", true),
         ("NetworkPolicy", "knp.default.a.b.c", false),
@@ -250,7 +315,10 @@ fn tiers_and_sets() {
         "GlobalNetworkSet",
         &["{}", "{nets: [10.0.0.1, 10.0.0.1/8, 'fd00::1', 'fd00::1/8']}", &format!("{{nets: [{}]}}", many.join(", "))],
     );
-    refuses("NetworkSet", &[("{nets: [10.0.0.0/8, ten]}", "spec.nets[1]")]);
+    refuses(
+        "NetworkSet",
+        &[("{nets: [10.0.0.0/8, ten]}", "spec.nets[1]"), ("{nets: [10.0.0.1, 10.0.0.2, 10.0.0.1]}", "spec.nets[2]")],
+    );
 }
 
 #[test]
@@ -264,6 +332,7 @@ fn staged() {
         "StagedNetworkPolicy",
         &[
             ("{stagedAction: Remove}", "spec.stagedAction"),
+            ("{stagedAction: ''}", "spec.stagedAction"),
             ("{stagedAction: Delete, selector: all()}", "spec"),
             ("{stagedAction: Delete, ingress: [{action: Allow}]}", "spec"),
             ("{ingress: [{action: Never}]}", "spec.ingress[0].action"),

@@ -2,6 +2,7 @@
 
 mod calico;
 mod cluster_network_policy;
+mod hanse;
 mod network_policy;
 mod reading;
 

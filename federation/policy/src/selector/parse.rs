@@ -7,8 +7,9 @@ use super::Expr;
 /// The longest label key, in bytes (Calico's limit).
 pub const MAX_LABEL_BYTES: usize = 512;
 
-/// The deepest nesting of parentheses. Calico's policies hold selectors of at most 1024 characters, so that no valid one
-/// comes near; evaluation recurses at most three frames a level.
+/// The deepest nesting of parentheses, as written and in the canonical form, which puts each chain into its own: what is
+/// read has a canonical form that reads back. Calico's policies hold selectors of at most 1024 characters, so that no valid
+/// one comes near; evaluation recurses at most three frames a level.
 pub const MAX_NESTING: usize = 512;
 
 /// A malformed expression.
@@ -48,6 +49,8 @@ pub(super) fn parse(text: &str) -> Result<Expr, SyntaxError> {
             }
         };
         let mut operand = negate_if(negated, operand);
+        // How deeply chains are nested in it.
+        let mut chains = 0;
         // What follows an operand: an operator, or the end of one or more levels.
         loop {
             cursor.skip_blank();
@@ -56,6 +59,7 @@ pub(super) fn parse(text: &str) -> Result<Expr, SyntaxError> {
                 return Err(cursor.error("expected the end"));
             };
             level.conjuncts.push(operand);
+            level.chains_in_conjuncts = level.chains_in_conjuncts.max(chains);
             if cursor.take("&&") {
                 break;
             }
@@ -67,6 +71,7 @@ pub(super) fn parse(text: &str) -> Result<Expr, SyntaxError> {
                 if depth > 1 {
                     return Err(cursor.error("expected )"));
                 }
+                level.end(&cursor)?;
                 return Ok(chain(std::mem::take(&mut level.disjuncts), Expr::Or));
             }
             if depth == 1 || !cursor.take(")") {
@@ -77,6 +82,7 @@ pub(super) fn parse(text: &str) -> Result<Expr, SyntaxError> {
                     _ => "expected &&, || or the end",
                 }));
             }
+            chains = level.end(&cursor)?;
             operand = negate_if(level.negated, chain(std::mem::take(&mut level.disjuncts), Expr::Or));
             open.pop();
         }
@@ -89,11 +95,24 @@ struct Level {
     negated: bool,
     disjuncts: Vec<Expr>,
     conjuncts: Vec<Expr>,
+    chains_in_disjuncts: usize,
+    chains_in_conjuncts: usize,
 }
 
 impl Level {
+    /// How deeply chains are nested, this level's own included.
+    fn end(&self, cursor: &Cursor<'_>) -> Result<usize, SyntaxError> {
+        let chains = self.chains_in_disjuncts + usize::from(self.disjuncts.len() > 1);
+        if chains > MAX_NESTING {
+            return Err(cursor.error(&format!("nested deeper than {MAX_NESTING}")));
+        }
+        Ok(chains)
+    }
+
     fn end_conjunction(&mut self) {
         let conjuncts = std::mem::take(&mut self.conjuncts);
+        let chains = std::mem::take(&mut self.chains_in_conjuncts) + usize::from(conjuncts.len() > 1);
+        self.chains_in_disjuncts = self.chains_in_disjuncts.max(chains);
         self.disjuncts.push(chain(conjuncts, Expr::And));
     }
 }

@@ -1,6 +1,6 @@
 //! What holds of the evaluator whatever the policies are.
 
-use hanse_policy::evaluate::{Judgement, Step, Verdict, View, evaluate};
+use hanse_policy::evaluate::{Answer, Judgement, Step, Verdict, View, evaluate};
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::PolicySet;
 use hanse_policy::prepared::Prepared;
@@ -41,6 +41,9 @@ fn prepared_is_the_reference() {
                 assert_eq!(prepared.evaluate(&query), expected, "seed {seed}, {view:?}, {query:?}");
                 total += 1;
                 denied += usize::from(expected.verdict == Verdict::Deny);
+                for clause in clauses(&world, &expected) {
+                    *judged.entry(clause.into()).or_default() += 1;
+                }
                 for step in [&expected.egress, &expected.ingress].into_iter().flatten().flat_map(|judged| &judged.trace)
                 {
                     let name = match step {
@@ -56,6 +59,71 @@ fn prepared_is_the_reference() {
     });
     println!("{total} answers, {denied} deny; {judged:#?}");
     assert!(denied * 10 >= total * 3 && denied * 10 <= total * 7, "{denied} of {total} deny");
+    let missing: Vec<&str> = CLAUSES.into_iter().filter(|clause| !judged.contains_key(*clause)).collect();
+    assert!(missing.is_empty(), "{missing:?} never spoke");
+}
+
+const CLAUSES: [&str; 21] = [
+    "ipVersion",
+    "protocol",
+    "notProtocol",
+    "icmp",
+    "notICMP",
+    "http",
+    "not understood",
+    "source nets",
+    "source notNets",
+    "source selection",
+    "source notSelection",
+    "source ports",
+    "source notPorts",
+    "source service",
+    "destination nets",
+    "destination notNets",
+    "destination selection",
+    "destination notSelection",
+    "destination ports",
+    "destination notPorts",
+    "destination service",
+];
+
+/// What the rules that spoke ask about.
+fn clauses(world: &World, answer: &Answer) -> Vec<&'static str> {
+    let mut found = Vec::new();
+    for (judgement, egress) in [(&answer.egress, true), (&answer.ingress, false)] {
+        for step in judgement.iter().flat_map(|judgement| &judgement.trace) {
+            let Step::Rule { policy, index, .. } = step else { continue };
+            let layer =
+                policy.cluster.as_ref().map_or(&world.policies.federation, |name| &world.policies.clusters[name]);
+            let policy = &layer.policies[policy];
+            let rules = if egress { &policy.egress } else { &policy.ingress };
+            let spoke = rules.iter().flatten().find(|rule| rule.index == *index).expect("the trace names its rule");
+            let ends = [&spoke.source, &spoke.destination];
+            let given = [
+                spoke.ip_version.is_some(),
+                spoke.protocol.is_some(),
+                spoke.not_protocol.is_some(),
+                spoke.icmp.is_some(),
+                spoke.not_icmp.is_some(),
+                spoke.http.is_some(),
+                spoke.not_understood.is_some(),
+            ]
+            .into_iter()
+            .chain(ends.into_iter().flat_map(|end| {
+                [
+                    !end.nets.is_empty(),
+                    !end.not_nets.is_empty(),
+                    end.selection.is_some(),
+                    end.not_selection.is_some(),
+                    !end.ports.is_empty(),
+                    !end.not_ports.is_empty(),
+                    end.service.is_some(),
+                ]
+            }));
+            found.extend(CLAUSES.into_iter().zip(given).filter(|(_, given)| *given).map(|(clause, _)| clause));
+        }
+    }
+    found
 }
 
 /// What allows with less known allowed with more known.

@@ -177,8 +177,10 @@ fn cluster(random: &mut Random, at: usize) -> Cluster {
         let endpoint = Endpoint { labels: labels(random), nets, ..Endpoint::default() };
         cluster.endpoints.insert(set_id(namespace, &format!("set-{set}")), endpoint);
     }
-    if random.once_in(2) {
-        let backends = (0..3).map(|pod| (format!("10.{at}.0.{pod}").parse().unwrap(), 6, 8080)).collect();
+    if !random.once_in(4) {
+        let of_pod = |pod: usize| [(6, 8080), (6, 80), (17, 53)].map(move |(protocol, port)| (pod, protocol, port));
+        let address = |pod| format!("10.{at}.0.{pod}").parse().unwrap();
+        let backends = (0..4).flat_map(of_pod).map(|(pod, protocol, port)| (address(pod), protocol, port)).collect();
         cluster.services.insert(("web".into(), "front".into()), Service { backends });
     }
     cluster
@@ -299,7 +301,7 @@ fn rule(random: &mut Random, index: u32, selection: &dyn Fn(&mut Random) -> Sele
         not_selection: random.some(6, selection),
         ports: random.some(4, |random| vec![port(random), port(random)]).unwrap_or_default(),
         not_ports: random.some(8, |random| vec![port(random)]).unwrap_or_default(),
-        service: random.some(12, |_| ServiceMatch { namespace: "web".into(), name: "front".into() }),
+        service: random.some(8, |_| ServiceMatch { namespace: "web".into(), name: "front".into() }),
     };
     Rule {
         action: random.pick(&[Action::Allow, Action::Allow, Action::Allow, Action::Deny, Action::Pass, Action::Log]),

@@ -1,0 +1,38 @@
+//! What holds of every text, for the fuzz target and the tests: hostile input, so nothing is assumed of it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::Selector;
+use crate::tri::Tri;
+
+/// Panics where a text shows the parser wrong.
+///
+/// An error names a place in the text, or its end. What is read has a canonical form that reads back, means the same over
+/// labels that the text is about, and is its own canonical form from the second reading on (the first collapses `!`
+/// around parentheses).
+pub fn holds_of(text: &str) {
+    let selector = match Selector::parse(text) {
+        Ok(selector) => selector,
+        Err(error) => {
+            let at = error.column.checked_sub(1).expect("columns count from 1");
+            assert!(at <= text.len() && text.is_char_boundary(at), "{text:?}: {error}");
+            return;
+        }
+    };
+    let again = Selector::parse(&selector.canonical).unwrap_or_else(|error| panic!("{text:?}: {selector}: {error}"));
+    let third = Selector::parse(&again.canonical).unwrap_or_else(|error| panic!("{text:?}: {again}: {error}"));
+    assert_eq!(again.canonical, third.canonical, "{text:?}");
+    let mut labels = BTreeMap::<Arc<str>, Arc<str>>::new();
+    let same = |labels: &BTreeMap<Arc<str>, Arc<str>>| {
+        let value = selector.evaluate(labels);
+        assert_ne!(value, Tri::Unknown, "{text:?}: every label is known");
+        assert_eq!(value, again.evaluate(labels), "{text:?} over {labels:?}");
+    };
+    same(&labels);
+    // Labels one after another: the parts of a selector meet more than all or none of them.
+    selector.expr.for_each_key(&mut |key| {
+        labels.insert(key.clone(), key.clone());
+        same(&labels);
+    });
+}
