@@ -7,6 +7,7 @@ use crate::identity::{TrustDomain, check_label};
 use crate::keys::Fingerprint;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use zeroize::Zeroizing;
 
 const PREFIX: &str = "hanse-join.v1";
 /// Longest token, in characters: a label, a trust domain of 255 bytes and 200 more.
@@ -20,7 +21,7 @@ pub struct Token {
     /// SHA-256 of the ClusterSet's root certificate.
     pub root: Fingerprint,
     pub id: String,
-    secret: [u8; 32],
+    secret: Zeroizing<[u8; 32]>,
 }
 
 impl std::fmt::Debug for Token {
@@ -35,8 +36,8 @@ impl Token {
     /// # Errors
     /// When the random generator fails.
     pub fn generate(cluster: &str, trust_domain: TrustDomain, root: Fingerprint) -> Result<Self, String> {
-        let (mut id, mut secret) = ([0; 8], [0; 32]);
-        let filled = aws_lc_rs::rand::fill(&mut id).and_then(|()| aws_lc_rs::rand::fill(&mut secret));
+        let (mut id, mut secret) = ([0; 8], Zeroizing::new([0; 32]));
+        let filled = aws_lc_rs::rand::fill(&mut id).and_then(|()| aws_lc_rs::rand::fill(&mut *secret));
         filled.map_err(|_| "the random generator failed".to_owned())?;
         let id = id.iter().map(|b| format!("{b:02x}")).collect();
         Ok(Self { cluster: cluster.to_owned(), trust_domain, root, id, secret })
@@ -45,8 +46,8 @@ impl Token {
     /// The text that is handed over. A secret.
     pub fn to_text(&self) -> String {
         let domain = URL_SAFE_NO_PAD.encode(self.trust_domain.as_str());
-        let secret = URL_SAFE_NO_PAD.encode(self.secret);
-        format!("{PREFIX}.{}.{domain}.{}.{}.{secret}", self.cluster, self.root, self.id)
+        let secret = Zeroizing::new(URL_SAFE_NO_PAD.encode(*self.secret));
+        format!("{PREFIX}.{}.{domain}.{}.{}.{}", self.cluster, self.root, self.id, *secret)
     }
 
     /// Reads a token's text; none when it is not one.
@@ -67,13 +68,13 @@ impl Token {
             trust_domain: TrustDomain::new(&domain).ok()?,
             root: Fingerprint::from_hex(root)?,
             id: id.to_owned(),
-            secret: URL_SAFE_NO_PAD.decode(secret).ok()?.try_into().ok()?,
+            secret: Zeroizing::new(Zeroizing::new(URL_SAFE_NO_PAD.decode(secret).ok()?).as_slice().try_into().ok()?),
         })
     }
 
     /// What the hub keeps of the secret.
     pub fn secret_hash(&self) -> Fingerprint {
-        Fingerprint::of(&self.secret)
+        Fingerprint::of(&*self.secret)
     }
 }
 

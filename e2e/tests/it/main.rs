@@ -1,6 +1,5 @@
 //! Tests of the whole.
 
-mod fuzz;
 mod guards;
 mod kernel;
 mod manifests;

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use hanse_proto::federation::v1 as wire;
 use hanse_runtime::Identity;
-use hanse_runtime::identity::check_label;
+use hanse_runtime::identity::{check_label, check_subdomain};
 use hanse_runtime::tls::{Connections, Peer, peer_identity};
 use hanse_store::Transaction;
 use tonic::{Request, Response, Status};
@@ -19,13 +19,17 @@ use crate::grants::MemberCluster;
 use crate::manifest::{self, Checked, Kind, ObjectId};
 use crate::registration::{requested, status};
 use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
-use crate::registry::{ChangeError, Deed, MAX_OBJECTS, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds};
+use crate::registry::{
+    ChangeError, Deed, MAX_OBJECT_BYTES, MAX_OBJECTS, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds,
+};
 use crate::roles::{Need, Role, allow};
 use crate::status::{PolicyState, Realisations};
 use hanse_runtime::token::Token;
 
 /// Longest life of a token: a week.
 const MAX_TOKEN_LIFE: Duration = Duration::from_secs(7 * 86_400);
+/// Tokens of one cluster that have not ended, so that a revocation can end all of them in its transaction.
+const MAX_CLUSTER_TOKENS: usize = 64;
 /// Ended tokens that are deleted with the creation of one.
 const TOKENS_SWEPT: usize = 32;
 /// Longest reason of a revocation, in bytes.
@@ -89,6 +93,11 @@ impl Administration {
                 if snapshot.tokens.len() - ended.len() >= MAX_TOKENS {
                     return Err(ChangeError::Limit(format!("there are {MAX_TOKENS} tokens already")));
                 }
+                if live_tokens(snapshot, &request.cluster, seconds(now)).count() >= MAX_CLUSTER_TOKENS {
+                    let cluster = &request.cluster;
+                    let text = format!("there are {MAX_CLUSTER_TOKENS} tokens for {cluster} already: revoke one");
+                    return Err(ChangeError::Limit(text));
+                }
                 let mut transaction = Transaction::default().put(key(&["token", &token.id])?, records::encode(&record));
                 for id in ended.iter().take(TOKENS_SWEPT) {
                     transaction = transaction.delete(key(&["token", id])?);
@@ -131,11 +140,10 @@ impl Administration {
                 }
                 (MemberState::Revoked { .. }, _) => Transaction::default(),
                 _ => {
-                    // A revoked cluster's tokens end with it.
-                    let tokens = snapshot.tokens.iter().filter(|(_, t)| t.cluster == name).take(64);
                     let mut transaction = Transaction::default();
                     if matches!(to, MemberState::Revoked { .. }) {
-                        for (id, _) in tokens {
+                        // Its tokens end with it.
+                        for id in live_tokens(snapshot, name, self.registry.now_seconds()) {
                             transaction = transaction.delete(key(&["token", id])?);
                         }
                     }
@@ -161,7 +169,7 @@ impl Administration {
         manifest: Bytes,
         precondition: Option<wire::apply_request::Precondition>,
     ) -> Result<wire::ApplyResponse, ChangeError> {
-        let Checked { id, tier, warnings } = manifest::check(&manifest).map_err(ChangeError::Invalid)?;
+        let Checked { id, tier, mut warnings } = manifest::check(&manifest).map_err(ChangeError::Invalid)?;
         let deed = Deed::new(who, "apply", id.to_string());
         let (revision, applied) = self
             .registry
@@ -188,6 +196,11 @@ impl Administration {
                 if old.is_none() && snapshot.objects.len() >= MAX_OBJECTS {
                     return Err(ChangeError::Limit(format!("there are {MAX_OBJECTS} objects already")));
                 }
+                let others = snapshot.objects.values().filter(|o| o.id != id).map(|o| o.manifest.len()).sum::<usize>();
+                if others + manifest.len() > MAX_OBJECT_BYTES {
+                    let text = format!("all objects together would have more than {} MiB", MAX_OBJECT_BYTES >> 20);
+                    return Err(ChangeError::Limit(text));
+                }
                 if id.kind == Kind::MemberCluster {
                     check_nets(snapshot, &id.name, &manifest)?;
                 }
@@ -196,7 +209,14 @@ impl Administration {
             })
             .await?;
         // What did not change is as applied since it was written.
-        let revision = self.registry.snapshot().objects.get(&id).map_or(revision, |o| o.revision);
+        let snapshot = self.registry.snapshot();
+        let revision = snapshot.objects.get(&id).map_or(revision, |o| o.revision);
+        if let Some(tier) =
+            tier.filter(|tier| !snapshot.objects.contains_key(&ObjectId { kind: Kind::Tier, name: tier.clone() }))
+        {
+            warnings
+                .push(format!("spec.tier: there is no Tier {tier}: until there is, it is a Guard that ends in Deny"));
+        }
         Ok(wire::ApplyResponse {
             kind: convert::kind_to_wire(id.kind).into(),
             name: id.name.to_string(),
@@ -253,8 +273,7 @@ impl Administration {
             permit(snapshot, who, Need::Administer)?;
             let user = snapshot.users.get(name);
             let user = user.ok_or_else(|| ChangeError::NotFound(format!("there is no user {name}")))?;
-            let others = snapshot.users.iter().filter(|(other, user)| ***other != *name && !user.revoked);
-            if !others.into_iter().any(|(_, user)| user.roles.contains(&Role::Administrator)) {
+            if !other_administrator(snapshot, name) {
                 return Err(ChangeError::Conflict("no administrator would be left".to_owned()));
             }
             let record = UserRecord { revoked: true, ..UserRecord::clone(user) };
@@ -290,8 +309,6 @@ impl Administration {
                 key_exchange: peer.map_or_else(String::new, |peer| peer.key_exchange.to_owned()),
                 refused: realisation.refused,
                 refusals: realisation.refusals,
-                unenforced: realisation.unenforced,
-                problems: realisation.problems,
             });
         }
         statuses
@@ -328,9 +345,24 @@ pub async fn create_user(
         if snapshot.users.len() >= MAX_USERS && !snapshot.users.contains_key(name) {
             return Err(ChangeError::Limit(format!("there are {MAX_USERS} users already")));
         }
+        if !record.roles.contains(&Role::Administrator) && !other_administrator(snapshot, name) {
+            return Err(ChangeError::Conflict("no administrator would be left".to_owned()));
+        }
         Ok((Transaction::default().put(key(&["user", name])?, records::encode(&record)), ()))
     });
     change.await.map(|_| ())
+}
+
+/// The tokens of a cluster that have not ended.
+fn live_tokens<'a>(snapshot: &'a Snapshot, cluster: &'a str, now: u64) -> impl Iterator<Item = &'a Arc<str>> {
+    let live = move |(_, token): &(&Arc<str>, &Arc<TokenRecord>)| token.cluster == cluster && token.expires_at > now;
+    snapshot.tokens.iter().filter(live).map(|(id, _)| id)
+}
+
+/// Whether someone but `name` administers.
+fn other_administrator(snapshot: &Snapshot, name: &str) -> bool {
+    let others = snapshot.users.iter().filter(|(other, user)| ***other != *name && !user.revoked);
+    others.into_iter().any(|(_, user)| user.roles.contains(&Role::Administrator))
 }
 
 /// Whether `who` may. The hub itself (at `init`, on its own machine) may do everything.
@@ -345,7 +377,7 @@ pub(crate) fn permit(snapshot: &Snapshot, who: &Identity, need: Need<'_>) -> Res
 
 /// Nets of clusters never overlap; the later is refused.
 fn check_nets(snapshot: &Snapshot, name: &str, manifest: &[u8]) -> Result<(), ChangeError> {
-    let new = MemberCluster::from_manifest(manifest).map_err(ChangeError::Invalid)?;
+    let (new, _) = MemberCluster::from_manifest(manifest).map_err(ChangeError::Invalid)?;
     for (other, cluster) in &snapshot.clusters {
         if **other != *name
             && let Some((own, theirs)) = new.overlap(&cluster.grant)
@@ -502,6 +534,7 @@ impl wire::administration_server::Administration for Administration {
         let who = caller(&request)?;
         let request = request.into_inner();
         let kind = convert::kind_from_wire(request.kind)?.ok_or_else(|| Status::invalid_argument("kind: name one"))?;
+        check_subdomain(&request.name).map_err(|e| Status::invalid_argument(format!("name: {e}")))?;
         let id = ObjectId { kind, name: request.name.into() };
         let revision = self.delete(&who, id).await.map_err(status)?;
         Ok(Response::new(wire::DeleteResponse { revision }))

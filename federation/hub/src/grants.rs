@@ -18,11 +18,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use hanse_k8s_api::field::Errors;
+use hanse_k8s_api::hanse;
 use hanse_policy::inventory::{LabelGrant, Labels};
 use hanse_policy::selector::Selector;
 use hanse_policy::tri::Tri;
 use ipnet::IpNet;
-use serde::Deserialize;
 
 /// Label keys with this prefix are the hub's own.
 pub const RESERVED_PREFIX: &str = "hanse.dev/";
@@ -67,78 +68,47 @@ pub enum Values {
 pub struct Limits {
     pub endpoints: u64,
     pub label_sets: u64,
+    /// On the average of a minute; more are not lost, but taken later.
     pub updates_per_second: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { endpoints: 100_000, label_sets: 100_000, updates_per_second: 10_000 }
+        Self {
+            endpoints: hanse::DEFAULT_MAX_ENDPOINTS,
+            label_sets: hanse::DEFAULT_MAX_LABEL_SETS,
+            updates_per_second: hanse::DEFAULT_MAX_UPDATES_PER_SECOND,
+        }
     }
 }
 
-#[derive(Debug, Deserialize)]
-struct Manifest {
-    #[serde(default)]
-    spec: Spec,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Spec {
-    #[serde(default)]
-    labels: BTreeMap<String, String>,
-    #[serde(default)]
-    grants: Grants,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Grants {
-    #[serde(default)]
-    namespaces: Vec<String>,
-    #[serde(default)]
-    cidrs: Vec<String>,
-    #[serde(default)]
-    labels: Option<BTreeMap<String, Vec<String>>>,
-    #[serde(default)]
-    visible_to: Option<VisibleTo>,
-    #[serde(default)]
-    limits: LimitsSpec,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct VisibleTo {
-    cluster_selector: String,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct LimitsSpec {
-    endpoints: Option<u64>,
-    label_sets: Option<u64>,
-    updates_per_second: Option<u64>,
-}
-
 impl MemberCluster {
-    /// Reads a manifest (JSON).
+    /// Reads a manifest (JSON), and says what its author should know though it is valid.
     ///
     /// # Errors
     /// What is wrong, naming the field.
-    pub fn from_manifest(manifest: &[u8]) -> Result<Self, String> {
-        let Manifest { spec: Spec { labels, grants } } =
-            serde_json::from_slice(manifest).map_err(|e| format!("spec: {e}"))?;
+    pub fn from_manifest(manifest: &[u8]) -> Result<(Self, Vec<String>), String> {
+        let manifest: hanse::MemberCluster = serde_json::from_slice(manifest).map_err(|e| e.to_string())?;
+        let mut errors = Errors::default();
+        let member = manifest.convert(&mut errors);
+        if let Some(error) = errors.0.first() {
+            return Err(error.to_string());
+        }
+        let spec = &manifest.spec;
         let lists = [
-            labels.len(),
-            grants.namespaces.len(),
-            grants.cidrs.len(),
-            grants.labels.as_ref().map_or(0, BTreeMap::len),
+            spec.labels.len(),
+            spec.grants.namespaces.len(),
+            spec.grants.cidrs.len(),
+            spec.grants.labels.as_ref().map_or(0, BTreeMap::len),
         ];
         if lists.iter().any(|len| *len > MAX_ENTRIES) {
             return Err(format!("spec: a list has at most {MAX_ENTRIES} entries"));
         }
-        let mut cidrs = Vec::with_capacity(grants.cidrs.len());
-        for (index, text) in grants.cidrs.iter().enumerate() {
+        if let Some(key) = spec.labels.keys().find(|key| key.starts_with(RESERVED_PREFIX)) {
+            return Err(format!("spec.labels: '{key}' is the hub's and cannot be set"));
+        }
+        let mut cidrs: Vec<IpNet> = Vec::with_capacity(spec.grants.cidrs.len());
+        for (index, text) in spec.grants.cidrs.iter().enumerate() {
             let field = format!("spec.grants.cidrs[{index}]");
             let net: IpNet = text.parse().map_err(|_| format!("{field}: '{text}' is not a net"))?;
             if net.trunc() != net {
@@ -149,33 +119,27 @@ impl MemberCluster {
             }
             cidrs.push(net);
         }
-        let label_values = grants.labels.map(|labels| {
-            let values = |values: Vec<String>| match values.iter().any(|v| v == "*") {
-                true => Values::Any,
-                false => Values::Named(values.into_iter().map(Arc::from).collect()),
-            };
-            labels.into_iter().map(|(key, v)| (Arc::from(key), values(v))).collect::<BTreeMap<Arc<str>, Values>>()
-        });
-        if let Some(key) = label_values.iter().flat_map(BTreeMap::keys).find(|key| key.starts_with(RESERVED_PREFIX)) {
-            return Err(format!("spec.grants.labels: '{key}' is the hub's and cannot be granted"));
+        let mut warnings = Vec::new();
+        if member.federated_allow_final {
+            let text =
+                "spec.federatedAllow: only the cluster's own operator can grant Final, when it joins; not used here";
+            warnings.push(text.to_owned());
         }
-        let visible_to = grants.visible_to.map(|v| Selector::parse(&v.cluster_selector)).transpose();
-        let default = Limits::default();
-        Ok(Self {
-            labels: labels.into_iter().map(|(k, v)| (Arc::from(k), Arc::from(v))).collect(),
-            namespaces: match grants.namespaces.iter().any(|n| n == "*") {
-                true => Namespaces::All,
-                false => Namespaces::Named(grants.namespaces.into_iter().map(Arc::from).collect()),
-            },
+        let values = |values: Option<BTreeSet<Arc<str>>>| values.map_or(Values::Any, Values::Named);
+        let grants = member.grants;
+        let this = Self {
+            labels: member.labels,
+            namespaces: grants.namespaces.map_or(Namespaces::All, Namespaces::Named),
             cidrs,
-            label_values,
-            visible_to: visible_to.map_err(|e| format!("spec.grants.visibleTo.clusterSelector: {e}"))?,
+            label_values: grants.labels.map(|keys| keys.into_iter().map(|(key, v)| (key, values(v))).collect()),
+            visible_to: grants.visible_to,
             limits: Limits {
-                endpoints: grants.limits.endpoints.unwrap_or(default.endpoints),
-                label_sets: grants.limits.label_sets.unwrap_or(default.label_sets),
-                updates_per_second: grants.limits.updates_per_second.unwrap_or(default.updates_per_second),
+                endpoints: grants.max_endpoints,
+                label_sets: grants.max_label_sets,
+                updates_per_second: grants.max_updates_per_second,
             },
-        })
+        };
+        Ok((this, warnings))
     }
 
     /// Whether endpoints of this namespace may be exported.
@@ -231,7 +195,9 @@ mod tests {
     use super::*;
 
     fn read(spec: serde_json::Value) -> Result<MemberCluster, String> {
-        MemberCluster::from_manifest(serde_json::json!({ "spec": spec }).to_string().as_bytes())
+        let (api, kind) = ("hanse.dev/v1alpha1", "MemberCluster");
+        let manifest = serde_json::json!({"apiVersion": api, "kind": kind, "metadata": {"name": "a"}, "spec": spec});
+        MemberCluster::from_manifest(manifest.to_string().as_bytes()).map(|(read, _)| read)
     }
 
     #[test]
@@ -264,6 +230,7 @@ mod tests {
             (serde_json::json!({"grants": {"cidrs": ["10.1.0.1/16"]}}), "spec.grants.cidrs[0]"),
             (serde_json::json!({"grants": {"cidrs": ["10.0.0.0/8", "10.1.0.0/16"]}}), "spec.grants.cidrs[1]"),
             (serde_json::json!({"grants": {"labels": {"hanse.dev/a": []}}}), "spec.grants.labels"),
+            (serde_json::json!({"labels": {"hanse.dev/cluster": "b"}}), "spec.labels"),
             (serde_json::json!({"grants": {"visibleTo": {"clusterSelector": "=="}}}), "visibleTo"),
             (serde_json::json!({"typo": 1}), "typo"),
         ] {

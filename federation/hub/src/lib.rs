@@ -9,6 +9,7 @@ pub mod authority;
 pub mod exchange;
 pub mod grants;
 pub mod manifest;
+pub mod metrics;
 pub mod questions;
 mod registration;
 pub mod registry;

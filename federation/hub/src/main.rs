@@ -64,7 +64,7 @@ struct RunArgs {
     #[arg(long)]
     metrics_listen: Option<SocketAddr>,
     /// How long a cluster may be silent before its endpoints count as unknown.
-    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(5..=86_400))]
     lease_seconds: u64,
     /// How long certificates of members and of the hub are valid.
     #[arg(long, default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]

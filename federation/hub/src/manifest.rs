@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use hanse_k8s_api::manifest::{Manifests, Object, read_bytes};
 use hanse_runtime::identity::check_subdomain;
 use serde::Deserialize;
 
@@ -9,6 +10,9 @@ use crate::grants::MemberCluster;
 
 /// Largest manifest, in bytes.
 pub const MAX_MANIFEST_BYTES: usize = 256 << 10;
+
+/// Errors of one manifest that are named.
+const MAX_ERRORS: usize = 8;
 
 /// The kinds of `hanse.dev/v1alpha1`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -94,15 +98,37 @@ pub fn check(manifest: &[u8]) -> Result<Checked, String> {
     }
     check_subdomain(&head.metadata.name).map_err(|e| format!("metadata.name: {e}"))?;
     let id = ObjectId { kind, name: head.metadata.name.into() };
+    read(&id, manifest)?;
     let mut checked = Checked { id, tier: None, warnings: Vec::new() };
-    if kind == Kind::MemberCluster {
-        hanse_runtime::identity::check_label(&checked.id.name).map_err(|e| format!("metadata.name: {e}"))?;
-        MemberCluster::from_manifest(manifest)?;
-    }
-    if kind == Kind::FederatedNetworkPolicy {
-        checked.tier = Some(tier_of(manifest)?);
+    match kind {
+        Kind::MemberCluster => {
+            hanse_runtime::identity::check_label(&checked.id.name).map_err(|e| format!("metadata.name: {e}"))?;
+            checked.warnings = MemberCluster::from_manifest(manifest)?.1;
+        }
+        Kind::FederatedNetworkPolicy => checked.tier = Some(tier_of(manifest)?),
+        Kind::FederatedNetworkSet | Kind::Tier => {}
     }
     Ok(checked)
+}
+
+/// Reads a manifest (JSON) as members will.
+///
+/// # Errors
+/// Everything that is wrong, naming the fields.
+pub fn read(id: &ObjectId, manifest: &[u8]) -> Result<Object, String> {
+    let mut read = Manifests::default();
+    read_bytes(&Arc::from(id.to_string()), manifest, &mut read);
+    if !read.diagnostics.is_empty() {
+        let errors = read.diagnostics.iter().take(MAX_ERRORS).map(|it| match it.field.as_str() {
+            "" => it.message.clone(),
+            field => format!("{field}: {}", it.message),
+        });
+        return Err(errors.collect::<Vec<_>>().join("; "));
+    }
+    match read.objects.pop() {
+        Some(one) if read.objects.is_empty() && read.skipped.is_empty() => Ok(one.object),
+        _ => Err("a manifest is one object".to_owned()),
+    }
 }
 
 /// The tier that a policy names.

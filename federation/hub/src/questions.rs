@@ -41,6 +41,8 @@ const MAX_QUERIES: usize = 64;
 const MAX_QUERY_BYTES: usize = 4096;
 /// Questions that one member has at once.
 const MAX_UNDER_WAY: usize = 16;
+/// Pods in one list, before the last cluster's: some 40 MiB.
+const MAX_LISTED: usize = 100_000;
 /// How long a member may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The largest answer: 64 traces, or 10,000 pods of some 400 bytes.
@@ -229,7 +231,6 @@ impl Questions {
                         cluster: cluster.to_string(),
                         hub_revision: answer.hub_revision,
                         local_revision: answer.local_revision,
-                        own_streams: answer.own_streams,
                     };
                     let explained = answer.explanations.into_iter().filter_map(|it| it.explanation);
                     for (at, explained) in numbers.into_iter().zip(explained) {
@@ -272,28 +273,30 @@ impl Questions {
         let snapshot = self.registry.snapshot();
         let named = |name: &&ClusterName| cluster.is_empty() || ***name == *cluster;
         let clusters: Vec<ClusterName> = snapshot.clusters.keys().filter(named).cloned().collect();
-        let mut answer = pb::ListPodsResponse::default();
-        let mut note = |cluster: &ClusterName, note: String| {
-            answer.notes.push(pb::ClusterNote { cluster: cluster.to_string(), note })
-        };
+        let (mut pods_listed, mut notes) = (Vec::new(), Vec::new());
+        let mut note =
+            |cluster: &ClusterName, note: String| notes.push(pb::ClusterNote { cluster: cluster.to_string(), note });
         if clusters.is_empty() && !cluster.is_empty() {
             note(&cluster.into(), "there is no such cluster".to_owned());
         }
         // One after the other: the answers of all at once would be 4 MiB for each of 1,000 clusters.
         for cluster in clusters {
+            if pods_listed.len() >= MAX_LISTED {
+                note(&cluster, format!("not asked: {MAX_LISTED} pods are listed already; name the cluster"));
+                continue;
+            }
             match self.pods(&cluster, Which::All(pb::AllPods {})).await {
                 Ok(pods) => {
                     if pods.truncated {
                         note(&cluster, format!("has more than the {} pods that are told", pods.pods.len()));
                     }
-                    answer
-                        .pods
+                    pods_listed
                         .extend(pods.pods.into_iter().map(|pod| pb::PodInfo { cluster: cluster.to_string(), ..pod }));
                 }
                 Err(error) => note(&cluster, error.to_string()),
             }
         }
-        answer
+        pb::ListPodsResponse { pods: pods_listed, notes }
     }
 
     /// Takes a member's answers until its stream ends.

@@ -1,5 +1,7 @@
 //! Joining and renewing: the conversion module of `registration.proto`, and the rules behind it.
 
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
@@ -8,18 +10,23 @@ use hanse_runtime::Identity;
 use hanse_runtime::ca::CaError;
 use hanse_runtime::identity::check_label;
 use hanse_runtime::keys::{Certificate, Fingerprint, KeyError, RequestedKey};
-use hanse_runtime::tls::{peer, peer_identity};
+use hanse_runtime::tls::{RateLimit, peer, peer_identity};
 use hanse_store::Transaction;
+use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use tracing::{info, warn};
 
 use crate::authority::Authority;
+use crate::metrics::{HubMetrics, Outcome};
 use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
 use crate::registry::{ChangeError, Deed, MAX_CLUSTERS, Registry, Snapshot, key, seconds};
 use hanse_runtime::token::{MAX_TOKEN_BYTES, Token};
 
 /// How soon a waiting member may ask again.
 const RETRY: Duration = Duration::from_secs(1);
+/// Calls on the join listener from one address, with a burst of ten seconds' worth: each costs up to two signatures to verify and
+/// two to make, below a millisecond.
+const CALLS_PER_SECOND: f64 = 10.0;
 /// A wrong token, a wrong cluster and an unknown token get this answer, so that none tells them apart.
 const REFUSED: &str = "the token is not valid";
 
@@ -28,6 +35,9 @@ const REFUSED: &str = "the token is not valid";
 pub struct Registration {
     registry: Registry,
     authority: Authority,
+    metrics: HubMetrics,
+    /// Of calls by those who have shown no certificate.
+    rate: Arc<Mutex<RateLimit>>,
 }
 
 /// What a newcomer or a renewing party gets.
@@ -42,8 +52,18 @@ enum Joined {
 }
 
 impl Registration {
-    pub fn new(registry: Registry, authority: Authority) -> Self {
-        Self { registry, authority }
+    pub fn new(registry: Registry, authority: Authority, metrics: HubMetrics) -> Self {
+        Self { registry, authority, metrics, rate: Arc::new(Mutex::new(RateLimit::new(CALLS_PER_SECOND))) }
+    }
+
+    /// A call on the join listener: connections are limited already, but one may carry many calls.
+    fn admit<T>(&self, request: &Request<T>) -> Result<SocketAddr, Status> {
+        let address = peer(request)?.address;
+        let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
+        match rate.allows(address.ip(), Instant::now()) {
+            true => Ok(address),
+            false => Err(Status::resource_exhausted("too many calls from this address: try again in a second")),
+        }
     }
 
     async fn join(
@@ -78,7 +98,15 @@ impl Registration {
                 let before = snapshot.members.get(token.cluster.as_str()).map(|m| &m.record);
                 let member = match before {
                     // The same newcomer asks again: whatever an operator has decided holds.
-                    Some(member) if member.key == public && member.token == token.id => member.clone(),
+                    Some(member) if member.token == token.id && member.key == public => member.clone(),
+                    Some(member) if member.token == token.id => {
+                        let text = "the cluster has renewed its key since it joined with this token";
+                        return Err(ChangeError::Denied(text.to_owned()));
+                    }
+                    // Used once is used up: it does not bring back what a newer one has replaced.
+                    Some(_) if record.bound_key.is_some() => {
+                        return Err(ChangeError::Denied("the cluster has joined with another token since".to_owned()));
+                    }
                     // A newer token replaces an older registration: the older key is gone from here on.
                     _ => MemberRecord {
                         key: public.clone(),
@@ -126,7 +154,13 @@ impl Registration {
         let identity = presented.identity.clone();
         let deed = Deed::new(&identity, "renew", identity.to_string());
         let (new, presented_key) = (request.public().to_string(), presented.public.to_string());
-        let previous_key = (new != presented_key).then_some(presented_key);
+        // The keys that are registered from here on. Who shows the former key has not got the answer of its renewal: it may
+        // ask for the same once more, and for nothing else.
+        let keys = |key: &str| match (presented_key == key, new == key) {
+            (true, true) => Ok((new.clone(), None)),
+            (true, false) | (false, true) => Ok((new.clone(), Some(presented_key.clone()))),
+            (false, false) => Err(ChangeError::Denied("the key has been renewed already".to_owned())),
+        };
         let lifetimes = self.authority.lifetimes;
         let lifetime = match &identity {
             Identity::Cluster(_) => lifetimes.leaf,
@@ -139,30 +173,22 @@ impl Registration {
                 if !snapshot.admits(presented) {
                     return Err(ChangeError::Denied("the certificate has been revoked".to_owned()));
                 }
-                let record = match &identity {
-                    Identity::Cluster(name) => snapshot.members.get(name).map(|member| {
-                        let member = member.record.clone();
-                        let renewed = MemberRecord {
-                            key: new.clone(),
-                            previous_key: previous_key.clone(),
-                            certificate_expires_at,
-                            ..member
-                        };
+                let absent = || ChangeError::NotFound("not registered".to_owned());
+                let (path, record) = match &identity {
+                    Identity::Cluster(name) => {
+                        let member = snapshot.members.get(name).ok_or_else(absent)?.record.clone();
+                        let (key, previous_key) = keys(&member.key)?;
+                        let renewed = MemberRecord { key, previous_key, certificate_expires_at, ..member };
                         (["member", name], records::encode(&renewed))
-                    }),
-                    Identity::User(name) => snapshot.users.get(name).map(|user| {
-                        let user = UserRecord::clone(user);
-                        let renewed = UserRecord {
-                            key: new.clone(),
-                            previous_key: previous_key.clone(),
-                            certificate_expires_at,
-                            ..user
-                        };
+                    }
+                    Identity::User(name) => {
+                        let user = UserRecord::clone(snapshot.users.get(name).ok_or_else(absent)?);
+                        let (key, previous_key) = keys(&user.key)?;
+                        let renewed = UserRecord { key, previous_key, certificate_expires_at, ..user };
                         (["user", name], records::encode(&renewed))
-                    }),
-                    Identity::Hub | Identity::Node { .. } => None,
+                    }
+                    Identity::Hub | Identity::Node { .. } => return Err(absent()),
                 };
-                let (path, record) = record.ok_or_else(|| ChangeError::NotFound("not registered".to_owned()))?;
                 Ok((Transaction::default().put(key(&path)?, record), ()))
             })
             .await?;
@@ -261,7 +287,7 @@ pub(crate) fn requested(der: &[u8], field: &'static str) -> Result<RequestedKey,
 #[tonic::async_trait]
 impl wire::registration_server::Registration for Registration {
     async fn join(&self, request: Request<wire::JoinRequest>) -> Result<Response<wire::JoinResponse>, Status> {
-        let address = peer(&request)?.address;
+        let address = self.admit(&request)?;
         let request = request.into_inner();
         if request.token.len() > MAX_TOKEN_BYTES {
             return Err(Status::invalid_argument("token: it is too long"));
@@ -280,15 +306,20 @@ impl wire::registration_server::Registration for Registration {
         }
         let joined = self.join(&token, &own, &intermediate, request.federated_allow_final).await.map_err(|error| {
             warn!(%address, token = token.id, cluster = token.cluster, %error, "join refused");
+            self.metrics.joins.get_or_create(&Outcome::REFUSED).inc();
             status(error)
         })?;
         use wire::join_response::State;
         let state = match joined {
             Joined::Issued(issued) => {
                 info!(%address, cluster = token.cluster, key = %own.public(), "cluster joined");
+                self.metrics.joins.get_or_create(&Outcome::ISSUED).inc();
                 State::Issued(self.issued(*issued))
             }
-            Joined::Waiting => State::Waiting(wire::AwaitingAcceptance { retry_ms: RETRY.as_millis() as u64 }),
+            Joined::Waiting => {
+                self.metrics.joins.get_or_create(&Outcome::WAITING).inc();
+                State::Waiting(wire::AwaitingAcceptance { retry_ms: RETRY.as_millis() as u64 })
+            }
         };
         Ok(Response::new(wire::JoinResponse { state: Some(state) }))
     }
@@ -297,6 +328,7 @@ impl wire::registration_server::Registration for Registration {
         &self,
         request: Request<wire::RenewLateRequest>,
     ) -> Result<Response<wire::RenewLateResponse>, Status> {
+        self.admit(&request)?;
         let request = requested(&request.into_inner().request, "request")?;
         let certificate = self.renew_late(&request).await.map_err(status)?;
         info!(identity = %certificate.identity, "certificate renewed late");

@@ -8,6 +8,7 @@ pub mod records;
 mod snapshot;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -18,7 +19,7 @@ use hanse_runtime::retry::Backoff;
 use hanse_store::{Compare, Key, LeaseId, Outcome, Prefix, Revision, Store, StoreError, Transaction};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use records::{AuditRecord, MemberState};
 pub use snapshot::{Cluster, ClusterState, Lease, Object, Snapshot};
@@ -28,6 +29,8 @@ pub const MAX_AUDIT_RECORDS: u64 = 10_000;
 /// Most clusters with a registration, objects of one kind, users, and tokens that have not ended.
 pub const MAX_CLUSTERS: usize = 4_096;
 pub const MAX_OBJECTS: usize = 50_000;
+/// Most bytes of all objects together: they are answered in one message of at most 64 MiB.
+pub const MAX_OBJECT_BYTES: usize = 48 << 20;
 pub const MAX_USERS: usize = 10_000;
 pub const MAX_TOKENS: usize = 10_000;
 
@@ -69,6 +72,28 @@ pub enum ChangeError {
     Busy,
 }
 
+/// The denials that are on record since a while: who may do nothing must not push what others did out of the audit. Every
+/// denial is in the log.
+#[derive(Debug, Default)]
+struct Denials(HashMap<(String, &'static str), Instant>);
+
+impl Denials {
+    /// One caller's denials of one action are on record once in this time.
+    const EVERY: Duration = Duration::from_secs(600);
+    /// Callers and actions that are remembered: 4,096 × about 100 bytes.
+    const MAX: usize = 4_096;
+
+    fn is_news(&mut self, deed: &Deed, now: Instant) -> bool {
+        self.0.retain(|_, at| now.duration_since(*at) < Self::EVERY);
+        let key = (deed.who.clone(), deed.action);
+        let news = !self.0.contains_key(&key) && self.0.len() < Self::MAX;
+        if news {
+            self.0.insert(key, now);
+        }
+        news
+    }
+}
+
 /// Who does what, for the audit.
 #[derive(Debug, Clone)]
 pub struct Deed {
@@ -93,6 +118,8 @@ struct Shared {
     changing: tokio::sync::Mutex<()>,
     leases: tokio::sync::Mutex<HashMap<Arc<str>, LeaseId>>,
     heard: Mutex<HashMap<Arc<str>, Instant>>,
+    failed: AtomicBool,
+    denied: Mutex<Denials>,
     /// Lives as long as the handles do.
     _following: tokio_util::sync::DropGuard,
 }
@@ -132,9 +159,40 @@ impl Registry {
                 changing: tokio::sync::Mutex::default(),
                 leases,
                 heard: Mutex::default(),
+                failed: AtomicBool::new(false),
+                denied: Mutex::default(),
                 _following: stop.drop_guard(),
             }),
         })
+    }
+
+    /// Ties the store to a ClusterSet's root, or checks that it is tied to this one.
+    ///
+    /// # Errors
+    /// When it is tied to another root, or the store fails.
+    pub async fn bind(&self, root: &Certificate) -> Result<(), ChangeError> {
+        let (name, root) = (key(&["meta", "root"])?, root.fingerprint().to_string());
+        let make = Transaction::default().when(Compare::Absent(name.clone())).put(name.clone(), root.clone());
+        self.shared.store.commit(make).await?;
+        match self.shared.store.read(&name).await? {
+            Some(entry) if entry.value == root.as_bytes() => Ok(()),
+            _ => {
+                let text = format!("the store belongs to another ClusterSet than the root certificate {root}");
+                Err(ChangeError::Conflict(text))
+            }
+        }
+    }
+
+    /// A write has failed: the store takes no more, and a new start must find out what it holds.
+    pub fn failed(&self) -> bool {
+        self.shared.failed.load(Ordering::Acquire)
+    }
+
+    fn noted<T>(&self, outcome: Result<T, StoreError>) -> Result<T, ChangeError> {
+        if matches!(outcome, Err(StoreError::Closed | StoreError::File(_))) {
+            self.shared.failed.store(true, Ordering::Release);
+        }
+        Ok(outcome?)
     }
 
     /// The newest view.
@@ -191,11 +249,11 @@ impl Registry {
                 Err(error) => return Err(error.into()),
             }
         }
-        let lease = self.shared.store.grant_lease(self.shared.lease_time).await?;
+        let lease = self.noted(self.shared.store.grant_lease(self.shared.lease_time).await)?;
         let live = Transaction::default()
             .put_with_lease(key(&["lease", cluster])?, Bytes::new(), lease)
             .put(key(&["heard", cluster])?, Bytes::new());
-        let outcome = self.shared.store.commit(live).await?;
+        let outcome = self.noted(self.shared.store.commit(live).await)?;
         leases.insert(name, lease);
         if let Outcome::Committed(revision) = outcome {
             self.shown(revision).await?;
@@ -220,6 +278,7 @@ impl Registry {
         mut decide: impl FnMut(&Snapshot) -> Result<(Transaction, T), ChangeError>,
     ) -> Result<(Revision, T), ChangeError> {
         let _turn = self.shared.changing.lock().await;
+        let now = Instant::now();
         let mut backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(200));
         for _ in 0..MAX_ATTEMPTS {
             let snapshot = self.snapshot();
@@ -229,9 +288,15 @@ impl Registry {
                 Err(error @ ChangeError::Denied(_)) => (Transaction::default(), None, Some(error)),
                 Err(error) => return Err(error),
             };
+            if let Some(error) = &refused {
+                warn!(who = deed.who, action = deed.action, object = deed.object, %error, "denied");
+                if !self.shared.denied.lock().unwrap_or_else(PoisonError::into_inner).is_news(deed, now) {
+                    return Err(refused.unwrap_or(ChangeError::Busy));
+                }
+            }
             let outcome = refused.as_ref().map_or_else(|| "done".to_owned(), ToString::to_string);
             let transaction = self.audited(transaction, &snapshot, deed, outcome)?;
-            if let Outcome::Committed(revision) = self.shared.store.commit(transaction).await? {
+            if let Outcome::Committed(revision) = self.noted(self.shared.store.commit(transaction).await)? {
                 self.shown(revision).await?;
                 match (answer, refused) {
                     (_, Some(error)) => return Err(error),

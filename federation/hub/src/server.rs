@@ -13,7 +13,7 @@ use hanse_proto::federation::v1::questions_server::QuestionsServer;
 use hanse_proto::federation::v1::registration_server::RegistrationServer;
 use hanse_proto::federation::v1::renewal_server::RenewalServer;
 use hanse_runtime::files;
-use hanse_runtime::health::Health;
+use hanse_runtime::health::{Condition, Health};
 use hanse_runtime::keys::{Credentials, Key};
 use hanse_runtime::metrics::Metrics;
 use hanse_runtime::monitor::{self, Page};
@@ -21,8 +21,8 @@ use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::tls::{Connections, CredentialStore, IncomingLimits, ServerTls, Trust, http2_server, incoming};
 use hanse_runtime::{Identity, TrustDomain};
 use hanse_store::{Store, open_file};
-use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tracing::{error, info, warn};
 
@@ -30,6 +30,7 @@ use crate::administration::{Administration, create_user, refused};
 use crate::authority::{Authority, Lifetimes};
 use crate::exchange::service::Service;
 use crate::exchange::wire::MAX_MESSAGE_BYTES;
+use crate::metrics::HubMetrics;
 use crate::questions::{self, Questions};
 use crate::registration::Registration;
 use crate::registry::{Clock, Registry};
@@ -40,10 +41,19 @@ use crate::status::Realisations;
 const MAX_REQUEST_BYTES: usize = 1 << 20;
 /// The largest request on the join listener: a token and two requests are below 20 KiB.
 const MAX_JOIN_BYTES: usize = 64 << 10;
-/// Open connections on the join listener, and new ones in a second from one address.
-const JOIN_LIMITS: IncomingLimits = IncomingLimits { connections: 512, handshakes: 64, per_second: Some(10.0) };
+/// On the join listener anybody may connect: few connections, each short.
+const JOIN_LIMITS: IncomingLimits = IncomingLimits {
+    connections: 512,
+    per_address: Some(64),
+    handshakes: 64,
+    per_second: Some(10.0),
+    lifetime: Some(Duration::from_secs(30)),
+};
 /// How long streams may take to end when the hub stops.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// How often metrics and readiness are brought up to date.
+const OBSERVED_EVERY: Duration = Duration::from_secs(2);
 
 /// How a hub runs.
 #[derive(Debug, Clone)]
@@ -98,19 +108,43 @@ pub struct Context {
     pub key: PathBuf,
 }
 
+/// Is there while `init` is not done: what it made until then is made anew.
+const UNFINISHED: &str = "init.unfinished";
+/// The files of `init`.
+const FILES: [&str; 6] = ["ca.key", "ca.pem", "hub.redb", "admin.key", "admin.pem", "admin.context"];
+
 /// Makes a ClusterSet in `data`: its root, its store, and the first administrator with the context file `admin.context`.
+/// One that was cut short can be repeated.
 ///
 /// # Errors
-/// When there is one already, or files cannot be written.
+/// When the folder holds anything already, or files cannot be written.
 pub async fn init(data: &Path, trust_domain: &TrustDomain, listen: SocketAddr) -> anyhow::Result<()> {
+    let unfinished = data.join(UNFINISHED);
+    if unfinished.exists() {
+        for name in FILES {
+            match std::fs::remove_file(data.join(name)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("remove {} of an init that was cut short", name));
+                }
+                _ => {}
+            }
+        }
+    } else if data.join("ca.key").exists() || data.join("hub.redb").exists() {
+        anyhow::bail!(
+            "{} holds a ClusterSet already: serve it with `hanse-hub run`, or name another folder",
+            data.display()
+        );
+    } else if std::fs::read_dir(data).is_ok_and(|mut entries| entries.next().is_some()) {
+        anyhow::bail!("{} is not empty: name a folder of the hub's own", data.display());
+    }
     files::private_folder(data).with_context(|| format!("make {}", data.display()))?;
-    anyhow::ensure!(!data.join("ca.key").exists(), "{} holds a ClusterSet already", data.display());
+    files::write_secret(&unfinished, b"").with_context(|| format!("write {}", unfinished.display()))?;
     let now = SystemTime::now();
-    // The key comes last among what `ensure` looks at: an init that was cut short can be repeated.
     let authority = Authority::create(data, trust_domain, now).context("make the root")?;
     let store = open_file(&data.join("hub.redb")).context("make the store")?;
     let lease = Duration::from_secs(30);
     let registry = Registry::open(Arc::new(store), lease, Clock::default()).await.context("fill the store")?;
+    registry.bind(authority.root()).await.context("fill the store")?;
     let key = Key::generate()?;
     let roles = vec![Role::Administrator];
     let public = key.public().to_string();
@@ -132,6 +166,7 @@ pub async fn init(data: &Path, trust_domain: &TrustDomain, listen: SocketAddr) -
     };
     let text = serde_json::to_string_pretty(&context)? + "\n";
     files::write_secret(&data.join("admin.context"), text.as_bytes()).context("write admin.context")?;
+    std::fs::remove_file(&unfinished).with_context(|| format!("remove {}", unfinished.display()))?;
     Ok(())
 }
 
@@ -141,7 +176,25 @@ impl Hub {
     /// # Errors
     /// When files or listeners cannot be opened.
     pub async fn start(options: Options, shutdown: &Shutdown) -> anyhow::Result<Self> {
-        let store = open_file(&options.data.join("hub.redb")).context("open the store")?;
+        let data = options.data.display();
+        if options.data.join(UNFINISHED).exists() {
+            anyhow::bail!("`hanse-hub init` was cut short in {data}: repeat it");
+        }
+        // A store that is missing is not an empty one: policies and revocations would be gone.
+        for name in ["ca.key", "ca.pem", "hub.redb"] {
+            match options.data.join(name).try_exists() {
+                Ok(true) => {}
+                Ok(false) if options.data.join("ca.key").exists() || options.data.join("hub.redb").exists() => {
+                    anyhow::bail!(
+                        "{data} holds a ClusterSet without its {name}: restore all of its files from one backup"
+                    );
+                }
+                Ok(false) => anyhow::bail!("{data} holds no ClusterSet: make one with `hanse-hub init`"),
+                Err(error) => return Err(error).with_context(|| format!("look for {name} in {data}")),
+            }
+        }
+        let path = options.data.join("hub.redb");
+        let store = open_file(&path).with_context(|| format!("open the store {}", path.display()))?;
         Self::start_with(options, Arc::new(store), shutdown).await
     }
 
@@ -152,7 +205,7 @@ impl Hub {
     pub async fn start_with(options: Options, store: Arc<dyn Store>, shutdown: &Shutdown) -> anyhow::Result<Self> {
         let stop = shutdown.token();
         let (health, metrics) = (Health::default(), Metrics::default());
-        let serving = health.condition("serving");
+        let (serving, writing) = (health.condition("serving"), health.condition("store"));
         if let Some(address) = options.health_listen {
             monitor::serve(address, Page::Health(health.clone()), stop.clone()).await?;
         }
@@ -162,6 +215,7 @@ impl Hub {
 
         let authority = Authority::read(&options.data, options.lifetimes).context("read the root")?;
         let registry = Registry::open(store, options.lease, options.clock).await.context("read the registry")?;
+        registry.bind(authority.root()).await.context("read the registry")?;
         let credentials = CredentialStore::new(authority.hub_credentials().context("issue the hub's certificate")?)?;
         shutdown.spawn(authority.clone().keep_fresh(credentials.clone(), stop.clone()));
 
@@ -171,13 +225,17 @@ impl Hub {
         let trust =
             Trust::new(authority.root(), accept)?.with_revocation(move |certificate| !admits.admits(certificate));
         let connections = Connections::default();
-        shutdown.spawn(close_refused(registry.clone(), connections.clone(), metrics.clone(), shutdown.clone()));
+        writing.set(true);
+        let metrics = HubMetrics::new(&metrics);
 
         let exchange = Service::new(registry.clone(), stop.clone());
         shutdown.spawn(exchange.clone().follow_registry());
         let realisations: Arc<dyn Realisations> = Arc::new(exchange.clone());
+        shutdown.spawn(close_refused(registry.clone(), connections.clone(), metrics.clone(), stop.clone()));
+        let observing = observe(registry.clone(), Arc::clone(&realisations), writing, metrics.clone(), stop.clone());
+        shutdown.spawn(observing);
         let questions = Questions::new(registry.clone(), stop.clone());
-        let registration = Registration::new(registry.clone(), authority.clone());
+        let registration = Registration::new(registry.clone(), authority.clone(), metrics.clone());
         let administration =
             Administration::new(registry.clone(), authority.clone(), connections.clone(), realisations);
         let routes = Routes::builder()
@@ -229,28 +287,42 @@ async fn ends(listener: &'static str, server: impl Future<Output = Result<(), to
 }
 
 /// Follows the registry: a revocation closes connections at once, on every replica and whoever asked for it.
-async fn close_refused(registry: Registry, connections: Connections, metrics: Metrics, shutdown: Shutdown) {
-    let (open, revision) = (Gauge::<i64>::default(), Gauge::<i64>::default());
-    metrics.register(|registry| {
-        registry.register("hub_connections", "Open connections of members and users", open.clone());
-        registry.register("hub_revision", "Newest revision of the registry", revision.clone());
-    });
-    let stop = shutdown.token();
+async fn close_refused(registry: Registry, connections: Connections, metrics: HubMetrics, stop: CancellationToken) {
     let mut view = registry.subscribe();
-    let mut tick = tokio::time::interval(Duration::from_secs(1));
     loop {
         let snapshot = view.borrow_and_update().clone();
         let closed = connections.close_where(|peer| !peer.closed.is_cancelled() && refused(&snapshot, peer));
         if closed > 0 {
+            metrics.closed.inc_by(closed as u64);
             warn!(closed, "connections closed: their certificates are no longer admitted");
         }
-        open.set(i64::try_from(connections.len()).unwrap_or(i64::MAX));
-        revision.set(i64::try_from(snapshot.revision).unwrap_or(i64::MAX));
+        metrics.connections.set(i64::try_from(connections.len()).unwrap_or(i64::MAX));
         tokio::select! {
             () = stop.cancelled() => return,
             changed = view.changed() => if changed.is_err() { return },
-            // A handshake that began before a revocation may have ended after it.
-            _ = tick.tick() => {}
+            // For the count alone: whom a revocation meets in the handshake is turned away after it.
+            () = tokio::time::sleep(OBSERVED_EVERY) => {}
+        }
+    }
+}
+
+/// Keeps metrics and readiness true.
+async fn observe(
+    registry: Registry,
+    realisations: Arc<dyn Realisations>,
+    writing: Condition,
+    metrics: HubMetrics,
+    stop: CancellationToken,
+) {
+    loop {
+        metrics.observe(&registry.snapshot(), &realisations.clusters());
+        if registry.failed() && writing.holds() {
+            writing.set(false);
+            error!("the store cannot be written any more, nothing is accepted: find out why, and start the hub again");
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(OBSERVED_EVERY) => {}
         }
     }
 }

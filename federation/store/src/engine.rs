@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tracing::error;
 
 use crate::file::File;
-use crate::watch::{History, Watch};
+use crate::watch::{History, Recent, Watch};
 use crate::{
     Change, Compare, Entry, Event, Key, LeaseId, Listing, MAX_TRANSACTION_BYTES, MAX_TRANSACTION_PARTS,
     MAX_VALUE_BYTES, Outcome, Prefix, Revision, Store, StoreError, StoreFuture, Transaction,
@@ -263,7 +263,8 @@ impl Store for Engine {
             if after < floor {
                 return Err(StoreError::Compacted { asked: after, floor });
             }
-            Ok(Watch { history: self.shared.history.clone(), newest: self.shared.newest.subscribe(), prefix, after })
+            let (history, newest) = (self.shared.history.clone(), self.shared.newest.subscribe());
+            Ok(Watch::new(Recent { history, newest, prefix, after }))
         })
     }
 

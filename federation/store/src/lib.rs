@@ -22,7 +22,7 @@ use bytes::Bytes;
 
 pub use engine::Engine;
 pub use key::{Key, KeyError, Prefix};
-pub use watch::Watch;
+pub use watch::{Changes, Watch};
 
 /// Largest value, in bytes: etcd's default request limit is 1.5 MiB, which a transaction of one value stays below.
 pub const MAX_VALUE_BYTES: usize = 1 << 20;

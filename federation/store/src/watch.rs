@@ -1,11 +1,12 @@
 //! The recent past, and those who read it. A watcher that is too slow is told to list again; nothing queues for it.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, RwLock};
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
-use crate::{Event, Prefix, Revision, StoreError};
+use crate::{Event, Prefix, Revision, StoreError, StoreFuture};
 
 /// Events held: 16,384 events whose values are at most 64 MiB together.
 const MAX_EVENTS: usize = 16_384;
@@ -51,11 +52,15 @@ impl History {
         self.floor
     }
 
-    /// The next events after `after` below `prefix`, and the revision up to which nothing else is below it.
+    /// The next events after `after` up to `newest` below `prefix`, and the revision up to which nothing else is below it.
     fn after(&self, after: Revision, prefix: &Prefix, newest: Revision) -> (Vec<Event>, Revision) {
         let start = self.events.partition_point(|e| e.revision <= after);
         let mut found: Vec<Event> = Vec::new();
         for event in self.events.range(start..) {
+            // A write is in the history a moment before it is told of.
+            if event.revision > newest {
+                break;
+            }
             if !prefix.matches(&event.key) {
                 continue;
             }
@@ -75,42 +80,95 @@ fn size(event: &Event) -> usize {
     128 + event.key.as_bytes().len() + event.entry.as_ref().map_or(0, |e| e.value.len())
 }
 
+/// Where a [`Watch`] has its changes from; each kind of store has one.
+pub trait Changes: fmt::Debug + Send {
+    /// As [`Watch::next`].
+    fn next(&mut self) -> StoreFuture<'_, Vec<Event>>;
+
+    /// As [`Watch::revision`].
+    fn revision(&self) -> Revision;
+}
+
 /// A reader of changes.
 #[derive(Debug)]
 pub struct Watch {
+    changes: Box<dyn Changes>,
+}
+
+impl Watch {
+    pub fn new(changes: impl Changes + 'static) -> Self {
+        Self { changes: Box::new(changes) }
+    }
+
+    /// The next changes: one or more whole transactions, in order. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// `Compacted` when this reader was too slow, `Closed` when the store is gone.
+    pub async fn next(&mut self) -> Result<Vec<Event>, StoreError> {
+        self.changes.next().await
+    }
+
+    /// Everything up to this revision has been given out.
+    pub fn revision(&self) -> Revision {
+        self.changes.revision()
+    }
+}
+
+/// Reads the history of an [`crate::Engine`].
+#[derive(Debug)]
+pub(crate) struct Recent {
     pub(crate) history: Arc<RwLock<History>>,
     pub(crate) newest: watch::Receiver<Revision>,
     pub(crate) prefix: Prefix,
     pub(crate) after: Revision,
 }
 
-impl Watch {
-    /// The next changes: one or more whole transactions, in order. Dropping the future loses nothing.
-    ///
-    /// # Errors
-    /// `Compacted` when this reader was too slow, `Closed` when the store is gone.
-    pub async fn next(&mut self) -> Result<Vec<Event>, StoreError> {
-        loop {
-            let newest = *self.newest.borrow_and_update();
-            if newest > self.after {
-                let (events, upto) = {
-                    let history = self.history.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-                    if self.after < history.floor {
-                        return Err(StoreError::Compacted { asked: self.after, floor: history.floor });
+impl Changes for Recent {
+    fn next(&mut self) -> StoreFuture<'_, Vec<Event>> {
+        Box::pin(async {
+            loop {
+                let newest = *self.newest.borrow_and_update();
+                if newest > self.after {
+                    let (events, upto) = {
+                        let history = self.history.read().unwrap_or_else(PoisonError::into_inner);
+                        if self.after < history.floor {
+                            return Err(StoreError::Compacted { asked: self.after, floor: history.floor });
+                        }
+                        history.after(self.after, &self.prefix, newest)
+                    };
+                    self.after = upto;
+                    if !events.is_empty() {
+                        return Ok(events);
                     }
-                    history.after(self.after, &self.prefix, newest)
-                };
-                self.after = upto;
-                if !events.is_empty() {
-                    return Ok(events);
                 }
+                self.newest.changed().await.map_err(|_| StoreError::Closed)?;
             }
-            self.newest.changed().await.map_err(|_| StoreError::Closed)?;
-        }
+        })
     }
 
-    /// Everything up to this revision has been given out.
-    pub fn revision(&self) -> Revision {
+    fn revision(&self) -> Revision {
         self.after
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Key;
+
+    /// A write enters the history before the number of the newest is told: who reads between the two must not be given
+    /// it twice.
+    #[test]
+    fn a_write_that_is_not_told_of_yet_is_not_given_out() {
+        let mut history = History::new(0);
+        for revision in 1..=3 {
+            history.push(Event { revision, key: Key::new(&["a"]).unwrap(), entry: None });
+        }
+        let everything = Prefix::new::<&str>(&[]).unwrap();
+        let revisions = |(events, upto): (Vec<Event>, Revision)| {
+            (events.iter().map(|event| event.revision).collect::<Vec<_>>(), upto)
+        };
+        assert_eq!(revisions(history.after(0, &everything, 2)), (vec![1, 2], 2));
+        assert_eq!(revisions(history.after(2, &everything, 3)), (vec![3], 3));
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +17,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 
+use super::server::host_of;
 use crate::identity::Identity;
 use crate::keys::Certificate;
 
@@ -79,6 +80,13 @@ impl Connections {
     #[expect(clippy::len_without_is_empty, reason = "a count, not a collection")]
     pub fn len(&self) -> usize {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// How many are open from the host of this address.
+    pub(super) fn from(&self, address: IpAddr) -> usize {
+        let host = host_of(address);
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.values().filter(|peer| host_of(peer.address.ip()) == host).count()
     }
 
     fn register(&self, peer: &Peer) -> Registration {

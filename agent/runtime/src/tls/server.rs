@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustls::ServerConfig;
 use rustls::server::NoServerSessionStorage;
@@ -31,17 +31,21 @@ const MAX_SOURCES: usize = 4096;
 /// The bounds of a listener.
 #[derive(Debug, Clone, Copy)]
 pub struct IncomingLimits {
-    /// Open connections, including those in their handshake. Each costs about 100 KiB with its HTTP/2 buffers.
+    /// Open connections, besides those in their handshake. Each costs about 100 KiB with its HTTP/2 buffers.
     pub connections: usize,
+    /// Of these, from one address; none is no limit.
+    pub per_address: Option<usize>,
     /// Handshakes at once.
     pub handshakes: usize,
     /// New connections that one address may open in a second, and in a burst of ten seconds' worth; none is no limit.
     pub per_second: Option<f64>,
+    /// How long a connection may stay open, whatever its certificates say.
+    pub lifetime: Option<Duration>,
 }
 
 impl Default for IncomingLimits {
     fn default() -> Self {
-        Self { connections: 16_384, handshakes: 256, per_second: None }
+        Self { connections: 16_384, per_address: None, handshakes: 256, per_second: None, lifetime: None }
     }
 }
 
@@ -50,6 +54,8 @@ impl Default for IncomingLimits {
 pub struct ServerTls {
     config: Arc<ServerConfig>,
     credentials: CredentialStore,
+    /// Whom it lets in, where it asks for a certificate.
+    trust: Option<Trust>,
 }
 
 impl ServerTls {
@@ -63,7 +69,7 @@ impl ServerTls {
             .map_err(|_| KeyError::Certificate("TLS 1.3 is not available"))?
             .with_client_cert_verifier(trust.client_verifier()?);
         let presents = Presents { store: credentials.clone(), chain: Vec::new() };
-        Ok(Self::finish(builder.with_cert_resolver(Arc::new(presents)), credentials))
+        Ok(Self::finish(builder.with_cert_resolver(Arc::new(presents)), credentials, Some(trust.clone())))
     }
 
     /// Asks for no certificate: only for joining and enrolling. Presents `authority` too, for clients that know its hash.
@@ -76,15 +82,15 @@ impl ServerTls {
             .map_err(|_| KeyError::Certificate("TLS 1.3 is not available"))?
             .with_no_client_auth();
         let presents = Presents { store: credentials.clone(), chain: vec![authority.der.clone()] };
-        Ok(Self::finish(builder.with_cert_resolver(Arc::new(presents)), credentials))
+        Ok(Self::finish(builder.with_cert_resolver(Arc::new(presents)), credentials, None))
     }
 
-    fn finish(mut config: ServerConfig, credentials: CredentialStore) -> Self {
+    fn finish(mut config: ServerConfig, credentials: CredentialStore, trust: Option<Trust>) -> Self {
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.max_early_data_size = 0;
-        Self { config: Arc::new(config), credentials }
+        Self { config: Arc::new(config), credentials, trust }
     }
 }
 
@@ -170,19 +176,29 @@ pub async fn incoming(
                 warn!(%remote, limit = limits.connections, "connection refused: too many connections");
                 continue;
             }
+            if limits.per_address.is_some_and(|most| connections.from(remote.ip()) >= most) {
+                debug!(%remote, "connection refused: too many of this address");
+                continue;
+            }
             let (acceptor, sender, tls, connections) =
                 (acceptor.clone(), sender.clone(), tls.clone(), connections.clone());
             tokio::spawn(async move {
                 let _ = stream.set_nodelay(true);
+                // Read before the handshake: a certificate replaced meanwhile ends later, never earlier.
+                let own = tls.credentials.current().certificate.not_after;
+                let latest = limits.lifetime.map_or(own, |lifetime| own.min(SystemTime::now() + lifetime));
                 let stream = match tokio::time::timeout(HANDSHAKE_TIME, acceptor.accept(stream)).await {
                     Ok(Ok(stream)) => stream,
                     Ok(Err(error)) => return debug!(%remote, %error, "handshake refused"),
                     Err(_) => return debug!(%remote, "handshake took too long"),
                 };
                 drop(place);
-                if let Some(peer) = describe(&stream, remote, &tls) {
-                    let stream = BoundedStream::new(stream, peer, Some(&connections));
-                    let _ = sender.send(stream).await;
+                if let Some(peer) = describe(&stream, remote, latest) {
+                    let stream = BoundedStream::new(stream, peer.clone(), Some(&connections));
+                    // Revoked during the handshake: whoever ends connections has not seen this one before now.
+                    if !tls.trust.is_some_and(|trust| peer.certificate.is_some_and(|it| trust.has_revoked(&it))) {
+                        let _ = sender.send(stream).await;
+                    }
                 }
             });
         }
@@ -190,16 +206,19 @@ pub async fn incoming(
     Ok(Incoming { receiver, address })
 }
 
-fn describe(stream: &tokio_rustls::server::TlsStream<TcpStream>, address: SocketAddr, tls: &ServerTls) -> Option<Peer> {
+fn describe(
+    stream: &tokio_rustls::server::TlsStream<TcpStream>,
+    address: SocketAddr,
+    latest: SystemTime,
+) -> Option<Peer> {
     let session = stream.get_ref().1;
     let certificate = match session.peer_certificates() {
         // The verifier has read it already, so this does not fail.
         Some([first, ..]) => Some(Arc::new(Certificate::from_der(first).ok()?)),
         _ => None,
     };
-    let own = tls.credentials.current().certificate.not_after;
     Some(Peer {
-        ends_at: certificate.as_ref().map_or(own, |c| c.not_after.min(own)),
+        ends_at: certificate.as_ref().map_or(latest, |c| c.not_after.min(latest)),
         certificate,
         address,
         key_exchange: key_exchange(session.negotiated_key_exchange_group()),
@@ -218,23 +237,21 @@ pub(super) fn key_exchange(group: Option<&'static dyn rustls::crypto::SupportedK
 }
 
 /// A token bucket per source address: `per_second` refill, ten seconds' worth of burst and at least 1.
-struct RateLimit {
+#[derive(Debug)]
+pub struct RateLimit {
     per_second: f64,
     burst: f64,
     sources: HashMap<IpAddr, (f64, Instant)>,
 }
 
 impl RateLimit {
-    fn new(per_second: f64) -> Self {
+    pub fn new(per_second: f64) -> Self {
         Self { per_second, burst: (per_second * 10.0).max(1.0), sources: HashMap::new() }
     }
 
-    fn allows(&mut self, source: IpAddr, now: Instant) -> bool {
-        // IPv6 hosts own whole /64 networks.
-        let source = match source {
-            IpAddr::V6(v6) => IpAddr::from((u128::from(v6) >> 64 << 64).to_be_bytes()),
-            v4 => v4,
-        };
+    /// Whether one more from this address is allowed; counts it then.
+    pub fn allows(&mut self, source: IpAddr, now: Instant) -> bool {
+        let source = host_of(source);
         if self.sources.len() >= MAX_SOURCES && !self.sources.contains_key(&source) {
             let (burst, per_second) = (self.burst, self.per_second);
             self.sources.retain(|_, (left, at)| *left + now.duration_since(*at).as_secs_f64() * per_second < burst);
@@ -253,6 +270,14 @@ impl RateLimit {
     }
 }
 
+/// Whom an address stands for: IPv6 hosts own whole /64 networks.
+pub(super) fn host_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => IpAddr::from((u128::from(v6) >> 64 << 64).to_be_bytes()),
+        v4 => v4,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -266,5 +291,49 @@ mod tests {
         assert!(rate.allows(b, now));
         assert!(rate.allows(a, now + Duration::from_secs(1)));
         assert!(!rate.allows(a, now + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn an_ipv6_host_is_its_network_and_a_mapped_address_is_ipv4() {
+        let host = |text: &str| host_of(text.parse().unwrap());
+        assert_eq!(host("fd00::1"), host("fd00::ffff:0:0:1"));
+        assert_ne!(host("fd00::1"), host("fd00:0:0:1::1"));
+        assert_eq!(host("::ffff:10.0.0.1"), host("10.0.0.1"));
+    }
+
+    #[tokio::test]
+    async fn a_connection_without_a_certificate_is_short_and_one_of_few() {
+        use crate::ca::Ca;
+        use crate::identity::{Identity, TrustDomain};
+        use crate::tls::{PinnedRoot, TlsClient};
+        let hour = Duration::from_secs(3_600);
+        let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
+        let own = ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap();
+        let tls = ServerTls::anonymous(CredentialStore::new(own).unwrap(), ca.certificate()).unwrap();
+        let limits = IncomingLimits {
+            per_address: Some(2),
+            lifetime: Some(Duration::from_secs(3)),
+            ..IncomingLimits::default()
+        };
+        let (connections, stop) = (Connections::default(), CancellationToken::new());
+        let any = "127.0.0.1:0".parse().unwrap();
+        let listener = incoming(any, tls, limits, connections.clone(), stop.clone()).await.unwrap();
+        let address = listener.address().to_string();
+        let routes = tonic::service::Routes::default();
+        let serving = http2_server().add_routes(routes).serve_with_incoming_shutdown(listener, stop.cancelled_owned());
+        tokio::spawn(serving);
+        let client = TlsClient::pinned(PinnedRoot::new(ca.certificate().fingerprint(), Identity::Hub)).unwrap();
+        let first = client.connect(&address).await.unwrap();
+        let _second = client.connect(&address).await.unwrap();
+        assert!(client.connect(&address).await.is_err(), "a third of the same address");
+        assert_eq!(connections.len(), 2);
+        // The client sees its end without having been told when.
+        tokio::time::timeout(Duration::from_secs(20), first.peer.closed.cancelled()).await.expect("it ends");
+        let again = async {
+            while client.connect(&address).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), again).await.expect("there is room again");
     }
 }

@@ -60,6 +60,11 @@ impl Trust {
         Self { revoked: Arc::new(revoked), ..self }
     }
 
+    /// Whether it has been revoked since it was let in.
+    pub(super) fn has_revoked(&self, certificate: &Certificate) -> bool {
+        (self.revoked)(certificate)
+    }
+
     /// Reads the certificate and checks what webpki does not: the identity and revocation.
     fn check(&self, end_entity: &CertificateDer<'_>) -> Result<(), Error> {
         let certificate =

@@ -43,9 +43,6 @@ struct Cluster {
     key_exchange: String,
     refused: u64,
     refusals: Vec<String>,
-    /// Pods that are not enforced.
-    unenforced: u32,
-    problems: Vec<String>,
 }
 
 impl From<pb::ClusterStatus> for Cluster {
@@ -68,8 +65,6 @@ impl From<pb::ClusterStatus> for Cluster {
             key_exchange: it.key_exchange,
             refused: it.refused,
             refusals: it.refusals,
-            unenforced: it.unenforced,
-            problems: it.problems,
         }
     }
 }
@@ -98,7 +93,6 @@ impl Status {
             "CERTIFICATE UNTIL",
             "KEY EXCHANGE",
             "REFUSED",
-            "UNENFORCED",
         ]);
         for it in &overview.clusters {
             let digests = match it.digests_equal {
@@ -120,16 +114,12 @@ impl Status {
                 it.certificate_expires_at.clone(),
                 it.key_exchange.clone(),
                 it.refused.to_string(),
-                it.unenforced.to_string(),
             ]);
         }
         println!("{table}");
-        for it in &overview.clusters {
+        for it in overview.clusters.iter().filter(|it| !it.refusals.is_empty()) {
             for refusal in &it.refusals {
                 println!("{}: refused: {refusal}", it.name);
-            }
-            for problem in &it.problems {
-                println!("{}: {problem}", it.name);
             }
         }
         Ok(ExitCode::SUCCESS)

@@ -12,13 +12,18 @@ use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
 
-use super::model::{Bits, ClusterState, Federation, Interest, Lease, ManifestKind, Position, digest_of};
+use super::model::{
+    Bits, ClusterState, FederatedManifest, Federation, Interest, Lease, ManifestKind, Position, digest_of,
+};
 use super::origin::{Batch, BatchError, Changes, Origin};
 use super::select::Selections;
 use super::wire;
 
+mod interest;
 mod publish;
 mod watch;
+
+use interest::Derived;
 
 pub use publish::PublishId;
 pub use watch::{ReceiverId, ReceiverState};
@@ -38,8 +43,10 @@ pub struct Exchange {
     publishers: BTreeMap<PublishId, publish::Publisher>,
     next_id: u64,
     hub: HubObjects,
-    /// Of each cluster: what the policies that it enforces can select elsewhere.
-    derived: HashMap<ClusterName, Arc<Interest>>,
+    /// The class of an interest that some class was made of, by its address.
+    class_of: HashMap<usize, usize>,
+    derived: Derived,
+    heartbeat_ms: u64,
     ready: BTreeSet<ReceiverId>,
     realisations: BTreeMap<ClusterName, Arc<pb::Realisation>>,
 }
@@ -52,6 +59,9 @@ struct HubObjects {
     objects: BTreeMap<u64, HubObject>,
     tombstones: VecDeque<(u64, u64)>,
     floor: u64,
+    /// The digest of what is for everybody, and of what is for some cluster besides.
+    common: u128,
+    digests: HashMap<ClusterName, u128>,
 }
 
 #[derive(Debug, Clone)]
@@ -59,14 +69,18 @@ struct HubObject {
     bytes: Bytes,
     digest: u128,
     touched: u64,
-    /// None is everybody.
-    audience: Option<BTreeSet<ClusterName>>,
+    audience: Audience,
     /// Who it was for before it changed last: they must be told.
-    former: Option<BTreeSet<ClusterName>>,
+    former: Audience,
 }
+
+/// Who is sent an object; none is everybody.
+type Audience = Option<BTreeSet<ClusterName>>;
 
 #[derive(Debug)]
 struct Class {
+    /// What it was made of.
+    of: Arc<Interest>,
     numbers: Vec<u32>,
     interest: Bits,
     /// Of the selections' canonical forms: the same on every replica.
@@ -98,14 +112,21 @@ impl Exchange {
             origin_numbers: HashMap::new(),
             classes: Vec::new(),
             class_numbers: HashMap::new(),
+            class_of: HashMap::new(),
             receivers: BTreeMap::new(),
             publishers: BTreeMap::new(),
             next_id: 1,
             hub: HubObjects::default(),
-            derived: HashMap::new(),
+            derived: Derived::default(),
+            heartbeat_ms: 0,
             ready: BTreeSet::new(),
             realisations: BTreeMap::new(),
         }
+    }
+
+    /// What welcomes say: how often a member should be heard, in milliseconds.
+    pub fn set_heartbeat(&mut self, heartbeat_ms: u64) {
+        self.heartbeat_ms = heartbeat_ms;
     }
 
     /// The receivers that may have something to be sent.
@@ -134,40 +155,29 @@ impl Exchange {
         {
             return;
         }
-        let gone: Vec<ClusterName> = self.hub.federation.clusters.keys().cloned().collect();
-        let gone: Vec<ClusterName> = gone.into_iter().filter(|c| !federation.clusters.contains_key(c)).collect();
+        let before = &self.hub.federation.clusters;
+        let gone: Vec<ClusterName> = before.keys().filter(|c| !federation.clusters.contains_key(*c)).cloned().collect();
+        let mut changed = Vec::new();
+        let mut regranted = Vec::new();
+        for (name, state) in &federation.clusters {
+            let old = before.get(name);
+            if old.is_some_and(|old| old.grant_token != state.grant_token) {
+                regranted.push(name.clone());
+            }
+            if old.is_none_or(|old| !old.same(state)) {
+                changed.push(name.clone());
+            }
+        }
         for cluster in &gone {
             self.withdraw(cluster);
         }
-        let mut regranted = Vec::new();
-        for (name, state) in &federation.clusters {
-            let before = self.hub.federation.clusters.get(name);
-            if before.is_some_and(|before| before.grant_token != state.grant_token) {
-                regranted.push(name.clone());
-            }
-        }
-        let policies_changed = self.hub.federation.manifests != federation.manifests || !self.hub.loaded;
+        let restarted = !self.hub.loaded || federation.position.epoch != self.hub.federation.position.epoch;
         self.hub.replace(federation);
         for name in regranted {
             self.regrant(&name);
         }
-        if policies_changed {
-            self.derive();
-        }
-        self.federation_changed();
-    }
-
-    fn derive(&mut self) {
-        let mut derived: HashMap<ClusterName, Interest> = HashMap::new();
-        for ((kind, _), manifest) in &self.hub.federation.manifests {
-            if *kind != ManifestKind::Policy {
-                continue;
-            }
-            for cluster in manifest.enforcers.iter().flatten() {
-                derived.entry(cluster.clone()).or_default().extend(manifest.interest.iter().cloned());
-            }
-        }
-        self.derived = derived.into_iter().map(|(name, interest)| (name, Arc::new(interest))).collect();
+        let retargeted = self.derived.follow(&self.hub.federation.manifests);
+        self.federation_changed(&changed, retargeted, restarted);
     }
 
     fn regrant(&mut self, name: &str) {
@@ -247,7 +257,15 @@ impl Exchange {
     }
 
     /// The class of an interest, with one more user.
-    fn acquire_class(&mut self, interest: &Interest) -> usize {
+    fn acquire_class(&mut self, interest: &Arc<Interest>) -> usize {
+        // The usual case: clusters that enforce the same policies share what these can select.
+        let address = Arc::as_ptr(interest) as usize;
+        if let Some(at) = self.class_of.get(&address).copied()
+            && let Some(class) = self.classes[at].as_mut()
+        {
+            class.users += 1;
+            return at;
+        }
         let mut fresh = Vec::new();
         let mut numbers: Vec<u32> = interest
             .iter()
@@ -280,12 +298,11 @@ impl Exchange {
             bits.set(*number, true);
         }
         let mut hasher = blake3::Hasher::new();
-        for wanted in interest {
-            hasher.update(
-                format!("{:?}\n{}\n{:?}\n", wanted.clusters, wanted.selector.canonical, wanted.port_names).as_bytes(),
-            );
+        for wanted in &**interest {
+            interest::hash(wanted, &mut hasher);
         }
         let mut class = Class {
+            of: Arc::clone(interest),
             numbers: numbers.clone(),
             interest: bits,
             token: u64::from_le_bytes(first_eight(hasher.finalize().as_bytes())),
@@ -303,6 +320,7 @@ impl Exchange {
         });
         self.classes[at] = Some(class);
         self.class_numbers.insert(numbers, at);
+        self.class_of.insert(address, at);
         at
     }
 
@@ -314,6 +332,7 @@ impl Exchange {
         }
         let Some(class) = self.classes[at].take() else { return };
         self.class_numbers.remove(&class.numbers);
+        self.class_of.remove(&(Arc::as_ptr(&class.of) as usize));
         for number in class.numbers {
             if self.selections.release(number) {
                 for origin in self.origins.iter_mut().flatten() {
@@ -422,11 +441,14 @@ impl HubObjects {
             self.floor = revision;
             self.tombstones.clear();
             self.objects.clear();
+            self.common = 0;
+            self.digests.clear();
         }
-        let mut made: BTreeMap<u64, (Bytes, Option<BTreeSet<ClusterName>>)> = BTreeMap::new();
+        // None: as it was.
+        let mut made: BTreeMap<u64, Option<(Bytes, Audience)>> = BTreeMap::new();
         for (name, state) in &federation.clusters {
             let id = id_of("cluster", name);
-            made.insert(id, (wire::cluster_update(id, name, state), None));
+            made.insert(id, Some((wire::cluster_update(id, name, state), None)));
         }
         for ((kind, name), manifest) in &federation.manifests {
             let label = match kind {
@@ -435,32 +457,57 @@ impl HubObjects {
                 ManifestKind::NetworkSet => "network set",
             };
             let id = id_of(label, name);
-            made.insert(id, (wire::manifest_update(id, *kind, name, manifest), manifest.enforcers.clone()));
+            let same = |old: &Arc<FederatedManifest>| Arc::ptr_eq(old, manifest) && self.objects.contains_key(&id);
+            let made_before = self.federation.manifests.get(&(*kind, name.clone())).is_some_and(same);
+            let new = || (wire::manifest_update(id, *kind, name, manifest), manifest.enforcers.clone());
+            made.insert(id, (!made_before).then(new));
         }
         let gone: Vec<u64> = self.objects.keys().copied().filter(|id| !made.contains_key(id)).collect();
         for id in gone {
-            self.objects.remove(&id);
+            if let Some(object) = self.objects.remove(&id) {
+                self.count(&object, false);
+            }
             self.tombstones.push_back((revision, id));
         }
         while self.tombstones.len() > super::origin::MAX_TOMBSTONES {
             self.floor = self.tombstones.pop_front().map_or(self.floor, |(at, _)| self.floor.max(at));
         }
-        for (id, (bytes, audience)) in made {
+        for (id, new) in made {
+            let Some((bytes, audience)) = new else { continue };
             let old = self.objects.get(&id);
             if old.is_some_and(|old| old.bytes == bytes && old.audience == audience) {
                 continue;
             }
             let former = old.map_or(Some(BTreeSet::new()), |old| old.audience.clone());
             let object = HubObject { digest: digest_of(&bytes), bytes, touched: revision, audience, former };
-            self.objects.insert(id, object);
+            self.count(&object, true);
+            if let Some(old) = self.objects.insert(id, object) {
+                self.count(&old, false);
+            }
         }
         self.federation = federation;
         self.loaded = true;
     }
 
+    /// Enters an object into the digests, or takes it out.
+    fn count(&mut self, object: &HubObject, enters: bool) {
+        let by = if enters { object.digest } else { object.digest.wrapping_neg() };
+        match &object.audience {
+            None => self.common = self.common.wrapping_add(by),
+            Some(names) => {
+                for name in names {
+                    let digest = self.digests.entry(name.clone()).or_default();
+                    *digest = digest.wrapping_add(by);
+                    if *digest == 0 {
+                        self.digests.remove(name);
+                    }
+                }
+            }
+        }
+    }
+
     fn digest_for(&self, cluster: &str) -> u128 {
-        let objects = self.objects.values().filter(|object| object.is_for(cluster));
-        objects.fold(0, |sum, object| sum.wrapping_add(object.digest))
+        self.common.wrapping_add(self.digests.get(cluster).copied().unwrap_or_default())
     }
 }
 
@@ -475,6 +522,15 @@ impl HubObject {
 }
 
 impl ClusterState {
+    /// Whether nothing that others are told, or that decides what they are sent, differs.
+    fn same(&self, other: &Self) -> bool {
+        let all = |it: &Self| (it.grant_token, it.lease, it.federated_allow_final);
+        all(self) == all(other)
+            && self.labels == other.labels
+            && self.cidrs == other.cidrs
+            && self.visible_to == other.visible_to
+    }
+
     fn waits_for(&self, synced: bool) -> bool {
         synced || self.lease != Lease::NeverHeard
     }

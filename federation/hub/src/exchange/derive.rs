@@ -1,12 +1,12 @@
 //! The exchange's view of the registry: clusters, and federated objects with what each makes its enforcers need.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hanse_k8s_api::hanse::{ClusterLabels, resolve_clusters, select_clusters};
-use hanse_k8s_api::manifest::{Manifests, Object, read_bytes};
+use hanse_k8s_api::hanse::{ClusterLabels, FederatedNetworkPolicy, resolve_clusters, select_clusters};
+use hanse_k8s_api::manifest::Object;
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::{ClusterName, ClusterScope, Phase, Policy, Port};
 use hanse_policy::selector::{Expr, Selector};
@@ -15,7 +15,7 @@ use super::model::{
     ClusterState, FederatedManifest, Federation, Grant, Interest, Lease, ManifestKind, Position, Wanted, digest_of,
 };
 use crate::grants::MemberCluster;
-use crate::manifest::Kind;
+use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::{self, Registry, Snapshot};
 
 impl Grant for MemberCluster {
@@ -44,89 +44,173 @@ impl Grant for MemberCluster {
     }
 }
 
-/// The federation as the registry has it now. An object that this version cannot read is left out and logged: its
-/// enforcers keep what they had.
-pub fn federation(registry: &Registry, snapshot: &Snapshot) -> Federation {
-    let accepted = || snapshot.clusters.iter().filter(|(_, cluster)| cluster.state == registry::ClusterState::Accepted);
-    let labels: ClusterLabels = accepted().map(|(name, cluster)| (name.clone(), cluster.labels.clone())).collect();
-    let mut federation = Federation {
-        position: Position { epoch: registry.epoch(), revision: snapshot.revision },
-        ..Federation::default()
-    };
-    for (name, cluster) in accepted() {
-        let silent = || registry.silent_for(name).unwrap_or(Duration::ZERO).as_millis();
-        let visible_to = cluster.grant.visible_to.as_ref().map(|selector| {
-            let mut names = select_clusters(selector, &labels);
-            names.insert(name.clone());
-            names
-        });
-        // The grant in words is the same on every replica.
-        let token = digest_of(format!("{:?} {visible_to:?}", cluster.grant).as_bytes());
-        let state = ClusterState {
-            labels: cluster.labels.clone(),
-            grant: Arc::clone(&cluster.grant) as Arc<dyn Grant>,
-            grant_token: u64::try_from(token >> 64).unwrap_or_default(),
-            cidrs: cluster.grant.cidrs.clone(),
-            lease: match cluster.lease {
-                registry::Lease::NeverHeard => Lease::NeverHeard,
-                registry::Lease::Live => Lease::Live,
-                registry::Lease::Stale => Lease::Stale { silent_ms: u64::try_from(silent()).unwrap_or(u64::MAX) },
-            },
-            federated_allow_final: cluster.federated_allow_final,
-            visible_to,
+/// Makes the exchange's view of the registry, and keeps what it has read: a change costs what it touches.
+#[derive(Debug, Default)]
+pub struct Deriver {
+    read: HashMap<ObjectId, Read>,
+    labels: ClusterLabels,
+    phases: BTreeMap<Arc<str>, Phase>,
+    made: BTreeMap<(ManifestKind, Arc<str>), Arc<FederatedManifest>>,
+}
+
+/// An object of the registry, read.
+#[derive(Debug)]
+struct Read {
+    object: Arc<registry::Object>,
+    what: What,
+    /// It was read or changed since manifests were made last.
+    news: bool,
+}
+
+#[derive(Debug)]
+enum What {
+    Policy(Box<FederatedNetworkPolicy>),
+    Tier(Phase),
+    NetworkSet,
+    /// By this version not.
+    Unreadable,
+}
+
+impl Deriver {
+    /// The federation as the registry has it now.
+    pub fn federation(&mut self, registry: &Registry, snapshot: &Snapshot) -> Federation {
+        let mut federation = Federation {
+            position: Position { epoch: registry.epoch(), revision: snapshot.revision },
+            ..Federation::default()
         };
-        federation.clusters.insert(name.clone(), state);
+        let accepted = snapshot.clusters.iter().filter(|(_, it)| it.state == registry::ClusterState::Accepted);
+        let labels: ClusterLabels =
+            accepted.clone().map(|(name, cluster)| (name.clone(), cluster.labels.clone())).collect();
+        for (name, cluster) in accepted {
+            federation.clusters.insert(name.clone(), cluster_state(name, cluster, registry.lease_time(), &labels));
+        }
+        self.read_objects(snapshot);
+        let tier = |(id, read): (&ObjectId, &Read)| match read.what {
+            What::Tier(phase) => Some((id.name.clone(), phase)),
+            _ => None,
+        };
+        let phases: BTreeMap<Arc<str>, Phase> = self.read.iter().filter_map(tier).collect();
+        // What a policy becomes depends on these, too.
+        let same = labels == self.labels && phases == self.phases;
+        (self.labels, self.phases) = (labels, phases);
+        let mut made = BTreeMap::new();
+        for (id, read) in &self.read {
+            let Some(kind) = manifest_kind(id.kind) else { continue };
+            let key = (kind, id.name.clone());
+            let old = self.made.get(&key);
+            let manifest = match old.filter(|_| same && !read.news) {
+                Some(old) => Arc::clone(old),
+                None => Arc::new(self.make(read, old.map(|old| &**old))),
+            };
+            made.insert(key, manifest);
+        }
+        self.read.values_mut().for_each(|read| read.news = false);
+        self.made.clone_from(&made);
+        federation.manifests = made;
+        federation
     }
-    let mut policies = Vec::new();
-    let mut phases: BTreeMap<Arc<str>, Phase> = BTreeMap::new();
-    for (id, object) in &snapshot.objects {
-        let kind = match id.kind {
-            Kind::FederatedNetworkPolicy => ManifestKind::Policy,
-            Kind::FederatedNetworkSet => ManifestKind::NetworkSet,
-            Kind::Tier => ManifestKind::Tier,
-            Kind::MemberCluster => continue,
-        };
-        let mut read = Manifests::default();
-        read_bytes(&Arc::from(id.to_string()), &object.manifest, &mut read);
-        let Some(manifest) = read.objects.pop().filter(|_| read.diagnostics.is_empty()) else {
-            tracing::warn!(object = %id, "the object cannot be read by this version and is not relayed");
-            continue;
-        };
+
+    fn read_objects(&mut self, snapshot: &Snapshot) {
+        self.read.retain(|id, _| snapshot.objects.contains_key(id));
+        for (id, object) in &snapshot.objects {
+            if manifest_kind(id.kind).is_none() || self.read.get(id).is_some_and(|it| Arc::ptr_eq(&it.object, object)) {
+                continue;
+            }
+            let what = match manifest::read(id, &object.manifest) {
+                Ok(Object::FederatedNetworkPolicy(policy)) => What::Policy(policy),
+                Ok(Object::Tier(tier)) => What::Tier(tier.convert(&mut Default::default()).id.phase),
+                Ok(_) => What::NetworkSet,
+                Err(error) => {
+                    tracing::error!(%error, object = %id, "the object cannot be read by this version: its enforcers keep what they had");
+                    What::Unreadable
+                }
+            };
+            self.read.insert(id.clone(), Read { object: Arc::clone(object), what, news: true });
+        }
+    }
+
+    fn make(&self, read: &Read, old: Option<&FederatedManifest>) -> FederatedManifest {
         let plain = FederatedManifest {
-            json: object.manifest.clone(),
+            json: read.object.manifest.clone(),
             enforcers: None,
             resolved: BTreeMap::new(),
             interest: Interest::new(),
             features: Vec::new(),
         };
-        match manifest.object {
-            Object::FederatedNetworkPolicy(policy) => policies.push((id.name.clone(), policy, plain)),
-            Object::Tier(tier) => {
-                phases.insert(id.name.clone(), tier.convert(&mut Default::default()).id.phase);
-                federation.manifests.insert((kind, id.name.clone()), Arc::new(plain));
+        let everybody = || self.labels.keys().cloned().collect::<BTreeSet<ClusterName>>();
+        match &read.what {
+            What::Tier(_) | What::NetworkSet => plain,
+            // Leaving it out would take away what is in force. Nobody knows this feature, so that everybody refuses this
+            // version by itself and keeps the last; what that needs is sent as before, or else all that it could need.
+            What::Unreadable if read.object.id.kind == Kind::FederatedNetworkPolicy => FederatedManifest {
+                enforcers: old.and_then(|old| old.enforcers.clone()).or_else(|| Some(everybody())),
+                interest: old
+                    .map_or_else(|| Interest::from([Arc::new(Wanted::everything())]), |old| old.interest.clone()),
+                resolved: old.map(|old| old.resolved.clone()).unwrap_or_default(),
+                features: vec![UNREADABLE.to_owned()],
+                ..plain
+            },
+            What::Unreadable => FederatedManifest { features: vec![UNREADABLE.to_owned()], ..plain },
+            What::Policy(policy) => {
+                let mut resolved = BTreeMap::new();
+                for text in policy.cluster_selectors() {
+                    if let Ok(selector) = Selector::parse(text) {
+                        resolved.insert(Arc::from(text), select_clusters(&selector, &self.labels));
+                    }
+                }
+                let resolve = |selector: Option<&Selector>| resolve_clusters(selector, &self.labels);
+                let converted = policy.convert_with(&resolve, &self.phases, &mut Default::default());
+                let enforcers = match &converted.enforcers {
+                    ClusterScope::Named(names) => names.clone(),
+                    ClusterScope::All | ClusterScope::Local => everybody(),
+                };
+                FederatedManifest { enforcers: Some(enforcers), resolved, interest: interest_of(&converted), ..plain }
             }
-            _ => drop(federation.manifests.insert((kind, id.name.clone()), Arc::new(plain))),
         }
     }
-    let everybody: BTreeSet<ClusterName> = labels.keys().cloned().collect();
-    for (name, policy, plain) in policies {
-        let mut resolved = BTreeMap::new();
-        for text in policy.cluster_selectors() {
-            if let Ok(selector) = Selector::parse(text) {
-                resolved.insert(Arc::from(text), select_clusters(&selector, &labels));
-            }
-        }
-        let converted =
-            policy.convert_with(&|selector| resolve_clusters(selector, &labels), &phases, &mut Default::default());
-        let enforcers = match &converted.enforcers {
-            ClusterScope::Named(names) => names.clone(),
-            ClusterScope::All | ClusterScope::Local => everybody.clone(),
-        };
-        let interest = interest_of(&converted);
-        let manifest = FederatedManifest { enforcers: Some(enforcers), resolved, interest, ..plain };
-        federation.manifests.insert((ManifestKind::Policy, name), Arc::new(manifest));
+}
+
+/// The feature that an object needs which the hub itself could not read.
+pub const UNREADABLE: &str = "hub-cannot-read";
+
+fn manifest_kind(kind: Kind) -> Option<ManifestKind> {
+    match kind {
+        Kind::FederatedNetworkPolicy => Some(ManifestKind::Policy),
+        Kind::FederatedNetworkSet => Some(ManifestKind::NetworkSet),
+        Kind::Tier => Some(ManifestKind::Tier),
+        Kind::MemberCluster => None,
     }
-    federation
+}
+
+fn cluster_state(
+    name: &ClusterName,
+    cluster: &registry::Cluster,
+    lease_time: Duration,
+    labels: &ClusterLabels,
+) -> ClusterState {
+    let visible_to = cluster.grant.visible_to.as_ref().map(|selector| {
+        let mut names = select_clusters(selector, labels);
+        names.insert(name.clone());
+        names
+    });
+    // The grant in words is the same on every replica.
+    let token = digest_of(format!("{:?} {visible_to:?}", cluster.grant).as_bytes());
+    ClusterState {
+        labels: cluster.labels.clone(),
+        grant: Arc::clone(&cluster.grant) as Arc<dyn Grant>,
+        grant_token: u64::try_from(token >> 64).unwrap_or_default(),
+        cidrs: cluster.grant.cidrs.clone(),
+        lease: match cluster.lease {
+            registry::Lease::NeverHeard => Lease::NeverHeard,
+            registry::Lease::Live => Lease::Live,
+            // As long as a lease lasts it was silent when the lease ended; every replica says the same, and goes on saying it.
+            registry::Lease::Stale => {
+                Lease::Stale { silent_ms: u64::try_from(lease_time.as_millis()).unwrap_or(u64::MAX) }
+            }
+        },
+        federated_allow_final: cluster.federated_allow_final,
+        visible_to,
+    }
 }
 
 /// What a policy can select in other clusters.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use hanse_policy::inventory::{LabelGrant, Labels};
 use hanse_policy::model::{ClusterName, ClusterScope};
-use hanse_policy::selector::Selector;
+use hanse_policy::selector::{Expr, Selector};
 
 /// A position in what one origin publishes; both numbers are the publisher's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -23,6 +23,13 @@ pub struct Wanted {
     pub clusters: ClusterScope,
     pub selector: Selector,
     pub port_names: BTreeSet<Arc<str>>,
+}
+
+impl Wanted {
+    /// Every endpoint of every cluster.
+    pub fn everything() -> Self {
+        Self { clusters: ClusterScope::All, selector: Selector::from(Expr::All), port_names: BTreeSet::new() }
+    }
 }
 
 pub type Interest = BTreeSet<Arc<Wanted>>;
@@ -69,7 +76,7 @@ pub enum ManifestKind {
 }
 
 /// A federated object with what the hub made of it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FederatedManifest {
     pub json: Bytes,
     /// For a policy the clusters that enforce it; for the other kinds none, which is everybody.

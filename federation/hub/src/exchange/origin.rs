@@ -26,6 +26,10 @@ use super::wire::{self, EndpointExport, Export, Pairs};
 pub const MAX_TOMBSTONES: usize = 4_096;
 /// Objects kept beside the granted endpoints and label sets: namespaces, accounts and what is refused.
 const MAX_OTHERS: usize = 65_536;
+/// Bytes kept of an origin: for each granted endpoint and label set this many on the average (usual ones have below 300) ...
+const BYTES_PER_OBJECT: usize = 1 << 10;
+/// ... and for everything else.
+const OTHER_BYTES: usize = 16 << 20;
 
 #[derive(Debug)]
 pub struct Entry {
@@ -42,7 +46,11 @@ pub struct Entry {
 
 #[derive(Debug)]
 enum Body {
-    Endpoint { profile: u32 },
+    /// `place` is where its profile's list has it.
+    Endpoint {
+        profile: u32,
+        place: u32,
+    },
     Support(Box<Support>),
     Refused(Box<Refusal>),
 }
@@ -55,6 +63,15 @@ enum Support {
 }
 
 type ProfileKey = [u64; 3];
+
+/// The label with a namespace's name.
+const NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// What a limit is of.
+const ENDPOINTS: &str = "endpoints";
+const LABEL_SETS: &str = "label sets";
+const OTHERS: &str = "other objects";
+const BYTES: &str = "bytes";
 
 #[derive(Debug)]
 struct Profile {
@@ -101,8 +118,48 @@ pub enum BatchError {
 pub struct Batch {
     pub snapshot: bool,
     pub updates: BTreeMap<u64, Option<Arc<[u8]>>>,
-    /// Updates that have no readable id.
+    /// Of the updates.
+    pub bytes: usize,
+    /// Updates that have no readable id, or are beyond what is staged of one batch.
     pub unreadable: usize,
+}
+
+impl Batch {
+    /// Takes an update of a readable id; one beyond the limits is only counted.
+    pub fn put(&mut self, id: u64, update: Option<&[u8]>, limits: StagedLimits) {
+        let len = update.map_or(0, <[u8]>::len);
+        if self.updates.len() >= limits.objects && !self.updates.contains_key(&id) || self.bytes + len > limits.bytes {
+            self.unreadable += 1;
+            return;
+        }
+        self.bytes += len;
+        if let Some(old) = self.updates.insert(id, update.map(Arc::from)).flatten() {
+            self.bytes -= old.len();
+        }
+    }
+}
+
+/// How much of one batch is staged: twice what may be kept, so that what exceeds the grant is refused by name for long.
+#[derive(Debug, Clone, Copy)]
+pub struct StagedLimits {
+    pub objects: usize,
+    pub bytes: usize,
+}
+
+impl StagedLimits {
+    pub fn of(grant: &dyn Grant) -> Self {
+        let granted = grant.max_endpoints().saturating_add(grant.max_label_sets());
+        Self {
+            objects: granted.saturating_add(MAX_OTHERS).saturating_mul(2),
+            bytes: kept_bytes(grant).saturating_mul(2),
+        }
+    }
+}
+
+/// Most bytes that are kept of an origin.
+fn kept_bytes(grant: &dyn Grant) -> usize {
+    let granted = grant.max_endpoints().saturating_add(grant.max_label_sets());
+    granted.saturating_mul(BYTES_PER_OBJECT).saturating_add(OTHER_BYTES)
 }
 
 #[derive(Debug)]
@@ -120,6 +177,8 @@ pub struct Origin {
     owners: HashMap<IpAddr, u32>,
     contested: BTreeMap<IpAddr, BTreeSet<u32>>,
     profiles: Vec<Profile>,
+    /// Numbers of profiles without endpoints.
+    free_profiles: Vec<u32>,
     profile_numbers: HashMap<ProfileKey, u32>,
     /// The profiles that refer to an object.
     referring: HashMap<u64, Vec<u32>>,
@@ -130,6 +189,11 @@ pub struct Origin {
     published: u128,
     endpoints: usize,
     label_sets: usize,
+    bytes: usize,
+    /// Slots of accounts.
+    accounts: BTreeSet<u32>,
+    /// Slots of what does not count.
+    troubled: BTreeSet<u32>,
     overflow: BTreeMap<u64, Refusal>,
     pub unreadable: usize,
 }
@@ -150,6 +214,7 @@ impl Origin {
             owners: HashMap::new(),
             contested: BTreeMap::new(),
             profiles: Vec::new(),
+            free_profiles: Vec::new(),
             profile_numbers: HashMap::new(),
             referring: HashMap::new(),
             tombstones: VecDeque::new(),
@@ -158,6 +223,9 @@ impl Origin {
             published: 0,
             endpoints: 0,
             label_sets: 0,
+            bytes: 0,
+            accounts: BTreeSet::new(),
+            troubled: BTreeSet::new(),
             overflow: BTreeMap::new(),
             unreadable: 0,
         }
@@ -187,9 +255,29 @@ impl Origin {
         self.endpoints
     }
 
+    /// How many kinds of endpoints are judged at once: one for each namespace, account and label set that go together.
+    pub fn profile_count(&self) -> usize {
+        self.profiles.len()
+    }
+
     /// Something published is not kept, because of a limit.
     pub fn overflowed(&self) -> bool {
         !self.overflow.is_empty()
+    }
+
+    /// Whether something that was not kept because of a limit could be kept now, and enough of it that a snapshot is worth
+    /// its while: all of it, or a hundredth of what is granted.
+    pub fn has_room(&self) -> bool {
+        let fits = |what: &'static str, have: usize, most: usize, share: usize| {
+            let lacking = self.overflow.values().filter(|why| **why == Refusal::LimitExceeded(what)).count();
+            lacking > 0 && have.saturating_add(lacking.saturating_mul(share).min(1 + most / 100)) <= most
+        };
+        let others = self.ids.len() - self.endpoints - self.label_sets;
+        !self.overflow.is_empty()
+            && (fits(ENDPOINTS, self.endpoints, self.grant.max_endpoints(), 1)
+                || fits(LABEL_SETS, self.label_sets, self.grant.max_label_sets(), 1)
+                || fits(OTHERS, others, MAX_OTHERS, 1)
+                || fits(BYTES, self.bytes, kept_bytes(&*self.grant), BYTES_PER_OBJECT))
     }
 
     /// Whether a resuming receiver's revision is still within the remembered removals.
@@ -211,10 +299,10 @@ impl Origin {
     pub fn refusals(&self, max: usize) -> (usize, Vec<(u64, Refusal)>) {
         let mut total = self.overflow.len() + self.unreadable;
         let mut list: Vec<_> = self.overflow.iter().take(max).map(|(id, why)| (*id, why.clone())).collect();
-        for (_, entry) in self.slots() {
+        for entry in self.troubled.iter().filter_map(|slot| self.entry(*slot)) {
             let why = match &entry.body {
                 Body::Refused(why) => (**why).clone(),
-                Body::Endpoint { profile } if !entry.visible => match &self.profiles[*profile as usize].problem {
+                Body::Endpoint { profile, .. } if !entry.visible => match &self.profiles[*profile as usize].problem {
                     Some(problem) => problem.clone(),
                     None => self.lost_address(entry),
                 },
@@ -224,11 +312,12 @@ impl Origin {
                 },
                 _ => continue,
             };
-            total += 1;
-            if list.len() < max {
-                list.push((entry.id, why));
+            if list.len() == max {
+                break;
             }
+            list.push((entry.id, why));
         }
+        total += self.troubled.len();
         (total, list)
     }
 
@@ -364,7 +453,7 @@ impl Origin {
 
     /// Whether an endpoint counts and one of the selections may hold for it.
     pub fn endpoint_selected(&self, slot: u32, interest: &Bits, selections: &Selections) -> bool {
-        let Some(Entry { body: Body::Endpoint { profile }, visible: true, bytes, .. }) = self.entry(slot) else {
+        let Some(Entry { body: Body::Endpoint { profile, .. }, visible: true, bytes, .. }) = self.entry(slot) else {
             return false;
         };
         let profile = &self.profiles[*profile as usize];
@@ -401,7 +490,7 @@ impl Origin {
     /// The supports that an endpoint refers to.
     pub fn supports_of(&self, slot: u32) -> impl Iterator<Item = u32> + '_ {
         let profile = match self.entry(slot) {
-            Some(Entry { body: Body::Endpoint { profile }, .. }) => Some(self.profiles[*profile as usize].key),
+            Some(Entry { body: Body::Endpoint { profile, .. }, .. }) => Some(self.profiles[*profile as usize].key),
             _ => None,
         };
         profile.into_iter().flatten().filter_map(|id| self.slot_of(id))
@@ -418,14 +507,27 @@ impl Origin {
     /// Takes an entry out of every index.
     fn detach(&mut self, slot: u32, entry: &Entry, work: &mut Work) {
         let before = Before { id: entry.id, digest: entry.digest };
+        self.bytes -= entry.bytes.len();
+        self.troubled.remove(&slot);
+        self.accounts.remove(&slot);
         match &entry.body {
-            Body::Endpoint { profile } => {
+            Body::Endpoint { profile, place } => {
                 self.endpoints -= 1;
                 work.endpoints.entry(slot).or_insert(before);
                 self.unclaim(slot, &entry.bytes, work);
-                let profile = *profile as usize;
-                self.profiles[profile].endpoints.retain(|s| *s != slot);
-                work.referred.extend(self.profiles[profile].key);
+                let (at, place) = (*profile as usize, *place as usize);
+                self.profiles[at].endpoints.swap_remove(place);
+                // The last of the list has its place now.
+                if let Some(moved) = self.profiles[at].endpoints.get(place).copied()
+                    && let Some(Entry { body: Body::Endpoint { place: of_moved, .. }, .. }) =
+                        self.entries[moved as usize].as_mut()
+                {
+                    *of_moved = place as u32;
+                }
+                work.referred.extend(self.profiles[at].key);
+                if self.profiles[at].endpoints.is_empty() {
+                    work.emptied.insert(*profile);
+                }
             }
             Body::Support(support) => {
                 self.label_sets -= usize::from(matches!(**support, Support::LabelSet { .. }));
@@ -458,10 +560,11 @@ impl Origin {
         }
         let others = self.ids.len() - self.endpoints - self.label_sets;
         let full = match &export {
-            Ok(Export::Endpoint(_)) if self.endpoints >= self.grant.max_endpoints() => Some("endpoints"),
-            Ok(Export::LabelSet { .. }) if self.label_sets >= self.grant.max_label_sets() => Some("label sets"),
+            _ if self.bytes + bytes.len() > kept_bytes(&*self.grant) => Some(BYTES),
+            Ok(Export::Endpoint(_)) if self.endpoints >= self.grant.max_endpoints() => Some(ENDPOINTS),
+            Ok(Export::LabelSet { .. }) if self.label_sets >= self.grant.max_label_sets() => Some(LABEL_SETS),
             Ok(Export::Endpoint(_) | Export::LabelSet { .. }) => None,
-            _ => (others >= MAX_OTHERS).then_some("other objects"),
+            _ => (others >= MAX_OTHERS).then_some(OTHERS),
         };
         if let Some(what) = full {
             // Only so many of these are named as well.
@@ -484,6 +587,7 @@ impl Origin {
         };
         self.ids.insert(id, slot);
         self.published = self.published.wrapping_add(digest);
+        self.bytes += bytes.len();
         let body = self.attach(slot, id, export, work);
         self.entries[slot as usize] = Some(Entry { id, digest, bytes, own, touched: revision, body, visible: false });
     }
@@ -494,6 +598,7 @@ impl Origin {
         self.detach(slot, &entry, work);
         let export = wire::read_export(&bytes)
             .map_or_else(|| Err(Refusal::Malformed("no ObjectUpdate".to_owned())), |(_, _, export)| export);
+        self.bytes += entry.bytes.len();
         entry.body = self.attach(slot, id, export, work);
         self.entries[slot as usize] = Some(entry);
     }
@@ -505,6 +610,7 @@ impl Origin {
             Err(refusal) => Body::Refused(Box::new(refusal)),
             Ok(Export::Namespace { name, labels }) => Body::Support(Box::new(Support::Namespace { name, labels })),
             Ok(Export::ServiceAccount { namespace, name, labels }) => {
+                self.accounts.insert(slot);
                 Body::Support(Box::new(Support::Account { namespace, name, labels }))
             }
             Ok(Export::LabelSet { labels }) => {
@@ -514,12 +620,13 @@ impl Origin {
             Ok(Export::Endpoint(endpoint)) => {
                 self.endpoints += 1;
                 let profile = self.profile(&endpoint, work);
-                self.profiles[profile as usize].endpoints.push(slot);
-                Body::Endpoint { profile }
+                let list = &mut self.profiles[profile as usize].endpoints;
+                list.push(slot);
+                Body::Endpoint { profile, place: list.len() as u32 - 1 }
             }
         };
         match &body {
-            Body::Endpoint { profile } => {
+            Body::Endpoint { profile, .. } => {
                 work.referred.extend(self.profiles[*profile as usize].key);
                 let before = work.supports.get(&slot).copied().unwrap_or(Before { id, digest: 0 });
                 work.endpoints.entry(slot).or_insert(before);
@@ -538,6 +645,14 @@ impl Origin {
             Export::Namespace { name, .. } if !self.grant.permits_namespace(name) => {
                 return Err(Refusal::NamespaceNotGranted(name.clone()));
             }
+            Export::Namespace { name, labels } => {
+                // Kubernetes sets it to the name, and policies go by it: another value would be another namespace.
+                if let Some((key, value)) = labels.iter().find(|(key, value)| **key == *NAME_LABEL && value != name) {
+                    return Err(Refusal::LabelNotGranted(format!("{key}={value}")));
+                }
+                labels
+            }
+            Export::ServiceAccount { labels, .. } => labels,
             Export::Endpoint(endpoint) => {
                 if let Some(address) = endpoint.addresses.iter().find(|a| !self.grant.permits_address(**a)) {
                     return Err(Refusal::AddressNotGranted(*address));
@@ -545,9 +660,9 @@ impl Origin {
                 &endpoint.own
             }
             Export::LabelSet { labels } => labels,
-            Export::Namespace { .. } | Export::ServiceAccount { .. } => return Ok(export),
         };
-        match labels.iter().find(|(key, value)| !self.grant.permits_label(key, value)) {
+        let granted = |key: &str, value: &str| key == NAME_LABEL || self.grant.permits_label(key, value);
+        match labels.iter().find(|(key, value)| !granted(key, value)) {
             Some((key, value)) => Err(Refusal::LabelNotGranted(format!("{key}={value}"))),
             None => Ok(export),
         }
@@ -558,15 +673,24 @@ impl Origin {
         let number = match self.profile_numbers.get(&key) {
             Some(number) => *number,
             None => {
-                let number = self.profiles.len() as u32;
-                self.profiles.push(Profile {
+                let new = Profile {
                     key,
                     endpoints: Vec::new(),
                     own_keys: Vec::new(),
                     matches: Vec::new(),
                     asking: Vec::new(),
                     problem: None,
-                });
+                };
+                let number = match self.free_profiles.pop() {
+                    Some(number) => {
+                        self.profiles[number as usize] = new;
+                        number
+                    }
+                    None => {
+                        self.profiles.push(new);
+                        self.profiles.len() as u32 - 1
+                    }
+                };
                 self.profile_numbers.insert(key, number);
                 for id in key.into_iter().filter(|id| *id != 0) {
                     self.referring.entry(id).or_default().push(number);
@@ -590,18 +714,17 @@ impl Origin {
 
     /// Brings everything derived up to date and says what changed.
     fn recompute(&mut self, mut work: Work, selections: &Selections, revision: u64) -> Changes {
+        self.free_emptied(std::mem::take(&mut work.emptied), &mut work);
         // An account counts only where its namespace does.
         let changed = std::mem::take(&mut work.changed_ids);
         let mut accounts = BTreeSet::new();
-        for (slot, entry) in self.slots() {
-            if changed.is_empty() {
-                break;
-            }
+        for slot in self.accounts.iter().filter(|_| !changed.is_empty()) {
+            let entry = self.live(*slot);
             if let Body::Support(support) = &entry.body
                 && let Support::Account { namespace, .. } = **support
                 && (changed.contains(&namespace) || changed.contains(&entry.id))
             {
-                accounts.insert(slot);
+                accounts.insert(*slot);
             }
         }
         let supports: Vec<u32> = work.supports.keys().copied().collect();
@@ -618,9 +741,7 @@ impl Origin {
                 work.supports.entry(slot).or_insert(Before { id: entry.id, digest: entry.digest });
                 work.profiles.extend(self.referring.get(&entry.id).into_iter().flatten());
             }
-            let entry = self.entries[slot as usize].as_mut().expect("checked above");
-            entry.visible = visible;
-            entry.touched = revision;
+            self.show(slot, visible, revision);
         }
         for number in std::mem::take(&mut work.profiles) {
             self.judge(number, selections);
@@ -635,7 +756,7 @@ impl Origin {
         let mut rivals = BTreeSet::new();
         let affected: Vec<u32> = work.endpoints.keys().copied().collect();
         for slot in &affected {
-            let Some(Entry { body: Body::Endpoint { profile }, bytes, .. }) = self.entry(*slot) else { continue };
+            let Some(Entry { body: Body::Endpoint { profile, .. }, bytes, .. }) = self.entry(*slot) else { continue };
             let fine = self.profiles[*profile as usize].problem.is_none();
             let addresses = endpoint_of(bytes).map(|e| e.addresses).unwrap_or_default();
             for address in addresses {
@@ -649,18 +770,16 @@ impl Origin {
         for slot in rivals {
             if let Some(entry) = self.entry(slot) {
                 work.endpoints.entry(slot).or_insert(Before { id: entry.id, digest: entry.digest });
-                if let Body::Endpoint { profile } = entry.body {
+                if let Body::Endpoint { profile, .. } = entry.body {
                     work.referred.extend(self.profiles[profile as usize].key);
                 }
             }
         }
         for slot in work.endpoints.keys() {
-            let Some(Entry { body: Body::Endpoint { profile }, bytes, .. }) = self.entry(*slot) else { continue };
+            let Some(Entry { body: Body::Endpoint { profile, .. }, bytes, .. }) = self.entry(*slot) else { continue };
             let visible = self.profiles[*profile as usize].problem.is_none()
                 && endpoint_of(bytes).is_some_and(|e| e.addresses.iter().all(|a| self.owners.get(a) == Some(slot)));
-            let entry = self.entries[*slot as usize].as_mut().expect("checked above");
-            entry.visible = visible;
-            entry.touched = revision;
+            self.show(*slot, visible, revision);
         }
         let mut referred = BTreeSet::new();
         for id in work.referred {
@@ -676,6 +795,40 @@ impl Origin {
         work.supports.retain(|slot, _| !self.is_endpoint(*slot));
         self.last_touched = revision;
         Changes { endpoints: work.endpoints, supports: work.supports, referred }
+    }
+
+    /// Says whether an entry counts, as of a revision.
+    fn show(&mut self, slot: u32, visible: bool, revision: u64) {
+        let entry = self.entries[slot as usize].as_mut().expect("a slot that was looked at is taken");
+        entry.visible = visible;
+        entry.touched = revision;
+        match visible {
+            true => self.troubled.remove(&slot),
+            false => self.troubled.insert(slot),
+        };
+    }
+
+    /// Forgets profiles that have no endpoint any more: label sets come and go with every job.
+    fn free_emptied(&mut self, emptied: BTreeSet<u32>, work: &mut Work) {
+        for number in emptied {
+            let profile = &mut self.profiles[number as usize];
+            if !profile.endpoints.is_empty() {
+                continue;
+            }
+            let key = profile.key;
+            (profile.own_keys, profile.matches, profile.asking, profile.problem) = Default::default();
+            self.profile_numbers.remove(&key);
+            for id in key.into_iter().filter(|id| *id != 0) {
+                if let Some(list) = self.referring.get_mut(&id) {
+                    list.retain(|it| *it != number);
+                    if list.is_empty() {
+                        self.referring.remove(&id);
+                    }
+                }
+            }
+            work.profiles.remove(&number);
+            self.free_profiles.push(number);
+        }
     }
 
     fn namespace(&self, id: u64) -> Option<(&Arc<str>, &Pairs)> {
@@ -819,6 +972,8 @@ struct Work {
     endpoints: BTreeMap<u32, Before>,
     supports: BTreeMap<u32, Before>,
     profiles: BTreeSet<u32>,
+    /// That have lost an endpoint, and may have none.
+    emptied: BTreeSet<u32>,
     referred: BTreeSet<u64>,
     changed_ids: HashSet<u64>,
     rivals: BTreeSet<u32>,

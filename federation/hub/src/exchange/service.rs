@@ -13,6 +13,7 @@ use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_server::Exchange as Wire;
 use hanse_runtime::Identity;
 use hanse_runtime::tls::peer_identity;
+use prost::Message as _;
 use tokio::sync::{Notify, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,8 +21,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::core::{Exchange, PublishId, ReceiverId};
-use super::derive::federation;
+use super::derive::Deriver;
 use super::model::ManifestKind;
+use super::wire::{MAX_PLAIN_BYTES, updates_in};
+use crate::grants::Limits;
 use crate::registry::{Lease, Registry};
 use crate::status::{PolicyState, Realisation, Realisations};
 
@@ -29,11 +32,14 @@ use crate::status::{PolicyState, Realisation, Realisations};
 const OUTBOX: usize = 4;
 /// How often a quiet stream says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(3);
-
-/// What keeps nodes from enforcing, of one cluster, that status names: some 200 bytes each.
-const MAX_PROBLEMS: usize = 32;
-/// Errors of this stand for any object.
-const EVERY_OBJECT: &str = "*";
+/// Streams of one cluster in each direction: replicas of its member, each twice while a certificate is renewed.
+const MAX_STREAMS: usize = 8;
+/// A watching stream says what it holds within this time.
+const OPENING_TIME: Duration = Duration::from_secs(30);
+/// A lease is for seconds: hearing a cluster once in this time is enough.
+const HEARD_EVERY: Duration = Duration::from_secs(1);
+/// What [`pb::ObjectError::object`] says before a federated policy's name.
+const POLICY_OBJECT: &str = "policy FederatedNetworkPolicy ";
 
 /// The exchange of this replica. Clones share it.
 #[derive(Debug, Clone)]
@@ -48,8 +54,75 @@ struct Shared {
     exchange: Mutex<Exchange>,
     /// Wakes the stream of a receiver.
     wake: Mutex<HashMap<ReceiverId, Arc<Notify>>>,
-    /// How many publishing streams each cluster has here.
+    /// How many streams each cluster has here.
     publishing: Mutex<BTreeMap<ClusterName, usize>>,
+    watching: Mutex<BTreeMap<ClusterName, usize>>,
+    rates: Mutex<BTreeMap<ClusterName, Rate>>,
+}
+
+/// One of a cluster's streams.
+#[derive(Debug)]
+struct Place {
+    shared: Arc<Shared>,
+    cluster: ClusterName,
+    of: fn(&Shared) -> &Mutex<BTreeMap<ClusterName, usize>>,
+}
+
+impl Place {
+    fn take(
+        shared: &Arc<Shared>,
+        cluster: &ClusterName,
+        of: fn(&Shared) -> &Mutex<BTreeMap<ClusterName, usize>>,
+    ) -> Result<Self, Status> {
+        let mut streams = lock(of(shared));
+        let count = streams.entry(cluster.clone()).or_default();
+        if *count >= MAX_STREAMS {
+            return Err(Status::resource_exhausted(format!("{MAX_STREAMS} such streams of the cluster are open")));
+        }
+        *count += 1;
+        Ok(Self { shared: Arc::clone(shared), cluster: cluster.clone(), of })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut streams = lock((self.of)(&self.shared));
+        if let Some(count) = streams.get_mut(&self.cluster) {
+            *count -= 1;
+            if *count == 0 {
+                streams.remove(&self.cluster);
+            }
+        }
+    }
+}
+
+/// How many updates a cluster may publish now: a bucket that fills at the granted rate, and holds a minute of it or
+/// everything that the cluster may publish, whichever is more. It may be overdrawn by one message.
+#[derive(Debug, Clone, Copy)]
+struct Rate {
+    left: f64,
+    at: tokio::time::Instant,
+    slowed: Option<tokio::time::Instant>,
+}
+
+impl Rate {
+    /// Takes `updates` out, and says how long the next ones must wait.
+    fn spend(&mut self, updates: usize, limits: Limits, now: tokio::time::Instant) -> Duration {
+        // At least one in a second, or nothing would ever end.
+        let per_second = limits.updates_per_second.max(1) as f64;
+        let full = (per_second * 60.0).max(limits.endpoints.saturating_add(limits.label_sets) as f64);
+        self.left = (self.left + now.duration_since(self.at).as_secs_f64() * per_second).min(full) - updates as f64;
+        self.at = now;
+        if self.left >= 0.0 {
+            return Duration::ZERO;
+        }
+        self.slowed = Some(now);
+        Duration::try_from_secs_f64(-self.left / per_second).unwrap_or(Duration::MAX)
+    }
+
+    fn full(now: tokio::time::Instant) -> Self {
+        Self { left: f64::MAX, at: now, slowed: None }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -59,15 +132,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Service {
     pub fn new(registry: Registry, stop: CancellationToken) -> Self {
-        Self { registry, shared: Arc::default(), stop }
+        let shared = Arc::<Shared>::default();
+        // Three chances within a lease.
+        let heartbeat = u64::try_from(registry.lease_time().as_millis() / 3).unwrap_or(u64::MAX);
+        lock(&shared.exchange).set_heartbeat(heartbeat);
+        Self { registry, shared, stop }
     }
 
     /// Follows the registry until `stop`: policies, clusters, grants, leases.
     pub async fn follow_registry(self) {
         let mut view = self.registry.subscribe();
+        let mut deriver = Deriver::default();
         loop {
             let snapshot = view.borrow_and_update().clone();
-            let newest = federation(&self.registry, &snapshot);
+            let newest = deriver.federation(&self.registry, &snapshot);
             self.with(|exchange| exchange.set_federation(newest));
             tokio::select! {
                 () = self.stop.cancelled() => return,
@@ -95,19 +173,17 @@ impl Service {
     async fn published(
         self,
         cluster: ClusterName,
+        place: Place,
         mut incoming: Streaming<pb::PublishRequest>,
         outbox: mpsc::Sender<Result<pb::PublishResponse, Status>>,
     ) {
         let id = self.with(|exchange| exchange.publish_open(cluster.clone()));
-        *lock(&self.shared.publishing).entry(cluster.clone()).or_default() += 1;
         let ended = tokio::select! {
             () = self.stop.cancelled() => Ok(()),
             ended = self.take_published(&cluster, id, &mut incoming, &outbox) => ended,
         };
         self.with(|exchange| exchange.publish_close(id));
-        if let Some(count) = lock(&self.shared.publishing).get_mut(&cluster) {
-            *count = count.saturating_sub(1);
-        }
+        drop(place);
         if let Err(status) = ended {
             tracing::info!(%cluster, error = status.message(), "publishing ended");
             let _ = outbox.send(Err(status)).await;
@@ -124,17 +200,52 @@ impl Service {
         self.heard(cluster).await?;
         let mut heard = tokio::time::Instant::now();
         while let Some(request) = incoming.message().await? {
-            // A lease is for seconds: hearing it once a second is enough.
-            if heard.elapsed() > Duration::from_secs(1) {
+            if heard.elapsed() > HEARD_EVERY {
                 self.heard(cluster).await?;
                 heard = tokio::time::Instant::now();
             }
+            if request.encoded_len() > MAX_PLAIN_BYTES {
+                return Err(Status::invalid_argument("a message has at most 4 MiB"));
+            }
+            let updates = updates_in(&request);
             let answers = self
                 .with(|exchange| exchange.publish(id, request))
                 .map_err(|error| Status::invalid_argument(error.to_string()))?;
             for answer in answers {
                 outbox.send(Ok(answer)).await.map_err(|_| Status::cancelled("the member is gone"))?;
             }
+            self.slow_down(cluster, updates, outbox).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits where a cluster publishes faster than it was granted. Nothing is lost: the stream fills up, and the member
+    /// sends the newest when there is room again. Meanwhile the cluster counts as heard.
+    async fn slow_down<T>(
+        &self,
+        cluster: &ClusterName,
+        updates: usize,
+        outbox: &mpsc::Sender<T>,
+    ) -> Result<(), Status> {
+        let Some(limits) = self.registry.snapshot().clusters.get(cluster).map(|it| it.grant.limits) else {
+            return Ok(());
+        };
+        let now = tokio::time::Instant::now();
+        let wait = {
+            let mut rates = lock(&self.shared.rates);
+            rates.entry(cluster.clone()).or_insert_with(|| Rate::full(now)).spend(updates, limits, now)
+        };
+        if wait.is_zero() {
+            return Ok(());
+        }
+        tracing::warn!(%cluster, granted = limits.updates_per_second, ?wait, "updates come faster than granted, taken later");
+        let until = now.checked_add(wait).unwrap_or(now + Duration::from_secs(86_400));
+        while tokio::time::Instant::now() < until {
+            tokio::select! {
+                () = tokio::time::sleep_until(until.min(tokio::time::Instant::now() + HEARD_EVERY)) => {}
+                () = outbox.closed() => return Err(Status::cancelled("the member is gone")),
+            }
+            self.heard(cluster).await?;
         }
         Ok(())
     }
@@ -142,11 +253,14 @@ impl Service {
     async fn watched(
         self,
         cluster: ClusterName,
+        place: Place,
         mut incoming: Streaming<pb::WatchRequest>,
         outbox: mpsc::Sender<Result<pb::WatchResponse, Status>>,
     ) {
         let opened = async {
-            let first = incoming.message().await?;
+            let first = tokio::time::timeout(OPENING_TIME, incoming.message()).await;
+            let first = first.map_err(|_| Status::deadline_exceeded("the first message took too long"))??;
+            self.heard(&cluster).await?;
             let Some(pb::watch_request::Message::Open(open)) = first.and_then(|first| first.message) else {
                 return Err(Status::invalid_argument("the first message must be open"));
             };
@@ -169,6 +283,7 @@ impl Service {
         };
         lock(&self.shared.wake).remove(&id);
         self.with(|exchange| exchange.watch_close(id));
+        drop(place);
         if let Err(status) = ended {
             tracing::info!(%cluster, error = status.message(), "watching ended");
             let _ = outbox.send(Err(status)).await;
@@ -185,11 +300,16 @@ impl Service {
     ) -> Result<(), Status> {
         let gone = |_| Status::cancelled("the member is gone");
         let mut beat = tokio::time::interval(HEARTBEAT);
+        let mut heard = tokio::time::Instant::now();
         loop {
             tokio::select! {
                 biased;
                 request = incoming.message() => {
                     let Some(request) = request? else { return Ok(()) };
+                    if heard.elapsed() > HEARD_EVERY {
+                        self.heard(cluster).await?;
+                        heard = tokio::time::Instant::now();
+                    }
                     self.with(|exchange| exchange.watch(id, request))
                         .map_err(|error| Status::invalid_argument(error.to_string()))?;
                 }
@@ -202,7 +322,6 @@ impl Service {
                     }
                 }
                 _ = beat.tick() => {
-                    self.heard(cluster).await?;
                     let message = pb::watch_response::Message::Heartbeat(pb::Heartbeat {});
                     outbox.send(Ok(pb::WatchResponse { message: Some(message) })).await.map_err(gone)?;
                 }
@@ -227,8 +346,9 @@ impl Wire for Service {
         request: Request<Streaming<pb::PublishRequest>>,
     ) -> Result<Response<Self::PublishStream>, Status> {
         let cluster = cluster_of(&request)?;
+        let place = Place::take(&self.shared, &cluster, |shared| &shared.publishing)?;
         let (outbox, sending) = mpsc::channel(OUTBOX);
-        tokio::spawn(self.clone().published(cluster, request.into_inner(), outbox));
+        tokio::spawn(self.clone().published(cluster, place, request.into_inner(), outbox));
         Ok(Response::new(Box::pin(ReceiverStream::new(sending))))
     }
 
@@ -239,29 +359,18 @@ impl Wire for Service {
         request: Request<Streaming<pb::WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let cluster = cluster_of(&request)?;
+        let place = Place::take(&self.shared, &cluster, |shared| &shared.watching)?;
         let (outbox, sending) = mpsc::channel(OUTBOX);
-        tokio::spawn(self.clone().watched(cluster, request.into_inner(), outbox));
+        tokio::spawn(self.clone().watched(cluster, place, request.into_inner(), outbox));
         Ok(Response::new(Box::pin(ReceiverStream::new(sending))))
     }
-}
-
-/// What keeps a node from enforcing, in words.
-fn problems(node: &pb::NodePosition) -> impl Iterator<Item = String> {
-    let name = &node.node;
-    let probe = (!node.probe.is_empty()).then(|| format!("node {name}: {}", node.probe));
-    let errors = node.errors.iter().map(move |it| match it.object.as_str() {
-        "" | EVERY_OBJECT => format!("node {name}: {}", it.error),
-        object => format!("node {name}: {object}: {}", it.error),
-    });
-    let pod = move |it: &pb::UnenforcedPod| {
-        format!("node {name}: pod {}/{} is not enforced: {}", it.namespace, it.name, it.reason)
-    };
-    probe.into_iter().chain(errors).chain(node.unenforced.iter().map(pod))
 }
 
 impl Realisations for Service {
     fn clusters(&self) -> BTreeMap<Arc<str>, Realisation> {
         let publishing = lock(&self.shared.publishing).clone();
+        let rates = lock(&self.shared.rates).clone();
+        let snapshot = self.registry.snapshot();
         let exchange = lock(&self.shared.exchange);
         let mut known: BTreeMap<Arc<str>, Realisation> = BTreeMap::new();
         for name in exchange.federation().clusters.keys() {
@@ -275,13 +384,16 @@ impl Realisations for Service {
                 entry.refused = total as u64;
                 entry.refusals = refusals.into_iter().map(|(id, why)| format!("object {id}: {why}")).collect();
             }
+            let slowed = rates.get(name).and_then(|rate| rate.slowed);
+            if slowed.is_some_and(|at| at.elapsed() < Duration::from_secs(60)) {
+                let granted = snapshot.clusters.get(name).map_or(0, |it| it.grant.limits.updates_per_second);
+                entry.refusals.push(format!("more than {granted} updates per second: taken later"));
+            }
             if let Some(told) = exchange.realisations().get(name) {
                 entry.enforced_revision = told.hub.as_ref().map_or(0, |at| at.revision);
                 entry.received_revision = told.received.as_ref().map_or(0, |at| at.revision);
                 (entry.agents, entry.agents_current) = (told.agents, told.agents_current);
                 entry.digests_equal = exchange.digests_equal(name);
-                entry.unenforced = told.nodes.iter().map(|node| node.unenforced_total).sum();
-                entry.problems = told.nodes.iter().flat_map(problems).take(MAX_PROBLEMS).collect();
             }
         }
         known
@@ -314,17 +426,12 @@ impl Realisations for Service {
                 }
             }
             for node in &told.nodes {
-                let of = |object: &str| node.errors.iter().find(|error| error.object == object);
-                if let Some(error) = of(policy) {
+                let names = |error: &&pb::ObjectError| error.object.strip_prefix(POLICY_OBJECT) == Some(policy);
+                if let Some(error) = node.errors.iter().find(names) {
                     return PolicyState::Refused(format!("node {}: {}", node.node, error.error));
                 }
-                if let Some(error) = of(EVERY_OBJECT) {
-                    return PolicyState::Lagging(format!("node {}: {}", node.node, error.error));
-                }
                 if node.hub_revision < needed {
-                    let failed = of("").map(|failed| format!(": {}", failed.error)).unwrap_or_default();
-                    let at = node.hub_revision;
-                    return PolicyState::Lagging(format!("node {} is at revision {at}{failed}", node.node));
+                    return PolicyState::Lagging(format!("node {} is at revision {}", node.node, node.hub_revision));
                 }
             }
             match told.hub.as_ref().map_or(0, |at| at.revision) {
@@ -334,5 +441,26 @@ impl Realisations for Service {
         };
         let enforcers = manifest.enforcers.iter().flatten();
         Some(enforcers.map(|cluster| (cluster.clone(), state(cluster))).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn updates_beyond_the_granted_rate_wait_and_are_told() {
+        let limits = Limits { endpoints: 100, label_sets: 0, updates_per_second: 10 };
+        let start = tokio::time::Instant::now();
+        let mut rate = Rate::full(start);
+        // A minute's worth, though only 100 endpoints are granted.
+        assert_eq!(rate.spend(600, limits, start), Duration::ZERO);
+        assert_eq!((rate.spend(20, limits, start), rate.slowed), (Duration::from_secs(2), Some(start)));
+        let later = start + Duration::from_secs(4);
+        assert_eq!(rate.spend(20, limits, later), Duration::ZERO, "40 have come in, 20 of them for what was taken");
+        assert_eq!(rate.spend(10, limits, later), Duration::from_secs(1));
+        // A snapshot of everything that is granted passes at once, however low the rate.
+        let slow = Limits { updates_per_second: 0, ..limits };
+        assert_eq!(Rate::full(start).spend(100, slow, start), Duration::ZERO);
     }
 }

@@ -18,11 +18,19 @@ use super::model::{ClusterState, FederatedManifest, Lease, ManifestKind, Positio
 pub const PROTOCOL: u32 = 1;
 /// Most bytes of an encoded frame.
 pub const MAX_FRAME_BYTES: usize = 1 << 20;
-/// Most bytes of any message: an interest of 16,384 selections of 250 bytes fits.
-pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
+/// Most bytes of any message: the opening of a watch, or an interest, of [`MAX_INTEREST`] selections of 60 bytes fits.
+pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
+/// Most bytes of a message that names no interest.
+pub const MAX_PLAIN_BYTES: usize = 4 << 20;
 /// Most bytes of one object that a member publishes.
 pub const MAX_EXPORT_BYTES: usize = 16 << 10;
+/// Most selections that a member registers for its own policies.
 pub const MAX_SELECTIONS: usize = 16_384;
+/// Most selections that the hub derives from policies, and their bytes; where there are more, everything is selected.
+pub const MAX_DERIVED: usize = 65_536;
+pub const MAX_DERIVED_BYTES: usize = 4 << 20;
+/// Most selections of an interest: both of these, of the policies that were and of those that will be.
+pub const MAX_INTEREST: usize = 262_144;
 const MAX_SELECTOR_BYTES: usize = 8 << 10;
 const MAX_NAME_BYTES: usize = 253;
 const MAX_KEY_BYTES: usize = 512;
@@ -61,6 +69,27 @@ pub fn read_export(bytes: &[u8]) -> Option<(u64, u64, Result<Export, Refusal>)> 
     Some((id, revision, export(update, bytes.len())))
 }
 
+/// The id alone, without reading the rest.
+pub fn id_of_export(bytes: &[u8]) -> Option<u64> {
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Id {
+        #[prost(uint64, tag = "1")]
+        id: u64,
+    }
+    Id::decode(bytes).ok().map(|it| it.id).filter(|id| *id != 0)
+}
+
+/// How many objects a message of a publisher updates or removes.
+pub fn updates_in(request: &pb::PublishRequest) -> usize {
+    match &request.message {
+        Some(pb::publish_request::Message::Frame(bytes)) => {
+            // Slices of the same bytes.
+            pb::Frame::decode(bytes.clone()).map_or(0, |frame| frame.upserts.len() + frame.removals.len())
+        }
+        _ => 0,
+    }
+}
+
 fn export(update: pb::ObjectUpdate, len: usize) -> Result<Export, Refusal> {
     if len > MAX_EXPORT_BYTES {
         return Err(Refusal::Malformed(format!("{len} bytes, of {MAX_EXPORT_BYTES}")));
@@ -83,17 +112,13 @@ fn export(update: pb::ObjectUpdate, len: usize) -> Result<Export, Refusal> {
             if it.addresses.len() > MAX_ADDRESSES || it.ports.len() > MAX_PORTS || it.node.len() > MAX_NAME_BYTES {
                 return Err(Refusal::Malformed("addresses, ports or node exceed their limit".to_owned()));
             }
-            // Receivers are relayed the bytes, and could not read them.
-            if it.ports.iter().any(|it| u8::try_from(it.protocol).is_err() || u16::try_from(it.port).is_err()) {
-                return Err(Refusal::Malformed("ports: a protocol or a number is out of range".to_owned()));
-            }
             Ok(Export::Endpoint(EndpointExport {
                 namespace: it.namespace,
                 service_account: it.service_account,
                 label_set: it.label_set,
                 own: pairs(it.labels, MAX_OWN_PAIRS)?,
                 addresses: it.addresses.iter().map(|bytes| address(bytes)).collect::<Result<_, _>>()?,
-                port_names: it.ports.into_iter().map(|port| Arc::from(port.name)).collect(),
+                port_names: it.ports.iter().map(port_name).collect::<Result<_, _>>()?,
             }))
         }
         Some(Body::Policy(_) | Body::Tier(_) | Body::NetworkSet(_)) => Err(Refusal::KindNotPublishable("policy")),
@@ -107,6 +132,13 @@ fn name(field: &str, text: &str) -> Result<Arc<str>, Refusal> {
         1..=MAX_NAME_BYTES => Ok(text.into()),
         len => Err(Refusal::Malformed(format!("{field}: {len} bytes, of 1 to {MAX_NAME_BYTES}"))),
     }
+}
+
+fn port_name(port: &pb::NamedPort) -> Result<Arc<str>, Refusal> {
+    if !(1..=65_535).contains(&port.port) || port.protocol > 255 {
+        return Err(Refusal::Malformed(format!("ports: {} of protocol {}", port.port, port.protocol)));
+    }
+    name("ports.name", &port.name)
 }
 
 fn pairs(list: Vec<pb::Pair>, max: usize) -> Result<Pairs, Refusal> {
@@ -170,11 +202,12 @@ pub fn frames(upserts: impl IntoIterator<Item = Bytes>, removals: Vec<u64>) -> V
     frames
 }
 
-pub fn read_frame(bytes: &[u8]) -> Result<pb::Frame, Refusal> {
+/// Its updates are slices of the same bytes.
+pub fn read_frame(bytes: &Bytes) -> Result<pb::Frame, Refusal> {
     if bytes.len() > MAX_FRAME_BYTES {
         return Err(Refusal::Malformed(format!("frame: {} bytes, of {MAX_FRAME_BYTES}", bytes.len())));
     }
-    pb::Frame::decode(bytes).map_err(|error| Refusal::Malformed(format!("frame: {error}")))
+    pb::Frame::decode(bytes.clone()).map_err(|error| Refusal::Malformed(format!("frame: {error}")))
 }
 
 pub fn digest_bytes(digest: u128) -> Bytes {
@@ -214,15 +247,22 @@ impl From<&Wanted> for pb::Selection {
     }
 }
 
-/// Reads selections; errors name the one that cannot be read.
-pub fn read_interest(list: Vec<pb::Selection>) -> Result<BTreeSet<Arc<Wanted>>, String> {
-    if list.len() > MAX_SELECTIONS {
-        return Err(format!("{} selections, of {MAX_SELECTIONS}", list.len()));
+/// Reads at most `max` selections; errors name the one that cannot be read.
+pub fn read_interest(list: Vec<pb::Selection>, max: usize) -> Result<BTreeSet<Arc<Wanted>>, String> {
+    if list.len() > max {
+        return Err(format!("{} selections, of {max}", list.len()));
     }
     let mut interest = BTreeSet::new();
     for (at, selection) in list.into_iter().enumerate() {
         if selection.selector.len() > MAX_SELECTOR_BYTES {
             return Err(format!("selections[{at}]: {} bytes, of {MAX_SELECTOR_BYTES}", selection.selector.len()));
+        }
+        if selection.port_names.len() > MAX_PORTS
+            || selection.port_names.iter().any(|name| name.is_empty() || name.len() > MAX_NAME_BYTES)
+        {
+            return Err(format!(
+                "selections[{at}].port_names: of 1 to {MAX_PORTS} names of 1 to {MAX_NAME_BYTES} bytes"
+            ));
         }
         let selector = Selector::parse(&selection.selector).map_err(|e| format!("selections[{at}].selector: {e}"))?;
         let clusters = match selection.clusters {

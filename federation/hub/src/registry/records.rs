@@ -27,7 +27,8 @@ pub struct TokenRecord {
 pub struct MemberRecord {
     /// The hash of the registered public key.
     pub key: String,
-    /// The key of the certificate that asked for the last renewal: it holds until the renewed one is used.
+    /// The key of the certificate that asked for the last renewal, so that its connections outlive the change: it holds until
+    /// the next renewal or its certificate's end, and renews nothing but the answer that was lost.
     #[serde(default)]
     pub previous_key: Option<String>,
     pub state: MemberState,

@@ -135,8 +135,17 @@ impl Snapshot {
                 };
                 let id = ObjectId { kind, name: name.into() };
                 if kind == Kind::MemberCluster {
-                    let grant = entry.map(|e| MemberCluster::from_manifest(&e.value)).transpose()?;
-                    let grant = grant.map(|record| Arc::new(Stored { record, revision: event.revision }));
+                    let grant = entry.map(|entry| {
+                        let record = MemberCluster::from_manifest(&entry.value).map_or_else(
+                            |error| {
+                                // Another version's: what was granted holds, and where that is not known, nothing is.
+                                tracing::error!(%error, cluster = name, "the MemberCluster cannot be read");
+                                self.grants.get(name).map(|old| old.record.clone()).unwrap_or_default()
+                            },
+                            |(record, _)| record,
+                        );
+                        Arc::new(Stored { record, revision: event.revision })
+                    });
                     set(&mut self.grants, name, grant);
                     self.merge(name, event.revision);
                 }

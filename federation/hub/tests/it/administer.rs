@@ -94,6 +94,70 @@ async fn the_authors_bytes_are_kept_and_preconditions_hold() {
 }
 
 #[tokio::test]
+async fn what_no_member_could_read_is_refused_with_its_field() {
+    let test = TestHub::start().await;
+    let mut admin = test.admin().await;
+    let good = String::from_utf8(policy("p", "platform")).unwrap();
+    for (wrong, field) in [
+        (good.replace("app == 'a'", "app = 'a'"), "spec.selector"),
+        (good.replace("\"order\"", "\"odrer\""), "odrer"),
+        (good.replace("Deny", "Refuse"), "spec.ingress[0].action"),
+        (good.replace("\"tier\":\"platform\",", ""), "spec.tier"),
+        (good.replace("all()", "env in"), "spec.clusterSelector"),
+        (String::from_utf8(member_cluster("a", &["10.0.0.0/33"])).unwrap(), "spec.grants.cidrs[0]"),
+    ] {
+        assert_ne!(wrong, good, "{field}");
+        let refused = admin.apply(apply(wrong.into_bytes())).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{field}");
+        assert!(refused.message().contains(field), "{}", refused.message());
+    }
+    let applied = admin.apply(apply(good.into_bytes())).await.unwrap().into_inner();
+    assert!(applied.warnings[0].contains("there is no Tier platform"), "{:?}", applied.warnings);
+    let name = "x".repeat(100_000);
+    let kind = wire::ObjectKind::FederatedNetworkPolicy;
+    assert_eq!(delete(&mut admin, kind, &name).await, Some(Code::InvalidArgument), "and not kept in the audit");
+}
+
+#[tokio::test]
+async fn an_administrator_is_always_left_and_denials_do_not_fill_the_audit() {
+    use wire::role::Role;
+    let test = TestHub::start().await;
+    let mut admin = test.admin().await;
+    let request = |roles| wire::CreateUserRequest {
+        name: "admin".to_owned(),
+        roles: vec![wire::Role { role: Some(roles) }],
+        request: hanse_runtime::keys::Key::generate().unwrap().request().unwrap().into(),
+    };
+    let refused = admin.create_user(request(Role::Viewer(wire::Viewer {}))).await;
+    assert_eq!(code(refused), Some(Code::FailedPrecondition), "the last administrator becomes a viewer");
+
+    let mut viewer = test.user("viewer", Role::Viewer(wire::Viewer {})).await;
+    for at in 0..20 {
+        let refused = viewer.apply(apply(policy(&format!("p-{at}"), "platform"))).await;
+        assert_eq!(code(refused), Some(Code::PermissionDenied));
+    }
+    let audit = admin.list_audit(wire::ListAuditRequest { limit: 1000 }).await.unwrap().into_inner().records;
+    assert_eq!(audit.iter().filter(|record| record.who == "user/viewer").count(), 1);
+}
+
+#[tokio::test]
+async fn a_revocation_ends_every_token_of_its_cluster() {
+    let test = TestHub::start().await;
+    let mut admin = test.admin().await;
+    test.member("train").await;
+    let token = |accept| wire::CreateTokenRequest { cluster: "train".into(), lifetime_seconds: 600, accept };
+    let mut last = String::new();
+    for _ in 0..63 {
+        last = admin.create_token(token(true)).await.unwrap().into_inner().token;
+    }
+    assert_eq!(code(admin.create_token(token(true)).await), Some(Code::ResourceExhausted));
+    let revoke = wire::RevokeClusterRequest { name: "train".to_owned(), reason: String::new() };
+    admin.revoke_cluster(revoke).await.unwrap();
+    assert_eq!(admin.list_tokens(wire::ListTokensRequest {}).await.unwrap().into_inner().tokens, []);
+    assert!(test.join("again", "train", &last).await.is_err());
+}
+
+#[tokio::test]
 async fn nets_of_clusters_never_overlap() {
     let test = TestHub::start().await;
     let mut admin = test.admin().await;

@@ -7,12 +7,13 @@ use hanse_hub::registry::ClusterState;
 use hanse_member::registration::{MemberIdentity, RegistrationError};
 use hanse_proto::federation::v1 as wire;
 use hanse_proto::federation::v1::registration_client::RegistrationClient;
+use hanse_proto::federation::v1::renewal_client::RenewalClient;
 use hanse_runtime::Identity;
-use hanse_runtime::keys::{Fingerprint, Key};
+use hanse_runtime::keys::{Credentials, Fingerprint, Key};
 use hanse_runtime::tls::{PinnedRoot, TlsClient};
 use hanse_runtime::token::Token;
 
-use crate::support::{SOON, TestHub, eventually, is_served};
+use crate::support::{SOON, TestHub, eventually, is_served, open};
 
 #[tokio::test]
 async fn a_cluster_joins_with_a_token_and_is_served() {
@@ -88,6 +89,67 @@ async fn a_token_belongs_to_its_first_key_its_cluster_and_its_time() {
     test.advance(Duration::from_secs(601));
     assert_eq!(code(ask(&test, &late, "late", &second).await), Some(tonic::Code::NotFound), "ended");
     assert_eq!(code(ask(&test, &token, "train", &first).await), Some(tonic::Code::NotFound), "ended for its key too");
+}
+
+#[tokio::test]
+async fn a_token_that_was_used_brings_nothing_back() {
+    let test = TestHub::start().await;
+    let code = |answer: Result<wire::JoinResponse, tonic::Status>| answer.err().map(|status| status.code());
+    let denied = Some(tonic::Code::PermissionDenied);
+    let [first, second] = [(); 2].map(|()| Key::generate().unwrap());
+    let [older, newer] = [test.token("train", true).await, test.token("train", true).await];
+    assert_eq!(code(ask(&test, &older, "train", &first).await), None);
+    assert_eq!(code(ask(&test, &newer, "train", &second).await), None);
+    let registered = || test.hub.registry.snapshot().revision;
+    let before = registered();
+    assert_eq!(code(ask(&test, &older, "train", &first).await), denied, "a newer token has been used");
+    assert_eq!(code(ask(&test, &newer, "train", &second).await), None, "which may ask again");
+    assert!(registered() > before);
+
+    // A member that has renewed its key is not taken back to the one that it joined with.
+    let token = test.token("serve", true).await;
+    let member = test.join("serve", "serve", &token).await.unwrap();
+    let joined_with = member.credentials().current().key;
+    let address = test.hub.address.to_string();
+    member.renew(&address).await.unwrap();
+    assert_eq!(code(ask(&test, &token, "serve", &joined_with).await), denied);
+    assert!(is_served(&member, &address).await);
+}
+
+/// What a certificate and its key may renew.
+async fn renew(test: &TestHub, credentials: &Credentials, key: &Key) -> Option<tonic::Code> {
+    let root = test.folder.path().join("ca.pem");
+    let channel = open(credentials.clone(), &root, &test.hub.address.to_string()).await.unwrap();
+    let request = wire::RenewRequest { request: key.request().unwrap().into(), ..Default::default() };
+    RenewalClient::new(channel).renew(request).await.err().map(|status| status.code())
+}
+
+#[tokio::test]
+async fn the_former_key_renews_nothing_but_the_answer_that_was_lost() {
+    let test = TestHub::start().await;
+    let member = test.member("train").await;
+    let former = member.credentials().current();
+    let [next, other] = [(); 2].map(|()| Key::generate().unwrap());
+    assert_eq!(renew(&test, &former, &next).await, None);
+    assert_eq!(renew(&test, &former, &next).await, None, "once more");
+    assert_eq!(renew(&test, &former, &other).await, Some(tonic::Code::PermissionDenied));
+    assert_eq!(renew(&test, &former, &former.key).await, Some(tonic::Code::PermissionDenied));
+}
+
+#[tokio::test]
+async fn calls_of_one_connection_are_limited_too() {
+    let test = TestHub::start().await;
+    let root = test.hub.authority.root().fingerprint();
+    let client = TlsClient::pinned(PinnedRoot::new(root, Identity::Hub)).unwrap();
+    let connection = client.connect(&test.hub.join_address.to_string()).await.unwrap();
+    assert!(connection.peer.ends_at < SystemTime::now() + Duration::from_secs(86_400));
+    let mut client = RegistrationClient::new(connection.channel);
+    let mut codes = Vec::new();
+    for _ in 0..200 {
+        let request = wire::RenewLateRequest { request: bytes::Bytes::new() };
+        codes.push(client.renew_late(request).await.unwrap_err().code());
+    }
+    assert!(codes.contains(&tonic::Code::InvalidArgument) && codes.contains(&tonic::Code::ResourceExhausted));
 }
 
 #[tokio::test]

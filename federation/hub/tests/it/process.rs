@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use hanse_proto::federation::v1 as wire;
 use hanse_runtime::keys::Credentials;
@@ -79,6 +79,12 @@ async fn kill_9_loses_nothing_accepted() {
             .success(),
         "twice"
     );
+    let seed = std::env::var("HANSE_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(|| SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().subsec_nanos().into());
+    println!("seed {seed}");
+    let mut random: u64 = seed;
     let mut accepted = Vec::new();
     let mut members = Vec::new();
     for round in 0..4_usize {
@@ -107,6 +113,9 @@ async fn kill_9_loses_nothing_accepted() {
         for _ in 0..5 + round * 3 {
             accepted.push(receiver.recv().await.unwrap());
         }
+        // At any instant of a write.
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        tokio::time::sleep(Duration::from_micros((random >> 33) % 10_000)).await;
         process.child.kill().unwrap();
         process.child.wait().unwrap();
         writing.await.unwrap();
@@ -156,4 +165,93 @@ async fn no_secret_is_in_the_log_even_at_trace() {
     for line in text.lines() {
         assert!(line.starts_with('{'), "every line is JSON: {line}");
     }
+}
+
+/// What `hanse-hub` says when it does not start; it must not take long to say it.
+fn refused(arguments: &[&str], data: &Path) -> String {
+    let output = hub().args(arguments).arg("--data").arg(data).stdin(Stdio::null()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[tokio::test]
+async fn a_hub_that_cannot_start_says_why_and_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, other, log) = (folder.path().join("hub"), folder.path().join("other"), folder.path().join("log"));
+    let [listen, join] = free_ports();
+    let run = ["run", "--listen", &listen, "--join-listen", &join];
+    let init = ["init", "--listen", &listen, "--join-listen", &join];
+    let check = |arguments: &[&str], data: &Path, expected: &[&str]| {
+        let said = refused(arguments, data);
+        assert!(expected.iter().all(|text| said.contains(text)), "expected {expected:?}: {said}");
+    };
+    check(&run, &data, &["holds no ClusterSet", "hanse-hub init"]);
+    assert!(!data.exists(), "nothing was made");
+    let ports = initialise(&data);
+    initialise(&other);
+    check(&init, &data, &["holds a ClusterSet already"]);
+    check(&init, folder.path(), &["is not empty"]);
+
+    // Without its store it would have no policies and no revocations.
+    std::fs::rename(data.join("hub.redb"), data.join("kept")).unwrap();
+    check(&run, &data, &["without its hub.redb", "backup"]);
+    std::fs::copy(other.join("hub.redb"), data.join("hub.redb")).unwrap();
+    check(&run, &data, &["another ClusterSet"]);
+    std::fs::rename(data.join("kept"), data.join("hub.redb")).unwrap();
+    use std::os::unix::fs::PermissionsExt;
+    let key = data.join("ca.key");
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o640)).unwrap();
+    check(&run, &data, &["ca.key", "0600"]);
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+
+    let process = start(&data, &ports, &log);
+    administrator(&data, &process).await;
+    check(&run, &data, &["in use by another process"]);
+    let taken = ["run", "--listen", &process.listen, "--join-listen", &join];
+    check(&taken, &other, &["listen on", "in use"]);
+    drop(process);
+
+    // An init that was cut short is repeated, and not served.
+    std::fs::write(other.join("init.unfinished"), b"").unwrap();
+    check(&run, &other, &["cut short"]);
+    let before = std::fs::read(other.join("ca.pem")).unwrap();
+    initialise(&other);
+    assert_ne!(std::fs::read(other.join("ca.pem")).unwrap(), before);
+}
+
+/// The answer of a monitoring page.
+async fn page(address: &str, path: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let Ok(mut stream) = tokio::net::TcpStream::connect(address).await else { return String::new() };
+    let request = format!("GET {path} HTTP/1.1\r\nHost: hub\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    text
+}
+
+#[tokio::test]
+async fn a_hub_tells_its_health_and_stops_when_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("hub");
+    let [listen, join] = initialise(&data);
+    let [health, metrics] = free_ports();
+    let mut child = hub()
+        .args(["run", "--listen", &listen, "--join-listen", &join, "--health-listen", &health])
+        .args(["--metrics-listen", &metrics, "--data"])
+        .arg(&data)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    crate::support::eventually("ready", || async { page(&health, "/readyz").await.ends_with("ready") }).await;
+    assert!(page(&health, "/healthz").await.ends_with("ok"));
+    let text = page(&metrics, "/metrics").await;
+    for name in ["hanse_hub_connections", "hanse_hub_registry_revision", "hanse_hub_clusters", "hanse_hub_endpoints"] {
+        assert!(text.contains(name), "{name}: {text}");
+    }
+    let stopped = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(stopped.success());
+    let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
+    let status = tokio::time::timeout(SOON, ended).await.expect("it stops").unwrap();
+    assert_eq!(status.code(), Some(0));
 }

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hanse_proto::agent::v1 as wire;
-use hanse_proto::federation::v1::UnenforcedPod;
-use hanse_ruleset::{Delta, Digest};
+use hanse_ruleset::{Delta, Digest, RuleSet};
 use hanse_runtime::Identity;
 use hanse_runtime::agent_wire::{encode, generation, parse_digest, parse_generation};
 use hanse_runtime::keys::RequestedKey;
@@ -17,18 +16,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Fanout, Place, Target, enrol};
+use super::{Fanout, enrol};
 use crate::registration::MemberIdentity;
 
 /// Messages that wait for an agent's connection: 4 MiB at most.
 const OUTBOX: usize = 4;
 /// After a delta that could not be put in force, it is tried again after this long even when nothing changed.
 const RETRY: Duration = Duration::from_secs(5);
-
-/// Refusals, and pods that are not enforced, of one ack; more are not kept.
-const MAX_TOLD: usize = 1_000;
-/// Bytes of one text of theirs.
-const MAX_TEXT: usize = 512;
 
 #[derive(Debug)]
 pub struct Service {
@@ -65,14 +59,8 @@ impl wire::agents_server::Agents for Service {
         let (fanout, stop) = (self.fanout.clone(), self.stop.clone());
         tokio::spawn(async move {
             let (target, number, replaced) = fanout.attach(&node);
-            let stream = AgentStream {
-                node: node.clone(),
-                fanout: fanout.clone(),
-                outbox,
-                held: None,
-                in_flight: None,
-                not_before: None,
-            };
+            let stream =
+                AgentStream { node: node.clone(), fanout: fanout.clone(), outbox, held: None, in_flight: None };
             let ended = tokio::select! {
                 () = stop.cancelled() => Ok(()),
                 () = replaced.cancelled() => Ok(()),
@@ -92,29 +80,26 @@ struct AgentStream {
     fanout: Fanout,
     outbox: mpsc::Sender<Result<wire::MemberToAgent, Status>>,
     /// What the agent has acknowledged, where we know its contents.
-    held: Option<Arc<Target>>,
+    held: Option<Arc<RuleSet>>,
     /// What was sent and is not acknowledged.
-    in_flight: Option<Arc<Target>>,
-    /// The newest could not be put in force: it is not sent again before, but something newer is.
-    not_before: Option<tokio::time::Instant>,
+    in_flight: Option<Arc<RuleSet>>,
 }
 
 impl AgentStream {
     async fn run(
         mut self,
         mut incoming: Streaming<wire::AgentToMember>,
-        mut target: watch::Receiver<Option<Arc<Target>>>,
+        mut target: watch::Receiver<Option<Arc<RuleSet>>>,
     ) -> Result<(), Status> {
         let mut greeted = false;
         loop {
-            let idle = greeted && self.in_flight.is_none();
-            if idle && self.not_before.is_none() {
+            if greeted && self.in_flight.is_none() {
                 let newest = target.borrow_and_update().clone();
                 if let Some(newest) = newest {
                     self.send(newest).await?;
                 }
             }
-            let (idle, not_before) = (greeted && self.in_flight.is_none(), self.not_before);
+            let idle = self.in_flight.is_none();
             tokio::select! {
                 message = incoming.message() => {
                     use wire::agent_to_member::Message;
@@ -124,59 +109,45 @@ impl AgentStream {
                             greeted = true;
                             self.hello(&hello, &target)?;
                         }
-                        Some(Message::Ack(ack)) => self.ack(ack)?,
+                        Some(Message::Ack(ack)) => self.ack(ack).await?,
                         None => return Err(Status::invalid_argument("message is missing or not understood")),
                     }
                 }
-                changed = target.changed(), if idle => {
+                changed = target.changed(), if greeted && idle => {
                     changed.map_err(|_| Status::unavailable("the node is gone"))?;
                     target.mark_changed();
-                    self.not_before = None;
                 }
-                () = until(not_before), if idle && not_before.is_some() => self.not_before = None,
             }
         }
     }
 
     /// Where the agent holds what we would send anyway, its contents are known.
-    fn hello(&mut self, hello: &wire::Hello, target: &watch::Receiver<Option<Arc<Target>>>) -> Result<(), Status> {
+    fn hello(&mut self, hello: &wire::Hello, target: &watch::Receiver<Option<Arc<RuleSet>>>) -> Result<(), Status> {
         let digest = parse_digest(&hello.digest).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let whole_did_not_fit = self.in_flight.take().is_some() && self.held.is_none();
-        self.not_before = whole_did_not_fit.then(|| tokio::time::Instant::now() + RETRY);
-        self.held = target.borrow().clone().filter(|target| target.node.digest == digest).map(|target| {
-            let place = Place { generation: parse_generation(hello.generation), ..Place::default() };
-            Arc::new(Target { node: target.node.clone(), place })
+        self.in_flight = None;
+        self.held = target.borrow().clone().filter(|rules| rules.digest() == digest).map(|rules| {
+            let generation = parse_generation(hello.generation);
+            Arc::new(RuleSet { generation, hub_revision: 0, local_revision: 0, ..(*rules).clone() })
         });
         Ok(())
     }
 
     /// Sends what turns what is held into `newest`; its position alone where the digest is the same.
-    async fn send(&mut self, newest: Arc<Target>) -> Result<(), Status> {
-        let place = newest.place;
-        let same = self.held.as_ref().filter(|held| held.node.digest == newest.node.digest);
+    async fn send(&mut self, newest: Arc<RuleSet>) -> Result<(), Status> {
+        let place = |rules: &RuleSet| (rules.generation, rules.hub_revision, rules.local_revision);
+        let same = self.held.as_ref().filter(|held| held.digest() == newest.digest());
         if let Some(held) = same {
-            if held.place == place {
+            if place(held) == place(&newest) {
                 return Ok(());
             }
             let position = wire::Position {
-                generation: Some(generation(place.generation)),
-                revisions: Some(wire::Revisions { hub: place.hub_revision, local: place.local_revision }),
+                generation: Some(generation(newest.generation)),
+                revisions: Some(wire::Revisions { hub: newest.hub_revision, local: newest.local_revision }),
             };
             let message = wire::member_to_agent::Message::Position(position);
             self.push(wire::MemberToAgent { message: Some(message) }).await?;
         } else {
-            let messages = {
-                let held = self.held.as_ref().map(|held| &held.node);
-                let step = held.and_then(|held| newest.node.delta_from(held.digest));
-                let mut delta = step.unwrap_or_else(|| {
-                    let held = held.map(|held| (&*held.rules, held.digest));
-                    Delta::between_known(held, &newest.node.rules, newest.node.digest)
-                });
-                delta.generation = place.generation;
-                (delta.hub_revision, delta.local_revision) = (place.hub_revision, place.local_revision);
-                encode(&delta)
-            };
-            for message in messages {
+            for message in encode(&Delta::between(self.held.as_deref(), &newest)) {
                 self.push(message).await?;
             }
         }
@@ -188,150 +159,36 @@ impl AgentStream {
         self.outbox.send(Ok(message)).await.map_err(|_| Status::cancelled("the agent is gone"))
     }
 
-    fn ack(&mut self, ack: wire::Ack) -> Result<(), Status> {
-        let digest: Digest = parse_digest(&ack.digest).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    async fn ack(&mut self, ack: wire::Ack) -> Result<(), Status> {
+        let held: Digest = parse_digest(&ack.digest).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let revisions = ack.revisions.unwrap_or_default();
-        let generation = parse_generation(ack.generation);
-        let place = Place { generation, hub_revision: revisions.hub, local_revision: revisions.local };
-        let failed = (!ack.failed.is_empty()).then(|| bounded(ack.failed));
-        // An agent may tell anew of what it holds, for a pod of it came; that is no answer to what is under way.
-        let of_old = failed.is_none()
-            && self.held.as_ref().is_some_and(|held| (held.node.digest, held.place) == (digest, place))
-            && self.in_flight.as_ref().is_none_or(|sent| sent.place != place);
-        if !of_old {
-            // Where what the agent has is not what we thought: from the beginning, and not at once.
-            self.not_before = failed.is_some().then(|| tokio::time::Instant::now() + RETRY);
-            self.held = self.in_flight.take().filter(|sent| failed.is_none() && sent.node.digest == digest);
-        }
-        let unenforced = ack.unenforced.into_iter().take(MAX_TOLD).map(|it| UnenforcedPod {
-            namespace: bounded(it.namespace),
-            name: bounded(it.name),
-            reason: bounded(it.reason),
-        });
-        let unenforced = unenforced.collect();
-        let refused = ack.refusals.into_iter().take(MAX_TOLD).map(|it| (bounded(it.object), bounded(it.reason)));
-        let refused = refused.collect();
+        let failed = (!ack.failed.is_empty()).then_some(ack.failed);
+        let (generation, now) = (parse_generation(ack.generation), Instant::now());
+        // Otherwise it is news of what is in force, such as a probe's: what is under way still is.
+        let answers = self.in_flight.as_ref().is_some_and(|sent| failed.is_some() || sent.generation == generation);
+        let known = self.held.as_ref().is_some_and(|ours| ours.digest() == held);
+        let done = self.in_flight.take_if(|_| answers).filter(|sent| failed.is_none() && sent.digest() == held);
+        let failed_again = failed.is_some();
         self.fanout.update(&self.node, |status| {
-            status.place = place;
-            status.digest = digest;
-            status.refused = refused;
+            status.generation = generation;
+            status.digest = held;
+            status.hub_revision = revisions.hub;
+            status.local_revision = revisions.local;
+            status.refused = ack.refusals.into_iter().map(|it| (it.object, it.reason)).collect();
             status.failed = failed;
-            status.probe = bounded(ack.probe);
-            status.unenforced = unenforced;
-            status.heard = Some(Instant::now());
+            status.heard = Some(now);
         });
-        Ok(())
-    }
-}
-
-/// At most [`MAX_TEXT`] bytes of what an agent says.
-fn bounded(mut text: String) -> String {
-    text.truncate(text.floor_char_boundary(MAX_TEXT));
-    text
-}
-
-async fn until(at: Option<tokio::time::Instant>) {
-    if let Some(at) = at {
-        tokio::time::sleep_until(at).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use hanse_ruleset::{Generation, NodeConfig, RuleSet};
-    use wire::member_to_agent::Message;
-
-    use super::*;
-    use crate::world::NodeRules;
-
-    struct Sent {
-        stream: AgentStream,
-        outbox: mpsc::Receiver<Result<wire::MemberToAgent, Status>>,
-        _folder: tempfile::TempDir,
-    }
-
-    impl Sent {
-        fn new() -> Self {
-            let folder = tempfile::tempdir().expect("a folder");
-            let fanout = Fanout::new(folder.path(), Duration::from_secs(60)).expect("a term");
-            let (outbox, sent) = mpsc::channel(16);
-            fanout.attach(&"n".into());
-            let node = "n".into();
-            let stream = AgentStream { node, fanout, outbox, held: None, in_flight: None, not_before: None };
-            Self { stream, outbox: sent, _folder: folder }
-        }
-
-        /// What is sent: the digest that a delta starts from, or none for a whole or a position.
-        async fn send(&mut self, target: &Arc<Target>) -> Option<Digest> {
-            self.stream.send(Arc::clone(target)).await.expect("there is room");
-            let mut base = None;
-            while let Ok(message) = self.outbox.try_recv() {
-                if let Some(Message::Begin(begin)) = message.expect("a message").message {
-                    base = (!begin.base.is_empty()).then(|| parse_digest(&begin.base).expect("a digest"));
+        match done {
+            Some(done) => self.held = Some(done),
+            None if !answers && known => {}
+            // What the agent has is not what we thought: from the beginning, and not at once.
+            None => {
+                self.held = None;
+                if failed_again {
+                    tokio::time::sleep(RETRY).await;
                 }
             }
-            base
         }
-
-        fn ack(&mut self, target: &Target, failed: &str, probe: &str) {
-            let place = target.place;
-            let ack = wire::Ack {
-                generation: Some(generation(place.generation)),
-                digest: hanse_runtime::agent_wire::digest(target.node.digest),
-                revisions: Some(wire::Revisions { hub: place.hub_revision, local: place.local_revision }),
-                failed: failed.to_owned(),
-                probe: probe.to_owned(),
-                ..wire::Ack::default()
-            };
-            self.stream.ack(ack).expect("an ack");
-        }
-    }
-
-    /// A rule set that differs by number.
-    fn target(number: u64) -> Arc<Target> {
-        let range = format!("10.0.{number}.0/24").parse().expect("a net");
-        let node = NodeConfig { pod_ranges: vec![range], ..NodeConfig::default() };
-        let rules = Arc::new(RuleSet { node, ..RuleSet::default() });
-        let digest = rules.digest();
-        let place = Place { generation: Generation { term: 1, number }, hub_revision: number, local_revision: 1 };
-        Arc::new(Target { node: NodeRules { rules, digest, step: None }, place })
-    }
-
-    #[tokio::test]
-    async fn news_of_what_is_held_is_no_answer_to_what_is_under_way() {
-        let (first, second) = (target(1), target(2));
-        let mut sent = Sent::new();
-        assert_eq!(sent.send(&first).await, None, "the whole");
-        sent.ack(&first, "", "");
-        assert_eq!(sent.send(&second).await, Some(first.node.digest));
-        sent.ack(&first, "", "no pod has answered");
-        assert!(sent.stream.in_flight.is_some(), "still under way");
-        let told = || sent.stream.fanout.realisation()["n"].clone();
-        assert_eq!((told().probe.as_str(), told().place.hub_revision), ("no pod has answered", 1));
-        sent.ack(&second, "", "");
-        assert!(sent.stream.in_flight.is_none());
-        assert_eq!(sent.stream.held.as_ref().map(|it| it.node.digest), Some(second.node.digest));
-        assert_eq!(sent.stream.fanout.realisation()["n"].place.hub_revision, 2);
-    }
-
-    #[tokio::test]
-    async fn what_was_refused_is_sent_whole_and_not_at_once() {
-        let (first, second) = (target(1), target(2));
-        let mut sent = Sent::new();
-        sent.send(&first).await;
-        sent.ack(&first, "", "");
-        sent.send(&second).await;
-        sent.ack(&first, "the kernel refused", "");
-        let told = sent.stream.fanout.realisation()["n"].clone();
-        assert_eq!((told.failed.as_deref(), told.place.hub_revision), (Some("the kernel refused"), 1));
-        assert!(sent.stream.not_before.is_some());
-        assert_eq!(sent.send(&second).await, None, "from the beginning");
-        // One that cannot use even the whole greets anew, for ever if it were asked at once.
-        sent.stream.not_before = None;
-        let (_, current) = watch::channel(Some(second));
-        sent.stream
-            .hello(&wire::Hello { digest: vec![0; 16].into(), ..wire::Hello::default() }, &current)
-            .expect("a hello");
-        assert!(sent.stream.not_before.is_some());
+        Ok(())
     }
 }

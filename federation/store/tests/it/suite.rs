@@ -98,21 +98,23 @@ async fn a_watch_below_the_floor_says_so() {
 
 #[tokio::test(start_paused = true)]
 async fn a_lease_that_nobody_renews_takes_its_keys() {
-    let store = in_memory();
-    let second = Duration::from_secs(1);
-    let lease = store.grant_lease(second).await.unwrap();
-    store.commit(Transaction::default().put_with_lease(key(&["l"]), "1", lease)).await.unwrap();
-    for _ in 0..5 {
-        tokio::time::sleep(second * 3 / 4).await;
-        store.renew_lease(lease).await.unwrap();
-    }
-    assert!(store.read(&key(&["l"])).await.unwrap().is_some(), "renewed");
-    let mut watch = store.watch(prefix(&["l"]), store.revision().await.unwrap()).await.unwrap();
-    let event = watch.next().await.unwrap().remove(0);
-    assert!(event.entry.is_none() && store.read(&key(&["l"])).await.unwrap().is_none());
-    assert!(matches!(store.renew_lease(lease).await, Err(StoreError::NoLease(_))));
-    let dead = Transaction::default().put_with_lease(key(&["l"]), "2", lease);
-    assert!(matches!(store.commit(dead).await, Err(StoreError::NoLease(_))));
+    on_each(|store| async move {
+        let second = Duration::from_secs(1);
+        let lease = store.grant_lease(second).await.unwrap();
+        store.commit(Transaction::default().put_with_lease(key(&["l"]), "1", lease)).await.unwrap();
+        for _ in 0..5 {
+            tokio::time::sleep(second * 3 / 4).await;
+            store.renew_lease(lease).await.unwrap();
+        }
+        assert!(store.read(&key(&["l"])).await.unwrap().is_some(), "renewed");
+        let mut watch = store.watch(prefix(&["l"]), store.revision().await.unwrap()).await.unwrap();
+        let event = watch.next().await.unwrap().remove(0);
+        assert!(event.entry.is_none() && store.read(&key(&["l"])).await.unwrap().is_none());
+        assert!(matches!(store.renew_lease(lease).await, Err(StoreError::NoLease(_))));
+        let dead = Transaction::default().put_with_lease(key(&["l"]), "2", lease);
+        assert!(matches!(store.commit(dead).await, Err(StoreError::NoLease(_))));
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use pb::publish_response::Message as Response;
 
 use super::Exchange;
 use crate::exchange::model::Position;
-use crate::exchange::origin::{Batch, BatchError};
+use crate::exchange::origin::{Batch, BatchError, Origin, StagedLimits};
 use crate::exchange::wire;
 
 /// Refusals that one message names.
@@ -37,8 +37,6 @@ pub enum PublishError {
     Version(u32),
     #[error("cluster is not accepted")]
     NotAccepted,
-    #[error("a batch names more objects than may be published")]
-    TooLarge,
 }
 
 impl Exchange {
@@ -75,7 +73,7 @@ impl Exchange {
                 publisher.epoch = Some(open.epoch);
                 let number = self.origin_number(&cluster).ok_or(PublishError::NotAccepted)?;
                 let held = self.origins[number].as_ref().filter(|o| o.synced).map(|o| o.position.into());
-                vec![Response::Welcome(pb::PublishWelcome { held, heartbeat_ms: 0 })]
+                vec![Response::Welcome(pb::PublishWelcome { held, heartbeat_ms: self.heartbeat_ms })]
             }
             _ if publisher.epoch.is_none() => return Err(PublishError::Protocol("the first message is not open")),
             Request::Begin(begin) => {
@@ -88,18 +86,16 @@ impl Exchange {
                 let batch = publisher.staged.as_mut().ok_or(PublishError::Protocol("a frame outside of a batch"))?;
                 let frame =
                     wire::read_frame(&bytes).map_err(|_| PublishError::Protocol("a frame that cannot be read"))?;
+                let state = self.hub.federation.clusters.get(&cluster).ok_or(PublishError::NotAccepted)?;
+                let limits = StagedLimits::of(&*state.grant);
                 for id in frame.removals {
-                    batch.updates.insert(id, None);
+                    batch.put(id, None, limits);
                 }
                 for update in frame.upserts {
-                    match wire::read_export(&update) {
-                        Some((id, _, _)) => drop(batch.updates.insert(id, Some(Arc::from(&update[..])))),
+                    match wire::id_of_export(&update) {
+                        Some(id) => batch.put(id, Some(&update), limits),
                         None => batch.unreadable += 1,
                     }
-                }
-                // Twice everything that any grant allows to be kept would still be refused one by one; beyond, give up.
-                if batch.updates.len() > 4_000_000 {
-                    return Err(PublishError::TooLarge);
                 }
                 Vec::new()
             }
@@ -117,7 +113,11 @@ impl Exchange {
                 }
                 Vec::new()
             }
-            Request::Heartbeat(_) => Vec::new(),
+            // A grant may have been widened, or others of the objects have gone: what was not kept is asked for again.
+            Request::Heartbeat(_) => match self.origin(&cluster).is_some_and(Origin::has_room) {
+                true => vec![Response::Resync(pb::Resync { reason: "there is room for what was refused".to_owned() })],
+                false => Vec::new(),
+            },
         };
         Ok(answers.into_iter().map(|message| pb::PublishResponse { message: Some(message) }).collect())
     }

@@ -17,6 +17,7 @@ use pb::watch_response::Message as Response;
 use super::{Exchange, HubObjects, MAX_DIRTY};
 use crate::exchange::model::{Interest, Lease, Position};
 use crate::exchange::wire;
+use crate::registry::MAX_CLUSTERS;
 
 /// How far a receiver's position may fall behind while nothing of interest to it changes: half of the removals remembered.
 const MAX_LAG: u64 = super::super::origin::MAX_TOMBSTONES as u64 / 2;
@@ -51,8 +52,10 @@ pub(super) struct Receiver {
     pub(super) class: usize,
     /// The class of the interest that the receiver came with, while anything resumes from it.
     held_class: Option<usize>,
-    interest: Interest,
+    interest: Arc<Interest>,
     own: Interest,
+    /// What it should be sent: of its policies and its own wishes.
+    target: Arc<Interest>,
     number: u64,
     hub: HubCursor,
     cursors: HashMap<usize, Cursor>,
@@ -78,8 +81,8 @@ pub(super) struct Receiver {
 struct Opening {
     hub: Option<Position>,
     hub_digest: Option<u128>,
-    held: Vec<(ClusterName, Held)>,
-    interest: Interest,
+    held: HashMap<ClusterName, Held>,
+    interest: Arc<Interest>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -188,20 +191,24 @@ impl Exchange {
         if self.hub.loaded && !self.hub.federation.clusters.contains_key(&cluster) {
             return Err(WatchError::NotAccepted);
         }
-        let mut held = Vec::new();
+        if open.held.len() > MAX_CLUSTERS {
+            return Err(WatchError::Protocol(format!("held: {} origins, of {MAX_CLUSTERS}", open.held.len())));
+        }
+        let mut held = HashMap::new();
         for it in open.held {
             let position = it.position.ok_or_else(|| WatchError::Protocol("held.position: missing".to_owned()))?;
             let state = Held { position: position.into(), view: it.view, digest: wire::read_digest(&it.digest) };
-            held.push((ClusterName::from(it.origin), state));
+            held.insert(ClusterName::from(it.origin), state);
         }
         let opening = Opening {
             hub: open.hub.map(Position::from),
             hub_digest: wire::read_digest(&open.hub_digest),
             held,
-            interest: wire::read_interest(open.interest).map_err(WatchError::Protocol)?,
+            interest: Arc::new(wire::read_interest(open.interest, wire::MAX_INTEREST).map_err(WatchError::Protocol)?),
         };
-        let own = wire::read_interest(open.own).map_err(WatchError::Protocol)?;
-        let class = self.acquire_class(&Interest::new());
+        let own = wire::read_interest(open.own, wire::MAX_SELECTIONS).map_err(WatchError::Protocol)?;
+        let nothing = Arc::new(Interest::new());
+        let class = self.acquire_class(&nothing);
         let id = ReceiverId(self.next_id);
         self.next_id += 1;
         let receiver = Receiver {
@@ -209,8 +216,9 @@ impl Exchange {
             open: Some(Box::new(opening)),
             class,
             held_class: None,
-            interest: Interest::new(),
+            interest: Arc::clone(&nothing),
             own,
+            target: nothing,
             number: 0,
             hub: HubCursor::default(),
             cursors: HashMap::new(),
@@ -249,7 +257,9 @@ impl Exchange {
             None | Some(Request::Heartbeat(_)) => return Ok(()),
             Some(Request::Open(_)) => return Err(WatchError::Protocol("open comes once".to_owned())),
             Some(Request::Own(own)) => {
-                receiver.own = wire::read_interest(own.selections).map_err(WatchError::Protocol)?;
+                receiver.own =
+                    wire::read_interest(own.selections, wire::MAX_SELECTIONS).map_err(WatchError::Protocol)?;
+                self.aim(id);
             }
             Some(Request::Ack(ack)) => match ack.what {
                 Some(pb::watch_ack::What::InForce(it)) => {
@@ -268,7 +278,7 @@ impl Exchange {
                 None => {}
             },
         }
-        self.retarget(id);
+        self.retarget(id, &mut Unions::default());
         self.ready.insert(id);
         Ok(())
     }
@@ -330,7 +340,7 @@ impl Exchange {
             }
             if receiver.hub.first && self.has_news(id) {
                 // Origins were heard since the interest was told: the policies of this batch wait for them as well.
-                let interest = self.receivers.get(&id)?.interest.clone();
+                let interest = Arc::clone(&self.receivers.get(&id)?.interest);
                 self.switch(id, interest);
                 continue;
             }
@@ -358,7 +368,8 @@ impl Exchange {
         }
         let Some(open) = receiver.open.take() else { return false };
         let cluster = receiver.cluster.clone();
-        receiver.notices.push_back(Response::Welcome(pb::WatchWelcome { heartbeat_ms: 0 }));
+        let heartbeat_ms = self.heartbeat_ms;
+        receiver.notices.push_back(Response::Welcome(pb::WatchWelcome { heartbeat_ms }));
         let hub = &mut receiver.hub;
         let digest = self.hub.digest_for(&cluster);
         match open.hub {
@@ -371,20 +382,24 @@ impl Exchange {
             _ => hub.snapshot = true,
         }
         hub.first = hub.snapshot || !hub.dirty.is_empty();
-        receiver.interest = open.interest.clone();
-        for (origin, _) in &open.held {
+        receiver.interest = Arc::clone(&open.interest);
+        for origin in open.held.keys() {
             if !self.hub.federation.clusters.contains_key(origin) {
                 receiver.urgent.push_back(Response::Withdrawn(pb::Withdrawn { cluster: origin.to_string() }));
             }
         }
-        let target = self.target(&cluster, id);
-        let interest: Interest = open.interest.union(&target).cloned().collect();
+        self.aim(id);
+        let target = self.receivers.get(&id).map(|receiver| Arc::clone(&receiver.target)).unwrap_or_default();
+        let interest = match open.interest.is_subset(&target) {
+            true => target,
+            false => Arc::new(open.interest.union(&target).cloned().collect()),
+        };
         let held_class = self.acquire_class(&open.interest);
         let origins: Vec<ClusterName> = self.hub.federation.clusters.keys().cloned().collect();
         let mut cursors = HashMap::new();
         for name in origins {
             let Some(number) = self.origin_number(&name).filter(|_| name != cluster) else { continue };
-            let held = open.held.iter().find(|(origin, _)| *origin == name).map(|(_, held)| *held);
+            let held = open.held.get(&name).copied();
             let wants = held.map_or(Wants::Snapshot, Wants::Resume);
             cursors.insert(number, Cursor { wants, shown: held.is_some(), ..Cursor::default() });
         }
@@ -411,31 +426,38 @@ impl Exchange {
         receiver.cursors.iter().any(is_news)
     }
 
-    /// What a receiver should be sent, from its policies and its own wishes.
-    fn target(&self, cluster: &str, id: ReceiverId) -> Interest {
-        let derived = self.derived.get(cluster).map(|interest| (**interest).clone()).unwrap_or_default();
-        let own = self.receivers.get(&id).map(|receiver| receiver.own.clone()).unwrap_or_default();
-        derived.into_iter().chain(own).collect()
+    /// Brings up to date what a receiver should be sent.
+    fn aim(&mut self, id: ReceiverId) {
+        let Some(receiver) = self.receivers.get_mut(&id) else { return };
+        let derived = self.derived.of(&receiver.cluster);
+        receiver.target = match receiver.own.is_subset(&derived) {
+            true => derived,
+            false => Arc::new(derived.union(&receiver.own).cloned().collect()),
+        };
     }
 
     /// Widens a receiver's interest when it lacks something, and narrows it when nothing in force needs the rest.
-    fn retarget(&mut self, id: ReceiverId) {
-        let Some(receiver) = self.receivers.get(&id).filter(|receiver| receiver.open.is_none()) else { return };
-        let target = self.target(&receiver.cluster, id);
-        if !target.is_subset(&receiver.interest) {
-            let interest = receiver.interest.union(&target).cloned().collect();
-            self.switch(id, interest);
-        } else if target.len() < receiver.interest.len()
-            && receiver.acked == (receiver.number, receiver.hub.sent)
+    fn retarget(&mut self, id: ReceiverId, unions: &mut Unions) {
+        let Some(receiver) = self.receivers.get_mut(&id).filter(|receiver| receiver.open.is_none()) else { return };
+        let (target, interest) = (Arc::clone(&receiver.target), Arc::clone(&receiver.interest));
+        if Arc::ptr_eq(&target, &interest) {
+            return;
+        }
+        let rests = receiver.acked == (receiver.number, receiver.hub.sent)
             && !receiver.hub.snapshot
-            && receiver.hub.dirty.is_empty()
-        {
+            && receiver.hub.dirty.is_empty();
+        let union = unions.of(&interest, &target);
+        if union.len() > interest.len() {
+            self.switch(id, union);
+        } else if target.len() == interest.len() {
+            receiver.interest = target;
+        } else if rests {
             self.switch(id, target);
         }
     }
 
     /// Gives a receiver its next interest.
-    fn switch(&mut self, id: ReceiverId, interest: Interest) {
+    fn switch(&mut self, id: ReceiverId, interest: Arc<Interest>) {
         let new = self.acquire_class(&interest);
         let Some(receiver) = self.receivers.get(&id) else { return };
         let (cluster, old) = (receiver.cluster.clone(), receiver.class);
@@ -477,31 +499,48 @@ impl Exchange {
         self.release_class(old);
     }
 
-    /// The federation changed: marks what receivers must be told of it.
-    pub(super) fn federation_changed(&mut self) {
+    /// The federation changed: marks what receivers must be told of it. `clusters` are those of which something is another
+    /// now, `retargeted` those whose policies can select something else.
+    pub(super) fn federation_changed(
+        &mut self,
+        clusters: &[ClusterName],
+        retargeted: BTreeSet<ClusterName>,
+        restarted: bool,
+    ) {
         let revision = self.hub.federation.position.revision;
         let changed: Vec<u64> = self.hub.since(revision.saturating_sub(1)).collect();
+        // Their visibility or leases may have changed.
+        let origins: Vec<usize> = clusters.iter().filter_map(|name| self.origin_numbers.get(name)).copied().collect();
+        let mut unions = Unions::default();
         let ids: Vec<ReceiverId> = self.receivers.keys().copied().collect();
         for id in ids {
-            if let Some(receiver) = self.receivers.get_mut(&id)
-                && receiver.open.is_none()
-            {
-                if receiver.hub.sent.epoch != self.hub.federation.position.epoch {
-                    receiver.hub.snapshot = true;
-                }
-                let told = changed.iter().filter(|id| {
-                    self.hub
-                        .objects
-                        .get(*id)
-                        .is_none_or(|o| o.is_for(&receiver.cluster) || o.was_for(&receiver.cluster))
-                });
-                receiver.hub.dirty.extend(told);
-                receiver.ahead.extend(&receiver.pending);
-                // Visibility or leases may have changed.
+            let Some(receiver) = self.receivers.get_mut(&id) else { continue };
+            if receiver.open.is_some() {
+                // It may have waited for this revision.
+                self.ready.insert(id);
+                continue;
+            }
+            if receiver.hub.sent.epoch != self.hub.federation.position.epoch {
+                receiver.hub.snapshot = true;
+            }
+            let told = changed.iter().filter(|id| {
+                let object = self.hub.objects.get(*id);
+                object.is_none_or(|o| o.is_for(&receiver.cluster) || o.was_for(&receiver.cluster))
+            });
+            receiver.hub.dirty.extend(told);
+            receiver.ahead.extend(&receiver.pending);
+            receiver.pending.extend(origins.iter().filter(|number| receiver.cursors.contains_key(*number)));
+            if restarted {
                 receiver.pending.extend(receiver.cursors.keys());
             }
-            self.retarget(id);
-            self.ready.insert(id);
+            let aims = retargeted.contains(&receiver.cluster);
+            if !receiver.hub.dirty.is_empty() || receiver.hub.snapshot || !receiver.pending.is_empty() || aims {
+                self.ready.insert(id);
+            }
+            if aims {
+                self.aim(id);
+            }
+            self.retarget(id, &mut unions);
         }
     }
 
@@ -609,6 +648,32 @@ impl Exchange {
         if receiver.due.remove(&name) {
             receiver.flight.push_back(complete(receiver.number, &name, Some(origin.position), view_token));
         }
+    }
+}
+
+/// Unions of interests, each made once: many receivers go from one to the same other.
+#[derive(Debug, Default)]
+struct Unions(HashMap<(usize, usize), Union>);
+
+#[derive(Debug)]
+struct Union {
+    /// Keep the addresses from being given again.
+    _of: [Arc<Interest>; 2],
+    both: Arc<Interest>,
+}
+
+impl Unions {
+    fn of(&mut self, a: &Arc<Interest>, b: &Arc<Interest>) -> Arc<Interest> {
+        let key = (Arc::as_ptr(a) as usize, Arc::as_ptr(b) as usize);
+        let made = self.0.entry(key).or_insert_with(|| {
+            let both = match (a.is_subset(b), b.is_subset(a)) {
+                (true, _) => Arc::clone(b),
+                (_, true) => Arc::clone(a),
+                _ => Arc::new(a.union(b).cloned().collect()),
+            };
+            Union { _of: [Arc::clone(a), Arc::clone(b)], both }
+        });
+        Arc::clone(&made.both)
     }
 }
 

@@ -1,0 +1,116 @@
+//! What the policies that a cluster enforces can select elsewhere, kept up to date at the cost of what changed.
+//!
+//! Each cluster has the sum of the hashes of its policies: clusters with equal sums enforce the same, and share one
+//! interest.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use hanse_policy::model::ClusterName;
+use hanse_proto::federation::v1 as pb;
+use hashbrown::HashMap;
+
+use crate::exchange::model::{FederatedManifest, Interest, ManifestKind, Wanted, digest_of};
+use crate::exchange::wire;
+
+type Manifests = BTreeMap<(ManifestKind, Arc<str>), Arc<FederatedManifest>>;
+
+/// The interests that the hub derives.
+#[derive(Debug, Default)]
+pub(super) struct Derived {
+    /// The policies that were followed last, with a hash of what each needs.
+    policies: BTreeMap<Arc<str>, (Arc<FederatedManifest>, u128)>,
+    sums: HashMap<ClusterName, u128>,
+    interests: HashMap<u128, Arc<Interest>>,
+    nothing: Arc<Interest>,
+}
+
+impl Derived {
+    /// What a cluster must be sent. The same for clusters that enforce the same.
+    pub(super) fn of(&self, cluster: &str) -> Arc<Interest> {
+        let interest = self.sums.get(cluster).and_then(|sum| self.interests.get(sum));
+        Arc::clone(interest.unwrap_or(&self.nothing))
+    }
+
+    /// Takes over the present policies. Returns the clusters whose interest may be another one now.
+    pub(super) fn follow(&mut self, manifests: &Manifests) -> BTreeSet<ClusterName> {
+        let of_policies = || {
+            manifests
+                .range((ManifestKind::Policy, Arc::from(""))..)
+                .filter(|((kind, _), _)| *kind == ManifestKind::Policy)
+        };
+        let mut touched: BTreeMap<ClusterName, u128> = BTreeMap::new();
+        let mut add = |manifest: &FederatedManifest, by: u128| {
+            for cluster in manifest.enforcers.iter().flatten() {
+                let change = touched.entry(cluster.clone()).or_default();
+                *change = change.wrapping_add(by);
+            }
+        };
+        let mut policies = BTreeMap::new();
+        for ((_, name), manifest) in of_policies() {
+            let old = self.policies.remove(name);
+            let hash = match &old {
+                Some((old, hash)) if Arc::ptr_eq(old, manifest) => *hash,
+                _ => {
+                    let hash = hash_of(name, manifest);
+                    if let Some((old, hash)) = &old {
+                        add(old, hash.wrapping_neg());
+                    }
+                    add(manifest, hash);
+                    hash
+                }
+            };
+            policies.insert(name.clone(), (Arc::clone(manifest), hash));
+        }
+        for (old, hash) in self.policies.values() {
+            add(old, hash.wrapping_neg());
+        }
+        self.policies = policies;
+        touched.retain(|_, change| *change != 0);
+        for (cluster, change) in &touched {
+            let sum = self.sums.entry(cluster.clone()).or_default();
+            *sum = sum.wrapping_add(*change);
+            let sum = *sum;
+            if sum == 0 {
+                self.sums.remove(cluster);
+            } else if !self.interests.contains_key(&sum) {
+                let enforced = self.policies.values().filter(|(policy, _)| {
+                    policy.enforcers.as_ref().is_some_and(|enforcers| enforcers.contains(cluster))
+                });
+                let interest: Interest = enforced.flat_map(|(policy, _)| policy.interest.iter().cloned()).collect();
+                self.interests.insert(sum, Arc::new(bounded(interest)));
+            }
+        }
+        if !touched.is_empty() {
+            let used: BTreeSet<u128> = self.sums.values().copied().collect();
+            self.interests.retain(|sum, _| used.contains(sum));
+        }
+        touched.into_keys().collect()
+    }
+}
+
+/// What cannot be told in one message is widened to everything, which is never wrong.
+fn bounded(interest: Interest) -> Interest {
+    use prost::Message as _;
+    let bytes = || interest.iter().map(|wanted| pb::Selection::from(&**wanted).encoded_len() + 5).sum::<usize>();
+    if interest.len() <= wire::MAX_DERIVED && bytes() <= wire::MAX_DERIVED_BYTES {
+        return interest;
+    }
+    tracing::warn!(selections = interest.len(), "policies select in so many ways that everything is sent");
+    Interest::from([Arc::new(Wanted::everything())])
+}
+
+fn hash_of(name: &str, manifest: &FederatedManifest) -> u128 {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(name.as_bytes()).update(b"\n");
+    for wanted in &manifest.interest {
+        hash(wanted, &mut hasher);
+    }
+    digest_of(hasher.finalize().as_bytes())
+}
+
+/// Enters a selection into a hash that is the same on every replica.
+pub(super) fn hash(wanted: &Wanted, hasher: &mut blake3::Hasher) {
+    let text = format!("{:?}\n{}\n{:?}\n", wanted.clusters, wanted.selector.canonical, wanted.port_names);
+    hasher.update(text.as_bytes());
+}

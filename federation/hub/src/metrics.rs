@@ -1,0 +1,93 @@
+//! What the hub counts. Labels are from closed sets.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use hanse_runtime::metrics::Metrics;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+
+use crate::registry::{ClusterState, Lease, Snapshot};
+use crate::status::Realisation;
+
+/// Of a hub. Clones count together.
+#[derive(Debug, Clone, Default)]
+pub struct HubMetrics {
+    pub(crate) connections: Gauge,
+    revision: Gauge,
+    clusters: Family<Cluster, Gauge>,
+    publishing: Gauge,
+    endpoints: Gauge,
+    refused: Gauge,
+    pub(crate) joins: Family<Outcome, Counter>,
+    pub(crate) closed: Counter,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Cluster {
+    state: &'static str,
+}
+
+/// What became of a call on the join listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Outcome {
+    outcome: &'static str,
+}
+
+impl Outcome {
+    pub(crate) const ISSUED: Self = Self { outcome: "issued" };
+    pub(crate) const WAITING: Self = Self { outcome: "waiting" };
+    pub(crate) const REFUSED: Self = Self { outcome: "refused" };
+}
+
+const STATES: [&str; 6] = ["expected", "pending", "never heard", "live", "stale", "revoked"];
+
+impl HubMetrics {
+    pub fn new(metrics: &Metrics) -> Self {
+        let this = Self::default();
+        metrics.register(|registry| {
+            let hub = registry.sub_registry_with_prefix("hub");
+            hub.register("connections", "Open connections of members and users", this.connections.clone());
+            hub.register("registry_revision", "Newest revision of the registry", this.revision.clone());
+            hub.register("clusters", "Clusters, by registration and lease", this.clusters.clone());
+            hub.register("publishing_clusters", "Clusters with a publishing stream here", this.publishing.clone());
+            hub.register("endpoints", "Endpoints that clusters publish", this.endpoints.clone());
+            hub.register("refused_objects", "Published objects that are refused", this.refused.clone());
+            hub.register("joins", "Calls to join, by outcome", this.joins.clone());
+            hub.register(
+                "revoked_connections",
+                "Connections closed since their certificates are no longer admitted",
+                this.closed.clone(),
+            );
+        });
+        this
+    }
+
+    /// Takes over the present state.
+    pub(crate) fn observe(&self, snapshot: &Snapshot, realisations: &BTreeMap<Arc<str>, Realisation>) {
+        let gauge = |gauge: &Gauge, value: u64| {
+            gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        };
+        gauge(&self.revision, snapshot.revision);
+        let mut states: BTreeMap<&str, u64> = STATES.iter().map(|state| (*state, 0)).collect();
+        for cluster in snapshot.clusters.values() {
+            let state = match (&cluster.state, cluster.lease) {
+                (ClusterState::Expected, _) => "expected",
+                (ClusterState::Pending, _) => "pending",
+                (ClusterState::Revoked { .. }, _) => "revoked",
+                (ClusterState::Accepted, Lease::NeverHeard) => "never heard",
+                (ClusterState::Accepted, Lease::Live) => "live",
+                (ClusterState::Accepted, Lease::Stale) => "stale",
+            };
+            *states.entry(state).or_default() += 1;
+        }
+        for (state, count) in STATES.iter().filter_map(|state| Some((*state, *states.get(state)?))) {
+            gauge(&self.clusters.get_or_create(&Cluster { state }), count);
+        }
+        gauge(&self.publishing, realisations.values().filter(|it| it.connected).count() as u64);
+        gauge(&self.endpoints, realisations.values().map(|it| it.endpoints).sum());
+        gauge(&self.refused, realisations.values().map(|it| it.refused).sum());
+    }
+}

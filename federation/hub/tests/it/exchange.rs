@@ -1,0 +1,241 @@
+//! What a cluster may publish, and what becomes of policies that the hub cannot read.
+
+use std::sync::Arc;
+
+use hanse_hub::exchange::core::{Exchange, PublishId};
+use hanse_hub::exchange::derive::{Deriver, UNREADABLE};
+use hanse_hub::exchange::model::{ClusterState, Federation, Lease, ManifestKind, Position};
+use hanse_hub::grants::MemberCluster;
+use hanse_hub::registry::{Clock, Registry};
+use hanse_policy::inventory::Labels;
+use hanse_proto::federation::v1 as pb;
+use hanse_store::{Key, Store, Transaction, in_memory};
+use pb::object_update::Body;
+use pb::publish_request::Message as Request;
+use pb::publish_response::Message as Response;
+use pb::refusal::Reason;
+use prost::Message as _;
+
+use crate::support::{eventually, policy};
+
+fn grant(grants: serde_json::Value) -> MemberCluster {
+    let manifest = serde_json::json!({
+        "apiVersion": "hanse.dev/v1alpha1", "kind": "MemberCluster", "metadata": {"name": "train"},
+        "spec": {"grants": grants}
+    });
+    MemberCluster::from_manifest(manifest.to_string().as_bytes()).unwrap().0
+}
+
+/// A hub with one cluster of these grants, which publishes.
+struct Publishing {
+    exchange: Exchange,
+    id: PublishId,
+    revision: u64,
+}
+
+impl Publishing {
+    fn new(grant: MemberCluster) -> Self {
+        let mut exchange = Exchange::new();
+        exchange.set_federation(federation(grant, 1));
+        let id = exchange.publish_open("train".into());
+        let mut it = Self { exchange, id, revision: 0 };
+        it.say(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1 }));
+        it.batch(pb::begin::Kind::Snapshot(pb::Snapshot {}), &[], &[]);
+        it
+    }
+
+    fn say(&mut self, message: Request) -> Vec<Response> {
+        let request = pb::PublishRequest { message: Some(message) };
+        self.exchange.publish(self.id, request).unwrap().into_iter().filter_map(|answer| answer.message).collect()
+    }
+
+    fn batch(&mut self, kind: pb::begin::Kind, upserts: &[(u64, Body)], removals: &[u64]) -> Vec<Response> {
+        self.revision += 1;
+        let upserts = upserts.iter().map(|(id, body)| {
+            let body = Some(body.clone());
+            pb::ObjectUpdate { id: *id, revision: self.revision, features: Vec::new(), body }.encode_to_vec().into()
+        });
+        let frame = pb::Frame { upserts: upserts.collect(), removals: removals.to_vec() };
+        self.say(Request::Begin(pb::Begin { origin: String::new(), kind: Some(kind), needs_interest: 0 }));
+        self.say(Request::Frame(frame.encode_to_vec().into()));
+        let position = Some(pb::Position { epoch: 1, revision: self.revision });
+        self.say(Request::End(pb::End { position, digest: bytes::Bytes::new(), view: 0 }))
+    }
+
+    fn delta(&mut self, upserts: &[(u64, Body)], removals: &[u64]) -> Vec<Response> {
+        self.batch(pb::begin::Kind::Delta(pb::Delta {}), upserts, removals)
+    }
+
+    /// All refusals that stand, by id.
+    fn refusals(&self) -> Vec<(u64, String)> {
+        let (total, list) = self.exchange.origin("train").unwrap().refusals(100);
+        assert_eq!(total, list.len());
+        list.into_iter().map(|(id, why)| (id, why.to_string())).collect()
+    }
+}
+
+fn federation(grant: MemberCluster, revision: u64) -> Federation {
+    let state = ClusterState {
+        labels: Labels::new(),
+        grant_token: revision,
+        grant: Arc::new(grant),
+        cidrs: Vec::new(),
+        lease: Lease::Live,
+        federated_allow_final: false,
+        visible_to: None,
+    };
+    Federation {
+        position: Position { epoch: 1, revision },
+        clusters: [("train".into(), state)].into(),
+        manifests: Default::default(),
+    }
+}
+
+fn namespace(name: &str, labels: &[(&str, &str)]) -> Body {
+    Body::Namespace(pb::Namespace { name: name.to_owned(), labels: pairs(labels) })
+}
+
+fn pairs(labels: &[(&str, &str)]) -> Vec<pb::Pair> {
+    labels.iter().map(|(key, value)| pb::Pair { key: (*key).to_owned(), value: (*value).to_owned() }).collect()
+}
+
+/// An endpoint of namespace 1 with the address 10.1.0.`last`.
+fn endpoint(last: u8) -> pb::Endpoint {
+    pb::Endpoint {
+        namespace: 1,
+        name: format!("pod-{last}"),
+        addresses: vec![vec![10, 1, 0, last].into()],
+        ..pb::Endpoint::default()
+    }
+}
+
+#[test]
+fn each_object_is_refused_by_itself_and_for_its_own_reason() {
+    let mut it = Publishing::new(grant(serde_json::json!({
+        "namespaces": ["a"], "cidrs": ["10.1.0.0/16"], "labels": {"stage": ["dev"], "app": ["*"]}
+    })));
+    let port = |port, protocol| pb::NamedPort { name: "http".to_owned(), port, protocol };
+    let labelled = |labels: &[(&str, &str)]| pb::Endpoint { labels: pairs(labels), ..endpoint(9) };
+    let cases: Vec<(Body, Option<&str>)> = vec![
+        (Body::Endpoint(endpoint(2)), None),
+        (namespace("a", &[("stage", "prod")]), Some("label stage=prod is not granted")),
+        (namespace("a", &[("hanse.dev/x", "y")]), Some("label hanse.dev/x=y is not granted")),
+        (namespace("a", &[("kubernetes.io/metadata.name", "b")]), Some("label kubernetes.io/metadata.name=b")),
+        (namespace("a", &[("kubernetes.io/metadata.name", "a"), ("stage", "dev"), ("team", "x")]), None),
+        (namespace("b", &[]), Some("namespace b is not granted")),
+        (Body::Endpoint(pb::Endpoint { addresses: vec![vec![10, 2, 0, 1].into()], ..endpoint(3) }), Some("10.2.0.1")),
+        (Body::Endpoint(pb::Endpoint { addresses: vec![vec![1].into()], ..endpoint(3) }), Some("1 bytes, of 4 or 16")),
+        (Body::Endpoint(labelled(&[("stage", "prod")])), Some("label stage=prod")),
+        (Body::Endpoint(labelled(&[("app", "a"), ("app", "b")])), Some("twice")),
+        (Body::Endpoint(labelled(&[("other", "unknown, not refused")])), None),
+        (Body::Endpoint(pb::Endpoint { ports: vec![port(0, 6)], ..endpoint(4) }), Some("ports")),
+        (Body::Endpoint(pb::Endpoint { ports: vec![port(65_536, 6)], ..endpoint(4) }), Some("ports")),
+        (Body::Endpoint(pb::Endpoint { ports: vec![port(80, 256)], ..endpoint(4) }), Some("ports")),
+        (Body::Endpoint(pb::Endpoint { ports: vec![port(80, 6)], ..endpoint(5) }), None),
+        (Body::Endpoint(pb::Endpoint { namespace: 77, ..endpoint(6) }), Some("refers to object 77")),
+        (Body::Endpoint(pb::Endpoint { name: "x".repeat(254), ..endpoint(7) }), Some("254 bytes")),
+        (Body::Policy(pb::Manifest::default()), Some("do not publish policy")),
+        (Body::Cluster(pb::ClusterRecord::default()), Some("do not publish clusters")),
+    ];
+    it.delta(&[(1, namespace("a", &[]))], &[]);
+    let upserts: Vec<(u64, Body)> =
+        cases.iter().enumerate().map(|(at, (body, _))| (at as u64 + 10, body.clone())).collect();
+    it.delta(&upserts, &[]);
+    let refusals = it.refusals();
+    for (at, (body, expected)) in cases.iter().enumerate() {
+        let found = refusals.iter().find(|(id, _)| *id == at as u64 + 10).map(|(_, why)| why.as_str());
+        match (expected, found) {
+            (None, None) => {}
+            (Some(expected), Some(found)) => assert!(found.contains(expected), "{body:?}: {found}"),
+            _ => panic!("{body:?}: {found:?}, expected {expected:?}"),
+        }
+    }
+    // Its own namespace object says which of two is newer; another cluster's name is nowhere in what it can say.
+    it.delta(&[], &upserts.iter().map(|(id, _)| *id).collect::<Vec<_>>());
+    assert_eq!(it.refusals(), []);
+}
+
+#[test]
+fn limits_refuse_what_is_beyond_and_a_snapshot_is_asked_for_when_there_is_room() {
+    let mut it = Publishing::new(grant(serde_json::json!({
+        "namespaces": ["*"], "cidrs": ["10.1.0.0/16"], "limits": {"endpoints": 3, "labelSets": 1}
+    })));
+    it.delta(&[(1, namespace("a", &[]))], &[]);
+    let label_set = |app| Body::LabelSet(pb::LabelSet { labels: pairs(&[("app", app)]) });
+    it.delta(&[(2, label_set("x")), (3, label_set("y"))], &[]);
+    let endpoints: Vec<(u64, Body)> = (1..=5).map(|at| (u64::from(at) + 10, Body::Endpoint(endpoint(at)))).collect();
+    let answers = it.delta(&endpoints, &[]);
+    let told = answers.iter().find_map(|answer| match answer {
+        Response::Refusals(refusals) => Some(refusals),
+        _ => None,
+    });
+    let told: Vec<_> = told.unwrap().refusals.iter().map(|it| (it.id, it.reason.clone().unwrap())).collect();
+    let limit = |what: &str| Reason::LimitExceeded(what.to_owned());
+    assert_eq!(told, [(3, limit("label sets")), (14, limit("endpoints")), (15, limit("endpoints"))]);
+    assert_eq!(it.exchange.origin("train").unwrap().endpoint_count(), 3);
+    // An update of one that is kept is no newcomer.
+    it.delta(&[(11, Body::Endpoint(pb::Endpoint { node: "n".to_owned(), ..endpoint(1) }))], &[]);
+    assert_eq!(it.exchange.origin("train").unwrap().endpoint_count(), 3);
+    assert!(it.say(Request::Heartbeat(pb::Heartbeat {})).is_empty(), "there is no room");
+    it.delta(&[], &[12]);
+    let answers = it.say(Request::Heartbeat(pb::Heartbeat {}));
+    assert!(matches!(answers[..], [Response::Resync(_)]), "{answers:?}");
+    // Or a wider grant.
+    it.delta(&[(12, Body::Endpoint(endpoint(2)))], &[]);
+    assert!(it.say(Request::Heartbeat(pb::Heartbeat {})).is_empty());
+    let wider = grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"], "limits": {"endpoints": 9}}));
+    it.exchange.set_federation(federation(wider, 2));
+    assert!(matches!(it.say(Request::Heartbeat(pb::Heartbeat {}))[..], [Response::Resync(_)]));
+}
+
+/// Jobs come and go, each with a label set of its own: what they leave behind would grow for ever.
+#[test]
+fn what_has_gone_leaves_nothing_behind() {
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"]})));
+    it.delta(&[(1, namespace("a", &[]))], &[]);
+    let mut sizes = Vec::new();
+    for job in 0..200_u64 {
+        let labels = pairs(&[("job", &job.to_string())]);
+        let set = (100 + job, Body::LabelSet(pb::LabelSet { labels }));
+        let pod = (10, Body::Endpoint(pb::Endpoint { label_set: 100 + job, ..endpoint(1) }));
+        let gone: &[u64] = if job == 0 { &[] } else { &[99 + job] };
+        it.delta(&[set, pod], gone);
+        assert_eq!(it.refusals(), []);
+        sizes.push(it.exchange.origin("train").unwrap().profile_count());
+    }
+    assert!(sizes.iter().all(|size| *size <= 2), "{sizes:?}");
+}
+
+#[tokio::test]
+async fn a_policy_that_the_hub_cannot_read_takes_nothing_away() {
+    let store = Arc::new(in_memory());
+    let put = async |key: &[&str], value: Vec<u8>| {
+        store.commit(Transaction::default().put(Key::new(key).unwrap(), value)).await.unwrap()
+    };
+    let member = br#"{"key":"k","state":"accepted"}"#.to_vec();
+    put(&["member", "train"], member.clone()).await;
+    put(&["member", "serve"], member).await;
+    put(&["object", "FederatedNetworkPolicy", "deny"], policy("deny", "platform")).await;
+    let opened = || Registry::open(store.clone(), std::time::Duration::from_secs(30), Clock::default());
+    let registry = opened().await.unwrap();
+    let key = (ManifestKind::Policy, Arc::from("deny"));
+    let mut deriver = Deriver::default();
+    let before = deriver.federation(&registry, &registry.snapshot()).manifests[&key].clone();
+    assert!(before.features.is_empty());
+
+    // Another version writes what this one does not understand.
+    let newer = String::from_utf8(policy("deny", "platform")).unwrap().replace("\"order\":10", "\"dscp\":7");
+    let change = put(&["object", "FederatedNetworkPolicy", "deny"], newer.clone().into_bytes()).await;
+    let hanse_store::Outcome::Committed(revision) = change else { panic!("{change:?}") };
+    eventually("the view shows it", || async { registry.snapshot().revision >= revision }).await;
+    let after = deriver.federation(&registry, &registry.snapshot()).manifests[&key].clone();
+    assert_eq!(after.json, newer.as_bytes(), "the author's bytes go on");
+    assert_eq!(after.features, [UNREADABLE]);
+    assert_eq!((&after.enforcers, &after.interest), (&before.enforcers, &before.interest));
+
+    // A hub that starts with it knows nothing of what it was: everybody is told, and keeps all that it could need.
+    let registry = opened().await.unwrap();
+    let anew = Deriver::default().federation(&registry, &registry.snapshot()).manifests[&key].clone();
+    assert_eq!(anew.enforcers.iter().flatten().count(), 2);
+    assert_eq!(anew.interest.iter().next().unwrap().selector.canonical.to_string(), "all()");
+}
