@@ -5,8 +5,8 @@
 
 use std::sync::Arc;
 
-use hanse_policy::model::{Phase, PolicyKind, TierDefault};
-use hanse_ruleset::{Chain, ChainId, Digest, EndpointId, LocalEndpoint, RuleSet};
+use hanse_policy::model::{PolicyKind, TierDefault};
+use hanse_ruleset::{Chain, ChainId, Digest, EndpointId, LocalEndpoint, PolicyId, RuleSet};
 
 use crate::change::{Changes, NodeChange, Objects};
 use crate::compiler::{ClassChains, Compiler};
@@ -60,7 +60,7 @@ impl Compiler {
             if self.inventory.judged[class as usize].is_empty()
                 && let Some(chains) = self.class_chains.remove(&class)
             {
-                old_chains.extend([chains.ingress, chains.egress, chains.egress_to_node]);
+                old_chains.extend(chains.all());
             }
         }
 
@@ -84,8 +84,9 @@ impl Compiler {
             slot.dirty = false;
             slot.units = [None; 2];
             slot.old_pools.append(&mut slot.pools);
-            let subjects = [slot.committed_subject, slot.subject];
-            slot.committed_subject = slot.subject;
+            let subject = slot.policy.subject.filter(|_| slot.live);
+            let subjects = [slot.committed_subject, subject];
+            slot.committed_subject = subject;
             let distinct = subjects.iter().take(if subjects[0] == subjects[1] { 1 } else { 2 });
             for subject in distinct.flatten() {
                 for class in self.inventory.index.certain(*subject) {
@@ -119,7 +120,7 @@ impl Compiler {
             };
             let old = self.class_chains.insert(class, chains);
             if let Some(old) = old {
-                old_chains.extend([old.ingress, old.egress, old.egress_to_node]);
+                old_chains.extend(old.all());
             }
             if old != Some(chains) {
                 for at in self.inventory.judged[class as usize].iter() {
@@ -132,49 +133,40 @@ impl Compiler {
 
     /// The chain of policies in order, with one more reference.
     fn chain_of(&mut self, policies: &[u32], direction: Direction) -> ChainIndex {
-        let mut chain = Chain { phases: Vec::new(), profile_allows: true };
-        let mut units: Vec<UnitIndex> = Vec::new();
-        let mut last: Option<u32> = None;
+        // With the tier of each.
+        let mut applying: Vec<(u32, PolicyId)> = Vec::with_capacity(policies.len());
+        let mut units: Vec<UnitIndex> = Vec::with_capacity(policies.len());
         for at in policies {
-            let policy = &self.policies[*at as usize].policy;
-            let rules = match direction {
-                Direction::Ingress => &policy.ingress,
-                Direction::Egress => &policy.egress,
-            };
-            if rules.is_none() {
+            if self.policies[*at as usize].policy.rules(direction).is_none() {
                 continue;
             }
             let unit = self.unit_of(*at, direction);
             let Some(id) = self.units[unit as usize].as_ref().map(|unit| unit.id) else { continue };
-            let tier_at = self.policies[*at as usize].tier;
-            let tier = &self.tiers[tier_at as usize];
-            if last != Some(tier_at) {
-                let name = match tier.id.phase {
-                    Phase::Guard => "Guard",
-                    Phase::Local => "Local",
-                    Phase::Baseline => "Baseline",
-                };
-                if chain.phases.last().is_none_or(|phase| &*phase.name != name) {
-                    chain.phases.push(hanse_ruleset::Phase { name: name.into(), tiers: Vec::new() });
-                }
-                let default = match tier.default {
-                    TierDefault::Deny => hanse_ruleset::TierDefault::Deny,
-                    TierDefault::Pass => hanse_ruleset::TierDefault::Pass,
-                };
-                let tier = hanse_ruleset::Tier { name: tier.id.name.clone(), policies: Vec::new(), default };
-                if let Some(phase) = chain.phases.last_mut() {
-                    phase.tiers.push(tier);
-                }
-                last = Some(tier_at);
-            }
-            if let Some(tier) = chain.phases.last_mut().and_then(|phase| phase.tiers.last_mut()) {
-                tier.policies.push(id);
-            }
+            applying.push((self.policies[*at as usize].tier, id));
             units.push(unit);
         }
+        let phase_of = |it: &(u32, PolicyId)| self.tiers[it.0 as usize].id.phase;
+        let tier = |group: &[(u32, PolicyId)]| {
+            let tier = &self.tiers[group[0].0 as usize];
+            let default = match tier.default {
+                TierDefault::Deny => hanse_ruleset::TierDefault::Deny,
+                TierDefault::Pass => hanse_ruleset::TierDefault::Pass,
+            };
+            let policies = group.iter().map(|(_, id)| *id).collect();
+            hanse_ruleset::Tier { name: tier.id.name.clone(), policies, default }
+        };
+        let phase = |group: &[(u32, PolicyId)]| {
+            let by_tier = || group.chunk_by(|a, b| a.0 == b.0);
+            let mut tiers = Vec::with_capacity(by_tier().count());
+            tiers.extend(by_tier().map(tier));
+            hanse_ruleset::Phase { name: self.phase_names[phase_of(&group[0]) as usize].clone(), tiers }
+        };
+        let by_phase = || applying.chunk_by(|a, b| phase_of(a) == phase_of(b));
+        let mut phases = Vec::with_capacity(by_phase().count());
+        phases.extend(by_phase().map(phase));
         units.sort_unstable();
         units.dedup();
-        self.hold_chain(chain, units)
+        self.hold_chain(Chain { phases, profile_allows: true }, units)
     }
 
     fn hold_chain(&mut self, chain: Chain, units: Vec<UnitIndex>) -> ChainIndex {
@@ -190,7 +182,7 @@ impl Compiler {
                 unit.references += 1;
             }
         }
-        let held = Some(HeldChain { id, chain: Arc::new(chain), units, references: 1 });
+        let held = Some(HeldChain { id, chain: Arc::new(chain), units: units.into(), references: 1 });
         let index = match self.free_chains.pop() {
             Some(index) => {
                 self.chains[index as usize] = held;
@@ -220,7 +212,7 @@ impl Compiler {
             Some(index) => *index,
             None => {
                 compiled.sets.iter().for_each(|set| self.pools.refer(*set));
-                let (policy, sets) = (Arc::new(compiled.policy), compiled.sets);
+                let (policy, sets) = (Arc::new(compiled.policy), compiled.sets.into());
                 let unit = Some(Unit { id, policy, sets, references: 0, owner: at });
                 let index = match self.free_units.pop() {
                     Some(index) => {
@@ -243,6 +235,9 @@ impl Compiler {
     /// Gives pods their new entries. The outcome: by node, the chains whose count was touched, with the count before.
     fn move_pods(&mut self, pods: FastMap<u32, u32>, changes: &mut Changes) -> FastMap<u32, NodeStep> {
         let mut steps: FastMap<u32, NodeStep> = FastMap::default();
+        // In the order in which they lie in memory.
+        let mut pods: Vec<(u32, u32)> = pods.into_iter().collect();
+        pods.sort_unstable();
         for (at, old_node) in pods {
             let new = self.local_endpoint(at);
             let new_node = if new.is_some() { self.inventory.slots[at as usize].node } else { NONE };
@@ -250,35 +245,34 @@ impl Compiler {
                 NONE => None,
                 node => self.nodes[node as usize].endpoints.get(&at).cloned(),
             };
-            if old.as_deref() == new.as_ref() && old_node == new_node {
+            let old_entry = old.as_ref().map(|(old, _)| &**old);
+            if old_entry == new.as_ref().map(|(new, _)| new) && old_node == new_node {
                 continue;
             }
-            if let Some(old) = old {
+            if let Some((old, chains)) = old {
                 let node = &mut self.nodes[old_node as usize];
                 node.endpoints.remove(&at);
                 node.endpoints_digest.remove(Digest::of_endpoint(&old));
                 let step = steps.entry(old_node).or_default();
                 step.removed.push(old.id.clone());
-                for chain in [old.ingress, old.egress, old.egress_to_node] {
-                    let Some(chain) = self.chains_by_id.get(&chain) else { continue };
-                    let count = node.chains.entry(*chain).or_default();
-                    step.chains.entry(*chain).or_insert(*count);
+                for chain in chains.all() {
+                    let count = node.chains.entry(chain).or_default();
+                    step.chains.entry(chain).or_insert(*count);
                     *count = count.wrapping_sub(1);
                 }
             }
-            if let Some(new) = new {
+            if let Some((new, chains)) = new {
                 let new = Arc::new(new);
                 let node = &mut self.nodes[new_node as usize];
                 node.endpoints_digest.add(Digest::of_endpoint(&new));
                 let step = steps.entry(new_node).or_default();
-                for chain in [new.ingress, new.egress, new.egress_to_node] {
-                    let Some(chain) = self.chains_by_id.get(&chain) else { continue };
-                    let count = node.chains.entry(*chain).or_default();
-                    step.chains.entry(*chain).or_insert(*count);
+                for chain in chains.all() {
+                    let count = node.chains.entry(chain).or_default();
+                    step.chains.entry(chain).or_insert(*count);
                     *count = count.wrapping_add(1);
                 }
                 step.set.push(new.clone());
-                node.endpoints.insert(at, new);
+                node.endpoints.insert(at, (new, chains));
             }
         }
         for (node, step) in &mut steps {
@@ -293,25 +287,24 @@ impl Compiler {
         steps
     }
 
-    fn local_endpoint(&self, at: u32) -> Option<LocalEndpoint> {
+    fn local_endpoint(&self, at: u32) -> Option<(LocalEndpoint, ClassChains)> {
         let slot = &self.inventory.slots[at as usize];
         if slot.class == NONE || !self.inventory.judged[slot.class as usize].contains(at) {
             return None;
         }
-        let chains = self.class_chains.get(&slot.class)?;
+        let chains = *self.class_chains.get(&slot.class)?;
         let id = |chain: ChainIndex| self.chains[chain as usize].as_ref().map(|held| held.id);
         let mut addresses: Vec<_> = self.inventory.held(at).collect();
         addresses.sort_unstable();
-        Some(LocalEndpoint {
-            id: EndpointId {
-                namespace: self.inventory.namespace_of(at).cloned().unwrap_or_default(),
-                name: slot.name.clone(),
-            },
+        let namespace = self.inventory.namespace_of(at).cloned().unwrap_or_default();
+        let endpoint = LocalEndpoint {
+            id: EndpointId { namespace, name: slot.name.clone() },
             addresses,
             ingress: id(chains.ingress)?,
             egress: id(chains.egress)?,
             egress_to_node: id(chains.egress_to_node)?,
-        })
+        };
+        Some((endpoint, chains))
     }
 
     fn move_profiles(&mut self, steps: &mut FastMap<u32, NodeStep>, changes: &mut Changes) {

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 use std::sync::Arc;
 
 use hanse_policy::inventory::EndpointKind;
-use hanse_policy::model::{self, ClusterName, Layer, Phase, Policy, Selection, TierDefault, TierId};
+use hanse_policy::model::{self, ClusterName, Layer, Phase, TierDefault, TierId};
 use hanse_ruleset::{Chain, ChainId, Delta, Digest, PolicyId, RuleSet, Set, SetId};
 
 use crate::change::{Changes, NodeChange};
@@ -12,24 +12,19 @@ use crate::id_set::IdSet;
 use crate::index::{FastMap, SelectorId};
 use crate::inventory::{FEDERATION, Inventory, LOCAL};
 use crate::node::{ChainIndex, HeldChain, Node, Profiles, Unit, UnitIndex};
+use crate::policy::Policy;
 use crate::pool::{PoolId, Pools, census};
-use crate::report::{Direction, Ignored, PeerReport, PolicyReport, Reason, Report};
-use crate::rule;
+use crate::report::{Ignored, PeerReport, PolicyReport, Reason, Report};
 use crate::update::{ClusterRecord, Update};
 
 /// A policy that is held.
 #[derive(Debug)]
 pub(crate) struct PolicySlot {
-    pub policy: Arc<Policy>,
-    /// It acts, and this cluster enforces it.
-    pub acts: bool,
+    pub policy: Policy,
     pub live: bool,
-    /// Whom it applies to, when it acts; and at the last commit.
-    pub subject: Option<SelectorId>,
+    /// Whom it applied to at the last commit.
     pub committed_subject: Option<SelectorId>,
-    /// One use each.
-    registered: Box<[SelectorId]>,
-    tie: Arc<str>,
+    tie: Box<str>,
     pub tier: u32,
     /// Ingress, egress.
     pub units: [Option<UnitIndex>; 2],
@@ -51,6 +46,12 @@ pub(crate) struct ClassChains {
     pub ingress: ChainIndex,
     pub egress: ChainIndex,
     pub egress_to_node: ChainIndex,
+}
+
+impl ClassChains {
+    pub fn all(self) -> [ChainIndex; 3] {
+        [self.ingress, self.egress, self.egress_to_node]
+    }
 }
 
 /// See the crate.
@@ -84,6 +85,8 @@ pub struct Compiler {
     pub(crate) dirty_nodes: IdSet,
     pub(crate) configs_changed: IdSet,
     pub(crate) allow_final: bool,
+    /// As rule sets name them, by phase.
+    pub(crate) phase_names: [Arc<str>; 3],
 }
 
 impl Compiler {
@@ -116,6 +119,7 @@ impl Compiler {
             dirty_nodes: IdSet::default(),
             configs_changed: IdSet::default(),
             allow_final: false,
+            phase_names: ["Guard", "Local", "Baseline"].map(Arc::from),
         }
     }
 
@@ -183,7 +187,6 @@ impl Compiler {
             Update::RemovePolicy(id) => {
                 if let Some(at) = self.policies_by_id.get(&id).copied() {
                     self.retire_policy(at);
-                    self.policies[at as usize].live = false;
                 }
             }
         }
@@ -217,30 +220,33 @@ impl Compiler {
         self.nodes.resize_with(self.inventory.nodes.len(), Node::default);
     }
 
-    fn set_policy(&mut self, policy: Policy) {
+    fn set_policy(&mut self, policy: model::Policy) {
         if policy.id.cluster.as_ref().is_some_and(|cluster| *cluster != self.local) {
             return;
         }
         let tier = self.tier(&policy.tier);
-        let acts = policy.acts() && policy.enforcers.contains(&self.local, &self.local);
-        let policy = Arc::new(policy);
+        let (index, newly) = (&mut self.inventory.index, &mut self.inventory.newly_relevant);
+        let policy = Policy::new(policy, &self.local, &mut |selector| index.register(selector, newly));
+        let subject = policy.subject;
         let at = match self.policies_by_id.get(&policy.id).copied() {
             Some(at) => {
-                if self.policies[at as usize].live && self.policies[at as usize].policy == policy {
+                let slot = &self.policies[at as usize];
+                if slot.live && slot.tier == tier && slot.policy == policy {
+                    self.retired.extend(policy.selectors());
                     return;
                 }
                 self.retire_policy(at);
+                let slot = &mut self.policies[at as usize];
+                (slot.policy, slot.tier, slot.live) = (policy, tier, true);
                 at
             }
             None => {
+                let id = policy.id.clone();
                 let slot = PolicySlot {
-                    policy: policy.clone(),
-                    acts,
+                    tie: id.tie().into(),
+                    policy,
                     live: true,
-                    subject: None,
                     committed_subject: None,
-                    registered: Box::default(),
-                    tie: policy.id.tie().into(),
                     tier,
                     units: [None; 2],
                     pools: Vec::new(),
@@ -257,29 +263,13 @@ impl Compiler {
                         self.policies.len() as u32 - 1
                     }
                 };
-                self.policies_by_id.insert(policy.id.clone(), at);
+                self.policies_by_id.insert(id, at);
                 at
             }
         };
-        let mut registered = Vec::new();
-        let mut subject = None;
-        if acts {
-            let (index, newly) = (&mut self.inventory.index, &mut self.inventory.newly_relevant);
-            let own = index.register(&policy.selector, newly);
-            subject = Some(own);
-            registered.push(own);
-            for selection in selections(&policy).map(|(.., selection)| selection) {
-                registered.push(index.register(&selection.selector, newly));
-            }
-            self.by_subject.entry(own).or_default().insert(at);
+        if let Some(subject) = subject {
+            self.by_subject.entry(subject).or_default().insert(at);
         }
-        let slot = &mut self.policies[at as usize];
-        slot.policy = policy;
-        slot.acts = acts;
-        slot.live = true;
-        slot.subject = subject;
-        slot.registered = registered.into();
-        slot.tier = tier;
         self.mark_policy(at);
     }
 
@@ -287,8 +277,11 @@ impl Compiler {
     fn retire_policy(&mut self, at: u32) {
         self.mark_policy(at);
         let slot = &mut self.policies[at as usize];
-        self.retired.extend(std::mem::take(&mut slot.registered));
-        if let Some(subject) = slot.subject.take()
+        if !std::mem::replace(&mut slot.live, false) {
+            return;
+        }
+        self.retired.extend(slot.policy.selectors());
+        if let Some(subject) = slot.policy.subject
             && let Some(policies) = self.by_subject.get_mut(&subject)
         {
             policies.remove(at);
@@ -306,8 +299,9 @@ impl Compiler {
     }
 
     pub(crate) fn forget_policy(&mut self, at: u32) {
-        let id = &self.policies[at as usize].policy.id;
-        self.policies_by_id.remove(id);
+        let policy = &mut self.policies[at as usize].policy;
+        self.policies_by_id.remove(&policy.id);
+        policy.clear();
         self.free_policies.push(at);
     }
 
@@ -386,7 +380,7 @@ impl Compiler {
         };
         let profile = &self.profiles.all[node.profile as usize];
         let config = node.config.clone().unwrap_or_default();
-        let endpoints = node.endpoints.values().map(|it| (it.id.clone(), it.clone())).collect();
+        let endpoints = node.endpoints.values().map(|(it, _)| (it.id.clone(), it.clone())).collect();
         let units = profile.units.keys().filter_map(|unit| self.units[*unit as usize].as_ref());
         let policies = units.map(|unit| (unit.id, unit.policy.clone())).collect();
         let chains = profile.chains.iter().filter_map(|chain| self.chains[chain as usize].as_ref());
@@ -431,16 +425,8 @@ impl Compiler {
         let policy = &slot.policy;
         let mut report = PolicyReport { is_active: slot.units.iter().any(Option::is_some), ..PolicyReport::default() };
         let mut ignore = |rule, reason| report.ignored.push(Ignored { rule, reason });
-        if policy.staged.is_some() {
-            ignore(None, Reason::Staged);
-        }
-        if policy.host_only {
-            ignore(None, Reason::HostOnly);
-        }
-        if !policy.enforcers.contains(&self.local, &self.local) {
-            ignore(None, Reason::EnforcedElsewhere);
-        }
-        if let Some(subject) = slot.subject {
+        policy.idle.iter().for_each(|reason| ignore(None, reason.clone()));
+        if let Some(subject) = policy.subject {
             let members =
                 self.inventory.index.certain(subject).filter_map(|it| self.inventory.members.get(it as usize));
             let own = members
@@ -451,41 +437,27 @@ impl Compiler {
                 ignore(None, Reason::SelectsNothing);
             }
         }
-        for (direction, rules) in [(Direction::Ingress, &policy.ingress), (Direction::Egress, &policy.egress)] {
-            for rule in rules.iter().flatten() {
-                let place = Some((direction, rule.index));
-                if rule::families(rule).is_none() {
-                    ignore(place, Reason::NoFamily);
-                }
-                if let Some(why) = rule.unknown_because() {
-                    let closes = matches!(rule.action, model::Action::Deny | model::Action::Pass);
-                    let reason = if closes { Reason::Denies(why.into()) } else { Reason::NeverMatches(why.into()) };
-                    ignore(place, reason);
-                }
+        for (direction, rule) in policy.all_rules() {
+            let place = Some((direction, rule.index));
+            if rule.family.is_none() {
+                ignore(place, Reason::NoFamily);
             }
-        }
-        if slot.acts {
-            for (direction, rule, selection) in selections(policy) {
-                let Some(selector) = self.inventory.index.find(&selection.selector) else { continue };
-                let clusters = census(&self.inventory, selector, &selection.clusters);
-                let selector = selection.selector.canonical.clone();
-                report.peers.push(PeerReport { direction, rule, selector, clusters });
+            if let Some(why) = rule.unknown_because.clone() {
+                let closes = matches!(rule.action, model::Action::Deny | model::Action::Pass);
+                ignore(place, if closes { Reason::Denies(why) } else { Reason::NeverMatches(why) });
+            }
+            for selection in rule.selections() {
+                let Some(selector) = self.inventory.index.selector(selection.selector) else { continue };
+                report.peers.push(PeerReport {
+                    direction,
+                    rule: rule.index,
+                    selector: selector.canonical.clone(),
+                    clusters: census(&self.inventory, selection.selector, &selection.clusters),
+                });
             }
         }
         report
     }
-}
-
-/// Every selection that a policy's rules name, with its place.
-fn selections(policy: &Policy) -> impl Iterator<Item = (Direction, u32, &Selection)> {
-    let both = [(Direction::Ingress, &policy.ingress), (Direction::Egress, &policy.egress)];
-    both.into_iter().flat_map(|(direction, rules)| {
-        rules.iter().flatten().flat_map(move |rule| {
-            let entities = [&rule.source, &rule.destination].into_iter();
-            let named = entities.flat_map(|entity| entity.selection.iter().chain(&entity.not_selection));
-            named.map(move |selection| (direction, rule.index, selection))
-        })
-    })
 }
 
 #[doc(hidden)]
@@ -495,6 +467,7 @@ impl Compiler {
         assert_eq!(self.inventory.index.class_count(), 0, "classes");
         assert_eq!(self.inventory.index.selector_count(), 0, "selectors");
         assert_eq!(self.inventory.index.pair_count(), 0, "pairs");
+        assert_eq!(self.inventory.index.key_count(), 0, "keys");
         assert_eq!(self.inventory.count(), [0; 4], "endpoints, contexts, addresses, port names");
         assert_eq!(self.pools.count(), [0; 2], "pools, sets");
         assert_eq!(self.units_by_id.len() + self.chains_by_id.len() + self.class_chains.len(), 0, "chains");

@@ -49,9 +49,13 @@ struct Key {
     text: Arc<str>,
     /// Added by the inventory, so never a matter of grants.
     reserved: bool,
-    /// Some selector names or named it.
+    /// Some selector names it, or named it since the key came.
     relevant: bool,
     selectors: IdSet,
+    /// Pairs and selectors that have it.
+    references: u32,
+    /// Until it is relevant: where to look for what has it, in the words of [`Index::note_place`].
+    places: IdSet,
 }
 
 /// A leaf of an expression in negation normal form.
@@ -122,12 +126,13 @@ struct Class {
 pub struct Index {
     hasher: RandomState,
     keys: Vec<Key>,
+    free_keys: Vec<KeyId>,
     keys_by_text: FastMap<Arc<str>, KeyId>,
     pairs: Vec<Pair>,
     free_pairs: Vec<PairId>,
     pairs_by_content: HashTable<PairId>,
     realms: Vec<(Realm, IdSet)>,
-    selectors: Vec<Option<Registered>>,
+    selectors: Vec<Option<Box<Registered>>>,
     free_selectors: Vec<SelectorId>,
     selectors_by_canonical: FastMap<Arc<str>, SelectorId>,
     by_pair: FastMap<PairId, IdSet>,
@@ -146,6 +151,7 @@ impl Default for Index {
         Self {
             hasher: RandomState::default(),
             keys: Vec::new(),
+            free_keys: Vec::new(),
             keys_by_text: FastMap::default(),
             pairs: Vec::new(),
             free_pairs: Vec::new(),
@@ -168,16 +174,44 @@ impl Default for Index {
 }
 
 impl Index {
+    /// Interns a key. It stays while a pair or a selector has it.
     pub fn key(&mut self, text: &str) -> KeyId {
         if let Some(id) = self.keys_by_text.get(text) {
             return *id;
         }
-        let id = self.keys.len() as KeyId;
         let shared: Arc<str> = text.into();
-        let reserved = build::is_reserved_key(text);
-        self.keys.push(Key { text: shared.clone(), reserved, relevant: false, selectors: IdSet::default() });
+        let key = Key {
+            text: shared.clone(),
+            reserved: build::is_reserved_key(text),
+            relevant: false,
+            selectors: IdSet::default(),
+            references: 0,
+            places: IdSet::default(),
+        };
+        let id = match self.free_keys.pop() {
+            Some(id) => {
+                self.keys[id as usize] = key;
+                id
+            }
+            None => {
+                self.keys.push(key);
+                self.keys.len() as KeyId - 1
+            }
+        };
         self.keys_by_text.insert(shared, id);
         id
+    }
+
+    fn release_key(&mut self, id: KeyId) {
+        let key = &mut self.keys[id as usize];
+        key.references -= 1;
+        if key.references == 0 {
+            self.keys_by_text.remove(&key.text);
+            key.text = Arc::default();
+            key.relevant = false;
+            key.places = IdSet::default();
+            self.free_keys.push(id);
+        }
     }
 
     /// Interns a pair and takes a reference to it.
@@ -191,6 +225,7 @@ impl Index {
             self.pairs[*id as usize].references += 1;
             return *id;
         }
+        self.keys[key as usize].references += 1;
         let pair = Pair { key, value: value.clone(), references: 1 };
         let id = match self.free_pairs.pop() {
             Some(id) => {
@@ -216,10 +251,12 @@ impl Index {
         if slot.references == 0 {
             let hash = self.hasher.hash_one((slot.key, &*slot.value));
             slot.value = Arc::default();
+            let key = slot.key;
             if let Ok(entry) = self.pairs_by_content.find_entry(hash, |id| *id == pair) {
                 entry.remove();
             }
             self.free_pairs.push(pair);
+            self.release_key(key);
         }
     }
 
@@ -229,6 +266,21 @@ impl Index {
 
     pub fn is_relevant(&self, key: KeyId) -> bool {
         self.keys[key as usize].relevant
+    }
+
+    /// Notes that something with a pair of this key is at a place, a number of the caller's. Places are not taken back:
+    /// what is found there is to be looked at.
+    pub fn note_place(&mut self, key: KeyId, place: u32) {
+        let key = &mut self.keys[key as usize];
+        if !key.relevant {
+            key.places.insert(place);
+        }
+    }
+
+    /// The places of a key that became relevant; none the second time.
+    pub fn take_places(&mut self, key: KeyId) -> IdSet {
+        let key = &mut self.keys[key as usize];
+        if key.relevant { std::mem::take(&mut key.places) } else { IdSet::default() }
     }
 
     pub fn realm(&mut self, realm: &Realm) -> RealmId {
@@ -288,6 +340,7 @@ impl Index {
         for key in &registered.keys {
             let key_slot = &mut self.keys[*key as usize];
             key_slot.selectors.insert(id);
+            key_slot.references += 1;
             if !std::mem::replace(&mut key_slot.relevant, true) {
                 newly_relevant.push(*key);
             }
@@ -301,7 +354,7 @@ impl Index {
         }
         self.selectors_by_canonical.insert(selector.canonical.clone(), id);
         let candidates = self.candidate_classes(&registered);
-        self.selectors[id as usize] = Some(registered);
+        self.selectors[id as usize] = Some(Box::new(registered));
         for class in candidates {
             self.match_one(class, id);
         }
@@ -316,9 +369,6 @@ impl Index {
             return;
         }
         let Some(registered) = self.selectors[id as usize].take() else { return };
-        for key in &registered.keys {
-            self.keys[*key as usize].selectors.remove(id);
-        }
         match &registered.anchors {
             None => self.residual.remove(id),
             Some(atoms) => atoms.iter().for_each(|atom| match atom {
@@ -339,6 +389,10 @@ impl Index {
                 pairs.iter().for_each(|pair| self.release(*pair));
             }
         });
+        for key in &registered.keys {
+            self.keys[*key as usize].selectors.remove(id);
+            self.release_key(*key);
+        }
         self.free_selectors.push(id);
     }
 
@@ -434,6 +488,10 @@ impl Index {
 
     pub fn pair_count(&self) -> usize {
         self.pairs_by_content.len()
+    }
+
+    pub fn key_count(&self) -> usize {
+        self.keys_by_text.len()
     }
 
     pub fn class_count(&self) -> usize {

@@ -8,8 +8,8 @@ use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant, La
 use hanse_policy::model::{ClusterName, ClusterScope};
 use hanse_policy::selector::build;
 use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 use ipnet::IpNet;
-use roaring::RoaringBitmap;
 use smallvec::SmallVec;
 use std::hash::BuildHasher as _;
 
@@ -23,6 +23,9 @@ pub(crate) const FEDERATION: u32 = 0;
 pub(crate) const LOCAL: u32 = 1;
 pub(crate) const NONE: u32 = u32::MAX;
 
+/// How many endpoints are looked at together when a key becomes relevant.
+const PLACE: u32 = 64;
+
 pub(crate) type Addresses = SmallVec<[IpAddr; 1]>;
 
 #[derive(Debug)]
@@ -31,9 +34,12 @@ pub(crate) struct Cluster {
     pub record: Option<ClusterRecord>,
     realm: RealmId,
     endpoints: IdSet,
-    namespaces: FastMap<Arc<str>, Labels>,
-    accounts: FastMap<(Arc<str>, Arc<str>), Labels>,
+    namespaces: FastMap<Arc<str>, Pairs>,
+    accounts: FastMap<(Arc<str>, Arc<str>), Pairs>,
 }
+
+/// The labels of a namespace or an account, in the least room.
+type Pairs = Box<[(Arc<str>, Arc<str>)]>;
 
 /// What endpoints of one cluster, kind, namespace and account have in common.
 #[derive(Debug)]
@@ -92,8 +98,8 @@ pub(crate) struct Inventory {
     dirty_contexts: Vec<u32>,
     pub slots: Vec<Slot>,
     free_slots: Vec<u32>,
-    by_key: Vec<RoaringBitmap>,
-    slots_by_id: HashTable<u32>,
+    /// With the hash, so that growing does not look at names.
+    slots_by_id: HashTable<(u32, u32)>,
     /// Who holds an address: of several that claim it, the local cluster's, then the first by name.
     /// As slot and place among its addresses.
     holders: HashTable<(u32, u32)>,
@@ -125,7 +131,6 @@ impl Inventory {
             dirty_contexts: Vec::new(),
             slots: Vec::new(),
             free_slots: Vec::new(),
-            by_key: Vec::new(),
             slots_by_id: HashTable::new(),
             holders: HashTable::new(),
             contested: FastMap::default(),
@@ -226,7 +231,7 @@ impl Inventory {
     pub fn set_namespace(&mut self, cluster: u32, name: Arc<str>, labels: Option<Labels>) {
         let namespaces = &mut self.clusters[cluster as usize].namespaces;
         match labels {
-            Some(labels) => drop(namespaces.insert(name.clone(), labels)),
+            Some(labels) => drop(namespaces.insert(name.clone(), labels.into_iter().collect())),
             None => drop(namespaces.remove(&name)),
         }
         self.mark_contexts(cluster, name, None);
@@ -236,7 +241,7 @@ impl Inventory {
         let accounts = &mut self.clusters[cluster as usize].accounts;
         let key = (namespace.clone(), name.clone());
         match labels {
-            Some(labels) => drop(accounts.insert(key, labels)),
+            Some(labels) => drop(accounts.insert(key, labels.into_iter().collect())),
             None => drop(accounts.remove(&key)),
         }
         self.mark_contexts(cluster, namespace, Some(&name));
@@ -255,7 +260,8 @@ impl Inventory {
     pub fn set_endpoint(&mut self, cluster: u32, id: EndpointId, endpoint: Endpoint) {
         let account = endpoint.service_account.filter(|_| id.kind == EndpointKind::Pod);
         let context = self.context(cluster, id.kind, &id.namespace, &account);
-        let node = endpoint.node.as_ref().map_or(NONE, |node| self.node(node));
+        // Others' nodes are not ours to know.
+        let node = endpoint.node.as_ref().filter(|_| cluster == LOCAL).map_or(NONE, |node| self.node(node));
         let mut own: SmallVec<[PairId; 16]> = SmallVec::new();
         for (key, value) in &endpoint.labels {
             if !build::is_reserved_key(key) {
@@ -296,21 +302,13 @@ impl Inventory {
                     }
                 };
                 self.dirty.push(at);
-                let (slots, contexts, hasher) = (&self.slots, &self.contexts, &self.hasher);
-                self.slots_by_id.insert_unique(hash, at, |at| {
-                    let slot = &slots[*at as usize];
-                    let context = &contexts[slot.context as usize];
-                    hasher.hash_one((context.cluster, context.kind, context.namespace.as_deref(), &*slot.name))
-                });
+                self.slots_by_id.insert_unique(spread(hash), (hash, at), |(hash, _)| spread(*hash));
                 at
             }
         };
         for pair in &own {
-            let key = self.index.key_of(*pair) as usize;
-            if self.by_key.len() <= key {
-                self.by_key.resize_with(key + 1, RoaringBitmap::new);
-            }
-            self.by_key[key].insert(at);
+            let key = self.index.key_of(*pair);
+            self.index.note_place(key, at / PLACE);
         }
         for port in &endpoint.ports {
             self.by_port.entry(port.name.clone()).or_default().insert(at);
@@ -332,7 +330,7 @@ impl Inventory {
         slot.host_network = endpoint.host_network;
         slot.live = true;
         for place in 0..self.slots[at as usize].addresses.len() {
-            self.claim(self.slots[at as usize].addresses[place], at);
+            self.claim(at, place);
         }
     }
 
@@ -351,12 +349,12 @@ impl Inventory {
         }
     }
 
-    fn hash(&self, cluster: u32, kind: EndpointKind, namespace: &Option<Arc<str>>, name: &str) -> u64 {
-        self.hasher.hash_one((cluster, kind, namespace.as_deref(), name))
+    fn hash(&self, cluster: u32, kind: EndpointKind, namespace: &Option<Arc<str>>, name: &str) -> u32 {
+        self.hasher.hash_one((cluster, kind, namespace.as_deref(), name)) as u32
     }
 
-    fn find(&self, hash: u64, cluster: u32, id: &EndpointId) -> Option<u32> {
-        let same = |at: &u32| {
+    fn find(&self, hash: u32, cluster: u32, id: &EndpointId) -> Option<u32> {
+        let same = |(_, at): &(u32, u32)| {
             let slot = &self.slots[*at as usize];
             let context = &self.contexts[slot.context as usize];
             slot.name == id.name
@@ -364,7 +362,7 @@ impl Inventory {
                 && context.kind == id.kind
                 && context.namespace == id.namespace
         };
-        self.slots_by_id.find(hash, same).copied()
+        self.slots_by_id.find(spread(hash), same).map(|(_, at)| *at)
     }
 
     /// Takes back all that an endpoint's content is entered under; its context stays, for its name.
@@ -373,11 +371,7 @@ impl Inventory {
         let (own, ports) = (std::mem::take(&mut slot.own), std::mem::take(&mut slot.ports));
         let (addresses, context) = (slot.addresses.clone(), slot.context);
         slot.nets = Box::default();
-        for pair in own {
-            let key = self.index.key_of(pair) as usize;
-            self.by_key[key].remove(at);
-            self.index.release(pair);
-        }
+        own.iter().for_each(|pair| self.index.release(*pair));
         for port in &ports {
             if let Some(endpoints) = self.by_port.get_mut(&port.name) {
                 endpoints.remove(at);
@@ -405,13 +399,23 @@ impl Inventory {
 
     /// Makes an endpoint, which must have the address in its slot, its holder.
     fn set_holder(&mut self, address: IpAddr, at: u32) {
-        let place = self.slots[at as usize].addresses.iter().position(|it| *it == address);
-        let Some(place) = place else { return };
+        if let Some(place) = self.slots[at as usize].addresses.iter().position(|it| *it == address) {
+            self.hold_free(address, at, place as u32);
+        }
+    }
+
+    /// Makes an endpoint the holder of an address unless there is one, which is returned.
+    fn hold_free(&mut self, address: IpAddr, at: u32, place: u32) -> Option<u32> {
         let (slots, hasher) = (&self.slots, &self.hasher);
-        let hash = |(at, place): &(u32, u32)| {
-            slots[*at as usize].addresses.get(*place as usize).map_or(0, |address| hasher.hash_one(address))
-        };
-        self.holders.insert_unique(hasher.hash_one(address), (at, place as u32), hash);
+        let address_of = |(at, place): &(u32, u32)| slots[*at as usize].addresses.get(*place as usize);
+        let hash = |it: &(u32, u32)| address_of(it).map_or(0, |address| hasher.hash_one(address));
+        match self.holders.entry(hasher.hash_one(address), |it| address_of(it) == Some(&address), hash) {
+            Entry::Occupied(holder) => Some(holder.get().0),
+            Entry::Vacant(free) => {
+                free.insert((at, place));
+                None
+            }
+        }
     }
 
     /// Must be called while the holder has the address in its slot.
@@ -423,12 +427,14 @@ impl Inventory {
         }
     }
 
-    /// Claims what is in an endpoint's slot.
-    fn claim(&mut self, address: IpAddr, at: u32) {
-        let Some(holder) = self.holder(address) else { return self.set_holder(address, at) };
-        let claimants = self.contested.entry(address).or_insert_with(|| SmallVec::from_slice(&[holder]));
-        claimants.push(at);
-        self.settle(address);
+    /// Claims what is at a place of an endpoint's slot.
+    fn claim(&mut self, at: u32, place: usize) {
+        let address = self.slots[at as usize].addresses[place];
+        if let Some(holder) = self.hold_free(address, at, place as u32) {
+            let claimants = self.contested.entry(address).or_insert_with(|| SmallVec::from_slice(&[holder]));
+            claimants.push(at);
+            self.settle(address);
+        }
     }
 
     /// Gives up what is still in an endpoint's slot.
@@ -591,7 +597,7 @@ impl Inventory {
         if let Some(namespace) = &context.namespace {
             all.push((build::NAMESPACE.into(), namespace.clone()));
             all.push((format!("{}{}", build::NAMESPACE_PREFIX, build::NAME), namespace.clone()));
-            for (key, value) in cluster.namespaces.get(namespace).into_iter().flatten() {
+            for (key, value) in cluster.namespaces.get(namespace).into_iter().flat_map(|pairs| pairs.iter()) {
                 if &**key != build::NAME {
                     all.push((format!("{}{key}", build::NAMESPACE_PREFIX), value.clone()));
                 }
@@ -601,7 +607,8 @@ impl Inventory {
             all.push((build::SERVICE_ACCOUNT.into(), account.clone()));
             all.push((format!("{}{}", build::SERVICE_ACCOUNT_PREFIX, build::NAME), account.clone()));
             let key = context.namespace.clone().map(|namespace| (namespace, account.clone()));
-            for (key, value) in key.and_then(|key| cluster.accounts.get(&key)).into_iter().flatten() {
+            let labels = key.and_then(|key| cluster.accounts.get(&key));
+            for (key, value) in labels.into_iter().flat_map(|pairs| pairs.iter()) {
                 if &**key != build::NAME {
                     all.push((format!("{}{key}", build::SERVICE_ACCOUNT_PREFIX), value.clone()));
                 }
@@ -624,8 +631,13 @@ impl Inventory {
     pub fn refresh(&mut self, mut changed: impl FnMut(&mut Self, u32, Option<&Contribution>, Option<&Contribution>)) {
         let newly_relevant = std::mem::take(&mut self.newly_relevant);
         for key in &newly_relevant {
-            let having: Vec<u32> = self.by_key.get(*key as usize).into_iter().flatten().collect();
-            having.into_iter().for_each(|at| self.mark(at));
+            for place in self.index.take_places(*key).iter() {
+                for at in place * PLACE..self.slots.len().min((place as usize + 1) * PLACE as usize) as u32 {
+                    if self.slots[at as usize].own.iter().any(|pair| self.index.key_of(*pair) == *key) {
+                        self.mark(at);
+                    }
+                }
+            }
         }
         // Contexts are few, and a key is new to the selectors once.
         let contexts = if newly_relevant.is_empty() { 0 } else { self.contexts.len() };
@@ -730,7 +742,7 @@ impl Inventory {
         let slot = &self.slots[at as usize];
         let context = &self.contexts[slot.context as usize];
         let hash = self.hash(context.cluster, context.kind, &context.namespace, &slot.name);
-        if let Ok(entry) = self.slots_by_id.find_entry(hash, |id| *id == at) {
+        if let Ok(entry) = self.slots_by_id.find_entry(spread(hash), |(_, id)| *id == at) {
             entry.remove();
         }
         let context = slot.context;
@@ -772,4 +784,9 @@ impl Inventory {
         let contexts = self.contexts.len() - self.free_contexts.len();
         [self.slots_by_id.len(), contexts, self.holders.len() + self.contested.len(), self.by_port.len()]
     }
+}
+
+/// A table wants its bits at both ends.
+fn spread(hash: u32) -> u64 {
+    u64::from(hash) << 32 | u64::from(hash)
 }

@@ -9,8 +9,7 @@
 //! the result is the one from nothing. Unknown never opens: rules name the certain or the possible members of a
 //! selector, whichever fails closed.
 //!
-//! [`whole::compile`] is the same from nothing and the obvious way, for what is asked once and as a second opinion. Its
-//! sets have names of their own.
+//! [`compile()`] does the same for a state that is at hand whole.
 //!
 //! Does not: read clocks, do I/O, number generations, encode anything.
 
@@ -21,11 +20,12 @@ mod id_set;
 pub mod index;
 mod inventory;
 mod node;
+mod policy;
 mod pool;
 mod report;
 mod rule;
 mod update;
-pub mod whole;
+mod whole;
 
 pub use change::{Changes, NodeChange, Objects};
 pub use compiler::Compiler;

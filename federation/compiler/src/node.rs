@@ -5,6 +5,7 @@ use std::sync::Arc;
 use hanse_ruleset::{Chain, ChainId, Digest, LocalEndpoint, NodeConfig, Policy, PolicyId};
 
 use crate::change::Objects;
+use crate::compiler::ClassChains;
 use crate::id_set::IdSet;
 use crate::index::FastMap;
 use crate::pool::{Pools, SetIndex};
@@ -18,7 +19,7 @@ pub(crate) type ProfileIndex = u32;
 pub(crate) struct Unit {
     pub id: PolicyId,
     pub policy: Arc<Policy>,
-    pub sets: Vec<SetIndex>,
+    pub sets: Box<[SetIndex]>,
     /// Chains that name it.
     pub references: u32,
     /// The number of the source policy.
@@ -30,7 +31,7 @@ pub(crate) struct HeldChain {
     pub id: ChainId,
     pub chain: Arc<Chain>,
     /// Without doubles.
-    pub units: Vec<UnitIndex>,
+    pub units: Box<[UnitIndex]>,
     /// Classes judged by it, once for each of their three chains.
     pub references: u32,
 }
@@ -38,8 +39,8 @@ pub(crate) struct HeldChain {
 #[derive(Debug, Default)]
 pub(crate) struct Node {
     pub config: Option<NodeConfig>,
-    /// By endpoint.
-    pub endpoints: FastMap<u32, Arc<LocalEndpoint>>,
+    /// By endpoint, with its chains.
+    pub endpoints: FastMap<u32, (Arc<LocalEndpoint>, ClassChains)>,
     pub endpoints_digest: Digest,
     /// How many times its endpoints name each chain.
     pub chains: FastMap<ChainIndex, u32>,

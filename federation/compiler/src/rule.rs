@@ -2,15 +2,16 @@
 //!
 //! Matching has three values, and a rule set two: every rule is written so that what is unknown fails closed. A rule that
 //! opens or only notes asks for what certainly matches: certain members for what must hold, possible members for what
-//! must not. One that closes asks the other way round.
+//! must not. One that closes asks the other way round. A Pass rule passes the certain, and is followed by a Deny of the
+//! possible where the two differ.
 
 use std::sync::Arc;
 
-use hanse_policy::model::{self, EntityMatch, IpVersion, Policy, Port, Protocol};
-use hanse_ruleset::{Action, Family, Icmp, Peer, PortRange, Rule};
-use ipnet::IpNet;
+use hanse_policy::model::{self, ClusterScope, Port};
+use hanse_ruleset::{Action, Family, Peer, PortRange};
 
 use crate::inventory::Inventory;
+use crate::policy::{Entity, Policy, Rule, Selection};
 use crate::pool::{PoolId, Pools, SetIndex, Source};
 use crate::report::Direction;
 
@@ -32,18 +33,15 @@ pub(crate) fn compile(
     direction: Direction,
     federated_allow_final: bool,
 ) -> Compiled {
-    let rules = match direction {
-        Direction::Ingress => &policy.ingress,
-        Direction::Egress => &policy.egress,
-    };
-    let mut writer = Writer { pools, inventory, policy, user, sets: Vec::new(), named: Vec::new() };
+    let rules = policy.rules(direction).unwrap_or_default();
+    let mut writer = Writer { pools, inventory, user, sets: Vec::new(), named: Vec::new() };
     let leaves = policy.id.cluster.is_none() && !federated_allow_final;
     let allow = if leaves { Action::Leave } else { Action::Allow };
     // At most two of each, nearly always one.
-    let mut written = Vec::with_capacity(rules.as_ref().map_or(0, Vec::len));
-    for rule in rules.iter().flatten() {
-        let Some(family) = families(rule) else { continue };
-        let understood = rule.unknown_because().is_none();
+    let mut written = Vec::with_capacity(rules.len());
+    for rule in rules {
+        let Some(family) = rule.family else { continue };
+        let understood = rule.unknown_because.is_none();
         let mut write = |action, matching, unknown| {
             let rule = writer.rule(rule, family, action, matching, unknown);
             written.push(rule);
@@ -75,34 +73,11 @@ pub(crate) fn compile(
 }
 
 /// `kind namespace/name`, or `kind name` of what has no namespace.
-pub(crate) fn name(id: &model::PolicyId) -> Arc<str> {
+fn name(id: &model::PolicyId) -> Arc<str> {
     let kind = id.kind.name();
     match &id.namespace {
         Some(namespace) => format!("{kind} {namespace}/{}", id.name).into(),
         None => format!("{kind} {}", id.name).into(),
-    }
-}
-
-/// The families that a rule speaks of: `None` of neither, `Some(None)` of both. A list of nets without any of a family,
-/// and the *name* of the other family's ICMP, switch it off for that family.
-pub(crate) fn families(rule: &model::Rule) -> Option<Option<Family>> {
-    let lists = [&rule.source.nets, &rule.source.not_nets, &rule.destination.nets, &rule.destination.not_nets];
-    let speaks = |version: IpVersion| {
-        let of_version = |net: &IpNet| matches!(net, IpNet::V4(_)) == (version == IpVersion::V4);
-        let foreign = match rule.protocol {
-            Some(Protocol::Icmp) => version == IpVersion::V6,
-            Some(Protocol::IcmpV6) => version == IpVersion::V4,
-            _ => false,
-        };
-        rule.ip_version.is_none_or(|wanted| wanted == version)
-            && !foreign
-            && lists.into_iter().all(|nets| nets.is_empty() || nets.iter().any(of_version))
-    };
-    match (speaks(IpVersion::V4), speaks(IpVersion::V6)) {
-        (true, true) => Some(None),
-        (true, false) => Some(Some(Family::V4)),
-        (false, true) => Some(Some(Family::V6)),
-        (false, false) => None,
     }
 }
 
@@ -115,7 +90,6 @@ enum Matching {
 struct Writer<'a> {
     pools: &'a mut Pools,
     inventory: &'a Inventory,
-    policy: &'a Policy,
     user: u32,
     sets: Vec<SetIndex>,
     named: Vec<PoolId>,
@@ -124,48 +98,38 @@ struct Writer<'a> {
 impl Writer<'_> {
     fn rule(
         &mut self,
-        rule: &model::Rule,
+        rule: &Rule,
         family: Option<Family>,
         action: Action,
         matching: Matching,
         unknown: bool,
-    ) -> Rule {
-        let icmp = |icmp: Option<model::Icmp>| icmp.and_then(|it| it.kind.map(|kind| Icmp { kind, code: it.code }));
-        Rule {
+    ) -> hanse_ruleset::Rule {
+        let mut peer = |entity: &Option<Box<Entity>>, is_destination| match entity {
+            Some(entity) => self.peer(entity, matching, is_destination),
+            None => Peer::default(),
+        };
+        hanse_ruleset::Rule {
             action,
             index: rule.index,
             unknown,
             family,
-            protocol: rule.protocol.map(Protocol::number),
-            not_protocol: rule.not_protocol.map(Protocol::number),
-            icmp: icmp(rule.icmp),
-            not_icmp: icmp(rule.not_icmp),
-            source: self.peer(&rule.source, matching, false),
-            destination: self.peer(&rule.destination, matching, true),
+            protocol: rule.protocol,
+            not_protocol: rule.not_protocol,
+            icmp: rule.icmp,
+            not_icmp: rule.not_icmp,
+            source: peer(&rule.source, false),
+            destination: peer(&rule.destination, true),
         }
     }
 
-    fn peer(&mut self, entity: &EntityMatch, matching: Matching, is_destination: bool) -> Peer {
+    fn peer(&mut self, entity: &Entity, matching: Matching, is_destination: bool) -> Peer {
         let (wanted, unwanted) = (matching == Matching::Possible, matching == Matching::Certain);
-        let mut peer = Peer { nets: nets(&entity.nets), not_nets: nets(&entity.not_nets), ..Peer::default() };
-        for port in &entity.ports {
-            match port {
-                Port::Range(first, last) => peer.ports.push(PortRange { first: *first, last: *last }),
-                Port::Named(name) => {
-                    let pool = self.port(entity, name);
-                    peer.port_sets.extend(self.sets(pool, wanted));
-                }
-            }
-        }
-        // A range that holds nothing still says that there is a port to match.
-        for port in &entity.not_ports {
-            match port {
-                Port::Range(first, last) => peer.not_ports.push(PortRange { first: *first, last: *last }),
-                Port::Named(name) => {
-                    let pool = self.port(entity, name);
-                    peer.not_port_sets.extend(self.sets(pool, unwanted));
-                }
-            }
+        let mut peer = Peer { nets: entity.nets.to_vec(), not_nets: entity.not_nets.to_vec(), ..Peer::default() };
+        (peer.ports, peer.port_sets) = self.ports(&entity.ports, &entity.port_scope, wanted);
+        (peer.not_ports, peer.not_port_sets) = self.ports(&entity.not_ports, &entity.port_scope, unwanted);
+        if let Some(selection) = &entity.selection {
+            let pool = self.selection(selection);
+            peer.in_sets = vec![self.sets(pool, wanted)];
         }
         if let Some(service) = &entity.service {
             let set = self.pools.service_set(service, is_destination);
@@ -173,39 +137,48 @@ impl Writer<'_> {
             let id = self.pools.held(set).id;
             if is_destination { peer.in_sockets.push(id) } else { peer.in_sets.push(vec![id]) }
         }
-        if let Some(selection) = &entity.selection
-            && let Some(pool) = self.selection(selection)
-        {
-            let sets = self.sets(pool, wanted);
-            peer.in_sets.push(sets);
-        }
-        if let Some(selection) = &entity.not_selection
-            && let Some(pool) = self.selection(selection)
-        {
+        if let Some(selection) = &entity.not_selection {
+            let pool = self.selection(selection);
             peer.not_sets = self.sets(pool, unwanted);
-        }
-        for list in [&mut peer.ports, &mut peer.not_ports] {
-            list.sort_unstable();
-            list.dedup();
-        }
-        for list in [&mut peer.port_sets, &mut peer.not_port_sets] {
-            list.sort_unstable();
-            list.dedup();
         }
         peer
     }
 
-    fn selection(&mut self, selection: &model::Selection) -> Option<PoolId> {
-        // Every selector of a policy that acts is registered.
-        let selector = self.inventory.index.find(&selection.selector)?;
-        let pool = self.pools.pool(self.inventory, Source::Selector(selector), &selection.clusters, self.user);
-        self.named.push(pool);
-        Some(pool)
+    /// Both sorted, without doubles.
+    fn ports(
+        &mut self,
+        ports: &[Port],
+        scope: &ClusterScope,
+        possible: bool,
+    ) -> (Vec<PortRange>, Vec<hanse_ruleset::SetId>) {
+        let (mut ranges, mut named) = (Vec::new(), Vec::new());
+        for port in ports {
+            match port {
+                // A range that holds nothing still says that there is a port to match.
+                Port::Range(first, last) => ranges.push(PortRange { first: *first, last: *last }),
+                Port::Named(name) => {
+                    let pool = self.port(name, scope);
+                    named.extend(self.sets(pool, possible));
+                }
+            }
+        }
+        ranges.sort_unstable();
+        ranges.dedup();
+        named.sort_unstable();
+        named.dedup();
+        (ranges, named)
     }
 
-    fn port(&mut self, entity: &EntityMatch, name: &Arc<str>) -> PoolId {
-        let scope = entity.named_port_scope(&self.policy.id);
-        let pool = self.pools.pool(self.inventory, Source::Port(name.clone()), &scope, self.user);
+    fn selection(&mut self, selection: &Selection) -> PoolId {
+        self.pool(Source::Selector(selection.selector), &selection.clusters)
+    }
+
+    fn port(&mut self, name: &Arc<str>, scope: &ClusterScope) -> PoolId {
+        self.pool(Source::Port(name.clone()), scope)
+    }
+
+    fn pool(&mut self, source: Source, scope: &ClusterScope) -> PoolId {
+        let pool = self.pools.pool(self.inventory, source, scope, self.user);
         self.named.push(pool);
         pool
     }
@@ -216,25 +189,15 @@ impl Writer<'_> {
         sets.into_iter().map(|set| self.pools.held(set).id).collect()
     }
 
-    fn is_uncertain(&mut self, rule: &model::Rule) -> bool {
-        let mut pools = Vec::new();
-        for entity in [&rule.source, &rule.destination] {
-            for selection in entity.selection.iter().chain(&entity.not_selection) {
-                pools.extend(self.selection(selection));
-            }
+    fn is_uncertain(&mut self, rule: &Rule) -> bool {
+        let mut pools: Vec<PoolId> = rule.selections().map(|selection| self.selection(selection)).collect();
+        for entity in rule.source.iter().chain(&rule.destination) {
             for port in entity.ports.iter().chain(&entity.not_ports) {
                 if let Port::Named(name) = port {
-                    pools.push(self.port(entity, name));
+                    pools.push(self.port(name, &entity.port_scope));
                 }
             }
         }
         pools.into_iter().any(|pool| self.pools.is_uncertain(pool))
     }
-}
-
-fn nets(nets: &[IpNet]) -> Vec<IpNet> {
-    let mut nets: Vec<IpNet> = nets.iter().map(IpNet::trunc).collect();
-    nets.sort_unstable();
-    nets.dedup();
-    nets
 }

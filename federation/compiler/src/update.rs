@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use hanse_policy::inventory::{Endpoint, EndpointId, LabelGrant, Labels, Namespace, Service};
-use hanse_policy::model::{ClusterName, Policy, PolicyId, Tier, TierId};
+use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, Inventory, LabelGrant, Labels, Namespace, Service};
+use hanse_policy::model::{ClusterName, Policy, PolicyId, PolicySet, Tier, TierId};
 use hanse_ruleset::NodeConfig;
 
 /// What the hub, or the operator, says of a cluster as a whole.
@@ -82,4 +82,54 @@ pub enum Update {
     /// Those of other clusters are not held.
     Policy(Policy),
     RemovePolicy(PolicyId),
+}
+
+impl ClusterRecord {
+    pub fn of(cluster: &Cluster) -> Self {
+        Self {
+            label_grant: cluster.label_grant.clone(),
+            stale: cluster.stale,
+            federated_allow_final: cluster.federated_allow_final,
+        }
+    }
+}
+
+impl Update {
+    /// What makes of the empty state of `local` all that policies and inventory say; its nodes aside.
+    pub fn all_of(local: &ClusterName, policies: &PolicySet, inventory: &Inventory) -> Vec<Self> {
+        let mut all = Vec::new();
+        for (cluster, it) in &inventory.clusters {
+            all.push(Self::Cluster { name: cluster.clone(), record: ClusterRecord::of(it) });
+            all.extend(it.namespaces.iter().map(|(name, namespace)| Self::Namespace {
+                cluster: cluster.clone(),
+                name: name.clone(),
+                namespace: namespace.clone(),
+            }));
+            all.extend(it.service_accounts.iter().map(|((namespace, name), labels)| Self::ServiceAccount {
+                cluster: cluster.clone(),
+                namespace: namespace.clone(),
+                name: name.clone(),
+                labels: labels.clone(),
+            }));
+        }
+        let of_clusters = inventory.clusters.iter().map(|(name, it)| (Some(name), &it.endpoints));
+        for (cluster, endpoints) in of_clusters.chain([(None, &inventory.federated_sets)]) {
+            all.extend(endpoints.iter().map(|(id, endpoint)| Self::Endpoint {
+                cluster: cluster.cloned(),
+                id: id.clone(),
+                endpoint: endpoint.clone(),
+            }));
+        }
+        let own = inventory.clusters.get(local).into_iter().flat_map(|it| &it.services);
+        all.extend(own.map(|((namespace, name), service)| Self::Service {
+            namespace: namespace.clone(),
+            name: name.clone(),
+            service: service.clone(),
+        }));
+        for layer in [Some(&policies.federation), policies.clusters.get(local)].into_iter().flatten() {
+            all.extend(layer.tiers.values().cloned().map(Self::Tier));
+            all.extend(layer.policies.values().cloned().map(Self::Policy));
+        }
+        all
+    }
 }

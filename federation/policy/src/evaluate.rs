@@ -14,7 +14,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::inventory::{EndpointId, EndpointKind, Inventory};
+use crate::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
 use crate::model::{
     Action, ClusterName, ClusterScope, EntityMatch, Icmp, IpVersion, Layer, Order, Phase, Policy, PolicyId, PolicySet,
     Port, Protocol, Rule, Selection, ServiceMatch, StagedAction, TierDefault, TierId,
@@ -360,7 +360,11 @@ impl Facts for Inspection<'_> {
     }
 
     fn named_port(&self, enforcer: &str, scope: &ClusterScope, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
-        named_port(self.inventory, enforcer, scope, name, end, protocol, port)
+        let pod = end.pod.as_ref().and_then(|(cluster, pod)| {
+            let owner = self.inventory.clusters.get(cluster)?;
+            Some((&**cluster, owner, owner.endpoints.get(pod)?))
+        });
+        pod.map_or(Tri::No, |pod| named_port_of(enforcer, scope, name, pod, protocol, port))
     }
 
     fn backend(&self, enforcer: &str, service: &ServiceMatch, address: IpAddr, port: Option<(u8, u16)>) -> Tri {
@@ -368,25 +372,22 @@ impl Facts for Inspection<'_> {
     }
 }
 
-/// See [`Facts::named_port`]. Of a stale cluster, what was a named port when it fell silent may still be one.
-pub(crate) fn named_port(
-    inventory: &Inventory,
+/// See [`Facts::named_port`]. Of a stale cluster, what was a named port when it fell silent may still be one. `pod` with its
+/// cluster.
+pub(crate) fn named_port_of(
     enforcer: &str,
     scope: &ClusterScope,
     name: &str,
-    end: &End,
+    (cluster, owner, pod): (&str, &Cluster, &Endpoint),
     protocol: u8,
     port: u16,
 ) -> Tri {
-    let Some((cluster, pod)) = end.pod.as_ref().filter(|(cluster, _)| scope.contains(enforcer, cluster)) else {
+    if !scope.contains(enforcer, cluster) {
         return Tri::No;
-    };
-    let Some(owner) = inventory.clusters.get(cluster) else { return Tri::No };
-    let found = owner.endpoints.get(pod).is_some_and(|it| {
-        it.ports.iter().any(|have| &*have.name == name && have.protocol == protocol && have.port == port)
-    });
+    }
+    let found = pod.ports.iter().any(|have| &*have.name == name && have.protocol == protocol && have.port == port);
     match found {
-        true if owner.stale && **cluster != *enforcer => Tri::Unknown,
+        true if owner.stale && cluster != enforcer => Tri::Unknown,
         found => Tri::from(found),
     }
 }
@@ -512,6 +513,6 @@ fn entity_matches(
 }
 
 /// TCP, UDP, DCCP, SCTP and UDP-Lite.
-fn has_ports(protocol: u8) -> bool {
+pub(crate) fn has_ports(protocol: u8) -> bool {
     matches!(protocol, 6 | 17 | 33 | 132 | 136)
 }

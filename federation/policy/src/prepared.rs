@@ -2,8 +2,9 @@
 //! that code asks is looked up in indexes and remembered.
 //!
 //! - Pods with the same cluster, namespace, account and labels form a class, labels that no selector names aside: which
-//!   policies apply to it, and which selections hold it, is found once.
-//! - The policies of a cluster are sorted once; those of one class are found by a label that their selectors require.
+//!   policies apply to it, and which selections hold it, is found once, by labels of which they require one.
+//! - The policies of a cluster are sorted once, and their rules laid out so that most that do not match are passed over
+//!   at a glance: by protocol, port, a single net, and the selections that hold the ends.
 //! - Network sets are found by the prefixes of their nets.
 //!
 //! It borrows what it was made of, so it never goes stale; it remembers behind `RefCell`, so it belongs to one thread.
@@ -16,29 +17,34 @@ use std::rc::Rc;
 use ipnet::IpNet;
 
 use crate::evaluate::{
-    Answer, Court, Direction, End, Facts, Query, TierView, View, acting, answer, backend, in_order, in_tiers,
-    named_port, rules,
+    Answer, Court, Direction, End, Facts, Query, TierView, View, acting, answer, backend, has_ports, in_order,
+    in_tiers, named_port_of, rules,
 };
-use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, Labels, selects};
+use crate::inventory::{
+    Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, Labels, selects,
+};
 use crate::model::{
-    Action, ClusterName, ClusterScope, EntityMatch, Layer, Policy, PolicySet, Protocol, Rule, Selection, ServiceMatch,
+    Action, ClusterName, ClusterScope, EntityMatch, Layer, Policy, PolicySet, Port, Protocol, Rule, Selection,
+    ServiceMatch,
 };
-use crate::selector::{Expr, Label, LabelLookup as _, Selector};
+use crate::selector::{Expr, Selector};
 use crate::tri::Tri;
 
 type Chain<'a> = Rc<Plain<'a>>;
 /// A cluster (the address of its name), a direction, and the policies that apply.
 type ChainKey = (usize, Direction, Vec<u32>);
-/// By the number of the selection; `None` was not asked yet.
-type Answers = Rc<[Cell<Option<Tri>>]>;
+/// The selections that hold, or may hold, an end, by number; sorted. All others do not.
+type Held = Rc<[(u32, Tri)]>;
 /// A class, the network sets that hold the address, and the enforcing cluster (the address of its name).
 type MemoKey = (Option<u32>, Rc<[u32]>, usize);
 type FastSet<T> = std::collections::HashSet<T, foldhash::fast::RandomState>;
 type FastMap<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
-/// What may be remembered about selections, in bytes: one byte for each selection of a class and an enforcing cluster.
-/// 256 MiB hold 25,000 classes of a state with 10,000 selections; when it is full, everything is forgotten.
+/// What may be remembered about selections: 8 bytes for each that holds a class. 256 MiB are 100,000 classes of which each is
+/// in 300 selections; when it is full, everything is forgotten.
 const MEMO_BYTES: usize = 256 << 20;
+/// What a class costs that no selection holds: its key, and its place in the table.
+const MEMO_KEY_BYTES: usize = 64;
 
 /// A set of policies and an inventory, ready to be asked.
 #[derive(Debug)]
@@ -48,13 +54,17 @@ pub struct Prepared<'a> {
     pods: FastMap<&'a str, Pods<'a>>,
     /// By the address of the selection in the policy set.
     selections: FastMap<usize, u32>,
-    selection_count: usize,
+    by_number: Vec<&'a Selection>,
+    /// Selections by their numbers.
+    index: LabelIndex<'a>,
     sets: NetworkSets<'a>,
     classes: RefCell<Classes<'a>>,
     /// By class and direction.
     chains: RefCell<FastMap<(u32, Direction), Chain<'a>>>,
     chains_by_content: RefCell<FastMap<ChainKey, Chain<'a>>>,
     memos: RefCell<Memos>,
+    /// One bit for each selection and end, clear between questions.
+    bits: [Bits; 2],
 }
 
 impl<'a> Prepared<'a> {
@@ -62,6 +72,7 @@ impl<'a> Prepared<'a> {
         let plans = inventory.clusters.keys().map(|cluster| (&**cluster, Plan::new(policies, cluster, view))).collect();
         let mut selections = FastMap::default();
         let mut ids: FastMap<&Selection, u32> = FastMap::default();
+        let mut by_number = Vec::new();
         let layers = [&policies.federation].into_iter().chain(policies.clusters.values());
         let mut keys = FastSet::default();
         let mut note = |selector: &'a Selector| {
@@ -77,6 +88,7 @@ impl<'a> Prepared<'a> {
                     let id = *ids.entry(selection).or_insert(next);
                     if id == next {
                         note(&selection.selector);
+                        by_number.push(selection);
                     }
                     selections.insert(address_of(selection), id);
                 }
@@ -91,7 +103,9 @@ impl<'a> Prepared<'a> {
             plans,
             pods: inventory.clusters.iter().map(pods_of).collect(),
             selections,
-            selection_count: ids.len(),
+            index: LabelIndex::new(by_number.iter().map(|selection| &selection.selector)),
+            bits: [(); 2].map(|()| vec![Cell::new(0); by_number.len().div_ceil(64)].into()),
+            by_number,
             sets: NetworkSets::new(inventory),
             classes: RefCell::new(Classes { keys, by_key: FastMap::default(), by_endpoint: FastMap::default() }),
             chains: RefCell::default(),
@@ -107,11 +121,13 @@ impl<'a> Prepared<'a> {
             let pod = ends[usize::from(direction == Direction::Ingress)].pod?;
             let facts =
                 Remembered { prepared: self, query, memos: ends.each_ref().map(|end| self.memo(end, pod.cluster)) };
+            let _lit = Lit::new(&self.bits, &facts.memos);
+            let glance = Glance::new(self, query, &facts.memos);
             let chain = self.chain(pod, direction);
             let federated_allow_final = pod.owner.federated_allow_final;
             let court = Court { facts: &facts, enforcer: pod.cluster, federated_allow_final };
             let candidates = |tier: usize| {
-                let rules = chain.rules[tier].iter().filter(|rule| facts.may_match(rule));
+                let rules = chain.rules[tier].iter().filter(|rule| glance.may_match(rule));
                 rules.map(|rule| (rule.policy, rule.rule))
             };
             Some(court.judge(&chain.tiers, candidates, query))
@@ -158,6 +174,8 @@ impl<'a> Prepared<'a> {
                     rule,
                     protocol: rule.protocol.map(Protocol::number),
                     ends: [number(&rule.source.selection), number(&rule.destination.selection)],
+                    nets: [only(&rule.source.nets), only(&rule.destination.nets)],
+                    ports: Ports::of(&rule.destination.ports),
                 });
             }
         }
@@ -177,16 +195,127 @@ impl<'a> Prepared<'a> {
     fn memo(&self, end: &EndClass<'a>, enforcer: &'a str) -> Memo<'a> {
         let mut memos = self.memos.borrow_mut();
         let key = (end.pod.map(|pod| pod.class), end.sets.clone(), enforcer.as_ptr() as usize);
-        if let Some(answers) = memos.by_class.get(&key) {
-            return Memo { end: end.clone(), answers: answers.clone() };
+        if let Some(held) = memos.by_class.get(&key) {
+            return Memo { end: end.clone(), held: held.clone() };
         }
-        memos.bytes += self.selection_count;
-        if memos.bytes > MEMO_BYTES {
-            *memos = Memos { bytes: self.selection_count, ..Memos::default() };
+        let held = self.held(end, enforcer);
+        let bytes = MEMO_KEY_BYTES + std::mem::size_of_val(&*held);
+        if memos.bytes + bytes > MEMO_BYTES {
+            *memos = Memos::default();
         }
-        let answers: Answers = vec![Cell::new(None); self.selection_count].into();
-        memos.by_class.insert(key, answers.clone());
-        Memo { end: end.clone(), answers }
+        memos.bytes += bytes;
+        memos.by_class.insert(key, held.clone());
+        Memo { end: end.clone(), held }
+    }
+
+    /// Asks every selection that can hold an end.
+    fn held(&self, end: &EndClass<'a>, enforcer: &str) -> Held {
+        let mut found: Vec<(u32, Tri)> = Vec::new();
+        let mut ask = |labels: EffectiveLabels<'_>, selected: &dyn Fn(&Selection) -> Tri| {
+            // Where a label may be unknown, its absence excludes nothing.
+            let owner = labels.cluster;
+            let known = labels.first_hand || !owner.stale && owner.label_grant == LabelGrant::All;
+            let candidates =
+                if known { self.index.candidates(&labels) } else { (0..self.by_number.len() as u32).collect() };
+            let answers = candidates.into_iter().map(|number| (number, selected(self.by_number[number as usize])));
+            found.extend(answers.filter(|(_, answer)| *answer != Tri::No));
+        };
+        if let Some(Pod { cluster, owner, id, endpoint, .. }) = end.pod {
+            let labels = EffectiveLabels { cluster: owner, id, endpoint, first_hand: enforcer == cluster };
+            ask(labels, &|selection| selects(enforcer, selection, cluster, owner, id, endpoint));
+        }
+        for set in end.sets.iter() {
+            let (cluster, id, endpoint) = self.sets.all[*set as usize];
+            let nobody = Cluster::default();
+            let owner = cluster.and_then(|cluster| self.inventory.clusters.get(cluster)).unwrap_or(&nobody);
+            let first_hand = cluster.is_none_or(|cluster| cluster == enforcer);
+            ask(EffectiveLabels { cluster: owner, id, endpoint, first_hand }, &|selection| match cluster {
+                Some(cluster) => selects(enforcer, selection, cluster, owner, id, endpoint),
+                None => self.inventory.selects_federated_set(selection, id),
+            });
+        }
+        found.sort_unstable_by_key(|(number, _)| *number);
+        found.dedup_by(|next, kept| {
+            let same = next.0 == kept.0;
+            if same {
+                kept.1 = kept.1.or(next.1);
+            }
+            same
+        });
+        found.into()
+    }
+}
+
+type Bits = Box<[Cell<u64>]>;
+
+/// The bits of the selections that hold, or may hold, the ends: set while it lives.
+struct Lit<'p> {
+    bits: &'p [Bits; 2],
+    held: [Held; 2],
+}
+
+impl<'p> Lit<'p> {
+    fn new(bits: &'p [Bits; 2], memos: &[Memo<'_>; 2]) -> Self {
+        let this = Self { bits, held: memos.each_ref().map(|memo| memo.held.clone()) };
+        this.set(|word, bit| word | bit);
+        this
+    }
+
+    fn set(&self, change: impl Fn(u64, u64) -> u64) {
+        for (bits, held) in self.bits.iter().zip(&self.held) {
+            for (number, _) in held.iter() {
+                let word = &bits[*number as usize / 64];
+                word.set(change(word.get(), 1 << (number % 64)));
+            }
+        }
+    }
+}
+
+impl Drop for Lit<'_> {
+    fn drop(&mut self) {
+        self.set(|word, bit| word & !bit);
+    }
+}
+
+/// What tells at a glance that a rule does not match.
+struct Glance<'p> {
+    bits: &'p [Bits; 2],
+    protocol: u8,
+    /// 0 where the packet has none.
+    port: u16,
+    has_port: bool,
+    /// The destination is a pod that names one.
+    has_names: bool,
+    addresses: [IpAddr; 2],
+}
+
+impl<'p> Glance<'p> {
+    fn new(prepared: &'p Prepared<'_>, query: &Query, memos: &[Memo<'_>; 2]) -> Self {
+        Self {
+            bits: &prepared.bits,
+            protocol: query.protocol,
+            port: query.destination_port,
+            has_port: has_ports(query.protocol),
+            has_names: memos[1].end.pod.is_some_and(|pod| !pod.endpoint.ports.is_empty()),
+            addresses: [query.source.address, query.destination.address],
+        }
+    }
+
+    /// Whether a rule is worth asking.
+    fn may_match(&self, rule: &PlainRule<'_>) -> bool {
+        let lit = |end: usize| {
+            rule.ends[end].is_none_or(|number| self.bits[end][number as usize / 64].get() >> (number % 64) & 1 == 1)
+        };
+        let in_net = |end: usize| rule.nets[end].is_none_or(|net| net.contains(&self.addresses[end]));
+        let port = rule.ports.as_ref().is_none_or(|ports| {
+            self.has_port && (ports.first <= self.port && self.port <= ports.last || ports.named && self.has_names)
+        });
+        rule.protocol.is_none_or(|protocol| protocol == self.protocol)
+            && port
+            && lit(0)
+            && lit(1)
+            && in_net(0)
+            && in_net(1)
     }
 }
 
@@ -203,8 +332,35 @@ struct PlainRule<'a> {
     protocol: Option<u8>,
     /// The numbers of the selections of source and destination.
     ends: [Option<u32>; 2],
+    /// Their nets, where there is one only.
+    nets: [Option<IpNet>; 2],
+    /// Of the destination; `None` says nothing.
+    ports: Option<Ports>,
     policy: &'a Policy,
     rule: &'a Rule,
+}
+
+/// What all ports of a list lie between, and whether some are names.
+#[derive(Debug)]
+struct Ports {
+    first: u16,
+    last: u16,
+    named: bool,
+}
+
+impl Ports {
+    fn of(ports: &[Port]) -> Option<Self> {
+        let nothing = Self { first: u16::MAX, last: 0, named: false };
+        let join = |all: Self, port: &Port| match port {
+            Port::Range(first, last) => Self { first: all.first.min(*first), last: all.last.max(*last), ..all },
+            Port::Named(_) => Self { named: true, ..all },
+        };
+        (!ports.is_empty()).then(|| ports.iter().fold(nothing, join))
+    }
+}
+
+fn only(nets: &[IpNet]) -> Option<IpNet> {
+    if let [net] = nets { Some(*net) } else { None }
 }
 
 fn selections_of(entity: &EntityMatch) -> impl Iterator<Item = &Selection> {
@@ -217,7 +373,7 @@ fn address_of(selection: &Selection) -> usize {
 
 #[derive(Debug, Default)]
 struct Memos {
-    by_class: FastMap<MemoKey, Answers>,
+    by_class: FastMap<MemoKey, Held>,
     bytes: usize,
 }
 
@@ -248,7 +404,7 @@ struct Pods<'a> {
 #[derive(Debug)]
 struct Memo<'a> {
     end: EndClass<'a>,
-    answers: Answers,
+    held: Held,
 }
 
 /// [`Facts`] of one query and one enforcing cluster.
@@ -258,43 +414,24 @@ struct Remembered<'p, 'a> {
     memos: [Memo<'a>; 2],
 }
 
-impl Remembered<'_, '_> {
-    /// Whether a rule is worth asking: not when its protocol, or a selection that was asked before, says no.
-    fn may_match(&self, rule: &PlainRule<'_>) -> bool {
-        let excluded = |(end, memo): (&Option<u32>, &Memo<'_>)| {
-            end.is_some_and(|number| memo.answers[number as usize].get() == Some(Tri::No))
-        };
-        rule.protocol.is_none_or(|protocol| protocol == self.query.protocol)
-            && !rule.ends.iter().zip(&self.memos).any(excluded)
+impl<'a> Remembered<'_, 'a> {
+    fn memo(&self, end: &End) -> &Memo<'a> {
+        &self.memos[usize::from(!std::ptr::eq(end, &self.query.source))]
     }
 }
 
 impl Facts for Remembered<'_, '_> {
-    fn selected(&self, enforcer: &str, selection: &Selection, end: &End) -> Tri {
-        let memo = &self.memos[usize::from(!std::ptr::eq(end, &self.query.source))];
-        let answer = self.prepared.selections.get(&address_of(selection)).map(|id| &memo.answers[*id as usize]);
-        if let Some(known) = answer.and_then(Cell::get) {
-            return known;
-        }
-        let inventory = self.prepared.inventory;
-        let mut any = Tri::No;
-        if let Some(pod) = memo.end.pod {
-            any = any.or(selects(enforcer, selection, pod.cluster, pod.owner, pod.id, pod.endpoint));
-        }
-        for set in memo.end.sets.iter() {
-            any = any.or(match self.prepared.sets.all[*set as usize] {
-                (Some(cluster), id, _) => inventory.selects(enforcer, selection, cluster, id),
-                (None, id, _) => inventory.selects_federated_set(selection, id),
-            });
-        }
-        if let Some(answer) = answer {
-            answer.set(Some(any));
-        }
-        any
+    fn selected(&self, _enforcer: &str, selection: &Selection, end: &End) -> Tri {
+        let number = self.prepared.selections[&address_of(selection)];
+        let held = &self.memo(end).held;
+        held.binary_search_by_key(&number, |(number, _)| *number).map_or(Tri::No, |at| held[at].1)
     }
 
     fn named_port(&self, enforcer: &str, scope: &ClusterScope, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
-        named_port(self.prepared.inventory, enforcer, scope, name, end, protocol, port)
+        let pod = self.memo(end).end.pod;
+        pod.map_or(Tri::No, |pod| {
+            named_port_of(enforcer, scope, name, (pod.cluster, pod.owner, pod.endpoint), protocol, port)
+        })
     }
 
     fn backend(&self, enforcer: &str, service: &ServiceMatch, address: IpAddr, port: Option<(u8, u16)>) -> Tri {
@@ -350,17 +487,9 @@ impl<'a> Classes<'a> {
 #[derive(Debug)]
 struct Plan<'a> {
     policies: Vec<(&'a Layer, &'a Policy)>,
-    /// Subjects by a label that they require, with its value where they require that too.
-    by_label: FastMap<&'a str, ByValue>,
-    /// Subjects that require no label.
-    others: Vec<u32>,
+    /// Distinct selectors with the policies that have them.
     subjects: Vec<(&'a Selector, Vec<u32>)>,
-}
-
-#[derive(Debug, Default)]
-struct ByValue {
-    any: Vec<u32>,
-    of_value: FastMap<String, Vec<u32>>,
+    index: LabelIndex<'a>,
 }
 
 impl<'a> Plan<'a> {
@@ -373,58 +502,24 @@ impl<'a> Plan<'a> {
             .filter(|(_, policy)| policy.enforcers.contains(cluster, cluster))
             .collect();
         in_order(&mut enforced);
-        let mut plan =
-            Self { policies: enforced, by_label: FastMap::default(), others: Vec::new(), subjects: Vec::new() };
+        let mut subjects: Vec<(&Selector, Vec<u32>)> = Vec::new();
         let mut by_selector: FastMap<&str, u32> = FastMap::default();
-        for (at, (_, policy)) in plan.policies.iter().enumerate() {
-            let next = plan.subjects.len() as u32;
+        for (at, (_, policy)) in enforced.iter().enumerate() {
+            let next = subjects.len() as u32;
             let subject = *by_selector.entry(&policy.selector.canonical).or_insert(next);
             if subject == next {
-                plan.subjects.push((&policy.selector, Vec::new()));
+                subjects.push((&policy.selector, Vec::new()));
             }
-            plan.subjects[subject as usize].1.push(at as u32);
+            subjects[subject as usize].1.push(at as u32);
         }
-        plan.index_subjects();
-        plan
-    }
-
-    /// Each subject under the label that it requires and the fewest others do.
-    fn index_subjects(&mut self) {
-        let mut all = Vec::new();
-        let mut requiring: FastMap<Requirement<'_>, u32> = FastMap::default();
-        for (selector, _) in &self.subjects {
-            let requirements = required(&selector.expr);
-            for requirement in &requirements {
-                *requiring.entry(requirement.clone()).or_default() += 1;
-            }
-            all.push(requirements);
-        }
-        for (subject, requirements) in (0..).zip(all) {
-            // A label with a value before one without, where as many require it.
-            let rarest = requirements.into_iter().min_by_key(|it| (requiring[it], it.1.is_none()));
-            match rarest {
-                None => self.others.push(subject),
-                Some((key, None)) => self.by_label.entry(key).or_default().any.push(subject),
-                Some((key, Some(values))) => {
-                    let by_value = self.by_label.entry(key).or_default();
-                    for value in values {
-                        by_value.of_value.entry(value.to_owned()).or_default().push(subject);
-                    }
-                }
-            }
-        }
+        let index = LabelIndex::new(subjects.iter().map(|(selector, _)| *selector));
+        Self { policies: enforced, subjects, index }
     }
 
     /// The policies that apply to a pod in a direction, by their places.
     fn applying(&self, owner: &Cluster, id: &EndpointId, endpoint: &Endpoint, direction: Direction) -> Vec<u32> {
         let labels = EffectiveLabels { cluster: owner, id, endpoint, first_hand: true };
-        let mut candidates = self.others.clone();
-        for (key, by_value) in &self.by_label {
-            if let Label::Present(value) = labels.label(key) {
-                candidates.extend(&by_value.any);
-                candidates.extend(by_value.of_value.get(value).into_iter().flatten());
-            }
-        }
+        let candidates = self.index.candidates(&labels);
         let mut found: Vec<u32> = candidates
             .into_iter()
             .map(|subject| &self.subjects[subject as usize])
@@ -437,19 +532,92 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// A label that must be present, with the values that it may have if not any.
-type Requirement<'e> = (&'e str, Option<Vec<&'e str>>);
+/// A label that a selector needs, with its value if not any will do.
+type Need<'e> = (&'e str, Option<&'e str>);
 
-/// Labels that must be present for the expression to hold.
-fn required(expr: &Expr) -> Vec<Requirement<'_>> {
-    match expr {
-        Expr::Equal(key, value) => vec![(key, Some(vec![value]))],
-        Expr::In(key, values) => vec![(key, Some(values.iter().map(|value| &**value).collect()))],
-        Expr::Has(key) | Expr::Contains(key, _) | Expr::StartsWith(key, _) | Expr::EndsWith(key, _) => {
-            vec![(key, None)]
+/// Selectors by labels of which they need one to hold.
+#[derive(Debug, Default)]
+struct LabelIndex<'a> {
+    by_label: FastMap<&'a str, ByValue<'a>>,
+    /// Those that may hold without any.
+    others: Vec<u32>,
+}
+
+#[derive(Debug, Default)]
+struct ByValue<'a> {
+    any: Vec<u32>,
+    of_value: FastMap<&'a str, Vec<u32>>,
+}
+
+impl<'a> LabelIndex<'a> {
+    /// Selectors are numbered in their order.
+    fn new(selectors: impl Iterator<Item = &'a Selector> + Clone) -> Self {
+        let mut crowds: FastMap<Need<'a>, usize> = FastMap::default();
+        for selector in selectors.clone() {
+            selector.expr.for_each_key(&mut |key| *crowds.entry((&**key, None)).or_default() += 1);
+            each_value(&selector.expr, &mut |key, value| *crowds.entry((key, Some(value))).or_default() += 1);
         }
-        Expr::And(parts) => parts.iter().flat_map(required).collect(),
-        Expr::All | Expr::Global | Expr::NotEqual(..) | Expr::NotIn(..) | Expr::Not(_) | Expr::Or(_) => Vec::new(),
+        let mut index = Self::default();
+        for (number, selector) in (0..).zip(selectors) {
+            match needs(&selector.expr, &crowds) {
+                None => index.others.push(number),
+                Some(needs) => {
+                    for (key, value) in needs {
+                        let by_value = index.by_label.entry(key).or_default();
+                        match value {
+                            None => by_value.any.push(number),
+                            Some(value) => by_value.of_value.entry(value).or_default().push(number),
+                        }
+                    }
+                }
+            }
+        }
+        index
+    }
+
+    /// The selectors that can hold for labels of which none is unknown, without doubles.
+    fn candidates(&self, labels: &EffectiveLabels<'_>) -> Vec<u32> {
+        let mut found = self.others.clone();
+        for (key, value) in labels.known() {
+            if let Some(by_value) = self.by_label.get(&*key) {
+                found.extend(&by_value.any);
+                found.extend(by_value.of_value.get(&*value).into_iter().flatten());
+            }
+        }
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+}
+
+/// Labels of which one must be present for the expression to hold, those that the fewest selectors name; `None` where it
+/// may hold without any.
+fn needs<'e>(expr: &'e Expr, crowds: &FastMap<Need<'e>, usize>) -> Option<Vec<Need<'e>>> {
+    match expr {
+        Expr::Equal(key, value) => Some(vec![(key, Some(value))]),
+        Expr::In(key, values) => Some(values.iter().map(|value| (&**key, Some(&**value))).collect()),
+        Expr::Has(key) | Expr::Contains(key, _) | Expr::StartsWith(key, _) | Expr::EndsWith(key, _) => {
+            Some(vec![(key, None)])
+        }
+        Expr::And(parts) => {
+            let crowd = |needs: &Vec<Need<'e>>| -> usize { needs.iter().map(|need| crowds[need]).sum() };
+            parts.iter().filter_map(|part| needs(part, crowds)).min_by_key(crowd)
+        }
+        Expr::Or(parts) => {
+            let all: Option<Vec<_>> = parts.iter().map(|part| needs(part, crowds)).collect();
+            all.map(Vec::into_iter).map(|all| all.flatten().collect())
+        }
+        Expr::All | Expr::Global | Expr::NotEqual(..) | Expr::NotIn(..) | Expr::Not(_) => None,
+    }
+}
+
+/// Calls `visit` with every label value that an expression wants as it is.
+fn each_value<'e>(expr: &'e Expr, visit: &mut impl FnMut(&'e str, &'e str)) {
+    match expr {
+        Expr::Equal(key, value) => visit(key, value),
+        Expr::In(key, values) => values.iter().for_each(|value| visit(key, value)),
+        Expr::And(parts) | Expr::Or(parts) => parts.iter().for_each(|part| each_value(part, visit)),
+        _ => {}
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod differential;
 mod incremental;
+mod report;
 mod shared;
 
 #[path = "../../../policy/tests/it/worlds.rs"]

@@ -214,6 +214,7 @@ fn policy(random: &mut Random, cluster: Option<ClusterName>, at: usize) -> Polic
     let kind = match (federated, staged) {
         (true, _) => PolicyKind::FederatedNetworkPolicy,
         (_, Some(_)) => PolicyKind::StagedGlobalNetworkPolicy,
+        (_, None) if random.once_in(4) => PolicyKind::KubernetesNetworkPolicy,
         (_, None) => PolicyKind::CalicoGlobalNetworkPolicy,
     };
     let tier = match federated {
