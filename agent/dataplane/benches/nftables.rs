@@ -13,18 +13,33 @@ use hanse_ruleset::{
 };
 
 /// Repetitions of each small change; the median is told.
-const REPEATS: u32 = 200;
+const REPEATS: u32 = 500;
+
+const SHAPES: [(&str, u32, u32); 2] = [("2000-sets", 2_000, 25), ("500-rules-50000-members", 500, 100)];
 
 fn main() {
-    let json = std::env::args().any(|argument| argument == "json");
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("root");
-    let mut figures = Vec::new();
-    for (shape, sets, members) in [("2000-sets", 2_000, 25), ("500-rules-50000-members", 500, 100)] {
-        bench(shape, sets, members, &mut figures);
+    let arguments: Vec<String> = std::env::args().collect();
+    let json = arguments.iter().any(|argument| argument == "json");
+    if let Some((shape, sets, members)) = SHAPES.into_iter().find(|(shape, ..)| arguments.iter().any(|it| it == shape))
+    {
+        return measure(shape, sets, members, json);
     }
     if !json {
         println!("{:<10} {:<26} {:<28} {:>12} unit", "bench", "shape", "metric", "value");
     }
+    // A process for each, so that its peak is its own.
+    for (shape, ..) in SHAPES {
+        let program = std::env::current_exe().expect("this program");
+        let format = if json { "json" } else { "table" };
+        let ended = std::process::Command::new(program).args([shape, format]).status().expect("started");
+        assert!(ended.success(), "{shape} failed");
+    }
+}
+
+fn measure(shape: &'static str, sets: u32, members: u32, json: bool) {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("root");
+    let mut figures = Vec::new();
+    bench(shape, sets, members, &mut figures);
     for (shape, metric, value, unit) in figures {
         match json {
             true => println!(
@@ -47,6 +62,7 @@ fn bench(shape: &'static str, sets: u32, members: u32, figures: &mut Vec<Figure>
     figures.push((shape, "from nothing, CPU", cpu_ms() - cpu, "ms"));
 
     let first = SetId::of_meaning(&["0"]);
+    let mut cpu = 0.0;
     let mut times: Vec<f64> = (0..REPEATS)
         .map(|turn| {
             let set = rules.sets.get_mut(&first).expect("the first set");
@@ -60,15 +76,17 @@ fn bench(shape: &'static str, sets: u32, members: u32, figures: &mut Vec<Figure>
             }
             rules.generation.number += 1;
             let next = Arc::new(rules.clone());
-            let start = Instant::now();
+            let start = (Instant::now(), cpu_ns());
             driver.apply(&next).expect("applied");
-            start.elapsed().as_secs_f64() * 1e3
+            cpu += cpu_ns() - start.1;
+            start.0.elapsed().as_secs_f64() * 1e3
         })
         .collect();
+    figures.push((shape, "one member, CPU, mean", cpu / 1e6 / f64::from(REPEATS), "ms"));
     times.sort_by(f64::total_cmp);
     figures.push((shape, "one member, median", times[times.len() / 2], "ms"));
     figures.push((shape, "one member, p99", times[times.len() * 99 / 100], "ms"));
-    figures.push((shape, "peak resident, so far", peak_resident_mb(), "MB"));
+    figures.push((shape, "peak resident", peak_resident_mb(), "MB"));
     driver.cleanup().expect("removed");
 }
 
@@ -127,6 +145,12 @@ fn cpu_ms() -> f64 {
     let fields: Vec<&str> = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ').collect();
     let ticks = |at: usize| fields.get(at).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
     (ticks(11) + ticks(12)) * 10.0
+}
+
+/// Time on a processor of this thread (`/proc/thread-self/schedstat`, nanoseconds).
+fn cpu_ns() -> f64 {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    stat.split(' ').next().and_then(|text| text.parse().ok()).unwrap_or(0.0)
 }
 
 fn peak_resident_mb() -> f64 {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use hanse_ruleset::{ChainId, Digest, EndpointId, Generation, LocalEndpoint, PolicyId, RuleSet, SetId};
 
 use self::netlink::{Attributes, BatchError, Netlink, attributes, text_of};
-use self::write::{Closed, Tag, Writer};
+use self::write::{Closed, Tag, Writer, join};
 use crate::{Applied, Backend, Error, Finding, Found, Refusal};
 
 const GET_CHAIN_RULES: u16 = (10 << 8) | 7;
@@ -118,22 +118,75 @@ pub struct Nftables {
 #[derive(Debug, Clone)]
 struct Installed {
     rules: Arc<RuleSet>,
+    digest: Digest,
     /// Of each set, so that the digest of the next rule set costs what changed.
     set_digests: BTreeMap<SetId, Digest>,
     closed: Closed,
     uplinks: Vec<String>,
 }
 
-/// The digests of sets; those that `before` shares by pointer are known.
-fn set_digests(rules: &RuleSet, before: Option<&Installed>) -> BTreeMap<SetId, Digest> {
-    let known = |id: &SetId, set: &Arc<hanse_ruleset::Set>| {
-        let before = before?;
-        let same = before.rules.sets.get(id).is_some_and(|held| Arc::ptr_eq(held, set));
-        before.set_digests.get(id).filter(|_| same).copied()
-    };
-    let digest =
-        |(id, set): (&SetId, &Arc<hanse_ruleset::Set>)| (*id, known(id, set).unwrap_or_else(|| Digest::of_set(set)));
-    rules.sets.iter().map(digest).collect()
+/// The digest of a rule set, and those of its sets that are new or not known by their pointer, with what is gone (`None`).
+struct Digested {
+    digest: Digest,
+    sets: Vec<(SetId, Option<Digest>)>,
+}
+
+impl Digested {
+    /// Costs what changed since `before`.
+    fn new(rules: &RuleSet, before: Option<&Installed>) -> Self {
+        let Some(before) = before else {
+            let sets: Vec<_> = rules.sets.iter().map(|(id, set)| (*id, Some(Digest::of_set(set)))).collect();
+            return Self { digest: rules.digest_with(sets.iter().filter_map(|(_, digest)| *digest)), sets };
+        };
+        let (mut digest, mut sets, old) = (before.digest, Vec::new(), &before.rules);
+        digest.remove(Digest::of_node(&old.node));
+        digest.add(Digest::of_node(&rules.node));
+        for (id, old, new) in join(Some(&old.sets), &rules.sets) {
+            if old.zip(new).is_some_and(|(old, new)| Arc::ptr_eq(old, new)) {
+                continue;
+            }
+            if let Some(known) = before.set_digests.get(id) {
+                digest.remove(*known);
+            }
+            let new = new.map(|set| Digest::of_set(set));
+            digest.add(new.unwrap_or_default());
+            sets.push((*id, new));
+        }
+        let mut change = |old: Option<Digest>, new: Option<Digest>| {
+            digest.remove(old.unwrap_or_default());
+            digest.add(new.unwrap_or_default());
+        };
+        for (id, old, new) in join(Some(&old.policies), &rules.policies).filter(|(_, a, b)| a.is_some() != b.is_some())
+        {
+            change(old.map(|_| Digest::of_policy(*id)), new.map(|_| Digest::of_policy(*id)));
+        }
+        for (id, old, new) in join(Some(&old.chains), &rules.chains).filter(|(_, a, b)| a.is_some() != b.is_some()) {
+            change(old.map(|_| Digest::of_chain(*id)), new.map(|_| Digest::of_chain(*id)));
+        }
+        for (_, old, new) in join(Some(&old.endpoints), &rules.endpoints) {
+            if !old.zip(new).is_some_and(|(old, new)| Arc::ptr_eq(old, new)) {
+                change(old.map(|it| Digest::of_endpoint(it)), new.map(|it| Digest::of_endpoint(it)));
+            }
+        }
+        Self { digest, sets }
+    }
+
+    fn installed(
+        self,
+        before: Option<Installed>,
+        rules: &Arc<RuleSet>,
+        closed: Closed,
+        uplinks: Vec<String>,
+    ) -> Installed {
+        let mut set_digests = before.map(|it| it.set_digests).unwrap_or_default();
+        for (id, digest) in self.sets {
+            match digest {
+                Some(digest) => drop(set_digests.insert(id, digest)),
+                None => drop(set_digests.remove(&id)),
+            }
+        }
+        Installed { rules: Arc::clone(rules), digest: self.digest, set_digests, closed, uplinks }
+    }
 }
 
 /// What the rule in `state` says.
@@ -206,15 +259,14 @@ impl Nftables {
     fn look(&mut self) -> Result<(), Error> {
         let ours = self.netlink.port();
         let table = &self.config.table;
-        self.drifted |= match self.events.events().map_err(Error::Io)? {
-            // Some were lost.
-            None => true,
-            Some(events) => events.iter().any(|event| {
-                event.port != ours
-                    && event.family == FAMILY_INET
-                    && attributes(&event.body).get(&1).is_some_and(|name| text_of(name) == *table)
-            }),
-        };
+        let mut changed = false;
+        let whole = self.events.events(|event| {
+            changed |= event.port != ours
+                && event.family == FAMILY_INET
+                && attributes(&event.body).get(&1).is_some_and(|name| text_of(name) == *table);
+        });
+        // Where some were lost, anything may have changed.
+        self.drifted |= changed || !whole.map_err(Error::Io)?;
         Ok(())
     }
 
@@ -226,20 +278,19 @@ impl Nftables {
         closed.chains.retain(|id, _| next.chains.contains_key(id));
         closed.endpoints.retain(|id, _| next.endpoints.contains_key(id));
         let epoch = self.next_epoch()?;
-        let set_digests = set_digests(next, self.installed.as_ref());
-        let digest = next.digest_with(set_digests.values().copied());
+        let digested = Digested::new(next, self.installed.as_ref());
         for _ in 0..MAX_ATTEMPTS {
-            let state = State { generation: next.generation, digest, epoch };
+            let state = State { generation: next.generation, digest: digested.digest, epoch };
             let before = self.installed.as_ref().filter(|_| !whole);
             let writer =
                 Writer::new(&self.config, before.map(|it| (&*it.rules, &it.closed, &it.uplinks[..])), next, &closed);
             let batch = writer.write(epoch, &state.comment());
-            match self.netlink.commit(&batch) {
+            match self.netlink.commit(batch) {
                 Ok(()) => {
                     self.epoch = epoch;
                     let uplinks = self.config.uplinks.clone();
                     let applied = Applied { refused: closed.refusals(next) };
-                    self.installed = Some(Installed { rules: Arc::clone(next), set_digests, closed, uplinks });
+                    self.installed = Some(digested.installed(self.installed.take(), next, closed, uplinks));
                     self.held = Some(Arc::clone(next));
                     self.drifted = false;
                     return Ok(applied);
@@ -365,9 +416,7 @@ impl Backend for Nftables {
             && self.holds(rules)?
         {
             let uplinks = self.config.uplinks.clone();
-            let set_digests = set_digests(rules, None);
-            self.installed =
-                Some(Installed { rules: Arc::clone(rules), set_digests, closed: Closed::default(), uplinks });
+            self.installed = Some(Digested::new(rules, None).installed(None, rules, Closed::default(), uplinks));
             self.held = Some(Arc::clone(rules));
             whole = true;
         }
@@ -400,7 +449,7 @@ impl Backend for Nftables {
             let all = Attributes::default().text(1, &self.config.table).text(2, &set);
             batch.push(Tag::Base, write::DELETE_ELEMENTS, 0, FAMILY_INET, &all);
         }
-        match self.netlink.commit(&batch) {
+        match self.netlink.commit(batch) {
             Ok(()) => {}
             Err(BatchError::Io(error)) => return Err(Error::Io(error)),
             Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),
@@ -458,7 +507,7 @@ impl Backend for Nftables {
         // Made first, so that it exists.
         batch.push(Tag::Table, write::NEW_TABLE, netlink::CREATE, FAMILY_INET, &table);
         batch.push(Tag::Table, write::DELETE_TABLE, 0, FAMILY_INET, &table);
-        match self.netlink.commit(&batch) {
+        match self.netlink.commit(batch) {
             Ok(()) => {}
             Err(BatchError::Io(error)) => return Err(Error::Io(error)),
             Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),

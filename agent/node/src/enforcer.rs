@@ -40,6 +40,16 @@ pub struct Enforcer {
     proofs: watch::Receiver<Arc<Proofs>>,
 }
 
+/// An agent's beginning.
+#[derive(Debug)]
+pub struct Started {
+    pub enforcer: Enforcer,
+    /// What is in force, as far as it is known.
+    pub held: Option<Arc<RuleSet>>,
+    /// What of it the kernel refused.
+    pub refused: Vec<Refusal>,
+}
+
 /// What probes have found so far.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Proofs {
@@ -69,12 +79,11 @@ impl Options {
 
 impl Enforcer {
     /// Brings the kernel to what is known at start, before anybody is asked: rules that are found stay; without any the
-    /// snapshot is applied; without one the node's pod ranges are closed. Returns what is now known to be in force, and what
-    /// of it the kernel refused.
+    /// snapshot is applied; without one the node's pod ranges are closed.
     ///
     /// # Errors
     /// When the kernel cannot be spoken to.
-    pub fn start(options: Options) -> Result<(Self, Option<Arc<RuleSet>>, Vec<Refusal>), Error> {
+    pub fn start(options: Options) -> Result<Started, Error> {
         let mut backend = Nftables::open(options.dataplane.clone())?;
         let kept = snapshot::read(&options.snapshot()).map(Arc::new);
         let ranges = kept.as_ref().map_or(&options.pod_ranges, |rules| &rules.node.pod_ranges).clone();
@@ -107,7 +116,7 @@ impl Enforcer {
         let (telling, proofs) = watch::channel(Arc::default());
         let prober = Prober::new(held.clone(), telling);
         std::thread::spawn(move || serve(&mut backend, &options, &receiver, prober));
-        Ok((Self { commands, proofs }, held, refused))
+        Ok(Started { enforcer: Self { commands, proofs }, held, refused })
     }
 
     /// What probes have found, and when that changes.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use hanse_agent::enforcer::{Enforcer, Options};
+use hanse_agent::enforcer::{Enforcer, Options, Started};
 use hanse_agent::identity::NodeIdentity;
 use hanse_agent::status::Status;
 use hanse_agent::sync::Follower;
@@ -146,6 +146,12 @@ fn main() -> anyhow::Result<()> {
                         status.endpoints, status.policies, status.sets
                     );
                     println!("in sync      {}", if status.connected { "yes" } else { "no" });
+                    println!("as of        {} s ago", status.age_seconds());
+                    let hooks = if status.hooks.is_empty() { "see the pods' packets" } else { &status.hooks };
+                    println!("hooks        {hooks}");
+                    for pod in &status.unenforced {
+                        println!("unenforced   {}/{}: {}", pod.namespace, pod.name, pod.reason);
+                    }
                     for refused in &status.refused {
                         println!("refused      {refused}");
                     }
@@ -167,7 +173,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         pod_ranges: args.pod_range.iter().map(IpNet::trunc).collect(),
     };
     // Before anybody is asked: the node is closed, or as it was.
-    let (enforcer, held, refused) =
+    let Started { enforcer, held, refused } =
         Enforcer::start(options).context("bring the kernel to what is known (this needs root)")?;
     let shutdown = Shutdown::default();
     let stop = shutdown.token();

@@ -47,10 +47,19 @@ impl Status {
         }
     }
 
+    /// How long ago it was written, by this machine's clock: an agent writes it at each change, so that an old one is no sign
+    /// of anything by itself.
+    pub fn age_seconds(&self) -> u64 {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        now.as_secs().saturating_sub(self.written_at)
+    }
+
     pub fn read(data: &Path) -> anyhow::Result<Self> {
         use anyhow::Context as _;
         let path = data.join("status.json");
-        let text = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+        let text = std::fs::read(&path).with_context(|| {
+            format!("read {}: an agent that runs with this folder writes it (`hanse-agent run --data`)", path.display())
+        })?;
         serde_json::from_slice(&text).with_context(|| format!("understand {}", path.display()))
     }
 }

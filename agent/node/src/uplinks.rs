@@ -8,7 +8,7 @@ use ipnet::IpNet;
 /// Reads the kernel's routes. A table that cannot be read gives no uplink, and then everything is checked.
 pub fn detect(pod_ranges: &[IpNet]) -> Vec<String> {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
-    let (v4, v6) = (read("/proc/self/net/route"), read("/proc/self/net/ipv6_route"));
+    let (v4, v6) = (read("/proc/thread-self/net/route"), read("/proc/thread-self/net/ipv6_route"));
     from_tables(&v4, &v6, pod_ranges)
 }
 

@@ -151,6 +151,12 @@ impl<T: Clone> Batch<T> {
         );
     }
 
+    /// Of every message, in order.
+    #[cfg(test)]
+    pub fn tags(&self) -> &[T] {
+        &self.tags
+    }
+
     pub fn is_empty(&self) -> bool {
         self.tags.is_empty()
     }
@@ -215,14 +221,13 @@ impl Netlink {
     }
 
     /// Commits a batch and waits for the answer.
-    pub fn commit<T: Clone>(&mut self, batch: &Batch<T>) -> Result<(), BatchError<T>> {
+    pub fn commit<T: Clone>(&mut self, mut batch: Batch<T>) -> Result<(), BatchError<T>> {
         if batch.is_empty() {
             return Ok(());
         }
-        let mut bytes = batch.bytes.clone();
-        push_message(&mut bytes, BATCH_END, REQUEST, 0, 0, SUBSYSTEM_NFTABLES, &[]);
+        push_message(&mut batch.bytes, BATCH_END, REQUEST, 0, 0, SUBSYSTEM_NFTABLES, &[]);
         let kernel = SocketAddr::new(0, 0);
-        self.socket.send_to(&bytes, &kernel, 0).map_err(BatchError::Io)?;
+        self.socket.send_to(&std::mem::take(&mut batch.bytes), &kernel, 0).map_err(BatchError::Io)?;
         let mut refused: Vec<(T, io::Error)> = Vec::new();
         let mut answered = false;
         while !answered {
@@ -298,14 +303,13 @@ impl Netlink {
         self.socket.add_membership(group)
     }
 
-    /// What events have come; `None` when some were lost. Never waits.
-    pub fn events(&mut self) -> io::Result<Option<Vec<Received>>> {
-        let mut found = Vec::new();
+    /// Shows `look` every event that has come; `false` when some were lost. Never waits.
+    pub fn events(&mut self, mut look: impl FnMut(&Received)) -> io::Result<bool> {
         loop {
             match self.receive(libc_dontwait()) {
-                Ok((datagram, _)) => found.extend(messages(&datagram).map(|message| message.received())),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Some(found)),
-                Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ENOBUFS as i32) => return Ok(None),
+                Ok((datagram, _)) => messages(&datagram).for_each(|message| look(&message.received())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ENOBUFS as i32) => return Ok(false),
                 Err(error) => return Err(error),
             }
         }

@@ -1,5 +1,6 @@
 //! The difference between two rule sets as one batch.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -176,16 +177,11 @@ impl<'a> Writer<'a> {
     }
 
     fn write_sets(&mut self) {
-        let next = self.next;
-        for (id, set) in &next.sets {
-            if self.closed.sets.contains_key(id) {
-                continue;
-            }
+        let closed_before = self.before.map(|(_, closed, _)| closed);
+        for (id, before, set) in join(self.before.map(|(before, ..)| &before.sets), &self.next.sets) {
+            let Some(set) = set.filter(|_| !self.closed.sets.contains_key(id)) else { continue };
             let tag = Tag::Set(*id);
-            let before = self
-                .before
-                .and_then(|(before, closed, _)| before.sets.get(id).filter(|_| !closed.sets.contains_key(id)));
-            match before {
+            match before.filter(|_| closed_before.is_none_or(|closed| !closed.sets.contains_key(id))) {
                 None => self.whole_set(&tag, set),
                 Some(before) if Arc::ptr_eq(before, set) => {}
                 Some(before) if before.kind() != set.kind() => {
@@ -240,21 +236,18 @@ impl<'a> Writer<'a> {
     /// Chains that the kernel has not as `next` wants them: new ones, and those that are closed or open now and were not.
     fn chains_to_write(&self) -> Vec<(Tag, KernelChain)> {
         let mut chains = Vec::new();
-        for (id, policy) in &self.next.policies {
+        let was = self.before.map(|(_, closed, _)| closed);
+        for (id, before, policy) in join(self.before.map(|(before, ..)| &before.policies), &self.next.policies) {
             let closed = self.closed.policies.contains_key(id);
-            let same = self.before.is_some_and(|(before, was, _)| {
-                before.policies.contains_key(id) && was.policies.contains_key(id) == closed
-            });
-            if !same {
+            let same = before.is_some() && was.is_some_and(|was| was.policies.contains_key(id) == closed);
+            if let Some(policy) = policy.filter(|_| !same) {
                 chains.extend(self.policy_chains(*id, policy));
             }
         }
-        for (id, chain) in &self.next.chains {
+        for (id, before, chain) in join(self.before.map(|(before, ..)| &before.chains), &self.next.chains) {
             let closed = self.closed.chains.contains_key(id);
-            let same = self.before.is_some_and(|(before, was, _)| {
-                before.chains.contains_key(id) && was.chains.contains_key(id) == closed
-            });
-            if !same {
+            let same = before.is_some() && was.is_some_and(|was| was.chains.contains_key(id) == closed);
+            if let Some(chain) = chain.filter(|_| !same) {
                 chains.extend(self.chain_chains(*id, chain, self.closed));
             }
         }
@@ -345,10 +338,11 @@ impl<'a> Writer<'a> {
     fn remove(&mut self) {
         let Some((before, closed, _)) = self.before else { return };
         let mut chains = Vec::new();
-        for (id, chain) in before.chains.iter().filter(|(id, _)| !self.next.chains.contains_key(*id)) {
+        for (id, chain, next) in join(Some(&before.chains), &self.next.chains) {
+            let Some(chain) = chain.filter(|_| next.is_none()) else { continue };
             chains.extend(self.chain_chains(*id, chain, closed).into_iter().map(|(_, chain)| chain.name));
         }
-        for id in before.policies.keys().filter(|id| !self.next.policies.contains_key(*id)) {
+        for (id, _, _) in join(Some(&before.policies), &self.next.policies).filter(|(_, _, next)| next.is_none()) {
             chains.extend([Family::V4, Family::V6].map(|family| super::render::policy_chain_name(*id, family)));
         }
         for name in &chains {
@@ -358,20 +352,10 @@ impl<'a> Writer<'a> {
             let body = self.named(name, 3);
             self.batch.push(Tag::Removal, DELETE_CHAIN, 0, FAMILY_INET, &body);
         }
-        let next = self.next;
-        for set in before.sets.values().filter(|set| !next.sets.contains_key(&set.id)) {
-            if closed.sets.contains_key(&set.id) {
-                continue;
-            }
-            for definition in set_definitions(set) {
-                self.delete_set(&definition.name);
-            }
-        }
-        // What was refused now and stood before: the policies that used it are closed, and nobody does any more.
-        for set in self.closed.sets.keys().filter_map(|id| before.sets.get(id)) {
-            if closed.sets.contains_key(&set.id) {
-                continue;
-            }
+        for (id, set, next) in join(Some(&before.sets), &self.next.sets) {
+            // What was refused now and stood before goes too: the policies that used it are closed, and nobody does any more.
+            let gone = next.is_none() || self.closed.sets.contains_key(id);
+            let Some(set) = set.filter(|_| gone && !closed.sets.contains_key(id)) else { continue };
             for definition in set_definitions(set) {
                 self.delete_set(&definition.name);
             }
@@ -480,6 +464,27 @@ impl<'a> Writer<'a> {
     }
 }
 
+/// What either map holds, in order, from both: one walk, where a search for each of thousands would cost more than the
+/// change that it finds.
+pub fn join<'a, K: Ord, V>(
+    before: Option<&'a BTreeMap<K, V>>,
+    next: &'a BTreeMap<K, V>,
+) -> impl Iterator<Item = (&'a K, Option<&'a V>, Option<&'a V>)> + use<'a, K, V> {
+    let (mut before, mut next) = (before.into_iter().flatten().peekable(), next.iter().peekable());
+    std::iter::from_fn(move || {
+        let order = match (before.peek(), next.peek()) {
+            (None, None) => return None,
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some((a, _)), Some((b, _))) => a.cmp(b),
+        };
+        let old = if order.is_le() { before.next() } else { None };
+        let new = if order.is_ge() { next.next() } else { None };
+        let key = old.or(new).map(|(key, _)| key)?;
+        Some((key, old.map(|(_, value)| value), new.map(|(_, value)| value)))
+    })
+}
+
 /// Whether the endpoint's way to its node is judged at all.
 fn is_guarded(rules: &RuleSet, endpoint: &LocalEndpoint) -> bool {
     let open = |chain: &Arc<Chain>| chain.profile_allows && chain.phases.iter().all(|phase| phase.tiers.is_empty());
@@ -521,4 +526,63 @@ fn successor(bytes: &[u8]) -> Option<Vec<u8>> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use hanse_ruleset::{Action, Members, Peer};
+
+    use super::*;
+
+    /// A policy with a set of `members` addresses.
+    fn rules(members: u8) -> RuleSet {
+        let set = SetId::of_meaning(&["forbidden"]);
+        let rule = hanse_ruleset::Rule {
+            action: Action::Deny,
+            index: 0,
+            unknown: false,
+            family: None,
+            protocol: None,
+            not_protocol: None,
+            icmp: None,
+            not_icmp: None,
+            source: Peer { in_sets: vec![vec![set]], ..Peer::default() },
+            destination: Peer::default(),
+        };
+        let policy = Policy { name: "policy".into(), rules: vec![rule] };
+        let addresses = (0..members).map(|last| IpAddr::from(Ipv4Addr::new(10, 0, 0, last)));
+        let members = Members::Addresses(addresses.collect());
+        RuleSet {
+            sets: [(set, Arc::new(Set { id: set, members }))].into(),
+            policies: [(policy.id(), Arc::new(policy))].into(),
+            ..RuleSet::default()
+        }
+    }
+
+    #[test]
+    fn a_set_that_cannot_be_changed_closes_the_policies_that_stand() {
+        let (before, next, nothing, config) = (rules(1), rules(2), Closed::default(), Config::default());
+        let (set, policy) = (*next.sets.keys().next().expect("one"), *next.policies.keys().next().expect("one"));
+        let write = |closed: &Closed| {
+            let batch = Writer::new(&config, Some((&before, &nothing, &[])), &next, closed).write(Epoch(2), "state");
+            [Tag::Set(set), Tag::Policy(policy)].map(|tag| batch.tags().iter().filter(|it| **it == tag).count())
+        };
+        // One new element; and nothing where the policy stays as it is.
+        assert_eq!(write(&nothing), [1, 0]);
+        let refused = || "no memory".to_owned();
+        let closed =
+            Closed { sets: [(set, refused())].into(), policies: [(policy, refused())].into(), ..Closed::default() };
+        // Of both families a rule that denies, behind a chain that is there already.
+        assert_eq!(write(&closed), [0, 4]);
+    }
+
+    #[test]
+    fn a_walk_over_two_maps_meets_every_key_once() {
+        let (before, next) = (BTreeMap::from([(1, 'a'), (2, 'b')]), BTreeMap::from([(2, 'B'), (3, 'c')]));
+        let walked: Vec<_> = join(Some(&before), &next).map(|(key, a, b)| (*key, a.copied(), b.copied())).collect();
+        assert_eq!(walked, [(1, Some('a'), None), (2, Some('b'), Some('B')), (3, None, Some('c'))]);
+        assert_eq!(join(None, &next).count(), 2);
+    }
 }

@@ -1,11 +1,12 @@
 //! Connections that outlive generations.
 
+use std::io::{Read as _, Write as _};
 use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hanse_dataplane::Backend as _;
 use hanse_dataplane::nftables::Config;
-use hanse_ruleset::Action;
+use hanse_ruleset::{Action, Peer, PortRange, Rule};
 
 use crate::net::{Net, is_reset, passes};
 use crate::verdicts::{Build, addresses, from_set, rule, to_port};
@@ -87,6 +88,61 @@ fn a_connection_to_the_node_is_cut_and_does_not_come_back_from_its_middle() {
         assert!(!passes(&mut lost_client, &mut lost_server), "{to}: forgotten, from the pod");
         assert!(net.connect("p2", to).is_none());
     }
+}
+
+#[test]
+fn a_conversation_without_connections_is_cut_too() {
+    for (client, server) in [("10.1.0.2:4000", "10.1.0.3:5000"), ("[fd01::2]:4000", "[fd01::3]:5000")] {
+        let mut net = Net::new();
+        net.pod(2);
+        net.pod(3);
+        let mut driver = net.driver();
+        let (asking, answering) = (net.udp("p2", client), net.udp("p3", server));
+        let says = |from: &UdpSocket, to: &UdpSocket| {
+            let at = to.local_addr().expect("bound");
+            from.send_to(b"x", at).is_ok() && to.recv_from(&mut [0; 16]).is_ok()
+        };
+        let build =
+            |ingress, number| Build { pods: vec![2, 3], ingress: Some(ingress), number, ..Build::default() }.rules();
+        driver.apply(&build(vec![rule(Action::Allow)], 1)).expect("applied");
+        assert!(says(&asking, &answering) && says(&answering, &asking));
+        // Pod 3 may still speak to pod 2 by itself: but not as the answer to what is forbidden.
+        let to_server = Peer { ports: vec![PortRange { first: 5000, last: 5000 }], ..Peer::default() };
+        let forbid = Rule { destination: to_server, protocol: Some(17), ..rule(Action::Deny) };
+        driver.apply(&build(vec![forbid, rule(Action::Allow)], 2)).expect("applied");
+        assert!(!says(&answering, &asking) && !says(&asking, &answering), "{server}");
+    }
+}
+
+#[test]
+fn a_connection_that_a_helper_expects_is_judged_by_itself() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    let node = net.name("node");
+    let helper = "table ip helpers { ct helper ftp { type \"ftp\" protocol tcp; }; chain prerouting { type filter hook \
+                  prerouting priority 0; tcp dport 21 ct helper set \"ftp\"; }; }";
+    let loaded = std::process::Command::new("ip").args(["netns", "exec", &node, "nft", helper]).output();
+    assert!(loaded.as_ref().is_ok_and(|it| it.status.success()), "{loaded:?}");
+    let mut driver = net.driver();
+    let build = |ports: &[u16], number| {
+        let ingress = Some(ports.iter().map(|port| to_port(Action::Allow, *port)).collect());
+        Build { pods: vec![2, 3], ingress, number, ..Build::default() }.rules()
+    };
+    driver.apply(&build(&[21], 1)).expect("applied");
+    let (control, _data) = (net.listen("p3", "10.1.0.3:21"), net.listen("p3", "10.1.0.3:5001"));
+    // The server tells a port, and the kernel expects a connection to it: 19 * 256 + 137.
+    let (mut client, mut server) = net.pair("p2", "10.1.0.3:21", &control);
+    let mut tell = |text: &[u8]| {
+        server.write_all(text).expect("sent");
+        let mut heard = vec![0; text.len()];
+        client.read_exact(&mut heard).expect("received");
+    };
+    tell(b"220 ready\r\n");
+    tell(b"227 Entering Passive Mode (10,1,0,3,19,137)\r\n");
+    assert!(net.connect("p2", "10.1.0.3:5001").is_none(), "expected, but not allowed");
+    driver.apply(&build(&[21, 5001], 2)).expect("applied");
+    assert!(net.connect("p2", "10.1.0.3:5001").is_some());
 }
 
 #[test]

@@ -1,17 +1,22 @@
 //! Random rule sets and packets: the kernel's verdict is the evaluator's.
 
-use std::collections::BTreeMap;
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect, recv, sendto, socket,
+};
 
 use hanse_dataplane::Backend as _;
 use hanse_ruleset::{
-    Action, Chain, EndpointId, Family, Generation, Hook, LocalEndpoint, Members, NodeConfig, Packet, Peer, Phase,
-    Policy, PortRange, Rule, RuleSet, Set, SetId, SocketAddress, Tier, TierDefault, Verdict, evaluate,
+    Action, Chain, EndpointId, Family, Generation, Hook, Icmp, LocalEndpoint, Members, NodeConfig, OwnStream, Packet,
+    Peer, Phase, Policy, PortRange, Rule, RuleSet, Set, SetId, SocketAddress, Tier, TierDefault, UnknownPods, Verdict,
+    evaluate,
 };
 
-use crate::net::{Net, address};
+use crate::net::{Net, address, until};
 use crate::verdicts::rule;
 
 /// xorshift64*: the same seed gives the same worlds.
@@ -37,9 +42,21 @@ impl Random {
 const PODS: [u8; 3] = [2, 3, 4];
 const PORTS: [u16; 4] = [80, 81, 443, 8080];
 
-fn all_addresses() -> Vec<std::net::IpAddr> {
-    let pods = PODS.iter().flat_map(|pod| [format!("10.1.0.{pod}"), format!("fd01::{pod}")]);
-    pods.chain(["10.9.0.2".to_owned(), "fd09::2".to_owned()]).map(|text| address(&text)).collect()
+/// Rule sets of one run; each is asked by 34 ways times 12 packets.
+const ROUNDS: u64 = 30;
+const NODE: [&str; 2] = ["10.1.255.1", "fd01:ffff::1"];
+
+fn all_addresses() -> Vec<IpAddr> {
+    hosts().into_iter().flat_map(|(_, addresses)| addresses).collect()
+}
+
+/// The namespaces that send and receive, with their addresses.
+fn hosts() -> Vec<(String, [IpAddr; 2])> {
+    let pod = |pod: &u8| (format!("p{pod}"), [format!("10.1.0.{pod}"), format!("fd01::{pod}")]);
+    let others = [("remote", ["10.9.0.2", "fd09::2"]), ("node", NODE)];
+    let others = others.map(|(name, texts)| (name.to_owned(), texts.map(str::to_owned)));
+    let all = PODS.iter().map(pod).chain(others);
+    all.map(|(name, texts)| (name, texts.map(|text| address(&text)))).collect()
 }
 
 fn nets() -> Vec<ipnet::IpNet> {
@@ -123,14 +140,21 @@ fn random_peer(
 }
 
 fn random_rules(random: &mut Random, number: u64, clauses: &mut BTreeMap<&'static str, u32>) -> RuleSet {
-    let mut rules = RuleSet {
-        generation: Generation { term: 1, number },
-        node: NodeConfig {
-            pod_ranges: vec!["10.1.0.0/24".parse().expect("a net"), "fd01::/64".parse().expect("a net")],
-            ..NodeConfig::default()
-        },
-        ..RuleSet::default()
+    let net = |text: &str| text.parse().expect("a net");
+    let mut node = NodeConfig {
+        pod_ranges: vec![net("10.1.0.0/24"), net("fd01::/64")],
+        node_addresses: NODE.map(address).into(),
+        unknown_pods: *random.pick(&[UnknownPods::Deny, UnknownPods::Allow]),
+        ..NodeConfig::default()
     };
+    if random.one_in(3) {
+        *clauses.entry("own_streams").or_default() += 1;
+        let (protocol, port) = (*random.pick(&[6, 17]), *random.pick(&PORTS));
+        let from = if random.one_in(2) { vec![*random.pick(&nets())] } else { Vec::new() };
+        let to = vec![*random.pick(&nets())];
+        node.own_streams = vec![OwnStream { name: "own".into(), from, to, protocol, port }];
+    }
+    let mut rules = RuleSet { generation: Generation { term: 1, number }, node, ..RuleSet::default() };
     let addresses = all_addresses();
     let (mut sets, mut sockets) = (Vec::new(), Vec::new());
     for index in 0..4 {
@@ -152,14 +176,36 @@ fn random_rules(random: &mut Random, number: u64, clauses: &mut BTreeMap<&'stati
         rules.sets.insert(id, Arc::new(Set { id, members: Members::Sockets(members) }));
         sockets.push(id);
     }
+    let unknown: Vec<u8> = PODS.into_iter().filter(|_| random.one_in(12)).collect();
+    if !unknown.is_empty() {
+        *clauses.entry("unknown pod").or_default() += 1;
+    }
     let mut random_policy = |random: &mut Random, name: String, rules: &mut RuleSet| {
         let list = (0..1 + random.below(4)).map(|index| {
             let actions = [Action::Allow, Action::Allow, Action::Deny, Action::Pass, Action::Leave, Action::Log];
             let mut it = Rule { index: u32::try_from(index).expect("small"), ..rule(*random.pick(&actions)) };
-            match random.below(6) {
-                0 => it.not_protocol = Some(*random.pick(&[6, 17])),
-                1 => it.family = Some(*random.pick(&[Family::V4, Family::V6])),
-                2 | 3 => it.protocol = Some(*random.pick(&[6, 17])),
+            let mut count = |name| *clauses.entry(name).or_default() += 1;
+            match random.below(12) {
+                0 => {
+                    count("not_protocol");
+                    it.not_protocol = Some(*random.pick(&PROTOCOLS));
+                }
+                1 => {
+                    count("family");
+                    it.family = Some(*random.pick(&[Family::V4, Family::V6]));
+                }
+                2..5 => {
+                    count("protocol");
+                    it.protocol = Some(*random.pick(&PROTOCOLS));
+                }
+                5 => {
+                    count("icmp");
+                    it.icmp = Some(*random.pick(&icmps()));
+                }
+                6 => {
+                    count("not_icmp");
+                    it.not_icmp = Some(*random.pick(&icmps()));
+                }
                 _ => {}
             }
             it.source = random_peer(random, &sets, &sockets, clauses, false);
@@ -192,30 +238,178 @@ fn random_rules(random: &mut Random, number: u64, clauses: &mut BTreeMap<&'stati
         };
         let ingress = chain("in", random, &mut rules);
         let egress = chain("out", random, &mut rules);
+        let egress_to_node = chain("to node", random, &mut rules);
+        if unknown.contains(&pod) {
+            continue;
+        }
         let id = EndpointId { namespace: "a".into(), name: format!("p{pod}").into() };
         let addresses = vec![address(&format!("10.1.0.{pod}")), address(&format!("fd01::{pod}"))];
-        let endpoint = LocalEndpoint { id: id.clone(), addresses, ingress, egress, egress_to_node: egress };
+        let endpoint = LocalEndpoint { id: id.clone(), addresses, ingress, egress, egress_to_node };
         rules.endpoints.insert(id, Arc::new(endpoint));
     }
     rules
 }
 
-/// Where each probe starts and ends: namespace and address of both.
-fn routes() -> Vec<(String, std::net::IpAddr, String, std::net::IpAddr)> {
-    let hosts: Vec<(String, [String; 2])> = PODS
-        .iter()
-        .map(|pod| (format!("p{pod}"), [format!("10.1.0.{pod}"), format!("fd01::{pod}")]))
-        .chain([("remote".to_owned(), ["10.9.0.2".to_owned(), "fd09::2".to_owned()])])
-        .collect();
-    let mut routes = Vec::new();
+const PROTOCOLS: [u8; 5] = [6, 17, 1, 58, 132];
+
+fn icmps() -> Vec<Icmp> {
+    [8, 128, 13].iter().flat_map(|kind| [None, Some(0), Some(1)].map(|code| Icmp { kind: *kind, code })).collect()
+}
+
+/// A way through the node, to it or from it.
+struct Way {
+    from: String,
+    source: IpAddr,
+    target: IpAddr,
+    hook: Hook,
+}
+
+fn ways() -> Vec<Way> {
+    let hosts = hosts();
+    let mut ways = Vec::new();
     for (from, sources) in &hosts {
         for (to, targets) in hosts.iter().filter(|(to, _)| to != from) {
+            let hook = match (from.as_str(), to.as_str()) {
+                ("node", "remote") | ("remote", "node") => continue,
+                ("node", _) => Hook::Output,
+                (_, "node") => Hook::Input,
+                _ => Hook::Forward,
+            };
             for (source, target) in sources.iter().zip(targets) {
-                routes.push((from.clone(), address(source), to.clone(), address(target)));
+                ways.push(Way { from: from.clone(), source: *source, target: *target, hook });
             }
         }
     }
-    routes
+    ways
+}
+
+/// What one host listens on.
+struct Receivers {
+    udp: BTreeMap<SocketAddr, UdpSocket>,
+    tcp: Vec<TcpListener>,
+    /// Of both families: raw sockets see every ICMP packet that arrives.
+    icmp: [OwnedFd; 2],
+}
+
+impl Receivers {
+    fn new(net: &Net, host: &str, addresses: [IpAddr; 2]) -> Self {
+        let all = || addresses.into_iter().flat_map(|ip| PORTS.map(|port| SocketAddr::new(ip, port)));
+        let udp = |at: SocketAddr| {
+            let socket = net.udp(host, &at.to_string());
+            socket.set_nonblocking(true).expect("set");
+            (at, socket)
+        };
+        let tcp = all().map(|at| net.listen(host, &at.to_string())).collect();
+        let raw = |family, protocol| {
+            net.within(host, || socket(family, SockType::Raw, SockFlag::SOCK_NONBLOCK, protocol).expect("root"))
+        };
+        let icmp = [raw(AddressFamily::Inet, SockProtocol::Icmp), raw(AddressFamily::Inet6, SockProtocol::IcmpV6)];
+        Self { udp: all().map(udp).collect(), tcp, icmp }
+    }
+
+    /// The numbers of the probes that have come.
+    fn collect(&self, arrived: &mut BTreeSet<u16>) {
+        let mut buffer = [0; 256];
+        for socket in self.udp.values() {
+            while let Ok((2, _)) = socket.recv_from(&mut buffer) {
+                arrived.insert(u16::from_be_bytes([buffer[0], buffer[1]]));
+            }
+        }
+        // Established is what counts, at the other end; here is only made room.
+        self.tcp.iter().for_each(|listener| while listener.accept().is_ok() {});
+        for (socket, header) in self.icmp.iter().zip([20, 0]) {
+            while let Ok(length) = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                // Requests alone, which are of even types here (8, 128), and timestamps (13).
+                let Some([kind, _, _, _, high, low, ..]) = buffer.get(header..length) else { continue };
+                if [8, 128, 13].contains(kind) {
+                    arrived.insert(u16::from_be_bytes([*high, *low]));
+                }
+            }
+        }
+    }
+}
+
+/// A packet that was sent, and how to tell that it arrived.
+struct Probe {
+    packet: Packet,
+    hook: Hook,
+    /// Of TCP the socket, which is connected or not.
+    stream: Option<TcpStream>,
+    _socket: Option<UdpSocket>,
+    number: u16,
+}
+
+impl Probe {
+    fn arrived(&self, arrived: &BTreeSet<u16>) -> bool {
+        match &self.stream {
+            Some(stream) => stream.peer_addr().is_ok(),
+            None => arrived.contains(&self.number),
+        }
+    }
+}
+
+/// Sends the probes of one way, within its source's namespace.
+fn send(way: &Way, numbers: &mut u16) -> Vec<Probe> {
+    let mut probes = Vec::new();
+    let (source, destination) = (way.source, way.target);
+    let mut next = || {
+        *numbers = numbers.wrapping_add(1);
+        *numbers
+    };
+    let family = if source.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    for port in PORTS {
+        let (number, at) = (next(), SocketAddr::new(destination, port));
+        let udp = UdpSocket::bind(SocketAddr::new(source, 0)).expect("bound");
+        // A denial at the node itself may be told.
+        let _ = udp.send_to(&number.to_be_bytes(), at);
+        let source_port = udp.local_addr().expect("bound").port();
+        let packet = Packet { source, destination, protocol: 17, source_port, destination_port: port, icmp: None };
+        probes.push(Probe { packet, hook: way.hook, stream: None, _socket: Some(udp), number });
+        let tcp = socket(family, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).expect("a socket");
+        bind(tcp.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(source, 0))).expect("bound");
+        let _ = connect(tcp.as_raw_fd(), &SockaddrStorage::from(at));
+        let stream = TcpStream::from(tcp);
+        let source_port = stream.local_addr().expect("bound").port();
+        let packet = Packet { source_port, protocol: 6, ..packet };
+        probes.push(Probe { packet, hook: way.hook, stream: Some(stream), _socket: None, number });
+    }
+    let kinds: &[(u8, u8)] = if source.is_ipv4() { &[(8, 0), (8, 1), (13, 0)] } else { &[(128, 0), (128, 1)] };
+    for (kind, code) in kinds {
+        let number = next();
+        let protocol = if source.is_ipv4() { SockProtocol::Icmp } else { SockProtocol::IcmpV6 };
+        let raw = socket(family, SockType::Raw, SockFlag::SOCK_NONBLOCK, protocol).expect("root");
+        bind(raw.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(source, 0))).expect("bound");
+        let _ = sendto(
+            raw.as_raw_fd(),
+            &icmp_message(*kind, *code, number, source.is_ipv4()),
+            &SockaddrStorage::from(SocketAddr::new(destination, 0)),
+            MsgFlags::empty(),
+        );
+        let packet = Packet {
+            source,
+            destination,
+            protocol: if source.is_ipv4() { 1 } else { 58 },
+            source_port: 0,
+            destination_port: 0,
+            icmp: Some((*kind, *code)),
+        };
+        probes.push(Probe { packet, hook: way.hook, stream: None, _socket: None, number });
+    }
+    probes
+}
+
+/// A request of 20 bytes with a number; of ICMPv6 the kernel makes the checksum.
+fn icmp_message(kind: u8, code: u8, number: u16, checksum: bool) -> Vec<u8> {
+    let mut message = vec![kind, code, 0, 0];
+    message.extend(number.to_be_bytes());
+    message.resize(20, 0);
+    if checksum {
+        let words = message.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+        let sum: u32 = words.sum();
+        let folded = u16::try_from((sum & 0xffff) + (sum >> 16)).expect("few words");
+        message[2..4].copy_from_slice(&(!folded).to_be_bytes());
+    }
+    message
 }
 
 #[test]
@@ -228,81 +422,62 @@ fn the_kernel_agrees_with_the_evaluator() {
         net.pod(pod);
     }
     let mut driver = net.driver();
-    let receivers: BTreeMap<SocketAddr, (UdpSocket, std::net::TcpListener)> = routes()
-        .iter()
-        .map(|(_, _, to, target)| (to.clone(), *target))
-        .collect::<std::collections::BTreeSet<_>>()
-        .into_iter()
-        .flat_map(|(to, target)| PORTS.map(|port| (to.clone(), SocketAddr::new(target, port))))
-        .map(|(to, at)| {
-            let udp = net.udp(&to, &at.to_string());
-            udp.set_nonblocking(true).expect("set");
-            (at, (udp, net.listen(&to, &at.to_string())))
-        })
-        .collect();
-    let (mut clauses, mut verdicts) = (BTreeMap::new(), BTreeMap::<Verdict2, u32>::new());
-    for number in 1..=60 {
+    let receivers: Vec<Receivers> =
+        hosts().into_iter().map(|(host, addresses)| Receivers::new(&net, &host, addresses)).collect();
+    let ways = ways();
+    let (mut clauses, mut verdicts) = (BTreeMap::new(), BTreeMap::<(&str, &str, Verdict2), u32>::new());
+    let mut numbers = 0u16;
+    for number in 1..=ROUNDS {
         let rules = Arc::new(random_rules(&mut random, number, &mut clauses));
         let applied = driver.apply(&rules).expect("applied");
         assert!(applied.refused.is_empty(), "{:?}", applied.refused);
-        let mut sent: Vec<(Packet, UdpSocket, SocketAddr)> = Vec::new();
-        for (from, source, _, target) in routes() {
-            for port in PORTS {
-                let socket = net.within(&from, || UdpSocket::bind(SocketAddr::new(source, 0)).expect("bound"));
-                let at = SocketAddr::new(target, port);
-                let own = socket.local_addr().expect("bound").port();
-                socket.send_to(&own.to_be_bytes(), at).expect("sent");
-                let packet = Packet {
-                    source,
-                    destination: target,
-                    protocol: 17,
-                    source_port: own,
-                    destination_port: port,
-                    icmp: None,
-                };
-                sent.push((packet, socket, at));
-            }
+        let mut probes: Vec<(Probe, bool, Vec<String>)> = Vec::new();
+        for (host, _) in hosts() {
+            let own = ways.iter().filter(|way| way.from == host);
+            let sent: Vec<Probe> = net.within(&host, || own.flat_map(|way| send(way, &mut numbers)).collect());
+            probes.extend(sent.into_iter().map(|probe| {
+                let outcome = evaluate(&rules, &probe.packet, probe.hook);
+                (probe, outcome.verdict == Verdict::Allow, outcome.trace)
+            }));
         }
-        // Delivery within one machine happens within the send; one round trip to every receiver makes sure of it.
-        let mut arrived = std::collections::BTreeSet::new();
-        for (at, (udp, _)) in &receivers {
-            let mut buffer = [0; 16];
-            while let Ok((_, from)) = udp.recv_from(&mut buffer) {
-                arrived.insert((from, *at));
-            }
-        }
-        for (packet, socket, at) in &sent {
-            let outcome = evaluate(&rules, packet, Hook::Forward);
-            let passed = arrived.contains(&(socket.local_addr().expect("bound"), *at));
-            *verdicts.entry(Verdict2::from(outcome.verdict)).or_default() += 1;
-            let expected = outcome.verdict == Verdict::Allow;
-            assert_eq!(passed, expected, "seed {seed}, rule set {number}, {packet:?}: {:#?}", outcome.trace);
-        }
-        // TCP, a sample: a denied connection costs patience.
-        for _ in 0..4 {
-            let all = routes();
-            let (from, source, _, target) = random.pick(&all).clone();
-            let port = *random.pick(&PORTS);
-            let packet =
-                Packet { source, destination: target, protocol: 6, source_port: 0, destination_port: port, icmp: None };
-            let outcome = evaluate(&rules, &packet, Hook::Forward);
-            let at = SocketAddr::new(target, port);
-            let passed = net.within(&from, || TcpStream::connect_timeout(&at, Duration::from_millis(150)).is_ok());
+        // What is allowed arrives, sooner or later. What is denied went the same ways at the same time.
+        let mut arrived = BTreeSet::new();
+        let all_there = || {
+            receivers.iter().for_each(|receivers| receivers.collect(&mut arrived));
+            probes.iter().all(|(probe, allowed, _)| !allowed || probe.arrived(&arrived)).then_some(())
+        };
+        until(all_there);
+        for (probe, allowed, trace) in &probes {
+            let packet = &probe.packet;
             assert_eq!(
-                passed,
-                outcome.verdict == Verdict::Allow,
-                "seed {seed}, rule set {number}, {packet:?}: {:#?}",
-                outcome.trace
+                probe.arrived(&arrived),
+                *allowed,
+                "seed {seed}, rule set {number}, {:?} {packet:?}: {trace:#?}",
+                probe.hook
             );
+            let protocol = match packet.protocol {
+                6 => "TCP",
+                17 => "UDP",
+                _ => "ICMP",
+            };
+            let family = if packet.source.is_ipv4() { "IPv4" } else { "IPv6" };
+            let verdict = if *allowed { Verdict2::Allow } else { Verdict2::Deny };
+            *verdicts.entry((protocol, family, verdict)).or_default() += 1;
         }
     }
-    println!("clauses {clauses:?}, verdicts {verdicts:?}");
     let total: u32 = verdicts.values().sum();
-    for (verdict, count) in &verdicts {
-        assert!(count * 10 >= total * 3, "{verdict:?} occurs {count} times of {total}");
+    println!("{total} packets, {ROUNDS} rule sets; clauses {clauses:?}");
+    for ((protocol, family, verdict), count) in &verdicts {
+        println!("{protocol:<5} {family} {verdict:?}: {count}");
     }
-    assert_eq!(verdicts.len(), 2);
-    assert_eq!(clauses.len(), 10, "every clause occurs: {clauses:?}");
+    assert!(total >= 10_000, "{total} packets");
+    assert_eq!(verdicts.len(), 12, "both verdicts of three protocols in two families");
+    for wanted in [Verdict2::Allow, Verdict2::Deny] {
+        let count: u32 = verdicts.iter().filter(|((.., verdict), _)| *verdict == wanted).map(|(_, count)| count).sum();
+        println!("{wanted:?} {:.1} %", f64::from(count) * 100.0 / f64::from(total));
+        assert!(count * 10 >= total * 3, "{wanted:?} occurs {count} times of {total}");
+    }
+    assert_eq!(clauses.len(), 17, "every clause occurs: {clauses:?}");
 }
 
 /// A verdict as a key.
@@ -310,13 +485,4 @@ fn the_kernel_agrees_with_the_evaluator() {
 enum Verdict2 {
     Allow,
     Deny,
-}
-
-impl From<Verdict> for Verdict2 {
-    fn from(verdict: Verdict) -> Self {
-        match verdict {
-            Verdict::Allow => Self::Allow,
-            Verdict::Deny => Self::Deny,
-        }
-    }
 }

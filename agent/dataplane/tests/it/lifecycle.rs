@@ -1,13 +1,16 @@
 //! Restart, drift, removal, and what the kernel refuses.
 
+use std::net::UdpSocket;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use hanse_dataplane::nftables::{Config, Nftables};
 use hanse_dataplane::{Backend as _, Found};
-use hanse_ruleset::{Action, Peer, Rule, SetId};
+use hanse_ruleset::{Action, Peer, Rule, RuleSet, SetId};
 
 use crate::net::{Net, address, passes};
-use crate::verdicts::{Build, addresses, from_set, rule};
+use crate::verdicts::{Build, addresses, from_set, rule, to_port};
 
 fn nft(net: &Net, command: &str) -> String {
     let output = Command::new("ip")
@@ -222,4 +225,79 @@ fn cleanup_leaves_nothing_and_cuts_nobody() {
     driver.cleanup().expect("nothing to remove is fine");
     assert_eq!(nft(&net, "list ruleset").trim(), "");
     assert!(passes(&mut client, &mut server));
+}
+
+/// A generation whose objects all have other names than those of the one before; only pod 2 may reach pod 3.
+fn flipping(number: u64) -> Arc<RuleSet> {
+    let name = if number.is_multiple_of(2) { "even" } else { "odd" };
+    let mut rules = vec![from_set(Action::Allow, name)];
+    rules.extend((0..number % 3).map(|extra| to_port(Action::Deny, 1000 + extra as u16)));
+    let sets = vec![addresses(name, &["10.1.0.2"])];
+    Build { pods: vec![2, 3, 4], ingress: Some(rules), sets, number, ..Build::default() }.rules()
+}
+
+/// No test of its own: the process that `a_killed_agent_lets_nothing_through` starts and kills.
+#[test]
+fn applies_until_killed() {
+    let Ok(namespace) = std::env::var("HANSE_TEST_NAMESPACE") else { return };
+    let namespace = std::fs::File::open(namespace).expect("the namespace");
+    nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).expect("root");
+    let mut driver = Nftables::open(Config { uplinks: vec!["up0".into()], ..Config::default() }).expect("netlink");
+    driver.adopt(None).expect("read");
+    for number in 1.. {
+        driver.apply(&flipping(number)).expect("applied");
+        let told = std::fs::OpenOptions::new().append(true).open(std::env::var("HANSE_TEST_FILE").expect("set"));
+        std::io::Write::write_all(&mut told.expect("the file"), b".").expect("told");
+    }
+}
+
+#[test]
+fn a_killed_agent_lets_nothing_through() {
+    let mut net = Net::new();
+    for pod in [2, 3, 4] {
+        net.pod(pod);
+    }
+    let mut driver = net.driver();
+    driver.apply(&flipping(0)).expect("applied");
+    drop(driver);
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("applied");
+    std::fs::write(&file, b"").expect("written");
+    let applied = || std::fs::metadata(&file).expect("there").len();
+    let (allowed, forbidden) = (net.udp("p3", "10.1.0.3:5000"), net.udp("p3", "10.1.0.3:5001"));
+    let done = AtomicBool::new(false);
+    let sent = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            net.within("p4", || {
+                while !done.load(Ordering::Relaxed) {
+                    let fresh = UdpSocket::bind("10.1.0.4:0").expect("bound");
+                    sent.fetch_add(u64::from(fresh.send_to(b"flood", "10.1.0.3:5001").is_ok()), Ordering::Relaxed);
+                }
+            });
+        });
+        for turn in 0..20 {
+            let before = applied();
+            let mut agent = Command::new(std::env::current_exe().expect("this program"))
+                .args(["--exact", "lifecycle::applies_until_killed"])
+                .env("HANSE_TEST_NAMESPACE", format!("/run/netns/{}", net.name("node")))
+                .env("HANSE_TEST_FILE", &file)
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .expect("started");
+            // It is killed while it applies the next: after as many as the turn has.
+            let going = crate::net::until(|| (applied() > before + turn).then_some(()));
+            agent.kill().expect("killed");
+            agent.wait().expect("ended");
+            assert!(going.is_some(), "it applies generations");
+            assert!(net.datagram("p2", "10.1.0.2:4000", &allowed), "turn {turn}: what it left behind enforces");
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    forbidden.set_nonblocking(true).expect("set");
+    let leaked = std::iter::from_fn(|| forbidden.recv_from(&mut [0; 16]).ok()).count();
+    let sent = sent.into_inner();
+    println!("killed 20 times in {} generations: {sent} forbidden packets sent, {leaked} received", applied());
+    assert!(sent > 1000, "the flood is one");
+    assert_eq!(leaked, 0);
 }

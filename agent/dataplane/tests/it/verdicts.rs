@@ -197,6 +197,22 @@ fn forged_sources_do_not_pass() {
     assert!(net.datagram("p2", "10.1.0.2:4000", &target));
 }
 
+#[test]
+fn an_uplink_may_bring_any_source() {
+    let mut net = Net::new();
+    net.pod(2);
+    let mut driver = net.driver();
+    // Neither is routed back to where it comes from: the one comes by the uplink, the other from the pod.
+    for (host, source) in [("remote", "10.77.0.1"), ("p2", "10.77.0.2")] {
+        crate::net::ip(&format!("-n {} addr add {source}/32 dev lo", net.name(host)));
+    }
+    let (at_pod, at_remote) = (net.udp("p2", "10.1.0.2:53"), net.udp("remote", "10.9.0.2:53"));
+    assert!(net.datagram("remote", "10.77.0.1:4000", &at_pod) && net.datagram("p2", "10.77.0.2:4000", &at_remote));
+    driver.apply(&Build { pods: vec![2], ..Build::default() }.rules()).expect("applied");
+    assert!(net.datagram("remote", "10.77.0.1:4001", &at_pod));
+    assert!(!net.datagram("p2", "10.77.0.2:4001", &at_remote));
+}
+
 /// A stream from anywhere to `port` of pod 3, of pod 2 and of the node.
 fn own_stream(port: u16) -> OwnStream {
     let to = ["10.1.0.2/31", "10.1.255.1/32", "fd01::2/127", "fd01:ffff::1/128", "10.9.0.2/32", "fd09::2/128"];
@@ -337,6 +353,36 @@ fn discovery_is_not_a_way_around() {
     let _listener = net.listen("remote", "[fd09::2]:80");
     assert!(net.connect("p2", "[fd09::2]:80").is_some(), "the pod's own discovery works");
     assert_eq!(seen(), 1);
+}
+
+#[test]
+fn what_connection_tracking_does_not_know_passes_only_where_nothing_is_judged() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    let mut driver = net.driver();
+    // Another table asks for no tracking.
+    let node = net.name("node");
+    let table =
+        "table inet other { chain pre { type filter hook prerouting priority -300; udp dport 5000 notrack; }; }";
+    crate::net::ip(&format!("netns exec {node} nft {table}"));
+    let ways = [
+        ("10.1.0.2:4000", "p3", "10.1.0.3:5000"),
+        ("10.1.0.2:4000", "remote", "10.9.0.2:5000"),
+        ("10.1.0.2:4000", "node", "10.1.255.1:5000"),
+        ("[fd01::2]:4000", "p3", "[fd01::3]:5000"),
+        ("[fd01::2]:4000", "node", "[fd01:ffff::1]:5000"),
+    ];
+    let receivers = ways.map(|(_, to, at)| (to, net.udp(to, at)));
+    for (number, to_node) in [(1, None), (2, Some(vec![]))] {
+        let guarded = to_node.is_some();
+        driver.apply(&Build { pods: vec![2, 3], to_node, number, ..Build::default() }.rules()).expect("applied");
+        for ((from, to, at), (_, receiver)) in ways.iter().zip(&receivers) {
+            // No policy says anything against these; but none of them could be said.
+            let passes = *to == "node" && !guarded;
+            assert_eq!(net.datagram("p2", from, receiver), passes, "{at}, guarded: {guarded}");
+        }
+    }
 }
 
 #[test]

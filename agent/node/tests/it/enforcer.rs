@@ -1,0 +1,201 @@
+//! What is in force when an agent starts, and what keeps it so.
+
+use std::process::Command;
+use std::sync::Arc;
+
+use hanse_agent::enforcer::{Enforcer, Options, Proofs, Started};
+use hanse_agent::snapshot;
+use hanse_dataplane::Backend as _;
+use hanse_dataplane::nftables::Config;
+use hanse_ruleset::{
+    Action, Chain, EndpointId, Generation, LocalEndpoint, NodeConfig, Peer, Phase, Policy, PortRange, Rule, RuleSet,
+    Tier, TierDefault,
+};
+
+use crate::net::{Net, address, ip, until};
+
+/// Pods 2 and 3, which accept TCP to `port` and nothing else.
+fn accepting(port: u16, number: u64) -> Arc<RuleSet> {
+    let rule = Rule {
+        action: Action::Allow,
+        index: 0,
+        unknown: false,
+        family: None,
+        protocol: Some(6),
+        not_protocol: None,
+        icmp: None,
+        not_icmp: None,
+        source: Peer::default(),
+        destination: Peer { ports: vec![PortRange { first: port, last: port }], ..Peer::default() },
+    };
+    let policy = Policy { name: "NetworkPolicy a/web".into(), rules: vec![rule] };
+    let tier = Tier { name: "default".into(), policies: vec![policy.id()], default: TierDefault::Deny };
+    let chain = |tiers| Chain { phases: vec![Phase { name: "Local".into(), tiers }], profile_allows: true };
+    let (ingress, open) = (chain(vec![tier]), chain(Vec::new()));
+    let endpoint = |pod: u8| {
+        let id = EndpointId { namespace: "a".into(), name: format!("p{pod}").into() };
+        let addresses = vec![address(&format!("10.1.0.{pod}")), address(&format!("fd01::{pod}"))];
+        let (ingress, egress, egress_to_node) = (ingress.id(), open.id(), open.id());
+        (id.clone(), Arc::new(LocalEndpoint { id, addresses, ingress, egress, egress_to_node }))
+    };
+    let endpoints = [2, 3].map(endpoint).into();
+    let node = NodeConfig { pod_ranges: ranges(), ..NodeConfig::default() };
+    Arc::new(RuleSet {
+        generation: Generation { term: 1, number },
+        node,
+        policies: [(policy.id(), Arc::new(policy))].into(),
+        endpoints,
+        chains: [(ingress.id(), Arc::new(ingress)), (open.id(), Arc::new(open))].into(),
+        ..RuleSet::default()
+    })
+}
+
+fn ranges() -> Vec<ipnet::IpNet> {
+    ["10.1.0.0/24", "fd01::/64"].map(|net| net.parse().expect("a net")).into()
+}
+
+struct Node {
+    net: Net,
+    data: tempfile::TempDir,
+}
+
+impl Node {
+    fn new() -> (Self, Vec<std::net::TcpListener>) {
+        let mut net = Net::new();
+        net.pod(2);
+        net.pod(3);
+        let listeners = ["10.1.0.3:80", "10.1.0.3:81", "[fd01::3]:80", "[fd01::3]:81"].map(|at| net.listen("p3", at));
+        let node = Self { net, data: tempfile::tempdir().expect("a folder") };
+        assert_eq!(node.open(), [true; 4], "without rules everything is open");
+        (node, listeners.into())
+    }
+
+    fn options(&self) -> Options {
+        Options {
+            data: self.data.path().to_owned(),
+            dataplane: Config::default(),
+            detect_uplinks: true,
+            pod_ranges: ranges(),
+        }
+    }
+
+    fn start(&self) -> (Enforcer, Option<Arc<RuleSet>>) {
+        let Started { enforcer, held, refused } =
+            self.net.within("node", || Enforcer::start(self.options()).expect("started"));
+        assert_eq!(refused, []);
+        (enforcer, held)
+    }
+
+    /// Whether pod 3 is reached by pod 2: ports 80 and 81, IPv4 and then IPv6.
+    fn open(&self) -> [bool; 4] {
+        ["10.1.0.3:80", "10.1.0.3:81", "[fd01::3]:80", "[fd01::3]:81"].map(|at| self.net.connect("p2", at).is_some())
+    }
+
+    fn nft(&self, command: &str) {
+        ip(&format!("netns exec {} nft {command}", self.net.name("node")));
+    }
+
+    fn table(&self) -> String {
+        let node = self.net.name("node");
+        let list = ["netns", "exec", &node, "nft", "-a", "list", "table", "inet", "hanse"];
+        let listed = Command::new("ip").args(list).output().expect("nft of nftables");
+        String::from_utf8_lossy(&listed.stdout).into_owned()
+    }
+}
+
+#[test]
+fn without_anything_the_nodes_pod_ranges_are_closed() {
+    let (node, _listeners) = Node::new();
+    // A damaged snapshot is none.
+    snapshot::write(&node.options().snapshot(), &accepting(80, 1)).expect("written");
+    let mut bytes = std::fs::read(node.options().snapshot()).expect("read");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(node.options().snapshot(), bytes).expect("written");
+    let (_enforcer, held) = node.start();
+    assert_eq!(held, None);
+    assert_eq!(node.open(), [false; 4]);
+    assert!(node.net.connect("node", "10.1.0.3:80").is_some(), "the node reaches its own pods");
+}
+
+#[test]
+fn the_last_snapshot_is_applied_at_once() {
+    let (node, _listeners) = Node::new();
+    snapshot::write(&node.options().snapshot(), &accepting(80, 7)).expect("written");
+    let (_enforcer, held) = node.start();
+    assert_eq!(held, Some(accepting(80, 7)));
+    assert_eq!(node.open(), [true, false, true, false]);
+}
+
+#[test]
+fn rules_that_are_found_stay_until_something_else_is_known() {
+    let (node, _listeners) = Node::new();
+    node.net.driver().apply(&accepting(81, 3)).expect("applied");
+    // Of another generation than the snapshot, which is older.
+    snapshot::write(&node.options().snapshot(), &accepting(80, 2)).expect("written");
+    let before = node.table();
+    let (enforcer, held) = node.start();
+    assert_eq!(held, None, "it does not know what it found");
+    assert_eq!(node.table(), before, "nothing is touched");
+    assert_eq!(node.open(), [false, true, false, true]);
+    block_on(enforcer.apply(accepting(80, 4))).expect("applied");
+    assert_eq!(node.open(), [true, false, true, false]);
+}
+
+#[test]
+fn rules_that_are_not_what_they_say_are_repaired_at_the_start() {
+    let (node, _listeners) = Node::new();
+    node.net.driver().apply(&accepting(80, 3)).expect("applied");
+    snapshot::write(&node.options().snapshot(), &accepting(80, 3)).expect("written");
+    node.nft("flush chain inet hanse forward");
+    assert_eq!(node.open(), [true; 4], "the damage is real");
+    let (_enforcer, held) = node.start();
+    assert_eq!(held, Some(accepting(80, 3)));
+    assert_eq!(node.open(), [true, false, true, false]);
+}
+
+#[test]
+fn drift_is_repaired_by_itself_also_while_generations_come() {
+    let (node, _listeners) = Node::new();
+    let (enforcer, _) = node.start();
+    block_on(enforcer.apply(accepting(80, 1))).expect("applied");
+    node.nft("flush chain inet hanse forward");
+    // Port 81 alone: what it costs to be refused three times more is time in which it may be repaired.
+    let closed = || node.net.connect("p2", "10.1.0.3:81").is_none().then_some(());
+    assert!(until(closed).is_some(), "while it is idle: {}", node.table());
+    assert_eq!(node.open(), [true, false, true, false]);
+    node.nft("flush chain inet hanse forward");
+    block_on(enforcer.apply(accepting(80, 2))).expect("applied");
+    assert_eq!(node.open(), [true, false, true, false], "with the next generation");
+}
+
+#[test]
+fn what_is_in_force_is_in_the_snapshot_soon_after() {
+    let (node, _listeners) = Node::new();
+    let (enforcer, _) = node.start();
+    block_on(enforcer.apply(accepting(80, 1))).expect("applied");
+    block_on(enforcer.apply(accepting(81, 2))).expect("applied");
+    let kept = || snapshot::read(&node.options().snapshot()).filter(|rules| *rules == *accepting(81, 2));
+    assert!(until(kept).is_some());
+}
+
+#[test]
+fn pods_are_proven_to_be_enforced_or_it_is_said_why_not() {
+    let (node, _listeners) = Node::new();
+    node.net.sysctl("p3", "net.ipv4.icmp_echo_ignore_all=1");
+    let (enforcer, _) = node.start();
+    assert_eq!(**enforcer.proofs().borrow(), Proofs::default(), "there is no pod yet");
+    block_on(enforcer.apply(accepting(80, 1))).expect("applied");
+    let id = |name: &str| EndpointId { namespace: "a".into(), name: name.into() };
+    let mute = "not proven: 10.1.0.3 does not answer the probe".to_owned();
+    let wanted = Proofs { hooks: String::new(), unenforced: [(id("p3"), mute)].into() };
+    assert!(until(|| (**enforcer.proofs().borrow() == wanted).then_some(())).is_some(), "{:?}", enforcer.proofs());
+    // It is asked again.
+    node.net.sysctl("p3", "net.ipv4.icmp_echo_ignore_all=0");
+    let proven = || (**enforcer.proofs().borrow() == Proofs::default()).then_some(());
+    assert!(until(proven).or_else(|| until(proven)).is_some(), "{:?}", enforcer.proofs());
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().build().expect("a runtime").block_on(future)
+}
