@@ -119,6 +119,12 @@ impl Enforcer {
         Ok(Started { enforcer: Self { commands, proofs }, held, refused })
     }
 
+    /// One whose thread has ended, and whose probes have found `proofs`.
+    #[cfg(test)]
+    pub fn ended(proofs: Proofs) -> Self {
+        Self { commands: mpsc::channel().0, proofs: watch::channel(Arc::new(proofs)).1 }
+    }
+
     /// What probes have found, and when that changes.
     pub fn proofs(&self) -> watch::Receiver<Arc<Proofs>> {
         self.proofs.clone()

@@ -252,3 +252,73 @@ impl Follower {
         status.write(&self.data);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hanse_ruleset::Digest;
+    use hanse_runtime::health::Health;
+
+    use super::*;
+    use crate::enforcer::Proofs;
+
+    fn follower(folder: &tempfile::TempDir) -> Follower {
+        let pod = EndpointId { namespace: "a".into(), name: "p".into() };
+        let proofs = Proofs { hooks: "no pod".into(), unenforced: [(pod, "bypassed".to_owned())].into() };
+        let held = RuleSet { generation: Generation { term: 5, number: 9 }, ..RuleSet::default() };
+        Follower {
+            node: "n".into(),
+            data: folder.path().to_owned(),
+            enforcer: Enforcer::ended(proofs),
+            held: Some(Arc::new(held)),
+            refused: vec![Refusal { object: "policy a/b".into(), reason: "too wide".into() }],
+            in_sync: Health::default().condition("in sync"),
+        }
+    }
+
+    fn ack(message: wire::AgentToMember) -> wire::Ack {
+        match message.message {
+            Some(wire::agent_to_member::Message::Ack(ack)) => ack,
+            other => panic!("an ack, not {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_new_position_is_no_better_than_what_is_in_force() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut follower = follower(&folder);
+        let ack = ack(follower.move_on(Generation { term: 5, number: 10 }, 3, 4));
+        assert_eq!(ack.generation, Some(wire::Generation { term: 5, number: 10 }));
+        assert_eq!(ack.revisions, Some(wire::Revisions { hub: 3, local: 4 }));
+        assert_eq!(ack.failed, "");
+        // What the kernel refused it still refuses, and who is not enforced still is not.
+        assert_eq!(ack.refusals, [wire::Refusal { object: "policy a/b".into(), reason: "too wide".into() }]);
+        let pod = wire::PodStatus { namespace: "a".into(), name: "p".into(), reason: "bypassed".into() };
+        assert_eq!((ack.unenforced, ack.probe.as_str()), (vec![pod], "no pod"));
+        let status = Status::read(folder.path()).expect("written");
+        assert_eq!((status.number, status.refused), (10, vec!["policy a/b: too wide".to_owned()]));
+    }
+
+    #[test]
+    fn a_term_that_is_over_changes_nothing() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let follower = follower(&folder);
+        let at = |term, number| Generation { term, number };
+        assert!(follower.is_behind(at(4, 100)) && !follower.is_behind(at(5, 1)) && !follower.is_behind(at(6, 0)));
+        let ack = ack(follower.behind(at(4, 100)));
+        assert_eq!(ack.failed, "term 4 is over: term 5 has begun");
+        assert_eq!(ack.generation, Some(wire::Generation { term: 5, number: 9 }));
+    }
+
+    #[tokio::test]
+    async fn what_does_not_hold_together_is_told_and_not_asked_for_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut follower = follower(&folder);
+        let wrong = Delta { digest: Digest(1), ..Delta::default() };
+        assert!(!ack(follower.apply(&wrong).await).failed.is_empty());
+        assert!(follower.held.is_some(), "what is in force stays");
+        // A difference from something else is asked for as a whole.
+        let base = Delta { base: Some(Digest(2)), ..wrong };
+        let answer = follower.apply(&base).await.message;
+        assert!(matches!(answer, Some(wire::agent_to_member::Message::Hello(_))), "{answer:?}");
+    }
+}
