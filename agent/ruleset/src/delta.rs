@@ -58,13 +58,19 @@ pub enum ApplyError {
 }
 
 impl Delta {
-    /// What turns `before` (`None`: the empty rule set) into `after`. Sets that both share by pointer cost nothing.
+    /// What turns `before` (`None`: the empty rule set) into `after`. Sets that both share by pointer cost nothing but
+    /// their part of the digests.
     pub fn between(before: Option<&RuleSet>, after: &RuleSet) -> Self {
+        Self::between_known(before.map(|before| (before, before.digest())), after, after.digest())
+    }
+
+    /// As [`Self::between`], where the digests are known already.
+    pub fn between_known(before: Option<(&RuleSet, Digest)>, after: &RuleSet, digest: Digest) -> Self {
         let nothing = RuleSet::default();
-        let old = before.unwrap_or(&nothing);
+        let old = before.map_or(&nothing, |(before, _)| before);
         let mut delta = Delta {
-            base: before.map(RuleSet::digest),
-            digest: after.digest(),
+            base: before.map(|(_, digest)| digest),
+            digest,
             generation: after.generation,
             hub_revision: after.hub_revision,
             local_revision: after.local_revision,

@@ -309,6 +309,8 @@ impl Administration {
                 key_exchange: peer.map_or_else(String::new, |peer| peer.key_exchange.to_owned()),
                 refused: realisation.refused,
                 refusals: realisation.refusals,
+                unenforced: realisation.unenforced,
+                problems: realisation.problems,
             });
         }
         statuses

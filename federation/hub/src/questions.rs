@@ -231,6 +231,7 @@ impl Questions {
                         cluster: cluster.to_string(),
                         hub_revision: answer.hub_revision,
                         local_revision: answer.local_revision,
+                        own_streams: answer.own_streams,
                     };
                     let explained = answer.explanations.into_iter().filter_map(|it| it.explanation);
                     for (at, explained) in numbers.into_iter().zip(explained) {

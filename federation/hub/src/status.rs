@@ -24,6 +24,10 @@ pub struct Realisation {
     /// Objects refused, and the first of them in words.
     pub refused: u64,
     pub refusals: Vec<String>,
+    /// Pods that are not enforced.
+    pub unenforced: u32,
+    /// The first of what keeps nodes from enforcing, in words.
+    pub problems: Vec<String>,
 }
 
 /// How far one policy is enforced in one cluster.

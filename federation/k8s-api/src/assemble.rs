@@ -11,7 +11,7 @@ use hanse_policy::model::{ClusterName, ClusterScope, Layer, Phase};
 use crate::calico::Converted;
 use crate::field::{Errors, FieldError};
 use crate::hanse::{ClusterLabels, FederatedNetworkPolicy, Member};
-use crate::kubernetes::{EndpointSlice, Node as KubeNode, Service, ServiceAccount};
+use crate::kubernetes::{EndpointSlice, Node as KubeNode, Service, ServiceAccount, parse_address};
 use crate::manifest::{Diagnostic, Manifest, Object};
 use crate::metadata::check_metadata;
 
@@ -32,6 +32,8 @@ pub struct ClusterState {
     pub cluster: Cluster,
     pub layer: Layer,
     pub nodes: BTreeMap<Arc<str>, NodeInfo>,
+    /// The services that have an address of their own, by namespace and name.
+    pub service_addresses: BTreeMap<IpAddr, (Arc<str>, Arc<str>)>,
     /// Objects that were left out, and why.
     pub diagnostics: Vec<Diagnostic>,
 }
@@ -192,7 +194,10 @@ fn add_to_cluster(name: &ClusterName, manifest: &Manifest, state: &mut ClusterSt
             cluster.endpoints.insert(pod.id(), endpoint);
         }
         Object::Service(service) => {
-            let key = (service.metadata.namespace(), service.metadata.name.as_str().into());
+            let key: (_, Arc<str>) = (service.metadata.namespace(), service.metadata.name.as_str().into());
+            if let Some(address) = service.spec.cluster_ip.as_deref().and_then(parse_address) {
+                state.service_addresses.insert(address, key.clone());
+            }
             cluster.services.entry(key).or_default();
         }
         Object::EndpointSlice(slice) => {

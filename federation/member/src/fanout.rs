@@ -1,7 +1,8 @@
 //! The fan-out: every agent gets what its node must enforce, as a delta against what it holds.
 //!
 //! One delta is under way to an agent at a time, and the next starts from what it acknowledged, so a slow agent is sent
-//! the newest state and nothing in between, makes nobody wait, and costs one rule set (shared by pointer) of memory.
+//! the newest state and nothing in between, makes nobody wait, and costs one rule set (shared by pointer) of memory. Who
+//! keeps up is sent the compiler's own step; differences are looked for only towards who does not.
 //! Who an agent is comes from its certificate, which the cluster's own authority issued.
 
 mod enrol;
@@ -15,7 +16,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use hanse_proto::agent::v1::agents_server::AgentsServer;
 use hanse_proto::agent::v1::enrolment_server::EnrolmentServer;
-use hanse_ruleset::{Digest, Generation, RuleSet};
+use hanse_proto::federation::v1::UnenforcedPod;
+use hanse_ruleset::{Digest, Generation};
 use hanse_runtime::Identity;
 use hanse_runtime::ca::CaError;
 use hanse_runtime::keys::KeyError;
@@ -26,9 +28,10 @@ use hanse_runtime::tls::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-pub use enrol::{NodeToken, NodeTokenError, create_node_token};
+pub use enrol::{NodeToken, NodeTokenError, create_node_token, list_node_tokens, revoke_node_token};
 
 use crate::registration::MemberIdentity;
+use crate::world::{Compiled, NodeRules};
 
 /// Enrolments that one address may ask for in a second.
 const ENROLMENTS_PER_SECOND: f64 = 5.0;
@@ -52,14 +55,16 @@ pub enum FanoutError {
 pub struct NodeStatus {
     pub connected: bool,
     /// Of what is in force, by the last ack.
-    pub generation: Generation,
+    pub place: Place,
     pub digest: Digest,
-    pub hub_revision: u64,
-    pub local_revision: u64,
     /// Objects that the kernel refused, with the reason.
     pub refused: Vec<(String, String)>,
     /// Why the newest generation is not in force.
     pub failed: Option<String>,
+    /// What the agent's probe found; empty when its hooks see the traffic of pods.
+    pub probe: String,
+    /// Pods that are not enforced, and why.
+    pub unenforced: Vec<UnenforcedPod>,
     /// When the last ack came.
     pub heard: Option<Instant>,
 }
@@ -80,9 +85,24 @@ struct Shared {
     changed: watch::Sender<u64>,
 }
 
+/// What a node must enforce from now on.
+#[derive(Debug, Clone)]
+struct Target {
+    node: NodeRules,
+    place: Place,
+}
+
+/// Where a rule set stands: its generation, and the revisions that it is true of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Place {
+    pub generation: Generation,
+    pub hub_revision: u64,
+    pub local_revision: u64,
+}
+
 #[derive(Debug)]
 struct Node {
-    target: watch::Sender<Option<Arc<RuleSet>>>,
+    target: watch::Sender<Option<Arc<Target>>>,
     status: NodeStatus,
     /// Number of the stream that speaks for the node; an older one is told to end.
     stream: u64,
@@ -174,41 +194,38 @@ impl Fanout {
         Ok(addresses)
     }
 
-    /// What a node must enforce from now on. Nothing is sent where only revisions differ, but for the new position.
-    /// The generation is set here.
-    pub fn publish(&self, node: &Arc<str>, mut rules: RuleSet) {
+    /// What nodes must enforce from now on, and the revisions that this, and all that did not change, is true of. A node that
+    /// did not change is sent its new position only. A node that is gone is sent nothing more.
+    pub fn publish(&self, compiled: Compiled, hub_revision: u64, local_revision: u64) {
         let mut nodes = self.nodes();
-        let entry = nodes.entry(Arc::clone(node)).or_insert_with(Node::new);
-        let number = entry.target.borrow().as_ref().map_or(1, |last| {
-            let same = last.digest() == rules.digest();
-            last.generation.number + u64::from(!same)
-        });
-        rules.generation = Generation { term: self.shared.term, number };
-        entry.target.send_replace(Some(Arc::new(rules)));
-    }
-
-    /// A node that is gone: its agent is sent nothing more.
-    pub fn forget(&self, node: &str) {
-        if let Some(gone) = self.nodes().remove(node) {
-            gone.replaced.cancel();
+        for gone in compiled.removed {
+            if let Some(gone) = nodes.remove(&gone) {
+                gone.replaced.cancel();
+            }
+        }
+        for (name, rules) in compiled.changed {
+            let node = nodes.entry(name).or_insert_with(Node::new);
+            let number = node.target.borrow().as_ref().map_or(1, |last| last.place.generation.number + 1);
+            let generation = Generation { term: self.shared.term, number };
+            let place = Place { generation, hub_revision, local_revision };
+            node.target.send_replace(Some(Arc::new(Target { node: rules, place })));
+        }
+        for node in nodes.values() {
+            node.target.send_if_modified(|target| {
+                let Some(last) = target else { return false };
+                let place = Place { hub_revision, local_revision, ..last.place };
+                let moved = place != last.place;
+                if moved {
+                    *target = Some(Arc::new(Target { node: last.node.clone(), place }));
+                }
+                moved
+            });
         }
     }
 
     /// What is known of every node that is, or ought to be, enforced.
     pub fn realisation(&self) -> BTreeMap<Arc<str>, NodeStatus> {
         self.nodes().iter().map(|(name, node)| (Arc::clone(name), node.status.clone())).collect()
-    }
-
-    /// Whether every node has acknowledged the newest that was published for it.
-    pub fn is_current(&self) -> bool {
-        self.nodes().values().all(|node| {
-            node.target.borrow().as_ref().is_none_or(|target| {
-                let status = &node.status;
-                (status.hub_revision, status.local_revision) == (target.hub_revision, target.local_revision)
-                    && status.generation == target.generation
-                    && status.failed.is_none()
-            })
-        })
     }
 
     /// Changes whenever the status of a node does.
@@ -228,7 +245,7 @@ impl Fanout {
     }
 
     /// A stream begins to speak for a node: what it must enforce, the stream's number, and when it must end.
-    fn attach(&self, name: &Arc<str>) -> (watch::Receiver<Option<Arc<RuleSet>>>, u64, CancellationToken) {
+    fn attach(&self, name: &Arc<str>) -> (watch::Receiver<Option<Arc<Target>>>, u64, CancellationToken) {
         let mut nodes = self.nodes();
         let node = nodes.entry(Arc::clone(name)).or_insert_with(Node::new);
         node.replaced.cancel();

@@ -2,8 +2,13 @@
 
 pub mod exchange;
 pub mod fanout;
+pub mod federated;
+pub mod metrics;
+pub mod own_streams;
 pub mod process;
 pub mod questions;
 pub mod registration;
+pub mod report;
+pub mod resolver;
 pub mod source;
 pub mod world;

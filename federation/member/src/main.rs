@@ -2,11 +2,11 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use hanse_member::fanout::create_node_token;
+use hanse_member::fanout::{NodeToken, create_node_token, list_node_tokens, revoke_node_token};
 use hanse_member::process::{self, Options};
 use hanse_member::registration::MemberIdentity;
 use hanse_ruleset::UnknownPods;
@@ -42,6 +42,28 @@ enum Command {
 enum NodeTokenCommand {
     /// Print a token, a secret, that enrols one node once. The cluster must have joined.
     Create(NodeTokenArgs),
+    /// The tokens that are kept: id, node, when it ends (seconds since 1970), and whether a node has used it.
+    List {
+        /// The folder of the member's files.
+        #[arg(long)]
+        data: PathBuf,
+        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        output: Output,
+    },
+    /// Make a token useless. A node that has enrolled with it stays.
+    Revoke {
+        /// The folder of the member's files.
+        #[arg(long)]
+        data: PathBuf,
+        /// As `list` shows it.
+        id: String,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Output {
+    Table,
+    Json,
 }
 
 #[derive(Debug, Args)]
@@ -125,13 +147,7 @@ async fn main() -> anyhow::Result<()> {
     logging::init(cli.log_format);
     tls::install_provider();
     match cli.command {
-        Command::NodeToken { command: NodeTokenCommand::Create(args) } => {
-            let identity = MemberIdentity::read(&args.data, &args.cluster)?;
-            let identity = identity.with_context(|| format!("{} has not joined yet", args.cluster))?;
-            let lifetime = Duration::from_secs(args.seconds);
-            println!("{}", create_node_token(&args.data, &identity, &args.node, lifetime)?);
-            Ok(())
-        }
+        Command::NodeToken { command } => node_token(command),
         Command::Run(args) => {
             let shutdown = Shutdown::default();
             let options = Options {
@@ -161,4 +177,43 @@ async fn main() -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
+    match command {
+        NodeTokenCommand::Create(args) => {
+            let identity = MemberIdentity::read(&args.data, &args.cluster)?;
+            let identity = identity.with_context(|| format!("{} has not joined yet", args.cluster))?;
+            let lifetime = Duration::from_secs(args.seconds);
+            println!("{}", create_node_token(&args.data, &identity, &args.node, lifetime)?);
+        }
+        NodeTokenCommand::List { data, output } => {
+            let tokens = list_node_tokens(&data)?;
+            let state = |token: &NodeToken| match (token.is_used(), token.has_ended(SystemTime::now())) {
+                (_, true) => "ended",
+                (true, false) => "used",
+                (false, false) => "unused",
+            };
+            if matches!(output, Output::Table) {
+                println!("{:<24} {:<32} {:<12} STATE", "ID", "NODE", "ENDS AT");
+            }
+            for (id, token) in tokens {
+                let (node, ends_at, state) = (&token.node, token.expires_at(), state(&token));
+                match output {
+                    Output::Table => println!("{id:<24} {node:<32} {ends_at:<12} {state}"),
+                    Output::Json => {
+                        println!("{}", serde_json::json!({"id": id, "node": node, "endsAt": ends_at, "state": state}));
+                    }
+                }
+            }
+        }
+        NodeTokenCommand::Revoke { data, id } => {
+            anyhow::ensure!(
+                revoke_node_token(&data, &id)?,
+                "there is no node token {id}: see `hanse-member node-token list`"
+            );
+            println!("node token {id} revoked");
+        }
+    }
+    Ok(())
 }

@@ -2,41 +2,40 @@
 //!
 //! It starts with everything else down, once the cluster has joined: from its source, and from what it last received.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use hanse_k8s_api::assemble::Federation;
-use hanse_k8s_api::manifest::{Manifests, Object, read_bytes};
-use hanse_policy::model::{ClusterScope, Phase, Port};
+use hanse_policy::model::{ClusterScope, Port};
 use hanse_policy::selector::{Expr, Selector};
-use hanse_proto::federation::v1 as pb;
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::files;
-use hanse_runtime::health::Health;
-use hanse_runtime::metrics::Metrics;
+use hanse_runtime::health::{Condition, Health};
+use hanse_runtime::metrics::Metrics as Registry;
 use hanse_runtime::monitor::{self, Page};
 use hanse_runtime::shutdown::Shutdown;
 use tokio::sync::mpsc;
 
 use crate::exchange::client::Client;
-use crate::exchange::model::{Change, Manifest, ManifestKind, Updates, Wanted};
-use crate::exchange::wire::digest_bytes;
+use crate::exchange::model::Wanted;
 use crate::fanout::Fanout;
+use crate::metrics::Metrics;
+use crate::own_streams::Ends;
 use crate::questions::Answering;
 use crate::registration::MemberIdentity;
+use crate::report;
+use crate::resolver::Resolver;
 use crate::source::{Directory, Source as _, Sourced};
 use crate::world::World;
 
-/// How often the source is looked at: edits apply within a second.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// How often the source is looked at: an edit is taken at the second look, and is to apply within a second.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+const LOOK_AT_LEAST_EVERY: Duration = Duration::from_millis(250);
 /// Realisation is told when it changes, at most this often.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
-/// Errors of one node that are told.
-const MAX_ERRORS: usize = 100;
 
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -63,13 +62,14 @@ pub struct Options {
 pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let stop = shutdown.token();
     files::private_folder(&options.data).with_context(|| format!("make {}", options.data.display()))?;
-    let (health, metrics) = (Health::default(), Metrics::default());
+    let (health, registry) = (Health::default(), Registry::default());
     let (joined, sourced) = (health.condition("joined"), health.condition("source read"));
+    let heard = health.condition("hub heard");
     if let Some(address) = options.health_listen {
         monitor::serve(address, Page::Health(health.clone()), stop.clone()).await?;
     }
     if let Some(address) = options.metrics_listen {
-        monitor::serve(address, Page::Metrics(metrics.clone(), None), stop.clone()).await?;
+        monitor::serve(address, Page::Metrics(registry.clone(), None), stop.clone()).await?;
     }
     let identity = match MemberIdentity::read(&options.data, &options.cluster)? {
         Some(identity) => identity,
@@ -81,22 +81,33 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         }
     };
     joined.set(true);
+    let resolver = Resolver::restore(&options.data, options.hubs.iter().chain(&options.join));
+    let identity = identity.with_resolver(resolver.clone());
+    shutdown.spawn(resolver.clone().keep_fresh(stop.clone()));
     shutdown.spawn(identity.clone().keep_fresh(options.hubs.clone(), options.join.clone(), stop.clone()));
     let fanout = Fanout::new(&options.data, options.node_lifetime)?;
     let (agents, enrolment) = fanout.serve(&identity, options.agent_listen, options.enrol_listen, &shutdown).await?;
     tracing::info!(cluster = options.cluster, %agents, %enrolment, "member serves");
+    let ends = |resolver: &Resolver| Ends {
+        hubs: resolver.addresses(&options.hubs),
+        joins: resolver.addresses(&options.join),
+        agents: Some(agents),
+        enrolment: Some(enrolment),
+    };
     let client = Client::restore(&options.data);
 
     let (news, mut local_news) = mpsc::channel::<Arc<Sourced>>(1);
-    let mut source = Directory::new(identity.cluster().clone(), options.source.clone());
+    let mut source = Directory::new(identity.cluster().clone(), options.source.clone(), &options.data);
     std::thread::spawn(move || {
         while !news.is_closed() {
+            let began = Instant::now();
             if let Some(sourced) = source.look()
                 && news.blocking_send(sourced).is_err()
             {
                 return;
             }
-            std::thread::sleep(LOOK_EVERY);
+            // Of many files a look takes long, and is not to take a whole processor.
+            std::thread::sleep((began.elapsed() * 4).clamp(LOOK_EVERY, LOOK_AT_LEAST_EVERY));
         }
     });
     // Until the source was read nothing is known of this cluster, and nothing is published or enforced anew.
@@ -105,24 +116,23 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         local = local_news.recv() => local.context("read the source")?,
     };
     sourced.set(true);
-    let answering = Answering::new(identity.cluster().clone(), client.clone());
+    let (answering, mut asked) = Answering::new(identity.cluster().clone(), client.clone());
     let mut member = Member {
-        world: World::new(identity.cluster().clone(), options.unknown_pods, Vec::new()),
-        manifests: BTreeMap::new(),
-        refused: BTreeMap::new(),
-        nodes: BTreeSet::new(),
+        world: World::new(identity.cluster().clone(), options.unknown_pods, ends(&resolver)),
+        version: 0,
         fanout: fanout.clone(),
         client: client.clone(),
-        answering: answering.clone(),
+        heard,
+        metrics: Metrics::new(&registry),
     };
     member.take_local(local);
     if let Some(updates) = client.take_updates() {
-        member.receive(updates);
+        member.world.receive(updates);
     }
     member.changed();
     client.start(&identity, &options.hubs, &shutdown);
     answering.start(&identity, &options.hubs, &shutdown);
-    let (mut received, mut acknowledged) = (client.changes(), fanout.changes());
+    let (mut received, mut acknowledged, mut resolved) = (client.changes(), fanout.changes(), resolver.changes());
     let mut report = tokio::time::interval(REPORT_EVERY);
     report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut told = false;
@@ -137,7 +147,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
             changed = received.changed() => {
                 changed.context("receive")?;
                 if let Some(updates) = client.take_updates() {
-                    member.receive(updates);
+                    member.world.receive(updates);
                     member.changed();
                 }
                 told = false;
@@ -146,6 +156,12 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
                 changed.context("fan out")?;
                 told = false;
             }
+            changed = resolved.changed() => {
+                changed.context("resolve")?;
+                member.world.set_ends(ends(&resolver));
+                member.changed();
+            }
+            Some(ask) = asked.recv() => ask.answer(&member.world, member.version),
             _ = report.tick(), if !told => {
                 member.report();
                 told = true;
@@ -156,14 +172,13 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
 
 struct Member {
     world: World,
-    /// The federated objects in force, as their authors wrote them.
-    manifests: BTreeMap<(ManifestKind, Arc<str>), Manifest>,
-    /// Federated policies that cannot be read here, and why.
-    refused: BTreeMap<Arc<str>, String>,
-    nodes: BTreeSet<Arc<str>>,
+    /// Another whenever the world changed.
+    version: u64,
     fanout: Fanout,
     client: Client,
-    answering: Answering,
+    /// The hub was heard, by this process or by an earlier one.
+    heard: Condition,
+    metrics: Metrics,
 }
 
 impl Member {
@@ -174,92 +189,21 @@ impl Member {
         self.client.want(self.wanted());
     }
 
-    fn receive(&mut self, updates: Updates) {
-        let mut federation_changed = false;
-        for change in updates.changes {
-            let Change::Manifest { kind, name, manifest } = change else {
-                self.world.receive(change);
-                continue;
-            };
-            federation_changed = true;
-            match manifest {
-                Some(manifest) => drop(self.manifests.insert((kind, name), manifest)),
-                None => drop(self.manifests.remove(&(kind, name))),
-            }
-        }
-        self.world.hub_revision = updates.in_force.revision;
-        if federation_changed {
-            self.read_federation();
-        }
-    }
-
-    /// Converts the federated objects anew. One that cannot be read keeps its last version that could.
-    fn read_federation(&mut self) {
-        let before = self.world.federation();
-        let mut now = Federation::default();
-        self.refused.clear();
-        let mut policies = Vec::new();
-        let mut phases: BTreeMap<Arc<str>, Phase> = BTreeMap::new();
-        for ((kind, name), manifest) in &self.manifests {
-            let mut read = Manifests::default();
-            read_bytes(&Arc::from(format!("{kind:?} {name}")), &manifest.json, &mut read);
-            let object = read.objects.pop().filter(|_| read.diagnostics.is_empty()).map(|it| it.object);
-            match object {
-                Some(Object::Tier(tier)) => {
-                    let tier = tier.convert(&mut Default::default());
-                    phases.insert(name.clone(), tier.id.phase);
-                    now.layer.tiers.insert(tier.id.clone(), tier);
-                }
-                Some(Object::FederatedNetworkSet(set)) => {
-                    let (id, set) = set.convert(&mut Default::default());
-                    now.sets.insert(id, set);
-                }
-                Some(Object::FederatedNetworkPolicy(policy)) => policies.push((policy, manifest)),
-                _ => {
-                    let why = read.diagnostics.iter().map(|it| format!("{}: {}", it.field, it.message));
-                    let why = why.collect::<Vec<_>>().join("; ");
-                    tracing::error!(object = %name, why, "a federated object cannot be read; its last version holds");
-                    self.refused.insert(name.clone(), why);
-                    let last = before.layer.policies.iter().find(|(id, _)| id.name == *name);
-                    now.layer.policies.extend(last.map(|(id, policy)| (id.clone(), policy.clone())));
-                    let last = before.layer.tiers.iter().find(|(id, _)| id.name == *name);
-                    now.layer.tiers.extend(last.map(|(id, tier)| (id.clone(), tier.clone())));
-                }
-            }
-        }
-        for (policy, manifest) in policies {
-            // The hub has resolved the selectors of clusters; everybody takes its word.
-            let resolve = |selector: Option<&Selector>| match selector {
-                None => ClusterScope::All,
-                Some(selector) if selector.expr == Expr::All => ClusterScope::All,
-                Some(selector) => {
-                    let same = |(text, _): &&(Arc<str>, _)| Selector::parse(text).is_ok_and(|it| it == *selector);
-                    let names = manifest.resolved.iter().find(same).map(|(_, names)| names.clone());
-                    ClusterScope::Named(names.unwrap_or_default())
-                }
-            };
-            let mut policy = policy.convert_with(&resolve, &phases, &mut Default::default());
-            policy.enforcers = ClusterScope::Named(manifest.enforcers.clone());
-            now.layer.policies.insert(policy.id.clone(), policy);
-        }
-        self.world.set_federation(now);
-    }
-
     /// Something changed: compiles and hands out.
     fn changed(&mut self) {
+        self.version += 1;
         let start = Instant::now();
-        let (hub_revision, local_revision) = (self.world.hub_revision, self.world.local().revision);
-        let compiled = self.world.compile();
-        let compile_us = start.elapsed().as_micros();
-        for gone in self.nodes.iter().filter(|node| !compiled.contains_key(*node)) {
-            self.fanout.forget(gone);
-        }
-        self.nodes = compiled.keys().cloned().collect();
-        for (node, rules) in compiled {
-            self.fanout.publish(node, rules.clone());
-        }
-        self.answering.tell(self.world.local(), self.world.federation(), hub_revision);
-        tracing::info!(hub_revision, local_revision, compile_us, "compiled");
+        let (hub_revision, local_revision) = (self.world.hub_revision(), self.world.local().revision);
+        let Some(compiled) = self.world.compile() else {
+            tracing::info!("the hub has not been heard yet: nodes keep what they have, and new ones stay closed");
+            return;
+        };
+        self.heard.set(true);
+        let took = start.elapsed();
+        self.metrics.compiled(took);
+        let nodes = compiled.changed.len();
+        self.fanout.publish(compiled, hub_revision, local_revision);
+        tracing::info!(hub_revision, local_revision, compile_us = took.as_micros(), nodes, "compiled");
     }
 
     /// What this cluster's own policies look for in others.
@@ -289,58 +233,9 @@ impl Member {
 
     /// Tells the hub how far enforcement is.
     fn report(&self) {
-        let realised = self.fanout.realisation();
-        let nodes = self.nodes.iter().map(|node| {
-            let status = realised.get(node).cloned().unwrap_or_default();
-            let refused = status.refused.iter().map(|(object, error)| (object.clone(), error.clone()));
-            let failed = status.failed.iter().map(|error| (String::new(), error.clone()));
-            pb::NodePosition {
-                node: node.to_string(),
-                hub_revision: status.hub_revision,
-                local_revision: status.local_revision,
-                connected: status.connected,
-                // Rounded, so that time alone is no news.
-                age_ms: status.heard.map_or(u64::MAX, |heard| heard.elapsed().as_secs() / 10 * 10_000),
-                errors: refused
-                    .chain(failed)
-                    .take(MAX_ERRORS)
-                    .map(|(object, error)| pb::ObjectError { object, error })
-                    .collect(),
-            }
-        });
-        let nodes: Vec<pb::NodePosition> = nodes.collect();
-        let current = |node: &&pb::NodePosition| {
-            node.connected
-                && node.hub_revision == self.world.hub_revision
-                && node.local_revision == self.world.local().revision
-        };
-        let agents_current = nodes.iter().filter(current).count();
-        let refused = self.refused.iter().map(|(policy, why)| pb::PolicyState {
-            policy: policy.to_string(),
-            state: Some(pb::policy_state::State::Refused(why.clone())),
-        });
-        let (waiting, origins, positions) = self.client.with_receiver(|receiver| {
-            let (policies, clusters) = receiver.waiting();
-            let clusters: Vec<String> = clusters.iter().map(|name| name.to_string()).collect();
-            let waiting = policies.into_iter().map(|policy| pb::PolicyState {
-                policy: policy.to_string(),
-                state: Some(pb::policy_state::State::Waiting(pb::Waiting { clusters: clusters.clone() })),
-            });
-            let origins = receiver.origins().into_iter().map(|(origin, status)| pb::OriginState {
-                origin: origin.to_string(),
-                position: Some(status.position.into()),
-                digest: digest_bytes(status.digest),
-            });
-            (waiting.collect::<Vec<_>>(), origins.collect::<Vec<_>>(), receiver.positions())
-        });
-        self.client.report(pb::Realisation {
-            hub: Some(positions.1.into()),
-            received: Some(positions.0.into()),
-            agents: u32::try_from(nodes.len()).unwrap_or(u32::MAX),
-            agents_current: u32::try_from(agents_current).unwrap_or(u32::MAX),
-            nodes,
-            policies: refused.chain(waiting).collect(),
-            origins,
-        });
+        let nodes = self.fanout.realisation();
+        let policies = self.client.with_receiver(|it| (it.refused().len(), it.waiting().0.len()));
+        self.metrics.tell(&self.world, nodes.values(), policies);
+        self.client.report(report::realisation(&self.world, &nodes, &self.client));
     }
 }

@@ -1,34 +1,39 @@
 //! What this member answers when a hub asks: who its pods are, and what policy says of packets.
 //!
 //! Answers come from what was received and read last, put together when the first question after a change comes, so that
-//! who is never asked pays nothing. One question is worked on at a time, beside everything else.
+//! who is never asked pays nothing. A question of pods is answered from the source as it is. One question is worked on at a time, beside everything else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
 use hanse_k8s_api::assemble::Federation;
+use hanse_policy::evaluate::{End, Query};
 use hanse_policy::explain::{Explainer, Question};
 use hanse_policy::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicySet};
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::questions_client::QuestionsClient;
+use hanse_ruleset::OwnStream;
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::shutdown::Shutdown;
+use ipnet::IpNet;
 use pb::answer::Answer as Reply;
 use pb::pods_question::Which;
-use pb::question::Question as Ask;
-use tokio::sync::mpsc;
+use pb::question::Question as Asked;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::exchange::client::Client;
 use crate::exchange::publisher::octets;
 use crate::exchange::receiver::Receiver;
+use crate::own_streams::describe;
 use crate::registration::MemberIdentity;
 use crate::source::Sourced;
+use crate::world::{NodeRules, World};
 
 /// Queries that one question may have.
 const MAX_QUERIES: usize = 64;
@@ -45,17 +50,46 @@ const MAX_DELAY: Duration = Duration::from_secs(5);
 pub struct Answering {
     cluster: ClusterName,
     client: Client,
-    told: Arc<Mutex<Told>>,
+    asks: mpsc::Sender<Ask>,
     known: Arc<Mutex<Option<Arc<Known>>>>,
 }
 
-/// What the process told last.
-#[derive(Debug, Clone, Default)]
+/// The process is asked what holds now.
+#[derive(Debug)]
+pub struct Ask {
+    /// The version that is known already; `None`: policies are not asked for.
+    have: Option<u64>,
+    told: oneshot::Sender<Told>,
+}
+
+/// What holds now.
+#[derive(Debug)]
 struct Told {
     version: u64,
     local: Arc<Sourced>,
-    federation: Arc<Federation>,
+    /// When the version is news.
+    federation: Option<Federation>,
     hub_revision: u64,
+    /// By node.
+    own_streams: BTreeMap<Arc<str>, Vec<OwnStream>>,
+}
+
+impl Ask {
+    /// Answers with what `world` holds, `version` being another whenever that changed, and never 0.
+    pub fn answer(self, world: &World, version: u64) {
+        let news = self.have.is_some_and(|have| have != version);
+        let own = |(name, it): (&Arc<str>, &NodeRules)| (name.clone(), it.rules.node.own_streams.clone());
+        let own_streams =
+            news.then(|| world.nodes().iter().map(own).filter(|(_, streams)| !streams.is_empty()).collect());
+        // Who asked may have given up.
+        let _ = self.told.send(Told {
+            version,
+            local: Arc::clone(world.local()),
+            federation: news.then(|| world.federation().clone()),
+            hub_revision: world.hub_revision(),
+            own_streams: own_streams.unwrap_or_default(),
+        });
+    }
 }
 
 /// Everything that an answer needs.
@@ -65,20 +99,18 @@ struct Known {
     version: u64,
     policies: PolicySet,
     inventory: Inventory,
+    cluster: ClusterName,
+    /// Hanse's own streams, by node.
+    own_streams: BTreeMap<Arc<str>, Vec<OwnStream>>,
     hub_revision: u64,
     local_revision: u64,
 }
 
 impl Answering {
-    pub fn new(cluster: ClusterName, client: Client) -> Self {
-        Self { cluster, client, told: Arc::default(), known: Arc::default() }
-    }
-
-    /// What holds from now on.
-    pub fn tell(&self, local: &Arc<Sourced>, federation: &Arc<Federation>, hub_revision: u64) {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let (local, federation) = (Arc::clone(local), Arc::clone(federation));
-        *told = Told { version: told.version + 1, local, federation, hub_revision };
+    /// And what the process is asked, over which it is to answer.
+    pub fn new(cluster: ClusterName, client: Client) -> (Self, mpsc::Receiver<Ask>) {
+        let (asks, asked) = mpsc::channel(1);
+        (Self { cluster, client, asks, known: Arc::default() }, asked)
     }
 
     /// Attends at every hub until the shutdown.
@@ -108,7 +140,7 @@ impl Answering {
     async fn attend(&self, identity: &MemberIdentity, hub: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
         let mut renewed = identity.credentials().subscribe();
         renewed.mark_unchanged();
-        let connection = identity.hub_client()?.connect(hub).await?;
+        let connection = identity.connect(hub).await?;
         let mut client = QuestionsClient::new(connection.channel).max_decoding_message_size(MAX_QUESTION_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
         outbox.send(pb::Answer::default()).await?;
@@ -127,36 +159,45 @@ impl Answering {
         }
     }
 
-    fn answer(&self, question: Option<Ask>) -> Reply {
+    fn answer(&self, question: Option<Asked>) -> Reply {
         match question {
-            Some(Ask::Explain(question)) if question.queries.len() > MAX_QUERIES => {
+            Some(Asked::Explain(question)) if question.queries.len() > MAX_QUERIES => {
                 Reply::Refused(format!("more than {MAX_QUERIES} queries"))
             }
-            Some(Ask::Explain(question)) => Reply::Explained(self.known().explain(&question.queries)),
-            Some(Ask::Pods(pb::PodsQuestion { which: Some(which) })) => {
-                let told = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                Reply::Pods(pods(&told.local.state.cluster, &which))
-            }
-            Some(Ask::Pods(_)) | None => Reply::Refused("the question is not understood by this version".to_owned()),
+            Some(Asked::Explain(question)) => match self.known() {
+                Some(known) => Reply::Explained(known.explain(&question.queries)),
+                None => Reply::Refused("the member is stopping".to_owned()),
+            },
+            Some(Asked::Pods(pb::PodsQuestion { which: Some(which) })) => match self.told(None) {
+                Some(told) => Reply::Pods(pods(&told.local.state.cluster, &which)),
+                None => Reply::Refused("the member is stopping".to_owned()),
+            },
+            Some(Asked::Pods(_)) | None => Reply::Refused("the question is not understood by this version".to_owned()),
         }
     }
 
-    fn known(&self) -> Arc<Known> {
-        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    /// Blocking. `None`: the process has ended.
+    fn told(&self, have: Option<u64>) -> Option<Told> {
+        let (told, answer) = oneshot::channel();
+        self.asks.blocking_send(Ask { have, told }).ok()?;
+        answer.blocking_recv().ok()
+    }
+
+    fn known(&self) -> Option<Arc<Known>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = known.as_ref().filter(|known| known.version == told.version) {
-            return Arc::clone(known);
+        let told = self.told(Some(known.as_ref().map_or(0, |known| known.version)))?;
+        if let Some(federation) = &told.federation {
+            let everything = self.client.with_receiver(Receiver::everything);
+            *known = Some(Arc::new(Known::new(&self.cluster, &told, federation, everything)));
         }
-        let now = Arc::new(Known::new(&self.cluster, &told, self.client.with_receiver(Receiver::everything)));
-        *known = Some(Arc::clone(&now));
-        now
+        known.clone()
     }
 }
 
 impl Known {
     /// The others as the hub has them, this cluster as its own source has it.
-    fn new(cluster: &ClusterName, told: &Told, mut inventory: Inventory) -> Self {
-        let (local, federation) = (&told.local.state, &told.federation);
+    fn new(cluster: &ClusterName, told: &Told, federation: &Federation, mut inventory: Inventory) -> Self {
+        let local = &told.local.state;
         let mut own = local.cluster.clone();
         if let Some(record) = inventory.clusters.get(cluster) {
             own.labels.clone_from(&record.labels);
@@ -173,6 +214,8 @@ impl Known {
             version: told.version,
             policies,
             inventory,
+            cluster: cluster.clone(),
+            own_streams: told.own_streams.clone(),
             hub_revision: told.hub_revision,
             local_revision: told.local.revision,
         }
@@ -183,8 +226,12 @@ impl Known {
         let explain = |query: &Bytes| -> Result<Bytes, String> {
             let question: Question = serde_json::from_slice(query).map_err(|error| error.to_string())?;
             let explanation = explainer.explain(&question).map_err(|error| error.to_string())?;
-            serde_json::to_vec(&explanation.line()).map(Bytes::from).map_err(|error| error.to_string())
+            let packet = explainer.packet(&question).map_err(|error| error.to_string())?;
+            let own = |end| self.own_stream(&packet, end);
+            let line = explanation.line().with_own_streams(own(&packet.source), own(&packet.destination));
+            serde_json::to_vec(&line).map(Bytes::from).map_err(|error| error.to_string())
         };
+        let described: BTreeSet<String> = self.own_streams.values().flatten().map(describe).collect();
         let explained = |query| {
             use pb::explanation::Explanation;
             let explanation = explain(query).map_or_else(Explanation::Error, Explanation::Answer);
@@ -194,7 +241,21 @@ impl Known {
             explanations: queries.iter().map(explained).collect(),
             hub_revision: self.hub_revision,
             local_revision: self.local_revision,
+            own_streams: described.into_iter().collect(),
         }
+    }
+
+    /// The stream of Hanse's own that a packet belongs to where `end` is judged, if any: on the node of that pod.
+    fn own_stream(&self, packet: &Query, end: &End) -> Option<&str> {
+        let (cluster, id) = end.pod.as_ref().filter(|(cluster, _)| *cluster == self.cluster)?;
+        let node = self.inventory.clusters.get(cluster)?.endpoints.get(id)?.node.as_ref()?;
+        let holds = |nets: &[IpNet], end: &End| nets.iter().any(|net| net.contains(&end.address));
+        let is_it = |stream: &&OwnStream| {
+            (stream.from.is_empty() || holds(&stream.from, &packet.source))
+                && holds(&stream.to, &packet.destination)
+                && (stream.protocol, stream.port) == (packet.protocol, packet.destination_port)
+        };
+        self.own_streams.get(node)?.iter().find(is_it).map(|stream| &*stream.name)
     }
 }
 

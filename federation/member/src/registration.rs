@@ -16,11 +16,13 @@ use hanse_runtime::ca::{Ca, CaError};
 use hanse_runtime::files;
 use hanse_runtime::keys::{Certificate, Credentials, Key, KeyError};
 use hanse_runtime::retry::Backoff;
-use hanse_runtime::tls::{ClientError, CredentialStore, PinnedRoot, TlsClient, Trust};
+use hanse_runtime::tls::{ClientError, Connection, CredentialStore, PinnedRoot, TlsClient, Trust};
 use hanse_runtime::token::Token;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+
+use crate::resolver::Resolver;
 
 /// A call for a certificate takes at most this long.
 const CALL_TIME: Duration = Duration::from_secs(15);
@@ -62,6 +64,7 @@ pub struct MemberIdentity {
     root: Certificate,
     credentials: CredentialStore,
     authority: watch::Sender<Arc<Ca>>,
+    resolver: Resolver,
 }
 
 impl MemberIdentity {
@@ -85,6 +88,7 @@ impl MemberIdentity {
             root: Certificate::read(&data.join("root.pem"))?,
             credentials: CredentialStore::new(credentials)?,
             authority: watch::Sender::new(Arc::new(authority)),
+            resolver: Resolver::default(),
         }))
     }
 
@@ -183,6 +187,19 @@ impl MemberIdentity {
         self.authority.borrow().clone()
     }
 
+    /// Finds hubs by what `resolver` knows.
+    pub fn with_resolver(self, resolver: Resolver) -> Self {
+        Self { resolver, ..self }
+    }
+
+    /// Connects to a hub, HOST:PORT, with the newest certificate.
+    ///
+    /// # Errors
+    /// When the root cannot be trusted, or no address of the hub can be reached.
+    pub async fn connect(&self, hub: &str) -> Result<Connection, RegistrationError> {
+        self.resolver.connect(&self.hub_client()?, hub).await.map_err(RegistrationError::Unreachable)
+    }
+
     /// Opens connections to the hub: presents the member's newest certificate, and accepts the hub only.
     ///
     /// # Errors
@@ -238,7 +255,7 @@ impl MemberIdentity {
         let intermediate_request = if due { authority.credentials().key.request()? } else { Vec::new() };
         let request =
             wire::RenewRequest { request: key.request()?.into(), intermediate_request: intermediate_request.into() };
-        let connection = self.hub_client()?.connect(address).await.map_err(RegistrationError::Unreachable)?;
+        let connection = self.connect(address).await?;
         let answer = call(RenewalClient::new(connection.channel).renew(request)).await?;
         let issued = answer.issued.ok_or(RegistrationError::Unfit("nothing"))?;
         let credentials = fitting(&key, &issued.certificate, &self.cluster, false)?;
@@ -266,7 +283,8 @@ impl MemberIdentity {
         let mut refused = RegistrationError::Unfit("nothing");
         for key in keys.into_iter().flatten() {
             let request = wire::RenewLateRequest { request: key.request()?.into() };
-            let connection = client.connect(address).await.map_err(RegistrationError::Unreachable)?;
+            let connection = self.resolver.connect(&client, address).await;
+            let connection = connection.map_err(RegistrationError::Unreachable)?;
             match call(RegistrationClient::new(connection.channel).renew_late(request)).await {
                 Ok(answer) => {
                     let credentials = fitting(&key, &answer.certificate, &self.cluster, false)?;

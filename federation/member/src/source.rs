@@ -3,7 +3,7 @@
 //! [`Source`] is what the process needs; [`Directory`] reads a directory of ordinary Kubernetes YAML. A source never
 //! takes "cannot be read" for "empty": what was last good stays in force, and the problem is named.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -12,6 +12,7 @@ use hanse_k8s_api::assemble::ClusterState;
 use hanse_k8s_api::assemble_cluster;
 use hanse_k8s_api::manifest::{self, Diagnostic, Manifest, Manifests, Place};
 use hanse_policy::model::ClusterName;
+use hanse_runtime::files::private_folder;
 
 /// A cluster as its source has it.
 #[derive(Debug, Clone, Default)]
@@ -19,7 +20,7 @@ pub struct Sourced {
     pub state: ClusterState,
     /// What is wrong, with file and line.
     pub problems: Vec<Diagnostic>,
-    /// Grows with each change.
+    /// Grows with each change, across restarts too.
     pub revision: u64,
 }
 
@@ -29,21 +30,35 @@ pub trait Source: Send {
     fn look(&mut self) -> Option<Arc<Sourced>>;
 }
 
-/// A directory of manifests. A file that breaks keeps its last good state; one that is gone is gone.
+/// A directory of manifests. A file that breaks keeps its last good state, across restarts too; one that is gone is gone.
+///
+/// What is being written is not looked at: a file counts when it looked the same twice in a row, and is gone when it was
+/// not there twice. So it must be looked at more often than edits must apply.
 #[derive(Debug)]
 pub struct Directory {
     cluster: ClusterName,
     path: PathBuf,
+    /// Where the last good state of each file is kept.
+    kept: PathBuf,
     files: BTreeMap<PathBuf, File>,
     /// Why the directory cannot be listed, while it cannot.
     unlisted: Option<String>,
-    revision: u64,
+    revisions: Revisions,
+    /// It was read since the start.
+    is_read: bool,
+    told: BTreeSet<(Arc<str>, u32, String)>,
 }
 
 #[derive(Debug, Default)]
 struct File {
+    /// As it was read.
     seen: Option<Stamp>,
-    good: Vec<Manifest>,
+    /// As it looked last, when that is something else.
+    settling: Option<Stamp>,
+    missing: bool,
+    /// Its last good state; of a file that never was good, what could be read of it.
+    objects: Vec<Manifest>,
+    was_good: bool,
     problems: Vec<Diagnostic>,
 }
 
@@ -55,9 +70,47 @@ struct Stamp {
     inode: u64,
 }
 
+/// Numbers that grow, across restarts too.
+#[derive(Debug)]
+pub struct Revisions {
+    path: PathBuf,
+    last: u64,
+}
+
+impl Revisions {
+    /// Goes on behind what `path` holds.
+    pub fn open(path: PathBuf) -> Self {
+        let last = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
+        Self { path, last: last.unwrap_or(0) }
+    }
+
+    /// The next; kept before it is given.
+    pub fn next(&mut self) -> u64 {
+        self.last += 1;
+        if let Err(error) = replace(&self.path, format!("{}\n", self.last).as_bytes()) {
+            tracing::error!(%error, path = %self.path.display(), "a revision cannot be kept: it may come again");
+        }
+        self.last
+    }
+}
+
 impl Directory {
-    pub fn new(cluster: ClusterName, path: PathBuf) -> Self {
-        Self { cluster, path, files: BTreeMap::new(), unlisted: None, revision: 0 }
+    /// Reads `path`; `data` is the folder of the member's files.
+    pub fn new(cluster: ClusterName, path: PathBuf, data: &Path) -> Self {
+        let kept = data.join("source");
+        if let Err(error) = private_folder(&kept) {
+            tracing::error!(%error, path = %kept.display(), "last good states cannot be kept");
+        }
+        Self {
+            cluster,
+            path,
+            files: BTreeMap::new(),
+            unlisted: None,
+            revisions: Revisions::open(kept.join("revision")),
+            kept,
+            is_read: false,
+            told: BTreeSet::new(),
+        }
     }
 
     /// Brings `files` up to date; whether anything changed.
@@ -72,47 +125,118 @@ impl Directory {
             }
         };
         let mut changed = self.unlisted.take().is_some();
-        let before = self.files.len();
-        self.files.retain(|path, _| listed.binary_search(path).is_ok());
-        changed |= self.files.len() != before;
+        let (kept, first) = (&self.kept, !self.is_read);
+        self.files.retain(|path, file| {
+            let is_there = listed.binary_search(path).is_ok();
+            let gone = !is_there && std::mem::replace(&mut file.missing, !is_there);
+            if gone {
+                // What stays is overwritten or never looked at.
+                let _ = std::fs::remove_file(kept_name(kept, path));
+                changed = true;
+            }
+            !gone
+        });
         for path in listed {
+            let Some(stamp) = stamp(&path) else { continue };
             let file = self.files.entry(path.clone()).or_default();
-            let stamp = stamp(&path);
-            if stamp.is_some() && file.seen == stamp {
+            file.missing = false;
+            if file.seen.as_ref() == Some(&stamp) {
+                file.settling = None;
                 continue;
             }
-            file.seen = stamp;
-            changed |= file.read(&path);
+            if !first && file.settling.as_ref() != Some(&stamp) {
+                file.settling = Some(stamp);
+                continue;
+            }
+            file.settling = None;
+            file.seen = Some(stamp);
+            changed |= file.read(&path, kept);
         }
         changed
+    }
+
+    fn tell(&mut self, problems: &[Diagnostic]) {
+        let now = problems.iter().map(|it| (it.place.file.clone(), it.place.line, it.message.clone())).collect();
+        let before = std::mem::replace(&mut self.told, now);
+        for it in problems {
+            if !before.contains(&(it.place.file.clone(), it.place.line, it.message.clone())) {
+                let (file, line) = (&*it.place.file, it.place.line);
+                tracing::warn!(file, line, field = it.field, problem = it.message, "a manifest is not used as written");
+            }
+        }
     }
 }
 
 impl File {
     /// Reads anew; whether the file's part of the state, or its problems, changed.
-    fn read(&mut self, path: &Path) -> bool {
-        let name: Arc<str> = path.to_string_lossy().into();
+    fn read(&mut self, path: &Path, kept: &Path) -> bool {
         let mut read = Manifests::default();
-        match manifest::read_file(path) {
-            Ok(bytes) => manifest::read_bytes(&name, &bytes, &mut read),
-            Err(error) => read.diagnostics.push(Diagnostic {
-                place: Place { file: name, line: 1 },
-                start: 1,
-                field: String::new(),
-                message: error.to_string(),
-                object: None,
-            }),
+        let name: Arc<str> = path.to_string_lossy().into();
+        let problem = |message: String| Diagnostic {
+            place: Place { file: Arc::clone(&name), line: 1 },
+            start: 1,
+            field: String::new(),
+            message,
+            object: None,
+        };
+        let bytes = manifest::read_file(path);
+        if !self.was_good
+            && let Some(objects) = restore(kept, path)
+        {
+            (self.objects, self.was_good) = (objects, true);
+        }
+        match &bytes {
+            // An editor, or a copy, that was cut short: who means it removes the file.
+            Ok(bytes) if bytes.trim_ascii().is_empty() && self.was_good && !self.objects.is_empty() => {
+                let message = "is empty; what was read last stays in force: remove the file to remove its objects";
+                read.diagnostics.push(problem(message.to_owned()));
+            }
+            Ok(bytes) => manifest::read_bytes(&name, bytes, &mut read),
+            Err(error) => read.diagnostics.push(problem(error.to_string())),
         }
         let broken = !read.diagnostics.is_empty();
-        let first = self.good.is_empty();
         let news = self.problems != read.diagnostics || !broken;
         self.problems = read.diagnostics;
-        // A file that was never good gives what it has; one that was keeps what it had.
-        if !broken || first {
-            self.good = read.objects;
+        if let Ok(bytes) = bytes
+            && !broken
+        {
+            keep(kept, path, &bytes);
         }
+        if !broken || !self.was_good {
+            self.objects = read.objects;
+        }
+        self.was_good |= !broken;
         news
     }
+}
+
+const HEADER: &[u8] = b"hanse-source/1\n";
+
+fn kept_name(kept: &Path, path: &Path) -> PathBuf {
+    kept.join(format!("{}.kept", blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex()))
+}
+
+/// Keeps a good state. One that a crash damaged is seen by its hash and not used.
+fn keep(kept: &Path, path: &Path, bytes: &[u8]) {
+    let file = [HEADER, blake3::hash(bytes).as_bytes(), bytes].concat();
+    if let Err(error) = replace(&kept_name(kept, path), &file) {
+        tracing::error!(%error, path = %path.display(), "the file's last good state cannot be kept");
+    }
+}
+
+fn restore(kept: &Path, path: &Path) -> Option<Vec<Manifest>> {
+    let file = std::fs::read(kept_name(kept, path)).ok()?;
+    let (hash, bytes) = file.strip_prefix(HEADER)?.split_at_checked(32)?;
+    let mut read = Manifests::default();
+    manifest::read_bytes(&path.to_string_lossy().into(), bytes, &mut read);
+    (blake3::hash(bytes).as_bytes() == hash && read.diagnostics.is_empty()).then_some(read.objects)
+}
+
+/// Whole or not at all, for whoever reads it; not flushed, for there may be many.
+fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let temporary = path.with_extension("new");
+    std::fs::write(&temporary, bytes)?;
+    std::fs::rename(&temporary, path)
 }
 
 fn stamp(path: &Path) -> Option<Stamp> {
@@ -123,15 +247,15 @@ fn stamp(path: &Path) -> Option<Stamp> {
 
 impl Source for Directory {
     fn look(&mut self) -> Option<Arc<Sourced>> {
-        if !self.refresh() && self.revision > 0 {
+        if !self.refresh() && self.is_read {
             return None;
         }
         // Nothing was ever read: unknown, not empty.
-        if self.unlisted.is_some() && self.revision == 0 {
+        if self.unlisted.is_some() && !self.is_read {
             return None;
         }
-        self.revision += 1;
-        let objects: Vec<&Manifest> = self.files.values().flat_map(|file| &file.good).collect();
+        self.is_read = true;
+        let objects: Vec<&Manifest> = self.files.values().flat_map(|file| &file.objects).collect();
         let state = assemble_cluster(&self.cluster, objects.iter().copied());
         let mut problems: Vec<Diagnostic> = self.files.values().flat_map(|file| file.problems.clone()).collect();
         if let Some(reason) = &self.unlisted {
@@ -140,16 +264,8 @@ impl Source for Directory {
             problems.push(Diagnostic { place, start: 1, field, message, object: None });
         }
         problems.extend(state.diagnostics.iter().cloned());
-        for problem in &problems {
-            tracing::warn!(
-                file = %problem.place.file,
-                line = problem.place.line,
-                field = problem.field,
-                problem = problem.message,
-                "a manifest is not used as written"
-            );
-        }
-        Some(Arc::new(Sourced { state, problems, revision: self.revision }))
+        self.tell(&problems);
+        Some(Arc::new(Sourced { state, problems, revision: self.revisions.next() }))
     }
 }
 
@@ -159,37 +275,149 @@ mod tests {
 
     const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: a}\nstatus: {podIP: 10.0.0.1}\n";
 
-    fn write(folder: &Path, name: &str, text: &str) {
-        // Replaced as editors do it, so that it never is half there.
-        let temporary = folder.join(format!(".{name}"));
-        std::fs::write(&temporary, text).expect("written");
-        std::fs::rename(&temporary, folder.join(name)).expect("renamed");
+    struct World {
+        folder: tempfile::TempDir,
+        source: Directory,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().expect("a folder");
+            let source = Self::open(folder.path());
+            Self { folder, source }
+        }
+
+        fn open(folder: &Path) -> Directory {
+            Directory::new("c".into(), folder.join("cluster"), &folder.join("data"))
+        }
+
+        /// A member that starts again on the same files.
+        fn restart(&mut self) {
+            self.source = Self::open(self.folder.path());
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.folder.path().join("cluster").join(name)
+        }
+
+        /// In place, as a shell does it; a file's time may stand still, so its length must differ.
+        fn write(&self, name: &str, text: &str) {
+            std::fs::write(self.path(name), text).expect("written");
+        }
+
+        /// What is new after two looks: pods, problems.
+        fn settled(&mut self) -> Option<(Vec<String>, Vec<Diagnostic>)> {
+            assert!(self.source.look().is_none(), "it may be half written");
+            self.look()
+        }
+
+        fn look(&mut self) -> Option<(Vec<String>, Vec<Diagnostic>)> {
+            let read = self.source.look()?;
+            let pods = read.state.cluster.endpoints.keys().map(|id| id.name.to_string()).collect();
+            Some((pods, read.problems.clone()))
+        }
+    }
+
+    fn pod(name: &str, address: &str) -> String {
+        POD.replace("name: p", &format!("name: {name}")).replace("10.0.0.1", address)
+    }
+
+    fn check(world: &mut World, pods: &[&str], problems: usize) -> Vec<Diagnostic> {
+        let (found, told) = world.settled().expect("news");
+        assert_eq!((found.iter().map(String::as_str).collect::<Vec<_>>(), told.len()), (pods.to_vec(), problems));
+        assert!(world.look().is_none() && world.look().is_none(), "no more news");
+        told
     }
 
     #[test]
     fn a_broken_file_keeps_its_last_good_state() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("cluster");
-        let mut source = Directory::new("c".into(), path.clone());
-        assert!(source.look().is_none(), "a directory that cannot be read is not an empty one");
-        std::fs::create_dir(&path).expect("made");
-        write(&path, "pod.yaml", POD);
-        let read = source.look().expect("news");
-        assert_eq!((read.state.cluster.endpoints.len(), read.problems.len()), (1, 0));
-        assert!(source.look().is_none(), "no news");
-        write(&path, "pod.yaml", "apiVersion: v1\nkind: [\n");
-        let read = source.look().expect("news");
+        let mut world = World::new();
+        assert!(world.look().is_none(), "a directory that cannot be read is not an empty one");
+        std::fs::create_dir(world.path("")).expect("made");
+        world.write("pod.yaml", POD);
+        assert_eq!(world.look().expect("the first look takes what is there"), (vec!["p".to_owned()], vec![]));
+        world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
+        let told = check(&mut world, &["p"], 1);
+        assert!(told[0].place.file.ends_with("pod.yaml") && told[0].place.line >= 2, "{told:?}");
+        world.write("other.yaml", &pod("q", "10.0.0.2"));
+        check(&mut world, &["p", "q"], 1);
+        let (cluster, away) = (world.path(""), world.folder.path().join("away"));
+        std::fs::rename(&cluster, &away).expect("renamed");
+        let (pods, told) = world.look().expect("the problem is news");
+        assert_eq!((pods.len(), told.len()), (2, 2), "what cannot be listed stays");
+        assert!(world.look().is_none());
+        std::fs::rename(&away, &cluster).expect("renamed");
+        assert_eq!(world.look().expect("listed again").1.len(), 1);
+        std::fs::remove_file(world.path("pod.yaml")).expect("removed");
+        check(&mut world, &["q"], 0);
+    }
+
+    #[test]
+    fn the_last_good_state_outlives_a_restart() {
+        let mut world = World::new();
+        std::fs::create_dir(world.path("")).expect("made");
+        world.write("pod.yaml", POD);
+        let first = world.source.look().expect("read").revision;
+        world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
+        world.restart();
+        let read = world.source.look().expect("read");
         assert_eq!((read.state.cluster.endpoints.len(), read.problems.len()), (1, 1));
-        assert!(read.problems[0].place.file.ends_with("pod.yaml") && read.problems[0].place.line >= 2);
-        write(&path, "other.yaml", &POD.replace("name: p", "name: q").replace("0.1", "0.2"));
-        assert_eq!(source.look().expect("news").state.cluster.endpoints.len(), 2, "others are read all the same");
-        std::fs::rename(&path, folder.path().join("away")).expect("renamed");
-        let read = source.look().expect("the problem is news");
-        assert_eq!(read.state.cluster.endpoints.len(), 2, "what cannot be listed stays");
-        assert!(source.look().is_none());
-        std::fs::rename(folder.path().join("away"), &path).expect("renamed");
-        std::fs::remove_file(path.join("pod.yaml")).expect("removed");
-        let read = source.look().expect("news");
-        assert_eq!((read.state.cluster.endpoints.len(), read.problems.len()), (1, 0), "a file that is gone is gone");
+        assert!(read.revision > first, "revisions grow across a restart");
+        // Gone while nobody looked, and here again, broken from the start.
+        std::fs::remove_file(world.path("pod.yaml")).expect("removed");
+        check(&mut world, &[], 0);
+        world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
+        check(&mut world, &[], 1);
+        // A kept state that was damaged is none.
+        world.write("pod.yaml", POD);
+        check(&mut world, &["p"], 0);
+        let kept = kept_name(&world.source.kept, &world.path("pod.yaml"));
+        let mut bytes = std::fs::read(&kept).expect("kept");
+        *bytes.last_mut().expect("not empty") ^= 1;
+        std::fs::write(&kept, bytes).expect("written");
+        world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
+        world.restart();
+        assert_eq!(world.look().expect("read").0.len(), 0);
+    }
+
+    #[test]
+    fn what_is_being_written_is_not_taken() {
+        let mut world = World::new();
+        std::fs::create_dir(world.path("")).expect("made");
+        world.write("a.yaml", &format!("{}---\n{}", pod("p", "10.0.0.1"), pod("q", "10.0.0.2")));
+        assert_eq!(world.look().expect("read").0.len(), 2);
+        // Truncated, then written part by part.
+        for text in ["", &pod("p", "10.0.0.1"), &format!("{}---\n{}", pod("p", "10.0.0.1"), pod("r", "10.0.0.22"))] {
+            world.write("a.yaml", text);
+            assert!(world.look().is_none(), "{text:?}");
+        }
+        let (pods, _) = world.look().expect("it settled");
+        assert_eq!(pods, ["p", "r"]);
+        // Moved away and written anew, as some editors save.
+        std::fs::rename(world.path("a.yaml"), world.path("a.yaml~")).expect("renamed");
+        assert!(world.look().is_none());
+        world.write("a.yaml", &format!("{}# saved\n", pod("p", "10.0.0.1")));
+        check(&mut world, &["p"], 0);
+        // An empty file is no word of its author's.
+        world.write("a.yaml", "\n");
+        check(&mut world, &["p"], 1);
+        world.restart();
+        assert_eq!(world.look().expect("read").0, ["p"]);
+    }
+
+    #[test]
+    fn a_mounted_volume_is_swapped_as_a_whole() {
+        use std::os::unix::fs::symlink;
+        let mut world = World::new();
+        std::fs::create_dir_all(world.path("..1")).expect("made");
+        std::fs::create_dir_all(world.path("..2")).expect("made");
+        world.write("..1/a.yaml", &pod("p", "10.0.0.1"));
+        world.write("..2/a.yaml", &pod("q", "10.0.0.1"));
+        symlink("..1", world.path("..data")).expect("linked");
+        symlink("..data/a.yaml", world.path("a.yaml")).expect("linked");
+        assert_eq!(world.look().expect("read").0, ["p"]);
+        symlink("..2", world.path("..next")).expect("linked");
+        std::fs::rename(world.path("..next"), world.path("..data")).expect("swapped");
+        check(&mut world, &["q"], 0);
     }
 }

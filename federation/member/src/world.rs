@@ -3,44 +3,103 @@
 //! What comes from the hub and from the cluster's own source becomes updates of the compiler, so that a change costs what it
 //! touches. A cluster is first-hand to itself: what the hub relays of it is not looked at.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use hanse_compiler::{ClusterRecord, Compiler, Report, Update};
+use hanse_compiler::{Changes, ClusterRecord, Compiler, NodeChange, Report, Update};
 use hanse_k8s_api::assemble::{Federation, NodeInfo};
 use hanse_policy::inventory::{EndpointKind, Labels, Namespace};
 use hanse_policy::model::{ClusterName, Layer};
-use hanse_ruleset::{NodeConfig, OwnStream, RuleSet, UnknownPods};
+use hanse_ruleset::{Delta, Digest, Members, NodeConfig, RuleSet, Set, SetChange, SetId, UnknownPods};
 
-use crate::exchange::model::{self, Change, Lease};
+use crate::exchange::model::{self, Change, Lease, Position, Updates};
+use crate::federated::Federated;
+use crate::own_streams::{Ends, OwnStreams, local_address};
 use crate::source::Sourced;
 
 #[derive(Debug)]
 pub struct World {
     cluster: ClusterName,
     unknown_pods: UnknownPods,
-    /// Hanse's own streams, which come before every tier.
-    own_streams: Vec<OwnStream>,
+    /// Where Hanse's own streams end, which come before every tier.
+    ends: Ends,
+    own_streams: OwnStreams,
     local: Arc<Sourced>,
-    federation: Arc<Federation>,
-    /// The hub's revision that this is true of; 0 without a hub.
-    pub hub_revision: u64,
+    federated: Federated,
+    /// The hub's position that this is true of.
+    in_force: Position,
     compiler: Compiler,
-    nodes: BTreeMap<Arc<str>, RuleSet>,
+    nodes: BTreeMap<Arc<str>, NodeRules>,
+}
+
+/// What one node must enforce. Generation and revisions are the sender's.
+#[derive(Debug, Clone, Default)]
+pub struct NodeRules {
+    pub rules: Arc<RuleSet>,
+    pub digest: Digest,
+    /// How it came about from what the node had before, if it had anything.
+    pub step: Option<Step>,
+}
+
+/// From one rule set of a node to the next. What nodes share is held once.
+#[derive(Debug, Clone)]
+pub struct Step {
+    change: Arc<NodeChange>,
+    sets: Arc<BTreeMap<SetId, Arc<SetChange>>>,
+}
+
+/// What a compile changed.
+#[derive(Debug, Default)]
+pub struct Compiled {
+    pub changed: Vec<(Arc<str>, NodeRules)>,
+    pub removed: Vec<Arc<str>>,
+}
+
+impl NodeRules {
+    /// What turns a rule set of digest `held` into this one, where that is one step.
+    pub fn delta_from(&self, held: Digest) -> Option<Delta> {
+        let Step { change, sets } = self.step.as_ref().filter(|step| step.change.base == held)?;
+        let (rules, objects) = (&self.rules, &change.objects);
+        Some(Delta {
+            base: Some(held),
+            digest: self.digest,
+            node: change.config.clone(),
+            sets: objects.sets_added.iter().filter_map(|id| rules.sets.get(id).cloned()).collect(),
+            set_changes: change
+                .set_changes
+                .iter()
+                .filter_map(|id| sets.get(id).map(|change| (*id, (**change).clone())))
+                .collect(),
+            policies: objects.policies_added.iter().filter_map(|id| rules.policies.get(id).cloned()).collect(),
+            chains: objects.chains_added.iter().filter_map(|id| rules.chains.get(id).cloned()).collect(),
+            endpoints: change.endpoints.clone(),
+            removed_sets: objects.sets_removed.clone(),
+            removed_policies: objects.policies_removed.clone(),
+            removed_chains: objects.chains_removed.clone(),
+            removed_endpoints: change.endpoints_removed.clone(),
+            ..Delta::default()
+        })
+    }
 }
 
 impl World {
-    pub fn new(cluster: ClusterName, unknown_pods: UnknownPods, own_streams: Vec<OwnStream>) -> Self {
+    pub fn new(cluster: ClusterName, unknown_pods: UnknownPods, ends: Ends) -> Self {
         Self {
             compiler: Compiler::new(cluster.clone()),
             cluster,
             unknown_pods,
-            own_streams,
+            ends,
+            own_streams: OwnStreams::default(),
             local: Arc::default(),
-            federation: Arc::default(),
-            hub_revision: 0,
+            federated: Federated::default(),
+            in_force: Position::default(),
             nodes: BTreeMap::new(),
         }
+    }
+
+    /// The hub's revision that policies come from.
+    pub fn hub_revision(&self) -> u64 {
+        self.in_force.revision
     }
 
     /// The cluster as its source has it.
@@ -48,8 +107,9 @@ impl World {
         &self.local
     }
 
-    pub fn federation(&self) -> &Arc<Federation> {
-        &self.federation
+    /// What the federation says that is in force.
+    pub fn federation(&self) -> &Federation {
+        self.federated.converted()
     }
 
     /// What became of each policy.
@@ -86,31 +146,50 @@ impl World {
         for (name, node) in differences(&before.nodes, &now.nodes) {
             let name = name.clone();
             let update = match node {
-                Some(node) => Update::Node { name, config: self.node(node) },
+                Some(node) => Update::Node { config: self.node(&name, node), name },
                 None => Update::RemoveNode { name },
             };
             self.compiler.apply(update);
         }
         self.layer(&before.layer, &now.layer);
+        self.refresh_own_streams();
     }
 
-    /// Takes what the federation says now in place of what it said.
-    pub fn set_federation(&mut self, now: Federation) {
-        let now = Arc::new(now);
-        let before = std::mem::replace(&mut self.federation, Arc::clone(&now));
-        for (id, set) in differences(&before.sets, &now.sets) {
-            let (cluster, id) = (None, id.clone());
-            self.compiler.apply(match set.cloned() {
-                Some(endpoint) => Update::Endpoint { cluster, id, endpoint },
-                None => Update::RemoveEndpoint { cluster, id },
-            });
+    /// Takes where Hanse's own processes are now.
+    pub fn set_ends(&mut self, ends: Ends) {
+        self.ends = ends;
+        self.refresh_own_streams();
+    }
+
+    fn refresh_own_streams(&mut self) {
+        let now = OwnStreams::new(&self.ends, &self.local.state, local_address);
+        if now == self.own_streams {
+            return;
         }
-        self.layer(&before.layer, &now.layer);
+        self.own_streams = now;
+        let local = Arc::clone(&self.local);
+        for (name, node) in &local.state.nodes {
+            self.compiler.apply(Update::Node { name: name.clone(), config: self.node(name, node) });
+        }
     }
 
-    /// Takes a change of another cluster, or what the hub says of this one. Manifests are left to the caller, who converts
-    /// them into policy.
-    pub fn receive(&mut self, change: Change) {
+    /// Takes changes that the hub says count together.
+    pub fn receive(&mut self, updates: Updates) {
+        let mut manifests = Vec::new();
+        for change in updates.changes {
+            match change {
+                Change::Manifest { kind, name, manifest } => manifests.push((kind, name, manifest)),
+                change => self.receive_one(change),
+            }
+        }
+        for update in self.federated.take(manifests) {
+            self.compiler.apply(update);
+        }
+        self.in_force = updates.in_force;
+    }
+
+    /// A change of another cluster, or what the hub says of this one.
+    fn receive_one(&mut self, change: Change) {
         match change {
             Change::Cluster { name, record: Some(record) } => {
                 let record = record_of(&record);
@@ -143,20 +222,43 @@ impl World {
         }
     }
 
-    /// Brings the rule set of every node up to date.
-    pub fn compile(&mut self) -> &BTreeMap<Arc<str>, RuleSet> {
-        let changes = self.compiler.commit();
-        for (name, change) in &changes.nodes {
+    /// Brings the rule set of every node up to date, and says which changed. The cost is that of what changed, and of a
+    /// copy of pointers for each node that did.
+    ///
+    /// `None`: the hub was never heard, so nothing is known of it, which is not that it has no policy. Nodes keep what they
+    /// have.
+    pub fn compile(&mut self) -> Option<Compiled> {
+        if self.in_force == Position::default() {
+            return None;
+        }
+        let Changes { sets, nodes } = self.compiler.commit();
+        let sets = Arc::new(sets);
+        let mut compiled = Compiled::default();
+        // Sets that changed, by what they were: nodes share them before and after.
+        let mut changed_sets: BTreeMap<SetId, Arc<Set>> = BTreeMap::new();
+        for (name, change) in nodes {
             if change.removed {
-                self.nodes.remove(name);
-            } else {
-                self.nodes.insert(name.clone(), self.compiler.rule_set(name));
+                self.nodes.remove(&name);
+                compiled.removed.push(name);
+                continue;
             }
+            let digest = change.digest;
+            let now = match self.nodes.get(&name).filter(|held| held.digest == change.base) {
+                Some(held) => {
+                    let rules = next(&mut self.compiler, &held.rules, &change, &sets, &mut changed_sets);
+                    let rules = Arc::new(rules);
+                    NodeRules { rules, digest, step: Some(Step { change: Arc::new(change), sets: Arc::clone(&sets) }) }
+                }
+                None => NodeRules { rules: Arc::new(self.compiler.rule_set(&name)), digest, step: None },
+            };
+            self.nodes.insert(name.clone(), now.clone());
+            compiled.changed.push((name, now));
         }
-        for rules in self.nodes.values_mut() {
-            rules.hub_revision = self.hub_revision;
-            rules.local_revision = self.local.revision;
-        }
+        Some(compiled)
+    }
+
+    /// The rule sets of all nodes, as of the last compile.
+    pub fn nodes(&self) -> &BTreeMap<Arc<str>, NodeRules> {
         &self.nodes
     }
 
@@ -183,14 +285,63 @@ impl World {
         }
     }
 
-    fn node(&self, node: &NodeInfo) -> NodeConfig {
+    fn node(&self, name: &str, node: &NodeInfo) -> NodeConfig {
         NodeConfig {
             pod_ranges: node.pod_ranges.clone(),
             node_addresses: node.addresses.clone(),
             unknown_pods: self.unknown_pods,
-            own_streams: self.own_streams.clone(),
+            own_streams: self.own_streams.on_node(name, node),
         }
     }
+}
+
+/// A node's rule set after a change.
+fn next(
+    compiler: &mut Compiler,
+    held: &RuleSet,
+    change: &NodeChange,
+    sets: &BTreeMap<SetId, Arc<SetChange>>,
+    changed_sets: &mut BTreeMap<SetId, Arc<Set>>,
+) -> RuleSet {
+    let (mut rules, objects) = (held.clone(), &change.objects);
+    if let Some(config) = &change.config {
+        rules.node = config.clone();
+    }
+    objects.sets_removed.iter().for_each(|id| drop(rules.sets.remove(id)));
+    objects.policies_removed.iter().for_each(|id| drop(rules.policies.remove(id)));
+    objects.chains_removed.iter().for_each(|id| drop(rules.chains.remove(id)));
+    change.endpoints_removed.iter().for_each(|id| drop(rules.endpoints.remove(id)));
+    for id in &change.set_changes {
+        if let Some(set) = rules.sets.get_mut(id)
+            && let Some(change) = sets.get(id)
+        {
+            *set = changed_sets.entry(*id).or_insert_with(|| Arc::new(changed(set, change))).clone();
+        }
+    }
+    rules.sets.extend(objects.sets_added.iter().filter_map(|id| Some((*id, compiler.set(*id)?))));
+    rules.policies.extend(objects.policies_added.iter().filter_map(|id| Some((*id, compiler.policy(*id)?))));
+    rules.chains.extend(objects.chains_added.iter().filter_map(|id| Some((*id, compiler.chain(*id)?))));
+    rules.endpoints.extend(change.endpoints.iter().map(|it| (it.id.clone(), Arc::clone(it))));
+    rules
+}
+
+fn changed(set: &Set, change: &SetChange) -> Set {
+    let mut set = set.clone();
+    match (&mut set.members, change) {
+        (Members::Addresses(members), SetChange::Addresses { add, remove }) => renew(members, add, remove),
+        (Members::Nets(members), SetChange::Nets { add, remove }) => renew(members, add, remove),
+        (Members::Sockets(members), SetChange::Sockets { add, remove }) => renew(members, add, remove),
+        // A set's name says its kind.
+        _ => unreachable!("a set changes as the kind that it is"),
+    }
+    set
+}
+
+fn renew<T: Ord + Copy>(members: &mut BTreeSet<T>, add: &[T], remove: &[T]) {
+    for member in remove {
+        members.remove(member);
+    }
+    members.extend(add.iter().copied());
 }
 
 fn record_of(record: &model::ClusterRecord) -> ClusterRecord {
@@ -242,11 +393,23 @@ mod tests {
     }
 
     fn world() -> World {
-        World::new("here".into(), UnknownPods::default(), Vec::new())
+        let mut world = World::new("here".into(), UnknownPods::default(), Ends::default());
+        world.receive(Updates { in_force: Position { epoch: 1, revision: 1 }, ..Updates::default() });
+        world
     }
 
     fn digest(world: &mut World) -> Digest {
-        world.compile()["n"].digest()
+        let before = world.nodes().get("n").cloned();
+        world.compile().expect("the hub was heard");
+        let now = &world.nodes()["n"];
+        assert_eq!(now.rules.digest(), now.digest, "what is held is what the compiler says");
+        if let Some(before) = before.filter(|before| before.digest != now.digest) {
+            let delta = now.delta_from(before.digest).expect("one step");
+            let stepped = before.rules.apply(&delta).expect("the step fits");
+            assert_eq!(stepped, *now.rules, "an agent that takes the step holds the same");
+            assert!(now.delta_from(now.digest).is_none(), "it starts from nothing else");
+        }
+        now.digest
     }
 
     #[test]
@@ -264,10 +427,20 @@ mod tests {
             let mut fresh = world();
             fresh.set_local(sourced(state, revision));
             assert_eq!(digest(&mut kept), digest(&mut fresh), "revision {revision}");
-            assert_eq!(kept.compile()["n"].local_revision, revision);
+            assert!(kept.compile().expect("heard").changed.is_empty(), "nothing changes by itself");
             seen.insert(digest(&mut kept));
         }
         assert_eq!(seen.len(), states.len(), "each state has rules of its own");
+    }
+
+    #[test]
+    fn nodes_are_told_nothing_before_the_hub_was_heard() {
+        let mut world = World::new("here".into(), UnknownPods::default(), Ends::default());
+        world.set_local(sourced(NODE, 1));
+        assert!(world.compile().is_none(), "its policies may deny what local ones allow");
+        world.receive(Updates { in_force: Position { epoch: 1, revision: 7 }, ..Updates::default() });
+        assert_eq!(world.compile().expect("heard").changed.len(), 1);
+        assert_eq!(world.hub_revision(), 7);
     }
 
     #[test]
@@ -276,10 +449,13 @@ mod tests {
         world.set_local(sourced(&format!("{NODE}{DENY}{}", pod_of("p", "web", "10.0.0.1")), 1));
         let before = digest(&mut world);
         let relayed = |endpoint| Change::Endpoint { cluster: "here".into(), id: pod("a".into(), "p".into()), endpoint };
-        world.receive(relayed(Some(Endpoint::default())));
-        world.receive(relayed(None));
-        world.receive(Change::Namespace { cluster: "here".into(), name: "a".into(), labels: None });
-        world.receive(Change::Withdrawn { name: "here".into() });
+        let changes = vec![
+            relayed(Some(Endpoint::default())),
+            relayed(None),
+            Change::Namespace { cluster: "here".into(), name: "a".into(), labels: None },
+            Change::Withdrawn { name: "here".into() },
+        ];
+        world.receive(Updates { changes, ..Updates::default() });
         assert_eq!(digest(&mut world), before, "what the hub says of this cluster's endpoints is not looked at");
     }
 }

@@ -60,6 +60,14 @@ impl<'a> Explainer<'a> {
         self.pending.is_some()
     }
 
+    /// The packet that a question asks about.
+    ///
+    /// # Errors
+    /// When the question names what is not there, or is no packet.
+    pub fn packet(&self, question: &Question) -> Result<Query, QuestionError> {
+        self.owners.packet(question)
+    }
+
     /// # Errors
     /// When the question names what is not there, or is no packet.
     pub fn explain(&self, question: &Question) -> Result<Explanation, QuestionError> {

@@ -43,6 +43,9 @@ struct Cluster {
     key_exchange: String,
     refused: u64,
     refusals: Vec<String>,
+    /// Pods that are not enforced.
+    unenforced: u32,
+    problems: Vec<String>,
 }
 
 impl From<pb::ClusterStatus> for Cluster {
@@ -65,6 +68,8 @@ impl From<pb::ClusterStatus> for Cluster {
             key_exchange: it.key_exchange,
             refused: it.refused,
             refusals: it.refusals,
+            unenforced: it.unenforced,
+            problems: it.problems,
         }
     }
 }
@@ -93,6 +98,7 @@ impl Status {
             "CERTIFICATE UNTIL",
             "KEY EXCHANGE",
             "REFUSED",
+            "UNENFORCED",
         ]);
         for it in &overview.clusters {
             let digests = match it.digests_equal {
@@ -114,12 +120,16 @@ impl Status {
                 it.certificate_expires_at.clone(),
                 it.key_exchange.clone(),
                 it.refused.to_string(),
+                it.unenforced.to_string(),
             ]);
         }
         println!("{table}");
-        for it in overview.clusters.iter().filter(|it| !it.refusals.is_empty()) {
+        for it in &overview.clusters {
             for refusal in &it.refusals {
                 println!("{}: refused: {refusal}", it.name);
+            }
+            for problem in &it.problems {
+                println!("{}: {problem}", it.name);
             }
         }
         Ok(ExitCode::SUCCESS)

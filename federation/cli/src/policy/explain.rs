@@ -1,5 +1,6 @@
 //! `hanse policy explain`: what policy says of packets, and why.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -45,6 +46,8 @@ struct Printer {
     output: Format,
     out: std::io::BufWriter<std::io::StdoutLock<'static>>,
     table: comfy_table::Table,
+    /// Of live answers: clusters, and Hanse's own streams there.
+    own_streams: BTreeSet<(String, String)>,
     unanswered: usize,
 }
 
@@ -52,7 +55,7 @@ impl Printer {
     fn new(output: Format) -> Self {
         let out = std::io::BufWriter::with_capacity(1 << 16, std::io::stdout().lock());
         let table = output::table(["FROM", "TO", "VERDICT", "STAGED", "EGRESS", "INGRESS"]);
-        Self { output, out, table, unanswered: 0 }
+        Self { output, out, table, own_streams: BTreeSet::new(), unanswered: 0 }
     }
 
     fn print(
@@ -67,6 +70,10 @@ impl Printer {
                 let to = question.map_or(String::new(), |question| question.to.to_string());
                 match answer {
                     Ok(line) => {
+                        for asked in &line.asked {
+                            let streams = asked.own_streams.iter().cloned();
+                            self.own_streams.extend(streams.map(|stream| (asked.cluster.clone(), stream)));
+                        }
                         let staged = line.staged.egress.is_some().then(|| line.staged.verdict.to_string());
                         let staged = staged.unwrap_or_else(|| "-".to_owned());
                         let (egress, ingress) = (line.egress.reason(), line.ingress.reason());
@@ -91,6 +98,12 @@ impl Printer {
     fn finish(mut self) -> anyhow::Result<usize> {
         if self.output == Format::Table {
             writeln!(self.out, "{}", self.table)?;
+            if !self.own_streams.is_empty() {
+                writeln!(self.out, "Before every tier, Hanse's own streams:")?;
+            }
+            for (cluster, stream) in &self.own_streams {
+                writeln!(self.out, "  {cluster}: {stream}")?;
+            }
         }
         self.out.flush()?;
         Ok(self.unanswered)

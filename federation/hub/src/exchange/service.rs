@@ -41,6 +41,11 @@ const HEARD_EVERY: Duration = Duration::from_secs(1);
 /// What [`pb::ObjectError::object`] says before a federated policy's name.
 const POLICY_OBJECT: &str = "policy FederatedNetworkPolicy ";
 
+/// What keeps nodes from enforcing, of one cluster, that status names: some 200 bytes each.
+const MAX_PROBLEMS: usize = 32;
+/// Errors of this stand for any object.
+const EVERY_OBJECT: &str = "*";
+
 /// The exchange of this replica. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Service {
@@ -366,6 +371,20 @@ impl Wire for Service {
     }
 }
 
+/// What keeps a node from enforcing, in words.
+fn problems(node: &pb::NodePosition) -> impl Iterator<Item = String> {
+    let name = &node.node;
+    let probe = (!node.probe.is_empty()).then(|| format!("node {name}: {}", node.probe));
+    let errors = node.errors.iter().map(move |it| match it.object.as_str() {
+        "" | EVERY_OBJECT => format!("node {name}: {}", it.error),
+        object => format!("node {name}: {object}: {}", it.error),
+    });
+    let pod = move |it: &pb::UnenforcedPod| {
+        format!("node {name}: pod {}/{} is not enforced: {}", it.namespace, it.name, it.reason)
+    };
+    probe.into_iter().chain(errors).chain(node.unenforced.iter().map(pod))
+}
+
 impl Realisations for Service {
     fn clusters(&self) -> BTreeMap<Arc<str>, Realisation> {
         let publishing = lock(&self.shared.publishing).clone();
@@ -394,6 +413,8 @@ impl Realisations for Service {
                 entry.received_revision = told.received.as_ref().map_or(0, |at| at.revision);
                 (entry.agents, entry.agents_current) = (told.agents, told.agents_current);
                 entry.digests_equal = exchange.digests_equal(name);
+                entry.unenforced = told.nodes.iter().map(|node| node.unenforced_total).sum();
+                entry.problems = told.nodes.iter().flat_map(problems).take(MAX_PROBLEMS).collect();
             }
         }
         known
@@ -426,12 +447,18 @@ impl Realisations for Service {
                 }
             }
             for node in &told.nodes {
-                let names = |error: &&pb::ObjectError| error.object.strip_prefix(POLICY_OBJECT) == Some(policy);
-                if let Some(error) = node.errors.iter().find(names) {
+                let of = |object: &str| node.errors.iter().find(|error| error.object == object);
+                // An earlier version of the member tells it as its agents do.
+                if let Some(error) = of(policy).or_else(|| of(&format!("{POLICY_OBJECT}{policy}"))) {
                     return PolicyState::Refused(format!("node {}: {}", node.node, error.error));
                 }
+                if let Some(error) = of(EVERY_OBJECT) {
+                    return PolicyState::Lagging(format!("node {}: {}", node.node, error.error));
+                }
                 if node.hub_revision < needed {
-                    return PolicyState::Lagging(format!("node {} is at revision {}", node.node, node.hub_revision));
+                    let failed = of("").map(|failed| format!(": {}", failed.error)).unwrap_or_default();
+                    let at = node.hub_revision;
+                    return PolicyState::Lagging(format!("node {} is at revision {at}{failed}", node.node));
                 }
             }
             match told.hub.as_ref().map_or(0, |at| at.revision) {

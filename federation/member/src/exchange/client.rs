@@ -23,6 +23,7 @@ use tonic::Streaming;
 use super::model::{Updates, Wanted};
 use super::publisher::{PublishSession, Publisher};
 use super::receiver::Receiver;
+use crate::federated::readable;
 use crate::registration::MemberIdentity;
 
 /// Messages that wait for a connection: 4 × 1 MiB at most.
@@ -67,12 +68,13 @@ impl Client {
     pub fn restore(data: &Path) -> Self {
         let publisher = read(&data.join("publisher.snapshot")).and_then(|bytes| Publisher::restore(&bytes));
         let epoch = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64);
-        let receiver = read(&data.join("receiver.snapshot")).and_then(|bytes| Receiver::restore(&bytes));
+        let receiver =
+            read(&data.join("receiver.snapshot")).and_then(|bytes| Receiver::restore_checked(&bytes, readable));
         let shared = Shared {
             data: data.to_owned(),
             // Epochs grow: a lost numbering starts behind every one that this clock has given.
             publisher: Mutex::new(publisher.unwrap_or_else(|| Publisher::new(epoch()))),
-            receiver: Mutex::new(receiver.unwrap_or_default()),
+            receiver: Mutex::new(receiver.unwrap_or_else(|| Receiver::checked(readable))),
             published: watch::Sender::new(0),
             received: watch::Sender::new(0),
             own: watch::Sender::default(),
@@ -213,7 +215,7 @@ impl Client {
         identity: &MemberIdentity,
         hub: &str,
     ) -> anyhow::Result<(mpsc::Sender<pb::PublishRequest>, Streaming<pb::PublishResponse>, PublishSession)> {
-        let connection = identity.hub_client()?.connect(hub).await?;
+        let connection = identity.connect(hub).await?;
         let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
         let open = PublishSession::open(&lock(&self.shared.publisher));
@@ -295,7 +297,7 @@ impl Client {
         hub: &str,
         own: &mut watch::Receiver<BTreeSet<Wanted>>,
     ) -> anyhow::Result<(mpsc::Sender<pb::WatchRequest>, Streaming<pb::WatchResponse>)> {
-        let connection = identity.hub_client()?.connect(hub).await?;
+        let connection = identity.connect(hub).await?;
         let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
         let open = {

@@ -43,7 +43,14 @@ pub struct Receiver {
     own: Vec<pb::Selection>,
     session: Option<Session>,
     changes: Vec<Change>,
+    /// The position that was handed out last with changes.
+    told: Position,
+    /// Says why a manifest cannot be used here.
+    check: Option<Check>,
 }
+
+/// Whether a manifest can be read by this version; else why not.
+pub type Check = fn(ManifestKind, &[u8]) -> Result<(), String>;
 
 #[derive(Debug)]
 struct HubObject {
@@ -159,10 +166,24 @@ struct Stored {
 }
 
 impl Receiver {
+    /// Holds nothing, and takes only manifests that `check` does not refuse.
+    pub fn checked(check: Check) -> Self {
+        Self { check: Some(check), ..Self::default() }
+    }
+
     /// From what [`Self::store`] returned; none when it cannot be read. Everything held is handed out as changes.
     pub fn restore(bytes: &[u8]) -> Option<Self> {
+        Self::restore_with(bytes, None)
+    }
+
+    /// As [`Self::restore`], and takes only manifests that `check` does not refuse.
+    pub fn restore_checked(bytes: &[u8], check: Check) -> Option<Self> {
+        Self::restore_with(bytes, Some(check))
+    }
+
+    fn restore_with(bytes: &[u8], check: Option<Check>) -> Option<Self> {
         let stored = Stored::decode(bytes).ok()?;
-        let mut receiver = Self::default();
+        let mut receiver = Self { check, ..Self::default() };
         if let Some(hub) = stored.hub {
             receiver.hub = Some(Position { epoch: hub.epoch, revision: hub.revision });
             for bytes in hub.objects {
@@ -170,8 +191,14 @@ impl Receiver {
             }
         }
         for bytes in stored.in_force {
-            if let Ok((_, Ok(Object::Manifest { kind, name, manifest }))) = wire::read_object(&bytes) {
-                receiver.in_force.insert((kind, name), (bytes, manifest));
+            if let Ok((id, Ok(Object::Manifest { kind, name, manifest }))) = wire::read_object(&bytes) {
+                let key = (kind, name);
+                // What came later cannot be read: this is the last version that could, as it was before.
+                if let Some(object) = receiver.hub_objects.get_mut(&id).filter(|_| receiver.refused.contains_key(&id)) {
+                    object.what = Some(HubKey::Manifest(key.clone()));
+                    receiver.received.insert(key.clone(), (bytes.clone(), manifest.clone()));
+                }
+                receiver.in_force.insert(key, (bytes, manifest));
             }
         }
         receiver.in_force_at = Position { epoch: stored.in_force_epoch, revision: stored.in_force_revision };
@@ -287,9 +314,10 @@ impl Receiver {
         Some(pb::WatchRequest { message: Some(Request::Own(pb::OwnInterest { selections: own })) })
     }
 
-    /// The changes since the last call, which count together.
+    /// The changes since the last call, which count together; also where only the hub's position moved.
     pub fn take_updates(&mut self) -> Option<Updates> {
-        (!self.changes.is_empty())
+        let moved = std::mem::replace(&mut self.told, self.in_force_at) != self.in_force_at;
+        (moved || !self.changes.is_empty())
             .then(|| Updates { changes: std::mem::take(&mut self.changes), in_force: self.in_force_at })
     }
 
@@ -374,13 +402,14 @@ impl Receiver {
         (names, self.session.as_ref().map(|session| session.outstanding.clone()).unwrap_or_default())
     }
 
-    /// Hub objects that cannot be read here.
-    pub fn refused(&self) -> Vec<(String, String)> {
-        let name = |id: &u64| match self.hub_objects.get(id).and_then(|object| object.what.clone()) {
-            Some(HubKey::Cluster(name) | HubKey::Manifest((_, name))) => name.to_string(),
-            None => format!("object {id}"),
+    /// Federated policies that cannot be read here, and why; the last version that could holds.
+    pub fn refused(&self) -> BTreeMap<Arc<str>, String> {
+        let refused = self.refused.iter().filter_map(|(id, why)| Some((self.hub_objects.get(id)?.what.as_ref()?, why)));
+        let policy = |(what, why): (&HubKey, &WireError)| match what {
+            HubKey::Manifest((ManifestKind::Policy, name)) => Some((name.clone(), why.to_string())),
+            HubKey::Manifest(_) | HubKey::Cluster(_) => None,
         };
-        self.refused.iter().map(|(id, why)| (name(id), why.to_string())).collect()
+        refused.filter_map(policy).collect()
     }
 
     pub fn origins(&self) -> BTreeMap<ClusterName, OriginStatus> {
@@ -475,17 +504,30 @@ impl Receiver {
             }
             Ok(Object::Manifest { kind, name, manifest }) => {
                 what = Some(HubKey::Manifest((kind, name.clone())));
-                self.received.insert((kind, name), (bytes.clone(), manifest));
-                self.refused.remove(&id);
+                match self.check.map_or(Ok(()), |check| check(kind, &manifest.json)) {
+                    Ok(()) => {
+                        self.received.insert((kind, name), (bytes.clone(), manifest));
+                        self.refused.remove(&id);
+                    }
+                    Err(why) => self.refuse(id, WireError::Malformed(why)),
+                }
             }
-            Ok(_) => drop(self.refused.insert(id, WireError::Malformed("not a kind of the hub's".to_owned()))),
-            Err(error) => drop(self.refused.insert(id, error)),
+            Ok(_) => self.refuse(id, WireError::Malformed("not a kind of the hub's".to_owned())),
+            Err(error) => {
+                what = what.or_else(|| wire::manifest_key(&bytes).map(HubKey::Manifest));
+                self.refuse(id, error);
+            }
         }
         if let Some(old) = self.hub_objects.insert(id, HubObject { bytes, digest, what }) {
             self.hub_digest = self.hub_digest.wrapping_sub(old.digest);
         }
         self.hub_digest = self.hub_digest.wrapping_add(digest);
         Ok(())
+    }
+
+    fn refuse(&mut self, id: u64, why: WireError) {
+        tracing::error!(id, %why, "an object of the hub's cannot be read here; its last version holds");
+        self.refused.insert(id, why);
     }
 
     fn end_origin(
@@ -773,4 +815,78 @@ fn mismatch(origin: &str) -> pb::WatchRequest {
 
 fn ack(what: pb::watch_ack::What) -> pb::WatchRequest {
     pb::WatchRequest { message: Some(Request::Ack(pb::WatchAck { what: Some(what) })) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Refuses what says so.
+    fn check(_: ManifestKind, json: &[u8]) -> Result<(), String> {
+        if json == b"unreadable" { Err("a field is new".to_owned()) } else { Ok(()) }
+    }
+
+    fn policy(json: &'static [u8], revision: u64, features: &[&str]) -> Bytes {
+        let manifest = pb::Manifest {
+            name: "p".to_owned(),
+            json: Bytes::from_static(json),
+            enforcers: vec!["here".to_owned()],
+            clusters: Vec::new(),
+        };
+        let features = features.iter().map(|it| (*it).to_owned()).collect();
+        let body = Some(pb::object_update::Body::Policy(manifest));
+        pb::ObjectUpdate { id: 7, revision, features, body }.encode_to_vec().into()
+    }
+
+    /// One batch of the hub's, and the interest that it needs.
+    fn send(receiver: &mut Receiver, kind: pb::begin::Kind, object: &Bytes, revision: u64) {
+        let begin = pb::Begin { origin: String::new(), kind: Some(kind), needs_interest: 1 };
+        let frame = wire::frames([object.clone()], Vec::new()).remove(0);
+        let end = pb::End {
+            position: Some(pb::Position { epoch: 1, revision }),
+            digest: wire::digest_bytes(digest_of(object)),
+            view: 0,
+        };
+        let interest = pb::Interest { number: 1, ..pb::Interest::default() };
+        for message in
+            [Response::Interest(interest), Response::Begin(begin), Response::Frame(frame), Response::End(end)]
+        {
+            receiver.take(pb::WatchResponse { message: Some(message) }).expect("the protocol");
+        }
+    }
+
+    fn in_force(receiver: &mut Receiver) -> Option<Bytes> {
+        let mut now = None;
+        for change in receiver.take_updates().unwrap_or_default().changes {
+            if let Change::Manifest { manifest, .. } = change {
+                now = manifest.map(|it| it.json);
+            }
+        }
+        now
+    }
+
+    #[test]
+    fn the_last_version_that_can_be_read_holds_also_across_a_restart() {
+        for (json, features, why) in [(&b"unreadable"[..], &[][..], "a field is new"), (b"2", &["time"], "time")] {
+            let mut receiver = Receiver::checked(check);
+            assert!(receiver.take_updates().is_none(), "nothing is known yet");
+            receiver.open();
+            send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 1, &[]), 1);
+            assert_eq!(in_force(&mut receiver).as_deref(), Some(&b"1"[..]));
+            assert!(receiver.refused().is_empty());
+            send(&mut receiver, pb::begin::Kind::Delta(pb::Delta {}), &policy(json, 2, features), 2);
+            assert_eq!(in_force(&mut receiver), None, "no change");
+            assert!(receiver.refused()["p"].contains(why));
+
+            let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
+            assert_eq!(in_force(&mut restored).as_deref(), Some(&b"1"[..]), "after a restart");
+            assert!(restored.refused()["p"].contains(why), "and is still told");
+            restored.open();
+            send(&mut restored, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(json, 2, features), 2);
+            assert_eq!(in_force(&mut restored), None, "the hub's next word takes nothing away");
+            send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"3", 3, &[]), 3);
+            assert_eq!(in_force(&mut restored).as_deref(), Some(&b"3"[..]));
+            assert!(restored.refused().is_empty());
+        }
+    }
 }

@@ -69,6 +69,17 @@ pub fn read_object(bytes: &[u8]) -> Result<(u64, Result<Object, WireError>), Wir
     Ok((id, object(update.body)))
 }
 
+/// What an object of the hub's is called, where it is a manifest; also of one that cannot be used.
+pub fn manifest_key(bytes: &[u8]) -> Option<(ManifestKind, Arc<str>)> {
+    let (kind, manifest) = match pb::ObjectUpdate::decode(bytes).ok()?.body? {
+        Body::Policy(it) => (ManifestKind::Policy, it),
+        Body::Tier(it) => (ManifestKind::Tier, it),
+        Body::NetworkSet(it) => (ManifestKind::NetworkSet, it),
+        _ => return None,
+    };
+    Some((kind, manifest.name.into()))
+}
+
 fn object(body: Option<Body>) -> Result<Object, WireError> {
     Ok(match body {
         Some(Body::Namespace(it)) => Object::Namespace { name: it.name.into(), labels: labels(it.labels) },

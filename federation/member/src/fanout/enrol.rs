@@ -38,6 +38,8 @@ pub enum NodeTokenError {
     Make(String),
     #[error("keep the token")]
     Keep(#[source] std::io::Error),
+    #[error("read the tokens")]
+    Read(#[source] std::io::Error),
 }
 
 /// Makes a token for one node and gives its text, a secret. It enrols `node` once, within `lifetime`.
@@ -63,9 +65,73 @@ pub fn create_node_token(
     };
     let folder = data.join(FOLDER);
     private_folder(&folder).map_err(NodeTokenError::Keep)?;
+    // Those that ended are of no use to anybody.
+    for (id, ended) in list_node_tokens(data)? {
+        if ended.has_ended(SystemTime::now()) {
+            revoke_node_token(data, &id)?;
+        }
+    }
     let text = serde_json::to_vec(&kept).map_err(|error| NodeTokenError::Make(error.to_string()))?;
     write_atomic(&folder.join(format!("{}.json", token.id)), &text, 0o600).map_err(NodeTokenError::Keep)?;
     Ok(token.to_text())
+}
+
+/// The tokens that are kept, by id.
+///
+/// # Errors
+/// When the folder or a file cannot be read.
+pub fn list_node_tokens(data: &Path) -> Result<Vec<(String, NodeToken)>, NodeTokenError> {
+    let mut tokens = Vec::new();
+    let entries = match data.join(FOLDER).read_dir() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(tokens),
+        entries => entries.map_err(NodeTokenError::Read)?,
+    };
+    for entry in entries {
+        let path = entry.map_err(NodeTokenError::Read)?.path();
+        let id = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".json"));
+        let Some(id) = id.filter(|id| !id.starts_with('.')) else { continue };
+        let token = match std::fs::read(&path) {
+            // Revoked meanwhile.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            bytes => serde_json::from_slice(&bytes.map_err(NodeTokenError::Read)?),
+        };
+        tokens.push((id.to_owned(), token.map_err(|error| NodeTokenError::Read(error.into()))?));
+    }
+    tokens.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(tokens)
+}
+
+/// Makes a token useless. Whether there was one. A node that has enrolled with it stays.
+///
+/// # Errors
+/// When the file cannot be removed.
+pub fn revoke_node_token(data: &Path, id: &str) -> Result<bool, NodeTokenError> {
+    // An id names a file: nothing else may be named by it.
+    if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_') {
+        return Ok(false);
+    }
+    match std::fs::remove_file(data.join(FOLDER).join(format!("{id}.json"))) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(NodeTokenError::Keep(error)),
+    }
+}
+
+impl NodeToken {
+    /// It enrols nobody any more.
+    pub fn has_ended(&self, now: SystemTime) -> bool {
+        seconds(now) > self.expires_at
+    }
+
+    /// Seconds since the Unix epoch, by this machine's clock.
+    pub fn expires_at(&self) -> u64 {
+        self.expires_at
+    }
+
+    /// A key has presented it.
+    pub fn is_used(&self) -> bool {
+        self.key.is_some()
+    }
 }
 
 fn seconds(at: SystemTime) -> u64 {
@@ -95,7 +161,7 @@ impl Service {
         let kept = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<NodeToken>(&bytes).ok());
         let mut kept = kept.ok_or_else(refused)?;
         // Both are hashes of secrets of 256 bits: how long a comparison takes says nothing of use.
-        if kept.secret_hash != token.secret_hash().to_string() || seconds(SystemTime::now()) > kept.expires_at {
+        if kept.secret_hash != token.secret_hash().to_string() || kept.has_ended(SystemTime::now()) {
             return Err(refused());
         }
         let presented = key.public().to_string();

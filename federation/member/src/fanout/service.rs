@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hanse_proto::agent::v1 as wire;
-use hanse_ruleset::{Delta, Digest, RuleSet};
+use hanse_proto::federation::v1::UnenforcedPod;
+use hanse_ruleset::{Delta, Digest};
 use hanse_runtime::Identity;
 use hanse_runtime::agent_wire::{encode, generation, parse_digest, parse_generation};
 use hanse_runtime::keys::RequestedKey;
@@ -16,13 +17,18 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Fanout, enrol};
+use super::{Fanout, Place, Target, enrol};
 use crate::registration::MemberIdentity;
 
 /// Messages that wait for an agent's connection: 4 MiB at most.
 const OUTBOX: usize = 4;
 /// After a delta that could not be put in force, it is tried again after this long even when nothing changed.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// Refusals, and pods that are not enforced, of one ack; more are not kept.
+const MAX_TOLD: usize = 1_000;
+/// Bytes of one text of theirs.
+const MAX_TEXT: usize = 512;
 
 #[derive(Debug)]
 pub struct Service {
@@ -59,8 +65,14 @@ impl wire::agents_server::Agents for Service {
         let (fanout, stop) = (self.fanout.clone(), self.stop.clone());
         tokio::spawn(async move {
             let (target, number, replaced) = fanout.attach(&node);
-            let stream =
-                AgentStream { node: node.clone(), fanout: fanout.clone(), outbox, held: None, in_flight: None };
+            let stream = AgentStream {
+                node: node.clone(),
+                fanout: fanout.clone(),
+                outbox,
+                held: None,
+                in_flight: None,
+                not_before: None,
+            };
             let ended = tokio::select! {
                 () = stop.cancelled() => Ok(()),
                 () = replaced.cancelled() => Ok(()),
@@ -80,26 +92,29 @@ struct AgentStream {
     fanout: Fanout,
     outbox: mpsc::Sender<Result<wire::MemberToAgent, Status>>,
     /// What the agent has acknowledged, where we know its contents.
-    held: Option<Arc<RuleSet>>,
+    held: Option<Arc<Target>>,
     /// What was sent and is not acknowledged.
-    in_flight: Option<Arc<RuleSet>>,
+    in_flight: Option<Arc<Target>>,
+    /// The newest could not be put in force: it is not sent again before, but something newer is.
+    not_before: Option<tokio::time::Instant>,
 }
 
 impl AgentStream {
     async fn run(
         mut self,
         mut incoming: Streaming<wire::AgentToMember>,
-        mut target: watch::Receiver<Option<Arc<RuleSet>>>,
+        mut target: watch::Receiver<Option<Arc<Target>>>,
     ) -> Result<(), Status> {
         let mut greeted = false;
         loop {
-            if greeted && self.in_flight.is_none() {
+            let idle = greeted && self.in_flight.is_none();
+            if idle && self.not_before.is_none() {
                 let newest = target.borrow_and_update().clone();
                 if let Some(newest) = newest {
                     self.send(newest).await?;
                 }
             }
-            let idle = self.in_flight.is_none();
+            let (idle, not_before) = (greeted && self.in_flight.is_none(), self.not_before);
             tokio::select! {
                 message = incoming.message() => {
                     use wire::agent_to_member::Message;
@@ -109,45 +124,59 @@ impl AgentStream {
                             greeted = true;
                             self.hello(&hello, &target)?;
                         }
-                        Some(Message::Ack(ack)) => self.ack(ack).await?,
+                        Some(Message::Ack(ack)) => self.ack(ack)?,
                         None => return Err(Status::invalid_argument("message is missing or not understood")),
                     }
                 }
-                changed = target.changed(), if greeted && idle => {
+                changed = target.changed(), if idle => {
                     changed.map_err(|_| Status::unavailable("the node is gone"))?;
                     target.mark_changed();
+                    self.not_before = None;
                 }
+                () = until(not_before), if idle && not_before.is_some() => self.not_before = None,
             }
         }
     }
 
     /// Where the agent holds what we would send anyway, its contents are known.
-    fn hello(&mut self, hello: &wire::Hello, target: &watch::Receiver<Option<Arc<RuleSet>>>) -> Result<(), Status> {
+    fn hello(&mut self, hello: &wire::Hello, target: &watch::Receiver<Option<Arc<Target>>>) -> Result<(), Status> {
         let digest = parse_digest(&hello.digest).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        self.in_flight = None;
-        self.held = target.borrow().clone().filter(|rules| rules.digest() == digest).map(|rules| {
-            let generation = parse_generation(hello.generation);
-            Arc::new(RuleSet { generation, hub_revision: 0, local_revision: 0, ..(*rules).clone() })
+        let whole_did_not_fit = self.in_flight.take().is_some() && self.held.is_none();
+        self.not_before = whole_did_not_fit.then(|| tokio::time::Instant::now() + RETRY);
+        self.held = target.borrow().clone().filter(|target| target.node.digest == digest).map(|target| {
+            let place = Place { generation: parse_generation(hello.generation), ..Place::default() };
+            Arc::new(Target { node: target.node.clone(), place })
         });
         Ok(())
     }
 
     /// Sends what turns what is held into `newest`; its position alone where the digest is the same.
-    async fn send(&mut self, newest: Arc<RuleSet>) -> Result<(), Status> {
-        let place = |rules: &RuleSet| (rules.generation, rules.hub_revision, rules.local_revision);
-        let same = self.held.as_ref().filter(|held| held.digest() == newest.digest());
+    async fn send(&mut self, newest: Arc<Target>) -> Result<(), Status> {
+        let place = newest.place;
+        let same = self.held.as_ref().filter(|held| held.node.digest == newest.node.digest);
         if let Some(held) = same {
-            if place(held) == place(&newest) {
+            if held.place == place {
                 return Ok(());
             }
             let position = wire::Position {
-                generation: Some(generation(newest.generation)),
-                revisions: Some(wire::Revisions { hub: newest.hub_revision, local: newest.local_revision }),
+                generation: Some(generation(place.generation)),
+                revisions: Some(wire::Revisions { hub: place.hub_revision, local: place.local_revision }),
             };
             let message = wire::member_to_agent::Message::Position(position);
             self.push(wire::MemberToAgent { message: Some(message) }).await?;
         } else {
-            for message in encode(&Delta::between(self.held.as_deref(), &newest)) {
+            let messages = {
+                let held = self.held.as_ref().map(|held| &held.node);
+                let step = held.and_then(|held| newest.node.delta_from(held.digest));
+                let mut delta = step.unwrap_or_else(|| {
+                    let held = held.map(|held| (&*held.rules, held.digest));
+                    Delta::between_known(held, &newest.node.rules, newest.node.digest)
+                });
+                delta.generation = place.generation;
+                (delta.hub_revision, delta.local_revision) = (place.hub_revision, place.local_revision);
+                encode(&delta)
+            };
+            for message in messages {
                 self.push(message).await?;
             }
         }
@@ -159,36 +188,50 @@ impl AgentStream {
         self.outbox.send(Ok(message)).await.map_err(|_| Status::cancelled("the agent is gone"))
     }
 
-    async fn ack(&mut self, ack: wire::Ack) -> Result<(), Status> {
-        let held: Digest = parse_digest(&ack.digest).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    fn ack(&mut self, ack: wire::Ack) -> Result<(), Status> {
+        let digest: Digest = parse_digest(&ack.digest).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let revisions = ack.revisions.unwrap_or_default();
-        let failed = (!ack.failed.is_empty()).then_some(ack.failed);
-        let (generation, now) = (parse_generation(ack.generation), Instant::now());
-        // Otherwise it is news of what is in force, such as a probe's: what is under way still is.
-        let answers = self.in_flight.as_ref().is_some_and(|sent| failed.is_some() || sent.generation == generation);
-        let known = self.held.as_ref().is_some_and(|ours| ours.digest() == held);
-        let done = self.in_flight.take_if(|_| answers).filter(|sent| failed.is_none() && sent.digest() == held);
-        let failed_again = failed.is_some();
-        self.fanout.update(&self.node, |status| {
-            status.generation = generation;
-            status.digest = held;
-            status.hub_revision = revisions.hub;
-            status.local_revision = revisions.local;
-            status.refused = ack.refusals.into_iter().map(|it| (it.object, it.reason)).collect();
-            status.failed = failed;
-            status.heard = Some(now);
-        });
-        match done {
-            Some(done) => self.held = Some(done),
-            None if !answers && known => {}
-            // What the agent has is not what we thought: from the beginning, and not at once.
-            None => {
-                self.held = None;
-                if failed_again {
-                    tokio::time::sleep(RETRY).await;
-                }
-            }
+        let generation = parse_generation(ack.generation);
+        let place = Place { generation, hub_revision: revisions.hub, local_revision: revisions.local };
+        let failed = (!ack.failed.is_empty()).then(|| bounded(ack.failed));
+        // An agent may tell anew of what it holds, for a pod of it came; that is no answer to what is under way.
+        let of_old = failed.is_none()
+            && self.held.as_ref().is_some_and(|held| (held.node.digest, held.place) == (digest, place))
+            && self.in_flight.as_ref().is_none_or(|sent| sent.place != place);
+        if !of_old {
+            // Where what the agent has is not what we thought: from the beginning, and not at once.
+            self.not_before = failed.is_some().then(|| tokio::time::Instant::now() + RETRY);
+            self.held = self.in_flight.take().filter(|sent| failed.is_none() && sent.node.digest == digest);
         }
+        let unenforced = ack.unenforced.into_iter().take(MAX_TOLD).map(|it| UnenforcedPod {
+            namespace: bounded(it.namespace),
+            name: bounded(it.name),
+            reason: bounded(it.reason),
+        });
+        let unenforced = unenforced.collect();
+        let refused = ack.refusals.into_iter().take(MAX_TOLD).map(|it| (bounded(it.object), bounded(it.reason)));
+        let refused = refused.collect();
+        self.fanout.update(&self.node, |status| {
+            status.place = place;
+            status.digest = digest;
+            status.refused = refused;
+            status.failed = failed;
+            status.probe = bounded(ack.probe);
+            status.unenforced = unenforced;
+            status.heard = Some(Instant::now());
+        });
         Ok(())
+    }
+}
+
+/// At most [`MAX_TEXT`] bytes of what an agent says.
+fn bounded(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(MAX_TEXT));
+    text
+}
+
+async fn until(at: Option<tokio::time::Instant>) {
+    if let Some(at) = at {
+        tokio::time::sleep_until(at).await;
     }
 }

@@ -28,6 +28,9 @@ pub struct Asked {
     pub cluster: String,
     pub hub_revision: u64,
     pub local_revision: u64,
+    /// Hanse's own streams in its cluster, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub own_streams: Vec<String>,
 }
 
 /// What would be said if staged policies were committed; where none is staged, the verdict alone.
@@ -47,7 +50,7 @@ pub struct DirectionLine<'a> {
     trace: Vec<StepLine<'a>>,
 }
 
-/// Exactly one of `rule`, `endOfTier`, `profile` and `itself` is there.
+/// Exactly one of `rule`, `endOfTier`, `profile`, `itself` and `ownStream` is there.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct StepLine<'a> {
@@ -66,6 +69,9 @@ struct StepLine<'a> {
     profile: Option<Cow<'a, str>>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     itself: bool,
+    /// One of Hanse's own streams, which come before every tier: its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    own_stream: Option<Cow<'a, str>>,
     action: Cow<'a, str>,
     /// Where the rule did something else than its action: `leave` (a federated Allow leaves to the cluster's own tiers)
     /// or `deny-unknown` (it may match, which cannot be known).
@@ -102,6 +108,20 @@ impl<'a> AnswerLine<'a> {
         }
     }
 
+    /// The same, where one of Hanse's own streams came before every tier in a direction: its name.
+    pub fn with_own_streams(mut self, egress: Option<&str>, ingress: Option<&str>) -> Self {
+        for (own, line, staged) in [
+            (egress, &mut self.egress, self.staged.egress.as_mut()),
+            (ingress, &mut self.ingress, self.staged.ingress.as_mut()),
+        ] {
+            if let Some(name) = own {
+                [Some(line), staged].into_iter().flatten().for_each(|line| *line = DirectionLine::own_stream(name));
+            }
+        }
+        let asked = std::mem::take(&mut self.asked);
+        Self { asked, ..Self::joined(Some(self.clone()), Some(self)) }
+    }
+
     /// Egress as the source's side judged it, ingress as the destination's did; `None` where that end is not a pod.
     pub fn joined(source: Option<Self>, destination: Option<Self>) -> Self {
         let none = || DirectionLine { verdict: "none".into(), trace: Vec::new() };
@@ -126,6 +146,11 @@ impl<'a> AnswerLine<'a> {
 }
 
 impl<'a> DirectionLine<'a> {
+    fn own_stream(name: &str) -> Self {
+        let step = StepLine { own_stream: Some(name.to_owned().into()), action: "Allow".into(), ..StepLine::default() };
+        Self { verdict: "allow".into(), trace: vec![step] }
+    }
+
     fn new(judgement: Option<&'a Judgement>) -> Self {
         match judgement {
             None => Self { verdict: "none".into(), trace: Vec::new() },
@@ -149,6 +174,9 @@ impl<'a> DirectionLine<'a> {
             Some(rule) => format!("{action}: {policy} rule {rule} in tier {tier}"),
             None if last.end_of_tier => format!("{action}: end of tier {tier} after {policy}"),
             None if last.itself => format!("{action}: itself"),
+            None if last.own_stream.is_some() => {
+                format!("{action}: Hanse's own stream, {}", last.own_stream.as_deref().unwrap_or_default())
+            }
             None => format!("{action}: profile"),
         }
     }

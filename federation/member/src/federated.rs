@@ -1,0 +1,222 @@
+//! What the federation says, from how its authors wrote it into policy, as it changes.
+//!
+//! A change costs what it touches: a tier that moves to another phase takes its policies along, everything else stands
+//! alone. What cannot be read keeps the last version that could.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use hanse_compiler::Update;
+use hanse_k8s_api::assemble::Federation;
+use hanse_k8s_api::manifest::{Manifests, Object, read_bytes};
+use hanse_policy::inventory::{EndpointId, EndpointKind};
+use hanse_policy::model::{ClusterScope, Phase, Policy, PolicyId, PolicyKind, TierId};
+use hanse_policy::selector::{Expr, Selector};
+
+use crate::exchange::model::{Manifest, ManifestKind};
+
+/// The federation's objects in force.
+#[derive(Debug, Default)]
+pub struct Federated {
+    policies: BTreeMap<Arc<str>, Manifest>,
+    phases: BTreeMap<Arc<str>, Phase>,
+    converted: Federation,
+}
+
+/// Whether an object can be read by this version.
+///
+/// # Errors
+/// What is wrong, with the field.
+pub fn readable(kind: ManifestKind, json: &[u8]) -> Result<(), String> {
+    read(kind, json).map(drop)
+}
+
+fn read(kind: ManifestKind, json: &[u8]) -> Result<Object, String> {
+    let mut read = Manifests::default();
+    read_bytes(&"manifest".into(), json, &mut read);
+    if !read.diagnostics.is_empty() {
+        let why = read.diagnostics.iter().map(|it| format!("{}: {}", it.field, it.message));
+        return Err(why.collect::<Vec<_>>().join("; "));
+    }
+    let object = read.objects.pop().map(|it| it.object);
+    let fits = matches!(
+        (kind, &object),
+        (ManifestKind::Policy, Some(Object::FederatedNetworkPolicy(_)))
+            | (ManifestKind::Tier, Some(Object::Tier(_)))
+            | (ManifestKind::NetworkSet, Some(Object::FederatedNetworkSet(_)))
+    );
+    object.filter(|_| fits).ok_or_else(|| "not of a kind that this version reads".to_owned())
+}
+
+impl Federated {
+    /// Everything in force.
+    pub fn converted(&self) -> &Federation {
+        &self.converted
+    }
+
+    /// Takes changes that count together; `None` is: gone.
+    pub fn take(
+        &mut self,
+        changes: impl IntoIterator<Item = (ManifestKind, Arc<str>, Option<Manifest>)>,
+    ) -> Vec<Update> {
+        let mut updates = Vec::new();
+        let (mut policies, mut moved) = (BTreeSet::new(), BTreeSet::new());
+        for (kind, name, manifest) in changes {
+            let object = match manifest.as_ref().map(|it| read(kind, &it.json)).transpose() {
+                Ok(object) => object,
+                Err(why) => {
+                    tracing::error!(object = %name, why, "a federated object cannot be read; its last version holds");
+                    continue;
+                }
+            };
+            match (kind, object) {
+                (ManifestKind::Policy, _) => {
+                    match manifest {
+                        Some(manifest) => drop(self.policies.insert(name.clone(), manifest)),
+                        None => drop(self.policies.remove(&name)),
+                    }
+                    policies.insert(name);
+                }
+                (ManifestKind::Tier, object) => {
+                    let tier = match object {
+                        Some(Object::Tier(tier)) => Some(tier.convert(&mut Default::default())),
+                        _ => None,
+                    };
+                    let phase = tier.as_ref().map(|tier| tier.id.phase);
+                    let before = match phase {
+                        Some(phase) => self.phases.insert(name.clone(), phase),
+                        None => self.phases.remove(&name),
+                    };
+                    if before != phase {
+                        moved.insert(name.clone());
+                        if let Some(phase) = before {
+                            let id = TierId { phase, name };
+                            self.converted.layer.tiers.remove(&id);
+                            updates.push(Update::RemoveTier(id));
+                        }
+                    }
+                    if let Some(tier) = tier {
+                        self.converted.layer.tiers.insert(tier.id.clone(), tier.clone());
+                        updates.push(Update::Tier(tier));
+                    }
+                }
+                (ManifestKind::NetworkSet, Some(Object::FederatedNetworkSet(set))) => {
+                    let (id, endpoint) = set.convert(&mut Default::default());
+                    self.converted.sets.insert(id.clone(), endpoint.clone());
+                    updates.push(Update::Endpoint { cluster: None, id, endpoint });
+                }
+                (ManifestKind::NetworkSet, _) => {
+                    let id = EndpointId { kind: EndpointKind::NetworkSet, namespace: None, name };
+                    self.converted.sets.remove(&id);
+                    updates.push(Update::RemoveEndpoint { cluster: None, id });
+                }
+            }
+        }
+        if !moved.is_empty() {
+            let along = self.converted.layer.policies.values().filter(|policy| moved.contains(&policy.tier.name));
+            policies.extend(along.map(|policy| policy.id.name.clone()));
+        }
+        for name in policies {
+            let policy = self.policies.get(&name).and_then(|manifest| self.policy(manifest));
+            updates.push(match policy {
+                Some(policy) => {
+                    self.converted.layer.policies.insert(policy.id.clone(), policy.clone());
+                    Update::Policy(policy)
+                }
+                None => {
+                    let kind = PolicyKind::FederatedNetworkPolicy;
+                    let id = PolicyId { cluster: None, kind, namespace: None, name };
+                    self.converted.layer.policies.remove(&id);
+                    Update::RemovePolicy(id)
+                }
+            });
+        }
+        updates
+    }
+
+    fn policy(&self, manifest: &Manifest) -> Option<Policy> {
+        let Ok(Object::FederatedNetworkPolicy(policy)) = read(ManifestKind::Policy, &manifest.json) else {
+            return None;
+        };
+        // The hub has resolved the selectors of clusters; everybody takes its word.
+        let resolve = |selector: Option<&Selector>| match selector {
+            None => ClusterScope::All,
+            Some(selector) if selector.expr == Expr::All => ClusterScope::All,
+            Some(selector) => {
+                let same = |(text, _): &&(Arc<str>, _)| Selector::parse(text).is_ok_and(|it| it == *selector);
+                let names = manifest.resolved.iter().find(same).map(|(_, names)| names.clone());
+                ClusterScope::Named(names.unwrap_or_default())
+            }
+        };
+        let mut policy = policy.convert_with(&resolve, &self.phases, &mut Default::default());
+        policy.enforcers = ClusterScope::Named(manifest.enforcers.clone());
+        Some(policy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn manifest(kind: &str, name: &str, spec: serde_json::Value) -> Manifest {
+        let json = json!({"apiVersion": "hanse.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec});
+        Manifest { json: json.to_string().into(), enforcers: ["here".into()].into(), resolved: Vec::new() }
+    }
+
+    fn tier(phase: &str) -> Manifest {
+        manifest("Tier", "t", json!({"phase": phase, "order": 1.0}))
+    }
+
+    fn policy(selector: &str) -> Manifest {
+        let spec = json!({"tier": "t", "selector": selector, "types": ["Ingress"], "ingress": [{"action": "Deny"}]});
+        manifest("FederatedNetworkPolicy", "p", spec)
+    }
+
+    fn set(net: &str) -> Manifest {
+        manifest("FederatedNetworkSet", "s", json!({"nets": [net]}))
+    }
+
+    #[test]
+    fn changes_one_by_one_come_to_the_same_as_all_at_once() {
+        use ManifestKind::{NetworkSet, Policy, Tier};
+        let steps = [
+            vec![(Policy, "p", Some(policy("a == 'b'")))],
+            vec![(Tier, "t", Some(tier("Baseline")))],
+            vec![(Policy, "p", Some(policy("a == 'c'"))), (NetworkSet, "s", Some(set("192.0.2.0/24")))],
+            vec![(Tier, "t", Some(tier("Guard")))],
+            vec![(NetworkSet, "s", Some(set("192.0.2.0/25"))), (Tier, "t", None)],
+            vec![(Tier, "t", Some(tier("Baseline"))), (Policy, "p", None)],
+            vec![(NetworkSet, "s", None), (Tier, "t", None)],
+        ];
+        let mut kept = Federated::default();
+        let mut state: BTreeMap<(ManifestKind, Arc<str>), Manifest> = BTreeMap::new();
+        for (number, step) in steps.into_iter().enumerate() {
+            for (kind, name, manifest) in &step {
+                match manifest {
+                    Some(manifest) => drop(state.insert((*kind, (*name).into()), manifest.clone())),
+                    None => drop(state.remove(&(*kind, (*name).into()))),
+                }
+            }
+            kept.take(step.into_iter().map(|(kind, name, manifest)| (kind, name.into(), manifest)));
+            let mut fresh = Federated::default();
+            fresh.take(state.iter().map(|((kind, name), it)| (*kind, name.clone(), Some(it.clone()))));
+            let (kept, fresh) = (kept.converted(), fresh.converted());
+            assert_eq!((&kept.layer, &kept.sets), (&fresh.layer, &fresh.sets), "step {number}");
+            assert_eq!(kept.layer.policies.len() + kept.layer.tiers.len() + kept.sets.len(), state.len());
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_keeps_its_last_version() {
+        let mut federated = Federated::default();
+        federated.take([(ManifestKind::Policy, "p".into(), Some(policy("a == 'b'")))]);
+        let before = federated.converted().layer.clone();
+        let unread = manifest("FederatedNetworkPolicy", "p", json!({"tier": "t", "newer": true}));
+        assert!(readable(ManifestKind::Policy, &unread.json).is_err_and(|why| why.contains("newer")));
+        assert!(readable(ManifestKind::Policy, &tier("Guard").json).is_err(), "another kind");
+        assert!(federated.take([(ManifestKind::Policy, "p".into(), Some(unread))]).is_empty());
+        assert_eq!(federated.converted().layer, before);
+    }
+}

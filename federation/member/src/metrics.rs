@@ -1,0 +1,98 @@
+//! What a member counts.
+
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use hanse_runtime::metrics::Metrics as Registry;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+
+use crate::fanout::NodeStatus;
+use crate::world::World;
+
+/// Clones share everything.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    nodes: Gauge,
+    connected: Gauge,
+    current: Gauge,
+    failed: Gauge,
+    unenforced: Gauge,
+    problems: Gauge,
+    local_revision: Gauge<u64, AtomicU64>,
+    hub_revision: Gauge<u64, AtomicU64>,
+    refused: Gauge,
+    waiting: Gauge,
+    compiles: Counter,
+    compile_seconds: Histogram,
+}
+
+impl Metrics {
+    pub fn new(registry: &Registry) -> Self {
+        // A tenth of a millisecond to 1.6 s.
+        let compile_seconds = Histogram::new(exponential_buckets(1e-4, 2.0, 15));
+        let it = Self {
+            nodes: Gauge::default(),
+            connected: Gauge::default(),
+            current: Gauge::default(),
+            failed: Gauge::default(),
+            unenforced: Gauge::default(),
+            problems: Gauge::default(),
+            local_revision: Gauge::default(),
+            hub_revision: Gauge::default(),
+            refused: Gauge::default(),
+            waiting: Gauge::default(),
+            compiles: Counter::default(),
+            compile_seconds,
+        };
+        registry.register(|r| {
+            r.register("member_nodes", "Nodes that have a rule set", it.nodes.clone());
+            r.register("member_nodes_connected", "Nodes whose agents have a stream here", it.connected.clone());
+            r.register("member_nodes_current", "Nodes that acknowledged both newest revisions", it.current.clone());
+            r.register("member_nodes_failed", "Nodes where the newest rule set is not in force", it.failed.clone());
+            r.register("member_pods_unenforced", "Pods told to be not enforced, or not proven", it.unenforced.clone());
+            r.register("member_source_problems", "Manifests not used as written", it.problems.clone());
+            r.register("member_source_revision", "Newest revision of the source", it.local_revision.clone());
+            r.register("member_hub_revision", "Revision of the hub in force", it.hub_revision.clone());
+            r.register("member_policies_refused", "Federated policies that cannot be read", it.refused.clone());
+            r.register("member_policies_waiting", "Federated policies that wait for endpoints", it.waiting.clone());
+            r.register("member_compiles", "Times that rule sets were brought up to date", it.compiles.clone());
+            r.register("member_compile_seconds", "Time that one took", it.compile_seconds.clone());
+        });
+        it
+    }
+
+    pub fn compiled(&self, took: Duration) {
+        self.compiles.inc();
+        self.compile_seconds.observe(took.as_secs_f64());
+    }
+
+    /// How the world and its nodes are; `policies` are refused and waiting ones.
+    pub fn tell<'a>(
+        &self,
+        world: &World,
+        nodes: impl IntoIterator<Item = &'a NodeStatus>,
+        (refused, waiting): (usize, usize),
+    ) {
+        let newest = (world.hub_revision(), world.local().revision);
+        let (mut connected, mut current, mut failed, mut unenforced) = (0, 0, 0, 0);
+        for node in nodes {
+            let at = (node.place.hub_revision, node.place.local_revision);
+            connected += i64::from(node.connected);
+            current += i64::from(node.connected && at == newest);
+            failed += i64::from(node.failed.is_some());
+            unenforced += node.unenforced.len() as i64;
+        }
+        self.nodes.set(world.nodes().len() as i64);
+        self.connected.set(connected);
+        self.current.set(current);
+        self.failed.set(failed);
+        self.unenforced.set(unenforced);
+        self.problems.set(world.local().problems.len() as i64);
+        self.local_revision.set(newest.1);
+        self.hub_revision.set(newest.0);
+        self.refused.set(refused as i64);
+        self.waiting.set(waiting as i64);
+    }
+}

@@ -1,0 +1,222 @@
+//! Hanse's own streams: what must pass before every tier, so that a policy that denies everything everywhere can still be
+//! taken back at the hub.
+//!
+//! The list is fixed, and bound to addresses, protocol and port. A node is given those only of which a pod of its own is an
+//! end: between hosts, and between a node and its own pods, no rule is asked. Names of the hub are resolved elsewhere
+//! ([`crate::resolver`]); an address of a service stands for its backends, for packets are judged after translation.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+
+use hanse_k8s_api::assemble::{ClusterState, NodeInfo};
+use hanse_ruleset::OwnStream;
+use ipnet::IpNet;
+
+const TCP: u8 = 6;
+
+/// Where the processes of Hanse are that this member knows of.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Ends {
+    /// Where the hub serves members and users, and where it takes newcomers.
+    pub hubs: BTreeSet<SocketAddr>,
+    pub joins: BTreeSet<SocketAddr>,
+    /// The member's listeners; an unspecified address is every one of the member's.
+    pub agents: Option<SocketAddr>,
+    pub enrolment: Option<SocketAddr>,
+}
+
+/// The streams of one cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct OwnStreams {
+    all: Vec<OwnStream>,
+    /// On which node the pods are that own an address in `all`.
+    pods: BTreeMap<IpAddr, Arc<str>>,
+}
+
+impl OwnStreams {
+    /// `local` gives the address with which this process speaks to another, if there is a way.
+    pub fn new(ends: &Ends, state: &ClusterState, local: impl Fn(SocketAddr) -> Option<IpAddr>) -> Self {
+        let nodes: BTreeSet<IpAddr> = state.nodes.values().flat_map(|node| node.addresses.iter().copied()).collect();
+        let (hubs, joins) = (translated(&ends.hubs, state), translated(&ends.joins, state));
+        let towards_hub: BTreeSet<IpAddr> = ends.hubs.iter().chain(&ends.joins).filter_map(|it| local(*it)).collect();
+        let mut all = Vec::new();
+        for (name, ends) in [("hub", &hubs), ("joining", &joins)] {
+            for (port, to) in by_port(ends) {
+                all.extend(stream(&format!("member to {name}"), Some(&towards_hub), &to, port));
+                // Members of other clusters and people come from addresses that nobody here knows.
+                all.extend(stream(&format!("anyone to {name}"), None, &to, port));
+            }
+        }
+        let mut own: Option<BTreeSet<IpAddr>> = None;
+        for (name, listener) in [("agents to member", ends.agents), ("nodes to enrolment", ends.enrolment)] {
+            let Some(listener) = listener else { continue };
+            let to = match listener.ip().is_unspecified() {
+                // Which of this process's addresses the nodes reach: those with which it would speak to them.
+                true => own.get_or_insert_with(|| {
+                    let towards_nodes = nodes.iter().filter_map(|node| local(SocketAddr::new(*node, listener.port())));
+                    towards_nodes.chain(towards_hub.iter().copied()).collect()
+                }),
+                false => &mut [listener.ip()].into(),
+            };
+            all.extend(stream(name, Some(&nodes), to, listener.port()));
+        }
+        let named: BTreeSet<IpAddr> = all.iter().flat_map(|it| it.from.iter().chain(&it.to)).map(IpNet::addr).collect();
+        let owned = state.cluster.endpoints.values().filter(|endpoint| !endpoint.host_network);
+        let pods = owned.flat_map(|endpoint| {
+            let node = endpoint.node.clone();
+            let held = endpoint.addresses.iter().filter(|address| named.contains(address));
+            held.filter_map(move |address| Some((*address, node.clone()?)))
+        });
+        Self { pods: pods.collect(), all }
+    }
+
+    /// Those of which a pod of this node is an end.
+    pub fn on_node(&self, name: &str, node: &NodeInfo) -> Vec<OwnStream> {
+        let here = |net: &IpNet| match self.pods.get(&net.addr()) {
+            Some(owner) => **owner == *name,
+            None => node.pod_ranges.iter().any(|range| range.contains(&net.addr())),
+        };
+        // A stream from anywhere is for the node that it leads to.
+        let ends_here = |it: &&OwnStream| it.from.iter().chain(&it.to).any(here);
+        self.all.iter().filter(ends_here).cloned().collect()
+    }
+}
+
+/// The address from which a datagram to `to` would leave. Nothing is sent.
+pub fn local_address(to: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(to).ok()?;
+    Some(socket.local_addr().ok()?.ip().to_canonical())
+}
+
+/// As people read it: `agents to member: TCP from 192.0.2.1/32 to 10.0.0.7/32, port 7445`.
+pub fn describe(stream: &OwnStream) -> String {
+    let nets = |nets: &[IpNet]| match nets {
+        [] => "anywhere".to_owned(),
+        nets if nets.len() > 8 => format!("{} and {} more", join(&nets[..8]), nets.len() - 8),
+        nets => join(nets),
+    };
+    let protocol = if stream.protocol == TCP { "TCP".to_owned() } else { stream.protocol.to_string() };
+    format!("{}: {protocol} from {} to {}, port {}", stream.name, nets(&stream.from), nets(&stream.to), stream.port)
+}
+
+fn join(nets: &[IpNet]) -> String {
+    nets.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn stream(name: &str, from: Option<&BTreeSet<IpAddr>>, to: &BTreeSet<IpAddr>, port: u16) -> Option<OwnStream> {
+    // What stays within a host meets no hook.
+    let nets = |addresses: &BTreeSet<IpAddr>| -> Vec<IpNet> {
+        addresses.iter().filter(|it| !it.is_loopback() && !it.is_unspecified()).map(|it| IpNet::from(*it)).collect()
+    };
+    let (from, to) = (from.map(nets), nets(to));
+    // From nobody is not from anywhere.
+    let from = match from {
+        Some(from) if from.is_empty() => return None,
+        from => from.unwrap_or_default(),
+    };
+    (!to.is_empty()).then(|| OwnStream { name: name.into(), from, to, protocol: TCP, port })
+}
+
+fn by_port(ends: &BTreeSet<SocketAddr>) -> BTreeMap<u16, BTreeSet<IpAddr>> {
+    let mut ports: BTreeMap<u16, BTreeSet<IpAddr>> = BTreeMap::new();
+    for end in ends {
+        ports.entry(end.port()).or_default().insert(end.ip().to_canonical());
+    }
+    ports
+}
+
+fn translated(ends: &BTreeSet<SocketAddr>, state: &ClusterState) -> BTreeSet<SocketAddr> {
+    let backends = |end: &SocketAddr| -> Vec<SocketAddr> {
+        let service = state.service_addresses.get(&end.ip().to_canonical());
+        match service.and_then(|key| state.cluster.services.get(key)) {
+            Some(service) => {
+                let tcp = service.backends.iter().filter(|(_, protocol, _)| *protocol == TCP);
+                tcp.map(|(address, _, port)| SocketAddr::new(*address, *port)).collect()
+            }
+            None => vec![*end],
+        }
+    };
+    ends.iter().flat_map(backends).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use hanse_k8s_api::assemble_cluster;
+    use hanse_k8s_api::manifest::{Manifests, read_bytes};
+
+    use super::*;
+
+    const CLUSTER: &str = r#"
+apiVersion: v1
+kind: Node
+metadata: {name: a}
+spec: {podCIDR: 10.0.1.0/24}
+status: {addresses: [{type: InternalIP, address: 192.0.2.1}]}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: b}
+spec: {podCIDR: 10.0.2.0/24}
+status: {addresses: [{type: InternalIP, address: 192.0.2.2}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: hub, namespace: hanse}
+spec: {clusterIP: 10.96.0.9}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: hub-1, namespace: hanse, labels: {kubernetes.io/service-name: hub}}
+addressType: IPv4
+endpoints: [{addresses: [10.0.2.9]}]
+ports: [{port: 7443, protocol: TCP}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: hub, namespace: hanse}
+spec: {nodeName: b}
+status: {phase: Running, podIP: 10.0.2.9}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: member, namespace: hanse}
+spec: {nodeName: a}
+status: {phase: Running, podIP: 10.0.1.7}
+"#;
+
+    fn check(hub: &str, member: &str, expected: [&[&str]; 2]) {
+        let mut read = Manifests::default();
+        read_bytes(&"cluster.yaml".into(), CLUSTER.as_bytes(), &mut read);
+        assert!(read.diagnostics.is_empty(), "{:?}", read.diagnostics);
+        let state = assemble_cluster(&"here".into(), read.objects.iter());
+        let ends = Ends {
+            hubs: [hub.parse().expect("an address")].into(),
+            joins: BTreeSet::new(),
+            agents: Some("0.0.0.0:7445".parse().expect("an address")),
+            enrolment: None,
+        };
+        let own = OwnStreams::new(&ends, &state, |_| member.parse().ok());
+        for (node, expected) in ["a", "b"].into_iter().zip(expected) {
+            let found: Vec<String> = own.on_node(node, &state.nodes[node]).iter().map(describe).collect();
+            assert_eq!(found, expected, "node {node}");
+        }
+    }
+
+    #[test]
+    fn a_node_is_given_the_streams_of_its_own_pods_only() {
+        let agents = "agents to member: TCP from 192.0.2.1/32, 192.0.2.2/32 to 10.0.1.7/32, port 7445";
+        let out = "member to hub: TCP from 10.0.1.7/32 to 203.0.113.5/32, port 7443";
+        // Both on hosts: no pod is an end.
+        check("203.0.113.5:7443", "192.0.2.1", [&[], &[]]);
+        check("203.0.113.5:7443", "10.0.1.7", [&[out, agents], &[]]);
+        let through = "member to hub: TCP from 10.0.1.7/32 to 10.0.2.9/32, port 7443";
+        let anyone = "anyone to hub: TCP from anywhere to 10.0.2.9/32, port 7443";
+        check("10.0.2.9:7443", "10.0.1.7", [&[through, agents], &[through, anyone]]);
+        // By the service's address, another port in front.
+        check("10.96.0.9:443", "10.0.1.7", [&[through, agents], &[through, anyone]]);
+        check("127.0.0.1:7443", "127.0.0.1", [&[], &[]]);
+    }
+}

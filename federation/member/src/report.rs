@@ -1,0 +1,216 @@
+//! What the hub is told of enforcement: never more than what agents have acknowledged.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use hanse_policy::model::PolicyKind;
+use hanse_proto::federation::v1 as pb;
+use hanse_ruleset::{ChainId, EndpointId, RuleSet};
+
+use crate::exchange::client::Client;
+use crate::exchange::wire::digest_bytes;
+use crate::fanout::NodeStatus;
+use crate::world::World;
+
+/// Errors of one node that are told: of some 200 bytes each.
+const MAX_ERRORS: usize = 1_000;
+/// Stands for every policy.
+const EVERYTHING: &str = "*";
+/// Pods of one node that are told to be not enforced.
+const MAX_PODS: usize = 100;
+/// As many as an agent tells, of objects and of pods; where it tells so many there may be more.
+const MAX_TOLD: usize = 1_000;
+
+/// How far this cluster's nodes are.
+pub fn realisation(world: &World, nodes: &BTreeMap<Arc<str>, NodeStatus>, client: &Client) -> pb::Realisation {
+    let nothing = NodeStatus::default();
+    let nodes: Vec<pb::NodePosition> = world
+        .nodes()
+        .iter()
+        .map(|(name, held)| position(name, nodes.get(name).unwrap_or(&nothing), &held.rules))
+        .collect();
+    let current = |node: &&pb::NodePosition| {
+        let at = (node.hub_revision, node.local_revision);
+        node.connected && at == (world.hub_revision(), world.local().revision)
+    };
+    let agents_current = nodes.iter().filter(current).count();
+    client.with_receiver(|receiver| {
+        let (policies, clusters) = receiver.waiting();
+        let clusters: Vec<String> = clusters.iter().map(|name| name.to_string()).collect();
+        let waiting = policies.into_iter().map(|policy| pb::PolicyState {
+            policy: policy.to_string(),
+            state: Some(pb::policy_state::State::Waiting(pb::Waiting { clusters: clusters.clone() })),
+        });
+        let refused = receiver.refused().into_iter().map(|(policy, why)| pb::PolicyState {
+            policy: policy.to_string(),
+            state: Some(pb::policy_state::State::Refused(why)),
+        });
+        let origins = receiver.origins().into_iter().map(|(origin, status)| pb::OriginState {
+            origin: origin.to_string(),
+            position: Some(status.position.into()),
+            digest: digest_bytes(status.digest),
+        });
+        let (received, in_force) = receiver.positions();
+        pb::Realisation {
+            hub: Some(in_force.into()),
+            received: Some(received.into()),
+            agents: u32::try_from(nodes.len()).unwrap_or(u32::MAX),
+            agents_current: u32::try_from(agents_current).unwrap_or(u32::MAX),
+            nodes,
+            policies: refused.chain(waiting).collect(),
+            origins: origins.collect(),
+        }
+    })
+}
+
+/// One node's. An error is told by the federated policies that it concerns, where it concerns some; else as the agent
+/// named it.
+fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePosition {
+    let mut errors: BTreeMap<String, String> = BTreeMap::new();
+    if status.refused.len() >= MAX_TOLD || status.unenforced.len() >= MAX_TOLD {
+        errors.insert(EVERYTHING.to_owned(), "more is wrong than the agent tells".to_owned());
+    }
+    if let Some(failed) = &status.failed {
+        errors.insert(String::new(), failed.clone());
+    }
+    for (object, reason) in &status.refused {
+        let policies = concerned(rules, object);
+        if policies.is_empty() {
+            errors.entry(object.clone()).or_insert_with(|| reason.clone());
+        }
+        for policy in policies {
+            errors.entry(policy).or_insert_with(|| format!("{object}: {reason}"));
+        }
+    }
+    for pod in status.unenforced.iter().filter(|pod| is_known(&pod.reason)) {
+        let id = EndpointId { namespace: pod.namespace.as_str().into(), name: pod.name.as_str().into() };
+        for policy in of_endpoint(rules, &id) {
+            let error = || format!("pod {}/{} is not enforced: {}", pod.namespace, pod.name, pod.reason);
+            errors.entry(policy).or_insert_with(error);
+        }
+    }
+    if errors.len() > MAX_ERRORS {
+        let more = errors.len();
+        errors = errors.into_iter().take(MAX_ERRORS).collect();
+        errors.insert(EVERYTHING.to_owned(), format!("{more} objects have errors"));
+    }
+    pb::NodePosition {
+        node: name.to_string(),
+        hub_revision: status.place.hub_revision,
+        local_revision: status.place.local_revision,
+        connected: status.connected,
+        // Rounded, so that time alone is no news.
+        age_ms: status.heard.map_or(u64::MAX, |heard| heard.elapsed().as_secs() / 10 * 10_000),
+        errors: errors.into_iter().map(|(object, error)| pb::ObjectError { object, error }).collect(),
+        probe: status.probe.clone(),
+        unenforced: status.unenforced.iter().take(MAX_PODS).cloned().collect(),
+        unenforced_total: u32::try_from(status.unenforced.len()).unwrap_or(u32::MAX),
+    }
+}
+
+/// Whether an agent knows that policy does not act on a pod. One that does not answer its probe is told, but no error; one on
+/// the host's network is selected by no policy.
+fn is_known(reason: &str) -> bool {
+    !["not proven", "host network"].iter().any(|other| reason.starts_with(other))
+}
+
+/// The federated policies that stand in what an agent calls `object`.
+fn concerned(rules: &RuleSet, object: &str) -> BTreeSet<String> {
+    if let Some(policy) = object.strip_prefix("policy ") {
+        return federated(policy).into_iter().collect();
+    }
+    if let Some(chain) = object.strip_prefix("chain ") {
+        let chain = rules.chains.keys().find(|id| id.to_string() == chain);
+        return chain.map(|id| of_chain(rules, *id)).unwrap_or_default();
+    }
+    let endpoint = object.strip_prefix("endpoint ").and_then(|it| it.split_once('/'));
+    endpoint
+        .map(|(namespace, name)| of_endpoint(rules, &EndpointId { namespace: namespace.into(), name: name.into() }))
+        .unwrap_or_default()
+}
+
+fn of_endpoint(rules: &RuleSet, id: &EndpointId) -> BTreeSet<String> {
+    let endpoint = rules.endpoints.get(id).into_iter();
+    let chains = endpoint.flat_map(|it| [it.ingress, it.egress, it.egress_to_node]);
+    chains.flat_map(|chain| of_chain(rules, chain)).collect()
+}
+
+fn of_chain(rules: &RuleSet, id: ChainId) -> BTreeSet<String> {
+    let chain = rules.chains.get(&id).into_iter();
+    let policies = chain.flat_map(|it| &it.phases).flat_map(|it| &it.tiers).flat_map(|it| &it.policies);
+    policies.filter_map(|id| federated(&rules.policies.get(id)?.name)).collect()
+}
+
+/// The name of a federated policy, by what rule sets call it: `kind name`.
+fn federated(name: &str) -> Option<String> {
+    let name = name.strip_prefix(PolicyKind::FederatedNetworkPolicy.name())?;
+    name.strip_prefix(' ').map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use hanse_ruleset::{Chain, LocalEndpoint, Phase, Policy, Tier, TierDefault};
+
+    use super::*;
+
+    /// A pod that the federated policies `a` and `ab` and a local one stand on.
+    fn rules() -> RuleSet {
+        let policy = |name: &str| Arc::new(Policy { name: name.into(), rules: Vec::new() });
+        let policies = ["FederatedNetworkPolicy a", "FederatedNetworkPolicy ab", "NetworkPolicy x/a"].map(policy);
+        let tier = Tier {
+            name: "t".into(),
+            policies: policies.iter().map(|it| it.id()).collect(),
+            default: TierDefault::Deny,
+        };
+        let chain = Chain { phases: vec![Phase { name: "Guard".into(), tiers: vec![tier] }], profile_allows: true };
+        let id = EndpointId { namespace: "x".into(), name: "p".into() };
+        let chain_id = chain.id();
+        let endpoint = LocalEndpoint {
+            id: id.clone(),
+            addresses: Vec::new(),
+            ingress: chain_id,
+            egress: chain_id,
+            egress_to_node: chain_id,
+        };
+        RuleSet {
+            policies: policies.into_iter().map(|it| (it.id(), it)).collect(),
+            chains: [(chain_id, Arc::new(chain))].into(),
+            endpoints: [(id, Arc::new(endpoint))].into(),
+            ..RuleSet::default()
+        }
+    }
+
+    fn check(status: NodeStatus, expected: &[&str]) {
+        let told = position(&"n".into(), &status, &rules());
+        let objects: Vec<&str> = told.errors.iter().map(|it| it.object.as_str()).collect();
+        assert_eq!(objects, expected, "{status:?}");
+    }
+
+    fn refused(object: &str) -> NodeStatus {
+        NodeStatus { refused: vec![(object.to_owned(), "no".to_owned())], ..NodeStatus::default() }
+    }
+
+    #[test]
+    fn errors_name_the_federated_policies_that_they_concern() {
+        check(NodeStatus::default(), &[]);
+        check(refused("policy FederatedNetworkPolicy a"), &["a"]);
+        check(refused("policy NetworkPolicy x/a"), &["policy NetworkPolicy x/a"]);
+        check(refused("endpoint x/p"), &["a", "ab"]);
+        let chain = *rules().chains.keys().next().expect("a chain");
+        check(refused(&format!("chain {chain}")), &["a", "ab"]);
+        check(refused("set 00"), &["set 00"]);
+        let unproven = pb::UnenforcedPod { namespace: "x".into(), name: "p".into(), reason: "not proven: so".into() };
+        check(NodeStatus { unenforced: vec![unproven], ..NodeStatus::default() }, &[]);
+        let pod =
+            |name: &str| pb::UnenforcedPod { namespace: "x".into(), name: name.into(), reason: "bypassed".into() };
+        check(NodeStatus { unenforced: vec![pod("p")], ..NodeStatus::default() }, &["a", "ab"]);
+        check(NodeStatus { unenforced: vec![pod("on-the-host")], ..NodeStatus::default() }, &[]);
+        check(NodeStatus { failed: Some("no".into()), ..NodeStatus::default() }, &[""]);
+        // Where something may be left out, nothing counts as enforced.
+        check(NodeStatus { unenforced: vec![pod("q"); MAX_TOLD], ..NodeStatus::default() }, &["*"]);
+        let many = (0..2 * MAX_ERRORS).map(|it| (format!("set {it}"), "no".to_owned())).collect();
+        let told = position(&"n".into(), &NodeStatus { refused: many, ..NodeStatus::default() }, &rules());
+        assert_eq!(told.errors.first().map(|it| &*it.object), Some("*"));
+        assert!(told.errors.len() <= MAX_ERRORS + 1);
+    }
+}
