@@ -125,11 +125,11 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         heard,
         metrics: Metrics::new(&registry),
     };
-    member.take_local(local);
+    // What was received before this start counts from the first compile on.
     if let Some(updates) = client.take_updates() {
         member.world.receive(updates);
     }
-    member.changed();
+    member.take_local(local);
     client.start(&identity, &options.hubs, &shutdown);
     answering.start(&identity, &options.hubs, &shutdown);
     let (mut received, mut acknowledged, mut resolved) = (client.changes(), fanout.changes(), resolver.changes());
@@ -141,7 +141,6 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
             () = stop.cancelled() => return Ok(()),
             local = local_news.recv() => {
                 member.take_local(local.context("read the source")?);
-                member.changed();
                 told = false;
             }
             changed = received.changed() => {
@@ -182,10 +181,12 @@ struct Member {
 }
 
 impl Member {
-    /// What the source has is published, and says what this cluster looks for in others.
+    /// What the source has is enforced here, published, and says what this cluster looks for in others.
     fn take_local(&mut self, local: Arc<Sourced>) {
-        self.client.publish(&local.state.cluster);
         self.world.set_local(local);
+        self.changed();
+        let local = self.world.local();
+        self.client.publish(&local.state.cluster);
         self.client.want(self.wanted());
     }
 

@@ -209,3 +209,25 @@ pub fn issue(
         authority: authority.certificate().der.to_vec().into(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_listed_until_it_is_revoked() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert!(list_node_tokens(folder.path()).expect("no folder yet").is_empty());
+        private_folder(&folder.path().join(FOLDER)).expect("made");
+        let token = NodeToken { node: "n".into(), secret_hash: String::new(), expires_at: 7, key: None };
+        let path = folder.path().join(FOLDER).join("0123456789abcdef.json");
+        std::fs::write(&path, serde_json::to_vec(&token).expect("text")).expect("written");
+        let listed = list_node_tokens(folder.path()).expect("listed");
+        assert_eq!((listed.len(), &*listed[0].0, &*listed[0].1.node), (1, "0123456789abcdef", "n"));
+        assert!(listed[0].1.has_ended(SystemTime::now()) && !listed[0].1.is_used());
+        for other in ["", "other", "../node-tokens/0123456789abcdef", "."] {
+            assert!(!revoke_node_token(folder.path(), other).expect("nothing"), "{other}");
+        }
+        assert!(revoke_node_token(folder.path(), "0123456789abcdef").expect("revoked") && !path.exists());
+    }
+}

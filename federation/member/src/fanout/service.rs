@@ -235,3 +235,103 @@ async fn until(at: Option<tokio::time::Instant>) {
         tokio::time::sleep_until(at).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hanse_ruleset::{Generation, NodeConfig, RuleSet};
+    use wire::member_to_agent::Message;
+
+    use super::*;
+    use crate::world::NodeRules;
+
+    struct Sent {
+        stream: AgentStream,
+        outbox: mpsc::Receiver<Result<wire::MemberToAgent, Status>>,
+        _folder: tempfile::TempDir,
+    }
+
+    impl Sent {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().expect("a folder");
+            let fanout = Fanout::new(folder.path(), Duration::from_secs(60)).expect("a term");
+            let (outbox, sent) = mpsc::channel(16);
+            fanout.attach(&"n".into());
+            let node = "n".into();
+            let stream = AgentStream { node, fanout, outbox, held: None, in_flight: None, not_before: None };
+            Self { stream, outbox: sent, _folder: folder }
+        }
+
+        /// What is sent: the digest that a delta starts from, or none for a whole or a position.
+        async fn send(&mut self, target: &Arc<Target>) -> Option<Digest> {
+            self.stream.send(Arc::clone(target)).await.expect("there is room");
+            let mut base = None;
+            while let Ok(message) = self.outbox.try_recv() {
+                if let Some(Message::Begin(begin)) = message.expect("a message").message {
+                    base = (!begin.base.is_empty()).then(|| parse_digest(&begin.base).expect("a digest"));
+                }
+            }
+            base
+        }
+
+        fn ack(&mut self, target: &Target, failed: &str, probe: &str) {
+            let place = target.place;
+            let ack = wire::Ack {
+                generation: Some(generation(place.generation)),
+                digest: hanse_runtime::agent_wire::digest(target.node.digest),
+                revisions: Some(wire::Revisions { hub: place.hub_revision, local: place.local_revision }),
+                failed: failed.to_owned(),
+                probe: probe.to_owned(),
+                ..wire::Ack::default()
+            };
+            self.stream.ack(ack).expect("an ack");
+        }
+    }
+
+    /// A rule set that differs by number.
+    fn target(number: u64) -> Arc<Target> {
+        let range = format!("10.0.{number}.0/24").parse().expect("a net");
+        let node = NodeConfig { pod_ranges: vec![range], ..NodeConfig::default() };
+        let rules = Arc::new(RuleSet { node, ..RuleSet::default() });
+        let digest = rules.digest();
+        let place = Place { generation: Generation { term: 1, number }, hub_revision: number, local_revision: 1 };
+        Arc::new(Target { node: NodeRules { rules, digest, step: None }, place })
+    }
+
+    #[tokio::test]
+    async fn news_of_what_is_held_is_no_answer_to_what_is_under_way() {
+        let (first, second) = (target(1), target(2));
+        let mut sent = Sent::new();
+        assert_eq!(sent.send(&first).await, None, "the whole");
+        sent.ack(&first, "", "");
+        assert_eq!(sent.send(&second).await, Some(first.node.digest));
+        sent.ack(&first, "", "no pod has answered");
+        assert!(sent.stream.in_flight.is_some(), "still under way");
+        let told = || sent.stream.fanout.realisation()["n"].clone();
+        assert_eq!((told().probe.as_str(), told().place.hub_revision), ("no pod has answered", 1));
+        sent.ack(&second, "", "");
+        assert!(sent.stream.in_flight.is_none());
+        assert_eq!(sent.stream.held.as_ref().map(|it| it.node.digest), Some(second.node.digest));
+        assert_eq!(sent.stream.fanout.realisation()["n"].place.hub_revision, 2);
+    }
+
+    #[tokio::test]
+    async fn what_was_refused_is_sent_whole_and_not_at_once() {
+        let (first, second) = (target(1), target(2));
+        let mut sent = Sent::new();
+        sent.send(&first).await;
+        sent.ack(&first, "", "");
+        sent.send(&second).await;
+        sent.ack(&first, "the kernel refused", "");
+        let told = sent.stream.fanout.realisation()["n"].clone();
+        assert_eq!((told.failed.as_deref(), told.place.hub_revision), (Some("the kernel refused"), 1));
+        assert!(sent.stream.not_before.is_some());
+        assert_eq!(sent.send(&second).await, None, "from the beginning");
+        // One that cannot use even the whole greets anew, for ever if it were asked at once.
+        sent.stream.not_before = None;
+        let (_, current) = watch::channel(Some(second));
+        sent.stream
+            .hello(&wire::Hello { digest: vec![0; 16].into(), ..wire::Hello::default() }, &current)
+            .expect("a hello");
+        assert!(sent.stream.not_before.is_some());
+    }
+}
