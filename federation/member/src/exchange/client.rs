@@ -22,7 +22,7 @@ use tonic::Streaming;
 
 use super::model::{Updates, Wanted};
 use super::publisher::{PublishSession, Publisher};
-use super::receiver::Receiver;
+use super::receiver::{ReceiveError, Receiver};
 use crate::federated::readable;
 use crate::registration::MemberIdentity;
 
@@ -49,6 +49,8 @@ struct Shared {
     data: PathBuf,
     publisher: Mutex<Publisher>,
     receiver: Mutex<Receiver>,
+    /// Taken after `receiver` where both are.
+    kept: Mutex<Kept>,
     /// Counts what there is to publish.
     published: watch::Sender<u64>,
     /// Counts what was received.
@@ -57,6 +59,20 @@ struct Shared {
     realisation: watch::Sender<Option<Arc<pb::Realisation>>>,
     refusals: Mutex<Vec<pb::Refusal>>,
 }
+
+/// Which of what was received is on disk, and which was handed out. While something was handed out that is not on disk, a
+/// file says so: who restarts then knows that it holds something older.
+#[derive(Debug, Default)]
+struct Kept {
+    received: u64,
+    stored: u64,
+    handed: u64,
+    /// The file is there.
+    marked: bool,
+}
+
+/// The name of that file.
+const AHEAD: &str = "receiver.ahead";
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic elsewhere does not make the data wrong: each call leaves it whole.
@@ -70,11 +86,18 @@ impl Client {
         let epoch = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64);
         let receiver =
             read(&data.join("receiver.snapshot")).and_then(|bytes| Receiver::restore_checked(&bytes, readable));
+        let mut receiver = receiver.unwrap_or_else(|| Receiver::checked(readable));
+        let marked = data.join(AHEAD).exists();
+        if marked {
+            tracing::warn!("what was received is older than what nodes were told: it counts when the hub was heard");
+            receiver.doubt();
+        }
         let shared = Shared {
             data: data.to_owned(),
             // Epochs grow: a lost numbering starts behind every one that this clock has given.
             publisher: Mutex::new(publisher.unwrap_or_else(|| Publisher::new(epoch()))),
-            receiver: Mutex::new(receiver.unwrap_or_else(|| Receiver::checked(readable))),
+            receiver: Mutex::new(receiver),
+            kept: Mutex::new(Kept { marked, ..Kept::default() }),
             published: watch::Sender::new(0),
             received: watch::Sender::new(0),
             own: watch::Sender::default(),
@@ -128,7 +151,50 @@ impl Client {
 
     /// Changes since the last call; `changes` tells when to look.
     pub fn take_updates(&self) -> Option<Updates> {
-        lock(&self.shared.receiver).take_updates()
+        let mut receiver = lock(&self.shared.receiver);
+        let updates = receiver.take_updates()?;
+        let mut kept = lock(&self.shared.kept);
+        kept.handed = kept.received;
+        if kept.handed > kept.stored && !kept.marked {
+            match std::fs::write(self.shared.data.join(AHEAD), []) {
+                Ok(()) => kept.marked = true,
+                Err(error) => tracing::error!(%error, "a crash now would make a restart begin with something older"),
+            }
+        }
+        Some(updates)
+    }
+
+    fn receive(&self, message: pb::WatchResponse) -> Result<Vec<pb::WatchRequest>, ReceiveError> {
+        use pb::watch_response::Message;
+        let is_quiet = matches!(message.message, None | Some(Message::Welcome(_) | Message::Heartbeat(_)));
+        let mut receiver = lock(&self.shared.receiver);
+        // The first beat of a quiet stream may end a doubt.
+        let is_news = !is_quiet || receiver.is_doubted();
+        lock(&self.shared.kept).received += u64::from(is_news);
+        let answers = receiver.take(message)?;
+        drop(receiver);
+        if is_news {
+            self.shared.received.send_modify(|count| *count += 1);
+        }
+        Ok(answers)
+    }
+
+    /// Writes down what was received.
+    fn store(&self) {
+        let (bytes, at) = {
+            let receiver = lock(&self.shared.receiver);
+            (receiver.store(), lock(&self.shared.kept).received)
+        };
+        if !self.write("receiver.snapshot", &bytes) {
+            return;
+        }
+        let receiver = lock(&self.shared.receiver);
+        let mut kept = lock(&self.shared.kept);
+        kept.stored = at;
+        if kept.marked && kept.handed <= at && !receiver.is_doubted() {
+            // Should it stay, the next start waits for the hub without need.
+            kept.marked = std::fs::remove_file(self.shared.data.join(AHEAD)).is_err();
+        }
     }
 
     pub fn changes(&self) -> watch::Receiver<u64> {
@@ -140,11 +206,14 @@ impl Client {
         look(&lock(&self.shared.receiver))
     }
 
-    fn write(&self, name: &str, body: &[u8]) {
+    /// Whether it is written.
+    fn write(&self, name: &str, body: &[u8]) -> bool {
         let bytes = [HEADER, blake3::hash(body).as_bytes(), body].concat();
-        if let Err(error) = write_atomic(&self.shared.data.join(name), &bytes, 0o600) {
+        let written = write_atomic(&self.shared.data.join(name), &bytes, 0o600);
+        if let Err(error) = &written {
             tracing::error!(%error, name, "a snapshot cannot be written: a restart would begin with an older one");
         }
+        written.is_ok()
     }
 
     async fn publish_for_ever(&self, identity: &MemberIdentity, hub: &str, stop: &CancellationToken) {
@@ -267,9 +336,8 @@ impl Client {
                 message = tokio::time::timeout(SILENCE, incoming.message()) => {
                     let message = message.context("the hub is silent")?.context("watch")?;
                     let Some(message) = message else { return Ok(()) };
-                    let answers = lock(&self.shared.receiver).take(message)?;
+                    let answers = self.receive(message)?;
                     backoff.reset();
-                    self.shared.received.send_modify(|count| *count += 1);
                     answers
                 }
                 changed = own.changed() => {
@@ -309,11 +377,10 @@ impl Client {
         let mut incoming = client.watch(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
         let first = tokio::time::timeout(SILENCE, incoming.message()).await.context("the hub is silent")?;
         let first = first.context("watch")?.context("the hub closed the stream")?;
-        let answers = lock(&self.shared.receiver).take(first)?;
+        let answers = self.receive(first)?;
         for answer in answers {
             outbox.send(answer).await.context("answer")?;
         }
-        self.shared.received.send_modify(|count| *count += 1);
         Ok((outbox, incoming))
     }
 
@@ -325,15 +392,13 @@ impl Client {
                 () = stop.cancelled() => break,
                 changed = received.changed() => if changed.is_err() { break },
             }
-            let bytes = lock(&self.shared.receiver).store();
-            self.write("receiver.snapshot", &bytes);
+            self.store();
             tokio::select! {
                 () = stop.cancelled() => break,
                 () = tokio::time::sleep(STORE_EVERY) => {}
             }
         }
-        let bytes = lock(&self.shared.receiver).store();
-        self.write("receiver.snapshot", &bytes);
+        self.store();
     }
 }
 

@@ -45,6 +45,8 @@ pub struct Receiver {
     changes: Vec<Change>,
     /// The position that was handed out last with changes.
     told: Position,
+    /// Something newer than this was handed out before a crash: until the hub was heard again, nothing is.
+    doubted: bool,
     /// Says why a manifest cannot be used here.
     check: Option<Check>,
 }
@@ -78,6 +80,8 @@ struct Session {
     number: u64,
     complete: u64,
     interest: BTreeSet<Vec<u8>>,
+    /// The hub's own objects came.
+    hub_ended: bool,
     outstanding: BTreeSet<ClusterName>,
 }
 
@@ -316,9 +320,18 @@ impl Receiver {
 
     /// The changes since the last call, which count together; also where only the hub's position moved.
     pub fn take_updates(&mut self) -> Option<Updates> {
-        let moved = std::mem::replace(&mut self.told, self.in_force_at) != self.in_force_at;
-        (moved || !self.changes.is_empty())
-            .then(|| Updates { changes: std::mem::take(&mut self.changes), in_force: self.in_force_at })
+        let in_force = if self.doubted { Position::default() } else { self.in_force_at };
+        let moved = std::mem::replace(&mut self.told, in_force) != in_force;
+        (moved || !self.changes.is_empty()).then(|| Updates { changes: std::mem::take(&mut self.changes), in_force })
+    }
+
+    /// What was restored is older than what was handed out before: it counts when the hub has been heard again.
+    pub fn doubt(&mut self) {
+        self.doubted = true;
+    }
+
+    pub fn is_doubted(&self) -> bool {
+        self.doubted
     }
 
     /// Takes one message; returns what to answer.
@@ -328,7 +341,12 @@ impl Receiver {
     pub fn take(&mut self, response: pb::WatchResponse) -> Result<Vec<pb::WatchRequest>, ReceiveError> {
         let Some(session) = self.session.as_mut() else { return Err(ReceiveError::Protocol("no stream is open")) };
         match response.message {
-            None | Some(Response::Welcome(_) | Response::Heartbeat(_)) => Ok(Vec::new()),
+            None | Some(Response::Welcome(_)) => Ok(Vec::new()),
+            Some(Response::Heartbeat(_)) => {
+                // Nothing more is under way.
+                self.doubted &= session.number == 0 || session.complete != session.number;
+                Ok(Vec::new())
+            }
             Some(Response::Begin(begin)) => {
                 session.staging = Some(Staging {
                     snapshot: matches!(begin.kind, Some(pb::begin::Kind::Snapshot(_))),
@@ -469,6 +487,9 @@ impl Receiver {
         }
         self.hub_digest = expected;
         self.hub = Some(position);
+        if let Some(session) = self.session.as_mut() {
+            session.hub_ended = true;
+        }
         let gone: Vec<ClusterName> =
             clusters.keys().filter(|name| !self.clusters.contains_key(*name)).cloned().collect();
         for name in gone {
@@ -564,6 +585,7 @@ impl Receiver {
         }
         let news = session.complete != session.number;
         session.complete = session.number;
+        self.doubted &= !session.hub_ended;
         self.complete_interest.clone_from(&session.interest);
         let (number, mut moved) = (session.number, false);
         while self.waiting.front().is_some_and(|waiting| waiting.needs <= number) {
@@ -863,6 +885,33 @@ mod tests {
             }
         }
         now
+    }
+
+    #[test]
+    fn what_is_older_than_what_was_handed_out_waits_for_the_hub() {
+        let mut receiver = Receiver::checked(check);
+        receiver.open();
+        send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 1, &[]), 1);
+        let stored = receiver.store();
+        let restored = || {
+            let mut restored = Receiver::restore_checked(&stored, check).expect("whole");
+            restored.doubt();
+            assert_eq!(restored.take_updates().expect("what is held").in_force, Position::default());
+            restored.open();
+            restored
+        };
+        let mut news = restored();
+        send(&mut news, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"2", 2, &[]), 2);
+        assert_eq!(news.take_updates().expect("news").in_force.revision, 2);
+        let mut none = restored();
+        let beat = || pb::WatchResponse { message: Some(Response::Heartbeat(pb::Heartbeat {})) };
+        none.take(beat()).expect("the protocol");
+        assert!(none.take_updates().is_none(), "the hub has not told the interest");
+        let interest = pb::Interest { number: 1, ..pb::Interest::default() };
+        none.take(pb::WatchResponse { message: Some(Response::Interest(interest)) }).expect("the protocol");
+        assert!(none.take_updates().is_none(), "more may be under way");
+        none.take(beat()).expect("the protocol");
+        assert_eq!(none.take_updates().expect("it is as it was").in_force.revision, 1);
     }
 
     #[test]
