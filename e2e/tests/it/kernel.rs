@@ -353,7 +353,8 @@ fn inhabitants(corpus: &Corpus) -> (Vec<(String, Vec<IpAddr>)>, BTreeSet<IpAddr>
     }
     let ends = corpus.cases.iter().flat_map(|case| case.packets()).flat_map(|(text, _)| {
         let question = question(text);
-        ["from", "to"].map(|end| question[end]["ip"].as_str().and_then(|ip| ip.parse::<IpAddr>().ok()))
+        let address = |ip: &str| ip.parse::<IpAddr>().ok().map(|address| address.to_canonical());
+        ["from", "to"].map(|end| question[end]["ip"].as_str().and_then(address))
     });
     outside.extend(ends.flatten());
     outside.retain(|address| !owned.contains(address) && !address.is_loopback() && !address.is_multicast());

@@ -1,5 +1,6 @@
 //! Tests of the whole.
 
+mod fuzz;
 mod guards;
 mod kernel;
 mod manifests;

@@ -2,6 +2,7 @@
 
 mod bench;
 mod demo;
+mod fuzz;
 mod setup;
 mod test;
 
@@ -20,6 +21,8 @@ enum Task {
     Demo(demo::Arguments),
     /// Measure what the design has budgets for: time as wall and as CPU, memory as the peak of a process of its own.
     Bench(bench::Arguments),
+    /// Put mutated inputs into a parser for as long as wanted.
+    Fuzz(fuzz::Arguments),
     /// Check formatting and lints, and run every test, those with packets too.
     Test(test::Arguments),
 }
@@ -28,6 +31,7 @@ fn main() -> anyhow::Result<()> {
     match Arguments::parse().task {
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
+        Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
     }
 }

@@ -112,6 +112,10 @@ fn export(update: pb::ObjectUpdate, len: usize) -> Result<Export, Refusal> {
             if it.addresses.len() > MAX_ADDRESSES || it.ports.len() > MAX_PORTS || it.node.len() > MAX_NAME_BYTES {
                 return Err(Refusal::Malformed("addresses, ports or node exceed their limit".to_owned()));
             }
+            // Receivers are relayed the bytes, and could not read them.
+            if it.ports.iter().any(|it| u8::try_from(it.protocol).is_err() || u16::try_from(it.port).is_err()) {
+                return Err(Refusal::Malformed("ports: a protocol or a number is out of range".to_owned()));
+            }
             Ok(Export::Endpoint(EndpointExport {
                 namespace: it.namespace,
                 service_account: it.service_account,

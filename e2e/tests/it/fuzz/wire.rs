@@ -1,0 +1,282 @@
+//! The wire: what decodes and is accepted encodes to bytes that mean the same, and what the hub accepts of a member every
+//! other member can read. The first byte of an input says which message the rest is.
+
+use bytes::Bytes;
+use hanse_hub::exchange::wire as hub;
+use hanse_member::exchange::wire as member;
+use hanse_proto::agent::v1 as agent;
+use hanse_proto::federation::v1 as pb;
+use hanse_ruleset::{Delta, RuleSet};
+use hanse_runtime::agent_wire::{Assembled, Assembler, encode};
+use prost::Message as _;
+
+use super::{Outcome, Target};
+
+pub struct Messages;
+
+impl Target for Messages {
+    const NAME: &'static str = "wire";
+    const RUNS: u64 = 60_000;
+    const WORDS: &'static [&'static str] = &[
+        "\x08\x01",
+        "\x10\x00",
+        "\x12\x00",
+        "\x1a\x00",
+        "\x0a\x04\x0a\x00\x00\x01",
+        "\u{0}\u{0}\u{0}\u{0}",
+        "app == 'x'",
+        "all()",
+        "has(a)",
+        "web",
+        "default",
+        "0123456789abcdef",
+        "\x1a\x10",
+        "\x22\x02\x08\x01",
+        "{\"kind\":\"Tier\"}",
+    ];
+
+    fn seeds() -> Vec<Vec<u8>> {
+        let tagged = |tag: u8, bytes: Vec<u8>| [vec![tag], bytes].concat();
+        let mut seeds: Vec<Vec<u8>> = objects().iter().map(|object| tagged(0, object.encode_to_vec())).collect();
+        // The hub refuses what it does not use itself, since it would relay it to members who cannot read it.
+        for (protocol, number) in [(6, 65_536), (256, 80)] {
+            let body = pb::object_update::Body::Endpoint(pb::Endpoint {
+                name: "pod-1".to_owned(),
+                ports: vec![pb::NamedPort { name: "http".to_owned(), protocol, port: number }],
+                ..pb::Endpoint::default()
+            });
+            seeds.push(tagged(0, pb::ObjectUpdate { id: 9, body: Some(body), ..Default::default() }.encode_to_vec()));
+        }
+        let upserts: Vec<Bytes> = objects().iter().map(|object| object.encode_to_vec().into()).collect();
+        seeds.push(tagged(1, pb::Frame { upserts, removals: vec![1, 2, u64::MAX] }.encode_to_vec()));
+        let selection = |selector: &str, clusters| pb::Selection {
+            clusters: Some(clusters),
+            selector: selector.to_owned(),
+            port_names: vec!["http".to_owned()],
+        };
+        let named = pb::selection::Clusters::Named(pb::Clusters { names: vec!["a".to_owned(), "b".to_owned()] });
+        let selections = vec![
+            selection("app == 'x' && pcns.team in {'a', \"b\"}", named),
+            selection("", pb::selection::Clusters::All(pb::AllClusters {})),
+        ];
+        seeds.push(tagged(2, pb::OwnInterest { selections }.encode_to_vec()));
+        seeds.push(tagged(3, messages(&encode(&delta()))));
+        let manifest = serde_json::json!({
+            "apiVersion": "hanse.dev/v1alpha1", "kind": "FederatedNetworkPolicy", "metadata": {"name": "p"},
+            "spec": {"tier": "platform", "selector": "app == 'x'", "types": ["Ingress"]},
+        });
+        seeds.push(tagged(4, manifest.to_string().into_bytes()));
+        let cluster = serde_json::json!({
+            "apiVersion": "hanse.dev/v1alpha1", "kind": "MemberCluster", "metadata": {"name": "c"},
+            "spec": {"labels": {"env": "prod"}, "grants": {"cidrs": ["10.0.0.0/8"], "namespaces": ["*"]}},
+        });
+        seeds.push(tagged(4, cluster.to_string().into_bytes()));
+        seeds
+    }
+
+    fn run(input: &[u8]) -> Outcome {
+        let (&which, bytes) = input.split_first().unwrap_or((&0, &[]));
+        let read = match which % 5 {
+            0 => export(bytes),
+            1 => frame(bytes),
+            2 => interest(bytes),
+            3 => rule_set(bytes),
+            _ => manifest(bytes),
+        };
+        let (accepted, how) = match read {
+            Ok(how) => (true, how),
+            Err(how) => (false, how),
+        };
+        Outcome { accepted, how: format!("{} {how}", which % 5) }
+    }
+}
+
+/// One object that a member publishes: the hub checks it, and relays its bytes as they are.
+fn export(bytes: &[u8]) -> Result<String, String> {
+    let read = member::read_object(bytes);
+    let (id, _, export) = hub::read_export(bytes).ok_or("no id")?;
+    let export = export.map_err(|refusal| format!("{refusal:?}"))?;
+    let (same, object) = read.expect("what the hub relays is an object");
+    let object = object.expect("what the hub relays can be read");
+    assert_eq!(id, same);
+    match (export, object) {
+        (hub::Export::Endpoint(export), member::Object::Endpoint(object)) => {
+            assert_eq!((export.namespace, &export.addresses), (object.namespace, &object.addresses));
+            assert_eq!((export.service_account, export.label_set), (object.service_account, object.label_set));
+            assert_eq!(export.own.len(), object.own.len());
+            assert!(object.ports.iter().all(|port| export.port_names.contains(&port.name)));
+            Ok(format!("endpoint {} {}", export.addresses.len().min(3), export.port_names.len().min(3)))
+        }
+        (hub::Export::Namespace { name, labels }, member::Object::Namespace { name: same, labels: read }) => {
+            assert_eq!((name, labels.len()), (same, read.len()));
+            Ok("namespace".to_owned())
+        }
+        (hub::Export::ServiceAccount { name, .. }, member::Object::ServiceAccount { name: same, .. }) => {
+            assert_eq!(name, same);
+            Ok("account".to_owned())
+        }
+        (hub::Export::LabelSet { labels }, member::Object::LabelSet { labels: read }) => {
+            assert_eq!(labels.len(), read.len());
+            Ok("labels".to_owned())
+        }
+        (export, object) => panic!("the hub reads {export:?}, members {object:?}"),
+    }
+}
+
+fn frame(bytes: &[u8]) -> Result<String, String> {
+    let (read, theirs) = (hub::read_frame(bytes), member::read_frame(bytes));
+    assert_eq!(read.is_ok(), theirs.is_ok());
+    let frame = read.map_err(|refusal| format!("{refusal:?}"))?;
+    assert_eq!(Ok(&frame), theirs.as_ref());
+    let of_hub = hub::frames(frame.upserts.clone(), frame.removals.clone());
+    let of_member = member::frames(frame.upserts.clone(), frame.removals.clone());
+    for frames in [of_hub, of_member] {
+        let mut whole = pb::Frame::default();
+        for bytes in frames {
+            let part = hub::read_frame(&bytes).expect("a frame of ours is within the limit");
+            whole.upserts.extend(part.upserts);
+            whole.removals.extend(part.removals);
+        }
+        assert_eq!(whole, frame);
+    }
+    Ok(format!("frame {} {}", frame.upserts.len().min(3), frame.removals.len().min(3)))
+}
+
+fn interest(bytes: &[u8]) -> Result<String, String> {
+    let interest = pb::OwnInterest::decode(bytes).map_err(|_| "no interest")?;
+    let read = hub::read_interest(interest.selections)?;
+    let send = |interest: &std::collections::BTreeSet<std::sync::Arc<_>>| {
+        let selections = interest.iter().map(|wanted: &std::sync::Arc<_>| pb::Selection::from(&**wanted)).collect();
+        hub::read_interest(selections)
+    };
+    let sent = match send(&read) {
+        // The canonical form has more blanks and parentheses than what was written.
+        Err(error) if error.contains("bytes, of") || error.contains("nested deeper") => return Ok("long".to_owned()),
+        sent => sent.expect("what was read is sent on and read"),
+    };
+    // `!(!a)` is sent as `!!a`, which is `a`; from there on nothing changes.
+    assert!(sent.len() <= read.len());
+    assert_eq!(send(&sent).as_ref(), Ok(&sent));
+    Ok(format!("interest {}", read.len().min(4)))
+}
+
+/// A stream of messages to an agent.
+fn rule_set(mut bytes: &[u8]) -> Result<String, String> {
+    let (mut assembler, mut told) = (Assembler::default(), Vec::new());
+    while !bytes.is_empty() {
+        let message = agent::MemberToAgent::decode_length_delimited(&mut bytes).map_err(|_| "no message")?;
+        match assembler.receive(message).map_err(|error| error.to_string())? {
+            Assembled::Nothing => {}
+            Assembled::Position { .. } => told.push("position".to_owned()),
+            Assembled::Delta(delta) => {
+                let once = reassembled(&delta);
+                assert_eq!(reassembled(&once), once);
+                let whole = Delta { base: None, ..*delta };
+                told.push(match RuleSet::default().apply(&whole) {
+                    Ok(_) => "applied".to_owned(),
+                    Err(error) => error.to_string(),
+                });
+            }
+        }
+    }
+    told.truncate(3);
+    if told.is_empty() { Err("nothing whole".to_owned()) } else { Ok(told.join(", ")) }
+}
+
+fn reassembled(delta: &Delta) -> Delta {
+    let mut assembler = Assembler::default();
+    for message in encode(delta) {
+        if let Assembled::Delta(delta) = assembler.receive(message).expect("what is encoded is read") {
+            return *delta;
+        }
+    }
+    panic!("an encoded delta ends");
+}
+
+fn manifest(bytes: &[u8]) -> Result<String, String> {
+    hanse_hub::manifest::check(bytes).map(|checked| format!("{:?}", checked.id.kind))
+}
+
+fn messages(of: &[agent::MemberToAgent]) -> Vec<u8> {
+    of.iter().flat_map(|message| message.encode_length_delimited_to_vec()).collect()
+}
+
+fn objects() -> Vec<pb::ObjectUpdate> {
+    use pb::object_update::Body;
+    let pair = |key: &str, value: &str| pb::Pair { key: key.to_owned(), value: value.to_owned() };
+    let port = |name: &str, protocol, port| pb::NamedPort { name: name.to_owned(), protocol, port };
+    let bodies = [
+        Body::Namespace(pb::Namespace { name: "web".to_owned(), labels: vec![pair("team", "a")] }),
+        Body::ServiceAccount(pb::ServiceAccount { namespace: 1, name: "default".to_owned(), labels: Vec::new() }),
+        Body::LabelSet(pb::LabelSet { labels: vec![pair("app", "x"), pair("tier", "")] }),
+        Body::Endpoint(pb::Endpoint {
+            namespace: 1,
+            name: "pod-0".to_owned(),
+            service_account: 2,
+            label_set: 3,
+            labels: vec![pair("index", "0")],
+            addresses: vec![vec![10, 0, 0, 1].into(), vec![0xfd; 16].into()],
+            ports: vec![port("http", 6, 80), port("dns", 17, 53)],
+            node: "n1".to_owned(),
+        }),
+    ];
+    let update = |(id, body)| pb::ObjectUpdate { id, revision: id, features: Vec::new(), body: Some(body) };
+    (1..).zip(bodies).map(update).collect()
+}
+
+/// Something of everything.
+fn delta() -> Delta {
+    use hanse_ruleset::*;
+    let id = |name: &str| SetId::of_meaning(&[name]);
+    let address = |last| std::net::IpAddr::from([10, 0, 0, last]);
+    let sets = [
+        Set { id: id("a"), members: Members::Addresses([address(1), address(2)].into()) },
+        Set { id: id("n"), members: Members::Nets(["10.0.0.0/8".parse().expect("a net")].into()) },
+        Set {
+            id: id("s"),
+            members: Members::Sockets([SocketAddress { address: address(3), protocol: 6, port: 80 }].into()),
+        },
+    ];
+    let peer = Peer {
+        nets: vec!["fd00::/8".parse().expect("a net")],
+        in_sets: vec![vec![id("a"), id("n")]],
+        ports: vec![PortRange { first: 80, last: 90 }],
+        port_sets: vec![id("s")],
+        ..Peer::default()
+    };
+    let rule = Rule {
+        action: Action::Allow,
+        index: 3,
+        unknown: false,
+        family: Some(Family::V4),
+        protocol: Some(6),
+        not_protocol: None,
+        icmp: Some(Icmp { kind: 8, code: Some(0) }),
+        not_icmp: None,
+        source: peer.clone(),
+        destination: peer,
+    };
+    let policy = Policy { name: "c/web/p".into(), rules: vec![rule] };
+    let tier = Tier { name: "default".into(), policies: vec![policy.id()], default: TierDefault::Deny };
+    let chain = Chain { phases: vec![Phase { name: "Local".into(), tiers: vec![tier] }], profile_allows: true };
+    let endpoint = LocalEndpoint {
+        id: EndpointId { namespace: "web".into(), name: "pod-0".into() },
+        addresses: vec![address(1)],
+        ingress: chain.id(),
+        egress: chain.id(),
+        egress_to_node: chain.id(),
+    };
+    let stream = OwnStream { name: "hub".into(), from: Vec::new(), to: Vec::new(), protocol: 6, port: 7443 };
+    let node = NodeConfig {
+        pod_ranges: vec!["10.0.0.0/24".parse().expect("a net")],
+        node_addresses: vec![address(254)],
+        unknown_pods: UnknownPods::Deny,
+        own_streams: vec![stream],
+    };
+    let mut rules = RuleSet { node, hub_revision: 3, local_revision: 4, ..RuleSet::default() };
+    rules.sets.extend(sets.map(|set| (set.id, set.into())));
+    rules.policies.insert(policy.id(), policy.into());
+    rules.chains.insert(chain.id(), chain.into());
+    rules.endpoints.insert(endpoint.id.clone(), endpoint.into());
+    Delta::between(None, &rules)
+}
