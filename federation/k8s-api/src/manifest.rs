@@ -305,11 +305,17 @@ fn read_object(reference: &Reference, node: &Node) -> Result<Option<Object>, Vec
     if errors.is_empty() { Ok(Some(object)) } else { Err(errors) }
 }
 
-/// A node as a type; the error names the field.
+/// A node as a type; the error names the field, also one that is missing.
 pub(crate) fn typed<T: DeserializeOwned>(node: &Node) -> Result<T, Vec<FieldError>> {
     serde_path_to_error::deserialize(node).map_err(|error| {
         let path = error.path().to_string();
         let path = if path == "." { String::new() } else { path };
-        vec![FieldError { path, message: error.into_inner().to_string() }]
+        let message = error.into_inner().to_string();
+        let missing = message.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
+        vec![match missing {
+            None => FieldError { path, message },
+            Some(name) if path.is_empty() => FieldError { path: name.to_owned(), message: "is missing".to_owned() },
+            Some(name) => FieldError { path: format!("{path}.{name}"), message: "is missing".to_owned() },
+        }]
     })
 }

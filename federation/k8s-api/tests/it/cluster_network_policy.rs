@@ -39,13 +39,23 @@ fn specs() {
     ] {
         assert_eq!(check(spec), [field], "{spec}");
     }
-    for missing in [
-        "{priority: 0, subject: {namespaces: {}}}",
-        "{tier: Admin, subject: {namespaces: {}}}",
-        "{tier: Admin, priority: 0}",
+    for (missing, field) in [
+        ("{priority: 0, subject: {namespaces: {}}}", "spec.tier"),
+        ("{tier: Admin, subject: {namespaces: {}}}", "spec.priority"),
+        ("{tier: Admin, priority: 0}", "spec.subject"),
+        (
+            "{tier: Admin, priority: 0, subject: {namespaces: {}}, egress: [{to: [{namespaces: {}}]}]}",
+            "spec.egress[0].action",
+        ),
+        (
+            "{tier: Admin, priority: 0, subject: {namespaces: {matchExpressions: [{operator: Exists}]}}}",
+            "spec.subject.namespaces.matchExpressions[0].key",
+        ),
     ] {
-        assert_eq!(check(missing).len(), 1, "{missing}");
+        assert_eq!(check(missing), [field], "{missing}");
     }
+    let bare = "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: p}\n";
+    assert_eq!(refusals(bare), ["spec"]);
 }
 
 #[test]
