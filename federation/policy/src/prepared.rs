@@ -24,8 +24,7 @@ use crate::inventory::{
     Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, Labels, selects,
 };
 use crate::model::{
-    Action, ClusterName, ClusterScope, EntityMatch, Layer, Policy, PolicySet, Port, Protocol, Rule, Selection,
-    ServiceMatch,
+    Action, ClusterName, ClusterScope, EntityMatch, Layer, Policy, PolicySet, Port, Rule, Selection, ServiceMatch,
 };
 use crate::selector::{Expr, Selector};
 use crate::tri::Tri;
@@ -127,8 +126,10 @@ impl<'a> Prepared<'a> {
             let federated_allow_final = pod.owner.federated_allow_final;
             let court = Court { facts: &facts, enforcer: pod.cluster, federated_allow_final };
             let candidates = |tier: usize| {
-                let rules = chain.rules[tier].iter().filter(|rule| glance.may_match(rule));
-                rules.map(|rule| (rule.policy, rule.rule))
+                let PlainRules { outlines, rules } = &chain.rules[tier];
+                let drawn = outlines.iter().zip(rules).filter(|(outline, _)| glance.may_match(outline));
+                let near = drawn.map(|(_, rule)| rule).filter(|rule| glance.is_in_nets(rule));
+                near.map(|rule| (rule.policy, rule.rule))
             };
             Some(court.judge(&chain.tiers, candidates, query))
         })
@@ -157,9 +158,9 @@ impl<'a> Prepared<'a> {
 
     /// The rules of a tier that can decide: one that does what an earlier one does, where that one matches, never comes
     /// to it. Log rules speak each time.
-    fn plain_rules(&self, tier: &TierView<'a>, direction: Direction) -> Vec<PlainRule<'a>> {
+    fn plain_rules(&self, tier: &TierView<'a>, direction: Direction) -> PlainRules<'a> {
         let mut seen = FastSet::default();
-        let mut plain = Vec::new();
+        let mut plain = PlainRules::default();
         let number = |selection: &Option<Selection>| {
             selection.as_ref().and_then(|it| self.selections.get(&address_of(it))).copied()
         };
@@ -169,13 +170,12 @@ impl<'a> Prepared<'a> {
                 if rule.action != Action::Log && !seen.insert(meaning) {
                     continue;
                 }
-                plain.push(PlainRule {
+                let ends = [number(&rule.source.selection), number(&rule.destination.selection)];
+                plain.outlines.push(Outline::of(rule, ends));
+                plain.rules.push(PlainRule {
                     policy,
                     rule,
-                    protocol: rule.protocol.map(Protocol::number),
-                    ends: [number(&rule.source.selection), number(&rule.destination.selection)],
                     nets: [only(&rule.source.nets), only(&rule.destination.nets)],
-                    ports: Ports::of(&rule.destination.ports),
                 });
             }
         }
@@ -280,7 +280,7 @@ impl Drop for Lit<'_> {
 /// What tells at a glance that a rule does not match.
 struct Glance<'p> {
     bits: &'p [Bits; 2],
-    protocol: u8,
+    protocol: u16,
     /// 0 where the packet has none.
     port: u16,
     has_port: bool,
@@ -293,7 +293,7 @@ impl<'p> Glance<'p> {
     fn new(prepared: &'p Prepared<'_>, query: &Query, memos: &[Memo<'_>; 2]) -> Self {
         Self {
             bits: &prepared.bits,
-            protocol: query.protocol,
+            protocol: query.protocol.into(),
             port: query.destination_port,
             has_port: has_ports(query.protocol),
             has_names: memos[1].end.pod.is_some_and(|pod| !pod.endpoint.ports.is_empty()),
@@ -301,21 +301,19 @@ impl<'p> Glance<'p> {
         }
     }
 
-    /// Whether a rule is worth asking.
-    fn may_match(&self, rule: &PlainRule<'_>) -> bool {
+    /// Whether a rule is worth looking at.
+    fn may_match(&self, rule: &Outline) -> bool {
         let lit = |end: usize| {
-            rule.ends[end].is_none_or(|number| self.bits[end][number as usize / 64].get() >> (number % 64) & 1 == 1)
+            let number = rule.ends[end];
+            number == ANY || self.bits[end][number as usize / 64].get() >> (number % 64) & 1 == 1
         };
-        let in_net = |end: usize| rule.nets[end].is_none_or(|net| net.contains(&self.addresses[end]));
-        let port = rule.ports.as_ref().is_none_or(|ports| {
-            self.has_port && (ports.first <= self.port && self.port <= ports.last || ports.named && self.has_names)
-        });
-        rule.protocol.is_none_or(|protocol| protocol == self.protocol)
-            && port
-            && lit(0)
-            && lit(1)
-            && in_net(0)
-            && in_net(1)
+        let in_range = rule.first <= self.port && self.port <= rule.last;
+        let port = !rule.ports || self.has_port && (in_range || rule.named && self.has_names);
+        (rule.protocol == ANY_PROTOCOL || rule.protocol == self.protocol) && port && lit(0) && lit(1)
+    }
+
+    fn is_in_nets(&self, rule: &PlainRule<'_>) -> bool {
+        rule.nets.iter().zip(&self.addresses).all(|(net, address)| net.is_none_or(|net| net.contains(address)))
     }
 }
 
@@ -324,38 +322,61 @@ impl<'p> Glance<'p> {
 struct Plain<'a> {
     tiers: Vec<TierView<'a>>,
     /// For each tier, in order.
-    rules: Vec<Vec<PlainRule<'a>>>,
+    rules: Vec<PlainRules<'a>>,
+}
+
+/// The rules of a tier, and apart from them, closely packed, what is looked at first.
+#[derive(Debug, Default)]
+struct PlainRules<'a> {
+    outlines: Vec<Outline>,
+    rules: Vec<PlainRule<'a>>,
 }
 
 #[derive(Debug)]
 struct PlainRule<'a> {
-    protocol: Option<u8>,
-    /// The numbers of the selections of source and destination.
-    ends: [Option<u32>; 2],
-    /// Their nets, where there is one only.
-    nets: [Option<IpNet>; 2],
-    /// Of the destination; `None` says nothing.
-    ports: Option<Ports>,
     policy: &'a Policy,
     rule: &'a Rule,
+    /// Of source and destination, where there is one only.
+    nets: [Option<IpNet>; 2],
 }
 
-/// What all ports of a list lie between, and whether some are names.
+/// Four of them in a line of a cache.
 #[derive(Debug)]
-struct Ports {
+struct Outline {
+    /// The numbers of the selections of source and destination; [`ANY`] says nothing.
+    ends: [u32; 2],
+    /// [`ANY_PROTOCOL`] says nothing.
+    protocol: u16,
+    /// What all ports of the destination lie between; first after last when all are names.
     first: u16,
     last: u16,
+    /// The destination's ports say something; some of them are names.
+    ports: bool,
     named: bool,
 }
 
-impl Ports {
-    fn of(ports: &[Port]) -> Option<Self> {
-        let nothing = Self { first: u16::MAX, last: 0, named: false };
-        let join = |all: Self, port: &Port| match port {
-            Port::Range(first, last) => Self { first: all.first.min(*first), last: all.last.max(*last), ..all },
-            Port::Named(_) => Self { named: true, ..all },
+const ANY: u32 = u32::MAX;
+const ANY_PROTOCOL: u16 = u16::MAX;
+
+impl Outline {
+    fn of(rule: &Rule, ends: [Option<u32>; 2]) -> Self {
+        let mut outline = Self {
+            ends: ends.map(|end| end.unwrap_or(ANY)),
+            protocol: rule.protocol.map_or(ANY_PROTOCOL, |protocol| protocol.number().into()),
+            first: u16::MAX,
+            last: 0,
+            ports: !rule.destination.ports.is_empty(),
+            named: false,
         };
-        (!ports.is_empty()).then(|| ports.iter().fold(nothing, join))
+        for port in &rule.destination.ports {
+            match port {
+                Port::Range(first, last) => {
+                    (outline.first, outline.last) = (outline.first.min(*first), outline.last.max(*last));
+                }
+                Port::Named(_) => outline.named = true,
+            }
+        }
+        outline
     }
 }
 

@@ -132,12 +132,20 @@ fn packet(query: &Query) -> Packet {
     }
 }
 
-/// Two pods of different clusters claim one address, now and then.
+/// Two pods of different clusters claim one address, now and then; and a pod on the host's network may claim its node's,
+/// in vain.
 fn contest(random: &mut Random, world: &mut World) {
+    for endpoint in world.inventory.clusters.values_mut().flat_map(|it| it.endpoints.values_mut()) {
+        if endpoint.host_network && random.once_in(2) {
+            endpoint.addresses = endpoint.host_addresses.clone();
+        }
+    }
     for (from, to) in [("prod", "serve"), ("train", "serve"), ("train", "prod")] {
         let first = |cluster: &str| {
             let pods = world.inventory.clusters[cluster].endpoints.iter();
-            pods.filter(|(_, it)| !it.addresses.is_empty()).map(|(id, it)| (id.clone(), it.addresses.clone())).next()
+            pods.filter(|(_, it)| !it.addresses.is_empty() && !it.host_network)
+                .map(|(id, it)| (id.clone(), it.addresses.clone()))
+                .next()
         };
         if random.once_in(5)
             && let (Some((_, claimed)), Some((id, _))) = (first(from), first(to))
@@ -188,17 +196,17 @@ fn count_ends(inventory: &Inventory, query: &Query, ends: &mut Counts) {
     });
     for end in [&query.source, &query.destination] {
         let claims = inventory.clusters.values().flat_map(|it| it.endpoints.values());
-        let claims = claims.filter(|it| it.addresses.contains(&end.address)).count();
+        let claims = claims.filter(|it| !it.host_network && it.addresses.contains(&end.address)).count();
         let on_host = inventory.clusters.values().flat_map(|it| it.endpoints.values());
         let on_host = on_host.filter(|it| it.host_addresses.contains(&end.address)).count() > 0;
         count(match (&end.pod, claims) {
             (_, 2..) => "contested",
+            _ if on_host => "node",
             (Some((cluster, _)), _) if inventory.clusters[cluster].stale => "pod of a stale cluster",
             (Some((cluster, _)), _) if inventory.clusters[cluster].label_grant != LabelGrant::All => {
                 "pod of a cluster with a label grant"
             }
             (Some(_), _) => "pod",
-            (None, _) if on_host => "node",
             (None, _) => "nobody",
         });
     }
