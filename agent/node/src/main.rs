@@ -127,8 +127,9 @@ fn main() -> anyhow::Result<()> {
     match cli.command {
         Command::Run(args) => run(*args),
         Command::Cleanup(args) => {
-            let mut backend = Nftables::open(args.marks.config(Vec::new())?)?;
-            backend.cleanup().context("remove the rules (this needs root)")?;
+            let config = args.marks.config(Vec::new())?;
+            let removed = Nftables::open(config).and_then(|mut backend| backend.cleanup());
+            removed.context("remove the rules (this needs root, or CAP_NET_ADMIN)")?;
             println!("Every rule of Hanse is removed from this node's kernel.");
             Ok(())
         }
