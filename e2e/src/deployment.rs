@@ -215,8 +215,8 @@ impl<'a> Deployment<'a> {
     /// Waits until every federated policy is enforced everywhere.
     pub fn wait_for_policies(&self) -> anyhow::Result<()> {
         let objects: Value = serde_json::from_str(&self.hanse(&["get", "FederatedNetworkPolicy", "-o", "json"])?)?;
-        for object in objects.as_array().into_iter().flatten() {
-            let name = object["name"].as_str().context("an object has a name")?;
+        for object in objects["items"].as_array().into_iter().flatten() {
+            let name = object["metadata"]["name"].as_str().context("an object has a name")?;
             self.hanse(&["wait", "--for=enforced", "--timeout", "20", name]).with_context(|| self.logs())?;
         }
         Ok(())

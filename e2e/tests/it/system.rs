@@ -70,7 +70,7 @@ impl World {
 }
 
 /// The programs that `cargo xtask test` built, beside the test's own.
-fn programs() -> PathBuf {
+pub fn programs() -> PathBuf {
     let test = std::env::current_exe().expect("the test binary has a path");
     let directory = test.parent().and_then(Path::parent).expect("the target directory").to_owned();
     assert!(directory.join("hanse-agent").exists(), "build the programs first: cargo build --workspace --bins");

@@ -1,8 +1,9 @@
 //! `hanse`: the command of platform teams.
 //!
 //! One module per group of commands. [`policy`] works offline, from directories of manifests; its `explain` and
-//! `matrix` also ask the members of a federation that runs, through its hub. Every command prints a table for people, and `-o json|yaml` for programs; programs may rely on the
-//! latter and on the exit codes (0 done, 1 the answer is no or something failed, 2 the input is malformed).
+//! `matrix` also ask the members of a federation that runs, through its hub. Every command prints a table for people, and
+//! `-o json|yaml` for programs; programs may rely on the latter and on the exit codes (0 done, 1 the answer is no or
+//! something failed, 2 the input is malformed; `wait` says its own).
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,8 +15,11 @@ mod output;
 mod policy;
 
 /// Zero-trust policy for a federation of Kubernetes clusters.
+///
+/// `hanse policy …` works on directories of manifests; everything else asks a hub, as the user of a context file.
+/// Exit codes: 0 done; 1 the answer is no, or something failed; 2 the input is malformed.
 #[derive(Debug, Parser)]
-#[command(name = "hanse", version, propagate_version = true)]
+#[command(name = "hanse", version, propagate_version = true, disable_help_subcommand = true, after_help = EXAMPLES)]
 struct Cli {
     #[command(flatten)]
     globals: Globals,
@@ -23,12 +27,26 @@ struct Cli {
     command: Command,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  export HANSE_CONTEXT=./hub/admin.context      # hanse-hub init makes it
+  hanse token create --cluster train > train.token
+  hanse apply -f policies/ --dry-run
+  hanse apply -f policies/ && hanse wait --for=enforced default-deny
+  hanse status
+  hanse policy lint --cluster train=manifests/train --federation policies/";
+
 /// What every command may need.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Globals {
     /// The context file: hub addresses, trust domain, and the paths of CA, certificate and key.
-    #[arg(long, global = true, env = "HANSE_CONTEXT", value_name = "FILE")]
-    pub context: Option<PathBuf>,
+    #[arg(long, global = true, env = "HANSE_CONTEXT", value_name = "FILE", value_parser = context_file)]
+    context: Option<PathBuf>,
+}
+
+/// Empty is as good as not set.
+fn context_file(text: &str) -> Result<PathBuf, std::convert::Infallible> {
+    Ok(PathBuf::from(text))
 }
 
 #[derive(Debug, Subcommand)]
@@ -42,6 +60,11 @@ enum Command {
     /// The clusters of the ClusterSet.
     #[command(subcommand)]
     Cluster(online::cluster::Command),
+    /// Who may do what at the hub.
+    #[command(subcommand)]
+    User(online::user::Command),
+    /// Who changed what, and what was refused to whom; the newest first.
+    Audit(online::audit::Audit),
     /// Write objects of the federation to the hub.
     Apply(online::object::Apply),
     /// Read objects of the federation from the hub.
@@ -53,16 +76,21 @@ enum Command {
     /// Wait until a policy is enforced everywhere.
     Wait(online::wait::Wait),
     /// Print the completion script of a shell.
+    ///
+    /// bash: source <(hanse completion bash). zsh: hanse completion zsh > "${fpath[1]}/_hanse".
+    /// fish: hanse completion fish > ~/.config/fish/completions/hanse.fish
     Completion { shell: clap_complete::Shell },
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let context = cli.globals.context.as_deref();
+    let context = cli.globals.context.as_deref().filter(|path| !path.as_os_str().is_empty());
     let outcome = match cli.command {
         Command::Policy(command) => command.run(context),
         Command::Token(command) => command.run(context),
         Command::Cluster(command) => command.run(context),
+        Command::User(command) => command.run(context),
+        Command::Audit(command) => command.run(context),
         Command::Apply(command) => command.run(context),
         Command::Get(command) => command.run(context),
         Command::Delete(command) => command.run(context),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use hanse_proto::federation::v1::administration_client::AdministrationClient;
 use hanse_runtime::Identity;
 use hanse_runtime::keys::{Certificate, Credentials};
@@ -11,10 +11,12 @@ use hanse_runtime::tls::{CredentialStore, TlsClient, Trust, install_provider};
 use serde::Deserialize;
 use tonic::transport::Channel;
 
+pub mod audit;
 pub mod cluster;
 pub mod object;
 pub mod status;
 pub mod token;
+pub mod user;
 pub mod wait;
 
 /// The largest answer: all manifests of a hub with 10,000 objects of 6 KiB.
@@ -45,41 +47,110 @@ where
 }
 
 /// Runs `work` with a connection to the first hub of the context that answers.
-pub fn connected<T>(context: Option<&Path>, work: impl AsyncFnOnce(Channel) -> anyhow::Result<T>) -> anyhow::Result<T> {
+fn connected<T>(context: Option<&Path>, work: impl AsyncFnOnce(Channel) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let (runtime, channel) = open(context)?;
+    runtime.block_on(work(channel))
+}
+
+/// A connection to the first hub of the context that answers, and what drives it.
+pub fn open(context: Option<&Path>) -> anyhow::Result<(tokio::runtime::Runtime, Channel)> {
     install_provider();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start")?;
-    runtime.block_on(async { work(connect(context).await?).await })
+    let channel = runtime.block_on(connect(context))?;
+    Ok((runtime, channel))
 }
 
 async fn connect(context: Option<&Path>) -> anyhow::Result<Channel> {
-    let path = context.context("no hub is known: name a context file with --context or HANSE_CONTEXT")?;
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-    let file: ContextFile = serde_yaml_ng::from_str(&text).with_context(|| format!("understand {}", path.display()))?;
+    let path = context.context(
+        "no hub is known: name a context file with --context FILE or HANSE_CONTEXT (`hanse-hub init` makes the \
+         administrator's, `hanse user create` one for each user)",
+    )?;
+    let text = std::fs::read_to_string(path).with_context(|| format!("read the context {}", path.display()))?;
+    let file: ContextFile =
+        serde_yaml_ng::from_str(&text).with_context(|| format!("understand the context {}", path.display()))?;
     let folder = path.parent().unwrap_or(Path::new("."));
     let credentials = Credentials::read(&folder.join(file.key), &folder.join(file.certificate))?;
     let root = Certificate::read(&folder.join(file.ca))?;
     let trust = Trust::new(&root, |identity| *identity == Identity::Hub)?;
     let client = TlsClient::mutual(CredentialStore::new(credentials)?, &trust)?;
-    let mut last = None;
+    let mut tried = Vec::new();
     for hub in &file.hubs {
         match client.connect(hub).await {
             Ok(connection) => return Ok(connection.channel),
-            Err(error) => last = Some(error),
+            Err(error) => tried.push(format!("{:#}", anyhow::Error::from(error))),
         }
     }
-    match last {
-        Some(error) => Err(error).context("no hub answers"),
-        None => bail!("{} names no hub", path.display()),
+    anyhow::ensure!(!tried.is_empty(), "the context {} names no hub", path.display());
+    let advice = format!("see that hanse-hub runs there, and that the addresses in {} are right", path.display());
+    Err(CallError::Unreachable(format!("no hub answers: {}; {advice}", tried.join("; "))).into())
+}
+
+/// Why a call brought no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// The hub says no, in its words.
+    #[error("{message}{}", advice(*code))]
+    Refused { code: tonic::Code, message: String },
+    /// Another time it may answer.
+    #[error("{0}")]
+    Unreachable(String),
+}
+
+/// What to do about it, where the code says that.
+fn advice(code: tonic::Code) -> &'static str {
+    match code {
+        tonic::Code::PermissionDenied => "; an administrator sees with `hanse user list` who has which role",
+        tonic::Code::Unimplemented => "; the hub is older than this command",
+        _ => "",
+    }
+}
+
+impl CallError {
+    /// Whether it is of a call that may succeed when it is made again.
+    pub fn is_passing(error: &anyhow::Error) -> bool {
+        matches!(error.downcast_ref(), Some(Self::Unreachable(_)))
+    }
+
+    pub fn is_not_found(error: &anyhow::Error) -> bool {
+        matches!(error.downcast_ref(), Some(Self::Refused { code: tonic::Code::NotFound, .. }))
+    }
+
+    /// Whether a precondition does not hold, or what is there stands against it.
+    pub fn is_conflict(error: &anyhow::Error) -> bool {
+        matches!(error.downcast_ref(), Some(Self::Refused { code: tonic::Code::FailedPrecondition, .. }))
     }
 }
 
 /// Waits for an answer; a refusal is told in the hub's words.
 pub async fn call<T>(answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>) -> anyhow::Result<T> {
     match tokio::time::timeout(CALL_TIME, answer).await {
-        Err(_) => bail!("the hub did not answer within {} seconds", CALL_TIME.as_secs()),
+        Err(_) => {
+            let text = format!("the hub did not answer within {} seconds", CALL_TIME.as_secs());
+            Err(CallError::Unreachable(text).into())
+        }
         Ok(Ok(answer)) => Ok(answer.into_inner()),
-        Ok(Err(status)) => bail!("{}", status.message()),
+        Ok(Err(status)) => Err(match status.code() {
+            tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {
+                CallError::Unreachable(format!("the hub does not answer: {}", told(&status)))
+            }
+            code => CallError::Refused { code, message: status.message().to_owned() },
+        }
+        .into()),
     }
+}
+
+/// A status with what is behind it: a connection that the hub closed has its reason there.
+fn told(status: &tonic::Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut source = std::error::Error::source(status);
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
 }
 
 /// A time of the hub's clock, RFC 3339.

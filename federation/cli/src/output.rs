@@ -1,9 +1,10 @@
 //! How answers are printed.
 
 use std::io::Write as _;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
-use comfy_table::{Table, presets};
+use comfy_table::presets;
 use serde::Serialize;
 
 /// `-o`.
@@ -16,12 +17,34 @@ pub enum Format {
     Yaml,
 }
 
-/// A table without borders, as `kubectl` prints them.
-pub fn table<const N: usize>(headings: [&str; N]) -> Table {
-    let mut table = Table::new();
+/// A table without borders, as `kubectl` prints them: two spaces between columns, none at the ends of lines.
+#[derive(Debug)]
+pub struct Table(comfy_table::Table);
+
+pub fn table(headings: impl Into<comfy_table::Row>) -> Table {
+    let mut table = comfy_table::Table::new();
     table.load_preset(presets::NOTHING);
     table.set_header(headings);
-    table
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    Table(table)
+}
+
+impl Table {
+    pub fn add_row(&mut self, row: impl Into<comfy_table::Row>) {
+        self.0.add_row(row);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.row_count() == 0
+    }
+}
+
+impl std::fmt::Display for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.trim_fmt())
+    }
 }
 
 /// Prints `value` as JSON on one line, or as a YAML document.
@@ -32,4 +55,39 @@ pub fn print<T: Serialize + ?Sized>(format: Format, value: &T) -> anyhow::Result
         Format::Json | Format::Table => writeln!(out, "{}", serde_json::to_string(value)?)?,
     }
     Ok(())
+}
+
+/// Prints a line of text; a reader that went away is an error, not a panic.
+pub fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {
+    writeln!(std::io::stdout().lock(), "{text}")?;
+    Ok(())
+}
+
+/// A length of time in its largest units: `0.3s`, `45s`, `5m12s`, `23h4m`, `12d`.
+pub fn length(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds {
+        0..10 => format!("{:.1}s", time.as_secs_f64()),
+        10..60 => format!("{seconds}s"),
+        60..3_600 => format!("{}m{}s", seconds / 60, seconds % 60),
+        3_600..172_800 => format!("{}h{}m", seconds / 3_600, seconds / 60 % 60),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+/// How long until a time of the hub's clock (seconds since 1970; 0 is none), by this machine's.
+pub fn left(seconds: u64) -> String {
+    if seconds == 0 {
+        return "-".to_owned();
+    }
+    let at = UNIX_EPOCH + Duration::from_secs(seconds);
+    match at.duration_since(SystemTime::now()) {
+        Ok(left) => format!("{} left", length(left)),
+        Err(error) => format!("ended {} ago", length(error.duration())),
+    }
+}
+
+/// `1 pod`, `2 pods`.
+pub fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }

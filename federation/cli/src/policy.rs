@@ -47,7 +47,7 @@ impl Command {
             Self::Matrix(arguments) => arguments.run(context),
             Self::Order(arguments) => arguments.run(),
             Self::Diff(arguments) => arguments.run(),
-            Self::Lint(arguments) => arguments.run(),
+            Self::Lint(arguments) => arguments.run(context),
             Self::Scaffold(arguments) => arguments.run(),
             Self::Selector(arguments) => arguments.run(),
         }

@@ -166,9 +166,10 @@ impl Administration {
     async fn apply(
         &self,
         who: &Identity,
-        manifest: Bytes,
-        precondition: Option<wire::apply_request::Precondition>,
+        request: wire::ApplyRequest,
+        dry_run: bool,
     ) -> Result<wire::ApplyResponse, ChangeError> {
+        let wire::ApplyRequest { manifest, precondition } = request;
         let Checked { id, tier, mut warnings } = manifest::check(&manifest).map_err(ChangeError::Invalid)?;
         let deed = Deed::new(who, "apply", id.to_string());
         let (revision, applied) = self
@@ -205,7 +206,10 @@ impl Administration {
                     check_nets(snapshot, &id.name, &manifest)?;
                 }
                 let applied = if old.is_some() { wire::Applied::Configured } else { wire::Applied::Created };
-                Ok((Transaction::default().put(object_key(&id)?, manifest.clone()), applied))
+                let transaction = Transaction::default();
+                let transaction =
+                    if dry_run { transaction } else { transaction.put(object_key(&id)?, manifest.clone()) };
+                Ok((transaction, applied))
             })
             .await?;
         // What did not change is as applied since it was written.
@@ -226,9 +230,9 @@ impl Administration {
         })
     }
 
-    async fn delete(&self, who: &Identity, id: ObjectId) -> Result<u64, ChangeError> {
+    async fn delete(&self, who: &Identity, id: ObjectId) -> Result<wire::DeleteResponse, ChangeError> {
         let deed = Deed::new(who, "delete", id.to_string());
-        let (revision, ()) = self
+        let (revision, orphans) = self
             .registry
             .change(&deed, |snapshot| {
                 let old = snapshot.objects.get(&id);
@@ -238,10 +242,20 @@ impl Administration {
                 // Who may not write it is not told whether it exists.
                 permit(snapshot, who, Need::Write(&id, &tiers))?;
                 old.ok_or_else(|| ChangeError::NotFound(format!("there is no {id}")))?;
-                Ok((Transaction::default().delete(object_key(&id)?), ()))
+                let in_tier = |object: &Bytes| manifest::tier_of(object).is_ok_and(|tier| tier == id.name);
+                let policies = snapshot.objects.iter().filter(|(of, _)| of.kind == Kind::FederatedNetworkPolicy);
+                let orphans = match id.kind {
+                    Kind::Tier => policies.filter(|(_, object)| in_tier(&object.manifest)).count(),
+                    _ => 0,
+                };
+                Ok((Transaction::default().delete(object_key(&id)?), orphans))
             })
             .await?;
-        Ok(revision)
+        let text = format!(
+            "{orphans} policies name {id}: now they come last in their phase, and what they do not decide is denied"
+        );
+        let warnings = if orphans > 0 { vec![text] } else { Vec::new() };
+        Ok(wire::DeleteResponse { revision, warnings })
     }
 
     async fn create_user(
@@ -511,8 +525,12 @@ impl wire::administration_server::Administration for Administration {
 
     async fn apply(&self, request: Request<wire::ApplyRequest>) -> Result<Response<wire::ApplyResponse>, Status> {
         let who = caller(&request)?;
-        let wire::ApplyRequest { manifest, precondition } = request.into_inner();
-        self.apply(&who, manifest, precondition).await.map(Response::new).map_err(status)
+        self.apply(&who, request.into_inner(), false).await.map(Response::new).map_err(status)
+    }
+
+    async fn dry_run(&self, request: Request<wire::ApplyRequest>) -> Result<Response<wire::ApplyResponse>, Status> {
+        let who = caller(&request)?;
+        self.apply(&who, request.into_inner(), true).await.map(Response::new).map_err(status)
     }
 
     async fn get(&self, request: Request<wire::GetRequest>) -> Result<Response<wire::GetResponse>, Status> {
@@ -538,8 +556,7 @@ impl wire::administration_server::Administration for Administration {
         let kind = convert::kind_from_wire(request.kind)?.ok_or_else(|| Status::invalid_argument("kind: name one"))?;
         check_subdomain(&request.name).map_err(|e| Status::invalid_argument(format!("name: {e}")))?;
         let id = ObjectId { kind, name: request.name.into() };
-        let revision = self.delete(&who, id).await.map_err(status)?;
-        Ok(Response::new(wire::DeleteResponse { revision }))
+        self.delete(&who, id).await.map(Response::new).map_err(status)
     }
 
     async fn status(&self, request: Request<wire::StatusRequest>) -> Result<Response<wire::StatusResponse>, Status> {
@@ -557,7 +574,9 @@ impl wire::administration_server::Administration for Administration {
         let id = ObjectId { kind: Kind::FederatedNetworkPolicy, name: name.as_str().into() };
         let object = snapshot.objects.get(&id);
         let object = object.ok_or_else(|| Status::not_found(format!("there is no {id}")))?;
-        let states = self.realisations.policy(&name).unwrap_or_default();
+        // What nobody has looked at yet is not enforced by all of nobody.
+        let states = self.realisations.policy(&name);
+        let states = states.ok_or_else(|| Status::unavailable(format!("{id} is not distributed yet: ask again")))?;
         let clusters = states.into_iter().map(|(cluster, state)| {
             use wire::policy_in_cluster::State;
             let state = match state {

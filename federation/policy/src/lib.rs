@@ -2,6 +2,7 @@
 //!
 //! Every policy API is a conversion into [`model`] (in `federation/k8s-api`). Pure: no I/O, no clock.
 
+pub mod diff;
 pub mod evaluate;
 pub mod explain;
 pub mod inventory;
@@ -10,3 +11,4 @@ pub mod model;
 pub mod prepared;
 pub mod selector;
 pub mod tri;
+pub mod workload;

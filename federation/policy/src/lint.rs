@@ -1,21 +1,30 @@
 //! What is written and probably not meant.
 //!
-//! Findings are about what is known here: all clusters that were read. They never say that policy is safe.
+//! Findings are about what is known here: all clusters that were read. They never say that policy is safe. A rule is called
+//! shadowed, or one that never matches, only where that is shown ([`imply`]); what cannot be shown is not reported.
+//!
+//! What a source object's rule was made into is judged together: a rule of several peers is shadowed when all of them are.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::evaluate::{Direction, order, rules};
-use crate::inventory::{Cluster, EndpointId, EndpointKind, Inventory};
+use crate::evaluate::{Direction, OrderedTier, order, rules};
+use crate::inventory::{Cluster, EffectiveLabels, EndpointKind, Inventory, selects};
 use crate::model::{
-    Action, ClusterName, ClusterScope, EntityMatch, IpVersion, Policy, PolicyId, PolicySet, Protocol, Rule, Selection,
-    TierDefault, TierId,
+    Action, ClusterName, ClusterScope, EntityMatch, Phase, Policy, PolicyId, PolicyKind, PolicySet, Port, Protocol,
+    Rule, Selection, StagedAction, TierDefault, TierId,
 };
+use crate::selector::{Expr, Selector, build};
 use crate::tri::Tri;
+use crate::workload::{Workload, telling_keys, workloads};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub mod imply;
+
+use imply::{covers, everything, families, implies, is_contradictory, is_within, selection_within};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Severity {
     /// Worth knowing.
     Note,
@@ -26,7 +35,7 @@ pub enum Severity {
 }
 
 /// A kind of finding. Ids are stable.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Check {
     pub id: &'static str,
     pub name: &'static str,
@@ -51,7 +60,7 @@ checks! {
     RULE_NEVER_MATCHES "HN003" "rule-never-matches" Error
         "Split the rule: what it asks for cannot hold of one packet."
     RULE_SHADOWED "HN004" "rule-shadowed" Warning
-        "Delete the rule, or move it before the one that decides first."
+        "Delete the rule, or move it before what decides first."
     NO_DEFAULT_DENY "HN005" "namespace-without-default-deny" Warning
         "Add a policy that selects every pod of the namespace and allows nothing, or a federated one for the cluster."
     CLUSTER_WITHOUT_DEFAULT_DENY "HN006" "cluster-without-default-deny" Warning
@@ -61,75 +70,94 @@ checks! {
     PASS_TO_NOTHING "HN008" "pass-to-nothing" Note
         "What passes here is decided by the profile, which allows: add a later tier that denies, or deny here."
     MISSING_CLUSTER "HN009" "cluster-unknown-or-stale" Warning
-        "Its endpoints are unknown or absent: rules that allow them do not match."
+        "Its endpoints are unknown or absent, so rules that allow them do not match: correct the name, or see `hanse status` for why the cluster is silent."
     MISSING_TIER "HN010" "tier-without-object" Warning
         "Create the tier: without an object it comes last and denies."
     NOT_UNDERSTOOD "HN011" "not-understood" Error
         "Upgrade, or rewrite the rule: where it allows it never matches, elsewhere it denies all that it may cover."
+    RULE_REDUNDANT "HN012" "rule-redundant" Note
+        "Another policy does the same before it: delete the rule where nothing else depends on it."
 }
 
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Finding {
     pub check: Check,
     /// Whose policies, or which cluster it was found in.
     pub cluster: Option<ClusterName>,
-    pub policy: Option<PolicyId>,
-    /// The list and the index in it.
-    pub rule: Option<(Direction, u32)>,
+    pub about: About,
     pub message: String,
 }
 
-/// Everything that was found, in a stable order.
+/// What a finding is about, and so where it is shown.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum About {
+    /// With the list and the index in it, where it is one rule.
+    Policy(PolicyId, Option<(Direction, u32)>),
+    Tier(TierId),
+    /// Of the cluster that the finding names.
+    Namespace(Arc<str>),
+    /// The cluster as a whole.
+    Cluster,
+}
+
+const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
+
+/// Everything that was found, once each, in a stable order.
 pub fn lint(policies: &PolicySet, inventory: &Inventory) -> Vec<Finding> {
+    let workloads = workloads(inventory, &telling_keys([policies]));
     let mut findings = Vec::new();
     let layers = std::iter::once((None, &policies.federation));
     let layers = layers.chain(policies.clusters.iter().map(|(name, layer)| (Some(name.clone()), layer)));
-    let mut selected = Selected { inventory, known: BTreeMap::new() };
+    let mut facts = Facts { inventory, workloads: &workloads, known: HashMap::new() };
     for (cluster, layer) in layers {
-        let mut missing: Vec<&TierId> = Vec::new();
+        let mut missing: BTreeSet<&TierId> = BTreeSet::new();
         for policy in layer.policies.values() {
             let mut found = |check, rule, message| {
-                findings.push(Finding {
-                    check,
-                    cluster: cluster.clone(),
-                    policy: Some(policy.id.clone()),
-                    rule,
-                    message,
-                });
+                let about = About::Policy(policy.id.clone(), rule);
+                findings.push(Finding { check, cluster: cluster.clone(), about, message });
             };
-            if layer.tier(&policy.tier).0.missing && !missing.contains(&&policy.tier) {
-                missing.push(&policy.tier);
+            if layer.tier(&policy.tier).0.missing && missing.insert(&policy.tier) {
                 found(MISSING_TIER, None, format!("tier {:?} has no object", policy.tier.name));
             }
             let enforcers = enforcers(policy, inventory);
             for name in named(&policy.enforcers).filter(|name| !inventory.clusters.contains_key(*name)) {
                 found(MISSING_CLUSTER, None, format!("it is enforced by cluster {name:?}, which is not known here"));
             }
-            let own = Selection { clusters: ClusterScope::Local, selector: policy.selector.clone() };
-            if !enforcers.iter().any(|enforcer| selected.any(enforcer, &own, true)) {
-                found(SUBJECT_SELECTS_NOTHING, None, format!("{} selects no pod", policy.selector));
+            if !counts(policy) {
+                continue;
             }
-            for direction in [Direction::Ingress, Direction::Egress] {
-                let list = rules(policy, direction).unwrap_or_default();
-                for (at, rule) in list.iter().enumerate() {
-                    let place = Some((direction, rule.index));
-                    for (check, message) in about(rule, direction, policy, &enforcers, &mut selected) {
-                        found(check, place, message);
-                    }
-                    let first = list[..at].iter().find(|before| before.index != rule.index && covers(before, rule));
-                    if let Some(first) = first {
-                        found(RULE_SHADOWED, place, format!("rule {} decides all that it matches", first.index));
+            let subject = &policy.selector;
+            if is_contradictory(&subject.expr) {
+                found(SUBJECT_SELECTS_NOTHING, None, format!("{subject} can select nothing: it contradicts itself"));
+            } else if enforcers.is_empty() {
+                found(SUBJECT_SELECTS_NOTHING, None, "no cluster that is known here enforces it".to_owned());
+            } else if !enforcers.iter().any(|enforcer| facts.selects_pod(enforcer, subject)) {
+                found(SUBJECT_SELECTS_NOTHING, None, format!("{subject} selects no pod"));
+            }
+            for direction in DIRECTIONS {
+                for (index, parts) in written(rules(policy, direction).unwrap_or_default()) {
+                    for (check, message) in about(&parts, direction, &enforcers, &mut facts) {
+                        found(check, Some((direction, index)), message);
                     }
                 }
             }
         }
     }
-    for (name, cluster) in &inventory.clusters {
-        open_namespaces(policies, name, cluster, &mut findings);
-        passes_to_nothing(policies, name, &mut findings);
+    findings.extend(decided_before(policies, inventory));
+    for name in inventory.clusters.keys() {
+        let own = workloads.get(name).map_or(&[][..], Vec::as_slice);
+        let tiers = order(policies, name);
+        open_namespaces(&tiers, name, own, &mut findings);
+        passes_to_nothing(policies, &tiers, name, own, &mut findings);
     }
-    findings.dedup();
+    let mut known = HashSet::new();
+    findings.retain(|finding| known.insert(finding.clone()));
     findings
+}
+
+/// Whether a policy does something on pods, now or when it is committed.
+fn counts(policy: &Policy) -> bool {
+    !policy.host_only && matches!(policy.staged, None | Some(StagedAction::Set))
 }
 
 fn enforcers<'a>(policy: &'a Policy, inventory: &'a Inventory) -> Vec<&'a ClusterName> {
@@ -148,200 +176,543 @@ fn named(scope: &ClusterScope) -> impl Iterator<Item = &ClusterName> {
     .flatten()
 }
 
-/// Whether selections select anything, asked once each.
-struct Selected<'a> {
-    inventory: &'a Inventory,
-    known: BTreeMap<(Option<ClusterName>, Selection, bool), bool>,
+/// The rules as they are written: each with what it was made into.
+fn written(list: &[Rule]) -> BTreeMap<u32, Vec<&Rule>> {
+    let mut written: BTreeMap<u32, Vec<&Rule>> = BTreeMap::new();
+    for rule in list {
+        written.entry(rule.index).or_default().push(rule);
+    }
+    written
 }
 
-impl Selected<'_> {
-    fn any(&mut self, enforcer: &ClusterName, selection: &Selection, pods_only: bool) -> bool {
+type Workloads<'a> = BTreeMap<&'a ClusterName, Vec<Workload<'a>>>;
+
+/// What selections select, asked once each.
+struct Facts<'a> {
+    inventory: &'a Inventory,
+    workloads: &'a Workloads<'a>,
+    known: HashMap<(Option<ClusterName>, Selection), bool>,
+}
+
+impl Facts<'_> {
+    fn selects_pod(&self, cluster: &ClusterName, subject: &Selector) -> bool {
+        let pods = self.workloads.get(cluster).into_iter().flatten();
+        pods.filter(|it| it.members[0].0.kind == EndpointKind::Pod).any(|it| is_subject(it, subject))
+    }
+
+    /// Whether anything may be selected: a pod or a network set.
+    fn selects(&mut self, enforcer: &ClusterName, selection: &Selection) -> bool {
         let local = selection.clusters == ClusterScope::Local;
-        let key = (local.then(|| enforcer.clone()), selection.clone(), pods_only);
+        let key = (local.then(|| enforcer.clone()), selection.clone());
+        let (inventory, workloads) = (self.inventory, self.workloads);
         *self.known.entry(key).or_insert_with(|| {
-            let sets = self.inventory.federated_sets.keys();
-            let counts = |id: &EndpointId| !pods_only || id.kind == EndpointKind::Pod;
-            let of_clusters = self.inventory.clusters.iter().any(|(name, cluster)| {
-                let selects = |id| self.inventory.selects(enforcer, selection, name, id) != Tri::No;
-                cluster.endpoints.keys().filter(|id| counts(id)).any(selects)
-            });
-            of_clusters
-                || sets.filter(|id| counts(id)).any(|id| self.inventory.selects_federated_set(selection, id) != Tri::No)
+            let may = |it: &Workload<'_>| {
+                let (id, endpoint) = it.members[0];
+                selects(enforcer, selection, it.cluster, it.owner, id, endpoint) != Tri::No
+            };
+            workloads.values().flatten().any(may)
+                || inventory.federated_sets.keys().any(|id| inventory.selects_federated_set(selection, id) != Tri::No)
         })
     }
+
+    /// The stale clusters on which what is selected depends: those that are named, and those that had some of it.
+    fn stale(&self, enforcers: &[&ClusterName], selection: &Selection) -> Vec<&ClusterName> {
+        let depends = |name: &ClusterName, cluster: &Cluster| match &selection.clusters {
+            ClusterScope::Local => false,
+            ClusterScope::Named(names) => names.contains(name),
+            ClusterScope::All => self.workloads.get(name).into_iter().flatten().any(|it| {
+                let (id, endpoint) = it.members[0];
+                let labels = EffectiveLabels { cluster, id, endpoint, first_hand: false };
+                selection.selector.evaluate(&labels) == Tri::Yes
+            }),
+        };
+        let others = |name: &ClusterName| enforcers.iter().any(|enforcer| *enforcer != name);
+        let stale = self.inventory.clusters.iter().filter(|(name, cluster)| cluster.stale && others(name));
+        stale.filter(|(name, cluster)| depends(name, cluster)).map(|(name, _)| name).collect()
+    }
+
+    /// Whether a network set of every address of a family is selected.
+    fn selects_world(&self, enforcer: &ClusterName, selection: &Selection) -> bool {
+        let world = |nets: &[IpNet]| [true, false].iter().any(|v4| is_within(&everything(*v4), nets));
+        let sets = self.workloads.values().flatten().flat_map(|it| it.members.iter().map(move |member| (it, member)));
+        let mut of_clusters = sets.filter(|(_, (_, endpoint))| world(&endpoint.nets));
+        of_clusters
+            .any(|(it, (id, endpoint))| selects(enforcer, selection, it.cluster, it.owner, id, endpoint) == Tri::Yes)
+            || self.inventory.federated_sets.iter().any(|(id, endpoint)| {
+                world(&endpoint.nets) && self.inventory.selects_federated_set(selection, id) == Tri::Yes
+            })
+    }
+}
+
+/// Whether a policy of its own cluster with this selector applies to a workload.
+fn is_subject(workload: &Workload<'_>, subject: &Selector) -> bool {
+    let (id, endpoint) = workload.members[0];
+    subject.evaluate(&EffectiveLabels { cluster: workload.owner, id, endpoint, first_hand: true }) == Tri::Yes
 }
 
 /// What is odd about one rule by itself.
 fn about(
-    rule: &Rule,
+    parts: &[&Rule],
     direction: Direction,
-    policy: &Policy,
     enforcers: &[&ClusterName],
-    selected: &mut Selected<'_>,
+    facts: &mut Facts<'_>,
 ) -> Vec<(Check, String)> {
     let mut found = Vec::new();
-    if let Some(reason) = rule.unknown_because() {
-        found.push((NOT_UNDERSTOOD, reason.to_owned()));
-    }
-    for (side, entity) in [("source", &rule.source), ("destination", &rule.destination)] {
-        let Some(selection) = &entity.selection else { continue };
-        for name in named(&selection.clusters) {
-            match selected.inventory.clusters.get(name) {
-                None => {
-                    found.push((MISSING_CLUSTER, format!("{side} names cluster {name:?}, which is not known here")))
+    let contradictions: Vec<String> = parts.iter().filter_map(|rule| contradiction(rule)).collect();
+    // Where one peer of several is impossible, the rest may do what was meant.
+    let never = contradictions.len() == parts.len();
+    found.extend(contradictions.into_iter().take(usize::from(never)).map(|reason| (RULE_NEVER_MATCHES, reason)));
+    for rule in parts {
+        found.extend(rule.unknown_because().map(|reason| (NOT_UNDERSTOOD, reason.to_owned())));
+        for (side, entity) in [("source", &rule.source), ("destination", &rule.destination)] {
+            if let Some(service) = &entity.service {
+                let key = (service.namespace.clone(), service.name.clone());
+                let has_backends = |name: &&ClusterName| {
+                    let service = facts.inventory.clusters.get(*name).and_then(|cluster| cluster.services.get(&key));
+                    service.is_some_and(|service| !service.backends.is_empty())
+                };
+                if !enforcers.is_empty() && !enforcers.iter().any(has_backends) {
+                    let message = format!("{side} service {}/{} has no backends", service.namespace, service.name);
+                    found.push((PEER_SELECTS_NOTHING, message));
                 }
-                Some(cluster) if cluster.stale => {
-                    found.push((MISSING_CLUSTER, format!("{side} depends on cluster {name:?}, whose data is stale")));
+            }
+            for selection in entity.selection.iter().chain(&entity.not_selection) {
+                for name in named(&selection.clusters).filter(|it| !facts.inventory.clusters.contains_key(*it)) {
+                    let message = format!("{side} names cluster {name:?}, which is not known here");
+                    found.push((MISSING_CLUSTER, message));
                 }
-                Some(_) => {}
+                for name in facts.stale(enforcers, selection) {
+                    let message = format!("{side} depends on cluster {name:?}, whose data is stale");
+                    found.push((MISSING_CLUSTER, message));
+                }
+            }
+            let Some(selection) = entity.selection.as_ref().filter(|_| !never) else { continue };
+            if !enforcers.is_empty() && !enforcers.iter().any(|enforcer| facts.selects(enforcer, selection)) {
+                found.push((PEER_SELECTS_NOTHING, format!("{side} {} selects nothing", selection.selector)));
             }
         }
-        if !enforcers.is_empty() && !enforcers.iter().any(|enforcer| selected.any(enforcer, selection, false)) {
-            found.push((PEER_SELECTS_NOTHING, format!("{side} {} selects nothing", selection.selector)));
+        if rule.action == Action::Allow && direction == Direction::Egress && !never {
+            let through = |selection: &Selection| enforcers.iter().any(|it| facts.selects_world(it, selection));
+            let entity = &rule.destination;
+            if is_world(entity) || entity.selection.as_ref().is_some_and(through) && entity.service.is_none() {
+                found.push((EGRESS_TO_WORLD, format!("it allows egress to every address, {}", traffic(rule))));
+            }
         }
-    }
-    if let Some(reason) = contradiction(rule) {
-        found.push((RULE_NEVER_MATCHES, reason));
-    }
-    let acts = policy.acts() && rule.action == Action::Allow && direction == Direction::Egress;
-    if acts && is_world(&rule.destination) {
-        found.push((EGRESS_TO_WORLD, "it allows egress to every address".to_owned()));
     }
     found
 }
 
+/// Of which packets a rule speaks, for people.
+fn traffic(rule: &Rule) -> String {
+    let ports = rule.destination.ports.iter().map(|port| match port {
+        Port::Range(low, high) if low == high => low.to_string(),
+        Port::Range(low, high) => format!("{low}-{high}"),
+        Port::Named(name) => name.to_string(),
+    });
+    let ports = ports.collect::<Vec<_>>().join(", ");
+    match (rule.protocol, ports.is_empty()) {
+        (None, true) => "on every port".to_owned(),
+        (None, false) => format!("on {ports}"),
+        (Some(protocol), true) => format!("by {protocol:?}").to_uppercase().replacen("BY", "by", 1),
+        (Some(protocol), false) => format!("on {}/{ports}", format!("{protocol:?}").to_uppercase()),
+    }
+}
+
 /// Why no packet can match.
 fn contradiction(rule: &Rule) -> Option<String> {
-    let families = |nets: &[IpNet]| {
-        [true, false].map(|v4| nets.is_empty() || nets.iter().any(|net| matches!(net, IpNet::V4(_)) == v4))
-    };
-    let lists = [&rule.source.nets, &rule.source.not_nets, &rule.destination.nets, &rule.destination.not_nets];
-    let mut possible =
-        lists.into_iter().map(|nets| families(nets)).fold([true, true], |[a, b], [c, d]| [a && c, b && d]);
-    match rule.protocol {
-        Some(Protocol::Icmp) => possible[1] = false,
-        Some(Protocol::IcmpV6) => possible[0] = false,
-        _ => {}
-    }
-    match rule.ip_version {
-        Some(IpVersion::V4) => possible[1] = false,
-        Some(IpVersion::V6) => possible[0] = false,
-        None => {}
-    }
-    if possible == [false, false] {
+    if families(rule) == [false, false] {
         return Some("its parts speak of different address families".to_owned());
     }
     let number = rule.protocol.map(Protocol::number);
     if number.is_some() && rule.not_protocol.map(Protocol::number) == number {
         return Some("it asks for a protocol and against it".to_owned());
     }
+    if rule.icmp.is_some_and(|icmp| icmp.kind.is_some()) && rule.not_icmp == rule.icmp {
+        return Some("it asks for an ICMP type and against it".to_owned());
+    }
     let ports = !rule.source.ports.is_empty() || !rule.destination.ports.is_empty();
     match number {
         Some(number) if ports && !matches!(number, 6 | 17 | 33 | 132 | 136) => {
-            Some("it asks for ports of a protocol that has none".to_owned())
+            return Some("it asks for ports of a protocol that has none".to_owned());
         }
-        Some(number) if rule.icmp.is_some() && !matches!(number, 1 | 58) => {
-            Some("it asks for ICMP types of another protocol".to_owned())
+        Some(number) if rule.icmp.is_some_and(|icmp| icmp.kind.is_some()) && !matches!(number, 1 | 58) => {
+            return Some("it asks for ICMP types of another protocol".to_owned());
         }
-        _ => None,
+        _ => {}
     }
+    [("source", &rule.source), ("destination", &rule.destination)]
+        .into_iter()
+        .find_map(|(side, entity)| entity_contradiction(entity).map(|reason| format!("{side}: {reason}")))
 }
 
-/// Whether every address matches.
+fn entity_contradiction(entity: &EntityMatch) -> Option<String> {
+    if !entity.nets.is_empty() && entity.nets.iter().all(|net| is_within(net, &entity.not_nets)) {
+        return Some("every net is also excluded".to_owned());
+    }
+    let excluded = |port: &Port| entity.not_ports.contains(port) || imply::within_ranges(port, &entity.not_ports);
+    if !entity.ports.is_empty() && entity.ports.iter().all(excluded) {
+        return Some("every port is also excluded".to_owned());
+    }
+    let selection = entity.selection.as_ref()?;
+    if is_contradictory(&selection.selector.expr) {
+        return Some(format!("{} contradicts itself", selection.selector));
+    }
+    let unwanted = entity.not_selection.as_ref().filter(|unwanted| selection_within(selection, unwanted));
+    unwanted
+        .map(|unwanted| format!("whatever {} selects, the negated {} excludes", selection.selector, unwanted.selector))
+}
+
+/// Whether every address of a family matches, but for exceptions.
 fn is_world(entity: &EntityMatch) -> bool {
-    let everything = |net: &IpNet| net.prefix_len() == 0;
     entity.selection.is_none()
-        && entity.not_selection.is_none()
         && entity.service.is_none()
-        && (entity.nets.is_empty() || entity.nets.iter().any(everything))
-        && entity.ports.iter().all(|port| matches!(port, crate::model::Port::Range(..)))
+        && (entity.nets.is_empty() || [true, false].iter().any(|v4| is_within(&everything(*v4), &entity.nets)))
+        && entity.ports.iter().all(|port| matches!(port, Port::Range(..)))
 }
 
-/// Whether `first` certainly decides whatever `rule` matches: each of its parts is absent or the same.
-fn covers(first: &Rule, rule: &Rule) -> bool {
-    fn wider<T: PartialEq>(first: &Option<T>, rule: &Option<T>) -> bool {
-        first.is_none() || first == rule
-    }
-    let lists = |first: &EntityMatch, rule: &EntityMatch| {
-        (first.nets.is_empty() || first.nets == rule.nets)
-            && (first.not_nets.is_empty() || first.not_nets == rule.not_nets)
-            && (first.ports.is_empty() || first.ports == rule.ports)
-            && (first.not_ports.is_empty() || first.not_ports == rule.not_ports)
-            && wider(&first.selection, &rule.selection)
-            && wider(&first.not_selection, &rule.not_selection)
-            && wider(&first.service, &rule.service)
-    };
-    first.action != Action::Log
-        && first.unknown_because().is_none()
-        && wider(&first.ip_version, &rule.ip_version)
-        && wider(&first.protocol, &rule.protocol)
-        && wider(&first.not_protocol, &rule.not_protocol)
-        && wider(&first.icmp, &rule.icmp)
-        && wider(&first.not_icmp, &rule.not_icmp)
-        && lists(&first.source, &rule.source)
-        && lists(&first.destination, &rule.destination)
+/// A policy in its place in one cluster and one direction.
+struct Asked<'a> {
+    tier: usize,
+    policy: &'a Policy,
+    rules: &'a [Rule],
+    /// The number of its subject.
+    subject: usize,
 }
 
-/// Namespaces in which some pod is judged by no tier that denies what no rule speaks of.
-fn open_namespaces(policies: &PolicySet, name: &ClusterName, cluster: &Cluster, findings: &mut Vec<Finding>) {
-    // Subjects of the tiers that deny, for each direction.
-    let tiers = order(policies, name);
-    let closing = |direction: Direction| -> Vec<&Policy> {
-        let denying = tiers.iter().filter(|tier| tier.default == TierDefault::Deny);
-        denying
-            .flat_map(|tier| tier.policies.iter().copied())
-            .filter(|policy| policy.acts() && rules(policy, direction).is_some())
-            .collect()
-    };
-    let mut open: BTreeMap<&Arc<str>, [usize; 3]> = BTreeMap::new();
-    let closing = [closing(Direction::Ingress), closing(Direction::Egress)];
-    for (id, endpoint) in &cluster.endpoints {
-        let (EndpointKind::Pod, Some(namespace), false) = (id.kind, &id.namespace, endpoint.host_network) else {
-            continue;
-        };
-        let labels = crate::inventory::EffectiveLabels { cluster, id, endpoint, first_hand: true };
-        let counts = open.entry(namespace).or_default();
-        counts[0] += 1;
-        for (at, closing) in closing.iter().enumerate() {
-            let closed = closing.iter().any(|policy| policy.selector.evaluate(&labels) == Tri::Yes);
-            counts[at + 1] += usize::from(!closed);
-        }
-    }
-    let mut all_open = !open.is_empty();
-    for (namespace, [pods, ingress, egress]) in open {
-        all_open &= ingress == pods && egress == pods;
-        if ingress + egress > 0 {
-            let message = format!(
-                "namespace {namespace}: of {pods} pods {ingress} take whatever no rule speaks of, {egress} may send it"
-            );
-            findings.push(Finding {
-                check: NO_DEFAULT_DENY,
-                cluster: Some(name.clone()),
-                policy: None,
-                rule: None,
-                message,
+/// What decides a rule, or a whole policy, before it is asked.
+type Witness = (Check, String);
+
+/// Rules, and whole policies, before which something else decides, in every cluster that enforces them.
+fn decided_before(policies: &PolicySet, inventory: &Inventory) -> Vec<Finding> {
+    let mut found: BTreeMap<(&PolicyId, Direction, Option<u32>), Vec<Witness>> = BTreeMap::new();
+    for (cluster, owner) in &inventory.clusters {
+        let tiers = order(policies, cluster);
+        for direction in DIRECTIONS {
+            in_one_cluster(&tiers, owner.federated_allow_final, direction, |policy, index, witness| {
+                found.entry((&policy.id, direction, index)).or_default().push(witness);
             });
         }
     }
-    if all_open {
-        let message = "no pod is denied anything by default".to_owned();
-        let check = CLUSTER_WITHOUT_DEFAULT_DENY;
-        findings.push(Finding { check, cluster: Some(name.clone()), policy: None, rule: None, message });
+    let all = [&policies.federation].into_iter().chain(policies.clusters.values());
+    let all: BTreeMap<&PolicyId, &Policy> = all.flat_map(|layer| &layer.policies).collect();
+    let mut findings = Vec::new();
+    for ((id, direction, index), mut witnesses) in found {
+        let enforced_by = enforcers(all[id], inventory).len();
+        if witnesses.len() < enforced_by {
+            continue;
+        }
+        // As shadowed as where it is least.
+        witnesses.sort_by_key(|(check, _)| check.severity);
+        let (check, message) = witnesses.remove(0);
+        let about = About::Policy(id.clone(), index.map(|index| (direction, index)));
+        findings.push(Finding { check, cluster: id.cluster.clone(), about, message });
+    }
+    findings
+}
+
+fn in_one_cluster<'a>(
+    tiers: &[OrderedTier<'a>],
+    federated_allow_final: bool,
+    direction: Direction,
+    mut found: impl FnMut(&'a Policy, Option<u32>, Witness),
+) {
+    let (mut subjects, mut numbers): (Vec<&Expr>, HashMap<&str, usize>) = (Vec::new(), HashMap::new());
+    let mut asked: Vec<Asked<'a>> = Vec::new();
+    for (tier, it) in tiers.iter().enumerate() {
+        for policy in it.policies.iter().copied() {
+            let Some(rules) = rules(policy, direction).filter(|_| policy.acts()) else { continue };
+            let subject = *numbers.entry(&policy.selector.canonical).or_insert(subjects.len());
+            if subject == subjects.len() {
+                subjects.push(&policy.selector.expr);
+            }
+            asked.push(Asked { tier, policy, rules, subject });
+        }
+    }
+    let wider = wider_subjects(&subjects);
+    let mut by_subject: Vec<Vec<usize>> = vec![Vec::new(); subjects.len()];
+    for (at, it) in asked.iter().enumerate() {
+        by_subject[it.subject].push(at);
+    }
+    let leaves = |it: &Asked<'_>, rule: &Rule| {
+        rule.action == Action::Allow && it.policy.id.cluster.is_none() && !federated_allow_final
+    };
+    // Whether something leaves a tier before its end; and whether something leaves its phase.
+    let some = |tier: usize, holds: &dyn Fn(&Asked<'_>, &Rule) -> bool| {
+        asked.iter().filter(|it| it.tier == tier).any(|it| it.rules.iter().any(|rule| holds(it, rule)))
+    };
+    let passes: Vec<bool> = (0..tiers.len()).map(|tier| some(tier, &|_, rule| rule.action == Action::Pass)).collect();
+    let left: Vec<bool> = (0..tiers.len()).map(|tier| some(tier, &leaves)).collect();
+    // Whether what reaches `target` was asked to the end in `first` before it: nothing passed on, or left the phase.
+    let whole = |first: usize, target: usize| {
+        let (first_phase, phase) = (tiers[first].id.phase, tiers[target].id.phase);
+        !passes[first]
+            && (first_phase == phase || !(0..=first).any(|tier| left[tier] && tiers[tier].id.phase == first_phase))
+    };
+    let ends = |first: usize, target: usize| tiers[first].default == TierDefault::Deny && whole(first, target);
+    for (at, target) in asked.iter().enumerate() {
+        let mut before: Vec<usize> = wider[target.subject].iter().flat_map(|it| &by_subject[*it]).copied().collect();
+        before.retain(|first| *first < at);
+        before.sort_unstable();
+        let ending = before.iter().find(|first| {
+            let tier = asked[**first].tier;
+            tier < target.tier && ends(tier, target.tier)
+        });
+        if let Some(ending) = ending {
+            // What only denies is a backstop: that it is not asked changes nothing.
+            if target.rules.iter().all(|rule| rule.action == Action::Deny) {
+                continue;
+            }
+            let (tier, policy) = (&tiers[asked[*ending].tier].id.name, title(&asked[*ending].policy.id));
+            let list = list_name(direction);
+            let message = format!(
+                "its {list} is never asked: {policy} selects the same pods, and tier {tier} denies what it does not decide"
+            );
+            found(target.policy, None, (RULE_SHADOWED, message));
+            continue;
+        }
+        'rules: for (index, parts) in written(target.rules) {
+            let mut witness: Option<(&Asked<'_>, &Rule)> = None;
+            for part in parts {
+                let decides = |first: &Asked<'_>, rule: &Rule| {
+                    first.tier == target.tier
+                        || whole(first.tier, target.tier)
+                            && match rule.action {
+                                Action::Deny => true,
+                                Action::Allow => {
+                                    !leaves(first, rule) || tiers[first.tier].id.phase == tiers[target.tier].id.phase
+                                }
+                                Action::Pass | Action::Log => false,
+                            }
+                };
+                let own = target.rules.iter().take_while(|rule| !std::ptr::eq(*rule, part));
+                let own = own.filter(|rule| rule.index != index).map(|rule| (target, rule));
+                let others = before.iter().map(|first| &asked[*first]);
+                let others = others.flat_map(|first| first.rules.iter().map(move |rule| (first, rule)));
+                let first = others.chain(own).find(|(first, rule)| {
+                    decides(first, rule) && covers((rule, &first.policy.id), (part, &target.policy.id))
+                });
+                let Some(first) = first else { continue 'rules };
+                // The one that does something else than the rule says more.
+                if witness.is_none_or(|(_, known)| known.action == part.action) {
+                    witness = Some(first);
+                }
+            }
+            let Some((first, rule)) = witness else { continue };
+            let same = parts_action(target.rules, index) == Some(rule.action);
+            let elsewhere = !std::ptr::eq(first.policy, target.policy);
+            let additive = |policy: &Policy| policy.id.kind == PolicyKind::KubernetesNetworkPolicy;
+            if same && elsewhere && additive(first.policy) && additive(target.policy) {
+                // These policies add up; that two of them open the same is how they are written.
+                continue;
+            }
+            let by = match elsewhere {
+                true => format!("{} {}[{}]", title(&first.policy.id), list_name(direction), rule.index),
+                false => format!("rule {}", rule.index),
+            };
+            let tier = &tiers[first.tier].id.name;
+            let of_tier = if first.tier == target.tier { String::new() } else { format!(" in tier {tier}") };
+            let action = action_verb(rule.action);
+            let check = if same && elsewhere { RULE_REDUNDANT } else { RULE_SHADOWED };
+            found(target.policy, Some(index), (check, format!("{by}{of_tier} {action} all that it matches before it")));
+        }
     }
 }
 
-/// Tiers that pass on what they do not decide while nothing follows.
-fn passes_to_nothing(policies: &PolicySet, name: &ClusterName, findings: &mut Vec<Finding>) {
-    let tiers = order(policies, name);
-    let Some(last) = tiers.iter().rfind(|tier| tier.policies.iter().any(|policy| policy.acts())) else { return };
-    let passing = |policy: &&&Policy| {
-        let both = [Direction::Ingress, Direction::Egress].into_iter().flat_map(|direction| rules(policy, direction));
-        policy.acts() && both.flatten().any(|rule| rule.action == Action::Pass)
+fn parts_action(list: &[Rule], index: u32) -> Option<Action> {
+    list.iter().find(|rule| rule.index == index).map(|rule| rule.action)
+}
+
+fn title(id: &PolicyId) -> String {
+    crate::explain::answer::policy_name(id)
+}
+
+fn list_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "ingress",
+        Direction::Egress => "egress",
+    }
+}
+
+fn action_verb(action: Action) -> &'static str {
+    match action {
+        Action::Allow => "allows",
+        Action::Deny => "denies",
+        Action::Pass => "passes",
+        Action::Log => "logs",
+    }
+}
+
+/// For each subject those that select all that it does, itself included, as far as that is shown.
+fn wider_subjects(subjects: &[&Expr]) -> Vec<Vec<usize>> {
+    // A wider subject that asks for a label is found by that label.
+    let mut by_label: HashMap<Option<(&str, Option<&str>)>, Vec<usize>> = HashMap::new();
+    for (at, subject) in subjects.iter().enumerate() {
+        let mut asked = asked_labels(subject);
+        asked.sort_by_key(|(_, value)| value.is_none());
+        by_label.entry(asked.first().copied()).or_default().push(at);
+    }
+    let wider = |subject: &&Expr| {
+        let mut keys = vec![None];
+        for (key, value) in asked_labels(subject) {
+            keys.extend([Some((key, None)), Some((key, value))]);
+        }
+        keys.sort_unstable();
+        keys.dedup();
+        let candidates = keys.iter().filter_map(|key| by_label.get(key)).flatten().copied();
+        candidates.filter(|at| implies(subject, subjects[*at])).collect()
     };
-    let by_rule = last.policies.iter().find(passing);
-    if last.default == TierDefault::Pass || by_rule.is_some() {
-        let message = format!("tier {} passes, and no tier after it has policies", last.id.name);
-        let policy = by_rule.map(|policy| policy.id.clone());
-        findings.push(Finding { check: PASS_TO_NOTHING, cluster: Some(name.clone()), policy, rule: None, message });
+    subjects.iter().map(wider).collect()
+}
+
+/// Labels that must be present for the expression to hold, with the value where it is one.
+fn asked_labels(expr: &Expr) -> Vec<(&str, Option<&str>)> {
+    match expr {
+        Expr::Equal(key, value) => vec![(key, Some(value))],
+        Expr::In(key, values) => vec![(key, if values.len() == 1 { values.first().map(|it| &**it) } else { None })],
+        Expr::Has(key) | Expr::Contains(key, _) | Expr::StartsWith(key, _) | Expr::EndsWith(key, _) => {
+            vec![(key, None)]
+        }
+        Expr::And(parts) => parts.iter().flat_map(asked_labels).collect(),
+        Expr::All | Expr::Global | Expr::NotEqual(..) | Expr::NotIn(..) | Expr::Not(_) | Expr::Or(_) => Vec::new(),
+    }
+}
+
+/// The families of which a policy leaves nothing undecided in a direction: by the end of a tier that denies, or by a rule
+/// that denies everything.
+fn closes(tier: &OrderedTier<'_>, policy: &Policy, direction: Direction) -> [bool; 2] {
+    let Some(list) = rules(policy, direction).filter(|_| policy.acts()) else { return [false, false] };
+    if tier.default == TierDefault::Deny {
+        return [true, true];
+    }
+    let mut closed = [false, false];
+    for rule in list.iter().filter(|rule| rule.action == Action::Deny && rule.unknown_because().is_none()) {
+        let bare = rule.protocol.is_none() && rule.not_protocol.is_none() && rule.icmp.is_none();
+        if !bare || rule.not_icmp.is_some() {
+            continue;
+        }
+        for (family, on) in families(rule).into_iter().enumerate() {
+            let all = |entity: &EntityMatch| is_everything(entity, policy.id.kind, family == 0);
+            closed[family] |= on && all(&rule.source) && all(&rule.destination);
+        }
+    }
+    closed
+}
+
+fn is_everything(entity: &EntityMatch, kind: PolicyKind, v4: bool) -> bool {
+    // The peers of a ClusterNetworkPolicy are pods: all of them is the most that it can say.
+    let every_pod = |selection: &Selection| {
+        let pod = Expr::And([build::pods(), build::has_namespace()].into());
+        kind == PolicyKind::ClusterNetworkPolicy && implies(&pod, &selection.selector.expr)
+    };
+    (entity.nets.is_empty() || is_within(&everything(v4), &entity.nets))
+        && entity.not_nets.is_empty()
+        && entity.ports.is_empty()
+        && entity.not_ports.is_empty()
+        && entity.service.is_none()
+        && entity.not_selection.is_none()
+        && entity.selection.as_ref().is_none_or(every_pod)
+}
+
+/// Namespaces in which some pod is open to what no rule speaks of.
+fn open_namespaces(
+    tiers: &[OrderedTier<'_>],
+    name: &ClusterName,
+    workloads: &[Workload<'_>],
+    findings: &mut Vec<Finding>,
+) {
+    let all = || tiers.iter().flat_map(|tier| tier.policies.iter().map(move |policy| (tier, *policy)));
+    let closing = DIRECTIONS.map(|direction| {
+        let closing = all().map(|(tier, policy)| (policy, closes(tier, policy, direction)));
+        closing.filter(|(_, families)| families.contains(&true)).collect::<Vec<_>>()
+    });
+    let mut open: BTreeMap<&Arc<str>, [usize; 3]> = BTreeMap::new();
+    for workload in workloads {
+        let (id, _) = workload.members[0];
+        let (EndpointKind::Pod, Some(namespace)) = (id.kind, &id.namespace) else { continue };
+        let applying = closing.each_ref().map(|closing| {
+            let applying = closing.iter().filter(|(policy, _)| is_subject(workload, &policy.selector));
+            applying.fold([false, false], |[a, b], (_, [c, d])| [a || *c, b || *d])
+        });
+        let counts = open.entry(namespace).or_default();
+        for (_, endpoint) in &workload.members {
+            counts[0] += 1;
+            for (at, closed) in applying.iter().enumerate() {
+                let open = endpoint.addresses.iter().any(|address| !closed[usize::from(address.is_ipv6())]);
+                counts[at + 1] += usize::from(open);
+            }
+        }
+    }
+    let all_open = !open.is_empty() && open.values().all(|[pods, ingress, egress]| ingress == pods && egress == pods);
+    if all_open {
+        let message = "no pod is denied anything by default".to_owned();
+        let (check, cluster) = (CLUSTER_WITHOUT_DEFAULT_DENY, Some(name.clone()));
+        findings.push(Finding { check, cluster, about: About::Cluster, message });
+    }
+    for (namespace, [pods, ingress, egress]) in open {
+        let what = match (ingress, egress) {
+            (0, 0) => continue,
+            (0, open) => format!("egress of {}", many(open, pods)),
+            (open, 0) => format!("ingress of {}", many(open, pods)),
+            (one, other) if one == other => format!("ingress and egress of {}", many(one, pods)),
+            (ingress, egress) => {
+                format!("ingress of {} and egress of {}", many(ingress, pods), many(egress, pods))
+            }
+        };
+        let message = format!("namespace {namespace}: {what} is open to whatever no rule speaks of");
+        let about = About::Namespace(namespace.clone());
+        findings.push(Finding { check: NO_DEFAULT_DENY, cluster: Some(name.clone()), about, message });
+    }
+}
+
+fn many(some: usize, all: usize) -> String {
+    match (some, all) {
+        (1, 1) => "its only pod".to_owned(),
+        (some, all) if some == all => format!("all {all} pods"),
+        (some, all) => format!("{some} of {all} pods"),
+    }
+}
+
+/// Where what is passed on is decided by nothing that follows: no later tier has a policy for any of the pods.
+fn passes_to_nothing(
+    policies: &PolicySet,
+    tiers: &[OrderedTier<'_>],
+    name: &ClusterName,
+    workloads: &[Workload<'_>],
+    findings: &mut Vec<Finding>,
+) {
+    for direction in DIRECTIONS {
+        let acts = |policy: &&Policy| policy.acts() && rules(policy, direction).is_some();
+        let acting: Vec<Vec<&Policy>> =
+            tiers.iter().map(|tier| tier.policies.iter().copied().filter(acts).collect()).collect();
+        // For each tier: the pods that it judges, and how many of those a later one judges too.
+        let judged = |policies: &[&Policy], workload: &Workload<'_>| {
+            policies.iter().any(|policy| is_subject(workload, &policy.selector))
+        };
+        for (at, tier) in tiers.iter().enumerate().filter(|(at, _)| !acting[*at].is_empty()) {
+            let to_nothing = |first: &[&Policy]| {
+                let pods = workloads.iter().filter(|it| it.members[0].0.kind == EndpointKind::Pod);
+                let mut pods = pods.filter(|it| judged(first, it)).peekable();
+                pods.peek().is_some() && pods.all(|it| !acting[at + 1..].iter().any(|later| judged(later, it)))
+            };
+            let list = list_name(direction);
+            let written = |layer: &crate::model::Layer| layer.tiers.contains_key(tier.id);
+            let own =
+                if tier.id.phase == Phase::Local { policies.clusters.get(name) } else { Some(&policies.federation) };
+            if tier.default == TierDefault::Pass && own.is_some_and(written) && to_nothing(&acting[at]) {
+                let message =
+                    format!("{list} that no rule of the tier decides is passed on, and nothing after it decides");
+                let (check, cluster) = (PASS_TO_NOTHING, Some(name.clone()));
+                findings.push(Finding { check, cluster, about: About::Tier(tier.id.clone()), message });
+            }
+            for policy in &acting[at] {
+                let passing = rules(policy, direction).unwrap_or_default().iter().find(|it| it.action == Action::Pass);
+                if let Some(rule) = passing.filter(|_| to_nothing(&[policy])) {
+                    let message = format!("it passes {list} on, and no tier after {} decides", tier.id.name);
+                    let about = About::Policy(policy.id.clone(), Some((direction, rule.index)));
+                    let (check, cluster) = (PASS_TO_NOTHING, Some(name.clone()));
+                    findings.push(Finding { check, cluster, about, message });
+                }
+            }
+        }
     }
 }

@@ -24,7 +24,7 @@ pub enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Let a cluster in that waits.
+    /// Let a cluster in that waits. Compare its key with what its operator says first: hanse cluster get NAME -o yaml.
     Accept { name: String },
     /// Throw a cluster out: its streams close at once, and what it published is withdrawn everywhere.
     Revoke {
@@ -45,6 +45,11 @@ struct Cluster {
     cidrs: Vec<String>,
     federated_allow: &'static str,
     certificate_expires_at: String,
+    #[serde(skip)]
+    certificate_seconds: u64,
+    /// Why it was revoked.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    reason: String,
     /// SHA-256 of its public key: what its operator can compare before it is accepted.
     key: String,
 }
@@ -52,6 +57,10 @@ struct Cluster {
 impl From<pb::ClusterInfo> for Cluster {
     fn from(info: pb::ClusterInfo) -> Self {
         use pb::cluster_info::State;
+        let reason = match &info.state {
+            Some(State::Revoked(revoked)) => revoked.reason.clone(),
+            _ => String::new(),
+        };
         let state = match info.state {
             Some(State::Pending(_)) => "Pending",
             Some(State::Accepted(_)) => "Accepted",
@@ -67,6 +76,8 @@ impl From<pb::ClusterInfo> for Cluster {
             cidrs: info.cidrs,
             federated_allow: if info.federated_allow_final { "Final" } else { "Pass" },
             certificate_expires_at: time(info.certificate_expires_at),
+            certificate_seconds: info.certificate_expires_at,
+            reason,
             key: info.key,
         }
     }
@@ -77,20 +88,24 @@ impl Command {
         match self {
             Self::List { output } => show(list(context, String::new())?, output)?,
             Self::Get { name, output } => {
-                let found = list(context, name.clone())?;
-                anyhow::ensure!(!found.is_empty(), "there is no cluster {name}");
-                show(found, output)?;
+                let mut found = list(context, name.clone())?;
+                anyhow::ensure!(!found.is_empty(), "there is no cluster {name}; `hanse cluster list` names all");
+                match output {
+                    Format::Table => show(found, output)?,
+                    format => output::print(format, &found.remove(0))?,
+                }
             }
             Self::Accept { name } => {
                 let request = pb::AcceptClusterRequest { name: name.clone() };
                 with_client(context, |mut client| async move { call(client.accept_cluster(request)).await })?;
-                println!("cluster {name} accepted");
+                output::line(format_args!("cluster {name} accepted"))?;
             }
             Self::Revoke { name, reason } => {
                 let request = pb::RevokeClusterRequest { name: name.clone(), reason };
                 let revoked =
                     with_client(context, |mut client| async move { call(client.revoke_cluster(request)).await })?;
-                println!("cluster {name} revoked, {} connections closed", revoked.closed);
+                let closed = output::count(revoked.closed as usize, "connection");
+                output::line(format_args!("cluster {name} revoked, {closed} closed"))?;
             }
         }
         Ok(ExitCode::SUCCESS)
@@ -107,8 +122,7 @@ fn show(clusters: Vec<Cluster>, format: Format) -> anyhow::Result<()> {
     if format != Format::Table {
         return output::print(format, &clusters);
     }
-    let mut table =
-        output::table(["NAME", "STATE", "LABELS", "NAMESPACES", "CIDRS", "FEDERATED ALLOW", "CERTIFICATE UNTIL"]);
+    let mut table = output::table(["NAME", "STATE", "LABELS", "NAMESPACES", "CIDRS", "FEDERATED ALLOW", "CERTIFICATE"]);
     for it in clusters {
         let labels: Vec<String> = it.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
         let (labels, namespaces, cidrs) = (labels.join(","), it.namespaces.join(","), it.cidrs.join(","));
@@ -119,9 +133,14 @@ fn show(clusters: Vec<Cluster>, format: Format) -> anyhow::Result<()> {
             &namespaces,
             &cidrs,
             it.federated_allow,
-            &it.certificate_expires_at,
+            &output::left(it.certificate_seconds),
         ]);
     }
-    println!("{table}");
+    match table.is_empty() {
+        true => {
+            output::line("no cluster has joined, or is expected; `hanse token create --cluster NAME` lets one join")?
+        }
+        false => output::line(table)?,
+    }
     Ok(())
 }

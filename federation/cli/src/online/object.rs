@@ -1,67 +1,112 @@
 //! `hanse apply|get|delete`: the objects of the federation.
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use hanse_k8s_api::document::{self, Node};
-use hanse_k8s_api::manifest::{Manifests, list, read_bytes, read_file};
+use hanse_k8s_api::document::{self, Data, Node};
+use hanse_k8s_api::manifest::{MAX_FILE_BYTES, Manifests, list, read_bytes, read_file};
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
+use serde_json::Value;
 
-use super::{call, with_client};
+use super::{CallError, Client, call, with_client};
 use crate::output::{self, Format};
 
+/// Where `get` says at which revision of the hub an object is. `apply` takes it off, and then changes the object only if it
+/// is still at that revision: what was edited meanwhile by somebody else is not overwritten.
+const REVISION: &str = "hanse.dev/revision";
+
+/// Write objects of the federation to the hub.
+///
+/// All manifests are checked first, and nothing is written when one is wrong. Then each object is written by itself, what
+/// others name first; one that the hub refuses does not keep the rest out, and makes the command exit 1. Applying the same
+/// again changes nothing. A manifest from `hanse get -o yaml` is written only if nobody changed the object since.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse apply -f policies/
+  hanse apply -f policies/ --dry-run
+  hanse policy scaffold deny-metadata | hanse apply -f -
+  hanse get fnp web -o yaml > web.yaml; $EDITOR web.yaml; hanse apply -f web.yaml")]
 pub struct Apply {
-    /// A file or a directory of manifests; may be given several times.
+    /// A file or a directory of manifests, or `-` for standard input; may be given several times.
     #[arg(short, long = "filename", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
-}
-
-#[derive(Debug, clap::Args)]
-pub struct Get {
-    /// FederatedNetworkPolicy, Tier, FederatedNetworkSet or MemberCluster.
-    kind: String,
-    /// One object; without a name all of the kind.
-    name: Option<String>,
+    /// Let the hub check and judge everything (roles, grants, preconditions), and change nothing.
+    #[arg(long)]
+    dry_run: bool,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
 
+/// Read objects of the federation from the hub.
+///
+/// As YAML or JSON these are the manifests, which can be edited and applied again.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse get
+  hanse get fnp
+  hanse get tier platform -o yaml
+  hanse get -f policies/ -o json")]
+pub struct Get {
+    /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns) or MemberCluster (mc); without it, every kind.
+    #[arg(conflicts_with = "files")]
+    kind: Option<String>,
+    /// One object; without a name all of the kind.
+    name: Option<String>,
+    /// A file or a directory of manifests that name the objects, or `-`; may be given several times.
+    #[arg(short, long = "filename", value_name = "FILE")]
+    files: Vec<PathBuf>,
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+/// Delete objects of the federation, policies first, what they name last.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse delete fnp web
+  hanse delete -f policies/ --ignore-not-found")]
 pub struct Delete {
     /// The kind, with a name behind it.
     #[arg(requires = "name", required_unless_present = "files")]
     kind: Option<String>,
     name: Option<String>,
-    /// A file or a directory of manifests that name the objects; may be given several times.
+    /// A file or a directory of manifests that name the objects, or `-`; may be given several times.
     #[arg(short, long = "filename", value_name = "FILE", conflicts_with = "kind")]
     files: Vec<PathBuf>,
+    /// What is not there counts as deleted.
+    #[arg(long)]
+    ignore_not_found: bool,
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
 }
 
-/// The kinds in the order in which they are applied: what others name comes first.
-const KINDS: [(&str, pb::ObjectKind); 4] = [
-    ("MemberCluster", pb::ObjectKind::MemberCluster),
-    ("Tier", pb::ObjectKind::Tier),
-    ("FederatedNetworkSet", pb::ObjectKind::FederatedNetworkSet),
-    ("FederatedNetworkPolicy", pb::ObjectKind::FederatedNetworkPolicy),
+/// The kinds with their short names, in the order in which they are applied: what others name comes first.
+const KINDS: [(&str, &str, pb::ObjectKind); 4] = [
+    ("MemberCluster", "mc", pb::ObjectKind::MemberCluster),
+    ("Tier", "tier", pb::ObjectKind::Tier),
+    ("FederatedNetworkSet", "fns", pb::ObjectKind::FederatedNetworkSet),
+    ("FederatedNetworkPolicy", "fnp", pb::ObjectKind::FederatedNetworkPolicy),
 ];
 
 fn kind_of(text: &str) -> anyhow::Result<pb::ObjectKind> {
-    let plural = |name: &str| format!("{name}s");
-    let found = KINDS.iter().find(|(name, _)| {
-        name.eq_ignore_ascii_case(text)
-            || plural(name).eq_ignore_ascii_case(text)
-            || (*name == "FederatedNetworkPolicy" && ["fnp", "federatednetworkpolicies"].contains(&text))
+    let text = text.to_ascii_lowercase();
+    let found = KINDS.iter().find(|(name, short, _)| {
+        let name = name.to_ascii_lowercase();
+        let plural = name.strip_suffix('y').map_or_else(|| format!("{name}s"), |stem| format!("{stem}ies"));
+        [name.as_str(), &plural, short].contains(&text.as_str())
     });
-    let names = KINDS.map(|(name, _)| name).join(", ");
-    found.map(|(_, kind)| *kind).with_context(|| format!("\"{text}\" is none of {names}"))
+    let names = KINDS.map(|(name, short, _)| format!("{name} ({short})")).join(", ");
+    found.map(|(.., kind)| *kind).with_context(|| format!("\"{text}\" is none of {names}"))
 }
 
 fn name_of(kind: i32) -> &'static str {
-    KINDS.iter().find(|(_, known)| *known as i32 == kind).map_or("object", |(name, _)| name)
+    KINDS.iter().find(|(.., known)| *known as i32 == kind).map_or("object", |(name, ..)| name)
 }
 
 /// One object of the federation as it is written.
@@ -70,6 +115,8 @@ struct Written {
     kind: pb::ObjectKind,
     name: String,
     json: Vec<u8>,
+    /// The revision that it was read at.
+    revision: Option<u64>,
     place: String,
 }
 
@@ -78,130 +125,345 @@ fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     let mut written = Vec::new();
     let mut checked = Manifests::default();
     for path in files {
-        for path in list(path)? {
-            let bytes = read_file(&path).with_context(|| format!("read {}", path.display()))?;
-            let name: Arc<str> = path.to_string_lossy().into();
+        let paths = match path.as_os_str() == "-" {
+            true => vec![path.clone()],
+            false => list(path)?,
+        };
+        for path in paths {
+            let (name, bytes) = match path.as_os_str() == "-" {
+                true => ("standard input".into(), standard_input()?),
+                false => {
+                    (path.to_string_lossy(), read_file(&path).with_context(|| format!("read {}", path.display()))?)
+                }
+            };
+            let name: Arc<str> = name.into();
             read_bytes(&name, &bytes, &mut checked);
             let text = std::str::from_utf8(&bytes).unwrap_or_default();
+            let text = text.strip_prefix('\u{feff}').unwrap_or(text);
             for node in document::parse(text).into_iter().flatten() {
-                written.extend(written_object(&name, &node));
+                collect(&name, &node, &mut written);
             }
         }
     }
     for skipped in &checked.skipped {
         let (place, object) = (&skipped.place, &skipped.object);
-        eprintln!("{}:{}: {} is no kind of the federation, skipped", place.file, place.line, object.kind);
+        eprintln!(
+            "{}:{}: {} {} is skipped: no kind of the federation",
+            place.file, place.line, object.kind, object.name
+        );
+    }
+    // Kinds of a cluster are read by its member, not by the hub: they are passed over, but not in silence.
+    for manifest in &checked.objects {
+        let (place, of) = (&manifest.place, &manifest.reference);
+        if of.api_version != hanse_k8s_api::hanse::API_VERSION {
+            let (kind, name) = (&of.kind, &of.name);
+            eprintln!("{}:{}: {kind} {name} is skipped: it belongs into its cluster", place.file, place.line);
+        }
     }
     if !checked.diagnostics.is_empty() {
         for it in &checked.diagnostics {
             let field = if it.field.is_empty() { String::new() } else { format!("{}: ", it.field) };
             eprintln!("{}:{}: {field}{}", it.place.file, it.place.line, it.message);
         }
-        bail!("{} errors; nothing was changed", checked.diagnostics.len());
+        bail!("{}; nothing was changed", output::count(checked.diagnostics.len(), "error"));
     }
     written.sort_by_key(|object| object.order);
     Ok(written)
 }
 
+fn standard_input() -> anyhow::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::io::stdin().lock().take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).context("read standard input")?;
+    anyhow::ensure!(bytes.len() as u64 <= MAX_FILE_BYTES, "standard input is larger than {MAX_FILE_BYTES} bytes");
+    Ok(bytes)
+}
+
+/// The objects of the federation in a document, which may be a list of them.
+fn collect(file: &str, node: &Node, written: &mut Vec<Written>) {
+    let Some(kind) = node.child("kind").and_then(Node::text) else { return };
+    if let (true, Some(Node { data: Data::Sequence(items), .. })) = (kind.ends_with("List"), node.child("items")) {
+        return items.iter().for_each(|item| collect(file, item, written));
+    }
+    written.extend(written_object(file, node));
+}
+
 fn written_object(file: &str, node: &Node) -> Option<Written> {
     let kind = node.child("kind")?.text()?;
-    let order = KINDS.iter().position(|(name, _)| *name == kind)?;
+    let order = KINDS.iter().position(|(name, ..)| *name == kind)?;
     let group = node.child("apiVersion")?.text()?;
     (group == hanse_k8s_api::hanse::API_VERSION).then_some(())?;
     let name = node.child("metadata")?.child("name")?.text()?.to_owned();
-    let json = serde_json::to_vec(&node.to_value()).ok()?;
-    Some(Written { order, kind: KINDS[order].1, name, json, place: format!("{file}:{}", node.line) })
+    let mut value = node.to_value();
+    let revision = take_revision(&mut value);
+    let json = serde_json::to_vec(&value).ok()?;
+    Some(Written { order, kind: KINDS[order].2, name, json, revision, place: format!("{file}:{}", node.line) })
+}
+
+fn take_revision(manifest: &mut Value) -> Option<u64> {
+    let metadata = manifest.get_mut("metadata")?.as_object_mut()?;
+    let annotations = metadata.get_mut("annotations")?.as_object_mut()?;
+    let revision = annotations.shift_remove(REVISION)?;
+    if annotations.is_empty() {
+        metadata.shift_remove("annotations");
+    }
+    revision.as_str()?.parse().ok()
+}
+
+/// What became of one object.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Outcome {
+    kind: &'static str,
+    name: String,
+    /// `created`, `configured`, `unchanged`, `deleted`, `absent` or `failed`.
+    result: &'static str,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    dry_run: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    revision: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
+    #[serde(skip)]
+    place: String,
+}
+
+impl Outcome {
+    /// Says it at once: of a long list, what was done is known when the rest fails.
+    fn tell(&self, format: Format) -> anyhow::Result<()> {
+        if format != Format::Table {
+            return output::print(format, self);
+        }
+        let place = if self.place.is_empty() { String::new() } else { format!("{}: ", self.place) };
+        let Self { kind, name, result, .. } = self;
+        if let Some(error) = &self.error {
+            eprintln!("{place}{kind}/{name} {result}: {error}");
+            return Ok(());
+        }
+        let at = self.revision.map(|revision| format!(" at revision {revision}")).unwrap_or_default();
+        let dry = if self.dry_run { " (dry run)" } else { "" };
+        output::line(format_args!("{kind}/{name} {result}{}{dry}", if self.dry_run { "" } else { &at }))?;
+        for warning in &self.warnings {
+            eprintln!("{place}warning: {warning}");
+        }
+        Ok(())
+    }
+}
+
+/// Fails when one failed.
+fn conclude(outcomes: &[Outcome]) -> ExitCode {
+    let failed = outcomes.iter().filter(|outcome| outcome.error.is_some()).count();
+    if failed == 0 {
+        return ExitCode::SUCCESS;
+    }
+    if outcomes.len() > 1 {
+        eprintln!("hanse: {failed} of {} failed; the rest is done", output::count(outcomes.len(), "object"));
+    }
+    ExitCode::FAILURE
 }
 
 impl Apply {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         let objects = read(&self.files)?;
-        anyhow::ensure!(!objects.is_empty(), "there is no object of the federation in what was given");
+        anyhow::ensure!(!objects.is_empty(), "there is no object of the federation (hanse.dev) in what was given");
         with_client(context, |mut client| async move {
-            let mut failed = false;
+            let mut outcomes = Vec::new();
             for object in objects {
-                let request = pb::ApplyRequest { manifest: object.json.into(), precondition: None };
-                match call(client.apply(request)).await {
-                    Ok(done) => {
-                        let what = match done.applied() {
+                let (kind, name, place) = (name_of(object.kind.into()), object.name.clone(), object.place.clone());
+                let outcome = match self.write(&mut client, object).await {
+                    Ok(done) => Outcome {
+                        kind,
+                        name,
+                        result: match done.applied() {
                             pb::Applied::Created => "created",
                             pb::Applied::Configured => "configured",
                             pb::Applied::Unchanged | pb::Applied::Unspecified => "unchanged",
-                        };
-                        println!("{}/{} {what} at revision {}", name_of(done.kind), done.name, done.revision);
-                        for warning in done.warnings {
-                            eprintln!("{}: {warning}", object.place);
-                        }
+                        },
+                        dry_run: self.dry_run,
+                        revision: Some(done.revision),
+                        error: None,
+                        warnings: done.warnings,
+                        place,
+                    },
+                    // One bad object does not keep the rest out; a hub that is gone does.
+                    Err(error) if CallError::is_passing(&error) => {
+                        return Err(error.context(format!("apply {kind}/{name}; what was told before is done")));
                     }
-                    // One bad object does not keep the rest out.
-                    Err(error) => {
-                        failed = true;
-                        eprintln!("{}: {error:#}", object.place);
-                    }
-                }
+                    Err(error) => failed(kind, name, place, &error),
+                };
+                outcome.tell(self.output)?;
+                outcomes.push(outcome);
             }
-            Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+            Ok(conclude(&outcomes))
+        })
+    }
+
+    async fn write(&self, client: &mut Client, object: Written) -> anyhow::Result<pb::ApplyResponse> {
+        let precondition = object.revision.map(pb::apply_request::Precondition::Revision);
+        let request = pb::ApplyRequest { manifest: object.json.into(), precondition };
+        let done = match self.dry_run {
+            true => call(client.dry_run(request)).await,
+            false => call(client.apply(request)).await,
+        };
+        done.map_err(|error| match object.revision {
+            Some(_) if CallError::is_conflict(&error) => {
+                error.context(format!("it was read with {REVISION}: `hanse get` it again, or take that off"))
+            }
+            _ => error,
         })
     }
 }
 
-#[derive(Debug, Serialize)]
-struct Object {
-    kind: &'static str,
-    name: String,
-    revision: u64,
-    manifest: serde_json::Value,
+fn failed(kind: &'static str, name: String, place: String, error: &anyhow::Error) -> Outcome {
+    let error = Some(format!("{error:#}"));
+    Outcome { kind, name, result: "failed", dry_run: false, revision: None, error, warnings: Vec::new(), place }
 }
 
 impl Get {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        let kind = kind_of(&self.kind)?;
-        let request = pb::GetRequest { kind: kind.into(), name: self.name.clone().unwrap_or_default() };
-        let found = with_client(context, |mut client| async move { call(client.get(request)).await })?;
-        if let Some(name) = self.name.filter(|_| found.objects.is_empty()) {
-            bail!("there is no {} {name}", self.kind);
+        let mut wanted: Vec<(Option<pb::ObjectKind>, Option<String>)> = Vec::new();
+        if self.files.is_empty() {
+            wanted.push((self.kind.as_deref().map(kind_of).transpose()?, self.name.clone()));
+        } else {
+            let named = read(&self.files)?.into_iter().map(|object| (Some(object.kind), Some(object.name)));
+            wanted.extend(named);
+            anyhow::ensure!(!wanted.is_empty(), "there is no object of the federation (hanse.dev) in what was given");
         }
-        let objects = found.objects.into_iter().map(|object| Object {
-            kind: name_of(object.kind),
-            name: object.name,
-            revision: object.revision,
-            manifest: serde_json::from_slice(&object.manifest).unwrap_or_default(),
+        let mut absent = Vec::new();
+        let mut objects = with_client(context, async |mut client| {
+            let mut objects = Vec::new();
+            for (kind, name) in &wanted {
+                let kind = kind.unwrap_or(pb::ObjectKind::Unspecified);
+                let request = pb::GetRequest { kind: kind.into(), name: name.clone().unwrap_or_default() };
+                let found = call(client.get(request)).await?.objects;
+                if let (true, Some(name)) = (found.is_empty(), name) {
+                    absent.push(format!("there is no {}/{name}", name_of(kind.into())));
+                }
+                objects.extend(found);
+            }
+            Ok(objects)
+        })?;
+        let one = self.name.is_some();
+        if let ([only], true) = (&absent[..], one) {
+            bail!("{only}; `hanse get {}` names all", self.kind.unwrap_or_default());
+        }
+        objects.sort_by_cached_key(|object| {
+            (KINDS.iter().position(|(.., kind)| *kind as i32 == object.kind), object.name.clone())
         });
-        let objects: Vec<Object> = objects.collect();
+        self.show(objects, one)?;
+        absent.iter().for_each(|text| eprintln!("hanse: {text}"));
+        Ok(if absent.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    fn show(&self, objects: Vec<pb::Object>, one: bool) -> anyhow::Result<()> {
+        let manifest = |object: &pb::Object| -> anyhow::Result<Value> {
+            let context = || format!("understand {}/{}", name_of(object.kind), object.name);
+            serde_json::from_slice(&object.manifest).with_context(context)
+        };
         if self.output != Format::Table {
-            output::print(self.output, &objects)?;
-            return Ok(ExitCode::SUCCESS);
+            let mut manifests = Vec::new();
+            for object in &objects {
+                let mut manifest = manifest(object)?;
+                put_revision(&mut manifest, object.revision);
+                manifests.push(manifest);
+            }
+            return match (one, manifests.pop()) {
+                (true, Some(manifest)) => output::print(self.output, &manifest),
+                (_, last) => {
+                    manifests.extend(last);
+                    let list = serde_json::json!({"apiVersion": "v1", "kind": "List", "items": manifests});
+                    output::print(self.output, &list)
+                }
+            };
         }
-        let mut table = output::table(["KIND", "NAME", "REVISION"]);
-        for object in objects {
-            table.add_row([object.kind, &object.name, &object.revision.to_string()]);
+        let mut table = output::table(["KIND", "NAME", "REVISION", "WHAT"]);
+        for object in &objects {
+            let what = manifest(object).map(|manifest| summary(&manifest)).unwrap_or_default();
+            table.add_row([name_of(object.kind), &object.name, &object.revision.to_string(), &what]);
         }
-        println!("{table}");
-        Ok(ExitCode::SUCCESS)
+        match table.is_empty() {
+            true => output::line("there is none"),
+            false => output::line(table),
+        }
+    }
+}
+
+fn put_revision(manifest: &mut Value, revision: u64) {
+    let Some(metadata) = manifest.get_mut("metadata").and_then(Value::as_object_mut) else { return };
+    let annotations = metadata.entry("annotations").or_insert_with(|| serde_json::json!({}));
+    if let Some(annotations) = annotations.as_object_mut() {
+        annotations.insert(REVISION.to_owned(), revision.to_string().into());
+    }
+}
+
+/// What an object is about, in a few words.
+fn summary(manifest: &Value) -> String {
+    let spec = &manifest["spec"];
+    let text = |field: &str, otherwise: &str| match &spec[field] {
+        Value::Null => otherwise.to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let items = |list: &Value| list.as_array().map_or(0, Vec::len);
+    let joined = |list: &Value| {
+        let texts = list.as_array().into_iter().flatten().filter_map(Value::as_str);
+        texts.collect::<Vec<_>>().join(",")
+    };
+    match manifest["kind"].as_str().unwrap_or_default() {
+        "FederatedNetworkPolicy" => {
+            let rules = items(&spec["ingress"]) + items(&spec["egress"]);
+            let (tier, order) = (text("tier", "-"), text("order", "last"));
+            let clusters = text("clusterSelector", "all()");
+            format!("tier {tier}, order {order}, {}, clusters {clusters}", output::count(rules, "rule"))
+        }
+        "Tier" => format!(
+            "{}, order {}, ends in {}",
+            text("phase", "Guard"),
+            text("order", "last"),
+            text("defaultAction", "Deny")
+        ),
+        "FederatedNetworkSet" => output::count(items(&spec["nets"]), "net"),
+        "MemberCluster" => format!("cidrs {}", joined(&spec["grants"]["cidrs"])),
+        _ => String::new(),
     }
 }
 
 impl Delete {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        let mut objects: Vec<(pb::ObjectKind, String)> = Vec::new();
+        let mut objects: Vec<(pb::ObjectKind, String, String)> = Vec::new();
         if let (Some(kind), Some(name)) = (&self.kind, &self.name) {
-            objects.push((kind_of(kind)?, name.clone()));
+            objects.push((kind_of(kind)?, name.clone(), String::new()));
+        } else {
+            let named = read(&self.files)?.into_iter().rev();
+            objects.extend(named.map(|object| (object.kind, object.name, object.place)));
+            anyhow::ensure!(!objects.is_empty(), "there is no object of the federation (hanse.dev) in what was given");
         }
-        // Policies first, what they name last.
-        objects.extend(read(&self.files)?.into_iter().rev().map(|object| (object.kind, object.name)));
         with_client(context, |mut client| async move {
-            let mut failed = false;
-            for (kind, name) in objects {
+            let mut outcomes = Vec::new();
+            for (kind, name, place) in objects {
                 let request = pb::DeleteRequest { kind: kind.into(), name: name.clone() };
-                match call(client.delete(request)).await {
-                    Ok(done) => println!("{}/{name} deleted at revision {}", name_of(kind.into()), done.revision),
-                    Err(error) => {
-                        failed = true;
-                        eprintln!("{}/{name}: {error:#}", name_of(kind.into()));
+                let kind = name_of(kind.into());
+                let (result, revision, warnings) = match call(client.delete(request)).await {
+                    Ok(done) => ("deleted", Some(done.revision), done.warnings),
+                    Err(error) if self.ignore_not_found && CallError::is_not_found(&error) => {
+                        ("absent", None, Vec::new())
                     }
-                }
+                    Err(error) if CallError::is_passing(&error) => {
+                        return Err(error.context(format!("delete {kind}/{name}; what was told before is done")));
+                    }
+                    Err(error) => {
+                        let outcome = failed(kind, name, place, &error);
+                        outcome.tell(self.output)?;
+                        outcomes.push(outcome);
+                        continue;
+                    }
+                };
+                let outcome = Outcome { kind, name, result, dry_run: false, revision, error: None, warnings, place };
+                outcome.tell(self.output)?;
+                outcomes.push(outcome);
             }
-            Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+            Ok(conclude(&outcomes))
         })
     }
 }

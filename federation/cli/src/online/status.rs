@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
@@ -9,8 +10,16 @@ use serde::Serialize;
 use super::{call, time, with_client};
 use crate::output::{self, Format};
 
+/// How the clusters are: connected, age of data, digests, agents, certificates.
+///
+/// AGE is since the hub last heard the cluster; `stale` when its lease has ended. REVISION and ENDPOINTS are of what it
+/// publishes; DIGESTS says whether what it holds of the others equals what was selected for it; ENFORCED is the hub's
+/// revision that all its nodes enforce; AGENTS how many of its agents enforce the current generation.
 #[derive(Debug, clap::Args)]
 pub struct Status {
+    /// Exit 1 when a cluster waits, is silent, lags, or was refused something.
+    #[arg(long)]
+    exit_code: bool,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -40,6 +49,8 @@ struct Cluster {
     agents: u32,
     agents_current: u32,
     certificate_expires_at: String,
+    #[serde(skip)]
+    certificate_seconds: u64,
     key_exchange: String,
     refused: u64,
     refusals: Vec<String>,
@@ -65,6 +76,7 @@ impl From<pb::ClusterStatus> for Cluster {
             agents: it.agents,
             agents_current: it.agents_current,
             certificate_expires_at: time(it.certificate_expires_at),
+            certificate_seconds: it.certificate_expires_at,
             key_exchange: it.key_exchange,
             refused: it.refused,
             refusals: it.refusals,
@@ -81,57 +93,119 @@ impl Status {
         let overview = Overview { hub_revision: status.revision, clusters };
         if self.output != Format::Table {
             output::print(self.output, &overview)?;
-            return Ok(ExitCode::SUCCESS);
+            return Ok(overview.code(self.exit_code));
         }
-        println!("hub at revision {}", overview.hub_revision);
+        overview.show()?;
+        Ok(overview.code(self.exit_code))
+    }
+}
+
+impl Overview {
+    fn code(&self, exit_code: bool) -> ExitCode {
+        let all_well = self.clusters.iter().all(|it| it.problems(self.hub_revision).is_empty());
+        if exit_code && !all_well { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    }
+
+    fn show(&self) -> anyhow::Result<()> {
+        let problems = |it: &Cluster| it.problems(self.hub_revision);
+        let well = self.clusters.iter().filter(|it| it.state == "accepted" && problems(it).is_empty()).count();
+        let clusters = output::count(self.clusters.len(), "cluster");
+        output::line(format_args!("hub at revision {}; {clusters}, {well} in sync", self.hub_revision))?;
+        if self.clusters.is_empty() {
+            return output::line("`hanse token create --cluster NAME` lets a cluster join");
+        }
         let mut table = output::table([
             "CLUSTER",
             "STATE",
             "CONNECTED",
-            "LEASE",
             "AGE",
             "REVISION",
             "ENDPOINTS",
             "DIGESTS",
             "ENFORCED",
             "AGENTS",
-            "CERTIFICATE UNTIL",
+            "CERTIFICATE",
             "KEY EXCHANGE",
             "REFUSED",
             "UNENFORCED",
         ]);
-        for it in &overview.clusters {
+        for it in &self.clusters {
             let digests = match it.digests_equal {
                 Some(true) => "equal",
                 Some(false) => "differ",
                 None => "unknown",
             };
+            let age = match (it.age_ms, it.lease.as_str()) {
+                (None, _) => "never heard".to_owned(),
+                (Some(age), "live") => output::length(Duration::from_millis(age)),
+                (Some(age), lease) => format!("{} ({lease})", output::length(Duration::from_millis(age))),
+            };
+            let known = it.age_ms.is_some();
+            let shown = |text: String| if known { text } else { "-".to_owned() };
             table.add_row([
                 it.name.clone(),
                 it.state.clone(),
                 if it.connected { "yes".to_owned() } else { "no".to_owned() },
-                it.lease.clone(),
-                it.age_ms.map_or_else(|| "-".to_owned(), |age| format!("{:.1} s", age as f64 / 1000.0)),
-                it.revision.to_string(),
-                it.endpoints.to_string(),
-                digests.to_owned(),
-                format!("{} of {}", it.enforced_revision, overview.hub_revision),
-                format!("{} of {}", it.agents_current, it.agents),
-                it.certificate_expires_at.clone(),
-                it.key_exchange.clone(),
+                age,
+                shown(it.revision.to_string()),
+                shown(it.endpoints.to_string()),
+                shown(digests.to_owned()),
+                shown(format!("{} of {}", it.enforced_revision, self.hub_revision)),
+                shown(format!("{} of {}", it.agents_current, it.agents)),
+                output::left(it.certificate_seconds),
+                if it.key_exchange.is_empty() { "-".to_owned() } else { it.key_exchange.clone() },
                 it.refused.to_string(),
                 it.unenforced.to_string(),
             ]);
         }
-        println!("{table}");
-        for it in &overview.clusters {
-            for refusal in &it.refusals {
-                println!("{}: refused: {refusal}", it.name);
-            }
-            for problem in &it.problems {
-                println!("{}: {problem}", it.name);
+        output::line(format_args!("\n{table}"))?;
+        let mut first = true;
+        for it in &self.clusters {
+            for problem in problems(it) {
+                output::line(format_args!("{}{}: {problem}", if first { "\n" } else { "" }, it.name))?;
+                first = false;
             }
         }
-        Ok(ExitCode::SUCCESS)
+        Ok(())
+    }
+}
+
+impl Cluster {
+    /// What keeps it from being in sync, and what it was refused, in words.
+    fn problems(&self, hub_revision: u64) -> Vec<String> {
+        let age = self.age_ms.map(|age| output::length(Duration::from_millis(age)));
+        let mut problems = Vec::new();
+        match (self.state.as_str(), self.lease.as_str()) {
+            ("pending", _) => problems.push(format!("waits for `hanse cluster accept {}`", self.name)),
+            ("accepted", "never heard") => {
+                problems.push("has joined and was never heard: see that hanse-member runs there".to_owned());
+            }
+            ("accepted", "stale") => problems.push(format!(
+                "silent for {}: its endpoints count as unknown, so rules that allow them do not match",
+                age.unwrap_or_default()
+            )),
+            ("accepted", _) if !self.connected => problems.push("not connected to this hub".to_owned()),
+            ("accepted", _) => {
+                if self.digests_equal == Some(false) {
+                    problems.push("what it holds differs from what the hub selected for it".to_owned());
+                }
+                let behind = self.agents.saturating_sub(self.agents_current);
+                if behind > 0 {
+                    problems
+                        .push(format!("{behind} of its {} agents do not enforce its current generation", self.agents));
+                } else if self.enforced_revision < hub_revision {
+                    let at = self.enforced_revision;
+                    problems.push(format!("it enforces revision {at}, the hub is at {hub_revision}"));
+                }
+            }
+            _ => {}
+        }
+        problems.extend(self.refusals.iter().map(|refusal| format!("refused: {refusal}")));
+        let untold = self.refused.saturating_sub(self.refusals.len() as u64);
+        if untold > 0 {
+            problems.push(format!("{untold} more refused"));
+        }
+        problems.extend(self.problems.iter().cloned());
+        problems
     }
 }

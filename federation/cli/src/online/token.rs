@@ -13,6 +13,10 @@ use crate::output::{self, Format};
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Print a token, a secret, with which one cluster joins once.
+    ///
+    /// The secret is shown this once; the hub keeps its hash. Example:
+    /// (umask 077; hanse token create --cluster train > train.token), then give the file to
+    /// hanse-member run --token-file train.token.
     Create {
         /// The cluster's name.
         #[arg(long)]
@@ -44,6 +48,8 @@ struct Token {
     id: String,
     cluster: String,
     expires_at: String,
+    #[serde(skip)]
+    expires_seconds: u64,
     accepts_at_once: bool,
     used: bool,
     created_by: String,
@@ -58,7 +64,7 @@ impl Command {
                     with_client(context, |mut client| async move { call(client.create_token(request)).await })?;
                 match output {
                     // Alone on the line, so that it can go into a file.
-                    Format::Table => println!("{}", created.token),
+                    Format::Table => output::line(created.token)?,
                     format => output::print(format, &serde_json::json!({"id": created.id, "token": created.token}))?,
                 }
             }
@@ -73,6 +79,7 @@ impl Command {
                         id: token.id,
                         cluster: token.cluster,
                         expires_at: time(token.expires_at),
+                        expires_seconds: token.expires_at,
                         accepts_at_once: token.accept,
                         used: !token.bound_key.is_empty(),
                         created_by: token.created_by,
@@ -84,23 +91,20 @@ impl Command {
                 }
                 let mut table = output::table(["ID", "CLUSTER", "EXPIRES", "ACCEPTS", "USED", "BY"]);
                 for token in tokens {
+                    let expires = format!("{} ({})", token.expires_at, output::left(token.expires_seconds));
                     let accepts = if token.accepts_at_once { "at once" } else { "by an operator" };
                     let used = if token.used { "yes" } else { "no" };
-                    table.add_row([
-                        token.id.as_str(),
-                        &token.cluster,
-                        &token.expires_at,
-                        accepts,
-                        used,
-                        &token.created_by,
-                    ]);
+                    table.add_row([token.id.as_str(), &token.cluster, &expires, accepts, used, &token.created_by]);
                 }
-                println!("{table}");
+                match table.is_empty() {
+                    true => output::line("no token is valid; `hanse token create --cluster NAME` makes one")?,
+                    false => output::line(table)?,
+                }
             }
             Self::Revoke { id } => {
                 let request = pb::RevokeTokenRequest { id: id.clone() };
                 with_client(context, |mut client| async move { call(client.revoke_token(request)).await })?;
-                println!("token {id} revoked");
+                output::line(format_args!("token {id} revoked"))?;
             }
         }
         Ok(ExitCode::SUCCESS)

@@ -7,24 +7,39 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::policy_in_cluster::State;
+use serde::Serialize;
 
-use super::{call, with_client};
+use super::{CallError, Client, call, with_client};
+use crate::output::{self, Format};
 
 /// How often the hub is asked.
 const ASK_EVERY: Duration = Duration::from_millis(100);
+/// How long after a hub went away it is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How often people are told who lags.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 
-/// Exits 0 when it is so, 1 when the time is up (and says who lags), 2 when a cluster refuses the policy.
+/// Wait until policies are enforced on every node of every cluster that they name.
+///
+/// Exits 0 when it is so, 1 when the time is up (and says who lags), 2 when a cluster refuses a policy. A hub that goes away
+/// meanwhile is asked again until the time is up.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse wait --for=enforced default-deny
+  hanse wait --for=enforced --timeout 300 default-deny inference registry")]
 pub struct Wait {
     #[arg(long = "for", value_enum, default_value_t = Condition::Enforced)]
     condition: Condition,
     /// How long to wait, in seconds.
     #[arg(long, default_value_t = 60)]
     timeout: u64,
-    /// The FederatedNetworkPolicy.
-    policy: String,
+    /// FederatedNetworkPolicies.
+    #[arg(required = true, value_name = "POLICY")]
+    policies: Vec<String>,
+    /// Prints how it ended, with each cluster.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -32,42 +47,130 @@ enum Condition {
     Enforced,
 }
 
+#[derive(Debug, Serialize)]
+struct Waited {
+    policy: String,
+    /// `enforced`, `lagging` or `refused`.
+    state: &'static str,
+    clusters: Vec<InCluster>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct InCluster {
+    cluster: String,
+    state: &'static str,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    why: String,
+    /// Since the hub last heard of the cluster.
+    age_ms: Option<u64>,
+}
+
+impl Waited {
+    async fn ask(client: &mut Client, policy: &str) -> anyhow::Result<Self> {
+        let request = pb::PolicyStatusRequest { name: policy.to_owned() };
+        let status = call(client.policy_status(request)).await?;
+        let clusters = status.clusters.into_iter().map(|it| {
+            let (state, why) = match it.state {
+                Some(State::Enforced(_)) => ("enforced", String::new()),
+                Some(State::Refused(why)) => ("refused", why),
+                Some(State::Lagging(who)) => ("lagging", who),
+                None => ("lagging", "says nothing of it".to_owned()),
+            };
+            InCluster { cluster: it.cluster, state, why, age_ms: it.age_ms }
+        });
+        let clusters: Vec<InCluster> = clusters.collect();
+        let is = |state: &str| clusters.iter().any(|it| it.state == state);
+        let state = if is("refused") {
+            "refused"
+        } else if is("lagging") {
+            "lagging"
+        } else {
+            "enforced"
+        };
+        Ok(Self { policy: policy.to_owned(), state, clusters })
+    }
+
+    /// The clusters that are in `state`, for people.
+    fn those(&self, state: &str) -> String {
+        let age = |it: &InCluster| match it.age_ms {
+            Some(age) if age > 5_000 => format!(" (silent for {})", output::length(Duration::from_millis(age))),
+            Some(_) => String::new(),
+            None => " (never heard)".to_owned(),
+        };
+        let those = self.clusters.iter().filter(|it| it.state == state);
+        those.map(|it| format!("\n  {}: {}{}", it.cluster, it.why, age(it))).collect()
+    }
+}
+
 impl Wait {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        with_client(context, |mut client| async move {
-            let Condition::Enforced = self.condition;
-            let start = Instant::now();
-            let mut told = start;
-            loop {
-                let request = pb::PolicyStatusRequest { name: self.policy.clone() };
-                let status = call(client.policy_status(request)).await?;
-                let (mut lagging, mut refused) = (Vec::new(), Vec::new());
-                for it in status.clusters {
-                    match it.state {
-                        Some(State::Enforced(_)) => {}
-                        Some(State::Refused(why)) => refused.push(format!("{}: {why}", it.cluster)),
-                        Some(State::Lagging(who)) => lagging.push(format!("{}: {who}", it.cluster)),
-                        None => lagging.push(format!("{}: says nothing of it", it.cluster)),
+        let Condition::Enforced = self.condition;
+        let start = Instant::now();
+        let is_up = || start.elapsed() >= Duration::from_secs(self.timeout);
+        let mut again = false;
+        loop {
+            match with_client(context, |client| self.ask(client, start)) {
+                Err(error) if CallError::is_passing(&error) && !is_up() => {
+                    // Once is no news: a policy that was just applied may not be distributed yet.
+                    if again {
+                        eprintln!("{error:#}; asking again");
                     }
+                    std::thread::sleep(if again { ASK_AGAIN } else { ASK_EVERY });
+                    again = true;
                 }
-                if !refused.is_empty() {
-                    eprintln!("{} is refused\n  {}", self.policy, refused.join("\n  "));
-                    return Ok(ExitCode::from(2));
-                }
-                if lagging.is_empty() {
-                    println!("{} is enforced, after {:.2} s", self.policy, start.elapsed().as_secs_f64());
-                    return Ok(ExitCode::SUCCESS);
-                }
-                if start.elapsed() > Duration::from_secs(self.timeout) {
-                    eprintln!("{} is not enforced after {} s\n  {}", self.policy, self.timeout, lagging.join("\n  "));
-                    return Ok(ExitCode::FAILURE);
-                }
-                if told.elapsed() > TELL_EVERY {
-                    told = Instant::now();
-                    eprintln!("waiting for\n  {}", lagging.join("\n  "));
-                }
-                tokio::time::sleep(ASK_EVERY).await;
+                outcome => return outcome,
             }
-        })
+        }
+    }
+
+    /// Asks over one connection, as long as it lasts.
+    async fn ask(&self, mut client: Client, start: Instant) -> anyhow::Result<ExitCode> {
+        let mut told = Instant::now();
+        loop {
+            let mut all = Vec::new();
+            for policy in &self.policies {
+                all.push(Waited::ask(&mut client, policy).await?);
+            }
+            let is_up = start.elapsed() >= Duration::from_secs(self.timeout);
+            let is = |state: &str| all.iter().any(|it| it.state == state);
+            let code = match (is("refused"), is("lagging")) {
+                (true, _) => Some(2),
+                (false, false) => Some(0),
+                (false, true) => is_up.then_some(1),
+            };
+            if let Some(code) = code {
+                self.conclude(&all, start)?;
+                return Ok(ExitCode::from(code));
+            }
+            if told.elapsed() > TELL_EVERY {
+                told = Instant::now();
+                for it in all.iter().filter(|it| it.state == "lagging") {
+                    eprintln!("{} waits for{}", it.policy, it.those("lagging"));
+                }
+            }
+            tokio::time::sleep(ASK_EVERY).await;
+        }
+    }
+
+    fn conclude(&self, all: &[Waited], start: Instant) -> anyhow::Result<()> {
+        for it in all {
+            match it.state {
+                _ if self.output != Format::Table => output::print(self.output, it)?,
+                "refused" => eprintln!("{} is refused{}", it.policy, it.those("refused")),
+                "lagging" => eprintln!("{} is not enforced after {} s{}", it.policy, self.timeout, it.those("lagging")),
+                _ if it.clusters.is_empty() => {
+                    output::line(format_args!(
+                        "{} is enforced by no cluster: none that it names has joined",
+                        it.policy
+                    ))?;
+                }
+                _ => {
+                    let text = format!("{} is enforced, after {:.2} s", it.policy, start.elapsed().as_secs_f64());
+                    output::line(text)?;
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -1,28 +1,37 @@
 //! `hanse policy diff`: which pairs of workloads change verdict.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use hanse_policy::evaluate::{Query, Verdict, View};
-use hanse_policy::inventory::{EndpointKind, Inventory};
-use hanse_policy::model::{PolicySet, Port, Protocol};
-use hanse_policy::prepared::Prepared;
+use hanse_policy::diff::{Change, Diff, Packets, Party, State};
+use hanse_policy::evaluate::{Verdict, View};
+use hanse_policy::explain::answer;
+use hanse_policy::workload::common_name;
 use serde::Serialize;
 
-use super::load::{ClusterSource, Loaded, Sources};
+use super::load::{ClusterSource, Sources};
 use super::matrix::PortName;
 use crate::output::{self, Format};
-use hanse_policy::explain::answer;
-use hanse_policy::explain::{Owners, Place, ProtocolName, Question};
 
 /// Addresses that stand for the world, where none is given: documentation ranges (RFC 5737, RFC 3849).
 const OUTSIDE: [&str; 2] = ["203.0.113.1", "2001:db8::1"];
+/// Rows of a table that somebody reads; `-o json` has all.
+const MAX_ROWS: usize = 500;
 
-/// Compares two states, or the enforced with the staged outcome, over every pair of pods (and with the world outside),
-/// in all clusters.
+/// Say which pairs of workloads change verdict between two states, or between enforced and staged.
+///
+/// Compares every pair of pods in all clusters, and of pods with the world outside, over both IP versions, every protocol and
+/// port, from source port 40,000. Pods that neither state tells apart are compared and told of together, so that thousands
+/// of them are no matter.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse policy diff --cluster train=main/train --with train=branch/train --federation policies/
+  hanse policy diff --cluster train=manifests/train --federation main/ --with-federation branch/ --exit-code
+  hanse policy diff --cluster train=manifests/train --staged -o json")]
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
@@ -35,13 +44,12 @@ pub struct Arguments {
     /// Compare with the outcome if every staged policy were committed.
     #[arg(long, conflicts_with_all = ["with", "with_federation"])]
     staged: bool,
-    /// Ports to ask about, as NUMBER or NUMBER/PROTOCOL; otherwise those that policies and pods name, with what lies
-    /// beside each.
+    /// Only these ports, as NUMBER or NUMBER/PROTOCOL; otherwise all, in the ranges that policies tell apart.
     #[arg(long = "port", value_name = "PORT", value_delimiter = ',')]
     ports: Vec<PortName>,
     /// Addresses that stand for the world outside.
     #[arg(long, value_name = "IP", default_values = OUTSIDE)]
-    outside: Vec<String>,
+    outside: Vec<IpAddr>,
     /// Exit 1 when a verdict changes.
     #[arg(long)]
     exit_code: bool,
@@ -50,16 +58,87 @@ pub struct Arguments {
 }
 
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct ChangeLine<'a> {
-    from: &'a Place,
-    to: &'a Place,
-    protocol: &'a str,
-    port: u16,
+    from: Side<'a>,
+    to: Side<'a>,
+    ip_version: u8,
+    /// A name, a number, or `other`: every protocol that no policy names.
+    protocol: String,
+    /// The first and the last of a range of ports.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ports: Option<(u16, u16)>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    icmp: Option<IcmpLine>,
     before: &'static str,
     after: &'static str,
-    /// What decides now, for people.
-    egress: String,
-    ingress: String,
+    /// What decides in the second state.
+    egress: &'a str,
+    ingress: &'a str,
+}
+
+#[derive(Serialize)]
+struct IcmpLine {
+    #[serde(rename = "type")]
+    kind: u8,
+    /// Absent: every code that no policy names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    code: Option<u8>,
+}
+
+#[derive(Clone, Serialize)]
+#[serde(untagged)]
+enum Side<'a> {
+    Pods { cluster: &'a str, namespace: &'a str, pods: Vec<&'a str> },
+    Address { ip: String },
+}
+
+/// A row of the table: who, by which packets, and why. Those that differ only in the source are one.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Row {
+    closed: bool,
+    to: usize,
+    packets: String,
+    reason: String,
+}
+
+/// Rows as they come; what changes alike over both IP versions is one.
+#[derive(Default)]
+struct Rows {
+    done: BTreeMap<Row, Vec<usize>>,
+    /// The source and destination of what is open, with the IP version of each.
+    at: (usize, usize),
+    open: Vec<(Row, u8)>,
+}
+
+impl Rows {
+    fn add(&mut self, change: &Change, packets: String, reason: String) {
+        if self.at != (change.from, change.to) {
+            self.close();
+            self.at = (change.from, change.to);
+        }
+        let closed = change.after.verdict == Verdict::Deny;
+        let row = Row { closed, to: change.to, packets, reason };
+        match self.open.iter_mut().find(|(open, _)| *open == row) {
+            Some((_, version)) => *version = 0,
+            None => self.open.push((row, change.ip_version)),
+        }
+    }
+
+    fn close(&mut self) {
+        for (row, version) in self.open.drain(..) {
+            let packets = if version == 0 { row.packets } else { format!("IPv{version} {}", row.packets) };
+            let froms = self.done.entry(Row { packets, ..row }).or_default();
+            if froms.last() != Some(&self.at.0) {
+                froms.push(self.at.0);
+            }
+        }
+    }
+
+    fn finish(mut self) -> BTreeMap<Row, Vec<usize>> {
+        self.close();
+        self.done
+    }
 }
 
 impl Arguments {
@@ -71,121 +150,185 @@ impl Arguments {
         };
         let after_state = after.as_ref().unwrap_or(&before);
         let view = if self.staged { View::Pending } else { View::Enforced };
-        let sides = [
-            (Owners::new(&before.inventory), Prepared::new(&before.policies, &before.inventory, View::Enforced)),
-            (Owners::new(&after_state.inventory), Prepared::new(&after_state.policies, &after_state.inventory, view)),
-        ];
-        let mut ports: BTreeSet<(u8, u16)> = self.ports.iter().map(|port| (port.protocol, port.port)).collect();
-        if ports.is_empty() {
-            ports = [&before, after_state].into_iter().flat_map(telling_ports).collect();
-        }
-        let mut places = pods(&before.inventory);
-        let existing = pods(&after_state.inventory);
-        places.retain(|place| existing.contains(place));
-        let outside = places.len();
-        places.extend(self.outside.iter().map(|ip| Place::Address { ip: ip.clone() }));
-
-        let mut changed = 0;
-        let mut table = output::table(["FROM", "TO", "PORT", "BEFORE", "AFTER", "EGRESS", "INGRESS"]);
+        let first = State { policies: &before.policies, inventory: &before.inventory, view: View::Enforced };
+        let second = State { policies: &after_state.policies, inventory: &after_state.inventory, view };
+        let asked = self.ports.iter().map(|port| (port.protocol, port.port)).collect();
+        let diff = Diff::new(first, second, &self.outside, asked);
         let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-        for (at, from) in places.iter().enumerate() {
-            for (to_at, to) in places.iter().enumerate() {
-                if at >= outside && to_at >= outside {
-                    continue;
-                }
-                for version in [4, 6] {
-                    let base = Question {
-                        from: from.clone(),
-                        to: to.clone(),
-                        protocol: Some(ProtocolName::Number(6)),
-                        port: Some(0),
-                        source_port: None,
-                        icmp: None,
-                        ip_version: Some(version),
-                    };
-                    let packets = sides.each_ref().map(|(owners, _)| owners.packet(&base).ok());
-                    let [Some(first), Some(second)] = packets else { continue };
-                    for (protocol, port) in &ports {
-                        let with =
-                            |packet: &Query| Query { protocol: *protocol, destination_port: *port, ..packet.clone() };
-                        let (was, is) = (sides[0].1.evaluate(&with(&first)), sides[1].1.evaluate(&with(&second)));
-                        if was.verdict == is.verdict {
-                            continue;
-                        }
-                        changed += 1;
-                        let name = protocol_name(*protocol);
-                        let line = ChangeLine {
-                            from,
-                            to,
-                            protocol: &name,
-                            port: *port,
-                            before: answer::verdict(was.verdict),
-                            after: answer::verdict(is.verdict),
-                            egress: answer::reason(is.egress.as_ref()),
-                            ingress: answer::reason(is.ingress.as_ref()),
-                        };
-                        if self.output != Format::Table {
-                            super::write_line(&mut out, self.output, &line)?;
-                            continue;
-                        }
-                        let opened = if is.verdict == Verdict::Allow { "allow (opened)" } else { "deny (closed)" };
-                        let place = [from.to_string(), to.to_string(), format!("{port}/{name}")];
-                        let verdicts = [line.before.to_owned(), opened.to_owned(), line.egress, line.ingress];
-                        table.add_row(place.into_iter().chain(verdicts));
-                    }
-                }
+        let mut rows = Rows::default();
+        let (mut opened, mut closed, mut last) = (0_u64, 0_u64, None);
+        diff.compare(|change| -> anyhow::Result<()> {
+            let pairs = pairs(&diff, &change);
+            let is_open = change.after.verdict == Verdict::Allow;
+            // A pair that changes over both IP versions, or in several ways, is one pair.
+            if last.replace((change.from, change.to, is_open)) != Some((change.from, change.to, is_open)) {
+                *(if is_open { &mut opened } else { &mut closed }) += pairs;
             }
-        }
+            if self.output != Format::Table {
+                return self.print_lines(&mut out, &diff, &change);
+            }
+            let (egress, ingress) = (change.after.egress.as_ref(), change.after.ingress.as_ref());
+            let reason = match (is_open, egress, ingress) {
+                (false, Some(egress), _) if egress.verdict == Verdict::Deny => answer::reason(Some(egress)),
+                (false, _, ingress) => answer::reason(ingress),
+                (true, _, Some(ingress)) => answer::reason(Some(ingress)),
+                (true, egress, None) => answer::reason(egress),
+            };
+            rows.add(&change, told(&change.packets), reason);
+            Ok(())
+        })?;
         if self.output == Format::Table {
-            match changed {
-                0 => writeln!(out, "no pair changes verdict")?,
-                _ => writeln!(out, "{table}")?,
-            }
+            table(&diff, rows.finish(), &mut out)?;
+            let text = match opened + closed {
+                0 => "no pair changes verdict".to_owned(),
+                _ => format!("{opened} pairs opened, {closed} closed"),
+            };
+            writeln!(out, "{text}")?;
         }
         out.flush()?;
-        let refused = before.refused + after.as_ref().map_or(0, |after| after.refused);
-        Ok(if refused > 0 || self.exit_code && changed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
-    }
-}
-
-fn pods(inventory: &Inventory) -> Vec<Place> {
-    let of_cluster = |(cluster, it): (&hanse_policy::model::ClusterName, &hanse_policy::inventory::Cluster)| {
-        let pods = it.endpoints.iter().filter(|(id, pod)| id.kind == EndpointKind::Pod && !pod.addresses.is_empty());
-        let places = pods.map(|(id, _)| Place::Pod {
-            cluster: Some(cluster.to_string()),
-            namespace: id.namespace.as_deref().unwrap_or_default().to_owned(),
-            pod: id.name.to_string(),
-        });
-        places.collect::<Vec<_>>()
-    };
-    inventory.clusters.iter().flat_map(of_cluster).collect()
-}
-
-/// The ports at which a verdict can change: ends of ranges, what lies beside them, and the named ports of pods; for each
-/// protocol that is spoken of.
-fn telling_ports(loaded: &Loaded) -> BTreeSet<(u8, u16)> {
-    let PolicySet { federation, clusters } = &loaded.policies;
-    let policies = [federation].into_iter().chain(clusters.values()).flat_map(|layer| layer.policies.values());
-    let mut ports = BTreeSet::from([1]);
-    let mut protocols = BTreeSet::from([6]);
-    for rule in policies.flat_map(|policy| [&policy.ingress, &policy.egress]).flatten().flatten() {
-        let spoken = [rule.protocol, rule.not_protocol].into_iter().flatten().map(Protocol::number);
-        protocols.extend(spoken.filter(|number| matches!(number, 6 | 17 | 33 | 132 | 136)));
-        for port in rule.destination.ports.iter().chain(&rule.destination.not_ports) {
-            if let Port::Range(first, last) = port {
-                ports.extend([first.saturating_sub(1), *first, *last, last.saturating_add(1)]);
+        for (unpaired, which) in diff.unpaired.iter().zip(["first", "second"]) {
+            if *unpaired > 0 {
+                eprintln!("{} in the {which} state only, not compared", output::count(*unpaired, "pod"));
             }
         }
+        let refused = before.refused + after.as_ref().map_or(0, |after| after.refused);
+        let changed = opened + closed > 0;
+        Ok(if refused > 0 || self.exit_code && changed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
-    let endpoints = loaded.inventory.clusters.values().flat_map(|cluster| cluster.endpoints.values());
-    ports.extend(endpoints.flat_map(|endpoint| endpoint.ports.iter().map(|port| port.port)));
-    protocols.into_iter().flat_map(|protocol| ports.iter().map(move |port| (protocol, *port))).collect()
+
+    fn print_lines(&self, out: &mut impl std::io::Write, diff: &Diff<'_>, change: &Change) -> anyhow::Result<()> {
+        let (from, to) = (side(&diff.parties[change.from]), side(&diff.parties[change.to]));
+        let egress = answer::reason(change.after.egress.as_ref());
+        let ingress = answer::reason(change.after.ingress.as_ref());
+        for packets in &change.packets {
+            let line = ChangeLine {
+                from: from.clone(),
+                to: to.clone(),
+                ip_version: change.ip_version,
+                protocol: packets.protocol.map_or_else(|| "other".to_owned(), protocol_name),
+                ports: packets.ports,
+                icmp: packets.icmp.map(|(kind, code)| IcmpLine { kind, code }),
+                before: answer::verdict(change.before),
+                after: answer::verdict(change.after.verdict),
+                egress: &egress,
+                ingress: &ingress,
+            };
+            super::write_line(out, self.output, &line)?;
+        }
+        Ok(())
+    }
+}
+
+/// How many pairs of pods (or of a pod and the world) a change is about.
+fn pairs(diff: &Diff<'_>, change: &Change) -> u64 {
+    let count = |party: usize| diff.parties[party].count().max(1) as u64;
+    match change.from == change.to {
+        true => count(change.from) * (count(change.from) - 1),
+        false => count(change.from) * count(change.to),
+    }
+}
+
+fn side<'a>(party: &Party<'a>) -> Side<'a> {
+    match party {
+        Party::Address(ip) => Side::Address { ip: ip.to_string() },
+        Party::Pods { cluster, members } => Side::Pods {
+            cluster,
+            namespace: members.first().and_then(|id| id.namespace.as_deref()).unwrap_or_default(),
+            pods: members.iter().map(|id| &*id.name).collect(),
+        },
+    }
+}
+
+/// `cluster/namespace/name`, or what the names of several begin with and how many they are.
+fn title(party: &Party<'_>) -> String {
+    match side(party) {
+        Side::Address { ip } => format!("outside ({ip})"),
+        Side::Pods { cluster, namespace, pods } => match pods.len() {
+            1 => format!("{cluster}/{namespace}/{}", pods[0]),
+            many => format!("{cluster}/{namespace}/{} ({many} pods)", common_name(pods)),
+        },
+    }
+}
+
+fn table(diff: &Diff<'_>, rows: BTreeMap<Row, Vec<usize>>, out: &mut impl std::io::Write) -> anyhow::Result<()> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    // What differs only in who it goes to is one row, too: a default deny closes everything for everybody.
+    let mut merged: Vec<(Row, Vec<usize>, Vec<usize>)> = Vec::new();
+    let mut known: BTreeMap<(bool, String, String, Vec<usize>), usize> = BTreeMap::new();
+    for (row, froms) in rows {
+        let at =
+            *known.entry((row.closed, row.packets.clone(), row.reason.clone(), froms.clone())).or_insert(merged.len());
+        let to = row.to;
+        match merged.get_mut(at) {
+            Some((.., tos)) => tos.push(to),
+            None => merged.push((row, froms, vec![to])),
+        }
+    }
+    let names = |parties: &[usize]| {
+        let shown: Vec<String> = parties.iter().take(3).map(|it| title(&diff.parties[*it])).collect();
+        match parties.len().saturating_sub(3) {
+            0 => shown.join("\n"),
+            more => format!("{}\nand {more} more", shown.join("\n")),
+        }
+    };
+    let mut table = output::table(["", "FROM", "TO", "PACKETS", "DECIDED BY"]);
+    for (row, froms, tos) in merged.iter().take(MAX_ROWS) {
+        let change = if row.closed { "- closed" } else { "+ opened" };
+        table.add_row([change, &names(froms), &names(tos), &row.packets, &row.reason]);
+    }
+    writeln!(out, "{table}\n")?;
+    if merged.len() > MAX_ROWS {
+        writeln!(out, "{} more rows; -o json has all\n", merged.len() - MAX_ROWS)?;
+    }
+    Ok(())
+}
+
+/// Packets for people: `TCP 80, 443; UDP all`.
+fn told(packets: &[Packets]) -> String {
+    let mut by_protocol: BTreeMap<(u8, String), Vec<String>> = BTreeMap::new();
+    let mut whole = 0;
+    for it in packets {
+        let name = match it.protocol {
+            None => "others".to_owned(),
+            // Each version has its own.
+            Some(58) => "ICMP".to_owned(),
+            Some(number) => protocol_name(number),
+        };
+        let text = match (it.ports, it.icmp) {
+            (Some((0, u16::MAX)), _) | (None, None) => {
+                whole += 1;
+                "all".to_owned()
+            }
+            (Some((low, high)), _) if low == high => low.to_string(),
+            (Some((low, high)), _) => format!("{low}-{high}"),
+            (None, Some((kind, Some(code)))) => format!("type {kind} code {code}"),
+            (None, Some((kind, None))) => format!("type {kind}"),
+        };
+        // TCP first, what has no name last.
+        let rank = match it.protocol {
+            Some(6) => 0,
+            Some(17) => 1,
+            Some(_) => 2,
+            None => 3,
+        };
+        by_protocol.entry((rank, name)).or_default().push(text);
+    }
+    let everything = whole == packets.len() && packets.iter().any(|it| it.protocol.is_none());
+    if everything {
+        return "all".to_owned();
+    }
+    let parts = by_protocol.into_iter().map(|((_, name), texts)| format!("{name} {}", texts.join(", ")));
+    parts.collect::<Vec<_>>().join("; ")
 }
 
 fn protocol_name(number: u8) -> String {
     match number {
+        1 => "ICMP".to_owned(),
         6 => "TCP".to_owned(),
         17 => "UDP".to_owned(),
+        58 => "ICMPv6".to_owned(),
         132 => "SCTP".to_owned(),
         136 => "UDPLite".to_owned(),
         number => number.to_string(),

@@ -45,7 +45,7 @@ struct ErrorLine {
 struct Printer {
     output: Format,
     out: std::io::BufWriter<std::io::StdoutLock<'static>>,
-    table: comfy_table::Table,
+    table: output::Table,
     /// Of live answers: clusters, and Hanse's own streams there.
     own_streams: BTreeSet<(String, String)>,
     unanswered: usize,

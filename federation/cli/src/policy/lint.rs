@@ -1,23 +1,46 @@
 //! `hanse policy lint`: what is written and probably not meant.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
+use anyhow::bail;
 use clap::ValueEnum;
+use hanse_k8s_api::document::{self, Data, Node};
+use hanse_k8s_api::manifest::{Place, read_file};
 use hanse_policy::evaluate::Direction;
-use hanse_policy::lint::{CHECKS, Finding, Severity, lint};
+use hanse_policy::lint::{About, CHECKS, Finding, Severity, lint};
+use hanse_policy::model::{ClusterName, Phase};
+use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::load::Sources;
+use super::load::{Loaded, Sources};
+use crate::online::{call, with_client};
 use crate::output;
 use hanse_policy::explain::answer;
 
-/// Exits 1 when a finding is at least as severe as `--fail-on`.
+/// Find what is written and probably not meant.
+///
+/// Only what is certain is called shadowed or impossible. Exits 0 when nothing found is as severe as `--fail-on`, 1 when
+/// something is, or an object was refused, 2 when the command line is malformed.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse policy lint --cluster train=manifests/train --federation policies/
+  hanse policy lint --cluster train=manifests/train --federation policies/ --fail-on warning -o sarif > lint.sarif
+  hanse policy lint --cluster train=a --cluster serve=b --federation policies/ --stale serve
+  hanse policy lint --cluster train=a --cluster serve=b --federation policies/ --ask-hub")]
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
+    /// Take this cluster's data for stale; may be given several times.
+    #[arg(long, value_name = "CLUSTER")]
+    stale: Vec<String>,
+    /// Ask the hub of the context which clusters' data is stale, or was never heard.
+    #[arg(long)]
+    ask_hub: bool,
     /// The least severity that makes the command fail.
     #[arg(long, value_enum, default_value = "error")]
     fail_on: Level,
@@ -53,6 +76,10 @@ struct FindingLine<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     policy: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    tier: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    namespace: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     rule: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     file: Option<String>,
@@ -63,22 +90,50 @@ struct FindingLine<'a> {
 }
 
 impl Arguments {
-    pub fn run(self) -> anyhow::Result<ExitCode> {
-        let loaded = self.sources.load()?;
+    pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
+        let mut loaded = self.sources.load()?;
+        let mut stale = self.stale.clone();
+        if self.ask_hub {
+            stale.extend(told_stale(context)?);
+        }
+        for name in &self.stale {
+            if !loaded.inventory.clusters.contains_key(name.as_str()) {
+                bail!("--stale {name}: no cluster of this name is read");
+            }
+        }
+        for name in &stale {
+            if let Some(cluster) = loaded.inventory.clusters.get_mut(name.as_str()) {
+                cluster.stale = true;
+            }
+        }
         let findings = lint(&loaded.policies, &loaded.inventory);
+        let mut lines_of_rules = RuleLines::default();
         let lines: Vec<FindingLine<'_>> = findings
             .iter()
             .map(|finding| {
-                let place = finding.policy.as_ref().and_then(|policy| loaded.place(policy));
+                let (policy, rule) = match &finding.about {
+                    About::Policy(policy, rule) => (Some(policy), *rule),
+                    About::Tier(_) | About::Namespace(_) | About::Cluster => (None, None),
+                };
+                let place = place(&loaded, finding);
                 FindingLine {
                     id: finding.check.id,
                     check: finding.check.name,
                     severity: severity(finding.check.severity),
                     cluster: finding.cluster.as_deref(),
-                    policy: finding.policy.as_ref().map(answer::policy_name),
-                    rule: finding.rule.map(|(direction, index)| rule_name(direction, index)),
+                    policy: policy.map(answer::policy_name),
+                    tier: match &finding.about {
+                        About::Tier(tier) => Some(tier.name.to_string()),
+                        _ => None,
+                    },
+                    namespace: match &finding.about {
+                        About::Namespace(namespace) => Some(namespace.to_string()),
+                        _ => None,
+                    },
+                    rule: rule.map(|(direction, index)| rule_name(direction, index)),
                     file: place.map(|place| place.file.to_string()),
-                    line: place.map(|place| place.line),
+                    line: place
+                        .map(|place| rule.and_then(|rule| lines_of_rules.line(place, rule)).unwrap_or(place.line)),
                     message: &finding.message,
                     advice: finding.check.advice,
                 }
@@ -87,8 +142,8 @@ impl Arguments {
         match self.output {
             Format::Json => lines.iter().try_for_each(|line| output::print(output::Format::Json, line))?,
             Format::Yaml => lines.iter().try_for_each(|line| output::print(output::Format::Yaml, line))?,
-            Format::Sarif => println!("{}", serde_json::to_string_pretty(&sarif(&lines))?),
-            Format::Table => print_table(&lines),
+            Format::Sarif => output::line(serde_json::to_string_pretty(&sarif(&lines))?)?,
+            Format::Table => print_table(&lines)?,
         }
         let fails = |finding: &Finding| match self.fail_on {
             Level::Note => true,
@@ -101,27 +156,95 @@ impl Arguments {
     }
 }
 
-fn print_table(lines: &[FindingLine<'_>]) {
-    let mut table = output::table(["ID", "SEVERITY", "PLACE", "POLICY", "FINDING"]);
+/// The clusters whose endpoints count as unknown at the hub.
+fn told_stale(context: Option<&Path>) -> anyhow::Result<Vec<String>> {
+    let status = with_client(context, |mut client| async move { call(client.status(pb::StatusRequest {})).await })?;
+    let clusters = status.clusters.into_iter().filter(|cluster| cluster.lease != "live");
+    Ok(clusters.map(|cluster| cluster.name).collect())
+}
+
+fn place<'l>(loaded: &'l Loaded, finding: &Finding) -> Option<&'l Place> {
+    let cluster: Option<&ClusterName> = finding.cluster.as_ref();
+    match &finding.about {
+        About::Policy(policy, _) => loaded.place(policy),
+        About::Tier(tier) => {
+            let owner = cluster.filter(|_| tier.phase == Phase::Local);
+            loaded.place_of(owner, "Tier", &tier.name)
+        }
+        About::Namespace(namespace) => loaded.place_of(cluster, "Namespace", namespace),
+        About::Cluster => loaded.place_of(None, "MemberCluster", cluster?),
+    }
+}
+
+/// The lines on which rules stand, file by file.
+#[derive(Default)]
+struct RuleLines {
+    files: HashMap<Arc<str>, Vec<Node>>,
+}
+
+impl RuleLines {
+    /// Of a rule of the object that starts at `place`.
+    fn line(&mut self, place: &Place, (direction, index): (Direction, u32)) -> Option<u32> {
+        let nodes = self.files.entry(place.file.clone()).or_insert_with(|| {
+            // What could be read before can hardly fail now; where it does, the object's own line is told.
+            let bytes = read_file(Path::new(&*place.file)).unwrap_or_default();
+            let text = std::str::from_utf8(&bytes).unwrap_or_default();
+            let documents = document::parse(text.strip_prefix('\u{feff}').unwrap_or(text));
+            documents.into_iter().flatten().collect()
+        });
+        let object = nodes.iter().find_map(|node| starting_at(node, place.line))?;
+        let list = match direction {
+            Direction::Ingress => "ingress",
+            Direction::Egress => "egress",
+        };
+        match &object.child("spec")?.child(list)?.data {
+            Data::Sequence(rules) => rules.get(index as usize).map(|rule| rule.line),
+            Data::Scalar(_) | Data::Mapping(_) => None,
+        }
+    }
+}
+
+/// The object that starts on a line: the document, or one of a list.
+fn starting_at(node: &Node, line: u32) -> Option<&Node> {
+    match node.child("items").map(|items| &items.data) {
+        Some(Data::Sequence(items)) => items.iter().find_map(|item| starting_at(item, line)),
+        _ => (node.line == line).then_some(node),
+    }
+}
+
+/// Findings by severity, the worst first, and of each kind what to do once.
+fn print_table(lines: &[FindingLine<'_>]) -> anyhow::Result<()> {
+    if lines.is_empty() {
+        return output::line("nothing found");
+    }
+    let mut sorted: Vec<&FindingLine<'_>> = lines.iter().collect();
+    let rank = |line: &FindingLine<'_>| ["error", "warning", "note"].iter().position(|it| *it == line.severity);
+    sorted.sort_by_key(|line| (rank(line), line.id));
+    let mut table = output::table(["ID", "SEVERITY", "PLACE", "FINDING"]);
     let mut advice = BTreeMap::new();
-    for line in lines {
+    for line in sorted {
         let place = match (&line.file, line.line) {
             (Some(file), Some(at)) => format!("{file}:{at}"),
-            _ => format!("cluster {}", line.cluster.unwrap_or("-")),
+            _ => "-".to_owned(),
         };
-        let rule = line.rule.as_ref().map_or(String::new(), |rule| format!(" {rule}"));
-        let policy = line.policy.clone().unwrap_or_else(|| "-".to_owned()) + &rule;
-        table.add_row([line.id, line.severity, &place, &policy, line.message]);
+        let subject = match (&line.policy, &line.tier) {
+            (Some(policy), _) => {
+                format!("{policy}{}: ", line.rule.as_ref().map_or(String::new(), |it| format!(" {it}")))
+            }
+            (None, Some(tier)) => format!("tier {tier}: "),
+            (None, None) => String::new(),
+        };
+        let cluster = line.cluster.map_or(String::new(), |cluster| format!("cluster {cluster}: "));
+        table.add_row([line.id, line.severity, &place, &format!("{cluster}{subject}{}", line.message)]);
         advice.insert(line.id, line.advice);
     }
-    if lines.is_empty() {
-        println!("nothing found");
-        return;
-    }
-    println!("{table}\n");
+    output::line(format_args!("{table}\n"))?;
     for (id, advice) in advice {
-        println!("{id}  {advice}");
+        output::line(format_args!("{id}  {advice}"))?;
     }
+    let many = |severity: &str| lines.iter().filter(|line| line.severity == severity).count();
+    let counts = ["error", "warning", "note"].map(|severity| output::count(many(severity), severity));
+    output::line(format_args!("\n{}", counts.join(", ")))
 }
 
 fn sarif(lines: &[FindingLine<'_>]) -> Value {
@@ -140,14 +263,17 @@ fn sarif(lines: &[FindingLine<'_>]) -> Value {
     let results: Vec<Value> = lines
         .iter()
         .map(|line| {
-            let subject =
-                [line.policy.as_deref(), line.rule.as_deref()].into_iter().flatten().collect::<Vec<_>>().join(" ");
+            let tier = line.tier.as_ref().map(|tier| format!("tier {tier}"));
+            let subject = [line.policy.as_deref(), tier.as_deref(), line.rule.as_deref()];
+            let subject = subject.into_iter().flatten().collect::<Vec<_>>().join(" ");
             let text =
                 if subject.is_empty() { line.message.to_owned() } else { format!("{subject}: {}", line.message) };
-            let mut result = json!({"ruleId": line.id, "level": line.severity, "message": {"text": text}});
+            let rule_index = CHECKS.iter().position(|check| check.id == line.id);
+            let mut result =
+                json!({"ruleId": line.id, "ruleIndex": rule_index, "level": line.severity, "message": {"text": text}});
             let location = match (&line.file, line.line) {
                 (Some(file), Some(at)) => {
-                    json!({"physicalLocation": {"artifactLocation": {"uri": file}, "region": {"startLine": at}}})
+                    json!({"physicalLocation": {"artifactLocation": {"uri": uri(file)}, "region": {"startLine": at}}})
                 }
                 _ => json!({"logicalLocations": [{"name": line.cluster.unwrap_or("federation"), "kind": "namespace"}]}),
             };
@@ -163,6 +289,18 @@ fn sarif(lines: &[FindingLine<'_>]) -> Value {
             "results": results,
         }],
     })
+}
+
+/// A path as a URI reference (RFC 3986): relative as it is, for the tool to resolve; what may not stand in one is escaped.
+fn uri(path: &str) -> String {
+    let mut uri = if path.starts_with('/') { "file://".to_owned() } else { String::new() };
+    for byte in path.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'-' | b'.' | b'_' | b'~' => uri.push(char::from(byte)),
+            other => uri.push_str(&format!("%{other:02X}")),
+        }
+    }
+    uri
 }
 
 fn severity(severity: Severity) -> &'static str {

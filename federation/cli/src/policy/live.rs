@@ -7,23 +7,34 @@ use hanse_policy::explain::AnswerLine;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::explanation;
 use hanse_proto::federation::v1::inquiries_client::InquiriesClient;
+use tonic::transport::Channel;
 
-use crate::online::{MAX_ANSWER_BYTES, call, connected};
+use crate::online::{MAX_ANSWER_BYTES, call, open};
 
 /// Queries in one request; the hub takes no more.
 const BATCH: usize = 64;
 
-/// Asks every query, and hands on each with its answer, in order.
-pub fn explain(
-    context: Option<&Path>,
-    queries: &[String],
-    mut take: impl FnMut(&str, Result<AnswerLine<'_>, String>) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
-    connected(context, async |channel| {
-        let mut client = InquiriesClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
+/// One connection for many questions.
+pub struct Session {
+    runtime: tokio::runtime::Runtime,
+    client: InquiriesClient<Channel>,
+}
+
+impl Session {
+    pub fn open(context: Option<&Path>) -> anyhow::Result<Self> {
+        let (runtime, channel) = open(context)?;
+        Ok(Self { runtime, client: InquiriesClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES) })
+    }
+
+    /// Asks every query, and hands on each with its answer, in order.
+    pub fn explain(
+        &mut self,
+        queries: &[String],
+        mut take: impl FnMut(&str, Result<AnswerLine<'_>, String>) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
         for batch in queries.chunks(BATCH) {
             let asked = batch.iter().map(|query| query.clone().into_bytes().into()).collect();
-            let answer = call(client.explain(pb::ExplainRequest { queries: asked })).await?;
+            let answer = self.runtime.block_on(call(self.client.explain(pb::ExplainRequest { queries: asked })))?;
             anyhow::ensure!(answer.explanations.len() == batch.len(), "the hub left questions out");
             for (query, explanation) in batch.iter().zip(answer.explanations) {
                 match explanation.explanation {
@@ -36,17 +47,23 @@ pub fn explain(
             }
         }
         Ok(())
-    })
-}
+    }
 
-/// Every pod that a member tells of. What could not be asked is named on standard error.
-pub fn pods(context: Option<&Path>) -> anyhow::Result<Vec<pb::PodInfo>> {
-    connected(context, async |channel| {
-        let mut client = InquiriesClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
-        let answer = call(client.list_pods(pb::ListPodsRequest::default())).await?;
+    /// Every pod that a member tells of. What could not be asked is named on standard error.
+    pub fn pods(&mut self) -> anyhow::Result<Vec<pb::PodInfo>> {
+        let answer = self.runtime.block_on(call(self.client.list_pods(pb::ListPodsRequest::default())))?;
         for note in &answer.notes {
             eprintln!("{}: note: {}", note.cluster, note.note);
         }
         Ok(answer.pods)
-    })
+    }
+}
+
+/// Asks every query over a connection of its own.
+pub fn explain(
+    context: Option<&Path>,
+    queries: &[String],
+    take: impl FnMut(&str, Result<AnswerLine<'_>, String>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    Session::open(context)?.explain(queries, take)
 }

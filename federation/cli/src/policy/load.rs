@@ -148,6 +148,11 @@ impl Loaded {
         self.refused += if refused { diagnostics.len() } else { 0 };
     }
 
+    /// Where an object is written.
+    pub fn place_of(&self, cluster: Option<&ClusterName>, kind: &str, name: &str) -> Option<&Place> {
+        self.places.get(&(cluster.cloned(), kind.to_owned(), None, name.to_owned()))
+    }
+
     /// Where a policy is written.
     pub fn place(&self, policy: &PolicyId) -> Option<&Place> {
         let (_, kind) = answer::api(policy.kind);

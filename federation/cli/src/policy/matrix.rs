@@ -1,16 +1,19 @@
 //! `hanse policy matrix`: which pods may talk to which.
 
+use std::collections::HashMap;
 use std::io::Write as _;
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::ExitCode;
 
+use hanse_policy::diff::{Diff, Party, State};
 use hanse_policy::evaluate::{End, Query, View};
 use hanse_policy::inventory::{Cluster, EffectiveLabels, EndpointId, EndpointKind, Inventory, Labels};
 use hanse_policy::model::ClusterName;
 use hanse_policy::prepared::Prepared;
 use hanse_policy::selector::Selector;
 use hanse_policy::tri::Tri;
+use hanse_policy::workload::common_name;
 use serde::Serialize;
 
 use super::live;
@@ -20,12 +23,19 @@ use hanse_policy::explain::answer;
 use hanse_policy::explain::{Place, ProtocolName};
 use hanse_proto::federation::v1 as pb;
 
-/// More pods than this are listed pair by pair, since nobody reads wider tables.
+/// With more destinations than this, what each source reaches is listed, since nobody reads wider tables.
 const WIDEST: usize = 40;
 
-/// Judges every pair of pods in each direction, on each port: from directories of manifests, or, without --cluster, by what
-/// the members know now. Pods on the host's network and pods that ended are left out.
+/// Judge every pair of pods, on each port.
+///
+/// From directories of manifests, or, without --cluster, by what the members know now. Pods on the host's network and pods
+/// that ended are left out. A table shows pods that policy does not tell apart as one; JSON and YAML have every pair.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse policy matrix --port 8000 --cluster train=manifests/train --federation policies/
+  hanse policy matrix --port 443,53/UDP --from \"app == 'web'\" --cluster train=manifests/train
+  hanse policy matrix --port 8000 --context ./hub/admin.context -o json")]
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
@@ -76,11 +86,13 @@ struct PairLine<'a> {
     verdict: &'static str,
 }
 
-/// A pod that is asked about.
+/// A pod that is asked about, or several that policy does not tell apart.
 struct Pod {
     place: Place,
-    /// Who it is offline.
+    /// Offline: who it is, and another one of several.
     owner: Option<(ClusterName, EndpointId)>,
+    other: Option<Box<Pod>>,
+    title: String,
     addresses: Vec<IpAddr>,
 }
 
@@ -90,11 +102,12 @@ type Row = Vec<Option<&'static str>>;
 impl Arguments {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         if self.sources.is_live()? {
-            let pods = live::pods(context)?;
+            let mut session = live::Session::open(context)?;
+            let pods = session.pods()?;
             let (sources, destinations) = (told(&pods, &self.from), told(&pods, &self.to));
             let mut unanswered = 0;
             self.print(&sources, &destinations, |from, port| {
-                let (row, missing) = self.ask(context, from, &destinations, port)?;
+                let (row, missing) = self.ask(&mut session, from, &destinations, port)?;
                 unanswered += missing;
                 Ok(row)
             })?;
@@ -104,7 +117,15 @@ impl Arguments {
         let Loaded { policies, inventory, refused, .. } = &loaded;
         let view = if self.staged { View::Pending } else { View::Enforced };
         let prepared = Prepared::new(policies, inventory, view);
-        let (sources, destinations) = (read(inventory, &self.from), read(inventory, &self.to));
+        let ends = [&self.from, &self.to].map(|selector| read(inventory, selector));
+        let [sources, destinations] = match self.output {
+            Format::Table => {
+                let state = State { policies, inventory, view };
+                let groups = Diff::new(state, state, &[], Vec::new()).parties;
+                ends.map(|pods| grouped(pods, &groups))
+            }
+            Format::Json | Format::Yaml => ends,
+        };
         self.print(&sources, &destinations, |from, port| {
             let judge = |to| self.query(from, to, port).map(|query| answer::verdict(prepared.evaluate(&query).verdict));
             Ok(destinations.iter().map(judge).collect())
@@ -119,51 +140,28 @@ impl Arguments {
         mut row: impl FnMut(&Pod, &PortName) -> anyhow::Result<Row>,
     ) -> anyhow::Result<()> {
         let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-        if self.output == Format::Table && destinations.len() <= WIDEST {
-            for port in &self.ports {
-                writeln!(
-                    out,
-                    "{}/{}  (+ allow, - deny, blank: no shared address family)",
-                    port.port, port.protocol_name
-                )?;
-                let mut table = output::table(["", "FROM \\ TO"]);
-                let numbers = (1..=destinations.len()).map(|number| number.to_string());
-                table.set_header(["".to_owned(), "FROM \\ TO".to_owned()].into_iter().chain(numbers));
-                for from in sources {
-                    let at = destinations.iter().position(|to| to.place == from.place);
-                    let mut cells = vec![at.map_or(String::new(), |at| (at + 1).to_string()), from.place.to_string()];
-                    cells.extend(row(from, port)?.into_iter().map(|verdict| match verdict {
-                        Some("allow") => "+".to_owned(),
-                        Some(_) => "-".to_owned(),
-                        None => String::new(),
-                    }));
-                    table.add_row(cells);
-                }
-                writeln!(out, "{table}\n")?;
-                let unlisted =
-                    destinations.iter().enumerate().filter(|(_, to)| sources.iter().all(|from| from.place != to.place));
-                for (at, to) in unlisted {
-                    writeln!(out, "{} {}", at + 1, to.place)?;
+        if self.output == Format::Table {
+            if sources.is_empty() || destinations.is_empty() {
+                writeln!(out, "no pod is selected")?;
+            }
+            for port in self.ports.iter().filter(|_| !sources.is_empty() && !destinations.is_empty()) {
+                let rows = sources.iter().map(|from| row(from, port)).collect::<anyhow::Result<Vec<Row>>>()?;
+                write!(out, "{}/{}", port.port, port.protocol_name)?;
+                match destinations.len() <= WIDEST {
+                    true => grid(&mut out, sources, destinations, &rows)?,
+                    false => reachable(&mut out, sources, destinations, &rows)?,
                 }
             }
-        } else {
-            for from in sources {
-                let rows = self.ports.iter().map(|port| row(from, port)).collect::<anyhow::Result<Vec<Row>>>()?;
-                for (at, to) in destinations.iter().enumerate() {
-                    for (port, row) in self.ports.iter().zip(&rows) {
-                        let Some(verdict) = row[at] else { continue };
-                        if self.output == Format::Table {
-                            writeln!(
-                                out,
-                                "{verdict:5}  {}  {}  {}/{}",
-                                from.place, to.place, port.port, port.protocol_name
-                            )?;
-                            continue;
-                        }
-                        let (protocol, port) = (&*port.protocol_name, port.port);
-                        let line = PairLine { from: &from.place, to: &to.place, protocol, port, verdict };
-                        super::write_line(&mut out, self.output, &line)?;
-                    }
+            return Ok(out.flush()?);
+        }
+        for from in sources {
+            let rows = self.ports.iter().map(|port| row(from, port)).collect::<anyhow::Result<Vec<Row>>>()?;
+            for (at, to) in destinations.iter().enumerate() {
+                for (port, row) in self.ports.iter().zip(&rows) {
+                    let Some(verdict) = row[at] else { continue };
+                    let (protocol, port) = (&*port.protocol_name, port.port);
+                    let line = PairLine { from: &from.place, to: &to.place, protocol, port, verdict };
+                    super::write_line(&mut out, self.output, &line)?;
                 }
             }
         }
@@ -181,6 +179,11 @@ impl Arguments {
     }
 
     fn query(&self, from: &Pod, to: &Pod, port: &PortName) -> Option<Query> {
+        // A pod always reaches itself; of several alike, what counts is one and another.
+        let to = match &to.other {
+            Some(other) if from.place == to.place => other,
+            _ => to,
+        };
         let (source, destination) = self.addresses(from, to)?;
         let end = |pod: &Pod, address| End { address, pod: pod.owner.clone() };
         Some(Query {
@@ -194,7 +197,13 @@ impl Arguments {
     }
 
     /// A row by the members' word, and how many pairs had no answer; those are named on standard error.
-    fn ask(&self, context: Option<&Path>, from: &Pod, to: &[Pod], port: &PortName) -> anyhow::Result<(Row, usize)> {
+    fn ask(
+        &self,
+        session: &mut live::Session,
+        from: &Pod,
+        to: &[Pod],
+        port: &PortName,
+    ) -> anyhow::Result<(Row, usize)> {
         let query = |to: &Pod| {
             let version = if self.addresses(from, to)?.1.is_ipv4() { 4 } else { 6 };
             let (from, to, protocol, port) = (&from.place, &to.place, port.protocol, port.port);
@@ -204,7 +213,7 @@ impl Arguments {
         let queries: Vec<Option<String>> = to.iter().map(query).collect();
         let asked: Vec<String> = queries.iter().flatten().cloned().collect();
         let (mut verdicts, mut unanswered) = (Vec::new(), 0);
-        live::explain(context, &asked, |query, line| {
+        session.explain(&asked, |query, line| {
             verdicts.push(match line {
                 Ok(line) => {
                     let verdict = if self.staged { line.staged.verdict } else { line.verdict };
@@ -247,7 +256,7 @@ fn read(inventory: &Inventory, selector: &Selector) -> Vec<Pod> {
             .map(|(id, endpoint)| {
                 let namespace = id.namespace.as_deref().unwrap_or_default();
                 let owner = Some((cluster.clone(), id.clone()));
-                Pod { place: place(cluster, namespace, &id.name), owner, addresses: endpoint.addresses.clone() }
+                Pod::new(place(cluster, namespace, &id.name), owner, endpoint.addresses.clone())
             })
             .collect::<Vec<_>>()
     };
@@ -265,12 +274,97 @@ fn told(pods: &[pb::PodInfo], selector: &Selector) -> Vec<Pod> {
         4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
         _ => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
     };
-    let pod = |pod: &pb::PodInfo| Pod {
-        place: place(&pod.cluster, &pod.namespace, &pod.name),
-        owner: None,
-        addresses: pod.addresses.iter().filter_map(|it| address(it)).collect(),
+    let pod = |pod: &pb::PodInfo| {
+        let addresses = pod.addresses.iter().filter_map(|it| address(it)).collect();
+        Pod::new(place(&pod.cluster, &pod.namespace, &pod.name), None, addresses)
     };
     pods.iter().filter(selected).map(pod).collect()
+}
+
+impl Pod {
+    fn new(place: Place, owner: Option<(ClusterName, EndpointId)>, addresses: Vec<IpAddr>) -> Self {
+        let title = place.to_string();
+        Self { place, owner, other: None, title, addresses }
+    }
+}
+
+/// One for all that policy does not tell apart.
+fn grouped(pods: Vec<Pod>, groups: &[Party<'_>]) -> Vec<Pod> {
+    let mut group_of = HashMap::new();
+    for (at, party) in groups.iter().enumerate() {
+        if let Party::Pods { cluster, members } = party {
+            group_of.extend(members.iter().map(|id| ((&***cluster, *id), at)));
+        }
+    }
+    let mut found: Vec<(Option<usize>, Vec<Pod>)> = Vec::new();
+    let mut places = HashMap::new();
+    for pod in pods {
+        let group = pod.owner.as_ref().and_then(|(cluster, id)| group_of.get(&(&**cluster, id)).copied());
+        let at = group.map_or(found.len(), |group| *places.entry(group).or_insert(found.len()));
+        match found.get_mut(at) {
+            Some((_, members)) => members.push(pod),
+            None => found.push((group, vec![pod])),
+        }
+    }
+    let one = |(_, mut members): (Option<usize>, Vec<Pod>)| {
+        let many = members.len();
+        let title = (many > 1).then(|| {
+            let names = members.iter().filter_map(|pod| Some(&*pod.owner.as_ref()?.1.name));
+            let (cluster, id) = members[0].owner.as_ref()?;
+            let namespace = id.namespace.as_deref().unwrap_or_default();
+            Some(format!("{cluster}/{namespace}/{} ({many} pods)", common_name(names)))
+        });
+        let other = (many > 1).then(|| Box::new(members.swap_remove(1)));
+        let first = members.swap_remove(0);
+        Pod { title: title.flatten().unwrap_or_else(|| first.title.clone()), other, ..first }
+    };
+    found.into_iter().map(one).collect()
+}
+
+/// A cell for each pair, the destinations by number.
+fn grid(out: &mut impl std::io::Write, sources: &[Pod], destinations: &[Pod], rows: &[Row]) -> anyhow::Result<()> {
+    let blank = rows.iter().flatten().any(Option::is_none);
+    writeln!(out, "   + allow   . deny{}\n", if blank { "   blank: no shared address family" } else { "" })?;
+    let numbers = (1..=destinations.len()).map(|number| number.to_string());
+    let mut table = output::table(["#".to_owned(), "FROM \\ TO".to_owned()].into_iter().chain(numbers));
+    for (from, row) in sources.iter().zip(rows) {
+        let at = destinations.iter().position(|to| to.place == from.place);
+        let mut cells = vec![at.map_or(String::new(), |at| (at + 1).to_string()), from.title.clone()];
+        cells.extend(row.iter().map(|verdict| match verdict {
+            Some("allow") => "+".to_owned(),
+            Some(_) => ".".to_owned(),
+            None => String::new(),
+        }));
+        table.add_row(cells);
+    }
+    writeln!(out, "{table}\n")?;
+    for (at, to) in destinations.iter().enumerate().filter(|(_, to)| sources.iter().all(|from| from.place != to.place))
+    {
+        writeln!(out, "{} {}", at + 1, to.title)?;
+    }
+    Ok(())
+}
+
+/// Too many for a grid: for each source what it reaches, or what it does not, whichever is shorter.
+fn reachable(out: &mut impl std::io::Write, sources: &[Pod], destinations: &[Pod], rows: &[Row]) -> anyhow::Result<()> {
+    writeln!(out, "\n")?;
+    let mut table = output::table(["FROM", "REACHES", ""]);
+    for (from, row) in sources.iter().zip(rows) {
+        let with = |wanted: &str| -> Vec<&str> {
+            let those = row.iter().zip(destinations).filter(|(verdict, _)| **verdict == Some(wanted));
+            those.map(|(_, to)| to.title.as_str()).collect()
+        };
+        let (allowed, denied) = (with("allow"), with("deny"));
+        let (what, listed) = match (allowed.len(), denied.len()) {
+            (_, 0) => ("all".to_owned(), Vec::new()),
+            (0, _) => ("nothing".to_owned(), Vec::new()),
+            (a, d) if a <= d => (format!("{a} of {}", a + d), allowed),
+            (a, d) => (format!("{a} of {}, not", a + d), denied),
+        };
+        table.add_row([from.title.as_str(), &what, &listed.join("\n")]);
+    }
+    writeln!(out, "{table}\n")?;
+    Ok(())
 }
 
 fn place(cluster: &str, namespace: &str, pod: &str) -> Place {

@@ -10,8 +10,16 @@ use super::load::{Loaded, Sources};
 use crate::output::{self, Format};
 use hanse_policy::explain::answer;
 
-/// Prints the tiers and policies of each cluster in the order in which they are asked.
+/// Print the tiers and policies of each cluster in the order in which they are asked.
+///
+/// One order for all kinds: federated tiers of phase Guard, the cluster's own tiers (Calico's by their order, Admin
+/// ClusterNetworkPolicies at 1,000, NetworkPolicies in `default` at 1,000,000, Baseline at 10,000,000), federated tiers of
+/// phase Baseline. What no tier decides is allowed by the pod's profile.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse policy order --cluster train=manifests/train --federation policies/
+  hanse policy order --cluster train=manifests/train -o json | jq .tier")]
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
@@ -54,9 +62,9 @@ impl Arguments {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let loaded = self.sources.load()?;
         let Loaded { policies, inventory, refused, .. } = &loaded;
-        let mut table =
-            output::table(["CLUSTER", "PHASE", "TIER", "ORDER", "DEFAULT", "POLICY", "ORDER", "TYPES", "NOTE"]);
-        for cluster in inventory.clusters.keys() {
+        for (at, cluster) in inventory.clusters.keys().enumerate() {
+            let mut table =
+                output::table(["PHASE", "TIER", "ORDER", "ENDS IN", "POLICY", "ORDER", "TYPES", "SELECTOR"]);
             for tier in evaluate::order(policies, cluster) {
                 let line = TierLine {
                     cluster,
@@ -71,11 +79,12 @@ impl Arguments {
                     output::print(self.output, &line)?;
                     continue;
                 }
-                let place = [line.cluster, line.phase, line.tier].map(str::to_owned);
                 let tier_order = if tier.missing { "no object".to_owned() } else { shown(tier.order) };
-                let place = place.into_iter().chain([tier_order, line.default_action.to_owned()]);
+                let named = [line.phase.to_owned(), line.tier.to_owned(), tier_order, line.default_action.to_owned()];
+                // A tier is named once, before its first policy.
+                let mut place = Some(named);
                 if tier.policies.is_empty() {
-                    table.add_row(place.clone());
+                    table.add_row(place.take().into_iter().flatten());
                 }
                 for (policy, of) in tier.policies.iter().zip(&line.policies) {
                     let types = match (of.ingress, of.egress) {
@@ -89,13 +98,16 @@ impl Arguments {
                         (None, true) => "hosts only".to_owned(),
                         (None, false) => String::new(),
                     };
-                    let own = [answer::policy_name(&policy.id), shown(policy.order), types.to_owned(), note];
-                    table.add_row(place.clone().chain(own));
+                    let name = if note.is_empty() { String::new() } else { format!(" ({note})") };
+                    let name = answer::policy_name(&policy.id) + &name;
+                    let own = [name, shown(policy.order), types.to_owned(), clipped(of.selector)];
+                    table.add_row(place.take().unwrap_or_default().into_iter().chain(own));
                 }
             }
-        }
-        if self.output == Format::Table {
-            println!("{table}");
+            if self.output == Format::Table {
+                let gap = if at == 0 { "" } else { "\n" };
+                output::line(format_args!("{gap}cluster {cluster}\n\n{table}"))?;
+            }
         }
         Ok(if *refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
@@ -119,6 +131,14 @@ fn policy_line(policy: &Policy) -> PolicyLine<'_> {
             StagedAction::Ignore => "Ignore",
         }),
         host_only: policy.host_only,
+    }
+}
+
+/// A selector that does not make the table wider than a screen; `-o json` has all of it.
+fn clipped(selector: &str) -> String {
+    match selector.char_indices().nth(60) {
+        Some((at, _)) => format!("{}…", &selector[..at]),
+        None => selector.to_owned(),
     }
 }
 

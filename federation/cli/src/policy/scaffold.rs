@@ -34,7 +34,7 @@ const PRESETS: &[Preset] = &[
     Preset {
         name: "deny-metadata",
         about: "no workload reaches the cloud's metadata addresses",
-        parameters: &[CLUSTERS],
+        parameters: &[CLUSTERS, ("from", "all()")],
         template: include_str!("scaffold/deny-metadata.yaml"),
     },
     Preset {
@@ -70,8 +70,14 @@ const PRESETS: &[Preset] = &[
     },
 ];
 
-/// Without a preset, lists them with their parameters.
+/// Render a preset for AI workloads, as manifests to read, change and keep; without one, list them with their parameters.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse policy scaffold
+  for preset in tiers default-deny deny-metadata stages; do hanse policy scaffold $preset > policies/$preset.yaml; done
+  hanse policy scaffold gpu-collective --set job=llama --set clusters=\"env == 'prod'\" | hanse apply -f -
+  hanse policy scaffold egress-registries --set nets=203.0.113.0/28,2001:db8:5::/64")]
 pub struct Arguments {
     #[arg(value_name = "PRESET")]
     preset: Option<String>,
@@ -88,7 +94,7 @@ fn assignment(text: &str) -> Result<(String, String), String> {
 impl Arguments {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let Some(name) = &self.preset else {
-            let mut table = output::table(["PRESET", "PARAMETERS", ""]);
+            let mut table = output::table(["PRESET", "PARAMETERS", "WHAT IT DOES"]);
             for preset in PRESETS {
                 let shown = preset.parameters.iter().map(|(name, default)| match *default {
                     "" => format!("{name} (needed)"),
@@ -96,7 +102,7 @@ impl Arguments {
                 });
                 table.add_row([preset.name, &shown.collect::<Vec<_>>().join("\n"), preset.about]);
             }
-            println!("{table}");
+            output::line(table)?;
             return Ok(ExitCode::SUCCESS);
         };
         let preset = PRESETS.iter().find(|preset| preset.name == name);

@@ -60,7 +60,7 @@ impl Arguments {
             for (at, (labels, selected)) in label_sets.iter().zip(&answer.results).enumerate() {
                 table.add_row([(at + 1).to_string(), selected.to_string(), serde_json::to_string(labels)?]);
             }
-            println!("{table}");
+            output::line(table)?;
         }
         Ok(ExitCode::SUCCESS)
     }

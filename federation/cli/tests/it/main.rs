@@ -2,5 +2,6 @@
 
 mod calico_oracle;
 mod corpus;
+mod lint;
 mod offline;
 mod oracle;

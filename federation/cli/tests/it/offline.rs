@@ -310,8 +310,10 @@ fn diff_shows_what_staged_policies_would_change() {
     let changes: Vec<Value> =
         String::from_utf8_lossy(&output.stdout).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
     let opened = |change: &&Value| change["after"] == "allow";
-    let named: Vec<_> = changes.iter().filter(opened).map(|change| (&change["from"]["pod"], &change["port"])).collect();
-    assert_eq!(named, [(&json!("client"), &json!(80)), (&json!("client"), &json!(80))], "one in each family");
+    let named: Vec<_> =
+        changes.iter().filter(opened).map(|change| (&change["from"]["pods"], &change["ports"])).collect();
+    let client = (&json!(["client"]), &json!([80, 80]));
+    assert_eq!(named, [client, client], "one in each family");
     assert!(changes.iter().any(|change| change["protocol"] == "UDP" && change["after"] == "deny"), "{changes:#?}");
 }
 

@@ -1,0 +1,55 @@
+//! `hanse audit`: who changed what, and what was refused to whom.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use hanse_proto::federation::v1 as pb;
+use serde::Serialize;
+
+use super::{call, time, with_client};
+use crate::output::{self, Format};
+
+#[derive(Debug, clap::Args)]
+pub struct Audit {
+    /// How many records, the newest first.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    limit: u32,
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+#[derive(Debug, Serialize)]
+struct Record {
+    number: u64,
+    at: String,
+    who: String,
+    action: String,
+    object: String,
+    outcome: String,
+}
+
+impl Audit {
+    pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
+        let request = pb::ListAuditRequest { limit: self.limit };
+        let listed = with_client(context, |mut client| async move { call(client.list_audit(request)).await })?;
+        let records = listed.records.into_iter().map(|it| Record {
+            number: it.number,
+            at: time(it.at),
+            who: it.who,
+            action: it.action,
+            object: it.object,
+            outcome: it.outcome,
+        });
+        let records: Vec<Record> = records.collect();
+        if self.output != Format::Table {
+            output::print(self.output, &records)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        let mut table = output::table(["AT", "WHO", "ACTION", "OBJECT", "OUTCOME"]);
+        for it in &records {
+            table.add_row([&it.at, &it.who, &it.action, &it.object, &it.outcome]);
+        }
+        output::line(table)?;
+        Ok(ExitCode::SUCCESS)
+    }
+}

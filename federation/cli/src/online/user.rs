@@ -1,0 +1,171 @@
+//! `hanse user …`: who may do what at the hub.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use clap::Subcommand;
+use hanse_proto::federation::v1 as pb;
+use hanse_proto::federation::v1::role::Role as Wire;
+use hanse_runtime::files;
+use hanse_runtime::keys::{Certificate, Credentials, Key};
+use serde::{Deserialize, Serialize};
+
+use super::{call, time, with_client};
+use crate::output::{self, Format};
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a user, or give one a new key and roles.
+    ///
+    /// The key is made on this machine and never leaves it. Writes NAME.context, NAME.key, NAME.pem and NAME.ca.pem into the
+    /// directory, which then is all that the user needs. Example, of somebody who writes the policies of two tiers:
+    /// hanse user create ada --role author=platform,security --out ./ada
+    Create {
+        name: String,
+        /// viewer, author=TIER[,TIER…], operator=CLUSTER[,CLUSTER…] or administrator; `*` is every tier or cluster. May be
+        /// given several times; every role includes viewing.
+        #[arg(long = "role", value_name = "ROLE", required = true)]
+        roles: Vec<Role>,
+        /// Where the user's files are written; made when absent, readable by its owner only.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Replace files that are there.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Every user, with roles.
+    List {
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
+    /// Take all rights from a user: open connections close at once.
+    Revoke { name: String },
+}
+
+/// As it is written on the command line.
+#[derive(Debug, Clone)]
+pub struct Role(Wire);
+
+impl std::str::FromStr for Role {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (role, names) = text.split_once('=').unwrap_or((text, ""));
+        let names: Vec<String> = names.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        Ok(Self(match (role, names.is_empty()) {
+            ("viewer", true) => Wire::Viewer(pb::Viewer {}),
+            ("administrator", true) => Wire::Administrator(pb::Administrator {}),
+            ("author", false) => Wire::Author(pb::Author { tiers: names }),
+            ("operator", false) => Wire::Operator(pb::Operator { clusters: names }),
+            ("author", true) => return Err("name the tiers: author=platform,security, or author=* for all".to_owned()),
+            ("operator", true) => return Err("name the clusters: operator=train, or operator=* for all".to_owned()),
+            ("viewer" | "administrator", false) => return Err(format!("{role} takes no names")),
+            _ => return Err("expected viewer, author=TIER, operator=CLUSTER or administrator".to_owned()),
+        }))
+    }
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct User {
+    name: String,
+    roles: Vec<String>,
+    revoked: bool,
+    certificate_expires_at: String,
+}
+
+/// The context file of `hanse`; paths are relative to it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Context {
+    hubs: Vec<String>,
+    trust_domain: String,
+    ca: PathBuf,
+    certificate: PathBuf,
+    key: PathBuf,
+}
+
+impl Command {
+    pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Create { name, roles, out, force } => create(context, &name, roles, &out, force)?,
+            Self::List { output } => {
+                let listed = with_client(context, |mut client| async move {
+                    call(client.list_users(pb::ListUsersRequest {})).await
+                })?;
+                let users = listed.users.into_iter().map(|user| User {
+                    name: user.name,
+                    roles: user.roles.into_iter().map(|role| role_name(role.role)).collect(),
+                    revoked: user.revoked,
+                    certificate_expires_at: time(user.certificate_expires_at),
+                });
+                let users: Vec<User> = users.collect();
+                if output != Format::Table {
+                    output::print(output, &users)?;
+                    return Ok(ExitCode::SUCCESS);
+                }
+                let mut table = output::table(["NAME", "ROLES", "STATE", "CERTIFICATE UNTIL"]);
+                for user in users {
+                    let state = if user.revoked { "revoked" } else { "active" };
+                    table.add_row([&user.name, &user.roles.join(" "), state, &user.certificate_expires_at]);
+                }
+                output::line(table)?;
+            }
+            Self::Revoke { name } => {
+                let request = pb::RevokeUserRequest { name: name.clone() };
+                let revoked =
+                    with_client(context, |mut client| async move { call(client.revoke_user(request)).await })?;
+                let closed = output::count(revoked.closed as usize, "connection");
+                output::line(format_args!("user {name} revoked, {closed} closed"))?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn create(context: Option<&Path>, name: &str, roles: Vec<Role>, out: &Path, force: bool) -> anyhow::Result<()> {
+    let own = context.context("no hub is known: name a context file with --context FILE or HANSE_CONTEXT")?;
+    let text = std::fs::read_to_string(own).with_context(|| format!("read the context {}", own.display()))?;
+    let own: Context = serde_yaml_ng::from_str(&text).with_context(|| format!("understand {}", own.display()))?;
+    hanse_runtime::Identity::user(name).with_context(|| format!("{name:?} is no user's name"))?;
+    let file = |suffix: &str| PathBuf::from(format!("{name}.{suffix}"));
+    let paths = ["context", "key", "pem", "ca.pem"].map(|suffix| out.join(file(suffix)));
+    // Before anything changes at the hub: a key that is in use must not be lost.
+    if let Some(there) = paths.iter().find(|path| path.exists() && !force) {
+        bail!("{} exists already: --force replaces it", there.display());
+    }
+    files::private_folder(out).with_context(|| format!("make {}", out.display()))?;
+    let key = Key::generate()?;
+    let request = pb::CreateUserRequest {
+        name: name.to_owned(),
+        roles: roles.into_iter().map(|Role(role)| pb::Role { role: Some(role) }).collect(),
+        request: key.request()?.into(),
+    };
+    let created = with_client(context, |mut client| async move { call(client.create_user(request)).await })?;
+    let credentials = Credentials::new(key, Certificate::from_der(&created.certificate)?)?;
+    let [context_path, key_path, certificate_path, ca_path] = &paths;
+    credentials.key.write(key_path)?;
+    credentials.certificate.write(certificate_path)?;
+    let ca = std::fs::read_to_string(context.and_then(Path::parent).unwrap_or(Path::new(".")).join(&own.ca));
+    let ca = Certificate::from_pem(ca.context("read the root's certificate")?.as_bytes())?;
+    anyhow::ensure!(*ca.der == *created.root, "the hub names another root than the one that this context trusts");
+    ca.write(ca_path)?;
+    let theirs = Context { ca: file("ca.pem"), certificate: file("pem"), key: file("key"), ..own };
+    let text = serde_json::to_string_pretty(&theirs)? + "\n";
+    files::write_secret(context_path, text.as_bytes()).with_context(|| format!("write {}", context_path.display()))?;
+    output::line(format_args!(
+        "user {name} created; they work with\n\n  export HANSE_CONTEXT={}",
+        context_path.display()
+    ))
+}
+
+fn role_name(role: Option<Wire>) -> String {
+    match role {
+        Some(Wire::Viewer(_)) => "viewer".to_owned(),
+        Some(Wire::Author(author)) => format!("author={}", author.tiers.join(",")),
+        Some(Wire::Operator(operator)) => format!("operator={}", operator.clusters.join(",")),
+        Some(Wire::Administrator(_)) => "administrator".to_owned(),
+        None => "unknown to this version".to_owned(),
+    }
+}

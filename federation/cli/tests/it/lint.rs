@@ -1,0 +1,312 @@
+//! What `hanse policy lint` finds, and what it does not.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+/// A namespace with one pod that carries every label of these cases, closed by default, so that nothing else is found.
+const WORLD: &str = "\
+apiVersion: v1
+kind: Namespace
+metadata: {name: web, labels: {kubernetes.io/metadata.name: web}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: server, namespace: web, labels: {app: a, role: b}}
+spec: {nodeName: n, containers: [{name: c, ports: [{name: http, containerPort: 80}]}]}
+status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}]}
+---
+apiVersion: projectcalico.org/v3
+kind: Tier
+metadata: {name: end}
+spec: {order: 9000000, defaultAction: Deny}
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: end.closed}
+spec: {tier: end, types: [Ingress, Egress]}
+---
+";
+
+fn lint(root: &Path, arguments: &[&str]) -> Vec<Value> {
+    let cluster = format!("c={}", root.display());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
+    let output = command.args(["policy", "lint", "--cluster", &cluster, "-o", "json"]).args(arguments).output();
+    let output = output.expect("hanse runs");
+    assert!(output.status.code().is_some_and(|code| code < 2), "{output:?}");
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
+}
+
+/// A policy in a tier that passes on, with these rules.
+fn policy(kind: &str, name: &str, spec: &str) -> String {
+    format!("---\napiVersion: projectcalico.org/v3\nkind: {kind}\nmetadata: {{name: {name}}}\nspec:\n{spec}\n")
+}
+
+#[test]
+fn each_finding_and_its_neighbour() {
+    let ingress = |order: u32, subject: &str, rules: &[&str]| {
+        let rules: String = rules.iter().map(|rule| format!("\n  - {rule}")).collect();
+        format!("  order: {order}\n  selector: {subject}\n  types: [Ingress]\n  ingress:{rules}")
+    };
+    let egress = |rule: &str| format!("  order: 1\n  types: [Egress]\n  egress:\n  - {rule}");
+    let tcp = |ports: &str| format!("{{action: Allow, protocol: TCP, destination: {{ports: [{ports}]}}}}");
+    // What is written, as policies of the default tier, and what is found by id and rule.
+    let cases: Vec<(&str, Vec<String>, &[(&str, &str)])> = vec![
+        (
+            "the same ports before",
+            vec![ingress(1, "all()", &[&tcp("80, 443"), &tcp("443")])],
+            &[("HN004", "ingress[1]")],
+        ),
+        (
+            "ranges together",
+            vec![ingress(1, "all()", &[&tcp("'1:80', '81:90'"), &tcp("'70:85'")])],
+            &[("HN004", "ingress[1]")],
+        ),
+        ("a part of the ports", vec![ingress(1, "all()", &[&tcp("80"), &tcp("'80:81'")])], &[]),
+        (
+            "another protocol",
+            vec![ingress(1, "all()", &[&tcp("53"), "{action: Allow, protocol: UDP, destination: {ports: [53]}}"])],
+            &[],
+        ),
+        ("a log decides nothing", vec![ingress(1, "all()", &["{action: Log}", &tcp("80")])], &[]),
+        (
+            "a pass leaves the tier",
+            vec![ingress(1, "all()", &["{action: Pass}", &tcp("80")])],
+            &[("HN004", "ingress[1]")],
+        ),
+        (
+            "a wider net",
+            vec![ingress(
+                1,
+                "all()",
+                &["{action: Deny, source: {nets: [10.0.0.0/8]}}", "{action: Allow, source: {nets: [10.1.0.0/16]}}"],
+            )],
+            &[("HN004", "ingress[1]")],
+        ),
+        (
+            "the other family",
+            vec![ingress(1, "all()", &["{action: Deny, ipVersion: 4}", "{action: Allow, protocol: TCP}"])],
+            &[],
+        ),
+        (
+            "a wider selector",
+            vec![ingress(
+                1,
+                "all()",
+                &["{action: Deny, source: {selector: has(app)}}", "{action: Allow, source: {selector: app == 'a'}}"],
+            )],
+            &[("HN004", "ingress[1]")],
+        ),
+        (
+            "a narrower selector",
+            vec![ingress(
+                1,
+                "all()",
+                &["{action: Deny, source: {selector: app == 'a'}}", "{action: Allow, source: {selector: has(app)}}"],
+            )],
+            &[],
+        ),
+        (
+            "an exception before",
+            vec![ingress(
+                1,
+                "all()",
+                &["{action: Deny, source: {notNets: [10.0.0.0/8]}}", "{action: Allow, source: {nets: [10.1.0.0/16]}}"],
+            )],
+            &[],
+        ),
+        (
+            "a policy before",
+            vec![ingress(1, "has(app)", &["{action: Deny}"]), ingress(2, "app == 'a'", &[&tcp("80")])],
+            &[("HN004", "ingress[0]")],
+        ),
+        (
+            "a policy of other pods",
+            vec![ingress(1, "app == 'a'", &["{action: Deny}"]), ingress(2, "has(role)", &[&tcp("80")])],
+            &[],
+        ),
+        (
+            "the same again",
+            vec![ingress(1, "has(app)", &[&tcp("80")]), ingress(2, "app == 'a'", &[&tcp("80")])],
+            &[("HN012", "ingress[0]")],
+        ),
+        (
+            "labels that exclude each other",
+            vec![ingress(1, "all()", &["{action: Allow, source: {selector: app == 'a' && app == 'b'}}"])],
+            &[("HN003", "ingress[0]")],
+        ),
+        (
+            "nets that are all excluded",
+            vec![ingress(1, "all()", &["{action: Allow, source: {nets: [10.1.0.0/16], notNets: [10.0.0.0/8]}}"])],
+            &[("HN003", "ingress[0]")],
+        ),
+        (
+            "a peer that is not there",
+            vec![ingress(1, "all()", &["{action: Allow, source: {selector: app == 'gone'}}"])],
+            &[("HN002", "ingress[0]")],
+        ),
+        ("subjects that are not there", vec![ingress(1, "app == 'gone'", &["{action: Deny}"])], &[("HN001", "")]),
+        ("the world", vec![egress("{action: Allow}")], &[("HN007", "egress[0]")]),
+        (
+            "the world in halves",
+            vec![egress("{action: Allow, destination: {nets: [0.0.0.0/1, 128.0.0.0/1]}}")],
+            &[("HN007", "egress[0]")],
+        ),
+        (
+            "the world but some",
+            vec![egress("{action: Allow, destination: {notSelector: app == 'a'}}")],
+            &[("HN007", "egress[0]")],
+        ),
+        ("some of the world", vec![egress("{action: Allow, destination: {nets: [203.0.113.0/24]}}")], &[]),
+        ("a pass that is caught", vec![ingress(1, "all()", &["{action: Pass, protocol: UDP}"])], &[]),
+    ];
+    for (about, policies, expected) in cases {
+        let root = tempfile::tempdir().expect("temporary directory");
+        let mut text = WORLD.to_owned();
+        for (at, spec) in policies.iter().enumerate() {
+            text += &policy("GlobalNetworkPolicy", &format!("p{at}"), spec);
+        }
+        std::fs::write(root.path().join("world.yaml"), text).expect("manifests");
+        let findings = lint(root.path(), &[]);
+        let of = |finding: &Value, field: &str| finding[field].as_str().unwrap_or_default().to_owned();
+        let mut found: Vec<(String, String)> = findings.iter().map(|it| (of(it, "id"), of(it, "rule"))).collect();
+        found.sort();
+        let expected: Vec<(String, String)> =
+            expected.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect();
+        assert_eq!(found, expected, "{about}: {findings:#?}");
+    }
+}
+
+#[test]
+fn tiers_end_and_namespaces_are_open() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let world = "\
+apiVersion: v1
+kind: Namespace
+metadata: {name: web, labels: {kubernetes.io/metadata.name: web}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: server, namespace: web, labels: {app: a}}
+spec: {nodeName: n, containers: [{name: c}]}
+status: {phase: Running, podIP: 10.0.0.1}
+---
+apiVersion: projectcalico.org/v3
+kind: Tier
+metadata: {name: watch}
+spec: {order: 10, defaultAction: Pass}
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: watch.some}
+spec: {tier: watch, types: [Ingress], ingress: [{action: Deny, protocol: UDP}]}
+";
+    let file = root.path().join("world.yaml");
+    std::fs::write(&file, world).expect("manifests");
+    let at = |id: &str| {
+        let findings = lint(root.path(), &[]);
+        let found = findings.into_iter().find(|finding| finding["id"] == id);
+        found.map(|finding| (finding["line"].as_u64(), finding["message"].as_str().unwrap_or_default().to_owned()))
+    };
+    let line = |found: Option<(Option<u64>, String)>| found.and_then(|(line, _)| line);
+    assert_eq!(line(at("HN008")), Some(11), "the tier's own place");
+    assert_eq!(line(at("HN005")), Some(1), "the namespace's own place");
+    assert!(at("HN006").is_some(), "the cluster is open as a whole");
+    // A later policy of the same direction catches what passes; one of the other does not.
+    let with = |more: &str| std::fs::write(&file, format!("{world}---\n{more}")).expect("manifests");
+    with(&policy("GlobalNetworkPolicy", "later", "  types: [Egress]")["---\n".len()..]);
+    assert!(at("HN008").is_some());
+    with(&policy("GlobalNetworkPolicy", "later", "  types: [Ingress]")["---\n".len()..]);
+    assert_eq!(at("HN008"), None);
+    let open = at("HN005").expect("egress is open").1;
+    assert!(open.contains("egress of its only pod") && !open.contains("ingress"), "{open}");
+    // A ClusterNetworkPolicy denies by its rules, for its tier only passes.
+    with(
+        "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: closed}\nspec:\n  tier: Baseline\n  priority: 10\n  subject: {namespaces: {}}\n  ingress: [{action: Deny, from: [{namespaces: {}}]}]\n  egress: [{action: Deny, to: [{networks: ['0.0.0.0/0', '::/0']}]}]\n",
+    );
+    assert_eq!(at("HN005"), None);
+    assert_eq!(at("HN006"), None);
+}
+
+#[test]
+fn what_depends_on_a_stale_cluster_is_named_at_its_line() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let (own, far, federation) = (root.path().join("c"), root.path().join("far"), root.path().join("federation"));
+    for directory in [&own, &far, &federation] {
+        std::fs::create_dir(directory).expect("directory");
+    }
+    std::fs::write(own.join("world.yaml"), WORLD).expect("manifests");
+    std::fs::write(far.join("world.yaml"), WORLD.replace("app: a", "app: far")).expect("manifests");
+    let policies = "\
+apiVersion: hanse.dev/v1alpha1
+kind: Tier
+metadata: {name: base}
+spec: {phase: Guard, order: 1, defaultAction: Pass}
+---
+apiVersion: hanse.dev/v1alpha1
+kind: FederatedNetworkPolicy
+metadata: {name: p}
+spec:
+  tier: base
+  order: 1
+  types: [Ingress]
+  ingress:
+  - {action: Allow, source: {selector: app == 'a'}}
+  - {action: Allow, source: {selector: app == 'far'}}
+";
+    std::fs::write(federation.join("all.yaml"), policies).expect("manifests");
+    let (far, federation) = (format!("far={}", far.display()), federation.display().to_string());
+    let fleet = ["--cluster", &far, "--federation", &federation];
+    let stale = |arguments: &[&str]| -> Vec<Value> {
+        let findings = lint(&own, &[&fleet[..], arguments].concat());
+        findings.into_iter().filter(|finding| finding["id"] == "HN009").collect()
+    };
+    assert_eq!(stale(&[]), Vec::<Value>::new());
+    let found = stale(&["--stale", "far"]);
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert_eq!((&found[0]["rule"], &found[0]["line"]), (&"ingress[1]".into(), &15.into()), "{found:#?}");
+}
+
+#[test]
+fn sarif_has_what_its_schema_requires() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let folder = root.path().join("a folder");
+    std::fs::create_dir(&folder).expect("directory");
+    let world =
+        WORLD.to_owned() + &policy("GlobalNetworkPolicy", "p", "  types: [Egress]\n  egress:\n  - {action: Allow}");
+    std::fs::write(folder.join("world.yaml"), world).expect("manifests");
+    let cluster = format!("c={}", folder.display());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
+    let output =
+        command.args(["policy", "lint", "--cluster", &cluster, "-o", "sarif", "--fail-on", "warning"]).output();
+    let output = output.expect("hanse runs");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let log: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    // SARIF 2.1.0, sections 3.13, 3.14, 3.18, 3.19, 3.27 to 3.30 and 3.49: what must be there, and of which kind.
+    assert_eq!(log["version"], "2.1.0");
+    let run = &log["runs"][0];
+    let driver = &run["tool"]["driver"];
+    assert!(driver["name"].is_string(), "{log:#}");
+    let rules = driver["rules"].as_array().expect("rules");
+    let mut ids: Vec<&str> = rules.iter().map(|rule| rule["id"].as_str().expect("a rule has an id")).collect();
+    assert!(rules.iter().all(|rule| rule["shortDescription"]["text"].is_string() && rule["help"]["text"].is_string()));
+    ids.dedup();
+    assert_eq!(ids.len(), rules.len(), "ids are of one rule each");
+    let results = run["results"].as_array().expect("results");
+    assert!(!results.is_empty());
+    for result in results {
+        assert!(result["message"]["text"].is_string(), "{result:#}");
+        assert!(["note", "warning", "error"].contains(&result["level"].as_str().expect("a level")), "{result:#}");
+        let index = result["ruleIndex"].as_u64().expect("an index") as usize;
+        assert_eq!(rules[index]["id"], result["ruleId"], "{result:#}");
+        for location in result["locations"].as_array().expect("locations") {
+            let physical = &location["physicalLocation"];
+            let uri = physical["artifactLocation"]["uri"].as_str().expect("a URI");
+            assert!(uri.starts_with("file:///") && uri.contains("a%20folder"), "{uri}");
+            assert!(physical["region"]["startLine"].as_u64().is_some_and(|line| line > 0), "{result:#}");
+        }
+    }
+}

@@ -1,0 +1,483 @@
+//! Which packets between workloads change verdict from one state to another.
+//!
+//! Pods that neither state can tell apart (labels, namespace, account, named ports, the nets and service backends that their
+//! addresses are in) form a group, and groups are compared instead of pods. A pair of groups is looked at only where what
+//! judges one of its ends differs, or where the inventories do. Ports are compared by the ranges within which no rule that
+//! judges the pair tells them apart, so that what is not named as changed has not changed: for source port 40,000, and for
+//! the protocols and ICMP types that policies name, with one of each that they do not.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::evaluate::{Answer, Direction, End, Query, Verdict, View, acting, in_order, rules};
+use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory};
+use crate::model::{ClusterName, Icmp, Layer, Policy, PolicySet, Port, Protocol, Rule, TierDefault, TierId};
+use crate::prepared::Prepared;
+use crate::tri::Tri;
+use crate::workload::{seen, telling_keys};
+
+/// One of the two states.
+#[derive(Debug, Clone, Copy)]
+pub struct State<'a> {
+    pub policies: &'a PolicySet,
+    pub inventory: &'a Inventory,
+    pub view: View,
+}
+
+/// One end of the pairs that are compared.
+#[derive(Debug, Clone)]
+pub enum Party<'a> {
+    /// Pods that exist in both states, and are alike in each.
+    Pods { cluster: &'a ClusterName, members: Vec<&'a EndpointId> },
+    /// An address that nobody owns.
+    Address(IpAddr),
+}
+
+/// Packets of one protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Packets {
+    /// `None`: every protocol that no policy names.
+    pub protocol: Option<u8>,
+    /// Destination ports, both ends inclusive; `None` where the protocol has none.
+    pub ports: Option<(u16, u16)>,
+    /// A type of ICMP with a code, or with every code that no policy names; `None`: every type that none names.
+    pub icmp: Option<(u8, Option<u8>)>,
+}
+
+/// What changes between two parties, by their places in [`Diff::parties`], over one IP version.
+#[derive(Debug, Clone)]
+pub struct Change {
+    pub from: usize,
+    pub to: usize,
+    pub ip_version: u8,
+    pub packets: Vec<Packets>,
+    pub before: Verdict,
+    /// What is said of them in the second state. Its verdict is not `before`.
+    pub after: Answer,
+}
+
+#[derive(Debug)]
+pub struct Diff<'a> {
+    pub parties: Vec<Party<'a>>,
+    /// Pods that exist in the first state only, and in the second only: not compared.
+    pub unpaired: [usize; 2],
+    compared: Vec<Compared<'a>>,
+    facts_equal: bool,
+    /// For each protocol and port to ask about; empty for all that tell.
+    asked: Vec<(u8, u16)>,
+    states: [State<'a>; 2],
+}
+
+/// What is known of a party.
+#[derive(Debug, Default)]
+struct Compared<'a> {
+    /// Two members, or one; none of an address.
+    examples: Vec<[Pod<'a>; 2]>,
+    address: Option<IpAddr>,
+    /// Whether what judges ingress, and egress, differs.
+    changed: [bool; 2],
+    /// Of the rules that judge ingress, and egress, in either state.
+    telling: [Telling; 2],
+    /// Named ports that rules name: protocol and number.
+    ports: BTreeSet<(u8, u16)>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Pod<'a> {
+    cluster: &'a ClusterName,
+    owner: &'a Cluster,
+    id: &'a EndpointId,
+    endpoint: &'a Endpoint,
+}
+
+/// What rules can tell packets apart by.
+#[derive(Debug, Default)]
+struct Telling {
+    protocols: BTreeSet<u8>,
+    /// The first of each range within which no rule tells ports apart.
+    cuts: BTreeSet<u16>,
+    icmp: BTreeSet<(u8, Option<u8>)>,
+}
+
+type Chain<'a> = Vec<(&'a TierId, TierDefault, &'a Policy)>;
+
+impl<'a> Diff<'a> {
+    /// `outside` are addresses that stand for the world. `asked` limits what is compared to these protocols and ports;
+    /// empty, everything is.
+    pub fn new(before: State<'a>, after: State<'a>, outside: &[IpAddr], asked: Vec<(u8, u16)>) -> Self {
+        let facts_equal = std::ptr::eq(before.inventory, after.inventory) || before.inventory == after.inventory;
+        let mut diff = Self {
+            parties: Vec::new(),
+            unpaired: [0, 0],
+            compared: Vec::new(),
+            facts_equal,
+            asked,
+            states: [before, after],
+        };
+        let states = diff.states;
+        let facts = states.map(Facts::new);
+        let keys = telling_keys(states.map(|state| state.policies));
+        let names: BTreeSet<&str> = facts.iter().flat_map(|facts| facts.port_names.iter().copied()).collect();
+        let mut groups: HashMap<_, usize> = HashMap::new();
+        for (cluster, owner) in &before.inventory.clusters {
+            let other = after.inventory.clusters.get_key_value(cluster);
+            for (id, endpoint) in owner.endpoints.iter().filter(|(id, endpoint)| is_party(id, endpoint)) {
+                let first = Pod { cluster, owner, id, endpoint };
+                let second = other.and_then(|(cluster, owner)| {
+                    let (id, endpoint) = owner.endpoints.get_key_value(id).filter(|(id, it)| is_party(id, it))?;
+                    Some(Pod { cluster, owner, id, endpoint })
+                });
+                let Some(second) = second else {
+                    diff.unpaired[0] += 1;
+                    continue;
+                };
+                let pair = [first, second];
+                let key = [0, 1].map(|at| facts[at].key(&pair[at], &keys, &names));
+                let place = *groups.entry((cluster, id.namespace.as_deref(), key)).or_insert(diff.parties.len());
+                match diff.parties.get_mut(place) {
+                    Some(Party::Pods { members, .. }) => {
+                        members.push(id);
+                        if diff.compared[place].examples.len() < 2 {
+                            diff.compared[place].examples.push(pair);
+                        }
+                    }
+                    _ => {
+                        diff.parties.push(Party::Pods { cluster, members: vec![id] });
+                        diff.compared.push(Compared { examples: vec![pair], ..Compared::default() });
+                    }
+                }
+            }
+        }
+        let paired: usize = diff.parties.iter().map(Party::count).sum();
+        let existing = after.inventory.clusters.values().flat_map(|owner| &owner.endpoints);
+        diff.unpaired[1] = existing.filter(|(id, endpoint)| is_party(id, endpoint)).count() - paired;
+        let mut same = HashMap::new();
+        for compared in &mut diff.compared {
+            let [first, second] = compared.examples[0];
+            for pod in [first, second] {
+                let ports = pod.endpoint.ports.iter().filter(|port| names.contains(&*port.name));
+                compared.ports.extend(ports.map(|port| (port.protocol, port.port)));
+            }
+            for (at, direction) in [Direction::Ingress, Direction::Egress].into_iter().enumerate() {
+                let chains = [facts[0].chain(&first, direction), facts[1].chain(&second, direction)];
+                compared.changed[at] = !is_same(&chains, direction, &mut same);
+                for (chain, facts) in chains.iter().zip(&facts) {
+                    for rule in chain.iter().flat_map(|(.., policy)| rules(policy, direction).unwrap_or_default()) {
+                        compared.telling[at].note(rule, facts, first.cluster);
+                    }
+                }
+            }
+        }
+        for address in outside {
+            diff.parties.push(Party::Address(*address));
+            diff.compared.push(Compared { address: Some(*address), ..Compared::default() });
+        }
+        diff
+    }
+
+    /// Calls `take` with everything that changes, by source and destination in the order of [`Self::parties`].
+    ///
+    /// # Errors
+    /// What `take` fails with, which ends the comparison.
+    pub fn compare<E>(&self, mut take: impl FnMut(Change) -> Result<(), E>) -> Result<(), E> {
+        let prepared = self.states.map(|state| Prepared::new(state.policies, state.inventory, state.view));
+        for from in 0..self.parties.len() {
+            for to in 0..self.parties.len() {
+                let judged = self.compared[from].changed[1] || self.compared[to].changed[0];
+                if !judged && self.facts_equal {
+                    continue;
+                }
+                for ip_version in [4, 6] {
+                    let Some(ends) = self.ends(from, to, ip_version) else { continue };
+                    for change in self.changes(from, to, ip_version, &ends, &prepared) {
+                        take(change)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The ends of a packet in each state; `None` where there is none to ask about.
+    fn ends(&self, from: usize, to: usize, ip_version: u8) -> Option<[[End; 2]; 2]> {
+        let end = |place: usize, example: usize, state: usize| {
+            let compared = &self.compared[place];
+            let of_version = |address: &IpAddr| address.is_ipv4() == (ip_version == 4);
+            match compared.address {
+                Some(address) => Some(End { address, pod: None }).filter(|end| of_version(&end.address)),
+                None => {
+                    let pod = &compared.examples.get(example)?[state];
+                    let address = *pod.endpoint.addresses.iter().find(|address| of_version(address))?;
+                    Some(End { address, pod: Some((pod.cluster.clone(), pod.id.clone())) })
+                }
+            }
+        };
+        if self.compared[from].address.is_some() && self.compared[to].address.is_some() {
+            return None;
+        }
+        // A pod always reaches itself: within a group the pair is of two.
+        let second = usize::from(from == to);
+        let of_state = |state| Some([end(from, 0, state)?, end(to, second, state)?]);
+        Some([of_state(0)?, of_state(1)?])
+    }
+
+    fn changes(
+        &self,
+        from: usize,
+        to: usize,
+        ip_version: u8,
+        ends: &[[End; 2]; 2],
+        prepared: &[Prepared<'_>; 2],
+    ) -> Vec<Change> {
+        let mut changes: Vec<Change> = Vec::new();
+        for (packets, protocol, port, icmp) in self.packets(from, to, ip_version) {
+            let answer = |state: usize| {
+                let [source, destination] = ends[state].clone();
+                let source_port = if packets.ports.is_some() { 40_000 } else { 0 };
+                let query = Query { source, destination, protocol, source_port, destination_port: port, icmp };
+                prepared[state].evaluate(&query)
+            };
+            let (before, after) = (answer(0).verdict, answer(1));
+            if before == after.verdict {
+                continue;
+            }
+            let same = changes.iter_mut().find(|change| change.before == before && change.after == after);
+            match same {
+                Some(change) => match change.packets.last_mut().and_then(|last| last.extended(&packets)) {
+                    Some(joined) => *change.packets.last_mut().expect("just seen") = joined,
+                    None => change.packets.push(packets),
+                },
+                None => changes.push(Change { from, to, ip_version, packets: vec![packets], before, after }),
+            }
+        }
+        changes
+    }
+
+    /// Packets that rules between the two can tell apart, with an example of each: protocol, port, ICMP type and code.
+    fn packets(&self, from: usize, to: usize, ip_version: u8) -> Vec<(Packets, u8, u16, Option<(u8, u8)>)> {
+        if !self.asked.is_empty() {
+            let packet = |(protocol, port): &(u8, u16)| {
+                let ports = has_ports(*protocol).then_some((*port, *port));
+                let packets = Packets { protocol: Some(*protocol), ports, icmp: None };
+                (packets, *protocol, if ports.is_some() { *port } else { 0 }, None)
+            };
+            return self.asked.iter().map(packet).collect();
+        }
+        let (egress, ingress) = (&self.compared[from].telling[1], &self.compared[to].telling[0]);
+        let own_icmp = if ip_version == 4 { 1 } else { 58 };
+        let mut protocols = BTreeSet::from([6, 17, 132, own_icmp]);
+        protocols.extend(egress.protocols.iter().chain(&ingress.protocols));
+        let mut cuts: BTreeSet<u16> = egress.cuts.union(&ingress.cuts).copied().collect();
+        cuts.insert(0);
+        for (protocol, port) in self.compared[from].ports.iter().chain(&self.compared[to].ports) {
+            protocols.insert(*protocol);
+            cuts.extend([Some(*port), port.checked_add(1)].into_iter().flatten());
+        }
+        let cuts: Vec<u16> = cuts.into_iter().collect();
+        let mut all = Vec::new();
+        for protocol in &protocols {
+            let packets = |ports, icmp| Packets { protocol: Some(*protocol), ports, icmp };
+            if has_ports(*protocol) {
+                for (at, first) in cuts.iter().enumerate() {
+                    let last = cuts.get(at + 1).map_or(u16::MAX, |next| next - 1);
+                    all.push((packets(Some((*first, last)), None), *protocol, *first, None));
+                }
+            } else if *protocol == own_icmp {
+                let told: BTreeSet<_> = egress.icmp.union(&ingress.icmp).copied().collect();
+                for (kind, code) in icmp_examples(&told) {
+                    let code_named = told.contains(&(kind, Some(code))).then_some(code);
+                    let named = told.iter().any(|(of, _)| *of == kind).then_some((kind, code_named));
+                    all.push((packets(None, named), *protocol, 0, Some((kind, code))));
+                }
+            } else {
+                all.push((packets(None, None), *protocol, 0, None));
+            }
+        }
+        // 253 and 254 are for experiments (RFC 3692), so that policies hardly name them.
+        let unnamed = (0..=254)
+            .rev()
+            .find(|number| !protocols.contains(number) && !has_ports(*number) && *number != 1 && *number != 58);
+        all.extend(unnamed.map(|number| (Packets { protocol: None, ports: None, icmp: None }, number, 0, None)));
+        all
+    }
+}
+
+impl Party<'_> {
+    /// How many pods it stands for; an address stands for none.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Pods { members, .. } => members.len(),
+            Self::Address(_) => 0,
+        }
+    }
+}
+
+impl Packets {
+    /// Both as one, where the second goes on where the first ends.
+    fn extended(&self, next: &Self) -> Option<Self> {
+        let ((low, end), (start, high)) = (self.ports?, next.ports?);
+        let joins = self.protocol == next.protocol && end.checked_add(1) == Some(start);
+        joins.then_some(Self { ports: Some((low, high)), ..*self })
+    }
+}
+
+/// Each type and code that is told of, and beside each what is not.
+fn icmp_examples(told: &BTreeSet<(u8, Option<u8>)>) -> Vec<(u8, u8)> {
+    let kinds: BTreeSet<u8> = told.iter().map(|(kind, _)| *kind).collect();
+    let mut examples = Vec::new();
+    for kind in &kinds {
+        let codes: BTreeSet<u8> = told.iter().filter(|(of, _)| of == kind).filter_map(|(_, code)| *code).collect();
+        let other = (0..=u8::MAX).find(|code| !codes.contains(code));
+        examples.extend(codes.iter().copied().chain(other).map(|code| (*kind, code)));
+    }
+    // An echo request of either version, where nobody speaks of it.
+    let other = [8, 128].into_iter().chain(0..=u8::MAX).find(|kind| !kinds.contains(kind));
+    examples.extend(other.map(|kind| (kind, 0)));
+    examples
+}
+
+fn is_party(id: &EndpointId, endpoint: &Endpoint) -> bool {
+    id.kind == EndpointKind::Pod && !endpoint.addresses.is_empty() && !endpoint.host_network
+}
+
+/// TCP, UDP, DCCP, SCTP and UDP-Lite.
+fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, 6 | 17 | 33 | 132 | 136)
+}
+
+/// Whether the policies of two chains say the same. `known` remembers pairs of policies by their addresses.
+fn is_same(
+    [first, second]: &[Chain<'_>; 2],
+    direction: Direction,
+    known: &mut HashMap<(usize, usize, Direction), bool>,
+) -> bool {
+    let mut same = |a: &Policy, b: &Policy| {
+        let key = (std::ptr::from_ref(a) as usize, std::ptr::from_ref(b) as usize, direction);
+        key.0 == key.1
+            || *known.entry(key).or_insert_with(|| a.id == b.id && rules(a, direction) == rules(b, direction))
+    };
+    first.len() == second.len() && first.iter().zip(second).all(|(a, b)| a.0 == b.0 && a.1 == b.1 && same(a.2, b.2))
+}
+
+impl Telling {
+    fn note(&mut self, rule: &Rule, facts: &Facts<'_>, enforcer: &ClusterName) {
+        self.protocols.extend([rule.protocol, rule.not_protocol].into_iter().flatten().map(Protocol::number));
+        for port in rule.destination.ports.iter().chain(&rule.destination.not_ports) {
+            if let Port::Range(first, last) = port {
+                self.cuts.insert(*first);
+                self.cuts.extend(last.checked_add(1));
+            }
+        }
+        for Icmp { kind, code } in [rule.icmp, rule.not_icmp].into_iter().flatten() {
+            self.icmp.extend(kind.map(|kind| (kind, code)));
+        }
+        let key = rule.destination.service.as_ref().map(|it| (it.namespace.clone(), it.name.clone()));
+        let services = facts.state.inventory.clusters.get(enforcer).map(|cluster| &cluster.services);
+        let service = key.and_then(|key| services?.get(&key));
+        for (_, protocol, port) in service.into_iter().flat_map(|service| &service.backends) {
+            self.protocols.insert(*protocol);
+            self.cuts.insert(*port);
+            self.cuts.extend(port.checked_add(1));
+        }
+    }
+}
+
+/// What a state can tell pods apart by.
+struct Facts<'a> {
+    state: State<'a>,
+    /// By prefix length and family, for each net that a rule or a network set names.
+    nets: HashMap<IpNet, usize>,
+    lengths: [BTreeSet<u8>; 2],
+    /// Backends of services that rules name, by address: the service, the protocol and the port.
+    backends: HashMap<IpAddr, BTreeSet<(usize, u8, u16)>>,
+    port_names: BTreeSet<&'a str>,
+    plans: BTreeMap<&'a str, Vec<(&'a Layer, &'a Policy)>>,
+}
+
+/// All that policies see of a pod, but for its cluster and namespace.
+#[derive(PartialEq, Eq, Hash)]
+struct Key<'a> {
+    account: Option<&'a str>,
+    labels: Vec<(&'a str, &'a str)>,
+    ports: Vec<(&'a str, u8, u16)>,
+    /// For each family: whether there is an address, and what it is in.
+    addresses: [Option<(Vec<usize>, Vec<(usize, u8, u16)>)>; 2],
+}
+
+impl<'a> Facts<'a> {
+    fn new(state: State<'a>) -> Self {
+        let State { policies, inventory, view } = state;
+        let layers = [&policies.federation].into_iter().chain(policies.clusters.values());
+        let all = layers.flat_map(|layer| layer.policies.values());
+        let rules = all.flat_map(|policy| [&policy.ingress, &policy.egress]).flatten().flatten();
+        let entities: Vec<_> = rules.flat_map(|rule| [&rule.source, &rule.destination]).collect();
+        let sets = inventory.clusters.values().flat_map(|cluster| cluster.endpoints.values());
+        let sets = sets.chain(inventory.federated_sets.values());
+        let written = entities.iter().flat_map(|entity| entity.nets.iter().chain(&entity.not_nets));
+        let (mut nets, mut lengths) = (HashMap::new(), [BTreeSet::new(), BTreeSet::new()]);
+        for net in written.chain(sets.flat_map(|set| &set.nets)) {
+            let next = nets.len();
+            nets.entry(net.trunc()).or_insert(next);
+            lengths[usize::from(matches!(net, IpNet::V6(_)))].insert(net.prefix_len());
+        }
+        let named = |port: &'a Port| match port {
+            Port::Named(name) => Some(&**name),
+            Port::Range(..) => None,
+        };
+        let ports = entities.iter().flat_map(|entity| entity.ports.iter().chain(&entity.not_ports));
+        let port_names = ports.filter_map(named).collect();
+        let services: BTreeSet<_> = entities.iter().filter_map(|it| it.service.as_ref()).collect();
+        let mut backends: HashMap<IpAddr, BTreeSet<(usize, u8, u16)>> = HashMap::new();
+        let mut number = 0;
+        for service in services {
+            let key = (service.namespace.clone(), service.name.clone());
+            for cluster in inventory.clusters.values() {
+                number += 1;
+                for (address, protocol, port) in cluster.services.get(&key).into_iter().flat_map(|it| &it.backends) {
+                    backends.entry(*address).or_default().insert((number, *protocol, *port));
+                }
+            }
+        }
+        let plan = |cluster: &'a ClusterName| {
+            let layers = [Some(&policies.federation), policies.clusters.get(cluster)].into_iter().flatten();
+            let mut plan: Vec<(&Layer, &Policy)> =
+                layers.flat_map(|layer| acting(layer, view).into_iter().map(move |policy| (layer, policy))).collect();
+            plan.retain(|(_, policy)| policy.enforcers.contains(cluster, cluster));
+            in_order(&mut plan);
+            (&**cluster, plan)
+        };
+        let plans = inventory.clusters.keys().map(plan).collect();
+        Self { state, nets, lengths, backends, port_names, plans }
+    }
+
+    fn key(&self, pod: &Pod<'a>, keys: &BTreeSet<&str>, names: &BTreeSet<&str>) -> Key<'a> {
+        let endpoint = pod.endpoint;
+        let named = endpoint.ports.iter().filter(|port| names.contains(&*port.name));
+        let mut ports: Vec<_> = named.map(|port| (&*port.name, port.protocol, port.port)).collect();
+        ports.sort_unstable();
+        let within = |address: &IpAddr| {
+            let lengths = self.lengths[usize::from(address.is_ipv6())].iter();
+            let nets = lengths.filter_map(|length| self.nets.get(&IpNet::new(*address, *length).ok()?.trunc()));
+            let backends = self.backends.get(address).into_iter().flatten();
+            (nets.copied().collect(), backends.copied().collect())
+        };
+        let first = |v4: bool| endpoint.addresses.iter().find(|address| address.is_ipv4() == v4).map(within);
+        Key {
+            account: endpoint.service_account.as_deref(),
+            labels: seen(endpoint, keys),
+            ports,
+            addresses: [first(true), first(false)],
+        }
+    }
+
+    /// The policies that judge a pod, in order.
+    fn chain(&self, pod: &Pod<'a>, direction: Direction) -> Chain<'a> {
+        let labels = EffectiveLabels { cluster: pod.owner, id: pod.id, endpoint: pod.endpoint, first_hand: true };
+        let plan = self.plans.get(&**pod.cluster).into_iter().flatten();
+        let judging = plan.filter(|(_, policy)| rules(policy, direction).is_some());
+        let judging = judging.filter(|(_, policy)| policy.selector.evaluate(&labels) != Tri::No);
+        judging.map(|(layer, policy)| (&policy.tier, layer.tier(&policy.tier).1, *policy)).collect()
+    }
+}

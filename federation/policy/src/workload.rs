@@ -1,0 +1,94 @@
+//! Workloads: endpoints that policy cannot tell apart, so that a question about one answers for all of them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
+use crate::model::{ClusterName, PolicySet};
+
+/// The label keys that some selector of these policies names, as far as they are the objects' own.
+pub fn telling_keys<'a>(policies: impl IntoIterator<Item = &'a PolicySet>) -> BTreeSet<&'a str> {
+    let mut keys = BTreeSet::new();
+    let layers = policies.into_iter().flat_map(|set| [&set.federation].into_iter().chain(set.clusters.values()));
+    for policy in layers.flat_map(|layer| layer.policies.values()) {
+        let rules = [&policy.ingress, &policy.egress].into_iter().flatten().flatten();
+        let entities = rules.flat_map(|rule| [&rule.source, &rule.destination]);
+        let selections = entities.flat_map(|entity| [&entity.selection, &entity.not_selection]).flatten();
+        let selectors = [&policy.selector].into_iter().chain(selections.map(|selection| &selection.selector));
+        selectors.for_each(|selector| {
+            selector.expr.for_each_key(&mut |key| {
+                keys.insert(&**key);
+            });
+        });
+    }
+    keys
+}
+
+/// Endpoints of one cluster and namespace that no selector tells apart. Never empty.
+#[derive(Debug, Clone)]
+pub struct Workload<'a> {
+    pub cluster: &'a ClusterName,
+    pub owner: &'a Cluster,
+    pub members: Vec<(&'a EndpointId, &'a Endpoint)>,
+}
+
+/// What selectors can see of an endpoint, where they name only the keys in question.
+pub(crate) fn seen<'a>(endpoint: &'a Endpoint, keys: &BTreeSet<&str>) -> Vec<(&'a str, &'a str)> {
+    let labels = endpoint.labels.iter().map(|(key, value)| (&**key, &**value));
+    labels.filter(|(key, _)| keys.contains(key)).collect()
+}
+
+/// The endpoints of all clusters in workloads, by cluster, in the order of their first members. Pods on the host's
+/// network, which nothing selects, are left out.
+pub fn workloads<'a>(inventory: &'a Inventory, keys: &BTreeSet<&str>) -> BTreeMap<&'a ClusterName, Vec<Workload<'a>>> {
+    let mut all = BTreeMap::new();
+    for (cluster, owner) in &inventory.clusters {
+        let mut found: Vec<Workload<'a>> = Vec::new();
+        let mut known: HashMap<_, usize> = HashMap::new();
+        for (id, endpoint) in owner.endpoints.iter().filter(|(_, endpoint)| !endpoint.host_network) {
+            let account = endpoint.service_account.as_deref().filter(|_| id.kind == EndpointKind::Pod);
+            let key = (id.kind, id.namespace.as_deref(), account, seen(endpoint, keys));
+            let at = *known.entry(key).or_insert(found.len());
+            match found.get_mut(at) {
+                Some(workload) => workload.members.push((id, endpoint)),
+                None => found.push(Workload { cluster, owner, members: vec![(id, endpoint)] }),
+            }
+        }
+        all.insert(cluster, found);
+    }
+    all
+}
+
+/// A name for several: what all names begin with, up to a `-`, and a `*`.
+pub fn common_name<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
+    let mut names = names.into_iter();
+    let Some(first) = names.next() else { return "*".to_owned() };
+    let (mut common, mut several) = (first.len(), false);
+    for name in names {
+        several = true;
+        common = first.bytes().zip(name.bytes()).take(common).take_while(|(a, b)| a == b).count();
+    }
+    if !several {
+        return first.to_owned();
+    }
+    // Names are ASCII; where one is not, what stands before the last `-` still is whole.
+    let stem = first.get(..common).and_then(|stem| stem.rfind('-').map(|at| &stem[..=at]));
+    format!("{}*", stem.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::common_name;
+
+    #[test]
+    fn names_of_several() {
+        for (names, name) in [
+            (&["web-0"][..], "web-0"),
+            (&["web-0", "web-1"], "web-*"),
+            (&["web-a-1x", "web-a-2y"], "web-a-*"),
+            (&["web-10", "web-11"], "web-*"),
+            (&["a", "b"], "*"),
+        ] {
+            assert_eq!(common_name(names.iter().copied()), name);
+        }
+    }
+}
