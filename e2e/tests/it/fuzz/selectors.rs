@@ -1,19 +1,10 @@
-//! Selectors: what is accepted has a canonical form that reads back, says the same of every label set, and stays.
+//! Selectors: [`property::holds_of`] every text.
 
-use hanse_policy::selector::{Expr, Label, LabelLookup, MAX_NESTING, Selector};
+use hanse_policy::selector::{Expr, Selector, property};
 
 use super::{Outcome, Target};
 
 pub struct Selectors;
-
-/// Every label that is asked for has this value.
-struct Everywhere(Label<'static>);
-
-impl LabelLookup for Everywhere {
-    fn label(&self, _: &str) -> Label<'_> {
-        self.0
-    }
-}
 
 impl Target for Selectors {
     const NAME: &'static str = "selectors";
@@ -68,33 +59,11 @@ impl Target for Selectors {
 
     fn run(input: &[u8]) -> Outcome {
         let text = String::from_utf8_lossy(input);
-        let selector = match Selector::parse(&text) {
-            Ok(selector) => selector,
-            Err(error) => {
-                assert!((1..=text.len() + 1).contains(&error.column), "column {} of {}", error.column, text.len());
-                return Outcome { accepted: false, how: error.message };
-            }
-        };
-        let canonical = &*selector.canonical;
-        let again = match Selector::parse(canonical) {
-            Ok(again) => again,
-            // Chains get parentheses, so that the deepest nesting may become one deeper.
-            Err(error) if error.message.contains(&MAX_NESTING.to_string()) => {
-                return Outcome { accepted: true, how: "deep".to_owned() };
-            }
-            Err(error) => panic!("{text:?} has the canonical form {canonical:?}, which does not read: {error}"),
-        };
-        for labels in [Label::Absent, Label::Unknown, Label::Present(""), Label::Present("a"), Label::Present("b'\"")] {
-            let labels = Everywhere(labels);
-            assert_eq!(selector.evaluate(&labels), again.evaluate(&labels), "{text:?} and {canonical:?}");
+        property::holds_of(&text);
+        match Selector::parse(&text) {
+            Ok(selector) => Outcome { accepted: true, how: shape(&selector.expr) },
+            Err(error) => Outcome { accepted: false, how: error.message },
         }
-        // Of `!(!a)` the form is `!!a`, which reads as `a`: so the language has it.
-        if !canonical.contains("!!") {
-            assert_eq!((&*again.canonical, again.id()), (canonical, selector.id()), "{text:?}");
-        }
-        let last = Selector::parse(&again.canonical).expect("a canonical form reads");
-        assert!(last.canonical == again.canonical || again.canonical.contains("!!"), "{text:?}: {}", last.canonical);
-        Outcome { accepted: true, how: shape(&selector.expr) }
     }
 }
 

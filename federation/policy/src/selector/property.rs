@@ -3,8 +3,17 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::Selector;
+use super::{Label, LabelLookup, Selector};
 use crate::tri::Tri;
+
+/// Every label that is asked for has this value.
+struct Everywhere(Label<'static>);
+
+impl LabelLookup for Everywhere {
+    fn label(&self, _: &str) -> Label<'_> {
+        self.0
+    }
+}
 
 /// Panics where a text shows the parser wrong.
 ///
@@ -23,6 +32,14 @@ pub fn holds_of(text: &str) {
     let again = Selector::parse(&selector.canonical).unwrap_or_else(|error| panic!("{text:?}: {selector}: {error}"));
     let third = Selector::parse(&again.canonical).unwrap_or_else(|error| panic!("{text:?}: {again}: {error}"));
     assert_eq!(again.canonical, third.canonical, "{text:?}");
+    for label in [Label::Absent, Label::Unknown, Label::Present(""), Label::Present("a"), Label::Present("b'\"")] {
+        let labels = Everywhere(label);
+        assert_eq!(selector.evaluate(&labels), again.evaluate(&labels), "{text:?}, every label {label:?}");
+    }
+    // Of `!(!a)` the form is `!!a`, which reads as `a`: so the language has it.
+    if !selector.canonical.contains("!!") {
+        assert_eq!((&again.canonical, again.id()), (&selector.canonical, selector.id()), "{text:?}");
+    }
     let mut labels = BTreeMap::<Arc<str>, Arc<str>>::new();
     let same = |labels: &BTreeMap<Arc<str>, Arc<str>>| {
         let value = selector.evaluate(labels);
