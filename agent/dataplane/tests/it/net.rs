@@ -170,6 +170,7 @@ impl Net {
         let server = accept(listener).expect("the connection that was made");
         for stream in [&client, &server] {
             stream.set_read_timeout(Some(PATIENCE)).expect("set");
+            stream.set_write_timeout(Some(PATIENCE)).expect("set");
             stream.set_nodelay(true).expect("set");
         }
         (client, server)
@@ -233,9 +234,11 @@ pub fn passes(from: &mut TcpStream, to: &mut TcpStream) -> bool {
     from.write_all(b"ping").is_ok() && to.read_exact(&mut [0; 4]).is_ok()
 }
 
-/// Whether the connection is reset when it writes: the answer may take a moment.
+/// Whether the connection is reset when it writes: the answer may take a moment. One that is merely silent is not.
 pub fn is_reset(stream: &mut TcpStream) -> bool {
-    until(|| stream.write_all(b"x").err()).is_some()
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
+    let told = |error: &std::io::Error| [BrokenPipe, ConnectionReset].contains(&error.kind());
+    until(|| stream.write_all(b"x").err().filter(told)).is_some()
 }
 
 pub fn address(text: &str) -> IpAddr {
