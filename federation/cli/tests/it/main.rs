@@ -4,4 +4,5 @@ mod calico_oracle;
 mod corpus;
 mod lint;
 mod offline;
+mod online;
 mod oracle;

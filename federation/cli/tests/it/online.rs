@@ -1,0 +1,304 @@
+//! The commands that ask a hub, against one that runs in this process.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use hanse_hub::server::{Hub, Options, init};
+use hanse_member::registration::MemberIdentity;
+use hanse_runtime::TrustDomain;
+use hanse_runtime::shutdown::Shutdown;
+use serde_json::Value;
+
+struct World {
+    folder: tempfile::TempDir,
+    context: PathBuf,
+    // What serves, for as long as this is.
+    hub: Hub,
+    _shutdown: Shutdown,
+    runtime: tokio::runtime::Runtime,
+}
+
+/// What a command did: exit code, output, complaints.
+#[derive(Debug)]
+struct Done {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+impl Done {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+}
+
+impl From<Output> for Done {
+    fn from(output: Output) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Self { code: output.status.code(), out: text(&output.stdout), err: text(&output.stderr) }
+    }
+}
+
+fn run(context: Option<&Path>, arguments: &[&str], input: &str) -> Done {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
+    command.args(arguments).env_remove("HANSE_CONTEXT");
+    if let Some(context) = context {
+        command.env("HANSE_CONTEXT", context);
+    }
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("hanse starts");
+    // A command that does not read has closed its end.
+    drop(child.stdin.take().expect("piped").write_all(input.as_bytes()));
+    child.wait_with_output().expect("hanse ends").into()
+}
+
+impl World {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("temporary directory");
+        let data = folder.path().join("hub");
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("tokio");
+        hanse_runtime::tls::install_provider();
+        let shutdown = Shutdown::default();
+        let any = "127.0.0.1:0".parse().expect("an address");
+        let domain = TrustDomain::new("hanse.test").expect("a domain");
+        runtime.block_on(init(&data, &domain, any)).expect("a ClusterSet");
+        // The store's last owner needs a moment to let go of the file.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let hub = loop {
+            match runtime.block_on(Hub::start(Options::new(data.clone(), any, any), &shutdown)) {
+                Ok(hub) => break hub,
+                Err(error) if Instant::now() > deadline => panic!("{error:#}"),
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        };
+        // Where it serves is known only now.
+        let context = data.join("admin.context");
+        let text =
+            std::fs::read_to_string(&context).expect("the context").replace("127.0.0.1:0", &hub.address.to_string());
+        std::fs::write(&context, text).expect("the context");
+        Self { folder, context, hub, _shutdown: shutdown, runtime }
+    }
+
+    fn hanse(&self, arguments: &[&str]) -> Done {
+        run(Some(&self.context), arguments, "")
+    }
+
+    /// Lets a cluster join with a token; its member then does not run.
+    fn join(&self, cluster: &str) {
+        let token = self.hanse(&["token", "create", "--cluster", cluster]).out;
+        let folder = self.folder.path().join(cluster);
+        std::fs::create_dir(&folder).expect("a folder");
+        let file = folder.join("token");
+        hanse_runtime::files::write_secret(&file, token.trim().as_bytes()).expect("the token");
+        let (join, stop) = ([self.hub.join_address.to_string()], Default::default());
+        let joined = MemberIdentity::join(&folder, cluster, &file, &join, false, &stop);
+        self.runtime.block_on(joined).expect("joined");
+    }
+
+    fn apply(&self, manifests: &str, arguments: &[&str]) -> Done {
+        run(Some(&self.context), &[&["apply", "-f", "-"], arguments].concat(), manifests)
+    }
+}
+
+const TIER: &str = "apiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {name: platform}\nspec: {phase: Guard, order: 1, defaultAction: Pass}\n";
+
+fn policy(name: &str, tier: &str, order: u32) -> String {
+    format!(
+        "---\napiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolicy\nmetadata: {{name: {name}}}\nspec: {{tier: \
+         {tier}, order: {order}, types: [Ingress], ingress: [{{action: Deny}}]}}\n"
+    )
+}
+
+fn member(name: &str, cidr: &str) -> String {
+    format!(
+        "---\napiVersion: hanse.dev/v1alpha1\nkind: MemberCluster\nmetadata: {{name: {name}}}\nspec: {{grants: \
+         {{namespaces: ['*'], cidrs: [{cidr}]}}}}\n"
+    )
+}
+
+#[test]
+fn without_a_hub_it_says_what_to_do() {
+    let missing = run(None, &["status"], "");
+    assert_eq!(missing.code, Some(1), "{missing:?}");
+    assert!(missing.err.contains("--context") && missing.err.contains("hanse-hub init"), "{missing:?}");
+    assert_eq!(run(Some(Path::new("")), &["status"], "").err, missing.err, "empty is not set");
+    let nowhere = run(Some(Path::new("/nonexistent/context")), &["status"], "");
+    assert!(nowhere.err.contains("/nonexistent/context"), "{nowhere:?}");
+
+    let world = World::new();
+    // An address that was free a moment ago, and at which nobody listens.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+    let text = std::fs::read_to_string(&world.context).expect("the context");
+    let served = text.split('"').find(|part| part.starts_with("127.0.0.1")).expect("an address").to_owned();
+    std::fs::write(&world.context, text.replace(&served, &free.to_string())).expect("the context");
+    let gone = world.hanse(&["status"]);
+    assert_eq!(gone.code, Some(1), "{gone:?}");
+    assert!(gone.err.contains(&free.to_string()) && gone.err.contains("hanse-hub runs there"), "{gone:?}");
+    // The second hub of the list is asked where the first is gone.
+    let both = text.replace(&format!("\"{served}\""), &format!("\"{free}\", \"{served}\""));
+    std::fs::write(&world.context, both).expect("the context");
+    assert_eq!(world.hanse(&["status"]).code, Some(0));
+}
+
+#[test]
+fn applying_is_idempotent_and_fails_object_by_object() {
+    let world = World::new();
+    let first = world.apply(&format!("{TIER}{}", policy("p", "platform", 1)), &[]);
+    assert_eq!((first.code, first.err.as_str()), (Some(0), ""), "{first:?}");
+    assert!(first.out.contains("Tier/platform created") && first.out.contains("Policy/p created"), "{first:?}");
+    let again = world.apply(&format!("{TIER}{}", policy("p", "platform", 1)), &[]);
+    assert_eq!(again.out.matches("unchanged").count(), 2, "{again:?}");
+
+    // A dry run judges and changes nothing.
+    let dry = world.apply(&policy("p", "platform", 2), &["--dry-run", "-o", "json"]);
+    assert_eq!((dry.json()["result"].as_str(), dry.json()["dryRun"].as_bool()), (Some("configured"), Some(true)));
+    assert_eq!(world.hanse(&["get", "fnp", "p", "-o", "json"]).json()["spec"]["order"], 1);
+
+    // What the hub refuses keeps nothing else out, and is told by its place.
+    let mixed =
+        [member("train", "10.1.0.0/16"), member("serve", "10.1.2.0/24"), member("prod", "10.2.0.0/16")].concat();
+    let mixed = world.apply(&mixed, &[]);
+    assert_eq!(mixed.code, Some(1), "{mixed:?}");
+    assert_eq!(mixed.out.matches("created").count(), 2, "{mixed:?}");
+    assert!(mixed.err.contains("standard input:7: MemberCluster/serve failed: spec.grants.cidrs"), "{mixed:?}");
+    assert!(mixed.err.contains("1 of 3 objects failed"), "{mixed:?}");
+
+    // What is wrong by itself is told by file, line and field, and nothing of it is written.
+    let file = world.folder.path().join("wrong.yaml");
+    let wrong = format!("{}{}", policy("q", "platform", 1), policy("r", "platform", 1).replace("Deny", "Drop"));
+    std::fs::write(&file, wrong).expect("manifests");
+    let wrong = world.hanse(&["apply", "-f", file.to_str().expect("UTF-8")]);
+    assert_eq!(wrong.code, Some(1), "{wrong:?}");
+    assert!(
+        wrong.err.contains("wrong.yaml:10: spec.ingress[0].action") && wrong.err.contains("nothing was changed"),
+        "{wrong:?}"
+    );
+    assert_eq!(world.hanse(&["get", "fnp", "q"]).code, Some(1));
+
+    // Deleting a tier from under its policies is told.
+    let tier = world.hanse(&["delete", "tier", "platform"]);
+    assert!(tier.code == Some(0) && tier.err.contains("1 policies name Tier/platform"), "{tier:?}");
+    let orphan = world.apply(&policy("o", "platform", 1), &[]);
+    assert!(orphan.code == Some(0) && orphan.err.contains("there is no Tier platform"), "{orphan:?}");
+    let absent = world.hanse(&["delete", "tier", "platform"]);
+    assert!(absent.code == Some(1) && absent.err.contains("there is no Tier/platform"), "{absent:?}");
+    assert_eq!(world.hanse(&["delete", "tier", "platform", "--ignore-not-found"]).code, Some(0));
+}
+
+#[test]
+fn what_is_read_can_be_applied_and_is_not_applied_over_somebody_elses_change() {
+    let world = World::new();
+    let original = format!("{TIER}{}{}", policy("p", "platform", 1), policy("q", "platform", 1));
+    assert_eq!(world.apply(&original, &[]).code, Some(0));
+    // All of it, as a list, and the list as it was read.
+    for format in ["yaml", "json"] {
+        let all = world.hanse(&["get", "-o", format]);
+        let same = world.apply(&all.out, &[]);
+        assert_eq!((same.code, same.out.matches("unchanged").count()), (Some(0), 3), "{same:?}");
+    }
+    let read = world.hanse(&["get", "fnp", "p", "-o", "yaml"]);
+    assert_eq!(world.apply(&policy("p", "platform", 5), &[]).code, Some(0));
+    let late = world.apply(&read.out.replace("order: 1", "order: 7"), &[]);
+    assert_eq!(late.code, Some(1), "{late:?}");
+    assert!(late.err.contains("is not at revision") && late.err.contains("hanse get"), "{late:?}");
+    assert_eq!(world.hanse(&["get", "fnp", "p", "-o", "json"]).json()["spec"]["order"], 5);
+    // By the files that name them.
+    let file = world.folder.path().join("two.yaml");
+    std::fs::write(&file, format!("{TIER}{}", policy("gone", "platform", 1))).expect("manifests");
+    let named = world.hanse(&["get", "-f", file.to_str().expect("UTF-8")]);
+    assert_eq!(named.code, Some(1), "{named:?}");
+    assert!(
+        named.out.contains("platform") && named.err.contains("there is no FederatedNetworkPolicy/gone"),
+        "{named:?}"
+    );
+}
+
+#[test]
+fn an_author_writes_the_policies_of_their_tiers() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let world = World::new();
+    assert_eq!(world.apply(TIER, &[]).code, Some(0));
+    let out = world.folder.path().join("ada");
+    let out_text = out.to_str().expect("UTF-8");
+    let create = ["user", "create", "ada", "--role", "author=platform", "--out", out_text];
+    let created = world.hanse(&create);
+    assert_eq!(created.code, Some(0), "{created:?}");
+    let key = std::fs::metadata(out.join("ada.key")).expect("her key").permissions().mode();
+    assert_eq!(key & 0o077, 0, "others cannot read her key");
+    let again = world.hanse(&create);
+    assert!(again.code == Some(1) && again.err.contains("--force"), "a key in use is not replaced: {again:?}");
+
+    let ada = out.join("ada.context");
+    let write = |manifest: &str| run(Some(&ada), &["apply", "-f", "-"], manifest);
+    assert_eq!(write(&policy("p", "platform", 1)).code, Some(0));
+    let denied = write(&policy("s", "security", 1));
+    assert_eq!(denied.code, Some(1), "{denied:?}");
+    assert!(denied.err.contains("user/ada has no role") && denied.err.contains("hanse user list"), "{denied:?}");
+    assert_eq!(run(Some(&ada), &["audit"], "").code, Some(1), "only administrators");
+    let users = world.hanse(&["user", "list", "-o", "json"]).json();
+    let hers = users.as_array().into_iter().flatten().find(|user| user["name"] == "ada").expect("ada");
+    assert_eq!(hers["roles"][0], "author=platform");
+    let audit = world.hanse(&["audit", "-o", "json"]).json();
+    let of_ada = audit.as_array().into_iter().flatten().filter(|it| it["who"] == "user/ada");
+    let mut outcomes: Vec<bool> = of_ada.map(|it| it["outcome"] == "done").collect();
+    outcomes.sort_unstable();
+    assert_eq!(outcomes, [false, true], "what was refused is on record: {audit:#}");
+    assert_eq!(world.hanse(&["user", "revoke", "ada"]).code, Some(0));
+    assert_eq!(run(Some(&ada), &["status"], "").code, Some(1));
+    for wrong in ["author", "viewer=x", "king"] {
+        let refused = world.hanse(&["user", "create", "bob", "--role", wrong, "--out", out_text]);
+        assert_eq!(refused.code, Some(2), "{wrong}: {refused:?}");
+    }
+}
+
+#[test]
+fn waiting_ends_with_who_lags() {
+    let world = World::new();
+    let unknown = world.hanse(&["wait", "--for=enforced", "nobody"]);
+    assert!(unknown.code == Some(1) && unknown.err.contains("nobody"), "{unknown:?}");
+    let manifests = format!("{TIER}{}{}", member("train", "10.1.0.0/16"), policy("p", "platform", 1));
+    assert_eq!(world.apply(&manifests, &[]).code, Some(0));
+    world.join("train");
+    let lagging = world.hanse(&["wait", "--for=enforced", "--timeout", "1", "p"]);
+    assert_eq!(lagging.code, Some(1), "{lagging:?}");
+    assert!(lagging.err.contains("p is not enforced") && lagging.err.contains("train"), "{lagging:?}");
+    assert_eq!(world.hanse(&["status", "--exit-code"]).code, Some(1), "it has joined and was never heard");
+    let told = world.hanse(&["wait", "--timeout", "1", "p", "-o", "json"]).json();
+    assert_eq!((&told["state"], &told["clusters"][0]["cluster"]), (&"lagging".into(), &"train".into()));
+}
+
+#[test]
+fn tokens_and_clusters() {
+    let world = World::new();
+    let none = world.hanse(&["token", "list"]);
+    assert!(none.out.contains("hanse token create"), "{none:?}");
+    let token = world.hanse(&["token", "create", "--cluster", "train"]);
+    assert_eq!((token.code, token.out.lines().count(), token.err.as_str()), (Some(0), 1, ""), "alone on its line");
+    let list = world.hanse(&["token", "list", "-o", "json"]);
+    assert!(!list.out.contains(token.out.trim()), "a secret is shown once");
+    let id = list.json()[0]["id"].as_str().expect("an id").to_owned();
+    assert_eq!(world.hanse(&["token", "revoke", &id]).code, Some(0));
+    let twice = world.hanse(&["token", "revoke", &id]);
+    assert!(twice.code == Some(1) && twice.err.contains(&id), "{twice:?}");
+    let unknown = world.hanse(&["cluster", "get", "nowhere"]);
+    assert!(unknown.code == Some(1) && unknown.err.contains("hanse cluster list"), "{unknown:?}");
+    assert_eq!(world.apply(&member("train", "10.1.0.0/16"), &[]).code, Some(0));
+    assert_eq!(world.hanse(&["cluster", "get", "train", "-o", "yaml"]).out.lines().next(), Some("---"));
+    let accept = world.hanse(&["cluster", "accept", "train"]);
+    assert!(accept.code == Some(1) && accept.err.contains("train"), "nobody has joined: {accept:?}");
+    assert_eq!(world.hanse(&["status", "--exit-code"]).code, Some(0), "a cluster that is expected is no trouble");
+}
+
+#[test]
+fn completion_knows_every_command() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = run(None, &["completion", shell], "");
+        assert_eq!(script.code, Some(0), "{script:?}");
+        for command in ["apply", "scaffold", "audit", "revoke"] {
+            assert!(script.out.contains(command), "{shell} misses {command}");
+        }
+    }
+}
