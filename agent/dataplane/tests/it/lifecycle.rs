@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hanse_dataplane::nftables::{Config, Nftables};
 use hanse_dataplane::{Backend as _, Found};
-use hanse_ruleset::{Action, Peer, Rule, RuleSet, SetId};
+use hanse_ruleset::{Action, Peer, Rule, RuleSet, SetId, TierDefault};
 
 use crate::net::{Net, address, passes};
 use crate::verdicts::{Build, addresses, from_set, rule, to_port};
@@ -186,11 +186,14 @@ fn what_the_kernel_refuses_is_closed_and_named_and_the_rest_applies() {
     for (id, policy) in &other.policies {
         rules.policies.insert(*id, policy.clone());
     }
-    for (id, chain) in &other.chains {
-        rules.chains.insert(*id, chain.clone());
-    }
     let three = other.endpoints.iter().find(|(id, _)| &*id.name == "p3").expect("pod 3");
-    rules.endpoints.insert(three.0.clone(), three.1.clone());
+    // Where no policy of the tier decides, it passes: what is refused must deny by itself.
+    let mut chain = (*other.chains[&three.1.ingress]).clone();
+    chain.phases.iter_mut().flat_map(|phase| &mut phase.tiers).for_each(|tier| tier.default = TierDefault::Pass);
+    let mut endpoint = (**three.1).clone();
+    endpoint.ingress = chain.id();
+    rules.chains.insert(chain.id(), Arc::new(chain));
+    rules.endpoints.insert(three.0.clone(), Arc::new(endpoint));
     // And an address that two endpoints claim.
     let mut twin = (**three.1).clone();
     twin.id.name = "twin".into();
