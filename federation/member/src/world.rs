@@ -455,7 +455,7 @@ mod tests {
             Change::Namespace { cluster: "here".into(), name: "a".into(), labels: None },
             Change::Withdrawn { name: "here".into() },
         ];
-        world.receive(Updates { changes, ..Updates::default() });
+        world.receive(Updates { changes, in_force: Position { epoch: 1, revision: 1 } });
         assert_eq!(digest(&mut world), before, "what the hub says of this cluster's endpoints is not looked at");
     }
 }
