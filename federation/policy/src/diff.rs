@@ -101,6 +101,11 @@ struct Telling {
     icmp: BTreeSet<(u8, Option<u8>)>,
 }
 
+/// Packets with one of them: protocol, destination port, ICMP type and code.
+type Example = (Packets, u8, u16, Option<(u8, u8)>);
+/// A backend of a service: its number, the protocol and the port.
+type Backend = (usize, u8, u16);
+
 type Chain<'a> = Vec<(&'a TierId, TierDefault, &'a Policy)>;
 
 impl<'a> Diff<'a> {
@@ -256,7 +261,7 @@ impl<'a> Diff<'a> {
     }
 
     /// Packets that rules between the two can tell apart, with an example of each: protocol, port, ICMP type and code.
-    fn packets(&self, from: usize, to: usize, ip_version: u8) -> Vec<(Packets, u8, u16, Option<(u8, u8)>)> {
+    fn packets(&self, from: usize, to: usize, ip_version: u8) -> Vec<Example> {
         if !self.asked.is_empty() {
             let packet = |(protocol, port): &(u8, u16)| {
                 let ports = has_ports(*protocol).then_some((*port, *port));
@@ -391,7 +396,7 @@ struct Facts<'a> {
     nets: HashMap<IpNet, usize>,
     lengths: [BTreeSet<u8>; 2],
     /// Backends of services that rules name, by address: the service, the protocol and the port.
-    backends: HashMap<IpAddr, BTreeSet<(usize, u8, u16)>>,
+    backends: HashMap<IpAddr, BTreeSet<Backend>>,
     port_names: BTreeSet<&'a str>,
     plans: BTreeMap<&'a str, Vec<(&'a Layer, &'a Policy)>>,
 }
@@ -403,7 +408,7 @@ struct Key<'a> {
     labels: Vec<(&'a str, &'a str)>,
     ports: Vec<(&'a str, u8, u16)>,
     /// For each family: whether there is an address, and what it is in.
-    addresses: [Option<(Vec<usize>, Vec<(usize, u8, u16)>)>; 2],
+    addresses: [Option<(Vec<usize>, Vec<Backend>)>; 2],
 }
 
 impl<'a> Facts<'a> {
@@ -429,7 +434,7 @@ impl<'a> Facts<'a> {
         let ports = entities.iter().flat_map(|entity| entity.ports.iter().chain(&entity.not_ports));
         let port_names = ports.filter_map(named).collect();
         let services: BTreeSet<_> = entities.iter().filter_map(|it| it.service.as_ref()).collect();
-        let mut backends: HashMap<IpAddr, BTreeSet<(usize, u8, u16)>> = HashMap::new();
+        let mut backends: HashMap<IpAddr, BTreeSet<Backend>> = HashMap::new();
         let mut number = 0;
         for service in services {
             let key = (service.namespace.clone(), service.name.clone());
