@@ -85,6 +85,12 @@ async fn a_token_belongs_to_its_first_key_its_cluster_and_its_time() {
 
     let forged = Token::generate("train", test.hub.authority.trust_domain().clone(), Fingerprint::of(b"")).unwrap();
     assert_eq!(code(ask(&test, &forged.to_text(), "train", &second).await), Some(tonic::Code::NotFound), "unknown");
+    let known = test.token("known", true).await;
+    let (rest, secret) = known.rsplit_once('.').unwrap();
+    let swapped: String = secret.chars().rev().collect();
+    let wrong = code(ask(&test, &format!("{rest}.{swapped}"), "known", &second).await);
+    assert!(matches!(wrong, Some(tonic::Code::NotFound | tonic::Code::InvalidArgument)), "another secret: {wrong:?}");
+    assert_eq!(code(ask(&test, &known, "known", &second).await), None, "which has not used it up");
     let late = test.token("late", true).await;
     test.advance(Duration::from_secs(601));
     assert_eq!(code(ask(&test, &late, "late", &second).await), Some(tonic::Code::NotFound), "ended");
@@ -270,4 +276,34 @@ async fn the_join_listener_limits_the_rate() {
         }
     }
     assert!(refused > 0, "150 connections in a burst of 100");
+}
+
+#[tokio::test]
+async fn a_cluster_has_few_streams() {
+    use hanse_proto::federation::v1::exchange_client::ExchangeClient;
+    let test = TestHub::start().await;
+    let member = test.member("train").await;
+    let connection = member.hub_client().unwrap().connect(&test.hub.address.to_string()).await.unwrap();
+    let mut client = ExchangeClient::new(connection.channel);
+    let mut open = Vec::new();
+    let mut codes = Vec::new();
+    for _ in 0..9 {
+        let (sender, requests) = tokio::sync::mpsc::channel::<wire::PublishRequest>(1);
+        match client.publish(tokio_stream::wrappers::ReceiverStream::new(requests)).await {
+            Ok(answers) => open.push((sender, answers)),
+            Err(status) => codes.push(status.code()),
+        }
+    }
+    assert_eq!((open.len(), codes), (8, vec![tonic::Code::ResourceExhausted]));
+    drop(open.pop());
+    eventually("there is room again", || {
+        let mut client = client.clone();
+        async move {
+            let (sender, requests) = tokio::sync::mpsc::channel::<wire::PublishRequest>(1);
+            let opened = client.publish(tokio_stream::wrappers::ReceiverStream::new(requests)).await;
+            drop(sender);
+            opened.is_ok()
+        }
+    })
+    .await;
 }
