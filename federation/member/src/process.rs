@@ -37,6 +37,9 @@ const LOOK_AT_LEAST_EVERY: Duration = Duration::from_millis(250);
 /// Realisation is told when it changes, at most this often.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 
+/// The longest selector that the hub takes in an interest, in its canonical form.
+const MAX_SELECTOR_BYTES: usize = 8 << 10;
+
 #[derive(Debug, Clone)]
 pub struct Options {
     pub data: PathBuf,
@@ -216,7 +219,7 @@ impl Member {
             {
                 let selections = [&entity.selection, &entity.not_selection].into_iter().flatten();
                 for selection in selections.filter(|it| it.clusters != ClusterScope::Local) {
-                    let (clusters, selector) = (selection.clusters.clone(), selection.selector.clone());
+                    let (clusters, selector) = (selection.clusters.clone(), asked(&selection.selector));
                     wanted.insert(Wanted { clusters, selector, port_names: BTreeSet::new() });
                 }
                 let clusters = entity.named_port_scope(&policy.id);
@@ -238,5 +241,27 @@ impl Member {
         let policies = self.client.with_receiver(|it| (it.refused().len(), it.waiting().0.len()));
         self.metrics.tell(&self.world, nodes.values(), policies);
         self.client.report(report::realisation(&self.world, &nodes, &self.client));
+    }
+}
+
+/// What the hub is asked for where a policy has this selector. One that is too long to ask for, such as a list of hundreds of
+/// values, is asked for as everything: more is received than is selected, and nothing that is selected is missing.
+fn asked(selector: &Selector) -> Selector {
+    if selector.canonical.len() <= MAX_SELECTOR_BYTES { selector.clone() } else { Selector::from(Expr::All) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_selector_that_is_too_long_is_asked_for_as_everything() {
+        let list = |values: usize| {
+            let values: Vec<String> = (0..values).map(|it| format!("'value-{it:050}'")).collect();
+            Selector::parse(&format!("app in {{{}}}", values.join(", "))).expect("a selector")
+        };
+        let (short, long) = (list(10), list(200));
+        assert_eq!(asked(&short), short);
+        assert_eq!(asked(&long), Selector::from(Expr::All));
     }
 }

@@ -85,7 +85,7 @@ impl Revisions {
     }
 
     /// The next; kept before it is given.
-    pub fn next(&mut self) -> u64 {
+    pub fn advance(&mut self) -> u64 {
         self.last += 1;
         if let Err(error) = replace(&self.path, format!("{}\n", self.last).as_bytes()) {
             tracing::error!(%error, path = %self.path.display(), "a revision cannot be kept: it may come again");
@@ -265,7 +265,7 @@ impl Source for Directory {
         }
         problems.extend(state.diagnostics.iter().cloned());
         self.tell(&problems);
-        Some(Arc::new(Sourced { state, problems, revision: self.revisions.next() }))
+        Some(Arc::new(Sourced { state, problems, revision: self.revisions.advance() }))
     }
 }
 

@@ -124,7 +124,7 @@ fn export(bytes: &[u8]) -> Result<String, String> {
 }
 
 fn frame(bytes: &[u8]) -> Result<String, String> {
-    let (read, theirs) = (hub::read_frame(bytes), member::read_frame(bytes));
+    let (read, theirs) = (hub::read_frame(&Bytes::copy_from_slice(bytes)), member::read_frame(bytes));
     assert_eq!(read.is_ok(), theirs.is_ok());
     let frame = read.map_err(|refusal| format!("{refusal:?}"))?;
     assert_eq!(Ok(&frame), theirs.as_ref());
@@ -144,10 +144,10 @@ fn frame(bytes: &[u8]) -> Result<String, String> {
 
 fn interest(bytes: &[u8]) -> Result<String, String> {
     let interest = pb::OwnInterest::decode(bytes).map_err(|_| "no interest")?;
-    let read = hub::read_interest(interest.selections)?;
+    let read = hub::read_interest(interest.selections, hub::MAX_SELECTIONS)?;
     let send = |interest: &std::collections::BTreeSet<std::sync::Arc<_>>| {
         let selections = interest.iter().map(|wanted: &std::sync::Arc<_>| pb::Selection::from(&**wanted)).collect();
-        hub::read_interest(selections)
+        hub::read_interest(selections, hub::MAX_SELECTIONS)
     };
     let sent = match send(&read) {
         // The canonical form has more blanks and parentheses than what was written.

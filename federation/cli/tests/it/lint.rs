@@ -45,6 +45,9 @@ fn policy(kind: &str, name: &str, spec: &str) -> String {
     format!("---\napiVersion: projectcalico.org/v3\nkind: {kind}\nmetadata: {{name: {name}}}\nspec:\n{spec}\n")
 }
 
+/// A title, policies of the default tier, and what is found in them by id and rule.
+type Case<'a> = (&'a str, Vec<String>, &'a [(&'a str, &'a str)]);
+
 #[test]
 fn each_finding_and_its_neighbour() {
     let ingress = |order: u32, subject: &str, rules: &[&str]| {
@@ -53,8 +56,7 @@ fn each_finding_and_its_neighbour() {
     };
     let egress = |rule: &str| format!("  order: 1\n  types: [Egress]\n  egress:\n  - {rule}");
     let tcp = |ports: &str| format!("{{action: Allow, protocol: TCP, destination: {{ports: [{ports}]}}}}");
-    // What is written, as policies of the default tier, and what is found by id and rule.
-    let cases: Vec<(&str, Vec<String>, &[(&str, &str)])> = vec![
+    let cases: Vec<Case<'_>> = vec![
         (
             "the same ports before",
             vec![ingress(1, "all()", &[&tcp("80, 443"), &tcp("443")])],
