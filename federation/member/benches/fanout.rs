@@ -296,7 +296,7 @@ impl Agent {
         let mut stream = client.sync(ReceiverStream::new(sending)).await?.into_inner();
         let (mut assembler, mut digest) = (Assembler::default(), RuleSet::default().digest());
         // Every hundredth applies what it is sent.
-        let mut rules = (self.number % 100 == 0).then(RuleSet::default);
+        let mut rules = self.number.is_multiple_of(100).then(RuleSet::default);
         while let Some(message) = stream.message().await? {
             let (generation, hub, local) = match assembler.receive(message)? {
                 Assembled::Nothing => continue,
