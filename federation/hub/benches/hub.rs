@@ -2,13 +2,16 @@
 //!
 //! `hub [SHAPE…] [-o json]`. Each shape runs in a process of its own, so that its resident size is that of nothing else.
 //! Every message is encoded and decoded as on a stream; there are no sockets and no TLS. Wall time is the best of the
-//! runs, as the machine may be busy; CPU time and memory are that run's.
+//! runs, as the machine may be busy; CPU time and memory are that run's. What members of other machines publish is made by
+//! a process of its own and read from a file, so that the resident size is that of the hub's side alone.
 //!
 //! - `everything`: 250 clusters × 1,000 endpoints, and a policy that makes every cluster be sent all of them.
 //! - `tenants`: the same, and each cluster's policies select one application of 250: as many interests as clusters.
 //! - `receiver`: a member that is sent everything of `everything`: applying it, and coming back.
 //! - `thousand`: 1,000 clusters × 1,000 endpoints, all of them selected by everybody; ten of the clusters watch.
 
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read as _, Write as _};
 use std::net::IpAddr;
 use std::process::Command;
 use std::sync::Arc;
@@ -38,10 +41,10 @@ const CHANGES: usize = 101;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|it| it != "--bench").collect();
-    if let [child, shape] = &arguments[..]
-        && child == "--child"
-    {
-        return run(shape);
+    match &arguments[..] {
+        [child, shape] if child == "--child" => return run(shape),
+        [record, clusters, file] if record == "--record" => return record_publishers(clusters, file),
+        _ => {}
     }
     let json = arguments.windows(2).any(|pair| pair == ["-o", "json"]);
     let named: Vec<&str> = SHAPES.iter().copied().filter(|shape| arguments.iter().any(|it| it == shape)).collect();
@@ -210,6 +213,56 @@ impl Publishing {
     }
 }
 
+/// Writes what each cluster's member publishes at its start: per cluster a count, then each request with its length.
+fn record_publishers(clusters: &str, file: &str) {
+    let clusters: usize = clusters.parse().expect("a number");
+    let mut file = BufWriter::new(File::create(file).expect("a new file"));
+    for cluster in 0..clusters {
+        // A hub that holds nothing gives the answers that the real one will.
+        let mut exchange = Exchange::new();
+        exchange.set_federation(federation(1, |_| Selector::all()));
+        let open = PublishSession::open(&Publisher::new(1)).encode_to_vec();
+        let mut publishing = Publishing::open(&mut exchange, 0);
+        let requests = [vec![open], publishing.poll(&inventory(cluster))].concat();
+        file.write_all(&(requests.len() as u32).to_le_bytes()).expect("room");
+        for request in requests {
+            file.write_all(&(request.len() as u32).to_le_bytes()).expect("room");
+            file.write_all(&request).expect("room");
+        }
+    }
+    file.flush().expect("room");
+}
+
+/// What [`record_publishers`] wrote, one cluster after the other.
+struct Recorded(BufReader<File>);
+
+impl Recorded {
+    fn make(clusters: usize) -> Self {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let program = std::env::current_exe().expect("the running program has a path");
+        let mut record = Command::new(program);
+        let made = record.arg("--record").arg(clusters.to_string()).arg(file.path()).status().expect("start");
+        assert!(made.success());
+        Self(BufReader::new(file.into_file()))
+    }
+
+    fn number(&mut self) -> usize {
+        let mut bytes = [0; 4];
+        self.0.read_exact(&mut bytes).expect("as it was written");
+        u32::from_le_bytes(bytes) as usize
+    }
+
+    fn next(&mut self) -> Vec<Vec<u8>> {
+        let count = self.number();
+        let one = |it: &mut Self| {
+            let mut request = vec![0; it.number()];
+            it.0.read_exact(&mut request).expect("as it was written");
+            request
+        };
+        (0..count).map(|_| one(self)).collect()
+    }
+}
+
 /// Opens a receiver's stream.
 fn watch(exchange: &mut Exchange, cluster: usize, receiver: &mut Receiver) -> ReceiverId {
     let Some(pb::watch_request::Message::Open(open)) = receiver.open().message else { panic!("not an opening") };
@@ -229,6 +282,7 @@ fn drain(exchange: &mut Exchange, id: ReceiverId, buffer: &mut Vec<u8>) -> usize
 
 /// What the hub's side costs.
 fn hub(clusters: usize, watchers: usize, selector: impl Fn(usize) -> Selector) {
+    let mut recorded = Recorded::make(clusters);
     let resident = resident_bytes("VmRSS:");
     let mut exchange = Exchange::new();
     exchange.set_federation(federation(clusters, selector));
@@ -240,16 +294,16 @@ fn hub(clusters: usize, watchers: usize, selector: impl Fn(usize) -> Selector) {
     for id in &receivers {
         sent += drain(&mut exchange, *id, &mut buffer);
     }
-    // One publisher is kept for the single changes; the others are of other machines.
-    let mut kept = None;
     for cluster in 0..clusters {
-        let it = inventory(cluster);
-        let mut publishing = Publishing::open(&mut exchange, cluster);
-        let requests = publishing.poll(&it);
-        clock.time(|| publishing.send(&mut exchange, requests));
-        if cluster == 0 {
-            kept = Some((publishing, it));
-        }
+        let id = exchange.publish_open(name(cluster));
+        let requests = recorded.next();
+        clock.time(|| {
+            for bytes in requests {
+                exchange
+                    .publish(id, pb::PublishRequest::decode(&bytes[..]).expect("what was encoded"))
+                    .expect("the protocol");
+            }
+        });
         // As the process does: whoever has something to be sent is asked between two publishers.
         clock.time(|| {
             for id in exchange.take_ready() {
@@ -264,7 +318,14 @@ fn hub(clusters: usize, watchers: usize, selector: impl Fn(usize) -> Selector) {
     println!("memory-per-endpoint {} B", grown / (clusters * ENDPOINTS) as f64);
     println!("peak-resident {} MB", resident_bytes("VmHWM:") / 1e6);
 
-    let (mut publishing, mut it) = kept.expect("at least one cluster");
+    // The member of the first cluster, for the single changes: what it has published is held already.
+    let mut it = inventory(0);
+    let mut publishing = Publishing::open(&mut exchange, 0);
+    let requests = publishing.poll(&it);
+    publishing.send(&mut exchange, requests);
+    for id in exchange.take_ready() {
+        drain(&mut exchange, id, &mut buffer);
+    }
     let ids: Vec<EndpointId> = it.endpoints.keys().cloned().collect();
     let mut changes = Vec::new();
     for round in 0..CHANGES {

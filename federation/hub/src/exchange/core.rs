@@ -49,6 +49,30 @@ pub struct Exchange {
     heartbeat_ms: u64,
     ready: BTreeSet<ReceiverId>,
     realisations: BTreeMap<ClusterName, Arc<pb::Realisation>>,
+    recent: RecentSnapshots,
+}
+
+/// Snapshots that were encoded last: what one receiver of a class is sent, the next is about to be.
+#[derive(Debug, Default)]
+struct RecentSnapshots {
+    kept: VecDeque<Arc<Vec<Bytes>>>,
+    bytes: usize,
+}
+
+impl RecentSnapshots {
+    /// A hundred origins of a thousand endpoints.
+    const MAX_BYTES: usize = 16 << 20;
+
+    fn keep(&mut self, frames: Arc<Vec<Bytes>>) {
+        let size = |frames: &[Bytes]| frames.iter().map(Bytes::len).sum::<usize>();
+        self.bytes += size(&frames);
+        self.kept.push_back(frames);
+        while self.bytes > Self::MAX_BYTES
+            && let Some(oldest) = self.kept.pop_front()
+        {
+            self.bytes -= size(&oldest);
+        }
+    }
 }
 
 /// The hub's own objects, at one revision.
@@ -121,6 +145,7 @@ impl Exchange {
             heartbeat_ms: 0,
             ready: BTreeSet::new(),
             realisations: BTreeMap::new(),
+            recent: RecentSnapshots::default(),
         }
     }
 

@@ -620,11 +620,11 @@ impl Exchange {
             receiver.flight.push_back(begin(&name, snapshot, 0));
             let bytes = |slot| origin.entry(slot).map(|entry| Bytes::copy_from_slice(&entry.bytes));
             if snapshot {
-                let frames = view
-                    .snapshot
-                    .as_ref()
-                    .and_then(Weak::upgrade)
-                    .unwrap_or_else(|| Arc::new(wire::frames(view.members.iter().filter_map(bytes), Vec::new())));
+                let frames = view.snapshot.as_ref().and_then(Weak::upgrade).unwrap_or_else(|| {
+                    let frames = Arc::new(wire::frames(view.members.iter().filter_map(bytes), Vec::new()));
+                    self.recent.keep(Arc::clone(&frames));
+                    frames
+                });
                 view.snapshot = Some(Arc::downgrade(&frames));
                 receiver.flight.extend(frames.iter().cloned().map(Response::Frame));
                 receiver._snapshot = Some(frames);
