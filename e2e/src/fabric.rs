@@ -24,9 +24,16 @@ pub struct Fabric {
     /// By (cluster, node).
     nodes: BTreeMap<(String, String), Namespace>,
     /// By (cluster, namespace, pod).
-    pods: BTreeMap<(String, String, String), Namespace>,
+    pods: BTreeMap<(String, String, String), Inside>,
     /// For interface names, which are short and never reused.
     links: u32,
+}
+
+/// A pod's namespace, and the name of its node's interface to it.
+#[derive(Debug)]
+struct Inside {
+    namespace: Namespace,
+    outer: String,
 }
 
 impl Fabric {
@@ -54,7 +61,7 @@ impl Fabric {
     }
 
     pub fn pod(&self, pod: &Pod) -> Option<&Namespace> {
-        self.pods.get(&(pod.cluster.clone(), pod.namespace.clone(), pod.name.clone()))
+        self.pods.get(&(pod.cluster.clone(), pod.namespace.clone(), pod.name.clone())).map(|inside| &inside.namespace)
     }
 
     fn add_node(&mut self, cluster: &str, node: &Node) -> Result<(), NetworkError> {
@@ -79,15 +86,20 @@ impl Fabric {
             command: format!("add pod {}", pod.title()),
             message: format!("its node {} does not exist", pod.node),
         })?;
-        self.link(node, &inside, POD_GATEWAYS, &pod.addresses)?;
+        let outer = self.link(node, &inside, POD_GATEWAYS, &pod.addresses)?;
         self.links += 1;
+        let inside = Inside { namespace: inside, outer };
         self.pods.insert((pod.cluster.clone(), pod.namespace.clone(), pod.name.clone()), inside);
         Ok(())
     }
 
-    /// Removes a pod and its interface.
-    pub fn remove_pod(&mut self, pod: &Pod) {
-        self.pods.remove(&(pod.cluster.clone(), pod.namespace.clone(), pod.name.clone()));
+    /// Removes a pod and its interface. A namespace alone goes when the kernel finds the time, and its routes with it.
+    pub fn remove_pod(&mut self, pod: &Pod) -> Result<(), NetworkError> {
+        let removed = self.pods.remove(&(pod.cluster.clone(), pod.namespace.clone(), pod.name.clone()));
+        match (removed, self.node(&pod.cluster, &pod.node)) {
+            (Some(inside), Some(node)) => node.batch(&format!("link del {}\n", inside.outer)),
+            _ => Ok(()),
+        }
     }
 
     /// Joins two namespaces: `inner` gets the addresses and a default route through `outer`. Returns the name of the

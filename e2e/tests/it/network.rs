@@ -76,7 +76,7 @@ fn what_is_built_is_removed() {
         assert_eq!(namespace::list().expect("names").len(), 1 + nodes + pods);
         // A pod goes, and the same one comes again, with the network up.
         let pod = &clusters[0].pods[0];
-        fabric.remove_pod(pod);
+        fabric.remove_pod(pod).expect("it is there");
         assert_eq!(namespace::list().expect("names").len(), nodes + pods);
         fabric.add_pod(pod).expect("its address is free again");
         drop(fabric);
