@@ -221,11 +221,12 @@ impl Counts {
 
 #[test]
 fn random_worlds_have_one_verdict() {
-    const SEED: u64 = 90_000;
     const WORLDS: u64 = 150;
     const PACKETS: usize = 200;
+    // The worlds of the compiler's own run, which counts their clauses.
+    let first_seed = std::env::var("HANSE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_124_u64);
     sandbox::test("kernel::random_worlds_have_one_verdict", || {
-        let first = world(&mut Random(SEED)).inventory;
+        let first = world(&mut Random(first_seed)).inventory;
         let mut pods = Vec::new();
         for (name, cluster) in &first.clusters {
             for (_, pod) in cluster.endpoints.iter().filter(|(id, _)| id.kind == EndpointKind::Pod) {
@@ -235,7 +236,8 @@ fn random_worlds_have_one_verdict() {
         let outside = ["203.0.113.9", "2001:db8::9"].map(|text| text.parse().expect("an address")).into();
         let mut lab = Lab::build(&pods, &outside);
         let mut counts = Counts::default();
-        for seed in SEED..SEED + WORLDS {
+        println!("seed {first_seed} (HANSE_SEED sets another)");
+        for seed in first_seed..first_seed + WORLDS {
             let mut random = Random(seed);
             let mut world = world(&mut random);
             for (id, pod) in world.inventory.clusters.values_mut().flat_map(|cluster| &mut cluster.endpoints) {
