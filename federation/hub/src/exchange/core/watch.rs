@@ -345,7 +345,9 @@ impl Exchange {
                 continue;
             }
             let receiver = self.receivers.get_mut(&id)?;
-            if receiver.hub.snapshot || !receiver.hub.dirty.is_empty() {
+            // A change that says nothing to this receiver moves its position all the same, in an empty batch.
+            let moved = receiver.hub.sent != self.hub.federation.position;
+            if receiver.hub.snapshot || !receiver.hub.dirty.is_empty() || moved {
                 match receiver.ahead.pop_first().filter(|_| !receiver.hub.first) {
                     Some(number) if receiver.pending.remove(&number) => self.fill_origin(id, number),
                     Some(_) => {}
@@ -534,9 +536,8 @@ impl Exchange {
                 receiver.pending.extend(receiver.cursors.keys());
             }
             let aims = retargeted.contains(&receiver.cluster);
-            if !receiver.hub.dirty.is_empty() || receiver.hub.snapshot || !receiver.pending.is_empty() || aims {
-                self.ready.insert(id);
-            }
+            // Its position has moved, if nothing else has.
+            self.ready.insert(id);
             if aims {
                 self.aim(id);
             }
@@ -736,4 +737,31 @@ fn complete(interest: u64, origin: &str, position: Option<Position>, view: u64) 
     use pb::complete::State;
     let state = position.map_or(State::NothingHeld(pb::NothingHeld {}), |position| State::Position(position.into()));
     Response::Complete(pb::Complete { interest, origin: origin.to_owned(), state: Some(state), view })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exchange::model::Federation;
+
+    #[test]
+    fn a_change_that_says_nothing_to_a_receiver_moves_its_position() {
+        let federation = |revision| Federation { position: Position { epoch: 1, revision }, ..Federation::default() };
+        let mut exchange = Exchange::new();
+        exchange.set_federation(federation(1));
+        let id = exchange.watch_open("a".into(), pb::WatchOpen::default()).expect("opened");
+        let told = |exchange: &mut Exchange| {
+            let all = std::iter::from_fn(|| exchange.next(id));
+            let ends =
+                all.filter_map(
+                    |response| if let Some(Response::End(end)) = response.message { end.position } else { None },
+                );
+            ends.map(|position| position.revision).collect::<Vec<_>>()
+        };
+        assert_eq!(told(&mut exchange), [1]);
+        assert!(told(&mut exchange).is_empty());
+        exchange.set_federation(federation(2));
+        assert!(exchange.take_ready().into_iter().any(|ready| ready == id));
+        assert_eq!(told(&mut exchange), [2]);
+    }
 }
