@@ -742,14 +742,29 @@ fn complete(interest: u64, origin: &str, position: Option<Position>, view: u64) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exchange::model::Federation;
+    use crate::exchange::model::{ClusterState, Federation};
+    use crate::grants::MemberCluster;
 
     #[test]
     fn a_change_that_says_nothing_to_a_receiver_moves_its_position() {
-        let federation = |revision| Federation { position: Position { epoch: 1, revision }, ..Federation::default() };
+        let state = ClusterState {
+            labels: Default::default(),
+            grant: Arc::new(MemberCluster::default()),
+            grant_token: 1,
+            cidrs: Vec::new(),
+            lease: Lease::Live,
+            federated_allow_final: false,
+            visible_to: None,
+        };
+        let federation = |revision| Federation {
+            position: Position { epoch: 1, revision },
+            clusters: [("a".into(), state.clone())].into(),
+            ..Federation::default()
+        };
         let mut exchange = Exchange::new();
         exchange.set_federation(federation(1));
-        let id = exchange.watch_open("a".into(), pb::WatchOpen::default()).expect("opened");
+        let open = pb::WatchOpen { protocol: wire::PROTOCOL, ..pb::WatchOpen::default() };
+        let id = exchange.watch_open("a".into(), open).expect("opened");
         let told = |exchange: &mut Exchange| {
             let all = std::iter::from_fn(|| exchange.next(id));
             let ends =
