@@ -17,6 +17,8 @@ use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::worlds::Random;
+
 mod manifests;
 mod selectors;
 mod wire;
@@ -172,29 +174,11 @@ fn peak_resident_kib() -> Option<u64> {
     status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().strip_suffix(" kB")?.parse().ok()
 }
 
-/// SplitMix64: its whole state is its seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Below `bound`, which is not 0.
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
-    }
-
-    /// A range within `length`, short ones more often.
-    fn range(&mut self, length: usize) -> std::ops::Range<usize> {
-        let start = self.below(length + 1);
-        let longest = if self.below(4) == 0 { length - start } else { (length - start).min(8) };
-        start..start + self.below(longest + 1)
-    }
+/// A range within `length`, short ones more often.
+fn any_range(random: &mut Random, length: usize) -> std::ops::Range<usize> {
+    let start = random.below(length + 1);
+    let longest = if random.below(4) == 0 { length - start } else { (length - start).min(8) };
+    start..start + random.below(longest + 1)
 }
 
 /// A few changes to one that was accepted, mostly: what was refused has its reason near its beginning.
@@ -213,19 +197,19 @@ fn mutate(random: &mut Random, kept: &Kept, words: &[&str]) -> Vec<u8> {
             0 if at < input.len() => input[at] ^= 1 << random.below(8),
             1 if at < input.len() => input[at] = TURNS[random.below(TURNS.len())],
             2 => input.insert(at, TURNS[random.below(TURNS.len())]),
-            3 => drop(input.drain(random.range(input.len()))),
+            3 => drop(input.drain(any_range(random, input.len()))),
             4 => {
-                let copy = input[random.range(input.len())].to_vec();
+                let copy = input[any_range(random, input.len())].to_vec();
                 input.splice(at..at, copy);
             }
             5 => {
                 let other = pick(random);
-                let range = random.range(other.len());
-                let gone = random.range(input.len());
+                let range = any_range(random, other.len());
+                let gone = any_range(random, input.len());
                 input.splice(gone, other[range].iter().copied());
             }
             6 => {
-                let gone = if random.below(2) == 0 { at..at } else { random.range(input.len()) };
+                let gone = if random.below(2) == 0 { at..at } else { any_range(random, input.len()) };
                 input.splice(gone, words[random.below(words.len())].bytes());
             }
             7 if at < input.len() => {

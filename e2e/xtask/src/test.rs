@@ -42,7 +42,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         deny.args(["deny", "check", "licenses", "bans", "sources"]);
         steps.push(("dependencies", deny));
     } else {
-        println!("== dependencies: not checked against deny.toml (cargo-deny is not installed)");
+        println!("== dependencies: not checked against .deny.toml (cargo-deny is not installed)");
     }
     for (name, mut command) in steps {
         println!("== {name}");
