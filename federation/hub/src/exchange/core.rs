@@ -13,9 +13,9 @@ use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
 
 use super::model::{
-    Bits, ClusterState, FederatedManifest, Federation, Interest, Lease, ManifestKind, Position, digest_of,
+    Bits, ClusterState, FederatedManifest, Federation, Interest, Lease, ManifestKind, Position, Slots, digest_of,
 };
-use super::origin::{Batch, BatchError, Changes, Origin};
+use super::origin::{Batch, BatchError, Changes, Entry, Origin};
 use super::select::Selections;
 use super::wire;
 
@@ -52,7 +52,7 @@ pub struct Exchange {
     recent: RecentSnapshots,
 }
 
-/// Snapshots that were encoded last: what one receiver of a class is sent, the next is about to be.
+/// Snapshots that were encoded last: what one receiver of a class is sent, the class's next is about to be.
 #[derive(Debug, Default)]
 struct RecentSnapshots {
     kept: VecDeque<Arc<Vec<Bytes>>>,
@@ -60,8 +60,8 @@ struct RecentSnapshots {
 }
 
 impl RecentSnapshots {
-    /// A hundred origins of a thousand endpoints.
-    const MAX_BYTES: usize = 16 << 20;
+    /// Some seventy origins of a thousand endpoints.
+    const MAX_BYTES: usize = 8 << 20;
 
     fn keep(&mut self, frames: Arc<Vec<Bytes>>) {
         let size = |frames: &[Bytes]| frames.iter().map(Bytes::len).sum::<usize>();
@@ -110,13 +110,14 @@ struct Class {
     /// Of the selections' canonical forms: the same on every replica.
     token: u64,
     users: u32,
-    views: HashMap<usize, View>,
+    /// By the origins' numbers.
+    views: Vec<View>,
 }
 
 /// What a class holds of one origin.
 #[derive(Debug, Default)]
 struct View {
-    members: Bits,
+    members: Slots,
     digest: u128,
     /// The snapshot's frames, while someone is being sent them.
     snapshot: Option<Weak<Vec<Bytes>>>,
@@ -217,7 +218,7 @@ impl Exchange {
         if let Some(number) = self.origin_numbers.remove(cluster) {
             self.origins[number] = None;
             for class in self.classes.iter_mut().flatten() {
-                class.views.remove(&number);
+                *view_of(&mut class.views, number) = View::default();
             }
             for receiver in self.receivers.values_mut() {
                 receiver.forget_origin(number);
@@ -261,10 +262,16 @@ impl Exchange {
     fn tell(&mut self, number: usize, changes: &Changes) {
         let Some(origin) = self.origins[number].as_ref() else { return };
         let mut dirty: HashMap<usize, Vec<u64>> = HashMap::new();
+        let candidates = origin.candidates(&changes.endpoints);
         for (class_number, class) in self.classes.iter_mut().enumerate() {
             let Some(class) = class else { continue };
-            let view = class.views.entry(number).or_default();
-            let ids = view.update(origin, changes, &class.interest, &self.selections);
+            let view = view_of(&mut class.views, number);
+            let fit = candidates.iter().filter(|(selection, _)| class.interest.contains(**selection));
+            let mut fit: Vec<u32> = fit.flat_map(|(_, slots)| slots).copied().collect();
+            fit.extend(view.members.of(&changes.endpoints));
+            fit.sort_unstable();
+            fit.dedup();
+            let ids = view.update(origin, changes, &fit, &class.interest, &self.selections);
             if !ids.is_empty() {
                 view.snapshot = None;
                 dirty.insert(class_number, ids);
@@ -332,13 +339,13 @@ impl Exchange {
             interest: bits,
             token: u64::from_le_bytes(first_eight(hasher.finalize().as_bytes())),
             users: 1,
-            views: HashMap::new(),
+            views: Vec::new(),
         };
-        for (at, origin) in self.origins.iter().enumerate() {
-            if let Some(origin) = origin {
-                class.views.insert(at, View::of(origin, &class.interest, &self.selections));
-            }
-        }
+        let views = self.origins.iter().map(|origin| match origin {
+            Some(origin) => View::of(origin, &class.interest, &self.selections),
+            None => View::default(),
+        });
+        class.views = views.collect();
         let at = self.classes.iter().position(Option::is_none).unwrap_or_else(|| {
             self.classes.push(None);
             self.classes.len() - 1
@@ -390,6 +397,14 @@ impl Exchange {
     }
 }
 
+/// A class's view of an origin; origins that came after the class was made are empty.
+fn view_of(views: &mut Vec<View>, number: usize) -> &mut View {
+    if views.len() <= number {
+        views.resize_with(number + 1, View::default);
+    }
+    &mut views[number]
+}
+
 impl View {
     /// From nothing.
     fn of(origin: &Origin, interest: &Bits, selections: &Selections) -> Self {
@@ -397,7 +412,7 @@ impl View {
         for (slot, entry) in origin.slots() {
             if origin.is_endpoint(slot) && origin.endpoint_selected(slot, interest, selections) {
                 view.members.set(slot, true);
-                view.digest = view.digest.wrapping_add(entry.digest);
+                view.digest = view.digest.wrapping_add(entry.digest());
             }
         }
         for slot in view.members.clone().iter() {
@@ -405,33 +420,39 @@ impl View {
                 if let Some(entry) = origin.entry(support)
                     && !view.members.set(support, true)
                 {
-                    view.digest = view.digest.wrapping_add(entry.digest);
+                    view.digest = view.digest.wrapping_add(entry.digest());
                 }
             }
         }
         view
     }
 
-    /// After a change of the origin; returns the ids that a receiver must be told of.
-    fn update(&mut self, origin: &Origin, changes: &Changes, interest: &Bits, selections: &Selections) -> Vec<u64> {
+    /// After a change of the origin; returns the ids that a receiver must be told of. `fit` has those of the changed endpoints
+    /// that were in the view, or may be now.
+    fn update(
+        &mut self,
+        origin: &Origin,
+        changes: &Changes,
+        fit: &[u32],
+        interest: &Bits,
+        selections: &Selections,
+    ) -> Vec<u64> {
         let mut dirty = Vec::new();
-        let mut supports = BTreeMap::new();
-        for (slot, before) in &changes.endpoints {
+        let mut supports = self.members.of(&changes.supports);
+        for (slot, before) in fit.iter().filter_map(|slot| changes.endpoints.get_key_value(slot)) {
             let now = origin.endpoint_selected(*slot, interest, selections);
             let was = self.members.set(*slot, now);
             self.account(origin, *slot, *before, was, now, &mut dirty);
-        }
-        supports.extend(changes.supports.iter().map(|(slot, before)| (*slot, *before)));
-        for slot in &changes.referred {
-            if let Some(entry) = origin.entry(*slot) {
-                let same = super::origin::Before { id: entry.id, digest: entry.digest };
-                supports.entry(*slot).or_insert(same);
+            if now {
+                supports.extend(origin.supports_of(*slot));
             }
         }
-        for (slot, before) in supports {
-            let now = origin.support_selected(slot, &self.members);
-            let was = self.members.set(slot, now);
-            self.account(origin, slot, before, was, now, &mut dirty);
+        supports.sort_unstable();
+        supports.dedup();
+        for (slot, before) in supports.iter().filter_map(|slot| changes.supports.get_key_value(slot)) {
+            let now = origin.support_selected(*slot, &self.members);
+            let was = self.members.set(*slot, now);
+            self.account(origin, *slot, *before, was, now, &mut dirty);
         }
         dirty
     }
@@ -445,14 +466,12 @@ impl View {
         now: bool,
         dirty: &mut Vec<u64>,
     ) {
-        let after = origin.entry(slot).map_or((before.id, 0), |entry| (entry.id, entry.digest));
+        let after = origin.entry(slot).filter(|_| now).map_or(0, Entry::digest);
         if was {
             self.digest = self.digest.wrapping_sub(before.digest);
         }
-        if now {
-            self.digest = self.digest.wrapping_add(after.1);
-        }
-        if was != now || (now && before.digest != after.1) {
+        self.digest = self.digest.wrapping_add(after);
+        if was != now || (now && before.digest != after) {
             dirty.push(before.id);
         }
     }

@@ -10,17 +10,23 @@
 //! per endpoint. Removed ids stand in a bounded list; below its floor only a snapshot helps.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::IpAddr;
+use std::hash::BuildHasher as _;
 use std::sync::Arc;
 
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::ClusterName;
 use hanse_policy::selector::build;
-use hashbrown::{HashMap, HashSet};
+use hashbrown::{DefaultHashBuilder, HashSet, HashTable};
 
-use super::model::{Bits, Grant, Position, Refusal, digest_of};
+use super::model::{Bits, Grant, Position, Refusal, Slots, digest_of};
 use super::select::{Known, Selections};
 use super::wire::{self, EndpointExport, Export, Pairs};
+
+mod addresses;
+mod profiles;
+
+use addresses::Addresses;
+use profiles::{ProfileKey, Profiles};
 
 /// Removed ids that are remembered per origin: 4,096 × 16 bytes is 64 KiB.
 pub const MAX_TOMBSTONES: usize = 4_096;
@@ -31,38 +37,46 @@ const BYTES_PER_OBJECT: usize = 1 << 10;
 /// ... and for everything else.
 const OTHER_BYTES: usize = 16 << 20;
 
+/// 48 bytes: there is one for each endpoint of the ClusterSet. What can be read from its bytes is read when it is needed.
 #[derive(Debug)]
 pub struct Entry {
     pub id: u64,
-    pub digest: u128,
-    pub bytes: Arc<[u8]>,
-    /// The publisher's revision at which it changed itself.
-    own: u64,
+    pub bytes: Box<[u8]>,
     pub touched: u64,
     body: Body,
     /// It counts: nothing is wrong with it nor with what it refers to, and no newer endpoint has its addresses.
     pub visible: bool,
 }
 
-#[derive(Debug)]
+impl Entry {
+    pub fn digest(&self) -> u128 {
+        digest_of(&self.bytes)
+    }
+
+    fn before(&self) -> Before {
+        Before { id: self.id, digest: self.digest() }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
 enum Body {
     /// `place` is where its profile's list has it.
     Endpoint {
         profile: u32,
         place: u32,
     },
-    Support(Box<Support>),
-    Refused(Box<Refusal>),
+    /// A namespace or an account; what it says is among the origin's `named`.
+    Named,
+    LabelSet,
+    /// Why is among the origin's `refused`.
+    Refused,
 }
 
 #[derive(Debug)]
-enum Support {
+enum Named {
     Namespace { name: Arc<str>, labels: Pairs },
     Account { namespace: u64, name: Arc<str>, labels: Pairs },
-    LabelSet { labels: Pairs },
 }
-
-type ProfileKey = [u64; 3];
 
 /// The label with a namespace's name.
 const NAME_LABEL: &str = "kubernetes.io/metadata.name";
@@ -73,27 +87,13 @@ const LABEL_SETS: &str = "label sets";
 const OTHERS: &str = "other objects";
 const BYTES: &str = "bytes";
 
-#[derive(Debug)]
-struct Profile {
-    key: ProfileKey,
-    endpoints: Vec<u32>,
-    /// Keys of labels of their own, of any endpoint that was in it.
-    own_keys: Vec<Arc<str>>,
-    /// Selections that hold, or may, for all of it.
-    matches: Vec<u32>,
-    /// Selections that each endpoint must be asked about.
-    asking: Vec<u32>,
-    problem: Option<Refusal>,
-}
-
 /// What a batch changed, for those who follow the origin.
 #[derive(Debug, Default)]
 pub struct Changes {
     /// By slot, with what stood there before; a slot is given to another object only after the changes are told.
     pub endpoints: BTreeMap<u32, Before>,
+    /// Also those whose endpoints changed.
     pub supports: BTreeMap<u32, Before>,
-    /// Supports whose endpoints changed.
-    pub referred: BTreeSet<u32>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -117,7 +117,7 @@ pub enum BatchError {
 #[derive(Debug, Default)]
 pub struct Batch {
     pub snapshot: bool,
-    pub updates: BTreeMap<u64, Option<Arc<[u8]>>>,
+    pub updates: BTreeMap<u64, Option<Box<[u8]>>>,
     /// Of the updates.
     pub bytes: usize,
     /// Updates that have no readable id, or are beyond what is staged of one batch.
@@ -133,7 +133,7 @@ impl Batch {
             return;
         }
         self.bytes += len;
-        if let Some(old) = self.updates.insert(id, update.map(Arc::from)).flatten() {
+        if let Some(old) = self.updates.insert(id, update.map(Box::from)).flatten() {
             self.bytes -= old.len();
         }
     }
@@ -173,15 +173,15 @@ pub struct Origin {
     entries: Vec<Option<Entry>>,
     free: Vec<u32>,
     freed: Vec<u32>,
-    ids: HashMap<u64, u32>,
-    owners: HashMap<IpAddr, u32>,
-    contested: BTreeMap<IpAddr, BTreeSet<u32>>,
-    profiles: Vec<Profile>,
-    /// Numbers of profiles without endpoints.
-    free_profiles: Vec<u32>,
-    profile_numbers: HashMap<ProfileKey, u32>,
-    /// The profiles that refer to an object.
-    referring: HashMap<u64, Vec<u32>>,
+    /// Slots by the ids of their objects.
+    ids: HashTable<u32>,
+    hasher: DefaultHashBuilder,
+    addresses: Addresses,
+    profiles: Profiles,
+    /// By slot.
+    named: BTreeMap<u32, Named>,
+    /// By slot.
+    refused: BTreeMap<u32, Refusal>,
     tombstones: VecDeque<(u64, u64)>,
     floor: u64,
     last_touched: u64,
@@ -190,8 +190,6 @@ pub struct Origin {
     endpoints: usize,
     label_sets: usize,
     bytes: usize,
-    /// Slots of accounts.
-    accounts: BTreeSet<u32>,
     /// Slots of what does not count.
     troubled: BTreeSet<u32>,
     overflow: BTreeMap<u64, Refusal>,
@@ -210,13 +208,12 @@ impl Origin {
             entries: Vec::new(),
             free: Vec::new(),
             freed: Vec::new(),
-            ids: HashMap::new(),
-            owners: HashMap::new(),
-            contested: BTreeMap::new(),
-            profiles: Vec::new(),
-            free_profiles: Vec::new(),
-            profile_numbers: HashMap::new(),
-            referring: HashMap::new(),
+            ids: HashTable::new(),
+            hasher: DefaultHashBuilder::default(),
+            addresses: Addresses::default(),
+            profiles: Profiles::default(),
+            named: BTreeMap::new(),
+            refused: BTreeMap::new(),
             tombstones: VecDeque::new(),
             floor: 0,
             last_touched: 0,
@@ -224,7 +221,6 @@ impl Origin {
             endpoints: 0,
             label_sets: 0,
             bytes: 0,
-            accounts: BTreeSet::new(),
             troubled: BTreeSet::new(),
             overflow: BTreeMap::new(),
             unreadable: 0,
@@ -244,7 +240,8 @@ impl Origin {
     }
 
     pub fn slot_of(&self, id: u64) -> Option<u32> {
-        self.ids.get(&id).copied()
+        let is_it = |slot: &u32| self.entry(*slot).is_some_and(|entry| entry.id == id);
+        self.ids.find(self.hasher.hash_one(id), is_it).copied()
     }
 
     pub fn digest_published(&self) -> u128 {
@@ -299,18 +296,21 @@ impl Origin {
     pub fn refusals(&self, max: usize) -> (usize, Vec<(u64, Refusal)>) {
         let mut total = self.overflow.len() + self.unreadable;
         let mut list: Vec<_> = self.overflow.iter().take(max).map(|(id, why)| (*id, why.clone())).collect();
-        for entry in self.troubled.iter().filter_map(|slot| self.entry(*slot)) {
-            let why = match &entry.body {
-                Body::Refused(why) => (**why).clone(),
-                Body::Endpoint { profile, .. } if !entry.visible => match &self.profiles[*profile as usize].problem {
-                    Some(problem) => problem.clone(),
+        for slot in &self.troubled {
+            let Some(entry) = self.entry(*slot) else { continue };
+            let why = match entry.body {
+                Body::Endpoint { profile, .. } if !entry.visible => match &self.profiles.get(profile).problem {
+                    Some(problem) => (**problem).clone(),
                     None => self.lost_address(entry),
                 },
-                Body::Support(support) if !entry.visible => match **support {
-                    Support::Account { namespace, .. } => Refusal::ReferenceMissing(namespace),
+                Body::Named if !entry.visible => match self.named.get(slot) {
+                    Some(Named::Account { namespace, .. }) => Refusal::ReferenceMissing(*namespace),
                     _ => continue,
                 },
-                _ => continue,
+                _ => match self.refused.get(slot) {
+                    Some(why) => why.clone(),
+                    None => continue,
+                },
             };
             if list.len() == max {
                 break;
@@ -324,7 +324,7 @@ impl Origin {
     fn lost_address(&self, entry: &Entry) -> Refusal {
         let lost = endpoint_of(&entry.bytes).and_then(|e| {
             e.addresses.into_iter().find(|address| {
-                let owner = self.owners.get(address).and_then(|slot| self.entry(*slot));
+                let owner = self.addresses.owner(*address).and_then(|slot| self.entry(slot));
                 owner.is_none_or(|owner| owner.id != entry.id)
             })
         });
@@ -349,7 +349,8 @@ impl Origin {
         let mut updates = batch.updates;
         let mut removed = Vec::new();
         if batch.snapshot {
-            removed.extend(self.ids.keys().copied().filter(|id| !same_epoch || !updates.contains_key(id)));
+            let held = self.slots().map(|(_, entry)| entry.id);
+            removed.extend(held.filter(|id| !same_epoch || !updates.contains_key(id)));
             self.overflow.clear();
             self.unreadable = 0;
         }
@@ -393,13 +394,10 @@ impl Origin {
 
     fn shrink(&mut self) {
         self.entries.shrink_to_fit();
-        self.profiles.shrink_to_fit();
-        self.owners.shrink_to_fit();
-        self.ids.shrink_to_fit();
-        for profile in &mut self.profiles {
-            profile.endpoints.shrink_to_fit();
-        }
-        self.referring.values_mut().for_each(Vec::shrink_to_fit);
+        let (entries, hasher) = (&self.entries, &self.hasher);
+        self.ids.shrink_to_fit(|slot| hash_of(entries, hasher, *slot));
+        self.addresses.shrink();
+        self.profiles.shrink();
     }
 
     /// Judges everything again under another grant. The origin's position stays; views of other grants are told apart by
@@ -408,9 +406,8 @@ impl Origin {
         self.label_grant = grant.label_grant();
         self.grant = grant;
         let mut work = Work::default();
-        let all: Vec<(u64, Arc<[u8]>, u64)> = self.slots().map(|(_, e)| (e.id, e.bytes.clone(), e.own)).collect();
-        for (id, bytes, _) in all {
-            self.put_again(id, bytes, &mut work);
+        for slot in 0..self.entries.len() as u32 {
+            self.put_again(slot, &mut work);
         }
         work.profiles.extend(0..self.profiles.len() as u32);
         let revision = self.position.revision;
@@ -427,28 +424,42 @@ impl Origin {
         if !selections.wanted(number).clusters.contains("", &self.name) {
             return;
         }
-        for at in 0..self.profiles.len() {
-            let profile = &self.profiles[at];
+        for at in 0..self.profiles.len() as u32 {
+            let profile = self.profiles.get(at);
             if profile.problem.is_some() || profile.endpoints.is_empty() {
                 continue;
             }
             if selections.asks_endpoints(number, &profile.own_keys) {
-                self.profiles[at].asking.push(number);
+                add(&mut self.profiles.get_mut(at).asking, number);
                 continue;
             }
             let pairs = self.effective(profile.key, &[]);
             if selections.may_match(number, &Known { pairs: &pairs, grant: &self.label_grant }) {
-                self.profiles[at].matches.push(number);
+                add(&mut self.profiles.get_mut(at).matches, number);
             }
         }
     }
 
     /// Forgets a selection whose number will be given to another.
     pub fn unselect(&mut self, number: u32) {
-        for profile in &mut self.profiles {
-            profile.matches.retain(|n| *n != number);
-            profile.asking.retain(|n| *n != number);
+        for profile in self.profiles.iter_mut() {
+            drop_from(&mut profile.matches, number);
+            drop_from(&mut profile.asking, number);
         }
+    }
+
+    /// Of these endpoints those that each selection may select.
+    pub fn candidates(&self, endpoints: &BTreeMap<u32, Before>) -> BTreeMap<u32, Vec<u32>> {
+        let mut candidates: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        for slot in endpoints.keys() {
+            if let Some(Entry { body: Body::Endpoint { profile, .. }, visible: true, .. }) = self.entry(*slot) {
+                let profile = self.profiles.get(*profile);
+                for selection in profile.matches.iter().chain(&profile.asking) {
+                    candidates.entry(*selection).or_default().push(*slot);
+                }
+            }
+        }
+        candidates
     }
 
     /// Whether an endpoint counts and one of the selections may hold for it.
@@ -456,7 +467,7 @@ impl Origin {
         let Some(Entry { body: Body::Endpoint { profile, .. }, visible: true, bytes, .. }) = self.entry(slot) else {
             return false;
         };
-        let profile = &self.profiles[*profile as usize];
+        let profile = self.profiles.get(*profile);
         if profile.matches.iter().any(|number| interest.contains(*number)) {
             return true;
         }
@@ -474,13 +485,11 @@ impl Origin {
     }
 
     /// Whether a support object counts and one of these endpoints refers to it.
-    pub fn support_selected(&self, slot: u32, endpoints: &Bits) -> bool {
-        let Some(entry) = self.entry(slot).filter(|entry| entry.visible && matches!(entry.body, Body::Support(_)))
-        else {
-            return false;
-        };
-        let profiles = self.referring.get(&entry.id).into_iter().flatten();
-        profiles.flat_map(|p| &self.profiles[*p as usize].endpoints).any(|slot| endpoints.contains(*slot))
+    pub fn support_selected(&self, slot: u32, endpoints: &Slots) -> bool {
+        let is_support = |entry: &&Entry| matches!(entry.body, Body::Named | Body::LabelSet);
+        let Some(entry) = self.entry(slot).filter(|entry| entry.visible).filter(is_support) else { return false };
+        let profiles = self.profiles.referring(entry.id);
+        profiles.flat_map(|number| &self.profiles.get(number).endpoints).any(|slot| endpoints.contains(*slot))
     }
 
     pub fn is_endpoint(&self, slot: u32) -> bool {
@@ -490,74 +499,69 @@ impl Origin {
     /// The supports that an endpoint refers to.
     pub fn supports_of(&self, slot: u32) -> impl Iterator<Item = u32> + '_ {
         let profile = match self.entry(slot) {
-            Some(Entry { body: Body::Endpoint { profile, .. }, .. }) => Some(self.profiles[*profile as usize].key),
+            Some(Entry { body: Body::Endpoint { profile, .. }, .. }) => Some(self.profiles.get(*profile).key),
             _ => None,
         };
         profile.into_iter().flatten().filter_map(|id| self.slot_of(id))
     }
 
     fn remove(&mut self, id: u64, work: &mut Work) {
-        let Some(slot) = self.ids.remove(&id) else { return };
+        let is_it = |slot: &u32| self.entries[*slot as usize].as_ref().is_some_and(|entry| entry.id == id);
+        let Ok(found) = self.ids.find_entry(self.hasher.hash_one(id), is_it) else { return };
+        let (slot, _) = found.remove();
         let entry = self.entries[slot as usize].take().expect("an id's slot is taken");
-        self.published = self.published.wrapping_sub(entry.digest);
+        self.published = self.published.wrapping_sub(entry.digest());
         self.detach(slot, &entry, work);
         self.freed.push(slot);
     }
 
     /// Takes an entry out of every index.
     fn detach(&mut self, slot: u32, entry: &Entry, work: &mut Work) {
-        let before = Before { id: entry.id, digest: entry.digest };
+        let before = entry.before();
         self.bytes -= entry.bytes.len();
         self.troubled.remove(&slot);
-        self.accounts.remove(&slot);
-        match &entry.body {
+        match entry.body {
             Body::Endpoint { profile, place } => {
                 self.endpoints -= 1;
                 work.endpoints.entry(slot).or_insert(before);
                 self.unclaim(slot, &entry.bytes, work);
-                let (at, place) = (*profile as usize, *place as usize);
-                self.profiles[at].endpoints.swap_remove(place);
+                let of = self.profiles.get_mut(profile);
+                of.endpoints.swap_remove(place as usize);
                 // The last of the list has its place now.
-                if let Some(moved) = self.profiles[at].endpoints.get(place).copied()
+                if let Some(moved) = of.endpoints.get(place as usize).copied()
                     && let Some(Entry { body: Body::Endpoint { place: of_moved, .. }, .. }) =
                         self.entries[moved as usize].as_mut()
                 {
-                    *of_moved = place as u32;
+                    *of_moved = place;
                 }
-                work.referred.extend(self.profiles[at].key);
-                if self.profiles[at].endpoints.is_empty() {
-                    work.emptied.insert(*profile);
+                work.referred.extend(of.key);
+                if of.endpoints.is_empty() {
+                    work.emptied.insert(profile);
                 }
             }
-            Body::Support(support) => {
-                self.label_sets -= usize::from(matches!(**support, Support::LabelSet { .. }));
+            Body::Named | Body::LabelSet => {
+                match entry.body {
+                    Body::LabelSet => self.label_sets -= 1,
+                    _ => drop(self.named.remove(&slot)),
+                }
                 work.supports.entry(slot).or_insert(before);
-                work.profiles.extend(self.referring.get(&entry.id).into_iter().flatten());
+                work.profiles.extend(self.profiles.referring(entry.id));
                 work.changed_ids.insert(entry.id);
             }
-            Body::Refused(_) => {
+            Body::Refused => {
+                self.refused.remove(&slot);
                 work.supports.entry(slot).or_insert(before);
             }
         }
     }
 
-    fn put(&mut self, id: u64, bytes: Arc<[u8]>, revision: u64, work: &mut Work) {
-        let digest = digest_of(&bytes);
+    fn put(&mut self, id: u64, bytes: Box<[u8]>, revision: u64, work: &mut Work) {
         let slot = self.slot_of(id);
-        if slot.is_some_and(|slot| self.live(slot).digest == digest) {
+        if slot.is_some_and(|slot| self.live(slot).bytes == bytes) {
             return;
         }
-        let read = wire::read_export(&bytes);
-        let own = read.as_ref().map_or(revision, |(_, own, _)| (*own).min(revision));
-        let export =
-            read.map_or_else(|| Err(Refusal::Malformed("no ObjectUpdate".to_owned())), |(_, _, export)| export);
-        if let Some(slot) = slot {
-            let entry = self.entries[slot as usize].take().expect("an id's slot is taken");
-            self.published = self.published.wrapping_sub(entry.digest);
-            self.detach(slot, &entry, work);
-            self.ids.remove(&id);
-            self.freed.push(slot);
-        }
+        let export = read(&bytes);
+        self.remove(id, work);
         let others = self.ids.len() - self.endpoints - self.label_sets;
         let full = match &export {
             _ if self.bytes + bytes.len() > kept_bytes(&*self.grant) => Some(BYTES),
@@ -585,21 +589,20 @@ impl Origin {
                 self.entries.len() as u32 - 1
             }),
         };
-        self.ids.insert(id, slot);
-        self.published = self.published.wrapping_add(digest);
+        self.published = self.published.wrapping_add(digest_of(&bytes));
         self.bytes += bytes.len();
         let body = self.attach(slot, id, export, work);
-        self.entries[slot as usize] = Some(Entry { id, digest, bytes, own, touched: revision, body, visible: false });
+        self.entries[slot as usize] = Some(Entry { id, bytes, touched: revision, body, visible: false });
+        let (entries, hasher) = (&self.entries, &self.hasher);
+        self.ids.insert_unique(hasher.hash_one(id), slot, |slot| hash_of(entries, hasher, *slot));
     }
 
-    fn put_again(&mut self, id: u64, bytes: Arc<[u8]>, work: &mut Work) {
-        let Some(slot) = self.slot_of(id) else { return };
-        let mut entry = self.entries[slot as usize].take().expect("an id's slot is taken");
+    /// Judges an object again.
+    fn put_again(&mut self, slot: u32, work: &mut Work) {
+        let Some(mut entry) = self.entries[slot as usize].take() else { return };
         self.detach(slot, &entry, work);
-        let export = wire::read_export(&bytes)
-            .map_or_else(|| Err(Refusal::Malformed("no ObjectUpdate".to_owned())), |(_, _, export)| export);
         self.bytes += entry.bytes.len();
-        entry.body = self.attach(slot, id, export, work);
+        entry.body = self.attach(slot, entry.id, read(&entry.bytes), work);
         self.entries[slot as usize] = Some(entry);
     }
 
@@ -607,33 +610,39 @@ impl Origin {
     fn attach(&mut self, slot: u32, id: u64, export: Result<Export, Refusal>, work: &mut Work) -> Body {
         let export = export.and_then(|export| self.permit(export));
         let body = match export {
-            Err(refusal) => Body::Refused(Box::new(refusal)),
-            Ok(Export::Namespace { name, labels }) => Body::Support(Box::new(Support::Namespace { name, labels })),
-            Ok(Export::ServiceAccount { namespace, name, labels }) => {
-                self.accounts.insert(slot);
-                Body::Support(Box::new(Support::Account { namespace, name, labels }))
+            Err(refusal) => {
+                self.refused.insert(slot, refusal);
+                Body::Refused
             }
-            Ok(Export::LabelSet { labels }) => {
+            Ok(Export::Namespace { name, labels }) => {
+                self.named.insert(slot, Named::Namespace { name, labels });
+                Body::Named
+            }
+            Ok(Export::ServiceAccount { namespace, name, labels }) => {
+                self.named.insert(slot, Named::Account { namespace, name, labels });
+                Body::Named
+            }
+            Ok(Export::LabelSet { .. }) => {
                 self.label_sets += 1;
-                Body::Support(Box::new(Support::LabelSet { labels }))
+                Body::LabelSet
             }
             Ok(Export::Endpoint(endpoint)) => {
                 self.endpoints += 1;
                 let profile = self.profile(&endpoint, work);
-                let list = &mut self.profiles[profile as usize].endpoints;
+                let list = &mut self.profiles.get_mut(profile).endpoints;
                 list.push(slot);
                 Body::Endpoint { profile, place: list.len() as u32 - 1 }
             }
         };
-        match &body {
+        match body {
             Body::Endpoint { profile, .. } => {
-                work.referred.extend(self.profiles[*profile as usize].key);
+                work.referred.extend(self.profiles.get(profile).key);
                 let before = work.supports.get(&slot).copied().unwrap_or(Before { id, digest: 0 });
                 work.endpoints.entry(slot).or_insert(before);
             }
-            Body::Support(_) | Body::Refused(_) => {
+            Body::Named | Body::LabelSet | Body::Refused => {
                 work.supports.entry(slot).or_insert(Before { id, digest: 0 });
-                work.profiles.extend(self.referring.get(&id).into_iter().flatten());
+                work.profiles.extend(self.profiles.referring(id));
                 work.changed_ids.insert(id);
             }
         }
@@ -670,59 +679,33 @@ impl Origin {
 
     fn profile(&mut self, endpoint: &EndpointExport, work: &mut Work) -> u32 {
         let key = [endpoint.namespace, endpoint.service_account, endpoint.label_set];
-        let number = match self.profile_numbers.get(&key) {
-            Some(number) => *number,
-            None => {
-                let new = Profile {
-                    key,
-                    endpoints: Vec::new(),
-                    own_keys: Vec::new(),
-                    matches: Vec::new(),
-                    asking: Vec::new(),
-                    problem: None,
-                };
-                let number = match self.free_profiles.pop() {
-                    Some(number) => {
-                        self.profiles[number as usize] = new;
-                        number
-                    }
-                    None => {
-                        self.profiles.push(new);
-                        self.profiles.len() as u32 - 1
-                    }
-                };
-                self.profile_numbers.insert(key, number);
-                for id in key.into_iter().filter(|id| *id != 0) {
-                    self.referring.entry(id).or_default().push(number);
-                }
-                work.profiles.insert(number);
-                number
-            }
-        };
-        let profile = &mut self.profiles[number as usize];
-        if profile.endpoints.is_empty() {
+        let (number, new) = self.profiles.number(key);
+        let profile = self.profiles.get_mut(number);
+        if new || profile.endpoints.is_empty() {
             work.profiles.insert(number);
         }
-        for (key, _) in &endpoint.own {
-            if !profile.own_keys.contains(key) {
-                profile.own_keys.push(key.clone());
-                work.profiles.insert(number);
-            }
+        let unknown = endpoint.own.iter().map(|(key, _)| key).filter(|key| !profile.own_keys.contains(key));
+        let unknown: Vec<Arc<str>> = unknown.cloned().collect();
+        if !unknown.is_empty() {
+            profile.own_keys = profile.own_keys.iter().cloned().chain(unknown).collect();
+            work.profiles.insert(number);
         }
         number
     }
 
     /// Brings everything derived up to date and says what changed.
     fn recompute(&mut self, mut work: Work, selections: &Selections, revision: u64) -> Changes {
-        self.free_emptied(std::mem::take(&mut work.emptied), &mut work);
+        for number in std::mem::take(&mut work.emptied) {
+            if self.profiles.forget_empty(number) {
+                work.profiles.remove(&number);
+            }
+        }
         // An account counts only where its namespace does.
         let changed = std::mem::take(&mut work.changed_ids);
         let mut accounts = BTreeSet::new();
-        for slot in self.accounts.iter().filter(|_| !changed.is_empty()) {
-            let entry = self.live(*slot);
-            if let Body::Support(support) = &entry.body
-                && let Support::Account { namespace, .. } = **support
-                && (changed.contains(&namespace) || changed.contains(&entry.id))
+        for (slot, named) in self.named.iter().filter(|_| !changed.is_empty()) {
+            if let Named::Account { namespace, .. } = named
+                && (changed.contains(namespace) || changed.contains(&self.live(*slot).id))
             {
                 accounts.insert(*slot);
             }
@@ -730,71 +713,69 @@ impl Origin {
         let supports: Vec<u32> = work.supports.keys().copied().collect();
         for slot in supports.into_iter().chain(accounts.iter().copied()) {
             let Some(entry) = self.entry(slot) else { continue };
-            let visible = match &entry.body {
-                Body::Support(support) => match **support {
-                    Support::Account { namespace, .. } => self.namespace(namespace).is_some(),
+            let visible = match entry.body {
+                Body::Named => match self.named.get(&slot) {
+                    Some(Named::Account { namespace, .. }) => self.namespace(*namespace).is_some(),
                     _ => true,
                 },
-                Body::Endpoint { .. } | Body::Refused(_) => false,
+                Body::LabelSet => true,
+                Body::Endpoint { .. } | Body::Refused => false,
             };
             if accounts.contains(&slot) {
-                work.supports.entry(slot).or_insert(Before { id: entry.id, digest: entry.digest });
-                work.profiles.extend(self.referring.get(&entry.id).into_iter().flatten());
+                work.supports.entry(slot).or_insert_with(|| entry.before());
+                work.profiles.extend(self.profiles.referring(entry.id));
             }
             self.show(slot, visible, revision);
         }
         for number in std::mem::take(&mut work.profiles) {
             self.judge(number, selections);
-            for slot in self.profiles[number as usize].endpoints.clone() {
-                let entry = self.live(slot);
-                let before = Before { id: entry.id, digest: entry.digest };
-                work.endpoints.entry(slot).or_insert(before);
+            let profile = self.profiles.get(number);
+            for slot in &profile.endpoints {
+                work.endpoints.entry(*slot).or_insert_with(|| self.live(*slot).before());
             }
-            work.referred.extend(self.profiles[number as usize].key);
+            work.referred.extend(profile.key);
         }
         // Who owns which address: the newest of those that are otherwise fine.
         let mut rivals = BTreeSet::new();
         let affected: Vec<u32> = work.endpoints.keys().copied().collect();
         for slot in &affected {
             let Some(Entry { body: Body::Endpoint { profile, .. }, bytes, .. }) = self.entry(*slot) else { continue };
-            let fine = self.profiles[*profile as usize].problem.is_none();
+            let fine = self.profiles.get(*profile).problem.is_none();
             let addresses = endpoint_of(bytes).map(|e| e.addresses).unwrap_or_default();
+            let age = |slot| age_of(&self.entries, slot);
             for address in addresses {
                 match fine {
-                    true => self.claim(address, *slot, &mut rivals),
-                    false => self.drop_claim(address, *slot, &mut rivals),
+                    true => self.addresses.claim(address, *slot, age, &mut rivals),
+                    false => self.addresses.release(address, *slot, age, &mut rivals),
                 }
             }
         }
         rivals.extend(std::mem::take(&mut work.rivals));
         for slot in rivals {
             if let Some(entry) = self.entry(slot) {
-                work.endpoints.entry(slot).or_insert(Before { id: entry.id, digest: entry.digest });
+                work.endpoints.entry(slot).or_insert_with(|| entry.before());
                 if let Body::Endpoint { profile, .. } = entry.body {
-                    work.referred.extend(self.profiles[profile as usize].key);
+                    work.referred.extend(self.profiles.get(profile).key);
                 }
             }
         }
         for slot in work.endpoints.keys() {
             let Some(Entry { body: Body::Endpoint { profile, .. }, bytes, .. }) = self.entry(*slot) else { continue };
-            let visible = self.profiles[*profile as usize].problem.is_none()
-                && endpoint_of(bytes).is_some_and(|e| e.addresses.iter().all(|a| self.owners.get(a) == Some(slot)));
+            let owns_all = |e: EndpointExport| e.addresses.iter().all(|a| self.addresses.owner(*a) == Some(*slot));
+            let visible = self.profiles.get(*profile).problem.is_none() && endpoint_of(bytes).is_some_and(owns_all);
             self.show(*slot, visible, revision);
         }
-        let mut referred = BTreeSet::new();
         for id in work.referred {
             if let Some(slot) = self.slot_of(id) {
-                self.entries[slot as usize].as_mut().expect("an id's slot is taken").touched = revision;
-                // In another epoch the id may be an endpoint's.
-                if !self.is_endpoint(slot) {
-                    referred.insert(slot);
-                }
+                let entry = self.entries[slot as usize].as_mut().expect("an id's slot is taken");
+                entry.touched = revision;
+                work.supports.entry(slot).or_insert_with(|| entry.before());
             }
         }
-        // A slot may have held an object of the other sort.
+        // A slot may have held an object of the other sort, and in another epoch an id may be an endpoint's.
         work.supports.retain(|slot, _| !self.is_endpoint(*slot));
         self.last_touched = revision;
-        Changes { endpoints: work.endpoints, supports: work.supports, referred }
+        Changes { endpoints: work.endpoints, supports: work.supports }
     }
 
     /// Says whether an entry counts, as of a revision.
@@ -808,72 +789,47 @@ impl Origin {
         };
     }
 
-    /// Forgets profiles that have no endpoint any more: label sets come and go with every job.
-    fn free_emptied(&mut self, emptied: BTreeSet<u32>, work: &mut Work) {
-        for number in emptied {
-            let profile = &mut self.profiles[number as usize];
-            if !profile.endpoints.is_empty() {
-                continue;
-            }
-            let key = profile.key;
-            (profile.own_keys, profile.matches, profile.asking, profile.problem) = Default::default();
-            self.profile_numbers.remove(&key);
-            for id in key.into_iter().filter(|id| *id != 0) {
-                if let Some(list) = self.referring.get_mut(&id) {
-                    list.retain(|it| *it != number);
-                    if list.is_empty() {
-                        self.referring.remove(&id);
-                    }
-                }
-            }
-            work.profiles.remove(&number);
-            self.free_profiles.push(number);
-        }
-    }
-
     fn namespace(&self, id: u64) -> Option<(&Arc<str>, &Pairs)> {
-        match &self.entry(self.slot_of(id)?)?.body {
-            Body::Support(support) => match &**support {
-                Support::Namespace { name, labels } => Some((name, labels)),
-                _ => None,
-            },
-            _ => None,
+        match self.named.get(&self.slot_of(id)?)? {
+            Named::Namespace { name, labels } => Some((name, labels)),
+            Named::Account { .. } => None,
         }
     }
 
     fn account(&self, id: u64, of: u64) -> Option<(&Arc<str>, &Pairs)> {
-        match &self.entry(self.slot_of(id)?)?.body {
-            Body::Support(support) => match &**support {
-                Support::Account { namespace, name, labels } if *namespace == of => Some((name, labels)),
-                _ => None,
-            },
+        match self.named.get(&self.slot_of(id)?)? {
+            Named::Account { namespace, name, labels } if *namespace == of => Some((name, labels)),
             _ => None,
         }
     }
 
-    fn label_set(&self, id: u64) -> Option<&Pairs> {
-        match &self.entry(self.slot_of(id)?)?.body {
-            Body::Support(support) => match &**support {
-                Support::LabelSet { labels } => Some(labels),
-                _ => None,
-            },
+    fn is_label_set(&self, id: u64) -> bool {
+        let entry = self.slot_of(id).and_then(|slot| self.entry(slot));
+        entry.is_some_and(|entry| matches!(entry.body, Body::LabelSet))
+    }
+
+    /// A label set as it is read from its bytes: kept read, there are as many as applications, and each takes many times the
+    /// room.
+    fn label_set(&self, id: u64) -> Option<Pairs> {
+        let entry = self.entry(self.slot_of(id)?).filter(|entry| matches!(entry.body, Body::LabelSet))?;
+        match read(&entry.bytes) {
+            Ok(Export::LabelSet { labels }) => Some(labels),
             _ => None,
         }
     }
 
     /// Judges a profile: what is wrong with what it refers to, and which selections match it.
     fn judge(&mut self, number: u32, selections: &Selections) {
-        let profile = &self.profiles[number as usize];
+        let profile = self.profiles.get(number);
         let [namespace, account, label_set] = profile.key;
         let problem = if self.namespace(namespace).is_none() {
-            let refused = self.slot_of(namespace).and_then(|slot| self.entry(slot)).map(|entry| &entry.body);
-            match refused {
-                Some(Body::Refused(why)) if matches!(**why, Refusal::NamespaceNotGranted(_)) => Some((**why).clone()),
+            match self.slot_of(namespace).and_then(|slot| self.refused.get(&slot)) {
+                Some(why @ Refusal::NamespaceNotGranted(_)) => Some(why.clone()),
                 _ => Some(Refusal::ReferenceMissing(namespace)),
             }
         } else if account != 0 && self.account(account, namespace).is_none() {
             Some(Refusal::ReferenceMissing(account))
-        } else if label_set != 0 && self.label_set(label_set).is_none() {
+        } else if label_set != 0 && !self.is_label_set(label_set) {
             Some(Refusal::ReferenceMissing(label_set))
         } else {
             None
@@ -890,10 +846,8 @@ impl Origin {
                 }
             }
         }
-        let profile = &mut self.profiles[number as usize];
-        (profile.problem, profile.matches, profile.asking) = (problem, matches, asking);
-        profile.matches.shrink_to_fit();
-        profile.asking.shrink_to_fit();
+        let profile = self.profiles.get_mut(number);
+        (profile.problem, profile.matches, profile.asking) = (problem.map(Box::new), matches.into(), asking.into());
     }
 
     /// The effective labels of a profile's endpoint with these labels of its own, sorted by key.
@@ -902,8 +856,8 @@ impl Origin {
         let mut pairs: Vec<(Arc<str>, Arc<str>)> = own.iter().filter(|(k, _)| !wire::is_forged(k)).cloned().collect();
         let own_len = pairs.len();
         for (k, v) in self.label_set(label_set).into_iter().flatten() {
-            if !wire::is_forged(k) && !pairs[..own_len].iter().any(|(have, _)| have == k) {
-                pairs.push((k.clone(), v.clone()));
+            if !wire::is_forged(&k) && !pairs[..own_len].iter().any(|(have, _)| *have == k) {
+                pairs.push((k, v));
             }
         }
         if let Some((name, labels)) = self.namespace(namespace) {
@@ -922,46 +876,7 @@ impl Origin {
     fn unclaim(&mut self, slot: u32, bytes: &[u8], work: &mut Work) {
         for address in endpoint_of(bytes).map(|e| e.addresses).unwrap_or_default() {
             // The entry is out of its slot already, so that it cannot win.
-            self.drop_claim(address, slot, &mut work.rivals);
-        }
-    }
-
-    fn claim(&mut self, address: IpAddr, slot: u32, rivals: &mut BTreeSet<u32>) {
-        match self.owners.get(&address) {
-            None => drop(self.owners.insert(address, slot)),
-            Some(owner) => {
-                let owner = *owner;
-                let claimants = self.contested.entry(address).or_insert_with(|| BTreeSet::from([owner]));
-                if !claimants.insert(slot) && claimants.len() == 1 {
-                    self.contested.remove(&address);
-                    return;
-                }
-                self.decide(address, rivals);
-            }
-        }
-    }
-
-    fn drop_claim(&mut self, address: IpAddr, slot: u32, rivals: &mut BTreeSet<u32>) {
-        if let Some(claimants) = self.contested.get_mut(&address) {
-            if claimants.remove(&slot) {
-                self.decide(address, rivals);
-            }
-        } else if self.owners.get(&address) == Some(&slot) {
-            self.owners.remove(&address);
-        }
-    }
-
-    fn decide(&mut self, address: IpAddr, rivals: &mut BTreeSet<u32>) {
-        let Some(claimants) = self.contested.get(&address) else { return };
-        rivals.extend(claimants);
-        let newest = claimants.iter().copied().max_by_key(|slot| self.entry(*slot).map(|entry| (entry.own, entry.id)));
-        let single = claimants.len() <= 1;
-        match newest {
-            Some(newest) => drop(self.owners.insert(address, newest)),
-            None => drop(self.owners.remove(&address)),
-        }
-        if single {
-            self.contested.remove(&address);
+            self.addresses.release(address, slot, |slot| age_of(&self.entries, slot), &mut work.rivals);
         }
     }
 }
@@ -979,11 +894,36 @@ struct Work {
     rivals: BTreeSet<u32>,
 }
 
+fn add(list: &mut Box<[u32]>, number: u32) {
+    *list = list.iter().copied().chain([number]).collect();
+}
+
+fn drop_from(list: &mut Box<[u32]>, number: u32) {
+    if list.contains(&number) {
+        *list = list.iter().copied().filter(|it| *it != number).collect();
+    }
+}
+
+fn read(bytes: &[u8]) -> Result<Export, Refusal> {
+    wire::read_export(bytes).map_or_else(|| Err(Refusal::Malformed("no ObjectUpdate".to_owned())), |(_, _, it)| it)
+}
+
 fn endpoint_of(bytes: &[u8]) -> Option<EndpointExport> {
-    match wire::read_export(bytes) {
-        Some((_, _, Ok(Export::Endpoint(endpoint)))) => Some(endpoint),
+    match read(bytes) {
+        Ok(Export::Endpoint(endpoint)) => Some(endpoint),
         _ => None,
     }
+}
+
+/// Orders the endpoints that claim an address: the publisher's revision at which each changed itself, then its id.
+fn age_of(entries: &[Option<Entry>], slot: u32) -> Option<(u64, u64)> {
+    let entry = entries[slot as usize].as_ref()?;
+    let revision = wire::read_export(&entry.bytes).map_or(0, |(_, revision, _)| revision);
+    Some((revision, entry.id))
+}
+
+fn hash_of(entries: &[Option<Entry>], hasher: &DefaultHashBuilder, slot: u32) -> u64 {
+    hasher.hash_one(entries[slot as usize].as_ref().map_or(0, |entry| entry.id))
 }
 
 fn prefixed(prefix: &str, name: &Arc<str>, labels: &Pairs, into: &mut Vec<(Arc<str>, Arc<str>)>) {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hanse_hub::exchange::core::{Exchange, PublishId};
+use hanse_hub::exchange::core::{Exchange, PublishId, ReceiverId};
 use hanse_hub::exchange::derive::{Deriver, UNREADABLE};
 use hanse_hub::exchange::model::{ClusterState, Federation, Lease, ManifestKind, Position};
 use hanse_hub::grants::MemberCluster;
@@ -86,7 +86,7 @@ fn federation(grant: MemberCluster, revision: u64) -> Federation {
     };
     Federation {
         position: Position { epoch: 1, revision },
-        clusters: [("train".into(), state)].into(),
+        clusters: [("serve".into(), state.clone()), ("train".into(), state)].into(),
         manifests: Default::default(),
     }
 }
@@ -204,6 +204,56 @@ fn what_has_gone_leaves_nothing_behind() {
         sizes.push(it.exchange.origin("train").unwrap().profile_count());
     }
     assert!(sizes.iter().all(|size| *size <= 2), "{sizes:?}");
+}
+
+/// What a batch of `train` says, in the order of its frames: ids that come, and ids that go.
+fn told(exchange: &mut Exchange, id: ReceiverId) -> (Vec<u64>, Vec<u64>) {
+    use pb::watch_response::Message;
+    let (mut come, mut gone, mut of_train) = (Vec::new(), Vec::new(), false);
+    while let Some(response) = exchange.next(id) {
+        match response.message {
+            Some(Message::Begin(begin)) => of_train = begin.origin == "train",
+            Some(Message::Frame(bytes)) if of_train => {
+                let frame = pb::Frame::decode(bytes).unwrap();
+                come.extend(frame.upserts.into_iter().map(|bytes| pb::ObjectUpdate::decode(bytes).unwrap().id));
+                gone.extend(frame.removals);
+            }
+            _ => {}
+        }
+    }
+    come.sort_unstable();
+    (come, gone)
+}
+
+/// Labels that a pod does not share with others of its set, and names of its ports, are asked of each endpoint by itself.
+#[test]
+fn endpoints_are_selected_by_labels_of_their_own_and_by_their_ports() {
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"]})));
+    let select = |selector: &str, ports: &[&str]| pb::Selection {
+        clusters: Some(pb::selection::Clusters::All(pb::AllClusters {})),
+        selector: selector.to_owned(),
+        port_names: ports.iter().map(|name| (*name).to_owned()).collect(),
+    };
+    let own = vec![select("index == '3'", &[]), select("team == 'a'", &["metrics"])];
+    let open = pb::WatchOpen { protocol: 1, own, ..pb::WatchOpen::default() };
+    let watching = it.exchange.watch_open("serve".into(), open).unwrap();
+    assert_eq!(told(&mut it.exchange, watching).0, [0_u64; 0]);
+    let pod = |last: u8, index: &str, ports: &[&str]| {
+        let ports = ports.iter().map(|name| pb::NamedPort { name: (*name).to_owned(), protocol: 6, port: 9090 });
+        let labels = pairs(&[("index", index)]);
+        (
+            u64::from(last),
+            Body::Endpoint(pb::Endpoint { label_set: 2, labels, ports: ports.collect(), ..endpoint(last) }),
+        )
+    };
+    let set = (2, Body::LabelSet(pb::LabelSet { labels: pairs(&[("team", "a")]) }));
+    let pods = [pod(10, "3", &[]), pod(11, "4", &[]), pod(12, "5", &["metrics"]), pod(13, "6", &["http"])];
+    it.delta(&[&[(1, namespace("a", &[])), set][..], &pods].concat(), &[]);
+    assert_eq!(told(&mut it.exchange, watching), (vec![1, 2, 10, 12], vec![]));
+    it.delta(&[pod(10, "4", &[]), pod(11, "3", &[])], &[]);
+    assert_eq!(told(&mut it.exchange, watching), (vec![11], vec![10]));
+    it.delta(&[pod(12, "5", &[])], &[]);
+    assert_eq!(told(&mut it.exchange, watching), (vec![], vec![12]));
 }
 
 #[tokio::test]

@@ -58,7 +58,7 @@ pub(super) struct Receiver {
     target: Arc<Interest>,
     number: u64,
     hub: HubCursor,
-    cursors: HashMap<usize, Cursor>,
+    cursors: Cursors,
     /// Origins whose changes go before the hub's own objects: they were here when those changed, and a policy comes with all
     /// that it selects.
     ahead: BTreeSet<usize>,
@@ -113,11 +113,42 @@ struct Cursor {
     nudge: bool,
 }
 
+/// Cursors by the origins' numbers. There is one for each receiver and origin, so they lie side by side.
+#[derive(Debug, Default)]
+struct Cursors(Vec<Option<Cursor>>);
+
+impl Cursors {
+    fn get_mut(&mut self, number: usize) -> Option<&mut Cursor> {
+        self.0.get_mut(number)?.as_mut()
+    }
+
+    fn entry(&mut self, number: usize) -> &mut Cursor {
+        if self.0.len() <= number {
+            self.0.resize_with(number + 1, || None);
+        }
+        self.0[number].get_or_insert_default()
+    }
+
+    fn remove(&mut self, number: usize) {
+        if let Some(cursor) = self.0.get_mut(number) {
+            *cursor = None;
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (usize, &Cursor)> {
+        self.0.iter().enumerate().filter_map(|(number, cursor)| Some((number, cursor.as_ref()?)))
+    }
+
+    fn numbers(&self) -> impl Iterator<Item = usize> {
+        self.iter().map(|(number, _)| number)
+    }
+}
+
 #[derive(Debug)]
 enum Wants {
     Changes,
     Snapshot,
-    Resume(Held),
+    Resume(Box<Held>),
 }
 
 impl Default for Cursor {
@@ -128,7 +159,7 @@ impl Default for Cursor {
 
 impl Receiver {
     pub(super) fn forget_origin(&mut self, number: usize) {
-        self.cursors.remove(&number);
+        self.cursors.remove(number);
         self.pending.remove(&number);
         self.ahead.remove(&number);
     }
@@ -155,7 +186,7 @@ impl Receiver {
         if self.open.is_some() {
             return;
         }
-        let cursor = self.cursors.entry(number).or_default();
+        let cursor = self.cursors.entry(number);
         if new_epoch {
             cursor.wants = Wants::Snapshot;
             cursor.dirty.clear();
@@ -167,7 +198,7 @@ impl Receiver {
     }
 
     pub(super) fn mark(&mut self, number: usize, ids: &[u64]) {
-        let Some(cursor) = self.cursors.get_mut(&number) else { return };
+        let Some(cursor) = self.cursors.get_mut(number) else { return };
         if matches!(cursor.wants, Wants::Changes) {
             cursor.dirty.extend(ids);
             if cursor.dirty.len() > MAX_DIRTY {
@@ -221,7 +252,7 @@ impl Exchange {
             target: nothing,
             number: 0,
             hub: HubCursor::default(),
-            cursors: HashMap::new(),
+            cursors: Cursors::default(),
             ahead: BTreeSet::new(),
             pending: BTreeSet::new(),
             due: BTreeSet::new(),
@@ -268,7 +299,7 @@ impl Exchange {
                 Some(pb::watch_ack::What::Mismatch(it)) if it.origin.is_empty() => receiver.hub.snapshot = true,
                 Some(pb::watch_ack::What::Mismatch(it)) => {
                     if let Some(number) = self.origin_numbers.get(&*it.origin)
-                        && let Some(cursor) = receiver.cursors.get_mut(number)
+                        && let Some(cursor) = receiver.cursors.get_mut(*number)
                     {
                         cursor.wants = Wants::Snapshot;
                         cursor.dirty.clear();
@@ -304,7 +335,7 @@ impl Exchange {
         }
         let number = self.origin_numbers.get(origin)?;
         self.origins[*number].as_ref().filter(|origin| origin.synced)?;
-        Some(self.class(receiver.class).views.get(number).map_or(0, |view| view.digest))
+        Some(self.class(receiver.class).views.get(*number).map_or(0, |view| view.digest))
     }
 
     /// Whether what a cluster last said it holds of each origin is what it should hold; none before it has said.
@@ -398,16 +429,16 @@ impl Exchange {
         };
         let held_class = self.acquire_class(&open.interest);
         let origins: Vec<ClusterName> = self.hub.federation.clusters.keys().cloned().collect();
-        let mut cursors = HashMap::new();
+        let mut cursors = Cursors::default();
         for name in origins {
             let Some(number) = self.origin_number(&name).filter(|_| name != cluster) else { continue };
             let held = open.held.get(&name).copied();
-            let wants = held.map_or(Wants::Snapshot, Wants::Resume);
-            cursors.insert(number, Cursor { wants, shown: held.is_some(), ..Cursor::default() });
+            let wants = held.map_or(Wants::Snapshot, |held| Wants::Resume(Box::new(held)));
+            *cursors.entry(number) = Cursor { wants, shown: held.is_some(), ..Cursor::default() };
         }
         if let Some(receiver) = self.receivers.get_mut(&id) {
             receiver.held_class = Some(held_class);
-            receiver.pending = cursors.keys().copied().collect();
+            receiver.pending = cursors.numbers().collect();
             receiver.cursors = cursors;
         }
         self.switch(id, interest);
@@ -417,8 +448,8 @@ impl Exchange {
     /// Whether an origin can be sent that the receiver holds nothing newest of, and does not wait for.
     fn has_news(&self, id: ReceiverId) -> bool {
         let Some(receiver) = self.receivers.get(&id) else { return false };
-        let is_news = |(number, cursor): (&usize, &Cursor)| {
-            self.origins[*number].as_ref().is_some_and(|origin| {
+        let is_news = |(number, cursor): (usize, &Cursor)| {
+            self.origins[number].as_ref().is_some_and(|origin| {
                 origin.synced
                     && !matches!(cursor.wants, Wants::Changes)
                     && !receiver.due.contains(&origin.name)
@@ -464,10 +495,10 @@ impl Exchange {
         let Some(receiver) = self.receivers.get(&id) else { return };
         let (cluster, old) = (receiver.cluster.clone(), receiver.class);
         let mut changed: Vec<(usize, Vec<u64>)> = Vec::new();
-        for (number, cursor) in &receiver.cursors {
-            let Some(origin) = self.origins[*number].as_ref() else { continue };
+        for (number, cursor) in receiver.cursors.iter() {
+            let Some(origin) = self.origins[number].as_ref() else { continue };
             if matches!(cursor.wants, Wants::Changes) {
-                changed.push((*number, differences(self, origin, *number, old, new)));
+                changed.push((number, differences(self, origin, number, old, new)));
             }
         }
         let due: BTreeSet<ClusterName> = self
@@ -512,7 +543,8 @@ impl Exchange {
         let revision = self.hub.federation.position.revision;
         let changed: Vec<u64> = self.hub.since(revision.saturating_sub(1)).collect();
         // Their visibility or leases may have changed.
-        let origins: Vec<usize> = clusters.iter().filter_map(|name| self.origin_numbers.get(name)).copied().collect();
+        let origins: BTreeSet<usize> =
+            clusters.iter().filter_map(|name| self.origin_numbers.get(name)).copied().collect();
         let mut unions = Unions::default();
         let ids: Vec<ReceiverId> = self.receivers.keys().copied().collect();
         for id in ids {
@@ -531,9 +563,9 @@ impl Exchange {
             });
             receiver.hub.dirty.extend(told);
             receiver.ahead.extend(&receiver.pending);
-            receiver.pending.extend(origins.iter().filter(|number| receiver.cursors.contains_key(*number)));
+            receiver.pending.extend(receiver.cursors.numbers().filter(|number| origins.contains(number)));
             if restarted {
-                receiver.pending.extend(receiver.cursors.keys());
+                receiver.pending.extend(receiver.cursors.numbers());
             }
             let aims = retargeted.contains(&receiver.cluster);
             // Its position has moved, if nothing else has.
@@ -549,7 +581,7 @@ impl Exchange {
     fn fill_origin(&mut self, id: ReceiverId, number: usize) {
         let Some(mut receiver) = self.receivers.remove(&id) else { return };
         self.fill(&mut receiver, number);
-        let resuming = receiver.cursors.values().any(|cursor| matches!(cursor.wants, Wants::Resume(_)));
+        let resuming = receiver.cursors.iter().any(|(_, cursor)| matches!(cursor.wants, Wants::Resume(_)));
         let done = if resuming { None } else { receiver.held_class.take() };
         self.receivers.insert(id, receiver);
         if let Some(class) = done {
@@ -564,7 +596,7 @@ impl Exchange {
             return;
         }
         let sees = self.sees(&receiver.cluster, &name);
-        let cursor = receiver.cursors.entry(number).or_default();
+        let cursor = receiver.cursors.entry(number);
         if !sees {
             if cursor.shown {
                 *cursor = Cursor::default();
@@ -585,7 +617,7 @@ impl Exchange {
             return;
         }
         let view_token = self.view_token(receiver.class, &name);
-        if let Wants::Resume(held) = cursor.wants {
+        if let Wants::Resume(held) = &cursor.wants {
             let position = origin.position;
             if held.position.epoch > position.epoch
                 || (held.position.epoch == position.epoch && held.position.revision > position.revision)
@@ -605,7 +637,7 @@ impl Exchange {
                     cursor.dirty.extend(touched.into_iter().filter_map(|slot| origin.entry(slot)).map(|e| e.id));
                     cursor.dirty.extend(removed);
                     cursor.dirty.extend(differences(self, origin, number, base, receiver.class));
-                    let digest = self.class(receiver.class).views.get(&number).map_or(0, |view| view.digest);
+                    let digest = self.class(receiver.class).views.get(number).map_or(0, |view| view.digest);
                     if held.digest == Some(digest) {
                         cursor.dirty.clear();
                     }
@@ -615,7 +647,8 @@ impl Exchange {
             };
         }
         let Some(class) = self.classes[receiver.class].as_mut() else { return };
-        let view = class.views.entry(number).or_default();
+        let shared = class.users > 1;
+        let view = super::view_of(&mut class.views, number);
         let snapshot = matches!(cursor.wants, Wants::Snapshot);
         if snapshot || !cursor.dirty.is_empty() || cursor.nudge {
             receiver.flight.push_back(begin(&name, snapshot, 0));
@@ -623,10 +656,12 @@ impl Exchange {
             if snapshot {
                 let frames = view.snapshot.as_ref().and_then(Weak::upgrade).unwrap_or_else(|| {
                     let frames = Arc::new(wire::frames(view.members.iter().filter_map(bytes), Vec::new()));
-                    self.recent.keep(Arc::clone(&frames));
+                    if shared {
+                        self.recent.keep(Arc::clone(&frames));
+                        view.snapshot = Some(Arc::downgrade(&frames));
+                    }
                     frames
                 });
-                view.snapshot = Some(Arc::downgrade(&frames));
                 receiver.flight.extend(frames.iter().cloned().map(Response::Frame));
                 receiver._snapshot = Some(frames);
             } else {
@@ -718,7 +753,7 @@ fn differences(exchange: &Exchange, origin: &super::Origin, number: usize, old: 
     if old == new {
         return Vec::new();
     }
-    let (old, new) = (exchange.class(old).views.get(&number), exchange.class(new).views.get(&number));
+    let (old, new) = (exchange.class(old).views.get(number), exchange.class(new).views.get(number));
     let has = |view: Option<&super::View>, slot| view.is_some_and(|view| view.members.contains(slot));
     let either = [old, new].into_iter().flatten().flat_map(|view| view.members.iter());
     let slots = either.filter(|slot| has(old, *slot) != has(new, *slot));
