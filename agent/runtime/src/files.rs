@@ -51,6 +51,17 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     written
 }
 
+/// Keeps other processes that ask from using a folder, until the file is dropped: two that write the same files would each
+/// take the other's for its own.
+///
+/// # Errors
+/// `WouldBlock` when another process holds the folder; else those of the file system.
+pub fn hold_folder(folder: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(folder.join("lock"))?;
+    file.try_lock()?;
+    Ok(file)
+}
+
 /// Reads a secret, refusing a file that others may read.
 ///
 /// # Errors
@@ -79,4 +90,18 @@ pub fn read_secret(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
 pub fn private_folder(path: &Path) -> io::Result<()> {
     fs::create_dir_all(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o700))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_held_by_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let held = hold_folder(folder.path()).expect("held");
+        assert_eq!(hold_folder(folder.path()).expect_err("it is held").kind(), io::ErrorKind::WouldBlock);
+        drop(held);
+        assert!(hold_folder(folder.path()).is_ok());
+    }
 }

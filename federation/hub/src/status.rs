@@ -16,7 +16,7 @@ pub struct Realisation {
     pub endpoints: u64,
     /// Whether what it holds of the others equals what was selected for it; none before it has said.
     pub digests_equal: Option<bool>,
-    /// The hub's revision that its policies come from, and that it has received.
+    /// The hub's revision that the rule sets of all its nodes come from, and the one that it has received.
     pub enforced_revision: Revision,
     pub received_revision: Revision,
     pub agents: u32,
@@ -26,7 +26,7 @@ pub struct Realisation {
     pub refusals: Vec<String>,
     /// Pods that are not enforced.
     pub unenforced: u32,
-    /// The first of what keeps nodes from enforcing, in words.
+    /// The first of what is wrong with its source and of what keeps nodes from enforcing, in words.
     pub problems: Vec<String>,
 }
 

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
@@ -38,6 +39,14 @@ pub struct Diagnostic {
     pub object: Option<Reference>,
     /// The line on which the object starts, or where one could not be read.
     pub start: u32,
+}
+
+impl Diagnostic {
+    /// Of a whole file or directory.
+    pub fn of_file(path: &FilePath, message: String) -> Self {
+        let place = Place { file: path.to_string_lossy().into(), line: 1 };
+        Self { place, field: String::new(), message, object: None, start: 1 }
+    }
 }
 
 /// Names an object as it is written.
@@ -96,45 +105,52 @@ pub struct ReadError {
 }
 
 /// Reads a file, or every `.yaml`, `.yml` and `.json` file below a directory, in the order of their paths. Hidden files
-/// and folders are left out. A single file that cannot be read is a diagnostic; a directory that cannot be listed is an
-/// error, for it is not an empty one.
+/// and folders are left out. What lies below and cannot be read is a diagnostic; a path that cannot be looked at itself is an
+/// error, for it is not an empty directory.
 pub fn read_dir(path: &FilePath) -> Result<Manifests, ReadError> {
-    let files = list(path)?;
+    let listing = list(path)?;
     let mut read = Manifests::default();
-    for file in files {
-        let name: Arc<str> = file.to_string_lossy().into();
+    for file in listing.files {
         match read_file(&file) {
-            Ok(bytes) => read_bytes(&name, &bytes, &mut read),
-            Err(error) => read.diagnostics.push(Diagnostic {
-                place: Place { file: name, line: 1 },
-                field: String::new(),
-                message: error.to_string(),
-                object: None,
-                start: 1,
-            }),
+            Ok(bytes) => read_bytes(&file.to_string_lossy().into(), &bytes, &mut read),
+            Err(error) => read.diagnostics.push(Diagnostic::of_file(&file, error.to_string())),
         }
     }
+    let unread = listing.unread.iter().map(|it| Diagnostic::of_file(&it.path, it.source.to_string()));
+    read.diagnostics.extend(unread);
     Ok(read)
 }
 
-/// The files that [`read_dir`] would read below `path`, or `path` itself where it is a file, sorted. Links are followed;
-/// a directory is listed once, by whatever names it is reached.
-pub fn list(path: &FilePath) -> Result<Vec<PathBuf>, ReadError> {
-    let mut files = Vec::new();
+/// What lies below a path.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// Sorted.
+    pub files: Vec<PathBuf>,
+    /// What could not be looked at, a file or a directory: what it holds is unknown, which is not nothing.
+    pub unread: Vec<ReadError>,
+}
+
+/// The files that [`read_dir`] would read below `path`, or `path` itself where it is a file. Links are followed; a directory
+/// is listed once, by whatever names it is reached.
+///
+/// # Errors
+/// When `path` itself cannot be looked at.
+pub fn list(path: &FilePath) -> Result<Listing, ReadError> {
+    let mut listing = Listing::default();
     if path.metadata().map_err(|source| ReadError { path: path.to_owned(), source })?.is_file() {
-        files.push(path.to_owned());
+        listing.files.push(path.to_owned());
     } else {
-        list_dir(path, 0, &mut BTreeSet::new(), &mut files)?;
+        list_dir(path, 0, &mut BTreeSet::new(), &mut listing)?;
     }
-    files.sort();
-    Ok(files)
+    listing.files.sort();
+    Ok(listing)
 }
 
 fn list_dir(
     path: &FilePath,
     depth: usize,
     listed: &mut BTreeSet<PathBuf>,
-    files: &mut Vec<PathBuf>,
+    listing: &mut Listing,
 ) -> Result<(), ReadError> {
     let fail = |source| ReadError { path: path.to_owned(), source };
     if !listed.insert(path.canonicalize().map_err(fail)?) {
@@ -151,15 +167,25 @@ fn list_dir(
         if entry.file_name().as_encoded_bytes().starts_with(b".") {
             continue;
         }
-        // A link may lead to nothing, or the file may be gone by now.
-        let Ok(metadata) = path.metadata() else { continue };
+        let metadata = match path.metadata() {
+            Ok(metadata) => metadata,
+            // It is gone by now.
+            Err(_) if path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound) => continue,
+            // A link that leads to nothing, or what may not be looked at.
+            Err(source) => {
+                listing.unread.push(ReadError { path, source });
+                continue;
+            }
+        };
         let readable = path
             .extension()
             .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|known| extension.eq_ignore_ascii_case(known)));
         if metadata.is_dir() {
-            list_dir(&path, depth + 1, listed, files)?;
+            if let Err(error) = list_dir(&path, depth + 1, listed, listing) {
+                listing.unread.push(error);
+            }
         } else if metadata.is_file() && readable {
-            files.push(path);
+            listing.files.push(path);
         }
     }
     Ok(())

@@ -65,6 +65,8 @@ pub struct Options {
 pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let stop = shutdown.token();
     files::private_folder(&options.data).with_context(|| format!("make {}", options.data.display()))?;
+    let _held = files::hold_folder(&options.data)
+        .with_context(|| format!("hold {}: another hanse-member may be running on it", options.data.display()))?;
     let (health, registry) = (Health::default(), Registry::default());
     let (joined, sourced) = (health.condition("joined"), health.condition("source read"));
     let heard = health.condition("hub heard");

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use hanse_k8s_api::manifest::{Diagnostic, Place};
 use hanse_policy::model::PolicyKind;
 use hanse_proto::federation::v1 as pb;
 use hanse_ruleset::{ChainId, EndpointId, RuleSet};
@@ -18,6 +19,8 @@ const MAX_ERRORS: usize = 1_000;
 const EVERYTHING: &str = "*";
 /// Pods of one node that are told to be not enforced.
 const MAX_PODS: usize = 100;
+/// Problems of the source that are told.
+const MAX_PROBLEMS: usize = 100;
 /// As many as an agent tells, of objects and of pods; where it tells so many there may be more.
 const MAX_TOLD: usize = 1_000;
 
@@ -59,8 +62,17 @@ pub fn realisation(world: &World, nodes: &BTreeMap<Arc<str>, NodeStatus>, client
             nodes,
             policies: refused.chain(waiting).collect(),
             origins: origins.collect(),
+            problems: world.local().problems.iter().take(MAX_PROBLEMS).map(in_words).collect(),
         }
     })
+}
+
+fn in_words(problem: &Diagnostic) -> String {
+    let Place { file, line } = &problem.place;
+    match problem.field.as_str() {
+        "" => format!("{file}:{line}: {}", problem.message),
+        field => format!("{file}:{line}: {field}: {}", problem.message),
+    }
 }
 
 /// One node's. An error is told by the federated policies that it concerns, where it concerns some; else as the agent

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use hanse_k8s_api::assemble::ClusterState;
 use hanse_k8s_api::assemble_cluster;
-use hanse_k8s_api::manifest::{self, Diagnostic, Manifest, Manifests, Place};
+use hanse_k8s_api::manifest::{self, Diagnostic, Manifest, Manifests};
 use hanse_policy::model::ClusterName;
 use hanse_runtime::files::private_folder;
 
@@ -41,8 +41,8 @@ pub struct Directory {
     /// Where the last good state of each file is kept.
     kept: PathBuf,
     files: BTreeMap<PathBuf, File>,
-    /// Why the directory cannot be listed, while it cannot.
-    unlisted: Option<String>,
+    /// What cannot be listed, and why, while it cannot: the directory itself, or something below it.
+    unlisted: BTreeMap<PathBuf, String>,
     revisions: Revisions,
     /// It was read since the start.
     is_read: bool,
@@ -105,7 +105,7 @@ impl Directory {
             cluster,
             path,
             files: BTreeMap::new(),
-            unlisted: None,
+            unlisted: BTreeMap::new(),
             revisions: Revisions::open(kept.join("revision")),
             kept,
             is_read: false,
@@ -115,19 +115,29 @@ impl Directory {
 
     /// Brings `files` up to date; whether anything changed.
     fn refresh(&mut self) -> bool {
-        let listed = match manifest::list(&self.path) {
-            Ok(listed) => listed,
-            Err(error) => {
-                let reason = format!("{error}: {}; what was read last stays in force", error.source);
-                let news = self.unlisted.as_ref() != Some(&reason);
-                self.unlisted = Some(reason);
-                return news;
-            }
+        let listing = match manifest::list(&self.path) {
+            Ok(listing) => listing,
+            Err(error) => manifest::Listing { unread: vec![error], ..manifest::Listing::default() },
         };
-        let mut changed = self.unlisted.take().is_some();
-        let (kept, first) = (&self.kept, !self.is_read);
+        let unlisted = listing.unread.iter().map(|it| (it.path.clone(), it.source.to_string()));
+        let unlisted: BTreeMap<PathBuf, String> = unlisted.collect();
+        let mut changed = self.unlisted != unlisted;
+        self.unlisted = unlisted;
+        if self.unlisted.contains_key(&self.path) {
+            // What an earlier process read is as good as what this one did.
+            if changed && !self.is_read {
+                self.files = restore_all(&self.kept);
+            }
+            return changed;
+        }
+        let (kept, first, unlisted) = (&self.kept, !self.is_read, &self.unlisted);
+        if first && !unlisted.is_empty() {
+            let hidden = restore_all(kept).into_iter();
+            self.files.extend(hidden.filter(|(path, _)| path.ancestors().any(|it| unlisted.contains_key(it))));
+        }
         self.files.retain(|path, file| {
-            let is_there = listed.binary_search(path).is_ok();
+            let is_there = listing.files.binary_search(path).is_ok()
+                || path.ancestors().any(|hidden| unlisted.contains_key(hidden));
             let gone = !is_there && std::mem::replace(&mut file.missing, !is_there);
             if gone {
                 // What stays is overwritten or never looked at.
@@ -136,7 +146,8 @@ impl Directory {
             }
             !gone
         });
-        for path in listed {
+        for path in listing.files {
+            // It is gone by now, or the next listing says why it cannot be looked at.
             let Some(stamp) = stamp(&path) else { continue };
             let file = self.files.entry(path.clone()).or_default();
             file.missing = false;
@@ -155,6 +166,14 @@ impl Directory {
         changed
     }
 
+    /// What cannot be listed.
+    fn hidden(&self) -> Vec<Diagnostic> {
+        let problem = |(path, reason): (&PathBuf, &String)| {
+            Diagnostic::of_file(path, format!("cannot be read: {reason}; what was read last stays in force"))
+        };
+        self.unlisted.iter().map(problem).collect()
+    }
+
     fn tell(&mut self, problems: &[Diagnostic]) {
         let now = problems.iter().map(|it| (it.place.file.clone(), it.place.line, it.message.clone())).collect();
         let before = std::mem::replace(&mut self.told, now);
@@ -171,14 +190,7 @@ impl File {
     /// Reads anew; whether the file's part of the state, or its problems, changed.
     fn read(&mut self, path: &Path, kept: &Path) -> bool {
         let mut read = Manifests::default();
-        let name: Arc<str> = path.to_string_lossy().into();
-        let problem = |message: String| Diagnostic {
-            place: Place { file: Arc::clone(&name), line: 1 },
-            start: 1,
-            field: String::new(),
-            message,
-            object: None,
-        };
+        let problem = |message: String| Diagnostic::of_file(path, message);
         let bytes = manifest::read_file(path);
         if !self.was_good
             && let Some(objects) = restore(kept, path)
@@ -191,7 +203,7 @@ impl File {
                 let message = "is empty; what was read last stays in force: remove the file to remove its objects";
                 read.diagnostics.push(problem(message.to_owned()));
             }
-            Ok(bytes) => manifest::read_bytes(&name, bytes, &mut read),
+            Ok(bytes) => manifest::read_bytes(&path.to_string_lossy().into(), bytes, &mut read),
             Err(error) => read.diagnostics.push(problem(error.to_string())),
         }
         let broken = !read.diagnostics.is_empty();
@@ -210,7 +222,7 @@ impl File {
     }
 }
 
-const HEADER: &[u8] = b"hanse-source/1\n";
+const HEADER: &[u8] = b"hanse-source/2\n";
 
 fn kept_name(kept: &Path, path: &Path) -> PathBuf {
     kept.join(format!("{}.kept", blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex()))
@@ -218,18 +230,36 @@ fn kept_name(kept: &Path, path: &Path) -> PathBuf {
 
 /// Keeps a good state. One that a crash damaged is seen by its hash and not used.
 fn keep(kept: &Path, path: &Path, bytes: &[u8]) {
-    let file = [HEADER, blake3::hash(bytes).as_bytes(), bytes].concat();
+    let body = [path.as_os_str().as_encoded_bytes(), &[0], bytes].concat();
+    let file = [HEADER, blake3::hash(&body).as_bytes(), &body].concat();
     if let Err(error) = replace(&kept_name(kept, path), &file) {
         tracing::error!(%error, path = %path.display(), "the file's last good state cannot be kept");
     }
 }
 
 fn restore(kept: &Path, path: &Path) -> Option<Vec<Manifest>> {
-    let file = std::fs::read(kept_name(kept, path)).ok()?;
-    let (hash, bytes) = file.strip_prefix(HEADER)?.split_at_checked(32)?;
+    let (of, objects) = restore_file(&kept_name(kept, path))?;
+    (of == path).then_some(objects)
+}
+
+/// A kept state, with the path of the file that it is of.
+fn restore_file(name: &Path) -> Option<(PathBuf, Vec<Manifest>)> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let file = std::fs::read(name).ok()?;
+    let (hash, body) = file.strip_prefix(HEADER)?.split_at_checked(32)?;
+    let end = body.iter().position(|byte| *byte == 0)?;
+    let path = PathBuf::from(std::ffi::OsStr::from_bytes(&body[..end]));
     let mut read = Manifests::default();
-    manifest::read_bytes(&path.to_string_lossy().into(), bytes, &mut read);
-    (blake3::hash(bytes).as_bytes() == hash && read.diagnostics.is_empty()).then_some(read.objects)
+    manifest::read_bytes(&path.to_string_lossy().into(), &body[end + 1..], &mut read);
+    (blake3::hash(body).as_bytes() == hash && read.diagnostics.is_empty()).then_some((path, read.objects))
+}
+
+/// Every state that is kept, as of files that were read.
+fn restore_all(kept: &Path) -> BTreeMap<PathBuf, File> {
+    let names = kept.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
+    let kept = names.filter(|name| name.extension().is_some_and(|extension| extension == "kept"));
+    let good = |(path, objects)| (path, File { objects, was_good: true, ..File::default() });
+    kept.filter_map(|name| restore_file(&name)).map(good).collect()
 }
 
 /// Whole or not at all, for whoever reads it; not flushed, for there may be many.
@@ -251,18 +281,15 @@ impl Source for Directory {
             return None;
         }
         // Nothing was ever read: unknown, not empty.
-        if self.unlisted.is_some() && !self.is_read {
+        if self.unlisted.contains_key(&self.path) && !self.is_read && self.files.is_empty() {
+            self.tell(&self.hidden());
             return None;
         }
         self.is_read = true;
         let objects: Vec<&Manifest> = self.files.values().flat_map(|file| &file.objects).collect();
         let state = assemble_cluster(&self.cluster, objects.iter().copied());
         let mut problems: Vec<Diagnostic> = self.files.values().flat_map(|file| file.problems.clone()).collect();
-        if let Some(reason) = &self.unlisted {
-            let place = Place { file: self.path.to_string_lossy().into(), line: 1 };
-            let (field, message) = (String::new(), reason.clone());
-            problems.push(Diagnostic { place, start: 1, field, message, object: None });
-        }
+        problems.extend(self.hidden());
         problems.extend(state.diagnostics.iter().cloned());
         self.tell(&problems);
         Some(Arc::new(Sourced { state, problems, revision: self.revisions.advance() }))
@@ -378,6 +405,54 @@ mod tests {
         world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
         world.restart();
         assert_eq!(world.look().expect("read").0.len(), 0);
+    }
+
+    /// A link whose target is away stands for a mount that is: neither its files nor its neighbours are taken for gone.
+    #[test]
+    fn what_cannot_be_looked_at_is_not_gone() {
+        use std::os::unix::fs::symlink;
+        let mut world = World::new();
+        std::fs::create_dir_all(world.path("../volume")).expect("made");
+        world.write("a.yaml", &pod("p", "10.0.0.1"));
+        world.write("../volume/b.yaml", &pod("q", "10.0.0.2"));
+        symlink("../volume", world.path("mounted")).expect("linked");
+        symlink("../volume/b.yaml", world.path("c.yaml")).expect("linked");
+        assert_eq!(world.look().expect("read").0, ["p", "q"]);
+        let away = world.path("../away");
+        std::fs::rename(world.path("../volume"), &away).expect("renamed");
+        let (pods, told) = world.look().expect("the problems are news");
+        assert_eq!((pods, told.len()), (vec!["p".to_owned(), "q".to_owned()], 2 + 1), "both links; q is there twice");
+        assert!(world.look().is_none() && world.look().is_none());
+        // An edit beside it is taken.
+        world.write("a.yaml", &pod("r", "10.0.0.10"));
+        let (pods, _) = world.settled().expect("news");
+        assert_eq!(pods, ["q", "r"]);
+        // A restart meanwhile.
+        world.restart();
+        assert_eq!(world.look().expect("read").0, ["q", "r"]);
+        std::fs::rename(&away, world.path("../volume")).expect("renamed");
+        let (pods, told) = world.look().expect("no problem is news");
+        assert_eq!((pods, told.len()), (vec!["q".to_owned(), "r".to_owned()], 1));
+    }
+
+    #[test]
+    fn a_start_without_the_source_begins_with_what_was_good() {
+        let mut world = World::new();
+        std::fs::create_dir(world.path("")).expect("made");
+        world.write("a.yaml", &pod("p", "10.0.0.1"));
+        world.write("b.yaml", &pod("q", "10.0.0.2"));
+        assert_eq!(world.look().expect("read").0, ["p", "q"]);
+        let (cluster, away) = (world.path(""), world.folder.path().join("away"));
+        std::fs::rename(&cluster, &away).expect("renamed");
+        world.restart();
+        let (pods, told) = world.look().expect("what was kept");
+        assert_eq!((pods, told.len()), (vec!["p".to_owned(), "q".to_owned()], 1), "{told:?}");
+        assert!(world.look().is_none());
+        std::fs::remove_file(away.join("a.yaml")).expect("removed");
+        std::fs::rename(&away, &cluster).expect("renamed");
+        assert_eq!(world.look().expect("the problem has gone").1, []);
+        let (pods, _) = world.look().expect("what is gone twice is gone");
+        assert_eq!(pods, ["q"]);
     }
 
     #[test]

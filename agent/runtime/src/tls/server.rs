@@ -1,18 +1,18 @@
 //! The accepting side: bounded handshakes, a rate limit where asked, and the peer on every request.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use rustls::ServerConfig;
 use rustls::server::NoServerSessionStorage;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::Stream;
@@ -25,6 +25,8 @@ use crate::keys::{Certificate, KeyError};
 
 /// A handshake takes at most this long.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
+/// How often too many handshakes are told of, at most.
+const WARN_EVERY: Duration = Duration::from_secs(10);
 /// Sources that the rate limit remembers: 4,096 × about 64 bytes is 256 KiB. Beyond it, full allowances are forgotten; when none is full, newcomers are refused.
 const MAX_SOURCES: usize = 4096;
 
@@ -35,7 +37,7 @@ pub struct IncomingLimits {
     pub connections: usize,
     /// Of these, from one address; none is no limit.
     pub per_address: Option<usize>,
-    /// Handshakes at once.
+    /// Handshakes at once; beyond it, the oldest of the address that has most is cut short.
     pub handshakes: usize,
     /// New connections that one address may open in a second, and in a burst of ten seconds' worth; none is no limit.
     pub per_second: Option<f64>,
@@ -147,7 +149,7 @@ pub async fn incoming(
     let (sender, receiver) = mpsc::channel(16);
     tokio::spawn(async move {
         let acceptor = TlsAcceptor::from(tls.config.clone());
-        let handshakes = Arc::new(Semaphore::new(limits.handshakes));
+        let handshakes = Arc::new(Handshakes::new(limits.handshakes));
         let mut rate = limits.per_second.map(RateLimit::new);
         loop {
             let accepted = tokio::select! {
@@ -168,10 +170,6 @@ pub async fn incoming(
                 debug!(%remote, "connection refused by the rate limit");
                 continue;
             }
-            let Ok(place) = handshakes.clone().try_acquire_owned() else {
-                warn!(%remote, limit = limits.handshakes, "connection refused: too many handshakes");
-                continue;
-            };
             if connections.len() >= limits.connections {
                 warn!(%remote, limit = limits.connections, "connection refused: too many connections");
                 continue;
@@ -182,12 +180,17 @@ pub async fn incoming(
             }
             let (acceptor, sender, tls, connections) =
                 (acceptor.clone(), sender.clone(), tls.clone(), connections.clone());
+            let place = Handshakes::begin(&handshakes, remote.ip());
             tokio::spawn(async move {
                 let _ = stream.set_nodelay(true);
                 // Read before the handshake: a certificate replaced meanwhile ends later, never earlier.
                 let own = tls.credentials.current().certificate.not_after;
                 let latest = limits.lifetime.map_or(own, |lifetime| own.min(SystemTime::now() + lifetime));
-                let stream = match tokio::time::timeout(HANDSHAKE_TIME, acceptor.accept(stream)).await {
+                let accepted = tokio::select! {
+                    () = place.cut_short.cancelled() => return debug!(%remote, "handshake cut short"),
+                    accepted = tokio::time::timeout(HANDSHAKE_TIME, acceptor.accept(stream)) => accepted,
+                };
+                let stream = match accepted {
                     Ok(Ok(stream)) => stream,
                     Ok(Err(error)) => return debug!(%remote, %error, "handshake refused"),
                     Err(_) => return debug!(%remote, "handshake took too long"),
@@ -233,6 +236,74 @@ pub(super) fn key_exchange(group: Option<&'static dyn rustls::crypto::SupportedK
         Some(rustls::NamedGroup::X25519) => "x25519",
         Some(rustls::NamedGroup::secp256r1) => "secp256r1",
         _ => "unknown",
+    }
+}
+
+/// The handshakes of a listener. Whoever has a certificate is through in the time of a message to and fro; whoever opens
+/// connections and says nothing makes room, at his own cost first.
+#[derive(Debug)]
+struct Handshakes {
+    limit: usize,
+    open: Mutex<OpenHandshakes>,
+}
+
+#[derive(Debug, Default)]
+struct OpenHandshakes {
+    /// In the order in which they began.
+    list: BTreeMap<u64, (IpAddr, CancellationToken)>,
+    next: u64,
+    warned: Option<Instant>,
+}
+
+/// A handshake that has begun.
+#[derive(Debug)]
+struct Handshake {
+    of: Arc<Handshakes>,
+    number: u64,
+    cut_short: CancellationToken,
+}
+
+impl Handshakes {
+    fn new(limit: usize) -> Self {
+        Self { limit, open: Mutex::default() }
+    }
+
+    fn open(&self) -> MutexGuard<'_, OpenHandshakes> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(this: &Arc<Self>, source: IpAddr) -> Handshake {
+        let source = host_of(source);
+        let mut open = this.open();
+        if open.list.len() >= this.limit {
+            let mut counts: HashMap<IpAddr, usize> = HashMap::new();
+            for (source, _) in open.list.values() {
+                *counts.entry(*source).or_default() += 1;
+            }
+            let most = counts.values().copied().max();
+            let oldest = open.list.iter().find(|(_, (source, _))| counts.get(source).copied() == most);
+            if let Some(number) = oldest.map(|(number, _)| *number)
+                && let Some((source, cut_short)) = open.list.remove(&number)
+            {
+                cut_short.cancel();
+                let now = Instant::now();
+                if open.warned.is_none_or(|at| now.duration_since(at) > WARN_EVERY) {
+                    open.warned = Some(now);
+                    warn!(%source, of_it = most, limit = this.limit, "too many handshakes: the oldest are cut short");
+                }
+            }
+        }
+        let (number, cut_short) = (open.next, CancellationToken::new());
+        open.next += 1;
+        open.list.insert(number, (source, cut_short.clone()));
+        drop(open);
+        Handshake { of: Arc::clone(this), number, cut_short }
+    }
+}
+
+impl Drop for Handshake {
+    fn drop(&mut self) {
+        self.of.open().list.remove(&self.number);
     }
 }
 
@@ -299,6 +370,22 @@ mod tests {
         assert_eq!(host("fd00::1"), host("fd00::ffff:0:0:1"));
         assert_ne!(host("fd00::1"), host("fd00:0:0:1::1"));
         assert_eq!(host("::ffff:10.0.0.1"), host("10.0.0.1"));
+    }
+
+    #[test]
+    fn who_has_most_handshakes_makes_room() {
+        let handshakes = Arc::new(Handshakes::new(4));
+        let (a, b) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+        let first_of_b = Handshakes::begin(&handshakes, b);
+        let of_a: Vec<Handshake> = (0..50).map(|_| Handshakes::begin(&handshakes, a)).collect();
+        let open = of_a.iter().filter(|it| !it.cut_short.is_cancelled()).count();
+        assert_eq!((open, handshakes.open().list.len()), (3, 4));
+        assert!(of_a[..47].iter().all(|it| it.cut_short.is_cancelled()), "the oldest go first");
+        assert!(!first_of_b.cut_short.is_cancelled());
+        let second_of_b = Handshakes::begin(&handshakes, b);
+        assert!(!first_of_b.cut_short.is_cancelled() && !second_of_b.cut_short.is_cancelled());
+        drop(of_a);
+        assert_eq!(handshakes.open().list.len(), 2);
     }
 
     #[tokio::test]

@@ -127,7 +127,13 @@ fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     for path in files {
         let paths = match path.as_os_str() == "-" {
             true => vec![path.clone()],
-            false => list(path)?,
+            false => {
+                let listing = list(path)?;
+                if let Some(unread) = listing.unread.into_iter().next() {
+                    return Err(unread.into());
+                }
+                listing.files
+            }
         };
         for path in paths {
             let (name, bytes) = match path.as_os_str() == "-" {

@@ -193,7 +193,27 @@ pub struct Origin {
     /// Slots of what does not count.
     troubled: BTreeSet<u32>,
     overflow: BTreeMap<u64, Refusal>,
+    /// The room when a snapshot was asked for last.
+    asked: Option<Room>,
     pub unreadable: usize,
+}
+
+/// How much more could be kept.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    endpoints: usize,
+    label_sets: usize,
+    others: usize,
+    bytes: usize,
+}
+
+impl Room {
+    fn exceeds(self, other: Self) -> bool {
+        self.endpoints > other.endpoints
+            || self.label_sets > other.label_sets
+            || self.others > other.others
+            || self.bytes > other.bytes
+    }
 }
 
 impl Origin {
@@ -223,6 +243,7 @@ impl Origin {
             bytes: 0,
             troubled: BTreeSet::new(),
             overflow: BTreeMap::new(),
+            asked: None,
             unreadable: 0,
         }
     }
@@ -262,9 +283,26 @@ impl Origin {
         !self.overflow.is_empty()
     }
 
-    /// Whether something that was not kept because of a limit could be kept now, and enough of it that a snapshot is worth
-    /// its while: all of it, or a hundredth of what is granted.
-    pub fn has_room(&self) -> bool {
+    /// Whether a snapshot should be asked for, as what was not kept because of a limit could be kept now. It is asked for once,
+    /// until there is more room than then: how large the refused objects are is not known.
+    pub fn asks_again(&mut self) -> bool {
+        let room = Room {
+            endpoints: self.grant.max_endpoints().saturating_sub(self.endpoints),
+            label_sets: self.grant.max_label_sets().saturating_sub(self.label_sets),
+            others: MAX_OTHERS.saturating_sub(self.ids.len() - self.endpoints - self.label_sets),
+            bytes: kept_bytes(&*self.grant).saturating_sub(self.bytes),
+        };
+        let more = self.asked.is_none_or(|asked| room.exceeds(asked));
+        if more && self.has_room() {
+            self.asked = Some(room);
+            return true;
+        }
+        false
+    }
+
+    /// Whether something that was not kept because of a limit may fit now, and enough of it that a snapshot is worth its
+    /// while: all of it, or a hundredth of what is granted.
+    fn has_room(&self) -> bool {
         let fits = |what: &'static str, have: usize, most: usize, share: usize| {
             let lacking = self.overflow.values().filter(|why| **why == Refusal::LimitExceeded(what)).count();
             lacking > 0 && have.saturating_add(lacking.saturating_mul(share).min(1 + most / 100)) <= most
@@ -319,6 +357,18 @@ impl Origin {
         }
         total += self.troubled.len();
         (total, list)
+    }
+
+    /// What an object is called, for people.
+    pub fn describe(&self, id: u64) -> String {
+        let held = self.slot_of(id).and_then(|slot| self.entry(slot));
+        let Some((kind, namespace, name)) = held.and_then(|entry| wire::name_of(&entry.bytes)) else {
+            return format!("object {id}");
+        };
+        match self.namespace(namespace) {
+            Some((of, _)) => format!("{kind} {of}/{name}"),
+            None => format!("{kind} {name}"),
+        }
     }
 
     fn lost_address(&self, entry: &Entry) -> Refusal {

@@ -401,7 +401,8 @@ impl Realisations for Service {
                 entry.endpoints = origin.endpoint_count() as u64;
                 let (total, refusals) = origin.refusals(10);
                 entry.refused = total as u64;
-                entry.refusals = refusals.into_iter().map(|(id, why)| format!("object {id}: {why}")).collect();
+                entry.refusals =
+                    refusals.into_iter().map(|(id, why)| format!("{}: {why}", origin.describe(id))).collect();
             }
             let slowed = rates.get(name).and_then(|rate| rate.slowed);
             if slowed.is_some_and(|at| at.elapsed() < Duration::from_secs(60)) {
@@ -409,12 +410,15 @@ impl Realisations for Service {
                 entry.refusals.push(format!("more than {granted} updates per second: taken later"));
             }
             if let Some(told) = exchange.realisations().get(name) {
-                entry.enforced_revision = told.hub.as_ref().map_or(0, |at| at.revision);
+                let compiled = told.hub.as_ref().map_or(0, |at| at.revision);
+                let nodes = told.nodes.iter().map(|node| node.hub_revision);
+                entry.enforced_revision = nodes.chain([compiled]).min().unwrap_or_default();
                 entry.received_revision = told.received.as_ref().map_or(0, |at| at.revision);
                 (entry.agents, entry.agents_current) = (told.agents, told.agents_current);
                 entry.digests_equal = exchange.digests_equal(name);
                 entry.unenforced = told.nodes.iter().map(|node| node.unenforced_total).sum();
-                entry.problems = told.nodes.iter().flat_map(problems).take(MAX_PROBLEMS).collect();
+                let of_source = told.problems.iter().cloned();
+                entry.problems = of_source.chain(told.nodes.iter().flat_map(problems)).take(MAX_PROBLEMS).collect();
             }
         }
         known

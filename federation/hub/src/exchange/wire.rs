@@ -79,6 +79,16 @@ pub fn id_of_export(bytes: &[u8]) -> Option<u64> {
     Id::decode(bytes).ok().map(|it| it.id).filter(|id| *id != 0)
 }
 
+/// What an update's object is called: its kind, the id of its namespace (0 where it has none) and its name.
+pub fn name_of(bytes: &[u8]) -> Option<(&'static str, u64, String)> {
+    match pb::ObjectUpdate::decode(bytes).ok()?.body? {
+        Body::Namespace(it) => Some(("namespace", 0, it.name)),
+        Body::ServiceAccount(it) => Some(("service account", it.namespace, it.name)),
+        Body::Endpoint(it) => Some(("pod", it.namespace, it.name)),
+        _ => None,
+    }
+}
+
 /// How many objects a message of a publisher updates or removes.
 pub fn updates_in(request: &pb::PublishRequest) -> usize {
     match &request.message {

@@ -156,6 +156,17 @@ fn each_object_is_refused_by_itself_and_for_its_own_reason() {
 }
 
 #[test]
+fn a_refused_object_is_told_by_its_name() {
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["a"], "cidrs": ["10.1.0.0/16"]})));
+    let strange = pb::Endpoint { addresses: vec![vec![10, 2, 0, 1].into()], ..endpoint(7) };
+    it.delta(&[(1, namespace("a", &[])), (2, namespace("b", &[])), (10, Body::Endpoint(strange))], &[]);
+    let origin = it.exchange.origin("train").unwrap();
+    let told: Vec<String> = origin.refusals(9).1.iter().map(|(id, _)| origin.describe(*id)).collect();
+    assert_eq!(told, ["namespace b", "pod a/pod-7"]);
+    assert_eq!(origin.describe(99), "object 99");
+}
+
+#[test]
 fn limits_refuse_what_is_beyond_and_a_snapshot_is_asked_for_when_there_is_room() {
     let mut it = Publishing::new(grant(serde_json::json!({
         "namespaces": ["*"], "cidrs": ["10.1.0.0/16"], "limits": {"endpoints": 3, "labelSets": 1}
@@ -180,12 +191,51 @@ fn limits_refuse_what_is_beyond_and_a_snapshot_is_asked_for_when_there_is_room()
     it.delta(&[], &[12]);
     let answers = it.say(Request::Heartbeat(pb::Heartbeat {}));
     assert!(matches!(answers[..], [Response::Resync(_)]), "{answers:?}");
+    assert!(it.say(Request::Heartbeat(pb::Heartbeat {})).is_empty(), "what does not fit is not asked for at each beat");
     // Or a wider grant.
     it.delta(&[(12, Body::Endpoint(endpoint(2)))], &[]);
     assert!(it.say(Request::Heartbeat(pb::Heartbeat {})).is_empty());
     let wider = grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"], "limits": {"endpoints": 9}}));
     it.exchange.set_federation(federation(wider, 2));
     assert!(matches!(it.say(Request::Heartbeat(pb::Heartbeat {}))[..], [Response::Resync(_)]));
+}
+
+/// Two members with one cluster's files: the one whose numbering is behind learns it from its next welcome, and is not asked
+/// for the same again and again.
+#[test]
+fn what_is_older_than_held_ends_the_stream() {
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"]})));
+    it.delta(&[(1, namespace("a", &[]))], &[]);
+    let newest = it.revision;
+    let kind = Some(pb::begin::Kind::Snapshot(pb::Snapshot {}));
+    it.say(Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 }));
+    let position = Some(pb::Position { epoch: 1, revision: newest - 1 });
+    let end = Request::End(pb::End { position, digest: bytes::Bytes::new(), view: 0 });
+    let error = it.exchange.publish(it.id, pb::PublishRequest { message: Some(end) }).unwrap_err();
+    assert!(error.to_string().contains("second member"), "{error}");
+    assert_eq!(it.exchange.origin("train").unwrap().position, Position { epoch: 1, revision: newest });
+    it.id = it.exchange.publish_open("train".into());
+    let answers = it.say(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1 }));
+    let [Response::Welcome(welcome)] = &answers[..] else { panic!("{answers:?}") };
+    assert_eq!(welcome.held, Some(pb::Position { epoch: 1, revision: newest }));
+}
+
+/// Two bytes of a message become a hundred times as much in memory.
+#[test]
+fn a_realisation_is_bounded() {
+    let mut it = Publishing::new(grant(serde_json::json!({})));
+    let told = |nodes: usize, errors: usize| {
+        let node = pb::NodePosition { errors: vec![pb::ObjectError::default(); errors], ..pb::NodePosition::default() };
+        let realisation = pb::Realisation { nodes: vec![node; nodes], ..pb::Realisation::default() };
+        pb::PublishRequest { message: Some(Request::Realisation(realisation)) }
+    };
+    assert!(it.exchange.publish(it.id, told(1_000, 10)).is_ok());
+    assert_eq!(it.exchange.realisations()["train"].nodes.len(), 1_000);
+    for (nodes, errors) in [(20_000, 0), (10_000, 10)] {
+        let error = it.exchange.publish(it.id, told(nodes, errors)).unwrap_err();
+        assert!(error.to_string().contains("nodes, of "), "{error}");
+    }
+    assert_eq!(it.exchange.realisations()["train"].nodes.len(), 1_000, "what was told last holds");
 }
 
 /// Jobs come and go, each with a label set of its own: what they leave behind would grow for ever.

@@ -15,7 +15,9 @@ use hanse_proto::federation::v1::exchange_client::ExchangeClient;
 use hanse_runtime::files::write_atomic;
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::shutdown::Shutdown;
+use hanse_runtime::tls::Connection;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
@@ -34,6 +36,10 @@ const MAX_MESSAGE_BYTES: usize = 16 << 20;
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// A stream on which nothing came for this long is given up: the hub speaks every 3 seconds.
 const SILENCE: Duration = Duration::from_secs(15);
+/// When a stream that could not be opened anew is tried again, while the old one serves.
+const REOPEN_AFTER: Duration = Duration::from_secs(2);
+/// The longest wait between two attempts to reach a hub.
+const RETRY_AT_LEAST: Duration = Duration::from_secs(2);
 /// How often what was received is written down, at most.
 const STORE_EVERY: Duration = Duration::from_secs(1);
 const HEADER: &[u8] = b"hanse-exchange/1\n";
@@ -217,7 +223,7 @@ impl Client {
     }
 
     async fn publish_for_ever(&self, identity: &MemberIdentity, hub: &str, stop: &CancellationToken) {
-        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let mut backoff = Backoff::new(Duration::from_millis(100), RETRY_AT_LEAST);
         loop {
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
@@ -233,9 +239,8 @@ impl Client {
     }
 
     async fn publish_once(&self, identity: &MemberIdentity, hub: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
-        let mut renewed = identity.credentials().subscribe();
-        renewed.mark_unchanged();
-        let (mut outbox, mut answers, mut session) = self.open_publish(identity, hub).await?;
+        let mut renewals = Renewals::of(identity);
+        let (mut outbox, mut answers, mut session) = within(self.open_publish(identity, hub)).await?;
         let mut published = self.shared.published.subscribe();
         let mut realisation = self.shared.realisation.subscribe();
         realisation.mark_changed();
@@ -266,11 +271,16 @@ impl Client {
                     }
                 }
                 _ = beat.tick() => Message::Heartbeat(pb::Heartbeat {}),
-                // The next connection shows the new certificate; this one closes when that one has resumed.
-                _ = renewed.changed() => {
-                    renewed.mark_unchanged();
-                    (outbox, answers, session) = self.open_publish(identity, hub).await?;
-                    realisation.mark_changed();
+                // The next connection shows the new certificate; this one closes when that one has resumed, and serves on
+                // while it cannot.
+                () = renewals.due() => {
+                    match within(self.open_publish(identity, hub)).await {
+                        Ok(opened) => {
+                            (outbox, answers, session) = opened;
+                            realisation.mark_changed();
+                        }
+                        Err(error) => renewals.failed(&error, hub),
+                    }
                     continue;
                 }
             };
@@ -310,7 +320,7 @@ impl Client {
     }
 
     async fn watch_for_ever(&self, identity: &MemberIdentity, hubs: &[String], stop: &CancellationToken) {
-        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let mut backoff = Backoff::new(Duration::from_millis(100), RETRY_AT_LEAST);
         for hub in hubs.iter().cycle() {
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
@@ -327,10 +337,10 @@ impl Client {
     }
 
     async fn watch_once(&self, identity: &MemberIdentity, hub: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
-        let mut renewed = identity.credentials().subscribe();
-        renewed.mark_unchanged();
+        let mut renewals = Renewals::of(identity);
         let mut own = self.shared.own.subscribe();
-        let (mut outbox, mut incoming) = self.open_watch(identity, hub, &mut own).await?;
+        let connection = within(connect(identity, hub)).await?;
+        let (mut outbox, mut incoming) = within(self.open_watch(connection, &mut own)).await?;
         loop {
             let answers = tokio::select! {
                 message = tokio::time::timeout(SILENCE, incoming.message()) => {
@@ -345,10 +355,14 @@ impl Client {
                     let wanted = own.borrow_and_update().clone();
                     lock(&self.shared.receiver).set_own(&wanted).into_iter().collect()
                 }
-                // As when publishing: the old stream is open until the new one has resumed.
-                _ = renewed.changed() => {
-                    renewed.mark_unchanged();
-                    (outbox, incoming) = self.open_watch(identity, hub, &mut own).await?;
+                // As when publishing, as far as the connection; the receiver then follows one stream.
+                () = renewals.due() => {
+                    match within(connect(identity, hub)).await {
+                        Ok(connection) => {
+                            (outbox, incoming) = within(self.open_watch(connection, &mut own)).await?;
+                        }
+                        Err(error) => renewals.failed(&error, hub),
+                    }
                     continue;
                 }
             };
@@ -361,11 +375,9 @@ impl Client {
     /// A watching stream that the hub has answered.
     async fn open_watch(
         &self,
-        identity: &MemberIdentity,
-        hub: &str,
+        connection: Connection,
         own: &mut watch::Receiver<BTreeSet<Wanted>>,
     ) -> anyhow::Result<(mpsc::Sender<pb::WatchRequest>, Streaming<pb::WatchResponse>)> {
-        let connection = identity.connect(hub).await?;
         let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
         let open = {
@@ -375,8 +387,7 @@ impl Client {
         };
         outbox.send(open).await?;
         let mut incoming = client.watch(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
-        let first = tokio::time::timeout(SILENCE, incoming.message()).await.context("the hub is silent")?;
-        let first = first.context("watch")?.context("the hub closed the stream")?;
+        let first = incoming.message().await.context("watch")?.context("the hub closed the stream")?;
         let answers = self.receive(first)?;
         for answer in answers {
             outbox.send(answer).await.context("answer")?;
@@ -399,6 +410,47 @@ impl Client {
             }
         }
         self.store();
+    }
+}
+
+/// A stream is opened within this time, or given up.
+async fn within<T>(opening: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::time::timeout(SILENCE, opening).await.context("the hub is silent")?
+}
+
+async fn connect(identity: &MemberIdentity, hub: &str) -> anyhow::Result<Connection> {
+    Ok(identity.connect(hub).await?)
+}
+
+/// When a stream must be opened anew, to show a renewed certificate.
+struct Renewals {
+    changed: watch::Receiver<()>,
+    again: Option<Instant>,
+}
+
+impl Renewals {
+    fn of(identity: &MemberIdentity) -> Self {
+        let mut changed = identity.credentials().subscribe();
+        changed.mark_unchanged();
+        Self { changed, again: None }
+    }
+
+    async fn due(&mut self) {
+        let changed = async { drop(self.changed.changed().await) };
+        match self.again {
+            None => changed.await,
+            Some(again) => tokio::select! {
+                () = changed => {}
+                () = tokio::time::sleep_until(again) => {}
+            },
+        }
+        self.again = None;
+        self.changed.mark_unchanged();
+    }
+
+    fn failed(&mut self, error: &anyhow::Error, hub: &str) {
+        tracing::warn!(error = format!("{error:#}"), hub, "the stream with the former certificate serves on");
+        self.again = Some(Instant::now() + REOPEN_AFTER);
     }
 }
 

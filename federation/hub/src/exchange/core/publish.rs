@@ -11,9 +11,14 @@ use super::Exchange;
 use crate::exchange::model::Position;
 use crate::exchange::origin::{Batch, BatchError, Origin, StagedLimits};
 use crate::exchange::wire;
+use crate::registry::MAX_CLUSTERS;
 
 /// Refusals that one message names.
 const MAX_REFUSALS: usize = 256;
+/// Nodes of one cluster, of which each is held for status.
+const MAX_NODES: usize = 16_384;
+/// Errors, pods, policies or problems that one cluster tells of.
+const MAX_TOLD: usize = 65_536;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublishId(u64);
@@ -37,6 +42,28 @@ pub enum PublishError {
     Version(u32),
     #[error("cluster is not accepted")]
     NotAccepted,
+    #[error("what is held of the cluster is newer: does a second member publish in its name?")]
+    Behind,
+    #[error("realisation: {0}")]
+    Realisation(String),
+}
+
+/// Whether a realisation is as large as a cluster of the largest size can make it.
+fn bounded(realisation: &pb::Realisation) -> Result<(), String> {
+    let of_nodes = |count: fn(&pb::NodePosition) -> usize| realisation.nodes.iter().map(count).sum::<usize>();
+    for (what, count, most) in [
+        ("nodes", realisation.nodes.len(), MAX_NODES),
+        ("errors of nodes", of_nodes(|node| node.errors.len()), MAX_TOLD),
+        ("pods that are not enforced", of_nodes(|node| node.unenforced.len()), MAX_TOLD),
+        ("policies", realisation.policies.len(), MAX_TOLD),
+        ("origins", realisation.origins.len(), MAX_CLUSTERS),
+        ("problems", realisation.problems.len(), MAX_TOLD),
+    ] {
+        if count > most {
+            return Err(format!("{count} {what}, of {most}"));
+        }
+    }
+    Ok(())
 }
 
 impl Exchange {
@@ -108,18 +135,24 @@ impl Exchange {
                 self.publish_batch(id, &cluster, batch, position, wire::read_digest(&end.digest))?
             }
             Request::Realisation(realisation) => {
+                bounded(&realisation).map_err(PublishError::Realisation)?;
                 if self.hub.federation.clusters.contains_key(&cluster) {
                     self.realisations.insert(cluster, Arc::new(realisation));
                 }
                 Vec::new()
             }
             // A grant may have been widened, or others of the objects have gone: what was not kept is asked for again.
-            Request::Heartbeat(_) => match self.origin(&cluster).is_some_and(Origin::has_room) {
+            Request::Heartbeat(_) => match self.asks_again(&cluster) {
                 true => vec![Response::Resync(pb::Resync { reason: "there is room for what was refused".to_owned() })],
                 false => Vec::new(),
             },
         };
         Ok(answers.into_iter().map(|message| pb::PublishResponse { message: Some(message) }).collect())
+    }
+
+    fn asks_again(&mut self, cluster: &ClusterName) -> bool {
+        let origin = self.origin_numbers.get(cluster).and_then(|number| self.origins[*number].as_mut());
+        origin.is_some_and(Origin::asks_again)
     }
 
     fn publish_batch(
@@ -135,10 +168,8 @@ impl Exchange {
         let mut answers = Vec::new();
         match self.apply(number, batch, position) {
             Ok(()) => {}
-            // An older stream of the same cluster: what is held is newer already.
-            Err(BatchError::OldEpoch(_) | BatchError::OldRevision(_)) => {
-                return Ok(vec![Response::Resync(pb::Resync { reason: "what is held is newer".to_owned() })]);
-            }
+            // An older stream of the same cluster, or a second member with its name. The next welcome says what is held.
+            Err(BatchError::OldEpoch(_) | BatchError::OldRevision(_)) => return Err(PublishError::Behind),
             Err(error @ BatchError::NothingHeld) => {
                 if let Some(publisher) = self.publishers.get_mut(&id) {
                     publisher.resyncing = true;
