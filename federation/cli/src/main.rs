@@ -2,8 +2,8 @@
 //!
 //! One module per group of commands. [`policy`] works offline, from directories of manifests; its `explain` and
 //! `matrix` also ask the members of a federation that runs, through its hub. Every command prints a table for people, and
-//! `-o json|yaml` for programs; programs may rely on the latter and on the exit codes (0 done, 1 the answer is no or
-//! something failed, 2 the input is malformed; `wait` says its own).
+//! `-o json|yaml` for programs; programs may rely on the latter and on the exit codes (0 done; 1 the answer is no, something
+//! failed or a manifest is refused; 2 the command line or an expression is malformed; `wait` says its own).
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,7 +17,8 @@ mod policy;
 /// Zero-trust policy for a federation of Kubernetes clusters.
 ///
 /// `hanse policy …` works on directories of manifests; everything else asks a hub, as the user of a context file.
-/// Exit codes: 0 done; 1 the answer is no, or something failed; 2 the input is malformed.
+/// Exit codes: 0 done; 1 the answer is no, something failed, or a manifest is refused; 2 the command line or an expression
+/// is malformed.
 #[derive(Debug, Parser)]
 #[command(name = "hanse", version, propagate_version = true, disable_help_subcommand = true, after_help = EXAMPLES)]
 struct Cli {

@@ -1,7 +1,7 @@
 //! Commands that ask a hub, over mutual TLS, as the user whose certificate the context file names.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use hanse_proto::federation::v1::administration_client::AdministrationClient;
@@ -29,6 +29,7 @@ const CALL_TIME: Duration = Duration::from_secs(30);
 #[serde(rename_all = "camelCase")]
 struct ContextFile {
     hubs: Vec<String>,
+    trust_domain: Option<String>,
     ca: PathBuf,
     certificate: PathBuf,
     key: PathBuf,
@@ -71,6 +72,16 @@ async fn connect(context: Option<&Path>) -> anyhow::Result<Channel> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let credentials = Credentials::read(&folder.join(file.key), &folder.join(file.certificate))?;
     let root = Certificate::read(&folder.join(file.ca))?;
+    let domain = root.trust_domain.to_string();
+    if let Some(other) = file.trust_domain.filter(|other| *other != domain) {
+        anyhow::bail!("the context {} is of the trust domain {other}, its CA of {domain}", path.display());
+    }
+    let (who, ended) = (credentials.identity().to_string(), credentials.certificate.not_after);
+    if ended <= SystemTime::now() {
+        let ended = ended.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let ended = time(ended);
+        anyhow::bail!("the certificate of {who} ended at {ended}: an administrator makes one with `hanse user create`");
+    }
     let trust = Trust::new(&root, |identity| *identity == Identity::Hub)?;
     let client = TlsClient::mutual(CredentialStore::new(credentials)?, &trust)?;
     let mut tried = Vec::new();
@@ -100,7 +111,7 @@ pub enum CallError {
 fn advice(code: tonic::Code) -> &'static str {
     match code {
         tonic::Code::PermissionDenied => "; an administrator sees with `hanse user list` who has which role",
-        tonic::Code::Unimplemented => "; the hub is older than this command",
+        tonic::Code::Unimplemented => "; or the hub is older than this command",
         _ => "",
     }
 }
@@ -130,8 +141,24 @@ pub async fn call<T>(answer: impl Future<Output = Result<tonic::Response<T>, ton
         }
         Ok(Ok(answer)) => Ok(answer.into_inner()),
         Ok(Err(status)) => Err(match status.code() {
+            // A service that is not there has no words for it.
+            code @ tonic::Code::Unimplemented if status.message().is_empty() => {
+                let message = "the address takes no commands: is it where clusters join?".to_owned();
+                CallError::Refused { code, message }
+            }
+            code if told(&status).contains("CertificateRevoked") || told(&status).contains("CertificateExpired") => {
+                let message = "the hub does not accept this user's certificate, which was revoked or has ended";
+                CallError::Refused { code, message: message.to_owned() }
+            }
             tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {
-                CallError::Unreachable(format!("the hub does not answer: {}", told(&status)))
+                let reason = told(&status);
+                // An alert is lost when the connection breaks while the request is written.
+                let hint =
+                    match ["broken pipe", "connection closed", "reset by peer"].iter().any(|it| reason.contains(it)) {
+                        true => " (a hub also closes the connection of a user who was revoked)",
+                        false => "",
+                    };
+                CallError::Unreachable(format!("the hub does not answer: {reason}{hint}"))
             }
             code => CallError::Refused { code, message: status.message().to_owned() },
         }

@@ -57,6 +57,14 @@ pub fn print<T: Serialize + ?Sized>(format: Format, value: &T) -> anyhow::Result
     Ok(())
 }
 
+/// Says what was done: in words for people, as `value` for programs.
+pub fn done<T: Serialize + ?Sized>(format: Format, value: &T, words: impl std::fmt::Display) -> anyhow::Result<()> {
+    match format {
+        Format::Table => line(words),
+        format => print(format, value),
+    }
+}
+
 /// Prints a line of text; a reader that went away is an error, not a panic.
 pub fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {
     writeln!(std::io::stdout().lock(), "{text}")?;

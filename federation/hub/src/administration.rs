@@ -18,6 +18,7 @@ use crate::authority::Authority;
 use crate::grants::MemberCluster;
 use crate::manifest::{self, Checked, Kind, ObjectId};
 use crate::registration::{requested, status};
+use crate::registry::ClusterState;
 use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
 use crate::registry::{
     ChangeError, Deed, MAX_OBJECT_BYTES, MAX_OBJECTS, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds,
@@ -135,7 +136,7 @@ impl Administration {
             let transaction = match (&member.state, &to) {
                 (from, to) if from == to => Transaction::default(),
                 (MemberState::Revoked { .. }, MemberState::Accepted) => {
-                    let text = "it has been revoked: let it join again with a new token";
+                    let text = "it has been revoked: let it join again, with a new token and `hanse-member join`";
                     return Err(ChangeError::Conflict(text.to_owned()));
                 }
                 (MemberState::Revoked { .. }, _) => Transaction::default(),
@@ -232,7 +233,7 @@ impl Administration {
 
     async fn delete(&self, who: &Identity, id: ObjectId) -> Result<wire::DeleteResponse, ChangeError> {
         let deed = Deed::new(who, "delete", id.to_string());
-        let (revision, orphans) = self
+        let (revision, (orphans, has_joined)) = self
             .registry
             .change(&deed, |snapshot| {
                 let old = snapshot.objects.get(&id);
@@ -248,13 +249,18 @@ impl Administration {
                     Kind::Tier => policies.filter(|(_, object)| in_tier(&object.manifest)).count(),
                     _ => 0,
                 };
-                Ok((Transaction::default().delete(object_key(&id)?), orphans))
+                let has_joined = id.kind == Kind::MemberCluster
+                    && snapshot.clusters.get(&*id.name).is_some_and(|cluster| cluster.state == ClusterState::Accepted);
+                Ok((Transaction::default().delete(object_key(&id)?), (orphans, has_joined)))
             })
             .await?;
-        let text = format!(
-            "{orphans} policies name {id}: now they come last in their phase, and what they do not decide is denied"
-        );
-        let warnings = if orphans > 0 { vec![text] } else { Vec::new() };
+        let orphaned = || {
+            format!(
+                "{orphans} policies name {id}: now they come last in their phase, and what they do not decide is denied"
+            )
+        };
+        let ungranted = || format!("cluster {} has joined: nothing that it publishes is granted any more", id.name);
+        let warnings = (orphans > 0).then(orphaned).into_iter().chain(has_joined.then(ungranted)).collect();
         Ok(wire::DeleteResponse { revision, warnings })
     }
 

@@ -1,6 +1,6 @@
 //! The hub as a whole: its store, its listeners, and what keeps them true.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -158,7 +158,7 @@ pub async fn init(data: &Path, trust_domain: &TrustDomain, listen: SocketAddr) -
     credentials.key.write(&data.join("admin.key"))?;
     credentials.certificate.write(&data.join("admin.pem"))?;
     let context = Context {
-        hubs: vec![listen.to_string()],
+        hubs: vec![reachable(listen).to_string()],
         trust_domain: trust_domain.to_string(),
         ca: "ca.pem".into(),
         certificate: "admin.pem".into(),
@@ -168,6 +168,16 @@ pub async fn init(data: &Path, trust_domain: &TrustDomain, listen: SocketAddr) -
     files::write_secret(&data.join("admin.context"), text.as_bytes()).context("write admin.context")?;
     std::fs::remove_file(&unfinished).with_context(|| format!("remove {}", unfinished.display()))?;
     Ok(())
+}
+
+/// Where somebody on this machine reaches a listener.
+fn reachable(listen: SocketAddr) -> SocketAddr {
+    let loopback = match listen {
+        SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::LOCALHOST),
+        SocketAddr::V6(_) => IpAddr::from(Ipv6Addr::LOCALHOST),
+    };
+    let ip = if listen.ip().is_unspecified() { loopback } else { listen.ip() };
+    SocketAddr::new(ip, listen.port())
 }
 
 impl Hub {

@@ -31,6 +31,11 @@ struct Cli {
 enum Command {
     /// Join where needed, and serve the cluster's agents.
     Run(Box<RunArgs>),
+    /// Join, and no more: also a cluster that has joined before, and whose registration was revoked.
+    ///
+    /// The member gets a new key. The cluster's own authority keeps its key, so that agents need not enrol again: where that
+    /// key is in other hands, begin with an empty folder instead.
+    Join(JoinArgs),
     /// Tokens with which nodes enrol.
     NodeToken {
         #[command(subcommand)]
@@ -80,6 +85,25 @@ struct NodeTokenArgs {
     /// How long the token is valid.
     #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=604_800))]
     seconds: u64,
+}
+
+#[derive(Debug, Args)]
+struct JoinArgs {
+    /// The folder of the member's files; made when absent. No `hanse-member run` may use it meanwhile.
+    #[arg(long)]
+    data: PathBuf,
+    /// The cluster's name in its ClusterSet.
+    #[arg(long)]
+    cluster: String,
+    /// Where the hub takes newcomers, HOST:PORT; may be given once for each replica.
+    #[arg(long, required = true)]
+    join: Vec<String>,
+    /// A file with a join token.
+    #[arg(long)]
+    token_file: PathBuf,
+    /// What a federated Allow means here: `Pass` leaves to this cluster's own tiers, `Final` ends.
+    #[arg(long, value_enum, default_value_t = FederatedAllow::Pass)]
+    federated_allow: FederatedAllow,
 }
 
 #[derive(Debug, Args)]
@@ -148,6 +172,7 @@ async fn main() -> anyhow::Result<()> {
     tls::install_provider();
     match cli.command {
         Command::NodeToken { command } => node_token(command),
+        Command::Join(args) => join(args).await,
         Command::Run(args) => {
             let shutdown = Shutdown::default();
             let options = Options {
@@ -176,6 +201,18 @@ async fn main() -> anyhow::Result<()> {
             shutdown.drain(DRAIN).await;
             Ok(())
         }
+    }
+}
+
+async fn join(args: JoinArgs) -> anyhow::Result<()> {
+    let _held = process::hold(&args.data)?;
+    let is_final = args.federated_allow == FederatedAllow::Final;
+    let shutdown = Shutdown::default();
+    let stop = shutdown.token();
+    let joining = MemberIdentity::join(&args.data, &args.cluster, &args.token_file, &args.join, is_final, &stop);
+    tokio::select! {
+        joined = joining => joined.map(drop).context("join"),
+        signalled = shutdown.wait_for_signal() => signalled.context("wait for a signal"),
     }
 }
 

@@ -3,8 +3,9 @@
 //! It starts with everything else down, once the cluster has joined: from its source, and from what it last received.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -64,9 +65,7 @@ pub struct Options {
 /// When the cluster cannot join, or a listener cannot be opened.
 pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let stop = shutdown.token();
-    files::private_folder(&options.data).with_context(|| format!("make {}", options.data.display()))?;
-    let _held = files::hold_folder(&options.data)
-        .with_context(|| format!("hold {}: another hanse-member may be running on it", options.data.display()))?;
+    let _held = hold(&options.data)?;
     let (health, registry) = (Health::default(), Registry::default());
     let (joined, sourced) = (health.condition("joined"), health.condition("source read"));
     let heard = health.condition("hub heard");
@@ -174,6 +173,17 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
             }
         }
     }
+}
+
+/// Makes the folder of the member's files where it is absent, and keeps other members from using it until the file is
+/// dropped.
+///
+/// # Errors
+/// When it cannot be made, or another process holds it.
+pub fn hold(data: &Path) -> anyhow::Result<File> {
+    files::private_folder(data).with_context(|| format!("make {}", data.display()))?;
+    let held = files::hold_folder(data);
+    held.with_context(|| format!("hold {}: another hanse-member may be running on it", data.display()))
 }
 
 struct Member {

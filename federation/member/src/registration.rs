@@ -92,7 +92,8 @@ impl MemberIdentity {
         }))
     }
 
-    /// Joins with the token in `token_file`, trying each of `join` in turn, and waits for acceptance, however long. The hub is recognised by
+    /// Joins with the token in `token_file`, also a cluster that has joined before: with a new key, and its authority's old
+    /// one. Tries each of `join` in turn, and waits for acceptance, however long. The hub is recognised by
     /// the hash in the token.
     ///
     /// # Errors
@@ -115,7 +116,12 @@ impl MemberIdentity {
         }
         let client = TlsClient::pinned(PinnedRoot::new(token.root, Identity::Hub))?;
         let key = Key::read_or_generate(&data.join("member.next.pem"))?;
-        let authority_key = Key::read_or_generate(&data.join("intermediate.next.pem"))?;
+        // Agents know the cluster by its authority's key: a cluster that joins again keeps it.
+        let former = data.join("intermediate.pem");
+        let authority_key = match former.exists() {
+            true => Credentials::read_file(&former)?.key,
+            false => Key::read_or_generate(&data.join("intermediate.next.pem"))?,
+        };
         let request = wire::JoinRequest {
             token: token.to_text(),
             cluster: cluster.to_owned(),
@@ -152,7 +158,7 @@ impl MemberIdentity {
                 }
                 Err(error @ RegistrationError::Refused(_)) => return Err(error),
                 Err(error) => {
-                    warn!(%error, cluster, hub = address, "join failed, trying again");
+                    warn!(error = causes(&error), cluster, hub = address, "join failed, trying again");
                     backoff.next_delay()
                 }
             };
@@ -231,7 +237,7 @@ impl MemberIdentity {
                         break;
                     }
                     Err(error) => {
-                        warn!(%error, cluster = %self.cluster, hub = address, late, "certificate not renewed")
+                        warn!(error = causes(&error), cluster = %self.cluster, hub = address, late, "certificate not renewed")
                     }
                 }
             }
@@ -325,6 +331,11 @@ async fn call<T>(
             }
         }
     }
+}
+
+/// An error with what is behind it.
+fn causes(error: &dyn std::error::Error) -> String {
+    std::iter::successors(error.source(), |it| it.source()).fold(error.to_string(), |text, it| format!("{text}: {it}"))
 }
 
 /// The issued certificate with the key that it was asked for.

@@ -25,13 +25,19 @@ pub enum Command {
         output: Format,
     },
     /// Let a cluster in that waits. Compare its key with what its operator says first: hanse cluster get NAME -o yaml.
-    Accept { name: String },
+    Accept {
+        name: String,
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
     /// Throw a cluster out: its streams close at once, and what it published is withdrawn everywhere.
     Revoke {
         name: String,
         /// Why, for the audit.
         #[arg(long, default_value = "")]
         reason: String,
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
     },
 }
 
@@ -95,17 +101,19 @@ impl Command {
                     format => output::print(format, &found.remove(0))?,
                 }
             }
-            Self::Accept { name } => {
+            Self::Accept { name, output } => {
                 let request = pb::AcceptClusterRequest { name: name.clone() };
                 with_client(context, |mut client| async move { call(client.accept_cluster(request)).await })?;
-                output::line(format_args!("cluster {name} accepted"))?;
+                let done = serde_json::json!({"cluster": name, "result": "accepted"});
+                output::done(output, &done, format_args!("cluster {name} accepted"))?;
             }
-            Self::Revoke { name, reason } => {
+            Self::Revoke { name, reason, output } => {
                 let request = pb::RevokeClusterRequest { name: name.clone(), reason };
                 let revoked =
                     with_client(context, |mut client| async move { call(client.revoke_cluster(request)).await })?;
                 let closed = output::count(revoked.closed as usize, "connection");
-                output::line(format_args!("cluster {name} revoked, {closed} closed"))?;
+                let done = serde_json::json!({"cluster": name, "result": "revoked", "closed": revoked.closed});
+                output::done(output, &done, format_args!("cluster {name} revoked, {closed} closed"))?;
             }
         }
         Ok(ExitCode::SUCCESS)

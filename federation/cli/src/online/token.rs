@@ -39,6 +39,8 @@ pub enum Command {
     Revoke {
         /// The token's id.
         id: String,
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
     },
 }
 
@@ -101,10 +103,11 @@ impl Command {
                     false => output::line(table)?,
                 }
             }
-            Self::Revoke { id } => {
+            Self::Revoke { id, output } => {
                 let request = pb::RevokeTokenRequest { id: id.clone() };
                 with_client(context, |mut client| async move { call(client.revoke_token(request)).await })?;
-                output::line(format_args!("token {id} revoked"))?;
+                let done = serde_json::json!({"token": id, "result": "revoked"});
+                output::done(output, &done, format_args!("token {id} revoked"))?;
             }
         }
         Ok(ExitCode::SUCCESS)

@@ -33,6 +33,8 @@ pub enum Command {
         /// Replace files that are there.
         #[arg(long)]
         force: bool,
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
     },
     /// Every user, with roles.
     List {
@@ -40,7 +42,11 @@ pub enum Command {
         output: Format,
     },
     /// Take all rights from a user: open connections close at once.
-    Revoke { name: String },
+    Revoke {
+        name: String,
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
 }
 
 /// As it is written on the command line.
@@ -89,7 +95,7 @@ struct Context {
 impl Command {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         match self {
-            Self::Create { name, roles, out, force } => create(context, &name, roles, &out, force)?,
+            Self::Create { name, roles, out, force, output } => create(context, &name, roles, &out, force, output)?,
             Self::List { output } => {
                 let listed = with_client(context, |mut client| async move {
                     call(client.list_users(pb::ListUsersRequest {})).await
@@ -112,19 +118,27 @@ impl Command {
                 }
                 output::line(table)?;
             }
-            Self::Revoke { name } => {
+            Self::Revoke { name, output } => {
                 let request = pb::RevokeUserRequest { name: name.clone() };
                 let revoked =
                     with_client(context, |mut client| async move { call(client.revoke_user(request)).await })?;
                 let closed = output::count(revoked.closed as usize, "connection");
-                output::line(format_args!("user {name} revoked, {closed} closed"))?;
+                let done = serde_json::json!({"user": name, "result": "revoked", "closed": revoked.closed});
+                output::done(output, &done, format_args!("user {name} revoked, {closed} closed"))?;
             }
         }
         Ok(ExitCode::SUCCESS)
     }
 }
 
-fn create(context: Option<&Path>, name: &str, roles: Vec<Role>, out: &Path, force: bool) -> anyhow::Result<()> {
+fn create(
+    context: Option<&Path>,
+    name: &str,
+    roles: Vec<Role>,
+    out: &Path,
+    force: bool,
+    output: Format,
+) -> anyhow::Result<()> {
     let own = context.context("no hub is known: name a context file with --context FILE or HANSE_CONTEXT")?;
     let text = std::fs::read_to_string(own).with_context(|| format!("read the context {}", own.display()))?;
     let own: Context = serde_yaml_ng::from_str(&text).with_context(|| format!("understand {}", own.display()))?;
@@ -154,10 +168,9 @@ fn create(context: Option<&Path>, name: &str, roles: Vec<Role>, out: &Path, forc
     let theirs = Context { ca: file("ca.pem"), certificate: file("pem"), key: file("key"), ..own };
     let text = serde_json::to_string_pretty(&theirs)? + "\n";
     files::write_secret(context_path, text.as_bytes()).with_context(|| format!("write {}", context_path.display()))?;
-    output::line(format_args!(
-        "user {name} created; they work with\n\n  export HANSE_CONTEXT={}",
-        context_path.display()
-    ))
+    let shown = context_path.display();
+    let done = serde_json::json!({"user": name, "result": "created", "context": context_path});
+    output::done(output, &done, format_args!("user {name} created; they work with\n\n  export HANSE_CONTEXT={shown}"))
 }
 
 fn role_name(role: Option<Wire>) -> String {

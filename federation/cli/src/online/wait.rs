@@ -50,7 +50,7 @@ enum Condition {
 #[derive(Debug, Serialize)]
 struct Waited {
     policy: String,
-    /// `enforced`, `lagging` or `refused`.
+    /// `enforced`, `lagging` or `refused`; `lagging` also while no cluster that enforces it has joined.
     state: &'static str,
     clusters: Vec<InCluster>,
 }
@@ -83,7 +83,7 @@ impl Waited {
         let is = |state: &str| clusters.iter().any(|it| it.state == state);
         let state = if is("refused") {
             "refused"
-        } else if is("lagging") {
+        } else if is("lagging") || clusters.is_empty() {
             "lagging"
         } else {
             "enforced"
@@ -93,6 +93,9 @@ impl Waited {
 
     /// The clusters that are in `state`, for people.
     fn those(&self, state: &str) -> String {
+        if self.clusters.is_empty() {
+            return " a cluster: none of those that are to enforce it has joined".to_owned();
+        }
         let age = |it: &InCluster| match it.age_ms {
             Some(age) if age > 5_000 => format!(" (silent for {})", output::length(Duration::from_millis(age))),
             Some(_) => String::new(),
@@ -108,13 +111,15 @@ impl Wait {
         let Condition::Enforced = self.condition;
         let start = Instant::now();
         let is_up = || start.elapsed() >= Duration::from_secs(self.timeout);
-        let mut again = false;
+        let (mut again, mut told) = (false, String::new());
         loop {
             match with_client(context, |client| self.ask(client, start)) {
                 Err(error) if CallError::is_passing(&error) && !is_up() => {
                     // Once is no news: a policy that was just applied may not be distributed yet.
-                    if again {
-                        eprintln!("{error:#}; asking again");
+                    let text = format!("{error:#}");
+                    if again && told != text {
+                        eprintln!("{text}; asking again");
+                        told = text;
                     }
                     std::thread::sleep(if again { ASK_AGAIN } else { ASK_EVERY });
                     again = true;
@@ -158,12 +163,9 @@ impl Wait {
             match it.state {
                 _ if self.output != Format::Table => output::print(self.output, it)?,
                 "refused" => eprintln!("{} is refused{}", it.policy, it.those("refused")),
-                "lagging" => eprintln!("{} is not enforced after {} s{}", it.policy, self.timeout, it.those("lagging")),
-                _ if it.clusters.is_empty() => {
-                    output::line(format_args!(
-                        "{} is enforced by no cluster: none that it names has joined",
-                        it.policy
-                    ))?;
+                "lagging" => {
+                    let (policy, waits) = (&it.policy, it.those("lagging"));
+                    eprintln!("{policy} is not enforced after {} s: it waits for{waits}", self.timeout);
                 }
                 _ => {
                     let text = format!("{} is enforced, after {:.2} s", it.policy, start.elapsed().as_secs_f64());

@@ -90,7 +90,7 @@ impl World {
     fn join(&self, cluster: &str) {
         let token = self.hanse(&["token", "create", "--cluster", cluster]).out;
         let folder = self.folder.path().join(cluster);
-        std::fs::create_dir(&folder).expect("a folder");
+        std::fs::create_dir_all(&folder).expect("a folder");
         let file = folder.join("token");
         hanse_runtime::files::write_secret(&file, token.trim().as_bytes()).expect("the token");
         let (join, stop) = ([self.hub.join_address.to_string()], Default::default());
@@ -261,6 +261,8 @@ fn waiting_ends_with_who_lags() {
     assert!(unknown.code == Some(1) && unknown.err.contains("nobody"), "{unknown:?}");
     let manifests = format!("{TIER}{}{}", member("train", "10.1.0.0/16"), policy("p", "platform", 1));
     assert_eq!(world.apply(&manifests, &[]).code, Some(0));
+    let nobody = world.hanse(&["wait", "--for=enforced", "--timeout", "1", "p"]);
+    assert!(nobody.code == Some(1) && nobody.err.contains("has joined"), "nothing is enforced: {nobody:?}");
     world.join("train");
     let lagging = world.hanse(&["wait", "--for=enforced", "--timeout", "1", "p"]);
     assert_eq!(lagging.code, Some(1), "{lagging:?}");
@@ -290,6 +292,53 @@ fn tokens_and_clusters() {
     let accept = world.hanse(&["cluster", "accept", "train"]);
     assert!(accept.code == Some(1) && accept.err.contains("train"), "nobody has joined: {accept:?}");
     assert_eq!(world.hanse(&["status", "--exit-code"]).code, Some(0), "a cluster that is expected is no trouble");
+}
+
+#[test]
+fn a_cluster_that_was_revoked_joins_again_and_its_agents_still_know_it() {
+    let world = World::new();
+    assert_eq!(world.apply(&member("train", "10.1.0.0/16"), &[]).code, Some(0));
+    world.join("train");
+    let folder = world.folder.path().join("train");
+    let keys = || {
+        ["member.pem", "intermediate.pem"]
+            .map(|file| hanse_runtime::keys::Credentials::read_file(&folder.join(file)).expect("a key").key.public())
+    };
+    let before = keys();
+    let revoked = world.hanse(&["cluster", "revoke", "train", "-o", "json"]).json();
+    assert_eq!(revoked, serde_json::json!({"cluster": "train", "result": "revoked", "closed": 0}));
+    let accept = world.hanse(&["cluster", "accept", "train"]);
+    assert!(accept.code == Some(1) && accept.err.contains("hanse-member join"), "{accept:?}");
+    world.join("train");
+    assert_eq!(world.hanse(&["cluster", "get", "train", "-o", "json"]).json()["state"], "Accepted");
+    let after = keys();
+    assert!(before[0] != after[0] && before[1] == after[1], "a new key, and the authority that agents know");
+    let deleted = world.hanse(&["delete", "mc", "train"]);
+    assert!(deleted.code == Some(0) && deleted.err.contains("train has joined"), "{deleted:?}");
+}
+
+#[test]
+fn a_context_that_cannot_serve_says_why() {
+    let world = World::new();
+    let text = std::fs::read_to_string(&world.context).expect("the context");
+    let check = |from: &str, to: &str, expected: &str| {
+        assert!(text.contains(from), "{text}");
+        let context = world.context.with_file_name("other.context");
+        std::fs::write(&context, text.replace(from, to)).expect("written");
+        let done = run(Some(&context), &["status"], "");
+        assert!(done.code == Some(1) && done.err.contains(expected), "{done:?}");
+    };
+    check("hanse.test", "other.test", "trust domain other.test");
+    let (served, join) = (world.hub.address.to_string(), world.hub.join_address.to_string());
+    check(&served, &join, "where clusters join");
+    let out = world.folder.path().join("ann");
+    let out = out.to_str().expect("a path");
+    let created = world.hanse(&["user", "create", "ann", "--role", "viewer", "--out", out, "-o", "json"]).json();
+    let context = std::path::PathBuf::from(created["context"].as_str().expect("a path"));
+    assert_eq!(run(Some(&context), &["cluster", "list"], "").code, Some(0));
+    assert_eq!(world.hanse(&["user", "revoke", "ann"]).code, Some(0));
+    let revoked = run(Some(&context), &["cluster", "list"], "");
+    assert!(revoked.code == Some(1) && revoked.err.contains("revoked"), "{revoked:?}");
 }
 
 #[test]
