@@ -11,6 +11,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::hash::BuildHasher as _;
 use std::net::IpAddr;
 use std::rc::Rc;
 
@@ -56,13 +57,15 @@ pub struct Prepared<'a> {
     by_number: Vec<&'a Selection>,
     /// Selections by their numbers.
     index: LabelIndex<'a>,
+    /// The nets of rules that name one only, numbered behind the selections.
+    nets: NetIndex,
     sets: NetworkSets<'a>,
     classes: RefCell<Classes<'a>>,
     /// By class and direction.
     chains: RefCell<FastMap<(u32, Direction), Chain<'a>>>,
     chains_by_content: RefCell<FastMap<ChainKey, Chain<'a>>>,
     memos: RefCell<Memos>,
-    /// One bit for each selection and end, clear between questions.
+    /// For each end one bit for each selection and net, clear between questions.
     bits: [Bits; 2],
 }
 
@@ -71,7 +74,7 @@ impl<'a> Prepared<'a> {
         let plans = inventory.clusters.keys().map(|cluster| (&**cluster, Plan::new(policies, cluster, view))).collect();
         let mut selections = FastMap::default();
         let mut ids: FastMap<&Selection, u32> = FastMap::default();
-        let mut by_number = Vec::new();
+        let (mut by_number, mut only_nets) = (Vec::new(), FastSet::default());
         let layers = [&policies.federation].into_iter().chain(policies.clusters.values());
         let mut keys = FastSet::default();
         let mut note = |selector: &'a Selector| {
@@ -82,6 +85,7 @@ impl<'a> Prepared<'a> {
         for policy in layers.flat_map(|layer| layer.policies.values()) {
             note(&policy.selector);
             for rule in [&policy.ingress, &policy.egress].into_iter().flatten().flatten() {
+                only_nets.extend([&rule.source, &rule.destination].into_iter().filter_map(|end| only(&end.nets)));
                 for selection in [&rule.source, &rule.destination].into_iter().flat_map(selections_of) {
                     let next = ids.len() as u32;
                     let id = *ids.entry(selection).or_insert(next);
@@ -94,19 +98,27 @@ impl<'a> Prepared<'a> {
             }
         }
         let pods_of = |(cluster, owner): (&'a ClusterName, &'a Cluster)| {
-            let by_id = owner.endpoints.iter().map(|(id, endpoint)| (id, (id, endpoint))).collect();
+            let known = |(id, endpoint)| (id, Known { id, endpoint, class: Cell::new(NO_CLASS) });
+            let by_id = owner.endpoints.iter().map(known).collect();
             (&**cluster, Pods { cluster, owner, by_id })
         };
+        let (mut nets, mut count) = (NetIndex::default(), by_number.len() as u32);
+        for net in only_nets {
+            nets.add(net, count);
+            count += 1;
+        }
+        nets.finish();
         Self {
             inventory,
             plans,
+            nets,
             pods: inventory.clusters.iter().map(pods_of).collect(),
             selections,
             index: LabelIndex::new(by_number.iter().map(|selection| &selection.selector)),
-            bits: [(); 2].map(|()| vec![Cell::new(0); by_number.len().div_ceil(64)].into()),
+            bits: [(); 2].map(|()| vec![Cell::new(0); count.div_ceil(64) as usize].into()),
             by_number,
             sets: NetworkSets::new(inventory),
-            classes: RefCell::new(Classes { keys, by_key: FastMap::default(), by_endpoint: FastMap::default() }),
+            classes: RefCell::new(Classes { keys, by_key: FastMap::default() }),
             chains: RefCell::default(),
             chains_by_content: RefCell::default(),
             memos: RefCell::default(),
@@ -120,7 +132,7 @@ impl<'a> Prepared<'a> {
             let pod = ends[usize::from(direction == Direction::Ingress)].pod?;
             let facts =
                 Remembered { prepared: self, query, memos: ends.each_ref().map(|end| self.memo(end, pod.cluster)) };
-            let _lit = Lit::new(&self.bits, &facts.memos);
+            let _lit = Lit::new(self, query, &facts.memos);
             let glance = Glance::new(self, query, &facts.memos);
             let chain = self.chain(pod, direction);
             let federated_allow_final = pod.owner.federated_allow_final;
@@ -170,7 +182,10 @@ impl<'a> Prepared<'a> {
                 if rule.action != Action::Log && !seen.insert(meaning) {
                     continue;
                 }
-                let ends = [number(&rule.source.selection), number(&rule.destination.selection)];
+                let end = |end: &EntityMatch| {
+                    number(&end.selection).or_else(|| only(&end.nets).and_then(|net| self.nets.number(net)))
+                };
+                let ends = [end(&rule.source), end(&rule.destination)];
                 plain.outlines.push(Outline::of(rule, ends));
                 plain.rules.push(PlainRule {
                     policy,
@@ -185,8 +200,11 @@ impl<'a> Prepared<'a> {
     fn class_of(&self, end: &End) -> EndClass<'a> {
         let pod = end.pod.as_ref().and_then(|(cluster, id)| {
             let pods = self.pods.get(&**cluster)?;
-            let (id, endpoint) = pods.by_id.get(id).copied()?;
-            let class = self.classes.borrow_mut().pod(pods.cluster, id, endpoint);
+            let Known { id, endpoint, class: known } = pods.by_id.get(id)?;
+            if known.get() == NO_CLASS {
+                known.set(self.classes.borrow_mut().pod(pods.cluster, id, endpoint));
+            }
+            let class = known.get();
             Some(Pod { class, cluster: pods.cluster, owner: pods.owner, id, endpoint })
         });
         EndClass { pod, sets: self.sets.holding(end.address) }
@@ -248,22 +266,25 @@ impl<'a> Prepared<'a> {
 
 type Bits = Box<[Cell<u64>]>;
 
-/// The bits of the selections that hold, or may hold, the ends: set while it lives.
+/// The bits of the selections that hold, or may hold, the ends, and of the nets that do: set while it lives.
 struct Lit<'p> {
     bits: &'p [Bits; 2],
     held: [Held; 2],
+    nets: [Vec<u32>; 2],
 }
 
 impl<'p> Lit<'p> {
-    fn new(bits: &'p [Bits; 2], memos: &[Memo<'_>; 2]) -> Self {
-        let this = Self { bits, held: memos.each_ref().map(|memo| memo.held.clone()) };
+    fn new(prepared: &'p Prepared<'_>, query: &Query, memos: &[Memo<'_>; 2]) -> Self {
+        let held = memos.each_ref().map(|memo| memo.held.clone());
+        let nets = [query.source.address, query.destination.address].map(|address| prepared.nets.holding(address));
+        let this = Self { bits: &prepared.bits, held, nets };
         this.set(|word, bit| word | bit);
         this
     }
 
     fn set(&self, change: impl Fn(u64, u64) -> u64) {
-        for (bits, held) in self.bits.iter().zip(&self.held) {
-            for (number, _) in held.iter() {
+        for ((bits, held), nets) in self.bits.iter().zip(&self.held).zip(&self.nets) {
+            for number in held.iter().map(|(number, _)| number).chain(nets) {
                 let word = &bits[*number as usize / 64];
                 word.set(change(word.get(), 1 << (number % 64)));
             }
@@ -343,7 +364,7 @@ struct PlainRule<'a> {
 /// Four of them in a line of a cache.
 #[derive(Debug)]
 struct Outline {
-    /// The numbers of the selections of source and destination; [`ANY`] says nothing.
+    /// The numbers of the selections of source and destination, of their only nets where they have none; [`ANY`] says nothing.
     ends: [u32; 2],
     /// [`ANY_PROTOCOL`] says nothing.
     protocol: u16,
@@ -419,8 +440,18 @@ struct Pod<'a> {
 struct Pods<'a> {
     cluster: &'a str,
     owner: &'a Cluster,
-    by_id: FastMap<&'a EndpointId, (&'a EndpointId, &'a Endpoint)>,
+    by_id: FastMap<&'a EndpointId, Known<'a>>,
 }
+
+#[derive(Debug)]
+struct Known<'a> {
+    id: &'a EndpointId,
+    endpoint: &'a Endpoint,
+    /// [`NO_CLASS`] until it was asked for.
+    class: Cell<u32>,
+}
+
+const NO_CLASS: u32 = u32::MAX;
 
 #[derive(Debug)]
 struct Memo<'a> {
@@ -466,8 +497,6 @@ struct Classes<'a> {
     /// The label keys that some selector names.
     keys: FastSet<&'a str>,
     by_key: FastMap<ClassKey<'a>, u32>,
-    /// By the address of the endpoint in the inventory.
-    by_endpoint: FastMap<usize, u32>,
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -486,10 +515,6 @@ impl<'a> Classes<'a> {
     }
 
     fn pod(&mut self, cluster: &'a str, id: &'a EndpointId, endpoint: &'a Endpoint) -> u32 {
-        let address = std::ptr::from_ref(endpoint) as usize;
-        if let Some(class) = self.by_endpoint.get(&address) {
-            return *class;
-        }
         let key = ClassKey {
             cluster,
             namespace: id.namespace.as_deref(),
@@ -498,9 +523,7 @@ impl<'a> Classes<'a> {
             labels: self.telling(&endpoint.labels),
         };
         let next = self.by_key.len() as u32;
-        let class = *self.by_key.entry(key).or_insert(next);
-        self.by_endpoint.insert(address, class);
-        class
+        *self.by_key.entry(key).or_insert(next)
     }
 }
 
@@ -562,7 +585,28 @@ struct LabelIndex<'a> {
     by_label: FastMap<&'a str, ByValue<'a>>,
     /// Those that may hold without any.
     others: Vec<u32>,
+    /// What each needs besides.
+    sketches: Vec<Sketch>,
+    hasher: foldhash::fast::RandomState,
 }
+
+/// Some of the labels that a selector needs, all of them, or all that an endpoint has: one of 256 bits for each key and for
+/// each key with its value. Where a selector's are not among the endpoint's it cannot hold.
+#[derive(Debug, Default, Clone, Copy)]
+struct Sketch([u64; 4]);
+
+impl Sketch {
+    fn add(&mut self, hash: u64) {
+        self.0[(hash >> 6) as usize % 4] |= 1 << (hash % 64);
+    }
+
+    fn is_in(&self, all: &Self) -> bool {
+        self.0.iter().zip(all.0).all(|(bits, all)| bits & !all == 0)
+    }
+}
+
+/// How many times as dear it is to ask a selector as to look at its sketch, about.
+const SKETCHED: usize = 8;
 
 #[derive(Debug, Default)]
 struct ByValue<'a> {
@@ -580,6 +624,9 @@ impl<'a> LabelIndex<'a> {
         }
         let mut index = Self::default();
         for (number, selector) in (0..).zip(selectors) {
+            let mut sketch = Sketch::default();
+            each_need(&selector.expr, &mut |need| sketch.add(index.hasher.hash_one(need)));
+            index.sketches.push(sketch);
             match needs(&selector.expr, &crowds) {
                 None => index.others.push(number),
                 Some(needs) => {
@@ -599,15 +646,33 @@ impl<'a> LabelIndex<'a> {
     /// The selectors that can hold for labels of which none is unknown, without doubles.
     fn candidates(&self, labels: &EffectiveLabels<'_>) -> Vec<u32> {
         let mut found = self.others.clone();
+        let mut sketch = Sketch::default();
         for (key, value) in labels.known() {
+            let needs: [Need<'_>; 2] = [(&*key, None), (&*key, Some(&*value))];
+            needs.iter().for_each(|need| sketch.add(self.hasher.hash_one(need)));
             if let Some(by_value) = self.by_label.get(&*key) {
                 found.extend(&by_value.any);
                 found.extend(by_value.of_value.get(&*value).into_iter().flatten());
             }
         }
+        found.retain(|number| self.sketches[*number as usize].is_in(&sketch));
         found.sort_unstable();
         found.dedup();
         found
+    }
+}
+
+/// Calls `visit` with labels without any of which the expression does not hold.
+fn each_need<'e>(expr: &'e Expr, visit: &mut impl FnMut(Need<'e>)) {
+    match expr {
+        Expr::Equal(key, value) => visit((key, Some(value))),
+        Expr::Has(key)
+        | Expr::In(key, _)
+        | Expr::Contains(key, _)
+        | Expr::StartsWith(key, _)
+        | Expr::EndsWith(key, _) => visit((key, None)),
+        Expr::And(parts) => parts.iter().for_each(|part| each_need(part, visit)),
+        _ => {}
     }
 }
 
@@ -621,8 +686,12 @@ fn needs<'e>(expr: &'e Expr, crowds: &FastMap<Need<'e>, usize>) -> Option<Vec<Ne
             Some(vec![(key, None)])
         }
         Expr::And(parts) => {
-            let crowd = |needs: &Vec<Need<'e>>| -> usize { needs.iter().map(|need| crowds[need]).sum() };
-            parts.iter().filter_map(|part| needs(part, crowds)).min_by_key(crowd)
+            // A need that is one of several is in no sketch; where it is not the filed one, it is found out by asking.
+            let cost = |needs: &Vec<Need<'e>>| -> usize {
+                let crowd: usize = needs.iter().map(|need| crowds[need]).sum();
+                if needs.len() == 1 { crowd * SKETCHED } else { crowd }
+            };
+            parts.iter().filter_map(|part| needs(part, crowds)).min_by_key(cost)
         }
         Expr::Or(parts) => {
             let all: Option<Vec<_>> = parts.iter().map(|part| needs(part, crowds)).collect();
@@ -647,10 +716,42 @@ fn each_value<'e>(expr: &'e Expr, visit: &mut impl FnMut(&'e str, &'e str)) {
 struct NetworkSets<'a> {
     /// With the cluster; `None` is the federation.
     all: Vec<(Option<&'a str>, &'a EndpointId, &'a Endpoint)>,
+    nets: NetIndex,
+    none: Rc<[u32]>,
+}
+
+/// Numbers by nets.
+#[derive(Debug, Default)]
+struct NetIndex {
     by_net: FastMap<IpNet, Vec<u32>>,
     /// The lengths in use, for each family.
     lengths: [Vec<u8>; 2],
-    none: Rc<[u32]>,
+}
+
+impl NetIndex {
+    fn add(&mut self, net: IpNet, number: u32) {
+        self.by_net.entry(net.trunc()).or_default().push(number);
+        self.lengths[usize::from(matches!(net, IpNet::V6(_)))].push(net.prefix_len());
+    }
+
+    fn finish(&mut self) {
+        for lengths in &mut self.lengths {
+            lengths.sort_unstable();
+            lengths.dedup();
+        }
+    }
+
+    /// The first number of a net.
+    fn number(&self, net: IpNet) -> Option<u32> {
+        self.by_net.get(&net.trunc())?.first().copied()
+    }
+
+    /// The numbers of the nets that an address is in.
+    fn holding(&self, address: IpAddr) -> Vec<u32> {
+        let lengths = self.lengths[usize::from(address.is_ipv6())].iter();
+        let nets = lengths.filter_map(|length| IpNet::new(address, *length).ok());
+        nets.filter_map(|net| self.by_net.get(&net.trunc())).flatten().copied().collect()
+    }
 }
 
 impl<'a> NetworkSets<'a> {
@@ -661,28 +762,16 @@ impl<'a> NetworkSets<'a> {
         let federated = inventory.federated_sets.iter().map(|(id, endpoint)| (None, id, endpoint));
         let all: Vec<_> =
             of_clusters.filter(|(_, id, _)| id.kind == EndpointKind::NetworkSet).chain(federated).collect();
-        let mut by_net: FastMap<IpNet, Vec<u32>> = FastMap::default();
-        let mut lengths = [Vec::new(), Vec::new()];
+        let mut nets = NetIndex::default();
         for (at, (.., endpoint)) in all.iter().enumerate() {
-            for net in &endpoint.nets {
-                by_net.entry(net.trunc()).or_default().push(at as u32);
-                lengths[usize::from(matches!(net, IpNet::V6(_)))].push(net.prefix_len());
-            }
+            endpoint.nets.iter().for_each(|net| nets.add(*net, at as u32));
         }
-        for lengths in &mut lengths {
-            lengths.sort_unstable();
-            lengths.dedup();
-        }
-        Self { all, by_net, lengths, none: Rc::new([]) }
+        nets.finish();
+        Self { all, nets, none: Rc::new([]) }
     }
 
     fn holding(&self, address: IpAddr) -> Rc<[u32]> {
-        let mut found = Vec::new();
-        for length in &self.lengths[usize::from(address.is_ipv6())] {
-            if let Ok(net) = IpNet::new(address, *length) {
-                found.extend(self.by_net.get(&net.trunc()).into_iter().flatten().copied());
-            }
-        }
+        let mut found = self.nets.holding(address);
         if found.is_empty() {
             return self.none.clone();
         }
