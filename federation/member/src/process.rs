@@ -137,8 +137,6 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     client.start(&identity, &options.hubs, &shutdown);
     answering.start(&identity, &options.hubs, &shutdown);
     let (mut received, mut acknowledged, mut resolved) = (client.changes(), fanout.changes(), resolver.changes());
-    // What came between the start and now is news too.
-    received.mark_changed();
     let mut report = tokio::time::interval(REPORT_EVERY);
     report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut told = false;

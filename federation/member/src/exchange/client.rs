@@ -203,8 +203,11 @@ impl Client {
         }
     }
 
+    /// Tells when to look, at first at once: what came before this call is news to whom has just begun to listen.
     pub fn changes(&self) -> watch::Receiver<u64> {
-        self.shared.received.subscribe()
+        let mut changes = self.shared.received.subscribe();
+        changes.mark_changed();
+        changes
     }
 
     /// Looks at what is held.
@@ -397,7 +400,7 @@ impl Client {
 
     /// Writes down what was received, so that a start needs nobody.
     async fn store_for_ever(&self, stop: &CancellationToken) {
-        let mut received = self.shared.received.subscribe();
+        let mut received = self.changes();
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
@@ -463,4 +466,75 @@ fn read(path: &Path) -> Option<Vec<u8>> {
         tracing::warn!(path = %path.display(), "the snapshot is damaged and not used");
     }
     body
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::model::Position;
+    use super::super::wire::digest_bytes;
+    use super::*;
+
+    /// The hub says that it has nothing at `revision`, and that nothing more is under way.
+    fn hear(client: &Client, revision: u64) {
+        use pb::watch_response::Message;
+        let kind = Some(pb::begin::Kind::Snapshot(pb::Snapshot {}));
+        let position = Some(pb::Position { epoch: 1, revision });
+        for message in [
+            Message::Interest(pb::Interest { number: 1, ..pb::Interest::default() }),
+            Message::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 1 }),
+            Message::End(pb::End { position, digest: digest_bytes(0), view: 0 }),
+            Message::Heartbeat(pb::Heartbeat {}),
+        ] {
+            client.receive(pb::WatchResponse { message: Some(message) }).expect("the protocol");
+        }
+    }
+
+    /// A member that starts on these files, and the revision that it begins with; 0 is none.
+    fn start(data: &Path) -> (Client, u64) {
+        let client = Client::restore(data);
+        let begins_with = client.take_updates().map_or(Position::default(), |updates| updates.in_force);
+        lock(&client.shared.receiver).open();
+        (client, begins_with.revision)
+    }
+
+    #[test]
+    fn who_begins_to_listen_hears_of_what_came_before() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (client, _) = start(folder.path());
+        hear(&client, 1);
+        let mut changes = client.changes();
+        assert!(changes.has_changed().expect("it lives"), "nothing else may come for long");
+        changes.mark_unchanged();
+        hear(&client, 2);
+        assert!(changes.has_changed().expect("it lives"));
+    }
+
+    #[test]
+    fn a_crash_goes_back_to_nothing_older_than_what_was_handed_out() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (client, begins_with) = start(folder.path());
+        assert_eq!(begins_with, 0);
+        hear(&client, 1);
+        client.store();
+        assert_eq!(client.take_updates().expect("news").in_force.revision, 1);
+        hear(&client, 2);
+        assert_eq!(start(folder.path()).1, 1, "nodes have heard of nothing newer");
+        assert_eq!(client.take_updates().expect("news").in_force.revision, 2);
+        // A crash before what was handed out is on disk; and another before the hub was heard.
+        for _ in 0..2 {
+            let (again, begins_with) = start(folder.path());
+            assert_eq!(begins_with, 0, "what is on disk is older than what nodes were told");
+            again.store();
+        }
+        let (again, _) = start(folder.path());
+        hear(&again, 2);
+        assert_eq!(again.take_updates().expect("the hub was heard").in_force.revision, 2);
+        again.store();
+        assert_eq!(start(folder.path()).1, 2, "all of it is on disk");
+        let path = folder.path().join("receiver.snapshot");
+        let mut bytes = std::fs::read(&path).expect("it is there");
+        *bytes.last_mut().expect("not empty") ^= 1;
+        std::fs::write(&path, bytes).expect("written");
+        assert_eq!(start(folder.path()).1, 0, "what is damaged is nothing");
+    }
 }
