@@ -877,11 +877,12 @@ mod tests {
         }
     }
 
-    fn in_force(receiver: &mut Receiver) -> Option<Bytes> {
+    /// What became of the policy, if anything: its text, or that it is gone.
+    fn in_force(receiver: &mut Receiver) -> Option<Option<Bytes>> {
         let mut now = None;
         for change in receiver.take_updates().unwrap_or_default().changes {
             if let Change::Manifest { manifest, .. } = change {
-                now = manifest.map(|it| it.json);
+                now = Some(manifest.map(|it| it.json));
             }
         }
         now
@@ -921,20 +922,20 @@ mod tests {
             assert!(receiver.take_updates().is_none(), "nothing is known yet");
             receiver.open();
             send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 1, &[]), 1);
-            assert_eq!(in_force(&mut receiver).as_deref(), Some(&b"1"[..]));
+            assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"1"))));
             assert!(receiver.refused().is_empty());
             send(&mut receiver, pb::begin::Kind::Delta(pb::Delta {}), &policy(json, 2, features), 2);
             assert_eq!(in_force(&mut receiver), None, "no change");
             assert!(receiver.refused()["p"].contains(why));
 
             let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
-            assert_eq!(in_force(&mut restored).as_deref(), Some(&b"1"[..]), "after a restart");
+            assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"1"))), "after a restart");
             assert!(restored.refused()["p"].contains(why), "and is still told");
             restored.open();
             send(&mut restored, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(json, 2, features), 2);
             assert_eq!(in_force(&mut restored), None, "the hub's next word takes nothing away");
             send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"3", 3, &[]), 3);
-            assert_eq!(in_force(&mut restored).as_deref(), Some(&b"3"[..]));
+            assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"3"))));
             assert!(restored.refused().is_empty());
         }
     }
