@@ -286,3 +286,179 @@ async fn renew(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hanse_proto::agent::v1 as wire;
+    use hanse_proto::agent::v1::agents_client::AgentsClient;
+    use hanse_ruleset::{NodeConfig, RuleSet};
+    use hanse_runtime::TrustDomain;
+    use hanse_runtime::agent_wire::{self, Assembled, Assembler};
+    use hanse_runtime::ca::Ca;
+    use hanse_runtime::keys::{Credentials, Key, RequestedKey};
+    use hanse_runtime::tls::TlsClient;
+    use tokio::sync::mpsc;
+    use tokio_stream::wrappers::ReceiverStream;
+    use tonic::{Status, Streaming};
+
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3_600);
+    const SOON: Duration = Duration::from_secs(20);
+
+    fn intermediate(root: &Ca, cluster: &str) -> Credentials {
+        let key = Key::generate().expect("a key");
+        let requested = RequestedKey::from_request(&key.request().expect("signed")).expect("whole");
+        let issued = root.issue_intermediate(cluster, &requested, HOUR, SystemTime::now()).expect("issued");
+        Credentials::new(key, issued).expect("they fit")
+    }
+
+    fn root() -> Ca {
+        Ca::root(&TrustDomain::new("hanse.test").expect("a domain"), HOUR, SystemTime::now()).expect("a root")
+    }
+
+    /// The cluster `c`, whose files are in `data`.
+    pub(super) fn joined(data: &Path) -> MemberIdentity {
+        let (root, cluster) = (root(), Identity::cluster("c").expect("a name"));
+        root.certificate().write(&data.join("root.pem")).expect("written");
+        intermediate(&root, "c").write_file(&data.join("intermediate.pem")).expect("written");
+        let own = root.issue_credentials(&cluster, HOUR, SystemTime::now()).expect("issued");
+        own.write_file(&data.join("member.pem")).expect("written");
+        MemberIdentity::read(data, "c").expect("whole").expect("it has joined")
+    }
+
+    struct World {
+        identity: MemberIdentity,
+        fanout: Fanout,
+        address: String,
+        shutdown: Shutdown,
+        _folder: tempfile::TempDir,
+    }
+
+    impl Drop for World {
+        fn drop(&mut self) {
+            self.shutdown.begin();
+        }
+    }
+
+    impl World {
+        async fn new() -> Self {
+            let folder = tempfile::tempdir().expect("a folder");
+            let identity = joined(folder.path());
+            let fanout = Fanout::new(folder.path(), HOUR).expect("a term");
+            let (shutdown, any) = (Shutdown::default(), "127.0.0.1:0".parse().expect("an address"));
+            let (agents, _) = fanout.serve(&identity, any, any, &shutdown).await.expect("it listens");
+            Self { identity, fanout, address: agents.to_string(), shutdown, _folder: folder }
+        }
+
+        /// Whoever holds `credentials` opens a stream.
+        async fn open(&self, credentials: Credentials) -> anyhow::Result<Agent> {
+            let authority = self.identity.authority();
+            let trust = Trust::new(authority.certificate(), |identity| matches!(identity, Identity::Cluster(_)))?;
+            let client = TlsClient::mutual(CredentialStore::new(credentials)?, &trust)?;
+            let connection = client.connect(&self.address).await?;
+            let (outbox, sending) = mpsc::channel(4);
+            let digest = agent_wire::digest(RuleSet::default().digest());
+            let hello = wire::Hello { digest, ..wire::Hello::default() };
+            outbox.send(message(wire::agent_to_member::Message::Hello(hello))).await?;
+            let stream = AgentsClient::new(connection.channel).sync(ReceiverStream::new(sending)).await?.into_inner();
+            Ok(Agent { outbox, stream, held: RuleSet::default() })
+        }
+
+        async fn agent(&self, node: &str) -> Agent {
+            let node = Identity::node("c", node).expect("a name");
+            let issued = self.identity.authority().issue_credentials(&node, HOUR, SystemTime::now());
+            self.open(issued.expect("issued")).await.expect("its member serves it")
+        }
+
+        /// Each node's rules differ, by its place in `nodes` and by `number`.
+        fn publish(&self, nodes: &[&str], number: u8) {
+            let changed = nodes.iter().enumerate().map(|(at, name)| {
+                let range = format!("10.{at}.{number}.0/24").parse().expect("a net");
+                let node = NodeConfig { pod_ranges: vec![range], ..NodeConfig::default() };
+                let rules = Arc::new(RuleSet { node, ..RuleSet::default() });
+                ((*name).into(), NodeRules { digest: rules.digest(), rules, step: None })
+            });
+            let compiled = Compiled { changed: changed.collect(), removed: Vec::new() };
+            self.fanout.publish(compiled, u64::from(number), 1);
+        }
+    }
+
+    fn message(message: wire::agent_to_member::Message) -> wire::AgentToMember {
+        wire::AgentToMember { message: Some(message) }
+    }
+
+    struct Agent {
+        outbox: mpsc::Sender<wire::AgentToMember>,
+        stream: Streaming<wire::MemberToAgent>,
+        held: RuleSet,
+    }
+
+    impl Agent {
+        /// The range of the next rule set.
+        async fn receive(&mut self) -> Result<String, Status> {
+            let mut assembler = Assembler::default();
+            loop {
+                let next = tokio::time::timeout(SOON, self.stream.message()).await.expect("in time")?;
+                let next = next.ok_or_else(|| Status::cancelled("the stream ended"))?;
+                if let Assembled::Delta(delta) = assembler.receive(next).expect("understood") {
+                    self.held = self.held.apply(&delta).expect("it fits");
+                    return Ok(self.held.node.pod_ranges[0].to_string());
+                }
+            }
+        }
+
+        async fn ack(&self) {
+            let ack = wire::Ack {
+                generation: Some(agent_wire::generation(self.held.generation)),
+                digest: agent_wire::digest(self.held.digest()),
+                revisions: Some(wire::Revisions { hub: self.held.hub_revision, local: self.held.local_revision }),
+                ..wire::Ack::default()
+            };
+            self.outbox.send(message(wire::agent_to_member::Message::Ack(ack))).await.expect("the stream is open");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_slow_agent_makes_nobody_wait_and_is_sent_the_newest() {
+        let world = World::new().await;
+        let nodes = ["slow", "quick"];
+        let (mut slow, mut quick) = (world.agent("slow").await, world.agent("quick").await);
+        world.publish(&nodes, 1);
+        assert_eq!(slow.receive().await.expect("sent"), "10.0.1.0/24");
+        for number in 1..=20 {
+            world.publish(&nodes, number);
+            // What comes between is left out where something newer is there already.
+            while quick.receive().await.expect("sent") != format!("10.1.{number}.0/24") {
+                quick.ack().await;
+            }
+            quick.ack().await;
+        }
+        slow.ack().await;
+        assert_eq!(slow.receive().await.expect("sent"), "10.0.20.0/24", "nothing in between");
+    }
+
+    #[tokio::test]
+    async fn a_certificate_asks_for_its_own_nodes_rules() {
+        let world = World::new().await;
+        world.publish(&["a", "b"], 1);
+        for (node, range) in [("a", "10.0.1.0/24"), ("b", "10.1.1.0/24")] {
+            assert_eq!(world.agent(node).await.receive().await.expect("sent"), range);
+        }
+        let authority = world.identity.authority();
+        let own = authority.issue_credentials(&Identity::cluster("c").expect("a name"), HOUR, SystemTime::now());
+        let member = world.identity.credentials().current();
+        let other = Ca::new(intermediate(&root(), "d"), false).expect("an authority");
+        let node = Identity::node("d", "a").expect("a name");
+        let stranger = other.issue_credentials(&node, HOUR, SystemTime::now());
+        for (who, credentials) in [
+            ("the cluster", own.expect("issued")),
+            ("its member", member),
+            ("a node of another", stranger.expect("issued")),
+        ] {
+            // TLS 1.3 clients learn of a refusal only with the first answer.
+            let Ok(mut agent) = world.open(credentials).await else { continue };
+            assert!(agent.receive().await.is_err(), "{who}");
+        }
+    }
+}

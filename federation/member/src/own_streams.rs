@@ -185,6 +185,12 @@ kind: Pod
 metadata: {name: member, namespace: hanse}
 spec: {nodeName: a}
 status: {phase: Running, podIP: 10.0.1.7}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: moved, namespace: hanse}
+spec: {nodeName: b}
+status: {phase: Running, podIP: 10.0.1.20}
 "#;
 
     fn check(hub: &str, member: &str, expected: [&[&str]; 2]) {
@@ -217,6 +223,13 @@ status: {phase: Running, podIP: 10.0.1.7}
         check("10.0.2.9:7443", "10.0.1.7", [&[through, agents], &[through, anyone]]);
         // By the service's address, another port in front.
         check("10.96.0.9:443", "10.0.1.7", [&[through, agents], &[through, anyone]]);
+        // A pod is where it says, whatever the range of its address.
+        let moved = "anyone to hub: TCP from anywhere to 10.0.1.20/32, port 7443";
+        check(
+            "10.0.1.20:7443",
+            "192.0.2.9",
+            [&[], &["member to hub: TCP from 192.0.2.9/32 to 10.0.1.20/32, port 7443", moved]],
+        );
         check("127.0.0.1:7443", "127.0.0.1", [&[], &[]]);
     }
 }

@@ -212,7 +212,42 @@ pub fn issue(
 
 #[cfg(test)]
 mod tests {
+    use hanse_runtime::keys::Key;
+
     use super::*;
+    use crate::fanout::tests::joined;
+
+    fn request() -> RequestedKey {
+        let request = Key::generate().expect("a key").request().expect("signed");
+        RequestedKey::from_request(&request).expect("whole")
+    }
+
+    #[test]
+    fn a_token_enrols_its_node_with_its_first_key_in_its_time() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let identity = joined(folder.path());
+        let create = || create_node_token(folder.path(), &identity, "n", Duration::from_secs(60)).expect("a token");
+        let service = Service::new(identity.clone(), Duration::from_secs(60));
+        let (token, mine, theirs) = (create(), request(), request());
+        let id = Token::parse(&token).expect("a token").id;
+        let other = create();
+        let forged = other.replace(&Token::parse(&other).expect("a token").id, &id);
+        assert!(forged != other && Token::parse(&forged).is_some_and(|it| it.id == id));
+        assert!(service.redeem(&forged, &mine).is_err(), "another secret");
+        assert_eq!(service.redeem(&token, &mine).expect("enrolled"), "n");
+        assert_eq!(service.redeem(&token, &mine).expect("the answer was lost"), "n");
+        assert!(service.redeem(&token, &theirs).is_err(), "another key");
+        let path = folder.path().join(FOLDER).join(format!("{id}.json"));
+        let mut kept: NodeToken = serde_json::from_slice(&std::fs::read(&path).expect("kept")).expect("JSON");
+        kept.expires_at = seconds(SystemTime::now()) - 1;
+        std::fs::write(&path, serde_json::to_vec(&kept).expect("JSON")).expect("written");
+        assert!(service.redeem(&token, &mine).is_err(), "too late");
+        let token = create();
+        let id = Token::parse(&token).expect("a token").id;
+        assert!(revoke_node_token(folder.path(), &id).expect("revoked"));
+        assert!(service.redeem(&token, &mine).is_err(), "revoked");
+        assert!(service.redeem("", &mine).is_err());
+    }
 
     #[test]
     fn a_token_is_listed_until_it_is_revoked() {
