@@ -195,6 +195,9 @@ mod tests {
         let key = Key::generate().unwrap();
         let requested = RequestedKey::from_request(&key.request().unwrap()).unwrap();
         let intermediate = root.issue_intermediate("train", &requested, DAY, now).unwrap();
+        let (_, parsed) = x509_parser::parse_x509_certificate(&intermediate.der).unwrap();
+        let constraints = parsed.basic_constraints().unwrap().unwrap().value;
+        assert_eq!((constraints.ca, constraints.path_len_constraint), (true, Some(0)), "no authority is below it");
         let intermediate = Ca::new(Credentials::new(key, intermediate).unwrap(), false).unwrap();
 
         let identity = |path: &str| path.parse::<Identity>().unwrap();

@@ -222,3 +222,34 @@ impl ServerCertVerifier for PinnedRoot {
         algorithms().supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::ca::Ca;
+    use crate::identity::TrustDomain;
+
+    #[test]
+    fn a_newcomer_takes_only_whom_it_expects_of_the_authority_whose_hash_it_knows() {
+        let (hour, now) = (Duration::from_secs(3_600), SystemTime::now());
+        let domain = TrustDomain::new("hanse.test").unwrap();
+        let [root, other] = [(); 2].map(|()| Ca::root(&domain, hour, now).unwrap());
+        let cluster = Identity::cluster("a").unwrap();
+        let leaf = |ca: &Ca, identity: &Identity| ca.issue_credentials(identity, hour, now).unwrap().certificate;
+        let pinned = PinnedRoot::new(root.certificate().fingerprint(), Identity::Hub);
+        let check = |what: &str, leaf: &Certificate, shown: &Certificate, at: SystemTime, expected: bool| {
+            let at = UnixTime::since_unix_epoch(at.duration_since(SystemTime::UNIX_EPOCH).unwrap());
+            let name = ServerName::try_from("127.0.0.1").unwrap();
+            let taken = pinned.verify_server_cert(&leaf.der, std::slice::from_ref(&shown.der), &name, &[], at);
+            assert_eq!(taken.is_ok(), expected, "{what}");
+        };
+        let hub = leaf(&root, &Identity::Hub);
+        check("the hub", &hub, root.certificate(), now, true);
+        check("after its end", &hub, root.certificate(), hub.not_after + Duration::from_secs(1), false);
+        check("a member", &leaf(&root, &cluster), root.certificate(), now, false);
+        check("the hub of another root", &leaf(&other, &Identity::Hub), other.certificate(), now, false);
+        check("another root's leaf beside the root", &leaf(&other, &Identity::Hub), root.certificate(), now, false);
+    }
+}

@@ -388,6 +388,91 @@ mod tests {
         assert_eq!(handshakes.open().list.len(), 2);
     }
 
+    /// A ClientHello of TLS 1.2 (RFC 5246, 7.4.1.2), and of nothing newer.
+    fn hello_of_tls_1_2() -> Vec<u8> {
+        // ECDHE_ECDSA with AES_128_GCM_SHA256; P-256 and uncompressed points; ecdsa_secp256r1_sha256; h2.
+        let mut body = vec![3, 3];
+        body.extend([7; 32]);
+        body.extend([0, 0, 2, 0xc0, 0x2b, 1, 0]);
+        let extensions = [
+            &[0, 10, 0, 4, 0, 2, 0, 23][..],
+            &[0, 11, 0, 2, 1, 0],
+            &[0, 13, 0, 4, 0, 2, 4, 3],
+            &[0, 16, 0, 5, 0, 3, 2],
+            b"h2",
+        ]
+        .concat();
+        body.extend((extensions.len() as u16).to_be_bytes());
+        body.extend(extensions);
+        let handshake = [&[1, 0][..], &(body.len() as u16).to_be_bytes(), &body].concat();
+        [&[22, 3, 1][..], &(handshake.len() as u16).to_be_bytes(), &handshake].concat()
+    }
+
+    #[tokio::test]
+    async fn nothing_older_than_tls_1_3_is_spoken() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+        use crate::ca::Ca;
+        use crate::identity::{Identity, TrustDomain};
+        let hour = Duration::from_secs(3_600);
+        let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
+        let own = CredentialStore::new(ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap()).unwrap();
+        let trust = Trust::new(ca.certificate(), |_| true).unwrap();
+        let anonymous = ServerTls::anonymous(own.clone(), ca.certificate()).unwrap();
+        for tls in [anonymous, ServerTls::mutual(own, &trust).unwrap()] {
+            let any = "127.0.0.1:0".parse().unwrap();
+            let stop = CancellationToken::new();
+            let listener = incoming(any, tls, IncomingLimits::default(), Connections::default(), stop.clone());
+            let listener = listener.await.unwrap();
+            let mut stream = TcpStream::connect(listener.address()).await.unwrap();
+            stream.write_all(&hello_of_tls_1_2()).await.unwrap();
+            let mut answer = [0; 7];
+            let read = tokio::time::timeout(Duration::from_secs(20), stream.read_exact(&mut answer));
+            read.await.expect("in time").unwrap();
+            // An alert, which is fatal: protocol_version.
+            assert_eq!((answer[0], &answer[5..]), (21, &[2, 70][..]));
+            stop.cancel();
+        }
+    }
+
+    #[tokio::test]
+    async fn who_is_revoked_during_the_handshake_is_turned_away_after_it() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+
+        use tokio_stream::StreamExt as _;
+
+        use crate::ca::Ca;
+        use crate::identity::{Identity, TrustDomain};
+        use crate::tls::TlsClient;
+        let hour = Duration::from_secs(3_600);
+        let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
+        let issue = |identity: &Identity| ca.issue_credentials(identity, hour, SystemTime::now()).unwrap();
+        let own = CredentialStore::new(issue(&Identity::Hub)).unwrap();
+        let member = CredentialStore::new(issue(&Identity::cluster("a").unwrap())).unwrap();
+        // The first is asked of twice, the revocation in between; the second is let in.
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        let trust = Trust::new(ca.certificate(), |_| true).unwrap();
+        let trust = trust.with_revocation(move |_| count.fetch_add(1, Ordering::SeqCst) == 1);
+        let (connections, stop) = (Connections::default(), CancellationToken::new());
+        let tls = ServerTls::mutual(own, &trust).unwrap();
+        let any = "127.0.0.1:0".parse().unwrap();
+        let mut listener =
+            incoming(any, tls, IncomingLimits::default(), connections.clone(), stop.clone()).await.unwrap();
+        let address = listener.address().to_string();
+        let anybody = Trust::new(ca.certificate(), |_| true).unwrap();
+        let client = TlsClient::mutual(member, &anybody).unwrap();
+        // Its handshake is complete: it may learn of the end a moment later only.
+        if let Ok(first) = client.connect(&address).await {
+            tokio::time::timeout(Duration::from_secs(20), first.peer.closed.cancelled()).await.expect("it is closed");
+        }
+        let _second = client.connect(&address).await.unwrap();
+        let entered = tokio::time::timeout(Duration::from_secs(20), listener.next()).await.expect("in time");
+        assert!(entered.is_some_and(|it| it.is_ok()));
+        assert_eq!((connections.len(), asked.load(Ordering::SeqCst)), (0, 4));
+        stop.cancel();
+    }
+
     #[tokio::test]
     async fn a_connection_without_a_certificate_is_short_and_one_of_few() {
         use crate::ca::Ca;

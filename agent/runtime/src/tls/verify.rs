@@ -192,3 +192,68 @@ pub(super) fn verify_directly(
     let parsed = ParsedCertificate::try_from(end_entity)?;
     rustls::client::verify_server_cert_signed_by_trust_anchor(&parsed, roots, &[], now, algorithms().all)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use super::*;
+    use crate::ca::Ca;
+    use crate::keys::{Credentials, Key, RequestedKey};
+
+    const HOUR: Duration = Duration::from_secs(3_600);
+
+    /// What whoever holds the authority's key can sign: anything.
+    fn forge(authority: &Ca, domain: &str, identity: &Identity) -> Certificate {
+        let uri = TrustDomain::new(domain).unwrap().uri(identity);
+        let issuer = authority.credentials().key.pair().unwrap();
+        let issuer = rcgen::Issuer::from_ca_cert_der(&authority.certificate().der, issuer).unwrap();
+        let mut params = rcgen::CertificateParams::default();
+        params.subject_alt_names = vec![rcgen::SanType::URI(uri.as_str().try_into().unwrap())];
+        params.extended_key_usages =
+            vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth, rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+        params.not_before = SystemTime::now().into();
+        params.not_after = (SystemTime::now() + HOUR).into();
+        let certificate = params.signed_by(&Key::generate().unwrap().pair().unwrap(), &issuer).unwrap();
+        Certificate::from_der(certificate.der()).unwrap()
+    }
+
+    #[test]
+    fn only_what_the_authority_issued_directly_is_let_in_and_only_in_its_time() {
+        let (domain, now) = (TrustDomain::new("hanse.test").unwrap(), SystemTime::now());
+        let (root, other) = (Ca::root(&domain, 2 * HOUR, now).unwrap(), Ca::root(&domain, HOUR, now).unwrap());
+        let (a, b) = (Identity::cluster("a").unwrap(), Identity::cluster("b").unwrap());
+        let key = Key::generate().unwrap();
+        let below = root.issue_intermediate("a", &RequestedKey::of_key(&key).unwrap(), HOUR, now).unwrap();
+        let below = Ca::new(Credentials::new(key, below).unwrap(), false).unwrap();
+        let leaf = |ca: &Ca, identity: &Identity| ca.issue_credentials(identity, HOUR, now).unwrap().certificate;
+        let (good, revoked) = (leaf(&root, &a), leaf(&root, &a));
+        let serial = revoked.serial.clone();
+        let accepted = a.clone();
+        let trust = Trust::new(root.certificate(), move |identity| *identity == accepted).unwrap();
+        let trust = trust.with_revocation(move |certificate| certificate.serial == serial);
+        let (clients, servers) = (trust.client_verifier().unwrap(), trust.server_verifier());
+        let check = |what: &str, certificate: &Certificate, at: SystemTime, expected: bool| {
+            // As much of a chain as anybody could show.
+            let chain = [below.certificate().der.clone(), root.certificate().der.clone()];
+            let at = UnixTime::since_unix_epoch(at.duration_since(SystemTime::UNIX_EPOCH).unwrap());
+            let client = clients.verify_client_cert(&certificate.der, &chain, at).is_ok();
+            let name = ServerName::try_from("127.0.0.1").unwrap();
+            let server = servers.verify_server_cert(&certificate.der, &chain, &name, &[], at).is_ok();
+            assert_eq!((client, server), (expected, expected), "{what}");
+        };
+        let second = Duration::from_secs(1);
+        check("a leaf of the root", &good, now, true);
+        check("in its last second", &good, good.not_after - second, true);
+        check("after its end", &good, good.not_after + second, false);
+        check("before its time", &good, good.not_before - second, false);
+        check("revoked", &revoked, now, false);
+        check("not accepted", &leaf(&root, &b), now, false);
+        check("of another root", &leaf(&other, &a), now, false);
+        check("of an intermediate, which is shown along", &leaf(&below, &a), now, false);
+        check("an intermediate itself", below.certificate(), now, false);
+        assert!(trust.check(&below.certificate().der).is_err(), "whatever webpki says of an authority that is shown");
+        check("of the root", &forge(&root, "hanse.test", &a), now + second, true);
+        check("of the root in another trust domain", &forge(&root, "other.test", &a), now + second, false);
+    }
+}
