@@ -312,3 +312,22 @@ fn check(transaction: &Transaction) -> Result<(), StoreError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lease_that_is_renewed_while_its_end_is_under_way_holds() {
+        let store = crate::in_memory();
+        let lease = store.grant_lease(Duration::from_secs(60)).await.unwrap();
+        let key = Key::new(&["l"]).unwrap();
+        store.commit(Transaction::default().put_with_lease(key.clone(), "1", lease)).await.unwrap();
+        // Found to have ended a moment before it was renewed.
+        store.shared.end(lease, Some(Instant::now())).await.unwrap();
+        assert!(store.read(&key).await.unwrap().is_some());
+        store.renew_lease(lease).await.unwrap();
+        store.shared.end(lease, Some(Instant::now() + Duration::from_secs(61))).await.unwrap();
+        assert!(store.read(&key).await.unwrap().is_none());
+    }
+}

@@ -171,4 +171,17 @@ mod tests {
         assert_eq!(revisions(history.after(0, &everything, 2)), (vec![1, 2], 2));
         assert_eq!(revisions(history.after(2, &everything, 3)), (vec![3], 3));
     }
+
+    #[test]
+    fn a_batch_that_is_full_ends_where_the_next_begins() {
+        let mut history = History::new(0);
+        let all = MAX_BATCH as Revision + 10;
+        for revision in 1..=all {
+            history.push(Event { revision, key: Key::new(&["a"]).unwrap(), entry: None });
+        }
+        let everything = Prefix::new::<&str>(&[]).unwrap();
+        let (first, upto) = history.after(0, &everything, all);
+        let (second, end) = history.after(upto, &everything, all);
+        assert_eq!((first.len(), second.len(), end), (MAX_BATCH, 10, all));
+    }
 }

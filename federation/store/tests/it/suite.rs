@@ -88,12 +88,14 @@ async fn a_watch_misses_and_repeats_nothing() {
 #[tokio::test]
 async fn a_watch_below_the_floor_says_so() {
     let store = in_memory();
+    let mut slow = store.watch(prefix(&[]), 0).await.unwrap();
     for _ in 0..70 {
         let value = vec![0; hanse_store::MAX_VALUE_BYTES];
         store.commit(Transaction::default().put(key(&["large"]), value)).await.unwrap();
     }
     assert!(matches!(store.watch(prefix(&[]), 0).await, Err(StoreError::Compacted { .. })));
     assert!(store.watch(prefix(&[]), 69).await.is_ok());
+    assert!(matches!(slow.next().await, Err(StoreError::Compacted { .. })), "what it has missed is gone");
 }
 
 #[tokio::test(start_paused = true)]
@@ -108,7 +110,8 @@ async fn a_lease_that_nobody_renews_takes_its_keys() {
         }
         assert!(store.read(&key(&["l"])).await.unwrap().is_some(), "renewed");
         let mut watch = store.watch(prefix(&["l"]), store.revision().await.unwrap()).await.unwrap();
-        let event = watch.next().await.unwrap().remove(0);
+        let ended = tokio::time::timeout(second * 60, watch.next()).await.expect("it ends");
+        let event = ended.unwrap().remove(0);
         assert!(event.entry.is_none() && store.read(&key(&["l"])).await.unwrap().is_none());
         assert!(matches!(store.renew_lease(lease).await, Err(StoreError::NoLease(_))));
         let dead = Transaction::default().put_with_lease(key(&["l"]), "2", lease);
