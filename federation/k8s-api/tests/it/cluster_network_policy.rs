@@ -131,3 +131,34 @@ fn rules() {
     let many = vec!["{action: Deny, from: [{namespaces: {}}]}"; 26].join(", ");
     assert_eq!(of_rule("ingress", &many), ["spec.ingress"]);
 }
+
+/// What this version does not know makes the rule unknown, in every part of it that may grow.
+#[test]
+fn a_part_that_is_not_known_is_not_taken_for_nothing() {
+    use hanse_k8s_api::{Manifests, assemble_cluster, read_bytes};
+    for (rule, is_known) in [
+        ("{action: Accept, to: [{namespaces: {}}]}", true),
+        ("{action: Accept, to: [{more: {}}]}", false),
+        ("{action: Accept, to: [{namespaces: {}}, {more: {}}]}", false),
+        ("{action: Accept, to: [{pods: {podSelector: {}, more: {}}}]}", false),
+        ("{action: Accept, to: [{namespaces: {}}], protocols: [{more: {}}]}", false),
+        ("{action: Accept, to: [{namespaces: {}}], protocols: [{tcp: {more: {}}}]}", false),
+        (
+            "{action: Accept, to: [{namespaces: {}}], protocols: [{tcp: {destinationPort: {number: 80}, more: {}}}]}",
+            false,
+        ),
+        ("{action: Accept, to: [{namespaces: {}}], protocols: [{tcp: {destinationPort: {more: {}}}}]}", false),
+        ("{action: Accept, to: [{namespaces: {}}], protocols: [{tcp: {destinationPort: {number: 80}}}]}", true),
+    ] {
+        let text = format!(
+            "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {{name: p}}\n\
+             spec: {{tier: Admin, priority: 1, subject: {{namespaces: {{}}}}, egress: [{rule}]}}\n"
+        );
+        let mut read = Manifests::default();
+        read_bytes(&"f".into(), text.as_bytes(), &mut read);
+        let state = assemble_cluster(&"c".into(), &read.objects);
+        let policy = state.layer.policies.values().next().unwrap_or_else(|| panic!("{rule}: {:?}", read.diagnostics));
+        let rules = policy.egress.as_deref().expect("of egress");
+        assert_eq!(rules.iter().all(|rule| rule.not_understood.is_none()), is_known, "{rule}");
+    }
+}

@@ -163,3 +163,35 @@ fn host_bits_of_a_block_are_masked() {
     assert_eq!(rule.destination.nets, ["10.1.0.0/16".parse().expect("a net")]);
     assert_eq!(rule.destination.not_nets, ["10.1.2.0/24".parse().expect("a net")]);
 }
+
+/// What a field that nobody knows would limit must not be taken for unlimited.
+#[test]
+fn a_field_that_is_unknown_refuses_the_policy_wherever_it_stands() {
+    for (spec, field) in [
+        ("{podSelector: {}, more: 1}", "spec.more"),
+        ("{podSelector: {more: 1}}", "spec.podSelector.more"),
+        ("{podSelector: {}, ingress: [{from: [], more: 1}]}", "spec.ingress[0].more"),
+        ("{podSelector: {}, egress: [{to: [], more: 1}]}", "spec.egress[0].more"),
+        ("{podSelector: {}, ingress: [{from: [{podSelector: {}, more: 1}]}]}", "spec.ingress[0].from[0].more"),
+        (
+            "{podSelector: {}, ingress: [{from: [{podSelector: {more: 1}}]}]}",
+            "spec.ingress[0].from[0].podSelector.more",
+        ),
+        (
+            "{podSelector: {}, ingress: [{from: [{namespaceSelector: {more: 1}}]}]}",
+            "spec.ingress[0].from[0].namespaceSelector.more",
+        ),
+        (
+            "{podSelector: {}, ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, more: 1}}]}]}",
+            "spec.ingress[0].from[0].ipBlock.more",
+        ),
+        (
+            "{podSelector: {}, ingress: [{from: [{podSelector: {matchExpressions: [{key: a, operator: Exists, more: 1}]}}]}]}",
+            "spec.ingress[0].from[0].podSelector.matchExpressions[0].more",
+        ),
+        ("{podSelector: {}, ingress: [{ports: [{port: 80, more: 1}]}]}", "spec.ingress[0].ports[0].more"),
+    ] {
+        let refused = policy(spec).expect_err(spec);
+        assert!(refused.len() == 1 && refused[0].starts_with(&format!("{field}: ")), "{spec}: {refused:?}");
+    }
+}

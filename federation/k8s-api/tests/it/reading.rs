@@ -162,6 +162,41 @@ fn pods_become_endpoints() {
 }
 
 #[test]
+fn an_address_belongs_to_one_live_pod() {
+    let pod = |name: &str, created: &str, phase: &str, more: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop{created}}}\nspec: {{nodeName: n1{more}}}\n\
+             status: {{phase: {phase}, podIP: 10.0.0.1, hostIP: 192.168.0.1}}\n---\n"
+        )
+    };
+    let old = ", creationTimestamp: '2026-01-01T00:00:00Z'";
+    let new = ", creationTimestamp: '2026-02-01T00:00:00Z'";
+    for (pods, owner) in [
+        ([pod("a", old, "Running", ""), pod("b", new, "Running", "")], Some("b")),
+        ([pod("a", new, "Running", ""), pod("b", old, "Running", "")], Some("a")),
+        ([pod("b", old, "Running", ""), pod("a", old, "Running", "")], Some("a")),
+        ([pod("b", "", "Running", ""), pod("a", "", "Running", "")], Some("a")),
+        ([pod("a", old, "Running", ""), pod("b", "", "Running", "")], Some("a")),
+        ([pod("a", old, "Running", ""), pod("b", new, "Failed", "")], Some("a")),
+        ([pod("a", old, "Failed", ""), pod("b", new, "Succeeded", "")], None),
+        ([pod("a", old, "Running", ""), pod("b", new, "Running", ", hostNetwork: true")], Some("a")),
+    ] {
+        let read = read(&pods.concat());
+        assert_eq!(complaints(&read), Vec::<String>::new());
+        let state = assemble_cluster(&"c".into(), &read.objects);
+        let owners = state.cluster.endpoints.iter().filter(|(_, endpoint)| !endpoint.addresses.is_empty());
+        assert_eq!(owners.map(|(id, _)| &*id.name).collect::<Vec<_>>(), Vec::from_iter(owner), "{pods:?}");
+    }
+    // One on the host's network has none of its own; when it has ended, not the host's either.
+    for (phase, expected) in [("Running", 1), ("Succeeded", 0), ("Failed", 0)] {
+        let read = read(&pod("h", "", phase, ", hostNetwork: true"));
+        let state = assemble_cluster(&"c".into(), &read.objects);
+        let endpoint = state.cluster.endpoints.values().next().expect("the pod");
+        assert_eq!((endpoint.addresses.len(), endpoint.host_addresses.len()), (0, expected), "{phase}");
+    }
+}
+
+#[test]
 fn the_federation_is_resolved_to_names() {
     let read = read(
         "apiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {name: platform}\nspec: {phase: Baseline, order: 1}\n---\n\
