@@ -122,10 +122,6 @@ fn export(update: pb::ObjectUpdate, len: usize) -> Result<Export, Refusal> {
             if it.addresses.len() > MAX_ADDRESSES || it.ports.len() > MAX_PORTS || it.node.len() > MAX_NAME_BYTES {
                 return Err(Refusal::Malformed("addresses, ports or node exceed their limit".to_owned()));
             }
-            // Receivers are relayed the bytes, and could not read them.
-            if it.ports.iter().any(|it| u8::try_from(it.protocol).is_err() || u16::try_from(it.port).is_err()) {
-                return Err(Refusal::Malformed("ports: a protocol or a number is out of range".to_owned()));
-            }
             Ok(Export::Endpoint(EndpointExport {
                 namespace: it.namespace,
                 service_account: it.service_account,
@@ -149,6 +145,7 @@ fn name(field: &str, text: &str) -> Result<Arc<str>, Refusal> {
 }
 
 fn port_name(port: &pb::NamedPort) -> Result<Arc<str>, Refusal> {
+    // Receivers are relayed the bytes, and could not read others.
     if !(1..=65_535).contains(&port.port) || port.protocol > 255 {
         return Err(Refusal::Malformed(format!("ports: {} of protocol {}", port.port, port.protocol)));
     }

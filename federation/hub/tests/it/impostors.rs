@@ -110,6 +110,20 @@ async fn a_certificate_of_the_root_for_nobody_who_is_registered_is_not_served() 
 }
 
 #[tokio::test]
+async fn nobody_but_a_member_exchanges() {
+    use hanse_proto::federation::v1::exchange_client::ExchangeClient;
+    let test = TestHub::start().await;
+    let data = test.folder.path();
+    let admin = Credentials::read(&data.join("admin.key"), &data.join("admin.pem")).unwrap();
+    let channel = open(admin, &data.join("ca.pem"), &test.hub.address.to_string()).await.unwrap();
+    let mut client = ExchangeClient::new(channel);
+    let refused = client.publish(tokio_stream::empty()).await.expect_err("a user is no cluster");
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+    let refused = client.watch(tokio_stream::empty()).await.expect_err("a user is no cluster");
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+}
+
+#[tokio::test]
 async fn members_and_agents_know_only_their_own_intermediate() {
     let test = TestHub::start().await;
     let (train, serve) = (test.member("train").await, test.member("serve").await);

@@ -169,7 +169,18 @@ async fn no_secret_is_in_the_log_even_at_trace() {
 
 /// What `hanse-hub` says when it does not start; it must not take long to say it.
 fn refused(arguments: &[&str], data: &Path) -> String {
-    let output = hub().args(arguments).arg("--data").arg(data).stdin(Stdio::null()).output().unwrap();
+    let mut command = hub();
+    command.args(arguments).arg("--data").arg(data).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut process = command.spawn().unwrap();
+    let deadline = std::time::Instant::now() + SOON;
+    while process.try_wait().unwrap().is_none() {
+        if std::time::Instant::now() > deadline {
+            process.kill().unwrap();
+            panic!("it runs: {arguments:?}");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let output = process.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
