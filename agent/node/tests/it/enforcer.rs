@@ -128,6 +128,31 @@ fn the_last_snapshot_is_applied_at_once() {
 }
 
 #[test]
+fn an_agent_needs_no_member_to_begin_and_leaves_its_rules_when_it_is_killed() {
+    let (node, _listeners) = Node::new();
+    snapshot::write(&node.options().snapshot(), &accepting(80, 7)).expect("written");
+    let inside = node.net.name("node");
+    let (mut before, closed) = (None, [true, false, true, false]);
+    for start in 0..2 {
+        // It has not enrolled, and nobody is there to ask.
+        let mut agent = Command::new("ip")
+            .args(["netns", "exec", &inside, env!("CARGO_BIN_EXE_hanse-agent"), "run", "--node", "n"])
+            .args(["--member", "10.1.0.2:1", "--enrol", "10.1.0.2:2", "--token-file", "/absent", "--data"])
+            .arg(node.data.path())
+            .spawn()
+            .expect("started");
+        let enforced = until(|| (node.open() == closed).then_some(()));
+        agent.kill().and_then(|()| agent.wait()).expect("killed");
+        assert!(enforced.is_some(), "start {start}: {}", node.table());
+        assert_eq!(node.open(), closed, "start {start}: its rules stay");
+        // With their handles; counters count.
+        let rules: Vec<String> =
+            node.table().lines().filter(|line| !line.contains("counter")).map(str::to_owned).collect();
+        assert_eq!(*before.get_or_insert_with(|| rules.clone()), rules, "what is found is not touched");
+    }
+}
+
+#[test]
 fn rules_that_are_found_stay_until_something_else_is_known() {
     let (node, _listeners) = Node::new();
     node.net.driver().apply(&accepting(81, 3)).expect("applied");
