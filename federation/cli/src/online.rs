@@ -151,14 +151,9 @@ pub async fn call<T>(answer: impl Future<Output = Result<tonic::Response<T>, ton
                 CallError::Refused { code, message: message.to_owned() }
             }
             tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {
-                let reason = told(&status);
-                // An alert is lost when the connection breaks while the request is written.
-                let hint =
-                    match ["broken pipe", "connection closed", "reset by peer"].iter().any(|it| reason.contains(it)) {
-                        true => " (a hub also closes the connection of a user who was revoked)",
-                        false => "",
-                    };
-                CallError::Unreachable(format!("the hub does not answer: {reason}{hint}"))
+                // It was there a moment ago. An alert that says why is lost when the connection breaks while a request is written.
+                let hint = "a hub also closes the connection of a user who was revoked";
+                CallError::Unreachable(format!("the hub does not answer: {} ({hint})", told(&status)))
             }
             code => CallError::Refused { code, message: status.message().to_owned() },
         }
