@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use hanse_dataplane::nftables::{Config, Nftables};
 use hanse_dataplane::{Applied, Backend as _, Error, Finding, Found, Refusal};
-use hanse_ruleset::{EndpointId, LocalEndpoint, NodeConfig, RuleSet};
+use hanse_ruleset::{EndpointId, Generation, LocalEndpoint, NodeConfig, RuleSet};
 use ipnet::IpNet;
 use tokio::sync::{oneshot, watch};
 
-use crate::{snapshot, uplinks};
+use crate::{pod_ranges, snapshot, uplinks};
 
-/// How often drift is looked for: well under the second within which it is promised to be gone.
+/// How often drift is looked for and probes have their turn, however many commands come: well under the second within which
+/// drift is promised to be gone.
 const REPAIR_EVERY: Duration = Duration::from_millis(200);
 /// How long answers to a probe may take.
 const PROBE_PATIENCE: Duration = Duration::from_millis(300);
@@ -48,6 +49,22 @@ pub struct Started {
     pub held: Option<Arc<RuleSet>>,
     /// What of it the kernel refused.
     pub refused: Vec<Refusal>,
+    /// The ranges of the node's pods, as far as they are known.
+    pub pod_ranges: Vec<IpNet>,
+    /// Nothing is in force: no rules are known, and no range to close.
+    pub open: bool,
+    pub ended: Ended,
+}
+
+/// Sees the end of the enforcing thread.
+#[derive(Debug)]
+pub struct Ended(watch::Receiver<Arc<Proofs>>);
+
+impl Ended {
+    /// Returns when the thread has ended: because no [`Enforcer`] is left, or by a defect.
+    pub async fn wait(mut self) {
+        while self.0.changed().await.is_ok() {}
+    }
 }
 
 /// What probes have found so far.
@@ -67,7 +84,7 @@ pub struct Options {
     pub dataplane: Config,
     /// Take the interfaces with routes out of the node as uplinks, instead of those in `dataplane`.
     pub detect_uplinks: bool,
-    /// Denied, as long as nothing else is known.
+    /// Denied, as long as nothing else is known, in place of those that the member has told.
     pub pod_ranges: Vec<IpNet>,
 }
 
@@ -79,20 +96,25 @@ impl Options {
 
 impl Enforcer {
     /// Brings the kernel to what is known at start, before anybody is asked: rules that are found stay; without any the
-    /// snapshot is applied; without one the node's pod ranges are closed.
+    /// snapshot is applied; without one the node's pod ranges are closed: those of `options`, else those that the member
+    /// told last.
     ///
     /// # Errors
     /// When the kernel cannot be spoken to.
     pub fn start(options: Options) -> Result<Started, Error> {
         let mut backend = Nftables::open(options.dataplane.clone())?;
         let kept = snapshot::read(&options.snapshot()).map(Arc::new);
-        let ranges = kept.as_ref().map_or(&options.pod_ranges, |rules| &rules.node.pod_ranges).clone();
+        let known = match options.pod_ranges.is_empty() {
+            true => pod_ranges::read(&options.data),
+            false => options.pod_ranges.clone(),
+        };
+        let ranges = kept.as_ref().map_or(&known, |rules| &rules.node.pod_ranges).clone();
         if options.detect_uplinks {
             backend.set_uplinks(uplinks::detect(&ranges));
         }
-        let mut refused = Vec::new();
+        let (mut refused, mut open) = (Vec::new(), false);
         let held = match backend.adopt(kept.as_ref())? {
-            Found::Rules { generation, digest, whole } => {
+            Found::Rules { generation, digest, whole } if is_of_member(generation) => {
                 tracing::info!(term = generation.term, number = generation.number, %digest, "found rules in the kernel, which stay");
                 let kept = kept.filter(|rules| rules.digest() == digest);
                 if let Some(rules) = kept.as_ref().filter(|_| !whole) {
@@ -101,22 +123,31 @@ impl Enforcer {
                 }
                 kept
             }
-            Found::Nothing => {
-                let known = kept.is_some();
-                let rules = kept.clone().unwrap_or_else(|| {
-                    let node = NodeConfig { pod_ranges: options.pod_ranges.clone(), ..NodeConfig::default() };
-                    Arc::new(RuleSet { node, ..RuleSet::default() })
-                });
+            // Ranges that were closed before stay closed, where none is known any more.
+            Found::Rules { digest, .. } if kept.is_none() && known.is_empty() && digest != closed(&[]).digest() => None,
+            Found::Rules { .. } | Found::Nothing => {
+                let rules = kept.clone().unwrap_or_else(|| Arc::new(closed(&known)));
                 refused = backend.apply(&rules)?.refused;
-                tracing::info!(snapshot = known, "the kernel held no rules; applied what is known");
+                tracing::info!(
+                    snapshot = kept.is_some(),
+                    pod_ranges = ranges.len(),
+                    "the kernel held no rules of a member; applied what is known"
+                );
+                open = kept.is_none() && known.is_empty();
                 kept
             }
         };
+        if open {
+            tracing::warn!(
+                "no range of this node's pods is known: they are OPEN until the first rules arrive; give --pod-range"
+            );
+        }
         let (commands, receiver) = mpsc::channel();
         let (telling, proofs) = watch::channel(Arc::default());
         let prober = Prober::new(held.clone(), telling);
         std::thread::spawn(move || serve(&mut backend, &options, &receiver, prober));
-        Ok(Started { enforcer: Self { commands, proofs }, held, refused })
+        let ended = Ended(proofs.clone());
+        Ok(Started { enforcer: Self { commands, proofs }, held, refused, pod_ranges: ranges, open, ended })
     }
 
     /// One whose thread has ended, and whose probes have found `proofs`.
@@ -140,47 +171,79 @@ impl Enforcer {
         self.commands.send(Command { rules, answer }).map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
     }
+
+    /// Closes `ranges` until the first rules arrive, on a node on which nothing is in force.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub async fn close(&self, ranges: &[IpNet]) -> Result<(), Error> {
+        self.apply(Arc::new(closed(ranges))).await.map(drop)
+    }
+}
+
+/// Denies what no rules are known for. It has the generation that no member gives.
+fn closed(ranges: &[IpNet]) -> RuleSet {
+    let node = NodeConfig { pod_ranges: ranges.to_vec(), ..NodeConfig::default() };
+    RuleSet { node, ..RuleSet::default() }
+}
+
+fn is_of_member(generation: Generation) -> bool {
+    generation != Generation::default()
 }
 
 fn serve(backend: &mut Nftables, options: &Options, commands: &mpsc::Receiver<Command>, mut prober: Prober) {
     // What the file of the snapshot does not say yet, since when.
     let mut unsaved: Option<(Instant, Arc<RuleSet>)> = None;
+    let mut ranges = Vec::new();
+    let mut look_at = Instant::now() + REPAIR_EVERY;
     loop {
-        match commands.recv_timeout(REPAIR_EVERY) {
+        let idle = match commands.recv_timeout(look_at.saturating_duration_since(Instant::now())) {
             Ok(Command { rules, answer }) => {
                 if options.detect_uplinks {
                     backend.set_uplinks(uplinks::detect(&rules.node.pod_ranges));
                 }
                 let applied = backend.apply(&rules);
-                if applied.is_ok() {
+                if applied.is_ok() && is_of_member(rules.generation) {
+                    if rules.node.pod_ranges != ranges {
+                        ranges.clone_from(&rules.node.pod_ranges);
+                        keep_ranges(options, &ranges);
+                    }
                     let since = unsaved.map_or_else(Instant::now, |(since, _)| since);
                     unsaved = Some((since, Arc::clone(&rules)));
                     prober.rules = Some(rules);
                 }
                 // Who asked may have gone; the rules are in force all the same.
                 let _ = answer.send(applied);
+                false
             }
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                match backend.repair() {
-                    Ok(true) => tracing::warn!("someone changed our rules in the kernel; repaired"),
-                    Ok(false) => {}
-                    Err(error) => tracing::error!(%error, "looking for drift failed"),
-                }
-                prober.turn(backend);
-                // Time enough, whenever it was that the last came.
-                unsaved = unsaved.and_then(|(_, rules)| save(options, rules));
-            }
+            Err(mpsc::RecvTimeoutError::Timeout) => true,
             Err(mpsc::RecvTimeoutError::Disconnected) => {
                 if let Some((_, rules)) = unsaved {
                     save(options, rules);
                 }
                 return;
             }
+        };
+        if Instant::now() >= look_at {
+            match backend.repair() {
+                Ok(true) => tracing::warn!("someone changed our rules in the kernel; repaired"),
+                Ok(false) => {}
+                Err(error) => tracing::error!(%error, "looking for drift failed"),
+            }
+            prober.turn(backend);
+            look_at = Instant::now() + REPAIR_EVERY;
         }
         unsaved = match unsaved {
-            Some((since, rules)) if since.elapsed() >= SNAPSHOT_AGE => save(options, rules),
+            // Time enough, or long enough.
+            Some((since, rules)) if idle || since.elapsed() >= SNAPSHOT_AGE => save(options, rules),
             other => other,
         };
+    }
+}
+
+fn keep_ranges(options: &Options, ranges: &[IpNet]) {
+    if let Err(error) = pod_ranges::write(&options.data, ranges) {
+        tracing::error!(%error, "the ranges of the node's pods cannot be kept: without its snapshot a start would leave them open");
     }
 }
 

@@ -1,26 +1,55 @@
 //! The node's certificate: enrolment with a node token, and renewal.
 //!
 //! In the data folder: `node.pem` (key and certificate, 0600) and `authority.pem` (the cluster's intermediate).
+//!
+//! A certificate that is valid is renewed with itself. One that has ended is renewed late, by the proof that its key is
+//! the registered one. Where the member refuses the node, a node token that is not used yet enrols it anew.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
 use hanse_proto::agent::v1::enrolment_client::EnrolmentClient;
-use hanse_runtime::keys::{Certificate, Credentials, Key};
+use hanse_runtime::keys::{Certificate, Credentials, Fingerprint, Key};
+use hanse_runtime::moment::rfc3339;
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::tls::{CredentialStore, PinnedRoot, TlsClient, Trust};
 use hanse_runtime::token::Token;
-use hanse_runtime::{Identity, files};
+use hanse_runtime::{Identity, agent_wire, files};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+use crate::pod_ranges;
+
+/// Where a node enrols, and with what.
+#[derive(Debug, Clone)]
+pub struct Enrolment {
+    /// Where the member enrols nodes, HOST:PORT.
+    pub address: Option<String>,
+    pub token_file: Option<PathBuf>,
+}
+
+/// Why the member gave no certificate.
+#[derive(Debug, thiserror::Error)]
+enum AskError {
+    /// Asked again it would be the same.
+    #[error("{0}")]
+    Refused(String),
+    #[error(transparent)]
+    Failed(#[from] anyhow::Error),
+}
 
 #[derive(Debug, Clone)]
 pub struct NodeIdentity {
     data: PathBuf,
-    authority: Certificate,
+    node: Arc<str>,
+    authority: watch::Sender<Certificate>,
     pub credentials: CredentialStore,
+    /// The key that the member did not let in.
+    refused: watch::Sender<Option<Fingerprint>>,
 }
 
 impl NodeIdentity {
@@ -30,58 +59,37 @@ impl NodeIdentity {
             return Ok(None);
         }
         let credentials = Credentials::read_file(&data.join("node.pem"))?;
-        match credentials.identity() {
-            Identity::Node { node: own, .. } if **own == *node => {}
-            other => bail!("{} is the identity of {other}, not of node {node}", data.join("node.pem").display()),
-        }
-        let authority = Certificate::read(&data.join("authority.pem"))?;
-        Ok(Some(Self { data: data.to_owned(), authority, credentials: CredentialStore::new(credentials)? }))
+        check_node(&credentials.certificate, node)
+            .with_context(|| format!("use {}", data.join("node.pem").display()))?;
+        Ok(Some(Self {
+            data: data.to_owned(),
+            node: node.into(),
+            authority: watch::Sender::new(Certificate::read(&data.join("authority.pem"))?),
+            credentials: CredentialStore::new(credentials)?,
+            refused: watch::Sender::new(None),
+        }))
     }
 
-    /// Enrols with the token in `token_file`; tries until it succeeds or is refused.
+    /// Enrols for the first time; tries until it succeeds or is refused.
     pub async fn enrol(
         data: &Path,
         node: &str,
-        address: &str,
-        token_file: &Path,
+        enrolment: &Enrolment,
         stop: &CancellationToken,
     ) -> anyhow::Result<Self> {
-        files::private_folder(data).with_context(|| format!("make {}", data.display()))?;
-        let text = files::read_secret(token_file).with_context(|| format!("read {}", token_file.display()))?;
-        let token = std::str::from_utf8(&text).ok().and_then(Token::parse);
-        let token = token.with_context(|| format!("{} holds no node token", token_file.display()))?;
-        let member = Identity::cluster(&token.cluster)?;
-        let client = TlsClient::pinned(PinnedRoot::new(token.root, member))?;
-        let key = Key::read_or_generate(&data.join("node.next.pem"))?;
+        let address = enrolment.address.as_ref();
+        let address = address.context("the node has not enrolled: --enrol and --token-file are needed")?;
+        let token_file = enrolment.token_file.as_ref();
+        let token_file = token_file.context("the node has not enrolled: --token-file is needed")?;
+        let token = read_token(token_file)?;
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
         loop {
-            let request = wire::EnrolRequest { token: token.to_text(), request: key.request()?.into() };
-            let asked = async {
-                let connection =
-                    client.connect(address).await.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
-                EnrolmentClient::new(connection.channel).enrol(request).await
-            };
-            match asked.await {
-                Ok(answer) => {
-                    let answer = answer.into_inner();
-                    let authority = Certificate::from_der(&answer.authority)?;
-                    if authority.fingerprint() != token.root {
-                        bail!("the member's authority is not the one in the token");
-                    }
-                    let certificate = Certificate::from_der(&answer.certificate)?;
-                    let fits = matches!(&certificate.identity, Identity::Node { node: own, .. } if **own == *node);
-                    if !fits {
-                        bail!("the token is for {}, not for node {node}", certificate.identity);
-                    }
-                    authority.write(&data.join("authority.pem"))?;
-                    // The last: its presence says that the node has enrolled.
-                    Credentials::new(key, certificate)?.write_file(&data.join("node.pem"))?;
-                    let _ = std::fs::remove_file(data.join("node.next.pem"));
-                    tracing::info!(node, "enrolled");
-                    return Self::read(data, node)?.context("the files are gone");
+            match present(data, node, address, &token).await {
+                Ok(_) => return Self::read(data, node)?.context("the files are gone"),
+                Err(refused @ AskError::Refused(_)) => return Err(refused.into()),
+                Err(AskError::Failed(error)) => {
+                    tracing::warn!(error = format!("{error:#}"), member = address, "not enrolled, trying again");
                 }
-                Err(status) if is_refusal(&status) => bail!("the member refused: {}", status.message()),
-                Err(status) => tracing::warn!(error = status.message(), member = address, "not enrolled, trying again"),
             }
             if !backoff.wait(stop).await {
                 bail!("stopped");
@@ -91,38 +99,75 @@ impl NodeIdentity {
 
     /// Opens connections to the member of this node's cluster, and to nobody else.
     pub fn client(&self) -> anyhow::Result<TlsClient> {
-        let cluster = self.authority.identity.clone();
-        let trust = Trust::new(&self.authority, move |identity| *identity == cluster)?;
-        Ok(TlsClient::mutual(self.credentials.clone(), &trust)?)
+        Ok(TlsClient::mutual(self.credentials.clone(), &self.trust()?)?)
     }
 
-    /// Renews the certificate in time. Returns at `stop`.
-    pub async fn keep_fresh(self, members: Vec<String>, stop: CancellationToken) {
+    fn trust(&self) -> anyhow::Result<Trust> {
+        let authority = self.authority.borrow();
+        let cluster = authority.identity.clone();
+        Ok(Trust::new(&authority, move |identity| *identity == cluster)?)
+    }
+
+    /// # Errors
+    /// When the certificate has ended: nobody would let it in.
+    pub fn check_time(&self) -> anyhow::Result<()> {
+        let not_after = self.credentials.current().certificate.not_after;
+        ensure!(SystemTime::now() < not_after, "this node's certificate ended at {}", rfc3339(not_after));
+        Ok(())
+    }
+
+    /// The member does not let this node in with `key`.
+    pub fn tell_refused(&self, key: Fingerprint) {
+        self.refused.send_replace(Some(key));
+    }
+
+    /// Renews the certificate in time, or late, or enrols anew where the member refuses the node. Returns at `stop`.
+    pub async fn keep_fresh(self, members: Vec<String>, enrolment: Enrolment, stop: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+        let mut refusals = self.refused.subscribe();
         loop {
             let certificate = self.credentials.current().certificate;
             let wait = certificate.renew_at().duration_since(SystemTime::now()).unwrap_or_default();
-            tokio::select! {
+            let refused = tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(wait) => {}
-            }
-            let mut renewed = false;
-            for member in &members {
-                match self.renew(member).await {
-                    Ok(()) => {
-                        tracing::info!(member, "certificate renewed");
-                        renewed = true;
-                        break;
+                _ = refusals.changed() => true,
+                () = tokio::time::sleep(wait) => false,
+            };
+            let renewed = if refused {
+                // What was refused may have been replaced meanwhile.
+                if *refusals.borrow_and_update() != Some(certificate.public) {
+                    continue;
+                }
+                self.enrol_anew(&enrolment, "the member refuses this node's key".to_owned()).await
+            } else if SystemTime::now() >= certificate.not_after {
+                self.renew_late(&enrolment).await
+            } else {
+                self.renew_at_any(&members).await
+            };
+            match renewed {
+                Ok(()) => backoff.reset(),
+                Err(error) => {
+                    tracing::error!(error = format!("{error:#}"), "certificate not renewed, trying again");
+                    if !backoff.wait(&stop).await {
+                        return;
                     }
-                    Err(error) => tracing::warn!(error = format!("{error:#}"), member, "certificate not renewed"),
                 }
             }
-            if renewed {
-                backoff.reset();
-            } else if !backoff.wait(&stop).await {
-                return;
+        }
+    }
+
+    async fn renew_at_any(&self, members: &[String]) -> anyhow::Result<()> {
+        for member in members {
+            match self.renew(member).await {
+                Ok(()) => {
+                    tracing::info!(member, "certificate renewed");
+                    return Ok(());
+                }
+                Err(error) => tracing::warn!(error = format!("{error:#}"), member, "certificate not renewed"),
             }
         }
+        let not_after = self.credentials.current().certificate.not_after;
+        bail!("no member renewed the certificate, which ends at {}", rfc3339(not_after))
     }
 
     async fn renew(&self, member: &str) -> anyhow::Result<()> {
@@ -130,6 +175,36 @@ impl NodeIdentity {
         let connection = self.client()?.connect(member).await?;
         let request = wire::RenewRequest { request: key.request()?.into() };
         let answer = AgentsClient::new(connection.channel).renew(request).await?.into_inner();
+        self.take(key, &answer)
+    }
+
+    /// For the key of the certificate that has ended.
+    async fn renew_late(&self, enrolment: &Enrolment) -> anyhow::Result<()> {
+        let ended = self.check_time().err().map(|error| error.to_string()).unwrap_or_default();
+        let Some(address) = &enrolment.address else { bail!("{ended}; give --enrol, where it is renewed late") };
+        let key = self.credentials.current().key;
+        let asked = async {
+            let request =
+                wire::RenewLateRequest { node: self.node.to_string(), request: key.request().context("ask")?.into() };
+            let client = TlsClient::anonymous(&self.trust()?).context("trust the cluster's authority")?;
+            let connection = client.connect(address).await.context("renew late")?;
+            EnrolmentClient::new(connection.channel).renew_late(request).await.map_err(AskError::of)
+        };
+        match asked.await {
+            Ok(answer) => {
+                self.take(key.clone(), answer.get_ref())?;
+                tracing::info!(member = address, late = true, "certificate renewed");
+                Ok(())
+            }
+            Err(AskError::Failed(error)) => Err(error.context(ended)),
+            Err(AskError::Refused(reason)) => {
+                self.enrol_anew(enrolment, format!("{ended}, and the member does not renew it: {reason}")).await
+            }
+        }
+    }
+
+    /// Takes a certificate for `key` into use.
+    fn take(&self, key: Key, answer: &wire::EnrolResponse) -> anyhow::Result<()> {
         let certificate = Certificate::from_der(&answer.certificate)?;
         if certificate.identity != self.credentials.current().certificate.identity {
             bail!("the member issued a certificate for {}", certificate.identity);
@@ -139,9 +214,87 @@ impl NodeIdentity {
         self.credentials.replace(credentials)?;
         Ok(())
     }
+
+    /// With a node token, since nothing else helps: `why`.
+    async fn enrol_anew(&self, enrolment: &Enrolment, why: String) -> anyhow::Result<()> {
+        let help = format!("{why}; give a new node token with --token-file, and --enrol");
+        let (Some(address), Some(token_file)) = (&enrolment.address, &enrolment.token_file) else { bail!(help) };
+        // It is read each time: a new token in the file is enough.
+        let asked = match read_token(token_file) {
+            Ok(token) => present(&self.data, &self.node, address, &token).await,
+            Err(error) => Err(error.into()),
+        };
+        let (credentials, authority) = asked.context(help)?;
+        self.authority.send_replace(authority);
+        self.credentials.replace(credentials)?;
+        Ok(())
+    }
 }
 
-fn is_refusal(status: &tonic::Status) -> bool {
+impl AskError {
+    fn of(status: tonic::Status) -> Self {
+        match is_refusal(&status) {
+            true => Self::Refused(format!("the member refused: {}", status.message())),
+            false => Self::Failed(anyhow::Error::new(status).context("ask for a certificate")),
+        }
+    }
+}
+
+fn read_token(path: &Path) -> anyhow::Result<Token> {
+    let text = files::read_secret(path).with_context(|| format!("read {}", path.display()))?;
+    let token = std::str::from_utf8(&text).ok().and_then(Token::parse);
+    token.with_context(|| format!("{} holds no node token", path.display()))
+}
+
+/// Presents a token and keeps what it gives: the node's certificate, the authority, and the ranges of the node's pods.
+async fn present(
+    data: &Path,
+    node: &str,
+    address: &str,
+    token: &Token,
+) -> Result<(Credentials, Certificate), AskError> {
+    let asked = async {
+        files::private_folder(data).with_context(|| format!("make {}", data.display()))?;
+        let member = Identity::cluster(&token.cluster).context("read the token's cluster")?;
+        let client = TlsClient::pinned(PinnedRoot::new(token.root, member)).context("trust the token's authority")?;
+        // Kept, so that a second try after a lost answer has the key to which the token is bound.
+        let key = Key::read_or_generate(&data.join("node.next.pem")).context("make a key")?;
+        let request = key.request().context("make a request")?;
+        let connection = client.connect(address).await.context("reach the member")?;
+        anyhow::Ok((connection, key, request))
+    };
+    let (connection, key, request) = asked.await?;
+    let request = wire::EnrolRequest { token: token.to_text(), request: request.into(), node: node.to_owned() };
+    let answer = EnrolmentClient::new(connection.channel).enrol(request).await.map_err(AskError::of)?.into_inner();
+    let keep = || {
+        let authority = Certificate::from_der(&answer.authority)?;
+        ensure!(authority.fingerprint() == token.root, "the member's authority is not the one in the token");
+        let certificate = Certificate::from_der(&answer.certificate)?;
+        check_node(&certificate, node)?;
+        let mut ranges =
+            agent_wire::parse_nets(answer.pod_ranges.clone()).context("read the ranges of the node's pods")?;
+        ranges.truncate(pod_ranges::MAX);
+        pod_ranges::write(data, &ranges).context("keep the ranges of the node's pods")?;
+        authority.write(&data.join("authority.pem"))?;
+        // The last: its presence says that the node has enrolled.
+        let credentials = Credentials::new(key, certificate)?;
+        credentials.write_file(&data.join("node.pem"))?;
+        let _ = std::fs::remove_file(data.join("node.next.pem"));
+        anyhow::Ok((credentials, authority))
+    };
+    // What the member issued does not fit, and would not the next time.
+    let kept = keep().map_err(|error| AskError::Refused(format!("use what the member issued: {error:#}")))?;
+    tracing::info!(node, "enrolled");
+    Ok(kept)
+}
+
+fn check_node(certificate: &Certificate, node: &str) -> anyhow::Result<()> {
+    let fits = matches!(&certificate.identity, Identity::Node { node: own, .. } if **own == *node);
+    ensure!(fits, "the certificate is for {}, not for node {node}", certificate.identity);
+    Ok(())
+}
+
+pub fn is_refusal(status: &tonic::Status) -> bool {
     use tonic::Code::{FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unauthenticated};
     [FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unauthenticated].contains(&status.code())
 }

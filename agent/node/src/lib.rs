@@ -5,6 +5,7 @@
 
 pub mod enforcer;
 pub mod identity;
+pub mod pod_ranges;
 pub mod snapshot;
 pub mod status;
 pub mod sync;

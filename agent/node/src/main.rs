@@ -4,19 +4,22 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hanse_agent::enforcer::{Enforcer, Options, Started};
-use hanse_agent::identity::NodeIdentity;
-use hanse_agent::status::Status;
+use hanse_agent::identity::{Enrolment, NodeIdentity};
+use hanse_agent::pod_ranges;
+use hanse_agent::status::{self, Status};
 use hanse_agent::sync::Follower;
 use hanse_dataplane::Backend as _;
 use hanse_dataplane::nftables::{Config, Nftables};
 use hanse_runtime::health::Health;
+use hanse_runtime::moment::rfc3339;
 use hanse_runtime::monitor::{Page, serve};
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::{files, logging, tls};
 use ipnet::IpNet;
+use tokio::sync::watch;
 
 /// How long a stop waits for tasks.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -53,17 +56,18 @@ struct RunArgs {
     /// The cluster's member, HOST:PORT; may be given several times.
     #[arg(long, required = true)]
     member: Vec<String>,
-    /// Where the member enrols nodes, HOST:PORT; needed until the node has enrolled.
+    /// Where the member enrols nodes, HOST:PORT; needed until the node has enrolled, and for late renewal.
     #[arg(long)]
     enrol: Option<String>,
-    /// A file with a node token; needed until the node has enrolled.
+    /// A file with a node token; needed until the node has enrolled, and where the member refuses the node.
     #[arg(long)]
     token_file: Option<PathBuf>,
     /// An interface that leads out of the node; may be given several times. Without one, those with routes to more than
     /// one address outside of the node's pod ranges.
     #[arg(long)]
     uplink: Vec<String>,
-    /// A range of the node's pods, closed until the first rules arrive; may be given several times.
+    /// A range of the node's pods, closed until the first rules arrive; may be given several times. Without one, those that
+    /// the member told last: they are known as soon as the node has enrolled.
     #[arg(long)]
     pod_range: Vec<IpNet>,
     #[command(flatten)]
@@ -102,6 +106,7 @@ struct StatusArgs {
 enum Output {
     Table,
     Json,
+    Yaml,
 }
 
 fn parse_mask(text: &str) -> Result<u32, String> {
@@ -133,40 +138,52 @@ fn main() -> anyhow::Result<()> {
             println!("Every rule of Hanse is removed from this node's kernel.");
             Ok(())
         }
-        Command::Status(args) => {
-            let status = Status::read(&args.data)?;
-            match args.output {
-                Output::Json => println!("{}", serde_json::to_string(&status)?),
-                Output::Table => {
-                    println!("node         {}", status.node);
-                    println!("generation   {}.{}", status.term, status.number);
-                    println!("digest       {}", status.digest);
-                    println!("revisions    hub {}, local {}", status.hub_revision, status.local_revision);
-                    println!(
-                        "enforced     {} endpoints, {} policies, {} sets",
-                        status.endpoints, status.policies, status.sets
-                    );
-                    println!("in sync      {}", if status.connected { "yes" } else { "no" });
-                    println!("as of        {} s ago", status.age_seconds());
-                    let hooks = if status.hooks.is_empty() { "see the pods' packets" } else { &status.hooks };
-                    println!("hooks        {hooks}");
-                    for pod in &status.unenforced {
-                        println!("unenforced   {}/{}: {}", pod.namespace, pod.name, pod.reason);
-                    }
-                    for refused in &status.refused {
-                        println!("refused      {refused}");
-                    }
-                }
-            }
-            Ok(())
-        }
+        Command::Status(args) => print_status(&args),
     }
+}
+
+fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
+    let mut status = Status::read(&args.data)?;
+    let running = status::runs(&args.data);
+    status.connected &= running;
+    if !matches!(args.output, Output::Table) {
+        let mut value = serde_json::to_value(&status)?;
+        value["writtenAt"] = rfc3339(status.written_at()).into();
+        value["running"] = running.into();
+        match args.output {
+            Output::Yaml => print!("---\n{}", serde_yaml_ng::to_string(&value)?),
+            Output::Table | Output::Json => println!("{value}"),
+        }
+        return Ok(());
+    }
+    let said = "no: what follows is the last that it said, and its rules stay in the kernel";
+    println!("node         {}", status.node);
+    println!("running      {}", if running { "yes" } else { said });
+    println!("generation   {}.{}", status.term, status.number);
+    println!("digest       {}", status.digest);
+    println!("revisions    hub {}, local {}", status.hub_revision, status.local_revision);
+    println!("enforced     {} endpoints, {} policies, {} sets", status.endpoints, status.policies, status.sets);
+    let ranges: Vec<String> = status.pod_ranges.iter().map(ToString::to_string).collect();
+    let unknown = "none known: a pod is OPEN until its rules arrive (give --pod-range)";
+    println!("pod ranges   {}", if ranges.is_empty() { unknown.to_owned() } else { ranges.join(", ") });
+    println!("in sync      {}", if status.connected { "yes" } else { "no" });
+    println!("as of        {} ({} s ago)", rfc3339(status.written_at()), status.age_seconds());
+    let hooks = if status.hooks.is_empty() { "see the pods' packets" } else { &status.hooks };
+    println!("hooks        {hooks}");
+    for pod in &status.unenforced {
+        println!("unenforced   {}/{}: {}", pod.namespace, pod.name, pod.reason);
+    }
+    for refused in &status.refused {
+        println!("refused      {refused}");
+    }
+    Ok(())
 }
 
 #[tokio::main(flavor = "current_thread")]
 async fn run(args: RunArgs) -> anyhow::Result<()> {
     tls::install_provider();
     files::private_folder(&args.data).with_context(|| format!("make {}", args.data.display()))?;
+    let _lock = status::lock(&args.data)?;
     let options = Options {
         data: args.data.clone(),
         detect_uplinks: args.uplink.is_empty(),
@@ -174,7 +191,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         pod_ranges: args.pod_range.iter().map(IpNet::trunc).collect(),
     };
     // Before anybody is asked: the node is closed, or as it was.
-    let Started { enforcer, held, refused } =
+    let Started { enforcer, held, refused, pod_ranges, open, ended } =
         Enforcer::start(options).context("bring the kernel to what is known (this needs root)")?;
     let shutdown = Shutdown::default();
     let stop = shutdown.token();
@@ -183,29 +200,41 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     if let Some(address) = args.health_listen {
         serve(address, Page::Health(health), stop.clone()).await?;
     }
-    let (node, data) = (args.node.clone(), args.data.clone());
-    let follower = Follower { node, data, enforcer, held, refused, in_sync };
-    let (member, enrol, token_file) = (args.member, args.enrol, args.token_file);
-    let (data, node, begin) = (args.data, args.node, shutdown.clone());
+    let (status, told) = watch::channel(Status::default());
+    let (node, data) = (args.node, args.data);
+    // Kept, so that the thread outlives whoever follows the member.
+    let _thread = enforcer.clone();
+    let mut follower =
+        Follower { node: node.clone(), enforcer, held, refused, pod_ranges, connected: false, in_sync, status };
+    follower.tell();
+    tokio::spawn(status::keep(data.clone(), told));
+    let (member, enrolment) = (args.member, Enrolment { address: args.enrol, token_file: args.token_file });
     let task = shutdown.spawn(async move {
+        // Without an identity there is nothing to follow; the kernel keeps what it has.
         let identity = match NodeIdentity::read(&data, &node)? {
             Some(identity) => identity,
             None => {
-                let enrol = enrol.context("the node has not enrolled: --enrol and --token-file are needed")?;
-                let token = token_file.context("the node has not enrolled: --token-file is needed")?;
-                let enrolled = NodeIdentity::enrol(&data, &node, &enrol, &token, &stop).await;
-                // Without an identity there is nothing to follow; the kernel keeps what it has.
-                enrolled.inspect_err(|_| begin.begin())?
+                let identity = NodeIdentity::enrol(&data, &node, &enrolment, &stop).await?;
+                let ranges = pod_ranges::read(&data);
+                match (open, ranges.is_empty()) {
+                    (true, false) => follower.close(ranges).await?,
+                    (true, true) => tracing::warn!("the member knows no range of this node's pods either"),
+                    (false, _) => {}
+                }
+                identity
             }
         };
-        let fresh = tokio::spawn(identity.clone().keep_fresh(member.clone(), stop.clone()));
+        let fresh = tokio::spawn(identity.clone().keep_fresh(member.clone(), enrolment, stop.clone()));
         follower.run(identity, member, stop).await;
         let _ = fresh.await;
         anyhow::Ok(())
     });
     let failed = tokio::select! {
+        // What went wrong before what it led to.
+        biased;
+        followed = task => followed.context("follow the member")?.err(),
+        () = ended.wait() => Some(anyhow!("the enforcing thread has ended: its rules stay, and nobody repairs them")),
         signalled = shutdown.wait_for_signal() => { signalled.context("wait for a signal")?; None }
-        ended = task => ended.context("follow the member")?.err(),
     };
     shutdown.drain(DRAIN).await;
     failed.map_or(Ok(()), Err)

@@ -1,8 +1,20 @@
-//! What the agent says of itself, in a file beside its snapshot, for `hanse-agent status`.
+//! What the agent says of itself, in a file beside its snapshot, for `hanse-agent status`; and whether it runs, by a lock
+//! that ends with it, however it ends.
 
-use std::path::Path;
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
+use anyhow::{Context as _, bail};
+use hanse_runtime::moment::{from_seconds, seconds};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+/// How often an agent that runs writes its status, also when nothing changes.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// How often the lock is tried: who asks whether an agent runs holds it for a moment.
+const LOCK_TRIES: u32 = 20;
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -26,8 +38,11 @@ pub struct Status {
     /// Pods that are not enforced, or of which it is not known.
     #[serde(default)]
     pub unenforced: Vec<Unenforced>,
+    /// The ranges of the node's pods, of which an address without rules is closed.
+    #[serde(default)]
+    pub pod_ranges: Vec<IpNet>,
     pub connected: bool,
-    /// Seconds since the Unix epoch, by this machine's clock.
+    /// Seconds since the Unix epoch, by this machine's clock: the last sign of life.
     pub written_at: u64,
 }
 
@@ -40,26 +55,106 @@ pub struct Unenforced {
 
 impl Status {
     /// A file that cannot be written is logged: it is for people only.
-    pub fn write(&self, data: &Path) {
+    fn write(&self, data: &Path) {
         let text = serde_json::to_vec_pretty(self).unwrap_or_default();
         if let Err(error) = hanse_runtime::files::write_atomic(&data.join("status.json"), &text, 0o600) {
             tracing::warn!(%error, "the status file cannot be written");
         }
     }
 
-    /// How long ago it was written, by this machine's clock: an agent writes it at each change, so that an old one is no sign
-    /// of anything by itself.
-    pub fn age_seconds(&self) -> u64 {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        now.as_secs().saturating_sub(self.written_at)
+    pub fn written_at(&self) -> SystemTime {
+        from_seconds(self.written_at)
     }
 
+    /// How long ago it was written, by this machine's clock.
+    pub fn age_seconds(&self) -> u64 {
+        seconds(SystemTime::now()).saturating_sub(self.written_at)
+    }
+
+    /// # Errors
+    /// When no agent has ever written it, or it cannot be understood.
     pub fn read(data: &Path) -> anyhow::Result<Self> {
-        use anyhow::Context as _;
         let path = data.join("status.json");
         let text = std::fs::read(&path).with_context(|| {
             format!("read {}: an agent that runs with this folder writes it (`hanse-agent run --data`)", path.display())
         })?;
         serde_json::from_slice(&text).with_context(|| format!("understand {}", path.display()))
+    }
+}
+
+/// Writes what is told, at each change and as a heartbeat. Returns when nobody is left to tell.
+pub async fn keep(data: PathBuf, mut told: watch::Receiver<Status>) {
+    loop {
+        let told_last = told.borrow_and_update().clone();
+        Status { written_at: seconds(SystemTime::now()), ..told_last }.write(&data);
+        tokio::select! {
+            changed = told.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(HEARTBEAT) => {}
+        }
+    }
+}
+
+/// Held by the agent that runs with the folder `data`.
+///
+/// # Errors
+/// When another agent holds it, or it cannot be made.
+pub fn lock(data: &Path) -> anyhow::Result<File> {
+    let path = lock_path(data);
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.with_context(|| format!("open {}", path.display()))?;
+    for _ in 0..LOCK_TRIES {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(20)),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("lock {}", path.display())),
+        }
+    }
+    bail!("another agent runs with the folder {}", data.display())
+}
+
+/// Whether an agent runs with the folder `data`.
+pub fn runs(data: &Path) -> bool {
+    File::open(lock_path(data)).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
+fn lock_path(data: &Path) -> PathBuf {
+    data.join("agent.lock")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_holds_the_lock_runs() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert!(!runs(folder.path()), "none ever has");
+        let held = lock(folder.path()).expect("free");
+        assert!(runs(folder.path()));
+        assert!(lock(folder.path()).is_err_and(|error| error.to_string().contains("another agent runs")));
+        drop(held);
+        assert!(!runs(folder.path()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_status_that_does_not_change_is_written_again_and_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (tell, told) = watch::channel(Status { node: "n".into(), ..Status::default() });
+        let keeping = tokio::spawn(keep(folder.path().to_owned(), told));
+        for beat in 0..3 {
+            let path = folder.path().join("status.json");
+            // The paused clock goes on as soon as everything waits.
+            tokio::time::timeout(HEARTBEAT * 2, async {
+                while !path.exists() {
+                    tokio::time::sleep(HEARTBEAT / 10).await;
+                }
+            })
+            .await
+            .unwrap_or_else(|_| panic!("beat {beat}"));
+            assert_eq!(Status::read(folder.path()).expect("written").node, "n");
+            std::fs::remove_file(path).expect("removed");
+        }
+        drop(tell);
+        keeping.await.expect("it ends with who tells");
     }
 }

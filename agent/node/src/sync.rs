@@ -1,10 +1,9 @@
 //! Following the member: one stream, resumed by digest.
 
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use hanse_dataplane::Refusal;
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
@@ -12,13 +11,14 @@ use hanse_ruleset::{Delta, EndpointId, Generation, RuleSet};
 use hanse_runtime::agent_wire::{self, Assembled, Assembler};
 use hanse_runtime::health::Condition;
 use hanse_runtime::retry::Backoff;
-use tokio::sync::mpsc;
+use ipnet::IpNet;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 use crate::enforcer::Enforcer;
-use crate::identity::NodeIdentity;
+use crate::identity::{NodeIdentity, is_refusal};
 use crate::status::{Status, Unenforced};
 
 /// The largest message that is taken: the 1 MiB of the contract and its frame.
@@ -33,21 +33,27 @@ const MAX_UNENFORCED: usize = 1_000;
 #[derive(Debug)]
 pub struct Follower {
     pub node: String,
-    pub data: PathBuf,
     pub enforcer: Enforcer,
     /// What is in force, as far as it is known.
     pub held: Option<Arc<RuleSet>>,
     /// Objects of it that the kernel refused.
     pub refused: Vec<Refusal>,
+    /// Of the node's pods, as far as they are known while no rules are.
+    pub pod_ranges: Vec<IpNet>,
+    /// The stream is open, and the member has said over it what must be in force.
+    pub connected: bool,
+    /// Holds as long as `connected`. Of a member who falls silent, keep-alives tell within 20 seconds.
     pub in_sync: Condition,
+    pub status: watch::Sender<Status>,
 }
 
 impl Follower {
     /// Follows one of `members` until `stop`.
     pub async fn run(mut self, identity: NodeIdentity, members: Vec<String>, stop: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
-        self.write_status(false);
+        let mut renewed = identity.credentials.subscribe();
         for member in members.iter().cycle() {
+            renewed.mark_unchanged();
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
                 ended = self.follow(&identity, member, &mut backoff) => ended,
@@ -56,11 +62,31 @@ impl Follower {
                 Ok(()) => tracing::info!(member, "the stream ended, opening the next"),
                 Err(error) => tracing::warn!(error = format!("{error:#}"), member, "not in sync, trying again"),
             }
-            self.write_status(false);
-            if !backoff.wait(&stop).await {
-                return;
+            self.lose();
+            tokio::select! {
+                again = backoff.wait(&stop) => if !again { return },
+                // Who waits with a certificate that has ended need not wait any longer.
+                _ = renewed.changed() => {}
             }
         }
+    }
+
+    /// The stream has ended.
+    fn lose(&mut self) {
+        self.connected = false;
+        self.tell();
+    }
+
+    /// Closes ranges that are known late, where nothing is in force.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn close(&mut self, ranges: Vec<IpNet>) -> anyhow::Result<()> {
+        self.enforcer.close(&ranges).await.context("close the ranges of the node's pods")?;
+        tracing::info!(?ranges, "the ranges of the node's pods are closed until the first rules arrive");
+        self.pod_ranges = ranges;
+        self.tell();
+        Ok(())
     }
 
     async fn follow(&mut self, identity: &NodeIdentity, member: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
@@ -76,7 +102,7 @@ impl Follower {
             let message = tokio::select! {
                 message = stream.message() => message.context("receive")?,
                 Ok(()) = proofs.changed() => {
-                    self.write_status(told);
+                    self.tell();
                     if told {
                         outbox.send(self.ack(String::new())).await.context("tell what the probe found")?;
                     }
@@ -115,12 +141,20 @@ impl Follower {
         identity: &NodeIdentity,
         member: &str,
     ) -> anyhow::Result<(mpsc::Sender<wire::AgentToMember>, Streaming<wire::MemberToAgent>)> {
+        identity.check_time()?;
+        let shown = identity.credentials.current().certificate.public;
         let connection = identity.client()?.connect(member).await?;
         let mut client = AgentsClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
         outbox.send(self.hello()).await.context("say hello")?;
-        let stream = client.sync(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
-        Ok((outbox, stream))
+        match client.sync(ReceiverStream::new(sending)).await {
+            Ok(stream) => Ok((outbox, stream.into_inner())),
+            Err(status) if is_refusal(&status) => {
+                identity.tell_refused(shown);
+                bail!("the member refuses this node: {}", status.message())
+            }
+            Err(status) => Err(status).context("open the stream"),
+        }
     }
 
     fn hello(&self) -> wire::AgentToMember {
@@ -167,8 +201,8 @@ impl Follower {
                 }
                 self.held = Some(next);
                 self.refused = applied.refused;
-                self.in_sync.set(true);
-                self.write_status(true);
+                self.connected = true;
+                self.tell();
                 self.ack(String::new())
             }
             Err(error) => {
@@ -192,8 +226,8 @@ impl Follower {
     fn move_on(&mut self, generation: Generation, hub_revision: u64, local_revision: u64) -> wire::AgentToMember {
         if let Some(held) = &self.held {
             self.held = Some(Arc::new(RuleSet { generation, hub_revision, local_revision, ..(**held).clone() }));
-            self.in_sync.set(true);
-            self.write_status(true);
+            self.connected = true;
+            self.tell();
         }
         self.ack(String::new())
     }
@@ -221,7 +255,9 @@ impl Follower {
         wire::AgentToMember { message: Some(wire::agent_to_member::Message::Ack(ack)) }
     }
 
-    fn write_status(&self, connected: bool) {
+    /// Says how it is, to whoever asks for readiness or status.
+    pub fn tell(&self) {
+        self.in_sync.set(self.connected);
         let nothing = RuleSet::default();
         let held = self.held.as_deref().unwrap_or(&nothing);
         let proofs = self.enforcer.proofs().borrow().clone();
@@ -246,10 +282,11 @@ impl Follower {
                     reason: reason.clone(),
                 })
                 .collect(),
-            connected,
-            written_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            pod_ranges: self.held.as_ref().map_or(&self.pod_ranges, |held| &held.node.pod_ranges).clone(),
+            connected: self.connected,
+            written_at: 0,
         };
-        status.write(&self.data);
+        self.status.send_replace(status);
     }
 }
 
@@ -261,17 +298,19 @@ mod tests {
     use super::*;
     use crate::enforcer::Proofs;
 
-    fn follower(folder: &tempfile::TempDir) -> Follower {
+    fn follower() -> Follower {
         let pod = EndpointId { namespace: "a".into(), name: "p".into() };
         let proofs = Proofs { hooks: "no pod".into(), unenforced: [(pod, "bypassed".to_owned())].into() };
         let held = RuleSet { generation: Generation { term: 5, number: 9 }, ..RuleSet::default() };
         Follower {
             node: "n".into(),
-            data: folder.path().to_owned(),
             enforcer: Enforcer::ended(proofs),
             held: Some(Arc::new(held)),
             refused: vec![Refusal { object: "policy a/b".into(), reason: "too wide".into() }],
+            pod_ranges: Vec::new(),
+            connected: false,
             in_sync: Health::default().condition("in sync"),
+            status: watch::Sender::new(Status::default()),
         }
     }
 
@@ -284,8 +323,7 @@ mod tests {
 
     #[test]
     fn a_new_position_is_no_better_than_what_is_in_force() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let mut follower = follower(&folder);
+        let mut follower = follower();
         let ack = ack(follower.move_on(Generation { term: 5, number: 10 }, 3, 4));
         assert_eq!(ack.generation, Some(wire::Generation { term: 5, number: 10 }));
         assert_eq!(ack.revisions, Some(wire::Revisions { hub: 3, local: 4 }));
@@ -294,14 +332,23 @@ mod tests {
         assert_eq!(ack.refusals, [wire::Refusal { object: "policy a/b".into(), reason: "too wide".into() }]);
         let pod = wire::PodStatus { namespace: "a".into(), name: "p".into(), reason: "bypassed".into() };
         assert_eq!((ack.unenforced, ack.probe.as_str()), (vec![pod], "no pod"));
-        let status = Status::read(folder.path()).expect("written");
+        let status = follower.status.borrow().clone();
+        assert!(status.connected && follower.in_sync.holds());
         assert_eq!((status.number, status.refused), (10, vec!["policy a/b: too wide".to_owned()]));
     }
 
     #[test]
+    fn who_has_lost_the_member_is_not_ready() {
+        let mut follower = follower();
+        follower.move_on(Generation { term: 5, number: 10 }, 3, 4);
+        assert!(follower.in_sync.holds());
+        follower.lose();
+        assert!(!follower.in_sync.holds() && !follower.status.borrow().connected);
+    }
+
+    #[test]
     fn a_term_that_is_over_changes_nothing() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let follower = follower(&folder);
+        let follower = follower();
         let at = |term, number| Generation { term, number };
         assert!(follower.is_behind(at(4, 100)) && !follower.is_behind(at(5, 1)) && !follower.is_behind(at(6, 0)));
         let ack = ack(follower.behind(at(4, 100)));
@@ -311,8 +358,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_does_not_hold_together_is_told_and_not_asked_for_again() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let mut follower = follower(&folder);
+        let mut follower = follower();
         let wrong = Delta { digest: Digest(1), ..Delta::default() };
         assert!(!ack(follower.apply(&wrong).await).failed.is_empty());
         assert!(follower.held.is_some(), "what is in force stays");

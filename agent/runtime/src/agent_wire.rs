@@ -335,7 +335,13 @@ fn parse_net(net: wire::Net) -> Result<IpNet, WireError> {
     Ok(net.trunc())
 }
 
-fn parse_nets(nets: Vec<wire::Net>) -> Result<Vec<IpNet>, WireError> {
+pub fn nets(nets: &[IpNet]) -> Vec<wire::Net> {
+    nets.iter().copied().map(net).collect()
+}
+
+/// # Errors
+/// When an address has another length than 4 or 16 bytes, or a prefix is longer than it.
+pub fn parse_nets(nets: Vec<wire::Net>) -> Result<Vec<IpNet>, WireError> {
     nets.into_iter().map(parse_net).collect()
 }
 
@@ -414,7 +420,6 @@ fn parse_rule(rule: wire::Rule) -> Result<rules::Rule, WireError> {
 
 fn peer(peer: &rules::Peer) -> wire::Peer {
     let sets = |sets: &[rules::SetId]| sets.iter().map(|set| id16(set.0)).collect::<Vec<_>>();
-    let nets = |nets: &[IpNet]| nets.iter().copied().map(net).collect::<Vec<_>>();
     let ports = |ports: &[rules::PortRange]| {
         let range = |range: &rules::PortRange| wire::PortRange { first: range.first.into(), last: range.last.into() };
         ports.iter().map(range).collect::<Vec<_>>()
@@ -498,7 +503,6 @@ fn endpoint(endpoint: &rules::LocalEndpoint) -> wire::Endpoint {
 }
 
 fn node(node: &rules::NodeConfig) -> wire::Node {
-    let nets = |nets: &[IpNet]| nets.iter().copied().map(net).collect::<Vec<_>>();
     let stream = |stream: &rules::OwnStream| wire::OwnStream {
         name: stream.name.to_string(),
         from: nets(&stream.from),

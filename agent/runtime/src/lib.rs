@@ -12,6 +12,7 @@ pub mod identity;
 pub mod keys;
 pub mod logging;
 pub mod metrics;
+pub mod moment;
 pub mod monitor;
 pub mod retry;
 pub mod shutdown;

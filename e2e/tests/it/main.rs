@@ -5,6 +5,7 @@ mod guards;
 mod kernel;
 mod manifests;
 mod network;
+mod nodes;
 mod presets;
 mod simulation;
 mod system;

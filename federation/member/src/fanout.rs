@@ -6,6 +6,7 @@
 //! Who an agent is comes from its certificate, which the cluster's own authority issued.
 
 mod enrol;
+mod nodes;
 mod service;
 
 use std::collections::BTreeMap;
@@ -20,21 +21,31 @@ use hanse_proto::federation::v1::UnenforcedPod;
 use hanse_ruleset::{Digest, Generation};
 use hanse_runtime::Identity;
 use hanse_runtime::ca::CaError;
-use hanse_runtime::keys::KeyError;
+use hanse_runtime::keys::{Fingerprint, KeyError};
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::tls::{
     Connections, CredentialStore, Incoming, IncomingLimits, ServerTls, Trust, http2_server, incoming,
 };
+use ipnet::IpNet;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
-pub use enrol::{NodeToken, NodeTokenError, create_node_token, list_node_tokens, revoke_node_token};
+pub use enrol::{
+    Created, NodeToken, NodeTokenError, create_node_token, list_node_tokens, list_nodes, revoke_node, revoke_node_token,
+};
+pub use nodes::NodeRecord;
+use nodes::Nodes;
 
 use crate::registration::MemberIdentity;
 use crate::world::{Compiled, NodeRules};
 
 /// Enrolments that one address may ask for in a second.
 const ENROLMENTS_PER_SECOND: f64 = 5.0;
+/// How long an enrolment waits for the source to be read.
+const SOURCE_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is looked whether a node was revoked.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// The largest message of an agent: 2,000 refusals and pods of about 300 bytes.
 const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
 
@@ -81,9 +92,15 @@ struct Shared {
     /// How long certificates of nodes, and of the member towards them, are valid.
     lifetime: Duration,
     nodes: Mutex<BTreeMap<Arc<str>, Node>>,
+    /// Which key speaks for each.
+    kept: Nodes,
+    /// The nodes that the source knows, with the ranges of their pods. `None`: it was never read.
+    known: watch::Sender<Option<KnownNodes>>,
     /// Counts changes of any node's status.
     changed: watch::Sender<u64>,
 }
+
+type KnownNodes = Arc<BTreeMap<Arc<str>, Vec<IpNet>>>;
 
 /// What a node must enforce from now on.
 #[derive(Debug, Clone)]
@@ -106,6 +123,8 @@ struct Node {
     status: NodeStatus,
     /// Number of the stream that speaks for the node; an older one is told to end.
     stream: u64,
+    /// The key that its certificate is for.
+    key: Option<Fingerprint>,
     replaced: CancellationToken,
 }
 
@@ -115,6 +134,7 @@ impl Node {
             target: watch::Sender::new(None),
             status: NodeStatus::default(),
             stream: 0,
+            key: None,
             replaced: CancellationToken::new(),
         }
     }
@@ -134,7 +154,9 @@ impl Fanout {
         let term = last.max(now) + 1;
         hanse_runtime::files::write_atomic(&path, format!("{term}\n").as_bytes(), 0o600)
             .map_err(|error| FanoutError::Term(path, error))?;
-        let shared = Shared { term, lifetime, nodes: Mutex::default(), changed: watch::Sender::new(0) };
+        let kept = Nodes::new(data);
+        let known = watch::Sender::new(kept.read_known().map(Arc::new));
+        let shared = Shared { term, lifetime, nodes: Mutex::default(), kept, known, changed: watch::Sender::new(0) };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -182,16 +204,36 @@ impl Fanout {
         shutdown.spawn(http2_server().add_service(server).serve_with_incoming_shutdown(agents, async move {
             until.cancelled().await;
         }));
-        let enrol = EnrolmentServer::new(enrol::Service::new(identity.clone(), self.shared.lifetime))
+        let enrol = EnrolmentServer::new(enrol::Service::new(self.clone(), identity.clone()))
             .max_decoding_message_size(16 * 1024);
         let until = stop.clone();
         shutdown.spawn(http2_server().add_service(enrol).serve_with_incoming_shutdown(enrolment, async move {
             until.cancelled().await;
         }));
+        let (fanout, until) = (self.clone(), stop.clone());
+        shutdown.spawn(async move { fanout.follow_revocations(until).await });
         let identity = identity.clone();
         let lifetime = self.shared.lifetime;
         shutdown.spawn(async move { renew(identity, cluster, lifetime, credentials, stop).await });
         Ok(addresses)
+    }
+
+    /// The nodes that the source knows now, with the ranges of their pods: what a node is told when it enrols.
+    pub fn know(&self, nodes: impl Iterator<Item = (Arc<str>, Vec<IpNet>)>) {
+        let nodes = Arc::new(nodes.collect::<BTreeMap<_, _>>());
+        if self.shared.known.borrow().as_ref() != Some(&nodes) {
+            if let Err(error) = self.shared.kept.write_known(&nodes) {
+                tracing::warn!(%error, "which nodes the source knows cannot be kept");
+            }
+            self.shared.known.send_replace(Some(nodes));
+        }
+    }
+
+    /// What the source knows of nodes; a member that has just started for the first time is about to read it.
+    async fn known(&self) -> Option<KnownNodes> {
+        let mut known = self.shared.known.subscribe();
+        let read = tokio::time::timeout(SOURCE_PATIENCE, known.wait_for(Option::is_some)).await;
+        read.ok()?.ok()?.clone()
     }
 
     /// What nodes must enforce from now on, and the revisions that this, and all that did not change, is true of. A node that
@@ -245,14 +287,56 @@ impl Fanout {
     }
 
     /// A stream begins to speak for a node: what it must enforce, the stream's number, and when it must end.
-    fn attach(&self, name: &Arc<str>) -> (watch::Receiver<Option<Arc<Target>>>, u64, CancellationToken) {
+    fn attach(
+        &self,
+        name: &Arc<str>,
+        key: Fingerprint,
+    ) -> Result<(watch::Receiver<Option<Arc<Target>>>, u64, CancellationToken), Status> {
         let mut nodes = self.nodes();
+        // Under the lock: who revokes it after this look sees the stream.
+        if !self.shared.kept.admits(name, &key).map_err(|_| Status::internal("read which key speaks for the node"))? {
+            return Err(service::not_registered(name));
+        }
         let node = nodes.entry(Arc::clone(name)).or_insert_with(Node::new);
         node.replaced.cancel();
         node.replaced = CancellationToken::new();
         node.stream += 1;
+        node.key = Some(key);
         node.status.connected = true;
-        (node.target.subscribe(), node.stream, node.replaced.clone())
+        Ok((node.target.subscribe(), node.stream, node.replaced.clone()))
+    }
+
+    /// Ends the streams whose keys speak for their nodes no more: of one node, or of all.
+    fn expel(&self, only: Option<&str>) {
+        for (name, node) in self.nodes().iter().filter(|(name, _)| only.is_none_or(|only| only == &***name)) {
+            let Some(key) = node.key.filter(|_| node.status.connected) else { continue };
+            match self.shared.kept.allows(name, &key) {
+                Ok(true) => {}
+                Ok(false) => {
+                    tracing::info!(node = %name, "its stream ends: another key speaks for it now, or none");
+                    node.replaced.cancel();
+                }
+                Err(error) => tracing::error!(%error, node = %name, "it cannot be read which key speaks for the node"),
+            }
+        }
+    }
+
+    /// Nodes are revoked by another process, which changes their folder. Looks again as long as a change is so recent that
+    /// another may have the same time.
+    async fn follow_revocations(&self, stop: CancellationToken) {
+        let mut seen = None;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+            let changed = self.shared.kept.changed_at();
+            let recent = changed.is_some_and(|at| at.elapsed().is_ok_and(|age| age <= LOOK_EVERY * 2));
+            if changed != seen || recent {
+                self.expel(None);
+                seen = changed;
+            }
+        }
     }
 
     fn detach(&self, name: &str, stream: u64) {

@@ -1,17 +1,22 @@
 //! `hanse-member`: one cluster's inventory, its hub streams, and the fan-out to its agents.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use hanse_member::fanout::{NodeToken, create_node_token, list_node_tokens, revoke_node_token};
+use hanse_member::fanout::{
+    NodeRecord, NodeToken, create_node_token, list_node_tokens, list_nodes, revoke_node, revoke_node_token,
+};
 use hanse_member::process::{self, Options};
 use hanse_member::registration::MemberIdentity;
 use hanse_ruleset::UnknownPods;
+use hanse_runtime::keys::Credentials;
+use hanse_runtime::moment::rfc3339;
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::{logging, tls};
+use hanse_runtime::{Identity, logging, tls};
+use serde_json::json;
 
 /// How long a stop waits for tasks.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -41,13 +46,39 @@ enum Command {
         #[command(subcommand)]
         command: NodeTokenCommand,
     },
+    /// Nodes that have enrolled.
+    Node {
+        #[command(subcommand)]
+        command: NodeCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum NodeCommand {
+    /// The nodes that have enrolled: since when, until when their certificates are valid, and whether they are revoked.
+    List {
+        /// The folder of the member's files.
+        #[arg(long)]
+        data: PathBuf,
+        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        output: Output,
+    },
+    /// Let a node in no more, and make its tokens useless. A member that runs ends its stream within two seconds. A token
+    /// that is made afterwards enrols it anew.
+    Revoke {
+        /// The folder of the member's files.
+        #[arg(long)]
+        data: PathBuf,
+        /// The node's name.
+        node: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]
 enum NodeTokenCommand {
     /// Print a token, a secret, that enrols one node once. The cluster must have joined.
     Create(NodeTokenArgs),
-    /// The tokens that are kept: id, node, when it ends (seconds since 1970), and whether a node has used it.
+    /// The tokens that are kept: id, node, when it ends, and whether a node has used it.
     List {
         /// The folder of the member's files.
         #[arg(long)]
@@ -69,6 +100,7 @@ enum NodeTokenCommand {
 enum Output {
     Table,
     Json,
+    Yaml,
 }
 
 #[derive(Debug, Args)]
@@ -76,15 +108,18 @@ struct NodeTokenArgs {
     /// The folder of the member's files.
     #[arg(long)]
     data: PathBuf,
-    /// The cluster's name.
+    /// The cluster's name, to be sure: the folder knows it.
     #[arg(long)]
-    cluster: String,
+    cluster: Option<String>,
     /// The node's name.
     #[arg(long)]
     node: String,
     /// How long the token is valid.
     #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=604_800))]
     seconds: u64,
+    /// A table is the token alone, so that it can go into a file.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -173,6 +208,7 @@ async fn main() -> anyhow::Result<()> {
     match cli.command {
         Command::NodeToken { command } => node_token(command),
         Command::Join(args) => join(args).await,
+        Command::Node { command } => node(command),
         Command::Run(args) => {
             let shutdown = Shutdown::default();
             let options = Options {
@@ -216,13 +252,42 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
     }
 }
 
+/// The identity of the member whose folder this is; of `cluster`, where that is given.
+fn identity_of(data: &Path, cluster: Option<&str>) -> anyhow::Result<MemberIdentity> {
+    let file = data.join("member.pem");
+    anyhow::ensure!(file.exists(), "{} is the folder of no member that has joined", data.display());
+    let own = Credentials::read_file(&file)?;
+    let Identity::Cluster(own) = own.identity() else { anyhow::bail!("{} is of no cluster", file.display()) };
+    MemberIdentity::read(data, cluster.unwrap_or(own))?.context("its files are gone")
+}
+
+fn print(output: Output, value: &serde_json::Value) -> anyhow::Result<()> {
+    match output {
+        Output::Yaml => print!("---\n{}", serde_yaml_ng::to_string(value)?),
+        Output::Table | Output::Json => println!("{value}"),
+    }
+    Ok(())
+}
+
 fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
     match command {
         NodeTokenCommand::Create(args) => {
-            let identity = MemberIdentity::read(&args.data, &args.cluster)?;
-            let identity = identity.with_context(|| format!("{} has not joined yet", args.cluster))?;
-            let lifetime = Duration::from_secs(args.seconds);
-            println!("{}", create_node_token(&args.data, &identity, &args.node, lifetime)?);
+            let identity = identity_of(&args.data, args.cluster.as_deref())?;
+            let created = create_node_token(&args.data, &identity, &args.node, Duration::from_secs(args.seconds))?;
+            let node = &args.node;
+            if created.known == Some(false) {
+                eprintln!(
+                    "warning: the source of {} knows no node {node}; the token is made all the same",
+                    identity.cluster()
+                );
+            }
+            match args.output {
+                Output::Table => println!("{}", created.text),
+                output => {
+                    let ends_at = rfc3339(created.expires_at);
+                    print(output, &json!({"id": created.id, "node": node, "endsAt": ends_at, "token": created.text}))?;
+                }
+            }
         }
         NodeTokenCommand::List { data, output } => {
             let tokens = list_node_tokens(&data)?;
@@ -231,17 +296,16 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
                 (true, false) => "used",
                 (false, false) => "unused",
             };
+            let rows = tokens.iter().map(|(id, token)| (id, &token.node, rfc3339(token.expires_at()), state(token)));
             if matches!(output, Output::Table) {
-                println!("{:<24} {:<32} {:<12} STATE", "ID", "NODE", "ENDS AT");
-            }
-            for (id, token) in tokens {
-                let (node, ends_at, state) = (&token.node, token.expires_at(), state(&token));
-                match output {
-                    Output::Table => println!("{id:<24} {node:<32} {ends_at:<12} {state}"),
-                    Output::Json => {
-                        println!("{}", serde_json::json!({"id": id, "node": node, "endsAt": ends_at, "state": state}));
-                    }
+                println!("{:<18} {:<32} {:<20}  STATE", "ID", "NODE", "ENDS AT");
+                for (id, node, ends_at, state) in rows {
+                    println!("{id:<18} {node:<32} {ends_at:<20}  {state}");
                 }
+            } else {
+                let one =
+                    |(id, node, ends_at, state)| json!({"id": id, "node": node, "endsAt": ends_at, "state": state});
+                print(output, &rows.map(one).collect())?;
             }
         }
         NodeTokenCommand::Revoke { data, id } => {
@@ -250,6 +314,37 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
                 "there is no node token {id}: see `hanse-member node-token list`"
             );
             println!("node token {id} revoked");
+        }
+    }
+    Ok(())
+}
+
+fn node(command: NodeCommand) -> anyhow::Result<()> {
+    match command {
+        NodeCommand::List { data, output } => {
+            let nodes = list_nodes(&data)?;
+            let state = |node: &NodeRecord| match (node.revoked, node.ends_at() < SystemTime::now()) {
+                (true, _) => "revoked",
+                (false, true) => "certificate ended",
+                (false, false) => "enrolled",
+            };
+            // Of a node that enrolled before this was kept it is not known.
+            let time = |at: SystemTime| if at == SystemTime::UNIX_EPOCH { "-".to_owned() } else { rfc3339(at) };
+            let rows = nodes.iter().map(|it| (&it.node, time(it.enrolled_at()), time(it.ends_at()), state(it)));
+            if matches!(output, Output::Table) {
+                println!("{:<32} {:<20}  {:<20}  STATE", "NODE", "ENROLLED AT", "CERTIFICATE ENDS AT");
+                for (node, enrolled_at, ends_at, state) in rows {
+                    println!("{node:<32} {enrolled_at:<20}  {ends_at:<20}  {state}");
+                }
+            } else {
+                let one = |(node, enrolled_at, ends_at, state)| json!({"node": node, "enrolledAt": enrolled_at, "certificateEndsAt": ends_at, "state": state});
+                print(output, &rows.map(one).collect())?;
+            }
+        }
+        NodeCommand::Revoke { data, node } => {
+            let revoked = revoke_node(&data, &node)?;
+            anyhow::ensure!(revoked, "there is no node {node}: see `hanse-member node list`");
+            println!("node {node} revoked: its rules stay in its kernel, and it is told nothing more");
         }
     }
     Ok(())

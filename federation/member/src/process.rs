@@ -201,6 +201,7 @@ impl Member {
         self.world.set_local(local);
         self.changed();
         let local = self.world.local();
+        self.fanout.know(local.state.nodes.iter().map(|(name, node)| (name.clone(), node.pod_ranges.clone())));
         self.client.publish(&local.state.cluster);
         self.client.want(self.wanted());
     }

@@ -80,7 +80,7 @@ impl Node {
     }
 
     fn start(&self) -> (Enforcer, Option<Arc<RuleSet>>) {
-        let Started { enforcer, held, refused } =
+        let Started { enforcer, held, refused, .. } =
             self.net.within("node", || Enforcer::start(self.options()).expect("started"));
         assert_eq!(refused, []);
         (enforcer, held)
@@ -116,6 +116,60 @@ fn without_anything_the_nodes_pod_ranges_are_closed() {
     assert_eq!(held, None);
     assert_eq!(node.open(), [false; 4]);
     assert!(node.net.connect("node", "10.1.0.3:80").is_some(), "the node reaches its own pods");
+}
+
+fn stop(started: Started) {
+    drop(started.enforcer);
+    block_on(started.ended.wait());
+}
+
+/// Without rules in the kernel, as after a restart of the machine, and with a snapshot that is damaged.
+fn forget(node: &Node) {
+    node.nft("delete table inet hanse");
+    std::fs::write(node.options().snapshot(), "no snapshot").expect("written");
+}
+
+#[test]
+fn ranges_that_the_member_told_are_closed_at_every_start() {
+    let (node, _listeners) = Node::new();
+    let untold = Options { pod_ranges: Vec::new(), ..node.options() };
+    let start = |options: &Options| node.net.within("node", || Enforcer::start(options.clone()).expect("started"));
+    let started = start(&untold);
+    assert!(started.open && node.open() == [true; 4], "nothing is known: it must be said");
+    // The node enrols.
+    block_on(started.enforcer.close(&ranges())).expect("closed");
+    assert_eq!(node.open(), [false; 4]);
+    stop(started);
+    let started = start(&untold);
+    assert!(!started.open && node.open() == [false; 4], "what was closed stays closed");
+    assert_eq!(snapshot::read(&untold.snapshot()), None, "what no member has sent is no snapshot");
+    block_on(started.enforcer.apply(accepting(80, 1))).expect("applied");
+    assert_eq!(node.open(), [true, false, true, false]);
+    stop(started);
+    forget(&node);
+    let started = start(&untold);
+    assert_eq!((&started.held, started.open, &started.pod_ranges), (&None, false, &ranges()));
+    assert_eq!(node.open(), [false; 4], "IPv4 and IPv6");
+    stop(started);
+    // Who starts it knows better.
+    let given = Options { pod_ranges: ranges()[..1].to_vec(), ..node.options() };
+    assert_eq!(start(&given).pod_ranges, ranges()[..1]);
+    assert_eq!(node.open(), [false, false, true, true]);
+}
+
+#[test]
+fn the_end_of_the_thread_is_seen() {
+    let (node, _listeners) = Node::new();
+    let Started { enforcer, ended, .. } = node.net.within("node", || Enforcer::start(node.options()).expect("started"));
+    let (seen, sees) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        block_on(ended.wait());
+        seen.send(())
+    });
+    block_on(enforcer.apply(accepting(80, 1))).expect("applied");
+    assert!(sees.try_recv().is_err(), "it lives");
+    drop(enforcer);
+    sees.recv_timeout(std::time::Duration::from_secs(10)).expect("its end is seen");
 }
 
 #[test]
@@ -219,6 +273,23 @@ fn pods_are_proven_to_be_enforced_or_it_is_said_why_not() {
     node.net.sysctl("p3", "net.ipv4.icmp_echo_ignore_all=0");
     let proven = || (**enforcer.proofs().borrow() == Proofs::default()).then_some(());
     assert!(until(proven).or_else(|| until(proven)).is_some(), "{:?}", enforcer.proofs());
+}
+
+#[test]
+fn pods_are_proven_also_while_changes_never_cease() {
+    let (node, _listeners) = Node::new();
+    let (enforcer, _) = node.start();
+    let (mut number, mut asked) = (0, false);
+    let proven = until(|| {
+        number += 1;
+        block_on(enforcer.apply(accepting(80 + u16::from(number % 2 == 0), number))).expect("applied");
+        // Before the first probe nothing is wrong either.
+        let wrong = **enforcer.proofs().borrow() != Proofs::default();
+        asked |= wrong;
+        (asked && !wrong).then_some(())
+    });
+    let proofs = enforcer.proofs().borrow().clone();
+    assert!(proven.is_some() && number > 5, "{number} changes, {proofs:?}");
 }
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {

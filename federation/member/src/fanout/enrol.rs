@@ -3,19 +3,25 @@
 //! One file per token in the folder `node-tokens`, so that `hanse-member node-token create` needs no running member.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use hanse_proto::agent::v1 as wire;
 use hanse_runtime::Identity;
+use hanse_runtime::agent_wire;
 use hanse_runtime::files::{private_folder, write_atomic};
 use hanse_runtime::keys::RequestedKey;
+use hanse_runtime::moment::{from_seconds, seconds};
 use hanse_runtime::token::Token;
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status};
 
+use super::Fanout;
+use super::nodes::{NodeRecord, Nodes};
 use crate::registration::MemberIdentity;
 
 const FOLDER: &str = "node-tokens";
+/// Ranges of one node's pods that are told; one for each family is usual.
+const MAX_POD_RANGES: usize = 64;
 
 /// What is kept of a token.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -42,7 +48,18 @@ pub enum NodeTokenError {
     Read(#[source] std::io::Error),
 }
 
-/// Makes a token for one node and gives its text, a secret. It enrols `node` once, within `lifetime`.
+/// A new token.
+#[derive(Debug)]
+pub struct Created {
+    /// A secret.
+    pub text: String,
+    pub id: String,
+    pub expires_at: SystemTime,
+    /// Whether the source had such a node when it was read last. `None`: it never was.
+    pub known: Option<bool>,
+}
+
+/// Makes a token for one node. It enrols `node` once, within `lifetime`.
 ///
 /// # Errors
 /// When the name is no node name, or the token cannot be kept.
@@ -51,16 +68,17 @@ pub fn create_node_token(
     identity: &MemberIdentity,
     node: &str,
     lifetime: Duration,
-) -> Result<String, NodeTokenError> {
+) -> Result<Created, NodeTokenError> {
     Identity::node(identity.cluster(), node).map_err(|_| NodeTokenError::Name(node.to_owned()))?;
     let authority = identity.authority();
     let certificate = authority.certificate();
     let domain = certificate.trust_domain.clone();
     let token = Token::generate(identity.cluster(), domain, certificate.fingerprint()).map_err(NodeTokenError::Make)?;
+    let expires_at = SystemTime::now() + lifetime;
     let kept = NodeToken {
         node: node.to_owned(),
         secret_hash: token.secret_hash().to_string(),
-        expires_at: seconds(SystemTime::now() + lifetime),
+        expires_at: seconds(expires_at),
         key: None,
     };
     let folder = data.join(FOLDER);
@@ -73,7 +91,8 @@ pub fn create_node_token(
     }
     let text = serde_json::to_vec(&kept).map_err(|error| NodeTokenError::Make(error.to_string()))?;
     write_atomic(&folder.join(format!("{}.json", token.id)), &text, 0o600).map_err(NodeTokenError::Keep)?;
-    Ok(token.to_text())
+    let known = Nodes::new(data).read_known().map(|known| known.contains_key(node));
+    Ok(Created { text: token.to_text(), id: token.id, expires_at, known })
 }
 
 /// The tokens that are kept, by id.
@@ -117,15 +136,37 @@ pub fn revoke_node_token(data: &Path, id: &str) -> Result<bool, NodeTokenError> 
     }
 }
 
+/// The nodes that have enrolled.
+///
+/// # Errors
+/// When they cannot be read.
+pub fn list_nodes(data: &Path) -> Result<Vec<NodeRecord>, NodeTokenError> {
+    Nodes::new(data).list().map_err(NodeTokenError::Read)
+}
+
+/// Lets nobody speak for the node until it enrols with a token that is made later; a member that runs ends its stream
+/// within two seconds. False: there is no such node.
+///
+/// # Errors
+/// When it cannot be kept.
+pub fn revoke_node(data: &Path, node: &str) -> Result<bool, NodeTokenError> {
+    let nodes = Nodes::new(data);
+    let locked = nodes.lock().map_err(NodeTokenError::Keep)?;
+    let revoked = locked.revoke(node).map_err(NodeTokenError::Keep)?;
+    for (id, _) in list_node_tokens(data)?.into_iter().filter(|(_, token)| revoked && token.node == node) {
+        revoke_node_token(data, &id)?;
+    }
+    Ok(revoked)
+}
+
 impl NodeToken {
     /// It enrols nobody any more.
     pub fn has_ended(&self, now: SystemTime) -> bool {
         seconds(now) > self.expires_at
     }
 
-    /// Seconds since the Unix epoch, by this machine's clock.
-    pub fn expires_at(&self) -> u64 {
-        self.expires_at
+    pub fn expires_at(&self) -> SystemTime {
+        from_seconds(self.expires_at)
     }
 
     /// A key has presented it.
@@ -134,61 +175,98 @@ impl NodeToken {
     }
 }
 
-fn seconds(at: SystemTime) -> u64 {
-    at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
 #[derive(Debug)]
 pub struct Service {
+    fanout: Fanout,
     identity: MemberIdentity,
-    /// Of the certificates that are issued.
-    lifetime: Duration,
     /// One at a time, so that a token is bound once.
     lock: tokio::sync::Mutex<()>,
 }
 
 impl Service {
-    pub fn new(identity: MemberIdentity, lifetime: Duration) -> Self {
-        Self { identity, lifetime, lock: tokio::sync::Mutex::new(()) }
+    pub fn new(fanout: Fanout, identity: MemberIdentity) -> Self {
+        Self { fanout, identity, lock: tokio::sync::Mutex::new(()) }
     }
 
-    /// The node that the token enrols with this key.
-    fn redeem(&self, text: &str, key: &RequestedKey) -> Result<String, Status> {
+    /// The node that the token enrols with this key; the key is registered then.
+    fn redeem(&self, request: &wire::EnrolRequest, key: &RequestedKey) -> Result<String, Status> {
         // One answer for every wrong token: nothing is learned by trying.
         let refused = || Status::permission_denied("the token is not valid: unknown, used by another key, or too old");
-        let token = Token::parse(text).ok_or_else(refused)?;
+        let keep = |_| Status::internal("keep the token");
+        let token = Token::parse(&request.token).ok_or_else(refused)?;
+        let nodes = &self.fanout.shared.kept;
+        // Against who revokes the token or the node at this moment.
+        let locked = nodes.lock().map_err(keep)?;
         let path = self.identity.data().join(FOLDER).join(format!("{}.json", token.id));
         let kept = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<NodeToken>(&bytes).ok());
         let mut kept = kept.ok_or_else(refused)?;
+        let now = SystemTime::now();
         // Both are hashes of secrets of 256 bits: how long a comparison takes says nothing of use.
-        if kept.secret_hash != token.secret_hash().to_string() || kept.has_ended(SystemTime::now()) {
+        if kept.secret_hash != token.secret_hash().to_string() || kept.has_ended(now) {
             return Err(refused());
+        }
+        if !request.node.is_empty() && request.node != kept.node {
+            let asked: String = request.node.chars().take(253).collect();
+            let said = format!("the token is for node {}, not for node {asked}; it stays unused", kept.node);
+            return Err(Status::failed_precondition(said));
         }
         let presented = key.public().to_string();
         match &kept.key {
-            Some(bound) if *bound != presented => return Err(refused()),
-            Some(_) => {}
-            None => {
-                kept.key = Some(presented);
-                let text = serde_json::to_vec(&kept).map_err(|_| Status::internal("keep the token"))?;
-                write_atomic(&path, &text, 0o600).map_err(|_| Status::internal("keep the token"))?;
-            }
+            // The answer was lost. What has enrolled or renewed since, or is revoked, is not undone by it.
+            Some(bound) if *bound == presented && locked.is_of(&kept.node, &key.public()).map_err(keep)? => {}
+            Some(_) => return Err(refused()),
+            None => kept.key = Some(presented),
         }
+        // First the key, then the token: a crash between the two leaves a token that can be presented again.
+        locked.enrolled(&kept.node, &key.public(), now, now + self.fanout.shared.lifetime).map_err(keep)?;
+        let text = serde_json::to_vec(&kept).map_err(|_| Status::internal("keep the token"))?;
+        write_atomic(&path, &text, 0o600).map_err(keep)?;
         Ok(kept.node)
     }
+}
+
+fn requested(request: &[u8]) -> Result<RequestedKey, Status> {
+    RequestedKey::from_request(request)
+        .map_err(|error| Status::invalid_argument(format!("the request cannot be used: {error}")))
 }
 
 #[tonic::async_trait]
 impl wire::enrolment_server::Enrolment for Service {
     async fn enrol(&self, request: Request<wire::EnrolRequest>) -> Result<Response<wire::EnrolResponse>, Status> {
         let request = request.into_inner();
-        let key = RequestedKey::from_request(&request.request)
-            .map_err(|error| Status::invalid_argument(format!("the request cannot be used: {error}")))?;
+        let key = requested(&request.request)?;
+        // Before the token is used: without the ranges of its pods the node would be open.
+        let Some(known) = self.fanout.known().await else {
+            return Err(Status::unavailable("the member has not read its source yet"));
+        };
         let _one = self.lock.lock().await;
-        let node = self.redeem(&request.token, &key)?;
-        let answer = issue(&self.identity, &node, &key, self.lifetime)?;
-        tracing::info!(node, "node enrolled");
-        Ok(Response::new(answer))
+        let node = self.redeem(&request, &key)?;
+        self.fanout.expel(Some(&node));
+        let answer = issue(&self.identity, &node, &key, self.fanout.shared.lifetime)?;
+        let ranges = known.get(&*node);
+        match ranges {
+            Some(ranges) => tracing::info!(node, pod_ranges = ranges.len(), "node enrolled"),
+            None => tracing::warn!(node, "node enrolled, of which the source knows nothing"),
+        }
+        let ranges = ranges.map_or(&[][..], |ranges| &ranges[..ranges.len().min(MAX_POD_RANGES)]);
+        Ok(Response::new(wire::EnrolResponse { pod_ranges: agent_wire::nets(ranges), ..answer }))
+    }
+
+    async fn renew_late(
+        &self,
+        request: Request<wire::RenewLateRequest>,
+    ) -> Result<Response<wire::EnrolResponse>, Status> {
+        let request = request.into_inner();
+        let key = requested(&request.request)?;
+        let (now, lifetime) = (SystemTime::now(), self.fanout.shared.lifetime);
+        let nodes = &self.fanout.shared.kept;
+        let renewed = nodes.lock().and_then(|it| it.renew_late(&request.node, &key.public(), now, now + lifetime));
+        // Nobody is told whether a key is unknown, revoked or too late.
+        if !renewed.map_err(|_| Status::internal("keep the renewal"))? {
+            return Err(Status::permission_denied("no such key may renew"));
+        }
+        tracing::info!(node = request.node, "certificate renewed late");
+        Ok(Response::new(issue(&self.identity, &request.node, &key, lifetime)?))
     }
 }
 
@@ -207,6 +285,7 @@ pub fn issue(
     Ok(wire::EnrolResponse {
         certificate: certificate.der.to_vec().into(),
         authority: authority.certificate().der.to_vec().into(),
+        pod_ranges: Vec::new(),
     })
 }
 

@@ -2,15 +2,15 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::federation::v1::UnenforcedPod;
 use hanse_ruleset::{Delta, Digest};
 use hanse_runtime::Identity;
 use hanse_runtime::agent_wire::{encode, generation, parse_digest, parse_generation};
-use hanse_runtime::keys::RequestedKey;
-use hanse_runtime::tls::peer_identity;
+use hanse_runtime::keys::{Fingerprint, RequestedKey};
+use hanse_runtime::tls::{peer, peer_identity};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -37,21 +37,33 @@ pub struct Service {
     pub stop: CancellationToken,
 }
 
-/// The node that a request's certificate names.
-fn node_of<T>(request: &Request<T>) -> Result<Arc<str>, Status> {
-    match peer_identity(request)? {
-        Identity::Node { node, .. } => Ok(Arc::clone(node)),
+/// The node that a request's certificate names, and the certificate's key.
+fn node_of<T>(request: &Request<T>) -> Result<(Arc<str>, Fingerprint), Status> {
+    match (peer_identity(request)?, &peer(request)?.certificate) {
+        (Identity::Node { node, .. }, Some(certificate)) => Ok((Arc::clone(node), certificate.public)),
         _ => Err(Status::permission_denied("only nodes of this cluster may ask")),
     }
+}
+
+/// What a node is told whose key does not speak for it.
+pub fn not_registered(node: &str) -> Status {
+    let said = format!("this key does not speak for node {node}: it was revoked, or the node has enrolled anew since");
+    Status::permission_denied(said)
 }
 
 #[tonic::async_trait]
 impl wire::agents_server::Agents for Service {
     async fn renew(&self, request: Request<wire::RenewRequest>) -> Result<Response<wire::EnrolResponse>, Status> {
-        let node = node_of(&request)?;
+        let (node, own) = node_of(&request)?;
         let key = RequestedKey::from_request(&request.into_inner().request)
             .map_err(|error| Status::invalid_argument(format!("the request cannot be used: {error}")))?;
-        Ok(Response::new(enrol::issue(&self.identity, &node, &key, self.fanout.shared.lifetime)?))
+        let lifetime = self.fanout.shared.lifetime;
+        let ends = SystemTime::now() + lifetime;
+        let renewed = self.fanout.shared.kept.lock().and_then(|it| it.renew(&node, &own, &key.public(), ends));
+        if !renewed.map_err(|_| Status::internal("keep the renewal"))? {
+            return Err(not_registered(&node));
+        }
+        Ok(Response::new(enrol::issue(&self.identity, &node, &key, lifetime)?))
     }
 
     type SyncStream = Pin<Box<dyn Stream<Item = Result<wire::MemberToAgent, Status>> + Send>>;
@@ -60,11 +72,11 @@ impl wire::agents_server::Agents for Service {
         &self,
         request: Request<Streaming<wire::AgentToMember>>,
     ) -> Result<Response<Self::SyncStream>, Status> {
-        let node = node_of(&request)?;
+        let (node, key) = node_of(&request)?;
+        let (target, number, replaced) = self.fanout.attach(&node, key)?;
         let (outbox, sending) = mpsc::channel(OUTBOX);
         let (fanout, stop) = (self.fanout.clone(), self.stop.clone());
         tokio::spawn(async move {
-            let (target, number, replaced) = fanout.attach(&node);
             let stream = AgentStream {
                 node: node.clone(),
                 fanout: fanout.clone(),
@@ -255,7 +267,7 @@ mod tests {
             let folder = tempfile::tempdir().expect("a folder");
             let fanout = Fanout::new(folder.path(), Duration::from_secs(60)).expect("a term");
             let (outbox, sent) = mpsc::channel(16);
-            fanout.attach(&"n".into());
+            fanout.attach(&"n".into(), Fingerprint([0; 32])).expect("nothing speaks against it");
             let node = "n".into();
             let stream = AgentStream { node, fanout, outbox, held: None, in_flight: None, not_before: None };
             Self { stream, outbox: sent, _folder: folder }

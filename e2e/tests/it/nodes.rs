@@ -1,0 +1,228 @@
+//! The life of a node: enrolled, restarted without anybody to ask, revoked, late, enrolled anew.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use hanse_e2e::deployment::{Deployment, PATIENCE};
+use hanse_e2e::fabric::Fabric;
+use hanse_e2e::probe::{self, Listener, Observed};
+use hanse_e2e::sandbox;
+use hanse_e2e::world::{Cluster, Node, Pod};
+use serde_json::Value;
+
+use crate::system::programs;
+
+/// Where the member does not run.
+const NODE: &str = "node-2";
+
+/// One cluster of the demo.
+struct World {
+    cluster: Cluster,
+    scratch: tempfile::TempDir,
+}
+
+impl World {
+    fn new() -> Self {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/train");
+        let cluster = Cluster::read("train", &directory).expect("the demo's manifests");
+        Self { cluster, scratch: tempfile::tempdir_in("/run").expect("a folder") }
+    }
+
+    fn node(&self) -> &Node {
+        self.cluster.nodes.iter().find(|it| it.name == NODE).expect("in the demo")
+    }
+
+    fn pod(&self, name: &str) -> &Pod {
+        self.cluster.pods.iter().find(|pod| pod.name == name).expect("in the demo")
+    }
+
+    fn join<'f>(&self, fabric: &'f Fabric, lifetime: Option<u32>) -> Deployment<'f> {
+        let mut system = Deployment::start_with(fabric, &programs(), self.scratch.path(), lifetime).expect("a hub");
+        let clusters = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/federation/clusters.yaml");
+        system.hanse(&["apply", "-f", &clusters.to_string_lossy()]).expect("applied");
+        system.join(&self.cluster, &self.cluster.directory).expect("joined");
+        system.settle(&["train"]).expect("in sync");
+        system
+    }
+
+    fn data(&self) -> PathBuf {
+        self.scratch.path().join(format!("agent-train-{NODE}"))
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.scratch.path().join(format!("agent-train-{NODE}.log"))).unwrap_or_default()
+    }
+
+    fn said(&self, text: &str) -> usize {
+        self.log().matches(text).count()
+    }
+
+    /// Waits until the agent has said `text` more than `before` times.
+    fn says(&self, text: &str, before: usize) {
+        let said = probe::until(PATIENCE, || self.said(text) > before);
+        assert!(said.is_some(), "it does not say {text:?}:\n{}", self.log());
+    }
+
+    fn status(&self) -> Value {
+        let data = self.data();
+        let output = run("hanse-agent", &["status", "-o", "json", "--data", &data.to_string_lossy()]);
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
+    }
+
+    /// Waits until the agent says so of itself.
+    fn becomes(&self, running: bool, connected: bool) {
+        let is = || {
+            let status = self.status();
+            (&status["running"], &status["connected"]) == (&running.into(), &connected.into())
+        };
+        assert!(probe::until(PATIENCE, is).is_some(), "{}\n{}", self.status(), self.log());
+    }
+
+    /// Of `hanse-member` with the member's folder.
+    fn member(&self, arguments: &[&str]) -> Output {
+        let data = self.scratch.path().join("member-train");
+        let output = run("hanse-member", &[arguments, &["--data", &data.to_string_lossy()]].concat());
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        output
+    }
+
+    /// What `hanse-member` lists.
+    fn listed(&self, what: &str) -> Vec<Value> {
+        serde_json::from_slice(&self.member(&[what, "list", "-o", "json"]).stdout).expect("JSON")
+    }
+
+    /// A new token for the node, where its agent looks for one.
+    fn new_token(&self) {
+        let token = self.member(&["node-token", "create", "--node", NODE]).stdout;
+        // The file of the first, which nobody else may read.
+        std::fs::write(self.token(), token).expect("written");
+    }
+
+    fn token(&self) -> PathBuf {
+        self.scratch.path().join(format!("train-{NODE}.token"))
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) -> Output {
+    Command::new(programs().join(program)).args(arguments).output().expect("it starts")
+}
+
+#[test]
+fn a_node_without_rules_is_closed_with_nobody_to_ask() {
+    sandbox::test("nodes::a_node_without_rules_is_closed_with_nobody_to_ask", || {
+        let world = World::new();
+        let fabric = Fabric::build(std::slice::from_ref(&world.cluster)).expect("the network");
+        let (from, to) = (world.pod("trainer-1"), world.pod("registry-0"));
+        let _listener =
+            Listener::start(fabric.pod(to).expect("built"), to.port, &to.title()).expect("the port is free");
+        let observed = || {
+            let inside = fabric.pod(from).expect("built");
+            [0, 1].map(|family| probe::tcp(inside, SocketAddr::new(to.addresses[family], to.port), &to.title()))
+        };
+        let mut system = world.join(&fabric, None);
+        assert_eq!(observed(), [const { Observed::Open }; 2]);
+        let (log, closed) = (world.log(), "closed until the first rules arrive");
+        let (closed, enforced) = (log.find(closed), log.find(" enforced "));
+        assert!(closed.is_some() && closed < enforced, "a new node is closed before its first rules:\n{log}");
+
+        // As after a restart of the machine, which lost the snapshot, while the member is away.
+        system.kill_agent("train", NODE).expect("killed");
+        system.kill_member("train").expect("killed");
+        world.becomes(false, false);
+        let node = fabric.node("train", NODE).expect("built");
+        let cleaned = node.enter(|| run("hanse-agent", &["cleanup"]));
+        assert!(cleaned.status.success(), "{cleaned:?}");
+        std::fs::write(world.data().join("ruleset.snapshot"), "no snapshot").expect("written");
+        assert_eq!(observed(), [const { Observed::Open }; 2], "nothing is in force");
+        system.start_agent(&world.cluster, world.node()).expect("started");
+        let closed = probe::until(PATIENCE, || observed() == [const { Observed::Closed }; 2]);
+        assert!(closed.is_some(), "{}", world.log());
+        world.becomes(true, false);
+        assert_eq!(world.status()["podRanges"], serde_json::json!(["10.10.2.0/24", "fd00:10:2::/64"]));
+        system.start_member(&world.cluster, &world.cluster.directory).expect("started");
+        let open = probe::until(PATIENCE, || observed() == [const { Observed::Open }; 2]);
+        assert!(open.is_some(), "{}", world.log());
+        world.becomes(true, true);
+    });
+}
+
+#[test]
+fn a_node_is_let_in_by_the_key_that_enrolled_last() {
+    sandbox::test("nodes::a_node_is_let_in_by_the_key_that_enrolled_last", || {
+        let world = World::new();
+        let fabric = Fabric::build(std::slice::from_ref(&world.cluster)).expect("the network");
+        let mut system = world.join(&fabric, None);
+        let enrolled = world.listed("node");
+        let states: Vec<_> = enrolled.iter().map(|it| (it["node"].as_str(), it["state"].as_str())).collect();
+        assert_eq!(states, [(Some("node-1"), Some("enrolled")), (Some(NODE), Some("enrolled"))]);
+        world.becomes(true, true);
+        system.kill_agent("train", NODE).expect("killed");
+        world.becomes(false, false);
+
+        // What is refused is said, and nothing is used up.
+        let member = world.cluster.nodes[0].addresses[0];
+        let (agents, enrol) = (format!("{member}:7500"), format!("{member}:7501"));
+        let refused = |node: &str, folder: &str, said: &str| {
+            let data = world.scratch.path().join(folder);
+            let token = world.token();
+            let arguments = ["run", "--node", node, "--member", &agents, "--enrol", &enrol, "--data"];
+            let files = [data.to_str().expect("a path"), "--token-file", token.to_str().expect("a path")];
+            let inside = fabric.node("train", NODE).expect("built");
+            let output = inside.enter(|| run("hanse-agent", &[&arguments[..], &files].concat()));
+            let error = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.code() == Some(1) && error.contains(said), "{:?}: {error}", output.status);
+        };
+        for time in 0..5 {
+            refused(NODE, &format!("again-{time}"), "Error: the member refused: the token is not valid");
+        }
+        world.new_token();
+        refused("node-9", "other", "Error: the member refused: the token is for node node-2, not for node node-9");
+        let states: Vec<_> = world.listed("node-token").iter().map(|it| it["state"].to_string()).collect();
+        assert_eq!(states.iter().filter(|it| *it == "\"unused\"").count(), 1, "{states:?}");
+
+        // Revoked while it is connected, it goes; the token that was made before helps it no more.
+        system.start_agent(&world.cluster, world.node()).expect("started");
+        world.becomes(true, true);
+        world.member(&["node", "revoke", NODE]);
+        world.says("the member refuses this node", 0);
+        world.says("give a new node token with --token-file", 0);
+        world.becomes(true, false);
+        assert_eq!(world.listed("node")[1]["state"], "revoked");
+        // A new one in the same file does, without a restart.
+        let enrolled = world.said("enrolled node=\"node-2\"");
+        world.new_token();
+        world.becomes(true, true);
+        assert_eq!(world.said("enrolled node=\"node-2\""), enrolled + 1, "{}", world.log());
+        assert_eq!(world.listed("node")[1]["state"], "enrolled");
+    });
+}
+
+#[test]
+fn a_certificate_that_has_ended_is_renewed_late_or_by_a_token() {
+    sandbox::test("nodes::a_certificate_that_has_ended_is_renewed_late_or_by_a_token", || {
+        let world = World::new();
+        let fabric = Fabric::build(std::slice::from_ref(&world.cluster)).expect("the network");
+        let mut system = world.join(&fabric, Some(4));
+        let away = |system: &mut Deployment<'_>| {
+            let before = world.said("this node's certificate ended at");
+            system.kill_member("train").expect("killed");
+            world.says("this node's certificate ended at", before);
+            world.becomes(true, false);
+        };
+        away(&mut system);
+        let late = world.said("late=true");
+        system.start_member(&world.cluster, &world.cluster.directory).expect("started");
+        world.says("late=true", late);
+        world.becomes(true, true);
+
+        // Not where the node was revoked; then a new token does.
+        away(&mut system);
+        world.member(&["node", "revoke", NODE]);
+        system.start_member(&world.cluster, &world.cluster.directory).expect("started");
+        world.says("and the member does not renew it: the member refused", 0);
+        assert!(!world.status()["connected"].as_bool().expect("a status"));
+        world.new_token();
+        world.becomes(true, true);
+    });
+}
