@@ -128,6 +128,15 @@ struct Node {
     replaced: CancellationToken,
 }
 
+/// A stream that speaks for a node.
+struct Attached {
+    /// What the node must enforce.
+    target: watch::Receiver<Option<Arc<Target>>>,
+    number: u64,
+    /// When it must end.
+    replaced: CancellationToken,
+}
+
 impl Node {
     fn new() -> Self {
         Self {
@@ -286,12 +295,8 @@ impl Fanout {
         self.shared.changed.send_modify(|count| *count += 1);
     }
 
-    /// A stream begins to speak for a node: what it must enforce, the stream's number, and when it must end.
-    fn attach(
-        &self,
-        name: &Arc<str>,
-        key: Fingerprint,
-    ) -> Result<(watch::Receiver<Option<Arc<Target>>>, u64, CancellationToken), Status> {
+    /// A stream begins to speak for a node.
+    fn attach(&self, name: &Arc<str>, key: Fingerprint) -> Result<Attached, Status> {
         let mut nodes = self.nodes();
         // Under the lock: who revokes it after this look sees the stream.
         if !self.shared.kept.admits(name, &key).map_err(|_| Status::internal("read which key speaks for the node"))? {
@@ -303,7 +308,8 @@ impl Fanout {
         node.stream += 1;
         node.key = Some(key);
         node.status.connected = true;
-        Ok((node.target.subscribe(), node.stream, node.replaced.clone()))
+        let (target, replaced) = (node.target.subscribe(), node.replaced.clone());
+        Ok(Attached { target, number: node.stream, replaced })
     }
 
     /// Ends the streams whose keys speak for their nodes no more: of one node, or of all.

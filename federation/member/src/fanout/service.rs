@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Fanout, Place, Target, enrol};
+use super::{Attached, Fanout, Place, Target, enrol};
 use crate::registration::MemberIdentity;
 
 /// Messages that wait for an agent's connection: 4 MiB at most.
@@ -73,7 +73,7 @@ impl wire::agents_server::Agents for Service {
         request: Request<Streaming<wire::AgentToMember>>,
     ) -> Result<Response<Self::SyncStream>, Status> {
         let (node, key) = node_of(&request)?;
-        let (target, number, replaced) = self.fanout.attach(&node, key)?;
+        let Attached { target, number, replaced } = self.fanout.attach(&node, key)?;
         let (outbox, sending) = mpsc::channel(OUTBOX);
         let (fanout, stop) = (self.fanout.clone(), self.stop.clone());
         tokio::spawn(async move {
@@ -267,7 +267,7 @@ mod tests {
             let folder = tempfile::tempdir().expect("a folder");
             let fanout = Fanout::new(folder.path(), Duration::from_secs(60)).expect("a term");
             let (outbox, sent) = mpsc::channel(16);
-            fanout.attach(&"n".into(), Fingerprint([0; 32])).expect("nothing speaks against it");
+            drop(fanout.attach(&"n".into(), Fingerprint([0; 32])).expect("nothing speaks against it"));
             let node = "n".into();
             let stream = AgentStream { node, fanout, outbox, held: None, in_flight: None, not_before: None };
             Self { stream, outbox: sent, _folder: folder }
