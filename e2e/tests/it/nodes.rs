@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 use hanse_e2e::deployment::{Deployment, PATIENCE};
 use hanse_e2e::fabric::Fabric;
 use hanse_e2e::probe::{self, Listener, Observed};
+use hanse_e2e::process::Process;
 use hanse_e2e::sandbox;
 use hanse_e2e::world::{Cluster, Node, Pod};
 use serde_json::Value;
@@ -180,6 +181,17 @@ fn a_node_is_let_in_by_the_key_that_enrolled_last() {
         refused("node-9", "other", "Error: the member refused: the token is for node node-2, not for node node-9");
         let states: Vec<_> = world.listed("node-token").iter().map(|it| it["state"].to_string()).collect();
         assert_eq!(states.iter().filter(|it| *it == "\"unused\"").count(), 1, "{states:?}");
+
+        // What is tried again is said with its cause.
+        let mut nowhere = Command::new(programs().join("hanse-agent"));
+        nowhere.args(["run", "--node", NODE, "--member", &agents, "--enrol", &format!("{member}:9"), "--token-file"]);
+        nowhere.arg(world.token()).arg("--data").arg(world.scratch.path().join("nowhere"));
+        let inside = fabric.node("train", NODE).expect("built");
+        let log = world.scratch.path().join("nowhere.log");
+        let mut nowhere = Process::start(inside, nowhere, &log).expect("started");
+        assert!(nowhere.wait_for("reach the member: connect to", PATIENCE), "{}", nowhere.log());
+        assert!(nowhere.log().contains("Connection refused"), "{}", nowhere.log());
+        drop(nowhere);
 
         // Revoked while it is connected, it goes; the token that was made before helps it no more.
         system.start_agent(&world.cluster, world.node()).expect("started");
