@@ -305,27 +305,35 @@ mod tests {
     fn a_token_enrols_its_node_with_its_first_key_in_its_time() {
         let folder = tempfile::tempdir().expect("a folder");
         let identity = joined(folder.path());
-        let create = || create_node_token(folder.path(), &identity, "n", Duration::from_secs(60)).expect("a token");
-        let service = Service::new(identity.clone(), Duration::from_secs(60));
+        let create = || {
+            let created = create_node_token(folder.path(), &identity, "n", Duration::from_secs(60));
+            created.expect("a token").text
+        };
+        let fanout = Fanout::new(folder.path(), Duration::from_secs(60)).expect("a fan-out");
+        let service = Service::new(fanout, identity.clone());
+        let redeem = |token: &str, key: &RequestedKey| {
+            let request = wire::EnrolRequest { token: token.to_owned(), ..wire::EnrolRequest::default() };
+            service.redeem(&request, key)
+        };
         let (token, mine, theirs) = (create(), request(), request());
         let id = Token::parse(&token).expect("a token").id;
         let other = create();
         let forged = other.replace(&Token::parse(&other).expect("a token").id, &id);
         assert!(forged != other && Token::parse(&forged).is_some_and(|it| it.id == id));
-        assert!(service.redeem(&forged, &mine).is_err(), "another secret");
-        assert_eq!(service.redeem(&token, &mine).expect("enrolled"), "n");
-        assert_eq!(service.redeem(&token, &mine).expect("the answer was lost"), "n");
-        assert!(service.redeem(&token, &theirs).is_err(), "another key");
+        assert!(redeem(&forged, &mine).is_err(), "another secret");
+        assert_eq!(redeem(&token, &mine).expect("enrolled"), "n");
+        assert_eq!(redeem(&token, &mine).expect("the answer was lost"), "n");
+        assert!(redeem(&token, &theirs).is_err(), "another key");
         let path = folder.path().join(FOLDER).join(format!("{id}.json"));
         let mut kept: NodeToken = serde_json::from_slice(&std::fs::read(&path).expect("kept")).expect("JSON");
         kept.expires_at = seconds(SystemTime::now()) - 1;
         std::fs::write(&path, serde_json::to_vec(&kept).expect("JSON")).expect("written");
-        assert!(service.redeem(&token, &mine).is_err(), "too late");
+        assert!(redeem(&token, &mine).is_err(), "too late");
         let token = create();
         let id = Token::parse(&token).expect("a token").id;
         assert!(revoke_node_token(folder.path(), &id).expect("revoked"));
-        assert!(service.redeem(&token, &mine).is_err(), "revoked");
-        assert!(service.redeem("", &mine).is_err());
+        assert!(redeem(&token, &mine).is_err(), "revoked");
+        assert!(redeem("", &mine).is_err());
     }
 
     #[test]
