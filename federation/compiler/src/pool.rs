@@ -540,11 +540,11 @@ fn change_of(add: &[Member], remove: &[Member]) -> SetChange {
 }
 
 fn service_members(service: Option<&Service>, sockets: bool) -> Members {
-    let backends = service.into_iter().flat_map(|service| &service.backends).copied();
     if sockets {
+        let backends = service.into_iter().flat_map(|service| &service.backends).copied();
         Members::Sockets(backends.map(|(address, protocol, port)| SocketAddress { address, protocol, port }).collect())
     } else {
-        Members::Addresses(backends.map(|(address, ..)| address).collect())
+        Members::Addresses(service.into_iter().flat_map(|service| &service.addresses).copied().collect())
     }
 }
 

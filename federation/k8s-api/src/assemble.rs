@@ -75,7 +75,12 @@ impl<'m> Seen<'m> {
             | Object::NetworkPolicy(_)
             | Object::Calico(_) => Some(reference.namespace.as_deref().unwrap_or("default")),
         };
-        match self.0.entry((group, &reference.kind, namespace, &reference.name)) {
+        // And one may store them under another name.
+        let name = match &manifest.object {
+            Object::Calico(object) => &object.metadata().name,
+            _ => &reference.name,
+        };
+        match self.0.entry((group, &reference.kind, namespace, name)) {
             Entry::Vacant(entry) => {
                 entry.insert(manifest);
                 None
@@ -202,7 +207,9 @@ fn add_to_cluster(name: &ClusterName, manifest: &Manifest, state: &mut ClusterSt
         }
         Object::EndpointSlice(slice) => {
             if let Some(key) = slice.service() {
-                cluster.services.entry(key).or_default().backends.extend(slice.backends());
+                let service = cluster.services.entry(key).or_default();
+                service.addresses.extend(slice.addresses());
+                service.backends.extend(slice.backends());
             }
         }
         Object::NetworkPolicy(policy) => {

@@ -53,8 +53,7 @@ pub enum CalicoObject {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TierSpec {
     pub order: Option<f64>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub default_action: String,
+    pub default_action: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -105,11 +104,34 @@ pub struct NetworkSetSpec {
 
 /// `None`: a kind of Calico that says nothing about policy.
 pub fn read(reference: &Reference, kind: &str, node: &Node) -> Result<Option<CalicoObject>, Vec<FieldError>> {
-    let object = read_kind(reference, kind, node)?;
+    let mut object = read_kind(reference, kind, node)?;
     if object.is_some() && node.child("spec").is_none() {
         return Err(vec![FieldError { path: "spec".to_owned(), message: "is missing".to_owned() }]);
     }
+    if let Some(object) = object.as_mut().filter(|_| reference.api_version == CRD_API_VERSION) {
+        restore_metadata(object.metadata_mut()).map_err(|error| {
+            let message = format!("{METADATA_ANNOTATION} does not hold metadata as JSON: {error}");
+            vec![FieldError { path: "metadata.annotations".to_owned(), message }]
+        })?;
+    }
     Ok(object)
+}
+
+/// What Calico stores in its CRDs keeps there what the v3 object's metadata says.
+const METADATA_ANNOTATION: &str = "projectcalico.org/metadata";
+
+/// Puts the v3 object's metadata in the place of the stored one's: its name, and labels and annotations over those that
+/// stand beside it (older versions store them there).
+fn restore_metadata(metadata: &mut Metadata) -> Result<(), serde_json::Error> {
+    let Some(text) = metadata.annotations.remove(METADATA_ANNOTATION) else { return Ok(()) };
+    let v3: Metadata = serde_json::from_str::<Option<_>>(&text)?.unwrap_or_default();
+    if !v3.name.is_empty() {
+        metadata.name = v3.name;
+    }
+    metadata.labels.extend(v3.labels);
+    metadata.annotations.extend(v3.annotations);
+    metadata.creation_timestamp = v3.creation_timestamp.or(metadata.creation_timestamp.take());
+    Ok(())
 }
 
 fn read_kind(reference: &Reference, kind: &str, node: &Node) -> Result<Option<CalicoObject>, Vec<FieldError>> {
@@ -143,12 +165,22 @@ pub enum Converted {
 }
 
 impl CalicoObject {
+    /// As the v3 object has it.
     pub fn metadata(&self) -> &Metadata {
         match self {
             Self::Tier(tier) => &tier.metadata,
             Self::Policy(_, policy) => &policy.metadata,
             Self::StagedKubernetes(policy) => &policy.metadata,
             Self::NetworkSet { set, .. } => &set.metadata,
+        }
+    }
+
+    fn metadata_mut(&mut self) -> &mut Metadata {
+        match self {
+            Self::Tier(tier) => &mut tier.metadata,
+            Self::Policy(_, policy) => &mut policy.metadata,
+            Self::StagedKubernetes(policy) => &mut policy.metadata,
+            Self::NetworkSet { set, .. } => &mut set.metadata,
         }
     }
 
@@ -189,7 +221,7 @@ fn convert_tier(tier: &Resource<TierSpec>, errors: &mut Errors) -> model::Tier {
     check_metadata(&tier.metadata, errors);
     check_part_name(name, TIER_NAME_RULE, errors);
     check_order(tier.spec.order, &path, errors);
-    let mut default = convert_default_action(&tier.spec.default_action, &path.field("defaultAction"), errors);
+    let mut default = convert_default_action(tier.spec.default_action.as_deref(), &path.field("defaultAction"), errors);
     let mut order = tier.spec.order;
     if let Some((_, fixed, action)) = FIXED_TIERS.iter().find(|(known, ..)| *known == name) {
         if order != Some(*fixed) {
@@ -372,6 +404,12 @@ fn convert_staged_kubernetes(
         }
     };
     check_metadata(&policy.metadata, errors);
+    // What Kubernetes takes for its own kind, Calico's schema refuses for this one.
+    let types_path = path.field("policyTypes");
+    if policy.spec.rest.get("policyTypes").is_some_and(|types| types.as_array().is_some_and(Vec::is_empty)) {
+        errors.add(&types_path, "is empty: name Ingress, Egress or both, or leave it out");
+    }
+    rule::refuse_twice(&spec.policy_types, &types_path, errors);
     let staged_action = policy.spec.staged_action.as_deref();
     if staged_action == Some("Delete") && spec != network_policy::Spec::default() {
         errors.add(&path, "may hold nothing else where stagedAction is Delete");

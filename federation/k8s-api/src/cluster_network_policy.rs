@@ -1,8 +1,9 @@
 //! `policy.networking.k8s.io/v1alpha2` ClusterNetworkPolicy.
 //!
 //! Tier Admin is our local tier `kube-admin`, Baseline `kube-baseline`; both pass on what no rule matched, so that a
-//! ClusterNetworkPolicy never isolates. A peer or a protocol that is not understood makes its whole rule unknown: an
-//! Accept rule then matches nothing, and Deny and Pass deny whatever the rule could have covered.
+//! ClusterNetworkPolicy never isolates. A part of a rule that is not understood makes the whole rule unknown: an Accept
+//! rule then matches nothing, and Deny and Pass deny whatever the rule could have covered. Not understood are fields that
+//! are not known, and label selectors that are malformed: the API's schema does not look into those.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -77,8 +78,9 @@ pub struct PodsSpec {
     pub other: Map<String, Value>,
 }
 
+/// `other` is what this version does not know.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct RuleSpec {
     /// For people.
     #[serde(default, deserialize_with = "null_as_default")]
@@ -89,6 +91,8 @@ pub struct RuleSpec {
     /// Egress rules.
     pub to: Option<Vec<Peer>>,
     pub protocols: Option<Vec<ProtocolSpec>>,
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
 }
 
 /// Exactly one is given; `other` is what this version does not know.
@@ -134,11 +138,13 @@ pub struct DestinationPort {
     pub other: Map<String, Value>,
 }
 
+/// `other` is what this version does not know.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct PortRange {
     pub start: i64,
     pub end: i64,
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
 }
 
 /// A part of a rule, or the reason why it is not understood.
@@ -182,6 +188,9 @@ impl ClusterNetworkPolicy {
                 // Whom a policy is for has no reading that fails closed.
                 for name in pods.other.keys() {
                     errors.add(&path.field(name), "is not known");
+                }
+                if pods.pod_selector.is_none() {
+                    errors.add(&path.field("podSelector"), NO_POD_SELECTOR);
                 }
                 pods_expr(pods, &path, errors)
             }
@@ -285,7 +294,9 @@ impl Walk<'_> {
             return;
         }
         let reasons = ends.iter().filter_map(|end| end.as_ref().err());
-        let reason = reasons.chain(protocols.iter().filter_map(|part| part.as_ref().err())).next().cloned();
+        let mut reasons = reasons.chain(protocols.iter().filter_map(|part| part.as_ref().err()));
+        // What is asked for beside peers and protocols only narrows the rule.
+        let reason = reasons.next().cloned().or_else(|| not_known(&rule.other, path));
         for end in &ends {
             for protocol in &protocols {
                 let end = end.clone().unwrap_or_default();
@@ -320,14 +331,18 @@ impl Walk<'_> {
         }
         let selected = |selector: Selector| {
             let selection = Some(Selection { clusters: self.scope.clone(), selector });
-            Ok(EntityMatch { selection, ..EntityMatch::default() })
+            EntityMatch { selection, ..EntityMatch::default() }
         };
         if let Some(namespaces) = &peer.namespaces {
-            ends.push(selected(namespaces_expr(namespaces, &path.field("namespaces"), errors)));
+            let path = path.field("namespaces");
+            ends.push(understood(|errors| namespaces_expr(namespaces, &path, errors)).map(selected));
         } else if let Some(pods) = &peer.pods {
             let path = path.field("pods");
-            let selector = pods_expr(pods, &path, errors);
-            ends.push(not_known(&pods.other, &path).map_or_else(|| selected(selector), Err));
+            if pods.pod_selector.is_none() {
+                errors.add(&path.field("podSelector"), NO_POD_SELECTOR);
+            }
+            let selector = understood(|errors| pods_expr(pods, &path, errors));
+            ends.push(not_known(&pods.other, &path).map_or_else(|| selector.map(selected), Err));
         } else if ingress && given[2..].iter().any(|given| *given) {
             errors.add(path, "networks, nodes and domainNames are peers of egress only");
         } else if let Some(networks) = &peer.networks {
@@ -348,9 +363,15 @@ impl Walk<'_> {
                 .collect();
             self.nets(nets, ends);
         } else if let Some(nodes) = &peer.nodes {
-            let selector = nodes.convert(&path.field("nodes"), errors).to_expr();
-            let chosen = self.nodes.values().filter(|node| selector.evaluate(&node.labels) == Tri::Yes);
-            self.nets(chosen.flat_map(|node| &node.addresses).map(|address| IpNet::from(*address)).collect(), ends);
+            let path = path.field("nodes");
+            match understood(|errors| nodes.convert(&path, errors).to_expr()) {
+                Ok(selector) => {
+                    let chosen = self.nodes.values().filter(|node| selector.evaluate(&node.labels) == Tri::Yes);
+                    let addresses = chosen.flat_map(|node| &node.addresses);
+                    self.nets(addresses.map(|address| IpNet::from(*address)).collect(), ends);
+                }
+                Err(reason) => ends.push(Err(reason)),
+            }
         } else if let Some(names) = &peer.domain_names {
             let path = path.field("domainNames");
             if names.is_empty() || names.len() > MAX_DOMAIN_NAMES {
@@ -362,8 +383,10 @@ impl Walk<'_> {
             refuse_doubles(names, &path, errors);
             ends.push(Err("domainNames cannot be enforced yet".to_owned()));
         } else {
-            let empty = || format!("{path} is not understood: it is empty");
-            ends.push(Err(not_known(&peer.other, path).unwrap_or_else(empty)));
+            match not_known(&peer.other, path) {
+                Some(reason) => ends.push(Err(reason)),
+                None => errors.add(path, "must have a field: namespaces, pods, networks, nodes or domainNames"),
+            }
         }
     }
 
@@ -373,6 +396,16 @@ impl Walk<'_> {
         for nets in [v4, v6].into_iter().filter(|nets| !nets.is_empty()) {
             ends.push(Ok(EntityMatch { nets, ..EntityMatch::default() }));
         }
+    }
+}
+
+/// What a label selector becomes, or what is wrong with it: an API server stores it all the same.
+fn understood<T>(convert: impl FnOnce(&mut Errors) -> T) -> Part<T> {
+    let mut errors = Errors::default();
+    let converted = convert(&mut errors);
+    match errors.0.first() {
+        None => Ok(converted),
+        Some(error) => Err(format!("{} is not understood: {}", error.path, error.message)),
     }
 }
 
@@ -426,6 +459,8 @@ fn is_domain_name(text: &str) -> bool {
     name.contains('.') && name.split('.').all(label)
 }
 
+const NO_POD_SELECTOR: &str = "is missing; {} selects every pod";
+
 fn namespaces_expr(namespaces: &LabelSelector, path: &Path<'_>, errors: &mut Errors) -> Selector {
     let namespaces = namespaces.convert(path, errors);
     Selector::from(build::kubernetes_pods(Namespaces::Selected(&namespaces), None))
@@ -433,11 +468,7 @@ fn namespaces_expr(namespaces: &LabelSelector, path: &Path<'_>, errors: &mut Err
 
 fn pods_expr(pods: &PodsSpec, path: &Path<'_>, errors: &mut Errors) -> Selector {
     let namespaces = pods.namespace_selector.convert(&path.field("namespaceSelector"), errors);
-    let own_path = path.field("podSelector");
-    if pods.pod_selector.is_none() {
-        errors.add(&own_path, "is missing; {} selects every pod");
-    }
-    let own = pods.pod_selector.clone().unwrap_or_default().convert(&own_path, errors);
+    let own = pods.pod_selector.clone().unwrap_or_default().convert(&path.field("podSelector"), errors);
     Selector::from(build::kubernetes_pods(Namespaces::Selected(&namespaces), Some(&own)))
 }
 
@@ -463,7 +494,9 @@ fn convert_protocol(entry: &ProtocolSpec, path: &Path<'_>, errors: &mut Errors) 
             return None;
         };
         let path = path.field("destinationPort");
-        let port = match not_known(&port.other, &path) {
+        let range_path = path.field("range");
+        let in_range = port.range.as_ref().and_then(|range| not_known(&range.other, &range_path));
+        let port = match not_known(&port.other, &path).or(in_range) {
             Some(reason) => return Some(Err(reason)),
             None => convert_port(port, &path, errors)?,
         };
@@ -473,8 +506,13 @@ fn convert_protocol(entry: &ProtocolSpec, path: &Path<'_>, errors: &mut Errors) 
         Some(name) if !name.is_empty() => {
             Some(Ok(ProtocolMatch { protocol: None, ports: vec![Port::Named(name.as_str().into())] }))
         }
-        _ => {
-            Some(Err(not_known(&entry.other, path).unwrap_or_else(|| format!("{path} is not understood: it is empty"))))
+        Some(_) => Some(Err(format!("{path} is not understood: its name is empty"))),
+        None => {
+            let reason = not_known(&entry.other, path);
+            if reason.is_none() {
+                errors.add(path, "must have a field: tcp, udp, sctp or destinationNamedPort");
+            }
+            reason.map(Err)
         }
     }
 }

@@ -1,9 +1,9 @@
 //! YAML (and so JSON) into values that remember their lines.
 //!
 //! A file is cut at its `---` lines first, so that one broken document leaves its neighbours whole. Scalars follow the
-//! YAML 1.2 core schema, in which `yes` and `on` are strings: `kubectl` reads them as booleans, so that where it accepts
-//! them no field that is read here is concerned. Numbers are those of `kubectl`: a leading zero means octal, and `80.0`
-//! and `8e1` are the integer 80.
+//! YAML 1.2 core schema. `kubectl` reads `yes`, `no`, `on` and `off` as booleans, as YAML 1.1 has them, and so are they here
+//! where a boolean is wanted; elsewhere they are text, since tools that write YAML 1.2 write text so, while `kubectl` refuses
+//! it. Numbers are those of `kubectl`: a leading zero means octal, and `80.0` and `8e1` are the integer 80.
 
 use std::collections::{HashMap, HashSet};
 
@@ -42,16 +42,23 @@ pub struct SyntaxError {
     pub message: String,
 }
 
-/// The documents of a file. Empty ones are left out.
+/// What a document says, and the first of its keys that stands twice. In the node what such a key says first counts, so
+/// that it can be told what the document is.
+#[derive(Debug, Clone)]
+pub struct Document {
+    pub node: Node,
+    pub doubled: Option<SyntaxError>,
+}
+
+/// The documents of a file. Empty ones are left out; one with a key that stands twice is an error.
 pub fn parse(text: &str) -> Vec<Result<Node, SyntaxError>> {
-    pieces(text)
-        .into_iter()
-        .filter_map(|(first_line, piece)| match parse_one(piece, first_line) {
-            Ok(None) => None,
-            Ok(Some(node)) => Some(Ok(node)),
-            Err(error) => Some(Err(error)),
-        })
-        .collect()
+    let whole = |document: Document| document.doubled.map_or(Ok(document.node), Err);
+    documents(text).into_iter().map(|document| document.and_then(whole)).collect()
+}
+
+/// The same, with those in which a key stands twice.
+pub fn documents(text: &str) -> Vec<Result<Document, SyntaxError>> {
+    pieces(text).into_iter().filter_map(|(first_line, piece)| parse_one(piece, first_line).transpose()).collect()
 }
 
 /// JSON values one after another, as `kubectl` writes and reads them; `None` where the text is anything else.
@@ -106,19 +113,19 @@ fn pieces(text: &str) -> Vec<(u32, &str)> {
     pieces
 }
 
-fn parse_one(text: &str, lines_before: u32) -> Result<Option<Node>, SyntaxError> {
+fn parse_one(text: &str, lines_before: u32) -> Result<Option<Document>, SyntaxError> {
     match json::parse(text, lines_before + 1) {
-        Some(node) => Ok(Some(node)),
+        Some(node) => Ok(Some(Document { node, doubled: None })),
         None => parse_yaml(text, lines_before),
     }
 }
 
-fn parse_yaml(text: &str, lines_before: u32) -> Result<Option<Node>, SyntaxError> {
+fn parse_yaml(text: &str, lines_before: u32) -> Result<Option<Document>, SyntaxError> {
     // Directives stand before the `---` at which the file was cut.
     if text.lines().all(|line| line.is_empty() || line.starts_with(['#', '%'])) {
         return Ok(None);
     }
-    let mut loader = Loader { lines_before, open: Vec::new(), anchors: HashMap::new(), repeated: 0, root: None };
+    let mut loader = Loader { lines_before, ..Loader::default() };
     for event in Parser::new_from_str(text) {
         let (event, span) = event.map_err(|error| SyntaxError {
             line: lines_before + line_of(error.marker().line()),
@@ -127,26 +134,29 @@ fn parse_yaml(text: &str, lines_before: u32) -> Result<Option<Node>, SyntaxError
         loader.event(event, line_of(span.start.line()))?;
     }
     let empty = |node: &Node| matches!(&node.data, Data::Scalar(Value::Null));
-    Ok(loader.root.filter(|node| !empty(node)))
+    let root = loader.root.filter(|node| !empty(node));
+    Ok(root.map(|node| Document { node, doubled: loader.doubled }))
 }
 
 fn line_of(line: usize) -> u32 {
     u32::try_from(line.max(1)).unwrap_or(u32::MAX)
 }
 
+#[derive(Default)]
 struct Loader {
     lines_before: u32,
     open: Vec<Open>,
     anchors: HashMap<usize, Node>,
     repeated: usize,
     root: Option<Node>,
+    doubled: Option<SyntaxError>,
 }
 
 struct Open {
     anchor: usize,
     node: Node,
-    /// In a mapping: the key that waits for its value.
-    key: Option<(String, u32)>,
+    /// In a mapping: the key that waits for its value; `None` inside where it stands twice.
+    key: Option<Option<(String, u32)>>,
     keys: Keys,
 }
 
@@ -233,12 +243,15 @@ impl Loader {
                         Data::Scalar(value @ (Value::Number(_) | Value::Bool(_))) => value.to_string(),
                         _ => return fail("a key must be a plain text".to_owned()),
                     };
-                    if !parent.keys.add(&key, entries) {
-                        return fail(format!("the key \"{key}\" stands twice in one mapping"));
+                    let first = parent.keys.add(&key, entries);
+                    if !first && self.doubled.is_none() {
+                        let message = format!("the key \"{key}\" stands twice in one mapping");
+                        self.doubled = Some(SyntaxError { line, message });
                     }
-                    parent.key = Some((key, line));
+                    parent.key = Some(first.then_some((key, line)));
                 }
-                Some((key, key_line)) => entries.push((key, key_line, node)),
+                Some(Some((key, key_line))) => entries.push((key, key_line, node)),
+                Some(None) => {}
             },
             Data::Scalar(_) => return fail("a value inside a scalar".to_owned()),
         }
@@ -353,6 +366,15 @@ impl<'de> Deserializer<'de> for &'de Node {
         }
     }
 
+    /// Also in the words of YAML 1.1.
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        match self.text() {
+            Some("yes" | "Yes" | "YES" | "on" | "On" | "ON") => visitor.visit_bool(true),
+            Some("no" | "No" | "NO" | "off" | "Off" | "OFF") => visitor.visit_bool(false),
+            _ => self.deserialize_any(visitor),
+        }
+    }
+
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
         match &self.data {
             Data::Scalar(Value::Null) => visitor.visit_none(),
@@ -369,7 +391,7 @@ impl<'de> Deserializer<'de> for &'de Node {
     }
 
     serde::forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple
+        i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple
         tuple_struct map struct enum identifier
     }
 }
@@ -397,6 +419,27 @@ impl Node {
             Data::Scalar(Value::String(text)) => Some(text),
             _ => None,
         }
+    }
+
+    /// The same without the field of a path; `None` where there is no such field.
+    pub fn without(&self, path: &str) -> Option<Node> {
+        let mut whole = self.clone();
+        let (mut node, mut parts) = (&mut whole, path.split(['.', '[']).filter(|part| !part.is_empty()).peekable());
+        while let Some(part) = parts.next() {
+            node = match &mut node.data {
+                Data::Mapping(entries) => {
+                    let at = entries.iter().position(|(key, ..)| key == part)?;
+                    if parts.peek().is_none() {
+                        entries.remove(at);
+                        return Some(whole);
+                    }
+                    &mut entries[at].2
+                }
+                Data::Sequence(items) => items.get_mut(part.strip_suffix(']')?.parse::<usize>().ok()?)?,
+                Data::Scalar(_) => return None,
+            };
+        }
+        None
     }
 
     /// The line of a field path such as `spec.ingress[0].ports`, or of the deepest part of it that exists.
@@ -451,7 +494,7 @@ mod tests {
             let text = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) };
             let text = text.expect("JSON");
             let quick = json::parse(&text, 8).expect("well formed");
-            let slow = parse_yaml(&text, 7).expect("YAML").expect("a document");
+            let slow = parse_yaml(&text, 7).expect("YAML").expect("a document").node;
             prop_assert_eq!(format!("{quick:?}"), format!("{slow:?}"));
             prop_assert_eq!(quick.to_value(), value);
         }

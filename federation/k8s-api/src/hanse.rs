@@ -90,8 +90,7 @@ pub struct TierSpec {
     pub phase: String,
     pub order: Option<f64>,
     /// `Deny` (the default) or `Pass`.
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub default_action: String,
+    pub default_action: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -323,16 +322,16 @@ impl Tier {
         model::Tier {
             id: TierId { phase, name: self.metadata.name.as_str().into() },
             order: Order(self.spec.order),
-            default: convert_default_action(&self.spec.default_action, &path.field("defaultAction"), errors),
+            default: convert_default_action(self.spec.default_action.as_deref(), &path.field("defaultAction"), errors),
         }
     }
 }
 
-pub fn convert_default_action(text: &str, path: &Path<'_>, errors: &mut Errors) -> TierDefault {
+pub fn convert_default_action(text: Option<&str>, path: &Path<'_>, errors: &mut Errors) -> TierDefault {
     match text {
-        "" | "Deny" => TierDefault::Deny,
-        "Pass" => TierDefault::Pass,
-        other => {
+        None | Some("Deny") => TierDefault::Deny,
+        Some("Pass") => TierDefault::Pass,
+        Some(other) => {
             errors.add(path, format!("\"{other}\" is neither Deny nor Pass"));
             TierDefault::Deny
         }

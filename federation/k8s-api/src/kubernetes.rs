@@ -152,8 +152,6 @@ pub struct PodSpec {
 pub struct Container {
     #[serde(default, deserialize_with = "null_as_default")]
     pub ports: Vec<ContainerPort>,
-    /// `Always` on an init container: a sidecar, which runs beside the others.
-    pub restart_policy: Option<String>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -244,9 +242,9 @@ impl Pod {
                 hosts
             }
         };
-        let sidecars =
-            self.spec.init_containers.iter().filter(|container| container.restart_policy.as_deref() == Some("Always"));
-        let ports = self.spec.containers.iter().chain(sidecars).flat_map(|container| &container.ports);
+        // Of containers that only run before the others too: nothing distinguishes them for a policy.
+        let containers = self.spec.containers.iter().chain(&self.spec.init_containers);
+        let ports = containers.flat_map(|container| &container.ports);
         Endpoint {
             labels: self.metadata.labels.clone(),
             service_account: Some(self.spec.account()),
@@ -316,10 +314,15 @@ impl EndpointSlice {
         Some((self.metadata.namespace(), Arc::clone(name)))
     }
 
-    /// Address, protocol number and port of every backend, ready or not: policy speaks of who belongs to the service.
-    pub fn backends(&self) -> impl Iterator<Item = (IpAddr, u8, u16)> {
+    /// The address of every endpoint, ready or not: policy speaks of who belongs to the service.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         let addresses = self.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
-        addresses.filter_map(|text| parse_address(text)).flat_map(|address| {
+        addresses.filter_map(|text| parse_address(text))
+    }
+
+    /// Address, protocol number and port of every endpoint; none where the slice gives no number of a port.
+    pub fn backends(&self) -> impl Iterator<Item = (IpAddr, u8, u16)> {
+        self.addresses().flat_map(|address| {
             self.ports.iter().filter_map(move |port| {
                 Some((address, protocol_number(port.protocol.as_deref().unwrap_or("TCP"))?, port.port?))
             })

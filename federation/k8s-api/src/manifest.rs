@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 
 use crate::calico::{self, CalicoObject};
 use crate::cluster_network_policy::ClusterNetworkPolicy;
-use crate::document::{self, Data, Node};
+use crate::document::{self, Data, Document, Node};
 use crate::field::FieldError;
 use crate::hanse::{self, FederatedNetworkPolicy, FederatedNetworkSet, MemberCluster, Tier};
 use crate::kubernetes::{EndpointSlice, Namespace, Node as KubeNode, Pod, Service, ServiceAccount};
@@ -130,17 +130,17 @@ pub struct Listing {
     pub unread: Vec<ReadError>,
 }
 
-/// The files that [`read_dir`] would read below `path`, or `path` itself where it is a file. Links are followed; a directory
-/// is listed once, by whatever names it is reached.
+/// The files that [`read_dir`] would read below `path`, or `path` itself where it is no directory. Links are followed; a
+/// directory is listed once, by whatever names it is reached.
 ///
 /// # Errors
 /// When `path` itself cannot be looked at.
 pub fn list(path: &FilePath) -> Result<Listing, ReadError> {
     let mut listing = Listing::default();
-    if path.metadata().map_err(|source| ReadError { path: path.to_owned(), source })?.is_file() {
-        listing.files.push(path.to_owned());
-    } else {
+    if path.metadata().map_err(|source| ReadError { path: path.to_owned(), source })?.is_dir() {
         list_dir(path, 0, &mut BTreeSet::new(), &mut listing)?;
+    } else {
+        listing.files.push(path.to_owned());
     }
     listing.files.sort();
     Ok(listing)
@@ -216,9 +216,19 @@ pub fn read_bytes(file: &Arc<str>, bytes: &[u8], read: &mut Manifests) {
             return;
         }
     };
-    for document in document::parse(text) {
+    for document in document::documents(text) {
         match document {
-            Ok(node) => read_node(file, &node, read),
+            Ok(Document { node, doubled: None }) => read_node(file, &node, read),
+            Ok(Document { node, doubled: Some(error) }) => {
+                let object = at_line(&node, error.line);
+                read.diagnostics.push(Diagnostic {
+                    place: place(error.line),
+                    field: String::new(),
+                    message: error.message,
+                    start: object.line,
+                    object: Some(reference(&object)),
+                });
+            }
             Err(error) => read.diagnostics.push(Diagnostic {
                 place: place(error.line),
                 field: String::new(),
@@ -239,16 +249,7 @@ fn read_node(file: &Arc<str>, node: &Node, read: &mut Manifests) {
     if !matches!(node.data, Data::Mapping(_)) {
         return refuse(read, "", "not an object: a mapping with apiVersion, kind and metadata is wanted".into(), None);
     }
-    let text_at = |path: &[&str]| {
-        let found = path.iter().try_fold(node, |node, name| node.child(name));
-        found.and_then(Node::text).unwrap_or_default().to_owned()
-    };
-    let reference = Reference {
-        api_version: text_at(&["apiVersion"]),
-        kind: text_at(&["kind"]),
-        namespace: Some(text_at(&["metadata", "namespace"])).filter(|namespace| !namespace.is_empty()),
-        name: text_at(&["metadata", "name"]),
-    };
+    let reference = reference(node);
     for (field, value) in [("apiVersion", &reference.api_version), ("kind", &reference.kind)] {
         if value.is_empty() {
             return refuse(
@@ -287,6 +288,32 @@ fn read_node(file: &Arc<str>, node: &Node, read: &mut Manifests) {
     }
 }
 
+/// What an object calls itself.
+fn reference(node: &Node) -> Reference {
+    let text_at = |path: &[&str]| {
+        let found = path.iter().try_fold(node, |node, name| node.child(name));
+        found.and_then(Node::text).unwrap_or_default().to_owned()
+    };
+    Reference {
+        api_version: text_at(&["apiVersion"]),
+        kind: text_at(&["kind"]),
+        namespace: Some(text_at(&["metadata", "namespace"])).filter(|namespace| !namespace.is_empty()),
+        name: text_at(&["metadata", "name"]),
+    }
+}
+
+/// The object of a document in which a line stands: of a list, the item.
+fn at_line(node: &Node, line: u32) -> Cow<'_, Node> {
+    let Reference { api_version, kind, .. } = reference(node);
+    if let (Some(item_kind), Some(Data::Sequence(items))) =
+        (kind.strip_suffix("List"), node.child("items").map(|items| &items.data))
+        && let Some(item) = items.iter().rev().find(|item| item.line <= line)
+    {
+        return typed_item(item, &api_version, item_kind);
+    }
+    Cow::Borrowed(node)
+}
+
 /// Items of a typed list (`PodList`) may leave out what the list says.
 fn typed_item<'n>(item: &'n Node, api_version: &str, kind: &str) -> Cow<'n, Node> {
     if item.child("apiVersion").is_some() && item.child("kind").is_some() {
@@ -306,8 +333,33 @@ fn typed_item<'n>(item: &'n Node, api_version: &str, kind: &str) -> Cow<'n, Node
     Cow::Owned(item)
 }
 
-/// `None`: a kind that Hanse does not read.
+/// How many fields that are not known are told of one object: each costs another reading.
+const MAX_UNKNOWN_FIELDS: usize = 20;
+
+/// `None`: a kind that Hanse does not read. A field that is not known does not hide what else is wrong.
 fn read_object(reference: &Reference, node: &Node) -> Result<Option<Object>, Vec<FieldError>> {
+    let (mut node, mut errors) = (Cow::Borrowed(node), Vec::new());
+    loop {
+        let more = match read_known(reference, &node) {
+            Ok(object) if errors.is_empty() => return Ok(object),
+            Ok(_) => Vec::new(),
+            Err(more) => more,
+        };
+        let rest = match &more[..] {
+            [error] if error.message.starts_with("unknown field ") && errors.len() < MAX_UNKNOWN_FIELDS => {
+                node.without(&error.path)
+            }
+            _ => None,
+        };
+        errors.extend(more);
+        match rest {
+            Some(rest) => node = Cow::Owned(rest),
+            None => return Err(errors),
+        }
+    }
+}
+
+fn read_known(reference: &Reference, node: &Node) -> Result<Option<Object>, Vec<FieldError>> {
     let object = match (reference.api_version.as_str(), reference.kind.as_str()) {
         ("v1", "Namespace") => Object::Namespace(typed(node)?),
         ("v1", "Node") => Object::Node(typed(node)?),

@@ -104,22 +104,26 @@ pub enum IntOrString {
     String(String),
 }
 
+/// `other` is what this version does not know; it is complained of in the conversion, as all that is malformed.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct LabelSelector {
     #[serde(default, deserialize_with = "null_as_default")]
     pub match_labels: Map,
     #[serde(default, deserialize_with = "null_as_default")]
     pub match_expressions: Vec<Requirement>,
+    #[serde(flatten)]
+    pub other: BTreeMap<String, serde_json::Value>,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Requirement {
     pub key: Arc<str>,
     pub operator: String,
     #[serde(default, deserialize_with = "null_as_default")]
     pub values: Vec<Arc<str>>,
+    #[serde(flatten)]
+    pub other: BTreeMap<String, serde_json::Value>,
 }
 
 impl NetworkPolicy {
@@ -425,6 +429,9 @@ fn combine(
 impl LabelSelector {
     /// With the API machinery's validation.
     pub fn convert(&self, path: &Path<'_>, errors: &mut Errors) -> build::LabelSelector {
+        for name in self.other.keys() {
+            errors.add(&path.field(name), "is not known");
+        }
         let labels_path = path.field("matchLabels");
         for (key, value) in &self.match_labels {
             if let Some(why) = label_key_error(key) {
@@ -438,6 +445,9 @@ impl LabelSelector {
         let mut match_expressions = Vec::new();
         for (index, requirement) in self.match_expressions.iter().enumerate() {
             let path = expressions_path.index(index);
+            for name in requirement.other.keys() {
+                errors.add(&path.field(name), "is not known");
+            }
             if let Some(why) = label_key_error(&requirement.key) {
                 errors.add(&path.field("key"), format!("\"{}\": {why}", requirement.key));
             }

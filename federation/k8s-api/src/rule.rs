@@ -1,6 +1,7 @@
 //! Rules as Calico v3 writes them, which `hanse.dev` shares: validation and conversion.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use hanse_policy::model::{
@@ -26,6 +27,8 @@ pub const MAX_SELECTOR_CHARACTERS: usize = 1024;
 pub const MAX_NETS: usize = 256;
 /// Of a network set.
 pub const MAX_SET_NETS: usize = 100_000;
+/// The longest spelling of a net of a network set.
+pub const MAX_SET_NET_CHARACTERS: usize = 43;
 pub const MAX_PORTS: usize = 50;
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -455,7 +458,7 @@ pub fn parse_selector(text: &str) -> Result<Selector, String> {
 }
 
 fn parse_unbounded(text: &str) -> Result<Selector, String> {
-    Selector::parse(text).map_err(|error| format!("\"{text}\" is no selector: {error}"))
+    Selector::parse(text).map_err(|error| format!("\"{}\" is no selector: {error}", error.excerpt(text).0))
 }
 
 /// Whether a selector is `global()` and nothing else, not even parentheses: by the text, as Calico looks for it.
@@ -488,11 +491,7 @@ fn convert_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<I
     refuse_twice(texts, path, errors);
     let parsed = texts.iter().enumerate().filter_map(|(index, text)| {
         let path = path.index(index);
-        let net = text.parse::<IpNet>();
-        let Ok(net) = net else {
-            errors.add(&path, format!("\"{text}\" is no CIDR, such as 10.9.8.0/24 or 2001:db8::/64"));
-            return None;
-        };
+        let net = errors.note(&path, parse_rule_net(text))?;
         if net.trunc() != net {
             errors.add(&path, format!("\"{text}\" has bits behind its prefix; {} is meant?", net.trunc()));
         }
@@ -501,10 +500,21 @@ fn convert_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<I
     parsed.collect()
 }
 
+/// A CIDR as it may stand in a rule: no number of an IPv4 address starts with a zero, and none is mapped into IPv6.
+fn parse_rule_net(text: &str) -> Result<IpNet, String> {
+    let address = text.split_once('/').and_then(|(address, _)| address.parse::<IpAddr>().ok());
+    let net = address.and_then(|_| text.parse::<IpNet>().ok());
+    let net = net.ok_or_else(|| format!("\"{text}\" is no CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))?;
+    match net.addr().to_canonical().is_ipv4() == net.addr().is_ipv4() {
+        true => Ok(net),
+        false => Err(format!("\"{text}\" is IPv4 mapped into IPv6; write it as IPv4")),
+    }
+}
+
 /// The same; all of a family may not be excluded, for the rule would match nothing.
 fn convert_not_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<IpNet> {
     for (index, text) in texts.iter().enumerate() {
-        if text.parse::<IpNet>().is_ok_and(|net| net.prefix_len() == 0 && net.trunc() == net) {
+        if parse_rule_net(text).is_ok_and(|net| net.prefix_len() == 0 && net.trunc() == net) {
             errors.add(&path.index(index), format!("\"{text}\" excludes everything, so that the rule matches nothing"));
         }
     }
@@ -517,7 +527,10 @@ pub fn convert_set(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Ve
         errors.add(path, format!("has {} nets; {MAX_SET_NETS} are allowed", texts.len()));
     }
     refuse_twice(texts, path, errors);
-    let parse = |text: &String| text.parse::<std::net::IpAddr>().map(IpNet::from).or_else(|_| parse_net(text));
+    let parse = |text: &String| match text.chars().count() {
+        0..=MAX_SET_NET_CHARACTERS => text.parse::<IpAddr>().map(IpNet::from).or_else(|_| parse_net(text)),
+        _ => Err(format!("longer than {MAX_SET_NET_CHARACTERS} characters")),
+    };
     let indexed = texts.iter().enumerate();
     indexed.filter_map(|(index, text)| errors.note(&path.index(index), parse(text))).collect()
 }

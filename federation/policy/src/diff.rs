@@ -103,8 +103,8 @@ struct Telling {
 
 /// Packets with one of them: protocol, destination port, ICMP type and code.
 type Example = (Packets, u8, u16, Option<(u8, u8)>);
-/// A backend of a service: its number, the protocol and the port.
-type Backend = (usize, u8, u16);
+/// A backend of a service: its number, the protocol and the port; without them an endpoint of it.
+type Backend = (usize, Option<(u8, u16)>);
 
 type Chain<'a> = Vec<(&'a TierId, TierDefault, &'a Policy)>;
 
@@ -395,7 +395,7 @@ struct Facts<'a> {
     /// By prefix length and family, for each net that a rule or a network set names.
     nets: HashMap<IpNet, usize>,
     lengths: [BTreeSet<u8>; 2],
-    /// Backends of services that rules name, by address: the service, the protocol and the port.
+    /// Backends of services that rules name, by address.
     backends: HashMap<IpAddr, BTreeSet<Backend>>,
     port_names: BTreeSet<&'a str>,
     plans: BTreeMap<&'a str, Vec<(&'a Layer, &'a Policy)>>,
@@ -440,8 +440,12 @@ impl<'a> Facts<'a> {
             let key = (service.namespace.clone(), service.name.clone());
             for cluster in inventory.clusters.values() {
                 number += 1;
-                for (address, protocol, port) in cluster.services.get(&key).into_iter().flat_map(|it| &it.backends) {
-                    backends.entry(*address).or_default().insert((number, *protocol, *port));
+                let Some(service) = cluster.services.get(&key) else { continue };
+                for address in &service.addresses {
+                    backends.entry(*address).or_default().insert((number, None));
+                }
+                for (address, protocol, port) in &service.backends {
+                    backends.entry(*address).or_default().insert((number, Some((*protocol, *port))));
                 }
             }
         }

@@ -78,7 +78,7 @@ pub struct Judgement {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// A rule matched, or may match and is none that could open.
+    /// A rule matched, or may match and is none that could open, or opens nothing for what of it cannot be judged.
     Rule {
         tier: TierId,
         policy: PolicyId,
@@ -104,6 +104,9 @@ pub enum Effect {
     Left,
     /// It may match, so it denies.
     DeniedUnknown,
+    /// An Allow that may match, but of which a part cannot be judged here (HTTP, or what is not understood): it opens
+    /// nothing.
+    NotEnforced,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -289,6 +292,7 @@ impl<F: Facts> Court<'_, F> {
             for (policy, rule) in rules(at) {
                 let federated = policy.id.cluster.is_none();
                 let effect = match (rule.action, rule_matches(self.facts, self.enforcer, policy, rule, query)) {
+                    (Action::Allow, Tri::Unknown) if rule.unknown_because().is_some() => Effect::NotEnforced,
                     (_, Tri::No) | (Action::Allow | Action::Log, Tri::Unknown) => continue,
                     (Action::Deny | Action::Pass, Tri::Unknown) => Effect::DeniedUnknown,
                     (Action::Allow, Tri::Yes) if federated && !self.federated_allow_final => Effect::Left,
@@ -297,6 +301,7 @@ impl<F: Facts> Court<'_, F> {
                 let (tier_id, id) = (tier.id.clone(), policy.id.clone());
                 trace.push(Step::Rule { tier: tier_id, policy: id, index: rule.index, action: rule.action, effect });
                 match (rule.action, effect) {
+                    (_, Effect::NotEnforced) => {}
                     (_, Effect::DeniedUnknown) | (Action::Deny, _) => {
                         return Judgement { verdict: Verdict::Deny, trace };
                     }
@@ -404,7 +409,7 @@ pub(crate) fn backend(
     let found = inventory.clusters.get(enforcer).and_then(|cluster| cluster.services.get(&key)).is_some_and(
         |service| match port {
             Some((protocol, port)) => service.backends.contains(&(address, protocol, port)),
-            None => service.backends.iter().any(|(backend, ..)| *backend == address),
+            None => service.addresses.contains(&address),
         },
     );
     Tri::from(found)
@@ -513,6 +518,6 @@ fn entity_matches(
 }
 
 /// TCP, UDP, DCCP, SCTP and UDP-Lite.
-pub(crate) fn has_ports(protocol: u8) -> bool {
+pub fn has_ports(protocol: u8) -> bool {
     matches!(protocol, 6 | 17 | 33 | 132 | 136)
 }

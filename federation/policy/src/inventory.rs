@@ -85,6 +85,9 @@ pub struct Endpoint {
 /// A service with its backends, for `services` matches.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Service {
+    /// Of all its endpoints, those without a port too: what a source is matched by.
+    pub addresses: BTreeSet<IpAddr>,
+    /// Address, protocol and port: what a destination is matched by.
     pub backends: BTreeSet<(IpAddr, u8, u16)>,
 }
 

@@ -269,7 +269,10 @@ fn about(
                 let key = (service.namespace.clone(), service.name.clone());
                 let has_backends = |name: &&ClusterName| {
                     let service = facts.inventory.clusters.get(*name).and_then(|cluster| cluster.services.get(&key));
-                    service.is_some_and(|service| !service.backends.is_empty())
+                    service.is_some_and(|service| match side {
+                        "source" => !service.addresses.is_empty(),
+                        _ => !service.backends.is_empty(),
+                    })
                 };
                 if !enforcers.is_empty() && !enforcers.iter().any(has_backends) {
                     let message = format!("{side} service {}/{} has no backends", service.namespace, service.name);
@@ -633,8 +636,9 @@ fn open_namespaces(
             let applying = closing.iter().filter(|(policy, _)| is_subject(workload, &policy.selector));
             applying.fold([false, false], |[a, b], (_, [c, d])| [a || *c, b || *d])
         });
-        let counts = open.entry(namespace).or_default();
-        for (_, endpoint) in &workload.members {
+        // Those without an address, ended or not yet begun, are open to nothing.
+        for (_, endpoint) in workload.members.iter().filter(|(_, endpoint)| !endpoint.addresses.is_empty()) {
+            let counts = open.entry(namespace).or_default();
             counts[0] += 1;
             for (at, closed) in applying.iter().enumerate() {
                 let open = endpoint.addresses.iter().any(|address| !closed[usize::from(address.is_ipv6())]);

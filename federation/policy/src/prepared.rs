@@ -169,7 +169,7 @@ impl<'a> Prepared<'a> {
     }
 
     /// The rules of a tier that can decide: one that does what an earlier one does, where that one matches, never comes
-    /// to it. Log rules speak each time.
+    /// to it. Log rules speak each time, and so do those of which a part cannot be judged.
     fn plain_rules(&self, tier: &TierView<'a>, direction: Direction) -> PlainRules<'a> {
         let mut seen = FastSet::default();
         let mut plain = PlainRules::default();
@@ -179,7 +179,8 @@ impl<'a> Prepared<'a> {
         for policy in &tier.policies {
             for rule in rules(policy, direction).unwrap_or_default() {
                 let meaning = Rule { index: 0, ..rule.clone() };
-                if rule.action != Action::Log && !seen.insert(meaning) {
+                let ends = rule.action != Action::Log && rule.unknown_because().is_none();
+                if ends && !seen.insert(meaning) {
                     continue;
                 }
                 let end = |end: &EntityMatch| {

@@ -314,6 +314,8 @@ fn world(random: &mut Random) -> World {
     for (protocol, port) in [(6, 8080), (6, 81), (17, 81), (132, 80)] {
         backends.push((things[random.below(7)].addresses[0].addr(), protocol, port));
     }
+    // A slice without ports.
+    backends.push((things[random.below(7)].addresses[0].addr(), 0, 0));
     backends.retain(|_| !random.once_in(5));
     World { namespaces, accounts, things, tiers, policies, backends, occurred: RefCell::default() }
 }
@@ -529,11 +531,12 @@ fn round(seed: u64, denied: &mut usize, total: &mut usize, occurred: &mut BTreeM
         json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "front", "namespace": "a"}, "spec": {}}),
     );
     for (at, (address, protocol, port)) in world.backends.iter().enumerate() {
-        let protocol = NAMED.iter().find(|(_, number)| number == protocol).expect("known").0;
+        let protocol = NAMED.iter().find(|(_, number)| number == protocol);
+        let ports = protocol.map_or(json!([]), |(protocol, _)| json!([{"port": port, "protocol": protocol}]));
         items.push(json!({
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
             "metadata": {"name": format!("front-{at}"), "namespace": "a", "labels": {"kubernetes.io/service-name": "front"}},
-            "endpoints": [{"addresses": [address]}], "ports": [{"port": port, "protocol": protocol}],
+            "endpoints": [{"addresses": [address]}], "ports": ports,
         }));
     }
     let all = json!({"apiVersion": "v1", "kind": "List", "items": items});

@@ -98,6 +98,10 @@ fn rules() {
         ("{action: Allow, source: {nets: [10.0.0.1]}}", "source.nets[0]"),
         ("{action: Allow, source: {nets: [10.0.0.1/8]}}", "source.nets[0]"),
         ("{action: Allow, source: {nets: [10.0.0.0/33]}}", "source.nets[0]"),
+        ("{action: Allow, source: {nets: ['010.0.0.0/8']}}", "source.nets[0]"),
+        ("{action: Deny, source: {nets: ['::ffff:10.0.0.0/104']}}", "source.nets[0]"),
+        ("{action: Deny, source: {notNets: ['10.00.0.0/16']}}", "source.notNets[0]"),
+        ("{action: Deny, destination: {notNets: ['::ffff:0:0/96']}}", "destination.notNets[0]"),
         ("{action: Allow, source: {notNets: [0.0.0.0/0]}}", "source.notNets[0]"),
         ("{action: Allow, destination: {notNets: ['::/0']}}", "destination.notNets[0]"),
         ("{action: Allow, source: {nets: [10.0.0.0/8]}, ipVersion: 6}", "ipVersion"),
@@ -291,12 +295,40 @@ fn names_and_metadata() {
     assert_eq!(with("annotations: {a b: c}"), ["metadata.annotations"]);
 }
 
+/// What Calico stores holds the metadata of the v3 object as JSON.
+#[test]
+fn stored_metadata() {
+    let stored = |group: &str, annotation: &str| {
+        refusals(&format!(
+            "apiVersion: {group}\nkind: GlobalNetworkPolicy\nmetadata: {{name: default.p, annotations: {{projectcalico.org/metadata: '{annotation}'}}}}\nspec: {{}}\n"
+        ))
+    };
+    for (annotation, fields) in [
+        (r#"{"name": "p", "labels": {"a": "b"}, "ownerReferences": [{}], "managedFields": []}"#, vec![]),
+        ("null", vec![]),
+        ("name: p", vec!["metadata.annotations"]),
+        (r#"{"name": "P"}"#, vec!["metadata.name"]),
+        (r#"{"labels": {"a": "x y"}}"#, vec!["metadata.labels"]),
+        (r#"{"annotations": {"hanse.dev/peers": "Somewhere"}}"#, vec!["metadata.annotations"]),
+    ] {
+        assert_eq!(stored("crd.projectcalico.org/v1", annotation), fields, "{annotation}");
+        assert_eq!(stored("projectcalico.org/v3", annotation), Vec::<String>::new(), "{annotation}: one of many");
+    }
+}
+
 #[test]
 fn tiers_and_sets() {
-    accepts("Tier", &["{}", "{order: 5}", "{order: 5, defaultAction: Pass}", "{defaultAction: Deny}"]);
+    accepts(
+        "Tier",
+        &["{}", "{order: 5}", "{order: 5, defaultAction: Pass}", "{defaultAction: Deny}", "{defaultAction: null}"],
+    );
     refuses(
         "Tier",
-        &[("{defaultAction: Allow}", "spec.defaultAction"), ("{defaultAction: Log}", "spec.defaultAction")],
+        &[
+            ("{defaultAction: Allow}", "spec.defaultAction"),
+            ("{defaultAction: Log}", "spec.defaultAction"),
+            ("{defaultAction: ''}", "spec.defaultAction"),
+        ],
     );
     for (name, spec, fields) in [
         ("default", "{order: 1000000}", vec![]),
@@ -313,11 +345,21 @@ fn tiers_and_sets() {
     let many: Vec<String> = (0..1000).map(|at| format!("10.{}.{}.0/24", at / 250, at % 250)).collect();
     accepts(
         "GlobalNetworkSet",
-        &["{}", "{nets: [10.0.0.1, 10.0.0.1/8, 'fd00::1', 'fd00::1/8']}", &format!("{{nets: [{}]}}", many.join(", "))],
+        &[
+            "{}",
+            "{nets: [10.0.0.1, 10.0.0.1/8, 'fd00::1', 'fd00::1/8']}",
+            "{nets: ['ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128']}",
+            &format!("{{nets: [{}]}}", many.join(", ")),
+        ],
     );
     refuses(
         "NetworkSet",
-        &[("{nets: [10.0.0.0/8, ten]}", "spec.nets[1]"), ("{nets: [10.0.0.1, 10.0.0.2, 10.0.0.1]}", "spec.nets[2]")],
+        &[
+            ("{nets: [10.0.0.0/8, ten]}", "spec.nets[1]"),
+            ("{nets: [10.0.0.1, 10.0.0.2, 10.0.0.1]}", "spec.nets[2]"),
+            // 48 characters.
+            ("{nets: ['ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.25/128']}", "spec.nets[0]"),
+        ],
     );
 }
 
@@ -327,7 +369,15 @@ fn staged() {
         "StagedNetworkPolicy",
         &["{stagedAction: Delete, tier: default}", "{stagedAction: Learn}", "{selector: all()}"],
     );
-    accepts("StagedKubernetesNetworkPolicy", &["{stagedAction: Delete}", "{stagedAction: Delete, podSelector: {}}"]);
+    accepts(
+        "StagedKubernetesNetworkPolicy",
+        &[
+            "{stagedAction: Delete}",
+            "{stagedAction: Delete, podSelector: {}}",
+            "{podSelector: {}, policyTypes: [Egress, Ingress]}",
+            "{podSelector: {}, policyTypes: null}",
+        ],
+    );
     refuses(
         "StagedNetworkPolicy",
         &[
@@ -343,6 +393,8 @@ fn staged() {
         "StagedKubernetesNetworkPolicy",
         &[
             ("{stagedAction: Delete, policyTypes: [Ingress]}", "spec"),
+            ("{podSelector: {}, policyTypes: []}", "spec.policyTypes"),
+            ("{podSelector: {}, policyTypes: [Egress, Egress]}", "spec.policyTypes[1]"),
             ("{podSelector: {}, ingress: [{ports: [{port: 0}]}]}", "spec.ingress[0].ports[0].port"),
         ],
     );

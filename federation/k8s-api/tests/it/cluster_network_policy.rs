@@ -73,6 +73,14 @@ fn rules() {
                 .to_owned(),
         ),
         ("egress", "{action: Accept, to: [{domainNames: [example.org, '*.example.org', a.b.]}]}".to_owned()),
+        // What an API server stores, and this version does not understand: it fails closed.
+        ("ingress", "{action: Deny, from: [{namespaces: {}}], hours: night}".to_owned()),
+        ("ingress", "{action: Deny, from: [{namespaces: {matchExpressions: [{key: a, operator: Like}]}}]}".to_owned()),
+        ("egress", "{action: Deny, to: [{pods: {podSelector: {matchLabels: {'a b': c}}}}, {nodes: {matchFields: {}}}]}".to_owned()),
+        (
+            "egress",
+            "{action: Deny, to: [{namespaces: {}}], protocols: [{udp: {destinationPort: {range: {start: 1, end: 5, step: 2}}}}]}".to_owned(),
+        ),
     ] {
         assert_eq!(of_rule(direction, &rule), Vec::<String>::new(), "{rule}");
     }
@@ -85,6 +93,9 @@ fn rules() {
         ("ingress", "{action: Deny, from: [{networks: [10.0.0.0/8]}]}".to_owned(), ".from[0]"),
         ("ingress", "{action: Deny, from: [{namespaces: {}, pods: {podSelector: {}}}]}".to_owned(), ".from[0]"),
         ("ingress", "{action: Deny, from: [{pods: {}}]}".to_owned(), ".from[0].pods.podSelector"),
+        ("ingress", "{action: Deny, from: [{}]}".to_owned(), ".from[0]"),
+        ("egress", "{action: Deny, to: [{namespaces: {}}, {}]}".to_owned(), ".to[1]"),
+        ("egress", "{action: Deny, to: [{namespaces: {}}], protocols: [{}]}".to_owned(), ".protocols[0]"),
         ("egress", "{action: Deny, to: [{networks: []}]}".to_owned(), ".to[0].networks"),
         ("egress", "{action: Deny, to: [{networks: [10.0.0.1]}]}".to_owned(), ".to[0].networks[0]"),
         // What CEL's isCIDR refuses.

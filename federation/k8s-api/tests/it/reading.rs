@@ -246,6 +246,78 @@ fn fields_nobody_knows_are_named() {
     }
 }
 
+#[test]
+fn what_is_not_known_hides_nothing_else() {
+    let read = read(
+        "apiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {name: p}\nspec:\n  selecter: all()\n  types: [Both]\n  ingress:\n  - action: Permit\n    dscp: 4\n",
+    );
+    let told = complaints(&read);
+    let wanted = ["5 spec.selecter", "9 spec.ingress[0].dscp", "6 spec.types[0]", "8 spec.ingress[0].action"];
+    assert_eq!(told.len(), wanted.len(), "{told:?}");
+    for (told, wanted) in told.iter().zip(wanted) {
+        assert!(told.starts_with(&format!("file.yaml:{wanted}: ")), "{told}");
+    }
+}
+
+/// Its document is not read, and the object is named.
+#[test]
+fn a_key_that_stands_twice_refuses_its_object() {
+    let namespace =
+        |name: &str, more: &str| format!("- apiVersion: v1\n  kind: Namespace\n  metadata:\n    name: {name}\n{more}");
+    let twice = namespace("b", "    labels: {a: b}\n    labels: {c: d}\n");
+    let list = format!("apiVersion: v1\nkind: List\nitems:\n{}{twice}{}", namespace("a", ""), namespace("c", ""));
+    let alone = "apiVersion: v1\nkind: Namespace\nmetadata: {name: d, name: e}\n";
+    let json = r#"{"apiVersion": "v1", "kind": "Namespace", "kind": "Node", "metadata": {"name": "f"}}"#;
+    let read = read(&format!("{list}---\n{alone}---\n{json}\n"));
+    assert!(read.objects.is_empty());
+    let told: Vec<(u32, u32, String, String)> = read
+        .diagnostics
+        .iter()
+        .map(|it| {
+            let object = it.object.clone().expect("it is known");
+            assert!(it.message.contains("stands twice"), "{it:?}");
+            (it.start, it.place.line, object.kind, object.name)
+        })
+        .collect();
+    let of = |start, line, name: &str| (start, line, "Namespace".to_owned(), name.to_owned());
+    assert_eq!(told, [of(8, 13, "b"), of(19, 21, "d"), of(23, 23, "f")]);
+}
+
+/// Where a boolean is wanted, `kubectl`'s words for one are taken; elsewhere they are text.
+#[test]
+fn booleans_may_be_words() {
+    let policy = |spec: &str| {
+        let head = "apiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {name: p}\n";
+        complaints(&read(&format!("{head}spec: {spec}\n")))
+    };
+    assert_eq!(policy("{applyOnForward: yes, doNotTrack: on, selector: on == 'yes'}"), Vec::<String>::new());
+    assert_eq!(policy("{applyOnForward: off, doNotTrack: No}"), Vec::<String>::new());
+    for wrong in ["yEs", "y", "1", "''"] {
+        assert_eq!(policy(&format!("{{applyOnForward: {wrong}}}")).len(), 1, "{wrong}");
+    }
+    let text = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, labels: {gpu: yes}}\nspec: {hostNetwork: yes}\n";
+    let read = read(text);
+    assert_eq!(complaints(&read), Vec::<String>::new());
+    let state = assemble_cluster(&"c".into(), &read.objects);
+    let pod = state.cluster.endpoints.values().next().expect("the pod");
+    assert!(pod.host_network && pod.labels.get("gpu").is_some_and(|value| &**value == "yes"));
+}
+
+#[test]
+fn what_is_no_directory_is_read_as_a_file() {
+    assert!(read_dir(std::path::Path::new("/dev/null")).expect("readable").objects.is_empty());
+    let directory = tempfile::tempdir().expect("a directory");
+    let pipe = directory.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo runs").success());
+    let writer = std::thread::spawn({
+        let pipe = pipe.clone();
+        move || std::fs::write(pipe, "apiVersion: v1\nkind: Namespace\nmetadata: {name: piped}\n")
+    });
+    let read = read_dir(&pipe).expect("readable");
+    writer.join().expect("no panic").expect("written");
+    assert_eq!(read.objects.len(), 1);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 

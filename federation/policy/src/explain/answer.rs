@@ -73,8 +73,9 @@ struct StepLine<'a> {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     own_stream: Option<Cow<'a, str>>,
     action: Cow<'a, str>,
-    /// Where the rule did something else than its action: `leave` (a federated Allow leaves to the cluster's own tiers)
-    /// or `deny-unknown` (it may match, which cannot be known).
+    /// Where the rule did something else than its action: `leave` (a federated Allow leaves to the cluster's own tiers),
+    /// `deny-unknown` (it may match, which cannot be known), or `not-enforced` (an Allow that may match, of which a part
+    /// cannot be judged here, such as HTTP: it opens nothing).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     effect: Option<Cow<'a, str>>,
 }
@@ -223,6 +224,7 @@ fn step(step: &Step) -> StepLine<'_> {
                 Effect::Acted => None,
                 Effect::Left => Some("leave".into()),
                 Effect::DeniedUnknown => Some("deny-unknown".into()),
+                Effect::NotEnforced => Some("not-enforced".into()),
             },
             ..StepLine::default()
         },

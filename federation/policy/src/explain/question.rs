@@ -9,9 +9,9 @@ use crate::inventory::{Endpoint, EndpointId, EndpointKind, Inventory};
 use crate::model::ClusterName;
 use serde::{Deserialize, Serialize};
 
-/// One line of `--queries`.
+/// One line of `--queries`. A key that is not known is an error: what it asks for would be left out in silence.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Question {
     pub from: Place,
     pub to: Place,
@@ -26,7 +26,7 @@ pub struct Question {
 
 /// A pod by name, or an address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, deny_unknown_fields, expecting = "it is {\"ip\"}, or {\"cluster\", \"namespace\", \"pod\"}")]
 pub enum Place {
     Address {
         ip: String,
@@ -41,6 +41,7 @@ pub enum Place {
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct IcmpHeader {
     #[serde(rename = "type")]
     pub kind: u8,

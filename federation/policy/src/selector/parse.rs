@@ -21,6 +21,22 @@ pub struct SyntaxError {
     pub message: String,
 }
 
+/// How much of a malformed expression is shown on each side of the column.
+const SHOWN_CHARACTERS: usize = 40;
+
+impl SyntaxError {
+    /// What stands around the column in `text`, which was read, and how many characters of that stand before it.
+    pub fn excerpt(&self, text: &str) -> (String, usize) {
+        let at = text.floor_char_boundary(self.column - 1);
+        let (before, after) = text.split_at(at);
+        let start = before.char_indices().rev().nth(SHOWN_CHARACTERS).map(|(at, it)| at + it.len_utf8());
+        let end = after.char_indices().nth(SHOWN_CHARACTERS).map_or(after.len(), |(at, _)| at);
+        let before = format!("{}{}", if start.is_some() { "…" } else { "" }, &before[start.unwrap_or_default()..]);
+        let cut = if end < after.len() { "…" } else { "" };
+        (format!("{before}{}{cut}", &after[..end]), before.chars().count())
+    }
+}
+
 pub(super) fn parse(text: &str) -> Result<Expr, SyntaxError> {
     let mut cursor = Cursor { text, at: 0 };
     cursor.skip_blank();

@@ -181,7 +181,9 @@ fn cluster(random: &mut Random, at: usize) -> Cluster {
         let of_pod = |pod: usize| [(6, 8080), (6, 80), (17, 53)].map(move |(protocol, port)| (pod, protocol, port));
         let address = |pod| format!("10.{at}.0.{pod}").parse().unwrap();
         let backends = (0..4).flat_map(of_pod).map(|(pod, protocol, port)| (address(pod), protocol, port)).collect();
-        cluster.services.insert(("web".into(), "front".into()), Service { backends });
+        // One more has no port.
+        let addresses = (0..5).map(address).collect();
+        cluster.services.insert(("web".into(), "front".into()), Service { addresses, backends });
     }
     cluster
 }
