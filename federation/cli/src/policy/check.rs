@@ -1,14 +1,14 @@
 //! `hanse policy check`: whether manifests would be accepted, offline.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use hanse_k8s_api::assemble::doubles;
-use hanse_k8s_api::manifest::{Reference, read_dir};
+use hanse_k8s_api::manifest::{MAX_FILE_BYTES, Manifests, Reference, read_bytes, read_dir};
 use serde::Serialize;
 
 use crate::output::Format;
@@ -18,7 +18,7 @@ use crate::output::Format;
 /// several with one key the first counts. Exits 1 when an object is refused.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Directories or files.
+    /// Directories or files; `-` is standard input.
     #[arg(value_name = "DIR", required = true)]
     directories: Vec<PathBuf>,
     #[arg(short, long, value_enum, default_value_t)]
@@ -101,7 +101,18 @@ fn subject(object: &ObjectLine) -> String {
 
 /// Every object of a directory, in the order of files and lines. `notes`: what is to be said and is no refusal.
 fn check(directory: &std::path::Path, notes: &mut Vec<String>) -> anyhow::Result<Vec<ObjectLine>> {
-    let read = read_dir(directory).with_context(|| format!("read {}", directory.display()))?;
+    let read = match directory == std::path::Path::new("-") {
+        true => {
+            let (mut bytes, mut read) = (Vec::new(), Manifests::default());
+            std::io::stdin().lock().take(MAX_FILE_BYTES).read_to_end(&mut bytes).context("read standard input")?;
+            read_bytes(&"-".into(), &bytes, &mut read);
+            read
+        }
+        false => read_dir(directory)?,
+    };
+    if read.objects.is_empty() && read.skipped.is_empty() && read.diagnostics.is_empty() {
+        eprintln!("{}: no manifests", directory.display());
+    }
     for double in doubles(&read.objects) {
         let Reference { kind, name, .. } = double.object.unwrap_or_default();
         notes.push(format!("{}:{}: note: {kind} {name} {}", double.place.file, double.place.line, double.message));

@@ -146,7 +146,7 @@ impl Arguments {
         let before = self.sources.load()?;
         let after = match self.staged {
             true => None,
-            false => Some(self.sources.instead(&self.with, self.with_federation.as_deref()).load()?),
+            false => Some(self.sources.instead(&self.with, self.with_federation.as_deref())?.load()?),
         };
         let after_state = after.as_ref().unwrap_or(&before);
         let view = if self.staged { View::Pending } else { View::Enforced };
@@ -156,13 +156,17 @@ impl Arguments {
         let diff = Diff::new(first, second, &self.outside, asked);
         let mut out = std::io::BufWriter::new(std::io::stdout().lock());
         let mut rows = Rows::default();
-        let (mut opened, mut closed, mut last) = (0_u64, 0_u64, None);
+        // How many pairs closed and opened, and for the last whether it is counted among them.
+        let (mut count, mut counted, mut last) = ([0_u64; 2], [false; 2], None);
         diff.compare(|change| -> anyhow::Result<()> {
             let pairs = pairs(&diff, &change);
             let is_open = change.after.verdict == Verdict::Allow;
             // A pair that changes over both IP versions, or in several ways, is one pair.
-            if last.replace((change.from, change.to, is_open)) != Some((change.from, change.to, is_open)) {
-                *(if is_open { &mut opened } else { &mut closed }) += pairs;
+            if last.replace((change.from, change.to)) != Some((change.from, change.to)) {
+                counted = [false; 2];
+            }
+            if !std::mem::replace(&mut counted[usize::from(is_open)], true) {
+                count[usize::from(is_open)] += pairs;
             }
             if self.output != Format::Table {
                 return self.print_lines(&mut out, &diff, &change);
@@ -177,6 +181,7 @@ impl Arguments {
             rows.add(&change, told(&change.packets), reason);
             Ok(())
         })?;
+        let [closed, opened] = count;
         if self.output == Format::Table {
             table(&diff, rows.finish(), &mut out)?;
             let text = match opened + closed {

@@ -16,6 +16,8 @@ use crate::output::{self, Format};
 /// Answers each line of the queries by one line, in the same order: from directories of manifests, or, without
 /// --cluster, by what the members know now (egress is asked of the source's member, ingress of the destination's). Exits
 /// 1 when a query has no answer, or an object was refused.
+///
+/// The answer is what policy says. The kernel lets pass besides, before every rule, what a node sends to its own pods.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     #[command(flatten)]

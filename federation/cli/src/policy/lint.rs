@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::bail;
 use clap::ValueEnum;
 use hanse_k8s_api::document::{self, Data, Node};
-use hanse_k8s_api::manifest::{Place, read_file};
+use hanse_k8s_api::manifest::{Diagnostic, Place, read_file};
 use hanse_policy::evaluate::Direction;
 use hanse_policy::lint::{About, CHECKS, Finding, Severity, lint};
 use hanse_policy::model::{ClusterName, Phase};
@@ -16,7 +16,7 @@ use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::load::{Loaded, Sources};
+use super::load::{Loaded, Sources, told};
 use crate::online::{call, with_client};
 use crate::output;
 use hanse_policy::explain::answer;
@@ -142,7 +142,7 @@ impl Arguments {
         match self.output {
             Format::Json => lines.iter().try_for_each(|line| output::print(output::Format::Json, line))?,
             Format::Yaml => lines.iter().try_for_each(|line| output::print(output::Format::Yaml, line))?,
-            Format::Sarif => output::line(serde_json::to_string_pretty(&sarif(&lines))?)?,
+            Format::Sarif => output::line(serde_json::to_string_pretty(&sarif(&lines, &loaded.refusals))?)?,
             Format::Table => print_table(&lines)?,
         }
         let fails = |finding: &Finding| match self.fail_on {
@@ -247,7 +247,8 @@ fn print_table(lines: &[FindingLine<'_>]) -> anyhow::Result<()> {
     output::line(format_args!("\n{}", counts.join(", ")))
 }
 
-fn sarif(lines: &[FindingLine<'_>]) -> Value {
+/// What was refused, and so not judged, makes the run incomplete; a review tool is told so.
+fn sarif(lines: &[FindingLine<'_>], refusals: &[Diagnostic]) -> Value {
     let rules: Vec<Value> = CHECKS
         .iter()
         .map(|check| {
@@ -272,13 +273,19 @@ fn sarif(lines: &[FindingLine<'_>]) -> Value {
             let mut result =
                 json!({"ruleId": line.id, "ruleIndex": rule_index, "level": line.severity, "message": {"text": text}});
             let location = match (&line.file, line.line) {
-                (Some(file), Some(at)) => {
-                    json!({"physicalLocation": {"artifactLocation": {"uri": uri(file)}, "region": {"startLine": at}}})
-                }
+                (Some(file), Some(at)) => location(file, at),
                 _ => json!({"logicalLocations": [{"name": line.cluster.unwrap_or("federation"), "kind": "namespace"}]}),
             };
             result["locations"] = json!([location]);
             result
+        })
+        .collect();
+    let notifications: Vec<Value> = refusals
+        .iter()
+        .map(|refusal| {
+            let text = format!("refused: {}", told(refusal));
+            let location = location(&refusal.place.file, refusal.place.line);
+            json!({"level": "error", "message": {"text": text}, "locations": [location]})
         })
         .collect();
     json!({
@@ -286,9 +293,17 @@ fn sarif(lines: &[FindingLine<'_>]) -> Value {
         "version": "2.1.0",
         "runs": [{
             "tool": {"driver": {"name": "hanse", "version": env!("CARGO_PKG_VERSION"), "informationUri": env!("CARGO_PKG_REPOSITORY"), "rules": rules}},
+            "invocations": [{
+                "executionSuccessful": refusals.is_empty(),
+                "toolExecutionNotifications": notifications,
+            }],
             "results": results,
         }],
     })
+}
+
+fn location(file: &str, line: u32) -> Value {
+    json!({"physicalLocation": {"artifactLocation": {"uri": uri(file)}, "region": {"startLine": line}}})
 }
 
 /// A path as a URI reference (RFC 3986): relative as it is, for the tool to resolve; what may not stand in one is escaped.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use hanse_k8s_api::manifest::{Diagnostic, Manifests, Place, read_dir};
 use hanse_k8s_api::{assemble_cluster, assemble_federation};
 use hanse_policy::inventory::Inventory;
@@ -49,6 +49,8 @@ pub struct Loaded {
     pub inventory: Inventory,
     /// How many errors objects and files had; each was named on standard error.
     pub refused: usize,
+    /// Those errors.
+    pub refusals: Vec<Diagnostic>,
     places: BTreeMap<WrittenName, Place>,
 }
 
@@ -105,22 +107,30 @@ impl Sources {
     }
 
     /// The same, with some directories replaced.
-    pub fn instead(&self, with: &[ClusterSource], federation: Option<&Path>) -> Self {
+    ///
+    /// # Errors
+    /// When a cluster is not among those that are read, or is named twice.
+    pub fn instead(&self, with: &[ClusterSource], federation: Option<&Path>) -> anyhow::Result<Self> {
         let mut sources = self.clone();
-        for source in with {
-            sources.clusters.retain(|known| known.name != source.name);
-            sources.clusters.push(source.clone());
+        for (at, source) in with.iter().enumerate() {
+            if with[..at].iter().any(|known| known.name == source.name) {
+                bail!("--with names cluster {} twice", source.name);
+            }
+            match sources.clusters.iter_mut().find(|known| known.name == source.name) {
+                Some(known) => *known = source.clone(),
+                None => bail!("--with names cluster {}, which no --cluster names", source.name),
+            }
         }
         if let Some(federation) = federation {
             sources.federation = Some(federation.to_owned());
         }
-        sources
+        Ok(sources)
     }
 }
 
 impl Loaded {
     fn read(&mut self, cluster: Option<&ClusterName>, directory: &Path) -> anyhow::Result<Manifests> {
-        let manifests = read_dir(directory).with_context(|| format!("read {}", directory.display()))?;
+        let manifests = read_dir(directory)?;
         self.report(&manifests.diagnostics, true);
         for skipped in &manifests.skipped {
             let (place, object) = (&skipped.place, &skipped.object);
@@ -139,13 +149,14 @@ impl Loaded {
 
     fn report(&mut self, diagnostics: &[Diagnostic], refused: bool) {
         for diagnostic in diagnostics {
-            let Diagnostic { place, field, message, object, .. } = diagnostic;
-            let object = object.as_ref().map_or(String::new(), |object| format!("{} {}: ", object.kind, object.name));
-            let field = if field.is_empty() { String::new() } else { format!("{field}: ") };
+            let Place { file, line } = &diagnostic.place;
             let kind = if refused { "refused" } else { "note" };
-            eprintln!("{}:{}: {kind}: {object}{field}{message}", place.file, place.line);
+            eprintln!("{file}:{line}: {kind}: {}", told(diagnostic));
         }
-        self.refused += if refused { diagnostics.len() } else { 0 };
+        if refused {
+            self.refused += diagnostics.len();
+            self.refusals.extend_from_slice(diagnostics);
+        }
     }
 
     /// Where an object is written.
@@ -163,4 +174,12 @@ impl Loaded {
         let bare = || (policy.cluster.clone(), kind.to_owned(), None, policy.name.to_string());
         found.or_else(|| self.places.get(&bare())).or_else(|| self.places.get(&of(&format!("default.{}", policy.name))))
     }
+}
+
+/// What is wrong, without its place.
+pub fn told(diagnostic: &Diagnostic) -> String {
+    let Diagnostic { field, message, object, .. } = diagnostic;
+    let object = object.as_ref().map_or(String::new(), |object| format!("{} {}: ", object.kind, object.name));
+    let field = if field.is_empty() { String::new() } else { format!("{field}: ") };
+    format!("{object}{field}{message}")
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use hanse_policy::diff::{Diff, Party, State};
-use hanse_policy::evaluate::{End, Query, View};
+use hanse_policy::evaluate::{End, Query, View, has_ports};
 use hanse_policy::inventory::{Cluster, EffectiveLabels, EndpointId, EndpointKind, Inventory, Labels};
 use hanse_policy::model::ClusterName;
 use hanse_policy::prepared::Prepared;
@@ -29,7 +29,8 @@ const WIDEST: usize = 40;
 /// Judge every pair of pods, on each port.
 ///
 /// From directories of manifests, or, without --cluster, by what the members know now. Pods on the host's network and pods
-/// that ended are left out. A table shows pods that policy does not tell apart as one; JSON and YAML have every pair.
+/// that ended are left out. A table shows pods that policy does not tell apart as one; JSON and YAML have every pair. The
+/// verdict is what policy says, without what the kernel lets pass besides: what a node sends to its own pods.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -49,13 +50,21 @@ pub struct Arguments {
     #[arg(long, value_name = "SELECTOR", default_value = "all()")]
     to: Selector,
     /// The address family of the packets.
-    #[arg(long, value_name = "4|6", value_parser = clap::value_parser!(u8).range(4..=6))]
+    #[arg(long, value_name = "4|6", value_parser = ip_version)]
     ip_version: Option<u8>,
     /// As if every staged policy were committed.
     #[arg(long)]
     staged: bool,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
+}
+
+fn ip_version(text: &str) -> Result<u8, &'static str> {
+    match text {
+        "4" => Ok(4),
+        "6" => Ok(6),
+        _ => Err("it is 4 or 6"),
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -70,8 +79,12 @@ impl std::str::FromStr for PortName {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (port, protocol) = text.split_once('/').unwrap_or((text, "TCP"));
-        let port = port.parse().map_err(|_| format!("{port:?} is no port"))?;
+        let port = port.parse::<u16>().ok().filter(|port| *port > 0);
+        let port = port.ok_or_else(|| format!("{text:?} names no port from 1 to 65535"))?;
         let number = ProtocolName::Name(protocol.to_owned()).number().map_err(|error| error.to_string())?;
+        if !has_ports(number) {
+            return Err(format!("protocol {protocol} has no ports"));
+        }
         Ok(Self { port, protocol: number, protocol_name: protocol.to_ascii_uppercase() })
     }
 }

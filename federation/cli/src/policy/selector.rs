@@ -38,9 +38,8 @@ impl Arguments {
             Ok(selector) => selector,
             Err(error) => {
                 eprintln!("hanse: malformed selector: {error}");
-                eprintln!("  {}", self.expression);
-                let before = self.expression.as_bytes().get(..error.column - 1).unwrap_or_default();
-                eprintln!("  {}^", " ".repeat(String::from_utf8_lossy(before).chars().count()));
+                let (excerpt, before) = error.excerpt(&self.expression);
+                eprintln!("  {excerpt}\n  {}^", " ".repeat(before));
                 return Ok(ExitCode::from(2));
             }
         };

@@ -233,6 +233,36 @@ spec: {tier: watch, types: [Ingress], ingress: [{action: Deny, protocol: UDP}]}
     assert_eq!(at("HN006"), None);
 }
 
+/// A pod without an address is open to nothing, and makes nothing less open.
+#[test]
+fn pods_without_addresses_count_for_nothing() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let ended = "---\napiVersion: v1\nkind: Pod\nmetadata: {name: done, namespace: web, labels: {app: done}}\nstatus: {phase: Succeeded, podIP: 10.0.0.2}\n---\napiVersion: v1\nkind: Pod\nmetadata: {name: early, namespace: empty}\nstatus: {phase: Pending}\n";
+    let open = WORLD.split("---\napiVersion: projectcalico.org/v3").next().expect("the pod");
+    std::fs::write(root.path().join("world.yaml"), format!("{open}{ended}")).expect("manifests");
+    let findings = lint(root.path(), &[]);
+    let of = |id: &str| -> Vec<&str> {
+        let found = findings.iter().filter(|finding| finding["id"] == id);
+        found.map(|finding| finding["message"].as_str().expect("a message")).collect()
+    };
+    assert_eq!(of("HN006").len(), 1, "{findings:#?}");
+    assert_eq!(of("HN005").len(), 1, "{findings:#?}");
+    assert!(of("HN005")[0].contains("namespace web: ingress and egress of its only pod"), "{findings:#?}");
+}
+
+/// As a source a service is its addresses, as a destination its ports.
+#[test]
+fn a_service_without_ports_is_a_source_only() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s-1, namespace: web, labels: {kubernetes.io/service-name: s}}\naddressType: IPv4\nendpoints: [{addresses: [10.0.0.1]}]\nports: []\n";
+    let rules = "  order: 1\n  types: [Ingress, Egress]\n  ingress: [{action: Allow, source: {services: {name: s, namespace: web}}}]\n  egress: [{action: Allow, destination: {services: {name: s, namespace: web}}}]";
+    let text = format!("{WORLD}{slice}{}", policy("GlobalNetworkPolicy", "p", rules));
+    std::fs::write(root.path().join("world.yaml"), text).expect("manifests");
+    let findings = lint(root.path(), &[]);
+    let found: Vec<_> = findings.iter().map(|finding| (&finding["id"], &finding["rule"])).collect();
+    assert_eq!(found, [(&Value::from("HN002"), &Value::from("egress[0]"))], "{findings:#?}");
+}
+
 #[test]
 fn what_depends_on_a_stale_cluster_is_named_at_its_line() {
     let root = tempfile::tempdir().expect("temporary directory");
@@ -279,7 +309,7 @@ fn sarif_has_what_its_schema_requires() {
     std::fs::create_dir(&folder).expect("directory");
     let world =
         WORLD.to_owned() + &policy("GlobalNetworkPolicy", "p", "  types: [Egress]\n  egress:\n  - {action: Allow}");
-    std::fs::write(folder.join("world.yaml"), world).expect("manifests");
+    std::fs::write(folder.join("world.yaml"), &world).expect("manifests");
     let cluster = format!("c={}", folder.display());
     let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
     let output =
@@ -311,4 +341,28 @@ fn sarif_has_what_its_schema_requires() {
             assert!(physical["region"]["startLine"].as_u64().is_some_and(|line| line > 0), "{result:#}");
         }
     }
+    assert_eq!(
+        run["invocations"],
+        serde_json::json!([{"executionSuccessful": true, "toolExecutionNotifications": []}])
+    );
+
+    // What is refused makes the run incomplete (3.20.14, 3.20.21 and 3.58).
+    let broken = policy("GlobalNetworkPolicy", "q", "  types: [Both]");
+    std::fs::write(folder.join("broken.yaml"), broken).expect("manifests");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
+    let output = command.args(["policy", "lint", "--cluster", &cluster, "-o", "sarif", "--fail-on", "never"]).output();
+    let output = output.expect("hanse runs");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let log: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let invocation = &log["runs"][0]["invocations"][0];
+    assert_eq!(invocation["executionSuccessful"], false, "{invocation:#}");
+    let notification = &invocation["toolExecutionNotifications"][0];
+    assert_eq!(notification["level"], "error");
+    assert!(
+        notification["message"]["text"].as_str().is_some_and(|text| text.contains("spec.types[0]")),
+        "{notification:#}"
+    );
+    let physical = &notification["locations"][0]["physicalLocation"];
+    assert!(physical["artifactLocation"]["uri"].as_str().is_some_and(|uri| uri.ends_with("/broken.yaml")));
+    assert_eq!(physical["region"]["startLine"], 6);
 }

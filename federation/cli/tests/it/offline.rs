@@ -1,7 +1,8 @@
 //! The contracts of the offline commands, besides the verdicts.
 
+use std::io::Write as _;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
@@ -218,9 +219,140 @@ fn queries_have_defaults_and_spellings() {
 
 #[test]
 fn a_directory_that_cannot_be_read_is_no_empty_one() {
-    let output = hanse(&["policy", "check", "/nonexistent/manifests"]);
+    let missing = "/nonexistent/manifests";
+    let cluster = format!("c={missing}");
+    for arguments in [&["policy", "check", missing][..], &["policy", "diff", "--cluster", &cluster, "--staged"]] {
+        let output = hanse(arguments);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(stderr.contains("read /nonexistent/manifests: No such"), "{stderr}");
+        assert_eq!(stderr.matches(missing).count(), 1, "{stderr}");
+    }
+}
+
+#[test]
+fn an_empty_directory_is_told_of_and_standard_input_is_checked() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let output = hanse(&["policy", "check", "-o", "json", text(root.path())]);
+    assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no manifests"), "{output:?}");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
+    command.args(["policy", "check", "-o", "json", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("hanse runs");
+    let namespace = b"apiVersion: v1\nkind: Namespace\nmetadata: {name: UPPER}\n";
+    child.stdin.take().expect("a pipe").write_all(namespace).expect("it reads");
+    let output = child.wait_with_output().expect("it ends");
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert!(String::from_utf8_lossy(&output.stderr).contains("/nonexistent/manifests"));
+    let line: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!((&line["file"], &line["name"], &line["ok"]), (&json!("-"), &json!("UPPER"), &json!(false)));
+}
+
+#[test]
+fn a_key_that_stands_twice_leaves_the_object_its_name() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let manifests = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: a\n  name: b\n";
+    std::fs::write(root.path().join("all.yaml"), manifests).expect("manifests");
+    let output = hanse(&["policy", "check", "-o", "json", text(root.path())]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let line: Value = serde_json::from_slice(&output.stdout).expect("one line of JSON");
+    assert_eq!(
+        (&line["line"], &line["apiVersion"], &line["kind"], &line["name"]),
+        (&json!(1), &json!("v1"), &json!("Namespace"), &json!("a"))
+    );
+    assert!(line["errors"][0]["message"].as_str().is_some_and(|it| it.contains("\"name\" stands twice")), "{line}");
+}
+
+#[test]
+fn a_long_selector_is_shown_around_its_error() {
+    let deep = format!("{}has(a){}", "(".repeat(60_000), ")".repeat(60_000));
+    let output = hanse(&["policy", "selector", "--", &deep]);
+    assert_eq!(output.status.code(), Some(2));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.len() < 1_000, "{} bytes", stderr.len());
+    let lines: Vec<&str> = stderr.lines().collect();
+    let column = lines[2].chars().position(|it| it == '^').expect("a caret");
+    assert!(lines[1].chars().nth(column) == Some('('), "{stderr}");
+    let output = hanse(&["policy", "selector", "--", "a == 'b' &"]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("\n  a == 'b' &\n           ^\n"), "{output:?}");
+}
+
+#[test]
+fn a_question_that_is_none_is_refused() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    std::fs::write(root.path().join("world.yaml"), WORLD).expect("manifests");
+    let cluster = format!("c={}", root.path().display());
+    for (arguments, named) in [
+        (["--port", "80", "--ip-version", "5"], "4 or 6"),
+        (["--port", "0", "--ip-version", "4"], "from 1 to 65535"),
+        (["--port", "80/ICMP", "--ip-version", "4"], "has no ports"),
+        (["--port", "80/47", "--ip-version", "4"], "has no ports"),
+    ] {
+        let output = hanse(&[&["policy", "matrix", "--cluster", &cluster][..], &arguments].concat());
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(named), "{arguments:?}: {output:?}");
+    }
+    let ends = r#""from":{"ip":"10.0.0.1"},"to":{"ip":"10.0.0.2"},"port":80"#;
+    let queries = [
+        format!(r#"{{{ends},"protcol":"UDP"}}"#),
+        r#"{"from":{"ip":"10.0.0.1","cluster":"c"},"to":{"ip":"10.0.0.2"},"port":80}"#.to_owned(),
+        r#"{"from":{"ip":"10.0.0.1"},"to":{"namespace":"web","pod":"server","node":"n"},"port":80}"#.to_owned(),
+        format!(r#"{{{ends},"protocol":"ICMP","icmp":{{"type":8,"kode":0}}}}"#),
+        format!("{{{ends}}}"),
+    ];
+    let file = root.path().join("queries.jsonl");
+    std::fs::write(&file, queries.join("\n")).expect("queries");
+    let output = hanse(&["policy", "explain", "--cluster", &cluster, "--queries", text(&file), "-o", "json"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let refused: Vec<bool> = stdout.lines().map(|line| line.starts_with(r#"{"error":"malformed query: "#)).collect();
+    assert_eq!(refused, [true, true, true, true, false], "{stdout}");
+}
+
+/// Of a pair that opens for some packets and closes for others, over both IP versions.
+#[test]
+fn diff_counts_a_pair_once_for_each_change() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let world = WORLD.split("---\napiVersion: projectcalico.org/v3").next().expect("the pods");
+    for (name, port) in [("one", 80), ("two", 81)] {
+        let policy = format!(
+            "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p, namespace: web}}\nspec: {{podSelector: {{matchLabels: {{app: server}}}}, ingress: [{{from: [{{podSelector: {{}}}}], ports: [{{port: {port}}}]}}]}}\n"
+        );
+        std::fs::create_dir(root.path().join(name)).expect("directory");
+        std::fs::write(root.path().join(name).join("all.yaml"), format!("{world}{policy}")).expect("manifests");
+    }
+    let [one, two] = ["one", "two"].map(|name| format!("c={}", root.path().join(name).display()));
+    let output = hanse(&["policy", "diff", "--cluster", &one, "--with", &two]);
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && stdout.ends_with("1 pairs opened, 1 closed\n"), "{output:?}");
+    // A cluster that is not read has nothing to be put in the place of.
+    let other = two.replacen("c=", "d=", 1);
+    for with in [&["--with", other.as_str()][..], &["--with", &two, "--with", &two]] {
+        let output = hanse(&[&["policy", "diff", "--cluster", &one][..], with].concat());
+        assert_eq!((output.status.code(), &*output.stdout), (Some(1), &b""[..]), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("--with names cluster"), "{output:?}");
+    }
+}
+
+#[test]
+fn explain_names_an_allow_that_cannot_be_judged() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let world = WORLD.split("---\napiVersion: projectcalico.org/v3").next().expect("the pods");
+    let policy = "---\napiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {name: web}\nspec:\n  selector: app == 'server'\n  types: [Ingress]\n  ingress:\n  - {action: Allow, protocol: UDP, destination: {ports: [80]}}\n  - {action: Allow, protocol: TCP, http: {methods: [GET]}}\n  - {action: Allow, protocol: TCP, http: {methods: [GET]}}\n";
+    std::fs::write(root.path().join("all.yaml"), format!("{world}{policy}")).expect("manifests");
+    let file = root.path().join("queries.jsonl");
+    std::fs::write(&file, r#"{"from":{"ip":"10.0.0.2"},"to":{"ip":"10.0.0.1"},"port":80}"#).expect("queries");
+    let cluster = format!("c={}", root.path().display());
+    let asked = ["policy", "explain", "--cluster", &cluster, "--queries", text(&file), "-o", "json"];
+    for arguments in [asked.to_vec(), [&asked[..], &["--reference"]].concat()] {
+        let output = hanse(&arguments);
+        let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let trace = answer["ingress"]["trace"].as_array().expect("a trace");
+        let told: Vec<_> = trace.iter().map(|step| (&step["rule"], &step["action"], &step["effect"])).collect();
+        let http = |rule| (rule, json!("Allow"), json!("not-enforced"));
+        let wanted = [http(json!(1)), http(json!(2)), (Value::Null, json!("Deny"), Value::Null)];
+        assert_eq!(told, wanted.iter().map(|(a, b, c)| (a, b, c)).collect::<Vec<_>>(), "{answer:#}");
+        assert_eq!(answer["verdict"], "deny");
+    }
 }
 
 const WORLD: &str = "\
@@ -349,7 +481,11 @@ fn order_and_matrix_and_lint_answer() {
 
 #[test]
 fn presets_are_valid_manifests() {
-    let needed = [("gpu-collective", "job=llama"), ("egress-registries", "nets=203.0.113.0/24")];
+    let needed = [
+        ("gpu-collective", "job=llama"),
+        ("gpu-collective", "namespace=jobs"),
+        ("egress-registries", "nets=203.0.113.0/24"),
+    ];
     let root = tempfile::tempdir().expect("temporary directory");
     for preset in
         ["tiers", "default-deny", "deny-metadata", "stages", "model-registry", "gpu-collective", "egress-registries"]
@@ -367,7 +503,29 @@ fn presets_are_valid_manifests() {
     }
     let output = hanse(&["policy", "check", text(root.path())]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
-    assert!(!hanse(&["policy", "scaffold", "gpu-collective"]).status.success(), "a parameter is missing");
+    for given in ["job=llama", "namespace=jobs"] {
+        let output = hanse(&["policy", "scaffold", "gpu-collective", "--set", given]);
+        assert!(!output.status.success(), "a parameter is missing");
+    }
+}
+
+#[test]
+fn a_preset_says_which_parameter_makes_no_manifest() {
+    for (preset, parameters, named) in [
+        ("gpu-collective", &["namespace=jobs", "job=Llama_7B"][..], "parameter job: "),
+        ("gpu-collective", &["namespace=Jobs", "job=llama"], "parameter namespace: "),
+        ("egress-registries", &["from=all()", "nets=foo"], "parameter nets: "),
+        ("egress-registries", &["nets=203.0.113.0/28", "from=app == 'x"], "parameter from: "),
+        ("egress-registries", &["nets=203.0.113.0/28], more: [x"], "parameter nets: "),
+        ("model-registry", &["readPort=1", "writePort=99999"], "parameter writePort: "),
+        ("stages", &["clusters="], "parameter clusters: "),
+    ] {
+        let mut arguments = vec!["policy", "scaffold", preset];
+        arguments.extend(parameters.iter().flat_map(|parameter| ["--set", parameter]));
+        let output = hanse(&arguments);
+        assert_eq!((output.status.code(), &*output.stdout), (Some(1), &b""[..]), "{parameters:?}: {output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(named), "{parameters:?}: {output:?}");
+    }
 }
 
 #[test]
@@ -419,7 +577,7 @@ fn presets_mean_what_they_say() {
         &["deny-metadata"],
         &["stages"],
         &["model-registry"],
-        &["gpu-collective", "--set", "job=llama"],
+        &["gpu-collective", "--set", "namespace=jobs", "--set", "job=llama"],
         &["egress-registries", "--set", "nets=203.0.113.0/28", "--set", "from=app == 'builder'"],
     ] {
         let output = hanse(&[&["policy", "scaffold"], preset].concat());
@@ -472,7 +630,9 @@ fn presets_mean_what_they_say() {
     let cases = [
         ("10.0.0.1", "10.0.0.2", "TCP", 29500, "allow", "workers of one job"),
         ("10.0.0.3", "10.0.0.1", "TCP", 29500, "deny", "workers of another job of the same stage"),
-        ("10.0.0.1", "10.0.0.3", "TCP", 29500, "allow", "within the stage, to a job without the preset"),
+        ("10.0.0.1", "10.0.0.3", "TCP", 29500, "deny", "a worker to another job, though the stage is open"),
+        ("10.0.0.3", "10.0.0.5", "TCP", 29500, "allow", "within the stage, to what the preset is not for"),
+        ("10.0.0.5", "10.0.0.9", "UDP", 53, "allow", "names can be looked up by others"),
         ("10.0.0.1", "10.1.0.1", "TCP", 80, "deny", "training to inference"),
         ("10.1.0.1", "10.1.0.2", "TCP", 80, "allow", "within inference"),
         ("10.0.0.4", "10.1.0.3", "TCP", 8081, "allow", "a writer publishes, across clusters and stages"),
