@@ -1,4 +1,4 @@
-//! The presets of `hanse policy scaffold`, all together, judged by packets.
+//! The presets of `hanse policy scaffold`, all together and some alone, judged by packets.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -42,6 +42,9 @@ fn cluster(number: u8, namespaces: &[(&str, &str)], pods: &[(&str, &str, &str, u
     text
 }
 
+/// Who, to whom, on which port, whether it may, and why.
+type Case<'a> = (&'a str, &'a str, u16, bool, &'a str);
+
 #[test]
 fn presets_hold_of_packets() {
     sandbox::test("presets::presets_hold_of_packets", || {
@@ -50,11 +53,13 @@ fn presets_hold_of_packets() {
         let (llama, other) = (job("llama"), job("other"));
         let train = cluster(
             40,
-            &[("jobs", "train"), ("tuning", "finetune")],
+            &[("jobs", "train"), ("tenant", "train"), ("tuning", "finetune"), ("kube-system", "")],
             &[
                 ("jobs", "llama-0", &llama, 29500),
                 ("jobs", "llama-1", &llama, 29500),
                 ("jobs", "other-0", &other, 29500),
+                ("tenant", "llama-of-tenant", &llama, 29500),
+                ("kube-system", "coredns", "k8s-app: kube-dns", 53),
                 ("jobs", "loader", "models: write", 9000),
                 ("jobs", "builder", "app: builder", 9000),
                 ("tuning", "tuner", "models: read", 9000),
@@ -94,13 +99,18 @@ fn presets_hold_of_packets() {
         };
         let mut listeners: Vec<Listener> = pods.iter().map(|pod| at(pod, pod.port)).collect();
         listeners.push(at(find("registry"), 8081));
+        listeners.push(at(find("coredns"), 54));
         listeners.push(Listener::start(fabric.router(), OUTSIDE_PORT, "outside").expect("the port is free"));
 
-        // Who, to whom, on which port, whether it may, and why.
-        let cases: &[(&str, &str, u16, bool, &str)] = &[
+        let cases: &[Case<'_>] = &[
             ("llama-0", "llama-1", 29500, true, "workers of one job"),
             ("other-0", "llama-0", 29500, false, "a worker of another job of the same stage"),
-            ("llama-0", "other-0", 29500, true, "within the stage, to a job that nobody closed"),
+            ("llama-0", "other-0", 29500, false, "a worker to another job, though the stage is open"),
+            ("other-0", "loader", 9000, true, "within the stage, what nobody closed"),
+            ("llama-of-tenant", "llama-0", 29500, false, "a worker of an equally named job of another namespace"),
+            ("llama-0", "llama-of-tenant", 29500, false, "and to one"),
+            ("llama-0", "coredns", 53, true, "a worker looks up a name"),
+            ("builder", "coredns", 53, true, "others look up a name"),
             ("tuner", "llama-0", 29500, false, "fine-tuning to training"),
             ("llama-0", "vllm", 8000, false, "training to inference"),
             ("router", "vllm", 8000, true, "within inference"),
@@ -118,8 +128,8 @@ fn presets_hold_of_packets() {
             ("loader", "a named registry", OUTSIDE_PORT, false, "nor by others"),
             ("registry", "metadata", OUTSIDE_PORT, false, "the metadata address"),
         ];
-        let measured = |enforced: bool| {
-            let one = |(from, to, port, allowed, why): &(&str, &str, u16, bool, &str), family: usize| {
+        let measured = |cases: &[Case<'_>], enforced: bool| {
+            let one = |(from, to, port, allowed, why): &Case<'_>, family: usize| {
                 let (address, title): (IpAddr, &str) = match *to {
                     "a named registry" => (REGISTRY[family].parse().expect("an address"), "outside"),
                     "elsewhere" => (ELSEWHERE[family].parse().expect("an address"), "outside"),
@@ -138,42 +148,79 @@ fn presets_hold_of_packets() {
             });
             wrong
         };
-        assert_eq!(measured(false), Vec::<String>::new(), "before the presets everything is open");
+        assert_eq!(measured(cases, false), Vec::<String>::new(), "before the presets everything is open");
         let mut enforcement = Enforcement::default();
         enforcement.apply(&fabric, &clusters, &federation).expect("applied");
-        assert_eq!(measured(true), Vec::<String>::new());
-        // Without the default deny the guard alone keeps workloads from the metadata, and another job from the workers.
-        for preset in ["default-deny", "stages", "model-registry", "egress-registries"] {
+        assert_eq!(measured(cases, true), Vec::<String>::new());
+
+        // Alone, and with a policy of the cluster that opens everything: the guards hold, and close nothing else.
+        for preset in ["default-deny", "stages", "model-registry"] {
             std::fs::remove_file(federation.join(format!("{preset}.yaml"))).expect("it was written");
         }
+        render(&federation, "egress-registries", &["--set", &registries()]);
+        let open = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: open, namespace: jobs}\n\
+                    spec: {podSelector: {}, policyTypes: [Ingress, Egress], ingress: [{}], egress: [{}]}\n";
+        std::fs::write(scratch.path().join("train/open.yaml"), open).expect("a manifest");
         enforcement.apply(&fabric, &clusters, &federation).expect("applied");
-        for family in 0..2 {
-            let connect =
-                |from: &str, to: SocketAddr, title: &str| probe::tcp(fabric.pod(find(from)).expect("built"), to, title);
-            let address = |text: &str| SocketAddr::new(text.parse().expect("an address"), OUTSIDE_PORT);
-            assert_eq!(connect("registry", address(METADATA[family]), "outside"), Observed::Closed);
-            assert_eq!(connect("registry", address(ELSEWHERE[family]), "outside"), Observed::Open);
-            let worker = SocketAddr::new(find("llama-0").addresses[family], 29500);
-            assert_eq!(connect("other-0", worker, "llama-0"), Observed::Closed);
-            assert_eq!(connect("llama-1", worker, "llama-0"), Observed::Open);
+        let cases: &[Case<'_>] = &[
+            ("registry", "metadata", OUTSIDE_PORT, false, "the metadata address"),
+            ("llama-1", "llama-0", 29500, true, "workers of one job"),
+            ("other-0", "llama-0", 29500, false, "a worker of another job"),
+            ("llama-of-tenant", "llama-0", 29500, false, "a worker of an equally named job of another namespace"),
+            ("llama-0", "other-0", 29500, false, "out of the job"),
+            ("llama-0", "llama-of-tenant", 29500, false, "out of the job, to an equally named one"),
+            ("llama-0", "a named registry", OUTSIDE_PORT, false, "out of the job, to a registry"),
+            ("llama-0", "coredns", 53, true, "a worker looks up a name"),
+            ("builder", "a named registry", OUTSIDE_PORT, true, "out to a named registry"),
+            ("builder", "elsewhere", OUTSIDE_PORT, false, "out to anything else, which the cluster opens"),
+            ("registry", "elsewhere", OUTSIDE_PORT, false, "out to anything else, where nothing selects the pod"),
+            ("builder", "coredns", 53, true, "others look up a name"),
+            ("coredns", "elsewhere", OUTSIDE_PORT, true, "and the name server looks it up"),
+            ("web", "vllm", 8000, true, "between pods nothing is closed"),
+            ("loader", "registry", 8081, true, "between pods of two clusters nothing is closed"),
+        ];
+        assert_eq!(measured(cases, true), Vec::<String>::new());
+
+        // The stages and the model registry alone close what they select, but for looking up names.
+        std::fs::remove_file(scratch.path().join("train/open.yaml")).expect("it was written");
+        for preset in ["gpu-collective", "egress-registries", "deny-metadata"] {
+            std::fs::remove_file(federation.join(format!("{preset}.yaml"))).expect("it was written");
+        }
+        for preset in ["stages", "model-registry"] {
+            render(&federation, preset, &[]);
+            enforcement.apply(&fabric, &clusters, &federation).expect("applied");
+            let cases: &[Case<'_>] = &[
+                ("tuner", "coredns", 53, true, "names can be looked up"),
+                ("tuner", "coredns", 54, false, "and nothing else asked there"),
+                ("tuner", "elsewhere", OUTSIDE_PORT, false, "what is selected is closed"),
+            ];
+            assert_eq!(measured(cases, true), Vec::<String>::new(), "{preset}");
+            std::fs::remove_file(federation.join(format!("{preset}.yaml"))).expect("it was written");
         }
     });
 }
 
+fn registries() -> String {
+    format!("nets={}/28,{}/64", REGISTRY[0].replace(".5", ".0"), REGISTRY[1].replace("::5", "::"))
+}
+
 fn scaffold(federation: &Path) {
-    let nets = format!("nets={}/28,{}/64", REGISTRY[0].replace(".5", ".0"), REGISTRY[1].replace("::5", "::"));
-    for preset in [
-        &["tiers"][..],
-        &["default-deny"],
-        &["deny-metadata"],
-        &["stages"],
-        &["model-registry"],
-        &["gpu-collective", "--set", "job=llama"],
-        &["egress-registries", "--set", &nets, "--set", "from=app == 'builder'"],
+    for (preset, arguments) in [
+        ("tiers", &[][..]),
+        ("default-deny", &[]),
+        ("deny-metadata", &[]),
+        ("stages", &[]),
+        ("model-registry", &[]),
+        ("gpu-collective", &["--set", "job=llama", "--set", "namespace=jobs"]),
+        ("egress-registries", &["--set", &registries(), "--set", "from=app == 'builder'"]),
     ] {
-        let output = Command::new(programs().join("hanse")).args(["policy", "scaffold"]).args(preset).output();
-        let output = output.expect("hanse runs");
-        assert!(output.status.success(), "{preset:?}: {}", String::from_utf8_lossy(&output.stderr));
-        std::fs::write(federation.join(format!("{}.yaml", preset[0])), output.stdout).expect("manifests");
+        render(federation, preset, arguments);
     }
+}
+
+fn render(federation: &Path, preset: &str, arguments: &[&str]) {
+    let mut command = Command::new(programs().join("hanse"));
+    let output = command.args(["policy", "scaffold", preset]).args(arguments).output().expect("hanse runs");
+    assert!(output.status.success(), "{preset}: {}", String::from_utf8_lossy(&output.stderr));
+    std::fs::write(federation.join(format!("{preset}.yaml")), output.stdout).expect("manifests");
 }

@@ -5,23 +5,34 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
+use hanse_k8s_api::manifest::{Manifests, read_bytes};
 
+use super::load::told;
 use crate::output;
 
 struct Preset {
     name: &'static str,
     about: &'static str,
-    /// With defaults; an empty default must be given.
-    parameters: &'static [(&'static str, &'static str)],
+    parameters: &'static [(&'static str, Value)],
     template: &'static str,
 }
 
-const CLUSTERS: (&str, &str) = ("clusters", "all()");
+/// What a parameter is where it is not given.
+#[derive(Clone, Copy)]
+enum Value {
+    Usual(&'static str),
+    /// It must be; this is one.
+    Needed(&'static str),
+}
+
+use Value::{Needed, Usual};
+
+const CLUSTERS: (&str, Value) = ("clusters", Usual("all()"));
 
 const PRESETS: &[Preset] = &[
     Preset {
         name: "tiers",
-        about: "the two tiers that the other presets stand in; apply it first",
+        about: "the tiers that the other presets stand in; apply it first",
         parameters: &[],
         template: include_str!("scaffold/tiers.yaml"),
     },
@@ -34,13 +45,13 @@ const PRESETS: &[Preset] = &[
     Preset {
         name: "deny-metadata",
         about: "no workload reaches the cloud's metadata addresses",
-        parameters: &[CLUSTERS, ("from", "all()")],
+        parameters: &[CLUSTERS, ("from", Usual("all()"))],
         template: include_str!("scaffold/deny-metadata.yaml"),
     },
     Preset {
         name: "stages",
         about: "training, fine-tuning, inference and production kept apart by a namespace label",
-        parameters: &[CLUSTERS, ("label", "stage")],
+        parameters: &[CLUSTERS, ("label", Usual("stage"))],
         template: include_str!("scaffold/stages.yaml"),
     },
     Preset {
@@ -48,24 +59,29 @@ const PRESETS: &[Preset] = &[
         about: "who reads and who publishes models and data sets",
         parameters: &[
             CLUSTERS,
-            ("registry", "app == 'model-registry'"),
-            ("readers", "models == 'read'"),
-            ("writers", "models == 'write'"),
-            ("readPort", "8080"),
-            ("writePort", "8081"),
+            ("registry", Usual("app == 'model-registry'")),
+            ("readers", Usual("models == 'read'")),
+            ("writers", Usual("models == 'write'")),
+            ("readPort", Usual("8080")),
+            ("writePort", Usual("8081")),
         ],
         template: include_str!("scaffold/model-registry.yaml"),
     },
     Preset {
         name: "gpu-collective",
-        about: "the workers of one job talk with each other only",
-        parameters: &[CLUSTERS, ("label", "batch.kubernetes.io/job-name"), ("job", "")],
+        about: "the workers of one job of a namespace talk with each other only",
+        parameters: &[
+            CLUSTERS,
+            ("namespace", Needed("jobs")),
+            ("label", Usual("batch.kubernetes.io/job-name")),
+            ("job", Needed("job")),
+        ],
         template: include_str!("scaffold/gpu-collective.yaml"),
     },
     Preset {
         name: "egress-registries",
         about: "out of the clusters only to named registries, on HTTPS",
-        parameters: &[CLUSTERS, ("from", "all()"), ("nets", "")],
+        parameters: &[CLUSTERS, ("from", Usual("all()")), ("nets", Needed("203.0.113.0/28"))],
         template: include_str!("scaffold/egress-registries.yaml"),
     },
 ];
@@ -76,7 +92,7 @@ const PRESETS: &[Preset] = &[
 Examples:
   hanse policy scaffold
   for preset in tiers default-deny deny-metadata stages; do hanse policy scaffold $preset > policies/$preset.yaml; done
-  hanse policy scaffold gpu-collective --set job=llama --set clusters=\"env == 'prod'\" | hanse apply -f -
+  hanse policy scaffold gpu-collective --set namespace=jobs --set job=llama --set clusters=\"env == 'prod'\" | hanse apply -f -
   hanse policy scaffold egress-registries --set nets=203.0.113.0/28,2001:db8:5::/64")]
 pub struct Arguments {
     #[arg(value_name = "PRESET")]
@@ -96,9 +112,9 @@ impl Arguments {
         let Some(name) = &self.preset else {
             let mut table = output::table(["PRESET", "PARAMETERS", "WHAT IT DOES"]);
             for preset in PRESETS {
-                let shown = preset.parameters.iter().map(|(name, default)| match *default {
-                    "" => format!("{name} (needed)"),
-                    default => format!("{name}={default}"),
+                let shown = preset.parameters.iter().map(|(name, value)| match value {
+                    Needed(_) => format!("{name} (needed)"),
+                    Usual(value) => format!("{name}={value}"),
                 });
                 table.add_row([preset.name, &shown.collect::<Vec<_>>().join("\n"), preset.about]);
             }
@@ -111,18 +127,44 @@ impl Arguments {
         if let Some(unknown) = given.keys().find(|name| preset.parameters.iter().all(|(known, _)| known != name)) {
             bail!("preset {name} has no parameter {unknown:?}");
         }
-        let mut rendered = preset.template.to_owned();
-        for (parameter, default) in preset.parameters {
-            let value = given.get(*parameter).map_or(*default, String::as_str);
-            if value.is_empty() {
-                bail!("preset {name} needs --set {parameter}=…");
+        for (parameter, value) in preset.parameters {
+            match given.get(*parameter) {
+                Some(given) if given.is_empty() => bail!("parameter {parameter}: a value is needed"),
+                None if matches!(value, Needed(_)) => bail!("preset {name} needs --set {parameter}=…"),
+                _ => {}
             }
+        }
+        // Each by itself, so that the error names it, and then all together.
+        for (parameter, value) in &given {
             if value.contains(['"', '\n']) {
                 bail!("parameter {parameter}: double quotes and line breaks cannot stand in a manifest here");
             }
-            rendered = rendered.replace(&format!("${{{parameter}}}"), value);
+            let alone = [(parameter.clone(), value.clone())].into();
+            if let Some(wrong) = wrong(&preset.render(&alone)) {
+                bail!("parameter {parameter}: {value:?} makes no manifest: {wrong}");
+            }
+        }
+        let rendered = preset.render(&given);
+        if let Some(wrong) = wrong(&rendered) {
+            bail!("these parameters make no manifest together: {wrong}");
         }
         std::io::stdout().write_all(rendered.as_bytes())?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+impl Preset {
+    fn render(&self, given: &BTreeMap<String, String>) -> String {
+        self.parameters.iter().fold(self.template.to_owned(), |text, (name, value)| {
+            let (Usual(value) | Needed(value)) = value;
+            text.replace(&format!("${{{name}}}"), given.get(*name).map_or(*value, String::as_str))
+        })
+    }
+}
+
+/// What is wrong with manifests, if anything.
+fn wrong(text: &str) -> Option<String> {
+    let mut read = Manifests::default();
+    read_bytes(&"-".into(), text.as_bytes(), &mut read);
+    read.diagnostics.first().map(told)
 }
