@@ -19,19 +19,14 @@ mod order;
 mod scaffold;
 mod selector;
 
+// What has no sentence here has one at its arguments.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Say whether manifests would be accepted, and what is wrong with them by file and line.
     Check(check::Arguments),
-    /// Judge packets, and say which rule decided.
     Explain(explain::Arguments),
-    /// Judge every pair of pods.
     Matrix(matrix::Arguments),
-    /// Print tiers and policies in the one order in which they are asked.
     Order(order::Arguments),
-    /// Say which pairs of workloads change verdict between two states, or between enforced and staged.
     Diff(diff::Arguments),
-    /// Find what is written and probably not meant.
     Lint(lint::Arguments),
     /// Render a preset for AI workloads.
     Scaffold(scaffold::Arguments),

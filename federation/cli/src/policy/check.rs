@@ -13,6 +13,8 @@ use serde::Serialize;
 
 use crate::output::Format;
 
+/// Say whether manifests would be accepted, and what is wrong with them by file and line.
+///
 /// Validates every object below a directory as an API server would, and says what is wrong by file and line. Kinds that
 /// Hanse does not read are listed and skipped, and so are objects that another of the directory stands for already: of
 /// several with one key the first counts. Exits 1 when an object is refused.

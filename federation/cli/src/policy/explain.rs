@@ -13,6 +13,8 @@ use super::live;
 use super::load::Sources;
 use crate::output::{self, Format};
 
+/// Judge packets, and say which rule decided.
+///
 /// Answers each line of the queries by one line, in the same order: from directories of manifests, or, without
 /// --cluster, by what the members know now (egress is asked of the source's member, ingress of the destination's). Exits
 /// 1 when a query has no answer, or an object was refused.

@@ -43,6 +43,20 @@ fn a_malformed_selector_exits_2_and_names_the_column() {
 }
 
 #[test]
+fn help_says_what_a_verdict_is_without() {
+    for command in ["explain", "matrix"] {
+        let output = hanse(&["policy", command, "--help"]);
+        let help = String::from_utf8_lossy(&output.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(help.contains("what a node sends to its own pods"), "{help}");
+    }
+    let output = hanse(&["policy", "--help"]);
+    let help = String::from_utf8_lossy(&output.stdout);
+    for line in ["Judge packets, and say which rule decided", "Judge every pair of pods, on each port"] {
+        assert!(help.lines().any(|it| it.ends_with(line)), "{help}");
+    }
+}
+
+#[test]
 fn completion_scripts_are_printed() {
     for shell in ["bash", "zsh", "fish"] {
         let output = hanse(&["completion", shell]);
