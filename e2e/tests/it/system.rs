@@ -297,7 +297,10 @@ fn what_exceeds_a_grant_is_refused_by_itself_and_seen_by_nobody() {
             let status = system.hanse(&["status", "-o", "json"]).unwrap_or_default();
             let status: serde_json::Value = serde_json::from_str(&status).unwrap_or_default();
             let serve = status["clusters"].as_array().into_iter().flatten().find(|it| it["name"] == "serve");
-            serve.is_some_and(|serve| serve["refused"] == 1)
+            serve.is_some_and(|serve| {
+                serve["refused"] == 1
+                    && serve["refusals"][0].as_str().is_some_and(|it| it.starts_with("pod models/thief: "))
+            })
         });
         assert!(refused.is_some(), "{}", system.hanse(&["status", "-o", "json"]).unwrap_or_default());
         // The rest of what serve publishes goes on: a relabel is followed.
@@ -305,6 +308,41 @@ fn what_exceeds_a_grant_is_refused_by_itself_and_seen_by_nobody() {
         let open = probe::until(PATIENCE, || connects(&fabric, notebook, registry));
         assert!(open.is_some(), "one refused object keeps others out\n{}", system.logs());
         assert!(connects(&fabric, world.pod("trainer-0"), world.pod("trainer-1")), "the owner keeps its address");
+    });
+}
+
+#[test]
+fn status_tells_what_nodes_enforce_and_what_is_wrong_with_a_source() {
+    sandbox::test("system::status_tells_what_nodes_enforce_and_what_is_wrong_with_a_source", || {
+        let world = World::new();
+        let fabric = Fabric::build(&world.clusters).expect("the network");
+        let mut system = world.join(&fabric);
+        let (cluster, node) = (&world.clusters[1], &world.clusters[1].nodes[0]);
+        let is = |system: &Deployment<'_>, expected: &dyn Fn(u64, &serde_json::Value, &serde_json::Value) -> bool| {
+            let reached = probe::until(PATIENCE, || {
+                let status = system.hanse(&["status", "-o", "json"]).unwrap_or_default();
+                let status: serde_json::Value = serde_json::from_str(&status).unwrap_or_default();
+                let of = |name: &str| status["clusters"].as_array()?.iter().find(|it| it["name"] == name);
+                let hub = status["hubRevision"].as_u64();
+                hub.zip(of("train")).zip(of("serve")).is_some_and(|((hub, train), serve)| expected(hub, train, serve))
+            });
+            assert!(reached.is_some(), "{}", system.hanse(&["status", "-o", "json"]).unwrap_or_default());
+        };
+        let enforced = |it: &serde_json::Value| it["enforcedRevision"].as_u64().unwrap_or_default();
+        is(&system, &|hub, train, serve| enforced(train) == hub && enforced(serve) == hub);
+        // A node whose agent is gone enforces what it did, whatever its member has compiled since.
+        system.kill_agent(&cluster.name, &node.name).expect("killed");
+        system.hanse(&["apply", "-f", &world.federation.to_string_lossy()]).expect("applied");
+        is(&system, &|hub, train, serve| enforced(train) == hub && enforced(serve) < hub);
+        system.start_agent(cluster, node).expect("started");
+        is(&system, &|hub, train, serve| enforced(train) == hub && enforced(serve) == hub);
+        let broken = cluster.directory.join("broken.yaml");
+        std::fs::write(&broken, "apiVersion: v1\nkind: [\n").expect("written");
+        let named = |problem: &serde_json::Value| problem.as_str().is_some_and(|it| it.contains("broken.yaml:"));
+        let problems = |it: &serde_json::Value| it["problems"].as_array().is_some_and(|it| it.iter().any(named));
+        is(&system, &|_, train, serve| problems(serve) && !problems(train));
+        std::fs::remove_file(&broken).expect("removed");
+        is(&system, &|_, _, serve| !problems(serve));
     });
 }
 
