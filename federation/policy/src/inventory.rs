@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use ipnet::IpNet;
 
@@ -189,33 +189,50 @@ impl EffectiveLabels<'_> {
     /// All that are present, and known; not sorted.
     pub fn known(&self) -> Vec<(Arc<str>, Arc<str>)> {
         let mut all = Vec::new();
+        self.each_known(&mut |key, value| all.push((key.into(), value.clone())));
+        all
+    }
+
+    /// Calls `visit` with all that are present, and known, in no order.
+    pub fn each_known(&self, visit: &mut impl FnMut(&str, &Arc<str>)) {
+        let granted = match &self.cluster.label_grant {
+            LabelGrant::Keys(granted) if !self.first_hand => Some(granted),
+            _ => None,
+        };
         for (key, value) in &self.endpoint.labels {
-            if matches!(self.label(key), Label::Present(_)) && !build::is_reserved_key(key) {
-                all.push((key.clone(), value.clone()));
+            if !build::is_reserved_key(key) && granted.is_none_or(|granted| granted.contains(key)) {
+                visit(key, value);
             }
         }
+        let mut prefixed = String::new();
+        let mut behind = |prefix: &str, key: &str, value: &Arc<str>, visit: &mut dyn FnMut(&str, &Arc<str>)| {
+            prefixed.clear();
+            prefixed.push_str(prefix);
+            prefixed.push_str(key);
+            visit(&prefixed, value);
+        };
         if let Some(namespace) = &self.id.namespace {
-            all.push((build::NAMESPACE.into(), namespace.clone()));
-            all.push((format!("{}{}", build::NAMESPACE_PREFIX, build::NAME).into(), namespace.clone()));
+            visit(build::NAMESPACE, namespace);
+            behind(build::NAMESPACE_PREFIX, build::NAME, namespace, visit);
         }
         for (key, value) in self.namespace().iter().flat_map(|namespace| &namespace.labels) {
             if &**key != build::NAME {
-                all.push((format!("{}{key}", build::NAMESPACE_PREFIX).into(), value.clone()));
+                behind(build::NAMESPACE_PREFIX, key, value, visit);
             }
         }
         if let Some(account) = self.account() {
-            all.push((build::SERVICE_ACCOUNT.into(), account.clone()));
-            all.push((format!("{}{}", build::SERVICE_ACCOUNT_PREFIX, build::NAME).into(), account.clone()));
+            visit(build::SERVICE_ACCOUNT, account);
+            behind(build::SERVICE_ACCOUNT_PREFIX, build::NAME, account, visit);
         }
         for (key, value) in self.account_labels().into_iter().flatten() {
             if &**key != build::NAME {
-                all.push((format!("{}{key}", build::SERVICE_ACCOUNT_PREFIX).into(), value.clone()));
+                behind(build::SERVICE_ACCOUNT_PREFIX, key, value, visit);
             }
         }
         if self.id.kind == EndpointKind::Pod {
-            all.push((build::ORCHESTRATOR.into(), build::KUBERNETES.into()));
+            static KUBERNETES: LazyLock<Arc<str>> = LazyLock::new(|| build::KUBERNETES.into());
+            visit(build::ORCHESTRATOR, &KUBERNETES);
         }
-        all
     }
 }
 

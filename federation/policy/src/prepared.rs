@@ -648,14 +648,14 @@ impl<'a> LabelIndex<'a> {
     fn candidates(&self, labels: &EffectiveLabels<'_>) -> Vec<u32> {
         let mut found = self.others.clone();
         let mut sketch = Sketch::default();
-        for (key, value) in labels.known() {
-            let needs: [Need<'_>; 2] = [(&*key, None), (&*key, Some(&*value))];
+        labels.each_known(&mut |key, value| {
+            let needs: [Need<'_>; 2] = [(key, None), (key, Some(value))];
             needs.iter().for_each(|need| sketch.add(self.hasher.hash_one(need)));
-            if let Some(by_value) = self.by_label.get(&*key) {
+            if let Some(by_value) = self.by_label.get(key) {
                 found.extend(&by_value.any);
-                found.extend(by_value.of_value.get(&*value).into_iter().flatten());
+                found.extend(by_value.of_value.get(&**value).into_iter().flatten());
             }
-        }
+        });
         found.retain(|number| self.sketches[*number as usize].is_in(&sketch));
         found.sort_unstable();
         found.dedup();

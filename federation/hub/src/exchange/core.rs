@@ -31,6 +31,10 @@ pub use watch::{ReceiverId, ReceiverState};
 /// Dirty ids that a receiver keeps for one origin before a snapshot is cheaper: 8,192 × about 12 bytes is 96 KiB.
 const MAX_DIRTY: usize = 8_192;
 
+/// Classes without receivers that are kept: who lost its stream comes back with the same interest, and a class of everything
+/// takes a look at every endpoint to make.
+const MAX_IDLE: usize = 8;
+
 /// The exchange of one hub replica.
 #[derive(Debug)]
 pub struct Exchange {
@@ -39,6 +43,8 @@ pub struct Exchange {
     origin_numbers: HashMap<ClusterName, usize>,
     classes: Vec<Option<Class>>,
     class_numbers: HashMap<Vec<u32>, usize>,
+    /// The classes without users, the one that had some last at the end.
+    idle: VecDeque<usize>,
     receivers: BTreeMap<ReceiverId, watch::Receiver>,
     publishers: BTreeMap<PublishId, publish::Publisher>,
     next_id: u64,
@@ -137,6 +143,7 @@ impl Exchange {
             origin_numbers: HashMap::new(),
             classes: Vec::new(),
             class_numbers: HashMap::new(),
+            idle: VecDeque::new(),
             class_of: HashMap::new(),
             receivers: BTreeMap::new(),
             publishers: BTreeMap::new(),
@@ -296,6 +303,7 @@ impl Exchange {
             && let Some(class) = self.classes[at].as_mut()
         {
             class.users += 1;
+            self.idle.retain(|idle| *idle != at);
             return at;
         }
         let mut fresh = Vec::new();
@@ -319,6 +327,7 @@ impl Exchange {
             && let Some(class) = self.classes[at].as_mut()
         {
             class.users += 1;
+            self.idle.retain(|idle| *idle != at);
             // The class holds its selections once.
             for number in numbers {
                 self.selections.release(number);
@@ -362,6 +371,15 @@ impl Exchange {
         if class.users > 0 {
             return;
         }
+        self.idle.push_back(at);
+        if self.idle.len() > MAX_IDLE
+            && let Some(oldest) = self.idle.pop_front()
+        {
+            self.forget_class(oldest);
+        }
+    }
+
+    fn forget_class(&mut self, at: usize) {
         let Some(class) = self.classes[at].take() else { return };
         self.class_numbers.remove(&class.numbers);
         self.class_of.remove(&(Arc::as_ptr(&class.of) as usize));
