@@ -25,6 +25,8 @@ use crate::keys::{Certificate, KeyError};
 
 /// A handshake takes at most this long.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
+/// Beyond it a handshake makes room for others: a message to and fro takes far less.
+const LONG_HANDSHAKE: Duration = Duration::from_secs(1);
 /// How often too many handshakes are told of, at most.
 const WARN_EVERY: Duration = Duration::from_secs(10);
 /// Sources that the rate limit remembers: 4,096 × about 64 bytes is 256 KiB. Beyond it, full allowances are forgotten; when none is full, newcomers are refused.
@@ -37,7 +39,7 @@ pub struct IncomingLimits {
     pub connections: usize,
     /// Of these, from one address; none is no limit.
     pub per_address: Option<usize>,
-    /// Handshakes at once; beyond it, the oldest of the address that has most is cut short.
+    /// Handshakes at once; beyond it, an address that has many, or one that takes long, makes room.
     pub handshakes: usize,
     /// New connections that one address may open in a second, and in a burst of ten seconds' worth; none is no limit.
     pub per_second: Option<f64>,
@@ -180,7 +182,10 @@ pub async fn incoming(
             }
             let (acceptor, sender, tls, connections) =
                 (acceptor.clone(), sender.clone(), tls.clone(), connections.clone());
-            let place = Handshakes::begin(&handshakes, remote.ip());
+            let Some(place) = Handshakes::begin(&handshakes, remote.ip()) else {
+                debug!(%remote, "connection refused: too many handshakes");
+                continue;
+            };
             tokio::spawn(async move {
                 let _ = stream.set_nodelay(true);
                 // Read before the handshake: a certificate replaced meanwhile ends later, never earlier.
@@ -239,8 +244,9 @@ pub(super) fn key_exchange(group: Option<&'static dyn rustls::crypto::SupportedK
     }
 }
 
-/// The handshakes of a listener. Whoever has a certificate is through in the time of a message to and fro; whoever opens
-/// connections and says nothing makes room, at his own cost first.
+/// The handshakes of a listener. Whoever opens connections and says nothing makes room: the oldest handshake of the address
+/// that has most is cut short for one that has less than half as many, and for everybody when it takes long. Else the
+/// newcomer is refused: a fleet that comes back at once would only cut short what is about to end.
 #[derive(Debug)]
 struct Handshakes {
     limit: usize,
@@ -250,7 +256,7 @@ struct Handshakes {
 #[derive(Debug, Default)]
 struct OpenHandshakes {
     /// In the order in which they began.
-    list: BTreeMap<u64, (IpAddr, CancellationToken)>,
+    list: BTreeMap<u64, (IpAddr, Instant, CancellationToken)>,
     next: u64,
     warned: Option<Instant>,
 }
@@ -272,32 +278,35 @@ impl Handshakes {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(this: &Arc<Self>, source: IpAddr) -> Handshake {
-        let source = host_of(source);
+    /// None: there is no place for one of this address.
+    fn begin(this: &Arc<Self>, source: IpAddr) -> Option<Handshake> {
+        let (source, now) = (host_of(source), Instant::now());
         let mut open = this.open();
         if open.list.len() >= this.limit {
             let mut counts: HashMap<IpAddr, usize> = HashMap::new();
-            for (source, _) in open.list.values() {
+            for (source, ..) in open.list.values() {
                 *counts.entry(*source).or_default() += 1;
             }
-            let most = counts.values().copied().max();
-            let oldest = open.list.iter().find(|(_, (source, _))| counts.get(source).copied() == most);
-            if let Some(number) = oldest.map(|(number, _)| *number)
-                && let Some((source, cut_short)) = open.list.remove(&number)
-            {
-                cut_short.cancel();
-                let now = Instant::now();
-                if open.warned.is_none_or(|at| now.duration_since(at) > WARN_EVERY) {
-                    open.warned = Some(now);
-                    warn!(%source, of_it = most, limit = this.limit, "too many handshakes: the oldest are cut short");
-                }
+            let most = counts.values().copied().max().unwrap_or_default();
+            let (number, (of, began, cut_short)) =
+                open.list.iter().find(|(_, (source, ..))| counts.get(source) == Some(&most))?;
+            let mine = counts.get(&source).copied().unwrap_or_default();
+            if most < 2 * (mine + 1) && now.duration_since(*began) < LONG_HANDSHAKE {
+                return None;
+            }
+            cut_short.cancel();
+            let (number, of) = (*number, *of);
+            open.list.remove(&number);
+            if open.warned.is_none_or(|at| now.duration_since(at) > WARN_EVERY) {
+                open.warned = Some(now);
+                warn!(source = %of, of_it = most, limit = this.limit, "too many handshakes: some are cut short");
             }
         }
         let (number, cut_short) = (open.next, CancellationToken::new());
         open.next += 1;
-        open.list.insert(number, (source, cut_short.clone()));
+        open.list.insert(number, (source, now, cut_short.clone()));
         drop(open);
-        Handshake { of: Arc::clone(this), number, cut_short }
+        Some(Handshake { of: Arc::clone(this), number, cut_short })
     }
 }
 
@@ -372,20 +381,26 @@ mod tests {
         assert_eq!(host("::ffff:10.0.0.1"), host("10.0.0.1"));
     }
 
-    #[test]
-    fn who_has_most_handshakes_makes_room() {
+    #[tokio::test(start_paused = true)]
+    async fn who_has_many_handshakes_or_takes_long_makes_room() {
         let handshakes = Arc::new(Handshakes::new(4));
-        let (a, b) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
-        let first_of_b = Handshakes::begin(&handshakes, b);
-        let of_a: Vec<Handshake> = (0..50).map(|_| Handshakes::begin(&handshakes, a)).collect();
-        let open = of_a.iter().filter(|it| !it.cut_short.is_cancelled()).count();
-        assert_eq!((open, handshakes.open().list.len()), (3, 4));
-        assert!(of_a[..47].iter().all(|it| it.cut_short.is_cancelled()), "the oldest go first");
-        assert!(!first_of_b.cut_short.is_cancelled());
-        let second_of_b = Handshakes::begin(&handshakes, b);
-        assert!(!first_of_b.cut_short.is_cancelled() && !second_of_b.cut_short.is_cancelled());
-        drop(of_a);
-        assert_eq!(handshakes.open().list.len(), 2);
+        let begin = |last: u8| Handshakes::begin(&handshakes, IpAddr::from([10, 0, 0, last]));
+        let mut of_1: Vec<Handshake> = (0..4).map(|_| begin(1).expect("room")).collect();
+        assert!(begin(1).is_none(), "what it has is about to end");
+        let first_of_2 = begin(2).expect("it has none, and 1 has many");
+        assert!(of_1[0].cut_short.is_cancelled() && !of_1[1].cut_short.is_cancelled(), "the oldest goes");
+        let second_of_2 = begin(2);
+        assert!(second_of_2.is_none(), "that would be as many as 1 has");
+        // Four addresses with one each, as when a fleet comes back: nobody is cut short.
+        drop((first_of_2, of_1.split_off(0)));
+        let fleet: Vec<Handshake> = (1..=4).map(|last| begin(last).expect("room")).collect();
+        assert!(begin(5).is_none());
+        assert!(fleet.iter().all(|it| !it.cut_short.is_cancelled()));
+        tokio::time::advance(LONG_HANDSHAKE).await;
+        let late = begin(5).expect("the first takes long");
+        assert!(fleet[0].cut_short.is_cancelled() && !fleet[1].cut_short.is_cancelled());
+        drop((fleet, late));
+        assert!(handshakes.open().list.is_empty());
     }
 
     /// A ClientHello of TLS 1.2 (RFC 5246, 7.4.1.2), and of nothing newer.
