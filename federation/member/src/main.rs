@@ -53,16 +53,19 @@ enum Command {
     },
 }
 
+#[derive(Debug, Args)]
+struct ListArgs {
+    /// The folder of the member's files.
+    #[arg(long)]
+    data: PathBuf,
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    output: Output,
+}
+
 #[derive(Debug, Subcommand)]
 enum NodeCommand {
     /// The nodes that have enrolled: since when, until when their certificates are valid, and whether they are revoked.
-    List {
-        /// The folder of the member's files.
-        #[arg(long)]
-        data: PathBuf,
-        #[arg(short, long, value_enum, default_value_t = Output::Table)]
-        output: Output,
-    },
+    List(ListArgs),
     /// Let a node in no more, and make its tokens useless. A member that runs ends its stream within two seconds. A token
     /// that is made afterwards enrols it anew.
     Revoke {
@@ -79,13 +82,7 @@ enum NodeTokenCommand {
     /// Print a token, a secret, that enrols one node once. The cluster must have joined.
     Create(NodeTokenArgs),
     /// The tokens that are kept: id, node, when it ends, and whether a node has used it.
-    List {
-        /// The folder of the member's files.
-        #[arg(long)]
-        data: PathBuf,
-        #[arg(short, long, value_enum, default_value_t = Output::Table)]
-        output: Output,
-    },
+    List(ListArgs),
     /// Make a token useless. A node that has enrolled with it stays.
     Revoke {
         /// The folder of the member's files.
@@ -289,7 +286,7 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
                 }
             }
         }
-        NodeTokenCommand::List { data, output } => {
+        NodeTokenCommand::List(ListArgs { data, output }) => {
             let tokens = list_node_tokens(&data)?;
             let state = |token: &NodeToken| match (token.is_used(), token.has_ended(SystemTime::now())) {
                 (_, true) => "ended",
@@ -321,7 +318,7 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
 
 fn node(command: NodeCommand) -> anyhow::Result<()> {
     match command {
-        NodeCommand::List { data, output } => {
+        NodeCommand::List(ListArgs { data, output }) => {
             let nodes = list_nodes(&data)?;
             let state = |node: &NodeRecord| match (node.revoked, node.ends_at() < SystemTime::now()) {
                 (true, _) => "revoked",

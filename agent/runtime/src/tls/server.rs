@@ -403,6 +403,40 @@ mod tests {
         assert!(handshakes.open().list.is_empty());
     }
 
+    #[tokio::test]
+    async fn idle_connections_of_one_address_keep_no_other_out() {
+        use tokio::io::AsyncReadExt as _;
+        use tokio::net::TcpSocket;
+
+        use crate::ca::Ca;
+        use crate::identity::{Identity, TrustDomain};
+        use crate::tls::{PinnedRoot, TlsClient};
+        let hour = Duration::from_secs(3_600);
+        let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
+        let own = ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap();
+        let tls = ServerTls::anonymous(CredentialStore::new(own).unwrap(), ca.certificate()).unwrap();
+        let limits = IncomingLimits { handshakes: 4, ..IncomingLimits::default() };
+        let (connections, stop) = (Connections::default(), CancellationToken::new());
+        let any = "127.0.0.1:0".parse().unwrap();
+        let listener = incoming(any, tls, limits, connections, stop.clone()).await.unwrap();
+        let address = listener.address();
+        let serving = http2_server().add_routes(tonic::service::Routes::default());
+        tokio::spawn(serving.serve_with_incoming_shutdown(listener, stop.clone().cancelled_owned()));
+        let mut idle = Vec::new();
+        for _ in 0..4 {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+            idle.push(socket.connect(address).await.unwrap());
+        }
+        let client = TlsClient::pinned(PinnedRoot::new(ca.certificate().fingerprint(), Identity::Hub)).unwrap();
+        client.connect(&address.to_string()).await.expect("room was made");
+        // Long before a handshake's time is over, its connection is closed.
+        let mut byte = [0];
+        let closed = tokio::time::timeout(HANDSHAKE_TIME / 2, idle[0].read(&mut byte));
+        assert!(matches!(closed.await.expect("in time"), Ok(0) | Err(_)), "the oldest made it");
+        stop.cancel();
+    }
+
     /// A ClientHello of TLS 1.2 (RFC 5246, 7.4.1.2), and of nothing newer.
     fn hello_of_tls_1_2() -> Vec<u8> {
         // ECDHE_ECDSA with AES_128_GCM_SHA256; P-256 and uncompressed points; ecdsa_secp256r1_sha256; h2.
