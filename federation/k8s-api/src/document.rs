@@ -24,6 +24,8 @@ pub const MAX_REPEATED_VALUES: usize = 2 * 1024 * 1024;
 #[derive(Debug, Clone)]
 pub struct Node {
     pub line: u32,
+    /// A scalar in quotes, or in a block: text, whatever it says.
+    pub quoted: bool,
     pub data: Data,
 }
 
@@ -195,9 +197,9 @@ impl Loader {
                 None => fail("not valid YAML: an end without a start"),
             },
             Event::Scalar(text, style, anchor, tag) => {
-                let is_string = style != ScalarStyle::Plain || tag.is_some_and(|tag| tag.suffix == "str");
-                let data = Data::Scalar(if is_string { Value::String(text.into_owned()) } else { plain(&text) });
-                self.place(anchor, Node { line, data })
+                let quoted = style != ScalarStyle::Plain || tag.is_some_and(|tag| tag.suffix == "str");
+                let data = Data::Scalar(if quoted { Value::String(text.into_owned()) } else { plain(&text) });
+                self.place(anchor, Node { line, quoted, data })
             }
             Event::Alias(anchor) => match self.anchors.get(&anchor) {
                 Some(node) => {
@@ -216,7 +218,7 @@ impl Loader {
         if self.open.len() >= MAX_DEPTH {
             return Err(SyntaxError { line, message: format!("nested deeper than {MAX_DEPTH}") });
         }
-        self.open.push(Open { anchor, node: Node { line, data }, key: None, keys: Keys::default() });
+        self.open.push(Open { anchor, node: Node { line, quoted: false, data }, key: None, keys: Keys::default() });
         Ok(())
     }
 
@@ -368,7 +370,7 @@ impl<'de> Deserializer<'de> for &'de Node {
 
     /// Also in the words of YAML 1.1.
     fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-        match self.text() {
+        match self.text().filter(|_| !self.quoted) {
             Some("yes" | "Yes" | "YES" | "on" | "On" | "ON") => visitor.visit_bool(true),
             Some("no" | "No" | "NO" | "off" | "Off" | "OFF") => visitor.visit_bool(false),
             _ => self.deserialize_any(visitor),

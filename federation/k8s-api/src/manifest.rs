@@ -171,7 +171,7 @@ fn list_dir(
             Ok(metadata) => metadata,
             // It is gone by now.
             Err(_) if path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound) => continue,
-            // A link that leads to nothing, or what may not be looked at.
+            // A link that leads to nothing, or what may not be looked at; of any name, for it may be a directory.
             Err(source) => {
                 listing.unread.push(ReadError { path, source });
                 continue;
@@ -325,7 +325,7 @@ fn typed_item<'n>(item: &'n Node, api_version: &str, kind: &str) -> Cow<'n, Node
     {
         for (field, value) in [("apiVersion", api_version), ("kind", kind)] {
             if !entries.iter().any(|(key, ..)| key == field) {
-                let node = Node { line: item.line, data: Data::Scalar(value.into()) };
+                let node = Node { line: item.line, quoted: true, data: Data::Scalar(value.into()) };
                 entries.push((field.to_owned(), item.line, node));
             }
         }

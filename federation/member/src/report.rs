@@ -7,6 +7,7 @@ use hanse_k8s_api::manifest::{Diagnostic, Place};
 use hanse_policy::model::PolicyKind;
 use hanse_proto::federation::v1 as pb;
 use hanse_ruleset::{ChainId, EndpointId, RuleSet};
+use prost::Message;
 
 use crate::exchange::client::Client;
 use crate::exchange::wire::digest_bytes;
@@ -24,10 +25,16 @@ const MAX_PROBLEMS: usize = 100;
 /// As many as an agent tells, of objects and of pods; where it tells so many there may be more.
 const MAX_TOLD: usize = 1_000;
 
+/// Clusters that a policy is told to wait for.
+const MAX_AWAITED: usize = 10;
+/// What is told of errors and pods, of all nodes together, and of policies: so that a report, with the places of its nodes,
+/// stays below the 4 MiB and the 65,536 of each that a hub takes.
+const MAX_DETAILS: Room = Room { bytes: 1 << 20, count: 32_768 };
+
 /// How far this cluster's nodes are.
 pub fn realisation(world: &World, nodes: &BTreeMap<Arc<str>, NodeStatus>, client: &Client) -> pb::Realisation {
     let nothing = NodeStatus::default();
-    let nodes: Vec<pb::NodePosition> = world
+    let mut nodes: Vec<pb::NodePosition> = world
         .nodes()
         .iter()
         .map(|(name, held)| position(name, nodes.get(name).unwrap_or(&nothing), &held.rules))
@@ -39,7 +46,7 @@ pub fn realisation(world: &World, nodes: &BTreeMap<Arc<str>, NodeStatus>, client
     let agents_current = nodes.iter().filter(current).count();
     client.with_receiver(|receiver| {
         let (policies, clusters) = receiver.waiting();
-        let clusters: Vec<String> = clusters.iter().map(|name| name.to_string()).collect();
+        let clusters: Vec<String> = clusters.iter().take(MAX_AWAITED).map(|name| name.to_string()).collect();
         let waiting = policies.into_iter().map(|policy| pb::PolicyState {
             policy: policy.to_string(),
             state: Some(pb::policy_state::State::Waiting(pb::Waiting { clusters: clusters.clone() })),
@@ -54,17 +61,60 @@ pub fn realisation(world: &World, nodes: &BTreeMap<Arc<str>, NodeStatus>, client
             digest: digest_bytes(status.digest),
         });
         let (received, in_force) = receiver.positions();
+        let mut policies = refused.chain(waiting).collect();
+        fit(&mut nodes, &mut policies, MAX_DETAILS);
         pb::Realisation {
             hub: Some(in_force.into()),
             received: Some(received.into()),
             agents: u32::try_from(nodes.len()).unwrap_or(u32::MAX),
             agents_current: u32::try_from(agents_current).unwrap_or(u32::MAX),
             nodes,
-            policies: refused.chain(waiting).collect(),
+            policies,
             origins: origins.collect(),
             problems: world.local().problems.iter().take(MAX_PROBLEMS).map(in_words).collect(),
         }
     })
+}
+
+/// How much may be told.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    bytes: usize,
+    count: usize,
+}
+
+impl Room {
+    /// Whether these still fit in.
+    fn take(&mut self, bytes: usize, count: usize) -> bool {
+        let fits = bytes <= self.bytes && count <= self.count;
+        if fits {
+            (self.bytes, self.count) = (self.bytes - bytes, self.count - count);
+        }
+        fits
+    }
+}
+
+/// Leaves out what is too much. An error that stands for everything takes its place: what is not told may not count as well.
+fn fit(nodes: &mut [pb::NodePosition], policies: &mut Vec<pb::PolicyState>, room: Room) {
+    let everything = |error: String| pb::ObjectError { object: EVERYTHING.to_owned(), error };
+    let mut of_nodes = room;
+    for node in nodes.iter_mut() {
+        let bytes = node.errors.iter().map(Message::encoded_len).sum::<usize>();
+        if !of_nodes.take(bytes, node.errors.len()) {
+            let count = node.errors.len();
+            node.errors = vec![everything(format!("{count} objects have errors, more than is told of all nodes"))];
+        }
+        if !of_nodes.take(node.unenforced.iter().map(Message::encoded_len).sum(), node.unenforced.len()) {
+            node.unenforced.clear();
+        }
+    }
+    let mut of_policies = room;
+    let told = policies.iter().take_while(|policy| of_policies.take(policy.encoded_len(), 1)).count();
+    if told < policies.len() {
+        let error = format!("{} policies wait or are refused, more than is told", policies.len());
+        policies.truncate(told);
+        nodes.iter_mut().for_each(|node| node.errors.push(everything(error.clone())));
+    }
 }
 
 fn in_words(problem: &Diagnostic) -> String {
@@ -200,6 +250,34 @@ mod tests {
 
     fn refused(object: &str) -> NodeStatus {
         NodeStatus { refused: vec![(object.to_owned(), "no".to_owned())], ..NodeStatus::default() }
+    }
+
+    /// What does not fit is no success.
+    #[test]
+    fn what_is_too_much_to_tell_stands_for_everything() {
+        let error = |object: &str| pb::ObjectError { object: object.to_owned(), error: "no".to_owned() };
+        let pod = pb::UnenforcedPod::default();
+        let node = pb::NodePosition {
+            errors: vec![error("a"), error("b")],
+            unenforced: vec![pod; 2],
+            unenforced_total: 2,
+            ..pb::NodePosition::default()
+        };
+        let policy = pb::PolicyState { policy: "p".to_owned(), state: None };
+        let told = |room: Room| {
+            let (mut nodes, mut policies) = (vec![node.clone(), node.clone()], vec![policy.clone(); 3]);
+            fit(&mut nodes, &mut policies, room);
+            let objects = nodes.iter().flat_map(|node| node.errors.iter().map(|it| it.object.clone()));
+            let pods: usize = nodes.iter().map(|node| node.unenforced.len()).sum();
+            assert!(nodes.iter().all(|node| node.unenforced_total == 2));
+            (objects.collect::<Vec<_>>().join(" "), pods, policies.len())
+        };
+        let room = |bytes, count| Room { bytes, count };
+        assert_eq!(told(room(1 << 20, 1_000)), ("a b a b".to_owned(), 4, 3));
+        assert_eq!(told(room(1 << 20, 5)), ("a b *".to_owned(), 2, 3));
+        assert_eq!(told(room(1 << 20, 2)), ("a b * * *".to_owned(), 0, 2));
+        assert_eq!(told(room(20, 1_000)), ("a b *".to_owned(), 4, 3));
+        assert_eq!(told(room(6, 1_000)), ("* * * *".to_owned(), 4, 2));
     }
 
     #[test]

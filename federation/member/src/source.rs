@@ -46,6 +46,8 @@ pub struct Directory {
     revisions: Revisions,
     /// It was read since the start.
     is_read: bool,
+    /// States of files that went while nobody looked are kept no more.
+    is_swept: bool,
     told: BTreeSet<(Arc<str>, u32, String)>,
 }
 
@@ -109,6 +111,7 @@ impl Directory {
             revisions: Revisions::open(kept.join("revision")),
             kept,
             is_read: false,
+            is_swept: false,
             told: BTreeSet::new(),
         }
     }
@@ -126,13 +129,13 @@ impl Directory {
         if self.unlisted.contains_key(&self.path) {
             // What an earlier process read is as good as what this one did.
             if changed && !self.is_read {
-                self.files = restore_all(&self.kept);
+                self.files = restore_all(&self.kept, &self.path);
             }
             return changed;
         }
         let (kept, first, unlisted) = (&self.kept, !self.is_read, &self.unlisted);
         if first && !unlisted.is_empty() {
-            let hidden = restore_all(kept).into_iter();
+            let hidden = restore_all(kept, &self.path).into_iter();
             self.files.extend(hidden.filter(|(path, _)| path.ancestors().any(|it| unlisted.contains_key(it))));
         }
         self.files.retain(|path, file| {
@@ -162,6 +165,11 @@ impl Directory {
             file.settling = None;
             file.seen = Some(stamp);
             changed |= file.read(&path, kept);
+        }
+        // At the second look, so that what is just being replaced is not taken for gone.
+        if !first && !self.is_swept && self.unlisted.is_empty() {
+            sweep(&self.kept, self.files.keys());
+            self.is_swept = true;
         }
         changed
     }
@@ -254,12 +262,32 @@ fn restore_file(name: &Path) -> Option<(PathBuf, Vec<Manifest>)> {
     (blake3::hash(body).as_bytes() == hash && read.diagnostics.is_empty()).then_some((path, read.objects))
 }
 
-/// Every state that is kept, as of files that were read.
-fn restore_all(kept: &Path) -> BTreeMap<PathBuf, File> {
-    let names = kept.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
-    let kept = names.filter(|name| name.extension().is_some_and(|extension| extension == "kept"));
+/// Every state that is kept of what is in or below `path`, as of files that were read.
+fn restore_all(kept: &Path, path: &Path) -> BTreeMap<PathBuf, File> {
     let good = |(path, objects)| (path, File { objects, was_good: true, ..File::default() });
-    kept.filter_map(|name| restore_file(&name)).map(good).collect()
+    let restored = kept_names(kept).filter_map(|name| {
+        let restored = restore_file(&name);
+        if restored.is_none() {
+            tracing::warn!(path = %name.display(), "a kept state is damaged, or of an earlier version: it is not used");
+        }
+        restored
+    });
+    restored.filter(|(of, _)| of.starts_with(path)).map(good).collect()
+}
+
+fn kept_names(kept: &Path) -> impl Iterator<Item = PathBuf> {
+    let names = kept.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
+    names.filter(|name| name.extension().is_some_and(|extension| extension == "kept"))
+}
+
+/// Removes what is kept of other files than `of`: a source that cannot be read would bring them back.
+fn sweep<'a>(kept: &Path, of: impl Iterator<Item = &'a PathBuf>) {
+    let names: BTreeSet<PathBuf> = of.map(|path| kept_name(kept, path)).collect();
+    for name in kept_names(kept).filter(|name| !names.contains(name)) {
+        if let Err(error) = std::fs::remove_file(&name) {
+            tracing::warn!(%error, path = %name.display(), "the state of a file that is gone cannot be removed");
+        }
+    }
 }
 
 /// Whole or not at all, for whoever reads it; not flushed, for there may be many.
@@ -455,6 +483,26 @@ mod tests {
         assert_eq!(world.look().expect("the problem has gone").1, []);
         let (pods, _) = world.look().expect("what is gone twice is gone");
         assert_eq!(pods, ["q"]);
+    }
+
+    /// Not brought back when the source, or another one, cannot be read later.
+    #[test]
+    fn what_went_while_nobody_looked_is_gone() {
+        let mut world = World::new();
+        std::fs::create_dir(world.path("")).expect("made");
+        world.write("a.yaml", &pod("p", "10.0.0.1"));
+        world.write("b.yaml", &pod("q", "10.0.0.2"));
+        assert_eq!(world.look().expect("read").0, ["p", "q"]);
+        std::fs::remove_file(world.path("a.yaml")).expect("removed");
+        world.restart();
+        assert_eq!(world.look().expect("read").0, ["q"]);
+        assert!(world.look().is_none());
+        std::fs::rename(world.path(""), world.folder.path().join("away")).expect("renamed");
+        world.restart();
+        assert_eq!(world.look().expect("what was kept").0, ["q"]);
+        let (cluster, data) = (world.folder.path().join("another"), world.folder.path().join("data"));
+        world.source = Directory::new("c".into(), cluster, &data);
+        assert!(world.look().is_none(), "nothing is known of it");
     }
 
     #[test]

@@ -25,7 +25,7 @@ use super::wire::{self, EndpointExport, Export, Pairs};
 mod addresses;
 mod profiles;
 
-use addresses::Addresses;
+use addresses::{Addresses, Claim};
 use profiles::{ProfileKey, Profiles};
 
 /// Removed ids that are remembered per origin: 4,096 × 16 bytes is 64 KiB.
@@ -55,6 +55,11 @@ impl Entry {
 
     fn before(&self) -> Before {
         Before { id: self.id, digest: self.digest() }
+    }
+
+    fn claim(&self, slot: u32) -> Claim {
+        let revision = wire::read_export(&self.bytes).map_or(0, |(_, revision, _)| revision);
+        Claim { revision, id: self.id, slot }
     }
 }
 
@@ -193,7 +198,7 @@ pub struct Origin {
     /// Slots of what does not count.
     troubled: BTreeSet<u32>,
     overflow: BTreeMap<u64, Refusal>,
-    /// The room when a snapshot was asked for last.
+    /// The room when a snapshot was asked for last, or that it left.
     asked: Option<Room>,
     pub unreadable: usize,
 }
@@ -205,15 +210,6 @@ struct Room {
     label_sets: usize,
     others: usize,
     bytes: usize,
-}
-
-impl Room {
-    fn exceeds(self, other: Self) -> bool {
-        self.endpoints > other.endpoints
-            || self.label_sets > other.label_sets
-            || self.others > other.others
-            || self.bytes > other.bytes
-    }
 }
 
 impl Origin {
@@ -278,41 +274,50 @@ impl Origin {
         self.profiles.len()
     }
 
+    /// How many keys of labels that endpoints have of their own are judged by.
+    pub fn own_key_count(&self) -> usize {
+        self.profiles.iter().map(|profile| profile.own_keys.len()).sum()
+    }
+
     /// Something published is not kept, because of a limit.
     pub fn overflowed(&self) -> bool {
         !self.overflow.is_empty()
     }
 
-    /// Whether a snapshot should be asked for, as what was not kept because of a limit could be kept now. It is asked for once,
-    /// until there is more room than then: how large the refused objects are is not known.
+    /// Whether a snapshot should be asked for: of what was not kept because of a limit, so much may fit now that a snapshot is
+    /// worth its while, which is all of it or a hundredth of what is granted. It is asked for once by stream, until there is
+    /// more room than then, or than the snapshot left: how large the refused objects are is not known.
     pub fn asks_again(&mut self) -> bool {
-        let room = Room {
+        let (room, asked) = (self.room(), self.asked);
+        let fits = |what: &'static str, of: fn(Room) -> usize, most: usize, share: usize| {
+            let lacking = self.overflow.values().filter(|why| **why == Refusal::LimitExceeded(what)).count();
+            lacking > 0
+                && of(room) >= lacking.saturating_mul(share).min(1 + most / 100)
+                && asked.is_none_or(|asked| of(room) >= of(asked) + share)
+        };
+        let asks = !self.overflow.is_empty()
+            && (fits(ENDPOINTS, |room| room.endpoints, self.grant.max_endpoints(), 1)
+                || fits(LABEL_SETS, |room| room.label_sets, self.grant.max_label_sets(), 1)
+                || fits(OTHERS, |room| room.others, MAX_OTHERS, 1)
+                || fits(BYTES, |room| room.bytes, kept_bytes(&*self.grant), BYTES_PER_OBJECT));
+        if asks {
+            self.asked = Some(room);
+        }
+        asks
+    }
+
+    /// What was asked of a publisher that has gone may never come.
+    pub fn publisher_opens(&mut self) {
+        self.asked = None;
+    }
+
+    fn room(&self) -> Room {
+        Room {
             endpoints: self.grant.max_endpoints().saturating_sub(self.endpoints),
             label_sets: self.grant.max_label_sets().saturating_sub(self.label_sets),
             others: MAX_OTHERS.saturating_sub(self.ids.len() - self.endpoints - self.label_sets),
             bytes: kept_bytes(&*self.grant).saturating_sub(self.bytes),
-        };
-        let more = self.asked.is_none_or(|asked| room.exceeds(asked));
-        if more && self.has_room() {
-            self.asked = Some(room);
-            return true;
         }
-        false
-    }
-
-    /// Whether something that was not kept because of a limit may fit now, and enough of it that a snapshot is worth its
-    /// while: all of it, or a hundredth of what is granted.
-    fn has_room(&self) -> bool {
-        let fits = |what: &'static str, have: usize, most: usize, share: usize| {
-            let lacking = self.overflow.values().filter(|why| **why == Refusal::LimitExceeded(what)).count();
-            lacking > 0 && have.saturating_add(lacking.saturating_mul(share).min(1 + most / 100)) <= most
-        };
-        let others = self.ids.len() - self.endpoints - self.label_sets;
-        !self.overflow.is_empty()
-            && (fits(ENDPOINTS, self.endpoints, self.grant.max_endpoints(), 1)
-                || fits(LABEL_SETS, self.label_sets, self.grant.max_label_sets(), 1)
-                || fits(OTHERS, others, MAX_OTHERS, 1)
-                || fits(BYTES, self.bytes, kept_bytes(&*self.grant), BYTES_PER_OBJECT))
     }
 
     /// Whether a resuming receiver's revision is still within the remembered removals.
@@ -436,6 +441,7 @@ impl Origin {
         self.synced = true;
         let changes = self.recompute(work, selections, position.revision);
         if batch.snapshot {
+            self.asked = self.asked.map(|_| self.room());
             // What grew by doubling is a third too large, and most origins change little afterwards.
             self.shrink();
         }
@@ -574,7 +580,9 @@ impl Origin {
             Body::Endpoint { profile, place } => {
                 self.endpoints -= 1;
                 work.endpoints.entry(slot).or_insert(before);
-                self.unclaim(slot, &entry.bytes, work);
+                for address in endpoint_of(&entry.bytes).map(|e| e.addresses).unwrap_or_default() {
+                    self.addresses.release(address, entry.claim(slot), &mut work.rivals);
+                }
                 let of = self.profiles.get_mut(profile);
                 of.endpoints.swap_remove(place as usize);
                 // The last of the list has its place now.
@@ -734,13 +742,28 @@ impl Origin {
         if new || profile.endpoints.is_empty() {
             work.profiles.insert(number);
         }
-        let unknown = endpoint.own.iter().map(|(key, _)| key).filter(|key| !profile.own_keys.contains(key));
-        let unknown: Vec<Arc<str>> = unknown.cloned().collect();
+        let unknown: BTreeSet<Arc<str>> =
+            endpoint.own.iter().map(|(key, _)| key.clone()).filter(|key| !profile.own_keys.contains(key)).collect();
         if !unknown.is_empty() {
-            profile.own_keys = profile.own_keys.iter().cloned().chain(unknown).collect();
+            self.add_own_keys(number, unknown);
             work.profiles.insert(number);
         }
         number
+    }
+
+    /// Each key costs at every judgement, so those of endpoints that went are dropped each time that their number may have doubled.
+    fn add_own_keys(&mut self, number: u32, mut keys: BTreeSet<Arc<str>>) {
+        let profile = self.profiles.get(number);
+        let mut most = profile.most_keys;
+        if profile.own_keys.len() + keys.len() <= most {
+            keys.extend(profile.own_keys.iter().cloned());
+        } else {
+            let endpoints = profile.endpoints.iter().filter_map(|slot| endpoint_of(&self.live(*slot).bytes));
+            keys.extend(endpoints.flat_map(|endpoint| endpoint.own.into_iter().map(|(key, _)| key)));
+            most = most.max(2 * keys.len());
+        }
+        let profile = self.profiles.get_mut(number);
+        (profile.own_keys, profile.most_keys) = (keys.into_iter().collect(), most);
     }
 
     /// Brings everything derived up to date and says what changed.
@@ -792,11 +815,13 @@ impl Origin {
             let Some(Entry { body: Body::Endpoint { profile, .. }, bytes, .. }) = self.entry(*slot) else { continue };
             let fine = self.profiles.get(*profile).problem.is_none();
             let addresses = endpoint_of(bytes).map(|e| e.addresses).unwrap_or_default();
-            let age = |slot| age_of(&self.entries, slot);
+            let claim_of =
+                |slot: u32| self.entries[slot as usize].as_ref().expect("an owner's slot is taken").claim(slot);
+            let claim = claim_of(*slot);
             for address in addresses {
                 match fine {
-                    true => self.addresses.claim(address, *slot, age, &mut rivals),
-                    false => self.addresses.release(address, *slot, age, &mut rivals),
+                    true => self.addresses.claim(address, claim, claim_of, &mut rivals),
+                    false => self.addresses.release(address, claim, &mut rivals),
                 }
             }
         }
@@ -922,13 +947,6 @@ impl Origin {
         pairs.sort_unstable();
         pairs
     }
-
-    fn unclaim(&mut self, slot: u32, bytes: &[u8], work: &mut Work) {
-        for address in endpoint_of(bytes).map(|e| e.addresses).unwrap_or_default() {
-            // The entry is out of its slot already, so that it cannot win.
-            self.addresses.release(address, slot, |slot| age_of(&self.entries, slot), &mut work.rivals);
-        }
-    }
 }
 
 /// What a change still has to bring up to date.
@@ -963,13 +981,6 @@ fn endpoint_of(bytes: &[u8]) -> Option<EndpointExport> {
         Ok(Export::Endpoint(endpoint)) => Some(endpoint),
         _ => None,
     }
-}
-
-/// Orders the endpoints that claim an address: the publisher's revision at which each changed itself, then its id.
-fn age_of(entries: &[Option<Entry>], slot: u32) -> Option<(u64, u64)> {
-    let entry = entries[slot as usize].as_ref()?;
-    let revision = wire::read_export(&entry.bytes).map_or(0, |(_, revision, _)| revision);
-    Some((revision, entry.id))
 }
 
 fn hash_of(entries: &[Option<Entry>], hasher: &DefaultHashBuilder, slot: u32) -> u64 {

@@ -209,7 +209,9 @@ impl Service {
                 self.heard(cluster).await?;
                 heard = tokio::time::Instant::now();
             }
-            if request.encoded_len() > MAX_PLAIN_BYTES {
+            // A report of that size is not taken, and publishing goes on.
+            let report = matches!(request.message, Some(pb::publish_request::Message::Realisation(_)));
+            if !report && request.encoded_len() > MAX_PLAIN_BYTES {
                 return Err(Status::invalid_argument("a message has at most 4 MiB"));
             }
             let updates = updates_in(&request);

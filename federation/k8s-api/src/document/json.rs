@@ -46,6 +46,7 @@ impl<'a> Cursor<'a> {
     fn value(&mut self, depth: usize) -> Option<Node> {
         self.skip_blank();
         let line = self.line;
+        let quoted = self.peek()? == b'"';
         let data = match self.peek()? {
             b'{' | b'[' if depth >= MAX_DEPTH => return None,
             b'{' => Data::Mapping(self.mapping(depth)?),
@@ -53,7 +54,7 @@ impl<'a> Cursor<'a> {
             b'"' => Data::Scalar(Value::String(self.string()?)),
             _ => Data::Scalar(self.literal()?),
         };
-        Some(Node { line, data })
+        Some(Node { line, quoted, data })
     }
 
     fn mapping(&mut self, depth: usize) -> Option<Vec<(String, u32, Node)>> {

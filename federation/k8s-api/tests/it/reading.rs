@@ -1,5 +1,6 @@
 //! Reading files: places, errors, and what is left when something is broken.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use hanse_k8s_api::{Manifests, assemble_cluster, assemble_federation, read_bytes, read_dir};
@@ -67,7 +68,9 @@ fn a_directory_is_listed_once_whatever_links_lead_to_it() {
     std::fs::write(root.join("UPPER.JSON"), r#"{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "j"}}"#)
         .expect("written");
     std::fs::write(root.join(".hidden.yaml"), namespace("hidden")).expect("written");
-    for (to, link) in [(root, "one"), (root, "two"), (&below, "a/three"), (&root.join("none"), "dangling.yaml")] {
+    let none = &root.join("none");
+    for (to, link) in [(root, "one"), (root, "two"), (&below, "a/three"), (none, "dangling.yaml"), (none, "mount-1.0")]
+    {
         std::os::unix::fs::symlink(to, root.join(link)).expect("linked");
     }
     // As a ConfigMap is mounted: files are links into a hidden folder.
@@ -79,8 +82,8 @@ fn a_directory_is_listed_once_whatever_links_lead_to_it() {
     names.sort_unstable();
     assert_eq!(names, ["deep", "j", "mounted"]);
     // What a link that leads to nothing stands for is unknown, which is not nothing.
-    let unread: Vec<&str> = read.diagnostics.iter().map(|it| &*it.place.file).collect();
-    assert_eq!(unread, [root.join("dangling.yaml").to_str().expect("a path")]);
+    let unread: Vec<PathBuf> = read.diagnostics.iter().map(|it| (*it.place.file).into()).collect();
+    assert_eq!(unread, [root.join("dangling.yaml"), root.join("mount-1.0")]);
     let mut deep = root.to_owned();
     for _ in 0..=hanse_k8s_api::manifest::MAX_DIRECTORY_DEPTH {
         deep.push("d");
@@ -292,7 +295,7 @@ fn booleans_may_be_words() {
     };
     assert_eq!(policy("{applyOnForward: yes, doNotTrack: on, selector: on == 'yes'}"), Vec::<String>::new());
     assert_eq!(policy("{applyOnForward: off, doNotTrack: No}"), Vec::<String>::new());
-    for wrong in ["yEs", "y", "1", "''"] {
+    for wrong in ["yEs", "y", "1", "''", "'yes'", "\"on\""] {
         assert_eq!(policy(&format!("{{applyOnForward: {wrong}}}")).len(), 1, "{wrong}");
     }
     let text = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, labels: {gpu: yes}}\nspec: {hostNetwork: yes}\n";

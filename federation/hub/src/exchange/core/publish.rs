@@ -6,6 +6,7 @@ use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use pb::publish_request::Message as Request;
 use pb::publish_response::Message as Response;
+use prost::Message as _;
 
 use super::Exchange;
 use crate::exchange::model::Position;
@@ -44,8 +45,6 @@ pub enum PublishError {
     NotAccepted,
     #[error("what is held of the cluster is newer: does a second member publish in its name?")]
     Behind,
-    #[error("realisation: {0}")]
-    Realisation(String),
 }
 
 /// Whether a realisation is as large as a cluster of the largest size can make it.
@@ -58,6 +57,7 @@ fn bounded(realisation: &pb::Realisation) -> Result<(), String> {
         ("policies", realisation.policies.len(), MAX_TOLD),
         ("origins", realisation.origins.len(), MAX_CLUSTERS),
         ("problems", realisation.problems.len(), MAX_TOLD),
+        ("bytes", realisation.encoded_len(), wire::MAX_PLAIN_BYTES),
     ] {
         if count > most {
             return Err(format!("{count} {what}, of {most}"));
@@ -66,13 +66,28 @@ fn bounded(realisation: &pb::Realisation) -> Result<(), String> {
     Ok(())
 }
 
+/// Stands for a report that is larger than it may be.
+fn not_taken(why: String) -> pb::Realisation {
+    let problem = format!("its report of enforcement is too large, and not taken: {why}");
+    pb::Realisation { problems: vec![problem], ..pb::Realisation::default() }
+}
+
 impl Exchange {
     /// A cluster opened a publishing stream.
     pub fn publish_open(&mut self, cluster: ClusterName) -> PublishId {
         let id = PublishId(self.next_id);
         self.next_id += 1;
-        let publisher = Publisher { cluster, epoch: None, staged: None, resyncing: false, told_refusals: Vec::new() };
+        let publisher = Publisher {
+            cluster: cluster.clone(),
+            epoch: None,
+            staged: None,
+            resyncing: false,
+            told_refusals: Vec::new(),
+        };
         self.publishers.insert(id, publisher);
+        if let Some(origin) = self.origin_of(&cluster) {
+            origin.publisher_opens();
+        }
         id
     }
 
@@ -135,14 +150,15 @@ impl Exchange {
                 self.publish_batch(id, &cluster, batch, position, wire::read_digest(&end.digest))?
             }
             Request::Realisation(realisation) => {
-                bounded(&realisation).map_err(PublishError::Realisation)?;
+                // A report that is too large is no reason to stop publishing, but then nothing is known of enforcement.
+                let realisation = bounded(&realisation).map_or_else(not_taken, |()| realisation);
                 if self.hub.federation.clusters.contains_key(&cluster) {
                     self.realisations.insert(cluster, Arc::new(realisation));
                 }
                 Vec::new()
             }
             // A grant may have been widened, or others of the objects have gone: what was not kept is asked for again.
-            Request::Heartbeat(_) => match self.asks_again(&cluster) {
+            Request::Heartbeat(_) => match self.origin_of(&cluster).is_some_and(Origin::asks_again) {
                 true => vec![Response::Resync(pb::Resync { reason: "there is room for what was refused".to_owned() })],
                 false => Vec::new(),
             },
@@ -150,9 +166,8 @@ impl Exchange {
         Ok(answers.into_iter().map(|message| pb::PublishResponse { message: Some(message) }).collect())
     }
 
-    fn asks_again(&mut self, cluster: &ClusterName) -> bool {
-        let origin = self.origin_numbers.get(cluster).and_then(|number| self.origins[*number].as_mut());
-        origin.is_some_and(Origin::asks_again)
+    fn origin_of(&mut self, cluster: &ClusterName) -> Option<&mut Origin> {
+        self.origin_numbers.get(cluster).and_then(|number| self.origins[*number].as_mut())
     }
 
     fn publish_batch(

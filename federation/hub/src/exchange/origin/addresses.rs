@@ -5,13 +5,21 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hashbrown::HashMap;
 
+/// A claim to an address. The greatest holds: that of the endpoint which changed last by its publisher's revisions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Claim {
+    pub revision: u64,
+    pub id: u64,
+    pub slot: u32,
+}
+
 /// The owners of addresses, by slot. The families are apart because an IPv4 address takes a quarter of the room.
 #[derive(Debug, Default)]
 pub struct Addresses {
     v4: HashMap<Ipv4Addr, u32>,
     v6: HashMap<Ipv6Addr, u32>,
     /// Everybody who claims an address that more than one claims.
-    contested: BTreeMap<IpAddr, BTreeSet<u32>>,
+    contested: BTreeMap<IpAddr, BTreeSet<Claim>>,
 }
 
 impl Addresses {
@@ -22,41 +30,31 @@ impl Addresses {
         }
     }
 
-    /// A slot claims an address. `age` orders slots, the newest last; those that may own another address now, or one less, are
-    /// added to `rivals`.
-    pub fn claim<A: Ord>(
+    /// Takes a claim. Slots that own an address more or less by it are added to `rivals`.
+    pub fn claim(
         &mut self,
         address: IpAddr,
-        slot: u32,
-        age: impl Fn(u32) -> Option<A>,
+        claim: Claim,
+        of_owner: impl Fn(u32) -> Claim,
         rivals: &mut BTreeSet<u32>,
     ) {
         match self.owner(address) {
-            None => self.give(address, Some(slot)),
+            None => self.give(address, Some(claim.slot)),
+            Some(owner) if owner == claim.slot => {}
             Some(owner) => {
-                let claimants = self.contested.entry(address).or_insert_with(|| BTreeSet::from([owner]));
-                if !claimants.insert(slot) && claimants.len() == 1 {
-                    self.contested.remove(&address);
-                    return;
-                }
-                self.decide(address, age, rivals);
+                self.contested.entry(address).or_insert_with(|| BTreeSet::from([of_owner(owner)])).insert(claim);
+                self.decide(address, rivals);
             }
         }
     }
 
-    /// A slot claims an address no more, if it did.
-    pub fn release<A: Ord>(
-        &mut self,
-        address: IpAddr,
-        slot: u32,
-        age: impl Fn(u32) -> Option<A>,
-        rivals: &mut BTreeSet<u32>,
-    ) {
+    /// Drops a claim, if there was one.
+    pub fn release(&mut self, address: IpAddr, claim: Claim, rivals: &mut BTreeSet<u32>) {
         if let Some(claimants) = self.contested.get_mut(&address) {
-            if claimants.remove(&slot) {
-                self.decide(address, age, rivals);
+            if claimants.remove(&claim) {
+                self.decide(address, rivals);
             }
-        } else if self.owner(address) == Some(slot) {
+        } else if self.owner(address) == Some(claim.slot) {
             self.give(address, None);
         }
     }
@@ -66,14 +64,17 @@ impl Addresses {
         self.v6.shrink_to_fit();
     }
 
-    fn decide<A: Ord>(&mut self, address: IpAddr, age: impl Fn(u32) -> Option<A>, rivals: &mut BTreeSet<u32>) {
+    fn decide(&mut self, address: IpAddr, rivals: &mut BTreeSet<u32>) {
         let Some(claimants) = self.contested.get(&address) else { return };
-        rivals.extend(claimants);
-        let newest = claimants.iter().copied().max_by_key(|slot| age(*slot));
+        let newest = claimants.last().map(|claim| claim.slot);
         if claimants.len() <= 1 {
             self.contested.remove(&address);
         }
-        self.give(address, newest);
+        let owner = self.owner(address);
+        if owner != newest {
+            rivals.extend(owner.into_iter().chain(newest));
+            self.give(address, newest);
+        }
     }
 
     fn give(&mut self, address: IpAddr, owner: Option<u32>) {

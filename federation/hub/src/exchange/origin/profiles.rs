@@ -11,12 +11,17 @@ use crate::exchange::model::Refusal;
 /// The ids of a namespace, an account and a label set; 0 where there is none.
 pub type ProfileKey = [u64; 3];
 
+/// Usual endpoints have labels of their own under one or two keys.
+const FIRST_KEYS: usize = 64;
+
 #[derive(Debug)]
 pub struct Profile {
     pub key: ProfileKey,
     pub endpoints: Vec<u32>,
-    /// Keys of labels of their own, of any endpoint that was in it.
+    /// Keys of labels of their own, of its endpoints and of some that were in it.
     pub own_keys: Box<[Arc<str>]>,
+    /// With so many keys those that nobody has any more are dropped.
+    pub most_keys: usize,
     /// Selections that hold, or may, for all of it.
     pub matches: Box<[u32]>,
     /// Selections that each endpoint must be asked about.
@@ -27,7 +32,7 @@ pub struct Profile {
 impl Profile {
     fn new(key: ProfileKey) -> Self {
         let (endpoints, own_keys, matches, asking) = Default::default();
-        Self { key, endpoints, own_keys, matches, asking, problem: None }
+        Self { key, endpoints, own_keys, most_keys: FIRST_KEYS, matches, asking, problem: None }
     }
 }
 
@@ -55,6 +60,10 @@ impl Profiles {
 
     pub fn get_mut(&mut self, number: u32) -> &mut Profile {
         &mut self.list[number as usize]
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Profile> {
+        self.list.iter()
     }
 
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Profile> {
