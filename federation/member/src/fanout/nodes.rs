@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use hanse_runtime::files::{private_folder, write_atomic};
+use hanse_runtime::files::{hold, private_folder, write_atomic};
 use hanse_runtime::keys::Fingerprint;
 use hanse_runtime::moment::{from_seconds, seconds};
 use ipnet::IpNet;
@@ -23,6 +23,8 @@ use serde::{Deserialize, Serialize};
 const FOLDER: &str = "nodes";
 /// What the source knew last, for those who run no source.
 const KNOWN: &str = "known-nodes.json";
+/// How long the folder is waited for: a change of it takes two flushes of a disk, about 10 ms.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How long after its certificate's end a node may renew it.
 const LATE_RENEWAL: Duration = Duration::from_secs(30 * 86_400);
 
@@ -85,13 +87,11 @@ impl Nodes {
     }
 
     /// # Errors
-    /// When the lock cannot be had.
+    /// When the lock cannot be had, or not in time.
     pub fn lock(&self) -> io::Result<Locked<'_>> {
         let folder = self.folder();
         private_folder(&folder)?;
-        let file = File::options().create(true).truncate(false).write(true).open(folder.join(".lock"))?;
-        file.lock()?;
-        Ok(Locked { nodes: self, _lock: file })
+        Ok(Locked { nodes: self, _lock: hold(&folder.join(".lock"), PATIENCE)? })
     }
 
     /// # Errors
