@@ -42,6 +42,9 @@ pub struct Status {
     /// The ranges of the node's pods, of which an address without rules is closed.
     #[serde(default)]
     pub pod_ranges: Vec<IpNet>,
+    /// No range is closed: a pod without rules is open.
+    #[serde(default)]
+    pub open: bool,
     pub connected: bool,
     /// Seconds since the Unix epoch, by this machine's clock: the last sign of life.
     pub written_at: u64,
@@ -60,6 +63,15 @@ impl Status {
         let text = serde_json::to_vec_pretty(self).unwrap_or_default();
         if let Err(error) = write_atomic(&data.join("status.json"), &text, 0o600) {
             tracing::warn!(%error, "the status file cannot be written");
+        }
+    }
+
+    /// The ranges of the node's pods, or what it means that none are known.
+    pub fn ranges(&self) -> String {
+        match (self.pod_ranges.is_empty(), self.open) {
+            (false, _) => self.pod_ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+            (true, true) => "none known: a pod is OPEN until its rules arrive (give --pod-range)".to_owned(),
+            (true, false) => "not known: what was closed before this agent started stays closed".to_owned(),
         }
     }
 
