@@ -194,6 +194,7 @@ fn is_of_member(generation: Generation) -> bool {
 fn serve(backend: &mut Nftables, options: &Options, commands: &mpsc::Receiver<Command>, mut prober: Prober) {
     // What the file of the snapshot does not say yet, since when.
     let mut unsaved: Option<(Instant, Arc<RuleSet>)> = None;
+    // What the file of the node's ranges says, by this process.
     let mut ranges = Vec::new();
     let mut look_at = Instant::now() + REPAIR_EVERY;
     loop {
@@ -204,9 +205,8 @@ fn serve(backend: &mut Nftables, options: &Options, commands: &mpsc::Receiver<Co
                 }
                 let applied = backend.apply(&rules);
                 if applied.is_ok() && is_of_member(rules.generation) {
-                    if rules.node.pod_ranges != ranges {
+                    if rules.node.pod_ranges != ranges && keep_ranges(options, &rules.node.pod_ranges) {
                         ranges.clone_from(&rules.node.pod_ranges);
-                        keep_ranges(options, &ranges);
                     }
                     let since = unsaved.map_or_else(Instant::now, |(since, _)| since);
                     unsaved = Some((since, Arc::clone(&rules)));
@@ -241,10 +241,13 @@ fn serve(backend: &mut Nftables, options: &Options, commands: &mpsc::Receiver<Co
     }
 }
 
-fn keep_ranges(options: &Options, ranges: &[IpNet]) {
-    if let Err(error) = pod_ranges::write(&options.data, ranges) {
+/// Whether they could be kept; with the next rules it is tried again.
+fn keep_ranges(options: &Options, ranges: &[IpNet]) -> bool {
+    let kept = pod_ranges::write(&options.data, ranges);
+    if let Err(error) = &kept {
         tracing::error!(%error, "the ranges of the node's pods cannot be kept: without its snapshot a start would leave them open");
     }
+    kept.is_ok()
 }
 
 /// Writes the snapshot; what could not be written is given back.

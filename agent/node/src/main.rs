@@ -163,9 +163,7 @@ fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
     println!("digest       {}", status.digest);
     println!("revisions    hub {}, local {}", status.hub_revision, status.local_revision);
     println!("enforced     {} endpoints, {} policies, {} sets", status.endpoints, status.policies, status.sets);
-    let ranges: Vec<String> = status.pod_ranges.iter().map(ToString::to_string).collect();
-    let unknown = "none known: a pod is OPEN until its rules arrive (give --pod-range)";
-    println!("pod ranges   {}", if ranges.is_empty() { unknown.to_owned() } else { ranges.join(", ") });
+    println!("pod ranges   {}", status.ranges());
     println!("in sync      {}", if status.connected { "yes" } else { "no" });
     println!("as of        {} ({} s ago)", rfc3339(status.written_at()), status.age_seconds());
     let hooks = if status.hooks.is_empty() { "see the pods' packets" } else { &status.hooks };
@@ -205,7 +203,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     // Kept, so that the thread outlives whoever follows the member.
     let _thread = enforcer.clone();
     let mut follower =
-        Follower { node: node.clone(), enforcer, held, refused, pod_ranges, connected: false, in_sync, status };
+        Follower { node: node.clone(), enforcer, held, refused, pod_ranges, open, connected: false, in_sync, status };
     follower.tell();
     tokio::spawn(status::keep(data.clone(), told));
     let (member, enrolment) = (args.member, Enrolment { address: args.enrol, token_file: args.token_file });

@@ -1,11 +1,12 @@
 //! What the agent says of itself, in a file beside its snapshot, for `hanse-agent status`; and whether it runs, by a lock
 //! that ends with it, however it ends.
 
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
+use hanse_runtime::files::{hold, is_held, write_atomic};
 use hanse_runtime::moment::{from_seconds, seconds};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -13,8 +14,8 @@ use tokio::sync::watch;
 
 /// How often an agent that runs writes its status, also when nothing changes.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// How often the lock is tried: who asks whether an agent runs holds it for a moment.
-const LOCK_TRIES: u32 = 20;
+/// How long the lock is waited for: who asks whether an agent runs keeps it from others for a moment.
+const LOCK_PATIENCE: Duration = Duration::from_millis(400);
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -41,6 +42,9 @@ pub struct Status {
     /// The ranges of the node's pods, of which an address without rules is closed.
     #[serde(default)]
     pub pod_ranges: Vec<IpNet>,
+    /// No range is closed: a pod without rules is open.
+    #[serde(default)]
+    pub open: bool,
     pub connected: bool,
     /// Seconds since the Unix epoch, by this machine's clock: the last sign of life.
     pub written_at: u64,
@@ -57,8 +61,17 @@ impl Status {
     /// A file that cannot be written is logged: it is for people only.
     fn write(&self, data: &Path) {
         let text = serde_json::to_vec_pretty(self).unwrap_or_default();
-        if let Err(error) = hanse_runtime::files::write_atomic(&data.join("status.json"), &text, 0o600) {
+        if let Err(error) = write_atomic(&data.join("status.json"), &text, 0o600) {
             tracing::warn!(%error, "the status file cannot be written");
+        }
+    }
+
+    /// The ranges of the node's pods, or what it means that none are known.
+    pub fn ranges(&self) -> String {
+        match (self.pod_ranges.is_empty(), self.open) {
+            (false, _) => self.pod_ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+            (true, true) => "none known: a pod is OPEN until its rules arrive (give --pod-range)".to_owned(),
+            (true, false) => "not known: what was closed before this agent started stays closed".to_owned(),
         }
     }
 
@@ -99,22 +112,13 @@ pub async fn keep(data: PathBuf, mut told: watch::Receiver<Status>) {
 /// # Errors
 /// When another agent holds it, or it cannot be made.
 pub fn lock(data: &Path) -> anyhow::Result<File> {
-    let path = lock_path(data);
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.with_context(|| format!("open {}", path.display()))?;
-    for _ in 0..LOCK_TRIES {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(20)),
-            Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("lock {}", path.display())),
-        }
-    }
-    bail!("another agent runs with the folder {}", data.display())
+    let held = hold(&lock_path(data), LOCK_PATIENCE);
+    held.with_context(|| format!("run with the folder {}", data.display()))
 }
 
 /// Whether an agent runs with the folder `data`.
 pub fn runs(data: &Path) -> bool {
-    File::open(lock_path(data)).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    is_held(&lock_path(data))
 }
 
 fn lock_path(data: &Path) -> PathBuf {
@@ -131,7 +135,7 @@ mod tests {
         assert!(!runs(folder.path()), "none ever has");
         let held = lock(folder.path()).expect("free");
         assert!(runs(folder.path()));
-        assert!(lock(folder.path()).is_err_and(|error| error.to_string().contains("another agent runs")));
+        assert!(lock(folder.path()).is_err_and(|error| format!("{error:#}").ends_with(": another process holds it")));
         drop(held);
         assert!(!runs(folder.path()));
     }

@@ -40,6 +40,8 @@ pub struct Follower {
     pub refused: Vec<Refusal>,
     /// Of the node's pods, as far as they are known while no rules are.
     pub pod_ranges: Vec<IpNet>,
+    /// While no rules are known: nothing closes its pods either.
+    pub open: bool,
     /// The stream is open, and the member has said over it what must be in force.
     pub connected: bool,
     /// Holds as long as `connected`. Of a member who falls silent, keep-alives tell within 20 seconds.
@@ -84,7 +86,7 @@ impl Follower {
     pub async fn close(&mut self, ranges: Vec<IpNet>) -> anyhow::Result<()> {
         self.enforcer.close(&ranges).await.context("close the ranges of the node's pods")?;
         tracing::info!(?ranges, "the ranges of the node's pods are closed until the first rules arrive");
-        self.pod_ranges = ranges;
+        (self.pod_ranges, self.open) = (ranges, false);
         self.tell();
         Ok(())
     }
@@ -199,6 +201,9 @@ impl Follower {
                         "the kernel refused; closed instead"
                     );
                 }
+                // Also where it is not known any more: what is in force stays.
+                self.open = next.node.pod_ranges.is_empty();
+                self.pod_ranges.clone_from(&next.node.pod_ranges);
                 self.held = Some(next);
                 self.refused = applied.refused;
                 self.connected = true;
@@ -283,6 +288,7 @@ impl Follower {
                 })
                 .collect(),
             pod_ranges: self.held.as_ref().map_or(&self.pod_ranges, |held| &held.node.pod_ranges).clone(),
+            open: self.held.as_ref().map_or(self.open, |held| held.node.pod_ranges.is_empty()),
             connected: self.connected,
             written_at: 0,
         };
@@ -292,7 +298,7 @@ impl Follower {
 
 #[cfg(test)]
 mod tests {
-    use hanse_ruleset::Digest;
+    use hanse_ruleset::{Digest, NodeConfig};
     use hanse_runtime::health::Health;
 
     use super::*;
@@ -308,6 +314,7 @@ mod tests {
             held: Some(Arc::new(held)),
             refused: vec![Refusal { object: "policy a/b".into(), reason: "too wide".into() }],
             pod_ranges: Vec::new(),
+            open: false,
             connected: false,
             in_sync: Health::default().condition("in sync"),
             status: watch::Sender::new(Status::default()),
@@ -344,6 +351,28 @@ mod tests {
         assert!(follower.in_sync.holds());
         follower.lose();
         assert!(!follower.in_sync.holds() && !follower.status.borrow().connected);
+    }
+
+    #[test]
+    fn pods_are_said_to_be_open_only_where_nothing_closes_them() {
+        let mut follower = Follower { held: None, ..follower() };
+        let said = |follower: &Follower| {
+            follower.tell();
+            let status = follower.status.borrow();
+            (status.open, status.ranges())
+        };
+        let (open, closed) = ("none known: a pod is OPEN", "not known: what was closed before");
+        let (is_open, text) = said(&follower);
+        assert!(!is_open && text.starts_with(closed), "the kernel holds ranges that were closed: {text}");
+        follower.open = true;
+        let (is_open, text) = said(&follower);
+        assert!(is_open && text.starts_with(open), "{text}");
+        // Rules that name no range close none.
+        (follower.held, follower.open) = (Some(Arc::default()), false);
+        assert!(said(&follower).0);
+        let node = NodeConfig { pod_ranges: vec!["10.1.0.0/24".parse().expect("a net")], ..NodeConfig::default() };
+        follower.held = Some(Arc::new(RuleSet { node, ..RuleSet::default() }));
+        assert_eq!(said(&follower), (false, "10.1.0.0/24".to_owned()));
     }
 
     #[test]

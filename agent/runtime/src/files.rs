@@ -1,15 +1,18 @@
 //! Files that must be whole or absent: written beside their place, flushed, then renamed into it.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
 /// Largest secret that is read, in bytes: a key or a token with room to spare.
 pub const MAX_SECRET_BYTES: u64 = 64 * 1024;
+/// How soon a lock that another holds is tried again.
+const HOLD_AGAIN: Duration = Duration::from_millis(20);
 
 /// Writes `bytes` to `path` with mode 0600, atomically and durably.
 ///
@@ -51,15 +54,29 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     written
 }
 
-/// Keeps other processes that ask from using a folder, until the file is dropped: two that write the same files would each
-/// take the other's for its own.
+/// Keeps other processes that ask for `lock` from holding it, until the file is dropped or this process ends, however it
+/// ends. Waits for who holds it, at most `patience`; the thread sleeps meanwhile.
 ///
 /// # Errors
-/// `WouldBlock` when another process holds the folder; else those of the file system.
-pub fn hold_folder(folder: &Path) -> io::Result<File> {
-    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(folder.join("lock"))?;
-    file.try_lock()?;
-    Ok(file)
+/// `WouldBlock` when another has held it all the time; else those of the file system.
+pub fn hold(lock: &Path, patience: Duration) -> io::Result<File> {
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(lock)?;
+    let began = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if began.elapsed() < patience => std::thread::sleep(HOLD_AGAIN),
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, "another process holds it"));
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+}
+
+/// Whether a process holds `lock`. For a moment nobody else can.
+pub fn is_held(lock: &Path) -> bool {
+    File::open(lock).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
 /// Reads a secret, refusing a file that others may read.
@@ -97,11 +114,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_is_held_by_one() {
+    fn a_lock_is_held_by_one_and_waited_for_as_long_as_is_said() {
         let folder = tempfile::tempdir().expect("a folder");
-        let held = hold_folder(folder.path()).expect("held");
-        assert_eq!(hold_folder(folder.path()).expect_err("it is held").kind(), io::ErrorKind::WouldBlock);
-        drop(held);
-        assert!(hold_folder(folder.path()).is_ok());
+        let lock = folder.path().join("lock");
+        assert!(!is_held(&lock), "nobody ever has");
+        let held = hold(&lock, Duration::ZERO).expect("free");
+        assert!(is_held(&lock));
+        let error = hold(&lock, HOLD_AGAIN * 2).expect_err("it is held");
+        assert_eq!((error.kind(), &*error.to_string()), (io::ErrorKind::WouldBlock, "another process holds it"));
+        let waiting = std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| hold(&lock, Duration::from_secs(60)));
+            drop(held);
+            waiting.join().expect("no panic")
+        });
+        assert!(waiting.is_ok() && is_held(&lock));
+        drop(waiting);
+        assert!(!is_held(&lock));
+        // What is wrong with the file is no other process.
+        let error = hold(&folder.path().join("absent/lock"), Duration::ZERO).expect_err("no folder");
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 }

@@ -44,7 +44,7 @@ use crate::world::{Compiled, NodeRules};
 const ENROLMENTS_PER_SECOND: f64 = 5.0;
 /// How long an enrolment waits for the source to be read.
 const SOURCE_PATIENCE: Duration = Duration::from_secs(5);
-/// How often it is looked whether a node was revoked.
+/// How often it is looked whether a node was revoked: of 5,000 nodes that takes a thread of its own 20 ms.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// The largest message of an agent: 2,000 refusals and pods of about 300 bytes.
 const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
@@ -57,6 +57,8 @@ pub enum FanoutError {
     Ca(#[from] CaError),
     #[error("listen on {0}")]
     Listen(SocketAddr, #[source] std::io::Error),
+    #[error("read which keys speak for the nodes, in {0}")]
+    Nodes(PathBuf, #[source] std::io::Error),
     #[error("keep the term in {0}")]
     Term(PathBuf, #[source] std::io::Error),
 }
@@ -93,14 +95,21 @@ struct Shared {
     lifetime: Duration,
     nodes: Mutex<BTreeMap<Arc<str>, Node>>,
     /// Which key speaks for each.
-    kept: Nodes,
-    /// The nodes that the source knows, with the ranges of their pods. `None`: it was never read.
-    known: watch::Sender<Option<KnownNodes>>,
+    kept: Arc<Nodes>,
+    known: watch::Sender<Known>,
     /// Counts changes of any node's status.
     changed: watch::Sender<u64>,
 }
 
 type KnownNodes = Arc<BTreeMap<Arc<str>, Vec<IpNet>>>;
+
+/// The nodes that the source knows, with the ranges of their pods.
+#[derive(Debug, PartialEq, Eq)]
+struct Known {
+    nodes: KnownNodes,
+    /// By this process; else they are those of the last one, if there was one.
+    read: bool,
+}
 
 /// What a node must enforce from now on.
 #[derive(Debug, Clone)]
@@ -154,7 +163,7 @@ impl Fanout {
     /// said. `lifetime` is that of certificates of nodes, and of the member towards them.
     ///
     /// # Errors
-    /// When the term cannot be kept.
+    /// When the term cannot be kept, or what is kept of nodes cannot be read.
     pub fn new(data: &Path, lifetime: Duration) -> Result<Self, FanoutError> {
         let path = data.join("term");
         let last = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
@@ -163,8 +172,10 @@ impl Fanout {
         let term = last.max(now) + 1;
         hanse_runtime::files::write_atomic(&path, format!("{term}\n").as_bytes(), 0o600)
             .map_err(|error| FanoutError::Term(path, error))?;
-        let kept = Nodes::new(data);
-        let known = watch::Sender::new(kept.read_known().map(Arc::new));
+        let kept = Arc::new(Nodes::new(data));
+        kept.reload().map_err(|error| FanoutError::Nodes(data.to_owned(), error))?;
+        let known = Known { nodes: Arc::new(kept.read_known().unwrap_or_default()), read: false };
+        let known = watch::Sender::new(known);
         let shared = Shared { term, lifetime, nodes: Mutex::default(), kept, known, changed: watch::Sender::new(0) };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -213,8 +224,8 @@ impl Fanout {
         shutdown.spawn(http2_server().add_service(server).serve_with_incoming_shutdown(agents, async move {
             until.cancelled().await;
         }));
-        let enrol = EnrolmentServer::new(enrol::Service::new(self.clone(), identity.clone()))
-            .max_decoding_message_size(16 * 1024);
+        let service = enrol::Service { fanout: self.clone(), identity: identity.clone() };
+        let enrol = EnrolmentServer::new(service).max_decoding_message_size(16 * 1024);
         let until = stop.clone();
         shutdown.spawn(http2_server().add_service(enrol).serve_with_incoming_shutdown(enrolment, async move {
             until.cancelled().await;
@@ -229,20 +240,22 @@ impl Fanout {
 
     /// The nodes that the source knows now, with the ranges of their pods: what a node is told when it enrols.
     pub fn know(&self, nodes: impl Iterator<Item = (Arc<str>, Vec<IpNet>)>) {
-        let nodes = Arc::new(nodes.collect::<BTreeMap<_, _>>());
-        if self.shared.known.borrow().as_ref() != Some(&nodes) {
-            if let Err(error) = self.shared.kept.write_known(&nodes) {
+        let known = Known { nodes: Arc::new(nodes.collect()), read: true };
+        if *self.shared.known.borrow() != known {
+            if let Err(error) = self.shared.kept.write_known(&known.nodes) {
                 tracing::warn!(%error, "which nodes the source knows cannot be kept");
             }
-            self.shared.known.send_replace(Some(nodes));
+            self.shared.known.send_replace(known);
         }
     }
 
-    /// What the source knows of nodes; a member that has just started for the first time is about to read it.
-    async fn known(&self) -> Option<KnownNodes> {
+    /// What the source knows of nodes. A member that has just started is about to read it: of a node that came while it was
+    /// away, what an earlier one read says nothing.
+    async fn known(&self, node: &str) -> Option<KnownNodes> {
         let mut known = self.shared.known.subscribe();
-        let read = tokio::time::timeout(SOURCE_PATIENCE, known.wait_for(Option::is_some)).await;
-        read.ok()?.ok()?.clone()
+        let says = |known: &Known| known.read || known.nodes.get(node).is_some_and(|ranges| !ranges.is_empty());
+        let known = tokio::time::timeout(SOURCE_PATIENCE, known.wait_for(says)).await.ok()?.ok()?;
+        Some(Arc::clone(&known.nodes))
     }
 
     /// What nodes must enforce from now on, and the revisions that this, and all that did not change, is true of. A node that
@@ -296,10 +309,18 @@ impl Fanout {
     }
 
     /// A stream begins to speak for a node.
-    fn attach(&self, name: &Arc<str>, key: Fingerprint) -> Result<Attached, Status> {
+    async fn attach(&self, name: &Arc<str>, key: Fingerprint) -> Result<Attached, Status> {
+        let kept = &self.shared.kept;
+        if kept.awaits(name, &key) {
+            let node = Arc::clone(name);
+            let promoted = kept.change(move |it| it.promote(&node, &key)).await.flatten();
+            if !promoted.map_err(|_| Status::internal("keep which key speaks for the node"))? {
+                return Err(service::not_registered(name));
+            }
+        }
         let mut nodes = self.nodes();
         // Under the lock: who revokes it after this look sees the stream.
-        if !self.shared.kept.admits(name, &key).map_err(|_| Status::internal("read which key speaks for the node"))? {
+        if !kept.allows(name, &key) {
             return Err(service::not_registered(name));
         }
         let node = nodes.entry(Arc::clone(name)).or_insert_with(Node::new);
@@ -315,32 +336,25 @@ impl Fanout {
     /// Ends the streams whose keys speak for their nodes no more: of one node, or of all.
     fn expel(&self, only: Option<&str>) {
         for (name, node) in self.nodes().iter().filter(|(name, _)| only.is_none_or(|only| only == &***name)) {
-            let Some(key) = node.key.filter(|_| node.status.connected) else { continue };
-            match self.shared.kept.allows(name, &key) {
-                Ok(true) => {}
-                Ok(false) => {
-                    tracing::info!(node = %name, "its stream ends: another key speaks for it now, or none");
-                    node.replaced.cancel();
-                }
-                Err(error) => tracing::error!(%error, node = %name, "it cannot be read which key speaks for the node"),
+            if node.status.connected && node.key.is_some_and(|key| !self.shared.kept.allows(name, &key)) {
+                tracing::info!(node = %name, "its stream ends: another key speaks for it now, or none");
+                node.replaced.cancel();
             }
         }
     }
 
-    /// Nodes are revoked by another process, which changes their folder. Looks again as long as a change is so recent that
-    /// another may have the same time.
+    /// Nodes are revoked by another process, which changes their files.
     async fn follow_revocations(&self, stop: CancellationToken) {
-        let mut seen = None;
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(LOOK_EVERY) => {}
             }
-            let changed = self.shared.kept.changed_at();
-            let recent = changed.is_some_and(|at| at.elapsed().is_ok_and(|age| age <= LOOK_EVERY * 2));
-            if changed != seen || recent {
-                self.expel(None);
-                seen = changed;
+            let kept = Arc::clone(&self.shared.kept);
+            match tokio::task::spawn_blocking(move || kept.reload()).await.map_err(Into::into).flatten() {
+                Ok(false) => {}
+                Ok(true) => self.expel(None),
+                Err(error) => tracing::error!(%error, "which keys speak for nodes cannot be read; what was read stays"),
             }
         }
     }
@@ -526,6 +540,50 @@ mod tests {
         }
         slow.ack().await;
         assert_eq!(slow.receive().await.expect("sent"), "10.0.20.0/24", "nothing in between");
+    }
+
+    #[tokio::test]
+    async fn a_lock_that_another_holds_makes_only_those_wait_who_need_it() {
+        let world = World::new().await;
+        let key = |name: &str| Fingerprint::of(name.as_bytes());
+        let (kept, now) = (&world.fanout.shared.kept, SystemTime::now());
+        for node in ["a", "b"] {
+            let locked = kept.lock().expect("free");
+            locked.enrolled(node, &key("first"), now, now + HOUR).expect("kept");
+            assert!(locked.renew(node, &key("first"), &key("second"), now + HOUR).expect("kept"));
+        }
+        let held = kept.lock().expect("free");
+        let fanout = world.fanout.clone();
+        let renewed = tokio::spawn(async move { fanout.attach(&"a".into(), key("second")).await });
+        // It has begun, on the only thread.
+        tokio::task::yield_now().await;
+        world.publish(&["a", "b"], 1);
+        let first = world.fanout.attach(&"b".into(), key("first")).await.expect("nothing is changed by it");
+        assert!(first.target.borrow().is_some() && !renewed.is_finished());
+        drop(held);
+        assert!(renewed.await.expect("no panic").is_ok());
+        assert!(!kept.allows("a", &key("first")), "the renewed key is the only one");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_came_while_the_member_was_away_waits_for_the_source() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let range: IpNet = "10.1.0.0/24".parse().expect("a net");
+        let start = || Fanout::new(folder.path(), HOUR).expect("a term");
+        let know = |fanout: &Fanout, nodes: &[&str]| {
+            fanout.know(nodes.iter().map(|node| ((*node).into(), vec![range])));
+        };
+        know(&start(), &["old"]);
+        let fanout = start();
+        let known = async |node: &str| Some(fanout.known(node).await?.get(node).cloned());
+        assert_eq!(known("old").await, Some(Some(vec![range])), "by what the last one read");
+        assert_eq!(known("new").await, None, "in time nothing is read");
+        let read = async {
+            tokio::task::yield_now().await;
+            know(&fanout, &["old", "new"]);
+        };
+        assert_eq!(tokio::join!(known("new"), read).0, Some(Some(vec![range])));
+        assert_eq!(known("none").await, Some(None), "the source knows nothing of it");
     }
 
     #[tokio::test]

@@ -339,8 +339,11 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
             }
         }
         NodeCommand::Revoke { data, node } => {
-            let revoked = revoke_node(&data, &node)?;
-            anyhow::ensure!(revoked, "there is no node {node}: see `hanse-member node list`");
+            if !revoke_node(&data, &node)? {
+                eprintln!(
+                    "warning: no node {node} has enrolled, and the source knows none; it is revoked all the same"
+                );
+            }
             println!("node {node} revoked: its rules stay in its kernel, and it is told nothing more");
         }
     }

@@ -180,8 +180,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
 /// When it cannot be made, or another process holds it.
 pub fn hold(data: &Path) -> anyhow::Result<File> {
     files::private_folder(data).with_context(|| format!("make {}", data.display()))?;
-    let held = files::hold_folder(data);
-    held.with_context(|| format!("hold {}: another hanse-member may be running on it", data.display()))
+    files::hold(&data.join("lock"), Duration::ZERO).with_context(|| format!("hold {}", data.display()))
 }
 
 struct Member {

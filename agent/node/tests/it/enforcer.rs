@@ -4,7 +4,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use hanse_agent::enforcer::{Enforcer, Options, Proofs, Started};
-use hanse_agent::snapshot;
+use hanse_agent::{pod_ranges, snapshot};
 use hanse_dataplane::Backend as _;
 use hanse_dataplane::nftables::Config;
 use hanse_ruleset::{
@@ -155,6 +155,20 @@ fn ranges_that_the_member_told_are_closed_at_every_start() {
     let given = Options { pod_ranges: ranges()[..1].to_vec(), ..node.options() };
     assert_eq!(start(&given).pod_ranges, ranges()[..1]);
     assert_eq!(node.open(), [false, false, true, true]);
+}
+
+#[test]
+fn ranges_that_could_not_be_kept_are_kept_with_the_next_rules() {
+    let (node, _listeners) = Node::new();
+    let (enforcer, _) = node.start();
+    // A folder stands in the file's place.
+    let file = node.data.path().join("pod-ranges");
+    std::fs::create_dir(&file).expect("made");
+    block_on(enforcer.apply(accepting(80, 1))).expect("applied");
+    assert!(file.is_dir());
+    std::fs::remove_dir(file).expect("removed");
+    block_on(enforcer.apply(accepting(80, 2))).expect("applied");
+    assert_eq!(pod_ranges::read(node.data.path()), ranges());
 }
 
 #[test]

@@ -9,14 +9,15 @@ use hanse_proto::agent::v1 as wire;
 use hanse_runtime::Identity;
 use hanse_runtime::agent_wire;
 use hanse_runtime::files::{private_folder, write_atomic};
-use hanse_runtime::keys::RequestedKey;
+use hanse_runtime::identity::check_subdomain;
+use hanse_runtime::keys::{Fingerprint, RequestedKey};
 use hanse_runtime::moment::{from_seconds, seconds};
 use hanse_runtime::token::Token;
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status};
 
 use super::Fanout;
-use super::nodes::{NodeRecord, Nodes};
+use super::nodes::{Locked, NodeRecord, Nodes};
 use crate::registration::MemberIdentity;
 
 const FOLDER: &str = "node-tokens";
@@ -100,6 +101,12 @@ pub fn create_node_token(
 /// # Errors
 /// When the folder or a file cannot be read.
 pub fn list_node_tokens(data: &Path) -> Result<Vec<(String, NodeToken)>, NodeTokenError> {
+    let tokens = read_tokens(data)?.into_iter().map(|(id, token)| Ok((id, token?)));
+    tokens.collect::<std::io::Result<_>>().map_err(NodeTokenError::Read)
+}
+
+/// What is in the file of each token, by id.
+fn read_tokens(data: &Path) -> Result<Vec<(String, std::io::Result<NodeToken>)>, NodeTokenError> {
     let mut tokens = Vec::new();
     let entries = match data.join(FOLDER).read_dir() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(tokens),
@@ -112,9 +119,9 @@ pub fn list_node_tokens(data: &Path) -> Result<Vec<(String, NodeToken)>, NodeTok
         let token = match std::fs::read(&path) {
             // Revoked meanwhile.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            bytes => serde_json::from_slice(&bytes.map_err(NodeTokenError::Read)?),
+            bytes => bytes.and_then(|bytes| Ok(serde_json::from_slice(&bytes)?)),
         };
-        tokens.push((id.to_owned(), token.map_err(|error| NodeTokenError::Read(error.into()))?));
+        tokens.push((id.to_owned(), token));
     }
     tokens.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(tokens)
@@ -136,27 +143,35 @@ pub fn revoke_node_token(data: &Path, id: &str) -> Result<bool, NodeTokenError> 
     }
 }
 
-/// The nodes that have enrolled.
+/// The nodes that have enrolled. A record that cannot be read is logged and left out.
 ///
 /// # Errors
 /// When they cannot be read.
 pub fn list_nodes(data: &Path) -> Result<Vec<NodeRecord>, NodeTokenError> {
-    Nodes::new(data).list().map_err(NodeTokenError::Read)
+    let nodes = Nodes::new(data);
+    nodes.reload().map_err(NodeTokenError::Read)?;
+    Ok(nodes.list())
 }
 
 /// Lets nobody speak for the node until it enrols with a token that is made later; a member that runs ends its stream
-/// within two seconds. False: there is no such node.
+/// within two seconds. False: nothing is known of such a node, which is revoked all the same.
 ///
 /// # Errors
-/// When it cannot be kept.
+/// When the name is no node name, or it cannot be kept.
 pub fn revoke_node(data: &Path, node: &str) -> Result<bool, NodeTokenError> {
+    check_subdomain(node).map_err(|_| NodeTokenError::Name(node.to_owned()))?;
     let nodes = Nodes::new(data);
     let locked = nodes.lock().map_err(NodeTokenError::Keep)?;
-    let revoked = locked.revoke(node).map_err(NodeTokenError::Keep)?;
-    for (id, _) in list_node_tokens(data)?.into_iter().filter(|(_, token)| revoked && token.node == node) {
+    // Before the record: where it ends in between, no token is left that enrols a node that was revoked.
+    for (id, token) in read_tokens(data)? {
+        match token {
+            Ok(token) if token.node != node => continue,
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, id, "the token cannot be read, and is removed"),
+        }
         revoke_node_token(data, &id)?;
     }
-    Ok(revoked)
+    locked.revoke(node).map_err(NodeTokenError::Keep)
 }
 
 impl NodeToken {
@@ -175,28 +190,19 @@ impl NodeToken {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Service {
-    fanout: Fanout,
-    identity: MemberIdentity,
-    /// One at a time, so that a token is bound once.
-    lock: tokio::sync::Mutex<()>,
+    pub fanout: Fanout,
+    pub identity: MemberIdentity,
 }
 
 impl Service {
-    pub fn new(fanout: Fanout, identity: MemberIdentity) -> Self {
-        Self { fanout, identity, lock: tokio::sync::Mutex::new(()) }
-    }
-
-    /// The node that the token enrols with this key; the key is registered then.
-    fn redeem(&self, request: &wire::EnrolRequest, key: &RequestedKey) -> Result<String, Status> {
+    /// The node that the token enrols with this key. The key is registered then, and who spoke with another goes.
+    fn redeem(&self, locked: &Locked<'_>, request: &wire::EnrolRequest, key: Fingerprint) -> Result<String, Status> {
         // One answer for every wrong token: nothing is learned by trying.
         let refused = || Status::permission_denied("the token is not valid: unknown, used by another key, or too old");
         let keep = |_| Status::internal("keep the token");
         let token = Token::parse(&request.token).ok_or_else(refused)?;
-        let nodes = &self.fanout.shared.kept;
-        // Against who revokes the token or the node at this moment.
-        let locked = nodes.lock().map_err(keep)?;
         let path = self.identity.data().join(FOLDER).join(format!("{}.json", token.id));
         let kept = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<NodeToken>(&bytes).ok());
         let mut kept = kept.ok_or_else(refused)?;
@@ -210,15 +216,16 @@ impl Service {
             let said = format!("the token is for node {}, not for node {asked}; it stays unused", kept.node);
             return Err(Status::failed_precondition(said));
         }
-        let presented = key.public().to_string();
+        let presented = key.to_string();
         match &kept.key {
             // The answer was lost. What has enrolled or renewed since, or is revoked, is not undone by it.
-            Some(bound) if *bound == presented && locked.is_of(&kept.node, &key.public()).map_err(keep)? => {}
+            Some(bound) if *bound == presented && locked.is_of(&kept.node, &key).map_err(keep)? => {}
             Some(_) => return Err(refused()),
             None => kept.key = Some(presented),
         }
         // First the key, then the token: a crash between the two leaves a token that can be presented again.
-        locked.enrolled(&kept.node, &key.public(), now, now + self.fanout.shared.lifetime).map_err(keep)?;
+        locked.enrolled(&kept.node, &key, now, now + self.fanout.shared.lifetime).map_err(keep)?;
+        self.fanout.expel(Some(&kept.node));
         let text = serde_json::to_vec(&kept).map_err(|_| Status::internal("keep the token"))?;
         write_atomic(&path, &text, 0o600).map_err(keep)?;
         Ok(kept.node)
@@ -236,12 +243,13 @@ impl wire::enrolment_server::Enrolment for Service {
         let request = request.into_inner();
         let key = requested(&request.request)?;
         // Before the token is used: without the ranges of its pods the node would be open.
-        let Some(known) = self.fanout.known().await else {
+        let Some(known) = self.fanout.known(&request.node).await else {
             return Err(Status::unavailable("the member has not read its source yet"));
         };
-        let _one = self.lock.lock().await;
-        let node = self.redeem(&request, &key)?;
-        self.fanout.expel(Some(&node));
+        // In turn, and against who revokes the token or the node at this moment: a token is bound once.
+        let (service, public) = (self.clone(), key.public());
+        let redeemed = self.fanout.shared.kept.change(move |locked| service.redeem(locked, &request, public)).await;
+        let node = redeemed.map_err(|_| Status::internal("keep the token"))??;
         let answer = issue(&self.identity, &node, &key, self.fanout.shared.lifetime)?;
         let ranges = known.get(&*node);
         match ranges {
@@ -259,8 +267,9 @@ impl wire::enrolment_server::Enrolment for Service {
         let request = request.into_inner();
         let key = requested(&request.request)?;
         let (now, lifetime) = (SystemTime::now(), self.fanout.shared.lifetime);
-        let nodes = &self.fanout.shared.kept;
-        let renewed = nodes.lock().and_then(|it| it.renew_late(&request.node, &key.public(), now, now + lifetime));
+        let (node, public) = (request.node.clone(), key.public());
+        let renew = move |it: &Locked<'_>| it.renew_late(&node, &public, now, now + lifetime);
+        let renewed = self.fanout.shared.kept.change(renew).await.flatten();
         // Nobody is told whether a key is unknown, revoked or too late.
         if !renewed.map_err(|_| Status::internal("keep the renewal"))? {
             return Err(Status::permission_denied("no such key may renew"));
@@ -310,10 +319,11 @@ mod tests {
             created.expect("a token").text
         };
         let fanout = Fanout::new(folder.path(), Duration::from_secs(60)).expect("a fan-out");
-        let service = Service::new(fanout, identity.clone());
+        let service = Service { fanout, identity: identity.clone() };
         let redeem = |token: &str, key: &RequestedKey| {
             let request = wire::EnrolRequest { token: token.to_owned(), ..wire::EnrolRequest::default() };
-            service.redeem(&request, key)
+            let kept = &service.fanout.shared.kept;
+            service.redeem(&kept.lock().expect("free"), &request, key.public())
         };
         let (token, mine, theirs) = (create(), request(), request());
         let id = Token::parse(&token).expect("a token").id;
@@ -351,5 +361,30 @@ mod tests {
             assert!(!revoke_node_token(folder.path(), other).expect("nothing"), "{other}");
         }
         assert!(revoke_node_token(folder.path(), "0123456789abcdef").expect("revoked") && !path.exists());
+    }
+
+    #[test]
+    fn who_is_revoked_has_no_token_left() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let identity = joined(folder.path());
+        let create =
+            |node| create_node_token(folder.path(), &identity, node, Duration::from_secs(60)).expect("a token");
+        let (of_other, _) = (create("other"), create("n"));
+        let damaged = folder.path().join(FOLDER).join("0123456789abcdef.json");
+        std::fs::write(&damaged, "no token").expect("written");
+        assert!(list_node_tokens(folder.path()).is_err(), "it is damaged");
+        let ids = || list_node_tokens(folder.path()).expect("read").into_iter().map(|(id, _)| id).collect::<Vec<_>>();
+        assert!(!revoke_node(folder.path(), "n").expect("revoked"), "nothing but a token is known of it");
+        assert_eq!(ids(), [&*of_other.id]);
+        assert!(revoke_node(folder.path(), "n").expect("revoked"), "it is known now");
+        assert!(matches!(revoke_node(folder.path(), "../n"), Err(NodeTokenError::Name(_))));
+        // Where the record cannot be kept, no token is left either.
+        create("n");
+        let record = list_nodes(folder.path()).expect("read");
+        assert_eq!(record.iter().map(|it| (&*it.node, it.revoked)).collect::<Vec<_>>(), [("n", true)]);
+        let file = folder.path().join("nodes").join(format!("{}.json", Fingerprint::of(b"n")));
+        std::fs::remove_file(&file).and_then(|()| std::fs::create_dir(&file)).expect("what cannot be replaced");
+        assert!(revoke_node(folder.path(), "n").is_err());
+        assert_eq!(ids(), [of_other.id]);
     }
 }

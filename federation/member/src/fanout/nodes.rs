@@ -5,16 +5,21 @@
 //! and the first connection with that one makes it the only one: an answer that was lost locks nobody out. A lock on the
 //! file `.lock` in the folder keeps `hanse-member node revoke` and a member that runs apart.
 //!
-//! A node without such a file enrolled before keys were kept: it is let in, and its next renewal registers its key.
+//! A member that runs has read all of them, and looks which files changed: who asks whether a key may speak waits for no
+//! file. What it changes itself it takes from the file, under the lock.
+//!
+//! A node without such a file enrolled before keys were kept: it is let in, and its next renewal registers its key. For one
+//! whose file cannot be read nobody speaks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use hanse_runtime::files::{private_folder, write_atomic};
+use hanse_runtime::files::{hold, private_folder, write_atomic};
 use hanse_runtime::keys::Fingerprint;
 use hanse_runtime::moment::{from_seconds, seconds};
 use ipnet::IpNet;
@@ -23,11 +28,13 @@ use serde::{Deserialize, Serialize};
 const FOLDER: &str = "nodes";
 /// What the source knew last, for those who run no source.
 const KNOWN: &str = "known-nodes.json";
+/// How long a change waits for those before it, and as long for other processes: it takes two flushes of a disk, about 10 ms.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How long after its certificate's end a node may renew it.
 const LATE_RENEWAL: Duration = Duration::from_secs(30 * 86_400);
 
 /// What is kept of a node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeRecord {
     pub node: String,
@@ -58,10 +65,21 @@ impl NodeRecord {
     }
 }
 
-/// The folder. Clones share it.
-#[derive(Debug, Clone)]
+/// The folder, and what was read of it.
+#[derive(Debug)]
 pub struct Nodes {
     data: PathBuf,
+    /// By the hash of the node's name. `None`: the file cannot be read.
+    records: Mutex<BTreeMap<Fingerprint, Option<Kept>>>,
+    /// To change the folder, in this process.
+    turn: Arc<tokio::sync::Mutex<()>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Kept {
+    /// When the file was written, and its number in the file system: a change makes another file.
+    file: (SystemTime, u64),
+    record: NodeRecord,
 }
 
 /// The folder while nobody else changes it.
@@ -72,81 +90,126 @@ pub struct Locked<'a> {
 }
 
 impl Nodes {
+    /// Of which nothing was read yet.
     pub fn new(data: &Path) -> Self {
-        Self { data: data.to_owned() }
+        Self { data: data.to_owned(), records: Mutex::default(), turn: Arc::default() }
     }
 
     fn folder(&self) -> PathBuf {
         self.data.join(FOLDER)
     }
 
-    fn path(&self, node: &str) -> PathBuf {
-        self.folder().join(format!("{}.json", Fingerprint::of(node.as_bytes())))
+    fn path(&self, name: &Fingerprint) -> PathBuf {
+        self.folder().join(format!("{name}.json"))
     }
 
+    fn records(&self) -> MutexGuard<'_, BTreeMap<Fingerprint, Option<Kept>>> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for other processes, in which the thread sleeps.
+    ///
     /// # Errors
-    /// When the lock cannot be had.
+    /// When the lock cannot be had, or not in time.
     pub fn lock(&self) -> io::Result<Locked<'_>> {
         let folder = self.folder();
         private_folder(&folder)?;
-        let file = File::options().create(true).truncate(false).write(true).open(folder.join(".lock"))?;
-        file.lock()?;
-        Ok(Locked { nodes: self, _lock: file })
+        Ok(Locked { nodes: self, _lock: hold(&folder.join(".lock"), PATIENCE)? })
     }
 
-    /// # Errors
-    /// When there is a file that cannot be read: it is not known then who may speak for the node.
-    pub fn read(&self, node: &str) -> io::Result<Option<NodeRecord>> {
-        match std::fs::read(self.path(node)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            bytes => Ok(Some(serde_json::from_slice(&bytes?)?)),
-        }
-    }
-
-    /// Every node that is kept, by name.
+    /// Changes the folder, each in its turn, on a thread that may wait.
     ///
     /// # Errors
-    /// When the folder or a file cannot be read.
-    pub fn list(&self) -> io::Result<Vec<NodeRecord>> {
-        let mut nodes: Vec<NodeRecord> = Vec::new();
-        let entries = match self.folder().read_dir() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(nodes),
-            entries => entries?,
-        };
-        for entry in entries {
-            let path = entry?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if name.ends_with(".json") && !name.starts_with('.') {
-                nodes.push(serde_json::from_slice(&std::fs::read(&path)?)?);
+    /// As [`Self::lock`].
+    pub async fn change<T: Send + 'static>(
+        self: &Arc<Self>,
+        change: impl FnOnce(&Locked<'_>) -> T + Send + 'static,
+    ) -> io::Result<T> {
+        let turn = tokio::time::timeout(PATIENCE, Arc::clone(&self.turn).lock_owned()).await?;
+        let nodes = Arc::clone(self);
+        let changing = tokio::task::spawn_blocking(move || {
+            // Until it is done, also where nobody waits for it any more.
+            let _turn = turn;
+            nodes.lock().map(|locked| change(&locked))
+        });
+        changing.await?
+    }
+
+    /// Reads the files that changed. Whether there was one that this process has not changed itself.
+    ///
+    /// # Errors
+    /// When the folder cannot be read. A file that cannot be is logged.
+    pub fn reload(&self) -> io::Result<bool> {
+        let mut names: BTreeSet<Fingerprint> = self.records().keys().copied().collect();
+        match self.folder().read_dir() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            entries => {
+                for entry in entries? {
+                    let name = entry?.file_name();
+                    let name = name.to_str().and_then(|name| name.strip_suffix(".json"));
+                    names.extend(name.and_then(Fingerprint::from_hex));
+                }
             }
         }
-        nodes.sort_by(|a, b| a.node.cmp(&b.node));
-        Ok(nodes)
-    }
-
-    /// Whether `key` may speak for the node.
-    ///
-    /// # Errors
-    /// As [`Self::read`].
-    pub fn allows(&self, node: &str, key: &Fingerprint) -> io::Result<bool> {
-        Ok(self.read(node)?.is_none_or(|record| record.allows(key)))
-    }
-
-    /// As [`Self::allows`], of a key that is seen to be in use: a renewed one is the only one from now on.
-    ///
-    /// # Errors
-    /// As [`Self::read`], and when the change cannot be kept.
-    pub fn admits(&self, node: &str, key: &Fingerprint) -> io::Result<bool> {
-        let Some(record) = self.read(node)? else { return Ok(true) };
-        if record.allows(key) && record.key != key.to_string() {
-            return self.lock()?.promote(node, key);
+        let mut changed = false;
+        for name in names {
+            let known = self.records().get(&name).cloned();
+            let now = match self.kept(&name, known.as_ref().and_then(Option::as_ref)) {
+                Ok(kept) => kept.map(Some),
+                Err(error) => {
+                    if known != Some(None) {
+                        let path = self.path(&name).display().to_string();
+                        tracing::error!(%error, path, "nobody speaks for a node whose record cannot be read");
+                    }
+                    Some(None)
+                }
+            };
+            let mut records = self.records();
+            // What this process has changed meanwhile is newer.
+            if now != known && records.get(&name) == known.as_ref() {
+                changed = true;
+                match now {
+                    Some(now) => records.insert(name, now),
+                    None => records.remove(&name),
+                };
+            }
         }
-        Ok(record.allows(key))
+        Ok(changed)
     }
 
-    /// When anything of a node changed last.
-    pub fn changed_at(&self) -> Option<SystemTime> {
-        self.folder().metadata().and_then(|folder| folder.modified()).ok()
+    /// What is in the file now: what is `known`, where it is that file still.
+    fn kept(&self, name: &Fingerprint, known: Option<&Kept>) -> io::Result<Option<Kept>> {
+        let path = self.path(name);
+        let file = match file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file?,
+        };
+        if let Some(known) = known.filter(|known| known.file == file) {
+            return Ok(Some(known.clone()));
+        }
+        Ok(Some(Kept { file, record: serde_json::from_slice(&std::fs::read(path)?)? }))
+    }
+
+    /// Every node of which a record was read, by name.
+    pub fn list(&self) -> Vec<NodeRecord> {
+        let mut nodes: Vec<NodeRecord> = self.records().values().flatten().map(|kept| kept.record.clone()).collect();
+        nodes.sort_by(|a, b| a.node.cmp(&b.node));
+        nodes
+    }
+
+    /// Whether `key` may speak for the node, by what was read.
+    pub fn allows(&self, node: &str, key: &Fingerprint) -> bool {
+        match self.records().get(&Fingerprint::of(node.as_bytes())) {
+            None => true,
+            Some(kept) => kept.as_ref().is_some_and(|kept| kept.record.allows(key)),
+        }
+    }
+
+    /// Whether a certificate for `key` was issued, and the key not seen yet: see [`Locked::promote`].
+    pub fn awaits(&self, node: &str, key: &Fingerprint) -> bool {
+        let records = self.records();
+        let kept = records.get(&Fingerprint::of(node.as_bytes())).and_then(Option::as_ref);
+        kept.is_some_and(|kept| kept.record.next == Some(key.to_string()))
     }
 
     /// Keeps which nodes the source knows, with the ranges of their pods.
@@ -163,13 +226,25 @@ impl Nodes {
     }
 }
 
+/// When a file was written, and its number in the file system.
+fn file(path: &Path) -> io::Result<(SystemTime, u64)> {
+    let metadata = path.metadata()?;
+    Ok((metadata.modified()?, metadata.ino()))
+}
+
 impl Locked<'_> {
+    /// # Errors
+    /// When there is a file that cannot be read: it is not known then who may speak for the node.
+    fn read(&self, node: &str) -> io::Result<Option<NodeRecord>> {
+        Ok(self.nodes.kept(&Fingerprint::of(node.as_bytes()), None)?.map(|kept| kept.record))
+    }
+
     /// A token has enrolled the node with `key`, whatever was before.
     ///
     /// # Errors
     /// When it cannot be kept.
     pub fn enrolled(&self, node: &str, key: &Fingerprint, now: SystemTime, ends: SystemTime) -> io::Result<()> {
-        self.write(&NodeRecord {
+        self.write(NodeRecord {
             node: node.to_owned(),
             key: key.to_string(),
             next: None,
@@ -182,17 +257,20 @@ impl Locked<'_> {
     /// Whether `key` is the one that speaks for the node, with no newer one in sight.
     ///
     /// # Errors
-    /// As [`Nodes::read`].
+    /// When it cannot be read.
     pub fn is_of(&self, node: &str, key: &Fingerprint) -> io::Result<bool> {
-        Ok(self.nodes.read(node)?.is_some_and(|record| !record.revoked && record.key == key.to_string()))
+        Ok(self.read(node)?.is_some_and(|it| !it.revoked && it.key == key.to_string() && it.next.is_none()))
     }
 
-    fn promote(&self, node: &str, key: &Fingerprint) -> io::Result<bool> {
-        // Read again: it may have been revoked meanwhile.
-        let Some(record) = self.nodes.read(node)? else { return Ok(true) };
+    /// `key` is seen in use: a renewed one is the only one from now on. False: it may not speak for the node.
+    ///
+    /// # Errors
+    /// When the record cannot be read, or the change not be kept.
+    pub fn promote(&self, node: &str, key: &Fingerprint) -> io::Result<bool> {
+        let Some(record) = self.read(node)? else { return Ok(true) };
         let allowed = record.allows(key);
-        if allowed {
-            self.write(&NodeRecord { key: key.to_string(), next: None, ..record })?;
+        if allowed && record.next == Some(key.to_string()) {
+            self.write(NodeRecord { key: key.to_string(), next: None, ..record })?;
         }
         Ok(allowed)
     }
@@ -200,56 +278,54 @@ impl Locked<'_> {
     /// Whoever holds `key` gets a certificate for `next` too. False: it may not.
     ///
     /// # Errors
-    /// As [`Nodes::read`], and when the change cannot be kept.
+    /// As [`Self::promote`].
     pub fn renew(&self, node: &str, key: &Fingerprint, next: &Fingerprint, ends: SystemTime) -> io::Result<bool> {
         let (key, next) = (key.to_string(), next.to_string());
-        let record = match self.nodes.read(node)? {
+        let record = match self.read(node)? {
             Some(record) if record.revoked || record.key != key && record.next.as_ref() != Some(&key) => {
                 return Ok(false);
             }
             Some(record) => record,
-            None => {
-                let node = node.to_owned();
-                NodeRecord { node, key: key.clone(), next: None, enrolled_at: 0, ends_at: 0, revoked: false }
-            }
+            None => NodeRecord { node: node.to_owned(), ..NodeRecord::default() },
         };
-        self.write(&NodeRecord { key, next: Some(next), ends_at: seconds(ends), ..record })?;
+        self.write(NodeRecord { key, next: Some(next), ends_at: seconds(ends), ..record })?;
         Ok(true)
     }
 
     /// A certificate for `key`, which is registered, after the last has ended. False: it may not.
     ///
     /// # Errors
-    /// As [`Self::renew`].
+    /// As [`Self::promote`].
     pub fn renew_late(&self, node: &str, key: &Fingerprint, now: SystemTime, ends: SystemTime) -> io::Result<bool> {
-        let Some(record) = self.nodes.read(node)?.filter(|it| it.allows(key) && now <= it.ends_at() + LATE_RENEWAL)
-        else {
+        let Some(record) = self.read(node)?.filter(|it| it.allows(key) && now <= it.ends_at() + LATE_RENEWAL) else {
             return Ok(false);
         };
-        self.write(&NodeRecord { ends_at: seconds(ends), ..record })?;
+        self.write(NodeRecord { ends_at: seconds(ends), ..record })?;
         Ok(true)
     }
 
-    /// Lets no key speak for the node until it enrols anew. False: there is no such node.
+    /// Lets no key speak for the node until it enrols anew. False: it has not enrolled since keys are kept, and the source
+    /// does not know it.
     ///
     /// # Errors
-    /// As [`Self::renew`].
+    /// When it cannot be kept. A record that cannot be read is replaced.
     pub fn revoke(&self, node: &str) -> io::Result<bool> {
-        let known = || self.nodes.read_known().is_some_and(|known| known.contains_key(node));
-        let record = match self.nodes.read(node)? {
-            Some(record) => record,
-            None if known() => {
-                let node = node.to_owned();
-                NodeRecord { node, key: String::new(), next: None, enrolled_at: 0, ends_at: 0, revoked: true }
-            }
-            None => return Ok(false),
-        };
-        self.write(&NodeRecord { revoked: true, ..record })?;
-        Ok(true)
+        let record = self.read(node).unwrap_or_else(|error| {
+            tracing::warn!(%error, node, "the record cannot be read, and is replaced");
+            None
+        });
+        let known = record.is_some() || self.nodes.read_known().is_some_and(|known| known.contains_key(node));
+        let record = record.unwrap_or_else(|| NodeRecord { node: node.to_owned(), ..NodeRecord::default() });
+        self.write(NodeRecord { revoked: true, ..record })?;
+        Ok(known)
     }
 
-    fn write(&self, record: &NodeRecord) -> io::Result<()> {
-        write_atomic(&self.nodes.path(&record.node), &serde_json::to_vec(record)?, 0o600)
+    fn write(&self, record: NodeRecord) -> io::Result<()> {
+        let name = Fingerprint::of(record.node.as_bytes());
+        let path = self.nodes.path(&name);
+        write_atomic(&path, &serde_json::to_vec(&record)?, 0o600)?;
+        self.nodes.records().insert(name, Some(Kept { file: file(&path)?, record }));
+        Ok(())
     }
 }
 
@@ -267,7 +343,8 @@ mod tests {
         let now = from_seconds(1_800_000_000);
         // As long as a name may be.
         let node = format!("{0}.{0}.{0}.{1}", "n".repeat(63), "n".repeat(61));
-        let admitted = || ["a", "b", "c", "d"].map(|it| nodes.allows(&node, &key(it)).expect("read"));
+        let admitted = || ["a", "b", "c", "d"].map(|it| nodes.allows(&node, &key(it)));
+        let promoted = |it| nodes.lock().expect("free").promote(&node, &key(it)).expect("kept");
         assert_eq!(admitted(), [true; 4], "it enrolled before keys were kept");
         nodes.lock().expect("free").enrolled(&node, &key("a"), now, now + HOUR).expect("kept");
         assert_eq!(admitted(), [true, false, false, false]);
@@ -276,10 +353,14 @@ mod tests {
             assert!(nodes.lock().expect("free").renew(&node, &key("a"), &key(next), now + HOUR).expect("kept"));
         }
         assert_eq!(admitted(), [true, false, true, false]);
-        assert!(nodes.admits(&node, &key("a")).expect("read"));
+        let is_of = |it| nodes.lock().expect("free").is_of(&node, &key(it)).expect("read");
+        assert!(!is_of("a") && !is_of("c"), "what comes late of an enrolment does not undo a renewal");
+        assert_eq!(["a", "b", "c"].map(|it| nodes.awaits(&node, &key(it))), [false, false, true]);
+        assert!(promoted("a") && !promoted("b"));
         assert_eq!(admitted(), [true, false, true, false], "the older one shows nothing of the newer");
-        assert!(nodes.admits(&node, &key("c")).expect("kept"));
+        assert!(promoted("c"));
         assert_eq!(admitted(), [false, false, true, false]);
+        assert!(is_of("c") && !nodes.awaits(&node, &key("c")));
         assert!(!nodes.lock().expect("free").renew(&node, &key("a"), &key("d"), now + HOUR).expect("read"));
         // A newer enrolment replaces all.
         nodes.lock().expect("free").enrolled(&node, &key("d"), now, now + HOUR).expect("kept");
@@ -290,8 +371,58 @@ mod tests {
         assert!(late(HOUR * 2) && late(LATE_RENEWAL + HOUR) && !late(LATE_RENEWAL + HOUR * 2));
         assert!(nodes.lock().expect("free").revoke(&node).expect("kept"));
         assert_eq!(admitted(), [false; 4]);
-        assert!(!late(HOUR * 2) && !nodes.admits(&node, &key("d")).expect("read"));
-        assert_eq!(nodes.list().expect("read").iter().map(|it| it.revoked).collect::<Vec<_>>(), [true]);
-        assert!(!nodes.lock().expect("free").revoke("other").expect("read"), "nobody knows it");
+        assert!(!late(HOUR * 2) && !promoted("d"));
+        assert_eq!(nodes.list().iter().map(|it| it.revoked).collect::<Vec<_>>(), [true]);
+    }
+
+    #[test]
+    fn a_node_that_nobody_knows_can_be_revoked() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let nodes = Nodes::new(folder.path());
+        let key = Fingerprint::of(b"key");
+        assert!(nodes.allows("n", &key), "it enrolled before keys were kept");
+        assert!(!nodes.lock().expect("free").revoke("n").expect("kept"), "nobody knows it");
+        assert!(!nodes.allows("n", &key));
+        // Nor does a damaged record keep anybody from it.
+        std::fs::write(nodes.path(&Fingerprint::of(b"n")), "no record").expect("written");
+        assert!(nodes.lock().expect("free").renew("n", &key, &key, SystemTime::now()).is_err());
+        nodes.lock().expect("free").revoke("n").expect("kept");
+        assert!(nodes.reload().is_ok() && !nodes.allows("n", &key));
+    }
+
+    #[test]
+    fn what_another_process_changed_is_read_and_nothing_else() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (nodes, other) = (Nodes::new(folder.path()), Nodes::new(folder.path()));
+        let key = Fingerprint::of(b"key");
+        let allowed = || ["a", "b"].map(|node| nodes.allows(node, &key));
+        for node in ["a", "b"] {
+            let now = SystemTime::now();
+            nodes.lock().expect("free").enrolled(node, &key, now, now + HOUR).expect("kept");
+        }
+        assert!(!nodes.reload().expect("read"), "it has changed them itself");
+        let path = nodes.path(&Fingerprint::of(b"b"));
+        let written = path.metadata().and_then(|it| it.modified()).expect("a time");
+        let damage = |at| {
+            std::fs::write(&path, "no record").expect("written");
+            File::options().write(true).open(&path).and_then(|it| it.set_modified(at)).expect("set");
+        };
+        // By its time and number it is the file that was read.
+        damage(written);
+        other.lock().expect("free").revoke("a").expect("kept");
+        assert_eq!(allowed(), [true; 2], "it was not looked for");
+        assert!(nodes.reload().expect("read"));
+        assert_eq!(allowed(), [false, true]);
+        // A file that cannot be read says nothing of whom to let in, until it can.
+        damage(written + HOUR);
+        assert!(nodes.reload().expect("read"));
+        assert_eq!((allowed(), nodes.list().len()), ([false; 2], 1));
+        assert!(!nodes.reload().expect("read"), "it is still the same");
+        let now = SystemTime::now();
+        other.lock().expect("free").enrolled("b", &key, now, now + HOUR).expect("kept");
+        assert!(nodes.reload().expect("read"));
+        assert_eq!(allowed(), [false, true]);
+        std::fs::remove_file(path).expect("removed");
+        assert!(nodes.reload().expect("read") && nodes.list().len() == 1);
     }
 }

@@ -17,6 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::nodes::Locked;
 use super::{Attached, Fanout, Place, Target, enrol};
 use crate::registration::MemberIdentity;
 
@@ -59,7 +60,9 @@ impl wire::agents_server::Agents for Service {
             .map_err(|error| Status::invalid_argument(format!("the request cannot be used: {error}")))?;
         let lifetime = self.fanout.shared.lifetime;
         let ends = SystemTime::now() + lifetime;
-        let renewed = self.fanout.shared.kept.lock().and_then(|it| it.renew(&node, &own, &key.public(), ends));
+        let (name, next) = (Arc::clone(&node), key.public());
+        let renew = move |it: &Locked<'_>| it.renew(&name, &own, &next, ends);
+        let renewed = self.fanout.shared.kept.change(renew).await.flatten();
         if !renewed.map_err(|_| Status::internal("keep the renewal"))? {
             return Err(not_registered(&node));
         }
@@ -73,7 +76,7 @@ impl wire::agents_server::Agents for Service {
         request: Request<Streaming<wire::AgentToMember>>,
     ) -> Result<Response<Self::SyncStream>, Status> {
         let (node, key) = node_of(&request)?;
-        let Attached { target, number, replaced } = self.fanout.attach(&node, key)?;
+        let Attached { target, number, replaced } = self.fanout.attach(&node, key).await?;
         let (outbox, sending) = mpsc::channel(OUTBOX);
         let (fanout, stop) = (self.fanout.clone(), self.stop.clone());
         tokio::spawn(async move {
@@ -263,11 +266,11 @@ mod tests {
     }
 
     impl Sent {
-        fn new() -> Self {
+        async fn new() -> Self {
             let folder = tempfile::tempdir().expect("a folder");
             let fanout = Fanout::new(folder.path(), Duration::from_secs(60)).expect("a term");
             let (outbox, sent) = mpsc::channel(16);
-            drop(fanout.attach(&"n".into(), Fingerprint([0; 32])).expect("nothing speaks against it"));
+            drop(fanout.attach(&"n".into(), Fingerprint([0; 32])).await.expect("nothing speaks against it"));
             let node = "n".into();
             let stream = AgentStream { node, fanout, outbox, held: None, in_flight: None, not_before: None };
             Self { stream, outbox: sent, _folder: folder }
@@ -312,7 +315,7 @@ mod tests {
     #[tokio::test]
     async fn news_of_what_is_held_is_no_answer_to_what_is_under_way() {
         let (first, second) = (target(1), target(2));
-        let mut sent = Sent::new();
+        let mut sent = Sent::new().await;
         assert_eq!(sent.send(&first).await, None, "the whole");
         sent.ack(&first, "", "");
         assert_eq!(sent.send(&second).await, Some(first.node.digest));
@@ -329,7 +332,7 @@ mod tests {
     #[tokio::test]
     async fn what_was_refused_is_sent_whole_and_not_at_once() {
         let (first, second) = (target(1), target(2));
-        let mut sent = Sent::new();
+        let mut sent = Sent::new().await;
         sent.send(&first).await;
         sent.ack(&first, "", "");
         sent.send(&second).await;
