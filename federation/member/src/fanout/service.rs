@@ -69,6 +69,14 @@ impl wire::agents_server::Agents for Service {
         Ok(Response::new(enrol::issue(&self.identity, &node, &key, lifetime)?))
     }
 
+    async fn tell_flows(&self, request: Request<wire::Flows>) -> Result<Response<wire::FlowsTaken>, Status> {
+        let (node, key) = node_of(&request)?;
+        if !self.fanout.shared.kept.allows(&node, &key) {
+            return Err(not_registered(&node));
+        }
+        Err(Status::unimplemented("flows are not taken yet"))
+    }
+
     type SyncStream = Pin<Box<dyn Stream<Item = Result<wire::MemberToAgent, Status>> + Send>>;
 
     async fn sync(
