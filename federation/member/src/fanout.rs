@@ -27,7 +27,7 @@ use hanse_runtime::tls::{
     Connections, CredentialStore, Incoming, IncomingLimits, ServerTls, Trust, http2_server, incoming,
 };
 use ipnet::IpNet;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -37,6 +37,7 @@ pub use enrol::{
 pub use nodes::NodeRecord;
 use nodes::Nodes;
 
+use crate::flows::Told;
 use crate::registration::MemberIdentity;
 use crate::world::{Compiled, NodeRules};
 
@@ -180,7 +181,7 @@ impl Fanout {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Opens both listeners; returns their addresses.
+    /// Opens both listeners; returns their addresses. What agents tell of flows goes into `flows`.
     ///
     /// # Errors
     /// When an address cannot be bound, or no certificate can be made.
@@ -189,6 +190,7 @@ impl Fanout {
         identity: &MemberIdentity,
         agents: SocketAddr,
         enrolment: SocketAddr,
+        flows: mpsc::Sender<Told>,
         shutdown: &Shutdown,
     ) -> Result<(SocketAddr, SocketAddr), FanoutError> {
         let authority = identity.authority();
@@ -218,7 +220,7 @@ impl Fanout {
         };
         let enrolment = listen(enrolment, anonymous, limits).await?;
         let addresses = (agents.address(), enrolment.address());
-        let service = service::Service { fanout: self.clone(), identity: identity.clone(), stop: stop.clone() };
+        let service = service::Service { fanout: self.clone(), identity: identity.clone(), flows, stop: stop.clone() };
         let server = AgentsServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let until = stop.clone();
         shutdown.spawn(http2_server().add_service(server).serve_with_incoming_shutdown(agents, async move {
@@ -451,7 +453,8 @@ mod tests {
             let identity = joined(folder.path());
             let fanout = Fanout::new(folder.path(), HOUR).expect("a term");
             let (shutdown, any) = (Shutdown::default(), "127.0.0.1:0".parse().expect("an address"));
-            let (agents, _) = fanout.serve(&identity, any, any, &shutdown).await.expect("it listens");
+            let (agents, _) =
+                fanout.serve(&identity, any, any, crate::flows::inbox().0, &shutdown).await.expect("it listens");
             Self { identity, fanout, address: agents.to_string(), shutdown, _folder: folder }
         }
 

@@ -3,6 +3,7 @@
 pub mod exchange;
 pub mod fanout;
 pub mod federated;
+pub mod flows;
 pub mod metrics;
 pub mod own_streams;
 pub mod process;

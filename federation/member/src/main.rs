@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use hanse_member::fanout::{
     NodeRecord, NodeToken, create_node_token, list_node_tokens, list_nodes, revoke_node, revoke_node_token,
 };
+use hanse_member::flows::{self, Party, Record};
 use hanse_member::process::{self, Options};
 use hanse_member::registration::MemberIdentity;
 use hanse_ruleset::UnknownPods;
@@ -46,11 +47,47 @@ enum Command {
         #[command(subcommand)]
         command: NodeTokenCommand,
     },
+    /// What kernels decided of connections of this cluster's pods, with what policy says of them, as enforced and as staged.
+    ///
+    /// Each line is one decision of one node, seconds old or older; the oldest are dropped at 128 MiB. Everything stands in
+    /// `flows/*.jsonl` in the folder, a JSON object in each line; `-o json` prints such lines.
+    Flows(FlowsArgs),
     /// Nodes that have enrolled.
     Node {
         #[command(subcommand)]
         command: NodeCommand,
     },
+}
+
+#[derive(Debug, Args)]
+struct FlowsArgs {
+    /// The folder of the member's files.
+    #[arg(long)]
+    data: PathBuf,
+    /// Only those of which policy would say something else if what is staged were enforced.
+    #[arg(long)]
+    would_change: bool,
+    /// Only what kernels decided so.
+    #[arg(long, value_enum)]
+    decision: Option<Decision>,
+    /// Only those from or to this pod, NAMESPACE/NAME, of this or another cluster.
+    #[arg(long)]
+    pod: Option<String>,
+    /// The newest so many of these.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    last: u32,
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    output: Output,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Decision {
+    /// They began.
+    Allowed,
+    /// They did not begin.
+    Denied,
+    /// They were under way.
+    Cut,
 }
 
 #[derive(Debug, Args)]
@@ -206,6 +243,7 @@ async fn main() -> anyhow::Result<()> {
         Command::NodeToken { command } => node_token(command),
         Command::Join(args) => join(args).await,
         Command::Node { command } => node(command),
+        Command::Flows(args) => print_flows(&args),
         Command::Run(args) => {
             let shutdown = Shutdown::default();
             let options = Options {
@@ -264,6 +302,67 @@ fn print(output: Output, value: &serde_json::Value) -> anyhow::Result<()> {
         Output::Table | Output::Json => println!("{value}"),
     }
     Ok(())
+}
+
+fn print_flows(args: &FlowsArgs) -> anyhow::Result<()> {
+    let decision = args.decision.map(|decision| match decision {
+        Decision::Allowed => "allowed",
+        Decision::Denied => "denied",
+        Decision::Cut => "cut",
+    });
+    let pod = match &args.pod {
+        Some(pod) => Some(pod.split_once('/').context("--pod is NAMESPACE/NAME")?),
+        None => None,
+    };
+    let is_pod = |party: &Party, (namespace, name): (&str, &str)| {
+        party.pod.as_ref().is_some_and(|it| (&*it.namespace, &*it.name) == (namespace, name))
+    };
+    let wanted = |record: &Record<'_>| {
+        (!args.would_change || record.would_change())
+            && decision.is_none_or(|decision| record.decision == decision)
+            && pod.is_none_or(|pod| is_pod(&record.from, pod) || is_pod(&record.to, pod))
+    };
+    let records = flows::read(&args.data, args.last as usize, wanted)
+        .with_context(|| format!("read the flows in {}", args.data.display()))?;
+    match args.output {
+        Output::Table => print!("{}", flow_table(&records)),
+        output => records.iter().try_for_each(|record| print(output, &serde_json::to_value(record)?))?,
+    }
+    Ok(())
+}
+
+/// The verdicts of policy beside what the kernel decided; the reason is that of the direction which decides.
+fn flow_table(records: &[Record<'_>]) -> String {
+    let mut table = format!(
+        "{:<20}  {:<8} {:>6}  {:<40} {:<40} {:<12} {:<7} {:<7} REASON\n",
+        "LAST AT", "DECISION", "COUNT", "FROM", "TO", "PROTOCOL", "POLICY", "STAGED"
+    );
+    for record in records {
+        let protocol = match (record.port, &record.icmp) {
+            (Some(port), _) => format!("{} {port}", record.protocol),
+            (None, Some(icmp)) => format!("{} {}/{}", record.protocol, icmp.kind, icmp.code),
+            (None, None) => record.protocol.clone(),
+        };
+        let policy = &record.policy;
+        let (egress, ingress, verdict) = match (&policy.staged.egress, &policy.staged.ingress) {
+            (Some(egress), Some(ingress)) if record.would_change() => (egress, ingress, &policy.staged.verdict),
+            _ => (&policy.egress, &policy.ingress, &policy.verdict),
+        };
+        let decides = if egress.verdict == *verdict { egress } else { ingress };
+        table.push_str(&format!(
+            "{:<20}  {:<8} {:>6}  {:<40} {:<40} {:<12} {:<7} {:<7} {}\n",
+            record.last_at,
+            record.decision,
+            record.count,
+            record.from.to_string(),
+            record.to.to_string(),
+            protocol,
+            policy.verdict,
+            policy.staged.verdict,
+            decides.reason(),
+        ));
+    }
+    table
 }
 
 fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {

@@ -28,6 +28,29 @@ pub struct Metrics {
     compile_seconds: Histogram,
 }
 
+/// What becomes of what agents tell of connections. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct FlowMetrics {
+    written: Counter,
+    lost: Counter,
+}
+
+impl FlowMetrics {
+    pub fn new(registry: &Registry) -> Self {
+        let it = Self::default();
+        registry.register(|r| {
+            r.register("member_flows_written", "Flow records that were written", it.written.clone());
+            r.register("member_flows_lost", "Decisions of kernels of which there is no record", it.lost.clone());
+        });
+        it
+    }
+
+    pub fn count(&self, written: u64, lost: u64) {
+        self.written.inc_by(written);
+        self.lost.inc_by(lost);
+    }
+}
+
 impl Metrics {
     pub fn new(registry: &Registry) -> Self {
         // A tenth of a millisecond to 1.6 s.

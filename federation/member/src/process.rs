@@ -23,7 +23,8 @@ use tokio::sync::mpsc;
 use crate::exchange::client::Client;
 use crate::exchange::model::Wanted;
 use crate::fanout::Fanout;
-use crate::metrics::Metrics;
+use crate::flows;
+use crate::metrics::{FlowMetrics, Metrics};
 use crate::own_streams::Ends;
 use crate::questions::Answering;
 use crate::registration::MemberIdentity;
@@ -90,7 +91,9 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     shutdown.spawn(resolver.clone().keep_fresh(stop.clone()));
     shutdown.spawn(identity.clone().keep_fresh(options.hubs.clone(), options.join.clone(), stop.clone()));
     let fanout = Fanout::new(&options.data, options.node_lifetime)?;
-    let (agents, enrolment) = fanout.serve(&identity, options.agent_listen, options.enrol_listen, &shutdown).await?;
+    let (flows, told) = flows::inbox();
+    let (agents, enrolment) =
+        fanout.serve(&identity, options.agent_listen, options.enrol_listen, flows, &shutdown).await?;
     tracing::info!(cluster = options.cluster, %agents, %enrolment, "member serves");
     let ends = |resolver: &Resolver| Ends {
         hubs: resolver.addresses(&options.hubs),
@@ -136,16 +139,17 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     member.take_local(local);
     client.start(&identity, &options.hubs, &shutdown);
     answering.start(&identity, &options.hubs, &shutdown);
+    shutdown.spawn(flows::keep(told, answering, options.data.clone(), FlowMetrics::new(&registry), stop.clone()));
     let (mut received, mut acknowledged, mut resolved) = (client.changes(), fanout.changes(), resolver.changes());
     let mut report = tokio::time::interval(REPORT_EVERY);
     report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut told = false;
+    let mut reported = false;
     loop {
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
             local = local_news.recv() => {
                 member.take_local(local.context("read the source")?);
-                told = false;
+                reported = false;
             }
             changed = received.changed() => {
                 changed.context("receive")?;
@@ -153,11 +157,11 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
                     member.world.receive(updates);
                     member.changed();
                 }
-                told = false;
+                reported = false;
             }
             changed = acknowledged.changed() => {
                 changed.context("fan out")?;
-                told = false;
+                reported = false;
             }
             changed = resolved.changed() => {
                 changed.context("resolve")?;
@@ -165,9 +169,9 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
                 member.changed();
             }
             Some(ask) = asked.recv() => ask.answer(&member.world, member.version),
-            _ = report.tick(), if !told => {
+            _ = report.tick(), if !reported => {
                 member.report();
-                told = true;
+                reported = true;
             }
         }
     }

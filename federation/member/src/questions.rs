@@ -94,16 +94,16 @@ impl Ask {
 
 /// Everything that an answer needs.
 #[derive(Debug)]
-struct Known {
+pub struct Known {
     /// Of [`Told`].
-    version: u64,
-    policies: PolicySet,
-    inventory: Inventory,
-    cluster: ClusterName,
+    pub version: u64,
+    pub policies: PolicySet,
+    pub inventory: Inventory,
+    pub cluster: ClusterName,
     /// Hanse's own streams, by node.
-    own_streams: BTreeMap<Arc<str>, Vec<OwnStream>>,
-    hub_revision: u64,
-    local_revision: u64,
+    pub own_streams: BTreeMap<Arc<str>, Vec<OwnStream>>,
+    pub hub_revision: u64,
+    pub local_revision: u64,
 }
 
 impl Answering {
@@ -183,7 +183,8 @@ impl Answering {
         answer.blocking_recv().ok()
     }
 
-    fn known(&self) -> Option<Arc<Known>> {
+    /// What holds now. Blocking. `None`: the process has ended.
+    pub fn known(&self) -> Option<Arc<Known>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let told = self.told(Some(known.as_ref().map_or(0, |known| known.version)))?;
         if let Some(federation) = &told.federation {
@@ -246,7 +247,7 @@ impl Known {
     }
 
     /// The stream of Hanse's own that a packet belongs to where `end` is judged, if any: on the node of that pod.
-    fn own_stream(&self, packet: &Query, end: &End) -> Option<&str> {
+    pub fn own_stream(&self, packet: &Query, end: &End) -> Option<&str> {
         let (cluster, id) = end.pod.as_ref().filter(|(cluster, _)| *cluster == self.cluster)?;
         let node = self.inventory.clusters.get(cluster)?.endpoints.get(id)?.node.as_ref()?;
         let holds = |nets: &[IpNet], end: &End| nets.iter().any(|net| net.contains(&end.address));

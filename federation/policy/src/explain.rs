@@ -5,11 +5,13 @@ pub mod answer;
 pub mod question;
 
 pub use answer::AnswerLine;
-pub use question::{Owners, Place, ProtocolName, Question, QuestionError};
+pub use question::{Owners, Place, ProtocolName, Question, QuestionError, protocol_name};
 
-use crate::evaluate::{Answer, Query, View, evaluate};
+use std::net::IpAddr;
+
+use crate::evaluate::{Answer, End, Query, View, evaluate};
 use crate::inventory::Inventory;
-use crate::model::PolicySet;
+use crate::model::{ClusterName, PolicySet};
 use crate::prepared::Prepared;
 
 /// Policies and an inventory, ready to be asked.
@@ -71,10 +73,18 @@ impl<'a> Explainer<'a> {
     /// # Errors
     /// When the question names what is not there, or is no packet.
     pub fn explain(&self, question: &Question) -> Result<Explanation, QuestionError> {
-        let packet = self.owners.packet(question)?;
+        Ok(self.explain_packet(&self.owners.packet(question)?))
+    }
+
+    /// An address as an end of a packet, with the pod that owns it: of several clusters' pods that of `prefer`.
+    pub fn end(&self, address: IpAddr, prefer: &ClusterName) -> End {
+        self.owners.of(address, prefer)
+    }
+
+    pub fn explain_packet(&self, packet: &Query) -> Explanation {
         let form = if self.reference { "reference" } else { "prepared" };
-        let pending = self.pending.as_ref().map(|pending| self.ask(pending, &packet, View::Pending));
-        Ok(Explanation { enforced: self.ask(&self.enforced, &packet, View::Enforced), pending, form })
+        let pending = self.pending.as_ref().map(|pending| self.ask(pending, packet, View::Pending));
+        Explanation { enforced: self.ask(&self.enforced, packet, View::Enforced), pending, form }
     }
 
     fn ask(&self, prepared: &Prepared<'_>, packet: &Query, view: View) -> Answer {

@@ -327,15 +327,3 @@ fn told(packets: &[Packets]) -> String {
     let parts = by_protocol.into_iter().map(|((_, name), texts)| format!("{name} {}", texts.join(", ")));
     parts.collect::<Vec<_>>().join("; ")
 }
-
-fn protocol_name(number: u8) -> String {
-    match number {
-        1 => "ICMP".to_owned(),
-        6 => "TCP".to_owned(),
-        17 => "UDP".to_owned(),
-        58 => "ICMPv6".to_owned(),
-        132 => "SCTP".to_owned(),
-        136 => "UDPLite".to_owned(),
-        number => number.to_string(),
-    }
-}

@@ -75,6 +75,19 @@ impl ProtocolName {
     }
 }
 
+/// A protocol's name, which [`ProtocolName`] reads; a number where it has none.
+pub fn protocol_name(number: u8) -> String {
+    match number {
+        1 => "ICMP".to_owned(),
+        6 => "TCP".to_owned(),
+        17 => "UDP".to_owned(),
+        58 => "ICMPv6".to_owned(),
+        132 => "SCTP".to_owned(),
+        136 => "UDPLite".to_owned(),
+        number => number.to_string(),
+    }
+}
+
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -203,6 +216,13 @@ impl<'a> Owners<'a> {
         let missing = || QuestionError::Pod(name.to_string(), namespace.to_owned(), pod.to_owned());
         let endpoint = endpoints.get(&id).ok_or_else(missing)?;
         Ok(((*name).clone(), id, endpoint))
+    }
+
+    /// An address, and who owns it; of several clusters' pods that of `prefer`.
+    pub fn of(&self, address: IpAddr, prefer: &ClusterName) -> End {
+        let owners = self.by_address.get(&address).map(Vec::as_slice).unwrap_or_default();
+        let owner = owners.iter().find(|(cluster, _)| *cluster == prefer).or(owners.first());
+        End { address, pod: owner.map(|(cluster, id)| ((*cluster).clone(), (*id).clone())) }
     }
 
     /// An address that several clusters' pods own is the other end's cluster's, else the first cluster's.
