@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use hanse_policy::diff::{Change, Diff, Packets, Party, State};
 use hanse_policy::evaluate::{Verdict, View};
 use hanse_policy::explain::answer;
+use hanse_policy::explain::protocol_name;
 use hanse_policy::workload::common_name;
 use serde::Serialize;
 
