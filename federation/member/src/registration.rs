@@ -42,6 +42,8 @@ pub enum RegistrationError {
     OtherCluster(String, String),
     #[error("the files in {0} are of the cluster {1}, not {2}")]
     OtherFiles(PathBuf, String, String),
+    #[error("the files in {0} are of another ClusterSet than the token: begin with an empty folder")]
+    OtherClusterSet(PathBuf),
     #[error("the hub refused: {0}")]
     Refused(String),
     #[error("the hub cannot be reached")]
@@ -113,6 +115,12 @@ impl MemberIdentity {
         let token = token.ok_or_else(|| RegistrationError::NoToken(token_file.to_owned()))?;
         if token.cluster != cluster {
             return Err(RegistrationError::OtherCluster(token.cluster, cluster.to_owned()));
+        }
+        // Before the hub hears of anything: what is there belongs to agents that know it.
+        if let Some(former) = Self::read(data, cluster)?
+            && former.root.fingerprint() != token.root
+        {
+            return Err(RegistrationError::OtherClusterSet(data.to_owned()));
         }
         let client = TlsClient::pinned(PinnedRoot::new(token.root, Identity::Hub))?;
         let key = Key::read_or_generate(&data.join("member.next.pem"))?;

@@ -13,7 +13,29 @@ use hanse_runtime::keys::{Credentials, Fingerprint, Key};
 use hanse_runtime::tls::{PinnedRoot, TlsClient};
 use hanse_runtime::token::Token;
 
-use crate::support::{SOON, TestHub, eventually, is_served, open};
+use crate::support::{SOON, TestHub, eventually, is_served, join, open};
+
+/// Agents know the cluster by the authority in these files, and another cluster would take its place.
+#[tokio::test]
+async fn a_folder_is_of_one_cluster_of_one_cluster_set() {
+    let (test, other) = (TestHub::start().await, TestHub::start().await);
+    test.member("train").await;
+    let folder = test.member_folder("train");
+    let files = || ["member.pem", "intermediate.pem", "root.pem"].map(|name| std::fs::read(folder.join(name)).unwrap());
+    let before = files();
+    let token = test.token("serve", true).await;
+    let joined = test.join("train", "serve", &token).await;
+    assert!(
+        matches!(&joined, Err(RegistrationError::OtherFiles(_, found, _)) if found.contains("train")),
+        "{joined:?}"
+    );
+    let token = other.token("train", true).await;
+    let joined = join(&folder, "train", &token, &other.hub.join_address.to_string()).await;
+    assert!(matches!(joined, Err(RegistrationError::OtherClusterSet(_))), "{joined:?}");
+    assert_eq!(files(), before);
+    // The hub has not heard of it: the token is as good as before.
+    other.join("elsewhere", "train", &token).await.unwrap();
+}
 
 #[tokio::test]
 async fn a_cluster_joins_with_a_token_and_is_served() {

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -274,16 +275,10 @@ impl Client {
                     }
                 }
                 _ = beat.tick() => Message::Heartbeat(pb::Heartbeat {}),
-                // The next connection shows the new certificate; this one closes when that one has resumed, and serves on
-                // while it cannot.
-                () = renewals.due() => {
-                    match within(self.open_publish(identity, hub)).await {
-                        Ok(opened) => {
-                            (outbox, answers, session) = opened;
-                            realisation.mark_changed();
-                        }
-                        Err(error) => renewals.failed(&error, hub),
-                    }
+                // The next connection shows the new certificate; this one serves on until that one has resumed.
+                opened = renewals.opened(hub, || self.open_publish(identity, hub)) => {
+                    (outbox, answers, session) = opened;
+                    realisation.mark_changed();
                     continue;
                 }
             };
@@ -359,13 +354,8 @@ impl Client {
                     lock(&self.shared.receiver).set_own(&wanted).into_iter().collect()
                 }
                 // As when publishing, as far as the connection; the receiver then follows one stream.
-                () = renewals.due() => {
-                    match within(connect(identity, hub)).await {
-                        Ok(connection) => {
-                            (outbox, incoming) = within(self.open_watch(connection, &mut own)).await?;
-                        }
-                        Err(error) => renewals.failed(&error, hub),
-                    }
+                connection = renewals.opened(hub, || connect(identity, hub)) => {
+                    (outbox, incoming) = within(self.open_watch(connection, &mut own)).await?;
                     continue;
                 }
             };
@@ -425,17 +415,43 @@ async fn connect(identity: &MemberIdentity, hub: &str) -> anyhow::Result<Connect
     Ok(identity.connect(hub).await?)
 }
 
-/// When a stream must be opened anew, to show a renewed certificate.
-struct Renewals {
+/// Opens a stream anew when it must show a renewed certificate.
+struct Renewals<'a, T> {
     changed: watch::Receiver<()>,
     again: Option<Instant>,
+    opening: Option<Pin<Box<dyn Future<Output = anyhow::Result<T>> + Send + 'a>>>,
 }
 
-impl Renewals {
+impl<'a, T: 'a> Renewals<'a, T> {
     fn of(identity: &MemberIdentity) -> Self {
         let mut changed = identity.credentials().subscribe();
         changed.mark_unchanged();
-        Self { changed, again: None }
+        Self { changed, again: None, opening: None }
+    }
+
+    /// What `open` gave after the next renewal. Whoever drops the future and calls again goes on where it was, so that the
+    /// stream with the former certificate is served meanwhile.
+    async fn opened<F>(&mut self, hub: &str, open: impl Fn() -> F) -> T
+    where
+        F: Future<Output = anyhow::Result<T>> + Send + 'a,
+    {
+        loop {
+            let Some(opening) = &mut self.opening else {
+                self.due().await;
+                self.opening = Some(Box::pin(within(open())));
+                continue;
+            };
+            let opened = opening.await;
+            self.opening = None;
+            match opened {
+                Ok(opened) => return opened,
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    tracing::warn!(error, hub, "the stream with the former certificate serves on");
+                    self.again = Some(Instant::now() + REOPEN_AFTER);
+                }
+            }
+        }
     }
 
     async fn due(&mut self) {
@@ -449,11 +465,6 @@ impl Renewals {
         }
         self.again = None;
         self.changed.mark_unchanged();
-    }
-
-    fn failed(&mut self, error: &anyhow::Error, hub: &str) {
-        tracing::warn!(error = format!("{error:#}"), hub, "the stream with the former certificate serves on");
-        self.again = Some(Instant::now() + REOPEN_AFTER);
     }
 }
 
@@ -495,6 +506,45 @@ mod tests {
         let begins_with = client.take_updates().map_or(Position::default(), |updates| updates.in_force);
         lock(&client.shared.receiver).open();
         (client, begins_with.revision)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_is_served_while_the_next_one_is_opened() {
+        let (renewed, changed) = watch::channel(());
+        let mut renewals = Renewals { changed, again: None, opening: None };
+        let (asked, answers) = (std::cell::Cell::new(0), mpsc::channel::<anyhow::Result<u32>>(1));
+        let answered = Arc::new(tokio::sync::Mutex::new(answers.1));
+        let open = || {
+            asked.set(asked.get() + 1);
+            let answered = answered.clone();
+            async move { answered.lock().await.recv().await.expect("an answer") }
+        };
+        // A message of the old stream comes each millisecond, and each drops the future.
+        let mut messages = tokio::time::interval(Duration::from_millis(1));
+        messages.tick().await;
+        let mut serve = async |until: u32| -> Option<u32> {
+            for _ in 0..until {
+                tokio::select! {
+                    _ = messages.tick() => {}
+                    opened = renewals.opened("hub", open) => return Some(opened),
+                }
+            }
+            None
+        };
+        assert_eq!(serve(50).await, None, "nothing was renewed");
+        assert_eq!(asked.get(), 0);
+        renewed.send_replace(());
+        assert_eq!(serve(50).await, None);
+        assert_eq!(asked.get(), 1, "once, however often the future was dropped");
+        answers.0.send(Err(anyhow::anyhow!("down"))).await.expect("sent");
+        assert_eq!(serve(10).await, None, "it is tried again later");
+        answers.0.send(Ok(7)).await.expect("sent");
+        assert_eq!(serve(REOPEN_AFTER.as_millis() as u32 + 10).await, Some(7));
+        assert_eq!(asked.get(), 2);
+        // A hub that says nothing does not hold it for ever.
+        renewed.send_replace(());
+        assert_eq!(serve((SILENCE + REOPEN_AFTER).as_millis() as u32 + 10).await, None);
+        assert_eq!(asked.get(), 4);
     }
 
     #[test]
