@@ -10,11 +10,11 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use rustls::ServerConfig;
-use rustls::server::NoServerSessionStorage;
+use rustls::server::{Acceptor, NoServerSessionStorage};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -25,8 +25,10 @@ use crate::keys::{Certificate, KeyError};
 
 /// A handshake takes at most this long.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
-/// Beyond it a handshake makes room for others: a message to and fro takes far less.
-const LONG_HANDSHAKE: Duration = Duration::from_secs(1);
+/// A peer that connects says something at once. One that has not in this time makes room for others ...
+const LONG_SILENCE: Duration = Duration::from_secs(1);
+/// ... and one that has spoken, in this: with many at once it may be us who are slow.
+const LONG_HANDSHAKE: Duration = Duration::from_secs(5);
 /// How often too many handshakes are told of, at most.
 const WARN_EVERY: Duration = Duration::from_secs(10);
 /// Sources that the rate limit remembers: 4,096 × about 64 bytes is 256 KiB. Beyond it, full allowances are forgotten; when none is full, newcomers are refused.
@@ -150,7 +152,6 @@ pub async fn incoming(
     let address = listener.local_addr()?;
     let (sender, receiver) = mpsc::channel(16);
     tokio::spawn(async move {
-        let acceptor = TlsAcceptor::from(tls.config.clone());
         let handshakes = Arc::new(Handshakes::new(limits.handshakes));
         let mut rate = limits.per_second.map(RateLimit::new);
         loop {
@@ -180,8 +181,7 @@ pub async fn incoming(
                 debug!(%remote, "connection refused: too many of this address");
                 continue;
             }
-            let (acceptor, sender, tls, connections) =
-                (acceptor.clone(), sender.clone(), tls.clone(), connections.clone());
+            let (sender, tls, connections) = (sender.clone(), tls.clone(), connections.clone());
             let Some(place) = Handshakes::begin(&handshakes, remote.ip()) else {
                 debug!(%remote, "connection refused: too many handshakes");
                 continue;
@@ -193,7 +193,7 @@ pub async fn incoming(
                 let latest = limits.lifetime.map_or(own, |lifetime| own.min(SystemTime::now() + lifetime));
                 let accepted = tokio::select! {
                     () = place.cut_short.cancelled() => return debug!(%remote, "handshake cut short"),
-                    accepted = tokio::time::timeout(HANDSHAKE_TIME, acceptor.accept(stream)) => accepted,
+                    accepted = tokio::time::timeout(HANDSHAKE_TIME, shake_hands(stream, &tls, &place)) => accepted,
                 };
                 let stream = match accepted {
                     Ok(Ok(stream)) => stream,
@@ -212,6 +212,16 @@ pub async fn incoming(
         }
     });
     Ok(Incoming { receiver, address })
+}
+
+async fn shake_hands(
+    stream: TcpStream,
+    tls: &ServerTls,
+    place: &Handshake,
+) -> io::Result<tokio_rustls::server::TlsStream<TcpStream>> {
+    let begun = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+    place.has_spoken();
+    begun.into_stream(tls.config.clone()).await
 }
 
 fn describe(
@@ -245,8 +255,8 @@ pub(super) fn key_exchange(group: Option<&'static dyn rustls::crypto::SupportedK
 }
 
 /// The handshakes of a listener. Whoever opens connections and says nothing makes room: the oldest handshake of the address
-/// that has most is cut short for one that has less than half as many, and for everybody when it takes long. Else the
-/// newcomer is refused: a fleet that comes back at once would only cut short what is about to end.
+/// that has most is cut short for one that has less than half as many, and for everybody the oldest that takes long. Else
+/// the newcomer is refused: a fleet that comes back at once would only cut short what is about to end.
 #[derive(Debug)]
 struct Handshakes {
     limit: usize,
@@ -256,9 +266,24 @@ struct Handshakes {
 #[derive(Debug, Default)]
 struct OpenHandshakes {
     /// In the order in which they began.
-    list: BTreeMap<u64, (IpAddr, Instant, CancellationToken)>,
+    list: BTreeMap<u64, OpenHandshake>,
     next: u64,
     warned: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct OpenHandshake {
+    source: IpAddr,
+    began: Instant,
+    /// Its first message has come.
+    has_spoken: bool,
+    cut_short: CancellationToken,
+}
+
+impl OpenHandshake {
+    fn takes_long(&self, now: Instant) -> bool {
+        now.duration_since(self.began) >= if self.has_spoken { LONG_HANDSHAKE } else { LONG_SILENCE }
+    }
 }
 
 /// A handshake that has begun.
@@ -284,29 +309,37 @@ impl Handshakes {
         let mut open = this.open();
         if open.list.len() >= this.limit {
             let mut counts: HashMap<IpAddr, usize> = HashMap::new();
-            for (source, ..) in open.list.values() {
-                *counts.entry(*source).or_default() += 1;
+            for it in open.list.values() {
+                *counts.entry(it.source).or_default() += 1;
             }
-            let most = counts.values().copied().max().unwrap_or_default();
-            let (number, (of, began, cut_short)) =
-                open.list.iter().find(|(_, (source, ..))| counts.get(source) == Some(&most))?;
             let mine = counts.get(&source).copied().unwrap_or_default();
-            if most < 2 * (mine + 1) && now.duration_since(*began) < LONG_HANDSHAKE {
-                return None;
-            }
-            cut_short.cancel();
-            let (number, of) = (*number, *of);
-            open.list.remove(&number);
+            let most = counts.values().copied().max().unwrap_or_default();
+            let has_many = most >= 2 * (mine + 1);
+            let makes_room =
+                |it: &OpenHandshake| it.takes_long(now) || has_many && counts.get(&it.source) == Some(&most);
+            let number = *open.list.iter().find(|(_, it)| makes_room(it))?.0;
+            let cut = open.list.remove(&number)?;
+            cut.cut_short.cancel();
             if open.warned.is_none_or(|at| now.duration_since(at) > WARN_EVERY) {
                 open.warned = Some(now);
-                warn!(source = %of, of_it = most, limit = this.limit, "too many handshakes: some are cut short");
+                let of_it = counts.get(&cut.source).copied().unwrap_or_default();
+                warn!(source = %cut.source, of_it, limit = this.limit, "too many handshakes: some are cut short");
             }
         }
         let (number, cut_short) = (open.next, CancellationToken::new());
         open.next += 1;
-        open.list.insert(number, (source, now, cut_short.clone()));
+        let begun = OpenHandshake { source, began: now, has_spoken: false, cut_short: cut_short.clone() };
+        open.list.insert(number, begun);
         drop(open);
         Some(Handshake { of: Arc::clone(this), number, cut_short })
+    }
+}
+
+impl Handshake {
+    fn has_spoken(&self) {
+        if let Some(it) = self.of.open().list.get_mut(&self.number) {
+            it.has_spoken = true;
+        }
     }
 }
 
@@ -396,10 +429,16 @@ mod tests {
         let fleet: Vec<Handshake> = (1..=4).map(|last| begin(last).expect("room")).collect();
         assert!(begin(5).is_none());
         assert!(fleet.iter().all(|it| !it.cut_short.is_cancelled()));
-        tokio::time::advance(LONG_HANDSHAKE).await;
-        let late = begin(5).expect("the first takes long");
-        assert!(fleet[0].cut_short.is_cancelled() && !fleet[1].cut_short.is_cancelled());
-        drop((fleet, late));
+        // Who has spoken is given more time: it may be us who are slow.
+        fleet[0].has_spoken();
+        tokio::time::advance(LONG_SILENCE).await;
+        let late = begin(5).expect("the second has said nothing");
+        let cut = || fleet.iter().map(|it| it.cut_short.is_cancelled()).collect::<Vec<_>>();
+        assert_eq!(cut(), [false, true, false, false]);
+        tokio::time::advance(LONG_HANDSHAKE - LONG_SILENCE).await;
+        let later = begin(6).expect("the first takes long");
+        assert_eq!(cut(), [true, true, false, false]);
+        drop((fleet, late, later));
         assert!(handshakes.open().list.is_empty());
     }
 
@@ -481,6 +520,30 @@ mod tests {
             // An alert, which is fatal: protocol_version.
             assert_eq!((answer[0], &answer[5..]), (21, &[2, 70][..]));
             stop.cancel();
+        }
+    }
+
+    #[tokio::test]
+    async fn who_sends_a_first_message_has_spoken() {
+        use tokio::io::AsyncWriteExt as _;
+
+        use crate::ca::Ca;
+        use crate::identity::{Identity, TrustDomain};
+        let hour = Duration::from_secs(3_600);
+        let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
+        let own = ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap();
+        let tls = ServerTls::anonymous(CredentialStore::new(own).unwrap(), ca.certificate()).unwrap();
+        let handshakes = Arc::new(Handshakes::new(1));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        // What was said is refused, but it was said.
+        for (said, has_spoken) in [(hello_of_tls_1_2(), true), (hello_of_tls_1_2()[..20].to_vec(), false)] {
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            client.write_all(&said).await.unwrap();
+            client.shutdown().await.unwrap();
+            let (stream, remote) = listener.accept().await.unwrap();
+            let place = Handshakes::begin(&handshakes, remote.ip()).unwrap();
+            assert!(shake_hands(stream, &tls, &place).await.is_err());
+            assert_eq!(handshakes.open().list[&place.number].has_spoken, has_spoken);
         }
     }
 

@@ -512,7 +512,7 @@ mod tests {
     async fn a_stream_is_served_while_the_next_one_is_opened() {
         let (renewed, changed) = watch::channel(());
         let mut renewals = Renewals { changed, again: None, opening: None };
-        let (asked, answers) = (std::cell::Cell::new(0), mpsc::channel::<anyhow::Result<u32>>(1));
+        let (asked, answers) = (std::cell::Cell::new(0), mpsc::channel::<anyhow::Result<u32>>(2));
         let answered = Arc::new(tokio::sync::Mutex::new(answers.1));
         let open = || {
             asked.set(asked.get() + 1);
