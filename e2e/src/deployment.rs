@@ -173,6 +173,15 @@ impl<'a> Deployment<'a> {
         Ok(())
     }
 
+    /// What kernels of a cluster decided of connections, as its member has it: `hanse-member flows` with these arguments.
+    pub fn flows(&self, cluster: &str, arguments: &[&str]) -> anyhow::Result<Vec<Value>> {
+        let mut command = self.program("hanse-member");
+        command.args(["flows", "-o", "json", "--last", "100000", "--data"]).arg(self.member_data(cluster));
+        let output = command.args(arguments).output().context("start hanse-member flows")?;
+        let lines = success("hanse-member flows", output)?;
+        lines.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
     /// Runs `hanse` as the administrator; its output, or its complaint.
     pub fn hanse(&self, arguments: &[&str]) -> anyhow::Result<String> {
         success(&format!("hanse {}", arguments.join(" ")), self.try_hanse(arguments)?)

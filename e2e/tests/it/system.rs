@@ -346,6 +346,58 @@ fn status_tells_what_nodes_enforce_and_what_is_wrong_with_a_source() {
     });
 }
 
+/// What is staged denies what is enforced allows: the records of real connections say both.
+#[test]
+fn every_flow_has_the_enforced_and_the_staged_outcome() {
+    sandbox::test("system::every_flow_has_the_enforced_and_the_staged_outcome", || {
+        let world = World::new();
+        let fabric = Fabric::build(&world.clusters).expect("the network");
+        let _listeners = world.listen(&fabric);
+        let system = world.join(&fabric);
+        let (trainer, registry) = (world.pod("trainer-0"), world.pod("registry-0"));
+        let (notebook, vllm) = (world.pod("notebook-0"), world.pod("vllm-0"));
+        let staged = format!(
+            "apiVersion: projectcalico.org/v3\nkind: StagedNetworkPolicy\nmetadata: {{name: closed, namespace: {}}}\n\
+             spec: {{selector: \"app == 'model-registry'\", ingress: [{{action: Deny}}]}}\n",
+            registry.namespace
+        );
+        std::fs::write(world.clusters[0].directory.join("staged.yaml"), staged).expect("written");
+        system.hanse(&["apply", "-f", &world.federation.to_string_lossy()]).expect("applied");
+        system.wait_for_policies().expect("enforced");
+        system.settle(&["train", "serve"]).expect("in sync");
+        assert!(connects(&fabric, trainer, registry) && connects(&fabric, vllm, registry));
+        assert!(blocked(&fabric, notebook, registry));
+        let place = |party: &serde_json::Value| {
+            let text = |key: &str| party[key].as_str().unwrap_or_default().to_owned();
+            (text("cluster"), text("namespace"), text("pod"))
+        };
+        let named = |pod: &Pod| (pod.cluster.clone(), pod.namespace.clone(), pod.name.clone());
+        let expect = |cluster: &str, from: &Pod, decision: &str, outcomes: [&str; 4]| {
+            let mut found = Vec::new();
+            let complete = probe::until(PATIENCE, || {
+                found = system.flows(cluster, &["--decision", decision]).unwrap_or_default();
+                let ends = (named(from), named(registry));
+                found.retain(|it| (place(&it["from"]), place(&it["to"])) == ends && it["port"] == registry.port);
+                let ips: Vec<&str> = found.iter().filter_map(|it| it["to"]["ip"].as_str()).collect();
+                registry.addresses.iter().all(|address| ips.contains(&&*address.to_string()))
+            });
+            assert!(complete.is_some(), "{cluster}: {} {decision}: {found:?}\n{}", from.name, system.logs());
+            for flow in &found {
+                let of = |path: &str| flow.pointer(path).and_then(|it| it.as_str()).unwrap_or_default();
+                let said = [of("/verdict"), of("/egress/verdict"), of("/ingress/verdict"), of("/staged/verdict")];
+                assert_eq!(said, outcomes, "{flow}");
+            }
+        };
+        expect("train", trainer, "allowed", ["allow", "allow", "allow", "deny"]);
+        expect("train", vllm, "allowed", ["allow", "none", "allow", "deny"]);
+        expect("train", notebook, "denied", ["deny", "none", "deny", "deny"]);
+        // The member of the source knows what its pod may send, and nothing of what is staged elsewhere.
+        expect("serve", vllm, "allowed", ["allow", "allow", "none", "allow"]);
+        let changing = system.flows("train", &["--would-change"]).expect("flows");
+        assert!(!changing.is_empty() && changing.iter().all(|it| place(&it["to"]) == named(registry)), "{changing:?}");
+    });
+}
+
 #[test]
 fn certificates_rotate_without_losing_an_update() {
     sandbox::test("system::certificates_rotate_without_losing_an_update", || {
