@@ -5,6 +5,7 @@
 
 mod conntrack;
 mod expression;
+pub mod flows;
 mod interfaces;
 mod netlink;
 mod probe;
@@ -41,11 +42,19 @@ pub struct Config {
     pub packet_mark_mask: u32,
     /// Interfaces that lead out of the node. Packets from any other must come from where their source is routed to.
     pub uplinks: Vec<String>,
+    /// Rules tell what they decide of connections to [`flows::Flows`]. Only for a kernel for which those could be opened.
+    pub flows: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { table: "hanse".into(), ct_mark_mask: 0xffff_0000, packet_mark_mask: 0x0030_0000, uplinks: Vec::new() }
+        Self {
+            table: "hanse".into(),
+            ct_mark_mask: 0xffff_0000,
+            packet_mark_mask: 0x0030_0000,
+            uplinks: Vec::new(),
+            flows: false,
+        }
     }
 }
 

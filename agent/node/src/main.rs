@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hanse_agent::enforcer::{Enforcer, Options, Started};
+use hanse_agent::flows;
 use hanse_agent::identity::{Enrolment, NodeIdentity};
 use hanse_agent::pod_ranges;
 use hanse_agent::status::{self, Status};
@@ -72,6 +73,9 @@ struct RunArgs {
     pod_range: Vec<IpNet>,
     #[command(flatten)]
     marks: Marks,
+    /// Do not tell the member what the kernel decides of connections.
+    #[arg(long)]
+    no_flows: bool,
     /// Health and readiness over HTTP.
     #[arg(long)]
     health_listen: Option<SocketAddr>,
@@ -168,6 +172,7 @@ fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
     println!("as of        {} ({} s ago)", rfc3339(status.written_at()), status.age_seconds());
     let hooks = if status.hooks.is_empty() { "see the pods' packets" } else { &status.hooks };
     println!("hooks        {hooks}");
+    println!("flows        {}", status.flows);
     for pod in &status.unenforced {
         println!("unenforced   {}/{}: {}", pod.namespace, pod.name, pod.reason);
     }
@@ -182,10 +187,17 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     tls::install_provider();
     files::private_folder(&args.data).with_context(|| format!("make {}", args.data.display()))?;
     let _lock = status::lock(&args.data)?;
+    let detect_uplinks = args.uplink.is_empty();
+    let mut dataplane = args.marks.config(args.uplink)?;
+    // Before the rules that tell: a kernel that cannot would refuse them.
+    let listening = flows::listen(args.no_flows, &dataplane.table);
+    dataplane.flows = listening.is_ok();
+    let (flows_state, flows_told) =
+        watch::channel(listening.as_ref().err().cloned().unwrap_or_else(|| "not told yet".to_owned()));
     let options = Options {
         data: args.data.clone(),
-        detect_uplinks: args.uplink.is_empty(),
-        dataplane: args.marks.config(args.uplink)?,
+        detect_uplinks,
+        dataplane,
         pod_ranges: args.pod_range.iter().map(IpNet::trunc).collect(),
     };
     // Before anybody is asked: the node is closed, or as it was.
@@ -205,7 +217,8 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let mut follower =
         Follower { node: node.clone(), enforcer, held, refused, pod_ranges, open, connected: false, in_sync, status };
     follower.tell();
-    tokio::spawn(status::keep(data.clone(), told));
+    let windows = listening.ok().map(|flows| flows::collect(flows, flows_state.clone()));
+    tokio::spawn(status::keep(data.clone(), told, flows_told));
     let (member, enrolment) = (args.member, Enrolment { address: args.enrol, token_file: args.token_file });
     let task = shutdown.spawn(async move {
         // Without an identity there is nothing to follow; the kernel keeps what it has.
@@ -223,6 +236,9 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
             }
         };
         let fresh = tokio::spawn(identity.clone().keep_fresh(member.clone(), enrolment, stop.clone()));
+        if let Some(windows) = windows {
+            tokio::spawn(flows::tell(windows, flows_state, identity.clone(), member.clone(), stop.clone()));
+        }
         follower.run(identity, member, stop).await;
         let _ = fresh.await;
         anyhow::Ok(())

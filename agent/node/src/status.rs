@@ -46,6 +46,9 @@ pub struct Status {
     #[serde(default)]
     pub open: bool,
     pub connected: bool,
+    /// Whether the member is told what the kernel decides of connections, and why not.
+    #[serde(default)]
+    pub flows: String,
     /// Seconds since the Unix epoch, by this machine's clock: the last sign of life.
     pub written_at: u64,
 }
@@ -95,13 +98,14 @@ impl Status {
     }
 }
 
-/// Writes what is told, at each change and as a heartbeat. Returns when nobody is left to tell.
-pub async fn keep(data: PathBuf, mut told: watch::Receiver<Status>) {
+/// Writes what is told, with how it is with flows, at each change and as a heartbeat. Returns when nobody is left to tell.
+pub async fn keep(data: PathBuf, mut told: watch::Receiver<Status>, mut flows: watch::Receiver<String>) {
     loop {
-        let told_last = told.borrow_and_update().clone();
-        Status { written_at: seconds(SystemTime::now()), ..told_last }.write(&data);
+        let (told_last, flows_last) = (told.borrow_and_update().clone(), flows.borrow_and_update().clone());
+        Status { flows: flows_last, written_at: seconds(SystemTime::now()), ..told_last }.write(&data);
         tokio::select! {
             changed = told.changed() => if changed.is_err() { return },
+            Ok(()) = flows.changed() => {}
             () = tokio::time::sleep(HEARTBEAT) => {}
         }
     }
@@ -144,7 +148,8 @@ mod tests {
     async fn a_status_that_does_not_change_is_written_again_and_again() {
         let folder = tempfile::tempdir().expect("a folder");
         let (tell, told) = watch::channel(Status { node: "n".into(), ..Status::default() });
-        let keeping = tokio::spawn(keep(folder.path().to_owned(), told));
+        let (flows, flows_told) = watch::channel("off".to_owned());
+        let keeping = tokio::spawn(keep(folder.path().to_owned(), told, flows_told));
         for beat in 0..3 {
             let path = folder.path().join("status.json");
             // The paused clock goes on as soon as everything waits.
@@ -155,9 +160,18 @@ mod tests {
             })
             .await
             .unwrap_or_else(|_| panic!("beat {beat}"));
-            assert_eq!(Status::read(folder.path()).expect("written").node, "n");
+            let status = Status::read(folder.path()).expect("written");
+            assert_eq!((status.node.as_str(), status.flows.as_str()), ("n", "off"));
             std::fs::remove_file(path).expect("removed");
         }
+        // A change is written before the next beat.
+        flows.send_replace("told".to_owned());
+        let written = tokio::time::timeout(HEARTBEAT / 2, async {
+            while Status::read(folder.path()).map_or(true, |status| status.flows != "told") {
+                tokio::time::sleep(HEARTBEAT / 100).await;
+            }
+        });
+        assert!(written.await.is_ok());
         drop(tell);
         keeping.await.expect("it ends with who tells");
     }

@@ -290,6 +290,8 @@ impl Follower {
             pod_ranges: self.held.as_ref().map_or(&self.pod_ranges, |held| &held.node.pod_ranges).clone(),
             open: self.held.as_ref().map_or(self.open, |held| held.node.pod_ranges.is_empty()),
             connected: self.connected,
+            // Who writes it knows.
+            flows: String::new(),
             written_at: 0,
         };
         self.status.send_replace(status);

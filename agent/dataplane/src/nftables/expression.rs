@@ -28,6 +28,7 @@ pub enum Direction {
 pub enum Ct {
     State = 0,
     Direction = 1,
+    Status = 2,
     Mark = 3,
     Protocol = 10,
     ProtoSource = 11,
@@ -113,8 +114,14 @@ pub enum Expression {
         register: u32,
     },
     Counter,
+    /// Goes on only with what is more than so many packets a second, and more than a second's worth at once.
+    Over {
+        per_second: u32,
+    },
+    /// Copies the packet to whoever listens to the group; its first bytes where `bytes` says how many.
     Log {
         group: u16,
+        bytes: Option<u32>,
     },
     TcpReset,
     Verdict(Verdict),
@@ -165,7 +172,16 @@ impl Expression {
                 ("dynset", new().text(1, set).u32(3, ADD).u32(4, *register))
             }
             Self::Counter => ("counter", new()),
-            Self::Log { group } => ("log", new().u16(1, *group)),
+            Self::Over { per_second } => {
+                const SECOND: u64 = 1;
+                const PACKETS: u32 = 0;
+                const INVERTED: u32 = 1;
+                let rate = new().u64(1, u64::from(*per_second)).u64(2, SECOND);
+                ("limit", rate.u32(3, *per_second).u32(4, PACKETS).u32(5, INVERTED))
+            }
+            Self::Log { group, bytes } => {
+                ("log", bytes.iter().fold(new().u16(1, *group), |data, bytes| data.u32(3, *bytes)))
+            }
             Self::TcpReset => ("reject", new().u32(1, 1)),
             Self::Verdict(verdict) => ("immediate", new().u32(1, VERDICT_REGISTER).nest(2, &verdict_data(verdict))),
         };

@@ -5,12 +5,14 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::time::Duration;
 
 use netlink_sys::{
     Socket, SocketAddr,
     protocols::{NETLINK_NETFILTER, NETLINK_ROUTE},
 };
+use nix::sys::time::{TimeVal, TimeValLike as _};
 
 /// Flags of `nlmsghdr`.
 pub const REQUEST: u16 = 0x1;
@@ -56,6 +58,10 @@ impl Attributes {
     }
 
     pub fn u32(self, kind: u16, value: u32) -> Self {
+        self.bytes(kind, &value.to_be_bytes())
+    }
+
+    pub fn u64(self, kind: u16, value: u64) -> Self {
         self.bytes(kind, &value.to_be_bytes())
     }
 
@@ -181,6 +187,10 @@ pub struct Received {
     pub body: Vec<u8>,
     /// The address family of the netfilter header.
     pub family: u8,
+    /// The subsystem, and what the message is in it.
+    pub kind: u16,
+    /// What the netfilter header calls the resource: a group of packets.
+    pub resource: u16,
 }
 
 #[derive(Debug)]
@@ -206,7 +216,7 @@ impl Netlink {
     fn open_protocol(protocol: isize) -> io::Result<Self> {
         let mut socket = Socket::new(protocol)?;
         let port = socket.bind_auto()?.port_number();
-        let fd = unsafe_free_fd(&socket);
+        let fd = descriptor(&socket);
         // Beyond the system's limit only the host's root may go; elsewhere the limit has to do.
         if nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::SndBufForce, &SEND_BUFFER_BYTES).is_err() {
             let _ = nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::SndBuf, &SEND_BUFFER_BYTES);
@@ -265,6 +275,13 @@ impl Netlink {
         self.ask(&bytes, flags, |message| message.received())
     }
 
+    /// Asks for a change of a resource, and waits until it is made.
+    pub fn change(&mut self, kind: u16, resource: u16, body: &Attributes) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        push_message(&mut bytes, kind, REQUEST | ACK, self.sequence + 1, 0, resource, &body.0);
+        self.ask(&bytes, ACK, |_| ()).map(drop)
+    }
+
     /// Asks for a dump of what is no netfilter object. `body` begins with the family's own header, and so do the answers.
     pub fn dump(&mut self, kind: u16, body: &[u8]) -> io::Result<Vec<Vec<u8>>> {
         let mut bytes = Vec::new();
@@ -315,6 +332,21 @@ impl Netlink {
         }
     }
 
+    /// Waits for events, at most `limit`, and shows `look` the first that come. Of those that are lost nothing is said.
+    pub fn wait(&mut self, limit: Duration, mut look: impl FnMut(&Received)) -> io::Result<()> {
+        // None at all would be for ever.
+        let micros = limit.as_micros().clamp(1_000, 3_600_000_000);
+        let limit = TimeVal::microseconds(i64::try_from(micros).unwrap_or(i64::MAX));
+        nix::sys::socket::setsockopt(&descriptor(&self.socket), nix::sys::socket::sockopt::ReceiveTimeout, &limit)?;
+        match self.receive(0) {
+            Ok((datagram, _)) => messages(&datagram).for_each(|message| look(&message.received())),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ENOBUFS as i32) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
     fn receive(&self, flags: i32) -> io::Result<(Vec<u8>, SocketAddr)> {
         let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
         loop {
@@ -334,14 +366,11 @@ fn libc_dontwait() -> i32 {
 }
 
 /// The socket as something that socket options can be set on.
-fn unsafe_free_fd(socket: &Socket) -> impl std::os::fd::AsFd + use<> {
-    #[expect(
-        unsafe_code,
-        reason = "the descriptor lives as long as the socket, which outlives this function's callers"
-    )]
-    // SAFETY: the borrowed descriptor is used only while `socket` is alive, within `Netlink::open`.
+fn descriptor(socket: &Socket) -> BorrowedFd<'_> {
+    #[expect(unsafe_code, reason = "the socket's own type lends its descriptor only as a number")]
+    // SAFETY: the descriptor is open as long as the socket, which is borrowed as long as what is returned.
     unsafe {
-        std::os::fd::BorrowedFd::borrow_raw(socket.as_raw_fd())
+        BorrowedFd::borrow_raw(socket.as_raw_fd())
     }
 }
 
@@ -367,6 +396,8 @@ impl Message<'_> {
             port: self.port,
             body: self.payload.get(4..).unwrap_or_default().to_vec(),
             family: self.payload.first().copied().unwrap_or_default(),
+            kind: self.kind,
+            resource: self.payload.get(2..4).map_or(0, |bytes| u16::from_be_bytes([bytes[0], bytes[1]])),
         }
     }
 }

@@ -13,6 +13,7 @@ use hanse_ruleset::{
 use ipnet::IpNet;
 
 use super::expression::{Compare, Ct, Direction, Expression, Meta, R1, R32, SetName, Verdict};
+use super::flows::{ALLOWED, COPIED_BYTES, CUT, CUT_IN_REPLY, DENIED};
 use super::{Config, Epoch};
 
 /// The flags of `NFTA_SET_FLAGS` that we use.
@@ -34,6 +35,15 @@ pub const PROBE_OWN: [u8; 8] = *b"hanse?\0n";
 pub const PROBE_ACROSS: [u8; 8] = *b"hanse?\0p";
 /// The group to which Log rules send packets.
 const LOG_GROUP: u16 = 4738;
+/// What is told of in a second: connections that are allowed, and those that are denied or cut. What is more is counted.
+const TOLD_ALLOWED: u32 = 10_000;
+const TOLD_FORBIDDEN: u32 = 1_000;
+/// The chains that tell.
+const TELL_ALLOWED: &str = "tell-allowed";
+const TELL_DENIED: &str = "tell-denied";
+const TELL_CUT: &str = "tell-cut";
+/// The bit of `ct status` of a connection whose first packet has left the node.
+const STATUS_CONFIRMED: u32 = 0x8;
 /// Bits of `ct state`.
 const STATE_INVALID: u32 = 0x1;
 const STATE_ESTABLISHED: u32 = 0x2;
@@ -372,7 +382,7 @@ impl Render<'_> {
             Action::Pass => mark_and_return(Mark::Pass),
             Action::Leave => mark_and_return(Mark::Leave),
             Action::Deny => vec![goto("deny")],
-            Action::Log => vec![Expression::Log { group: LOG_GROUP }],
+            Action::Log => vec![Expression::Log { group: LOG_GROUP, bytes: None }],
         }
     }
 
@@ -619,7 +629,9 @@ pub fn base_chains(config: &Config, node: &NodeConfig) -> Vec<KernelChain> {
     const FILTER: i32 = 0;
     let chain = |name: &str, rules| KernelChain { name: name.into(), hook: None, rules };
     let mut chains = verdict_chains(config);
-    chains.push(chain("undecided", vec![rule([Expression::Counter, Expression::Verdict(Verdict::Drop)])]));
+    if config.flows {
+        chains.extend(telling_chains());
+    }
     for family in both() {
         let render = Render { config, family };
         chains.push(render.judge(node));
@@ -851,39 +863,99 @@ pub fn epoch_elements(config: &Config, epoch: Epoch) -> [(&'static str, Element)
 
 /// `short` for connections that are already judged, `allowed` and `deny` for those that are now.
 fn verdict_chains(config: &Config) -> Vec<KernelChain> {
-    let chain = |name: &str, rules| KernelChain { name: name.into(), hook: None, rules };
-    let marked = |set: &str| {
-        [
-            Expression::LoadCt { key: Ct::Mark, direction: None, register: R1 },
-            Expression::Bitwise { register: R1, mask: config.ct_mark_mask.to_ne_bytes().to_vec(), xor: vec![0; 4] },
-            Expression::Lookup { set: SetName::Named(set.into()), register: R1, invert: false },
-        ]
+    let chain = |name: &str, rules: Vec<Option<Rule>>| {
+        let rules = rules.into_iter().flatten().collect();
+        KernelChain { name: name.into(), hook: None, rules }
     };
+    let marked = |set: &str| {
+        let set = SetName::Named(set.into());
+        let lookup = Expression::Lookup { set, register: R1, invert: false };
+        load_ct_mark(config.ct_mark_mask).into_iter().chain([lookup])
+    };
+    let ct_mark_is = |mask: u32, mark: u32| {
+        let compare =
+            Expression::Compare { register: R1, operator: Compare::Equal, value: mark.to_ne_bytes().to_vec() };
+        load_ct_mark(mask).into_iter().chain([compare])
+    };
+    let was_allowed = config.ct_mark(Epoch(0), true);
     let begun = state_is(STATE_ESTABLISHED | STATE_RELATED);
+    let drop = || Some(rule([Expression::Counter, Expression::Verdict(Verdict::Drop)]));
+    let telling = |rule: Rule| Some(rule).filter(|_| config.flows);
     vec![
         chain(
             "short",
             vec![
-                rule(marked(MARKED_ALLOWED).into_iter().chain([Expression::Verdict(Verdict::Accept)])),
-                rule(marked(MARKED_DEAD).into_iter().chain([goto("dead")])),
+                Some(rule(marked(MARKED_ALLOWED).chain([Expression::Verdict(Verdict::Accept)]))),
+                Some(rule(marked(MARKED_DEAD).chain([goto("dead")]))),
             ],
         ),
-        chain("allowed", vec![rule([jump("note-allowed")]), rule([Expression::Verdict(Verdict::Accept)])]),
+        chain(
+            "allowed",
+            vec![
+                telling(rule(begins().into_iter().chain([jump(TELL_ALLOWED)]))),
+                Some(rule([jump("note-allowed")])),
+                Some(rule([Expression::Verdict(Verdict::Accept)])),
+            ],
+        ),
         chain(
             "deny",
+            vec![Some(rule(begun.into_iter().chain([goto("forbid")]))), telling(rule([jump(TELL_DENIED)])), drop()],
+        ),
+        chain("undecided", vec![telling(rule(state_is(STATE_NEW).into_iter().chain([jump(TELL_DENIED)]))), drop()]),
+        chain(
+            "forbid",
             vec![
-                rule(begun.into_iter().chain([goto("forbid")])),
-                rule([Expression::Counter, Expression::Verdict(Verdict::Drop)]),
+                // An error shows itself, not the connection: that is told, and marked, with its own next packet.
+                telling(rule(error_about(ICMP))),
+                telling(rule(error_about(ICMP_V6))),
+                // What is dead already was told when it died.
+                telling(rule(ct_mark_is(was_allowed, was_allowed).chain([jump(TELL_CUT)]))),
+                telling(rule(ct_mark_is(config.ct_mark_mask, 0).chain([jump(TELL_CUT)]))),
+                Some(rule([jump("note-dead")])),
+                Some(rule([goto("dead")])),
             ],
         ),
-        chain("forbid", vec![rule([jump("note-dead")]), rule([goto("dead")])]),
         chain(
             "dead",
-            vec![
-                rule(protocol_is(TCP).into_iter().chain([Expression::Counter, Expression::TcpReset])),
-                rule([Expression::Counter, Expression::Verdict(Verdict::Drop)]),
-            ],
+            vec![Some(rule(protocol_is(TCP).into_iter().chain([Expression::Counter, Expression::TcpReset]))), drop()],
         ),
+    ]
+}
+
+/// The chains that tell what was decided. A verdict never depends on them: what is over a limit is counted, and returns.
+pub fn telling_chains() -> [KernelChain; 3] {
+    let over =
+        |per_second| rule([Expression::Over { per_second }, Expression::Counter, Expression::Verdict(Verdict::Return)]);
+    let log = |group| Expression::Log { group, bytes: Some(COPIED_BYTES) };
+    let cut = |direction, group| rule(direction_is(direction).into_iter().chain([log(group)]));
+    // What a helper expected, and nobody answered yet.
+    let not_begun = rule(state_is(STATE_RELATED).into_iter().chain([goto(TELL_DENIED)]));
+    let cut_either_way = [cut(Direction::Original, CUT), cut(Direction::Reply, CUT_IN_REPLY)];
+    [
+        (TELL_ALLOWED, vec![over(TOLD_ALLOWED), rule([log(ALLOWED)])]),
+        (TELL_DENIED, vec![over(TOLD_FORBIDDEN), rule([log(DENIED)])]),
+        (TELL_CUT, [not_begun, over(TOLD_FORBIDDEN)].into_iter().chain(cut_either_way).collect()),
+    ]
+    .map(|(name, rules)| KernelChain { name: name.into(), hook: None, rules })
+}
+
+/// The packet is the first of its connection, which the kernel confirms when it leaves the node.
+fn begins() -> [Expression; 3] {
+    [
+        Expression::LoadCt { key: Ct::Status, direction: None, register: R1 },
+        Expression::Bitwise { register: R1, mask: STATUS_CONFIRMED.to_ne_bytes().to_vec(), xor: vec![0; 4] },
+        Expression::Compare { register: R1, operator: Compare::Equal, value: vec![0; 4] },
+    ]
+}
+
+fn error_about(icmp: u8) -> Vec<Expression> {
+    state_is(STATE_RELATED).into_iter().chain(protocol_is(icmp)).chain([goto("dead")]).collect()
+}
+
+fn load_ct_mark(mask: u32) -> [Expression; 2] {
+    [
+        Expression::LoadCt { key: Ct::Mark, direction: None, register: R1 },
+        Expression::Bitwise { register: R1, mask: mask.to_ne_bytes().to_vec(), xor: vec![0; 4] },
     ]
 }
 

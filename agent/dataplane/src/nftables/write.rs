@@ -17,9 +17,9 @@ use super::{Config, Epoch, FAMILY_INET};
 
 pub const NEW_TABLE: u16 = 0;
 pub const DELETE_TABLE: u16 = 2;
-const NEW_CHAIN: u16 = 3;
+pub const NEW_CHAIN: u16 = 3;
 const DELETE_CHAIN: u16 = 5;
-const NEW_RULE: u16 = 6;
+pub const NEW_RULE: u16 = 6;
 const DELETE_RULE: u16 = 8;
 const NEW_SET: u16 = 9;
 const DELETE_SET: u16 = 11;

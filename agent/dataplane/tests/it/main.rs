@@ -2,6 +2,7 @@
 
 mod connections;
 mod differential;
+mod flows;
 mod lifecycle;
 mod net;
 mod probes;

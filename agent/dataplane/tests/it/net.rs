@@ -130,9 +130,9 @@ impl Net {
         })
     }
 
-    /// The driver, in the node's namespace.
+    /// The driver, in the node's namespace. Its rules tell what they decide, as an agent's do, if nobody listens either.
     pub fn driver(&self) -> Nftables {
-        self.driver_with(Config::default())
+        self.driver_with(Config { flows: true, ..Config::default() })
     }
 
     pub fn driver_with(&self, config: Config) -> Nftables {

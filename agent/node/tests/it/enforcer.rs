@@ -15,7 +15,7 @@ use hanse_ruleset::{
 use crate::net::{Net, address, ip, until};
 
 /// Pods 2 and 3, which accept TCP to `port` and nothing else.
-fn accepting(port: u16, number: u64) -> Arc<RuleSet> {
+pub fn accepting(port: u16, number: u64) -> Arc<RuleSet> {
     let rule = Rule {
         action: Action::Allow,
         index: 0,
@@ -54,13 +54,13 @@ fn ranges() -> Vec<ipnet::IpNet> {
     ["10.1.0.0/24", "fd01::/64"].map(|net| net.parse().expect("a net")).into()
 }
 
-struct Node {
-    net: Net,
-    data: tempfile::TempDir,
+pub struct Node {
+    pub net: Net,
+    pub data: tempfile::TempDir,
 }
 
 impl Node {
-    fn new() -> (Self, Vec<std::net::TcpListener>) {
+    pub fn new() -> (Self, Vec<std::net::TcpListener>) {
         let mut net = Net::new();
         net.pod(2);
         net.pod(3);
@@ -70,7 +70,7 @@ impl Node {
         (node, listeners.into())
     }
 
-    fn options(&self) -> Options {
+    pub fn options(&self) -> Options {
         Options {
             data: self.data.path().to_owned(),
             dataplane: Config::default(),
@@ -95,7 +95,7 @@ impl Node {
         ip(&format!("netns exec {} nft {command}", self.net.name("node")));
     }
 
-    fn table(&self) -> String {
+    pub fn table(&self) -> String {
         let node = self.net.name("node");
         let list = ["netns", "exec", &node, "nft", "-a", "list", "table", "inet", "hanse"];
         let listed = Command::new("ip").args(list).output().expect("nft of nftables");

@@ -1,0 +1,249 @@
+//! What a member is told of connections, by the task alone and by the whole program.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::Path;
+use std::pin::Pin;
+use std::process::{Child, Command};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use hanse_agent::flows::tell;
+use hanse_agent::identity::NodeIdentity;
+use hanse_agent::snapshot;
+use hanse_agent::status::Status as AgentStatus;
+use hanse_proto::agent::v1 as wire;
+use hanse_proto::agent::v1::agents_server::{Agents, AgentsServer};
+use hanse_runtime::ca::Ca;
+use hanse_runtime::keys::{Credentials, Fingerprint, Key, RequestedKey};
+use hanse_runtime::tls::{
+    Connections, CredentialStore, IncomingLimits, ServerTls, Trust, http2_server, incoming, install_provider, peer,
+};
+use hanse_runtime::{Identity, TrustDomain};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::Stream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use crate::enforcer::{Node, accepting};
+use crate::net::until;
+
+const HOUR: Duration = Duration::from_secs(3_600);
+/// A window, and what a machine under load takes on top.
+const SOON: Duration = Duration::from_secs(20);
+
+/// A member of which only this is asked: it notes what it is told, by which key, and refuses while it has refusals.
+struct Service {
+    refusals: Arc<Mutex<VecDeque<Code>>>,
+    told: mpsc::UnboundedSender<(Fingerprint, wire::Flows)>,
+}
+
+#[tonic::async_trait]
+impl Agents for Service {
+    async fn renew(&self, _: Request<wire::RenewRequest>) -> Result<Response<wire::EnrolResponse>, Status> {
+        Err(Status::unavailable("not asked here"))
+    }
+
+    type SyncStream = Pin<Box<dyn Stream<Item = Result<wire::MemberToAgent, Status>> + Send>>;
+
+    async fn sync(&self, _: Request<Streaming<wire::AgentToMember>>) -> Result<Response<Self::SyncStream>, Status> {
+        Err(Status::unavailable("not asked here"))
+    }
+
+    async fn tell_flows(&self, request: Request<wire::Flows>) -> Result<Response<wire::FlowsTaken>, Status> {
+        let key = peer(&request)?.certificate.as_ref().expect("shown").public;
+        let _ = self.told.send((key, request.into_inner()));
+        match self.refusals.lock().unwrap_or_else(PoisonError::into_inner).pop_front() {
+            Some(code) => Err(Status::new(code, "no")),
+            None => Ok(Response::new(wire::FlowsTaken {})),
+        }
+    }
+}
+
+struct Member {
+    authority: Ca,
+    address: String,
+    refusals: Arc<Mutex<VecDeque<Code>>>,
+    told: mpsc::UnboundedReceiver<(Fingerprint, wire::Flows)>,
+    stop: CancellationToken,
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl Member {
+    /// Of the cluster `c`.
+    async fn new() -> Self {
+        install_provider();
+        let (now, domain) = (SystemTime::now(), TrustDomain::new("hanse.test").expect("a domain"));
+        let root = Ca::root(&domain, HOUR, now).expect("a root");
+        let key = Key::generate().expect("a key");
+        let requested = RequestedKey::from_request(&key.request().expect("signed")).expect("whole");
+        let issued = root.issue_intermediate("c", &requested, HOUR, now).expect("issued");
+        let authority = Ca::new(Credentials::new(key, issued).expect("they fit"), false).expect("an authority");
+        let own = authority.issue_credentials(&Identity::cluster("c").expect("a name"), HOUR, now).expect("issued");
+        let trust = Trust::new(authority.certificate(), |identity| matches!(identity, Identity::Node { .. }));
+        let own = CredentialStore::new(own).expect("usable");
+        let tls = ServerTls::mutual(own, &trust.expect("an anchor")).expect("TLS");
+        let (stop, any) = (CancellationToken::new(), "127.0.0.1:0".parse().expect("an address"));
+        let (limits, connections) = (IncomingLimits::default(), Connections::default());
+        let incoming = incoming(any, tls, limits, connections, stop.clone()).await.expect("it listens");
+        let (address, refusals) = (incoming.address().to_string(), Arc::default());
+        let (sender, told) = mpsc::unbounded_channel();
+        let service = Service { refusals: Arc::clone(&refusals), told: sender };
+        let until = stop.clone().cancelled_owned();
+        let server = http2_server().add_service(AgentsServer::new(service));
+        tokio::spawn(server.serve_with_incoming_shutdown(incoming, until));
+        Self { authority, address, refusals, told, stop }
+    }
+
+    fn issue(&self) -> Credentials {
+        let node = Identity::node("c", "n").expect("a name");
+        self.authority.issue_credentials(&node, HOUR, SystemTime::now()).expect("issued")
+    }
+
+    /// What node `n` has once it has enrolled.
+    fn enrol(&self, data: &Path) -> NodeIdentity {
+        self.authority.certificate().write(&data.join("authority.pem")).expect("written");
+        self.issue().write_file(&data.join("node.pem")).expect("written");
+        NodeIdentity::read(data, "n").expect("whole").expect("it has enrolled")
+    }
+
+    async fn next(&mut self) -> Option<(Fingerprint, wire::Flows)> {
+        tokio::time::timeout(SOON, self.told.recv()).await.ok().flatten()
+    }
+}
+
+fn window(port: u32, lost: u64) -> wire::Flows {
+    wire::Flows { flows: vec![wire::Flow { port, count: 1, ..wire::Flow::default() }], lost }
+}
+
+struct Teller {
+    windows: mpsc::Sender<wire::Flows>,
+    state: watch::Receiver<String>,
+}
+
+impl Teller {
+    fn new(member: &Member, identity: &NodeIdentity, members: Vec<String>) -> Self {
+        let (windows, receiver) = mpsc::channel(8);
+        let (sender, state) = watch::channel(String::new());
+        tokio::spawn(tell(receiver, sender, identity.clone(), members, member.stop.clone()));
+        Self { windows, state }
+    }
+
+    async fn state(&mut self, wanted: &str) {
+        let reached = tokio::time::timeout(SOON, self.state.wait_for(|state| state.contains(wanted))).await;
+        assert!(reached.is_ok_and(|it| it.is_ok()), "{wanted}: {:?}", self.state);
+    }
+}
+
+#[tokio::test]
+async fn windows_are_told_to_whichever_member_takes_them_and_by_the_newest_certificate() {
+    let (mut member, data) = (Member::new().await, tempfile::tempdir().expect("a folder"));
+    let identity = member.enrol(data.path());
+    // Nobody is behind the first; the second refuses twice.
+    member.refusals.lock().expect("whole").extend([Code::Unavailable, Code::PermissionDenied]);
+    let members = vec!["127.0.0.1:1".to_owned(), member.address.clone()];
+    let mut teller = Teller::new(&member, &identity, members);
+    teller.windows.send(window(1, 5)).await.expect("taken");
+    teller.state("not told: reach the member").await;
+    let key = identity.credentials.current().certificate.public;
+    for refused in 0..3 {
+        assert_eq!(member.next().await, Some((key, window(1, 5))), "told again after {refused} refusals");
+    }
+    teller.state("told to the member").await;
+    teller.windows.send(window(2, 0)).await.expect("taken");
+    assert_eq!(member.next().await, Some((key, window(2, 0))), "what was lost is told once");
+    identity.credentials.replace(member.issue()).expect("usable");
+    let renewed = identity.credentials.current().certificate.public;
+    assert_ne!(renewed, key);
+    teller.windows.send(window(3, 0)).await.expect("taken");
+    assert_eq!(member.next().await, Some((renewed, window(3, 0))));
+    // What cannot be understood would not be the next time.
+    member.refusals.lock().expect("whole").push_back(Code::InvalidArgument);
+    teller.windows.send(window(4, 1)).await.expect("taken");
+    assert_eq!(member.next().await, Some((renewed, window(4, 1))));
+    teller.state("does not understand").await;
+    teller.windows.send(window(5, 0)).await.expect("taken");
+    assert_eq!(member.next().await, Some((renewed, window(5, 2))));
+}
+
+#[tokio::test]
+async fn a_member_that_takes_no_flows_is_left_alone_for_a_while() {
+    let (mut member, data) = (Member::new().await, tempfile::tempdir().expect("a folder"));
+    let identity = member.enrol(data.path());
+    member.refusals.lock().expect("whole").extend([Code::Unimplemented; 2]);
+    let mut teller = Teller::new(&member, &identity, vec![member.address.clone()]);
+    teller.windows.send(window(1, 0)).await.expect("taken");
+    assert!(member.next().await.is_some());
+    teller.state("the member takes no flows").await;
+    // Windows go on being taken, whoever waits.
+    for port in 2..40 {
+        teller.windows.send(window(port, 0)).await.expect("taken");
+    }
+    let asked_again = tokio::time::timeout(Duration::from_secs(2), member.told.recv()).await;
+    assert!(asked_again.is_err(), "{asked_again:?}");
+}
+
+struct Agent(Child);
+
+impl Agent {
+    fn new(node: &Node, member: &str, more: &[&str]) -> Self {
+        let inside = node.net.name("node");
+        let started = Command::new("ip")
+            .args(["netns", "exec", &inside, env!("CARGO_BIN_EXE_hanse-agent"), "run", "--node", "n"])
+            .args(["--member", member, "--data"])
+            .arg(node.data.path())
+            .args(more)
+            .spawn();
+        Self(started.expect("started"))
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.0.kill().and_then(|()| self.0.wait());
+    }
+}
+
+#[test]
+fn an_agent_tells_its_member_what_its_kernel_decided_unless_it_must_not() {
+    let (node, _listeners) = Node::new();
+    snapshot::write(&node.options().snapshot(), &accepting(80, 7)).expect("written");
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    // The member stands on the node.
+    let test = async {
+        let mut member = Member::new().await;
+        member.enrol(node.data.path());
+        let agent = Agent::new(&node, &member.address, &[]);
+        assert!(until(|| node.table().contains("chain tell-allowed").then_some(())).is_some(), "{}", node.table());
+        for at in ["10.1.0.3:80", "[fd01::3]:80", "10.1.0.3:80", "10.1.0.3:81"] {
+            assert_eq!(node.net.connect("p2", at).is_some(), at.ends_with(":80"), "{at}");
+        }
+        let mut counts = BTreeMap::new();
+        let (allowed, denied) = (wire::Decision::Allowed as i32, wire::Decision::Denied as i32);
+        let all = |counts: &BTreeMap<_, u64>| {
+            let of = |length: usize, port: u32, decision: i32| counts.get(&(length, port, decision)).copied();
+            of(4, 80, allowed) == Some(2) && of(16, 80, allowed) == Some(1) && of(4, 81, denied) >= Some(1)
+        };
+        while !all(&counts) {
+            let Some((_, told)) = member.next().await else { panic!("{counts:?}") };
+            assert_eq!(told.lost, 0);
+            for flow in told.flows {
+                *counts.entry((flow.destination.len(), flow.port, flow.decision)).or_default() += flow.count;
+            }
+        }
+        let status = || AgentStatus::read(node.data.path()).map(|status| status.flows).unwrap_or_default();
+        assert!(until(|| (status() == "told to the member").then_some(())).is_some(), "{}", status());
+        drop(agent);
+        assert!(node.table().contains("chain tell-allowed"), "its rules stay");
+        assert!(node.net.connect("p2", "10.1.0.3:80").is_some() && node.net.connect("p2", "10.1.0.3:81").is_none());
+        let _agent = Agent::new(&node, &member.address, &["--no-flows"]);
+        let off = || (!node.table().contains("chain tell-allowed") && status() == "off").then_some(());
+        assert!(until(off).is_some(), "{}: {}", status(), node.table());
+        assert!(node.net.connect("p2", "10.1.0.3:80").is_some() && node.net.connect("p2", "10.1.0.3:81").is_none());
+    };
+    node.net.within("node", || runtime().expect("a runtime").block_on(test));
+}
