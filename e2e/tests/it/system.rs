@@ -372,27 +372,35 @@ fn every_flow_has_the_enforced_and_the_staged_outcome() {
             (text("cluster"), text("namespace"), text("pod"))
         };
         let named = |pod: &Pod| (pod.cluster.clone(), pod.namespace.clone(), pod.name.clone());
-        let expect = |cluster: &str, from: &Pod, decision: &str, outcomes: [&str; 4]| {
+        // `who`: the ends, as far as the member knows them.
+        let expect = |cluster: &str, from: &Pod, who: [Option<&Pod>; 2], decision: &str, outcomes: [&str; 4]| {
             let mut found = Vec::new();
             let complete = probe::until(PATIENCE, || {
                 found = system.flows(cluster, &["--decision", decision]).unwrap_or_default();
-                let ends = (named(from), named(registry));
-                found.retain(|it| (place(&it["from"]), place(&it["to"])) == ends && it["port"] == registry.port);
-                let ips: Vec<&str> = found.iter().filter_map(|it| it["to"]["ip"].as_str()).collect();
-                registry.addresses.iter().all(|address| ips.contains(&&*address.to_string()))
+                let is = |party: &serde_json::Value, address: &std::net::IpAddr| party["ip"] == address.to_string();
+                let of = |family: usize| {
+                    let ends = (from.addresses[family], registry.addresses[family]);
+                    move |it: &serde_json::Value| is(&it["from"], &ends.0) && is(&it["to"], &ends.1)
+                };
+                found.retain(|it| it["port"] == registry.port && (of(0)(it) || of(1)(it)));
+                found.iter().any(of(0)) && found.iter().any(of(1))
             });
             assert!(complete.is_some(), "{cluster}: {} {decision}: {found:?}\n{}", from.name, system.logs());
             for flow in &found {
                 let of = |path: &str| flow.pointer(path).and_then(|it| it.as_str()).unwrap_or_default();
                 let said = [of("/verdict"), of("/egress/verdict"), of("/ingress/verdict"), of("/staged/verdict")];
                 assert_eq!(said, outcomes, "{flow}");
+                let ends = [&flow["from"], &flow["to"]].map(place);
+                assert_eq!(ends, who.map(|pod| pod.map(named).unwrap_or_default()), "{flow}");
             }
         };
-        expect("train", trainer, "allowed", ["allow", "allow", "allow", "deny"]);
-        expect("train", vllm, "allowed", ["allow", "none", "allow", "deny"]);
-        expect("train", notebook, "denied", ["deny", "none", "deny", "deny"]);
-        // The member of the source knows what its pod may send, and nothing of what is staged elsewhere.
-        expect("serve", vllm, "allowed", ["allow", "allow", "none", "allow"]);
+        expect("train", trainer, [Some(trainer), Some(registry)], "allowed", ["allow", "allow", "allow", "deny"]);
+        expect("train", vllm, [Some(vllm), Some(registry)], "allowed", ["allow", "none", "allow", "deny"]);
+        // Nothing selects the notebook, so the other cluster was never told of it.
+        expect("train", notebook, [None, Some(registry)], "denied", ["deny", "none", "deny", "deny"]);
+        // The member of the source knows what its pod may send, and nothing of what is staged elsewhere; nor does any policy of
+        // its own select the registry.
+        expect("serve", vllm, [Some(vllm), None], "allowed", ["allow", "allow", "none", "allow"]);
         let changing = system.flows("train", &["--would-change"]).expect("flows");
         assert!(!changing.is_empty() && changing.iter().all(|it| place(&it["to"]) == named(registry)), "{changing:?}");
     });
