@@ -522,27 +522,31 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
     #[test]
     fn two_files_are_kept_and_read_as_one() {
         let folder = tempfile::tempdir().expect("a folder");
-        let records = judged((1..=9).map(|port| flow("10.1.0.1", "10.1.0.2", port)).collect());
-        let mut lines = [Lines::default(), Lines::default(), Lines::default()];
+        let records = judged((1..=12).map(|port| flow("10.1.0.1", "10.1.0.2", port)).collect());
+        let mut lines: [Lines; 4] = Default::default();
         records.iter().enumerate().for_each(|(at, record)| lines[at / 3].add(record));
         let ports = |last, wanted: fn(&Record<'_>) -> bool| -> Vec<u16> {
             let read = read(folder.path(), last, wanted).expect("there is a file");
             read.iter().filter_map(|record| record.port).collect()
         };
         assert_eq!(read(folder.path(), 9, |_| true).expect_err("none yet").kind(), io::ErrorKind::NotFound);
-        let mut file = FlowFile { most: lines[0].bytes.len() as u64 + 10, ..FlowFile::new(folder.path()) };
+        // Room for two of these in each.
+        let most = lines[0].bytes.len() as u64 * 2 + 20;
+        let mut file = FlowFile { most, ..FlowFile::new(folder.path()) };
         file.append(&lines[0]).expect("written");
-        assert_eq!(ports(9, |_| true), [1, 2, 3]);
+        assert_eq!(ports(99, |_| true), [1, 2, 3]);
         // A crash in the middle of a line.
         let path = file.path();
         OpenOptions::new().append(true).open(&path).and_then(|mut it| it.write_all(b"{\"first")).expect("written");
-        let mut file = FlowFile { most: file.most, ..FlowFile::new(folder.path()) };
-        file.append(&lines[1]).expect("written");
-        assert_eq!(ports(9, |_| true), [1, 2, 3, 4, 5, 6]);
-        file.append(&lines[2]).expect("written");
-        assert_eq!(ports(9, |_| true), [4, 5, 6, 7, 8, 9], "the oldest file is gone");
-        assert_eq!(ports(2, |_| true), [8, 9]);
-        assert_eq!(ports(2, |record| record.port.is_some_and(|port| port % 2 == 0)), [6, 8]);
+        let mut file = FlowFile { most, ..FlowFile::new(folder.path()) };
+        for (lines, expected) in lines[1..].iter().zip([6, 9, 12]) {
+            file.append(lines).expect("written");
+            assert_eq!(ports(99, |_| true), (1..=expected).collect::<Vec<_>>());
+        }
+        assert_eq!(ports(2, |_| true), [11, 12]);
+        assert_eq!(ports(2, |record| record.port.is_some_and(|port| port % 4 == 0)), [8, 12]);
+        file.append(&lines[0]).expect("written");
+        assert_eq!(ports(99, |_| true), [7, 8, 9, 10, 11, 12, 1, 2, 3], "the oldest file is gone");
         use std::os::unix::fs::PermissionsExt as _;
         assert_eq!(path.metadata().expect("there").permissions().mode() & 0o777, 0o600);
     }
