@@ -53,7 +53,8 @@ fn measure(shape: &'static str, sets: u32, members: u32, json: bool) {
 type Figure = (&'static str, &'static str, f64, &'static str);
 
 fn bench(shape: &'static str, sets: u32, members: u32, figures: &mut Vec<Figure>) {
-    let mut driver = Nftables::open(Config::default()).expect("netlink");
+    // As an agent has them.
+    let mut driver = Nftables::open(Config { flows: true, ..Config::default() }).expect("netlink");
     driver.adopt(None).expect("read");
     let mut rules = rule_set(sets, members);
     let (start, cpu) = (Instant::now(), cpu_ms());

@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use hanse_dataplane::nftables::flows::{Decided, Decision, Flows};
@@ -194,6 +194,13 @@ impl Waiting {
     }
 }
 
+/// The connection to a member.
+#[derive(Debug)]
+struct Open {
+    client: AgentsClient<Channel>,
+    ends_at: SystemTime,
+}
+
 /// Why a window was not told.
 #[derive(Debug, thiserror::Error)]
 enum TellError {
@@ -217,7 +224,7 @@ pub async fn tell(
 ) {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
     let mut renewed = identity.credentials.subscribe();
-    let (mut waiting, mut client) = (Waiting::default(), None);
+    let (mut waiting, mut open) = (Waiting::default(), None);
     for member in members.iter().cycle() {
         let error = loop {
             while let Ok(window) = windows.try_recv() {
@@ -233,14 +240,13 @@ pub async fn tell(
                 }
                 continue;
             };
-            // The next connection shows the new certificate.
-            if renewed.has_changed().unwrap_or(false) {
-                renewed.mark_unchanged();
-                client = None;
-            }
+            // The next connection shows the new certificate, and is open before the last one closes.
+            let lasts = |it: &Open| it.ends_at.duration_since(SystemTime::now()).is_ok_and(|left| left > CALL_TIME);
+            open = open.filter(|it| lasts(it) && !renewed.has_changed().unwrap_or(false));
+            renewed.mark_unchanged();
             let told = tokio::select! {
                 () = stop.cancelled() => return,
-                told = tell_one(&mut client, &identity, member, first) => told,
+                told = tell_one(&mut open, &identity, member, first) => told,
             };
             match told {
                 Ok(()) => waiting.told(),
@@ -249,9 +255,12 @@ pub async fn tell(
             backoff.reset();
             say(&state, "told to the member".to_owned());
         };
-        client = None;
+        open = None;
         if say(&state, format!("not told: {error:#}")) {
-            tracing::warn!(error = format!("{error:#}"), member, "flows are not told, trying again");
+            match &error {
+                TellError::NotTaken => tracing::info!(member, "the member takes no flows"),
+                _ => tracing::warn!(error = format!("{error:#}"), member, "flows are not told, trying again"),
+            }
         }
         let pause = match error {
             TellError::NotTaken => ASK_AGAIN,
@@ -286,20 +295,20 @@ fn say(state: &watch::Sender<String>, text: String) -> bool {
 
 /// Over the connection that is open, or a new one.
 async fn tell_one(
-    client: &mut Option<AgentsClient<Channel>>,
+    open: &mut Option<Open>,
     identity: &NodeIdentity,
     member: &str,
     flows: wire::Flows,
 ) -> Result<(), TellError> {
-    let open = match client {
+    let open = match open {
         Some(open) => open,
         None => {
             identity.check_time()?;
             let connection = identity.client()?.connect(member).await.context("reach the member")?;
-            client.insert(AgentsClient::new(connection.channel))
+            open.insert(Open { client: AgentsClient::new(connection.channel), ends_at: connection.peer.ends_at })
         }
     };
-    let answer = tokio::time::timeout(CALL_TIME, open.tell_flows(flows)).await;
+    let answer = tokio::time::timeout(CALL_TIME, open.client.tell_flows(flows)).await;
     match answer.context("the member does not answer")? {
         Ok(_) => Ok(()),
         Err(status) => Err(match status.code() {

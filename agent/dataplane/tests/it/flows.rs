@@ -173,8 +173,8 @@ fn what_is_denied_is_told_with_each_packet_that_begins_it() {
         assert!(net.connect(from, to).is_none(), "{from} to {to}");
     }
     let receiver = net.udp("p3", "[fd01::3]:5000");
-    for _ in 0..2 {
-        assert!(!net.datagram("p2", "[fd01::2]:4000", &receiver));
+    for from in ["[fd01::2]:4000", "[fd01::2]:4001"] {
+        assert!(!net.datagram("p2", from, &receiver));
     }
     net.raw("remote", address("10.1.0.3"), &icmp("10.9.0.2", "10.1.0.3", 8, 0, ECHO));
     let wanted = [
@@ -371,7 +371,7 @@ fn beyond_a_limit_verdicts_stay_and_what_is_not_told_is_counted() {
     assert!(driver.repair().expect("repaired"));
     assert_eq!(listener.0.left_out().expect("read"), 0);
     net.within("p2", || {
-        let socket = std::net::UdpSocket::bind("10.1.0.2:4000").expect("bound");
+        let socket = std::net::UdpSocket::bind("10.1.0.2:4001").expect("bound");
         for _ in 0..DENIED {
             socket.send_to(b"x", "10.1.0.3:9").expect("sent");
         }

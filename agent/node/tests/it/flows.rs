@@ -1,6 +1,7 @@
 //! What a member is told of connections, by the task alone and by the whole program.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::Pin;
 use std::process::{Child, Command};
@@ -31,10 +32,13 @@ const HOUR: Duration = Duration::from_secs(3_600);
 /// A window, and what a machine under load takes on top.
 const SOON: Duration = Duration::from_secs(20);
 
+/// By which key, and over which connection.
+type Told = (Fingerprint, SocketAddr);
+
 /// A member of which only this is asked: it notes what it is told, by which key, and refuses while it has refusals.
 struct Service {
     refusals: Arc<Mutex<VecDeque<Code>>>,
-    told: mpsc::UnboundedSender<(Fingerprint, wire::Flows)>,
+    told: mpsc::UnboundedSender<(Told, wire::Flows)>,
 }
 
 #[tonic::async_trait]
@@ -50,8 +54,9 @@ impl Agents for Service {
     }
 
     async fn tell_flows(&self, request: Request<wire::Flows>) -> Result<Response<wire::FlowsTaken>, Status> {
-        let key = peer(&request)?.certificate.as_ref().expect("shown").public;
-        let _ = self.told.send((key, request.into_inner()));
+        let from = peer(&request)?;
+        let by = (from.certificate.as_ref().expect("shown").public, from.address);
+        let _ = self.told.send((by, request.into_inner()));
         match self.refusals.lock().unwrap_or_else(PoisonError::into_inner).pop_front() {
             Some(code) => Err(Status::new(code, "no")),
             None => Ok(Response::new(wire::FlowsTaken {})),
@@ -63,7 +68,7 @@ struct Member {
     authority: Ca,
     address: String,
     refusals: Arc<Mutex<VecDeque<Code>>>,
-    told: mpsc::UnboundedReceiver<(Fingerprint, wire::Flows)>,
+    told: mpsc::UnboundedReceiver<(Told, wire::Flows)>,
     stop: CancellationToken,
 }
 
@@ -99,20 +104,25 @@ impl Member {
         Self { authority, address, refusals, told, stop }
     }
 
-    fn issue(&self) -> Credentials {
+    fn issue(&self, lifetime: Duration) -> Credentials {
         let node = Identity::node("c", "n").expect("a name");
-        self.authority.issue_credentials(&node, HOUR, SystemTime::now()).expect("issued")
+        self.authority.issue_credentials(&node, lifetime, SystemTime::now()).expect("issued")
     }
 
     /// What node `n` has once it has enrolled.
     fn enrol(&self, data: &Path) -> NodeIdentity {
         self.authority.certificate().write(&data.join("authority.pem")).expect("written");
-        self.issue().write_file(&data.join("node.pem")).expect("written");
+        self.issue(HOUR).write_file(&data.join("node.pem")).expect("written");
         NodeIdentity::read(data, "n").expect("whole").expect("it has enrolled")
     }
 
-    async fn next(&mut self) -> Option<(Fingerprint, wire::Flows)> {
+    async fn next(&mut self) -> Option<(Told, wire::Flows)> {
         tokio::time::timeout(SOON, self.told.recv()).await.ok().flatten()
+    }
+
+    /// By which key, and what.
+    async fn next_by(&mut self) -> Option<(Fingerprint, wire::Flows)> {
+        self.next().await.map(|((key, _), flows)| (key, flows))
     }
 }
 
@@ -151,23 +161,41 @@ async fn windows_are_told_to_whichever_member_takes_them_and_by_the_newest_certi
     teller.state("not told: reach the member").await;
     let key = identity.credentials.current().certificate.public;
     for refused in 0..3 {
-        assert_eq!(member.next().await, Some((key, window(1, 5))), "told again after {refused} refusals");
+        assert_eq!(member.next_by().await, Some((key, window(1, 5))), "told again after {refused} refusals");
     }
     teller.state("told to the member").await;
     teller.windows.send(window(2, 0)).await.expect("taken");
-    assert_eq!(member.next().await, Some((key, window(2, 0))), "what was lost is told once");
-    identity.credentials.replace(member.issue()).expect("usable");
+    assert_eq!(member.next_by().await, Some((key, window(2, 0))), "what was lost is told once");
+    identity.credentials.replace(member.issue(HOUR)).expect("usable");
     let renewed = identity.credentials.current().certificate.public;
     assert_ne!(renewed, key);
     teller.windows.send(window(3, 0)).await.expect("taken");
-    assert_eq!(member.next().await, Some((renewed, window(3, 0))));
+    assert_eq!(member.next_by().await, Some((renewed, window(3, 0))));
     // What cannot be understood would not be the next time.
     member.refusals.lock().expect("whole").push_back(Code::InvalidArgument);
     teller.windows.send(window(4, 1)).await.expect("taken");
-    assert_eq!(member.next().await, Some((renewed, window(4, 1))));
+    assert_eq!(member.next_by().await, Some((renewed, window(4, 1))));
     teller.state("does not understand").await;
     teller.windows.send(window(5, 0)).await.expect("taken");
-    assert_eq!(member.next().await, Some((renewed, window(5, 2))));
+    assert_eq!(member.next_by().await, Some((renewed, window(5, 2))));
+}
+
+#[tokio::test]
+async fn a_connection_is_kept_unless_it_may_end_during_a_call() {
+    for (lifetime, is_kept) in [(HOUR, true), (Duration::from_secs(8), false)] {
+        let (mut member, data) = (Member::new().await, tempfile::tempdir().expect("a folder"));
+        let identity = member.enrol(data.path());
+        identity.credentials.replace(member.issue(lifetime)).expect("usable");
+        let teller = Teller::new(&member, &identity, vec![member.address.clone()]);
+        let mut over = Vec::new();
+        for port in [1, 2] {
+            teller.windows.send(window(port, 0)).await.expect("taken");
+            let ((_, from), told) = member.next().await.expect("told");
+            assert_eq!(told, window(port, 0));
+            over.push(from);
+        }
+        assert_eq!(over[0] == over[1], is_kept, "{lifetime:?}: {over:?}");
+    }
 }
 
 #[tokio::test]
