@@ -27,7 +27,7 @@ use hanse_runtime::tls::{
     Connections, CredentialStore, Incoming, IncomingLimits, ServerTls, Trust, http2_server, incoming,
 };
 use ipnet::IpNet;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -37,7 +37,7 @@ pub use enrol::{
 pub use nodes::NodeRecord;
 use nodes::Nodes;
 
-use crate::flows::Told;
+use crate::flows::Inbox;
 use crate::registration::MemberIdentity;
 use crate::world::{Compiled, NodeRules};
 
@@ -190,7 +190,7 @@ impl Fanout {
         identity: &MemberIdentity,
         agents: SocketAddr,
         enrolment: SocketAddr,
-        flows: mpsc::Sender<Told>,
+        flows: Inbox,
         shutdown: &Shutdown,
     ) -> Result<(SocketAddr, SocketAddr), FanoutError> {
         let authority = identity.authority();
@@ -453,8 +453,7 @@ mod tests {
             let identity = joined(folder.path());
             let fanout = Fanout::new(folder.path(), HOUR).expect("a term");
             let (shutdown, any) = (Shutdown::default(), "127.0.0.1:0".parse().expect("an address"));
-            let (agents, _) =
-                fanout.serve(&identity, any, any, crate::flows::inbox().0, &shutdown).await.expect("it listens");
+            let (agents, _) = fanout.serve(&identity, any, any, Inbox::new().0, &shutdown).await.expect("it listens");
             Self { identity, fanout, address: agents.to_string(), shutdown, _folder: folder }
         }
 

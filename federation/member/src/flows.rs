@@ -1,56 +1,120 @@
 //! What the kernels of this cluster's nodes decided of connections, with what policy says of it, in a file.
 //!
 //! Agents tell decisions with addresses. Here each gets the identities of its ends, and both outcomes of policy, the enforced and the
-//! staged one, as they are when it comes: seconds after the decision. Only directions of this cluster's pods are judged here; another
-//! cluster's own policies are not known.
+//! staged one, as they are known when it is judged: seconds after the decision. Only directions of this cluster's pods are judged;
+//! another cluster's own policies are not known, nor are pods there that nothing here selects.
 //!
 //! A line is a [`Record`]. Two files are kept, `flows.jsonl` and the one before it. Nothing waits for them: what comes faster than it
-//! can be judged or written is counted, and told as lost.
+//! can be judged or written is lost, and counted.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use hanse_policy::evaluate::{End, Query};
-use hanse_policy::explain::{AnswerLine, Explainer, protocol_name};
+use hanse_policy::explain::{AnswerLine, Explainer, has_ports, protocol_name};
 use hanse_proto::agent::v1 as wire;
+use hanse_runtime::agent_wire::MAX_FLOWS;
 use hanse_runtime::files::private_folder;
 use hanse_runtime::moment::rfc3339;
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
 use crate::metrics::FlowMetrics;
 use crate::questions::{Answering, Known};
 
-/// Flows of one message of an agent.
-pub const MAX_FLOWS: usize = 2_000;
-/// Messages that wait to be judged: of at most some 300 KB each.
-const MAX_WAITING: usize = 32;
+/// Messages and flows that wait to be judged: of at most 16 MB.
+const MAX_MESSAGES: usize = 4_096;
+const MAX_WAITING: usize = 64_000;
+/// Messages of one node in a second, and at once: an agent sends one each two seconds, and a few when it could not for a while.
+const PER_SECOND: f64 = 1.0;
+const BURST: f64 = 12.0;
+/// Decisions that one flow or one message may count.
+const MAX_COUNT: u64 = 10_000_000;
 /// Flows are judged together, at least so long after the last ones. It takes a pass over all endpoints and policies, so
 /// where that takes long, nine times as long passes between: a tenth of a processor at most.
 const JUDGE_EVERY: Duration = Duration::from_secs(2);
 const REST: u32 = 9;
+/// How old the policies and identities may be by which flows are judged.
+const KNOWN_FOR: Duration = Duration::from_secs(5);
+/// So many bytes of lines are written at once.
+const WRITE_BYTES: usize = 1 << 20;
 /// A file that is longer is followed by the next: with about 1 KiB a line, some 65,000 lines.
 const MAX_FILE_BYTES: u64 = 64 << 20;
+/// Labels of a pod that a record names.
+const MAX_LABELS: usize = 32;
 /// How far a node's clock may be ahead.
 const MAX_AHEAD: Duration = Duration::from_secs(3_600);
 
-/// What an agent told.
+/// What a node's agent told.
 #[derive(Debug)]
-pub struct Told {
-    pub node: Arc<str>,
-    pub flows: wire::Flows,
+pub struct FromNode {
+    node: Arc<str>,
+    flows: wire::Flows,
+    /// Held while it waits.
+    _room: Option<OwnedSemaphorePermit>,
 }
 
-/// Where agents' flows go in, and where they come out to be judged.
-pub fn inbox() -> (mpsc::Sender<Told>, mpsc::Receiver<Told>) {
-    mpsc::channel(MAX_WAITING)
+/// Where what agents tell waits to be judged. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Inbox {
+    sender: mpsc::Sender<FromNode>,
+    room: Arc<Semaphore>,
+    /// By node; each has enrolled, so they are few.
+    rates: Arc<Mutex<HashMap<Arc<str>, Rate>>>,
+}
+
+/// How many messages of a node are taken at a time, and which time that was.
+#[derive(Debug, Clone, Copy)]
+struct Rate {
+    left: f64,
+    at: tokio::time::Instant,
+}
+
+impl Inbox {
+    pub fn new() -> (Self, mpsc::Receiver<FromNode>) {
+        let (sender, told) = mpsc::channel(MAX_MESSAGES);
+        (Self { sender, room: Arc::new(Semaphore::new(MAX_WAITING)), rates: Arc::default() }, told)
+    }
+
+    /// Takes what a node tells, or says why not.
+    ///
+    /// # Errors
+    /// `RESOURCE_EXHAUSTED` when it may be told later.
+    pub fn take(&self, node: Arc<str>, flows: wire::Flows) -> Result<(), Status> {
+        if flows.flows.len() > MAX_FLOWS {
+            return Err(Status::invalid_argument(format!("more than {MAX_FLOWS} flows")));
+        }
+        let full = || Status::resource_exhausted("more flows than are taken: tell them later");
+        if !self.allows(&node) {
+            return Err(full());
+        }
+        let count = u32::try_from(flows.flows.len()).map_err(|_| full())?;
+        let room = Arc::clone(&self.room).try_acquire_many_owned(count).map_err(|_| full())?;
+        let told = FromNode { node, flows, _room: Some(room) };
+        self.sender.try_send(told).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => full(),
+            mpsc::error::TrySendError::Closed(_) => Status::unavailable("the member is stopping"),
+        })
+    }
+
+    fn allows(&self, node: &Arc<str>) -> bool {
+        let now = tokio::time::Instant::now();
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        let rate = rates.entry(Arc::clone(node)).or_insert(Rate { left: BURST, at: now });
+        rate.left = (rate.left + now.duration_since(rate.at).as_secs_f64() * PER_SECOND).min(BURST);
+        rate.at = now;
+        let allowed = rate.left >= 1.0;
+        rate.left -= if allowed { 1.0 } else { 0.0 };
+        allowed
+    }
 }
 
 /// A line of the file.
@@ -59,6 +123,8 @@ pub fn inbox() -> (mpsc::Sender<Told>, mpsc::Receiver<Told>) {
 pub struct Record<'a> {
     pub first_at: String,
     pub last_at: String,
+    /// When identities and policy were added.
+    pub judged_at: String,
     /// Whose kernel decided.
     pub node: String,
     /// `allowed`, `denied` or `cut`.
@@ -112,7 +178,7 @@ pub struct Pod {
     pub namespace: String,
     #[serde(rename = "pod")]
     pub name: String,
-    /// The pod's own, as far as they are known.
+    /// The pod's own, as far as they are known, the first 32.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub labels: serde_json::Map<String, serde_json::Value>,
 }
@@ -128,7 +194,7 @@ impl std::fmt::Display for Party {
 
 /// Judges and writes what comes, until `stop`.
 pub async fn keep(
-    mut told: mpsc::Receiver<Told>,
+    mut told: mpsc::Receiver<FromNode>,
     answering: Answering,
     data: PathBuf,
     metrics: FlowMetrics,
@@ -136,37 +202,34 @@ pub async fn keep(
 ) {
     let mut file = FlowFile::new(&data);
     loop {
-        let first = tokio::select! {
+        let mut batch = Vec::new();
+        tokio::select! {
             () = stop.cancelled() => return,
-            first = told.recv() => match first {
-                Some(first) => first,
-                None => return,
-            },
-        };
-        let mut batch = vec![first];
-        while let Ok(more) = told.try_recv() {
-            batch.push(more);
+            count = told.recv_many(&mut batch, MAX_MESSAGES) => if count == 0 { return },
         }
-        let lost: u64 = batch.iter().map(|it| it.flows.lost).fold(0, u64::saturating_add);
         let began = Instant::now();
+        let all: u64 = batch.iter().map(decisions).fold(0, u64::saturating_add);
         let answering = answering.clone();
         let work = move || {
-            let mut lines = Lines::default();
-            if let Some(known) = answering.known() {
-                judge(&known, &batch, SystemTime::now(), |record| lines.add(record));
-            }
-            let written = file.append(&lines);
-            (file, lines.count, written)
+            let known = answering.known(KNOWN_FOR);
+            let written = known.map(|known| judge_into(&mut file, &known, &batch)).unwrap_or_default();
+            (file, written)
         };
-        let Ok((again, count, written)) = tokio::task::spawn_blocking(work).await else { return };
-        file = again;
-        if let Err(error) = &written {
+        let written = match tokio::task::spawn_blocking(work).await {
+            Ok((again, written)) => {
+                file = again;
+                written
+            }
+            Err(error) => {
+                tracing::error!(%error, "flows could not be judged, and are lost");
+                file = FlowFile::new(&data);
+                Written::default()
+            }
+        };
+        if let Some(error) = &written.failed {
             tracing::error!(%error, path = %file.path().display(), "flows cannot be written, and are lost");
         }
-        match written {
-            Ok(()) => metrics.count(count, lost),
-            Err(_) => metrics.count(0, lost.saturating_add(count)),
-        }
+        metrics.count(written.records, all.saturating_sub(written.decisions));
         let wait = JUDGE_EVERY.max(began.elapsed() * REST);
         tokio::select! {
             () = stop.cancelled() => return,
@@ -175,20 +238,62 @@ pub async fn keep(
     }
 }
 
-/// Shows what agents told, with identities and policy. What is no flow is left out.
-fn judge(known: &Known, told: &[Told], now: SystemTime, mut show: impl FnMut(&Record<'_>)) {
+/// How many decisions a message stands for.
+fn decisions(told: &FromNode) -> u64 {
+    let counts = told.flows.flows.iter().map(|flow| flow.count).chain([told.flows.lost]);
+    counts.fold(0, u64::saturating_add).min(MAX_COUNT)
+}
+
+/// What became of a batch.
+#[derive(Debug, Default)]
+struct Written {
+    records: u64,
+    /// That the records stand for.
+    decisions: u64,
+    failed: Option<io::Error>,
+}
+
+fn judge_into(file: &mut FlowFile, known: &Known, told: &[FromNode]) -> Written {
+    let (mut lines, mut written) = (Lines::default(), Written::default());
+    let mut write = |lines: &mut Lines| {
+        let lines = std::mem::take(lines);
+        match file.append(&lines) {
+            Ok(()) => {
+                written.records += lines.count;
+                written.decisions = written.decisions.saturating_add(lines.decisions);
+            }
+            Err(error) => written.failed = Some(error),
+        }
+    };
+    judge(known, told, SystemTime::now(), |record| {
+        lines.add(record);
+        if lines.bytes.len() >= WRITE_BYTES {
+            write(&mut lines);
+        }
+    });
+    write(&mut lines);
+    written
+}
+
+/// Shows what agents told, with identities and policy. What is no flow is left out, and so is one of this cluster's pods of which
+/// none is on the node that tells: a node speaks for its own, and of a pod that has moved the address is another's now.
+fn judge(known: &Known, told: &[FromNode], now: SystemTime, mut show: impl FnMut(&Record<'_>)) {
     let explainer = Explainer::new(&known.policies, &known.inventory);
     for it in told {
-        for flow in it.flows.flows.iter().take(MAX_FLOWS) {
+        for flow in &it.flows.flows {
             let Some(packet) = packet(flow, |address| explainer.end(address, &known.cluster)) else { continue };
+            let nodes: Vec<Option<&str>> =
+                [&packet.source, &packet.destination].into_iter().filter_map(|end| node_of(known, end)).collect();
+            if !nodes.is_empty() && !nodes.contains(&Some(&*it.node)) {
+                continue;
+            }
             let explanation = explainer.explain_packet(&packet);
             let own = |end| known.own_stream(&packet, end);
             let line = explanation.line().with_own_streams(own(&packet.source), own(&packet.destination));
             // Of another cluster's pod its member knows the rest.
-            let ours = |end: &End| end.pod.as_ref().is_some_and(|(cluster, _)| *cluster == known.cluster);
-            let judged = |end| ours(end).then(|| line.clone());
+            let judged = |end| node_of(known, end).map(|_| line.clone());
             let mut policy = AnswerLine::joined(judged(&packet.source), judged(&packet.destination));
-            if !ours(&packet.source) && !ours(&packet.destination) {
+            if nodes.is_empty() {
                 (policy.verdict, policy.staged.verdict) = ("none".into(), "none".into());
             }
             if let Some(record) = record(known, &it.node, flow, &packet, policy, now) {
@@ -196,6 +301,13 @@ fn judge(known: &Known, told: &[Told], now: SystemTime, mut show: impl FnMut(&Re
             }
         }
     }
+}
+
+/// The node of a pod of this cluster, where it has one; `None`: it is no pod of this cluster.
+fn node_of<'a>(known: &'a Known, end: &End) -> Option<Option<&'a str>> {
+    let (cluster, id) = end.pod.as_ref().filter(|(cluster, _)| *cluster == known.cluster)?;
+    let endpoint = known.inventory.clusters.get(cluster)?.endpoints.get(id)?;
+    Some(endpoint.node.as_deref())
 }
 
 /// `None`: it is none.
@@ -234,13 +346,14 @@ fn record<'a>(
         let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms));
         rfc3339(at.filter(|at| *at < now + MAX_AHEAD).unwrap_or(now))
     };
-    let has_ports = packet.destination_port != 0 || packet.source_port != 0;
+    let has_ports = has_ports(packet.protocol);
     Some(Record {
         first_at: at(flow.first_ms),
         last_at: at(flow.last_ms),
+        judged_at: rfc3339(now),
         node: node.to_owned(),
         decision: decision.to_owned(),
-        count: flow.count,
+        count: flow.count.min(MAX_COUNT),
         from: party(known, &packet.source),
         to: party(known, &packet.destination),
         protocol: protocol_name(packet.protocol),
@@ -263,7 +376,7 @@ fn address(bytes: &[u8]) -> Option<IpAddr> {
 fn party(known: &Known, end: &End) -> Party {
     let pod = end.pod.as_ref().map(|(cluster, id)| {
         let endpoint = known.inventory.clusters.get(cluster).and_then(|cluster| cluster.endpoints.get(id));
-        let labels = endpoint.into_iter().flat_map(|endpoint| endpoint.labels.iter());
+        let labels = endpoint.into_iter().flat_map(|endpoint| endpoint.labels.iter().take(MAX_LABELS));
         Pod {
             cluster: cluster.to_string(),
             namespace: id.namespace.as_deref().unwrap_or_default().to_owned(),
@@ -278,6 +391,8 @@ fn party(known: &Known, end: &End) -> Party {
 struct Lines {
     bytes: Vec<u8>,
     count: u64,
+    /// That they stand for.
+    decisions: u64,
 }
 
 impl Lines {
@@ -285,6 +400,7 @@ impl Lines {
         serde_json::to_writer(&mut self.bytes, record).expect("a record is JSON, and memory takes all");
         self.bytes.push(b'\n');
         self.count += 1;
+        self.decisions = self.decisions.saturating_add(record.count);
     }
 }
 
@@ -336,15 +452,23 @@ impl FlowFile {
 /// # Errors
 /// When there is no file, or it cannot be read.
 pub fn read(data: &Path, last: usize, wanted: impl Fn(&Record<'_>) -> bool) -> io::Result<Vec<Record<'static>>> {
-    let folder = data.join("flows");
-    let newest = File::open(folder.join(NEWEST))?;
-    let before = match File::open(folder.join(BEFORE)) {
-        Ok(before) => Some(before),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(error),
+    let open = |name| match File::open(data.join("flows").join(name)) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     };
+    let (newest, mut before) = (open(NEWEST)?, open(BEFORE)?);
+    if newest.is_none() && before.is_none() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "there are no flows yet"));
+    }
+    // The newest became the one before in between.
+    if let (Some(a), Some(b)) = (&newest, &before)
+        && a.metadata()?.ino() == b.metadata()?.ino()
+    {
+        before = None;
+    }
     let mut found = VecDeque::new();
-    for file in before.into_iter().chain([newest]) {
+    for file in before.into_iter().chain(newest) {
         for line in BufReader::new(file).split(b'\n') {
             let Ok(record) = serde_json::from_slice::<Record<'static>>(&line?) else { continue };
             if wanted(&record) {
@@ -371,7 +495,7 @@ mod tests {
         let ips: Vec<String> = ips.iter().map(|ip| format!("{{ip: \"{ip}\"}}")).collect();
         format!(
             "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}\n\
-             status: {{podIPs: [{}]}}\n---\n",
+             spec: {{nodeName: n}}\nstatus: {{podIPs: [{}]}}\n---\n",
             ips.join(", ")
         )
     }
@@ -413,6 +537,7 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
             own_streams: Default::default(),
             hub_revision: 7,
             local_revision: 9,
+            since: Instant::now(),
         }
     }
 
@@ -437,8 +562,12 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
 
     const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
+    fn from_node(node: &str, flows: Vec<wire::Flow>) -> FromNode {
+        FromNode { node: node.into(), flows: wire::Flows { flows, lost: 0 }, _room: None }
+    }
+
     fn judged(flows: Vec<wire::Flow>) -> Vec<Record<'static>> {
-        let told = Told { node: "n".into(), flows: wire::Flows { flows, lost: 0 } };
+        let told = from_node("n", flows);
         let mut lines = Lines::default();
         judge(&known(), &[told], NOW + Duration::from_secs(1_800_000_100), |record| lines.add(record));
         let text = String::from_utf8(lines.bytes).expect("text");
@@ -475,6 +604,7 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
         for (key, expected) in [
             ("firstAt", serde_json::json!("2027-01-15T08:00:00Z")),
             ("lastAt", "2027-01-15T08:00:01Z".into()),
+            ("judgedAt", "2027-01-15T08:01:40Z".into()),
             ("node", "n".into()),
             ("decision", "allowed".into()),
             ("count", 3.into()),
@@ -517,6 +647,61 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
             wire::Flow { protocol: 1, port: 0, source_port: 0, icmp: icmp(8), ..flow("10.1.0.1", "10.1.0.2", 0) };
         let ping = &judged(vec![ping])[0];
         assert_eq!((&*ping.protocol, ping.port, &ping.icmp), ("ICMP", None, &Some(Icmp { kind: 8, code: 0 })));
+    }
+
+    #[test]
+    fn a_node_speaks_for_its_own_pods() {
+        let count = |node: &str, flow: wire::Flow| {
+            let mut count = 0;
+            judge(&known(), &[from_node(node, vec![flow])], NOW, |_| count += 1);
+            count
+        };
+        for (source, destination) in [("10.1.0.1", "10.1.0.2"), ("10.1.0.1", "8.8.8.8"), ("10.2.0.9", "10.1.0.2")] {
+            let flow = flow(source, destination, 80);
+            assert_eq!((count("n", flow.clone()), count("other", flow)), (1, 0), "{source} {destination}");
+        }
+        assert_eq!(count("other", flow("10.1.9.9", "8.8.8.8", 80)), 1, "nobody's addresses name nobody");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_tells_too_much_keeps_no_other_out() {
+        let (inbox, mut told) = Inbox::new();
+        let message = |flows: usize| wire::Flows { flows: vec![flow("10.1.0.1", "10.1.0.2", 80); flows], lost: 0 };
+        let take = |node: &str, flows: usize| inbox.take(node.into(), message(flows)).map_err(|status| status.code());
+        let full = Err(tonic::Code::ResourceExhausted);
+        assert_eq!(take("a", MAX_FLOWS + 1), Err(tonic::Code::InvalidArgument));
+        let taken = (0..99).take_while(|_| take("a", MAX_FLOWS).is_ok()).count();
+        assert_eq!(taken, BURST as usize);
+        assert_eq!((take("a", 1), take("b", 1)), (full, Ok(())));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!((take("a", 1), take("a", 1)), (Ok(()), full));
+        // Many small messages find room; of large ones so many as fit.
+        assert!((0..1_000).all(|node| take(&format!("small-{node}"), 2) == Ok(())));
+        let large = (0..99).take_while(|node| take(&format!("large-{node}"), MAX_FLOWS) == Ok(())).count();
+        assert_eq!(large, (MAX_WAITING - BURST as usize * MAX_FLOWS - 2 - 2_000) / MAX_FLOWS);
+        drop(told.recv().await);
+        assert_eq!(take("later", MAX_FLOWS), Ok(()), "what is taken makes room");
+        drop(told);
+        assert_eq!(take("last", 1), Err(tonic::Code::Unavailable));
+    }
+
+    #[test]
+    fn what_is_lost_is_counted_by_decisions() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let bad = wire::Flow { source: Vec::new().into(), ..flow("10.1.0.1", "10.1.0.2", 80) };
+        let mut told = from_node("n", vec![flow("10.1.0.1", "10.1.0.2", 80), bad]);
+        told.flows.lost = 5;
+        assert_eq!(decisions(&told), 3 + 3 + 5);
+        let batch = [told];
+        let written = judge_into(&mut FlowFile::new(folder.path()), &known(), &batch);
+        assert_eq!((written.records, written.decisions, written.failed.is_some()), (1, 3, false));
+        // Where nothing can be written.
+        let file = folder.path().join("file");
+        File::create(&file).expect("made");
+        let written = judge_into(&mut FlowFile::new(&file), &known(), &batch);
+        assert_eq!((written.records, written.decisions, written.failed.is_some()), (0, 0, true));
+        let endless = wire::Flow { count: u64::MAX, ..flow("10.1.0.1", "10.1.0.2", 80) };
+        assert_eq!(decisions(&from_node("n", vec![endless.clone(), endless])), MAX_COUNT);
     }
 
     #[test]

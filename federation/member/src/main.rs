@@ -49,8 +49,8 @@ enum Command {
     },
     /// What kernels decided of connections of this cluster's pods, with what policy says of them, as enforced and as staged.
     ///
-    /// Each line is one decision of one node, seconds old or older; the oldest are dropped at 128 MiB. Everything stands in
-    /// `flows/*.jsonl` in the folder, a JSON object in each line; `-o json` prints such lines.
+    /// Each line is what one node decided alike within two seconds. Everything stands in `flows/*.jsonl` in the folder, a JSON
+    /// object in each line, of which the newest 64 to 128 MiB are kept; `-o json` prints such lines.
     Flows(FlowsArgs),
     /// Nodes that have enrolled.
     Node {

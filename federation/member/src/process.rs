@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use hanse_policy::model::{ClusterScope, Port};
+use hanse_policy::model::{ClusterScope, Layer, Port};
 use hanse_policy::selector::{Expr, Selector};
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::files;
@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use crate::exchange::client::Client;
 use crate::exchange::model::Wanted;
 use crate::fanout::Fanout;
-use crate::flows;
+use crate::flows::{self, Inbox};
 use crate::metrics::{FlowMetrics, Metrics};
 use crate::own_streams::Ends;
 use crate::questions::Answering;
@@ -91,7 +91,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     shutdown.spawn(resolver.clone().keep_fresh(stop.clone()));
     shutdown.spawn(identity.clone().keep_fresh(options.hubs.clone(), options.join.clone(), stop.clone()));
     let fanout = Fanout::new(&options.data, options.node_lifetime)?;
-    let (flows, told) = flows::inbox();
+    let (flows, told) = Inbox::new();
     let (agents, enrolment) =
         fanout.serve(&identity, options.agent_listen, options.enrol_listen, flows, &shutdown).await?;
     tracing::info!(cluster = options.cluster, %agents, %enrolment, "member serves");
@@ -206,7 +206,7 @@ impl Member {
         let local = self.world.local();
         self.fanout.know(local.state.nodes.iter().map(|(name, node)| (name.clone(), node.pod_ranges.clone())));
         self.client.publish(&local.state.cluster);
-        self.client.want(self.wanted());
+        self.client.want(wanted(&local.state.layer));
     }
 
     /// Something changed: compiles and hands out.
@@ -226,31 +226,6 @@ impl Member {
         tracing::info!(hub_revision, local_revision, compile_us = took.as_micros(), nodes, "compiled");
     }
 
-    /// What this cluster's own policies look for in others.
-    fn wanted(&self) -> BTreeSet<Wanted> {
-        let mut wanted = BTreeSet::new();
-        for policy in self.world.local().state.layer.policies.values().filter(|policy| policy.acts()) {
-            for entity in
-                policy.ingress.iter().chain(&policy.egress).flatten().flat_map(|it| [&it.source, &it.destination])
-            {
-                let selections = [&entity.selection, &entity.not_selection].into_iter().flatten();
-                for selection in selections.filter(|it| it.clusters != ClusterScope::Local) {
-                    let (clusters, selector) = (selection.clusters.clone(), asked(&selection.selector));
-                    wanted.insert(Wanted { clusters, selector, port_names: BTreeSet::new() });
-                }
-                let clusters = entity.named_port_scope(&policy.id);
-                let ports = entity.ports.iter().chain(&entity.not_ports);
-                let named =
-                    ports.filter_map(|port| if let Port::Named(name) = port { Some(name.clone()) } else { None });
-                let port_names: BTreeSet<Arc<str>> = named.collect();
-                if !port_names.is_empty() && clusters != ClusterScope::Local {
-                    wanted.insert(Wanted { clusters, selector: Selector::from(Expr::All), port_names });
-                }
-            }
-        }
-        wanted
-    }
-
     /// Tells the hub how far enforcement is.
     fn report(&self) {
         let nodes = self.fanout.realisation();
@@ -258,6 +233,29 @@ impl Member {
         self.metrics.tell(&self.world, nodes.values(), policies);
         self.client.report(report::realisation(&self.world, &nodes, &self.client));
     }
+}
+
+/// What a cluster's own policies look for in others. Staged ones too: their outcome is told as well.
+fn wanted(layer: &Layer) -> BTreeSet<Wanted> {
+    let mut wanted = BTreeSet::new();
+    for policy in layer.policies.values().filter(|policy| !policy.host_only) {
+        for entity in policy.ingress.iter().chain(&policy.egress).flatten().flat_map(|it| [&it.source, &it.destination])
+        {
+            let selections = [&entity.selection, &entity.not_selection].into_iter().flatten();
+            for selection in selections.filter(|it| it.clusters != ClusterScope::Local) {
+                let (clusters, selector) = (selection.clusters.clone(), asked(&selection.selector));
+                wanted.insert(Wanted { clusters, selector, port_names: BTreeSet::new() });
+            }
+            let clusters = entity.named_port_scope(&policy.id);
+            let ports = entity.ports.iter().chain(&entity.not_ports);
+            let named = ports.filter_map(|port| if let Port::Named(name) = port { Some(name.clone()) } else { None });
+            let port_names: BTreeSet<Arc<str>> = named.collect();
+            if !port_names.is_empty() && clusters != ClusterScope::Local {
+                wanted.insert(Wanted { clusters, selector: Selector::from(Expr::All), port_names });
+            }
+        }
+    }
+    wanted
 }
 
 /// What the hub is asked for where a policy has this selector. One that is too long to ask for, such as a list of hundreds of
@@ -268,7 +266,29 @@ fn asked(selector: &Selector) -> Selector {
 
 #[cfg(test)]
 mod tests {
+    use hanse_k8s_api::assemble_cluster;
+    use hanse_k8s_api::manifest::{self, Manifests};
+
     use super::*;
+
+    #[test]
+    fn what_is_staged_is_asked_for_too() {
+        let text = "\
+apiVersion: projectcalico.org/v3
+kind: KIND
+metadata: {name: p, namespace: a, annotations: {hanse.dev/peers: ClusterSet}}
+spec: {ingress: [{action: Deny, protocol: TCP, source: {selector: app == 'x'}, destination: {ports: [web]}}]}
+";
+        let of = |kind: &str| {
+            let mut read = Manifests::default();
+            manifest::read_bytes(&"f.yaml".into(), text.replace("KIND", kind).as_bytes(), &mut read);
+            assert_eq!(read.diagnostics, []);
+            wanted(&assemble_cluster(&"c".into(), &read.objects).layer)
+        };
+        let enforced = of("NetworkPolicy");
+        assert!(enforced.iter().any(|it| it.selector.canonical.contains("app")), "{enforced:?}");
+        assert_eq!(of("StagedNetworkPolicy"), enforced);
+    }
 
     #[test]
     fn a_selector_that_is_too_long_is_asked_for_as_everything() {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use bytes::Bytes;
@@ -104,6 +104,8 @@ pub struct Known {
     pub own_streams: BTreeMap<Arc<str>, Vec<OwnStream>>,
     pub hub_revision: u64,
     pub local_revision: u64,
+    /// When it was put together.
+    pub since: Instant,
 }
 
 impl Answering {
@@ -164,7 +166,7 @@ impl Answering {
             Some(Asked::Explain(question)) if question.queries.len() > MAX_QUERIES => {
                 Reply::Refused(format!("more than {MAX_QUERIES} queries"))
             }
-            Some(Asked::Explain(question)) => match self.known() {
+            Some(Asked::Explain(question)) => match self.known(Duration::ZERO) {
                 Some(known) => Reply::Explained(known.explain(&question.queries)),
                 None => Reply::Refused("the member is stopping".to_owned()),
             },
@@ -183,13 +185,19 @@ impl Answering {
         answer.blocking_recv().ok()
     }
 
-    /// What holds now. Blocking. `None`: the process has ended.
-    pub fn known(&self) -> Option<Arc<Known>> {
+    /// What holds, or held at most `age` ago. Blocking. `None`: the process has ended.
+    pub fn known(&self, age: Duration) -> Option<Arc<Known>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = known.as_ref().filter(|known| known.since.elapsed() < age) {
+            return Some(Arc::clone(known));
+        }
         let told = self.told(Some(known.as_ref().map_or(0, |known| known.version)))?;
         if let Some(federation) = &told.federation {
+            // Put together when the receiver is free again.
             let everything = self.client.with_receiver(Receiver::everything);
-            *known = Some(Arc::new(Known::new(&self.cluster, &told, federation, everything)));
+            let mut inventory = Inventory::default();
+            everything.iter().for_each(|change| change.apply(&mut inventory));
+            *known = Some(Arc::new(Known::new(&self.cluster, &told, federation, inventory)));
         }
         known.clone()
     }
@@ -219,6 +227,7 @@ impl Known {
             own_streams: told.own_streams.clone(),
             hub_revision: told.hub_revision,
             local_revision: told.local.revision,
+            since: Instant::now(),
         }
     }
 

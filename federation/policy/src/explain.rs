@@ -5,7 +5,7 @@ pub mod answer;
 pub mod question;
 
 pub use answer::AnswerLine;
-pub use question::{Owners, Place, ProtocolName, Question, QuestionError, protocol_name};
+pub use question::{Owners, Place, ProtocolName, Question, QuestionError, has_ports, protocol_name};
 
 use std::net::IpAddr;
 

@@ -28,7 +28,7 @@ const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// A peer that connects says something at once. One that has not in this time makes room for others ...
 const LONG_SILENCE: Duration = Duration::from_secs(1);
 /// ... and one that has spoken, in this: with many at once it may be us who are slow.
-const LONG_HANDSHAKE: Duration = Duration::from_secs(5);
+const LONG_HANDSHAKE: Duration = Duration::from_secs(3);
 /// How often too many handshakes are told of, at most.
 const WARN_EVERY: Duration = Duration::from_secs(10);
 /// Sources that the rate limit remembers: 4,096 × about 64 bytes is 256 KiB. Beyond it, full allowances are forgotten; when none is full, newcomers are refused.

@@ -731,7 +731,8 @@ impl<'a> Fleet<'a> {
                 "{at}: {}",
                 it.name
             );
-            let mut everything = it.receiver.everything();
+            let mut everything = Inventory::default();
+            it.receiver.everything().iter().for_each(|change| change.apply(&mut everything));
             // Clusters that say nothing are named by records alone.
             everything.clusters.retain(|_, cluster| !cluster.endpoints.is_empty());
             for (cluster, all) in &everything.clusters {

@@ -264,6 +264,12 @@ fn a_realisation_is_bounded() {
         assert_eq!((kept.nodes.len(), &kept.hub), (0, &None));
         assert!(kept.problems[0].contains("nodes, of "), "{kept:?}");
     }
+    // It names no origin, which is not that all are equal.
+    it.exchange.watch_open("train".into(), pb::WatchOpen { protocol: 1, ..pb::WatchOpen::default() }).unwrap();
+    assert_eq!(it.exchange.digests_equal("train"), None);
+    let hub = Some(pb::Position { epoch: 1, revision: 1 });
+    it.say(Request::Realisation(pb::Realisation { hub, ..pb::Realisation::default() }));
+    assert_eq!(it.exchange.digests_equal("train"), Some(true));
 }
 
 /// Jobs come and go, each with a label set of its own: what they leave behind would grow for ever.

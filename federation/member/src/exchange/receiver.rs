@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hanse_policy::inventory::{Endpoint, EndpointId, Inventory, Labels};
+use hanse_policy::inventory::{Endpoint, EndpointId, Labels};
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
@@ -259,8 +259,8 @@ impl Receiver {
         stored.encode_to_vec()
     }
 
-    /// All clusters and endpoints that are held, put together anew. O(all of them).
-    pub fn everything(&self) -> Inventory {
+    /// All clusters and endpoints that are held, as changes of nothing. O(all of them).
+    pub fn everything(&self) -> Vec<Change> {
         let mut changes: Vec<Change> = Vec::new();
         for (name, record) in &self.clusters {
             changes.push(Change::Cluster { name: name.clone(), record: Some(record.clone()) });
@@ -268,9 +268,7 @@ impl Receiver {
         for (name, origin) in &self.origins {
             origin.tell_all(name, &mut changes);
         }
-        let mut inventory = Inventory::default();
-        changes.iter().for_each(|change| change.apply(&mut inventory));
-        inventory
+        changes
     }
 
     /// The first message of a watching stream. What an earlier stream left unfinished is dropped.

@@ -19,7 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::nodes::Locked;
 use super::{Attached, Fanout, Place, Target, enrol};
-use crate::flows::{MAX_FLOWS, Told};
+use crate::flows::Inbox;
 use crate::registration::MemberIdentity;
 
 /// Messages that wait for an agent's connection: 4 MiB at most.
@@ -36,7 +36,7 @@ const MAX_TEXT: usize = 512;
 pub struct Service {
     pub fanout: Fanout,
     pub identity: MemberIdentity,
-    pub flows: mpsc::Sender<Told>,
+    pub flows: Inbox,
     pub stop: CancellationToken,
 }
 
@@ -76,12 +76,7 @@ impl wire::agents_server::Agents for Service {
         if !self.fanout.shared.kept.allows(&node, &key) {
             return Err(not_registered(&node));
         }
-        let flows = request.into_inner();
-        if flows.flows.len() > MAX_FLOWS {
-            return Err(Status::invalid_argument(format!("more than {MAX_FLOWS} flows")));
-        }
-        let taken = self.flows.try_send(Told { node, flows });
-        taken.map_err(|_| Status::resource_exhausted("more flows than are taken: tell them later"))?;
+        self.flows.take(node, request.into_inner())?;
         Ok(Response::new(wire::FlowsTaken {}))
     }
 

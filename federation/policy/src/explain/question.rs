@@ -75,6 +75,11 @@ impl ProtocolName {
     }
 }
 
+/// Whether packets of a protocol have ports.
+pub fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, 6 | 17 | 33 | 132 | 136)
+}
+
 /// A protocol's name, which [`ProtocolName`] reads; a number where it has none.
 pub fn protocol_name(number: u8) -> String {
     match number {
@@ -163,7 +168,7 @@ impl<'a> Owners<'a> {
         let (from, to) = (self.candidate(&question.from)?, self.candidate(&question.to)?);
         let version = version(question, &from, &to)?;
         let protocol = question.protocol.as_ref().map_or(Ok(6), ProtocolName::number)?;
-        let has_ports = matches!(protocol, 6 | 17 | 33 | 132 | 136);
+        let has_ports = has_ports(protocol);
         let source = self.end(&question.from, &from, &to, version)?;
         let destination = self.end(&question.to, &to, &from, version)?;
         Ok(Query {

@@ -340,7 +340,8 @@ impl Exchange {
 
     /// Whether what a cluster last said it holds of each origin is what it should hold; none before it has said.
     pub fn digests_equal(&self, cluster: &str) -> Option<bool> {
-        let told = self.realisations.get(cluster)?;
+        // One that was not taken names no origin.
+        let told = self.realisations.get(cluster).filter(|told| told.hub.is_some())?;
         let (id, _) = self.receivers.iter().find(|(_, receiver)| *receiver.cluster == *cluster)?;
         let equal = |held: &pb::OriginState| {
             let expected = self.expected_digest(*id, &held.origin);
