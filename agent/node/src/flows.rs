@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use hanse_dataplane::nftables::flows::{Decided, Decision, Flows};
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
+use hanse_runtime::agent_wire::MAX_FLOWS;
 use hanse_runtime::retry::Backoff;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -21,9 +22,10 @@ use crate::identity::NodeIdentity;
 
 /// How long decisions are added up before they are told.
 const WINDOW: Duration = Duration::from_secs(2);
-/// Flows of one window, and so of one message: with about 100 bytes each 200 KiB.
-const MAX_FLOWS: usize = 2_000;
-/// Windows that wait to be told; beyond it the oldest are lost. With those in [`QUEUE`] at most 2.5 MiB.
+/// Flows of one source in a window that were decided alike: ten pods that scan ports together fill it, and not one.
+const MAX_OF_SOURCE: usize = 200;
+/// Windows that wait to be told; beyond it the oldest are lost. With those in [`QUEUE`], of at most [`MAX_FLOWS`] of about 100
+/// bytes each, 2.5 MiB.
 const MAX_WAITING: usize = 4;
 /// Windows on their way from the thread to the task: as many as come while one call may take.
 const QUEUE: usize = 8;
@@ -56,6 +58,8 @@ struct Sum {
 #[derive(Debug, Default)]
 struct Window {
     sums: HashMap<Key, Sum>,
+    /// How many of the sums are a source's; no more entries than sums.
+    of_source: HashMap<(IpAddr, Decision), usize>,
     lost: u64,
 }
 
@@ -71,7 +75,10 @@ impl Window {
             if at >= sum.last_ms {
                 (sum.last_ms, sum.source_port) = (at, source_port);
             }
-        } else if self.sums.len() < MAX_FLOWS {
+        } else if self.sums.len() < MAX_FLOWS
+            && self.of_source.get(&(source, decision)).is_none_or(|sums| *sums < MAX_OF_SOURCE)
+        {
+            *self.of_source.entry((source, decision)).or_default() += 1;
             self.sums.insert(key, Sum { source_port, count: 1, first_ms: at, last_ms: at });
         } else {
             self.lost += 1;
@@ -386,10 +393,22 @@ mod tests {
     #[test]
     fn a_window_holds_so_many_flows_and_counts_the_rest() {
         let ports = || (1u16..).take(MAX_FLOWS + 10);
-        let told = window(ports().chain(ports()).map(|port| decided(port, 1, 1)));
+        // Of so many sources that none has too many.
+        let of = |port: u16| Decided { source: [10, 1, 1, (port % 100) as u8].into(), ..decided(port, 1, 1) };
+        let told = window(ports().chain(ports()).map(of));
         assert_eq!((told.flows.len(), told.lost), (MAX_FLOWS, 20));
         assert!(told.flows.iter().all(|flow| flow.count == 2), "what is in it goes on being counted");
         assert_eq!(decisions(&told), 2 * (MAX_FLOWS as u64 + 10));
+    }
+
+    #[test]
+    fn who_scans_ports_leaves_room_for_others_and_for_what_else_is_decided_of_them() {
+        let scan = (1..).take(MAX_FLOWS).map(|port| Decided { decision: Decision::Denied, ..decided(port, 1, 1) });
+        let other = Decided { source: [10, 1, 0, 9].into(), decision: Decision::Denied, ..decided(80, 1, 1) };
+        let told = window(scan.chain([other, decided(80, 1, 1), decided(80, 1, 2)]));
+        let rest = (MAX_FLOWS - MAX_OF_SOURCE) as u64;
+        assert_eq!((told.flows.len(), told.lost), (MAX_OF_SOURCE + 2, rest));
+        assert_eq!(decisions(&told), MAX_FLOWS as u64 + 3);
     }
 
     #[test]
