@@ -4,6 +4,7 @@
 //! Neither is waited for: not by the kernel, and not by who enforces. What cannot be told is lost, and counted.
 
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -33,6 +34,10 @@ const QUEUE: usize = 8;
 const CALL_TIME: Duration = Duration::from_secs(10);
 /// When a member that takes no flows is asked again: another version may stand in its place.
 const ASK_AGAIN: Duration = Duration::from_secs(60);
+/// How often, and how far apart, the kernel is asked while somebody else listens: 2 s in all. What an agent that was killed
+/// had open may close a moment after its successor starts.
+const OPEN_TRIES: u32 = 40;
+const OPEN_PAUSE: Duration = Duration::from_millis(50);
 
 /// What is decided alike.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -117,15 +122,28 @@ fn flow(key: &Key, sum: &Sum) -> wire::Flow {
 }
 
 /// Listens to the rules of `table`, in the network namespace of the calling thread, unless it is switched `off`. Without it,
-/// says why not.
+/// says why not. Blocks while somebody else listens, at most 2 s.
 pub fn listen(off: bool, table: &str) -> Result<Flows, String> {
     if off {
         return Err("off".to_owned());
     }
-    Flows::open(table).map_err(|error| {
+    open_patiently(|| Flows::open(table), std::thread::sleep).map_err(|error| {
         tracing::warn!(%error, "the kernel does not tell what it decides of connections: flows are not told");
         format!("not told: the kernel does not tell them: {error}")
     })
+}
+
+fn open_patiently<T>(mut open: impl FnMut() -> io::Result<T>, mut pause: impl FnMut(Duration)) -> io::Result<T> {
+    // Of a group that is somebody else's the kernel says EPERM, as it does of one who may not listen at all.
+    let is_taken =
+        |error: &io::Error| matches!(error.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::PermissionDenied);
+    for _ in 1..OPEN_TRIES {
+        match open() {
+            Err(error) if is_taken(&error) => pause(OPEN_PAUSE),
+            opened => return opened,
+        }
+    }
+    open()
 }
 
 /// Gives the windows of `flows` as they are complete, from a thread that ends when nobody takes them any more. `state` is for
@@ -409,6 +427,26 @@ mod tests {
         let rest = (MAX_FLOWS - MAX_OF_SOURCE) as u64;
         assert_eq!((told.flows.len(), told.lost), (MAX_OF_SOURCE + 2, rest));
         assert_eq!(decisions(&told), MAX_FLOWS as u64 + 3);
+    }
+
+    #[test]
+    fn who_listens_already_is_waited_for_a_while() {
+        let opened = |failures: u32, kind: io::ErrorKind| {
+            let (mut tries, mut waited) = (0, Duration::ZERO);
+            let open = || {
+                tries += 1;
+                if tries > failures { Ok(()) } else { Err(io::Error::from(kind)) }
+            };
+            let opened = open_patiently(open, |pause| waited += pause);
+            (opened.map_err(|error| error.kind()), tries, waited.as_millis())
+        };
+        let (taken, unknown) = (io::ErrorKind::PermissionDenied, io::ErrorKind::Unsupported);
+        assert_eq!(opened(0, taken), (Ok(()), 1, 0));
+        for kind in [taken, io::ErrorKind::ResourceBusy] {
+            assert_eq!(opened(3, kind), (Ok(()), 4, 150));
+        }
+        assert_eq!(opened(u32::MAX, taken), (Err(taken), 40, 1_950));
+        assert_eq!(opened(1, unknown), (Err(unknown), 1, 0));
     }
 
     #[test]

@@ -6,12 +6,13 @@ use std::path::Path;
 use std::pin::Pin;
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use hanse_agent::flows::tell;
+use hanse_agent::flows::{listen, tell};
 use hanse_agent::identity::NodeIdentity;
 use hanse_agent::snapshot;
 use hanse_agent::status::Status as AgentStatus;
+use hanse_dataplane::nftables::flows::Flows;
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_server::{Agents, AgentsServer};
 use hanse_runtime::ca::Ca;
@@ -196,6 +197,20 @@ async fn a_connection_is_kept_unless_it_may_end_during_a_call() {
         }
         assert_eq!(over[0] == over[1], is_kept, "{lifetime:?}: {over:?}");
     }
+}
+
+#[test]
+fn who_listens_already_is_waited_for() {
+    let (node, _listeners) = Node::new();
+    node.net.within("node", || {
+        let former = Flows::open("hanse").expect("nobody else listens");
+        let began = Instant::now();
+        let refused = listen(false, "hanse").expect_err("somebody listens");
+        assert!(refused.starts_with("not told: the kernel does not tell them: "), "{refused}");
+        assert!(began.elapsed() > Duration::from_secs(1), "{:?}", began.elapsed());
+        drop(former);
+        assert!(listen(false, "hanse").is_ok());
+    });
 }
 
 #[tokio::test]
