@@ -8,7 +8,7 @@ use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use hanse_agent::flows::{listen, tell};
+use hanse_agent::flows::{Heard, listen, tell};
 use hanse_agent::identity::NodeIdentity;
 use hanse_agent::snapshot;
 use hanse_agent::status::Status as AgentStatus;
@@ -132,7 +132,7 @@ fn window(port: u32, lost: u64) -> wire::Flows {
 }
 
 struct Teller {
-    windows: mpsc::Sender<wire::Flows>,
+    windows: mpsc::Sender<Heard>,
     state: watch::Receiver<String>,
 }
 
@@ -158,26 +158,26 @@ async fn windows_are_told_to_whichever_member_takes_them_and_by_the_newest_certi
     member.refusals.lock().expect("whole").extend([Code::Unavailable, Code::PermissionDenied]);
     let members = vec!["127.0.0.1:1".to_owned(), member.address.clone()];
     let mut teller = Teller::new(&member, &identity, members);
-    teller.windows.send(window(1, 5)).await.expect("taken");
+    teller.windows.send(Ok(window(1, 5))).await.expect("taken");
     teller.state("not told: reach the member").await;
     let key = identity.credentials.current().certificate.public;
     for refused in 0..3 {
         assert_eq!(member.next_by().await, Some((key, window(1, 5))), "told again after {refused} refusals");
     }
     teller.state("told to the member").await;
-    teller.windows.send(window(2, 0)).await.expect("taken");
+    teller.windows.send(Ok(window(2, 0))).await.expect("taken");
     assert_eq!(member.next_by().await, Some((key, window(2, 0))), "what was lost is told once");
     identity.credentials.replace(member.issue(HOUR)).expect("usable");
     let renewed = identity.credentials.current().certificate.public;
     assert_ne!(renewed, key);
-    teller.windows.send(window(3, 0)).await.expect("taken");
+    teller.windows.send(Ok(window(3, 0))).await.expect("taken");
     assert_eq!(member.next_by().await, Some((renewed, window(3, 0))));
     // What cannot be understood would not be the next time.
     member.refusals.lock().expect("whole").push_back(Code::InvalidArgument);
-    teller.windows.send(window(4, 1)).await.expect("taken");
+    teller.windows.send(Ok(window(4, 1))).await.expect("taken");
     assert_eq!(member.next_by().await, Some((renewed, window(4, 1))));
     teller.state("does not understand").await;
-    teller.windows.send(window(5, 0)).await.expect("taken");
+    teller.windows.send(Ok(window(5, 0))).await.expect("taken");
     assert_eq!(member.next_by().await, Some((renewed, window(5, 2))));
 }
 
@@ -190,13 +190,34 @@ async fn a_connection_is_kept_unless_it_may_end_during_a_call() {
         let teller = Teller::new(&member, &identity, vec![member.address.clone()]);
         let mut over = Vec::new();
         for port in [1, 2] {
-            teller.windows.send(window(port, 0)).await.expect("taken");
+            teller.windows.send(Ok(window(port, 0))).await.expect("taken");
             let ((_, from), told) = member.next().await.expect("told");
             assert_eq!(told, window(port, 0));
             over.push(from);
         }
         assert_eq!(over[0] == over[1], is_kept, "{lifetime:?}: {over:?}");
     }
+}
+
+#[tokio::test]
+async fn a_member_that_has_too_many_is_told_over_the_same_connection() {
+    let (mut member, data) = (Member::new().await, tempfile::tempdir().expect("a folder"));
+    let identity = member.enrol(data.path());
+    member.refusals.lock().expect("whole").push_back(Code::ResourceExhausted);
+    let mut teller = Teller::new(&member, &identity, vec![member.address.clone()]);
+    teller.windows.send(Ok(window(1, 0))).await.expect("taken");
+    let first = member.next().await.expect("told");
+    teller.state("the member has too many").await;
+    assert_eq!(member.next().await, Some(first), "the same key and port of the agent");
+    teller.state("told to the member").await;
+    // A certificate that comes meanwhile is shown at once.
+    member.refusals.lock().expect("whole").push_back(Code::ResourceExhausted);
+    teller.windows.send(Ok(window(2, 0))).await.expect("taken");
+    assert!(member.next().await.is_some());
+    teller.state("the member has too many").await;
+    identity.credentials.replace(member.issue(HOUR)).expect("usable");
+    let renewed = identity.credentials.current().certificate.public;
+    assert_eq!(member.next_by().await, Some((renewed, window(2, 0))));
 }
 
 #[test]
@@ -219,12 +240,12 @@ async fn a_member_that_takes_no_flows_is_left_alone_for_a_while() {
     let identity = member.enrol(data.path());
     member.refusals.lock().expect("whole").extend([Code::Unimplemented; 2]);
     let mut teller = Teller::new(&member, &identity, vec![member.address.clone()]);
-    teller.windows.send(window(1, 0)).await.expect("taken");
+    teller.windows.send(Ok(window(1, 0))).await.expect("taken");
     assert!(member.next().await.is_some());
     teller.state("the member takes no flows").await;
     // Windows go on being taken, whoever waits.
     for port in 2..40 {
-        teller.windows.send(window(port, 0)).await.expect("taken");
+        teller.windows.send(Ok(window(port, 0))).await.expect("taken");
     }
     let asked_again = tokio::time::timeout(Duration::from_secs(2), member.told.recv()).await;
     assert!(asked_again.is_err(), "{asked_again:?}");
