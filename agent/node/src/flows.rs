@@ -4,6 +4,7 @@
 //! Neither is waited for: not by the kernel, and not by who enforces. What cannot be told is lost, and counted.
 
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -11,6 +12,7 @@ use anyhow::Context as _;
 use hanse_dataplane::nftables::flows::{Decided, Decision, Flows};
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
+use hanse_runtime::agent_wire::MAX_FLOWS;
 use hanse_runtime::retry::Backoff;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -21,9 +23,10 @@ use crate::identity::NodeIdentity;
 
 /// How long decisions are added up before they are told.
 const WINDOW: Duration = Duration::from_secs(2);
-/// Flows of one window, and so of one message: with about 100 bytes each 200 KiB.
-const MAX_FLOWS: usize = 2_000;
-/// Windows that wait to be told; beyond it the oldest are lost. With those in [`QUEUE`] at most 2.5 MiB.
+/// Flows of one source in a window that were decided alike: ten pods that scan ports together fill it, and not one.
+const MAX_OF_SOURCE: usize = 200;
+/// Windows that wait to be told; beyond it the oldest are lost. With those in [`QUEUE`], of at most [`MAX_FLOWS`] of about 100
+/// bytes each, 2.5 MiB.
 const MAX_WAITING: usize = 4;
 /// Windows on their way from the thread to the task: as many as come while one call may take.
 const QUEUE: usize = 8;
@@ -31,6 +34,12 @@ const QUEUE: usize = 8;
 const CALL_TIME: Duration = Duration::from_secs(10);
 /// When a member that takes no flows is asked again: another version may stand in its place.
 const ASK_AGAIN: Duration = Duration::from_secs(60);
+/// How long a window waits before it is lost: the member judges by whose addresses they are when it is told.
+const MAX_AGE: Duration = Duration::from_secs(30);
+/// How often, and how far apart, the kernel is asked while somebody else listens: 2 s in all. What an agent that was killed
+/// had open may close a moment after its successor starts.
+const OPEN_TRIES: u32 = 40;
+const OPEN_PAUSE: Duration = Duration::from_millis(50);
 
 /// What is decided alike.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -56,6 +65,8 @@ struct Sum {
 #[derive(Debug, Default)]
 struct Window {
     sums: HashMap<Key, Sum>,
+    /// How many of the sums are a source's; no more entries than sums.
+    of_source: HashMap<(IpAddr, Decision), usize>,
     lost: u64,
 }
 
@@ -71,7 +82,10 @@ impl Window {
             if at >= sum.last_ms {
                 (sum.last_ms, sum.source_port) = (at, source_port);
             }
-        } else if self.sums.len() < MAX_FLOWS {
+        } else if self.sums.len() < MAX_FLOWS
+            && self.of_source.get(&(source, decision)).is_none_or(|sums| *sums < MAX_OF_SOURCE)
+        {
+            *self.of_source.entry((source, decision)).or_default() += 1;
             self.sums.insert(key, Sum { source_port, count: 1, first_ms: at, last_ms: at });
         } else {
             self.lost += 1;
@@ -109,51 +123,118 @@ fn flow(key: &Key, sum: &Sum) -> wire::Flow {
     }
 }
 
+/// What the kernel decides of connections, or what stands for it in a test.
+trait Kernel {
+    fn wait(&mut self, limit: Duration, look: impl FnMut(Decided)) -> io::Result<u64>;
+    fn left_out(&mut self) -> io::Result<u64>;
+}
+
+impl Kernel for Flows {
+    fn wait(&mut self, limit: Duration, look: impl FnMut(Decided)) -> io::Result<u64> {
+        Self::wait(self, limit, look)
+    }
+
+    fn left_out(&mut self) -> io::Result<u64> {
+        Self::left_out(self)
+    }
+}
+
 /// Listens to the rules of `table`, in the network namespace of the calling thread, unless it is switched `off`. Without it,
-/// says why not.
+/// says why not. Blocks while somebody else listens, at most 2 s.
 pub fn listen(off: bool, table: &str) -> Result<Flows, String> {
     if off {
         return Err("off".to_owned());
     }
-    Flows::open(table).map_err(|error| {
+    open_patiently(|| Flows::open(table), std::thread::sleep).map_err(|error| {
         tracing::warn!(%error, "the kernel does not tell what it decides of connections: flows are not told");
         format!("not told: the kernel does not tell them: {error}")
     })
 }
 
-/// Gives the windows of `flows` as they are complete, from a thread that ends when nobody takes them any more. `state` is for
-/// people: whether they are told.
-pub fn collect(flows: Flows, state: watch::Sender<String>) -> mpsc::Receiver<wire::Flows> {
-    let (sender, windows) = mpsc::channel(QUEUE);
-    std::thread::spawn(move || {
-        if let Err(error) = read(flows, &sender) {
-            tracing::error!(%error, "the kernel does not tell any more what it decides of connections");
-            state.send_replace(format!("not told: the kernel does not tell them any more: {error}"));
+fn open_patiently<T>(mut open: impl FnMut() -> io::Result<T>, mut pause: impl FnMut(Duration)) -> io::Result<T> {
+    // Of a group that is somebody else's the kernel says EPERM, as it does of one who may not listen at all.
+    let is_taken =
+        |error: &io::Error| matches!(error.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::PermissionDenied);
+    for _ in 1..OPEN_TRIES {
+        match open() {
+            Err(error) if is_taken(&error) => pause(OPEN_PAUSE),
+            opened => return opened,
         }
-    });
+    }
+    open()
+}
+
+/// A window, or why there are none until the next.
+pub type Heard = Result<wire::Flows, String>;
+
+/// Gives the windows of `flows` as they are complete, from a thread that ends when nobody takes them any more. When the kernel
+/// ceases to tell, it listens to the rules of `table` again.
+pub fn collect(flows: Flows, table: String) -> mpsc::Receiver<Heard> {
+    let (sender, windows) = mpsc::channel(QUEUE);
+    std::thread::spawn(move || follow(flows, || Flows::open(&table), std::thread::sleep, &sender));
     windows
 }
 
-fn read(mut flows: Flows, windows: &mpsc::Sender<wire::Flows>) -> std::io::Result<()> {
-    let mut window = Window::default();
+fn follow<K: Kernel>(
+    mut kernel: K,
+    mut open: impl FnMut() -> io::Result<K>,
+    mut pause: impl FnMut(Duration),
+    windows: &mpsc::Sender<Heard>,
+) {
+    let (mut window, mut backoff) = (Window::default(), Backoff::new(Duration::from_secs(1), Duration::from_secs(60)));
+    while let Err(error) = read(kernel, &mut window, &mut backoff, windows) {
+        tracing::error!(%error, "the kernel does not tell any more what it decides of connections, listening again");
+        window = hand_over(window, windows);
+        let said = format!("not told: the kernel does not tell them any more: {error}");
+        if windows.blocking_send(Err(said)).is_err() {
+            return;
+        }
+        kernel = loop {
+            pause(backoff.next_delay());
+            if windows.is_closed() {
+                return;
+            }
+            match open() {
+                Ok(kernel) => break kernel,
+                Err(error) => tracing::debug!(%error, "the kernel still does not tell what it decides of connections"),
+            }
+        };
+        tracing::info!("the kernel tells again what it decides of connections");
+        // Also when it is empty: its answer shows that the member is told again.
+        if windows.blocking_send(Ok(std::mem::take(&mut window).message())).is_err() {
+            return;
+        }
+    }
+}
+
+/// Until nobody takes windows, or the kernel ceases to tell: `window` is then what nobody has been given.
+fn read(
+    mut kernel: impl Kernel,
+    window: &mut Window,
+    backoff: &mut Backoff,
+    windows: &mpsc::Sender<Heard>,
+) -> io::Result<()> {
     while !windows.is_closed() {
         let end = Instant::now() + WINDOW;
         while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-            window.lost += flows.wait(left, |decided| window.add(decided))?;
+            let lost = kernel.wait(left, |decided| window.add(decided))?;
+            window.lost += lost;
         }
-        window.lost += flows.left_out()?;
-        window = hand_over(window, windows);
+        window.lost += kernel.left_out()?;
+        *window = hand_over(std::mem::take(window), windows);
+        backoff.reset();
     }
     Ok(())
 }
 
 /// Gives what the next window begins with: what is lost of this one, where who takes them is late.
-fn hand_over(window: Window, windows: &mpsc::Sender<wire::Flows>) -> Window {
+fn hand_over(window: Window, windows: &mpsc::Sender<Heard>) -> Window {
     if window.sums.is_empty() && window.lost == 0 {
         return window;
     }
-    let late = windows.try_send(window.message()).err();
-    Window { lost: late.map_or(0, |error| decisions(&error.into_inner())), ..Window::default() }
+    let late = windows.try_send(Ok(window.message())).err();
+    let lost = late.and_then(|error| error.into_inner().ok()).as_ref().map_or(0, decisions);
+    Window { lost, ..Window::default() }
 }
 
 /// How many decisions a message stands for.
@@ -164,27 +245,44 @@ fn decisions(flows: &wire::Flows) -> u64 {
 /// What is still to be told.
 #[derive(Debug, Default)]
 struct Waiting {
-    windows: VecDeque<wire::Flows>,
+    /// With when they came.
+    windows: VecDeque<(tokio::time::Instant, wire::Flows)>,
     lost: u64,
+    /// Why no windows come.
+    ended: Option<String>,
 }
 
 impl Waiting {
-    fn push(&mut self, mut window: wire::Flows) {
+    fn push(&mut self, heard: Heard) {
+        let mut window = match heard {
+            Ok(window) => window,
+            Err(error) => {
+                self.ended = Some(error);
+                return;
+            }
+        };
+        self.ended = None;
         self.lost += std::mem::take(&mut window.lost);
         if self.windows.len() >= MAX_WAITING {
             self.give_up();
         }
-        self.windows.push_back(window);
+        self.windows.push_back((tokio::time::Instant::now(), window));
     }
 
     /// The oldest is lost.
     fn give_up(&mut self) {
-        self.lost += self.windows.pop_front().as_ref().map_or(0, decisions);
+        self.lost += self.windows.pop_front().map_or(0, |(_, window)| decisions(&window));
+    }
+
+    fn give_up_old(&mut self) {
+        while self.windows.front().is_some_and(|(since, _)| since.elapsed() > MAX_AGE) {
+            self.give_up();
+        }
     }
 
     /// The oldest, with how many are lost.
     fn first(&self) -> Option<wire::Flows> {
-        self.windows.front().map(|window| wire::Flows { lost: self.lost, ..window.clone() })
+        self.windows.front().map(|(_, window)| wire::Flows { lost: self.lost, ..window.clone() })
     }
 
     /// The first is told.
@@ -194,18 +292,14 @@ impl Waiting {
     }
 }
 
-/// The connection to a member.
-#[derive(Debug)]
-struct Open {
-    client: AgentsClient<Channel>,
-    ends_at: SystemTime,
-}
-
 /// Why a window was not told.
 #[derive(Debug, thiserror::Error)]
 enum TellError {
     #[error("the member takes no flows")]
     NotTaken,
+    /// It takes them later, over the same connection.
+    #[error("the member has too many: {0}")]
+    Busy(String),
     /// Told again it would be the same.
     #[error("the member does not understand them: {0}")]
     Misunderstood(String),
@@ -213,57 +307,92 @@ enum TellError {
     Failed(#[from] anyhow::Error),
 }
 
+/// The way to members, or what stands for it in a test.
+trait Link {
+    /// Over the connection that is open, or a new one.
+    async fn tell(&mut self, member: &str, flows: wire::Flows) -> Result<(), TellError>;
+    /// The next is told over a new connection.
+    fn close(&mut self);
+    /// Returns when a new connection would show another certificate, and closes the last.
+    async fn renewed(&mut self);
+}
+
 /// Tells one of `members` what comes, until `stop`, and people by `state` how it is with that. A window whose answer got lost
 /// is told again.
 pub async fn tell(
-    mut windows: mpsc::Receiver<wire::Flows>,
+    windows: mpsc::Receiver<Heard>,
     state: watch::Sender<String>,
     identity: NodeIdentity,
     members: Vec<String>,
     stop: CancellationToken,
 ) {
+    let link = NodeLink { renewed: identity.credentials.subscribe(), identity, open: None };
+    tell_over(link, windows, state, members, stop).await;
+}
+
+async fn tell_over(
+    mut link: impl Link,
+    mut windows: mpsc::Receiver<Heard>,
+    state: watch::Sender<String>,
+    members: Vec<String>,
+    stop: CancellationToken,
+) {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
-    let mut renewed = identity.credentials.subscribe();
-    let (mut waiting, mut open) = (Waiting::default(), None);
-    for member in members.iter().cycle() {
+    // Spread by half: 2 s to 6 s, then 3 s to 9 s.
+    let mut busy = Backoff::new(Duration::from_secs(4), Duration::from_secs(6));
+    let mut waiting = Waiting::default();
+    // How many, one after the other, take no flows.
+    let mut not_taken = 0;
+    let mut in_turn = members.iter().cycle();
+    let Some(mut member) = in_turn.next() else { return };
+    loop {
         let error = loop {
-            while let Ok(window) = windows.try_recv() {
-                waiting.push(window);
+            while let Ok(heard) = windows.try_recv() {
+                waiting.push(heard);
             }
+            waiting.give_up_old();
             let Some(first) = waiting.first() else {
+                if let Some(ended) = &waiting.ended {
+                    say(&state, ended.clone());
+                }
                 tokio::select! {
                     () = stop.cancelled() => return,
-                    window = windows.recv() => match window {
-                        Some(window) => waiting.push(window),
+                    heard = windows.recv() => match heard {
+                        Some(heard) => waiting.push(heard),
                         None => return,
                     }
                 }
                 continue;
             };
-            // The next connection shows the new certificate, and is open before the last one closes.
-            let lasts = |it: &Open| it.ends_at.duration_since(SystemTime::now()).is_ok_and(|left| left > CALL_TIME);
-            open = open.filter(|it| lasts(it) && !renewed.has_changed().unwrap_or(false));
-            renewed.mark_unchanged();
             let told = tokio::select! {
                 () = stop.cancelled() => return,
-                told = tell_one(&mut open, &identity, member, first) => told,
+                told = link.tell(member, first) => told,
             };
             match told {
                 Ok(()) => waiting.told(),
                 Err(error) => break error,
             }
             backoff.reset();
+            busy.reset();
+            not_taken = 0;
             say(&state, "told to the member".to_owned());
         };
-        open = None;
         if say(&state, format!("not told: {error:#}")) {
             match &error {
                 TellError::NotTaken => tracing::info!(member, "the member takes no flows"),
                 _ => tracing::warn!(error = format!("{error:#}"), member, "flows are not told, trying again"),
             }
         }
+        if !matches!(error, TellError::Busy(_)) {
+            link.close();
+            member = in_turn.next().unwrap_or(member);
+        }
+        not_taken = if matches!(error, TellError::NotTaken) { not_taken + 1 } else { 0 };
         let pause = match error {
+            // Another may.
+            TellError::NotTaken if not_taken % members.len() > 0 => Duration::ZERO,
             TellError::NotTaken => ASK_AGAIN,
+            TellError::Busy(_) => busy.next_delay(),
             TellError::Failed(_) => backoff.next_delay(),
             TellError::Misunderstood(_) => {
                 waiting.give_up();
@@ -277,8 +406,8 @@ pub async fn tell(
                 () = stop.cancelled() => return,
                 () = &mut over => break,
                 // Who waits with a certificate that has ended need not wait any longer.
-                Ok(()) = renewed.changed() => break,
-                Some(window) = windows.recv() => waiting.push(window),
+                () = link.renewed() => break,
+                Some(heard) = windows.recv() => waiting.push(heard),
             }
         }
     }
@@ -293,29 +422,56 @@ fn say(state: &watch::Sender<String>, text: String) -> bool {
     })
 }
 
-/// Over the connection that is open, or a new one.
-async fn tell_one(
-    open: &mut Option<Open>,
-    identity: &NodeIdentity,
-    member: &str,
-    flows: wire::Flows,
-) -> Result<(), TellError> {
-    let open = match open {
-        Some(open) => open,
-        None => {
-            identity.check_time()?;
-            let connection = identity.client()?.connect(member).await.context("reach the member")?;
-            open.insert(Open { client: AgentsClient::new(connection.channel), ends_at: connection.peer.ends_at })
+/// As the node, over TLS.
+struct NodeLink {
+    identity: NodeIdentity,
+    renewed: watch::Receiver<()>,
+    open: Option<Open>,
+}
+
+/// The connection to a member.
+#[derive(Debug)]
+struct Open {
+    client: AgentsClient<Channel>,
+    ends_at: SystemTime,
+}
+
+impl Link for NodeLink {
+    async fn tell(&mut self, member: &str, flows: wire::Flows) -> Result<(), TellError> {
+        // The next connection shows the new certificate, and is open before the last one closes.
+        let lasts = |it: &Open| it.ends_at.duration_since(SystemTime::now()).is_ok_and(|left| left > CALL_TIME);
+        let is_renewed = self.renewed.has_changed().unwrap_or(false);
+        self.open = self.open.take().filter(|it| lasts(it) && !is_renewed);
+        self.renewed.mark_unchanged();
+        let open = match &mut self.open {
+            Some(open) => open,
+            none => {
+                self.identity.check_time()?;
+                let connection = self.identity.client()?.connect(member).await.context("reach the member")?;
+                none.insert(Open { client: AgentsClient::new(connection.channel), ends_at: connection.peer.ends_at })
+            }
+        };
+        let answer = tokio::time::timeout(CALL_TIME, open.client.tell_flows(flows)).await;
+        match answer.context("the member does not answer")? {
+            Ok(_) => Ok(()),
+            Err(status) => Err(match status.code() {
+                Code::Unimplemented => TellError::NotTaken,
+                Code::ResourceExhausted => TellError::Busy(status.message().to_owned()),
+                Code::InvalidArgument => TellError::Misunderstood(status.message().to_owned()),
+                _ => TellError::Failed(anyhow::anyhow!("the member refuses them: {}", status.message())),
+            }),
         }
-    };
-    let answer = tokio::time::timeout(CALL_TIME, open.client.tell_flows(flows)).await;
-    match answer.context("the member does not answer")? {
-        Ok(_) => Ok(()),
-        Err(status) => Err(match status.code() {
-            Code::Unimplemented => TellError::NotTaken,
-            Code::InvalidArgument => TellError::Misunderstood(status.message().to_owned()),
-            _ => TellError::Failed(anyhow::anyhow!("the member refuses them: {}", status.message())),
-        }),
+    }
+
+    fn close(&mut self) {
+        self.open = None;
+    }
+
+    async fn renewed(&mut self) {
+        match self.renewed.changed().await {
+            Ok(()) => self.open = None,
+            Err(_) => std::future::pending().await,
+        }
     }
 }
 
@@ -386,10 +542,227 @@ mod tests {
     #[test]
     fn a_window_holds_so_many_flows_and_counts_the_rest() {
         let ports = || (1u16..).take(MAX_FLOWS + 10);
-        let told = window(ports().chain(ports()).map(|port| decided(port, 1, 1)));
+        // Of so many sources that none has too many.
+        let of = |port: u16| Decided { source: [10, 1, 1, (port % 100) as u8].into(), ..decided(port, 1, 1) };
+        let told = window(ports().chain(ports()).map(of));
         assert_eq!((told.flows.len(), told.lost), (MAX_FLOWS, 20));
         assert!(told.flows.iter().all(|flow| flow.count == 2), "what is in it goes on being counted");
         assert_eq!(decisions(&told), 2 * (MAX_FLOWS as u64 + 10));
+    }
+
+    #[test]
+    fn who_scans_ports_leaves_room_for_others_and_for_what_else_is_decided_of_them() {
+        let scan = (1..).take(MAX_FLOWS).map(|port| Decided { decision: Decision::Denied, ..decided(port, 1, 1) });
+        let other = Decided { source: [10, 1, 0, 9].into(), decision: Decision::Denied, ..decided(80, 1, 1) };
+        let told = window(scan.chain([other, decided(80, 1, 1), decided(80, 1, 2)]));
+        let rest = (MAX_FLOWS - MAX_OF_SOURCE) as u64;
+        assert_eq!((told.flows.len(), told.lost), (MAX_OF_SOURCE + 2, rest));
+        assert_eq!(decisions(&told), MAX_FLOWS as u64 + 3);
+    }
+
+    #[test]
+    fn who_listens_already_is_waited_for_a_while() {
+        let opened = |failures: u32, kind: io::ErrorKind| {
+            let (mut tries, mut waited) = (0, Duration::ZERO);
+            let open = || {
+                tries += 1;
+                if tries > failures { Ok(()) } else { Err(io::Error::from(kind)) }
+            };
+            let opened = open_patiently(open, |pause| waited += pause);
+            (opened.map_err(|error| error.kind()), tries, waited.as_millis())
+        };
+        let (taken, unknown) = (io::ErrorKind::PermissionDenied, io::ErrorKind::Unsupported);
+        assert_eq!(opened(0, taken), (Ok(()), 1, 0));
+        for kind in [taken, io::ErrorKind::ResourceBusy] {
+            assert_eq!(opened(3, kind), (Ok(()), 4, 150));
+        }
+        assert_eq!(opened(u32::MAX, taken), (Err(taken), 40, 1_950));
+        assert_eq!(opened(1, unknown), (Err(unknown), 1, 0));
+    }
+
+    /// Says one decision, and then that it cannot.
+    struct Breaking(Option<u16>);
+
+    impl Kernel for Breaking {
+        fn wait(&mut self, _: Duration, mut look: impl FnMut(Decided)) -> io::Result<u64> {
+            self.0.take().map(|port| look(decided(port, 1, 1))).ok_or(io::ErrorKind::BrokenPipe)?;
+            Ok(1)
+        }
+
+        fn left_out(&mut self) -> io::Result<u64> {
+            Ok(0)
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_ceases_to_tell_is_listened_to_again_and_what_it_told_is_handed_over() {
+        let (sender, mut windows) = mpsc::channel::<Heard>(QUEUE);
+        let (mut opened, mut pauses, mut heard) = (0, Vec::new(), Vec::new());
+        let open = || {
+            opened += 1;
+            match opened {
+                1..=9 => Err(io::ErrorKind::ResourceBusy.into()),
+                10 => Ok(Breaking(Some(81))),
+                _ => {
+                    while let Ok(it) = windows.try_recv() {
+                        heard.push(it.map(|it| (it.flows.iter().map(|flow| flow.port).collect::<Vec<_>>(), it.lost)));
+                    }
+                    windows.close();
+                    Ok(Breaking(None))
+                }
+            }
+        };
+        follow(Breaking(Some(80)), open, |pause| pauses.push(pause.as_millis()), &sender);
+        assert!(heard.iter().filter_map(|it| it.as_ref().err()).all(|it| it.contains("any more: broken pipe")));
+        let heard: Vec<_> = heard.into_iter().map(Result::ok).collect();
+        let ports = |ports: &[u32], lost| Some((ports.to_vec(), lost));
+        assert_eq!(heard, [ports(&[80], 1), None, ports(&[], 0), ports(&[81], 1), None]);
+        assert!((500..=1_500).contains(&pauses[0]) && pauses.len() == 11, "{pauses:?}");
+        assert!(pauses[6..].iter().all(|pause| (30_000..=90_000).contains(pause)), "{pauses:?}");
+    }
+
+    /// What is told, with when and to whom, and whether over a new connection.
+    type Call = (u64, String, wire::Flows, bool);
+
+    struct Answers {
+        answers: VecDeque<Result<(), TellError>>,
+        calls: mpsc::UnboundedSender<Call>,
+        began: tokio::time::Instant,
+        open: bool,
+    }
+
+    impl Link for Answers {
+        async fn tell(&mut self, member: &str, flows: wire::Flows) -> Result<(), TellError> {
+            let is_new = !std::mem::replace(&mut self.open, true);
+            let at = u64::try_from(self.began.elapsed().as_millis()).expect("soon");
+            self.calls.send((at, member.to_owned(), flows, is_new)).expect("looked at");
+            self.answers.pop_front().unwrap_or(Ok(()))
+        }
+
+        fn close(&mut self) {
+            self.open = false;
+        }
+
+        async fn renewed(&mut self) {
+            std::future::pending().await
+        }
+    }
+
+    struct Teller {
+        windows: mpsc::Sender<Heard>,
+        state: watch::Receiver<String>,
+        calls: mpsc::UnboundedReceiver<Call>,
+        _stop: tokio_util::sync::DropGuard,
+    }
+
+    impl Teller {
+        /// With members `a`, `b` and so on.
+        fn new(members: usize, answers: impl IntoIterator<Item = TellError>) -> Self {
+            let (windows, receiver) = mpsc::channel(QUEUE);
+            let (sender, state) = watch::channel(String::new());
+            let (call, calls) = mpsc::unbounded_channel();
+            let (answers, stop) = (answers.into_iter().map(Err).collect(), CancellationToken::new());
+            let link = Answers { answers, calls: call, began: tokio::time::Instant::now(), open: false };
+            let members = ["a", "b", "c"][..members].iter().map(|it| (*it).to_owned()).collect();
+            tokio::spawn(tell_over(link, receiver, sender, members, stop.clone()));
+            Self { windows, state, calls, _stop: stop.drop_guard() }
+        }
+
+        async fn send(&self, port: u16) {
+            self.windows.send(Ok(window([decided(port, 1, 1)]))).await.expect("taken");
+        }
+
+        /// When it is told what, to whom, with how many lost, and whether over a new connection.
+        async fn call(&mut self) -> (u64, String, Option<u32>, u64, bool) {
+            let (at, member, flows, is_new) = self.calls.recv().await.expect("it goes on");
+            (at, member, flows.flows.first().map(|flow| flow.port), flows.lost, is_new)
+        }
+
+        async fn state(&mut self, wanted: &str) {
+            let reached = tokio::time::timeout(MAX_AGE, self.state.wait_for(|it| it == wanted)).await;
+            assert!(reached.is_ok_and(|it| it.is_ok()), "{wanted}: {:?}", self.state);
+        }
+    }
+
+    fn busy() -> TellError {
+        TellError::Busy("later".to_owned())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_member_that_has_too_many_is_asked_again_later_over_the_same_connection() {
+        let mut teller = Teller::new(2, std::iter::repeat_with(busy).take(8));
+        teller.send(1).await;
+        assert_eq!(teller.call().await, (0, "a".to_owned(), Some(1), 0, true));
+        teller.state("not told: the member has too many: later").await;
+        let (mut last, mut pauses) = (0, Vec::new());
+        for port in 2..10 {
+            // More than may wait are taken meanwhile.
+            teller.send(port).await;
+            let (at, member, told, lost, is_new) = teller.call().await;
+            assert_eq!((member.as_str(), is_new), ("a", false));
+            // The first is told until it is lost, by their number or by its age.
+            assert_eq!(u64::from(told.expect("one waits")), lost + 1);
+            pauses.push(at - last);
+            last = at;
+        }
+        assert!(pauses.iter().all(|pause| (2_000..=10_000).contains(pause)), "{pauses:?}");
+        pauses.dedup();
+        assert!(pauses.len() > 4, "they differ: {pauses:?}");
+        teller.state("told to the member").await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn why_no_windows_come_is_said_when_the_last_is_told_and_until_they_come_again() {
+        let mut teller = Teller::new(1, [busy()]);
+        teller.send(1).await;
+        teller.windows.send(Err("not told: gone".to_owned())).await.expect("taken");
+        teller.state("not told: the member has too many: later").await;
+        teller.state("not told: gone").await;
+        assert_eq!((teller.call().await.2, teller.call().await.2), (Some(1), Some(1)));
+        let changed = tokio::time::timeout(ASK_AGAIN, teller.state.changed()).await;
+        assert!(changed.is_err(), "{:?}", teller.state);
+        teller.windows.send(Ok(wire::Flows::default())).await.expect("taken");
+        teller.state("told to the member").await;
+        assert_eq!(teller.call().await.2, None, "the member shows that it is told");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_window_that_waits_too_long_is_lost() {
+        let mut teller = Teller::new(1, [TellError::NotTaken]);
+        teller.send(1).await;
+        assert_eq!(teller.call().await.2, Some(1));
+        tokio::time::advance(ASK_AGAIN - MAX_AGE).await;
+        teller.send(2).await;
+        tokio::time::advance(Duration::from_secs(1)).await;
+        teller.send(3).await;
+        let (at, _, told, lost, _) = teller.call().await;
+        assert_eq!((at / 1_000, told, lost), (60, Some(2), 1), "the first, and not yet the second");
+        assert_eq!(teller.call().await.2, Some(3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn members_that_take_no_flows_are_left_alone_when_all_of_them_have_said_so() {
+        let failed = || TellError::Failed(anyhow::anyhow!("no"));
+        let none = || TellError::NotTaken;
+        let answers = [none(), none(), none(), none(), failed(), none(), none(), none()];
+        let mut teller = Teller::new(3, answers);
+        let windows = teller.windows.clone();
+        tokio::spawn(async move {
+            while windows.send(Ok(window([decided(1, 1, 1)]))).await.is_ok() {
+                tokio::time::sleep(WINDOW).await;
+            }
+        });
+        let mut asked = Vec::new();
+        for _ in 0..8 {
+            let (at, member, ..) = teller.call().await;
+            asked.push((member, at / 10_000));
+        }
+        let asked: Vec<_> = asked.iter().map(|(member, at)| (member.as_str(), *at)).collect();
+        // All; then one that may take them soon, and all again.
+        let wanted = [("a", 0), ("b", 0), ("c", 0), ("a", 6), ("b", 6), ("c", 6), ("a", 6), ("b", 6)];
+        assert_eq!(asked, wanted);
+        let (at, member, ..) = teller.call().await;
+        assert_eq!((member.as_str(), at / 10_000), ("c", 12));
     }
 
     #[test]
@@ -404,10 +777,10 @@ mod tests {
         assert_eq!(over(0, &[]), 0);
         assert!(windows.try_recv().is_err(), "nothing is told of nothing");
         assert_eq!((over(1, &[80, 80, 81]), over(2, &[82, 82]), over(4, &[83])), (0, 4, 5));
-        let told = windows.try_recv().expect("the first");
+        let told = windows.try_recv().expect("the first").expect("a window");
         assert_eq!((told.flows.len(), told.lost), (2, 1));
         assert_eq!(over(5, &[]), 0);
-        assert_eq!(windows.try_recv().expect("what is lost").lost, 5);
+        assert_eq!(windows.try_recv().expect("what is lost").expect("a window").lost, 5);
     }
 
     #[test]
@@ -415,7 +788,7 @@ mod tests {
         let mut waiting = Waiting::default();
         let numbered = |number: u16| wire::Flows { lost: 1, ..window([decided(number, 1, 1), decided(number, 1, 2)]) };
         for number in 1..=6 {
-            waiting.push(numbered(number));
+            waiting.push(Ok(numbered(number)));
         }
         // Two windows of two decisions, and one of each of six.
         let first = waiting.first().expect("some wait");

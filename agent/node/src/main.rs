@@ -190,7 +190,8 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let detect_uplinks = args.uplink.is_empty();
     let mut dataplane = args.marks.config(args.uplink)?;
     // Before the rules that tell: a kernel that cannot would refuse them.
-    let listening = flows::listen(args.no_flows, &dataplane.table);
+    let table = dataplane.table.clone();
+    let listening = flows::listen(args.no_flows, &table);
     dataplane.flows = listening.is_ok();
     let (flows_state, flows_told) =
         watch::channel(listening.as_ref().err().cloned().unwrap_or_else(|| "not told yet".to_owned()));
@@ -217,7 +218,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let mut follower =
         Follower { node: node.clone(), enforcer, held, refused, pod_ranges, open, connected: false, in_sync, status };
     follower.tell();
-    let windows = listening.ok().map(|flows| flows::collect(flows, flows_state.clone()));
+    let windows = listening.ok().map(|flows| flows::collect(flows, table));
     tokio::spawn(status::keep(data.clone(), told, flows_told));
     let (member, enrolment) = (args.member, Enrolment { address: args.enrol, token_file: args.token_file });
     let task = shutdown.spawn(async move {

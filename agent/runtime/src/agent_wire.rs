@@ -20,6 +20,8 @@ const MEMBERS_PER_PART: usize = 10_000;
 const PART_BYTES: usize = 400 * 1024;
 /// Objects of one delta that a receiver takes: a node's 1,000,000 set members and 100,000 rules.
 const MAX_PARTS: usize = 1_000;
+/// Flows of one message: an agent tells no more at once, and a member takes no more. With about 100 bytes each 200 KiB.
+pub const MAX_FLOWS: usize = 2_000;
 
 /// Why a message is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

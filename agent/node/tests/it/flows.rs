@@ -6,12 +6,13 @@ use std::path::Path;
 use std::pin::Pin;
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use hanse_agent::flows::tell;
+use hanse_agent::flows::{Heard, listen, tell};
 use hanse_agent::identity::NodeIdentity;
 use hanse_agent::snapshot;
 use hanse_agent::status::Status as AgentStatus;
+use hanse_dataplane::nftables::flows::Flows;
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_server::{Agents, AgentsServer};
 use hanse_runtime::ca::Ca;
@@ -131,7 +132,7 @@ fn window(port: u32, lost: u64) -> wire::Flows {
 }
 
 struct Teller {
-    windows: mpsc::Sender<wire::Flows>,
+    windows: mpsc::Sender<Heard>,
     state: watch::Receiver<String>,
 }
 
@@ -157,26 +158,26 @@ async fn windows_are_told_to_whichever_member_takes_them_and_by_the_newest_certi
     member.refusals.lock().expect("whole").extend([Code::Unavailable, Code::PermissionDenied]);
     let members = vec!["127.0.0.1:1".to_owned(), member.address.clone()];
     let mut teller = Teller::new(&member, &identity, members);
-    teller.windows.send(window(1, 5)).await.expect("taken");
+    teller.windows.send(Ok(window(1, 5))).await.expect("taken");
     teller.state("not told: reach the member").await;
     let key = identity.credentials.current().certificate.public;
     for refused in 0..3 {
         assert_eq!(member.next_by().await, Some((key, window(1, 5))), "told again after {refused} refusals");
     }
     teller.state("told to the member").await;
-    teller.windows.send(window(2, 0)).await.expect("taken");
+    teller.windows.send(Ok(window(2, 0))).await.expect("taken");
     assert_eq!(member.next_by().await, Some((key, window(2, 0))), "what was lost is told once");
     identity.credentials.replace(member.issue(HOUR)).expect("usable");
     let renewed = identity.credentials.current().certificate.public;
     assert_ne!(renewed, key);
-    teller.windows.send(window(3, 0)).await.expect("taken");
+    teller.windows.send(Ok(window(3, 0))).await.expect("taken");
     assert_eq!(member.next_by().await, Some((renewed, window(3, 0))));
     // What cannot be understood would not be the next time.
     member.refusals.lock().expect("whole").push_back(Code::InvalidArgument);
-    teller.windows.send(window(4, 1)).await.expect("taken");
+    teller.windows.send(Ok(window(4, 1))).await.expect("taken");
     assert_eq!(member.next_by().await, Some((renewed, window(4, 1))));
     teller.state("does not understand").await;
-    teller.windows.send(window(5, 0)).await.expect("taken");
+    teller.windows.send(Ok(window(5, 0))).await.expect("taken");
     assert_eq!(member.next_by().await, Some((renewed, window(5, 2))));
 }
 
@@ -189,7 +190,7 @@ async fn a_connection_is_kept_unless_it_may_end_during_a_call() {
         let teller = Teller::new(&member, &identity, vec![member.address.clone()]);
         let mut over = Vec::new();
         for port in [1, 2] {
-            teller.windows.send(window(port, 0)).await.expect("taken");
+            teller.windows.send(Ok(window(port, 0))).await.expect("taken");
             let ((_, from), told) = member.next().await.expect("told");
             assert_eq!(told, window(port, 0));
             over.push(from);
@@ -199,17 +200,52 @@ async fn a_connection_is_kept_unless_it_may_end_during_a_call() {
 }
 
 #[tokio::test]
+async fn a_member_that_has_too_many_is_told_over_the_same_connection() {
+    let (mut member, data) = (Member::new().await, tempfile::tempdir().expect("a folder"));
+    let identity = member.enrol(data.path());
+    member.refusals.lock().expect("whole").push_back(Code::ResourceExhausted);
+    let mut teller = Teller::new(&member, &identity, vec![member.address.clone()]);
+    teller.windows.send(Ok(window(1, 0))).await.expect("taken");
+    let first = member.next().await.expect("told");
+    teller.state("the member has too many").await;
+    assert_eq!(member.next().await, Some(first), "the same key and port of the agent");
+    teller.state("told to the member").await;
+    // A certificate that comes meanwhile is shown at once.
+    member.refusals.lock().expect("whole").push_back(Code::ResourceExhausted);
+    teller.windows.send(Ok(window(2, 0))).await.expect("taken");
+    assert!(member.next().await.is_some());
+    teller.state("the member has too many").await;
+    identity.credentials.replace(member.issue(HOUR)).expect("usable");
+    let renewed = identity.credentials.current().certificate.public;
+    assert_eq!(member.next_by().await, Some((renewed, window(2, 0))));
+}
+
+#[test]
+fn who_listens_already_is_waited_for() {
+    let (node, _listeners) = Node::new();
+    node.net.within("node", || {
+        let former = Flows::open("hanse").expect("nobody else listens");
+        let began = Instant::now();
+        let refused = listen(false, "hanse").expect_err("somebody listens");
+        assert!(refused.starts_with("not told: the kernel does not tell them: "), "{refused}");
+        assert!(began.elapsed() > Duration::from_secs(1), "{:?}", began.elapsed());
+        drop(former);
+        assert!(listen(false, "hanse").is_ok());
+    });
+}
+
+#[tokio::test]
 async fn a_member_that_takes_no_flows_is_left_alone_for_a_while() {
     let (mut member, data) = (Member::new().await, tempfile::tempdir().expect("a folder"));
     let identity = member.enrol(data.path());
     member.refusals.lock().expect("whole").extend([Code::Unimplemented; 2]);
     let mut teller = Teller::new(&member, &identity, vec![member.address.clone()]);
-    teller.windows.send(window(1, 0)).await.expect("taken");
+    teller.windows.send(Ok(window(1, 0))).await.expect("taken");
     assert!(member.next().await.is_some());
     teller.state("the member takes no flows").await;
     // Windows go on being taken, whoever waits.
     for port in 2..40 {
-        teller.windows.send(window(port, 0)).await.expect("taken");
+        teller.windows.send(Ok(window(port, 0))).await.expect("taken");
     }
     let asked_again = tokio::time::timeout(Duration::from_secs(2), member.told.recv()).await;
     assert!(asked_again.is_err(), "{asked_again:?}");
