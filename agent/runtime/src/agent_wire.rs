@@ -11,8 +11,6 @@ use hanse_ruleset as rules;
 use hanse_ruleset::{Delta, Digest, Members, SetChange};
 use ipnet::IpNet;
 
-/// Flows of one message of an agent: with about 100 bytes each 200 KiB.
-pub const MAX_FLOWS: usize = 2_000;
 /// Set members of one part: at most 40 bytes each, so at most 400 KiB.
 const MEMBERS_PER_PART: usize = 10_000;
 /// Bytes of objects after which a part is closed: with the largest object (1,024 rules of about 500 bytes) it stays
