@@ -1,6 +1,6 @@
 //! Joining and renewing: the conversion module of `registration.proto`, and the rules behind it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -10,7 +10,7 @@ use hanse_runtime::Identity;
 use hanse_runtime::ca::CaError;
 use hanse_runtime::identity::check_label;
 use hanse_runtime::keys::{Certificate, Fingerprint, KeyError, RequestedKey};
-use hanse_runtime::tls::{RateLimit, peer, peer_identity};
+use hanse_runtime::tls::{RateLimit, host_of, peer, peer_identity};
 use hanse_store::Transaction;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
@@ -37,7 +37,7 @@ pub struct Registration {
     authority: Authority,
     metrics: HubMetrics,
     /// Of calls by those who have shown no certificate.
-    rate: Arc<Mutex<RateLimit>>,
+    rate: Arc<Mutex<RateLimit<IpAddr>>>,
 }
 
 /// What a newcomer or a renewing party gets.
@@ -60,7 +60,7 @@ impl Registration {
     fn admit<T>(&self, request: &Request<T>) -> Result<SocketAddr, Status> {
         let address = peer(request)?.address;
         let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
-        match rate.allows(address.ip(), Instant::now()) {
+        match rate.allows(host_of(address.ip()), Instant::now()) {
             true => Ok(address),
             false => Err(Status::resource_exhausted("too many calls from this address: try again in a second")),
         }

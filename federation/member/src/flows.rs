@@ -7,7 +7,7 @@
 //! A line is a [`Record`]. Two files are kept, `flows.jsonl` and the one before it. Nothing waits for them: what comes faster than it
 //! can be judged or written is lost, and counted.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::IpAddr;
@@ -22,6 +22,7 @@ use hanse_proto::agent::v1 as wire;
 use hanse_runtime::agent_wire::MAX_FLOWS;
 use hanse_runtime::files::private_folder;
 use hanse_runtime::moment::rfc3339;
+use hanse_runtime::tls::RateLimit;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -33,9 +34,9 @@ use crate::questions::{Answering, Known};
 /// Messages and flows that wait to be judged: of at most 16 MB.
 const MAX_MESSAGES: usize = 4_096;
 const MAX_WAITING: usize = 64_000;
-/// Messages of one node in a second, and at once: an agent sends one each two seconds, and a few when it could not for a while.
+/// Messages of one node in a second, and ten at once: an agent sends one each two seconds, and a few when it could not for a
+/// while.
 const PER_SECOND: f64 = 1.0;
-const BURST: f64 = 12.0;
 /// Decisions that one flow or one message may count.
 const MAX_COUNT: u64 = 10_000_000;
 /// Flows are judged together, at least so long after the last ones. It takes a pass over all endpoints and policies, so
@@ -67,21 +68,15 @@ pub struct FromNode {
 pub struct Inbox {
     sender: mpsc::Sender<FromNode>,
     room: Arc<Semaphore>,
-    /// By node; each has enrolled, so they are few.
-    rates: Arc<Mutex<HashMap<Arc<str>, Rate>>>,
-}
-
-/// How many messages of a node are taken at a time, and which time that was.
-#[derive(Debug, Clone, Copy)]
-struct Rate {
-    left: f64,
-    at: tokio::time::Instant,
+    /// By node.
+    rate: Arc<Mutex<RateLimit<Arc<str>>>>,
 }
 
 impl Inbox {
     pub fn new() -> (Self, mpsc::Receiver<FromNode>) {
         let (sender, told) = mpsc::channel(MAX_MESSAGES);
-        (Self { sender, room: Arc::new(Semaphore::new(MAX_WAITING)), rates: Arc::default() }, told)
+        let rate = Arc::new(Mutex::new(RateLimit::new(PER_SECOND)));
+        (Self { sender, room: Arc::new(Semaphore::new(MAX_WAITING)), rate }, told)
     }
 
     /// Takes what a node tells, or says why not.
@@ -93,7 +88,8 @@ impl Inbox {
             return Err(Status::invalid_argument(format!("more than {MAX_FLOWS} flows")));
         }
         let full = || Status::resource_exhausted("more flows than are taken: tell them later");
-        if !self.allows(&node) {
+        let now = tokio::time::Instant::now();
+        if !self.rate.lock().unwrap_or_else(PoisonError::into_inner).allows(Arc::clone(&node), now) {
             return Err(full());
         }
         let count = u32::try_from(flows.flows.len()).map_err(|_| full())?;
@@ -103,17 +99,6 @@ impl Inbox {
             mpsc::error::TrySendError::Full(_) => full(),
             mpsc::error::TrySendError::Closed(_) => Status::unavailable("the member is stopping"),
         })
-    }
-
-    fn allows(&self, node: &Arc<str>) -> bool {
-        let now = tokio::time::Instant::now();
-        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        let rate = rates.entry(Arc::clone(node)).or_insert(Rate { left: BURST, at: now });
-        rate.left = (rate.left + now.duration_since(rate.at).as_secs_f64() * PER_SECOND).min(BURST);
-        rate.at = now;
-        let allowed = rate.left >= 1.0;
-        rate.left -= if allowed { 1.0 } else { 0.0 };
-        allowed
     }
 }
 
@@ -671,14 +656,14 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
         let full = Err(tonic::Code::ResourceExhausted);
         assert_eq!(take("a", MAX_FLOWS + 1), Err(tonic::Code::InvalidArgument));
         let taken = (0..99).take_while(|_| take("a", MAX_FLOWS).is_ok()).count();
-        assert_eq!(taken, BURST as usize);
+        assert_eq!(taken, 10);
         assert_eq!((take("a", 1), take("b", 1)), (full, Ok(())));
         tokio::time::advance(Duration::from_secs(1)).await;
         assert_eq!((take("a", 1), take("a", 1)), (Ok(()), full));
         // Many small messages find room; of large ones so many as fit.
         assert!((0..1_000).all(|node| take(&format!("small-{node}"), 2) == Ok(())));
         let large = (0..99).take_while(|node| take(&format!("large-{node}"), MAX_FLOWS) == Ok(())).count();
-        assert_eq!(large, (MAX_WAITING - BURST as usize * MAX_FLOWS - 2 - 2_000) / MAX_FLOWS);
+        assert_eq!(large, (MAX_WAITING - 10 * MAX_FLOWS - 2 - 2_000) / MAX_FLOWS);
         drop(told.recv().await);
         assert_eq!(take("later", MAX_FLOWS), Ok(()), "what is taken makes room");
         drop(told);

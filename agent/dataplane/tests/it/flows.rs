@@ -10,7 +10,7 @@ use hanse_dataplane::nftables::flows::{Decided, Decision, Flows};
 use hanse_dataplane::{Backend as _, Found};
 use hanse_ruleset::{Action, Peer, PortRange, Rule};
 
-use crate::net::{Net, address, ip, is_reset, passes, until};
+use crate::net::{Net, address, ip, is_reset, nft, passes, until};
 use crate::verdicts::{Build, rule, to_port};
 
 /// The kernel gathers for half a second; after this long without anything there is nothing more.
@@ -54,16 +54,6 @@ fn text(decided: &Decided) -> String {
     assert_eq!(*source_port >= 4000, [6, 17].contains(protocol), "{decided:?}");
     let icmp = icmp.map(|(kind, code)| format!(" {kind}/{code}")).unwrap_or_default();
     format!("{decision:?} {protocol} {source} {destination} {port}{icmp}")
-}
-
-fn nft(net: &Net, command: &str) -> String {
-    let output = Command::new("ip")
-        .args(["netns", "exec", &net.name("node"), "nft"])
-        .args(command.split(' '))
-        .output()
-        .expect("nft of nftables");
-    assert!(output.status.success(), "nft {command}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// RFC 1071.

@@ -9,18 +9,8 @@ use hanse_dataplane::nftables::{Config, Nftables};
 use hanse_dataplane::{Backend as _, Found};
 use hanse_ruleset::{Action, Peer, Rule, RuleSet, SetId, TierDefault};
 
-use crate::net::{Net, address, passes};
+use crate::net::{Net, address, nft, passes};
 use crate::verdicts::{Build, addresses, from_set, rule, to_port};
-
-fn nft(net: &Net, command: &str) -> String {
-    let output = Command::new("ip")
-        .args(["netns", "exec", &net.name("node"), "nft"])
-        .args(command.split(' '))
-        .output()
-        .expect("nft of nftables");
-    assert!(output.status.success(), "nft {command}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
 
 fn closed() -> Build {
     Build {

@@ -252,3 +252,14 @@ impl Drop for Net {
         }
     }
 }
+
+/// Runs `nft` on the node; what it prints.
+pub fn nft(net: &Net, command: &str) -> String {
+    let output = Command::new("ip")
+        .args(["netns", "exec", &net.name("node"), "nft"])
+        .args(command.split(' '))
+        .output()
+        .expect("nft of nftables");
+    assert!(output.status.success(), "nft {command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}

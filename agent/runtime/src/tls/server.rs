@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::hash::Hash;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -169,7 +170,7 @@ pub async fn incoming(
                     continue;
                 }
             };
-            if rate.as_mut().is_some_and(|rate| !rate.allows(remote.ip(), Instant::now())) {
+            if rate.as_mut().is_some_and(|rate| !rate.allows(host_of(remote.ip()), Instant::now())) {
                 debug!(%remote, "connection refused by the rate limit");
                 continue;
             }
@@ -349,22 +350,21 @@ impl Drop for Handshake {
     }
 }
 
-/// A token bucket per source address: `per_second` refill, ten seconds' worth of burst and at least 1.
+/// A token bucket per source: `per_second` refill, ten seconds' worth of burst and at least 1.
 #[derive(Debug)]
-pub struct RateLimit {
+pub struct RateLimit<K> {
     per_second: f64,
     burst: f64,
-    sources: HashMap<IpAddr, (f64, Instant)>,
+    sources: HashMap<K, (f64, Instant)>,
 }
 
-impl RateLimit {
+impl<K: Eq + Hash> RateLimit<K> {
     pub fn new(per_second: f64) -> Self {
         Self { per_second, burst: (per_second * 10.0).max(1.0), sources: HashMap::new() }
     }
 
-    /// Whether one more from this address is allowed; counts it then.
-    pub fn allows(&mut self, source: IpAddr, now: Instant) -> bool {
-        let source = host_of(source);
+    /// Whether one more from this source is allowed; counts it then.
+    pub fn allows(&mut self, source: K, now: Instant) -> bool {
         if self.sources.len() >= MAX_SOURCES && !self.sources.contains_key(&source) {
             let (burst, per_second) = (self.burst, self.per_second);
             self.sources.retain(|_, (left, at)| *left + now.duration_since(*at).as_secs_f64() * per_second < burst);
@@ -384,7 +384,7 @@ impl RateLimit {
 }
 
 /// Whom an address stands for: IPv6 hosts own whole /64 networks.
-pub(super) fn host_of(address: IpAddr) -> IpAddr {
+pub fn host_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => IpAddr::from((u128::from(v6) >> 64 << 64).to_be_bytes()),
         v4 => v4,
