@@ -9,7 +9,7 @@
 //!
 //! It borrows what it was made of, so it never goes stale; it remembers behind `RefCell`, so it belongs to one thread.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
 use std::hash::BuildHasher as _;
 use std::net::IpAddr;
@@ -130,11 +130,11 @@ impl<'a> Prepared<'a> {
         let ends = [self.class_of(&query.source), self.class_of(&query.destination)];
         answer(query, |_, direction| {
             let pod = ends[usize::from(direction == Direction::Ingress)].pod?;
-            let facts =
-                Remembered { prepared: self, query, memos: ends.each_ref().map(|end| self.memo(end, pod.cluster)) };
-            let _lit = Lit::new(self, query, &facts.memos);
-            let glance = Glance::new(self, query, &facts.memos);
             let chain = self.chain(pod, direction);
+            let facts =
+                Remembered { prepared: self, query, ends: &ends, enforcer: pod.cluster, held: Default::default() };
+            let _lit = Lit::new(&facts, chain.named);
+            let glance = Glance::new(&facts);
             let federated_allow_final = pod.owner.federated_allow_final;
             let court = Court { facts: &facts, enforcer: pod.cluster, federated_allow_final };
             let candidates = |tier: usize| {
@@ -159,8 +159,10 @@ impl<'a> Prepared<'a> {
         let known = self.chains_by_content.borrow().get(&key).cloned();
         let chain = known.unwrap_or_else(|| {
             let tiers = in_tiers(key.2.iter().map(|at| plan.policies[*at as usize]));
-            let rules = tiers.iter().map(|tier| self.plain_rules(tier, direction)).collect();
-            let chain = Rc::new(Plain { tiers, rules });
+            let rules: Vec<_> = tiers.iter().map(|tier| self.plain_rules(tier, direction)).collect();
+            let outlines = || rules.iter().flat_map(|rules| &rules.outlines);
+            let named = [0, 1].map(|end| outlines().any(|outline| outline.ends[end] != ANY));
+            let chain = Rc::new(Plain { tiers, rules, named });
             self.chains_by_content.borrow_mut().insert(key, chain.clone());
             chain
         });
@@ -211,24 +213,25 @@ impl<'a> Prepared<'a> {
         EndClass { pod, sets: self.sets.holding(end.address) }
     }
 
-    fn memo(&self, end: &EndClass<'a>, enforcer: &'a str) -> Memo<'a> {
+    /// The selections that hold an end, remembered.
+    fn held(&self, end: &EndClass<'a>, enforcer: &'a str) -> Held {
         let mut memos = self.memos.borrow_mut();
         let key = (end.pod.map(|pod| pod.class), end.sets.clone(), enforcer.as_ptr() as usize);
         if let Some(held) = memos.by_class.get(&key) {
-            return Memo { end: end.clone(), held: held.clone() };
+            return held.clone();
         }
-        let held = self.held(end, enforcer);
+        let held = self.ask(end, enforcer);
         let bytes = MEMO_KEY_BYTES + std::mem::size_of_val(&*held);
         if memos.bytes + bytes > MEMO_BYTES {
             *memos = Memos::default();
         }
         memos.bytes += bytes;
         memos.by_class.insert(key, held.clone());
-        Memo { end: end.clone(), held }
+        held
     }
 
     /// Asks every selection that can hold an end.
-    fn held(&self, end: &EndClass<'a>, enforcer: &str) -> Held {
+    fn ask(&self, end: &EndClass<'a>, enforcer: &str) -> Held {
         let mut found: Vec<(u32, Tri)> = Vec::new();
         let mut ask = |labels: EffectiveLabels<'_>, selected: &dyn Fn(&Selection) -> Tri| {
             // Where a label may be unknown, its absence excludes nothing.
@@ -270,22 +273,24 @@ type Bits = Box<[Cell<u64>]>;
 /// The bits of the selections that hold, or may hold, the ends, and of the nets that do: set while it lives.
 struct Lit<'p> {
     bits: &'p [Bits; 2],
-    held: [Held; 2],
+    held: [Option<Held>; 2],
     nets: [Vec<u32>; 2],
 }
 
 impl<'p> Lit<'p> {
-    fn new(prepared: &'p Prepared<'_>, query: &Query, memos: &[Memo<'_>; 2]) -> Self {
-        let held = memos.each_ref().map(|memo| memo.held.clone());
-        let nets = [query.source.address, query.destination.address].map(|address| prepared.nets.holding(address));
-        let this = Self { bits: &prepared.bits, held, nets };
+    /// Sets those of the ends of which some rule says which it means.
+    fn new(facts: &Remembered<'p, '_>, named: [bool; 2]) -> Self {
+        let held = [0, 1].map(|end| named[end].then(|| facts.held(end).clone()));
+        let addresses = [facts.query.source.address, facts.query.destination.address];
+        let nets = [0, 1].map(|end| if named[end] { facts.prepared.nets.holding(addresses[end]) } else { Vec::new() });
+        let this = Self { bits: &facts.prepared.bits, held, nets };
         this.set(|word, bit| word | bit);
         this
     }
 
     fn set(&self, change: impl Fn(u64, u64) -> u64) {
         for ((bits, held), nets) in self.bits.iter().zip(&self.held).zip(&self.nets) {
-            for number in held.iter().map(|(number, _)| number).chain(nets) {
+            for number in held.iter().flat_map(|held| held.iter()).map(|(number, _)| number).chain(nets) {
                 let word = &bits[*number as usize / 64];
                 word.set(change(word.get(), 1 << (number % 64)));
             }
@@ -312,13 +317,14 @@ struct Glance<'p> {
 }
 
 impl<'p> Glance<'p> {
-    fn new(prepared: &'p Prepared<'_>, query: &Query, memos: &[Memo<'_>; 2]) -> Self {
+    fn new(facts: &Remembered<'p, '_>) -> Self {
+        let query = facts.query;
         Self {
-            bits: &prepared.bits,
+            bits: &facts.prepared.bits,
             protocol: query.protocol.into(),
             port: query.destination_port,
             has_port: has_ports(query.protocol),
-            has_names: memos[1].end.pod.is_some_and(|pod| !pod.endpoint.ports.is_empty()),
+            has_names: facts.ends[1].pod.is_some_and(|pod| !pod.endpoint.ports.is_empty()),
             addresses: [query.source.address, query.destination.address],
         }
     }
@@ -345,6 +351,8 @@ struct Plain<'a> {
     tiers: Vec<TierView<'a>>,
     /// For each tier, in order.
     rules: Vec<PlainRules<'a>>,
+    /// Of which ends some rule says which it means.
+    named: [bool; 2],
 }
 
 /// The rules of a tier, and apart from them, closely packed, what is looked at first.
@@ -454,35 +462,36 @@ struct Known<'a> {
 
 const NO_CLASS: u32 = u32::MAX;
 
-#[derive(Debug)]
-struct Memo<'a> {
-    end: EndClass<'a>,
-    held: Held,
-}
-
 /// [`Facts`] of one query and one enforcing cluster.
 struct Remembered<'p, 'a> {
     prepared: &'p Prepared<'a>,
     query: &'p Query,
-    memos: [Memo<'a>; 2],
+    ends: &'p [EndClass<'a>; 2],
+    enforcer: &'a str,
+    /// Looked up when it is asked for.
+    held: [OnceCell<Held>; 2],
 }
 
-impl<'a> Remembered<'_, 'a> {
-    fn memo(&self, end: &End) -> &Memo<'a> {
-        &self.memos[usize::from(!std::ptr::eq(end, &self.query.source))]
+impl Remembered<'_, '_> {
+    /// The place of an end of the query.
+    fn place(&self, end: &End) -> usize {
+        usize::from(!std::ptr::eq(end, &self.query.source))
+    }
+
+    fn held(&self, place: usize) -> &Held {
+        self.held[place].get_or_init(|| self.prepared.held(&self.ends[place], self.enforcer))
     }
 }
 
 impl Facts for Remembered<'_, '_> {
     fn selected(&self, _enforcer: &str, selection: &Selection, end: &End) -> Tri {
         let number = self.prepared.selections[&address_of(selection)];
-        let held = &self.memo(end).held;
+        let held = self.held(self.place(end));
         held.binary_search_by_key(&number, |(number, _)| *number).map_or(Tri::No, |at| held[at].1)
     }
 
     fn named_port(&self, enforcer: &str, scope: &ClusterScope, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
-        let pod = self.memo(end).end.pod;
-        pod.map_or(Tri::No, |pod| {
+        self.ends[self.place(end)].pod.map_or(Tri::No, |pod| {
             named_port_of(enforcer, scope, name, (pod.cluster, pod.owner, pod.endpoint), protocol, port)
         })
     }
