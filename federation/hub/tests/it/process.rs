@@ -247,22 +247,23 @@ async fn a_hub_tells_its_health_and_stops_when_asked() {
     let data = folder.path().join("hub");
     let [listen, join] = initialise(&data);
     let [health, metrics] = free_ports();
-    let mut child = hub()
+    let child = hub()
         .args(["run", "--listen", &listen, "--join-listen", &join, "--health-listen", &health])
         .args(["--metrics-listen", &metrics, "--data"])
         .arg(&data)
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
+    let mut process = Process { child, listen, join };
     crate::support::eventually("ready", || async { page(&health, "/readyz").await.ends_with("ready") }).await;
     assert!(page(&health, "/healthz").await.ends_with("ok"));
-    let text = page(&metrics, "/metrics").await;
+    // Some are there from the first observation on.
     for name in ["hanse_hub_connections", "hanse_hub_registry_revision", "hanse_hub_clusters", "hanse_hub_endpoints"] {
-        assert!(text.contains(name), "{name}: {text}");
+        crate::support::eventually(name, || async { page(&metrics, "/metrics").await.contains(name) }).await;
     }
-    let stopped = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    let stopped = Command::new("kill").args(["-TERM", &process.child.id().to_string()]).status().unwrap();
     assert!(stopped.success());
-    let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
+    let ended = tokio::task::spawn_blocking(move || process.child.wait().unwrap());
     let status = tokio::time::timeout(SOON, ended).await.expect("it stops").unwrap();
     assert_eq!(status.code(), Some(0));
 }
