@@ -88,7 +88,7 @@ pub fn assemble(clusters: &[(ClusterName, Manifests)], federation: &Manifests) -
     let (mut policies, mut inventory) = (PolicySet::default(), Inventory::default());
     let federation = assemble_federation(&federation.objects, clusters.iter().map(|(name, _)| name.clone()));
     for (name, manifests) in clusters {
-        let mut state = assemble_cluster(name, &manifests.objects);
+        let mut state = assemble_cluster(name, manifests.objects.iter().cloned());
         if let Some(member) = federation.members.get(name) {
             state.cluster.labels = member.labels.clone();
             state.cluster.label_grant = member.grants.label_grant();

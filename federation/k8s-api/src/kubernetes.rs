@@ -220,8 +220,8 @@ impl Pod {
         matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed"))
     }
 
-    /// As an endpoint of the inventory. `node_addresses`: of the pod's node, used where the pod is on its network.
-    pub fn endpoint(&self, node_addresses: &[IpAddr]) -> Endpoint {
+    /// The addresses that its status names, the primary first.
+    fn reported(&self) -> Vec<IpAddr> {
         let mut reported = Vec::new();
         for text in self.status.pod_ip.iter().chain(self.status.pod_ips.iter().filter_map(|entry| entry.ip.as_ref())) {
             if let Some(address) = parse_address(text)
@@ -230,6 +230,18 @@ impl Pod {
                 reported.push(address);
             }
         }
+        reported
+    }
+
+    /// The addresses that it says are its own.
+    pub fn claims(&self) -> Vec<IpAddr> {
+        if self.has_ended() || self.spec.host_network { Vec::new() } else { self.reported() }
+    }
+
+    /// As an endpoint of the inventory, if all that it claims is its own. `node_addresses`: of the pod's node, used where the
+    /// pod is on its network.
+    pub fn endpoint(&self, node_addresses: &[IpAddr]) -> Endpoint {
+        let reported = self.reported();
         let (ended, host) = (self.has_ended(), self.spec.host_network);
         let host_addresses = match (host && !ended, reported.is_empty()) {
             (false, _) => Vec::new(),

@@ -506,7 +506,7 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
             let mut read = Manifests::default();
             manifest::read_bytes(&"f.yaml".into(), text.as_bytes(), &mut read);
             assert_eq!(read.diagnostics, []);
-            assemble_cluster(&name.into(), &read.objects)
+            assemble_cluster(&name.into(), read.objects)
         };
         let pods = pod("train", "a", &["10.1.0.1"]) + &pod("train", "b", &["10.1.0.2", "fd01::2"]);
         let own = cluster("c", &(pods + POLICIES));

@@ -98,7 +98,7 @@ impl Metrics {
         nodes: impl IntoIterator<Item = &'a NodeStatus>,
         (refused, waiting): (usize, usize),
     ) {
-        let newest = (world.hub_revision(), world.local().revision);
+        let newest = (world.hub_revision(), world.local_revision());
         let (mut connected, mut current, mut failed, mut unenforced) = (0, 0, 0, 0);
         for node in nodes {
             let at = (node.place.hub_revision, node.place.local_revision);
@@ -112,7 +112,7 @@ impl Metrics {
         self.current.set(current);
         self.failed.set(failed);
         self.unenforced.set(unenforced);
-        self.problems.set(world.local().problems.len() as i64);
+        self.problems.set(world.problems().len() as i64);
         self.local_revision.set(newest.1);
         self.hub_revision.set(newest.0);
         self.refused.set(refused as i64);

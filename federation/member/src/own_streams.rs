@@ -61,14 +61,15 @@ impl OwnStreams {
             };
             all.extend(stream(name, Some(&nodes), to, listener.port()));
         }
-        let named: BTreeSet<IpAddr> = all.iter().flat_map(|it| it.from.iter().chain(&it.to)).map(IpNet::addr).collect();
-        let owned = state.cluster.endpoints.values().filter(|endpoint| !endpoint.host_network);
-        let pods = owned.flat_map(|endpoint| {
-            let node = endpoint.node.clone();
-            let held = endpoint.addresses.iter().filter(|address| named.contains(address));
-            held.filter_map(move |address| Some((*address, node.clone()?)))
-        });
-        Self { pods: pods.collect(), all }
+        Self { pods: BTreeMap::new(), all }
+    }
+
+    /// The same streams; `node_of` gives the node of the pod that owns an address.
+    pub fn on_nodes_of(self, node_of: impl Fn(IpAddr) -> Option<Arc<str>>) -> Self {
+        let named: BTreeSet<IpAddr> =
+            self.all.iter().flat_map(|it| it.from.iter().chain(&it.to)).map(IpNet::addr).collect();
+        let pods = named.into_iter().filter_map(|address| Some((address, node_of(address)?))).collect();
+        Self { pods, ..self }
     }
 
     /// Those of which a pod of this node is an end.
@@ -144,7 +145,9 @@ fn translated(ends: &BTreeSet<SocketAddr>, state: &ClusterState) -> BTreeSet<Soc
 
 #[cfg(test)]
 mod tests {
-    use hanse_k8s_api::assemble_cluster;
+    use std::path::Path;
+
+    use hanse_k8s_api::assemble::Assembly;
     use hanse_k8s_api::manifest::{Manifests, read_bytes};
 
     use super::*;
@@ -197,14 +200,17 @@ status: {phase: Running, podIP: 10.0.1.20}
         let mut read = Manifests::default();
         read_bytes(&"cluster.yaml".into(), CLUSTER.as_bytes(), &mut read);
         assert!(read.diagnostics.is_empty(), "{:?}", read.diagnostics);
-        let state = assemble_cluster(&"here".into(), read.objects.iter());
+        let mut assembly = Assembly::new("here".into());
+        assembly.update([(Path::new("cluster.yaml").into(), read.objects)]);
+        let state = assembly.state();
         let ends = Ends {
             hubs: [hub.parse().expect("an address")].into(),
             joins: BTreeSet::new(),
             agents: Some("0.0.0.0:7445".parse().expect("an address")),
             enrolment: None,
         };
-        let own = OwnStreams::new(&ends, &state, |_| member.parse().ok());
+        let node_of = |address| state.cluster.endpoints[assembly.owner(address)?].node.clone();
+        let own = OwnStreams::new(&ends, state, |_| member.parse().ok()).on_nodes_of(node_of);
         for (node, expected) in ["a", "b"].into_iter().zip(expected) {
             let found: Vec<String> = own.on_node(node, &state.nodes[node]).iter().map(describe).collect();
             assert_eq!(found, expected, "node {node}");

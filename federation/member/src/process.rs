@@ -30,7 +30,7 @@ use crate::questions::Answering;
 use crate::registration::MemberIdentity;
 use crate::report;
 use crate::resolver::Resolver;
-use crate::source::{Directory, Source as _, Sourced};
+use crate::source::{Directory, News, Source as _};
 use crate::world::World;
 
 /// How often the source is looked at: an edit is taken at the second look, and is to apply within a second.
@@ -103,13 +103,13 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     };
     let client = Client::restore(&options.data);
 
-    let (news, mut local_news) = mpsc::channel::<Arc<Sourced>>(1);
-    let mut source = Directory::new(identity.cluster().clone(), options.source.clone(), &options.data);
+    let (news, mut local_news) = mpsc::channel::<News>(1);
+    let mut source = Directory::new(options.source.clone(), &options.data);
     std::thread::spawn(move || {
         while !news.is_closed() {
             let began = Instant::now();
-            if let Some(sourced) = source.look()
-                && news.blocking_send(sourced).is_err()
+            if let Some(it) = source.look()
+                && news.blocking_send(it).is_err()
             {
                 return;
             }
@@ -200,20 +200,22 @@ struct Member {
 
 impl Member {
     /// What the source has is enforced here, published, and says what this cluster looks for in others.
-    fn take_local(&mut self, local: Arc<Sourced>) {
-        self.world.set_local(local);
+    fn take_local(&mut self, news: News) {
+        let changed = self.world.take_local(news);
         self.changed();
         let local = self.world.local();
-        self.fanout.know(local.state.nodes.iter().map(|(name, node)| (name.clone(), node.pod_ranges.clone())));
-        self.client.publish(&local.state.cluster);
-        self.client.want(wanted(&local.state.layer));
+        self.fanout.know(local.nodes.iter().map(|(name, node)| (name.clone(), node.pod_ranges.clone())));
+        self.client.publish(&local.cluster);
+        if !changed.policies.is_empty() {
+            self.client.want(wanted(&local.layer));
+        }
     }
 
     /// Something changed: compiles and hands out.
     fn changed(&mut self) {
         self.version += 1;
         let start = Instant::now();
-        let (hub_revision, local_revision) = (self.world.hub_revision(), self.world.local().revision);
+        let (hub_revision, local_revision) = (self.world.hub_revision(), self.world.local_revision());
         let Some(compiled) = self.world.compile() else {
             tracing::info!("the hub has not been heard yet: nodes keep what they have, and new ones stay closed");
             return;
@@ -283,7 +285,7 @@ spec: {ingress: [{action: Deny, protocol: TCP, source: {selector: app == 'x'}, d
             let mut read = Manifests::default();
             manifest::read_bytes(&"f.yaml".into(), text.replace("KIND", kind).as_bytes(), &mut read);
             assert_eq!(read.diagnostics, []);
-            wanted(&assemble_cluster(&"c".into(), &read.objects).layer)
+            wanted(&assemble_cluster(&"c".into(), read.objects).layer)
         };
         let enforced = of("NetworkPolicy");
         assert!(enforced.iter().any(|it| it.selector.canonical.contains("app")), "{enforced:?}");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use hanse_k8s_api::assemble::Federation;
+use hanse_k8s_api::assemble::{ClusterState, Federation};
 use hanse_policy::evaluate::{End, Query};
 use hanse_policy::explain::{Explainer, Question};
 use hanse_policy::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory};
@@ -32,7 +32,6 @@ use crate::exchange::publisher::octets;
 use crate::exchange::receiver::Receiver;
 use crate::own_streams::describe;
 use crate::registration::MemberIdentity;
-use crate::source::Sourced;
 use crate::world::{NodeRules, World};
 
 /// Queries that one question may have.
@@ -66,7 +65,8 @@ pub struct Ask {
 #[derive(Debug)]
 struct Told {
     version: u64,
-    local: Arc<Sourced>,
+    local: Arc<ClusterState>,
+    local_revision: u64,
     /// When the version is news.
     federation: Option<Federation>,
     hub_revision: u64,
@@ -85,6 +85,7 @@ impl Ask {
         let _ = self.told.send(Told {
             version,
             local: Arc::clone(world.local()),
+            local_revision: world.local_revision(),
             federation: news.then(|| world.federation().clone()),
             hub_revision: world.hub_revision(),
             own_streams: own_streams.unwrap_or_default(),
@@ -171,7 +172,7 @@ impl Answering {
                 None => Reply::Refused("the member is stopping".to_owned()),
             },
             Some(Asked::Pods(pb::PodsQuestion { which: Some(which) })) => match self.told(None) {
-                Some(told) => Reply::Pods(pods(&told.local.state.cluster, &which)),
+                Some(told) => Reply::Pods(pods(&told.local.cluster, &which)),
                 None => Reply::Refused("the member is stopping".to_owned()),
             },
             Some(Asked::Pods(_)) | None => Reply::Refused("the question is not understood by this version".to_owned()),
@@ -206,8 +207,7 @@ impl Answering {
 impl Known {
     /// The others as the hub has them, this cluster as its own source has it.
     fn new(cluster: &ClusterName, told: &Told, federation: &Federation, mut inventory: Inventory) -> Self {
-        let local = &told.local.state;
-        let mut own = local.cluster.clone();
+        let mut own = told.local.cluster.clone();
         if let Some(record) = inventory.clusters.get(cluster) {
             own.labels.clone_from(&record.labels);
             own.label_grant.clone_from(&record.label_grant);
@@ -217,7 +217,7 @@ impl Known {
         inventory.federated_sets.clone_from(&federation.sets);
         let policies = PolicySet {
             federation: federation.layer.clone(),
-            clusters: BTreeMap::from([(cluster.clone(), local.layer.clone())]),
+            clusters: BTreeMap::from([(cluster.clone(), told.local.layer.clone())]),
         };
         Self {
             version: told.version,
@@ -226,7 +226,7 @@ impl Known {
             cluster: cluster.clone(),
             own_streams: told.own_streams.clone(),
             hub_revision: told.hub_revision,
-            local_revision: told.local.revision,
+            local_revision: told.local_revision,
             since: Instant::now(),
         }
     }

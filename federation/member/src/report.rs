@@ -41,7 +41,7 @@ pub fn realisation(world: &World, nodes: &BTreeMap<Arc<str>, NodeStatus>, client
         .collect();
     let current = |node: &&pb::NodePosition| {
         let at = (node.hub_revision, node.local_revision);
-        node.connected && at == (world.hub_revision(), world.local().revision)
+        node.connected && at == (world.hub_revision(), world.local_revision())
     };
     let agents_current = nodes.iter().filter(current).count();
     client.with_receiver(|receiver| {
@@ -71,7 +71,7 @@ pub fn realisation(world: &World, nodes: &BTreeMap<Arc<str>, NodeStatus>, client
             nodes,
             policies,
             origins: origins.collect(),
-            problems: world.local().problems.iter().take(MAX_PROBLEMS).map(in_words).collect(),
+            problems: world.problems().iter().take(MAX_PROBLEMS).map(in_words).collect(),
         }
     })
 }

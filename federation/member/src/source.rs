@@ -1,33 +1,51 @@
 //! Where a member learns of its own cluster.
 //!
-//! [`Source`] is what the process needs; [`Directory`] reads a directory of ordinary Kubernetes YAML. A source never
-//! takes "cannot be read" for "empty": what was last good stays in force, and the problem is named.
+//! [`Source`] is what the process needs; [`Directory`] reads a directory of ordinary Kubernetes YAML. A source tells what is
+//! new, part by part, so that an edit costs what it touches. It never takes "cannot be read" for "empty": what was last good
+//! stays in force, and the problem is named.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use hanse_k8s_api::assemble::ClusterState;
-use hanse_k8s_api::assemble_cluster;
 use hanse_k8s_api::manifest::{self, Diagnostic, Manifest, Manifests};
-use hanse_policy::model::ClusterName;
 use hanse_runtime::files::private_folder;
 
-/// A cluster as its source has it.
+/// What is new in a cluster.
 #[derive(Debug, Clone, Default)]
-pub struct Sourced {
-    pub state: ClusterState,
-    /// What is wrong, with file and line.
+pub struct News {
+    /// What is new or different, such as a file, with all the objects that it has now: none when it is gone. At first,
+    /// everything.
+    pub parts: Vec<(Arc<Path>, Vec<Manifest>)>,
+    /// All that cannot be read, with file and line.
     pub problems: Vec<Diagnostic>,
     /// Grows with each change, across restarts too.
     pub revision: u64,
 }
 
-/// Tells when the cluster changed.
+/// Tells what changed in the cluster.
 pub trait Source: Send {
-    /// Looks, and gives the whole when anything changed since the last call. Blocking.
-    fn look(&mut self) -> Option<Arc<Sourced>>;
+    /// Looks, and gives what changed since the last call. Blocking.
+    fn look(&mut self) -> Option<News>;
+}
+
+/// Warns of each problem when it comes up.
+#[derive(Debug, Default)]
+pub struct Warned(BTreeSet<(Arc<str>, u32, String)>);
+
+impl Warned {
+    /// `problems` are all that there are now.
+    pub fn warn(&mut self, problems: &[Diagnostic]) {
+        let now = problems.iter().map(|it| (it.place.file.clone(), it.place.line, it.message.clone())).collect();
+        let before = std::mem::replace(&mut self.0, now);
+        for it in problems {
+            if !before.contains(&(it.place.file.clone(), it.place.line, it.message.clone())) {
+                let (file, line) = (&*it.place.file, it.place.line);
+                tracing::warn!(file, line, field = it.field, problem = it.message, "a manifest is not used as written");
+            }
+        }
+    }
 }
 
 /// A directory of manifests. A file that breaks keeps its last good state, across restarts too; one that is gone is gone.
@@ -36,11 +54,12 @@ pub trait Source: Send {
 /// not there twice. So it must be looked at more often than edits must apply.
 #[derive(Debug)]
 pub struct Directory {
-    cluster: ClusterName,
     path: PathBuf,
     /// Where the last good state of each file is kept.
     kept: PathBuf,
     files: BTreeMap<PathBuf, File>,
+    /// Files that are gone, which is not told yet.
+    gone: Vec<PathBuf>,
     /// What cannot be listed, and why, while it cannot: the directory itself, or something below it.
     unlisted: BTreeMap<PathBuf, String>,
     revisions: Revisions,
@@ -48,7 +67,7 @@ pub struct Directory {
     is_read: bool,
     /// States of files that went while nobody looked are kept no more.
     is_swept: bool,
-    told: BTreeSet<(Arc<str>, u32, String)>,
+    warned: Warned,
 }
 
 #[derive(Debug, Default)]
@@ -58,8 +77,9 @@ struct File {
     /// As it looked last, when that is something else.
     settling: Option<Stamp>,
     missing: bool,
-    /// Its last good state; of a file that never was good, what could be read of it.
-    objects: Vec<Manifest>,
+    /// Its last good state, or of a file that never was good what could be read of it, until that is told.
+    news: Option<Vec<Manifest>>,
+    has_objects: bool,
     was_good: bool,
     problems: Vec<Diagnostic>,
 }
@@ -98,21 +118,21 @@ impl Revisions {
 
 impl Directory {
     /// Reads `path`; `data` is the folder of the member's files.
-    pub fn new(cluster: ClusterName, path: PathBuf, data: &Path) -> Self {
+    pub fn new(path: PathBuf, data: &Path) -> Self {
         let kept = data.join("source");
         if let Err(error) = private_folder(&kept) {
             tracing::error!(%error, path = %kept.display(), "last good states cannot be kept");
         }
         Self {
-            cluster,
             path,
             files: BTreeMap::new(),
+            gone: Vec::new(),
             unlisted: BTreeMap::new(),
             revisions: Revisions::open(kept.join("revision")),
             kept,
             is_read: false,
             is_swept: false,
-            told: BTreeSet::new(),
+            warned: Warned::default(),
         }
     }
 
@@ -133,7 +153,7 @@ impl Directory {
             }
             return changed;
         }
-        let (kept, first, unlisted) = (&self.kept, !self.is_read, &self.unlisted);
+        let (kept, first, unlisted, went) = (&self.kept, !self.is_read, &self.unlisted, &mut self.gone);
         if first && !unlisted.is_empty() {
             let hidden = restore_all(kept, &self.path).into_iter();
             self.files.extend(hidden.filter(|(path, _)| path.ancestors().any(|it| unlisted.contains_key(it))));
@@ -145,6 +165,7 @@ impl Directory {
             if gone {
                 // What stays is overwritten or never looked at.
                 let _ = std::fs::remove_file(kept_name(kept, path));
+                went.push(path.clone());
                 changed = true;
             }
             !gone
@@ -181,20 +202,13 @@ impl Directory {
         };
         self.unlisted.iter().map(problem).collect()
     }
-
-    fn tell(&mut self, problems: &[Diagnostic]) {
-        let now = problems.iter().map(|it| (it.place.file.clone(), it.place.line, it.message.clone())).collect();
-        let before = std::mem::replace(&mut self.told, now);
-        for it in problems {
-            if !before.contains(&(it.place.file.clone(), it.place.line, it.message.clone())) {
-                let (file, line) = (&*it.place.file, it.place.line);
-                tracing::warn!(file, line, field = it.field, problem = it.message, "a manifest is not used as written");
-            }
-        }
-    }
 }
 
 impl File {
+    fn good(objects: Vec<Manifest>) -> Self {
+        Self { has_objects: !objects.is_empty(), news: Some(objects), was_good: true, ..Self::default() }
+    }
+
     /// Reads anew; whether the file's part of the state, or its problems, changed.
     fn read(&mut self, path: &Path, kept: &Path) -> bool {
         let mut read = Manifests::default();
@@ -203,11 +217,11 @@ impl File {
         if !self.was_good
             && let Some(objects) = restore(kept, path)
         {
-            (self.objects, self.was_good) = (objects, true);
+            *self = Self { seen: self.seen.take(), ..Self::good(objects) };
         }
         match &bytes {
             // An editor, or a copy, that was cut short: who means it removes the file.
-            Ok(bytes) if bytes.trim_ascii().is_empty() && self.was_good && !self.objects.is_empty() => {
+            Ok(bytes) if bytes.trim_ascii().is_empty() && self.was_good && self.has_objects => {
                 let message = "is empty; what was read last stays in force: remove the file to remove its objects";
                 read.diagnostics.push(problem(message.to_owned()));
             }
@@ -223,7 +237,7 @@ impl File {
             keep(kept, path, &bytes);
         }
         if !broken || !self.was_good {
-            self.objects = read.objects;
+            (self.has_objects, self.news) = (!read.objects.is_empty(), Some(read.objects));
         }
         self.was_good |= !broken;
         news
@@ -264,7 +278,7 @@ fn restore_file(name: &Path) -> Option<(PathBuf, Vec<Manifest>)> {
 
 /// Every state that is kept of what is in or below `path`, as of files that were read.
 fn restore_all(kept: &Path, path: &Path) -> BTreeMap<PathBuf, File> {
-    let good = |(path, objects)| (path, File { objects, was_good: true, ..File::default() });
+    let good = |(path, objects)| (path, File::good(objects));
     let restored = kept_names(kept).filter_map(|name| {
         let restored = restore_file(&name);
         if restored.is_none() {
@@ -304,28 +318,30 @@ fn stamp(path: &Path) -> Option<Stamp> {
 }
 
 impl Source for Directory {
-    fn look(&mut self) -> Option<Arc<Sourced>> {
+    fn look(&mut self) -> Option<News> {
         if !self.refresh() && self.is_read {
             return None;
         }
         // Nothing was ever read: unknown, not empty.
         if self.unlisted.contains_key(&self.path) && !self.is_read && self.files.is_empty() {
-            self.tell(&self.hidden());
+            self.warned.warn(&self.hidden());
             return None;
         }
         self.is_read = true;
-        let objects: Vec<&Manifest> = self.files.values().flat_map(|file| &file.objects).collect();
-        let state = assemble_cluster(&self.cluster, objects.iter().copied());
+        let gone = self.gone.drain(..).map(|path| (path.as_path().into(), Vec::new()));
+        let mut parts: Vec<(Arc<Path>, Vec<Manifest>)> = gone.collect();
+        let files = self.files.iter_mut();
+        parts.extend(files.filter_map(|(path, file)| Some((path.as_path().into(), file.news.take()?))));
         let mut problems: Vec<Diagnostic> = self.files.values().flat_map(|file| file.problems.clone()).collect();
         problems.extend(self.hidden());
-        problems.extend(state.diagnostics.iter().cloned());
-        self.tell(&problems);
-        Some(Arc::new(Sourced { state, problems, revision: self.revisions.advance() }))
+        Some(News { parts, problems, revision: self.revisions.advance() })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use hanse_k8s_api::assemble::Assembly;
+
     use super::*;
 
     const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: a}\nstatus: {podIP: 10.0.0.1}\n";
@@ -333,22 +349,25 @@ mod tests {
     struct World {
         folder: tempfile::TempDir,
         source: Directory,
+        /// What its news come to, which a member that starts again does not know.
+        told: Assembly,
     }
 
     impl World {
         fn new() -> Self {
             let folder = tempfile::tempdir().expect("a folder");
             let source = Self::open(folder.path());
-            Self { folder, source }
+            Self { folder, source, told: Assembly::new("c".into()) }
         }
 
         fn open(folder: &Path) -> Directory {
-            Directory::new("c".into(), folder.join("cluster"), &folder.join("data"))
+            Directory::new(folder.join("cluster"), &folder.join("data"))
         }
 
         /// A member that starts again on the same files.
         fn restart(&mut self) {
             self.source = Self::open(self.folder.path());
+            self.told = Assembly::new("c".into());
         }
 
         fn path(&self, name: &str) -> PathBuf {
@@ -367,9 +386,11 @@ mod tests {
         }
 
         fn look(&mut self) -> Option<(Vec<String>, Vec<Diagnostic>)> {
-            let read = self.source.look()?;
-            let pods = read.state.cluster.endpoints.keys().map(|id| id.name.to_string()).collect();
-            Some((pods, read.problems.clone()))
+            let news = self.source.look()?;
+            self.told.update(news.parts);
+            let state = self.told.state();
+            let pods = state.cluster.endpoints.keys().map(|id| id.name.to_string()).collect();
+            Some((pods, news.problems.into_iter().chain(state.diagnostics.iter().cloned()).collect()))
         }
     }
 
@@ -416,8 +437,9 @@ mod tests {
         world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
         world.restart();
         let read = world.source.look().expect("read");
-        assert_eq!((read.state.cluster.endpoints.len(), read.problems.len()), (1, 1));
         assert!(read.revision > first, "revisions grow across a restart");
+        let objects = read.parts.iter().map(|(_, objects)| objects.len()).sum::<usize>();
+        assert_eq!((objects, read.problems.len()), (1, 1));
         // Gone while nobody looked, and here again, broken from the start.
         std::fs::remove_file(world.path("pod.yaml")).expect("removed");
         check(&mut world, &[], 0);
@@ -501,7 +523,7 @@ mod tests {
         world.restart();
         assert_eq!(world.look().expect("what was kept").0, ["q"]);
         let (cluster, data) = (world.folder.path().join("another"), world.folder.path().join("data"));
-        world.source = Directory::new("c".into(), cluster, &data);
+        world.source = Directory::new(cluster, &data);
         assert!(world.look().is_none(), "nothing is known of it");
     }
 

@@ -7,15 +7,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hanse_compiler::{Changes, ClusterRecord, Compiler, NodeChange, Report, Update};
-use hanse_k8s_api::assemble::{Federation, NodeInfo};
+use hanse_k8s_api::Diagnostic;
+use hanse_k8s_api::assemble::{Assembly, Changed, ClusterState, Federation, NodeInfo};
 use hanse_policy::inventory::{EndpointKind, Labels, Namespace};
-use hanse_policy::model::{ClusterName, Layer};
+use hanse_policy::model::ClusterName;
 use hanse_ruleset::{Delta, Digest, Members, NodeConfig, RuleSet, Set, SetChange, SetId, UnknownPods};
 
 use crate::exchange::model::{self, Change, Lease, Position, Updates};
 use crate::federated::Federated;
 use crate::own_streams::{Ends, OwnStreams, local_address};
-use crate::source::Sourced;
+use crate::source::{News, Warned};
 
 #[derive(Debug)]
 pub struct World {
@@ -24,7 +25,11 @@ pub struct World {
     /// Where Hanse's own streams end, which come before every tier.
     ends: Ends,
     own_streams: OwnStreams,
-    local: Arc<Sourced>,
+    /// The cluster as its source has it.
+    local: Assembly,
+    local_revision: u64,
+    problems: Vec<Diagnostic>,
+    warned: Warned,
     federated: Federated,
     /// The hub's position that this is true of.
     in_force: Position,
@@ -86,11 +91,14 @@ impl World {
     pub fn new(cluster: ClusterName, unknown_pods: UnknownPods, ends: Ends) -> Self {
         Self {
             compiler: Compiler::new(cluster.clone()),
+            local: Assembly::new(cluster.clone()),
+            local_revision: 0,
+            problems: Vec::new(),
+            warned: Warned::default(),
             cluster,
             unknown_pods,
             ends,
             own_streams: OwnStreams::default(),
-            local: Arc::default(),
             federated: Federated::default(),
             in_force: Position::default(),
             nodes: BTreeMap::new(),
@@ -103,8 +111,18 @@ impl World {
     }
 
     /// The cluster as its source has it.
-    pub fn local(&self) -> &Arc<Sourced> {
-        &self.local
+    pub fn local(&self) -> &Arc<ClusterState> {
+        self.local.state()
+    }
+
+    /// The source's revision that this is true of.
+    pub fn local_revision(&self) -> u64 {
+        self.local_revision
+    }
+
+    /// What is wrong at the source, with file and line.
+    pub fn problems(&self) -> &[Diagnostic] {
+        &self.problems
     }
 
     /// What the federation says that is in force.
@@ -117,58 +135,73 @@ impl World {
         self.compiler.report()
     }
 
-    /// Takes what the source has now in place of what it had.
-    pub fn set_local(&mut self, now: Arc<Sourced>) {
-        let before = std::mem::replace(&mut self.local, now);
-        let now = Arc::clone(&self.local);
-        let (before, now) = (&before.state, &now.state);
-        for (name, namespace) in differences(&before.cluster.namespaces, &now.cluster.namespaces) {
-            self.namespace(self.cluster.clone(), name.clone(), namespace.map(|it| it.labels.clone()));
+    /// Takes what is new at the source, and says what that changed.
+    pub fn take_local(&mut self, news: News) -> Changed {
+        let changed = self.local.update(news.parts);
+        let state = Arc::clone(self.local.state());
+        (self.problems, self.local_revision) = (news.problems, news.revision);
+        self.problems.extend(state.diagnostics.iter().cloned());
+        self.warned.warn(&self.problems);
+        for name in &changed.namespaces {
+            let labels = state.cluster.namespaces.get(name).map(|it| it.labels.clone());
+            self.namespace(self.cluster.clone(), name.clone(), labels);
         }
-        for ((namespace, name), labels) in differences(&before.cluster.service_accounts, &now.cluster.service_accounts)
-        {
-            self.account(self.cluster.clone(), namespace.clone(), name.clone(), labels.cloned());
+        for key @ (namespace, name) in &changed.service_accounts {
+            let labels = state.cluster.service_accounts.get(key).cloned();
+            self.account(self.cluster.clone(), namespace.clone(), name.clone(), labels);
         }
-        for (id, endpoint) in differences(&before.cluster.endpoints, &now.cluster.endpoints) {
+        for id in &changed.endpoints {
             let (cluster, id) = (Some(self.cluster.clone()), id.clone());
-            self.compiler.apply(match endpoint.cloned() {
+            self.compiler.apply(match state.cluster.endpoints.get(&id).cloned() {
                 Some(endpoint) => Update::Endpoint { cluster, id, endpoint },
                 None => Update::RemoveEndpoint { cluster, id },
             });
         }
-        for ((namespace, name), service) in differences(&before.cluster.services, &now.cluster.services) {
+        for key @ (namespace, name) in &changed.services {
             let (namespace, name) = (namespace.clone(), name.clone());
-            self.compiler.apply(match service.cloned() {
+            self.compiler.apply(match state.cluster.services.get(key).cloned() {
                 Some(service) => Update::Service { namespace, name, service },
                 None => Update::RemoveService { namespace, name },
             });
         }
-        for (name, node) in differences(&before.nodes, &now.nodes) {
+        for name in &changed.nodes {
             let name = name.clone();
-            let update = match node {
+            self.compiler.apply(match state.nodes.get(&name) {
                 Some(node) => Update::Node { config: self.node(&name, node), name },
                 None => Update::RemoveNode { name },
-            };
-            self.compiler.apply(update);
+            });
         }
-        self.layer(&before.layer, &now.layer);
-        self.refresh_own_streams();
+        for id in &changed.tiers {
+            let tier = state.layer.tiers.get(id).cloned();
+            self.compiler.apply(tier.map_or_else(|| Update::RemoveTier(id.clone()), Update::Tier));
+        }
+        for id in &changed.policies {
+            let policy = state.layer.policies.get(id).cloned();
+            self.compiler.apply(policy.map_or_else(|| Update::RemovePolicy(id.clone()), Update::Policy));
+        }
+        if !changed.nodes.is_empty() || !changed.services.is_empty() || changed.service_addresses {
+            self.refresh_own_streams(OwnStreams::new(&self.ends, &state, local_address));
+        } else {
+            self.refresh_own_streams(self.own_streams.clone());
+        }
+        changed
     }
 
     /// Takes where Hanse's own processes are now.
     pub fn set_ends(&mut self, ends: Ends) {
         self.ends = ends;
-        self.refresh_own_streams();
+        self.refresh_own_streams(OwnStreams::new(&self.ends, self.local.state(), local_address));
     }
 
-    fn refresh_own_streams(&mut self) {
-        let now = OwnStreams::new(&self.ends, &self.local.state, local_address);
+    /// Takes streams for what they are now, wherever their pods are.
+    fn refresh_own_streams(&mut self, now: OwnStreams) {
+        let state = Arc::clone(self.local.state());
+        let now = now.on_nodes_of(|address| state.cluster.endpoints.get(self.local.owner(address)?)?.node.clone());
         if now == self.own_streams {
             return;
         }
         self.own_streams = now;
-        let local = Arc::clone(&self.local);
-        for (name, node) in &local.state.nodes {
+        for (name, node) in &state.nodes {
             self.compiler.apply(Update::Node { name: name.clone(), config: self.node(name, node) });
         }
     }
@@ -276,15 +309,6 @@ impl World {
         });
     }
 
-    fn layer(&mut self, before: &Layer, now: &Layer) {
-        for (id, tier) in differences(&before.tiers, &now.tiers) {
-            self.compiler.apply(tier.cloned().map_or_else(|| Update::RemoveTier(id.clone()), Update::Tier));
-        }
-        for (id, policy) in differences(&before.policies, &now.policies) {
-            self.compiler.apply(policy.cloned().map_or_else(|| Update::RemovePolicy(id.clone()), Update::Policy));
-        }
-    }
-
     fn node(&self, name: &str, node: &NodeInfo) -> NodeConfig {
         NodeConfig {
             pod_ranges: node.pod_ranges.clone(),
@@ -352,19 +376,10 @@ fn record_of(record: &model::ClusterRecord) -> ClusterRecord {
     }
 }
 
-/// What is new or different, and what is gone (`None`). O(both).
-fn differences<'a, K: Ord, V: PartialEq>(
-    before: &'a BTreeMap<K, V>,
-    now: &'a BTreeMap<K, V>,
-) -> impl Iterator<Item = (&'a K, Option<&'a V>)> {
-    let gone = before.keys().filter(|key| !now.contains_key(key)).map(|key| (key, None));
-    let new = now.iter().filter(|(key, value)| before.get(key) != Some(value)).map(|(key, value)| (key, Some(value)));
-    gone.chain(new)
-}
-
 #[cfg(test)]
 mod tests {
-    use hanse_k8s_api::assemble_cluster;
+    use std::path::Path;
+
     use hanse_k8s_api::manifest::{Manifests, read_bytes};
     use hanse_policy::inventory::Endpoint;
     use hanse_ruleset::Digest;
@@ -384,12 +399,11 @@ mod tests {
         )
     }
 
-    fn sourced(text: &str, revision: u64) -> Arc<Sourced> {
+    fn sourced(text: &str, revision: u64) -> News {
         let mut read = Manifests::default();
         read_bytes(&"cluster.yaml".into(), text.as_bytes(), &mut read);
         assert!(read.diagnostics.is_empty(), "{:?}", read.diagnostics);
-        let state = assemble_cluster(&"here".into(), read.objects.iter());
-        Arc::new(Sourced { state, problems: Vec::new(), revision })
+        News { parts: vec![(Path::new("cluster.yaml").into(), read.objects)], problems: Vec::new(), revision }
     }
 
     fn world() -> World {
@@ -423,9 +437,9 @@ mod tests {
         let mut kept = world();
         let mut seen = std::collections::BTreeSet::new();
         for (revision, state) in (1..).zip(states.iter().chain(states.iter().rev())) {
-            kept.set_local(sourced(state, revision));
+            kept.take_local(sourced(state, revision));
             let mut fresh = world();
-            fresh.set_local(sourced(state, revision));
+            fresh.take_local(sourced(state, revision));
             assert_eq!(digest(&mut kept), digest(&mut fresh), "revision {revision}");
             assert!(kept.compile().expect("heard").changed.is_empty(), "nothing changes by itself");
             seen.insert(digest(&mut kept));
@@ -436,7 +450,7 @@ mod tests {
     #[test]
     fn nodes_are_told_nothing_before_the_hub_was_heard() {
         let mut world = World::new("here".into(), UnknownPods::default(), Ends::default());
-        world.set_local(sourced(NODE, 1));
+        world.take_local(sourced(NODE, 1));
         assert!(world.compile().is_none(), "its policies may deny what local ones allow");
         world.receive(Updates { in_force: Position { epoch: 1, revision: 7 }, ..Updates::default() });
         assert_eq!(world.compile().expect("heard").changed.len(), 1);
@@ -446,7 +460,7 @@ mod tests {
     #[test]
     fn a_cluster_is_first_hand_to_itself() {
         let mut world = world();
-        world.set_local(sourced(&format!("{NODE}{DENY}{}", pod_of("p", "web", "10.0.0.1")), 1));
+        world.take_local(sourced(&format!("{NODE}{DENY}{}", pod_of("p", "web", "10.0.0.1")), 1));
         let before = digest(&mut world);
         let relayed = |endpoint| Change::Endpoint { cluster: "here".into(), id: pod("a".into(), "p".into()), endpoint };
         let changes = vec![

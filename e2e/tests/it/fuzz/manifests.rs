@@ -152,7 +152,7 @@ fn means_what_its_json_means(input: &[u8], read_first: &Manifests) {
 }
 
 fn judge(read: &Manifests) {
-    let state = assemble_cluster(&"c".into(), &read.objects);
+    let state = assemble_cluster(&"c".into(), read.objects.clone());
     let federation = assemble_federation(&read.objects, ["c".into()]);
     let addresses: Vec<_> = state.cluster.endpoints.values().flat_map(|it| &it.addresses).copied().collect();
     let policies = PolicySet { federation: federation.layer, clusters: BTreeMap::from([("c".into(), state.layer)]) };

@@ -68,7 +68,7 @@ impl Sources {
         let mut clusters = BTreeMap::new();
         for source in &self.clusters {
             let manifests = loaded.read(Some(&source.name), &source.directory)?;
-            let state = assemble_cluster(&source.name, &manifests.objects);
+            let state = assemble_cluster(&source.name, manifests.objects);
             loaded.report(&state.diagnostics, false);
             if clusters.insert(source.name.clone(), state).is_some() {
                 bail!("cluster {} is given twice", source.name);

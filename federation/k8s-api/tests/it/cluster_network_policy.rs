@@ -167,7 +167,7 @@ fn a_part_that_is_not_known_is_not_taken_for_nothing() {
         );
         let mut read = Manifests::default();
         read_bytes(&"f".into(), text.as_bytes(), &mut read);
-        let state = assemble_cluster(&"c".into(), &read.objects);
+        let state = assemble_cluster(&"c".into(), read.objects);
         let policy = state.layer.policies.values().next().unwrap_or_else(|| panic!("{rule}: {:?}", read.diagnostics));
         let rules = policy.egress.as_deref().expect("of egress");
         assert_eq!(rules.iter().all(|rule| rule.not_understood.is_none()), is_known, "{rule}");

@@ -1,5 +1,6 @@
 //! Manifests as people write them, through the whole reader.
 
+mod assembly;
 mod calico;
 mod cluster_network_policy;
 mod hanse;

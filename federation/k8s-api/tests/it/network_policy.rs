@@ -14,7 +14,7 @@ fn policy(spec: &str) -> Result<Policy, Vec<String>> {
     if !read.diagnostics.is_empty() {
         return Err(read.diagnostics.iter().map(|it| format!("{}: {}", it.field, it.message)).collect());
     }
-    let state = assemble_cluster(&"c".into(), &read.objects);
+    let state = assemble_cluster(&"c".into(), read.objects);
     Ok(state.layer.policies.into_values().next().expect("one policy"))
 }
 

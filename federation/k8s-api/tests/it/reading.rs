@@ -145,7 +145,7 @@ fn pods_become_endpoints() {
          status: {phase: Running, podIP: 192.168.0.1}\n",
     );
     assert_eq!(complaints(&read), Vec::<String>::new());
-    let state = assemble_cluster(&"c".into(), &read.objects);
+    let state = assemble_cluster(&"c".into(), read.objects);
     let endpoint = |name: &str| {
         let found = state.cluster.endpoints.iter().find(|(id, _)| &*id.name == name);
         found.map(|(_, endpoint)| endpoint.clone()).expect("the pod")
@@ -186,14 +186,14 @@ fn an_address_belongs_to_one_live_pod() {
     ] {
         let read = read(&pods.concat());
         assert_eq!(complaints(&read), Vec::<String>::new());
-        let state = assemble_cluster(&"c".into(), &read.objects);
+        let state = assemble_cluster(&"c".into(), read.objects);
         let owners = state.cluster.endpoints.iter().filter(|(_, endpoint)| !endpoint.addresses.is_empty());
         assert_eq!(owners.map(|(id, _)| &*id.name).collect::<Vec<_>>(), Vec::from_iter(owner), "{pods:?}");
     }
     // One on the host's network has none of its own; when it has ended, not the host's either.
     for (phase, expected) in [("Running", 1), ("Succeeded", 0), ("Failed", 0)] {
         let read = read(&pod("h", "", phase, ", hostNetwork: true"));
-        let state = assemble_cluster(&"c".into(), &read.objects);
+        let state = assemble_cluster(&"c".into(), read.objects);
         let endpoint = state.cluster.endpoints.values().next().expect("the pod");
         assert_eq!((endpoint.addresses.len(), endpoint.host_addresses.len()), (0, expected), "{phase}");
     }
@@ -301,7 +301,7 @@ fn booleans_may_be_words() {
     let text = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, labels: {gpu: yes}}\nspec: {hostNetwork: yes}\n";
     let read = read(text);
     assert_eq!(complaints(&read), Vec::<String>::new());
-    let state = assemble_cluster(&"c".into(), &read.objects);
+    let state = assemble_cluster(&"c".into(), read.objects);
     let pod = state.cluster.endpoints.values().next().expect("the pod");
     assert!(pod.host_network && pod.labels.get("gpu").is_some_and(|value| &**value == "yes"));
 }

@@ -1,0 +1,574 @@
+//! One cluster, put together part by part, so that a change costs what it touches.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock};
+
+use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Labels, Namespace, Service};
+use hanse_policy::model::{ClusterName, Layer, Policy, PolicyId, Tier, TierId};
+
+use super::{diagnostic, key_of, stands_already};
+use crate::calico::Converted;
+use crate::field::Errors;
+use crate::kubernetes::{Node as KubeNode, Pod, Service as KubeService, parse_address};
+use crate::manifest::{Diagnostic, Manifest, Object, Reference};
+
+/// The label that the API server gives every namespace.
+pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// A node, as far as rule sets need it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NodeInfo {
+    pub labels: Labels,
+    pub addresses: Vec<IpAddr>,
+    pub pod_ranges: Vec<ipnet::IpNet>,
+}
+
+/// One cluster's own state.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ClusterState {
+    pub cluster: Cluster,
+    pub layer: Layer,
+    pub nodes: BTreeMap<Arc<str>, NodeInfo>,
+    /// The services that have an address of their own; of two with one address the first by namespace and name.
+    pub service_addresses: BTreeMap<IpAddr, ServiceKey>,
+    /// Objects that were left out, and why.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// Namespace and name.
+type ServiceKey = (Arc<str>, Arc<str>);
+
+/// What is new, different or gone in a [`ClusterState`].
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Changed {
+    pub namespaces: BTreeSet<Arc<str>>,
+    /// Namespace and name.
+    pub service_accounts: BTreeSet<(Arc<str>, Arc<str>)>,
+    pub endpoints: BTreeSet<EndpointId>,
+    pub services: BTreeSet<ServiceKey>,
+    pub nodes: BTreeSet<Arc<str>>,
+    pub tiers: BTreeSet<TierId>,
+    pub policies: BTreeSet<PolicyId>,
+    pub service_addresses: bool,
+    pub diagnostics: bool,
+}
+
+/// The inventory and the policies of the cluster `name`. Objects of the federation among them are left out with a
+/// diagnostic; of two objects with one key the first counts.
+pub fn assemble_cluster(name: &ClusterName, objects: impl IntoIterator<Item = Manifest>) -> ClusterState {
+    let mut assembly = Assembly::new(name.clone());
+    assembly.update([(PathBuf::new().into(), objects.into_iter().collect())]);
+    Arc::unwrap_or_clone(assembly.state)
+}
+
+/// The objects of one cluster, and what they come to. They come in parts, such as files, each of which is replaced as a whole;
+/// parts have the order of their names.
+#[derive(Debug)]
+pub struct Assembly {
+    name: ClusterName,
+    state: Arc<ClusterState>,
+    /// The keys of each part's objects, in their order.
+    parts: HashMap<Arc<Path>, Vec<Arc<Reference>>>,
+    objects: Objects,
+    diagnostics: BTreeMap<At, Diagnostic>,
+    /// Which pods say that an address is theirs.
+    claims: BTreeSet<(IpAddr, EndpointId)>,
+    /// Pods on their node's network, by node.
+    on_host: BTreeMap<Arc<str>, BTreeSet<EndpointId>>,
+    /// How many endpoints each namespace has.
+    inhabitants: HashMap<Arc<str>, usize>,
+    /// Services that an object defines, with their addresses.
+    defined: BTreeMap<ServiceKey, Option<IpAddr>>,
+    slices: BTreeMap<ServiceKey, BTreeSet<Arc<Reference>>>,
+    /// They speak of nodes.
+    cluster_policies: BTreeSet<Arc<Reference>>,
+}
+
+/// A part, and a place in it.
+type At = (Arc<Path>, usize);
+
+/// The objects under each key, in the order of their places: the first counts.
+#[derive(Debug, Default)]
+struct Objects(HashMap<Arc<Reference>, Vec<(At, Arc<Manifest>)>>);
+
+/// What counted under a key, and what does.
+struct Turn {
+    key: Arc<Reference>,
+    before: Option<Arc<Manifest>>,
+    now: Option<Arc<Manifest>>,
+}
+
+impl Objects {
+    fn first(&self, key: &Reference) -> Option<&Arc<Manifest>> {
+        self.0.get(key)?.first().map(|(_, manifest)| manifest)
+    }
+
+    fn pod(&self, id: &EndpointId) -> Option<&Pod> {
+        let key = Reference {
+            api_version: "v1".to_owned(),
+            kind: "Pod".to_owned(),
+            namespace: id.namespace.as_deref().map(str::to_owned),
+            name: id.name.to_string(),
+        };
+        self.first(&key).and_then(|manifest| pod_of(manifest))
+    }
+}
+
+impl Assembly {
+    pub fn new(name: ClusterName) -> Self {
+        Self {
+            name,
+            state: Arc::default(),
+            parts: HashMap::new(),
+            objects: Objects::default(),
+            diagnostics: BTreeMap::new(),
+            claims: BTreeSet::new(),
+            on_host: BTreeMap::new(),
+            inhabitants: HashMap::new(),
+            defined: BTreeMap::new(),
+            slices: BTreeMap::new(),
+            cluster_policies: BTreeSet::new(),
+        }
+    }
+
+    pub fn state(&self) -> &Arc<ClusterState> {
+        &self.state
+    }
+
+    /// Which pod owns an address.
+    pub fn owner(&self, address: IpAddr) -> Option<&EndpointId> {
+        let claimants = || claimants(&self.claims, address);
+        // One that stands alone owns it.
+        claimants().nth(1).map_or_else(|| claimants().next(), |_| newest(&self.objects, claimants()))
+    }
+
+    /// Replaces what the parts hold; a part without objects is gone. The cost is that of these parts, and of what depends on
+    /// what changed in them; it grows with the logarithm of the cluster's size, but for a copy of the state while somebody else
+    /// holds it.
+    pub fn update(&mut self, parts: impl IntoIterator<Item = (Arc<Path>, Vec<Manifest>)>) -> Changed {
+        let mut before = BTreeMap::new();
+        for (part, objects) in parts {
+            self.replace(&part, objects, &mut before);
+        }
+        let mut changed = Changed::default();
+        let mut turns = Vec::new();
+        for (key, before) in before {
+            changed.diagnostics |= self.judge_doubles(&key);
+            let now = self.objects.first(&key).cloned();
+            if now.is_none() {
+                self.objects.0.remove(&key);
+            }
+            turns.push(Turn { key, before, now });
+        }
+        let mut on_moved_nodes = BTreeSet::new();
+        for turn in &turns {
+            self.take_node(turn, &mut changed, &mut on_moved_nodes);
+        }
+        if !changed.nodes.is_empty() {
+            let (touched, objects) = (turns.iter().map(|turn| &turn.key).collect::<BTreeSet<_>>(), &self.objects);
+            let others = self.cluster_policies.iter().filter(|key| !touched.contains(key));
+            let again = |key: &Arc<Reference>| {
+                let now = objects.first(key).cloned();
+                Turn { key: Arc::clone(key), before: now.clone(), now }
+            };
+            let again: Vec<Turn> = others.map(again).collect();
+            turns.extend(again);
+        }
+        self.take_endpoints(&turns, on_moved_nodes, &mut changed);
+        self.take_namespaces(&turns, &mut changed);
+        self.take_services(&turns, &mut changed);
+        self.take_policies(&turns, &mut changed);
+        if changed.diagnostics {
+            let now: Vec<Diagnostic> = self.diagnostics.values().cloned().collect();
+            changed.diagnostics = now != self.state.diagnostics;
+            Arc::make_mut(&mut self.state).diagnostics = now;
+        }
+        changed
+    }
+
+    /// Replaces a part's objects. `before` notes what counted under each key that this touches.
+    fn replace(
+        &mut self,
+        part: &Arc<Path>,
+        objects: Vec<Manifest>,
+        before: &mut BTreeMap<Arc<Reference>, Option<Arc<Manifest>>>,
+    ) {
+        let mut keys = self.parts.remove(part).unwrap_or_default();
+        for (index, _) in keys.iter().enumerate() {
+            self.diagnostics.remove(&(Arc::clone(part), index));
+        }
+        keys.sort_unstable();
+        keys.dedup();
+        for key in keys {
+            let Some(held) = self.objects.0.get_mut(&key) else { continue };
+            before.entry(key).or_insert_with(|| held.first().map(|(_, manifest)| Arc::clone(manifest)));
+            held.retain(|((of, _), _)| of != part);
+        }
+        let mut keys = Vec::with_capacity(objects.len());
+        for (index, manifest) in objects.into_iter().enumerate() {
+            let key = key_of(&manifest);
+            let known = self.objects.0.get_key_value(&key).map(|(key, _)| Arc::clone(key));
+            let key = known.unwrap_or_else(|| Arc::new(key));
+            let held = self.objects.0.entry(Arc::clone(&key)).or_insert_with(|| Vec::with_capacity(1));
+            let first = || held.first().map(|(_, manifest)| Arc::clone(manifest));
+            before.entry(Arc::clone(&key)).or_insert_with(first);
+            let at = (Arc::clone(part), index);
+            held.insert(held.partition_point(|(it, _)| *it < at), (at, Arc::new(manifest)));
+            keys.push(key);
+        }
+        if !keys.is_empty() {
+            self.parts.insert(Arc::clone(part), keys);
+        }
+    }
+
+    /// Brings what is said of the objects under a key up to date; whether anything may have changed.
+    fn judge_doubles(&mut self, key: &Reference) -> bool {
+        let mut changed = false;
+        let held = self.objects.0.get(key).map_or(&[][..], Vec::as_slice);
+        for (at, manifest) in held {
+            let said = match held.first() {
+                Some((first, it)) if first != at => Some(stands_already(manifest, &it.place)),
+                _ if is_of_federation(&manifest.object) => {
+                    let message = "belongs to the federation: apply it at the hub, or give it with --federation";
+                    Some(diagnostic(manifest, "kind", message.to_owned()))
+                }
+                _ => None,
+            };
+            changed |= match said {
+                Some(said) => self.diagnostics.insert(at.clone(), said.clone()).is_none_or(|before| before != said),
+                None => self.diagnostics.remove(at).is_some(),
+            };
+        }
+        changed || self.diagnostics.len() != self.state.diagnostics.len()
+    }
+
+    fn take_node(&mut self, turn: &Turn, changed: &mut Changed, on_moved: &mut BTreeSet<EndpointId>) {
+        let Some(name) = turn.either(|object| match object {
+            Object::Node(node) => Some(node.metadata.name.as_str().into()),
+            _ => None,
+        }) else {
+            return;
+        };
+        let name: Arc<str> = name;
+        let now = turn.now.as_ref().and_then(|manifest| match &manifest.object {
+            Object::Node(node) => Some(node_info(node)),
+            _ => None,
+        });
+        let before = self.state.nodes.get(&name);
+        if before == now.as_ref() {
+            return;
+        }
+        if before.map(|it| &it.addresses) != now.as_ref().map(|it| &it.addresses) {
+            on_moved.extend(self.on_host.get(&name).into_iter().flatten().cloned());
+        }
+        put(&mut Arc::make_mut(&mut self.state).nodes, name, now, &mut changed.nodes);
+    }
+
+    /// An address belongs to one live pod, the newest; of equally old ones to the first by name.
+    fn take_endpoints(&mut self, turns: &[Turn], mut touched: BTreeSet<EndpointId>, changed: &mut Changed) {
+        let mut addresses = BTreeSet::new();
+        for turn in turns {
+            if let Some(pod) = turn.before.as_deref().and_then(pod_of) {
+                let id = pod.id();
+                for address in pod.claims() {
+                    addresses.insert(address);
+                    self.claims.remove(&(address, id.clone()));
+                }
+                if let Some(node) = pod.spec.node_name.as_ref().filter(|_| pod.spec.host_network)
+                    && let Some(pods) = self.on_host.get_mut(node)
+                {
+                    pods.remove(&id);
+                    if pods.is_empty() {
+                        self.on_host.remove(node);
+                    }
+                }
+                touched.insert(id);
+            }
+            if let Some(pod) = turn.now.as_deref().and_then(pod_of) {
+                let id = pod.id();
+                for address in pod.claims() {
+                    addresses.insert(address);
+                    self.claims.insert((address, id.clone()));
+                }
+                if let Some(node) = pod.spec.node_name.clone().filter(|_| pod.spec.host_network) {
+                    self.on_host.entry(node).or_default().insert(id.clone());
+                }
+                touched.insert(id);
+            }
+        }
+        // Contested addresses, each judged once.
+        let mut owners: HashMap<IpAddr, EndpointId> = HashMap::new();
+        for address in addresses {
+            touched.extend(claimants(&self.claims, address).cloned());
+        }
+        for id in touched {
+            let now = self.objects.pod(&id).map(|pod| {
+                let node = pod.spec.node_name.as_ref().and_then(|node| self.state.nodes.get(node));
+                let mut endpoint = pod.endpoint(node.map_or(&[], |node| &node.addresses));
+                endpoint.addresses.retain(|address| {
+                    let claimants = || claimants(&self.claims, *address);
+                    if claimants().nth(1).is_none() {
+                        return true;
+                    }
+                    let owner = || newest(&self.objects, claimants()).cloned().unwrap_or_else(|| id.clone());
+                    *owners.entry(*address).or_insert_with(owner) == id
+                });
+                endpoint
+            });
+            self.put_endpoint(id, now, changed);
+        }
+        let sets_of = |manifest: &Option<Arc<Manifest>>| match &manifest.as_ref()?.object {
+            Object::Calico(object) => match object.convert(&self.name, &mut Errors::default()) {
+                Converted::NetworkSet(id, set) => Some((id, *set)),
+                Converted::Tier(_) | Converted::Policy(_) => None,
+            },
+            _ => None,
+        };
+        let sets: Vec<_> = turns.iter().map(|turn| (sets_of(&turn.before), sets_of(&turn.now))).collect();
+        for (before, now) in sets {
+            if let Some((id, _)) = before.filter(|_| now.is_none()) {
+                self.put_endpoint(id, None, changed);
+            }
+            if let Some((id, set)) = now {
+                self.put_endpoint(id, Some(set), changed);
+            }
+        }
+    }
+
+    fn put_endpoint(&mut self, id: EndpointId, now: Option<Endpoint>, changed: &mut Changed) {
+        let before = self.state.cluster.endpoints.get(&id);
+        if before == now.as_ref() {
+            return;
+        }
+        if let Some(namespace) = id.namespace.clone().filter(|_| before.is_some() != now.is_some()) {
+            let count = self.inhabitants.entry(namespace.clone()).or_default();
+            *count = if now.is_some() { *count + 1 } else { *count - 1 };
+            if *count == 0 {
+                self.inhabitants.remove(&namespace);
+            }
+            changed.namespaces.insert(namespace);
+        }
+        put(&mut Arc::make_mut(&mut self.state).cluster.endpoints, id, now, &mut changed.endpoints);
+    }
+
+    /// Namespaces, those that only endpoints speak of too, and service accounts.
+    fn take_namespaces(&mut self, turns: &[Turn], changed: &mut Changed) {
+        let mut touched = std::mem::take(&mut changed.namespaces);
+        for turn in turns {
+            touched.extend(turn.either(|object| match object {
+                Object::Namespace(it) => Some(Arc::<str>::from(it.metadata.name.as_str())),
+                _ => None,
+            }));
+            let Some(key) = turn.either(|object| match object {
+                Object::ServiceAccount(it) => Some((it.metadata.namespace(), it.metadata.name.as_str().into())),
+                _ => None,
+            }) else {
+                continue;
+            };
+            let now = turn.now.as_ref().and_then(|manifest| match &manifest.object {
+                Object::ServiceAccount(account) => Some(account.metadata.labels.clone()),
+                _ => None,
+            });
+            let accounts = &self.state.cluster.service_accounts;
+            if accounts.get(&key) != now.as_ref() {
+                let accounts = &mut Arc::make_mut(&mut self.state).cluster.service_accounts;
+                put(accounts, key, now, &mut changed.service_accounts);
+            }
+        }
+        for name in touched {
+            let key = Reference {
+                api_version: "v1".to_owned(),
+                kind: "Namespace".to_owned(),
+                namespace: None,
+                name: name.to_string(),
+            };
+            let written = self.objects.first(&key).and_then(|manifest| match &manifest.object {
+                Object::Namespace(namespace) => Some(namespace.metadata.labels.clone()),
+                _ => None,
+            });
+            let labels = written.or_else(|| self.inhabitants.contains_key(&name).then(Labels::new));
+            let now = labels.map(|mut labels| {
+                labels.insert(NAMESPACE_NAME_LABEL.into(), Arc::clone(&name));
+                Namespace { labels }
+            });
+            if self.state.cluster.namespaces.get(&name) != now.as_ref() {
+                let namespaces = &mut Arc::make_mut(&mut self.state).cluster.namespaces;
+                put(namespaces, name, now, &mut changed.namespaces);
+            }
+        }
+    }
+
+    fn take_services(&mut self, turns: &[Turn], changed: &mut Changed) {
+        let mut touched = BTreeSet::new();
+        let mut redefined = false;
+        for turn in turns {
+            for (manifest, counts) in [(&turn.before, false), (&turn.now, true)] {
+                match manifest.as_ref().map(|manifest| &manifest.object) {
+                    Some(Object::Service(service)) => {
+                        redefined = true;
+                        let key = (service.metadata.namespace(), service.metadata.name.as_str().into());
+                        match counts {
+                            true => drop(self.defined.insert(ServiceKey::clone(&key), address_of(service))),
+                            false => drop(self.defined.remove(&key)),
+                        }
+                        touched.insert(key);
+                    }
+                    Some(Object::EndpointSlice(slice)) => {
+                        let Some(key) = slice.service() else { continue };
+                        let slices = self.slices.entry(key.clone()).or_default();
+                        match counts {
+                            true => slices.insert(Arc::clone(&turn.key)),
+                            false => slices.remove(&turn.key),
+                        };
+                        if slices.is_empty() {
+                            self.slices.remove(&key);
+                        }
+                        touched.insert(key);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        for key in touched {
+            let slices = self.slices.get(&key);
+            let now = (slices.is_some() || self.defined.contains_key(&key)).then(|| {
+                let mut service = Service::default();
+                for slice in slices.into_iter().flatten().filter_map(|key| self.objects.first(key)) {
+                    if let Object::EndpointSlice(slice) = &slice.object {
+                        service.addresses.extend(slice.addresses());
+                        service.backends.extend(slice.backends());
+                    }
+                }
+                service
+            });
+            if self.state.cluster.services.get(&key) != now.as_ref() {
+                put(&mut Arc::make_mut(&mut self.state).cluster.services, key, now, &mut changed.services);
+            }
+        }
+        if redefined {
+            // Services are few, and seldom change themselves.
+            let mut now = BTreeMap::new();
+            for (key, address) in &self.defined {
+                address.map(|address| now.entry(address).or_insert_with(|| key.clone()));
+            }
+            if now != self.state.service_addresses {
+                Arc::make_mut(&mut self.state).service_addresses = now;
+                changed.service_addresses = true;
+            }
+        }
+    }
+
+    fn take_policies(&mut self, turns: &[Turn], changed: &mut Changed) {
+        let mut tiers: BTreeMap<TierId, Option<Tier>> = BTreeMap::new();
+        let mut policies: BTreeMap<PolicyId, Option<Policy>> = BTreeMap::new();
+        // What is, after what was: an object that is another now may have the same name.
+        for (of_turn, counts) in [(Turn::before as fn(&Turn) -> Option<&Object>, false), (Turn::now, true)] {
+            for turn in turns {
+                let Some(object) = of_turn(turn) else { continue };
+                if matches!(object, Object::ClusterNetworkPolicy(_)) {
+                    match counts {
+                        true => self.cluster_policies.insert(Arc::clone(&turn.key)),
+                        false => self.cluster_policies.remove(&turn.key),
+                    };
+                }
+                match self.written(object) {
+                    Some(Written::Tier(tier)) => drop(tiers.insert(tier.id.clone(), counts.then_some(tier))),
+                    Some(Written::Policy(it)) => drop(policies.insert(it.id.clone(), counts.then_some(*it))),
+                    None => {}
+                }
+            }
+        }
+        for (id, now) in tiers {
+            if self.state.layer.tiers.get(&id) != now.as_ref() {
+                put(&mut Arc::make_mut(&mut self.state).layer.tiers, id, now, &mut changed.tiers);
+            }
+        }
+        for (id, now) in policies {
+            if self.state.layer.policies.get(&id) != now.as_ref() {
+                put(&mut Arc::make_mut(&mut self.state).layer.policies, id, now, &mut changed.policies);
+            }
+        }
+    }
+
+    fn written(&self, object: &Object) -> Option<Written> {
+        // Errors were found when the object was read.
+        let mut errors = Errors::default();
+        let (name, nodes) = (&self.name, &self.state.nodes);
+        Some(match object {
+            Object::NetworkPolicy(policy) => Written::Policy(Box::new(policy.convert(name, &mut errors))),
+            Object::ClusterNetworkPolicy(policy) => Written::Policy(Box::new(policy.convert(name, nodes, &mut errors))),
+            Object::Calico(object) => match object.convert(name, &mut errors) {
+                Converted::Tier(tier) => Written::Tier(tier),
+                Converted::Policy(policy) => Written::Policy(policy),
+                Converted::NetworkSet(..) => return None,
+            },
+            _ => return None,
+        })
+    }
+}
+
+enum Written {
+    Tier(Tier),
+    Policy(Box<Policy>),
+}
+
+impl Turn {
+    fn before(&self) -> Option<&Object> {
+        self.before.as_ref().map(|manifest| &manifest.object)
+    }
+
+    fn now(&self) -> Option<&Object> {
+        self.now.as_ref().map(|manifest| &manifest.object)
+    }
+
+    /// Something that does not differ between objects of one key.
+    fn either<T>(&self, of: impl Fn(&Object) -> Option<T>) -> Option<T> {
+        self.now().or(self.before()).and_then(of)
+    }
+}
+
+fn put<K: Ord + Clone, V>(map: &mut BTreeMap<K, V>, key: K, now: Option<V>, changed: &mut BTreeSet<K>) {
+    changed.insert(key.clone());
+    match now {
+        Some(now) => drop(map.insert(key, now)),
+        None => drop(map.remove(&key)),
+    }
+}
+
+fn pod_of(manifest: &Manifest) -> Option<&Pod> {
+    if let Object::Pod(pod) = &manifest.object { Some(pod) } else { None }
+}
+
+fn node_info(node: &KubeNode) -> NodeInfo {
+    let labels = node.metadata.labels.clone();
+    NodeInfo { labels, addresses: node.addresses(), pod_ranges: node.pod_ranges() }
+}
+
+fn address_of(service: &KubeService) -> Option<IpAddr> {
+    service.spec.cluster_ip.as_deref().and_then(parse_address)
+}
+
+fn claimants(claims: &BTreeSet<(IpAddr, EndpointId)>, address: IpAddr) -> impl Iterator<Item = &EndpointId> {
+    /// Before every pod.
+    static LOWEST: LazyLock<EndpointId> =
+        LazyLock::new(|| EndpointId { kind: EndpointKind::Pod, namespace: None, name: "".into() });
+    let from = claims.range((address, LOWEST.clone())..);
+    from.take_while(move |(of, _)| *of == address).map(|(_, id)| id)
+}
+
+/// The newest pod; of equally old ones the first by name.
+fn newest<'a>(objects: &Objects, pods: impl Iterator<Item = &'a EndpointId>) -> Option<&'a EndpointId> {
+    // RFC 3339 in UTC, as API servers write it, sorts as text.
+    let created = |id: &EndpointId| objects.pod(id).and_then(|pod| pod.metadata.creation_timestamp.clone());
+    pods.min_by_key(|id| Reverse(created(id)))
+}
+
+fn is_of_federation(object: &Object) -> bool {
+    matches!(
+        object,
+        Object::FederatedNetworkPolicy(_) | Object::Tier(_) | Object::FederatedNetworkSet(_) | Object::MemberCluster(_)
+    )
+}
