@@ -199,7 +199,7 @@ impl Publishing {
     }
 
     fn poll(&mut self, inventory: &Cluster) -> Vec<Vec<u8>> {
-        self.publisher.publish(inventory);
+        self.publisher.publish_all(inventory);
         self.session.poll(&self.publisher).iter().map(pb::PublishRequest::encode_to_vec).collect()
     }
 

@@ -205,7 +205,7 @@ impl Member {
         self.changed();
         let local = self.world.local();
         self.fanout.know(local.nodes.iter().map(|(name, node)| (name.clone(), node.pod_ranges.clone())));
-        self.client.publish(&local.cluster);
+        self.client.publish(&local.cluster, &changed);
         if !changed.policies.is_empty() {
             self.client.want(wanted(&local.layer));
         }

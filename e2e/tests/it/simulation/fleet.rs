@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use hanse_hub::exchange::core::{Exchange, PublishId, ReceiverId};
 use hanse_hub::exchange::model as hub;
+use hanse_k8s_api::assemble::Changed;
 use hanse_member::exchange::model::{Change, ClusterRecord, Position, Wanted};
 use hanse_member::exchange::publisher::{PublishSession, Publisher};
 use hanse_member::exchange::receiver::Receiver;
@@ -23,6 +24,19 @@ const SELECTORS: [&str; 7] =
     ["app == 'web'", "app == 'db'", "has(app)", "all()", "app != 'web'", "pcns.stage == 'prod'", "!has(gpu)"];
 /// More messages than any fleet of these tests has to say: beyond, it never comes to rest.
 const MOST_MESSAGES: usize = 200_000;
+
+/// What differs between two states of a cluster, as far as it is published.
+fn difference(before: &Cluster, now: &Cluster) -> Changed {
+    fn of<K: Ord + Clone, V: PartialEq>(before: &BTreeMap<K, V>, now: &BTreeMap<K, V>) -> BTreeSet<K> {
+        before.keys().chain(now.keys()).filter(|key| before.get(key) != now.get(key)).cloned().collect()
+    }
+    Changed {
+        namespaces: of(&before.namespaces, &now.namespaces),
+        service_accounts: of(&before.service_accounts, &now.service_accounts),
+        endpoints: of(&before.endpoints, &now.endpoints),
+        ..Changed::default()
+    }
+}
 
 /// A generator whose whole state is its seed (SplitMix64).
 pub struct Random(pub u64);
@@ -81,6 +95,8 @@ struct Member {
     truth: Cluster,
     addresses: u32,
     publisher: Publisher,
+    /// As the publisher has it.
+    told: Cluster,
     stored_publisher: Vec<u8>,
     receiver: Receiver,
     stored_receiver: Vec<u8>,
@@ -143,6 +159,7 @@ impl<'a> Fleet<'a> {
             truth: Cluster::default(),
             addresses: 0,
             publisher: Publisher::new(1),
+            told: Cluster::default(),
             stored_publisher: Vec::new(),
             receiver: Receiver::default(),
             stored_receiver: Vec::new(),
@@ -421,8 +438,13 @@ impl<'a> Fleet<'a> {
 
     fn publish(&mut self, member: usize) {
         let it = &mut self.members[member];
-        it.publisher.publish(&it.truth);
-        it.stored_publisher = it.publisher.store();
+        let changed = difference(&it.told, &it.truth);
+        it.publisher.publish(&it.truth, &changed);
+        it.told = it.truth.clone();
+        // What need not be on disk yet is there sometimes.
+        if it.publisher.must_store() || self.random.below(4) == 0 {
+            it.stored_publisher = it.publisher.store();
+        }
         self.remember(member);
     }
 
@@ -491,7 +513,6 @@ impl<'a> Fleet<'a> {
         for answer in answers {
             stream.session.take(&mut it.publisher, answer);
         }
-        it.stored_publisher = it.publisher.store();
         if let Some(registered) = self.registered.get_mut(&name(member))
             && registered.lease == hub::Lease::NeverHeard
         {

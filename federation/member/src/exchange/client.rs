@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
+use hanse_k8s_api::assemble::Changed;
 use hanse_policy::inventory::Cluster;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_client::ExchangeClient;
@@ -43,6 +44,8 @@ const REOPEN_AFTER: Duration = Duration::from_secs(2);
 const RETRY_AT_LEAST: Duration = Duration::from_secs(2);
 /// How often what was received is written down, at most.
 const STORE_EVERY: Duration = Duration::from_secs(1);
+/// And what is published, of which only the numbers must not be lost.
+const STORE_PUBLISHED_EVERY: Duration = Duration::from_secs(30);
 const HEADER: &[u8] = b"hanse-exchange/1\n";
 
 /// What the member says of itself, and hears. Clones share everything.
@@ -124,21 +127,34 @@ impl Client {
         let (client, identity, hubs) = (self.clone(), identity.clone(), hubs.to_vec());
         let stop = shutdown.token();
         shutdown.spawn(async move { client.watch_for_ever(&identity, &hubs, &stop).await });
-        let (client, stop) = (self.clone(), shutdown.token());
-        shutdown.spawn(async move { client.store_for_ever(&stop).await });
+        for (changes, every, store) in [
+            (self.changes(), STORE_EVERY, Self::store as fn(&Self)),
+            (self.shared.published.subscribe(), STORE_PUBLISHED_EVERY, Self::store_published),
+        ] {
+            let (client, stop) = (self.clone(), shutdown.token());
+            shutdown.spawn(async move { client.store_for_ever(changes, every, store, &stop).await });
+        }
     }
 
-    /// What this cluster exports from now on.
-    pub fn publish(&self, cluster: &Cluster) {
+    /// What this cluster exports from now on, `changed` being what is new in it.
+    pub fn publish(&self, cluster: &Cluster, changed: &Changed) {
         let mut publisher = lock(&self.shared.publisher);
-        if !publisher.publish(cluster) {
+        if !publisher.publish(cluster, changed) {
             return;
         }
-        // Ids must be on disk before anybody hears of them: a restart may not give them to something else.
-        let bytes = publisher.store();
+        let must_store = publisher.must_store();
         drop(publisher);
-        self.write("publisher.snapshot", &bytes);
+        // Numbers must be on disk before anybody hears of them: a restart may not give them to something else.
+        if must_store {
+            self.store_published();
+        }
         self.shared.published.send_modify(|count| *count += 1);
+    }
+
+    /// Writes down what is published: after a restart, what is not there has another id.
+    fn store_published(&self) {
+        let bytes = lock(&self.shared.publisher).store();
+        self.write("publisher.snapshot", &bytes);
     }
 
     /// What this cluster's own policies can select elsewhere.
@@ -389,20 +405,25 @@ impl Client {
     }
 
     /// Writes down what was received, so that a start needs nobody.
-    async fn store_for_ever(&self, stop: &CancellationToken) {
-        let mut received = self.changes();
+    async fn store_for_ever(
+        &self,
+        mut changes: watch::Receiver<u64>,
+        every: Duration,
+        store: fn(&Self),
+        stop: &CancellationToken,
+    ) {
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
-                changed = received.changed() => if changed.is_err() { break },
+                changed = changes.changed() => if changed.is_err() { break },
             }
-            self.store();
+            store(self);
             tokio::select! {
                 () = stop.cancelled() => break,
-                () = tokio::time::sleep(STORE_EVERY) => {}
+                () = tokio::time::sleep(every) => {}
             }
         }
-        self.store();
+        store(self);
     }
 }
 

@@ -3,18 +3,19 @@
 //! Numbering outlives restarts: ids and revisions are reserved in blocks on disk before they are used, so that a crash skips
 //! numbers and repeats none. Where the numbering is lost, a new epoch begins.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hanse_policy::inventory::{Cluster, EndpointKind, Labels};
+use hanse_k8s_api::assemble::Changed;
+use hanse_policy::inventory::{Cluster, Endpoint, EndpointKind, Labels, NamedPort};
 use hanse_proto::federation::v1 as pb;
 use pb::object_update::Body;
 use pb::publish_request::Message as Request;
 use pb::publish_response::Message as Response;
 use prost::Message as _;
 
-use super::model::{Position, digest_of};
+use super::model::{Position, digest_of, pod};
 use super::wire;
 
 /// Removed ids that are remembered: 65,536 × 16 bytes is 1 MiB.
@@ -50,6 +51,15 @@ struct Published {
     body: u128,
     bytes: Bytes,
     digest: u128,
+    uses: Uses,
+}
+
+/// Of an endpoint, the ids of its namespace, account and label set, 0 for none; of those, how many endpoints use them. What
+/// was restored is used by nobody yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Uses {
+    Uses([u64; 3]),
+    UsedBy(u32),
 }
 
 /// What is published now, in which numbering.
@@ -61,6 +71,8 @@ pub struct Publisher {
     reserved_revision: u64,
     reserved_id: u64,
     objects: BTreeMap<Key, Published>,
+    /// What endpoints use, by id.
+    shared: HashMap<u64, Key>,
     tombstones: VecDeque<(u64, u64)>,
     floor: u64,
     digest: u128,
@@ -91,6 +103,7 @@ impl Publisher {
             reserved_revision: 0,
             reserved_id: 0,
             objects: BTreeMap::new(),
+            shared: HashMap::new(),
             tombstones: VecDeque::new(),
             floor: 0,
             digest: 0,
@@ -136,7 +149,7 @@ impl Publisher {
             let body = digest_of(&pb::ObjectUpdate { id: 0, revision: 0, ..update }.encode_to_vec());
             let digest = digest_of(&bytes);
             publisher.digest = publisher.digest.wrapping_add(digest);
-            publisher.objects.insert(key, Published { id, revision, body, bytes, digest });
+            publisher.add(key, Published { id, revision, body, bytes, digest, uses: Uses::UsedBy(0) });
         }
         Some(publisher)
     }
@@ -182,117 +195,178 @@ impl Publisher {
         })
     }
 
-    /// Takes over the source's present state: pods that own addresses, with their namespaces and accounts. Returns whether
-    /// anything changed.
-    pub fn publish(&mut self, cluster: &Cluster) -> bool {
+    /// Takes over what changed in the source's state: pods that own addresses, with their namespaces and accounts. At first,
+    /// everything. Returns whether anything changed.
+    pub fn publish(&mut self, cluster: &Cluster, changed: &Changed) -> bool {
+        if self.filled { self.take(cluster, changed, BTreeSet::new()) } else { self.publish_all(cluster) }
+    }
+
+    /// As [`Self::publish`], whatever changed: O(everything).
+    pub fn publish_all(&mut self, cluster: &Cluster) -> bool {
+        let mut changed = Changed {
+            namespaces: cluster.namespaces.keys().cloned().collect(),
+            service_accounts: cluster.service_accounts.keys().cloned().collect(),
+            endpoints: cluster.endpoints.keys().cloned().collect(),
+            ..Changed::default()
+        };
+        for key in self.objects.keys().cloned() {
+            match key {
+                Key::Namespace(name) => drop(changed.namespaces.insert(name)),
+                Key::ServiceAccount(namespace, name) => drop(changed.service_accounts.insert((namespace, name))),
+                Key::LabelSet(_) => {}
+                Key::Endpoint(namespace, name) => drop(changed.endpoints.insert(pod(namespace, name))),
+            }
+        }
         let first = !std::mem::replace(&mut self.filled, true);
+        // What was restored and nobody uses any more.
+        let doubtful = self.shared.keys().copied().collect();
+        let changed = self.take(cluster, &changed, doubtful);
+        if first && !changed {
+            // That there is nothing is news too.
+            self.revision += 1;
+        }
+        first || changed
+    }
+
+    /// `doubtful` are shared objects that may have no use.
+    fn take(&mut self, cluster: &Cluster, changed: &Changed, mut doubtful: BTreeSet<u64>) -> bool {
         let revision = self.revision + 1;
         let before = (self.digest, self.next_id);
-        let mut present = BTreeSet::new();
-        for (id, endpoint) in &cluster.endpoints {
-            let Some(namespace) = id.namespace.clone().filter(|_| id.kind == EndpointKind::Pod) else { continue };
-            if endpoint.host_network || endpoint.addresses.is_empty() {
-                continue;
+        for name in &changed.namespaces {
+            let key = Key::Namespace(name.clone());
+            if self.objects.contains_key(&key) {
+                self.put(key, namespace_body(cluster, name), revision);
             }
-            let labels = cluster.namespaces.get(&namespace).map(|it| it.labels.clone()).unwrap_or_default();
-            let body = pb::Namespace { name: namespace.to_string(), labels: wire::pairs(&labels) };
-            let namespace_id =
-                self.put(Key::Namespace(namespace.clone()), Body::Namespace(body), revision, &mut present);
-            let account = endpoint.service_account.as_ref().map_or(0, |name| {
-                let labels = cluster.service_accounts.get(&(namespace.clone(), name.clone()));
-                let body = pb::ServiceAccount {
-                    namespace: namespace_id,
-                    name: name.to_string(),
-                    labels: wire::pairs(labels.into_iter().flatten()),
-                };
-                let key = Key::ServiceAccount(namespace.clone(), name.clone());
-                self.put(key, Body::ServiceAccount(body), revision, &mut present)
-            });
-            let (own, shared): (Labels, Labels) = endpoint
-                .labels
-                .clone()
-                .into_iter()
-                .partition(|(key, value)| OWN_KEYS.contains(&&**key) || **value == *id.name);
-            let label_set = match shared.is_empty() {
-                true => 0,
-                false => {
-                    let body = pb::LabelSet { labels: wire::pairs(&shared) };
-                    self.put(Key::LabelSet(shared), Body::LabelSet(body), revision, &mut present)
-                }
-            };
-            let body = pb::Endpoint {
-                namespace: namespace_id,
-                name: id.name.to_string(),
-                service_account: account,
-                label_set,
-                labels: wire::pairs(&own),
-                addresses: endpoint.addresses.iter().map(octets).collect(),
-                ports: endpoint
-                    .ports
-                    .iter()
-                    .map(|p| pb::NamedPort {
-                        name: p.name.to_string(),
-                        protocol: p.protocol.into(),
-                        port: p.port.into(),
-                    })
-                    .collect(),
-                node: endpoint.node.as_deref().unwrap_or_default().to_owned(),
-            };
-            self.put(Key::Endpoint(namespace, id.name.clone()), Body::Endpoint(body), revision, &mut present);
         }
-        let gone: Vec<Key> = self
-            .objects
-            .iter()
-            .filter(|(_, object)| !present.contains(&object.id))
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in gone {
-            if let Some(object) = self.objects.remove(&key) {
-                self.digest = self.digest.wrapping_sub(object.digest);
-                self.tombstones.push_back((revision, object.id));
+        for (namespace, name) in &changed.service_accounts {
+            let key = Key::ServiceAccount(namespace.clone(), name.clone());
+            if let Some(held) = self.objects.get(&Key::Namespace(namespace.clone()))
+                && self.objects.contains_key(&key)
+            {
+                self.put(key, account_body(cluster, held.id, namespace, name), revision);
+            }
+        }
+        for id in changed.endpoints.iter().filter(|id| id.kind == EndpointKind::Pod) {
+            let Some(namespace) = &id.namespace else { continue };
+            let key = Key::Endpoint(namespace.clone(), id.name.clone());
+            let used = match self.objects.get(&key).map(|held| held.uses) {
+                Some(Uses::Uses(used)) => used,
+                Some(Uses::UsedBy(_)) | None => [0; 3],
+            };
+            let endpoint = cluster.endpoints.get(id);
+            match endpoint.filter(|it| !it.host_network && !it.addresses.is_empty()) {
+                Some(endpoint) => self.put_endpoint(cluster, key, namespace, endpoint, revision),
+                None => self.remove(&key, revision),
+            }
+            for id in used.into_iter().filter(|id| *id != 0) {
+                self.count_use(id, |count| count - 1);
+                doubtful.insert(id);
+            }
+        }
+        for id in doubtful {
+            if let Some(key) = self.shared.get(&id).cloned()
+                && self.objects.get(&key).is_some_and(|it| it.uses == Uses::UsedBy(0))
+            {
+                self.remove(&key, revision);
             }
         }
         while self.tombstones.len() > MAX_TOMBSTONES {
             self.floor = self.tombstones.pop_front().map_or(self.floor, |(at, _)| self.floor.max(at));
         }
-        if before != (self.digest, self.next_id) || first {
-            self.revision = revision;
-            return true;
+        if before == (self.digest, self.next_id) {
+            return false;
         }
-        false
+        self.revision = revision;
+        true
+    }
+    fn put_endpoint(&mut self, cluster: &Cluster, key: Key, namespace: &Arc<str>, endpoint: &Endpoint, revision: u64) {
+        let Key::Endpoint(_, pod) = &key else { return };
+        let pod = pod.clone();
+        let used = Key::Namespace(namespace.clone());
+        let namespace_id = self.use_shared(used, || namespace_body(cluster, namespace), revision);
+        let account = endpoint.service_account.as_ref().map_or(0, |name| {
+            let used = Key::ServiceAccount(namespace.clone(), name.clone());
+            self.use_shared(used, || account_body(cluster, namespace_id, namespace, name), revision)
+        });
+        let is_own = |(key, value): &(Arc<str>, Arc<str>)| OWN_KEYS.contains(&&**key) || *value == pod;
+        let (own, shared): (Labels, Labels) = endpoint.labels.clone().into_iter().partition(is_own);
+        let body = Body::LabelSet(pb::LabelSet { labels: wire::pairs(&shared) });
+        let label_set = if shared.is_empty() { 0 } else { self.use_shared(Key::LabelSet(shared), || body, revision) };
+        let port = |p: &NamedPort| pb::NamedPort {
+            name: p.name.to_string(),
+            protocol: p.protocol.into(),
+            port: p.port.into(),
+        };
+        let body = pb::Endpoint {
+            namespace: namespace_id,
+            name: pod.to_string(),
+            service_account: account,
+            label_set,
+            labels: wire::pairs(&own),
+            addresses: endpoint.addresses.iter().map(octets).collect(),
+            ports: endpoint.ports.iter().map(port).collect(),
+            node: endpoint.node.as_deref().unwrap_or_default().to_owned(),
+        };
+        self.put(key.clone(), Body::Endpoint(body), revision);
+        if let Some(held) = self.objects.get_mut(&key) {
+            held.uses = Uses::Uses([namespace_id, account, label_set]);
+        }
     }
 
-    fn put(&mut self, key: Key, body: Body, revision: u64, present: &mut BTreeSet<u64>) -> u64 {
-        let held = self.objects.get(&key);
-        if let Some(held) = held
-            && present.contains(&held.id)
-        {
-            return held.id;
+    /// The id of an object that one more endpoint uses.
+    fn use_shared(&mut self, key: Key, body: impl FnOnce() -> Body, revision: u64) -> u64 {
+        let id = match self.objects.get(&key) {
+            // What is in use is kept up to date.
+            Some(Published { id, uses: Uses::UsedBy(1..), .. }) => *id,
+            _ => self.put(key, body(), revision),
+        };
+        self.count_use(id, |count| count + 1);
+        id
+    }
+
+    fn count_use(&mut self, id: u64, change: impl FnOnce(u32) -> u32) {
+        let held = self.shared.get(&id).and_then(|key| self.objects.get_mut(key));
+        if let Some(Published { uses: Uses::UsedBy(count), .. }) = held {
+            *count = change(*count);
         }
+    }
+
+    /// Publishes an object, unless it is published so already; its id.
+    fn put(&mut self, key: Key, body: Body, revision: u64) -> u64 {
         let mut update = pb::ObjectUpdate { id: 0, revision: 0, features: Vec::new(), body: Some(body) };
         let body = digest_of(&update.encode_to_vec());
-        let id = match held {
+        let (id, uses) = match self.objects.get(&key) {
+            Some(held) if held.body == body => return held.id,
             Some(held) => {
-                present.insert(held.id);
-                if held.body == body {
-                    return held.id;
-                }
                 self.digest = self.digest.wrapping_sub(held.digest);
-                held.id
+                (held.id, held.uses)
             }
             None => {
-                let id = self.next_id;
                 self.next_id += 1;
-                present.insert(id);
-                id
+                (self.next_id - 1, Uses::UsedBy(0))
             }
         };
         (update.id, update.revision) = (id, revision);
         let bytes = Bytes::from(update.encode_to_vec());
         let digest = digest_of(&bytes);
         self.digest = self.digest.wrapping_add(digest);
-        self.objects.insert(key, Published { id, revision, body, bytes, digest });
+        self.add(key, Published { id, revision, body, bytes, digest, uses });
         id
+    }
+
+    fn add(&mut self, key: Key, object: Published) {
+        if !matches!(key, Key::Endpoint(..)) {
+            self.shared.insert(object.id, key.clone());
+        }
+        self.objects.insert(key, object);
+    }
+
+    fn remove(&mut self, key: &Key, revision: u64) {
+        if let Some(object) = self.objects.remove(key) {
+            self.shared.remove(&object.id);
+            self.digest = self.digest.wrapping_sub(object.digest);
+            self.tombstones.push_back((revision, object.id));
+        }
     }
 
     /// A hub holds a later numbering than this: take one that is later still.
@@ -306,6 +380,17 @@ impl Publisher {
             self.floor = self.revision;
         }
     }
+}
+
+fn namespace_body(cluster: &Cluster, name: &Arc<str>) -> Body {
+    let labels = cluster.namespaces.get(name).map(|it| &it.labels);
+    Body::Namespace(pb::Namespace { name: name.to_string(), labels: wire::pairs(labels.into_iter().flatten()) })
+}
+
+fn account_body(cluster: &Cluster, namespace_id: u64, namespace: &Arc<str>, name: &Arc<str>) -> Body {
+    let labels = cluster.service_accounts.get(&(namespace.clone(), name.clone()));
+    let labels = wire::pairs(labels.into_iter().flatten());
+    Body::ServiceAccount(pb::ServiceAccount { namespace: namespace_id, name: name.to_string(), labels })
 }
 
 /// One publishing stream to one hub replica.
@@ -380,5 +465,103 @@ pub(crate) fn octets(address: &std::net::IpAddr) -> Bytes {
     match address {
         std::net::IpAddr::V4(v4) => Bytes::copy_from_slice(&v4.octets()),
         std::net::IpAddr::V6(v6) => Bytes::copy_from_slice(&v6.octets()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use hanse_k8s_api::assemble::Assembly;
+    use hanse_k8s_api::manifest::{Manifests, read_bytes};
+
+    use super::*;
+
+    /// An object with names in place of ids; how many use it.
+    type Named = (Key, Vec<Option<Key>>, Option<u32>, Body);
+
+    fn published(publisher: &Publisher) -> Vec<Named> {
+        let object = |(key, object): (&Key, &Published)| {
+            let update = pb::ObjectUpdate::decode(&object.bytes[..]).expect("what was encoded");
+            assert_eq!((update.id, update.revision), (object.id, object.revision));
+            let (mut body, mut used_by) = (update.body.expect("a body"), None);
+            let names = match &mut body {
+                Body::Endpoint(it) => vec![&mut it.namespace, &mut it.service_account, &mut it.label_set],
+                Body::ServiceAccount(it) => vec![&mut it.namespace],
+                _ => Vec::new(),
+            };
+            let names = names.into_iter().map(|id| publisher.shared.get(&std::mem::take(id)).cloned()).collect();
+            if let Uses::UsedBy(count) = object.uses {
+                used_by = Some(count);
+                assert_eq!(publisher.shared.get(&object.id), Some(key));
+            }
+            (key.clone(), names, used_by, body)
+        };
+        publisher.objects.iter().map(object).collect()
+    }
+
+    const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: n}\n";
+
+    fn pod_of(name: &str, namespace: &str, app: &str, account: &str, address: &str) -> String {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {app}, own: {name}}}}}\n\
+             spec: {{nodeName: n, serviceAccountName: {account}}}\nstatus: {{phase: Running, podIP: {address}}}\n"
+        )
+    }
+
+    fn labelled(kind: &str, name: &str, team: &str) -> String {
+        let namespace = if kind == "Namespace" { "" } else { ", namespace: x" };
+        format!("apiVersion: v1\nkind: {kind}\nmetadata: {{name: {name}{namespace}, labels: {{team: {team}}}}}\n")
+    }
+
+    #[test]
+    fn what_changed_comes_to_the_same_as_everything() {
+        let (p, q) = (pod_of("p", "x", "web", "a", "10.0.0.1"), pod_of("q", "x", "web", "b", "10.0.0.2"));
+        let team = |kind, team| labelled(kind, if kind == "Namespace" { "x" } else { "a" }, team);
+        let states: Vec<Vec<String>> = vec![
+            vec![p.clone(), q.clone(), team("Namespace", "red"), team("ServiceAccount", "red")],
+            // The labels of what is shared.
+            vec![p.clone(), q.clone(), team("Namespace", "blue"), team("ServiceAccount", "blue")],
+            // The last user of a label set and of an account, and one that remains.
+            vec![p.clone(), team("Namespace", "blue")],
+            vec![pod_of("p", "x", "db", "b", "10.0.0.1"), q.clone()],
+            // To another namespace, with another's address; a node's address is not a pod's.
+            vec![pod_of("p", "y", "db", "b", "10.0.0.2"), NODE.to_owned()],
+            vec![NODE.to_owned()],
+            vec![q, p],
+        ];
+        let mut source = Assembly::new("c".into());
+        let mut kept = Publisher::new(1);
+        let mut heard: BTreeMap<u64, Bytes> = BTreeMap::new();
+        for state in states.iter().chain(states.iter().rev()) {
+            let mut read = Manifests::default();
+            read_bytes(&"c.yaml".into(), state.join("---\n").as_bytes(), &mut read);
+            assert_eq!(read.diagnostics, []);
+            let changed = source.update([(Path::new("c.yaml").into(), read.objects)]);
+            let cluster = &source.state().cluster;
+            let (after, news) = (kept.position().revision, kept.publish(cluster, &changed));
+            let mut fresh = Publisher::new(1);
+            fresh.publish_all(cluster);
+            assert_eq!(published(&kept), published(&fresh), "{state:?}");
+            // What a hub that heard of it all holds.
+            for (_, gone) in kept.tombstones.iter().filter(|(at, _)| *at > after) {
+                assert!(heard.remove(gone).is_some(), "it was heard of");
+            }
+            heard.extend(kept.objects.values().filter(|it| it.revision > after).map(|it| (it.id, it.bytes.clone())));
+            let held: BTreeMap<u64, Bytes> = kept.objects.values().map(|it| (it.id, it.bytes.clone())).collect();
+            assert_eq!(heard, held);
+            assert_eq!(kept.digest(), held.values().fold(0, |sum: u128, it| sum.wrapping_add(digest_of(it))));
+            assert!(!news || kept.position().revision == after + 1);
+            assert!(!kept.publish_all(cluster) && !kept.publish(cluster, &Changed::default()), "nothing is new");
+            assert_eq!(published(&kept), published(&fresh), "however often it is counted");
+            // After a restart nothing is lost, and nothing that is gone stays.
+            let mut restored = Publisher::restore(&kept.store()).expect("what was stored");
+            assert!(
+                restored.publish_all(&Cluster::default()) && restored.objects.is_empty() && restored.shared.is_empty()
+            );
+            let mut restored = Publisher::restore(&kept.store()).expect("what was stored");
+            restored.publish(cluster, &Changed::default());
+            assert_eq!(published(&restored), published(&fresh));
+        }
     }
 }
