@@ -200,6 +200,11 @@ impl Publishing {
 
     fn poll(&mut self, inventory: &Cluster) -> Vec<Vec<u8>> {
         self.publisher.publish_all(inventory);
+        if self.publisher.must_store() {
+            // As if it were on disk.
+            let (_, reserved) = self.publisher.store();
+            self.publisher.stored(reserved);
+        }
         self.session.poll(&self.publisher).iter().map(pb::PublishRequest::encode_to_vec).collect()
     }
 

@@ -41,6 +41,7 @@ fn key_of(manifest: &Manifest) -> Reference {
         | Object::Tier(_)
         | Object::FederatedNetworkSet(_)
         | Object::MemberCluster(_) => None,
+        Object::Calico(object) if !object.is_namespaced() => None,
         Object::ServiceAccount(_)
         | Object::Pod(_)
         | Object::Service(_)

@@ -184,6 +184,18 @@ impl CalicoObject {
         }
     }
 
+    /// Whether its kind has a namespace; what another says of one is not looked at.
+    pub fn is_namespaced(&self) -> bool {
+        match self {
+            Self::Tier(_) => false,
+            Self::Policy(kind, _) => {
+                !matches!(kind, PolicyKind::CalicoGlobalNetworkPolicy | PolicyKind::StagedGlobalNetworkPolicy)
+            }
+            Self::StagedKubernetes(_) => true,
+            Self::NetworkSet { global, .. } => !global,
+        }
+    }
+
     pub fn convert(&self, cluster: &ClusterName, errors: &mut Errors) -> Converted {
         match self {
             Self::Tier(tier) => Converted::Tier(convert_tier(tier, errors)),

@@ -64,6 +64,12 @@ impl OwnStreams {
         Self { pods: BTreeMap::new(), all }
     }
 
+    /// Whether they are other ones when these services are.
+    pub fn depend_on(ends: &Ends, state: &ClusterState, services: &BTreeSet<(Arc<str>, Arc<str>)>) -> bool {
+        let named = ends.hubs.iter().chain(&ends.joins);
+        named.filter_map(|end| state.service_addresses.get(&end.ip().to_canonical())).any(|key| services.contains(key))
+    }
+
     /// The same streams; `node_of` gives the node of the pod that owns an address.
     pub fn on_nodes_of(self, node_of: impl Fn(IpAddr) -> Option<Arc<str>>) -> Self {
         let named: BTreeSet<IpAddr> =
@@ -215,6 +221,9 @@ status: {phase: Running, podIP: 10.0.1.20}
             let found: Vec<String> = own.on_node(node, &state.nodes[node]).iter().map(describe).collect();
             assert_eq!(found, expected, "node {node}");
         }
+        let service = |name: &str| BTreeSet::from([("hanse".into(), name.into())]);
+        assert_eq!(OwnStreams::depend_on(&ends, state, &service("hub")), hub == "10.96.0.9:443");
+        assert!(!OwnStreams::depend_on(&ends, state, &service("another")));
     }
 
     #[test]

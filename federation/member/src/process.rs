@@ -38,6 +38,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 const LOOK_AT_LEAST_EVERY: Duration = Duration::from_millis(250);
 /// Realisation is told when it changes, at most this often.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
+/// How often this process's own addresses are looked at: routes and addresses of its host may come late, and move.
+const LOOK_AT_ADDRESSES_EVERY: Duration = Duration::from_secs(10);
 
 /// The longest selector that the hub takes in an interest, in its canonical form.
 const MAX_SELECTOR_BYTES: usize = 8 << 10;
@@ -143,6 +145,8 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let (mut received, mut acknowledged, mut resolved) = (client.changes(), fanout.changes(), resolver.changes());
     let mut report = tokio::time::interval(REPORT_EVERY);
     report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut addresses = tokio::time::interval(LOOK_AT_ADDRESSES_EVERY);
+    addresses.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut reported = false;
     loop {
         tokio::select! {
@@ -168,6 +172,9 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
                 member.world.set_ends(ends(&resolver));
                 member.changed();
             }
+            _ = addresses.tick() => if member.world.look_at_addresses() {
+                member.changed();
+            },
             Some(ask) = asked.recv() => ask.answer(&member.world, member.version),
             _ = report.tick(), if !reported => {
                 member.report();

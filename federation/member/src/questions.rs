@@ -193,12 +193,8 @@ impl Answering {
             return Some(Arc::clone(known));
         }
         let told = self.told(Some(known.as_ref().map_or(0, |known| known.version)))?;
-        if let Some(federation) = &told.federation {
-            // Put together when the receiver is free again.
-            let everything = self.client.with_receiver(Receiver::everything);
-            let mut inventory = Inventory::default();
-            everything.iter().for_each(|change| change.apply(&mut inventory));
-            *known = Some(Arc::new(Known::new(&self.cluster, &told, federation, inventory)));
+        if told.federation.is_some() {
+            *known = Some(Arc::new(Known::new(&self.cluster, told, &self.client)));
         }
         known.clone()
     }
@@ -206,25 +202,28 @@ impl Answering {
 
 impl Known {
     /// The others as the hub has them, this cluster as its own source has it.
-    fn new(cluster: &ClusterName, told: &Told, federation: &Federation, mut inventory: Inventory) -> Self {
-        let mut own = told.local.cluster.clone();
+    fn new(cluster: &ClusterName, told: Told, client: &Client) -> Self {
+        // Let go at once: while it is held, a change costs a copy of it.
+        let ClusterState { cluster: mut own, layer, .. } = Arc::unwrap_or_clone(told.local);
+        // Put together when the receiver is free again.
+        let everything = client.with_receiver(Receiver::everything);
+        let mut inventory = Inventory::default();
+        everything.iter().for_each(|change| change.apply(&mut inventory));
+        let federation = told.federation.unwrap_or_default();
         if let Some(record) = inventory.clusters.get(cluster) {
             own.labels.clone_from(&record.labels);
             own.label_grant.clone_from(&record.label_grant);
             own.federated_allow_final = record.federated_allow_final;
         }
         inventory.clusters.insert(cluster.clone(), own);
-        inventory.federated_sets.clone_from(&federation.sets);
-        let policies = PolicySet {
-            federation: federation.layer.clone(),
-            clusters: BTreeMap::from([(cluster.clone(), told.local.layer.clone())]),
-        };
+        inventory.federated_sets = federation.sets;
+        let policies = PolicySet { federation: federation.layer, clusters: BTreeMap::from([(cluster.clone(), layer)]) };
         Self {
             version: told.version,
             policies,
             inventory,
             cluster: cluster.clone(),
-            own_streams: told.own_streams.clone(),
+            own_streams: told.own_streams,
             hub_revision: told.hub_revision,
             local_revision: told.local_revision,
             since: Instant::now(),

@@ -229,7 +229,7 @@ impl File {
             Err(error) => read.diagnostics.push(problem(error.to_string())),
         }
         let broken = !read.diagnostics.is_empty();
-        let news = self.problems != read.diagnostics || !broken;
+        let mut news = self.problems != read.diagnostics || !broken;
         self.problems = read.diagnostics;
         if let Ok(bytes) = bytes
             && !broken
@@ -240,6 +240,7 @@ impl File {
             (self.has_objects, self.news) = (!read.objects.is_empty(), Some(read.objects));
         }
         self.was_good |= !broken;
+        news |= self.news.is_some();
         news
     }
 }
@@ -445,6 +446,14 @@ mod tests {
         check(&mut world, &[], 0);
         world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
         check(&mut world, &[], 1);
+        // What can be read of it is taken, though what is wrong with it stays the same.
+        world.write("pod.yaml", &format!("{}---\n{POD}---\napiVersion: v1\nkind: [\n", pod("p", "10.0.0.9")));
+        check(&mut world, &["p"], 2);
+        world.write(
+            "pod.yaml",
+            &format!("{}---\n{}---\napiVersion: v1\nkind: [\n", pod("p", "10.0.0.9"), pod("q", "10.0.0.1")),
+        );
+        check(&mut world, &["p", "q"], 1);
         // A kept state that was damaged is none.
         world.write("pod.yaml", POD);
         check(&mut world, &["p"], 0);

@@ -179,31 +179,39 @@ impl World {
             let policy = state.layer.policies.get(id).cloned();
             self.compiler.apply(policy.map_or_else(|| Update::RemovePolicy(id.clone()), Update::Policy));
         }
-        if !changed.nodes.is_empty() || !changed.services.is_empty() || changed.service_addresses {
-            self.refresh_own_streams(OwnStreams::new(&self.ends, &state, local_address));
-        } else {
-            self.refresh_own_streams(self.own_streams.clone());
-        }
+        let others = !changed.nodes.is_empty()
+            || changed.service_addresses
+            || OwnStreams::depend_on(&self.ends, &state, &changed.services);
+        self.refresh_own_streams(match others {
+            true => OwnStreams::new(&self.ends, &state, local_address),
+            false => self.own_streams.clone(),
+        });
         changed
     }
 
     /// Takes where Hanse's own processes are now.
     pub fn set_ends(&mut self, ends: Ends) {
         self.ends = ends;
-        self.refresh_own_streams(OwnStreams::new(&self.ends, self.local.state(), local_address));
+        self.look_at_addresses();
     }
 
-    /// Takes streams for what they are now, wherever their pods are.
-    fn refresh_own_streams(&mut self, now: OwnStreams) {
+    /// Takes what this process's own addresses are now; whether that changed anything.
+    pub fn look_at_addresses(&mut self) -> bool {
+        self.refresh_own_streams(OwnStreams::new(&self.ends, self.local.state(), local_address))
+    }
+
+    /// Takes streams for what they are now, wherever their pods are; whether that changed anything.
+    fn refresh_own_streams(&mut self, now: OwnStreams) -> bool {
         let state = Arc::clone(self.local.state());
         let now = now.on_nodes_of(|address| state.cluster.endpoints.get(self.local.owner(address)?)?.node.clone());
         if now == self.own_streams {
-            return;
+            return false;
         }
         self.own_streams = now;
         for (name, node) in &state.nodes {
             self.compiler.apply(Update::Node { name: name.clone(), config: self.node(name, node) });
         }
+        true
     }
 
     /// Takes changes that the hub says count together.

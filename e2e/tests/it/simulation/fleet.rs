@@ -25,6 +25,13 @@ const SELECTORS: [&str; 7] =
 /// More messages than any fleet of these tests has to say: beyond, it never comes to rest.
 const MOST_MESSAGES: usize = 200_000;
 
+/// What is on disk from now on.
+fn store(publisher: &mut Publisher) -> Vec<u8> {
+    let (bytes, reserved) = publisher.store();
+    publisher.stored(reserved);
+    bytes
+}
+
 /// What differs between two states of a cluster, as far as it is published.
 fn difference(before: &Cluster, now: &Cluster) -> Changed {
     fn of<K: Ord + Clone, V: PartialEq>(before: &BTreeMap<K, V>, now: &BTreeMap<K, V>) -> BTreeSet<K> {
@@ -443,7 +450,7 @@ impl<'a> Fleet<'a> {
         it.told = it.truth.clone();
         // What need not be on disk yet is there sometimes.
         if it.publisher.must_store() || self.random.below(4) == 0 {
-            it.stored_publisher = it.publisher.store();
+            it.stored_publisher = store(&mut it.publisher);
         }
         self.remember(member);
     }
@@ -505,6 +512,9 @@ impl<'a> Fleet<'a> {
             return true;
         };
         if stream.outbox.is_empty() {
+            if it.publisher.must_store() {
+                it.stored_publisher = store(&mut it.publisher);
+            }
             stream.outbox.extend(stream.session.poll(&it.publisher));
         }
         let Some(request) = stream.outbox.pop_front() else { return false };

@@ -10,7 +10,7 @@ use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Label
 use hanse_policy::model::{ClusterName, Layer, Policy, PolicyId, Tier, TierId};
 
 use super::{diagnostic, key_of, stands_already};
-use crate::calico::Converted;
+use crate::calico::{CalicoObject, Converted};
 use crate::field::Errors;
 use crate::kubernetes::{Node as KubeNode, Pod, Service as KubeService, parse_address};
 use crate::manifest::{Diagnostic, Manifest, Object, Reference};
@@ -184,7 +184,9 @@ impl Assembly {
         if changed.diagnostics {
             let now: Vec<Diagnostic> = self.diagnostics.values().cloned().collect();
             changed.diagnostics = now != self.state.diagnostics;
-            Arc::make_mut(&mut self.state).diagnostics = now;
+            if changed.diagnostics {
+                Arc::make_mut(&mut self.state).diagnostics = now;
+            }
         }
         changed
     }
@@ -321,10 +323,12 @@ impl Assembly {
             self.put_endpoint(id, now, changed);
         }
         let sets_of = |manifest: &Option<Arc<Manifest>>| match &manifest.as_ref()?.object {
-            Object::Calico(object) => match object.convert(&self.name, &mut Errors::default()) {
-                Converted::NetworkSet(id, set) => Some((id, *set)),
-                Converted::Tier(_) | Converted::Policy(_) => None,
-            },
+            Object::Calico(object) if matches!(**object, CalicoObject::NetworkSet { .. }) => {
+                match object.convert(&self.name, &mut Errors::default()) {
+                    Converted::NetworkSet(id, set) => Some((id, *set)),
+                    Converted::Tier(_) | Converted::Policy(_) => None,
+                }
+            }
             _ => None,
         };
         let sets: Vec<_> = turns.iter().map(|turn| (sets_of(&turn.before), sets_of(&turn.now))).collect();
@@ -405,10 +409,14 @@ impl Assembly {
         let mut touched = BTreeSet::new();
         let mut redefined = false;
         for turn in turns {
-            for (manifest, counts) in [(&turn.before, false), (&turn.now, true)] {
-                match manifest.as_ref().map(|manifest| &manifest.object) {
+            let address = |object: Option<&Object>| match object {
+                Some(Object::Service(service)) => Some(address_of(service)),
+                _ => None,
+            };
+            redefined |= address(turn.before()) != address(turn.now());
+            for (object, counts) in [(turn.before(), false), (turn.now(), true)] {
+                match object {
                     Some(Object::Service(service)) => {
-                        redefined = true;
                         let key = (service.metadata.namespace(), service.metadata.name.as_str().into());
                         match counts {
                             true => drop(self.defined.insert(ServiceKey::clone(&key), address_of(service))),

@@ -56,11 +56,15 @@ fn object() -> impl Strategy<Value = String> {
         )
     });
     let calico = (place, 1..3_u8, 0..4_u8, prop::sample::select(vec!["projectcalico.org/v3", "crd.projectcalico.org/v1"])).prop_map(
-        move |((name, namespace), number, kind, version)| match kind {
-            0 => format!("apiVersion: {version}\nkind: Tier\nmetadata: {{name: {name}}}\nspec: {{order: {number}}}\n"),
-            1 => format!("apiVersion: {version}\nkind: GlobalNetworkSet\nmetadata: {{name: {name}}}\nspec: {{nets: [10.{number}.0.0/16]}}\n"),
+        move |((name, namespace), number, kind, version)| {
+            // One that does not belong there does not make it another object.
+            let global = if number == 1 { format!(", namespace: {namespace}") } else { String::new() };
+            match kind {
+            0 => format!("apiVersion: {version}\nkind: Tier\nmetadata: {{name: {name}{global}}}\nspec: {{order: {number}}}\n"),
+            1 => format!("apiVersion: {version}\nkind: GlobalNetworkSet\nmetadata: {{name: {name}{global}}}\nspec: {{nets: [10.{number}.0.0/16]}}\n"),
             2 => format!("apiVersion: {version}\nkind: NetworkSet\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {{nets: [10.{number}.0.0/16]}}\n"),
-            _ => format!("apiVersion: {version}\nkind: GlobalNetworkPolicy\nmetadata: {{name: {name}}}\nspec: {{order: {number}, selector: all()}}\n"),
+            _ => format!("apiVersion: {version}\nkind: GlobalNetworkPolicy\nmetadata: {{name: {name}{global}}}\nspec: {{order: {number}, selector: all()}}\n"),
+            }
         },
     );
     let federated = name.prop_map(|name| {

@@ -58,6 +58,8 @@ pub struct Client {
 struct Shared {
     data: PathBuf,
     publisher: Mutex<Publisher>,
+    /// Held while what is published is written down, and taken before `publisher`.
+    storing: Mutex<()>,
     receiver: Mutex<Receiver>,
     /// Taken after `receiver` where both are.
     kept: Mutex<Kept>,
@@ -106,6 +108,7 @@ impl Client {
             data: data.to_owned(),
             // Epochs grow: a lost numbering starts behind every one that this clock has given.
             publisher: Mutex::new(publisher.unwrap_or_else(|| Publisher::new(epoch()))),
+            storing: Mutex::default(),
             receiver: Mutex::new(receiver),
             kept: Mutex::new(Kept { marked, ..Kept::default() }),
             published: watch::Sender::new(0),
@@ -127,13 +130,10 @@ impl Client {
         let (client, identity, hubs) = (self.clone(), identity.clone(), hubs.to_vec());
         let stop = shutdown.token();
         shutdown.spawn(async move { client.watch_for_ever(&identity, &hubs, &stop).await });
-        for (changes, every, store) in [
-            (self.changes(), STORE_EVERY, Self::store as fn(&Self)),
-            (self.shared.published.subscribe(), STORE_PUBLISHED_EVERY, Self::store_published),
-        ] {
-            let (client, stop) = (self.clone(), shutdown.token());
-            shutdown.spawn(async move { client.store_for_ever(changes, every, store, &stop).await });
-        }
+        let (client, stop) = (self.clone(), shutdown.token());
+        shutdown.spawn(async move { client.store_received_for_ever(&stop).await });
+        let (client, stop) = (self.clone(), shutdown.token());
+        shutdown.spawn(async move { client.store_published_for_ever(&stop).await });
     }
 
     /// What this cluster exports from now on, `changed` being what is new in it.
@@ -142,19 +142,25 @@ impl Client {
         if !publisher.publish(cluster, changed) {
             return;
         }
-        let must_store = publisher.must_store();
         drop(publisher);
-        // Numbers must be on disk before anybody hears of them: a restart may not give them to something else.
-        if must_store {
-            self.store_published();
-        }
         self.shared.published.send_modify(|count| *count += 1);
     }
 
     /// Writes down what is published: after a restart, what is not there has another id.
     fn store_published(&self) {
-        let bytes = lock(&self.shared.publisher).store();
-        self.write("publisher.snapshot", &bytes);
+        let _one_at_a_time = lock(&self.shared.storing);
+        let (bytes, reserved) = lock(&self.shared.publisher).store();
+        if self.write("publisher.snapshot", &bytes) {
+            lock(&self.shared.publisher).stored(reserved);
+        }
+    }
+
+    /// What a hub lacks. Numbers are on disk before anybody hears of them: a restart may not give them to something else.
+    fn poll(&self, session: &mut PublishSession) -> Vec<pb::PublishRequest> {
+        if lock(&self.shared.publisher).must_store() {
+            self.store_published();
+        }
+        session.poll(&lock(&self.shared.publisher))
     }
 
     /// What this cluster's own policies can select elsewhere.
@@ -203,7 +209,7 @@ impl Client {
     }
 
     /// Writes down what was received.
-    fn store(&self) {
+    fn store_received(&self) {
         let (bytes, at) = {
             let receiver = lock(&self.shared.receiver);
             (receiver.store(), lock(&self.shared.kept).received)
@@ -237,7 +243,7 @@ impl Client {
         let bytes = [HEADER, blake3::hash(body).as_bytes(), body].concat();
         let written = write_atomic(&self.shared.data.join(name), &bytes, 0o600);
         if let Err(error) = &written {
-            tracing::error!(%error, name, "a snapshot cannot be written: a restart would begin with an older one");
+            tracing::error!(%error, name, "a snapshot cannot be written: a restart would begin with an older one, and nothing new is published when numbers run out");
         }
         written.is_ok()
     }
@@ -267,7 +273,7 @@ impl Client {
         let mut beat = tokio::time::interval(HEARTBEAT);
         loop {
             use pb::publish_request::Message;
-            let requests = session.poll(&lock(&self.shared.publisher));
+            let requests = self.poll(&mut session);
             for request in requests {
                 outbox.send(request).await.context("publish")?;
             }
@@ -405,25 +411,39 @@ impl Client {
     }
 
     /// Writes down what was received, so that a start needs nobody.
-    async fn store_for_ever(
-        &self,
-        mut changes: watch::Receiver<u64>,
-        every: Duration,
-        store: fn(&Self),
-        stop: &CancellationToken,
-    ) {
+    async fn store_received_for_ever(&self, stop: &CancellationToken) {
+        let mut received = self.changes();
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
-                changed = changes.changed() => if changed.is_err() { break },
+                changed = received.changed() => if changed.is_err() { break },
             }
-            store(self);
+            self.store_received();
             tokio::select! {
                 () = stop.cancelled() => break,
-                () = tokio::time::sleep(every) => {}
+                () = tokio::time::sleep(STORE_EVERY) => {}
             }
         }
-        store(self);
+        self.store_received();
+    }
+
+    async fn store_published_for_ever(&self, stop: &CancellationToken) {
+        let mut published = self.shared.published.subscribe();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                changed = published.changed() => if changed.is_err() { break },
+            }
+            // The hubs are told first.
+            tokio::select! {
+                () = stop.cancelled() => break,
+                () = tokio::time::sleep(STORE_PUBLISHED_EVERY) => {}
+            }
+            let client = self.clone();
+            // A panic was logged by its hook.
+            let _ = tokio::task::spawn_blocking(move || client.store_published()).await;
+        }
+        self.store_published();
     }
 }
 
@@ -586,7 +606,7 @@ mod tests {
         let (client, begins_with) = start(folder.path());
         assert_eq!(begins_with, 0);
         hear(&client, 1);
-        client.store();
+        client.store_received();
         assert_eq!(client.take_updates().expect("news").in_force.revision, 1);
         hear(&client, 2);
         assert_eq!(start(folder.path()).1, 1, "nodes have heard of nothing newer");
@@ -595,12 +615,12 @@ mod tests {
         for _ in 0..2 {
             let (again, begins_with) = start(folder.path());
             assert_eq!(begins_with, 0, "what is on disk is older than what nodes were told");
-            again.store();
+            again.store_received();
         }
         let (again, _) = start(folder.path());
         hear(&again, 2);
         assert_eq!(again.take_updates().expect("the hub was heard").in_force.revision, 2);
-        again.store();
+        again.store_received();
         assert_eq!(start(folder.path()).1, 2, "all of it is on disk");
         let path = folder.path().join("receiver.snapshot");
         let mut bytes = std::fs::read(&path).expect("it is there");

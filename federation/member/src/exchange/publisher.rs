@@ -80,6 +80,14 @@ pub struct Publisher {
     filled: bool,
 }
 
+/// Numbers below these may be used, once they are on disk.
+#[derive(Debug, Clone, Copy)]
+pub struct Reserved {
+    epoch: u64,
+    revision: u64,
+    id: u64,
+}
+
 /// The file's contents.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Stored {
@@ -154,20 +162,26 @@ impl Publisher {
         Some(publisher)
     }
 
-    /// Everything that must be on disk before the next message is sent, if [`Self::must_store`].
-    pub fn store(&mut self) -> Vec<u8> {
-        self.reserved_revision = self.revision + RESERVE;
-        self.reserved_id = self.next_id + RESERVE;
+    /// What is to be on disk, and the numbers that it reserves: see [`Self::stored`].
+    pub fn store(&self) -> (Vec<u8>, Reserved) {
+        let (revision, id) = (self.revision + RESERVE, self.next_id + RESERVE);
         let stored = Stored {
             epoch: self.epoch,
-            reserved_revision: self.reserved_revision,
-            reserved_id: self.reserved_id,
+            reserved_revision: revision,
+            reserved_id: id,
             objects: self.objects.values().map(|object| object.bytes.clone()).collect(),
         };
-        stored.encode_to_vec()
+        (stored.encode_to_vec(), Reserved { epoch: self.epoch, revision, id })
     }
 
-    /// Numbers beyond what is reserved on disk are in use.
+    /// It is on disk, and nothing older comes there any more.
+    pub fn stored(&mut self, reserved: Reserved) {
+        if reserved.epoch == self.epoch {
+            (self.reserved_revision, self.reserved_id) = (reserved.revision, reserved.id);
+        }
+    }
+
+    /// Numbers beyond what is reserved on disk are in use: until more are, nothing is sent.
     pub fn must_store(&self) -> bool {
         self.filled && (self.revision >= self.reserved_revision || self.next_id > self.reserved_id)
     }
@@ -430,10 +444,10 @@ impl PublishSession {
         }
     }
 
-    /// What the hub lacks now: one batch, or nothing.
+    /// What the hub lacks now: one batch, or nothing. Looks through all that is published.
     pub fn poll(&mut self, publisher: &Publisher) -> Vec<pb::PublishRequest> {
         let now = publisher.position();
-        if !self.welcomed || !publisher.filled || self.sent == Some(now) {
+        if !self.welcomed || !publisher.filled || publisher.must_store() || self.sent == Some(now) {
             return Vec::new();
         }
         let since = self.sent.filter(|sent| sent.epoch == now.epoch && sent.revision >= publisher.floor);
@@ -555,13 +569,40 @@ mod tests {
             assert!(!kept.publish_all(cluster) && !kept.publish(cluster, &Changed::default()), "nothing is new");
             assert_eq!(published(&kept), published(&fresh), "however often it is counted");
             // After a restart nothing is lost, and nothing that is gone stays.
-            let mut restored = Publisher::restore(&kept.store()).expect("what was stored");
+            let mut restored = Publisher::restore(&kept.store().0).expect("what was stored");
             assert!(
                 restored.publish_all(&Cluster::default()) && restored.objects.is_empty() && restored.shared.is_empty()
             );
-            let mut restored = Publisher::restore(&kept.store()).expect("what was stored");
+            let mut restored = Publisher::restore(&kept.store().0).expect("what was stored");
             restored.publish(cluster, &Changed::default());
             assert_eq!(published(&restored), published(&fresh));
         }
+    }
+
+    #[test]
+    fn nothing_is_sent_before_its_numbers_are_on_disk() {
+        let mut publisher = Publisher::new(3);
+        let mut session = PublishSession::default();
+        let welcome = |held| Response::Welcome(pb::PublishWelcome { held, ..Default::default() });
+        let take = |publisher: &mut Publisher, session: &mut PublishSession, held| {
+            session.take(publisher, pb::PublishResponse { message: Some(welcome(held)) });
+        };
+        take(&mut publisher, &mut session, None);
+        publisher.publish_all(&Cluster::default());
+        assert!(publisher.must_store() && session.poll(&publisher).is_empty());
+        let (_, reserved) = publisher.store();
+        publisher.stored(reserved);
+        assert!(!publisher.must_store() && !session.poll(&publisher).is_empty());
+        // Another numbering begins, for which what is on disk says nothing.
+        take(&mut publisher, &mut session, Some(Position { epoch: 7, revision: 1 }.into()));
+        assert!(publisher.must_store() && session.poll(&publisher).is_empty());
+        publisher.stored(reserved);
+        assert!(publisher.must_store());
+        let (bytes, reserved) = publisher.store();
+        publisher.stored(reserved);
+        assert!(!session.poll(&publisher).is_empty());
+        let restored = Publisher::restore(&bytes).expect("what was stored");
+        assert!(restored.position().revision > publisher.position().revision, "numbers are not used again");
+        assert_eq!(restored.position().epoch, publisher.position().epoch);
     }
 }
