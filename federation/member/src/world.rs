@@ -480,4 +480,23 @@ mod tests {
         world.receive(Updates { changes, in_force: Position { epoch: 1, revision: 1 } });
         assert_eq!(digest(&mut world), before, "what the hub says of this cluster's endpoints is not looked at");
     }
+
+    #[test]
+    fn an_own_stream_follows_its_pod_to_another_node() {
+        let ends = Ends { hubs: ["10.0.0.9:7443".parse().expect("an address")].into(), ..Ends::default() };
+        let mut world = World::new("here".into(), UnknownPods::default(), ends);
+        world.receive(Updates { in_force: Position { epoch: 1, revision: 1 }, ..Updates::default() });
+        let nodes = NODE.replace("10.0.0.0/24", "10.1.0.0/24")
+            + &NODE.replace("name: n", "name: m").replace("10.0.0", "10.2.0");
+        for (revision, node) in [(1, "n"), (2, "m"), (3, "n")] {
+            let hub = pod_of("hub", "hub", "10.0.0.9").replace("nodeName: n", &format!("nodeName: {node}"));
+            world.take_local(sourced(&format!("{nodes}{hub}"), revision));
+            world.compile().expect("the hub was heard");
+            for name in ["n", "m"] {
+                let streams = world.nodes()[name].rules.node.own_streams.iter();
+                let towards_hub = streams.filter(|it| it.name.starts_with("anyone to hub")).count();
+                assert_eq!(towards_hub, usize::from(name == node), "node {name} when the hub is on {node}");
+            }
+        }
+    }
 }

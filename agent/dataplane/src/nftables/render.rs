@@ -209,15 +209,6 @@ fn compare_protocol(way: &mut Rule, operator: Compare, protocol: u8) {
 fn port_in(way: &mut Rule, end: End, ranges: &[PortRange], invert: bool) {
     let key = Ct::ProtoSource;
     way.expressions.push(Expression::LoadCt { key, direction: Some(end.direction()), register: R1 });
-    let mut sorted: Vec<(u16, u16)> = ranges.iter().map(|range| (range.first, range.last)).collect();
-    sorted.sort_unstable();
-    let mut merged: Vec<(u16, u16)> = Vec::new();
-    for (first, last) in sorted {
-        match merged.last_mut() {
-            Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
-            _ => merged.push((first, last)),
-        }
-    }
-    let bytes = |port: u16| port.to_be_bytes().to_vec();
-    way.in_intervals(2, merged.into_iter().map(|(first, last)| (bytes(first), bytes(last))).collect(), invert);
+    let bounds = ranges.iter().map(|range| (range.first.into(), range.last.into())).collect();
+    way.in_intervals(2, sets::merged(bounds, 2), invert);
 }

@@ -628,4 +628,20 @@ mod tests {
         std::fs::write(&path, bytes).expect("written");
         assert_eq!(start(folder.path()).1, 0, "what is damaged is nothing");
     }
+
+    #[test]
+    fn what_cannot_be_written_down_is_not_published() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let client = Client::restore(folder.path());
+        let mut session = PublishSession::default();
+        let welcome = pb::publish_response::Message::Welcome(pb::PublishWelcome::default());
+        session.take(&mut lock(&client.shared.publisher), pb::PublishResponse { message: Some(welcome) });
+        let in_the_way = folder.path().join("publisher.snapshot");
+        std::fs::create_dir(&in_the_way).expect("made");
+        client.publish(&Cluster::default(), &Changed::default());
+        assert!(client.poll(&mut session).is_empty() && client.poll(&mut session).is_empty());
+        std::fs::remove_dir(&in_the_way).expect("removed");
+        assert!(!client.poll(&mut session).is_empty(), "tried again");
+        assert!(in_the_way.is_file());
+    }
 }

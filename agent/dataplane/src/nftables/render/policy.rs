@@ -1,6 +1,8 @@
 //! Policies, and the chains of endpoints that ask them.
 
-use hanse_ruleset::{Action, Chain, ChainId, Icmp, Peer, Policy, PolicyId, Rule as PolicyRule, SetId, TierDefault};
+use hanse_ruleset::{
+    Action, Chain, ChainId, Icmp, Peer, Policy, PolicyId, PortRange, Rule as PolicyRule, SetId, TierDefault,
+};
 
 use super::sets::{intervals, set_name};
 use super::{
@@ -172,16 +174,17 @@ impl Render<'_> {
         for set in &peer.in_sockets {
             and(&mut ways, |way| self.socket_in_set(way, end, *set, false));
         }
+        let with_port_in = |way: &mut Rule, ports: &[PortRange], invert| {
+            if !has_ports {
+                protocol_with_ports(way, false);
+            }
+            port_in(way, end, ports, invert);
+        };
         if !peer.ports.is_empty() || !peer.port_sets.is_empty() {
             let mut next = Vec::new();
             if !peer.ports.is_empty() {
                 let mut with = ways.clone();
-                and(&mut with, |way| {
-                    if !has_ports {
-                        protocol_with_ports(way, false);
-                    }
-                    port_in(way, end, &peer.ports, false);
-                });
+                and(&mut with, |way| with_port_in(way, &peer.ports, false));
                 next.extend(with);
             }
             for set in &peer.port_sets {
@@ -194,12 +197,7 @@ impl Render<'_> {
         if !peer.not_ports.is_empty() {
             let mut without = if has_ports { Vec::new() } else { ways.clone() };
             and(&mut without, |way| protocol_with_ports(way, true));
-            and(&mut ways, |way| {
-                if !has_ports {
-                    protocol_with_ports(way, false);
-                }
-                port_in(way, end, &peer.not_ports, true);
-            });
+            and(&mut ways, |way| with_port_in(way, &peer.not_ports, true));
             ways.extend(without);
         }
         for set in &peer.not_port_sets {

@@ -53,13 +53,18 @@ fn address_bytes(address: IpAddr) -> Vec<u8> {
 
 /// Nets of one family as intervals that neither overlap nor touch.
 pub fn intervals(nets: impl Iterator<Item = IpNet>, family: Family) -> Vec<(Vec<u8>, Vec<u8>)> {
-    let mut bounds: Vec<(u128, u128)> = nets
+    let bounds = nets
         .filter(|net| Family::of(net.addr()) == family)
         .map(|net| match net {
             IpNet::V4(net) => (u32::from(net.network()).into(), u32::from(net.broadcast()).into()),
             IpNet::V6(net) => (net.network().into(), net.broadcast().into()),
         })
         .collect();
+    merged(bounds, address_length(family) as usize)
+}
+
+/// Intervals (both ends inclusive) that neither overlap nor touch, as keys of `length` bytes.
+pub fn merged(mut bounds: Vec<(u128, u128)>, length: usize) -> Vec<(Vec<u8>, Vec<u8>)> {
     bounds.sort_unstable();
     let mut merged: Vec<(u128, u128)> = Vec::new();
     for (first, last) in bounds {
@@ -68,7 +73,6 @@ pub fn intervals(nets: impl Iterator<Item = IpNet>, family: Family) -> Vec<(Vec<
             _ => merged.push((first, last)),
         }
     }
-    let length = address_length(family) as usize;
     let bytes = |value: u128| value.to_be_bytes()[16 - length..].to_vec();
     merged.into_iter().map(|(first, last)| (bytes(first), bytes(last))).collect()
 }
