@@ -6,7 +6,7 @@
 
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, ExitStatus};
+use std::process::Command;
 
 use crate::namespace;
 
@@ -25,11 +25,9 @@ pub enum Privilege {
 pub enum SandboxError {
     #[error("start unshare (of util-linux): {0}")]
     Start(#[source] std::io::Error),
-    #[error(
-        "the kernel allows no namespaces here ({0}); run as root, or allow user namespaces \
-         (sysctl kernel.unprivileged_userns_clone=1, and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0)"
-    )]
-    Refused(ExitStatus),
+    /// What `unshare` said, and what helps.
+    #[error("no namespaces can be made here: {0}; {1}")]
+    Refused(String, &'static str),
     #[error("prepare the sandbox: {0}")]
     Prepare(#[from] namespace::NetworkError),
 }
@@ -46,6 +44,18 @@ fn unshare() -> (Command, Privilege) {
     (command, privilege)
 }
 
+fn remedy(privilege: Privilege) -> &'static str {
+    match privilege {
+        Privilege::Root => {
+            "root needs CAP_SYS_ADMIN for it, and in a chroot the new root must be a mount point (mount --bind DIR DIR)"
+        }
+        Privilege::UserNamespace => {
+            "run as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, and on Ubuntu \
+             kernel.apparmor_restrict_unprivileged_userns=0)"
+        }
+    }
+}
+
 /// Whether this process is inside already, and how it came in.
 pub fn privilege() -> Option<Privilege> {
     match std::env::var(MARK).ok()?.as_str() {
@@ -60,10 +70,11 @@ pub fn enter() -> Result<Privilege, SandboxError> {
         prepare()?;
         return Ok(privilege);
     }
-    let (mut probe, _) = unshare();
-    let status = probe.arg("true").status().map_err(SandboxError::Start)?;
-    if !status.success() {
-        return Err(SandboxError::Refused(status));
+    let (mut probe, privilege) = unshare();
+    let output = probe.arg("true").output().map_err(SandboxError::Start)?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        return Err(SandboxError::Refused(said, remedy(privilege)));
     }
     let program = std::env::current_exe().map_err(SandboxError::Start)?;
     let (mut command, _) = unshare();

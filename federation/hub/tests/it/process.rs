@@ -261,8 +261,8 @@ async fn a_hub_tells_its_health_and_stops_when_asked() {
     for name in ["hanse_hub_connections", "hanse_hub_registry_revision", "hanse_hub_clusters", "hanse_hub_endpoints"] {
         crate::support::eventually(name, || async { page(&metrics, "/metrics").await.contains(name) }).await;
     }
-    let stopped = Command::new("kill").args(["-TERM", &process.child.id().to_string()]).status().unwrap();
-    assert!(stopped.success());
+    let id = nix::unistd::Pid::from_raw(process.child.id().try_into().unwrap());
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM).unwrap();
     let ended = tokio::task::spawn_blocking(move || process.child.wait().unwrap());
     let status = tokio::time::timeout(SOON, ended).await.expect("it stops").unwrap();
     assert_eq!(status.code(), Some(0));
