@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -130,20 +131,29 @@ impl Marks {
     }
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     let cli = Cli::parse();
     logging::init(cli.log_format);
-    match cli.command {
+    let outcome = match cli.command {
         Command::Run(args) => run(*args),
-        Command::Cleanup(args) => {
-            let config = args.marks.config(Vec::new())?;
-            let removed = Nftables::open(config).and_then(|mut backend| backend.cleanup());
-            removed.context("remove the rules (this needs root, or CAP_NET_ADMIN)")?;
-            println!("Every rule of Hanse is removed from this node's kernel.");
-            Ok(())
-        }
+        Command::Cleanup(args) => cleanup(&args),
         Command::Status(args) => print_status(&args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hanse-agent: {error:#}");
+            ExitCode::FAILURE
+        }
     }
+}
+
+fn cleanup(args: &CleanupArgs) -> anyhow::Result<()> {
+    let config = args.marks.config(Vec::new())?;
+    let removed = Nftables::open(config).and_then(|mut backend| backend.cleanup());
+    removed.context("remove the rules (this needs root, or CAP_NET_ADMIN)")?;
+    println!("Every rule of Hanse is removed from this node's kernel.");
+    Ok(())
 }
 
 fn print_status(args: &StatusArgs) -> anyhow::Result<()> {

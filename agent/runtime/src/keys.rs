@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
-use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::pem::{Error as PemError, PemObject};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use sha2::{Digest as _, Sha256};
 use x509_parser::certification_request::X509CertificationRequest;
@@ -36,8 +36,8 @@ pub struct Serial(pub Arc<[u8]>);
 pub enum KeyError {
     #[error("the key cannot be read")]
     Key(#[source] rcgen::Error),
-    #[error("the PEM text cannot be read")]
-    Pem(#[source] rustls_pki_types::pem::Error),
+    #[error("the PEM text cannot be read: {0}")]
+    Pem(&'static str),
     #[error("the certificate cannot be read: {0}")]
     Certificate(&'static str),
     #[error("the certificate names no identity")]
@@ -48,6 +48,17 @@ pub enum KeyError {
     Mismatch,
     #[error("{0}")]
     File(String, #[source] std::io::Error),
+}
+
+/// In our own words: the error quotes lines of what was read, which may be a key.
+fn pem_error(error: PemError) -> KeyError {
+    KeyError::Pem(match error {
+        PemError::MissingSectionEnd { .. } => "a section has no last line",
+        PemError::IllegalSectionStart { .. } => "the first line of a section is malformed",
+        PemError::Base64Decode(_) => "a section is not Base64",
+        PemError::NoItemsFound => "it has no section of the wanted kind",
+        _ => "it is malformed",
+    })
 }
 
 /// A private key (ECDSA P-256), made here and never sent anywhere.
@@ -79,7 +90,7 @@ impl Key {
     /// # Errors
     /// When `pem` holds no PKCS #8 key of a known kind.
     pub fn from_pem(pem: &[u8]) -> Result<Self, KeyError> {
-        let der = PrivatePkcs8KeyDer::from_pem_slice(pem).map_err(KeyError::Pem)?;
+        let der = PrivatePkcs8KeyDer::from_pem_slice(pem).map_err(pem_error)?;
         Self::from_pair(rcgen::KeyPair::try_from(&der).map_err(KeyError::Key)?)
     }
 
@@ -246,7 +257,7 @@ impl Certificate {
     /// # Errors
     /// As [`Self::from_der`], and when `pem` holds no certificate.
     pub fn from_pem(pem: &[u8]) -> Result<Self, KeyError> {
-        Self::from_der(&CertificateDer::from_pem_slice(pem).map_err(KeyError::Pem)?)
+        Self::from_der(&CertificateDer::from_pem_slice(pem).map_err(pem_error)?)
     }
 
     /// # Errors

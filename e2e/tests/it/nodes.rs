@@ -175,10 +175,11 @@ fn a_node_is_let_in_by_the_key_that_enrolled_last() {
             assert!(output.status.code() == Some(1) && error.contains(said), "{:?}: {error}", output.status);
         };
         for time in 0..5 {
-            refused(NODE, &format!("again-{time}"), "Error: the member refused: the token is not valid");
+            refused(NODE, &format!("again-{time}"), "hanse-agent: the member refused: the token is not valid");
         }
         world.new_token();
-        refused("node-9", "other", "Error: the member refused: the token is for node node-2, not for node node-9");
+        let other = "hanse-agent: the member refused: the token is for node node-2, not for node node-9";
+        refused("node-9", "other", other);
         let states: Vec<_> = world.listed("node-token").iter().map(|it| it["state"].to_string()).collect();
         assert_eq!(states.iter().filter(|it| *it == "\"unused\"").count(), 1, "{states:?}");
 

@@ -5,6 +5,7 @@
 //! `-o json|yaml` for programs; programs may rely on the latter and on the exit codes (0 done; 1 the answer is no, something
 //! failed or a manifest is refused; 2 the command line or an expression is malformed; `wait` says its own).
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -97,10 +98,7 @@ fn main() -> ExitCode {
         Command::Delete(command) => command.run(context),
         Command::Status(command) => command.run(context),
         Command::Wait(command) => command.run(context),
-        Command::Completion { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "hanse", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Completion { shell } => print_completion(shell),
     };
     outcome.unwrap_or_else(|error| {
         // A reader that went away (`| head`) is no failure of ours.
@@ -113,4 +111,12 @@ fn main() -> ExitCode {
         eprintln!("hanse: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// Into memory first: the generator panics when what it writes to fails.
+fn print_completion(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "hanse", &mut script);
+    std::io::stdout().write_all(&script)?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -9,6 +9,7 @@ use hanse_runtime::Identity;
 use hanse_runtime::keys::{Certificate, Credentials};
 use hanse_runtime::tls::{CredentialStore, TlsClient, Trust, install_provider};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use tonic::transport::Channel;
 
 pub mod audit;
@@ -66,9 +67,7 @@ async fn connect(context: Option<&Path>) -> anyhow::Result<Channel> {
         "no hub is known: name a context file with --context FILE or HANSE_CONTEXT (`hanse-hub init` makes the \
          administrator's, `hanse user create` one for each user)",
     )?;
-    let text = std::fs::read_to_string(path).with_context(|| format!("read the context {}", path.display()))?;
-    let file: ContextFile =
-        serde_yaml_ng::from_str(&text).with_context(|| format!("understand the context {}", path.display()))?;
+    let file: ContextFile = read_context(path)?;
     let folder = path.parent().unwrap_or(Path::new("."));
     let credentials = Credentials::read(&folder.join(file.key), &folder.join(file.certificate))?;
     let root = Certificate::read(&folder.join(file.ca))?;
@@ -94,6 +93,22 @@ async fn connect(context: Option<&Path>) -> anyhow::Result<Channel> {
     anyhow::ensure!(!tried.is_empty(), "the context {} names no hub", path.display());
     let advice = format!("see that hanse-hub runs there, and that the addresses in {} are right", path.display());
     Err(CallError::Unreachable(format!("no hub answers: {}; {advice}", tried.join("; "))).into())
+}
+
+/// Reads a context file. What is said of a file that is none repeats nothing of it: it may be a key.
+fn read_context<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("read the context {}", path.display()))?;
+    serde_yaml_ng::from_str(&text).map_err(|error| {
+        let told = error.to_string();
+        // This names a field of ours; everything else may quote the file.
+        let found = match (told.starts_with("missing field"), error.location()) {
+            (true, _) => format!("{told}: "),
+            (false, Some(location)) => format!("line {}: ", location.line()),
+            (false, None) => String::new(),
+        };
+        let wanted = "a mapping with hubs, ca, certificate and key is wanted";
+        anyhow::anyhow!("{} is no context file: {found}{wanted}", path.display())
+    })
 }
 
 /// Why a call brought no answer.

@@ -58,6 +58,15 @@ fn open(path: &std::path::Path) -> anyhow::Result<Box<dyn std::io::BufRead>> {
     Ok(Box::new(std::io::BufReader::new(file)))
 }
 
+/// What is wrong with one line of a file of JSON: serde_json takes every line for the first.
+fn json_error(error: &serde_json::Error) -> String {
+    let (told, column) = (error.to_string(), error.column());
+    match told.strip_suffix(&format!(" at line {} column {column}", error.line())) {
+        Some(told) => format!("column {column}: {told}"),
+        None => told,
+    }
+}
+
 /// One line of JSON, or one document of YAML.
 fn write_line(out: &mut impl std::io::Write, format: Format, value: &impl Serialize) -> anyhow::Result<()> {
     match format {

@@ -233,7 +233,7 @@ impl Administration {
 
     async fn delete(&self, who: &Identity, id: ObjectId) -> Result<wire::DeleteResponse, ChangeError> {
         let deed = Deed::new(who, "delete", id.to_string());
-        let (revision, (orphans, has_joined)) = self
+        let (revision, has_joined) = self
             .registry
             .change(&deed, |snapshot| {
                 let old = snapshot.objects.get(&id);
@@ -243,24 +243,26 @@ impl Administration {
                 // Who may not write it is not told whether it exists.
                 permit(snapshot, who, Need::Write(&id, &tiers))?;
                 old.ok_or_else(|| ChangeError::NotFound(format!("there is no {id}")))?;
-                let in_tier = |object: &Bytes| manifest::tier_of(object).is_ok_and(|tier| tier == id.name);
-                let policies = snapshot.objects.iter().filter(|(of, _)| of.kind == Kind::FederatedNetworkPolicy);
-                let orphans = match id.kind {
-                    Kind::Tier => policies.filter(|(_, object)| in_tier(&object.manifest)).count(),
-                    _ => 0,
-                };
+                if id.kind == Kind::Tier {
+                    let in_tier = |object: &Bytes| manifest::tier_of(object).is_ok_and(|tier| tier == id.name);
+                    let policies = snapshot.objects.iter().filter(|(of, _)| of.kind == Kind::FederatedNetworkPolicy);
+                    let mut policies =
+                        policies.filter(|(_, object)| in_tier(&object.manifest)).map(|(of, _)| &*of.name);
+                    // Without it they would stand in a Guard tier that denies, before every cluster's own.
+                    if let Some(first) = policies.next() {
+                        let more = policies.count();
+                        let others = if more > 0 { format!(" and {more} more") } else { String::new() };
+                        let message = format!("{first}{others} stand in {id}: delete or move these policies first");
+                        return Err(ChangeError::Conflict(message));
+                    }
+                }
                 let has_joined = id.kind == Kind::MemberCluster
                     && snapshot.clusters.get(&*id.name).is_some_and(|cluster| cluster.state == ClusterState::Accepted);
-                Ok((Transaction::default().delete(object_key(&id)?), (orphans, has_joined)))
+                Ok((Transaction::default().delete(object_key(&id)?), has_joined))
             })
             .await?;
-        let orphaned = || {
-            format!(
-                "{orphans} policies name {id}: now they come last in their phase, and what they do not decide is denied"
-            )
-        };
         let ungranted = || format!("cluster {} has joined: nothing that it publishes is granted any more", id.name);
-        let warnings = (orphans > 0).then(orphaned).into_iter().chain(has_joined.then(ungranted)).collect();
+        let warnings = has_joined.then(ungranted).into_iter().collect();
         Ok(wire::DeleteResponse { revision, warnings })
     }
 

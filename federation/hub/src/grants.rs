@@ -19,16 +19,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use hanse_k8s_api::field::Errors;
-use hanse_k8s_api::hanse;
+use hanse_k8s_api::hanse::{self, RESERVED_PREFIX, overlap};
 use hanse_policy::inventory::{LabelGrant, Labels};
 use hanse_policy::selector::Selector;
 use hanse_policy::tri::Tri;
 use ipnet::IpNet;
-
-/// Label keys with this prefix are the hub's own.
-pub const RESERVED_PREFIX: &str = "hanse.dev/";
-/// Most entries in each list of a MemberCluster.
-const MAX_ENTRIES: usize = 4_096;
 
 /// A cluster's labels and grants. The default grants nothing.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -94,31 +89,6 @@ impl MemberCluster {
         if let Some(error) = errors.0.first() {
             return Err(error.to_string());
         }
-        let spec = &manifest.spec;
-        let lists = [
-            spec.labels.len(),
-            spec.grants.namespaces.len(),
-            spec.grants.cidrs.len(),
-            spec.grants.labels.as_ref().map_or(0, BTreeMap::len),
-        ];
-        if lists.iter().any(|len| *len > MAX_ENTRIES) {
-            return Err(format!("spec: a list has at most {MAX_ENTRIES} entries"));
-        }
-        if let Some(key) = spec.labels.keys().find(|key| key.starts_with(RESERVED_PREFIX)) {
-            return Err(format!("spec.labels: '{key}' is the hub's and cannot be set"));
-        }
-        let mut cidrs: Vec<IpNet> = Vec::with_capacity(spec.grants.cidrs.len());
-        for (index, text) in spec.grants.cidrs.iter().enumerate() {
-            let field = format!("spec.grants.cidrs[{index}]");
-            let net: IpNet = text.parse().map_err(|_| format!("{field}: '{text}' is not a net"))?;
-            if net.trunc() != net {
-                return Err(format!("{field}: '{text}' has bits beyond its prefix; did you mean {}", net.trunc()));
-            }
-            if let Some(other) = cidrs.iter().find(|other| overlap(other, &net)) {
-                return Err(format!("{field}: '{text}' overlaps with {other}"));
-            }
-            cidrs.push(net);
-        }
         let mut warnings = Vec::new();
         if member.federated_allow_final {
             let text =
@@ -130,7 +100,7 @@ impl MemberCluster {
         let this = Self {
             labels: member.labels,
             namespaces: grants.namespaces.map_or(Namespaces::All, Namespaces::Named),
-            cidrs,
+            cidrs: grants.cidrs,
             label_values: grants.labels.map(|keys| keys.into_iter().map(|(key, v)| (key, values(v))).collect()),
             visible_to: grants.visible_to,
             limits: Limits {
@@ -184,10 +154,6 @@ impl MemberCluster {
         let pairs = self.cidrs.iter().flat_map(|a| other.cidrs.iter().map(move |b| (*a, *b)));
         pairs.into_iter().find(|(a, b)| overlap(a, b))
     }
-}
-
-fn overlap(a: &IpNet, b: &IpNet) -> bool {
-    a.contains(b) || b.contains(a)
 }
 
 #[cfg(test)]

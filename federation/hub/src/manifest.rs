@@ -65,8 +65,6 @@ struct Head {
 #[derive(Debug, Deserialize)]
 struct Metadata {
     name: String,
-    #[serde(default)]
-    namespace: Option<String>,
 }
 
 /// What a valid manifest is.
@@ -93,9 +91,6 @@ pub fn check(manifest: &[u8]) -> Result<Checked, String> {
     }
     let kind = Kind::from_name(&head.kind)
         .ok_or_else(|| format!("kind: '{}' is not a kind of hanse.dev/v1alpha1", head.kind))?;
-    if head.metadata.namespace.is_some() {
-        return Err(format!("metadata.namespace: a {} has none", kind.name()));
-    }
     check_subdomain(&head.metadata.name).map_err(|e| format!("metadata.name: {e}"))?;
     let id = ObjectId { kind, name: head.metadata.name.into() };
     read(&id, manifest)?;

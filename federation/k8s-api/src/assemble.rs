@@ -12,7 +12,7 @@ use hanse_policy::model::{ClusterName, ClusterScope, Layer, Phase};
 pub use self::cluster::{Assembly, Changed, ClusterState, NAMESPACE_NAME_LABEL, NodeInfo, assemble_cluster};
 use crate::field::{Errors, FieldError};
 use crate::hanse::{ClusterLabels, FederatedNetworkPolicy, Member};
-use crate::kubernetes::{EndpointSlice, Node as KubeNode, Service, ServiceAccount};
+use crate::kubernetes::ServiceAccount;
 use crate::manifest::{Diagnostic, Manifest, Object, Place, Reference};
 use crate::metadata::check_metadata;
 
@@ -101,10 +101,10 @@ pub fn validate(object: &Object) -> Vec<FieldError> {
         Object::MemberCluster(member) => drop(member.convert(&mut errors)),
         Object::Namespace(namespace) => namespace.check(&mut errors),
         Object::Pod(pod) => pod.check(&mut errors),
-        Object::Node(KubeNode { metadata, .. })
-        | Object::ServiceAccount(ServiceAccount { metadata })
-        | Object::Service(Service { metadata, .. })
-        | Object::EndpointSlice(EndpointSlice { metadata, .. }) => check_metadata(metadata, &mut errors),
+        Object::Node(node) => node.check(&mut errors),
+        Object::Service(service) => service.check(&mut errors),
+        Object::EndpointSlice(slice) => slice.check(&mut errors),
+        Object::ServiceAccount(ServiceAccount { metadata }) => check_metadata(metadata, &mut errors),
     }
     errors.0
 }

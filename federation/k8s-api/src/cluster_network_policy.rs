@@ -20,7 +20,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::assemble::NodeInfo;
-use crate::field::{Errors, Path};
+use crate::field::{Errors, NOT_KNOWN, Path};
 use crate::kubernetes::{Metadata, null_as_default};
 use crate::metadata::check_metadata;
 use crate::network_policy::{LabelSelector, parse_net, peers_scope};
@@ -187,7 +187,7 @@ impl ClusterNetworkPolicy {
                 let path = subject_path.field("pods");
                 // Whom a policy is for has no reading that fails closed.
                 for name in pods.other.keys() {
-                    errors.add(&path.field(name), "is not known");
+                    errors.add(&path.field(name), NOT_KNOWN);
                 }
                 if pods.pod_selector.is_none() {
                     errors.add(&path.field("podSelector"), NO_POD_SELECTOR);

@@ -10,6 +10,16 @@ pub struct FieldError {
     pub message: String,
 }
 
+/// What is said of a field that is not known, by those who look for it themselves.
+pub const NOT_KNOWN: &str = "is not known";
+
+impl FieldError {
+    /// Whether nothing is wrong but that the field is not known.
+    pub fn is_of_unknown_field(&self) -> bool {
+        self.message == NOT_KNOWN || self.message.starts_with("unknown field ")
+    }
+}
+
 /// Collects errors while a conversion walks an object.
 #[derive(Debug, Default)]
 pub struct Errors(pub Vec<FieldError>);

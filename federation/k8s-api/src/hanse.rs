@@ -179,6 +179,16 @@ pub struct Member {
 /// The labels by which clusters are selected: those of their MemberCluster, and `hanse.dev/cluster` with their name.
 pub type ClusterLabels = BTreeMap<ClusterName, Map>;
 
+/// Label keys with this prefix are the hub's own.
+pub const RESERVED_PREFIX: &str = "hanse.dev/";
+/// Most entries in each list of a MemberCluster.
+const MAX_MEMBER_ENTRIES: usize = 4_096;
+
+/// Whether two nets have an address in common.
+pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
+    a.contains(b) || b.contains(a)
+}
+
 /// The label with which each cluster can be selected by name.
 pub const CLUSTER_NAME_LABEL: &str = "hanse.dev/cluster";
 
@@ -214,7 +224,7 @@ impl FederatedNetworkPolicy {
         tiers: &BTreeMap<Arc<str>, Phase>,
         errors: &mut Errors,
     ) -> Policy {
-        check_metadata(&self.metadata, errors);
+        check_global_metadata(&self.metadata, errors);
         let path = Path::Root("spec");
         let spec = &self.spec;
         let context = Context { namespace: None, clusters: resolve, federated: true };
@@ -289,6 +299,14 @@ impl FederatedNetworkPolicy {
     }
 }
 
+/// The federation has no namespaces.
+fn check_global_metadata(metadata: &Metadata, errors: &mut Errors) {
+    check_metadata(metadata, errors);
+    if metadata.namespace.as_deref().is_some_and(|namespace| !namespace.is_empty()) {
+        errors.add(&Path::Root("metadata.namespace"), "objects of the federation have none");
+    }
+}
+
 pub const TIER_NAME_RULE: &str = "a tier is named by at most 63 of a-z 0-9 -, without dots";
 
 /// A name of one part. One that is missing, or no name at all, is complained of with the other metadata.
@@ -307,7 +325,7 @@ pub fn check_order(order: Option<f64>, spec: &Path<'_>, errors: &mut Errors) {
 
 impl Tier {
     pub fn convert(&self, errors: &mut Errors) -> model::Tier {
-        check_metadata(&self.metadata, errors);
+        check_global_metadata(&self.metadata, errors);
         check_part_name(&self.metadata.name, TIER_NAME_RULE, errors);
         let path = Path::Root("spec");
         let phase = match self.spec.phase.as_str() {
@@ -340,7 +358,7 @@ pub fn convert_default_action(text: Option<&str>, path: &Path<'_>, errors: &mut 
 
 impl FederatedNetworkSet {
     pub fn convert(&self, errors: &mut Errors) -> (EndpointId, Endpoint) {
-        check_metadata(&self.metadata, errors);
+        check_global_metadata(&self.metadata, errors);
         let path = Path::Root("spec");
         let nets = rule::convert_set(&self.spec.nets, &path.field("nets"), errors);
         let endpoint = Endpoint { nets, labels: self.metadata.labels.clone(), ..Endpoint::default() };
@@ -353,15 +371,35 @@ impl MemberCluster {
     pub fn convert(&self, errors: &mut Errors) -> Member {
         let path = Path::Root("spec");
         let name = self.metadata.name.as_str();
-        check_metadata(&self.metadata, errors);
+        check_global_metadata(&self.metadata, errors);
         check_part_name(name, "must be a DNS label: at most 63 of a-z 0-9 -", errors);
         check_labels(&self.spec.labels, &path.field("labels"), errors);
         let grants_path = path.field("grants");
         let grants = &self.spec.grants;
         let cidrs_path = grants_path.field("cidrs");
-        let mut cidrs = Vec::new();
+        let mut cidrs: Vec<IpNet> = Vec::new();
         for (index, text) in grants.cidrs.iter().enumerate() {
-            cidrs.extend(errors.note(&cidrs_path.index(index), parse_net(text)));
+            let path = cidrs_path.index(index);
+            let Some(net) = errors.note(&path, parse_net(text)) else { continue };
+            if text.parse::<IpNet>().is_ok_and(|written| written.trunc() != written) {
+                errors.add(&path, format!("\"{text}\" has bits beyond its prefix; did you mean {net}?"));
+            }
+            if let Some(other) = cidrs.iter().find(|other| overlap(other, &net)) {
+                errors.add(&path, format!("\"{text}\" overlaps with {other}"));
+            }
+            cidrs.push(net);
+        }
+        let lists = [
+            (self.spec.labels.len(), path.field("labels")),
+            (grants.namespaces.len(), grants_path.field("namespaces")),
+            (grants.cidrs.len(), cidrs_path),
+            (grants.labels.as_ref().map_or(0, BTreeMap::len), grants_path.field("labels")),
+        ];
+        for (entries, path) in lists.iter().filter(|(entries, _)| *entries > MAX_MEMBER_ENTRIES) {
+            errors.add(path, format!("has {entries} entries; {MAX_MEMBER_ENTRIES} are allowed"));
+        }
+        for key in self.spec.labels.keys().filter(|key| key.starts_with(RESERVED_PREFIX)) {
+            errors.add(&path.field("labels"), format!("\"{key}\" is the hub's and cannot be set"));
         }
         let labels_path = grants_path.field("labels");
         let named = |values: &[String]| -> Option<BTreeSet<Arc<str>>> {
@@ -369,7 +407,7 @@ impl MemberCluster {
             (!any).then(|| values.iter().map(|value| value.as_str().into()).collect())
         };
         let labels = grants.labels.as_ref().map(|labels| {
-            for key in labels.keys().filter(|key| key.starts_with("hanse.dev/")) {
+            for key in labels.keys().filter(|key| key.starts_with(RESERVED_PREFIX)) {
                 errors
                     .add(&labels_path, format!("\"{key}\": keys under hanse.dev/ are the hub's and cannot be granted"));
             }

@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use crate::field::{Errors, Path};
 use crate::metadata::check_metadata;
+use crate::network_policy::parse_block;
 
 pub type Map = BTreeMap<Arc<str>, Arc<str>>;
 
@@ -112,13 +113,30 @@ impl Node {
     /// Where this node's pods get their addresses.
     pub fn pod_ranges(&self) -> Vec<ipnet::IpNet> {
         let mut all: Vec<ipnet::IpNet> = Vec::new();
-        for net in self.spec.pod_cidrs.iter().chain(&self.spec.pod_cidr).filter_map(|text| text.parse().ok()) {
-            let net: ipnet::IpNet = net;
-            if !all.contains(&net.trunc()) {
-                all.push(net.trunc());
+        for net in self.spec.pod_cidrs.iter().chain(&self.spec.pod_cidr).filter_map(|text| parse_block(text).ok()) {
+            if !all.contains(&net) {
+                all.push(net);
             }
         }
         all
+    }
+
+    /// Malformed metadata, and ranges and addresses that are none: without its ranges a node's new pods are not closed.
+    pub fn check(&self, errors: &mut Errors) {
+        check_metadata(&self.metadata, errors);
+        let spec = Path::Root("spec");
+        for text in self.spec.pod_cidr.iter().filter(|text| !text.is_empty()) {
+            errors.note(&spec.field("podCIDR"), parse_block(text));
+        }
+        for (index, text) in self.spec.pod_cidrs.iter().enumerate() {
+            errors.note(&spec.field("podCIDRs").index(index), parse_block(text));
+        }
+        let addresses = Path::Root("status.addresses");
+        for (index, entry) in self.status.addresses.iter().enumerate() {
+            if matches!(&*entry.kind, "InternalIP" | "ExternalIP") {
+                check_address(&entry.address, &addresses.index(index).field("address"), errors);
+            }
+        }
     }
 }
 
@@ -200,12 +218,26 @@ impl Pod {
     /// What an API server would not store: metadata that is malformed, and addresses that are none.
     pub fn check(&self, errors: &mut Errors) {
         check_metadata(&self.metadata, errors);
-        let status = Path::Root("status");
-        let mut check = |path: &Path<'_>, text: &Option<String>| {
-            if let Some(text) = text.as_deref().filter(|text| !text.is_empty() && parse_address(text).is_none()) {
-                errors.add(path, format!("\"{text}\" is no address"));
+        let spec = Path::Root("spec");
+        for (name, containers) in
+            [("containers", &self.spec.containers), ("initContainers", &self.spec.init_containers)]
+        {
+            let list = spec.field(name);
+            for (index, container) in containers.iter().enumerate() {
+                let container_path = list.index(index);
+                let ports = container_path.field("ports");
+                for (index, port) in container.ports.iter().enumerate() {
+                    let path = ports.index(index);
+                    if port.container_port == 0 {
+                        errors.add(&path.field("containerPort"), "0 is not between 1 and 65535");
+                    }
+                    check_protocol(port.protocol.as_deref(), &path, errors);
+                }
             }
-        };
+        }
+        let status = Path::Root("status");
+        let mut check =
+            |path: &Path<'_>, text: &Option<String>| check_address(text.as_deref().unwrap_or(""), path, errors);
         check(&status.field("podIP"), &self.status.pod_ip);
         check(&status.field("hostIP"), &self.status.host_ip);
         for (name, entries) in [("podIPs", &self.status.pod_ips), ("hostIPs", &self.status.host_ips)] {
@@ -294,6 +326,14 @@ pub struct ServiceSpec {
     pub selector: Map,
 }
 
+impl Service {
+    pub fn check(&self, errors: &mut Errors) {
+        check_metadata(&self.metadata, errors);
+        let address = self.spec.cluster_ip.as_deref().filter(|text| *text != "None");
+        check_address(address.unwrap_or(""), &Path::Root("spec.clusterIP"), errors);
+    }
+}
+
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EndpointSlice {
@@ -326,6 +366,22 @@ impl EndpointSlice {
         Some((self.metadata.namespace(), Arc::clone(name)))
     }
 
+    /// Names stand where addresses do in a slice of names.
+    pub fn check(&self, errors: &mut Errors) {
+        check_metadata(&self.metadata, errors);
+        let endpoints = Path::Root("endpoints");
+        for (index, endpoint) in self.endpoints.iter().enumerate().filter(|_| self.address_type != "FQDN") {
+            let path = endpoints.index(index);
+            for (at, text) in endpoint.addresses.iter().enumerate() {
+                check_address(text, &path.field("addresses").index(at), errors);
+            }
+        }
+        let ports = Path::Root("ports");
+        for (index, port) in self.ports.iter().enumerate() {
+            check_protocol(port.protocol.as_deref(), &ports.index(index), errors);
+        }
+    }
+
     /// The address of every endpoint, ready or not: policy speaks of who belongs to the service.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         let addresses = self.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
@@ -339,6 +395,20 @@ impl EndpointSlice {
                 Some((address, protocol_number(port.protocol.as_deref().unwrap_or("TCP"))?, port.port?))
             })
         })
+    }
+}
+
+/// What is empty is not given.
+fn check_address(text: &str, path: &Path<'_>, errors: &mut Errors) {
+    if !text.is_empty() && parse_address(text).is_none() {
+        errors.add(path, format!("\"{text}\" is no address"));
+    }
+}
+
+/// Of a port; what is not given is TCP.
+fn check_protocol(name: Option<&str>, port: &Path<'_>, errors: &mut Errors) {
+    if let Some(name) = name.filter(|name| !name.is_empty() && protocol_number(name).is_none()) {
+        errors.add(&port.field("protocol"), format!("\"{name}\" is not supported: TCP, UDP or SCTP"));
     }
 }
 

@@ -12,6 +12,7 @@ pub mod cluster_network_policy;
 pub mod document;
 pub mod field;
 pub mod hanse;
+mod kind;
 pub mod kubernetes;
 pub mod manifest;
 pub mod metadata;

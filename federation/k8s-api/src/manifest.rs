@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
+use hanse_policy::model::Policy;
 use serde::de::DeserializeOwned;
 
 use crate::calico::{self, CalicoObject};
@@ -13,6 +14,7 @@ use crate::cluster_network_policy::ClusterNetworkPolicy;
 use crate::document::{self, Data, Document, Node};
 use crate::field::FieldError;
 use crate::hanse::{self, FederatedNetworkPolicy, FederatedNetworkSet, MemberCluster, Tier};
+use crate::kind;
 use crate::kubernetes::{EndpointSlice, Namespace, Node as KubeNode, Pod, Service, ServiceAccount};
 use crate::network_policy::NetworkPolicy;
 
@@ -70,6 +72,31 @@ pub struct Manifest {
     pub place: Place,
     pub reference: Reference,
     pub object: Object,
+    /// The paths of fields that are not known. Only what is in doubt has any.
+    pub unknown: Vec<String>,
+}
+
+impl Manifest {
+    /// Makes the rules of a policy unknown that a field which is not known stands in, and all of them where it stands
+    /// elsewhere.
+    pub fn doubt(&self, policy: &mut Policy) {
+        let place = |path: &str| {
+            let (is_ingress, rest) = match path.strip_prefix("spec.ingress[") {
+                Some(rest) => (true, rest),
+                None => (false, path.strip_prefix("spec.egress[")?),
+            };
+            Some((is_ingress, rest.split_once(']')?.0.parse::<u32>().ok()?))
+        };
+        for path in &self.unknown {
+            let place = place(path);
+            for (is_ingress, rules) in [(true, &mut policy.ingress), (false, &mut policy.egress)] {
+                let rules = rules.iter_mut().flatten();
+                for rule in rules.filter(|rule| place.is_none_or(|place| place == (is_ingress, rule.index))) {
+                    rule.not_understood = Some(format!("{path} is not known").into());
+                }
+            }
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -89,12 +116,25 @@ pub enum Object {
     MemberCluster(Box<MemberCluster>),
 }
 
+impl Object {
+    fn is_policy(&self) -> bool {
+        match self {
+            Self::NetworkPolicy(_) | Self::ClusterNetworkPolicy(_) | Self::FederatedNetworkPolicy(_) => true,
+            Self::Calico(object) => matches!(**object, CalicoObject::Policy(..)),
+            _ => false,
+        }
+    }
+}
+
 /// What was read.
 #[derive(Debug, Clone, Default)]
 pub struct Manifests {
     pub objects: Vec<Manifest>,
     pub diagnostics: Vec<Diagnostic>,
     pub skipped: Vec<Skipped>,
+    /// Policies that are refused for nothing but fields that are not known, without those. Where no earlier version of one is
+    /// in force, this closes what it may close.
+    pub in_doubt: Vec<Manifest>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -260,31 +300,50 @@ fn read_node(file: &Arc<str>, node: &Node, read: &mut Manifests) {
             );
         }
     }
-    if let (Some(item_kind), Some(items)) = (reference.kind.strip_suffix("List"), node.child("items")) {
-        // Other kinds end in List too: theirs are lists of something else.
-        let is_object = |item: &Node| matches!(item.data, Data::Mapping(_));
-        match &items.data {
-            Data::Sequence(items) if item_kind.is_empty() || items.iter().all(is_object) => {
-                for item in items {
-                    read_node(file, &typed_item(item, &reference.api_version, item_kind), read);
-                }
-                return;
-            }
-            Data::Scalar(serde_json::Value::Null) => return,
-            Data::Scalar(_) | Data::Mapping(_) | Data::Sequence(_) => {}
-        }
+    match items(node) {
+        Some(Ok(items)) => return items.iter().for_each(|item| read_node(file, item, read)),
+        Some(Err(error)) => return refuse(read, &error.path, error.message, Some(reference)),
+        None => {}
     }
     match read_object(&reference, node) {
         Ok(Some(_)) if reference.name.is_empty() => {
             refuse(read, "metadata.name", "is missing".into(), Some(reference));
         }
-        Ok(Some(object)) => read.objects.push(Manifest { place, reference, object }),
-        Ok(None) => read.skipped.push(Skipped { place, object: reference }),
-        Err(errors) => {
+        Ok(Some(object)) => read.objects.push(Manifest { place, reference, object, unknown: Vec::new() }),
+        Ok(None) => match kind::mistaken(&reference) {
+            Some(error) => refuse(read, &error.path, error.message, Some(reference)),
+            None => read.skipped.push(Skipped { place, object: reference }),
+        },
+        Err(refused) => {
+            let Refused { errors, in_doubt } = *refused;
             for error in errors {
                 refuse(read, &error.path, error.message, Some(reference.clone()));
             }
+            if let Some((object, unknown)) = in_doubt.filter(|_| !reference.name.is_empty()) {
+                read.in_doubt.push(Manifest { place, reference, object, unknown });
+            }
         }
+    }
+}
+
+/// The objects of a list; `None` where the object is no list.
+///
+/// # Errors
+/// When it is called a list of a kind that is read, and is none.
+pub fn items(node: &Node) -> Option<Result<Vec<Cow<'_, Node>>, FieldError>> {
+    let Reference { api_version, kind, .. } = reference(node);
+    let item_kind = kind.strip_suffix("List")?;
+    let is_object = |item: &Node| matches!(item.data, Data::Mapping(_));
+    match node.child("items").map(|items| &items.data) {
+        Some(Data::Sequence(items)) if item_kind.is_empty() || items.iter().all(is_object) => {
+            Some(Ok(items.iter().map(|item| typed_item(item, &api_version, item_kind)).collect()))
+        }
+        Some(Data::Scalar(serde_json::Value::Null)) => Some(Ok(Vec::new())),
+        // Other kinds end in List too: theirs are lists of something else.
+        _ => (item_kind.is_empty() || kind::is_read(item_kind)).then(|| {
+            let message = "is no list of objects".to_owned();
+            Err(FieldError { path: "items".to_owned(), message })
+        }),
     }
 }
 
@@ -333,30 +392,38 @@ fn typed_item<'n>(item: &'n Node, api_version: &str, kind: &str) -> Cow<'n, Node
     Cow::Owned(item)
 }
 
-/// How many fields that are not known are told of one object: each costs another reading.
-const MAX_UNKNOWN_FIELDS: usize = 20;
+/// How many fields that are not known are told of one object.
+const MAX_UNKNOWN_TOLD: usize = 20;
+/// How many there may be in a policy that is in doubt: each may cost another reading.
+const MAX_UNKNOWN_FIELDS: usize = 200;
+
+/// Why an object is refused; and a policy without its unknown fields with their paths, where nothing else is wrong.
+struct Refused {
+    errors: Vec<FieldError>,
+    in_doubt: Option<(Object, Vec<String>)>,
+}
 
 /// `None`: a kind that Hanse does not read. A field that is not known does not hide what else is wrong.
-fn read_object(reference: &Reference, node: &Node) -> Result<Option<Object>, Vec<FieldError>> {
-    let (mut node, mut errors) = (Cow::Borrowed(node), Vec::new());
-    loop {
-        let more = match read_known(reference, &node) {
-            Ok(object) if errors.is_empty() => return Ok(object),
-            Ok(_) => Vec::new(),
-            Err(more) => more,
+fn read_object(reference: &Reference, node: &Node) -> Result<Option<Object>, Box<Refused>> {
+    let (mut node, mut unknown) = (Cow::Borrowed(node), Vec::new());
+    let (in_doubt, others) = loop {
+        let errors = match read_known(reference, &node) {
+            Ok(object) if unknown.is_empty() => return Ok(object),
+            Ok(object) => break (object.filter(Object::is_policy), Vec::new()),
+            Err(errors) => errors,
         };
-        let rest = match &more[..] {
-            [error] if error.message.starts_with("unknown field ") && errors.len() < MAX_UNKNOWN_FIELDS => {
-                node.without(&error.path)
-            }
-            _ => None,
-        };
-        errors.extend(more);
-        match rest {
-            Some(rest) => node = Cow::Owned(rest),
-            None => return Err(errors),
+        if !errors.iter().all(FieldError::is_of_unknown_field) || unknown.len() >= MAX_UNKNOWN_FIELDS {
+            break (None, errors);
         }
-    }
+        let without = |node: Node, error: &FieldError| node.without(&error.path);
+        let Some(rest) = errors.iter().try_fold(node.clone().into_owned(), without) else { break (None, errors) };
+        node = Cow::Owned(rest);
+        unknown.extend(errors);
+    };
+    let in_doubt = in_doubt.map(|object| (object, unknown.iter().map(|error| error.path.clone()).collect()));
+    unknown.truncate(MAX_UNKNOWN_TOLD);
+    unknown.extend(others);
+    Err(Box::new(Refused { errors: unknown, in_doubt }))
 }
 
 fn read_known(reference: &Reference, node: &Node) -> Result<Option<Object>, Vec<FieldError>> {

@@ -16,7 +16,7 @@ use hanse_policy::selector::build::{self, Namespaces};
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::field::{Errors, Path};
+use crate::field::{Errors, NOT_KNOWN, Path};
 use crate::kubernetes::{Map, Metadata, null_as_default, without_zeros};
 use crate::metadata::check_metadata;
 
@@ -288,8 +288,8 @@ pub fn parse_net(text: &str) -> Result<IpNet, String> {
     parse().ok_or_else(|| format!("\"{text}\" is no CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))
 }
 
-/// A CIDR as API servers take it in an `ipBlock`: zeros may stand before the numbers of an IPv4 address, and of the prefix.
-fn parse_block(text: &str) -> Result<IpNet, String> {
+/// A CIDR as API servers take it in an `ipBlock` and of a node: zeros may stand before the numbers of an IPv4 address, and of the prefix.
+pub fn parse_block(text: &str) -> Result<IpNet, String> {
     let Some((address, prefix)) = text.split_once('/') else { return parse_net(text) };
     let digits = prefix.trim_start_matches('0');
     let prefix = if digits.is_empty() && !prefix.is_empty() { "0" } else { digits };
@@ -430,7 +430,7 @@ impl LabelSelector {
     /// With the API machinery's validation.
     pub fn convert(&self, path: &Path<'_>, errors: &mut Errors) -> build::LabelSelector {
         for name in self.other.keys() {
-            errors.add(&path.field(name), "is not known");
+            errors.add(&path.field(name), NOT_KNOWN);
         }
         let labels_path = path.field("matchLabels");
         for (key, value) in &self.match_labels {
@@ -446,7 +446,7 @@ impl LabelSelector {
         for (index, requirement) in self.match_expressions.iter().enumerate() {
             let path = expressions_path.index(index);
             for name in requirement.other.keys() {
-                errors.add(&path.field(name), "is not known");
+                errors.add(&path.field(name), NOT_KNOWN);
             }
             if let Some(why) = label_key_error(&requirement.key) {
                 errors.add(&path.field("key"), format!("\"{}\": {why}", requirement.key));

@@ -1,14 +1,15 @@
 //! What the federation says, from how its authors wrote it into policy, as it changes.
 //!
 //! A change costs what it touches: a tier that moves to another phase takes its policies along, everything else stands
-//! alone. What cannot be read keeps the last version that could.
+//! alone. What cannot be read keeps the last version that could; a policy without one, which has fields or needs features that
+//! are not known, is taken with the rules that they concern unknown.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hanse_compiler::Update;
 use hanse_k8s_api::assemble::Federation;
-use hanse_k8s_api::manifest::{Manifests, Object, read_bytes};
+use hanse_k8s_api::manifest::{Manifest as Written, Manifests, Object, read_bytes};
 use hanse_policy::inventory::{EndpointId, EndpointKind};
 use hanse_policy::model::{ClusterScope, Phase, Policy, PolicyId, PolicyKind, TierId};
 use hanse_policy::selector::{Expr, Selector};
@@ -32,8 +33,7 @@ pub fn readable(kind: ManifestKind, json: &[u8]) -> Result<(), String> {
 }
 
 fn read(kind: ManifestKind, json: &[u8]) -> Result<Object, String> {
-    let mut read = Manifests::default();
-    read_bytes(&"manifest".into(), json, &mut read);
+    let mut read = read_any(json);
     if !read.diagnostics.is_empty() {
         let why = read.diagnostics.iter().map(|it| format!("{}: {}", it.field, it.message));
         return Err(why.collect::<Vec<_>>().join("; "));
@@ -46,6 +46,25 @@ fn read(kind: ManifestKind, json: &[u8]) -> Result<Object, String> {
             | (ManifestKind::NetworkSet, Some(Object::FederatedNetworkSet(_)))
     );
     object.filter(|_| fits).ok_or_else(|| "not of a kind that this version reads".to_owned())
+}
+
+fn read_any(json: &[u8]) -> Manifests {
+    let mut read = Manifests::default();
+    read_bytes(&"manifest".into(), json, &mut read);
+    read
+}
+
+/// Whether a policy is read as it was written.
+fn is_whole(manifest: &Manifest) -> bool {
+    manifest.features.is_empty() && read(ManifestKind::Policy, &manifest.json).is_ok()
+}
+
+/// A policy, with what of it is not known.
+fn written(manifest: &Manifest) -> Option<Written> {
+    let mut read = read_any(&manifest.json);
+    let mut written = read.objects.pop().or_else(|| read.in_doubt.pop())?;
+    written.unknown.extend(manifest.features.iter().map(|feature| format!("the feature \"{feature}\"")));
+    matches!(written.object, Object::FederatedNetworkPolicy(_)).then_some(written)
 }
 
 impl Federated {
@@ -65,8 +84,15 @@ impl Federated {
             let object = match manifest.as_ref().map(|it| read(kind, &it.json)).transpose() {
                 Ok(object) => object,
                 Err(why) => {
-                    tracing::error!(object = %name, why, "a federated object cannot be read; its last version holds");
-                    continue;
+                    let whole = self.policies.get(&name).is_some_and(is_whole);
+                    let in_doubt =
+                        manifest.as_ref().filter(|_| kind == ManifestKind::Policy && !whole).and_then(written);
+                    if in_doubt.is_none() {
+                        tracing::error!(object = %name, why, "a federated object cannot be read; its last version holds");
+                        continue;
+                    }
+                    tracing::error!(object = %name, why, "a federated policy cannot be read: what is in doubt is closed");
+                    None
                 }
             };
             match (kind, object) {
@@ -135,9 +161,8 @@ impl Federated {
     }
 
     fn policy(&self, manifest: &Manifest) -> Option<Policy> {
-        let Ok(Object::FederatedNetworkPolicy(policy)) = read(ManifestKind::Policy, &manifest.json) else {
-            return None;
-        };
+        let written = written(manifest)?;
+        let Object::FederatedNetworkPolicy(policy) = &written.object else { return None };
         // The hub has resolved the selectors of clusters; everybody takes its word.
         let resolve = |selector: Option<&Selector>| match selector {
             None => ClusterScope::All,
@@ -150,6 +175,7 @@ impl Federated {
         };
         let mut policy = policy.convert_with(&resolve, &self.phases, &mut Default::default());
         policy.enforcers = ClusterScope::Named(manifest.enforcers.clone());
+        written.doubt(&mut policy);
         Some(policy)
     }
 }
@@ -162,7 +188,12 @@ mod tests {
 
     fn manifest(kind: &str, name: &str, spec: serde_json::Value) -> Manifest {
         let json = json!({"apiVersion": "hanse.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec});
-        Manifest { json: json.to_string().into(), enforcers: ["here".into()].into(), resolved: Vec::new() }
+        Manifest {
+            json: json.to_string().into(),
+            enforcers: ["here".into()].into(),
+            resolved: Vec::new(),
+            features: Vec::new(),
+        }
     }
 
     fn tier(phase: &str) -> Manifest {
@@ -218,5 +249,35 @@ mod tests {
         assert!(readable(ManifestKind::Policy, &tier("Guard").json).is_err(), "another kind");
         assert!(federated.take([(ManifestKind::Policy, "p".into(), Some(unread))]).is_empty());
         assert_eq!(federated.converted().layer, before);
+    }
+    #[test]
+    fn a_policy_that_never_could_be_read_closes() {
+        let rules = |federated: &Federated| {
+            let policy = federated.converted().layer.policies.values().next().expect("the policy");
+            let rules = policy.ingress.iter().flatten();
+            rules.map(|rule| rule.not_understood.is_some()).collect::<Vec<bool>>()
+        };
+        let mut newer = manifest(
+            "FederatedNetworkPolicy",
+            "p",
+            json!({"tier": "t", "ingress": [{"action": "Deny", "newer": 1}, {"action": "Allow"}]}),
+        );
+        let mut federated = Federated::default();
+        let updates = federated.take([(ManifestKind::Policy, "p".into(), Some(newer.clone()))]);
+        assert_eq!((updates.len(), rules(&federated)), (1, vec![true, false]));
+        // A newer version of it that cannot be read either.
+        newer.json = String::from_utf8(newer.json.to_vec()).expect("JSON").replace("Allow", "Deny").into();
+        newer.features = vec!["time".to_owned()];
+        federated.take([(ManifestKind::Policy, "p".into(), Some(newer.clone()))]);
+        assert_eq!(rules(&federated), [true, true]);
+        let mut whole = policy("all()");
+        federated.take([(ManifestKind::Policy, "p".into(), Some(whole.clone()))]);
+        assert_eq!(rules(&federated), [false]);
+        assert!(federated.take([(ManifestKind::Policy, "p".into(), Some(newer))]).is_empty());
+        // Read to the last field, and meant otherwise.
+        whole.features = vec!["time".to_owned()];
+        let mut federated = Federated::default();
+        federated.take([(ManifestKind::Policy, "p".into(), Some(whole))]);
+        assert_eq!(rules(&federated), [true]);
     }
 }

@@ -444,7 +444,8 @@ pub fn read(data: &Path, last: usize, wanted: impl Fn(&Record<'_>) -> bool) -> i
     };
     let (newest, mut before) = (open(NEWEST)?, open(BEFORE)?);
     if newest.is_none() && before.is_none() {
-        return Err(io::Error::new(io::ErrorKind::NotFound, "there are no flows yet"));
+        let missing = if data.is_dir() { "there are no flows yet" } else { "there is no such folder" };
+        return Err(io::Error::new(io::ErrorKind::NotFound, missing));
     }
     // The newest became the one before in between.
     if let (Some(a), Some(b)) = (&newest, &before)
@@ -699,7 +700,9 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
             let read = read(folder.path(), last, wanted).expect("there is a file");
             read.iter().filter_map(|record| record.port).collect()
         };
-        assert_eq!(read(folder.path(), 9, |_| true).expect_err("none yet").kind(), io::ErrorKind::NotFound);
+        let none = |data: &Path| read(data, 9, |_| true).expect_err("none yet").to_string();
+        assert_eq!(none(folder.path()), "there are no flows yet");
+        assert_eq!(none(&folder.path().join("other")), "there is no such folder");
         // Room for two of these in each.
         let most = lines[0].bytes.len() as u64 * 2 + 20;
         let mut file = FlowFile { most, ..FlowFile::new(folder.path()) };

@@ -77,7 +77,8 @@ struct File {
     /// As it looked last, when that is something else.
     settling: Option<Stamp>,
     missing: bool,
-    /// Its last good state, or of a file that never was good what could be read of it, until that is told.
+    /// Its last good state, or of a file that never was good what could be read of it, policies in doubt too, until that is
+    /// told.
     news: Option<Vec<Manifest>>,
     has_objects: bool,
     was_good: bool,
@@ -237,6 +238,7 @@ impl File {
             keep(kept, path, &bytes);
         }
         if !broken || !self.was_good {
+            read.objects.append(&mut read.in_doubt);
             (self.has_objects, self.news) = (!read.objects.is_empty(), Some(read.objects));
         }
         self.was_good |= !broken;
@@ -466,6 +468,39 @@ mod tests {
         world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
         world.restart();
         assert_eq!(world.look().expect("read").0.len(), 0);
+    }
+
+    /// Of a file that never was good the rest is taken, and a policy of which something is not known as far as it closes.
+    #[test]
+    fn a_policy_that_never_was_known_whole_closes() {
+        let policy = |spec: &str| {
+            let head = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: a}\n";
+            format!("{head}spec: {spec}\n")
+        };
+        let rules = |world: &World| {
+            let state = world.told.state();
+            let policies = state.layer.policies.values();
+            let rules =
+                policies.map(|it| it.ingress.iter().flatten().map(|rule| rule.not_understood.is_some()).collect());
+            rules.collect::<Vec<Vec<bool>>>()
+        };
+        let mut world = World::new();
+        std::fs::create_dir(world.path("")).expect("made");
+        world.write("a.yaml", &format!("{POD}---\n{}", policy("{podSelector: {}, ingress: [{from: [], newer: 1}]}")));
+        let (pods, told) = world.look().expect("read");
+        assert_eq!((pods, told.len(), rules(&world)), (vec!["p".to_owned()], 1, vec![vec![true]]));
+        world.write("a.yaml", &format!("{POD}---\n{}", policy("{podSelector: {}, ingress: [{from: []}]}")));
+        check(&mut world, &["p"], 0);
+        assert_eq!(rules(&world), [[false]]);
+        // Where an earlier version is known, that is what holds; also where a slip makes another kind of it.
+        for slip in [
+            policy("{podSelector: {}, newer: 1, ingress: [{}, {}]}"),
+            policy("{podSelector: {}}").replace("NetworkPolicy", "NetworkPolcy"),
+        ] {
+            world.write("a.yaml", &format!("{POD}---\n{slip}"));
+            check(&mut world, &["p"], 1);
+            assert_eq!(rules(&world), [[false]]);
+        }
     }
 
     /// A link whose target is away stands for a mount that is: neither its files nor its neighbours are taken for gone.

@@ -310,6 +310,56 @@ fn a_pod_reaches_itself_through_a_service_and_its_node_whatever_policy_says() {
     assert!(net.connect("remote", "10.1.0.2:80").is_none());
 }
 
+/// An address that every link has says nothing of who sends, and a group nothing of who receives.
+#[test]
+fn addresses_of_the_link_are_not_a_way_around() {
+    // A pod and its node.
+    let mut net = Net::new();
+    net.pod(2);
+    let mut driver = net.driver();
+    let _listener = net.listen("node", "[::]:90");
+    let link = net.within("p2", || nix::net::if_::if_nametoindex("eth0").expect("its index"));
+    let to = format!("[fe80::1%{link}]:90");
+    assert!(net.connect("p2", &to).is_some(), "without rules");
+    driver.apply(&Build { pods: vec![2], to_node: Some(vec![]), ..Build::default() }.rules()).expect("applied");
+    assert!(net.connect("p2", &to).is_none());
+    assert!(net.connect("p2", "[fd01:ffff::1]:90").is_none());
+
+    // Pods on a bridge.
+    let mut net = Net::new();
+    net.bridged_pods(&[2, 3], true);
+    let mut driver = net.driver();
+    let receiver = net.name("p3");
+    crate::net::ip(&format!("-n {receiver} addr add fe80::3/64 dev eth0 nodad"));
+    let link = net.within("p2", || nix::net::if_::if_nametoindex("eth0").expect("its index"));
+    let by_link = format!("[fe80::3%{link}]:80");
+    let _listener = net.listen("p3", "[::]:80");
+    let sockets = ["0.0.0.0:53", "[::]:54"].map(|at| net.udp("p3", at));
+    let to_all = |from: &str, to: &str, socket: &std::net::UdpSocket| {
+        let sender = net.udp("p2", from);
+        sender.set_broadcast(true).expect("set");
+        crate::net::drain(socket);
+        let to: std::net::SocketAddr = to.parse().expect("an address");
+        sender.send_to(b"probe", to).is_ok() && socket.recv_from(&mut [0; 16]).is_ok()
+    };
+    let group = format!("[ff02::1%{link}]:54");
+    let ways = || {
+        [
+            net.connect("p2", &by_link).is_some(),
+            to_all("10.1.0.2:4000", "255.255.255.255:53", &sockets[0]),
+            to_all("10.1.0.2:4000", "224.0.0.1:53", &sockets[0]),
+            to_all("[fd01::2]:4000", &group, &sockets[1]),
+            to_all("[::]:4000", &group, &sockets[1]),
+        ]
+    };
+    assert_eq!(ways(), [true; 5], "without rules");
+    driver.apply(&Build { pods: vec![2, 3], ingress: Some(vec![]), ..Build::default() }.rules()).expect("applied");
+    assert_eq!(ways(), [false; 5]);
+    let open = Build { pods: vec![2, 3], number: 1, ..Build::default() };
+    driver.apply(&open.rules()).expect("applied");
+    assert!(net.connect("p2", "[fd01::3]:80").is_some() && net.connect("p2", "10.1.0.3:80").is_some());
+}
+
 #[test]
 fn discovery_is_not_a_way_around() {
     let mut net = Net::new();

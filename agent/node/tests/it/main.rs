@@ -1,5 +1,7 @@
-//! The agent's enforcing thread, and what it tells of it, against the real kernel, in network namespaces.
+//! The agent's enforcing thread, and what it tells of it, against the real kernel, in network namespaces; and what the program
+//! says.
 
+mod command;
 mod enforcer;
 mod flows;
 #[path = "../../../dataplane/tests/it/net.rs"]

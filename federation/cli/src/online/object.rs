@@ -6,8 +6,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use hanse_k8s_api::document::{self, Data, Node};
-use hanse_k8s_api::manifest::{MAX_FILE_BYTES, Manifests, list, read_bytes, read_file};
+use hanse_k8s_api::assemble::doubles;
+use hanse_k8s_api::document::{self, Node};
+use hanse_k8s_api::manifest::{
+    MAX_FILE_BYTES, Manifest, Manifests, Place, Reference, items, list, read_bytes, read_file,
+};
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 use serde_json::Value;
@@ -159,13 +162,14 @@ fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
         );
     }
     // Kinds of a cluster are read by its member, not by the hub: they are passed over, but not in silence.
-    for manifest in &checked.objects {
-        let (place, of) = (&manifest.place, &manifest.reference);
-        if of.api_version != hanse_k8s_api::hanse::API_VERSION {
-            let (kind, name) = (&of.kind, &of.name);
-            eprintln!("{}:{}: {kind} {name} is skipped: it belongs into its cluster", place.file, place.line);
-        }
+    let (ours, others): (Vec<Manifest>, Vec<Manifest>) =
+        checked.objects.into_iter().partition(|it| it.reference.api_version == hanse_k8s_api::hanse::API_VERSION);
+    for manifest in others {
+        let (Place { file, line }, Reference { kind, name, .. }) = (manifest.place, manifest.reference);
+        eprintln!("{file}:{line}: {kind} {name} is skipped: it belongs into its cluster");
     }
+    // The last would win, where everywhere else the first counts.
+    checked.diagnostics.extend(doubles(&ours));
     if !checked.diagnostics.is_empty() {
         for it in &checked.diagnostics {
             let field = if it.field.is_empty() { String::new() } else { format!("{}: ", it.field) };
@@ -173,6 +177,12 @@ fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
         }
         bail!("{}; nothing was changed", output::count(checked.diagnostics.len(), "error"));
     }
+    anyhow::ensure!(
+        written.len() == ours.len(),
+        "{} of {} objects cannot be sent",
+        ours.len() - written.len(),
+        ours.len()
+    );
     written.sort_by_key(|object| object.order);
     Ok(written)
 }
@@ -186,11 +196,10 @@ fn standard_input() -> anyhow::Result<Vec<u8>> {
 
 /// The objects of the federation in a document, which may be a list of them.
 fn collect(file: &str, node: &Node, written: &mut Vec<Written>) {
-    let Some(kind) = node.child("kind").and_then(Node::text) else { return };
-    if let (true, Some(Node { data: Data::Sequence(items), .. })) = (kind.ends_with("List"), node.child("items")) {
-        return items.iter().for_each(|item| collect(file, item, written));
+    match items(node) {
+        Some(items) => items.iter().flatten().for_each(|item| collect(file, item, written)),
+        None => written.extend(written_object(file, node)),
     }
-    written.extend(written_object(file, node));
 }
 
 fn written_object(file: &str, node: &Node) -> Option<Written> {

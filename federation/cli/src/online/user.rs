@@ -11,7 +11,7 @@ use hanse_runtime::files;
 use hanse_runtime::keys::{Certificate, Credentials, Key};
 use serde::{Deserialize, Serialize};
 
-use super::{call, time, with_client};
+use super::{call, read_context, time, with_client};
 use crate::output::{self, Format};
 
 #[derive(Debug, Subcommand)]
@@ -140,8 +140,7 @@ fn create(
     output: Format,
 ) -> anyhow::Result<()> {
     let own = context.context("no hub is known: name a context file with --context FILE or HANSE_CONTEXT")?;
-    let text = std::fs::read_to_string(own).with_context(|| format!("read the context {}", own.display()))?;
-    let own: Context = serde_yaml_ng::from_str(&text).with_context(|| format!("understand {}", own.display()))?;
+    let own: Context = read_context(own)?;
     hanse_runtime::Identity::user(name).with_context(|| format!("{name:?} is no user's name"))?;
     let file = |suffix: &str| PathBuf::from(format!("{name}.{suffix}"));
     let paths = ["context", "key", "pem", "ca.pem"].map(|suffix| out.join(file(suffix)));

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use hanse_k8s_api::assemble::doubles;
-use hanse_k8s_api::manifest::{MAX_FILE_BYTES, Manifests, Reference, read_bytes, read_dir};
+use hanse_k8s_api::manifest::{Diagnostic, MAX_FILE_BYTES, Manifests, Reference, read_bytes, read_dir};
 use serde::Serialize;
 
 use crate::output::Format;
@@ -16,8 +16,9 @@ use crate::output::Format;
 /// Say whether manifests would be accepted, and what is wrong with them by file and line.
 ///
 /// Validates every object below a directory as an API server would, and says what is wrong by file and line. Kinds that
-/// Hanse does not read are listed and skipped, and so are objects that another of the directory stands for already: of
-/// several with one key the first counts. Exits 1 when an object is refused.
+/// Hanse does not read are listed and skipped; those that look like a misspelt one that it reads are refused. Of several
+/// objects of a cluster with one key the first counts; of the federation's they are refused. Exits 1 when an object is
+/// refused.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Directories or files; `-` is standard input.
@@ -103,7 +104,7 @@ fn subject(object: &ObjectLine) -> String {
 
 /// Every object of a directory, in the order of files and lines. `notes`: what is to be said and is no refusal.
 fn check(directory: &std::path::Path, notes: &mut Vec<String>) -> anyhow::Result<Vec<ObjectLine>> {
-    let read = match directory == std::path::Path::new("-") {
+    let mut read = match directory == std::path::Path::new("-") {
         true => {
             let (mut bytes, mut read) = (Vec::new(), Manifests::default());
             std::io::stdin().lock().take(MAX_FILE_BYTES).read_to_end(&mut bytes).context("read standard input")?;
@@ -115,7 +116,12 @@ fn check(directory: &std::path::Path, notes: &mut Vec<String>) -> anyhow::Result
     if read.objects.is_empty() && read.skipped.is_empty() && read.diagnostics.is_empty() {
         eprintln!("{}: no manifests", directory.display());
     }
-    for double in doubles(&read.objects) {
+    let (refused, noted): (Vec<Diagnostic>, Vec<Diagnostic>) = doubles(&read.objects).into_iter().partition(|double| {
+        // `hanse apply` takes no two of them.
+        double.object.as_ref().is_some_and(|object| object.api_version == hanse_k8s_api::hanse::API_VERSION)
+    });
+    read.diagnostics.extend(refused);
+    for double in noted {
         let Reference { kind, name, .. } = double.object.unwrap_or_default();
         notes.push(format!("{}:{}: note: {kind} {name} {}", double.place.file, double.place.line, double.message));
     }

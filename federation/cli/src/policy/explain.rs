@@ -26,7 +26,8 @@ pub struct Arguments {
     sources: Sources,
     /// Questions, one JSON object per line; `-` is standard input. `{"from":{"cluster","namespace","pod"}|{"ip"},
     /// "to":…,"protocol":"TCP|UDP|SCTP|ICMP|ICMPv6|<number>","port":N,"sourcePort":N,"icmp":{"type","code"},
-    /// "ipVersion":4|6}`
+    /// "ipVersion":4|6}`. Where they are left out, the protocol is TCP, the source port 40000, `icmp` an echo request, its
+    /// code 0, and the IP version one that both ends have.
     #[arg(long, value_name = "FILE.jsonl")]
     queries: PathBuf,
     /// Ask the reference evaluator, which looks everything up anew for each question. The answers are the same.
@@ -62,15 +63,10 @@ impl Printer {
         Self { output, out, table, own_streams: BTreeSet::new(), unanswered: 0 }
     }
 
-    fn print(
-        &mut self,
-        asked: &str,
-        question: Option<&Question>,
-        answer: Result<AnswerLine<'_>, String>,
-    ) -> anyhow::Result<()> {
+    fn print(&mut self, question: Option<&Question>, answer: Result<AnswerLine<'_>, String>) -> anyhow::Result<()> {
         match (self.output, answer) {
             (Format::Table, answer) => {
-                let from = question.map_or(asked.to_owned(), |question| question.from.to_string());
+                let from = question.map_or(String::new(), |question| question.from.to_string());
                 let to = question.map_or(String::new(), |question| question.to.to_string());
                 match answer {
                     Ok(line) => {
@@ -117,17 +113,23 @@ impl Printer {
 impl Arguments {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         let mut input = super::open(&self.queries)?;
-        let lines = std::iter::from_fn(|| next_line(&mut input).transpose());
+        let mut number = 0;
+        let lines = std::iter::from_fn(|| next_line(&mut input, &mut number).transpose());
         let lines = lines.map(|line| line.with_context(|| format!("read {}", self.queries.display())));
-        let read =
-            |line: &str| serde_json::from_str::<Question>(line).map_err(|error| format!("malformed query: {error}"));
+        let read = |line: &Line| {
+            serde_json::from_str::<Question>(&line.text).map_err(|error| {
+                let (file, error) = (self.queries.display(), super::json_error(&error));
+                format!("malformed query: {file}:{}: {error}", line.number)
+            })
+        };
         let mut printer = Printer::new(self.output);
         if self.sources.is_live()? {
-            let lines = lines.collect::<anyhow::Result<Vec<String>>>()?;
-            live::explain(context, &lines, |line, answer| {
-                let question = read(line);
-                let answer = question.as_ref().map_err(Clone::clone).and(answer);
-                printer.print(line, question.as_ref().ok(), answer)
+            let lines = lines.collect::<anyhow::Result<Vec<Line>>>()?;
+            let questions: Vec<Result<Question, String>> = lines.iter().map(read).collect();
+            let queries: Vec<String> = lines.into_iter().map(|line| line.text).collect();
+            live::explain(context, &queries, |at, answer| {
+                let question = questions[at].as_ref();
+                printer.print(question.ok(), question.map_err(Clone::clone).and(answer))
             })?;
             return Ok(if printer.finish()? == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
@@ -140,15 +142,23 @@ impl Arguments {
             let explained =
                 explained.and_then(|question| explainer.explain(question).map_err(|error| error.to_string()));
             let answer = explained.as_ref().map(|it| it.line()).map_err(Clone::clone);
-            printer.print(&line, question.as_ref().ok(), answer)?;
+            printer.print(question.as_ref().ok(), answer)?;
         }
         let unanswered = printer.finish()?;
         Ok(if unanswered == 0 && loaded.refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
 
-/// The next line that is not blank. Bytes that are no UTF-8 are replaced, so that only their own line has no answer.
-fn next_line(input: &mut impl BufRead) -> std::io::Result<Option<String>> {
+/// A line of the queries, and which it is in its file.
+#[derive(Debug, PartialEq, Eq)]
+struct Line {
+    number: usize,
+    text: String,
+}
+
+/// The next line that is not blank; `number` counts all. Bytes that are no UTF-8 are replaced, so that only their own line
+/// has no answer.
+fn next_line(input: &mut impl BufRead, number: &mut usize) -> std::io::Result<Option<Line>> {
     loop {
         let mut bytes = Vec::new();
         if input.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes)? == 0 {
@@ -157,10 +167,11 @@ fn next_line(input: &mut impl BufRead) -> std::io::Result<Option<String>> {
         if bytes.len() as u64 == MAX_LINE_BYTES && !bytes.ends_with(b"\n") {
             input.skip_until(b'\n')?;
         }
+        *number += 1;
         let line = String::from_utf8_lossy(&bytes);
-        let line = line.trim_start_matches('\u{feff}').trim();
-        if !line.is_empty() {
-            return Ok(Some(line.to_owned()));
+        let text = line.trim_start_matches('\u{feff}').trim_end();
+        if !text.is_empty() {
+            return Ok(Some(Line { number: *number, text: text.to_owned() }));
         }
     }
 }
@@ -174,12 +185,14 @@ mod tests {
         let long = "x".repeat(usize::try_from(MAX_LINE_BYTES).expect("small") + 7);
         let text = ["\u{feff}{\"a\":1}\r\n\n \n", &long, "\nb\n"].concat();
         let mut input = &[text.as_bytes(), b"\xff\nlast"].concat()[..];
-        let mut next = || next_line(&mut input).expect("in memory");
-        assert_eq!(next().as_deref(), Some("{\"a\":1}"));
-        assert_eq!(next().map(|line| line.len() as u64), Some(MAX_LINE_BYTES));
-        assert_eq!(next().as_deref(), Some("b"));
-        assert_eq!(next().as_deref(), Some("\u{fffd}"));
-        assert_eq!(next().as_deref(), Some("last"));
+        let mut number = 0;
+        let mut next = || next_line(&mut input, &mut number).expect("in memory");
+        let line = |number, text: &str| Some(Line { number, text: text.to_owned() });
+        assert_eq!(next(), line(1, "{\"a\":1}"));
+        assert_eq!(next().map(|line| (line.number, line.text.len() as u64)), Some((4, MAX_LINE_BYTES)));
+        assert_eq!(next(), line(5, "b"));
+        assert_eq!(next(), line(6, "\u{fffd}"));
+        assert_eq!(next(), line(7, "last"));
         assert_eq!(next(), None);
     }
 }

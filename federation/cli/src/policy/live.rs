@@ -26,23 +26,23 @@ impl Session {
         Ok(Self { runtime, client: InquiriesClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES) })
     }
 
-    /// Asks every query, and hands on each with its answer, in order.
+    /// Asks every query, and hands on the answers with their queries' places in the list, in order.
     pub fn explain(
         &mut self,
         queries: &[String],
-        mut take: impl FnMut(&str, Result<AnswerLine<'_>, String>) -> anyhow::Result<()>,
+        mut take: impl FnMut(usize, Result<AnswerLine<'_>, String>) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        for batch in queries.chunks(BATCH) {
+        for (number, batch) in queries.chunks(BATCH).enumerate() {
             let asked = batch.iter().map(|query| query.clone().into_bytes().into()).collect();
             let answer = self.runtime.block_on(call(self.client.explain(pb::ExplainRequest { queries: asked })))?;
             anyhow::ensure!(answer.explanations.len() == batch.len(), "the hub left questions out");
-            for (query, explanation) in batch.iter().zip(answer.explanations) {
+            for (at, explanation) in (number * BATCH..).zip(answer.explanations) {
                 match explanation.explanation {
                     Some(explanation::Explanation::Answer(json)) => {
-                        take(query, Ok(serde_json::from_slice(&json).context("understand an answer")?))?;
+                        take(at, Ok(serde_json::from_slice(&json).context("understand an answer")?))?;
                     }
-                    Some(explanation::Explanation::Error(error)) => take(query, Err(error))?,
-                    None => take(query, Err("the hub is newer: the answer is not understood".to_owned()))?,
+                    Some(explanation::Explanation::Error(error)) => take(at, Err(error))?,
+                    None => take(at, Err("the hub is newer: the answer is not understood".to_owned()))?,
                 }
             }
         }
@@ -63,7 +63,7 @@ impl Session {
 pub fn explain(
     context: Option<&Path>,
     queries: &[String],
-    take: impl FnMut(&str, Result<AnswerLine<'_>, String>) -> anyhow::Result<()>,
+    take: impl FnMut(usize, Result<AnswerLine<'_>, String>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     Session::open(context)?.explain(queries, take)
 }

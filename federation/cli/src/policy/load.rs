@@ -2,14 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::bail;
+use hanse_k8s_api::hanse::{Grants, Member};
 use hanse_k8s_api::manifest::{Diagnostic, Manifests, Place, read_dir};
 use hanse_k8s_api::{assemble_cluster, assemble_federation};
-use hanse_policy::inventory::Inventory;
+use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicyId, PolicySet};
 
 use hanse_policy::explain::answer;
+
+use crate::output;
 
 /// Where to read from.
 #[derive(Debug, Clone, clap::Args)]
@@ -83,6 +87,7 @@ impl Sources {
         for (name, state) in clusters {
             let mut cluster = state.cluster;
             if let Some(member) = federation.members.get(&name) {
+                tell_grants(&name, member, &cluster);
                 cluster.labels = member.labels.clone();
                 cluster.label_grant = member.grants.label_grant();
                 cluster.federated_allow_final = member.federated_allow_final;
@@ -126,6 +131,42 @@ impl Sources {
         }
         Ok(sources)
     }
+}
+
+/// What of a cluster the running federation sees otherwise than it is seen here, where every cluster knows every pod.
+fn tell_grants(name: &ClusterName, member: &Member, cluster: &Cluster) {
+    let pods = cluster.endpoints.iter().filter(|(id, pod)| id.kind == EndpointKind::Pod && !pod.addresses.is_empty());
+    let mut withheld = pods.filter_map(|(id, pod)| Some((id, withheld(&member.grants, id, pod)?)));
+    if let Some((id, why)) = withheld.next() {
+        let count = 1 + withheld.count();
+        let namespace = id.namespace.as_deref().unwrap_or_default();
+        eprintln!(
+            "note: MemberCluster {name} does not grant {} of its cluster ({namespace}/{}: {why}): the hub keeps them from \
+             other clusters, here they are seen",
+            output::count(count, "pod"),
+            id.name
+        );
+    }
+    if member.federated_allow_final {
+        eprintln!(
+            "note: MemberCluster {name}: federatedAllow Final counts here; the running federation takes it only from the \
+             cluster's own `hanse-member --federated-allow Final`"
+        );
+    }
+}
+
+/// Why the hub would keep a pod from the other clusters.
+fn withheld(grants: &Grants, id: &EndpointId, pod: &Endpoint) -> Option<String> {
+    let namespace = id.namespace.as_deref().unwrap_or_default();
+    if grants.namespaces.as_ref().is_some_and(|granted| !granted.contains(namespace)) {
+        return Some(format!("namespace {namespace}"));
+    }
+    if let Some(address) = pod.addresses.iter().find(|it| !grants.cidrs.iter().any(|net| net.contains(*it))) {
+        return Some(format!("address {address}"));
+    }
+    let values = |key: &Arc<str>| grants.labels.as_ref()?.get(key)?.as_ref();
+    let (key, value) = pod.labels.iter().find(|(key, value)| values(key).is_some_and(|it| !it.contains(*value)))?;
+    Some(format!("label {key}={value}"))
 }
 
 impl Loaded {

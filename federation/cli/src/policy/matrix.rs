@@ -226,7 +226,7 @@ impl Arguments {
         let queries: Vec<Option<String>> = to.iter().map(query).collect();
         let asked: Vec<String> = queries.iter().flatten().cloned().collect();
         let (mut verdicts, mut unanswered) = (Vec::new(), 0);
-        session.explain(&asked, |query, line| {
+        session.explain(&asked, |at, line| {
             verdicts.push(match line {
                 Ok(line) => {
                     let verdict = if self.staged { line.staged.verdict } else { line.verdict };
@@ -234,7 +234,7 @@ impl Arguments {
                 }
                 Err(error) => {
                     unanswered += 1;
-                    eprintln!("hanse: {query}: {error}");
+                    eprintln!("hanse: {}: {error}", asked[at]);
                     None
                 }
             });

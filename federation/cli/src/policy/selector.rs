@@ -5,7 +5,7 @@ use std::io::BufRead as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow, bail};
 use hanse_policy::selector::Selector;
 use hanse_policy::tri::Tri;
 use serde::Serialize;
@@ -15,7 +15,7 @@ use crate::output::{self, Format};
 /// Exits 2 when the expression is malformed, with the column on standard error.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Label sets, one JSON object of strings per line; `-` is standard input.
+    /// Label sets, one JSON object of strings per line, blank ones only after the last; `-` is standard input.
     #[arg(long, value_name = "FILE.jsonl")]
     labels: Option<PathBuf>,
     #[arg(short, long, value_enum, default_value_t)]
@@ -67,14 +67,22 @@ impl Arguments {
 
 fn read_label_sets(path: &std::path::Path) -> anyhow::Result<Vec<BTreeMap<String, String>>> {
     let reader = super::open(path)?;
-    let mut sets = Vec::new();
+    let (mut sets, mut blank) = (Vec::new(), None);
     for (at, line) in reader.lines().enumerate() {
         let line = line.with_context(|| format!("read {}", path.display()))?;
-        if line.trim().is_empty() {
+        let text = if at == 0 { line.trim_start_matches('\u{feff}') } else { line.as_str() };
+        if text.trim().is_empty() {
+            blank = blank.or(Some(at + 1));
             continue;
         }
-        let labels = serde_json::from_str(&line).with_context(|| format!("{}:{}", path.display(), at + 1))?;
-        sets.push(labels);
+        // Results are told by their places: one that is left out would move those after it.
+        if let Some(blank) = blank {
+            bail!("{}:{blank}: a blank line before a label set: write {{}} where there are no labels", path.display());
+        }
+        let labels = serde_json::from_str(text);
+        let malformed =
+            |error: serde_json::Error| anyhow!("{}:{}: {}", path.display(), at + 1, super::json_error(&error));
+        sets.push(labels.map_err(malformed)?);
     }
     Ok(sets)
 }

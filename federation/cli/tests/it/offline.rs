@@ -28,6 +28,30 @@ fn a_selector_is_named_and_asked() {
 }
 
 #[test]
+fn results_are_those_of_the_lines() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let labels = root.path().join("labels.jsonl");
+    let ask = |content: &str| {
+        std::fs::write(&labels, content).expect("labels");
+        hanse(&["policy", "selector", "--labels", text(&labels), "-o", "json", "--", "has(a)"])
+    };
+    let output = ask("\u{feff}{\"a\":\"b\"}\r\n {}\n\n \n");
+    assert!(output.status.success(), "{output:?}");
+    let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(answer["results"], json!([true, false]));
+    for (content, expected) in [
+        ("{}\n\n \n{}\n", "labels.jsonl:2: a blank line"),
+        ("\u{feff}\n{}\n", "labels.jsonl:1: a blank line"),
+        ("{}\n{\"a\":1}\n", "labels.jsonl:2: column "),
+    ] {
+        let output = ask(content);
+        assert_eq!((output.status.code(), &*output.stdout), (Some(1), &b""[..]), "{output:?}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(stderr.contains(expected) && !stderr.contains("at line"), "{stderr}");
+    }
+}
+
+#[test]
 fn an_empty_selector_is_all() {
     let output = hanse(&["policy", "selector", "-o", "json", "--", ""]);
     let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
@@ -61,6 +85,12 @@ fn completion_scripts_are_printed() {
     for shell in ["bash", "zsh", "fish"] {
         let output = hanse(&["completion", shell]);
         assert!(output.status.success() && String::from_utf8_lossy(&output.stdout).contains("hanse"), "{shell}");
+        // To a reader that went away.
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
+        let output = command.args(["completion", shell]).stdout(writer).output().expect("hanse runs");
+        assert!(output.status.success() && output.stderr.is_empty(), "{shell}: {output:?}");
     }
 }
 
@@ -123,6 +153,19 @@ spec:
 }
 
 #[test]
+fn a_misspelt_kind_is_refused() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let text = "apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolcy\nmetadata: {name: p}\n";
+    std::fs::write(root.path().join("a.yaml"), text).expect("manifests");
+    let output = hanse(&["policy", "check", "-o", "json", root.path().to_str().expect("UTF-8")]);
+    let line: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(
+        (output.status.code(), &line["ok"], &line["errors"][0]["field"]),
+        (Some(1), &false.into(), &"kind".into())
+    );
+}
+
+#[test]
 fn the_first_of_two_objects_with_one_key_counts() {
     let root = tempfile::tempdir().expect("temporary directory");
     let policy = |rules: &str| {
@@ -161,6 +204,7 @@ fn queries_have_defaults_and_spellings() {
         let policy = format!(
             "---\napiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {{name: p}}\nspec:\n  selector: app == '{app}'\n  types: [Ingress]\n  ingress:\n  \
              - {{action: Allow, protocol: TCP, source: {{ports: [40000]}}, destination: {{ports: [80]}}}}\n  - {{action: Allow, protocol: ICMP, icmp: {{type: 8, code: 0}}}}\n  \
+             - {{action: Allow, protocol: ICMPv6, icmp: {{type: 128, code: 0}}}}\n  \
              - {{action: Allow, protocol: SCTP}}\n  - {{action: Allow, protocol: 47}}\n"
         );
         let world = WORLD.split("---\napiVersion: projectcalico.org/v3").next().expect("the pods");
@@ -168,7 +212,7 @@ fn queries_have_defaults_and_spellings() {
     }
     let pod = |cluster: &str, name: &str| format!(r#"{{"cluster":"{cluster}","namespace":"web","pod":"{name}"}}"#);
     let (server_a, server_b, client_b) = (pod("a", "server"), pod("b", "server"), pod("b", "client"));
-    let outside = r#"{"ip":"203.0.113.1"}"#;
+    let (outside, outside_v6) = (r#"{"ip":"203.0.113.1"}"#, r#"{"ip":"2001:db8::1"}"#);
     let cases = [
         // Of both clusters' pods with the address it is the one of the other end's cluster: in b the server is closed, in a not.
         (format!(r#"{{"from":{client_b},"to":{{"ip":"10.0.0.1"}},"port":81}}"#), "deny"),
@@ -189,7 +233,12 @@ fn queries_have_defaults_and_spellings() {
         (format!(r#"{{"from":{outside},"to":{server_b},"protocol":"ICMP","icmp":{{"type":8,"code":0}}}}"#), "allow"),
         (format!(r#"{{"from":{outside},"to":{server_b},"protocol":1,"icmp":{{"type":8}}}}"#), "allow"),
         (format!(r#"{{"from":{outside},"to":{server_b},"protocol":"ICMP","icmp":{{"type":0,"code":0}}}}"#), "deny"),
-        (format!(r#"{{"from":{outside},"to":{server_b},"protocol":"ICMP"}}"#), "deny"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"protocol":"ICMP","icmp":{{"type":8,"code":1}}}}"#), "deny"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"protocol":"ICMP"}}"#), "allow"),
+        (format!(r#"{{"from":{outside},"to":{server_b},"protocol":58}}"#), "deny"),
+        (format!(r#"{{"from":{outside_v6},"to":{server_b},"protocol":"ICMPv6"}}"#), "allow"),
+        (format!(r#"{{"from":{outside_v6},"to":{server_b},"protocol":"ICMPv6","icmp":{{"type":129}}}}"#), "deny"),
+        (format!(r#"{{"from":{outside_v6},"to":{server_b},"protocol":1}}"#), "deny"),
         (format!(r#"{{"from":{outside},"to":{server_b},"protocol":"47"}}"#), "allow"),
         (format!(r#"{{"from":{outside},"to":{server_b},"protocol":255}}"#), "deny"),
         (format!(r#"{{"from":{outside},"to":{{"ip":"2001:db8::1"}},"port":1}}"#), "error"),
@@ -320,6 +369,24 @@ fn a_question_that_is_none_is_refused() {
     let stdout = String::from_utf8_lossy(&output.stdout);
     let refused: Vec<bool> = stdout.lines().map(|line| line.starts_with(r#"{"error":"malformed query: "#)).collect();
     assert_eq!(refused, [true, true, true, true, false], "{stdout}");
+}
+
+#[test]
+fn a_malformed_query_is_named_by_its_line() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    std::fs::write(root.path().join("world.yaml"), WORLD).expect("manifests");
+    let cluster = format!("c={}", root.path().display());
+    let file = root.path().join("queries.jsonl");
+    let good = r#"{"from":{"ip":"10.0.0.1"},"to":{"ip":"10.0.0.2"},"port":80}"#;
+    std::fs::write(&file, format!("\u{feff}{good}\n\n  {{\"from\": SECRET}}\n")).expect("queries");
+    for format in ["json", "table"] {
+        let output = hanse(&["policy", "explain", "--cluster", &cluster, "--queries", text(&file), "-o", format]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(stdout.contains("queries.jsonl:3: column 12: expected value"), "{stdout}");
+        assert_eq!(stdout.matches("malformed").count(), 1, "{stdout}");
+        assert!(!stdout.contains("SECRET"), "what is no query is not repeated: {stdout}");
+    }
 }
 
 /// Of a pair that opens for some packets and closes for others, over both IP versions.

@@ -144,6 +144,28 @@ fn without_a_hub_it_says_what_to_do() {
 }
 
 #[test]
+fn of_a_file_that_is_no_context_nothing_is_repeated() {
+    let folder = tempfile::tempdir().expect("temporary directory");
+    let (file, out) = (folder.path().join("ca.key"), folder.path().join("ann"));
+    let create = ["user", "create", "ann", "--role", "viewer", "--out", out.to_str().expect("UTF-8")];
+    for (content, expected) in [
+        ("-----BEGIN PRIVATE KEY-----\nSECRETSECRET\n-----END PRIVATE KEY-----\n", "line 1: a mapping with hubs, ca"),
+        ("hubs: [a]\nca: SECRETSECRET: b\n", "line 2: a mapping with hubs, ca"),
+        ("# A context\nhubs: SECRETSECRET\n", "line 2: a mapping with hubs, ca"),
+        ("hubs: [a]\nca: SECRETSECRET\n", "missing field `"),
+    ] {
+        std::fs::write(&file, content).expect("written");
+        for arguments in [&["status"][..], &create] {
+            let done = run(Some(&file), arguments, "");
+            assert_eq!((done.code, done.out.as_str()), (Some(1), ""), "{content}: {done:?}");
+            assert!(done.err.contains("ca.key is no context file: ") && done.err.contains(expected), "{done:?}");
+            assert!(!done.err.contains("SECRETSECRET"), "{done:?}");
+        }
+    }
+    assert!(!out.exists());
+}
+
+#[test]
 fn applying_is_idempotent_and_fails_object_by_object() {
     let world = World::new();
     let first = world.apply(&format!("{TIER}{}", policy("p", "platform", 1)), &[]);
@@ -178,9 +200,16 @@ fn applying_is_idempotent_and_fails_object_by_object() {
     );
     assert_eq!(world.hanse(&["get", "fnp", "q"]).code, Some(1));
 
-    // Deleting a tier from under its policies is told.
+    // Two of one key: which counts would depend on who reads.
+    let twice = world.apply(&format!("{}{}", policy("q", "platform", 1), policy("q", "platform", 2)), &[]);
+    assert!(twice.code == Some(1) && twice.err.contains("standard input:7: metadata.name: stands"), "{twice:?}");
+    assert_eq!(world.hanse(&["get", "fnp", "q"]).code, Some(1));
+
+    // Without its tier a policy would stand in front of every cluster's own.
     let tier = world.hanse(&["delete", "tier", "platform"]);
-    assert!(tier.code == Some(0) && tier.err.contains("1 policies name Tier/platform"), "{tier:?}");
+    assert!(tier.code == Some(1) && tier.err.contains("p stand in Tier/platform"), "{tier:?}");
+    assert_eq!(world.hanse(&["delete", "fnp", "p"]).code, Some(0));
+    assert_eq!(world.hanse(&["delete", "tier", "platform"]).code, Some(0));
     let orphan = world.apply(&policy("o", "platform", 1), &[]);
     assert!(orphan.code == Some(0) && orphan.err.contains("there is no Tier platform"), "{orphan:?}");
     let absent = world.hanse(&["delete", "tier", "platform"]);
@@ -199,6 +228,12 @@ fn what_is_read_can_be_applied_and_is_not_applied_over_somebody_elses_change() {
         let same = world.apply(&all.out, &[]);
         assert_eq!((same.code, same.out.matches("unchanged").count()), (Some(0), 3), "{same:?}");
     }
+    // Items of a typed list leave out what it says.
+    let items = r#"[{"metadata": {"name": "listed"}, "spec": {"tier": "platform", "ingress": [{"action": "Deny"}]}}]"#;
+    let list = r#"{"apiVersion": "hanse.dev/v1alpha1", "kind": "FederatedNetworkPolicyList", "items": "#;
+    let typed = world.apply(&format!("{list}{items}}}"), &[]);
+    assert!(typed.code == Some(0) && typed.out.contains("Policy/listed created"), "{typed:?}");
+    assert_eq!(world.hanse(&["get", "fnp", "listed"]).code, Some(0));
     let read = world.hanse(&["get", "fnp", "p", "-o", "yaml"]);
     assert_eq!(world.apply(&policy("p", "platform", 5), &[]).code, Some(0));
     let late = world.apply(&read.out.replace("order: 1", "order: 7"), &[]);

@@ -63,6 +63,17 @@ async fn administrator(data: &Path, process: &Process) -> Admin {
     connect(credentials, &data.join("ca.pem"), &process.listen).await
 }
 
+#[test]
+fn what_failed_is_said_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("other"), "").unwrap();
+    let mut command = hub();
+    command.args(["init", "--listen", "127.0.0.1:1", "--join-listen", "127.0.0.1:2", "--data"]).arg(folder.path());
+    let output = command.env("RUST_BACKTRACE", "1").output().unwrap();
+    let wanted = format!("hanse-hub: {} is not empty: name a folder of the hub's own\n", folder.path().display());
+    assert_eq!((output.status.code(), &*String::from_utf8_lossy(&output.stderr)), (Some(1), wanted.as_str()));
+}
+
 #[tokio::test]
 async fn kill_9_loses_nothing_accepted() {
     let folder = tempfile::tempdir().unwrap();

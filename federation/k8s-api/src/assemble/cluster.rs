@@ -473,16 +473,17 @@ impl Assembly {
         let mut tiers: BTreeMap<TierId, Option<Tier>> = BTreeMap::new();
         let mut policies: BTreeMap<PolicyId, Option<Policy>> = BTreeMap::new();
         // What is, after what was: an object that is another now may have the same name.
-        for (of_turn, counts) in [(Turn::before as fn(&Turn) -> Option<&Object>, false), (Turn::now, true)] {
+        for counts in [false, true] {
             for turn in turns {
-                let Some(object) = of_turn(turn) else { continue };
-                if matches!(object, Object::ClusterNetworkPolicy(_)) {
+                let of_turn = if counts { &turn.now } else { &turn.before };
+                let Some(manifest) = of_turn else { continue };
+                if matches!(manifest.object, Object::ClusterNetworkPolicy(_)) {
                     match counts {
                         true => self.cluster_policies.insert(Arc::clone(&turn.key)),
                         false => self.cluster_policies.remove(&turn.key),
                     };
                 }
-                match self.written(object) {
+                match self.written(manifest) {
                     Some(Written::Tier(tier)) => drop(tiers.insert(tier.id.clone(), counts.then_some(tier))),
                     Some(Written::Policy(it)) => drop(policies.insert(it.id.clone(), counts.then_some(*it))),
                     None => {}
@@ -501,20 +502,22 @@ impl Assembly {
         }
     }
 
-    fn written(&self, object: &Object) -> Option<Written> {
+    fn written(&self, manifest: &Manifest) -> Option<Written> {
         // Errors were found when the object was read.
         let mut errors = Errors::default();
         let (name, nodes) = (&self.name, &self.state.nodes);
-        Some(match object {
-            Object::NetworkPolicy(policy) => Written::Policy(Box::new(policy.convert(name, &mut errors))),
-            Object::ClusterNetworkPolicy(policy) => Written::Policy(Box::new(policy.convert(name, nodes, &mut errors))),
+        let mut policy = match &manifest.object {
+            Object::NetworkPolicy(policy) => Box::new(policy.convert(name, &mut errors)),
+            Object::ClusterNetworkPolicy(policy) => Box::new(policy.convert(name, nodes, &mut errors)),
             Object::Calico(object) => match object.convert(name, &mut errors) {
-                Converted::Tier(tier) => Written::Tier(tier),
-                Converted::Policy(policy) => Written::Policy(policy),
+                Converted::Tier(tier) => return Some(Written::Tier(tier)),
+                Converted::Policy(policy) => policy,
                 Converted::NetworkSet(..) => return None,
             },
             _ => return None,
-        })
+        };
+        manifest.doubt(&mut policy);
+        Some(Written::Policy(policy))
     }
 }
 

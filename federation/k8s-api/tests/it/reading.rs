@@ -132,6 +132,170 @@ fn what_no_api_server_would_store_is_refused() {
     }
 }
 
+/// To pass over what was meant to be a policy would take it out of force.
+#[test]
+fn what_looks_like_a_kind_that_is_read_is_not_passed_over() {
+    for (api, kind, wanted) in [
+        ("networking.k8s.io/v1", "NetworkPolcy", "kind: \"NetworkPolcy\" is not known; did you mean NetworkPolicy of"),
+        ("networking.k8s.io/v1", "networkpolicies", "kind: "),
+        ("networking.k8s.io/v1", "NetworkPolcyList", "kind: "),
+        (
+            "networking.k8s.io/v1beta1",
+            "NetworkPolicy",
+            "apiVersion: \"networking.k8s.io/v1beta1\" is not read: write the",
+        ),
+        ("netwroking.k8s.io/v1", "NetworkPolicy", "apiVersion: \"netwroking.k8s.io/v1\" is not known; did you mean"),
+        ("discovery.k8s.io/v1beta1", "EndpointSlice", "apiVersion: "),
+        ("v1", "Pods", "kind: "),
+        ("v1beta1", "Namespace", "apiVersion: "),
+        ("projectcalico.org/v3", "GlobalNetworkPolicies", "kind: "),
+        ("projectcalico.org/v4", "GlobalNetworkSet", "apiVersion: "),
+        ("crd.projectcalico.org/v1", "StagedNetworkPolicie", "kind: "),
+        ("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolices", "kind: "),
+        ("policy.networking.k8s.io/v1alpha1", "AdminNetworkPolicy", "kind: AdminNetworkPolicy of"),
+        ("hanse.dev/v1alpha2", "Tier", "apiVersion: "),
+        ("hanse.dev/v1alpha1", "Something", "kind: "),
+    ] {
+        let read = read(&format!("apiVersion: {api}\nkind: {kind}\nmetadata: {{name: a}}\n"));
+        let complaints = complaints(&read);
+        let line = if wanted.starts_with("kind") { 2 } else { 1 };
+        let wanted = format!("file.yaml:{line} {wanted}");
+        assert!(complaints.len() == 1 && complaints[0].starts_with(&wanted), "{api} {kind}: {complaints:?}");
+    }
+    for (api, kind) in [
+        ("networking.k8s.io/v1", "Ingress"),
+        ("networking.k8s.io/v1", "IngressClass"),
+        ("networking.istio.io/v1", "Gateway"),
+        ("v1", "Endpoints"),
+        ("v1", "PodTemplate"),
+        ("v1", "ConfigMap"),
+        ("apps/v1", "Deployment"),
+        ("serving.knative.dev/v1", "Service"),
+        ("cilium.io/v2", "CiliumNetworkPolicy"),
+        ("projectcalico.org/v3", "HostEndpoint"),
+        ("projectcalico.org/v3", "IPPool"),
+        ("crd.projectcalico.org/v1", "BlockAffinity"),
+    ] {
+        let read = read(&format!("apiVersion: {api}\nkind: {kind}\nmetadata: {{name: a}}\n"));
+        assert_eq!((complaints(&read), read.skipped.len()), (Vec::new(), 1), "{api} {kind}");
+    }
+}
+
+#[test]
+fn a_list_of_what_is_read_is_a_list() {
+    for items in ["items: {a: b}", "items: [a]", "items: a", "other: []"] {
+        for kind in ["networking.k8s.io/v1\nkind: NetworkPolicyList", "v1\nkind: PodList"] {
+            let complaints = complaints(&read(&format!("apiVersion: {kind}\n{items}\n")));
+            assert!(complaints.len() == 1 && complaints[0].contains(" items: "), "{kind} {items}: {complaints:?}");
+        }
+    }
+    let read = read(
+        "apiVersion: v1\nkind: PodList\nitems: null\n---\napiVersion: example.org/v1\nkind: WaitingList\nitems: 3\n",
+    );
+    assert_eq!((complaints(&read), read.skipped.len()), (Vec::new(), 1));
+}
+
+/// What an API server would not store, and would be left out of what policy goes by.
+#[test]
+fn addresses_and_ports_are_such() {
+    for (text, wanted) in [
+        ("v1\nkind: Node\nmetadata: {name: n}\nspec: {podCIDR: 10.0.0/24}", "4 spec.podCIDR"),
+        ("v1\nkind: Node\nmetadata: {name: n}\nspec: {podCIDRs: [10.0.0.0/24, junk]}", "4 spec.podCIDRs[1]"),
+        (
+            "v1\nkind: Node\nmetadata: {name: n}\nstatus: {addresses: [{type: Hostname, address: n}, {type: InternalIP, address: 10.0.0.300}]}",
+            "4 status.addresses[1].address",
+        ),
+        ("v1\nkind: Service\nmetadata: {name: s}\nspec: {clusterIP: 10.9.0.999}", "4 spec.clusterIP"),
+        (
+            "discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s}\naddressType: IPv4\nendpoints: [{addresses: [10.0.0.999]}]",
+            "5 endpoints[0].addresses[0]",
+        ),
+        (
+            "discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s}\naddressType: IPv4\nports: [{protocol: XXX, port: 1}]",
+            "5 ports[0].protocol",
+        ),
+        (
+            "v1\nkind: Pod\nmetadata: {name: p}\nspec: {containers: [{ports: [{containerPort: 80}, {containerPort: 0}]}]}",
+            "4 spec.containers[0].ports[1].containerPort",
+        ),
+        (
+            "v1\nkind: Pod\nmetadata: {name: p}\nspec: {initContainers: [{ports: [{containerPort: 80, protocol: tcp}]}]}",
+            "4 spec.initContainers[0].ports[0].protocol",
+        ),
+    ] {
+        let complaints = complaints(&read(&format!("apiVersion: {text}\n")));
+        let wanted = format!("file.yaml:{wanted}: ");
+        assert!(complaints.len() == 1 && complaints[0].starts_with(&wanted), "{text}: {complaints:?}");
+    }
+    let good = read(
+        "apiVersion: v1\nkind: Node\nmetadata: {name: n}\nspec: {podCIDR: 010.9.0.0/24, podCIDRs: [010.9.0.0/24, 'fd00::/64']}\n\
+         status: {addresses: [{type: Hostname, address: n}, {type: InternalIP, address: 10.0.0.3}]}\n---\n\
+         apiVersion: v1\nkind: Service\nmetadata: {name: s}\nspec: {clusterIP: None}\n---\n\
+         apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s}\naddressType: FQDN\nendpoints: [{addresses: [example.org]}]\n",
+    );
+    assert_eq!(complaints(&good), Vec::<String>::new());
+    let state = assemble_cluster(&"c".into(), good.objects);
+    let ranges: Vec<String> = state.nodes["n"].pod_ranges.iter().map(ToString::to_string).collect();
+    assert_eq!(ranges, ["10.9.0.0/24", "fd00::/64"]);
+}
+
+/// Where nothing earlier is in force, a policy closes what it may close: a rule in which a field is not known is unknown,
+/// and so is every rule where it stands elsewhere.
+#[test]
+fn what_is_not_known_of_a_policy_is_in_doubt() {
+    let network = "networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: a}";
+    let calico = "projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {name: p}";
+    let cluster = "policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: p}";
+    for (text, unknown) in [
+        (
+            format!("{network}\nspec: {{podSelector: {{}}, ingress: [{{}}, {{more: 1}}], egress: [{{}}]}}"),
+            [false, true, false],
+        ),
+        (format!("{network}\nspec: {{podSelector: {{more: 1}}, ingress: [{{}}, {{}}], egress: [{{}}]}}"), [true; 3]),
+        (
+            format!(
+                "{network}\nspec: {{ingress: [{{from: [{{podSelector: {{more: 1, other: 2}}}}]}}, {{}}], egress: [{{to: [], x: 1}}]}}"
+            ),
+            [true, false, true],
+        ),
+        (
+            format!(
+                "{calico}\nspec: {{ingress: [{{action: Allow}}, {{action: Deny}}], egress: [{{action: Allow, destination: {{domains: [a.b]}}}}]}}"
+            ),
+            [false, false, true],
+        ),
+        (
+            format!(
+                "{calico}\nspec: {{more: 1, ingress: [{{action: Allow}}, {{action: Deny}}], egress: [{{action: Allow}}]}}"
+            ),
+            [true; 3],
+        ),
+        (
+            format!(
+                "{cluster}\nspec: {{more: 1, tier: Admin, priority: 1, subject: {{namespaces: {{}}}}, ingress: [{{action: Deny, from: [{{namespaces: {{}}}}]}}, {{action: Deny, from: [{{namespaces: {{}}}}]}}], egress: [{{action: Deny, to: [{{namespaces: {{}}}}]}}]}}"
+            ),
+            [true; 3],
+        ),
+    ] {
+        let read = read(&format!("apiVersion: {text}\n"));
+        assert!(read.objects.is_empty() && !read.diagnostics.is_empty(), "{text}");
+        assert_eq!(read.in_doubt.len(), 1, "{text}: {:?}", read.diagnostics);
+        let state = assemble_cluster(&"c".into(), read.in_doubt);
+        let policy = state.layer.policies.into_values().next().expect("a policy");
+        let rules = policy.ingress.into_iter().chain(policy.egress).flatten();
+        let found: Vec<bool> = rules.map(|rule| rule.not_understood.is_some()).collect();
+        assert_eq!(found, unknown, "{text}");
+    }
+    // What else is wrong leaves nothing to go by, and only policies have a reading that is safe.
+    for text in [
+        format!("{network}\nspec: {{podSelector: {{}}, more: 1, policyTypes: [None]}}"),
+        "hanse.dev/v1alpha1\nkind: FederatedNetworkSet\nmetadata: {name: s}\nspec: {nets: [], more: 1}".to_owned(),
+    ] {
+        let read = read(&format!("apiVersion: {text}\n"));
+        assert!(read.in_doubt.is_empty() && read.diagnostics.len() <= 2 && !read.diagnostics.is_empty(), "{text}");
+    }
+}
+
 #[test]
 fn pods_become_endpoints() {
     let read = read(

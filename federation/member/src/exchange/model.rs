@@ -64,6 +64,8 @@ pub struct Manifest {
     pub enforcers: BTreeSet<ClusterName>,
     /// What its cluster selectors select: expressions as written, and names.
     pub resolved: Vec<(Arc<str>, BTreeSet<ClusterName>)>,
+    /// What it needs and this version does not have.
+    pub features: Vec<String>,
 }
 
 /// One change of what is known. `None` is: gone.

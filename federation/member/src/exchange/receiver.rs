@@ -418,7 +418,8 @@ impl Receiver {
         (names, self.session.as_ref().map(|session| session.outstanding.clone()).unwrap_or_default())
     }
 
-    /// Federated policies that cannot be read here, and why; the last version that could holds.
+    /// Federated policies that cannot be read here, and why; the last version that could holds, and without one what is in
+    /// doubt is closed.
     pub fn refused(&self) -> BTreeMap<Arc<str>, String> {
         let refused = self.refused.iter().filter_map(|(id, why)| Some((self.hub_objects.get(id)?.what.as_ref()?, why)));
         let policy = |(what, why): (&HubKey, &WireError)| match what {
@@ -522,20 +523,28 @@ impl Receiver {
                 self.refused.remove(&id);
             }
             Ok(Object::Manifest { kind, name, manifest }) => {
-                what = Some(HubKey::Manifest((kind, name.clone())));
-                match self.check.map_or(Ok(()), |check| check(kind, &manifest.json)) {
-                    Ok(()) => {
-                        self.received.insert((kind, name), (bytes.clone(), manifest));
-                        self.refused.remove(&id);
+                let key = (kind, name);
+                what = Some(HubKey::Manifest(key.clone()));
+                let read = match manifest.features.first() {
+                    Some(feature) => Err(WireError::FeatureUnknown(feature.clone())),
+                    None => {
+                        self.check.map_or(Ok(()), |check| check(kind, &manifest.json)).map_err(WireError::Malformed)
                     }
-                    Err(why) => self.refuse(id, WireError::Malformed(why)),
+                };
+                // A policy that never could be read is handed on all the same: it may close what it cannot judge.
+                let held = self.received.get(&key).map(|(bytes, _)| bytes);
+                let is_in_doubt = |held| self.hub_objects.get(&id).is_some_and(|it| it.bytes == held);
+                let never_read = held.is_none_or(|held| self.refused.contains_key(&id) && is_in_doubt(held));
+                if read.is_ok() || kind == ManifestKind::Policy && never_read {
+                    self.received.insert(key, (bytes.clone(), manifest));
+                }
+                match read {
+                    Ok(()) => drop(self.refused.remove(&id)),
+                    Err(why) => self.refuse(id, why),
                 }
             }
             Ok(_) => self.refuse(id, WireError::Malformed("not a kind of the hub's".to_owned())),
-            Err(error) => {
-                what = what.or_else(|| wire::manifest_key(&bytes).map(HubKey::Manifest));
-                self.refuse(id, error);
-            }
+            Err(error) => self.refuse(id, error),
         }
         if let Some(old) = self.hub_objects.insert(id, HubObject { bytes, digest, what }) {
             self.hub_digest = self.hub_digest.wrapping_sub(old.digest);
@@ -935,6 +944,27 @@ mod tests {
             send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"3", 3, &[]), 3);
             assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"3"))));
             assert!(restored.refused().is_empty());
+        }
+    }
+    #[test]
+    fn a_policy_that_never_could_be_read_is_handed_on() {
+        for (json, features) in [(&b"unreadable"[..], &[][..]), (b"2", &["time"])] {
+            let mut receiver = Receiver::checked(check);
+            receiver.open();
+            send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(json, 1, features), 1);
+            assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(json))));
+            assert!(receiver.refused().contains_key("p"));
+            let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
+            assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(json))), "after a restart");
+            assert!(restored.refused().contains_key("p"));
+            // Its next version, which cannot be read either; then one that can, and one more that cannot.
+            restored.open();
+            send(&mut restored, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(json, 2, &["newer"]), 2);
+            assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(json))));
+            send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"3", 3, &[]), 3);
+            assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"3"))));
+            send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(json, 4, features), 4);
+            assert_eq!(in_force(&mut restored), None);
         }
     }
 }

@@ -63,24 +63,15 @@ pub fn read_object(bytes: &[u8]) -> Result<(u64, Result<Object, WireError>), Wir
     }
     let update = pb::ObjectUpdate::decode(bytes).map_err(|e| WireError::Malformed(format!("object: {e}")))?;
     let id = update.id;
-    if let Some(feature) = update.features.into_iter().next() {
-        return Ok((id, Err(WireError::FeatureUnknown(feature))));
+    Ok((id, object(update.body, update.features)))
+}
+
+/// A manifest says for itself which features it needs; nothing else of which any is not known can be read.
+fn object(body: Option<Body>, features: Vec<String>) -> Result<Object, WireError> {
+    let is_manifest = matches!(body, Some(Body::Policy(_) | Body::Tier(_) | Body::NetworkSet(_)));
+    if let Some(feature) = features.first().filter(|_| !is_manifest) {
+        return Err(WireError::FeatureUnknown(feature.clone()));
     }
-    Ok((id, object(update.body)))
-}
-
-/// What an object of the hub's is called, where it is a manifest; also of one that cannot be used.
-pub fn manifest_key(bytes: &[u8]) -> Option<(ManifestKind, Arc<str>)> {
-    let (kind, manifest) = match pb::ObjectUpdate::decode(bytes).ok()?.body? {
-        Body::Policy(it) => (ManifestKind::Policy, it),
-        Body::Tier(it) => (ManifestKind::Tier, it),
-        Body::NetworkSet(it) => (ManifestKind::NetworkSet, it),
-        _ => return None,
-    };
-    Some((kind, manifest.name.into()))
-}
-
-fn object(body: Option<Body>) -> Result<Object, WireError> {
     Ok(match body {
         Some(Body::Namespace(it)) => Object::Namespace { name: it.name.into(), labels: labels(it.labels) },
         Some(Body::ServiceAccount(it)) => {
@@ -97,18 +88,18 @@ fn object(body: Option<Body>) -> Result<Object, WireError> {
             ports: it.ports.into_iter().map(port).collect::<Result<_, _>>()?,
             node: (!it.node.is_empty()).then(|| it.node.into()),
         }),
-        Some(Body::Policy(it)) => manifest(ManifestKind::Policy, it),
-        Some(Body::Tier(it)) => manifest(ManifestKind::Tier, it),
-        Some(Body::NetworkSet(it)) => manifest(ManifestKind::NetworkSet, it),
+        Some(Body::Policy(it)) => manifest(ManifestKind::Policy, it, features),
+        Some(Body::Tier(it)) => manifest(ManifestKind::Tier, it, features),
+        Some(Body::NetworkSet(it)) => manifest(ManifestKind::NetworkSet, it, features),
         Some(Body::Cluster(it)) => cluster(it)?,
         None => return Err(WireError::Malformed("body: no kind that is known here".to_owned())),
     })
 }
 
-fn manifest(kind: ManifestKind, it: pb::Manifest) -> Object {
+fn manifest(kind: ManifestKind, it: pb::Manifest, features: Vec<String>) -> Object {
     let names = |names: Vec<String>| names.into_iter().map(Arc::from).collect::<BTreeSet<ClusterName>>();
     let resolved = it.clusters.into_iter().map(|r| (Arc::from(r.expression), names(r.names))).collect();
-    let manifest = Manifest { json: it.json, enforcers: names(it.enforcers), resolved };
+    let manifest = Manifest { json: it.json, enforcers: names(it.enforcers), resolved, features };
     Object::Manifest { kind, name: it.name.into(), manifest }
 }
 

@@ -19,7 +19,9 @@ pub struct Question {
     #[serde(default)]
     pub protocol: Option<ProtocolName>,
     pub port: Option<u16>,
+    /// 40000 where it is left out.
     pub source_port: Option<u16>,
+    /// That of an echo request where it is left out.
     pub icmp: Option<IcmpHeader>,
     pub ip_version: Option<u8>,
 }
@@ -45,6 +47,7 @@ pub enum Place {
 pub struct IcmpHeader {
     #[serde(rename = "type")]
     pub kind: u8,
+    /// 0 where it is left out.
     #[serde(default)]
     pub code: u8,
 }
@@ -78,6 +81,15 @@ impl ProtocolName {
 /// Whether packets of a protocol have ports.
 pub fn has_ports(protocol: u8) -> bool {
     matches!(protocol, 6 | 17 | 33 | 132 | 136)
+}
+
+/// Type and code of an echo request, of ICMP and ICMPv6.
+fn echo_request(protocol: u8) -> Option<(u8, u8)> {
+    match protocol {
+        1 => Some((8, 0)),
+        58 => Some((128, 0)),
+        _ => None,
+    }
 }
 
 /// A protocol's name, which [`ProtocolName`] reads; a number where it has none.
@@ -177,7 +189,7 @@ impl<'a> Owners<'a> {
             protocol,
             source_port: if has_ports { question.source_port.unwrap_or(40_000) } else { 0 },
             destination_port: if has_ports { question.port.ok_or(QuestionError::Port)? } else { 0 },
-            icmp: question.icmp.map(|icmp| (icmp.kind, icmp.code)),
+            icmp: question.icmp.map(|icmp| (icmp.kind, icmp.code)).or_else(|| echo_request(protocol)),
         })
     }
 

@@ -30,6 +30,10 @@ const STATE_RELATED: u32 = 0x4;
 const STATE_NEW: u32 = 0x8;
 const STATE_UNTRACKED: u32 = 0x40;
 const TCP: u8 = 6;
+const UDP: u8 = 17;
+const IGMP: u8 = 2;
+/// The chain for sources that say nothing of who sends.
+const NAMELESS: &str = "nameless";
 
 impl Render<'_> {
     /// `judge4`, `judge6`: packets that pass through the node.
@@ -112,6 +116,7 @@ pub fn base_chains(config: &Config, node: &NodeConfig) -> Vec<KernelChain> {
     if config.flows {
         chains.extend(telling_chains());
     }
+    chains.push(chain(NAMELESS, nameless()));
     for family in both() {
         let render = Render { config, family };
         chains.push(render.judge(node));
@@ -179,11 +184,69 @@ fn arrival() -> Vec<Rule> {
         Expression::Verdict(Verdict::Drop),
     ];
     let mut rules = vec![rule(from_loopback()), rule(uplink), rule(discovery), rule(forged)];
+    // Sources that every link has, and that say nothing of who sends: the kernel routes them back to anywhere.
+    rules.push(rule(family_is(Family::V4).into_iter().chain(begins_with(12, &[0; 4], 32)).chain([goto(NAMELESS)])));
+    rules
+        .push(rule(family_is(Family::V6).into_iter().chain(begins_with(8, &[0xfe, 0x80], 10)).chain([goto(NAMELESS)])));
     for (probe, set) in [(PROBE_OWN, "answered"), (PROBE_ACROSS, "crossed")] {
         let noted = |family| rule(probe_answer(family, probe).into_iter().chain(note_source(family, set)));
         rules.extend(both().map(noted));
     }
     rules
+}
+
+/// Whoever has no name yet, or speaks of groups: DHCP, IGMP and MLD (RFC 2710, RFC 3810). All else wants a pod's address, by
+/// which it is judged.
+fn nameless() -> Vec<Rule> {
+    let kinds = |first, last| {
+        let kind = [
+            Expression::LoadPayload { base: 2, offset: 0, length: 1, register: R1 },
+            Expression::Compare { register: R1, operator: Compare::AtLeast, value: vec![first] },
+            Expression::Compare { register: R1, operator: Compare::AtMost, value: vec![last] },
+        ];
+        rule(protocol_is(ICMP_V6).into_iter().chain(kind).chain([accept()]))
+    };
+    let to_server = |port: u16| {
+        let to = [
+            Expression::LoadPayload { base: 2, offset: 2, length: 2, register: R1 },
+            Expression::Compare { register: R1, operator: Compare::Equal, value: port.to_be_bytes().to_vec() },
+        ];
+        rule(protocol_is(UDP).into_iter().chain(to).chain([accept()]))
+    };
+    vec![
+        kinds(130, 132),
+        kinds(143, 143),
+        rule(protocol_is(IGMP).into_iter().chain([accept()])),
+        to_server(67),
+        to_server(547),
+        rule([Expression::Counter, Expression::Verdict(Verdict::Drop)]),
+    ]
+}
+
+/// Whether the first `bits` of what stands at `offset` of the network header are those of `value`.
+fn begins_with(offset: u32, value: &[u8], bits: usize) -> [Expression; 3] {
+    let mask = (0..value.len()).map(|at| (0xff00_u16 >> bits.saturating_sub(8 * at).min(8)) as u8).collect();
+    let length = value.len() as u32;
+    [
+        Expression::LoadPayload { base: 1, offset, length, register: R1 },
+        Expression::Bitwise { register: R1, mask, xor: vec![0; value.len()] },
+        Expression::Compare { register: R1, operator: Compare::Equal, value: value.to_vec() },
+    ]
+}
+
+/// What a pod sends to a group, or to everybody: who would receive it cannot be judged.
+fn to_many(family: Family) -> Vec<Rule> {
+    let groups: &[[Expression; 3]] = match family {
+        Family::V4 => &[begins_with(16, &[0xe0], 4), begins_with(16, &[0xff; 4], 32)],
+        Family::V6 => &[begins_with(24, &[0xff], 8)],
+    };
+    let of_ours = |group: &[Expression; 3], set: &str| {
+        let set = SetName::Named(format!("{set}{}", family_digit(family)));
+        let from = [load_source(family), Expression::Lookup { set, register: R1, invert: false }];
+        let drop = [Expression::Counter, Expression::Verdict(Verdict::Drop)];
+        rule(family_is(family).into_iter().chain(group.iter().cloned()).chain(from).chain(drop))
+    };
+    groups.iter().flat_map(|group| ["ranges", "pods"].map(|set| of_ours(group, set))).collect()
 }
 
 /// `forward`: whatever a pod exchanges with anybody but its own node.
@@ -201,6 +264,7 @@ fn through_node(config: &Config) -> Vec<Rule> {
     rules.push(rule(neighbour_discovery().into_iter().chain(all_hops)));
     rules
         .push(rule(neighbour_discovery().into_iter().chain([Expression::Counter, Expression::Verdict(Verdict::Drop)])));
+    rules.extend(both().into_iter().flat_map(to_many));
     let unknown = state_is(STATE_INVALID | STATE_UNTRACKED);
     rules.extend(per_family(&unknown, "untracked"));
     rules.push(rule(unknown.into_iter().chain([accept()])));
