@@ -49,6 +49,8 @@ pub enum Finding {
     SecondInterface(String),
     /// It lives, but what it sends from this address to other pods passes by the hooks.
     Bypassed(IpAddr),
+    /// It is judged but for what goes to services: the node balances them by IPVS, which takes packets past the hooks.
+    Ipvs,
     /// It does not answer on this address, so nothing is known.
     Silent(IpAddr),
 }
@@ -65,6 +67,10 @@ impl std::fmt::Display for Finding {
                 f,
                 "bypassed: what {address} sends to other pods does not pass the hooks (a bridge without br_netfilter, or a \
                  program that moves packets past them)"
+            ),
+            Self::Ipvs => write!(
+                f,
+                "services are not judged: kube-proxy runs in IPVS mode here; run it in nftables or iptables mode"
             ),
             Self::Silent(address) => write!(f, "not proven: {address} does not answer the probe"),
         }

@@ -305,7 +305,8 @@ impl Nftables {
                     return Ok(applied);
                 }
                 Err(BatchError::Io(error)) => {
-                    // Whether it took effect is not known.
+                    // Whether it took effect is not known: connections may be marked with its number, which is not given again.
+                    self.epoch = epoch;
                     self.drifted = true;
                     return Err(Error::Io(error));
                 }
@@ -337,15 +338,28 @@ impl Nftables {
     fn noted(&mut self, set: &str) -> Result<BTreeSet<IpAddr>, Error> {
         let mut noted = BTreeSet::new();
         for family in ['4', '6'] {
-            let query = Attributes::default().text(1, &self.config.table).text(2, &format!("{set}{family}"));
-            let dumped = self.netlink.query(GET_SET_ELEMENTS, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Io)?;
-            for part in dumped {
-                let part = attributes(&part.body);
-                let elements = part.get(&3).map(|list| netlink::list(list)).into_iter().flatten();
-                noted.extend(elements.filter_map(|element| address_of(attributes(element).get(&1)?)));
-            }
+            noted.extend(self.values(&format!("{set}{family}"))?.iter().filter_map(|bytes| address_of(bytes)));
         }
         Ok(noted)
+    }
+
+    /// Whether the kernel trusts the interfaces with any source that we would have it trust, and no others.
+    fn trusts_the_uplinks(&mut self) -> Result<bool, Error> {
+        let wanted = self.config.uplinks.iter().map(|name| render::interface_key(name)).collect();
+        Ok(self.values("uplinks")? == wanted)
+    }
+
+    /// The members of a set, as the kernel holds them.
+    fn values(&mut self, set: &str) -> Result<BTreeSet<Vec<u8>>, Error> {
+        let query = Attributes::default().text(1, &self.config.table).text(2, set);
+        let dumped = self.netlink.query(GET_SET_ELEMENTS, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Io)?;
+        let value = |element: &[u8]| Some(attributes(attributes(element).get(&1)?).get(&1)?.to_vec());
+        let mut values = BTreeSet::new();
+        for part in &dumped {
+            let part = attributes(&part.body);
+            values.extend(part.get(&3).map(|list| netlink::list(list)).into_iter().flatten().filter_map(value));
+        }
+        Ok(values)
     }
 
     fn read_state(&mut self) -> Result<Option<State>, Error> {
@@ -403,10 +417,7 @@ impl Nftables {
     }
 }
 
-/// The address in an element's key.
-fn address_of(key: &[u8]) -> Option<IpAddr> {
-    let key = attributes(key);
-    let bytes = *key.get(&1)?;
+fn address_of(bytes: &[u8]) -> Option<IpAddr> {
     let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
     v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
 }
@@ -423,6 +434,7 @@ impl Backend for Nftables {
         if let Some(rules) = expected
             && rules.digest() == state.digest
             && self.holds(rules)?
+            && self.trusts_the_uplinks()?
         {
             let uplinks = self.config.uplinks.clone();
             self.installed = Some(Digested::new(rules, None).installed(None, rules, Closed::default(), uplinks));
@@ -486,6 +498,8 @@ impl Backend for Nftables {
         let [answered, crossed] = PROBE_SETS.map(|set| self.noted(set));
         let (answered, crossed) = (answered?, crossed?);
         let survey = interfaces::survey().map_err(Error::Io)?;
+        // The interface that kube-proxy binds the addresses of services to.
+        let balances_by_ipvs = nix::net::if_::if_nametoindex("kube-ipvs0").is_ok();
         let of_address = |address: IpAddr| {
             if survey.own.contains(&address) {
                 Finding::HostNetwork(address)
@@ -505,7 +519,8 @@ impl Backend for Nftables {
         let finding = |endpoint: &Arc<LocalEndpoint>| {
             let each = endpoint.addresses.iter().map(|address| of_address(*address));
             let worse = each.into_iter().find(|finding| *finding != Finding::Enforced);
-            worse.or_else(|| second(endpoint)).unwrap_or(Finding::Enforced)
+            let all = if balances_by_ipvs { Finding::Ipvs } else { Finding::Enforced };
+            worse.or_else(|| second(endpoint)).unwrap_or(all)
         };
         Ok(endpoints.iter().map(|endpoint| (endpoint.id.clone(), finding(endpoint))).collect())
     }

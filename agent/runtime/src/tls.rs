@@ -14,6 +14,7 @@ mod connection;
 mod server;
 mod verify;
 
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
@@ -22,6 +23,7 @@ use rustls::crypto::CryptoProvider;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{SignatureScheme, SupportedProtocolVersion};
+use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
 
 pub use client::{ClientError, Connection, PinnedRoot, TlsClient};
@@ -29,7 +31,7 @@ pub use connection::{Connections, Peer, peer, peer_identity};
 pub use server::{Incoming, IncomingLimits, RateLimit, ServerTls, host_of, http2_server, incoming};
 pub use verify::{Accept, Revocation, Trust};
 
-use crate::keys::{Credentials, KeyError};
+use crate::keys::{Certificate, Credentials, KeyError};
 
 /// The application protocol of every link (RFC 9113).
 const ALPN: &[u8] = b"h2";
@@ -111,20 +113,40 @@ impl Loaded {
     }
 }
 
-/// Presents our certificate, followed by `chain` (only the join listener's clients need a chain: they know a hash).
+/// The authority of a listener whose clients know it by a hash: asked for at each handshake, since it may be renewed.
+#[derive(Clone)]
+pub struct PresentedAuthority(Arc<dyn Fn() -> CertificateDer<'static> + Send + Sync>);
+
+impl PresentedAuthority {
+    pub fn new(newest: impl Fn() -> CertificateDer<'static> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(newest))
+    }
+
+    /// One that stays.
+    pub fn fixed(authority: &Certificate) -> Self {
+        let der = authority.der.clone();
+        Self::new(move || der.clone())
+    }
+}
+
+impl fmt::Debug for PresentedAuthority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PresentedAuthority").finish_non_exhaustive()
+    }
+}
+
+/// Presents our certificate, followed by `authority` where clients need it.
 #[derive(Debug)]
 struct Presents {
     store: CredentialStore,
-    chain: Vec<rustls_pki_types::CertificateDer<'static>>,
+    authority: Option<PresentedAuthority>,
 }
 
 impl Presents {
     fn certified(&self) -> Arc<CertifiedKey> {
         let certified = self.store.shared.current.load().certified.clone();
-        if self.chain.is_empty() {
-            return certified;
-        }
-        let chain = certified.cert.iter().chain(&self.chain).cloned().collect();
+        let Some(authority) = &self.authority else { return certified };
+        let chain = certified.cert.iter().cloned().chain([(authority.0)()]).collect();
         Arc::new(CertifiedKey::new(chain, certified.key.clone()))
     }
 }

@@ -70,6 +70,10 @@ struct RunArgs {
     /// How long certificates of members and of the hub are valid.
     #[arg(long, default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     certificate_seconds: u64,
+    /// DATA was restored from a backup: give it once, at the first start, and members whose state is newer than the backup
+    /// follow it. What was revoked or changed since the backup must be done again.
+    #[arg(long)]
+    restored: bool,
 }
 
 fn main() -> ExitCode {
@@ -108,6 +112,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
                 health_listen: args.health_listen,
                 metrics_listen: args.metrics_listen,
                 lease: Duration::from_secs(args.lease_seconds),
+                restored: args.restored,
                 lifetimes: Lifetimes { leaf: Duration::from_secs(args.certificate_seconds), ..Lifetimes::default() },
                 ..Options::new(args.data, args.listen, args.join_listen)
             };

@@ -27,6 +27,8 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Calls on the join listener from one address, with a burst of ten seconds' worth: each costs up to two signatures to verify and
 /// two to make, below a millisecond.
 const CALLS_PER_SECOND: f64 = 10.0;
+/// Of one certificate's holder. One is enough; answers may be lost.
+const RENEWALS_IN_A_LIFETIME: f64 = 16.0;
 /// A wrong token, a wrong cluster and an unknown token get this answer, so that none tells them apart.
 const REFUSED: &str = "the token is not valid";
 
@@ -38,6 +40,8 @@ pub struct Registration {
     metrics: HubMetrics,
     /// Of calls by those who have shown no certificate.
     rate: Arc<Mutex<RateLimit<IpAddr>>>,
+    /// Of renewals: each is written, and noted in the audit, which is bounded.
+    renewals: Arc<Mutex<RateLimit<String>>>,
 }
 
 /// What a newcomer or a renewing party gets.
@@ -53,7 +57,10 @@ enum Joined {
 
 impl Registration {
     pub fn new(registry: Registry, authority: Authority, metrics: HubMetrics) -> Self {
-        Self { registry, authority, metrics, rate: Arc::new(Mutex::new(RateLimit::new(CALLS_PER_SECOND))) }
+        let rate = Arc::new(Mutex::new(RateLimit::new(CALLS_PER_SECOND)));
+        let lifetime = authority.lifetimes.leaf.as_secs_f64().max(1.0);
+        let renewals = RateLimit::with_burst(RENEWALS_IN_A_LIFETIME / lifetime, RENEWALS_IN_A_LIFETIME);
+        Self { registry, authority, metrics, rate, renewals: Arc::new(Mutex::new(renewals)) }
     }
 
     /// A call on the join listener: connections are limited already, but one may carry many calls.
@@ -341,6 +348,11 @@ impl wire::renewal_server::Renewal for Registration {
     async fn renew(&self, request: Request<wire::RenewRequest>) -> Result<Response<wire::RenewResponse>, Status> {
         peer_identity(&request)?;
         let presented = peer(&request)?.certificate.clone().ok_or_else(|| Status::unauthenticated("no certificate"))?;
+        let who = presented.identity.to_string();
+        if !self.renewals.lock().unwrap_or_else(PoisonError::into_inner).allows(who, Instant::now()) {
+            let most = RENEWALS_IN_A_LIFETIME;
+            return Err(Status::resource_exhausted(format!("{most} renewals in a certificate's lifetime are enough")));
+        }
         let request = request.into_inner();
         let own = requested(&request.request, "request")?;
         let intermediate = match request.intermediate_request.is_empty() {

@@ -412,18 +412,31 @@ async fn follow(store: Arc<dyn Store>, view: watch::Sender<Arc<Snapshot>>, stop:
     }
 }
 
+/// Seconds in the upper half make a later store's epoch the greater one, where epochs are compared at all.
+fn new_epoch() -> Result<u64, ChangeError> {
+    let mut bytes = [0; 4];
+    aws_lc_rs::rand::fill(&mut bytes).map_err(|_| ChangeError::Invalid("the random generator failed".to_owned()))?;
+    Ok(seconds(SystemTime::now()) << 32 | u64::from(u32::from_le_bytes(bytes)))
+}
+
 async fn read_or_make_epoch(store: &dyn Store) -> Result<u64, ChangeError> {
     let name = key(&["meta", "epoch"])?;
-    let mut bytes = [0; 8];
-    aws_lc_rs::rand::fill(&mut bytes).map_err(|_| ChangeError::Invalid("the random generator failed".to_owned()))?;
-    // Seconds in the upper half make a later store's epoch the greater one, where epochs are compared at all.
-    let random = u64::from(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
-    let epoch = seconds(SystemTime::now()) << 32 | random;
-    let make = Transaction::default().when(Compare::Absent(name.clone())).put(name.clone(), epoch.to_string());
+    let make = Transaction::default().when(Compare::Absent(name.clone())).put(name.clone(), new_epoch()?.to_string());
     store.commit(make).await?;
     let entry = store.read(&name).await?;
     let text = entry.as_ref().and_then(|e| std::str::from_utf8(&e.value).ok());
     text.and_then(|t| t.parse().ok()).ok_or_else(|| ChangeError::Invalid("the store's epoch cannot be read".to_owned()))
+}
+
+/// Gives a store that was restored from a backup another epoch: what others hold of the hub's may be newer than it, and in
+/// the new epoch counts for nothing.
+///
+/// # Errors
+/// When the store fails.
+pub async fn begin_epoch(store: &dyn Store) -> Result<(), ChangeError> {
+    let transaction = Transaction::default().put(key(&["meta", "epoch"])?, new_epoch()?.to_string());
+    store.commit(transaction).await?;
+    Ok(())
 }
 
 /// A key from names that have been checked already.

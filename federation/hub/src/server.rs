@@ -18,7 +18,9 @@ use hanse_runtime::keys::{Credentials, Key};
 use hanse_runtime::metrics::Metrics;
 use hanse_runtime::monitor::{self, Page};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::tls::{Connections, CredentialStore, IncomingLimits, ServerTls, Trust, http2_server, incoming};
+use hanse_runtime::tls::{
+    Connections, CredentialStore, IncomingLimits, PresentedAuthority, ServerTls, Trust, http2_server, incoming,
+};
 use hanse_runtime::{Identity, TrustDomain};
 use hanse_store::{Store, open_file};
 use serde::{Deserialize, Serialize};
@@ -33,7 +35,7 @@ use crate::exchange::wire::MAX_MESSAGE_BYTES;
 use crate::metrics::HubMetrics;
 use crate::questions::{self, Questions};
 use crate::registration::Registration;
-use crate::registry::{Clock, Registry};
+use crate::registry::{Clock, Registry, begin_epoch};
 use crate::roles::Role;
 use crate::status::Realisations;
 
@@ -44,6 +46,7 @@ const MAX_JOIN_BYTES: usize = 64 << 10;
 /// On the join listener anybody may connect: few connections, each short.
 const JOIN_LIMITS: IncomingLimits = IncomingLimits {
     connections: 512,
+    per_identity: None,
     per_address: Some(64),
     handshakes: 64,
     per_second: Some(10.0),
@@ -69,6 +72,8 @@ pub struct Options {
     pub lifetimes: Lifetimes,
     /// The wall clock of registrations; TLS always uses the machine's.
     pub clock: Clock,
+    /// The files are from a backup: members may hold what is newer, and are told everything anew.
+    pub restored: bool,
 }
 
 impl Options {
@@ -83,6 +88,7 @@ impl Options {
             lease: Duration::from_secs(30),
             lifetimes: Lifetimes::default(),
             clock: Clock::default(),
+            restored: false,
         }
     }
 }
@@ -196,7 +202,8 @@ impl Hub {
                 Ok(true) => {}
                 Ok(false) if options.data.join("ca.key").exists() || options.data.join("hub.redb").exists() => {
                     anyhow::bail!(
-                        "{data} holds a ClusterSet without its {name}: restore all of its files from one backup"
+                        "{data} holds a ClusterSet without its {name}: restore all of its files from one backup, and start it \
+                         once with --restored"
                     );
                 }
                 Ok(false) => anyhow::bail!("{data} holds no ClusterSet: make one with `hanse-hub init`"),
@@ -224,6 +231,9 @@ impl Hub {
         }
 
         let authority = Authority::read(&options.data, options.lifetimes).context("read the root")?;
+        if options.restored {
+            begin_epoch(&*store).await.context("begin a new epoch")?;
+        }
         let registry = Registry::open(store, options.lease, options.clock).await.context("read the registry")?;
         registry.bind(authority.root()).await.context("read the registry")?;
         let credentials = CredentialStore::new(authority.hub_credentials().context("issue the hub's certificate")?)?;
@@ -260,7 +270,7 @@ impl Hub {
         let tls = ServerTls::mutual(credentials.clone(), &trust)?;
         let main = incoming(options.listen, tls, IncomingLimits::default(), connections.clone(), stop.clone());
         let main = main.await.with_context(|| format!("listen on {}", options.listen))?;
-        let tls = ServerTls::anonymous(credentials, authority.root())?;
+        let tls = ServerTls::anonymous(credentials, PresentedAuthority::fixed(authority.root()))?;
         let joining = incoming(options.join_listen, tls, JOIN_LIMITS, Connections::default(), stop.clone());
         let joining = joining.await.with_context(|| format!("listen for joins on {}", options.join_listen))?;
         let (address, join_address) = (main.address(), joining.address());

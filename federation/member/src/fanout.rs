@@ -24,7 +24,8 @@ use hanse_runtime::ca::CaError;
 use hanse_runtime::keys::{Fingerprint, KeyError};
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::tls::{
-    Connections, CredentialStore, Incoming, IncomingLimits, ServerTls, Trust, http2_server, incoming,
+    Connections, CredentialStore, Incoming, IncomingLimits, PresentedAuthority, ServerTls, Trust, http2_server,
+    incoming,
 };
 use ipnet::IpNet;
 use tokio::sync::watch;
@@ -203,7 +204,10 @@ impl Fanout {
             move |identity| matches!(identity, Identity::Node { cluster, .. } if *cluster == own),
         )?;
         let mutual = ServerTls::mutual(credentials.clone(), &trust)?;
-        let anonymous = ServerTls::anonymous(credentials.clone(), authority.certificate())?;
+        // Tokens of nodes name the newest.
+        let newest = identity.clone();
+        let presented = PresentedAuthority::new(move || newest.authority().certificate().der.clone());
+        let anonymous = ServerTls::anonymous(credentials.clone(), presented)?;
         let stop = shutdown.token();
         let listen = async |address, tls, limits| -> Result<Incoming, FanoutError> {
             let listening = incoming(address, tls, limits, Connections::default(), stop.clone()).await;

@@ -56,6 +56,23 @@ fn a_restarted_agent_adopts_what_it_finds() {
     assert!(net.connect("p2", "10.1.0.3:80").is_some());
 }
 
+/// Whom the kernel trusts with any source is part of what is adopted.
+#[test]
+fn other_uplinks_are_not_adopted() {
+    let net = Net::new();
+    let rules = closed().rules();
+    net.driver().apply(&rules).expect("applied");
+    let other = || {
+        let config = Config { uplinks: vec!["up1".into()], flows: true, ..Config::default() };
+        net.within("node", || Nftables::open(config).expect("netlink"))
+    };
+    let mut driver = other();
+    assert!(matches!(driver.adopt(Some(&rules)).expect("read"), Found::Rules { whole: false, .. }));
+    driver.apply(&rules).expect("applied");
+    drop(driver);
+    assert!(matches!(other().adopt(Some(&rules)).expect("read"), Found::Rules { whole: true, .. }));
+}
+
 #[test]
 fn a_tampered_table_is_not_adopted() {
     let net = Net::new();

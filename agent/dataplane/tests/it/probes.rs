@@ -65,6 +65,19 @@ fn a_probe_tells_pods_that_are_enforced_from_those_that_are_not() {
     check(&net, &mut driver, &[2, 3, 4, 5, 6], &wanted);
 }
 
+/// As where kube-proxy runs in that mode: it binds the addresses of services to this interface.
+#[test]
+fn where_services_are_balanced_by_ipvs_it_is_said() {
+    let mut net = Net::new();
+    net.pod(2);
+    let mut driver = net.driver();
+    driver.apply(&Build { pods: vec![2], ..Build::default() }.rules()).expect("applied");
+    check(&net, &mut driver, &[2], &[("p2", Finding::Enforced)]);
+    let node = net.name("node");
+    ip(&format!("-n {node} link add kube-ipvs0 type veth peer name other"));
+    check(&net, &mut driver, &[2], &[("p2", Finding::Ipvs)]);
+}
+
 #[test]
 fn pods_on_a_bridge_are_enforced_only_where_it_is_filtered() {
     for filtered in [true, false] {

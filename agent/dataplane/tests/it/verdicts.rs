@@ -360,6 +360,36 @@ fn addresses_of_the_link_are_not_a_way_around() {
     assert!(net.connect("p2", "[fd01::3]:80").is_some() && net.connect("p2", "10.1.0.3:80").is_some());
 }
 
+/// What is in it would come out on the node with any source.
+#[test]
+fn nothing_goes_into_tunnels_of_the_node() {
+    let mut net = Net::new();
+    net.pod(2);
+    let mut driver = net.driver();
+    let sockets = [4789, 8472, 6081].map(|port| net.udp("node", &format!("10.1.255.1:{port}")));
+    let other = net.udp("node", "10.1.255.1:4790");
+    let seen = "table ip seen { chain in { type filter hook input priority 0; ip protocol 4 counter; }; }";
+    crate::net::ip(&format!("netns exec {} nft {seen}", net.name("node")));
+    let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0, 0, 64, 4, 0, 0, 10, 1, 0, 2, 10, 1, 255, 1];
+    packet.extend([0x45, 0, 0, 20, 0, 0, 0, 0, 64, 59, 0, 0, 10, 1, 0, 9, 10, 1, 0, 8]);
+    let wrapped = || {
+        net.raw("p2", address("10.1.255.1"), &packet);
+        let text = crate::net::nft(&net, "list table ip seen");
+        text.split("counter packets ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok())
+    };
+    assert!(crate::net::until(|| wrapped().filter(|count: &u64| *count > 0)).is_some(), "without rules");
+    for socket in &sockets {
+        assert!(net.datagram("p2", "10.1.0.2:4000", socket), "without rules");
+    }
+    driver.apply(&Build { pods: vec![2], ..Build::default() }.rules()).expect("applied");
+    let before = wrapped();
+    for socket in &sockets {
+        assert!(!net.datagram("p2", "10.1.0.2:4000", socket));
+    }
+    assert!(net.datagram("p2", "10.1.0.2:4000", &other));
+    assert_eq!(wrapped(), before);
+}
+
 #[test]
 fn discovery_is_not_a_way_around() {
     let mut net = Net::new();

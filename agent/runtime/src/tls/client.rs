@@ -67,7 +67,7 @@ impl TlsClient {
     /// # Errors
     /// When TLS 1.3 is not available.
     pub fn mutual(credentials: CredentialStore, trust: &Trust) -> Result<Self, KeyError> {
-        let presents = Presents { store: credentials.clone(), chain: Vec::new() };
+        let presents = Presents { store: credentials.clone(), authority: None };
         let config = builder(trust.server_verifier())?.with_client_cert_resolver(Arc::new(presents));
         Ok(Self::finish(config, Some(credentials)))
     }

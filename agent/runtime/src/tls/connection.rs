@@ -89,6 +89,12 @@ impl Connections {
         open.values().filter(|peer| host_of(peer.address.ip()) == host).count()
     }
 
+    /// How many an identity has open.
+    pub(super) fn of(&self, identity: &Identity) -> usize {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.values().filter(|peer| peer.identity() == Some(identity)).count()
+    }
+
     fn register(&self, peer: &Peer) -> Registration {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::connection::{BoundedStream, Connections, Peer};
-use super::{ALPN, CredentialStore, Presents, Trust, VERSIONS, provider};
+use super::{ALPN, CredentialStore, PresentedAuthority, Presents, Trust, VERSIONS, provider};
 use crate::keys::{Certificate, KeyError};
 
 /// A handshake takes at most this long.
@@ -42,6 +42,8 @@ pub struct IncomingLimits {
     pub connections: usize,
     /// Of these, from one address; none is no limit.
     pub per_address: Option<usize>,
+    /// Of these, of one identity, where a certificate is asked for; none is no limit.
+    pub per_identity: Option<usize>,
     /// Handshakes at once; beyond it, an address that has many, or one that takes long, makes room.
     pub handshakes: usize,
     /// New connections that one address may open in a second, and in a burst of ten seconds' worth; none is no limit.
@@ -52,7 +54,14 @@ pub struct IncomingLimits {
 
 impl Default for IncomingLimits {
     fn default() -> Self {
-        Self { connections: 16_384, per_address: None, handshakes: 256, per_second: None, lifetime: None }
+        Self {
+            connections: 16_384,
+            per_address: None,
+            per_identity: Some(64),
+            handshakes: 256,
+            per_second: None,
+            lifetime: None,
+        }
     }
 }
 
@@ -75,7 +84,7 @@ impl ServerTls {
             .with_protocol_versions(VERSIONS)
             .map_err(|_| KeyError::Certificate("TLS 1.3 is not available"))?
             .with_client_cert_verifier(trust.client_verifier()?);
-        let presents = Presents { store: credentials.clone(), chain: Vec::new() };
+        let presents = Presents { store: credentials.clone(), authority: None };
         Ok(Self::finish(builder.with_cert_resolver(Arc::new(presents)), credentials, Some(trust.clone())))
     }
 
@@ -83,12 +92,12 @@ impl ServerTls {
     ///
     /// # Errors
     /// When TLS 1.3 is not available.
-    pub fn anonymous(credentials: CredentialStore, authority: &Certificate) -> Result<Self, KeyError> {
+    pub fn anonymous(credentials: CredentialStore, authority: PresentedAuthority) -> Result<Self, KeyError> {
         let builder = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(VERSIONS)
             .map_err(|_| KeyError::Certificate("TLS 1.3 is not available"))?
             .with_no_client_auth();
-        let presents = Presents { store: credentials.clone(), chain: vec![authority.der.clone()] };
+        let presents = Presents { store: credentials.clone(), authority: Some(authority) };
         Ok(Self::finish(builder.with_cert_resolver(Arc::new(presents)), credentials, None))
     }
 
@@ -203,6 +212,11 @@ pub async fn incoming(
                 };
                 drop(place);
                 if let Some(peer) = describe(&stream, remote, latest) {
+                    if let (Some(identity), Some(most)) = (peer.identity(), limits.per_identity)
+                        && connections.of(identity) >= most
+                    {
+                        return warn!(%remote, %identity, "connection refused: too many of this identity");
+                    }
                     let stream = BoundedStream::new(stream, peer.clone(), Some(&connections));
                     // Revoked during the handshake: whoever ends connections has not seen this one before now.
                     if !tls.trust.is_some_and(|trust| peer.certificate.is_some_and(|it| trust.has_revoked(&it))) {
@@ -359,8 +373,13 @@ pub struct RateLimit<K> {
 }
 
 impl<K: Eq + Hash> RateLimit<K> {
+    /// With a burst of ten seconds' worth.
     pub fn new(per_second: f64) -> Self {
-        Self { per_second, burst: (per_second * 10.0).max(1.0), sources: HashMap::new() }
+        Self::with_burst(per_second, (per_second * 10.0).max(1.0))
+    }
+
+    pub fn with_burst(per_second: f64, burst: f64) -> Self {
+        Self { per_second, burst, sources: HashMap::new() }
     }
 
     /// Whether one more from this source is allowed; counts it then.
@@ -453,7 +472,8 @@ mod tests {
         let hour = Duration::from_secs(3_600);
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
         let own = ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap();
-        let tls = ServerTls::anonymous(CredentialStore::new(own).unwrap(), ca.certificate()).unwrap();
+        let tls = ServerTls::anonymous(CredentialStore::new(own).unwrap(), PresentedAuthority::fixed(ca.certificate()))
+            .unwrap();
         let limits = IncomingLimits { handshakes: 4, ..IncomingLimits::default() };
         let (connections, stop) = (Connections::default(), CancellationToken::new());
         let any = "127.0.0.1:0".parse().unwrap();
@@ -506,7 +526,7 @@ mod tests {
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
         let own = CredentialStore::new(ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap()).unwrap();
         let trust = Trust::new(ca.certificate(), |_| true).unwrap();
-        let anonymous = ServerTls::anonymous(own.clone(), ca.certificate()).unwrap();
+        let anonymous = ServerTls::anonymous(own.clone(), PresentedAuthority::fixed(ca.certificate())).unwrap();
         for tls in [anonymous, ServerTls::mutual(own, &trust).unwrap()] {
             let any = "127.0.0.1:0".parse().unwrap();
             let stop = CancellationToken::new();
@@ -532,7 +552,8 @@ mod tests {
         let hour = Duration::from_secs(3_600);
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
         let own = ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap();
-        let tls = ServerTls::anonymous(CredentialStore::new(own).unwrap(), ca.certificate()).unwrap();
+        let tls = ServerTls::anonymous(CredentialStore::new(own).unwrap(), PresentedAuthority::fixed(ca.certificate()))
+            .unwrap();
         let handshakes = Arc::new(Handshakes::new(1));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         // What was said is refused, but it was said.
@@ -593,7 +614,8 @@ mod tests {
         let hour = Duration::from_secs(3_600);
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
         let own = ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap();
-        let tls = ServerTls::anonymous(CredentialStore::new(own).unwrap(), ca.certificate()).unwrap();
+        let tls = ServerTls::anonymous(CredentialStore::new(own).unwrap(), PresentedAuthority::fixed(ca.certificate()))
+            .unwrap();
         let limits = IncomingLimits {
             per_address: Some(2),
             lifetime: Some(Duration::from_secs(3)),

@@ -63,6 +63,33 @@ struct Shared {
     publishing: Mutex<BTreeMap<ClusterName, usize>>,
     watching: Mutex<BTreeMap<ClusterName, usize>>,
     rates: Mutex<BTreeMap<ClusterName, Rate>>,
+    /// Clusters that are connected and have not published here yet.
+    unpublished: Mutex<BTreeMap<ClusterName, Unpublished>>,
+}
+
+/// How long a cluster has not published, and since it last sent something of its first batch.
+#[derive(Debug, Clone, Copy)]
+struct Unpublished {
+    since: tokio::time::Instant,
+    progress: tokio::time::Instant,
+    heard: tokio::time::Instant,
+}
+
+impl Unpublished {
+    fn new(now: tokio::time::Instant) -> Self {
+        Self { since: now, progress: now, heard: now }
+    }
+
+    /// Whoever sends nothing for a lease's time, or does not come to an end of it in ten, is silent: others would wait for it
+    /// for ever.
+    fn is_silent(&mut self, lease: Duration, now: tokio::time::Instant) -> bool {
+        // Its lease had ended; nobody waited for it.
+        if now.duration_since(self.heard) > lease {
+            *self = Self::new(now);
+        }
+        self.heard = now;
+        now.duration_since(self.progress) > lease || now.duration_since(self.since) > lease * 10
+    }
 }
 
 /// One of a cluster's streams.
@@ -171,8 +198,28 @@ impl Service {
         result
     }
 
-    async fn heard(&self, cluster: &str) -> Result<(), Status> {
+    /// A cluster was heard; which counts for nothing while it does not publish.
+    async fn heard(&self, cluster: &ClusterName) -> Result<(), Status> {
+        if self.is_silent(cluster) {
+            return Ok(());
+        }
         self.registry.heard(cluster).await.map_err(|error| Status::permission_denied(error.to_string()))
+    }
+
+    fn is_silent(&self, cluster: &ClusterName) -> bool {
+        let now = tokio::time::Instant::now();
+        let published = lock(&self.shared.exchange).has_published(cluster);
+        let mut unpublished = lock(&self.shared.unpublished);
+        if published {
+            unpublished.remove(cluster);
+            return false;
+        }
+        let state = unpublished.entry(cluster.clone()).or_insert_with(|| Unpublished::new(now));
+        let silent = state.is_silent(self.registry.lease_time(), now);
+        if silent {
+            tracing::warn!(%cluster, "it is connected and does not publish: it counts as silent");
+        }
+        silent
     }
 
     async fn published(
@@ -215,6 +262,11 @@ impl Service {
                 return Err(Status::invalid_argument("a message has at most 4 MiB"));
             }
             let updates = updates_in(&request);
+            if updates > 0
+                && let Some(state) = lock(&self.shared.unpublished).get_mut(cluster)
+            {
+                state.progress = tokio::time::Instant::now();
+            }
             let answers = self
                 .with(|exchange| exchange.publish(id, request))
                 .map_err(|error| Status::invalid_argument(error.to_string()))?;
@@ -467,7 +519,9 @@ impl Realisations for Service {
                     return PolicyState::Lagging(format!("node {} is at revision {at}{failed}", node.node));
                 }
             }
-            match told.hub.as_ref().map_or(0, |at| at.revision) {
+            // Revisions of a store before this one say nothing.
+            let epoch = exchange.federation().position.epoch;
+            match told.hub.as_ref().filter(|at| at.epoch == epoch).map_or(0, |at| at.revision) {
                 at if at < needed => PolicyState::Lagging(format!("is at revision {at}")),
                 _ => PolicyState::Enforced,
             }

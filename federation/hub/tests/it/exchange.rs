@@ -227,6 +227,31 @@ fn limits_refuse_what_is_beyond_and_a_snapshot_is_asked_for_when_there_is_room()
     assert!(matches!(it.say(Request::Heartbeat(pb::Heartbeat {}))[..], [Response::Resync(_)]));
 }
 
+/// Memory is bounded by cluster, not by stream.
+#[test]
+fn one_batch_of_a_cluster_is_staged_at_a_time() {
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"]})));
+    it.delta(&[(1, namespace("a", &[]))], &[]);
+    let older = it.id;
+    let begin = || {
+        let kind = Some(pb::begin::Kind::Snapshot(pb::Snapshot {}));
+        let begin = Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 });
+        pb::PublishRequest { message: Some(begin) }
+    };
+    it.exchange.publish(older, begin()).unwrap();
+    it.id = it.exchange.publish_open("train".into());
+    it.say(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1 }));
+    it.exchange.publish(it.id, begin()).unwrap();
+    let position = Some(pb::Position { epoch: 1, revision: it.revision + 1 });
+    let end = || {
+        let end = Request::End(pb::End { position, digest: bytes::Bytes::new(), view: 0 });
+        pb::PublishRequest { message: Some(end) }
+    };
+    let error = it.exchange.publish(older, end()).unwrap_err();
+    assert!(error.to_string().contains("another stream"), "{error}");
+    it.exchange.publish(it.id, end()).unwrap();
+}
+
 /// Two members with one cluster's files: the one whose numbering is behind learns it from its next welcome, and is not asked
 /// for the same again and again.
 #[test]

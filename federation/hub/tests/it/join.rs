@@ -13,7 +13,7 @@ use hanse_runtime::keys::{Credentials, Fingerprint, Key};
 use hanse_runtime::tls::{PinnedRoot, TlsClient};
 use hanse_runtime::token::Token;
 
-use crate::support::{SOON, TestHub, eventually, is_served, join, open};
+use crate::support::{SOON, TestHub, apply, eventually, is_served, join, open, policy};
 
 /// Agents know the cluster by the authority in these files, and another cluster would take its place.
 #[tokio::test]
@@ -162,6 +162,12 @@ async fn the_former_key_renews_nothing_but_the_answer_that_was_lost() {
     assert_eq!(renew(&test, &former, &next).await, None, "once more");
     assert_eq!(renew(&test, &former, &other).await, Some(tonic::Code::PermissionDenied));
     assert_eq!(renew(&test, &former, &former.key).await, Some(tonic::Code::PermissionDenied));
+    // Each is noted in the audit, which holds a bounded number.
+    let mut codes = std::collections::BTreeSet::new();
+    for _ in 0..16 {
+        codes.insert(format!("{:?}", renew(&test, &former, &next).await));
+    }
+    assert_eq!(codes.into_iter().collect::<Vec<_>>(), ["None", "Some(ResourceExhausted)"]);
 }
 
 #[tokio::test]
@@ -298,6 +304,72 @@ async fn the_join_listener_limits_the_rate() {
         }
     }
     assert!(refused > 0, "150 connections in a burst of 100");
+}
+
+/// Others would wait for its endpoints for ever, and with them every policy.
+#[tokio::test]
+async fn who_is_connected_and_publishes_nothing_is_silent() {
+    use hanse_hub::registry::Lease;
+    use hanse_proto::federation::v1::exchange_client::ExchangeClient;
+    use wire::publish_request::Message;
+    let test = TestHub::start().await.with_lease(Duration::from_secs(2)).await;
+    let member = test.member("train").await;
+    let connection = member.hub_client().unwrap().connect(&test.hub.address.to_string()).await.unwrap();
+    let (sender, requests) = tokio::sync::mpsc::channel::<wire::PublishRequest>(1);
+    let mut client = ExchangeClient::new(connection.channel);
+    let mut answers = client.publish(tokio_stream::wrappers::ReceiverStream::new(requests)).await.unwrap().into_inner();
+    let say = async |message| sender.send(wire::PublishRequest { message: Some(message) }).await.unwrap();
+    say(Message::Open(wire::PublishOpen { protocol: 1, epoch: 1 })).await;
+    let registry = &test.hub.registry;
+    let is = async |wanted: Lease| {
+        say(Message::Heartbeat(wire::Heartbeat {})).await;
+        registry.snapshot().clusters["train"].lease == wanted
+    };
+    eventually("it is heard", || is(Lease::Live)).await;
+    eventually("it counts as silent", || is(Lease::Stale)).await;
+    let kind = Some(wire::begin::Kind::Snapshot(wire::Snapshot {}));
+    say(Message::Begin(wire::Begin { origin: String::new(), kind, needs_interest: 0 })).await;
+    let position = Some(wire::Position { epoch: 1, revision: 1 });
+    say(Message::End(wire::End { position, digest: Vec::new().into(), view: 0 })).await;
+    eventually("it publishes", || is(Lease::Live)).await;
+    assert!(answers.message().await.unwrap().is_some(), "the stream was open all along");
+}
+
+/// What members hold may be newer than a backup; its revisions count for nothing in the epoch that then begins.
+#[tokio::test]
+async fn a_hub_that_was_restored_tells_everything_anew() {
+    use hanse_proto::federation::v1::exchange_client::ExchangeClient;
+    let test = TestHub::start().await;
+    let member = test.member("train").await;
+    let backup = test.folder.path().join("backup");
+    let test = test.backed_up(&backup).await;
+    // The hub's first batch to somebody who holds `hub`, with its end.
+    let first = async |test: &TestHub, hub: Option<wire::Position>| {
+        let connection = member.hub_client().unwrap().connect(&test.hub.address.to_string()).await.unwrap();
+        let open = wire::WatchOpen { protocol: 1, hub, ..wire::WatchOpen::default() };
+        let open = wire::WatchRequest { message: Some(wire::watch_request::Message::Open(open)) };
+        let (sender, requests) = tokio::sync::mpsc::channel(1);
+        sender.send(open).await.unwrap();
+        let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
+        let mut answers = ExchangeClient::new(connection.channel).watch(requests).await.unwrap().into_inner();
+        let mut kind = None;
+        loop {
+            let answer = tokio::time::timeout(SOON, answers.message()).await.unwrap().unwrap().unwrap();
+            match answer.message {
+                Some(wire::watch_response::Message::Begin(begin)) => kind = begin.kind,
+                Some(wire::watch_response::Message::End(end)) => return (kind, end.position.unwrap()),
+                _ => {}
+            }
+        }
+    };
+    for name in ["a", "b", "c"] {
+        test.admin().await.apply(apply(policy(name, "platform"))).await.unwrap();
+    }
+    let (_, newest) = first(&test, None).await;
+    let test = test.restored(&backup).await;
+    let (kind, anew) = first(&test, Some(newest)).await;
+    assert!(matches!(kind, Some(wire::begin::Kind::Snapshot(_))), "{kind:?}");
+    assert!(anew.epoch > newest.epoch && anew.revision < newest.revision, "{anew:?} after {newest:?}");
 }
 
 #[tokio::test]

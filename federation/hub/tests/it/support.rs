@@ -28,6 +28,7 @@ pub struct TestHub {
     pub hub: Hub,
     pub shutdown: Shutdown,
     pub lifetimes: Lifetimes,
+    pub lease: Duration,
     /// Seconds that the registry's clock is ahead.
     pub ahead: Arc<AtomicU64>,
 }
@@ -41,10 +42,32 @@ impl TestHub {
         let folder = tempfile::tempdir().unwrap();
         let domain = TrustDomain::new("hanse.test").unwrap();
         init(folder.path(), &domain, "127.0.0.1:0".parse().unwrap()).await.unwrap();
-        Self::open(folder, lifetimes, Arc::default()).await
+        Self::open(folder, lifetimes, Duration::from_secs(30), Arc::default(), false).await
     }
 
-    async fn open(folder: tempfile::TempDir, lifetimes: Lifetimes, ahead: Arc<AtomicU64>) -> Self {
+    /// The same hub, started again with another lease.
+    pub async fn with_lease(mut self, lease: Duration) -> Self {
+        self.lease = lease;
+        self.restart().await
+    }
+
+    /// The same hub, started again after a copy of its store was made.
+    pub async fn backed_up(self, to: &Path) -> Self {
+        self.restart_with(|store| std::fs::copy(store, to), false).await
+    }
+
+    /// The same hub, started again from such a copy.
+    pub async fn restored(self, from: &Path) -> Self {
+        self.restart_with(|store| std::fs::copy(from, store), true).await
+    }
+
+    async fn open(
+        folder: tempfile::TempDir,
+        lifetimes: Lifetimes,
+        lease: Duration,
+        ahead: Arc<AtomicU64>,
+        restored: bool,
+    ) -> Self {
         let shutdown = Shutdown::default();
         let any = "127.0.0.1:0".parse().unwrap();
         let clock = ahead.clone();
@@ -52,7 +75,8 @@ impl TestHub {
         let hub = loop {
             let clock = clock.clone();
             let clock = Clock(Arc::new(move || SystemTime::now() + Duration::from_secs(clock.load(Ordering::SeqCst))));
-            let options = Options { lifetimes, clock, ..Options::new(folder.path().to_owned(), any, any) };
+            let options =
+                Options { lifetimes, lease, clock, restored, ..Options::new(folder.path().to_owned(), any, any) };
             match Hub::start(options, &shutdown).await {
                 Ok(hub) => break hub,
                 // The store's last owner needs a moment to let go of the file.
@@ -60,15 +84,22 @@ impl TestHub {
                 Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
             }
         };
-        Self { folder, hub, shutdown, lifetimes, ahead }
+        Self { folder, hub, shutdown, lifetimes, lease, ahead }
     }
 
     /// Stops it and starts another on the same files.
     pub async fn restart(self) -> Self {
-        let Self { folder, hub, shutdown, lifetimes, ahead } = self;
+        self.restart_with(|_| Ok(0), false).await
+    }
+
+    async fn restart_with(self, meanwhile: impl FnOnce(&Path) -> std::io::Result<u64>, restored: bool) -> Self {
+        let Self { folder, hub, shutdown, lifetimes, lease, ahead } = self;
         shutdown.drain(SOON).await;
         drop(hub);
-        Self::open(folder, lifetimes, ahead).await
+        let store = folder.path().join("hub.redb");
+        eventually("the store is let go of", || async { hanse_store::open_file(&store).is_ok() }).await;
+        meanwhile(&store).unwrap();
+        Self::open(folder, lifetimes, lease, ahead, restored).await
     }
 
     pub fn advance(&self, time: Duration) {

@@ -83,6 +83,9 @@ struct Session {
     /// The hub's own objects came.
     hub_ended: bool,
     outstanding: BTreeSet<ClusterName>,
+    /// Origins of which a batch was not taken, since its digest differed, with the interest that was said to be complete
+    /// meanwhile: it is not, before the snapshot that was asked for has come.
+    lacking: BTreeMap<ClusterName, Option<u64>>,
 }
 
 #[derive(Debug)]
@@ -390,6 +393,10 @@ impl Receiver {
                 Ok(self.advance())
             }
             Some(Response::Complete(complete)) => {
+                if let Some(at) = session.lacking.get_mut(&*complete.origin) {
+                    *at = Some(complete.interest);
+                    return Ok(Vec::new());
+                }
                 if complete.interest == session.number {
                     session.outstanding.remove(&*complete.origin);
                 }
@@ -402,6 +409,7 @@ impl Receiver {
             }
             Some(Response::Withdrawn(withdrawn)) => {
                 session.outstanding.remove(&*withdrawn.cluster);
+                session.lacking.remove(&*withdrawn.cluster);
                 if session.staging.as_ref().is_some_and(|staging| staging.origin == withdrawn.cluster) {
                     session.staging = None;
                 }
@@ -570,10 +578,20 @@ impl Receiver {
         match origin.apply(&name, staging.snapshot, staging.updates, digest, &mut self.changes) {
             Ok(()) => {
                 (origin.position, origin.view) = (position, view);
+                let Some(session) = self.session.as_mut() else { return Vec::new() };
+                if session.lacking.remove(&name).is_some_and(|complete| complete == Some(session.number)) {
+                    session.outstanding.remove(&name);
+                    return self.advance();
+                }
                 Vec::new()
             }
             // What was held stands until the snapshot replaces it.
-            Err(DigestDiffers) => vec![mismatch(&staging.origin)],
+            Err(DigestDiffers) => {
+                if let Some(session) = self.session.as_mut() {
+                    session.lacking.entry(name).or_default();
+                }
+                vec![mismatch(&staging.origin)]
+            }
         }
     }
 
@@ -966,5 +984,42 @@ mod tests {
             send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(json, 4, features), 4);
             assert_eq!(in_force(&mut restored), None);
         }
+    }
+    /// The hub says that an interest is complete right behind a batch that was not taken: it is complete with the snapshot.
+    #[test]
+    fn a_policy_waits_for_endpoints_whose_batch_was_not_taken() {
+        let begin = |origin: &str, kind| {
+            let begin = pb::Begin { origin: origin.to_owned(), kind: Some(kind), needs_interest: 1 };
+            pb::WatchResponse { message: Some(Response::Begin(begin)) }
+        };
+        let end = |digest| {
+            let position = Some(pb::Position { epoch: 1, revision: 1 });
+            let end = pb::End { position, digest: wire::digest_bytes(digest), view: 1 };
+            pb::WatchResponse { message: Some(Response::End(end)) }
+        };
+        let snapshot = || pb::begin::Kind::Snapshot(pb::Snapshot {});
+        let mut receiver = Receiver::checked(check);
+        receiver.open();
+        let interest = pb::Interest { number: 1, origins: vec!["far".to_owned()], ..pb::Interest::default() };
+        receiver.take(pb::WatchResponse { message: Some(Response::Interest(interest)) }).expect("the protocol");
+        let object = policy(b"1", 1, &[]);
+        let frame = wire::frames([object.clone()], Vec::new()).remove(0);
+        for message in [
+            begin("", snapshot()),
+            pb::WatchResponse { message: Some(Response::Frame(frame)) },
+            end(digest_of(&object)),
+            begin("far", pb::begin::Kind::Delta(pb::Delta {})),
+        ] {
+            receiver.take(message).expect("the protocol");
+        }
+        let asked = receiver.take(end(7)).expect("the protocol");
+        assert_eq!(asked, [mismatch("far")]);
+        let state = Some(pb::complete::State::Position(pb::Position { epoch: 1, revision: 1 }));
+        let complete = pb::Complete { interest: 1, origin: "far".to_owned(), state, view: 1 };
+        receiver.take(pb::WatchResponse { message: Some(Response::Complete(complete)) }).expect("the protocol");
+        assert_eq!(in_force(&mut receiver), None, "what it needs has not come");
+        receiver.take(begin("far", snapshot())).expect("the protocol");
+        receiver.take(end(0)).expect("the protocol");
+        assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"1"))));
     }
 }

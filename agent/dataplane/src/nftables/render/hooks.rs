@@ -188,11 +188,28 @@ fn arrival() -> Vec<Rule> {
     rules.push(rule(family_is(Family::V4).into_iter().chain(begins_with(12, &[0; 4], 32)).chain([goto(NAMELESS)])));
     rules
         .push(rule(family_is(Family::V6).into_iter().chain(begins_with(8, &[0xfe, 0x80], 10)).chain([goto(NAMELESS)])));
+    rules.extend(tunnels());
     for (probe, set) in [(PROBE_OWN, "answered"), (PROBE_ACROSS, "crossed")] {
         let noted = |family| rule(probe_answer(family, probe).into_iter().chain(note_source(family, set)));
         rules.extend(both().map(noted));
     }
     rules
+}
+
+/// What a pod wraps for a tunnel of a node's, IPIP, VXLAN or Geneve (RFC 7348, RFC 8926; 8472 is VXLAN's port of Linux): none
+/// of these proves who wrapped it, and what it holds would come out of the tunnel with any source.
+fn tunnels() -> Vec<Rule> {
+    const IPIP: u8 = 4;
+    let drop = || [Expression::Counter, Expression::Verdict(Verdict::Drop)];
+    let to_port = |port: u16| rule(protocol_is(UDP).into_iter().chain(to_port_is(port)).chain(drop()));
+    [rule(protocol_is(IPIP).into_iter().chain(drop()))].into_iter().chain([4789, 8472, 6081].map(to_port)).collect()
+}
+
+fn to_port_is(port: u16) -> [Expression; 2] {
+    [
+        Expression::LoadPayload { base: 2, offset: 2, length: 2, register: R1 },
+        Expression::Compare { register: R1, operator: Compare::Equal, value: port.to_be_bytes().to_vec() },
+    ]
 }
 
 /// Whoever has no name yet, or speaks of groups: DHCP, IGMP and MLD (RFC 2710, RFC 3810). All else wants a pod's address, by
@@ -206,13 +223,7 @@ fn nameless() -> Vec<Rule> {
         ];
         rule(protocol_is(ICMP_V6).into_iter().chain(kind).chain([accept()]))
     };
-    let to_server = |port: u16| {
-        let to = [
-            Expression::LoadPayload { base: 2, offset: 2, length: 2, register: R1 },
-            Expression::Compare { register: R1, operator: Compare::Equal, value: port.to_be_bytes().to_vec() },
-        ];
-        rule(protocol_is(UDP).into_iter().chain(to).chain([accept()]))
-    };
+    let to_server = |port| rule(protocol_is(UDP).into_iter().chain(to_port_is(port)).chain([accept()]));
     vec![
         kinds(130, 132),
         kinds(143, 143),

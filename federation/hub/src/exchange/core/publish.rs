@@ -14,6 +14,8 @@ use crate::exchange::origin::{Batch, BatchError, Origin, StagedLimits};
 use crate::exchange::wire;
 use crate::registry::MAX_CLUSTERS;
 
+/// What is said of a frame, or of an end, where no batch is under way.
+const NO_BATCH: &str = "no batch has begun, or another stream of the cluster has begun one since";
 /// Refusals that one message names.
 const MAX_REFUSALS: usize = 256;
 /// Nodes of one cluster, of which each is held for status.
@@ -119,13 +121,18 @@ impl Exchange {
             }
             _ if publisher.epoch.is_none() => return Err(PublishError::Protocol("the first message is not open")),
             Request::Begin(begin) => {
+                // One batch of a cluster is staged at a time, whatever its streams are: the newest.
+                for other in self.publishers.values_mut().filter(|other| other.cluster == cluster) {
+                    other.staged = None;
+                }
+                let publisher = self.publishers.get_mut(&id).ok_or(PublishError::Protocol("closed"))?;
                 let snapshot = matches!(begin.kind, Some(pb::begin::Kind::Snapshot(_)));
                 publisher.resyncing &= !snapshot;
                 publisher.staged = Some(Batch { snapshot, ..Batch::default() });
                 Vec::new()
             }
             Request::Frame(bytes) => {
-                let batch = publisher.staged.as_mut().ok_or(PublishError::Protocol("a frame outside of a batch"))?;
+                let batch = publisher.staged.as_mut().ok_or(PublishError::Protocol(NO_BATCH))?;
                 let frame =
                     wire::read_frame(&bytes).map_err(|_| PublishError::Protocol("a frame that cannot be read"))?;
                 let state = self.hub.federation.clusters.get(&cluster).ok_or(PublishError::NotAccepted)?;
@@ -142,7 +149,7 @@ impl Exchange {
                 Vec::new()
             }
             Request::End(end) => {
-                let batch = publisher.staged.take().ok_or(PublishError::Protocol("an end without a begin"))?;
+                let batch = publisher.staged.take().ok_or(PublishError::Protocol(NO_BATCH))?;
                 if publisher.resyncing {
                     return Ok(Vec::new());
                 }
@@ -164,6 +171,11 @@ impl Exchange {
             },
         };
         Ok(answers.into_iter().map(|message| pb::PublishResponse { message: Some(message) }).collect())
+    }
+
+    /// Whether a cluster has published since this hub started.
+    pub fn has_published(&self, cluster: &ClusterName) -> bool {
+        self.origin(cluster).is_some_and(|origin| origin.synced)
     }
 
     fn origin_of(&mut self, cluster: &ClusterName) -> Option<&mut Origin> {

@@ -237,6 +237,14 @@ impl Exchange {
             held,
             interest: Arc::new(wire::read_interest(open.interest, wire::MAX_INTEREST).map_err(WatchError::Protocol)?),
         };
+        let now = self.hub.federation.position;
+        if self.hub.loaded && opening.hub.is_some_and(|held| held.epoch == now.epoch && held.revision > now.revision) {
+            let held = opening.hub.map_or(0, |held| held.revision);
+            tracing::error!(
+                %cluster, held, have = now.revision,
+                "a member holds a newer state of the hub than the hub: where its files were restored, start it with --restored"
+            );
+        }
         let own = wire::read_interest(open.own, wire::MAX_SELECTIONS).map_err(WatchError::Protocol)?;
         let nothing = Arc::new(Interest::new());
         let class = self.acquire_class(&nothing);
