@@ -327,16 +327,18 @@ fn addresses_of_the_link_are_not_a_way_around() {
 
     // Pods on a bridge.
     let mut net = Net::new();
-    net.bridged_pods(&[2, 3], true);
+    net.bridged_pods(&[2, 3, 4], true);
     let mut driver = net.driver();
-    let receiver = net.name("p3");
+    let (receiver, nameless) = (net.name("p3"), net.name("p4"));
+    crate::net::ip(&format!("-n {nameless} addr flush dev eth0"));
+    crate::net::ip(&format!("-n {nameless} route add default dev eth0"));
     crate::net::ip(&format!("-n {receiver} addr add fe80::3/64 dev eth0 nodad"));
     let link = net.within("p2", || nix::net::if_::if_nametoindex("eth0").expect("its index"));
     let by_link = format!("[fe80::3%{link}]:80");
     let _listener = net.listen("p3", "[::]:80");
     let sockets = ["0.0.0.0:53", "[::]:54"].map(|at| net.udp("p3", at));
-    let to_all = |from: &str, to: &str, socket: &std::net::UdpSocket| {
-        let sender = net.udp("p2", from);
+    let to_all = |pod: &str, from: &str, to: &str, socket: &std::net::UdpSocket| {
+        let sender = net.udp(pod, from);
         sender.set_broadcast(true).expect("set");
         crate::net::drain(socket);
         let to: std::net::SocketAddr = to.parse().expect("an address");
@@ -346,15 +348,17 @@ fn addresses_of_the_link_are_not_a_way_around() {
     let ways = || {
         [
             net.connect("p2", &by_link).is_some(),
-            to_all("10.1.0.2:4000", "255.255.255.255:53", &sockets[0]),
-            to_all("10.1.0.2:4000", "224.0.0.1:53", &sockets[0]),
-            to_all("[fd01::2]:4000", &group, &sockets[1]),
-            to_all("[::]:4000", &group, &sockets[1]),
+            to_all("p2", "10.1.0.2:4000", "255.255.255.255:53", &sockets[0]),
+            to_all("p2", "10.1.0.2:4000", "224.0.0.1:53", &sockets[0]),
+            // From 0.0.0.0, for it has no address.
+            to_all("p4", "0.0.0.0:4000", "255.255.255.255:53", &sockets[0]),
+            to_all("p2", "[fd01::2]:4000", &group, &sockets[1]),
+            to_all("p2", "[::]:4000", &group, &sockets[1]),
         ]
     };
-    assert_eq!(ways(), [true; 5], "without rules");
+    assert_eq!(ways(), [true; 6], "without rules");
     driver.apply(&Build { pods: vec![2, 3], ingress: Some(vec![]), ..Build::default() }.rules()).expect("applied");
-    assert_eq!(ways(), [false; 5]);
+    assert_eq!(ways(), [false; 6]);
     let open = Build { pods: vec![2, 3], number: 1, ..Build::default() };
     driver.apply(&open.rules()).expect("applied");
     assert!(net.connect("p2", "[fd01::3]:80").is_some() && net.connect("p2", "10.1.0.3:80").is_some());

@@ -607,6 +607,80 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn one_identity_takes_few_of_the_places() {
+        use crate::ca::Ca;
+        use crate::identity::{Identity, TrustDomain};
+        use crate::tls::TlsClient;
+        let hour = Duration::from_secs(3_600);
+        let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
+        let issue = |identity: &Identity| ca.issue_credentials(identity, hour, SystemTime::now()).unwrap();
+        let trust = Trust::new(ca.certificate(), |_| true).unwrap();
+        let tls = ServerTls::mutual(CredentialStore::new(issue(&Identity::Hub)).unwrap(), &trust).unwrap();
+        let limits = IncomingLimits { per_identity: Some(2), ..IncomingLimits::default() };
+        let (connections, stop) = (Connections::default(), CancellationToken::new());
+        let any = "127.0.0.1:0".parse().unwrap();
+        let listener = incoming(any, tls, limits, connections.clone(), stop.clone()).await.unwrap();
+        let address = listener.address().to_string();
+        let serving = http2_server().add_routes(tonic::service::Routes::default());
+        tokio::spawn(serving.serve_with_incoming_shutdown(listener, stop.clone().cancelled_owned()));
+        let [a, b] = ["a", "b"].map(|name| {
+            let own = CredentialStore::new(issue(&Identity::cluster(name).unwrap())).unwrap();
+            TlsClient::mutual(own, &trust).unwrap()
+        });
+        let until = async |wanted: usize| {
+            let count = async {
+                while connections.len() != wanted {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), count).await.expect("in time");
+        };
+        let _first = a.connect(&address).await.unwrap();
+        let _second = a.connect(&address).await.unwrap();
+        until(2).await;
+        // Its handshake is complete: it may learn of the end a moment later only.
+        if let Ok(third) = a.connect(&address).await {
+            tokio::time::timeout(Duration::from_secs(20), third.peer.closed.cancelled()).await.expect("it is closed");
+        }
+        let _other = b.connect(&address).await.unwrap();
+        until(3).await;
+        stop.cancel();
+    }
+
+    /// Whoever comes knows the newest by its hash.
+    #[tokio::test]
+    async fn the_authority_is_presented_as_it_is_now() {
+        use std::sync::Mutex;
+
+        use crate::ca::Ca;
+        use crate::identity::{Identity, TrustDomain};
+        use crate::tls::{PinnedRoot, TlsClient};
+        let hour = Duration::from_secs(3_600);
+        let [former, newest] =
+            [1, 2].map(|_| Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap());
+        let issue = |ca: &Ca| ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap();
+        let own = CredentialStore::new(issue(&former)).unwrap();
+        let now = Arc::new(Mutex::new(former.certificate().der.clone()));
+        let asked = Arc::clone(&now);
+        let tls = ServerTls::anonymous(own.clone(), PresentedAuthority::new(move || asked.lock().unwrap().clone()));
+        let stop = CancellationToken::new();
+        let any = "127.0.0.1:0".parse().unwrap();
+        let listener = incoming(any, tls.unwrap(), IncomingLimits::default(), Connections::default(), stop.clone());
+        let listener = listener.await.unwrap();
+        let address = listener.address().to_string();
+        let serving = http2_server().add_routes(tonic::service::Routes::default());
+        tokio::spawn(serving.serve_with_incoming_shutdown(listener, stop.clone().cancelled_owned()));
+        let client =
+            |ca: &Ca| TlsClient::pinned(PinnedRoot::new(ca.certificate().fingerprint(), Identity::Hub)).unwrap();
+        client(&former).connect(&address).await.expect("its hash is known");
+        assert!(client(&newest).connect(&address).await.is_err());
+        own.replace(issue(&newest)).unwrap();
+        *now.lock().unwrap() = newest.certificate().der.clone();
+        client(&newest).connect(&address).await.expect("its hash is known");
+        stop.cancel();
+    }
+
+    #[tokio::test]
     async fn a_connection_without_a_certificate_is_short_and_one_of_few() {
         use crate::ca::Ca;
         use crate::identity::{Identity, TrustDomain};
