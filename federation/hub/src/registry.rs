@@ -116,7 +116,8 @@ struct Shared {
     view: watch::Sender<Arc<Snapshot>>,
     /// Orders the changes of this replica, so that they do not conflict among themselves.
     changing: tokio::sync::Mutex<()>,
-    leases: tokio::sync::Mutex<HashMap<Arc<str>, LeaseId>>,
+    /// Each cluster's, which is granted and renewed by one at a time: clusters make each other wait for nothing.
+    leases: Mutex<HashMap<Arc<str>, Arc<tokio::sync::Mutex<Option<LeaseId>>>>>,
     heard: Mutex<HashMap<Arc<str>, Instant>>,
     failed: AtomicBool,
     denied: Mutex<Denials>,
@@ -143,9 +144,9 @@ impl Registry {
         let leases = listing.entries.iter().filter_map(|e| {
             let mut segments = e.key.segments();
             (segments.next() == Some("lease")).then_some(())?;
-            Some((Arc::from(segments.next()?), e.lease?))
+            Some((Arc::from(segments.next()?), Arc::new(tokio::sync::Mutex::new(Some(e.lease?)))))
         });
-        let leases = tokio::sync::Mutex::new(leases.collect());
+        let leases = Mutex::new(leases.collect());
         let view = watch::Sender::new(Arc::new(snapshot));
         let stop = CancellationToken::new();
         tokio::spawn(follow(store.clone(), view.clone(), stop.clone()));
@@ -241,11 +242,15 @@ impl Registry {
         }
         let now = Instant::now();
         self.shared.heard.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), now);
-        let mut leases = self.shared.leases.lock().await;
-        if let Some(lease) = leases.get(&name) {
-            match self.shared.store.renew_lease(*lease).await {
+        let lease = {
+            let mut leases = self.shared.leases.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(leases.entry(name).or_default())
+        };
+        let mut held = lease.lock().await;
+        if let Some(lease) = *held {
+            match self.shared.store.renew_lease(lease).await {
                 Ok(()) => return Ok(()),
-                Err(StoreError::NoLease(_)) => drop(leases.remove(&name)),
+                Err(StoreError::NoLease(_)) => *held = None,
                 Err(error) => return Err(error.into()),
             }
         }
@@ -254,7 +259,7 @@ impl Registry {
             .put_with_lease(key(&["lease", cluster])?, Bytes::new(), lease)
             .put(key(&["heard", cluster])?, Bytes::new());
         let outcome = self.noted(self.shared.store.commit(live).await)?;
-        leases.insert(name, lease);
+        *held = Some(lease);
         if let Outcome::Committed(revision) = outcome {
             self.shown(revision).await?;
         }
