@@ -318,10 +318,8 @@ impl Exchange {
             })
             .collect();
         numbers.sort_unstable();
-        for number in fresh {
-            for origin in self.origins.iter_mut().flatten() {
-                origin.select(number, &self.selections);
-            }
+        for origin in self.origins.iter_mut().flatten() {
+            origin.select(&fresh, &self.selections);
         }
         if let Some(at) = self.class_numbers.get(&numbers).copied()
             && let Some(class) = self.classes[at].as_mut()

@@ -79,6 +79,8 @@ enum Named {
     Account { namespace: u64, name: Arc<str>, labels: Pairs },
 }
 
+/// Up to so many new selections are each asked for each profile.
+const FEW_SELECTIONS: usize = 8;
 /// The label with a namespace's name.
 const NAME_LABEL: &str = "kubernetes.io/metadata.name";
 
@@ -411,9 +413,12 @@ impl Origin {
         self.free.append(&mut self.freed);
     }
 
-    /// Judges a new selection over every profile.
-    pub fn select(&mut self, number: u32, selections: &Selections) {
-        if !selections.wanted(number).clusters.contains("", &self.name) {
+    /// Judges new selections over every profile.
+    pub fn select(&mut self, fresh: &[u32], selections: &Selections) {
+        let counts = |number: &u32| selections.wanted(*number).clusters.contains("", &self.name);
+        let mut fresh: Vec<u32> = fresh.iter().copied().filter(counts).collect();
+        fresh.sort_unstable();
+        if fresh.is_empty() {
             return;
         }
         for at in 0..self.profiles.len() as u32 {
@@ -421,14 +426,26 @@ impl Origin {
             if profile.problem.is_some() || profile.endpoints.is_empty() {
                 continue;
             }
-            if selections.asks_endpoints(number, &profile.own_keys) {
-                add(&mut self.profiles.get_mut(at).asking, number);
-                continue;
-            }
             let pairs = self.effective(profile.key, &[]);
-            if selections.may_match(number, &Known { pairs: &pairs, grant: &self.label_grant }) {
-                add(&mut self.profiles.get_mut(at).matches, number);
+            let known = Known { pairs: &pairs, grant: &self.label_grant };
+            let (mut matches, mut asking) = (Vec::new(), Vec::new());
+            let mut judge = |number: u32| {
+                if selections.asks_endpoints(number, &profile.own_keys) {
+                    asking.push(number);
+                } else if selections.may_match(number, &known) {
+                    matches.push(number);
+                }
+            };
+            // Of many only those are asked that the labels may satisfy.
+            if fresh.len() <= FEW_SELECTIONS {
+                fresh.iter().copied().for_each(&mut judge);
+            } else {
+                let candidates = selections.candidates(&self.name, &known, &profile.own_keys).into_iter();
+                candidates.filter(|number| fresh.binary_search(number).is_ok()).for_each(&mut judge);
             }
+            let profile = self.profiles.get_mut(at);
+            matches.into_iter().for_each(|number| add(&mut profile.matches, number));
+            asking.into_iter().for_each(|number| add(&mut profile.asking, number));
         }
     }
 
