@@ -108,6 +108,8 @@ pub struct Registry {
     shared: Arc<Shared>,
 }
 
+type HeldLease = Arc<tokio::sync::Mutex<Option<LeaseId>>>;
+
 struct Shared {
     store: Arc<dyn Store>,
     epoch: u64,
@@ -117,7 +119,7 @@ struct Shared {
     /// Orders the changes of this replica, so that they do not conflict among themselves.
     changing: tokio::sync::Mutex<()>,
     /// Each cluster's, which is granted and renewed by one at a time: clusters make each other wait for nothing.
-    leases: Mutex<HashMap<Arc<str>, Arc<tokio::sync::Mutex<Option<LeaseId>>>>>,
+    leases: Mutex<HashMap<Arc<str>, HeldLease>>,
     heard: Mutex<HashMap<Arc<str>, Instant>>,
     failed: AtomicBool,
     denied: Mutex<Denials>,
