@@ -353,14 +353,17 @@ async fn a_hub_that_was_restored_tells_everything_anew() {
         let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
         let mut answers = ExchangeClient::new(connection.channel).watch(requests).await.unwrap().into_inner();
         let mut kind = None;
-        loop {
-            let answer = tokio::time::timeout(SOON, answers.message()).await.unwrap().unwrap().unwrap();
-            match answer.message {
-                Some(wire::watch_response::Message::Begin(begin)) => kind = begin.kind,
-                Some(wire::watch_response::Message::End(end)) => return (kind, end.position.unwrap()),
-                _ => {}
+        let told = async {
+            loop {
+                match answers.message().await.unwrap().unwrap().message {
+                    Some(wire::watch_response::Message::Begin(begin)) => kind = begin.kind,
+                    Some(wire::watch_response::Message::End(end)) => return end.position.unwrap(),
+                    _ => {}
+                }
             }
-        }
+        };
+        let position = tokio::time::timeout(SOON, told).await.expect("a batch");
+        (kind, position)
     };
     for name in ["a", "b", "c"] {
         test.admin().await.apply(apply(policy(name, "platform"))).await.unwrap();
