@@ -73,11 +73,13 @@ struct Unpublished {
     since: tokio::time::Instant,
     progress: tokio::time::Instant,
     heard: tokio::time::Instant,
+    /// That it is silent was said.
+    told: bool,
 }
 
 impl Unpublished {
     fn new(now: tokio::time::Instant) -> Self {
-        Self { since: now, progress: now, heard: now }
+        Self { since: now, progress: now, heard: now, told: false }
     }
 
     /// Whoever sends nothing for a lease's time, or does not come to an end of it in ten, is silent: others would wait for it
@@ -216,10 +218,17 @@ impl Service {
         }
         let state = unpublished.entry(cluster.clone()).or_insert_with(|| Unpublished::new(now));
         let silent = state.is_silent(self.registry.lease_time(), now);
-        if silent {
+        if silent && !std::mem::replace(&mut state.told, true) {
             tracing::warn!(%cluster, "it is connected and does not publish: it counts as silent");
         }
         silent
+    }
+
+    /// Its first batch is under way.
+    fn progresses(&self, cluster: &ClusterName) {
+        if let Some(state) = lock(&self.shared.unpublished).get_mut(cluster) {
+            state.progress = tokio::time::Instant::now();
+        }
     }
 
     async fn published(
@@ -262,10 +271,8 @@ impl Service {
                 return Err(Status::invalid_argument("a message has at most 4 MiB"));
             }
             let updates = updates_in(&request);
-            if updates > 0
-                && let Some(state) = lock(&self.shared.unpublished).get_mut(cluster)
-            {
-                state.progress = tokio::time::Instant::now();
+            if updates > 0 {
+                self.progresses(cluster);
             }
             let answers = self
                 .with(|exchange| exchange.publish(id, request))
@@ -304,6 +311,8 @@ impl Service {
                 () = tokio::time::sleep_until(until.min(tokio::time::Instant::now() + HEARD_EVERY)) => {}
                 () = outbox.closed() => return Err(Status::cancelled("the member is gone")),
             }
+            // It is we who make it wait.
+            self.progresses(cluster);
             self.heard(cluster).await?;
         }
         Ok(())

@@ -211,7 +211,7 @@ fn addresses_and_ports_are_such() {
             "5 endpoints[0].addresses[0]",
         ),
         (
-            "discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s}\naddressType: IPv4\nports: [{protocol: XXX, port: 1}]",
+            "discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s}\naddressType: IPv4\nports: [{protocol: GRE, port: 1}]",
             "5 ports[0].protocol",
         ),
         (
