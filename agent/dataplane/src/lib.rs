@@ -6,6 +6,9 @@
 //!
 //! What is not done here: deciding what to enforce, and talking to anybody but the kernel.
 
+// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod nftables;
 
 use std::collections::BTreeMap;

@@ -4,6 +4,9 @@
 //! force stays so when the agent stops, crashes, or has nobody to talk to. It decides nothing, and tells what the kernel
 //! decided.
 
+// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod enforcer;
 pub mod flows;
 pub mod identity;

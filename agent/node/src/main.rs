@@ -1,5 +1,9 @@
 //! `hanse-agent`: enforces one node's rule sets.
 
+// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,7 +23,7 @@ use hanse_runtime::health::Health;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::monitor::{Page, serve};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::{files, logging, tls};
+use hanse_runtime::{files, logging, text, tls};
 use ipnet::IpNet;
 use tokio::sync::watch;
 
@@ -142,7 +146,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("hanse-agent: {error:#}");
+            text::note(format_args!("hanse-agent: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -152,7 +156,7 @@ fn cleanup(args: &CleanupArgs) -> anyhow::Result<()> {
     let config = args.marks.config(Vec::new())?;
     let removed = Nftables::open(config).and_then(|mut backend| backend.cleanup());
     removed.context("remove the rules (this needs root, or CAP_NET_ADMIN)")?;
-    println!("Every rule of Hanse is removed from this node's kernel.");
+    text::line(format_args!("Every rule of Hanse is removed from this node's kernel."))?;
     Ok(())
 }
 
@@ -165,29 +169,32 @@ fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
         value["writtenAt"] = rfc3339(status.written_at()).into();
         value["running"] = running.into();
         match args.output {
-            Output::Yaml => print!("---\n{}", serde_yaml_ng::to_string(&value)?),
-            Output::Table | Output::Json => println!("{value}"),
+            Output::Yaml => write!(text::stdout(), "{}", text::yaml(&value)?)?,
+            Output::Table | Output::Json => text::line(format_args!("{value}"))?,
         }
         return Ok(());
     }
     let said = "no: what follows is the last that it said, and its rules stay in the kernel";
-    println!("node         {}", status.node);
-    println!("running      {}", if running { "yes" } else { said });
-    println!("generation   {}.{}", status.term, status.number);
-    println!("digest       {}", status.digest);
-    println!("revisions    hub {}, local {}", status.hub_revision, status.local_revision);
-    println!("enforced     {} endpoints, {} policies, {} sets", status.endpoints, status.policies, status.sets);
-    println!("pod ranges   {}", status.ranges());
-    println!("in sync      {}", if status.connected { "yes" } else { "no" });
-    println!("as of        {} ({} s ago)", rfc3339(status.written_at()), status.age_seconds());
+    text::line(format_args!("node         {}", status.node))?;
+    text::line(format_args!("running      {}", if running { "yes" } else { said }))?;
+    text::line(format_args!("generation   {}.{}", status.term, status.number))?;
+    text::line(format_args!("digest       {}", status.digest))?;
+    text::line(format_args!("revisions    hub {}, local {}", status.hub_revision, status.local_revision))?;
+    text::line(format_args!(
+        "enforced     {} endpoints, {} policies, {} sets",
+        status.endpoints, status.policies, status.sets
+    ))?;
+    text::line(format_args!("pod ranges   {}", status.ranges()))?;
+    text::line(format_args!("in sync      {}", if status.connected { "yes" } else { "no" }))?;
+    text::line(format_args!("as of        {} ({} s ago)", rfc3339(status.written_at()), status.age_seconds()))?;
     let hooks = if status.hooks.is_empty() { "see the pods' packets" } else { &status.hooks };
-    println!("hooks        {hooks}");
-    println!("flows        {}", status.flows);
+    text::line(format_args!("hooks        {hooks}"))?;
+    text::line(format_args!("flows        {}", status.flows))?;
     for pod in &status.unenforced {
-        println!("unenforced   {}/{}: {}", pod.namespace, pod.name, pod.reason);
+        text::line(format_args!("unenforced   {}/{}: {}", pod.namespace, pod.name, pod.reason))?;
     }
     for refused in &status.refused {
-        println!("refused      {refused}");
+        text::line(format_args!("refused      {refused}"))?;
     }
     Ok(())
 }

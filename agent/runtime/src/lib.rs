@@ -4,6 +4,9 @@
 //! outlives the certificates it was opened with, and that no secret is ever formatted into a log line.
 //! It knows nothing of policy, of clusters' contents, or of any one protocol.
 
+// What others wrote is printed by `text`, which escapes it.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod agent_wire;
 pub mod ca;
 pub mod files;
@@ -16,6 +19,7 @@ pub mod moment;
 pub mod monitor;
 pub mod retry;
 pub mod shutdown;
+pub mod text;
 pub mod tls;
 pub mod token;
 

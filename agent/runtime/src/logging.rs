@@ -1,8 +1,10 @@
-//! Structured logs on standard error.
+//! Structured logs on standard error. Each event is one line, in which control characters are escaped.
 
 use std::str::FromStr;
 
 use tracing_subscriber::EnvFilter;
+
+use crate::text::LogWriter;
 
 /// How log lines are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -39,7 +41,7 @@ impl std::fmt::Display for Format {
 /// A second call changes nothing.
 pub fn init(format: Format) {
     let filter = EnvFilter::try_from_env("HANSE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogWriter);
     // An error means that a subscriber is already in place, which tests may have set.
     let _ = match format {
         Format::Text => builder.with_ansi(false).try_init(),

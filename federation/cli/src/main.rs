@@ -5,6 +5,9 @@
 //! `-o json|yaml` for programs; programs may rely on the latter and on the exit codes (0 done; 1 the answer is no, something
 //! failed or a manifest is refused; 2 the command line or an expression is malformed; `wait` says its own).
 
+// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -108,7 +111,7 @@ fn main() -> ExitCode {
         if error.chain().any(gone) {
             return ExitCode::SUCCESS;
         }
-        eprintln!("hanse: {error:#}");
+        output::note(format_args!("hanse: {error:#}"));
         ExitCode::FAILURE
     })
 }

@@ -5,6 +5,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
 use comfy_table::presets;
+use hanse_runtime::text;
+pub use hanse_runtime::text::{Stdout, note, one_line, stdout};
 use serde::Serialize;
 
 /// `-o`.
@@ -21,10 +23,28 @@ pub enum Format {
 #[derive(Debug)]
 pub struct Table(comfy_table::Table);
 
-pub fn table(headings: impl Into<comfy_table::Row>) -> Table {
+/// One cell. Whoever chose its text, it is one line of that cell and acts on nothing around it.
+#[derive(Debug)]
+pub struct Cell(String);
+
+impl Cell {
+    /// A cell of several lines.
+    pub fn lines<T: AsRef<str>>(texts: impl IntoIterator<Item = T>) -> Self {
+        let texts: Vec<String> = texts.into_iter().map(|text| one_line(text.as_ref()).into_owned()).collect();
+        Self(texts.join("\n"))
+    }
+}
+
+impl<T: AsRef<str>> From<T> for Cell {
+    fn from(text: T) -> Self {
+        Self::lines([text])
+    }
+}
+
+pub fn table<T: Into<Cell>>(headings: impl IntoIterator<Item = T>) -> Table {
     let mut table = comfy_table::Table::new();
     table.load_preset(presets::NOTHING);
-    table.set_header(headings);
+    table.set_header(headings.into_iter().map(|heading| heading.into().0));
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
@@ -32,12 +52,17 @@ pub fn table(headings: impl Into<comfy_table::Row>) -> Table {
 }
 
 impl Table {
-    pub fn add_row(&mut self, row: impl Into<comfy_table::Row>) {
-        self.0.add_row(row);
+    pub fn add_row<T: Into<Cell>>(&mut self, row: impl IntoIterator<Item = T>) {
+        self.0.add_row(row.into_iter().map(|cell| cell.into().0));
     }
 
     pub fn is_empty(&self) -> bool {
         self.0.row_count() == 0
+    }
+
+    pub fn print(&self) -> anyhow::Result<()> {
+        writeln!(stdout(), "{self}")?;
+        Ok(())
     }
 }
 
@@ -49,10 +74,20 @@ impl std::fmt::Display for Table {
 
 /// Prints `value` as JSON on one line, or as a YAML document.
 pub fn print<T: Serialize + ?Sized>(format: Format, value: &T) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = std::io::BufWriter::new(stdout());
+    write(&mut out, format, value)?;
+    Ok(out.flush()?)
+}
+
+/// Writes `value` as JSON on one line, or as a YAML document. `out` escapes: see [`stdout`].
+pub fn write<T: Serialize + ?Sized>(out: &mut impl std::io::Write, format: Format, value: &T) -> anyhow::Result<()> {
     match format {
-        Format::Yaml => write!(out, "---\n{}", serde_yaml_ng::to_string(value)?)?,
-        Format::Json | Format::Table => writeln!(out, "{}", serde_json::to_string(value)?)?,
+        Format::Yaml => out.write_all(text::yaml(value)?.as_bytes())?,
+        Format::Json | Format::Table => {
+            // As an error of writing, so that a reader that went away is known as such.
+            serde_json::to_writer(&mut *out, value).map_err(std::io::Error::from)?;
+            out.write_all(b"\n")?;
+        }
     }
     Ok(())
 }
@@ -67,7 +102,7 @@ pub fn done<T: Serialize + ?Sized>(format: Format, value: &T, words: impl std::f
 
 /// Prints a line of text; a reader that went away is an error, not a panic.
 pub fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {
-    writeln!(std::io::stdout().lock(), "{text}")?;
+    text::line(text)?;
     Ok(())
 }
 

@@ -4,9 +4,6 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Subcommand;
-use serde::Serialize;
-
-use crate::output::Format;
 
 mod check;
 mod diff;
@@ -65,16 +62,4 @@ fn json_error(error: &serde_json::Error) -> String {
         Some(told) => format!("column {column}: {told}"),
         None => told,
     }
-}
-
-/// One line of JSON, or one document of YAML.
-fn write_line(out: &mut impl std::io::Write, format: Format, value: &impl Serialize) -> anyhow::Result<()> {
-    match format {
-        Format::Yaml => write!(out, "---\n{}", serde_yaml_ng::to_string(value)?)?,
-        Format::Json | Format::Table => {
-            serde_json::to_writer(&mut *out, value).map_err(std::io::Error::from)?;
-            out.write_all(b"\n")?;
-        }
-    }
-    Ok(())
 }

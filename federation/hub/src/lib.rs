@@ -4,6 +4,9 @@
 //! its audit record in one transaction. [`registration`] lets clusters join and renew, [`administration`] serves platform
 //! teams, and the exchange relays what members publish. Endpoints are never in the store.
 
+// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod administration;
 pub mod authority;
 pub mod exchange;

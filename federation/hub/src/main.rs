@@ -1,5 +1,8 @@
 //! `hanse-hub`: makes a ClusterSet (`init`) and serves it (`run`).
 
+// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,7 +13,7 @@ use clap::{Args, Parser, Subcommand};
 use hanse_hub::authority::Lifetimes;
 use hanse_hub::server::{Hub, Options, init};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::{TrustDomain, logging, tls};
+use hanse_runtime::{TrustDomain, logging, text, tls};
 
 /// The hub of a ClusterSet: registry, trust, exchange and policy distribution.
 #[derive(Debug, Parser)]
@@ -80,7 +83,7 @@ fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("hanse-hub: {error:#}");
+            text::note(format_args!("hanse-hub: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -94,16 +97,14 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Init(args) => {
             let trust_domain = TrustDomain::new(&args.trust_domain).context("read --trust-domain")?;
             init(&args.data, &trust_domain, args.listen).await?;
-            println!(
-                "A ClusterSet {trust_domain} is in {0}. Administer it with:\n\n  export HANSE_CONTEXT={0}/admin.context",
-                args.data.display()
-            );
-            println!(
-                "\nServe it with:\n\n  hanse-hub run --data {} --listen {} --join-listen {}",
-                args.data.display(),
-                args.listen,
-                args.join_listen
-            );
+            let (data, listen, join_listen) = (args.data.display(), args.listen, args.join_listen);
+            text::line(format_args!("A ClusterSet {trust_domain} is in {data}. Administer it with:"))?;
+            text::line("")?;
+            text::line(format_args!("  export HANSE_CONTEXT={data}/admin.context"))?;
+            text::line("")?;
+            text::line("Serve it with:")?;
+            text::line("")?;
+            text::line(format_args!("  hanse-hub run --data {data} --listen {listen} --join-listen {join_listen}"))?;
             Ok(())
         }
         Command::Run(args) => {

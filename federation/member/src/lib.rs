@@ -1,5 +1,8 @@
 //! hanse-member: one cluster's inventory, its hub streams, and the fan-out to its agents.
 
+// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod exchange;
 pub mod fanout;
 pub mod federated;

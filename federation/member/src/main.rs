@@ -1,5 +1,9 @@
 //! `hanse-member`: one cluster's inventory, its hub streams, and the fan-out to its agents.
 
+// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,7 +21,7 @@ use hanse_ruleset::UnknownPods;
 use hanse_runtime::keys::Credentials;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::{Identity, logging, tls};
+use hanse_runtime::{Identity, logging, text, tls};
 use serde_json::json;
 
 /// How long a stop waits for tasks.
@@ -239,7 +243,7 @@ fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("hanse-member: {error:#}");
+            text::note(format_args!("hanse-member: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -308,8 +312,8 @@ fn identity_of(data: &Path, cluster: Option<&str>) -> anyhow::Result<MemberIdent
 
 fn print(output: Output, value: &serde_json::Value) -> anyhow::Result<()> {
     match output {
-        Output::Yaml => print!("---\n{}", serde_yaml_ng::to_string(value)?),
-        Output::Table | Output::Json => println!("{value}"),
+        Output::Yaml => write!(text::stdout(), "{}", text::yaml(value)?)?,
+        Output::Table | Output::Json => text::line(format_args!("{value}"))?,
     }
     Ok(())
 }
@@ -335,7 +339,7 @@ fn print_flows(args: &FlowsArgs) -> anyhow::Result<()> {
     let records = flows::read(&args.data, args.last as usize, wanted)
         .with_context(|| format!("read the flows in {}", args.data.display()))?;
     match args.output {
-        Output::Table => print!("{}", flow_table(&records)),
+        Output::Table => write!(text::stdout(), "{}", flow_table(&records))?,
         output => records.iter().try_for_each(|record| print(output, &serde_json::to_value(record)?))?,
     }
     Ok(())
@@ -359,8 +363,8 @@ fn flow_table(records: &[Record<'_>]) -> String {
             _ => (&policy.egress, &policy.ingress, &policy.verdict),
         };
         let decides = if egress.verdict == *verdict { egress } else { ingress };
-        table.push_str(&format!(
-            "{:<20}  {:<8} {:>6}  {:<40} {:<40} {:<12} {:<7} {:<7} {}\n",
+        let row = format!(
+            "{:<20}  {:<8} {:>6}  {:<40} {:<40} {:<12} {:<7} {:<7} {}",
             record.last_at,
             record.decision,
             record.count,
@@ -370,7 +374,9 @@ fn flow_table(records: &[Record<'_>]) -> String {
             policy.verdict,
             policy.staged.verdict,
             decides.reason(),
-        ));
+        );
+        table.push_str(&text::one_line(&row));
+        table.push('\n');
     }
     table
 }
@@ -382,13 +388,13 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
             let created = create_node_token(&args.data, &identity, &args.node, Duration::from_secs(args.seconds))?;
             let node = &args.node;
             if created.known == Some(false) {
-                eprintln!(
+                text::note(format_args!(
                     "warning: the source of {} knows no node {node}; the token is made all the same",
                     identity.cluster()
-                );
+                ));
             }
             match args.output {
-                Output::Table => println!("{}", created.text),
+                Output::Table => text::line(format_args!("{}", created.text))?,
                 output => {
                     let ends_at = rfc3339(created.expires_at);
                     print(output, &json!({"id": created.id, "node": node, "endsAt": ends_at, "token": created.text}))?;
@@ -404,9 +410,9 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
             };
             let rows = tokens.iter().map(|(id, token)| (id, &token.node, rfc3339(token.expires_at()), state(token)));
             if matches!(output, Output::Table) {
-                println!("{:<18} {:<32} {:<20}  STATE", "ID", "NODE", "ENDS AT");
+                text::line(format_args!("{:<18} {:<32} {:<20}  STATE", "ID", "NODE", "ENDS AT"))?;
                 for (id, node, ends_at, state) in rows {
-                    println!("{id:<18} {node:<32} {ends_at:<20}  {state}");
+                    text::line(format_args!("{id:<18} {node:<32} {ends_at:<20}  {state}"))?;
                 }
             } else {
                 let one =
@@ -419,7 +425,7 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
                 revoke_node_token(&data, &id)?,
                 "there is no node token {id}: see `hanse-member node-token list`"
             );
-            println!("node token {id} revoked");
+            text::line(format_args!("node token {id} revoked"))?;
         }
     }
     Ok(())
@@ -438,9 +444,9 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
             let time = |at: SystemTime| if at == SystemTime::UNIX_EPOCH { "-".to_owned() } else { rfc3339(at) };
             let rows = nodes.iter().map(|it| (&it.node, time(it.enrolled_at()), time(it.ends_at()), state(it)));
             if matches!(output, Output::Table) {
-                println!("{:<32} {:<20}  {:<20}  STATE", "NODE", "ENROLLED AT", "CERTIFICATE ENDS AT");
+                text::line(format_args!("{:<32} {:<20}  {:<20}  STATE", "NODE", "ENROLLED AT", "CERTIFICATE ENDS AT"))?;
                 for (node, enrolled_at, ends_at, state) in rows {
-                    println!("{node:<32} {enrolled_at:<20}  {ends_at:<20}  {state}");
+                    text::line(format_args!("{node:<32} {enrolled_at:<20}  {ends_at:<20}  {state}"))?;
                 }
             } else {
                 let one = |(node, enrolled_at, ends_at, state)| json!({"node": node, "enrolledAt": enrolled_at, "certificateEndsAt": ends_at, "state": state});
@@ -449,11 +455,11 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
         }
         NodeCommand::Revoke { data, node } => {
             if !revoke_node(&data, &node)? {
-                eprintln!(
+                text::note(format_args!(
                     "warning: no node {node} has enrolled, and the source knows none; it is revoked all the same"
-                );
+                ));
             }
-            println!("node {node} revoked: its rules stay in its kernel, and it is told nothing more");
+            text::line(format_args!("node {node} revoked: its rules stay in its kernel, and it is told nothing more"))?;
         }
     }
     Ok(())

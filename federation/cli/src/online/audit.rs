@@ -49,7 +49,7 @@ impl Audit {
         for it in &records {
             table.add_row([&it.at, &it.who, &it.action, &it.object, &it.outcome]);
         }
-        output::line(table)?;
+        table.print()?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -148,7 +148,7 @@ fn show(clusters: Vec<Cluster>, format: Format) -> anyhow::Result<()> {
         true => {
             output::line("no cluster has joined, or is expected; `hanse token create --cluster NAME` lets one join")?
         }
-        false => output::line(table)?,
+        false => table.print()?,
     }
     Ok(())
 }

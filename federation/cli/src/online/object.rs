@@ -156,24 +156,24 @@ fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     }
     for skipped in &checked.skipped {
         let (place, object) = (&skipped.place, &skipped.object);
-        eprintln!(
+        output::note(format_args!(
             "{}:{}: {} {} is skipped: no kind of the federation",
             place.file, place.line, object.kind, object.name
-        );
+        ));
     }
     // Kinds of a cluster are read by its member, not by the hub: they are passed over, but not in silence.
     let (ours, others): (Vec<Manifest>, Vec<Manifest>) =
         checked.objects.into_iter().partition(|it| it.reference.api_version == hanse_k8s_api::hanse::API_VERSION);
     for manifest in others {
         let (Place { file, line }, Reference { kind, name, .. }) = (manifest.place, manifest.reference);
-        eprintln!("{file}:{line}: {kind} {name} is skipped: it belongs into its cluster");
+        output::note(format_args!("{file}:{line}: {kind} {name} is skipped: it belongs into its cluster"));
     }
     // The last would win, where everywhere else the first counts.
     checked.diagnostics.extend(doubles(&ours));
     if !checked.diagnostics.is_empty() {
         for it in &checked.diagnostics {
             let field = if it.field.is_empty() { String::new() } else { format!("{}: ", it.field) };
-            eprintln!("{}:{}: {field}{}", it.place.file, it.place.line, it.message);
+            output::note(format_args!("{}:{}: {field}{}", it.place.file, it.place.line, it.message));
         }
         bail!("{}; nothing was changed", output::count(checked.diagnostics.len(), "error"));
     }
@@ -253,14 +253,14 @@ impl Outcome {
         let place = if self.place.is_empty() { String::new() } else { format!("{}: ", self.place) };
         let Self { kind, name, result, .. } = self;
         if let Some(error) = &self.error {
-            eprintln!("{place}{kind}/{name} {result}: {error}");
+            output::note(format_args!("{place}{kind}/{name} {result}: {error}"));
             return Ok(());
         }
         let at = self.revision.map(|revision| format!(" at revision {revision}")).unwrap_or_default();
         let dry = if self.dry_run { " (dry run)" } else { "" };
         output::line(format_args!("{kind}/{name} {result}{}{dry}", if self.dry_run { "" } else { &at }))?;
         for warning in &self.warnings {
-            eprintln!("{place}warning: {warning}");
+            output::note(format_args!("{place}warning: {warning}"));
         }
         Ok(())
     }
@@ -273,7 +273,10 @@ fn conclude(outcomes: &[Outcome]) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if outcomes.len() > 1 {
-        eprintln!("hanse: {failed} of {} failed; the rest is done", output::count(outcomes.len(), "object"));
+        output::note(format_args!(
+            "hanse: {failed} of {} failed; the rest is done",
+            output::count(outcomes.len(), "object")
+        ));
     }
     ExitCode::FAILURE
 }
@@ -367,7 +370,7 @@ impl Get {
             (KINDS.iter().position(|(.., kind)| *kind as i32 == object.kind), object.name.clone())
         });
         self.show(objects, one)?;
-        absent.iter().for_each(|text| eprintln!("hanse: {text}"));
+        absent.iter().for_each(|text| output::note(format_args!("hanse: {text}")));
         Ok(if absent.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
@@ -399,7 +402,7 @@ impl Get {
         }
         match table.is_empty() {
             true => output::line("there is none"),
-            false => output::line(table),
+            false => table.print(),
         }
     }
 }

@@ -158,12 +158,15 @@ impl Overview {
                 it.unenforced.to_string(),
             ]);
         }
-        output::line(format_args!("\n{table}"))?;
+        output::line("")?;
+        table.print()?;
         let mut first = true;
         for it in &self.clusters {
             for problem in problems(it) {
-                output::line(format_args!("{}{}: {problem}", if first { "\n" } else { "" }, it.name))?;
-                first = false;
+                if std::mem::take(&mut first) {
+                    output::line("")?;
+                }
+                output::line(format_args!("{}: {problem}", it.name))?;
             }
         }
         Ok(())

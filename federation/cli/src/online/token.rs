@@ -100,7 +100,7 @@ impl Command {
                 }
                 match table.is_empty() {
                     true => output::line("no token is valid; `hanse token create --cluster NAME` makes one")?,
-                    false => output::line(table)?,
+                    false => table.print()?,
                 }
             }
             Self::Revoke { id, output } => {

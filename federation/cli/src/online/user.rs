@@ -116,7 +116,7 @@ impl Command {
                     let state = if user.revoked { "revoked" } else { "active" };
                     table.add_row([&user.name, &user.roles.join(" "), state, &user.certificate_expires_at]);
                 }
-                output::line(table)?;
+                table.print()?;
             }
             Self::Revoke { name, output } => {
                 let request = pb::RevokeUserRequest { name: name.clone() };
@@ -169,7 +169,11 @@ fn create(
     files::write_secret(context_path, text.as_bytes()).with_context(|| format!("write {}", context_path.display()))?;
     let shown = context_path.display();
     let done = serde_json::json!({"user": name, "result": "created", "context": context_path});
-    output::done(output, &done, format_args!("user {name} created; they work with\n\n  export HANSE_CONTEXT={shown}"))
+    output::done(output, &done, format_args!("user {name} created; they work with"))?;
+    match output {
+        Format::Table => ["".to_owned(), format!("  export HANSE_CONTEXT={shown}")].iter().try_for_each(output::line),
+        _ => Ok(()),
+    }
 }
 
 fn role_name(role: Option<Wire>) -> String {

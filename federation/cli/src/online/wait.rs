@@ -91,18 +91,20 @@ impl Waited {
         Ok(Self { policy: policy.to_owned(), state, clusters })
     }
 
-    /// The clusters that are in `state`, for people.
-    fn those(&self, state: &str) -> String {
+    /// `what`, and a line for each of the clusters that are in `state`.
+    fn say(&self, what: &str, state: &str) {
         if self.clusters.is_empty() {
-            return " a cluster: none of those that are to enforce it has joined".to_owned();
+            return output::note(format_args!("{what} a cluster: none of those that are to enforce it has joined"));
         }
+        output::note(what);
         let age = |it: &InCluster| match it.age_ms {
             Some(age) if age > 5_000 => format!(" (silent for {})", output::length(Duration::from_millis(age))),
             Some(_) => String::new(),
             None => " (never heard)".to_owned(),
         };
-        let those = self.clusters.iter().filter(|it| it.state == state);
-        those.map(|it| format!("\n  {}: {}{}", it.cluster, it.why, age(it))).collect()
+        for it in self.clusters.iter().filter(|it| it.state == state) {
+            output::note(format_args!("  {}: {}{}", it.cluster, it.why, age(it)));
+        }
     }
 }
 
@@ -118,7 +120,7 @@ impl Wait {
                     // Once is no news: a policy that was just applied may not be distributed yet.
                     let text = format!("{error:#}");
                     if again && told != text {
-                        eprintln!("{text}; asking again");
+                        output::note(format_args!("{text}; asking again"));
                         told = text;
                     }
                     std::thread::sleep(if again { ASK_AGAIN } else { ASK_EVERY });
@@ -151,7 +153,7 @@ impl Wait {
             if told.elapsed() > TELL_EVERY {
                 told = Instant::now();
                 for it in all.iter().filter(|it| it.state == "lagging") {
-                    eprintln!("{} waits for{}", it.policy, it.those("lagging"));
+                    it.say(&format!("{} waits for", it.policy), "lagging");
                 }
             }
             tokio::time::sleep(ASK_EVERY).await;
@@ -162,10 +164,10 @@ impl Wait {
         for it in all {
             match it.state {
                 _ if self.output != Format::Table => output::print(self.output, it)?,
-                "refused" => eprintln!("{} is refused{}", it.policy, it.those("refused")),
+                "refused" => it.say(&format!("{} is refused by", it.policy), "refused"),
                 "lagging" => {
-                    let (policy, waits) = (&it.policy, it.those("lagging"));
-                    eprintln!("{policy} is not enforced after {} s: it waits for{waits}", self.timeout);
+                    let what = format!("{} is not enforced after {} s: it waits for", it.policy, self.timeout);
+                    it.say(&what, "lagging");
                 }
                 _ => {
                     let text = format!("{} is enforced, after {:.2} s", it.policy, start.elapsed().as_secs_f64());

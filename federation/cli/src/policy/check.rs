@@ -11,7 +11,7 @@ use hanse_k8s_api::assemble::doubles;
 use hanse_k8s_api::manifest::{Diagnostic, MAX_FILE_BYTES, Manifests, Reference, read_bytes, read_dir};
 use serde::Serialize;
 
-use crate::output::Format;
+use crate::output::{self, Format};
 
 /// Say whether manifests would be accepted, and what is wrong with them by file and line.
 ///
@@ -62,25 +62,26 @@ impl Arguments {
             objects.extend(check(directory, &mut notes)?);
         }
         let refused = objects.iter().filter(|object| !object.ok).count();
-        let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+        let mut out = std::io::BufWriter::new(output::stdout());
         for object in &objects {
             if object.skipped {
                 let subject = subject(object);
                 notes.push(format!("{}:{}: {subject}skipped: not a kind that Hanse reads", object.file, object.line));
             }
             if self.output != Format::Table {
-                super::write_line(&mut out, self.output, object)?;
+                output::write(&mut out, self.output, object)?;
                 continue;
             }
             for error in &object.errors {
                 let field = if error.field.is_empty() { String::new() } else { format!("{}: ", error.field) };
-                writeln!(out, "{}:{}: {}{field}{}", object.file, error.line, subject(object), error.message)?;
+                let line = format!("{}:{}: {}{field}{}", object.file, error.line, subject(object), error.message);
+                writeln!(out, "{}", output::one_line(&line))?;
             }
         }
         for note in notes {
             match self.output {
-                Format::Table => writeln!(out, "{note}")?,
-                Format::Json | Format::Yaml => eprintln!("{note}"),
+                Format::Table => writeln!(out, "{}", output::one_line(&note))?,
+                Format::Json | Format::Yaml => output::note(format_args!("{note}")),
             }
         }
         if self.output == Format::Table {
@@ -114,7 +115,7 @@ fn check(directory: &std::path::Path, notes: &mut Vec<String>) -> anyhow::Result
         false => read_dir(directory)?,
     };
     if read.objects.is_empty() && read.skipped.is_empty() && read.diagnostics.is_empty() {
-        eprintln!("{}: no manifests", directory.display());
+        output::note(format_args!("{}: no manifests", directory.display()));
     }
     let (refused, noted): (Vec<Diagnostic>, Vec<Diagnostic>) = doubles(&read.objects).into_iter().partition(|double| {
         // `hanse apply` takes no two of them.

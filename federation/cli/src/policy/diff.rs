@@ -155,7 +155,7 @@ impl Arguments {
         let second = State { policies: &after_state.policies, inventory: &after_state.inventory, view };
         let asked = self.ports.iter().map(|port| (port.protocol, port.port)).collect();
         let diff = Diff::new(first, second, &self.outside, asked);
-        let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+        let mut out = std::io::BufWriter::new(output::stdout());
         let mut rows = Rows::default();
         // How many pairs closed and opened, and for the last whether it is counted among them.
         let (mut count, mut counted, mut last) = ([0_u64; 2], [false; 2], None);
@@ -194,7 +194,10 @@ impl Arguments {
         out.flush()?;
         for (unpaired, which) in diff.unpaired.iter().zip(["first", "second"]) {
             if *unpaired > 0 {
-                eprintln!("{} in the {which} state only, not compared", output::count(*unpaired, "pod"));
+                output::note(format_args!(
+                    "{} in the {which} state only, not compared",
+                    output::count(*unpaired, "pod")
+                ));
             }
         }
         let refused = before.refused + after.as_ref().map_or(0, |after| after.refused);
@@ -219,7 +222,7 @@ impl Arguments {
                 egress: &egress,
                 ingress: &ingress,
             };
-            super::write_line(out, self.output, &line)?;
+            output::write(out, self.output, &line)?;
         }
         Ok(())
     }
@@ -274,15 +277,14 @@ fn table(diff: &Diff<'_>, rows: BTreeMap<Row, Vec<usize>>, out: &mut impl std::i
     }
     let names = |parties: &[usize]| {
         let shown: Vec<String> = parties.iter().take(3).map(|it| title(&diff.parties[*it])).collect();
-        match parties.len().saturating_sub(3) {
-            0 => shown.join("\n"),
-            more => format!("{}\nand {more} more", shown.join("\n")),
-        }
+        let more = parties.len().saturating_sub(3);
+        output::Cell::lines(shown.into_iter().chain((more > 0).then(|| format!("and {more} more"))))
     };
     let mut table = output::table(["", "FROM", "TO", "PACKETS", "DECIDED BY"]);
     for (row, froms, tos) in merged.iter().take(MAX_ROWS) {
         let change = if row.closed { "- closed" } else { "+ opened" };
-        table.add_row([change, &names(froms), &names(tos), &row.packets, &row.reason]);
+        let (packets, reason) = (row.packets.as_str().into(), row.reason.as_str().into());
+        table.add_row([change.into(), names(froms), names(tos), packets, reason]);
     }
     writeln!(out, "{table}\n")?;
     if merged.len() > MAX_ROWS {

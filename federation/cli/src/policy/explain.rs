@@ -49,7 +49,7 @@ struct ErrorLine {
 /// Prints answers as they come.
 struct Printer {
     output: Format,
-    out: std::io::BufWriter<std::io::StdoutLock<'static>>,
+    out: std::io::BufWriter<output::Stdout>,
     table: output::Table,
     /// Of live answers: clusters, and Hanse's own streams there.
     own_streams: BTreeSet<(String, String)>,
@@ -58,7 +58,7 @@ struct Printer {
 
 impl Printer {
     fn new(output: Format) -> Self {
-        let out = std::io::BufWriter::with_capacity(1 << 16, std::io::stdout().lock());
+        let out = std::io::BufWriter::with_capacity(1 << 16, output::stdout());
         let table = output::table(["FROM", "TO", "VERDICT", "STAGED", "EGRESS", "INGRESS"]);
         Self { output, out, table, own_streams: BTreeSet::new(), unanswered: 0 }
     }
@@ -85,10 +85,10 @@ impl Printer {
                     }
                 }
             }
-            (format, Ok(line)) => super::write_line(&mut self.out, format, &line)?,
+            (format, Ok(line)) => output::write(&mut self.out, format, &line)?,
             (format, Err(error)) => {
                 self.unanswered += 1;
-                super::write_line(&mut self.out, format, &ErrorLine { error })?;
+                output::write(&mut self.out, format, &ErrorLine { error })?;
             }
         }
         Ok(())
@@ -102,7 +102,8 @@ impl Printer {
                 writeln!(self.out, "Before every tier, Hanse's own streams:")?;
             }
             for (cluster, stream) in &self.own_streams {
-                writeln!(self.out, "  {cluster}: {stream}")?;
+                let line = format!("  {cluster}: {stream}");
+                writeln!(self.out, "{}", output::one_line(&line))?;
             }
         }
         self.out.flush()?;

@@ -1,6 +1,7 @@
 //! `hanse policy lint`: what is written and probably not meant.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -142,7 +143,9 @@ impl Arguments {
         match self.output {
             Format::Json => lines.iter().try_for_each(|line| output::print(output::Format::Json, line))?,
             Format::Yaml => lines.iter().try_for_each(|line| output::print(output::Format::Yaml, line))?,
-            Format::Sarif => output::line(serde_json::to_string_pretty(&sarif(&lines, &loaded.refusals))?)?,
+            Format::Sarif => {
+                writeln!(output::stdout(), "{}", serde_json::to_string_pretty(&sarif(&lines, &loaded.refusals))?)?
+            }
             Format::Table => print_table(&lines)?,
         }
         let fails = |finding: &Finding| match self.fail_on {
@@ -238,13 +241,14 @@ fn print_table(lines: &[FindingLine<'_>]) -> anyhow::Result<()> {
         table.add_row([line.id, line.severity, &place, &format!("{cluster}{subject}{}", line.message)]);
         advice.insert(line.id, line.advice);
     }
-    output::line(format_args!("{table}\n"))?;
+    writeln!(output::stdout(), "{table}\n")?;
     for (id, advice) in advice {
         output::line(format_args!("{id}  {advice}"))?;
     }
     let many = |severity: &str| lines.iter().filter(|line| line.severity == severity).count();
     let counts = ["error", "warning", "note"].map(|severity| output::count(many(severity), severity));
-    output::line(format_args!("\n{}", counts.join(", ")))
+    output::line("")?;
+    output::line(counts.join(", "))
 }
 
 /// What was refused, and so not judged, makes the run incomplete; a review tool is told so.

@@ -10,6 +10,7 @@ use hanse_proto::federation::v1::inquiries_client::InquiriesClient;
 use tonic::transport::Channel;
 
 use crate::online::{MAX_ANSWER_BYTES, call, open};
+use crate::output;
 
 /// Queries in one request; the hub takes no more.
 const BATCH: usize = 64;
@@ -53,7 +54,7 @@ impl Session {
     pub fn pods(&mut self) -> anyhow::Result<Vec<pb::PodInfo>> {
         let answer = self.runtime.block_on(call(self.client.list_pods(pb::ListPodsRequest::default())))?;
         for note in &answer.notes {
-            eprintln!("{}: note: {}", note.cluster, note.note);
+            output::note(format_args!("{}: note: {}", note.cluster, note.note));
         }
         Ok(answer.pods)
     }

@@ -140,18 +140,18 @@ fn tell_grants(name: &ClusterName, member: &Member, cluster: &Cluster) {
     if let Some((id, why)) = withheld.next() {
         let count = 1 + withheld.count();
         let namespace = id.namespace.as_deref().unwrap_or_default();
-        eprintln!(
+        output::note(format_args!(
             "note: MemberCluster {name} does not grant {} of its cluster ({namespace}/{}: {why}): the hub keeps them from \
              other clusters, here they are seen",
             output::count(count, "pod"),
             id.name
-        );
+        ));
     }
     if member.federated_allow_final {
-        eprintln!(
+        output::note(format_args!(
             "note: MemberCluster {name}: federatedAllow Final counts here; the running federation takes it only from the \
              cluster's own `hanse-member --federated-allow Final`"
-        );
+        ));
     }
 }
 
@@ -175,10 +175,10 @@ impl Loaded {
         self.report(&manifests.diagnostics, true);
         for skipped in &manifests.skipped {
             let (place, object) = (&skipped.place, &skipped.object);
-            eprintln!(
+            output::note(format_args!(
                 "{}:{}: {} {} is skipped: not a kind that Hanse reads",
                 place.file, place.line, object.kind, object.name
-            );
+            ));
         }
         for object in &manifests.objects {
             let of = &object.reference;
@@ -192,7 +192,7 @@ impl Loaded {
         for diagnostic in diagnostics {
             let Place { file, line } = &diagnostic.place;
             let kind = if refused { "refused" } else { "note" };
-            eprintln!("{file}:{line}: {kind}: {}", told(diagnostic));
+            output::note(format_args!("{file}:{line}: {kind}: {}", told(diagnostic)));
         }
         if refused {
             self.refused += diagnostics.len();

@@ -152,7 +152,7 @@ impl Arguments {
         destinations: &[Pod],
         mut row: impl FnMut(&Pod, &PortName) -> anyhow::Result<Row>,
     ) -> anyhow::Result<()> {
-        let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+        let mut out = std::io::BufWriter::new(output::stdout());
         if self.output == Format::Table {
             if sources.is_empty() || destinations.is_empty() {
                 writeln!(out, "no pod is selected")?;
@@ -174,7 +174,7 @@ impl Arguments {
                     let Some(verdict) = row[at] else { continue };
                     let (protocol, port) = (&*port.protocol_name, port.port);
                     let line = PairLine { from: &from.place, to: &to.place, protocol, port, verdict };
-                    super::write_line(&mut out, self.output, &line)?;
+                    output::write(&mut out, self.output, &line)?;
                 }
             }
         }
@@ -234,7 +234,7 @@ impl Arguments {
                 }
                 Err(error) => {
                     unanswered += 1;
-                    eprintln!("hanse: {}: {error}", asked[at]);
+                    output::note(format_args!("hanse: {}: {error}", asked[at]));
                     None
                 }
             });
@@ -353,7 +353,7 @@ fn grid(out: &mut impl std::io::Write, sources: &[Pod], destinations: &[Pod], ro
     writeln!(out, "{table}\n")?;
     for (at, to) in destinations.iter().enumerate().filter(|(_, to)| sources.iter().all(|from| from.place != to.place))
     {
-        writeln!(out, "{} {}", at + 1, to.title)?;
+        writeln!(out, "{} {}", at + 1, output::one_line(&to.title))?;
     }
     Ok(())
 }
@@ -374,7 +374,7 @@ fn reachable(out: &mut impl std::io::Write, sources: &[Pod], destinations: &[Pod
             (a, d) if a <= d => (format!("{a} of {}", a + d), allowed),
             (a, d) => (format!("{a} of {}, not", a + d), denied),
         };
-        table.add_row([from.title.as_str(), &what, &listed.join("\n")]);
+        table.add_row([from.title.as_str().into(), what.into(), output::Cell::lines(listed)]);
     }
     writeln!(out, "{table}\n")?;
     Ok(())

@@ -1,5 +1,6 @@
 //! `hanse policy order`: the one order in which everything is asked.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use hanse_policy::evaluate;
@@ -106,7 +107,7 @@ impl Arguments {
             }
             if self.output == Format::Table {
                 let gap = if at == 0 { "" } else { "\n" };
-                output::line(format_args!("{gap}cluster {cluster}\n\n{table}"))?;
+                write!(output::stdout(), "{gap}cluster {cluster}\n\n{table}\n")?;
             }
         }
         Ok(if *refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -116,9 +116,9 @@ impl Arguments {
                     Needed(_) => format!("{name} (needed)"),
                     Usual(value) => format!("{name}={value}"),
                 });
-                table.add_row([preset.name, &shown.collect::<Vec<_>>().join("\n"), preset.about]);
+                table.add_row([preset.name.into(), output::Cell::lines(shown), preset.about.into()]);
             }
-            output::line(table)?;
+            table.print()?;
             return Ok(ExitCode::SUCCESS);
         };
         let preset = PRESETS.iter().find(|preset| preset.name == name);
@@ -148,7 +148,7 @@ impl Arguments {
         if let Some(wrong) = wrong(&rendered) {
             bail!("these parameters make no manifest together: {wrong}");
         }
-        std::io::stdout().write_all(rendered.as_bytes())?;
+        output::stdout().write_all(rendered.as_bytes())?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -37,9 +37,10 @@ impl Arguments {
         let selector = match Selector::parse(&self.expression) {
             Ok(selector) => selector,
             Err(error) => {
-                eprintln!("hanse: malformed selector: {error}");
+                output::note(format_args!("hanse: malformed selector: {error}"));
                 let (excerpt, before) = error.excerpt(&self.expression);
-                eprintln!("  {excerpt}\n  {}^", " ".repeat(before));
+                output::note(format_args!("  {excerpt}"));
+                output::note(format_args!("  {}^", " ".repeat(before)));
                 return Ok(ExitCode::from(2));
             }
         };
@@ -53,13 +54,14 @@ impl Arguments {
             output::print(self.output, &answer)?;
             return Ok(ExitCode::SUCCESS);
         }
-        println!("canonical  {}\nid         {}", answer.canonical, answer.id);
+        output::line(format_args!("canonical  {}", answer.canonical))?;
+        output::line(format_args!("id         {}", answer.id))?;
         if self.labels.is_some() {
             let mut table = output::table(["LINE", "SELECTED", "LABELS"]);
             for (at, (labels, selected)) in label_sets.iter().zip(&answer.results).enumerate() {
                 table.add_row([(at + 1).to_string(), selected.to_string(), serde_json::to_string(labels)?]);
             }
-            output::line(table)?;
+            table.print()?;
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -6,3 +6,4 @@ mod lint;
 mod offline;
 mod online;
 mod oracle;
+mod reported;

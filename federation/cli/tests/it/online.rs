@@ -11,25 +11,25 @@ use hanse_runtime::TrustDomain;
 use hanse_runtime::shutdown::Shutdown;
 use serde_json::Value;
 
-struct World {
-    folder: tempfile::TempDir,
-    context: PathBuf,
+pub struct World {
+    pub folder: tempfile::TempDir,
+    pub context: PathBuf,
     // What serves, for as long as this is.
-    hub: Hub,
+    pub hub: Hub,
     _shutdown: Shutdown,
-    runtime: tokio::runtime::Runtime,
+    pub runtime: tokio::runtime::Runtime,
 }
 
 /// What a command did: exit code, output, complaints.
 #[derive(Debug)]
-struct Done {
-    code: Option<i32>,
-    out: String,
-    err: String,
+pub struct Done {
+    pub code: Option<i32>,
+    pub out: String,
+    pub err: String,
 }
 
 impl Done {
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 }
@@ -41,7 +41,7 @@ impl From<Output> for Done {
     }
 }
 
-fn run(context: Option<&Path>, arguments: &[&str], input: &str) -> Done {
+pub fn run(context: Option<&Path>, arguments: &[&str], input: &str) -> Done {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
     command.args(arguments).env_remove("HANSE_CONTEXT");
     if let Some(context) = context {
@@ -55,7 +55,7 @@ fn run(context: Option<&Path>, arguments: &[&str], input: &str) -> Done {
 }
 
 impl World {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let folder = tempfile::tempdir().expect("temporary directory");
         let data = folder.path().join("hub");
         let runtime =
@@ -82,12 +82,12 @@ impl World {
         Self { folder, context, hub, _shutdown: shutdown, runtime }
     }
 
-    fn hanse(&self, arguments: &[&str]) -> Done {
+    pub fn hanse(&self, arguments: &[&str]) -> Done {
         run(Some(&self.context), arguments, "")
     }
 
     /// Lets a cluster join with a token; its member then does not run.
-    fn join(&self, cluster: &str) {
+    pub fn join(&self, cluster: &str) -> MemberIdentity {
         let token = self.hanse(&["token", "create", "--cluster", cluster]).out;
         let folder = self.folder.path().join(cluster);
         std::fs::create_dir_all(&folder).expect("a folder");
@@ -95,24 +95,24 @@ impl World {
         hanse_runtime::files::write_secret(&file, token.trim().as_bytes()).expect("the token");
         let (join, stop) = ([self.hub.join_address.to_string()], Default::default());
         let joined = MemberIdentity::join(&folder, cluster, &file, &join, false, &stop);
-        self.runtime.block_on(joined).expect("joined");
+        self.runtime.block_on(joined).expect("joined")
     }
 
-    fn apply(&self, manifests: &str, arguments: &[&str]) -> Done {
+    pub fn apply(&self, manifests: &str, arguments: &[&str]) -> Done {
         run(Some(&self.context), &[&["apply", "-f", "-"], arguments].concat(), manifests)
     }
 }
 
-const TIER: &str = "apiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {name: platform}\nspec: {phase: Guard, order: 1, defaultAction: Pass}\n";
+pub const TIER: &str = "apiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {name: platform}\nspec: {phase: Guard, order: 1, defaultAction: Pass}\n";
 
-fn policy(name: &str, tier: &str, order: u32) -> String {
+pub fn policy(name: &str, tier: &str, order: u32) -> String {
     format!(
         "---\napiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolicy\nmetadata: {{name: {name}}}\nspec: {{tier: \
          {tier}, order: {order}, types: [Ingress], ingress: [{{action: Deny}}]}}\n"
     )
 }
 
-fn member(name: &str, cidr: &str) -> String {
+pub fn member(name: &str, cidr: &str) -> String {
     format!(
         "---\napiVersion: hanse.dev/v1alpha1\nkind: MemberCluster\nmetadata: {{name: {name}}}\nspec: {{grants: \
          {{namespaces: ['*'], cidrs: [{cidr}]}}}}\n"
