@@ -111,9 +111,10 @@ impl<W: Write> Write for Escaping<W> {
 pub(crate) struct LogWriter;
 
 impl Write for LogWriter {
-    /// An event is formatted into memory, and then written by one call.
+    /// An event is formatted into memory, and then written by one call. Where standard error is closed or full, the event is
+    /// dropped: the subscriber would report an error there, and panic.
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        io::stderr().lock().write_all(&log_line(event))?;
+        let _ = io::stderr().lock().write_all(&log_line(event));
         Ok(event.len())
     }
 
