@@ -10,6 +10,7 @@ pub mod deployment;
 pub mod enforcement;
 pub mod expectation;
 pub mod fabric;
+pub mod go;
 pub mod matrix;
 pub mod namespace;
 pub mod packet;

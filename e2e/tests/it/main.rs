@@ -6,6 +6,7 @@ mod kernel;
 mod manifests;
 mod network;
 mod nodes;
+mod oracle;
 mod presets;
 mod simulation;
 mod system;

@@ -18,11 +18,12 @@ const BENCHES: &[Bench] = &[
     Bench { name: "hub", package: "hanse-hub", needs_root: false },
     Bench { name: "nftables", package: "hanse-dataplane", needs_root: true },
     Bench { name: "questions", package: "hanse-policy", needs_root: false },
+    Bench { name: "reading", package: "hanse-k8s-api", needs_root: false },
 ];
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Which: compile, fanout, hub, nftables or questions; all of them when none is named.
+    /// Which: compile, fanout, hub, nftables, questions or reading; all of them when none is named.
     bench: Option<String>,
     /// Only these shapes of it.
     shapes: Vec<String>,

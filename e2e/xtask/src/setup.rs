@@ -20,16 +20,44 @@ const PACKET_TOOLS: &[Tool] =
 pub fn packet_tools() -> anyhow::Result<()> {
     let missing: Vec<&str> =
         PACKET_TOOLS.iter().filter(|tool| find(tool.program).is_none()).map(|tool| tool.package).collect();
-    if missing.is_empty() {
-        return Ok(());
+    if missing.is_empty() { Ok(()) } else { install(&missing) }
+}
+
+/// The oldest Go that fetches the version which a module asks for.
+const MIN_GO: (u32, u32) = (1, 21);
+
+/// Go, with which the programs are built that tests compare with.
+pub fn go() -> anyhow::Result<()> {
+    if find("go").is_none() {
+        install(&["golang-go"])?;
     }
-    let list = missing.join(" ");
+    let output = Command::new("go").args(["env", "GOVERSION"]).output().context("start go")?;
+    let version = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    if !fetches_newer(&version) {
+        let (major, minor) = MIN_GO;
+        bail!("Go is {version}; install {major}.{minor} or later from https://go.dev/dl and run again");
+    }
+    Ok(())
+}
+
+/// `go1.26.3`, `go1.22rc1`; what is neither is a version of somebody's own, newer than all.
+fn fetches_newer(version: &str) -> bool {
+    let number = |text: &str| text.split(|it: char| !it.is_ascii_digit()).next().and_then(|it| it.parse::<u32>().ok());
+    let parts = version.strip_prefix("go").and_then(|rest| rest.split_once('.'));
+    match parts.map(|(major, minor)| (number(major), number(minor))) {
+        Some((Some(major), Some(minor))) => (major, minor) >= MIN_GO,
+        _ => !version.is_empty(),
+    }
+}
+
+fn install(packages: &[&str]) -> anyhow::Result<()> {
+    let list = packages.join(" ");
     if !is_root() || find("apt-get").is_none() {
         bail!("missing: {list}. Install these packages (on Debian, as root: apt-get install {list}) and run again");
     }
     println!("installing {list}");
     run(Command::new("apt-get").args(["update", "-qq"]))?;
-    run(Command::new("apt-get").args(["install", "-y", "-qq", "--no-install-recommends"]).args(&missing))
+    run(Command::new("apt-get").args(["install", "-y", "-qq", "--no-install-recommends"]).args(packages))
 }
 
 pub fn is_root() -> bool {
@@ -55,4 +83,23 @@ pub fn run(command: &mut Command) -> anyhow::Result<()> {
         bail!("{name} failed: {status}");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fetches_newer;
+
+    #[test]
+    fn versions_of_go_that_fetch_newer_ones() {
+        for (version, expected) in [
+            ("go1.26.3", true),
+            ("go1.21rc2", true),
+            ("go1.20.14", false),
+            ("go1.19", false),
+            ("devel x", true),
+            ("", false),
+        ] {
+            assert_eq!(fetches_newer(version), expected, "{version}");
+        }
+    }
 }

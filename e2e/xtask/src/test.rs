@@ -14,6 +14,7 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     setup::packet_tools()?;
+    setup::go()?;
     let in_ci = std::env::var_os("CI").is_some();
     let mut steps: Vec<(&str, Command)> = Vec::new();
     if !arguments.tests_only {

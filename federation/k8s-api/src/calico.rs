@@ -15,7 +15,7 @@ use crate::hanse::{TIER_NAME_RULE, check_order, check_part_name, convert_default
 use crate::kubernetes::{Metadata, null_as_default};
 use crate::manifest::{Reference, typed};
 use crate::metadata::{NAME_RULE, check_metadata};
-use crate::network_policy::{self, is_subdomain, peers_scope};
+use crate::network_policy::{self, EgressRule, IngressRule, LabelSelector, is_subdomain, peers_scope};
 use crate::rule::{self, Context, RuleSpec, RulesOf};
 
 pub const API_VERSION: &str = "projectcalico.org/v3";
@@ -87,12 +87,18 @@ pub struct PolicySpec {
     pub apply_on_forward: bool,
 }
 
+/// What a Kubernetes NetworkPolicy says, and what is staged of it.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct StagedKubernetesSpec {
     pub staged_action: Option<String>,
-    #[serde(flatten)]
-    pub rest: serde_json::Map<String, serde_json::Value>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub pod_selector: LabelSelector,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub ingress: Vec<IngressRule>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub egress: Vec<EgressRule>,
+    pub policy_types: Option<Vec<String>>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -103,7 +109,7 @@ pub struct NetworkSetSpec {
 }
 
 /// `None`: a kind of Calico that says nothing about policy.
-pub fn read(reference: &Reference, kind: &str, node: &Node) -> Result<Option<CalicoObject>, Vec<FieldError>> {
+pub fn read(reference: &Reference, kind: &str, node: Node<'_>) -> Result<Option<CalicoObject>, Vec<FieldError>> {
     let mut object = read_kind(reference, kind, node)?;
     if object.is_some() && node.child("spec").is_none() {
         return Err(vec![FieldError { path: "spec".to_owned(), message: "is missing".to_owned() }]);
@@ -134,7 +140,7 @@ fn restore_metadata(metadata: &mut Metadata) -> Result<(), serde_json::Error> {
     Ok(())
 }
 
-fn read_kind(reference: &Reference, kind: &str, node: &Node) -> Result<Option<CalicoObject>, Vec<FieldError>> {
+fn read_kind(reference: &Reference, kind: &str, node: Node<'_>) -> Result<Option<CalicoObject>, Vec<FieldError>> {
     let policy = |kind| Ok::<_, Vec<FieldError>>(CalicoObject::Policy(kind, typed(node)?));
     let object = match kind {
         "Tier" => CalicoObject::Tier(typed(node)?),
@@ -175,7 +181,7 @@ impl CalicoObject {
         }
     }
 
-    fn metadata_mut(&mut self) -> &mut Metadata {
+    pub fn metadata_mut(&mut self) -> &mut Metadata {
         match self {
             Self::Tier(tier) => &mut tier.metadata,
             Self::Policy(_, policy) => &mut policy.metadata,
@@ -407,18 +413,13 @@ fn convert_staged_kubernetes(
     errors: &mut Errors,
 ) -> Policy {
     let path = Path::Root("spec");
-    let rest = serde_json::Value::Object(policy.spec.rest.clone());
-    let spec = match serde_path_to_error::deserialize::<_, network_policy::Spec>(rest) {
-        Ok(spec) => spec,
-        Err(error) => {
-            errors.0.push(FieldError { path: format!("spec.{}", error.path()), message: error.inner().to_string() });
-            network_policy::Spec::default()
-        }
-    };
+    let StagedKubernetesSpec { pod_selector, ingress, egress, policy_types, .. } = policy.spec.clone();
+    let has_no_types = policy_types.as_ref().is_some_and(Vec::is_empty);
+    let spec = network_policy::Spec { pod_selector, ingress, egress, policy_types: policy_types.unwrap_or_default() };
     check_metadata(&policy.metadata, errors);
     // What Kubernetes takes for its own kind, Calico's schema refuses for this one.
     let types_path = path.field("policyTypes");
-    if policy.spec.rest.get("policyTypes").is_some_and(|types| types.as_array().is_some_and(Vec::is_empty)) {
+    if has_no_types {
         errors.add(&types_path, "is empty: name Ingress, Egress or both, or leave it out");
     }
     rule::refuse_twice(&spec.policy_types, &types_path, errors);

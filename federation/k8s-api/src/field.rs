@@ -2,6 +2,8 @@
 
 use std::fmt::Display;
 
+use crate::document::UnknownField;
+
 /// What is wrong with one field; `path` is as an API server writes it, `spec.ingress[0].ports[1].port`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{path}: {message}")]
@@ -17,6 +19,22 @@ impl FieldError {
     /// Whether nothing is wrong but that the field is not known.
     pub fn is_of_unknown_field(&self) -> bool {
         self.message == NOT_KNOWN || self.message.starts_with("unknown field ")
+    }
+}
+
+impl From<UnknownField> for FieldError {
+    fn from(UnknownField { path, name, known }: UnknownField) -> Self {
+        let alike = |known: &&&str| strsim::damerau_levenshtein(&known.to_lowercase(), &name.to_lowercase()) <= 2;
+        let meant = known
+            .iter()
+            .filter(|it| !it.starts_with('_'))
+            .filter(|it| alike(it))
+            .min_by_key(|known| strsim::damerau_levenshtein(known, &name));
+        let message = match meant {
+            Some(meant) => format!("unknown field `{name}`; did you mean `{meant}`?"),
+            None => format!("unknown field `{name}`, expected one of `{}`", known.join("`, `")),
+        };
+        Self { path, message }
     }
 }
 

@@ -57,6 +57,22 @@ pub fn is_read(kind: &str) -> bool {
     read().any(|(_, known)| known == kind)
 }
 
+/// Whether an object is of a kind that is neither read nor taken for one that is.
+pub fn is_foreign(reference: &Reference) -> bool {
+    let is_named = !reference.api_version.is_empty() && !reference.kind.is_empty();
+    let kind = reference.kind.strip_suffix("List").filter(|kind| kind.is_empty() || is_read(kind));
+    let is_read = read().any(|(api, known)| api == reference.api_version && known == reference.kind);
+    is_named && kind.is_none() && !is_read && mistaken(reference).is_none()
+}
+
+/// Whether a field that is not known refuses the object: policy, and what is Hanse's own. The objects of the inventory are read
+/// for the fields that policy needs.
+pub fn is_strict(reference: &Reference) -> bool {
+    let (group, _) = group_and_version(&reference.api_version);
+    matches!(group, "networking.k8s.io" | "policy.networking.k8s.io" | "hanse.dev")
+        || [calico::API_VERSION, calico::CRD_API_VERSION].contains(&reference.api_version.as_str())
+}
+
 /// What is wrong with an object of a kind that is not read, where it seems to mean one that is: to pass it over would take
 /// its policy out of force. Objects of other kinds are none of our business.
 pub fn mistaken(reference: &Reference) -> Option<FieldError> {

@@ -1,6 +1,5 @@
 //! Files of manifests into typed, validated objects.
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::{Path as FilePath, PathBuf};
@@ -11,11 +10,11 @@ use serde::de::DeserializeOwned;
 
 use crate::calico::{self, CalicoObject};
 use crate::cluster_network_policy::ClusterNetworkPolicy;
-use crate::document::{self, Data, Document, Node};
+use crate::document::{self, FaultKind, Locator, Node, Notes, SyntaxError};
 use crate::field::FieldError;
 use crate::hanse::{self, FederatedNetworkPolicy, FederatedNetworkSet, MemberCluster, Tier};
 use crate::kind;
-use crate::kubernetes::{EndpointSlice, Namespace, Node as KubeNode, Pod, Service, ServiceAccount};
+use crate::kubernetes::{EndpointSlice, Metadata, Namespace, Node as KubeNode, Pod, Service, ServiceAccount};
 use crate::network_policy::NetworkPolicy;
 
 /// The largest file that is read: a list of 100,000 pods at 5 KiB each. Directories may hold any number of files.
@@ -117,6 +116,24 @@ pub enum Object {
 }
 
 impl Object {
+    fn metadata_mut(&mut self) -> &mut Metadata {
+        match self {
+            Self::Namespace(it) => &mut it.metadata,
+            Self::Node(it) => &mut it.metadata,
+            Self::ServiceAccount(it) => &mut it.metadata,
+            Self::Pod(it) => &mut it.metadata,
+            Self::Service(it) => &mut it.metadata,
+            Self::EndpointSlice(it) => &mut it.metadata,
+            Self::NetworkPolicy(it) => &mut it.metadata,
+            Self::ClusterNetworkPolicy(it) => &mut it.metadata,
+            Self::Calico(it) => it.metadata_mut(),
+            Self::FederatedNetworkPolicy(it) => &mut it.metadata,
+            Self::Tier(it) => &mut it.metadata,
+            Self::FederatedNetworkSet(it) => &mut it.metadata,
+            Self::MemberCluster(it) => &mut it.metadata,
+        }
+    }
+
     fn is_policy(&self) -> bool {
         match self {
             Self::NetworkPolicy(_) | Self::ClusterNetworkPolicy(_) | Self::FederatedNetworkPolicy(_) => true,
@@ -246,7 +263,7 @@ pub fn read_file(path: &FilePath) -> std::io::Result<Vec<u8>> {
 pub fn read_bytes(file: &Arc<str>, bytes: &[u8], read: &mut Manifests) {
     let place = |line| Place { file: Arc::clone(file), line };
     let text = match std::str::from_utf8(bytes) {
-        Ok(text) => text.strip_prefix('\u{feff}').unwrap_or(text),
+        Ok(text) => text,
         Err(error) => {
             let line = 1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
             let (field, message) = (String::new(), "not UTF-8".to_owned());
@@ -256,40 +273,44 @@ pub fn read_bytes(file: &Arc<str>, bytes: &[u8], read: &mut Manifests) {
             return;
         }
     };
+    let refuse = |read: &mut Manifests, error: SyntaxError, object: Option<Node<'_>>| {
+        let start = object.map_or(error.line, Node::line);
+        let (field, message, object) = (String::new(), error.message, object.map(reference));
+        read.diagnostics.push(Diagnostic { place: place(error.line), field, message, object, start });
+    };
     for document in document::documents(text) {
-        match document {
-            Ok(Document { node, doubled: None }) => read_node(file, &node, read),
-            Ok(Document { node, doubled: Some(error) }) => {
-                let object = at_line(&node, error.line);
-                read.diagnostics.push(Diagnostic {
-                    place: place(error.line),
-                    field: String::new(),
-                    message: error.message,
-                    start: object.line,
-                    object: Some(reference(&object)),
-                });
+        let document = match document {
+            Ok(document) => document,
+            Err(error) => {
+                refuse(read, error, None);
+                continue;
             }
-            Err(error) => read.diagnostics.push(Diagnostic {
-                place: place(error.line),
-                field: String::new(),
-                message: error.message,
-                object: None,
-                start: error.line,
-            }),
+        };
+        // What is wrong with an object that is not read otherwise is none of our business.
+        let faults = document.faults.iter().map(|fault| (fault, at_line(document.root(), fault.line)));
+        let mut faults =
+            faults.filter(|(fault, object)| fault.kind == FaultKind::More || !kind::is_foreign(&reference(*object)));
+        match faults.next() {
+            Some((fault, object)) => {
+                let (line, message) = (fault.line, fault.kind.to_string());
+                refuse(read, SyntaxError { line, message }, Some(object));
+            }
+            None => read_node(file, document.root(), read),
         }
     }
 }
 
-fn read_node(file: &Arc<str>, node: &Node, read: &mut Manifests) {
-    let place = Place { file: Arc::clone(file), line: node.line };
-    let refuse = |read: &mut Manifests, field: &str, message: String, object| {
-        let place = Place { file: Arc::clone(file), line: node.line_of(field) };
-        read.diagnostics.push(Diagnostic { place, field: field.to_owned(), message, object, start: node.line });
+fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
+    let place = Place { file: Arc::clone(file), line: node.line() };
+    let mut locator = Locator::new(node);
+    let mut refuse = |read: &mut Manifests, field: &str, message: String, object| {
+        let place = Place { file: Arc::clone(file), line: locator.line_of(field) };
+        read.diagnostics.push(Diagnostic { place, field: field.to_owned(), message, object, start: node.line() });
     };
-    if !matches!(node.data, Data::Mapping(_)) {
+    if !node.is_mapping() {
         return refuse(read, "", "not an object: a mapping with apiVersion, kind and metadata is wanted".into(), None);
     }
-    let reference = reference(node);
+    let mut reference = reference(node);
     for (field, value) in [("apiVersion", &reference.api_version), ("kind", &reference.kind)] {
         if value.is_empty() {
             return refuse(
@@ -301,15 +322,25 @@ fn read_node(file: &Arc<str>, node: &Node, read: &mut Manifests) {
         }
     }
     match items(node) {
-        Some(Ok(items)) => return items.iter().for_each(|item| read_node(file, item, read)),
+        Some(Ok(items)) => return items.for_each(|item| read_node(file, item, read)),
         Some(Err(error)) => return refuse(read, &error.path, error.message, Some(reference)),
         None => {}
     }
-    match read_object(&reference, node) {
-        Ok(Some(_)) if reference.name.is_empty() => {
-            refuse(read, "metadata.name", "is missing".into(), Some(reference));
-        }
-        Ok(Some(object)) => read.objects.push(Manifest { place, reference, object, unknown: Vec::new() }),
+    let generated = generated_name(node, &reference, &place);
+    match read_object(&reference, node, generated.as_deref()) {
+        Ok(Some(object)) => match generated {
+            Some(_) if reference.api_version == hanse::API_VERSION => {
+                let message = "cannot generate a name: objects of the federation are applied by their name".to_owned();
+                refuse(read, "metadata.generateName", message, Some(reference));
+            }
+            None if reference.name.is_empty() => {
+                refuse(read, "metadata.name", "is missing".into(), Some(reference));
+            }
+            generated => {
+                reference.name = generated.unwrap_or(reference.name);
+                read.objects.push(Manifest { place, reference, object, unknown: Vec::new() });
+            }
+        },
         Ok(None) => match kind::mistaken(&reference) {
             Some(error) => refuse(read, &error.path, error.message, Some(reference)),
             None => read.skipped.push(Skipped { place, object: reference }),
@@ -319,26 +350,48 @@ fn read_node(file: &Arc<str>, node: &Node, read: &mut Manifests) {
             for error in errors {
                 refuse(read, &error.path, error.message, Some(reference.clone()));
             }
-            if let Some((object, unknown)) = in_doubt.filter(|_| !reference.name.is_empty()) {
+            if let Some((object, unknown)) = in_doubt.filter(|_| generated.is_some() || !reference.name.is_empty()) {
+                reference.name = generated.unwrap_or(reference.name);
                 read.in_doubt.push(Manifest { place, reference, object, unknown });
             }
         }
     }
 }
 
+/// What an API server would append to a `generateName`: five of these.
+const GENERATED: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
+
+/// A name for an object that has none but leaves it to the API server. It is made of the place, so that it is another one for
+/// each object and the same one for each reading.
+fn generated_name(node: Node<'_>, reference: &Reference, place: &Place) -> Option<String> {
+    let prefix = node.child("metadata")?.child("generateName")?.text()?;
+    if !reference.name.is_empty() || prefix.is_empty() {
+        return None;
+    }
+    // FNV-1a.
+    let bytes = place.file.bytes().chain(place.line.to_le_bytes());
+    let mut hash =
+        bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    let mut name = prefix.to_owned();
+    for _ in 0..5 {
+        name.push(char::from(GENERATED[(hash % GENERATED.len() as u64) as usize]));
+        hash /= GENERATED.len() as u64;
+    }
+    Some(name)
+}
+
 /// The objects of a list; `None` where the object is no list.
 ///
 /// # Errors
 /// When it is called a list of a kind that is read, and is none.
-pub fn items(node: &Node) -> Option<Result<Vec<Cow<'_, Node>>, FieldError>> {
-    let Reference { api_version, kind, .. } = reference(node);
+pub fn items(node: Node<'_>) -> Option<Result<impl Iterator<Item = Node<'_>>, FieldError>> {
+    let kind = reference(node).kind;
     let item_kind = kind.strip_suffix("List")?;
-    let is_object = |item: &Node| matches!(item.data, Data::Mapping(_));
-    match node.child("items").map(|items| &items.data) {
-        Some(Data::Sequence(items)) if item_kind.is_empty() || items.iter().all(is_object) => {
-            Some(Ok(items.iter().map(|item| typed_item(item, &api_version, item_kind)).collect()))
+    match node.child("items") {
+        Some(items) if items.is_sequence() && (item_kind.is_empty() || items.items().all(Node::is_mapping)) => {
+            Some(Ok(items.items()))
         }
-        Some(Data::Scalar(serde_json::Value::Null)) => Some(Ok(Vec::new())),
+        Some(items) if items.is_null() => Some(Ok(items.items())),
         // Other kinds end in List too: theirs are lists of something else.
         _ => (item_kind.is_empty() || kind::is_read(item_kind)).then(|| {
             let message = "is no list of objects".to_owned();
@@ -348,7 +401,7 @@ pub fn items(node: &Node) -> Option<Result<Vec<Cow<'_, Node>>, FieldError>> {
 }
 
 /// What an object calls itself.
-fn reference(node: &Node) -> Reference {
+fn reference(node: Node<'_>) -> Reference {
     let text_at = |path: &[&str]| {
         let found = path.iter().try_fold(node, |node, name| node.child(name));
         found.and_then(Node::text).unwrap_or_default().to_owned()
@@ -362,39 +415,17 @@ fn reference(node: &Node) -> Reference {
 }
 
 /// The object of a document in which a line stands: of a list, the item.
-fn at_line(node: &Node, line: u32) -> Cow<'_, Node> {
-    let Reference { api_version, kind, .. } = reference(node);
-    if let (Some(item_kind), Some(Data::Sequence(items))) =
-        (kind.strip_suffix("List"), node.child("items").map(|items| &items.data))
-        && let Some(item) = items.iter().rev().find(|item| item.line <= line)
-    {
-        return typed_item(item, &api_version, item_kind);
+fn at_line(node: Node<'_>, line: u32) -> Node<'_> {
+    let items = items(node).and_then(Result::ok);
+    match items.and_then(|items| items.take_while(|item| item.line() <= line).last()) {
+        Some(item) => at_line(item, line),
+        None => node,
     }
-    Cow::Borrowed(node)
-}
-
-/// Items of a typed list (`PodList`) may leave out what the list says.
-fn typed_item<'n>(item: &'n Node, api_version: &str, kind: &str) -> Cow<'n, Node> {
-    if item.child("apiVersion").is_some() && item.child("kind").is_some() {
-        return Cow::Borrowed(item);
-    }
-    let mut item = item.clone();
-    if let Data::Mapping(entries) = &mut item.data
-        && !kind.is_empty()
-    {
-        for (field, value) in [("apiVersion", api_version), ("kind", kind)] {
-            if !entries.iter().any(|(key, ..)| key == field) {
-                let node = Node { line: item.line, quoted: true, data: Data::Scalar(value.into()) };
-                entries.push((field.to_owned(), item.line, node));
-            }
-        }
-    }
-    Cow::Owned(item)
 }
 
 /// How many fields that are not known are told of one object.
 const MAX_UNKNOWN_TOLD: usize = 20;
-/// How many there may be in a policy that is in doubt: each may cost another reading.
+/// How many a policy that is in doubt keeps; where there are more, all of its rules are in doubt.
 const MAX_UNKNOWN_FIELDS: usize = 200;
 
 /// Why an object is refused; and a policy without its unknown fields with their paths, where nothing else is wrong.
@@ -403,31 +434,54 @@ struct Refused {
     in_doubt: Option<(Object, Vec<String>)>,
 }
 
-/// `None`: a kind that Hanse does not read. A field that is not known does not hide what else is wrong.
-fn read_object(reference: &Reference, node: &Node) -> Result<Option<Object>, Box<Refused>> {
-    let (mut node, mut unknown) = (Cow::Borrowed(node), Vec::new());
-    let (in_doubt, others) = loop {
-        let errors = match read_known(reference, &node) {
-            Ok(object) if unknown.is_empty() => return Ok(object),
-            Ok(object) => break (object.filter(Object::is_policy), Vec::new()),
-            Err(errors) => errors,
+/// `None`: a kind that Hanse does not read. A field that is not known does not hide what else is wrong. `generated`: the name
+/// of an object that has none itself.
+fn read_object(reference: &Reference, node: Node<'_>, generated: Option<&str>) -> Result<Option<Object>, Box<Refused>> {
+    let notes = Notes::default();
+    let strict = kind::is_strict(reference);
+    // Some conversions look for unknown fields themselves. They see all of them at once: the second time they find none.
+    let mut not_known: Vec<FieldError> = Vec::new();
+    loop {
+        let read = read_known(reference, if strict { node.with_notes(&notes) } else { node }, generated);
+        let unknown = notes.take_unknown(node).into_iter().filter(|field| !field.path.starts_with("metadata."));
+        let unknown: Vec<FieldError> = unknown.map(|field| field.into()).collect();
+        let (in_doubt, others) = match read {
+            Ok(object) if unknown.is_empty() && not_known.is_empty() => return Ok(object),
+            Ok(object) => (object.filter(Object::is_policy), Vec::new()),
+            Err(errors) if not_known.is_empty() && errors.iter().all(FieldError::is_of_unknown_field) => {
+                let mut locator = Locator::new(node);
+                let places: Option<Vec<u32>> = errors.iter().map(|error| locator.place_of(&error.path)).collect();
+                match places {
+                    Some(places) => {
+                        places.into_iter().for_each(|place| notes.leave_out(place));
+                        not_known = errors;
+                        continue;
+                    }
+                    None => (None, errors),
+                }
+            }
+            Err(errors) => (None, errors),
         };
-        if !errors.iter().all(FieldError::is_of_unknown_field) || unknown.len() >= MAX_UNKNOWN_FIELDS {
-            break (None, errors);
-        }
-        let without = |node: Node, error: &FieldError| node.without(&error.path);
-        let Some(rest) = errors.iter().try_fold(node.clone().into_owned(), without) else { break (None, errors) };
-        node = Cow::Owned(rest);
-        unknown.extend(errors);
-    };
-    let in_doubt = in_doubt.map(|object| (object, unknown.iter().map(|error| error.path.clone()).collect()));
-    unknown.truncate(MAX_UNKNOWN_TOLD);
-    unknown.extend(others);
-    Err(Box::new(Refused { errors: unknown, in_doubt }))
+        let mut errors: Vec<FieldError> = unknown.into_iter().chain(not_known).collect();
+        let in_doubt = in_doubt.map(|object| {
+            let mut paths: Vec<String> = errors.iter().take(MAX_UNKNOWN_FIELDS).map(|it| it.path.clone()).collect();
+            if errors.len() > MAX_UNKNOWN_FIELDS {
+                paths.push(format!("one of {} fields", errors.len()));
+            }
+            (object, paths)
+        });
+        errors.truncate(MAX_UNKNOWN_TOLD);
+        errors.extend(others);
+        return Err(Box::new(Refused { errors, in_doubt }));
+    }
 }
 
-fn read_known(reference: &Reference, node: &Node) -> Result<Option<Object>, Vec<FieldError>> {
-    let object = match (reference.api_version.as_str(), reference.kind.as_str()) {
+fn read_known(
+    reference: &Reference,
+    node: Node<'_>,
+    generated: Option<&str>,
+) -> Result<Option<Object>, Vec<FieldError>> {
+    let mut object = match (reference.api_version.as_str(), reference.kind.as_str()) {
         ("v1", "Namespace") => Object::Namespace(typed(node)?),
         ("v1", "Node") => Object::Node(typed(node)?),
         ("v1", "ServiceAccount") => Object::ServiceAccount(typed(node)?),
@@ -446,16 +500,21 @@ fn read_known(reference: &Reference, node: &Node) -> Result<Option<Object>, Vec<
         },
         _ => return Ok(None),
     };
+    if let Some(name) = generated {
+        object.metadata_mut().name = name.to_owned();
+    }
     let errors = crate::assemble::validate(&object);
     if errors.is_empty() { Ok(Some(object)) } else { Err(errors) }
 }
 
 /// A node as a type; the error names the field, also one that is missing.
-pub(crate) fn typed<T: DeserializeOwned>(node: &Node) -> Result<T, Vec<FieldError>> {
-    serde_path_to_error::deserialize(node).map_err(|error| {
-        let path = error.path().to_string();
-        let path = if path == "." { String::new() } else { path };
-        let message = error.into_inner().to_string();
+pub(crate) fn typed<T: DeserializeOwned>(node: Node<'_>) -> Result<T, Vec<FieldError>> {
+    T::deserialize(node).map_err(|error| {
+        let path = error.path(node);
+        let mut message = error.message;
+        if message.ends_with("expected a string") {
+            message.push_str("; text needs quotes where it looks like something else");
+        }
         let missing = message.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
         vec![match missing {
             None => FieldError { path, message },

@@ -22,6 +22,8 @@ use crate::metadata::check_metadata;
 
 /// Makes the peers of a local policy those of the whole ClusterSet; the only value is `ClusterSet`.
 pub const PEERS_ANNOTATION: &str = "hanse.dev/peers";
+/// How many blocks become one rule of the model: as many nets as a rule of Calico's may list.
+const MAX_BLOCKS_OF_A_RULE: usize = crate::rule::MAX_NETS;
 /// Where NetworkPolicy stands in its tier.
 pub const ORDER: f64 = 1_000.0;
 
@@ -75,8 +77,9 @@ pub struct EgressRule {
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Peer {
-    pub pod_selector: Option<LabelSelector>,
-    pub namespace_selector: Option<LabelSelector>,
+    // Boxed, since most peers of a very large policy are blocks.
+    pub pod_selector: Option<Box<LabelSelector>>,
+    pub namespace_selector: Option<Box<LabelSelector>>,
     pub ip_block: Option<IpBlock>,
 }
 
@@ -215,7 +218,29 @@ impl Walk<'_> {
         if peers.is_empty() {
             return vec![EntityMatch::default()];
         }
-        peers.iter().enumerate().filter_map(|(index, peer)| self.peer(peer, &path.index(index), errors)).collect()
+        let mut ends: Vec<EntityMatch> = Vec::new();
+        // Blocks without exceptions are alternatives, as the nets of one end are. A rule with nets speaks of their family only.
+        let mut blocks: [Option<usize>; 2] = [None; 2];
+        for (index, peer) in peers.iter().enumerate() {
+            let Some(end) = self.peer(peer, &path.index(index), errors) else { continue };
+            let [net] = end.nets[..] else {
+                ends.push(end);
+                continue;
+            };
+            if !end.not_nets.is_empty() {
+                ends.push(end);
+                continue;
+            }
+            let open = &mut blocks[usize::from(matches!(net, IpNet::V6(_)))];
+            match open.map(|at| &mut ends[at].nets).filter(|nets| nets.len() < MAX_BLOCKS_OF_A_RULE) {
+                Some(nets) => nets.push(net),
+                None => {
+                    *open = Some(ends.len());
+                    ends.push(end);
+                }
+            }
+        }
+        ends
     }
 
     fn peer(&self, peer: &Peer, path: &Path<'_>, errors: &mut Errors) -> Option<EntityMatch> {
@@ -231,7 +256,7 @@ impl Walk<'_> {
             }
             (Some(block), false) => block.convert(&path.field("ipBlock"), errors),
             (None, true) => {
-                let mut convert = |selector: &Option<LabelSelector>, name: &'static str| {
+                let mut convert = |selector: &Option<Box<LabelSelector>>, name: &'static str| {
                     selector.as_ref().map(|selector| selector.convert(&path.field(name), errors))
                 };
                 let pods = convert(&peer.pod_selector, "podSelector");

@@ -481,7 +481,7 @@ mod tests {
         let ips: Vec<String> = ips.iter().map(|ip| format!("{{ip: \"{ip}\"}}")).collect();
         format!(
             "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}\n\
-             spec: {{nodeName: n}}\nstatus: {{podIPs: [{}]}}\n---\n",
+             spec: {{nodeName: 'n'}}\nstatus: {{podIPs: [{}]}}\n---\n",
             ips.join(", ")
         )
     }

@@ -395,7 +395,7 @@ mod tests {
     use super::*;
     use crate::exchange::model::pod;
 
-    const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: n}\nspec: {podCIDR: 10.0.0.0/24}\n\
+    const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: 'n'}\nspec: {podCIDR: 10.0.0.0/24}\n\
                         status: {addresses: [{type: InternalIP, address: 192.0.2.1}]}\n---\n";
     const DENY: &str = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: d, namespace: a}\n\
                         spec: {podSelector: {}, ingress: [{from: [{podSelector: {matchLabels: {app: web}}}]}]}\n---\n";
@@ -403,7 +403,7 @@ mod tests {
     fn pod_of(name: &str, app: &str, address: &str) -> String {
         format!(
             "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: a, labels: {{app: {app}}}}}\n\
-             spec: {{nodeName: n}}\nstatus: {{phase: Running, podIP: {address}}}\n---\n"
+             spec: {{nodeName: 'n'}}\nstatus: {{phase: Running, podIP: {address}}}\n---\n"
         )
     }
 
@@ -487,7 +487,7 @@ mod tests {
         let mut world = World::new("here".into(), UnknownPods::default(), ends);
         world.receive(Updates { in_force: Position { epoch: 1, revision: 1 }, ..Updates::default() });
         let nodes = NODE.replace("10.0.0.0/24", "10.1.0.0/24")
-            + &NODE.replace("name: n", "name: m").replace("10.0.0", "10.2.0");
+            + &NODE.replace("name: 'n'", "name: m").replace("10.0.0", "10.2.0");
         for (revision, node) in [(1, "n"), (2, "m"), (3, "n")] {
             let hub = pod_of("hub", "hub", "10.0.0.9").replace("nodeName: n", &format!("nodeName: {node}"));
             world.take_local(sourced(&format!("{nodes}{hub}"), revision));

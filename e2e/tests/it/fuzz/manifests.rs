@@ -51,6 +51,16 @@ impl Target for Files {
         "~",
         "true",
         "yes",
+        "on",
+        "1_000",
+        "0b1010",
+        "!!int ",
+        "!!binary ",
+        "--- x\n",
+        "---x\n",
+        "generateName: a-",
+        "\\\n",
+        "\u{2028}",
         "0x10",
         "0o7",
         "007",
@@ -136,9 +146,14 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
 /// The documents that can be read, written as JSON, are read as the same objects with the same complaints.
 fn means_what_its_json_means(input: &[u8], read_first: &Manifests) {
     let Ok(text) = std::str::from_utf8(input) else { return };
-    let documents = document::parse(text.strip_prefix('\u{feff}').unwrap_or(text));
+    let documents: Vec<_> = document::documents(text).collect();
     let unreadable = documents.iter().filter(|document| document.is_err()).count();
-    let json: Vec<String> = documents.iter().flatten().map(|node| node.to_value().to_string()).collect();
+    let read: Vec<_> = documents.into_iter().flatten().collect();
+    // JSON has no key twice, and nothing that was left out.
+    if read.iter().any(|document| !document.faults.is_empty()) {
+        return;
+    }
+    let json: Vec<String> = read.iter().map(|document| document.root().to_value().to_string()).collect();
     // Beside a document that is none, `kubectl`'s JSON values in a row would be one text.
     let mut again = Manifests::default();
     for json in &json {

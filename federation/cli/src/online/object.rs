@@ -148,9 +148,8 @@ fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
             let name: Arc<str> = name.into();
             read_bytes(&name, &bytes, &mut checked);
             let text = std::str::from_utf8(&bytes).unwrap_or_default();
-            let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-            for node in document::parse(text).into_iter().flatten() {
-                collect(&name, &node, &mut written);
+            for document in document::documents(text).flatten() {
+                collect(&name, document.root(), &mut written);
             }
         }
     }
@@ -195,14 +194,14 @@ fn standard_input() -> anyhow::Result<Vec<u8>> {
 }
 
 /// The objects of the federation in a document, which may be a list of them.
-fn collect(file: &str, node: &Node, written: &mut Vec<Written>) {
+fn collect(file: &str, node: Node<'_>, written: &mut Vec<Written>) {
     match items(node) {
-        Some(items) => items.iter().flatten().for_each(|item| collect(file, item, written)),
+        Some(items) => items.into_iter().flatten().for_each(|item| collect(file, item, written)),
         None => written.extend(written_object(file, node)),
     }
 }
 
-fn written_object(file: &str, node: &Node) -> Option<Written> {
+fn written_object(file: &str, node: Node<'_>) -> Option<Written> {
     let kind = node.child("kind")?.text()?;
     let order = KINDS.iter().position(|(name, ..)| *name == kind)?;
     let group = node.child("apiVersion")?.text()?;
@@ -211,7 +210,7 @@ fn written_object(file: &str, node: &Node) -> Option<Written> {
     let mut value = node.to_value();
     let revision = take_revision(&mut value);
     let json = serde_json::to_vec(&value).ok()?;
-    Some(Written { order, kind: KINDS[order].2, name, json, revision, place: format!("{file}:{}", node.line) })
+    Some(Written { order, kind: KINDS[order].2, name, json, revision, place: format!("{file}:{}", node.line()) })
 }
 
 fn take_revision(manifest: &mut Value) -> Option<u64> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::bail;
 use clap::ValueEnum;
-use hanse_k8s_api::document::{self, Data, Node};
+use hanse_k8s_api::document::{self, Node};
 use hanse_k8s_api::manifest::{Diagnostic, Place, read_file};
 use hanse_policy::evaluate::Direction;
 use hanse_policy::lint::{About, CHECKS, Finding, Severity, lint};
@@ -182,36 +182,45 @@ fn place<'l>(loaded: &'l Loaded, finding: &Finding) -> Option<&'l Place> {
 /// The lines on which rules stand, file by file.
 #[derive(Default)]
 struct RuleLines {
-    files: HashMap<Arc<str>, Vec<Node>>,
+    files: HashMap<Arc<str>, HashMap<u32, ObjectLines>>,
 }
+
+/// The lines of an object's rules: of ingress, and of egress.
+type ObjectLines = [Vec<u32>; 2];
 
 impl RuleLines {
     /// Of a rule of the object that starts at `place`.
     fn line(&mut self, place: &Place, (direction, index): (Direction, u32)) -> Option<u32> {
-        let nodes = self.files.entry(place.file.clone()).or_insert_with(|| {
+        let objects = self.files.entry(place.file.clone()).or_insert_with(|| {
             // What could be read before can hardly fail now; where it does, the object's own line is told.
             let bytes = read_file(Path::new(&*place.file)).unwrap_or_default();
             let text = std::str::from_utf8(&bytes).unwrap_or_default();
-            let documents = document::parse(text.strip_prefix('\u{feff}').unwrap_or(text));
-            documents.into_iter().flatten().collect()
+            let mut objects = HashMap::new();
+            for document in document::documents(text).flatten() {
+                rules_of(document.root(), &mut objects);
+            }
+            objects
         });
-        let object = nodes.iter().find_map(|node| starting_at(node, place.line))?;
-        let list = match direction {
-            Direction::Ingress => "ingress",
-            Direction::Egress => "egress",
+        let [ingress, egress] = objects.get(&place.line)?;
+        let lines = match direction {
+            Direction::Ingress => ingress,
+            Direction::Egress => egress,
         };
-        match &object.child("spec")?.child(list)?.data {
-            Data::Sequence(rules) => rules.get(index as usize).map(|rule| rule.line),
-            Data::Scalar(_) | Data::Mapping(_) => None,
-        }
+        lines.get(index as usize).copied()
     }
 }
 
-/// The object that starts on a line: the document, or one of a list.
-fn starting_at(node: &Node, line: u32) -> Option<&Node> {
-    match node.child("items").map(|items| &items.data) {
-        Some(Data::Sequence(items)) => items.iter().find_map(|item| starting_at(item, line)),
-        _ => (node.line == line).then_some(node),
+/// The rules of an object, or of those of a list, by the line on which the object starts.
+fn rules_of(node: Node<'_>, objects: &mut HashMap<u32, ObjectLines>) {
+    match node.child("items").filter(|items| items.is_sequence()) {
+        Some(items) => items.items().for_each(|item| rules_of(item, objects)),
+        None => {
+            let lines = |direction| {
+                let rules = node.child("spec").and_then(|spec| spec.child(direction));
+                rules.into_iter().flat_map(Node::items).map(Node::line).collect()
+            };
+            objects.insert(node.line(), ["ingress", "egress"].map(lines));
+        }
     }
 }
 

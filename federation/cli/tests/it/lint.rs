@@ -14,7 +14,7 @@ metadata: {name: web, labels: {kubernetes.io/metadata.name: web}}
 apiVersion: v1
 kind: Pod
 metadata: {name: server, namespace: web, labels: {app: a, role: b}}
-spec: {nodeName: n, containers: [{name: c, ports: [{name: http, containerPort: 80}]}]}
+spec: {nodeName: 'n', containers: [{name: c, ports: [{name: http, containerPort: 80}]}]}
 status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}]}
 ---
 apiVersion: projectcalico.org/v3
@@ -193,7 +193,7 @@ metadata: {name: web, labels: {kubernetes.io/metadata.name: web}}
 apiVersion: v1
 kind: Pod
 metadata: {name: server, namespace: web, labels: {app: a}}
-spec: {nodeName: n, containers: [{name: c}]}
+spec: {nodeName: 'n', containers: [{name: c}]}
 status: {phase: Running, podIP: 10.0.0.1}
 ---
 apiVersion: projectcalico.org/v3

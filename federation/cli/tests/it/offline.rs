@@ -444,13 +444,13 @@ metadata: {name: web, labels: {kubernetes.io/metadata.name: web}}
 apiVersion: v1
 kind: Pod
 metadata: {name: server, namespace: web, labels: {app: server}}
-spec: {nodeName: n, containers: [{name: c}]}
+spec: {nodeName: 'n', containers: [{name: c}]}
 status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: client, namespace: web, labels: {app: client}}
-spec: {nodeName: n, containers: [{name: c}]}
+spec: {nodeName: 'n', containers: [{name: c}]}
 status: {phase: Running, podIP: 10.0.0.2, podIPs: [{ip: 10.0.0.2}, {ip: 'fd00::2'}]}
 ---
 apiVersion: projectcalico.org/v3
@@ -740,5 +740,32 @@ fn presets_mean_what_they_say() {
     for (answer, (from, to, _, port, verdict, about)) in stdout.lines().zip(cases) {
         let answer: Value = serde_json::from_str(answer).expect("JSON");
         assert_eq!(answer["verdict"], verdict, "{about}: {from} -> {to}:{port}\n{answer:#}");
+    }
+}
+
+/// Where standard error is closed (`2>&1 | head`), what would be said there is dropped.
+#[test]
+fn a_closed_standard_error_ends_nothing() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let bad = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: A}\nspec: {more: 1}\n---\n";
+    std::fs::write(directory.path().join("bad.yaml"), bad.repeat(2_000)).expect("written");
+    let path = directory.path().to_str().expect("UTF-8");
+    for arguments in [
+        &["policy", "check", path][..],
+        &["policy", "lint", "--cluster", &format!("c={path}")],
+        &["policy", "matrix", "--cluster", &format!("c={path}"), "--port", "80"],
+        &["policy", "selector", "a = 'b'"],
+        &["status"],
+        &["nothing"],
+    ] {
+        for stdout_too in [false, true] {
+            let (reader, writer) = std::io::pipe().expect("a pipe");
+            drop(reader);
+            let stdout = if stdout_too { Stdio::from(writer.try_clone().expect("cloned")) } else { Stdio::null() };
+            let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
+            command.args(arguments).env_remove("HANSE_CONTEXT").stdin(Stdio::null()).stdout(stdout).stderr(writer);
+            let status = command.status().expect("it starts");
+            assert!(matches!(status.code(), Some(0..=2)), "{arguments:?}: {status}");
+        }
     }
 }

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 /// Few names, nodes and addresses, so that objects meet: under one key, at one address, on one node.
 fn object() -> impl Strategy<Value = String> {
     let name = prop::sample::select(vec!["a", "b", "c"]);
-    let place = (name.clone(), prop::sample::select(vec!["x", "y"]));
+    let place = (name.clone(), prop::sample::select(vec!["x", "z"]));
     let meta = |(name, namespace): &(&str, &str)| format!("metadata: {{name: {name}, namespace: {namespace}");
     let pod = (
         place.clone(),
@@ -32,7 +32,7 @@ fn object() -> impl Strategy<Value = String> {
     let node = (prop::sample::select(vec!["n1", "n2"]), 1..3_u8, any::<bool>()).prop_map(|(name, address, gpu)| {
         format!("apiVersion: v1\nkind: Node\nmetadata: {{name: {name}, labels: {{gpu: '{gpu}'}}}}\nstatus: {{addresses: [{{type: InternalIP, address: 192.0.2.{address}}}]}}\n")
     });
-    let namespace = (prop::sample::select(vec!["x", "y"]), 0..2_u8).prop_map(|(name, team)| {
+    let namespace = (prop::sample::select(vec!["x", "z"]), 0..2_u8).prop_map(|(name, team)| {
         format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}, labels: {{team: t{team}}}}}\n")
     });
     let account = (place.clone(), 0..2_u8).prop_map(move |(place, team)| {

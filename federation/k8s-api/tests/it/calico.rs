@@ -286,7 +286,7 @@ fn names_and_metadata() {
     }
     let with = |metadata: &str| {
         refusals(&format!(
-            "apiVersion: projectcalico.org/v3\nkind: NetworkSet\nmetadata: {{name: n, namespace: web, {metadata}}}\nspec: {{}}\n"
+            "apiVersion: projectcalico.org/v3\nkind: NetworkSet\nmetadata: {{name: 'n', namespace: web, {metadata}}}\nspec: {{}}\n"
         ))
     };
     assert_eq!(with("labels: {a: b, c.d/e: ''}, annotations: {A.b/C: 'x y'}"), Vec::<String>::new());

@@ -199,10 +199,10 @@ fn a_list_of_what_is_read_is_a_list() {
 #[test]
 fn addresses_and_ports_are_such() {
     for (text, wanted) in [
-        ("v1\nkind: Node\nmetadata: {name: n}\nspec: {podCIDR: 10.0.0/24}", "4 spec.podCIDR"),
-        ("v1\nkind: Node\nmetadata: {name: n}\nspec: {podCIDRs: [10.0.0.0/24, junk]}", "4 spec.podCIDRs[1]"),
+        ("v1\nkind: Node\nmetadata: {name: 'n'}\nspec: {podCIDR: 10.0.0/24}", "4 spec.podCIDR"),
+        ("v1\nkind: Node\nmetadata: {name: 'n'}\nspec: {podCIDRs: [10.0.0.0/24, junk]}", "4 spec.podCIDRs[1]"),
         (
-            "v1\nkind: Node\nmetadata: {name: n}\nstatus: {addresses: [{type: Hostname, address: n}, {type: InternalIP, address: 10.0.0.300}]}",
+            "v1\nkind: Node\nmetadata: {name: 'n'}\nstatus: {addresses: [{type: Hostname, address: 'n'}, {type: InternalIP, address: 10.0.0.300}]}",
             "4 status.addresses[1].address",
         ),
         ("v1\nkind: Service\nmetadata: {name: s}\nspec: {clusterIP: 10.9.0.999}", "4 spec.clusterIP"),
@@ -228,8 +228,8 @@ fn addresses_and_ports_are_such() {
         assert!(complaints.len() == 1 && complaints[0].starts_with(&wanted), "{text}: {complaints:?}");
     }
     let good = read(
-        "apiVersion: v1\nkind: Node\nmetadata: {name: n}\nspec: {podCIDR: 010.9.0.0/24, podCIDRs: [010.9.0.0/24, 'fd00::/64']}\n\
-         status: {addresses: [{type: Hostname, address: n}, {type: InternalIP, address: 10.0.0.3}]}\n---\n\
+        "apiVersion: v1\nkind: Node\nmetadata: {name: 'n'}\nspec: {podCIDR: 010.9.0.0/24, podCIDRs: [010.9.0.0/24, 'fd00::/64']}\n\
+         status: {addresses: [{type: Hostname, address: 'n'}, {type: InternalIP, address: 10.0.0.3}]}\n---\n\
          apiVersion: v1\nkind: Service\nmetadata: {name: s}\nspec: {clusterIP: None}\n---\n\
          apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s}\naddressType: FQDN\nendpoints: [{addresses: [example.org]}]\n",
     );
@@ -450,7 +450,7 @@ fn a_key_that_stands_twice_refuses_its_object() {
     assert_eq!(told, [of(8, 13, "b"), of(19, 21, "d"), of(23, 23, "f")]);
 }
 
-/// Where a boolean is wanted, `kubectl`'s words for one are taken; elsewhere they are text.
+/// `kubectl`'s words for a boolean are one wherever they stand without quotes.
 #[test]
 fn booleans_may_be_words() {
     let policy = |spec: &str| {
@@ -458,16 +458,175 @@ fn booleans_may_be_words() {
         complaints(&read(&format!("{head}spec: {spec}\n")))
     };
     assert_eq!(policy("{applyOnForward: yes, doNotTrack: on, selector: on == 'yes'}"), Vec::<String>::new());
-    assert_eq!(policy("{applyOnForward: off, doNotTrack: No}"), Vec::<String>::new());
-    for wrong in ["yEs", "y", "1", "''", "'yes'", "\"on\""] {
+    assert_eq!(policy("{applyOnForward: off, doNotTrack: n}"), Vec::<String>::new());
+    for wrong in ["yEs", "1", "''", "'yes'", "\"on\""] {
         assert_eq!(policy(&format!("{{applyOnForward: {wrong}}}")).len(), 1, "{wrong}");
     }
-    let text = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, labels: {gpu: yes}}\nspec: {hostNetwork: yes}\n";
-    let read = read(text);
-    assert_eq!(complaints(&read), Vec::<String>::new());
+    let pod = |label: &str| {
+        let read = read(&format!(
+            "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n  labels: {{gpu: {label}}}\nspec: {{hostNetwork: yes}}\n"
+        ));
+        complaints(&read)
+    };
+    assert_eq!(pod("'yes'"), Vec::<String>::new());
+    // An API server refuses it too.
+    for (label, wanted) in [("yes", "boolean `true`"), ("no", "boolean `false`"), ("1_0", "integer `10`")] {
+        let complaints = pod(label);
+        let wanted =
+            format!("file.yaml:5 metadata.labels.gpu: invalid type: {wanted}, expected a string; text needs quotes");
+        assert!(complaints.len() == 1 && complaints[0].starts_with(&wanted), "{complaints:?}");
+    }
+}
+
+/// What a policy comes to mean.
+fn policy(spec: &str) -> hanse_policy::model::Policy {
+    let text = format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p, namespace: a}}\nspec:\n{spec}"
+    );
+    let read = read(&text);
+    assert_eq!(complaints(&read), Vec::<String>::new(), "{text}");
     let state = assemble_cluster(&"c".into(), read.objects);
-    let pod = state.cluster.endpoints.values().next().expect("the pod");
-    assert!(pod.host_network && pod.labels.get("gpu").is_some_and(|value| &**value == "yes"));
+    state.layer.policies.into_values().next().expect("a policy")
+}
+
+#[test]
+fn numbers_are_those_of_kubernetes() {
+    let port = |port: &str| policy(&format!("  ingress:\n  - ports: [{{port: {port}}}]\n"));
+    for spelled in ["1_000", "0b1111101000", "0x3e8", "01750", "1000.0", "1e3", "+1000", "1_0_0_0.0"] {
+        assert_eq!(port(spelled), port("1000"), "{spelled}");
+    }
+}
+
+/// Null in lists and mappings is the zero value of what is wanted.
+#[test]
+fn null_is_the_zero_value() {
+    for (written, meant) in [
+        ("  podSelector: {matchLabels: {a: }}\n", "  podSelector: {matchLabels: {a: ''}}\n"),
+        ("  podSelector: ~\n", "  podSelector: {}\n"),
+        ("  ingress:\n  -\n", "  ingress:\n  - {}\n"),
+        ("  ingress:\n  - ports: [~]\n", "  ingress:\n  - ports: [{}]\n"),
+        ("  ingress:\n  - from:\n", "  ingress:\n  - {}\n"),
+        ("  ingress:\n  - ports: [{port: ~, protocol: }]\n", "  ingress:\n  - ports: [{}]\n"),
+        (
+            "  podSelector: {matchExpressions: [{key: a, operator: In, values: [~, b]}]}\n",
+            "  podSelector: {matchExpressions: [{key: a, operator: In, values: ['', b]}]}\n",
+        ),
+    ] {
+        assert_eq!(policy(written), policy(meant), "{written}");
+    }
+    let read = read(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: p, labels: {app: }, annotations: {a: ~}}\nspec: {hostNetwork: , containers: [~]}\n---\n\
+         apiVersion: projectcalico.org/v3\nkind: StagedKubernetesNetworkPolicy\nmetadata: {name: p, namespace: a}\n\
+         spec:\n  podSelector: {matchLabels: {a: }}\n  ingress:\n  -\n",
+    );
+    assert_eq!((complaints(&read), read.objects.len()), (Vec::new(), 2));
+}
+
+/// Blocks are alternatives: one rule of each family, so that a policy of very many is small.
+#[test]
+fn blocks_without_exceptions_are_one_rule() {
+    let peers = "{ipBlock: {cidr: 10.0.0.0/8}}, {ipBlock: {cidr: 'fd00::/8'}}, {ipBlock: {cidr: 11.0.0.0/8}}, {podSelector: {}}, {ipBlock: {cidr: 12.0.0.0/8, except: [12.1.0.0/16]}}";
+    let policy = policy(&format!("  ingress:\n  - from: [{peers}]\n"));
+    let rules = policy.ingress.expect("of ingress");
+    let nets: Vec<String> = rules
+        .iter()
+        .map(|rule| rule.source.nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
+        .collect();
+    assert_eq!(nets, ["10.0.0.0/8 11.0.0.0/8", "fd00::/8", "", "12.0.0.0/8"]);
+}
+
+#[test]
+fn a_generated_name_is_one_of_its_own() {
+    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {generateName: job-, namespace: a}\n";
+    let text = format!(
+        "{pod}---\n{pod}---\napiVersion: v1\nkind: Pod\nmetadata: {{generateName: job-, name: job-x, namespace: a}}\n"
+    );
+    let names = |read: Manifests| -> Vec<String> { read.objects.into_iter().map(|it| it.reference.name).collect() };
+    let first = read(&text);
+    assert_eq!(complaints(&first), Vec::<String>::new());
+    let first = names(first);
+    assert_eq!(first, names(read(&text)), "the same at each reading");
+    assert!(first[0] != first[1] && first[..2].iter().all(|it| it.len() == 9 && it.starts_with("job-")), "{first:?}");
+    assert_eq!(first[2], "job-x");
+    let endpoints = assemble_cluster(&"c".into(), read(&text).objects).cluster.endpoints;
+    assert_eq!(endpoints.len(), 3);
+    // What is applied is found again by its name.
+    let tier = read("apiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {generateName: a-}\n");
+    assert!(complaints(&tier)[0].starts_with("file.yaml:3 metadata.generateName: "), "{:?}", complaints(&tier));
+}
+
+/// Of other kinds nothing is checked that the reader does not stumble over.
+#[test]
+fn what_is_wrong_with_other_kinds_is_none_of_our_business() {
+    let deep = format!("{}1{}", "[".repeat(100), "]".repeat(100));
+    let other =
+        |name: &str, more: &str| format!("apiVersion: example.org/v1\nkind: Tree\nmetadata: {{name: {name}}}\n{more}");
+    let read_both = |text: &str| {
+        let read = read(text);
+        (complaints(&read), read.skipped.len(), read.objects.len())
+    };
+    for fault in [format!("spec: {deep}\n"), "a: 1\na: 2\n".to_owned()] {
+        assert_eq!(read_both(&other("a", &fault)), (Vec::new(), 1, 0), "{fault}");
+        let item = other("a", &fault).replace('\n', "\n  ");
+        let list = format!(
+            "apiVersion: v1\nkind: List\nitems:\n- {}\n- {{apiVersion: v1, kind: Namespace, metadata: {{name: a}}}}\n",
+            item.trim_end()
+        );
+        assert_eq!(read_both(&list), (Vec::new(), 1, 1), "{list}");
+        let ours = fault.replace("a: 1", "metadata: {name: b}").replace("a: 2", "metadata: {name: c}");
+        let (complaints, ..) = read_both(&format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: a}}\n{ours}"));
+        assert_eq!(complaints.len(), 1, "{complaints:?}");
+    }
+}
+
+/// Nor do they cost another reading each.
+#[test]
+fn many_unknown_fields_are_found_in_one_reading() {
+    let rules: String = (0..40_000).map(|at| format!("  - {{action: Allow, dscp{at}: 4}}\n")).collect();
+    let text = format!(
+        "apiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {{name: p}}\nspec:\n  ingress:\n{rules}"
+    );
+    let start = std::time::Instant::now();
+    let read = read(&text);
+    let complaints = complaints(&read);
+    assert_eq!(complaints.len(), 21, "20 of them, and that there are too many rules");
+    assert!(complaints[19].starts_with("file.yaml:25 spec.ingress[19].dscp19: unknown field"), "{complaints:?}");
+    let selector: String = (0..40_000).map(|at| format!("      k{at}: 1\n")).collect();
+    let text = format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p}}\nspec:\n  ingress: [{{}}]\n  podSelector:\n{selector}"
+    );
+    let many = self::read(&text);
+    assert_eq!((many.diagnostics.len(), many.in_doubt.len()), (20, 1), "{:?}", many.diagnostics.first());
+    assert!(start.elapsed() < std::time::Duration::from_secs(20), "{:?}", start.elapsed());
+    let state = assemble_cluster(&"c".into(), many.in_doubt);
+    let policy = state.layer.policies.into_values().next().expect("a policy");
+    assert!(policy.ingress.into_iter().flatten().all(|rule| rule.not_understood.is_some()));
+}
+
+/// Nor is a list taken for an object whose fields it might give in their order.
+#[test]
+fn a_list_is_no_object() {
+    for spec in ["{ingress: [[]]}", "{podSelector: []}", "{ingress: [{from: [[]]}]}", "[]"] {
+        let text =
+            format!("apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p}}\nspec: {spec}\n");
+        let complaints = complaints(&read(&text));
+        assert!(complaints.len() == 1 && complaints[0].contains("invalid type: sequence"), "{spec}: {complaints:?}");
+    }
+}
+
+#[test]
+fn an_unknown_field_names_what_was_meant() {
+    for (field, wanted) in [
+        ("Ingress: []", "unknown field `Ingress`; did you mean `ingress`?"),
+        ("selecter: all()", "did you mean `selector`?"),
+        ("dscp: 1", "unknown field `dscp`, expected one of `tier`, `order`"),
+    ] {
+        let text = format!(
+            "apiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {{name: p}}\nspec:\n  {field}\n"
+        );
+        let complaints = complaints(&read(&text));
+        assert!(complaints.len() == 1 && complaints[0].contains(wanted), "{complaints:?}");
+    }
 }
 
 #[test]

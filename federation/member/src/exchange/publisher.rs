@@ -514,12 +514,12 @@ mod tests {
         publisher.objects.iter().map(object).collect()
     }
 
-    const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: n}\n";
+    const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: 'n'}\n";
 
     fn pod_of(name: &str, namespace: &str, app: &str, account: &str, address: &str) -> String {
         format!(
             "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {app}, own: {name}}}}}\n\
-             spec: {{nodeName: n, serviceAccountName: {account}}}\nstatus: {{phase: Running, podIP: {address}}}\n"
+             spec: {{nodeName: 'n', serviceAccountName: {account}}}\nstatus: {{phase: Running, podIP: {address}}}\n"
         )
     }
 
