@@ -163,6 +163,7 @@ impl Follower {
         let nothing = RuleSet::default();
         let held = self.held.as_deref().unwrap_or(&nothing);
         let hello = wire::Hello {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
             generation: Some(agent_wire::generation(held.generation)),
             digest: agent_wire::digest(held.digest()),
             features: Vec::new(),

@@ -37,8 +37,10 @@ Examples:
   export HANSE_CONTEXT=./hub/admin.context      # hanse-hub init makes it
   hanse token create --cluster train > train.token
   hanse apply -f policies/ --dry-run
-  hanse apply -f policies/ && hanse wait --for=enforced default-deny
+  hanse apply -f policies/ && hanse wait -f policies/
   hanse status
+  hanse describe fnp default-deny
+  hanse node list --problems
   hanse policy lint --cluster train=manifests/train --federation policies/";
 
 /// What every command may need.
@@ -76,15 +78,19 @@ enum Command {
     Get(online::object::Get),
     /// Delete objects of the federation.
     Delete(online::object::Delete),
-    /// How the clusters are: connected, age of data, digests, agents, certificates.
+    Describe(online::describe::Describe),
     Status(online::status::Status),
-    /// Wait until a policy is enforced everywhere.
+    /// The nodes of clusters.
+    #[command(subcommand)]
+    Node(online::node::Command),
     Wait(online::wait::Wait),
     /// Print the completion script of a shell.
     ///
     /// bash: source <(hanse completion bash). zsh: hanse completion zsh > "${fpath[1]}/_hanse".
     /// fish: hanse completion fish > ~/.config/fish/completions/hanse.fish
-    Completion { shell: clap_complete::Shell },
+    Completion {
+        shell: clap_complete::Shell,
+    },
 }
 
 fn main() -> ExitCode {
@@ -99,7 +105,9 @@ fn main() -> ExitCode {
         Command::Apply(command) => command.run(context),
         Command::Get(command) => command.run(context),
         Command::Delete(command) => command.run(context),
+        Command::Describe(command) => command.run(context),
         Command::Status(command) => command.run(context),
+        Command::Node(command) => command.run(context),
         Command::Wait(command) => command.run(context),
         Command::Completion { shell } => print_completion(shell),
     };

@@ -14,11 +14,14 @@ use tonic::transport::Channel;
 
 pub mod audit;
 pub mod cluster;
+pub mod describe;
+pub mod node;
 pub mod object;
 pub mod status;
 pub mod token;
 pub mod user;
 pub mod wait;
+pub mod watch;
 
 /// The largest answer: all manifests of a hub with 10,000 objects of 6 KiB.
 pub const MAX_ANSWER_BYTES: usize = 64 << 20;
@@ -141,6 +144,10 @@ impl CallError {
         matches!(error.downcast_ref(), Some(Self::Refused { code: tonic::Code::NotFound, .. }))
     }
 
+    pub fn is_denied(error: &anyhow::Error) -> bool {
+        matches!(error.downcast_ref(), Some(Self::Refused { code: tonic::Code::PermissionDenied, .. }))
+    }
+
     /// Whether a precondition does not hold, or what is there stands against it.
     pub fn is_conflict(error: &anyhow::Error) -> bool {
         matches!(error.downcast_ref(), Some(Self::Refused { code: tonic::Code::FailedPrecondition, .. }))
@@ -155,25 +162,30 @@ pub async fn call<T>(answer: impl Future<Output = Result<tonic::Response<T>, ton
             Err(CallError::Unreachable(text).into())
         }
         Ok(Ok(answer)) => Ok(answer.into_inner()),
-        Ok(Err(status)) => Err(match status.code() {
-            // A service that is not there has no words for it.
-            code @ tonic::Code::Unimplemented if status.message().is_empty() => {
-                let message = "the address takes no commands: is it where clusters join?".to_owned();
-                CallError::Refused { code, message }
-            }
-            code if told(&status).contains("CertificateRevoked") || told(&status).contains("CertificateExpired") => {
-                let message = "the hub does not accept this user's certificate, which was revoked or has ended";
-                CallError::Refused { code, message: message.to_owned() }
-            }
-            tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {
-                // It was there a moment ago. An alert that says why is lost when the connection breaks while a request is written.
-                let hint = "a hub also closes the connection of a user who was revoked";
-                CallError::Unreachable(format!("the hub does not answer: {} ({hint})", told(&status)))
-            }
-            code => CallError::Refused { code, message: status.message().to_owned() },
-        }
-        .into()),
+        Ok(Err(status)) => Err(refused(status)),
     }
+}
+
+/// Why a call, or a stream that it began, ended without an answer, in the hub's words.
+pub fn refused(status: tonic::Status) -> anyhow::Error {
+    let error = match status.code() {
+        // A service that is not there has no words for it.
+        code @ tonic::Code::Unimplemented if status.message().is_empty() => {
+            let message = "the address takes no commands: is it where clusters join?".to_owned();
+            CallError::Refused { code, message }
+        }
+        code if told(&status).contains("CertificateRevoked") || told(&status).contains("CertificateExpired") => {
+            let message = "the hub does not accept this user's certificate, which was revoked or has ended";
+            CallError::Refused { code, message: message.to_owned() }
+        }
+        tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {
+            // It was there a moment ago. An alert that says why is lost when the connection breaks while a request is written.
+            let hint = "a hub also closes the connection of a user who was revoked";
+            CallError::Unreachable(format!("the hub does not answer: {} ({hint})", told(&status)))
+        }
+        code => CallError::Refused { code, message: status.message().to_owned() },
+    };
+    error.into()
 }
 
 /// A status with what is behind it: a connection that the hub closed has its reason there.

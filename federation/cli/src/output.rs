@@ -19,6 +19,31 @@ pub enum Format {
     Yaml,
 }
 
+/// `-o` of commands that list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Default)]
+pub enum ListFormat {
+    /// For people.
+    #[default]
+    Table,
+    /// A table with more columns.
+    Wide,
+    /// Names only, each in a line.
+    Name,
+    Json,
+    Yaml,
+}
+
+impl ListFormat {
+    /// The format of data; none where text is printed.
+    pub fn data(self) -> Option<Format> {
+        match self {
+            Self::Json => Some(Format::Json),
+            Self::Yaml => Some(Format::Yaml),
+            Self::Table | Self::Wide | Self::Name => None,
+        }
+    }
+}
+
 /// A table without borders, as `kubectl` prints them: two spaces between columns, none at the ends of lines.
 #[derive(Debug)]
 pub struct Table(comfy_table::Table);
@@ -104,6 +129,11 @@ pub fn done<T: Serialize + ?Sized>(format: Format, value: &T, words: impl std::f
 pub fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {
     text::line(text)?;
     Ok(())
+}
+
+/// Prints one field of a description.
+pub fn field(name: &str, value: impl std::fmt::Display) -> anyhow::Result<()> {
+    line(format_args!("{:<14} {value}", format!("{name}:")))
 }
 
 /// A length of time in its largest units: `0.3s`, `45s`, `5m12s`, `23h4m`, `12d`.

@@ -1,6 +1,7 @@
 //! What platform teams do: the conversion module of `administration.proto`, and the rules behind it.
 
 mod convert;
+mod observe;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -11,6 +12,8 @@ use hanse_runtime::Identity;
 use hanse_runtime::identity::{check_label, check_subdomain};
 use hanse_runtime::tls::{Connections, Peer, peer_identity};
 use hanse_store::Transaction;
+use tokio::sync::Semaphore;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use tracing::info;
 
@@ -24,8 +27,9 @@ use crate::registry::{
     ChangeError, Deed, MAX_OBJECT_BYTES, MAX_OBJECTS, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds,
 };
 use crate::roles::{Need, Role, allow};
-use crate::status::{PolicyState, Realisations};
+use crate::status::Realisations;
 use hanse_runtime::token::Token;
+use observe::{MAX_WATCHERS, Wanted};
 
 /// Longest life of a token: a week.
 const MAX_TOKEN_LIFE: Duration = Duration::from_secs(7 * 86_400);
@@ -43,6 +47,7 @@ pub struct Administration {
     authority: Authority,
     connections: Connections,
     realisations: Arc<dyn Realisations>,
+    watchers: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Administration {
@@ -58,7 +63,8 @@ impl Administration {
         connections: Connections,
         realisations: Arc<dyn Realisations>,
     ) -> Self {
-        Self { registry, authority, connections, realisations }
+        let watchers = Arc::new(Semaphore::new(MAX_WATCHERS));
+        Self { registry, authority, connections, realisations, watchers }
     }
 
     fn view<T>(&self, request: &Request<T>) -> Result<Arc<Snapshot>, Status> {
@@ -303,44 +309,6 @@ impl Administration {
         });
         change.await.map(|_| ())
     }
-
-    fn cluster_status(&self, snapshot: &Snapshot) -> Vec<wire::ClusterStatus> {
-        let realisations = self.realisations.clusters();
-        let peers = self.connections.peers();
-        let mut statuses = Vec::with_capacity(snapshot.clusters.len());
-        for (name, cluster) in &snapshot.clusters {
-            let realisation = realisations.get(name).cloned().unwrap_or_default();
-            let identity = Identity::Cluster(name.clone());
-            let peer = peers.iter().find(|peer| peer.identity() == Some(&identity) && !peer.closed.is_cancelled());
-            let member = snapshot.members.get(name).map(|m| &m.record);
-            statuses.push(wire::ClusterStatus {
-                name: name.to_string(),
-                state: convert::state_name(&cluster.state).to_owned(),
-                connected: realisation.connected,
-                lease: convert::lease_name(cluster.lease).to_owned(),
-                age_ms: self.age_ms(name),
-                epoch: realisation.epoch,
-                revision: realisation.revision,
-                endpoints: realisation.endpoints,
-                digests_equal: realisation.digests_equal,
-                enforced_revision: realisation.enforced_revision,
-                received_revision: realisation.received_revision,
-                agents: realisation.agents,
-                agents_current: realisation.agents_current,
-                certificate_expires_at: member.map_or(0, |m| m.certificate_expires_at),
-                key_exchange: peer.map_or_else(String::new, |peer| peer.key_exchange.to_owned()),
-                refused: realisation.refused,
-                refusals: realisation.refusals,
-                unenforced: realisation.unenforced,
-                problems: realisation.problems,
-            });
-        }
-        statuses
-    }
-
-    fn age_ms(&self, cluster: &str) -> Option<u64> {
-        self.registry.silent_for(cluster).map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
-    }
 }
 
 /// Creates a user, or gives one a new key and roles.
@@ -545,16 +513,9 @@ impl wire::administration_server::Administration for Administration {
         let snapshot = self.view(&request)?;
         let request = request.into_inner();
         let kind = convert::kind_from_wire(request.kind)?;
-        let wanted = |id: &ObjectId| {
-            kind.is_none_or(|kind| kind == id.kind) && (request.name.is_empty() || request.name == *id.name)
-        };
-        let objects = snapshot.objects.values().filter(|object| wanted(&object.id));
-        let objects = objects.map(|object| wire::Object {
-            kind: convert::kind_to_wire(object.id.kind).into(),
-            name: object.id.name.to_string(),
-            revision: object.revision,
-            manifest: object.manifest.clone(),
-        });
+        let wanted = Wanted { kind, name: request.name };
+        let objects = snapshot.objects.values().filter(|object| wanted.includes(&object.id));
+        let objects = objects.map(|object| convert::object_to_wire(object));
         Ok(Response::new(wire::GetResponse { objects: objects.collect() }))
     }
 
@@ -567,35 +528,41 @@ impl wire::administration_server::Administration for Administration {
         self.delete(&who, id).await.map(Response::new).map_err(status)
     }
 
+    type WatchStream = ReceiverStream<Result<wire::ObjectChanges, Status>>;
+
+    async fn watch(&self, request: Request<wire::GetRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        self.view(&request)?;
+        let wire::GetRequest { kind, name } = request.into_inner();
+        let wanted = Wanted { kind: convert::kind_from_wire(kind)?, name };
+        let watchers = Arc::clone(&self.watchers).try_acquire_owned();
+        let permit = watchers.map_err(|_| Status::resource_exhausted(format!("{MAX_WATCHERS} watch already")))?;
+        Ok(Response::new(ReceiverStream::new(observe::watch_objects(self.registry.subscribe(), wanted, permit))))
+    }
+
     async fn status(&self, request: Request<wire::StatusRequest>) -> Result<Response<wire::StatusResponse>, Status> {
         let snapshot = self.view(&request)?;
         let clusters = self.cluster_status(&snapshot);
         Ok(Response::new(wire::StatusResponse { revision: snapshot.revision, clusters }))
     }
 
-    async fn policy_status(
+    async fn list_nodes(
         &self,
-        request: Request<wire::PolicyStatusRequest>,
-    ) -> Result<Response<wire::PolicyStatusResponse>, Status> {
+        request: Request<wire::ListNodesRequest>,
+    ) -> Result<Response<wire::ListNodesResponse>, Status> {
         let snapshot = self.view(&request)?;
-        let name = request.into_inner().name;
-        let id = ObjectId { kind: Kind::FederatedNetworkPolicy, name: name.as_str().into() };
-        let object = snapshot.objects.get(&id);
-        let object = object.ok_or_else(|| Status::not_found(format!("there is no {id}")))?;
-        // What nobody has looked at yet is not enforced by all of nobody.
-        let states = self.realisations.policy(&name);
-        let states = states.ok_or_else(|| Status::unavailable(format!("{id} is not distributed yet: ask again")))?;
-        let clusters = states.into_iter().map(|(cluster, state)| {
-            use wire::policy_in_cluster::State;
-            let state = match state {
-                PolicyState::Enforced => State::Enforced(wire::Enforced {}),
-                PolicyState::Lagging(who) => State::Lagging(who),
-                PolicyState::Refused(why) => State::Refused(why),
-            };
-            let age_ms = self.age_ms(&cluster);
-            wire::PolicyInCluster { cluster: cluster.to_string(), state: Some(state), age_ms }
-        });
-        Ok(Response::new(wire::PolicyStatusResponse { revision: object.revision, clusters: clusters.collect() }))
+        Ok(Response::new(self.nodes(&snapshot, &request.into_inner())))
+    }
+
+    async fn object_status(
+        &self,
+        request: Request<wire::ObjectStatusRequest>,
+    ) -> Result<Response<wire::ObjectStatusResponse>, Status> {
+        let snapshot = self.view(&request)?;
+        let wire::ObjectStatusRequest { kind, name, gone_at } = request.into_inner();
+        let kind = convert::kind_from_wire(kind)?.ok_or_else(|| Status::invalid_argument("kind: name one"))?;
+        check_subdomain(&name).map_err(|e| Status::invalid_argument(format!("name: {e}")))?;
+        let id = ObjectId { kind, name: name.into() };
+        self.object_status(&snapshot, &id, gone_at).map(Response::new)
     }
 
     async fn list_audit(
@@ -603,11 +570,12 @@ impl wire::administration_server::Administration for Administration {
         request: Request<wire::ListAuditRequest>,
     ) -> Result<Response<wire::ListAuditResponse>, Status> {
         permit(&self.registry.snapshot(), &caller(&request)?, Need::Administer).map_err(status)?;
-        let limit = match request.into_inner().limit {
+        let wire::ListAuditRequest { limit, object } = request.into_inner();
+        let limit = match limit {
             0 => 100,
             limit => limit as usize,
         };
-        let records = self.registry.audit(limit).await.map_err(status)?;
+        let records = self.registry.audit(limit, &object).await.map_err(status)?;
         let records = records.into_iter().map(|(number, record)| convert::audit_to_wire(number, record)).collect();
         Ok(Response::new(wire::ListAuditResponse { records }))
     }

@@ -8,6 +8,7 @@ pub mod core;
 pub mod derive;
 pub mod model;
 pub mod origin;
+mod progress;
 pub mod select;
 pub mod service;
 pub mod wire;

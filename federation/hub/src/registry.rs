@@ -349,16 +349,20 @@ impl Registry {
         Ok(transaction)
     }
 
-    /// The newest `limit` audit records, newest first.
+    /// The newest `limit` audit records, newest first; only of `object`, where that is not empty.
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn audit(&self, limit: usize) -> Result<Vec<(u64, AuditRecord)>, ChangeError> {
+    pub async fn audit(&self, limit: usize, object: &str) -> Result<Vec<(u64, AuditRecord)>, ChangeError> {
         let newest = self.snapshot().audit_number;
         let mut found = Vec::new();
-        for number in (1..=newest).rev().take(limit.min(MAX_AUDIT_RECORDS as usize)) {
+        for number in (1..=newest).rev().take(MAX_AUDIT_RECORDS as usize) {
+            if found.len() >= limit {
+                break;
+            }
             if let Some(entry) = self.shared.store.read(&audit_key(number)?).await?
-                && let Ok(record) = records::decode(&entry.value)
+                && let Ok(record) = records::decode::<AuditRecord>(&entry.value)
+                && (object.is_empty() || record.object == object)
             {
                 found.push((number, record));
             }

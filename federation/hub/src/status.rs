@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hanse_store::Revision;
+
+use crate::manifest::ObjectId;
 
 /// What is known of one cluster's publishing and enforcing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -26,13 +29,65 @@ pub struct Realisation {
     pub refusals: Vec<String>,
     /// Pods that are not enforced.
     pub unenforced: u32,
-    /// The first of what is wrong with its source and of what keeps nodes from enforcing, in words.
-    pub problems: Vec<String>,
+    /// The first of what is wrong with it and keeps its nodes from enforcing, and how much there is.
+    pub problems: Vec<Problem>,
+    pub problems_total: u32,
 }
 
-/// How far one policy is enforced in one cluster.
+/// One reason why a cluster or a node does not enforce all, with what it concerns.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PolicyState {
+pub struct Problem {
+    /// Empty: the cluster as a whole.
+    pub node: String,
+    pub reason: String,
+    /// Pods and objects, as far as they were reported. None: the node as a whole.
+    pub items: Vec<String>,
+    pub count: u32,
+}
+
+impl Problem {
+    pub fn new(node: &str, reason: String) -> Self {
+        Self { node: node.to_owned(), reason, items: Vec::new(), count: 1 }
+    }
+}
+
+/// How far one node is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeProgress {
+    pub name: String,
+    pub state: NodeState,
+    pub connected: bool,
+    /// Term and number of the rule set in force, and the revisions that it was compiled from.
+    pub generation: (u64, u64),
+    pub hub_revision: Revision,
+    pub local_revision: u64,
+    /// Since its agent last acknowledged something.
+    pub age: Option<Duration>,
+    pub agent_version: String,
+    /// Pods that are not enforced.
+    pub unenforced: u32,
+    pub problems: Vec<Problem>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeState {
+    Enforcing,
+    Lagging,
+    /// Its cluster is silent.
+    Unknown,
+}
+
+/// How far one object is enforced in one cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectStatus {
+    pub state: ObjectState,
+    /// How many of its nodes enforce it.
+    pub nodes_enforcing: u32,
+    pub nodes: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ObjectState {
     Enforced,
     /// Who lags, in words.
     Lagging(String),
@@ -40,13 +95,24 @@ pub enum PolicyState {
     Refused(String),
 }
 
+impl ObjectStatus {
+    /// Of a cluster whose nodes say nothing.
+    pub fn lagging(why: impl Into<String>) -> Self {
+        Self { state: ObjectState::Lagging(why.into()), nodes_enforcing: 0, nodes: 0 }
+    }
+}
+
 /// The exchange, as far as status needs it.
 pub trait Realisations: Send + Sync + 'static {
     /// Every cluster of which something is known.
     fn clusters(&self) -> BTreeMap<Arc<str>, Realisation>;
 
-    /// The clusters that `policy` names, with how far it is enforced there; none when there is no such policy.
-    fn policy(&self, policy: &str) -> Option<BTreeMap<Arc<str>, PolicyState>>;
+    /// The nodes of a cluster in the order of their names, as far as they were reported.
+    fn nodes(&self, cluster: &str) -> Vec<NodeProgress>;
+
+    /// How far an object is in every cluster that must enforce it; of one that is gone, how far all are with `gone_at`. None:
+    /// it is not distributed yet.
+    fn object(&self, id: &ObjectId, gone_at: Revision) -> Option<BTreeMap<Arc<str>, ObjectStatus>>;
 }
 
 /// Before the exchange runs, nothing is known.
@@ -58,7 +124,11 @@ impl Realisations for NothingKnown {
         BTreeMap::new()
     }
 
-    fn policy(&self, _policy: &str) -> Option<BTreeMap<Arc<str>, PolicyState>> {
+    fn nodes(&self, _cluster: &str) -> Vec<NodeProgress> {
+        Vec::new()
+    }
+
+    fn object(&self, _id: &ObjectId, _gone_at: Revision) -> Option<BTreeMap<Arc<str>, ObjectStatus>> {
         None
     }
 }

@@ -222,10 +222,12 @@ async fn wait_enforced(admin: &mut Admin, name: &str, round: usize) -> anyhow::R
 }
 
 async fn poll_enforced(admin: &mut Admin, name: &str) -> anyhow::Result<()> {
-    use pb::policy_in_cluster::State::Enforced;
+    use pb::object_in_cluster::State::Enforced;
     let began = Instant::now();
+    let kind = pb::ObjectKind::FederatedNetworkPolicy.into();
+    let request = pb::ObjectStatusRequest { kind, name: name.to_owned(), gone_at: 0 };
     loop {
-        let status = admin.policy_status(pb::PolicyStatusRequest { name: name.to_owned() }).await?.into_inner();
+        let status = admin.object_status(request.clone()).await?.into_inner();
         if !status.clusters.is_empty() && status.clusters.iter().all(|it| matches!(it.state, Some(Enforced(_)))) {
             return Ok(());
         }

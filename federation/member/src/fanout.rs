@@ -82,6 +82,8 @@ pub struct NodeStatus {
     pub unenforced: Vec<UnenforcedPod>,
     /// When the last ack came.
     pub heard: Option<Instant>,
+    /// The agent's version; empty where it did not send it.
+    pub version: String,
 }
 
 /// Hands rule sets to agents. Clones share everything.

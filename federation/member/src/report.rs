@@ -18,8 +18,8 @@ use crate::world::World;
 const MAX_ERRORS: usize = 1_000;
 /// Stands for every policy.
 const EVERYTHING: &str = "*";
-/// Pods of one node that are told to be not enforced.
-const MAX_PODS: usize = 100;
+/// Pods of one node that are told to be not enforced: as many as its agent tells.
+const MAX_PODS: usize = MAX_TOLD;
 /// Problems of the source that are told.
 const MAX_PROBLEMS: usize = 100;
 /// As many as an agent tells, of objects and of pods; where it tells so many there may be more.
@@ -72,6 +72,7 @@ pub fn realisation(world: &World, nodes: &BTreeMap<Arc<str>, NodeStatus>, client
             policies,
             origins: origins.collect(),
             problems: world.problems().iter().take(MAX_PROBLEMS).map(in_words).collect(),
+            local_revision: world.local_revision(),
         }
     })
 }
@@ -167,6 +168,9 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
         probe: status.probe.clone(),
         unenforced: status.unenforced.iter().take(MAX_PODS).cloned().collect(),
         unenforced_total: u32::try_from(status.unenforced.len()).unwrap_or(u32::MAX),
+        term: status.place.generation.term,
+        number: status.place.generation.number,
+        agent_version: status.version.clone(),
     }
 }
 

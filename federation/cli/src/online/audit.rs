@@ -14,6 +14,9 @@ pub struct Audit {
     /// How many records, the newest first.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     limit: u32,
+    /// Only changes of this object, such as FederatedNetworkPolicy/web or cluster/train.
+    #[arg(long)]
+    object: Option<String>,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -30,7 +33,7 @@ struct Record {
 
 impl Audit {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        let request = pb::ListAuditRequest { limit: self.limit };
+        let request = pb::ListAuditRequest { limit: self.limit, object: self.object.unwrap_or_default() };
         let listed = with_client(context, |mut client| async move { call(client.list_audit(request)).await })?;
         let records = listed.records.into_iter().map(|it| Record {
             number: it.number,

@@ -8,15 +8,15 @@ use clap::Subcommand;
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 
-use super::{call, time, with_client};
-use crate::output::{self, Format};
+use super::{Client, call, time, with_client};
+use crate::output::{self, Format, ListFormat};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Every cluster that has joined, waits, or is expected.
+    /// List every cluster that has joined, waits, or is expected. With `-o wide` also the hash of its key.
     List {
         #[arg(short, long, value_enum, default_value_t)]
-        output: Format,
+        output: ListFormat,
     },
     /// One cluster.
     Get {
@@ -43,7 +43,7 @@ pub enum Command {
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Cluster {
+pub struct Cluster {
     name: String,
     state: &'static str,
     labels: BTreeMap<String, String>,
@@ -92,12 +92,13 @@ impl From<pb::ClusterInfo> for Cluster {
 impl Command {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         match self {
-            Self::List { output } => show(list(context, String::new())?, output)?,
+            Self::List { output } => {
+                show(with_client(context, async |mut client| list(&mut client, "").await)?, output)?;
+            }
             Self::Get { name, output } => {
-                let mut found = list(context, name.clone())?;
-                anyhow::ensure!(!found.is_empty(), "there is no cluster {name}; `hanse cluster list` names all");
+                let mut found = with_client(context, async |mut client| list(&mut client, &name).await)?;
                 match output {
-                    Format::Table => show(found, output)?,
+                    Format::Table => show(found, ListFormat::Wide)?,
                     format => output::print(format, &found.remove(0))?,
                 }
             }
@@ -120,35 +121,75 @@ impl Command {
     }
 }
 
-fn list(context: Option<&Path>, name: String) -> anyhow::Result<Vec<Cluster>> {
-    let request = pb::ListClustersRequest { name };
-    let listed = with_client(context, |mut client| async move { call(client.list_clusters(request)).await })?;
-    Ok(listed.clusters.into_iter().map(Cluster::from).collect())
+/// Every cluster, or the one of this name.
+pub async fn list(client: &mut Client, name: &str) -> anyhow::Result<Vec<Cluster>> {
+    let listed = call(client.list_clusters(pb::ListClustersRequest { name: name.to_owned() })).await?;
+    let clusters: Vec<Cluster> = listed.clusters.into_iter().map(Cluster::from).collect();
+    anyhow::ensure!(
+        name.is_empty() || !clusters.is_empty(),
+        "there is no cluster {name}; `hanse cluster list` names all"
+    );
+    Ok(clusters)
 }
 
-fn show(clusters: Vec<Cluster>, format: Format) -> anyhow::Result<()> {
-    if format != Format::Table {
-        return output::print(format, &clusters);
+/// Fails, in words, where there is no such cluster.
+pub async fn ensure_exists(client: &mut Client, name: &str) -> anyhow::Result<()> {
+    list(client, name).await.map(drop)
+}
+
+impl Cluster {
+    fn labels(&self) -> String {
+        let labels: Vec<String> = self.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        labels.join(",")
     }
-    let mut table = output::table(["NAME", "STATE", "LABELS", "NAMESPACES", "CIDRS", "FEDERATED ALLOW", "CERTIFICATE"]);
+
+    /// For `hanse describe cluster`.
+    pub fn lines(&self) -> Vec<(&'static str, String)> {
+        let reason = if self.reason.is_empty() { String::new() } else { format!(" ({})", self.reason) };
+        let shown = |text: String| if text.is_empty() { "-".to_owned() } else { text };
+        vec![
+            ("Cluster", self.name.clone()),
+            ("State", format!("{}{reason}", self.state)),
+            ("Labels", shown(self.labels())),
+            ("Namespaces", shown(self.namespaces.join(","))),
+            ("CIDRs", shown(self.cidrs.join(","))),
+            ("Fed. allow", self.federated_allow.to_owned()),
+            ("Certificate", format!("{} ({})", self.certificate_expires_at, output::left(self.certificate_seconds))),
+            ("Key", shown(self.key.clone())),
+        ]
+    }
+}
+
+fn show(clusters: Vec<Cluster>, format: ListFormat) -> anyhow::Result<()> {
+    match (format, format.data()) {
+        (_, Some(format)) => return output::print(format, &clusters),
+        (ListFormat::Name, None) => return clusters.iter().try_for_each(|it| output::line(&it.name)),
+        _ => {}
+    }
+    let mut headings = vec!["NAME", "STATE", "LABELS", "NAMESPACES", "CIDRS", "FEDERATED ALLOW", "CERTIFICATE"];
+    if format == ListFormat::Wide {
+        headings.push("KEY");
+    }
+    let mut table = output::table(headings);
     for it in clusters {
-        let labels: Vec<String> = it.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        let (labels, namespaces, cidrs) = (labels.join(","), it.namespaces.join(","), it.cidrs.join(","));
-        table.add_row([
-            it.name.as_str(),
-            it.state,
-            &labels,
-            &namespaces,
-            &cidrs,
-            it.federated_allow,
-            &output::left(it.certificate_seconds),
-        ]);
+        let mut row = vec![
+            it.name.clone(),
+            it.state.to_owned(),
+            it.labels(),
+            it.namespaces.join(","),
+            it.cidrs.join(","),
+            it.federated_allow.to_owned(),
+            output::left(it.certificate_seconds),
+        ];
+        if format == ListFormat::Wide {
+            row.push(it.key);
+        }
+        table.add_row(row);
     }
     match table.is_empty() {
         true => {
-            output::line("no cluster has joined, or is expected; `hanse token create --cluster NAME` lets one join")?
+            output::line("no cluster has joined, or is expected; `hanse token create --cluster NAME` lets one join")
         }
-        false => table.print()?,
+        false => table.print(),
     }
-    Ok(())
 }

@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{CallError, Client, call, with_client};
-use crate::output::{self, Format};
+use crate::output::{self, Format, ListFormat};
 
 /// Where `get` says at which revision of the hub an object is. `apply` takes it off, and then changes the object only if it
 /// is still at that revision: what was edited meanwhile by somebody else is not overwritten.
@@ -47,13 +47,16 @@ pub struct Apply {
 
 /// Read objects of the federation from the hub.
 ///
-/// As YAML or JSON these are the manifests, which can be edited and applied again.
+/// As YAML or JSON these are the manifests, which can be edited and applied again. With `--watch` what changes is printed as it
+/// changes; as YAML or JSON each change is `{type: ADDED|MODIFIED|DELETED, object: …}`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   hanse get
   hanse get fnp
   hanse get tier platform -o yaml
+  hanse get fnp -o wide
+  hanse get fnp --watch
   hanse get -f policies/ -o json")]
 pub struct Get {
     /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns) or MemberCluster (mc); without it, every kind.
@@ -64,8 +67,11 @@ pub struct Get {
     /// A file or a directory of manifests that name the objects, or `-`; may be given several times.
     #[arg(short, long = "filename", value_name = "FILE")]
     files: Vec<PathBuf>,
+    /// Go on and print each change, until it is interrupted.
+    #[arg(short, long, conflicts_with = "files")]
+    watch: bool,
     #[arg(short, long, value_enum, default_value_t)]
-    output: Format,
+    output: ListFormat,
 }
 
 /// Delete objects of the federation, policies first, what they name last.
@@ -90,14 +96,14 @@ pub struct Delete {
 }
 
 /// The kinds with their short names, in the order in which they are applied: what others name comes first.
-const KINDS: [(&str, &str, pb::ObjectKind); 4] = [
+pub(super) const KINDS: [(&str, &str, pb::ObjectKind); 4] = [
     ("MemberCluster", "mc", pb::ObjectKind::MemberCluster),
     ("Tier", "tier", pb::ObjectKind::Tier),
     ("FederatedNetworkSet", "fns", pb::ObjectKind::FederatedNetworkSet),
     ("FederatedNetworkPolicy", "fnp", pb::ObjectKind::FederatedNetworkPolicy),
 ];
 
-fn kind_of(text: &str) -> anyhow::Result<pb::ObjectKind> {
+pub(super) fn kind_of(text: &str) -> anyhow::Result<pb::ObjectKind> {
     let text = text.to_ascii_lowercase();
     let found = KINDS.iter().find(|(name, short, _)| {
         let name = name.to_ascii_lowercase();
@@ -108,15 +114,15 @@ fn kind_of(text: &str) -> anyhow::Result<pb::ObjectKind> {
     found.map(|(.., kind)| *kind).with_context(|| format!("\"{text}\" is none of {names}"))
 }
 
-fn name_of(kind: i32) -> &'static str {
+pub(super) fn name_of(kind: i32) -> &'static str {
     KINDS.iter().find(|(.., known)| *known as i32 == kind).map_or("object", |(name, ..)| name)
 }
 
 /// One object of the federation as it is written.
-struct Written {
+pub(super) struct Written {
     order: usize,
-    kind: pb::ObjectKind,
-    name: String,
+    pub kind: pb::ObjectKind,
+    pub name: String,
     json: Vec<u8>,
     /// The revision that it was read at.
     revision: Option<u64>,
@@ -124,7 +130,7 @@ struct Written {
 }
 
 /// Reads everything, and refuses everything when anything is wrong: half of a change is none.
-fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
+pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     let mut written = Vec::new();
     let mut checked = Manifests::default();
     for path in files {
@@ -339,6 +345,11 @@ fn failed(kind: &'static str, name: String, place: String, error: &anyhow::Error
 
 impl Get {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
+        if self.watch {
+            let kind = self.kind.as_deref().map(kind_of).transpose()?.unwrap_or(pb::ObjectKind::Unspecified);
+            let request = pb::GetRequest { kind: kind.into(), name: self.name.unwrap_or_default() };
+            return super::watch::watch(context, &request, self.output);
+        }
         let mut wanted: Vec<(Option<pb::ObjectKind>, Option<String>)> = Vec::new();
         if self.files.is_empty() {
             wanted.push((self.kind.as_deref().map(kind_of).transpose()?, self.name.clone()));
@@ -378,7 +389,7 @@ impl Get {
             let context = || format!("understand {}/{}", name_of(object.kind), object.name);
             serde_json::from_slice(&object.manifest).with_context(context)
         };
-        if self.output != Format::Table {
+        if let Some(format) = self.output.data() {
             let mut manifests = Vec::new();
             for object in &objects {
                 let mut manifest = manifest(object)?;
@@ -386,18 +397,37 @@ impl Get {
                 manifests.push(manifest);
             }
             return match (one, manifests.pop()) {
-                (true, Some(manifest)) => output::print(self.output, &manifest),
+                (true, Some(manifest)) => output::print(format, &manifest),
                 (_, last) => {
                     manifests.extend(last);
                     let list = serde_json::json!({"apiVersion": "v1", "kind": "List", "items": manifests});
-                    output::print(self.output, &list)
+                    output::print(format, &list)
                 }
             };
         }
-        let mut table = output::table(["KIND", "NAME", "REVISION", "WHAT"]);
+        if self.output == ListFormat::Name {
+            let name = |it: &pb::Object| output::line(format_args!("{}/{}", name_of(it.kind), it.name));
+            return objects.iter().try_for_each(name);
+        }
+        let wide = self.output == ListFormat::Wide;
+        let mut headings = vec!["KIND", "NAME", "REVISION", "WHAT"];
+        if wide {
+            headings.extend(["NAMESPACES", "SELECTOR"]);
+        }
+        let mut table = output::table(headings);
         for object in &objects {
-            let what = manifest(object).map(|manifest| summary(&manifest)).unwrap_or_default();
-            table.add_row([name_of(object.kind), &object.name, &object.revision.to_string(), &what]);
+            let manifest = manifest(object).unwrap_or_default();
+            let mut row = vec![
+                name_of(object.kind).to_owned(),
+                object.name.clone(),
+                object.revision.to_string(),
+                summary(&manifest),
+            ];
+            if wide {
+                let selector = |field: &str| manifest["spec"][field].as_str().unwrap_or("-").to_owned();
+                row.extend([selector("namespaceSelector"), selector("selector")]);
+            }
+            table.add_row(row);
         }
         match table.is_empty() {
             true => output::line("there is none"),
@@ -406,7 +436,7 @@ impl Get {
     }
 }
 
-fn put_revision(manifest: &mut Value, revision: u64) {
+pub(super) fn put_revision(manifest: &mut Value, revision: u64) {
     let Some(metadata) = manifest.get_mut("metadata").and_then(Value::as_object_mut) else { return };
     let annotations = metadata.entry("annotations").or_insert_with(|| serde_json::json!({}));
     if let Some(annotations) = annotations.as_object_mut() {
@@ -415,7 +445,7 @@ fn put_revision(manifest: &mut Value, revision: u64) {
 }
 
 /// What an object is about, in a few words.
-fn summary(manifest: &Value) -> String {
+pub(super) fn summary(manifest: &Value) -> String {
     let spec = &manifest["spec"];
     let text = |field: &str, otherwise: &str| match &spec[field] {
         Value::Null => otherwise.to_owned(),

@@ -7,21 +7,32 @@ use std::time::Duration;
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 
-use super::{call, time, with_client};
-use crate::output::{self, Format};
+use super::node::{self, Node};
+use super::{Client, call, time, with_client};
+use crate::output::{self, ListFormat};
 
-/// How the clusters are: connected, age of data, digests, agents, certificates.
+/// Show cluster status: connection, age of data, agents, certificates, and what is wrong.
 ///
-/// AGE is since the hub last heard the cluster; `stale` when its lease has ended. REVISION and ENDPOINTS are of what it
-/// publishes; DIGESTS says whether what it holds of the others equals what was selected for it; ENFORCED is the hub's
-/// revision that all its nodes enforce; AGENTS how many of its agents enforce the current generation.
+/// AGE is the time since the hub last heard the cluster; `stale` when its lease has ended. ENDPOINTS are those that it publishes;
+/// ENFORCED is the hub's revision that all its nodes enforce; AGENTS how many of its agents enforce the current generation.
+/// Below the table is one line for each reason, with the node that it concerns; `-o json` and `hanse describe cluster` have all of
+/// it. With `-o wide`: REVISION is of what the cluster publishes, DIGESTS says whether what it received equals what was selected
+/// for it, REFUSED counts its objects that the hub refuses, UNENFORCED its pods that are not enforced.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse status
+  hanse status train
+  hanse status --exit-code -o json
+  hanse node list train")]
 pub struct Status {
+    /// Only this cluster.
+    cluster: Option<String>,
     /// Exit 1 when a cluster waits, is silent, lags, or was refused something.
     #[arg(long)]
     exit_code: bool,
     #[arg(short, long, value_enum, default_value_t)]
-    output: Format,
+    output: ListFormat,
 }
 
 #[derive(Debug, Serialize)]
@@ -33,7 +44,7 @@ struct Overview {
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Cluster {
+pub struct Cluster {
     name: String,
     state: String,
     connected: bool,
@@ -56,11 +67,15 @@ struct Cluster {
     refusals: Vec<String>,
     /// Pods that are not enforced.
     unenforced: u32,
+    /// In words, as they are printed.
     problems: Vec<String>,
+    /// Nodes with a problem, with all that each concerns.
+    nodes: Vec<Node>,
 }
 
-impl From<pb::ClusterStatus> for Cluster {
-    fn from(it: pb::ClusterStatus) -> Self {
+impl Cluster {
+    fn new(it: pb::ClusterStatus, hub_revision: u64) -> Self {
+        let problems = problems(&it, hub_revision);
         Self {
             name: it.name,
             state: it.state,
@@ -81,88 +96,95 @@ impl From<pb::ClusterStatus> for Cluster {
             refused: it.refused,
             refusals: it.refusals,
             unenforced: it.unenforced,
-            problems: it.problems,
+            problems,
+            nodes: Vec::new(),
         }
     }
+}
+
+/// The status of every cluster, or of one; with every node that has a problem, where `details` are wanted.
+pub async fn read(client: &mut Client, cluster: &str, details: bool) -> anyhow::Result<(u64, Vec<Cluster>)> {
+    let status = call(client.status(pb::StatusRequest {})).await?;
+    let revision = status.revision;
+    let wanted = status.clusters.into_iter().filter(|it| cluster.is_empty() || it.name == cluster);
+    let mut clusters: Vec<Cluster> = wanted.map(|it| Cluster::new(it, revision)).collect();
+    anyhow::ensure!(
+        cluster.is_empty() || !clusters.is_empty(),
+        "there is no cluster {cluster}; `hanse cluster list` names all"
+    );
+    if details {
+        let request = pb::ListNodesRequest { cluster: cluster.to_owned(), only_problems: true, ..Default::default() };
+        let mut nodes = node::list(client, request).await?;
+        for it in &mut clusters {
+            let (its, others) = nodes.into_iter().partition(|node: &Node| node.cluster == it.name);
+            (it.nodes, nodes) = (its, others);
+        }
+    }
+    Ok((revision, clusters))
 }
 
 impl Status {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        let status = with_client(context, |mut client| async move { call(client.status(pb::StatusRequest {})).await })?;
-        let clusters = status.clusters.into_iter().map(Cluster::from).collect();
-        let overview = Overview { hub_revision: status.revision, clusters };
-        if self.output != Format::Table {
-            output::print(self.output, &overview)?;
-            return Ok(overview.code(self.exit_code));
+        let cluster = self.cluster.unwrap_or_default();
+        let details = self.output.data().is_some();
+        let (hub_revision, clusters) =
+            with_client(context, async |mut client| read(&mut client, &cluster, details).await)?;
+        let overview = Overview { hub_revision, clusters };
+        match (self.output, self.output.data()) {
+            (_, Some(format)) => output::print(format, &overview)?,
+            (ListFormat::Name, None) => overview.clusters.iter().try_for_each(|it| output::line(&it.name))?,
+            (wide, None) => overview.show(wide == ListFormat::Wide)?,
         }
-        overview.show()?;
-        Ok(overview.code(self.exit_code))
+        let all_well = overview.clusters.iter().all(|it| it.problems.is_empty());
+        Ok(if self.exit_code && !all_well { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
 }
 
 impl Overview {
-    fn code(&self, exit_code: bool) -> ExitCode {
-        let all_well = self.clusters.iter().all(|it| it.problems(self.hub_revision).is_empty());
-        if exit_code && !all_well { ExitCode::FAILURE } else { ExitCode::SUCCESS }
-    }
-
-    fn show(&self) -> anyhow::Result<()> {
-        let problems = |it: &Cluster| it.problems(self.hub_revision);
-        let well = self.clusters.iter().filter(|it| it.state == "accepted" && problems(it).is_empty()).count();
+    fn show(&self, wide: bool) -> anyhow::Result<()> {
+        let well = self.clusters.iter().filter(|it| it.state == "accepted" && it.problems.is_empty()).count();
         let clusters = output::count(self.clusters.len(), "cluster");
         output::line(format_args!("hub at revision {}; {clusters}, {well} in sync", self.hub_revision))?;
         if self.clusters.is_empty() {
             return output::line("`hanse token create --cluster NAME` lets a cluster join");
         }
-        let mut table = output::table([
-            "CLUSTER",
-            "STATE",
-            "CONNECTED",
-            "AGE",
-            "REVISION",
-            "ENDPOINTS",
-            "DIGESTS",
-            "ENFORCED",
-            "AGENTS",
-            "CERTIFICATE",
-            "KEY EXCHANGE",
-            "REFUSED",
-            "UNENFORCED",
-        ]);
+        let mut headings =
+            vec!["CLUSTER", "STATE", "CONNECTED", "AGE", "ENDPOINTS", "ENFORCED", "AGENTS", "CERTIFICATE"];
+        if wide {
+            headings.extend(["REVISION", "DIGESTS", "KEY EXCHANGE", "REFUSED", "UNENFORCED"]);
+        }
+        headings.push("PROBLEMS");
+        let mut table = output::table(headings);
         for it in &self.clusters {
-            let digests = match it.digests_equal {
-                Some(true) => "equal",
-                Some(false) => "differ",
-                None => "unknown",
-            };
-            let age = match (it.age_ms, it.lease.as_str()) {
-                (None, _) => "never heard".to_owned(),
-                (Some(age), "live") => output::length(Duration::from_millis(age)),
-                (Some(age), lease) => format!("{} ({lease})", output::length(Duration::from_millis(age))),
-            };
             let known = it.age_ms.is_some();
             let shown = |text: String| if known { text } else { "-".to_owned() };
-            table.add_row([
+            let mut row = vec![
                 it.name.clone(),
                 it.state.clone(),
                 if it.connected { "yes".to_owned() } else { "no".to_owned() },
-                age,
-                shown(it.revision.to_string()),
+                it.age(),
                 shown(it.endpoints.to_string()),
-                shown(digests.to_owned()),
                 shown(format!("{} of {}", it.enforced_revision, self.hub_revision)),
                 shown(format!("{} of {}", it.agents_current, it.agents)),
                 output::left(it.certificate_seconds),
-                if it.key_exchange.is_empty() { "-".to_owned() } else { it.key_exchange.clone() },
-                it.refused.to_string(),
-                it.unenforced.to_string(),
-            ]);
+            ];
+            if wide {
+                row.extend([
+                    shown(it.revision.to_string()),
+                    shown(it.digests().to_owned()),
+                    if it.key_exchange.is_empty() { "-".to_owned() } else { it.key_exchange.clone() },
+                    it.refused.to_string(),
+                    it.unenforced.to_string(),
+                ]);
+            }
+            row.push(it.problems.len().to_string());
+            table.add_row(row);
         }
         output::line("")?;
         table.print()?;
         let mut first = true;
         for it in &self.clusters {
-            for problem in problems(it) {
+            for problem in &it.problems {
                 if std::mem::take(&mut first) {
                     output::line("")?;
                 }
@@ -174,41 +196,94 @@ impl Overview {
 }
 
 impl Cluster {
-    /// What keeps it from being in sync, and what it was refused, in words.
-    fn problems(&self, hub_revision: u64) -> Vec<String> {
-        let age = self.age_ms.map(|age| output::length(Duration::from_millis(age)));
-        let mut problems = Vec::new();
-        match (self.state.as_str(), self.lease.as_str()) {
-            ("pending", _) => problems.push(format!("waits for `hanse cluster accept {}`", self.name)),
-            ("accepted", "never heard") => {
-                problems.push("has joined and was never heard: see that hanse-member runs there".to_owned());
-            }
-            ("accepted", "stale") => problems.push(format!(
-                "silent for {}: its endpoints count as unknown, so rules that allow them do not match",
-                age.unwrap_or_default()
-            )),
-            ("accepted", _) if !self.connected => problems.push("not connected to this hub".to_owned()),
-            ("accepted", _) => {
-                if self.digests_equal == Some(false) {
-                    problems.push("what it holds differs from what the hub selected for it".to_owned());
-                }
-                let behind = self.agents.saturating_sub(self.agents_current);
-                if behind > 0 {
-                    problems
-                        .push(format!("{behind} of its {} agents do not enforce its current generation", self.agents));
-                } else if self.enforced_revision < hub_revision {
-                    let at = self.enforced_revision;
-                    problems.push(format!("it enforces revision {at}, the hub is at {hub_revision}"));
-                }
-            }
-            _ => {}
+    fn digests(&self) -> &'static str {
+        match self.digests_equal {
+            Some(true) => "equal",
+            Some(false) => "differ",
+            None => "unknown",
         }
-        problems.extend(self.refusals.iter().map(|refusal| format!("refused: {refusal}")));
-        let untold = self.refused.saturating_sub(self.refusals.len() as u64);
-        if untold > 0 {
-            problems.push(format!("{untold} more refused"));
-        }
-        problems.extend(self.problems.iter().cloned());
-        problems
     }
+
+    fn age(&self) -> String {
+        match (self.age_ms, self.lease.as_str()) {
+            (None, _) => "never heard".to_owned(),
+            (Some(age), "live") => output::length(Duration::from_millis(age)),
+            (Some(age), lease) => format!("{} ({lease})", output::length(Duration::from_millis(age))),
+        }
+    }
+
+    /// For `hanse describe cluster`.
+    pub fn lines(&self, hub_revision: u64) -> Vec<(&'static str, String)> {
+        let connected = if self.connected { "yes" } else { "no" };
+        vec![
+            ("Connected", format!("{connected}, last heard: {}", self.age())),
+            (
+                "Publishes",
+                format!("{}, at revision {}", output::count(self.endpoints as usize, "endpoint"), self.revision),
+            ),
+            ("Refused", self.refused.to_string()),
+            ("Digests", self.digests().to_owned()),
+            ("Received", format!("revision {} of {hub_revision}", self.received_revision)),
+            ("Enforced", format!("revision {} of {hub_revision}", self.enforced_revision)),
+            ("Agents", format!("{} of {} at the current generation", self.agents_current, self.agents)),
+            ("Unenforced", output::count(self.unenforced as usize, "pod")),
+            ("Key exchange", if self.key_exchange.is_empty() { "-".to_owned() } else { self.key_exchange.clone() }),
+        ]
+    }
+
+    /// What is wrong with the cluster, and not with one of its nodes.
+    pub fn problems(&self) -> &[String] {
+        &self.problems
+    }
+}
+
+/// One reason, with the node and what else it concerns: the first three, and how many they are.
+pub fn in_words(problem: &pb::Problem) -> String {
+    let node = if problem.node.is_empty() { String::new() } else { format!("node {}: ", problem.node) };
+    format!("{node}{}", node::reason(&problem.reason, &problem.items, problem.count))
+}
+
+/// What keeps a cluster from being in sync, and what it was refused, in words.
+fn problems(it: &pb::ClusterStatus, hub_revision: u64) -> Vec<String> {
+    let age = it.age_ms.map(|age| output::length(Duration::from_millis(age)));
+    let mut problems = Vec::new();
+    match (it.state.as_str(), it.lease.as_str()) {
+        ("pending", _) => problems.push(format!("waits for `hanse cluster accept {}`", it.name)),
+        ("accepted", "never heard") => {
+            problems.push("has joined and was never heard: see that hanse-member runs there".to_owned());
+        }
+        ("accepted", "stale") => problems.push(format!(
+            "silent for {}: its endpoints count as unknown, so rules that allow them do not match",
+            age.unwrap_or_default()
+        )),
+        ("accepted", _) if !it.connected => problems.push("not connected to this hub".to_owned()),
+        ("accepted", _) => {
+            if it.digests_equal == Some(false) {
+                problems.push("what it received differs from what the hub selected for it".to_owned());
+            }
+            let behind = it.agents.saturating_sub(it.agents_current);
+            if behind > 0 {
+                problems.push(format!("{behind} of its {} agents do not enforce its current generation", it.agents));
+            } else if it.enforced_revision < hub_revision {
+                let at = it.enforced_revision;
+                problems.push(format!("it enforces revision {at}, the hub is at {hub_revision}"));
+            }
+        }
+        _ => {}
+    }
+    problems.extend(it.refusals.iter().map(|refusal| format!("refused: {refusal}")));
+    let unnamed = it.refused.saturating_sub(it.refusals.len() as u64);
+    if unnamed > 0 {
+        problems.push(format!("{unnamed} more refused"));
+    }
+    problems.extend(it.problems.iter().map(in_words));
+    let unnamed = (it.problems_total as usize).saturating_sub(it.problems.len());
+    if unnamed > 0 {
+        problems.push(format!(
+            "and {}: see `hanse describe cluster {}`",
+            output::count(unnamed, "more problem"),
+            it.name
+        ));
+    }
+    problems
 }

@@ -1,42 +1,54 @@
-//! `hanse wait --for=enforced POLICY`: until a policy is enforced on every node of every cluster that it names.
+//! `hanse wait`: until objects are enforced on every node of every cluster that must enforce them, or are gone from there.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use hanse_proto::federation::v1 as pb;
-use hanse_proto::federation::v1::policy_in_cluster::State;
+use hanse_proto::federation::v1::object_in_cluster::State;
 use serde::Serialize;
 
+use super::describe::target;
+use super::object::{name_of, read};
 use super::{CallError, Client, call, with_client};
 use crate::output::{self, Format};
 
-/// How often the hub is asked.
-const ASK_EVERY: Duration = Duration::from_millis(100);
-/// How long after a hub went away it is asked again.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
-/// How often people are told who lags.
-const TELL_EVERY: Duration = Duration::from_secs(5);
+/// How often the hub is called.
+const POLL_EVERY: Duration = Duration::from_millis(100);
+/// How long after a hub went away it is called again.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often people see who lags, after the first time.
+const SAY_EVERY: Duration = Duration::from_secs(5);
 
-/// Wait until policies are enforced on every node of every cluster that they name.
+/// Wait until objects are enforced on every node of every cluster that must enforce them, or until they are gone from there.
 ///
-/// Exits 0 when it is so, 1 when the time is up (and says who lags), 2 when a cluster refuses a policy. A hub that goes away
-/// meanwhile is asked again until the time is up.
+/// Exits 0 when it is so, 1 when the time is up (and says who lags), 2 when a cluster refuses an object. A hub that goes away
+/// meanwhile is called again until the time is up. A policy concerns the clusters that it names; a tier, a network set, a
+/// MemberCluster, and every object that is deleted, concerns all clusters that have joined.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  hanse wait --for=enforced default-deny
-  hanse wait --for=enforced --timeout 300 default-deny inference registry")]
+  hanse wait default-deny
+  hanse wait --timeout 300 default-deny inference tier/platform
+  hanse apply -f policies/ && hanse wait -f policies/
+  hanse wait --all
+  hanse delete fnp web && hanse wait --for=deleted web")]
 pub struct Wait {
     #[arg(long = "for", value_enum, default_value_t = Condition::Enforced)]
     condition: Condition,
     /// How long to wait, in seconds.
     #[arg(long, default_value_t = 60)]
     timeout: u64,
-    /// FederatedNetworkPolicies.
-    #[arg(required = true, value_name = "POLICY")]
-    policies: Vec<String>,
+    /// FederatedNetworkPolicies by name, or any objects as KIND/NAME.
+    #[arg(value_name = "NAME", required_unless_present_any = ["all", "files"])]
+    names: Vec<String>,
+    /// Every FederatedNetworkPolicy that the hub has.
+    #[arg(long)]
+    all: bool,
+    /// A file or a directory of manifests that name the objects, or `-`; may be given several times.
+    #[arg(short, long = "filename", value_name = "FILE")]
+    files: Vec<PathBuf>,
     /// Prints how it ended, with each cluster.
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -44,86 +56,138 @@ pub struct Wait {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Condition {
+    /// Every node is at or past the object's revision, without an error that names it.
     Enforced,
+    /// The hub has no such object, and every node is at or past the revision at which it had none.
+    Deleted,
+}
+
+/// One object that is waited for.
+#[derive(Debug, Clone)]
+struct Target {
+    kind: pb::ObjectKind,
+    name: String,
+    /// The hub's revision at which it was first seen to be gone.
+    gone_at: u64,
 }
 
 #[derive(Debug, Serialize)]
 struct Waited {
-    policy: String,
-    /// `enforced`, `lagging` or `refused`; `lagging` also while no cluster that enforces it has joined.
+    kind: &'static str,
+    name: String,
+    /// `enforced`, `deleted`, `lagging` or `refused`; `lagging` also while no cluster that enforces it has joined.
     state: &'static str,
+    /// Why it lags, where no cluster is the reason.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    why: &'static str,
     clusters: Vec<InCluster>,
 }
 
+/// How far one object is in one cluster.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct InCluster {
-    cluster: String,
-    state: &'static str,
+pub struct InCluster {
+    pub cluster: String,
+    /// `enforced`, `lagging` or `refused`.
+    pub state: &'static str,
     #[serde(skip_serializing_if = "String::is_empty")]
-    why: String,
+    pub why: String,
     /// Since the hub last heard of the cluster.
-    age_ms: Option<u64>,
+    pub age_ms: Option<u64>,
+    pub nodes_enforcing: u32,
+    pub nodes: u32,
+}
+
+impl From<pb::ObjectInCluster> for InCluster {
+    fn from(it: pb::ObjectInCluster) -> Self {
+        let (state, why) = match it.state {
+            Some(State::Enforced(_)) => ("enforced", String::new()),
+            Some(State::Refused(why)) => ("refused", why),
+            Some(State::Lagging(who)) => ("lagging", who),
+            None => ("lagging", "the hub is newer: its answer is not understood".to_owned()),
+        };
+        let pb::ObjectInCluster { cluster, age_ms, nodes_enforcing, nodes, .. } = it;
+        Self { cluster, state, why, age_ms, nodes_enforcing, nodes }
+    }
+}
+
+impl Target {
+    async fn read(&mut self, client: &mut Client, condition: Condition) -> anyhow::Result<Waited> {
+        let Self { kind, name, gone_at } = self;
+        let request = pb::ObjectStatusRequest { kind: (*kind).into(), name: name.clone(), gone_at: *gone_at };
+        let status = call(client.object_status(request)).await?;
+        let kind = name_of((*kind).into());
+        let clusters: Vec<InCluster> = status.clusters.into_iter().map(InCluster::from).collect();
+        let is = |state: &str| clusters.iter().any(|it| it.state == state);
+        let (state, why) = match (condition, status.revision) {
+            (Condition::Enforced, 0) => {
+                let message = format!("there is no {kind}/{name}; `hanse get {kind}` names all");
+                return Err(CallError::Refused { code: tonic::Code::NotFound, message }.into());
+            }
+            (Condition::Deleted, 1..) => {
+                *gone_at = 0;
+                ("lagging", "the hub still has it: `hanse delete` deletes it")
+            }
+            _ if is("refused") => ("refused", ""),
+            _ if is("lagging") => ("lagging", ""),
+            (Condition::Enforced, _) if clusters.is_empty() => {
+                ("lagging", "a cluster: none of those that are to enforce it has joined")
+            }
+            (Condition::Enforced, _) => ("enforced", ""),
+            (Condition::Deleted, 0) => ("deleted", ""),
+        };
+        if condition == Condition::Deleted && status.revision == 0 && *gone_at == 0 {
+            *gone_at = status.hub_revision;
+        }
+        Ok(Waited { kind, name: name.clone(), state, why, clusters })
+    }
 }
 
 impl Waited {
-    async fn ask(client: &mut Client, policy: &str) -> anyhow::Result<Self> {
-        let request = pb::PolicyStatusRequest { name: policy.to_owned() };
-        let status = call(client.policy_status(request)).await?;
-        let clusters = status.clusters.into_iter().map(|it| {
-            let (state, why) = match it.state {
-                Some(State::Enforced(_)) => ("enforced", String::new()),
-                Some(State::Refused(why)) => ("refused", why),
-                Some(State::Lagging(who)) => ("lagging", who),
-                None => ("lagging", "says nothing of it".to_owned()),
-            };
-            InCluster { cluster: it.cluster, state, why, age_ms: it.age_ms }
-        });
-        let clusters: Vec<InCluster> = clusters.collect();
-        let is = |state: &str| clusters.iter().any(|it| it.state == state);
-        let state = if is("refused") {
-            "refused"
-        } else if is("lagging") || clusters.is_empty() {
-            "lagging"
-        } else {
-            "enforced"
-        };
-        Ok(Self { policy: policy.to_owned(), state, clusters })
-    }
-
     /// `what`, and a line for each of the clusters that are in `state`.
-    fn say(&self, what: &str, state: &str) {
-        if self.clusters.is_empty() {
-            return output::note(format_args!("{what} a cluster: none of those that are to enforce it has joined"));
+    fn say(&self, what: &str) {
+        let Self { kind, name, state, .. } = self;
+        if !self.why.is_empty() {
+            return output::note(format_args!("{kind}/{name} {what} {}", self.why));
         }
-        output::note(what);
-        let age = |it: &InCluster| match it.age_ms {
-            Some(age) if age > 5_000 => format!(" (silent for {})", output::length(Duration::from_millis(age))),
-            Some(_) => String::new(),
-            None => " (never heard)".to_owned(),
-        };
-        for it in self.clusters.iter().filter(|it| it.state == state) {
-            output::note(format_args!("  {}: {}{}", it.cluster, it.why, age(it)));
+        output::note(format_args!("{kind}/{name} {what}"));
+        for it in self.clusters.iter().filter(|it| it.state == *state) {
+            let age = match it.age_ms {
+                Some(age) if age > 5_000 => format!(" (silent for {})", output::length(Duration::from_millis(age))),
+                Some(_) => String::new(),
+                None => " (never heard)".to_owned(),
+            };
+            let nodes = format!("{} of {} nodes", it.nodes_enforcing, it.nodes);
+            output::note(format_args!("  {}, {nodes}: {}{age}", it.cluster, it.why));
         }
     }
 }
 
 impl Wait {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        let Condition::Enforced = self.condition;
         let start = Instant::now();
         let is_up = || start.elapsed() >= Duration::from_secs(self.timeout);
-        let (mut again, mut told) = (false, String::new());
+        let mut targets = Vec::new();
+        for name in &self.names {
+            let (kind, name) = target(name)?;
+            targets.push(Target { kind, name, gone_at: 0 });
+        }
+        if !self.files.is_empty() {
+            let named = read(&self.files)?.into_iter();
+            targets.extend(named.map(|object| Target { kind: object.kind, name: object.name, gone_at: 0 }));
+        }
+        let mut progress = Progress { targets, listed: !self.all, said: None };
+        let (mut again, mut said) = (false, String::new());
         loop {
-            match with_client(context, |client| self.ask(client, start)) {
+            match with_client(context, async |client| self.poll(client, &mut progress, start).await) {
                 Err(error) if CallError::is_passing(&error) && !is_up() => {
                     // Once is no news: a policy that was just applied may not be distributed yet.
                     let text = format!("{error:#}");
-                    if again && told != text {
-                        output::note(format_args!("{text}; asking again"));
-                        told = text;
+                    if again && said != text {
+                        output::note(format_args!("{text}; trying again"));
+                        said = text;
                     }
-                    std::thread::sleep(if again { ASK_AGAIN } else { ASK_EVERY });
+                    std::thread::sleep(if again { RETRY } else { POLL_EVERY });
                     again = true;
                 }
                 outcome => return outcome,
@@ -131,13 +195,21 @@ impl Wait {
         }
     }
 
-    /// Asks over one connection, as long as it lasts.
-    async fn ask(&self, mut client: Client, start: Instant) -> anyhow::Result<ExitCode> {
-        let mut told = Instant::now();
+    /// Polls over one connection, as long as it lasts.
+    async fn poll(&self, mut client: Client, progress: &mut Progress, start: Instant) -> anyhow::Result<ExitCode> {
+        if !progress.listed {
+            let kind = pb::ObjectKind::FederatedNetworkPolicy;
+            let all = call(client.get(pb::GetRequest { kind: kind.into(), name: String::new() })).await?;
+            progress.targets.extend(all.objects.into_iter().map(|it| Target { kind, name: it.name, gone_at: 0 }));
+            progress.listed = true;
+        }
+        if progress.targets.is_empty() {
+            output::note("there is nothing to wait for");
+        }
         loop {
             let mut all = Vec::new();
-            for policy in &self.policies {
-                all.push(Waited::ask(&mut client, policy).await?);
+            for target in &mut progress.targets {
+                all.push(target.read(&mut client, self.condition).await?);
             }
             let is_up = start.elapsed() >= Duration::from_secs(self.timeout);
             let is = |state: &str| all.iter().any(|it| it.state == state);
@@ -150,31 +222,42 @@ impl Wait {
                 self.conclude(&all, start)?;
                 return Ok(ExitCode::from(code));
             }
-            if told.elapsed() > TELL_EVERY {
-                told = Instant::now();
-                for it in all.iter().filter(|it| it.state == "lagging") {
-                    it.say(&format!("{} waits for", it.policy), "lagging");
-                }
+            if progress.said.is_none_or(|said| said.elapsed() > SAY_EVERY) {
+                progress.said = Some(Instant::now());
+                all.iter().filter(|it| it.state == "lagging").for_each(|it| it.say("waits for"));
             }
-            tokio::time::sleep(ASK_EVERY).await;
+            tokio::time::sleep(POLL_EVERY).await;
         }
     }
 
     fn conclude(&self, all: &[Waited], start: Instant) -> anyhow::Result<()> {
         for it in all {
-            match it.state {
+            let Waited { kind, name, state, .. } = it;
+            match *state {
                 _ if self.output != Format::Table => output::print(self.output, it)?,
-                "refused" => it.say(&format!("{} is refused by", it.policy), "refused"),
+                "refused" => it.say("is refused by"),
                 "lagging" => {
-                    let what = format!("{} is not enforced after {} s: it waits for", it.policy, self.timeout);
-                    it.say(&what, "lagging");
+                    let wanted = match self.condition {
+                        Condition::Enforced => "enforced",
+                        Condition::Deleted => "deleted everywhere",
+                    };
+                    it.say(&format!("is not {wanted} after {} s: it waits for", self.timeout));
                 }
-                _ => {
-                    let text = format!("{} is enforced, after {:.2} s", it.policy, start.elapsed().as_secs_f64());
-                    output::line(text)?;
+                state => {
+                    output::line(format_args!(
+                        "{kind}/{name} is {state}, after {:.2} s",
+                        start.elapsed().as_secs_f64()
+                    ))?;
                 }
             }
         }
         Ok(())
     }
+}
+
+struct Progress {
+    targets: Vec<Target>,
+    /// What `--all` means is known.
+    listed: bool,
+    said: Option<Instant>,
 }

@@ -6,8 +6,9 @@ use tonic::Status;
 use crate::grants::Namespaces;
 use crate::manifest::Kind;
 use crate::registry::records::{AuditRecord, MemberRecord, TokenRecord, UserRecord};
-use crate::registry::{Cluster, ClusterState, Lease};
+use crate::registry::{Cluster, ClusterState, Lease, Object};
 use crate::roles::Role;
+use crate::status::NodeState;
 
 /// Most tiers or clusters that a role names.
 const MAX_NAMES: usize = 1_000;
@@ -47,6 +48,23 @@ pub(super) fn lease_name(lease: Lease) -> &'static str {
         Lease::NeverHeard => "never heard",
         Lease::Live => "live",
         Lease::Stale => "stale",
+    }
+}
+
+pub(super) fn node_state_name(state: NodeState) -> &'static str {
+    match state {
+        NodeState::Enforcing => "enforcing",
+        NodeState::Lagging => "lagging",
+        NodeState::Unknown => "unknown",
+    }
+}
+
+pub(super) fn object_to_wire(object: &Object) -> wire::Object {
+    wire::Object {
+        kind: kind_to_wire(object.id.kind).into(),
+        name: object.id.name.to_string(),
+        revision: object.revision,
+        manifest: object.manifest.clone(),
     }
 }
 

@@ -13,6 +13,7 @@ use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_server::Exchange as Wire;
 use hanse_runtime::Identity;
 use hanse_runtime::tls::peer_identity;
+use hanse_store::Revision;
 use prost::Message as _;
 use tokio::sync::{Notify, mpsc};
 use tokio_stream::Stream;
@@ -23,10 +24,12 @@ use tonic::{Request, Response, Status, Streaming};
 use super::core::{Exchange, PublishId, ReceiverId};
 use super::derive::Deriver;
 use super::model::ManifestKind;
+use super::progress::{self, Report};
 use super::wire::{MAX_PLAIN_BYTES, updates_in};
 use crate::grants::Limits;
-use crate::registry::{Lease, Registry};
-use crate::status::{PolicyState, Realisation, Realisations};
+use crate::manifest::{Kind, ObjectId};
+use crate::registry::{Lease, Registry, Snapshot};
+use crate::status::{NodeProgress, ObjectState, ObjectStatus, Realisation, Realisations};
 
 /// Messages that wait for one connection: 4 × 1 MiB at most.
 const OUTBOX: usize = 4;
@@ -38,13 +41,8 @@ const MAX_STREAMS: usize = 8;
 const OPENING_TIME: Duration = Duration::from_secs(30);
 /// A lease is for seconds: hearing a cluster once in this time is enough.
 const HEARD_EVERY: Duration = Duration::from_secs(1);
-/// What [`pb::ObjectError::object`] says before a federated policy's name.
-const POLICY_OBJECT: &str = "policy FederatedNetworkPolicy ";
-
 /// What keeps nodes from enforcing, of one cluster, that status names: some 200 bytes each.
 const MAX_PROBLEMS: usize = 32;
-/// Errors of this stand for any object.
-const EVERY_OBJECT: &str = "*";
 
 /// The exchange of this replica. Clones share it.
 #[derive(Debug, Clone)]
@@ -63,6 +61,8 @@ struct Shared {
     publishing: Mutex<BTreeMap<ClusterName, usize>>,
     watching: Mutex<BTreeMap<ClusterName, usize>>,
     rates: Mutex<BTreeMap<ClusterName, Rate>>,
+    /// When each cluster last reported how far it enforces.
+    reported: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
     /// Clusters that are connected and have not published here yet.
     unpublished: Mutex<BTreeMap<ClusterName, Unpublished>>,
 }
@@ -270,6 +270,9 @@ impl Service {
             if !report && request.encoded_len() > MAX_PLAIN_BYTES {
                 return Err(Status::invalid_argument("a message has at most 4 MiB"));
             }
+            if report {
+                lock(&self.shared.reported).insert(cluster.clone(), tokio::time::Instant::now());
+            }
             let updates = updates_in(&request);
             if updates > 0 {
                 self.progresses(cluster);
@@ -434,20 +437,6 @@ impl Wire for Service {
     }
 }
 
-/// What keeps a node from enforcing, in words.
-fn problems(node: &pb::NodePosition) -> impl Iterator<Item = String> {
-    let name = &node.node;
-    let probe = (!node.probe.is_empty()).then(|| format!("node {name}: {}", node.probe));
-    let errors = node.errors.iter().map(move |it| match it.object.as_str() {
-        "" | EVERY_OBJECT => format!("node {name}: {}", it.error),
-        object => format!("node {name}: {object}: {}", it.error),
-    });
-    let pod = move |it: &pb::UnenforcedPod| {
-        format!("node {name}: pod {}/{} is not enforced: {}", it.namespace, it.name, it.reason)
-    };
-    probe.into_iter().chain(errors).chain(node.unenforced.iter().map(pod))
-}
-
 impl Realisations for Service {
     fn clusters(&self) -> BTreeMap<Arc<str>, Realisation> {
         let publishing = lock(&self.shared.publishing).clone();
@@ -455,6 +444,8 @@ impl Realisations for Service {
         let snapshot = self.registry.snapshot();
         let exchange = lock(&self.shared.exchange);
         let mut known: BTreeMap<Arc<str>, Realisation> = BTreeMap::new();
+        // What they say is put into words when nobody waits for the exchange.
+        let mut reports = Vec::new();
         for name in exchange.federation().clusters.keys() {
             let entry = known.entry(name.clone()).or_default();
             entry.connected = publishing.get(name).is_some_and(|count| *count > 0);
@@ -479,64 +470,70 @@ impl Realisations for Service {
                 entry.received_revision = told.received.as_ref().map_or(0, |at| at.revision);
                 (entry.agents, entry.agents_current) = (told.agents, told.agents_current);
                 entry.digests_equal = exchange.digests_equal(name);
-                entry.unenforced = told.nodes.iter().map(|node| node.unenforced_total).sum();
-                let of_source = told.problems.iter().cloned();
-                entry.problems = of_source.chain(told.nodes.iter().flat_map(problems)).take(MAX_PROBLEMS).collect();
+                let unenforced = told.nodes.iter().map(|node| node.unenforced_total);
+                entry.unenforced = unenforced.fold(0, u32::saturating_add);
+                reports.push((name.clone(), Arc::clone(told)));
             }
+        }
+        drop(exchange);
+        for (name, told) in reports {
+            let Some(entry) = known.get_mut(&name) else { continue };
+            let report = self.report(&snapshot, &name, &told);
+            let mut problems = report.problems();
+            entry.problems.extend(problems.by_ref().take(MAX_PROBLEMS));
+            let total = entry.problems.len() + problems.count();
+            entry.problems_total = u32::try_from(total).unwrap_or(u32::MAX);
         }
         known
     }
 
-    fn policy(&self, policy: &str) -> Option<BTreeMap<Arc<str>, PolicyState>> {
+    fn nodes(&self, cluster: &str) -> Vec<NodeProgress> {
+        let told = lock(&self.shared.exchange).realisations().get(cluster).cloned();
         let snapshot = self.registry.snapshot();
-        let object = snapshot
-            .objects
-            .iter()
-            .find(|(id, _)| id.kind == crate::manifest::Kind::FederatedNetworkPolicy && *id.name == *policy);
-        let needed = object.map(|(_, object)| object.revision)?;
+        let nodes = told.iter().flat_map(|told| self.report(&snapshot, cluster, told).nodes().collect::<Vec<_>>());
+        let mut nodes: Vec<NodeProgress> = nodes.collect();
+        nodes.sort_by(|one, other| one.name.cmp(&other.name));
+        nodes
+    }
+
+    fn object(&self, id: &ObjectId, gone_at: Revision) -> Option<BTreeMap<Arc<str>, ObjectStatus>> {
+        let snapshot = self.registry.snapshot();
+        let object = snapshot.objects.get(id);
+        let needed = object.map_or(if gone_at > 0 { gone_at } else { snapshot.revision }, |object| object.revision);
+        let policy = object.filter(|_| id.kind == Kind::FederatedNetworkPolicy).map(|_| &*id.name);
         let exchange = lock(&self.shared.exchange);
-        let manifest = exchange.federation().manifests.get(&(ManifestKind::Policy, Arc::from(policy)))?;
-        let state = |cluster: &ClusterName| {
-            if snapshot.clusters.get(cluster).is_some_and(|it| it.lease == Lease::Stale) {
-                let silent = self.registry.silent_for(cluster).map_or(0, |since| since.as_secs());
-                return PolicyState::Lagging(format!("silent for {silent} s"));
+        let federation = exchange.federation();
+        let position = federation.position;
+        let clusters: Vec<ClusterName> = match policy {
+            Some(name) => {
+                let manifest = federation.manifests.get(&(ManifestKind::Policy, Arc::from(name)))?;
+                manifest.enforcers.iter().flatten().cloned().collect()
             }
-            let Some(told) = exchange.realisations().get(cluster) else {
-                return PolicyState::Lagging("has not reported yet".to_owned());
-            };
-            if let Some(refused) = told.policies.iter().find(|it| it.policy == policy) {
-                match &refused.state {
-                    Some(pb::policy_state::State::Refused(why)) => return PolicyState::Refused(why.clone()),
-                    Some(pb::policy_state::State::Waiting(waiting)) => {
-                        return PolicyState::Lagging(format!("waits for {}", waiting.clusters.join(", ")));
-                    }
-                    None => {}
-                }
-            }
-            for node in &told.nodes {
-                let of = |object: &str| node.errors.iter().find(|error| error.object == object);
-                // An earlier version of the member tells it as its agents do.
-                if let Some(error) = of(policy).or_else(|| of(&format!("{POLICY_OBJECT}{policy}"))) {
-                    return PolicyState::Refused(format!("node {}: {}", node.node, error.error));
-                }
-                if let Some(error) = of(EVERY_OBJECT) {
-                    return PolicyState::Lagging(format!("node {}: {}", node.node, error.error));
-                }
-                if node.hub_revision < needed {
-                    let failed = of("").map(|failed| format!(": {}", failed.error)).unwrap_or_default();
-                    let at = node.hub_revision;
-                    return PolicyState::Lagging(format!("node {} is at revision {at}{failed}", node.node));
-                }
-            }
-            // Revisions of a store before this one say nothing.
-            let epoch = exchange.federation().position.epoch;
-            match told.hub.as_ref().filter(|at| at.epoch == epoch).map_or(0, |at| at.revision) {
-                at if at < needed => PolicyState::Lagging(format!("is at revision {at}")),
-                _ => PolicyState::Enforced,
-            }
+            None if position.revision < needed => return None,
+            None => federation.clusters.keys().cloned().collect(),
         };
-        let enforcers = manifest.enforcers.iter().flatten();
-        Some(enforcers.map(|cluster| (cluster.clone(), state(cluster))).collect())
+        let told: Vec<_> = clusters.iter().map(|cluster| exchange.realisations().get(cluster).cloned()).collect();
+        drop(exchange);
+        let status = |cluster: &ClusterName, told: Option<Arc<pb::Realisation>>| {
+            let Some(told) = told else { return ObjectStatus::lagging("has not reported yet") };
+            let report = self.report(&snapshot, cluster, &told);
+            let status = report.object(policy, needed, position.epoch);
+            if report.silent {
+                let silent = self.registry.silent_for(cluster).map_or(Duration::ZERO, |since| since);
+                let why = format!("silent for {}", progress::words(silent));
+                return ObjectStatus { state: ObjectState::Lagging(why), ..status };
+            }
+            status
+        };
+        Some(clusters.iter().zip(told).map(|(cluster, told)| (cluster.clone(), status(cluster, told))).collect())
+    }
+}
+
+impl Service {
+    fn report<'a>(&self, snapshot: &Snapshot, cluster: &str, told: &'a pb::Realisation) -> Report<'a> {
+        let at = lock(&self.shared.reported).get(cluster).copied();
+        let silent = snapshot.clusters.get(cluster).is_some_and(|it| it.lease == Lease::Stale);
+        Report { told, age: at.map_or(Duration::ZERO, |at| at.elapsed()), silent }
     }
 }
 

@@ -30,7 +30,7 @@ async fn each_role_does_its_own_and_nothing_else() {
         assert_eq!(code(user.status(wire::StatusRequest {}).await), None);
         assert_eq!(code(user.get(wire::GetRequest::default()).await), None);
         assert_eq!(code(user.list_users(wire::ListUsersRequest {}).await), denied);
-        assert_eq!(code(user.list_audit(wire::ListAuditRequest { limit: 1 }).await), denied);
+        assert_eq!(code(user.list_audit(wire::ListAuditRequest { limit: 1, object: String::new() }).await), denied);
         assert_eq!(code(user.apply(apply(member_cluster("train", &[]))).await), denied);
         assert_eq!(code(user.create_token(token("serve")).await), denied);
         assert_eq!(code(user.revoke_user(wire::RevokeUserRequest { name: "admin".into() }).await), denied);
@@ -53,7 +53,12 @@ async fn each_role_does_its_own_and_nothing_else() {
     let last = wire::RevokeUserRequest { name: "admin".into() };
     assert_eq!(code(admin.revoke_user(last).await), Some(Code::FailedPrecondition), "the last administrator");
 
-    let audit = admin.list_audit(wire::ListAuditRequest { limit: 1000 }).await.unwrap().into_inner().records;
+    let audit = admin
+        .list_audit(wire::ListAuditRequest { limit: 1000, object: String::new() })
+        .await
+        .unwrap()
+        .into_inner()
+        .records;
     let has = |who: &str, action: &str, object: &str, done: bool| {
         audit.iter().any(|r| r.who == who && r.action == action && r.object == object && (r.outcome == "done") == done)
     };
@@ -136,7 +141,12 @@ async fn an_administrator_is_always_left_and_denials_do_not_fill_the_audit() {
         let refused = viewer.apply(apply(policy(&format!("p-{at}"), "platform"))).await;
         assert_eq!(code(refused), Some(Code::PermissionDenied));
     }
-    let audit = admin.list_audit(wire::ListAuditRequest { limit: 1000 }).await.unwrap().into_inner().records;
+    let audit = admin
+        .list_audit(wire::ListAuditRequest { limit: 1000, object: String::new() })
+        .await
+        .unwrap()
+        .into_inner()
+        .records;
     assert_eq!(audit.iter().filter(|record| record.who == "user/viewer").count(), 1);
 }
 

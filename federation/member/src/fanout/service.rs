@@ -31,6 +31,8 @@ const RETRY: Duration = Duration::from_secs(5);
 const MAX_TOLD: usize = 1_000;
 /// Bytes of one text of theirs.
 const MAX_TEXT: usize = 512;
+/// Bytes of an agent's version.
+const MAX_VERSION: usize = 64;
 
 #[derive(Debug)]
 pub struct Service {
@@ -149,6 +151,8 @@ impl AgentStream {
                         Some(Message::Hello(hello)) => {
                             greeted = true;
                             self.hello(&hello, &target)?;
+                            let version = bounded(hello.version, MAX_VERSION);
+                            self.fanout.update(&self.node, |status| status.version = version);
                         }
                         Some(Message::Ack(ack)) => self.ack(ack)?,
                         None => return Err(Status::invalid_argument("message is missing or not understood")),
@@ -219,7 +223,7 @@ impl AgentStream {
         let revisions = ack.revisions.unwrap_or_default();
         let generation = parse_generation(ack.generation);
         let place = Place { generation, hub_revision: revisions.hub, local_revision: revisions.local };
-        let failed = (!ack.failed.is_empty()).then(|| bounded(ack.failed));
+        let failed = (!ack.failed.is_empty()).then(|| bounded(ack.failed, MAX_TEXT));
         // An agent may tell anew of what it holds, for a pod of it came; that is no answer to what is under way.
         let of_old = failed.is_none()
             && self.held.as_ref().is_some_and(|held| (held.node.digest, held.place) == (digest, place))
@@ -230,19 +234,23 @@ impl AgentStream {
             self.held = self.in_flight.take().filter(|sent| failed.is_none() && sent.node.digest == digest);
         }
         let unenforced = ack.unenforced.into_iter().take(MAX_TOLD).map(|it| UnenforcedPod {
-            namespace: bounded(it.namespace),
-            name: bounded(it.name),
-            reason: bounded(it.reason),
+            namespace: bounded(it.namespace, MAX_TEXT),
+            name: bounded(it.name, MAX_TEXT),
+            reason: bounded(it.reason, MAX_TEXT),
         });
         let unenforced = unenforced.collect();
-        let refused = ack.refusals.into_iter().take(MAX_TOLD).map(|it| (bounded(it.object), bounded(it.reason)));
+        let refused = ack
+            .refusals
+            .into_iter()
+            .take(MAX_TOLD)
+            .map(|it| (bounded(it.object, MAX_TEXT), bounded(it.reason, MAX_TEXT)));
         let refused = refused.collect();
         self.fanout.update(&self.node, |status| {
             status.place = place;
             status.digest = digest;
             status.refused = refused;
             status.failed = failed;
-            status.probe = bounded(ack.probe);
+            status.probe = bounded(ack.probe, MAX_TEXT);
             status.unenforced = unenforced;
             status.heard = Some(Instant::now());
         });
@@ -250,9 +258,9 @@ impl AgentStream {
     }
 }
 
-/// At most [`MAX_TEXT`] bytes of what an agent says.
-fn bounded(mut text: String) -> String {
-    text.truncate(text.floor_char_boundary(MAX_TEXT));
+/// At most `bytes` of what an agent says.
+fn bounded(mut text: String, bytes: usize) -> String {
+    text.truncate(text.floor_char_boundary(bytes));
     text
 }
 

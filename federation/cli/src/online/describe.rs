@@ -1,0 +1,249 @@
+//! `hanse describe KIND NAME`: one object, cluster or node with all that the hub knows of it.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use hanse_proto::federation::v1 as pb;
+use hanse_runtime::text;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::object::{KINDS, kind_of, name_of, summary};
+use super::wait::InCluster;
+use super::{CallError, Client, call, cluster, node, status, time, with_client};
+use crate::output::{self, Format};
+
+/// Show one object, cluster or node in full: what it says, who changed it last, and how far it is enforced where.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse describe fnp web
+  hanse describe tier/platform
+  hanse describe cluster train
+  hanse describe node train/node-1 -o yaml")]
+pub struct Describe {
+    /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns), MemberCluster (mc), cluster or node; or KIND/NAME.
+    kind: String,
+    /// The name; of a node CLUSTER/NODE.
+    name: Option<String>,
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+/// What the audit has on a change.
+#[derive(Debug, Serialize)]
+struct Change {
+    who: String,
+    at: String,
+    action: String,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ObjectDescription {
+    kind: &'static str,
+    name: String,
+    revision: u64,
+    hub_revision: u64,
+    /// Where the object is kept and changed.
+    owner: &'static str,
+    /// Of a policy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tier: Option<TierDescription>,
+    /// Absent where the audit no longer has it, or the caller may not read the audit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_change: Option<Change>,
+    clusters: Vec<InCluster>,
+    manifest: Value,
+}
+
+#[derive(Debug, Serialize)]
+struct TierDescription {
+    name: String,
+    /// Absent: there is no such tier.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    spec: Option<Value>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ClusterDescription {
+    #[serde(flatten)]
+    cluster: cluster::Cluster,
+    status: status::Cluster,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_change: Option<Change>,
+    nodes: Vec<node::Node>,
+}
+
+impl Describe {
+    pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
+        let (kind, name) = match (&self.name, self.kind.split_once('/')) {
+            (Some(name), _) => (self.kind.as_str(), name.as_str()),
+            (None, Some((kind, name))) => (kind, name),
+            (None, None) => bail!("name one: `hanse describe {} NAME`", self.kind),
+        };
+        let format = self.output;
+        with_client(context, async |mut client| match kind.to_ascii_lowercase().as_str() {
+            "cluster" | "clusters" => describe_cluster(&mut client, name, format).await,
+            "node" | "nodes" => describe_node(&mut client, name, format).await,
+            _ => {
+                describe_object(
+                    &mut client,
+                    kind_of(kind).context("a cluster or a node can be described, too")?,
+                    name,
+                    format,
+                )
+                .await
+            }
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// The newest change of an object that was made. Only administrators read the audit.
+async fn last_change(client: &mut Client, object: String) -> anyhow::Result<Option<Change>> {
+    // Denials are on record as well, at most one of a caller in ten minutes.
+    let request = pb::ListAuditRequest { limit: 100, object };
+    let records = match call(client.list_audit(request)).await {
+        Ok(listed) => listed.records,
+        Err(error) if CallError::is_denied(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let made = records.into_iter().find(|it| it.outcome == "done");
+    Ok(made.map(|it| Change { who: it.who, at: time(it.at), action: it.action }))
+}
+
+fn show_change(change: Option<&Change>) -> anyhow::Result<()> {
+    match change {
+        Some(Change { who, at, action }) => output::field("Changed", format_args!("{at} by {who} ({action})")),
+        None => output::field(
+            "Changed",
+            "unknown: only administrators read the audit, which keeps the newest 10,000 changes",
+        ),
+    }
+}
+
+async fn describe_object(client: &mut Client, kind: pb::ObjectKind, name: &str, format: Format) -> anyhow::Result<()> {
+    let get = |kind: pb::ObjectKind, name: &str| pb::GetRequest { kind: kind.into(), name: name.to_owned() };
+    let kind_name = name_of(kind.into());
+    let found = call(client.get(get(kind, name))).await?.objects.into_iter().next();
+    let object = found.with_context(|| format!("there is no {kind_name}/{name}; `hanse get {kind_name}` names all"))?;
+    let manifest: Value = serde_json::from_slice(&object.manifest).context("understand the manifest")?;
+    let mut tier = None;
+    if kind == pb::ObjectKind::FederatedNetworkPolicy {
+        let name = manifest["spec"]["tier"].as_str().unwrap_or_default().to_owned();
+        let found = call(client.get(get(pb::ObjectKind::Tier, &name))).await?.objects.into_iter().next();
+        let spec =
+            found.and_then(|it| serde_json::from_slice::<Value>(&it.manifest).ok()).map(|mut it| it["spec"].take());
+        tier = Some(TierDescription { name, spec });
+    }
+    let request = pb::ObjectStatusRequest { kind: kind.into(), name: name.to_owned(), gone_at: 0 };
+    let status = call(client.object_status(request)).await?;
+    let description = ObjectDescription {
+        kind: kind_name,
+        name: object.name,
+        revision: object.revision,
+        hub_revision: status.hub_revision,
+        owner: "the hub's store",
+        tier,
+        last_change: last_change(client, format!("{kind_name}/{name}")).await?,
+        clusters: status.clusters.into_iter().map(InCluster::from).collect(),
+        manifest,
+    };
+    if format != Format::Table {
+        return output::print(format, &description);
+    }
+    description.show()
+}
+
+impl ObjectDescription {
+    fn show(&self) -> anyhow::Result<()> {
+        output::field("Kind", self.kind)?;
+        output::field("Name", &self.name)?;
+        output::field("Revision", format_args!("{}; the hub is at {}", self.revision, self.hub_revision))?;
+        if let Some(tier) = &self.tier {
+            let about = match &tier.spec {
+                Some(spec) => summary(&serde_json::json!({"kind": "Tier", "spec": spec})),
+                None => "not stored: the policy is not in force".to_owned(),
+            };
+            output::field("Tier", format_args!("{} ({about})", tier.name))?;
+        }
+        output::field("About", summary(&self.manifest))?;
+        output::field("Owner", self.owner)?;
+        show_change(self.last_change.as_ref())?;
+        output::line("")?;
+        if self.clusters.is_empty() {
+            output::line("no cluster that enforces it has joined")?;
+        } else {
+            let mut table = output::table(["CLUSTER", "STATE", "NODES", "HEARD", "WHY"]);
+            for it in &self.clusters {
+                let age = it.age_ms.map(|age| output::length(Duration::from_millis(age)));
+                let nodes = format!("{} of {}", it.nodes_enforcing, it.nodes);
+                let why = if it.why.is_empty() { "-".to_owned() } else { it.why.clone() };
+                table.add_row([
+                    it.cluster.clone(),
+                    it.state.to_owned(),
+                    nodes,
+                    age.map_or("never".to_owned(), |age| format!("{age} ago")),
+                    why,
+                ]);
+            }
+            table.print()?;
+        }
+        output::line("")?;
+        output::line("Manifest:")?;
+        let manifest = text::yaml(&self.manifest)?;
+        manifest.lines().skip(1).try_for_each(|line| output::line(format_args!("  {line}")))
+    }
+}
+
+async fn describe_cluster(client: &mut Client, name: &str, format: Format) -> anyhow::Result<()> {
+    let (hub_revision, clusters) = status::read(client, name, false).await?;
+    let mut listed = cluster::list(client, name).await?;
+    let request = pb::ListNodesRequest { cluster: name.to_owned(), ..Default::default() };
+    let nodes = node::list(client, request).await?;
+    let status = clusters.into_iter().next();
+    let (status, cluster) = status.zip(listed.pop()).with_context(|| format!("cluster {name} left meanwhile"))?;
+    let last_change = last_change(client, format!("cluster/{name}")).await?;
+    let description = ClusterDescription { cluster, status, last_change, nodes };
+    if format != Format::Table {
+        return output::print(format, &description);
+    }
+    for (name, value) in description.cluster.lines() {
+        output::field(name, value)?;
+    }
+    for (name, value) in description.status.lines(hub_revision) {
+        output::field(name, value)?;
+    }
+    show_change(description.last_change.as_ref())?;
+    output::line("")?;
+    node::show(&description.nodes, false, false)?;
+    if !description.status.problems().is_empty() {
+        output::line("")?;
+        description.status.problems().iter().try_for_each(output::line)?;
+    }
+    description.nodes.iter().try_for_each(node::Node::describe_problems)
+}
+
+async fn describe_node(client: &mut Client, name: &str, format: Format) -> anyhow::Result<()> {
+    let (cluster, node) = name.split_once('/').with_context(|| format!("{name:?} is not CLUSTER/NODE"))?;
+    cluster::ensure_exists(client, cluster).await?;
+    let request = pb::ListNodesRequest { cluster: cluster.to_owned(), node: node.to_owned(), ..Default::default() };
+    let found = node::list(client, request).await?.into_iter().next();
+    let found = found.with_context(|| format!("no node {node} was reported; `hanse node list {cluster}` names all"))?;
+    match format {
+        Format::Table => found.describe(),
+        format => output::print(format, &found),
+    }
+}
+
+/// A target of a command, `KIND/NAME` or a policy's name.
+pub fn target(text: &str) -> anyhow::Result<(pb::ObjectKind, String)> {
+    match text.split_once('/') {
+        Some((kind, name)) => Ok((kind_of(kind)?, name.to_owned())),
+        None => Ok((KINDS[KINDS.len() - 1].2, text.to_owned())),
+    }
+}
