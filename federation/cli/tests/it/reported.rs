@@ -27,6 +27,14 @@ impl Reporter {
         let (stream, requests) = unbounded();
         let open = Message::Open(pb::PublishOpen { protocol: 1, epoch: 1 });
         stream.unbounded_send(pb::PublishRequest { message: Some(open) }).expect("it is read");
+        // It is not silent, however slow the test is.
+        let beats = stream.clone();
+        world.runtime.spawn(async move {
+            let beat = || pb::PublishRequest { message: Some(Message::Heartbeat(pb::Heartbeat::default())) };
+            while beats.unbounded_send(beat()).is_ok() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        });
         let (watching, watch_requests) = unbounded();
         let open = pb::watch_request::Message::Open(pb::WatchOpen { protocol: 1, ..pb::WatchOpen::default() });
         watching.unbounded_send(pb::WatchRequest { message: Some(open) }).expect("it is read");
