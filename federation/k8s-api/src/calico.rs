@@ -34,6 +34,9 @@ pub struct Resource<S: Default> {
     pub spec: S,
     #[serde(default, rename = "status")]
     pub _status: Option<serde::de::IgnoredAny>,
+    /// It is written as Calico stores it.
+    #[serde(skip)]
+    pub stored: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -110,29 +113,66 @@ pub struct NetworkSetSpec {
 
 /// `None`: a kind of Calico that says nothing about policy.
 pub fn read(reference: &Reference, kind: &str, node: Node<'_>) -> Result<Option<CalicoObject>, Vec<FieldError>> {
-    let mut object = read_kind(reference, kind, node)?;
-    if object.is_some() && node.child("spec").is_none() {
-        return Err(vec![FieldError { path: "spec".to_owned(), message: "is missing".to_owned() }]);
-    }
-    if let Some(object) = object.as_mut().filter(|_| reference.api_version == CRD_API_VERSION) {
-        restore_metadata(object.metadata_mut()).map_err(|error| {
+    let Some(mut object) = read_kind(reference, kind, node)? else { return Ok(None) };
+    if reference.api_version == CRD_API_VERSION {
+        object.mark_as_stored().map_err(|error| {
             let message = format!("{METADATA_ANNOTATION} does not hold metadata as JSON: {error}");
             vec![FieldError { path: "metadata.annotations".to_owned(), message }]
         })?;
+        return Ok(Some(object));
     }
-    Ok(object)
+    let Some(spec) = node.child("spec") else {
+        return Err(vec![FieldError { path: "spec".to_owned(), message: "is missing".to_owned() }]);
+    };
+    let rest = fields_beside_delete(&object, spec);
+    if rest.is_empty() { Ok(Some(object)) } else { Err(rest) }
+}
+
+/// A staged deletion names what it deletes: a spec says nothing beside its tier.
+fn fields_beside_delete(object: &CalicoObject, spec: Node<'_>) -> Vec<FieldError> {
+    let (action, known): (_, &[&str]) = match object {
+        CalicoObject::Policy(_, policy) => (&policy.spec.staged_action, &["stagedAction", "tier"]),
+        CalicoObject::StagedKubernetes(policy) => (&policy.spec.staged_action, &["stagedAction"]),
+        CalicoObject::Tier(_) | CalicoObject::NetworkSet { .. } => return Vec::new(),
+    };
+    if action.as_deref() != Some("Delete") {
+        return Vec::new();
+    }
+    let given = spec.fields().filter(|(name, value)| !known.contains(name) && !is_zero(name, *value));
+    let error = |(name, _): (&str, Node<'_>)| FieldError {
+        path: format!("spec.{name}"),
+        message: "must be left out where stagedAction is Delete".to_owned(),
+    };
+    given.map(error).collect()
+}
+
+/// Whether a field of a spec has its zero value: the type has it too where nothing is written.
+fn is_zero(name: &str, value: Node<'_>) -> bool {
+    match value.to_value() {
+        serde_json::Value::Null | serde_json::Value::Bool(false) => true,
+        serde_json::Value::String(text) => text.is_empty(),
+        serde_json::Value::Object(fields) => name == "podSelector" && fields.is_empty(),
+        _ => false,
+    }
 }
 
 /// What Calico stores in its CRDs keeps there what the v3 object's metadata says.
 const METADATA_ANNOTATION: &str = "projectcalico.org/metadata";
+/// What the name of a policy of the tier `default` starts with where Calico stores it.
+const DEFAULT_TIER_PREFIX: &str = "default.";
 
 /// Puts the v3 object's metadata in the place of the stored one's: its name, and labels and annotations over those that
-/// stand beside it (older versions store them there).
-fn restore_metadata(metadata: &mut Metadata) -> Result<(), serde_json::Error> {
+/// stand beside it (older versions store them there). Of a policy whose annotation has no name, the name is the stored
+/// one without its tier `default`.
+fn restore_metadata(metadata: &mut Metadata, is_policy: bool) -> Result<(), serde_json::Error> {
     let Some(text) = metadata.annotations.remove(METADATA_ANNOTATION) else { return Ok(()) };
     let v3: Metadata = serde_json::from_str::<Option<_>>(&text)?.unwrap_or_default();
-    if !v3.name.is_empty() {
+    if is_subdomain(&v3.name) {
         metadata.name = v3.name;
+    } else if let Some(name) =
+        metadata.name.strip_prefix(DEFAULT_TIER_PREFIX).filter(|_| is_policy && v3.name.is_empty())
+    {
+        metadata.name = name.to_owned();
     }
     metadata.labels.extend(v3.labels);
     metadata.annotations.extend(v3.annotations);
@@ -190,6 +230,27 @@ impl CalicoObject {
         }
     }
 
+    /// Reads its metadata as Calico stores it, and its spec from now on.
+    fn mark_as_stored(&mut self) -> Result<(), serde_json::Error> {
+        let (metadata, stored, is_policy) = match self {
+            Self::Tier(it) => (&mut it.metadata, &mut it.stored, false),
+            Self::Policy(_, it) => (&mut it.metadata, &mut it.stored, true),
+            Self::StagedKubernetes(it) => (&mut it.metadata, &mut it.stored, false),
+            Self::NetworkSet { set: it, .. } => (&mut it.metadata, &mut it.stored, false),
+        };
+        *stored = true;
+        restore_metadata(metadata, is_policy)
+    }
+
+    fn is_stored(&self) -> bool {
+        match self {
+            Self::Tier(it) => it.stored,
+            Self::Policy(_, it) => it.stored,
+            Self::StagedKubernetes(it) => it.stored,
+            Self::NetworkSet { set: it, .. } => it.stored,
+        }
+    }
+
     /// Whether its kind has a namespace; what another says of one is not looked at.
     pub fn is_namespaced(&self) -> bool {
         match self {
@@ -202,7 +263,18 @@ impl CalicoObject {
         }
     }
 
+    /// What Calico enforces of a stored object is not judged as an author's is: `errors` has only what has no meaning.
     pub fn convert(&self, cluster: &ClusterName, errors: &mut Errors) -> Converted {
+        if !self.is_stored() {
+            return self.convert_by(cluster, errors);
+        }
+        let mut of_stored = Errors::of_stored();
+        let converted = self.convert_by(cluster, &mut of_stored);
+        errors.0.append(&mut of_stored.0);
+        converted
+    }
+
+    fn convert_by(&self, cluster: &ClusterName, errors: &mut Errors) -> Converted {
         match self {
             Self::Tier(tier) => Converted::Tier(convert_tier(tier, errors)),
             Self::Policy(kind, policy) => Converted::Policy(Box::new(convert_policy(*kind, policy, cluster, errors))),
@@ -214,7 +286,7 @@ impl CalicoObject {
                 let nets = rule::convert_set(&set.spec.nets, &path.field("nets"), errors);
                 check_metadata(&set.metadata, errors);
                 if set.metadata.labels.contains_key(build::NAMESPACE) {
-                    errors.add(&Path::Root("metadata.labels"), format!("\"{}\" may not be set", build::NAMESPACE));
+                    errors.refuse(&Path::Root("metadata.labels"), format!("\"{}\" may not be set", build::NAMESPACE));
                 }
                 let namespace = (!global).then(|| set.metadata.namespace());
                 let labels = set.metadata.labels.clone();
@@ -237,8 +309,17 @@ fn convert_tier(tier: &Resource<TierSpec>, errors: &mut Errors) -> model::Tier {
     let path = Path::Root("spec");
     let name = tier.metadata.name.as_str();
     check_metadata(&tier.metadata, errors);
-    check_part_name(name, TIER_NAME_RULE, errors);
     check_order(tier.spec.order, &path, errors);
+    let id = TierId { phase: Phase::Local, name: name.into() };
+    if errors.is_stored() {
+        // Whatever is not Pass denies.
+        let default = match tier.spec.default_action.as_deref() {
+            Some("Pass") => TierDefault::Pass,
+            _ => TierDefault::Deny,
+        };
+        return model::Tier { id, order: Order(tier.spec.order), default };
+    }
+    check_part_name(name, TIER_NAME_RULE, errors);
     let mut default = convert_default_action(tier.spec.default_action.as_deref(), &path.field("defaultAction"), errors);
     let mut order = tier.spec.order;
     if let Some((_, fixed, action)) = FIXED_TIERS.iter().find(|(known, ..)| *known == name) {
@@ -250,10 +331,11 @@ fn convert_tier(tier: &Resource<TierSpec>, errors: &mut Errors) -> model::Tier {
         }
         (order, default) = (Some(*fixed), *action);
     }
-    model::Tier { id: TierId { phase: Phase::Local, name: name.into() }, order: Order(order), default }
+    model::Tier { id, order: Order(order), default }
 }
 
-/// `types` with Calico's defaults where there is none: whether the policy is of ingress, and of egress.
+/// `types` with Calico's defaults where there is none: whether the policy is of ingress, and of egress. A stored policy
+/// without types is of both; Calico reads those that it has in any case, and passes over others.
 pub fn convert_types(
     types: Option<&[String]>,
     has_ingress: bool,
@@ -261,6 +343,11 @@ pub fn convert_types(
     path: &Path<'_>,
     errors: &mut Errors,
 ) -> (bool, bool) {
+    if errors.is_stored() {
+        let types = types.unwrap_or_default();
+        let is_of = |name: &str| types.is_empty() || types.iter().any(|it| it.eq_ignore_ascii_case(name));
+        return (is_of("Ingress"), is_of("Egress"));
+    }
     let Some(types) = types else {
         return (has_ingress || !has_egress, has_egress);
     };
@@ -284,6 +371,7 @@ pub fn convert_types(
     of
 }
 
+/// In a stored object an action that is not known is Set.
 pub fn convert_staged_action(text: Option<&str>, path: &Path<'_>, errors: &mut Errors) -> StagedAction {
     match text {
         None | Some("Set") => StagedAction::Set,
@@ -291,8 +379,8 @@ pub fn convert_staged_action(text: Option<&str>, path: &Path<'_>, errors: &mut E
         Some("Learn") => StagedAction::Learn,
         Some("Ignore") => StagedAction::Ignore,
         Some(other) => {
-            errors.add(path, format!("\"{other}\" is none of Set, Delete, Learn, Ignore"));
-            StagedAction::Ignore
+            errors.refuse(path, format!("\"{other}\" is none of Set, Delete, Learn, Ignore"));
+            StagedAction::Set
         }
     }
 }
@@ -315,28 +403,21 @@ fn convert_policy(
         (spec.apply_on_forward, "applyOnForward"),
     ] {
         if given && !is_global {
-            errors.add(&path.field(name), "is a field of GlobalNetworkPolicy only");
+            errors.refuse(&path.field(name), "is a field of GlobalNetworkPolicy only");
         }
     }
     if spec.staged_action.is_some() && !is_staged {
-        errors.add(&path.field("stagedAction"), "is a field of the staged kinds only");
+        errors.refuse(&path.field("stagedAction"), "is a field of the staged kinds only");
     }
     check_metadata(&policy.metadata, errors);
     check_policy_name(policy.metadata.name.as_str(), is_global, errors);
-    if is_staged && spec.staged_action.as_deref() == Some("Delete") {
-        let empty =
-            PolicySpec { tier: spec.tier.clone(), staged_action: spec.staged_action.clone(), ..Default::default() };
-        if *spec != empty {
-            errors.add(&path, "may hold nothing beside tier where stagedAction is Delete");
-        }
-    }
     if !spec.tier.is_empty() && !is_subdomain(&spec.tier) {
-        errors.add(&path.field("tier"), format!("\"{}\" is no name: {NAME_RULE}", spec.tier));
+        errors.refuse(&path.field("tier"), format!("\"{}\" is no name: {NAME_RULE}", spec.tier));
     }
     let hints_path = path.field("performanceHints");
     for (index, hint) in spec.performance_hints.iter().enumerate() {
         if hint != "AssumeNeededOnEveryNode" {
-            errors.add(&hints_path.index(index), format!("\"{hint}\" is not AssumeNeededOnEveryNode"));
+            errors.refuse(&hints_path.index(index), format!("\"{hint}\" is not AssumeNeededOnEveryNode"));
         }
     }
     rule::refuse_twice(&spec.performance_hints, &hints_path, errors);
@@ -352,14 +433,14 @@ fn convert_policy(
     let context = Context { namespace: namespace.as_deref(), clusters: &resolve, federated: false };
     let mut selector = |text: &str, name: &'static str| {
         let path = path.field(name);
-        (!text.is_empty()).then(|| errors.note(&path, rule::parse_selector(text))).flatten()
+        rule::note_selector(text, &path, errors)
     };
     let namespaces = selector(&spec.namespace_selector, "namespaceSelector");
     let accounts = selector(&spec.service_account_selector, "serviceAccountSelector");
     let own = selector(&spec.selector, "selector");
     let subject = [
         namespace.as_deref().map(build::in_namespace),
-        namespaces.map(|selector| build::in_namespaces(&selector.expr)),
+        namespaces.filter(|_| is_global).map(|selector| build::subject_in_namespaces(&selector.expr)),
         accounts.map(|selector| build::with_service_account(&selector.expr)),
         own.map(|selector| selector.expr),
     ];
@@ -367,13 +448,13 @@ fn convert_policy(
     let has = (!spec.ingress.is_empty(), !spec.egress.is_empty());
     let (ingress, egress) = convert_types(spec.types.as_deref(), has.0, has.1, &types_path, errors);
     if spec.do_not_track && spec.pre_dnat {
-        errors.add(&path.field("preDNAT"), "may not stand beside doNotTrack");
+        errors.refuse(&path.field("preDNAT"), "may not stand beside doNotTrack");
     }
     if (spec.do_not_track || spec.pre_dnat) && !spec.apply_on_forward {
-        errors.add(&path.field("applyOnForward"), "must be true where doNotTrack or preDNAT is");
+        errors.refuse(&path.field("applyOnForward"), "must be true where doNotTrack or preDNAT is");
     }
     if spec.pre_dnat && (has.1 || spec.types.iter().flatten().any(|name| name == "Egress")) {
-        errors.add(&path.field("preDNAT"), "is for ingress only");
+        errors.refuse(&path.field("preDNAT"), "is for ingress only");
     }
     check_order(spec.order, &path, errors);
     let (ingress_path, egress_path) = (path.field("ingress"), path.field("egress"));
@@ -390,7 +471,7 @@ fn convert_policy(
         ingress: ingress.then_some(ingress_rules),
         egress: egress.then_some(egress_rules),
         staged: is_staged.then(|| convert_staged_action(spec.staged_action.as_deref(), &staged_path, errors)),
-        host_only: spec.do_not_track || spec.pre_dnat,
+        host_only: is_global && (spec.do_not_track || spec.pre_dnat),
     }
 }
 
@@ -403,7 +484,8 @@ fn check_policy_name(name: &str, is_global: bool, errors: &mut Errors) {
     };
     // What is no name at all is complained of with the other metadata.
     if is_subdomain(name) && name.matches('.').count() > 1 && !converted() {
-        errors.add(&Path::Root("metadata.name"), "a policy is named by a-z 0-9 -, with a dot after the tier at most");
+        errors
+            .refuse(&Path::Root("metadata.name"), "a policy is named by a-z 0-9 -, with a dot after the tier at most");
     }
 }
 
@@ -420,13 +502,10 @@ fn convert_staged_kubernetes(
     // What Kubernetes takes for its own kind, Calico's schema refuses for this one.
     let types_path = path.field("policyTypes");
     if has_no_types {
-        errors.add(&types_path, "is empty: name Ingress, Egress or both, or leave it out");
+        errors.refuse(&types_path, "is empty: name Ingress, Egress or both, or leave it out");
     }
     rule::refuse_twice(&spec.policy_types, &types_path, errors);
     let staged_action = policy.spec.staged_action.as_deref();
-    if staged_action == Some("Delete") && spec != network_policy::Spec::default() {
-        errors.add(&path, "may hold nothing else where stagedAction is Delete");
-    }
     let scope = peers_scope(&policy.metadata, errors);
     let id = PolicyId {
         cluster: Some(cluster.clone()),

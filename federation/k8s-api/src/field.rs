@@ -40,9 +40,37 @@ impl From<UnknownField> for FieldError {
 
 /// Collects errors while a conversion walks an object.
 #[derive(Debug, Default)]
-pub struct Errors(pub Vec<FieldError>);
+pub struct Errors(pub Vec<FieldError>, Origin);
+
+/// Where an object comes from, and so by which rules it is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Origin {
+    /// An author, whose object must satisfy its schema.
+    #[default]
+    Author,
+    /// The system that enforces it, which stored it in its own form.
+    Storage,
+}
 
 impl Errors {
+    /// For an object as its system stores it: see [`Errors::refuse`].
+    pub fn of_stored() -> Self {
+        Self(Vec::new(), Origin::Storage)
+    }
+
+    pub fn is_stored(&self) -> bool {
+        self.1 == Origin::Storage
+    }
+
+    /// An error about what the schema refuses although its meaning is clear. It is not one in a stored object, which is
+    /// in force as it is.
+    pub fn refuse(&mut self, path: &Path<'_>, message: impl Display) {
+        if !self.is_stored() {
+            self.add(path, message);
+        }
+    }
+
+    /// An error about what has no meaning.
     pub fn add(&mut self, path: &Path<'_>, message: impl Display) {
         self.0.push(FieldError { path: path.to_string(), message: message.to_string() });
     }

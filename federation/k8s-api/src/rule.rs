@@ -16,7 +16,7 @@ use serde::Deserialize;
 use crate::field::{Errors, Path};
 use crate::kubernetes::{Map, null_as_default};
 use crate::metadata::{NAME_RULE, check_annotations};
-use crate::network_policy::{IntOrString, is_subdomain, parse_net};
+use crate::network_policy::{IntOrString, is_subdomain, port_name_error};
 
 /// Bounds of Calico's schema.
 pub const MAX_HTTP_METHODS: usize = 20;
@@ -30,6 +30,8 @@ pub const MAX_SET_NETS: usize = 100_000;
 /// The longest spelling of a net of a network set.
 pub const MAX_SET_NET_CHARACTERS: usize = 43;
 pub const MAX_PORTS: usize = 50;
+/// Of a port's name that was stored before names were checked as Kubernetes checks them.
+const MAX_STORED_PORT_NAME_BYTES: usize = 128;
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -156,13 +158,19 @@ pub fn convert_rules(
     errors: &mut Errors,
 ) -> Vec<Rule> {
     if rules.len() > MAX_RULES {
-        errors.add(path, format!("has {} rules; {MAX_RULES} are allowed", rules.len()));
+        errors.refuse(path, format!("has {} rules; {MAX_RULES} are allowed", rules.len()));
     }
     for (index, rule) in rules.iter().enumerate() {
         check_direction(rule, of, &path.index(index), errors);
     }
     let indexed = rules.iter().enumerate();
-    let converted = indexed.filter_map(|(index, rule)| convert_rule(index, rule, context, &path.index(index), errors));
+    let converted = indexed.filter_map(|(index, rule)| {
+        let path = path.index(index);
+        match errors.is_stored() {
+            true => convert_stored_rule(index, rule, context, &path),
+            false => convert_rule(index, rule, context, &path, errors),
+        }
+    });
     converted.flat_map(with_ports_of_tcp).collect()
 }
 
@@ -201,11 +209,35 @@ fn check_direction(rule: &RuleSpec, of: RulesOf, path: &Path<'_>, errors: &mut E
     };
     if own_end.services.is_some() {
         let path = path.field(name);
-        errors.add(&path.field("services"), format!("is for the peer: not for the {name} of {of:?} rules"));
+        errors.refuse(&path.field("services"), format!("is for the peer: not for the {name} of {of:?} rules"));
     }
     if of == RulesOf::Egress && rule.http.is_some() {
-        errors.add(&path.field("http"), "is for ingress rules only");
+        errors.refuse(&path.field("http"), "is for ingress rules only");
     }
+}
+
+/// What has no meaning in a stored rule makes that rule unknown, and takes nothing else of the policy out of force.
+fn convert_stored_rule(index: usize, rule: &RuleSpec, context: Context<'_>, path: &Path<'_>) -> Option<Rule> {
+    let mut errors = Errors::of_stored();
+    let mut rule = convert_rule(index, rule, context, path, &mut errors)?;
+    rule.not_understood = errors.0.first().map(|error| error.to_string().into());
+    Some(rule)
+}
+
+const ACTIONS: [(&str, Action); 4] =
+    [("Allow", Action::Allow), ("Deny", Action::Deny), ("Pass", Action::Pass), ("Log", Action::Log)];
+
+/// Calico's dataplanes read a stored action in any case, and an empty one as Allow; one that they do not know is taken
+/// for Deny.
+fn convert_action(text: &str, path: &Path<'_>, errors: &mut Errors) -> Option<Action> {
+    let is = |name: &str| if errors.is_stored() { text.eq_ignore_ascii_case(name) } else { text == name };
+    match ACTIONS.iter().find(|(name, _)| is(name)) {
+        Some((_, action)) => return Some(*action),
+        None if text.is_empty() && errors.is_stored() => return Some(Action::Allow),
+        None if text.is_empty() => errors.add(path, "is missing: Allow, Deny, Pass or Log"),
+        None => errors.add(path, format!("\"{text}\" is none of Allow, Deny, Pass, Log")),
+    }
+    errors.is_stored().then_some(Action::Deny)
 }
 
 fn convert_rule(
@@ -215,20 +247,7 @@ fn convert_rule(
     path: &Path<'_>,
     errors: &mut Errors,
 ) -> Option<Rule> {
-    let action = match rule.action.as_str() {
-        "Allow" => Some(Action::Allow),
-        "Deny" => Some(Action::Deny),
-        "Pass" => Some(Action::Pass),
-        "Log" => Some(Action::Log),
-        "" => {
-            errors.add(&path.field("action"), "is missing: Allow, Deny, Pass or Log");
-            None
-        }
-        other => {
-            errors.add(&path.field("action"), format!("\"{other}\" is none of Allow, Deny, Pass, Log"));
-            None
-        }
-    };
+    let action = convert_action(&rule.action, &path.field("action"), errors);
     let ip_version = match rule.ip_version {
         None => None,
         Some(4) => Some(IpVersion::V4),
@@ -240,37 +259,39 @@ fn convert_rule(
     };
     let mut protocol_of = |spec: &Option<IntOrString>, name: &'static str| {
         let spec = spec.as_ref()?;
-        errors.note(&path.field(name), convert_protocol(spec))
+        let converted = convert_protocol(spec, errors.is_stored());
+        errors.note(&path.field(name), converted)
     };
     let protocol = protocol_of(&rule.protocol, "protocol");
     let not_protocol = protocol_of(&rule.not_protocol, "notProtocol");
     let icmp = rule.icmp.and_then(|icmp| convert_icmp(icmp, &path.field("icmp"), errors));
     let not_icmp = rule.not_icmp.and_then(|icmp| convert_icmp(icmp, &path.field("notICMP"), errors));
-    let is_icmp = |spec: &Option<IntOrString>| is_protocol(spec, "ICMP", 1);
-    let is_icmpv6 = |spec: &Option<IntOrString>| is_protocol(spec, "ICMPv6", 58);
+    let stored = errors.is_stored();
+    let is_icmp = |spec: &Option<IntOrString>| is_protocol(spec, "ICMP", 1, stored);
+    let is_icmpv6 = |spec: &Option<IntOrString>| is_protocol(spec, "ICMPv6", 58, stored);
     let of_v4 = is_icmp(&rule.protocol) || is_icmp(&rule.not_protocol);
     let of_v6 = is_icmpv6(&rule.protocol) || is_icmpv6(&rule.not_protocol);
     if of_v4 && ip_version == Some(IpVersion::V6) || of_v6 && ip_version == Some(IpVersion::V4) {
-        errors.add(&path.field("ipVersion"), "does not go with a protocol of the other IP version");
+        errors.refuse(&path.field("ipVersion"), "does not go with a protocol of the other IP version");
     }
     if rule.icmp.is_some() && !is_icmp(&rule.protocol) && !is_icmpv6(&rule.protocol) {
         errors.add(&path.field("icmp"), "needs the protocol ICMP or ICMPv6");
     }
-    if let Some(metadata) = &rule.metadata {
+    if let Some(metadata) = rule.metadata.as_ref().filter(|_| !stored) {
         let path = path.field("metadata");
         check_annotations(&metadata.annotations, &path.field("annotations"), errors);
     }
-    let source = convert_entity(&rule.source, context, &path.field("source"), false, errors);
-    let destination = convert_entity(&rule.destination, context, &path.field("destination"), true, errors);
+    let mut source = convert_entity(&rule.source, context, &path.field("source"), false, errors);
+    let mut destination = convert_entity(&rule.destination, context, &path.field("destination"), true, errors);
     check_families(ip_version, &source, &destination, path, errors);
-    check_ports(rule, protocol, &source, &destination, path, errors);
+    check_ports(rule, protocol, [&mut source, &mut destination], path, errors);
     let http = rule.http.as_ref().and_then(|http| {
         let path = path.field("http");
         if action.is_some_and(|action| action != Action::Allow) {
-            errors.add(&path, "goes with the action Allow only");
+            errors.refuse(&path, "goes with the action Allow only");
         }
-        if rule.protocol.is_some() && !is_protocol(&rule.protocol, "TCP", 6) {
-            errors.add(&path, "goes with the protocol TCP only");
+        if rule.protocol.is_some() && !is_protocol(&rule.protocol, "TCP", 6, stored) {
+            errors.refuse(&path, "goes with the protocol TCP only");
         }
         convert_http(http, &path, errors)
     });
@@ -290,34 +311,43 @@ fn convert_rule(
 }
 
 /// Whether a protocol is written so. A number in quotes is neither to Calico's schema.
-fn is_protocol(spec: &Option<IntOrString>, name: &str, number: i64) -> bool {
+fn is_protocol(spec: &Option<IntOrString>, name: &str, number: i64, stored: bool) -> bool {
     match spec {
         Some(IntOrString::Int(value)) => *value == number,
+        Some(IntOrString::String(text)) if stored => {
+            text.eq_ignore_ascii_case(name) || text.parse::<i64>().is_ok_and(|value| value == number)
+        }
         Some(IntOrString::String(text)) => text == name,
         None => false,
     }
 }
 
-/// By name (any case is refused but the listed ones) or by number, 1 to 255.
-fn convert_protocol(spec: &IntOrString) -> Result<Protocol, String> {
+const PROTOCOLS: [(&str, Protocol); 6] = [
+    ("TCP", Protocol::Tcp),
+    ("UDP", Protocol::Udp),
+    ("ICMP", Protocol::Icmp),
+    ("ICMPv6", Protocol::IcmpV6),
+    ("SCTP", Protocol::Sctp),
+    ("UDPLite", Protocol::UdpLite),
+];
+
+/// By name or by number, 1 to 255. A stored name counts in any case.
+fn convert_protocol(spec: &IntOrString, stored: bool) -> Result<Protocol, String> {
     let number = |number: i64| match u8::try_from(number) {
         Ok(number) if number > 0 => Ok(Protocol::Number(number)),
         _ => Err(format!("{number} is not between 1 and 255")),
     };
-    match spec {
-        IntOrString::Int(value) => number(*value),
-        IntOrString::String(name) => match name.as_str() {
-            "TCP" => Ok(Protocol::Tcp),
-            "UDP" => Ok(Protocol::Udp),
-            "ICMP" => Ok(Protocol::Icmp),
-            "ICMPv6" => Ok(Protocol::IcmpV6),
-            "SCTP" => Ok(Protocol::Sctp),
-            "UDPLite" => Ok(Protocol::UdpLite),
-            other => match other.parse::<i64>() {
-                Ok(value) if other.bytes().all(|byte| byte.is_ascii_digit()) => number(value),
-                _ => Err(format!("\"{other}\" is none of TCP, UDP, ICMP, ICMPv6, SCTP, UDPLite or 1 to 255")),
-            },
-        },
+    let text = match spec {
+        IntOrString::Int(value) => return number(*value),
+        IntOrString::String(text) => text,
+    };
+    let is = |name: &str| if stored { text.eq_ignore_ascii_case(name) } else { text == name };
+    if let Some((_, protocol)) = PROTOCOLS.iter().find(|(name, _)| is(name)) {
+        return Ok(*protocol);
+    }
+    match text.parse::<i64>() {
+        Ok(value) if text.bytes().all(|byte| byte.is_ascii_digit()) => number(value),
+        _ => Err(format!("\"{text}\" is none of TCP, UDP, ICMP, ICMPv6, SCTP, UDPLite or 1 to 255")),
     }
 }
 
@@ -332,9 +362,9 @@ fn convert_icmp(icmp: IcmpSpec, path: &Path<'_>, errors: &mut Errors) -> Option<
     };
     let (kind, code) = (part(icmp.kind, "type", 254), part(icmp.code, "code", 255));
     if icmp.kind.is_none() && icmp.code.is_some() {
-        errors.add(&path.field("code"), "needs type beside it");
+        errors.refuse(&path.field("code"), "needs type beside it");
     }
-    Some(Icmp { kind, code })
+    Some(Icmp { kind, code: code.filter(|_| kind.is_some()) })
 }
 
 fn convert_entity(
@@ -349,13 +379,12 @@ fn convert_entity(
     let not_selector = note_selector(&entity.not_selector, &path.field("notSelector"), errors);
     let namespaces = note_selector(&entity.namespace_selector, &path.field("namespaceSelector"), errors);
     if entity.namespace_selector.contains("global(") && !is_global_alone(&entity.namespace_selector) {
-        errors.add(&path.field("namespaceSelector"), "global() may not stand beside anything else");
+        errors.refuse(&path.field("namespaceSelector"), "global() may not stand beside anything else");
     }
     let accounts = entity.service_accounts.as_ref();
     let accounts = accounts.filter(|accounts| !accounts.names.is_empty() || !accounts.selector.is_empty());
     let accounts = accounts.map(|accounts| {
         let path = path.field("serviceAccounts");
-        refuse_twice(&accounts.names, &path.field("names"), errors);
         // The one selector of a rule that Calico's schema does not bound.
         let given = Some(&accounts.selector).filter(|text| !text.is_empty());
         let selector = given.and_then(|text| errors.note(&path.field("selector"), parse_unbounded(text)));
@@ -419,7 +448,11 @@ fn convert_service(
         (is_destination && !entity.not_ports.is_empty(), "notPorts"),
     ];
     for (_, name) in others.into_iter().filter(|(given, _)| *given) {
-        errors.add(path, format!("may not stand beside {name}"));
+        errors.refuse(path, format!("may not stand beside {name}"));
+    }
+    if entity.cluster_selector.is_some() {
+        errors
+            .add(path, "may not stand beside clusterSelector: it is a Service of the cluster that enforces the policy");
     }
     if service.name.is_empty() {
         errors.add(&path.field("name"), "is missing");
@@ -427,7 +460,7 @@ fn convert_service(
     }
     for (text, name) in [(&service.name, "name"), (&service.namespace, "namespace")] {
         if !text.is_empty() && !is_subdomain(text) {
-            errors.add(&path.field(name), format!("\"{text}\" is no name: {NAME_RULE}"));
+            errors.refuse(&path.field(name), format!("\"{text}\" is no name: {NAME_RULE}"));
         }
     }
     let namespace: Arc<str> = match (service.namespace.as_str(), context.namespace) {
@@ -441,12 +474,13 @@ fn convert_service(
     Some(ServiceMatch { namespace, name: service.name.as_str().into() })
 }
 
-/// `None`: not given.
-fn note_selector(text: &str, path: &Path<'_>, errors: &mut Errors) -> Option<Selector> {
+/// `None`: not given. The length of a stored selector is that of its object.
+pub fn note_selector(text: &str, path: &Path<'_>, errors: &mut Errors) -> Option<Selector> {
     if text.is_empty() {
         return None;
     }
-    errors.note(path, parse_selector(text))
+    let parsed = if errors.is_stored() { parse_unbounded(text) } else { parse_selector(text) };
+    errors.note(path, parsed)
 }
 
 /// A selector of a policy, bounded.
@@ -472,79 +506,110 @@ fn is_global_alone(text: &str) -> bool {
 pub fn refuse_twice(texts: &[String], path: &Path<'_>, errors: &mut Errors) {
     let mut seen = HashSet::new();
     for (index, text) in texts.iter().enumerate().filter(|(_, text)| !seen.insert(*text)) {
-        errors.add(&path.index(index), format!("\"{text}\" stands twice"));
+        errors.refuse(&path.index(index), format!("\"{text}\" stands twice"));
     }
 }
 
 /// `global()` is for the namespaceSelector of a rule. By the text, as Calico looks for it.
 pub fn refuse_global(text: &str, path: &Path<'_>, errors: &mut Errors) {
     if text.contains("global(") {
-        errors.add(path, "global() is for the namespaceSelector of a rule only");
+        errors.refuse(path, "global() is for the namespaceSelector of a rule only");
     }
 }
 
-/// Nets of a rule: with a prefix length, and without host bits.
+/// Nets of a rule: with a prefix length, and without host bits. In a stored rule either may be otherwise.
 fn convert_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<IpNet> {
     if texts.len() > MAX_NETS {
-        errors.add(path, format!("has {} nets; {MAX_NETS} are allowed", texts.len()));
+        errors.refuse(path, format!("has {} nets; {MAX_NETS} are allowed", texts.len()));
     }
     refuse_twice(texts, path, errors);
     let parsed = texts.iter().enumerate().filter_map(|(index, text)| {
         let path = path.index(index);
-        let net = errors.note(&path, parse_rule_net(text))?;
-        if net.trunc() != net {
-            errors.add(&path, format!("\"{text}\" has bits behind its prefix; {} is meant?", net.trunc()));
+        if !text.contains('/') && errors.is_stored() {
+            return errors.note(&path, parse_set_net(text));
         }
-        Some(net.trunc())
+        let (net, has_host_bits) = errors.note(&path, parse_cidr(text))?;
+        if has_host_bits {
+            errors.refuse(&path, format!("\"{text}\" has bits behind its prefix; {net} is meant?"));
+        }
+        Some(net)
     });
     parsed.collect()
 }
 
-/// A CIDR as it may stand in a rule: no number of an IPv4 address starts with a zero, and none is mapped into IPv6.
-fn parse_rule_net(text: &str) -> Result<IpNet, String> {
-    let address = text.split_once('/').and_then(|(address, _)| address.parse::<IpAddr>().ok());
-    let net = address.and_then(|_| text.parse::<IpNet>().ok());
-    let net = net.ok_or_else(|| format!("\"{text}\" is no CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))?;
-    match net.addr().to_canonical().is_ipv4() == net.addr().is_ipv4() {
-        true => Ok(net),
-        false => Err(format!("\"{text}\" is IPv4 mapped into IPv6; write it as IPv4")),
-    }
+/// A CIDR as Calico reads it, without its host bits, and whether it had any. Zeros may stand before the prefix; IPv4 that
+/// is mapped into IPv6 is IPv4 where all of the net is.
+fn parse_cidr(text: &str) -> Result<(IpNet, bool), String> {
+    let parse = || {
+        let (address, prefix) = text.split_once('/')?;
+        let address: IpAddr = address.parse().ok()?;
+        let is_number = !prefix.is_empty() && prefix.bytes().all(|byte| byte.is_ascii_digit());
+        let prefix: u8 = is_number.then(|| prefix.parse().ok())??;
+        let net = IpNet::new(address, prefix).ok()?;
+        let has_host_bits = net.trunc().addr() != address;
+        let net = match (address.to_canonical(), prefix.checked_sub(96)) {
+            (mapped @ IpAddr::V4(_), Some(prefix)) if address.is_ipv6() => IpNet::new(mapped, prefix).ok()?,
+            _ => net,
+        };
+        Some((net.trunc(), has_host_bits))
+    };
+    parse().ok_or_else(|| format!("\"{text}\" is no CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))
 }
 
-/// The same; all of a family may not be excluded, for the rule would match nothing.
+/// The same; all of a family may not be excluded, for the rule would match nothing. Calico looks for it in IPv4 by the
+/// text.
 fn convert_not_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<IpNet> {
     for (index, text) in texts.iter().enumerate() {
-        if parse_rule_net(text).is_ok_and(|net| net.prefix_len() == 0 && net.trunc() == net) {
-            errors.add(&path.index(index), format!("\"{text}\" excludes everything, so that the rule matches nothing"));
+        let is_v6 = |net: IpNet| matches!(net, IpNet::V6(_));
+        if text == "0.0.0.0/0" || parse_cidr(text).is_ok_and(|(net, bits)| net.prefix_len() == 0 && !bits && is_v6(net))
+        {
+            errors.refuse(
+                &path.index(index),
+                format!("\"{text}\" excludes everything, so that the rule matches nothing"),
+            );
         }
     }
     convert_nets(texts, path, errors)
 }
 
-/// Nets of a network set: host bits are masked, and a bare address is one address.
+/// Nets of a network set: host bits are masked, and a bare address is one address. Of a stored set what is no net is no
+/// part of it.
 pub fn convert_set(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<IpNet> {
     if texts.len() > MAX_SET_NETS {
-        errors.add(path, format!("has {} nets; {MAX_SET_NETS} are allowed", texts.len()));
+        errors.refuse(path, format!("has {} nets; {MAX_SET_NETS} are allowed", texts.len()));
     }
     refuse_twice(texts, path, errors);
-    let parse = |text: &String| match text.chars().count() {
-        0..=MAX_SET_NET_CHARACTERS => text.parse::<IpAddr>().map(IpNet::from).or_else(|_| parse_net(text)),
-        _ => Err(format!("longer than {MAX_SET_NET_CHARACTERS} characters")),
-    };
-    let indexed = texts.iter().enumerate();
-    indexed.filter_map(|(index, text)| errors.note(&path.index(index), parse(text))).collect()
+    let mut nets = Vec::with_capacity(texts.len());
+    for (index, text) in texts.iter().enumerate() {
+        if text.chars().count() > MAX_SET_NET_CHARACTERS {
+            errors.refuse(&path.index(index), format!("longer than {MAX_SET_NET_CHARACTERS} characters"));
+        }
+        match parse_set_net(text) {
+            Ok(net) => nets.push(net),
+            Err(error) => errors.refuse(&path.index(index), error),
+        }
+    }
+    nets
+}
+
+fn parse_set_net(text: &str) -> Result<IpNet, String> {
+    match text.parse::<IpAddr>() {
+        Ok(address) => Ok(address.to_canonical().into()),
+        Err(_) => parse_cidr(text).map(|(net, _)| net),
+    }
 }
 
 fn convert_port_list(specs: &[IntOrString], path: &Path<'_>, errors: &mut Errors) -> Vec<Port> {
     if specs.len() > MAX_PORTS {
-        errors.add(path, format!("has {} ports; {MAX_PORTS} are allowed", specs.len()));
+        errors.refuse(path, format!("has {} ports; {MAX_PORTS} are allowed", specs.len()));
     }
     let ports = specs.iter().enumerate();
-    ports.filter_map(|(index, spec)| errors.note(&path.index(index), convert_port(spec))).collect()
+    let stored = errors.is_stored();
+    ports.filter_map(|(index, spec)| errors.note(&path.index(index), convert_port(spec, stored))).collect()
 }
 
-/// A number, `first:last`, or a name.
-fn convert_port(spec: &IntOrString) -> Result<Port, String> {
+/// A number, `first:last`, or a name: a port's of a container, or in a stored rule what once passed for one.
+fn convert_port(spec: &IntOrString, stored: bool) -> Result<Port, String> {
     let number = |value: i64| match u16::try_from(value) {
         Ok(port) if port > 0 => Ok(port),
         _ => Err(format!("{value} is not between 1 and 65535")),
@@ -570,10 +635,13 @@ fn convert_port(spec: &IntOrString) -> Result<Port, String> {
         };
     }
     let inside = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
-    if (1..=128).contains(&text.len()) && text.bytes().all(inside) {
-        return Ok(Port::Named(text.as_str().into()));
+    let once_valid = (1..=MAX_STORED_PORT_NAME_BYTES).contains(&text.len()) && text.bytes().all(inside);
+    match port_name_error(text) {
+        Some(why) if !(stored && once_valid) => {
+            Err(format!("\"{text}\" is no port: a number, first:last, or a name ({why})"))
+        }
+        _ => Ok(Port::Named(text.as_str().into())),
     }
-    Err(format!("\"{text}\" is no port: a number, first:last, or a name of 1 to 128 of A-Z a-z 0-9 _ . -"))
 }
 
 /// All nets of a rule are of one family, the rule's own where it names one.
@@ -588,30 +656,30 @@ fn check_families(
     let has = |v4: bool| nets.into_iter().flatten().any(|net| matches!(net, IpNet::V4(_)) == v4);
     let (v4, v6) = (has(true), has(false));
     if v4 && v6 {
-        errors.add(path, "has both IPv4 and IPv6 nets; make two rules of it");
+        errors.refuse(path, "has both IPv4 and IPv6 nets; make two rules of it");
     }
     if (v4 && ip_version == Some(IpVersion::V6)) || (v6 && ip_version == Some(IpVersion::V4)) {
-        errors.add(&path.field("ipVersion"), "does not go with nets of the other IP version");
+        errors.refuse(&path.field("ipVersion"), "does not go with nets of the other IP version");
     }
 }
 
-/// Numbers need a protocol that has ports; names alone carry theirs.
+/// Numbers need a protocol that has ports; names alone carry theirs. Ports that have no meaning are left out.
 fn check_ports(
     rule: &RuleSpec,
     protocol: Option<Protocol>,
-    source: &EntityMatch,
-    destination: &EntityMatch,
+    ends: [&mut EntityMatch; 2],
     path: &Path<'_>,
     errors: &mut Errors,
 ) {
     let has_ports = protocol.is_some_and(|protocol| matches!(protocol.number(), 6 | 17 | 132));
-    for (entity, end) in [(source, "source"), (destination, "destination")] {
-        for (ports, name) in [(&entity.ports, "ports"), (&entity.not_ports, "notPorts")] {
+    for (entity, end) in ends.into_iter().zip(["source", "destination"]) {
+        for (ports, name) in [(&mut entity.ports, "ports"), (&mut entity.not_ports, "notPorts")] {
             let all_named = ports.iter().all(|port| matches!(port, Port::Named(_)));
             let fine = ports.is_empty() || has_ports || (rule.protocol.is_none() && all_named);
             if !fine {
                 let end_path = path.field(end);
                 errors.add(&end_path.field(name), "needs the protocol TCP, UDP or SCTP");
+                ports.clear();
             }
         }
     }
@@ -620,12 +688,12 @@ fn check_ports(
 fn convert_http(http: &HttpSpec, path: &Path<'_>, errors: &mut Errors) -> Option<HttpMatch> {
     let methods_path = path.field("methods");
     if http.methods.len() > MAX_HTTP_METHODS {
-        errors.add(&methods_path, format!("has {} methods; {MAX_HTTP_METHODS} are allowed", http.methods.len()));
+        errors.refuse(&methods_path, format!("has {} methods; {MAX_HTTP_METHODS} are allowed", http.methods.len()));
     }
     refuse_twice(&http.methods, &methods_path, errors);
     let paths_path = path.field("paths");
     if http.paths.len() > MAX_HTTP_PATHS {
-        errors.add(&paths_path, format!("has {} paths; {MAX_HTTP_PATHS} are allowed", http.paths.len()));
+        errors.refuse(&paths_path, format!("has {} paths; {MAX_HTTP_PATHS} are allowed", http.paths.len()));
     }
     let mut paths = Vec::new();
     for (index, entry) in http.paths.iter().enumerate() {
@@ -635,15 +703,15 @@ fn convert_http(http: &HttpSpec, path: &Path<'_>, errors: &mut Errors) -> Option
             (Some(exact), None) => (exact.clone(), HttpPath::Exact(exact)),
             (None, Some(prefix)) => (prefix.clone(), HttpPath::Prefix(prefix)),
             _ => {
-                errors.add(&path, "must have one of exact and prefix");
+                errors.refuse(&path, "must have one of exact and prefix");
                 continue;
             }
         };
         if !text.starts_with('/') || text.contains(['?', '#', ' ']) {
-            errors.add(&path, "must start with / and hold neither ? nor # nor a space");
+            errors.refuse(&path, "must start with / and hold neither ? nor # nor a space");
         }
         if text.chars().count() > MAX_HTTP_PATH_CHARACTERS {
-            errors.add(&path, format!("longer than {MAX_HTTP_PATH_CHARACTERS} characters"));
+            errors.refuse(&path, format!("longer than {MAX_HTTP_PATH_CHARACTERS} characters"));
         }
         paths.push(found);
     }

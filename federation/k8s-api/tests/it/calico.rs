@@ -30,7 +30,7 @@ fn rules() {
     for rule in [
         "{action: Allow}",
         "{action: Log, ipVersion: 6}",
-        "{action: Allow, protocol: TCP, destination: {ports: [80, '80', '1:65535', http, a_B.c-9]}}",
+        "{action: Allow, protocol: TCP, destination: {ports: [80, '80', '0080', '1:65535', http, a-b-9, 5-c, abcdefghijklmno]}}",
         "{action: Allow, protocol: 132, destination: {notPorts: [80]}}",
         "{action: Allow, protocol: '6', source: {ports: ['5:5']}}",
         "{action: Allow, protocol: UDPLite}",
@@ -50,6 +50,10 @@ fn rules() {
         "{action: Allow, source: {namespaceSelector: ' global( )'}}",
         "{action: Allow, source: {notSelector: global()}}",
         "{action: Allow, source: {serviceAccounts: {names: [a, a.b], selector: all()}}}",
+        "{action: Allow, source: {serviceAccounts: {names: [a, a]}}}",
+        "{action: Deny, source: {nets: ['::ffff:10.0.0.0/104', 10.0.0.0/08]}}",
+        "{action: Deny, source: {nets: ['::ffff:10.0.0.1/128']}, ipVersion: 4}",
+        "{action: Deny, destination: {notNets: ['::ffff:0:0/96', 0.0.0.0/00]}}",
         "{action: Allow, source: {services: {name: front}}}",
         "{action: Allow, source: {services: {name: front, namespace: other}, ports: [80]}, protocol: TCP}",
         "{action: Allow, http: {methods: [GET, BREW], paths: [{exact: /a}, {prefix: /b, exact: ''}]}}",
@@ -79,7 +83,16 @@ fn rules() {
         ("{action: Allow, protocol: TCP, destination: {ports: [65536]}}", "destination.ports[0]"),
         ("{action: Allow, protocol: TCP, destination: {ports: [1, '9:8']}}", "destination.ports[1]"),
         ("{action: Allow, protocol: TCP, destination: {ports: ['0:8']}}", "destination.ports[0]"),
-        ("{action: Allow, protocol: TCP, destination: {ports: ['80-90', 'a b']}}", "destination.ports[1]"),
+        ("{action: Allow, protocol: TCP, destination: {ports: [a, 'a b']}}", "destination.ports[1]"),
+        ("{action: Allow, protocol: TCP, destination: {ports: [UPPER]}}", "destination.ports[0]"),
+        ("{action: Allow, protocol: TCP, destination: {ports: [under_score]}}", "destination.ports[0]"),
+        ("{action: Allow, protocol: TCP, destination: {ports: [a.b]}}", "destination.ports[0]"),
+        ("{action: Allow, protocol: TCP, destination: {ports: [-x]}}", "destination.ports[0]"),
+        ("{action: Allow, protocol: TCP, destination: {ports: [x-]}}", "destination.ports[0]"),
+        ("{action: Allow, protocol: TCP, destination: {ports: [a--b]}}", "destination.ports[0]"),
+        ("{action: Allow, protocol: TCP, destination: {ports: [9000-9010]}}", "destination.ports[0]"),
+        ("{action: Allow, protocol: TCP, source: {notPorts: [abcdefghijklmnop]}}", "source.notPorts[0]"),
+        ("{action: Allow, protocol: TCP, source: {ports: ['']}}", "source.ports[0]"),
         ("{action: Allow, icmp: {type: 8}}", "icmp"),
         ("{action: Allow, protocol: TCP, icmp: {type: 8}}", "icmp"),
         ("{action: Allow, protocol: '1', icmp: {type: 8}}", "icmp"),
@@ -99,15 +112,18 @@ fn rules() {
         ("{action: Allow, source: {nets: [10.0.0.1/8]}}", "source.nets[0]"),
         ("{action: Allow, source: {nets: [10.0.0.0/33]}}", "source.nets[0]"),
         ("{action: Allow, source: {nets: ['010.0.0.0/8']}}", "source.nets[0]"),
-        ("{action: Deny, source: {nets: ['::ffff:10.0.0.0/104']}}", "source.nets[0]"),
+        ("{action: Deny, source: {nets: ['::ffff:10.0.0.1/104']}}", "source.nets[0]"),
+        ("{action: Deny, source: {nets: ['::ffff:0:0/95']}}", "source.nets[0]"),
+        ("{action: Deny, source: {nets: ['fe80::%eth0/64']}}", "source.nets[0]"),
+        ("{action: Deny, source: {nets: [10.0.0.0/+8]}}", "source.nets[0]"),
+        ("{action: Deny, source: {nets: ['::ffff:10.0.0.0/104']}, ipVersion: 6}", "ipVersion"),
         ("{action: Deny, source: {notNets: ['10.00.0.0/16']}}", "source.notNets[0]"),
-        ("{action: Deny, destination: {notNets: ['::ffff:0:0/96']}}", "destination.notNets[0]"),
         ("{action: Allow, source: {notNets: [0.0.0.0/0]}}", "source.notNets[0]"),
         ("{action: Allow, destination: {notNets: ['::/0']}}", "destination.notNets[0]"),
+        ("{action: Allow, destination: {notNets: ['0::0/00']}}", "destination.notNets[0]"),
         ("{action: Allow, source: {nets: [10.0.0.0/8]}, ipVersion: 6}", "ipVersion"),
         ("{action: Allow, source: {nets: [10.0.0.0/8, 11.0.0.0/8, 10.0.0.0/8]}}", "source.nets[2]"),
         ("{action: Allow, destination: {notNets: [10.0.0.0/8, 10.0.0.0/8]}}", "destination.notNets[1]"),
-        ("{action: Allow, source: {serviceAccounts: {names: [a, a]}}}", "source.serviceAccounts.names[1]"),
         ("{action: Allow, source: {selector: has(}}", "source.selector"),
         ("{action: Allow, source: {selector: global()}}", "source.selector"),
         ("{action: Allow, source: {namespaceSelector: global() && has(a)}}", "source.namespaceSelector"),
@@ -171,10 +187,8 @@ fn an_object_needs_a_spec() {
         ("GlobalNetworkSet", vec!["spec"]),
         ("HostEndpoint", vec![]),
     ] {
-        for group in ["projectcalico.org/v3", "crd.projectcalico.org/v1"] {
-            let text = format!("apiVersion: {group}\nkind: {kind}\nmetadata: {{name: p, namespace: web}}\n");
-            assert_eq!(refusals(&text), expected, "{kind}");
-        }
+        let text = format!("apiVersion: projectcalico.org/v3\nkind: {kind}\nmetadata: {{name: p, namespace: web}}\n");
+        assert_eq!(refusals(&text), expected, "{kind}");
     }
 }
 
@@ -295,27 +309,6 @@ fn names_and_metadata() {
     assert_eq!(with("annotations: {a b: c}"), ["metadata.annotations"]);
 }
 
-/// What Calico stores holds the metadata of the v3 object as JSON.
-#[test]
-fn stored_metadata() {
-    let stored = |group: &str, annotation: &str| {
-        refusals(&format!(
-            "apiVersion: {group}\nkind: GlobalNetworkPolicy\nmetadata: {{name: default.p, annotations: {{projectcalico.org/metadata: '{annotation}'}}}}\nspec: {{}}\n"
-        ))
-    };
-    for (annotation, fields) in [
-        (r#"{"name": "p", "labels": {"a": "b"}, "ownerReferences": [{}], "managedFields": []}"#, vec![]),
-        ("null", vec![]),
-        ("name: p", vec!["metadata.annotations"]),
-        (r#"{"name": "P"}"#, vec!["metadata.name"]),
-        (r#"{"labels": {"a": "x y"}}"#, vec!["metadata.labels"]),
-        (r#"{"annotations": {"hanse.dev/peers": "Somewhere"}}"#, vec!["metadata.annotations"]),
-    ] {
-        assert_eq!(stored("crd.projectcalico.org/v1", annotation), fields, "{annotation}");
-        assert_eq!(stored("projectcalico.org/v3", annotation), Vec::<String>::new(), "{annotation}: one of many");
-    }
-}
-
 #[test]
 fn tiers_and_sets() {
     accepts(
@@ -347,7 +340,7 @@ fn tiers_and_sets() {
         "GlobalNetworkSet",
         &[
             "{}",
-            "{nets: [10.0.0.1, 10.0.0.1/8, 'fd00::1', 'fd00::1/8']}",
+            "{nets: [10.0.0.1, 10.0.0.1/8, 'fd00::1', 'fd00::1/8', 10.0.0.0/09, '::ffff:10.0.0.1', '::ffff:10.0.0.0/104']}",
             "{nets: ['ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128']}",
             &format!("{{nets: [{}]}}", many.join(", ")),
         ],
@@ -367,7 +360,12 @@ fn tiers_and_sets() {
 fn staged() {
     accepts(
         "StagedNetworkPolicy",
-        &["{stagedAction: Delete, tier: default}", "{stagedAction: Learn}", "{selector: all()}"],
+        &[
+            "{stagedAction: Delete, tier: default}",
+            "{stagedAction: Delete, order: null, selector: '', ingress: null}",
+            "{stagedAction: Learn}",
+            "{selector: all()}",
+        ],
     );
     accepts(
         "StagedKubernetesNetworkPolicy",
@@ -383,16 +381,28 @@ fn staged() {
         &[
             ("{stagedAction: Remove}", "spec.stagedAction"),
             ("{stagedAction: ''}", "spec.stagedAction"),
-            ("{stagedAction: Delete, selector: all()}", "spec"),
-            ("{stagedAction: Delete, ingress: [{action: Allow}]}", "spec"),
+            ("{stagedAction: Delete, selector: all()}", "spec.selector"),
+            ("{stagedAction: Delete, ingress: [{action: Allow}]}", "spec.ingress"),
+            ("{stagedAction: Delete, ingress: []}", "spec.ingress"),
+            ("{stagedAction: Delete, types: [Ingress], tier: default}", "spec.types"),
+            ("{stagedAction: Delete, order: 0}", "spec.order"),
+            ("{stagedAction: Delete, performanceHints: [AssumeNeededOnEveryNode]}", "spec.performanceHints"),
             ("{ingress: [{action: Never}]}", "spec.ingress[0].action"),
         ],
     );
-    refuses("StagedGlobalNetworkPolicy", &[("{stagedAction: Delete, order: 1}", "spec")]);
+    refuses(
+        "StagedGlobalNetworkPolicy",
+        &[
+            ("{stagedAction: Delete, order: 1}", "spec.order"),
+            ("{stagedAction: Delete, namespaceSelector: all()}", "spec.namespaceSelector"),
+        ],
+    );
     refuses(
         "StagedKubernetesNetworkPolicy",
         &[
-            ("{stagedAction: Delete, policyTypes: [Ingress]}", "spec"),
+            ("{stagedAction: Delete, policyTypes: [Ingress]}", "spec.policyTypes"),
+            ("{stagedAction: Delete, ingress: []}", "spec.ingress"),
+            ("{stagedAction: Delete, podSelector: {matchLabels: {a: b}}}", "spec.podSelector"),
             ("{podSelector: {}, policyTypes: []}", "spec.policyTypes"),
             ("{podSelector: {}, policyTypes: [Egress, Egress]}", "spec.policyTypes[1]"),
             ("{podSelector: {}, ingress: [{ports: [{port: 0}]}]}", "spec.ingress[0].ports[0].port"),

@@ -83,6 +83,14 @@ pub fn has_ports(protocol: u8) -> bool {
     matches!(protocol, 6 | 17 | 33 | 132 | 136)
 }
 
+/// What a question asks about; policies of TCP, UDP and SCTP name ports, so that a question about these must.
+fn destination_port(given: Option<u16>, protocol: u8) -> Result<u16, QuestionError> {
+    match given.filter(|_| has_ports(protocol)) {
+        None if matches!(protocol, 6 | 17 | 132) => Err(QuestionError::Port),
+        port => Ok(port.unwrap_or(0)),
+    }
+}
+
 /// Type and code of an echo request, of ICMP and ICMPv6.
 fn echo_request(protocol: u8) -> Option<(u8, u8)> {
     match protocol {
@@ -188,7 +196,7 @@ impl<'a> Owners<'a> {
             destination,
             protocol,
             source_port: if has_ports { question.source_port.unwrap_or(40_000) } else { 0 },
-            destination_port: if has_ports { question.port.ok_or(QuestionError::Port)? } else { 0 },
+            destination_port: destination_port(question.port, protocol)?,
             icmp: question.icmp.map(|icmp| (icmp.kind, icmp.code)).or_else(|| echo_request(protocol)),
         })
     }

@@ -83,6 +83,12 @@ pub fn in_namespaces(selector: &Expr) -> Expr {
     })
 }
 
+/// The `namespaceSelector` of what a policy applies to, which are pods: `global()` holds for each of them there, as in any
+/// plain selector.
+pub fn subject_in_namespaces(selector: &Expr) -> Expr {
+    prefixed(selector, NAMESPACE_PREFIX, &|_| has_namespace())
+}
+
 /// A `serviceAccountSelector`: pods whose account `selector` selects.
 pub fn with_service_account(selector: &Expr) -> Expr {
     prefixed(selector, SERVICE_ACCOUNT_PREFIX, &|expr| expr.clone())
