@@ -47,8 +47,6 @@ struct Pair {
 #[derive(Debug)]
 struct Key {
     text: Arc<str>,
-    /// Added by the inventory, so never a matter of grants.
-    reserved: bool,
     /// Some selector names it, or named it since the key came.
     relevant: bool,
     selectors: IdSet,
@@ -182,7 +180,6 @@ impl Index {
         let shared: Arc<str> = text.into();
         let key = Key {
             text: shared.clone(),
-            reserved: build::is_reserved_key(text),
             relevant: false,
             selectors: IdSet::default(),
             references: 0,
@@ -297,8 +294,8 @@ impl Index {
             Realm::Known => true,
             Realm::Stale => false,
             Realm::Granted(keys) => {
-                let key = &self.keys[key as usize];
-                key.reserved || keys.binary_search(&key.text).is_ok()
+                let own = build::own_label(&self.keys[key as usize].text);
+                own.is_none_or(|own| keys.binary_search_by(|key| (**key).cmp(own)).is_ok())
             }
         }
     }

@@ -264,10 +264,8 @@ impl Inventory {
         let node = endpoint.node.as_ref().filter(|_| cluster == LOCAL).map_or(NONE, |node| self.node(node));
         let mut own: SmallVec<[PairId; 16]> = SmallVec::new();
         for (key, value) in &endpoint.labels {
-            if !build::is_reserved_key(key) {
-                let key = self.index.key(key);
-                own.push(self.index.pair(key, value));
-            }
+            let key = self.index.key(&build::own_key(key));
+            own.push(self.index.pair(key, value));
         }
         let hash = self.hash(cluster, id.kind, &id.namespace, &id.name);
         let found = self.find(hash, cluster, &id);
@@ -598,9 +596,8 @@ impl Inventory {
             all.push((build::NAMESPACE.into(), namespace.clone()));
             all.push((format!("{}{}", build::NAMESPACE_PREFIX, build::NAME), namespace.clone()));
             for (key, value) in cluster.namespaces.get(namespace).into_iter().flat_map(|pairs| pairs.iter()) {
-                if &**key != build::NAME {
-                    all.push((format!("{}{key}", build::NAMESPACE_PREFIX), value.clone()));
-                }
+                let key = if &**key == build::NAME { build::OWN_NAME } else { &**key };
+                all.push((format!("{}{key}", build::NAMESPACE_PREFIX), value.clone()));
             }
         }
         if let Some(account) = &context.account {

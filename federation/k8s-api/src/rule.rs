@@ -492,7 +492,9 @@ pub fn parse_selector(text: &str) -> Result<Selector, String> {
 }
 
 fn parse_unbounded(text: &str) -> Result<Selector, String> {
-    Selector::parse(text).map_err(|error| format!("\"{}\" is no selector: {error}", error.excerpt(text).0))
+    let selector = Selector::parse(text);
+    let selector = selector.map_err(|error| format!("\"{}\" is no selector: {error}", error.excerpt(text).0))?;
+    Ok(if text.contains("//") { Selector::from(build::of_author(selector.expr)) } else { selector })
 }
 
 /// Whether a selector is `global()` and nothing else, not even parentheses: by the text, as Calico looks for it.

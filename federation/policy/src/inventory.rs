@@ -154,8 +154,9 @@ impl ClusterScope {
 
 /// The labels of an endpoint as a selector sees them: its own, then the namespace's behind `pcns.`, a pod's account's
 /// behind `pcsa.` (with the names of both as `projectcalico.org/name`), and
-/// `projectcalico.org/{namespace,serviceaccount,orchestrator}`. Own labels of those names and prefixes are not seen, so
-/// that they cannot be forged. An own label whose key is outside the cluster's grant is unknown, present or not.
+/// `projectcalico.org/{namespace,serviceaccount,orchestrator}`. Own labels of those names and prefixes are not in their
+/// place, so that they cannot be forged: they are behind [`build::OWN_PREFIX`], where only Kubernetes' selectors see them. An
+/// own label whose key is outside the cluster's grant is unknown, present or not.
 #[derive(Debug, Clone, Copy)]
 pub struct EffectiveLabels<'a> {
     pub cluster: &'a Cluster,
@@ -166,7 +167,7 @@ pub struct EffectiveLabels<'a> {
 }
 
 impl EffectiveLabels<'_> {
-    /// A label of the object's own, whose key is not reserved.
+    /// A label of the object's own.
     fn own(&self, key: &str) -> Label<'_> {
         match &self.cluster.label_grant {
             LabelGrant::Keys(granted) if !self.first_hand && !granted.contains(key) => Label::Unknown,
@@ -200,8 +201,8 @@ impl EffectiveLabels<'_> {
             _ => None,
         };
         for (key, value) in &self.endpoint.labels {
-            if !build::is_reserved_key(key) && granted.is_none_or(|granted| granted.contains(key)) {
-                visit(key, value);
+            if granted.is_none_or(|granted| granted.contains(key)) {
+                visit(&build::own_key(key), value);
             }
         }
         let mut prefixed = String::new();
@@ -216,9 +217,8 @@ impl EffectiveLabels<'_> {
             behind(build::NAMESPACE_PREFIX, build::NAME, namespace, visit);
         }
         for (key, value) in self.namespace().iter().flat_map(|namespace| &namespace.labels) {
-            if &**key != build::NAME {
-                behind(build::NAMESPACE_PREFIX, key, value, visit);
-            }
+            let key = if &**key == build::NAME { build::OWN_NAME } else { &**key };
+            behind(build::NAMESPACE_PREFIX, key, value, visit);
         }
         if let Some(account) = self.account() {
             visit(build::SERVICE_ACCOUNT, account);
@@ -248,7 +248,10 @@ impl LabelLookup for EffectiveLabels<'_> {
         if let Some(key) = key.strip_prefix(build::NAMESPACE_PREFIX) {
             return match key {
                 build::NAME => of(self.id.namespace.as_ref()),
-                _ => of(self.namespace().and_then(|namespace| namespace.labels.get(key))),
+                _ => {
+                    let key = if key == build::OWN_NAME { build::NAME } else { key };
+                    of(self.namespace().and_then(|namespace| namespace.labels.get(key)))
+                }
             };
         }
         if let Some(key) = key.strip_prefix(build::SERVICE_ACCOUNT_PREFIX) {
@@ -256,6 +259,9 @@ impl LabelLookup for EffectiveLabels<'_> {
                 build::NAME => of(self.account()),
                 _ => of(self.account_labels().and_then(|labels| labels.get(key))),
             };
+        }
+        if let Some(key) = key.strip_prefix(build::OWN_PREFIX) {
+            return self.own(key);
         }
         match key {
             build::NAMESPACE => of(self.id.namespace.as_ref()),

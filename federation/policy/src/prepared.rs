@@ -27,7 +27,7 @@ use crate::inventory::{
 use crate::model::{
     Action, ClusterName, ClusterScope, EntityMatch, Layer, Policy, PolicySet, Port, Rule, Selection, ServiceMatch,
 };
-use crate::selector::{Expr, Selector};
+use crate::selector::{Expr, Selector, build};
 use crate::tri::Tri;
 
 type Chain<'a> = Rc<Plain<'a>>;
@@ -78,9 +78,7 @@ impl<'a> Prepared<'a> {
         let layers = [&policies.federation].into_iter().chain(policies.clusters.values());
         let mut keys = FastSet::default();
         let mut note = |selector: &'a Selector| {
-            selector.expr.for_each_key(&mut |key| {
-                keys.insert(&**key);
-            });
+            selector.expr.for_each_key(&mut |key| keys.extend(build::own_label(key)));
         };
         for policy in layers.flat_map(|layer| layer.policies.values()) {
             note(&policy.selector);

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
 use crate::model::{ClusterName, PolicySet};
+use crate::selector::build;
 
 /// The label keys that some selector of these policies names, as far as they are the objects' own.
 pub fn telling_keys<'a>(policies: impl IntoIterator<Item = &'a PolicySet>) -> BTreeSet<&'a str> {
@@ -15,9 +16,7 @@ pub fn telling_keys<'a>(policies: impl IntoIterator<Item = &'a PolicySet>) -> BT
         let selections = entities.flat_map(|entity| [&entity.selection, &entity.not_selection]).flatten();
         let selectors = [&policy.selector].into_iter().chain(selections.map(|selection| &selection.selector));
         selectors.for_each(|selector| {
-            selector.expr.for_each_key(&mut |key| {
-                keys.insert(&**key);
-            });
+            selector.expr.for_each_key(&mut |key| keys.extend(build::own_label(key)));
         });
     }
     keys

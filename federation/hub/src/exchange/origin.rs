@@ -9,6 +9,7 @@
 //! entries touched later. That is a scan of the origin's entries, skipped when nothing was touched since, which costs no memory
 //! per endpoint. Removed ids stand in a bounded list; below its floor only a snapshot helps.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::BuildHasher as _;
 use std::sync::Arc;
@@ -881,20 +882,23 @@ impl Origin {
     /// The effective labels of a profile's endpoint with these labels of its own, sorted by key.
     fn effective(&self, key: ProfileKey, own: &[(Arc<str>, Arc<str>)]) -> Vec<(Arc<str>, Arc<str>)> {
         let [namespace, account, label_set] = key;
-        let mut pairs: Vec<(Arc<str>, Arc<str>)> = own.iter().filter(|(k, _)| !wire::is_forged(k)).cloned().collect();
-        let own_len = pairs.len();
+        let effective = |key: &Arc<str>| match build::own_key(key) {
+            Cow::Borrowed(_) => key.clone(),
+            Cow::Owned(key) => key.into(),
+        };
+        let mut pairs: Vec<(Arc<str>, Arc<str>)> = own.iter().map(|(k, v)| (effective(k), v.clone())).collect();
         for (k, v) in self.label_set(label_set).into_iter().flatten() {
-            if !wire::is_forged(&k) && !pairs[..own_len].iter().any(|(have, _)| *have == k) {
-                pairs.push((k, v));
+            if !own.iter().any(|(have, _)| *have == k) {
+                pairs.push((effective(&k), v));
             }
         }
         if let Some((name, labels)) = self.namespace(namespace) {
             pairs.push((build::NAMESPACE.into(), name.clone()));
-            prefixed(build::NAMESPACE_PREFIX, name, labels, &mut pairs);
+            prefixed(build::NAMESPACE_PREFIX, Some(build::OWN_NAME), name, labels, &mut pairs);
         }
         if let Some((name, labels)) = self.account(account, namespace) {
             pairs.push((build::SERVICE_ACCOUNT.into(), name.clone()));
-            prefixed(build::SERVICE_ACCOUNT_PREFIX, name, labels, &mut pairs);
+            prefixed(build::SERVICE_ACCOUNT_PREFIX, None, name, labels, &mut pairs);
         }
         pairs.push((build::ORCHESTRATOR.into(), build::KUBERNETES.into()));
         pairs.sort_unstable();
@@ -940,9 +944,17 @@ fn hash_of(entries: &[Option<Entry>], hasher: &DefaultHashBuilder, slot: u32) ->
     hasher.hash_one(entries[slot as usize].as_ref().map_or(0, |entry| entry.id))
 }
 
-fn prefixed(prefix: &str, name: &Arc<str>, labels: &Pairs, into: &mut Vec<(Arc<str>, Arc<str>)>) {
+/// `own_name`: where a label is seen that has the key of the name.
+fn prefixed(
+    prefix: &str,
+    own_name: Option<&str>,
+    name: &Arc<str>,
+    labels: &Pairs,
+    into: &mut Vec<(Arc<str>, Arc<str>)>,
+) {
     into.push((format!("{prefix}{}", build::NAME).into(), name.clone()));
-    for (key, value) in labels.iter().filter(|(key, _)| &**key != build::NAME) {
-        into.push((format!("{prefix}{key}").into(), value.clone()));
+    for (key, value) in labels.iter() {
+        let key = if &**key == build::NAME { own_name } else { Some(&**key) };
+        into.extend(key.map(|key| (format!("{prefix}{key}").into(), value.clone())));
     }
 }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use hanse_policy::inventory::LabelGrant;
-use hanse_policy::selector::build::is_reserved_key;
+use hanse_policy::selector::build::{own_key, own_label};
 use hanse_policy::selector::{Expr, Label, LabelLookup};
 use hanse_policy::tri::Tri;
 use hashbrown::HashMap;
@@ -22,9 +22,8 @@ pub struct Known<'a> {
 
 impl LabelLookup for Known<'_> {
     fn label(&self, key: &str) -> Label<'_> {
-        if !is_reserved_key(key)
-            && let LabelGrant::Keys(granted) = self.grant
-            && !granted.contains(key)
+        if let LabelGrant::Keys(granted) = self.grant
+            && own_label(key).is_some_and(|own| !granted.contains(own))
         {
             return Label::Unknown;
         }
@@ -132,7 +131,8 @@ impl Selections {
         let wanted = self.wanted(number);
         let mut asks = !wanted.port_names.is_empty();
         if !own_keys.is_empty() {
-            wanted.selector.expr.for_each_key(&mut |key| asks |= own_keys.contains(key));
+            let is_own = |own: &str| own_keys.iter().any(|key| &**key == own);
+            wanted.selector.expr.for_each_key(&mut |key| asks |= own_label(key).is_some_and(is_own));
         }
         asks
     }
@@ -147,11 +147,11 @@ impl Selections {
             }
         }
         for key in own_keys {
-            found.extend(self.keys.get(key).into_iter().flat_map(|filed| &filed.naming));
+            found.extend(self.keys.get(&*own_key(key)).into_iter().flat_map(|filed| &filed.naming));
         }
         if let LabelGrant::Keys(granted) = labels.grant {
             for (key, filed) in &self.keys {
-                if !is_reserved_key(key) && !granted.contains(key) {
+                if own_label(key).is_some_and(|own| !granted.contains(own)) {
                     found.extend(&filed.naming);
                 }
             }

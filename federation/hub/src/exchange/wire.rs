@@ -8,7 +8,6 @@ use bytes::Bytes;
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::ClusterScope;
 use hanse_policy::selector::Selector;
-use hanse_policy::selector::build::is_reserved_key;
 use hanse_proto::federation::v1 as pb;
 use pb::object_update::Body;
 use prost::Message as _;
@@ -176,11 +175,6 @@ fn address(bytes: &[u8]) -> Result<IpAddr, Refusal> {
         (_, Ok(v6)) => Ok(v6.into()),
         _ => Err(Refusal::Malformed(format!("addresses: {} bytes, of 4 or 16", bytes.len()))),
     }
-}
-
-/// Whether an own label key is one that effective labels add, so that it is not seen.
-pub fn is_forged(key: &str) -> bool {
-    is_reserved_key(key)
 }
 
 /// Cuts encoded updates and removals into frames.

@@ -1,6 +1,7 @@
 //! Expressions that conversions make of the fields of policy APIs. They speak of *effective* labels, as
 //! [`crate::inventory::EffectiveLabels`] gives them.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::Expr;
@@ -18,6 +19,28 @@ pub const NAMESPACE_PREFIX: &str = "pcns.";
 pub const SERVICE_ACCOUNT_PREFIX: &str = "pcsa.";
 /// Behind either prefix: the name of the namespace, or of the account, as if it were a label of it.
 pub const NAME: &str = "projectcalico.org/name";
+
+/// Before the key of a label of an object's own whose key is reserved: Kubernetes' selectors see it, Calico's do not. No
+/// label has a key of this kind.
+pub const OWN_PREFIX: &str = "pod//";
+/// Behind [`NAMESPACE_PREFIX`]: the label `projectcalico.org/name` of a namespace, which only Kubernetes' selectors see.
+pub const OWN_NAME: &str = "//projectcalico.org/name";
+
+/// Under which key effective labels have a label of the object's own.
+pub fn own_key(key: &str) -> Cow<'_, str> {
+    if is_reserved_key(key) { format!("{OWN_PREFIX}{key}").into() } else { key.into() }
+}
+
+/// Which label of the object's own an effective label is; `None` where it is none.
+pub fn own_label(key: &str) -> Option<&str> {
+    if is_reserved_key(key) { None } else { Some(key.strip_prefix(OWN_PREFIX).unwrap_or(key)) }
+}
+
+/// A selector as an author wrote it: what it says of keys that no label has, and that mean something in effective
+/// labels, holds of no label.
+pub fn of_author(selector: Expr) -> Expr {
+    map_keys(&selector, &|key| key.replace("//", "///").into(), &|expr| expr.clone())
+}
 
 /// Whether a key is one that effective labels add, so that an object cannot set it by a label of its own.
 pub fn is_reserved_key(key: &str) -> bool {
@@ -95,8 +118,11 @@ pub fn with_service_account(selector: &Expr) -> Expr {
 }
 
 fn prefixed(expr: &Expr, prefix: &str, constant: &dyn Fn(&Expr) -> Expr) -> Expr {
-    let key = |key: &Arc<str>| -> Arc<str> { format!("{prefix}{key}").into() };
-    let all = |parts: &Arc<[Expr]>| parts.iter().map(|part| prefixed(part, prefix, constant)).collect();
+    map_keys(expr, &|key| format!("{prefix}{key}").into(), constant)
+}
+
+fn map_keys(expr: &Expr, key: &dyn Fn(&str) -> Arc<str>, constant: &dyn Fn(&Expr) -> Expr) -> Expr {
+    let all = |parts: &Arc<[Expr]>| parts.iter().map(|part| map_keys(part, key, constant)).collect();
     match expr {
         Expr::All | Expr::Global => constant(expr),
         Expr::Has(k) => Expr::Has(key(k)),
@@ -107,7 +133,7 @@ fn prefixed(expr: &Expr, prefix: &str, constant: &dyn Fn(&Expr) -> Expr) -> Expr
         Expr::EndsWith(k, value) => Expr::EndsWith(key(k), value.clone()),
         Expr::In(k, values) => Expr::In(key(k), values.clone()),
         Expr::NotIn(k, values) => Expr::NotIn(key(k), values.clone()),
-        Expr::Not(inner) => not(prefixed(inner, prefix, constant)),
+        Expr::Not(inner) => not(map_keys(inner, key, constant)),
         Expr::And(parts) => Expr::And(all(parts)),
         Expr::Or(parts) => Expr::Or(all(parts)),
     }
@@ -139,8 +165,26 @@ pub enum Operator {
 impl LabelSelector {
     /// Over the labels it speaks of: `all()` when empty.
     pub fn to_expr(&self) -> Expr {
-        let labels = self.match_labels.iter().map(|(key, value)| Expr::Equal(key.clone(), value.clone()));
+        self.over(&Arc::clone)
+    }
+
+    /// Over the effective labels of pods. It sees the pod's own labels and no others.
+    fn over_pods(&self) -> Expr {
+        self.over(&|key| match own_key(key) {
+            Cow::Borrowed(_) => key.clone(),
+            Cow::Owned(key) => key.into(),
+        })
+    }
+
+    /// Over the labels of namespaces, as [`in_namespaces`] takes it.
+    fn over_namespaces(&self) -> Expr {
+        self.over(&|key| if &**key == NAME { OWN_NAME.into() } else { key.clone() })
+    }
+
+    fn over(&self, key_of: &dyn Fn(&Arc<str>) -> Arc<str>) -> Expr {
+        let labels = self.match_labels.iter().map(|(key, value)| Expr::Equal(key_of(key), value.clone()));
         let expressions = self.match_expressions.iter().map(|Requirement { key, operator, values }| {
+            let key = key_of(key);
             let set = || -> Arc<[Arc<str>]> {
                 let mut values = values.clone();
                 values.sort();
@@ -148,10 +192,10 @@ impl LabelSelector {
                 values.into()
             };
             match operator {
-                Operator::In => Expr::In(key.clone(), set()),
-                Operator::NotIn => Expr::NotIn(key.clone(), set()),
-                Operator::Exists => Expr::Has(key.clone()),
-                Operator::DoesNotExist => not(Expr::Has(key.clone())),
+                Operator::In => Expr::In(key, set()),
+                Operator::NotIn => Expr::NotIn(key, set()),
+                Operator::Exists => Expr::Has(key),
+                Operator::DoesNotExist => not(Expr::Has(key)),
             }
         });
         all_of(labels.chain(expressions))
@@ -172,8 +216,8 @@ pub enum Namespaces<'a> {
 pub fn kubernetes_pods(namespaces: Namespaces<'_>, selector: Option<&LabelSelector>) -> Expr {
     let namespace = match namespaces {
         Namespaces::Named(name) => in_namespace(name),
-        Namespaces::Selected(selector) => in_namespaces(&selector.to_expr()),
+        Namespaces::Selected(selector) => in_namespaces(&selector.over_namespaces()),
         Namespaces::Any => Expr::All,
     };
-    all_of([pods(), namespace, selector.map_or(Expr::All, LabelSelector::to_expr)])
+    all_of([pods(), namespace, selector.map_or(Expr::All, LabelSelector::over_pods)])
 }

@@ -68,6 +68,10 @@ const SELECTORS: &[&str] = &[
     "projectcalico.org/serviceaccount == 'runner'",
     "projectcalico.org/orchestrator == 'k8s'",
     "set == 'x'",
+    "pod//pcns.stage == 'a'",
+    "!has(pod//pcns.stage)",
+    "pcns.projectcalico.org/name in {'web', 'a'}",
+    "pcns.//projectcalico.org/name == 'a'",
     "global()",
 ];
 
@@ -136,12 +140,18 @@ fn cluster(random: &mut Random, at: usize) -> Cluster {
         stale: random.once_in(5),
         federated_allow_final: random.once_in(3),
         label_grant: random
-            .some(4, |random| LabelGrant::Keys(BTreeSet::from([(random.pick(KEYS)).into()])))
+            .some(4, |random| {
+                LabelGrant::Keys(BTreeSet::from([(random.pick(&["app", "role", "stage", "pcns.stage"])).into()]))
+            })
             .unwrap_or_default(),
         ..Cluster::default()
     };
     for name in NAMESPACES {
-        cluster.namespaces.insert((*name).into(), Namespace { labels: labels(random) });
+        let mut of_namespace = labels(random);
+        if random.once_in(3) {
+            of_namespace.insert(build::NAME.into(), random.pick(VALUES).into());
+        }
+        cluster.namespaces.insert((*name).into(), Namespace { labels: of_namespace });
         for account in ACCOUNTS {
             cluster.service_accounts.insert(((*name).into(), (*account).into()), labels(random));
         }
