@@ -500,6 +500,7 @@ impl Inventory {
         cluster > LOCAL && self.clusters[cluster as usize].record.as_ref().is_some_and(|record| record.stale)
     }
 
+    /// Whether a scope has a cluster's pods.
     pub fn in_scope(&self, scope: &ClusterScope, cluster: u32) -> bool {
         match scope {
             ClusterScope::All => true,
@@ -507,6 +508,15 @@ impl Inventory {
             ClusterScope::Named(names) => {
                 cluster != FEDERATION && names.contains(&self.clusters[cluster as usize].name)
             }
+        }
+    }
+
+    /// Whether a scope has a cluster's network sets, or the federation's.
+    pub fn sets_in_scope(&self, scope: &ClusterScope, cluster: u32) -> bool {
+        match scope {
+            ClusterScope::All => cluster <= LOCAL,
+            ClusterScope::Local => cluster == LOCAL,
+            ClusterScope::Named(_) => false,
         }
     }
 

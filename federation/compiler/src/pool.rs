@@ -361,12 +361,13 @@ impl Pools {
             let Some(pools) = self.by_selector.get(&matched.selector) else { continue };
             for id in pools {
                 let Some(pool) = &mut self.pools[*id as usize] else { continue };
-                if !inventory.in_scope(&pool.scope, it.cluster) {
+                let is_net_set = !it.nets.is_empty();
+                let in_scope = if is_net_set { Inventory::sets_in_scope } else { Inventory::in_scope };
+                if !in_scope(inventory, &pool.scope, it.cluster) {
                     continue;
                 }
                 self.shapes.entry(*id).or_insert_with(|| pool.shape());
                 let count = |counter: &mut u32| *counter = counter.wrapping_add_signed(sign);
-                let is_net_set = !it.nets.is_empty();
                 if is_net_set {
                     count(&mut pool.nets);
                 }
@@ -576,7 +577,11 @@ impl Pool {
                 let unknown = inventory.index.unknown(*selector).map(|class| (class, false));
                 for (class, certain) in certain.chain(unknown) {
                     for at in inventory.members.get(class as usize).into_iter().flat_map(IdSet::iter) {
-                        if inventory.in_scope(&self.scope, inventory.cluster_of(at)) {
+                        let in_scope = match inventory.kind_of(at) {
+                            EndpointKind::Pod => Inventory::in_scope,
+                            EndpointKind::NetworkSet => Inventory::sets_in_scope,
+                        };
+                        if in_scope(inventory, &self.scope, inventory.cluster_of(at)) {
                             visit(at, certain);
                         }
                     }

@@ -3,7 +3,7 @@
 mod cluster;
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use hanse_policy::inventory::{Endpoint, EndpointId};
@@ -155,9 +155,8 @@ pub fn assemble_federation<'a>(
     for (manifest, policy) in policies {
         let policy = policy.convert(&labels, &phases, &mut errors);
         if !phases.contains_key(&policy.tier.name) {
-            let message =
-                format!("no Tier is called \"{}\": the policy stands in a Guard tier at the end", policy.tier.name);
-            federation.diagnostics.push(diagnostic(manifest, "spec.tier", message));
+            federation.diagnostics.push(without_tier(manifest, &policy.tier.name));
+            continue;
         }
         if matches!(&policy.enforcers, ClusterScope::Named(names) if names.is_empty()) {
             let message = "selects no cluster: nobody enforces the policy".to_owned();
@@ -166,6 +165,27 @@ pub fn assemble_federation<'a>(
         federation.layer.policies.insert(policy.id.clone(), policy);
     }
     federation
+}
+
+/// What is said of the federated policies among `objects` whose tier is not.
+pub fn without_tiers(objects: &[Manifest]) -> Vec<Diagnostic> {
+    let tier = |manifest: &Manifest| match &manifest.object {
+        Object::Tier(tier) => Some(tier.metadata.name.clone()),
+        _ => None,
+    };
+    let tiers: BTreeSet<String> = objects.iter().filter_map(tier).collect();
+    let missing = |manifest: &Manifest| match &manifest.object {
+        Object::FederatedNetworkPolicy(policy) if !tiers.contains(&policy.spec.tier) => {
+            Some(without_tier(manifest, &policy.spec.tier))
+        }
+        _ => None,
+    };
+    objects.iter().filter_map(missing).collect()
+}
+
+fn without_tier(manifest: &Manifest, tier: &str) -> Diagnostic {
+    let message = format!("no Tier \"{tier}\" is among these objects: without one the policy is not in force");
+    diagnostic(manifest, "spec.tier", message)
 }
 
 fn diagnostic(manifest: &Manifest, field: &str, message: String) -> Diagnostic {

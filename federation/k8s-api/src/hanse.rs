@@ -19,6 +19,10 @@ use crate::rule::{self, Context, RuleSpec, RulesOf};
 
 pub const API_VERSION: &str = "hanse.dev/v1alpha1";
 
+/// The feature of the exchange that a policy needs whose tier has no object. No hub has it, so that no member takes such a
+/// version: the last one with a tier stays in force, and without one none is.
+pub const EXISTING_TIER: &str = "existing-tier";
+
 macro_rules! object {
     ($(#[$doc:meta])* $name:ident, $spec:ident) => {
         $(#[$doc])*
@@ -192,13 +196,10 @@ pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
 /// The label with which each cluster can be selected by name.
 pub const CLUSTER_NAME_LABEL: &str = "hanse.dev/cluster";
 
-/// Resolves a cluster selector to names; without one, to all clusters.
+/// Resolves a cluster selector to names; without one, to all clusters. One that selects all of them selects their
+/// workloads by name all the same: no network set is among these.
 pub fn resolve_clusters(selector: Option<&Selector>, clusters: &ClusterLabels) -> ClusterScope {
-    match selector {
-        None => ClusterScope::All,
-        Some(selector) if selector.expr == Expr::All => ClusterScope::All,
-        Some(selector) => ClusterScope::Named(select_clusters(selector, clusters)),
-    }
+    selector.map_or(ClusterScope::All, |selector| ClusterScope::Named(select_clusters(selector, clusters)))
 }
 
 /// The clusters that a selector selects.
@@ -212,7 +213,7 @@ pub fn select_clusters(selector: &Selector, clusters: &ClusterLabels) -> BTreeSe
 }
 
 impl FederatedNetworkPolicy {
-    /// `tiers`: the phase of each federated tier; a tier without an object is a Guard.
+    /// `tiers`: the phase of each federated tier. A policy of another is not in force, and its phase says nothing.
     pub fn convert(&self, clusters: &ClusterLabels, tiers: &BTreeMap<Arc<str>, Phase>, errors: &mut Errors) -> Policy {
         self.convert_with(&|selector| resolve_clusters(selector, clusters), tiers, errors)
     }
@@ -279,7 +280,7 @@ impl FederatedNetworkPolicy {
             },
             tier: TierId { phase, name: spec.tier.as_str().into() },
             order: Order(spec.order),
-            enforcers: resolve(cluster_selector.as_ref()),
+            enforcers: resolve(cluster_selector.as_ref().filter(|selector| selector.expr != Expr::All)),
             selector: Selector::from(subject),
             ingress: ingress.then_some(ingress_rules),
             egress: egress.then_some(egress_rules),

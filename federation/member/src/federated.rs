@@ -2,7 +2,7 @@
 //!
 //! A change costs what it touches: a tier that moves to another phase takes its policies along, everything else stands
 //! alone. What cannot be read keeps the last version that could; a policy without one, which has fields or needs features that
-//! are not known, is taken with the rules that they concern unknown.
+//! are not known, is taken with the rules that they concern unknown. A policy whose tier is not there is not in force.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use hanse_k8s_api::assemble::Federation;
 use hanse_k8s_api::manifest::{Manifest as Written, Manifests, Object, read_bytes};
 use hanse_policy::inventory::{EndpointId, EndpointKind};
 use hanse_policy::model::{ClusterScope, Phase, Policy, PolicyId, PolicyKind, TierId};
-use hanse_policy::selector::{Expr, Selector};
+use hanse_policy::selector::Selector;
 
 use crate::exchange::model::{Manifest, ManifestKind};
 
@@ -139,8 +139,11 @@ impl Federated {
             }
         }
         if !moved.is_empty() {
-            let along = self.converted.layer.policies.values().filter(|policy| moved.contains(&policy.tier.name));
+            let in_force = &self.converted.layer.policies;
+            let along = in_force.values().filter(|policy| moved.contains(&policy.tier.name));
             policies.extend(along.map(|policy| policy.id.name.clone()));
+            let known: BTreeSet<&Arc<str>> = in_force.keys().map(|id| &id.name).collect();
+            policies.extend(self.policies.keys().filter(|name| !known.contains(name)).cloned());
         }
         for name in policies {
             let policy = self.policies.get(&name).and_then(|manifest| self.policy(manifest));
@@ -163,10 +166,17 @@ impl Federated {
     fn policy(&self, manifest: &Manifest) -> Option<Policy> {
         let written = written(manifest)?;
         let Object::FederatedNetworkPolicy(policy) = &written.object else { return None };
+        if !self.phases.contains_key(policy.spec.tier.as_str()) {
+            tracing::error!(
+                policy = policy.metadata.name,
+                tier = policy.spec.tier,
+                "a federated policy is not in force: its tier does not exist"
+            );
+            return None;
+        }
         // The hub has resolved the selectors of clusters; everybody takes its word.
         let resolve = |selector: Option<&Selector>| match selector {
             None => ClusterScope::All,
-            Some(selector) if selector.expr == Expr::All => ClusterScope::All,
             Some(selector) => {
                 let same = |(text, _): &&(Arc<str>, _)| Selector::parse(text).is_ok_and(|it| it == *selector);
                 let names = manifest.resolved.iter().find(same).map(|(_, names)| names.clone());
@@ -198,6 +208,12 @@ mod tests {
 
     fn tier(phase: &str) -> Manifest {
         manifest("Tier", "t", json!({"phase": phase, "order": 1.0}))
+    }
+
+    fn with_tier() -> Federated {
+        let mut federated = Federated::default();
+        federated.take([(ManifestKind::Tier, "t".into(), Some(tier("Guard")))]);
+        federated
     }
 
     fn policy(selector: &str) -> Manifest {
@@ -235,14 +251,17 @@ mod tests {
             fresh.take(state.iter().map(|((kind, name), it)| (*kind, name.clone(), Some(it.clone()))));
             let (kept, fresh) = (kept.converted(), fresh.converted());
             assert_eq!((&kept.layer, &kept.sets), (&fresh.layer, &fresh.sets), "step {number}");
-            assert_eq!(kept.layer.policies.len() + kept.layer.tiers.len() + kept.sets.len(), state.len());
+            let has_tier = state.keys().any(|(kind, _)| *kind == Tier);
+            let in_force = state.keys().filter(|(kind, _)| *kind != Policy || has_tier).count();
+            assert_eq!(kept.layer.policies.len() + kept.layer.tiers.len() + kept.sets.len(), in_force, "step {number}");
         }
     }
 
     #[test]
     fn what_cannot_be_read_keeps_its_last_version() {
-        let mut federated = Federated::default();
+        let mut federated = with_tier();
         federated.take([(ManifestKind::Policy, "p".into(), Some(policy("a == 'b'")))]);
+        assert_eq!(federated.converted().layer.policies.len(), 1);
         let before = federated.converted().layer.clone();
         let unread = manifest("FederatedNetworkPolicy", "p", json!({"tier": "t", "newer": true}));
         assert!(readable(ManifestKind::Policy, &unread.json).is_err_and(|why| why.contains("newer")));
@@ -262,7 +281,7 @@ mod tests {
             "p",
             json!({"tier": "t", "ingress": [{"action": "Deny", "newer": 1}, {"action": "Allow"}]}),
         );
-        let mut federated = Federated::default();
+        let mut federated = with_tier();
         let updates = federated.take([(ManifestKind::Policy, "p".into(), Some(newer.clone()))]);
         assert_eq!((updates.len(), rules(&federated)), (1, vec![true, false]));
         // A newer version of it that cannot be read either.
@@ -276,8 +295,23 @@ mod tests {
         assert!(federated.take([(ManifestKind::Policy, "p".into(), Some(newer))]).is_empty());
         // Read to the last field, and meant otherwise.
         whole.features = vec!["time".to_owned()];
-        let mut federated = Federated::default();
+        let mut federated = with_tier();
         federated.take([(ManifestKind::Policy, "p".into(), Some(whole))]);
         assert_eq!(rules(&federated), [true]);
+    }
+
+    #[test]
+    fn a_cluster_selector_of_everything_names_the_clusters() {
+        let mut federated = with_tier();
+        let source = json!({"clusterSelector": "all()", "selector": "a == 'b'"});
+        let spec = json!({"tier": "t", "ingress": [{"action": "Allow", "source": source}, {"action": "Deny"}]});
+        let mut policy = manifest("FederatedNetworkPolicy", "p", spec);
+        let clusters: BTreeSet<Arc<str>> = ["here".into(), "there".into()].into();
+        policy.resolved = vec![("all()".into(), clusters.clone())];
+        federated.take([(ManifestKind::Policy, "p".into(), Some(policy))]);
+        let policy = federated.converted().layer.policies.values().next().expect("the policy");
+        let selections = policy.ingress.iter().flatten().map(|rule| rule.source.selection.as_ref());
+        let scopes: Vec<_> = selections.map(|it| it.map(|it| it.clusters.clone())).collect();
+        assert_eq!(scopes, [Some(ClusterScope::Named(clusters)), None]);
     }
 }

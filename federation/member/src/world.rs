@@ -385,6 +385,9 @@ fn record_of(record: &model::ClusterRecord) -> ClusterRecord {
 }
 
 #[cfg(test)]
+mod offline;
+
+#[cfg(test)]
 mod tests {
     use std::path::Path;
 

@@ -131,10 +131,13 @@ pub(crate) fn selects(
     id: &EndpointId,
     endpoint: &Endpoint,
 ) -> Tri {
-    if endpoint.host_network || !selection.clusters.contains(enforcer, cluster) {
+    let first_hand = enforcer == cluster;
+    // Network sets are their own cluster's, and no workloads.
+    let is_set = id.kind == EndpointKind::NetworkSet;
+    let seen = !is_set || first_hand && !matches!(selection.clusters, ClusterScope::Named(_));
+    if endpoint.host_network || !seen || !selection.clusters.contains(enforcer, cluster) {
         return Tri::No;
     }
-    let first_hand = enforcer == cluster;
     if owner.stale && !first_hand {
         return Tri::Unknown;
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::evaluate::{Direction, OrderedTier, order, rules};
-use crate::inventory::{Cluster, EffectiveLabels, EndpointKind, Inventory, selects};
+use crate::inventory::{Cluster, EffectiveLabels, EndpointId, EndpointKind, Inventory, selects};
 use crate::model::{
     Action, ClusterName, ClusterScope, EntityMatch, Phase, Policy, PolicyId, PolicyKind, PolicySet, Port, Protocol,
     Rule, Selection, StagedAction, TierDefault, TierId,
@@ -202,8 +202,8 @@ impl Facts<'_> {
 
     /// Whether anything may be selected: a pod or a network set.
     fn selects(&mut self, enforcer: &ClusterName, selection: &Selection) -> bool {
-        let local = selection.clusters == ClusterScope::Local;
-        let key = (local.then(|| enforcer.clone()), selection.clone());
+        let named = matches!(selection.clusters, ClusterScope::Named(_));
+        let key = ((!named).then(|| enforcer.clone()), selection.clone());
         let (inventory, workloads) = (self.inventory, self.workloads);
         *self.known.entry(key).or_insert_with(|| {
             let may = |it: &Workload<'_>| {
@@ -213,6 +213,14 @@ impl Facts<'_> {
             workloads.values().flatten().any(may)
                 || inventory.federated_sets.keys().any(|id| inventory.selects_federated_set(selection, id) != Tri::No)
         })
+    }
+
+    /// Another cluster whose network set a selection of the whole ClusterSet would select, if such sets were exchanged.
+    fn set_elsewhere(&self, enforcer: &ClusterName, selection: &Selection) -> Option<(&ClusterName, &EndpointId)> {
+        let sets = self.workloads.values().flatten().filter(|it| it.cluster != enforcer);
+        let sets =
+            sets.filter(|it| it.members[0].0.kind == EndpointKind::NetworkSet && is_subject(it, &selection.selector));
+        sets.filter(|_| selection.clusters == ClusterScope::All).map(|it| (it.cluster, it.members[0].0)).next()
     }
 
     /// The stale clusters on which what is selected depends: those that are named, and those that had some of it.
@@ -287,6 +295,18 @@ fn about(
                 for name in facts.stale(enforcers, selection) {
                     let message = format!("{side} depends on cluster {name:?}, whose data is stale");
                     found.push((MISSING_CLUSTER, message));
+                }
+            }
+            for selection in entity.selection.iter().chain(&entity.not_selection).filter(|_| !never) {
+                let nothing = enforcers.iter().copied().find(|enforcer| !facts.selects(enforcer, selection));
+                let Some(enforcer) = nothing else { continue };
+                if let Some((cluster, set)) = facts.set_elsewhere(enforcer, selection) {
+                    let message = format!(
+                        "{side} {} selects nothing in cluster {enforcer:?}: the network set {} of cluster {cluster:?} \
+                         matches only there; a FederatedNetworkSet matches everywhere",
+                        selection.selector, set.name
+                    );
+                    found.push((PEER_SELECTS_NOTHING, message));
                 }
             }
             let Some(selection) = entity.selection.as_ref().filter(|_| !never) else { continue };

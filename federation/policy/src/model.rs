@@ -15,8 +15,9 @@ pub type ClusterName = Arc<str>;
 pub enum ClusterScope {
     /// The cluster that enforces the policy.
     Local,
-    /// Every cluster of the ClusterSet.
+    /// Every cluster of the ClusterSet, its workloads; and the enforcing cluster's own network sets and the federated ones.
     All,
+    /// The workloads of these clusters, and no network sets.
     Named(BTreeSet<ClusterName>),
 }
 

@@ -7,8 +7,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use hanse_k8s_api::assemble::doubles;
-use hanse_k8s_api::manifest::{Diagnostic, MAX_FILE_BYTES, Manifests, Reference, read_bytes, read_dir};
+use hanse_k8s_api::assemble::{doubles, without_tiers};
+use hanse_k8s_api::manifest::{
+    Diagnostic, MAX_FILE_BYTES, Manifest, Manifests, Object, Reference, read_bytes, read_dir,
+};
 use serde::Serialize;
 
 use crate::output::{self, Format};
@@ -57,10 +59,11 @@ struct ErrorLine {
 
 impl Arguments {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let (mut objects, mut notes) = (Vec::new(), Vec::new());
+        let (mut objects, mut notes, mut federated) = (Vec::new(), Vec::new(), Vec::new());
         for directory in &self.directories {
-            objects.extend(check(directory, &mut notes)?);
+            objects.extend(check(directory, &mut notes, &mut federated)?);
         }
+        notes.extend(without_tiers(&federated).into_iter().map(note));
         let refused = objects.iter().filter(|object| !object.ok).count();
         let mut out = std::io::BufWriter::new(output::stdout());
         for object in &objects {
@@ -103,8 +106,19 @@ fn subject(object: &ObjectLine) -> String {
     }
 }
 
+fn note(diagnostic: Diagnostic) -> String {
+    let Reference { kind, name, .. } = diagnostic.object.unwrap_or_default();
+    let field = if diagnostic.field == "spec.tier" { "spec.tier: " } else { "" };
+    format!("{}:{}: note: {kind} {name} {field}{}", diagnostic.place.file, diagnostic.place.line, diagnostic.message)
+}
+
 /// Every object of a directory, in the order of files and lines. `notes`: what is to be said and is no refusal.
-fn check(directory: &std::path::Path, notes: &mut Vec<String>) -> anyhow::Result<Vec<ObjectLine>> {
+/// `federated`: policies and tiers of the federation, which may be in several directories.
+fn check(
+    directory: &std::path::Path,
+    notes: &mut Vec<String>,
+    federated: &mut Vec<Manifest>,
+) -> anyhow::Result<Vec<ObjectLine>> {
     let mut read = match directory == std::path::Path::new("-") {
         true => {
             let (mut bytes, mut read) = (Vec::new(), Manifests::default());
@@ -122,10 +136,10 @@ fn check(directory: &std::path::Path, notes: &mut Vec<String>) -> anyhow::Result
         double.object.as_ref().is_some_and(|object| object.api_version == hanse_k8s_api::hanse::API_VERSION)
     });
     read.diagnostics.extend(refused);
-    for double in noted {
-        let Reference { kind, name, .. } = double.object.unwrap_or_default();
-        notes.push(format!("{}:{}: note: {kind} {name} {}", double.place.file, double.place.line, double.message));
-    }
+    notes.extend(noted.into_iter().map(note));
+    let is_federated =
+        |manifest: &&Manifest| matches!(manifest.object, Object::FederatedNetworkPolicy(_) | Object::Tier(_));
+    federated.extend(read.objects.iter().filter(is_federated).cloned());
     let line = |file: &str, line, reference: Reference, skipped| ObjectLine {
         file: file.to_owned(),
         line,

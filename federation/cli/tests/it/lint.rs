@@ -303,6 +303,50 @@ spec:
 }
 
 #[test]
+fn a_selector_that_only_another_clusters_set_satisfies_is_named() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let (own, far, federation) = (root.path().join("c"), root.path().join("far"), root.path().join("federation"));
+    for directory in [&own, &far, &federation] {
+        std::fs::create_dir(directory).expect("directory");
+    }
+    let set = "---\napiVersion: projectcalico.org/v3\nkind: GlobalNetworkSet\nmetadata: {name: lan, labels: {k: v}}\n\
+               spec: {nets: [192.0.2.0/24]}\n";
+    std::fs::write(own.join("world.yaml"), WORLD).expect("manifests");
+    std::fs::write(far.join("world.yaml"), WORLD.to_owned() + set).expect("manifests");
+    let policies = "\
+apiVersion: hanse.dev/v1alpha1
+kind: Tier
+metadata: {name: base}
+spec: {phase: Guard, order: 1, defaultAction: Pass}
+---
+apiVersion: hanse.dev/v1alpha1
+kind: FederatedNetworkPolicy
+metadata: {name: p}
+spec:
+  tier: base
+  types: [Ingress]
+  ingress:
+  - {action: Deny, source: {selector: k == 'v'}}
+";
+    std::fs::write(federation.join("all.yaml"), policies).expect("manifests");
+    let (far, directory) = (format!("far={}", far.display()), federation.display().to_string());
+    let of_selectors = || -> Vec<Value> {
+        let findings = lint(&own, &["--cluster", &far, "--federation", &directory]);
+        findings.into_iter().filter(|finding| finding["id"] == "HN002").collect()
+    };
+    let found = of_selectors();
+    let messages: Vec<&str> = found.iter().filter_map(|finding| finding["message"].as_str()).collect();
+    assert_eq!(messages.len(), 1, "{found:#?}");
+    for part in ["cluster \"c\"", "network set lan of cluster \"far\"", "FederatedNetworkSet"] {
+        assert!(messages[0].contains(part), "{part}: {messages:?}");
+    }
+    // One that every cluster has.
+    let federated = set.replace("projectcalico.org/v3", "hanse.dev/v1alpha1").replace("Global", "Federated");
+    std::fs::write(federation.join("set.yaml"), federated).expect("manifests");
+    assert_eq!(of_selectors(), Vec::<Value>::new());
+}
+
+#[test]
 fn sarif_has_what_its_schema_requires() {
     let root = tempfile::tempdir().expect("temporary directory");
     let folder = root.path().join("a folder");

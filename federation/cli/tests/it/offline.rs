@@ -311,6 +311,44 @@ fn an_empty_directory_is_told_of_and_standard_input_is_checked() {
 }
 
 #[test]
+fn check_and_explain_name_a_federated_policy_whose_tier_does_not_exist() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let (cluster, policies, tiers) = (root.path().join("c"), root.path().join("policies"), root.path().join("tiers"));
+    for directory in [&cluster, &policies, &tiers] {
+        std::fs::create_dir(directory).expect("directory");
+    }
+    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: a}\nspec: {nodeName: n1}\n\
+               status: {phase: Running, podIP: 10.0.0.1}\n";
+    std::fs::write(cluster.join("pod.yaml"), pod).expect("manifests");
+    let policy = "apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolicy\nmetadata: {name: closed}\n\
+                  spec: {tier: ghost, types: [Ingress]}\n";
+    std::fs::write(policies.join("policy.yaml"), policy).expect("manifests");
+    let tier = "apiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {name: ghost}\nspec: {order: 1}\n";
+    std::fs::write(tiers.join("tier.yaml"), tier).expect("manifests");
+    let said = "note: FederatedNetworkPolicy closed";
+    let output = hanse(&["policy", "check", text(&policies)]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(told.contains(said) && told.contains("spec.tier: no Tier \"ghost\""), "{told}");
+    let output = hanse(&["policy", "check", text(&policies), text(&tiers)]);
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("note:"), "{output:?}");
+    let of_cluster = format!("c={}", cluster.display());
+    let queries = root.path().join("queries.jsonl");
+    std::fs::write(&queries, r#"{"from": {"ip": "203.0.113.1"}, "to": {"namespace": "a", "pod": "p"}, "port": 80}"#)
+        .expect("queries");
+    let explain = || {
+        let sources = ["policy", "explain", "--cluster", &of_cluster, "--federation", text(&policies)];
+        let output = hanse(&[&sources[..], &["-o", "json", "--queries", text(&queries)]].concat());
+        (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (answer, told) = explain();
+    assert!(answer.contains("\"verdict\":\"allow\"") && told.contains(said), "{answer} {told}");
+    std::fs::write(policies.join("tier.yaml"), tier).expect("manifests");
+    let (answer, told) = explain();
+    assert!(answer.contains("\"verdict\":\"deny\"") && !told.contains("note:"), "{answer} {told}");
+}
+
+#[test]
 fn a_key_that_stands_twice_leaves_the_object_its_name() {
     let root = tempfile::tempdir().expect("temporary directory");
     let manifests = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: a\n  name: b\n";

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hanse_k8s_api::hanse::{ClusterLabels, FederatedNetworkPolicy, resolve_clusters, select_clusters};
+use hanse_k8s_api::hanse::{ClusterLabels, EXISTING_TIER, FederatedNetworkPolicy, resolve_clusters, select_clusters};
 use hanse_k8s_api::manifest::Object;
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::{ClusterName, ClusterScope, Phase, Policy, Port};
@@ -71,6 +71,16 @@ enum What {
     Unreadable,
 }
 
+impl Read {
+    /// The tier that a policy names.
+    fn tier(&self) -> Option<&str> {
+        match &self.what {
+            What::Policy(policy) => Some(&policy.spec.tier),
+            What::Tier(_) | What::NetworkSet | What::Unreadable => None,
+        }
+    }
+}
+
 impl Deriver {
     /// The federation as the registry has it now.
     pub fn federation(&mut self, registry: &Registry, snapshot: &Snapshot) -> Federation {
@@ -103,6 +113,13 @@ impl Deriver {
                 None => Arc::new(self.make(read, old.map(|old| &**old))),
             };
             made.insert(key, manifest);
+        }
+        // A tier that is gone stays with those that have policies in it, as these do.
+        let used: BTreeSet<&str> = self.read.values().filter_map(Read::tier).collect();
+        for (key, old) in
+            self.made.iter().filter(|((kind, name), _)| *kind == ManifestKind::Tier && used.contains(&**name))
+        {
+            made.entry(key.clone()).or_insert_with(|| Arc::clone(old));
         }
         self.read.values_mut().for_each(|read| read.news = false);
         self.made.clone_from(&made);
@@ -151,21 +168,44 @@ impl Deriver {
                 ..plain
             },
             What::Unreadable => FederatedManifest { features: vec![UNREADABLE.to_owned()], ..plain },
-            What::Policy(policy) => {
-                let mut resolved = BTreeMap::new();
-                for text in policy.cluster_selectors() {
-                    if let Ok(selector) = Selector::parse(text) {
-                        resolved.insert(Arc::from(text), select_clusters(&selector, &self.labels));
-                    }
+            // It is not in force anywhere; where an earlier version is, that stays, and needs what it needed.
+            What::Policy(policy) if !self.phases.contains_key(policy.spec.tier.as_str()) => match old {
+                Some(old) => {
+                    FederatedManifest { json: plain.json, features: vec![EXISTING_TIER.to_owned()], ..old.clone() }
                 }
-                let resolve = |selector: Option<&Selector>| resolve_clusters(selector, &self.labels);
-                let converted = policy.convert_with(&resolve, &self.phases, &mut Default::default());
-                let enforcers = match &converted.enforcers {
-                    ClusterScope::Named(names) => names.clone(),
-                    ClusterScope::All | ClusterScope::Local => everybody(),
-                };
-                FederatedManifest { enforcers: Some(enforcers), resolved, interest: interest_of(&converted), ..plain }
+                None => {
+                    let FederatedManifest { enforcers, resolved, .. } = self.make_policy(policy, plain.clone());
+                    FederatedManifest { enforcers, resolved, features: vec![EXISTING_TIER.to_owned()], ..plain }
+                }
+            },
+            What::Policy(policy) => self.make_policy(policy, plain),
+        }
+    }
+
+    fn make_policy(&self, policy: &FederatedNetworkPolicy, plain: FederatedManifest) -> FederatedManifest {
+        let mut resolved = BTreeMap::new();
+        for text in policy.cluster_selectors() {
+            if let Ok(selector) = Selector::parse(text) {
+                resolved.insert(Arc::from(text), select_clusters(&selector, &self.labels));
             }
+        }
+        let resolve = |selector: Option<&Selector>| resolve_clusters(selector, &self.labels);
+        let converted = policy.convert_with(&resolve, &self.phases, &mut Default::default());
+        let enforcers = match &converted.enforcers {
+            ClusterScope::Named(names) => names.clone(),
+            ClusterScope::All | ClusterScope::Local => self.labels.keys().cloned().collect(),
+        };
+        let interest = interest_of(&converted).into_iter().map(|wanted| self.widened(wanted)).collect();
+        FederatedManifest { enforcers: Some(enforcers), resolved, interest, ..plain }
+    }
+
+    /// All clusters by their names are as good as all clusters, and said in less room.
+    fn widened(&self, wanted: Arc<Wanted>) -> Arc<Wanted> {
+        match &wanted.clusters {
+            ClusterScope::Named(names) if self.labels.keys().all(|name| names.contains(name)) => {
+                Arc::new(Wanted { clusters: ClusterScope::All, ..Wanted::clone(&wanted) })
+            }
+            _ => wanted,
         }
     }
 }

@@ -8,6 +8,7 @@ use hanse_hub::exchange::derive::{Deriver, UNREADABLE};
 use hanse_hub::exchange::model::{ClusterState, Federation, Lease, ManifestKind, Position};
 use hanse_hub::grants::MemberCluster;
 use hanse_hub::registry::{Clock, Registry};
+use hanse_k8s_api::hanse::EXISTING_TIER;
 use hanse_policy::inventory::Labels;
 use hanse_proto::federation::v1 as pb;
 use hanse_store::{Key, Store, Transaction, in_memory};
@@ -410,6 +411,7 @@ async fn a_policy_that_the_hub_cannot_read_takes_nothing_away() {
     let member = br#"{"key":"k","state":"accepted"}"#.to_vec();
     put(&["member", "train"], member.clone()).await;
     put(&["member", "serve"], member).await;
+    put(&["object", "Tier", "platform"], tier("platform")).await;
     put(&["object", "FederatedNetworkPolicy", "deny"], policy("deny", "platform")).await;
     let opened = || Registry::open(store.clone(), std::time::Duration::from_secs(30), Clock::default());
     let registry = opened().await.unwrap();
@@ -433,4 +435,60 @@ async fn a_policy_that_the_hub_cannot_read_takes_nothing_away() {
     let anew = Deriver::default().federation(&registry, &registry.snapshot()).manifests[&key].clone();
     assert_eq!(anew.enforcers.iter().flatten().count(), 2);
     assert_eq!(anew.interest.iter().next().unwrap().selector.canonical.to_string(), "all()");
+}
+
+/// With a peer, which makes its enforcers need something.
+fn peered(name: &str, tier: &str) -> Vec<u8> {
+    let policy = String::from_utf8(policy(name, tier)).unwrap();
+    policy.replace(r#"{"action":"Deny"}"#, r#"{"action":"Deny","source":{"selector":"k == 'v'"}}"#).into_bytes()
+}
+
+fn tier(name: &str) -> Vec<u8> {
+    let metadata = serde_json::json!({"name": name});
+    let tier = serde_json::json!({"apiVersion": "hanse.dev/v1alpha1", "kind": "Tier", "metadata": metadata, "spec": {"order": 1}});
+    tier.to_string().into_bytes()
+}
+
+#[tokio::test]
+async fn a_policy_whose_tier_does_not_exist_takes_nothing_away_and_comes_with_its_tier() {
+    let store = Arc::new(in_memory());
+    let commit = async |transaction: Transaction| {
+        let committed = store.commit(transaction).await.unwrap();
+        let hanse_store::Outcome::Committed(revision) = committed else { panic!("{committed:?}") };
+        revision
+    };
+    let put =
+        async |key: &[&str], value: Vec<u8>| commit(Transaction::default().put(Key::new(key).unwrap(), value)).await;
+    put(&["member", "train"], br#"{"key":"k","state":"accepted"}"#.to_vec()).await;
+    put(&["object", "Tier", "platform"], tier("platform")).await;
+    put(&["object", "FederatedNetworkPolicy", "deny"], peered("deny", "platform")).await;
+    let registry = Registry::open(store.clone(), std::time::Duration::from_secs(30), Clock::default()).await.unwrap();
+    let mut deriver = Deriver::default();
+    let mut derive = async |revision: u64| {
+        eventually("the view shows it", || async { registry.snapshot().revision >= revision }).await;
+        deriver.federation(&registry, &registry.snapshot()).manifests
+    };
+    let key = |name: &str| (ManifestKind::Policy, Arc::from(name));
+    let before = derive(registry.snapshot().revision).await[&key("deny")].clone();
+    assert!(before.features.is_empty() && !before.interest.is_empty());
+
+    let moved = peered("deny", "ghost");
+    let after = derive(put(&["object", "FederatedNetworkPolicy", "deny"], moved.clone()).await).await;
+    let after = after[&key("deny")].clone();
+    assert_eq!((&after.json[..], &after.features[..]), (&moved[..], &[EXISTING_TIER.to_owned()][..]));
+    assert_eq!((&after.enforcers, &after.interest), (&before.enforcers, &before.interest), "what is in force needs it");
+
+    let fresh = derive(put(&["object", "FederatedNetworkPolicy", "new"], peered("new", "ghost")).await).await;
+    let fresh = fresh[&key("new")].clone();
+    assert_eq!((fresh.features.len(), fresh.interest.len()), (1, 0), "it is in force nowhere and needs nothing");
+
+    let with_tier = derive(put(&["object", "Tier", "ghost"], tier("ghost")).await).await;
+    for name in ["deny", "new"] {
+        assert!(with_tier[&key(name)].features.is_empty(), "{name}");
+    }
+    // A tier that goes stays with those that have a policy in it.
+    let gone = commit(Transaction::default().delete(Key::new(&["object", "Tier", "ghost"]).unwrap())).await;
+    let gone = derive(gone).await;
+    assert!(gone.contains_key(&(ManifestKind::Tier, Arc::from("ghost"))));
+    assert_eq!(gone[&key("new")].features, [EXISTING_TIER]);
 }

@@ -54,6 +54,14 @@ fn policies() {
                 "{tier: t, egress: [{action: Allow, destination: {services: {name: a}}}]}",
                 "spec.egress[0].destination.services.namespace",
             ),
+            (
+                "{tier: t, egress: [{action: Allow, destination: {services: {name: a, namespace: b}, clusterSelector: all()}}]}",
+                "spec.egress[0].destination.services",
+            ),
+            (
+                "{tier: t, ingress: [{action: Allow, source: {services: {name: a, namespace: b}, clusterSelector: ''}}]}",
+                "spec.ingress[0].source.services",
+            ),
         ],
     );
 }

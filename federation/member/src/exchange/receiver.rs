@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use hanse_k8s_api::hanse::EXISTING_TIER;
 use hanse_policy::inventory::{Endpoint, EndpointId, Labels};
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
@@ -534,16 +535,19 @@ impl Receiver {
                 let key = (kind, name);
                 what = Some(HubKey::Manifest(key.clone()));
                 let read = match manifest.features.first() {
+                    Some(feature) if feature == EXISTING_TIER => Err(WireError::TierMissing),
                     Some(feature) => Err(WireError::FeatureUnknown(feature.clone())),
                     None => {
                         self.check.map_or(Ok(()), |check| check(kind, &manifest.json)).map_err(WireError::Malformed)
                     }
                 };
-                // A policy that never could be read is handed on all the same: it may close what it cannot judge.
+                // A policy that never could be read is handed on all the same: it may close what it cannot judge. One
+                // without a tier is not in force.
                 let held = self.received.get(&key).map(|(bytes, _)| bytes);
                 let is_in_doubt = |held| self.hub_objects.get(&id).is_some_and(|it| it.bytes == held);
                 let never_read = held.is_none_or(|held| self.refused.contains_key(&id) && is_in_doubt(held));
-                if read.is_ok() || kind == ManifestKind::Policy && never_read {
+                let has_tier = read != Err(WireError::TierMissing);
+                if read.is_ok() || kind == ManifestKind::Policy && never_read && has_tier {
                     self.received.insert(key, (bytes.clone(), manifest));
                 }
                 match read {
@@ -942,7 +946,11 @@ mod tests {
 
     #[test]
     fn the_last_version_that_can_be_read_holds_also_across_a_restart() {
-        for (json, features, why) in [(&b"unreadable"[..], &[][..], "a field is new"), (b"2", &["time"], "time")] {
+        for (json, features, why) in [
+            (&b"unreadable"[..], &[][..], "a field is new"),
+            (b"2", &["time"], "time"),
+            (b"2", &[EXISTING_TIER], "its tier does not exist"),
+        ] {
             let mut receiver = Receiver::checked(check);
             assert!(receiver.take_updates().is_none(), "nothing is known yet");
             receiver.open();
@@ -985,6 +993,29 @@ mod tests {
             assert_eq!(in_force(&mut restored), None);
         }
     }
+
+    #[test]
+    fn a_policy_that_never_had_a_tier_is_not_handed_on() {
+        let mut receiver = Receiver::checked(check);
+        receiver.open();
+        send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 1, &[EXISTING_TIER]), 1);
+        assert_eq!(in_force(&mut receiver), None);
+        assert!(receiver.refused()["p"].contains("tier does not exist"));
+        let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
+        assert_eq!(in_force(&mut restored), None, "after a restart");
+        restored.open();
+        send(&mut restored, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 2, &[]), 2);
+        assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"1"))), "its tier is there");
+        assert!(restored.refused().is_empty());
+        // One that is in doubt does not give way to one without a tier.
+        let mut receiver = Receiver::checked(check);
+        receiver.open();
+        send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"unreadable", 1, &[]), 1);
+        assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"unreadable"))));
+        send(&mut receiver, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"2", 2, &[EXISTING_TIER]), 2);
+        assert_eq!(in_force(&mut receiver), None);
+    }
+
     /// The hub says that an interest is complete right behind a batch that was not taken: it is complete with the snapshot.
     #[test]
     fn a_policy_waits_for_endpoints_whose_batch_was_not_taken() {

@@ -28,6 +28,8 @@ pub enum WireError {
     Malformed(String),
     #[error("feature {0} is unknown here")]
     FeatureUnknown(String),
+    #[error("its tier does not exist: the last version with a tier stays in force, if there is one")]
+    TierMissing,
 }
 
 /// A received object.
