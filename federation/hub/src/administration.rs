@@ -226,7 +226,7 @@ impl Administration {
             tier.filter(|tier| !snapshot.objects.contains_key(&ObjectId { kind: Kind::Tier, name: tier.clone() }))
         {
             warnings
-                .push(format!("spec.tier: there is no Tier {tier}: until there is, it is a Guard that ends in Deny"));
+                .push(format!("spec.tier: there is no Tier {tier}: until there is, this version is not in force"));
         }
         Ok(wire::ApplyResponse {
             kind: convert::kind_to_wire(id.kind).into(),
@@ -254,7 +254,7 @@ impl Administration {
                     let policies = snapshot.objects.iter().filter(|(of, _)| of.kind == Kind::FederatedNetworkPolicy);
                     let mut policies =
                         policies.filter(|(_, object)| in_tier(&object.manifest)).map(|(of, _)| &*of.name);
-                    // Without it they would stand in a Guard tier that denies, before every cluster's own.
+                    // Without it no new version of them would come into force.
                     if let Some(first) = policies.next() {
                         let more = policies.count();
                         let others = if more > 0 { format!(" and {more} more") } else { String::new() };
