@@ -225,8 +225,7 @@ impl Administration {
         if let Some(tier) =
             tier.filter(|tier| !snapshot.objects.contains_key(&ObjectId { kind: Kind::Tier, name: tier.clone() }))
         {
-            warnings
-                .push(format!("spec.tier: there is no Tier {tier}: until there is, this version is not in force"));
+            warnings.push(format!("spec.tier: there is no Tier {tier}: until there is, this version is not in force"));
         }
         Ok(wire::ApplyResponse {
             kind: convert::kind_to_wire(id.kind).into(),
