@@ -4,7 +4,8 @@
 //! one NetworkPolicy with 1,000,000 ipBlocks. `unknown`: a policy of 1.1 MB with 200 unknown fields.
 //!
 //! `cargo bench -p hanse-k8s-api --bench reading [-- [SHAPE…] -o json]`. Each file is read by a process of its own, whose peak
-//! of resident memory holds the file as well. A figure above its budget fails the run.
+//! of resident memory holds the file as well. A figure above its budget fails the run; the budget of time is one of CPU time,
+//! which is the wall clock's where the machine has nothing else to do, since one thread reads.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -21,7 +22,7 @@ struct Shape {
 }
 
 const SHAPES: &[Shape] = &[
-    Shape { name: "pods", write: pods, objects: 37_000, max_seconds: 15.0, max_megabytes: 1_000.0 },
+    Shape { name: "pods", write: pods, objects: 41_000, max_seconds: 15.0, max_megabytes: 1_000.0 },
     Shape { name: "blocks", write: blocks, objects: 1, max_seconds: 3.0, max_megabytes: 500.0 },
     Shape { name: "unknown", write: unknown, objects: 0, max_seconds: 0.5, max_megabytes: 50.0 },
 ];
@@ -51,8 +52,9 @@ fn main() -> ExitCode {
         let figures: Vec<f64> = figures.split_whitespace().map(|figure| figure.parse().expect("a number")).collect();
         let rows = [
             ("file", text.len() as f64 / 1e6, "MB", f64::INFINITY),
-            ("wall", figures[0], "s", shape.max_seconds),
-            ("peak-resident", figures[1], "MB", shape.max_megabytes),
+            ("wall", figures[0], "s", f64::INFINITY),
+            ("cpu", figures[1], "s", shape.max_seconds),
+            ("peak-resident", figures[2], "MB", shape.max_megabytes),
         ];
         for (metric, value, unit, budget) in rows {
             over |= value > budget;
@@ -81,12 +83,15 @@ fn read(path: &Path, objects: &str) {
     let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux reports it");
     let kilobytes: f64 = peak.trim().trim_end_matches(" kB").parse().expect("a number");
-    println!("{seconds} {}", kilobytes * 1024.0 / 1e6);
+    // What this thread, the only one, spent on a processor, in nanoseconds.
+    let spent = std::fs::read_to_string("/proc/self/schedstat").expect("Linux reports it");
+    let nanoseconds: f64 = spent.split(' ').next().and_then(|it| it.parse().ok()).expect("a number");
+    println!("{seconds} {} {}", nanoseconds / 1e9, kilobytes * 1024.0 / 1e6);
 }
 
 fn pods() -> String {
     let mut text = "apiVersion: v1\nitems:\n".to_owned();
-    for pod in 0..37_000 {
+    for pod in 0..41_000 {
         let (high, low) = (pod / 250, pod % 250);
         let _ = write!(
             text,

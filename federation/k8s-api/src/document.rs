@@ -236,7 +236,7 @@ fn parse_one<'t>(piece: &Piece<'t>) -> Result<Option<Document<'t>>, SyntaxError>
     Ok(document.map(Document::with_typed_items))
 }
 
-/// What a list without a `kind` of its own items calls them.
+/// The kind of a list of anything, and how the kinds of typed lists end.
 const LIST: &str = "List";
 
 impl<'t> Document<'t> {
