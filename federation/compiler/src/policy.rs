@@ -49,7 +49,8 @@ pub(crate) struct Entity {
     pub not_selection: Option<Selection>,
     pub ports: Box<[Port]>,
     pub not_ports: Box<[Port]>,
-    /// Where named ports are looked up; `Local` where there is none.
+    /// The clusters on whose pods named ports are looked up, on those that `selection` selects where it is given; `Local`
+    /// where there is no name.
     pub port_scope: ClusterScope,
     pub service: Option<ServiceMatch>,
 }
@@ -150,7 +151,7 @@ impl Entity {
         }
         let is_named = |port: &Port| matches!(port, Port::Named(_));
         let looks_up = entity.ports.iter().chain(&entity.not_ports).any(is_named);
-        let port_scope = if looks_up { entity.named_port_scope(policy) } else { ClusterScope::Local };
+        let port_scope = if looks_up { entity.named_port_pods(policy).clusters.clone() } else { ClusterScope::Local };
         Some(Box::new(Self {
             nets: nets(&entity.nets),
             not_nets: nets(&entity.not_nets),

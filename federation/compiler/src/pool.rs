@@ -1,7 +1,8 @@
 //! The sets that rules name: which endpoints a selector, a port name or a service stands for, as addresses, nets and
 //! sockets.
 //!
-//! A *pool* is what stands behind a clause: a selector in a scope, or a port name in a scope. It has up to two sets per
+//! A *pool* is what stands behind a clause: a selector in a scope, or a port name in a scope, of all pods or of those that a
+//! selector selects. It has up to two sets per
 //! part, the certain and the possible members; while these do not differ, one set stands for both. Where they part, both
 //! get names of their own: contents may be newer than rules, and a Deny rule that still reads the old name must never see
 //! fewer members. A *set* is held while a compiled policy names it.
@@ -27,7 +28,8 @@ type ServiceKey = (Arc<str>, Arc<str>);
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Source {
     Selector(SelectorId),
-    Port(Arc<str>),
+    /// A port's name: of the pods that the selector selects, of all pods without one.
+    Port(Arc<str>, Option<SelectorId>),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +106,9 @@ pub(crate) struct Pools {
     free_pools: Vec<PoolId>,
     /// How many pools there are.
     count: usize,
+    /// Also those of port names of the pods that a selector selects.
     by_selector: FastMap<SelectorId, SmallVec<[PoolId; 2]>>,
+    /// Those of port names of all pods.
     by_port: FastMap<Arc<str>, SmallVec<[PoolId; 2]>>,
     pub sets: Vec<Option<HeldSet>>,
     free_sets: Vec<SetIndex>,
@@ -120,12 +124,13 @@ pub(crate) struct Pools {
 impl Pools {
     /// The pool of a source in a scope, used by a policy.
     pub fn pool(&mut self, inventory: &Inventory, source: Source, scope: &ClusterScope, user: u32) -> PoolId {
-        let same_source = match &source {
-            Source::Selector(selector) => self.by_selector.get(selector),
-            Source::Port(name) => self.by_port.get(name),
+        let filed = match &source {
+            Source::Selector(selector) | Source::Port(_, Some(selector)) => self.by_selector.get(selector),
+            Source::Port(name, None) => self.by_port.get(name),
         };
-        for id in same_source.into_iter().flatten() {
+        for id in filed.into_iter().flatten() {
             if let Some(pool) = &mut self.pools[*id as usize]
+                && pool.source == source
                 && pool.scope == *scope
             {
                 pool.users.insert(user);
@@ -151,8 +156,10 @@ impl Pools {
             }
         };
         match &pool.source {
-            Source::Selector(selector) => self.by_selector.entry(*selector).or_default().push(id),
-            Source::Port(name) => self.by_port.entry(name.clone()).or_default().push(id),
+            Source::Selector(selector) | Source::Port(_, Some(selector)) => {
+                self.by_selector.entry(*selector).or_default().push(id);
+            }
+            Source::Port(name, None) => self.by_port.entry(name.clone()).or_default().push(id),
         }
         self.count += 1;
         self.pools[id as usize] = Some(pool);
@@ -167,16 +174,21 @@ impl Pools {
             return;
         }
         let Some(pool) = self.pools[id as usize].take() else { return };
-        let list = match &pool.source {
-            Source::Selector(selector) => self.by_selector.get_mut(selector),
-            Source::Port(name) => self.by_port.get_mut(name),
-        };
-        if let Some(list) = list {
-            list.retain(|it| *it != id);
-            if list.is_empty() {
-                match &pool.source {
-                    Source::Selector(selector) => drop(self.by_selector.remove(selector)),
-                    Source::Port(name) => drop(self.by_port.remove(name)),
+        match &pool.source {
+            Source::Selector(selector) | Source::Port(_, Some(selector)) => {
+                if let Some(list) = self.by_selector.get_mut(selector) {
+                    list.retain(|it| *it != id);
+                    if list.is_empty() {
+                        self.by_selector.remove(selector);
+                    }
+                }
+            }
+            Source::Port(name, None) => {
+                if let Some(list) = self.by_port.get_mut(name) {
+                    list.retain(|it| *it != id);
+                    if list.is_empty() {
+                        self.by_port.remove(name);
+                    }
                 }
             }
         }
@@ -341,29 +353,42 @@ impl Pools {
         }
         let what = |it: Option<&Contribution>| it.map(|it| (it.cluster, it.class));
         let same_labels = what(old) == what(new);
-        let unchanged =
-            same_labels && old.map(|it| (&it.addresses, &it.nets)) == new.map(|it| (&it.addresses, &it.nets));
-        let ports_unchanged = old.map(|it| (&it.ports, it.stale, &it.addresses, it.cluster))
-            == new.map(|it| (&it.ports, it.stale, &it.addresses, it.cluster));
+        let same_addresses = old.map(|it| &it.addresses) == new.map(|it| &it.addresses);
+        let same_ports = same_addresses && old.map(|it| &it.ports) == new.map(|it| &it.ports);
+        let same_stale = old.map(|it| (it.stale, it.cluster)) == new.map(|it| (it.stale, it.cluster));
+        let unchanged = Unchanged {
+            members: same_labels && same_addresses && old.map(|it| &it.nets) == new.map(|it| &it.nets),
+            selected_ports: same_labels && same_ports,
+        };
         for (contribution, sign) in [(old, -1), (new, 1)] {
             let Some(contribution) = contribution else { continue };
-            if !unchanged {
-                self.contribute_labels(inventory, contribution, sign);
+            if !unchanged.members || !unchanged.selected_ports {
+                self.contribute_selected(inventory, contribution, unchanged, sign);
             }
-            if !ports_unchanged {
+            if !same_ports || !same_stale {
                 self.contribute_ports(inventory, contribution, sign);
             }
         }
     }
 
-    fn contribute_labels(&mut self, inventory: &Inventory, it: &Contribution, sign: i32) {
+    /// To the pools of the selectors that select an endpoint.
+    fn contribute_selected(&mut self, inventory: &Inventory, it: &Contribution, unchanged: Unchanged, sign: i32) {
         for matched in inventory.index.matches(it.class) {
             let Some(pools) = self.by_selector.get(&matched.selector) else { continue };
             for id in pools {
                 let Some(pool) = &mut self.pools[*id as usize] else { continue };
+                let name = match &pool.source {
+                    Source::Selector(_) => None,
+                    Source::Port(name, _) => Some(name.clone()),
+                };
+                let same = if name.is_some() { unchanged.selected_ports } else { unchanged.members };
                 let is_net_set = !it.nets.is_empty();
                 let in_scope = if is_net_set { Inventory::sets_in_scope } else { Inventory::in_scope };
-                if !in_scope(inventory, &pool.scope, it.cluster) {
+                if same || !in_scope(inventory, &pool.scope, it.cluster) {
+                    continue;
+                }
+                if let Some(name) = name {
+                    contribute_port(pool, *id, &mut self.shapes, &mut self.pending, (it, &name, matched.certain), sign);
                     continue;
                 }
                 self.shapes.entry(*id).or_insert_with(|| pool.shape());
@@ -390,31 +415,16 @@ impl Pools {
         }
     }
 
+    /// To the pools of its port names, of all pods.
     fn contribute_ports(&mut self, inventory: &Inventory, it: &Contribution, sign: i32) {
         let mut names: SmallVec<[&Arc<str>; 4]> = it.ports.iter().map(|port| &port.name).collect();
         names.sort_unstable();
         names.dedup();
         for name in names {
-            let Some(pools) = self.by_port.get(name) else { continue };
-            let ports: BTreeSet<(u8, u16)> =
-                it.ports.iter().filter(|port| port.name == *name).map(|port| (port.protocol, port.port)).collect();
-            for id in pools {
+            for id in self.by_port.get(name).into_iter().flatten() {
                 let Some(pool) = &mut self.pools[*id as usize] else { continue };
-                if !inventory.in_scope(&pool.scope, it.cluster) {
-                    continue;
-                }
-                self.shapes.entry(*id).or_insert_with(|| pool.shape());
-                if it.stale {
-                    pool.unknown_main = pool.unknown_main.wrapping_add_signed(sign);
-                }
-                for view in VIEWS.into_iter().filter(|view| view.takes(!it.stale)) {
-                    let Some(set) = pool.sets[Part::Main as usize][view as usize] else { continue };
-                    for address in &it.addresses {
-                        for (protocol, port) in &ports {
-                            let member = SocketAddress { address: *address, protocol: *protocol, port: *port };
-                            *self.pending.entry((set, Member::Socket(member))).or_default() += sign;
-                        }
-                    }
+                if inventory.in_scope(&pool.scope, it.cluster) {
+                    contribute_port(pool, *id, &mut self.shapes, &mut self.pending, (it, name, !it.stale), sign);
                 }
             }
         }
@@ -482,6 +492,44 @@ impl Pools {
             changes.push((index, change, delta));
         }
         changes
+    }
+}
+
+/// What an endpoint contributes as before.
+#[derive(Debug, Clone, Copy)]
+struct Unchanged {
+    /// To the pools of selectors.
+    members: bool,
+    /// To the pools of port names of what selectors select.
+    selected_ports: bool,
+}
+
+/// Takes note of what an endpoint contributes to a pool of a port's name; it belongs certainly, or may belong.
+fn contribute_port(
+    pool: &mut Pool,
+    id: PoolId,
+    shapes: &mut FastMap<PoolId, Shape>,
+    pending: &mut FastMap<(SetIndex, Member), i32>,
+    (it, name, certain): (&Contribution, &Arc<str>, bool),
+    sign: i32,
+) {
+    let ports: BTreeSet<(u8, u16)> =
+        it.ports.iter().filter(|port| port.name == *name).map(|port| (port.protocol, port.port)).collect();
+    if ports.is_empty() {
+        return;
+    }
+    shapes.entry(id).or_insert_with(|| pool.shape());
+    if !certain {
+        pool.unknown_main = pool.unknown_main.wrapping_add_signed(sign);
+    }
+    for view in VIEWS.into_iter().filter(|view| view.takes(certain)) {
+        let Some(set) = pool.sets[Part::Main as usize][view as usize] else { continue };
+        for address in &it.addresses {
+            for (protocol, port) in &ports {
+                let member = SocketAddress { address: *address, protocol: *protocol, port: *port };
+                *pending.entry((set, Member::Socket(member))).or_default() += sign;
+            }
+        }
     }
 }
 
@@ -571,23 +619,27 @@ impl Pool {
 
     /// Calls `visit` with each endpoint in scope that belongs, or may belong.
     fn for_each(&self, inventory: &Inventory, mut visit: impl FnMut(u32, bool)) {
-        match &self.source {
-            Source::Selector(selector) => {
-                let certain = inventory.index.certain(*selector).map(|class| (class, true));
-                let unknown = inventory.index.unknown(*selector).map(|class| (class, false));
-                for (class, certain) in certain.chain(unknown) {
-                    for at in inventory.members.get(class as usize).into_iter().flat_map(IdSet::iter) {
-                        let in_scope = match inventory.kind_of(at) {
-                            EndpointKind::Pod => Inventory::in_scope,
-                            EndpointKind::NetworkSet => Inventory::sets_in_scope,
-                        };
-                        if in_scope(inventory, &self.scope, inventory.cluster_of(at)) {
-                            visit(at, certain);
-                        }
+        let mut selected = |selector: SelectorId, belongs: &dyn Fn(u32) -> bool| {
+            let certain = inventory.index.certain(selector).map(|class| (class, true));
+            let unknown = inventory.index.unknown(selector).map(|class| (class, false));
+            for (class, certain) in certain.chain(unknown) {
+                for at in inventory.members.get(class as usize).into_iter().flat_map(IdSet::iter) {
+                    let in_scope = match inventory.kind_of(at) {
+                        EndpointKind::Pod => Inventory::in_scope,
+                        EndpointKind::NetworkSet => Inventory::sets_in_scope,
+                    };
+                    if belongs(at) && in_scope(inventory, &self.scope, inventory.cluster_of(at)) {
+                        visit(at, certain);
                     }
                 }
             }
-            Source::Port(name) => {
+        };
+        match &self.source {
+            Source::Selector(selector) => selected(*selector, &|_| true),
+            Source::Port(name, Some(selector)) => {
+                selected(*selector, &|at| inventory.slots[at as usize].ports.iter().any(|port| port.name == *name));
+            }
+            Source::Port(name, None) => {
                 for at in inventory.by_port.get(name).into_iter().flat_map(IdSet::iter) {
                     let cluster = inventory.cluster_of(at);
                     let counts = inventory.slots[at as usize].class != crate::inventory::NONE;
@@ -601,7 +653,7 @@ impl Pool {
 
     fn count(&mut self, inventory: &Inventory) {
         let (mut nets, mut unknown_main, mut unknown_nets) = (0, 0, 0);
-        let is_port = matches!(self.source, Source::Port(_));
+        let is_port = matches!(self.source, Source::Port(..));
         self.for_each(inventory, |at, certain| {
             let is_net_set = !is_port && !inventory.slots[at as usize].nets.is_empty();
             nets += is_net_set as u32;
@@ -626,12 +678,13 @@ impl Pool {
             ClusterScope::All => "all",
             ClusterScope::Named(_) => "named",
         };
-        let named = |what: [&str; 3]| {
-            let parts: Vec<&str> = what.into_iter().chain([which, scope]).chain(names.iter().copied()).collect();
+        let named = |what: &[&str]| {
+            let parts: Vec<&str> = what.iter().copied().chain([which, scope]).chain(names.iter().copied()).collect();
             SetId::of_meaning(&parts)
         };
+        let text_of = |selector: SelectorId| inventory.index.selector(selector).map_or("", |it| &it.canonical);
         match (&self.source, part) {
-            (Source::Port(name), _) => {
+            (Source::Port(name, selector), _) => {
                 let mut all = Vec::new();
                 self.for_each(inventory, |at, certain| {
                     let ports = inventory.slots[at as usize].ports.iter().filter(|_| view.takes(certain));
@@ -640,10 +693,14 @@ impl Pool {
                         all.extend(inventory.held(at).map(|address| SocketAddress { address, protocol, port }));
                     }
                 });
-                (named(["port", name, "sockets"]), Members::Sockets(all.into_iter().collect()), BTreeMap::new())
+                let id = match selector {
+                    None => named(&["port", name, "sockets"]),
+                    Some(selector) => named(&["port of selected", name, text_of(*selector), "sockets"]),
+                };
+                (id, Members::Sockets(all.into_iter().collect()), BTreeMap::new())
             }
             (Source::Selector(selector), part) => {
-                let text = inventory.index.selector(*selector).map_or("", |selector| &selector.canonical);
+                let text = text_of(*selector);
                 let mut addresses = Vec::new();
                 let mut nets = BTreeMap::new();
                 self.for_each(inventory, |at, certain| {
@@ -661,12 +718,12 @@ impl Pool {
                 });
                 match part {
                     Part::Main => {
-                        let id = named(["selector", text, "addresses"]);
+                        let id = named(&["selector", text, "addresses"]);
                         (id, Members::Addresses(addresses.into_iter().collect()), nets)
                     }
                     Part::Nets => {
                         let members = Members::Nets(nets.keys().copied().collect());
-                        (named(["selector", text, "nets"]), members, nets)
+                        (named(&["selector", text, "nets"]), members, nets)
                     }
                 }
             }

@@ -125,8 +125,8 @@ impl Writer<'_> {
     fn peer(&mut self, entity: &Entity, matching: Matching, is_destination: bool) -> Peer {
         let (wanted, unwanted) = (matching == Matching::Possible, matching == Matching::Certain);
         let mut peer = Peer { nets: entity.nets.to_vec(), not_nets: entity.not_nets.to_vec(), ..Peer::default() };
-        (peer.ports, peer.port_sets) = self.ports(&entity.ports, &entity.port_scope, wanted);
-        (peer.not_ports, peer.not_port_sets) = self.ports(&entity.not_ports, &entity.port_scope, unwanted);
+        (peer.ports, peer.port_sets) = self.ports(&entity.ports, entity, wanted);
+        (peer.not_ports, peer.not_port_sets) = self.ports(&entity.not_ports, entity, unwanted);
         if let Some(selection) = &entity.selection {
             let pool = self.selection(selection);
             peer.in_sets = vec![self.sets(pool, wanted)];
@@ -148,7 +148,7 @@ impl Writer<'_> {
     fn ports(
         &mut self,
         ports: &[Port],
-        scope: &ClusterScope,
+        entity: &Entity,
         possible: bool,
     ) -> (Vec<PortRange>, Vec<hanse_ruleset::SetId>) {
         let (mut ranges, mut named) = (Vec::new(), Vec::new());
@@ -157,7 +157,7 @@ impl Writer<'_> {
                 // A range that holds nothing still says that there is a port to match.
                 Port::Range(first, last) => ranges.push(PortRange { first: *first, last: *last }),
                 Port::Named(name) => {
-                    let pool = self.port(name, scope);
+                    let pool = self.port(name, entity);
                     named.extend(self.sets(pool, possible));
                 }
             }
@@ -173,8 +173,9 @@ impl Writer<'_> {
         self.pool(Source::Selector(selection.selector), &selection.clusters)
     }
 
-    fn port(&mut self, name: &Arc<str>, scope: &ClusterScope) -> PoolId {
-        self.pool(Source::Port(name.clone()), scope)
+    fn port(&mut self, name: &Arc<str>, entity: &Entity) -> PoolId {
+        let selector = entity.selection.as_ref().map(|selection| selection.selector);
+        self.pool(Source::Port(name.clone(), selector), &entity.port_scope)
     }
 
     fn pool(&mut self, source: Source, scope: &ClusterScope) -> PoolId {
@@ -194,7 +195,7 @@ impl Writer<'_> {
         for entity in rule.source.iter().chain(&rule.destination) {
             for port in entity.ports.iter().chain(&entity.not_ports) {
                 if let Port::Named(name) = port {
-                    pools.push(self.port(name, &entity.port_scope));
+                    pools.push(self.port(name, entity));
                 }
             }
         }

@@ -171,34 +171,7 @@ pub fn convert_rules(
             false => convert_rule(index, rule, context, &path, errors),
         }
     });
-    converted.flat_map(with_ports_of_tcp).collect()
-}
-
-/// Without a protocol a port's name means a TCP port, in a rule of any protocol: as Calico has it. What the model looks up
-/// has the packet's protocol, so that such a rule becomes several, of which at most one matches a packet, but for a negated
-/// name beside a negated protocol.
-fn with_ports_of_tcp(rule: Rule) -> Vec<Rule> {
-    let ends = [&rule.source, &rule.destination];
-    if rule.protocol.is_some() || ends.iter().all(|end| end.ports.is_empty() && end.not_ports.is_empty()) {
-        return vec![rule];
-    }
-    let of_tcp = Rule { protocol: Some(Protocol::Tcp), ..rule.clone() };
-    if ends.iter().any(|end| !end.ports.is_empty()) {
-        return vec![of_tcp];
-    }
-    // What is excluded are ports of TCP: the other protocols match as if nothing were.
-    let mut others = rule.clone();
-    others.source.not_ports.clear();
-    others.destination.not_ports.clear();
-    match rule.not_protocol.map(Protocol::number) {
-        None => vec![of_tcp, Rule { not_protocol: Some(Protocol::Tcp), ..others }],
-        Some(6) => vec![others],
-        Some(unwanted) => {
-            let with_ports = [Protocol::Udp, Protocol::Sctp].into_iter().filter(|it| it.number() != unwanted);
-            let freed = with_ports.map(|protocol| Rule { protocol: Some(protocol), ..others.clone() });
-            [rule].into_iter().chain(freed).collect()
-        }
-    }
+    converted.collect()
 }
 
 /// Services and HTTP go with one direction each: services are the peer, and requests are judged where they arrive.
@@ -408,12 +381,15 @@ fn convert_entity(
     };
     // A lone clusterSelector means whatever those clusters own.
     let selected = selector.is_some() || accounts.is_some() || namespace_scope.is_some() || cluster_selector.is_some();
-    let selection = selected.then(|| {
+    let (selection, not_selection) = if selected {
+        // One object, pod or set, must meet the positive parts and not the negated one.
         let own = selector.map(|selector| selector.expr);
-        let parts = [namespace_scope, accounts, own].into_iter().flatten();
-        Selection { clusters: clusters.clone(), selector: Selector::from(build::all_of(parts)) }
-    });
-    let not_selection = not_selector.map(|selector| Selection { clusters, selector });
+        let unwanted = not_selector.map(|selector| build::not(selector.expr));
+        let parts = [namespace_scope, accounts, own, unwanted].into_iter().flatten();
+        (Some(Selection { clusters, selector: Selector::from(build::all_of(parts)) }), None)
+    } else {
+        (None, not_selector.map(|selector| Selection { clusters, selector }))
+    };
     let service = entity
         .services
         .as_ref()

@@ -6,11 +6,10 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use hanse_policy::model::{ClusterScope, Layer, Port};
+use hanse_policy::model::{ClusterScope, Layer};
 use hanse_policy::selector::{Expr, Selector};
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::files;
@@ -244,7 +243,8 @@ impl Member {
     }
 }
 
-/// What a cluster's own policies look for in others. Staged ones too: their outcome is told as well.
+/// What a cluster's own policies look for in others. Staged ones too: their outcome is told as well. Pods are sent with their
+/// ports, and a port's name is looked up on those that the selection beside it selects, or on the cluster's own.
 fn wanted(layer: &Layer) -> BTreeSet<Wanted> {
     let mut wanted = BTreeSet::new();
     for policy in layer.policies.values().filter(|policy| !policy.host_only) {
@@ -254,13 +254,6 @@ fn wanted(layer: &Layer) -> BTreeSet<Wanted> {
             for selection in selections.filter(|it| it.clusters != ClusterScope::Local) {
                 let (clusters, selector) = (selection.clusters.clone(), asked(&selection.selector));
                 wanted.insert(Wanted { clusters, selector, port_names: BTreeSet::new() });
-            }
-            let clusters = entity.named_port_scope(&policy.id);
-            let ports = entity.ports.iter().chain(&entity.not_ports);
-            let named = ports.filter_map(|port| if let Port::Named(name) = port { Some(name.clone()) } else { None });
-            let port_names: BTreeSet<Arc<str>> = named.collect();
-            if !port_names.is_empty() && clusters != ClusterScope::Local {
-                wanted.insert(Wanted { clusters, selector: Selector::from(Expr::All), port_names });
             }
         }
     }
@@ -297,6 +290,9 @@ spec: {ingress: [{action: Deny, protocol: TCP, source: {selector: app == 'x'}, d
         let enforced = of("NetworkPolicy");
         assert!(enforced.iter().any(|it| it.selector.canonical.contains("app")), "{enforced:?}");
         assert_eq!(of("StagedNetworkPolicy"), enforced);
+        // The name of the port asks for no pods beyond the policy's own.
+        assert!(enforced.iter().all(|it| it.port_names.is_empty() && it.clusters == ClusterScope::All), "{enforced:?}");
+        assert_eq!(enforced.len(), 1, "{enforced:?}");
     }
 
     #[test]

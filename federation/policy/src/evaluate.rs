@@ -14,7 +14,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
+use crate::inventory::{Endpoint, EndpointId, EndpointKind, Inventory};
 use crate::model::{
     Action, ClusterName, ClusterScope, EntityMatch, Icmp, IpVersion, Layer, Order, Phase, Policy, PolicyId, PolicySet,
     Port, Protocol, Rule, Selection, ServiceMatch, StagedAction, TierDefault, TierId,
@@ -330,8 +330,8 @@ impl<F: Facts> Court<'_, F> {
 pub(crate) trait Facts {
     /// Whether the end is one of those selected: its pod, or a network set that holds its address.
     fn selected(&self, enforcer: &str, selection: &Selection, end: &End) -> Tri;
-    /// Whether the end is a pod in `scope` with a port of this name, number and protocol.
-    fn named_port(&self, enforcer: &str, scope: &ClusterScope, name: &str, end: &End, protocol: u8, port: u16) -> Tri;
+    /// Whether the end is a pod of `pods` with a port of this name, number and protocol.
+    fn named_port(&self, enforcer: &str, pods: &Selection, name: &str, end: &End, protocol: u8, port: u16) -> Tri;
     /// Whether the end is a backend of a service of the enforcing cluster: by address, protocol and port, or with no
     /// port asked by address alone.
     fn backend(&self, enforcer: &str, service: &ServiceMatch, address: IpAddr, port: Option<(u8, u16)>) -> Tri;
@@ -364,12 +364,12 @@ impl Facts for Inspection<'_> {
         any
     }
 
-    fn named_port(&self, enforcer: &str, scope: &ClusterScope, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
-        let pod = end.pod.as_ref().and_then(|(cluster, pod)| {
-            let owner = self.inventory.clusters.get(cluster)?;
-            Some((&**cluster, owner, owner.endpoints.get(pod)?))
-        });
-        pod.map_or(Tri::No, |pod| named_port_of(enforcer, scope, name, pod, protocol, port))
+    fn named_port(&self, enforcer: &str, pods: &Selection, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
+        let Some((cluster, id)) = &end.pod else { return Tri::No };
+        let pod = self.inventory.clusters.get(cluster).and_then(|owner| owner.endpoints.get(id));
+        let named = pod.is_some_and(|pod| has_named_port(pod, name, protocol, port));
+        // Of a stale cluster this is unknown: what was a named port when it fell silent may still be one.
+        Tri::from(named).and(self.inventory.selects(enforcer, pods, cluster, id))
     }
 
     fn backend(&self, enforcer: &str, service: &ServiceMatch, address: IpAddr, port: Option<(u8, u16)>) -> Tri {
@@ -377,24 +377,9 @@ impl Facts for Inspection<'_> {
     }
 }
 
-/// See [`Facts::named_port`]. Of a stale cluster, what was a named port when it fell silent may still be one. `pod` with its
-/// cluster.
-pub(crate) fn named_port_of(
-    enforcer: &str,
-    scope: &ClusterScope,
-    name: &str,
-    (cluster, owner, pod): (&str, &Cluster, &Endpoint),
-    protocol: u8,
-    port: u16,
-) -> Tri {
-    if !scope.contains(enforcer, cluster) {
-        return Tri::No;
-    }
-    let found = pod.ports.iter().any(|have| &*have.name == name && have.protocol == protocol && have.port == port);
-    match found {
-        true if owner.stale && cluster != enforcer => Tri::Unknown,
-        found => Tri::from(found),
-    }
+/// See [`Facts::named_port`].
+pub(crate) fn has_named_port(pod: &Endpoint, name: &str, protocol: u8, port: u16) -> bool {
+    pod.ports.iter().any(|have| &*have.name == name && have.protocol == protocol && have.port == port)
 }
 
 /// See [`Facts::backend`]. A service that does not exist has no backends.
@@ -487,12 +472,13 @@ fn entity_matches(
         return Tri::No;
     }
     let any_port = |ports: &[Port]| {
-        let scope = || entity.named_port_scope(&policy.id);
         let mut any = Tri::No;
         for wanted in ports.iter().filter(|_| has_ports(protocol)) {
             any = any.or(match wanted {
                 Port::Range(first, last) => Tri::from((*first..=*last).contains(&port)),
-                Port::Named(name) => facts.named_port(enforcer, &scope(), name, end, protocol, port),
+                Port::Named(name) => {
+                    facts.named_port(enforcer, entity.named_port_pods(&policy.id), name, end, protocol, port)
+                }
             });
         }
         any

@@ -22,7 +22,7 @@ use crate::workload::{Workload, telling_keys, workloads};
 
 pub mod imply;
 
-use imply::{covers, everything, families, implies, is_contradictory, is_within, selection_within};
+use imply::{covers, everything, families, implies, is_contradictory, is_within};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Severity {
@@ -376,13 +376,8 @@ fn entity_contradiction(entity: &EntityMatch) -> Option<String> {
     if !entity.ports.is_empty() && entity.ports.iter().all(excluded) {
         return Some("every port is also excluded".to_owned());
     }
-    let selection = entity.selection.as_ref()?;
-    if is_contradictory(&selection.selector.expr) {
-        return Some(format!("{} contradicts itself", selection.selector));
-    }
-    let unwanted = entity.not_selection.as_ref().filter(|unwanted| selection_within(selection, unwanted));
-    unwanted
-        .map(|unwanted| format!("whatever {} selects, the negated {} excludes", selection.selector, unwanted.selector))
+    let selection = entity.selection.as_ref().filter(|selection| is_contradictory(&selection.selector.expr))?;
+    Some(format!("{} contradicts itself", selection.selector))
 }
 
 /// Whether every address of a family matches, but for exceptions.

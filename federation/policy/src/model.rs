@@ -1,7 +1,7 @@
 //! The one internal model of policy.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use ipnet::IpNet;
 
@@ -151,7 +151,8 @@ pub struct Icmp {
 pub enum Port {
     /// Both ends inclusive.
     Range(u16, u16),
-    /// Looked up on the endpoint at this end of the packet.
+    /// Looked up on the pod at this end of the packet (see [`EntityMatch::named_port_pods`]): a container port of this name
+    /// with the packet's protocol and port.
     Named(Arc<str>),
 }
 
@@ -178,8 +179,10 @@ pub enum HttpPath {
 pub struct EntityMatch {
     pub nets: Vec<IpNet>,
     pub not_nets: Vec<IpNet>,
+    /// Some object that holds the address, a pod or a network set, is selected.
     pub selection: Option<Selection>,
-    /// True for addresses that no endpoint owns, unless `selection` says otherwise.
+    /// No object that holds the address is selected: true for addresses that no object holds. What one and the same object
+    /// must be and not be is one `selection`.
     pub not_selection: Option<Selection>,
     pub ports: Vec<Port>,
     pub not_ports: Vec<Port>,
@@ -309,15 +312,19 @@ impl Rule {
 }
 
 impl EntityMatch {
-    /// The clusters on whose pods a named port of this end is looked up: those of the selection beside it; without one
-    /// the whole ClusterSet for a federated policy, and its own cluster for a local one.
-    pub fn named_port_scope(&self, policy: &PolicyId) -> ClusterScope {
-        match &self.selection {
-            Some(selection) => selection.clusters.clone(),
-            None if policy.cluster.is_none() => ClusterScope::All,
-            None => ClusterScope::Local,
-        }
+    /// The pods on which a named port of this end is looked up: those that the selection beside it selects; without one
+    /// all of the whole ClusterSet for a federated policy, and all of its own cluster for a local one. A network set has no
+    /// ports, so that one which holds a pod's address makes no difference.
+    pub fn named_port_pods(&self, policy: &PolicyId) -> &Selection {
+        static ALL: LazyLock<Selection> = LazyLock::new(|| every_pod(ClusterScope::All));
+        static LOCAL: LazyLock<Selection> = LazyLock::new(|| every_pod(ClusterScope::Local));
+        let every_pod = if policy.cluster.is_none() { &ALL } else { &LOCAL };
+        self.selection.as_ref().unwrap_or(every_pod)
     }
+}
+
+fn every_pod(clusters: ClusterScope) -> Selection {
+    Selection { clusters, selector: Selector::all() }
 }
 
 impl Protocol {

@@ -18,15 +18,13 @@ use std::rc::Rc;
 use ipnet::IpNet;
 
 use crate::evaluate::{
-    Answer, Court, Direction, End, Facts, Query, TierView, View, acting, answer, backend, has_ports, in_order,
-    in_tiers, named_port_of, rules,
+    Answer, Court, Direction, End, Facts, Query, TierView, View, acting, answer, backend, has_named_port, has_ports,
+    in_order, in_tiers, rules,
 };
 use crate::inventory::{
     Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, Labels, selects,
 };
-use crate::model::{
-    Action, ClusterName, ClusterScope, EntityMatch, Layer, Policy, PolicySet, Port, Rule, Selection, ServiceMatch,
-};
+use crate::model::{Action, ClusterName, EntityMatch, Layer, Policy, PolicySet, Port, Rule, Selection, ServiceMatch};
 use crate::selector::{Expr, Selector, build};
 use crate::tri::Tri;
 
@@ -488,10 +486,9 @@ impl Facts for Remembered<'_, '_> {
         held.binary_search_by_key(&number, |(number, _)| *number).map_or(Tri::No, |at| held[at].1)
     }
 
-    fn named_port(&self, enforcer: &str, scope: &ClusterScope, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
-        self.ends[self.place(end)].pod.map_or(Tri::No, |pod| {
-            named_port_of(enforcer, scope, name, (pod.cluster, pod.owner, pod.endpoint), protocol, port)
-        })
+    fn named_port(&self, enforcer: &str, pods: &Selection, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
+        let pod = self.ends[self.place(end)].pod.filter(|pod| has_named_port(pod.endpoint, name, protocol, port));
+        pod.map_or(Tri::No, |pod| selects(enforcer, pods, pod.cluster, pod.owner, pod.id, pod.endpoint))
     }
 
     fn backend(&self, enforcer: &str, service: &ServiceMatch, address: IpAddr, port: Option<(u8, u16)>) -> Tri {

@@ -212,7 +212,7 @@ fn count_ends(inventory: &Inventory, query: &Query, ends: &mut Counts) {
     }
 }
 
-const CLAUSES: [&str; 29] = [
+const CLAUSES: [&str; 31] = [
     "Allow",
     "Deny",
     "Pass",
@@ -241,6 +241,8 @@ const CLAUSES: [&str; 29] = [
     "ports",
     "notPorts",
     "named port",
+    "named port beside a selector",
+    "named port without a protocol",
     "service",
 ];
 
@@ -296,7 +298,10 @@ fn count_clauses(world: &World, clauses: &mut Counts) {
                 either("ports", &|it| !it.ports.is_empty());
                 either("notPorts", &|it| !it.not_ports.is_empty());
                 let is_named = |port: &Port| matches!(port, Port::Named(_));
-                either("named port", &|it| it.ports.iter().chain(&it.not_ports).any(is_named));
+                let names = |it: &EntityMatch| it.ports.iter().chain(&it.not_ports).any(is_named);
+                either("named port", &names);
+                either("named port beside a selector", &|it| names(it) && it.selection.is_some());
+                either("named port without a protocol", &|it| names(it) && rule.protocol.is_none());
                 either("service", &|it| it.service.is_some());
             }
         }

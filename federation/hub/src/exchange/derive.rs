@@ -9,7 +9,7 @@ use hanse_k8s_api::hanse::{ClusterLabels, EXISTING_TIER, FederatedNetworkPolicy,
 use hanse_k8s_api::manifest::Object;
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::{ClusterName, ClusterScope, Phase, Policy, Port};
-use hanse_policy::selector::{Expr, Selector};
+use hanse_policy::selector::Selector;
 
 use super::model::{
     ClusterState, FederatedManifest, Federation, Grant, Interest, Lease, ManifestKind, Position, Wanted, digest_of,
@@ -271,8 +271,10 @@ pub fn interest_of(policy: &Policy) -> Interest {
             Port::Range(..) => None,
         };
         let names: BTreeSet<Arc<str>> = entity.ports.iter().chain(&entity.not_ports).filter_map(named).collect();
-        if !names.is_empty() {
-            want(&entity.named_port_scope(&policy.id), Selector::from(Expr::All), names);
+        // Beside a selection a name is looked up on the pods that it selects, which are sent with their ports.
+        if !names.is_empty() && entity.selection.is_none() {
+            let pods = entity.named_port_pods(&policy.id);
+            want(&pods.clusters, pods.selector.clone(), names);
         }
     }
     interest

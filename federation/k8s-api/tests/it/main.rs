@@ -6,6 +6,7 @@ mod cluster_network_policy;
 mod hanse;
 mod network_policy;
 mod reading;
+mod selections;
 mod stored;
 
 /// The fields that reading `text` complains of, in their order.

@@ -173,7 +173,7 @@ fn may_be_unknown(rule: &Rule, policy: &PolicyId) -> bool {
         let selections = [&entity.selection, &entity.not_selection].into_iter().flatten();
         let far = |scope: &ClusterScope| *scope != ClusterScope::Local;
         selections.into_iter().any(|it| far(&it.clusters))
-            || (named(&entity.ports) || named(&entity.not_ports)) && far(&entity.named_port_scope(policy))
+            || (named(&entity.ports) || named(&entity.not_ports)) && far(&entity.named_port_pods(policy).clusters)
     })
 }
 
@@ -243,7 +243,7 @@ fn entity_covers(
 }
 
 /// Whether whatever `a` selects, `b` does too.
-pub fn selection_within(a: &Selection, b: &Selection) -> bool {
+fn selection_within(a: &Selection, b: &Selection) -> bool {
     scope_within(&a.clusters, &b.clusters) && implies(&a.selector.expr, &b.selector.expr)
 }
 
@@ -256,12 +256,12 @@ fn scope_within(a: &ClusterScope, b: &ClusterScope) -> bool {
 }
 
 fn ports_cover((first, by): (&EntityMatch, &PolicyId), (rule, of): (&EntityMatch, &PolicyId)) -> bool {
-    let scopes = || (first.named_port_scope(by), rule.named_port_scope(of));
+    let pods = || (first.named_port_pods(by), rule.named_port_pods(of));
     let wanted = |port: &Port| match port {
         Port::Range(..) => within_ranges(port, &first.ports),
         Port::Named(_) => {
-            let (wide, narrow) = scopes();
-            first.ports.contains(port) && scope_within(&narrow, &wide)
+            let (wide, narrow) = pods();
+            first.ports.contains(port) && selection_within(narrow, wide)
         }
     };
     let excluded = |port: &Port| match port {
@@ -270,8 +270,8 @@ fn ports_cover((first, by): (&EntityMatch, &PolicyId), (rule, of): (&EntityMatch
             within_ranges(port, &rule.not_ports) || !rule.ports.is_empty() && rule.ports.iter().all(apart)
         }
         Port::Named(_) => {
-            let (wide, narrow) = scopes();
-            rule.not_ports.contains(port) && scope_within(&wide, &narrow)
+            let (wide, narrow) = pods();
+            rule.not_ports.contains(port) && selection_within(wide, narrow)
         }
     };
     (first.ports.is_empty() || !rule.ports.is_empty() && rule.ports.iter().all(wanted))

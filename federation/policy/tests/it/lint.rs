@@ -11,7 +11,7 @@ use crate::worlds::{Random, query, world};
 #[test]
 fn what_is_called_shadowed_or_impossible_never_acts() {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    for seed in 0..400 {
+    for seed in 0..600 {
         let mut random = Random(seed);
         let world = world(&mut random);
         // By policy, list and rule; without a rule, the whole list.

@@ -299,9 +299,9 @@ fn rule(random: &mut Random, index: u32, selection: &dyn Fn(&mut Random) -> Sele
         kind: random.some(2, |random| random.pick(ICMP_TYPES)),
         code: random.some(2, |random| random.below(2) as u8),
     };
-    let port = |random: &mut Random| match random.below(4) {
-        0 => Port::Named((random.pick(PORT_NAMES)).into()),
-        1 => Port::Range(0, 1024),
+    let port = |random: &mut Random| match random.below(5) {
+        0 | 1 => Port::Named((random.pick(PORT_NAMES)).into()),
+        2 => Port::Range(0, 1024),
         _ => {
             let port = random.pick(PORTS);
             Port::Range(port, port)
