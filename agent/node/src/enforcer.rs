@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use hanse_dataplane::nftables::{Config, Nftables};
 use hanse_dataplane::{Applied, Backend as _, Error, Finding, Found, Refusal};
 use hanse_ruleset::{EndpointId, Generation, LocalEndpoint, NodeConfig, RuleSet};
+use hanse_runtime::health::Writes;
 use ipnet::IpNet;
 use tokio::sync::{oneshot, watch};
 
@@ -28,6 +29,8 @@ const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_
 const BELIEVED: Duration = Duration::from_secs(600);
 /// How long the snapshot may be older than what is in force while generations follow each other closely.
 const SNAPSHOT_AGE: Duration = Duration::from_secs(1);
+/// When a file that could not be written is tried again.
+const WRITE_AGAIN: Duration = Duration::from_secs(2);
 
 struct Command {
     rules: Arc<RuleSet>,
@@ -86,6 +89,8 @@ pub struct Options {
     pub detect_uplinks: bool,
     /// Denied, as long as nothing else is known, in place of those that the member has told.
     pub pod_ranges: Vec<IpNet>,
+    /// Told which files cannot be written.
+    pub writes: Writes,
 }
 
 impl Options {
@@ -145,7 +150,11 @@ impl Enforcer {
         let (commands, receiver) = mpsc::channel();
         let (telling, proofs) = watch::channel(Arc::default());
         let prober = Prober::new(held.clone(), telling);
-        std::thread::spawn(move || serve(&mut backend, &options, &receiver, prober));
+        // A panic ends the process ([`Ended`]): its rules stay, and the next start adopts them.
+        std::thread::Builder::new()
+            .name("enforcer".to_owned())
+            .spawn(move || serve(&mut backend, &options, &receiver, prober))
+            .map_err(Error::Io)?;
         let ended = Ended(proofs.clone());
         Ok(Started { enforcer: Self { commands, proofs }, held, refused, pod_ranges: ranges, open, ended })
     }
@@ -196,6 +205,8 @@ fn serve(backend: &mut Nftables, options: &Options, commands: &mpsc::Receiver<Co
     let mut unsaved: Option<(Instant, Arc<RuleSet>)> = None;
     // What the file of the node's ranges says, by this process.
     let mut ranges = Vec::new();
+    // A file could not be written: it is tried again then.
+    let mut again_at: Option<Instant> = None;
     let mut look_at = Instant::now() + REPAIR_EVERY;
     loop {
         let idle = match commands.recv_timeout(look_at.saturating_duration_since(Instant::now())) {
@@ -205,9 +216,6 @@ fn serve(backend: &mut Nftables, options: &Options, commands: &mpsc::Receiver<Co
                 }
                 let applied = backend.apply(&rules);
                 if applied.is_ok() && is_of_member(rules.generation) {
-                    if rules.node.pod_ranges != ranges && keep_ranges(options, &rules.node.pod_ranges) {
-                        ranges.clone_from(&rules.node.pod_ranges);
-                    }
                     let since = unsaved.map_or_else(Instant::now, |(since, _)| since);
                     unsaved = Some((since, Arc::clone(&rules)));
                     prober.rules = Some(rules);
@@ -219,7 +227,7 @@ fn serve(backend: &mut Nftables, options: &Options, commands: &mpsc::Receiver<Co
             Err(mpsc::RecvTimeoutError::Timeout) => true,
             Err(mpsc::RecvTimeoutError::Disconnected) => {
                 if let Some((_, rules)) = unsaved {
-                    save(options, rules);
+                    save(options, &rules);
                 }
                 return;
             }
@@ -233,28 +241,39 @@ fn serve(backend: &mut Nftables, options: &Options, commands: &mpsc::Receiver<Co
             prober.turn(backend);
             look_at = Instant::now() + REPAIR_EVERY;
         }
-        unsaved = match unsaved {
-            // Time enough, or long enough.
-            Some((since, rules)) if idle || since.elapsed() >= SNAPSHOT_AGE => save(options, rules),
-            other => other,
-        };
+        if again_at.is_some_and(|at| Instant::now() < at) {
+            continue;
+        }
+        let mut written = true;
+        if let Some(rules) = prober.rules.as_ref().filter(|rules| rules.node.pod_ranges != ranges) {
+            written = keep_ranges(options, &rules.node.pod_ranges);
+            if written {
+                ranges.clone_from(&rules.node.pod_ranges);
+            }
+        }
+        // Time enough, or long enough.
+        if let Some((_, rules)) = unsaved.as_ref().filter(|(since, _)| idle || since.elapsed() >= SNAPSHOT_AGE) {
+            match save(options, rules) {
+                true => unsaved = None,
+                false => written = false,
+            }
+        }
+        again_at = (!written).then(|| Instant::now() + WRITE_AGAIN);
     }
 }
 
-/// Whether they could be kept; with the next rules it is tried again.
+/// Whether they could be kept.
 fn keep_ranges(options: &Options, ranges: &[IpNet]) -> bool {
     let kept = pod_ranges::write(&options.data, ranges);
-    if let Err(error) = &kept {
-        tracing::error!(%error, "the ranges of the node's pods cannot be kept: without its snapshot a start would leave them open");
-    }
+    options.writes.note("pod-ranges", &kept);
     kept.is_ok()
 }
 
-/// Writes the snapshot; what could not be written is given back.
-fn save(options: &Options, rules: Arc<RuleSet>) -> Option<(Instant, Arc<RuleSet>)> {
-    let error = snapshot::write(&options.snapshot(), &rules).err()?;
-    tracing::error!(%error, "the snapshot cannot be written: a restart would begin with an older one");
-    Some((Instant::now(), rules))
+/// Whether the snapshot could be written.
+fn save(options: &Options, rules: &RuleSet) -> bool {
+    let written = snapshot::write(&options.snapshot(), rules);
+    options.writes.note("ruleset.snapshot", &written);
+    written.is_ok()
 }
 
 /// Which pods are asked when, and what was found.

@@ -3,6 +3,7 @@
 //! A thread adds up what was decided alike, window by window, and a task tells the windows over a connection of its own.
 //! Neither is waited for: not by the kernel, and not by who enforces. What cannot be told is lost, and counted.
 
+use std::borrow::BorrowMut;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::IpAddr;
@@ -14,6 +15,7 @@ use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
 use hanse_runtime::agent_wire::MAX_FLOWS;
 use hanse_runtime::retry::Backoff;
+use hanse_runtime::shutdown::Shutdown;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -169,10 +171,22 @@ pub type Heard = Result<wire::Flows, String>;
 
 /// Gives the windows of `flows` as they are complete, from a thread that ends when nobody takes them any more. When the kernel
 /// ceases to tell, it listens to the rules of `table` again.
-pub fn collect(flows: Flows, table: String) -> mpsc::Receiver<Heard> {
+///
+/// # Errors
+/// When there can be no more threads.
+pub fn collect(flows: Flows, table: String, shutdown: &Shutdown) -> io::Result<mpsc::Receiver<Heard>> {
     let (sender, windows) = mpsc::channel(QUEUE);
-    std::thread::spawn(move || follow(flows, || Flows::open(&table), std::thread::sleep, &sender));
-    windows
+    let mut flows = Some(flows);
+    let listen = move || {
+        let again = || open_patiently(|| Flows::open(&table), std::thread::sleep);
+        match flows.take().map_or_else(again, Ok) {
+            Ok(flows) => follow(flows, || Flows::open(&table), std::thread::sleep, &sender),
+            // Who takes windows keeps saying so.
+            Err(error) => drop(sender.blocking_send(Err(format!("not told: the kernel does not tell them: {error}")))),
+        }
+    };
+    shutdown.supervise_thread("decisions of the kernel", listen)?;
+    Ok(windows)
 }
 
 fn follow<K: Kernel>(
@@ -218,9 +232,9 @@ fn read(
         let end = Instant::now() + WINDOW;
         while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
             let lost = kernel.wait(left, |decided| window.add(decided))?;
-            window.lost += lost;
+            window.lost = window.lost.saturating_add(lost);
         }
-        window.lost += kernel.left_out()?;
+        window.lost = window.lost.saturating_add(kernel.left_out()?);
         *window = hand_over(std::mem::take(window), windows);
         backoff.reset();
     }
@@ -239,7 +253,7 @@ fn hand_over(window: Window, windows: &mpsc::Sender<Heard>) -> Window {
 
 /// How many decisions a message stands for.
 fn decisions(flows: &wire::Flows) -> u64 {
-    flows.lost + flows.flows.iter().map(|flow| flow.count).sum::<u64>()
+    flows.flows.iter().map(|flow| flow.count).fold(flows.lost, u64::saturating_add)
 }
 
 /// What is still to be told.
@@ -262,7 +276,7 @@ impl Waiting {
             }
         };
         self.ended = None;
-        self.lost += std::mem::take(&mut window.lost);
+        self.lost = self.lost.saturating_add(std::mem::take(&mut window.lost));
         if self.windows.len() >= MAX_WAITING {
             self.give_up();
         }
@@ -271,7 +285,8 @@ impl Waiting {
 
     /// The oldest is lost.
     fn give_up(&mut self) {
-        self.lost += self.windows.pop_front().map_or(0, |(_, window)| decisions(&window));
+        let lost = self.windows.pop_front().map_or(0, |(_, window)| decisions(&window));
+        self.lost = self.lost.saturating_add(lost);
     }
 
     fn give_up_old(&mut self) {
@@ -320,19 +335,19 @@ trait Link {
 /// Tells one of `members` what comes, until `stop`, and people by `state` how it is with that. A window whose answer got lost
 /// is told again.
 pub async fn tell(
-    windows: mpsc::Receiver<Heard>,
+    mut windows: impl BorrowMut<mpsc::Receiver<Heard>>,
     state: watch::Sender<String>,
     identity: NodeIdentity,
     members: Vec<String>,
     stop: CancellationToken,
 ) {
     let link = NodeLink { renewed: identity.credentials.subscribe(), identity, open: None };
-    tell_over(link, windows, state, members, stop).await;
+    tell_over(link, windows.borrow_mut(), state, members, stop).await;
 }
 
 async fn tell_over(
     mut link: impl Link,
-    mut windows: mpsc::Receiver<Heard>,
+    windows: &mut mpsc::Receiver<Heard>,
     state: watch::Sender<String>,
     members: Vec<String>,
     stop: CancellationToken,
@@ -658,13 +673,14 @@ mod tests {
     impl Teller {
         /// With members `a`, `b` and so on.
         fn new(members: usize, answers: impl IntoIterator<Item = TellError>) -> Self {
-            let (windows, receiver) = mpsc::channel(QUEUE);
+            let (windows, mut receiver) = mpsc::channel(QUEUE);
             let (sender, state) = watch::channel(String::new());
             let (call, calls) = mpsc::unbounded_channel();
             let (answers, stop) = (answers.into_iter().map(Err).collect(), CancellationToken::new());
             let link = Answers { answers, calls: call, began: tokio::time::Instant::now(), open: false };
             let members = ["a", "b", "c"][..members].iter().map(|it| (*it).to_owned()).collect();
-            tokio::spawn(tell_over(link, receiver, sender, members, stop.clone()));
+            let until = stop.clone();
+            tokio::spawn(async move { tell_over(link, &mut receiver, sender, members, until).await });
             Self { windows, state, calls, _stop: stop.drop_guard() }
         }
 

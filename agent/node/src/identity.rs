@@ -19,10 +19,14 @@ use hanse_runtime::retry::Backoff;
 use hanse_runtime::tls::{CredentialStore, PinnedRoot, TlsClient, Trust};
 use hanse_runtime::token::Token;
 use hanse_runtime::{Identity, agent_wire, files};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::pod_ranges;
+
+/// How long a member may take to accept a connection.
+const REACH_TIME: Duration = Duration::from_secs(5);
 
 /// Where a node enrols, and with what.
 #[derive(Debug, Clone)]
@@ -70,11 +74,13 @@ impl NodeIdentity {
         }))
     }
 
-    /// Enrols for the first time; tries until it succeeds or is refused.
+    /// Enrols for the first time; tries until it succeeds or is refused. The token is not presented before one of `members` can be
+    /// reached: what is wrong with their addresses is to show while the token is unused.
     pub async fn enrol(
         data: &Path,
         node: &str,
         enrolment: &Enrolment,
+        members: &[String],
         stop: &CancellationToken,
     ) -> anyhow::Result<Self> {
         let address = enrolment.address.as_ref();
@@ -84,7 +90,11 @@ impl NodeIdentity {
         let token = read_token(token_file)?;
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
         loop {
-            match present(data, node, address, &token).await {
+            let presented = match reach(members).await {
+                Ok(()) => present(data, node, address, &token).await,
+                Err(error) => Err(error.into()),
+            };
+            match presented {
                 Ok(_) => return Self::read(data, node)?.context("the files are gone"),
                 Err(refused @ AskError::Refused(_)) => return Err(refused.into()),
                 Err(AskError::Failed(error)) => {
@@ -174,7 +184,9 @@ impl NodeIdentity {
         let key = Key::generate()?;
         let connection = self.client()?.connect(member).await?;
         let request = wire::RenewRequest { request: key.request()?.into() };
-        let answer = AgentsClient::new(connection.channel).renew(request).await?.into_inner();
+        let answer = AgentsClient::new(connection.channel).renew(request).await;
+        let answer =
+            answer.map_err(|status| anyhow::anyhow!("renew: {}", connection.peer.explain(&status)))?.into_inner();
         self.take(key, &answer)
     }
 
@@ -240,6 +252,19 @@ impl AskError {
     }
 }
 
+/// Whether one of the members can be reached.
+async fn reach(members: &[String]) -> anyhow::Result<()> {
+    let mut failed = Vec::new();
+    for member in members {
+        match tokio::time::timeout(REACH_TIME, TcpStream::connect(member.as_str())).await {
+            Ok(Ok(_)) => return Ok(()),
+            Ok(Err(error)) => failed.push(format!("{member}: {error}")),
+            Err(_) => failed.push(format!("{member}: no answer within {} s", REACH_TIME.as_secs())),
+        }
+    }
+    bail!("no --member can be reached, so the node token is not used yet: {}", failed.join("; "))
+}
+
 fn read_token(path: &Path) -> anyhow::Result<Token> {
     let text = files::read_secret(path).with_context(|| format!("read {}", path.display()))?;
     let token = std::str::from_utf8(&text).ok().and_then(Token::parse);
@@ -297,4 +322,51 @@ fn check_node(certificate: &Certificate, node: &str) -> anyhow::Result<()> {
 pub fn is_refusal(status: &tonic::Status) -> bool {
     use tonic::Code::{FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unauthenticated};
     [FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unauthenticated].contains(&status.code())
+}
+
+#[cfg(test)]
+mod tests {
+    use hanse_runtime::TrustDomain;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_token_is_not_presented_before_a_member_can_be_reached() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let enrolling = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        // A port that was free a moment ago.
+        let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a port");
+        let domain = TrustDomain::new("hanse.test").expect("a domain");
+        let token = Token::generate("c", domain, Fingerprint([0; 32])).expect("a token").to_text();
+        let token_file = folder.path().join("token");
+        files::write_secret(&token_file, token.as_bytes()).expect("written");
+        let enrolment = Enrolment {
+            address: Some(enrolling.local_addr().expect("bound").to_string()),
+            token_file: Some(token_file),
+        };
+        let stop = CancellationToken::new();
+        let (data, members) = (folder.path().join("data"), [closed.to_string()]);
+        let told = reach(&members).await.expect_err("nobody listens").to_string();
+        assert!(told.contains("--member") && told.contains(&members[0]) && told.contains("not used"), "{told}");
+        let enrol = NodeIdentity::enrol(&data, "n", &enrolment, &members, &stop);
+        tokio::pin!(enrol);
+        let mut tries = tokio::time::interval(Duration::from_millis(20));
+        // It goes on trying, and comes to where it would present the token as soon as the member listens.
+        for _ in 0..20 {
+            tokio::select! {
+                _ = &mut enrol => panic!("it tries until it succeeds"),
+                _ = enrolling.accept() => panic!("the token is presented"),
+                _ = tries.tick() => {}
+            }
+        }
+        let _member = TcpListener::bind(closed).await.expect("still free");
+        let presented = async {
+            tokio::select! {
+                _ = &mut enrol => panic!("it tries until it succeeds"),
+                accepted = enrolling.accept() => accepted.is_ok(),
+            }
+        };
+        assert!(tokio::time::timeout(Duration::from_secs(60), presented).await.expect("in time"));
+    }
 }

@@ -7,6 +7,7 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -19,11 +20,12 @@ use hanse_agent::status::{self, Status};
 use hanse_agent::sync::Follower;
 use hanse_dataplane::Backend as _;
 use hanse_dataplane::nftables::{Config, Nftables};
-use hanse_runtime::health::Health;
+use hanse_runtime::health::{Health, Writes};
+use hanse_runtime::metrics::Metrics;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::monitor::{Page, serve};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::{files, logging, text, tls};
+use hanse_runtime::{files, logging, text, tls, token};
 use ipnet::IpNet;
 use tokio::sync::watch;
 
@@ -84,6 +86,9 @@ struct RunArgs {
     /// Health and readiness over HTTP.
     #[arg(long)]
     health_listen: Option<SocketAddr>,
+    /// Prometheus metrics over HTTP, on a loopback address.
+    #[arg(long)]
+    metrics_listen: Option<SocketAddr>,
 }
 
 #[derive(Debug, Args)]
@@ -196,6 +201,9 @@ fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
     for refused in &status.refused {
         text::line(format_args!("refused      {refused}"))?;
     }
+    for problem in &status.problems {
+        text::line(format_args!("problem      {problem}"))?;
+    }
     Ok(())
 }
 
@@ -212,38 +220,60 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     dataplane.flows = listening.is_ok();
     let (flows_state, flows_told) =
         watch::channel(listening.as_ref().err().cloned().unwrap_or_else(|| "not told yet".to_owned()));
+    let (shutdown, health) = (Shutdown::default(), Health::default());
+    let (stop, writes) = (shutdown.token(), Writes::new(&health));
     let options = Options {
         data: args.data.clone(),
         detect_uplinks,
         dataplane,
         pod_ranges: args.pod_range.iter().map(IpNet::trunc).collect(),
+        writes: writes.clone(),
     };
     // Before anybody is asked: the node is closed, or as it was.
     let Started { enforcer, held, refused, pod_ranges, open, ended } =
         Enforcer::start(options).context("bring the kernel to what is known (this needs root)")?;
-    let shutdown = Shutdown::default();
-    let stop = shutdown.token();
-    let health = Health::default();
     let in_sync = health.condition("in sync with the member");
+    shutdown.tell(&health);
     if let Some(address) = args.health_listen {
-        serve(address, Page::Health(health), stop.clone()).await?;
+        serve(address, Page::Health(health), &shutdown).await?;
+    }
+    if let Some(address) = args.metrics_listen {
+        serve(address, Page::Metrics(Metrics::default(), None), &shutdown).await?;
     }
     let (status, told) = watch::channel(Status::default());
     let (node, data) = (args.node, args.data);
     // Kept, so that the thread outlives whoever follows the member.
     let _thread = enforcer.clone();
-    let mut follower =
-        Follower { node: node.clone(), enforcer, held, refused, pod_ranges, open, connected: false, in_sync, status };
+    let mut follower = Follower {
+        node: node.clone(),
+        enforcer,
+        held,
+        refused,
+        pod_ranges,
+        open,
+        connected: false,
+        // A number that no other process has.
+        instance: token::random().map_err(anyhow::Error::msg)?,
+        writes: writes.clone(),
+        in_sync,
+        status,
+    };
     follower.tell();
-    let windows = listening.ok().map(|flows| flows::collect(flows, table));
-    tokio::spawn(status::keep(data.clone(), told, flows_told));
+    let windows = listening.ok().map(|flows| flows::collect(flows, table, &shutdown));
+    let windows = windows.transpose().context("start the thread that listens to the kernel's decisions")?;
+    let tasks = shutdown.clone();
+    let keeping = (data.clone(), told, flows_told, writes.clone());
+    shutdown.supervise("status file", move || {
+        let (data, told, flows_told, writes) = keeping.clone();
+        status::keep(data, told, flows_told, writes)
+    });
     let (member, enrolment) = (args.member, Enrolment { address: args.enrol, token_file: args.token_file });
-    let task = shutdown.spawn(async move {
+    let task = shutdown.spawn("following of the member", async move {
         // Without an identity there is nothing to follow; the kernel keeps what it has.
         let identity = match NodeIdentity::read(&data, &node)? {
             Some(identity) => identity,
             None => {
-                let identity = NodeIdentity::enrol(&data, &node, &enrolment, &stop).await?;
+                let identity = NodeIdentity::enrol(&data, &node, &enrolment, &member, &stop).await?;
                 let ranges = pod_ranges::read(&data);
                 match (open, ranges.is_empty()) {
                     (true, false) => follower.close(ranges).await?,
@@ -253,21 +283,33 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
                 identity
             }
         };
-        let fresh = tokio::spawn(identity.clone().keep_fresh(member.clone(), enrolment, stop.clone()));
+        let renewing = (identity.clone(), member.clone(), enrolment, stop.clone());
+        tasks.supervise("certificate renewal", move || {
+            let (identity, members, enrolment, stop) = renewing.clone();
+            identity.keep_fresh(members, enrolment, stop)
+        });
         if let Some(windows) = windows {
-            tokio::spawn(flows::tell(windows, flows_state, identity.clone(), member.clone(), stop.clone()));
+            let windows = Arc::new(tokio::sync::Mutex::new(windows));
+            let telling = (windows, flows_state, identity.clone(), member.clone(), stop.clone());
+            tasks.supervise("flows", move || {
+                let (windows, state, identity, members, stop) = telling.clone();
+                async move { flows::tell(&mut *windows.lock().await, state, identity, members, stop).await }
+            });
         }
         follower.run(identity, member, stop).await;
-        let _ = fresh.await;
         anyhow::Ok(())
     });
     let failed = tokio::select! {
         // What went wrong before what it led to.
         biased;
-        followed = task => followed.context("follow the member")?.err(),
+        // What is in force stays, and what starts the agent again begins with it.
+        followed = task => match followed.context("follow the member")? {
+            Ok(followed) => followed.err(),
+            Err(panicked) => Some(panicked.into()),
+        },
         () = ended.wait() => Some(anyhow!("the enforcing thread has ended: its rules stay, and nobody repairs them")),
         signalled = shutdown.wait_for_signal() => { signalled.context("wait for a signal")?; None }
     };
     shutdown.drain(DRAIN).await;
-    failed.map_or(Ok(()), Err)
+    failed.map_or_else(|| shutdown.outcome(), Err)
 }

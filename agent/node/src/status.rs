@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use hanse_runtime::files::{hold, is_held, write_atomic};
+use hanse_runtime::health::Writes;
 use hanse_runtime::moment::{from_seconds, seconds};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -46,6 +47,9 @@ pub struct Status {
     #[serde(default)]
     pub open: bool,
     pub connected: bool,
+    /// What else is wrong with the agent, such as files that cannot be written.
+    #[serde(default)]
+    pub problems: Vec<String>,
     /// Whether the member is told what the kernel decides of connections, and why not.
     #[serde(default)]
     pub flows: String,
@@ -61,12 +65,9 @@ pub struct Unenforced {
 }
 
 impl Status {
-    /// A file that cannot be written is logged: it is for people only.
-    fn write(&self, data: &Path) {
+    fn write(&self, data: &Path, writes: &Writes) {
         let text = serde_json::to_vec_pretty(self).unwrap_or_default();
-        if let Err(error) = write_atomic(&data.join("status.json"), &text, 0o600) {
-            tracing::warn!(%error, "the status file cannot be written");
-        }
+        writes.note("status.json", &write_atomic(&data.join("status.json"), &text, 0o600));
     }
 
     /// The ranges of the node's pods, or what it means that none are known.
@@ -99,10 +100,15 @@ impl Status {
 }
 
 /// Writes what is told, with how it is with flows, at each change and as a heartbeat. Returns when nobody is left to tell.
-pub async fn keep(data: PathBuf, mut told: watch::Receiver<Status>, mut flows: watch::Receiver<String>) {
+pub async fn keep(
+    data: PathBuf,
+    mut told: watch::Receiver<Status>,
+    mut flows: watch::Receiver<String>,
+    writes: Writes,
+) {
     loop {
         let (told_last, flows_last) = (told.borrow_and_update().clone(), flows.borrow_and_update().clone());
-        Status { flows: flows_last, written_at: seconds(SystemTime::now()), ..told_last }.write(&data);
+        Status { flows: flows_last, written_at: seconds(SystemTime::now()), ..told_last }.write(&data, &writes);
         tokio::select! {
             changed = told.changed() => if changed.is_err() { return },
             Ok(()) = flows.changed() => {}
@@ -149,7 +155,8 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let (tell, told) = watch::channel(Status { node: "n".into(), ..Status::default() });
         let (flows, flows_told) = watch::channel("off".to_owned());
-        let keeping = tokio::spawn(keep(folder.path().to_owned(), told, flows_told));
+        let writes = Writes::new(&hanse_runtime::health::Health::default());
+        let keeping = tokio::spawn(keep(folder.path().to_owned(), told, flows_told, writes));
         for beat in 0..3 {
             let path = folder.path().join("status.json");
             // The paused clock goes on as soon as everything waits.

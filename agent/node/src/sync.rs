@@ -9,7 +9,7 @@ use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
 use hanse_ruleset::{Delta, EndpointId, Generation, RuleSet};
 use hanse_runtime::agent_wire::{self, Assembled, Assembler};
-use hanse_runtime::health::Condition;
+use hanse_runtime::health::{Condition, Writes};
 use hanse_runtime::retry::Backoff;
 use ipnet::IpNet;
 use tokio::sync::{mpsc, watch};
@@ -44,6 +44,10 @@ pub struct Follower {
     pub open: bool,
     /// The stream is open, and the member has said over it what must be in force.
     pub connected: bool,
+    /// Tells this process apart from another with the same key.
+    pub instance: [u8; 16],
+    /// Which files cannot be written.
+    pub writes: Writes,
     /// Holds as long as `connected`. Of a member who falls silent, keep-alives tell within 20 seconds.
     pub in_sync: Condition,
     pub status: watch::Sender<Status>,
@@ -98,6 +102,7 @@ impl Follower {
         let mut assembler = Assembler::default();
         let mut proofs = self.enforcer.proofs();
         proofs.mark_unchanged();
+        let mut written = self.writes.changes();
         // Whether the member has heard what is in force, and so can be told more of it.
         let mut told = false;
         loop {
@@ -107,6 +112,13 @@ impl Follower {
                     self.tell();
                     if told {
                         outbox.send(self.ack(String::new())).await.context("tell what the probe found")?;
+                    }
+                    continue;
+                }
+                Ok(()) = written.changed() => {
+                    self.tell();
+                    if told {
+                        outbox.send(self.ack(String::new())).await.context("report which files cannot be written")?;
                     }
                     continue;
                 }
@@ -146,6 +158,7 @@ impl Follower {
         identity.check_time()?;
         let shown = identity.credentials.current().certificate.public;
         let connection = identity.client()?.connect(member).await?;
+        let peer = connection.peer;
         let mut client = AgentsClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
         outbox.send(self.hello()).await.context("say hello")?;
@@ -155,7 +168,7 @@ impl Follower {
                 identity.tell_refused(shown);
                 bail!("the member refuses this node: {}", status.message())
             }
-            Err(status) => Err(status).context("open the stream"),
+            Err(status) => bail!("open the stream: {}", peer.explain(&status)),
         }
     }
 
@@ -167,6 +180,7 @@ impl Follower {
             generation: Some(agent_wire::generation(held.generation)),
             digest: agent_wire::digest(held.digest()),
             features: Vec::new(),
+            instance: self.instance.to_vec().into(),
         };
         wire::AgentToMember { message: Some(wire::agent_to_member::Message::Hello(hello)) }
     }
@@ -257,6 +271,7 @@ impl Follower {
             failed,
             unenforced: pods.map(pod).collect(),
             probe: proofs.hooks.clone(),
+            problems: self.writes.problems(),
         };
         wire::AgentToMember { message: Some(wire::agent_to_member::Message::Ack(ack)) }
     }
@@ -291,6 +306,7 @@ impl Follower {
             pod_ranges: self.held.as_ref().map_or(&self.pod_ranges, |held| &held.node.pod_ranges).clone(),
             open: self.held.as_ref().map_or(self.open, |held| held.node.pod_ranges.is_empty()),
             connected: self.connected,
+            problems: self.writes.problems(),
             // Who writes it knows.
             flows: String::new(),
             written_at: 0,
@@ -319,6 +335,8 @@ mod tests {
             pod_ranges: Vec::new(),
             open: false,
             connected: false,
+            instance: [7; 16],
+            writes: Writes::new(&Health::default()),
             in_sync: Health::default().condition("in sync"),
             status: watch::Sender::new(Status::default()),
         }
@@ -345,6 +363,22 @@ mod tests {
         let status = follower.status.borrow().clone();
         assert!(status.connected && follower.in_sync.holds());
         assert_eq!((status.number, status.refused), (10, vec!["policy a/b: too wide".to_owned()]));
+    }
+
+    #[test]
+    fn files_that_cannot_be_written_are_reported_until_they_can() {
+        let follower = follower();
+        let said = |follower: &Follower| {
+            follower.tell();
+            let problems = follower.status.borrow().problems.clone();
+            assert_eq!(ack(follower.ack(String::new())).problems, problems);
+            problems
+        };
+        assert!(said(&follower).is_empty());
+        follower.writes.note("ruleset.snapshot", &Err(std::io::ErrorKind::StorageFull.into()));
+        assert_eq!(said(&follower), ["ruleset.snapshot cannot be written: no storage space"]);
+        follower.writes.note("ruleset.snapshot", &Ok(()));
+        assert!(said(&follower).is_empty());
     }
 
     #[test]

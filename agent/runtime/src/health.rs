@@ -1,7 +1,11 @@
 //! Readiness as a set of named conditions, each owned by one component.
 
+use std::collections::BTreeMap;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::watch;
 
 /// All conditions of a process. It is ready when every one holds.
 #[derive(Debug, Clone, Default)]
@@ -38,5 +42,86 @@ impl Condition {
 
     pub fn holds(&self) -> bool {
         self.holds.load(Ordering::Acquire)
+    }
+}
+
+/// Which of its files a process cannot write, such as on a full disk. It goes on, but a start would begin with something older: it is
+/// not ready, and whoever watches it is to learn why. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Writes {
+    failing: watch::Sender<BTreeMap<&'static str, String>>,
+    written: Condition,
+}
+
+impl Writes {
+    pub fn new(health: &Health) -> Self {
+        let written = health.condition("files written");
+        written.set(true);
+        Self { failing: watch::Sender::default(), written }
+    }
+
+    /// A file was written, or could not be. Logs what is news.
+    pub fn note(&self, file: &'static str, result: &io::Result<()>) {
+        self.failing.send_if_modified(|failing| {
+            let is_news = match result {
+                Ok(()) => {
+                    let failed = failing.remove(file).is_some();
+                    if failed {
+                        tracing::info!(file, "written again");
+                    }
+                    failed
+                }
+                Err(error) => {
+                    let text = error.to_string();
+                    let is_news = failing.get(file) != Some(&text);
+                    if is_news {
+                        tracing::error!(file, %error, "cannot be written: a start would begin with an older one");
+                        failing.insert(file, text);
+                    }
+                    is_news
+                }
+            };
+            self.written.set(failing.is_empty());
+            is_news
+        });
+    }
+
+    /// What cannot be written, in words.
+    pub fn problems(&self) -> Vec<String> {
+        let in_words = |(file, error): (&&str, &String)| format!("{file} cannot be written: {error}");
+        self.failing.borrow().iter().map(in_words).collect()
+    }
+
+    /// Changes with [`Self::problems`].
+    pub fn changes(&self) -> watch::Receiver<BTreeMap<&'static str, String>> {
+        self.failing.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_written_is_not_ready_until_it_is_written_again() {
+        let health = Health::default();
+        let writes = Writes::new(&health);
+        let full = || Err(io::Error::from(io::ErrorKind::StorageFull));
+        let mut changes = writes.changes();
+        assert!(health.waiting_for().is_empty() && writes.problems().is_empty());
+        writes.note("snapshot", &Ok(()));
+        assert!(!changes.has_changed().unwrap(), "no news");
+        writes.note("snapshot", &full());
+        writes.note("ranges", &full());
+        changes.mark_unchanged();
+        writes.note("ranges", &full());
+        assert!(!changes.has_changed().unwrap(), "the same again is no news");
+        assert_eq!(health.waiting_for(), ["files written"]);
+        let problems = ["ranges cannot be written: no storage space", "snapshot cannot be written: no storage space"];
+        assert_eq!(writes.problems(), problems);
+        writes.note("snapshot", &Ok(()));
+        assert!(changes.has_changed().unwrap() && !health.waiting_for().is_empty());
+        writes.note("ranges", &Ok(()));
+        assert!(health.waiting_for().is_empty() && writes.problems().is_empty());
     }
 }

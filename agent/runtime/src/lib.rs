@@ -19,6 +19,7 @@ pub mod moment;
 pub mod monitor;
 pub mod retry;
 pub mod shutdown;
+pub mod supervisor;
 pub mod text;
 pub mod tls;
 pub mod token;

@@ -38,8 +38,9 @@ impl std::fmt::Display for Format {
 }
 
 /// Starts logging. `HANSE_LOG` filters (syntax of `tracing_subscriber::EnvFilter`), and is `info` when absent.
-/// A second call changes nothing.
+/// Panics are logged too. A second call changes nothing.
 pub fn init(format: Format) {
+    crate::supervisor::observe_panics();
     let filter = EnvFilter::try_from_env("HANSE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogWriter);
     // An error means that a subscriber is already in place, which tests may have set.

@@ -12,7 +12,9 @@ pub struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
-        Self { registry: Arc::new(Mutex::new(Registry::with_prefix("hanse"))) }
+        let mut registry = Registry::with_prefix("hanse");
+        crate::supervisor::register(&mut registry);
+        Self { registry: Arc::new(Mutex::new(registry)) }
     }
 }
 

@@ -21,6 +21,7 @@ use zeroize::Zeroizing;
 
 use crate::health::Health;
 use crate::metrics::Metrics;
+use crate::shutdown::Shutdown;
 
 /// Connections served at once; more wait in the kernel's backlog. 64 × about 20 KiB of buffers is 1.3 MiB.
 const MAX_CONNECTIONS: usize = 64;
@@ -45,44 +46,50 @@ pub enum MonitorError {
     Listen(SocketAddr, #[source] std::io::Error),
 }
 
-/// Binds `address` and serves `page` until `stop`. Returns the bound address.
+/// Binds `address` and serves `page` until the shutdown. Returns the bound address.
 ///
 /// # Errors
 /// When the address cannot be bound, or metrics without a token would leave the machine.
-pub async fn serve(address: SocketAddr, page: Page, stop: CancellationToken) -> Result<SocketAddr, MonitorError> {
+pub async fn serve(address: SocketAddr, page: Page, shutdown: &Shutdown) -> Result<SocketAddr, MonitorError> {
     if matches!(page, Page::Metrics(_, None)) && !address.ip().is_loopback() {
         return Err(MonitorError::NotLoopback(address));
     }
     let listener = TcpListener::bind(address).await.map_err(|e| MonitorError::Listen(address, e))?;
     let bound = listener.local_addr().map_err(|e| MonitorError::Listen(address, e))?;
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    tokio::spawn(async move {
-        loop {
-            let Ok(place) = places.clone().acquire_owned().await else { return };
-            let accepted = tokio::select! {
-                () = stop.cancelled() => return,
-                accepted = listener.accept() => accepted,
-            };
-            let Ok((stream, _)) = accepted else {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            };
-            let page = page.clone();
-            tokio::spawn(async move {
-                let service = service_fn(move |request| {
-                    let response = answer(&page, &request);
-                    async move { Ok::<_, Infallible>(response) }
-                });
-                let connection = hyper::server::conn::http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .max_buf_size(16 * 1024)
-                    .serve_connection(TokioIo::new(stream), service);
-                let _ = tokio::time::timeout(CONNECTION_LIFETIME, connection).await;
-                drop(place);
-            });
-        }
+    let serving = (Arc::new(listener), page, shutdown.token());
+    shutdown.supervise("health and metrics", move || {
+        let (listener, page, stop) = serving.clone();
+        accept(listener, page, stop)
     });
     Ok(bound)
+}
+
+async fn accept(listener: Arc<TcpListener>, page: Page, stop: CancellationToken) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let Ok((stream, _)) = accepted else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        let page = page.clone();
+        tokio::spawn(async move {
+            let service = service_fn(move |request| {
+                let response = answer(&page, &request);
+                async move { Ok::<_, Infallible>(response) }
+            });
+            let connection = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .max_buf_size(16 * 1024)
+                .serve_connection(TokioIo::new(stream), service);
+            let _ = tokio::time::timeout(CONNECTION_LIFETIME, connection).await;
+            drop(place);
+        });
+    }
 }
 
 fn answer<B>(page: &Page, request: &Request<B>) -> Response<Full<Bytes>> {

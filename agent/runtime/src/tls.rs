@@ -11,6 +11,7 @@
 
 mod client;
 mod connection;
+mod refusals;
 mod server;
 mod verify;
 

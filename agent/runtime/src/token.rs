@@ -24,6 +24,16 @@ pub struct Token {
     secret: Zeroizing<[u8; 32]>,
 }
 
+/// Random bytes.
+///
+/// # Errors
+/// When the random generator fails.
+pub fn random<const N: usize>() -> Result<[u8; N], String> {
+    let mut bytes = [0; N];
+    aws_lc_rs::rand::fill(&mut bytes).map_err(|_| "the random generator failed".to_owned())?;
+    Ok(bytes)
+}
+
 impl std::fmt::Debug for Token {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Token").field("cluster", &self.cluster).field("id", &self.id).finish_non_exhaustive()
@@ -36,9 +46,7 @@ impl Token {
     /// # Errors
     /// When the random generator fails.
     pub fn generate(cluster: &str, trust_domain: TrustDomain, root: Fingerprint) -> Result<Self, String> {
-        let (mut id, mut secret) = ([0; 8], Zeroizing::new([0; 32]));
-        let filled = aws_lc_rs::rand::fill(&mut id).and_then(|()| aws_lc_rs::rand::fill(&mut *secret));
-        filled.map_err(|_| "the random generator failed".to_owned())?;
+        let (id, secret) = (random::<8>()?, Zeroizing::new(random()?));
         let id = id.iter().map(|b| format!("{b:02x}")).collect();
         Ok(Self { cluster: cluster.to_owned(), trust_domain, root, id, secret })
     }

@@ -239,3 +239,55 @@ fn a_certificate_that_has_ended_is_renewed_late_or_by_a_token() {
         world.becomes(true, true);
     });
 }
+
+/// A file system of its own, so small that it is soon full.
+fn small_disk(at: &Path, size: &str) {
+    use nix::mount::{MsFlags, mount};
+    std::fs::create_dir_all(at).expect("a folder");
+    let options = format!("size={size},mode=0700");
+    mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options.as_str())).expect("mounted");
+}
+
+/// Until nothing more fits in.
+fn fill(disk: &Path) -> PathBuf {
+    use std::io::Write as _;
+    let path = disk.join("filler");
+    let mut file = std::fs::File::create(&path).expect("one more file");
+    while file.write_all(&[7; 4_096]).is_ok() {}
+    path
+}
+
+#[test]
+fn full_disks_of_member_and_agent_show_in_status_until_there_is_room() {
+    sandbox::test("nodes::full_disks_of_member_and_agent_show_in_status_until_there_is_room", || {
+        let world = World::new();
+        let fabric = Fabric::build(std::slice::from_ref(&world.cluster)).expect("the network");
+        let disks = [world.data(), world.scratch.path().join("member-train")];
+        disks.iter().for_each(|disk| small_disk(disk, "2m"));
+        let system = world.join(&fabric, None);
+        let problems = || {
+            let status = system.hanse(&["status", "-o", "json"]).unwrap_or_default();
+            let status: Value = serde_json::from_str(&status).unwrap_or_default();
+            status["clusters"][0]["problems"].to_string()
+        };
+        let fillers: Vec<PathBuf> = disks.iter().map(|disk| fill(disk)).collect();
+        // What comes now is enforced, and cannot be kept.
+        let policies = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/federation");
+        system.hanse(&["apply", "-f", &policies.to_string_lossy()]).expect("applied");
+        let full = |file: &str| format!("{file} cannot be written: No space left on device");
+        let wanted = [full("ruleset.snapshot"), full("receiver.snapshot")];
+        let shown = || wanted.iter().all(|problem| problems().contains(problem));
+        assert!(probe::until(PATIENCE, shown).is_some(), "{}\n{}", problems(), system.logs());
+        system.hanse(&["wait", "--for=enforced", "--timeout", "20", "default-deny"]).expect("enforced all the same");
+        assert!(world.status()["digest"].is_string(), "{}", world.log());
+        assert_eq!(world.said("ruleset.snapshot\" error=No space"), 1, "it is logged once:\n{}", world.log());
+
+        for filler in fillers {
+            std::fs::remove_file(filler).expect("removed");
+        }
+        let is_over = || !problems().contains("cannot be written");
+        assert!(probe::until(PATIENCE, is_over).is_some(), "{}\n{}", problems(), system.logs());
+        world.says("written again", 0);
+        assert_eq!(world.status()["problems"], serde_json::json!([]));
+    });
+}

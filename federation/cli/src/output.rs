@@ -153,7 +153,7 @@ pub fn left(seconds: u64) -> String {
     if seconds == 0 {
         return "-".to_owned();
     }
-    let at = UNIX_EPOCH + Duration::from_secs(seconds);
+    let Some(at) = UNIX_EPOCH.checked_add(Duration::from_secs(seconds)) else { return "-".to_owned() };
     match at.duration_since(SystemTime::now()) {
         Ok(left) => format!("{} left", length(left)),
         Err(error) => format!("ended {} ago", length(error.duration())),

@@ -120,7 +120,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             Hub::start(options, &shutdown).await?;
             shutdown.wait_for_signal().await.context("wait for a signal")?;
             shutdown.drain(Hub::DRAIN).await;
-            Ok(())
+            shutdown.outcome()
         }
     }
 }

@@ -87,7 +87,7 @@ impl HubMetrics {
             gauge(&self.clusters.get_or_create(&Cluster { state }), count);
         }
         gauge(&self.publishing, realisations.values().filter(|it| it.connected).count() as u64);
-        gauge(&self.endpoints, realisations.values().map(|it| it.endpoints).sum());
-        gauge(&self.refused, realisations.values().map(|it| it.refused).sum());
+        gauge(&self.endpoints, realisations.values().map(|it| it.endpoints).fold(0, u64::saturating_add));
+        gauge(&self.refused, realisations.values().map(|it| it.refused).fold(0, u64::saturating_add));
     }
 }

@@ -18,6 +18,7 @@ use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hanse_runtime::Identity;
+use hanse_runtime::supervisor::caught;
 use hanse_runtime::tls::peer_identity;
 use pb::answer::Answer as Reply;
 use pb::explanation::Explanation as Explained;
@@ -330,7 +331,9 @@ impl Questions {
         };
         let ended = tokio::select! {
             () = self.stop.cancelled() => Ok(()),
-            ended = take() => ended,
+            ended = caught("answers of a member", take()) => {
+                ended.unwrap_or_else(|panicked| Err(Status::internal(panicked.to_string())))
+            }
         };
         if let Err(status) = ended {
             tracing::info!(%cluster, error = status.message(), "attending ended");

@@ -16,6 +16,7 @@ use bytes::Bytes;
 use hanse_runtime::Identity;
 use hanse_runtime::keys::Certificate;
 use hanse_runtime::retry::Backoff;
+use hanse_runtime::shutdown::Shutdown;
 use hanse_store::{Compare, Key, LeaseId, Outcome, Prefix, Revision, Store, StoreError, Transaction};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -138,7 +139,12 @@ impl Registry {
     ///
     /// # Errors
     /// When the store fails, or holds a record that this version cannot read.
-    pub async fn open(store: Arc<dyn Store>, lease_time: Duration, clock: Clock) -> Result<Self, ChangeError> {
+    pub async fn open(
+        store: Arc<dyn Store>,
+        lease_time: Duration,
+        clock: Clock,
+        shutdown: &Shutdown,
+    ) -> Result<Self, ChangeError> {
         let epoch = read_or_make_epoch(&*store).await?;
         let everything = Prefix::new::<&str>(&[]).map_err(|e| ChangeError::Invalid(e.to_string()))?;
         let listing = store.list(&everything).await?;
@@ -151,7 +157,12 @@ impl Registry {
         let leases = Mutex::new(leases.collect());
         let view = watch::Sender::new(Arc::new(snapshot));
         let stop = CancellationToken::new();
-        tokio::spawn(follow(store.clone(), view.clone(), stop.clone()));
+        let following = (store.clone(), view.clone(), stop.clone());
+        // It ends with the last handle: what is answered while the hub stops needs the view.
+        tokio::spawn(shutdown.supervised("view of the store", move || {
+            let (store, view, stop) = following.clone();
+            follow(store, view, stop)
+        }));
         Ok(Self {
             shared: Arc::new(Shared {
                 store,

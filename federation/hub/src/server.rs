@@ -22,7 +22,7 @@ use hanse_runtime::tls::{
     Connections, CredentialStore, IncomingLimits, PresentedAuthority, ServerTls, Trust, http2_server, incoming,
 };
 use hanse_runtime::{Identity, TrustDomain};
-use hanse_store::{Store, open_file};
+use hanse_store::{Prefix, Store, StoreError, create_file, open_file};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -47,10 +47,13 @@ const MAX_JOIN_BYTES: usize = 64 << 10;
 const JOIN_LIMITS: IncomingLimits = IncomingLimits {
     connections: 512,
     per_identity: None,
-    per_address: Some(64),
+    // A join is one call of less than a second.
+    per_address: Some(16),
+    per_network: Some(64),
     handshakes: 64,
     per_second: Some(10.0),
     lifetime: Some(Duration::from_secs(30)),
+    stalls_after: Duration::from_secs(5),
 };
 /// How long streams may take to end when the hub stops.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -101,6 +104,7 @@ pub struct Hub {
     pub registry: Registry,
     pub authority: Authority,
     pub connections: Connections,
+    pub metrics: Metrics,
 }
 
 /// What a user's context file holds. Paths are relative to the file. Shared with the command `hanse`, which reads it as YAML.
@@ -147,9 +151,11 @@ pub async fn init(data: &Path, trust_domain: &TrustDomain, listen: SocketAddr) -
     files::write_secret(&unfinished, b"").with_context(|| format!("write {}", unfinished.display()))?;
     let now = SystemTime::now();
     let authority = Authority::create(data, trust_domain, now).context("make the root")?;
-    let store = open_file(&data.join("hub.redb")).context("make the store")?;
+    let store = create_file(&data.join("hub.redb")).context("make the store")?;
     let lease = Duration::from_secs(30);
-    let registry = Registry::open(Arc::new(store), lease, Clock::default()).await.context("fill the store")?;
+    let registry = Registry::open(Arc::new(store), lease, Clock::default(), &Shutdown::default())
+        .await
+        .context("fill the store")?;
     registry.bind(authority.root()).await.context("fill the store")?;
     let key = Key::generate()?;
     let roles = vec![Role::Administrator];
@@ -211,7 +217,23 @@ impl Hub {
             }
         }
         let path = options.data.join("hub.redb");
-        let store = open_file(&path).with_context(|| format!("open the store {}", path.display()))?;
+        let restore = || format!("restore all files of {data} from one backup, and start it once with --restored");
+        let store = match open_file(&path) {
+            Ok(store) => store,
+            // Elsewhere is nothing wrong with the file.
+            Err(error @ (StoreError::Open(_) | StoreError::File(_) | StoreError::Format(_))) => {
+                return Err(error).with_context(|| format!("open the store {}", path.display()));
+            }
+            Err(error) => anyhow::bail!("open the store {}: {error}: {}", path.display(), restore()),
+        };
+        // `init` makes an administrator, and one is always left.
+        if store.list(&Prefix::new(&["user"])?).await?.entries.is_empty() {
+            anyhow::bail!(
+                "open the store {}: it is not a store that `hanse-hub init` has filled: {}",
+                path.display(),
+                restore()
+            );
+        }
         Self::start_with(options, Arc::new(store), shutdown).await
     }
 
@@ -223,21 +245,24 @@ impl Hub {
         let stop = shutdown.token();
         let (health, metrics) = (Health::default(), Metrics::default());
         let (serving, writing) = (health.condition("serving"), health.condition("store"));
+        shutdown.tell(&health);
         if let Some(address) = options.health_listen {
-            monitor::serve(address, Page::Health(health.clone()), stop.clone()).await?;
+            monitor::serve(address, Page::Health(health.clone()), shutdown).await?;
         }
         if let Some(address) = options.metrics_listen {
-            monitor::serve(address, Page::Metrics(metrics.clone(), None), stop.clone()).await?;
+            monitor::serve(address, Page::Metrics(metrics.clone(), None), shutdown).await?;
         }
 
         let authority = Authority::read(&options.data, options.lifetimes).context("read the root")?;
         if options.restored {
             begin_epoch(&*store).await.context("begin a new epoch")?;
         }
-        let registry = Registry::open(store, options.lease, options.clock).await.context("read the registry")?;
+        let registry =
+            Registry::open(store, options.lease, options.clock, shutdown).await.context("read the registry")?;
         registry.bind(authority.root()).await.context("read the registry")?;
         let credentials = CredentialStore::new(authority.hub_credentials().context("issue the hub's certificate")?)?;
-        shutdown.spawn(authority.clone().keep_fresh(credentials.clone(), stop.clone()));
+        let (renewing, renewed, until) = (authority.clone(), credentials.clone(), stop.clone());
+        shutdown.supervise("certificate renewal", move || renewing.clone().keep_fresh(renewed.clone(), until.clone()));
 
         // Only leaves of the root's own; members and users only; only those that the registry knows, and at each handshake anew.
         let accept = |identity: &Identity| matches!(identity, Identity::Cluster(_) | Identity::User(_));
@@ -246,16 +271,24 @@ impl Hub {
             Trust::new(authority.root(), accept)?.with_revocation(move |certificate| !admits.admits(certificate));
         let connections = Connections::default();
         writing.set(true);
-        let metrics = HubMetrics::new(&metrics);
+        let counted = HubMetrics::new(&metrics);
 
         let exchange = Service::new(registry.clone(), stop.clone());
-        shutdown.spawn(exchange.clone().follow_registry());
+        let following = exchange.clone();
+        shutdown.supervise("distribution of the registry", move || following.clone().follow_registry());
         let realisations: Arc<dyn Realisations> = Arc::new(exchange.clone());
-        shutdown.spawn(close_refused(registry.clone(), connections.clone(), metrics.clone(), stop.clone()));
-        let observing = observe(registry.clone(), Arc::clone(&realisations), writing, metrics.clone(), stop.clone());
-        shutdown.spawn(observing);
+        let closing = (registry.clone(), connections.clone(), counted.clone(), stop.clone());
+        shutdown.supervise("closing of revoked connections", move || {
+            let (registry, connections, metrics, stop) = closing.clone();
+            close_refused(registry, connections, metrics, stop)
+        });
+        let observing = (registry.clone(), Arc::clone(&realisations), writing, counted.clone(), stop.clone());
+        shutdown.supervise("metrics", move || {
+            let (registry, realisations, writing, metrics, stop) = observing.clone();
+            observe(registry, realisations, writing, metrics, stop)
+        });
         let questions = Questions::new(registry.clone(), stop.clone());
-        let registration = Registration::new(registry.clone(), authority.clone(), metrics.clone());
+        let registration = Registration::new(registry.clone(), authority.clone(), counted);
         let administration =
             Administration::new(registry.clone(), authority.clone(), connections.clone(), realisations);
         let routes = Routes::builder()
@@ -277,33 +310,27 @@ impl Hub {
 
         let server =
             http2_server().add_routes(routes).serve_with_incoming_shutdown(main, stop.clone().cancelled_owned());
-        shutdown.spawn(ends("main", server));
+        shutdown.essential("listener for members and users", server);
         let registration = RegistrationServer::new(registration).max_decoding_message_size(MAX_JOIN_BYTES);
         let server = http2_server()
             .timeout(Duration::from_secs(20))
             .add_service(registration)
             .serve_with_incoming_shutdown(joining, stop.clone().cancelled_owned());
-        shutdown.spawn(ends("join", server));
+        shutdown.essential("listener for joins", server);
         // Long streams do not end by themselves: they get a moment, then their connections are closed.
         let closing = connections.clone();
-        shutdown.spawn(async move {
+        shutdown.spawn("closing of connections", async move {
             stop.cancelled().await;
             tokio::time::sleep(DRAIN / 2).await;
             closing.close_where(|_| true);
         });
         serving.set(true);
         info!(%address, %join_address, trust_domain = %authority.trust_domain(), "hub serves");
-        Ok(Self { address, join_address, registry, authority, connections })
+        Ok(Self { address, join_address, registry, authority, connections, metrics })
     }
 
     /// How long [`Shutdown::drain`] should wait for a hub.
     pub const DRAIN: Duration = DRAIN;
-}
-
-async fn ends(listener: &'static str, server: impl Future<Output = Result<(), tonic::transport::Error>>) {
-    if let Err(error) = server.await {
-        error!(%error, listener, "listener failed");
-    }
 }
 
 /// Follows the registry: a revocation closes connections at once, on every replica and whoever asked for it.

@@ -5,6 +5,7 @@
 //! keeps up is sent the compiler's own step; differences are looked for only towards who does not.
 //! Who an agent is comes from its certificate, which the cluster's own authority issued.
 
+mod conflict;
 mod enrol;
 mod nodes;
 mod service;
@@ -21,6 +22,7 @@ use hanse_proto::federation::v1::UnenforcedPod;
 use hanse_ruleset::{Digest, Generation};
 use hanse_runtime::Identity;
 use hanse_runtime::ca::CaError;
+use hanse_runtime::health::Writes;
 use hanse_runtime::keys::{Fingerprint, KeyError};
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::tls::{
@@ -37,6 +39,8 @@ pub use enrol::{
 };
 pub use nodes::NodeRecord;
 use nodes::Nodes;
+
+use conflict::{Instance, Instances};
 
 use crate::flows::Inbox;
 use crate::registration::MemberIdentity;
@@ -80,10 +84,15 @@ pub struct NodeStatus {
     pub probe: String,
     /// Pods that are not enforced, and why.
     pub unenforced: Vec<UnenforcedPod>,
+    /// What else is wrong with the agent.
+    pub problems: Vec<String>,
     /// When the last ack came.
     pub heard: Option<Instant>,
     /// The agent's version; empty where it did not send it.
     pub version: String,
+    /// From where the node's key is used, where that are two places: who is served, and who is refused. What was acknowledged does
+    /// not count then.
+    pub rivals: Option<(SocketAddr, SocketAddr)>,
 }
 
 /// Hands rule sets to agents. Clones share everything.
@@ -101,6 +110,7 @@ struct Shared {
     /// Which key speaks for each.
     kept: Arc<Nodes>,
     known: watch::Sender<Known>,
+    writes: Option<Writes>,
     /// Counts changes of any node's status.
     changed: watch::Sender<u64>,
 }
@@ -136,8 +146,9 @@ struct Node {
     status: NodeStatus,
     /// Number of the stream that speaks for the node; an older one is told to end.
     stream: u64,
-    /// The key that its certificate is for.
+    /// The key that its certificate is for, and who has used it.
     key: Option<Fingerprint>,
+    instances: Instances,
     replaced: CancellationToken,
 }
 
@@ -157,6 +168,7 @@ impl Node {
             status: NodeStatus::default(),
             stream: 0,
             key: None,
+            instances: Instances::default(),
             replaced: CancellationToken::new(),
         }
     }
@@ -173,15 +185,31 @@ impl Fanout {
         let last = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
         // Where the file was lost, the clock keeps the term growing.
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let term = last.max(now) + 1;
+        let term = last.max(now).saturating_add(1);
         hanse_runtime::files::write_atomic(&path, format!("{term}\n").as_bytes(), 0o600)
             .map_err(|error| FanoutError::Term(path, error))?;
         let kept = Arc::new(Nodes::new(data));
         kept.reload().map_err(|error| FanoutError::Nodes(data.to_owned(), error))?;
         let known = Known { nodes: Arc::new(kept.read_known().unwrap_or_default()), read: false };
         let known = watch::Sender::new(known);
-        let shared = Shared { term, lifetime, nodes: Mutex::default(), kept, known, changed: watch::Sender::new(0) };
+        let shared = Shared {
+            term,
+            lifetime,
+            nodes: Mutex::default(),
+            kept,
+            known,
+            writes: None,
+            changed: watch::Sender::new(0),
+        };
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Tells `writes` which files cannot be written.
+    pub fn with_writes(mut self, writes: Writes) -> Self {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.writes = Some(writes);
+        }
+        self
     }
 
     /// Opens both listeners; returns their addresses. What agents tell of flows goes into `flows`.
@@ -220,6 +248,8 @@ impl Fanout {
         let limits = IncomingLimits {
             connections: 256,
             per_address: Some(64),
+            per_network: Some(128),
+            stalls_after: Duration::from_secs(5),
             per_second: Some(ENROLMENTS_PER_SECOND),
             lifetime: Some(Duration::from_secs(30)),
             ..IncomingLimits::default()
@@ -228,21 +258,24 @@ impl Fanout {
         let addresses = (agents.address(), enrolment.address());
         let service = service::Service { fanout: self.clone(), identity: identity.clone(), flows, stop: stop.clone() };
         let server = AgentsServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let until = stop.clone();
-        shutdown.spawn(http2_server().add_service(server).serve_with_incoming_shutdown(agents, async move {
-            until.cancelled().await;
-        }));
+        let until = stop.clone().cancelled_owned();
+        let server = http2_server().add_service(server).serve_with_incoming_shutdown(agents, until);
+        shutdown.essential("listener for agents", server);
         let service = enrol::Service { fanout: self.clone(), identity: identity.clone() };
         let enrol = EnrolmentServer::new(service).max_decoding_message_size(16 * 1024);
-        let until = stop.clone();
-        shutdown.spawn(http2_server().add_service(enrol).serve_with_incoming_shutdown(enrolment, async move {
-            until.cancelled().await;
-        }));
+        let until = stop.clone().cancelled_owned();
+        let server = http2_server().add_service(enrol).serve_with_incoming_shutdown(enrolment, until);
+        shutdown.essential("listener for enrolment", server);
         let (fanout, until) = (self.clone(), stop.clone());
-        shutdown.spawn(async move { fanout.follow_revocations(until).await });
-        let identity = identity.clone();
-        let lifetime = self.shared.lifetime;
-        shutdown.spawn(async move { renew(identity, cluster, lifetime, credentials, stop).await });
+        shutdown.supervise("revocation of nodes", move || {
+            let (fanout, until) = (fanout.clone(), until.clone());
+            async move { fanout.follow_revocations(until).await }
+        });
+        let renewing = (identity.clone(), cluster, self.shared.lifetime, credentials, stop);
+        shutdown.supervise("renewal of the certificate for agents", move || {
+            let (identity, cluster, lifetime, credentials, stop) = renewing.clone();
+            renew(identity, cluster, lifetime, credentials, stop)
+        });
         Ok(addresses)
     }
 
@@ -250,8 +283,9 @@ impl Fanout {
     pub fn know(&self, nodes: impl Iterator<Item = (Arc<str>, Vec<IpNet>)>) {
         let known = Known { nodes: Arc::new(nodes.collect()), read: true };
         if *self.shared.known.borrow() != known {
-            if let Err(error) = self.shared.kept.write_known(&known.nodes) {
-                tracing::warn!(%error, "which nodes the source knows cannot be kept");
+            let written = self.shared.kept.write_known(&known.nodes);
+            if let Some(writes) = &self.shared.writes {
+                writes.note("known-nodes.json", &written);
             }
             self.shared.known.send_replace(known);
         }
@@ -297,7 +331,9 @@ impl Fanout {
 
     /// What is known of every node that is, or ought to be, enforced.
     pub fn realisation(&self) -> BTreeMap<Arc<str>, NodeStatus> {
-        self.nodes().iter().map(|(name, node)| (Arc::clone(name), node.status.clone())).collect()
+        let now = tokio::time::Instant::now();
+        let status = |node: &Node| NodeStatus { rivals: node.instances.rivals(now), ..node.status.clone() };
+        self.nodes().iter().map(|(name, node)| (Arc::clone(name), status(node))).collect()
     }
 
     /// Changes whenever the status of a node does.
@@ -317,7 +353,7 @@ impl Fanout {
     }
 
     /// A stream begins to speak for a node.
-    async fn attach(&self, name: &Arc<str>, key: Fingerprint) -> Result<Attached, Status> {
+    async fn attach(&self, name: &Arc<str>, key: Fingerprint, instance: Instance) -> Result<Attached, Status> {
         let kept = &self.shared.kept;
         if kept.awaits(name, &key) {
             let node = Arc::clone(name);
@@ -332,6 +368,16 @@ impl Fanout {
             return Err(service::not_registered(name));
         }
         let node = nodes.entry(Arc::clone(name)).or_insert_with(Node::new);
+        if node.key != Some(key) {
+            node.instances = Instances::default();
+        }
+        let is_open = node.status.connected;
+        if !node.instances.take(instance, is_open, name, tokio::time::Instant::now()) {
+            let refusal = node.instances.refusal(name);
+            drop(nodes);
+            self.shared.changed.send_modify(|count| *count += 1);
+            return Err(Status::aborted(refusal));
+        }
         node.replaced.cancel();
         node.replaced = CancellationToken::new();
         node.stream += 1;
@@ -357,6 +403,11 @@ impl Fanout {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+            let now = tokio::time::Instant::now();
+            // Each, not until the first.
+            if self.nodes().values_mut().fold(false, |settled, node| node.instances.settle(now) || settled) {
+                self.shared.changed.send_modify(|count| *count += 1);
             }
             let kept = Arc::clone(&self.shared.kept);
             match tokio::task::spawn_blocking(move || kept.reload()).await.map_err(Into::into).flatten() {
@@ -465,13 +516,18 @@ mod tests {
 
         /// Whoever holds `credentials` opens a stream.
         async fn open(&self, credentials: Credentials) -> anyhow::Result<Agent> {
+            self.open_as(credentials, 0).await
+        }
+
+        /// As the process of this number.
+        async fn open_as(&self, credentials: Credentials, instance: u8) -> anyhow::Result<Agent> {
             let authority = self.identity.authority();
             let trust = Trust::new(authority.certificate(), |identity| matches!(identity, Identity::Cluster(_)))?;
             let client = TlsClient::mutual(CredentialStore::new(credentials)?, &trust)?;
             let connection = client.connect(&self.address).await?;
             let (outbox, sending) = mpsc::channel(4);
             let digest = agent_wire::digest(RuleSet::default().digest());
-            let hello = wire::Hello { digest, ..wire::Hello::default() };
+            let hello = wire::Hello { digest, instance: vec![instance; 16].into(), ..wire::Hello::default() };
             outbox.send(message(wire::agent_to_member::Message::Hello(hello))).await?;
             let stream = AgentsClient::new(connection.channel).sync(ReceiverStream::new(sending)).await?.into_inner();
             Ok(Agent { outbox, stream, held: RuleSet::default() })
@@ -562,11 +618,16 @@ mod tests {
         }
         let held = kept.lock().expect("free");
         let fanout = world.fanout.clone();
-        let renewed = tokio::spawn(async move { fanout.attach(&"a".into(), key("second")).await });
+        let renewed =
+            tokio::spawn(async move { fanout.attach(&"a".into(), key("second"), Instance::of_test(1)).await });
         // It has begun, on the only thread.
         tokio::task::yield_now().await;
         world.publish(&["a", "b"], 1);
-        let first = world.fanout.attach(&"b".into(), key("first")).await.expect("nothing is changed by it");
+        let first = world
+            .fanout
+            .attach(&"b".into(), key("first"), Instance::of_test(1))
+            .await
+            .expect("nothing is changed by it");
         assert!(first.target.borrow().is_some() && !renewed.is_finished());
         drop(held);
         assert!(renewed.await.expect("no panic").is_ok());
@@ -592,6 +653,43 @@ mod tests {
         };
         assert_eq!(tokio::join!(known("new"), read).0, Some(Some(vec![range])));
         assert_eq!(known("none").await, Some(None), "the source knows nothing of it");
+    }
+
+    #[tokio::test]
+    async fn of_two_processes_with_one_key_one_is_served_and_both_are_named() {
+        let world = World::new().await;
+        world.publish(&["a"], 1);
+        let node = Identity::node("c", "a").expect("a name");
+        let key = world.identity.authority().issue_credentials(&node, HOUR, SystemTime::now()).expect("issued");
+        let rivals = || world.fanout.realisation()["a"].rivals;
+        let mut changes = world.fanout.changes();
+        let mut real = world.open_as(key.clone(), 1).await.expect("served");
+        real.receive().await.expect("sent");
+        // It may have started again; the earlier stream ends.
+        let mut copy = world.open_as(key.clone(), 2).await.expect("served");
+        copy.receive().await.expect("sent");
+        assert!(real.receive().await.is_err() && rivals().is_none());
+        // It has not.
+        let mut real = world.open_as(key.clone(), 1).await.expect("served");
+        real.receive().await.expect("sent");
+        assert!(copy.receive().await.is_err());
+        for _ in 0..5 {
+            changes.mark_unchanged();
+            let refused = world.open_as(key.clone(), 2).await.err().expect("refused");
+            let told = format!("{refused:#}");
+            assert!(told.contains("the key of node a is in use from 127.0.0.1:"), "{told}");
+            assert!(changes.has_changed().expect("it lives"), "what is reported");
+        }
+        let (served, refused) = rivals().expect("both are named");
+        assert!(served != refused && served.ip() == refused.ip());
+        // Its stream goes on.
+        real.ack().await;
+        world.publish(&["a"], 2);
+        assert_eq!(real.receive().await.expect("sent"), "10.0.2.0/24");
+        // Another key speaks for the node now: of that one nobody has a copy.
+        let key = world.identity.authority().issue_credentials(&node, HOUR, SystemTime::now()).expect("issued");
+        world.open_as(key, 3).await.expect("served").receive().await.expect("sent");
+        assert_eq!(rivals(), None);
     }
 
     #[tokio::test]

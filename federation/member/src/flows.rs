@@ -21,6 +21,7 @@ use hanse_policy::explain::{AnswerLine, Explainer, has_ports, protocol_name};
 use hanse_proto::agent::v1 as wire;
 use hanse_runtime::agent_wire::MAX_FLOWS;
 use hanse_runtime::files::private_folder;
+use hanse_runtime::health::Writes;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::tls::RateLimit;
 use serde::{Deserialize, Serialize};
@@ -179,10 +180,11 @@ impl std::fmt::Display for Party {
 
 /// Judges and writes what comes, until `stop`.
 pub async fn keep(
-    mut told: mpsc::Receiver<FromNode>,
+    told: &mut mpsc::Receiver<FromNode>,
     answering: Answering,
     data: PathBuf,
     metrics: FlowMetrics,
+    writes: Writes,
     stop: CancellationToken,
 ) {
     let mut file = FlowFile::new(&data);
@@ -200,7 +202,7 @@ pub async fn keep(
             let written = known.map(|known| judge_into(&mut file, &known, &batch)).unwrap_or_default();
             (file, written)
         };
-        let written = match tokio::task::spawn_blocking(work).await {
+        let mut written = match tokio::task::spawn_blocking(work).await {
             Ok((again, written)) => {
                 file = again;
                 written
@@ -211,8 +213,10 @@ pub async fn keep(
                 Written::default()
             }
         };
-        if let Some(error) = &written.failed {
-            tracing::error!(%error, path = %file.path().display(), "flows cannot be written, and are lost");
+        let failed = written.failed.take();
+        // Of an empty batch nothing is known.
+        if failed.is_some() || written.records > 0 {
+            writes.note("flows", &failed.map_or(Ok(()), Err));
         }
         metrics.count(written.records, all.saturating_sub(written.decisions));
         let wait = JUDGE_EVERY.max(began.elapsed() * REST);

@@ -284,7 +284,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
                 signalled = shutdown.wait_for_signal() => signalled.context("wait for a signal")?,
             }
             shutdown.drain(DRAIN).await;
-            Ok(())
+            shutdown.outcome()
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use hanse_policy::model::{ClusterScope, Layer};
 use hanse_policy::selector::{Expr, Selector};
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::files;
-use hanse_runtime::health::{Condition, Health};
+use hanse_runtime::health::{Condition, Health, Writes};
 use hanse_runtime::metrics::Metrics as Registry;
 use hanse_runtime::monitor::{self, Page};
 use hanse_runtime::shutdown::Shutdown;
@@ -71,16 +71,19 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let (health, registry) = (Health::default(), Registry::default());
     let (joined, sourced) = (health.condition("joined"), health.condition("source read"));
     let heard = health.condition("hub heard");
+    shutdown.tell(&health);
+    let writes = Writes::new(&health);
     if let Some(address) = options.health_listen {
-        monitor::serve(address, Page::Health(health.clone()), stop.clone()).await?;
+        monitor::serve(address, Page::Health(health.clone()), &shutdown).await?;
     }
     if let Some(address) = options.metrics_listen {
-        monitor::serve(address, Page::Metrics(registry.clone(), None), stop.clone()).await?;
+        monitor::serve(address, Page::Metrics(registry.clone(), None), &shutdown).await?;
     }
     let identity = match MemberIdentity::read(&options.data, &options.cluster)? {
         Some(identity) => identity,
         None => {
             let token = options.token_file.as_ref().context("the cluster has not joined: --token-file is needed")?;
+            check_before_joining(&options).context("the token is not used yet")?;
             let join = &options.join;
             MemberIdentity::join(&options.data, &options.cluster, token, join, options.federated_allow_final, &stop)
                 .await?
@@ -89,9 +92,14 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     joined.set(true);
     let resolver = Resolver::restore(&options.data, options.hubs.iter().chain(&options.join));
     let identity = identity.with_resolver(resolver.clone());
-    shutdown.spawn(resolver.clone().keep_fresh(stop.clone()));
-    shutdown.spawn(identity.clone().keep_fresh(options.hubs.clone(), options.join.clone(), stop.clone()));
-    let fanout = Fanout::new(&options.data, options.node_lifetime)?;
+    let (resolving, until) = (resolver.clone(), stop.clone());
+    shutdown.supervise("resolution of names", move || resolving.clone().keep_fresh(until.clone()));
+    let renewing = (identity.clone(), options.hubs.clone(), options.join.clone(), stop.clone());
+    shutdown.supervise("certificate renewal", move || {
+        let (identity, hubs, join, stop) = renewing.clone();
+        identity.keep_fresh(hubs, join, stop)
+    });
+    let fanout = Fanout::new(&options.data, options.node_lifetime)?.with_writes(writes.clone());
     let (flows, told) = Inbox::new();
     let (agents, enrolment) =
         fanout.serve(&identity, options.agent_listen, options.enrol_listen, flows, &shutdown).await?;
@@ -102,11 +110,13 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         agents: Some(agents),
         enrolment: Some(enrolment),
     };
-    let client = Client::restore(&options.data);
+    let client = Client::restore(&options.data, writes.clone());
 
     let (news, mut local_news) = mpsc::channel::<News>(1);
-    let mut source = Directory::new(options.source.clone(), &options.data);
-    std::thread::spawn(move || {
+    let (directory, data, kept) = (options.source.clone(), options.data.clone(), writes.clone());
+    // Started again, it begins with the last good state of each file.
+    let reading = move || {
+        let mut source = Directory::new(directory.clone(), &data, kept.clone());
         while !news.is_closed() {
             let began = Instant::now();
             if let Some(it) = source.look()
@@ -117,7 +127,8 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
             // Of many files a look takes long, and is not to take a whole processor.
             std::thread::sleep((began.elapsed() * 4).clamp(LOOK_EVERY, LOOK_AT_LEAST_EVERY));
         }
-    });
+    };
+    shutdown.supervise_thread("source", reading).context("start the thread that reads the source")?;
     // Until the source was read nothing is known of this cluster, and nothing is published or enforced anew.
     let local = tokio::select! {
         () = stop.cancelled() => return Ok(()),
@@ -132,6 +143,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         client: client.clone(),
         heard,
         metrics: Metrics::new(&registry),
+        writes: writes.clone(),
     };
     // What was received before this start counts from the first compile on.
     if let Some(updates) = client.take_updates() {
@@ -140,8 +152,14 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     member.take_local(local);
     client.start(&identity, &options.hubs, &shutdown);
     answering.start(&identity, &options.hubs, &shutdown);
-    shutdown.spawn(flows::keep(told, answering, options.data.clone(), FlowMetrics::new(&registry), stop.clone()));
+    let told = Arc::new(tokio::sync::Mutex::new(told));
+    let keeping = (told, answering, options.data.clone(), FlowMetrics::new(&registry), writes.clone(), stop.clone());
+    shutdown.supervise("flow records", move || {
+        let (told, answering, data, metrics, writes, stop) = keeping.clone();
+        async move { flows::keep(&mut *told.lock().await, answering, data, metrics, writes, stop).await }
+    });
     let (mut received, mut acknowledged, mut resolved) = (client.changes(), fanout.changes(), resolver.changes());
+    let mut written = writes.changes();
     let mut report = tokio::time::interval(REPORT_EVERY);
     report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut addresses = tokio::time::interval(LOOK_AT_ADDRESSES_EVERY);
@@ -171,6 +189,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
                 member.world.set_ends(ends(&resolver));
                 member.changed();
             }
+            Ok(()) = written.changed() => reported = false,
             _ = addresses.tick() => if member.world.look_at_addresses() {
                 member.changed();
             },
@@ -181,6 +200,24 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
             }
         }
     }
+}
+
+/// What a member that has joined could not run without: what is wrong is to show while the token is unused.
+fn check_before_joining(options: &Options) -> anyhow::Result<()> {
+    let source = options.source.display();
+    options.source.read_dir().with_context(|| format!("read the directory {source} (--source)"))?;
+    for (listen, flag) in [(options.agent_listen, "--agent-listen"), (options.enrol_listen, "--enrol-listen")] {
+        TcpListener::bind(listen).with_context(|| format!("listen on {listen} ({flag})"))?;
+    }
+    anyhow::ensure!(
+        options.agent_listen != options.enrol_listen || options.agent_listen.port() == 0,
+        "--agent-listen and --enrol-listen are both {}: name two",
+        options.agent_listen
+    );
+    // As much as what joining is to leave there.
+    let (path, data) = (options.data.join("written"), options.data.display());
+    files::write_secret(&path, &[0; 16 << 10]).with_context(|| format!("write files in {data} (--data)"))?;
+    std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
 }
 
 /// Makes the folder of the member's files where it is absent, and keeps other members from using it until the file is
@@ -202,6 +239,7 @@ struct Member {
     /// The hub was heard, by this process or by an earlier one.
     heard: Condition,
     metrics: Metrics,
+    writes: Writes,
 }
 
 impl Member {
@@ -239,7 +277,7 @@ impl Member {
         let nodes = self.fanout.realisation();
         let policies = self.client.with_receiver(|it| (it.refused().len(), it.waiting().0.len()));
         self.metrics.tell(&self.world, nodes.values(), policies);
-        self.client.report(report::realisation(&self.world, &nodes, &self.client));
+        self.client.report(report::realisation(&self.world, &nodes, &self.client, &self.writes.problems()));
     }
 }
 

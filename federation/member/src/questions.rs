@@ -120,7 +120,10 @@ impl Answering {
     pub fn start(&self, identity: &MemberIdentity, hubs: &[String], shutdown: &Shutdown) {
         for hub in hubs {
             let (this, identity, hub, stop) = (self.clone(), identity.clone(), hub.clone(), shutdown.token());
-            shutdown.spawn(async move { this.attend_for_ever(&identity, &hub, &stop).await });
+            shutdown.supervise("answers to the hub", move || {
+                let (this, identity, hub, stop) = (this.clone(), identity.clone(), hub.clone(), stop.clone());
+                async move { this.attend_for_ever(&identity, &hub, &stop).await }
+            });
         }
     }
 

@@ -16,7 +16,7 @@ use hanse_runtime::ca::{Ca, CaError};
 use hanse_runtime::files;
 use hanse_runtime::keys::{Certificate, Credentials, Key, KeyError};
 use hanse_runtime::retry::Backoff;
-use hanse_runtime::tls::{ClientError, Connection, CredentialStore, PinnedRoot, TlsClient, Trust};
+use hanse_runtime::tls::{ClientError, Connection, CredentialStore, Peer, PinnedRoot, TlsClient, Trust};
 use hanse_runtime::token::Token;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -270,7 +270,7 @@ impl MemberIdentity {
         let request =
             wire::RenewRequest { request: key.request()?.into(), intermediate_request: intermediate_request.into() };
         let connection = self.connect(address).await?;
-        let answer = call(RenewalClient::new(connection.channel).renew(request)).await?;
+        let answer = call(&connection.peer, RenewalClient::new(connection.channel).renew(request)).await?;
         let issued = answer.issued.ok_or(RegistrationError::Unfit("nothing"))?;
         let credentials = fitting(&key, &issued.certificate, &self.cluster, false)?;
         credentials.write_file(&self.data.join("member.pem"))?;
@@ -299,7 +299,7 @@ impl MemberIdentity {
             let request = wire::RenewLateRequest { request: key.request()?.into() };
             let connection = self.resolver.connect(&client, address).await;
             let connection = connection.map_err(RegistrationError::Unreachable)?;
-            match call(RegistrationClient::new(connection.channel).renew_late(request)).await {
+            match call(&connection.peer, RegistrationClient::new(connection.channel).renew_late(request)).await {
                 Ok(answer) => {
                     let credentials = fitting(&key, &answer.certificate, &self.cluster, false)?;
                     credentials.write_file(&self.data.join("member.pem"))?;
@@ -319,11 +319,12 @@ async fn ask(
     request: wire::JoinRequest,
 ) -> Result<wire::join_response::State, RegistrationError> {
     let connection = client.connect(address).await.map_err(RegistrationError::Unreachable)?;
-    let answer = call(RegistrationClient::new(connection.channel).join(request)).await?;
+    let answer = call(&connection.peer, RegistrationClient::new(connection.channel).join(request)).await?;
     answer.state.ok_or(RegistrationError::Unfit("nothing"))
 }
 
 async fn call<T>(
+    hub: &Peer,
     answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T, RegistrationError> {
     let late = |_| RegistrationError::Failed("it took too long".to_owned());
@@ -331,7 +332,7 @@ async fn call<T>(
         Ok(answer) => Ok(answer.into_inner()),
         Err(status) => {
             use tonic::Code::{FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unauthenticated};
-            let text = status.message().to_owned();
+            let text = hub.explain(&status);
             let refused = [FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unauthenticated];
             match refused.contains(&status.code()) {
                 true => Err(RegistrationError::Refused(text)),

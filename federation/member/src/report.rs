@@ -32,16 +32,23 @@ const MAX_AWAITED: usize = 10;
 const MAX_DETAILS: Room = Room { bytes: 1 << 20, count: 32_768 };
 
 /// How far this cluster's nodes are.
-pub fn realisation(world: &World, nodes: &BTreeMap<Arc<str>, NodeStatus>, client: &Client) -> pb::Realisation {
+/// `own` is what is wrong with the member itself.
+pub fn realisation(
+    world: &World,
+    told_of: &BTreeMap<Arc<str>, NodeStatus>,
+    client: &Client,
+    own: &[String],
+) -> pb::Realisation {
     let nothing = NodeStatus::default();
     let mut nodes: Vec<pb::NodePosition> = world
         .nodes()
         .iter()
-        .map(|(name, held)| position(name, nodes.get(name).unwrap_or(&nothing), &held.rules))
+        .map(|(name, held)| position(name, told_of.get(name).unwrap_or(&nothing), &held.rules))
         .collect();
     let current = |node: &&pb::NodePosition| {
         let at = (node.hub_revision, node.local_revision);
-        node.connected && at == (world.hub_revision(), world.local_revision())
+        let is_one = told_of.get(node.node.as_str()).is_none_or(|status| status.rivals.is_none());
+        node.connected && is_one && at == (world.hub_revision(), world.local_revision())
     };
     let agents_current = nodes.iter().filter(current).count();
     client.with_receiver(|receiver| {
@@ -71,7 +78,7 @@ pub fn realisation(world: &World, nodes: &BTreeMap<Arc<str>, NodeStatus>, client
             nodes,
             policies,
             origins: origins.collect(),
-            problems: world.problems().iter().take(MAX_PROBLEMS).map(in_words).collect(),
+            problems: own.iter().cloned().chain(world.problems().iter().map(in_words)).take(MAX_PROBLEMS).collect(),
             local_revision: world.local_revision(),
         }
     })
@@ -101,6 +108,9 @@ fn fit(nodes: &mut [pb::NodePosition], policies: &mut Vec<pb::PolicyState>, room
     let mut of_nodes = room;
     for node in nodes.iter_mut() {
         let bytes = node.errors.iter().map(Message::encoded_len).sum::<usize>();
+        if !of_nodes.take(node.problems.iter().map(String::len).sum(), node.problems.len()) {
+            node.problems.clear();
+        }
         if !of_nodes.take(bytes, node.errors.len()) {
             let count = node.errors.len();
             node.errors = vec![everything(format!("{count} objects have errors, more than is told of all nodes"))];
@@ -132,6 +142,13 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
     let mut errors: BTreeMap<String, String> = BTreeMap::new();
     if status.refused.len() >= MAX_TOLD || status.unenforced.len() >= MAX_TOLD {
         errors.insert(EVERYTHING.to_owned(), "more is wrong than the agent tells".to_owned());
+    }
+    if let Some((served, refused)) = status.rivals {
+        let error = format!(
+            "its key is used from two places, {served} (served) and {refused} (refused), so what it acknowledges does not count: one is \
+             a copy of its folder; revoke the node, and enrol it anew"
+        );
+        errors.insert(EVERYTHING.to_owned(), error);
     }
     if let Some(failed) = &status.failed {
         errors.insert(String::new(), failed.clone());
@@ -171,6 +188,7 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
         term: status.place.generation.term,
         number: status.place.generation.number,
         agent_version: status.version.clone(),
+        problems: status.problems.clone(),
     }
 }
 
@@ -300,6 +318,11 @@ mod tests {
         check(NodeStatus { unenforced: vec![pod("p")], ..NodeStatus::default() }, &["a", "ab"]);
         check(NodeStatus { unenforced: vec![pod("on-the-host")], ..NodeStatus::default() }, &[]);
         check(NodeStatus { failed: Some("no".into()), ..NodeStatus::default() }, &[""]);
+        // What is acknowledged may be a copy's.
+        let rivals = Some(([192, 0, 2, 1], 1).into()).zip(Some(([192, 0, 2, 2], 2).into()));
+        check(NodeStatus { rivals, ..NodeStatus::default() }, &["*"]);
+        // Files that cannot be written are no error of an object.
+        check(NodeStatus { problems: vec!["no space".into()], ..NodeStatus::default() }, &[]);
         // Where something may be left out, nothing counts as enforced.
         check(NodeStatus { unenforced: vec![pod("q"); MAX_TOLD], ..NodeStatus::default() }, &["*"]);
         let many = (0..2 * MAX_ERRORS).map(|it| (format!("set {it}"), "no".to_owned())).collect();

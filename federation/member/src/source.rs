@@ -7,10 +7,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use hanse_k8s_api::manifest::{self, Diagnostic, Manifest, Manifests};
 use hanse_runtime::files::private_folder;
+use hanse_runtime::health::Writes;
 
 /// What is new in a cluster.
 #[derive(Debug, Clone, Default)]
@@ -68,6 +69,8 @@ pub struct Directory {
     /// States of files that went while nobody looked are kept no more.
     is_swept: bool,
     warned: Warned,
+    writes: Writes,
+    keep_again_at: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -82,6 +85,8 @@ struct File {
     news: Option<Vec<Manifest>>,
     has_objects: bool,
     was_good: bool,
+    /// Why its last good state could not be kept.
+    unkept: Option<std::io::Error>,
     problems: Vec<Diagnostic>,
 }
 
@@ -107,19 +112,20 @@ impl Revisions {
         Self { path, last: last.unwrap_or(0) }
     }
 
-    /// The next; kept before it is given.
-    pub fn advance(&mut self) -> u64 {
-        self.last += 1;
-        if let Err(error) = replace(&self.path, format!("{}\n", self.last).as_bytes()) {
-            tracing::error!(%error, path = %self.path.display(), "a revision cannot be kept: it may come again");
-        }
-        self.last
+    /// The next; kept before it is given. One that cannot be kept may come again.
+    pub fn advance(&mut self) -> (u64, std::io::Result<()>) {
+        self.last = self.last.saturating_add(1);
+        (self.last, self.keep())
+    }
+
+    fn keep(&self) -> std::io::Result<()> {
+        replace(&self.path, format!("{}\n", self.last).as_bytes())
     }
 }
 
 impl Directory {
-    /// Reads `path`; `data` is the folder of the member's files.
-    pub fn new(path: PathBuf, data: &Path) -> Self {
+    /// Reads `path`; `data` is the folder of the member's files. Tells `writes` what cannot be kept there.
+    pub fn new(path: PathBuf, data: &Path, writes: Writes) -> Self {
         let kept = data.join("source");
         if let Err(error) = private_folder(&kept) {
             tracing::error!(%error, path = %kept.display(), "last good states cannot be kept");
@@ -134,6 +140,38 @@ impl Directory {
             is_read: false,
             is_swept: false,
             warned: Warned::default(),
+            writes,
+            keep_again_at: None,
+        }
+    }
+
+    /// Keeps what could not be kept before.
+    fn keep_again(&mut self) {
+        if self.keep_again_at.is_none_or(|at| Instant::now() < at) {
+            return;
+        }
+        self.keep_again_at = None;
+        for (path, file) in self.files.iter_mut().filter(|(_, file)| file.unkept.is_some()) {
+            let Ok(bytes) = manifest::read_file(path) else { continue };
+            let mut read = Manifests::default();
+            manifest::read_bytes(&path.to_string_lossy().into(), &bytes, &mut read);
+            // What is broken by now is not what was good.
+            if read.diagnostics.is_empty() {
+                file.unkept = keep(&self.kept, path, &bytes).err();
+            }
+        }
+        let revision = self.revisions.keep();
+        self.note_kept(&revision);
+    }
+
+    /// Tells what could not be kept, which is tried again.
+    fn note_kept(&mut self, revision: &std::io::Result<()>) {
+        let failed = self.files.values().find_map(|file| file.unkept.as_ref());
+        let states = failed.map_or(Ok(()), |error| Err(std::io::Error::new(error.kind(), error.to_string())));
+        self.writes.note(STATES, &states);
+        self.writes.note(REVISION, revision);
+        if states.is_err() || revision.is_err() {
+            self.keep_again_at.get_or_insert_with(|| Instant::now() + KEEP_AGAIN);
         }
     }
 
@@ -235,7 +273,7 @@ impl File {
         if let Ok(bytes) = bytes
             && !broken
         {
-            keep(kept, path, &bytes);
+            self.unkept = keep(kept, path, &bytes).err();
         }
         if !broken || !self.was_good {
             read.objects.append(&mut read.in_doubt);
@@ -248,18 +286,21 @@ impl File {
 }
 
 const HEADER: &[u8] = b"hanse-source/2\n";
+/// When what could not be kept is tried again.
+const KEEP_AGAIN: Duration = Duration::from_secs(2);
+/// As they are named where they cannot be written.
+const STATES: &str = "the last good state of the source";
+const REVISION: &str = "the revision of the source";
 
 fn kept_name(kept: &Path, path: &Path) -> PathBuf {
     kept.join(format!("{}.kept", blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex()))
 }
 
 /// Keeps a good state. One that a crash damaged is seen by its hash and not used.
-fn keep(kept: &Path, path: &Path, bytes: &[u8]) {
+fn keep(kept: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let body = [path.as_os_str().as_encoded_bytes(), &[0], bytes].concat();
     let file = [HEADER, blake3::hash(&body).as_bytes(), &body].concat();
-    if let Err(error) = replace(&kept_name(kept, path), &file) {
-        tracing::error!(%error, path = %path.display(), "the file's last good state cannot be kept");
-    }
+    replace(&kept_name(kept, path), &file)
 }
 
 fn restore(kept: &Path, path: &Path) -> Option<Vec<Manifest>> {
@@ -322,6 +363,7 @@ fn stamp(path: &Path) -> Option<Stamp> {
 
 impl Source for Directory {
     fn look(&mut self) -> Option<News> {
+        self.keep_again();
         if !self.refresh() && self.is_read {
             return None;
         }
@@ -337,13 +379,17 @@ impl Source for Directory {
         parts.extend(files.filter_map(|(path, file)| Some((path.as_path().into(), file.news.take()?))));
         let mut problems: Vec<Diagnostic> = self.files.values().flat_map(|file| file.problems.clone()).collect();
         problems.extend(self.hidden());
-        Some(News { parts, problems, revision: self.revisions.advance() })
+        let (revision, kept) = self.revisions.advance();
+        self.note_kept(&kept);
+        Some(News { parts, problems, revision })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use hanse_k8s_api::assemble::Assembly;
+
+    use hanse_runtime::health::Health;
 
     use super::*;
 
@@ -364,7 +410,7 @@ mod tests {
         }
 
         fn open(folder: &Path) -> Directory {
-            Directory::new(folder.join("cluster"), &folder.join("data"))
+            Directory::new(folder.join("cluster"), &folder.join("data"), Writes::new(&Health::default()))
         }
 
         /// A member that starts again on the same files.
@@ -567,7 +613,7 @@ mod tests {
         world.restart();
         assert_eq!(world.look().expect("what was kept").0, ["q"]);
         let (cluster, data) = (world.folder.path().join("another"), world.folder.path().join("data"));
-        world.source = Directory::new(cluster, &data);
+        world.source = Directory::new(cluster, &data, Writes::new(&Health::default()));
         assert!(world.look().is_none(), "nothing is known of it");
     }
 

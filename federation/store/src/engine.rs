@@ -67,7 +67,7 @@ impl Engine {
     pub(crate) fn start(disk: Option<File>, state: State) -> Self {
         let now = Instant::now();
         let shared = Arc::new(Shared {
-            deadlines: std::sync::Mutex::new(state.leases.iter().map(|(id, ttl)| (*id, now + *ttl)).collect()),
+            deadlines: std::sync::Mutex::new(state.leases.iter().map(|(id, ttl)| (*id, after(now, *ttl))).collect()),
             history: Arc::new(RwLock::new(History::new(state.revision))),
             newest: watch::Sender::new(state.revision),
             state: RwLock::new(state),
@@ -195,7 +195,7 @@ impl Shared {
         let lease = LeaseId(batch.last_lease);
         batch.leases.insert(lease, Some(ttl));
         self.write(&mut writer, batch).await?;
-        self.deadlines().insert(lease, Instant::now() + ttl);
+        self.deadlines().insert(lease, after(Instant::now(), ttl));
         Ok(lease)
     }
 
@@ -224,6 +224,11 @@ impl Shared {
         self.deadlines().remove(&lease);
         self.write(&mut writer, batch).await
     }
+}
+
+/// When a lease ends; one that is longer than the clock can express ends in a year.
+fn after(now: Instant, time_to_live: Duration) -> Instant {
+    now.checked_add(time_to_live).unwrap_or_else(|| now + Duration::from_secs(366 * 86_400))
 }
 
 /// Finishes `work` even when the caller's future is dropped, so that memory and file never differ.
@@ -277,7 +282,7 @@ impl Store for Engine {
             let ttl = self.shared.state().leases.get(&lease).copied().ok_or(StoreError::NoLease(lease))?;
             let mut deadlines = self.shared.deadlines();
             let deadline = deadlines.get_mut(&lease).ok_or(StoreError::NoLease(lease))?;
-            *deadline = Instant::now() + ttl;
+            *deadline = after(Instant::now(), ttl);
             Ok(())
         })
     }

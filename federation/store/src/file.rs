@@ -4,13 +4,17 @@
 //! in milliseconds), `meta` (`format`, `revision`, `lease`).
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
 use redb::backends::FileBackend;
-use redb::{Builder, Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{
+    Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageError, TableDefinition,
+};
 
 use crate::engine::{Batch, State};
 use crate::{Entry, Key, LeaseId, StoreError};
@@ -19,6 +23,8 @@ const ENTRIES: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("entries
 const LEASES: TableDefinition<'_, u64, u64> = TableDefinition::new("leases");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const FORMAT: u64 = 1;
+/// Readable by its owner only.
+const MODE: u32 = 0o600;
 /// Pages held in memory: the state is held beside it, so this only serves writing.
 const CACHE_BYTES: usize = 8 << 20;
 
@@ -28,30 +34,49 @@ pub(crate) struct File {
 }
 
 impl File {
-    pub(crate) fn open(path: &Path) -> Result<(Self, State), StoreError> {
-        let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
-        let file = file.map_err(|e| StoreError::File(e.into()))?;
-        file.set_permissions(fs::Permissions::from_mode(0o600)).map_err(|e| StoreError::File(e.into()))?;
-        let backend = FileBackend::new(file).map_err(StoreError::Open)?;
-        let database =
-            Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(backend).map_err(StoreError::Open)?;
-        let this = Self { database };
+    /// Makes a store at `path`, where nothing may be yet.
+    pub(crate) fn create(path: &Path) -> Result<(Self, State), StoreError> {
+        let file = fs::OpenOptions::new().read(true).write(true).create_new(true).mode(MODE).open(path);
+        let backend = FileBackend::new(file.map_err(|e| StoreError::File(e.into()))?).map_err(not_opened)?;
+        let this = Self { database: builder().create_with_backend(backend).map_err(not_opened)? };
         this.prepare().map_err(StoreError::File)?;
+        Ok((this, State::default()))
+    }
+
+    /// Opens the store at `path`, and verifies every checksum in it: what something else has changed is not served.
+    pub(crate) fn open(path: &Path) -> Result<(Self, State), StoreError> {
+        // Of some damage the library panics; what it knew of the file then goes with it.
+        catch_unwind(AssertUnwindSafe(|| Self::open_verified(path))).unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+            Err(StoreError::Damaged(text.unwrap_or_else(|| "it cannot be understood".to_owned())))
+        })
+    }
+
+    fn open_verified(path: &Path) -> Result<(Self, State), StoreError> {
+        let failed = |error: std::io::Error| StoreError::File(error.into());
+        let metadata = fs::metadata(path).map_err(failed)?;
+        if !metadata.is_file() {
+            return Err(StoreError::Foreign("it is not a regular file"));
+        }
+        if metadata.len() == 0 {
+            return Err(StoreError::Foreign("it is empty"));
+        }
+        let database = builder().set_check_integrity_on_open(true).open(path).map_err(not_opened)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(MODE)).map_err(failed)?;
+        let this = Self { database };
         let state = this.load()?;
         Ok((this, state))
     }
 
-    /// Makes the tables where they are absent.
+    /// Makes the tables.
     fn prepare(&self) -> Result<(), redb::Error> {
-        let write = self.database.begin_write()?;
+        let mut write = self.database.begin_write()?;
+        write.set_two_phase_commit(true);
         {
             write.open_table(ENTRIES)?;
             write.open_table(LEASES)?;
-            let mut meta = write.open_table(META)?;
-            let found = meta.get("format")?.is_some();
-            if !found {
-                meta.insert("format", FORMAT)?;
-            }
+            write.open_table(META)?.insert("format", FORMAT)?;
         }
         write.commit()?;
         Ok(())
@@ -81,7 +106,7 @@ impl File {
             }
             Ok(())
         };
-        read().map_err(StoreError::File)?;
+        read().map_err(not_read)?;
         if format != FORMAT {
             return Err(StoreError::Format("its format number is not 1"));
         }
@@ -122,6 +147,37 @@ impl File {
         }
         write.commit()?;
         Ok(())
+    }
+}
+
+fn builder() -> Builder {
+    let mut builder = Builder::new();
+    builder.set_cache_size(CACHE_BYTES);
+    builder
+}
+
+fn not_opened(error: DatabaseError) -> StoreError {
+    match error {
+        DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => StoreError::Open(error),
+        DatabaseError::UpgradeRequired(_) => StoreError::Format("it was written by an older version of the library"),
+        DatabaseError::Storage(StorageError::Io(error)) if error.kind() == ErrorKind::InvalidData => {
+            StoreError::Foreign("it is not a database")
+        }
+        DatabaseError::Storage(StorageError::Io(error)) if error.kind() == ErrorKind::UnexpectedEof => {
+            StoreError::Damaged("its end is missing".to_owned())
+        }
+        DatabaseError::Storage(StorageError::Io(_)) => StoreError::File(error.into()),
+        error => StoreError::Damaged(error.to_string()),
+    }
+}
+
+fn not_read(error: redb::Error) -> StoreError {
+    match error {
+        redb::Error::TableDoesNotExist(_) | redb::Error::TableTypeMismatch { .. } => {
+            StoreError::Foreign("it is the database of another program")
+        }
+        redb::Error::Corrupted(why) => StoreError::Damaged(why),
+        error => StoreError::File(error),
     }
 }
 

@@ -140,10 +140,14 @@ pub enum StoreError {
     NoLease(LeaseId),
     #[error("the changes since revision {asked} are no longer held: list again (held since {floor})")]
     Compacted { asked: Revision, floor: Revision },
-    #[error("the store's file is in use by another process, or cannot be opened")]
+    #[error("the store's file is in use by another process")]
     Open(#[source] redb::DatabaseError),
     #[error("the store's file cannot be read or written")]
     File(#[source] redb::Error),
+    #[error("the store's file is not a store: {0}")]
+    Foreign(&'static str),
+    #[error("the store's file is damaged: {0}")]
+    Damaged(String),
     #[error("the store's file holds what this version cannot read: {0}")]
     Format(&'static str),
     #[error("the store is closed after a failed write")]
@@ -182,10 +186,19 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     fn end_lease(&self, lease: LeaseId) -> StoreFuture<'_, ()>;
 }
 
-/// Opens the store in the file at `path`, making it (mode 0600) where there is none. Must be called within a tokio runtime.
+/// Makes a store in a new file at `path` (mode 0600). Must be called within a tokio runtime.
 ///
 /// # Errors
-/// When the file is in use by another process, is damaged, or holds another format.
+/// When there is a file already, or it cannot be made.
+pub fn create_file(path: &Path) -> Result<Engine, StoreError> {
+    let (disk, state) = file::File::create(path)?;
+    Ok(Engine::start(Some(disk), state))
+}
+
+/// Opens the store in the file at `path`. All of the file is read and verified. Must be called within a tokio runtime.
+///
+/// # Errors
+/// When there is no such file, or it is in use by another process, is empty, damaged or another program's, or holds another format.
 pub fn open_file(path: &Path) -> Result<Engine, StoreError> {
     let (disk, state) = file::File::open(path)?;
     Ok(Engine::start(Some(disk), state))

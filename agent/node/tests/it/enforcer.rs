@@ -11,6 +11,7 @@ use hanse_ruleset::{
     Action, Chain, EndpointId, Generation, LocalEndpoint, NodeConfig, Peer, Phase, Policy, PortRange, Rule, RuleSet,
     Tier, TierDefault,
 };
+use hanse_runtime::health::{Health, Writes};
 
 use crate::net::{Net, address, ip, until};
 
@@ -76,6 +77,7 @@ impl Node {
             dataplane: Config::default(),
             detect_uplinks: true,
             pod_ranges: ranges(),
+            writes: Writes::new(&Health::default()),
         }
     }
 

@@ -13,10 +13,11 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint, Uri};
 
-use super::connection::{BoundedStream, Peer};
+use super::connection::{BoundedStream, Peer, STALLED};
 use super::server::key_exchange;
 use super::verify::{algorithms, verify_directly};
 use super::{ALPN, CredentialStore, Presents, Trust, VERSIONS, provider};
@@ -105,16 +106,20 @@ impl TlsClient {
             .map_err(|_| ClientError::Time(address.to_owned()))?
     }
 
+    pub(super) async fn shake_hands(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+        // The verifier looks at the identity in the certificate, never at this name.
+        let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
+        TlsConnector::from(self.config.clone()).connect(name, tcp).await
+    }
+
     async fn open(&self, address: &str) -> Result<Connection, ClientError> {
         let failed = |e| ClientError::Connect(address.to_owned(), e);
         let tcp = TcpStream::connect(address).await.map_err(failed)?;
         tcp.set_nodelay(true).map_err(failed)?;
         let remote = tcp.peer_addr().map_err(failed)?;
-        // The verifier looks at the identity in the certificate, never at this name.
-        let name = ServerName::IpAddress(remote.ip().into());
         // Read before the handshake: a certificate replaced meanwhile ends later, never earlier.
         let own = self.credentials.as_ref().map(|c| c.current().certificate.not_after);
-        let stream = TlsConnector::from(self.config.clone()).connect(name, tcp).await.map_err(failed)?;
+        let stream = self.shake_hands(tcp).await.map_err(failed)?;
         let session = stream.get_ref().1;
         let der = session.peer_certificates().and_then(|chain| chain.first());
         let unread = |e| ClientError::Certificate(address.to_owned(), e);
@@ -126,8 +131,9 @@ impl TlsClient {
             address: remote,
             key_exchange: key_exchange(session.negotiated_key_exchange_group()),
             closed: CancellationToken::new(),
+            failure: Arc::default(),
         };
-        let stream = Mutex::new(Some(BoundedStream::new(stream, peer.clone(), None)));
+        let stream = Mutex::new(Some(BoundedStream::new(stream, peer.clone(), None, STALLED)));
         let connector = tower::service_fn(move |_: Uri| {
             let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
             async move {
@@ -144,7 +150,10 @@ impl TlsClient {
             .initial_connection_window_size(4 << 20)
             .connect_with_connector(connector)
             .await
-            .map_err(|e| ClientError::Http2(address.to_owned(), e))?;
+            .map_err(|e| match peer.failure() {
+                Some(failure) => failed(io::Error::other(failure)),
+                None => ClientError::Http2(address.to_owned(), e),
+            })?;
         Ok(Connection { channel, peer })
     }
 }

@@ -1,18 +1,19 @@
 //! An open connection: who is at the other end, and when it must end.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::error::Error as _;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 use tonic::{Request, Status};
@@ -33,13 +34,44 @@ pub struct Peer {
     pub ends_at: SystemTime,
     /// Cancelled when the connection has ended, or must.
     pub closed: CancellationToken,
+    /// Why nothing more could be read from it.
+    pub(super) failure: Arc<OnceLock<String>>,
 }
 
 impl Peer {
+    /// What went wrong with a call over this connection: what the other side answered, or why it closed the connection. Of TLS 1.3 a
+    /// client learns after its own handshake only that its certificate is refused.
+    pub fn explain(&self, status: &Status) -> String {
+        let answered = status.source().is_none();
+        match self.failure().filter(|_| !answered) {
+            Some(failure) => format!("the other side closed the connection: {failure}"),
+            None => status.message().to_owned(),
+        }
+    }
+
+    /// Why nothing more could be read, in words.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.failure.get().map(|failure| alert_in_words(failure).to_owned())
+    }
+
     /// The identity, where the listener asks for a certificate.
     pub fn identity(&self) -> Option<&Identity> {
         self.certificate.as_ref().map(|c| &c.identity)
     }
+}
+
+/// A TLS alert (RFC 8446, 6.2) as people read it; what is none stays.
+fn alert_in_words(failure: &str) -> &str {
+    let words = [
+        ("CertificateRevoked", "our certificate is not admitted: it was revoked, or its key was replaced"),
+        ("CertificateExpired", "our certificate has ended: check this machine's clock"),
+        ("UnknownCA", "our certificate is of an authority that is not known there"),
+        ("BadCertificate", "our certificate is not accepted"),
+        ("AccessDenied", "our certificate is for an identity that is not let in there"),
+        ("CertificateRequired", "a certificate is asked for there, and none was shown"),
+    ];
+    let alert = failure.rsplit(": ").next().unwrap_or_default();
+    words.iter().find(|(name, _)| *name == alert).map_or(failure, |(_, words)| words)
 }
 
 /// The connection's other end.
@@ -61,45 +93,100 @@ pub fn peer_identity<T>(request: &Request<T>) -> Result<&Identity, Status> {
 /// The open connections of a listener, so that a revocation can end those that it concerns.
 #[derive(Debug, Clone, Default)]
 pub struct Connections {
-    open: Arc<Mutex<HashMap<u64, Peer>>>,
+    /// In the order in which they were opened.
+    open: Arc<Mutex<BTreeMap<u64, Open>>>,
 }
 
+#[derive(Debug)]
+struct Open {
+    peer: Peer,
+    since: Instant,
+}
+
+/// A connection of a newcomer that is this old has had time for what it came for: one call.
+const SETTLED: Duration = Duration::from_secs(2);
+
 impl Connections {
+    fn open(&self) -> MutexGuard<'_, BTreeMap<u64, Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Ends, at once, each connection that `matches`. Returns how many.
     pub fn close_where(&self, matches: impl Fn(&Peer) -> bool) -> usize {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.values().filter(|peer| matches(peer)).map(|peer| peer.closed.cancel()).count()
+        let open = self.open();
+        open.values().filter(|it| matches(&it.peer)).map(|it| it.peer.closed.cancel()).count()
     }
 
     /// The other ends of the open connections.
     pub fn peers(&self) -> Vec<Peer> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.open().values().map(|it| it.peer.clone()).collect()
     }
 
     /// How many are open.
     #[expect(clippy::len_without_is_empty, reason = "a count, not a collection")]
     pub fn len(&self) -> usize {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.open().len()
     }
 
-    /// How many are open from the host of this address.
-    pub(super) fn from(&self, address: IpAddr) -> usize {
-        let host = host_of(address);
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.values().filter(|peer| host_of(peer.address.ip()) == host).count()
+    /// How many are open from the host of this address, and from its network.
+    pub(super) fn from(&self, address: IpAddr) -> (usize, usize) {
+        let (host, network) = (host_of(address), network_of(address));
+        let open = self.open();
+        let count = |is: &dyn Fn(IpAddr) -> bool| open.values().filter(|it| is(it.peer.address.ip())).count();
+        (count(&|it| host_of(it) == host), count(&|it| network_of(it) == network))
     }
 
     /// How many an identity has open.
     pub(super) fn of(&self, identity: &Identity) -> usize {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.values().filter(|peer| peer.identity() == Some(identity)).count()
+        self.open().values().filter(|it| it.peer.identity() == Some(identity)).count()
+    }
+
+    /// Ends one connection for a newcomer from `address`: the oldest of the host that has most in the network that has most, where
+    /// these have more than the newcomer's; else the oldest that has had its time. The address whose connection it was.
+    pub(super) fn make_room(&self, address: IpAddr) -> Option<IpAddr> {
+        let mut open = self.open();
+        let (mut networks, mut hosts): (HashMap<IpAddr, usize>, HashMap<IpAddr, usize>) = Default::default();
+        for it in open.values() {
+            *networks.entry(network_of(it.peer.address.ip())).or_default() += 1;
+            *hosts.entry(host_of(it.peer.address.ip())).or_default() += 1;
+        }
+        let count = |counts: &HashMap<IpAddr, usize>, of: IpAddr| counts.get(&of).copied().unwrap_or_default();
+        let most = |counts: &HashMap<IpAddr, usize>| counts.values().copied().max().unwrap_or_default();
+        let mine = (count(&networks, network_of(address)), count(&hosts, host_of(address)));
+        let of_hosts = {
+            let in_largest = |host: &&IpAddr| count(&networks, network_of(**host)) == most(&networks);
+            hosts.keys().filter(in_largest).map(|host| count(&hosts, *host)).max().unwrap_or_default()
+        };
+        // With the newcomer's.
+        let is_unfair = most(&networks) > mine.0 + 1 && of_hosts > mine.1 || most(&hosts) > mine.1 + 1;
+        let yields = |it: &Open| {
+            let of = it.peer.address.ip();
+            let has_most = if most(&networks) > mine.0 + 1 {
+                count(&networks, network_of(of)) == most(&networks) && count(&hosts, host_of(of)) == of_hosts
+            } else {
+                count(&hosts, host_of(of)) == most(&hosts)
+            };
+            is_unfair && has_most || it.since.elapsed() >= SETTLED
+        };
+        let id = *open.iter().find(|(_, it)| yields(it))?.0;
+        let ended = open.remove(&id)?;
+        ended.peer.closed.cancel();
+        Some(ended.peer.address.ip())
     }
 
     fn register(&self, peer: &Peer) -> Registration {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(id, peer.clone());
+        self.open().insert(id, Open { peer: peer.clone(), since: Instant::now() });
         Registration { connections: self.clone(), id }
+    }
+}
+
+/// The network that one owner can have many addresses of: 256 of IPv4, and of IPv6 what a site is given.
+fn network_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => IpAddr::from((u32::from(v4) >> 8 << 8).to_be_bytes()),
+        IpAddr::V6(v6) => IpAddr::from((u128::from(v6) >> 80 << 80).to_be_bytes()),
     }
 }
 
@@ -111,13 +198,20 @@ struct Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.connections.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+        self.connections.open().remove(&self.id);
     }
 }
 
-/// A TLS stream that ends at its certificates' end, or when it is told to.
+/// A peer takes something of what is sent to it within this time: HTTP/2 has flow control of its own, so that one that lives always
+/// reads. A few KiB a second are enough.
+pub(super) const STALLED: Duration = Duration::from_secs(20);
+
+/// A TLS stream that ends at its certificates' end, when it is told to, or when its peer takes nothing any more.
 pub struct BoundedStream<S> {
     stream: S,
+    /// Since when the peer takes nothing of what is to be sent, and so when the stream ends.
+    stalled: Option<Pin<Box<Sleep>>>,
+    stalls_after: Duration,
     peer: Peer,
     expires: Pin<Box<Sleep>>,
     told: Pin<Box<WaitForCancellationFutureOwned>>,
@@ -132,13 +226,15 @@ impl<S> fmt::Debug for BoundedStream<S> {
 }
 
 impl<S> BoundedStream<S> {
-    pub(super) fn new(stream: S, peer: Peer, connections: Option<&Connections>) -> Self {
+    pub(super) fn new(stream: S, peer: Peer, connections: Option<&Connections>, stalls_after: Duration) -> Self {
         // Sleeping for more than a year at once gains nothing and may not be expressible.
         let left =
             peer.ends_at.duration_since(SystemTime::now()).unwrap_or_default().min(Duration::from_secs(366 * 86_400));
         let registration = connections.map(|c| c.register(&peer));
         Self {
             stream,
+            stalled: None,
+            stalls_after,
             expires: Box::pin(tokio::time::sleep(left)),
             told: Box::pin(peer.closed.clone().cancelled_owned()),
             peer,
@@ -161,6 +257,21 @@ impl<S> BoundedStream<S> {
             Ok(())
         }
     }
+
+    /// Ends the stream where what was to be sent waits for too long. Sending waits in what `sent` is.
+    fn poll_stalled<T>(&mut self, context: &mut Context<'_>, sent: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if sent.is_ready() {
+            self.stalled = None;
+            return sent;
+        }
+        let after = self.stalls_after;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(after)));
+        if stalled.as_mut().poll(context).is_pending() {
+            return Poll::Pending;
+        }
+        self.peer.closed.cancel();
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes nothing of what is sent to it")))
+    }
 }
 
 impl<S> Drop for BoundedStream<S> {
@@ -176,23 +287,30 @@ impl<S: AsyncRead + Unpin> AsyncRead for BoundedStream<S> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         self.poll_ended(context)?;
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if let Poll::Ready(Err(error)) = &read {
+            self.peer.failure.get_or_init(|| error.to_string());
+        }
+        read
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for BoundedStream<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.poll_ended(context)?;
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        let sent = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.poll_stalled(context, sent)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.poll_ended(context)?;
-        Pin::new(&mut self.stream).poll_flush(context)
+        let sent = Pin::new(&mut self.stream).poll_flush(context);
+        self.poll_stalled(context, sent)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        let sent = Pin::new(&mut self.stream).poll_shutdown(context);
+        self.poll_stalled(context, sent)
     }
 }
 

@@ -18,9 +18,10 @@ use tokio::time::Instant;
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::debug;
 
-use super::connection::{BoundedStream, Connections, Peer};
+use super::connection::{BoundedStream, Connections, Peer, STALLED};
+use super::refusals::{Reason, Refusals};
 use super::{ALPN, CredentialStore, PresentedAuthority, Presents, Trust, VERSIONS, provider};
 use crate::keys::{Certificate, KeyError};
 
@@ -30,8 +31,6 @@ const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 const LONG_SILENCE: Duration = Duration::from_secs(1);
 /// ... and one that has spoken, in this: with many at once it may be us who are slow.
 const LONG_HANDSHAKE: Duration = Duration::from_secs(3);
-/// How often too many handshakes are told of, at most.
-const WARN_EVERY: Duration = Duration::from_secs(10);
 /// Sources that the rate limit remembers: 4,096 × about 64 bytes is 256 KiB. Beyond it, full allowances are forgotten; when none is full, newcomers are refused.
 const MAX_SOURCES: usize = 4096;
 
@@ -42,6 +41,8 @@ pub struct IncomingLimits {
     pub connections: usize,
     /// Of these, from one address; none is no limit.
     pub per_address: Option<usize>,
+    /// Of these, from one network: a /24 of IPv4, a /48 of IPv6; none is no limit.
+    pub per_network: Option<usize>,
     /// Of these, of one identity, where a certificate is asked for; none is no limit.
     pub per_identity: Option<usize>,
     /// Handshakes at once; beyond it, an address that has many, or one that takes long, makes room.
@@ -50,6 +51,8 @@ pub struct IncomingLimits {
     pub per_second: Option<f64>,
     /// How long a connection may stay open, whatever its certificates say.
     pub lifetime: Option<Duration>,
+    /// How long a peer may take nothing of what is sent to it.
+    pub stalls_after: Duration,
 }
 
 impl Default for IncomingLimits {
@@ -57,10 +60,12 @@ impl Default for IncomingLimits {
         Self {
             connections: 16_384,
             per_address: None,
+            per_network: None,
             per_identity: Some(64),
             handshakes: 256,
             per_second: None,
             lifetime: None,
+            stalls_after: STALLED,
         }
     }
 }
@@ -162,40 +167,44 @@ pub async fn incoming(
     let address = listener.local_addr()?;
     let (sender, receiver) = mpsc::channel(16);
     tokio::spawn(async move {
-        let handshakes = Arc::new(Handshakes::new(limits.handshakes));
+        let (handshakes, refusals) = (Arc::new(Handshakes::new(limits.handshakes)), Arc::new(Refusals::default()));
         let mut rate = limits.per_second.map(RateLimit::new);
         loop {
             let accepted = tokio::select! {
                 () = stop.cancelled() => return,
                 () = sender.closed() => return,
                 accepted = listener.accept() => accepted,
+                () = until(refusals.due()) => {
+                    refusals.turn();
+                    continue;
+                }
             };
             let (stream, remote) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     // Usually out of file descriptors: waiting lets some be closed.
-                    warn!(%error, "accept failed");
+                    debug!(%error, "accept failed");
+                    refusals.count(Reason::System, address.ip());
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 }
             };
-            if rate.as_mut().is_some_and(|rate| !rate.allows(host_of(remote.ip()), Instant::now())) {
-                debug!(%remote, "connection refused by the rate limit");
-                continue;
-            }
-            if connections.len() >= limits.connections {
-                warn!(%remote, limit = limits.connections, "connection refused: too many connections");
-                continue;
-            }
-            if limits.per_address.is_some_and(|most| connections.from(remote.ip()) >= most) {
-                debug!(%remote, "connection refused: too many of this address");
+            if let Err(reason) = admit(remote.ip(), &tls, &limits, &connections, &mut rate, &refusals) {
+                debug!(%remote, ?reason, "connection refused");
+                refusals.count(reason, remote.ip());
                 continue;
             }
             let (sender, tls, connections) = (sender.clone(), tls.clone(), connections.clone());
-            let Some(place) = Handshakes::begin(&handshakes, remote.ip()) else {
+            let begun = Handshakes::begin(&handshakes, remote.ip());
+            let Some(Begun { place, cut_short }) = begun else {
                 debug!(%remote, "connection refused: too many handshakes");
+                refusals.count(Reason::Handshakes, remote.ip());
                 continue;
             };
+            if let Some(source) = cut_short {
+                refusals.count(Reason::CutShort, source);
+            }
+            let refusals = Arc::clone(&refusals);
             tokio::spawn(async move {
                 let _ = stream.set_nodelay(true);
                 // Read before the handshake: a certificate replaced meanwhile ends later, never earlier.
@@ -215,9 +224,10 @@ pub async fn incoming(
                     if let (Some(identity), Some(most)) = (peer.identity(), limits.per_identity)
                         && connections.of(identity) >= most
                     {
-                        return warn!(%remote, %identity, "connection refused: too many of this identity");
+                        refusals.count(Reason::Identity, remote.ip());
+                        return debug!(%remote, %identity, "connection refused: too many of this identity");
                     }
-                    let stream = BoundedStream::new(stream, peer.clone(), Some(&connections));
+                    let stream = BoundedStream::new(stream, peer.clone(), Some(&connections), limits.stalls_after);
                     // Revoked during the handshake: whoever ends connections has not seen this one before now.
                     if !tls.trust.is_some_and(|trust| peer.certificate.is_some_and(|it| trust.has_revoked(&it))) {
                         let _ = sender.send(stream).await;
@@ -227,6 +237,42 @@ pub async fn incoming(
         }
     });
     Ok(Incoming { receiver, address })
+}
+
+/// Whether one more of this address is let in. On a listener that asks for no certificate, where anybody may connect, an earlier
+/// connection makes room; who has shown a certificate is not sent away for others.
+fn admit(
+    address: IpAddr,
+    tls: &ServerTls,
+    limits: &IncomingLimits,
+    connections: &Connections,
+    rate: &mut Option<RateLimit<IpAddr>>,
+    refusals: &Refusals,
+) -> Result<(), Reason> {
+    if rate.as_mut().is_some_and(|rate| !rate.allows(host_of(address), Instant::now())) {
+        return Err(Reason::Rate);
+    }
+    if limits.per_address.is_some() || limits.per_network.is_some() {
+        let (of_address, of_network) = connections.from(address);
+        if limits.per_address.is_some_and(|most| of_address >= most) {
+            return Err(Reason::Address);
+        }
+        if limits.per_network.is_some_and(|most| of_network >= most) {
+            return Err(Reason::Network);
+        }
+    }
+    if connections.len() >= limits.connections {
+        let made = tls.trust.is_none().then(|| connections.make_room(address)).flatten();
+        refusals.count(Reason::MadeRoom, made.ok_or(Reason::Connections)?);
+    }
+    Ok(())
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn shake_hands(
@@ -256,6 +302,7 @@ fn describe(
         address,
         key_exchange: key_exchange(session.negotiated_key_exchange_group()),
         closed: CancellationToken::new(),
+        failure: Arc::default(),
     })
 }
 
@@ -283,7 +330,6 @@ struct OpenHandshakes {
     /// In the order in which they began.
     list: BTreeMap<u64, OpenHandshake>,
     next: u64,
-    warned: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -299,6 +345,14 @@ impl OpenHandshake {
     fn takes_long(&self, now: Instant) -> bool {
         now.duration_since(self.began) >= if self.has_spoken { LONG_HANDSHAKE } else { LONG_SILENCE }
     }
+}
+
+/// A handshake that may begin.
+#[derive(Debug)]
+struct Begun {
+    place: Handshake,
+    /// Whose handshake made room for it.
+    cut_short: Option<IpAddr>,
 }
 
 /// A handshake that has begun.
@@ -319,9 +373,10 @@ impl Handshakes {
     }
 
     /// None: there is no place for one of this address.
-    fn begin(this: &Arc<Self>, source: IpAddr) -> Option<Handshake> {
+    fn begin(this: &Arc<Self>, source: IpAddr) -> Option<Begun> {
         let (source, now) = (host_of(source), Instant::now());
         let mut open = this.open();
+        let mut made_room = None;
         if open.list.len() >= this.limit {
             let mut counts: HashMap<IpAddr, usize> = HashMap::new();
             for it in open.list.values() {
@@ -335,18 +390,14 @@ impl Handshakes {
             let number = *open.list.iter().find(|(_, it)| makes_room(it))?.0;
             let cut = open.list.remove(&number)?;
             cut.cut_short.cancel();
-            if open.warned.is_none_or(|at| now.duration_since(at) > WARN_EVERY) {
-                open.warned = Some(now);
-                let of_it = counts.get(&cut.source).copied().unwrap_or_default();
-                warn!(source = %cut.source, of_it, limit = this.limit, "too many handshakes: some are cut short");
-            }
+            made_room = Some(cut.source);
         }
         let (number, cut_short) = (open.next, CancellationToken::new());
         open.next += 1;
         let begun = OpenHandshake { source, began: now, has_spoken: false, cut_short: cut_short.clone() };
         open.list.insert(number, begun);
         drop(open);
-        Some(Handshake { of: Arc::clone(this), number, cut_short })
+        Some(Begun { place: Handshake { of: Arc::clone(this), number, cut_short }, cut_short: made_room })
     }
 }
 
@@ -436,7 +487,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn who_has_many_handshakes_or_takes_long_makes_room() {
         let handshakes = Arc::new(Handshakes::new(4));
-        let begin = |last: u8| Handshakes::begin(&handshakes, IpAddr::from([10, 0, 0, last]));
+        let begin = |last: u8| Some(Handshakes::begin(&handshakes, IpAddr::from([10, 0, 0, last]))?.place);
         let mut of_1: Vec<Handshake> = (0..4).map(|_| begin(1).expect("room")).collect();
         assert!(begin(1).is_none(), "what it has is about to end");
         let first_of_2 = begin(2).expect("it has none, and 1 has many");
@@ -562,7 +613,7 @@ mod tests {
             client.write_all(&said).await.unwrap();
             client.shutdown().await.unwrap();
             let (stream, remote) = listener.accept().await.unwrap();
-            let place = Handshakes::begin(&handshakes, remote.ip()).unwrap();
+            let place = Handshakes::begin(&handshakes, remote.ip()).unwrap().place;
             assert!(shake_hands(stream, &tls, &place).await.is_err());
             assert_eq!(handshakes.open().list[&place.number].has_spoken, has_spoken);
         }
@@ -715,5 +766,104 @@ mod tests {
             }
         };
         tokio::time::timeout(Duration::from_secs(20), again).await.expect("there is room again");
+    }
+
+    /// Twelve addresses fill a listener, and go on doing so.
+    #[tokio::test]
+    async fn newcomers_are_let_in_whoever_fills_the_listener() {
+        use tokio::net::TcpSocket;
+
+        use crate::ca::Ca;
+        use crate::identity::{Identity, TrustDomain};
+        use crate::tls::{PinnedRoot, TlsClient};
+        let hour = Duration::from_secs(3_600);
+        let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
+        let own = ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap();
+        let tls = ServerTls::anonymous(CredentialStore::new(own).unwrap(), PresentedAuthority::fixed(ca.certificate()))
+            .unwrap();
+        let limits = IncomingLimits { connections: 36, per_address: Some(4), ..IncomingLimits::default() };
+        let (connections, stop) = (Connections::default(), CancellationToken::new());
+        let any = "127.0.0.1:0".parse().unwrap();
+        let listener = incoming(any, tls, limits, connections.clone(), stop.clone()).await.unwrap();
+        let address = listener.address();
+        let serving = http2_server().add_routes(tonic::service::Routes::default());
+        tokio::spawn(serving.serve_with_incoming_shutdown(listener, stop.clone().cancelled_owned()));
+        let client = TlsClient::pinned(PinnedRoot::new(ca.certificate().fingerprint(), Identity::Hub)).unwrap();
+        let open = async |last: u8| {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.bind(SocketAddr::from(([127, 0, 0, last], 0))).unwrap();
+            client.shake_hands(socket.connect(address).await?).await
+        };
+        let mut idle = Vec::new();
+        for last in (2..14).cycle().take(12 * 3) {
+            idle.push(open(last).await.unwrap());
+        }
+        let full = async {
+            while connections.len() < 36 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), full).await.expect("it is full");
+        // The newcomer comes at once, and so does the next.
+        let _newcomer = client.connect(&address.to_string()).await.expect("room was made");
+        let _second = client.connect(&address.to_string()).await.expect("room was made");
+        assert_eq!(connections.from("127.0.0.1".parse().unwrap()).0, 2);
+        assert!(connections.len() <= 36);
+        stop.cancel();
+    }
+
+    /// Frames of RFC 9113, 4.1, over TLS: PING (6.7) and SETTINGS (6.5) want answers, which the peer does not read.
+    #[tokio::test]
+    async fn a_peer_that_floods_and_reads_nothing_is_cut_off() {
+        use tokio::io::AsyncWriteExt as _;
+        use tokio::net::TcpSocket;
+
+        use crate::ca::Ca;
+        use crate::identity::{Identity, TrustDomain};
+        use crate::tls::TlsClient;
+        let hour = Duration::from_secs(3_600);
+        let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
+        let issue = |identity: &Identity| ca.issue_credentials(identity, hour, SystemTime::now()).unwrap();
+        let trust = Trust::new(ca.certificate(), |_| true).unwrap();
+        let tls = ServerTls::mutual(CredentialStore::new(issue(&Identity::Hub)).unwrap(), &trust).unwrap();
+        let limits = IncomingLimits { stalls_after: Duration::from_millis(300), ..IncomingLimits::default() };
+        let (connections, stop) = (Connections::default(), CancellationToken::new());
+        let any = "127.0.0.1:0".parse().unwrap();
+        let listener = incoming(any, tls, limits, connections.clone(), stop.clone()).await.unwrap();
+        let address = listener.address();
+        let serving = http2_server().add_routes(tonic::service::Routes::default());
+        tokio::spawn(serving.serve_with_incoming_shutdown(listener, stop.clone().cancelled_owned()));
+        let member = CredentialStore::new(issue(&Identity::cluster("a").unwrap())).unwrap();
+        let client = TlsClient::mutual(member, &trust).unwrap();
+        // One that reads, and has nothing to say, stays.
+        let quiet = client.connect(&address.to_string()).await.unwrap();
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4_096).unwrap();
+        let mut hostile = client.shake_hands(socket.connect(address).await.unwrap()).await.unwrap();
+        let frame = |kind: u8, payload: &[u8]| {
+            let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+            [&length[1..], &[kind, 0, 0, 0, 0, 0], payload].concat()
+        };
+        let (settings, ping) = (frame(4, &[]), frame(6, b"12345678"));
+        hostile.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        hostile.write_all(&settings).await.unwrap();
+        let flood = [settings, ping].concat().repeat(100);
+        let mut sent = 0_usize;
+        let flooding = async {
+            while hostile.write_all(&flood).await.is_ok() && hostile.flush().await.is_ok() {
+                sent += flood.len();
+            }
+        };
+        // Long before keep-alive would have it, and in spite of it.
+        let cut = tokio::time::timeout(Duration::from_secs(18), flooding).await;
+        assert!(cut.is_ok(), "it is still open after {sent} bytes");
+        let gone = async {
+            while connections.len() > 1 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), gone).await.expect("its place is free");
+        assert!(!quiet.peer.closed.is_cancelled() && connections.len() == 1);
+        stop.cancel();
     }
 }

@@ -21,6 +21,7 @@ use super::wire;
 
 mod interest;
 mod publish;
+mod report;
 mod watch;
 
 use interest::Derived;

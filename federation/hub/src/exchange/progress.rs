@@ -80,7 +80,8 @@ impl Report<'_> {
             ..problem("pods are not enforced that the report does not name".to_owned())
         });
         let grouped = grouped(&node.node, errors.chain(pods));
-        lag.into_iter().chain(probe).chain(grouped).chain(unnamed)
+        let others: Vec<Problem> = node.problems.iter().cloned().map(problem).collect();
+        lag.into_iter().chain(probe).chain(grouped).chain(unnamed).chain(others)
     }
 
     /// Why a node does not enforce the newest that its member has.

@@ -12,6 +12,7 @@ use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_server::Exchange as Wire;
 use hanse_runtime::Identity;
+use hanse_runtime::supervisor::caught;
 use hanse_runtime::tls::peer_identity;
 use hanse_store::Revision;
 use prost::Message as _;
@@ -241,7 +242,7 @@ impl Service {
         let id = self.with(|exchange| exchange.publish_open(cluster.clone()));
         let ended = tokio::select! {
             () = self.stop.cancelled() => Ok(()),
-            ended = self.take_published(&cluster, id, &mut incoming, &outbox) => ended,
+            ended = guarded("a publishing stream", self.take_published(&cluster, id, &mut incoming, &outbox)) => ended,
         };
         self.with(|exchange| exchange.publish_close(id));
         drop(place);
@@ -350,7 +351,9 @@ impl Service {
         lock(&self.shared.wake).insert(id, Arc::clone(&notify));
         let ended = tokio::select! {
             () = self.stop.cancelled() => Ok(()),
-            ended = self.send_watched(&cluster, id, &mut incoming, &outbox, &notify) => ended,
+            ended = guarded("a watching stream", self.send_watched(&cluster, id, &mut incoming, &outbox, &notify)) => {
+                ended
+            }
         };
         lock(&self.shared.wake).remove(&id);
         self.with(|exchange| exchange.watch_close(id));
@@ -399,6 +402,11 @@ impl Service {
             }
         }
     }
+}
+
+/// A defect that one cluster's messages meet ends its stream, and leaves nothing of the stream behind.
+async fn guarded(name: &'static str, stream: impl Future<Output = Result<(), Status>>) -> Result<(), Status> {
+    caught(name, stream).await.unwrap_or_else(|panicked| Err(Status::internal(panicked.to_string())))
 }
 
 fn cluster_of<T>(request: &Request<T>) -> Result<ClusterName, Status> {

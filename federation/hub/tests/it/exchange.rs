@@ -298,6 +298,80 @@ fn a_realisation_is_bounded() {
     assert_eq!(it.exchange.digests_equal("train"), Some(true));
 }
 
+/// The hub keeps them, and shows them to administrators.
+#[test]
+fn names_and_texts_of_a_report_have_bounds_each() {
+    let mut it = Publishing::new(grant(serde_json::json!({})));
+    let mut kept = |realisation: pb::Realisation| {
+        it.say(Request::Realisation(realisation));
+        (*it.exchange.realisations()["train"]).clone()
+    };
+    let long = "ä".repeat(40_000);
+    let error = pb::ObjectError { object: long.clone(), error: long.clone() };
+    let pod = pb::UnenforcedPod { namespace: "a".to_owned(), name: "p".to_owned(), reason: long.clone() };
+    let node = pb::NodePosition {
+        node: "n".repeat(253),
+        probe: long.clone(),
+        problems: vec![long.clone()],
+        errors: vec![error],
+        unenforced: vec![pod.clone()],
+        ..pb::NodePosition::default()
+    };
+    let refused = Some(pb::policy_state::State::Refused(long.clone()));
+    let policy = pb::PolicyState { policy: "p".to_owned(), state: refused };
+    let whole = pb::Realisation {
+        nodes: vec![node.clone()],
+        policies: vec![policy],
+        problems: vec![long.clone()],
+        ..pb::Realisation::default()
+    };
+    let taken = kept(whole);
+    let state = taken.policies[0].state.clone();
+    let Some(pb::policy_state::State::Refused(why)) = state else { panic!("{state:?}") };
+    let [node_taken] = &taken.nodes[..] else { panic!("{} nodes", taken.nodes.len()) };
+    let (error, pod_taken) = (&node_taken.errors[0], &node_taken.unenforced[0]);
+    for text in [
+        &why,
+        &node_taken.probe,
+        &node_taken.problems[0],
+        &error.object,
+        &error.error,
+        &pod_taken.reason,
+        &taken.problems[0],
+    ] {
+        assert!((1_000..=2_048).contains(&text.len()) && text.ends_with("ä…"), "{} bytes", text.len());
+    }
+    // A name is not cut: it would name something else.
+    let name = "x".repeat(254);
+    let named = |node: pb::NodePosition| pb::Realisation { nodes: vec![node], ..pb::Realisation::default() };
+    let waiting = pb::policy_state::State::Waiting(pb::Waiting { clusters: vec![name.clone()] });
+    let waiting = pb::PolicyState { policy: "p".to_owned(), state: Some(waiting) };
+    let policy = pb::PolicyState { policy: name.clone(), state: None };
+    let origin = pb::OriginState { origin: name.clone(), ..pb::OriginState::default() };
+    for (what, realisation) in [
+        ("a node's", named(pb::NodePosition { node: name.clone(), ..node.clone() })),
+        (
+            "a pod's",
+            named(pb::NodePosition {
+                unenforced: vec![pb::UnenforcedPod { name: name.clone(), ..pod.clone() }],
+                ..node.clone()
+            }),
+        ),
+        (
+            "a pod's namespace",
+            named(pb::NodePosition { unenforced: vec![pb::UnenforcedPod { namespace: name.clone(), ..pod }], ..node }),
+        ),
+        ("a cluster's", pb::Realisation { policies: vec![waiting], ..pb::Realisation::default() }),
+        ("a policy's", pb::Realisation { policies: vec![policy], ..pb::Realisation::default() }),
+        ("an origin's", pb::Realisation { origins: vec![origin], ..pb::Realisation::default() }),
+    ] {
+        let taken = kept(realisation);
+        assert!(taken.nodes.is_empty() && taken.policies.is_empty(), "{what}");
+        let problem = &taken.problems[0];
+        assert!(problem.contains(&format!("254 bytes of {what}")) && problem.ends_with(", of 253"), "{problem}");
+    }
+}
+
 /// Jobs come and go, each with a label set of its own: what they leave behind would grow for ever.
 #[test]
 fn what_has_gone_leaves_nothing_behind() {
@@ -413,7 +487,8 @@ async fn a_policy_that_the_hub_cannot_read_takes_nothing_away() {
     put(&["member", "serve"], member).await;
     put(&["object", "Tier", "platform"], tier("platform")).await;
     put(&["object", "FederatedNetworkPolicy", "deny"], policy("deny", "platform")).await;
-    let opened = || Registry::open(store.clone(), std::time::Duration::from_secs(30), Clock::default());
+    let shutdown = hanse_runtime::shutdown::Shutdown::default();
+    let opened = || Registry::open(store.clone(), std::time::Duration::from_secs(30), Clock::default(), &shutdown);
     let registry = opened().await.unwrap();
     let key = (ManifestKind::Policy, Arc::from("deny"));
     let mut deriver = Deriver::default();

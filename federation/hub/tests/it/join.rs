@@ -238,6 +238,8 @@ async fn a_revocation_closes_streams_at_once_and_outlives_a_restart() {
     println!("revocation closed the stream after {:?}", started.elapsed());
     assert!(!other.peer.closed.is_cancelled());
     assert!(!is_served(&member, &address).await && is_served(&bystander, &address).await);
+    let told = format!("{:#}", anyhow::Error::from(member.renew(&address).await.unwrap_err()));
+    assert!(told.contains("our certificate is not admitted: it was revoked"), "what the hub said of it: {told}");
     assert!(matches!(member.renew_late(&test.hub.join_address.to_string()).await, Err(RegistrationError::Refused(_))));
 
     let test = test.restart().await;

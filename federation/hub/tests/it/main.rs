@@ -1,7 +1,9 @@
 //! The hub over real TLS on the loopback address: joining, renewing, revoking, administering, and `kill -9`.
 
 mod administer;
+mod before_the_token;
 mod exchange;
+mod hostile_reports;
 mod impostors;
 mod join;
 mod process;

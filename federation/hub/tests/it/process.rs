@@ -214,6 +214,27 @@ async fn a_hub_that_cannot_start_says_why_and_what_to_do() {
     check(&init, &data, &["holds a ClusterSet already"]);
     check(&init, folder.path(), &["is not empty"]);
 
+    // Neither is one that something happened to a new one.
+    let whole = std::fs::read(data.join("hub.redb")).unwrap();
+    let empty = folder.path().join("empty.redb");
+    drop(hanse_store::create_file(&empty).unwrap());
+    let unfilled = std::fs::read(&empty).unwrap();
+    let mut changed = whole.clone();
+    // Something in it that a checksum covers.
+    let at = changed.windows(5).rposition(|bytes| bytes == b"admin").unwrap();
+    changed[at] ^= 1;
+    for (bytes, expected) in [
+        (&b""[..], "it is empty"),
+        (b"kind: Pod\n", "it is not a database"),
+        (&whole[..whole.len() / 2], "is damaged"),
+        (&changed, "is damaged"),
+        (&unfilled, "not a store that `hanse-hub init` has filled"),
+    ] {
+        std::fs::write(data.join("hub.redb"), bytes).unwrap();
+        check(&run, &data, &["hub.redb", expected, "restore all files", "--restored"]);
+    }
+    std::fs::write(data.join("hub.redb"), &whole).unwrap();
+
     // Without its store it would have no policies and no revocations.
     std::fs::rename(data.join("hub.redb"), data.join("kept")).unwrap();
     check(&run, &data, &["without its hub.redb", "backup"]);

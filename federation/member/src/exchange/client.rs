@@ -15,14 +15,15 @@ use hanse_policy::inventory::Cluster;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_client::ExchangeClient;
 use hanse_runtime::files::write_atomic;
+use hanse_runtime::health::Writes;
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::tls::Connection;
+use hanse_runtime::tls::{Connection, Peer};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::Streaming;
+use tonic::{Status, Streaming};
 
 use super::model::{Updates, Wanted};
 use super::publisher::{PublishSession, Publisher};
@@ -46,6 +47,8 @@ const RETRY_AT_LEAST: Duration = Duration::from_secs(2);
 const STORE_EVERY: Duration = Duration::from_secs(1);
 /// And what is published, of which only the numbers must not be lost.
 const STORE_PUBLISHED_EVERY: Duration = Duration::from_secs(30);
+/// When a file that could not be written is tried again.
+const WRITE_AGAIN: Duration = Duration::from_secs(2);
 const HEADER: &[u8] = b"hanse-exchange/1\n";
 
 /// What the member says of itself, and hears. Clones share everything.
@@ -57,6 +60,7 @@ pub struct Client {
 #[derive(Debug)]
 struct Shared {
     data: PathBuf,
+    writes: Writes,
     publisher: Mutex<Publisher>,
     /// Held while what is published is written down, and taken before `publisher`.
     storing: Mutex<()>,
@@ -93,7 +97,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Client {
     /// Restores what was published and received before this start.
-    pub fn restore(data: &Path) -> Self {
+    pub fn restore(data: &Path, writes: Writes) -> Self {
         let publisher = read(&data.join("publisher.snapshot")).and_then(|bytes| Publisher::restore(&bytes));
         let epoch = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64);
         let receiver =
@@ -106,6 +110,7 @@ impl Client {
         }
         let shared = Shared {
             data: data.to_owned(),
+            writes,
             // Epochs grow: a lost numbering starts behind every one that this clock has given.
             publisher: Mutex::new(publisher.unwrap_or_else(|| Publisher::new(epoch()))),
             storing: Mutex::default(),
@@ -125,15 +130,27 @@ impl Client {
         for hub in hubs {
             let (client, identity, hub) = (self.clone(), identity.clone(), hub.clone());
             let stop = shutdown.token();
-            shutdown.spawn(async move { client.publish_for_ever(&identity, &hub, &stop).await });
+            shutdown.supervise("publishing to a hub", move || {
+                let (client, identity, hub, stop) = (client.clone(), identity.clone(), hub.clone(), stop.clone());
+                async move { client.publish_for_ever(&identity, &hub, &stop).await }
+            });
         }
         let (client, identity, hubs) = (self.clone(), identity.clone(), hubs.to_vec());
         let stop = shutdown.token();
-        shutdown.spawn(async move { client.watch_for_ever(&identity, &hubs, &stop).await });
+        shutdown.supervise("watching a hub", move || {
+            let (client, identity, hubs, stop) = (client.clone(), identity.clone(), hubs.clone(), stop.clone());
+            async move { client.watch_for_ever(&identity, &hubs, &stop).await }
+        });
         let (client, stop) = (self.clone(), shutdown.token());
-        shutdown.spawn(async move { client.store_received_for_ever(&stop).await });
+        shutdown.supervise("snapshot of what was received", move || {
+            let (client, stop) = (client.clone(), stop.clone());
+            async move { client.store_received_for_ever(&stop).await }
+        });
         let (client, stop) = (self.clone(), shutdown.token());
-        shutdown.spawn(async move { client.store_published_for_ever(&stop).await });
+        shutdown.supervise("snapshot of what is published", move || {
+            let (client, stop) = (client.clone(), stop.clone());
+            async move { client.store_published_for_ever(&stop).await }
+        });
     }
 
     /// What this cluster exports from now on, `changed` being what is new in it.
@@ -146,13 +163,15 @@ impl Client {
         self.shared.published.send_modify(|count| *count += 1);
     }
 
-    /// Writes down what is published: after a restart, what is not there has another id.
-    fn store_published(&self) {
+    /// Writes down what is published: after a restart, what is not there has another id. Whether that succeeded.
+    fn store_published(&self) -> bool {
         let _one_at_a_time = lock(&self.shared.storing);
         let (bytes, reserved) = lock(&self.shared.publisher).store();
-        if self.write("publisher.snapshot", &bytes) {
+        let written = self.write("publisher.snapshot", &bytes);
+        if written {
             lock(&self.shared.publisher).stored(reserved);
         }
+        written
     }
 
     /// What a hub lacks. Numbers are on disk before anybody hears of them: a restart may not give them to something else.
@@ -185,10 +204,9 @@ impl Client {
         let mut kept = lock(&self.shared.kept);
         kept.handed = kept.received;
         if kept.handed > kept.stored && !kept.marked {
-            match std::fs::write(self.shared.data.join(AHEAD), []) {
-                Ok(()) => kept.marked = true,
-                Err(error) => tracing::error!(%error, "a crash now would make a restart begin with something older"),
-            }
+            let marked = std::fs::write(self.shared.data.join(AHEAD), []);
+            kept.marked = marked.is_ok();
+            self.shared.writes.note(AHEAD, &marked);
         }
         Some(updates)
     }
@@ -208,14 +226,14 @@ impl Client {
         Ok(answers)
     }
 
-    /// Writes down what was received.
-    fn store_received(&self) {
+    /// Writes down what was received. Whether that succeeded.
+    fn store_received(&self) -> bool {
         let (bytes, at) = {
             let receiver = lock(&self.shared.receiver);
             (receiver.store(), lock(&self.shared.kept).received)
         };
         if !self.write("receiver.snapshot", &bytes) {
-            return;
+            return false;
         }
         let receiver = lock(&self.shared.receiver);
         let mut kept = lock(&self.shared.kept);
@@ -224,6 +242,7 @@ impl Client {
             // Should it stay, the next start waits for the hub without need.
             kept.marked = std::fs::remove_file(self.shared.data.join(AHEAD)).is_err();
         }
+        true
     }
 
     /// Tells when to look, at first at once: what came before this call is news to whom has just begun to listen.
@@ -239,12 +258,11 @@ impl Client {
     }
 
     /// Whether it is written.
-    fn write(&self, name: &str, body: &[u8]) -> bool {
+    fn write(&self, name: &'static str, body: &[u8]) -> bool {
         let bytes = [HEADER, blake3::hash(body).as_bytes(), body].concat();
         let written = write_atomic(&self.shared.data.join(name), &bytes, 0o600);
-        if let Err(error) = &written {
-            tracing::error!(%error, name, "a snapshot cannot be written: a restart would begin with an older one, and nothing new is published when numbers run out");
-        }
+        // Without it nothing new is published when numbers run out.
+        self.shared.writes.note(name, &written);
         written.is_ok()
     }
 
@@ -319,7 +337,8 @@ impl Client {
         let (outbox, sending) = mpsc::channel(OUTBOX);
         let open = PublishSession::open(&lock(&self.shared.publisher));
         outbox.send(open).await?;
-        let mut answers = client.publish(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
+        let answers = client.publish(ReceiverStream::new(sending)).await;
+        let mut answers = answers.map_err(|status| not_opened(&connection.peer, &status))?.into_inner();
         let mut session = PublishSession::default();
         let welcome = answers.message().await.context("be welcomed")?.context("the hub closed the stream")?;
         session.take(&mut lock(&self.shared.publisher), welcome);
@@ -401,7 +420,8 @@ impl Client {
             receiver.open()
         };
         outbox.send(open).await?;
-        let mut incoming = client.watch(ReceiverStream::new(sending)).await.context("open the stream")?.into_inner();
+        let incoming = client.watch(ReceiverStream::new(sending)).await;
+        let mut incoming = incoming.map_err(|status| not_opened(&connection.peer, &status))?.into_inner();
         let first = incoming.message().await.context("watch")?.context("the hub closed the stream")?;
         let answers = self.receive(first)?;
         for answer in answers {
@@ -413,12 +433,14 @@ impl Client {
     /// Writes down what was received, so that a start needs nobody.
     async fn store_received_for_ever(&self, stop: &CancellationToken) {
         let mut received = self.changes();
+        let mut written = true;
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 changed = received.changed() => if changed.is_err() { break },
+                () = tokio::time::sleep(WRITE_AGAIN), if !written => {}
             }
-            self.store_received();
+            written = self.store_received();
             tokio::select! {
                 () = stop.cancelled() => break,
                 () = tokio::time::sleep(STORE_EVERY) => {}
@@ -429,19 +451,21 @@ impl Client {
 
     async fn store_published_for_ever(&self, stop: &CancellationToken) {
         let mut published = self.shared.published.subscribe();
+        let mut written = true;
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 changed = published.changed() => if changed.is_err() { break },
+                () = std::future::ready(()), if !written => {}
             }
             // The hubs are told first.
             tokio::select! {
                 () = stop.cancelled() => break,
-                () = tokio::time::sleep(STORE_PUBLISHED_EVERY) => {}
+                () = tokio::time::sleep(if written { STORE_PUBLISHED_EVERY } else { WRITE_AGAIN }) => {}
             }
             let client = self.clone();
             // A panic was logged by its hook.
-            let _ = tokio::task::spawn_blocking(move || client.store_published()).await;
+            written = tokio::task::spawn_blocking(move || client.store_published()).await.unwrap_or(true);
         }
         self.store_published();
     }
@@ -450,6 +474,10 @@ impl Client {
 /// A stream is opened within this time, or given up.
 async fn within<T>(opening: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::time::timeout(SILENCE, opening).await.context("the hub is silent")?
+}
+
+fn not_opened(hub: &Peer, status: &Status) -> anyhow::Error {
+    anyhow::anyhow!("open the stream: {}", hub.explain(status))
 }
 
 async fn connect(identity: &MemberIdentity, hub: &str) -> anyhow::Result<Connection> {
@@ -523,6 +551,8 @@ fn read(path: &Path) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::super::model::Position;
+    use hanse_runtime::health::Health;
+
     use super::super::wire::digest_bytes;
     use super::*;
 
@@ -543,7 +573,7 @@ mod tests {
 
     /// A member that starts on these files, and the revision that it begins with; 0 is none.
     fn start(data: &Path) -> (Client, u64) {
-        let client = Client::restore(data);
+        let client = Client::restore(data, Writes::new(&Health::default()));
         let begins_with = client.take_updates().map_or(Position::default(), |updates| updates.in_force);
         lock(&client.shared.receiver).open();
         (client, begins_with.revision)
@@ -632,7 +662,7 @@ mod tests {
     #[test]
     fn what_cannot_be_written_down_is_not_published() {
         let folder = tempfile::tempdir().expect("a folder");
-        let client = Client::restore(folder.path());
+        let client = Client::restore(folder.path(), Writes::new(&Health::default()));
         let mut session = PublishSession::default();
         let welcome = pb::publish_response::Message::Welcome(pb::PublishWelcome::default());
         session.take(&mut lock(&client.shared.publisher), pb::PublishResponse { message: Some(welcome) });

@@ -297,7 +297,8 @@ impl Locked<'_> {
     /// # Errors
     /// As [`Self::promote`].
     pub fn renew_late(&self, node: &str, key: &Fingerprint, now: SystemTime, ends: SystemTime) -> io::Result<bool> {
-        let Some(record) = self.read(node)?.filter(|it| it.allows(key) && now <= it.ends_at() + LATE_RENEWAL) else {
+        let is_in_time = |it: &NodeRecord| now.duration_since(it.ends_at()).map_or(true, |late| late <= LATE_RENEWAL);
+        let Some(record) = self.read(node)?.filter(|it| it.allows(key) && is_in_time(it)) else {
             return Ok(false);
         };
         self.write(NodeRecord { ends_at: seconds(ends), ..record })?;

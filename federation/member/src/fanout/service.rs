@@ -10,6 +10,7 @@ use hanse_ruleset::{Delta, Digest};
 use hanse_runtime::Identity;
 use hanse_runtime::agent_wire::{encode, generation, parse_digest, parse_generation};
 use hanse_runtime::keys::{Fingerprint, RequestedKey};
+use hanse_runtime::supervisor::caught;
 use hanse_runtime::tls::{peer, peer_identity};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
@@ -17,6 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::conflict::Instance;
 use super::nodes::Locked;
 use super::{Attached, Fanout, Place, Target, enrol};
 use crate::flows::Inbox;
@@ -33,6 +35,10 @@ const MAX_TOLD: usize = 1_000;
 const MAX_TEXT: usize = 512;
 /// Bytes of an agent's version.
 const MAX_VERSION: usize = 64;
+/// Other problems of one ack.
+const MAX_PROBLEMS: usize = 16;
+/// How long a stream's first message may take, which comes with the call.
+const HELLO_TIME: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub struct Service {
@@ -89,7 +95,15 @@ impl wire::agents_server::Agents for Service {
         request: Request<Streaming<wire::AgentToMember>>,
     ) -> Result<Response<Self::SyncStream>, Status> {
         let (node, key) = node_of(&request)?;
-        let Attached { target, number, replaced } = self.fanout.attach(&node, key).await?;
+        let address = peer(&request)?.address;
+        let mut incoming = request.into_inner();
+        let first = tokio::time::timeout(HELLO_TIME, incoming.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("the first message took too long"))??;
+        let Some(wire::agent_to_member::Message::Hello(hello)) = first.and_then(|first| first.message) else {
+            return Err(Status::invalid_argument("the first message must be a hello"));
+        };
+        let instance = Instance::new(&hello.instance, address);
+        let Attached { target, number, replaced } = self.fanout.attach(&node, key, instance).await?;
         let (outbox, sending) = mpsc::channel(OUTBOX);
         let (fanout, stop) = (self.fanout.clone(), self.stop.clone());
         tokio::spawn(async move {
@@ -104,7 +118,9 @@ impl wire::agents_server::Agents for Service {
             let ended = tokio::select! {
                 () = stop.cancelled() => Ok(()),
                 () = replaced.cancelled() => Ok(()),
-                ended = stream.run(request.into_inner(), target) => ended,
+                ended = caught("the stream of an agent", stream.run(hello, incoming, target)) => {
+                    ended.unwrap_or_else(|panicked| Err(Status::internal(panicked.to_string())))
+                }
             };
             if let Err(status) = ended {
                 tracing::info!(%node, error = status.message(), "the agent's stream ended");
@@ -130,30 +146,26 @@ struct AgentStream {
 impl AgentStream {
     async fn run(
         mut self,
+        hello: wire::Hello,
         mut incoming: Streaming<wire::AgentToMember>,
         mut target: watch::Receiver<Option<Arc<Target>>>,
     ) -> Result<(), Status> {
-        let mut greeted = false;
+        self.hello(&hello, &target)?;
         loop {
-            let idle = greeted && self.in_flight.is_none();
+            let idle = self.in_flight.is_none();
             if idle && self.not_before.is_none() {
                 let newest = target.borrow_and_update().clone();
                 if let Some(newest) = newest {
                     self.send(newest).await?;
                 }
             }
-            let (idle, not_before) = (greeted && self.in_flight.is_none(), self.not_before);
+            let (idle, not_before) = (self.in_flight.is_none(), self.not_before);
             tokio::select! {
                 message = incoming.message() => {
                     use wire::agent_to_member::Message;
                     let Some(message) = message? else { return Ok(()) };
                     match message.message {
-                        Some(Message::Hello(hello)) => {
-                            greeted = true;
-                            self.hello(&hello, &target)?;
-                            let version = bounded(hello.version, MAX_VERSION);
-                            self.fanout.update(&self.node, |status| status.version = version);
-                        }
+                        Some(Message::Hello(hello)) => self.hello(&hello, &target)?,
                         Some(Message::Ack(ack)) => self.ack(ack)?,
                         None => return Err(Status::invalid_argument("message is missing or not understood")),
                     }
@@ -170,6 +182,8 @@ impl AgentStream {
 
     /// Where the agent holds what we would send anyway, its contents are known.
     fn hello(&mut self, hello: &wire::Hello, target: &watch::Receiver<Option<Arc<Target>>>) -> Result<(), Status> {
+        let version = bounded(hello.version.clone(), MAX_VERSION);
+        self.fanout.update(&self.node, |status| status.version = version);
         let digest = parse_digest(&hello.digest).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let whole_did_not_fit = self.in_flight.take().is_some() && self.held.is_none();
         self.not_before = whole_did_not_fit.then(|| tokio::time::Instant::now() + RETRY);
@@ -245,6 +259,7 @@ impl AgentStream {
             .take(MAX_TOLD)
             .map(|it| (bounded(it.object, MAX_TEXT), bounded(it.reason, MAX_TEXT)));
         let refused = refused.collect();
+        let problems = ack.problems.into_iter().take(MAX_PROBLEMS).map(|it| bounded(it, MAX_TEXT)).collect();
         self.fanout.update(&self.node, |status| {
             status.place = place;
             status.digest = digest;
@@ -252,6 +267,7 @@ impl AgentStream {
             status.failed = failed;
             status.probe = bounded(ack.probe, MAX_TEXT);
             status.unenforced = unenforced;
+            status.problems = problems;
             status.heard = Some(Instant::now());
         });
         Ok(())
@@ -289,7 +305,12 @@ mod tests {
             let folder = tempfile::tempdir().expect("a folder");
             let fanout = Fanout::new(folder.path(), Duration::from_secs(60)).expect("a term");
             let (outbox, sent) = mpsc::channel(16);
-            drop(fanout.attach(&"n".into(), Fingerprint([0; 32])).await.expect("nothing speaks against it"));
+            drop(
+                fanout
+                    .attach(&"n".into(), Fingerprint([0; 32]), Instance::of_test(1))
+                    .await
+                    .expect("nothing speaks against it"),
+            );
             let node = "n".into();
             let stream = AgentStream { node, fanout, outbox, held: None, in_flight: None, not_before: None };
             Self { stream, outbox: sent, _folder: folder }

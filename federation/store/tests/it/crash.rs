@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 
-use hanse_store::{Key, Prefix, Store, Transaction, open_file};
+use hanse_store::{Key, Prefix, Store, Transaction, create_file, open_file};
 
 const PATH: &str = "HANSE_STORE_CRASH_PATH";
 
@@ -14,7 +14,8 @@ fn child() {
     let Ok(path) = std::env::var(PATH) else { return };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let store = open_file(path.as_ref()).unwrap();
+        let path: &std::path::Path = path.as_ref();
+        let store = if path.exists() { open_file(path) } else { create_file(path) }.unwrap();
         let mut out = std::io::stdout();
         let start = store.revision().await.unwrap();
         for i in start.. {

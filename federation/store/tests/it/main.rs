@@ -1,4 +1,5 @@
 //! One suite for every store, and the file's promise under `kill -9`.
 
 mod crash;
+mod damage;
 mod suite;

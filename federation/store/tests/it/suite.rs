@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use hanse_store::{Compare, Engine, Key, Outcome, Prefix, Store, StoreError, Transaction, in_memory, open_file};
+use hanse_store::{
+    Compare, Engine, Key, Outcome, Prefix, Store, StoreError, Transaction, create_file, in_memory, open_file,
+};
 
 fn key(segments: &[&str]) -> Key {
     Key::new(segments).unwrap()
@@ -16,7 +18,7 @@ fn prefix(segments: &[&str]) -> Prefix {
 async fn on_each<F: Future<Output = ()>>(check: impl Fn(Engine) -> F) {
     check(in_memory()).await;
     let folder = tempfile::tempdir().unwrap();
-    check(open_file(&folder.path().join("store")).unwrap()).await;
+    check(create_file(&folder.path().join("store")).unwrap()).await;
 }
 
 #[tokio::test]
@@ -137,7 +139,7 @@ async fn a_file_opened_again_holds_everything() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
     let lease = {
-        let store = open_file(&path).unwrap();
+        let store = create_file(&path).unwrap();
         let lease = store.grant_lease(Duration::from_secs(60)).await.unwrap();
         store.commit(Transaction::default().put(key(&["a"]), "1")).await.unwrap();
         store.commit(Transaction::default().put_with_lease(key(&["b"]), "2", lease)).await.unwrap();

@@ -6,22 +6,16 @@ use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use pb::publish_request::Message as Request;
 use pb::publish_response::Message as Response;
-use prost::Message as _;
 
-use super::Exchange;
+use super::{Exchange, report};
 use crate::exchange::model::Position;
 use crate::exchange::origin::{Batch, BatchError, Origin, StagedLimits};
 use crate::exchange::wire;
-use crate::registry::MAX_CLUSTERS;
 
 /// What is said of a frame, or of an end, where no batch is under way.
 const NO_BATCH: &str = "no batch has begun, or another stream of the cluster has begun one since";
 /// Refusals that one message names.
 const MAX_REFUSALS: usize = 256;
-/// Nodes of one cluster, of which each is held for status.
-const MAX_NODES: usize = 16_384;
-/// Errors, pods, policies or problems that one cluster tells of.
-const MAX_TOLD: usize = 65_536;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublishId(u64);
@@ -47,31 +41,6 @@ pub enum PublishError {
     NotAccepted,
     #[error("what is held of the cluster is newer: does a second member publish in its name?")]
     Behind,
-}
-
-/// Whether a realisation is as large as a cluster of the largest size can make it.
-fn bounded(realisation: &pb::Realisation) -> Result<(), String> {
-    let of_nodes = |count: fn(&pb::NodePosition) -> usize| realisation.nodes.iter().map(count).sum::<usize>();
-    for (what, count, most) in [
-        ("nodes", realisation.nodes.len(), MAX_NODES),
-        ("errors of nodes", of_nodes(|node| node.errors.len()), MAX_TOLD),
-        ("pods that are not enforced", of_nodes(|node| node.unenforced.len()), MAX_TOLD),
-        ("policies", realisation.policies.len(), MAX_TOLD),
-        ("origins", realisation.origins.len(), MAX_CLUSTERS),
-        ("problems", realisation.problems.len(), MAX_TOLD),
-        ("bytes", realisation.encoded_len(), wire::MAX_PLAIN_BYTES),
-    ] {
-        if count > most {
-            return Err(format!("{count} {what}, of {most}"));
-        }
-    }
-    Ok(())
-}
-
-/// Stands for a report that is larger than it may be.
-fn not_taken(why: String) -> pb::Realisation {
-    let problem = format!("its report of enforcement is too large, and not taken: {why}");
-    pb::Realisation { problems: vec![problem], ..pb::Realisation::default() }
 }
 
 impl Exchange {
@@ -157,10 +126,8 @@ impl Exchange {
                 self.publish_batch(id, &cluster, batch, position, wire::read_digest(&end.digest))?
             }
             Request::Realisation(realisation) => {
-                // A report that is too large is no reason to stop publishing, but then nothing is known of enforcement.
-                let realisation = bounded(&realisation).map_or_else(not_taken, |()| realisation);
                 if self.hub.federation.clusters.contains_key(&cluster) {
-                    self.realisations.insert(cluster, Arc::new(realisation));
+                    self.realisations.insert(cluster, Arc::new(report::taken(realisation)));
                 }
                 Vec::new()
             }

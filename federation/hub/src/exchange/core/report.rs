@@ -1,0 +1,100 @@
+//! What is taken of a cluster's report of enforcement: counts, names and texts have bounds each, since the hub keeps the report and
+//! shows it to administrators.
+
+use hanse_proto::federation::v1 as pb;
+use prost::Message as _;
+
+use crate::exchange::wire;
+use crate::registry::MAX_CLUSTERS;
+
+/// Nodes of one cluster, of which each is held for status.
+const MAX_NODES: usize = 16_384;
+/// Errors, pods, policies or problems that one cluster tells of.
+const MAX_TOLD: usize = 65_536;
+/// Bytes of one name: a DNS name has at most 253.
+const MAX_NAME_BYTES: usize = 253;
+/// Bytes of the name of an object as an agent writes it: a kind, a namespace and a name.
+const MAX_OBJECT_BYTES: usize = 1 << 10;
+/// Bytes of one text: a member sends an object's name and a reason of 512 bytes, or the place of a problem in a manifest and
+/// what is wrong. What is longer is cut.
+const MAX_TEXT_BYTES: usize = 2 << 10;
+
+/// The report as it is kept. One that is larger than a cluster of the largest size can make it is no reason to stop publishing,
+/// but then nothing is known of enforcement.
+pub(super) fn taken(mut realisation: pb::Realisation) -> pb::Realisation {
+    match check(&realisation) {
+        Ok(()) => {
+            cut_texts(&mut realisation);
+            realisation
+        }
+        Err(why) => {
+            let problem = format!("its report of enforcement is too large, and not taken: {why}");
+            pb::Realisation { problems: vec![problem], ..pb::Realisation::default() }
+        }
+    }
+}
+
+fn check(realisation: &pb::Realisation) -> Result<(), String> {
+    let of_nodes = |count: fn(&pb::NodePosition) -> usize| realisation.nodes.iter().map(count).sum::<usize>();
+    let longest = |names: &mut dyn Iterator<Item = &String>| names.map(String::len).max().unwrap_or_default();
+    let pods = || realisation.nodes.iter().flat_map(|node| &node.unenforced);
+    let awaited = || realisation.policies.iter().flat_map(|policy| awaited(&policy.state));
+    for (what, count, most) in [
+        ("nodes", realisation.nodes.len(), MAX_NODES),
+        ("errors of nodes", of_nodes(|node| node.errors.len()), MAX_TOLD),
+        ("pods that are not enforced", of_nodes(|node| node.unenforced.len()), MAX_TOLD),
+        ("policies", realisation.policies.len(), MAX_TOLD),
+        ("clusters that policies wait for", awaited().count(), MAX_TOLD),
+        ("origins", realisation.origins.len(), MAX_CLUSTERS),
+        ("problems", realisation.problems.len(), MAX_TOLD),
+        ("problems of nodes", of_nodes(|node| node.problems.len()), MAX_TOLD),
+        ("bytes", realisation.encoded_len(), wire::MAX_PLAIN_BYTES),
+        ("bytes of a node's name", longest(&mut realisation.nodes.iter().map(|it| &it.node)), MAX_NAME_BYTES),
+        ("bytes of a policy's name", longest(&mut realisation.policies.iter().map(|it| &it.policy)), MAX_NAME_BYTES),
+        ("bytes of a cluster's name", longest(&mut awaited()), MAX_NAME_BYTES),
+        ("bytes of an origin's name", longest(&mut realisation.origins.iter().map(|it| &it.origin)), MAX_NAME_BYTES),
+        ("bytes of a pod's namespace", longest(&mut pods().map(|it| &it.namespace)), MAX_NAME_BYTES),
+        ("bytes of a pod's name", longest(&mut pods().map(|it| &it.name)), MAX_NAME_BYTES),
+    ] {
+        if count > most {
+            return Err(format!("{count} {what}, of {most}"));
+        }
+    }
+    Ok(())
+}
+
+fn awaited(state: &Option<pb::policy_state::State>) -> &[String] {
+    match state {
+        Some(pb::policy_state::State::Waiting(waiting)) => &waiting.clusters,
+        _ => &[],
+    }
+}
+
+fn cut_texts(realisation: &mut pb::Realisation) {
+    for node in &mut realisation.nodes {
+        cut(&mut node.probe, MAX_TEXT_BYTES);
+        cut(&mut node.agent_version, MAX_NAME_BYTES);
+        node.problems.iter_mut().for_each(|problem| cut(problem, MAX_TEXT_BYTES));
+        for error in &mut node.errors {
+            cut(&mut error.object, MAX_OBJECT_BYTES);
+            cut(&mut error.error, MAX_TEXT_BYTES);
+        }
+        node.unenforced.iter_mut().for_each(|pod| cut(&mut pod.reason, MAX_TEXT_BYTES));
+    }
+    for policy in &mut realisation.policies {
+        if let Some(pb::policy_state::State::Refused(why)) = &mut policy.state {
+            cut(why, MAX_TEXT_BYTES);
+        }
+    }
+    realisation.problems.iter_mut().for_each(|problem| cut(problem, MAX_TEXT_BYTES));
+}
+
+/// At most `most` bytes, with the mark that some are missing.
+fn cut(text: &mut String, most: usize) {
+    const MARK: &str = "…";
+    if text.len() > most {
+        text.truncate(text.floor_char_boundary(most - MARK.len()));
+        text.push_str(MARK);
+        text.shrink_to_fit();
+    }
+}

@@ -1,0 +1,78 @@
+//! One member that reports nonsense harms what is known of itself only.
+
+use hanse_member::registration::MemberIdentity;
+use hanse_proto::federation::v1 as wire;
+use hanse_proto::federation::v1::exchange_client::ExchangeClient;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use wire::publish_request::Message;
+
+use crate::support::{TestHub, eventually};
+
+struct Publishing {
+    outbox: mpsc::Sender<wire::PublishRequest>,
+    _answers: tonic::Streaming<wire::PublishResponse>,
+}
+
+impl Publishing {
+    async fn of(member: &MemberIdentity, hub: &TestHub) -> Self {
+        let connection = member.hub_client().unwrap().connect(&hub.hub.address.to_string()).await.unwrap();
+        let (outbox, sending) = mpsc::channel(4);
+        let open = Message::Open(wire::PublishOpen { protocol: 1, epoch: 1 });
+        outbox.send(wire::PublishRequest { message: Some(open) }).await.unwrap();
+        let answers = ExchangeClient::new(connection.channel).publish(ReceiverStream::new(sending)).await;
+        Self { outbox, _answers: answers.unwrap().into_inner() }
+    }
+
+    async fn report(&self, realisation: wire::Realisation) {
+        let message = Some(Message::Realisation(realisation));
+        self.outbox.send(wire::PublishRequest { message }).await.unwrap();
+    }
+}
+
+/// Every number of a report is as large as it can be: sums of them stay what they are, and status and metrics go on.
+#[tokio::test]
+async fn the_largest_numbers_break_neither_status_nor_metrics() {
+    let hub = TestHub::start().await;
+    let (hostile, honest) = (hub.member("hostile").await, hub.member("honest").await);
+    let node = wire::NodePosition {
+        node: "n".to_owned(),
+        hub_revision: u64::MAX,
+        local_revision: u64::MAX,
+        connected: true,
+        age_ms: u64::MAX,
+        unenforced_total: u32::MAX,
+        ..wire::NodePosition::default()
+    };
+    let most = Some(wire::Position { epoch: u64::MAX, revision: u64::MAX });
+    let report = wire::Realisation {
+        hub: most,
+        received: most,
+        nodes: vec![node; 3],
+        agents: u32::MAX,
+        agents_current: u32::MAX,
+        ..wire::Realisation::default()
+    };
+    let (hostile, honest) = (Publishing::of(&hostile, &hub).await, Publishing::of(&honest, &hub).await);
+    hostile.report(report).await;
+    let of_honest = wire::NodePosition { unenforced_total: 7, ..wire::NodePosition::default() };
+    honest.report(wire::Realisation { nodes: vec![of_honest], ..wire::Realisation::default() }).await;
+    let mut admin = hub.admin().await;
+    eventually("both reports are shown", || {
+        let mut admin = admin.clone();
+        async move {
+            let status = admin.status(wire::StatusRequest {}).await.unwrap().into_inner();
+            let unenforced: Vec<(String, u32)> =
+                status.clusters.into_iter().map(|it| (it.name, it.unenforced)).collect();
+            unenforced == [("honest".to_owned(), 7), ("hostile".to_owned(), u32::MAX)]
+        }
+    })
+    .await;
+    // What keeps the metrics true goes on, and the registry is still followed.
+    let text = || async { hub.hub.metrics.encode() };
+    eventually("metrics show both", || async { text().await.contains("hanse_hub_publishing_clusters 2") }).await;
+    drop(honest);
+    eventually("metrics go on", || async { text().await.contains("hanse_hub_publishing_clusters 1") }).await;
+    admin.list_clusters(wire::ListClustersRequest::default()).await.unwrap();
+    assert!(!hub.shutdown.token().is_cancelled());
+}
