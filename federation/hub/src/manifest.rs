@@ -113,6 +113,7 @@ pub fn check(manifest: &[u8]) -> Result<Checked, String> {
 pub fn read(id: &ObjectId, manifest: &[u8]) -> Result<Object, String> {
     let mut read = Manifests::default();
     read_bytes(&Arc::from(id.to_string()), manifest, &mut read);
+    read.diagnostics.append(&mut read.refused_workloads);
     if !read.diagnostics.is_empty() {
         let errors = read.diagnostics.iter().take(MAX_ERRORS).map(|it| match it.field.as_str() {
             "" => it.message.clone(),
@@ -121,7 +122,7 @@ pub fn read(id: &ObjectId, manifest: &[u8]) -> Result<Object, String> {
         return Err(errors.collect::<Vec<_>>().join("; "));
     }
     match read.objects.pop() {
-        Some(one) if read.objects.is_empty() && read.skipped.is_empty() => Ok(one.object),
+        Some(one) if read.objects.is_empty() && read.skipped.is_empty() && read.workloads.is_empty() => Ok(one.object),
         _ => Err("a manifest is one object".to_owned()),
     }
 }

@@ -147,7 +147,7 @@ impl Questions {
                     Place::Pod { cluster: Some(cluster), namespace, pod } => {
                         wanted.insert((cluster.as_str().into(), WantedPod::Name(namespace.clone(), pod.clone())));
                     }
-                    Place::Pod { cluster: None, .. } => {}
+                    Place::Pod { cluster: None, .. } | Place::Service { .. } => {}
                     Place::Address { ip } => {
                         let Ok(address) = ip.parse::<IpAddr>() else { continue };
                         let address = address.to_canonical();
@@ -201,6 +201,7 @@ impl Questions {
             for place in [&question.from, &question.to] {
                 let cluster = match place {
                     Place::Pod { cluster, .. } => cluster.as_deref().map(ClusterName::from),
+                    Place::Service { .. } => None,
                     Place::Address { ip } => ip.parse().ok().and_then(|it: IpAddr| self.granted(it.to_canonical())),
                 };
                 if let Some(error) = cluster.and_then(|cluster| failed.get(&cluster)) {

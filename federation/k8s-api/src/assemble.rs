@@ -1,6 +1,7 @@
 //! The objects of one cluster, or of the federation, into inventory and policies.
 
 mod cluster;
+pub mod planned;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};

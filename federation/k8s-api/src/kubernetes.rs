@@ -11,6 +11,7 @@ use serde::Deserialize;
 use crate::field::{Errors, Path};
 use crate::metadata::check_metadata;
 use crate::network_policy::parse_block;
+use crate::workload::owner_name;
 
 pub type Map = BTreeMap<Arc<str>, Arc<str>>;
 
@@ -36,6 +37,27 @@ pub struct Metadata {
     /// RFC 3339; what "newest" goes by.
     pub creation_timestamp: Option<Arc<str>>,
     pub deletion_timestamp: Option<Arc<str>>,
+    /// The owner that controls the object, as [`owner_name`] names it.
+    #[serde(default, rename = "ownerReferences", deserialize_with = "controller")]
+    pub controller: Option<Arc<str>>,
+}
+
+/// The controller among owners; other owners do not matter.
+fn controller<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<str>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Owner {
+        #[serde(default)]
+        api_version: String,
+        #[serde(default)]
+        kind: String,
+        #[serde(default)]
+        name: String,
+        controller: Option<bool>,
+    }
+    let owners: Vec<Owner> = null_as_default(deserializer)?;
+    let controller = owners.iter().find(|owner| owner.controller == Some(true));
+    Ok(controller.map(|owner| owner_name(&owner.api_version, &owner.kind, &owner.name)))
 }
 
 impl Metadata {
@@ -180,6 +202,12 @@ pub struct ContainerPort {
     pub protocol: Option<String>,
 }
 
+impl ContainerPort {
+    fn protocol_number(&self) -> Option<u8> {
+        protocol_number(self.protocol.as_deref().unwrap_or("TCP"))
+    }
+}
+
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodStatus {
@@ -200,7 +228,55 @@ pub struct PodIp {
 }
 
 impl PodSpec {
-    fn account(&self) -> Arc<str> {
+    /// Ports that are none.
+    pub fn check(&self, path: &Path<'_>, errors: &mut Errors) {
+        for (name, containers) in [("containers", &self.containers), ("initContainers", &self.init_containers)] {
+            let list = path.field(name);
+            for (index, container) in containers.iter().enumerate() {
+                let container_path = list.index(index);
+                let ports = container_path.field("ports");
+                for (index, port) in container.ports.iter().enumerate() {
+                    let path = ports.index(index);
+                    if port.container_port == 0 {
+                        errors.add(&path.field("containerPort"), "0 is not between 1 and 65535");
+                    }
+                    check_protocol(port.protocol.as_deref(), &path, errors);
+                }
+            }
+        }
+    }
+
+    /// All ports of all containers. Of those that only run before the others too: nothing distinguishes them for a policy.
+    fn ports(&self) -> impl Iterator<Item = &ContainerPort> {
+        let containers = self.containers.iter().chain(&self.init_containers);
+        containers.flat_map(|container| &container.ports)
+    }
+
+    pub fn named_ports(&self) -> Vec<NamedPort> {
+        let named = |port: &ContainerPort| {
+            Some(NamedPort { name: port.name.clone()?, protocol: port.protocol_number()?, port: port.container_port })
+        };
+        self.ports().filter_map(named).collect()
+    }
+
+    /// Protocol and number of every port, named or not.
+    pub fn declared_ports(&self) -> impl Iterator<Item = (u8, u16)> {
+        self.ports().filter_map(|port| Some((port.protocol_number()?, port.container_port)))
+    }
+
+    /// Adds a TCP port, unless there is one of its name or, where it has none, of its number.
+    pub fn add_port(&mut self, name: Option<&str>, port: u16) {
+        let is_known = |known: &ContainerPort| match name {
+            Some(name) => known.name.as_deref() == Some(name),
+            None => known.container_port == port,
+        };
+        if !self.ports().any(is_known) {
+            let port = ContainerPort { name: name.map(Arc::from), container_port: port, protocol: None };
+            self.containers.push(Container { ports: vec![port] });
+        }
+    }
+
+    pub fn account(&self) -> Arc<str> {
         let given = [&self.service_account_name, &self.service_account].into_iter().flatten();
         given.into_iter().find(|name| !name.is_empty()).cloned().unwrap_or_else(|| "default".into())
     }
@@ -218,23 +294,7 @@ impl Pod {
     /// What an API server would not store: metadata that is malformed, and addresses that are none.
     pub fn check(&self, errors: &mut Errors) {
         check_metadata(&self.metadata, errors);
-        let spec = Path::Root("spec");
-        for (name, containers) in
-            [("containers", &self.spec.containers), ("initContainers", &self.spec.init_containers)]
-        {
-            let list = spec.field(name);
-            for (index, container) in containers.iter().enumerate() {
-                let container_path = list.index(index);
-                let ports = container_path.field("ports");
-                for (index, port) in container.ports.iter().enumerate() {
-                    let path = ports.index(index);
-                    if port.container_port == 0 {
-                        errors.add(&path.field("containerPort"), "0 is not between 1 and 65535");
-                    }
-                    check_protocol(port.protocol.as_deref(), &path, errors);
-                }
-            }
-        }
+        self.spec.check(&Path::Root("spec"), errors);
         let status = Path::Root("status");
         let mut check =
             |path: &Path<'_>, text: &Option<String>| check_address(text.as_deref().unwrap_or(""), path, errors);
@@ -286,23 +346,16 @@ impl Pod {
                 hosts
             }
         };
-        // Of containers that only run before the others too: nothing distinguishes them for a policy.
-        let containers = self.spec.containers.iter().chain(&self.spec.init_containers);
-        let ports = containers.flat_map(|container| &container.ports);
         Endpoint {
             labels: self.metadata.labels.clone(),
             service_account: Some(self.spec.account()),
             addresses: if ended || host { Vec::new() } else { reported },
             nets: Vec::new(),
-            ports: ports
-                .filter_map(|port| {
-                    let protocol = protocol_number(port.protocol.as_deref().unwrap_or("TCP"))?;
-                    Some(NamedPort { name: port.name.clone()?, protocol, port: port.container_port })
-                })
-                .collect(),
+            ports: self.spec.named_ports(),
             node: self.spec.node_name.clone(),
             host_network: host,
             host_addresses,
+            planned: None,
         }
     }
 }
@@ -322,11 +375,45 @@ pub struct ServiceSpec {
     pub kind: Option<String>,
     #[serde(rename = "clusterIP")]
     pub cluster_ip: Option<String>,
+    #[serde(rename = "clusterIPs", default, deserialize_with = "null_as_default")]
+    pub cluster_ips: Vec<String>,
+    pub external_name: Option<Arc<str>>,
     #[serde(default, deserialize_with = "null_as_default")]
     pub selector: Map,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub ports: Vec<ServicePort>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServicePort {
+    pub name: Option<Arc<str>>,
+    pub protocol: Option<String>,
+    pub port: u16,
+    pub target_port: Option<TargetPort>,
+}
+
+/// A number, or the name of a container's port.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub enum TargetPort {
+    Number(u16),
+    Name(Arc<str>),
 }
 
 impl Service {
+    /// The addresses that it has in its cluster; a headless one has none.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let mut all = Vec::new();
+        for address in self.spec.cluster_ip.iter().chain(&self.spec.cluster_ips).filter_map(|text| parse_address(text))
+        {
+            if !all.contains(&address) {
+                all.push(address);
+            }
+        }
+        all
+    }
+
     pub fn check(&self, errors: &mut Errors) {
         check_metadata(&self.metadata, errors);
         let address = self.spec.cluster_ip.as_deref().filter(|text| *text != "None");
@@ -355,6 +442,7 @@ pub struct SliceEndpoint {
 
 #[derive(Debug, Clone, Deserialize)]
 pub struct SlicePort {
+    pub name: Option<Arc<str>>,
     pub protocol: Option<String>,
     pub port: Option<u16>,
 }

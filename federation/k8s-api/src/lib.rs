@@ -18,6 +18,8 @@ pub mod manifest;
 pub mod metadata;
 pub mod network_policy;
 pub mod rule;
+pub mod workload;
 
+pub use assemble::planned::{Offline, assemble_offline};
 pub use assemble::{Federation, assemble_cluster, assemble_federation};
 pub use manifest::{Diagnostic, Manifest, Manifests, Object, Place, Skipped, read_bytes, read_dir};

@@ -16,6 +16,7 @@ use crate::hanse::{self, FederatedNetworkPolicy, FederatedNetworkSet, MemberClus
 use crate::kind;
 use crate::kubernetes::{EndpointSlice, Metadata, Namespace, Node as KubeNode, Pod, Service, ServiceAccount};
 use crate::network_policy::NetworkPolicy;
+use crate::workload::{self, Workload};
 
 /// The largest file that is read: a list of 100,000 pods at 5 KiB each. Directories may hold any number of files.
 pub const MAX_FILE_BYTES: u64 = 512 * 1024 * 1024;
@@ -149,6 +150,10 @@ pub struct Manifests {
     pub objects: Vec<Manifest>,
     pub diagnostics: Vec<Diagnostic>,
     pub skipped: Vec<Skipped>,
+    /// Objects that make pods: never part of a cluster's state, see [`crate::assemble::planned`].
+    pub workloads: Vec<Workload>,
+    /// What is wrong with those that are left out.
+    pub refused_workloads: Vec<Diagnostic>,
     /// Policies that are refused for nothing but fields that are not known, without those. Where no earlier version of one is
     /// in force, this closes what it may close.
     pub in_doubt: Vec<Manifest>,
@@ -325,6 +330,16 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
         Some(Ok(items)) => return items.for_each(|item| read_node(file, item, read)),
         Some(Err(error)) => return refuse(read, &error.path, error.message, Some(reference)),
         None => {}
+    }
+    if workload::is_workload(&reference) {
+        match workload::read(place, &reference, node) {
+            Ok(workload) => read.workloads.push(workload),
+            Err(errors) => read.refused_workloads.extend(errors.into_iter().map(|FieldError { path, message }| {
+                let place = Place { file: Arc::clone(file), line: locator.line_of(&path) };
+                Diagnostic { place, field: path, message, object: Some(reference.clone()), start: node.line() }
+            })),
+        }
+        return;
     }
     let generated = generated_name(node, &reference, &place);
     match read_object(&reference, node, generated.as_deref()) {

@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use crate::evaluate::{Answer, Direction, End, Query, Verdict, View, acting, in_order, rules};
 use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory};
 use crate::model::{ClusterName, Icmp, Layer, Policy, PolicySet, Port, Protocol, Rule, TierDefault, TierId};
+use crate::placement::{Case, NetLists, Placement, Spot};
 use crate::prepared::Prepared;
 use crate::tri::Tri;
 use crate::workload::{seen, telling_keys};
@@ -56,6 +57,8 @@ pub struct Change {
     pub before: Verdict,
     /// What is said of them in the second state. Its verdict is not `before`.
     pub after: Answer,
+    /// Only for these addresses of pods that have none yet, in words.
+    pub condition: Option<String>,
 }
 
 #[derive(Debug)]
@@ -67,8 +70,13 @@ pub struct Diff<'a> {
     facts_equal: bool,
     /// For each protocol and port to ask about; empty for all that tell.
     asked: Vec<(u8, u16)>,
+    /// The nets in which pods get their addresses; empty where that is not known.
+    pod_nets: Vec<IpNet>,
     states: [State<'a>; 2],
 }
+
+/// The ends of a packet in each state, and where not all addresses of an end are meant, which.
+type Ends = (Option<String>, [[End; 2]; 2]);
 
 /// What is known of a party.
 #[derive(Debug, Default)]
@@ -119,6 +127,7 @@ impl<'a> Diff<'a> {
             compared: Vec::new(),
             facts_equal,
             asked,
+            pod_nets: Vec::new(),
             states: [before, after],
         };
         let states = diff.states;
@@ -182,12 +191,18 @@ impl<'a> Diff<'a> {
         diff
     }
 
+    /// Pods that do not run yet get their addresses in these nets.
+    pub fn with_pod_nets(self, nets: &[IpNet]) -> Self {
+        Self { pod_nets: nets.to_vec(), ..self }
+    }
+
     /// Calls `take` with everything that changes, by source and destination in the order of [`Self::parties`].
     ///
     /// # Errors
     /// What `take` fails with, which ends the comparison.
     pub fn compare<E>(&self, mut take: impl FnMut(Change) -> Result<(), E>) -> Result<(), E> {
         let prepared = self.states.map(|state| Prepared::new(state.policies, state.inventory, state.view));
+        let placements = self.states.map(|it| Placement::new(it.policies, it.inventory, &self.pod_nets));
         for from in 0..self.parties.len() {
             for to in 0..self.parties.len() {
                 let judged = self.compared[from].changed[1] || self.compared[to].changed[0];
@@ -195,37 +210,86 @@ impl<'a> Diff<'a> {
                     continue;
                 }
                 for ip_version in [4, 6] {
-                    let Some(ends) = self.ends(from, to, ip_version) else { continue };
-                    for change in self.changes(from, to, ip_version, &ends, &prepared) {
-                        take(change)?;
-                    }
+                    let all = self.ends(from, to, ip_version, &placements);
+                    let of_ends = |(condition, ends): &Ends| {
+                        (condition.clone(), self.changes(from, to, ip_version, ends, &prepared))
+                    };
+                    let changes: Vec<_> = all.iter().map(of_ends).collect();
+                    joined(changes).into_iter().try_for_each(&mut take)?;
                 }
             }
         }
         Ok(())
     }
 
-    /// The ends of a packet in each state; `None` where there is none to ask about.
-    fn ends(&self, from: usize, to: usize, ip_version: u8) -> Option<[[End; 2]; 2]> {
-        let end = |place: usize, example: usize, state: usize| {
+    /// The ends of a packet in each state: several where the address of one is not known yet, none where there is nothing to
+    /// ask about.
+    fn ends(&self, from: usize, to: usize, ip_version: u8, placements: &[Placement<'_>; 2]) -> Vec<Ends> {
+        let v4 = ip_version == 4;
+        if self.compared[from].address.is_some() && self.compared[to].address.is_some() {
+            return Vec::new();
+        }
+        let spot = |place: usize, example: usize, state: usize| {
             let compared = &self.compared[place];
-            let of_version = |address: &IpAddr| address.is_ipv4() == (ip_version == 4);
+            let of_version = |address: &IpAddr| address.is_ipv4() == v4;
             match compared.address {
-                Some(address) => Some(End { address, pod: None }).filter(|end| of_version(&end.address)),
+                Some(address) => Some(Spot { address: Some(address), pod: None }).filter(|_| of_version(&address)),
                 None => {
-                    let pod = &compared.examples.get(example)?[state];
-                    let address = *pod.endpoint.addresses.iter().find(|address| of_version(address))?;
-                    Some(End { address, pod: Some((pod.cluster.clone(), pod.id.clone())) })
+                    let pod = compared.examples.get(example).or_else(|| {
+                        // Another pod of the same workload.
+                        compared.examples.first().filter(|it| it[0].endpoint.planned.is_some_and(|it| it.several))
+                    })?;
+                    let Pod { cluster, id, endpoint, .. } = pod[state];
+                    let address = endpoint.addresses.iter().copied().find(of_version);
+                    (address.is_some() || endpoint.planned.is_some())
+                        .then(|| Spot { address, pod: Some((cluster.clone(), id.clone())) })
                 }
             }
         };
-        if self.compared[from].address.is_some() && self.compared[to].address.is_some() {
-            return None;
-        }
         // A pod always reaches itself: within a group the pair is of two.
         let second = usize::from(from == to);
-        let of_state = |state| Some([end(from, 0, state)?, end(to, second, state)?]);
-        Some([of_state(0)?, of_state(1)?])
+        let of_state = |state| Some([spot(from, 0, state)?, spot(to, second, state)?]);
+        let (Some(first), Some(last)) = (of_state(0), of_state(1)) else { return Vec::new() };
+        let known = |[source, destination]: &[Spot; 2]| {
+            let end = |spot: &Spot| Some(End { address: spot.address?, pod: spot.pod.clone() });
+            Some([end(source)?, end(destination)?])
+        };
+        if let (Some(first), Some(last)) = (known(&first), known(&last)) {
+            return vec![(None, [first, last])];
+        }
+        let mut lists = [NetLists::new(), NetLists::new()];
+        for (placement, spots) in placements.iter().zip([&first, &last]) {
+            for (spot, direction) in spots.iter().zip([Direction::Egress, Direction::Ingress]) {
+                let Some(pod) = &spot.pod else { continue };
+                for (all, own) in lists.iter_mut().zip(&*placement.lists(pod, direction)) {
+                    all.extend(own.iter().cloned());
+                }
+            }
+        }
+        // An address that is not known in one of the states is none that is known in the other.
+        let open = |end: usize| Spot { address: first[end].address.and(last[end].address), ..first[end].clone() };
+        let (source, destination) = (open(0), open(1));
+        let (cases, all) = match placements[0].cases_of(&source, &destination, &lists, v4) {
+            Some(cases) => (cases, true),
+            None => (placements[0].cases_of(&source, &destination, &Default::default(), v4).unwrap_or_default(), false),
+        };
+        let many = cases.len() > 1;
+        let of_case = |case: &Case| {
+            let end =
+                |spot: &Spot, end: &End| End { address: spot.address.unwrap_or(end.address), pod: spot.pod.clone() };
+            let ends = |[from, to]: &[Spot; 2]| [end(from, &case.source), end(to, &case.destination)];
+            // An end whose addresses make no difference to rules is not named.
+            let tells = |end: usize| cases.iter().any(|it| [&it.from, &it.to][end] != [&case.from, &case.to][end]);
+            let parts = [("source's", &case.from), ("destination's", &case.to)];
+            let parts = parts.into_iter().enumerate().filter(|(at, _)| tells(*at)).map(|(_, part)| part);
+            let parts = parts.filter_map(|(end, class)| Some(format!("the {end} address is {}", class.as_ref()?)));
+            let condition = match all {
+                true => parts.collect::<Vec<_>>().join(" and "),
+                false => "the addresses are in no net that a rule names; others are not compared".to_owned(),
+            };
+            (Some(condition).filter(|_| many || !all), [ends(&first), ends(&last)])
+        };
+        cases.iter().map(of_case).collect()
     }
 
     fn changes(
@@ -254,7 +318,10 @@ impl<'a> Diff<'a> {
                     Some(joined) => *change.packets.last_mut().expect("just seen") = joined,
                     None => change.packets.push(packets),
                 },
-                None => changes.push(Change { from, to, ip_version, packets: vec![packets], before, after }),
+                None => {
+                    let packets = vec![packets];
+                    changes.push(Change { from, to, ip_version, packets, before, after, condition: None });
+                }
             }
         }
         changes
@@ -328,6 +395,33 @@ impl Packets {
     }
 }
 
+/// How many conditions are named of what changes alike.
+const MAX_CONDITIONS: usize = 3;
+
+/// What changes for each case, with its condition, as one list: what changes in all cases has none.
+fn joined(cases: Vec<(Option<String>, Vec<Change>)>) -> Vec<Change> {
+    let many = cases.len();
+    let mut alike: Vec<(Vec<String>, Vec<Change>)> = Vec::new();
+    for (condition, changes) in cases {
+        let says = |changes: &[Change]| -> Vec<_> {
+            changes.iter().map(|it| (it.packets.clone(), it.before, it.after.verdict)).collect()
+        };
+        match alike.iter_mut().find(|(_, known)| says(known) == says(&changes)) {
+            Some((conditions, _)) => conditions.extend(condition),
+            None => alike.push((condition.into_iter().collect(), changes)),
+        }
+    }
+    let whole = alike.len() == 1 && many > 1;
+    let conditioned = alike.into_iter().flat_map(|(mut conditions, changes)| {
+        let more = conditions.len().saturating_sub(MAX_CONDITIONS);
+        conditions.truncate(MAX_CONDITIONS);
+        let more = if more > 0 { format!(", or in {more} more cases") } else { String::new() };
+        let condition = (!whole && !conditions.is_empty()).then(|| conditions.join(", or if ") + &more);
+        changes.into_iter().map(move |change| Change { condition: condition.clone(), ..change })
+    });
+    conditioned.collect()
+}
+
 /// Each type and code that is told of, and beside each what is not.
 fn icmp_examples(told: &BTreeSet<(u8, Option<u8>)>) -> Vec<(u8, u8)> {
     let kinds: BTreeSet<u8> = told.iter().map(|(kind, _)| *kind).collect();
@@ -344,7 +438,7 @@ fn icmp_examples(told: &BTreeSet<(u8, Option<u8>)>) -> Vec<(u8, u8)> {
 }
 
 fn is_party(id: &EndpointId, endpoint: &Endpoint) -> bool {
-    id.kind == EndpointKind::Pod && !endpoint.addresses.is_empty() && !endpoint.host_network
+    id.kind == EndpointKind::Pod && endpoint.is_reachable()
 }
 
 /// TCP, UDP, DCCP, SCTP and UDP-Lite.
@@ -397,6 +491,8 @@ struct Facts<'a> {
     lengths: [BTreeSet<u8>; 2],
     /// Backends of services that rules name, by address.
     backends: HashMap<IpAddr, BTreeSet<Backend>>,
+    /// Of those that have no address yet, by cluster and name.
+    planned: HashMap<(&'a ClusterName, &'a EndpointId), BTreeSet<Backend>>,
     port_names: BTreeSet<&'a str>,
     plans: BTreeMap<&'a str, Vec<(&'a Layer, &'a Policy)>>,
 }
@@ -435,10 +531,11 @@ impl<'a> Facts<'a> {
         let port_names = ports.filter_map(named).collect();
         let services: BTreeSet<_> = entities.iter().filter_map(|it| it.service.as_ref()).collect();
         let mut backends: HashMap<IpAddr, BTreeSet<Backend>> = HashMap::new();
+        let mut planned: HashMap<_, BTreeSet<Backend>> = HashMap::new();
         let mut number = 0;
         for service in services {
             let key = (service.namespace.clone(), service.name.clone());
-            for cluster in inventory.clusters.values() {
+            for (name, cluster) in &inventory.clusters {
                 number += 1;
                 let Some(service) = cluster.services.get(&key) else { continue };
                 for address in &service.addresses {
@@ -446,6 +543,11 @@ impl<'a> Facts<'a> {
                 }
                 for (address, protocol, port) in &service.backends {
                     backends.entry(*address).or_default().insert((number, Some((*protocol, *port))));
+                }
+                for (id, ports) in &service.planned {
+                    let own = planned.entry((name, id)).or_default();
+                    own.insert((number, None));
+                    own.extend(ports.iter().map(|port| (number, Some(*port))));
                 }
             }
         }
@@ -458,7 +560,7 @@ impl<'a> Facts<'a> {
             (&**cluster, plan)
         };
         let plans = inventory.clusters.keys().map(plan).collect();
-        Self { state, nets, lengths, backends, port_names, plans }
+        Self { state, nets, lengths, backends, planned, port_names, plans }
     }
 
     fn key(&self, pod: &Pod<'a>, keys: &BTreeSet<&str>, names: &BTreeSet<&str>) -> Key<'a> {
@@ -472,7 +574,14 @@ impl<'a> Facts<'a> {
             let backends = self.backends.get(address).into_iter().flatten();
             (nets.copied().collect(), backends.copied().collect())
         };
-        let first = |v4: bool| endpoint.addresses.iter().find(|address| address.is_ipv4() == v4).map(within);
+        let first = |v4: bool| match endpoint.planned {
+            // Of an address that is not known no net is: a number that no net has.
+            Some(_) => {
+                let backends = self.planned.get(&(pod.cluster, pod.id)).into_iter().flatten();
+                Some((vec![usize::MAX], backends.copied().collect()))
+            }
+            None => endpoint.addresses.iter().find(|address| address.is_ipv4() == v4).map(within),
+        };
         Key {
             account: endpoint.service_account.as_deref(),
             labels: seen(endpoint, keys),

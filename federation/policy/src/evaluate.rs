@@ -130,12 +130,19 @@ pub fn evaluate(policies: &PolicySet, inventory: &Inventory, query: &Query, view
         };
         Some(court.judge(&tiers, all_rules, query))
     };
-    answer(query, judge)
+    answer(query, is_of_several(inventory, query), judge)
+}
+
+/// Whether the source is of a workload of which there may be several pods, none of which runs: two addresses are two of them.
+pub(crate) fn is_of_several(inventory: &Inventory, query: &Query) -> bool {
+    let pod = query.source.pod.as_ref().and_then(|(cluster, pod)| inventory.clusters.get(cluster)?.endpoints.get(pod));
+    pod.and_then(|pod| pod.planned).is_some_and(|planned| planned.several)
 }
 
 /// Judges both directions of `query` with `judge`, which answers `None` where an end is not a pod.
-pub(crate) fn answer(query: &Query, judge: impl Fn(&End, Direction) -> Option<Judgement>) -> Answer {
-    let (egress, ingress) = if query.source.pod.is_some() && query.source.pod == query.destination.pod {
+pub(crate) fn answer(query: &Query, of_several: bool, judge: impl Fn(&End, Direction) -> Option<Judgement>) -> Answer {
+    let is_one = !of_several || query.source.address == query.destination.address;
+    let (egress, ingress) = if query.source.pod.is_some() && query.source.pod == query.destination.pod && is_one {
         let itself = || Some(Judgement { verdict: Verdict::Allow, trace: vec![Step::Itself] });
         (itself(), itself())
     } else {
@@ -334,7 +341,7 @@ pub(crate) trait Facts {
     fn named_port(&self, enforcer: &str, pods: &Selection, name: &str, end: &End, protocol: u8, port: u16) -> Tri;
     /// Whether the end is a backend of a service of the enforcing cluster: by address, protocol and port, or with no
     /// port asked by address alone.
-    fn backend(&self, enforcer: &str, service: &ServiceMatch, address: IpAddr, port: Option<(u8, u16)>) -> Tri;
+    fn backend(&self, enforcer: &str, service: &ServiceMatch, end: &End, port: Option<(u8, u16)>) -> Tri;
 }
 
 /// Looks everything up in the inventory, each time.
@@ -372,8 +379,8 @@ impl Facts for Inspection<'_> {
         Tri::from(named).and(self.inventory.selects(enforcer, pods, cluster, id))
     }
 
-    fn backend(&self, enforcer: &str, service: &ServiceMatch, address: IpAddr, port: Option<(u8, u16)>) -> Tri {
-        backend(self.inventory, enforcer, service, address, port)
+    fn backend(&self, enforcer: &str, service: &ServiceMatch, end: &End, port: Option<(u8, u16)>) -> Tri {
+        backend(self.inventory, enforcer, service, end, port)
     }
 }
 
@@ -387,16 +394,23 @@ pub(crate) fn backend(
     inventory: &Inventory,
     enforcer: &str,
     service: &ServiceMatch,
-    address: IpAddr,
+    end: &End,
     port: Option<(u8, u16)>,
 ) -> Tri {
     let key = (service.namespace.clone(), service.name.clone());
-    let found = inventory.clusters.get(enforcer).and_then(|cluster| cluster.services.get(&key)).is_some_and(
-        |service| match port {
-            Some((protocol, port)) => service.backends.contains(&(address, protocol, port)),
-            None => service.addresses.contains(&address),
-        },
-    );
+    let found =
+        inventory.clusters.get(enforcer).and_then(|cluster| cluster.services.get(&key)).is_some_and(|service| {
+            // A backend that has no address yet is known by its name.
+            let pod = end.pod.as_ref().filter(|(cluster, _)| **cluster == *enforcer);
+            let planned = pod.and_then(|(_, pod)| service.planned.get(pod));
+            match port {
+                Some((protocol, port)) => {
+                    service.backends.contains(&(end.address, protocol, port))
+                        || planned.is_some_and(|ports| ports.contains(&(protocol, port)))
+                }
+                None => service.addresses.contains(&end.address) || planned.is_some(),
+            }
+        });
     Tri::from(found)
 }
 
@@ -492,7 +506,7 @@ fn entity_matches(
     }
     if let Some(service) = entity.service.as_ref().filter(|_| all != Tri::No) {
         let port = (side == Side::Destination).then_some((protocol, port));
-        all = all.and(facts.backend(enforcer, service, end.address, port));
+        all = all.and(facts.backend(enforcer, service, end, port));
     }
     if let Some(selection) = entity.selection.as_ref().filter(|_| all != Tri::No) {
         all = all.and(facts.selected(enforcer, selection, end));

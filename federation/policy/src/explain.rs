@@ -5,14 +5,18 @@ pub mod answer;
 pub mod question;
 
 pub use answer::AnswerLine;
-pub use question::{Owners, Place, ProtocolName, Question, QuestionError, has_ports, protocol_name};
+pub use question::{Forwarded, Owners, Packet, Place, ProtocolName, Question, QuestionError, has_ports, protocol_name};
 
 use std::net::IpAddr;
 
-use crate::evaluate::{Answer, End, Query, View, evaluate};
+use ipnet::IpNet;
+
+use crate::evaluate::{Answer, End, Query, Verdict, View, evaluate};
 use crate::inventory::Inventory;
 use crate::model::{ClusterName, PolicySet};
+use crate::placement::{Case, Placement, dependence};
 use crate::prepared::Prepared;
+use answer::{BackendLine, DEPENDS, ServiceLine};
 
 /// Policies and an inventory, ready to be asked.
 #[derive(Debug)]
@@ -23,7 +27,31 @@ pub struct Explainer<'a> {
     enforced: Prepared<'a>,
     /// When something is staged.
     pending: Option<Prepared<'a>>,
+    placement: Placement<'a>,
     reference: bool,
+}
+
+/// What is said of a question: one explanation, or one for each address that a pod without one may get, or for each
+/// backend of a service.
+#[derive(Debug)]
+pub struct Explained {
+    not_running: Vec<String>,
+    of: Of,
+}
+
+#[derive(Debug)]
+enum Of {
+    Packet(Explanation),
+    Addresses {
+        cases: Vec<Case>,
+        explanations: Vec<Explanation>,
+    },
+    /// More addresses than are tried.
+    TooMany(Explanation),
+    Service {
+        forwarded: Forwarded,
+        backends: Vec<Result<Explained, QuestionError>>,
+    },
 }
 
 /// What is enforced, and what would be if every staged policy were committed; `None` when none is staged.
@@ -41,6 +69,68 @@ impl Explanation {
     }
 }
 
+impl Explained {
+    /// As it is printed.
+    pub fn line(&self) -> AnswerLine<'_> {
+        let line = match &self.of {
+            Of::Packet(explanation) => explanation.line(),
+            Of::TooMany(explanation) => AnswerLine {
+                verdict: DEPENDS.into(),
+                depends_on: Some("the address: rules name more nets than are tried".to_owned()),
+                ..explanation.line()
+            },
+            Of::Addresses { cases, explanations } => {
+                let lines: Vec<AnswerLine<'_>> = explanations.iter().map(Explanation::line).collect();
+                let depends_on = |verdict: &dyn Fn(&Explanation) -> Verdict| {
+                    dependence(cases, &explanations.iter().map(verdict).collect::<Vec<_>>())
+                };
+                let enforced = depends_on(&|it| it.enforced.verdict);
+                let staged = || depends_on(&|it| it.pending.as_ref().unwrap_or(&it.enforced).verdict);
+                let depends_on =
+                    enforced.or_else(|| staged().map(|text| format!("{text}, when what is staged is committed")));
+                let all = AnswerLine::of_all(&lines);
+                AnswerLine { depends_on, ..all.unwrap_or_else(|| AnswerLine::joined(None, None)) }
+            }
+            Of::Service { forwarded, backends } => of_service(forwarded, backends),
+        };
+        AnswerLine { not_running: self.not_running.clone(), ..line }
+    }
+}
+
+fn of_service<'e>(forwarded: &Forwarded, backends: &'e [Result<Explained, QuestionError>]) -> AnswerLine<'e> {
+    let answers = backends.iter().map(|it| it.as_ref().map(Explained::line).map_err(ToString::to_string));
+    let lines: Vec<BackendLine<'e>> = forwarded
+        .backends
+        .iter()
+        .zip(answers)
+        .map(|((to, port), answer)| {
+            let error = answer.as_ref().err().cloned();
+            BackendLine { to: to.clone(), port: *port, answer: answer.ok(), error }
+        })
+        .collect();
+    let answered: Vec<AnswerLine<'e>> = lines.iter().filter_map(|line| line.answer.clone()).collect();
+    let mut all = AnswerLine::of_all(&answered).unwrap_or_else(|| AnswerLine::joined(None, None));
+    if answered.len() < lines.len() {
+        all.verdict = DEPENDS.into();
+    }
+    let depends_on = (all.verdict == DEPENDS).then(|| {
+        let one = |line: &BackendLine<'_>| {
+            let said = line.answer.as_ref().map_or("no answer", |answer| &answer.verdict);
+            format!("{}:{} {said}", line.to, line.port)
+        };
+        let shown: Vec<String> = lines.iter().take(3).map(one).collect();
+        let more = match lines.len().saturating_sub(3) {
+            0 => String::new(),
+            more => format!(", and {more} more"),
+        };
+        // One backend says itself what it depends on.
+        let own = answered.first().filter(|_| lines.len() == 1).and_then(|answer| answer.depends_on.clone());
+        own.unwrap_or_else(|| format!("the backend: {}{more}", shown.join(", ")))
+    });
+    let service = ServiceLine { name: forwarded.service.clone(), headless: forwarded.headless, backends: lines };
+    AnswerLine { depends_on, service: Some(service), ..all }
+}
+
 impl<'a> Explainer<'a> {
     pub fn new(policies: &'a PolicySet, inventory: &'a Inventory) -> Self {
         Self {
@@ -49,6 +139,7 @@ impl<'a> Explainer<'a> {
             owners: Owners::new(inventory),
             enforced: Prepared::new(policies, inventory, View::Enforced),
             pending: policies.has_staged().then(|| Prepared::new(policies, inventory, View::Pending)),
+            placement: Placement::new(policies, inventory, &[]),
             reference: false,
         }
     }
@@ -56,6 +147,11 @@ impl<'a> Explainer<'a> {
     /// Looks everything up anew for each question. The answers are the same.
     pub fn by_reference(self, reference: bool) -> Self {
         Self { reference, ..self }
+    }
+
+    /// Pods that do not run yet get their addresses in these nets.
+    pub fn with_pod_nets(self, nets: &[IpNet]) -> Self {
+        Self { placement: Placement::new(self.policies, self.inventory, nets), ..self }
     }
 
     pub fn has_staged(&self) -> bool {
@@ -74,6 +170,55 @@ impl<'a> Explainer<'a> {
     /// When the question names what is not there, or is no packet.
     pub fn explain(&self, question: &Question) -> Result<Explanation, QuestionError> {
         Ok(self.explain_packet(&self.owners.packet(question)?))
+    }
+
+    /// What is said of a question that may be about workloads that do not run, or about a service.
+    ///
+    /// # Errors
+    /// When the question names what is not there, or is no packet.
+    pub fn answer(&self, question: &Question) -> Result<Explained, QuestionError> {
+        if let Some(forwarded) = self.owners.forwarded(question)? {
+            let of_family = match &question.to {
+                Place::Address { ip } => {
+                    ip.parse::<IpAddr>().ok().map(|it| if it.to_canonical().is_ipv4() { 4 } else { 6 })
+                }
+                _ => None,
+            };
+            let ask = |(place, port): &(Place, u16)| {
+                let (to, port) = (place.clone(), question.port.map(|_| *port));
+                let ip_version = question.ip_version.or(of_family);
+                self.answer_place(&Question { to, port, ip_version, ..question.clone() })
+            };
+            let backends = forwarded.backends.iter().map(ask).collect();
+            let not_running = self.owners.not_running(&question.from).into_iter().collect();
+            return Ok(Explained { not_running, of: Of::Service { forwarded, backends } });
+        }
+        self.answer_place(question)
+    }
+
+    fn answer_place(&self, question: &Question) -> Result<Explained, QuestionError> {
+        let packet = self.owners.packet_of_spots(question)?;
+        let ends = [&question.from, &question.to];
+        let not_running = ends.into_iter().filter_map(|place| self.owners.not_running(place)).collect();
+        Ok(Explained { not_running, of: self.of_packet(&packet)? })
+    }
+
+    fn of_packet(&self, packet: &Packet) -> Result<Of, QuestionError> {
+        let (source, destination) = (&packet.source, &packet.destination);
+        let query = |case: &Case| packet.query(case.source.clone(), case.destination.clone());
+        let cases = self.placement.cases(source, destination, packet.ip_version == 4);
+        Ok(match cases {
+            Some(cases) if cases.is_empty() => return Err(QuestionError::NoFreeAddress(packet.ip_version)),
+            Some(cases) if cases.len() > 1 => {
+                let explanations = cases.iter().map(|case| self.explain_packet(&query(case))).collect();
+                Of::Addresses { cases, explanations }
+            }
+            Some(cases) => Of::Packet(self.explain_packet(&query(&cases[0]))),
+            None => {
+                let some = self.placement.cases_of(source, destination, &Default::default(), packet.ip_version == 4);
+                Of::TooMany(self.explain_packet(&query(&some.expect("one case")[0])))
+            }
+        })
     }
 
     /// An address as an end of a packet, with the pod that owns it: of several clusters' pods that of `prefer`.

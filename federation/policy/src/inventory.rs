@@ -80,6 +80,23 @@ pub struct Endpoint {
     /// The node's addresses that a pod on the host's network uses, its primary first. They are not the pod's: this only
     /// tells a question about the pod which addresses to ask about.
     pub host_addresses: Vec<IpAddr>,
+    /// `Some`: no pod runs yet, and its addresses, of both families, are not known. Only offline tools have such endpoints.
+    pub planned: Option<Planned>,
+}
+
+/// Pods that are written down and do not run: a workload's pod template, or a pod that no API server has stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Planned {
+    /// A template, of which there may be several pods.
+    pub several: bool,
+    pub stopped: Option<Stopped>,
+}
+
+/// Why a workload is not to run for now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stopped {
+    NoReplicas,
+    Suspended,
 }
 
 /// A service with its backends, for `services` matches.
@@ -89,6 +106,40 @@ pub struct Service {
     pub addresses: BTreeSet<IpAddr>,
     /// Address, protocol and port: what a destination is matched by.
     pub backends: BTreeSet<(IpAddr, u8, u16)>,
+    /// Endpoints that have no address yet, with protocols and ports.
+    pub planned: BTreeMap<EndpointId, BTreeSet<(u8, u16)>>,
+    /// What clients of the service see. Only offline tools know it.
+    pub front: Option<Box<Front>>,
+}
+
+/// A service as its clients see it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Front {
+    /// The cluster's addresses of it; none of a headless one.
+    pub addresses: Vec<IpAddr>,
+    /// Its name resolves to the addresses of its backends.
+    pub headless: bool,
+    /// Its name is another name, outside the cluster.
+    pub external_name: Option<Arc<str>>,
+    /// Without a selector its backends are written by hand.
+    pub selects: bool,
+    pub ports: Vec<FrontPort>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FrontPort {
+    pub name: Option<Arc<str>>,
+    pub protocol: u8,
+    pub port: u16,
+    /// Where packets to the port go, each with its own port.
+    pub backends: Vec<(Backend, u16)>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Backend {
+    Address(IpAddr),
+    /// A pod of the service's cluster.
+    Pod(EndpointId),
 }
 
 /// The whole ClusterSet, as far as it is known here.
@@ -142,6 +193,18 @@ pub(crate) fn selects(
         return Tri::Unknown;
     }
     selection.selector.evaluate(&EffectiveLabels { cluster: owner, id, endpoint, first_hand })
+}
+
+impl Endpoint {
+    /// Whether packets may come from it and go to it: a pod with an address of its own, known or not.
+    pub fn is_reachable(&self) -> bool {
+        !self.host_network && (!self.addresses.is_empty() || self.planned.is_some())
+    }
+
+    /// Whether it has an address of a family, known or not.
+    pub fn has_family(&self, v4: bool) -> bool {
+        self.planned.is_some() || self.addresses.iter().any(|address| address.is_ipv4() == v4)
+    }
 }
 
 impl ClusterScope {

@@ -8,6 +8,7 @@ pub mod explain;
 pub mod inventory;
 pub mod lint;
 pub mod model;
+pub mod placement;
 pub mod prepared;
 pub mod selector;
 pub mod tri;

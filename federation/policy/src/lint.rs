@@ -278,8 +278,8 @@ fn about(
                 let has_backends = |name: &&ClusterName| {
                     let service = facts.inventory.clusters.get(*name).and_then(|cluster| cluster.services.get(&key));
                     service.is_some_and(|service| match side {
-                        "source" => !service.addresses.is_empty(),
-                        _ => !service.backends.is_empty(),
+                        "source" => !service.addresses.is_empty() || !service.planned.is_empty(),
+                        _ => !service.backends.is_empty() || service.planned.values().any(|ports| !ports.is_empty()),
                     })
                 };
                 if !enforcers.is_empty() && !enforcers.iter().any(has_backends) {
@@ -643,7 +643,8 @@ fn open_namespaces(
         let closing = all().map(|(tier, policy)| (policy, closes(tier, policy, direction)));
         closing.filter(|(_, families)| families.contains(&true)).collect::<Vec<_>>()
     });
-    let mut open: BTreeMap<&Arc<str>, [usize; 3]> = BTreeMap::new();
+    // All, open for ingress, open for egress, and not running.
+    let mut open: BTreeMap<&Arc<str>, [usize; 4]> = BTreeMap::new();
     for workload in workloads {
         let (id, _) = workload.members[0];
         let (EndpointKind::Pod, Some(namespace)) = (id.kind, &id.namespace) else { continue };
@@ -651,23 +652,26 @@ fn open_namespaces(
             let applying = closing.iter().filter(|(policy, _)| is_subject(workload, &policy.selector));
             applying.fold([false, false], |[a, b], (_, [c, d])| [a || *c, b || *d])
         });
-        // Those without an address, ended or not yet begun, are open to nothing.
-        for (_, endpoint) in workload.members.iter().filter(|(_, endpoint)| !endpoint.addresses.is_empty()) {
+        // Those without an address, ended or not yet begun, are open to nothing; those that do not run at all will have one.
+        for (_, endpoint) in workload.members.iter().filter(|(_, endpoint)| endpoint.is_reachable()) {
             let counts = open.entry(namespace).or_default();
             counts[0] += 1;
+            counts[3] += usize::from(endpoint.planned.is_some());
             for (at, closed) in applying.iter().enumerate() {
-                let open = endpoint.addresses.iter().any(|address| !closed[usize::from(address.is_ipv6())]);
+                let open = [true, false].into_iter().any(|v4| endpoint.has_family(v4) && !closed[usize::from(!v4)]);
                 counts[at + 1] += usize::from(open);
             }
         }
     }
-    let all_open = !open.is_empty() && open.values().all(|[pods, ingress, egress]| ingress == pods && egress == pods);
+    let all_open =
+        !open.is_empty() && open.values().all(|[pods, ingress, egress, _]| ingress == pods && egress == pods);
     if all_open {
         let message = "no pod is denied anything by default".to_owned();
         let (check, cluster) = (CLUSTER_WITHOUT_DEFAULT_DENY, Some(name.clone()));
         findings.push(Finding { check, cluster, about: About::Cluster, message });
     }
-    for (namespace, [pods, ingress, egress]) in open {
+    for (namespace, [pods, ingress, egress, planned]) in open {
+        let many = |some, all| many(some, all, if planned > 0 { "workload" } else { "pod" });
         let what = match (ingress, egress) {
             (0, 0) => continue,
             (0, open) => format!("egress of {}", many(open, pods)),
@@ -683,11 +687,11 @@ fn open_namespaces(
     }
 }
 
-fn many(some: usize, all: usize) -> String {
+fn many(some: usize, all: usize, noun: &str) -> String {
     match (some, all) {
-        (1, 1) => "its only pod".to_owned(),
-        (some, all) if some == all => format!("all {all} pods"),
-        (some, all) => format!("{some} of {all} pods"),
+        (1, 1) => format!("its only {noun}"),
+        (some, all) if some == all => format!("all {all} {noun}s"),
+        (some, all) => format!("{some} of {all} {noun}s"),
     }
 }
 

@@ -124,7 +124,8 @@ impl<'a> Prepared<'a> {
     /// The same as [`crate::evaluate::evaluate`].
     pub fn evaluate(&self, query: &Query) -> Answer {
         let ends = [self.class_of(&query.source), self.class_of(&query.destination)];
-        answer(query, |_, direction| {
+        let of_several = ends[0].pod.and_then(|pod| pod.endpoint.planned).is_some_and(|planned| planned.several);
+        answer(query, of_several, |_, direction| {
             let pod = ends[usize::from(direction == Direction::Ingress)].pod?;
             let chain = self.chain(pod, direction);
             let facts =
@@ -491,8 +492,8 @@ impl Facts for Remembered<'_, '_> {
         pod.map_or(Tri::No, |pod| selects(enforcer, pods, pod.cluster, pod.owner, pod.id, pod.endpoint))
     }
 
-    fn backend(&self, enforcer: &str, service: &ServiceMatch, address: IpAddr, port: Option<(u8, u16)>) -> Tri {
-        backend(self.prepared.inventory, enforcer, service, address, port)
+    fn backend(&self, enforcer: &str, service: &ServiceMatch, end: &End, port: Option<(u8, u16)>) -> Tri {
+        backend(self.prepared.inventory, enforcer, service, end, port)
     }
 }
 

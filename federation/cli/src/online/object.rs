@@ -159,8 +159,9 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
             }
         }
     }
-    for skipped in &checked.skipped {
-        let (place, object) = (&skipped.place, &skipped.object);
+    let skipped = checked.skipped.iter().map(|skipped| (&skipped.place, &skipped.object));
+    let workloads = checked.workloads.iter().map(|workload| (&workload.place, &workload.reference));
+    for (place, object) in skipped.chain(workloads) {
         output::note(format_args!(
             "{}:{}: {} {} is skipped: no kind of the federation",
             place.file, place.line, object.kind, object.name
@@ -173,6 +174,7 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
         let (Place { file, line }, Reference { kind, name, .. }) = (manifest.place, manifest.reference);
         output::note(format_args!("{file}:{line}: {kind} {name} is skipped: it belongs into its cluster"));
     }
+    checked.diagnostics.append(&mut checked.refused_workloads);
     // The last would win, where everywhere else the first counts.
     checked.diagnostics.extend(doubles(&ours));
     if !checked.diagnostics.is_empty() {

@@ -128,7 +128,9 @@ fn check(
         }
         false => read_dir(directory)?,
     };
-    if read.objects.is_empty() && read.skipped.is_empty() && read.diagnostics.is_empty() {
+    read.diagnostics.append(&mut read.refused_workloads);
+    let nothing = [read.objects.is_empty(), read.workloads.is_empty(), read.skipped.is_empty()];
+    if nothing == [true; 3] && read.diagnostics.is_empty() {
         output::note(format_args!("{}: no manifests", directory.display()));
     }
     let (refused, noted): (Vec<Diagnostic>, Vec<Diagnostic>) = doubles(&read.objects).into_iter().partition(|double| {
@@ -154,8 +156,9 @@ fn check(
     // Several objects may start on one line.
     let mut objects: BTreeMap<(Arc<str>, u32, Reference), ObjectLine> = BTreeMap::new();
     let of_objects = read.objects.into_iter().map(|object| (object.place, object.reference, false));
+    let of_workloads = read.workloads.into_iter().map(|workload| (workload.place, workload.reference, false));
     let of_skipped = read.skipped.into_iter().map(|skipped| (skipped.place, skipped.object, true));
-    for (place, reference, skipped) in of_objects.chain(of_skipped) {
+    for (place, reference, skipped) in of_objects.chain(of_workloads).chain(of_skipped) {
         let key = (place.file.clone(), place.line, reference.clone());
         objects.insert(key, line(&place.file, place.line, reference, skipped));
     }

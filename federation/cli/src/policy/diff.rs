@@ -27,6 +27,9 @@ const MAX_ROWS: usize = 500;
 /// Compares every pair of pods in all clusters, and of pods with the world outside, over both IP versions, every protocol and
 /// port, from source port 40,000. Pods that neither state tells apart are compared and told of together, so that thousands
 /// of them are no matter.
+///
+/// Workloads that do not run are compared too, by "KIND/NAME". Where only some of the addresses that their pods may get
+/// change verdict, `condition` says which.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -73,6 +76,9 @@ struct ChangeLine<'a> {
     icmp: Option<IcmpLine>,
     before: &'static str,
     after: &'static str,
+    /// Only for these addresses of pods that do not run yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    condition: Option<&'a str>,
     /// What decides in the second state.
     egress: &'a str,
     ingress: &'a str,
@@ -154,7 +160,7 @@ impl Arguments {
         let first = State { policies: &before.policies, inventory: &before.inventory, view: View::Enforced };
         let second = State { policies: &after_state.policies, inventory: &after_state.inventory, view };
         let asked = self.ports.iter().map(|port| (port.protocol, port.port)).collect();
-        let diff = Diff::new(first, second, &self.outside, asked);
+        let diff = Diff::new(first, second, &self.outside, asked).with_pod_nets(&self.sources.pod_nets);
         let mut out = std::io::BufWriter::new(output::stdout());
         let mut rows = Rows::default();
         // How many pairs closed and opened, and for the last whether it is counted among them.
@@ -179,7 +185,8 @@ impl Arguments {
                 (true, _, Some(ingress)) => answer::reason(Some(ingress)),
                 (true, egress, None) => answer::reason(egress),
             };
-            rows.add(&change, told(&change.packets), reason);
+            let condition = change.condition.as_ref().map_or(String::new(), |condition| format!(", if {condition}"));
+            rows.add(&change, told(&change.packets) + &condition, reason);
             Ok(())
         })?;
         let [closed, opened] = count;
@@ -219,6 +226,7 @@ impl Arguments {
                 icmp: packets.icmp.map(|(kind, code)| IcmpLine { kind, code }),
                 before: answer::verdict(change.before),
                 after: answer::verdict(change.after.verdict),
+                condition: change.condition.as_deref(),
                 egress: &egress,
                 ingress: &ingress,
             };
@@ -253,7 +261,12 @@ fn title(party: &Party<'_>) -> String {
     match side(party) {
         Side::Address { ip } => format!("outside ({ip})"),
         Side::Pods { cluster, namespace, pods } => match pods.len() {
+            // Names of workloads have a kind before them.
+            1 if pods[0].contains('/') => format!("{cluster}/{namespace}/{} (not running)", pods[0]),
             1 => format!("{cluster}/{namespace}/{}", pods[0]),
+            many if pods.iter().all(|pod| pod.contains('/')) => {
+                format!("{cluster}/{namespace}/{} ({many} workloads, not running)", common_name(pods))
+            }
             many => format!("{cluster}/{namespace}/{} ({many} pods)", common_name(pods)),
         },
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use hanse_policy::explain::{AnswerLine, Explainer, Question};
+use hanse_policy::explain::{AnswerLine, Explainer, Place, Question};
 use serde::Serialize;
 
 use super::live;
@@ -20,12 +20,28 @@ use crate::output::{self, Format};
 /// 1 when a query has no answer, or an object was refused.
 ///
 /// The answer is what policy says. The kernel lets pass besides, before every rule, what a node sends to its own pods.
+///
+/// Workloads that do not run can be queried by "KIND/NAME", offline: "deployment/web", "raycluster/train/head". Their pods'
+/// addresses are not known: where rules about nets make a difference, the verdict is `depends`, and `dependsOn` says on
+/// what. With --pod-net only addresses in these nets count.
+///
+/// A question to a Service, by name or by its cluster address, is answered for each of its backends, on the backend's port.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+JSON, one object a line: {\"verdict\": \"allow|deny|depends\", \"egress\": {\"verdict\", \"trace\"}, \"ingress\": …, \"staged\": …,
+\"form\", \"notRunning\": [\"CLUSTER/NAMESPACE/KIND/NAME\"], \"dependsOn\": \"…\", \"service\": {\"name\", \"headless\", \"backends\":
+[{\"to\", \"port\", \"answer\" or \"error\"}]}}, or {\"error\"}. What does not apply is left out.
+
+Examples:
+  echo '{\"from\":{\"namespace\":\"shop\",\"pod\":\"deployment/web\"},\"to\":{\"namespace\":\"shop\",\"pod\":\"deployment/db\"},\"port\":5432}' |
+    hanse policy explain --cluster shop=manifests/ --queries -
+  echo '{\"from\":{\"namespace\":\"shop\",\"pod\":\"deployment/web\"},\"to\":{\"service\":\"shop/db\"},\"port\":5432}' |
+    hanse policy explain --cluster shop=manifests/ --queries - --pod-net 10.244.0.0/16")]
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
     /// Questions, one JSON object per line; `-` is standard input. `{"from":{"cluster","namespace","pod"}|{"ip"},
-    /// "to":…,"protocol":"TCP|UDP|SCTP|ICMP|ICMPv6|<number>","port":N,"sourcePort":N,"icmp":{"type","code"},
+    /// "to":…|{"cluster","namespace","service"},"protocol":"TCP|UDP|SCTP|ICMP|ICMPv6|<number>","port":N,"sourcePort":N,"icmp":{"type","code"},
     /// "ipVersion":4|6}`. Where they are left out, the protocol is TCP, the source port 40000, `icmp` an echo request, its
     /// code 0, and the IP version one that both ends have.
     #[arg(long, value_name = "FILE.jsonl")]
@@ -53,6 +69,8 @@ struct Printer {
     table: output::Table,
     /// Of live answers: clusters, and Hanse's own streams there.
     own_streams: BTreeSet<(String, String)>,
+    /// What verdicts depend on, numbered from 1 in the table.
+    notes: Vec<String>,
     unanswered: usize,
 }
 
@@ -60,28 +78,43 @@ impl Printer {
     fn new(output: Format) -> Self {
         let out = std::io::BufWriter::with_capacity(1 << 16, output::stdout());
         let table = output::table(["FROM", "TO", "VERDICT", "STAGED", "EGRESS", "INGRESS"]);
-        Self { output, out, table, own_streams: BTreeSet::new(), unanswered: 0 }
+        Self { output, out, table, own_streams: BTreeSet::new(), notes: Vec::new(), unanswered: 0 }
     }
 
     fn print(&mut self, question: Option<&Question>, answer: Result<AnswerLine<'_>, String>) -> anyhow::Result<()> {
         match (self.output, answer) {
             (Format::Table, answer) => {
-                let from = question.map_or(String::new(), |question| question.from.to_string());
-                let to = question.map_or(String::new(), |question| question.to.to_string());
+                let end = |place: Option<&Place>, not_running: &[String]| {
+                    place.map_or(String::new(), |place| title(place, not_running))
+                };
+                let (from, to) = (question.map(|it| &it.from), question.map(|it| &it.to));
                 match answer {
                     Ok(line) => {
                         for asked in &line.asked {
                             let streams = asked.own_streams.iter().cloned();
                             self.own_streams.extend(streams.map(|stream| (asked.cluster.clone(), stream)));
                         }
-                        let staged = line.staged.egress.is_some().then(|| line.staged.verdict.to_string());
-                        let staged = staged.unwrap_or_else(|| "-".to_owned());
-                        let (egress, ingress) = (line.egress.reason(), line.ingress.reason());
-                        self.table.add_row([from, to, line.verdict.into_owned(), staged, egress, ingress]);
+                        let to = match &line.service {
+                            Some(service) => format!("service {}", service.name),
+                            None => end(to, &line.not_running),
+                        };
+                        self.row(end(from, &line.not_running), to, &line);
+                        for backend in line.service.iter().flat_map(|service| &service.backends) {
+                            match (&backend.answer, &backend.error) {
+                                (Some(answer), _) => {
+                                    let to = title(&backend.to, &answer.not_running);
+                                    self.row(String::new(), format!("  {to}, port {}", backend.port), answer);
+                                }
+                                (None, error) => {
+                                    let error = format!("error: {}", error.as_deref().unwrap_or_default());
+                                    self.table.add_row([String::new(), format!("  {}", backend.to), error]);
+                                }
+                            }
+                        }
                     }
                     Err(error) => {
                         self.unanswered += 1;
-                        self.table.add_row([from, to, format!("error: {error}")]);
+                        self.table.add_row([end(from, &[]), end(to, &[]), format!("error: {error}")]);
                     }
                 }
             }
@@ -94,10 +127,24 @@ impl Printer {
         Ok(())
     }
 
+    fn row(&mut self, from: String, to: String, line: &AnswerLine<'_>) {
+        let staged = line.staged.egress.is_some().then(|| line.staged.verdict.to_string());
+        let staged = staged.unwrap_or_else(|| "-".to_owned());
+        let note = line.depends_on.as_ref().map(|note| {
+            self.notes.push(note.clone());
+            format!(" [{}]", self.notes.len())
+        });
+        let verdict = format!("{}{}", line.verdict, note.unwrap_or_default());
+        self.table.add_row([from, to, verdict, staged, line.egress.reason(), line.ingress.reason()]);
+    }
+
     /// How many questions had no answer.
     fn finish(mut self) -> anyhow::Result<usize> {
         if self.output == Format::Table {
             writeln!(self.out, "{}", self.table)?;
+            for (number, note) in (1..).zip(&self.notes) {
+                writeln!(self.out, "[{number}] depends on {}", output::one_line(note))?;
+            }
             if !self.own_streams.is_empty() {
                 writeln!(self.out, "Before every tier, Hanse's own streams:")?;
             }
@@ -108,6 +155,20 @@ impl Printer {
         }
         self.out.flush()?;
         Ok(self.unanswered)
+    }
+}
+
+/// A place, and whether it runs.
+fn title(place: &Place, not_running: &[String]) -> String {
+    let place = place.to_string();
+    let found = not_running.iter().find_map(|it| {
+        let (name, why) = it.split_once(" (").map_or((it.as_str(), None), |(name, why)| (name, why.strip_suffix(')')));
+        name.strip_suffix(&*place).filter(|before| before.is_empty() || before.ends_with('/')).map(|_| why)
+    });
+    match found {
+        None => place,
+        Some(None) => format!("{place} (not running)"),
+        Some(Some(why)) => format!("{place} (not running, {why})"),
     }
 }
 
@@ -136,12 +197,13 @@ impl Arguments {
         }
         let loaded = self.sources.load()?;
         let explainer = Explainer::new(&loaded.policies, &loaded.inventory).by_reference(self.reference);
+        let explainer = explainer.with_pod_nets(&self.sources.pod_nets);
         for line in lines {
             let line = line?;
             let question = read(&line);
             let explained = question.as_ref().map_err(Clone::clone);
             let explained =
-                explained.and_then(|question| explainer.explain(question).map_err(|error| error.to_string()));
+                explained.and_then(|question| explainer.answer(question).map_err(|error| error.to_string()));
             let answer = explained.as_ref().map(|it| it.line()).map_err(Clone::clone);
             printer.print(question.as_ref().ok(), answer)?;
         }

@@ -1,15 +1,16 @@
 //! Clusters and federation from directories of manifests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::bail;
 use hanse_k8s_api::hanse::{Grants, Member};
 use hanse_k8s_api::manifest::{Diagnostic, Manifests, Place, read_dir};
-use hanse_k8s_api::{assemble_cluster, assemble_federation};
+use hanse_k8s_api::{assemble_federation, assemble_offline};
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicyId, PolicySet};
+use ipnet::IpNet;
 
 use hanse_policy::explain::answer;
 
@@ -25,6 +26,10 @@ pub struct Sources {
     /// The directory of the federation's manifests (`hanse.dev`).
     #[arg(long, value_name = "DIR")]
     federation: Option<PathBuf>,
+    /// A net in which pods get their addresses, for workloads that do not run yet; may be given several times. Without it
+    /// they may get any.
+    #[arg(long = "pod-net", value_name = "CIDR", value_delimiter = ',', requires = "clusters")]
+    pub pod_nets: Vec<IpNet>,
 }
 
 #[derive(Debug, Clone)]
@@ -55,6 +60,8 @@ pub struct Loaded {
     pub refused: usize,
     /// Those errors.
     pub refusals: Vec<Diagnostic>,
+    /// Protocols and ports that containers declare.
+    pub declared: BTreeMap<(ClusterName, EndpointId), BTreeSet<(u8, u16)>>,
     places: BTreeMap<WrittenName, Place>,
 }
 
@@ -72,9 +79,11 @@ impl Sources {
         let mut clusters = BTreeMap::new();
         for source in &self.clusters {
             let manifests = loaded.read(Some(&source.name), &source.directory)?;
-            let state = assemble_cluster(&source.name, manifests.objects);
-            loaded.report(&state.diagnostics, false);
-            if clusters.insert(source.name.clone(), state).is_some() {
+            let offline = assemble_offline(&source.name, manifests);
+            loaded.report(&offline.state.diagnostics, false);
+            let declared = offline.declared.into_iter().map(|(id, ports)| ((source.name.clone(), id), ports));
+            loaded.declared.extend(declared);
+            if clusters.insert(source.name.clone(), offline.state).is_some() {
                 bail!("cluster {} is given twice", source.name);
             }
         }
@@ -82,6 +91,10 @@ impl Sources {
             Some(directory) => loaded.read(None, directory)?,
             None => Manifests::default(),
         };
+        for workload in &federated.workloads {
+            let (Place { file, line }, of) = (&workload.place, &workload.reference);
+            output::note(format_args!("{file}:{line}: note: {} {} belongs to a cluster", of.kind, workload.name));
+        }
         let federation = assemble_federation(&federated.objects, clusters.keys().cloned());
         loaded.report(&federation.diagnostics, false);
         for (name, state) in clusters {
@@ -173,6 +186,7 @@ impl Loaded {
     fn read(&mut self, cluster: Option<&ClusterName>, directory: &Path) -> anyhow::Result<Manifests> {
         let manifests = read_dir(directory)?;
         self.report(&manifests.diagnostics, true);
+        self.report(&manifests.refused_workloads, true);
         for skipped in &manifests.skipped {
             let (place, object) = (&skipped.place, &skipped.object);
             output::note(format_args!(

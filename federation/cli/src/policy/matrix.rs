@@ -1,15 +1,17 @@
 //! `hanse policy matrix`: which pods may talk to which.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::Write as _;
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::{bail, ensure};
 use hanse_policy::diff::{Diff, Party, State};
-use hanse_policy::evaluate::{End, Query, View, has_ports};
-use hanse_policy::inventory::{Cluster, EffectiveLabels, EndpointId, EndpointKind, Inventory, Labels};
+use hanse_policy::evaluate::{Query, Verdict, View, has_ports};
+use hanse_policy::inventory::{Cluster, EffectiveLabels, EndpointId, EndpointKind, Labels, Stopped};
 use hanse_policy::model::ClusterName;
+use hanse_policy::placement::{Placement, Spot, dependence};
 use hanse_policy::prepared::Prepared;
 use hanse_policy::selector::Selector;
 use hanse_policy::tri::Tri;
@@ -19,29 +21,38 @@ use serde::Serialize;
 use super::live;
 use super::load::{Loaded, Sources};
 use crate::output::{self, Format};
-use hanse_policy::explain::answer;
-use hanse_policy::explain::{Place, ProtocolName};
+use hanse_policy::explain::{Place, ProtocolName, protocol_name};
 use hanse_proto::federation::v1 as pb;
 
-/// With more destinations than this, what each source reaches is listed, since nobody reads wider tables.
+/// With more columns than this, what each source reaches is listed, since nobody reads wider tables.
 const WIDEST: usize = 40;
+/// Lines below a table that say what verdicts depend on; `-o json` has all.
+const MAX_NOTES: usize = 10;
 
 /// Judge every pair of pods, on each port.
 ///
 /// From directories of manifests, or, without --cluster, by what the members know now. Pods on the host's network and pods
 /// that ended are left out. A table shows pods that policy does not tell apart as one; JSON and YAML have every pair. The
 /// verdict is what policy says, without what the kernel lets pass besides: what a node sends to its own pods.
+///
+/// Workloads that do not run are judged too, offline: they are named "KIND/NAME". Their pods' addresses are not known;
+/// where rules about nets make a difference, the verdict is `depends`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
+JSON, one object a line: {\"from\", \"to\", \"protocol\", \"port\", \"verdict\": \"allow|deny|depends\", \"dependsOn\": \"…\",
+\"notRunning\": [\"from\", \"to\"]}; the last two only where they apply.
+
 Examples:
+  hanse policy matrix --cluster shop=manifests/
   hanse policy matrix --port 8000 --cluster train=manifests/train --federation policies/
   hanse policy matrix --port 443,53/UDP --from \"app == 'web'\" --cluster train=manifests/train
   hanse policy matrix --port 8000 --context ./hub/admin.context -o json")]
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
-    /// A port as NUMBER or NUMBER/PROTOCOL; may be given several times.
-    #[arg(long = "port", value_name = "PORT", required = true, value_delimiter = ',')]
+    /// A port as NUMBER or NUMBER/PROTOCOL; may be given several times. Without any, each destination is judged on the
+    /// ports that its containers declare (offline only).
+    #[arg(long = "port", value_name = "PORT", value_delimiter = ',')]
     ports: Vec<PortName>,
     /// Only pods that this selector selects as sources (over effective labels).
     #[arg(long, value_name = "SELECTOR", default_value = "all()")]
@@ -74,6 +85,12 @@ pub struct PortName {
     protocol_name: String,
 }
 
+impl std::fmt::Display for PortName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.port, self.protocol_name)
+    }
+}
+
 impl std::str::FromStr for PortName {
     type Err = String;
 
@@ -97,6 +114,11 @@ struct PairLine<'a> {
     protocol: &'a str,
     port: u16,
     verdict: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    depends_on: Option<&'a str>,
+    /// Which of the ends do not run.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    not_running: Vec<&'static str>,
 }
 
 /// A pod that is asked about, or several that policy does not tell apart.
@@ -107,20 +129,49 @@ struct Pod {
     other: Option<Box<Pod>>,
     title: String,
     addresses: Vec<IpAddr>,
+    /// It does not run: it has an address of each family, which is not known.
+    planned: bool,
+    /// What its containers declare.
+    ports: BTreeSet<(u8, u16)>,
 }
 
-/// The verdicts of one source towards every destination; `None` where the two share no address family.
-type Row = Vec<Option<&'static str>>;
+/// What is asked of each source: a destination, and a port on it.
+struct Column<'p> {
+    to: &'p Pod,
+    port: PortName,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Cell {
+    Allow,
+    Deny,
+    /// On what.
+    Depends(String),
+}
+
+impl Cell {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+            Self::Depends(_) => "depends",
+        }
+    }
+}
+
+/// The verdicts of one source in every column; `None` where the two share no address family.
+type Row = Vec<Option<Cell>>;
 
 impl Arguments {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         if self.sources.is_live()? {
+            ensure!(!self.ports.is_empty(), "--port is missing: members do not report which ports containers declare");
             let mut session = live::Session::open(context)?;
             let pods = session.pods()?;
             let (sources, destinations) = (told(&pods, &self.from), told(&pods, &self.to));
             let mut unanswered = 0;
-            self.print(&sources, &destinations, |from, port| {
-                let (row, missing) = self.ask(&mut session, from, &destinations, port)?;
+            self.print(&sources, &destinations, |from, columns| {
+                let (row, missing) = self.ask(&mut session, from, columns)?;
                 unanswered += missing;
                 Ok(row)
             })?;
@@ -130,7 +181,8 @@ impl Arguments {
         let Loaded { policies, inventory, refused, .. } = &loaded;
         let view = if self.staged { View::Pending } else { View::Enforced };
         let prepared = Prepared::new(policies, inventory, view);
-        let ends = [&self.from, &self.to].map(|selector| read(inventory, selector));
+        let placement = Placement::new(policies, inventory, &self.sources.pod_nets);
+        let ends = [&self.from, &self.to].map(|selector| read(&loaded, selector));
         let [sources, destinations] = match self.output {
             Format::Table => {
                 let state = State { policies, inventory, view };
@@ -139,98 +191,158 @@ impl Arguments {
             }
             Format::Json | Format::Yaml => ends,
         };
-        self.print(&sources, &destinations, |from, port| {
-            let judge = |to| self.query(from, to, port).map(|query| answer::verdict(prepared.evaluate(&query).verdict));
-            Ok(destinations.iter().map(judge).collect())
+        self.print(&sources, &destinations, |from, columns| {
+            Ok(columns.iter().map(|column| self.judge(&prepared, &placement, from, column)).collect())
         })?;
         Ok(if *refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    /// Groups of columns that are shown together, each with its title.
+    fn pages<'p>(&self, destinations: &'p [Pod]) -> anyhow::Result<Vec<(String, Vec<Column<'p>>)>> {
+        if !self.ports.is_empty() {
+            let page = |port: &PortName| {
+                let columns = destinations.iter().map(|to| Column { to, port: port.clone() }).collect();
+                (port.to_string(), columns)
+            };
+            return Ok(self.ports.iter().map(page).collect());
+        }
+        let silent = destinations.iter().filter(|to| to.ports.is_empty()).count();
+        if silent == destinations.len() {
+            bail!("no destination declares a container port: name ports with --port");
+        }
+        if silent > 0 {
+            let what = output::count(silent, "destination");
+            output::note(format_args!(
+                "note: {what} without a declared container port left out; --port names ports for all"
+            ));
+        }
+        let columns = destinations.iter().flat_map(|to| {
+            let port = |(protocol, port): &(u8, u16)| {
+                let protocol_name = protocol_name(*protocol);
+                Column { to, port: PortName { port: *port, protocol: *protocol, protocol_name } }
+            };
+            to.ports.iter().map(port)
+        });
+        Ok(vec![("declared ports".to_owned(), columns.collect())])
     }
 
     fn print(
         &self,
         sources: &[Pod],
         destinations: &[Pod],
-        mut row: impl FnMut(&Pod, &PortName) -> anyhow::Result<Row>,
+        mut row: impl FnMut(&Pod, &[Column<'_>]) -> anyhow::Result<Row>,
     ) -> anyhow::Result<()> {
         let mut out = std::io::BufWriter::new(output::stdout());
-        if self.output == Format::Table {
-            if sources.is_empty() || destinations.is_empty() {
+        if sources.is_empty() || destinations.is_empty() {
+            if self.output == Format::Table {
                 writeln!(out, "no pod is selected")?;
             }
-            for port in self.ports.iter().filter(|_| !sources.is_empty() && !destinations.is_empty()) {
-                let rows = sources.iter().map(|from| row(from, port)).collect::<anyhow::Result<Vec<Row>>>()?;
-                write!(out, "{}/{}", port.port, port.protocol_name)?;
-                match destinations.len() <= WIDEST {
-                    true => grid(&mut out, sources, destinations, &rows)?,
-                    false => reachable(&mut out, sources, destinations, &rows)?,
+            return Ok(out.flush()?);
+        }
+        let pages = self.pages(destinations)?;
+        if self.output == Format::Table {
+            for (title, columns) in &pages {
+                let rows = sources.iter().map(|from| row(from, columns)).collect::<anyhow::Result<Vec<Row>>>()?;
+                write!(out, "{title}")?;
+                let ports = self.ports.is_empty();
+                match columns.len() <= WIDEST {
+                    true => grid(&mut out, sources, columns, &rows, ports)?,
+                    false => reachable(&mut out, sources, columns, &rows, ports)?,
                 }
+                notes(&mut out, sources, columns, &rows)?;
             }
             return Ok(out.flush()?);
         }
         for from in sources {
-            let rows = self.ports.iter().map(|port| row(from, port)).collect::<anyhow::Result<Vec<Row>>>()?;
-            for (at, to) in destinations.iter().enumerate() {
-                for (port, row) in self.ports.iter().zip(&rows) {
-                    let Some(verdict) = row[at] else { continue };
-                    let (protocol, port) = (&*port.protocol_name, port.port);
-                    let line = PairLine { from: &from.place, to: &to.place, protocol, port, verdict };
-                    output::write(&mut out, self.output, &line)?;
-                }
+            let rows = pages.iter().map(|(_, columns)| row(from, columns)).collect::<anyhow::Result<Vec<Row>>>()?;
+            // All ports of a destination together.
+            let mut cells: Vec<(&Column<'_>, &Option<Cell>)> =
+                pages.iter().zip(&rows).flat_map(|((_, columns), row)| columns.iter().zip(row)).collect();
+            let place = |column: &Column<'_>| destinations.iter().position(|to| std::ptr::eq(to, column.to));
+            cells.sort_by_cached_key(|(column, _)| place(column));
+            for (Column { to, port }, cell) in cells {
+                let Some(cell) = cell else { continue };
+                let ends = [("from", from.planned), ("to", to.planned)];
+                let line = PairLine {
+                    from: &from.place,
+                    to: &to.place,
+                    protocol: &port.protocol_name,
+                    port: port.port,
+                    verdict: cell.name(),
+                    depends_on: if let Cell::Depends(on) = cell { Some(on) } else { None },
+                    not_running: ends.iter().filter(|(_, planned)| *planned).map(|(end, _)| *end).collect(),
+                };
+                output::write(&mut out, self.output, &line)?;
             }
         }
         Ok(out.flush()?)
     }
 
-    /// The addresses between which packets go; `None` where the two share no address family.
-    fn addresses(&self, from: &Pod, to: &Pod) -> Option<(IpAddr, IpAddr)> {
+    /// The family of the packets, IPv4 or not; `None` where the two share none.
+    fn is_v4(&self, from: &Pod, to: &Pod) -> Option<bool> {
         let wanted = |v4: bool| self.ip_version.is_none_or(|version| (version == 4) == v4);
-        let destination = to.addresses.iter().find(|address| {
-            wanted(address.is_ipv4()) && from.addresses.iter().any(|from| from.is_ipv4() == address.is_ipv4())
-        })?;
-        let source = from.addresses.iter().find(|address| address.is_ipv4() == destination.is_ipv4())?;
-        Some((*source, *destination))
+        let has = |pod: &Pod, v4: bool| pod.planned || pod.addresses.iter().any(|address| address.is_ipv4() == v4);
+        // The destination's primary family, if it has one.
+        let of_addresses = to.addresses.iter().map(IpAddr::is_ipv4);
+        let of_planned = [true, false].into_iter().filter(|_| to.planned);
+        of_addresses.chain(of_planned).find(|v4| wanted(*v4) && has(from, *v4) && has(to, *v4))
     }
 
-    fn query(&self, from: &Pod, to: &Pod, port: &PortName) -> Option<Query> {
+    fn judge(
+        &self,
+        prepared: &Prepared<'_>,
+        placement: &Placement<'_>,
+        from: &Pod,
+        Column { to, port }: &Column<'_>,
+    ) -> Option<Cell> {
         // A pod always reaches itself; of several alike, what counts is one and another.
-        let to = match &to.other {
+        let to: &Pod = match &to.other {
             Some(other) if from.place == to.place => other,
             _ => to,
         };
-        let (source, destination) = self.addresses(from, to)?;
-        let end = |pod: &Pod, address| End { address, pod: pod.owner.clone() };
-        Some(Query {
-            source: end(from, source),
-            destination: end(to, destination),
+        let v4 = self.is_v4(from, to)?;
+        let spot = |pod: &Pod| Spot {
+            address: pod.addresses.iter().find(|it| it.is_ipv4() == v4).copied(),
+            pod: pod.owner.clone(),
+        };
+        let Some(cases) = placement.cases(&spot(from), &spot(to), v4).filter(|cases| !cases.is_empty()) else {
+            return Some(Cell::Depends("the address: rules name more nets than are tried".to_owned()));
+        };
+        let query = |source, destination| Query {
+            source,
+            destination,
             protocol: port.protocol,
             source_port: 40_000,
             destination_port: port.port,
             icmp: None,
+        };
+        let verdicts: Vec<Verdict> = cases
+            .iter()
+            .map(|case| prepared.evaluate(&query(case.source.clone(), case.destination.clone())).verdict)
+            .collect();
+        Some(match (dependence(&cases, &verdicts), verdicts[0]) {
+            (Some(on), _) => Cell::Depends(on),
+            (None, Verdict::Allow) => Cell::Allow,
+            (None, Verdict::Deny) => Cell::Deny,
         })
     }
 
     /// A row by the members' word, and how many pairs had no answer; those are named on standard error.
-    fn ask(
-        &self,
-        session: &mut live::Session,
-        from: &Pod,
-        to: &[Pod],
-        port: &PortName,
-    ) -> anyhow::Result<(Row, usize)> {
-        let query = |to: &Pod| {
-            let version = if self.addresses(from, to)?.1.is_ipv4() { 4 } else { 6 };
+    fn ask(&self, session: &mut live::Session, from: &Pod, columns: &[Column<'_>]) -> anyhow::Result<(Row, usize)> {
+        let query = |Column { to, port }: &Column<'_>| {
+            let version = if self.is_v4(from, to)? { 4 } else { 6 };
             let (from, to, protocol, port) = (&from.place, &to.place, port.protocol, port.port);
             let query = LiveQuery { from, to, protocol, port, ip_version: version };
             Some(serde_json::to_string(&query).expect("names and numbers are JSON"))
         };
-        let queries: Vec<Option<String>> = to.iter().map(query).collect();
+        let queries: Vec<Option<String>> = columns.iter().map(query).collect();
         let asked: Vec<String> = queries.iter().flatten().cloned().collect();
         let (mut verdicts, mut unanswered) = (Vec::new(), 0);
         session.explain(&asked, |at, line| {
             verdicts.push(match line {
                 Ok(line) => {
                     let verdict = if self.staged { line.staged.verdict } else { line.verdict };
-                    Some(if verdict == "allow" { "allow" } else { "deny" })
+                    Some(if verdict == "allow" { Cell::Allow } else { Cell::Deny })
                 }
                 Err(error) => {
                     unanswered += 1;
@@ -255,25 +367,34 @@ struct LiveQuery<'a> {
     ip_version: u8,
 }
 
-fn read(inventory: &Inventory, selector: &Selector) -> Vec<Pod> {
+fn read(loaded: &Loaded, selector: &Selector) -> Vec<Pod> {
     let of_cluster = |(cluster, it): (&ClusterName, &Cluster)| {
         it.endpoints
             .iter()
-            .filter(|(id, endpoint)| {
-                id.kind == EndpointKind::Pod && !endpoint.addresses.is_empty() && !endpoint.host_network
-            })
+            .filter(|(id, endpoint)| id.kind == EndpointKind::Pod && endpoint.is_reachable())
             .filter(|(id, endpoint)| {
                 let labels = EffectiveLabels { cluster: it, id, endpoint, first_hand: true };
                 selector.evaluate(&labels) == Tri::Yes
             })
             .map(|(id, endpoint)| {
                 let namespace = id.namespace.as_deref().unwrap_or_default();
-                let owner = Some((cluster.clone(), id.clone()));
-                Pod::new(place(cluster, namespace, &id.name), owner, endpoint.addresses.clone())
+                let owner = (cluster.clone(), id.clone());
+                let ports = loaded.declared.get(&owner).cloned().unwrap_or_default();
+                let mut pod = Pod::new(place(cluster, namespace, &id.name), Some(owner), endpoint.addresses.clone());
+                pod.ports = ports;
+                if let Some(planned) = endpoint.planned {
+                    pod.planned = true;
+                    pod.title.push_str(match planned.stopped {
+                        None => " (not running)",
+                        Some(Stopped::NoReplicas) => " (not running, replicas: 0)",
+                        Some(Stopped::Suspended) => " (not running, suspended)",
+                    });
+                }
+                pod
             })
             .collect::<Vec<_>>()
     };
-    inventory.clusters.iter().flat_map(of_cluster).collect()
+    loaded.inventory.clusters.iter().flat_map(of_cluster).collect()
 }
 
 /// Those of a federation that runs, by what their members tell.
@@ -297,7 +418,7 @@ fn told(pods: &[pb::PodInfo], selector: &Selector) -> Vec<Pod> {
 impl Pod {
     fn new(place: Place, owner: Option<(ClusterName, EndpointId)>, addresses: Vec<IpAddr>) -> Self {
         let title = place.to_string();
-        Self { place, owner, other: None, title, addresses }
+        Self { place, owner, other: None, title, addresses, planned: false, ports: BTreeSet::new() }
     }
 }
 
@@ -325,58 +446,100 @@ fn grouped(pods: Vec<Pod>, groups: &[Party<'_>]) -> Vec<Pod> {
             let names = members.iter().filter_map(|pod| Some(&*pod.owner.as_ref()?.1.name));
             let (cluster, id) = members[0].owner.as_ref()?;
             let namespace = id.namespace.as_deref().unwrap_or_default();
-            Some(format!("{cluster}/{namespace}/{} ({many} pods)", common_name(names)))
+            let what = if members[0].planned { "workloads, not running" } else { "pods" };
+            Some(format!("{cluster}/{namespace}/{} ({many} {what})", common_name(names)))
         });
+        let ports = members.iter().flat_map(|pod| &pod.ports).copied().collect();
         let other = (many > 1).then(|| Box::new(members.swap_remove(1)));
         let first = members.swap_remove(0);
-        Pod { title: title.flatten().unwrap_or_else(|| first.title.clone()), other, ..first }
+        Pod { title: title.flatten().unwrap_or_else(|| first.title.clone()), other, ports, ..first }
     };
     found.into_iter().map(one).collect()
 }
 
-/// A cell for each pair, the destinations by number.
-fn grid(out: &mut impl std::io::Write, sources: &[Pod], destinations: &[Pod], rows: &[Row]) -> anyhow::Result<()> {
-    let blank = rows.iter().flatten().any(Option::is_none);
-    writeln!(out, "   + allow   . deny{}\n", if blank { "   blank: no shared address family" } else { "" })?;
-    let numbers = (1..=destinations.len()).map(|number| number.to_string());
+/// A column's name; with the port where columns differ in it.
+fn column_title(Column { to, port }: &Column<'_>, with_port: bool) -> String {
+    if with_port { format!("{} {port}", to.title) } else { to.title.clone() }
+}
+
+/// A cell for each source and column, the columns by number.
+fn grid(
+    out: &mut impl std::io::Write,
+    sources: &[Pod],
+    columns: &[Column<'_>],
+    rows: &[Row],
+    ports: bool,
+) -> anyhow::Result<()> {
+    let has = |cell: &dyn Fn(&Option<Cell>) -> bool| rows.iter().flatten().any(cell);
+    let blank = if has(&Option::is_none) { "   blank: no shared address family" } else { "" };
+    let depends = if has(&|cell| matches!(cell, Some(Cell::Depends(_)))) { "   ? depends on an address" } else { "" };
+    writeln!(out, "   + allow   . deny{depends}{blank}\n")?;
+    let numbers = (1..=columns.len()).map(|number| number.to_string());
     let mut table = output::table(["#".to_owned(), "FROM \\ TO".to_owned()].into_iter().chain(numbers));
     for (from, row) in sources.iter().zip(rows) {
-        let at = destinations.iter().position(|to| to.place == from.place);
+        let at = columns.iter().position(|column| column.to.place == from.place && !ports);
         let mut cells = vec![at.map_or(String::new(), |at| (at + 1).to_string()), from.title.clone()];
         cells.extend(row.iter().map(|verdict| match verdict {
-            Some("allow") => "+".to_owned(),
-            Some(_) => ".".to_owned(),
+            Some(Cell::Allow) => "+".to_owned(),
+            Some(Cell::Deny) => ".".to_owned(),
+            Some(Cell::Depends(_)) => "?".to_owned(),
             None => String::new(),
         }));
         table.add_row(cells);
     }
     writeln!(out, "{table}\n")?;
-    for (at, to) in destinations.iter().enumerate().filter(|(_, to)| sources.iter().all(|from| from.place != to.place))
-    {
-        writeln!(out, "{} {}", at + 1, output::one_line(&to.title))?;
+    let is_named = |column: &Column<'_>| !ports && sources.iter().any(|from| from.place == column.to.place);
+    for (at, column) in columns.iter().enumerate().filter(|(_, column)| !is_named(column)) {
+        writeln!(out, "{} {}", at + 1, output::one_line(&column_title(column, ports)))?;
     }
     Ok(())
 }
 
 /// Too many for a grid: for each source what it reaches, or what it does not, whichever is shorter.
-fn reachable(out: &mut impl std::io::Write, sources: &[Pod], destinations: &[Pod], rows: &[Row]) -> anyhow::Result<()> {
+fn reachable(
+    out: &mut impl std::io::Write,
+    sources: &[Pod],
+    columns: &[Column<'_>],
+    rows: &[Row],
+    ports: bool,
+) -> anyhow::Result<()> {
     writeln!(out, "\n")?;
     let mut table = output::table(["FROM", "REACHES", ""]);
     for (from, row) in sources.iter().zip(rows) {
-        let with = |wanted: &str| -> Vec<&str> {
-            let those = row.iter().zip(destinations).filter(|(verdict, _)| **verdict == Some(wanted));
-            those.map(|(_, to)| to.title.as_str()).collect()
+        let with = |wanted: &str| -> Vec<String> {
+            let those = row.iter().zip(columns).filter(|(cell, _)| cell.as_ref().is_some_and(|it| it.name() == wanted));
+            those.map(|(_, column)| column_title(column, ports)).collect()
         };
-        let (allowed, denied) = (with("allow"), with("deny"));
-        let (what, listed) = match (allowed.len(), denied.len()) {
+        let (allowed, denied, depends) = (with("allow"), with("deny"), with("depends"));
+        let (what, mut listed) = match (allowed.len(), denied.len() + depends.len()) {
             (_, 0) => ("all".to_owned(), Vec::new()),
-            (0, _) => ("nothing".to_owned(), Vec::new()),
+            (0, _) if depends.is_empty() => ("nothing".to_owned(), Vec::new()),
             (a, d) if a <= d => (format!("{a} of {}", a + d), allowed),
             (a, d) => (format!("{a} of {}, not", a + d), denied),
         };
+        listed.extend(depends.iter().map(|title| format!("? {title}")));
         table.add_row([from.title.as_str().into(), what.into(), output::Cell::lines(listed)]);
     }
     writeln!(out, "{table}\n")?;
+    Ok(())
+}
+
+/// What verdicts depend on.
+fn notes(out: &mut impl std::io::Write, sources: &[Pod], columns: &[Column<'_>], rows: &[Row]) -> anyhow::Result<()> {
+    let mut count = 0;
+    for (from, row) in sources.iter().zip(rows) {
+        for (column, cell) in columns.iter().zip(row) {
+            let Some(Cell::Depends(on)) = cell else { continue };
+            count += 1;
+            if count <= MAX_NOTES {
+                let text = format!("? {} to {} depends on {on}", from.title, column_title(column, true));
+                writeln!(out, "{}", output::one_line(&text))?;
+            }
+        }
+    }
+    if count > MAX_NOTES {
+        writeln!(out, "? {} more; -o json has all", count - MAX_NOTES)?;
+    }
     Ok(())
 }
 

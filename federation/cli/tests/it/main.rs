@@ -7,3 +7,4 @@ mod offline;
 mod online;
 mod oracle;
 mod reported;
+mod workloads;

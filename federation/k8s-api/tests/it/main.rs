@@ -8,6 +8,7 @@ mod network_policy;
 mod reading;
 mod selections;
 mod stored;
+mod workloads;
 
 /// The fields that reading `text` complains of, in their order.
 fn refusals(text: &str) -> Vec<String> {

@@ -29,7 +29,7 @@ fn one_bad_document_does_not_hide_the_others() {
          apiVersion: v1\nkind: Namespace\nmetadata: {name: b}\n",
     );
     assert_eq!(read.objects.len(), 2);
-    assert_eq!(read.skipped.len(), 1);
+    assert_eq!(read.workloads.len(), 1);
     let complaints = complaints(&read);
     assert_eq!(complaints.len(), 2, "{complaints:?}");
     assert!(complaints[0].starts_with("file.yaml:6 ") || complaints[0].starts_with("file.yaml:5 "), "{complaints:?}");
@@ -169,8 +169,8 @@ fn what_looks_like_a_kind_that_is_read_is_not_passed_over() {
         ("v1", "Endpoints"),
         ("v1", "PodTemplate"),
         ("v1", "ConfigMap"),
-        ("apps/v1", "Deployment"),
-        ("serving.knative.dev/v1", "Service"),
+        ("apps/v1", "ControllerRevision"),
+        ("serving.knative.dev/v1", "Revision"),
         ("cilium.io/v2", "CiliumNetworkPolicy"),
         ("projectcalico.org/v3", "HostEndpoint"),
         ("projectcalico.org/v3", "IPPool"),

@@ -3,13 +3,16 @@
 use std::borrow::Cow;
 
 use crate::evaluate::{Answer, Effect, Judgement, Step, Verdict};
+use crate::explain::Place;
 use crate::model::{Action, Phase, PolicyId, PolicyKind, TierDefault};
 use serde::{Deserialize, Serialize};
 
 /// One line of the answers. The text is a contract: others check our verdicts by it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct AnswerLine<'a> {
-    /// `allow` or `deny`.
+    /// `allow` or `deny`; `depends` where it is different for different addresses of a pod that does not run yet, or for
+    /// different backends of a service.
     pub verdict: Cow<'a, str>,
     pub egress: DirectionLine<'a>,
     pub ingress: DirectionLine<'a>,
@@ -19,6 +22,38 @@ pub struct AnswerLine<'a> {
     /// Who judged, of a live question.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub asked: Vec<Asked>,
+    /// The ends that do not run: `cluster/namespace/kind/name`, and why if it is stopped.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_running: Vec<String>,
+    /// What a verdict depends on, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depends_on: Option<String>,
+    /// The service that the question was about: each of its backends is answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<ServiceLine<'a>>,
+}
+
+/// A service, and the answers for what is behind it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ServiceLine<'a> {
+    /// `cluster/namespace/name`.
+    pub name: String,
+    /// Its name resolves to the addresses of its pods, and ports are not translated.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub headless: bool,
+    pub backends: Vec<BackendLine<'a>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BackendLine<'a> {
+    pub to: Place,
+    /// On the backend.
+    pub port: u16,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer: Option<AnswerLine<'a>>,
+    /// Why there is no answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// A member that judged, and what it had compiled then.
@@ -93,6 +128,9 @@ struct PolicyLine<'a> {
     name: Cow<'a, str>,
 }
 
+/// The verdict where there is more than one.
+pub const DEPENDS: &str = "depends";
+
 impl<'a> AnswerLine<'a> {
     pub fn new(enforced: &'a Answer, pending: Option<&'a Answer>, form: &'static str) -> Self {
         Self {
@@ -106,7 +144,33 @@ impl<'a> AnswerLine<'a> {
             },
             form: form.into(),
             asked: Vec::new(),
+            not_running: Vec::new(),
+            depends_on: None,
+            service: None,
         }
+    }
+
+    /// Of several answers to one question, of which the first stands for the rest: a verdict that is not the same in all
+    /// becomes `depends`.
+    pub fn of_all(lines: &[Self]) -> Option<Self> {
+        let mut first = lines.first()?.clone();
+        let verdict = |of: &dyn Fn(&Self) -> Option<Cow<'a, str>>| -> Option<Cow<'a, str>> {
+            let verdict = of(&lines[0])?;
+            let same = lines.iter().all(|line| of(line).as_ref() == Some(&verdict));
+            Some(if same { verdict } else { DEPENDS.into() })
+        };
+        first.verdict = verdict(&|line| Some(line.verdict.clone()))?;
+        first.egress.verdict = verdict(&|line| Some(line.egress.verdict.clone()))?;
+        first.ingress.verdict = verdict(&|line| Some(line.ingress.verdict.clone()))?;
+        first.staged.verdict = verdict(&|line| Some(line.staged.verdict.clone()))?;
+        let egress = verdict(&|line| line.staged.egress.as_ref().map(|line| line.verdict.clone()));
+        let ingress = verdict(&|line| line.staged.ingress.as_ref().map(|line| line.verdict.clone()));
+        for (line, verdict) in [(&mut first.staged.egress, egress), (&mut first.staged.ingress, ingress)] {
+            if let (Some(line), Some(verdict)) = (line, verdict) {
+                line.verdict = verdict;
+            }
+        }
+        Some(first)
     }
 
     /// The same, where one of Hanse's own streams came before every tier in a direction: its name.
@@ -142,7 +206,17 @@ impl<'a> AnswerLine<'a> {
             egress: is_staged.then(|| pending_egress.clone()),
             ingress: is_staged.then(|| pending_ingress.clone()),
         };
-        Self { verdict: verdict(&egress, &ingress), egress, ingress, staged, form, asked: Vec::new() }
+        Self {
+            verdict: verdict(&egress, &ingress),
+            egress,
+            ingress,
+            staged,
+            form,
+            asked: Vec::new(),
+            not_running: Vec::new(),
+            depends_on: None,
+            service: None,
+        }
     }
 }
 
@@ -163,6 +237,9 @@ impl<'a> DirectionLine<'a> {
 
     /// What decided, for people.
     pub fn reason(&self) -> String {
+        if self.verdict == DEPENDS {
+            return DEPENDS.to_owned();
+        }
         let Some(last) = self.trace.last() else { return "-".to_owned() };
         let tier = last.tier.as_deref().unwrap_or_default();
         let policy = last.policy.as_ref().map(PolicyLine::title).unwrap_or_default();

@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::evaluate::{End, Query};
-use crate::inventory::{Endpoint, EndpointId, EndpointKind, Inventory};
+use crate::inventory::{Backend, Endpoint, EndpointId, EndpointKind, Front, FrontPort, Inventory, Service, Stopped};
 use crate::model::ClusterName;
+use crate::placement::Spot;
 use serde::{Deserialize, Serialize};
 
 /// One line of `--queries`. A key that is not known is an error: what it asks for would be left out in silence.
@@ -26,12 +27,25 @@ pub struct Question {
     pub ip_version: Option<u8>,
 }
 
-/// A pod by name, or an address.
+/// A pod by name, an address, or, as a destination, a service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, deny_unknown_fields, expecting = "it is {\"ip\"}, or {\"cluster\", \"namespace\", \"pod\"}")]
+#[serde(
+    untagged,
+    deny_unknown_fields,
+    expecting = "it is {\"ip\"}, {\"cluster\", \"namespace\", \"pod\"}, or {\"cluster\", \"namespace\", \"service\"}"
+)]
 pub enum Place {
     Address {
         ip: String,
+    },
+    Service {
+        /// May be left out where only one cluster is read.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        cluster: Option<String>,
+        /// May be left out where `service` is `NAMESPACE/NAME`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        namespace: Option<String>,
+        service: String,
     },
     Pod {
         /// May be left out where only one cluster is read.
@@ -117,6 +131,10 @@ impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Address { ip } => f.write_str(ip),
+            Self::Service { cluster, namespace, service } => {
+                let parts = [cluster.as_deref(), namespace.as_deref(), Some(service.as_str())];
+                f.write_str(&parts.into_iter().flatten().collect::<Vec<_>>().join("/"))
+            }
             Self::Pod { cluster: Some(cluster), namespace, pod } => write!(f, "{cluster}/{namespace}/{pod}"),
             Self::Pod { cluster: None, namespace, pod } => write!(f, "{namespace}/{pod}"),
         }
@@ -130,10 +148,28 @@ pub enum QuestionError {
     Cluster(String),
     #[error("cluster is missing, and more than one was read")]
     WhichCluster,
-    #[error("no pod {1}/{2} in cluster {0}")]
-    Pod(String, String, String),
+    #[error("no pod {1}/{2} in cluster {0}{3}")]
+    Pod(String, String, String, String),
+    #[error("{0} runs on its node's network, and its node's address is not known: query it by {{\"ip\"}}")]
+    HostNetwork(String),
+    #[error("{0} is a Service: only offline, and only as the destination, can it be queried; query its pods")]
+    Service(String),
+    #[error("no Service {1}/{2} in cluster {0}")]
+    NoService(String, String, String),
+    #[error("a Service is named by its namespace: {{\"namespace\", \"service\"}}, or \"service\": \"NAMESPACE/NAME\"")]
+    ServiceName,
+    #[error("{0} is a Service of type ExternalName: its name is {1}, whose addresses can be queried by {{\"ip\"}}")]
+    ExternalName(String, String),
+    #[error("{0} is a Service, which forwards TCP, UDP and SCTP only: query its pods")]
+    ServiceProtocol(String),
+    #[error("{0} is a Service without port {1}; it has {2}")]
+    ServicePort(String, String, String),
+    #[error("{0} is a Service without backends: {1}")]
+    NoBackends(String, &'static str),
     #[error("{0} owns no address")]
     NoAddress(String),
+    #[error("the nets that pods get their addresses in have no free address of IPv{0}")]
+    NoFreeAddress(u8),
     #[error("{0} has no address of IPv{1}")]
     Family(String, u8),
     #[error("{0} and {1} share no address family")]
@@ -151,6 +187,8 @@ pub enum QuestionError {
 /// Where an end may be: the addresses that it may use, the primary first, and who owns them.
 struct Candidate {
     addresses: Vec<IpAddr>,
+    /// It has an address of each family, which is not known yet.
+    planned: bool,
     owners: Vec<(ClusterName, EndpointId)>,
     /// The cluster that was named, though nobody there owns the address.
     named: Option<ClusterName>,
@@ -160,18 +198,64 @@ impl Candidate {
     fn is_of(&self, cluster: &ClusterName) -> bool {
         self.named.as_ref() == Some(cluster) || self.owners.iter().any(|(owner, _)| owner == cluster)
     }
+
+    fn has_version(&self, version: u8) -> bool {
+        self.planned || self.addresses.iter().any(|address| version_of(address) == version)
+    }
 }
 
-/// Pods by their addresses.
+/// What a question asks about, as far as the addresses of its ends are known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Packet {
+    pub source: Spot,
+    pub destination: Spot,
+    pub ip_version: u8,
+    pub protocol: u8,
+    pub source_port: u16,
+    pub destination_port: u16,
+    pub icmp: Option<(u8, u8)>,
+}
+
+impl Packet {
+    /// With these ends.
+    pub fn query(&self, source: End, destination: End) -> Query {
+        Query {
+            source,
+            destination,
+            protocol: self.protocol,
+            source_port: self.source_port,
+            destination_port: self.destination_port,
+            icmp: self.icmp,
+        }
+    }
+}
+
+/// A service that a question is about: where its packets go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Forwarded {
+    /// `cluster/namespace/name`.
+    pub service: String,
+    /// Its name resolves to the addresses of its pods, and ports are not translated.
+    pub headless: bool,
+    /// Each backend with the port on it.
+    pub backends: Vec<(Place, u16)>,
+}
+
+type ServiceAt<'a> = (&'a ClusterName, &'a (Arc<str>, Arc<str>), &'a Service);
+
+/// Pods and services by their names and addresses.
 #[derive(Debug)]
 pub struct Owners<'a> {
     by_name: HashMap<&'a str, (&'a ClusterName, HashMap<&'a EndpointId, &'a Endpoint>)>,
     by_address: HashMap<IpAddr, Vec<(&'a ClusterName, &'a EndpointId)>>,
+    services: HashMap<IpAddr, ServiceAt<'a>>,
+    inventory: &'a Inventory,
 }
 
 impl<'a> Owners<'a> {
     pub fn new(inventory: &'a Inventory) -> Self {
         let (mut by_name, mut by_address) = (HashMap::new(), HashMap::<_, Vec<_>>::new());
+        let mut services = HashMap::new();
         for (cluster, it) in &inventory.clusters {
             by_name.insert(&**cluster, (cluster, it.endpoints.iter().collect()));
             for (id, endpoint) in it.endpoints.iter().filter(|(_, endpoint)| !endpoint.host_network) {
@@ -179,26 +263,143 @@ impl<'a> Owners<'a> {
                     by_address.entry(*address).or_default().push((cluster, id));
                 }
             }
+            for (key, service) in &it.services {
+                for address in service.front.iter().flat_map(|front| &front.addresses) {
+                    services.entry(*address).or_insert((cluster, key, service));
+                }
+            }
         }
-        Self { by_name, by_address }
+        Self { by_name, by_address, services, inventory }
     }
 
     /// The packet that a question asks about.
     pub fn packet(&self, question: &Question) -> Result<Query, QuestionError> {
+        let packet = self.packet_of_spots(question)?;
+        let end = |spot: &Spot, place: &Place| match spot.address {
+            Some(address) => Ok(End { address, pod: spot.pod.clone() }),
+            None => Err(QuestionError::NoAddress(place.to_string())),
+        };
+        Ok(packet.query(end(&packet.source, &question.from)?, end(&packet.destination, &question.to)?))
+    }
+
+    /// The same, where pods that do not run yet may be named.
+    pub fn packet_of_spots(&self, question: &Question) -> Result<Packet, QuestionError> {
         let (from, to) = (self.candidate(&question.from)?, self.candidate(&question.to)?);
-        let version = version(question, &from, &to)?;
         let protocol = question.protocol.as_ref().map_or(Ok(6), ProtocolName::number)?;
+        let version = version(question, &from, &to, protocol)?;
         let has_ports = has_ports(protocol);
-        let source = self.end(&question.from, &from, &to, version)?;
-        let destination = self.end(&question.to, &to, &from, version)?;
-        Ok(Query {
-            source,
-            destination,
+        Ok(Packet {
+            source: self.spot(&question.from, &from, &to, version)?,
+            destination: self.spot(&question.to, &to, &from, version)?,
+            ip_version: version,
             protocol,
             source_port: if has_ports { question.source_port.unwrap_or(40_000) } else { 0 },
             destination_port: destination_port(question.port, protocol)?,
             icmp: question.icmp.map(|icmp| (icmp.kind, icmp.code)).or_else(|| echo_request(protocol)),
         })
+    }
+
+    /// Where the packets of a question go, if it is to a service, by name or by an address that no pod owns.
+    ///
+    /// # Errors
+    /// When the service has no such port, or nothing behind it.
+    pub fn forwarded(&self, question: &Question) -> Result<Option<Forwarded>, QuestionError> {
+        let (cluster, key, service) = match &question.to {
+            Place::Pod { .. } => return Ok(None),
+            Place::Address { ip } => {
+                let address = ip.parse::<IpAddr>().ok().map(|address| address.to_canonical());
+                let service = address.filter(|address| !self.by_address.contains_key(address));
+                match service.and_then(|address| self.services.get(&address)) {
+                    Some(service) => *service,
+                    None => return Ok(None),
+                }
+            }
+            Place::Service { cluster, namespace, service } => {
+                self.service(cluster.as_deref(), namespace.as_deref(), service)?
+            }
+        };
+        let title = format!("{cluster}/{}/{}", key.0, key.1);
+        let Some(front) = &service.front else { return Err(QuestionError::Service(title)) };
+        if let Some(name) = &front.external_name {
+            return Err(QuestionError::ExternalName(title, name.to_string()));
+        }
+        let protocol = question.protocol.as_ref().map_or(Ok(6), ProtocolName::number)?;
+        let mut backends = match front.headless {
+            true => of_headless(service, front, question.port),
+            false => {
+                if !matches!(protocol, 6 | 17 | 132) {
+                    return Err(QuestionError::ServiceProtocol(title));
+                }
+                let port = question.port.ok_or(QuestionError::Port)?;
+                let Some(found) = front.ports.iter().find(|it| (it.protocol, it.port) == (protocol, port)) else {
+                    let wanted = format!("{port}/{}", protocol_name(protocol));
+                    return Err(QuestionError::ServicePort(title, wanted, ports_of(front)));
+                };
+                found.backends.clone()
+            }
+        };
+        for (backend, _) in &mut backends {
+            // Of a pod with addresses of both families there is one backend.
+            let owner = match backend {
+                Backend::Address(address) => {
+                    self.by_address.get(address).into_iter().flatten().find(|(of, _)| *of == cluster)
+                }
+                Backend::Pod(_) => None,
+            };
+            if let Some((_, id)) = owner {
+                *backend = Backend::Pod((*id).clone());
+            }
+        }
+        backends.sort_unstable();
+        backends.dedup();
+        if backends.is_empty() {
+            let why = match front.selects {
+                true => "its selector selects no pod and no workload with this port",
+                false => "it has no selector, and no EndpointSlice of it was read",
+            };
+            return Err(QuestionError::NoBackends(title, why));
+        }
+        let place = |backend: Backend| match backend {
+            Backend::Address(address) => Place::Address { ip: address.to_string() },
+            Backend::Pod(id) => Place::Pod {
+                cluster: Some(cluster.to_string()),
+                namespace: id.namespace.as_deref().unwrap_or_default().to_owned(),
+                pod: id.name.to_string(),
+            },
+        };
+        let backends = backends.into_iter().map(|(backend, port)| (place(backend), port)).collect();
+        Ok(Some(Forwarded { service: title, headless: front.headless, backends }))
+    }
+
+    fn service(
+        &self,
+        cluster: Option<&str>,
+        namespace: Option<&str>,
+        service: &str,
+    ) -> Result<ServiceAt<'a>, QuestionError> {
+        let (namespace, name) = match (namespace, service.split_once('/')) {
+            (Some(namespace), None) => (namespace, service),
+            (None, Some(parts)) => parts,
+            _ => return Err(QuestionError::ServiceName),
+        };
+        let (cluster, _) = self.cluster(cluster)?;
+        let services = self.inventory.clusters.get(*cluster).map(|it| &it.services);
+        let key = (Arc::from(namespace), Arc::from(name));
+        let found = services.and_then(|services| services.get_key_value(&key));
+        let missing = || QuestionError::NoService(cluster.to_string(), namespace.to_owned(), name.to_owned());
+        found.map(|(key, service)| (*cluster, key, service)).ok_or_else(missing)
+    }
+
+    /// Whether a place is a pod that does not run, or a workload; in words.
+    pub fn not_running(&self, place: &Place) -> Option<String> {
+        let Place::Pod { cluster, namespace, pod } = place else { return None };
+        let (cluster, id, endpoint) = self.pod(cluster.as_deref(), namespace, pod).ok()?;
+        let stopped = match endpoint.planned?.stopped {
+            None => "",
+            Some(Stopped::NoReplicas) => " (replicas: 0)",
+            Some(Stopped::Suspended) => " (suspended)",
+        };
+        Some(format!("{cluster}/{namespace}/{}{stopped}", id.name))
     }
 
     fn candidate(&self, place: &Place) -> Result<Candidate, QuestionError> {
@@ -208,8 +409,9 @@ impl<'a> Owners<'a> {
                 let address = address.to_canonical();
                 let owners = self.by_address.get(&address).into_iter().flatten();
                 let owners = owners.map(|(cluster, id)| ((*cluster).clone(), (*id).clone())).collect();
-                Ok(Candidate { addresses: vec![address], owners, named: None })
+                Ok(Candidate { addresses: vec![address], planned: false, owners, named: None })
             }
+            Place::Service { .. } => Err(QuestionError::Service(place.to_string())),
             Place::Pod { cluster, namespace, pod } => {
                 let (cluster, id, endpoint) = self.pod(cluster.as_deref(), namespace, pod)?;
                 // A pod on the host's network has its node's addresses, which nobody owns.
@@ -218,11 +420,25 @@ impl<'a> Owners<'a> {
                     true => (endpoint.host_addresses.clone(), Vec::new()),
                     false => (endpoint.addresses.clone(), vec![(cluster, id)]),
                 };
-                if addresses.is_empty() {
-                    return Err(QuestionError::NoAddress(place.to_string()));
+                let planned = endpoint.planned.is_some() && !endpoint.host_network && addresses.is_empty();
+                if addresses.is_empty() && !planned {
+                    let error =
+                        if endpoint.planned.is_some() { QuestionError::HostNetwork } else { QuestionError::NoAddress };
+                    return Err(error(place.to_string()));
                 }
-                Ok(Candidate { addresses, owners, named })
+                Ok(Candidate { addresses, planned, owners, named })
             }
+        }
+    }
+
+    fn cluster(
+        &self,
+        cluster: Option<&str>,
+    ) -> Result<&(&'a ClusterName, HashMap<&'a EndpointId, &'a Endpoint>), QuestionError> {
+        let clusters = &self.by_name;
+        match cluster {
+            Some(name) => clusters.get(name).ok_or_else(|| QuestionError::Cluster(name.to_owned())),
+            None => clusters.values().next().filter(|_| clusters.len() == 1).ok_or(QuestionError::WhichCluster),
         }
     }
 
@@ -232,13 +448,20 @@ impl<'a> Owners<'a> {
         namespace: &str,
         pod: &str,
     ) -> Result<(ClusterName, EndpointId, &'a Endpoint), QuestionError> {
-        let clusters = &self.by_name;
-        let (name, endpoints) = match cluster {
-            Some(name) => clusters.get(name).ok_or_else(|| QuestionError::Cluster(name.to_owned()))?,
-            None => clusters.values().next().filter(|_| clusters.len() == 1).ok_or(QuestionError::WhichCluster)?,
-        };
+        let (name, endpoints) = self.cluster(cluster)?;
         let id = EndpointId { kind: EndpointKind::Pod, namespace: Some(Arc::from(namespace)), name: Arc::from(pod) };
-        let missing = || QuestionError::Pod(name.to_string(), namespace.to_owned(), pod.to_owned());
+        let missing = || {
+            // A workload's name is that of its kind and its own.
+            let is_meant = |id: &&&EndpointId| {
+                id.namespace.as_deref() == Some(namespace) && id.name.split('/').skip(1).any(|part| part == pod)
+            };
+            let mut meant: Vec<&str> = endpoints.keys().filter(is_meant).map(|id| &*id.name).collect();
+            meant.sort_unstable();
+            meant.truncate(3);
+            let meant =
+                if meant.is_empty() { String::new() } else { format!("; did you mean {}?", meant.join(" or ")) };
+            QuestionError::Pod(name.to_string(), namespace.to_owned(), pod.to_owned(), meant)
+        };
         let endpoint = endpoints.get(&id).ok_or_else(missing)?;
         Ok(((*name).clone(), id, endpoint))
     }
@@ -251,24 +474,56 @@ impl<'a> Owners<'a> {
     }
 
     /// An address that several clusters' pods own is the other end's cluster's, else the first cluster's.
-    fn end(&self, place: &Place, this: &Candidate, other: &Candidate, version: u8) -> Result<End, QuestionError> {
-        let of_version = |address: &&IpAddr| address.is_ipv4() == (version == 4);
+    fn spot(&self, place: &Place, this: &Candidate, other: &Candidate, version: u8) -> Result<Spot, QuestionError> {
         let family = || QuestionError::Family(place.to_string(), version);
-        let address = *this.addresses.iter().find(of_version).ok_or_else(family)?;
+        let address = match this.planned {
+            true => None,
+            false => Some(*this.addresses.iter().find(|it| version_of(it) == version).ok_or_else(family)?),
+        };
         let shared = this.owners.iter().find(|(cluster, _)| other.is_of(cluster));
-        Ok(End { address, pod: shared.or(this.owners.first()).cloned() })
+        Ok(Spot { address, pod: shared.or(this.owners.first()).cloned() })
     }
 }
 
-/// What is asked for, else the only family that both ends have, else the destination's primary.
-fn version(question: &Question, from: &Candidate, to: &Candidate) -> Result<u8, QuestionError> {
+fn version_of(address: &IpAddr) -> u8 {
+    if address.is_ipv4() { 4 } else { 6 }
+}
+
+/// What is asked for, else the only family that both ends have, else the destination's primary; of ends that have no address
+/// yet IPv4, unless the protocol is ICMPv6.
+fn version(question: &Question, from: &Candidate, to: &Candidate, protocol: u8) -> Result<u8, QuestionError> {
     match question.ip_version {
         Some(version @ (4 | 6)) => return Ok(version),
         Some(_) => return Err(QuestionError::IpVersion),
         None => {}
     }
-    let version_of = |address: &IpAddr| if address.is_ipv4() { 4 } else { 6 };
-    let shared =
-        to.addresses.iter().map(version_of).find(|version| from.addresses.iter().any(|a| version_of(a) == *version));
+    let usual = if protocol == 58 { [6, 4] } else { [4, 6] };
+    let addresses = if to.planned { &from.addresses } else { &to.addresses };
+    let of_addresses = addresses.iter().map(version_of);
+    let of_both = usual.into_iter().filter(|_| from.planned && to.planned);
+    let shared = of_addresses.chain(of_both).find(|version| from.has_version(*version) && to.has_version(*version));
     shared.ok_or_else(|| QuestionError::NoFamily(question.from.to_string(), question.to.to_string()))
+}
+
+/// The backends of a headless service, with the port that is asked about.
+fn of_headless(service: &Service, front: &Front, port: Option<u16>) -> Vec<(Backend, u16)> {
+    let port = port.unwrap_or_default();
+    let of_ports = front.ports.iter().flat_map(|it| &it.backends).map(|(backend, _)| backend.clone());
+    let planned = service.planned.keys().cloned().map(Backend::Pod);
+    let mut all: Vec<_> = of_ports.chain(planned).map(|backend| (backend, port)).collect();
+    if front.ports.is_empty() {
+        all.extend(service.addresses.iter().map(|address| (Backend::Address(*address), port)));
+    }
+    all
+}
+
+fn ports_of(front: &Front) -> String {
+    let port = |it: &FrontPort| {
+        let name = it.name.as_ref().map_or(String::new(), |name| format!(" ({name})"));
+        format!("{}/{}{name}", it.port, protocol_name(it.protocol))
+    };
+    match front.ports.is_empty() {
+        true => "none".to_owned(),
+        false => front.ports.iter().map(port).collect::<Vec<_>>().join(", "),
+    }
 }

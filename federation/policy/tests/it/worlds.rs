@@ -193,7 +193,7 @@ fn cluster(random: &mut Random, at: usize) -> Cluster {
         let backends = (0..4).flat_map(of_pod).map(|(pod, protocol, port)| (address(pod), protocol, port)).collect();
         // One more has no port.
         let addresses = (0..5).map(address).collect();
-        cluster.services.insert(("web".into(), "front".into()), Service { addresses, backends });
+        cluster.services.insert(("web".into(), "front".into()), Service { addresses, backends, ..Service::default() });
     }
     cluster
 }

@@ -1,0 +1,151 @@
+//! Objects that make pods: their pod templates, with what their controllers add to them.
+//!
+//! Nothing here runs: members never read these kinds as endpoints ([`crate::manifest::Manifests`] keeps them apart from
+//! the objects that are assembled). The offline commands make planned endpoints of them, see [`crate::assemble::planned`].
+
+mod kinds;
+
+use std::sync::Arc;
+
+use hanse_policy::inventory::Stopped;
+use serde::Deserialize;
+
+use crate::document::Node;
+use crate::field::{Errors, FieldError, Path};
+use crate::kubernetes::{Map, Metadata, PodSpec, null_as_default};
+use crate::manifest::{Place, Reference, typed};
+use crate::metadata::{check_labels, check_metadata};
+
+/// Templates of one object: a Ray cluster of 1,000 worker groups is far more than any that is known.
+pub const MAX_TEMPLATES: usize = 1_024;
+
+/// An object that makes pods, and where it is written.
+#[derive(Debug, Clone)]
+pub struct Workload {
+    pub place: Place,
+    pub reference: Reference,
+    pub metadata: Metadata,
+    /// Its own, or what its name is to begin with.
+    pub name: String,
+    pub templates: Vec<Template>,
+}
+
+/// One kind of pod that a workload makes.
+#[derive(Debug, Clone)]
+pub struct Template {
+    /// What distinguishes it from the other templates of its object.
+    pub part: Option<String>,
+    /// The labels of its pods, as far as they are known before they run.
+    pub labels: Map,
+    /// Those of them that the controller sets, by which its pods are recognised.
+    pub identity: Map,
+    pub spec: PodSpec,
+    pub stopped: Option<Stopped>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct PodTemplate {
+    #[serde(default, deserialize_with = "null_as_default")]
+    metadata: TemplateMetadata,
+    #[serde(default, deserialize_with = "null_as_default")]
+    spec: PodSpec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct TemplateMetadata {
+    #[serde(default, deserialize_with = "null_as_default")]
+    labels: Map,
+}
+
+/// Whether objects of a kind make pods. Their versions do not matter: they differ in nothing that is read.
+pub fn is_workload(reference: &Reference) -> bool {
+    kinds::is_known(group(&reference.api_version), &reference.kind)
+}
+
+/// The group of an `apiVersion`; the core group is empty.
+pub fn group(api_version: &str) -> &str {
+    api_version.rsplit_once('/').map_or("", |(group, _)| group)
+}
+
+/// `Deployment.apps/web`: how owners are named.
+pub fn owner_name(api_version: &str, kind: &str, name: &str) -> Arc<str> {
+    format!("{kind}.{}/{name}", group(api_version)).into()
+}
+
+/// Reads an object of a kind that [`is_workload`].
+///
+/// # Errors
+/// What an API server would refuse, as far as it is looked at.
+pub fn read(place: Place, reference: &Reference, node: Node<'_>) -> Result<Workload, Vec<FieldError>> {
+    #[derive(Deserialize)]
+    struct Header {
+        #[serde(default)]
+        metadata: Metadata,
+    }
+    let Header { metadata } = typed(node)?;
+    let mut errors = Errors::default();
+    check_metadata(&metadata, &mut errors);
+    let generated = || node.child("metadata")?.child("generateName")?.text();
+    let name = if metadata.name.is_empty() { generated().unwrap_or_default() } else { &*metadata.name }.to_owned();
+    if name.is_empty() {
+        errors.add(&Path::Root("metadata.name"), "is missing");
+    }
+    let mut templates = kinds::templates(group(&reference.api_version), &reference.kind, &metadata, node);
+    if metadata.name.is_empty() {
+        // What its pods are labelled with is generated too.
+        templates.iter_mut().for_each(|template| template.identity.clear());
+    }
+    if templates.len() > MAX_TEMPLATES {
+        errors.add(&Path::Root("spec"), format!("{} pod templates; {MAX_TEMPLATES} are allowed", templates.len()));
+    }
+    let mut read = Vec::new();
+    for template in templates.into_iter().take(MAX_TEMPLATES) {
+        match template.read(&mut errors) {
+            Ok(template) => read.push(template),
+            Err(wrong) => errors.0.extend(wrong),
+        }
+    }
+    if !errors.0.is_empty() {
+        return Err(errors.0);
+    }
+    Ok(Workload { place, reference: reference.clone(), metadata, name, templates: read })
+}
+
+/// A template as it is found in an object.
+struct Found<'n> {
+    part: Option<String>,
+    node: Node<'n>,
+    path: String,
+    /// The node is the pod's spec, without metadata around it.
+    bare: bool,
+    /// What the workload gives to all its pods, and a template may replace.
+    inherited: Map,
+    identity: Map,
+    stopped: Option<Stopped>,
+    /// Ports that the controller adds where no container has one of this name.
+    ports: Vec<(Option<&'static str>, u16)>,
+}
+
+impl Found<'_> {
+    fn read(self, errors: &mut Errors) -> Result<Template, Vec<FieldError>> {
+        let below = |wrong: Vec<FieldError>| -> Vec<FieldError> {
+            let path = |path: &str| if path.is_empty() { self.path.clone() } else { format!("{}.{path}", self.path) };
+            wrong.into_iter().map(|error| FieldError { path: path(&error.path), message: error.message }).collect()
+        };
+        let PodTemplate { metadata, mut spec } = match self.bare {
+            true => PodTemplate { spec: typed(self.node).map_err(below)?, ..PodTemplate::default() },
+            false => typed(self.node).map_err(below)?,
+        };
+        let root = Path::Root(&self.path);
+        let under = root.field("spec");
+        spec.check(if self.bare { &root } else { &under }, errors);
+        check_labels(&metadata.labels, &root.field("metadata").field("labels"), errors);
+        for (name, port) in self.ports {
+            spec.add_port(name, port);
+        }
+        let mut labels = self.inherited;
+        labels.extend(metadata.labels);
+        labels.extend(self.identity.iter().map(|(key, value)| (Arc::clone(key), Arc::clone(value))));
+        Ok(Template { part: self.part, labels, identity: self.identity, spec, stopped: self.stopped })
+    }
+}
