@@ -17,7 +17,11 @@ fn policy(api_version: &str, kind: &str, spec: &str) -> Policy {
         "NetworkPolicy" | "StagedNetworkPolicy" => "{name: p, namespace: web}",
         _ => "{name: p}",
     };
-    let text = format!("apiVersion: {api_version}\nkind: {kind}\nmetadata: {metadata}\nspec: {spec}\n");
+    let mut text = format!("apiVersion: {api_version}\nkind: {kind}\nmetadata: {metadata}\nspec: {spec}\n");
+    if kind == "FederatedNetworkPolicy" {
+        // Without its tier it is not in force.
+        text += "---\napiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {name: t}\nspec: {order: 1}\n";
+    }
     let mut read = Manifests::default();
     read_bytes(&"file.yaml".into(), text.as_bytes(), &mut read);
     assert_eq!(read.diagnostics, [], "{text}");
