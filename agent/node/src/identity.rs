@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
 use hanse_proto::agent::v1::enrolment_client::EnrolmentClient;
@@ -17,7 +17,7 @@ use hanse_runtime::keys::{Certificate, Credentials, Fingerprint, Key};
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::tls::{CredentialStore, PinnedRoot, TlsClient, Trust};
-use hanse_runtime::token::Token;
+use hanse_runtime::token::{Token, TokenKind};
 use hanse_runtime::{Identity, agent_wire, files};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -267,8 +267,8 @@ async fn reach(members: &[String]) -> anyhow::Result<()> {
 
 fn read_token(path: &Path) -> anyhow::Result<Token> {
     let text = files::read_secret(path).with_context(|| format!("read {}", path.display()))?;
-    let token = std::str::from_utf8(&text).ok().and_then(Token::parse);
-    token.with_context(|| format!("{} holds no node token", path.display()))
+    let token = Token::parse(TokenKind::Node, std::str::from_utf8(&text).unwrap_or_default());
+    token.map_err(|error| anyhow!("{} holds {error}", path.display()))
 }
 
 /// Presents a token and keeps what it gives: the node's certificate, the authority, and the ranges of the node's pods.
@@ -338,7 +338,7 @@ mod tests {
         // A port that was free a moment ago.
         let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a port");
         let domain = TrustDomain::new("hanse.test").expect("a domain");
-        let token = Token::generate("c", domain, Fingerprint([0; 32])).expect("a token").to_text();
+        let token = Token::generate(TokenKind::Node, "c", domain, Fingerprint([0; 32])).expect("a token").to_text();
         let token_file = folder.path().join("token");
         files::write_secret(&token_file, token.as_bytes()).expect("written");
         let enrolment = Enrolment {

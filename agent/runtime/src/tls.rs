@@ -9,6 +9,7 @@
 //! - towards the hub, and at the hub: the authority is the ClusterSet's root ([`Trust::new`] with it);
 //! - between a member and its agents: the authority is that cluster's intermediate, which is the only one they know.
 
+mod cause;
 mod client;
 mod connection;
 mod refusals;
@@ -27,6 +28,7 @@ use rustls::{SignatureScheme, SupportedProtocolVersion};
 use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
 
+pub use cause::Cause;
 pub use client::{ClientError, Connection, PinnedRoot, TlsClient};
 pub use connection::{Connections, Peer, peer, peer_identity};
 pub use server::{Incoming, IncomingLimits, RateLimit, ServerTls, host_of, http2_server, incoming};

@@ -1,7 +1,8 @@
-//! Join tokens: what they say, and what the hub keeps of them.
+//! Tokens of clusters and of nodes: what they say, and what is kept of them.
 //!
-//! `hanse-join.v1.<cluster>.<trust domain, base64url>.<root fingerprint>.<id>.<secret, base64url>`. The fingerprint lets the newcomer
-//! recognise the hub; the secret lets the hub recognise the newcomer. The hub keeps only the secret's hash.
+//! `hanse-join.v1.<cluster>.<trust domain, base64url>.<authority's fingerprint>.<id>.<secret, base64url>`; of a node it begins with
+//! `hanse-node.v1`. The fingerprint lets the newcomer recognise the hub, or its member; the secret lets these recognise the
+//! newcomer. They keep only the secret's hash.
 
 use crate::identity::{TrustDomain, check_label};
 use crate::keys::Fingerprint;
@@ -9,13 +10,49 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use zeroize::Zeroizing;
 
-const PREFIX: &str = "hanse-join.v1";
+/// Who presents a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenKind {
+    /// A cluster, to its hub.
+    Cluster,
+    /// A node, to its cluster's member.
+    Node,
+}
+
+/// Why a text is not the token that is wanted. It repeats nothing of the text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TokenError {
+    #[error("something that is not a token")]
+    Malformed,
+    #[error(
+        "a node token, with which a node enrols (hanse-agent run); a cluster joins with a token of `hanse token create`"
+    )]
+    OfNode,
+    #[error(
+        "a cluster's token, with which a cluster joins (hanse-member run or join); a node enrols with a token of \
+         `hanse-member node-token create`"
+    )]
+    OfCluster,
+}
+
+impl TokenKind {
+    const ALL: [Self; 2] = [Self::Cluster, Self::Node];
+
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Cluster => "hanse-join.v1.",
+            Self::Node => "hanse-node.v1.",
+        }
+    }
+}
+
 /// Longest token, in characters: a label, a trust domain of 255 bytes and 200 more.
 pub const MAX_TOKEN_BYTES: usize = 1024;
 
 /// A join token. Its `Debug` shows no secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token {
+    pub kind: TokenKind,
     pub cluster: String,
     pub trust_domain: TrustDomain,
     /// SHA-256 of the ClusterSet's root certificate.
@@ -45,26 +82,45 @@ impl Token {
     ///
     /// # Errors
     /// When the random generator fails.
-    pub fn generate(cluster: &str, trust_domain: TrustDomain, root: Fingerprint) -> Result<Self, String> {
+    pub fn generate(
+        kind: TokenKind,
+        cluster: &str,
+        trust_domain: TrustDomain,
+        root: Fingerprint,
+    ) -> Result<Self, String> {
         let (id, secret) = (random::<8>()?, Zeroizing::new(random()?));
         let id = id.iter().map(|b| format!("{b:02x}")).collect();
-        Ok(Self { cluster: cluster.to_owned(), trust_domain, root, id, secret })
+        Ok(Self { kind, cluster: cluster.to_owned(), trust_domain, root, id, secret })
     }
 
     /// The text that is handed over. A secret.
     pub fn to_text(&self) -> String {
         let domain = URL_SAFE_NO_PAD.encode(self.trust_domain.as_str());
         let secret = Zeroizing::new(URL_SAFE_NO_PAD.encode(*self.secret));
-        format!("{PREFIX}.{}.{domain}.{}.{}.{}", self.cluster, self.root, self.id, *secret)
+        format!("{}{}.{domain}.{}.{}.{}", self.kind.prefix(), self.cluster, self.root, self.id, *secret)
     }
 
-    /// Reads a token's text; none when it is not one.
-    pub fn parse(text: &str) -> Option<Self> {
+    /// Reads the text of a token of this kind.
+    ///
+    /// # Errors
+    /// When it is not a token, or one of the other kind.
+    pub fn parse(kind: TokenKind, text: &str) -> Result<Self, TokenError> {
+        let token = Self::parse_any(text).ok_or(TokenError::Malformed)?;
+        match (kind, token.kind) {
+            (TokenKind::Cluster, TokenKind::Node) => Err(TokenError::OfNode),
+            (TokenKind::Node, TokenKind::Cluster) => Err(TokenError::OfCluster),
+            (TokenKind::Cluster, TokenKind::Cluster) | (TokenKind::Node, TokenKind::Node) => Ok(token),
+        }
+    }
+
+    fn parse_any(text: &str) -> Option<Self> {
         let text = text.trim();
         if text.len() > MAX_TOKEN_BYTES {
             return None;
         }
-        let parts: Vec<&str> = text.strip_prefix(PREFIX)?.strip_prefix('.')?.split('.').collect();
+        let (kind, rest) =
+            TokenKind::ALL.into_iter().find_map(|kind| Some((kind, text.strip_prefix(kind.prefix())?)))?;
+        let parts: Vec<&str> = rest.split('.').collect();
         let [cluster, domain, root, id, secret] = parts[..] else { return None };
         check_label(cluster).ok()?;
         let domain = String::from_utf8(URL_SAFE_NO_PAD.decode(domain).ok()?).ok()?;
@@ -72,6 +128,7 @@ impl Token {
             return None;
         }
         Some(Self {
+            kind,
             cluster: cluster.to_owned(),
             trust_domain: TrustDomain::new(&domain).ok()?,
             root: Fingerprint::from_hex(root)?,
@@ -92,14 +149,29 @@ mod tests {
 
     #[test]
     fn reads_back_and_hides_its_secret() {
-        let domain = TrustDomain::new("hanse.local").unwrap();
-        let token = Token::generate("train", domain, Fingerprint::of(b"root")).unwrap();
-        let text = token.to_text();
-        assert_eq!(Token::parse(&format!("{text}\n")), Some(token.clone()));
-        let secret = text.rsplit_once('.').unwrap().1;
-        assert!(!format!("{token:?}").contains(secret));
-        for wrong in ["", "hanse-join.v1", &text[..text.len() - 4], &text.replace("v1", "v2"), &"x".repeat(5000)] {
-            assert_eq!(Token::parse(wrong), None, "{wrong}");
+        for kind in TokenKind::ALL {
+            let domain = TrustDomain::new("hanse.local").unwrap();
+            let token = Token::generate(kind, "train", domain, Fingerprint::of(b"root")).unwrap();
+            let text = token.to_text();
+            assert_eq!(Token::parse(kind, &format!("{text}\n")), Ok(token.clone()));
+            let secret = text.rsplit_once('.').unwrap().1;
+            assert!(!format!("{token:?}").contains(secret));
+            let other = text.replace("v1", "v2");
+            for wrong in ["", "hanse-join.v1", "hanse-node.v1.", &text[..text.len() - 4], &other, &"x".repeat(5000)] {
+                assert_eq!(Token::parse(kind, wrong), Err(TokenError::Malformed), "{wrong}");
+            }
         }
+    }
+
+    #[test]
+    fn token_of_the_other_kind_is_named_as_such() {
+        let text = |kind| {
+            let domain = TrustDomain::new("hanse.local").unwrap();
+            Token::generate(kind, "train", domain, Fingerprint::of(b"root")).unwrap().to_text()
+        };
+        let (cluster, node) = (text(TokenKind::Cluster), text(TokenKind::Node));
+        assert!(cluster.starts_with("hanse-join.v1.train.") && node.starts_with("hanse-node.v1.train."));
+        assert_eq!(Token::parse(TokenKind::Cluster, &node), Err(TokenError::OfNode));
+        assert_eq!(Token::parse(TokenKind::Node, &cluster), Err(TokenError::OfCluster));
     }
 }

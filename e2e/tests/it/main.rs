@@ -8,6 +8,7 @@ mod network;
 mod nodes;
 mod oracle;
 mod presets;
+mod readme;
 mod simulation;
 mod system;
 

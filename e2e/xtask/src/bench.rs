@@ -13,6 +13,7 @@ struct Bench {
 }
 
 const BENCHES: &[Bench] = &[
+    Bench { name: "apply", package: "hanse", needs_root: false },
     Bench { name: "compile", package: "hanse-compiler", needs_root: false },
     Bench { name: "fanout", package: "hanse-member", needs_root: false },
     Bench { name: "hub", package: "hanse-hub", needs_root: false },
@@ -23,7 +24,7 @@ const BENCHES: &[Bench] = &[
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Which: compile, fanout, hub, nftables, questions or reading; all of them when none is named.
+    /// Which: apply, compile, fanout, hub, nftables, questions or reading; all of them when none is named.
     bench: Option<String>,
     /// Only these shapes of it.
     shapes: Vec<String>,

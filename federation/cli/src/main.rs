@@ -84,6 +84,8 @@ enum Command {
     #[command(subcommand)]
     Node(online::node::Command),
     Wait(online::wait::Wait),
+    /// Print the version of this command, and of the hub.
+    Version(online::version::Version),
     /// Print the completion script of a shell.
     ///
     /// bash: source <(hanse completion bash). zsh: hanse completion zsh > "${fpath[1]}/_hanse".
@@ -109,6 +111,7 @@ fn main() -> ExitCode {
         Command::Status(command) => command.run(context),
         Command::Node(command) => command.run(context),
         Command::Wait(command) => command.run(context),
+        Command::Version(command) => command.run(context),
         Command::Completion { shell } => print_completion(shell),
     };
     outcome.unwrap_or_else(|error| {

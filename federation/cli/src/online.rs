@@ -1,16 +1,19 @@
 //! Commands that ask a hub, over mutual TLS, as the user whose certificate the context file names.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use hanse_proto::federation::v1::administration_client::AdministrationClient;
 use hanse_runtime::Identity;
 use hanse_runtime::keys::{Certificate, Credentials};
+use hanse_runtime::moment::rfc3339;
 use hanse_runtime::tls::{CredentialStore, TlsClient, Trust, install_provider};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tonic::transport::Channel;
+
+use crate::output;
 
 pub mod audit;
 pub mod cluster;
@@ -20,11 +23,14 @@ pub mod object;
 pub mod status;
 pub mod token;
 pub mod user;
+pub mod version;
 pub mod wait;
 pub mod watch;
 
 /// The largest answer: all manifests of a hub with 10,000 objects of 6 KiB.
 pub const MAX_ANSWER_BYTES: usize = 64 << 20;
+/// How long a hub that refuses connections is waited for.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// How long one answer may take.
 const CALL_TIME: Duration = Duration::from_secs(30);
 
@@ -78,24 +84,55 @@ async fn connect(context: Option<&Path>) -> anyhow::Result<Channel> {
     if let Some(other) = file.trust_domain.filter(|other| *other != domain) {
         anyhow::bail!("the context {} is of the trust domain {other}, its CA of {domain}", path.display());
     }
-    let (who, ended) = (credentials.identity().to_string(), credentials.certificate.not_after);
-    if ended <= SystemTime::now() {
-        let ended = ended.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let ended = time(ended);
-        anyhow::bail!("the certificate of {who} ended at {ended}: an administrator makes one with `hanse user create`");
-    }
+    check_time(&credentials)?;
     let trust = Trust::new(&root, |identity| *identity == Identity::Hub)?;
     let client = TlsClient::mutual(CredentialStore::new(credentials)?, &trust)?;
-    let mut tried = Vec::new();
-    for hub in &file.hubs {
-        match client.connect(hub).await {
-            Ok(connection) => return Ok(connection.channel),
-            Err(error) => tried.push(format!("{:#}", anyhow::Error::from(error))),
+    anyhow::ensure!(!file.hubs.is_empty(), "the context {} names no hub", path.display());
+    let (start, mut said) = (Instant::now(), false);
+    loop {
+        let (mut tried, mut passing, mut refused) = (Vec::new(), false, true);
+        for hub in &file.hubs {
+            match client.connect(hub).await {
+                Ok(connection) => return Ok(connection.channel),
+                Err(error) => {
+                    passing |= error.is_passing();
+                    refused &= error.is_refused();
+                    tried.push(format!("{:#}", anyhow::Error::from(error)));
+                }
+            }
         }
+        // One that was started a moment ago does not listen yet.
+        if refused && start.elapsed() < PATIENCE {
+            if !said && start.elapsed() > Duration::from_secs(1) {
+                said = true;
+                let hubs = file.hubs.join(", ");
+                output::note(format_args!("waiting for a hub at {hubs}: connection refused"));
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        }
+        let text = format!("no hub answers: {}; its addresses are in {}", tried.join("; "), path.display());
+        return Err(if passing { CallError::Unreachable(text).into() } else { anyhow::anyhow!(text) });
     }
-    anyhow::ensure!(!tried.is_empty(), "the context {} names no hub", path.display());
-    let advice = format!("see that hanse-hub runs there, and that the addresses in {} are right", path.display());
-    Err(CallError::Unreachable(format!("no hub answers: {}; {advice}", tried.join("; "))).into())
+}
+
+/// A certificate out of its time is named before any hub is asked, which could say less.
+fn check_time(credentials: &Credentials) -> anyhow::Result<()> {
+    let (who, certificate) = (credentials.identity(), &credentials.certificate);
+    let now = SystemTime::now();
+    let clock = format!("this machine's clock says {}", rfc3339(now));
+    if now < certificate.not_before {
+        let from = rfc3339(certificate.not_before);
+        anyhow::bail!("the certificate of {who} is valid from {from} on, and {clock}: check this machine's clock");
+    }
+    if certificate.not_after <= now {
+        let ended = rfc3339(certificate.not_after);
+        anyhow::bail!(
+            "the certificate of {who} ended at {ended}, and {clock}: check this machine's clock; where it is right, an \
+             administrator makes a new certificate with `hanse user create`"
+        );
+    }
+    Ok(())
 }
 
 /// Reads a context file. What is said of a file that is none repeats nothing of it: it may be a key.
@@ -140,10 +177,6 @@ impl CallError {
         matches!(error.downcast_ref(), Some(Self::Unreachable(_)))
     }
 
-    pub fn is_not_found(error: &anyhow::Error) -> bool {
-        matches!(error.downcast_ref(), Some(Self::Refused { code: tonic::Code::NotFound, .. }))
-    }
-
     pub fn is_denied(error: &anyhow::Error) -> bool {
         matches!(error.downcast_ref(), Some(Self::Refused { code: tonic::Code::PermissionDenied, .. }))
     }
@@ -174,8 +207,13 @@ pub fn refused(status: tonic::Status) -> anyhow::Error {
             let message = "the address takes no commands: is it where clusters join?".to_owned();
             CallError::Refused { code, message }
         }
-        code if told(&status).contains("CertificateRevoked") || told(&status).contains("CertificateExpired") => {
-            let message = "the hub does not accept this user's certificate, which was revoked or has ended";
+        code if told(&status).contains("CertificateRevoked") => {
+            let message = "the hub does not accept this user's certificate any more: it was revoked, or replaced";
+            CallError::Refused { code, message: message.to_owned() }
+        }
+        code if told(&status).contains("CertificateExpired") => {
+            let message = "the hub finds this user's certificate expired or not yet valid, which by this machine's clock it is \
+                           not: compare the clocks of this machine and of the hub";
             CallError::Refused { code, message: message.to_owned() }
         }
         tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {

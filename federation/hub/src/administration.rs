@@ -1,12 +1,12 @@
 //! What platform teams do: the conversion module of `administration.proto`, and the rules behind it.
 
 mod convert;
+mod objects;
 mod observe;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
 use hanse_proto::federation::v1 as wire;
 use hanse_runtime::Identity;
 use hanse_runtime::identity::{check_label, check_subdomain};
@@ -14,21 +14,20 @@ use hanse_runtime::tls::{Connections, Peer, peer_identity};
 use hanse_store::Transaction;
 use tokio::sync::Semaphore;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 use tracing::info;
+
+use objects::{Answers, MAX_DRY_RUNS};
 
 use crate::authority::Authority;
 use crate::grants::MemberCluster;
-use crate::manifest::{self, Checked, Kind, ObjectId};
+use crate::manifest::ObjectId;
 use crate::registration::{requested, status};
-use crate::registry::ClusterState;
 use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
-use crate::registry::{
-    ChangeError, Deed, MAX_OBJECT_BYTES, MAX_OBJECTS, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds,
-};
-use crate::roles::{Need, Role, allow};
+use crate::registry::{ChangeError, Deed, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds};
+use crate::roles::{Need, Role, allow, denial};
 use crate::status::Realisations;
-use hanse_runtime::token::Token;
+use hanse_runtime::token::{Token, TokenKind};
 use observe::{MAX_WATCHERS, Wanted};
 
 /// Longest life of a token: a week.
@@ -48,6 +47,7 @@ pub struct Administration {
     connections: Connections,
     realisations: Arc<dyn Realisations>,
     watchers: Arc<Semaphore>,
+    dry_runs: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Administration {
@@ -63,8 +63,8 @@ impl Administration {
         connections: Connections,
         realisations: Arc<dyn Realisations>,
     ) -> Self {
-        let watchers = Arc::new(Semaphore::new(MAX_WATCHERS));
-        Self { registry, authority, connections, realisations, watchers }
+        let (watchers, dry_runs) = (Arc::new(Semaphore::new(MAX_WATCHERS)), Arc::new(Semaphore::new(MAX_DRY_RUNS)));
+        Self { registry, authority, connections, realisations, watchers, dry_runs }
     }
 
     fn view<T>(&self, request: &Request<T>) -> Result<Arc<Snapshot>, Status> {
@@ -80,7 +80,7 @@ impl Administration {
             return Err(ChangeError::Invalid("lifetime_seconds: use 1 to 604800 (a week)".to_owned()));
         }
         let root = self.authority.root().fingerprint();
-        let token = Token::generate(&request.cluster, self.authority.trust_domain().clone(), root);
+        let token = Token::generate(TokenKind::Cluster, &request.cluster, self.authority.trust_domain().clone(), root);
         let token = token.map_err(ChangeError::Invalid)?;
         let now = self.registry.now();
         let record = TokenRecord {
@@ -170,107 +170,6 @@ impl Administration {
         u32::try_from(closed).unwrap_or(u32::MAX)
     }
 
-    async fn apply(
-        &self,
-        who: &Identity,
-        request: wire::ApplyRequest,
-        dry_run: bool,
-    ) -> Result<wire::ApplyResponse, ChangeError> {
-        let wire::ApplyRequest { manifest, precondition } = request;
-        let Checked { id, tier, mut warnings } = manifest::check(&manifest).map_err(ChangeError::Invalid)?;
-        let deed = Deed::new(who, "apply", id.to_string());
-        let (revision, applied) = self
-            .registry
-            .change(&deed, |snapshot| {
-                let old = snapshot.objects.get(&id);
-                let old_tier = old.and_then(|o| manifest::tier_of(&o.manifest).ok()).filter(|_| tier.is_some());
-                let tiers: Vec<&str> = tier.iter().chain(&old_tier).map(|t| &**t).collect();
-                permit(snapshot, who, Need::Write(&id, &tiers))?;
-                use wire::apply_request::Precondition;
-                let found = old.map(|o| o.revision);
-                match (&precondition, found) {
-                    (Some(Precondition::Revision(expected)), found) if found != Some(*expected) => {
-                        let found = found.map_or_else(|| "it is absent".to_owned(), |r| format!("it is at {r}"));
-                        return Err(ChangeError::Conflict(format!("{id} is not at revision {expected}: {found}")));
-                    }
-                    (Some(Precondition::Absent(_)), Some(_)) => {
-                        return Err(ChangeError::Conflict(format!("{id} exists already")));
-                    }
-                    _ => {}
-                }
-                if old.is_some_and(|o| o.manifest == manifest) {
-                    return Ok((Transaction::default(), wire::Applied::Unchanged));
-                }
-                if old.is_none() && snapshot.objects.len() >= MAX_OBJECTS {
-                    return Err(ChangeError::Limit(format!("there are {MAX_OBJECTS} objects already")));
-                }
-                let others = snapshot.objects.values().filter(|o| o.id != id).map(|o| o.manifest.len()).sum::<usize>();
-                if others + manifest.len() > MAX_OBJECT_BYTES {
-                    let text = format!("all objects together would have more than {} MiB", MAX_OBJECT_BYTES >> 20);
-                    return Err(ChangeError::Limit(text));
-                }
-                if id.kind == Kind::MemberCluster {
-                    check_nets(snapshot, &id.name, &manifest)?;
-                }
-                let applied = if old.is_some() { wire::Applied::Configured } else { wire::Applied::Created };
-                let transaction = Transaction::default();
-                let transaction =
-                    if dry_run { transaction } else { transaction.put(object_key(&id)?, manifest.clone()) };
-                Ok((transaction, applied))
-            })
-            .await?;
-        // What did not change is as applied since it was written.
-        let snapshot = self.registry.snapshot();
-        let revision = snapshot.objects.get(&id).map_or(revision, |o| o.revision);
-        if let Some(tier) =
-            tier.filter(|tier| !snapshot.objects.contains_key(&ObjectId { kind: Kind::Tier, name: tier.clone() }))
-        {
-            warnings.push(format!("spec.tier: there is no Tier {tier}: until there is, this version is not in force"));
-        }
-        Ok(wire::ApplyResponse {
-            kind: convert::kind_to_wire(id.kind).into(),
-            name: id.name.to_string(),
-            revision,
-            applied: applied.into(),
-            warnings,
-        })
-    }
-
-    async fn delete(&self, who: &Identity, id: ObjectId) -> Result<wire::DeleteResponse, ChangeError> {
-        let deed = Deed::new(who, "delete", id.to_string());
-        let (revision, has_joined) = self
-            .registry
-            .change(&deed, |snapshot| {
-                let old = snapshot.objects.get(&id);
-                let tier = old.filter(|_| id.kind == Kind::FederatedNetworkPolicy);
-                let tier = tier.and_then(|o| manifest::tier_of(&o.manifest).ok());
-                let tiers: Vec<&str> = tier.iter().map(|t| &**t).collect();
-                // Who may not write it is not told whether it exists.
-                permit(snapshot, who, Need::Write(&id, &tiers))?;
-                old.ok_or_else(|| ChangeError::NotFound(format!("there is no {id}")))?;
-                if id.kind == Kind::Tier {
-                    let in_tier = |object: &Bytes| manifest::tier_of(object).is_ok_and(|tier| tier == id.name);
-                    let policies = snapshot.objects.iter().filter(|(of, _)| of.kind == Kind::FederatedNetworkPolicy);
-                    let mut policies =
-                        policies.filter(|(_, object)| in_tier(&object.manifest)).map(|(of, _)| &*of.name);
-                    // Without it no new version of them would come into force.
-                    if let Some(first) = policies.next() {
-                        let more = policies.count();
-                        let others = if more > 0 { format!(" and {more} more") } else { String::new() };
-                        let message = format!("{first}{others} stand in {id}: delete or move these policies first");
-                        return Err(ChangeError::Conflict(message));
-                    }
-                }
-                let has_joined = id.kind == Kind::MemberCluster
-                    && snapshot.clusters.get(&*id.name).is_some_and(|cluster| cluster.state == ClusterState::Accepted);
-                Ok((Transaction::default().delete(object_key(&id)?), has_joined))
-            })
-            .await?;
-        let ungranted = || format!("cluster {} has joined: nothing that it publishes is granted any more", id.name);
-        let warnings = has_joined.then(ungranted).into_iter().collect();
-        Ok(wire::DeleteResponse { revision, warnings })
-    }
-
     async fn create_user(
         &self,
         who: &Identity,
@@ -358,12 +257,13 @@ fn other_administrator(snapshot: &Snapshot, name: &str) -> bool {
 
 /// Whether `who` may. The hub itself (at `init`, on its own machine) may do everything.
 pub(crate) fn permit(snapshot: &Snapshot, who: &Identity, need: Need<'_>) -> Result<(), ChangeError> {
-    let allowed = match who {
-        Identity::Hub => true,
-        Identity::User(name) => snapshot.users.get(name).is_some_and(|user| !user.revoked && allow(&user.roles, need)),
-        Identity::Cluster(_) | Identity::Node { .. } => false,
+    let roles = match who {
+        Identity::Hub => return Ok(()),
+        Identity::User(name) => snapshot.users.get(name).filter(|user| !user.revoked).map(|user| &user.roles[..]),
+        Identity::Cluster(_) | Identity::Node { .. } => None,
     };
-    if allowed { Ok(()) } else { Err(ChangeError::Denied(format!("{who} has no role that allows this"))) }
+    let roles = roles.unwrap_or_default();
+    if allow(roles, need) { Ok(()) } else { Err(ChangeError::Denied(denial(&who.to_string(), roles, need))) }
 }
 
 /// Nets of clusters never overlap; the later is refused.
@@ -389,12 +289,10 @@ pub(crate) fn refused(snapshot: &Snapshot, peer: &Peer) -> bool {
 pub(crate) fn caller<T>(request: &Request<T>) -> Result<Identity, Status> {
     match peer_identity(request)? {
         user @ Identity::User(_) => Ok(user.clone()),
-        other => Err(Status::permission_denied(format!("{other} is not a user"))),
+        other => Err(Status::permission_denied(format!(
+            "{other} is not a user: `hanse user create` makes one's certificate"
+        ))),
     }
-}
-
-fn object_key(id: &ObjectId) -> Result<hanse_store::Key, ChangeError> {
-    key(&["object", id.kind.name(), &id.name])
 }
 
 /// What a stranger sends is not repeated at length.
@@ -520,11 +418,34 @@ impl wire::administration_server::Administration for Administration {
 
     async fn delete(&self, request: Request<wire::DeleteRequest>) -> Result<Response<wire::DeleteResponse>, Status> {
         let who = caller(&request)?;
-        let request = request.into_inner();
-        let kind = convert::kind_from_wire(request.kind)?.ok_or_else(|| Status::invalid_argument("kind: name one"))?;
-        check_subdomain(&request.name).map_err(|e| Status::invalid_argument(format!("name: {e}")))?;
-        let id = ObjectId { kind, name: request.name.into() };
-        self.delete(&who, id).await.map(Response::new).map_err(status)
+        self.delete(&who, request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    type ApplyManyStream = Answers<wire::ApplyManyResponse>;
+
+    async fn apply_many(
+        &self,
+        request: Request<Streaming<wire::ApplyManyRequest>>,
+    ) -> Result<Response<Self::ApplyManyStream>, Status> {
+        let who = caller(&request)?;
+        Ok(Response::new(self.edit_many(who, request.into_inner())))
+    }
+
+    type DeleteManyStream = Answers<wire::DeleteManyResponse>;
+
+    async fn delete_many(
+        &self,
+        request: Request<Streaming<wire::DeleteManyRequest>>,
+    ) -> Result<Response<Self::DeleteManyStream>, Status> {
+        let who = caller(&request)?;
+        Ok(Response::new(self.edit_many(who, request.into_inner())))
+    }
+
+    async fn version(&self, request: Request<wire::VersionRequest>) -> Result<Response<wire::VersionResponse>, Status> {
+        self.view(&request)?;
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let trust_domain = self.authority.trust_domain().to_string();
+        Ok(Response::new(wire::VersionResponse { version, trust_domain }))
     }
 
     type WatchStream = ReceiverStream<Result<wire::ObjectChanges, Status>>;

@@ -109,6 +109,7 @@ impl MemberCluster {
                 updates_per_second: grants.max_updates_per_second,
             },
         };
+        warnings.extend(this.warnings());
         Ok((this, warnings))
     }
 
@@ -142,6 +143,13 @@ impl MemberCluster {
             None => LabelGrant::All,
             Some(keys) => LabelGrant::Keys(keys.keys().cloned().collect()),
         }
+    }
+
+    /// What an operator should know of these grants, naming the fields.
+    pub fn warnings(&self) -> Vec<String> {
+        let any = "spec.grants.labels is absent (labels: any): the cluster's endpoints may carry every label, also those that \
+                   policies of other clusters trust; list the keys that it may use, with their values";
+        self.label_values.is_none().then(|| any.to_owned()).into_iter().collect()
     }
 
     /// Whether a cluster with these labels may see what this one exports.

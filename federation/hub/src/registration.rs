@@ -20,7 +20,7 @@ use crate::authority::Authority;
 use crate::metrics::{HubMetrics, Outcome};
 use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
 use crate::registry::{ChangeError, Deed, MAX_CLUSTERS, Registry, Snapshot, key, seconds};
-use hanse_runtime::token::{MAX_TOKEN_BYTES, Token};
+use hanse_runtime::token::{MAX_TOKEN_BYTES, Token, TokenKind};
 
 /// How soon a waiting member may ask again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -299,8 +299,8 @@ impl wire::registration_server::Registration for Registration {
         if request.token.len() > MAX_TOKEN_BYTES {
             return Err(Status::invalid_argument("token: it is too long"));
         }
-        let token =
-            Token::parse(&request.token).ok_or_else(|| Status::invalid_argument("token: it is not a join token"))?;
+        let token = Token::parse(TokenKind::Cluster, &request.token)
+            .map_err(|error| Status::invalid_argument(format!("token: it is {error}")))?;
         check_label(&request.cluster).map_err(|e| Status::invalid_argument(format!("cluster: {e}")))?;
         if request.cluster != token.cluster {
             warn!(%address, token = token.id, cluster = request.cluster, "a token was presented for another cluster");

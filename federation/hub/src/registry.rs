@@ -7,7 +7,7 @@
 pub mod records;
 mod snapshot;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -17,7 +17,10 @@ use hanse_runtime::Identity;
 use hanse_runtime::keys::Certificate;
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::shutdown::Shutdown;
-use hanse_store::{Compare, Key, LeaseId, Outcome, Prefix, Revision, Store, StoreError, Transaction};
+use hanse_store::{
+    Change, Compare, Key, LeaseId, MAX_TRANSACTION_BYTES, MAX_TRANSACTION_PARTS, Outcome, Prefix, Revision, Store,
+    StoreError, Transaction,
+};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -92,6 +95,68 @@ impl Denials {
             self.0.insert(key, now);
         }
         news
+    }
+}
+
+/// One transaction of changes with their audit records.
+struct Commit {
+    transaction: Transaction,
+    keys: HashSet<Key>,
+    bytes: usize,
+    at: u64,
+    counter: Key,
+    number: u64,
+}
+
+impl Commit {
+    /// An audit record with its keys: 300 bytes of an object, 100 of a user, 1,000 of a denial's reason, and JSON around them.
+    const AUDIT_BYTES: usize = 2 << 10;
+
+    fn new(snapshot: &Snapshot, at: u64) -> Result<Self, ChangeError> {
+        let counter = key(&["meta", "audit"])?;
+        // No other change came between.
+        let compare = match snapshot.audit_revision {
+            0 => Compare::Absent(counter.clone()),
+            revision => Compare::Modified(counter.clone(), revision),
+        };
+        let (transaction, keys) = (Transaction::default().when(compare), HashSet::new());
+        Ok(Self { transaction, keys, bytes: 0, at, counter, number: snapshot.audit_number })
+    }
+
+    /// Whether these changes and their audit record still fit. A transaction changes a key once.
+    fn fits(&self, changes: &Transaction) -> bool {
+        // The audit record, the one that it replaces, and the counter.
+        let parts = self.transaction.changes.len() + changes.changes.len() + 3;
+        let bytes = self.bytes + changes.changes.iter().map(Change::size).sum::<usize>() + Self::AUDIT_BYTES;
+        parts <= MAX_TRANSACTION_PARTS
+            && bytes <= MAX_TRANSACTION_BYTES
+            && !changes.changes.iter().any(|change| self.keys.contains(change.key()))
+    }
+
+    fn add(&mut self, changes: Transaction) {
+        self.bytes += changes.changes.iter().map(Change::size).sum::<usize>() + Self::AUDIT_BYTES;
+        self.keys.extend(changes.changes.iter().map(|change| change.key().clone()));
+        self.transaction.compares.extend(changes.compares);
+        self.transaction.changes.extend(changes.changes);
+    }
+
+    fn audit(&mut self, deed: &Deed, outcome: String) -> Result<(), ChangeError> {
+        self.number += 1;
+        let Deed { who, action, object } = deed.clone();
+        let record = AuditRecord { at: self.at, who, action: action.to_owned(), object, outcome };
+        let mut transaction = std::mem::take(&mut self.transaction);
+        transaction = transaction.put(audit_key(self.number)?, records::encode(&record));
+        if let Some(oldest) = self.number.checked_sub(MAX_AUDIT_RECORDS).filter(|n| *n > 0) {
+            transaction = transaction.delete(audit_key(oldest)?);
+        }
+        self.transaction = transaction;
+        Ok(())
+    }
+
+    /// None where nothing changes.
+    fn transaction(self) -> Option<Transaction> {
+        let changes = !self.transaction.changes.is_empty();
+        changes.then(|| self.transaction.put(self.counter, self.number.to_string()))
     }
 }
 
@@ -295,69 +360,84 @@ impl Registry {
         deed: &Deed,
         mut decide: impl FnMut(&Snapshot) -> Result<(Transaction, T), ChangeError>,
     ) -> Result<(Revision, T), ChangeError> {
+        let mut outcomes =
+            self.change_many(std::slice::from_ref(deed), |deed| deed, |_, snapshot| decide(snapshot)).await?;
+        outcomes.pop().unwrap_or(Err(ChangeError::Busy))
+    }
+
+    /// Makes changes in order, as many from the first on as fit into one transaction, and returns what became of these.
+    /// Each is decided as by [`Self::change`], on a view that shows those before it, and has its own audit record; one that
+    /// is refused changes nothing and does not affect the others.
+    ///
+    /// # Errors
+    /// When the store fails: then none of them was made.
+    pub async fn change_many<I, T>(
+        &self,
+        items: &[I],
+        deed: impl Fn(&I) -> &Deed,
+        mut decide: impl FnMut(&I, &Snapshot) -> Result<(Transaction, T), ChangeError>,
+    ) -> Result<Vec<Result<(Revision, T), ChangeError>>, ChangeError> {
         let _turn = self.shared.changing.lock().await;
         let now = Instant::now();
         let mut backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(200));
+        // Of a denial that was new at the first attempt the record is due at the second, too.
+        let mut news: HashMap<usize, bool> = HashMap::new();
         for _ in 0..MAX_ATTEMPTS {
             let snapshot = self.snapshot();
-            let (transaction, answer, refused) = match decide(&snapshot) {
-                Ok((transaction, answer)) if transaction.changes.is_empty() => return Ok((snapshot.revision, answer)),
-                Ok((transaction, answer)) => (transaction, Some(answer), None),
-                Err(error @ ChangeError::Denied(_)) => (Transaction::default(), None, Some(error)),
-                Err(error) => return Err(error),
-            };
-            if let Some(error) = &refused {
-                warn!(who = deed.who, action = deed.action, object = deed.object, %error, "denied");
-                if !self.shared.denied.lock().unwrap_or_else(PoisonError::into_inner).is_news(deed, now) {
-                    return Err(refused.unwrap_or(ChangeError::Busy));
-                }
-            }
-            let outcome = refused.as_ref().map_or_else(|| "done".to_owned(), ToString::to_string);
-            let transaction = self.audited(transaction, &snapshot, deed, outcome)?;
-            if let Outcome::Committed(revision) = self.noted(self.shared.store.commit(transaction).await)? {
-                self.shown(revision).await?;
-                match (answer, refused) {
-                    (_, Some(error)) => return Err(error),
-                    (Some(answer), None) => {
-                        info!(who = deed.who, action = deed.action, object = deed.object, revision, "registry changed");
-                        return Ok((revision, answer));
+            let mut view = Arc::clone(&snapshot);
+            let mut commit = Commit::new(&snapshot, self.now_seconds())?;
+            let mut outcomes = Vec::new();
+            for (index, item) in items.iter().enumerate() {
+                let deed = deed(item);
+                let outcome = match decide(item, &view) {
+                    Ok((transaction, answer)) if transaction.changes.is_empty() => Ok((false, answer)),
+                    Ok((transaction, answer)) => {
+                        if !commit.fits(&transaction) && !outcomes.is_empty() {
+                            break;
+                        }
+                        if index + 1 < items.len() {
+                            Arc::make_mut(&mut view).preview(&transaction);
+                        }
+                        commit.add(transaction);
+                        commit.audit(deed, "done".to_owned())?;
+                        Ok((true, answer))
                     }
-                    (None, None) => return Err(ChangeError::Busy),
+                    Err(error @ ChangeError::Denied(_)) => {
+                        if !commit.fits(&Transaction::default()) && !outcomes.is_empty() {
+                            break;
+                        }
+                        let is_news = *news.entry(index).or_insert_with(|| {
+                            warn!(who = deed.who, action = deed.action, object = deed.object, %error, "denied");
+                            self.shared.denied.lock().unwrap_or_else(PoisonError::into_inner).is_news(deed, now)
+                        });
+                        if is_news {
+                            commit.audit(deed, error.to_string())?;
+                        }
+                        Err(error)
+                    }
+                    Err(error) => Err(error),
+                };
+                outcomes.push(outcome);
+            }
+            let made = match commit.transaction() {
+                None => Outcome::Committed(snapshot.revision),
+                Some(transaction) => self.noted(self.shared.store.commit(transaction).await)?,
+            };
+            if let Outcome::Committed(revision) = made {
+                self.shown(revision).await?;
+                for (item, outcome) in items.iter().zip(&outcomes) {
+                    let Deed { who, action, object } = deed(item);
+                    if matches!(outcome, Ok((true, _))) {
+                        info!(who, action, object, revision, "registry changed");
+                    }
                 }
+                let at = |changed| if changed { revision } else { snapshot.revision };
+                let outcomes = outcomes.into_iter();
+                return Ok(outcomes.map(|it| it.map(|(changed, answer)| (at(changed), answer))).collect());
             }
             tokio::time::sleep(backoff.next_delay()).await;
         }
         Err(ChangeError::Busy)
-    }
-
-    fn audited(
-        &self,
-        transaction: Transaction,
-        snapshot: &Snapshot,
-        deed: &Deed,
-        outcome: String,
-    ) -> Result<Transaction, ChangeError> {
-        let counter = key(&["meta", "audit"])?;
-        let number = snapshot.audit_number + 1;
-        let record = AuditRecord {
-            at: self.now_seconds(),
-            who: deed.who.clone(),
-            action: deed.action.to_owned(),
-            object: deed.object.clone(),
-            outcome,
-        };
-        let compare = match snapshot.audit_revision {
-            0 => Compare::Absent(counter.clone()),
-            revision => Compare::Modified(counter.clone(), revision),
-        };
-        let mut transaction = transaction
-            .when(compare)
-            .put(counter, number.to_string())
-            .put(audit_key(number)?, records::encode(&record));
-        if let Some(oldest) = number.checked_sub(MAX_AUDIT_RECORDS).filter(|n| *n > 0) {
-            transaction = transaction.delete(audit_key(oldest)?);
-        }
-        Ok(transaction)
     }
 
     /// The newest `limit` audit records, newest first; only of `object`, where that is not empty.

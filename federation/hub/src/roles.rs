@@ -31,6 +31,57 @@ pub enum Need<'a> {
     Administer,
 }
 
+impl std::fmt::Display for Role {
+    /// As `hanse user create --role` takes it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Viewer => f.write_str("viewer"),
+            Self::Author { tiers } => write!(f, "author={}", tiers.join(",")),
+            Self::Operator { clusters } => write!(f, "operator={}", clusters.join(",")),
+            Self::Administrator => f.write_str("administrator"),
+        }
+    }
+}
+
+impl Need<'_> {
+    /// The least role that allows it, as `hanse user create --role` takes it. None: an administrator's.
+    fn least(&self) -> Option<Role> {
+        match self {
+            Self::View => Some(Role::Viewer),
+            Self::Operate(cluster) => Some(Role::Operator { clusters: vec![(*cluster).to_owned()] }),
+            Self::Write(id, tiers) => match id.kind {
+                Kind::FederatedNetworkPolicy if !tiers.is_empty() => {
+                    let mut tiers: Vec<String> = tiers.iter().map(|tier| (*tier).to_owned()).collect();
+                    tiers.dedup();
+                    Some(Role::Author { tiers })
+                }
+                Kind::FederatedNetworkPolicy | Kind::FederatedNetworkSet => {
+                    Some(Role::Author { tiers: vec!["*".to_owned()] })
+                }
+                Kind::MemberCluster | Kind::Tier => None,
+            },
+            Self::Administer => None,
+        }
+    }
+}
+
+/// What is needed and what a caller with `roles` has, in words.
+pub fn denial(who: &str, roles: &[Role], need: Need<'_>) -> String {
+    /// Of a role with a thousand names the first say enough.
+    const MAX_BYTES: usize = 400;
+    let clipped = |text: String| match text.char_indices().nth(MAX_BYTES) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    };
+    let needed = match need.least() {
+        Some(role) => format!("{} or {}", clipped(role.to_string()), Role::Administrator),
+        None => Role::Administrator.to_string(),
+    };
+    let own: Vec<String> = roles.iter().map(ToString::to_string).collect();
+    let own = if own.is_empty() { "no role".to_owned() } else { clipped(own.join(", ")) };
+    format!("this needs the role {needed}; {who} has {own}")
+}
+
 /// Whether one of `roles` allows `need`.
 pub fn allow(roles: &[Role], need: Need<'_>) -> bool {
     let within = |names: &[String], name: &str| names.iter().any(|n| n == "*" || n == name);
@@ -51,6 +102,37 @@ pub fn allow(roles: &[Role], need: Need<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn denial_names_the_role_that_is_needed() {
+        let id = |kind| ObjectId { kind, name: "x".into() };
+        let (policy, set, tier) = (id(Kind::FederatedNetworkPolicy), id(Kind::FederatedNetworkSet), id(Kind::Tier));
+        for (need, needed) in [
+            (Need::Write(&policy, &["b"]), "author=b or administrator"),
+            (Need::Write(&policy, &["b", "b"]), "author=b or administrator"),
+            (Need::Write(&policy, &["b", "c"]), "author=b,c or administrator"),
+            (Need::Write(&policy, &[]), "author=* or administrator"),
+            (Need::Write(&set, &[]), "author=* or administrator"),
+            (Need::Write(&tier, &[]), "administrator"),
+            (Need::Operate("train"), "operator=train or administrator"),
+            (Need::Administer, "administrator"),
+            (Need::View, "viewer or administrator"),
+        ] {
+            // The role that is named does allow it.
+            if let Some(role) = need.least() {
+                assert!(allow(&[role], need), "{needed}");
+            }
+            let expected = format!("this needs the role {needed}; user/ada has author=a, operator=serve");
+            let roles = [Role::Author { tiers: vec!["a".into()] }, Role::Operator { clusters: vec!["serve".into()] }];
+            assert_eq!(denial("user/ada", &roles, need), expected);
+        }
+        let long = denial("user/ada", &[Role::Author { tiers: vec!["x".repeat(9_999)] }], Need::Administer);
+        assert!(long.len() < 600, "{long}");
+        assert_eq!(
+            denial("user/ada", &[], Need::Administer),
+            "this needs the role administrator; user/ada has no role"
+        );
+    }
 
     #[test]
     fn each_role_allows_its_own() {

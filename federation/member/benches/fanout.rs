@@ -212,7 +212,11 @@ async fn administrator(data: &Path, hub: SocketAddr) -> anyhow::Result<Admin> {
 
 /// The hub's revision at which it is applied.
 async fn apply(admin: &mut Admin, manifest: &Value) -> anyhow::Result<u64> {
-    let request = pb::ApplyRequest { manifest: serde_json::to_vec(manifest)?.into(), precondition: None };
+    let request = pb::ApplyRequest {
+        manifest: serde_json::to_vec(manifest)?.into(),
+        precondition: None,
+        allow_missing_tier: false,
+    };
     Ok(admin.apply(request).await?.into_inner().revision)
 }
 

@@ -7,7 +7,7 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -121,7 +121,9 @@ enum NodeCommand {
 
 #[derive(Debug, Subcommand)]
 enum NodeTokenCommand {
-    /// Print a token, a secret, that enrols one node once. The cluster must have joined.
+    /// Print a token, a secret, that enrols one node once.
+    ///
+    /// The cluster must have joined: where it is about to, since its member was started a moment ago, this waits for it.
     Create(NodeTokenArgs),
     /// The tokens that are kept: id, node, when it ends, and whether a node has used it.
     List(ListArgs),
@@ -156,6 +158,9 @@ struct NodeTokenArgs {
     /// How long the token is valid.
     #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=604_800))]
     seconds: u64,
+    /// How long to wait for the cluster to join, in seconds.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    wait_seconds: u64,
     /// A table is the token alone, so that it can go into a file.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
@@ -310,6 +315,24 @@ fn identity_of(data: &Path, cluster: Option<&str>) -> anyhow::Result<MemberIdent
     MemberIdentity::read(data, cluster.unwrap_or(own))?.context("its files are gone")
 }
 
+/// Waits for the member's certificate, which is the last file that joining writes; at most `patience`.
+fn wait_until_joined(data: &Path, patience: Duration) {
+    const LOOK_EVERY: Duration = Duration::from_millis(50);
+    let (file, start) = (data.join("member.pem"), Instant::now());
+    let mut said = false;
+    while !file.exists() && start.elapsed() < patience {
+        if !said && start.elapsed() > Duration::from_secs(1) {
+            said = true;
+            let (file, seconds) = (file.display(), patience.as_secs());
+            text::note(format_args!(
+                "waiting up to {seconds} s for the cluster to join: {file} does not exist yet; hanse-member run or join \
+                 writes it"
+            ));
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
 fn print(output: Output, value: &serde_json::Value) -> anyhow::Result<()> {
     match output {
         Output::Yaml => write!(text::stdout(), "{}", text::yaml(value)?)?,
@@ -384,6 +407,7 @@ fn flow_table(records: &[Record<'_>]) -> String {
 fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
     match command {
         NodeTokenCommand::Create(args) => {
+            wait_until_joined(&args.data, Duration::from_secs(args.wait_seconds));
             let identity = identity_of(&args.data, args.cluster.as_deref())?;
             let created = create_node_token(&args.data, &identity, &args.node, Duration::from_secs(args.seconds))?;
             let node = &args.node;

@@ -17,7 +17,7 @@ use hanse_runtime::files;
 use hanse_runtime::keys::{Certificate, Credentials, Key, KeyError};
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::tls::{ClientError, Connection, CredentialStore, Peer, PinnedRoot, TlsClient, Trust};
-use hanse_runtime::token::Token;
+use hanse_runtime::token::{Token, TokenError, TokenKind};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -36,8 +36,8 @@ pub enum RegistrationError {
     Ca(#[from] CaError),
     #[error("read the token from {0}")]
     TokenFile(PathBuf, #[source] std::io::Error),
-    #[error("{0} holds no join token")]
-    NoToken(PathBuf),
+    #[error("{0} holds {1}")]
+    NoToken(PathBuf, TokenError),
     #[error("the token is for the cluster {0}, not {1}")]
     OtherCluster(String, String),
     #[error("the files in {0} are of the cluster {1}, not {2}")]
@@ -111,8 +111,8 @@ impl MemberIdentity {
         files::private_folder(data).map_err(|e| RegistrationError::Folder(data.to_owned(), e))?;
         let text =
             files::read_secret(token_file).map_err(|e| RegistrationError::TokenFile(token_file.to_owned(), e))?;
-        let token = std::str::from_utf8(&text).ok().and_then(Token::parse);
-        let token = token.ok_or_else(|| RegistrationError::NoToken(token_file.to_owned()))?;
+        let token = Token::parse(TokenKind::Cluster, std::str::from_utf8(&text).unwrap_or_default())
+            .map_err(|error| RegistrationError::NoToken(token_file.to_owned(), error))?;
         if token.cluster != cluster {
             return Err(RegistrationError::OtherCluster(token.cluster, cluster.to_owned()));
         }

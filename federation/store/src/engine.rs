@@ -300,17 +300,13 @@ fn check(transaction: &Transaction) -> Result<(), StoreError> {
     let mut keys = HashSet::new();
     let mut bytes = 0;
     for change in &transaction.changes {
-        let (key, value) = match change {
-            Change::Put { key, value, .. } => (key, value.len()),
-            Change::Delete(key) => (key, 0),
-        };
-        if !keys.insert(key) {
+        if !keys.insert(change.key()) {
             return Err(StoreError::Limit("a transaction changes a key once"));
         }
-        if value > MAX_VALUE_BYTES {
+        if matches!(change, Change::Put { value, .. } if value.len() > MAX_VALUE_BYTES) {
             return Err(StoreError::Limit("a value has at most 1 MiB"));
         }
-        bytes += key.as_bytes().len() + value;
+        bytes += change.size();
     }
     if bytes > MAX_TRANSACTION_BYTES {
         return Err(StoreError::Limit("a transaction has at most 1.25 MiB"));

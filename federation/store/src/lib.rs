@@ -80,6 +80,20 @@ pub enum Change {
     Delete(Key),
 }
 
+impl Change {
+    pub fn key(&self) -> &Key {
+        match self {
+            Self::Put { key, .. } | Self::Delete(key) => key,
+        }
+    }
+
+    /// What it counts towards [`MAX_TRANSACTION_BYTES`].
+    pub fn size(&self) -> usize {
+        let value = if let Self::Put { value, .. } = self { value.len() } else { 0 };
+        self.key().as_bytes().len() + value
+    }
+}
+
 /// Changes that happen together, if every comparison holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Transaction {

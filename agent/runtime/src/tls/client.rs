@@ -17,6 +17,7 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint, Uri};
 
+use super::cause::{Cause, Stranger};
 use super::connection::{BoundedStream, Peer, STALLED};
 use super::server::key_exchange;
 use super::verify::{algorithms, verify_directly};
@@ -31,13 +32,27 @@ const CONNECT_TIME: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     #[error("connect to {0}")]
-    Connect(String, #[source] io::Error),
-    #[error("connecting to {0} took longer than 10 seconds")]
-    Time(String),
+    Connect(String, #[source] Cause),
     #[error("open HTTP/2 to {0}")]
     Http2(String, #[source] tonic::transport::Error),
     #[error("the certificate of {0} cannot be read")]
     Certificate(String, #[source] KeyError),
+}
+
+impl ClientError {
+    /// Whether another attempt may succeed though nobody changes anything here.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Connect(_, cause) => cause.is_passing(),
+            Self::Http2(..) => true,
+            Self::Certificate(..) => false,
+        }
+    }
+
+    /// Whether nothing listens at the address.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, Self::Connect(_, Cause::Refused))
+    }
 }
 
 /// Opens connections to one kind of server.
@@ -103,7 +118,7 @@ impl TlsClient {
     pub async fn connect(&self, address: &str) -> Result<Connection, ClientError> {
         tokio::time::timeout(CONNECT_TIME, self.open(address))
             .await
-            .map_err(|_| ClientError::Time(address.to_owned()))?
+            .map_err(|_| ClientError::Connect(address.to_owned(), Cause::Time))?
     }
 
     pub(super) async fn shake_hands(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
@@ -113,13 +128,18 @@ impl TlsClient {
     }
 
     async fn open(&self, address: &str) -> Result<Connection, ClientError> {
-        let failed = |e| ClientError::Connect(address.to_owned(), e);
-        let tcp = TcpStream::connect(address).await.map_err(failed)?;
-        tcp.set_nodelay(true).map_err(failed)?;
-        let remote = tcp.peer_addr().map_err(failed)?;
+        let failed = |cause| ClientError::Connect(address.to_owned(), cause);
+        let of_tcp = |error| failed(Cause::of_tcp(error));
+        let found = tokio::net::lookup_host(address).await.map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidInput => failed(Cause::Malformed),
+            _ => failed(Cause::Name(error)),
+        })?;
+        let tcp = TcpStream::connect(&*found.collect::<Vec<_>>()).await.map_err(of_tcp)?;
+        tcp.set_nodelay(true).map_err(of_tcp)?;
+        let remote = tcp.peer_addr().map_err(of_tcp)?;
         // Read before the handshake: a certificate replaced meanwhile ends later, never earlier.
         let own = self.credentials.as_ref().map(|c| c.current().certificate.not_after);
-        let stream = self.shake_hands(tcp).await.map_err(failed)?;
+        let stream = self.shake_hands(tcp).await.map_err(|error| failed(Cause::of_tls(error)))?;
         let session = stream.get_ref().1;
         let der = session.peer_certificates().and_then(|chain| chain.first());
         let unread = |e| ClientError::Certificate(address.to_owned(), e);
@@ -151,7 +171,7 @@ impl TlsClient {
             .connect_with_connector(connector)
             .await
             .map_err(|e| match peer.failure() {
-                Some(failure) => failed(io::Error::other(failure)),
+                Some(failure) => failed(Cause::Other(io::Error::other(failure))),
                 None => ClientError::Http2(address.to_owned(), e),
             })?;
         Ok(Connection { channel, peer })
@@ -192,11 +212,9 @@ impl ServerCertVerifier for PinnedRoot {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let authority = intermediates
-            .iter()
-            .take(4)
-            .find(|der| Fingerprint::of(der) == self.fingerprint)
-            .ok_or(Error::InvalidCertificate(CertificateError::UnknownIssuer))?;
+        let stranger = if intermediates.is_empty() { Stranger::NoAuthority } else { Stranger::OtherAuthority };
+        let authority =
+            intermediates.iter().take(4).find(|der| Fingerprint::of(der) == self.fingerprint).ok_or(stranger)?;
         let bad = |_| Error::InvalidCertificate(CertificateError::BadEncoding);
         let trust_domain = Certificate::from_der(authority).map_err(bad)?.trust_domain;
         let mut roots = RootCertStore::empty();
@@ -260,5 +278,86 @@ mod tests {
         check("a member", &leaf(&root, &cluster), root.certificate(), now, false);
         check("the hub of another root", &leaf(&other, &Identity::Hub), other.certificate(), now, false);
         check("another root's leaf beside the root", &leaf(&other, &Identity::Hub), root.certificate(), now, false);
+    }
+
+    /// What is said of a connection that cannot be opened, with what is behind it.
+    async fn said(client: &TlsClient, address: &str) -> (String, bool) {
+        let error = client.connect(address).await.expect_err("no such server");
+        let passing = error.is_passing();
+        let causes = std::iter::successors(std::error::Error::source(&error), |it| it.source());
+        (causes.fold(error.to_string(), |text, it| format!("{text}: {it}")), passing)
+    }
+
+    #[tokio::test]
+    async fn failed_connection_says_what_is_wrong_and_what_to_check() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        use tokio::net::TcpListener;
+        use tonic::service::Routes;
+
+        use crate::tls::{Connections, IncomingLimits, PresentedAuthority, ServerTls, http2_server, incoming};
+
+        let (hour, now) = (Duration::from_secs(3_600), SystemTime::now());
+        let domain = TrustDomain::new("hanse.test").unwrap();
+        let [root, other] = [(); 2].map(|()| Ca::root(&domain, 9 * hour, now).unwrap());
+        let user = Identity::user("ada").unwrap();
+        let credentials = |at| CredentialStore::new(root.issue_credentials(&Identity::Hub, hour, at).unwrap()).unwrap();
+        let client = |ca: &Ca, expected: Identity| {
+            let trust = Trust::new(ca.certificate(), move |identity| *identity == expected).unwrap();
+            let own = ca.issue_credentials(&user, hour, now).unwrap();
+            TlsClient::mutual(CredentialStore::new(own).unwrap(), &trust).unwrap()
+        };
+        let pinned =
+            |ca: &Ca| TlsClient::pinned(PinnedRoot::new(ca.certificate().fingerprint(), Identity::Hub)).unwrap();
+        let stop = CancellationToken::new();
+        let serve = async |tls: ServerTls| {
+            let any = "127.0.0.1:0".parse().unwrap();
+            let limits = IncomingLimits::default();
+            let listener = incoming(any, tls, limits, Connections::default(), stop.clone()).await.unwrap();
+            let address = listener.address().to_string();
+            let serving = http2_server().add_routes(Routes::default());
+            tokio::spawn(serving.serve_with_incoming_shutdown(listener, stop.clone().cancelled_owned()));
+            address
+        };
+        let trust = Trust::new(root.certificate(), |_| true).unwrap();
+        let main = serve(ServerTls::mutual(credentials(now), &trust).unwrap()).await;
+        let early = serve(ServerTls::mutual(credentials(now + 2 * hour), &trust).unwrap()).await;
+        let late = serve(ServerTls::mutual(credentials(now - 2 * hour), &trust).unwrap()).await;
+        let joining = ServerTls::anonymous(credentials(now), PresentedAuthority::fixed(root.certificate())).unwrap();
+        let joining = serve(joining).await;
+        // An address that was free a moment ago.
+        let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
+        let plain = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let http = plain.local_addr().unwrap().to_string();
+        tokio::spawn(async move {
+            let (mut stream, _) = plain.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 4_096]).await;
+            stream.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n").await.unwrap();
+            let _ = stream.read(&mut [0; 4_096]).await;
+        });
+        let hub = client(&root, Identity::Hub);
+        for (client, address, expected, passing) in [
+            (&hub, free.as_str(), "connection refused: nothing listens there", true),
+            (&hub, &http, "does not speak TLS", false),
+            (&hub, "nowhere", "not HOST:PORT", false),
+            (&hub, "no-such-host.invalid:7443", "cannot be resolved", true),
+            (&client(&other, Identity::Hub), &main, "authority that is not trusted here", false),
+            (&client(&root, user.clone()), &main, "not the one that belongs there", false),
+            (&hub, &early, "check this machine's clock", false),
+            (&hub, &late, "check this machine's clock", false),
+            (&pinned(&root), &main, "is this the listener for newcomers (--join-listen", false),
+            (&pinned(&other), &joining, "another authority than the token names", false),
+        ] {
+            let (text, is_passing) = said(client, address).await;
+            assert!(text.contains(expected) && text.contains(address), "{expected}: {text}");
+            assert_eq!(is_passing, passing, "{text}");
+        }
+        let (text, _) = said(&hub, &late).await;
+        let ended = crate::moment::rfc3339(now - hour);
+        assert!(text.contains(&format!("ended at {ended}")) && text.contains("this machine's clock says 2"), "{text}");
+        for client in [&hub, &pinned(&root)] {
+            let address = if std::ptr::eq(client, &hub) { &main } else { &joining };
+            client.connect(address).await.expect("who should meet there does");
+        }
+        stop.cancel();
     }
 }

@@ -1,5 +1,6 @@
 //! `hanse apply|get|delete`: the objects of the federation.
 
+use std::collections::HashMap;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -15,7 +16,7 @@ use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{CallError, Client, call, with_client};
+use super::{CallError, call, with_client};
 use crate::output::{self, Format, ListFormat};
 
 /// Where `get` says at which revision of the hub an object is. `apply` takes it off, and then changes the object only if it
@@ -24,9 +25,10 @@ const REVISION: &str = "hanse.dev/revision";
 
 /// Write objects of the federation to the hub.
 ///
-/// All manifests are checked first, and nothing is written when one is wrong. Then each object is written by itself, what
-/// others name first; one that the hub refuses does not keep the rest out, and makes the command exit 1. Applying the same
-/// again changes nothing. A manifest from `hanse get -o yaml` is written only if nobody changed the object since.
+/// All manifests are checked first, and nothing is written when one is wrong. Then they are sent in batches, what others
+/// name first, and each object is written by itself: one that the hub refuses does not keep the rest out, and makes the
+/// command exit 1. Applying the same again changes nothing. A manifest from `hanse get -o yaml` is written only if the
+/// object has not changed since.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -41,6 +43,9 @@ pub struct Apply {
     /// Let the hub check and judge everything (roles, grants, preconditions), and change nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Accept policies whose tier is neither stored nor applied along. They are not in force until it is.
+    #[arg(long)]
+    allow_missing_tier: bool,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -94,6 +99,9 @@ pub struct Delete {
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
+
+/// Objects that are named one by one; more are read with all others.
+const MANY: usize = 16;
 
 /// The kinds with their short names, in the order in which they are applied: what others name comes first.
 pub(super) const KINDS: [(&str, &str, pb::ObjectKind); 4] = [
@@ -190,6 +198,9 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
         ours.len() - written.len(),
         ours.len()
     );
+    if let Some(large) = written.iter().find(|object| object.json.len() > MAX_MANIFEST_BYTES) {
+        bail!("{}: a manifest has at most 256 KiB; nothing was changed", large.place);
+    }
     written.sort_by_key(|object| object.order);
     Ok(written)
 }
@@ -288,61 +299,154 @@ fn conclude(outcomes: &[Outcome]) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// Of one request to the hub, which takes 1 MiB: a batch ends with the object that reaches this, and a manifest has at most
+/// 256 KiB.
+const BATCH_BYTES: usize = 512 << 10;
+const BATCH_OBJECTS: usize = 500;
+/// The largest manifest that the hub takes, as JSON.
+const MAX_MANIFEST_BYTES: usize = 256 << 10;
+
+/// Requests in batches, by the bytes of each.
+fn batches<T>(requests: impl IntoIterator<Item = T>, bytes: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
+    let (mut batches, mut size) = (vec![Vec::new()], 0);
+    for request in requests {
+        if size >= BATCH_BYTES || batches.last().is_some_and(|batch| batch.len() >= BATCH_OBJECTS) {
+            batches.push(Vec::new());
+            size = 0;
+        }
+        size += bytes(&request);
+        batches.last_mut().expect("never empty").push(request);
+    }
+    batches
+}
+
+/// An object whose result the hub is to send.
+struct Awaited {
+    kind: &'static str,
+    name: String,
+    place: String,
+    /// The revision that it was read at.
+    revision: Option<u64>,
+}
+
+impl From<&Written> for Awaited {
+    fn from(object: &Written) -> Self {
+        let (name, place) = (object.name.clone(), object.place.clone());
+        Self { kind: name_of(object.kind.into()), name, place, revision: object.revision }
+    }
+}
+
+impl Awaited {
+    fn failed(self, error: &anyhow::Error) -> Outcome {
+        let Self { kind, name, place, .. } = self;
+        let error = Some(format!("{error:#}"));
+        Outcome { kind, name, result: "failed", dry_run: false, revision: None, error, warnings: Vec::new(), place }
+    }
+
+    fn refused(self, pb::ObjectRefusal { code, message }: pb::ObjectRefusal) -> Outcome {
+        let code = tonic::Code::from(i32::try_from(code).unwrap_or_default());
+        let error = anyhow::Error::from(CallError::Refused { code, message });
+        let error = match self.revision {
+            Some(_) if CallError::is_conflict(&error) => {
+                error.context(format!("it was read with {REVISION}: `hanse get` it again, or take that off"))
+            }
+            _ => error,
+        };
+        self.failed(&error)
+    }
+}
+
+/// Says what becomes of each object as its result arrives, and a summary at the end.
+async fn follow<A>(
+    format: Format,
+    verb: &str,
+    awaited: Vec<Awaited>,
+    mut answers: tonic::Streaming<A>,
+    outcomes_of: impl Fn(A, &mut dyn Iterator<Item = Awaited>) -> Vec<Outcome>,
+) -> anyhow::Result<ExitCode> {
+    let total = awaited.len();
+    let mut awaited = awaited.into_iter();
+    let mut outcomes = Vec::with_capacity(total);
+    let mut next = async |done: usize| {
+        let answer = call(async { answers.message().await.map(tonic::Response::new) }).await;
+        // One bad object does not keep the rest out; a hub that is gone does.
+        let context = || format!("{verb}: {done} of {} are done, as listed", output::count(total, "object"));
+        answer.with_context(context)
+    };
+    while let Some(answer) = next(outcomes.len()).await? {
+        for outcome in outcomes_of(answer, &mut awaited) {
+            outcome.tell(format)?;
+            outcomes.push(outcome);
+        }
+    }
+    anyhow::ensure!(outcomes.len() == total, "{verb}: the hub answered for {} of {total} objects", outcomes.len());
+    if format == Format::Table && total > 1 {
+        output::line(summary_of(verb, &outcomes))?;
+    }
+    Ok(conclude(&outcomes))
+}
+
+/// `3000 applied: 2990 created, 8 configured, 2 unchanged`.
+fn summary_of(verb: &str, outcomes: &[Outcome]) -> String {
+    let mut counts: Vec<(&str, usize)> = Vec::new();
+    for result in ["created", "configured", "unchanged", "deleted", "absent", "failed"] {
+        let count = outcomes.iter().filter(|outcome| outcome.result == result).count();
+        if count > 0 {
+            counts.push((result, count));
+        }
+    }
+    let done: usize = counts.iter().filter(|(result, _)| *result != "failed").map(|(_, count)| count).sum();
+    let dry = if outcomes.iter().any(|outcome| outcome.dry_run) { " (dry run)" } else { "" };
+    let words: Vec<String> = counts.iter().map(|(result, count)| format!("{count} {result}")).collect();
+    match ["deleted", "absent"].iter().any(|deletion| counts.iter().any(|(result, _)| result == deletion)) {
+        // What was deleted says so itself.
+        true => words.join(", "),
+        false => format!("{done} {verb}{dry}: {}", words.join(", ")),
+    }
+}
+
 impl Apply {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         let objects = read(&self.files)?;
         anyhow::ensure!(!objects.is_empty(), "there is no object of the federation (hanse.dev) in what was given");
+        let awaited = objects.iter().map(Awaited::from).collect();
+        let dry_run = self.dry_run;
+        let requests = objects.into_iter().map(|object| pb::ApplyRequest {
+            manifest: object.json.into(),
+            precondition: object.revision.map(pb::apply_request::Precondition::Revision),
+            allow_missing_tier: self.allow_missing_tier,
+        });
+        let requests = batches(requests, |request| request.manifest.len());
+        let requests = requests.into_iter().map(move |objects| pb::ApplyManyRequest { objects, dry_run });
         with_client(context, |mut client| async move {
-            let mut outcomes = Vec::new();
-            for object in objects {
-                let (kind, name, place) = (name_of(object.kind.into()), object.name.clone(), object.place.clone());
-                let outcome = match self.write(&mut client, object).await {
-                    Ok(done) => Outcome {
-                        kind,
-                        name,
+            let answers = call(client.apply_many(futures::stream::iter(requests))).await?;
+            follow(self.output, "applied", awaited, answers, |answer, awaited| {
+                use pb::apply_result::Result as Wire;
+                let outcome = |(result, object): (pb::ApplyResult, Awaited)| match result.result {
+                    Some(Wire::Applied(done)) => Outcome {
+                        kind: object.kind,
+                        name: object.name,
                         result: match done.applied() {
                             pb::Applied::Created => "created",
                             pb::Applied::Configured => "configured",
                             pb::Applied::Unchanged | pb::Applied::Unspecified => "unchanged",
                         },
-                        dry_run: self.dry_run,
+                        dry_run,
                         revision: Some(done.revision),
                         error: None,
                         warnings: done.warnings,
-                        place,
+                        place: object.place,
                     },
-                    // One bad object does not keep the rest out; a hub that is gone does.
-                    Err(error) if CallError::is_passing(&error) => {
-                        return Err(error.context(format!("apply {kind}/{name}; what was told before is done")));
+                    Some(Wire::Refused(refusal)) => object.refused(refusal),
+                    None => {
+                        object.failed(&anyhow::anyhow!("the hub answered in a way that this version does not know"))
                     }
-                    Err(error) => failed(kind, name, place, &error),
                 };
-                outcome.tell(self.output)?;
-                outcomes.push(outcome);
-            }
-            Ok(conclude(&outcomes))
+                answer.results.into_iter().zip(awaited).map(outcome).collect()
+            })
+            .await
         })
     }
-
-    async fn write(&self, client: &mut Client, object: Written) -> anyhow::Result<pb::ApplyResponse> {
-        let precondition = object.revision.map(pb::apply_request::Precondition::Revision);
-        let request = pb::ApplyRequest { manifest: object.json.into(), precondition };
-        let done = match self.dry_run {
-            true => call(client.dry_run(request)).await,
-            false => call(client.apply(request)).await,
-        };
-        done.map_err(|error| match object.revision {
-            Some(_) if CallError::is_conflict(&error) => {
-                error.context(format!("it was read with {REVISION}: `hanse get` it again, or take that off"))
-            }
-            _ => error,
-        })
-    }
-}
-
-fn failed(kind: &'static str, name: String, place: String, error: &anyhow::Error) -> Outcome {
-    let error = Some(format!("{error:#}"));
-    Outcome { kind, name, result: "failed", dry_run: false, revision: None, error, warnings: Vec::new(), place }
 }
 
 impl Get {
@@ -362,6 +466,21 @@ impl Get {
         }
         let mut absent = Vec::new();
         let mut objects = with_client(context, async |mut client| {
+            if wanted.len() > MANY {
+                // One answer with all is cheaper than an answer for each.
+                let found = call(client.get(pb::GetRequest::default())).await?.objects;
+                let key = |object: &pb::Object| (object.kind(), object.name.clone());
+                let mut found: HashMap<_, _> = found.into_iter().map(|object| (key(&object), object)).collect();
+                let mut objects = Vec::with_capacity(wanted.len());
+                for (kind, name) in wanted {
+                    let key = (kind.unwrap_or_default(), name.unwrap_or_default());
+                    match found.remove(&key) {
+                        Some(object) => objects.push(object),
+                        None => absent.push(format!("there is no {}/{}", name_of(key.0.into()), key.1)),
+                    }
+                }
+                return Ok(objects);
+            }
             let mut objects = Vec::new();
             for (kind, name) in &wanted {
                 let kind = kind.unwrap_or(pb::ObjectKind::Unspecified);
@@ -480,39 +599,47 @@ pub(super) fn summary(manifest: &Value) -> String {
 
 impl Delete {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        let mut objects: Vec<(pb::ObjectKind, String, String)> = Vec::new();
+        let mut objects: Vec<(pb::ObjectKind, Awaited)> = Vec::new();
         if let (Some(kind), Some(name)) = (&self.kind, &self.name) {
-            objects.push((kind_of(kind)?, name.clone(), String::new()));
+            let kind = kind_of(kind)?;
+            let (name, place) = (name.clone(), String::new());
+            objects.push((kind, Awaited { kind: name_of(kind.into()), name, place, revision: None }));
         } else {
             let named = read(&self.files)?.into_iter().rev();
-            objects.extend(named.map(|object| (object.kind, object.name, object.place)));
+            objects.extend(named.map(|object| (object.kind, Awaited { revision: None, ..Awaited::from(&object) })));
             anyhow::ensure!(!objects.is_empty(), "there is no object of the federation (hanse.dev) in what was given");
         }
+        let request = |(kind, object): &(pb::ObjectKind, Awaited)| pb::DeleteRequest {
+            kind: (*kind).into(),
+            name: object.name.clone(),
+        };
+        let requests = batches(objects.iter().map(request), |request| request.name.len());
+        let requests = requests.into_iter().map(|objects| pb::DeleteManyRequest { objects });
+        let awaited = objects.into_iter().map(|(_, object)| object).collect();
         with_client(context, |mut client| async move {
-            let mut outcomes = Vec::new();
-            for (kind, name, place) in objects {
-                let request = pb::DeleteRequest { kind: kind.into(), name: name.clone() };
-                let kind = name_of(kind.into());
-                let (result, revision, warnings) = match call(client.delete(request)).await {
-                    Ok(done) => ("deleted", Some(done.revision), done.warnings),
-                    Err(error) if self.ignore_not_found && CallError::is_not_found(&error) => {
-                        ("absent", None, Vec::new())
-                    }
-                    Err(error) if CallError::is_passing(&error) => {
-                        return Err(error.context(format!("delete {kind}/{name}; what was told before is done")));
-                    }
-                    Err(error) => {
-                        let outcome = failed(kind, name, place, &error);
-                        outcome.tell(self.output)?;
-                        outcomes.push(outcome);
-                        continue;
-                    }
+            let answers = call(client.delete_many(futures::stream::iter(requests))).await?;
+            follow(self.output, "deleted", awaited, answers, |answer, awaited| {
+                use pb::delete_result::Result as Wire;
+                let outcome = |(result, object): (pb::DeleteResult, Awaited)| {
+                    let (result, revision, warnings) = match result.result {
+                        Some(Wire::Deleted(done)) => ("deleted", Some(done.revision), done.warnings),
+                        Some(Wire::Refused(refusal))
+                            if self.ignore_not_found && refusal.code == tonic::Code::NotFound as u32 =>
+                        {
+                            ("absent", None, Vec::new())
+                        }
+                        Some(Wire::Refused(refusal)) => return object.refused(refusal),
+                        None => {
+                            let unknown = "the hub answered in a way that this version does not know";
+                            return object.failed(&anyhow::anyhow!(unknown));
+                        }
+                    };
+                    let Awaited { kind, name, place, .. } = object;
+                    Outcome { kind, name, result, dry_run: false, revision, error: None, warnings, place }
                 };
-                let outcome = Outcome { kind, name, result, dry_run: false, revision, error: None, warnings, place };
-                outcome.tell(self.output)?;
-                outcomes.push(outcome);
-            }
-            Ok(conclude(&outcomes))
+                answer.results.into_iter().zip(awaited).map(outcome).collect()
+            })
+            .await
         })
     }
 }

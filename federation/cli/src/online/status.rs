@@ -1,5 +1,6 @@
 //! `hanse status`: how the ClusterSet is. Age and digests, not open sockets, say what is healthy.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -71,6 +72,8 @@ pub struct Cluster {
     problems: Vec<String>,
     /// Nodes with a problem, with all that each concerns.
     nodes: Vec<Node>,
+    /// What an operator should know though nothing is wrong.
+    warnings: Vec<String>,
 }
 
 impl Cluster {
@@ -98,6 +101,7 @@ impl Cluster {
             unenforced: it.unenforced,
             problems,
             nodes: Vec::new(),
+            warnings: it.warnings,
         }
     }
 }
@@ -190,6 +194,15 @@ impl Overview {
                 }
                 output::line(format_args!("{}: {problem}", it.name))?;
             }
+        }
+        // Most clusters have the same: a line each would hide the rest.
+        let mut warnings: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for it in &self.clusters {
+            it.warnings.iter().for_each(|text| warnings.entry(text).or_default().push(&it.name));
+        }
+        for (warning, clusters) in warnings {
+            output::line("")?;
+            output::line(format_args!("warning: {}: {warning}", clusters.join(", ")))?;
         }
         Ok(())
     }

@@ -136,7 +136,7 @@ fn without_a_hub_it_says_what_to_do() {
     std::fs::write(&world.context, text.replace(&served, &free.to_string())).expect("the context");
     let gone = world.hanse(&["status"]);
     assert_eq!(gone.code, Some(1), "{gone:?}");
-    assert!(gone.err.contains(&free.to_string()) && gone.err.contains("hanse-hub runs there"), "{gone:?}");
+    assert!(gone.err.contains(&free.to_string()) && gone.err.contains("nothing listens there"), "{gone:?}");
     // The second hub of the list is asked where the first is gone.
     let both = text.replace(&format!("\"{served}\""), &format!("\"{free}\", \"{served}\""));
     std::fs::write(&world.context, both).expect("the context");
@@ -172,7 +172,7 @@ fn applying_is_idempotent_and_fails_object_by_object() {
     assert_eq!((first.code, first.err.as_str()), (Some(0), ""), "{first:?}");
     assert!(first.out.contains("Tier/platform created") && first.out.contains("Policy/p created"), "{first:?}");
     let again = world.apply(&format!("{TIER}{}", policy("p", "platform", 1)), &[]);
-    assert_eq!(again.out.matches("unchanged").count(), 2, "{again:?}");
+    assert_eq!(again.out.matches("unchanged at").count(), 2, "{again:?}");
 
     // A dry run judges and changes nothing.
     let dry = world.apply(&policy("p", "platform", 2), &["--dry-run", "-o", "json"]);
@@ -184,7 +184,8 @@ fn applying_is_idempotent_and_fails_object_by_object() {
         [member("train", "10.1.0.0/16"), member("serve", "10.1.2.0/24"), member("prod", "10.2.0.0/16")].concat();
     let mixed = world.apply(&mixed, &[]);
     assert_eq!(mixed.code, Some(1), "{mixed:?}");
-    assert_eq!(mixed.out.matches("created").count(), 2, "{mixed:?}");
+    assert!(mixed.out.ends_with("2 applied: 2 created, 1 failed\n"), "{mixed:?}");
+    assert_eq!(mixed.out.matches("created at").count(), 2, "{mixed:?}");
     assert!(mixed.err.contains("standard input:7: MemberCluster/serve failed: spec.grants.cidrs"), "{mixed:?}");
     assert!(mixed.err.contains("1 of 3 objects failed"), "{mixed:?}");
 
@@ -205,12 +206,14 @@ fn applying_is_idempotent_and_fails_object_by_object() {
     assert!(twice.code == Some(1) && twice.err.contains("standard input:7: metadata.name: stands"), "{twice:?}");
     assert_eq!(world.hanse(&["get", "fnp", "q"]).code, Some(1));
 
-    // Without its tier a policy would stand in front of every cluster's own.
+    // Without its tier a policy would not be in force.
     let tier = world.hanse(&["delete", "tier", "platform"]);
-    assert!(tier.code == Some(1) && tier.err.contains("p stand in Tier/platform"), "{tier:?}");
+    assert!(tier.code == Some(1) && tier.err.contains("Tier/platform is used by p:"), "{tier:?}");
     assert_eq!(world.hanse(&["delete", "fnp", "p"]).code, Some(0));
     assert_eq!(world.hanse(&["delete", "tier", "platform"]).code, Some(0));
     let orphan = world.apply(&policy("o", "platform", 1), &[]);
+    assert!(orphan.code == Some(1) && orphan.err.contains("--allow-missing-tier"), "{orphan:?}");
+    let orphan = world.apply(&policy("o", "platform", 1), &["--allow-missing-tier"]);
     assert!(orphan.code == Some(0) && orphan.err.contains("there is no Tier platform"), "{orphan:?}");
     let absent = world.hanse(&["delete", "tier", "platform"]);
     assert!(absent.code == Some(1) && absent.err.contains("there is no Tier/platform"), "{absent:?}");
@@ -226,7 +229,7 @@ fn what_is_read_can_be_applied_and_is_not_applied_over_somebody_elses_change() {
     for format in ["yaml", "json"] {
         let all = world.hanse(&["get", "-o", format]);
         let same = world.apply(&all.out, &[]);
-        assert_eq!((same.code, same.out.matches("unchanged").count()), (Some(0), 3), "{same:?}");
+        assert_eq!((same.code, same.out.matches("unchanged at").count()), (Some(0), 3), "{same:?}");
     }
     // Items of a typed list leave out what it says.
     let items = r#"[{"metadata": {"name": "listed"}, "spec": {"tier": "platform", "ingress": [{"action": "Deny"}]}}]"#;
@@ -271,7 +274,11 @@ fn an_author_writes_the_policies_of_their_tiers() {
     assert_eq!(write(&policy("p", "platform", 1)).code, Some(0));
     let denied = write(&policy("s", "security", 1));
     assert_eq!(denied.code, Some(1), "{denied:?}");
-    assert!(denied.err.contains("user/ada has no role") && denied.err.contains("hanse user list"), "{denied:?}");
+    assert!(
+        denied.err.contains("needs the role author=security or administrator; user/ada has author=platform")
+            && denied.err.contains("hanse user list"),
+        "{denied:?}"
+    );
     assert_eq!(run(Some(&ada), &["audit"], "").code, Some(1), "only administrators");
     let users = world.hanse(&["user", "list", "-o", "json"]).json();
     let hers = users.as_array().into_iter().flatten().find(|user| user["name"] == "ada").expect("ada");
@@ -385,4 +392,117 @@ fn completion_knows_every_command() {
             assert!(script.out.contains(command), "{shell} misses {command}");
         }
     }
+}
+
+#[test]
+fn many_objects_are_applied_in_batches_with_a_summary() {
+    let world = World::new();
+    // More than a batch has, so that the last ones find the tier in an earlier one.
+    let many: String = (0..1_200).map(|number| policy(&format!("p-{number}"), "platform", number)).collect();
+    let many = format!("{TIER}{many}{}", policy("typo", "platfrom", 1));
+    let dry = world.apply(&many, &["--dry-run"]);
+    assert_eq!(dry.code, Some(1), "{}", dry.err);
+    assert!(
+        dry.out.ends_with("1201 applied (dry run): 1201 created, 1 failed\n"),
+        "{}",
+        &dry.out[dry.out.len() - 300..]
+    );
+    assert!(
+        dry.err.contains("FederatedNetworkPolicy/typo failed: spec.tier: there is no Tier platfrom"),
+        "{}",
+        dry.err
+    );
+    assert!(dry.err.contains("--allow-missing-tier") && dry.err.contains("1 of 1202 objects failed"), "{}", dry.err);
+    assert!(world.hanse(&["get"]).out.contains("there is none"), "a dry run writes nothing");
+
+    let first = world.apply(&many, &[]);
+    assert_eq!(first.code, Some(1), "{}", first.err);
+    assert_eq!(first.out.lines().count(), 1_202, "a line each, and the summary");
+    assert!(first.out.ends_with("1201 applied: 1201 created, 1 failed\n"));
+    let changed = many.replace("order: 1199", "order: 7");
+    let second = world.apply(&changed, &["--allow-missing-tier"]);
+    assert_eq!(second.code, Some(0), "{}", second.err);
+    assert!(second.out.ends_with("1202 applied: 1 created, 1 configured, 1200 unchanged\n"), "{}", second.err);
+    assert!(second.err.contains("warning: spec.tier: there is no Tier platfrom"), "{}", second.err);
+    let json = world.apply(&changed, &["-o", "json"]);
+    let results: Vec<Value> = json.out.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert!(results.len() == 1_202 && results.iter().all(|it| it["result"] == "unchanged"), "{}", json.err);
+
+    let file = world.folder.path().join("many.yaml");
+    std::fs::write(&file, format!("{changed}{}", policy("gone", "platform", 1))).expect("room");
+    let file = file.to_str().expect("UTF-8");
+    let got = world.hanse(&["get", "-f", file, "-o", "json"]);
+    assert!(got.code == Some(1) && got.err.contains("there is no FederatedNetworkPolicy/gone"), "{}", got.err);
+    assert_eq!(got.json()["items"].as_array().map(Vec::len), Some(1_202));
+    let deleted = world.hanse(&["delete", "-f", file]);
+    assert_eq!(deleted.code, Some(1), "{}", deleted.err);
+    assert!(deleted.out.ends_with("1202 deleted, 1 failed\n"), "{}", deleted.err);
+    let again = world.hanse(&["delete", "-f", file, "--ignore-not-found"]);
+    assert!(again.code == Some(0) && again.out.ends_with("1203 absent\n"), "{}", again.err);
+    assert!(world.hanse(&["get"]).out.contains("there is none"));
+}
+
+#[test]
+fn cluster_that_may_carry_every_label_is_warned_of() {
+    let world = World::new();
+    let any = world.apply(&member("train", "10.1.0.0/16"), &[]);
+    assert!(any.code == Some(0) && any.err.contains("warning: spec.grants.labels is absent (labels: any)"), "{any:?}");
+    let named = member("serve", "10.2.0.0/16").replace("{namespaces", "{labels: {app: ['*']}, namespaces");
+    let named = world.apply(&named, &[]);
+    assert_eq!((named.code, named.err.as_str()), (Some(0), ""), "{named:?}");
+    assert_eq!(world.apply(&member("prod", "10.3.0.0/16"), &[]).code, Some(0));
+    let status = world.hanse(&["status", "--exit-code"]);
+    assert_eq!(status.code, Some(0), "a warning is no problem: {status:?}");
+    assert!(status.out.contains("warning: prod, train: spec.grants.labels is absent (labels: any)"), "{status:?}");
+    let status = world.hanse(&["status", "-o", "json"]).json();
+    let warned = |name: &str| {
+        let cluster = status["clusters"].as_array().into_iter().flatten().find(|it| it["name"] == name);
+        cluster.expect("a cluster")["warnings"].as_array().map(Vec::len)
+    };
+    assert_eq!((warned("train"), warned("serve")), (Some(1), Some(0)));
+}
+
+#[test]
+fn version_is_of_the_command_and_of_its_hub() {
+    let version = env!("CARGO_PKG_VERSION");
+    let alone = run(None, &["version"], "");
+    assert_eq!((alone.code, alone.out), (Some(0), format!("client  {version}\n")));
+    assert_eq!(run(None, &["--version"], "").out, format!("hanse {version}\n"));
+    let world = World::new();
+    let both = world.hanse(&["version"]).out;
+    assert_eq!(both, format!("client  {version}\nhub     {version} (trust domain hanse.test)\n"));
+    let json = world.hanse(&["version", "-o", "json"]).json();
+    let expected = serde_json::json!({
+        "client": {"version": version}, "hub": {"version": version, "trustDomain": "hanse.test"},
+    });
+    assert_eq!(json, expected);
+    assert_eq!(
+        world.hanse(&["version", "--client", "-o", "json"]).json(),
+        serde_json::json!({"client": {"version": version}})
+    );
+    let gone = run(Some(Path::new("/nonexistent/context")), &["version"], "");
+    assert!(gone.code == Some(1) && gone.out == format!("client  {version}\n"), "{gone:?}");
+}
+
+#[test]
+fn hub_that_starts_a_moment_later_is_waited_for() {
+    let world = World::new();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+    let text = std::fs::read_to_string(&world.context).expect("the context");
+    let served = world.hub.address;
+    std::fs::write(&world.context, text.replace(&served.to_string(), &free.to_string())).expect("the context");
+    let forward = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(500));
+        let listener = std::net::TcpListener::bind(free).expect("still free");
+        let (client, _) = listener.accept().expect("a client");
+        let hub = std::net::TcpStream::connect(served).expect("the hub");
+        let (mut from, mut to) = (client.try_clone().expect("a socket"), hub.try_clone().expect("a socket"));
+        let up = std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+        let (mut from, mut to) = (hub, client);
+        let _ = std::io::copy(&mut from, &mut to);
+        drop(up.join());
+    });
+    let status = world.hanse(&["status"]);
+    assert_eq!((status.code, status.err.as_str()), (Some(0), ""), "{status:?}");
+    forward.join().expect("forwarded");
 }

@@ -59,6 +59,7 @@ impl Administration {
                 unenforced: realisation.unenforced,
                 problems: realisation.problems.into_iter().map(|it| problem_to_wire(it, FIRST)).collect(),
                 problems_total: realisation.problems_total,
+                warnings: cluster.grant.warnings(),
             });
         }
         statuses

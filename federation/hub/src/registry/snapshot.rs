@@ -7,7 +7,7 @@ use bytes::Bytes;
 use hanse_policy::inventory::Labels;
 use hanse_runtime::Identity;
 use hanse_runtime::keys::Certificate;
-use hanse_store::{Entry, Event, Listing, Revision};
+use hanse_store::{Change, Entry, Event, Listing, Revision, Transaction};
 
 use super::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
 use crate::grants::MemberCluster;
@@ -21,6 +21,8 @@ pub struct Snapshot {
     pub clusters: BTreeMap<Arc<str>, Arc<Cluster>>,
     /// The federated objects.
     pub objects: BTreeMap<ObjectId, Arc<Object>>,
+    /// The bytes of their manifests together.
+    pub(crate) object_bytes: usize,
     pub(crate) tokens: BTreeMap<Arc<str>, Arc<TokenRecord>>,
     pub(crate) members: BTreeMap<Arc<str>, Arc<Stored<MemberRecord>>>,
     pub(crate) users: BTreeMap<Arc<str>, Arc<UserRecord>>,
@@ -149,13 +151,15 @@ impl Snapshot {
                     set(&mut self.grants, name, grant);
                     self.merge(name, event.revision);
                 }
-                match entry {
+                let old = match entry {
                     Some(e) => {
                         let object = Object { id: id.clone(), manifest: e.value.clone(), revision: e.modified };
-                        self.objects.insert(id, Arc::new(object));
+                        self.object_bytes += e.value.len();
+                        self.objects.insert(id, Arc::new(object))
                     }
-                    None => drop(self.objects.remove(&id)),
-                }
+                    None => self.objects.remove(&id),
+                };
+                self.object_bytes -= old.map_or(0, |old| old.manifest.len());
             }
             ["meta", "audit"] => {
                 if let Some(entry) = entry {
@@ -167,6 +171,25 @@ impl Snapshot {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Shows `transaction` as if it were the next that is committed.
+    pub(crate) fn preview(&mut self, transaction: &Transaction) {
+        let revision = self.revision + 1;
+        for change in &transaction.changes {
+            let key = change.key().clone();
+            let entry = match change {
+                Change::Delete(_) => None,
+                Change::Put { value, lease, .. } => {
+                    let (key, value, lease) = (key.clone(), value.clone(), *lease);
+                    Some(Entry { key, value, created: revision, modified: revision, lease })
+                }
+            };
+            let event = Event { revision, key, entry };
+            if let Err(error) = self.apply(&event) {
+                tracing::error!(%error, key = %event.key, "what is to be written cannot be read");
+            }
+        }
     }
 
     fn merge(&mut self, name: &str, revision: Revision) {

@@ -83,7 +83,7 @@ async fn the_authors_bytes_are_kept_and_preconditions_hold() {
     use wire::apply_request::Precondition;
     let mut changed = manifest.clone();
     changed.push(b' ');
-    let with = |precondition| wire::ApplyRequest { manifest: changed.clone().into(), precondition: Some(precondition) };
+    let with = |precondition| wire::ApplyRequest { precondition: Some(precondition), ..apply(changed.clone()) };
     let failed = Some(Code::FailedPrecondition);
     assert_eq!(code(admin.apply(with(Precondition::Absent(wire::Absent {}))).await), failed);
     assert_eq!(code(admin.apply(with(Precondition::Revision(first.revision + 1))).await), failed);

@@ -11,7 +11,7 @@ use hanse_proto::federation::v1::renewal_client::RenewalClient;
 use hanse_runtime::Identity;
 use hanse_runtime::keys::{Credentials, Fingerprint, Key};
 use hanse_runtime::tls::{PinnedRoot, TlsClient};
-use hanse_runtime::token::Token;
+use hanse_runtime::token::{Token, TokenKind};
 
 use crate::support::{SOON, TestHub, apply, eventually, is_served, join, open, policy};
 
@@ -105,7 +105,9 @@ async fn a_token_belongs_to_its_first_key_its_cluster_and_its_time() {
     assert_eq!(code(ask(&test, &token, "train", &first).await), None, "the same key may ask again");
     assert_eq!(code(ask(&test, &token, "train", &second).await), Some(tonic::Code::PermissionDenied), "another key");
 
-    let forged = Token::generate("train", test.hub.authority.trust_domain().clone(), Fingerprint::of(b"")).unwrap();
+    let forged =
+        Token::generate(TokenKind::Cluster, "train", test.hub.authority.trust_domain().clone(), Fingerprint::of(b""))
+            .unwrap();
     assert_eq!(code(ask(&test, &forged.to_text(), "train", &second).await), Some(tonic::Code::NotFound), "unknown");
     let known = test.token("known", true).await;
     let (rest, secret) = known.rsplit_once('.').unwrap();
@@ -190,7 +192,7 @@ async fn calls_of_one_connection_are_limited_too() {
 async fn a_revoked_token_is_worth_nothing() {
     let test = TestHub::start().await;
     let token = test.token("train", true).await;
-    let id = Token::parse(&token).unwrap().id;
+    let id = Token::parse(TokenKind::Cluster, &token).unwrap().id;
     test.admin().await.revoke_token(wire::RevokeTokenRequest { id }).await.unwrap();
     assert!(matches!(test.join("train", "train", &token).await, Err(RegistrationError::Refused(_))));
 }

@@ -6,5 +6,6 @@ mod exchange;
 mod hostile_reports;
 mod impostors;
 mod join;
+mod objects;
 mod process;
 mod support;

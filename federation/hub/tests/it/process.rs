@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use hanse_proto::federation::v1 as wire;
 use hanse_runtime::keys::Credentials;
-use hanse_runtime::token::Token;
+use hanse_runtime::token::{Token, TokenKind};
 
 use crate::support::{Admin, SOON, apply, connect, is_served, join, open, policy};
 
@@ -164,7 +164,7 @@ async fn no_secret_is_in_the_log_even_at_trace() {
 
     let text = std::fs::read_to_string(&log).unwrap();
     assert!(text.contains("cluster joined") && text.contains("join refused"), "the log is there:\n{text}");
-    assert!(text.contains(&Token::parse(&token).unwrap().id), "tokens are named by their id");
+    assert!(text.contains(&Token::parse(TokenKind::Cluster, &token).unwrap().id), "tokens are named by their id");
     let mut secrets = vec![token.rsplit_once('.').unwrap().1.to_owned()];
     for key in ["ca.key", "admin.key"] {
         let pem = std::fs::read_to_string(data.join(key)).unwrap();

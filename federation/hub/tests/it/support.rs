@@ -199,6 +199,13 @@ pub fn policy(name: &str, tier: &str) -> Vec<u8> {
     .into_bytes()
 }
 
+pub fn tier(name: &str) -> Vec<u8> {
+    let (api, kind) = ("hanse.dev/v1alpha1", "Tier");
+    let manifest =
+        serde_json::json!({"apiVersion": api, "kind": kind, "metadata": {"name": name}, "spec": {"order": 1}});
+    manifest.to_string().into_bytes()
+}
+
 pub fn member_cluster(name: &str, cidrs: &[&str]) -> Vec<u8> {
     serde_json::json!({
         "apiVersion": "hanse.dev/v1alpha1", "kind": "MemberCluster", "metadata": {"name": name},
@@ -208,6 +215,7 @@ pub fn member_cluster(name: &str, cidrs: &[&str]) -> Vec<u8> {
     .into_bytes()
 }
 
+/// Also without its tier.
 pub fn apply(manifest: Vec<u8>) -> wire::ApplyRequest {
-    wire::ApplyRequest { manifest: manifest.into(), precondition: None }
+    wire::ApplyRequest { manifest: manifest.into(), precondition: None, allow_missing_tier: true }
 }

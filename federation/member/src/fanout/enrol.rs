@@ -12,7 +12,7 @@ use hanse_runtime::files::{private_folder, write_atomic};
 use hanse_runtime::identity::check_subdomain;
 use hanse_runtime::keys::{Fingerprint, RequestedKey};
 use hanse_runtime::moment::{from_seconds, seconds};
-use hanse_runtime::token::Token;
+use hanse_runtime::token::{Token, TokenError, TokenKind};
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status};
 
@@ -74,7 +74,8 @@ pub fn create_node_token(
     let authority = identity.authority();
     let certificate = authority.certificate();
     let domain = certificate.trust_domain.clone();
-    let token = Token::generate(identity.cluster(), domain, certificate.fingerprint()).map_err(NodeTokenError::Make)?;
+    let token = Token::generate(TokenKind::Node, identity.cluster(), domain, certificate.fingerprint());
+    let token = token.map_err(NodeTokenError::Make)?;
     let expires_at = SystemTime::now() + lifetime;
     let kept = NodeToken {
         node: node.to_owned(),
@@ -202,7 +203,10 @@ impl Service {
         // One answer for every wrong token: nothing is learned by trying.
         let refused = || Status::permission_denied("the token is not valid: unknown, used by another key, or too old");
         let keep = |_| Status::internal("keep the token");
-        let token = Token::parse(&request.token).ok_or_else(refused)?;
+        let token = Token::parse(TokenKind::Node, &request.token).map_err(|error| match error {
+            TokenError::OfCluster => Status::invalid_argument(format!("the token is {error}")),
+            TokenError::OfNode | TokenError::Malformed => refused(),
+        })?;
         let path = self.identity.data().join(FOLDER).join(format!("{}.json", token.id));
         let kept = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<NodeToken>(&bytes).ok());
         let mut kept = kept.ok_or_else(refused)?;
@@ -326,10 +330,10 @@ mod tests {
             service.redeem(&kept.lock().expect("free"), &request, key.public())
         };
         let (token, mine, theirs) = (create(), request(), request());
-        let id = Token::parse(&token).expect("a token").id;
+        let id = Token::parse(TokenKind::Node, &token).expect("a token").id;
         let other = create();
-        let forged = other.replace(&Token::parse(&other).expect("a token").id, &id);
-        assert!(forged != other && Token::parse(&forged).is_some_and(|it| it.id == id));
+        let forged = other.replace(&Token::parse(TokenKind::Node, &other).expect("a token").id, &id);
+        assert!(forged != other && Token::parse(TokenKind::Node, &forged).is_ok_and(|it| it.id == id));
         assert!(redeem(&forged, &mine).is_err(), "another secret");
         assert_eq!(redeem(&token, &mine).expect("enrolled"), "n");
         assert_eq!(redeem(&token, &mine).expect("the answer was lost"), "n");
@@ -340,7 +344,7 @@ mod tests {
         std::fs::write(&path, serde_json::to_vec(&kept).expect("JSON")).expect("written");
         assert!(redeem(&token, &mine).is_err(), "too late");
         let token = create();
-        let id = Token::parse(&token).expect("a token").id;
+        let id = Token::parse(TokenKind::Node, &token).expect("a token").id;
         assert!(revoke_node_token(folder.path(), &id).expect("revoked"));
         assert!(redeem(&token, &mine).is_err(), "revoked");
         assert!(redeem("", &mine).is_err());

@@ -1,0 +1,379 @@
+//! Federated objects: how they are applied and deleted, one by one or many on one stream.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, stream};
+use hanse_proto::federation::v1 as wire;
+use hanse_runtime::Identity;
+use hanse_runtime::identity::check_subdomain;
+use hanse_store::{Revision, Transaction};
+use tokio::sync::OwnedSemaphorePermit;
+use tonic::{Status, Streaming};
+
+use super::{Administration, check_nets, clipped, convert, permit};
+use crate::manifest::{self, Checked, Kind, ObjectId};
+use crate::registration::status;
+use crate::registry::{ChangeError, ClusterState, Deed, MAX_OBJECT_BYTES, MAX_OBJECTS, Snapshot, key};
+use crate::roles::Need;
+
+/// Most objects in one request of a stream.
+const MAX_BATCH: usize = 1_000;
+/// How many are read ahead of a transaction, which takes at most half as many changes as the store allows (128).
+const READ_AHEAD: usize = 64;
+/// Dry runs at the same time: each keeps what it would have written, at most 48 MiB.
+pub(super) const MAX_DRY_RUNS: usize = 4;
+/// How long a stream may be silent.
+const SILENCE: Duration = Duration::from_secs(30);
+/// Tiers that are named where one is missing.
+const MAX_NAMED_TIERS: usize = 8;
+
+/// What is to be done to one object.
+enum Edit {
+    Apply { checked: Checked, request: wire::ApplyRequest },
+    Delete(ObjectId),
+}
+
+/// An edit as a caller sent it.
+pub(super) struct Sent {
+    who: Identity,
+    deed: Deed,
+    edit: Result<Edit, String>,
+}
+
+/// What became of one object.
+pub(super) enum Done {
+    Applied(wire::ApplyResponse),
+    Deleted(wire::DeleteResponse),
+}
+
+/// A request of a stream, and the answer to it.
+pub(super) trait Batch: Send + 'static {
+    type One: One;
+    type Answer: Send;
+    fn split(self) -> (Vec<Self::One>, bool);
+    fn answer(results: Vec<Result<Done, wire::ObjectRefusal>>) -> Self::Answer;
+}
+
+pub(super) trait One: Send + 'static {
+    fn sent_by(self, who: &Identity) -> Sent;
+}
+
+impl One for wire::ApplyRequest {
+    fn sent_by(self, who: &Identity) -> Sent {
+        let checked = manifest::check(&self.manifest);
+        // What cannot be read changes nothing and leaves no record.
+        let name = checked.as_ref().map_or_else(|_| String::new(), |checked| checked.id.to_string());
+        let edit = checked.map(|checked| Edit::Apply { checked, request: self });
+        Sent { who: who.clone(), deed: Deed::new(who, "apply", name), edit }
+    }
+}
+
+impl One for wire::DeleteRequest {
+    fn sent_by(self, who: &Identity) -> Sent {
+        let deed = Deed::new(who, "delete", clipped(&self.name));
+        let id = check_subdomain(&self.name).map_err(|error| format!("name: {error}")).and_then(|()| {
+            let kind = convert::kind_from_wire(self.kind).map_err(|status| status.message().to_owned())?;
+            Ok(ObjectId { kind: kind.ok_or("kind: name one")?, name: self.name.as_str().into() })
+        });
+        let who = who.clone();
+        match id {
+            Ok(id) => Sent { who, deed: Deed { object: id.to_string(), ..deed }, edit: Ok(Edit::Delete(id)) },
+            Err(error) => Sent { who, deed, edit: Err(error) },
+        }
+    }
+}
+
+impl Batch for wire::ApplyManyRequest {
+    type One = wire::ApplyRequest;
+    type Answer = wire::ApplyManyResponse;
+
+    fn split(self) -> (Vec<wire::ApplyRequest>, bool) {
+        (self.objects, self.dry_run)
+    }
+
+    fn answer(results: Vec<Result<Done, wire::ObjectRefusal>>) -> wire::ApplyManyResponse {
+        use wire::apply_result::Result as Wire;
+        let results = results.into_iter().filter_map(|result| match result {
+            Ok(Done::Applied(applied)) => Some(Wire::Applied(applied)),
+            Ok(Done::Deleted(_)) => None,
+            Err(refusal) => Some(Wire::Refused(refusal)),
+        });
+        wire::ApplyManyResponse { results: results.map(|it| wire::ApplyResult { result: Some(it) }).collect() }
+    }
+}
+
+impl Batch for wire::DeleteManyRequest {
+    type One = wire::DeleteRequest;
+    type Answer = wire::DeleteManyResponse;
+
+    fn split(self) -> (Vec<wire::DeleteRequest>, bool) {
+        (self.objects, false)
+    }
+
+    fn answer(results: Vec<Result<Done, wire::ObjectRefusal>>) -> wire::DeleteManyResponse {
+        use wire::delete_result::Result as Wire;
+        let results = results.into_iter().filter_map(|result| match result {
+            Ok(Done::Deleted(deleted)) => Some(Wire::Deleted(deleted)),
+            Ok(Done::Applied(_)) => None,
+            Err(refusal) => Some(Wire::Refused(refusal)),
+        });
+        wire::DeleteManyResponse { results: results.map(|it| wire::DeleteResult { result: Some(it) }).collect() }
+    }
+}
+
+impl Done {
+    /// What was changed is so since `revision`; what was not says itself since when.
+    fn at(mut self, revision: Revision) -> Self {
+        let (Self::Applied(wire::ApplyResponse { revision: at, .. })
+        | Self::Deleted(wire::DeleteResponse { revision: at, .. })) = &mut self;
+        if *at == 0 {
+            *at = revision;
+        }
+        self
+    }
+}
+
+impl Administration {
+    pub(super) async fn apply(
+        &self,
+        who: &Identity,
+        request: wire::ApplyRequest,
+        dry_run: bool,
+    ) -> Result<wire::ApplyResponse, ChangeError> {
+        let sent = request.sent_by(who);
+        let done = match dry_run {
+            true => self.judge(&sent, &mut Snapshot::clone(&self.registry.snapshot())).await,
+            false => self.edit(std::slice::from_ref(&sent)).await?.pop().unwrap_or(Err(ChangeError::Busy)),
+        };
+        match done? {
+            Done::Applied(applied) => Ok(applied),
+            Done::Deleted(_) => Err(ChangeError::Busy),
+        }
+    }
+
+    pub(super) async fn delete(
+        &self,
+        who: &Identity,
+        request: wire::DeleteRequest,
+    ) -> Result<wire::DeleteResponse, ChangeError> {
+        let sent = request.sent_by(who);
+        match self.edit(std::slice::from_ref(&sent)).await?.pop().unwrap_or(Err(ChangeError::Busy))? {
+            Done::Deleted(deleted) => Ok(deleted),
+            Done::Applied(_) => Err(ChangeError::Busy),
+        }
+    }
+
+    /// Makes as many edits, from the first on, as fit into one transaction.
+    async fn edit(&self, sent: &[Sent]) -> Result<Vec<Result<Done, ChangeError>>, ChangeError> {
+        let outcomes = self.registry.change_many(sent, |sent| &sent.deed, Sent::decide).await?;
+        Ok(outcomes.into_iter().map(|it| it.map(|(revision, done)| done.at(revision))).collect())
+    }
+
+    /// Judges an edit after those that `draft` shows, and then shows it there.
+    async fn judge(&self, sent: &Sent, draft: &mut Snapshot) -> Result<Done, ChangeError> {
+        let (changes, done) = match sent.decide(draft) {
+            // A denial is on record, also of a dry run.
+            Err(ChangeError::Denied(text)) => {
+                let denied = self.registry.change::<()>(&sent.deed, |_| Err(ChangeError::Denied(text.clone())));
+                return Err(denied.await.err().unwrap_or(ChangeError::Denied(text)));
+            }
+            decided => decided?,
+        };
+        let now = self.registry.snapshot().revision;
+        draft.preview(&changes);
+        Ok(done.at(now))
+    }
+
+    /// Answers a stream of edits.
+    pub(super) fn edit_many<Q: Batch>(&self, who: Identity, requests: Streaming<Q>) -> Answers<Q::Answer> {
+        let editing = Editing {
+            administration: self.clone(),
+            who,
+            requests,
+            unread: VecDeque::new(),
+            sent: VecDeque::new(),
+            dry_run: None,
+        };
+        Box::pin(stream::try_unfold(editing, |mut editing| async move {
+            Ok(editing.next().await?.map(|results| (Q::answer(results), editing)))
+        }))
+    }
+}
+
+pub(super) type Answers<A> = Pin<Box<dyn Stream<Item = Result<A, Status>> + Send>>;
+
+/// A stream of edits under way.
+struct Editing<Q: Batch> {
+    administration: Administration,
+    who: Identity,
+    requests: Streaming<Q>,
+    unread: VecDeque<Q::One>,
+    sent: VecDeque<Sent>,
+    /// Known with the first request; of a dry run with what it would have written.
+    dry_run: Option<Option<(Snapshot, OwnedSemaphorePermit)>>,
+}
+
+impl<Q: Batch> Editing<Q> {
+    /// The results of the next transaction. None: all are done.
+    async fn next(&mut self) -> Result<Option<Vec<Result<Done, wire::ObjectRefusal>>>, Status> {
+        while self.sent.is_empty() && self.unread.is_empty() {
+            let message = tokio::time::timeout(SILENCE, self.requests.message()).await;
+            let message = message.map_err(|_| Status::deadline_exceeded("no request came for 30 seconds"))?;
+            let Some(request) = message? else { return Ok(None) };
+            let (ones, dry_run) = request.split();
+            if ones.len() > MAX_BATCH {
+                return Err(Status::invalid_argument(format!("objects: at most {MAX_BATCH} in one request")));
+            }
+            if self.dry_run.is_none() {
+                self.dry_run = Some(if dry_run { Some(self.draft()?) } else { None });
+            }
+            self.unread.extend(ones);
+        }
+        while self.sent.len() < READ_AHEAD
+            && let Some(one) = self.unread.pop_front()
+        {
+            self.sent.push_back(one.sent_by(&self.who));
+        }
+        let outcomes = match &mut self.dry_run {
+            Some(Some((draft, _))) => {
+                let mut outcomes = Vec::with_capacity(self.sent.len());
+                for sent in &self.sent {
+                    outcomes.push(self.administration.judge(sent, draft).await);
+                }
+                // Nothing above waits where nothing is denied.
+                tokio::task::yield_now().await;
+                outcomes
+            }
+            _ => self.administration.edit(self.sent.make_contiguous()).await.map_err(status)?,
+        };
+        self.sent.drain(..outcomes.len());
+        let refusal = |error| {
+            let status = status(error);
+            wire::ObjectRefusal { code: status.code() as u32, message: status.message().to_owned() }
+        };
+        Ok(Some(outcomes.into_iter().map(|outcome| outcome.map_err(refusal)).collect()))
+    }
+
+    fn draft(&self) -> Result<(Snapshot, OwnedSemaphorePermit), Status> {
+        let permit = Arc::clone(&self.administration.dry_runs).try_acquire_owned();
+        let busy = |_| Status::resource_exhausted(format!("{MAX_DRY_RUNS} dry runs are under way: try again"));
+        Ok((Snapshot::clone(&self.administration.registry.snapshot()), permit.map_err(busy)?))
+    }
+}
+
+impl Sent {
+    /// Decides on what `snapshot` shows: what is to be written, and the answer.
+    fn decide(&self, snapshot: &Snapshot) -> Result<(Transaction, Done), ChangeError> {
+        match &self.edit {
+            Err(error) => Err(ChangeError::Invalid(error.clone())),
+            Ok(Edit::Apply { checked, request }) => decide_apply(snapshot, &self.who, checked, request),
+            Ok(Edit::Delete(id)) => decide_delete(snapshot, &self.who, id),
+        }
+    }
+}
+
+fn decide_apply(
+    snapshot: &Snapshot,
+    who: &Identity,
+    checked: &Checked,
+    request: &wire::ApplyRequest,
+) -> Result<(Transaction, Done), ChangeError> {
+    let (Checked { id, tier, warnings }, manifest) = (checked, &request.manifest);
+    let old = snapshot.objects.get(id);
+    let old_tier = old.and_then(|o| manifest::tier_of(&o.manifest).ok()).filter(|_| tier.is_some());
+    let tiers: Vec<&str> = tier.iter().chain(&old_tier).map(|t| &**t).collect();
+    permit(snapshot, who, Need::Write(id, &tiers))?;
+    let done = |applied: wire::Applied, revision, warnings| {
+        let (kind, name) = (convert::kind_to_wire(id.kind).into(), id.name.to_string());
+        Done::Applied(wire::ApplyResponse { kind, name, revision, applied: applied.into(), warnings })
+    };
+    use wire::apply_request::Precondition;
+    match (&request.precondition, old.map(|o| o.revision)) {
+        (Some(Precondition::Revision(expected)), found) if found != Some(*expected) => {
+            let found = found.map_or_else(|| "it is absent".to_owned(), |r| format!("it is at {r}"));
+            return Err(ChangeError::Conflict(format!("{id} is not at revision {expected}: {found}")));
+        }
+        (Some(Precondition::Absent(_)), Some(_)) => {
+            return Err(ChangeError::Conflict(format!("{id} exists already")));
+        }
+        _ => {}
+    }
+    let missing = tier.as_ref().filter(|tier| !has_tier(snapshot, tier));
+    let mut warnings = warnings.clone();
+    if let Some(tier) = missing {
+        warnings.push(format!("spec.tier: there is no Tier {tier}: until there is, this version is not in force"));
+    }
+    if let Some(same) = old.filter(|old| old.manifest == *manifest) {
+        // What did not change is as applied since it was written.
+        return Ok((Transaction::default(), done(wire::Applied::Unchanged, same.revision, warnings)));
+    }
+    if let Some(tier) = missing.filter(|_| !request.allow_missing_tier) {
+        return Err(ChangeError::Invalid(missing_tier(snapshot, tier)));
+    }
+    if old.is_none() && snapshot.objects.len() >= MAX_OBJECTS {
+        return Err(ChangeError::Limit(format!("there are {MAX_OBJECTS} objects already")));
+    }
+    let others = snapshot.object_bytes - old.map_or(0, |old| old.manifest.len());
+    if others + manifest.len() > MAX_OBJECT_BYTES {
+        let text = format!("all objects together would have more than {} MiB", MAX_OBJECT_BYTES >> 20);
+        return Err(ChangeError::Limit(text));
+    }
+    if id.kind == Kind::MemberCluster {
+        check_nets(snapshot, &id.name, manifest)?;
+    }
+    let applied = if old.is_some() { wire::Applied::Configured } else { wire::Applied::Created };
+    Ok((Transaction::default().put(object_key(id)?, manifest.clone()), done(applied, 0, warnings)))
+}
+
+fn decide_delete(snapshot: &Snapshot, who: &Identity, id: &ObjectId) -> Result<(Transaction, Done), ChangeError> {
+    let old = snapshot.objects.get(id);
+    let tier = old.filter(|_| id.kind == Kind::FederatedNetworkPolicy);
+    let tier = tier.and_then(|o| manifest::tier_of(&o.manifest).ok());
+    let tiers: Vec<&str> = tier.iter().map(|t| &**t).collect();
+    // Who may not write it is not told whether it exists.
+    permit(snapshot, who, Need::Write(id, &tiers))?;
+    old.ok_or_else(|| ChangeError::NotFound(format!("there is no {id}")))?;
+    if id.kind == Kind::Tier {
+        let in_tier = |object: &Bytes| manifest::tier_of(object).is_ok_and(|tier| tier == id.name);
+        let policies = snapshot.objects.iter().filter(|(of, _)| of.kind == Kind::FederatedNetworkPolicy);
+        let mut policies = policies.filter(|(_, object)| in_tier(&object.manifest)).map(|(of, _)| &*of.name);
+        // Without it no new version of them would come into force.
+        if let Some(first) = policies.next() {
+            let more = policies.count();
+            let others = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let message = format!("{id} is used by {first}{others}: delete or move these policies first");
+            return Err(ChangeError::Conflict(message));
+        }
+    }
+    let has_joined = id.kind == Kind::MemberCluster
+        && snapshot.clusters.get(&*id.name).is_some_and(|cluster| cluster.state == ClusterState::Accepted);
+    let ungranted = || format!("cluster {} has joined: nothing that it publishes is granted any more", id.name);
+    let warnings = has_joined.then(ungranted).into_iter().collect();
+    let done = Done::Deleted(wire::DeleteResponse { revision: 0, warnings });
+    Ok((Transaction::default().delete(object_key(id)?), done))
+}
+
+fn has_tier(snapshot: &Snapshot, name: &Arc<str>) -> bool {
+    snapshot.objects.contains_key(&ObjectId { kind: Kind::Tier, name: name.clone() })
+}
+
+fn missing_tier(snapshot: &Snapshot, tier: &str) -> String {
+    let tiers: Vec<&str> = snapshot.objects.keys().filter(|id| id.kind == Kind::Tier).map(|id| &*id.name).collect();
+    let stored = match tiers.len() {
+        0 => "no tier is stored".to_owned(),
+        1..=MAX_NAMED_TIERS => format!("stored tiers are {}", tiers.join(", ")),
+        more => format!("{more} other tiers are stored"),
+    };
+    format!(
+        "spec.tier: there is no Tier {tier} ({stored}): apply the tier first or with the policy, or allow it to be missing \
+         (hanse apply --allow-missing-tier)"
+    )
+}
+
+fn object_key(id: &ObjectId) -> Result<hanse_store::Key, ChangeError> {
+    key(&["object", id.kind.name(), &id.name])
+}
