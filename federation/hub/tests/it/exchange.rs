@@ -537,7 +537,14 @@ async fn a_policy_whose_tier_does_not_exist_takes_nothing_away_and_comes_with_it
     put(&["member", "train"], br#"{"key":"k","state":"accepted"}"#.to_vec()).await;
     put(&["object", "Tier", "platform"], tier("platform")).await;
     put(&["object", "FederatedNetworkPolicy", "deny"], peered("deny", "platform")).await;
-    let registry = Registry::open(store.clone(), std::time::Duration::from_secs(30), Clock::default()).await.unwrap();
+    let registry = Registry::open(
+        store.clone(),
+        std::time::Duration::from_secs(30),
+        Clock::default(),
+        &hanse_runtime::shutdown::Shutdown::default(),
+    )
+    .await
+    .unwrap();
     let mut deriver = Deriver::default();
     let mut derive = async |revision: u64| {
         eventually("the view shows it", || async { registry.snapshot().revision >= revision }).await;
