@@ -54,6 +54,7 @@ fn whatever_happens_nothing_is_lost_and_no_policy_opens_a_gap() {
         ("left interest", 100),
         ("resumed without a snapshot", 100),
         ("snapshot", 100),
+        ("batch applied in parts", 1_000),
     ] {
         let seen = counts.get(what).copied().unwrap_or_default();
         assert!(seen >= least, "{what}: only {seen} times");
@@ -139,4 +140,59 @@ fn a_hub_that_restarts_makes_nobody_forget_and_no_policy_come_early() {
     assert!(!fleet.enforces(0, "late") && !fleet.enforces(3, "late"), "the policy waits for cluster 1");
     fleet.pump();
     assert!(fleet.enforces(0, "late") && fleet.enforces(3, "late") && fleet.holds_all_of(3, 1));
+}
+
+/// A Guard rule with 400 names of service accounts of 58 bytes.
+fn guard_of_many_accounts() -> String {
+    let names: Vec<String> = (0..400).map(|it| format!("{it:058}")).collect();
+    serde_json::json!({
+        "apiVersion": "hanse.dev/v1alpha1", "kind": "FederatedNetworkPolicy", "metadata": {"name": "guard"},
+        "spec": {"tier": "platform", "types": ["Ingress"], "ingress": [
+            {"action": "Allow", "source": {"serviceAccounts": {"names": names}}}
+        ]}
+    })
+    .to_string()
+}
+
+#[test]
+fn a_policy_that_selects_in_more_than_a_message_takes_reaches_a_member_that_reconnects() {
+    let mut counts = BTreeMap::new();
+    let mut fleet = large(&mut counts);
+    fleet.apply_manifest("guard", &guard_of_many_accounts(), &[0]);
+    fleet.come_to_rest();
+    fleet.cut_watch(0);
+    // All of this happens while the member is away, and after it has come back.
+    fleet.set_pod(1, "pod-7", "app", "db");
+    fleet.pump();
+    assert!(fleet.sees_label(0, 1, "pod-7", "app", "db"), "a relabelled pod");
+    assert_eq!(fleet.problems(0), Vec::<String>::new(), "what the hub derives it reads back");
+    fleet.cut_watch(0);
+    fleet.delete_policy("guard");
+    fleet.pump();
+    assert!(!fleet.in_force(0, "guard"), "a deleted policy");
+    fleet.cut_watch(0);
+    fleet.withdraw(1);
+    fleet.pump();
+    assert!(!fleet.holds_any_of(0, 1), "a revoked cluster");
+}
+
+#[test]
+fn a_selection_that_the_hub_cannot_read_is_widened_and_reported() {
+    let mut counts = BTreeMap::new();
+    let mut fleet = large(&mut counts);
+    // From an earlier version, of the member's own policies.
+    fleet.register_too_long(3);
+    for when in ["while the stream is open", "at its opening"] {
+        fleet.come_to_rest();
+        let problems = fleet.problems(3);
+        assert!(problems.len() == 1 && problems[0].contains("own[0].selector"), "{when}: {problems:?}");
+        assert!(fleet.holds_all_of(3, 1), "{when}: everything comes in its place");
+        fleet.set_pod(1, "pod-7", "app", when.split(' ').next().expect("a word"));
+        fleet.pump();
+        assert!(fleet.sees_label(3, 1, "pod-7", "app", when.split(' ').next().expect("a word")), "{when}");
+        fleet.cut_watch(3);
+    }
+    fleet.register_nothing(3);
+    fleet.come_to_rest();
+    assert_eq!(fleet.problems(3), Vec::<String>::new());
 }

@@ -8,6 +8,7 @@
 //! - `everything`: 250 clusters × 1,000 endpoints, and a policy that makes every cluster be sent all of them.
 //! - `tenants`: the same, and each cluster's policies select one application of 250: as many interests as clusters.
 //! - `receiver`: a member that is sent everything of `everything`: applying it, and coming back.
+//! - `held`: how long one call keeps all others waiting, of a snapshot of 300,000 endpoints: applied whole, and in parts.
 //! - `thousand`: 1,000 clusters × 1,000 endpoints, all of them selected by everybody; ten of the clusters watch.
 
 use std::fs::File;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use hanse_hub::exchange::core::{Exchange, PublishId, ReceiverId};
+use hanse_hub::exchange::core::{Exchange, PublishId, Published, ReceiverId};
 use hanse_hub::exchange::model::{
     ClusterState, FederatedManifest, Federation, Grant, Lease, ManifestKind, Position, Wanted,
 };
@@ -30,7 +31,7 @@ use hanse_policy::selector::Selector;
 use hanse_proto::federation::v1 as pb;
 use prost::Message as _;
 
-const SHAPES: &[&str] = &["everything", "tenants", "receiver", "thousand"];
+const SHAPES: &[&str] = &["everything", "tenants", "receiver", "thousand", "held"];
 /// Processes per shape; the best one counts.
 const RUNS: usize = 3;
 const ENDPOINTS: usize = 1_000;
@@ -79,6 +80,7 @@ fn run(shape: &str) {
         "everything" => hub(250, 250, |_| Selector::parse("has(app)").expect("a selector")),
         "tenants" => hub(250, 250, |cluster| Selector::parse(&format!("app == 'app-{cluster}'")).expect("a selector")),
         "thousand" => hub(1_000, 10, |_| Selector::parse("has(app)").expect("a selector")),
+        "held" => held(300_000),
         _ => receiver(250),
     }
 }
@@ -146,12 +148,16 @@ fn federation(clusters: usize, selector: impl Fn(usize) -> Selector) -> Federati
 
 /// A cluster's pods: ten namespaces, four pods of each application, two addresses each, a named port.
 fn inventory(cluster: usize) -> Cluster {
+    inventory_of(cluster, ENDPOINTS)
+}
+
+fn inventory_of(cluster: usize, endpoints: usize) -> Cluster {
     let mut it = Cluster::default();
     for number in 0..10 {
         let labels = [("stage".into(), "prod".into())].into_iter().collect();
         it.namespaces.insert(format!("namespace-{number}").into(), Namespace { labels });
     }
-    for number in 0..ENDPOINTS {
+    for number in 0..endpoints {
         let application = number % APPLICATIONS;
         let namespace = format!("namespace-{}", application % 10);
         let id = EndpointId {
@@ -283,6 +289,49 @@ fn drain(exchange: &mut Exchange, id: ReceiverId, buffer: &mut Vec<u8>) -> usize
         bytes += buffer.len();
     }
     bytes
+}
+
+/// The longest of the calls that a snapshot takes: of one to the exchange, while the others wait.
+fn held(endpoints: usize) {
+    for (way, slice) in [("whole", usize::MAX), ("parts", 1_000)] {
+        let mut exchange = Exchange::new();
+        exchange.set_slice(slice);
+        exchange.set_federation(federation(2, |_| Selector::parse("has(app)").expect("a selector")));
+        let watcher = watch(&mut exchange, 1, &mut Receiver::default());
+        let mut buffer = Vec::new();
+        drain(&mut exchange, watcher, &mut buffer);
+        let mut publishing = Publishing::open(&mut exchange, 0);
+        let requests = publishing.poll(&inventory_of(0, endpoints));
+        let [mut longest, mut whole] = [0.0_f64; 2];
+        let mut time = |began: Instant| {
+            let took = began.elapsed().as_secs_f64() * 1e3;
+            longest = longest.max(took);
+            whole += took;
+        };
+        for bytes in requests {
+            let request = pb::PublishRequest::decode(&bytes[..]).expect("what was encoded");
+            let began = Instant::now();
+            let mut published = exchange.publish_part(publishing.id, request).expect("the protocol");
+            time(began);
+            while let Published::More = published {
+                let began = Instant::now();
+                published = exchange.publish_more(publishing.id).expect("the protocol");
+                time(began);
+            }
+        }
+        println!("{way}-longest-call {longest} ms");
+        println!("{way}-all-calls {whole} ms");
+        let mut longest = 0.0_f64;
+        loop {
+            let began = Instant::now();
+            let more = exchange.next(watcher);
+            longest = longest.max(began.elapsed().as_secs_f64() * 1e3);
+            if more.is_none() {
+                break;
+            }
+        }
+        println!("{way}-longest-send {longest} ms");
+    }
 }
 
 /// What the hub's side costs.

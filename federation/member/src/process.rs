@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use hanse_policy::model::{ClusterScope, Layer};
-use hanse_policy::selector::{Expr, Selector};
+use hanse_policy::interest::{self, Wanted};
+use hanse_policy::model::Layer;
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::files;
 use hanse_runtime::health::{Condition, Health, Writes};
@@ -21,7 +21,6 @@ use hanse_runtime::shutdown::Shutdown;
 use tokio::sync::mpsc;
 
 use crate::exchange::client::Client;
-use crate::exchange::model::Wanted;
 use crate::fanout::Fanout;
 use crate::flows::{self, Inbox};
 use crate::metrics::{FlowMetrics, Metrics};
@@ -41,8 +40,8 @@ const REPORT_EVERY: Duration = Duration::from_millis(100);
 /// How often this process's own addresses are looked at: routes and addresses of its host may come late, and move.
 const LOOK_AT_ADDRESSES_EVERY: Duration = Duration::from_secs(10);
 
-/// The longest selector that the hub takes in an interest, in its canonical form.
-const MAX_SELECTOR_BYTES: usize = 8 << 10;
+/// How often it is looked at whether anything comes from the hub.
+const LOOK_AT_HUB_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -71,7 +70,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let _held = hold(&options.data)?;
     let (health, registry) = (Health::default(), Registry::default());
     let (joined, sourced) = (health.condition("joined"), health.condition("source read"));
-    let heard = health.condition("hub heard");
+    let (heard, watching) = (health.condition("hub heard"), health.condition("hub watched"));
     shutdown.tell(&health);
     let writes = Writes::new(&health);
     if let Some(address) = options.health_listen {
@@ -165,7 +164,9 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut addresses = tokio::time::interval(LOOK_AT_ADDRESSES_EVERY);
     addresses.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut reported = false;
+    let mut watched = tokio::time::interval(LOOK_AT_HUB_EVERY);
+    watched.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let (mut reported, mut problems) = (false, Vec::new());
     loop {
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
@@ -194,6 +195,13 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
             _ = addresses.tick() => if member.world.look_at_addresses() {
                 member.changed();
             },
+            // That nothing comes is no event.
+            _ = watched.tick() => {
+                watching.set(client.is_watching());
+                let now = client.problems();
+                reported &= now == problems;
+                problems = now;
+            }
             Some(ask) = asked.recv() => ask.answer(&member.world, member.version),
             _ = report.tick(), if !reported => {
                 member.report();
@@ -285,30 +293,20 @@ impl Member {
 /// What a cluster's own policies look for in others. Staged ones too: their outcome is told as well. Pods are sent with their
 /// ports, and a port's name is looked up on those that the selection beside it selects, or on the cluster's own.
 fn wanted(layer: &Layer) -> BTreeSet<Wanted> {
-    let mut wanted = BTreeSet::new();
-    for policy in layer.policies.values().filter(|policy| !policy.host_only) {
-        for entity in policy.ingress.iter().chain(&policy.egress).flatten().flat_map(|it| [&it.source, &it.destination])
-        {
-            let selections = [&entity.selection, &entity.not_selection].into_iter().flatten();
-            for selection in selections.filter(|it| it.clusters != ClusterScope::Local) {
-                let (clusters, selector) = (selection.clusters.clone(), asked(&selection.selector));
-                wanted.insert(Wanted { clusters, selector, port_names: BTreeSet::new() });
-            }
-        }
+    let policies = layer.policies.values().filter(|policy| !policy.host_only);
+    let wanted: BTreeSet<Wanted> = policies.flat_map(interest::of).collect();
+    if interest::fits(wanted.iter(), interest::OWN) {
+        return wanted;
     }
-    wanted
-}
-
-/// What the hub is asked for where a policy has this selector. One that is too long to ask for, such as a list of hundreds of
-/// values, is asked for as everything: more is received than is selected, and nothing that is selected is missing.
-fn asked(selector: &Selector) -> Selector {
-    if selector.canonical.len() <= MAX_SELECTOR_BYTES { selector.clone() } else { Selector::from(Expr::All) }
+    tracing::warn!(selections = wanted.len(), "own policies select in so many ways that everything is received");
+    BTreeSet::from([Wanted::everything()])
 }
 
 #[cfg(test)]
 mod tests {
     use hanse_k8s_api::assemble_cluster;
     use hanse_k8s_api::manifest::{self, Manifests};
+    use hanse_policy::model::ClusterScope;
 
     use super::*;
 
@@ -335,13 +333,22 @@ spec: {ingress: [{action: Deny, protocol: TCP, source: {selector: app == 'x'}, d
     }
 
     #[test]
-    fn a_selector_that_is_too_long_is_asked_for_as_everything() {
-        let list = |values: usize| {
-            let values: Vec<String> = (0..values).map(|it| format!("'value-{it:050}'")).collect();
-            Selector::parse(&format!("app in {{{}}}", values.join(", "))).expect("a selector")
+    fn own_policies_that_select_in_too_many_ways_receive_everything() {
+        let of = |policies: usize| {
+            let policy = |at: usize| {
+                format!(
+                    "apiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\n\
+                     metadata: {{name: p{at}, annotations: {{hanse.dev/peers: ClusterSet}}}}\n\
+                     spec: {{ingress: [{{action: Allow, source: {{selector: \"app == '{at:0980}'\"}}}}]}}\n"
+                )
+            };
+            let text = (0..policies).map(policy).collect::<Vec<_>>().join("---\n");
+            let mut read = Manifests::default();
+            manifest::read_bytes(&"f.yaml".into(), text.as_bytes(), &mut read);
+            assert_eq!(read.diagnostics, []);
+            wanted(&assemble_cluster(&"c".into(), read.objects).layer)
         };
-        let (short, long) = (list(10), list(200));
-        assert_eq!(asked(&short), short);
-        assert_eq!(asked(&long), Selector::from(Expr::All));
+        assert_eq!(of(1_000).len(), 1_000);
+        assert_eq!(of(2_200), BTreeSet::from([Wanted::everything()]), "2.2 MiB");
     }
 }

@@ -51,6 +51,7 @@ pub fn realisation(
         node.connected && is_one && at == (world.hub_revision(), world.local_revision())
     };
     let agents_current = nodes.iter().filter(current).count();
+    let of_hub = client.problems();
     client.with_receiver(|receiver| {
         let (policies, clusters) = receiver.waiting();
         let clusters: Vec<String> = clusters.iter().take(MAX_AWAITED).map(|name| name.to_string()).collect();
@@ -62,12 +63,17 @@ pub fn realisation(
             policy: policy.to_string(),
             state: Some(pb::policy_state::State::Refused(why)),
         });
+        let (received, in_force) = receiver.positions();
+        let hub = pb::OriginState {
+            origin: String::new(),
+            position: Some(received.into()),
+            digest: digest_bytes(receiver.hub_digest()),
+        };
         let origins = receiver.origins().into_iter().map(|(origin, status)| pb::OriginState {
             origin: origin.to_string(),
             position: Some(status.position.into()),
             digest: digest_bytes(status.digest),
         });
-        let (received, in_force) = receiver.positions();
         let mut policies = refused.chain(waiting).collect();
         fit(&mut nodes, &mut policies, MAX_DETAILS);
         pb::Realisation {
@@ -77,8 +83,13 @@ pub fn realisation(
             agents_current: u32::try_from(agents_current).unwrap_or(u32::MAX),
             nodes,
             policies,
-            origins: origins.collect(),
-            problems: own.iter().cloned().chain(world.problems().iter().map(in_words)).take(MAX_PROBLEMS).collect(),
+            origins: [hub].into_iter().chain(origins).collect(),
+            problems: of_hub
+                .into_iter()
+                .chain(own.iter().cloned())
+                .chain(world.problems().iter().map(in_words))
+                .take(MAX_PROBLEMS)
+                .collect(),
             local_revision: world.local_revision(),
         }
     })

@@ -4,17 +4,19 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use hanse_hub::exchange::core::{Exchange, PublishId, ReceiverId};
+use hanse_hub::exchange::core::{Exchange, PublishId, Published, ReceiverId};
 use hanse_hub::exchange::model as hub;
 use hanse_k8s_api::assemble::Changed;
+use hanse_k8s_api::manifest::{Manifests, Object, read_bytes};
 use hanse_member::exchange::model::{Change, ClusterRecord, Position, Wanted};
 use hanse_member::exchange::publisher::{PublishSession, Publisher};
 use hanse_member::exchange::receiver::Receiver;
+use hanse_policy::interest;
 use hanse_policy::inventory::{
     Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, Namespace,
 };
 use hanse_policy::model::{ClusterName, ClusterScope};
-use hanse_policy::selector::Selector;
+use hanse_policy::selector::{Expr, Selector};
 use hanse_policy::tri::Tri;
 use hanse_proto::federation::v1 as pb;
 
@@ -127,6 +129,8 @@ struct Publishing {
     id: PublishId,
     session: PublishSession,
     outbox: VecDeque<pb::PublishRequest>,
+    /// The hub has applied a part of the last batch.
+    applying: bool,
 }
 
 /// A version of a policy: what it can select, and what the hub held when it was applied there.
@@ -149,6 +153,18 @@ pub struct Fleet<'a> {
     revision: u64,
     /// What each cluster was at each of its positions.
     history: BTreeMap<(ClusterName, u64, u64), Arc<Cluster>>,
+}
+
+/// 400 names of 58 bytes, of which `web` is none.
+fn too_long() -> Expr {
+    Expr::In("app".into(), (0..400).map(|it| format!("{it:058}").into()).collect())
+}
+
+/// A hub that applies large batches in parts: of most batches here.
+fn exchange() -> Exchange {
+    let mut exchange = Exchange::new();
+    exchange.set_slice(3);
+    exchange
 }
 
 fn name(member: usize) -> ClusterName {
@@ -187,7 +203,7 @@ impl<'a> Fleet<'a> {
             counts,
             at: "at the start".to_owned(),
             members: (0..MEMBERS).map(member).collect(),
-            exchange: Exchange::new(),
+            exchange: exchange(),
             registered: BTreeMap::new(),
             policies: BTreeMap::new(),
             versions: BTreeMap::new(),
@@ -299,9 +315,25 @@ impl<'a> Fleet<'a> {
     pub fn apply_policy(&mut self, policy: &str, selector: &str, enforcers: &[usize], clusters: ClusterScope) {
         let selector = Selector::parse(selector).expect("a selector");
         let wanted = Wanted { clusters, selector, port_names: BTreeSet::new() };
+        self.apply_interest(policy, [wanted].into(), enforcers);
+    }
+
+    /// A policy as its author writes it (JSON), with what the hub derives of it.
+    pub fn apply_manifest(&mut self, policy: &str, manifest: &str, enforcers: &[usize]) {
+        let mut read = Manifests::default();
+        read_bytes(&"policy".into(), manifest.as_bytes(), &mut read);
+        assert_eq!(read.diagnostics, []);
+        let Some(Object::FederatedNetworkPolicy(written)) = read.objects.pop().map(|it| it.object) else {
+            panic!("not a federated policy")
+        };
+        let converted = written.convert_with(&|_| ClusterScope::All, &BTreeMap::new(), &mut Default::default());
+        self.apply_interest(policy, interest::of(&converted), enforcers);
+    }
+
+    fn apply_interest(&mut self, policy: &str, interest: BTreeSet<Wanted>, enforcers: &[usize]) {
         let number = self.versions.len() as u64 + 1;
         let version = Version {
-            interest: [wanted].into(),
+            interest,
             enforcers: enforcers.iter().map(|member| name(*member)).collect(),
             synced: BTreeMap::new(),
         };
@@ -318,16 +350,33 @@ impl<'a> Fleet<'a> {
     }
 
     fn change_own_interest(&mut self, member: usize) {
-        let selector = Selector::parse(self.random.one(&SELECTORS)).expect("a selector");
+        // An earlier version of the member registers what the hub cannot read.
+        let selector = match self.random.below(6) {
+            0 => Selector::from(too_long()),
+            _ => Selector::parse(self.random.one(&SELECTORS)).expect("a selector"),
+        };
         let wanted = Wanted { clusters: ClusterScope::All, selector, port_names: BTreeSet::new() };
         let own = if self.random.below(3) == 0 { BTreeSet::new() } else { [wanted].into() };
+        self.register(member, own);
+        self.count("own interest changed");
+    }
+
+    pub fn register_too_long(&mut self, member: usize) {
+        let selector = Selector::from(too_long());
+        self.register(member, [Wanted { clusters: ClusterScope::All, selector, port_names: BTreeSet::new() }].into());
+    }
+
+    pub fn register_nothing(&mut self, member: usize) {
+        self.register(member, BTreeSet::new());
+    }
+
+    fn register(&mut self, member: usize, own: BTreeSet<Wanted>) {
         let it = &mut self.members[member];
         it.own.clone_from(&own);
         let request = it.receiver.set_own(&own);
         if let (Some(request), Some(id)) = (request, it.watching) {
             self.exchange.watch(id, request).expect("the protocol");
         }
-        self.count("own interest changed");
     }
 
     pub fn cut_publish(&mut self, member: usize) {
@@ -351,7 +400,7 @@ impl<'a> Fleet<'a> {
             (it.publishing, it.watching) = (None, None);
             it.receiver.disconnected();
         }
-        self.exchange = Exchange::new();
+        self.exchange = exchange();
         self.versions.values_mut().for_each(|version| version.synced.clear());
         self.tell_federation();
         self.count("hub restarted");
@@ -478,15 +527,11 @@ impl<'a> Fleet<'a> {
         };
         let manifest = |(policy, number): (&Arc<str>, &u64)| {
             let version = &self.versions[number];
-            let wanted = |it: &Wanted| {
-                let (clusters, selector) = (it.clusters.clone(), it.selector.clone());
-                Arc::new(hub::Wanted { clusters, selector, port_names: it.port_names.clone() })
-            };
             let manifest = hub::FederatedManifest {
                 json: number.to_string().into(),
                 enforcers: Some(version.enforcers.clone()),
                 resolved: BTreeMap::new(),
-                interest: version.interest.iter().map(wanted).collect(),
+                interest: version.interest.iter().cloned().map(Arc::new).collect(),
                 features: Vec::new(),
             };
             ((hub::ManifestKind::Policy, policy.clone()), Arc::new(manifest))
@@ -508,20 +553,31 @@ impl<'a> Fleet<'a> {
             let open = PublishSession::open(&it.publisher);
             let id = self.exchange.publish_open(it.name.clone());
             let (session, outbox) = (PublishSession::default(), VecDeque::from([open]));
-            it.publishing = Some(Publishing { id, session, outbox });
+            it.publishing = Some(Publishing { id, session, outbox, applying: false });
             return true;
         };
-        if stream.outbox.is_empty() {
+        if !stream.applying && stream.outbox.is_empty() {
             if it.publisher.must_store() {
                 it.stored_publisher = store(&mut it.publisher);
             }
             stream.outbox.extend(stream.session.poll(&it.publisher));
         }
-        let Some(request) = stream.outbox.pop_front() else { return false };
-        it.published += prost::Message::encoded_len(&request);
-        let answers = self.exchange.publish(stream.id, request).expect("the protocol");
-        for answer in answers {
-            stream.session.take(&mut it.publisher, answer);
+        let published = if stream.applying {
+            self.exchange.publish_more(stream.id)
+        } else {
+            let Some(request) = stream.outbox.pop_front() else { return false };
+            it.published += prost::Message::encoded_len(&request);
+            self.exchange.publish_part(stream.id, request)
+        };
+        match published.expect("the protocol") {
+            Published::Answers(answers) => {
+                stream.applying = false;
+                answers.into_iter().for_each(|answer| stream.session.take(&mut it.publisher, answer));
+            }
+            Published::More => {
+                stream.applying = true;
+                self.count("batch applied in parts");
+            }
         }
         if let Some(registered) = self.registered.get_mut(&name(member))
             && registered.lease == hub::Lease::NeverHeard
@@ -683,7 +739,8 @@ impl<'a> Fleet<'a> {
         let it = &self.members[member];
         let enforced = self.policies.values().map(|number| &self.versions[number]);
         let enforced = enforced.filter(|version| version.enforcers.contains(&it.name));
-        it.own.iter().cloned().chain(enforced.flat_map(|version| version.interest.iter().cloned())).collect()
+        let own = it.own.iter().map(|own| Wanted::readable(own.clusters.clone(), &own.selector, BTreeSet::new()));
+        own.chain(enforced.flat_map(|version| version.interest.iter().cloned())).collect()
     }
 
     /// The pods of an origin that a receiver must hold, by the truth.
@@ -775,6 +832,28 @@ impl<'a> Fleet<'a> {
     }
 
     // For the tests of single promises.
+
+    /// What a member's receiver says is wrong.
+    pub fn problems(&self, member: usize) -> Vec<String> {
+        self.members[member].receiver.problems()
+    }
+
+    pub fn delete_policy(&mut self, policy: &str) {
+        self.policies.remove(policy);
+        self.tell_federation();
+    }
+
+    /// Whether some version of a policy is in force.
+    pub fn in_force(&self, member: usize, policy: &str) -> bool {
+        self.members[member].in_force.contains_key(policy)
+    }
+
+    /// Whether a pod is held with this label.
+    pub fn sees_label(&self, member: usize, origin: usize, pod_name: &str, key: &str, value: &str) -> bool {
+        let view = self.members[member].view.clusters.get(&name(origin));
+        let mut pods = view.into_iter().flat_map(|view| &view.endpoints).filter(|(id, _)| *id.name == *pod_name);
+        pods.any(|(_, endpoint)| endpoint.labels.get(key).is_some_and(|has| **has == *value))
+    }
 
     pub fn enforces(&self, member: usize, policy: &str) -> bool {
         self.members[member].in_force.get(policy) == self.policies.get(policy)

@@ -271,6 +271,9 @@ fn problems(it: &pb::ClusterStatus, hub_revision: u64) -> Vec<String> {
         )),
         ("accepted", _) if !it.connected => problems.push("not connected to this hub".to_owned()),
         ("accepted", _) => {
+            if it.digests_equal.is_none() {
+                problems.push("whether it received what the hub selected for it is not known".to_owned());
+            }
             if it.digests_equal == Some(false) {
                 problems.push("what it received differs from what the hub selected for it".to_owned());
             }

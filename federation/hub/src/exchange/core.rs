@@ -13,9 +13,9 @@ use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
 
 use super::model::{
-    Bits, ClusterState, FederatedManifest, Federation, Interest, Lease, ManifestKind, Position, Slots, digest_of,
+    Bits, ClusterState, FederatedManifest, Federation, Interest, Lease, ManifestKind, Slots, digest_of,
 };
-use super::origin::{Batch, BatchError, Changes, Entry, Origin};
+use super::origin::{Changes, Entry, Origin};
 use super::select::Selections;
 use super::wire;
 
@@ -26,11 +26,14 @@ mod watch;
 
 use interest::Derived;
 
-pub use publish::PublishId;
+pub use publish::{PublishError, PublishId, Published};
 pub use watch::{ReceiverId, ReceiverState};
 
 /// Dirty ids that a receiver keeps for one origin before a snapshot is cheaper: 8,192 × about 12 bytes is 96 KiB.
 const MAX_DIRTY: usize = 8_192;
+
+/// Updates of a batch that are applied at once: some 25 µs each, and meanwhile the others wait.
+const SLICE: usize = 1_000;
 
 /// Classes without receivers that are kept: who lost its stream comes back with the same interest, and a class of everything
 /// takes a look at every endpoint to make.
@@ -57,6 +60,10 @@ pub struct Exchange {
     ready: BTreeSet<ReceiverId>,
     realisations: BTreeMap<ClusterName, Arc<pb::Realisation>>,
     recent: RecentSnapshots,
+    /// Batches that are being applied, by the origins' numbers.
+    applying: BTreeMap<usize, publish::Applying>,
+    /// Updates that are applied at once.
+    slice: usize,
 }
 
 /// Snapshots that were encoded last: what one receiver of a class is sent, the class's next is about to be.
@@ -155,7 +162,14 @@ impl Exchange {
             ready: BTreeSet::new(),
             realisations: BTreeMap::new(),
             recent: RecentSnapshots::default(),
+            applying: BTreeMap::new(),
+            slice: SLICE,
         }
+    }
+
+    /// How many updates of a batch are applied at once.
+    pub fn set_slice(&mut self, slice: usize) {
+        self.slice = slice.max(1);
     }
 
     /// What welcomes say: how often a member should be heard, in milliseconds.
@@ -225,6 +239,7 @@ impl Exchange {
     fn withdraw(&mut self, cluster: &ClusterName) {
         if let Some(number) = self.origin_numbers.remove(cluster) {
             self.origins[number] = None;
+            self.applying.remove(&number);
             for class in self.classes.iter_mut().flatten() {
                 *view_of(&mut class.views, number) = View::default();
             }
@@ -253,18 +268,24 @@ impl Exchange {
         Some(number)
     }
 
-    /// Applies a batch and tells the classes.
-    fn apply(&mut self, number: usize, batch: Batch, position: Position) -> Result<(), BatchError> {
-        let Some(origin) = self.origins[number].as_mut() else { return Ok(()) };
-        let first = !origin.synced;
-        let new_epoch = origin.synced && position.epoch != origin.position.epoch;
-        let changes = origin.apply(batch, position, &self.selections)?;
+    /// Applies the next part of an origin's batch and tells the classes.
+    fn advance(&mut self, number: usize) {
+        let Some(mut applying) = self.applying.remove(&number) else { return };
+        let Some(origin) = self.origins[number].as_mut() else { return };
+        let (first, before) = (!origin.synced, origin.position);
+        let (changes, done) = origin.step(&mut applying.batch, &self.selections, self.slice);
         self.tell(number, &changes);
+        if !done {
+            self.applying.insert(number, applying);
+            return;
+        }
+        let position = applying.batch.position;
+        let new_epoch = !first && position.epoch != before.epoch;
         for (id, receiver) in &mut self.receivers {
             receiver.origin_moved(number, position, first, new_epoch);
             self.ready.insert(*id);
         }
-        Ok(())
+        self.applied(number, applying);
     }
 
     fn tell(&mut self, number: usize, changes: &Changes) {

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use hanse_k8s_api::hanse::{ClusterLabels, EXISTING_TIER, FederatedNetworkPolicy, resolve_clusters, select_clusters};
 use hanse_k8s_api::manifest::Object;
+use hanse_policy::interest::{self, Wanted};
 use hanse_policy::inventory::LabelGrant;
-use hanse_policy::model::{ClusterName, ClusterScope, Phase, Policy, Port};
+use hanse_policy::model::{ClusterName, ClusterScope, Phase};
 use hanse_policy::selector::Selector;
 
 use super::model::{
-    ClusterState, FederatedManifest, Federation, Grant, Interest, Lease, ManifestKind, Position, Wanted, digest_of,
+    ClusterState, FederatedManifest, Federation, Grant, Interest, Lease, ManifestKind, Position, digest_of,
 };
 use crate::grants::MemberCluster;
 use crate::manifest::{self, Kind, ObjectId};
@@ -195,7 +196,7 @@ impl Deriver {
             ClusterScope::Named(names) => names.clone(),
             ClusterScope::All | ClusterScope::Local => self.labels.keys().cloned().collect(),
         };
-        let interest = interest_of(&converted).into_iter().map(|wanted| self.widened(wanted)).collect();
+        let interest = interest::of(&converted).into_iter().map(|wanted| self.widened(Arc::new(wanted))).collect();
         FederatedManifest { enforcers: Some(enforcers), resolved, interest, ..plain }
     }
 
@@ -251,31 +252,4 @@ fn cluster_state(
         federated_allow_final: cluster.federated_allow_final,
         visible_to,
     }
-}
-
-/// What a policy can select in other clusters.
-pub fn interest_of(policy: &Policy) -> Interest {
-    let mut interest = Interest::new();
-    let mut want = |clusters: &ClusterScope, selector: Selector, port_names: BTreeSet<Arc<str>>| {
-        if *clusters != ClusterScope::Local {
-            interest.insert(Arc::new(Wanted { clusters: clusters.clone(), selector, port_names }));
-        }
-    };
-    let rules = policy.ingress.iter().chain(&policy.egress).flatten();
-    for entity in rules.flat_map(|rule| [&rule.source, &rule.destination]) {
-        for selection in [&entity.selection, &entity.not_selection].into_iter().flatten() {
-            want(&selection.clusters, selection.selector.clone(), BTreeSet::new());
-        }
-        let named = |port: &Port| match port {
-            Port::Named(name) => Some(name.clone()),
-            Port::Range(..) => None,
-        };
-        let names: BTreeSet<Arc<str>> = entity.ports.iter().chain(&entity.not_ports).filter_map(named).collect();
-        // Beside a selection a name is looked up on the pods that it selects, which are sent with their ports.
-        if !names.is_empty() && entity.selection.is_none() {
-            let pods = entity.named_port_pods(&policy.id);
-            want(&pods.clusters, pods.selector.clone(), names);
-        }
-    }
-    interest
 }

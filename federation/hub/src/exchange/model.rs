@@ -5,31 +5,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
+pub use hanse_policy::interest::Wanted;
 use hanse_policy::inventory::{LabelGrant, Labels};
-use hanse_policy::model::{ClusterName, ClusterScope};
-use hanse_policy::selector::{Expr, Selector};
+use hanse_policy::model::ClusterName;
 
 /// A position in what one origin publishes; both numbers are the publisher's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Position {
     pub epoch: u64,
     pub revision: u64,
-}
-
-/// Which endpoints someone must be sent: those for which the selector is not certainly false, and that have a port of one
-/// of the names where some are given. The scope is never `Local`.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Wanted {
-    pub clusters: ClusterScope,
-    pub selector: Selector,
-    pub port_names: BTreeSet<Arc<str>>,
-}
-
-impl Wanted {
-    /// Every endpoint of every cluster.
-    pub fn everything() -> Self {
-        Self { clusters: ClusterScope::All, selector: Selector::from(Expr::All), port_names: BTreeSet::new() }
-    }
 }
 
 pub type Interest = BTreeSet<Arc<Wanted>>;

@@ -28,8 +28,8 @@ mod batch;
 mod profiles;
 
 use addresses::{Addresses, Claim};
+pub use batch::{Applying, Batch, BatchError, StagedLimits};
 use batch::{BYTES_PER_OBJECT, MAX_OTHERS, kept_bytes};
-pub use batch::{Batch, BatchError, StagedLimits};
 use profiles::{ProfileKey, Profiles};
 
 /// Removed ids that are remembered per origin: 4,096 × 16 bytes is 64 KiB.
@@ -112,6 +112,8 @@ pub struct Origin {
     pub position: Position,
     /// It has published to this replica since the replica started.
     pub synced: bool,
+    /// A batch is being applied: what is here is between two states of its publisher, and nothing of it is sent.
+    pub busy: bool,
     pub grant: Arc<dyn Grant>,
     label_grant: LabelGrant,
     entries: Vec<Option<Entry>>,
@@ -158,6 +160,7 @@ impl Origin {
             name,
             position: Position::default(),
             synced: false,
+            busy: false,
             grant,
             label_grant,
             entries: Vec::new(),
@@ -325,11 +328,11 @@ impl Origin {
         lost.map_or(Refusal::ReferenceMissing(0), Refusal::AddressTaken)
     }
 
-    /// Applies a whole batch. What it changed is told once; then [`Self::settle`] must be called.
+    /// Begins to apply a batch, which [`Self::step`] does.
     ///
     /// # Errors
     /// When the batch does not follow on what is held; nothing has changed then.
-    pub fn apply(&mut self, batch: Batch, position: Position, selections: &Selections) -> Result<Changes, BatchError> {
+    pub fn begin(&mut self, batch: Batch, position: Position) -> Result<Applying, BatchError> {
         let same_epoch = self.synced && position.epoch == self.position.epoch;
         if self.synced && position.epoch < self.position.epoch {
             return Err(BatchError::OldEpoch(position.epoch));
@@ -340,51 +343,87 @@ impl Origin {
         if same_epoch && position.revision < self.position.revision {
             return Err(BatchError::OldRevision(position.revision));
         }
-        let mut updates = batch.updates;
-        let mut removed = Vec::new();
         if batch.snapshot {
-            let held = self.slots().map(|(_, entry)| entry.id);
-            removed.extend(held.filter(|id| !same_epoch || !updates.contains_key(id)));
             self.overflow.clear();
             self.unreadable = 0;
         }
-        self.unreadable += batch.unreadable;
+        self.busy = true;
+        Ok(batch.end(position, same_epoch))
+    }
+
+    /// Applies the next part of a batch, of about `slice` updates; whether that was the last. What it changed is told, then
+    /// [`Self::settle`] must be called. Between two parts the origin is whole, and no state of its publisher's.
+    pub fn step(&mut self, batch: &mut Applying, selections: &Selections, slice: usize) -> (Changes, bool) {
+        let mut left = slice;
+        let revision = batch.position.revision;
         let mut work = Work::default();
-        updates.retain(|id, bytes| {
-            if bytes.is_none() {
-                removed.push(*id);
+        let done = loop {
+            if left == 0 {
+                break false;
             }
-            bytes.is_some()
-        });
-        removed.sort_unstable();
-        for id in removed {
-            self.overflow.remove(&id);
-            self.remove(id, &mut work);
-            if same_epoch {
-                self.tombstones.push_back((position.revision, id));
+            // Much less than applying them.
+            if let Some(read) = batch.read() {
+                left = left.saturating_sub(read / 16);
+            } else if batch.removals.is_none() {
+                left = left.saturating_sub(self.find_removals(batch, left.saturating_mul(16)) / 16);
+            } else if let Some(id) = batch.removals.as_mut().and_then(Vec::pop) {
+                self.overflow.remove(&id);
+                self.remove(id, &mut work);
+                if batch.same_epoch {
+                    self.tombstones.push_back((revision, id));
+                }
+                left -= 1;
+            } else if let Some((id, bytes)) = batch.updates.pop_first() {
+                if let Some(bytes) = bytes {
+                    self.put(id, &bytes, revision, &mut work);
+                    left -= 1;
+                }
+            } else {
+                break true;
             }
-        }
-        for (id, bytes) in updates {
-            if let Some(bytes) = bytes {
-                self.put(id, bytes, position.revision, &mut work);
+        };
+        if done {
+            self.unreadable += batch.unreadable;
+            if !batch.same_epoch {
+                self.tombstones.clear();
+                self.floor = revision;
             }
-        }
-        if !same_epoch {
-            self.tombstones.clear();
-            self.floor = position.revision;
+            self.position = batch.position;
+            self.synced = true;
+            self.busy = false;
         }
         while self.tombstones.len() > MAX_TOMBSTONES {
             self.floor = self.tombstones.pop_front().map_or(self.floor, |(revision, _)| self.floor.max(revision));
         }
-        self.position = position;
-        self.synced = true;
-        let changes = self.recompute(work, selections, position.revision);
-        if batch.snapshot {
+        let changes = self.recompute(work, selections, revision);
+        if done && batch.snapshot {
             self.asked = self.asked.map(|_| self.room());
             // What grew by doubling is a third too large, and most origins change little afterwards.
             self.shrink();
         }
-        Ok(changes)
+        (changes, done)
+    }
+
+    /// Finds what a batch that was read removes: what it says, and of a snapshot what it does not name, of at most `most` slots.
+    fn find_removals(&self, batch: &mut Applying, most: usize) -> usize {
+        if batch.snapshot {
+            let slots = self.entries.len().saturating_sub(batch.scanned).min(most.max(1));
+            let held = self.entries.iter().skip(batch.scanned).take(slots).flatten().map(|entry| entry.id);
+            let gone = held.filter(|id| !batch.same_epoch || !batch.updates.contains_key(id));
+            batch.found.extend(gone);
+            batch.scanned += slots;
+            if slots > 0 {
+                return slots;
+            }
+        }
+        let mut removals = std::mem::take(&mut batch.found);
+        removals.extend(batch.updates.iter().filter(|(_, bytes)| bytes.is_none()).map(|(id, _)| *id));
+        removals.sort_unstable();
+        removals.dedup();
+        // They are taken from the end.
+        removals.reverse();
+        batch.removals = Some(removals);
+        batch.updates.len()
     }
 
     fn shrink(&mut self) {
@@ -567,12 +606,12 @@ impl Origin {
         }
     }
 
-    fn put(&mut self, id: u64, bytes: Box<[u8]>, revision: u64, work: &mut Work) {
+    fn put(&mut self, id: u64, bytes: &[u8], revision: u64, work: &mut Work) {
         let slot = self.slot_of(id);
-        if slot.is_some_and(|slot| self.live(slot).bytes == bytes) {
+        if slot.is_some_and(|slot| *self.live(slot).bytes == *bytes) {
             return;
         }
-        let export = read(&bytes);
+        let export = read(bytes);
         self.remove(id, work);
         let others = self.ids.len() - self.endpoints - self.label_sets;
         let full = match &export {
@@ -601,10 +640,10 @@ impl Origin {
                 self.entries.len() as u32 - 1
             }),
         };
-        self.published = self.published.wrapping_add(digest_of(&bytes));
+        self.published = self.published.wrapping_add(digest_of(bytes));
         self.bytes += bytes.len();
         let body = self.attach(slot, id, export, work);
-        self.entries[slot as usize] = Some(Entry { id, bytes, touched: revision, body, visible: false });
+        self.entries[slot as usize] = Some(Entry { id, bytes: bytes.into(), touched: revision, body, visible: false });
         let (entries, hasher) = (&self.entries, &self.hasher);
         self.ids.insert_unique(hasher.hash_one(id), slot, |slot| hash_of(entries, hasher, *slot));
     }

@@ -22,7 +22,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::core::{Exchange, PublishId, ReceiverId};
+use super::core::{Exchange, PublishError, PublishId, Published, ReceiverId};
 use super::derive::Deriver;
 use super::model::ManifestKind;
 use super::progress::{self, Report};
@@ -30,7 +30,7 @@ use super::wire::{MAX_PLAIN_BYTES, updates_in};
 use crate::grants::Limits;
 use crate::manifest::{Kind, ObjectId};
 use crate::registry::{Lease, Registry, Snapshot};
-use crate::status::{NodeProgress, ObjectState, ObjectStatus, Realisation, Realisations};
+use crate::status::{NodeProgress, ObjectState, ObjectStatus, Problem, Realisation, Realisations};
 
 /// Messages that wait for one connection: 4 × 1 MiB at most.
 const OUTBOX: usize = 4;
@@ -40,6 +40,12 @@ const HEARTBEAT: Duration = Duration::from_secs(3);
 const MAX_STREAMS: usize = 8;
 /// A watching stream says what it holds within this time.
 const OPENING_TIME: Duration = Duration::from_secs(30);
+/// The exchange is free for so long after each part of a large batch: 300 parts take 0.3 s longer.
+const BETWEEN_PARTS: Duration = Duration::from_millis(1);
+/// The next frame of a batch comes within this time ...
+const FRAME_TIME: Duration = Duration::from_secs(30);
+/// ... and its end within this: 300,000 endpoints of 250 bytes take 10 minutes at 1 Mbit/s.
+const BATCH_TIME: Duration = Duration::from_secs(900);
 /// A lease is for seconds: hearing a cluster once in this time is enough.
 const HEARD_EVERY: Duration = Duration::from_secs(1);
 /// What keeps nodes from enforcing, of one cluster, that status names: some 200 bytes each.
@@ -66,6 +72,27 @@ struct Shared {
     reported: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
     /// Clusters that are connected and have not published here yet.
     unpublished: Mutex<BTreeMap<ClusterName, Unpublished>>,
+    receiving: Mutex<BTreeMap<ClusterName, Receiving>>,
+}
+
+/// What a cluster said last of what reaches it.
+#[derive(Debug, Clone, Copy)]
+struct Receiving {
+    /// How long ago it had received something; none where its version does not say.
+    age: Option<Duration>,
+    said: tokio::time::Instant,
+}
+
+impl Receiving {
+    /// Why a cluster does not count as enforcing, if it does not: what it has may be old. `watches`: it has a watching
+    /// stream here.
+    fn trouble(this: Option<&Self>, watches: bool, lease: Duration, now: tokio::time::Instant) -> Option<String> {
+        match this.and_then(|this| Some(this.age?.saturating_add(now.duration_since(this.said)))) {
+            Some(age) if age >= lease => Some(format!("has received nothing for {} s", age.as_secs())),
+            Some(_) => None,
+            None => (!watches).then(|| "has no watching stream to this hub".to_owned()),
+        }
+    }
 }
 
 /// How long a cluster has not published, and since it last sent something of its first batch.
@@ -92,6 +119,46 @@ impl Unpublished {
         }
         self.heard = now;
         now.duration_since(self.progress) > lease || now.duration_since(self.since) > lease * 10
+    }
+}
+
+/// A batch that has begun and not ended: what is staged of it is held for so long.
+#[derive(Debug, Clone, Copy)]
+struct Unfinished {
+    began: tokio::time::Instant,
+    /// When something of it came last.
+    progress: tokio::time::Instant,
+}
+
+impl Unfinished {
+    fn follow(this: &mut Option<Self>, request: &pb::PublishRequest, now: tokio::time::Instant) {
+        use pb::publish_request::Message;
+        match (&request.message, this.as_mut()) {
+            (Some(Message::Begin(_)), _) => *this = Some(Self { began: now, progress: now }),
+            (Some(Message::Frame(_)), Some(unfinished)) => unfinished.progress = now,
+            (Some(Message::End(_)), _) => *this = None,
+            _ => {}
+        }
+    }
+
+    /// It was the hub that made it wait.
+    fn waited(&mut self, time: Duration) {
+        self.began += time;
+        self.progress += time;
+    }
+
+    fn ends_at(&self) -> tokio::time::Instant {
+        (self.began + BATCH_TIME).min(self.progress + FRAME_TIME)
+    }
+}
+
+/// What comes next, in time where a batch is unfinished.
+async fn within<T>(unfinished: &Option<Unfinished>, next: impl Future<Output = T>) -> Result<T, Status> {
+    match unfinished {
+        None => Ok(next.await),
+        Some(unfinished) => tokio::time::timeout_at(unfinished.ends_at(), next)
+            .await
+            .map_err(|_| Status::deadline_exceeded("a batch was begun and not ended in time")),
     }
 }
 
@@ -225,6 +292,20 @@ impl Service {
         silent
     }
 
+    /// Why a cluster does not count as enforcing, whatever it reports of its nodes: nothing newer may have reached it.
+    fn not_reached(&self, exchange: &Exchange, cluster: &ClusterName) -> Option<String> {
+        if let Some(ahead) = exchange.ahead_of_hub(cluster) {
+            let now = exchange.federation().position.revision;
+            return Some(format!(
+                "has revision {ahead} of the hub, which is at {now}: the hub's files are older than what clusters enforce; \
+                 stop the hub and start it with --restored"
+            ));
+        }
+        let watches = lock(&self.shared.watching).contains_key(cluster);
+        let lease = self.registry.lease_time();
+        Receiving::trouble(lock(&self.shared.receiving).get(cluster), watches, lease, tokio::time::Instant::now())
+    }
+
     /// Its first batch is under way.
     fn progresses(&self, cluster: &ClusterName) {
         if let Some(state) = lock(&self.shared.unpublished).get_mut(cluster) {
@@ -261,13 +342,19 @@ impl Service {
     ) -> Result<(), Status> {
         self.heard(cluster).await?;
         let mut heard = tokio::time::Instant::now();
-        while let Some(request) = incoming.message().await? {
+        let mut unfinished = None;
+        while let Some(request) = within(&unfinished, incoming.message()).await?? {
             if heard.elapsed() > HEARD_EVERY {
                 self.heard(cluster).await?;
                 heard = tokio::time::Instant::now();
             }
             // A report of that size is not taken, and publishing goes on.
             let report = matches!(request.message, Some(pb::publish_request::Message::Realisation(_)));
+            if let Some(pb::publish_request::Message::Heartbeat(beat)) = &request.message {
+                let age = beat.received_age_ms.map(Duration::from_millis);
+                let receiving = Receiving { age, said: tokio::time::Instant::now() };
+                lock(&self.shared.receiving).insert(cluster.clone(), receiving);
+            }
             if !report && request.encoded_len() > MAX_PLAIN_BYTES {
                 return Err(Status::invalid_argument("a message has at most 4 MiB"));
             }
@@ -278,13 +365,30 @@ impl Service {
             if updates > 0 {
                 self.progresses(cluster);
             }
-            let answers = self
-                .with(|exchange| exchange.publish(id, request))
-                .map_err(|error| Status::invalid_argument(error.to_string()))?;
+            let began = tokio::time::Instant::now();
+            Unfinished::follow(&mut unfinished, &request, began);
+            let mut published = self.with(|exchange| exchange.publish_part(id, request)).map_err(refused)?;
+            let answers = loop {
+                match published {
+                    Published::Answers(answers) => break answers,
+                    Published::More => {
+                        // A lock is not fair: who waits for it gets it meanwhile.
+                        tokio::time::sleep(BETWEEN_PARTS).await;
+                        if heard.elapsed() > HEARD_EVERY {
+                            self.heard(cluster).await?;
+                            heard = tokio::time::Instant::now();
+                        }
+                        published = self.with(|exchange| exchange.publish_more(id)).map_err(refused)?;
+                    }
+                }
+            };
             for answer in answers {
                 outbox.send(Ok(answer)).await.map_err(|_| Status::cancelled("the member is gone"))?;
             }
             self.slow_down(cluster, updates, outbox).await?;
+            if let Some(unfinished) = &mut unfinished {
+                unfinished.waited(began.elapsed());
+            }
         }
         Ok(())
     }
@@ -396,7 +500,7 @@ impl Service {
                     }
                 }
                 _ = beat.tick() => {
-                    let message = pb::watch_response::Message::Heartbeat(pb::Heartbeat {});
+                    let message = pb::watch_response::Message::Heartbeat(pb::Heartbeat::default());
                     outbox.send(Ok(pb::WatchResponse { message: Some(message) })).await.map_err(gone)?;
                 }
             }
@@ -407,6 +511,13 @@ impl Service {
 /// A defect that one cluster's messages meet ends its stream, and leaves nothing of the stream behind.
 async fn guarded(name: &'static str, stream: impl Future<Output = Result<(), Status>>) -> Result<(), Status> {
     caught(name, stream).await.unwrap_or_else(|panicked| Err(Status::internal(panicked.to_string())))
+}
+
+fn refused(error: PublishError) -> Status {
+    match error {
+        PublishError::NoRoom => Status::resource_exhausted(error.to_string()),
+        _ => Status::invalid_argument(error.to_string()),
+    }
 }
 
 fn cluster_of<T>(request: &Request<T>) -> Result<ClusterName, Status> {
@@ -471,6 +582,9 @@ impl Realisations for Service {
                 let granted = snapshot.clusters.get(name).map_or(0, |it| it.grant.limits.updates_per_second);
                 entry.refusals.push(format!("more than {granted} updates per second: taken later"));
             }
+            // Of one that is not connected that is said already.
+            let not_reached = entry.connected.then(|| self.not_reached(&exchange, name)).flatten();
+            entry.problems.extend(not_reached.map(|why| Problem::new("", why)));
             if let Some(told) = exchange.realisations().get(name) {
                 let compiled = told.hub.as_ref().map_or(0, |at| at.revision);
                 let nodes = told.nodes.iter().map(|node| node.hub_revision);
@@ -520,15 +634,21 @@ impl Realisations for Service {
             None if position.revision < needed => return None,
             None => federation.clusters.keys().cloned().collect(),
         };
-        let told: Vec<_> = clusters.iter().map(|cluster| exchange.realisations().get(cluster).cloned()).collect();
+        let told = |cluster: &ClusterName| {
+            (exchange.realisations().get(cluster).cloned(), self.not_reached(&exchange, cluster))
+        };
+        let told: Vec<_> = clusters.iter().map(told).collect();
         drop(exchange);
-        let status = |cluster: &ClusterName, told: Option<Arc<pb::Realisation>>| {
+        let status = |cluster: &ClusterName, (told, not_reached): (Option<Arc<pb::Realisation>>, Option<String>)| {
             let Some(told) = told else { return ObjectStatus::lagging("has not reported yet") };
             let report = self.report(&snapshot, cluster, &told);
             let status = report.object(policy, needed, position.epoch);
             if report.silent {
                 let silent = self.registry.silent_for(cluster).map_or(Duration::ZERO, |since| since);
                 let why = format!("silent for {}", progress::words(silent));
+                return ObjectStatus { state: ObjectState::Lagging(why), ..status };
+            }
+            if let Some(why) = not_reached {
                 return ObjectStatus { state: ObjectState::Lagging(why), ..status };
             }
             status
@@ -548,6 +668,58 @@ impl Service {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_batch_that_does_not_end_is_given_up() {
+        use pb::publish_request::Message;
+        let start = tokio::time::Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let say = |unfinished: &mut Option<Unfinished>, message, seconds| {
+            Unfinished::follow(unfinished, &pb::PublishRequest { message: Some(message) }, at(seconds));
+            unfinished.map(|it| it.ends_at().duration_since(start).as_secs())
+        };
+        let frame = || Message::Frame(bytes::Bytes::new());
+        let mut unfinished = None;
+        assert_eq!(say(&mut unfinished, frame(), 0), None, "nothing has begun");
+        assert_eq!(say(&mut unfinished, Message::Begin(pb::Begin::default()), 10), Some(40));
+        assert_eq!(say(&mut unfinished, Message::Heartbeat(pb::Heartbeat::default()), 20), Some(40));
+        assert_eq!(say(&mut unfinished, frame(), 30), Some(60));
+        assert_eq!(say(&mut unfinished, frame(), 900), Some(910), "15 minutes in all");
+        unfinished.as_mut().expect("it is").waited(Duration::from_secs(100));
+        assert_eq!(say(&mut unfinished, frame(), 1_000), Some(1_010), "and what the hub made it wait");
+        assert_eq!(say(&mut unfinished, Message::End(pb::End::default()), 1_005), None);
+    }
+
+    #[tokio::test]
+    async fn what_comes_too_late_for_its_batch_ends_the_stream() {
+        let never = std::future::pending::<()>;
+        let begun = tokio::time::Instant::now().checked_sub(FRAME_TIME).expect("the clock is older");
+        let late = Some(Unfinished { began: begun, progress: begun });
+        let error = within(&late, never()).await.expect_err("it never comes");
+        assert_eq!(error.code(), tonic::Code::DeadlineExceeded);
+        assert_eq!(within(&None, std::future::ready(7)).await.expect("nothing is unfinished"), 7);
+    }
+
+    #[test]
+    fn a_cluster_that_receives_nothing_for_a_lease_does_not_count_as_enforcing() {
+        let (lease, start) = (Duration::from_secs(30), tokio::time::Instant::now());
+        let say = |age: Option<u64>| Receiving { age: age.map(Duration::from_millis), said: start };
+        let trouble = |said: Receiving, watches, seconds| {
+            Receiving::trouble(Some(&said), watches, lease, start + Duration::from_secs(seconds))
+        };
+        assert_eq!(trouble(say(Some(0)), true, 0), None);
+        // A stream that is open and on which nothing comes.
+        assert_eq!(trouble(say(Some(30_000)), true, 0).as_deref(), Some("has received nothing for 30 s"));
+        assert_eq!(trouble(say(Some(29_999)), true, 0), None);
+        assert_eq!(trouble(say(Some(0)), false, 29), None, "it may watch another replica");
+        assert!(trouble(say(Some(u64::MAX)), true, 1).is_some());
+        assert!(trouble(say(Some(0)), true, 30).is_some(), "what it said is as old");
+        // An earlier version does not say; one that has not spoken yet did not either.
+        for said in [Some(say(None)), None] {
+            assert_eq!(Receiving::trouble(said.as_ref(), true, lease, start), None);
+            assert!(Receiving::trouble(said.as_ref(), false, lease, start).is_some());
+        }
+    }
 
     #[test]
     fn updates_beyond_the_granted_rate_wait_and_are_told() {

@@ -5,9 +5,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use hanse_policy::interest::{self, Size};
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::ClusterScope;
-use hanse_policy::selector::Selector;
+use hanse_policy::selector::{Expr, Selector};
 use hanse_proto::federation::v1 as pb;
 use pb::object_update::Body;
 use prost::Message as _;
@@ -15,22 +16,23 @@ use prost::Message as _;
 use super::model::{ClusterState, FederatedManifest, Lease, ManifestKind, Position, Refusal, Wanted};
 
 pub const PROTOCOL: u32 = 1;
+/// The greatest epoch and revision of a publisher: milliseconds since 1970 reach it in 285,000 years, and what follows a
+/// number that somebody else has published in a cluster's name is a number as well.
+pub const MAX_NUMBER: u64 = (1 << 53) - 1;
 /// Most bytes of an encoded frame.
 pub const MAX_FRAME_BYTES: usize = 1 << 20;
-/// Most bytes of any message: the opening of a watch, or an interest, of [`MAX_INTEREST`] selections of 60 bytes fits.
+/// Most bytes of any message: see [`interest::WHOLE`].
 pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
 /// Most bytes of a message that names no interest.
 pub const MAX_PLAIN_BYTES: usize = 4 << 20;
 /// Most bytes of one object that a member publishes.
 pub const MAX_EXPORT_BYTES: usize = 16 << 10;
-/// Most selections that a member registers for its own policies.
-pub const MAX_SELECTIONS: usize = 16_384;
-/// Most selections that the hub derives from policies, and their bytes; where there are more, everything is selected.
-pub const MAX_DERIVED: usize = 65_536;
-pub const MAX_DERIVED_BYTES: usize = 4 << 20;
-/// Most selections of an interest: both of these, of the policies that were and of those that will be.
-pub const MAX_INTEREST: usize = 262_144;
-const MAX_SELECTOR_BYTES: usize = 8 << 10;
+/// Most bytes of one object of the hub's: a manifest of 256 KiB and the names of 4,096 clusters of 65 bytes each, twice. What
+/// cluster selectors select may take more.
+pub const MAX_HUB_OBJECT_BYTES: usize = 768 << 10;
+/// Parts of one message that are named when they are refused, of at most 256 bytes each.
+const MAX_NAMED_PARTS: usize = 16;
+const MAX_PART_BYTES: usize = 256;
 const MAX_NAME_BYTES: usize = 253;
 const MAX_KEY_BYTES: usize = 512;
 const MAX_VALUE_BYTES: usize = 1 << 10;
@@ -102,6 +104,9 @@ pub fn updates_in(request: &pb::PublishRequest) -> usize {
 fn export(update: pb::ObjectUpdate, len: usize) -> Result<Export, Refusal> {
     if len > MAX_EXPORT_BYTES {
         return Err(Refusal::Malformed(format!("{len} bytes, of {MAX_EXPORT_BYTES}")));
+    }
+    if update.revision > MAX_NUMBER {
+        return Err(Refusal::Malformed(format!("revision {}, of at most {MAX_NUMBER}", update.revision)));
     }
     if let Some(feature) = update.features.into_iter().next() {
         return Err(Refusal::FeatureUnknown(feature));
@@ -235,52 +240,93 @@ impl From<pb::Position> for Position {
     }
 }
 
-impl From<&Wanted> for pb::Selection {
-    fn from(wanted: &Wanted) -> Self {
-        let clusters = match &wanted.clusters {
-            ClusterScope::Named(names) => {
-                pb::selection::Clusters::Named(pb::Clusters { names: names.iter().map(|n| n.to_string()).collect() })
-            }
-            // A receiver is never sent what is its own, so `Local` would be nothing; it is resolved before it comes here.
-            ClusterScope::All | ClusterScope::Local => pb::selection::Clusters::All(pb::AllClusters {}),
-        };
-        Self {
-            clusters: Some(clusters),
-            selector: wanted.selector.canonical.to_string(),
-            port_names: wanted.port_names.iter().map(|n| n.to_string()).collect(),
+pub fn selection(wanted: &Wanted) -> pb::Selection {
+    let clusters = match &wanted.clusters {
+        ClusterScope::Named(names) => {
+            pb::selection::Clusters::Named(pb::Clusters { names: names.iter().map(|n| n.to_string()).collect() })
+        }
+        // A receiver is never sent what is its own, so `Local` would be nothing; it is resolved before it comes here.
+        ClusterScope::All | ClusterScope::Local => pb::selection::Clusters::All(pb::AllClusters {}),
+    };
+    pb::Selection {
+        clusters: Some(clusters),
+        selector: wanted.selector.canonical.to_string(),
+        port_names: wanted.port_names.iter().map(|n| n.to_string()).collect(),
+    }
+}
+
+/// Parts of a message that are not taken as they are. Each is replaced by something wider, so that nothing is missing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Refused {
+    pub total: u64,
+    /// The first, in words.
+    pub parts: Vec<String>,
+}
+
+impl Refused {
+    pub fn add(&mut self, mut part: String) {
+        self.total = self.total.saturating_add(1);
+        if self.parts.len() < MAX_NAMED_PARTS {
+            part.truncate(part.floor_char_boundary(MAX_PART_BYTES));
+            self.parts.push(part);
         }
     }
 }
 
-/// Reads at most `max` selections; errors name the one that cannot be read.
-pub fn read_interest(list: Vec<pb::Selection>, max: usize) -> Result<BTreeSet<Arc<Wanted>>, String> {
-    if list.len() > max {
-        return Err(format!("{} selections, of {max}", list.len()));
+/// Reads an interest. A selection that cannot be read is widened by itself; an interest beyond the limit is everything.
+pub fn read_interest(
+    field: &str,
+    list: Vec<pb::Selection>,
+    limit: Size,
+    refused: &mut Refused,
+) -> BTreeSet<Arc<Wanted>> {
+    let everything = || BTreeSet::from([Arc::new(Wanted::everything())]);
+    if list.len() > limit.selections {
+        refused.add(format!("{field}: {} selections, of {}", list.len(), limit.selections));
+        return everything();
     }
     let mut interest = BTreeSet::new();
     for (at, selection) in list.into_iter().enumerate() {
-        if selection.selector.len() > MAX_SELECTOR_BYTES {
-            return Err(format!("selections[{at}]: {} bytes, of {MAX_SELECTOR_BYTES}", selection.selector.len()));
-        }
-        if selection.port_names.len() > MAX_PORTS
-            || selection.port_names.iter().any(|name| name.is_empty() || name.len() > MAX_NAME_BYTES)
-        {
-            return Err(format!(
-                "selections[{at}].port_names: of 1 to {MAX_PORTS} names of 1 to {MAX_NAME_BYTES} bytes"
-            ));
-        }
-        let selector = Selector::parse(&selection.selector).map_err(|e| format!("selections[{at}].selector: {e}"))?;
-        let clusters = match selection.clusters {
-            Some(pb::selection::Clusters::All(_)) => ClusterScope::All,
-            Some(pb::selection::Clusters::Named(named)) => {
-                ClusterScope::Named(named.names.into_iter().map(Arc::from).collect())
-            }
-            None => return Err(format!("selections[{at}].clusters: missing")),
-        };
-        let port_names = selection.port_names.into_iter().map(Arc::from).collect();
-        interest.insert(Arc::new(Wanted { clusters, selector, port_names }));
+        let mut problem = |why: String| refused.add(format!("{field}[{at}].{why}"));
+        interest.insert(Arc::new(read_selection(selection, &mut problem)));
     }
-    Ok(interest)
+    if !interest::fits(interest.iter().map(|it| &**it), limit) {
+        refused.add(format!("{field}: more than {} bytes", limit.bytes));
+        return everything();
+    }
+    interest
+}
+
+/// What cannot be read does not restrict the selection.
+fn read_selection(selection: pb::Selection, problem: &mut impl FnMut(String)) -> Wanted {
+    let selector = interest::read_selector(&selection.selector).unwrap_or_else(|why| {
+        problem(why);
+        Selector::all()
+    });
+    let clusters = match selection.clusters {
+        Some(pb::selection::Clusters::All(_)) => ClusterScope::All,
+        Some(pb::selection::Clusters::Named(named)) => {
+            ClusterScope::Named(named.names.into_iter().map(Arc::from).collect())
+        }
+        None => {
+            problem("clusters: missing".to_owned());
+            ClusterScope::All
+        }
+    };
+    let mut port_names: BTreeSet<Arc<str>> = selection.port_names.into_iter().map(Arc::from).collect();
+    if let Err(why) = interest::check_port_names(&port_names) {
+        problem(why);
+        port_names.clear();
+    }
+    // The canonical form, which is what is sent on, may be longer than what was written.
+    let wanted = Wanted::readable(clusters, &selector, port_names);
+    if wanted.selector.expr == Expr::All && selector.expr != Expr::All {
+        problem(format!(
+            "selector: its canonical form has {} bytes, or is nested too deeply",
+            selector.canonical.len()
+        ));
+    }
+    wanted
 }
 
 /// The hub's own objects have no revision of their own in their bytes, so that every replica makes the same of them.
@@ -303,9 +349,24 @@ pub fn manifest_update(id: u64, kind: ManifestKind, name: &str, manifest: &Feder
         ManifestKind::Tier => Body::Tier(body),
         ManifestKind::NetworkSet => Body::NetworkSet(body),
     };
-    let update = pb::ObjectUpdate { id, revision: 0, features: manifest.features.clone(), body: Some(body) };
+    let mut update = pb::ObjectUpdate { id, revision: 0, features: manifest.features.clone(), body: Some(body) };
+    if update.encoded_len() > MAX_HUB_OBJECT_BYTES {
+        // Members refuse it by its name, and what they do not know of it is closed.
+        tracing::error!(
+            object = name,
+            bytes = update.encoded_len(),
+            "cluster selectors select too much for one message"
+        );
+        update.features.push(TOO_LARGE.to_owned());
+        if let Some(Body::Policy(it) | Body::Tier(it) | Body::NetworkSet(it)) = &mut update.body {
+            it.clusters.clear();
+        }
+    }
     update.encode_to_vec().into()
 }
+
+/// The feature that an object needs whose cluster selectors select more than fits in a message.
+const TOO_LARGE: &str = "cluster-selectors-select-too-much";
 
 pub fn cluster_update(id: u64, name: &str, state: &ClusterState) -> Bytes {
     use pb::cluster_record::{LabelGrant as Grant, Lease as State};

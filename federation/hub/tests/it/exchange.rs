@@ -200,11 +200,14 @@ fn limits_refuse_what_is_beyond_and_a_snapshot_is_asked_for_when_there_is_room()
     // An update of one that is kept is no newcomer.
     it.delta(&[(11, Body::Endpoint(pb::Endpoint { node: "n".to_owned(), ..endpoint(1) }))], &[]);
     assert_eq!(it.exchange.origin("train").unwrap().endpoint_count(), 3);
-    assert!(it.say(Request::Heartbeat(pb::Heartbeat {})).is_empty(), "there is no room");
+    assert!(it.say(Request::Heartbeat(pb::Heartbeat::default())).is_empty(), "there is no room");
     it.delta(&[], &[12]);
-    let answers = it.say(Request::Heartbeat(pb::Heartbeat {}));
+    let answers = it.say(Request::Heartbeat(pb::Heartbeat::default()));
     assert!(matches!(answers[..], [Response::Resync(_)]), "{answers:?}");
-    assert!(it.say(Request::Heartbeat(pb::Heartbeat {})).is_empty(), "what does not fit is not asked for at each beat");
+    assert!(
+        it.say(Request::Heartbeat(pb::Heartbeat::default())).is_empty(),
+        "what does not fit is not asked for at each beat"
+    );
     // The snapshot fills the room, so that the next place that becomes free is news.
     let but = |gone: &[u64]| -> Vec<(u64, Body)> {
         let all =
@@ -213,19 +216,19 @@ fn limits_refuse_what_is_beyond_and_a_snapshot_is_asked_for_when_there_is_room()
     };
     it.batch(pb::begin::Kind::Snapshot(pb::Snapshot {}), &but(&[12]), &[]);
     assert_eq!(it.exchange.origin("train").unwrap().endpoint_count(), 3);
-    assert!(it.say(Request::Heartbeat(pb::Heartbeat {})).is_empty());
+    assert!(it.say(Request::Heartbeat(pb::Heartbeat::default())).is_empty());
     it.delta(&[], &[11]);
-    assert!(matches!(it.say(Request::Heartbeat(pb::Heartbeat {}))[..], [Response::Resync(_)]));
-    assert!(it.say(Request::Heartbeat(pb::Heartbeat {})).is_empty());
+    assert!(matches!(it.say(Request::Heartbeat(pb::Heartbeat::default()))[..], [Response::Resync(_)]));
+    assert!(it.say(Request::Heartbeat(pb::Heartbeat::default())).is_empty());
     // What was asked of a stream that has ended is asked of the next.
     it.reopen();
-    assert!(matches!(it.say(Request::Heartbeat(pb::Heartbeat {}))[..], [Response::Resync(_)]));
+    assert!(matches!(it.say(Request::Heartbeat(pb::Heartbeat::default()))[..], [Response::Resync(_)]));
     // Or a wider grant.
     it.batch(pb::begin::Kind::Snapshot(pb::Snapshot {}), &but(&[]), &[]);
-    assert!(it.say(Request::Heartbeat(pb::Heartbeat {})).is_empty());
+    assert!(it.say(Request::Heartbeat(pb::Heartbeat::default())).is_empty());
     let wider = grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"], "limits": {"endpoints": 9}}));
     it.exchange.set_federation(federation(wider, 2));
-    assert!(matches!(it.say(Request::Heartbeat(pb::Heartbeat {}))[..], [Response::Resync(_)]));
+    assert!(matches!(it.say(Request::Heartbeat(pb::Heartbeat::default()))[..], [Response::Resync(_)]));
 }
 
 /// Memory is bounded by cluster, not by stream.
@@ -291,11 +294,214 @@ fn a_realisation_is_bounded() {
         assert!(kept.problems[0].contains("nodes, of "), "{kept:?}");
     }
     // It names no origin, which is not that all are equal.
-    it.exchange.watch_open("train".into(), pb::WatchOpen { protocol: 1, ..pb::WatchOpen::default() }).unwrap();
+    let id = it.exchange.watch_open("train".into(), pb::WatchOpen { protocol: 1, ..pb::WatchOpen::default() }).unwrap();
     assert_eq!(it.exchange.digests_equal("train"), None);
     let hub = Some(pb::Position { epoch: 1, revision: 1 });
-    it.say(Request::Realisation(pb::Realisation { hub, ..pb::Realisation::default() }));
+    let told = |origins: Vec<pb::OriginState>| {
+        Request::Realisation(pb::Realisation { hub, origins, ..pb::Realisation::default() })
+    };
+    it.say(told(Vec::new()));
+    assert_eq!(it.exchange.digests_equal("train"), None, "it is not served yet");
+    it.exchange.next(id).unwrap();
     assert_eq!(it.exchange.digests_equal("train"), Some(true));
+    let of_hub = |digest: u128| {
+        vec![pb::OriginState { digest: digest.to_le_bytes().to_vec().into(), ..pb::OriginState::default() }]
+    };
+    it.say(told(of_hub(1)));
+    assert_eq!(it.exchange.digests_equal("train"), Some(false), "policies and clusters count as well");
+    it.say(told(of_hub(it.exchange.expected_digest(id, "").unwrap())));
+    assert_eq!(it.exchange.digests_equal("train"), Some(true));
+}
+
+/// What is not named is not held.
+#[test]
+fn an_origin_that_a_cluster_does_not_hold_makes_digests_differ() {
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"]})));
+    it.delta(&[(1, namespace("a", &[])), (2, Body::Endpoint(endpoint(1)))], &[]);
+    let everything = pb::Selection {
+        clusters: Some(pb::selection::Clusters::All(pb::AllClusters {})),
+        selector: "all()".to_owned(),
+        port_names: Vec::new(),
+    };
+    let open = pb::WatchOpen { protocol: 1, own: vec![everything], ..pb::WatchOpen::default() };
+    let id = it.exchange.watch_open("serve".into(), open).unwrap();
+    while it.exchange.next(id).is_some() {}
+    let publishing = it.exchange.publish_open("serve".into());
+    let say = |exchange: &mut Exchange, message| {
+        exchange.publish(publishing, pb::PublishRequest { message: Some(message) }).unwrap();
+    };
+    say(&mut it.exchange, Request::Open(pb::PublishOpen { protocol: 1, epoch: 1 }));
+    let told =
+        |origins| pb::Realisation { hub: Some(pb::Position { epoch: 1, revision: 1 }), origins, ..Default::default() };
+    say(&mut it.exchange, Request::Realisation(told(Vec::new())));
+    assert_eq!(it.exchange.digests_equal("serve"), Some(false));
+    let digest = it.exchange.expected_digest(id, "train").unwrap().to_le_bytes().to_vec().into();
+    let held = pb::OriginState { origin: "train".to_owned(), digest, ..pb::OriginState::default() };
+    say(&mut it.exchange, Request::Realisation(told(vec![held])));
+    assert_eq!(it.exchange.digests_equal("serve"), Some(true));
+}
+
+/// A hub whose files are older than what a cluster holds: the stream waits, and status says so.
+#[test]
+fn a_cluster_that_is_ahead_of_the_hub_is_named() {
+    let mut it = Publishing::new(grant(serde_json::json!({})));
+    assert_eq!(it.exchange.ahead_of_hub("train"), None);
+    let at = |revision| Some(pb::Position { epoch: 1, revision });
+    let node = |hub_revision| pb::NodePosition { hub_revision, ..pb::NodePosition::default() };
+    for (hub, received, node_at, ahead) in
+        [(1, 1, 1, None), (2, 1, 1, Some(2)), (1, 3, 1, Some(3)), (1, 1, 4, Some(4)), (2, 3, 4, Some(4))]
+    {
+        let realisation =
+            pb::Realisation { hub: at(hub), received: at(received), nodes: vec![node(node_at)], ..Default::default() };
+        it.say(Request::Realisation(realisation));
+        assert_eq!(it.exchange.ahead_of_hub("train"), ahead);
+    }
+    // Of another numbering nothing can be said.
+    let other = Some(pb::Position { epoch: 7, revision: 9 });
+    it.say(Request::Realisation(pb::Realisation {
+        hub: other,
+        received: other,
+        nodes: vec![node(9)],
+        ..Default::default()
+    }));
+    assert_eq!(it.exchange.ahead_of_hub("train"), None);
+    let open = pb::WatchOpen { protocol: 1, hub: at(288), ..pb::WatchOpen::default() };
+    let id = it.exchange.watch_open("train".into(), open).unwrap();
+    assert!(it.exchange.next(id).is_none(), "it is not served");
+    assert_eq!(it.exchange.ahead_of_hub("train"), Some(288));
+}
+
+/// What cannot be taken of an opening is sent anew, or widened, and the stream goes on.
+#[test]
+fn a_part_of_an_opening_that_cannot_be_taken_does_not_end_the_stream() {
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"]})));
+    it.delta(&[(1, namespace("a", &[])), (2, Body::Endpoint(endpoint(1)))], &[]);
+    let selection = |selector: String, ports: usize| pb::Selection {
+        clusters: Some(pb::selection::Clusters::Named(pb::Clusters { names: vec!["train".to_owned()] })),
+        selector,
+        port_names: (0..ports).map(|it| format!("p{it}")).collect(),
+    };
+    let none = || selection("has(none)".to_owned(), 0);
+    let too_long = || selection(format!("app in {{'{}'}}", "x".repeat(8_192)), 0);
+    let unscoped = || pb::Selection { clusters: None, ..none() };
+    // What is sent of an endpoint that `has(none)` does not select, and the first part that is refused.
+    let sent = |it: &mut Publishing, open: pb::WatchOpen| {
+        let id = it.exchange.watch_open("serve".into(), pb::WatchOpen { protocol: 1, ..open }).unwrap();
+        let all: Vec<_> = std::iter::from_fn(|| it.exchange.next(id)).filter_map(|it| it.message).collect();
+        let frames = all.iter().filter_map(|it| match it {
+            pb::watch_response::Message::Frame(bytes) => pb::Frame::decode(bytes.clone()).ok(),
+            _ => None,
+        });
+        let is_pod = |bytes: &bytes::Bytes| {
+            matches!(pb::ObjectUpdate::decode(bytes.clone()).unwrap().body, Some(Body::Endpoint(_)))
+        };
+        let pods = frames.flat_map(|frame| frame.upserts).filter(is_pod).count();
+        let refused = all.iter().find_map(|it| match it {
+            pb::watch_response::Message::Refused(refused) => Some(refused.clone()),
+            _ => None,
+        });
+        let whole = all.iter().any(|it| matches!(it, pb::watch_response::Message::Interest(it) if it.whole));
+        it.exchange.watch_close(id);
+        (pods, refused.map(|it| (it.total, it.parts[0].clone())), whole)
+    };
+    let own = |own: Vec<pb::Selection>| pb::WatchOpen { own, ..pb::WatchOpen::default() };
+    assert_eq!(sent(&mut it, own(vec![none()])), (0, None, false));
+    let (pods, refused, whole) = sent(&mut it, own(vec![none(), too_long()]));
+    let (total, part) = refused.unwrap();
+    assert_eq!((pods, total, whole), (1, 1, false));
+    assert!(part.starts_with("own[1].selector: 8203 bytes, of 8192"), "{part}");
+    for (broken, part) in [
+        (selection("(".to_owned(), 0), "own[0].selector: "),
+        (selection("all()".to_owned(), 257), "own[0].portNames: 257 names, of 256"),
+        (selection("all()".to_owned(), 0), ""),
+        (unscoped(), "own[0].clusters: missing"),
+    ] {
+        let (pods, refused, _) = sent(&mut it, own(vec![broken]));
+        let named = refused.map_or(String::new(), |(_, part)| part);
+        assert!(named.starts_with(part) && (named.is_empty() == part.is_empty()), "{named}, of {part}");
+        // A missing scope does not restrict the selection either.
+        assert_eq!(pods, usize::from(!part.contains("clusters")), "{part}");
+    }
+    let many = sent(&mut it, own(vec![none(); 16_385]));
+    assert_eq!((many.0, many.1.unwrap().1), (1, "own: 16385 selections, of 16384".to_owned()));
+    // Of what was complete before: the receiver forgets what it named, and is told all of what there is now.
+    let (pods, refused, whole) =
+        sent(&mut it, pb::WatchOpen { interest: vec![too_long()], ..pb::WatchOpen::default() });
+    assert_eq!((pods, refused.unwrap().0, whole), (1, 1, true));
+    let held = pb::Held { origin: "train".to_owned(), position: None, ..pb::Held::default() };
+    let (pods, refused, _) = sent(
+        &mut it,
+        pb::WatchOpen { held: vec![held], own: vec![selection("all()".to_owned(), 0)], ..Default::default() },
+    );
+    assert_eq!((pods, refused.unwrap()), (1, (1, "held[0].position: missing".to_owned())));
+}
+
+/// What lies beyond would leave no number for the cluster's own member.
+#[test]
+fn numbers_that_leave_none_after_them_are_refused() {
+    let most = hanse_hub::exchange::wire::MAX_NUMBER;
+    for (epoch, revision, taken) in
+        [(most, most, true), (most + 1, 1, false), (1, most + 1, false), (u64::MAX, u64::MAX, false)]
+    {
+        let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"]})));
+        let kind = Some(pb::begin::Kind::Snapshot(pb::Snapshot {}));
+        it.say(Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 }));
+        let end = pb::End { position: Some(pb::Position { epoch, revision }), digest: bytes::Bytes::new(), view: 0 };
+        let answer = it.exchange.publish(it.id, pb::PublishRequest { message: Some(Request::End(end)) });
+        assert_eq!(answer.is_ok(), taken, "{epoch} {revision}: {answer:?}");
+        assert!(answer.is_ok() || answer.unwrap_err().to_string().contains("9007199254740991"));
+        let at = it.exchange.origin("train").unwrap().position;
+        assert_eq!(at, if taken { Position { epoch, revision } } else { Position { epoch: 1, revision: 1 } });
+    }
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"]})));
+    let update = pb::ObjectUpdate { id: 1, revision: most + 1, features: Vec::new(), body: Some(namespace("a", &[])) };
+    let frame = pb::Frame { upserts: vec![update.encode_to_vec().into()], removals: Vec::new() };
+    let kind = Some(pb::begin::Kind::Delta(pb::Delta {}));
+    it.say(Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 }));
+    it.say(Request::Frame(frame.encode_to_vec().into()));
+    let position = Some(pb::Position { epoch: 1, revision: 2 });
+    it.say(Request::End(pb::End { position, digest: bytes::Bytes::new(), view: 0 }));
+    assert!(it.refusals()[0].1.contains("revision 9007199254740992"), "{:?}", it.refusals());
+}
+
+/// Whatever a cluster is granted: of what is staged, all clusters together have so much, and the largest goes first.
+#[test]
+fn unfinished_batches_are_bounded_for_all_clusters_together() {
+    let limits = serde_json::json!({"endpoints": 1_000_000});
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "limits": limits})));
+    let begin = |exchange: &mut Exchange, id| {
+        let kind = Some(pb::begin::Kind::Snapshot(pb::Snapshot {}));
+        let begin = Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 });
+        exchange.publish(id, pb::PublishRequest { message: Some(begin) }).unwrap();
+    };
+    // One object of a million bytes.
+    let frame = |number: u64| {
+        let update =
+            pb::ObjectUpdate { id: number + 1, revision: 1, features: vec!["x".repeat(1_000_000)], body: None };
+        let frame = pb::Frame { upserts: vec![update.encode_to_vec().into()], removals: Vec::new() };
+        pb::PublishRequest { message: Some(Request::Frame(frame.encode_to_vec().into())) }
+    };
+    let other = it.exchange.publish_open("serve".into());
+    it.exchange
+        .publish(other, pb::PublishRequest { message: Some(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1 })) })
+        .unwrap();
+    begin(&mut it.exchange, it.id);
+    begin(&mut it.exchange, other);
+    it.exchange.publish(other, frame(0)).unwrap();
+    let mut taken = 0;
+    let error = loop {
+        match it.exchange.publish(it.id, frame(taken)) {
+            Ok(_) => taken += 1,
+            Err(error) => break error.to_string(),
+        }
+        assert!(it.exchange.staged_bytes() <= 256 << 20);
+    };
+    assert_eq!(taken, 267, "and one of the other's come to 256 MiB");
+    assert!(error.contains("unfinished batches"), "{error}");
+    assert!(it.exchange.staged_bytes() < 2 << 20, "what was staged of it is gone, the other's is not");
+    it.exchange.publish(other, frame(1)).unwrap();
+    it.exchange.publish_close(other);
+    assert_eq!(it.exchange.staged_bytes(), 0, "what is left of a stream that ended");
 }
 
 /// The hub keeps them, and shows them to administrators.

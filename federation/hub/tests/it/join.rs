@@ -326,7 +326,7 @@ async fn who_is_connected_and_publishes_nothing_is_silent() {
     say(Message::Open(wire::PublishOpen { protocol: 1, epoch: 1 })).await;
     let registry = &test.hub.registry;
     let is = async |wanted: Lease| {
-        say(Message::Heartbeat(wire::Heartbeat {})).await;
+        say(Message::Heartbeat(wire::Heartbeat::default())).await;
         registry.snapshot().clusters["train"].lease == wanted
     };
     eventually("it is heard", || is(Lease::Live)).await;

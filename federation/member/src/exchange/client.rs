@@ -49,6 +49,12 @@ const STORE_EVERY: Duration = Duration::from_secs(1);
 const STORE_PUBLISHED_EVERY: Duration = Duration::from_secs(30);
 /// When a file that could not be written is tried again.
 const WRITE_AGAIN: Duration = Duration::from_secs(2);
+/// Bytes of an error of the hub's that are kept.
+const MAX_ERROR_BYTES: usize = 512;
+/// The time of a lease before a hub has said it, and bounds of what a hub may say.
+const LEASE: Duration = Duration::from_secs(30);
+const LEASE_AT_LEAST: Duration = Duration::from_secs(3);
+const LEASE_AT_MOST: Duration = Duration::from_secs(3_600);
 const HEADER: &[u8] = b"hanse-exchange/1\n";
 
 /// What the member says of itself, and hears. Clones share everything.
@@ -74,6 +80,18 @@ struct Shared {
     own: watch::Sender<BTreeSet<Wanted>>,
     realisation: watch::Sender<Option<Arc<pb::Realisation>>>,
     refusals: Mutex<Vec<pb::Refusal>>,
+    watching: Mutex<Watching>,
+}
+
+/// How the watching stream is.
+#[derive(Debug)]
+struct Watching {
+    /// When something came last on a stream that the hub serves; at first, the start.
+    received: Instant,
+    /// How long a cluster may be silent, as the hub says.
+    lease: Duration,
+    /// Why the last stream ended.
+    error: Option<String>,
 }
 
 /// Which of what was received is on disk, and which was handed out. While something was handed out that is not on disk, a
@@ -121,6 +139,7 @@ impl Client {
             own: watch::Sender::default(),
             realisation: watch::Sender::default(),
             refusals: Mutex::default(),
+            watching: Mutex::new(Watching { received: Instant::now(), lease: LEASE, error: None }),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -213,13 +232,28 @@ impl Client {
 
     fn receive(&self, message: pb::WatchResponse) -> Result<Vec<pb::WatchRequest>, ReceiveError> {
         use pb::watch_response::Message;
-        let is_quiet = matches!(message.message, None | Some(Message::Welcome(_) | Message::Heartbeat(_)));
+        let is_quiet =
+            matches!(message.message, None | Some(Message::Welcome(_) | Message::Heartbeat(_) | Message::Refused(_)));
+        let heartbeat_ms = match &message.message {
+            Some(Message::Welcome(welcome)) => Some(welcome.heartbeat_ms),
+            _ => None,
+        };
         let mut receiver = lock(&self.shared.receiver);
         // The first beat of a quiet stream may end a doubt.
         let is_news = !is_quiet || receiver.is_doubted();
         lock(&self.shared.kept).received += u64::from(is_news);
         let answers = receiver.take(message)?;
+        let served = receiver.is_served();
         drop(receiver);
+        if served {
+            let mut watching = lock(&self.shared.watching);
+            (watching.received, watching.error) = (Instant::now(), None);
+            if let Some(heartbeat_ms) = heartbeat_ms {
+                // A third of the lease.
+                let lease = Duration::from_millis(heartbeat_ms.saturating_mul(3));
+                watching.lease = lease.clamp(LEASE_AT_LEAST, LEASE_AT_MOST);
+            }
+        }
         if is_news {
             self.shared.received.send_modify(|count| *count += 1);
         }
@@ -250,6 +284,34 @@ impl Client {
         let mut changes = self.shared.received.subscribe();
         changes.mark_changed();
         changes
+    }
+
+    /// Since something was received last on a watching stream that the hub serves, or since the start.
+    fn received_age(&self) -> Duration {
+        lock(&self.shared.watching).received.elapsed()
+    }
+
+    /// Whether the hub was heard within the time of a lease: what is in force here may be old otherwise.
+    pub fn is_watching(&self) -> bool {
+        let watching = lock(&self.shared.watching);
+        watching.received.elapsed() < watching.lease
+    }
+
+    /// What is wrong with what is received of the hub, in words.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        {
+            let watching = lock(&self.shared.watching);
+            let age = watching.received.elapsed();
+            if age >= watching.lease {
+                // Rounded, so that time alone is no news.
+                let seconds = age.as_secs() / 10 * 10;
+                let why = watching.error.as_deref().unwrap_or("the stream is open, and nothing comes");
+                problems.push(format!("nothing was received from the hub for {seconds} s: {why}"));
+            }
+        }
+        problems.extend(lock(&self.shared.receiver).problems());
+        problems
     }
 
     /// Looks at what is held.
@@ -314,7 +376,10 @@ impl Client {
                         None => continue,
                     }
                 }
-                _ = beat.tick() => Message::Heartbeat(pb::Heartbeat {}),
+                _ = beat.tick() => {
+                    let age = u64::try_from(self.received_age().as_millis()).unwrap_or(u64::MAX);
+                    Message::Heartbeat(pb::Heartbeat { received_age_ms: Some(age) })
+                }
                 // The next connection shows the new certificate; this one serves on until that one has resumed.
                 opened = renewals.opened(hub, || self.open_publish(identity, hub)) => {
                     (outbox, answers, session) = opened;
@@ -365,10 +430,21 @@ impl Client {
                 () = stop.cancelled() => return,
                 ended = self.watch_once(identity, hub, &mut backoff) => ended,
             };
-            lock(&self.shared.receiver).disconnected();
-            if let Err(error) = ended {
-                tracing::warn!(error = format!("{error:#}"), hub, "not watching, trying again; what is held stays");
+            {
+                let mut receiver = lock(&self.shared.receiver);
+                receiver.disconnected();
+                // Tried again as it is written after any other end: another hub, or a newer one, may take it.
+                receiver.set_rejected(ended.as_ref().err().and_then(rejected));
             }
+            let error = match ended {
+                Ok(()) => "the hub closed the stream".to_owned(),
+                Err(error) => {
+                    let error = clip(&format!("{error:#}"));
+                    tracing::warn!(error, hub, "not watching, trying again; what is held stays");
+                    error
+                }
+            };
+            lock(&self.shared.watching).error = Some(error);
             if !backoff.wait(stop).await {
                 return;
             }
@@ -480,6 +556,18 @@ fn not_opened(hub: &Peer, status: &Status) -> anyhow::Error {
     anyhow::anyhow!("open the stream: {}", hub.explain(status))
 }
 
+/// Why the hub does not take what was sent to it, where that is why a stream ended.
+fn rejected(error: &anyhow::Error) -> Option<String> {
+    let status = error.chain().find_map(|cause| cause.downcast_ref::<tonic::Status>())?;
+    // The latter for a message that is too large.
+    matches!(status.code(), tonic::Code::InvalidArgument | tonic::Code::OutOfRange).then(|| clip(status.message()))
+}
+
+/// As much of a text from elsewhere as is kept.
+fn clip(text: &str) -> String {
+    text[..text.floor_char_boundary(MAX_ERROR_BYTES)].to_owned()
+}
+
 async fn connect(identity: &MemberIdentity, hub: &str) -> anyhow::Result<Connection> {
     Ok(identity.connect(hub).await?)
 }
@@ -565,7 +653,7 @@ mod tests {
             Message::Interest(pb::Interest { number: 1, ..pb::Interest::default() }),
             Message::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 1 }),
             Message::End(pb::End { position, digest: digest_bytes(0), view: 0 }),
-            Message::Heartbeat(pb::Heartbeat {}),
+            Message::Heartbeat(pb::Heartbeat::default()),
         ] {
             client.receive(pb::WatchResponse { message: Some(message) }).expect("the protocol");
         }
@@ -616,6 +704,37 @@ mod tests {
         renewed.send_replace(());
         assert_eq!(serve((SILENCE + REOPEN_AFTER).as_millis() as u32 + 10).await, None);
         assert_eq!(asked.get(), 4);
+    }
+
+    #[test]
+    fn a_member_that_receives_nothing_for_a_lease_is_not_watching() {
+        use pb::watch_response::Message;
+        let folder = tempfile::tempdir().expect("a folder");
+        let (client, _) = start(folder.path());
+        let receive = |message| client.receive(pb::WatchResponse { message: Some(message) }).expect("the protocol");
+        // So much earlier it received what it did.
+        let after = |seconds| {
+            let mut watching = lock(&client.shared.watching);
+            watching.received =
+                watching.received.checked_sub(Duration::from_secs(seconds)).expect("a clock that is older");
+            drop(watching);
+            (client.is_watching(), client.problems().len())
+        };
+        let welcome = |heartbeat_ms| Message::Welcome(pb::WatchWelcome { heartbeat_ms });
+        assert_eq!(after(29), (true, 0), "it has just started");
+        receive(Message::Heartbeat(pb::Heartbeat::default()));
+        assert_eq!(after(1), (false, 1), "a hub that is older than what is held here does not serve the stream");
+        receive(welcome(2_000));
+        assert_eq!(after(5), (true, 0));
+        receive(Message::Heartbeat(pb::Heartbeat::default()));
+        assert_eq!(after(5), (true, 0));
+        assert_eq!(after(1), (false, 1));
+        assert!(client.problems()[0].contains("nothing was received from the hub"), "{:?}", client.problems());
+        // Whatever the hub says.
+        receive(welcome(0));
+        assert_eq!(after(2), (true, 0));
+        receive(welcome(u64::MAX));
+        assert_eq!(after(60), (true, 0));
     }
 
     #[test]

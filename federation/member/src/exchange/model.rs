@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
+pub use hanse_policy::interest::Wanted;
 use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, Labels, Namespace};
-use hanse_policy::model::{ClusterName, ClusterScope};
-use hanse_policy::selector::Selector;
+use hanse_policy::model::ClusterName;
 use ipnet::IpNet;
 
 /// A position in what one origin publishes; both numbers are the publisher's.
@@ -14,15 +14,6 @@ use ipnet::IpNet;
 pub struct Position {
     pub epoch: u64,
     pub revision: u64,
-}
-
-/// Which remote endpoints this cluster's own policies can select. The scope is never `Local`.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Wanted {
-    pub clusters: ClusterScope,
-    pub selector: Selector,
-    /// When given, only endpoints that have a port of one of these names.
-    pub port_names: BTreeSet<Arc<str>>,
 }
 
 /// What is known of a cluster's lease. Only the hub ends one.

@@ -22,6 +22,8 @@ use super::wire;
 const MAX_TOMBSTONES: usize = 65_536;
 /// Numbers reserved at a time.
 const RESERVE: u64 = 1 << 16;
+/// The greatest epoch and revision that a hub takes.
+const MAX_NUMBER: u64 = (1 << 53) - 1;
 /// Labels that controllers give to each pod of its own, so that they would make every label set unique.
 const OWN_KEYS: [&str; 9] = [
     "apps.kubernetes.io/pod-index",
@@ -122,6 +124,12 @@ impl Publisher {
     /// From what [`Self::store`] returned; none when it cannot be read.
     pub fn restore(bytes: &[u8]) -> Option<Self> {
         let stored = Stored::decode(bytes).ok()?;
+        // An earlier version may have followed a hub to where there are no more numbers.
+        let most = MAX_NUMBER - RESERVE;
+        if stored.epoch > MAX_NUMBER || stored.reserved_revision > most || stored.reserved_id > most {
+            tracing::error!(epoch = stored.epoch, "the numbers of what is published are used up: a new epoch begins");
+            return None;
+        }
         let mut publisher = Self::new(stored.epoch);
         publisher.revision = stored.reserved_revision;
         publisher.next_id = stored.reserved_id;
@@ -383,10 +391,19 @@ impl Publisher {
         }
     }
 
-    /// A hub holds a later numbering than this: take one that is later still.
+    /// A hub holds a later numbering than this: take one that is later still. The numbers are a stranger's.
     fn go_past(&mut self, held: Position) {
-        if held.epoch > self.epoch {
-            self.epoch = held.epoch + 1;
+        let spent = held.revision > MAX_NUMBER - RESERVE;
+        if held.epoch > self.epoch || held.epoch == self.epoch && spent {
+            let Some(epoch) = held.epoch.checked_add(1).filter(|epoch| *epoch <= MAX_NUMBER) else {
+                tracing::error!(
+                    held = held.epoch,
+                    "a hub holds an epoch of this cluster after which there is none: another process has published in its \
+                     name; revoke the cluster and let it join again"
+                );
+                return;
+            };
+            self.epoch = epoch;
             self.reserved_revision = 0;
             self.floor = self.revision;
         } else if held.epoch == self.epoch && held.revision > self.revision {
@@ -576,6 +593,41 @@ mod tests {
             let mut restored = Publisher::restore(&kept.store().0).expect("what was stored");
             restored.publish(cluster, &Changed::default());
             assert_eq!(published(&restored), published(&fresh));
+        }
+    }
+
+    /// What a hub holds may have been published by another process in the cluster's name.
+    #[test]
+    fn numbers_of_a_stranger_leave_the_member_running() {
+        let most = MAX_NUMBER;
+        for (held, epoch) in [
+            ((most, 1), 3),
+            ((u64::MAX, u64::MAX), 3),
+            ((most - 1, u64::MAX), most),
+            ((3, most), 4),
+            ((3, u64::MAX), 4),
+            ((3, 1_000), 3),
+        ] {
+            let mut publisher = Publisher::new(3);
+            publisher.publish_all(&Cluster::default());
+            let held = Position { epoch: held.0, revision: held.1 };
+            let welcome = Response::Welcome(pb::PublishWelcome { held: Some(held.into()), ..Default::default() });
+            PublishSession::default().take(&mut publisher, pb::PublishResponse { message: Some(welcome) });
+            assert_eq!(publisher.position().epoch, epoch, "{held:?}");
+            let (bytes, reserved) = publisher.store();
+            publisher.stored(reserved);
+            let mut restored = Publisher::restore(&bytes).expect("what was stored");
+            assert!(restored.publish_all(&Cluster::default()) && restored.position() > publisher.position());
+        }
+        let poisoned = |epoch, reserved_revision, reserved_id| Stored {
+            epoch,
+            reserved_revision,
+            reserved_id,
+            objects: Vec::new(),
+        };
+        assert!(Publisher::restore(&poisoned(1, 2, 3).encode_to_vec()).is_some());
+        for stored in [poisoned(u64::MAX, 1, 1), poisoned(1, u64::MAX, 1), poisoned(1, 1, u64::MAX)] {
+            assert!(Publisher::restore(&stored.encode_to_vec()).is_none(), "{stored:?}");
         }
     }
 

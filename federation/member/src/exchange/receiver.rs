@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use hanse_k8s_api::hanse::EXISTING_TIER;
+use hanse_policy::interest;
 use hanse_policy::inventory::{Endpoint, EndpointId, Labels};
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
@@ -22,6 +23,9 @@ use super::wire::{self, Object, RemoteEndpoint, WireError};
 
 /// Batches of the hub's own objects that wait for their interest, before later ones are joined to the last.
 const MAX_WAITING: usize = 64;
+
+/// Parts of an interest that the hub refuses, as many as are reported.
+const MAX_REFUSED_PARTS: usize = 32;
 
 type ManifestKey = (ManifestKind, Arc<str>);
 
@@ -42,6 +46,8 @@ pub struct Receiver {
     /// Encoded selections: the interest that was complete last.
     complete_interest: BTreeSet<Vec<u8>>,
     own: Vec<pb::Selection>,
+    /// Why the hub did not take the last opening, or a later message of its stream: the next one names wider selections.
+    rejected: Option<String>,
     session: Option<Session>,
     changes: Vec<Change>,
     /// The position that was handed out last with changes.
@@ -77,6 +83,12 @@ struct Waiting {
 
 #[derive(Debug, Default)]
 struct Session {
+    /// The hub serves the stream: it is not older than what is held here.
+    welcomed: bool,
+    /// What the hub did not take as it was written.
+    refused: pb::PartsRefused,
+    /// Objects whose ids could not be read.
+    unreadable: u64,
     staging: Option<Staging>,
     number: u64,
     complete: u64,
@@ -95,6 +107,8 @@ struct Staging {
     snapshot: bool,
     needs: u64,
     updates: BTreeMap<u64, Option<Bytes>>,
+    /// The digests of updates whose ids cannot be read: they are refused by themselves, and the rest counts.
+    unreadable: u128,
 }
 
 #[derive(Debug, Default)]
@@ -282,7 +296,10 @@ impl Receiver {
             // The first interest of a stream covers everything that the hub's state needs, whatever was sent before.
             waiting.needs = 1;
         }
-        self.session = Some(Session { interest: self.complete_interest.clone(), ..Session::default() });
+        let bytes: usize = self.complete_interest.iter().map(|it| it.len() + 5).sum();
+        let wider = self.rejected.is_some() && bytes > 0 || bytes > interest::WHOLE.bytes;
+        let interest =
+            if wider { BTreeSet::from([everything().encode_to_vec()]) } else { self.complete_interest.clone() };
         let held = self.origins.iter().map(|(name, origin)| pb::Held {
             origin: name.to_string(),
             position: Some(origin.position.into()),
@@ -293,14 +310,11 @@ impl Receiver {
             protocol: wire::PROTOCOL,
             hub: self.hub.map(pb::Position::from),
             held: held.collect(),
-            interest: self
-                .complete_interest
-                .iter()
-                .filter_map(|bytes| pb::Selection::decode(&bytes[..]).ok())
-                .collect(),
-            own: self.own.clone(),
+            interest: interest.iter().filter_map(|bytes| pb::Selection::decode(&bytes[..]).ok()).collect(),
+            own: self.own_selections(),
             hub_digest: wire::digest_bytes(self.hub_digest),
         };
+        self.session = Some(Session { interest, ..Session::default() });
         pb::WatchRequest { message: Some(Request::Open(open)) }
     }
 
@@ -309,15 +323,58 @@ impl Receiver {
         self.session = None;
     }
 
+    /// Why the hub did not take what this cluster sent on the last stream, or that it did: the next opening names
+    /// everything in place of the selections that may be the reason.
+    pub fn set_rejected(&mut self, why: Option<String>) {
+        self.rejected = why;
+    }
+
+    /// Whether the hub serves the stream that is open.
+    pub fn is_served(&self) -> bool {
+        self.session.as_ref().is_some_and(|session| session.welcomed)
+    }
+
+    /// What of this cluster's interest the hub did not take, and what of the hub's could not be read, in words.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if let Some(why) = &self.rejected {
+            problems
+                .push(format!("the hub refuses what own policies select, and everything is received instead: {why}"));
+        }
+        let Some(session) = &self.session else { return problems };
+        let refused = &session.refused;
+        let parts = refused.parts.iter().take(MAX_REFUSED_PARTS);
+        problems
+            .extend(parts.map(|part| format!("the hub cannot read a selection, and more is received instead: {part}")));
+        if refused.total > refused.parts.len() as u64 {
+            problems.push(format!("the hub cannot read {} selections, and more is received instead", refused.total));
+        }
+        if session.unreadable > 0 {
+            problems.push(format!("{} objects that the hub sent cannot be read", session.unreadable));
+        }
+        let unread = self.origins.iter().filter(|(_, origin)| !origin.refused.is_empty()).take(MAX_REFUSED_PARTS);
+        problems
+            .extend(unread.map(|(name, it)| format!("{} objects of cluster {name} cannot be read", it.refused.len())));
+        problems
+    }
+
     /// Replaces the selections of this cluster's own policies; returns what to send, if a stream is open.
     pub fn set_own(&mut self, wanted: &BTreeSet<Wanted>) -> Option<pb::WatchRequest> {
-        let own: Vec<pb::Selection> = wanted.iter().map(pb::Selection::from).collect();
-        if own == self.own {
+        let before = self.own_selections();
+        self.own = wanted.iter().map(wire::selection).collect();
+        let selections = self.own_selections();
+        if selections == before {
             return None;
         }
-        self.own.clone_from(&own);
         self.session.as_ref()?;
-        Some(pb::WatchRequest { message: Some(Request::Own(pb::OwnInterest { selections: own })) })
+        Some(pb::WatchRequest { message: Some(Request::Own(pb::OwnInterest { selections })) })
+    }
+
+    fn own_selections(&self) -> Vec<pb::Selection> {
+        match self.rejected.is_some() && !self.own.is_empty() {
+            true => vec![everything()],
+            false => self.own.clone(),
+        }
     }
 
     /// The changes since the last call, which count together; also where only the hub's position moved.
@@ -343,7 +400,19 @@ impl Receiver {
     pub fn take(&mut self, response: pb::WatchResponse) -> Result<Vec<pb::WatchRequest>, ReceiveError> {
         let Some(session) = self.session.as_mut() else { return Err(ReceiveError::Protocol("no stream is open")) };
         match response.message {
-            None | Some(Response::Welcome(_)) => Ok(Vec::new()),
+            None => Ok(Vec::new()),
+            Some(Response::Welcome(_)) => {
+                session.welcomed = true;
+                Ok(Vec::new())
+            }
+            Some(Response::Refused(refused)) => {
+                if refused.total > 0 {
+                    let first = refused.parts.first().map(String::as_str).unwrap_or_default();
+                    tracing::error!(total = refused.total, first, "the hub cannot read selections: more is received");
+                }
+                session.refused = refused;
+                Ok(Vec::new())
+            }
             Some(Response::Heartbeat(_)) => {
                 // Nothing more is under way.
                 self.doubted &= session.number == 0 || session.complete != session.number;
@@ -355,6 +424,7 @@ impl Receiver {
                     origin: begin.origin,
                     needs: begin.needs_interest,
                     updates: BTreeMap::new(),
+                    unreadable: 0,
                 });
                 Ok(Vec::new())
             }
@@ -366,8 +436,15 @@ impl Receiver {
                     staging.updates.insert(id, None);
                 }
                 for update in frame.upserts {
-                    // A copy of its own: a slice would keep the whole frame.
-                    staging.updates.insert(id_of(&update)?, Some(Bytes::copy_from_slice(&update)));
+                    match wire::id_of(&update) {
+                        // A copy of its own: a slice would keep the whole frame.
+                        Ok(id) => drop(staging.updates.insert(id, Some(Bytes::copy_from_slice(&update)))),
+                        Err(why) => {
+                            tracing::error!(origin = staging.origin, %why, "an object cannot be read, and does not count");
+                            staging.unreadable = staging.unreadable.wrapping_add(digest_of(&update));
+                            session.unreadable = session.unreadable.saturating_add(1);
+                        }
+                    }
                 }
                 Ok(Vec::new())
             }
@@ -387,6 +464,9 @@ impl Receiver {
                 if interest.added.is_empty() {
                     // Nothing in force needs what goes: the rest is as complete as it was.
                     self.complete_interest.clone_from(&session.interest);
+                }
+                if interest.whole {
+                    session.interest.clear();
                 }
                 session.interest.extend(interest.added.iter().map(pb::Selection::encode_to_vec));
                 session.number = interest.number;
@@ -462,7 +542,7 @@ impl Receiver {
     }
 
     fn end_hub(&mut self, staging: Staging, position: Position, digest: Option<u128>) -> Vec<pb::WatchRequest> {
-        let mut expected = if staging.snapshot { 0 } else { self.hub_digest };
+        let mut expected = if staging.snapshot { 0 } else { self.hub_digest }.wrapping_add(staging.unreadable);
         for (id, update) in &staging.updates {
             if let Some(held) = self.hub_objects.get(id).filter(|_| !staging.snapshot) {
                 expected = expected.wrapping_sub(held.digest);
@@ -579,8 +659,10 @@ impl Receiver {
     ) -> Vec<pb::WatchRequest> {
         let name = ClusterName::from(&*staging.origin);
         let origin = self.origins.entry(name.clone()).or_default();
-        match origin.apply(&name, staging.snapshot, staging.updates, digest, &mut self.changes) {
+        let readable = digest.map(|digest| digest.wrapping_sub(staging.unreadable));
+        match origin.apply(&name, staging.snapshot, staging.updates, readable, &mut self.changes) {
             Ok(()) => {
+                origin.digest = origin.digest.wrapping_add(staging.unreadable);
                 (origin.position, origin.view) = (position, view);
                 let Some(session) = self.session.as_mut() else { return Vec::new() };
                 if session.lacking.remove(&name).is_some_and(|complete| complete == Some(session.number)) {
@@ -856,8 +938,8 @@ fn differences(
     gone.chain(new.map(|(key, value)| (key.clone(), Some(value.clone())))).collect()
 }
 
-fn id_of(update: &[u8]) -> Result<u64, WireError> {
-    Ok(wire::read_object(update)?.0)
+fn everything() -> pb::Selection {
+    wire::selection(&Wanted::everything())
 }
 
 fn mismatch(origin: &str) -> pb::WatchRequest {
@@ -934,7 +1016,7 @@ mod tests {
         send(&mut news, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"2", 2, &[]), 2);
         assert_eq!(news.take_updates().expect("news").in_force.revision, 2);
         let mut none = restored();
-        let beat = || pb::WatchResponse { message: Some(Response::Heartbeat(pb::Heartbeat {})) };
+        let beat = || pb::WatchResponse { message: Some(Response::Heartbeat(pb::Heartbeat::default())) };
         none.take(beat()).expect("the protocol");
         assert!(none.take_updates().is_none(), "the hub has not told the interest");
         let interest = pb::Interest { number: 1, ..pb::Interest::default() };
@@ -1052,5 +1134,100 @@ mod tests {
         receiver.take(begin("far", snapshot())).expect("the protocol");
         receiver.take(end(0)).expect("the protocol");
         assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"1"))));
+    }
+
+    fn take(receiver: &mut Receiver, message: Response) {
+        receiver.take(pb::WatchResponse { message: Some(message) }).expect("the protocol");
+    }
+
+    fn selection(selector: &str) -> pb::Selection {
+        let clusters = Some(pb::selection::Clusters::All(pb::AllClusters {}));
+        pb::Selection { clusters, selector: selector.to_owned(), port_names: Vec::new() }
+    }
+
+    /// The interest and the own selections that an opening names.
+    fn opening(receiver: &mut Receiver) -> (Vec<String>, Vec<String>) {
+        let Some(Request::Open(open)) = receiver.open().message else { panic!("not an opening") };
+        let texts = |list: Vec<pb::Selection>| list.into_iter().map(|it| it.selector).collect::<Vec<_>>();
+        (texts(open.interest), texts(open.own))
+    }
+
+    fn texts(list: &[&str]) -> Vec<String> {
+        list.iter().map(|it| (*it).to_owned()).collect()
+    }
+
+    #[test]
+    fn an_opening_that_is_refused_is_followed_by_a_wider_one() {
+        let mut receiver = Receiver::default();
+        let own = |name: &str| {
+            let selector = hanse_policy::selector::Selector::parse(&format!("has({name})")).expect("a selector");
+            BTreeSet::from([Wanted { selector, ..Wanted::everything() }])
+        };
+        receiver.set_own(&own("a"));
+        receiver.open();
+        let interest = pb::Interest { number: 1, added: vec![selection("has(b)")], ..pb::Interest::default() };
+        take(&mut receiver, Response::Interest(interest));
+        assert_eq!(opening(&mut receiver), (texts(&["has(b)"]), texts(&["has(a)"])));
+        receiver.set_rejected(Some("selections[0]: 24836 bytes, of 8192".to_owned()));
+        assert_eq!(opening(&mut receiver), (texts(&["all()"]), texts(&["all()"])));
+        assert!(receiver.problems()[0].contains("24836"), "{:?}", receiver.problems());
+        assert!(receiver.set_own(&own("c")).is_none(), "the hub has everything from it");
+        assert!(receiver.set_own(&BTreeSet::new()).is_some());
+        receiver.set_own(&own("a"));
+        // Another hub is asked for what is needed.
+        receiver.set_rejected(None);
+        assert_eq!(opening(&mut receiver), (texts(&["has(b)"]), texts(&["has(a)"])));
+        assert_eq!(receiver.problems(), texts(&[]));
+        // One from an earlier version, which is larger than a message.
+        let many = (0..140_000).map(|it| selection(&format!("{it:050} == 'x'"))).collect();
+        take(&mut receiver, Response::Interest(pb::Interest { number: 1, added: many, ..pb::Interest::default() }));
+        assert_eq!(opening(&mut receiver).0, texts(&["all()"]));
+    }
+
+    #[test]
+    fn the_whole_interest_replaces_what_the_hub_could_not_read() {
+        let mut receiver = Receiver::default();
+        receiver.open();
+        let interest = pb::Interest { number: 1, added: vec![selection("has(b)")], ..pb::Interest::default() };
+        take(&mut receiver, Response::Interest(interest));
+        receiver.open();
+        let refused = pb::PartsRefused { parts: texts(&["interest[0].selector: too long"]), total: 1 };
+        take(&mut receiver, Response::Refused(refused));
+        assert!(receiver.problems()[0].contains("too long"));
+        let interest =
+            pb::Interest { number: 1, added: vec![selection("all()")], whole: true, ..pb::Interest::default() };
+        take(&mut receiver, Response::Interest(interest));
+        assert_eq!(opening(&mut receiver).0, texts(&["all()"]));
+    }
+
+    /// An object of the hub's that is too large, and one without an id: the rest of the batch counts, and so does the next one.
+    #[test]
+    fn an_object_that_cannot_be_read_is_refused_by_itself() {
+        let mut receiver = Receiver::checked(check);
+        receiver.open();
+        let large =
+            pb::ObjectUpdate { id: 9, revision: 0, features: vec!["x".repeat(wire::MAX_OBJECT_BYTES)], body: None };
+        let nameless = pb::ObjectUpdate { id: 0, revision: 1, features: Vec::new(), body: None };
+        let objects = [policy(b"1", 1, &[]), large.encode_to_vec().into(), nameless.encode_to_vec().into()];
+        let digest = objects.iter().fold(0_u128, |sum, it| sum.wrapping_add(digest_of(it)));
+        for (kind, revision) in [
+            (pb::begin::Kind::Snapshot(pb::Snapshot {}), 1),
+            (pb::begin::Kind::Snapshot(pb::Snapshot {}), 2),
+            (pb::begin::Kind::Delta(pb::Delta {}), 3),
+        ] {
+            let sent = if revision == 3 { Vec::new() } else { objects.to_vec() };
+            take(&mut receiver, Response::Interest(pb::Interest { number: 1, ..pb::Interest::default() }));
+            let begin = pb::Begin { origin: String::new(), kind: Some(kind), needs_interest: 1 };
+            take(&mut receiver, Response::Begin(begin));
+            wire::frames(sent, Vec::new()).into_iter().for_each(|frame| take(&mut receiver, Response::Frame(frame)));
+            let position = Some(pb::Position { epoch: 1, revision });
+            let end = pb::End { position, digest: wire::digest_bytes(digest), view: 0 };
+            let answers = receiver.take(pb::WatchResponse { message: Some(Response::End(end)) }).expect("the protocol");
+            let mismatch = |it: &pb::WatchRequest| format!("{it:?}").contains("Mismatch");
+            assert!(!answers.iter().any(mismatch), "{revision}: {answers:?}");
+        }
+        assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"1"))));
+        assert_eq!(receiver.hub_digest(), digest);
+        assert!(receiver.problems()[0].contains("2 objects that the hub sent"), "{:?}", receiver.problems());
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::num::{NonZeroU16, TryFromIntError};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -18,8 +19,8 @@ pub const PROTOCOL: u32 = 1;
 pub const MAX_FRAME_BYTES: usize = 1 << 20;
 /// Most bytes of any message.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
-/// Most bytes of one received object.
-pub const MAX_OBJECT_BYTES: usize = 512 << 10;
+/// Most bytes of one received object: see the hub's own.
+pub const MAX_OBJECT_BYTES: usize = 768 << 10;
 
 /// Why an object or a message cannot be used; names the field.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -60,12 +61,29 @@ pub struct RemoteEndpoint {
 /// # Errors
 /// When not even the id can be read. The inner result is about this object by itself.
 pub fn read_object(bytes: &[u8]) -> Result<(u64, Result<Object, WireError>), WireError> {
+    let id = id_of(bytes)?;
     if bytes.len() > MAX_OBJECT_BYTES {
-        return Err(WireError::Malformed(format!("object: {} bytes, of {MAX_OBJECT_BYTES}", bytes.len())));
+        return Ok((id, Err(WireError::Malformed(format!("object: {} bytes, of {MAX_OBJECT_BYTES}", bytes.len())))));
     }
-    let update = pb::ObjectUpdate::decode(bytes).map_err(|e| WireError::Malformed(format!("object: {e}")))?;
-    let id = update.id;
-    Ok((id, object(update.body, update.features)))
+    let read = pb::ObjectUpdate::decode(bytes).map_err(|error| WireError::Malformed(format!("object: {error}")));
+    Ok((id, read.and_then(|update| object(update.body, update.features))))
+}
+
+/// The id alone, without reading the rest.
+///
+/// # Errors
+/// When there is none.
+pub fn id_of(bytes: &[u8]) -> Result<u64, WireError> {
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Id {
+        #[prost(uint64, tag = "1")]
+        id: u64,
+    }
+    match Id::decode(bytes) {
+        Ok(Id { id }) if id != 0 => Ok(id),
+        Ok(_) => Err(WireError::Malformed("object: without an id".to_owned())),
+        Err(error) => Err(WireError::Malformed(format!("object: {error}"))),
+    }
 }
 
 /// A manifest says for itself which features it needs; nothing else of which any is not known can be read.
@@ -138,9 +156,10 @@ fn address(bytes: &[u8]) -> Result<IpAddr, WireError> {
 }
 
 fn port(it: pb::NamedPort) -> Result<NamedPort, WireError> {
-    let malformed = |_| WireError::Malformed("endpoint.ports: out of range".to_owned());
+    let malformed = |_: TryFromIntError| WireError::Malformed("endpoint.ports: out of range".to_owned());
     let protocol = u8::try_from(it.protocol).map_err(malformed)?;
-    Ok(NamedPort { name: it.name.into(), protocol, port: u16::try_from(it.port).map_err(malformed)? })
+    let port = NonZeroU16::try_from(u16::try_from(it.port).map_err(malformed)?).map_err(malformed)?.get();
+    Ok(NamedPort { name: it.name.into(), protocol, port })
 }
 
 /// Reads a frame.
@@ -207,18 +226,16 @@ impl From<pb::Position> for Position {
     }
 }
 
-impl From<&Wanted> for pb::Selection {
-    fn from(wanted: &Wanted) -> Self {
-        let clusters = match &wanted.clusters {
-            ClusterScope::Named(names) => {
-                pb::selection::Clusters::Named(pb::Clusters { names: names.iter().map(|n| n.to_string()).collect() })
-            }
-            ClusterScope::All | ClusterScope::Local => pb::selection::Clusters::All(pb::AllClusters {}),
-        };
-        Self {
-            clusters: Some(clusters),
-            selector: wanted.selector.canonical.to_string(),
-            port_names: wanted.port_names.iter().map(|n| n.to_string()).collect(),
+pub fn selection(wanted: &Wanted) -> pb::Selection {
+    let clusters = match &wanted.clusters {
+        ClusterScope::Named(names) => {
+            pb::selection::Clusters::Named(pb::Clusters { names: names.iter().map(|n| n.to_string()).collect() })
         }
+        ClusterScope::All | ClusterScope::Local => pb::selection::Clusters::All(pb::AllClusters {}),
+    };
+    pb::Selection {
+        clusters: Some(clusters),
+        selector: wanted.selector.canonical.to_string(),
+        port_names: wanted.port_names.iter().map(|n| n.to_string()).collect(),
     }
 }

@@ -6,12 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use hanse_policy::interest::{self, Size};
 use hanse_policy::model::ClusterName;
-use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
 
 use crate::exchange::model::{FederatedManifest, Interest, ManifestKind, Wanted, digest_of};
-use crate::exchange::wire;
 
 type Manifests = BTreeMap<(ManifestKind, Arc<str>), Arc<FederatedManifest>>;
 
@@ -78,7 +77,7 @@ impl Derived {
                     policy.enforcers.as_ref().is_some_and(|enforcers| enforcers.contains(cluster))
                 });
                 let interest: Interest = enforced.flat_map(|(policy, _)| policy.interest.iter().cloned()).collect();
-                self.interests.insert(sum, Arc::new(bounded(interest)));
+                self.interests.insert(sum, Arc::new(bounded(interest, interest::DERIVED)));
             }
         }
         if !touched.is_empty() {
@@ -89,11 +88,9 @@ impl Derived {
     }
 }
 
-/// What cannot be told in one message is widened to everything, which is never wrong.
-fn bounded(interest: Interest) -> Interest {
-    use prost::Message as _;
-    let bytes = || interest.iter().map(|wanted| pb::Selection::from(&**wanted).encoded_len() + 5).sum::<usize>();
-    if interest.len() <= wire::MAX_DERIVED && bytes() <= wire::MAX_DERIVED_BYTES {
+/// What does not fit in one message is widened to everything.
+pub(super) fn bounded(interest: Interest, limit: Size) -> Interest {
+    if interest::fits(interest.iter().map(|it| &**it), limit) {
         return interest;
     }
     tracing::warn!(selections = interest.len(), "policies select in so many ways that everything is sent");

@@ -9,11 +9,14 @@ use pb::publish_response::Message as Response;
 
 use super::{Exchange, report};
 use crate::exchange::model::Position;
-use crate::exchange::origin::{Batch, BatchError, Origin, StagedLimits};
+use crate::exchange::origin::{self, Batch, BatchError, Origin, StagedLimits};
 use crate::exchange::wire;
 
 /// What is said of a frame, or of an end, where no batch is under way.
-const NO_BATCH: &str = "no batch has begun, or another stream of the cluster has begun one since";
+const NO_BATCH: &str =
+    "no batch has begun, another stream of the cluster has begun one since, or there was no room for it";
+/// Batches that have begun and not ended, of all clusters together: three snapshots of 300,000 endpoints of 250 bytes.
+const MAX_STAGED_BYTES: usize = 256 << 20;
 /// Refusals that one message names.
 const MAX_REFUSALS: usize = 256;
 
@@ -28,6 +31,31 @@ pub(super) struct Publisher {
     /// A snapshot was asked for, and until it comes everything else is dropped.
     resyncing: bool,
     told_refusals: Vec<pb::Refusal>,
+    /// To a batch that was applied.
+    answers: Option<Vec<Response>>,
+}
+
+/// A batch that is being applied.
+#[derive(Debug)]
+pub(super) struct Applying {
+    publisher: PublishId,
+    pub(super) batch: origin::Applying,
+    /// What the publisher says of all that it publishes.
+    digest: Option<u128>,
+}
+
+/// What came of a message.
+#[derive(Debug)]
+pub enum Published {
+    Answers(Vec<pb::PublishResponse>),
+    /// A part of a batch was applied; the rest is for [`Exchange::publish_more`].
+    More,
+}
+
+impl Published {
+    fn answers(answers: Vec<Response>) -> Self {
+        Self::Answers(answers.into_iter().map(|message| pb::PublishResponse { message: Some(message) }).collect())
+    }
 }
 
 /// Why a publishing stream is closed.
@@ -39,8 +67,17 @@ pub enum PublishError {
     Version(u32),
     #[error("cluster is not accepted")]
     NotAccepted,
+    #[error("{what} {number}: the greatest is {}", wire::MAX_NUMBER)]
+    Number { what: &'static str, number: u64 },
+    #[error("unfinished batches of all clusters have more than {} MiB, this one most of it", MAX_STAGED_BYTES >> 20)]
+    NoRoom,
     #[error("what is held of the cluster is newer: does a second member publish in its name?")]
     Behind,
+}
+
+/// Whether a publisher may use a number.
+fn check_number(what: &'static str, number: u64) -> Result<(), PublishError> {
+    if number > wire::MAX_NUMBER { Err(PublishError::Number { what, number }) } else { Ok(()) }
 }
 
 impl Exchange {
@@ -54,6 +91,7 @@ impl Exchange {
             staged: None,
             resyncing: false,
             told_refusals: Vec::new(),
+            answers: None,
         };
         self.publishers.insert(id, publisher);
         if let Some(origin) = self.origin_of(&cluster) {
@@ -64,6 +102,10 @@ impl Exchange {
 
     /// The stream ended. What was published stays.
     pub fn publish_close(&mut self, id: PublishId) {
+        let unfinished = self.applying.iter().find(|(_, applying)| applying.publisher == id).map(|(number, _)| *number);
+        if let Some(number) = unfinished {
+            self.finish(number);
+        }
         self.publishers.remove(&id);
     }
 
@@ -76,6 +118,42 @@ impl Exchange {
         id: PublishId,
         request: pb::PublishRequest,
     ) -> Result<Vec<pb::PublishResponse>, PublishError> {
+        let mut published = self.publish_part(id, request)?;
+        loop {
+            match published {
+                Published::Answers(answers) => return Ok(answers),
+                Published::More => published = self.publish_more(id)?,
+            }
+        }
+    }
+
+    /// Goes on with the batch that a stream has ended.
+    ///
+    /// # Errors
+    /// When its cluster has gone meanwhile.
+    pub fn publish_more(&mut self, id: PublishId) -> Result<Published, PublishError> {
+        let found = self.applying.iter().find(|(_, applying)| applying.publisher == id).map(|(number, _)| *number);
+        if let Some(number) = found {
+            self.advance(number);
+            if self.applying.contains_key(&number) {
+                return Ok(Published::More);
+            }
+        }
+        let answers = self.publishers.get_mut(&id).and_then(|publisher| publisher.answers.take());
+        answers.map(Published::answers).ok_or(PublishError::NotAccepted)
+    }
+
+    fn finish(&mut self, number: usize) {
+        while self.applying.contains_key(&number) {
+            self.advance(number);
+        }
+    }
+
+    /// As [`Self::publish`], without waiting for a large batch to be applied.
+    ///
+    /// # Errors
+    /// As [`Self::publish`].
+    pub fn publish_part(&mut self, id: PublishId, request: pb::PublishRequest) -> Result<Published, PublishError> {
         let publisher = self.publishers.get_mut(&id).ok_or(PublishError::Protocol("closed"))?;
         let cluster = publisher.cluster.clone();
         let answers = match request.message.ok_or(PublishError::Protocol("an empty message"))? {
@@ -83,6 +161,7 @@ impl Exchange {
                 if open.protocol != wire::PROTOCOL {
                     return Err(PublishError::Version(open.protocol));
                 }
+                check_number("epoch", open.epoch)?;
                 publisher.epoch = Some(open.epoch);
                 let number = self.origin_number(&cluster).ok_or(PublishError::NotAccepted)?;
                 let held = self.origins[number].as_ref().filter(|o| o.synced).map(|o| o.position.into());
@@ -97,33 +176,28 @@ impl Exchange {
                 let publisher = self.publishers.get_mut(&id).ok_or(PublishError::Protocol("closed"))?;
                 let snapshot = matches!(begin.kind, Some(pb::begin::Kind::Snapshot(_)));
                 publisher.resyncing &= !snapshot;
-                publisher.staged = Some(Batch { snapshot, ..Batch::default() });
+                publisher.staged = Some(Batch::of(snapshot));
                 Vec::new()
             }
             Request::Frame(bytes) => {
                 let batch = publisher.staged.as_mut().ok_or(PublishError::Protocol(NO_BATCH))?;
-                let frame =
-                    wire::read_frame(&bytes).map_err(|_| PublishError::Protocol("a frame that cannot be read"))?;
                 let state = self.hub.federation.clusters.get(&cluster).ok_or(PublishError::NotAccepted)?;
-                let limits = StagedLimits::of(&*state.grant);
-                for id in frame.removals {
-                    batch.put(id, None, limits);
-                }
-                for update in frame.upserts {
-                    match wire::id_of_export(&update) {
-                        Some(id) => batch.put(id, Some(&update), limits),
-                        None => batch.unreadable += 1,
-                    }
+                let put = batch.put(&bytes, StagedLimits::of(&*state.grant));
+                put.map_err(|_| PublishError::Protocol("a frame that cannot be read"))?;
+                if self.staged_bytes() > MAX_STAGED_BYTES {
+                    self.drop_largest(id)?;
                 }
                 Vec::new()
             }
             Request::End(end) => {
                 let batch = publisher.staged.take().ok_or(PublishError::Protocol(NO_BATCH))?;
                 if publisher.resyncing {
-                    return Ok(Vec::new());
+                    return Ok(Published::Answers(Vec::new()));
                 }
                 let position = Position::from(end.position.ok_or(PublishError::Protocol("an end without a position"))?);
-                self.publish_batch(id, &cluster, batch, position, wire::read_digest(&end.digest))?
+                check_number("epoch", position.epoch)?;
+                check_number("revision", position.revision)?;
+                return self.publish_batch(id, &cluster, batch, position, wire::read_digest(&end.digest));
             }
             Request::Realisation(realisation) => {
                 if self.hub.federation.clusters.contains_key(&cluster) {
@@ -137,7 +211,21 @@ impl Exchange {
                 false => Vec::new(),
             },
         };
-        Ok(answers.into_iter().map(|message| pb::PublishResponse { message: Some(message) }).collect())
+        Ok(Published::answers(answers))
+    }
+
+    /// Bytes of the batches that have begun and not ended.
+    pub fn staged_bytes(&self) -> usize {
+        self.publishers.values().filter_map(|it| it.staged.as_ref()).map(Batch::bytes).sum()
+    }
+
+    /// Makes room: the largest of all clusters goes, which is an error where it is this one's. Its publisher begins anew.
+    fn drop_largest(&mut self, id: PublishId) -> Result<(), PublishError> {
+        let size = |publisher: &Publisher| publisher.staged.as_ref().map_or(0, Batch::bytes);
+        let largest = self.publishers.iter_mut().max_by_key(|(_, publisher)| size(publisher));
+        let Some((largest, publisher)) = largest else { return Ok(()) };
+        publisher.staged = None;
+        if *largest == id { Err(PublishError::NoRoom) } else { Ok(()) }
     }
 
     /// Whether a cluster has published since this hub started.
@@ -156,39 +244,47 @@ impl Exchange {
         batch: Batch,
         position: Position,
         digest: Option<u128>,
-    ) -> Result<Vec<Response>, PublishError> {
+    ) -> Result<Published, PublishError> {
         let number = self.origin_number(cluster).ok_or(PublishError::NotAccepted)?;
-        let snapshot = batch.snapshot;
-        let mut answers = Vec::new();
-        match self.apply(number, batch, position) {
-            Ok(()) => {}
+        // Another stream of the cluster's.
+        self.finish(number);
+        let Some(origin) = self.origins[number].as_mut() else { return Err(PublishError::NotAccepted) };
+        match origin.begin(batch, position) {
+            Ok(batch) => {
+                self.applying.insert(number, Applying { publisher: id, batch, digest });
+                self.publish_more(id)
+            }
             // An older stream of the same cluster, or a second member with its name. The next welcome says what is held.
-            Err(BatchError::OldEpoch(_) | BatchError::OldRevision(_)) => return Err(PublishError::Behind),
+            Err(BatchError::OldEpoch(_) | BatchError::OldRevision(_)) => Err(PublishError::Behind),
             Err(error @ BatchError::NothingHeld) => {
                 if let Some(publisher) = self.publishers.get_mut(&id) {
                     publisher.resyncing = true;
                 }
-                return Ok(vec![Response::Resync(pb::Resync { reason: error.to_string() })]);
+                Ok(Published::answers(vec![Response::Resync(pb::Resync { reason: error.to_string() })]))
             }
         }
-        let Some(origin) = self.origins[number].as_ref() else { return Err(PublishError::NotAccepted) };
+    }
+
+    /// A batch was applied: its publisher is answered.
+    pub(super) fn applied(&mut self, number: usize, applying: Applying) {
+        let Some(origin) = self.origins[number].as_ref() else { return };
         let (total, refusals) = origin.refusals(MAX_REFUSALS);
         let refusals: Vec<pb::Refusal> = refusals.iter().map(|(id, why)| wire::refusal(*id, why)).collect();
-        let differs = digest.is_some_and(|digest| digest != origin.digest_published());
+        let differs = applying.digest.is_some_and(|digest| digest != origin.digest_published());
         let missing = origin.overflowed() || origin.unreadable > 0;
-        if let Some(publisher) = self.publishers.get_mut(&id) {
-            if publisher.told_refusals != refusals {
-                publisher.told_refusals.clone_from(&refusals);
-                answers.push(Response::Refusals(pb::Refusals { refusals, total: total as u64 }));
-            }
-            // With objects that could not be kept the digests cannot be equal; a snapshot would not help.
-            if differs && !missing && !snapshot {
-                publisher.resyncing = true;
-                answers.push(Response::Resync(pb::Resync { reason: "the digests differ".to_owned() }));
-                return Ok(answers);
-            }
+        let Some(publisher) = self.publishers.get_mut(&applying.publisher) else { return };
+        let mut answers = Vec::new();
+        if publisher.told_refusals != refusals {
+            publisher.told_refusals.clone_from(&refusals);
+            answers.push(Response::Refusals(pb::Refusals { refusals, total: total as u64 }));
         }
-        answers.push(Response::Ack(pb::PublishAck { position: Some(position.into()) }));
-        Ok(answers)
+        // With objects that could not be kept the digests cannot be equal; a snapshot would not help.
+        if differs && !missing && !applying.batch.snapshot {
+            publisher.resyncing = true;
+            answers.push(Response::Resync(pb::Resync { reason: "the digests differ".to_owned() }));
+        } else {
+            answers.push(Response::Ack(pb::PublishAck { position: Some(applying.batch.position.into()) }));
+        }
+        publisher.answers = Some(answers);
     }
 }

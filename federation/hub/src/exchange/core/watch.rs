@@ -4,18 +4,20 @@
 //! origins changed before the hub's own objects did, those, and the origins in turn. The interest shrinks only when everything that needed the larger one is out of
 //! force at the receiver.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
+use hanse_policy::interest;
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
 use pb::watch_request::Message as Request;
 use pb::watch_response::Message as Response;
 
-use super::{Exchange, HubObjects, MAX_DIRTY};
-use crate::exchange::model::{Interest, Lease, Position};
+use super::interest::bounded;
+use super::{Exchange, HubObjects, MAX_DIRTY, Origin};
+use crate::exchange::model::{Interest, Lease, Position, Wanted};
 use crate::exchange::wire;
 use crate::registry::MAX_CLUSTERS;
 
@@ -74,6 +76,10 @@ pub(super) struct Receiver {
     /// Keeps a shared snapshot while it is sent.
     _snapshot: Option<Arc<Vec<Bytes>>>,
     acked: (u64, Position),
+    /// What it named as its interest was not read as it was written: it is told the whole of the next one.
+    anew: bool,
+    /// What was not taken of its opening, and of its own interest.
+    refused: [wire::Refused; 2],
 }
 
 /// What a receiver opened its stream with, until the hub's state is as new as it.
@@ -200,8 +206,10 @@ impl Receiver {
     pub(super) fn mark(&mut self, number: usize, ids: &[u64]) {
         let Some(cursor) = self.cursors.get_mut(number) else { return };
         if matches!(cursor.wants, Wants::Changes) {
-            cursor.dirty.extend(ids);
-            if cursor.dirty.len() > MAX_DIRTY {
+            if ids.len() <= MAX_DIRTY {
+                cursor.dirty.extend(ids);
+            }
+            if cursor.dirty.len().max(ids.len()) > MAX_DIRTY {
                 cursor.dirty.clear();
                 cursor.wants = Wants::Snapshot;
             }
@@ -222,20 +230,30 @@ impl Exchange {
         if self.hub.loaded && !self.hub.federation.clusters.contains_key(&cluster) {
             return Err(WatchError::NotAccepted);
         }
+        // What cannot be taken of the opening is sent anew.
+        let mut refused = wire::Refused::default();
         if open.held.len() > MAX_CLUSTERS {
-            return Err(WatchError::Protocol(format!("held: {} origins, of {MAX_CLUSTERS}", open.held.len())));
+            refused.add(format!("held: {} origins, of {MAX_CLUSTERS}", open.held.len()));
         }
         let mut held = HashMap::new();
-        for it in open.held {
-            let position = it.position.ok_or_else(|| WatchError::Protocol("held.position: missing".to_owned()))?;
+        for (at, it) in open.held.into_iter().take(MAX_CLUSTERS).enumerate() {
+            let Some(position) = it.position else {
+                refused.add(format!("held[{at}].position: missing"));
+                continue;
+            };
             let state = Held { position: position.into(), view: it.view, digest: wire::read_digest(&it.digest) };
             held.insert(ClusterName::from(it.origin), state);
         }
+        let held_refused = refused.total;
+        let interest = wire::read_interest("interest", open.interest, interest::WHOLE, &mut refused);
+        let anew = refused.total > held_refused;
+        let mut refused_own = wire::Refused::default();
+        let own = wire::read_interest("own", open.own, interest::OWN, &mut refused_own);
         let opening = Opening {
             hub: open.hub.map(Position::from),
             hub_digest: wire::read_digest(&open.hub_digest),
             held,
-            interest: Arc::new(wire::read_interest(open.interest, wire::MAX_INTEREST).map_err(WatchError::Protocol)?),
+            interest: Arc::new(interest),
         };
         let now = self.hub.federation.position;
         if self.hub.loaded && opening.hub.is_some_and(|held| held.epoch == now.epoch && held.revision > now.revision) {
@@ -245,7 +263,6 @@ impl Exchange {
                 "a member holds a newer state of the hub than the hub: where its files were restored, start it with --restored"
             );
         }
-        let own = wire::read_interest(open.own, wire::MAX_SELECTIONS).map_err(WatchError::Protocol)?;
         let nothing = Arc::new(Interest::new());
         let class = self.acquire_class(&nothing);
         let id = ReceiverId(self.next_id);
@@ -270,6 +287,8 @@ impl Exchange {
             flight_origin: None,
             _snapshot: None,
             acked: (0, Position::default()),
+            anew,
+            refused: [refused, refused_own],
         };
         self.receivers.insert(id, receiver);
         self.ready.insert(id);
@@ -296,8 +315,14 @@ impl Exchange {
             None | Some(Request::Heartbeat(_)) => return Ok(()),
             Some(Request::Open(_)) => return Err(WatchError::Protocol("open comes once".to_owned())),
             Some(Request::Own(own)) => {
-                receiver.own =
-                    wire::read_interest(own.selections, wire::MAX_SELECTIONS).map_err(WatchError::Protocol)?;
+                let mut refused = wire::Refused::default();
+                receiver.own = wire::read_interest("own", own.selections, interest::OWN, &mut refused);
+                if receiver.refused[1] != refused {
+                    receiver.refused[1] = refused;
+                    if receiver.open.is_none() {
+                        receiver.tell_refused();
+                    }
+                }
                 self.aim(id);
             }
             Some(Request::Ack(ack)) => match ack.what {
@@ -342,21 +367,45 @@ impl Exchange {
             return Some(0);
         }
         let number = self.origin_numbers.get(origin)?;
-        self.origins[*number].as_ref().filter(|origin| origin.synced)?;
+        self.origins[*number].as_ref().filter(|origin| origin.synced && !origin.busy)?;
         Some(self.class(receiver.class).views.get(*number).map_or(0, |view| view.digest))
     }
 
-    /// Whether what a cluster last said it holds of each origin is what it should hold; none before it has said.
+    /// Whether what a cluster last said it holds is what it should hold, of the hub's own objects and of each origin; none
+    /// while that is not known: it has not said, or does not watch here.
     pub fn digests_equal(&self, cluster: &str) -> Option<bool> {
         // One that was not taken names no origin.
         let told = self.realisations.get(cluster).filter(|told| told.hub.is_some())?;
-        let (id, _) = self.receivers.iter().find(|(_, receiver)| *receiver.cluster == *cluster)?;
-        let equal = |held: &pb::OriginState| {
-            let expected = self.expected_digest(*id, &held.origin);
+        // The newest, where a renewed certificate has opened another one.
+        let mut receivers = self.receivers.iter().rev();
+        let (id, _) = receivers.find(|(_, receiver)| *receiver.cluster == *cluster && receiver.open.is_none())?;
+        let held: BTreeMap<&str, &[u8]> = told.origins.iter().map(|it| (it.origin.as_str(), &it.digest[..])).collect();
+        let zero = wire::digest_bytes(0);
+        // Of an origin that it does not name it holds nothing. An earlier version does not name the hub's own objects.
+        let named = held.keys().copied();
+        let origins = named.chain(self.hub.federation.clusters.keys().map(|name| &**name));
+        let equal = |origin: &str| {
+            let expected = self.expected_digest(*id, origin);
             // An origin that has not published yet is not known here, so nothing is said of it.
-            expected.is_none_or(|expected| wire::digest_bytes(expected) == held.digest)
+            expected.is_none_or(|expected| wire::digest_bytes(expected) == **held.get(origin).unwrap_or(&&zero[..]))
         };
-        Some(told.origins.iter().all(equal))
+        let mut origins = origins.filter(|origin| *origin != cluster);
+        Some(origins.all(equal))
+    }
+
+    /// The revision of the hub that a cluster holds and that this hub has not reached, so that its stream waits.
+    pub fn ahead_of_hub(&self, cluster: &str) -> Option<u64> {
+        let now = self.hub.federation.position;
+        let of_streams = self.receivers.values().filter(|receiver| *receiver.cluster == *cluster);
+        let of_streams = of_streams.filter_map(|receiver| receiver.open.as_ref()?.hub);
+        let told = self.realisations.get(cluster);
+        let positions = told.into_iter().flat_map(|told| [&told.hub, &told.received]).flatten().cloned();
+        let ahead = of_streams.chain(positions.map(Position::from));
+        let nodes = told.into_iter().flat_map(|told| &told.nodes).map(|node| node.hub_revision);
+        // Of a node only the revision is known, of the same numbering as its member's.
+        let same = told.and_then(|told| told.hub.as_ref()).is_some_and(|hub| hub.epoch == now.epoch);
+        let ahead = ahead.filter(|at| at.epoch == now.epoch).map(|at| at.revision).chain(nodes.filter(|_| same));
+        ahead.max().filter(|at| self.hub.loaded && *at > now.revision)
     }
 
     /// The next message for a receiver; none when there is nothing to say now.
@@ -388,6 +437,11 @@ impl Exchange {
             // A change that says nothing to this receiver moves its position all the same, in an empty batch.
             let moved = receiver.hub.sent != self.hub.federation.position;
             if receiver.hub.snapshot || !receiver.hub.dirty.is_empty() || moved {
+                let first = receiver.ahead.first().filter(|_| !receiver.hub.first);
+                if first.is_some_and(|number| is_busy(&self.origins, *number) && receiver.pending.contains(number)) {
+                    // A policy comes after what it selects of that.
+                    return None;
+                }
                 match receiver.ahead.pop_first().filter(|_| !receiver.hub.first) {
                     Some(number) if receiver.pending.remove(&number) => self.fill_origin(id, number),
                     Some(_) => {}
@@ -395,7 +449,9 @@ impl Exchange {
                 }
                 continue;
             }
-            let number = receiver.pending.pop_first()?;
+            // What is between two states is sent when it is at the next.
+            let number = receiver.pending.iter().copied().find(|number| !is_busy(&self.origins, *number))?;
+            receiver.pending.remove(&number);
             self.fill_origin(id, number);
         }
     }
@@ -412,6 +468,9 @@ impl Exchange {
         let cluster = receiver.cluster.clone();
         let heartbeat_ms = self.heartbeat_ms;
         receiver.notices.push_back(Response::Welcome(pb::WatchWelcome { heartbeat_ms }));
+        if receiver.refused.iter().any(|refused| refused.total > 0) {
+            receiver.tell_refused();
+        }
         let hub = &mut receiver.hub;
         let digest = self.hub.digest_for(&cluster);
         match open.hub {
@@ -432,10 +491,7 @@ impl Exchange {
         }
         self.aim(id);
         let target = self.receivers.get(&id).map(|receiver| Arc::clone(&receiver.target)).unwrap_or_default();
-        let interest = match open.interest.is_subset(&target) {
-            true => target,
-            false => Arc::new(open.interest.union(&target).cloned().collect()),
-        };
+        let interest = Unions::default().of(&open.interest, &target);
         let held_class = self.acquire_class(&open.interest);
         let origins: Vec<ClusterName> = self.hub.federation.clusters.keys().cloned().collect();
         let mut cursors = Cursors::default();
@@ -488,10 +544,9 @@ impl Exchange {
         let rests = receiver.acked == (receiver.number, receiver.hub.sent)
             && !receiver.hub.snapshot
             && receiver.hub.dirty.is_empty();
-        let union = unions.of(&interest, &target);
-        if union.len() > interest.len() {
-            self.switch(id, union);
-        } else if target.len() == interest.len() {
+        if !covers(&interest, &target) {
+            self.switch(id, unions.of(&interest, &target));
+        } else if target == interest {
             receiver.interest = target;
         } else if rests {
             self.switch(id, target);
@@ -523,11 +578,14 @@ impl Exchange {
         let numbers: Vec<usize> = due.iter().filter_map(|name| self.origin_number(name)).collect();
         if let Some(receiver) = self.receivers.get_mut(&id) {
             receiver.number += 1;
+            let whole = std::mem::take(&mut receiver.anew);
+            let before = if whole { Arc::default() } else { Arc::clone(&receiver.interest) };
             let notice = pb::Interest {
                 number: receiver.number,
-                added: interest.difference(&receiver.interest).map(|w| pb::Selection::from(&**w)).collect(),
-                removed: receiver.interest.difference(&interest).map(|w| pb::Selection::from(&**w)).collect(),
+                added: interest.difference(&before).map(|w| wire::selection(w)).collect(),
+                removed: before.difference(&interest).map(|w| wire::selection(w)).collect(),
                 origins: due.iter().map(|name| name.to_string()).collect(),
+                whole,
             };
             receiver.notices.push_back(Response::Interest(notice));
             receiver.interest = interest;
@@ -696,6 +754,12 @@ impl Exchange {
     }
 }
 
+/// Whether a receiver of an interest is sent all that another one selects.
+fn covers(interest: &Interest, other: &Interest) -> bool {
+    let everything = || interest.len() == 1 && interest.iter().all(|it| **it == Wanted::everything());
+    other.is_subset(interest) || everything()
+}
+
 /// Unions of interests, each made once: many receivers go from one to the same other.
 #[derive(Debug, Default)]
 struct Unions(HashMap<(usize, usize), Union>);
@@ -714,7 +778,7 @@ impl Unions {
             let both = match (a.is_subset(b), b.is_subset(a)) {
                 (true, _) => Arc::clone(b),
                 (_, true) => Arc::clone(a),
-                _ => Arc::new(a.union(b).cloned().collect()),
+                _ => Arc::new(bounded(a.union(b).cloned().collect(), interest::WHOLE)),
             };
             Union { _of: [Arc::clone(a), Arc::clone(b)], both }
         });
@@ -723,6 +787,13 @@ impl Unions {
 }
 
 impl Receiver {
+    /// What of its interest is not taken as it was written, if anything.
+    fn tell_refused(&mut self) {
+        let total = self.refused.iter().map(|it| it.total).fold(0, u64::saturating_add);
+        let parts = self.refused.iter().flat_map(|it| it.parts.iter().cloned()).collect();
+        self.notices.push_back(Response::Refused(pb::PartsRefused { parts, total }));
+    }
+
     fn fill_hub(&mut self, hub: &HubObjects) {
         self.ahead.clear();
         self.hub.first = false;
@@ -755,6 +826,10 @@ impl HubObjects {
         let removed = self.tombstones.iter().filter(move |(at, _)| *at > revision).map(|(_, id)| *id);
         touched.chain(removed)
     }
+}
+
+fn is_busy(origins: &[Option<Origin>], number: usize) -> bool {
+    origins[number].as_ref().is_some_and(|origin| origin.busy)
 }
 
 /// The ids that only one of two classes selects of an origin.

@@ -1,8 +1,11 @@
 //! What a cluster publishes at once, staged until it is complete, and how much of it is kept.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
-use crate::exchange::model::Grant;
+use bytes::Bytes;
+
+use crate::exchange::model::{Grant, Position, Refusal};
+use crate::exchange::wire;
 
 /// Objects kept beside the granted endpoints and label sets: namespaces, accounts and what is refused.
 pub const MAX_OTHERS: usize = 65_536;
@@ -22,33 +25,101 @@ pub enum BatchError {
     OldRevision(u64),
 }
 
-/// A batch as it was staged: the newest bytes of each id, none for a removal.
+/// A batch as it is staged: frames as they came, which take no more room than their bytes.
 #[derive(Debug, Default)]
 pub struct Batch {
     pub snapshot: bool,
-    pub updates: BTreeMap<u64, Option<Box<[u8]>>>,
-    /// Of the updates.
-    pub bytes: usize,
+    frames: Vec<Bytes>,
+    /// Of the frames.
+    bytes: usize,
+    /// Updates and removals in them.
+    updates: usize,
     /// Updates that have no readable id, or are beyond what is staged of one batch.
     pub unreadable: usize,
 }
 
+/// The newest bytes of each id, none for a removal.
+pub type Updates = BTreeMap<u64, Option<Bytes>>;
+
 impl Batch {
-    /// Takes an update of a readable id; one beyond the limits is only counted.
-    pub fn put(&mut self, id: u64, update: Option<&[u8]>, limits: StagedLimits) {
-        let len = update.map_or(0, <[u8]>::len);
-        if self.updates.len() >= limits.objects && !self.updates.contains_key(&id) || self.bytes + len > limits.bytes {
-            self.unreadable += 1;
-            return;
+    pub fn of(snapshot: bool) -> Self {
+        Self { snapshot, ..Self::default() }
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Takes a frame; one beyond the limits is only counted.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn put(&mut self, frame: &Bytes, limits: StagedLimits) -> Result<(), Refusal> {
+        let read = wire::read_frame(frame)?;
+        let updates = read.upserts.len() + read.removals.len();
+        if self.updates + updates > limits.objects || self.bytes + frame.len() > limits.bytes {
+            self.unreadable += updates;
+            return Ok(());
         }
-        self.bytes += len;
-        if let Some(old) = self.updates.insert(id, update.map(Box::from)).flatten() {
-            self.bytes -= old.len();
+        self.updates += updates;
+        self.bytes += frame.len();
+        // A copy of its own: a slice may keep the buffer that it was received in.
+        self.frames.push(Bytes::copy_from_slice(frame));
+        Ok(())
+    }
+
+    /// The batch, to be applied at this position.
+    pub fn end(self, position: Position, same_epoch: bool) -> Applying {
+        Applying {
+            position,
+            same_epoch,
+            snapshot: self.snapshot,
+            unreadable: self.unreadable,
+            frames: self.frames.into(),
+            updates: Updates::new(),
+            scanned: 0,
+            found: Vec::new(),
+            removals: None,
         }
     }
 }
 
-/// How much of one batch is staged: twice what may be kept, so that what exceeds the grant is refused by name for long.
+/// A batch that is being applied, part by part: first it is read, then comes what it removes, then what it updates.
+#[derive(Debug)]
+pub struct Applying {
+    pub position: Position,
+    pub same_epoch: bool,
+    pub snapshot: bool,
+    pub unreadable: usize,
+    frames: VecDeque<Bytes>,
+    /// What it says of each object, as far as it was read.
+    pub updates: Updates,
+    /// Slots of which it is known whether a snapshot names their objects.
+    pub scanned: usize,
+    /// What of those it does not name.
+    pub found: Vec<u64>,
+    /// Once all of it was read.
+    pub removals: Option<Vec<u64>>,
+}
+
+impl Applying {
+    /// Reads the next frame; how many updates that were, or none where there is no more.
+    pub fn read(&mut self) -> Option<usize> {
+        // Each was read when it was staged.
+        let frame = wire::read_frame(&self.frames.pop_front()?).unwrap_or_default();
+        let count = frame.upserts.len() + frame.removals.len();
+        self.updates.extend(frame.removals.into_iter().map(|id| (id, None)));
+        for update in frame.upserts {
+            match wire::id_of_export(&update) {
+                Some(id) => drop(self.updates.insert(id, Some(update))),
+                None => self.unreadable += 1,
+            }
+        }
+        Some(count)
+    }
+}
+
+/// How much of one batch is staged: more than may be kept, so that what exceeds the grant is refused by name for long.
 #[derive(Debug, Clone, Copy)]
 pub struct StagedLimits {
     pub objects: usize,
@@ -58,10 +129,7 @@ pub struct StagedLimits {
 impl StagedLimits {
     pub fn of(grant: &dyn Grant) -> Self {
         let granted = grant.max_endpoints().saturating_add(grant.max_label_sets());
-        Self {
-            objects: granted.saturating_add(MAX_OTHERS).saturating_mul(2),
-            bytes: kept_bytes(grant).saturating_mul(2),
-        }
+        Self { objects: granted.saturating_add(2 * MAX_OTHERS), bytes: kept_bytes(grant).saturating_add(OTHER_BYTES) }
     }
 }
 
