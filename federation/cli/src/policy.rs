@@ -4,8 +4,12 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Subcommand;
+use serde::Serialize;
+
+use crate::output::{self, Format};
 
 mod check;
+mod convert;
 mod diff;
 mod explain;
 mod lint;
@@ -13,6 +17,7 @@ mod live;
 mod load;
 mod matrix;
 mod order;
+mod reading;
 mod scaffold;
 mod selector;
 
@@ -20,6 +25,7 @@ mod selector;
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Check(check::Arguments),
+    Convert(convert::Arguments),
     Explain(explain::Arguments),
     Matrix(matrix::Arguments),
     Order(order::Arguments),
@@ -35,6 +41,7 @@ impl Command {
     pub fn run(self, context: Option<&std::path::Path>) -> anyhow::Result<ExitCode> {
         match self {
             Self::Check(arguments) => arguments.run(),
+            Self::Convert(arguments) => arguments.run(),
             Self::Explain(arguments) => arguments.run(context),
             Self::Matrix(arguments) => arguments.run(context),
             Self::Order(arguments) => arguments.run(),
@@ -61,5 +68,26 @@ fn json_error(error: &serde_json::Error) -> String {
     match told.strip_suffix(&format!(" at line {} column {column}", error.line())) {
         Some(told) => format!("column {column}: {told}"),
         None => told,
+    }
+}
+
+/// An answer that lacks what objects say that were refused.
+#[derive(Serialize)]
+struct Incomplete<'a, T> {
+    #[serde(flatten)]
+    answer: &'a T,
+    incomplete: bool,
+}
+
+/// One answer as a line of JSON or a document of YAML, with `incomplete: true` where something was refused.
+fn write_answer(
+    out: &mut impl std::io::Write,
+    format: Format,
+    incomplete: bool,
+    answer: &impl Serialize,
+) -> anyhow::Result<()> {
+    match incomplete {
+        true => output::write(out, format, &Incomplete { answer, incomplete }),
+        false => output::write(out, format, answer),
     }
 }

@@ -196,5 +196,6 @@ fn diagnostic(manifest: &Manifest, field: &str, message: String) -> Diagnostic {
         message,
         object: Some(manifest.reference.clone()),
         start: manifest.place.line,
+        not_object: None,
     }
 }

@@ -1,5 +1,6 @@
 //! Which kinds are read, and which look as if they were meant to be.
 
+use crate::admin_network_policy;
 use crate::calico;
 use crate::field::FieldError;
 use crate::hanse;
@@ -41,9 +42,56 @@ fn read() -> impl Iterator<Item = (&'static str, &'static str)> {
 /// Groups whose every kind is about policy: none is passed over.
 const OWN_GROUPS: [&str; 2] = ["hanse.dev", "policy.networking.k8s.io"];
 
-/// The group and the version of an `apiVersion`; the core group is empty.
+/// Kinds that are policy by their name alone, in whatever group and version they are written: in another group than their
+/// own they are refused, since skipping one would take its policy out of force. `Tier` is a word of other groups too.
+const UNMISTAKABLE: [&str; 10] = [
+    "NetworkPolicy",
+    "ClusterNetworkPolicy",
+    "FederatedNetworkPolicy",
+    "FederatedNetworkSet",
+    "GlobalNetworkPolicy",
+    "StagedNetworkPolicy",
+    "StagedGlobalNetworkPolicy",
+    "StagedKubernetesNetworkPolicy",
+    "NetworkSet",
+    "GlobalNetworkSet",
+];
+
+/// Systems that have network policy of their own, and the ends of their groups. Their kinds are skipped, also those that
+/// share a name with one of ours, such as Antrea's `NetworkPolicy`.
+const OTHER_SYSTEMS: [(&str, &str); 10] = [
+    ("Cilium", "cilium.io"),
+    ("Antrea", "antrea.io"),
+    ("Antrea", "antrea.tanzu.vmware.com"),
+    ("Istio", "istio.io"),
+    ("Linkerd", "linkerd.io"),
+    ("Kuma", "kuma.io"),
+    ("OVN-Kubernetes", "k8s.ovn.org"),
+    ("OpenShift", "network.openshift.io"),
+    ("GKE", "networking.gke.io"),
+    ("Amazon VPC CNI", "networking.k8s.aws"),
+];
+
+/// Ends of the names of kinds that are policy, in the groups of [`OTHER_SYSTEMS`].
+const POLICY_ENDINGS: [&str; 4] = ["Policy", "Authentication", "Firewall", "Permission"];
+
+/// The system whose network policy a skipped object is: what Hanse says of the cluster does not take it into account.
+pub fn other_system(api_version: &str, kind: &str) -> Option<&'static str> {
+    let group = group_and_version(api_version).0;
+    let of = |end: &str| group == end || group.strip_suffix(end).is_some_and(|rest| rest.ends_with('.'));
+    let single = kind.strip_suffix("List").unwrap_or(kind);
+    let is_policy = POLICY_ENDINGS.iter().any(|end| single.ends_with(end));
+    OTHER_SYSTEMS.iter().find(|(_, end)| is_policy && of(end)).map(|(system, _)| *system)
+}
+
+/// The group and the version of an `apiVersion`; the core group is empty. A group without a version has an empty one: no
+/// version holds a dot.
 fn group_and_version(api_version: &str) -> (&str, &str) {
-    api_version.rsplit_once('/').unwrap_or(("", api_version))
+    match api_version.rsplit_once('/') {
+        Some(both) => both,
+        None if api_version.contains('.') => (api_version, ""),
+        None => ("", api_version),
+    }
 }
 
 /// Few letters apart, whatever their case.
@@ -55,6 +103,12 @@ fn alike(given: &str, known: &str) -> bool {
 /// Whether lists of `kind` are lists of something that is read.
 pub fn is_read(kind: &str) -> bool {
     read().any(|(_, known)| known == kind)
+}
+
+/// Whether objects of the group of `api_version` are read, the core group aside.
+pub fn is_read_group(api_version: &str) -> bool {
+    let group = group_and_version(api_version).0;
+    !group.is_empty() && read().any(|(api, _)| group_and_version(api).0 == group)
 }
 
 /// Whether an object is of a kind that is neither read nor taken for one that is.
@@ -96,11 +150,22 @@ pub fn mistaken(reference: &Reference) -> Option<FieldError> {
         Some((api, _)) if group_and_version(api).1 != version => {
             error("apiVersion", format!("\"{}\" is not read: write the object at {api}", reference.api_version))
         }
+        _ if admin_network_policy::is_convertible(&reference.api_version, single) => {
+            let message = "is obsolete: `hanse policy convert` rewrites it as a ClusterNetworkPolicy";
+            error("kind", format!("{kind} of {} {message}", reference.api_version))
+        }
         _ if OWN_GROUPS.contains(&group) => {
             let others = read().filter(|(api, _)| group_and_version(api).0 == group);
             let others: Vec<String> = others.map(|(api, known)| format!("{known} of {api}")).collect();
             let others = others.join(", ");
             error("kind", format!("{kind} of {} is not read; of this group is {others}", reference.api_version))
+        }
+        _ if UNMISTAKABLE.contains(&single) && other_system(&reference.api_version, kind).is_none() => {
+            let (api, _) = read().find(|(_, known)| single == *known)?;
+            error(
+                "apiVersion",
+                format!("\"{}\" is not known for a {single}; did you mean {api}?", reference.api_version),
+            )
         }
         _ => None,
     }

@@ -6,13 +6,14 @@
 //!
 //! No clock, no network; files are touched in `manifest::read_dir` alone.
 
+pub mod admin_network_policy;
 pub mod assemble;
 pub mod calico;
 pub mod cluster_network_policy;
 pub mod document;
 pub mod field;
 pub mod hanse;
-mod kind;
+pub mod kind;
 pub mod kubernetes;
 pub mod manifest;
 pub mod metadata;
@@ -22,4 +23,4 @@ pub mod workload;
 
 pub use assemble::planned::{Offline, assemble_offline};
 pub use assemble::{Federation, assemble_cluster, assemble_federation};
-pub use manifest::{Diagnostic, Manifest, Manifests, Object, Place, Skipped, read_bytes, read_dir};
+pub use manifest::{Diagnostic, Manifest, Manifests, NotObject, Object, Place, Skipped, read_bytes, read_dir};

@@ -1,7 +1,7 @@
 //! Files of manifests into typed, validated objects.
 
 use std::collections::BTreeSet;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read as _};
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
@@ -41,14 +41,26 @@ pub struct Diagnostic {
     pub object: Option<Reference>,
     /// The line on which the object starts, or where one could not be read.
     pub start: u32,
+    /// What the document is instead of an object, where it does not claim to be one.
+    pub not_object: Option<NotObject>,
 }
 
 impl Diagnostic {
     /// Of a whole file or directory.
     pub fn of_file(path: &FilePath, message: String) -> Self {
         let place = Place { file: path.to_string_lossy().into(), line: 1 };
-        Self { place, field: String::new(), message, object: None, start: 1 }
+        Self { place, field: String::new(), message, object: None, start: 1, not_object: None }
     }
+}
+
+/// What folders in Git hold beside manifests. An offline command may pass over it with a note; a source of a running
+/// cluster may not, for the document may have been a policy a moment ago.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum NotObject {
+    /// A template, such as Helm's: it has actions between `{{` and `}}` and is not an object before they are rendered.
+    Template,
+    /// A document that names no kind, such as `values.yaml`, `kustomization.yaml`, a patch or a dashboard.
+    WithoutKind,
 }
 
 /// Names an object as it is written.
@@ -166,6 +178,17 @@ pub struct ReadError {
     pub source: std::io::Error,
 }
 
+/// Reads standard input, up to [`MAX_FILE_BYTES`], as a file named `-`.
+///
+/// # Errors
+/// When it cannot be read, or is larger.
+pub fn read_stdin() -> Result<Manifests, ReadError> {
+    let mut read = Manifests::default();
+    let bytes = read_stdin_bytes().map_err(|source| ReadError { path: "standard input".into(), source })?;
+    read_bytes(&"-".into(), &bytes, &mut read);
+    Ok(read)
+}
+
 /// Reads a file, or every `.yaml`, `.yml` and `.json` file below a directory, in the order of their paths. Hidden files
 /// and folders are left out. What lies below and cannot be read is a diagnostic; a path that cannot be looked at itself is an
 /// error, for it is not an empty directory.
@@ -248,6 +271,10 @@ fn list_dir(
             }
         } else if metadata.is_file() && readable {
             listing.files.push(path);
+        } else if readable {
+            // Reading a FIFO or a device may never end.
+            let source = std::io::Error::other("not a regular file: a FIFO, a socket or a device is not read");
+            listing.unread.push(ReadError { path, source });
         }
     }
     Ok(())
@@ -255,9 +282,17 @@ fn list_dir(
 
 /// Reads one file, up to [`MAX_FILE_BYTES`].
 pub fn read_file(path: &FilePath) -> std::io::Result<Vec<u8>> {
-    use std::io::Read as _;
+    read_bounded(std::fs::File::open(path)?)
+}
+
+/// Reads standard input, up to [`MAX_FILE_BYTES`].
+pub fn read_stdin_bytes() -> std::io::Result<Vec<u8>> {
+    read_bounded(std::io::stdin().lock())
+}
+
+fn read_bounded(from: impl std::io::Read) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    std::fs::File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    from.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(std::io::Error::other(format!("larger than {MAX_FILE_BYTES} bytes")));
     }
@@ -274,14 +309,69 @@ pub fn read_bytes(file: &Arc<str>, bytes: &[u8], read: &mut Manifests) {
             let (field, message) = (String::new(), "not UTF-8".to_owned());
             let place = place(u32::try_from(line).unwrap_or(u32::MAX));
             let start = place.line;
-            read.diagnostics.push(Diagnostic { place, field, message, object: None, start });
+            read.diagnostics.push(Diagnostic { place, field, message, object: None, start, not_object: None });
             return;
         }
     };
+    let before = [read.diagnostics.len(), read.refused_workloads.len()];
+    read_documents(file, text, read);
+    if text.contains("{{") {
+        mark_templates(text, before[0], &mut read.diagnostics);
+        mark_templates(text, before[1], &mut read.refused_workloads);
+    }
+}
+
+/// Marks what is refused because it is a template, one diagnostic a document: a document with an action that is not YAML, or
+/// an object whose name, kind or refused field is on a line with one. An object that is wrong elsewhere stays refused,
+/// whatever its annotations say. `first`: where the diagnostics of this text begin.
+fn mark_templates(text: &str, first: usize, diagnostics: &mut Vec<Diagnostic>) {
+    let is_cut = |line: &str| line.strip_prefix("---").is_some_and(|rest| rest.trim_start() != rest || rest.is_empty());
+    // The first line of each document, and the first of its lines with an action.
+    let mut documents: Vec<(u32, Option<u32>)> = vec![(1, None)];
+    let mut actions = BTreeSet::new();
+    for (number, line) in (1..).zip(text.lines()) {
+        if is_cut(line) {
+            documents.push((number, None));
+        }
+        if line.contains("{{") {
+            actions.insert(number);
+            documents.last_mut().expect("one at least").1.get_or_insert(number);
+        }
+    }
+    let is_action = |reference: &Reference| {
+        let Reference { api_version, kind, namespace, name } = reference;
+        [api_version, kind, name].into_iter().chain(namespace).any(|it| it.contains("{{"))
+    };
+    let mut marked = BTreeSet::new();
+    let rest = diagnostics.split_off(first);
+    diagnostics.extend(rest.into_iter().filter_map(|mut diagnostic| {
+        let document = documents.partition_point(|(start, _)| *start <= diagnostic.place.line).saturating_sub(1);
+        let (start, action) = documents[document];
+        let because = match &diagnostic.object {
+            None => action.is_some(),
+            Some(object) => actions.contains(&diagnostic.place.line) || is_action(object),
+        };
+        if !because {
+            return Some(diagnostic);
+        }
+        let line = action.unwrap_or(start);
+        diagnostic.place.line = line;
+        diagnostic.start = line;
+        diagnostic.not_object = Some(NotObject::Template);
+        diagnostic.object = None;
+        diagnostic.field = String::new();
+        diagnostic.message =
+            "a template: render it first, for example `helm template … | hanse policy check -`".to_owned();
+        marked.insert(document).then_some(diagnostic)
+    }));
+}
+
+fn read_documents(file: &Arc<str>, text: &str, read: &mut Manifests) {
+    let place = |line| Place { file: Arc::clone(file), line };
     let refuse = |read: &mut Manifests, error: SyntaxError, object: Option<Node<'_>>| {
         let start = object.map_or(error.line, Node::line);
         let (field, message, object) = (String::new(), error.message, object.map(reference));
-        read.diagnostics.push(Diagnostic { place: place(error.line), field, message, object, start });
+        read.diagnostics.push(Diagnostic { place: place(error.line), field, message, object, start, not_object: None });
     };
     for document in document::documents(text) {
         let document = match document {
@@ -310,12 +400,23 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
     let mut locator = Locator::new(node);
     let mut refuse = |read: &mut Manifests, field: &str, message: String, object| {
         let place = Place { file: Arc::clone(file), line: locator.line_of(field) };
-        read.diagnostics.push(Diagnostic { place, field: field.to_owned(), message, object, start: node.line() });
+        let (field, not_object) = (field.to_owned(), None);
+        read.diagnostics.push(Diagnostic { place, field, message, object, start: node.line(), not_object });
     };
-    if !node.is_mapping() {
-        return refuse(read, "", "not an object: a mapping with apiVersion, kind and metadata is wanted".into(), None);
+    // A list of objects, as calicoctl reads it.
+    if node.items().next().is_some() && node.items().all(|item| item.child("kind").is_some()) {
+        return node.items().for_each(|item| read_node(file, item, read));
     }
     let mut reference = reference(node);
+    // Chart.yaml has an apiVersion, but not of a group that is read.
+    let claims = !reference.kind.is_empty() || kind::is_read_group(&reference.api_version);
+    if !node.is_mapping() || !claims {
+        refuse(read, "", "not an object: apiVersion, kind and metadata are missing".into(), None);
+        if let Some(last) = read.diagnostics.last_mut() {
+            last.not_object = Some(NotObject::WithoutKind);
+        }
+        return;
+    }
     for (field, value) in [("apiVersion", &reference.api_version), ("kind", &reference.kind)] {
         if value.is_empty() {
             return refuse(
@@ -336,7 +437,7 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             Ok(workload) => read.workloads.push(workload),
             Err(errors) => read.refused_workloads.extend(errors.into_iter().map(|FieldError { path, message }| {
                 let place = Place { file: Arc::clone(file), line: locator.line_of(&path) };
-                Diagnostic { place, field: path, message, object: Some(reference.clone()), start: node.line() }
+                Diagnostic { place, field: path, message, object: Some(reference.clone()), start: node.line(), not_object: None }
             })),
         }
         return;

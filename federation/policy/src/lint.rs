@@ -20,7 +20,9 @@ use crate::selector::{Expr, Selector, build};
 use crate::tri::Tri;
 use crate::workload::{Workload, telling_keys, workloads};
 
+mod dns;
 pub mod imply;
+mod pitfalls;
 
 use imply::{covers, everything, families, implies, is_contradictory, is_within};
 
@@ -77,6 +79,16 @@ checks! {
         "Upgrade, or rewrite the rule: where it allows it never matches, elsewhere it denies all that it may cover."
     RULE_REDUNDANT "HN012" "rule-redundant" Note
         "Another policy does the same before it: delete the rule where nothing else depends on it."
+    ONLY_LOGS "HN013" "only-logs" Warning
+        "Add a rule that decides after the Log rule (Allow, Pass or Deny), or give the tier defaultAction: Pass."
+    NAMESPACE_LABEL "HN014" "label-of-namespaces" Warning
+        "Move the comparison into namespaceSelector."
+    HOST_POLICY "HN015" "host-endpoint-policy" Note
+        "Keep it where Calico enforces it: Hanse enforces policy on pods only, and none on host endpoints."
+    GLOBAL_SET_OUT_OF_SCOPE "HN016" "global-set-out-of-scope" Warning
+        "Add namespaceSelector: global() to this end of the rule: without it a NetworkPolicy looks only in its own namespace."
+    DNS_CUT "HN017" "dns-cut-off" Warning
+        "Allow egress by UDP and TCP to port 53 of the cluster's DNS, unless these pods are meant to look up no names."
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -102,8 +114,9 @@ pub enum About {
 
 const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 
-/// Everything that was found, once each, in a stable order.
-pub fn lint(policies: &PolicySet, inventory: &Inventory) -> Vec<Finding> {
+/// Everything that was found, once each, in a stable order. `hosts`: the clusters with host endpoints, which policies may
+/// select instead of pods.
+pub fn lint(policies: &PolicySet, inventory: &Inventory, hosts: &BTreeSet<ClusterName>) -> Vec<Finding> {
     let workloads = workloads(inventory, &telling_keys([policies]));
     let mut findings = Vec::new();
     let layers = std::iter::once((None, &policies.federation));
@@ -123,20 +136,32 @@ pub fn lint(policies: &PolicySet, inventory: &Inventory) -> Vec<Finding> {
             for name in named(&policy.enforcers).filter(|name| !inventory.clusters.contains_key(*name)) {
                 found(MISSING_CLUSTER, None, format!("it is enforced by cluster {name:?}, which is not known here"));
             }
+            if policy.host_only {
+                found(HOST_POLICY, None, "doNotTrack and preDNAT act on host endpoints only".to_owned());
+            }
             if !counts(policy) {
                 continue;
             }
             let subject = &policy.selector;
+            if let Some(message) = pitfalls::names_a_namespace(subject) {
+                found(NAMESPACE_LABEL, None, format!("selector: {message}"));
+            }
             if is_contradictory(&subject.expr) {
                 found(SUBJECT_SELECTS_NOTHING, None, format!("{subject} can select nothing: it contradicts itself"));
             } else if enforcers.is_empty() {
                 found(SUBJECT_SELECTS_NOTHING, None, "no cluster that is known here enforces it".to_owned());
-            } else if !enforcers.iter().any(|enforcer| facts.selects_pod(enforcer, subject)) {
+            } else if enforcers.iter().any(|enforcer| facts.subjects(enforcer, subject).next().is_some()) {
+            } else if policy.id.namespace.is_none() && enforcers.iter().any(|enforcer| hosts.contains(*enforcer)) {
+                found(HOST_POLICY, None, format!("{subject} selects no pod, and may select host endpoints"));
+            } else {
                 found(SUBJECT_SELECTS_NOTHING, None, format!("{subject} selects no pod"));
             }
             for direction in DIRECTIONS {
+                if let Some(message) = pitfalls::only_logs(policy, direction, layer.tier(&policy.tier).1) {
+                    found(ONLY_LOGS, None, message);
+                }
                 for (index, parts) in written(rules(policy, direction).unwrap_or_default()) {
-                    for (check, message) in about(&parts, direction, &enforcers, &mut facts) {
+                    for (check, message) in about(policy, &parts, direction, &enforcers, &mut facts) {
                         found(check, Some((direction, index)), message);
                     }
                 }
@@ -150,6 +175,7 @@ pub fn lint(policies: &PolicySet, inventory: &Inventory) -> Vec<Finding> {
         open_namespaces(&tiers, name, own, &mut findings);
         passes_to_nothing(policies, &tiers, name, own, &mut findings);
     }
+    findings.extend(dns::cut_off(policies, inventory));
     let mut known = HashSet::new();
     findings.retain(|finding| known.insert(finding.clone()));
     findings
@@ -195,9 +221,10 @@ struct Facts<'a> {
 }
 
 impl Facts<'_> {
-    fn selects_pod(&self, cluster: &ClusterName, subject: &Selector) -> bool {
+    /// The pods of a cluster that a policy with this selector is for.
+    fn subjects(&self, cluster: &ClusterName, subject: &Selector) -> impl Iterator<Item = &Workload<'_>> {
         let pods = self.workloads.get(cluster).into_iter().flatten();
-        pods.filter(|it| it.members[0].0.kind == EndpointKind::Pod).any(|it| is_subject(it, subject))
+        pods.filter(|it| it.members[0].0.kind == EndpointKind::Pod).filter(move |it| is_subject(it, subject))
     }
 
     /// Whether anything may be selected: a pod or a network set.
@@ -260,13 +287,16 @@ fn is_subject(workload: &Workload<'_>, subject: &Selector) -> bool {
 
 /// What is odd about one rule by itself.
 fn about(
+    policy: &Policy,
     parts: &[&Rule],
     direction: Direction,
     enforcers: &[&ClusterName],
     facts: &mut Facts<'_>,
 ) -> Vec<(Check, String)> {
     let mut found = Vec::new();
-    let contradictions: Vec<String> = parts.iter().filter_map(|rule| contradiction(rule)).collect();
+    let contradicts =
+        |rule: &&Rule| contradiction(rule).or_else(|| pitfalls::own_end_excludes(policy, rule, direction));
+    let contradictions: Vec<String> = parts.iter().filter_map(contradicts).collect();
     // Where one peer of several is impossible, the rest may do what was meant.
     let never = contradictions.len() == parts.len();
     found.extend(contradictions.into_iter().take(usize::from(never)).map(|reason| (RULE_NEVER_MATCHES, reason)));
@@ -297,6 +327,9 @@ fn about(
                     found.push((MISSING_CLUSTER, message));
                 }
             }
+            let asked = entity.selection.iter().chain(&entity.not_selection);
+            let named = asked.filter_map(|selection| pitfalls::names_a_namespace(&selection.selector));
+            found.extend(named.map(|message| (NAMESPACE_LABEL, format!("{side}: {message}"))));
             for selection in entity.selection.iter().chain(&entity.not_selection).filter(|_| !never) {
                 let nothing = enforcers.iter().copied().find(|enforcer| !facts.selects(enforcer, selection));
                 let Some(enforcer) = nothing else { continue };
@@ -311,8 +344,23 @@ fn about(
             }
             let Some(selection) = entity.selection.as_ref().filter(|_| !never) else { continue };
             if !enforcers.is_empty() && !enforcers.iter().any(|enforcer| facts.selects(enforcer, selection)) {
-                found.push((PEER_SELECTS_NOTHING, format!("{side} {} selects nothing", selection.selector)));
+                match pitfalls::missed_global_set(policy, selection, enforcers, facts.inventory) {
+                    Some(set) => found.push((
+                        GLOBAL_SET_OUT_OF_SCOPE,
+                        format!(
+                            "{side} {} selects nothing: GlobalNetworkSet {set} has no namespace",
+                            selection.selector
+                        ),
+                    )),
+                    None => {
+                        found.push((PEER_SELECTS_NOTHING, format!("{side} {} selects nothing", selection.selector)))
+                    }
+                }
+                continue;
             }
+            let own = pitfalls::own_end(rule, direction).is_some_and(|(name, _)| name == side);
+            let missed = own.then(|| pitfalls::own_end_missed(policy, rule, direction, enforcers, facts)).flatten();
+            found.extend(missed.map(|message| (PEER_SELECTS_NOTHING, message)));
         }
         if rule.action == Action::Allow && direction == Direction::Egress && !never {
             let through = |selection: &Selection| enforcers.iter().any(|it| facts.selects_world(it, selection));

@@ -13,7 +13,7 @@ use hanse_policy::explain::protocol_name;
 use hanse_policy::workload::common_name;
 use serde::Serialize;
 
-use super::load::{ClusterSource, Sources};
+use super::load::{ClusterSource, Loaded, Sources};
 use super::matrix::PortName;
 use crate::output::{self, Format};
 
@@ -161,6 +161,10 @@ impl Arguments {
         let second = State { policies: &after_state.policies, inventory: &after_state.inventory, view };
         let asked = self.ports.iter().map(|port| (port.protocol, port.port)).collect();
         let diff = Diff::new(first, second, &self.outside, asked).with_pod_nets(&self.sources.pod_nets);
+        let incomplete = before.is_incomplete() || after.as_ref().is_some_and(Loaded::is_incomplete);
+        if !diff.parties.iter().any(|party| matches!(party, Party::Pods { .. })) {
+            anyhow::bail!("no pod or workload is in both states, so nothing was compared");
+        }
         let mut out = std::io::BufWriter::new(output::stdout());
         let mut rows = Rows::default();
         // How many pairs closed and opened, and for the last whether it is counted among them.
@@ -176,7 +180,7 @@ impl Arguments {
                 count[usize::from(is_open)] += pairs;
             }
             if self.output != Format::Table {
-                return self.print_lines(&mut out, &diff, &change);
+                return self.print_lines(&mut out, incomplete, &diff, &change);
             }
             let (egress, ingress) = (change.after.egress.as_ref(), change.after.ingress.as_ref());
             let reason = match (is_open, egress, ingress) {
@@ -197,6 +201,9 @@ impl Arguments {
                 _ => format!("{opened} pairs opened, {closed} closed"),
             };
             writeln!(out, "{text}")?;
+            for line in [Some(&before), after.as_ref()].into_iter().flatten().filter_map(Loaded::incomplete_line) {
+                writeln!(out, "{line}")?;
+            }
         }
         out.flush()?;
         for (unpaired, which) in diff.unpaired.iter().zip(["first", "second"]) {
@@ -207,12 +214,17 @@ impl Arguments {
                 ));
             }
         }
-        let refused = before.refused + after.as_ref().map_or(0, |after| after.refused);
         let changed = opened + closed > 0;
-        Ok(if refused > 0 || self.exit_code && changed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+        Ok(if incomplete || self.exit_code && changed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
 
-    fn print_lines(&self, out: &mut impl std::io::Write, diff: &Diff<'_>, change: &Change) -> anyhow::Result<()> {
+    fn print_lines(
+        &self,
+        out: &mut impl std::io::Write,
+        incomplete: bool,
+        diff: &Diff<'_>,
+        change: &Change,
+    ) -> anyhow::Result<()> {
         let (from, to) = (side(&diff.parties[change.from]), side(&diff.parties[change.to]));
         let egress = answer::reason(change.after.egress.as_ref());
         let ingress = answer::reason(change.after.ingress.as_ref());
@@ -230,7 +242,7 @@ impl Arguments {
                 egress: &egress,
                 ingress: &ingress,
             };
-            output::write(out, self.output, &line)?;
+            super::write_answer(out, self.output, incomplete, &line)?;
         }
         Ok(())
     }

@@ -72,13 +72,15 @@ struct Printer {
     /// What verdicts depend on, numbered from 1 in the table.
     notes: Vec<String>,
     unanswered: usize,
+    incomplete: bool,
 }
 
 impl Printer {
     fn new(output: Format) -> Self {
         let out = std::io::BufWriter::with_capacity(1 << 16, output::stdout());
         let table = output::table(["FROM", "TO", "VERDICT", "STAGED", "EGRESS", "INGRESS"]);
-        Self { output, out, table, own_streams: BTreeSet::new(), notes: Vec::new(), unanswered: 0 }
+        let (own_streams, notes) = (BTreeSet::new(), Vec::new());
+        Self { output, out, table, own_streams, notes, unanswered: 0, incomplete: false }
     }
 
     fn print(&mut self, question: Option<&Question>, answer: Result<AnswerLine<'_>, String>) -> anyhow::Result<()> {
@@ -118,7 +120,7 @@ impl Printer {
                     }
                 }
             }
-            (format, Ok(line)) => output::write(&mut self.out, format, &line)?,
+            (format, Ok(line)) => super::write_answer(&mut self.out, format, self.incomplete, &line)?,
             (format, Err(error)) => {
                 self.unanswered += 1;
                 output::write(&mut self.out, format, &ErrorLine { error })?;
@@ -195,7 +197,11 @@ impl Arguments {
             })?;
             return Ok(if printer.finish()? == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
+        if self.queries == Path::new("-") && self.sources.stdin_uses() > 0 {
+            anyhow::bail!("standard input (`-`) can be read once: give the queries or the manifests as a file");
+        }
         let loaded = self.sources.load()?;
+        printer.incomplete = loaded.is_incomplete();
         let explainer = Explainer::new(&loaded.policies, &loaded.inventory).by_reference(self.reference);
         let explainer = explainer.with_pod_nets(&self.sources.pod_nets);
         for line in lines {
@@ -207,8 +213,10 @@ impl Arguments {
             let answer = explained.as_ref().map(|it| it.line()).map_err(Clone::clone);
             printer.print(question.as_ref().ok(), answer)?;
         }
+        let is_table = self.output == Format::Table;
         let unanswered = printer.finish()?;
-        Ok(if unanswered == 0 && loaded.refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        loaded.incomplete_line().filter(|_| is_table).map_or(Ok(()), output::line)?;
+        Ok(if unanswered == 0 && !loaded.is_incomplete() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
 

@@ -107,7 +107,7 @@ impl Arguments {
                 cluster.stale = true;
             }
         }
-        let findings = lint(&loaded.policies, &loaded.inventory);
+        let findings = lint(&loaded.policies, &loaded.inventory, &loaded.hosts);
         let mut lines_of_rules = RuleLines::default();
         let lines: Vec<FindingLine<'_>> = findings
             .iter()
@@ -141,12 +141,15 @@ impl Arguments {
             })
             .collect();
         match self.output {
-            Format::Json => lines.iter().try_for_each(|line| output::print(output::Format::Json, line))?,
-            Format::Yaml => lines.iter().try_for_each(|line| output::print(output::Format::Yaml, line))?,
+            Format::Json => print_lines(output::Format::Json, loaded.is_incomplete(), &lines)?,
+            Format::Yaml => print_lines(output::Format::Yaml, loaded.is_incomplete(), &lines)?,
             Format::Sarif => {
                 writeln!(output::stdout(), "{}", serde_json::to_string_pretty(&sarif(&lines, &loaded.refusals))?)?
             }
-            Format::Table => print_table(&lines)?,
+            Format::Table => {
+                print_table(&lines)?;
+                loaded.incomplete_line().map_or(Ok(()), output::line)?;
+            }
         }
         let fails = |finding: &Finding| match self.fail_on {
             Level::Note => true,
@@ -154,9 +157,14 @@ impl Arguments {
             Level::Error => finding.check.severity >= Severity::Error,
             Level::Never => false,
         };
-        let failed = loaded.refused > 0 || findings.iter().any(fails);
+        let failed = loaded.is_incomplete() || findings.iter().any(fails);
         Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
+}
+
+fn print_lines(format: output::Format, incomplete: bool, lines: &[FindingLine<'_>]) -> anyhow::Result<()> {
+    let mut out = output::stdout();
+    lines.iter().try_for_each(|line| super::write_answer(&mut out, format, incomplete, line))
 }
 
 /// The clusters whose endpoints count as unknown at the hub.

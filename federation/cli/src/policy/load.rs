@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::bail;
 use hanse_k8s_api::hanse::{Grants, Member};
-use hanse_k8s_api::manifest::{Diagnostic, Manifests, Place, read_dir};
+use hanse_k8s_api::manifest::{Diagnostic, Manifests, Place};
 use hanse_k8s_api::{assemble_federation, assemble_offline};
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicyId, PolicySet};
@@ -14,18 +14,22 @@ use ipnet::IpNet;
 
 use hanse_policy::explain::answer;
 
+use super::reading;
 use crate::output;
 
 /// Where to read from.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Sources {
-    /// A cluster: its name and the directory of its manifests (YAML or JSON, objects as an API server stores them). May be
-    /// given several times.
+    /// A cluster: its name and the directory of its manifests (YAML or JSON, objects as an API server stores them); `-` is
+    /// standard input. May be given several times.
     #[arg(long = "cluster", value_name = "NAME=DIR")]
     clusters: Vec<ClusterSource>,
-    /// The directory of the federation's manifests (`hanse.dev`).
+    /// The directory of the federation's manifests (`hanse.dev`); `-` is standard input.
     #[arg(long, value_name = "DIR")]
     federation: Option<PathBuf>,
+    /// Refuse templates (documents with `{{`) and documents without a kind, which are notes otherwise.
+    #[arg(long)]
+    strict: bool,
     /// A net in which pods get their addresses, for workloads that do not run yet; may be given several times. Without it
     /// they may get any.
     #[arg(long = "pod-net", value_name = "CIDR", value_delimiter = ',', requires = "clusters")]
@@ -56,10 +60,11 @@ impl std::str::FromStr for ClusterSource {
 pub struct Loaded {
     pub policies: PolicySet,
     pub inventory: Inventory,
-    /// How many errors objects and files had; each was named on standard error.
-    pub refused: usize,
-    /// Those errors.
+    /// The errors of objects and files that were refused; each was named on standard error. With any, answers are
+    /// incomplete.
     pub refusals: Vec<Diagnostic>,
+    /// The clusters whose manifests hold HostEndpoints.
+    pub hosts: BTreeSet<ClusterName>,
     /// Protocols and ports that containers declare.
     pub declared: BTreeMap<(ClusterName, EndpointId), BTreeSet<(u8, u16)>>,
     places: BTreeMap<WrittenName, Place>,
@@ -69,16 +74,22 @@ pub struct Loaded {
 type WrittenName = (Option<ClusterName>, String, Option<String>, String);
 
 impl Sources {
-    /// Reads everything. What is refused or skipped is named on standard error, and the rest is read all the same; a
-    /// directory that cannot be read is an error.
+    /// Reads everything. What is refused or skipped is named on standard error, and the rest is read all the same.
+    ///
+    /// # Errors
+    /// When a directory cannot be read or holds no manifest, or when no cluster has an endpoint: a verdict about nothing
+    /// would look like a good one.
     pub fn load(&self) -> anyhow::Result<Loaded> {
         if self.clusters.is_empty() {
             bail!("no cluster is named: --cluster NAME=DIR");
         }
+        if self.stdin_uses() > 1 {
+            bail!("standard input (`-`) can be read once: give one of the sources as a directory");
+        }
         let mut loaded = Loaded::default();
         let mut clusters = BTreeMap::new();
         for source in &self.clusters {
-            let manifests = loaded.read(Some(&source.name), &source.directory)?;
+            let manifests = loaded.read(Some(&source.name), &source.directory, self.strict)?;
             let offline = assemble_offline(&source.name, manifests);
             loaded.report(&offline.state.diagnostics, false);
             let declared = offline.declared.into_iter().map(|(id, ports)| ((source.name.clone(), id), ports));
@@ -88,7 +99,7 @@ impl Sources {
             }
         }
         let federated = match &self.federation {
-            Some(directory) => loaded.read(None, directory)?,
+            Some(directory) => loaded.read(None, directory, self.strict)?,
             None => Manifests::default(),
         };
         for workload in &federated.workloads {
@@ -110,7 +121,23 @@ impl Sources {
         }
         loaded.inventory.federated_sets = federation.sets;
         loaded.policies.federation = federation.layer;
+        let empty: Vec<&ClusterName> =
+            loaded.inventory.clusters.iter().filter(|(_, it)| it.endpoints.is_empty()).map(|(name, _)| name).collect();
+        let noun = if empty.len() == 1 { "cluster" } else { "clusters" };
+        let names = empty.iter().map(|name| name.to_string()).collect::<Vec<_>>().join(", ");
+        if empty.len() == loaded.inventory.clusters.len() {
+            bail!("{noun} {names}: no pods and no workloads were read, so there is nothing to answer about");
+        }
+        if !empty.is_empty() {
+            output::note(format_args!("note: {noun} {names}: no pods and no workloads were read"));
+        }
         Ok(loaded)
+    }
+
+    /// How many of the sources are standard input.
+    pub fn stdin_uses(&self) -> usize {
+        let clusters = self.clusters.iter().map(|source| source.directory.as_path());
+        clusters.chain(self.federation.as_deref()).filter(|path| *path == Path::new("-")).count()
     }
 
     /// Whether nothing is to be read, so that the federation that runs is meant.
@@ -183,16 +210,21 @@ fn withheld(grants: &Grants, id: &EndpointId, pod: &Endpoint) -> Option<String> 
 }
 
 impl Loaded {
-    fn read(&mut self, cluster: Option<&ClusterName>, directory: &Path) -> anyhow::Result<Manifests> {
-        let manifests = read_dir(directory)?;
-        self.report(&manifests.diagnostics, true);
-        self.report(&manifests.refused_workloads, true);
-        for skipped in &manifests.skipped {
-            let (place, object) = (&skipped.place, &skipped.object);
-            output::note(format_args!(
-                "{}:{}: {} {} is skipped: not a kind that Hanse reads",
-                place.file, place.line, object.kind, object.name
-            ));
+    fn read(&mut self, cluster: Option<&ClusterName>, directory: &Path, strict: bool) -> anyhow::Result<Manifests> {
+        let manifests = reading::read(directory)?;
+        let found = [manifests.objects.len(), manifests.workloads.len(), manifests.skipped.len()];
+        if found == [0; 3] && manifests.diagnostics.is_empty() && manifests.refused_workloads.is_empty() {
+            bail!("{}: no manifests (.yaml, .yml or .json)", directory.display());
+        }
+        let (refused, notes): (Vec<Diagnostic>, Vec<Diagnostic>) =
+            manifests.diagnostics.iter().chain(&manifests.refused_workloads).cloned().partition(|it| reading::refuses(it, strict));
+        self.report(&notes, false);
+        self.report(&refused, true);
+        for line in reading::skipped_lines(manifests.skipped.iter()) {
+            output::note(format_args!("{}: {line}", directory.display()));
+        }
+        if manifests.skipped.iter().any(|it| it.object.kind == "HostEndpoint") {
+            self.hosts.extend(cluster.cloned());
         }
         for object in &manifests.objects {
             let of = &object.reference;
@@ -209,9 +241,21 @@ impl Loaded {
             output::note(format_args!("{file}:{line}: {kind}: {}", told(diagnostic)));
         }
         if refused {
-            self.refused += diagnostics.len();
             self.refusals.extend_from_slice(diagnostics);
         }
+    }
+
+    /// Whether something was refused, so that what it says is missing from every answer.
+    pub fn is_incomplete(&self) -> bool {
+        !self.refusals.is_empty()
+    }
+
+    /// What a table ends with where answers are incomplete.
+    pub fn incomplete_line(&self) -> Option<String> {
+        let count = self.refusals.len();
+        let refused = output::count(count, "error");
+        self.is_incomplete()
+            .then(|| format!("incomplete: {refused} above, so some of what was written is not in this answer"))
     }
 
     /// Where an object is written.

@@ -170,7 +170,7 @@ impl Arguments {
             let pods = session.pods()?;
             let (sources, destinations) = (told(&pods, &self.from), told(&pods, &self.to));
             let mut unanswered = 0;
-            self.print(&sources, &destinations, |from, columns| {
+            self.print(&sources, &destinations, false, |from, columns| {
                 let (row, missing) = self.ask(&mut session, from, columns)?;
                 unanswered += missing;
                 Ok(row)
@@ -178,7 +178,7 @@ impl Arguments {
             return Ok(if unanswered == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         let loaded = self.sources.load()?;
-        let Loaded { policies, inventory, refused, .. } = &loaded;
+        let Loaded { policies, inventory, .. } = &loaded;
         let view = if self.staged { View::Pending } else { View::Enforced };
         let prepared = Prepared::new(policies, inventory, view);
         let placement = Placement::new(policies, inventory, &self.sources.pod_nets);
@@ -191,10 +191,11 @@ impl Arguments {
             }
             Format::Json | Format::Yaml => ends,
         };
-        self.print(&sources, &destinations, |from, columns| {
+        self.print(&sources, &destinations, loaded.is_incomplete(), |from, columns| {
             Ok(columns.iter().map(|column| self.judge(&prepared, &placement, from, column)).collect())
         })?;
-        Ok(if *refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        loaded.incomplete_line().filter(|_| self.output == Format::Table).map_or(Ok(()), output::line)?;
+        Ok(if loaded.is_incomplete() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
 
     /// Groups of columns that are shown together, each with its title.
@@ -230,6 +231,7 @@ impl Arguments {
         &self,
         sources: &[Pod],
         destinations: &[Pod],
+        incomplete: bool,
         mut row: impl FnMut(&Pod, &[Column<'_>]) -> anyhow::Result<Row>,
     ) -> anyhow::Result<()> {
         let mut out = std::io::BufWriter::new(output::stdout());
@@ -272,7 +274,7 @@ impl Arguments {
                     depends_on: if let Cell::Depends(on) = cell { Some(on) } else { None },
                     not_running: ends.iter().filter(|(_, planned)| *planned).map(|(end, _)| *end).collect(),
                 };
-                output::write(&mut out, self.output, &line)?;
+                super::write_answer(&mut out, self.output, incomplete, &line)?;
             }
         }
         Ok(out.flush()?)

@@ -62,7 +62,8 @@ struct PolicyLine<'a> {
 impl Arguments {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let loaded = self.sources.load()?;
-        let Loaded { policies, inventory, refused, .. } = &loaded;
+        let Loaded { policies, inventory, .. } = &loaded;
+        let mut out = output::stdout();
         for (at, cluster) in inventory.clusters.keys().enumerate() {
             let mut table =
                 output::table(["PHASE", "TIER", "ORDER", "ENDS IN", "POLICY", "ORDER", "TYPES", "SELECTOR"]);
@@ -77,7 +78,7 @@ impl Arguments {
                     policies: tier.policies.iter().copied().map(policy_line).collect(),
                 };
                 if self.output != Format::Table {
-                    output::print(self.output, &line)?;
+                    super::write_answer(&mut out, self.output, loaded.is_incomplete(), &line)?;
                     continue;
                 }
                 let tier_order = if tier.missing { "no object".to_owned() } else { shown(tier.order) };
@@ -107,10 +108,13 @@ impl Arguments {
             }
             if self.output == Format::Table {
                 let gap = if at == 0 { "" } else { "\n" };
-                write!(output::stdout(), "{gap}cluster {cluster}\n\n{table}\n")?;
+                writeln!(out, "{gap}cluster {cluster}\n\n{table}")?;
             }
         }
-        Ok(if *refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        if let Some(line) = loaded.incomplete_line().filter(|_| self.output == Format::Table) {
+            writeln!(out, "\n{line}")?;
+        }
+        Ok(if loaded.is_incomplete() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
 }
 

@@ -5,7 +5,8 @@ use std::process::Command;
 
 use serde_json::Value;
 
-/// A namespace with one pod that carries every label of these cases, closed by default, so that nothing else is found.
+/// A namespace with one pod that carries every label of these cases, closed by default but for DNS, so that nothing else is
+/// found.
 const WORLD: &str = "\
 apiVersion: v1
 kind: Namespace
@@ -25,7 +26,23 @@ spec: {order: 9000000, defaultAction: Deny}
 apiVersion: projectcalico.org/v3
 kind: GlobalNetworkPolicy
 metadata: {name: end.closed}
-spec: {tier: end, types: [Ingress, Egress]}
+spec:
+  tier: end
+  types: [Ingress, Egress]
+  ingress:
+  - {action: Allow, protocol: UDP, destination: {ports: [53]}}
+  egress:
+  - {action: Allow, protocol: UDP, destination: {namespaceSelector: kubernetes.io/metadata.name == 'kube-system', ports: [53]}}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: kube-system, labels: {kubernetes.io/metadata.name: kube-system}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: dns, namespace: kube-system, labels: {k8s-app: kube-dns}}
+spec: {nodeName: n, containers: [{name: c}]}
+status: {phase: Running, podIP: 10.0.0.53, podIPs: [{ip: 10.0.0.53}, {ip: 'fd00::53'}]}
 ---
 ";
 
@@ -409,4 +426,104 @@ fn sarif_has_what_its_schema_requires() {
     let physical = &notification["locations"][0]["physicalLocation"];
     assert!(physical["artifactLocation"]["uri"].as_str().is_some_and(|uri| uri.ends_with("/broken.yaml")));
     assert_eq!(physical["region"]["startLine"], 6);
+}
+
+/// What people report as bugs of Calico.
+#[test]
+fn common_mistakes_are_found() {
+    let found = |extra: &str| -> Vec<(String, String)> {
+        let root = tempfile::tempdir().expect("temporary directory");
+        std::fs::write(root.path().join("world.yaml"), format!("{WORLD}{extra}")).expect("manifests");
+        let cluster = format!("c={}", root.path().display());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
+        let output =
+            command.args(["policy", "lint", "--cluster", &cluster, "-o", "json"]).output().expect("hanse runs");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).expect("a line of JSON"));
+        let word = |line: &Value, name: &str| line[name].as_str().unwrap_or_default().to_owned();
+        lines.map(|line| (word(&line, "id"), word(&line, "message"))).collect()
+    };
+    let rule = |direction: &str, rule: &str| {
+        let list = direction.to_lowercase();
+        format!("  selector: app == 'a'\n  types: [{direction}]\n  {list}:\n  - {rule}")
+    };
+    let namespaced = |spec: &str| policy("NetworkPolicy", "n, namespace: web", spec);
+    let global = |spec: &str| policy("GlobalNetworkPolicy", "g", spec);
+    let set = "---\napiVersion: projectcalico.org/v3\nkind: GlobalNetworkSet\nmetadata: {name: lan, labels: {zone: lan}}\nspec: {nets: [10.9.0.0/16]}\n";
+    let hosts = "---\napiVersion: projectcalico.org/v3\nkind: HostEndpoint\nmetadata: {name: h}\nspec: {node: n}\n";
+    let cases = [
+        ("only logs", global(&rule("Ingress", "{action: Log}")), &["HN013"][..]),
+        (
+            "logs and decides",
+            global(&rule("Ingress", "{action: Log}\n  - {action: Allow, source: {selector: app == 'a'}}")),
+            &[],
+        ),
+        (
+            "asks the wrong pod",
+            global(&rule("Ingress", "{action: Allow, destination: {selector: app == 'b'}}")),
+            &["HN003"],
+        ),
+        (
+            "asks a pod that is not there",
+            global(&rule("Ingress", "{action: Allow, destination: {selector: has(other)}}")),
+            &["HN002"],
+        ),
+        ("asks the right pod", global(&rule("Ingress", "{action: Allow, destination: {selector: role == 'b'}}")), &[]),
+        (
+            "asks a pod for the label of its namespace",
+            global(&rule("Ingress", "{action: Allow, source: {selector: projectcalico.org/name == 'web'}}")),
+            &["HN014", "HN002"],
+        ),
+        (
+            "asks a namespace for its name",
+            global(&rule("Ingress", "{action: Allow, source: {namespaceSelector: projectcalico.org/name == 'web'}}")),
+            &[],
+        ),
+        (
+            "a global set from a namespace",
+            namespaced(&rule("Ingress", "{action: Allow, source: {selector: zone == 'lan'}}")) + set,
+            &["HN016"],
+        ),
+        (
+            "a global set from a namespace, rightly",
+            namespaced(&rule(
+                "Ingress",
+                "{action: Allow, source: {selector: zone == 'lan', namespaceSelector: global()}}",
+            )) + set,
+            &[],
+        ),
+        (
+            "for hosts",
+            policy("GlobalNetworkPolicy", "h", "  selector: host == 'h'\n  types: [Ingress]") + hosts,
+            &["HN015"],
+        ),
+        (
+            "untracked",
+            policy("GlobalNetworkPolicy", "h", "  doNotTrack: true\n  applyOnForward: true\n  types: [Ingress]"),
+            &["HN015"],
+        ),
+        ("for hosts that are not there", policy("GlobalNetworkPolicy", "h", "  selector: host == 'h'"), &["HN001"]),
+        ("without DNS", global("  selector: app == 'a'\n  types: [Egress]"), &["HN017"]),
+        (
+            "with the DNS of nodes",
+            global(&rule(
+                "Egress",
+                "{action: Allow, protocol: UDP, destination: {nets: [169.254.20.10/32], ports: [53]}}",
+            )),
+            &[],
+        ),
+        (
+            "with the DNS of OpenShift",
+            global(&rule(
+                "Egress",
+                "{action: Allow, protocol: UDP, destination: {namespaceSelector: kubernetes.io/metadata.name == 'openshift-dns', ports: [5353]}}",
+            )),
+            &[],
+        ),
+    ];
+    for (title, extra, expected) in cases {
+        let found = found(&extra);
+        let ids: Vec<&str> = found.iter().map(|(id, _)| &**id).filter(|id| *id != "HN004").collect();
+        assert_eq!(ids, expected, "{title}: {found:#?}");
+    }
 }

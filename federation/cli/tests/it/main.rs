@@ -2,6 +2,7 @@
 
 mod calico_oracle;
 mod corpus;
+mod folders;
 mod lint;
 mod offline;
 mod online;

@@ -141,12 +141,13 @@ spec:
     assert_eq!(lines[4]["errors"][0]["field"], "spec.selector");
     let fields = |value: &Value| value.as_object().expect("an object").keys().cloned().collect::<Vec<_>>();
     for line in &lines {
-        assert_eq!(fields(line), ["file", "line", "apiVersion", "kind", "namespace", "name", "ok", "errors"]);
+        assert_eq!(fields(line), ["file", "line", "apiVersion", "kind", "namespace", "name", "ok", "result", "errors"]);
         for error in line["errors"].as_array().expect("a list") {
             assert_eq!(fields(error), ["field", "message"]);
         }
     }
-    assert!(String::from_utf8_lossy(&output.stderr).contains("all.yaml:15: Other other: skipped"), "{output:?}");
+    assert_eq!(lines[2]["result"], "skipped");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("1 Other (example.org/v1)"), "{output:?}");
     let output = hanse(&["policy", "check", text(root.path())]);
     let told = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(told.contains("all.yaml:13: NetworkPolicy web/bad: spec.ingress[0].ports[0].port: "), "{told}");

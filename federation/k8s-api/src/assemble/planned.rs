@@ -104,6 +104,7 @@ impl<'m> Workloads<'m> {
                     message: format!("duplicate of {file}:{line}; the first one counts"),
                     object: Some(of.clone()),
                     start: workload.place.line,
+                    not_object: None,
                 });
                 continue;
             }

@@ -237,7 +237,10 @@ impl<'a> Cursor<'a> {
         if self.take_words(&["in"]) {
             return Ok(Expr::In(key, self.set()?));
         }
-        Err(self.error("expected an operator after the label"))
+        Err(self.error(match self.rest().as_bytes().first() {
+            Some(b'=') => "expected an operator after the label: write == for equality",
+            _ => "expected an operator after the label",
+        }))
     }
 
     /// Takes words with or without white space between them, when no label byte follows the last.

@@ -1,6 +1,6 @@
 //! What lint calls certain is: no packet of a random world contradicts it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use hanse_policy::evaluate::{Direction, Effect, Step, View, evaluate};
 use hanse_policy::lint::{About, RULE_NEVER_MATCHES, RULE_REDUNDANT, RULE_SHADOWED, lint};
@@ -16,7 +16,7 @@ fn what_is_called_shadowed_or_impossible_never_acts() {
         let world = world(&mut random);
         // By policy, list and rule; without a rule, the whole list.
         let mut dead: HashMap<(PolicyId, Direction, Option<u32>), &str> = HashMap::new();
-        for finding in lint(&world.policies, &world.inventory) {
+        for finding in lint(&world.policies, &world.inventory, &BTreeSet::new()) {
             let certain = [RULE_SHADOWED, RULE_REDUNDANT, RULE_NEVER_MATCHES].contains(&finding.check);
             let About::Policy(policy, rule) = finding.about else { continue };
             if !certain {

@@ -1,0 +1,114 @@
+//! What people write in Calico's policies and report as a bug: what was meant is known from the words alone, or from one
+//! look at what else there is.
+
+use crate::evaluate::{Direction, rules};
+use crate::inventory::{EffectiveLabels, EndpointKind, Inventory};
+use crate::model::{Action, ClusterName, Policy, PolicyKind, Rule, Selection, TierDefault};
+use crate::selector::{Expr, Selector, build};
+use crate::tri::Tri;
+
+use super::imply::excludes;
+use super::{Facts, list_name};
+
+/// Where a policy's rules in this direction are all Log, in a tier that denies.
+pub fn only_logs(policy: &Policy, direction: Direction, default: TierDefault) -> Option<String> {
+    let list = rules(policy, direction)?;
+    let only = !list.is_empty() && list.iter().all(|rule| rule.action == Action::Log);
+    (only && default == TierDefault::Deny).then(|| {
+        let (list, tier) = (list_name(direction), &policy.tier.name);
+        format!("its {list} has Log rules only: what they log is denied at the end of tier {tier}")
+    })
+}
+
+/// The end of a rule that is the policy's own pod: its name, and what is asked of it.
+pub fn own_end(rule: &Rule, direction: Direction) -> Option<(&'static str, &Selection)> {
+    let (name, entity) = match direction {
+        Direction::Ingress => ("destination", &rule.destination),
+        Direction::Egress => ("source", &rule.source),
+    };
+    Some((name, entity.selection.as_ref()?))
+}
+
+/// Why what a rule asks of its own end holds of none of the policy's pods, where that is shown.
+pub fn own_end_excludes(policy: &Policy, rule: &Rule, direction: Direction) -> Option<String> {
+    let (name, selection) = own_end(rule, direction)?;
+    let (list, asked) = (list_name(direction), &selection.selector);
+    excludes(&policy.selector.expr, &asked.expr)
+        .then(|| format!("{name} {asked} excludes the policy's own pods, which are the {name} of all {list}"))
+}
+
+/// What a rule asks of its own end, where some of the policy's pods are known and none of them satisfies it.
+pub(super) fn own_end_missed(
+    policy: &Policy,
+    rule: &Rule,
+    direction: Direction,
+    enforcers: &[&ClusterName],
+    facts: &Facts<'_>,
+) -> Option<String> {
+    let (name, selection) = own_end(rule, direction)?;
+    let mut has_pods = false;
+    for enforcer in enforcers {
+        for pods in facts.subjects(enforcer, &policy.selector) {
+            has_pods = true;
+            let (id, endpoint) = pods.members[0];
+            if crate::inventory::selects(enforcer, selection, enforcer, pods.owner, id, endpoint) != Tri::No {
+                return None;
+            }
+        }
+    }
+    let (list, asked) = (list_name(direction), &selection.selector);
+    has_pods
+        .then(|| format!("{name} {asked} selects none of the policy's own pods, which are the {name} of all {list}"))
+}
+
+/// Where a selector compares `projectcalico.org/name`, which is a label of namespaces and accounts only.
+pub fn names_a_namespace(selector: &Selector) -> Option<String> {
+    let mut found = false;
+    selector.expr.for_each_key(&mut |key| found |= &**key == build::NAME);
+    found.then(|| {
+        format!(
+            "{} is a label of namespaces: compare it in a namespaceSelector, or compare {} in the selector",
+            build::NAME,
+            build::NAMESPACE
+        )
+    })
+}
+
+/// The global network set that a selection would select, were it not limited to namespaces.
+pub fn missed_global_set<'i>(
+    policy: &Policy,
+    selection: &Selection,
+    enforcers: &[&ClusterName],
+    inventory: &'i Inventory,
+) -> Option<&'i str> {
+    let is_calico = matches!(
+        policy.id.kind,
+        PolicyKind::CalicoNetworkPolicy
+            | PolicyKind::CalicoGlobalNetworkPolicy
+            | PolicyKind::StagedNetworkPolicy
+            | PolicyKind::StagedGlobalNetworkPolicy
+    );
+    let Expr::And(parts) = &selection.selector.expr else { return None };
+    let (scope, asked): (Vec<&Expr>, Vec<&Expr>) = parts.iter().partition(|part| is_namespace_scope(part));
+    if !is_calico || scope.is_empty() || asked.is_empty() {
+        return None;
+    }
+    let asked = build::all_of(asked.into_iter().cloned());
+    let clusters = enforcers.iter().filter_map(|name| inventory.clusters.get(*name));
+    let mut sets = clusters.flat_map(|cluster| cluster.endpoints.iter().map(move |(id, set)| (cluster, id, set)));
+    let found = sets.find(|(cluster, id, endpoint)| {
+        let labels = EffectiveLabels { cluster, id, endpoint, first_hand: true };
+        id.kind == EndpointKind::NetworkSet && id.namespace.is_none() && asked.evaluate(&labels) == Tri::Yes
+    });
+    found.map(|(_, id, _)| &*id.name)
+}
+
+/// Whether an expression speaks of the namespace only.
+fn is_namespace_scope(expr: &Expr) -> bool {
+    let (mut any, mut only) = (false, true);
+    expr.for_each_key(&mut |key| {
+        any = true;
+        only &= &**key == build::NAMESPACE || key.starts_with(build::NAMESPACE_PREFIX);
+    });
+    any && only
+}
