@@ -80,6 +80,9 @@ pub struct Case {
 /// Lists of nets, each of which an address is in or not.
 pub type NetLists = BTreeSet<Vec<IpNet>>;
 
+/// What was found of a pod in a direction: the lists at the source and at the destination.
+type Known = HashMap<(ClusterName, EndpointId, Direction), Rc<[NetLists; 2]>>;
+
 /// Finds the addresses to ask about.
 #[derive(Debug)]
 pub struct Placement<'a> {
@@ -87,7 +90,7 @@ pub struct Placement<'a> {
     inventory: &'a Inventory,
     assumed: Vec<IpNet>,
     taken: OnceCell<HashSet<IpAddr>>,
-    lists: RefCell<HashMap<(ClusterName, EndpointId, Direction), Rc<[NetLists; 2]>>>,
+    lists: RefCell<Known>,
 }
 
 impl<'a> Placement<'a> {

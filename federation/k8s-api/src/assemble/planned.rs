@@ -85,6 +85,9 @@ struct Workloads<'m> {
     doubles: Vec<Diagnostic>,
 }
 
+/// An endpoint with the protocols and ports that its containers declare, and where it is written.
+type PlannedEndpoint = (EndpointId, Endpoint, BTreeSet<(u8, u16)>, Place);
+
 impl<'m> Workloads<'m> {
     fn new(written: &'m [Workload]) -> Self {
         let mut this = Self { all: Vec::new(), by_name: HashMap::new(), doubles: Vec::new() };
@@ -186,7 +189,7 @@ impl<'m> Workloads<'m> {
     }
 
     /// An endpoint for each template that stands for itself.
-    fn planned(self, replaced: &BTreeSet<TemplateAt>) -> Vec<(EndpointId, Endpoint, BTreeSet<(u8, u16)>, Place)> {
+    fn planned(self, replaced: &BTreeSet<TemplateAt>) -> Vec<PlannedEndpoint> {
         let mut taken = BTreeSet::new();
         let mut all = Vec::new();
         for (at, workload) in self.all.iter().enumerate().filter(|(at, _)| !self.is_controlled(*at)) {
