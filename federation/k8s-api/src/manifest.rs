@@ -437,7 +437,14 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             Ok(workload) => read.workloads.push(workload),
             Err(errors) => read.refused_workloads.extend(errors.into_iter().map(|FieldError { path, message }| {
                 let place = Place { file: Arc::clone(file), line: locator.line_of(&path) };
-                Diagnostic { place, field: path, message, object: Some(reference.clone()), start: node.line(), not_object: None }
+                Diagnostic {
+                    place,
+                    field: path,
+                    message,
+                    object: Some(reference.clone()),
+                    start: node.line(),
+                    not_object: None,
+                }
             })),
         }
         return;

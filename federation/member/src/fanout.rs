@@ -405,8 +405,9 @@ impl Fanout {
                 () = tokio::time::sleep(LOOK_EVERY) => {}
             }
             let now = tokio::time::Instant::now();
-            // Each, not until the first.
-            if self.nodes().values_mut().fold(false, |settled, node| node.instances.settle(now) || settled) {
+            let mut settled = false;
+            self.nodes().values_mut().for_each(|node| settled |= node.instances.settle(now));
+            if settled {
                 self.shared.changed.send_modify(|count| *count += 1);
             }
             let kept = Arc::clone(&self.shared.kept);

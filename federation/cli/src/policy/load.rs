@@ -216,8 +216,12 @@ impl Loaded {
         if found == [0; 3] && manifests.diagnostics.is_empty() && manifests.refused_workloads.is_empty() {
             bail!("{}: no manifests (.yaml, .yml or .json)", directory.display());
         }
-        let (refused, notes): (Vec<Diagnostic>, Vec<Diagnostic>) =
-            manifests.diagnostics.iter().chain(&manifests.refused_workloads).cloned().partition(|it| reading::refuses(it, strict));
+        let (refused, notes): (Vec<Diagnostic>, Vec<Diagnostic>) = manifests
+            .diagnostics
+            .iter()
+            .chain(&manifests.refused_workloads)
+            .cloned()
+            .partition(|it| reading::refuses(it, strict));
         self.report(&notes, false);
         self.report(&refused, true);
         for line in reading::skipped_lines(manifests.skipped.iter()) {
