@@ -252,7 +252,7 @@ fn a_service_whose_backends_differ_depends_on_the_backend() {
         + "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: all-1, namespace: shop, labels: {kubernetes.io/service-name: all}}\naddressType: IPv4\nendpoints: [{addresses: [10.1.0.1]}, {addresses: [10.9.0.1]}]\nports: [{port: 80}]\n";
     let shop = Folder::new(&text);
     let question = ask(workload("statefulset/db"), json!({"service": "shop/all"}), 80);
-    let answers = shop.answers(&[question.clone()], &[]);
+    let answers = shop.answers(std::slice::from_ref(&question), &[]);
     assert_eq!(answers[0]["verdict"], "depends", "{answers:#?}");
     assert_eq!(answers[0]["dependsOn"], "the backend: 10.1.0.1:80 allow, 10.9.0.1:80 deny");
     let file = shop.queries(&[question]);
