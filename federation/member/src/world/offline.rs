@@ -336,6 +336,5 @@ fn a_member_enforces_what_offline_explain_says() {
         *seen.entry("worlds with sets in some clusters only").or_default() += usize::from(sets.len() == 2);
         *seen.entry("worlds with a policy without a tier").or_default() += usize::from(!offline.diagnostics.is_empty());
     }
-    println!("{seen:?}");
     assert!(seen["denied"] > 1_000 && seen["allowed"] > 1_000 && seen.len() == 4, "{seen:?}");
 }
