@@ -333,7 +333,7 @@ mod tests {
     async fn a_panic_in_one_call_ends_that_call_alone() {
         observe_panics();
         let before = panics("a call of a test");
-        let failed = caught("a call of a test", async { None::<u8>.expect("a defect") }).await;
+        let failed = caught("a call of a test", async { panic!("a defect") }).await;
         assert_eq!(failed, Err(Panicked("a call of a test")));
         assert_eq!(caught("a call of a test", async { 7 }).await, Ok(7));
         assert_eq!(panics("a call of a test"), before + 1);
