@@ -75,6 +75,7 @@ fn answers<'c>(corpus: &Corpus, case: &'c Case) -> Vec<(&'c str, Expected, Value
 }
 
 fn write(path: &Path, objects: &[Value]) {
-    let documents: Vec<String> = objects.iter().map(|object| serde_yaml_ng::to_string(object).expect("YAML")).collect();
-    std::fs::write(path, documents.join("---\n")).expect("manifests");
+    // JSON is YAML of which every reader thinks alike: a name such as `n` is no truth value in quotes.
+    let documents: Vec<String> = objects.iter().map(Value::to_string).collect();
+    std::fs::write(path, documents.join("\n---\n")).expect("manifests");
 }
