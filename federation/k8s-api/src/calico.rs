@@ -467,7 +467,11 @@ fn convert_policy(
         tier: TierId { phase: Phase::Local, name: tier.into() },
         order: Order(spec.order),
         enforcers: ClusterScope::Local,
-        selector: Selector::from(build::all_of(subject.into_iter().flatten())),
+        selector: Selector::from(build::all_of(subject.into_iter().flatten())).with_written(rule::written_subject([
+            ("selector", &spec.selector),
+            ("namespaceSelector", &spec.namespace_selector),
+            ("serviceAccountSelector", &spec.service_account_selector),
+        ])),
         ingress: ingress.then_some(ingress_rules),
         egress: egress.then_some(egress_rules),
         staged: is_staged.then(|| convert_staged_action(spec.staged_action.as_deref(), &staged_path, errors)),

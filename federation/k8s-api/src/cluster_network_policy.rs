@@ -23,7 +23,7 @@ use crate::assemble::NodeInfo;
 use crate::field::{Errors, NOT_KNOWN, Path};
 use crate::kubernetes::{Metadata, null_as_default};
 use crate::metadata::check_metadata;
-use crate::network_policy::{LabelSelector, parse_net, peers_scope};
+use crate::network_policy::{LabelSelector, parse_net, peers_scope, written_fields, written_peer};
 
 /// Bounds of the API's schema.
 pub const MAX_RULES: usize = 25;
@@ -182,7 +182,8 @@ impl ClusterNetworkPolicy {
         let walk = Walk { scope: &scope, nodes };
         let subject_path = path.field("subject");
         let subject = match (&spec.subject.namespaces, &spec.subject.pods) {
-            (Some(namespaces), None) => namespaces_expr(namespaces, &subject_path.field("namespaces"), errors),
+            (Some(namespaces), None) => namespaces_expr(namespaces, &subject_path.field("namespaces"), errors)
+                .with_written(format!("subject {}", written_fields([("namespaces", Some(namespaces))]))),
             (None, Some(pods)) => {
                 let path = subject_path.field("pods");
                 // Whom a policy is for has no reading that fails closed.
@@ -192,7 +193,8 @@ impl ClusterNetworkPolicy {
                 if pods.pod_selector.is_none() {
                     errors.add(&path.field("podSelector"), NO_POD_SELECTOR);
                 }
-                pods_expr(pods, &path, errors)
+                let written = format!("subject {}", pods.written());
+                pods_expr(pods, &path, errors).with_written(written)
             }
             _ => {
                 errors.add(&subject_path, "must have one of namespaces and pods");
@@ -334,14 +336,17 @@ impl Walk<'_> {
             EntityMatch { selection, ..EntityMatch::default() }
         };
         if let Some(namespaces) = &peer.namespaces {
+            let written = written_peer(path, &written_fields([("namespaces", Some(namespaces))]));
             let path = path.field("namespaces");
-            ends.push(understood(|errors| namespaces_expr(namespaces, &path, errors)).map(selected));
+            let selector = understood(|errors| namespaces_expr(namespaces, &path, errors));
+            ends.push(selector.map(|it| selected(it.with_written(written))));
         } else if let Some(pods) = &peer.pods {
+            let written = written_peer(path, &pods.written());
             let path = path.field("pods");
             if pods.pod_selector.is_none() {
                 errors.add(&path.field("podSelector"), NO_POD_SELECTOR);
             }
-            let selector = understood(|errors| pods_expr(pods, &path, errors));
+            let selector = understood(|errors| pods_expr(pods, &path, errors).with_written(written));
             ends.push(not_known(&pods.other, &path).map_or_else(|| selector.map(selected), Err));
         } else if ingress && given[2..].iter().any(|given| *given) {
             errors.add(path, "networks, nodes and domainNames are peers of egress only");
@@ -457,6 +462,15 @@ fn is_domain_name(text: &str) -> bool {
         label.bytes().all(inside) && edge(label.bytes().next()) && edge(label.bytes().last())
     };
     name.contains('.') && name.split('.').all(label)
+}
+
+impl PodsSpec {
+    /// As people write it, in one line.
+    fn written(&self) -> String {
+        let namespaces = Some(&self.namespace_selector).filter(|it| **it != LabelSelector::default());
+        let fields = written_fields([("namespaceSelector", namespaces), ("podSelector", self.pod_selector.as_ref())]);
+        format!("{{pods: {fields}}}")
+    }
 }
 
 const NO_POD_SELECTOR: &str = "is missing; {} selects every pod";

@@ -281,7 +281,11 @@ impl FederatedNetworkPolicy {
             tier: TierId { phase, name: spec.tier.as_str().into() },
             order: Order(spec.order),
             enforcers: resolve(cluster_selector.as_ref().filter(|selector| selector.expr != Expr::All)),
-            selector: Selector::from(subject),
+            selector: Selector::from(subject).with_written(rule::written_subject([
+                ("selector", &spec.selector),
+                ("namespaceSelector", &spec.namespace_selector),
+                ("serviceAccountSelector", &spec.service_account_selector),
+            ])),
             ingress: ingress.then_some(ingress_rules),
             egress: egress.then_some(egress_rules),
             staged: None,

@@ -129,6 +129,40 @@ pub struct Requirement {
     pub other: BTreeMap<String, serde_json::Value>,
 }
 
+impl LabelSelector {
+    /// As people write it, in one line.
+    pub fn written(&self) -> String {
+        let quoted = |text: &Arc<str>| if text.is_empty() { "''".to_owned() } else { text.to_string() };
+        let listed = |texts: Vec<String>| texts.join(", ");
+        let mut fields = Vec::new();
+        if !self.match_labels.is_empty() {
+            let labels = self.match_labels.iter().map(|(key, value)| format!("{key}: {}", quoted(value)));
+            fields.push(format!("matchLabels: {{{}}}", listed(labels.collect())));
+        }
+        if !self.match_expressions.is_empty() {
+            let expressions = self.match_expressions.iter().map(|Requirement { key, operator, values, .. }| {
+                let values = listed(values.iter().map(quoted).collect());
+                let values = if values.is_empty() { values } else { format!(", values: [{values}]") };
+                format!("{{key: {key}, operator: {operator}{values}}}")
+            });
+            fields.push(format!("matchExpressions: [{}]", listed(expressions.collect())));
+        }
+        format!("{{{}}}", listed(fields))
+    }
+}
+
+/// Fields that select pods, without those that are not given: `{podSelector: {}}`.
+pub fn written_fields<const N: usize>(fields: [(&str, Option<&LabelSelector>); N]) -> String {
+    let fields = fields.into_iter().filter_map(|(name, it)| Some(format!("{name}: {}", it?.written())));
+    format!("{{{}}}", fields.collect::<Vec<_>>().join(", "))
+}
+
+/// A peer with its place in its rule: `from[1] {podSelector: {}}`.
+pub fn written_peer(path: &Path<'_>, fields: &str) -> String {
+    let path = path.to_string();
+    format!("{} {fields}", path.rsplit('.').next().unwrap_or_default())
+}
+
 impl NetworkPolicy {
     /// As `cluster`'s policy. Every error names its field; none means that an API server would store the object.
     pub fn convert(&self, cluster: &ClusterName, errors: &mut Errors) -> Policy {
@@ -185,7 +219,7 @@ impl Spec {
             tier: TierId { phase: Phase::Local, name: "default".into() },
             order: Order(Some(ORDER)),
             enforcers: ClusterScope::Local,
-            selector: Selector::from(own),
+            selector: Selector::from(own).with_written(format!("podSelector: {}", self.pod_selector.written())),
             ingress: types.0.then_some(ingress),
             egress: types.1.then_some(egress),
             staged: None,
@@ -265,7 +299,12 @@ impl Walk<'_> {
                     Some(selector) => Namespaces::Selected(selector),
                     None => Namespaces::Named(self.namespace),
                 };
-                let selector = Selector::from(build::kubernetes_pods(namespaces, pods.as_ref()));
+                let fields = written_fields([
+                    ("namespaceSelector", peer.namespace_selector.as_deref()),
+                    ("podSelector", peer.pod_selector.as_deref()),
+                ]);
+                let selector = Selector::from(build::kubernetes_pods(namespaces, pods.as_ref()))
+                    .with_written(written_peer(path, &fields));
                 let selection = Some(Selection { clusters: self.scope.clone(), selector });
                 Some(EntityMatch { selection, ..EntityMatch::default() })
             }

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use crate::field::{Errors, Path};
 use crate::kubernetes::{Map, null_as_default};
 use crate::metadata::{NAME_RULE, check_annotations};
-use crate::network_policy::{IntOrString, is_subdomain, port_name_error};
+use crate::network_policy::{IntOrString, is_subdomain, port_name_error, written_peer};
 
 /// Bounds of Calico's schema.
 pub const MAX_HTTP_METHODS: usize = 20;
@@ -340,6 +340,35 @@ fn convert_icmp(icmp: IcmpSpec, path: &Path<'_>, errors: &mut Errors) -> Option<
     Some(Icmp { kind, code: code.filter(|_| kind.is_some()) })
 }
 
+/// The fields that say which pods a policy is for; `all()` of none.
+pub fn written_subject<const N: usize>(fields: [(&str, &str); N]) -> String {
+    let fields = written(&fields);
+    if fields.is_empty() { "all()".to_owned() } else { fields }
+}
+
+/// The fields of an end of a rule that select pods and sets.
+fn written_end(entity: &EntitySpec, path: &Path<'_>) -> String {
+    let accounts = entity.service_accounts.as_ref();
+    let names = accounts.map(|accounts| accounts.names.join(", ")).filter(|names| !names.is_empty());
+    let names = names.map_or_else(String::new, |names| format!("[{names}]"));
+    let accounts = written(&[("names", &names), ("selector", accounts.map_or("", |accounts| &accounts.selector))]);
+    let accounts = if accounts.is_empty() { accounts } else { format!("{{{accounts}}}") };
+    let fields = written(&[
+        ("clusterSelector", entity.cluster_selector.as_deref().unwrap_or_default()),
+        ("namespaceSelector", &entity.namespace_selector),
+        ("serviceAccounts", &accounts),
+        ("selector", &entity.selector),
+        ("notSelector", &entity.not_selector),
+    ]);
+    written_peer(path, &format!("{{{fields}}}"))
+}
+
+/// Those fields that are given.
+fn written(fields: &[(&str, &str)]) -> String {
+    let given = fields.iter().filter(|(_, text)| !text.is_empty());
+    given.map(|(name, text)| format!("{name}: {text}")).collect::<Vec<_>>().join(", ")
+}
+
 fn convert_entity(
     entity: &EntitySpec,
     context: Context<'_>,
@@ -386,9 +415,11 @@ fn convert_entity(
         let own = selector.map(|selector| selector.expr);
         let unwanted = not_selector.map(|selector| build::not(selector.expr));
         let parts = [namespace_scope, accounts, own, unwanted].into_iter().flatten();
-        (Some(Selection { clusters, selector: Selector::from(build::all_of(parts)) }), None)
+        let selector = Selector::from(build::all_of(parts)).with_written(written_end(entity, path));
+        (Some(Selection { clusters, selector }), None)
     } else {
-        (None, not_selector.map(|selector| Selection { clusters, selector }))
+        let unwanted = not_selector.map(|selector| selector.with_written(written_end(entity, path)));
+        (None, unwanted.map(|selector| Selection { clusters, selector }))
     };
     let service = entity
         .services

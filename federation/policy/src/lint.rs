@@ -23,6 +23,7 @@ use crate::workload::{Workload, telling_keys, workloads};
 mod dns;
 pub mod imply;
 mod pitfalls;
+mod services;
 
 use imply::{covers, everything, families, implies, is_contradictory, is_within};
 
@@ -89,6 +90,8 @@ checks! {
         "Add namespaceSelector: global() to this end of the rule: without it a NetworkPolicy looks only in its own namespace."
     DNS_CUT "HN017" "dns-cut-off" Warning
         "Allow egress by UDP and TCP to port 53 of the cluster's DNS, unless these pods are meant to look up no names."
+    NET_OF_SERVICE "HN018" "net-of-a-service" Warning
+        "Select the Service's pods, and the port on which they listen: packets to a cluster address have the address and the port of a backend when policy sees them."
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -121,7 +124,8 @@ pub fn lint(policies: &PolicySet, inventory: &Inventory, hosts: &BTreeSet<Cluste
     let mut findings = Vec::new();
     let layers = std::iter::once((None, &policies.federation));
     let layers = layers.chain(policies.clusters.iter().map(|(name, layer)| (Some(name.clone()), layer)));
-    let mut facts = Facts { inventory, workloads: &workloads, known: HashMap::new() };
+    let services = services::ServiceAddresses::new(inventory);
+    let mut facts = Facts { inventory, workloads: &workloads, services, known: HashMap::new() };
     for (cluster, layer) in layers {
         let mut missing: BTreeSet<&TierId> = BTreeSet::new();
         for policy in layer.policies.values() {
@@ -147,14 +151,18 @@ pub fn lint(policies: &PolicySet, inventory: &Inventory, hosts: &BTreeSet<Cluste
                 found(NAMESPACE_LABEL, None, format!("selector: {message}"));
             }
             if is_contradictory(&subject.expr) {
-                found(SUBJECT_SELECTS_NOTHING, None, format!("{subject} can select nothing: it contradicts itself"));
+                found(
+                    SUBJECT_SELECTS_NOTHING,
+                    None,
+                    format!("{} can select nothing: it contradicts itself", subject.shown()),
+                );
             } else if enforcers.is_empty() {
                 found(SUBJECT_SELECTS_NOTHING, None, "no cluster that is known here enforces it".to_owned());
             } else if enforcers.iter().any(|enforcer| facts.subjects(enforcer, subject).next().is_some()) {
             } else if policy.id.namespace.is_none() && enforcers.iter().any(|enforcer| hosts.contains(*enforcer)) {
-                found(HOST_POLICY, None, format!("{subject} selects no pod, and may select host endpoints"));
+                found(HOST_POLICY, None, format!("{} selects no pod, and may select host endpoints", subject.shown()));
             } else {
-                found(SUBJECT_SELECTS_NOTHING, None, format!("{subject} selects no pod"));
+                found(SUBJECT_SELECTS_NOTHING, None, format!("{} selects no pod", subject.shown()));
             }
             for direction in DIRECTIONS {
                 if let Some(message) = pitfalls::only_logs(policy, direction, layer.tier(&policy.tier).1) {
@@ -217,6 +225,7 @@ type Workloads<'a> = BTreeMap<&'a ClusterName, Vec<Workload<'a>>>;
 struct Facts<'a> {
     inventory: &'a Inventory,
     workloads: &'a Workloads<'a>,
+    services: services::ServiceAddresses<'a>,
     known: HashMap<(Option<ClusterName>, Selection), bool>,
 }
 
@@ -299,10 +308,12 @@ fn about(
     let contradictions: Vec<String> = parts.iter().filter_map(contradicts).collect();
     // Where one peer of several is impossible, the rest may do what was meant.
     let never = contradictions.len() == parts.len();
-    found.extend(contradictions.into_iter().take(usize::from(never)).map(|reason| (RULE_NEVER_MATCHES, reason)));
+    found.extend(contradictions.into_iter().filter(|_| never).map(|reason| (RULE_NEVER_MATCHES, reason)));
     for rule in parts {
         found.extend(rule.unknown_because().map(|reason| (NOT_UNDERSTOOD, reason.to_owned())));
         for (side, entity) in [("source", &rule.source), ("destination", &rule.destination)] {
+            let of_services = facts.services.nets_of_services(policy, entity, enforcers);
+            found.extend(of_services.into_iter().map(|message| (NET_OF_SERVICE, format!("{side} {message}"))));
             if let Some(service) = &entity.service {
                 let key = (service.namespace.clone(), service.name.clone());
                 let has_backends = |name: &&ClusterName| {
@@ -335,9 +346,10 @@ fn about(
                 let Some(enforcer) = nothing else { continue };
                 if let Some((cluster, set)) = facts.set_elsewhere(enforcer, selection) {
                     let message = format!(
-                        "{side} {} selects nothing in cluster {enforcer:?}: the network set {} of cluster {cluster:?} \
+                        "{} selects nothing in cluster {enforcer:?}: the network set {} of cluster {cluster:?} \
                          matches only there; a FederatedNetworkSet matches everywhere",
-                        selection.selector, set.name
+                        selection.selector.shown(),
+                        set.name
                     );
                     found.push((PEER_SELECTS_NOTHING, message));
                 }
@@ -348,12 +360,13 @@ fn about(
                     Some(set) => found.push((
                         GLOBAL_SET_OUT_OF_SCOPE,
                         format!(
-                            "{side} {} selects nothing: GlobalNetworkSet {set} has no namespace",
-                            selection.selector
+                            "{} selects nothing: GlobalNetworkSet {set} has no namespace",
+                            selection.selector.shown()
                         ),
                     )),
                     None => {
-                        found.push((PEER_SELECTS_NOTHING, format!("{side} {} selects nothing", selection.selector)))
+                        let message = format!("{} selects nothing", selection.selector.shown());
+                        found.push((PEER_SELECTS_NOTHING, message));
                     }
                 }
                 continue;
@@ -413,19 +426,19 @@ fn contradiction(rule: &Rule) -> Option<String> {
     }
     [("source", &rule.source), ("destination", &rule.destination)]
         .into_iter()
-        .find_map(|(side, entity)| entity_contradiction(entity).map(|reason| format!("{side}: {reason}")))
+        .find_map(|(side, entity)| entity_contradiction(side, entity))
 }
 
-fn entity_contradiction(entity: &EntityMatch) -> Option<String> {
+fn entity_contradiction(side: &str, entity: &EntityMatch) -> Option<String> {
     if !entity.nets.is_empty() && entity.nets.iter().all(|net| is_within(net, &entity.not_nets)) {
-        return Some("every net is also excluded".to_owned());
+        return Some(format!("{side}: every net is also excluded"));
     }
     let excluded = |port: &Port| entity.not_ports.contains(port) || imply::within_ranges(port, &entity.not_ports);
     if !entity.ports.is_empty() && entity.ports.iter().all(excluded) {
-        return Some("every port is also excluded".to_owned());
+        return Some(format!("{side}: every port is also excluded"));
     }
     let selection = entity.selection.as_ref().filter(|selection| is_contradictory(&selection.selector.expr))?;
-    Some(format!("{} contradicts itself", selection.selector))
+    Some(format!("{} contradicts itself", selection.selector.shown()))
 }
 
 /// Whether every address of a family matches, but for exceptions.

@@ -193,6 +193,8 @@ impl std::fmt::Display for Expr {
 pub struct Selector {
     pub expr: Expr,
     pub canonical: Arc<str>,
+    /// The fields of the policy that it was derived from, behind their place in a rule: for people, and of no other effect.
+    written: Option<Arc<str>>,
 }
 
 impl Selector {
@@ -203,6 +205,16 @@ impl Selector {
 
     pub fn all() -> Self {
         Self::from(Expr::All)
+    }
+
+    /// The same selector, derived from these fields of a policy.
+    pub fn with_written(self, written: impl Into<Arc<str>>) -> Self {
+        Self { written: Some(written.into()), ..self }
+    }
+
+    /// What people wrote: the fields that it was derived from, or else the canonical form.
+    pub fn shown(&self) -> &str {
+        self.written.as_deref().unwrap_or(&self.canonical)
     }
 
     /// Calico's identifier: `s:` and the unpadded URL-safe base64 of SHA-224 over `s:` and the canonical form.
@@ -219,7 +231,7 @@ impl Selector {
 impl From<Expr> for Selector {
     fn from(expr: Expr) -> Self {
         let canonical = expr.to_string().into();
-        Self { expr, canonical }
+        Self { expr, canonical, written: None }
     }
 }
 

@@ -18,6 +18,10 @@ use hanse_policy::explain::answer;
 /// phase Baseline. What no tier decides is allowed by the pod's profile.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
+JSON, one tier a line: {\"cluster\", \"phase\", \"tier\", \"order\", \"defaultAction\", \"missing\", \"policies\": [{\"apiVersion\", \"kind\",
+\"namespace\", \"name\", \"order\", \"selector\": as written, \"effectiveSelector\": as it is evaluated, \"file\", \"line\", \"ingress\",
+\"egress\", \"staged\", \"hostOnly\"}]}.
+
 Examples:
   hanse policy order --cluster train=manifests/train --federation policies/
   hanse policy order --cluster train=manifests/train -o json | jq .tier")]
@@ -50,7 +54,14 @@ struct PolicyLine<'a> {
     namespace: Option<&'a str>,
     name: &'a str,
     order: Option<f64>,
+    /// The fields that say which pods the policy is for, as written.
     selector: &'a str,
+    /// What they mean, over the labels that policy sees.
+    effective_selector: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    line: Option<u32>,
     ingress: bool,
     egress: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -65,8 +76,8 @@ impl Arguments {
         let Loaded { policies, inventory, .. } = &loaded;
         let mut out = output::stdout();
         for (at, cluster) in inventory.clusters.keys().enumerate() {
-            let mut table =
-                output::table(["PHASE", "TIER", "ORDER", "ENDS IN", "POLICY", "ORDER", "TYPES", "SELECTOR"]);
+            let headings = ["PHASE", "TIER", "ORDER", "ENDS IN", "POLICY", "ORDER", "TYPES", "PLACE", "SELECTOR"];
+            let mut table = output::table(headings);
             for tier in evaluate::order(policies, cluster) {
                 let line = TierLine {
                     cluster,
@@ -75,7 +86,7 @@ impl Arguments {
                     order: tier.order.0,
                     default_action: answer::default_name(tier.default),
                     missing: tier.missing,
-                    policies: tier.policies.iter().copied().map(policy_line).collect(),
+                    policies: tier.policies.iter().map(|policy| policy_line(policy, &loaded)).collect(),
                 };
                 if self.output != Format::Table {
                     super::write_answer(&mut out, self.output, loaded.is_incomplete(), &line)?;
@@ -102,7 +113,8 @@ impl Arguments {
                     };
                     let name = if note.is_empty() { String::new() } else { format!(" ({note})") };
                     let name = answer::policy_name(&policy.id) + &name;
-                    let own = [name, shown(policy.order), types.to_owned(), clipped(of.selector)];
+                    let written = of.file.zip(of.line).map_or("-".to_owned(), |(file, line)| format!("{file}:{line}"));
+                    let own = [name, shown(policy.order), types.to_owned(), written, of.selector.to_owned()];
                     table.add_row(place.take().unwrap_or_default().into_iter().chain(own));
                 }
             }
@@ -118,15 +130,19 @@ impl Arguments {
     }
 }
 
-fn policy_line(policy: &Policy) -> PolicyLine<'_> {
+fn policy_line<'l>(policy: &'l Policy, loaded: &'l Loaded) -> PolicyLine<'l> {
     let (api_version, kind) = answer::api(policy.id.kind);
+    let place = loaded.place(&policy.id);
     PolicyLine {
         api_version,
         kind,
         namespace: policy.id.namespace.as_deref(),
         name: &policy.id.name,
         order: policy.order.0,
-        selector: &policy.selector.canonical,
+        selector: policy.selector.shown(),
+        effective_selector: &policy.selector.canonical,
+        file: place.map(|place| &*place.file),
+        line: place.map(|place| place.line),
         ingress: policy.ingress.is_some(),
         egress: policy.egress.is_some(),
         staged: policy.staged.map(|staged| match staged {
@@ -136,14 +152,6 @@ fn policy_line(policy: &Policy) -> PolicyLine<'_> {
             StagedAction::Ignore => "Ignore",
         }),
         host_only: policy.host_only,
-    }
-}
-
-/// A selector that does not make the table wider than a screen; `-o json` has all of it.
-fn clipped(selector: &str) -> String {
-    match selector.char_indices().nth(60) {
-        Some((at, _)) => format!("{}…", &selector[..at]),
-        None => selector.to_owned(),
     }
 }
 

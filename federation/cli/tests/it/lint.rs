@@ -41,7 +41,7 @@ metadata: {name: kube-system, labels: {kubernetes.io/metadata.name: kube-system}
 apiVersion: v1
 kind: Pod
 metadata: {name: dns, namespace: kube-system, labels: {k8s-app: kube-dns}}
-spec: {nodeName: n, containers: [{name: c}]}
+spec: {nodeName: node, containers: [{name: c}]}
 status: {phase: Running, podIP: 10.0.0.53, podIPs: [{ip: 10.0.0.53}, {ip: 'fd00::53'}]}
 ---
 ";
@@ -428,6 +428,44 @@ fn sarif_has_what_its_schema_requires() {
     assert_eq!(physical["region"]["startLine"], 6);
 }
 
+/// What selects nothing is shown as it is written, each peer by itself.
+#[test]
+fn messages_show_what_is_written() {
+    let kubernetes = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: k, namespace: web}\nspec:\n  podSelector: {matchLabels: {app: gone}, matchExpressions: [{key: x, operator: In, values: [b, a]}]}\n  ingress:\n  - from:\n    - podSelector: {}\n    - podSelector: {matchLabels: {app: none}}\n    - namespaceSelector: {matchLabels: {team: ''}}\n      podSelector: {}\n    - podSelector: {matchExpressions: [{key: app, operator: In, values: [c]}, {key: app, operator: NotIn, values: [c]}]}\n---\n";
+    let never = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: m, namespace: web}\nspec:\n  podSelector: {}\n  ingress:\n  - from:\n    - podSelector: {matchExpressions: [{key: a, operator: Exists}, {key: a, operator: DoesNotExist}]}\n    - podSelector: {matchExpressions: [{key: b, operator: Exists}, {key: b, operator: DoesNotExist}]}\n---\n";
+    let calico = policy(
+        "NetworkPolicy",
+        "c, namespace: web",
+        "  selector: app=='gone'\n  serviceAccountSelector: has(x)\n  ingress:\n  - {action: Allow, source: {selector: \"app in {'y','x'}\", notSelector: has(z), serviceAccounts: {names: [b, a]}}}\n  - {action: Allow, source: {selector: app == 'a' && app == 'b', namespaceSelector: all()}}",
+    );
+    let cluster = "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: p}\nspec:\n  tier: Admin\n  priority: 1\n  subject: {pods: {podSelector: {matchLabels: {app: gone}}}}\n  ingress:\n  - action: Deny\n    from:\n    - namespaces: {matchLabels: {team: x}}\n    - pods: {namespaceSelector: {matchLabels: {team: x}}, podSelector: {}}\n---\n";
+    let root = tempfile::tempdir().expect("temporary directory");
+    std::fs::write(root.path().join("world.yaml"), format!("{WORLD}{kubernetes}{never}{calico}---\n{cluster}"))
+        .expect("manifests");
+    let mut messages: Vec<String> = Vec::new();
+    for line in lint(root.path(), &[]) {
+        if matches!(line["id"].as_str(), Some("HN001" | "HN002" | "HN003")) {
+            messages.push(line["message"].as_str().expect("a message").to_owned());
+        }
+    }
+    messages.sort();
+    let expected = [
+        "from[0] {namespaces: {matchLabels: {team: x}}} selects nothing",
+        "from[0] {podSelector: {matchExpressions: [{key: a, operator: Exists}, {key: a, operator: DoesNotExist}]}} contradicts itself",
+        "from[1] {podSelector: {matchExpressions: [{key: b, operator: Exists}, {key: b, operator: DoesNotExist}]}} contradicts itself",
+        "from[1] {podSelector: {matchLabels: {app: none}}} selects nothing",
+        "from[1] {pods: {namespaceSelector: {matchLabels: {team: x}}, podSelector: {}}} selects nothing",
+        "from[2] {namespaceSelector: {matchLabels: {team: ''}}, podSelector: {}} selects nothing",
+        "from[3] {podSelector: {matchExpressions: [{key: app, operator: In, values: [c]}, {key: app, operator: NotIn, values: [c]}]}} selects nothing",
+        "podSelector: {matchLabels: {app: gone}, matchExpressions: [{key: x, operator: In, values: [b, a]}]} selects no pod",
+        "selector: app=='gone', serviceAccountSelector: has(x) selects no pod",
+        "source {namespaceSelector: all(), selector: app == 'a' && app == 'b'} contradicts itself",
+        "source {serviceAccounts: {names: [b, a]}, selector: app in {'y','x'}, notSelector: has(z)} selects nothing",
+        "subject {pods: {podSelector: {matchLabels: {app: gone}}}} selects no pod",
+    ];
+    assert_eq!(messages, expected);
+}
+
 /// What people report as bugs of Calico.
 #[test]
 fn common_mistakes_are_found() {
@@ -447,10 +485,17 @@ fn common_mistakes_are_found() {
         let list = direction.to_lowercase();
         format!("  selector: app == 'a'\n  types: [{direction}]\n  {list}:\n  - {rule}")
     };
-    let namespaced = |spec: &str| policy("NetworkPolicy", "n, namespace: web", spec);
+    let namespaced = |spec: &str| policy("NetworkPolicy", "np, namespace: web", spec);
     let global = |spec: &str| policy("GlobalNetworkPolicy", "g", spec);
     let set = "---\napiVersion: projectcalico.org/v3\nkind: GlobalNetworkSet\nmetadata: {name: lan, labels: {zone: lan}}\nspec: {nets: [10.9.0.0/16]}\n";
-    let hosts = "---\napiVersion: projectcalico.org/v3\nkind: HostEndpoint\nmetadata: {name: h}\nspec: {node: n}\n";
+    let hosts = "---\napiVersion: projectcalico.org/v3\nkind: HostEndpoint\nmetadata: {name: h}\nspec: {node: node}\n";
+    let kubernetes = |rules: &str| {
+        let spec = format!("  podSelector: {{}}\n  policyTypes: [Egress]\n  {rules}");
+        policy("NetworkPolicy", "np, namespace: web", &spec).replace("projectcalico.org/v3", "networking.k8s.io/v1")
+    };
+    let service = "---\napiVersion: v1\nkind: Service\nmetadata: {name: db, namespace: web}\nspec: {clusterIP: 10.96.0.10, selector: {role: b}, ports: [{port: 80}]}\n";
+    let pod_beside = WORLD.split("---\n").nth(1).expect("a pod").replace("name: server", "name: beside");
+    let pod_beside = format!("---\n{}", pod_beside.replace("10.0.0.1", "10.96.7.7").replace("role: b", "label: x"));
     let cases = [
         ("only logs", global(&rule("Ingress", "{action: Log}")), &["HN013"][..]),
         (
@@ -520,10 +565,88 @@ fn common_mistakes_are_found() {
             )),
             &[],
         ),
+        (
+            "the address of a Service",
+            kubernetes("egress: [{to: [{ipBlock: {cidr: 10.96.0.10/32}}, {namespaceSelector: {}}]}]") + service,
+            &["HN018"],
+        ),
+        (
+            "a range of Services",
+            kubernetes("egress: [{to: [{ipBlock: {cidr: 10.96.0.0/12}}, {namespaceSelector: {}}]}]") + service,
+            &["HN018"],
+        ),
+        (
+            "a set with the address of a Service",
+            global(&rule("Egress", "{action: Deny, destination: {selector: zone == 'lan'}}"))
+                + &set.replace("10.9.0.0/16", "10.9.0.0/16, 10.96.0.10/32")
+                + service,
+            &["HN018", "HN017"],
+        ),
+        (
+            "all that is private",
+            kubernetes("egress: [{to: [{ipBlock: {cidr: 10.0.0.0/8}}, {namespaceSelector: {}}]}]") + service,
+            &[],
+        ),
+        (
+            "a net of pods and Services",
+            kubernetes("egress: [{to: [{ipBlock: {cidr: 10.96.0.0/12}}, {namespaceSelector: {}}]}]")
+                + service
+                + &pod_beside,
+            &[],
+        ),
+        (
+            "DNS at its Service's address, with a cache on each node",
+            kubernetes("egress: [{to: [{ipBlock: {cidr: 10.96.0.53/32}}, {namespaceSelector: {}}]}]")
+                + &service.replace("10.96.0.10", "10.96.0.53").replace("port: 80", "port: 53")
+                + &pod_beside.replace("label: x", "k8s-app: node-local-dns"),
+            &[],
+        ),
     ];
     for (title, extra, expected) in cases {
         let found = found(&extra);
         let ids: Vec<&str> = found.iter().map(|(id, _)| &**id).filter(|id| *id != "HN004").collect();
         assert_eq!(ids, expected, "{title}: {found:#?}");
     }
+}
+
+/// Selectors of policies are printed whole, as they are written, with their places: rows that begin alike stay distinct.
+#[test]
+fn order_prints_selectors_as_written() {
+    let labels =
+        |last: &str| format!("{{app.kubernetes.io/part-of: a-very-long-name-of-an-application, tier: {last}}}");
+    let of_kubernetes = |name: &str| {
+        format!(
+            "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: web}}\nspec: {{podSelector: {{matchLabels: {}}}}}\n",
+            labels(name)
+        )
+    };
+    let manifests = of_kubernetes("front")
+        + &of_kubernetes("back")
+        + &policy("NetworkPolicy", "own, namespace: web", "  selector: app=='a'&&has(b)")
+        + &policy("GlobalNetworkPolicy", "all", "  namespaceSelector: team == 'x'")
+        + &policy("GlobalNetworkPolicy", "none", "  types: [Ingress]");
+    let root = tempfile::tempdir().expect("temporary directory");
+    std::fs::write(root.path().join("p.yaml"), manifests).expect("manifests");
+    let cluster = format!("c={}", root.path().display());
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
+        let output = command.args(["policy", "order", "--cluster", &cluster]).args(arguments).output();
+        String::from_utf8(output.expect("hanse runs").stdout).expect("text")
+    };
+    let table = run(&[]);
+    for (name, line, selector) in [
+        ("front", 2, format!("podSelector: {{matchLabels: {}}}", labels("front"))),
+        ("back", 7, format!("podSelector: {{matchLabels: {}}}", labels("back"))),
+        ("own", 12, "selector: app=='a'&&has(b)".to_owned()),
+        ("all", 18, "namespaceSelector: team == 'x'".to_owned()),
+        ("none", 24, "all()".to_owned()),
+    ] {
+        let found = table.lines().find(|row| row.contains(&format!("{name} "))).unwrap_or_default();
+        assert!(found.ends_with(&format!("p.yaml:{line}  {selector}")), "{name}: {table}");
+    }
+    let tier: Value = serde_json::from_str(run(&["-o", "json"]).lines().next().unwrap_or_default()).expect("JSON");
+    let own = tier["policies"].as_array().into_iter().flatten().find(|it| it["name"] == "own").expect("the policy");
+    assert_eq!(own["selector"], "selector: app=='a'&&has(b)");
+    let effective = "(projectcalico.org/namespace == \"web\" && (app == \"a\" && has(b)))";
+    assert_eq!((&own["effectiveSelector"], &own["line"]), (&effective.into(), &12.into()));
 }

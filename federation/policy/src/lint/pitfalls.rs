@@ -32,9 +32,9 @@ pub fn own_end(rule: &Rule, direction: Direction) -> Option<(&'static str, &Sele
 /// Why what a rule asks of its own end holds of none of the policy's pods, where that is shown.
 pub fn own_end_excludes(policy: &Policy, rule: &Rule, direction: Direction) -> Option<String> {
     let (name, selection) = own_end(rule, direction)?;
-    let (list, asked) = (list_name(direction), &selection.selector);
-    excludes(&policy.selector.expr, &asked.expr)
-        .then(|| format!("{name} {asked} excludes the policy's own pods, which are the {name} of all {list}"))
+    let (list, asked) = (list_name(direction), selection.selector.shown());
+    excludes(&policy.selector.expr, &selection.selector.expr)
+        .then(|| format!("{asked} excludes the policy's own pods, which are the {name} of all {list}"))
 }
 
 /// What a rule asks of its own end, where some of the policy's pods are known and none of them satisfies it.
@@ -56,9 +56,8 @@ pub(super) fn own_end_missed(
             }
         }
     }
-    let (list, asked) = (list_name(direction), &selection.selector);
-    has_pods
-        .then(|| format!("{name} {asked} selects none of the policy's own pods, which are the {name} of all {list}"))
+    let (list, asked) = (list_name(direction), selection.selector.shown());
+    has_pods.then(|| format!("{asked} selects none of the policy's own pods, which are the {name} of all {list}"))
 }
 
 /// Where a selector compares `projectcalico.org/name`, which is a label of namespaces and accounts only.

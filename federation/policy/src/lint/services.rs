@@ -1,0 +1,115 @@
+//! Nets that are written for a Service, and match nothing: a packet to the cluster's address of a Service has the address
+//! and the port of a backend when policy sees it.
+//!
+//! NodeLocal DNSCache answers at the address of the DNS Service on the node itself, so packets to it keep that address.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use ipnet::{IpNet, Ipv4Net};
+
+use crate::inventory::{Cluster, EndpointKind, Inventory};
+use crate::model::{ClusterName, EntityMatch, Policy, PolicyKind};
+use crate::tri::Tri;
+
+/// Bits of an address within the widest range of which API servers give addresses to Services.
+const MAX_RANGE_BITS: u8 = 20;
+/// No wider than that, and more often written for all that is private (RFC 1918).
+const PRIVATE: [Ipv4Net; 2] =
+    [Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12), Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16)];
+const DNS_PORT: u16 = 53;
+
+/// The clusters' addresses of Services.
+pub(super) struct ServiceAddresses<'i>(BTreeMap<&'i ClusterName, (&'i Cluster, BTreeMap<IpAddr, ServiceName<'i>>)>);
+
+/// Namespace and name.
+type ServiceName<'i> = (&'i Arc<str>, &'i Arc<str>);
+
+impl<'i> ServiceAddresses<'i> {
+    pub(super) fn new(inventory: &'i Inventory) -> Self {
+        let of_cluster = |cluster: &'i Cluster| {
+            let has_cache = has_node_cache(cluster);
+            let mut addresses = BTreeMap::new();
+            for ((namespace, name), service) in &cluster.services {
+                let Some(front) = &service.front else { continue };
+                if !has_cache || front.ports.iter().all(|port| port.port != DNS_PORT) {
+                    addresses.extend(front.addresses.iter().map(|address| (*address, (namespace, name))));
+                }
+            }
+            addresses
+        };
+        Self(inventory.clusters.iter().map(|(name, cluster)| (name, (cluster, of_cluster(cluster)))).collect())
+    }
+
+    /// Of the nets of an end, and of the network sets that it selects, those that have no address but Services', for people.
+    pub(super) fn nets_of_services(
+        &self,
+        policy: &Policy,
+        entity: &EntityMatch,
+        enforcers: &[&ClusterName],
+    ) -> Vec<String> {
+        // In each cluster that enforces the policy: a net may be something else in another.
+        let of_service = |net: &IpNet| {
+            let mut found = enforcers.iter().map(|name| self.service_of(name, net));
+            let first = found.next()??;
+            found.all(|it| it.is_some()).then_some(first)
+        };
+        let message = |net: &IpNet| {
+            let (what, (namespace, name)) = of_service(net)?;
+            let instead = match policy.id.kind {
+                PolicyKind::KubernetesNetworkPolicy | PolicyKind::StagedKubernetesNetworkPolicy => format!(
+                    "a namespaceSelector with kubernetes.io/metadata.name: {namespace}, and a podSelector of its pods"
+                ),
+                PolicyKind::ClusterNetworkPolicy => format!("pods of namespace {namespace}"),
+                _ => format!("services: {{name: {name}, namespace: {namespace}}}"),
+            };
+            Some(format!("net {net} {what}, which no packet has where policy sees it; write {instead}"))
+        };
+        let mut messages: Vec<String> = entity.nets.iter().filter_map(message).collect();
+        if let Some(selection) = &entity.selection {
+            for enforcer in enforcers {
+                let Some((cluster, _)) = self.0.get(*enforcer) else { continue };
+                let sets = cluster.endpoints.iter().filter(|(id, _)| id.kind == EndpointKind::NetworkSet);
+                let selected = sets.filter(|(id, set)| {
+                    crate::inventory::selects(enforcer, selection, enforcer, cluster, id, set) == Tri::Yes
+                });
+                for (id, set) in selected {
+                    let first = set.nets.iter().find_map(message);
+                    messages.extend(first.map(|message| format!("network set {}: {message}", id.name)));
+                }
+            }
+        }
+        messages
+    }
+
+    /// What a net is that has Services' addresses and no others that are known, with the first of these Services.
+    fn service_of(&self, cluster: &ClusterName, net: &IpNet) -> Option<(String, ServiceName<'i>)> {
+        let (cluster, addresses) = self.0.get(cluster)?;
+        let is_private = matches!(net, IpNet::V4(net) if PRIVATE.contains(net));
+        if net.max_prefix_len() - net.prefix_len() > MAX_RANGE_BITS || is_private {
+            return None;
+        }
+        let mut inside = addresses.range(net.network()..=net.broadcast());
+        let (first, service) = inside.next()?;
+        let others = inside.filter(|(_, it)| *it != service).count();
+        let own = cluster.endpoints.values().flat_map(|it| it.addresses.iter().chain(&it.host_addresses));
+        let backends = cluster.services.values().flat_map(|service| &service.addresses);
+        if own.chain(backends).any(|address| net.contains(address)) {
+            return None;
+        }
+        let (namespace, name) = service;
+        let what = match others {
+            0 if IpNet::from(*first) == *net => format!("is the cluster address of Service {namespace}/{name}"),
+            0 => format!("has the cluster address {first} of Service {namespace}/{name} and no pod's"),
+            _ => {
+                format!("has the cluster addresses of {} Services ({namespace}/{name} first) and no pod's", others + 1)
+            }
+        };
+        Some((what, *service))
+    }
+}
+
+fn has_node_cache(cluster: &Cluster) -> bool {
+    cluster.endpoints.values().any(|it| it.labels.get("k8s-app").is_some_and(|label| **label == *"node-local-dns"))
+}
