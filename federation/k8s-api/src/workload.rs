@@ -5,6 +5,7 @@
 
 mod kinds;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use hanse_policy::inventory::Stopped;
@@ -39,6 +40,8 @@ pub struct Template {
     pub labels: Map,
     /// Those of them that the controller sets, by which its pods are recognised.
     pub identity: Map,
+    /// Keys of labels that the controller sets when the pods run.
+    pub run_time_labels: BTreeSet<Arc<str>>,
     pub spec: PodSpec,
     pub stopped: Option<Stopped>,
 }
@@ -93,7 +96,9 @@ pub fn read(place: Place, reference: &Reference, node: Node<'_>) -> Result<Workl
     let mut templates = kinds::templates(group(&reference.api_version), &reference.kind, &metadata, node);
     if metadata.name.is_empty() {
         // What its pods are labelled with is generated too.
-        templates.iter_mut().for_each(|template| template.identity.clear());
+        for template in &mut templates {
+            template.run_time_labels.extend(std::mem::take(&mut template.identity).into_keys());
+        }
     }
     if templates.len() > MAX_TEMPLATES {
         errors.add(&Path::Root("spec"), format!("{} pod templates; {MAX_TEMPLATES} are allowed", templates.len()));
@@ -121,6 +126,7 @@ struct Found<'n> {
     /// What the workload gives to all its pods, and a template may replace.
     inherited: Map,
     identity: Map,
+    run_time_labels: BTreeSet<Arc<str>>,
     stopped: Option<Stopped>,
     /// Ports that the controller adds where no container has one of this name.
     ports: Vec<(Option<&'static str>, u16)>,
@@ -146,6 +152,9 @@ impl Found<'_> {
         let mut labels = self.inherited;
         labels.extend(metadata.labels);
         labels.extend(self.identity.iter().map(|(key, value)| (Arc::clone(key), Arc::clone(value))));
-        Ok(Template { part: self.part, labels, identity: self.identity, spec, stopped: self.stopped })
+        let mut run_time_labels = self.run_time_labels;
+        run_time_labels.retain(|key| !kinds::is_default_only(key) || !labels.contains_key(key));
+        labels.retain(|key, _| !run_time_labels.contains(key));
+        Ok(Template { part: self.part, labels, identity: self.identity, run_time_labels, spec, stopped: self.stopped })
     }
 }

@@ -237,7 +237,10 @@ impl<'a> Diff<'a> {
                 None => {
                     let pod = compared.examples.get(example).or_else(|| {
                         // Another pod of the same workload.
-                        compared.examples.first().filter(|it| it[0].endpoint.planned.is_some_and(|it| it.several))
+                        compared
+                            .examples
+                            .first()
+                            .filter(|it| it[0].endpoint.planned.as_ref().is_some_and(|it| it.several))
                     })?;
                     let Pod { cluster, id, endpoint, .. } = pod[state];
                     let address = endpoint.addresses.iter().copied().find(of_version);
@@ -501,7 +504,7 @@ struct Facts<'a> {
 #[derive(PartialEq, Eq, Hash)]
 struct Key<'a> {
     account: Option<&'a str>,
-    labels: Vec<(&'a str, &'a str)>,
+    labels: Vec<(&'a str, Option<&'a str>)>,
     ports: Vec<(&'a str, u8, u16)>,
     /// For each family: whether there is an address, and what it is in.
     addresses: [Option<(Vec<usize>, Vec<Backend>)>; 2],

@@ -136,7 +136,7 @@ pub fn evaluate(policies: &PolicySet, inventory: &Inventory, query: &Query, view
 /// Whether the source is of a workload of which there may be several pods, none of which runs: two addresses are two of them.
 pub(crate) fn is_of_several(inventory: &Inventory, query: &Query) -> bool {
     let pod = query.source.pod.as_ref().and_then(|(cluster, pod)| inventory.clusters.get(cluster)?.endpoints.get(pod));
-    pod.and_then(|pod| pod.planned).is_some_and(|planned| planned.several)
+    pod.and_then(|pod| pod.planned.as_ref()).is_some_and(|planned| planned.several)
 }
 
 /// Judges both directions of `query` with `judge`, which answers `None` where an end is not a pod.
@@ -158,6 +158,15 @@ pub(crate) struct TierView<'a> {
     pub id: &'a TierId,
     pub default: TierDefault,
     pub policies: Vec<&'a Policy>,
+    /// Those of them of which it is not known whether they select the pod.
+    pub uncertain: Vec<&'a Policy>,
+}
+
+impl TierView<'_> {
+    /// Whether a policy of the tier selects the pod.
+    pub fn selects(&self, policy: &Policy) -> Tri {
+        if self.uncertain.iter().any(|it| std::ptr::eq(*it, policy)) { Tri::Unknown } else { Tri::Yes }
+    }
 }
 
 /// The tiers that judge `pod` in `direction`, in the order in which they are asked.
@@ -178,19 +187,21 @@ fn applicable_tiers<'a>(
                 .into_iter()
                 .filter(|policy| policy.enforcers.contains(cluster, cluster))
                 .filter(|policy| rules(policy, direction).is_some())
-                .filter(|policy| applies(inventory, policy, cluster, pod))
+                .filter(|policy| applies(inventory, policy, cluster, pod) != Tri::No)
                 .map(move |policy| (layer, policy))
         })
         .collect();
     in_order(&mut applying);
-    in_tiers(applying)
+    let applies = |policy: &Policy| applies(inventory, policy, cluster, pod);
+    in_tiers(applying.into_iter().map(|(layer, policy)| (layer, policy, applies(policy))))
 }
 
-/// Whether a policy selects a pod of the cluster that enforces it. Of its own pods a cluster knows everything, so that
-/// this is never unknown; were it, the policy would apply.
-fn applies(inventory: &Inventory, policy: &Policy, cluster: &ClusterName, pod: &EndpointId) -> bool {
+/// Whether a policy selects a pod of the cluster that enforces it. Of its own pods a cluster knows everything; of those that
+/// do not run, all but the labels that they get when they do. Where it is unknown the policy opens nothing, and its tier
+/// judges the pod.
+fn applies(inventory: &Inventory, policy: &Policy, cluster: &ClusterName, pod: &EndpointId) -> Tri {
     let own = Selection { clusters: ClusterScope::Local, selector: policy.selector.clone() };
-    inventory.selects(cluster, &own, cluster, pod) != Tri::No
+    inventory.selects(cluster, &own, cluster, pod)
 }
 
 /// A tier in its place, with its policies in theirs.
@@ -237,15 +248,20 @@ pub(crate) fn in_order(policies: &mut [(&Layer, &Policy)]) {
     });
 }
 
-/// Sorted policies in their tiers.
-pub(crate) fn in_tiers<'a>(sorted: impl IntoIterator<Item = (&'a Layer, &'a Policy)>) -> Vec<TierView<'a>> {
+/// Sorted policies, and whether each selects the pod, in their tiers.
+pub(crate) fn in_tiers<'a>(sorted: impl IntoIterator<Item = (&'a Layer, &'a Policy, Tri)>) -> Vec<TierView<'a>> {
     let mut tiers: Vec<TierView<'a>> = Vec::new();
-    for (layer, policy) in sorted {
+    for (layer, policy, selects) in sorted {
+        let uncertain = Some(policy).filter(|_| selects == Tri::Unknown);
         match tiers.last_mut() {
-            Some(tier) if *tier.id == policy.tier => tier.policies.push(policy),
+            Some(tier) if *tier.id == policy.tier => {
+                tier.policies.push(policy);
+                tier.uncertain.extend(uncertain);
+            }
             _ => {
                 let (_, default) = layer.tier(&policy.tier);
-                tiers.push(TierView { id: &policy.tier, default, policies: vec![policy] });
+                let uncertain = uncertain.into_iter().collect();
+                tiers.push(TierView { id: &policy.tier, default, policies: vec![policy], uncertain });
             }
         }
     }
@@ -298,7 +314,8 @@ impl<F: Facts> Court<'_, F> {
             }
             for (policy, rule) in rules(at) {
                 let federated = policy.id.cluster.is_none();
-                let effect = match (rule.action, rule_matches(self.facts, self.enforcer, policy, rule, query)) {
+                let matches = rule_matches(self.facts, self.enforcer, policy, rule, query).and(tier.selects(policy));
+                let effect = match (rule.action, matches) {
                     (Action::Allow, Tri::Unknown) if rule.unknown_because().is_some() => Effect::NotEnforced,
                     (_, Tri::No) | (Action::Allow | Action::Log, Tri::Unknown) => continue,
                     (Action::Deny | Action::Pass, Tri::Unknown) => Effect::DeniedUnknown,

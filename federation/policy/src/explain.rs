@@ -7,6 +7,7 @@ pub mod question;
 pub use answer::AnswerLine;
 pub use question::{Forwarded, Owners, Packet, Place, ProtocolName, Question, QuestionError, has_ports, protocol_name};
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -16,6 +17,7 @@ use crate::inventory::Inventory;
 use crate::model::{ClusterName, PolicySet};
 use crate::placement::{Case, Placement, dependence};
 use crate::prepared::Prepared;
+use crate::workload::telling_keys;
 use answer::{BackendLine, DEPENDS, ServiceLine};
 
 /// Policies and an inventory, ready to be asked.
@@ -28,6 +30,8 @@ pub struct Explainer<'a> {
     /// When something is staged.
     pending: Option<Prepared<'a>>,
     placement: Placement<'a>,
+    /// The label keys that policies name.
+    keys: BTreeSet<&'a str>,
     reference: bool,
 }
 
@@ -140,6 +144,7 @@ impl<'a> Explainer<'a> {
             enforced: Prepared::new(policies, inventory, View::Enforced),
             pending: policies.has_staged().then(|| Prepared::new(policies, inventory, View::Pending)),
             placement: Placement::new(policies, inventory, &[]),
+            keys: telling_keys([policies]),
             reference: false,
         }
     }
@@ -190,7 +195,7 @@ impl<'a> Explainer<'a> {
                 self.answer_place(&Question { to, port, ip_version, ..question.clone() })
             };
             let backends = forwarded.backends.iter().map(ask).collect();
-            let not_running = self.owners.not_running(&question.from).into_iter().collect();
+            let not_running = self.owners.not_running(&question.from, &self.keys).into_iter().collect();
             return Ok(Explained { not_running, of: Of::Service { forwarded, backends } });
         }
         self.answer_place(question)
@@ -199,7 +204,7 @@ impl<'a> Explainer<'a> {
     fn answer_place(&self, question: &Question) -> Result<Explained, QuestionError> {
         let packet = self.owners.packet_of_spots(question)?;
         let ends = [&question.from, &question.to];
-        let not_running = ends.into_iter().filter_map(|place| self.owners.not_running(place)).collect();
+        let not_running = ends.into_iter().filter_map(|place| self.owners.not_running(place, &self.keys)).collect();
         Ok(Explained { not_running, of: self.of_packet(&packet)? })
     }
 

@@ -85,11 +85,13 @@ pub struct Endpoint {
 }
 
 /// Pods that are written down and do not run: a workload's pod template, or a pod that no API server has stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Planned {
     /// A template, of which there may be several pods.
     pub several: bool,
     pub stopped: Option<Stopped>,
+    /// Keys of labels of its own that its controller sets when the pods run: neither value nor absence is known before.
+    pub run_time_labels: BTreeSet<Arc<str>>,
 }
 
 /// Why a workload is not to run for now.
@@ -155,7 +157,7 @@ impl Inventory {
     ///
     /// Out of scope it never does. Of a stale cluster everything in scope is unknown, and so is a label whose key the
     /// cluster may not set. What a cluster knows first-hand is never unknown to it: of its own endpoints, `enforcer`
-    /// sees every label, stale or not.
+    /// sees every label, stale or not, but those that a planned endpoint gets when it runs.
     pub fn selects(&self, enforcer: &str, selection: &Selection, cluster: &str, endpoint: &EndpointId) -> Tri {
         let found = self.clusters.get(cluster).and_then(|owner| Some((owner, owner.endpoints.get(endpoint)?)));
         found.map_or(Tri::No, |(owner, it)| selects(enforcer, selection, cluster, owner, endpoint, it))
@@ -201,6 +203,11 @@ impl Endpoint {
         !self.host_network && (!self.addresses.is_empty() || self.planned.is_some())
     }
 
+    /// Keys of its own labels that are not known.
+    pub fn run_time_labels(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.planned.iter().flat_map(|planned| &planned.run_time_labels)
+    }
+
     /// Whether it has an address of a family, known or not.
     pub fn has_family(&self, v4: bool) -> bool {
         self.planned.is_some() || self.addresses.iter().any(|address| address.is_ipv4() == v4)
@@ -222,7 +229,8 @@ impl ClusterScope {
 /// behind `pcsa.` (with the names of both as `projectcalico.org/name`), and
 /// `projectcalico.org/{namespace,serviceaccount,orchestrator}`. Own labels of those names and prefixes are not in their
 /// place, so that they cannot be forged: they are behind [`build::OWN_PREFIX`], where only Kubernetes' selectors see them. An
-/// own label whose key is outside the cluster's grant is unknown, present or not.
+/// own label whose key is outside the cluster's grant is unknown, present or not; so is one that is set when a planned
+/// endpoint runs, to its own cluster too.
 #[derive(Debug, Clone, Copy)]
 pub struct EffectiveLabels<'a> {
     pub cluster: &'a Cluster,
@@ -237,6 +245,9 @@ impl EffectiveLabels<'_> {
     fn own(&self, key: &str) -> Label<'_> {
         match &self.cluster.label_grant {
             LabelGrant::Keys(granted) if !self.first_hand && !granted.contains(key) => Label::Unknown,
+            _ if self.endpoint.planned.as_ref().is_some_and(|planned| planned.run_time_labels.contains(key)) => {
+                Label::Unknown
+            }
             _ => self.endpoint.labels.get(key).map_or(Label::Absent, |value| Label::Present(value)),
         }
     }

@@ -230,10 +230,10 @@ struct Facts<'a> {
 }
 
 impl Facts<'_> {
-    /// The pods of a cluster that a policy with this selector is for.
+    /// The pods of a cluster that a policy with this selector is for, or may be for when they run.
     fn subjects(&self, cluster: &ClusterName, subject: &Selector) -> impl Iterator<Item = &Workload<'_>> {
         let pods = self.workloads.get(cluster).into_iter().flatten();
-        pods.filter(|it| it.members[0].0.kind == EndpointKind::Pod).filter(move |it| is_subject(it, subject))
+        pods.filter(|it| it.members[0].0.kind == EndpointKind::Pod).filter(move |it| subject_of(it, subject) != Tri::No)
     }
 
     /// Whether anything may be selected: a pod or a network set.
@@ -249,6 +249,20 @@ impl Facts<'_> {
             workloads.values().flatten().any(may)
                 || inventory.federated_sets.keys().any(|id| inventory.selects_federated_set(selection, id) != Tri::No)
         })
+    }
+
+    /// Whether a network set may be selected, which may have the addresses of pods.
+    fn selects_set(&self, enforcers: &[&ClusterName], selection: &Selection) -> bool {
+        let sets = self.workloads.values().flatten().filter(|it| it.members[0].0.kind == EndpointKind::NetworkSet);
+        let mut of_clusters = sets.flat_map(|it| enforcers.iter().map(move |enforcer| (it, *enforcer)));
+        of_clusters.any(|(it, enforcer)| {
+            let (id, endpoint) = it.members[0];
+            selects(enforcer, selection, it.cluster, it.owner, id, endpoint) != Tri::No
+        }) || self
+            .inventory
+            .federated_sets
+            .keys()
+            .any(|id| self.inventory.selects_federated_set(selection, id) != Tri::No)
     }
 
     /// Another cluster whose network set a selection of the whole ClusterSet would select, if such sets were exchanged.
@@ -288,10 +302,14 @@ impl Facts<'_> {
     }
 }
 
-/// Whether a policy of its own cluster with this selector applies to a workload.
+/// Whether a policy of its own cluster with this selector certainly applies to a workload.
 fn is_subject(workload: &Workload<'_>, subject: &Selector) -> bool {
+    subject_of(workload, subject) == Tri::Yes
+}
+
+fn subject_of(workload: &Workload<'_>, subject: &Selector) -> Tri {
     let (id, endpoint) = workload.members[0];
-    subject.evaluate(&EffectiveLabels { cluster: workload.owner, id, endpoint, first_hand: true }) == Tri::Yes
+    subject.evaluate(&EffectiveLabels { cluster: workload.owner, id, endpoint, first_hand: true })
 }
 
 /// What is odd about one rule by itself.
@@ -303,8 +321,9 @@ fn about(
     facts: &mut Facts<'_>,
 ) -> Vec<(Check, String)> {
     let mut found = Vec::new();
-    let contradicts =
-        |rule: &&Rule| contradiction(rule).or_else(|| pitfalls::own_end_excludes(policy, rule, direction));
+    let contradicts = |rule: &&Rule| {
+        contradiction(rule).or_else(|| pitfalls::own_end_excludes(policy, rule, direction, enforcers, facts))
+    };
     let contradictions: Vec<String> = parts.iter().filter_map(contradicts).collect();
     // Where one peer of several is impossible, the rest may do what was meant.
     let never = contradictions.len() == parts.len();

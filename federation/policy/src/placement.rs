@@ -152,7 +152,7 @@ impl<'a> Placement<'a> {
         }
         let several = |(cluster, pod): &(ClusterName, EndpointId)| {
             let endpoint = self.inventory.clusters.get(cluster).and_then(|owner| owner.endpoints.get(pod));
-            endpoint.and_then(|it| it.planned).is_some_and(|planned| planned.several)
+            endpoint.and_then(|it| it.planned.as_ref()).is_some_and(|planned| planned.several)
         };
         // One pod has one address; of several, these are two.
         let is_same = from.pod.is_some() && from.pod == to.pod;

@@ -21,16 +21,14 @@ use crate::evaluate::{
     Answer, Court, Direction, End, Facts, Query, TierView, View, acting, answer, backend, has_named_port, has_ports,
     in_order, in_tiers, rules,
 };
-use crate::inventory::{
-    Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, Labels, selects,
-};
+use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, selects};
 use crate::model::{Action, ClusterName, EntityMatch, Layer, Policy, PolicySet, Port, Rule, Selection, ServiceMatch};
 use crate::selector::{Expr, Selector, build};
 use crate::tri::Tri;
 
 type Chain<'a> = Rc<Plain<'a>>;
-/// A cluster (the address of its name), a direction, and the policies that apply.
-type ChainKey = (usize, Direction, Vec<u32>);
+/// A cluster (the address of its name), a direction, and the policies that apply, or may.
+type ChainKey = (usize, Direction, Vec<(u32, Tri)>);
 /// The selections that hold, or may hold, an end, by number; sorted. All others do not.
 type Held = Rc<[(u32, Tri)]>;
 /// A class, the network sets that hold the address, and the enforcing cluster (the address of its name).
@@ -124,7 +122,8 @@ impl<'a> Prepared<'a> {
     /// The same as [`crate::evaluate::evaluate`].
     pub fn evaluate(&self, query: &Query) -> Answer {
         let ends = [self.class_of(&query.source), self.class_of(&query.destination)];
-        let of_several = ends[0].pod.and_then(|pod| pod.endpoint.planned).is_some_and(|planned| planned.several);
+        let of_several =
+            ends[0].pod.and_then(|pod| pod.endpoint.planned.as_ref()).is_some_and(|planned| planned.several);
         answer(query, of_several, |_, direction| {
             let pod = ends[usize::from(direction == Direction::Ingress)].pod?;
             let chain = self.chain(pod, direction);
@@ -155,7 +154,10 @@ impl<'a> Prepared<'a> {
         let key = (pod.cluster.as_ptr() as usize, direction, found);
         let known = self.chains_by_content.borrow().get(&key).cloned();
         let chain = known.unwrap_or_else(|| {
-            let tiers = in_tiers(key.2.iter().map(|at| plan.policies[*at as usize]));
+            let tiers = in_tiers(key.2.iter().map(|(at, selects)| {
+                let (layer, policy) = plan.policies[*at as usize];
+                (layer, policy, *selects)
+            }));
             let rules: Vec<_> = tiers.iter().map(|tier| self.plain_rules(tier, direction)).collect();
             let outlines = || rules.iter().flat_map(|rules| &rules.outlines);
             let named = [0, 1].map(|end| outlines().any(|outline| outline.ends[end] != ANY));
@@ -178,7 +180,8 @@ impl<'a> Prepared<'a> {
         for policy in &tier.policies {
             for rule in rules(policy, direction).unwrap_or_default() {
                 let meaning = Rule { index: 0, ..rule.clone() };
-                let ends = rule.action != Action::Log && rule.unknown_because().is_none();
+                let certain = rule.unknown_because().is_none() && tier.selects(policy) == Tri::Yes;
+                let ends = rule.action != Action::Log && certain;
                 if ends && !seen.insert(meaning) {
                     continue;
                 }
@@ -234,6 +237,7 @@ impl<'a> Prepared<'a> {
             // Where a label may be unknown, its absence excludes nothing.
             let owner = labels.cluster;
             let known = labels.first_hand || !owner.stale && owner.label_grant == LabelGrant::All;
+            let known = known && labels.endpoint.run_time_labels().next().is_none();
             let candidates =
                 if known { self.index.candidates(&labels) } else { (0..self.by_number.len() as u32).collect() };
             let answers = candidates.into_iter().map(|number| (number, selected(self.by_number[number as usize])));
@@ -511,13 +515,15 @@ struct ClassKey<'a> {
     namespace: Option<&'a str>,
     account: Option<&'a str>,
     host_network: bool,
-    labels: Vec<(&'a str, &'a str)>,
+    /// Without a value where it is not known.
+    labels: Vec<(&'a str, Option<&'a str>)>,
 }
 
 impl<'a> Classes<'a> {
-    fn telling(&self, labels: &'a Labels) -> Vec<(&'a str, &'a str)> {
-        let pairs = labels.iter().map(|(key, value)| (&**key, &**value));
-        pairs.filter(|(key, _)| self.keys.contains(key)).collect()
+    fn telling(&self, endpoint: &'a Endpoint) -> Vec<(&'a str, Option<&'a str>)> {
+        let pairs = endpoint.labels.iter().map(|(key, value)| (&**key, Some(&**value)));
+        let unknown = endpoint.run_time_labels().map(|key| (&**key, None));
+        pairs.chain(unknown).filter(|(key, _)| self.keys.contains(key)).collect()
     }
 
     fn pod(&mut self, cluster: &'a str, id: &'a EndpointId, endpoint: &'a Endpoint) -> u32 {
@@ -526,7 +532,7 @@ impl<'a> Classes<'a> {
             namespace: id.namespace.as_deref(),
             account: endpoint.service_account.as_deref(),
             host_network: endpoint.host_network,
-            labels: self.telling(&endpoint.labels),
+            labels: self.telling(endpoint),
         };
         let next = self.by_key.len() as u32;
         *self.by_key.entry(key).or_insert(next)
@@ -566,18 +572,23 @@ impl<'a> Plan<'a> {
         Self { policies: enforced, subjects, index }
     }
 
-    /// The policies that apply to a pod in a direction, by their places.
-    fn applying(&self, owner: &Cluster, id: &EndpointId, endpoint: &Endpoint, direction: Direction) -> Vec<u32> {
+    /// The policies that apply to a pod in a direction, or may, by their places.
+    fn applying(&self, owner: &Cluster, id: &EndpointId, endpoint: &Endpoint, direction: Direction) -> Vec<(u32, Tri)> {
         let labels = EffectiveLabels { cluster: owner, id, endpoint, first_hand: true };
-        let candidates = self.index.candidates(&labels);
-        let mut found: Vec<u32> = candidates
+        // Where a label is unknown, its absence excludes nothing.
+        let candidates = match endpoint.run_time_labels().next() {
+            None => self.index.candidates(&labels),
+            Some(_) => (0..self.subjects.len() as u32).collect(),
+        };
+        let mut found: Vec<(u32, Tri)> = candidates
             .into_iter()
             .map(|subject| &self.subjects[subject as usize])
-            .filter(|(selector, _)| selector.evaluate(&labels) == Tri::Yes)
-            .flat_map(|(_, policies)| policies.iter().copied())
-            .filter(|at| rules(self.policies[*at as usize].1, direction).is_some())
+            .map(|(selector, policies)| (selector.evaluate(&labels), policies))
+            .filter(|(selects, _)| *selects != Tri::No)
+            .flat_map(|(selects, policies)| policies.iter().map(move |at| (*at, selects)))
+            .filter(|(at, _)| rules(self.policies[*at as usize].1, direction).is_some())
             .collect();
-        found.sort_unstable();
+        found.sort_unstable_by_key(|(at, _)| *at);
         found
     }
 }

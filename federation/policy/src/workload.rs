@@ -30,10 +30,11 @@ pub struct Workload<'a> {
     pub members: Vec<(&'a EndpointId, &'a Endpoint)>,
 }
 
-/// What selectors can see of an endpoint, where they name only the keys in question.
-pub(crate) fn seen<'a>(endpoint: &'a Endpoint, keys: &BTreeSet<&str>) -> Vec<(&'a str, &'a str)> {
-    let labels = endpoint.labels.iter().map(|(key, value)| (&**key, &**value));
-    labels.filter(|(key, _)| keys.contains(key)).collect()
+/// What selectors can see of an endpoint, where they name only the keys in question; no value where it is not known.
+pub(crate) fn seen<'a>(endpoint: &'a Endpoint, keys: &BTreeSet<&str>) -> Vec<(&'a str, Option<&'a str>)> {
+    let labels = endpoint.labels.iter().map(|(key, value)| (&**key, Some(&**value)));
+    let unknown = endpoint.run_time_labels().map(|key| (&**key, None));
+    labels.chain(unknown).filter(|(key, _)| keys.contains(key)).collect()
 }
 
 /// The endpoints of all clusters in workloads, by cluster, in the order of their first members. Pods on the host's

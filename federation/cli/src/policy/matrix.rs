@@ -384,7 +384,7 @@ fn read(loaded: &Loaded, selector: &Selector) -> Vec<Pod> {
                 let ports = loaded.declared.get(&owner).cloned().unwrap_or_default();
                 let mut pod = Pod::new(place(cluster, namespace, &id.name), Some(owner), endpoint.addresses.clone());
                 pod.ports = ports;
-                if let Some(planned) = endpoint.planned {
+                if let Some(planned) = &endpoint.planned {
                     pod.planned = true;
                     pod.title.push_str(match planned.stopped {
                         None => " (not running)",

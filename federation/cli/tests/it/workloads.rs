@@ -374,3 +374,65 @@ fn check_accepts_workloads_and_refuses_malformed_ones() {
     std::fs::write(&file, "").expect("queries");
     assert!(!wrong.hanse("explain", &["--queries", &file.display().to_string()]).status.success());
 }
+
+/// Labels that controllers set when pods run open nothing before, whether they are required, excluded or of the policy's own
+/// pods; and the answer names them.
+#[test]
+fn labels_set_at_run_time_are_unknown() {
+    let exists = |key: &str| format!("{{matchExpressions: [{{key: {key}, operator: Exists}}]}}");
+    let absent = |key: &str| format!("{{matchExpressions: [{{key: {key}, operator: DoesNotExist}}]}}");
+    let kubernetes = |subject: &str, peer: &str| {
+        format!(
+            "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p, namespace: shop}}\nspec: {{podSelector: {subject}, policyTypes: [Ingress], ingress: [{{from: [{{podSelector: {peer}}}]}}]}}\n"
+        )
+    };
+    let calico = |rule: &str| {
+        format!(
+            "---\napiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {{name: p}}\nspec: {{selector: app == 'web', types: [Ingress], ingress: [{rule}, {{action: Allow}}]}}\n"
+        )
+    };
+    let closed = kubernetes("{}", &exists("none")).replace("name: p,", "name: closed,");
+    let (web, report) = ("c/shop/deployment/web", "c/shop/cronjob/report (suspended)");
+    let hash = "c/shop/deployment/web (label pod-template-hash unknown)";
+    let job = "c/shop/cronjob/report (suspended, label job-name unknown)";
+    let unknown = Some("deny-unknown");
+    let cases = [
+        (kubernetes("{}", "{}"), "allow", None, [report, web]),
+        (kubernetes(&exists("other"), &exists("none")), "allow", None, [report, web]),
+        (kubernetes("{}", &absent("other")), "allow", None, [report, web]),
+        (kubernetes("{}", &exists("job-name")), "deny", None, [job, web]),
+        (kubernetes("{}", &absent("job-name")), "deny", None, [job, web]),
+        // The policy may be for the pod: then it isolates it, but it may also not allow anything.
+        (kubernetes(&exists("pod-template-hash"), &exists("none")), "deny", None, [report, hash]),
+        (kubernetes(&absent("pod-template-hash"), &exists("none")), "deny", None, [report, hash]),
+        (closed.clone() + &kubernetes(&exists("pod-template-hash"), "{}"), "deny", None, [report, hash]),
+        (closed.clone() + &kubernetes(&absent("pod-template-hash"), "{}"), "deny", None, [report, hash]),
+        // The same rule in a policy that is for the pod is not passed over.
+        (
+            closed
+                + &kubernetes(&absent("pod-template-hash"), "{}")
+                + &kubernetes("{}", "{}").replace("name: p,", "name: q,"),
+            "allow",
+            None,
+            [report, hash],
+        ),
+        (calico("{action: Deny, source: {selector: has(job-name)}}"), "deny", unknown, [job, web]),
+        (calico("{action: Deny, source: {selector: '!has(job-name)'}}"), "deny", unknown, [job, web]),
+        (calico("{action: Pass, source: {selector: has(job-name)}}"), "deny", unknown, [job, web]),
+        (calico("{action: Deny, source: {selector: has(other)}}"), "allow", None, [report, web]),
+    ];
+    for (policies, verdict, effect, not_running) in cases {
+        let shop = Folder::new(&format!("{SHOP}{policies}"));
+        let answer = &shop.answers(&[ask(workload("cronjob/report"), workload("deployment/web"), 8080)], &[])[0];
+        assert_eq!(answer["verdict"], verdict, "{policies}\n{answer:#}");
+        assert_eq!(answer["notRunning"], json!(not_running), "{policies}");
+        let trace = answer["ingress"]["trace"].as_array().expect("a trace");
+        assert_eq!(trace.last().and_then(|step| step["effect"].as_str()), effect, "{policies}\n{answer:#}");
+    }
+    // Such a policy may be for pods, and its peers may be.
+    let text = kubernetes(&exists("pod-template-hash"), &exists("job-name"));
+    let findings = Folder::new(&format!("{SHOP}{text}")).lines("lint", &[]);
+    let of_policy = findings.iter().filter(|it| it["policy"].as_str().is_some_and(|policy| policy.ends_with("shop/p")));
+    let nothing: Vec<&Value> = of_policy.filter(|it| it["id"] == "HN001" || it["id"] == "HN002").collect();
+    assert!(nothing.is_empty(), "{nothing:#?}");
+}

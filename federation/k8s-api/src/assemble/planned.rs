@@ -54,7 +54,7 @@ pub fn assemble_offline(name: &ClusterName, read: Manifests) -> Offline {
     let cluster = &mut offline.state.cluster;
     for id in unstored {
         if let Some(endpoint) = cluster.endpoints.get_mut(&id) {
-            endpoint.planned = Some(Planned { several: false, stopped: None });
+            endpoint.planned = Some(Planned::default());
         }
     }
     for (id, endpoint, ports, place) in planned {
@@ -230,7 +230,11 @@ fn endpoint(template: &Template) -> Endpoint {
         service_account: Some(template.spec.account()),
         ports: template.spec.named_ports(),
         host_network: template.spec.host_network,
-        planned: Some(Planned { several: true, stopped: template.stopped }),
+        planned: Some(Planned {
+            several: true,
+            stopped: template.stopped,
+            run_time_labels: template.run_time_labels.clone(),
+        }),
         ..Endpoint::default()
     }
 }

@@ -1,9 +1,11 @@
 //! Where each kind keeps its pod templates, and which labels its controller puts on the pods.
 //!
-//! Labels whose values are known only when the pods run (hashes, indexes, names that are generated) are left out. Sources:
+//! Of labels whose values are known only when the pods run (hashes, indexes, names that are generated) the keys are listed. Sources:
 //! the Kubernetes API reference, "Well-Known Labels, Annotations and Taints"; the constants of KServe v0.15 (raw
 //! deployments), the Kubeflow training operator v1.9 and MPI operator v0.6, KubeRay v1.4, JobSet v0.8, LeaderWorkerSet
 //! v0.6, Knative Serving v1.18, Volcano v1.12.
+
+use std::collections::BTreeSet;
 
 use hanse_policy::inventory::Stopped;
 use serde_json::Value;
@@ -99,13 +101,91 @@ fn found(at: At<'_>) -> Found<'_> {
         bare: false,
         inherited: Map::new(),
         identity: Map::new(),
+        run_time_labels: BTreeSet::new(),
         stopped: None,
         ports: Vec::new(),
     }
 }
 
-/// The templates of an object of a known kind. One that another object makes the pods of has none.
+/// Labels that a controller sets when pods run, and that policies may name, by group and kind.
+fn run_time_labels(group: &str, kind: &str) -> Vec<&'static str> {
+    const DEPLOYMENT: &[&str] = &["pod-template-hash"];
+    const STATEFUL_SET: &[&str] =
+        &["apps.kubernetes.io/pod-index", "controller-revision-hash", "statefulset.kubernetes.io/pod-name"];
+    const DAEMON_SET: &[&str] = &["controller-revision-hash", "pod-template-generation"];
+    const JOB: &[&str] =
+        &["batch.kubernetes.io/controller-uid", "batch.kubernetes.io/job-completion-index", "controller-uid"];
+    const JOB_NAME: &[&str] = &["batch.kubernetes.io/job-name", "job-name"];
+    const JOB_SET: &[&str] = &[
+        "jobset.sigs.k8s.io/global-replicas",
+        "jobset.sigs.k8s.io/job-global-index",
+        "jobset.sigs.k8s.io/job-index",
+        "jobset.sigs.k8s.io/job-key",
+        "jobset.sigs.k8s.io/jobset-uid",
+        "jobset.sigs.k8s.io/replicatedjob-name",
+        "jobset.sigs.k8s.io/replicatedjob-replicas",
+        "jobset.sigs.k8s.io/restart-attempt",
+    ];
+    const KNATIVE: &[&str] = &[
+        DEFAULT_APP,
+        "serving.knative.dev/configurationGeneration",
+        "serving.knative.dev/configurationUID",
+        "serving.knative.dev/revision",
+        "serving.knative.dev/revisionUID",
+        "serving.knative.dev/serviceUID",
+    ];
+    const GROUP: &[&str] = &[
+        "leaderworkerset.sigs.k8s.io/group-index",
+        "leaderworkerset.sigs.k8s.io/group-key",
+        "leaderworkerset.sigs.k8s.io/template-revision-hash",
+        "leaderworkerset.sigs.k8s.io/worker-index",
+    ];
+    let lists: &[&[&str]] = match (group, kind) {
+        ("apps" | "extensions", "Deployment") | ("serving.kserve.io", "InferenceService") => &[DEPLOYMENT],
+        ("apps.kruise.io", "CloneSet") => {
+            &[DEPLOYMENT, &["apps.kruise.io/cloneset-instance-id", "controller-revision-hash"]]
+        }
+        (_, "StatefulSet") => &[STATEFUL_SET],
+        (_, "DaemonSet") => &[DAEMON_SET],
+        (_, "Rollout") => &[&["rollouts-pod-template-hash"]],
+        (_, "DeploymentConfig") => &[&["deployment"]],
+        (_, "BroadcastJob") => &[&["broadcastjob-controller-uid", "broadcastjob-name"]],
+        ("batch", "Job") => &[JOB],
+        ("batch", "CronJob") => &[JOB, JOB_NAME],
+        ("serving.kserve.io", _) => &[DEPLOYMENT, STATEFUL_SET, GROUP],
+        ("serving.knative.dev", _) => &[DEPLOYMENT, KNATIVE],
+        ("kubeflow.org", _) => &[&["training.kubeflow.org/replica-index"]],
+        ("trainer.kubeflow.org" | "jobset.x-k8s.io", _) => &[JOB, JOB_NAME, JOB_SET],
+        ("ray.io", "RayCluster") => &[],
+        // The names of their clusters are generated. The submitter is a Job.
+        ("ray.io", _) => &[JOB, &["ray.io/cluster", "ray.io/identifier", "ray.io/serve"]],
+        ("leaderworkerset.x-k8s.io", _) => &[STATEFUL_SET, GROUP],
+        ("batch.volcano.sh", _) => &[&["volcano.sh/task-index"]],
+        _ => &[],
+    };
+    lists.concat()
+}
+
+/// Knative calls a revision's pods by the name of the revision, where their template does not set the label.
+const DEFAULT_APP: &str = "app";
+
+/// Whether a controller sets the label only where the template does not.
+pub fn is_default_only(key: &str) -> bool {
+    key == DEFAULT_APP
+}
+
+/// The templates of an object of a known kind, with the keys of what its controller adds when pods run.
 pub fn templates<'n>(group: &str, kind: &str, metadata: &Metadata, object: Node<'n>) -> Vec<Found<'n>> {
+    let mut found = known_templates(group, kind, metadata, object);
+    for template in &mut found {
+        let keys = run_time_labels(group, kind).into_iter().filter(|key| !template.identity.contains_key(*key));
+        template.run_time_labels = keys.map(Into::into).collect();
+    }
+    found
+}
+
+/// One that another object makes the pods of has none.
+fn known_templates<'n>(group: &str, kind: &str, metadata: &Metadata, object: Node<'n>) -> Vec<Found<'n>> {
     let Some(spec) = (At { node: object, path: String::new() }).child("spec") else { return Vec::new() };
     let spec = At { path: "spec".to_owned(), ..spec };
     let name = metadata.name.as_str();

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hanse_k8s_api::{Manifests, Offline, assemble_cluster, assemble_offline, read_bytes};
-use hanse_policy::inventory::{Backend, EndpointKind, Stopped};
+use hanse_policy::inventory::{Backend, EffectiveLabels, EndpointKind, Stopped};
+use hanse_policy::selector::{Label, LabelLookup as _};
 
 fn read(text: &str) -> Manifests {
     let mut read = Manifests::default();
@@ -156,7 +157,7 @@ fn each_template_is_an_endpoint() {
         assert_eq!(pods(&offline), names, "{kind}");
         let cluster = &offline.state.cluster;
         for ((id, endpoint), (_, added, stopped)) in cluster.endpoints.iter().zip(*expected) {
-            let planned = endpoint.planned.expect("it does not run");
+            let planned = endpoint.planned.as_ref().expect("it does not run");
             assert_eq!((planned.several, planned.stopped), (true, *stopped), "{kind}");
             assert!(endpoint.addresses.is_empty() && endpoint.is_reachable(), "{kind}");
             assert_eq!(endpoint.service_account.as_deref(), Some("s"), "{kind}");
@@ -169,6 +170,41 @@ fn each_template_is_an_endpoint() {
         }
         let labels = &cluster.namespaces["shop"].labels;
         assert_eq!(labels.get("kubernetes.io/metadata.name").map(|it| &**it), Some("shop"), "{kind}");
+    }
+}
+
+/// What a controller sets when pods run is neither present nor absent before, whatever a template says of it.
+#[test]
+fn labels_of_running_pods_are_unknown() {
+    let one = format!("{{template: {{{POD}}}}}");
+    let cron = format!("{{jobTemplate: {{spec: {one}}}}}");
+    let ray = format!("{{rayClusterSpec: {{headGroupSpec: {one}}}}}");
+    let forged = one.replace("app: a", "app: a, pod-template-hash: forged");
+    for (api_version, kind, name, spec, unknown, known) in [
+        ("apps/v1", "Deployment", "name: x", &one, "pod-template-hash", "app"),
+        ("apps/v1", "Deployment", "name: x", &forged, "pod-template-hash", "app"),
+        ("apps/v1", "StatefulSet", "name: x", &one, "statefulset.kubernetes.io/pod-name", "app"),
+        ("apps/v1", "StatefulSet", "name: x", &one, "apps.kubernetes.io/pod-index", "pod-template-hash"),
+        ("apps/v1", "DaemonSet", "name: x", &one, "controller-revision-hash", "app"),
+        ("apps/v1", "ReplicaSet", "name: x", &one, "", "pod-template-hash"),
+        ("batch/v1", "Job", "name: x", &one, "batch.kubernetes.io/controller-uid", "job-name"),
+        ("batch/v1", "Job", "generateName: x-", &one, "job-name", "app"),
+        ("batch/v1", "CronJob", "name: x", &cron, "job-name", "app"),
+        ("ray.io/v1", "RayJob", "name: x", &ray, "ray.io/cluster", "ray.io/node-type"),
+        ("serving.knative.dev/v1", "Service", "name: x", &one, "serving.knative.dev/revision", "app"),
+        ("serving.knative.dev/v1", "Service", "name: x", &one.replace("app: a", "b: c"), "app", "b"),
+    ] {
+        let text =
+            format!("apiVersion: {api_version}\nkind: {kind}\nmetadata: {{{name}, namespace: shop}}\nspec: {spec}\n");
+        let offline = offline(&text);
+        let cluster = &offline.state.cluster;
+        let (id, endpoint) = cluster.endpoints.first_key_value().expect("a template");
+        let labels = EffectiveLabels { cluster, id, endpoint, first_hand: true };
+        if !unknown.is_empty() {
+            assert_eq!(labels.label(unknown), Label::Unknown, "{kind} {unknown}");
+        }
+        assert_ne!(labels.label(known), Label::Unknown, "{kind} {known}");
+        assert!(!endpoint.labels.contains_key(unknown), "{kind} {unknown}");
     }
 }
 
@@ -299,7 +335,7 @@ fn a_pod_without_a_status_is_planned_under_its_own_name() {
         let offline = offline(&text);
         let (_, endpoint) = offline.state.cluster.endpoints.first_key_value().expect("a pod");
         assert_eq!((endpoint.planned.is_some(), endpoint.is_reachable()), (planned, reachable), "{text}");
-        assert!(endpoint.planned.is_none_or(|planned| !planned.several));
+        assert!(endpoint.planned.as_ref().is_none_or(|planned| !planned.several));
     }
 }
 
@@ -311,7 +347,7 @@ fn members_have_no_planned_endpoint() {
     assert_eq!(pods(&offline(&text)), ["shop/deployment/web", "shop/p"]);
     let state = assemble_cluster(&"c".into(), read(&text).objects);
     let endpoints: Vec<_> =
-        state.cluster.endpoints.iter().map(|(id, it)| (&*id.name, it.planned, it.is_reachable())).collect();
+        state.cluster.endpoints.iter().map(|(id, it)| (&*id.name, it.planned.clone(), it.is_reachable())).collect();
     assert_eq!(endpoints, [("p", None, false)]);
     let service = state.cluster.services.values().next().expect("a service");
     assert!(service.planned.is_empty() && service.backends.is_empty() && service.front.is_none(), "{service:?}");

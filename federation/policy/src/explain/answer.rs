@@ -22,7 +22,8 @@ pub struct AnswerLine<'a> {
     /// Who judged, of a live question.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub asked: Vec<Asked>,
-    /// The ends that do not run: `cluster/namespace/kind/name`, and why if it is stopped.
+    /// The ends that do not run: `cluster/namespace/kind/name`, why if it is stopped, and the labels that policies name and
+    /// that are not known before it runs. Rules that depend on those open nothing.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_running: Vec<String>,
     /// What a verdict depends on, in words.

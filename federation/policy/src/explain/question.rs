@@ -1,6 +1,6 @@
 //! Questions as they are written, and the packets that they ask about.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -390,16 +390,21 @@ impl<'a> Owners<'a> {
         found.map(|(key, service)| (*cluster, key, service)).ok_or_else(missing)
     }
 
-    /// Whether a place is a pod that does not run, or a workload; in words.
-    pub fn not_running(&self, place: &Place) -> Option<String> {
+    /// Whether a place is a pod that does not run, or a workload; in words, with those of the labels in question that are
+    /// not known before it runs.
+    pub fn not_running(&self, place: &Place, keys: &BTreeSet<&str>) -> Option<String> {
         let Place::Pod { cluster, namespace, pod } = place else { return None };
         let (cluster, id, endpoint) = self.pod(cluster.as_deref(), namespace, pod).ok()?;
-        let stopped = match endpoint.planned?.stopped {
-            None => "",
-            Some(Stopped::NoReplicas) => " (replicas: 0)",
-            Some(Stopped::Suspended) => " (suspended)",
-        };
-        Some(format!("{cluster}/{namespace}/{}{stopped}", id.name))
+        let planned = endpoint.planned.as_ref()?;
+        let stopped = planned.stopped.map(|stopped| match stopped {
+            Stopped::NoReplicas => "replicas: 0".to_owned(),
+            Stopped::Suspended => "suspended".to_owned(),
+        });
+        let unknown = planned.run_time_labels.iter().filter(|key| keys.contains(&***key));
+        let unknown = unknown.map(|key| format!("label {key} unknown"));
+        let notes: Vec<String> = stopped.into_iter().chain(unknown).collect();
+        let notes = if notes.is_empty() { String::new() } else { format!(" ({})", notes.join(", ")) };
+        Some(format!("{cluster}/{namespace}/{}{notes}", id.name))
     }
 
     fn candidate(&self, place: &Place) -> Result<Candidate, QuestionError> {

@@ -30,11 +30,17 @@ pub fn own_end(rule: &Rule, direction: Direction) -> Option<(&'static str, &Sele
 }
 
 /// Why what a rule asks of its own end holds of none of the policy's pods, where that is shown.
-pub fn own_end_excludes(policy: &Policy, rule: &Rule, direction: Direction) -> Option<String> {
+pub(super) fn own_end_excludes(
+    policy: &Policy,
+    rule: &Rule,
+    direction: Direction,
+    enforcers: &[&ClusterName],
+    facts: &Facts<'_>,
+) -> Option<String> {
     let (name, selection) = own_end(rule, direction)?;
     let (list, asked) = (list_name(direction), selection.selector.shown());
-    excludes(&policy.selector.expr, &selection.selector.expr)
-        .then(|| format!("{asked} excludes the policy's own pods, which are the {name} of all {list}"))
+    let never = excludes(&policy.selector.expr, &selection.selector.expr) && !facts.selects_set(enforcers, selection);
+    never.then(|| format!("{asked} excludes the policy's own pods, which are the {name} of all {list}"))
 }
 
 /// What a rule asks of its own end, where some of the policy's pods are known and none of them satisfies it.
@@ -46,6 +52,9 @@ pub(super) fn own_end_missed(
     facts: &Facts<'_>,
 ) -> Option<String> {
     let (name, selection) = own_end(rule, direction)?;
+    if facts.selects_set(enforcers, selection) {
+        return None;
+    }
     let mut has_pods = false;
     for enforcer in enforcers {
         for pods in facts.subjects(enforcer, &policy.selector) {

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use hanse_policy::evaluate::{Effect, End, Judgement, Query, Step, Verdict, View, evaluate};
 use hanse_policy::inventory::*;
 use hanse_policy::model::*;
+use hanse_policy::prepared::Prepared;
 use hanse_policy::selector::Selector;
 
 /// Clusters `near`, which enforces, and `far`, each with one pod: `near/server`, and `far/gateway` with `role == 'gw'`.
@@ -71,20 +72,23 @@ fn federated(phase: Phase, default: TierDefault, rules: Vec<Rule>) -> PolicySet 
     PolicySet { federation, ..PolicySet::default() }
 }
 
-fn ask(policies: &PolicySet, inventory: &Inventory) -> Judgement {
+fn query() -> Query {
     let end = |cluster: &str, name: &str, address: &str| End {
         address: address.parse().expect("address"),
         pod: Some((cluster.into(), pod(name))),
     };
-    let query = Query {
+    Query {
         source: end("far", "gateway", "10.1.0.1"),
         destination: end("near", "server", "10.0.0.1"),
         protocol: 6,
         source_port: 40_000,
         destination_port: 8000,
         icmp: None,
-    };
-    evaluate(policies, inventory, &query, View::Enforced).ingress.expect("the destination is a pod")
+    }
+}
+
+fn ask(policies: &PolicySet, inventory: &Inventory) -> Judgement {
+    evaluate(policies, inventory, &query(), View::Enforced).ingress.expect("the destination is a pod")
 }
 
 /// `(action, selector, default of the tier, verdict when known, verdict when the far cluster is stale)`.
@@ -238,4 +242,58 @@ fn a_federated_allow_leaves_its_phase_unless_it_is_final() {
     let ended = ask(&policies, &last);
     assert_eq!(ended.verdict, Verdict::Allow);
     assert!(matches!(ended.trace[..], [Step::Rule { effect: Effect::Acted, .. }]), "{ended:?}");
+}
+
+/// Of a policy in a tier that denies: its subject, action and source, the verdict, and that before a policy that allows.
+#[test]
+fn labels_set_at_run_time_open_nothing() {
+    let planned = |keys: &[&str]| Planned {
+        several: true,
+        stopped: None,
+        run_time_labels: keys.iter().map(|key| (*key).into()).collect(),
+    };
+    let inventory = inventory(|inventory| {
+        for (cluster, name) in [("near", "server"), ("far", "gateway")] {
+            let owner = inventory.clusters.get_mut(cluster).expect("a cluster");
+            let endpoint = owner.endpoints.get_mut(&pod(name)).expect("a pod");
+            endpoint.planned = Some(planned(&["hash"]));
+        }
+    });
+    use Action::{Allow, Deny, Pass};
+    for (subject, action, source, alone, before_allow) in [
+        ("all()", Allow, "all()", Verdict::Allow, Verdict::Allow),
+        ("has(other)", Deny, "all()", Verdict::Allow, Verdict::Allow),
+        // Its peers may be selected.
+        ("all()", Allow, "has(hash)", Verdict::Deny, Verdict::Allow),
+        ("all()", Allow, "!has(hash)", Verdict::Deny, Verdict::Allow),
+        ("all()", Allow, "hash != 'x'", Verdict::Deny, Verdict::Allow),
+        ("all()", Deny, "has(hash)", Verdict::Deny, Verdict::Deny),
+        ("all()", Deny, "!has(hash)", Verdict::Deny, Verdict::Deny),
+        ("all()", Pass, "has(hash)", Verdict::Deny, Verdict::Deny),
+        // It may be for the pod.
+        ("has(hash)", Allow, "all()", Verdict::Deny, Verdict::Allow),
+        ("!has(hash)", Allow, "all()", Verdict::Deny, Verdict::Allow),
+        ("has(hash)", Deny, "all()", Verdict::Deny, Verdict::Deny),
+        ("!has(hash)", Deny, "all()", Verdict::Deny, Verdict::Deny),
+    ] {
+        let mut policies = federated(Phase::Baseline, TierDefault::Deny, vec![rule(action, from(source))]);
+        let (id, mut policy) = policies.federation.policies.pop_first().expect("the policy");
+        policy.selector = Selector::parse(subject).expect(subject);
+        policy.order = Order(Some(1.0));
+        let mut second = policy.clone();
+        policies.federation.policies.insert(id, policy);
+        let both = |policies: &PolicySet| {
+            let judgement = ask(policies, &inventory);
+            let prepared = Prepared::new(policies, &inventory, View::Enforced).evaluate(&query());
+            assert_eq!(prepared.ingress.as_ref(), Some(&judgement), "{subject} {action:?} {source}");
+            judgement.verdict
+        };
+        assert_eq!(both(&policies), alone, "{subject} {action:?} {source}");
+        second.id.name = "q".into();
+        second.order = Order(Some(2.0));
+        second.selector = Selector::all();
+        second.ingress = Some(vec![rule(Allow, from("all()"))]);
+        policies.federation.policies.insert(second.id.clone(), second);
+        assert_eq!(both(&policies), before_allow, "{subject} {action:?} {source}, then all");
+    }
 }
