@@ -492,7 +492,7 @@ mod tests {
         let nodes = NODE.replace("10.0.0.0/24", "10.1.0.0/24")
             + &NODE.replace("name: 'n'", "name: m").replace("10.0.0", "10.2.0");
         for (revision, node) in [(1, "n"), (2, "m"), (3, "n")] {
-            let hub = pod_of("hub", "hub", "10.0.0.9").replace("nodeName: n", &format!("nodeName: {node}"));
+            let hub = pod_of("hub", "hub", "10.0.0.9").replace("nodeName: 'n'", &format!("nodeName: '{node}'"));
             world.take_local(sourced(&format!("{nodes}{hub}"), revision));
             world.compile().expect("the hub was heard");
             for name in ["n", "m"] {
