@@ -248,6 +248,10 @@ impl Cluster {
     pub fn problems(&self) -> &[String] {
         &self.problems
     }
+
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
 }
 
 /// One reason, with the node and what else it concerns: the first three, and how many they are.
