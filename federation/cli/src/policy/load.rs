@@ -214,7 +214,11 @@ impl Loaded {
         let manifests = reading::read(directory)?;
         let found = [manifests.objects.len(), manifests.workloads.len(), manifests.skipped.len()];
         if found == [0; 3] && manifests.diagnostics.is_empty() && manifests.refused_workloads.is_empty() {
-            bail!("{}: no manifests (.yaml, .yml or .json)", directory.display());
+            // A federation may have no policy yet; a cluster has something.
+            if cluster.is_some() {
+                bail!("{}: no manifests (.yaml, .yml or .json)", directory.display());
+            }
+            output::note(format_args!("note: {}: no manifests (.yaml, .yml or .json)", directory.display()));
         }
         let (refused, notes): (Vec<Diagnostic>, Vec<Diagnostic>) = manifests
             .diagnostics

@@ -295,7 +295,7 @@ fn a_directory_that_cannot_be_read_is_no_empty_one() {
 }
 
 #[test]
-fn an_empty_directory_is_told_of_and_standard_input_is_checked() {
+fn an_empty_directory_is_an_error_and_standard_input_is_checked() {
     let root = tempfile::tempdir().expect("temporary directory");
     let output = hanse(&["policy", "check", "-o", "json", text(root.path())]);
     assert!(output.status.code() == Some(1) && output.stdout.is_empty(), "{output:?}");
