@@ -194,7 +194,11 @@ impl<'a> Explainer<'a> {
                 let ip_version = question.ip_version.or(of_family);
                 self.answer_place(&Question { to, port, ip_version, ..question.clone() })
             };
-            let backends = forwarded.backends.iter().map(ask).collect();
+            let mut backends: Vec<_> = forwarded.backends.iter().map(ask).collect();
+            if !backends.is_empty() && backends.iter().all(Result::is_err) {
+                // No backend has an answer, and so the question has none.
+                return backends.swap_remove(0);
+            }
             let not_running = self.owners.not_running(&question.from, &self.keys).into_iter().collect();
             return Ok(Explained { not_running, of: Of::Service { forwarded, backends } });
         }

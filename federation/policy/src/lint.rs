@@ -398,7 +398,8 @@ fn about(
             let through = |selection: &Selection| enforcers.iter().any(|it| facts.selects_world(it, selection));
             let entity = &rule.destination;
             if is_world(entity) || entity.selection.as_ref().is_some_and(through) && entity.service.is_none() {
-                found.push((EGRESS_TO_WORLD, format!("it allows egress to every address, {}", traffic(rule))));
+                let but = if entity.not_nets.is_empty() { "" } else { " but the excluded" };
+                found.push((EGRESS_TO_WORLD, format!("it allows egress to every address{but}, {}", traffic(rule))));
             }
         }
     }

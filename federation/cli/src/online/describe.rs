@@ -225,7 +225,11 @@ async fn describe_cluster(client: &mut Client, name: &str, format: Format) -> an
         output::line("")?;
         description.status.problems().iter().try_for_each(output::line)?;
     }
-    description.status.warnings().iter().try_for_each(|warning| output::line(format_args!("\nwarning: {warning}")))?;
+    let warnings = description.status.warnings();
+    if !warnings.is_empty() {
+        output::line("")?;
+        warnings.iter().try_for_each(|warning| output::line(format_args!("warning: {warning}")))?;
+    }
     description.nodes.iter().try_for_each(node::Node::describe_problems)
 }
 

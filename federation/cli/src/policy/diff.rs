@@ -252,7 +252,8 @@ impl Arguments {
 fn pairs(diff: &Diff<'_>, change: &Change) -> u64 {
     let count = |party: usize| diff.parties[party].count().max(1) as u64;
     match change.from == change.to {
-        true => count(change.from) * (count(change.from) - 1),
+        // One template stands for several pods.
+        true => (count(change.from) * (count(change.from) - 1)).max(1),
         false => count(change.from) * count(change.to),
     }
 }

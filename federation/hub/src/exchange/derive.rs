@@ -174,10 +174,13 @@ impl Deriver {
                 Some(old) => {
                     FederatedManifest { json: plain.json, features: vec![EXISTING_TIER.to_owned()], ..old.clone() }
                 }
-                None => {
-                    let FederatedManifest { enforcers, resolved, .. } = self.make_policy(policy, plain.clone());
-                    FederatedManifest { enforcers, resolved, features: vec![EXISTING_TIER.to_owned()], ..plain }
-                }
+                // After a restart of the hub: members may have an earlier version in force, which may need anything.
+                None => FederatedManifest {
+                    enforcers: Some(everybody()),
+                    interest: Interest::from([Arc::new(Wanted::everything())]),
+                    features: vec![EXISTING_TIER.to_owned()],
+                    ..plain
+                },
             },
             What::Policy(policy) => self.make_policy(policy, plain),
         }

@@ -3,6 +3,7 @@
 //! A selection is filed under pairs (or keys) of which any match needs at least one; those that have no such anchor are
 //! asked always. Promises that no match is missed; does not look at single endpoints.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use hanse_policy::inventory::LabelGrant;
@@ -43,10 +44,10 @@ struct Slot {
 #[derive(Debug, Default)]
 struct Filed {
     /// Everything that names this key.
-    naming: Vec<u32>,
+    naming: BTreeSet<u32>,
     /// Anchored on the key's presence.
-    present: Vec<u32>,
-    values: HashMap<Arc<str>, Vec<u32>>,
+    present: BTreeSet<u32>,
+    values: HashMap<Arc<str>, BTreeSet<u32>>,
 }
 
 /// All selections in use, each with a number.
@@ -56,7 +57,7 @@ pub struct Selections {
     free: Vec<u32>,
     numbers: HashMap<Arc<Wanted>, u32>,
     keys: HashMap<Arc<str>, Filed>,
-    unanchored: Vec<u32>,
+    unanchored: BTreeSet<u32>,
 }
 
 impl Selections {
@@ -75,20 +76,17 @@ impl Selections {
         self.numbers.insert(wanted.clone(), number);
         let expr = &wanted.selector.expr;
         expr.for_each_key(&mut |key| {
-            let naming = &mut self.keys.entry(key.clone()).or_default().naming;
-            if naming.last() != Some(&number) {
-                naming.push(number);
-            }
+            self.keys.entry(key.clone()).or_default().naming.insert(number);
         });
         match anchors(expr) {
-            None => self.unanchored.push(number),
+            None => drop(self.unanchored.insert(number)),
             Some(found) => {
                 for (key, value) in found {
                     let filed = self.keys.entry(key).or_default();
                     match value {
-                        None => filed.present.push(number),
-                        Some(value) => filed.values.entry(value).or_default().push(number),
-                    }
+                        None => filed.present.insert(number),
+                        Some(value) => filed.values.entry(value).or_default().insert(number),
+                    };
                 }
             }
         }
@@ -105,15 +103,25 @@ impl Selections {
         let Some(Slot { wanted, .. }) = self.slots[number as usize].take() else { return false };
         self.numbers.remove(&wanted);
         self.free.push(number);
-        self.unanchored.retain(|n| *n != number);
-        wanted.selector.expr.for_each_key(&mut |key| {
+        self.unanchored.remove(&number);
+        // Only where it is filed: a class of thousands of selections is released under one lock.
+        let expr = &wanted.selector.expr;
+        for (key, value) in anchors(expr).into_iter().flatten() {
+            let Some(filed) = self.keys.get_mut(&key) else { continue };
+            let Some(value) = value else {
+                filed.present.remove(&number);
+                continue;
+            };
+            if let Some(list) = filed.values.get_mut(&value) {
+                list.remove(&number);
+                if list.is_empty() {
+                    filed.values.remove(&value);
+                }
+            }
+        }
+        expr.for_each_key(&mut |key| {
             if let Some(filed) = self.keys.get_mut(key) {
-                filed.naming.retain(|n| *n != number);
-                filed.present.retain(|n| *n != number);
-                filed.values.retain(|_, list| {
-                    list.retain(|n| *n != number);
-                    !list.is_empty()
-                });
+                filed.naming.remove(&number);
                 if filed.naming.is_empty() {
                     self.keys.remove(key);
                 }
@@ -139,7 +147,7 @@ impl Selections {
 
     /// Calls `visit` once with each selection that these labels may satisfy or that names one of `own_keys`.
     pub fn candidates(&self, origin: &str, labels: &Known<'_>, own_keys: &[Arc<str>]) -> Vec<u32> {
-        let mut found = self.unanchored.clone();
+        let mut found: Vec<u32> = self.unanchored.iter().copied().collect();
         for (key, value) in labels.pairs {
             if let Some(filed) = self.keys.get(key) {
                 found.extend(&filed.present);

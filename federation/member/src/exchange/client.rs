@@ -477,7 +477,9 @@ impl Client {
                 }
             };
             for answer in answers {
-                outbox.send(answer).await.context("answer")?;
+                // A hub that reads nothing must not keep this side from noticing.
+                let sent = tokio::time::timeout(SILENCE, outbox.send(answer)).await;
+                sent.context("the hub takes no answer")?.context("answer")?;
             }
         }
     }

@@ -33,6 +33,8 @@ const RETRY: Duration = Duration::from_secs(5);
 const MAX_TOLD: usize = 1_000;
 /// Bytes of one text of theirs.
 const MAX_TEXT: usize = 512;
+/// Bytes of a name: the hub takes no report with a longer one.
+const MAX_NAME: usize = 253;
 /// Bytes of an agent's version.
 const MAX_VERSION: usize = 64;
 /// Other problems of one ack.
@@ -248,8 +250,8 @@ impl AgentStream {
             self.held = self.in_flight.take().filter(|sent| failed.is_none() && sent.node.digest == digest);
         }
         let unenforced = ack.unenforced.into_iter().take(MAX_TOLD).map(|it| UnenforcedPod {
-            namespace: bounded(it.namespace, MAX_TEXT),
-            name: bounded(it.name, MAX_TEXT),
+            namespace: bounded(it.namespace, MAX_NAME),
+            name: bounded(it.name, MAX_NAME),
             reason: bounded(it.reason, MAX_TEXT),
         });
         let unenforced = unenforced.collect();

@@ -401,10 +401,8 @@ impl Exchange {
         let told = self.realisations.get(cluster);
         let positions = told.into_iter().flat_map(|told| [&told.hub, &told.received]).flatten().cloned();
         let ahead = of_streams.chain(positions.map(Position::from));
-        let nodes = told.into_iter().flat_map(|told| &told.nodes).map(|node| node.hub_revision);
-        // Of a node only the revision is known, of the same numbering as its member's.
-        let same = told.and_then(|told| told.hub.as_ref()).is_some_and(|hub| hub.epoch == now.epoch);
-        let ahead = ahead.filter(|at| at.epoch == now.epoch).map(|at| at.revision).chain(nodes.filter(|_| same));
+        // What a node says is not heard here: one node must not make its cluster doubt the hub.
+        let ahead = ahead.filter(|at| at.epoch == now.epoch).map(|at| at.revision);
         ahead.max().filter(|at| self.hub.loaded && *at > now.revision)
     }
 
