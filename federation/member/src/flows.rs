@@ -515,7 +515,7 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
         };
         let pods = pod("train", "a", &["10.1.0.1"]) + &pod("train", "b", &["10.1.0.2", "fd01::2"]);
         let own = cluster("c", &(pods + POLICIES));
-        let other = cluster("a", &(pod("serve", "x", &["10.1.0.2"]) + &pod("serve", "y", &["10.2.0.9"])));
+        let other = cluster("a", &(pod("serve", "x", &["10.1.0.2"]) + &pod("serve", "z", &["10.2.0.9"])));
         Known {
             version: 1,
             policies: PolicySet { clusters: [("c".into(), own.layer)].into(), ..PolicySet::default() },
@@ -572,8 +572,8 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
             ("10.1.0.2", "8.8.8.8", 53, ["c/train/b", "8.8.8.8"], ["allow", "allow", "none", "deny"]),
             ("fd01::2", "fd02::1", 53, ["c/train/b", "fd02::1"], ["allow", "allow", "none", "deny"]),
             // The other cluster's member knows what its pods may.
-            ("10.2.0.9", "10.1.0.2", 80, ["a/serve/y", "c/train/b"], ["deny", "none", "deny", "deny"]),
-            ("10.1.0.1", "10.2.0.9", 80, ["c/train/a", "a/serve/y"], ["allow", "allow", "none", "allow"]),
+            ("10.2.0.9", "10.1.0.2", 80, ["a/serve/z", "c/train/b"], ["deny", "none", "deny", "deny"]),
+            ("10.1.0.1", "10.2.0.9", 80, ["c/train/a", "a/serve/z"], ["allow", "allow", "none", "allow"]),
             ("10.1.0.99", "8.8.8.8", 80, ["10.1.0.99", "8.8.8.8"], ["none", "none", "none", "none"]),
         ] {
             let [record] = &judged(vec![flow(source, destination, port)])[..] else { panic!("one record") };

@@ -74,12 +74,30 @@ pub struct Loaded {
 type WrittenName = (Option<ClusterName>, String, Option<String>, String);
 
 impl Sources {
+    /// Reads everything for verdicts.
+    ///
+    /// # Errors
+    /// As of [`Self::load_any`], and when no cluster has an endpoint: a verdict about nothing would look like a good one.
+    pub fn load(&self) -> anyhow::Result<Loaded> {
+        let loaded = self.load_any()?;
+        let empty: Vec<&ClusterName> =
+            loaded.inventory.clusters.iter().filter(|(_, it)| it.endpoints.is_empty()).map(|(name, _)| name).collect();
+        let noun = if empty.len() == 1 { "cluster" } else { "clusters" };
+        let names = empty.iter().map(|name| name.to_string()).collect::<Vec<_>>().join(", ");
+        if empty.len() == loaded.inventory.clusters.len() {
+            bail!("{noun} {names}: no pods and no workloads were read, so there is nothing to answer about");
+        }
+        if !empty.is_empty() {
+            output::note(format_args!("note: {noun} {names}: no pods and no workloads were read"));
+        }
+        Ok(loaded)
+    }
+
     /// Reads everything. What is refused or skipped is named on standard error, and the rest is read all the same.
     ///
     /// # Errors
-    /// When a directory cannot be read or holds no manifest, or when no cluster has an endpoint: a verdict about nothing
-    /// would look like a good one.
-    pub fn load(&self) -> anyhow::Result<Loaded> {
+    /// When a directory cannot be read, or a cluster's holds no manifest.
+    pub fn load_any(&self) -> anyhow::Result<Loaded> {
         if self.clusters.is_empty() {
             bail!("no cluster is named: --cluster NAME=DIR");
         }
@@ -121,16 +139,6 @@ impl Sources {
         }
         loaded.inventory.federated_sets = federation.sets;
         loaded.policies.federation = federation.layer;
-        let empty: Vec<&ClusterName> =
-            loaded.inventory.clusters.iter().filter(|(_, it)| it.endpoints.is_empty()).map(|(name, _)| name).collect();
-        let noun = if empty.len() == 1 { "cluster" } else { "clusters" };
-        let names = empty.iter().map(|name| name.to_string()).collect::<Vec<_>>().join(", ");
-        if empty.len() == loaded.inventory.clusters.len() {
-            bail!("{noun} {names}: no pods and no workloads were read, so there is nothing to answer about");
-        }
-        if !empty.is_empty() {
-            output::note(format_args!("note: {noun} {names}: no pods and no workloads were read"));
-        }
         Ok(loaded)
     }
 

@@ -72,7 +72,11 @@ struct PolicyLine<'a> {
 
 impl Arguments {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let loaded = self.sources.load()?;
+        let loaded = self.sources.load_any()?;
+        let layers = [&loaded.policies.federation].into_iter().chain(loaded.policies.clusters.values());
+        if layers.into_iter().all(|layer| layer.policies.is_empty()) {
+            anyhow::bail!("no policies were read, so there is no order");
+        }
         let Loaded { policies, inventory, .. } = &loaded;
         let mut out = output::stdout();
         for (at, cluster) in inventory.clusters.keys().enumerate() {

@@ -205,6 +205,10 @@ fn nothing_is_not_answered_with_a_verdict() {
             &["explain", "--queries", text(&queries)],
             &["diff", "--staged"],
         ] {
+            if cluster == &only_policy && command == ["order"] {
+                // Which policies come first is no verdict.
+                continue;
+            }
             let arguments = [&["policy"], command, &["--cluster", cluster]].concat();
             let output = hanse(&arguments, "");
             assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{arguments:?}: {output:?}");

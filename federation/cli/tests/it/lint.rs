@@ -26,13 +26,32 @@ spec: {order: 9000000, defaultAction: Deny}
 apiVersion: projectcalico.org/v3
 kind: GlobalNetworkPolicy
 metadata: {name: end.closed}
+spec: {tier: end, types: [Ingress, Egress]}
+---
+apiVersion: projectcalico.org/v3
+kind: Tier
+metadata: {name: dns}
+spec: {order: 1, defaultAction: Pass}
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: dns.clients}
 spec:
-  tier: end
-  types: [Ingress, Egress]
-  ingress:
-  - {action: Allow, protocol: UDP, destination: {ports: [53]}}
+  tier: dns
+  selector: "!has(cut)"
+  types: [Egress]
   egress:
   - {action: Allow, protocol: UDP, destination: {namespaceSelector: kubernetes.io/metadata.name == 'kube-system', ports: [53]}}
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: dns.servers}
+spec:
+  tier: dns
+  namespaceSelector: kubernetes.io/metadata.name == 'kube-system'
+  types: [Ingress]
+  ingress:
+  - {action: Allow, protocol: UDP, destination: {ports: [53]}}
 ---
 apiVersion: v1
 kind: Namespace
@@ -489,6 +508,9 @@ fn common_mistakes_are_found() {
     let global = |spec: &str| policy("GlobalNetworkPolicy", "g", spec);
     let set = "---\napiVersion: projectcalico.org/v3\nkind: GlobalNetworkSet\nmetadata: {name: lan, labels: {zone: lan}}\nspec: {nets: [10.9.0.0/16]}\n";
     let hosts = "---\napiVersion: projectcalico.org/v3\nkind: HostEndpoint\nmetadata: {name: h}\nspec: {node: node}\n";
+    // The policy for DNS leaves it out.
+    let cut = WORLD.split("---\n").nth(1).expect("a pod").replace("name: server", "name: cut");
+    let cut = format!("---\n{}", cut.replace("10.0.0.1", "10.0.0.9").replace("fd00::1", "fd00::9").replace("role: b", "role: b, cut: x"));
     let kubernetes = |rules: &str| {
         let spec = format!("  podSelector: {{}}\n  policyTypes: [Egress]\n  {rules}");
         policy("NetworkPolicy", "np, namespace: web", &spec).replace("projectcalico.org/v3", "networking.k8s.io/v1")
@@ -548,21 +570,14 @@ fn common_mistakes_are_found() {
             &["HN015"],
         ),
         ("for hosts that are not there", policy("GlobalNetworkPolicy", "h", "  selector: host == 'h'"), &["HN001"]),
-        ("without DNS", global("  selector: app == 'a'\n  types: [Egress]"), &["HN017"]),
+        ("without DNS", cut.clone(), &["HN017"]),
         (
             "with the DNS of nodes",
-            global(&rule(
-                "Egress",
-                "{action: Allow, protocol: UDP, destination: {nets: [169.254.20.10/32], ports: [53]}}",
-            )),
-            &[],
-        ),
-        (
-            "with the DNS of OpenShift",
-            global(&rule(
-                "Egress",
-                "{action: Allow, protocol: UDP, destination: {namespaceSelector: kubernetes.io/metadata.name == 'openshift-dns', ports: [5353]}}",
-            )),
+            cut.clone()
+                + &global(&rule(
+                    "Egress",
+                    "{action: Allow, protocol: UDP, destination: {nets: [169.254.20.10/32], ports: [53]}}",
+                )),
             &[],
         ),
         (
@@ -580,7 +595,7 @@ fn common_mistakes_are_found() {
             global(&rule("Egress", "{action: Deny, destination: {selector: zone == 'lan'}}"))
                 + &set.replace("10.9.0.0/16", "10.9.0.0/16, 10.96.0.10/32")
                 + service,
-            &["HN018", "HN017"],
+            &["HN018"],
         ),
         (
             "all that is private",

@@ -316,7 +316,8 @@ fn decide_apply(
     }
     // The version in force would depend on a tier that no stored policy names any more, and that may be deleted.
     if let Some((tier, from)) = missing.zip(old_tier.as_ref().filter(|from| has_tier(snapshot, from))) {
-        let moved = format!("spec.tier: there is no Tier {tier}: a policy that is in force in tier {from} is moved only");
+        let moved =
+            format!("spec.tier: there is no Tier {tier}: a policy that is in force in tier {from} is moved only");
         return Err(ChangeError::Invalid(format!("{moved} to a tier that exists; create Tier {tier} first")));
     }
     if old.is_none() && snapshot.objects.len() >= MAX_OBJECTS {

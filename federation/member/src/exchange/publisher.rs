@@ -557,7 +557,7 @@ mod tests {
             vec![p.clone(), team("Namespace", "blue")],
             vec![pod_of("p", "x", "db", "b", "10.0.0.1"), q.clone()],
             // To another namespace, with another's address; a node's address is not a pod's.
-            vec![pod_of("p", "y", "db", "b", "10.0.0.2"), NODE.to_owned()],
+            vec![pod_of("p", "other", "db", "b", "10.0.0.2"), NODE.to_owned()],
             vec![NODE.to_owned()],
             vec![q, p],
         ];
