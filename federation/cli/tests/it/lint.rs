@@ -38,7 +38,7 @@ kind: GlobalNetworkPolicy
 metadata: {name: dns.clients}
 spec:
   tier: dns
-  selector: "!has(cut)"
+  selector: '!has(cut)'
   types: [Egress]
   egress:
   - {action: Allow, protocol: UDP, destination: {namespaceSelector: kubernetes.io/metadata.name == 'kube-system', ports: [53]}}
@@ -510,7 +510,10 @@ fn common_mistakes_are_found() {
     let hosts = "---\napiVersion: projectcalico.org/v3\nkind: HostEndpoint\nmetadata: {name: h}\nspec: {node: node}\n";
     // The policy for DNS leaves it out.
     let cut = WORLD.split("---\n").nth(1).expect("a pod").replace("name: server", "name: cut");
-    let cut = format!("---\n{}", cut.replace("10.0.0.1", "10.0.0.9").replace("fd00::1", "fd00::9").replace("role: b", "role: b, cut: x"));
+    let cut = format!(
+        "---\n{}",
+        cut.replace("10.0.0.1", "10.0.0.9").replace("fd00::1", "fd00::9").replace("role: b", "role: b, cut: x")
+    );
     let kubernetes = |rules: &str| {
         let spec = format!("  podSelector: {{}}\n  policyTypes: [Egress]\n  {rules}");
         policy("NetworkPolicy", "np, namespace: web", &spec).replace("projectcalico.org/v3", "networking.k8s.io/v1")
