@@ -660,7 +660,8 @@ fn order_prints_selectors_as_written() {
         ("none", 24, "all()".to_owned()),
     ] {
         let found = table.lines().find(|row| row.contains(&format!("{name} "))).unwrap_or_default();
-        assert!(found.ends_with(&format!("p.yaml:{line}  {selector}")), "{name}: {table}");
+        let is_whole = found.contains(&format!("p.yaml:{line} ")) && found.ends_with(&format!("  {selector}"));
+        assert!(is_whole, "{name}: {table}");
     }
     let tier: Value = serde_json::from_str(run(&["-o", "json"]).lines().next().unwrap_or_default()).expect("JSON");
     let own = tier["policies"].as_array().into_iter().flatten().find(|it| it["name"] == "own").expect("the policy");
