@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 use super::cause::{Cause, Stranger};
-use super::connection::{BoundedStream, Peer, STALLED};
+use super::connection::{BoundedStream, CountedSocket, Peer, STALLED};
 use super::server::key_exchange;
 use super::verify::{algorithms, verify_directly};
 use super::{ALPN, CredentialStore, Presents, Trust, VERSIONS, provider};
@@ -121,10 +121,10 @@ impl TlsClient {
             .map_err(|_| ClientError::Connect(address.to_owned(), Cause::Time))?
     }
 
-    pub(super) async fn shake_hands(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    pub(super) async fn shake_hands(&self, tcp: TcpStream) -> io::Result<TlsStream<CountedSocket>> {
         // The verifier looks at the identity in the certificate, never at this name.
         let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
-        TlsConnector::from(self.config.clone()).connect(name, tcp).await
+        TlsConnector::from(self.config.clone()).connect(name, CountedSocket::from(tcp)).await
     }
 
     async fn open(&self, address: &str) -> Result<Connection, ClientError> {

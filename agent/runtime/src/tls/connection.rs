@@ -103,6 +103,14 @@ struct Open {
     since: Instant,
 }
 
+/// Whose connections may end for a newcomer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Within {
+    /// Those of its own network, which has all that a network may have.
+    Network,
+    Everywhere,
+}
+
 /// A connection of a newcomer that is this old has had time for what it came for: one call.
 const SETTLED: Duration = Duration::from_secs(2);
 
@@ -141,18 +149,21 @@ impl Connections {
         self.open().values().filter(|it| it.peer.identity() == Some(identity)).count()
     }
 
-    /// Ends one connection for a newcomer from `address`: the oldest of the host that has most in the network that has most, where
-    /// these have more than the newcomer's; else the oldest that has had its time. The address whose connection it was.
-    pub(super) fn make_room(&self, address: IpAddr) -> Option<IpAddr> {
+    /// Ends one connection for a newcomer from `address`, in its network only where `within` says so: the oldest of the host that has
+    /// most in the network that has most, where these have more than the newcomer's; else the oldest that has had its time. The
+    /// address whose connection it was.
+    pub(super) fn make_room(&self, address: IpAddr, within: Within) -> Option<IpAddr> {
         let mut open = self.open();
+        let network = network_of(address);
+        let may_yield = |it: &&Open| within == Within::Everywhere || network_of(it.peer.address.ip()) == network;
         let (mut networks, mut hosts): (HashMap<IpAddr, usize>, HashMap<IpAddr, usize>) = Default::default();
-        for it in open.values() {
+        for it in open.values().filter(may_yield) {
             *networks.entry(network_of(it.peer.address.ip())).or_default() += 1;
             *hosts.entry(host_of(it.peer.address.ip())).or_default() += 1;
         }
         let count = |counts: &HashMap<IpAddr, usize>, of: IpAddr| counts.get(&of).copied().unwrap_or_default();
         let most = |counts: &HashMap<IpAddr, usize>| counts.values().copied().max().unwrap_or_default();
-        let mine = (count(&networks, network_of(address)), count(&hosts, host_of(address)));
+        let mine = (count(&networks, network), count(&hosts, host_of(address)));
         let of_hosts = {
             let in_largest = |host: &&IpAddr| count(&networks, network_of(**host)) == most(&networks);
             hosts.keys().filter(in_largest).map(|host| count(&hosts, *host)).max().unwrap_or_default()
@@ -168,7 +179,7 @@ impl Connections {
             };
             is_unfair && has_most || it.since.elapsed() >= SETTLED
         };
-        let id = *open.iter().find(|(_, it)| yields(it))?.0;
+        let id = *open.iter().find(|(_, it)| may_yield(it) && yields(it))?.0;
         let ended = open.remove(&id)?;
         ended.peer.closed.cancel();
         Some(ended.peer.address.ip())
@@ -206,11 +217,93 @@ impl Drop for Registration {
 /// reads. A few KiB a second are enough.
 pub(super) const STALLED: Duration = Duration::from_secs(20);
 
-/// A TLS stream that ends at its certificates' end, when it is told to, or when its peer takes nothing any more.
+/// A socket that counts the bytes it has taken: the TLS stream above it has a buffer of its own, so that writing to that one is no
+/// sign that the peer reads.
+#[derive(Debug)]
+pub struct CountedSocket {
+    socket: TcpStream,
+    /// Wraps: only changes matter.
+    taken: u64,
+}
+
+impl From<TcpStream> for CountedSocket {
+    fn from(socket: TcpStream) -> Self {
+        Self { socket, taken: 0 }
+    }
+}
+
+impl AsyncRead for CountedSocket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for CountedSocket {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.socket).poll_write(context, bytes);
+        self.count(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.socket).poll_write_vectored(context, slices);
+        self.count(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(context)
+    }
+}
+
+impl CountedSocket {
+    fn count(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(bytes)) = &written {
+            self.taken = self.taken.wrapping_add(*bytes as u64);
+        }
+        written
+    }
+}
+
+/// A stream that buffers, above a [`CountedSocket`].
+pub trait AboveSocket {
+    /// The bytes that the socket has taken, wrapping.
+    fn taken(&self) -> u64;
+}
+
+impl AboveSocket for tokio_rustls::server::TlsStream<CountedSocket> {
+    fn taken(&self) -> u64 {
+        self.get_ref().0.taken
+    }
+}
+
+impl AboveSocket for tokio_rustls::client::TlsStream<CountedSocket> {
+    fn taken(&self) -> u64 {
+        self.get_ref().0.taken
+    }
+}
+
+/// A TLS stream that ends at its certificates' end, when it is closed, or when its peer takes nothing any more.
 pub struct BoundedStream<S> {
     stream: S,
-    /// Since when the peer takes nothing of what is to be sent, and so when the stream ends.
+    /// While something waits to be sent: when the stream ends, if the socket takes nothing until then.
     stalled: Option<Pin<Box<Sleep>>>,
+    /// What the socket had taken at the last look.
+    taken: u64,
     stalls_after: Duration,
     peer: Peer,
     expires: Pin<Box<Sleep>>,
@@ -234,6 +327,7 @@ impl<S> BoundedStream<S> {
         Self {
             stream,
             stalled: None,
+            taken: 0,
             stalls_after,
             expires: Box::pin(tokio::time::sleep(left)),
             told: Box::pin(peer.closed.clone().cancelled_owned()),
@@ -257,11 +351,21 @@ impl<S> BoundedStream<S> {
             Ok(())
         }
     }
+}
 
-    /// Ends the stream where what was to be sent waits for too long. Sending waits in what `sent` is.
-    fn poll_stalled<T>(&mut self, context: &mut Context<'_>, sent: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+impl<S: AboveSocket> BoundedStream<S> {
+    /// Ends the stream where what was to be sent waits for too long. `is_empty`: nothing waits any more.
+    fn poll_stalled<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        sent: Poll<io::Result<T>>,
+        is_empty: bool,
+    ) -> Poll<io::Result<T>> {
+        let taken = self.stream.taken();
+        if is_empty || taken != self.taken {
+            (self.taken, self.stalled) = (taken, None);
+        }
         if sent.is_ready() {
-            self.stalled = None;
             return sent;
         }
         let after = self.stalls_after;
@@ -295,29 +399,115 @@ impl<S: AsyncRead + Unpin> AsyncRead for BoundedStream<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for BoundedStream<S> {
+impl<S: AsyncWrite + AboveSocket + Unpin> AsyncWrite for BoundedStream<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.poll_ended(context)?;
         let sent = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.poll_stalled(context, sent)
+        self.poll_stalled(context, sent, false)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.poll_ended(context)?;
         let sent = Pin::new(&mut self.stream).poll_flush(context);
-        self.poll_stalled(context, sent)
+        let is_empty = sent.is_ready();
+        self.poll_stalled(context, sent, is_empty)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let sent = Pin::new(&mut self.stream).poll_shutdown(context);
-        self.poll_stalled(context, sent)
+        self.poll_stalled(context, sent, false)
     }
 }
 
-impl Connected for BoundedStream<tokio_rustls::server::TlsStream<TcpStream>> {
+impl Connected for BoundedStream<tokio_rustls::server::TlsStream<CountedSocket>> {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
         self.peer.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use super::*;
+
+    /// A TLS stream whose own buffer has room for `room` bytes, over a socket that takes none of them.
+    #[derive(Debug)]
+    struct Buffering {
+        room: usize,
+        taken: u64,
+    }
+
+    impl AboveSocket for Buffering {
+        fn taken(&self) -> u64 {
+            self.taken
+        }
+    }
+
+    impl AsyncWrite for Buffering {
+        fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            let fits = bytes.len().min(self.room);
+            self.room -= fits;
+            if fits == 0 { Poll::Pending } else { Poll::Ready(Ok(fits)) }
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    fn bounded(stream: Buffering, stalls_after: Duration) -> BoundedStream<Buffering> {
+        let peer = Peer {
+            certificate: None,
+            address: SocketAddr::from(([127, 0, 0, 1], 1)),
+            key_exchange: "x25519",
+            ends_at: SystemTime::now() + Duration::from_secs(86_400),
+            closed: CancellationToken::new(),
+            failure: Arc::default(),
+        };
+        BoundedStream::new(stream, peer, None, stalls_after)
+    }
+
+    async fn flush_once(stream: &mut BoundedStream<Buffering>) -> Poll<io::Result<()>> {
+        poll_fn(|context| Poll::Ready(Pin::new(&mut *stream).poll_flush(context))).await
+    }
+
+    async fn write_once(stream: &mut BoundedStream<Buffering>) -> Poll<io::Result<usize>> {
+        poll_fn(|context| Poll::Ready(Pin::new(&mut *stream).poll_write(context, b"17 bytes of a PING"))).await
+    }
+
+    /// Keep-alive writes into the buffer of a stalled stream every ten seconds.
+    #[tokio::test(start_paused = true)]
+    async fn writing_to_the_buffer_of_a_stalled_stream_does_not_prolong_it() {
+        let mut stream = bounded(Buffering { room: 16_384, taken: 0 }, Duration::from_secs(20));
+        assert!(flush_once(&mut stream).await.is_pending());
+        tokio::time::advance(Duration::from_secs(10)).await;
+        assert!(matches!(write_once(&mut stream).await, Poll::Ready(Ok(_))));
+        assert!(flush_once(&mut stream).await.is_pending());
+        tokio::time::advance(Duration::from_millis(9_900)).await;
+        assert!(matches!(write_once(&mut stream).await, Poll::Ready(Ok(_))));
+        assert!(flush_once(&mut stream).await.is_pending());
+        tokio::time::advance(Duration::from_millis(200)).await;
+        assert!(
+            matches!(flush_once(&mut stream).await, Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::TimedOut)
+        );
+        assert!(stream.peer.closed.is_cancelled());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_whose_socket_takes_a_little_lives() {
+        let mut stream = bounded(Buffering { room: 0, taken: 0 }, Duration::from_secs(20));
+        for _ in 0..10 {
+            assert!(flush_once(&mut stream).await.is_pending());
+            tokio::time::advance(Duration::from_secs(19)).await;
+            stream.stream.taken = stream.stream.taken.wrapping_add(1);
+        }
+        assert!(!stream.peer.closed.is_cancelled());
     }
 }

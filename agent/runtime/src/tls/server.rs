@@ -20,7 +20,7 @@ use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::connection::{BoundedStream, Connections, Peer, STALLED};
+use super::connection::{BoundedStream, Connections, CountedSocket, Peer, STALLED, Within};
 use super::refusals::{Reason, Refusals};
 use super::{ALPN, CredentialStore, PresentedAuthority, Presents, Trust, VERSIONS, provider};
 use crate::keys::{Certificate, KeyError};
@@ -117,7 +117,7 @@ impl ServerTls {
 
 /// Accepted connections, for [`tonic::transport::server::Router::serve_with_incoming`].
 pub struct Incoming {
-    receiver: mpsc::Receiver<BoundedStream<tokio_rustls::server::TlsStream<TcpStream>>>,
+    receiver: mpsc::Receiver<BoundedStream<tokio_rustls::server::TlsStream<CountedSocket>>>,
     address: SocketAddr,
 }
 
@@ -135,7 +135,7 @@ impl Incoming {
 }
 
 impl Stream for Incoming {
-    type Item = io::Result<BoundedStream<tokio_rustls::server::TlsStream<TcpStream>>>;
+    type Item = io::Result<BoundedStream<tokio_rustls::server::TlsStream<CountedSocket>>>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.receiver.poll_recv(context).map(|stream| stream.map(Ok))
@@ -252,18 +252,18 @@ fn admit(
     if rate.as_mut().is_some_and(|rate| !rate.allows(host_of(address), Instant::now())) {
         return Err(Reason::Rate);
     }
+    let make_room = |within| tls.trust.is_none().then(|| connections.make_room(address, within)).flatten();
     if limits.per_address.is_some() || limits.per_network.is_some() {
         let (of_address, of_network) = connections.from(address);
         if limits.per_address.is_some_and(|most| of_address >= most) {
             return Err(Reason::Address);
         }
         if limits.per_network.is_some_and(|most| of_network >= most) {
-            return Err(Reason::Network);
+            refusals.count(Reason::MadeRoom, make_room(Within::Network).ok_or(Reason::Network)?);
         }
     }
     if connections.len() >= limits.connections {
-        let made = tls.trust.is_none().then(|| connections.make_room(address)).flatten();
-        refusals.count(Reason::MadeRoom, made.ok_or(Reason::Connections)?);
+        refusals.count(Reason::MadeRoom, make_room(Within::Everywhere).ok_or(Reason::Connections)?);
     }
     Ok(())
 }
@@ -279,14 +279,14 @@ async fn shake_hands(
     stream: TcpStream,
     tls: &ServerTls,
     place: &Handshake,
-) -> io::Result<tokio_rustls::server::TlsStream<TcpStream>> {
-    let begun = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+) -> io::Result<tokio_rustls::server::TlsStream<CountedSocket>> {
+    let begun = LazyConfigAcceptor::new(Acceptor::default(), CountedSocket::from(stream)).await?;
     place.has_spoken();
     begun.into_stream(tls.config.clone()).await
 }
 
 fn describe(
-    stream: &tokio_rustls::server::TlsStream<TcpStream>,
+    stream: &tokio_rustls::server::TlsStream<CountedSocket>,
     address: SocketAddr,
     latest: SystemTime,
 ) -> Option<Peer> {
@@ -768,9 +768,15 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(20), again).await.expect("there is room again");
     }
 
-    /// Twelve addresses fill a listener, and go on doing so.
+    /// Twelve addresses fill a listener, or what their network may have, and go on doing so.
     #[tokio::test]
     async fn newcomers_are_let_in_whoever_fills_the_listener() {
+        let limits = IncomingLimits { per_address: Some(4), ..IncomingLimits::default() };
+        newcomers_are_let_in(IncomingLimits { connections: 36, ..limits }).await;
+        newcomers_are_let_in(IncomingLimits { per_network: Some(36), ..limits }).await;
+    }
+
+    async fn newcomers_are_let_in(limits: IncomingLimits) {
         use tokio::net::TcpSocket;
 
         use crate::ca::Ca;
@@ -781,7 +787,6 @@ mod tests {
         let own = ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap();
         let tls = ServerTls::anonymous(CredentialStore::new(own).unwrap(), PresentedAuthority::fixed(ca.certificate()))
             .unwrap();
-        let limits = IncomingLimits { connections: 36, per_address: Some(4), ..IncomingLimits::default() };
         let (connections, stop) = (Connections::default(), CancellationToken::new());
         let any = "127.0.0.1:0".parse().unwrap();
         let listener = incoming(any, tls, limits, connections.clone(), stop.clone()).await.unwrap();
