@@ -78,20 +78,37 @@ struct Shared {
 /// What a cluster said last of what reaches it.
 #[derive(Debug, Clone, Copy)]
 struct Receiving {
-    /// How long ago it had received something; none where its version does not say.
+    /// How long ago it had received something; none where it has not since its start.
     age: Option<Duration>,
     said: tokio::time::Instant,
 }
 
 impl Receiving {
+    /// Takes in what a cluster says now. A process that has received nothing yet does not renew what a former one received: one that
+    /// restarts within each lease would never count as deaf.
+    fn note(
+        all: &mut BTreeMap<ClusterName, Self>,
+        cluster: &ClusterName,
+        age: Option<Duration>,
+        said: tokio::time::Instant,
+    ) {
+        let now = Self { age, said };
+        match age {
+            Some(_) => drop(all.insert(cluster.clone(), now)),
+            None => _ = all.entry(cluster.clone()).or_insert(now),
+        }
+    }
+
     /// Why a cluster does not count as enforcing, if it does not: what it has may be old. `watches`: it has a watching
     /// stream here.
     fn trouble(this: Option<&Self>, watches: bool, lease: Duration, now: tokio::time::Instant) -> Option<String> {
-        match this.and_then(|this| Some(this.age?.saturating_add(now.duration_since(this.said)))) {
-            Some(age) if age >= lease => Some(format!("has received nothing for {} s", age.as_secs())),
-            Some(_) => None,
-            None => (!watches).then(|| "has no watching stream to this hub".to_owned()),
+        let no_stream = || "has no watching stream to this hub".to_owned();
+        let Some(this) = this else { return (!watches).then(no_stream) };
+        let age = this.age.unwrap_or_default().saturating_add(now.duration_since(this.said));
+        if age >= lease {
+            return Some(format!("has received nothing for {} s", age.as_secs()));
         }
+        (this.age.is_none() && !watches).then(no_stream)
     }
 }
 
@@ -352,8 +369,8 @@ impl Service {
             let report = matches!(request.message, Some(pb::publish_request::Message::Realisation(_)));
             if let Some(pb::publish_request::Message::Heartbeat(beat)) = &request.message {
                 let age = beat.received_age_ms.map(Duration::from_millis);
-                let receiving = Receiving { age, said: tokio::time::Instant::now() };
-                lock(&self.shared.receiving).insert(cluster.clone(), receiving);
+                let now = tokio::time::Instant::now();
+                Receiving::note(&mut lock(&self.shared.receiving), cluster, age, now);
             }
             if !report && request.encoded_len() > MAX_PLAIN_BYTES {
                 return Err(Status::invalid_argument("a message has at most 4 MiB"));
@@ -714,10 +731,28 @@ mod tests {
         assert_eq!(trouble(say(Some(0)), false, 29), None, "it may watch another replica");
         assert!(trouble(say(Some(u64::MAX)), true, 1).is_some());
         assert!(trouble(say(Some(0)), true, 30).is_some(), "what it said is as old");
-        // An earlier version does not say; one that has not spoken yet did not either.
+        // One that has received nothing since its start; one that has not spoken yet.
         for said in [Some(say(None)), None] {
             assert_eq!(Receiving::trouble(said.as_ref(), true, lease, start), None);
             assert!(Receiving::trouble(said.as_ref(), false, lease, start).is_some());
+        }
+    }
+
+    #[test]
+    fn a_member_that_restarts_within_each_lease_and_receives_nothing_does_not_count_as_enforcing() {
+        let (lease, start) = (Duration::from_secs(30), tokio::time::Instant::now());
+        let cluster = ClusterName::from("a");
+        let after = |seconds| start + Duration::from_secs(seconds);
+        for first in [Some(Duration::ZERO), None] {
+            let mut all = BTreeMap::new();
+            Receiving::note(&mut all, &cluster, first, start);
+            for seconds in [10, 20, 29] {
+                Receiving::note(&mut all, &cluster, None, after(seconds));
+                assert_eq!(Receiving::trouble(all.get(&cluster), true, lease, after(seconds)), None);
+            }
+            assert!(Receiving::trouble(all.get(&cluster), true, lease, after(30)).is_some());
+            Receiving::note(&mut all, &cluster, Some(Duration::ZERO), after(31));
+            assert_eq!(Receiving::trouble(all.get(&cluster), true, lease, after(60)), None);
         }
     }
 

@@ -88,6 +88,8 @@ struct Shared {
 struct Watching {
     /// When something came last on a stream that the hub serves; at first, the start.
     received: Instant,
+    /// Something has come since the start.
+    has_received: bool,
     /// How long a cluster may be silent, as the hub says.
     lease: Duration,
     /// Why the last stream ended.
@@ -139,7 +141,7 @@ impl Client {
             own: watch::Sender::default(),
             realisation: watch::Sender::default(),
             refusals: Mutex::default(),
-            watching: Mutex::new(Watching { received: Instant::now(), lease: LEASE, error: None }),
+            watching: Mutex::new(Watching { received: Instant::now(), has_received: false, lease: LEASE, error: None }),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -247,7 +249,7 @@ impl Client {
         drop(receiver);
         if served {
             let mut watching = lock(&self.shared.watching);
-            (watching.received, watching.error) = (Instant::now(), None);
+            (watching.received, watching.has_received, watching.error) = (Instant::now(), true, None);
             if let Some(heartbeat_ms) = heartbeat_ms {
                 // A third of the lease.
                 let lease = Duration::from_millis(heartbeat_ms.saturating_mul(3));
@@ -286,9 +288,11 @@ impl Client {
         changes
     }
 
-    /// Since something was received last on a watching stream that the hub serves, or since the start.
-    fn received_age(&self) -> Duration {
-        lock(&self.shared.watching).received.elapsed()
+    /// What is sent on a publishing stream when there is nothing else to send.
+    fn heartbeat(&self) -> pb::Heartbeat {
+        let watching = lock(&self.shared.watching);
+        let age = u64::try_from(watching.received.elapsed().as_millis()).unwrap_or(u64::MAX);
+        pb::Heartbeat { received_age_ms: watching.has_received.then_some(age) }
     }
 
     /// Whether the hub was heard within the time of a lease: what is in force here may be old otherwise.
@@ -376,10 +380,7 @@ impl Client {
                         None => continue,
                     }
                 }
-                _ = beat.tick() => {
-                    let age = u64::try_from(self.received_age().as_millis()).unwrap_or(u64::MAX);
-                    Message::Heartbeat(pb::Heartbeat { received_age_ms: Some(age) })
-                }
+                _ = beat.tick() => Message::Heartbeat(self.heartbeat()),
                 // The next connection shows the new certificate; this one serves on until that one has resumed.
                 opened = renewals.opened(hub, || self.open_publish(identity, hub)) => {
                     (outbox, answers, session) = opened;
@@ -724,10 +725,13 @@ mod tests {
         };
         let welcome = |heartbeat_ms| Message::Welcome(pb::WatchWelcome { heartbeat_ms });
         assert_eq!(after(29), (true, 0), "it has just started");
+        assert_eq!(client.heartbeat().received_age_ms, None, "a restart renews nothing");
         receive(Message::Heartbeat(pb::Heartbeat::default()));
         assert_eq!(after(1), (false, 1), "a hub that is older than what is held here does not serve the stream");
+        assert_eq!(client.heartbeat().received_age_ms, None);
         receive(welcome(2_000));
         assert_eq!(after(5), (true, 0));
+        assert!(client.heartbeat().received_age_ms.is_some_and(|age| age >= 5_000));
         receive(Message::Heartbeat(pb::Heartbeat::default()));
         assert_eq!(after(5), (true, 0));
         assert_eq!(after(1), (false, 1));
