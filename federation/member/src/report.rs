@@ -1,6 +1,7 @@
 //! What the hub is told of enforcement: never more than what agents have acknowledged.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use hanse_k8s_api::manifest::{Diagnostic, Place};
@@ -164,8 +165,9 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
     if let Some(failed) = &status.failed {
         errors.insert(String::new(), failed.clone());
     }
+    let chains = ChainNames::default();
     for (object, reason) in &status.refused {
-        let policies = concerned(rules, object);
+        let policies = concerned(rules, &chains, object);
         if policies.is_empty() {
             errors.entry(object.clone()).or_insert_with(|| reason.clone());
         }
@@ -209,14 +211,17 @@ fn is_known(reason: &str) -> bool {
     !["not proven", "host network"].iter().any(|other| reason.starts_with(other))
 }
 
+/// The chains of a rule set by the names that agents use, made when the first is looked up.
+type ChainNames = OnceCell<HashMap<String, ChainId>>;
+
 /// The federated policies that stand in what an agent calls `object`.
-fn concerned(rules: &RuleSet, object: &str) -> BTreeSet<String> {
+fn concerned(rules: &RuleSet, chains: &ChainNames, object: &str) -> BTreeSet<String> {
     if let Some(policy) = object.strip_prefix("policy ") {
         return federated(policy).into_iter().collect();
     }
     if let Some(chain) = object.strip_prefix("chain ") {
-        let chain = rules.chains.keys().find(|id| id.to_string() == chain);
-        return chain.map(|id| of_chain(rules, *id)).unwrap_or_default();
+        let chains = chains.get_or_init(|| rules.chains.keys().map(|id| (id.to_string(), *id)).collect());
+        return chains.get(chain).map(|id| of_chain(rules, *id)).unwrap_or_default();
     }
     let endpoint = object.strip_prefix("endpoint ").and_then(|it| it.split_once('/'));
     endpoint

@@ -430,7 +430,6 @@ pub struct PublishSession {
     welcomed: bool,
     /// The position up to which everything was sent; none is: a snapshot is due.
     sent: Option<Position>,
-    pub acked: Option<Position>,
     pub refusals: Vec<pb::Refusal>,
     pub refused: u64,
 }
@@ -451,13 +450,12 @@ impl PublishSession {
                 }
                 self.sent = held.filter(|held| held.epoch == publisher.epoch && held.revision >= publisher.floor);
             }
-            Some(Response::Ack(ack)) => self.acked = ack.position.map(Position::from),
             Some(Response::Refusals(refusals)) => {
                 self.refused = refusals.total;
                 self.refusals = refusals.refusals;
             }
             Some(Response::Resync(_)) => self.sent = None,
-            None => {}
+            Some(Response::Ack(_)) | None => {}
         }
     }
 

@@ -1,0 +1,274 @@
+use super::*;
+
+/// Refuses what says so.
+fn check(_: ManifestKind, json: &[u8]) -> Result<(), String> {
+    if json == b"unreadable" { Err("a field is new".to_owned()) } else { Ok(()) }
+}
+
+fn policy(json: &'static [u8], revision: u64, features: &[&str]) -> Bytes {
+    let manifest = pb::Manifest {
+        name: "p".to_owned(),
+        json: Bytes::from_static(json),
+        enforcers: vec!["here".to_owned()],
+        clusters: Vec::new(),
+    };
+    let features = features.iter().map(|it| (*it).to_owned()).collect();
+    let body = Some(pb::object_update::Body::Policy(manifest));
+    pb::ObjectUpdate { id: 7, revision, features, body }.encode_to_vec().into()
+}
+
+/// One batch of the hub's, and the interest that it needs.
+fn send(receiver: &mut Receiver, kind: pb::begin::Kind, object: &Bytes, revision: u64) {
+    let begin = pb::Begin { origin: String::new(), kind: Some(kind), needs_interest: 1 };
+    let frame = wire::frames([object.clone()], Vec::new()).remove(0);
+    let end = pb::End {
+        position: Some(pb::Position { epoch: 1, revision }),
+        digest: wire::digest_bytes(digest_of(object)),
+        view: 0,
+    };
+    let interest = pb::Interest { number: 1, ..pb::Interest::default() };
+    for message in [Response::Interest(interest), Response::Begin(begin), Response::Frame(frame), Response::End(end)] {
+        receiver.take(pb::WatchResponse { message: Some(message) }).expect("the protocol");
+    }
+}
+
+/// What became of the policy, if anything: its text, or that it is gone.
+fn in_force(receiver: &mut Receiver) -> Option<Option<Bytes>> {
+    let mut now = None;
+    for change in receiver.take_updates().unwrap_or_default().changes {
+        if let Change::Manifest { manifest, .. } = change {
+            now = Some(manifest.map(|it| it.json));
+        }
+    }
+    now
+}
+
+#[test]
+fn what_is_older_than_what_was_handed_out_waits_for_the_hub() {
+    let mut receiver = Receiver::checked(check);
+    receiver.open();
+    send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 1, &[]), 1);
+    let stored = receiver.store();
+    let restored = || {
+        let mut restored = Receiver::restore_checked(&stored, check).expect("whole");
+        restored.doubt();
+        assert_eq!(restored.take_updates().expect("what is held").in_force, Position::default());
+        restored.open();
+        restored
+    };
+    let mut news = restored();
+    send(&mut news, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"2", 2, &[]), 2);
+    assert_eq!(news.take_updates().expect("news").in_force.revision, 2);
+    let mut none = restored();
+    let beat = || pb::WatchResponse { message: Some(Response::Heartbeat(pb::Heartbeat::default())) };
+    none.take(beat()).expect("the protocol");
+    assert!(none.take_updates().is_none(), "the hub has not told the interest");
+    let interest = pb::Interest { number: 1, ..pb::Interest::default() };
+    none.take(pb::WatchResponse { message: Some(Response::Interest(interest)) }).expect("the protocol");
+    assert!(none.take_updates().is_none(), "more may be under way");
+    none.take(beat()).expect("the protocol");
+    assert_eq!(none.take_updates().expect("it is as it was").in_force.revision, 1);
+}
+
+#[test]
+fn the_last_version_that_can_be_read_holds_also_across_a_restart() {
+    for (json, features, why) in [
+        (&b"unreadable"[..], &[][..], "a field is new"),
+        (b"2", &["time"], "time"),
+        (b"2", &[EXISTING_TIER], "its tier does not exist"),
+    ] {
+        let mut receiver = Receiver::checked(check);
+        assert!(receiver.take_updates().is_none(), "nothing is known yet");
+        receiver.open();
+        send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 1, &[]), 1);
+        assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"1"))));
+        assert!(receiver.refused().is_empty());
+        send(&mut receiver, pb::begin::Kind::Delta(pb::Delta {}), &policy(json, 2, features), 2);
+        assert_eq!(in_force(&mut receiver), None, "no change");
+        assert!(receiver.refused()["p"].contains(why));
+
+        let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
+        assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"1"))), "after a restart");
+        assert!(restored.refused()["p"].contains(why), "and is still told");
+        restored.open();
+        send(&mut restored, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(json, 2, features), 2);
+        assert_eq!(in_force(&mut restored), None, "the hub's next word takes nothing away");
+        send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"3", 3, &[]), 3);
+        assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"3"))));
+        assert!(restored.refused().is_empty());
+    }
+}
+#[test]
+fn a_policy_that_never_could_be_read_is_handed_on() {
+    for (json, features) in [(&b"unreadable"[..], &[][..]), (b"2", &["time"])] {
+        let mut receiver = Receiver::checked(check);
+        receiver.open();
+        send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(json, 1, features), 1);
+        assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(json))));
+        assert!(receiver.refused().contains_key("p"));
+        let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
+        assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(json))), "after a restart");
+        assert!(restored.refused().contains_key("p"));
+        // Its next version, which cannot be read either; then one that can, and one more that cannot.
+        restored.open();
+        send(&mut restored, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(json, 2, &["newer"]), 2);
+        assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(json))));
+        send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"3", 3, &[]), 3);
+        assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"3"))));
+        send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(json, 4, features), 4);
+        assert_eq!(in_force(&mut restored), None);
+    }
+}
+
+#[test]
+fn a_policy_that_never_had_a_tier_is_not_handed_on() {
+    let mut receiver = Receiver::checked(check);
+    receiver.open();
+    send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 1, &[EXISTING_TIER]), 1);
+    assert_eq!(in_force(&mut receiver), None);
+    assert!(receiver.refused()["p"].contains("tier does not exist"));
+    let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
+    assert_eq!(in_force(&mut restored), None, "after a restart");
+    restored.open();
+    send(&mut restored, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 2, &[]), 2);
+    assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"1"))), "its tier is there");
+    assert!(restored.refused().is_empty());
+    // One that is in doubt does not give way to one without a tier.
+    let mut receiver = Receiver::checked(check);
+    receiver.open();
+    send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"unreadable", 1, &[]), 1);
+    assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"unreadable"))));
+    send(&mut receiver, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"2", 2, &[EXISTING_TIER]), 2);
+    assert_eq!(in_force(&mut receiver), None);
+}
+
+/// The hub says that an interest is complete right behind a batch that was not taken: it is complete with the snapshot.
+#[test]
+fn a_policy_waits_for_endpoints_whose_batch_was_not_taken() {
+    let begin = |origin: &str, kind| {
+        let begin = pb::Begin { origin: origin.to_owned(), kind: Some(kind), needs_interest: 1 };
+        pb::WatchResponse { message: Some(Response::Begin(begin)) }
+    };
+    let end = |digest| {
+        let position = Some(pb::Position { epoch: 1, revision: 1 });
+        let end = pb::End { position, digest: wire::digest_bytes(digest), view: 1 };
+        pb::WatchResponse { message: Some(Response::End(end)) }
+    };
+    let snapshot = || pb::begin::Kind::Snapshot(pb::Snapshot {});
+    let mut receiver = Receiver::checked(check);
+    receiver.open();
+    let interest = pb::Interest { number: 1, origins: vec!["far".to_owned()], ..pb::Interest::default() };
+    receiver.take(pb::WatchResponse { message: Some(Response::Interest(interest)) }).expect("the protocol");
+    let object = policy(b"1", 1, &[]);
+    let frame = wire::frames([object.clone()], Vec::new()).remove(0);
+    for message in [
+        begin("", snapshot()),
+        pb::WatchResponse { message: Some(Response::Frame(frame)) },
+        end(digest_of(&object)),
+        begin("far", pb::begin::Kind::Delta(pb::Delta {})),
+    ] {
+        receiver.take(message).expect("the protocol");
+    }
+    let asked = receiver.take(end(7)).expect("the protocol");
+    assert_eq!(asked, [mismatch("far")]);
+    let state = Some(pb::complete::State::Position(pb::Position { epoch: 1, revision: 1 }));
+    let complete = pb::Complete { interest: 1, origin: "far".to_owned(), state, view: 1 };
+    receiver.take(pb::WatchResponse { message: Some(Response::Complete(complete)) }).expect("the protocol");
+    assert_eq!(in_force(&mut receiver), None, "what it needs has not come");
+    receiver.take(begin("far", snapshot())).expect("the protocol");
+    receiver.take(end(0)).expect("the protocol");
+    assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"1"))));
+}
+
+fn take(receiver: &mut Receiver, message: Response) {
+    receiver.take(pb::WatchResponse { message: Some(message) }).expect("the protocol");
+}
+
+fn selection(selector: &str) -> pb::Selection {
+    let clusters = Some(pb::selection::Clusters::All(pb::AllClusters {}));
+    pb::Selection { clusters, selector: selector.to_owned(), port_names: Vec::new() }
+}
+
+/// The interest and the own selections that an opening names.
+fn opening(receiver: &mut Receiver) -> (Vec<String>, Vec<String>) {
+    let Some(Request::Open(open)) = receiver.open().message else { panic!("not an opening") };
+    let texts = |list: Vec<pb::Selection>| list.into_iter().map(|it| it.selector).collect::<Vec<_>>();
+    (texts(open.interest), texts(open.own))
+}
+
+fn texts(list: &[&str]) -> Vec<String> {
+    list.iter().map(|it| (*it).to_owned()).collect()
+}
+
+#[test]
+fn an_opening_that_is_refused_is_followed_by_a_wider_one() {
+    let mut receiver = Receiver::default();
+    let own = |name: &str| {
+        let selector = hanse_policy::selector::Selector::parse(&format!("has({name})")).expect("a selector");
+        BTreeSet::from([Wanted { selector, ..Wanted::everything() }])
+    };
+    receiver.set_own(&own("a"));
+    receiver.open();
+    let interest = pb::Interest { number: 1, added: vec![selection("has(b)")], ..pb::Interest::default() };
+    take(&mut receiver, Response::Interest(interest));
+    assert_eq!(opening(&mut receiver), (texts(&["has(b)"]), texts(&["has(a)"])));
+    receiver.set_rejected(Some("selections[0]: 24836 bytes, of 8192".to_owned()));
+    assert_eq!(opening(&mut receiver), (texts(&["all()"]), texts(&["all()"])));
+    assert!(receiver.problems()[0].contains("24836"), "{:?}", receiver.problems());
+    assert!(receiver.set_own(&own("c")).is_none(), "the hub has everything from it");
+    assert!(receiver.set_own(&BTreeSet::new()).is_some());
+    receiver.set_own(&own("a"));
+    // Another hub is asked for what is needed.
+    receiver.set_rejected(None);
+    assert_eq!(opening(&mut receiver), (texts(&["has(b)"]), texts(&["has(a)"])));
+    assert_eq!(receiver.problems(), texts(&[]));
+    // One from an earlier version, which is larger than a message.
+    let many = (0..140_000).map(|it| selection(&format!("{it:050} == 'x'"))).collect();
+    take(&mut receiver, Response::Interest(pb::Interest { number: 1, added: many, ..pb::Interest::default() }));
+    assert_eq!(opening(&mut receiver).0, texts(&["all()"]));
+}
+
+#[test]
+fn the_whole_interest_replaces_what_the_hub_could_not_read() {
+    let mut receiver = Receiver::default();
+    receiver.open();
+    let interest = pb::Interest { number: 1, added: vec![selection("has(b)")], ..pb::Interest::default() };
+    take(&mut receiver, Response::Interest(interest));
+    receiver.open();
+    let refused = pb::PartsRefused { parts: texts(&["interest[0].selector: too long"]), total: 1 };
+    take(&mut receiver, Response::Refused(refused));
+    assert!(receiver.problems()[0].contains("too long"));
+    let interest = pb::Interest { number: 1, added: vec![selection("all()")], whole: true, ..pb::Interest::default() };
+    take(&mut receiver, Response::Interest(interest));
+    assert_eq!(opening(&mut receiver).0, texts(&["all()"]));
+}
+
+/// An object of the hub's that is too large, and one without an id: the rest of the batch counts, and so does the next one.
+#[test]
+fn an_object_that_cannot_be_read_is_refused_by_itself() {
+    let mut receiver = Receiver::checked(check);
+    receiver.open();
+    let large = pb::ObjectUpdate { id: 9, revision: 0, features: vec!["x".repeat(wire::MAX_OBJECT_BYTES)], body: None };
+    let nameless = pb::ObjectUpdate { id: 0, revision: 1, features: Vec::new(), body: None };
+    let objects = [policy(b"1", 1, &[]), large.encode_to_vec().into(), nameless.encode_to_vec().into()];
+    let digest = objects.iter().fold(0_u128, |sum, it| sum.wrapping_add(digest_of(it)));
+    for (kind, revision) in [
+        (pb::begin::Kind::Snapshot(pb::Snapshot {}), 1),
+        (pb::begin::Kind::Snapshot(pb::Snapshot {}), 2),
+        (pb::begin::Kind::Delta(pb::Delta {}), 3),
+    ] {
+        let sent = if revision == 3 { Vec::new() } else { objects.to_vec() };
+        take(&mut receiver, Response::Interest(pb::Interest { number: 1, ..pb::Interest::default() }));
+        let begin = pb::Begin { origin: String::new(), kind: Some(kind), needs_interest: 1 };
+        take(&mut receiver, Response::Begin(begin));
+        wire::frames(sent, Vec::new()).into_iter().for_each(|frame| take(&mut receiver, Response::Frame(frame)));
+        let position = Some(pb::Position { epoch: 1, revision });
+        let end = pb::End { position, digest: wire::digest_bytes(digest), view: 0 };
+        let answers = receiver.take(pb::WatchResponse { message: Some(Response::End(end)) }).expect("the protocol");
+        let mismatch = |it: &pb::WatchRequest| format!("{it:?}").contains("Mismatch");
+        assert!(!answers.iter().any(mismatch), "{revision}: {answers:?}");
+    }
+    assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"1"))));
+    assert_eq!(receiver.hub_digest(), digest);
+    assert!(receiver.problems()[0].contains("2 objects that the hub sent"), "{:?}", receiver.problems());
+}
