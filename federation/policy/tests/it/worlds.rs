@@ -317,7 +317,15 @@ fn rule(random: &mut Random, index: u32, selection: &dyn Fn(&mut Random) -> Sele
         service: random.some(8, |_| ServiceMatch { namespace: "web".into(), name: "front".into() }),
     };
     Rule {
-        action: random.pick(&[Action::Allow, Action::Allow, Action::Allow, Action::Deny, Action::Pass, Action::Log]),
+        action: random.pick(&[
+            Action::Allow,
+            Action::Allow,
+            Action::Allow,
+            Action::Allow,
+            Action::Deny,
+            Action::Pass,
+            Action::Log,
+        ]),
         index,
         ip_version: random.some(10, |random| random.pick(&[IpVersion::V4, IpVersion::V6])),
         protocol: random.some(3, protocol),
