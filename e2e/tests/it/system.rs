@@ -249,6 +249,56 @@ fn a_policy_that_arrives_before_the_endpoints_it_denies_opens_no_gap() {
     });
 }
 
+/// A rule's selection that is longer than what a member may request: what the hub derives it reads back when a member reconnects.
+#[test]
+fn a_very_long_selection_makes_no_member_deaf_when_it_reconnects() {
+    sandbox::test("system::a_very_long_selection_makes_no_member_deaf_when_it_reconnects", || {
+        let world = World::new();
+        let fabric = Fabric::build(&world.clusters).expect("the network");
+        let _listeners = world.listen(&fabric);
+        let mut system = world.join(&fabric);
+        let (registry, vllm) = (world.pod("registry-0"), world.pod("vllm-0"));
+        let names: Vec<String> = (0..400).map(|it| format!("account-{it:03}-{}", "x".repeat(46))).collect();
+        assert!(names.iter().all(|name| name.len() == 58));
+        let path = world.scratch.path().join("long.yaml");
+        let policy = format!(
+            "apiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {{name: long}}\nspec: {{phase: Guard, order: 1}}\n---\n\
+             apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolicy\nmetadata: {{name: long}}\n\
+             spec:\n  tier: long\n  selector: \"app == 'model-registry'\"\n  types: [Ingress]\n  ingress:\n  \
+             - {{action: Deny, source: {{serviceAccounts: {{names: [{}]}}}}}}\n  \
+             - {{action: Allow, source: {{selector: \"app == 'vllm'\"}}}}\n  - {{action: Deny}}\n",
+            names.join(", ")
+        );
+        std::fs::write(&path, policy).expect("written");
+        let path = path.to_string_lossy().into_owned();
+        system.hanse(&["apply", "-f", &path]).expect("applied");
+        system.wait_for_policies().expect("enforced");
+        assert!(connects(&fabric, vllm, registry));
+        let follows = |system: &Deployment<'_>, open: bool, what: &str| {
+            let followed = probe::until(PATIENCE, || match open {
+                true => connects(&fabric, vllm, registry),
+                false => blocked(&fabric, vllm, registry),
+            });
+            assert!(followed.is_some(), "{what} is not followed\n{}", system.logs());
+        };
+        let train = &world.clusters[0];
+        system.kill_member("train").expect("killed");
+        system.start_member(train, &train.directory).expect("started");
+        system.settle(&["train", "serve"]).expect("in sync");
+        world.edit(1, "app: vllm", "app: llm");
+        follows(&system, false, "a label that is gone");
+        system.kill_hub().expect("killed");
+        system.start_hub().expect("started");
+        system.settle(&["train", "serve"]).expect("in sync");
+        world.edit(1, "app: llm", "app: vllm");
+        follows(&system, true, "a label that is back");
+        system.hanse(&["cluster", "revoke", "serve"]).expect("revoked");
+        follows(&system, false, "a cluster that is revoked");
+        system.hanse(&["delete", "-f", &path]).expect("deleted");
+        system.hanse(&["wait", "--for=deleted", "fnp/long"]).expect("gone");
+    });
+}
+
 #[test]
 fn deny_everything_is_curable_from_the_hub() {
     sandbox::test("system::deny_everything_is_curable_from_the_hub", || {
