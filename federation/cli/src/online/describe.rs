@@ -32,12 +32,16 @@ pub struct Describe {
     output: Format,
 }
 
-/// What the audit has on a change.
+/// What the audit has on the newest change of an object; in JSON an object, or why there is none.
 #[derive(Debug, Serialize)]
-struct Change {
-    who: String,
-    at: String,
-    action: String,
+#[serde(rename_all = "camelCase")]
+enum LastChange {
+    /// The audit keeps the newest changes only.
+    NotOnRecord,
+    /// Only administrators read the audit.
+    NotReadable,
+    #[serde(untagged)]
+    Known { who: String, at: String, action: String },
 }
 
 #[derive(Debug, Serialize)]
@@ -52,10 +56,10 @@ struct ObjectDescription {
     /// Of a policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     tier: Option<TierDescription>,
-    /// Absent where the audit no longer has it, or the caller may not read the audit.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    last_change: Option<Change>,
+    last_change: LastChange,
     clusters: Vec<InCluster>,
+    /// What its author should know though it is valid.
+    warnings: Vec<String>,
     manifest: Value,
 }
 
@@ -73,8 +77,7 @@ struct ClusterDescription {
     #[serde(flatten)]
     cluster: cluster::Cluster,
     status: status::Cluster,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    last_change: Option<Change>,
+    last_change: LastChange,
     nodes: Vec<node::Node>,
 }
 
@@ -103,27 +106,33 @@ impl Describe {
     }
 }
 
-/// The newest change of an object that was made. Only administrators read the audit.
-async fn last_change(client: &mut Client, object: String) -> anyhow::Result<Option<Change>> {
+async fn last_change(client: &mut Client, object: String) -> anyhow::Result<LastChange> {
     // Denials are on record as well, at most one of a caller in ten minutes.
     let request = pb::ListAuditRequest { limit: 100, object };
     let records = match call(client.list_audit(request)).await {
         Ok(listed) => listed.records,
-        Err(error) if CallError::is_denied(&error) => return Ok(None),
+        Err(error) if CallError::is_denied(&error) => return Ok(LastChange::NotReadable),
         Err(error) => return Err(error),
     };
     let made = records.into_iter().find(|it| it.outcome == "done");
-    Ok(made.map(|it| Change { who: it.who, at: time(it.at), action: it.action }))
+    Ok(made.map_or(LastChange::NotOnRecord, |it| LastChange::Known { who: it.who, at: time(it.at), action: it.action }))
 }
 
-fn show_change(change: Option<&Change>) -> anyhow::Result<()> {
+fn show_change(change: &LastChange) -> anyhow::Result<()> {
     match change {
-        Some(Change { who, at, action }) => output::field("Changed", format_args!("{at} by {who} ({action})")),
-        None => output::field(
-            "Changed",
-            "unknown: only administrators read the audit, which keeps the newest 10,000 changes",
-        ),
+        LastChange::Known { who, at, action } => output::field("Changed", format_args!("{at} by {who} ({action})")),
+        LastChange::NotOnRecord => {
+            output::field("Changed", "not among the 10,000 newest changes, which the audit keeps")
+        }
+        LastChange::NotReadable => output::field("Changed", "unknown: only administrators read the audit"),
     }
+}
+
+fn show_warnings(warnings: &[String]) -> anyhow::Result<()> {
+    if !warnings.is_empty() {
+        output::line("")?;
+    }
+    warnings.iter().try_for_each(|warning| output::line(format_args!("warning: {warning}")))
 }
 
 async fn describe_object(client: &mut Client, kind: pb::ObjectKind, name: &str, format: Format) -> anyhow::Result<()> {
@@ -151,6 +160,7 @@ async fn describe_object(client: &mut Client, kind: pb::ObjectKind, name: &str, 
         tier,
         last_change: last_change(client, format!("{kind_name}/{name}")).await?,
         clusters: status.clusters.into_iter().map(InCluster::from).collect(),
+        warnings: status.warnings,
         manifest,
     };
     if format != Format::Table {
@@ -173,7 +183,7 @@ impl ObjectDescription {
         }
         output::field("About", summary(&self.manifest))?;
         output::field("Owner", self.owner)?;
-        show_change(self.last_change.as_ref())?;
+        show_change(&self.last_change)?;
         output::line("")?;
         if self.clusters.is_empty() {
             output::line("no cluster that enforces it has joined")?;
@@ -193,6 +203,7 @@ impl ObjectDescription {
             }
             table.print()?;
         }
+        show_warnings(&self.warnings)?;
         output::line("")?;
         output::line("Manifest:")?;
         let manifest = text::yaml(&self.manifest)?;
@@ -218,18 +229,14 @@ async fn describe_cluster(client: &mut Client, name: &str, format: Format) -> an
     for (name, value) in description.status.lines(hub_revision) {
         output::field(name, value)?;
     }
-    show_change(description.last_change.as_ref())?;
+    show_change(&description.last_change)?;
     output::line("")?;
     node::show(&description.nodes, false, false)?;
     if !description.status.problems().is_empty() {
         output::line("")?;
         description.status.problems().iter().try_for_each(output::line)?;
     }
-    let warnings = description.status.warnings();
-    if !warnings.is_empty() {
-        output::line("")?;
-        warnings.iter().try_for_each(|warning| output::line(format_args!("warning: {warning}")))?;
-    }
+    show_warnings(description.status.warnings())?;
     description.nodes.iter().try_for_each(node::Node::describe_problems)
 }
 

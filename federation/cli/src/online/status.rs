@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use hanse_proto::federation::v1 as pb;
+use hanse_runtime::text;
 use serde::Serialize;
 
 use super::node::{self, Node};
@@ -29,7 +30,7 @@ Examples:
 pub struct Status {
     /// Only this cluster.
     cluster: Option<String>,
-    /// Exit 1 when a cluster waits, is silent, lags, or was refused something.
+    /// Exit 1 when a cluster waits, is silent, lags, or was refused something, and when no cluster has joined.
     #[arg(long)]
     exit_code: bool,
     #[arg(short, long, value_enum, default_value_t)]
@@ -139,7 +140,12 @@ impl Status {
             (ListFormat::Name, None) => overview.clusters.iter().try_for_each(|it| output::line(&it.name))?,
             (wide, None) => overview.show(wide == ListFormat::Wide)?,
         }
-        let all_well = overview.clusters.iter().all(|it| it.problems.is_empty());
+        // One that is expected does not count; where no other has joined, nothing can be in sync.
+        let has_joined = overview.clusters.iter().any(|it| it.state != "expected");
+        let all_well = has_joined && overview.clusters.iter().all(|it| it.problems.is_empty());
+        if self.exit_code && !has_joined {
+            text::note("no cluster has joined: `hanse token create --cluster NAME` lets one join");
+        }
         Ok(if self.exit_code && !all_well { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
 }

@@ -280,6 +280,8 @@ fn an_author_writes_the_policies_of_their_tiers() {
         "{denied:?}"
     );
     assert_eq!(run(Some(&ada), &["audit"], "").code, Some(1), "only administrators");
+    let described = run(Some(&ada), &["describe", "fnp", "p"], "");
+    assert!(described.out.contains("unknown: only administrators read the audit"), "{described:?}");
     let users = world.hanse(&["user", "list", "-o", "json"]).json();
     let hers = users.as_array().into_iter().flatten().find(|user| user["name"] == "ada").expect("ada");
     assert_eq!(hers["roles"][0], "author=platform");
@@ -333,7 +335,10 @@ fn tokens_and_clusters() {
     assert_eq!(world.hanse(&["cluster", "get", "train", "-o", "yaml"]).out.lines().next(), Some("---"));
     let accept = world.hanse(&["cluster", "accept", "train"]);
     assert!(accept.code == Some(1) && accept.err.contains("train"), "nobody has joined: {accept:?}");
-    assert_eq!(world.hanse(&["status", "--exit-code"]).code, Some(0), "a cluster that is expected is no trouble");
+    let expected = world.hanse(&["status", "--exit-code"]);
+    assert_eq!(expected.code, Some(1), "of no cluster anything is in sync: {expected:?}");
+    assert!(expected.err.contains("no cluster has joined"), "{expected:?}");
+    assert_eq!(world.hanse(&["status"]).code, Some(0));
 }
 
 #[test]
@@ -451,8 +456,10 @@ fn cluster_that_may_carry_every_label_is_warned_of() {
     let named = world.apply(&named, &[]);
     assert_eq!((named.code, named.err.as_str()), (Some(0), ""), "{named:?}");
     assert_eq!(world.apply(&member("prod", "10.3.0.0/16"), &[]).code, Some(0));
-    let status = world.hanse(&["status", "--exit-code"]);
-    assert_eq!(status.code, Some(0), "a warning is no problem: {status:?}");
+    let described = world.hanse(&["describe", "mc", "train"]);
+    assert!(described.out.contains("warning: spec.grants.labels is absent (labels: any)"), "{described:?}");
+    assert!(!world.hanse(&["describe", "mc", "serve"]).out.contains("warning"));
+    let status = world.hanse(&["status"]);
     assert!(status.out.contains("warning: prod, train: spec.grants.labels is absent (labels: any)"), "{status:?}");
     let status = world.hanse(&["status", "-o", "json"]).json();
     let warned = |name: &str| {

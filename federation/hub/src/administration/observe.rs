@@ -11,7 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tonic::Status;
 
 use super::{Administration, convert};
-use crate::manifest::{Kind, ObjectId};
+use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::{Object, Snapshot};
 use crate::status::{NodeProgress, ObjectState, Problem};
 
@@ -119,10 +119,13 @@ impl Administration {
                 nodes: status.nodes,
             }
         });
+        let object = snapshot.objects.get(id);
+        let checked = object.and_then(|object| manifest::check(&object.manifest).ok());
         Ok(wire::ObjectStatusResponse {
-            revision: snapshot.objects.get(id).map_or(0, |object| object.revision),
+            revision: object.map_or(0, |object| object.revision),
             clusters: clusters.collect(),
             hub_revision: snapshot.revision,
+            warnings: checked.map(|it| it.warnings).unwrap_or_default(),
         })
     }
 }
