@@ -50,14 +50,14 @@ impl Need<'_> {
             Self::View => Some(Role::Viewer),
             Self::Operate(cluster) => Some(Role::Operator { clusters: vec![(*cluster).to_owned()] }),
             Self::Write(id, tiers) => match id.kind {
-                Kind::FederatedNetworkPolicy if !tiers.is_empty() => {
+                // Without a tier there is nothing that an author's role could name.
+                Kind::FederatedNetworkPolicy if tiers.is_empty() => None,
+                Kind::FederatedNetworkPolicy => {
                     let mut tiers: Vec<String> = tiers.iter().map(|tier| (*tier).to_owned()).collect();
                     tiers.dedup();
                     Some(Role::Author { tiers })
                 }
-                Kind::FederatedNetworkPolicy | Kind::FederatedNetworkSet => {
-                    Some(Role::Author { tiers: vec!["*".to_owned()] })
-                }
+                Kind::FederatedNetworkSet => Some(Role::Author { tiers: vec!["*".to_owned()] }),
                 Kind::MemberCluster | Kind::Tier => None,
             },
             Self::Administer => None,
@@ -111,7 +111,7 @@ mod tests {
             (Need::Write(&policy, &["b"]), "author=b or administrator"),
             (Need::Write(&policy, &["b", "b"]), "author=b or administrator"),
             (Need::Write(&policy, &["b", "c"]), "author=b,c or administrator"),
-            (Need::Write(&policy, &[]), "author=* or administrator"),
+            (Need::Write(&policy, &[]), "administrator"),
             (Need::Write(&set, &[]), "author=* or administrator"),
             (Need::Write(&tier, &[]), "administrator"),
             (Need::Operate("train"), "operator=train or administrator"),
@@ -119,7 +119,7 @@ mod tests {
             (Need::View, "viewer or administrator"),
         ] {
             // The role that is named does allow it.
-            if let Some(role) = need.least().filter(|_| !matches!(need, Need::Write(_, []))) {
+            if let Some(role) = need.least() {
                 assert!(allow(&[role], need), "{needed}");
             }
             let expected = format!("this needs the role {needed}; user/ada has author=a, operator=serve");
