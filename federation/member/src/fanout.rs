@@ -42,6 +42,7 @@ use nodes::Nodes;
 
 use conflict::{Instance, Instances};
 
+use crate::exchange::model::Position;
 use crate::flows::Inbox;
 use crate::registration::MemberIdentity;
 use crate::world::{Compiled, NodeRules};
@@ -90,8 +91,8 @@ pub struct NodeStatus {
     pub heard: Option<Instant>,
     /// The agent's version; empty where it did not send it.
     pub version: String,
-    /// From where the node's key is used, where that are two places: who is served, and who is refused. What was acknowledged does
-    /// not count then.
+    /// From where the node's key is used, or its key and a former one, where that are two places: who is served, and who is
+    /// refused. What was acknowledged does not count then.
     pub rivals: Option<(SocketAddr, SocketAddr)>,
 }
 
@@ -136,6 +137,8 @@ struct Target {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Place {
     pub generation: Generation,
+    /// Of the hub's revision; 0 where it is not known. Agents do not send it: within a term a generation is of one epoch.
+    pub hub_epoch: u64,
     pub hub_revision: u64,
     pub local_revision: u64,
 }
@@ -302,7 +305,8 @@ impl Fanout {
 
     /// What nodes must enforce from now on, and the revisions that this, and all that did not change, is true of. A node that
     /// did not change is sent its new position only. A node that is gone is sent nothing more.
-    pub fn publish(&self, compiled: Compiled, hub_revision: u64, local_revision: u64) {
+    pub fn publish(&self, compiled: Compiled, hub: Position, local_revision: u64) {
+        let Position { epoch: hub_epoch, revision: hub_revision } = hub;
         let mut nodes = self.nodes();
         for gone in compiled.removed {
             if let Some(gone) = nodes.remove(&gone) {
@@ -313,13 +317,16 @@ impl Fanout {
             let node = nodes.entry(name).or_insert_with(Node::new);
             let number = node.target.borrow().as_ref().map_or(1, |last| last.place.generation.number + 1);
             let generation = Generation { term: self.shared.term, number };
-            let place = Place { generation, hub_revision, local_revision };
+            let place = Place { generation, hub_epoch, hub_revision, local_revision };
             node.target.send_replace(Some(Arc::new(Target { node: rules, place })));
         }
         for node in nodes.values() {
             node.target.send_if_modified(|target| {
                 let Some(last) = target else { return false };
-                let place = Place { hub_revision, local_revision, ..last.place };
+                let mut place = Place { hub_epoch, hub_revision, local_revision, ..last.place };
+                if hub_epoch != last.place.hub_epoch {
+                    place.generation.number += 1;
+                }
                 let moved = place != last.place;
                 if moved {
                     *target = Some(Arc::new(Target { node: last.node.clone(), place }));
@@ -332,8 +339,11 @@ impl Fanout {
     /// What is known of every node that is, or ought to be, enforced.
     pub fn realisation(&self) -> BTreeMap<Arc<str>, NodeStatus> {
         let now = tokio::time::Instant::now();
-        let status = |node: &Node| NodeStatus { rivals: node.instances.rivals(now), ..node.status.clone() };
-        self.nodes().iter().map(|(name, node)| (Arc::clone(name), status(node))).collect()
+        let status = |name: &str, node: &Node| {
+            let rivals = node.instances.rivals(now).or_else(|| self.shared.kept.rivals(name));
+            NodeStatus { rivals, ..node.status.clone() }
+        };
+        self.nodes().iter().map(|(name, node)| (Arc::clone(name), status(name, node))).collect()
     }
 
     /// Changes whenever the status of a node does.
@@ -355,9 +365,10 @@ impl Fanout {
     /// A stream begins to speak for a node.
     async fn attach(&self, name: &Arc<str>, key: Fingerprint, instance: Instance) -> Result<Attached, Status> {
         let kept = &self.shared.kept;
+        self.refuse_former(name, key, instance.address()).await?;
         if kept.awaits(name, &key) {
-            let node = Arc::clone(name);
-            let promoted = kept.change(move |it| it.promote(&node, &key)).await.flatten();
+            let (node, from) = (Arc::clone(name), instance.address());
+            let promoted = kept.change(move |it| it.promote(&node, &key, from)).await.flatten();
             if !promoted.map_err(|_| Status::internal("keep which key speaks for the node"))? {
                 return Err(service::not_registered(name));
             }
@@ -376,7 +387,7 @@ impl Fanout {
             let refusal = node.instances.refusal(name);
             drop(nodes);
             self.shared.changed.send_modify(|count| *count += 1);
-            return Err(Status::aborted(refusal));
+            return Err(Status::aborted(refusal.unwrap_or_default()));
         }
         node.replaced.cancel();
         node.replaced = CancellationToken::new();
@@ -385,6 +396,20 @@ impl Fanout {
         node.status.connected = true;
         let (target, replaced) = (node.target.subscribe(), node.replaced.clone());
         Ok(Attached { target, number: node.stream, replaced })
+    }
+
+    /// Refuses a key that a renewal has replaced. It is tried again and again, as by one of two processes with one key.
+    async fn refuse_former(&self, name: &str, key: Fingerprint, from: SocketAddr) -> Result<(), Status> {
+        if !self.shared.kept.was_replaced(name, &key) {
+            return Ok(());
+        }
+        let node = name.to_owned();
+        let rivals = self.shared.kept.change(move |it| it.dispute(&node, &key, from)).await.flatten();
+        self.shared.changed.send_modify(|count| *count += 1);
+        match rivals.map_err(|_| Status::internal("keep that two keys speak for the node"))? {
+            Some((served, _)) => Err(Status::aborted(conflict::refusal(name, served))),
+            None => Err(service::not_registered(name)),
+        }
     }
 
     /// Ends the streams whose keys speak for their nodes no more: of one node, or of all.
@@ -459,7 +484,7 @@ mod tests {
     use hanse_runtime::TrustDomain;
     use hanse_runtime::agent_wire::{self, Assembled, Assembler};
     use hanse_runtime::ca::Ca;
-    use hanse_runtime::keys::{Credentials, Key, RequestedKey};
+    use hanse_runtime::keys::{Certificate, Credentials, Key, RequestedKey};
     use hanse_runtime::tls::TlsClient;
     use tokio::sync::mpsc;
     use tokio_stream::wrappers::ReceiverStream;
@@ -496,7 +521,7 @@ mod tests {
         fanout: Fanout,
         address: String,
         shutdown: Shutdown,
-        _folder: tempfile::TempDir,
+        folder: tempfile::TempDir,
     }
 
     impl Drop for World {
@@ -512,7 +537,7 @@ mod tests {
             let fanout = Fanout::new(folder.path(), HOUR).expect("a term");
             let (shutdown, any) = (Shutdown::default(), "127.0.0.1:0".parse().expect("an address"));
             let (agents, _) = fanout.serve(&identity, any, any, Inbox::new().0, &shutdown).await.expect("it listens");
-            Self { identity, fanout, address: agents.to_string(), shutdown, _folder: folder }
+            Self { identity, fanout, address: agents.to_string(), shutdown, folder }
         }
 
         /// Whoever holds `credentials` opens a stream.
@@ -534,6 +559,18 @@ mod tests {
             Ok(Agent { outbox, stream, held: RuleSet::default() })
         }
 
+        /// A certificate for a new key, as an agent asks for it that has `credentials`.
+        async fn renew(&self, credentials: Credentials) -> anyhow::Result<Credentials> {
+            let authority = self.identity.authority();
+            let trust = Trust::new(authority.certificate(), |identity| matches!(identity, Identity::Cluster(_)))?;
+            let connection =
+                TlsClient::mutual(CredentialStore::new(credentials)?, &trust)?.connect(&self.address).await?;
+            let key = Key::generate()?;
+            let request = wire::RenewRequest { request: key.request()?.into() };
+            let answer = AgentsClient::new(connection.channel).renew(request).await?.into_inner();
+            Ok(Credentials::new(key, Certificate::from_der(&answer.certificate)?)?)
+        }
+
         async fn agent(&self, node: &str) -> Agent {
             let node = Identity::node("c", node).expect("a name");
             let issued = self.identity.authority().issue_credentials(&node, HOUR, SystemTime::now());
@@ -549,7 +586,8 @@ mod tests {
                 ((*name).into(), NodeRules { digest: rules.digest(), rules, step: None })
             });
             let compiled = Compiled { changed: changed.collect(), removed: Vec::new() };
-            self.fanout.publish(compiled, u64::from(number), 1);
+            let hub = Position { epoch: 1, revision: u64::from(number) };
+            self.fanout.publish(compiled, hub, 1);
         }
     }
 
@@ -615,7 +653,8 @@ mod tests {
         for node in ["a", "b"] {
             let locked = kept.lock().expect("free");
             locked.enrolled(node, &key("first"), now, now + HOUR).expect("kept");
-            assert!(locked.renew(node, &key("first"), &key("second"), now + HOUR).expect("kept"));
+            let from = Instance::of_test(1).address();
+            assert!(locked.renew(node, &key("first"), &key("second"), now + HOUR, from).expect("kept"));
         }
         let held = kept.lock().expect("free");
         let fanout = world.fanout.clone();
@@ -691,6 +730,68 @@ mod tests {
         let key = world.identity.authority().issue_credentials(&node, HOUR, SystemTime::now()).expect("issued");
         world.open_as(key, 3).await.expect("served").receive().await.expect("sent");
         assert_eq!(rivals(), None);
+    }
+
+    /// Who has a copy of a node's folder, and renews, has the key that speaks for the node; the node has the former one.
+    #[tokio::test]
+    async fn a_copy_of_a_nodes_folder_that_renews_is_named_when_the_node_comes_back() {
+        let world = World::new().await;
+        world.publish(&["a"], 1);
+        let node = Identity::node("c", "a").expect("a name");
+        let key = world.identity.authority().issue_credentials(&node, HOUR, SystemTime::now()).expect("issued");
+        let enrolled = |kept: &Nodes, key: &Credentials| {
+            let now = SystemTime::now();
+            kept.lock().expect("free").enrolled("a", &key.certificate.public, now, now + HOUR).expect("kept");
+        };
+        enrolled(&world.fanout.shared.kept, &key);
+        let rivals = || world.fanout.realisation()["a"].rivals;
+        let mut real = world.open_as(key.clone(), 1).await.expect("served");
+        real.receive().await.expect("sent");
+        // The node renews, and crashes before it has the answer: its key goes on, and renews again.
+        world.renew(key.clone()).await.expect("renewed");
+        let mut real = world.open_as(key.clone(), 2).await.expect("served");
+        real.receive().await.expect("sent");
+        assert_eq!(rivals(), None);
+        let copy_key = world.renew(key.clone()).await.expect("renewed");
+        let mut copy = world.open_as(copy_key.clone(), 3).await.expect("served");
+        copy.receive().await.expect("sent");
+        assert!(real.receive().await.is_err() && rivals().is_none());
+        let mut changes = world.fanout.changes();
+        changes.mark_unchanged();
+        let refused = world.open_as(key.clone(), 2).await.err().expect("refused");
+        assert!(format!("{refused:#}").contains("the key of node a is in use from 127.0.0.1:"), "{refused:#}");
+        assert!(changes.has_changed().expect("it lives"), "what is reported");
+        let (served, refused) = rivals().expect("both are named");
+        assert!(served != refused && served.ip() == refused.ip());
+        // The other ways to use it say so as well, and it gets no certificate.
+        assert!(format!("{:#}", world.renew(key.clone()).await.expect_err("refused")).contains("one of both"));
+        // A member that starts again still knows it.
+        let restarted = Fanout::new(world.folder.path(), HOUR).expect("a term");
+        assert_eq!(restarted.shared.kept.rivals("a"), Some((served, refused)));
+        // Until it is enrolled anew.
+        let fresh = world.identity.authority().issue_credentials(&node, HOUR, SystemTime::now()).expect("issued");
+        enrolled(&world.fanout.shared.kept, &fresh);
+        world.open_as(fresh, 4).await.expect("served").receive().await.expect("sent");
+        assert_eq!(rivals(), None);
+        assert!(world.open_as(copy_key, 3).await.is_err() && rivals().is_none());
+    }
+
+    /// An agent does not send the epoch of what it acknowledges, so within a term each generation is of one epoch.
+    #[tokio::test]
+    async fn a_restored_hub_gives_each_node_a_new_generation() {
+        let world = World::new().await;
+        world.publish(&["a"], 7);
+        let key = Fingerprint::of(b"key");
+        let attached = world.fanout.attach(&"a".into(), key, Instance::of_test(1)).await.expect("served");
+        let place = || attached.target.borrow().as_ref().map(|it| it.place).expect("there is one");
+        let publish = |epoch, revision| {
+            world.fanout.publish(Compiled::default(), Position { epoch, revision }, 1);
+            (place().generation.number, place().hub_epoch, place().hub_revision)
+        };
+        assert_eq!(publish(1, 7), (1, 1, 7));
+        assert_eq!(publish(1, 8), (1, 1, 8));
+        assert_eq!(publish(2, 8), (2, 2, 8));
+        assert_eq!(publish(2, 9), (2, 2, 9));
     }
 
     #[tokio::test]

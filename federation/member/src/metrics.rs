@@ -98,10 +98,11 @@ impl Metrics {
         nodes: impl IntoIterator<Item = &'a NodeStatus>,
         (refused, waiting): (usize, usize),
     ) {
-        let newest = (world.hub_revision(), world.local_revision());
+        let hub = world.hub_position();
+        let newest = (hub.epoch, hub.revision, world.local_revision());
         let (mut connected, mut current, mut failed, mut unenforced) = (0, 0, 0, 0);
         for node in nodes {
-            let at = (node.place.hub_revision, node.place.local_revision);
+            let at = (node.place.hub_epoch, node.place.hub_revision, node.place.local_revision);
             connected += i64::from(node.connected);
             current += i64::from(node.connected && at == newest);
             failed += i64::from(node.failed.is_some());
@@ -113,8 +114,8 @@ impl Metrics {
         self.failed.set(failed);
         self.unenforced.set(unenforced);
         self.problems.set(world.problems().len() as i64);
-        self.local_revision.set(newest.1);
-        self.hub_revision.set(newest.0);
+        self.local_revision.set(newest.2);
+        self.hub_revision.set(newest.1);
         self.refused.set(refused as i64);
         self.waiting.set(waiting as i64);
     }

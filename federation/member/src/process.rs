@@ -268,7 +268,7 @@ impl Member {
     fn changed(&mut self) {
         self.version += 1;
         let start = Instant::now();
-        let (hub_revision, local_revision) = (self.world.hub_revision(), self.world.local_revision());
+        let (hub, local_revision) = (self.world.hub_position(), self.world.local_revision());
         let Some(compiled) = self.world.compile() else {
             tracing::info!("the hub has not been heard yet: nodes keep what they have, and new ones stay closed");
             return;
@@ -277,8 +277,8 @@ impl Member {
         let took = start.elapsed();
         self.metrics.compiled(took);
         let nodes = compiled.changed.len();
-        self.fanout.publish(compiled, hub_revision, local_revision);
-        tracing::info!(hub_revision, local_revision, compile_us = took.as_micros(), nodes, "compiled");
+        self.fanout.publish(compiled, hub, local_revision);
+        tracing::info!(hub_revision = hub.revision, local_revision, compile_us = took.as_micros(), nodes, "compiled");
     }
 
     /// Tells the hub how far enforcement is.

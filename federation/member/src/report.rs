@@ -47,9 +47,10 @@ pub fn realisation(
         .map(|(name, held)| position(name, told_of.get(name).unwrap_or(&nothing), &held.rules))
         .collect();
     let current = |node: &&pb::NodePosition| {
-        let at = (node.hub_revision, node.local_revision);
+        let at = (node.hub_epoch, node.hub_revision, node.local_revision);
         let is_one = told_of.get(node.node.as_str()).is_none_or(|status| status.rivals.is_none());
-        node.connected && is_one && at == (world.hub_revision(), world.local_revision())
+        let hub = world.hub_position();
+        node.connected && is_one && at == (Some(hub.epoch), hub.revision, world.local_revision())
     };
     let agents_current = nodes.iter().filter(current).count();
     let of_hub = client.problems();
@@ -202,6 +203,7 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
         number: status.place.generation.number,
         agent_version: status.version.clone(),
         problems: status.problems.clone(),
+        hub_epoch: Some(status.place.hub_epoch),
     }
 }
 

@@ -110,6 +110,11 @@ impl World {
         self.in_force.revision
     }
 
+    /// The same, with its epoch.
+    pub fn hub_position(&self) -> Position {
+        self.in_force
+    }
+
     /// The cluster as its source has it.
     pub fn local(&self) -> &Arc<ClusterState> {
         self.local.state()

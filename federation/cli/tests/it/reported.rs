@@ -6,6 +6,7 @@ use futures::channel::mpsc::{UnboundedSender, unbounded};
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_client::ExchangeClient;
 use hanse_proto::federation::v1::publish_request::Message;
+use prost::Message as _;
 use serde_json::Value;
 use tokio::sync::watch;
 
@@ -77,7 +78,7 @@ impl Reporter {
     /// Reports, and waits until the hub shows it: the number of agents tells reports apart.
     fn report(&self, world: &World, report: pb::Realisation) {
         let agents = report.agents;
-        let message = Some(Message::Realisation(report));
+        let message = Some(Message::Realisation(report.encode_to_vec().into()));
         self.stream.unbounded_send(pb::PublishRequest { message }).expect("it is read");
         let deadline = Instant::now() + Duration::from_secs(20);
         while status_of(world, &self.cluster)["agents"] != agents {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use hanse_proto::federation::v1 as wire;
 use hanse_runtime::Identity;
+use hanse_runtime::supervisor::caught;
 use hanse_runtime::tls::Peer;
 use prost::Message as _;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
@@ -153,7 +154,8 @@ pub(super) fn watch_objects(
     permit: OwnedSemaphorePermit,
 ) -> Changes {
     let (outbox, changes) = mpsc::channel(OUTBOX);
-    tokio::spawn(async move {
+    let failed = outbox.clone();
+    let watching = async move {
         let _permit = permit;
         let mut sent = Arc::new(Snapshot::default());
         loop {
@@ -175,6 +177,12 @@ pub(super) fn watch_objects(
                 changed = view.changed() => if changed.is_err() { return },
                 () = outbox.closed() => return,
             }
+        }
+    };
+    // A defect ends this stream alone, is counted, and its reader is not left waiting.
+    tokio::spawn(async move {
+        if let Err(panicked) = caught("a stream of changed objects", watching).await {
+            let _ = failed.send(Err(Status::internal(panicked.to_string()))).await;
         }
     });
     changes

@@ -21,7 +21,7 @@ use super::wire;
 
 mod interest;
 mod publish;
-mod report;
+pub mod report;
 mod watch;
 
 use interest::Derived;

@@ -174,7 +174,10 @@ impl Deriver {
                 Some(old) => {
                     FederatedManifest { json: plain.json, features: vec![EXISTING_TIER.to_owned()], ..old.clone() }
                 }
-                // After a restart of the hub: members may have an earlier version in force, which may need anything.
+                // A member may have an earlier version in force, and the hub does not know which: after a restart it has not seen
+                // it, and a member that was away may have one of before a deletion, also where the hub sees the policy for the
+                // first time. Were less sent than that version needs, its Deny would open. Only the member knows what it needs,
+                // and today it registers that of its own policies alone; so it is sent everything.
                 None => FederatedManifest {
                     enforcers: Some(everybody()),
                     interest: Interest::from([Arc::new(Wanted::everything())]),

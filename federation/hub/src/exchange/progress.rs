@@ -6,6 +6,7 @@ use std::time::Duration;
 use hanse_proto::federation::v1 as pb;
 use hanse_store::Revision;
 
+use super::model::Position;
 use crate::status::{NodeProgress, NodeState, ObjectState, ObjectStatus, Problem};
 
 /// What [`pb::ObjectError::object`] says before a federated policy's name, in reports of earlier members.
@@ -21,6 +22,8 @@ const NAMED_NODES: usize = 3;
 #[derive(Debug, Clone, Copy)]
 pub struct Report<'a> {
     pub told: &'a pb::Realisation,
+    /// Where this hub is.
+    pub hub: Position,
     /// Since it came.
     pub age: Duration,
     /// What it says may no longer be true.
@@ -84,14 +87,41 @@ impl Report<'_> {
         lag.into_iter().chain(probe).chain(grouped).chain(unnamed).chain(others)
     }
 
+    /// The hub's position that a node enforces.
+    fn position_of(&self, node: &pb::NodePosition) -> Position {
+        let of_report = self.told.hub.as_ref().map_or(0, |at| at.epoch);
+        Position { epoch: node.hub_epoch.unwrap_or(of_report), revision: node.hub_revision }
+    }
+
+    /// The revision of the hub that a node enforces; none where it is of another epoch, or this hub has not reached it:
+    /// nothing is known of what it enforces then.
+    fn revision_of(&self, node: &pb::NodePosition) -> Option<u64> {
+        let at = self.position_of(node);
+        (at.epoch == self.hub.epoch && at.revision <= self.hub.revision).then_some(at.revision)
+    }
+
+    /// The revision of the hub that all of the cluster enforces, by what its member and its nodes say.
+    pub fn enforced_revision(&self) -> u64 {
+        let of_member = self.told.hub.as_ref().filter(|at| at.epoch == self.hub.epoch).map_or(0, |at| at.revision);
+        let of_nodes = self.told.nodes.iter().map(|node| self.revision_of(node).unwrap_or_default());
+        of_nodes.chain([of_member]).min().unwrap_or_default()
+    }
+
     /// Why a node does not enforce the newest that its member has.
     fn lag(&self, node: &pb::NodePosition) -> Option<String> {
-        let newest = self.told.hub.as_ref().map_or(0, |at| at.revision);
-        let (hub, local) = (node.hub_revision, node.local_revision);
-        let behind = match (hub < newest, local < self.told.local_revision) {
-            (true, _) => Some(format!("at revision {hub} of the hub's {newest}")),
-            (false, true) => Some(format!("at revision {local} of the cluster's own {}", self.told.local_revision)),
-            (false, false) => None,
+        let of_member = self.told.hub.unwrap_or_default();
+        let (hub, local) = (self.position_of(node), node.local_revision);
+        let behind = if hub.epoch == self.hub.epoch && hub.revision > self.hub.revision {
+            Some(format!("at revision {} of the hub, which is at {}", hub.revision, self.hub.revision))
+        } else if hub.epoch != of_member.epoch {
+            // Revisions of different epochs have nothing to do with each other.
+            Some(format!("at revision {} of the hub before it was restored", hub.revision))
+        } else if hub.revision < of_member.revision {
+            Some(format!("at revision {} of the hub's {}", hub.revision, of_member.revision))
+        } else if local < self.told.local_revision {
+            Some(format!("at revision {local} of the cluster's own {}", self.told.local_revision))
+        } else {
+            None
         };
         let failed = node.errors.iter().find(|it| it.object == NEWEST);
         let behind = match (behind, failed) {
@@ -114,7 +144,7 @@ impl Report<'_> {
     }
 
     /// How far an object of this name and revision is. A policy's errors are by its name.
-    pub fn object(&self, policy: Option<&str>, needed: Revision, epoch: u64) -> ObjectStatus {
+    pub fn object(&self, policy: Option<&str>, needed: Revision) -> ObjectStatus {
         let (mut enforcing, mut refused, mut lagging) = (0_u32, Vec::new(), Vec::new());
         for node in &self.told.nodes {
             let of = |object: &str| node.errors.iter().find(|error| error.object == object);
@@ -123,7 +153,7 @@ impl Report<'_> {
                 refused.push(format!("node {}: {}", node.node, error.error));
             } else if let Some(error) = of(EVERY_OBJECT) {
                 lagging.push(format!("node {}: {}", node.node, error.error));
-            } else if node.hub_revision < needed {
+            } else if self.revision_of(node).is_none_or(|at| at < needed) {
                 let at = format!("at revision {} of {needed}", node.hub_revision);
                 lagging.push(format!("node {}: {}", node.node, self.lag(node).unwrap_or(at)));
             } else {
@@ -131,7 +161,7 @@ impl Report<'_> {
             }
         }
         // Revisions of a store before this one say nothing.
-        let at = self.told.hub.as_ref().filter(|at| at.epoch == epoch).map_or(0, |at| at.revision);
+        let at = self.told.hub.as_ref().filter(|at| at.epoch == self.hub.epoch).map_or(0, |at| at.revision);
         let of_policies = policy.and_then(|name| self.told.policies.iter().find(|it| it.policy == name));
         let state = match of_policies.and_then(|it| it.state.as_ref()) {
             Some(pb::policy_state::State::Refused(why)) => ObjectState::Refused(why.clone()),
@@ -193,7 +223,8 @@ mod tests {
     }
 
     fn of(told: &pb::Realisation) -> Report<'_> {
-        Report { told, age: Duration::from_secs(60), silent: false }
+        let hub = Position { epoch: 1, revision: 7 };
+        Report { told, hub, age: Duration::from_secs(60), silent: false }
     }
 
     fn pod(name: &str, reason: &str) -> pb::UnenforcedPod {
@@ -252,7 +283,7 @@ mod tests {
     fn an_object_is_as_far_as_its_last_node() {
         let check = |nodes: Vec<pb::NodePosition>, expected: ObjectState, enforcing: u32| {
             let told = report(nodes);
-            let status = of(&told).object(Some("p"), 7, 1);
+            let status = of(&told).object(Some("p"), 7);
             assert_eq!((status.state, status.nodes_enforcing), (expected, enforcing));
         };
         let error = |object: &str| pb::ObjectError { object: object.to_owned(), error: "no".to_owned() };
@@ -261,19 +292,44 @@ mod tests {
         let names = "node b: at revision 5 of the hub's 7";
         check(vec![node("a"), behind("b")], ObjectState::Lagging(names.to_owned()), 1);
         let many = ["b", "c", "d", "e", "f"].map(behind).to_vec();
-        let status = of(&report(many)).object(Some("p"), 7, 1);
+        let status = of(&report(many)).object(Some("p"), 7);
         assert!(
             matches!(&status.state, ObjectState::Lagging(why) if why.ends_with("; and 2 more nodes")),
             "{status:?}"
         );
         let refused = pb::NodePosition { errors: vec![error("p")], ..node("b") };
         check(vec![behind("a"), refused.clone()], ObjectState::Refused("node b: no".to_owned()), 0);
-        let other = of(&report(vec![refused])).object(Some("q"), 7, 1);
+        let other = of(&report(vec![refused])).object(Some("q"), 7);
         assert_eq!(other.state, ObjectState::Enforced);
         let any = pb::NodePosition { errors: vec![error("*")], ..node("b") };
         check(vec![any], ObjectState::Lagging("node b: no".to_owned()), 0);
         // Of another store's numbering.
-        let status = of(&report(vec![node("a")])).object(None, 7, 2);
+        let restored = Position { epoch: 2, revision: 7 };
+        let status = Report { hub: restored, ..of(&report(vec![node("a")])) }.object(None, 7);
         assert!(matches!(status.state, ObjectState::Lagging(_)), "{status:?}");
+    }
+
+    /// Revisions of different epochs are not compared, and one that the hub has not reached is not enforced.
+    #[test]
+    fn a_node_of_another_epoch_or_ahead_of_the_hub_does_not_count() {
+        let at = |epoch, hub_revision| pb::NodePosition { hub_epoch: epoch, hub_revision, ..node("a") };
+        for (node_at, lag) in [
+            (at(None, 7), None),
+            (at(Some(1), 7), None),
+            (at(Some(0), 7), Some("at revision 7 of the hub before it was restored")),
+            (at(Some(9), 7), Some("at revision 7 of the hub before it was restored")),
+            (at(Some(9), 288), Some("at revision 288 of the hub before it was restored")),
+            (at(Some(1), 288), Some("at revision 288 of the hub, which is at 7")),
+            (at(None, u64::MAX), Some("at revision 18446744073709551615 of the hub, which is at 7")),
+        ] {
+            let told = report(vec![node_at, node("b")]);
+            let problems: Vec<Problem> = of(&told).problems().collect();
+            let named = problems.iter().map(|it| (it.node.as_str(), it.reason.as_str())).collect::<Vec<_>>();
+            assert_eq!(named, lag.map(|lag| ("a", lag)).into_iter().collect::<Vec<_>>());
+            let status = of(&told).object(Some("p"), 7);
+            let expected = lag.map_or(ObjectState::Enforced, |lag| ObjectState::Lagging(format!("node a: {lag}")));
+            assert_eq!((status.state, status.nodes_enforcing), (expected, if lag.is_none() { 2 } else { 1 }));
+            assert_eq!(of(&told).enforced_revision(), if lag.is_none() { 7 } else { 0 });
+        }
     }
 }

@@ -16,15 +16,16 @@ use hanse_runtime::supervisor::caught;
 use hanse_runtime::tls::peer_identity;
 use hanse_store::Revision;
 use prost::Message as _;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
-use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::core::{Exchange, PublishError, PublishId, Published, ReceiverId};
+use super::core::{Exchange, PublishError, PublishId, Published, ReceiverId, report};
 use super::derive::Deriver;
-use super::model::ManifestKind;
+use super::model::{ManifestKind, Position};
 use super::progress::{self, Report};
 use super::wire::{MAX_PLAIN_BYTES, updates_in};
 use crate::grants::Limits;
@@ -365,18 +366,20 @@ impl Service {
                 self.heard(cluster).await?;
                 heard = tokio::time::Instant::now();
             }
-            // A report of that size is not taken, and publishing goes on.
-            let report = matches!(request.message, Some(pb::publish_request::Message::Realisation(_)));
+            if let Some(pb::publish_request::Message::Realisation(bytes)) = &request.message {
+                // Read while nobody waits for the exchange; one that is too large is not taken, and publishing goes on.
+                let report = report::read(bytes);
+                self.with(|exchange| exchange.publish_report(id, report)).map_err(refused)?;
+                lock(&self.shared.reported).insert(cluster.clone(), tokio::time::Instant::now());
+                continue;
+            }
             if let Some(pb::publish_request::Message::Heartbeat(beat)) = &request.message {
                 let age = beat.received_age_ms.map(Duration::from_millis);
                 let now = tokio::time::Instant::now();
                 Receiving::note(&mut lock(&self.shared.receiving), cluster, age, now);
             }
-            if !report && request.encoded_len() > MAX_PLAIN_BYTES {
+            if request.encoded_len() > MAX_PLAIN_BYTES {
                 return Err(Status::invalid_argument("a message has at most 4 MiB"));
-            }
-            if report {
-                lock(&self.shared.reported).insert(cluster.clone(), tokio::time::Instant::now());
             }
             let updates = updates_in(&request);
             if updates > 0 {
@@ -489,18 +492,20 @@ impl Service {
         &self,
         cluster: &ClusterName,
         id: ReceiverId,
-        incoming: &mut Streaming<pb::WatchRequest>,
+        incoming: &mut (impl Stream<Item = Result<pb::WatchRequest, Status>> + Unpin),
         outbox: &mpsc::Sender<Result<pb::WatchResponse, Status>>,
         notify: &Notify,
     ) -> Result<(), Status> {
-        let gone = |_| Status::cancelled("the member is gone");
+        let gone = || Status::cancelled("the member is gone");
         let mut beat = tokio::time::interval(HEARTBEAT);
         let mut heard = tokio::time::Instant::now();
+        let mut has_more = false;
         loop {
             tokio::select! {
                 biased;
-                request = incoming.message() => {
-                    let Some(request) = request? else { return Ok(()) };
+                // Also while a slow reader leaves no room: what it acknowledges, and that it lives, does not wait for it.
+                request = incoming.next() => {
+                    let Some(request) = request.transpose()? else { return Ok(()) };
                     if heard.elapsed() > HEARD_EVERY {
                         self.heard(cluster).await?;
                         heard = tokio::time::Instant::now();
@@ -508,18 +513,24 @@ impl Service {
                     self.with(|exchange| exchange.watch(id, request))
                         .map_err(|error| Status::invalid_argument(error.to_string()))?;
                 }
+                () = notify.notified(), if !has_more => has_more = true,
                 // Room first, then the message: what is newest when there is room.
-                room = async { notify.notified().await; outbox.reserve().await } => {
-                    let mut room = room.map_err(|_| Status::cancelled("the member is gone"))?;
-                    while let Some(message) = self.with(|exchange| exchange.next(id)) {
-                        room.send(Ok(message));
-                        room = outbox.reserve().await.map_err(|_| Status::cancelled("the member is gone"))?;
+                room = outbox.reserve(), if has_more => {
+                    let room = room.map_err(|_| gone())?;
+                    match self.with(|exchange| exchange.next(id)) {
+                        Some(message) => room.send(Ok(message)),
+                        None => has_more = false,
                     }
                 }
-                _ = beat.tick() => {
-                    let message = pb::watch_response::Message::Heartbeat(pb::Heartbeat::default());
-                    outbox.send(Ok(pb::WatchResponse { message: Some(message) })).await.map_err(gone)?;
-                }
+                _ = beat.tick() => match outbox.try_reserve() {
+                    Ok(room) => {
+                        let message = pb::watch_response::Message::Heartbeat(pb::Heartbeat::default());
+                        room.send(Ok(pb::WatchResponse { message: Some(message) }));
+                    }
+                    Err(TrySendError::Closed(())) => return Err(gone()),
+                    // What waits says it as well.
+                    Err(TrySendError::Full(())) => {}
+                },
             }
         }
     }
@@ -603,9 +614,6 @@ impl Realisations for Service {
             let not_reached = entry.connected.then(|| self.not_reached(&exchange, name)).flatten();
             entry.problems.extend(not_reached.map(|why| Problem::new("", why)));
             if let Some(told) = exchange.realisations().get(name) {
-                let compiled = told.hub.as_ref().map_or(0, |at| at.revision);
-                let nodes = told.nodes.iter().map(|node| node.hub_revision);
-                entry.enforced_revision = nodes.chain([compiled]).min().unwrap_or_default();
                 entry.received_revision = told.received.as_ref().map_or(0, |at| at.revision);
                 (entry.agents, entry.agents_current) = (told.agents, told.agents_current);
                 entry.digests_equal = exchange.digests_equal(name);
@@ -614,10 +622,12 @@ impl Realisations for Service {
                 reports.push((name.clone(), Arc::clone(told)));
             }
         }
+        let position = exchange.federation().position;
         drop(exchange);
         for (name, told) in reports {
             let Some(entry) = known.get_mut(&name) else { continue };
-            let report = self.report(&snapshot, &name, &told);
+            let report = self.report(&snapshot, &name, &told, position);
+            entry.enforced_revision = report.enforced_revision();
             let mut problems = report.problems();
             entry.problems.extend(problems.by_ref().take(MAX_PROBLEMS));
             let total = entry.problems.len() + problems.count();
@@ -627,9 +637,13 @@ impl Realisations for Service {
     }
 
     fn nodes(&self, cluster: &str) -> Vec<NodeProgress> {
-        let told = lock(&self.shared.exchange).realisations().get(cluster).cloned();
+        let (told, position) = {
+            let exchange = lock(&self.shared.exchange);
+            (exchange.realisations().get(cluster).cloned(), exchange.federation().position)
+        };
         let snapshot = self.registry.snapshot();
-        let nodes = told.iter().flat_map(|told| self.report(&snapshot, cluster, told).nodes().collect::<Vec<_>>());
+        let nodes =
+            told.iter().flat_map(|told| self.report(&snapshot, cluster, told, position).nodes().collect::<Vec<_>>());
         let mut nodes: Vec<NodeProgress> = nodes.collect();
         nodes.sort_by(|one, other| one.name.cmp(&other.name));
         nodes
@@ -658,8 +672,8 @@ impl Realisations for Service {
         drop(exchange);
         let status = |cluster: &ClusterName, (told, not_reached): (Option<Arc<pb::Realisation>>, Option<String>)| {
             let Some(told) = told else { return ObjectStatus::lagging("has not reported yet") };
-            let report = self.report(&snapshot, cluster, &told);
-            let status = report.object(policy, needed, position.epoch);
+            let report = self.report(&snapshot, cluster, &told, position);
+            let status = report.object(policy, needed);
             if report.silent {
                 let silent = self.registry.silent_for(cluster).map_or(Duration::ZERO, |since| since);
                 let why = format!("silent for {}", progress::words(silent));
@@ -675,16 +689,157 @@ impl Realisations for Service {
 }
 
 impl Service {
-    fn report<'a>(&self, snapshot: &Snapshot, cluster: &str, told: &'a pb::Realisation) -> Report<'a> {
+    fn report<'a>(&self, snapshot: &Snapshot, cluster: &str, told: &'a pb::Realisation, hub: Position) -> Report<'a> {
         let at = lock(&self.shared.reported).get(cluster).copied();
         let silent = snapshot.clusters.get(cluster).is_some_and(|it| it.lease == Lease::Stale);
-        Report { told, age: at.map_or(Duration::ZERO, |at| at.elapsed()), silent }
+        Report { told, hub, age: at.map_or(Duration::ZERO, |at| at.elapsed()), silent }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use hanse_runtime::shutdown::Shutdown;
+    use hanse_store::{Key, Store as _, Transaction, in_memory};
+
     use super::*;
+    use crate::registry::Clock;
+
+    /// Of a hub with the accepted clusters `train` and `serve`.
+    async fn service() -> Service {
+        let store = Arc::new(in_memory());
+        let member = || br#"{"key":"k","state":"accepted"}"#.to_vec();
+        for name in ["train", "serve"] {
+            let put = Transaction::default().put(Key::new(&["member", name]).expect("a key"), member());
+            store.commit(put).await.expect("kept");
+        }
+        let lease = Duration::from_secs(30);
+        let registry = Registry::open(store, lease, Clock::default(), &Shutdown::default()).await.expect("opened");
+        let service = Service::new(registry, CancellationToken::new());
+        let newest = Deriver::default().federation(&service.registry, &service.registry.snapshot());
+        service.with(|exchange| exchange.set_federation(newest));
+        service
+    }
+
+    /// A publishing stream of `train`, which has reported.
+    fn reported(service: &Service, report: pb::Realisation) -> PublishId {
+        service.with(|exchange| {
+            let id = exchange.publish_open("train".into());
+            let open = pb::publish_request::Message::Open(pb::PublishOpen { protocol: 1, epoch: 1 });
+            exchange.publish(id, pb::PublishRequest { message: Some(open) }).expect("the protocol");
+            exchange.publish_report(id, report).expect("it is open");
+            id
+        })
+    }
+
+    /// A report of nodes that are as far as the hub, and its position.
+    fn in_sync(service: &Service, nodes: &[&str]) -> (pb::Realisation, Position) {
+        let at = service.with(|exchange| exchange.federation().position);
+        let node = |name: &&str| pb::NodePosition {
+            node: (*name).to_owned(),
+            hub_revision: at.revision,
+            hub_epoch: Some(at.epoch),
+            connected: true,
+            ..pb::NodePosition::default()
+        };
+        let nodes = nodes.iter().map(node).collect();
+        (pb::Realisation { hub: Some(at.into()), received: Some(at.into()), nodes, ..Default::default() }, at)
+    }
+
+    /// A node's word is about the node: its cluster does not doubt the hub for it.
+    #[tokio::test]
+    async fn a_node_that_is_ahead_of_the_hub_is_named_with_its_figures() {
+        let service = service().await;
+        let (mut report, at) = in_sync(&service, &["a", "b"]);
+        report.nodes[1].hub_revision = at.revision + 1;
+        reported(&service, report);
+        let train = service.clusters().remove("train").expect("it is known");
+        let named = train.problems.iter().map(|it| (it.node.as_str(), it.reason.as_str())).collect::<Vec<_>>();
+        let lag = format!("at revision {} of the hub, which is at {}", at.revision + 1, at.revision);
+        assert_eq!(named, [("b", lag.as_str())]);
+        assert_eq!(train.enforced_revision, 0, "of {}", at.revision);
+        assert_eq!(service.with(|exchange| exchange.ahead_of_hub("train")), None);
+        let nodes: Vec<bool> = service.nodes("train").iter().map(|it| it.problems.is_empty()).collect();
+        assert_eq!(nodes, [true, false]);
+    }
+
+    /// The hub was started with `--restored`: its revisions begin anew, and a node that is away has one of before.
+    #[tokio::test]
+    async fn a_node_of_an_earlier_epoch_does_not_count_as_enforcing() {
+        let service = service().await;
+        let (mut report, at) = in_sync(&service, &["a", "b"]);
+        report.nodes[1].hub_epoch = Some(at.epoch - 1);
+        reported(&service, report.clone());
+        let train = service.clusters().remove("train").expect("it is known");
+        assert_eq!(train.enforced_revision, 0);
+        assert!(train.problems[0].reason.contains("of the hub before it was restored"), "{:?}", train.problems);
+        report.nodes[1].hub_epoch = Some(at.epoch);
+        reported(&service, report);
+        assert_eq!(service.clusters()["train"].enforced_revision, at.revision);
+    }
+
+    /// What its nodes enforce may be old: nothing newer has reached it.
+    #[tokio::test(start_paused = true)]
+    async fn a_cluster_that_received_nothing_for_a_lease_is_shown_as_lagging() {
+        let service = service().await;
+        let (report, at) = in_sync(&service, &["a"]);
+        reported(&service, report);
+        let _publishing = Place::take(&service.shared, &"train".into(), |shared| &shared.publishing).expect("room");
+        let say = |age_ms| {
+            let receiving = Receiving { age: Some(Duration::from_millis(age_ms)), said: tokio::time::Instant::now() };
+            lock(&service.shared.receiving).insert("train".into(), receiving);
+        };
+        let cluster = || ObjectId { kind: Kind::MemberCluster, name: "train".into() };
+        let state = || service.object(&cluster(), at.revision).expect("distributed").remove("train").expect("it").state;
+        let problems = || service.clusters().remove("train").expect("it is known").problems;
+        say(0);
+        assert_eq!((state(), problems().len()), (ObjectState::Enforced, 0));
+        tokio::time::advance(Duration::from_millis(29_999)).await;
+        assert_eq!(state(), ObjectState::Enforced);
+        tokio::time::advance(Duration::from_millis(1)).await;
+        let why = "has received nothing for 30 s";
+        assert_eq!(state(), ObjectState::Lagging(why.to_owned()));
+        assert_eq!(problems()[0].reason, why);
+        // What it says of the time before counts as well, and news end it.
+        say(30_000);
+        assert_eq!(state(), ObjectState::Lagging(why.to_owned()));
+        say(0);
+        assert_eq!(state(), ObjectState::Enforced);
+    }
+
+    /// Who reads slowly says meanwhile that it lives, and what it has in force.
+    #[tokio::test(start_paused = true)]
+    async fn a_receiver_is_heard_while_it_leaves_no_room() {
+        let service = service().await;
+        let open = || pb::WatchOpen { protocol: 1, ..pb::WatchOpen::default() };
+        let id = service.with(|exchange| exchange.watch_open("train".into(), open())).expect("accepted");
+        let notify = Notify::new();
+        notify.notify_one();
+        let (outbox, _unread) = mpsc::channel(1);
+        let (member, sent) = mpsc::channel(2);
+        let mut incoming = ReceiverStream::new(sent);
+        let cluster = ClusterName::from("train");
+        let (send, watch) = {
+            let send = service.send_watched(&cluster, id, &mut incoming, &outbox, &notify);
+            let watch = async {
+                // It has filled the room, and has more.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                assert_eq!(outbox.capacity(), 0);
+                let at = service.with(|exchange| exchange.federation().position);
+                let in_force = pb::watch_ack::What::InForce(pb::InForce { interest: 7, hub: Some(at.into()) });
+                let ack = pb::watch_request::Message::Ack(pb::WatchAck { what: Some(in_force) });
+                member.send(Ok(pb::WatchRequest { message: Some(ack) })).await.expect("it is read");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                let heard = service.with(|exchange| exchange.receivers()[0].interest_in_force);
+                let again = pb::watch_request::Message::Open(open());
+                member.send(Ok(pb::WatchRequest { message: Some(again) })).await.expect("it is read");
+                heard
+            };
+            tokio::join!(tokio::time::timeout(Duration::from_secs(600), send), watch)
+        };
+        assert_eq!(watch, 7);
+        let ended = send.expect("in time").expect_err("a second opening");
+        assert!(ended.message().contains("open comes once"), "{ended}");
+    }
 
     #[test]
     fn a_batch_that_does_not_end_is_given_up() {

@@ -9,27 +9,17 @@ use hanse_policy::interest::{self, Size};
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::ClusterScope;
 use hanse_policy::selector::{Expr, Selector};
+use hanse_proto::bounded;
 use hanse_proto::federation::v1 as pb;
 use pb::object_update::Body;
 use prost::Message as _;
 
 use super::model::{ClusterState, FederatedManifest, Lease, ManifestKind, Position, Refusal, Wanted};
 
-pub const PROTOCOL: u32 = 1;
-/// The greatest epoch and revision of a publisher: milliseconds since 1970 reach it in 285,000 years, and what follows a
-/// number that somebody else has published in a cluster's name is a number as well.
-pub const MAX_NUMBER: u64 = (1 << 53) - 1;
-/// Most bytes of an encoded frame.
-pub const MAX_FRAME_BYTES: usize = 1 << 20;
-/// Most bytes of any message: see [`interest::WHOLE`].
-pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
-/// Most bytes of a message that names no interest.
-pub const MAX_PLAIN_BYTES: usize = 4 << 20;
-/// Most bytes of one object that a member publishes.
-pub const MAX_EXPORT_BYTES: usize = 16 << 10;
-/// Most bytes of one object of the hub's: a manifest of 256 KiB and the names of 4,096 clusters of 65 bytes each, twice. What
-/// cluster selectors select may take more.
-pub const MAX_HUB_OBJECT_BYTES: usize = 768 << 10;
+pub use hanse_proto::limits::{
+    MAX_EXPORT_BYTES, MAX_FRAME_BYTES, MAX_HUB_OBJECT_BYTES, MAX_MESSAGE_BYTES, MAX_NUMBER, MAX_PLAIN_BYTES, PROTOCOL,
+};
+
 /// Parts of one message that are named when they are refused, of at most 256 bytes each.
 const MAX_NAMED_PARTS: usize = 16;
 const MAX_PART_BYTES: usize = 256;
@@ -65,9 +55,13 @@ pub struct EndpointExport {
 
 /// An update's id and revision, and what it says or why it is refused. None when not even the id can be read.
 pub fn read_export(bytes: &[u8]) -> Option<(u64, u64, Result<Export, Refusal>)> {
+    if bytes.len() > MAX_EXPORT_BYTES {
+        let refusal = Refusal::Malformed(format!("{} bytes, of {MAX_EXPORT_BYTES}", bytes.len()));
+        return Some((id_of_export(bytes)?, 0, Err(refusal)));
+    }
     let update = pb::ObjectUpdate::decode(bytes).ok().filter(|update| update.id != 0)?;
     let (id, revision) = (update.id, update.revision);
-    Some((id, revision, export(update, bytes.len())))
+    Some((id, revision, export(update)))
 }
 
 /// The id alone, without reading the rest.
@@ -82,6 +76,9 @@ pub fn id_of_export(bytes: &[u8]) -> Option<u64> {
 
 /// What an update's object is called: its kind, the id of its namespace (0 where it has none) and its name.
 pub fn name_of(bytes: &[u8]) -> Option<(&'static str, u64, String)> {
+    if bytes.len() > MAX_EXPORT_BYTES {
+        return None;
+    }
     match pb::ObjectUpdate::decode(bytes).ok()?.body? {
         Body::Namespace(it) => Some(("namespace", 0, it.name)),
         Body::ServiceAccount(it) => Some(("service account", it.namespace, it.name)),
@@ -95,16 +92,13 @@ pub fn updates_in(request: &pb::PublishRequest) -> usize {
     match &request.message {
         Some(pb::publish_request::Message::Frame(bytes)) => {
             // Slices of the same bytes.
-            pb::Frame::decode(bytes.clone()).map_or(0, |frame| frame.upserts.len() + frame.removals.len())
+            read_frame(bytes).map_or(0, |frame| frame.upserts.len() + frame.removals.len())
         }
         _ => 0,
     }
 }
 
-fn export(update: pb::ObjectUpdate, len: usize) -> Result<Export, Refusal> {
-    if len > MAX_EXPORT_BYTES {
-        return Err(Refusal::Malformed(format!("{len} bytes, of {MAX_EXPORT_BYTES}")));
-    }
+fn export(update: pb::ObjectUpdate) -> Result<Export, Refusal> {
     if update.revision > MAX_NUMBER {
         return Err(Refusal::Malformed(format!("revision {}, of at most {MAX_NUMBER}", update.revision)));
     }
@@ -217,7 +211,7 @@ pub fn read_frame(bytes: &Bytes) -> Result<pb::Frame, Refusal> {
     if bytes.len() > MAX_FRAME_BYTES {
         return Err(Refusal::Malformed(format!("frame: {} bytes, of {MAX_FRAME_BYTES}", bytes.len())));
     }
-    pb::Frame::decode(bytes.clone()).map_err(|error| Refusal::Malformed(format!("frame: {error}")))
+    bounded::decode(bytes.clone()).map_err(|status| Refusal::Malformed(format!("frame: {}", status.message())))
 }
 
 pub fn digest_bytes(digest: u128) -> Bytes {

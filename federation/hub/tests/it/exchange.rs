@@ -105,6 +105,10 @@ fn federation(grant: MemberCluster, revision: u64) -> Federation {
     }
 }
 
+fn report(realisation: pb::Realisation) -> Request {
+    Request::Realisation(realisation.encode_to_vec().into())
+}
+
 fn namespace(name: &str, labels: &[(&str, &str)]) -> Body {
     Body::Namespace(pb::Namespace { name: name.to_owned(), labels: pairs(labels) })
 }
@@ -284,7 +288,7 @@ fn a_realisation_is_bounded() {
     let told = |nodes: usize, errors: usize| {
         let node = pb::NodePosition { errors: vec![pb::ObjectError::default(); errors], ..pb::NodePosition::default() };
         let realisation = pb::Realisation { nodes: vec![node; nodes], ..pb::Realisation::default() };
-        pb::PublishRequest { message: Some(Request::Realisation(realisation)) }
+        pb::PublishRequest { message: Some(report(realisation)) }
     };
     it.exchange.publish(it.id, told(1_000, 10)).unwrap();
     assert_eq!(it.exchange.realisations()["train"].nodes.len(), 1_000);
@@ -298,9 +302,7 @@ fn a_realisation_is_bounded() {
     let id = it.exchange.watch_open("train".into(), pb::WatchOpen { protocol: 1, ..pb::WatchOpen::default() }).unwrap();
     assert_eq!(it.exchange.digests_equal("train"), None);
     let hub = Some(pb::Position { epoch: 1, revision: 1 });
-    let told = |origins: Vec<pb::OriginState>| {
-        Request::Realisation(pb::Realisation { hub, origins, ..pb::Realisation::default() })
-    };
+    let told = |origins: Vec<pb::OriginState>| report(pb::Realisation { hub, origins, ..pb::Realisation::default() });
     it.say(told(Vec::new()));
     assert_eq!(it.exchange.digests_equal("train"), None, "it is not served yet");
     it.exchange.next(id).unwrap();
@@ -334,11 +336,11 @@ fn an_origin_that_a_cluster_does_not_hold_makes_digests_differ() {
     say(&mut it.exchange, Request::Open(pb::PublishOpen { protocol: 1, epoch: 1 }));
     let told =
         |origins| pb::Realisation { hub: Some(pb::Position { epoch: 1, revision: 1 }), origins, ..Default::default() };
-    say(&mut it.exchange, Request::Realisation(told(Vec::new())));
+    say(&mut it.exchange, report(told(Vec::new())));
     assert_eq!(it.exchange.digests_equal("serve"), Some(false));
     let digest = it.exchange.expected_digest(id, "train").unwrap().to_le_bytes().to_vec().into();
     let held = pb::OriginState { origin: "train".to_owned(), digest, ..pb::OriginState::default() };
-    say(&mut it.exchange, Request::Realisation(told(vec![held])));
+    say(&mut it.exchange, report(told(vec![held])));
     assert_eq!(it.exchange.digests_equal("serve"), Some(true));
 }
 
@@ -349,28 +351,67 @@ fn a_cluster_that_is_ahead_of_the_hub_is_named() {
     assert_eq!(it.exchange.ahead_of_hub("train"), None);
     let at = |revision| Some(pb::Position { epoch: 1, revision });
     let node = |hub_revision| pb::NodePosition { hub_revision, ..pb::NodePosition::default() };
-    // A node's word does not count: one node must not make its cluster doubt the hub.
+    // A node's word does not count here: one node must not make its cluster doubt the hub. The node itself is named, with its
+    // figures, among the problems of the cluster's nodes.
     for (hub, received, node_at, ahead) in
         [(1, 1, 1, None), (2, 1, 1, Some(2)), (1, 3, 1, Some(3)), (1, 1, u64::MAX, None), (2, 3, 4, Some(3))]
     {
         let realisation =
             pb::Realisation { hub: at(hub), received: at(received), nodes: vec![node(node_at)], ..Default::default() };
-        it.say(Request::Realisation(realisation));
+        it.say(report(realisation));
         assert_eq!(it.exchange.ahead_of_hub("train"), ahead);
     }
     // Of another numbering nothing can be said.
     let other = Some(pb::Position { epoch: 7, revision: 9 });
-    it.say(Request::Realisation(pb::Realisation {
-        hub: other,
-        received: other,
-        nodes: vec![node(9)],
-        ..Default::default()
-    }));
+    it.say(report(pb::Realisation { hub: other, received: other, nodes: vec![node(9)], ..Default::default() }));
     assert_eq!(it.exchange.ahead_of_hub("train"), None);
     let open = pb::WatchOpen { protocol: 1, hub: at(288), ..pb::WatchOpen::default() };
     let id = it.exchange.watch_open("train".into(), open).unwrap();
     assert!(it.exchange.next(id).is_none(), "it is not served");
     assert_eq!(it.exchange.ahead_of_hub("train"), Some(288));
+}
+
+/// A policy may select in more than a message takes: what the hub sends as an interest, it reads when the member comes back.
+#[tokio::test]
+async fn what_the_hub_derives_it_reads_back_when_a_member_reconnects() {
+    let store = Arc::new(in_memory());
+    let put = async |key: &[&str], value: Vec<u8>| {
+        store.commit(Transaction::default().put(Key::new(key).unwrap(), value)).await.unwrap()
+    };
+    for member in ["train", "serve"] {
+        put(&["member", member], br#"{"key":"k","state":"accepted"}"#.to_vec()).await;
+    }
+    put(&["object", "Tier", "platform"], tier("platform")).await;
+    let names: Vec<String> = (0..400).map(|at| format!("account-{at:050}")).collect();
+    let accounts = serde_json::json!({"action": "Deny", "source": {"serviceAccounts": {"names": names}}});
+    let wide = String::from_utf8(policy("wide", "platform")).unwrap();
+    let wide = wide.replace(r#"{"action":"Deny"}"#, &accounts.to_string());
+    assert!(wide.len() > 20_000);
+    put(&["object", "FederatedNetworkPolicy", "wide"], wide.into_bytes()).await;
+    let shutdown = hanse_runtime::shutdown::Shutdown::default();
+    let registry =
+        Registry::open(store, std::time::Duration::from_secs(30), Clock::default(), &shutdown).await.unwrap();
+    let mut exchange = Exchange::new();
+    exchange.set_federation(Deriver::default().federation(&registry, &registry.snapshot()));
+    let mut sent = |open: pb::WatchOpen| {
+        let id = exchange.watch_open("train".into(), pb::WatchOpen { protocol: 1, ..open }).unwrap();
+        let all: Vec<_> = std::iter::from_fn(|| exchange.next(id)).filter_map(|it| it.message).collect();
+        exchange.watch_close(id);
+        let (mut added, mut refused) = (Vec::new(), Vec::new());
+        for message in all {
+            match message {
+                pb::watch_response::Message::Interest(it) => added.extend(it.added),
+                pb::watch_response::Message::Refused(it) => refused.extend(it.parts),
+                _ => {}
+            }
+        }
+        (added, refused)
+    };
+    let (interest, refused) = sent(pb::WatchOpen::default());
+    assert_eq!((interest.len(), &refused[..]), (1, &[][..]));
+    assert_eq!(interest[0].selector, "all()", "it is sent more, and nothing that the policy selects is missing");
+    let (news, refused) = sent(pb::WatchOpen { interest, ..pb::WatchOpen::default() });
+    assert_eq!((news, refused), (Vec::new(), Vec::new()), "it is what the member came with");
 }
 
 /// What cannot be taken of an opening is sent anew, or widened, and the stream goes on.
@@ -506,12 +547,119 @@ fn unfinished_batches_are_bounded_for_all_clusters_together() {
     assert_eq!(it.exchange.staged_bytes(), 0, "what is left of a stream that ended");
 }
 
+/// A batch that exceeds what may be kept of its cluster is not staged beyond that; what is left out is counted.
+#[test]
+fn what_exceeds_a_clusters_room_is_not_staged() {
+    let limits = serde_json::json!({"endpoints": 1, "labelSets": 1});
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "limits": limits})));
+    let kind = Some(pb::begin::Kind::Snapshot(pb::Snapshot {}));
+    it.say(Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 }));
+    for number in 0..64_u64 {
+        let update =
+            pb::ObjectUpdate { id: number + 1, revision: 1, features: vec!["x".repeat(1_000_000)], body: None };
+        let frame = pb::Frame { upserts: vec![update.encode_to_vec().into()], removals: Vec::new() };
+        it.say(Request::Frame(frame.encode_to_vec().into()));
+    }
+    // 16 MiB for all but endpoints and label sets, twice, and 2 KiB for those.
+    assert!((32 << 20..34 << 20).contains(&(it.exchange.staged_bytes() + 1_000_100)), "{}", it.exchange.staged_bytes());
+    let position = Some(pb::Position { epoch: 1, revision: 2 });
+    it.say(Request::End(pb::End { position, digest: bytes::Bytes::new(), view: 0 }));
+    assert_eq!(it.exchange.staged_bytes(), 0);
+    assert_eq!(it.exchange.origin("train").unwrap().refusals(100).0, 64);
+    // As many objects, however small.
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "limits": limits})));
+    let begin = pb::Begin { origin: String::new(), kind, needs_interest: 0 };
+    it.say(Request::Begin(begin));
+    let frame = pb::Frame { upserts: Vec::new(), removals: (1..=1_000).collect() };
+    let bytes = frame.encode_to_vec();
+    for _ in 0..200 {
+        it.say(Request::Frame(bytes.clone().into()));
+    }
+    assert_eq!(it.exchange.staged_bytes(), 131 * bytes.len(), "131,074 objects");
+}
+
+/// Two bytes on the wire become two hundred in memory, so that is counted before it is decoded.
+#[test]
+fn a_message_is_not_decoded_where_that_costs_too_much() {
+    use hanse_proto::bounded::{Bounded, cost, decode};
+    // Empty nodes of a report of 4 MiB: 2 million of them would take 2 GB while their list grows.
+    let nodes = [26, 0].repeat(2 << 20);
+    assert!(cost(pb::Realisation::SHAPE, &nodes) > 1 << 30);
+    let mut it = Publishing::new(grant(serde_json::json!({})));
+    it.say(Request::Realisation(nodes.into()));
+    let kept = &it.exchange.realisations()["train"];
+    assert!(kept.nodes.is_empty() && kept.problems[0].contains("takes more than 64 MiB in memory"), "{kept:?}");
+    // Empty selections of an opening of 16 MiB.
+    let own = [&[10, 128, 128, 128, 8][..], &[42, 0].repeat(8 << 20)].concat();
+    assert_eq!(decode::<pb::WatchRequest>(&own[..]).unwrap_err().code(), tonic::Code::ResourceExhausted);
+    // Empty updates of a frame of 1 MiB.
+    let kind = Some(pb::begin::Kind::Delta(pb::Delta {}));
+    it.say(Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 }));
+    let frame = Request::Frame([10, 0].repeat(1 << 19).into());
+    let error = it.exchange.publish(it.id, pb::PublishRequest { message: Some(frame) }).unwrap_err();
+    assert!(error.to_string().contains("cannot be read"), "{error}");
+    // Empty labels of an object: it is refused by its size, before it is read.
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"]})));
+    let labels = vec![pb::Pair::default(); 1 << 18];
+    it.delta(&[(7, Body::LabelSet(pb::LabelSet { labels }))], &[]);
+    assert_eq!(it.refusals().len(), 1);
+    assert!(it.refusals()[0].1.ends_with("bytes, of 16384"), "{:?}", it.refusals());
+}
+
+/// The most that a legitimate peer sends is read.
+#[test]
+fn the_largest_interests_reports_and_pages_are_within_what_decoding_may_cost() {
+    use hanse_policy::interest::{DERIVED, OWN, Size, WHOLE};
+    use hanse_proto::bounded::{Bounded, cost};
+    fn check<T: Bounded>(message: &T) -> f64 {
+        let bytes = message.encode_to_vec();
+        assert!(bytes.len() <= hanse_proto::limits::MAX_MESSAGE_BYTES, "{} bytes", bytes.len());
+        let part = cost(T::SHAPE, &bytes) as f64 / T::MAX_DECODED_BYTES as f64;
+        assert!(part <= 1.0, "{part}");
+        part
+    }
+    // As many as their bytes allow, of the shortest selectors: these cost most.
+    let selections = |size: Size| {
+        let mut bytes = 0;
+        let mut list = Vec::new();
+        for at in 0..size.selections {
+            let selector = hanse_policy::selector::Selector::parse(&format!("has(a{at})")).unwrap();
+            let wanted = Wanted { selector, ..Wanted::everything() };
+            bytes += wanted.size();
+            if bytes > size.bytes {
+                break;
+            }
+            list.push(hanse_hub::exchange::wire::selection(&wanted));
+        }
+        list
+    };
+    let (whole, own) = (selections(WHOLE), selections(OWN));
+    assert!(whole.len() > 150_000 && selections(DERIVED).len() == 65_536 && own.len() == 16_384);
+    let names = |count: usize| (0..count).map(|at| format!("{at:0255}")).collect::<Vec<_>>();
+    let digest = bytes::Bytes::from(vec![0; 16]);
+    let position = Some(pb::Position { epoch: u64::MAX, revision: u64::MAX });
+    let held = |origin| pb::Held { origin, position, view: u64::MAX, digest: digest.clone() };
+    let held = names(4_096).into_iter().map(held).collect();
+    let open = pb::WatchOpen { protocol: 1, hub: position, held, interest: whole.clone(), own, hub_digest: digest };
+    let opened = check(&pb::WatchRequest { message: Some(pb::watch_request::Message::Open(open)) });
+    assert!(opened > 0.5, "{opened}: the bound may be closer");
+    let interest =
+        pb::Interest { number: 1, added: whole.clone(), removed: whole, origins: names(4_096), whole: false };
+    check(&pb::WatchResponse { message: Some(pb::watch_response::Message::Interest(interest)) });
+    let pod =
+        pb::UnenforcedPod { namespace: "namespace".into(), name: "a-pod-of-it".into(), reason: "not proven".into() };
+    let node = pb::NodePosition { node: "a-node".into(), unenforced: vec![pod; 5], ..Default::default() };
+    let report = pb::Realisation { nodes: vec![node; 13_000], ..Default::default() };
+    assert!((2 << 20..4 << 20).contains(&report.encoded_len()));
+    check(&report);
+}
+
 /// The hub keeps them, and shows them to administrators.
 #[test]
 fn names_and_texts_of_a_report_have_bounds_each() {
     let mut it = Publishing::new(grant(serde_json::json!({})));
     let mut kept = |realisation: pb::Realisation| {
-        it.say(Request::Realisation(realisation));
+        it.say(report(realisation));
         (*it.exchange.realisations()["train"]).clone()
     };
     let long = "ä".repeat(40_000);

@@ -3,6 +3,7 @@
 use hanse_member::registration::MemberIdentity;
 use hanse_proto::federation::v1 as wire;
 use hanse_proto::federation::v1::exchange_client::ExchangeClient;
+use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use wire::publish_request::Message;
@@ -25,7 +26,7 @@ impl Publishing {
     }
 
     async fn report(&self, realisation: wire::Realisation) {
-        let message = Some(Message::Realisation(realisation));
+        let message = Some(Message::Realisation(realisation.encode_to_vec().into()));
         self.outbox.send(wire::PublishRequest { message }).await.unwrap();
     }
 }

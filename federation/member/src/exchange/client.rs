@@ -14,11 +14,13 @@ use hanse_k8s_api::assemble::Changed;
 use hanse_policy::inventory::Cluster;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_client::ExchangeClient;
+use hanse_proto::limits::MAX_MESSAGE_BYTES;
 use hanse_runtime::files::write_atomic;
 use hanse_runtime::health::Writes;
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::tls::{Connection, Peer};
+use prost::Message as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -33,8 +35,6 @@ use crate::registration::MemberIdentity;
 
 /// Messages that wait for a connection: 4 × 1 MiB at most.
 const OUTBOX: usize = 4;
-/// An interest of 262,144 selections of 60 bytes fits.
-const MAX_MESSAGE_BYTES: usize = 16 << 20;
 /// How often a quiet stream says that the cluster lives.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// A stream on which nothing came for this long is given up: the hub speaks every 3 seconds.
@@ -376,7 +376,7 @@ impl Client {
                 changed = realisation.changed() => {
                     changed.context("publish")?;
                     match realisation.borrow_and_update().clone() {
-                        Some(realisation) => Message::Realisation((*realisation).clone()),
+                        Some(realisation) => Message::Realisation(realisation.encode_to_vec().into()),
                         None => continue,
                     }
                 }

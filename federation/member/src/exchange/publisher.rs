@@ -10,6 +10,7 @@ use bytes::Bytes;
 use hanse_k8s_api::assemble::Changed;
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointKind, Labels, NamedPort};
 use hanse_proto::federation::v1 as pb;
+use hanse_proto::limits::MAX_NUMBER;
 use pb::object_update::Body;
 use pb::publish_request::Message as Request;
 use pb::publish_response::Message as Response;
@@ -22,8 +23,6 @@ use super::wire;
 const MAX_TOMBSTONES: usize = 65_536;
 /// Numbers reserved at a time.
 const RESERVE: u64 = 1 << 16;
-/// The greatest epoch and revision that a hub takes.
-const MAX_NUMBER: u64 = (1 << 53) - 1;
 /// Labels that controllers give to each pod of its own, so that they would make every label set unique.
 const OWN_KEYS: [&str; 9] = [
     "apps.kubernetes.io/pod-index",

@@ -14,13 +14,7 @@ use prost::Message as _;
 
 use super::model::{ClusterRecord, Lease, Manifest, ManifestKind, Position, Wanted};
 
-pub const PROTOCOL: u32 = 1;
-/// Most bytes of an encoded frame.
-pub const MAX_FRAME_BYTES: usize = 1 << 20;
-/// Most bytes of any message.
-pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
-/// Most bytes of one received object: see the hub's own.
-pub const MAX_OBJECT_BYTES: usize = 768 << 10;
+pub use hanse_proto::limits::{MAX_FRAME_BYTES, MAX_HUB_OBJECT_BYTES as MAX_OBJECT_BYTES, PROTOCOL};
 
 /// Why an object or a message cannot be used; names the field.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -29,6 +29,10 @@ impl Instance {
         Self { number: number[..number.len().min(16)].to_vec(), address }
     }
 
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     fn is(&self, other: &Self) -> bool {
         self.number == other.number
     }
@@ -116,12 +120,14 @@ impl Instances {
     }
 
     /// What a process is told that is refused.
-    pub fn refusal(&self, node: &str) -> String {
-        let served = self.present.as_ref().map(|(it, _)| it.address.to_string()).unwrap_or_default();
-        format!(
-            "the key of node {node} is in use from {served}: one of both is a copy; revoke the node, and enrol it anew"
-        )
+    pub fn refusal(&self, node: &str) -> Option<String> {
+        self.present.as_ref().map(|(it, _)| refusal(node, it.address))
     }
+}
+
+/// What a process is sent that is refused since another one is served.
+pub fn refusal(node: &str, served: SocketAddr) -> String {
+    format!("the key of node {node} is in use from {served}: one of both is a copy; revoke the node, and enrol it anew")
 }
 
 #[cfg(test)]

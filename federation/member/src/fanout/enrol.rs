@@ -12,6 +12,7 @@ use hanse_runtime::files::{private_folder, write_atomic};
 use hanse_runtime::identity::check_subdomain;
 use hanse_runtime::keys::{Fingerprint, RequestedKey};
 use hanse_runtime::moment::{from_seconds, seconds};
+use hanse_runtime::tls::peer;
 use hanse_runtime::token::{Token, TokenError, TokenKind};
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status};
@@ -268,8 +269,10 @@ impl wire::enrolment_server::Enrolment for Service {
         &self,
         request: Request<wire::RenewLateRequest>,
     ) -> Result<Response<wire::EnrolResponse>, Status> {
+        let from = peer(&request)?.address;
         let request = request.into_inner();
         let key = requested(&request.request)?;
+        self.fanout.refuse_former(&request.node, key.public(), from).await?;
         let (now, lifetime) = (SystemTime::now(), self.fanout.shared.lifetime);
         let (node, public) = (request.node.clone(), key.public());
         let renew = move |it: &Locked<'_>| it.renew_late(&node, &public, now, now + lifetime);

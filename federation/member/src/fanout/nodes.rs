@@ -2,7 +2,9 @@
 //!
 //! One file per node in the folder `nodes`, named by the hash of the node's name, which may be as long as a file's. A newer
 //! enrolment replaces the key; what held the older one is let in no more. A renewal adds the key that it was asked for,
-//! and the first connection with that one makes it the only one: an answer that was lost locks nobody out. A lock on the
+//! and the first connection with that one makes it the only one: an answer that was lost locks nobody out. The one before is
+//! kept as a former key: an agent writes its new key to disk before it uses it, so a former key that is used again means that two
+//! have the node's folder. What the node acknowledges does not count from then on, until it is revoked. A lock on the
 //! file `.lock` in the folder keeps `hanse-member node revoke` and a member that runs apart.
 //!
 //! A member that runs has read all of them, and looks which files changed: who asks whether a key may speak waits for no
@@ -14,6 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,6 +35,9 @@ const KNOWN: &str = "known-nodes.json";
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long after its certificate's end a node may renew it.
 const LATE_RENEWAL: Duration = Duration::from_secs(30 * 86_400);
+/// Former keys of a node that are kept: as many as certificates of a day, renewed at two thirds, in the time of a late renewal
+/// (45). At most 4.3 KB of a node's file.
+const MAX_FORMER: usize = 64;
 
 /// What is kept of a node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +53,15 @@ pub struct NodeRecord {
     /// When the last certificate ends, likewise.
     ends_at: u64,
     pub revoked: bool,
+    /// The same of keys that renewals have replaced since the enrolment, the newest last.
+    #[serde(default)]
+    former: Vec<String>,
+    /// From where the present key was used first.
+    #[serde(default)]
+    used_from: Option<SocketAddr>,
+    /// From where the node's present key and a former one were used.
+    #[serde(default)]
+    pub rivals: Option<(SocketAddr, SocketAddr)>,
 }
 
 impl NodeRecord {
@@ -62,6 +77,19 @@ impl NodeRecord {
     fn allows(&self, key: &Fingerprint) -> bool {
         let key = key.to_string();
         !self.revoked && (self.key == key || self.next.as_ref() == Some(&key))
+    }
+
+    fn was_replaced(&self, key: &Fingerprint) -> bool {
+        let key = key.to_string();
+        !self.revoked && self.former.contains(&key)
+    }
+
+    /// `key`, for which a certificate was issued, is in use.
+    fn promoted(mut self, key: &Fingerprint, from: SocketAddr) -> Self {
+        self.former.push(std::mem::replace(&mut self.key, key.to_string()));
+        let excess = self.former.len().saturating_sub(MAX_FORMER);
+        self.former.drain(..excess);
+        Self { next: None, used_from: Some(from), ..self }
     }
 }
 
@@ -212,6 +240,19 @@ impl Nodes {
         kept.is_some_and(|kept| kept.record.next == Some(key.to_string()))
     }
 
+    /// Whether a renewal has replaced `key`, and the newer one was used: see [`Locked::dispute`].
+    pub fn was_replaced(&self, node: &str, key: &Fingerprint) -> bool {
+        let records = self.records();
+        let kept = records.get(&Fingerprint::of(node.as_bytes())).and_then(Option::as_ref);
+        kept.is_some_and(|kept| kept.record.was_replaced(key))
+    }
+
+    /// From where the node's present key and a former one were used, if that has happened since it enrolled.
+    pub fn rivals(&self, node: &str) -> Option<(SocketAddr, SocketAddr)> {
+        let records = self.records();
+        records.get(&Fingerprint::of(node.as_bytes())).and_then(Option::as_ref)?.record.rivals
+    }
+
     /// Keeps which nodes the source knows, with the ranges of their pods.
     ///
     /// # Errors
@@ -250,7 +291,7 @@ impl Locked<'_> {
             next: None,
             enrolled_at: seconds(now),
             ends_at: seconds(ends),
-            revoked: false,
+            ..NodeRecord::default()
         })
     }
 
@@ -266,11 +307,11 @@ impl Locked<'_> {
     ///
     /// # Errors
     /// When the record cannot be read, or the change not be kept.
-    pub fn promote(&self, node: &str, key: &Fingerprint) -> io::Result<bool> {
+    pub fn promote(&self, node: &str, key: &Fingerprint, from: SocketAddr) -> io::Result<bool> {
         let Some(record) = self.read(node)? else { return Ok(true) };
         let allowed = record.allows(key);
         if allowed && record.next == Some(key.to_string()) {
-            self.write(NodeRecord { key: key.to_string(), next: None, ..record })?;
+            self.write(record.promoted(key, from))?;
         }
         Ok(allowed)
     }
@@ -279,17 +320,48 @@ impl Locked<'_> {
     ///
     /// # Errors
     /// As [`Self::promote`].
-    pub fn renew(&self, node: &str, key: &Fingerprint, next: &Fingerprint, ends: SystemTime) -> io::Result<bool> {
-        let (key, next) = (key.to_string(), next.to_string());
+    pub fn renew(
+        &self,
+        node: &str,
+        key: &Fingerprint,
+        next: &Fingerprint,
+        ends: SystemTime,
+        from: SocketAddr,
+    ) -> io::Result<bool> {
         let record = match self.read(node)? {
-            Some(record) if record.revoked || record.key != key && record.next.as_ref() != Some(&key) => {
-                return Ok(false);
-            }
+            Some(record) if !record.allows(key) => return Ok(false),
+            Some(record) if record.next == Some(key.to_string()) => record.promoted(key, from),
             Some(record) => record,
-            None => NodeRecord { node: node.to_owned(), ..NodeRecord::default() },
+            None => NodeRecord { node: node.to_owned(), key: key.to_string(), ..NodeRecord::default() },
         };
-        self.write(NodeRecord { key, next: Some(next), ends_at: seconds(ends), ..record })?;
+        self.write(NodeRecord { next: Some(next.to_string()), ends_at: seconds(ends), ..record })?;
         Ok(true)
+    }
+
+    /// A key that a renewal has replaced was used again, after the newer one: one of both is a copy's. Returns from where both
+    /// were used, none where `key` is not a former one. The first two are kept.
+    ///
+    /// # Errors
+    /// As [`Self::promote`].
+    pub fn dispute(
+        &self,
+        node: &str,
+        key: &Fingerprint,
+        from: SocketAddr,
+    ) -> io::Result<Option<(SocketAddr, SocketAddr)>> {
+        let Some(record) = self.read(node)?.filter(|it| it.was_replaced(key)) else { return Ok(None) };
+        if record.rivals.is_some() {
+            return Ok(record.rivals);
+        }
+        let rivals = (record.used_from.unwrap_or(from), from);
+        tracing::warn!(
+            node,
+            served = %rivals.0,
+            refused = %rivals.1,
+            "a key that was renewed is used again: one of both keys is a copy's; revoke the node, and enrol it anew"
+        );
+        self.write(NodeRecord { rivals: Some(rivals), ..record })?;
+        Ok(Some(rivals))
     }
 
     /// A certificate for `key`, which is registered, after the last has ended. False: it may not.
@@ -317,7 +389,7 @@ impl Locked<'_> {
         });
         let known = record.is_some() || self.nodes.read_known().is_some_and(|known| known.contains_key(node));
         let record = record.unwrap_or_else(|| NodeRecord { node: node.to_owned(), ..NodeRecord::default() });
-        self.write(NodeRecord { revoked: true, ..record })?;
+        self.write(NodeRecord { revoked: true, former: Vec::new(), rivals: None, ..record })?;
         Ok(known)
     }
 
@@ -336,6 +408,56 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3_600);
 
+    fn address(last: u8) -> SocketAddr {
+        ([192, 0, 2, last], 1).into()
+    }
+
+    /// Whose key was renewed by another has no other way to say so than to come with the key that it has.
+    #[test]
+    fn a_former_key_that_is_used_after_the_new_one_is_kept_as_a_rival_until_the_node_is_revoked() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let nodes = Nodes::new(folder.path());
+        let key = |name: &str| Fingerprint::of(name.as_bytes());
+        let now = from_seconds(1_800_000_000);
+        let locked = || nodes.lock().expect("free");
+        let dispute = |name, last| locked().dispute("n", &key(name), address(last)).expect("kept");
+        let renew =
+            |of: &str, next: &str| locked().renew("n", &key(of), &key(next), now + HOUR, address(9)).expect("kept");
+        locked().enrolled("n", &key("a"), now, now + HOUR).expect("kept");
+        // The agent crashed before it had the new key, and renews again: no key was replaced.
+        assert!(renew("a", "b") && renew("a", "c"));
+        assert_eq!([dispute("a", 1), dispute("b", 1), dispute("c", 1)], [None; 3]);
+        assert!(locked().promote("n", &key("a"), address(1)).expect("kept"));
+        assert_eq!(dispute("a", 1), None, "the new key has not been used");
+        assert!(locked().promote("n", &key("c"), address(2)).expect("kept"));
+        assert_eq!((dispute("b", 1), nodes.rivals("n")), (None, None), "it was never used");
+        // The next renewal with the newest key, whose first use is the renewal itself.
+        assert!(renew("c", "d") && renew("d", "e"));
+        for former in ["a", "c"] {
+            assert!(nodes.was_replaced("n", &key(former)) && !nodes.allows("n", &key(former)));
+        }
+        assert_eq!(dispute("a", 3), Some((address(9), address(3))));
+        assert_eq!(dispute("c", 4), Some((address(9), address(3))), "the first two are kept");
+        // Another process reads it, and the one that is served goes on being served.
+        let other = Nodes::new(folder.path());
+        other.reload().expect("read");
+        assert_eq!(other.rivals("n"), Some((address(9), address(3))));
+        assert!(other.allows("n", &key("d")) && other.allows("n", &key("e")));
+        assert!(locked().promote("n", &key("e"), address(9)).expect("kept") && nodes.rivals("n").is_some());
+        locked().revoke("n").expect("kept");
+        assert_eq!((dispute("a", 3), nodes.rivals("n")), (None, None));
+        locked().enrolled("n", &key("f"), now, now + HOUR).expect("kept");
+        assert_eq!((dispute("a", 3), dispute("f", 3), nodes.rivals("n")), (None, None, None));
+        // What is kept is bounded.
+        for at in 0..2 * MAX_FORMER {
+            let of = |at: usize| if at == 0 { "f".to_owned() } else { format!("f{at}") };
+            assert!(renew(&of(at), &of(at + 1)));
+            assert!(locked().promote("n", &key(&of(at + 1)), address(1)).expect("kept"));
+        }
+        assert_eq!(nodes.list()[0].former.len(), MAX_FORMER);
+        assert!(!nodes.was_replaced("n", &key("f1")) && nodes.was_replaced("n", &key("f127")));
+    }
+
     #[test]
     fn one_key_speaks_for_a_node_and_a_lost_answer_locks_nobody_out() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -345,13 +467,14 @@ mod tests {
         // As long as a name may be.
         let node = format!("{0}.{0}.{0}.{1}", "n".repeat(63), "n".repeat(61));
         let admitted = || ["a", "b", "c", "d"].map(|it| nodes.allows(&node, &key(it)));
-        let promoted = |it| nodes.lock().expect("free").promote(&node, &key(it)).expect("kept");
+        let from = address(1);
+        let promoted = |it| nodes.lock().expect("free").promote(&node, &key(it), from).expect("kept");
         assert_eq!(admitted(), [true; 4], "it enrolled before keys were kept");
         nodes.lock().expect("free").enrolled(&node, &key("a"), now, now + HOUR).expect("kept");
         assert_eq!(admitted(), [true, false, false, false]);
         // Two answers are lost; then one is used.
         for next in ["b", "c"] {
-            assert!(nodes.lock().expect("free").renew(&node, &key("a"), &key(next), now + HOUR).expect("kept"));
+            assert!(nodes.lock().expect("free").renew(&node, &key("a"), &key(next), now + HOUR, from).expect("kept"));
         }
         assert_eq!(admitted(), [true, false, true, false]);
         let is_of = |it| nodes.lock().expect("free").is_of(&node, &key(it)).expect("read");
@@ -362,7 +485,7 @@ mod tests {
         assert!(promoted("c"));
         assert_eq!(admitted(), [false, false, true, false]);
         assert!(is_of("c") && !nodes.awaits(&node, &key("c")));
-        assert!(!nodes.lock().expect("free").renew(&node, &key("a"), &key("d"), now + HOUR).expect("read"));
+        assert!(!nodes.lock().expect("free").renew(&node, &key("a"), &key("d"), now + HOUR, from).expect("read"));
         // A newer enrolment replaces all.
         nodes.lock().expect("free").enrolled(&node, &key("d"), now, now + HOUR).expect("kept");
         assert_eq!(admitted(), [false, false, false, true]);
@@ -386,7 +509,7 @@ mod tests {
         assert!(!nodes.allows("n", &key));
         // Nor does a damaged record keep anybody from it.
         std::fs::write(nodes.path(&Fingerprint::of(b"n")), "no record").expect("written");
-        assert!(nodes.lock().expect("free").renew("n", &key, &key, SystemTime::now()).is_err());
+        assert!(nodes.lock().expect("free").renew("n", &key, &key, SystemTime::now(), address(1)).is_err());
         nodes.lock().expect("free").revoke("n").expect("kept");
         assert!(nodes.reload().is_ok() && !nodes.allows("n", &key));
     }

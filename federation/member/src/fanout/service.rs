@@ -68,12 +68,14 @@ pub fn not_registered(node: &str) -> Status {
 impl wire::agents_server::Agents for Service {
     async fn renew(&self, request: Request<wire::RenewRequest>) -> Result<Response<wire::EnrolResponse>, Status> {
         let (node, own) = node_of(&request)?;
+        let from = peer(&request)?.address;
+        self.fanout.refuse_former(&node, own, from).await?;
         let key = RequestedKey::from_request(&request.into_inner().request)
             .map_err(|error| Status::invalid_argument(format!("the request cannot be used: {error}")))?;
         let lifetime = self.fanout.shared.lifetime;
         let ends = SystemTime::now() + lifetime;
         let (name, next) = (Arc::clone(&node), key.public());
-        let renew = move |it: &Locked<'_>| it.renew(&name, &own, &next, ends);
+        let renew = move |it: &Locked<'_>| it.renew(&name, &own, &next, ends, from);
         let renewed = self.fanout.shared.kept.change(renew).await.flatten();
         if !renewed.map_err(|_| Status::internal("keep the renewal"))? {
             return Err(not_registered(&node));
@@ -238,7 +240,11 @@ impl AgentStream {
         let digest: Digest = parse_digest(&ack.digest).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let revisions = ack.revisions.unwrap_or_default();
         let generation = parse_generation(ack.generation);
-        let place = Place { generation, hub_revision: revisions.hub, local_revision: revisions.local };
+        let of_generation = |it: &Option<Arc<Target>>| {
+            it.as_ref().filter(|it| it.place.generation == generation).map(|it| it.place.hub_epoch)
+        };
+        let hub_epoch = of_generation(&self.in_flight).or_else(|| of_generation(&self.held)).unwrap_or_default();
+        let place = Place { generation, hub_epoch, hub_revision: revisions.hub, local_revision: revisions.local };
         let failed = (!ack.failed.is_empty()).then(|| bounded(ack.failed, MAX_TEXT));
         // An agent may tell anew of what it holds, for a pod of it came; that is no answer to what is under way.
         let of_old = failed.is_none()
@@ -350,7 +356,8 @@ mod tests {
         let node = NodeConfig { pod_ranges: vec![range], ..NodeConfig::default() };
         let rules = Arc::new(RuleSet { node, ..RuleSet::default() });
         let digest = rules.digest();
-        let place = Place { generation: Generation { term: 1, number }, hub_revision: number, local_revision: 1 };
+        let generation = Generation { term: 1, number };
+        let place = Place { generation, hub_epoch: 1, hub_revision: number, local_revision: 1 };
         Arc::new(Target { node: NodeRules { rules, digest, step: None }, place })
     }
 

@@ -15,6 +15,7 @@ use crate::exchange::wire;
 /// What is said of a frame, or of an end, where no batch is under way.
 const NO_BATCH: &str =
     "no batch has begun, another stream of the cluster has begun one since, or there was no room for it";
+const NOT_OPEN: PublishError = PublishError::Protocol("the first message is not open");
 /// Batches that have begun and not ended, of all clusters together: three snapshots of 300,000 endpoints of 250 bytes.
 const MAX_STAGED_BYTES: usize = 256 << 20;
 /// Refusals that one message names.
@@ -167,7 +168,7 @@ impl Exchange {
                 let held = self.origins[number].as_ref().filter(|o| o.synced).map(|o| o.position.into());
                 vec![Response::Welcome(pb::PublishWelcome { held, heartbeat_ms: self.heartbeat_ms })]
             }
-            _ if publisher.epoch.is_none() => return Err(PublishError::Protocol("the first message is not open")),
+            _ if publisher.epoch.is_none() => return Err(NOT_OPEN),
             Request::Begin(begin) => {
                 // One batch of a cluster is staged at a time, whatever its streams are: the newest.
                 for other in self.publishers.values_mut().filter(|other| other.cluster == cluster) {
@@ -199,10 +200,8 @@ impl Exchange {
                 check_number("revision", position.revision)?;
                 return self.publish_batch(id, &cluster, batch, position, wire::read_digest(&end.digest));
             }
-            Request::Realisation(realisation) => {
-                if self.hub.federation.clusters.contains_key(&cluster) {
-                    self.realisations.insert(cluster, Arc::new(report::taken(realisation)));
-                }
+            Request::Realisation(bytes) => {
+                self.publish_report(id, report::read(&bytes))?;
                 Vec::new()
             }
             // A grant may have been widened, or others of the objects have gone: what was not kept is asked for again.
@@ -212,6 +211,21 @@ impl Exchange {
             },
         };
         Ok(Published::answers(answers))
+    }
+
+    /// Takes a report of enforcement, as [`report::read`] has read it.
+    ///
+    /// # Errors
+    /// When the stream was not opened.
+    pub fn publish_report(&mut self, id: PublishId, report: pb::Realisation) -> Result<(), PublishError> {
+        let publisher = self.publishers.get(&id).ok_or(PublishError::Protocol("closed"))?;
+        if publisher.epoch.is_none() {
+            return Err(NOT_OPEN);
+        }
+        if self.hub.federation.clusters.contains_key(&publisher.cluster) {
+            self.realisations.insert(publisher.cluster.clone(), Arc::new(report));
+        }
+        Ok(())
     }
 
     /// Bytes of the batches that have begun and not ended.

@@ -1,8 +1,8 @@
 //! What is taken of a cluster's report of enforcement: counts, names and texts have bounds each, since the hub keeps the report and
 //! shows it to administrators.
 
+use hanse_proto::bounded;
 use hanse_proto::federation::v1 as pb;
-use prost::Message as _;
 
 use crate::exchange::wire;
 use crate::registry::MAX_CLUSTERS;
@@ -21,16 +21,24 @@ const MAX_TEXT_BYTES: usize = 2 << 10;
 
 /// The report as it is kept. One that is larger than a cluster of the largest size can make it is no reason to stop publishing,
 /// but then nothing is known of enforcement.
-pub(super) fn taken(mut realisation: pb::Realisation) -> pb::Realisation {
-    match check(&realisation) {
-        Ok(()) => {
-            cut_texts(&mut realisation);
-            realisation
-        }
-        Err(why) => {
-            let problem = format!("its report of enforcement is too large, and not taken: {why}");
-            pb::Realisation { problems: vec![problem], ..pb::Realisation::default() }
-        }
+pub fn read(bytes: &[u8]) -> pb::Realisation {
+    let not_taken = |why: String| {
+        let problem = format!("its report of enforcement is too large, and not taken: {why}");
+        pb::Realisation { problems: vec![problem], ..pb::Realisation::default() }
+    };
+    if bytes.len() > wire::MAX_PLAIN_BYTES {
+        return not_taken(format!("{} bytes, of {}", bytes.len(), wire::MAX_PLAIN_BYTES));
+    }
+    // What is kept of it are copies: parts of the message would keep all of it.
+    match bounded::decode::<pb::Realisation>(bytes) {
+        Ok(mut report) => match check(&report) {
+            Ok(()) => {
+                cut_texts(&mut report);
+                report
+            }
+            Err(why) => not_taken(why),
+        },
+        Err(status) => not_taken(status.message().to_owned()),
     }
 }
 
@@ -48,7 +56,6 @@ fn check(realisation: &pb::Realisation) -> Result<(), String> {
         ("origins", realisation.origins.len(), MAX_CLUSTERS),
         ("problems", realisation.problems.len(), MAX_TOLD),
         ("problems of nodes", of_nodes(|node| node.problems.len()), MAX_TOLD),
-        ("bytes", realisation.encoded_len(), wire::MAX_PLAIN_BYTES),
         ("bytes of a node's name", longest(&mut realisation.nodes.iter().map(|it| &it.node)), MAX_NAME_BYTES),
         ("bytes of a policy's name", longest(&mut realisation.policies.iter().map(|it| &it.policy)), MAX_NAME_BYTES),
         ("bytes of a cluster's name", longest(&mut awaited()), MAX_NAME_BYTES),

@@ -1,0 +1,21 @@
+//! Limits of the exchange that the hub and members must agree on: what one side may send, the other must read.
+//!
+//! Those of interests are in the policy crate, beside what derives them.
+
+/// Of the protocol.
+pub const PROTOCOL: u32 = 1;
+/// The greatest epoch and revision of a publisher: milliseconds since 1970 reach it in 285,000 years, and what follows a
+/// number that another has published in a cluster's name is a number as well.
+pub const MAX_NUMBER: u64 = (1 << 53) - 1;
+/// Most bytes of an encoded frame.
+pub const MAX_FRAME_BYTES: usize = 1 << 20;
+/// Most bytes of any message: an opening has an interest of 7 MiB, the member's own part of 2 MiB and 4,096 origins of 320
+/// bytes (10.3 MiB), a change of interest adds and removes 7 MiB and names 4,096 clusters of 255 bytes (15 MiB).
+pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
+/// Most bytes of a message that names no interest.
+pub const MAX_PLAIN_BYTES: usize = 4 << 20;
+/// Most bytes of one object that a member publishes.
+pub const MAX_EXPORT_BYTES: usize = 16 << 10;
+/// Most bytes of one object of the hub's: a manifest of 256 KiB and the names of 4,096 clusters of 65 bytes each, twice. What
+/// cluster selectors select may take more.
+pub const MAX_HUB_OBJECT_BYTES: usize = 768 << 10;
