@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use hanse_hub::exchange::core::{Exchange, PublishId, Published, ReceiverId};
+use hanse_hub::exchange::core::{Exchange, PublishId, Published, ReadOpening, ReceiverId};
 use hanse_hub::exchange::model::{
     ClusterState, FederatedManifest, Federation, Grant, Lease, ManifestKind, Position, Wanted,
 };
@@ -331,6 +331,60 @@ fn held(endpoints: usize) {
             }
         }
         println!("{way}-longest-send {longest} ms");
+        // Everything is judged again under another grant.
+        let mut regranted = federation(2, |_| Selector::parse("has(app)").expect("a selector"));
+        regranted.position.revision += 1;
+        regranted.clusters.values_mut().for_each(|state| state.grant_token += 1);
+        let mut longest = 0.0_f64;
+        let began = Instant::now();
+        exchange.set_federation_part(regranted);
+        longest = longest.max(began.elapsed().as_secs_f64() * 1e3);
+        loop {
+            let began = Instant::now();
+            let more = exchange.regrant_more();
+            longest = longest.max(began.elapsed().as_secs_f64() * 1e3);
+            if !more {
+                break;
+            }
+        }
+        println!("{way}-longest-regrant {longest} ms");
+        drain(&mut exchange, watcher, &mut buffer);
+        // A receiver whose interest nobody else has: of everything, and of as many selections as a member may register.
+        let every = |at: usize| pb::Selection {
+            clusters: Some(pb::selection::Clusters::All(pb::AllClusters {})),
+            selector: if at == 0 { "has(team)".to_owned() } else { format!("app == 'app-{at}'") },
+            port_names: Vec::new(),
+        };
+        for (what, count) in [("everything", 1), ("many-selections", 16_384)] {
+            let own = (0..count).map(every).collect();
+            let open = pb::WatchOpen { protocol: 1, own, ..pb::WatchOpen::default() };
+            let began = Instant::now();
+            let open = ReadOpening::of(open);
+            println!("{way}-{what}-read-outside {} ms", began.elapsed().as_secs_f64() * 1e3);
+            let began = Instant::now();
+            let id = exchange.watch_opened(name(1), open).expect("accepted");
+            exchange.next(id);
+            println!("{way}-{what}-class {} ms", began.elapsed().as_secs_f64() * 1e3);
+            let mut longest = 0.0_f64;
+            loop {
+                let began = Instant::now();
+                let more = exchange.regrant_more();
+                longest = longest.max(began.elapsed().as_secs_f64() * 1e3);
+                if more {
+                    continue;
+                }
+                let began = Instant::now();
+                let more = exchange.next(id);
+                longest = longest.max(began.elapsed().as_secs_f64() * 1e3);
+                if more.is_none() {
+                    break;
+                }
+            }
+            println!("{way}-{what}-longest-call {longest} ms");
+            let began = Instant::now();
+            exchange.watch_close(id);
+            println!("{way}-{what}-close {} ms", began.elapsed().as_secs_f64() * 1e3);
+        }
     }
 }
 

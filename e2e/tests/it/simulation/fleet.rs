@@ -536,7 +536,7 @@ impl<'a> Fleet<'a> {
             };
             ((hub::ManifestKind::Policy, policy.clone()), Arc::new(manifest))
         };
-        self.exchange.set_federation(hub::Federation {
+        self.exchange.set_federation_part(hub::Federation {
             position: hub::Position { epoch: 1, revision: self.revision },
             clusters: self.registered.iter().map(cluster).collect(),
             manifests: self.policies.iter().map(manifest).collect(),
@@ -545,6 +545,11 @@ impl<'a> Fleet<'a> {
 
     /// Connects a stream that is not, or moves one message to the hub; whether anything moved.
     fn deliver_published(&mut self, member: usize) -> bool {
+        if self.exchange.regrants() > 0 {
+            self.exchange.regrant_more();
+            self.count("grant applied in parts");
+            return true;
+        }
         let it = &mut self.members[member];
         if !self.registered.contains_key(&it.name) {
             return false;

@@ -27,7 +27,7 @@ mod watch;
 use interest::Derived;
 
 pub use publish::{PublishError, PublishId, Published};
-pub use watch::{ReceiverId, ReceiverState};
+pub use watch::{ReadOpening, ReadRequest, ReceiverId, ReceiverState};
 
 /// Dirty ids that a receiver keeps for one origin before a snapshot is cheaper: 8,192 × about 12 bytes is 96 KiB.
 const MAX_DIRTY: usize = 8_192;
@@ -36,8 +36,11 @@ const MAX_DIRTY: usize = 8_192;
 const SLICE: usize = 1_000;
 
 /// Classes without receivers that are kept: who lost its stream comes back with the same interest, and a class of everything
-/// takes a look at every endpoint to make.
+/// takes a look at every endpoint to make. Together they have at most so many bytes, by [`Class::bytes`], however few they are.
 const MAX_IDLE: usize = 8;
+const MAX_IDLE_BYTES: usize = 64 << 20;
+/// What a selection takes besides its text: the expression, and its places in the index.
+const SELECTION_BYTES: usize = 512;
 
 /// The exchange of one hub replica.
 #[derive(Debug)]
@@ -47,8 +50,8 @@ pub struct Exchange {
     origin_numbers: HashMap<ClusterName, usize>,
     classes: Vec<Option<Class>>,
     class_numbers: HashMap<Vec<u32>, usize>,
-    /// The classes without users, the one that had some last at the end.
-    idle: VecDeque<usize>,
+    /// The classes without users and their bytes, the one that had some last at the end.
+    idle: VecDeque<(usize, usize)>,
     receivers: BTreeMap<ReceiverId, watch::Receiver>,
     publishers: BTreeMap<PublishId, publish::Publisher>,
     next_id: u64,
@@ -62,6 +65,8 @@ pub struct Exchange {
     recent: RecentSnapshots,
     /// Batches that are being applied, by the origins' numbers.
     applying: BTreeMap<usize, publish::Applying>,
+    /// Numbers of origins that are judged again under another grant.
+    regranting: BTreeSet<usize>,
     /// Updates that are applied at once.
     slice: usize,
 }
@@ -163,6 +168,7 @@ impl Exchange {
             realisations: BTreeMap::new(),
             recent: RecentSnapshots::default(),
             applying: BTreeMap::new(),
+            regranting: BTreeSet::new(),
             slice: SLICE,
         }
     }
@@ -197,6 +203,13 @@ impl Exchange {
     /// Takes over a newer state of the hub's store: policies, clusters, grants, leases. Clusters that are gone are withdrawn
     /// ahead of everything.
     pub fn set_federation(&mut self, federation: Federation) {
+        self.set_federation_part(federation);
+        while self.regrant_more() {}
+    }
+
+    /// As [`Self::set_federation`], without waiting until what clusters publish is judged under their new grants: nothing of
+    /// those is sent until [`Self::regrant_more`] has done so.
+    pub fn set_federation_part(&mut self, federation: Federation) {
         if self.hub.loaded
             && federation.position.epoch == self.hub.federation.position.epoch
             && federation.position.revision < self.hub.federation.position.revision
@@ -232,14 +245,39 @@ impl Exchange {
         let Some(state) = self.hub.federation.clusters.get(name).cloned() else { return };
         let Some(number) = self.origin_numbers.get(name).copied() else { return };
         let Some(origin) = self.origins[number].as_mut() else { return };
-        let changes = origin.regrant(state.grant, &self.selections);
-        self.tell(number, &changes);
+        origin.regrant(state.grant);
+        self.regranting.insert(number);
+        // What it changes goes before the hub's own objects, as if it had come before them.
+        for receiver in self.receivers.values_mut() {
+            receiver.await_origin(number);
+        }
+    }
+
+    /// How many origins are still to be judged under another grant.
+    pub fn regrants(&self) -> usize {
+        self.regranting.len()
+    }
+
+    /// Judges the next part of what is published under another grant; whether there is more.
+    pub fn regrant_more(&mut self) -> bool {
+        let Some(number) = self.regranting.first().copied() else { return false };
+        if let Some(origin) = self.origins[number].as_mut() {
+            let (changes, done) = origin.regrant_step(&self.selections, self.slice);
+            self.tell(number, &changes);
+            if !done {
+                return true;
+            }
+        }
+        self.regranting.remove(&number);
+        self.ready.extend(self.receivers.keys());
+        !self.regranting.is_empty()
     }
 
     fn withdraw(&mut self, cluster: &ClusterName) {
         if let Some(number) = self.origin_numbers.remove(cluster) {
             self.origins[number] = None;
             self.applying.remove(&number);
+            self.regranting.remove(&number);
             for class in self.classes.iter_mut().flatten() {
                 *view_of(&mut class.views, number) = View::default();
             }
@@ -325,7 +363,7 @@ impl Exchange {
             && let Some(class) = self.classes[at].as_mut()
         {
             class.users += 1;
-            self.idle.retain(|idle| *idle != at);
+            self.idle.retain(|(idle, _)| *idle != at);
             return at;
         }
         let mut fresh = Vec::new();
@@ -347,7 +385,7 @@ impl Exchange {
             && let Some(class) = self.classes[at].as_mut()
         {
             class.users += 1;
-            self.idle.retain(|idle| *idle != at);
+            self.idle.retain(|(idle, _)| *idle != at);
             // The class holds its selections once.
             for number in numbers {
                 self.selections.release(number);
@@ -391,24 +429,31 @@ impl Exchange {
         if class.users > 0 {
             return;
         }
-        self.idle.push_back(at);
-        if self.idle.len() > MAX_IDLE
-            && let Some(oldest) = self.idle.pop_front()
-        {
+        let bytes = class.bytes();
+        self.idle.push_back((at, bytes));
+        while self.idle.len() > MAX_IDLE || self.idle_bytes() > MAX_IDLE_BYTES {
+            let Some((oldest, _)) = self.idle.pop_front() else { return };
             self.forget_class(oldest);
         }
+    }
+
+    /// Of the classes without receivers that are kept.
+    pub fn idle_bytes(&self) -> usize {
+        self.idle.iter().map(|(_, bytes)| bytes).sum()
     }
 
     fn forget_class(&mut self, at: usize) {
         let Some(class) = self.classes[at].take() else { return };
         self.class_numbers.remove(&class.numbers);
         self.class_of.remove(&(Arc::as_ptr(&class.of) as usize));
+        let mut released = Bits::default();
         for number in class.numbers {
             if self.selections.release(number) {
-                for origin in self.origins.iter_mut().flatten() {
-                    origin.unselect(number);
-                }
+                released.set(number, true);
             }
+        }
+        for origin in self.origins.iter_mut().flatten() {
+            origin.unselect(&released);
         }
     }
 
@@ -441,6 +486,15 @@ fn view_of(views: &mut Vec<View>, number: usize) -> &mut View {
         views.resize_with(number + 1, View::default);
     }
     &mut views[number]
+}
+
+impl Class {
+    /// About how much it takes, with what is filed for it alone.
+    fn bytes(&self) -> usize {
+        let selections = self.of.iter().map(|wanted| wanted.size() + SELECTION_BYTES).sum::<usize>();
+        let views = self.views.iter().map(|view| size_of::<View>() + view.members.bytes()).sum::<usize>();
+        selections + views
+    }
 }
 
 impl View {

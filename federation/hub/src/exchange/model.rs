@@ -188,6 +188,14 @@ impl Slots {
         }
     }
 
+    /// What it takes besides itself.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Few(slots) => slots.capacity() * size_of::<u32>(),
+            Self::Many(Bits(words)) => words.capacity() * size_of::<u64>(),
+        }
+    }
+
     /// Those that are keys of a map.
     pub fn of<V>(&self, map: &BTreeMap<u32, V>) -> Vec<u32> {
         match self {

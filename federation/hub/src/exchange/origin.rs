@@ -109,8 +109,10 @@ pub struct Origin {
     pub position: Position,
     /// It has published to this replica since the replica started.
     pub synced: bool,
-    /// A batch is being applied: what is here is between two states of its publisher, and nothing of it is sent.
-    pub busy: bool,
+    /// A batch is being applied.
+    is_applying: bool,
+    /// Everything is judged again under another grant.
+    regranting: Option<Regranting>,
     pub grant: Arc<dyn Grant>,
     label_grant: LabelGrant,
     entries: Vec<Option<Entry>>,
@@ -141,6 +143,13 @@ pub struct Origin {
     pub unreadable: usize,
 }
 
+/// How far everything was judged again: slots, then profiles.
+#[derive(Debug, Clone, Copy, Default)]
+struct Regranting {
+    slot: u32,
+    profile: u32,
+}
+
 /// How much more could be kept.
 #[derive(Debug, Clone, Copy)]
 struct Room {
@@ -157,7 +166,8 @@ impl Origin {
             name,
             position: Position::default(),
             synced: false,
-            busy: false,
+            is_applying: false,
+            regranting: None,
             grant,
             label_grant,
             entries: Vec::new(),
@@ -344,7 +354,7 @@ impl Origin {
             self.overflow.clear();
             self.unreadable = 0;
         }
-        self.busy = true;
+        self.is_applying = true;
         Ok(batch.end(position, same_epoch))
     }
 
@@ -387,7 +397,7 @@ impl Origin {
             }
             self.position = batch.position;
             self.synced = true;
-            self.busy = false;
+            self.is_applying = false;
         }
         while self.tombstones.len() > MAX_TOMBSTONES {
             self.floor = self.tombstones.pop_front().map_or(self.floor, |(revision, _)| self.floor.max(revision));
@@ -431,18 +441,44 @@ impl Origin {
         self.profiles.shrink();
     }
 
-    /// Judges everything again under another grant. The origin's position stays; views of other grants are told apart by
-    /// their token.
-    pub fn regrant(&mut self, grant: Arc<dyn Grant>, selections: &Selections) -> Changes {
+    /// What is here is between two states of its publisher, or two grants, and nothing of it is sent.
+    pub fn is_busy(&self) -> bool {
+        self.is_applying || self.regranting.is_some()
+    }
+
+    /// Begins to judge everything again under another grant, which [`Self::regrant_step`] does. The origin's position stays;
+    /// views of other grants are told apart by their token.
+    pub fn regrant(&mut self, grant: Arc<dyn Grant>) {
         self.label_grant = grant.label_grant();
         self.grant = grant;
+        self.regranting = Some(Regranting::default());
+    }
+
+    /// Judges the next `slice` objects, or profiles with about as many endpoints, under the present grant; whether those were the
+    /// last. What it changed is told, then [`Self::settle`] must be called.
+    pub fn regrant_step(&mut self, selections: &Selections, slice: usize) -> (Changes, bool) {
+        let Some(Regranting { slot, profile }) = self.regranting else { return (Changes::default(), true) };
         let mut work = Work::default();
-        for slot in 0..self.entries.len() as u32 {
+        let (slots, profiles) = (self.entries.len() as u32, self.profiles.len() as u32);
+        let most = u32::try_from(slice).unwrap_or(u32::MAX);
+        let next = slot.saturating_add(most).min(slots);
+        for slot in slot..next {
             self.put_again(slot, &mut work);
         }
-        work.profiles.extend(0..self.profiles.len() as u32);
+        // Which selections match may be another question of the grant, once all objects are judged.
+        let mut after = profile;
+        if next == slots {
+            let mut endpoints = 0;
+            while after < profiles && endpoints < slice {
+                endpoints = endpoints.saturating_add(self.profiles.get(after).endpoints.len() + 1);
+                work.profiles.insert(after);
+                after += 1;
+            }
+        }
+        let done = next == slots && after >= profiles;
+        self.regranting = (!done).then_some(Regranting { slot: next, profile: after });
         let revision = self.position.revision;
-        self.recompute(work, selections, revision)
+        (self.recompute(work, selections, revision), done)
     }
 
     /// Frees the slots of removed objects, once their followers know.
@@ -557,8 +593,13 @@ impl Origin {
         self.ids.insert_unique(hasher.hash_one(id), slot, |slot| hash_of(entries, hasher, *slot));
     }
 
-    /// Judges an object again.
+    /// Judges an object again, where the grants say otherwise of it than before: a namespace touches all of its endpoints.
     fn put_again(&mut self, slot: u32, work: &mut Work) {
+        let Some(entry) = self.entry(slot) else { return };
+        let judged = read(&entry.bytes).and_then(|export| self.permit(export)).err();
+        if judged.as_ref() == self.refused.get(&slot) {
+            return;
+        }
         let Some(mut entry) = self.entries[slot as usize].take() else { return };
         self.detach(slot, &entry, work);
         self.bytes += entry.bytes.len();

@@ -6,15 +6,17 @@
 use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_server::Exchange as Wire;
 use hanse_runtime::Identity;
+use hanse_runtime::metrics::Metrics;
 use hanse_runtime::supervisor::caught;
 use hanse_runtime::tls::peer_identity;
 use hanse_store::Revision;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prost::Message as _;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
@@ -23,7 +25,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::core::{Exchange, PublishError, PublishId, Published, ReceiverId, report};
+use super::core::{Exchange, PublishError, PublishId, Published, ReadOpening, ReadRequest, ReceiverId, report};
 use super::derive::Deriver;
 use super::model::{ManifestKind, Position};
 use super::progress::{self, Report};
@@ -58,6 +60,8 @@ pub struct Service {
     registry: Registry,
     shared: Arc<Shared>,
     stop: CancellationToken,
+    /// How long the lock was held, each time.
+    held: Histogram,
 }
 
 #[derive(Debug, Default)]
@@ -256,7 +260,18 @@ impl Service {
         // Three chances within a lease.
         let heartbeat = u64::try_from(registry.lease_time().as_millis() / 3).unwrap_or(u64::MAX);
         lock(&shared.exchange).set_heartbeat(heartbeat);
-        Self { registry, shared, stop }
+        // From 0.1 ms to 6.5 s.
+        let held = Histogram::new(exponential_buckets(0.0001, 4.0, 9));
+        Self { registry, shared, stop, held }
+    }
+
+    /// Adds what is counted here to the hub's metrics.
+    pub fn with_metrics(self, metrics: &Metrics) -> Self {
+        metrics.register(|registry| {
+            let help = "How long others waited for one piece of work on the exchange";
+            registry.register("hub_exchange_held_seconds", help, self.held.clone());
+        });
+        self
     }
 
     /// Follows the registry until `stop`: policies, clusters, grants, leases.
@@ -266,7 +281,10 @@ impl Service {
         loop {
             let snapshot = view.borrow_and_update().clone();
             let newest = deriver.federation(&self.registry, &snapshot);
-            self.with(|exchange| exchange.set_federation(newest));
+            self.with(|exchange| exchange.set_federation_part(newest));
+            while self.with(Exchange::regrant_more) {
+                tokio::time::sleep(BETWEEN_PARTS).await;
+            }
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 changed = view.changed() => if changed.is_err() { return },
@@ -278,11 +296,25 @@ impl Service {
     fn with<T>(&self, work: impl FnOnce(&mut Exchange) -> T) -> T {
         let (result, ready) = {
             let mut exchange = lock(&self.shared.exchange);
+            let began = Instant::now();
             let result = work(&mut exchange);
-            (result, exchange.take_ready())
+            let ready = exchange.take_ready();
+            drop(exchange);
+            self.held.observe(began.elapsed().as_secs_f64());
+            (result, ready)
         };
         let wake = lock(&self.shared.wake);
         ready.iter().filter_map(|id| wake.get(id)).for_each(|notify| notify.notify_one());
+        result
+    }
+
+    /// Looks at the core.
+    fn look<T>(&self, at: impl FnOnce(&Exchange) -> T) -> T {
+        let exchange = lock(&self.shared.exchange);
+        let began = Instant::now();
+        let result = at(&exchange);
+        drop(exchange);
+        self.held.observe(began.elapsed().as_secs_f64());
         result
     }
 
@@ -296,7 +328,7 @@ impl Service {
 
     fn is_silent(&self, cluster: &ClusterName) -> bool {
         let now = tokio::time::Instant::now();
-        let published = lock(&self.shared.exchange).has_published(cluster);
+        let published = self.look(|exchange| exchange.has_published(cluster));
         let mut unpublished = lock(&self.shared.unpublished);
         if published {
             unpublished.remove(cluster);
@@ -460,7 +492,9 @@ impl Service {
             let Some(pb::watch_request::Message::Open(open)) = first.and_then(|first| first.message) else {
                 return Err(Status::invalid_argument("the first message must be open"));
             };
-            let id = self.with(|exchange| exchange.watch_open(cluster.clone(), open));
+            // Read while nobody waits for the exchange.
+            let open = ReadOpening::of(open);
+            let id = self.with(|exchange| exchange.watch_opened(cluster.clone(), open));
             id.map_err(|error| Status::invalid_argument(error.to_string()))
         };
         let id = match opened.await {
@@ -510,7 +544,8 @@ impl Service {
                         self.heard(cluster).await?;
                         heard = tokio::time::Instant::now();
                     }
-                    self.with(|exchange| exchange.watch(id, request))
+                    let request = ReadRequest::of(request);
+                    self.with(|exchange| exchange.watch_read(id, request))
                         .map_err(|error| Status::invalid_argument(error.to_string()))?;
                 }
                 () = notify.notified(), if !has_more => has_more = true,
@@ -697,233 +732,4 @@ impl Service {
 }
 
 #[cfg(test)]
-mod tests {
-    use hanse_runtime::shutdown::Shutdown;
-    use hanse_store::{Key, Store as _, Transaction, in_memory};
-
-    use super::*;
-    use crate::registry::Clock;
-
-    /// Of a hub with the accepted clusters `train` and `serve`.
-    async fn service() -> Service {
-        let store = Arc::new(in_memory());
-        let member = || br#"{"key":"k","state":"accepted"}"#.to_vec();
-        for name in ["train", "serve"] {
-            let put = Transaction::default().put(Key::new(&["member", name]).expect("a key"), member());
-            store.commit(put).await.expect("kept");
-        }
-        let lease = Duration::from_secs(30);
-        let registry = Registry::open(store, lease, Clock::default(), &Shutdown::default()).await.expect("opened");
-        let service = Service::new(registry, CancellationToken::new());
-        let newest = Deriver::default().federation(&service.registry, &service.registry.snapshot());
-        service.with(|exchange| exchange.set_federation(newest));
-        service
-    }
-
-    /// A publishing stream of `train`, which has reported.
-    fn reported(service: &Service, report: pb::Realisation) -> PublishId {
-        service.with(|exchange| {
-            let id = exchange.publish_open("train".into());
-            let open = pb::publish_request::Message::Open(pb::PublishOpen { protocol: 1, epoch: 1 });
-            exchange.publish(id, pb::PublishRequest { message: Some(open) }).expect("the protocol");
-            exchange.publish_report(id, report).expect("it is open");
-            id
-        })
-    }
-
-    /// A report of nodes that are as far as the hub, and its position.
-    fn in_sync(service: &Service, nodes: &[&str]) -> (pb::Realisation, Position) {
-        let at = service.with(|exchange| exchange.federation().position);
-        let node = |name: &&str| pb::NodePosition {
-            node: (*name).to_owned(),
-            hub_revision: at.revision,
-            hub_epoch: Some(at.epoch),
-            connected: true,
-            ..pb::NodePosition::default()
-        };
-        let nodes = nodes.iter().map(node).collect();
-        (pb::Realisation { hub: Some(at.into()), received: Some(at.into()), nodes, ..Default::default() }, at)
-    }
-
-    /// A node's word is about the node: its cluster does not doubt the hub for it.
-    #[tokio::test]
-    async fn a_node_that_is_ahead_of_the_hub_is_named_with_its_figures() {
-        let service = service().await;
-        let (mut report, at) = in_sync(&service, &["a", "b"]);
-        report.nodes[1].hub_revision = at.revision + 1;
-        reported(&service, report);
-        let train = service.clusters().remove("train").expect("it is known");
-        let named = train.problems.iter().map(|it| (it.node.as_str(), it.reason.as_str())).collect::<Vec<_>>();
-        let lag = format!("at revision {} of the hub, which is at {}", at.revision + 1, at.revision);
-        assert_eq!(named, [("b", lag.as_str())]);
-        assert_eq!(train.enforced_revision, 0, "of {}", at.revision);
-        assert_eq!(service.with(|exchange| exchange.ahead_of_hub("train")), None);
-        let nodes: Vec<bool> = service.nodes("train").iter().map(|it| it.problems.is_empty()).collect();
-        assert_eq!(nodes, [true, false]);
-    }
-
-    /// The hub was started with `--restored`: its revisions begin anew, and a node that is away has one of before.
-    #[tokio::test]
-    async fn a_node_of_an_earlier_epoch_does_not_count_as_enforcing() {
-        let service = service().await;
-        let (mut report, at) = in_sync(&service, &["a", "b"]);
-        report.nodes[1].hub_epoch = Some(at.epoch - 1);
-        reported(&service, report.clone());
-        let train = service.clusters().remove("train").expect("it is known");
-        assert_eq!(train.enforced_revision, 0);
-        assert!(train.problems[0].reason.contains("of the hub before it was restored"), "{:?}", train.problems);
-        report.nodes[1].hub_epoch = Some(at.epoch);
-        reported(&service, report);
-        assert_eq!(service.clusters()["train"].enforced_revision, at.revision);
-    }
-
-    /// What its nodes enforce may be old: nothing newer has reached it.
-    #[tokio::test(start_paused = true)]
-    async fn a_cluster_that_received_nothing_for_a_lease_is_shown_as_lagging() {
-        let service = service().await;
-        let (report, at) = in_sync(&service, &["a"]);
-        reported(&service, report);
-        let _publishing = Place::take(&service.shared, &"train".into(), |shared| &shared.publishing).expect("room");
-        let say = |age_ms| {
-            let receiving = Receiving { age: Some(Duration::from_millis(age_ms)), said: tokio::time::Instant::now() };
-            lock(&service.shared.receiving).insert("train".into(), receiving);
-        };
-        let cluster = || ObjectId { kind: Kind::MemberCluster, name: "train".into() };
-        let state = || service.object(&cluster(), at.revision).expect("distributed").remove("train").expect("it").state;
-        let problems = || service.clusters().remove("train").expect("it is known").problems;
-        say(0);
-        assert_eq!((state(), problems().len()), (ObjectState::Enforced, 0));
-        tokio::time::advance(Duration::from_millis(29_999)).await;
-        assert_eq!(state(), ObjectState::Enforced);
-        tokio::time::advance(Duration::from_millis(1)).await;
-        let why = "has received nothing for 30 s";
-        assert_eq!(state(), ObjectState::Lagging(why.to_owned()));
-        assert_eq!(problems()[0].reason, why);
-        // What it says of the time before counts as well, and news end it.
-        say(30_000);
-        assert_eq!(state(), ObjectState::Lagging(why.to_owned()));
-        say(0);
-        assert_eq!(state(), ObjectState::Enforced);
-    }
-
-    /// Who reads slowly says meanwhile that it lives, and what it has in force.
-    #[tokio::test(start_paused = true)]
-    async fn a_receiver_is_heard_while_it_leaves_no_room() {
-        let service = service().await;
-        let open = || pb::WatchOpen { protocol: 1, ..pb::WatchOpen::default() };
-        let id = service.with(|exchange| exchange.watch_open("train".into(), open())).expect("accepted");
-        let notify = Notify::new();
-        notify.notify_one();
-        let (outbox, _unread) = mpsc::channel(1);
-        let (member, sent) = mpsc::channel(2);
-        let mut incoming = ReceiverStream::new(sent);
-        let cluster = ClusterName::from("train");
-        let (send, watch) = {
-            let send = service.send_watched(&cluster, id, &mut incoming, &outbox, &notify);
-            let watch = async {
-                // It has filled the room, and has more.
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                assert_eq!(outbox.capacity(), 0);
-                let at = service.with(|exchange| exchange.federation().position);
-                let in_force = pb::watch_ack::What::InForce(pb::InForce { interest: 7, hub: Some(at.into()) });
-                let ack = pb::watch_request::Message::Ack(pb::WatchAck { what: Some(in_force) });
-                member.send(Ok(pb::WatchRequest { message: Some(ack) })).await.expect("it is read");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                let heard = service.with(|exchange| exchange.receivers()[0].interest_in_force);
-                let again = pb::watch_request::Message::Open(open());
-                member.send(Ok(pb::WatchRequest { message: Some(again) })).await.expect("it is read");
-                heard
-            };
-            tokio::join!(tokio::time::timeout(Duration::from_secs(600), send), watch)
-        };
-        assert_eq!(watch, 7);
-        let ended = send.expect("in time").expect_err("a second opening");
-        assert!(ended.message().contains("open comes once"), "{ended}");
-    }
-
-    #[test]
-    fn a_batch_that_does_not_end_is_given_up() {
-        use pb::publish_request::Message;
-        let start = tokio::time::Instant::now();
-        let at = |seconds| start + Duration::from_secs(seconds);
-        let say = |unfinished: &mut Option<Unfinished>, message, seconds| {
-            Unfinished::follow(unfinished, &pb::PublishRequest { message: Some(message) }, at(seconds));
-            unfinished.map(|it| it.ends_at().duration_since(start).as_secs())
-        };
-        let frame = || Message::Frame(bytes::Bytes::new());
-        let mut unfinished = None;
-        assert_eq!(say(&mut unfinished, frame(), 0), None, "nothing has begun");
-        assert_eq!(say(&mut unfinished, Message::Begin(pb::Begin::default()), 10), Some(40));
-        assert_eq!(say(&mut unfinished, Message::Heartbeat(pb::Heartbeat::default()), 20), Some(40));
-        assert_eq!(say(&mut unfinished, frame(), 30), Some(60));
-        assert_eq!(say(&mut unfinished, frame(), 900), Some(910), "15 minutes in all");
-        unfinished.as_mut().expect("it is").waited(Duration::from_secs(100));
-        assert_eq!(say(&mut unfinished, frame(), 1_000), Some(1_010), "and what the hub made it wait");
-        assert_eq!(say(&mut unfinished, Message::End(pb::End::default()), 1_005), None);
-    }
-
-    #[tokio::test]
-    async fn what_comes_too_late_for_its_batch_ends_the_stream() {
-        let never = std::future::pending::<()>;
-        let begun = tokio::time::Instant::now().checked_sub(FRAME_TIME).expect("the clock is older");
-        let late = Some(Unfinished { began: begun, progress: begun });
-        let error = within(&late, never()).await.expect_err("it never comes");
-        assert_eq!(error.code(), tonic::Code::DeadlineExceeded);
-        assert_eq!(within(&None, std::future::ready(7)).await.expect("nothing is unfinished"), 7);
-    }
-
-    #[test]
-    fn a_cluster_that_receives_nothing_for_a_lease_does_not_count_as_enforcing() {
-        let (lease, start) = (Duration::from_secs(30), tokio::time::Instant::now());
-        let say = |age: Option<u64>| Receiving { age: age.map(Duration::from_millis), said: start };
-        let trouble = |said: Receiving, watches, seconds| {
-            Receiving::trouble(Some(&said), watches, lease, start + Duration::from_secs(seconds))
-        };
-        assert_eq!(trouble(say(Some(0)), true, 0), None);
-        // A stream that is open and on which nothing comes.
-        assert_eq!(trouble(say(Some(30_000)), true, 0).as_deref(), Some("has received nothing for 30 s"));
-        assert_eq!(trouble(say(Some(29_999)), true, 0), None);
-        assert_eq!(trouble(say(Some(0)), false, 29), None, "it may watch another replica");
-        assert!(trouble(say(Some(u64::MAX)), true, 1).is_some());
-        assert!(trouble(say(Some(0)), true, 30).is_some(), "what it said is as old");
-        // One that has received nothing since its start; one that has not spoken yet.
-        for said in [Some(say(None)), None] {
-            assert_eq!(Receiving::trouble(said.as_ref(), true, lease, start), None);
-            assert!(Receiving::trouble(said.as_ref(), false, lease, start).is_some());
-        }
-    }
-
-    #[test]
-    fn a_member_that_restarts_within_each_lease_and_receives_nothing_does_not_count_as_enforcing() {
-        let (lease, start) = (Duration::from_secs(30), tokio::time::Instant::now());
-        let cluster = ClusterName::from("a");
-        let after = |seconds| start + Duration::from_secs(seconds);
-        for first in [Some(Duration::ZERO), None] {
-            let mut all = BTreeMap::new();
-            Receiving::note(&mut all, &cluster, first, start);
-            for seconds in [10, 20, 29] {
-                Receiving::note(&mut all, &cluster, None, after(seconds));
-                assert_eq!(Receiving::trouble(all.get(&cluster), true, lease, after(seconds)), None);
-            }
-            assert!(Receiving::trouble(all.get(&cluster), true, lease, after(30)).is_some());
-            Receiving::note(&mut all, &cluster, Some(Duration::ZERO), after(31));
-            assert_eq!(Receiving::trouble(all.get(&cluster), true, lease, after(60)), None);
-        }
-    }
-
-    #[test]
-    fn updates_beyond_the_granted_rate_wait_and_are_told() {
-        let limits = Limits { endpoints: 100, label_sets: 0, updates_per_second: 10 };
-        let start = tokio::time::Instant::now();
-        let mut rate = Rate::full(start);
-        // A minute's worth, though only 100 endpoints are granted.
-        assert_eq!(rate.spend(600, limits, start), Duration::ZERO);
-        assert_eq!((rate.spend(20, limits, start), rate.slowed), (Duration::from_secs(2), Some(start)));
-        let later = start + Duration::from_secs(4);
-        assert_eq!(rate.spend(20, limits, later), Duration::ZERO, "40 have come in, 20 of them for what was taken");
-        assert_eq!(rate.spend(10, limits, later), Duration::from_secs(1));
-        // A snapshot of everything that is granted passes at once, however low the rate.
-        let slow = Limits { updates_per_second: 0, ..limits };
-        assert_eq!(Rate::full(start).spend(100, slow, start), Duration::ZERO);
-    }
-}
+mod tests;

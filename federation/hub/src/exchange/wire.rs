@@ -13,6 +13,7 @@ use hanse_proto::bounded;
 use hanse_proto::federation::v1 as pb;
 use pb::object_update::Body;
 use prost::Message as _;
+use prost::encoding::{WireType, encode_key, encode_varint};
 
 use super::model::{ClusterState, FederatedManifest, Lease, ManifestKind, Position, Refusal, Wanted};
 
@@ -177,32 +178,35 @@ fn address(bytes: &[u8]) -> Result<IpAddr, Refusal> {
 }
 
 /// Cuts encoded updates and removals into frames.
-pub fn frames(upserts: impl IntoIterator<Item = Bytes>, removals: Vec<u64>) -> Vec<Bytes> {
-    // A tag and a length of at most four bytes before each update; ten bytes at most for each removal.
-    let mut frames = Vec::new();
-    let (mut frame, mut size) = (pb::Frame::default(), 0);
-    let mut cut = |frame: &mut pb::Frame, size: &mut usize| {
-        if *size > 0 {
-            frames.push(Bytes::from(std::mem::take(frame).encode_to_vec()));
-            *size = 0;
+pub fn frames(upserts: impl IntoIterator<Item: AsRef<[u8]>>, removals: Vec<u64>) -> Vec<Bytes> {
+    // As prost encodes a `Frame`, of which no copy is made first: others wait while a snapshot of 300,000 objects is cut. A tag and
+    // a length of at most four bytes before each update; ten bytes at most for each removal, and their tag and length.
+    let (mut frames, mut frame) = (Vec::new(), Vec::new());
+    let mut cut = |frame: &mut Vec<u8>| {
+        if !frame.is_empty() {
+            frames.push(Bytes::from(std::mem::take(frame)));
         }
     };
     for update in upserts {
-        let cost = update.len() + 5;
-        if size + cost > MAX_FRAME_BYTES {
-            cut(&mut frame, &mut size);
+        let update = update.as_ref();
+        if frame.len() + update.len() + 5 > MAX_FRAME_BYTES {
+            cut(&mut frame);
         }
-        size += cost;
-        frame.upserts.push(update);
+        encode_key(1, WireType::LengthDelimited, &mut frame);
+        encode_varint(update.len() as u64, &mut frame);
+        frame.extend_from_slice(update);
     }
-    for id in removals {
-        if size + 16 > MAX_FRAME_BYTES {
-            cut(&mut frame, &mut size);
+    let mut removals = &removals[..];
+    while !removals.is_empty() {
+        let fit = (MAX_FRAME_BYTES.saturating_sub(frame.len() + 8) / 10).min(removals.len());
+        let (first, rest) = removals.split_at(fit);
+        prost::encoding::uint64::encode_packed(2, first, &mut frame);
+        removals = rest;
+        if !removals.is_empty() {
+            cut(&mut frame);
         }
-        size += 10;
-        frame.removals.push(id);
     }
-    cut(&mut frame, &mut size);
+    cut(&mut frame);
     frames
 }
 
@@ -397,4 +401,34 @@ pub fn refusal(id: u64, refusal: &Refusal) -> pb::Refusal {
         Refusal::KindNotPublishable(kind) => Reason::KindNotPublishable((*kind).to_owned()),
     };
     pb::Refusal { id, reason: Some(reason) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_what_prost_encodes_and_within_their_size() {
+        let updates: Vec<Vec<u8>> = (0..3_000_usize).map(|at| vec![at as u8; at % 1_300]).collect();
+        let removals: Vec<u64> = (0..250_000_u64).map(|at| u64::MAX - at).collect();
+        for (updates, removals, count) in [
+            (&updates[..0], &removals[..0], 0),
+            (&updates[..3], &removals[..0], 1),
+            (&updates[..0], &removals[..3], 1),
+            (&updates[..3], &removals[..3], 1),
+            (&updates[..], &removals[..], 5),
+        ] {
+            let frames = frames(updates, removals.to_vec());
+            assert_eq!(frames.len(), count);
+            let mut read = pb::Frame::default();
+            for bytes in &frames {
+                assert!(bytes.len() <= MAX_FRAME_BYTES, "{}", bytes.len());
+                let frame = read_frame(bytes).expect("a frame");
+                assert_eq!(frame.encode_to_vec(), &bytes[..], "as prost encodes it");
+                read.upserts.extend(frame.upserts);
+                read.removals.extend(frame.removals);
+            }
+            assert!(read.upserts.iter().eq(updates) && read.removals == removals);
+        }
+    }
 }

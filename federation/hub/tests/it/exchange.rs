@@ -654,6 +654,92 @@ fn the_largest_interests_reports_and_pages_are_within_what_decoding_may_cost() {
     check(&report);
 }
 
+/// Of many endpoints that takes seconds, in which others are served; what is sent is the state before or the one after.
+#[test]
+fn another_grant_is_applied_in_parts_of_which_nothing_is_sent() {
+    let granted = |labels: &[&str]| {
+        let labels: serde_json::Map<_, _> = labels.iter().map(|key| ((*key).to_owned(), ["*"].into())).collect();
+        grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"], "labels": labels}))
+    };
+    let mut it = Publishing::new(granted(&["app"]));
+    it.exchange.set_slice(10);
+    let labelled = |at: u8| pb::Endpoint { labels: pairs(&[("app", "a"), ("index", &at.to_string())]), ..endpoint(at) };
+    let pods: Vec<(u64, Body)> = (1..=100).map(|at| (u64::from(at) + 10, Body::Endpoint(labelled(at)))).collect();
+    it.delta(&[&[(1, namespace("a", &[]))][..], &pods].concat(), &[]);
+    let own = vec![pb::Selection {
+        clusters: Some(pb::selection::Clusters::All(pb::AllClusters {})),
+        selector: "app == 'a'".to_owned(),
+        port_names: Vec::new(),
+    }];
+    let open = pb::WatchOpen { protocol: 1, own, ..pb::WatchOpen::default() };
+    let watching = it.exchange.watch_open("serve".into(), open).unwrap();
+    assert_eq!(told(&mut it.exchange, watching).0.len(), 101);
+    // Values of the key are no longer granted: each endpoint is refused.
+    let none = grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"], "labels": {"app": ["b"]}}));
+    it.exchange.set_federation_part(federation(none, 2));
+    let mut parts = 0;
+    let (come, gone) = loop {
+        let ready = it.exchange.take_ready();
+        let sent = told(&mut it.exchange, watching);
+        if sent != (vec![], vec![]) {
+            assert!(ready.contains(&watching));
+            break sent;
+        }
+        assert!(parts < 100);
+        it.exchange.regrant_more();
+        parts += 1;
+    };
+    // Of 101 slots, and then of the profiles that are left.
+    assert!((11..=15).contains(&parts), "{parts}");
+    assert_eq!((come.len(), gone.len()), (0, 101));
+    while it.exchange.regrant_more() {}
+    assert_eq!(it.refusals().len(), 100);
+    // Back again, while a batch is applied in parts between them.
+    it.exchange.set_federation_part(federation(granted(&["app", "index"]), 3));
+    assert!(it.exchange.regrant_more());
+    it.delta(&[(200, Body::Endpoint(labelled(200)))], &[11]);
+    assert_eq!(told(&mut it.exchange, watching), (vec![], vec![]));
+    while it.exchange.regrant_more() {}
+    assert_eq!(told(&mut it.exchange, watching).0.len(), 101);
+    assert_eq!(it.refusals(), []);
+    // A cluster that goes meanwhile.
+    it.exchange.set_federation_part(federation(granted(&[]), 4));
+    let mut gone = federation(granted(&[]), 5);
+    gone.clusters.remove("train");
+    it.exchange.set_federation_part(gone);
+    assert!(!it.exchange.regrant_more() && it.exchange.regrants() == 0);
+}
+
+/// Classes without receivers are bounded by what they take, not by their number alone.
+#[test]
+fn interests_that_are_kept_for_receivers_that_have_gone_are_bounded_in_bytes() {
+    let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"]})));
+    let open = |of: usize, count: usize| {
+        let selection = |at: usize| pb::Selection {
+            clusters: Some(pb::selection::Clusters::All(pb::AllClusters {})),
+            selector: format!("app == 'a-{of}-{at}'"),
+            port_names: Vec::new(),
+        };
+        pb::WatchOpen { protocol: 1, own: (0..count).map(selection).collect(), ..pb::WatchOpen::default() }
+    };
+    let mut most = 0;
+    for of in 0..16 {
+        let id = it.exchange.watch_open("serve".into(), open(of, 16_384)).unwrap();
+        while it.exchange.next(id).is_some() {}
+        it.exchange.watch_close(id);
+        most = most.max(it.exchange.idle_bytes());
+        assert!(it.exchange.idle_bytes() <= 64 << 20, "{}", it.exchange.idle_bytes());
+    }
+    assert!(most > 32 << 20, "{most}: some are kept");
+    // Small ones are bounded by their number.
+    for of in 0..16 {
+        let id = it.exchange.watch_open("serve".into(), open(of, 1)).unwrap();
+        while it.exchange.next(id).is_some() {}
+        it.exchange.watch_close(id);
+    }
+    assert!(it.exchange.idle_bytes() < 64 << 10, "{}", it.exchange.idle_bytes());
+}
+
 /// The hub keeps them, and shows them to administrators.
 #[test]
 fn names_and_texts_of_a_report_have_bounds_each() {

@@ -12,14 +12,17 @@ use hanse_policy::interest;
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
-use pb::watch_request::Message as Request;
 use pb::watch_response::Message as Response;
+
+mod reading;
+
+use reading::{Held, Opening};
+pub use reading::{ReadOpening, ReadRequest};
 
 use super::interest::bounded;
 use super::{Exchange, HubObjects, MAX_DIRTY, Origin};
 use crate::exchange::model::{Interest, Lease, Position, Wanted};
 use crate::exchange::wire;
-use crate::registry::MAX_CLUSTERS;
 
 /// How far a receiver's position may fall behind while nothing of interest to it changes: half of the removals remembered.
 const MAX_LAG: u64 = super::super::origin::MAX_TOMBSTONES as u64 / 2;
@@ -80,22 +83,6 @@ pub(super) struct Receiver {
     anew: bool,
     /// What was not taken of its opening, and of its own interest.
     refused: [wire::Refused; 2],
-}
-
-/// What a receiver opened its stream with, until the hub's state is as new as it.
-#[derive(Debug)]
-struct Opening {
-    hub: Option<Position>,
-    hub_digest: Option<u128>,
-    held: HashMap<ClusterName, Held>,
-    interest: Arc<Interest>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Held {
-    position: Position,
-    view: u64,
-    digest: Option<u128>,
 }
 
 #[derive(Debug, Default)]
@@ -203,6 +190,13 @@ impl Receiver {
         }
     }
 
+    /// Something of an origin is about to change.
+    pub(super) fn await_origin(&mut self, number: usize) {
+        if self.cursors.get_mut(number).is_some() {
+            self.pending.insert(number);
+        }
+    }
+
     pub(super) fn mark(&mut self, number: usize, ids: &[u64]) {
         let Some(cursor) = self.cursors.get_mut(number) else { return };
         if matches!(cursor.wants, Wants::Changes) {
@@ -224,37 +218,21 @@ impl Exchange {
     /// # Errors
     /// When the message does not speak the protocol, or the cluster is not accepted.
     pub fn watch_open(&mut self, cluster: ClusterName, open: pb::WatchOpen) -> Result<ReceiverId, WatchError> {
-        if open.protocol != wire::PROTOCOL {
-            return Err(WatchError::Version(open.protocol));
+        self.watch_opened(cluster, ReadOpening::of(open))
+    }
+
+    /// As [`Self::watch_open`], of what was read before.
+    ///
+    /// # Errors
+    /// As [`Self::watch_open`].
+    pub fn watch_opened(&mut self, cluster: ClusterName, open: ReadOpening) -> Result<ReceiverId, WatchError> {
+        let ReadOpening { protocol, opening, own, anew, refused } = open;
+        if protocol != wire::PROTOCOL {
+            return Err(WatchError::Version(protocol));
         }
         if self.hub.loaded && !self.hub.federation.clusters.contains_key(&cluster) {
             return Err(WatchError::NotAccepted);
         }
-        // What cannot be taken of the opening is sent anew.
-        let mut refused = wire::Refused::default();
-        if open.held.len() > MAX_CLUSTERS {
-            refused.add(format!("held: {} origins, of {MAX_CLUSTERS}", open.held.len()));
-        }
-        let mut held = HashMap::new();
-        for (at, it) in open.held.into_iter().take(MAX_CLUSTERS).enumerate() {
-            let Some(position) = it.position else {
-                refused.add(format!("held[{at}].position: missing"));
-                continue;
-            };
-            let state = Held { position: position.into(), view: it.view, digest: wire::read_digest(&it.digest) };
-            held.insert(ClusterName::from(it.origin), state);
-        }
-        let held_refused = refused.total;
-        let interest = wire::read_interest("interest", open.interest, interest::WHOLE, &mut refused);
-        let anew = refused.total > held_refused;
-        let mut refused_own = wire::Refused::default();
-        let own = wire::read_interest("own", open.own, interest::OWN, &mut refused_own);
-        let opening = Opening {
-            hub: open.hub.map(Position::from),
-            hub_digest: wire::read_digest(&open.hub_digest),
-            held,
-            interest: Arc::new(interest),
-        };
         let now = self.hub.federation.position;
         if self.hub.loaded && opening.hub.is_some_and(|held| held.epoch == now.epoch && held.revision > now.revision) {
             let held = opening.hub.map_or(0, |held| held.revision);
@@ -288,7 +266,7 @@ impl Exchange {
             _snapshot: None,
             acked: (0, Position::default()),
             anew,
-            refused: [refused, refused_own],
+            refused,
         };
         self.receivers.insert(id, receiver);
         self.ready.insert(id);
@@ -310,13 +288,20 @@ impl Exchange {
     /// # Errors
     /// When it does not speak the protocol.
     pub fn watch(&mut self, id: ReceiverId, request: pb::WatchRequest) -> Result<(), WatchError> {
+        self.watch_read(id, ReadRequest::of(request))
+    }
+
+    /// As [`Self::watch`], of what was read before.
+    ///
+    /// # Errors
+    /// As [`Self::watch`].
+    pub fn watch_read(&mut self, id: ReceiverId, request: ReadRequest) -> Result<(), WatchError> {
         let Some(receiver) = self.receivers.get_mut(&id) else { return Ok(()) };
-        match request.message {
-            None | Some(Request::Heartbeat(_)) => return Ok(()),
-            Some(Request::Open(_)) => return Err(WatchError::Protocol("open comes once".to_owned())),
-            Some(Request::Own(own)) => {
-                let mut refused = wire::Refused::default();
-                receiver.own = wire::read_interest("own", own.selections, interest::OWN, &mut refused);
+        match request {
+            ReadRequest::Nothing => return Ok(()),
+            ReadRequest::Open => return Err(WatchError::Protocol("open comes once".to_owned())),
+            ReadRequest::Own(own, refused) => {
+                receiver.own = own;
                 if receiver.refused[1] != refused {
                     receiver.refused[1] = refused;
                     if receiver.open.is_none() {
@@ -325,22 +310,19 @@ impl Exchange {
                 }
                 self.aim(id);
             }
-            Some(Request::Ack(ack)) => match ack.what {
-                Some(pb::watch_ack::What::InForce(it)) => {
-                    receiver.acked = (it.interest, it.hub.map(Position::from).unwrap_or_default());
+            ReadRequest::InForce(it) => {
+                receiver.acked = (it.interest, it.hub.map(Position::from).unwrap_or_default());
+            }
+            ReadRequest::Mismatch(it) if it.origin.is_empty() => receiver.hub.snapshot = true,
+            ReadRequest::Mismatch(it) => {
+                if let Some(number) = self.origin_numbers.get(&*it.origin)
+                    && let Some(cursor) = receiver.cursors.get_mut(*number)
+                {
+                    cursor.wants = Wants::Snapshot;
+                    cursor.dirty.clear();
+                    receiver.pending.insert(*number);
                 }
-                Some(pb::watch_ack::What::Mismatch(it)) if it.origin.is_empty() => receiver.hub.snapshot = true,
-                Some(pb::watch_ack::What::Mismatch(it)) => {
-                    if let Some(number) = self.origin_numbers.get(&*it.origin)
-                        && let Some(cursor) = receiver.cursors.get_mut(*number)
-                    {
-                        cursor.wants = Wants::Snapshot;
-                        cursor.dirty.clear();
-                        receiver.pending.insert(*number);
-                    }
-                }
-                None => {}
-            },
+            }
         }
         self.retarget(id, &mut Unions::default());
         self.ready.insert(id);
@@ -367,7 +349,7 @@ impl Exchange {
             return Some(0);
         }
         let number = self.origin_numbers.get(origin)?;
-        self.origins[*number].as_ref().filter(|origin| origin.synced && !origin.busy)?;
+        self.origins[*number].as_ref().filter(|origin| origin.synced && !origin.is_busy())?;
         Some(self.class(receiver.class).views.get(*number).map_or(0, |view| view.digest))
     }
 
@@ -717,7 +699,7 @@ impl Exchange {
         let snapshot = matches!(cursor.wants, Wants::Snapshot);
         if snapshot || !cursor.dirty.is_empty() || cursor.nudge {
             receiver.flight.push_back(begin(&name, snapshot, 0));
-            let bytes = |slot| origin.entry(slot).map(|entry| Bytes::copy_from_slice(&entry.bytes));
+            let bytes = |slot| origin.entry(slot).map(|entry| &entry.bytes[..]);
             if snapshot {
                 let frames = view.snapshot.as_ref().and_then(Weak::upgrade).unwrap_or_else(|| {
                     let frames = Arc::new(wire::frames(view.members.iter().filter_map(bytes), Vec::new()));
@@ -827,7 +809,7 @@ impl HubObjects {
 }
 
 fn is_busy(origins: &[Option<Origin>], number: usize) -> bool {
-    origins[number].as_ref().is_some_and(|origin| origin.busy)
+    origins[number].as_ref().is_some_and(Origin::is_busy)
 }
 
 /// The ids that only one of two classes selects of an origin.

@@ -53,11 +53,11 @@ impl Origin {
         }
     }
 
-    /// Forgets a selection whose number will be given to another.
-    pub fn unselect(&mut self, number: u32) {
+    /// Forgets selections whose numbers will be given to others: all at once, since each profile is looked at.
+    pub fn unselect(&mut self, numbers: &Bits) {
         for profile in self.profiles.iter_mut() {
-            drop_from(&mut profile.matches, number);
-            drop_from(&mut profile.asking, number);
+            drop_from(&mut profile.matches, numbers);
+            drop_from(&mut profile.asking, numbers);
         }
     }
 
@@ -168,9 +168,9 @@ fn add(list: &mut Box<[u32]>, number: u32) {
     *list = list.iter().copied().chain([number]).collect();
 }
 
-fn drop_from(list: &mut Box<[u32]>, number: u32) {
-    if list.contains(&number) {
-        *list = list.iter().copied().filter(|it| *it != number).collect();
+fn drop_from(list: &mut Box<[u32]>, numbers: &Bits) {
+    if list.iter().any(|number| numbers.contains(*number)) {
+        *list = list.iter().copied().filter(|it| !numbers.contains(*it)).collect();
     }
 }
 
