@@ -49,7 +49,8 @@ impl Warned {
     }
 }
 
-/// A directory of manifests. A file that breaks keeps its last good state, across restarts too; one that is gone is gone.
+/// A directory of manifests. A file that breaks keeps its last good state, across restarts too; one that is gone is gone, but for
+/// the last: a directory without any manifest counts as one that cannot be read.
 ///
 /// What is being written is not looked at: a file counts when it looked the same twice in a row, and is gone when it was
 /// not there twice. So it must be looked at more often than edits must apply.
@@ -61,8 +62,10 @@ pub struct Directory {
     files: BTreeMap<PathBuf, File>,
     /// Files that are gone, which is not told yet.
     gone: Vec<PathBuf>,
-    /// What cannot be listed, and why, while it cannot: the directory itself, or something below it.
+    /// What cannot be listed, and why, while it cannot: the directory itself, which may also be empty, or something below it.
     unlisted: BTreeMap<PathBuf, String>,
+    /// It had no manifest at the last look.
+    is_empty: bool,
     revisions: Revisions,
     /// It was read since the start.
     is_read: bool,
@@ -135,6 +138,7 @@ impl Directory {
             files: BTreeMap::new(),
             gone: Vec::new(),
             unlisted: BTreeMap::new(),
+            is_empty: false,
             revisions: Revisions::open(kept.join("revision")),
             kept,
             is_read: false,
@@ -181,8 +185,19 @@ impl Directory {
             Ok(listing) => listing,
             Err(error) => manifest::Listing { unread: vec![error], ..manifest::Listing::default() },
         };
-        let unlisted = listing.unread.iter().map(|it| (it.path.clone(), it.source.to_string()));
-        let unlisted: BTreeMap<PathBuf, String> = unlisted.collect();
+        let cannot = |why: &dyn std::fmt::Display| format!("cannot be read: {why}; what was read last stays in force");
+        let unlisted = listing.unread.iter().map(|it| (it.path.clone(), cannot(&it.source)));
+        let mut unlisted: BTreeMap<PathBuf, String> = unlisted.collect();
+        // A volume that is not mounted, or a checkout under way: who means it leaves a file.
+        let is_empty = listing.files.is_empty() && unlisted.is_empty();
+        let was_empty = std::mem::replace(&mut self.is_empty, is_empty);
+        if is_empty && !was_empty && self.is_read {
+            // Its only file may be about to be replaced.
+            return false;
+        }
+        if is_empty {
+            unlisted.insert(self.path.clone(), NO_MANIFESTS.to_owned());
+        }
         let mut changed = self.unlisted != unlisted;
         self.unlisted = unlisted;
         if self.unlisted.contains_key(&self.path) {
@@ -236,10 +251,7 @@ impl Directory {
 
     /// What cannot be listed.
     fn hidden(&self) -> Vec<Diagnostic> {
-        let problem = |(path, reason): (&PathBuf, &String)| {
-            Diagnostic::of_file(path, format!("cannot be read: {reason}; what was read last stays in force"))
-        };
-        self.unlisted.iter().map(problem).collect()
+        self.unlisted.iter().map(|(path, problem)| Diagnostic::of_file(path, problem.clone())).collect()
     }
 }
 
@@ -285,6 +297,9 @@ impl File {
     }
 }
 
+/// Of a directory without a manifest.
+const NO_MANIFESTS: &str = "has no manifests (.yaml, .yml or .json); what was read last stays in force: to remove the last objects, \
+                            leave a file with one manifest, such as a Namespace";
 const HEADER: &[u8] = b"hanse-source/2\n";
 /// When what could not be kept is tried again.
 const KEEP_AGAIN: Duration = Duration::from_secs(2);
@@ -490,6 +505,7 @@ mod tests {
         let objects = read.parts.iter().map(|(_, objects)| objects.len()).sum::<usize>();
         assert_eq!((objects, read.problems.len()), (1, 1));
         // Gone while nobody looked, and here again, broken from the start.
+        world.write("other.yaml", "apiVersion: v1\nkind: Namespace\nmetadata: {name: other}\n");
         std::fs::remove_file(world.path("pod.yaml")).expect("removed");
         check(&mut world, &[], 0);
         world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
@@ -595,6 +611,33 @@ mod tests {
         assert_eq!(world.look().expect("the problem has gone").1, []);
         let (pods, _) = world.look().expect("what is gone twice is gone");
         assert_eq!(pods, ["q"]);
+    }
+
+    /// A volume that is not mounted leaves an empty directory, and so does a checkout that failed.
+    #[test]
+    fn a_directory_that_is_empty_keeps_what_was_read_last() {
+        let mut world = World::new();
+        std::fs::create_dir(world.path("")).expect("made");
+        assert!(world.look().is_none(), "nothing was ever read: unknown, not empty");
+        world.write("a.yaml", &pod("p", "10.0.0.1"));
+        world.write("b.yaml", &pod("q", "10.0.0.2"));
+        assert_eq!(world.look().expect("read"), (vec!["p".to_owned(), "q".to_owned()], vec![]));
+        for name in ["a.yaml", "b.yaml"] {
+            std::fs::remove_file(world.path(name)).expect("removed");
+        }
+        world.write("README.md", "of no kind that is read");
+        let (pods, told) = world.settled().expect("the problem is news");
+        assert_eq!((pods.len(), told.len()), (2, 1), "{told:?}");
+        assert!(told[0].message.contains("has no manifests"), "{told:?}");
+        assert!(world.look().is_none() && world.look().is_none());
+        world.restart();
+        let (pods, told) = world.look().expect("what was kept");
+        assert_eq!((pods.len(), told.len()), (2, 1), "{told:?}");
+        // One of them is back: the other is gone.
+        world.write("a.yaml", &pod("p", "10.0.0.1"));
+        assert_eq!(world.look().expect("the problem has gone").1, []);
+        let (pods, told) = world.look().expect("what is gone twice is gone");
+        assert_eq!((pods, told), (vec!["p".to_owned()], vec![]));
     }
 
     /// Not brought back when the source, or another one, cannot be read later.
