@@ -98,9 +98,7 @@ impl<'a> Deployment<'a> {
 
     /// Lets a cluster join with a token, and its nodes enrol: member and agents run. `source` holds its manifests.
     pub fn join(&mut self, cluster: &Cluster, source: &Path) -> anyhow::Result<()> {
-        let token = self.hanse(&["token", "create", "--cluster", &cluster.name])?;
-        let token_file = self.scratch.join(format!("{}.token", cluster.name));
-        write_secret(&token_file, &token)?;
+        self.make_token(&cluster.name)?;
         self.start_member(cluster, source)?;
         for node in &cluster.nodes {
             let mut create = self.program("hanse-member");
@@ -112,6 +110,12 @@ impl<'a> Deployment<'a> {
             self.start_agent(cluster, node)?;
         }
         Ok(())
+    }
+
+    /// Makes the token with which a cluster's member joins.
+    pub fn make_token(&self, cluster: &str) -> anyhow::Result<()> {
+        let token = self.hanse(&["token", "create", "--cluster", cluster])?;
+        write_secret(&self.scratch.join(format!("{cluster}.token")), &token)
     }
 
     fn member_data(&self, cluster: &str) -> PathBuf {

@@ -3,7 +3,8 @@
 //! In the data folder: `node.pem` (key and certificate, 0600) and `authority.pem` (the cluster's intermediate).
 //!
 //! A certificate that is valid is renewed with itself. One that has ended is renewed late, by the proof that its key is
-//! the registered one. Where the member refuses the node, a node token that is not used yet enrols it anew.
+//! the registered one. Where the member refuses the node, or shows another authority than the one at which the node enrolled (the
+//! member was set up anew, or the cluster renamed), a node token that is not used yet enrols it anew.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -46,14 +47,23 @@ enum AskError {
     Failed(#[from] anyhow::Error),
 }
 
+/// What keeps a node from its member.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rejection {
+    /// The member does not let this key in.
+    OfKey(Fingerprint),
+    /// The member shows another authority than this one, at which the node enrolled.
+    OfAuthority(Fingerprint),
+}
+
 #[derive(Debug, Clone)]
 pub struct NodeIdentity {
     data: PathBuf,
     node: Arc<str>,
     authority: watch::Sender<Certificate>,
     pub credentials: CredentialStore,
-    /// The key that the member did not let in.
-    refused: watch::Sender<Option<Fingerprint>>,
+    /// The last one.
+    refused: watch::Sender<Option<Rejection>>,
 }
 
 impl NodeIdentity {
@@ -126,29 +136,40 @@ impl NodeIdentity {
         Ok(())
     }
 
-    /// The member does not let this node in with `key`.
-    pub fn tell_refused(&self, key: Fingerprint) {
-        self.refused.send_replace(Some(key));
+    /// The authority at which the node enrolled.
+    pub fn authority(&self) -> Fingerprint {
+        self.authority.borrow().fingerprint()
+    }
+
+    /// Notes what [`Self::keep_fresh`] may have a remedy for.
+    pub fn note(&self, rejection: Rejection) {
+        self.refused.send_replace(Some(rejection));
     }
 
     /// Renews the certificate in time, or late, or enrols anew where the member refuses the node. Returns at `stop`.
     pub async fn keep_fresh(self, members: Vec<String>, enrolment: Enrolment, stop: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
-        let mut refusals = self.refused.subscribe();
+        let mut rejections = self.refused.subscribe();
         loop {
             let certificate = self.credentials.current().certificate;
             let wait = certificate.renew_at().duration_since(SystemTime::now()).unwrap_or_default();
             let refused = tokio::select! {
                 () = stop.cancelled() => return,
-                _ = refusals.changed() => true,
+                _ = rejections.changed() => true,
                 () = tokio::time::sleep(wait) => false,
             };
             let renewed = if refused {
-                // What was refused may have been replaced meanwhile.
-                if *refusals.borrow_and_update() != Some(certificate.public) {
-                    continue;
+                let rejection = *rejections.borrow_and_update();
+                match rejection {
+                    Some(Rejection::OfKey(key)) if key == certificate.public => {
+                        self.enrol_anew(&enrolment, "the member refuses this node's key".to_owned()).await
+                    }
+                    Some(Rejection::OfAuthority(known)) if known == self.authority() => {
+                        self.enrol_at_other_authority(&enrolment).await
+                    }
+                    // What was refused was replaced meanwhile.
+                    _ => continue,
                 }
-                self.enrol_anew(&enrolment, "the member refuses this node's key".to_owned()).await
             } else if SystemTime::now() >= certificate.not_after {
                 self.renew_late(&enrolment).await
             } else {
@@ -225,6 +246,22 @@ impl NodeIdentity {
         credentials.write_file(&self.data.join("node.pem"))?;
         self.credentials.replace(credentials)?;
         Ok(())
+    }
+
+    /// With a token of the authority that the member has now. Whoever answers at the member's address could cause this, but takes
+    /// nothing from it: the token names the authority to which it is shown.
+    async fn enrol_at_other_authority(&self, enrolment: &Enrolment) -> anyhow::Result<()> {
+        let why = "the member shows another authority than the one at which this node enrolled, so it was set up anew, or the \
+                   address is another's";
+        let token = enrolment.token_file.as_deref().map(read_token);
+        if let Some(Ok(token)) = token
+            && token.root == self.authority()
+        {
+            bail!(
+                "{why}; the token in --token-file is of the former authority: put a new node token of this member there"
+            );
+        }
+        self.enrol_anew(enrolment, why.to_owned()).await
     }
 
     /// With a node token, since nothing else helps: `why`.

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 use crate::enforcer::Enforcer;
-use crate::identity::{NodeIdentity, is_refusal};
+use crate::identity::{NodeIdentity, Rejection, is_refusal};
 use crate::status::{Status, Unenforced};
 
 /// The largest message that is taken: the 1 MiB of the contract and its frame.
@@ -157,7 +157,12 @@ impl Follower {
     ) -> anyhow::Result<(mpsc::Sender<wire::AgentToMember>, Streaming<wire::MemberToAgent>)> {
         identity.check_time()?;
         let shown = identity.credentials.current().certificate.public;
-        let connection = identity.client()?.connect(member).await?;
+        let authority = identity.authority();
+        let connection = identity.client()?.connect(member).await.inspect_err(|error| {
+            if error.is_of_other_authority() {
+                identity.note(Rejection::OfAuthority(authority));
+            }
+        })?;
         let peer = connection.peer;
         let mut client = AgentsClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
@@ -165,7 +170,7 @@ impl Follower {
         match client.sync(ReceiverStream::new(sending)).await {
             Ok(stream) => Ok((outbox, stream.into_inner())),
             Err(status) if is_refusal(&status) => {
-                identity.tell_refused(shown);
+                identity.note(Rejection::OfKey(shown));
                 bail!("the member refuses this node: {}", status.message())
             }
             Err(status) => bail!("open the stream: {}", peer.explain(&status)),

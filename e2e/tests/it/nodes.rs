@@ -211,6 +211,30 @@ fn a_node_is_let_in_by_the_key_that_enrolled_last() {
     });
 }
 
+/// Its folder is lost, so that it has another authority than the one at which the node enrolled.
+#[test]
+fn a_node_enrols_anew_at_a_member_that_was_set_up_anew() {
+    sandbox::test("nodes::a_node_enrols_anew_at_a_member_that_was_set_up_anew", || {
+        let world = World::new();
+        let fabric = Fabric::build(std::slice::from_ref(&world.cluster)).expect("the network");
+        let mut system = world.join(&fabric, None);
+        world.becomes(true, true);
+        system.kill_member("train").expect("killed");
+        std::fs::remove_dir_all(world.scratch.path().join("member-train")).expect("removed");
+        system.hanse(&["cluster", "revoke", "train"]).expect("revoked");
+        system.make_token("train").expect("a token");
+        system.start_member(&world.cluster, &world.cluster.directory).expect("started");
+        // Nothing is presented of the token with which it enrolled at the former authority.
+        world.says("shows another authority than the one at which this node enrolled", 0);
+        world.says("is of the former authority: put a new node token", 0);
+        world.becomes(true, false);
+        let enrolled = world.said("enrolled node=\"node-2\"");
+        world.new_token();
+        world.becomes(true, true);
+        assert_eq!(world.said("enrolled node=\"node-2\""), enrolled + 1, "{}", world.log());
+    });
+}
+
 #[test]
 fn a_certificate_that_has_ended_is_renewed_late_or_by_a_token() {
     sandbox::test("nodes::a_certificate_that_has_ended_is_renewed_late_or_by_a_token", || {

@@ -29,6 +29,11 @@ pub enum Cause {
          connections)"
     )]
     Closed,
+    #[error(
+        "the server's certificate is from an authority that is not trusted here: it belongs to another ClusterSet or cluster, or was \
+         set up anew"
+    )]
+    OtherAuthority,
     #[error("{0}")]
     Certificate(String),
     #[error(transparent)]
@@ -77,6 +82,9 @@ impl Cause {
         };
         match tls {
             Error::InvalidMessage(_) => Self::NotTls,
+            Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
+                Self::OtherAuthority
+            }
             Error::InvalidCertificate(reason) => Self::Certificate(of_certificate(reason)),
             Error::AlertReceived(AlertDescription::CertificateExpired) => Self::Certificate(
                 "the server finds this certificate expired or not yet valid: compare the clocks of both machines"
@@ -95,7 +103,7 @@ impl Cause {
 
     /// Whether another attempt may succeed though nobody changes anything here.
     pub fn is_passing(&self) -> bool {
-        !matches!(self, Self::Malformed | Self::NotTls | Self::Certificate(_))
+        !matches!(self, Self::Malformed | Self::NotTls | Self::OtherAuthority | Self::Certificate(_))
     }
 }
 
@@ -116,13 +124,9 @@ fn of_certificate(reason: &CertificateError) -> String {
         CertificateError::NotValidYet => {
             "the server's certificate is not valid yet: check this machine's clock first".to_owned()
         }
-        CertificateError::UnknownIssuer | CertificateError::BadSignature => {
-            "the server's certificate is from an authority that is not trusted here: it belongs to another ClusterSet or \
-             cluster, or was set up anew"
-                .to_owned()
-        }
         CertificateError::ApplicationVerificationFailure => {
-            "the server is not the one that belongs there, by its certificate: check the address and the port".to_owned()
+            "the server is not the one that belongs there, by its certificate: check the address and the port"
+                .to_owned()
         }
         CertificateError::Revoked => "the server's certificate was revoked".to_owned(),
         CertificateError::Other(OtherError(error)) => error.to_string(),

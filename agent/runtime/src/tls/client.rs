@@ -49,6 +49,11 @@ impl ClientError {
         }
     }
 
+    /// Whether the server's certificate is from an authority that is not trusted here.
+    pub fn is_of_other_authority(&self) -> bool {
+        matches!(self, Self::Connect(_, Cause::OtherAuthority))
+    }
+
     /// Whether nothing listens at the address.
     pub fn is_refused(&self) -> bool {
         matches!(self, Self::Connect(_, Cause::Refused))
