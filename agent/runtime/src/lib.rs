@@ -12,6 +12,7 @@ pub mod ca;
 pub mod files;
 pub mod health;
 pub mod identity;
+pub mod instances;
 pub mod keys;
 pub mod logging;
 pub mod metrics;

@@ -199,7 +199,7 @@ impl Publishing {
             session: PublishSession::default(),
             id: exchange.publish_open(name(cluster)),
         };
-        let open = PublishSession::open(&it.publisher).encode_to_vec();
+        let open = PublishSession::open(&it.publisher, &[0; 16]).encode_to_vec();
         it.send(exchange, vec![open]);
         it
     }
@@ -232,7 +232,7 @@ fn record_publishers(clusters: &str, file: &str) {
         // A hub that holds nothing gives the answers that the real one will.
         let mut exchange = Exchange::new();
         exchange.set_federation(federation(1, |_| Selector::all()));
-        let open = PublishSession::open(&Publisher::new(1)).encode_to_vec();
+        let open = PublishSession::open(&Publisher::new(1), &[0; 16]).encode_to_vec();
         let mut publishing = Publishing::open(&mut exchange, 0);
         let requests = [vec![open], publishing.poll(&inventory(cluster))].concat();
         file.write_all(&(requests.len() as u32).to_le_bytes()).expect("room");

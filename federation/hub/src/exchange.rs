@@ -11,4 +11,5 @@ pub mod origin;
 mod progress;
 pub mod select;
 pub mod service;
+mod speakers;
 pub mod wire;

@@ -5,7 +5,6 @@
 //! keeps up is sent the compiler's own step; differences are looked for only towards who does not.
 //! Who an agent is comes from its certificate, which the cluster's own authority issued.
 
-mod conflict;
 mod enrol;
 mod nodes;
 mod service;
@@ -23,6 +22,7 @@ use hanse_ruleset::{Digest, Generation};
 use hanse_runtime::Identity;
 use hanse_runtime::ca::CaError;
 use hanse_runtime::health::Writes;
+use hanse_runtime::instances::{Instance, Instances};
 use hanse_runtime::keys::{Fingerprint, KeyError};
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::tls::{
@@ -39,8 +39,6 @@ pub use enrol::{
 };
 pub use nodes::NodeRecord;
 use nodes::Nodes;
-
-use conflict::{Instance, Instances};
 
 use crate::exchange::model::Position;
 use crate::flows::Inbox;
@@ -383,8 +381,16 @@ impl Fanout {
             node.instances = Instances::default();
         }
         let is_open = node.status.connected;
-        if !node.instances.take(instance, is_open, name, tokio::time::Instant::now()) {
-            let refusal = node.instances.refusal(name);
+        let now = tokio::time::Instant::now();
+        let is_let_in = node.instances.take(instance, is_open, now);
+        if let Some((served, refused)) = node.instances.to_warn(now) {
+            tracing::warn!(
+                node = %name, %served, %refused,
+                "the node's key is used from two places: one is a copy of its folder; revoke the node, and enrol it anew"
+            );
+        }
+        if !is_let_in {
+            let refusal = node.instances.served().map(|served| refusal(name, served));
             drop(nodes);
             self.shared.changed.send_modify(|count| *count += 1);
             return Err(Status::aborted(refusal.unwrap_or_default()));
@@ -407,7 +413,7 @@ impl Fanout {
         let rivals = self.shared.kept.change(move |it| it.dispute(&node, &key, from)).await.flatten();
         self.shared.changed.send_modify(|count| *count += 1);
         match rivals.map_err(|_| Status::internal("keep that two keys speak for the node"))? {
-            Some((served, _)) => Err(Status::aborted(conflict::refusal(name, served))),
+            Some((served, _)) => Err(Status::aborted(refusal(name, served))),
             None => Err(service::not_registered(name)),
         }
     }
@@ -474,6 +480,16 @@ async fn renew(
             tracing::error!(error, "the certificate towards agents cannot be renewed");
         }
     }
+}
+
+/// What a process is sent that is refused since another one is served.
+fn refusal(node: &str, served: SocketAddr) -> String {
+    format!("the key of node {node} is in use from {served}: one of both is a copy; revoke the node, and enrol it anew")
+}
+
+#[cfg(test)]
+fn instance_of_test(number: u8) -> Instance {
+    Instance::new(&[number; 16], SocketAddr::from(([192, 0, 2, number], 1)))
 }
 
 #[cfg(test)]
@@ -653,19 +669,18 @@ mod tests {
         for node in ["a", "b"] {
             let locked = kept.lock().expect("free");
             locked.enrolled(node, &key("first"), now, now + HOUR).expect("kept");
-            let from = Instance::of_test(1).address();
+            let from = instance_of_test(1).address();
             assert!(locked.renew(node, &key("first"), &key("second"), now + HOUR, from).expect("kept"));
         }
         let held = kept.lock().expect("free");
         let fanout = world.fanout.clone();
-        let renewed =
-            tokio::spawn(async move { fanout.attach(&"a".into(), key("second"), Instance::of_test(1)).await });
+        let renewed = tokio::spawn(async move { fanout.attach(&"a".into(), key("second"), instance_of_test(1)).await });
         // It has begun, on the only thread.
         tokio::task::yield_now().await;
         world.publish(&["a", "b"], 1);
         let first = world
             .fanout
-            .attach(&"b".into(), key("first"), Instance::of_test(1))
+            .attach(&"b".into(), key("first"), instance_of_test(1))
             .await
             .expect("nothing is changed by it");
         assert!(first.target.borrow().is_some() && !renewed.is_finished());
@@ -782,7 +797,7 @@ mod tests {
         let world = World::new().await;
         world.publish(&["a"], 7);
         let key = Fingerprint::of(b"key");
-        let attached = world.fanout.attach(&"a".into(), key, Instance::of_test(1)).await.expect("served");
+        let attached = world.fanout.attach(&"a".into(), key, instance_of_test(1)).await.expect("served");
         let place = || attached.target.borrow().as_ref().map(|it| it.place).expect("there is one");
         let publish = |epoch, revision| {
             world.fanout.publish(Compiled::default(), Position { epoch, revision }, 1);

@@ -26,7 +26,7 @@ impl Reporter {
         let identity = world.join(cluster);
         let address = world.hub.address.to_string();
         let (stream, requests) = unbounded();
-        let open = Message::Open(pb::PublishOpen { protocol: 1, epoch: 1 });
+        let open = Message::Open(pb::PublishOpen { protocol: 1, epoch: 1, ..Default::default() });
         stream.unbounded_send(pb::PublishRequest { message: Some(open) }).expect("it is read");
         // It is not silent, however slow the test is.
         let beats = stream.clone();

@@ -4,6 +4,7 @@
 //! connection has room, so a slow one costs its dirty ids and nothing else, and makes nobody wait.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,8 +14,9 @@ use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_server::Exchange as Wire;
 use hanse_runtime::Identity;
 use hanse_runtime::metrics::Metrics;
+use hanse_runtime::instances::Instance;
 use hanse_runtime::supervisor::caught;
-use hanse_runtime::tls::peer_identity;
+use hanse_runtime::tls::{peer, peer_identity};
 use hanse_store::Revision;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prost::Message as _;
@@ -29,6 +31,7 @@ use super::core::{Exchange, PublishError, PublishId, Published, ReadOpening, Rea
 use super::derive::Deriver;
 use super::model::{ManifestKind, Position};
 use super::progress::{self, Report};
+use super::speakers::{Speakers, Speaking};
 use super::wire::{MAX_PLAIN_BYTES, updates_in};
 use crate::grants::Limits;
 use crate::manifest::{Kind, ObjectId};
@@ -78,6 +81,7 @@ struct Shared {
     /// Clusters that are connected and have not published here yet.
     unpublished: Mutex<BTreeMap<ClusterName, Unpublished>>,
     receiving: Mutex<BTreeMap<ClusterName, Receiving>>,
+    speakers: Speakers,
 }
 
 /// What a cluster said last of what reaches it.
@@ -344,6 +348,9 @@ impl Service {
 
     /// Why a cluster does not count as enforcing, whatever it reports of its nodes: nothing newer may have reached it.
     fn not_reached(&self, exchange: &Exchange, cluster: &ClusterName) -> Option<String> {
+        if let Some(conflict) = self.shared.speakers.conflict(cluster) {
+            return Some(conflict);
+        }
         if let Some(ahead) = exchange.ahead_of_hub(cluster) {
             let now = exchange.federation().position.revision;
             return Some(format!(
@@ -367,13 +374,15 @@ impl Service {
         self,
         cluster: ClusterName,
         place: Place,
+        from: SocketAddr,
         mut incoming: Streaming<pb::PublishRequest>,
         outbox: mpsc::Sender<Result<pb::PublishResponse, Status>>,
     ) {
         let id = self.with(|exchange| exchange.publish_open(cluster.clone()));
+        let taken = self.take_published(&cluster, id, from, &mut incoming, &outbox);
         let ended = tokio::select! {
             () = self.stop.cancelled() => Ok(()),
-            ended = guarded("a publishing stream", self.take_published(&cluster, id, &mut incoming, &outbox)) => ended,
+            ended = guarded("a publishing stream", taken) => ended,
         };
         self.with(|exchange| exchange.publish_close(id));
         drop(place);
@@ -387,13 +396,25 @@ impl Service {
         &self,
         cluster: &ClusterName,
         id: PublishId,
+        from: SocketAddr,
         incoming: &mut Streaming<pb::PublishRequest>,
         outbox: &mpsc::Sender<Result<pb::PublishResponse, Status>>,
     ) -> Result<(), Status> {
         self.heard(cluster).await?;
         let mut heard = tokio::time::Instant::now();
         let mut unfinished = None;
-        while let Some(request) = within(&unfinished, incoming.message()).await?? {
+        let mut speaking: Option<Speaking> = None;
+        loop {
+            let next = tokio::select! {
+                next = within(&unfinished, incoming.message()) => next??,
+                () = replaced(speaking.as_ref()) => {
+                    return Err(Status::aborted("another process publishes with this cluster's key"));
+                }
+            };
+            let Some(request) = next else { return Ok(()) };
+            if let Some(pb::publish_request::Message::Open(open)) = &request.message {
+                speaking = Some(self.shared.speakers.speak(cluster, Instance::new(&open.instance, from))?);
+            }
             if heard.elapsed() > HEARD_EVERY {
                 self.heard(cluster).await?;
                 heard = tokio::time::Instant::now();
@@ -442,7 +463,6 @@ impl Service {
                 unfinished.waited(began.elapsed());
             }
         }
-        Ok(())
     }
 
     /// Waits where a cluster publishes faster than it was granted. Nothing is lost: the stream fills up, and the member
@@ -571,6 +591,14 @@ impl Service {
     }
 }
 
+/// Returns when another process is served than the one that speaks.
+async fn replaced(speaking: Option<&Speaking>) {
+    match speaking {
+        Some(speaking) => speaking.replaced().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// A defect that one cluster's messages meet ends its stream, and leaves nothing of the stream behind.
 async fn guarded(name: &'static str, stream: impl Future<Output = Result<(), Status>>) -> Result<(), Status> {
     caught(name, stream).await.unwrap_or_else(|panicked| Err(Status::internal(panicked.to_string())))
@@ -599,9 +627,10 @@ impl Wire for Service {
         request: Request<Streaming<pb::PublishRequest>>,
     ) -> Result<Response<Self::PublishStream>, Status> {
         let cluster = cluster_of(&request)?;
+        let from = peer(&request)?.address;
         let place = Place::take(&self.shared, &cluster, |shared| &shared.publishing)?;
         let (outbox, sending) = mpsc::channel(OUTBOX);
-        tokio::spawn(self.clone().published(cluster, place, request.into_inner(), outbox));
+        tokio::spawn(self.clone().published(cluster, place, from, request.into_inner(), outbox));
         Ok(Response::new(Box::pin(ReceiverStream::new(sending))))
     }
 

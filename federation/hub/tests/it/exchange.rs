@@ -48,7 +48,7 @@ impl Publishing {
     }
 
     fn open(&mut self) -> Vec<Response> {
-        self.say(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1 }))
+        self.say(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1, ..Default::default() }))
     }
 
     /// The stream ends, and the next one is opened.
@@ -249,7 +249,7 @@ fn one_batch_of_a_cluster_is_staged_at_a_time() {
     };
     it.exchange.publish(older, begin()).unwrap();
     it.id = it.exchange.publish_open("train".into());
-    it.say(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1 }));
+    it.say(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1, ..Default::default() }));
     it.exchange.publish(it.id, begin()).unwrap();
     let position = Some(pb::Position { epoch: 1, revision: it.revision + 1 });
     let end = || {
@@ -333,7 +333,7 @@ fn an_origin_that_a_cluster_does_not_hold_makes_digests_differ() {
     let say = |exchange: &mut Exchange, message| {
         exchange.publish(publishing, pb::PublishRequest { message: Some(message) }).unwrap();
     };
-    say(&mut it.exchange, Request::Open(pb::PublishOpen { protocol: 1, epoch: 1 }));
+    say(&mut it.exchange, Request::Open(pb::PublishOpen { protocol: 1, epoch: 1, ..Default::default() }));
     let told =
         |origins| pb::Realisation { hub: Some(pb::Position { epoch: 1, revision: 1 }), origins, ..Default::default() };
     say(&mut it.exchange, report(told(Vec::new())));
@@ -526,7 +526,12 @@ fn unfinished_batches_are_bounded_for_all_clusters_together() {
     };
     let other = it.exchange.publish_open("serve".into());
     it.exchange
-        .publish(other, pb::PublishRequest { message: Some(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1 })) })
+        .publish(
+            other,
+            pb::PublishRequest {
+                message: Some(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1, ..Default::default() })),
+            },
+        )
         .unwrap();
     begin(&mut it.exchange, it.id);
     begin(&mut it.exchange, other);

@@ -12,17 +12,29 @@ use crate::support::{TestHub, eventually};
 
 struct Publishing {
     outbox: mpsc::Sender<wire::PublishRequest>,
-    _answers: tonic::Streaming<wire::PublishResponse>,
+    answers: tonic::Streaming<wire::PublishResponse>,
 }
 
 impl Publishing {
     async fn of(member: &MemberIdentity, hub: &TestHub) -> Self {
+        Self::of_process(member, hub, 0).await.0
+    }
+
+    /// With the first answer: that of another process with the same key is that it is refused.
+    async fn of_process(
+        member: &MemberIdentity,
+        hub: &TestHub,
+        instance: u8,
+    ) -> (Self, Result<Option<wire::PublishResponse>, tonic::Status>) {
         let connection = member.hub_client().unwrap().connect(&hub.hub.address.to_string()).await.unwrap();
         let (outbox, sending) = mpsc::channel(4);
-        let open = Message::Open(wire::PublishOpen { protocol: 1, epoch: 1 });
+        let instance = vec![instance; 16].into();
+        let open = Message::Open(wire::PublishOpen { protocol: 1, epoch: 1, instance });
         outbox.send(wire::PublishRequest { message: Some(open) }).await.unwrap();
         let answers = ExchangeClient::new(connection.channel).publish(ReceiverStream::new(sending)).await;
-        Self { outbox, _answers: answers.unwrap().into_inner() }
+        let mut answers = answers.unwrap().into_inner();
+        let first = answers.message().await;
+        (Self { outbox, answers }, first)
     }
 
     async fn report(&self, realisation: wire::Realisation) {
@@ -76,4 +88,42 @@ async fn the_largest_numbers_break_neither_status_nor_metrics() {
     eventually("metrics go on", || async { text().await.contains("hanse_hub_publishing_clusters 1") }).await;
     admin.list_clusters(wire::ListClustersRequest::default()).await.unwrap();
     assert!(!hub.shutdown.token().is_cancelled());
+}
+
+/// The folder of a member was copied: both processes have its key, and neither is known to be genuine.
+#[tokio::test]
+async fn of_two_processes_with_one_key_the_first_publishes_and_the_cluster_does_not_count_as_enforcing() {
+    let hub = TestHub::start().await;
+    let member = hub.member("a").await;
+    let problems = || async {
+        let status = hub.admin().await.status(wire::StatusRequest {}).await.unwrap().into_inner();
+        let problems = status.clusters.into_iter().flat_map(|it| it.problems);
+        problems.map(|it| it.reason).filter(|reason| reason.contains("two places")).collect::<Vec<String>>()
+    };
+    let (mut first, welcome) = Publishing::of_process(&member, &hub, 1).await;
+    assert!(welcome.is_ok());
+    let (next, welcome) = Publishing::of_process(&member, &hub, 1).await;
+    assert!(welcome.is_ok(), "the next connection of the same process");
+    drop(next);
+    // It may be the same member, which has started again ...
+    let (mut copy, welcome) = Publishing::of_process(&member, &hub, 2).await;
+    assert!(welcome.is_ok() && problems().await.is_empty());
+    let ended = loop {
+        match first.answers.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("it says why"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(ended.code(), tonic::Code::Aborted);
+    // ... but the first is not gone.
+    let (first, welcome) = Publishing::of_process(&member, &hub, 1).await;
+    assert!(welcome.is_ok());
+    while let Ok(Some(_)) = copy.answers.message().await {}
+    let (_, refused) = Publishing::of_process(&member, &hub, 2).await;
+    assert!(
+        refused.is_err_and(|it| it.code() == tonic::Code::Aborted && it.message().contains("in use from 127.0.0.1:"))
+    );
+    assert!(matches!(&problems().await[..], [problem] if problem.contains("(served)")), "{:?}", problems().await);
+    drop(first);
 }

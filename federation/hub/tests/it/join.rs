@@ -323,7 +323,7 @@ async fn who_is_connected_and_publishes_nothing_is_silent() {
     let mut client = ExchangeClient::new(connection.channel);
     let mut answers = client.publish(tokio_stream::wrappers::ReceiverStream::new(requests)).await.unwrap().into_inner();
     let say = async |message| sender.send(wire::PublishRequest { message: Some(message) }).await.unwrap();
-    say(Message::Open(wire::PublishOpen { protocol: 1, epoch: 1 })).await;
+    say(Message::Open(wire::PublishOpen { protocol: 1, epoch: 1, ..Default::default() })).await;
     let registry = &test.hub.registry;
     let is = async |wanted: Lease| {
         say(Message::Heartbeat(wire::Heartbeat::default())).await;

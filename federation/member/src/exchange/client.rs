@@ -20,6 +20,7 @@ use hanse_runtime::health::Writes;
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::tls::{Connection, Peer};
+use hanse_runtime::token;
 use prost::Message as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -81,6 +82,8 @@ struct Shared {
     realisation: watch::Sender<Option<Arc<pb::Realisation>>>,
     refusals: Mutex<Vec<pb::Refusal>>,
     watching: Mutex<Watching>,
+    /// Of this process, as hubs are sent it: a copy of the member's folder has another.
+    instance: [u8; 16],
 }
 
 /// How the watching stream is.
@@ -141,6 +144,8 @@ impl Client {
             own: watch::Sender::default(),
             realisation: watch::Sender::default(),
             refusals: Mutex::default(),
+            // Without randomness no connection opens either.
+            instance: token::random().unwrap_or_default(),
             watching: Mutex::new(Watching { received: Instant::now(), has_received: false, lease: LEASE, error: None }),
         };
         Self { shared: Arc::new(shared) }
@@ -401,7 +406,7 @@ impl Client {
         let connection = identity.connect(hub).await?;
         let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
-        let open = PublishSession::open(&lock(&self.shared.publisher));
+        let open = PublishSession::open(&lock(&self.shared.publisher), &self.shared.instance);
         outbox.send(open).await?;
         let answers = client.publish(ReceiverStream::new(sending)).await;
         let mut answers = answers.map_err(|status| not_opened(&connection.peer, &status))?.into_inner();

@@ -434,9 +434,10 @@ pub struct PublishSession {
 }
 
 impl PublishSession {
-    /// The first message of the stream.
-    pub fn open(publisher: &Publisher) -> pb::PublishRequest {
-        request(Request::Open(pb::PublishOpen { protocol: wire::PROTOCOL, epoch: publisher.epoch }))
+    /// The first message of the stream; `instance` is the number of this process.
+    pub fn open(publisher: &Publisher, instance: &[u8; 16]) -> pb::PublishRequest {
+        let instance = instance.to_vec().into();
+        request(Request::Open(pb::PublishOpen { protocol: wire::PROTOCOL, epoch: publisher.epoch, instance }))
     }
 
     pub fn take(&mut self, publisher: &mut Publisher, response: pb::PublishResponse) {

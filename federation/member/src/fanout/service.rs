@@ -9,6 +9,7 @@ use hanse_proto::federation::v1::UnenforcedPod;
 use hanse_ruleset::{Delta, Digest};
 use hanse_runtime::Identity;
 use hanse_runtime::agent_wire::{encode, generation, parse_digest, parse_generation};
+use hanse_runtime::instances::Instance;
 use hanse_runtime::keys::{Fingerprint, RequestedKey};
 use hanse_runtime::supervisor::caught;
 use hanse_runtime::tls::{peer, peer_identity};
@@ -18,7 +19,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::conflict::Instance;
 use super::nodes::Locked;
 use super::{Attached, Fanout, Place, Target, enrol};
 use crate::flows::Inbox;
@@ -315,7 +315,7 @@ mod tests {
             let (outbox, sent) = mpsc::channel(16);
             drop(
                 fanout
-                    .attach(&"n".into(), Fingerprint([0; 32]), Instance::of_test(1))
+                    .attach(&"n".into(), Fingerprint([0; 32]), crate::fanout::instance_of_test(1))
                     .await
                     .expect("nothing speaks against it"),
             );

@@ -24,7 +24,7 @@ async fn service() -> Service {
 fn reported(service: &Service, report: pb::Realisation) -> PublishId {
     service.with(|exchange| {
         let id = exchange.publish_open("train".into());
-        let open = pb::publish_request::Message::Open(pb::PublishOpen { protocol: 1, epoch: 1 });
+        let open = pb::publish_request::Message::Open(pb::PublishOpen { protocol: 1, epoch: 1, ..Default::default() });
         exchange.publish(id, pb::PublishRequest { message: Some(open) }).expect("the protocol");
         exchange.publish_report(id, report).expect("it is open");
         id

@@ -1,21 +1,21 @@
-//! One key, two processes: a node's folder that was copied, or stolen.
+//! One key, two processes: the folder of a node or of a member that was copied, or stolen.
 //!
-//! An agent's process has a number of its own, chosen at random and kept nowhere. One that takes the stream of a node over is
-//! usually the agent that started again; then the earlier one does not come back. Where it does, both live. The one that
-//! was there first is served, the other is refused as long as it tries, and what the node acknowledges does not count: which of them
-//! is the node is not known here.
+//! A process has a number of its own, chosen at random and kept nowhere. One that takes the streams of a key over is usually the
+//! same program that started again; then the earlier process does not come back. Where it does, both run. The first of them is
+//! served, the other is refused as long as it tries, and what is acknowledged with the key does not count: which of them is
+//! genuine is not known here.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long a process counts as one that still tries, after it last did: an agent tries again within 8 seconds.
+/// How long a process counts as one that still tries, after it last did: agents and members try again within 10 seconds.
 const LASTS: Duration = Duration::from_secs(60);
 /// A conflict that goes on is logged once in this time.
 const WARN_EVERY: Duration = Duration::from_secs(600);
 
-/// A process that has a node's key.
+/// A process that uses a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Instance {
     /// Empty: of a version that has none. All of these are one.
@@ -36,14 +36,9 @@ impl Instance {
     fn is(&self, other: &Self) -> bool {
         self.number == other.number
     }
-
-    #[cfg(test)]
-    pub fn of_test(number: u8) -> Self {
-        Self::new(&[number; 16], SocketAddr::from(([192, 0, 2, number], 1)))
-    }
 }
 
-/// The processes that spoke for one node with its present key.
+/// The processes that used one key.
 #[derive(Debug, Default)]
 pub struct Instances {
     present: Option<(Instance, Instant)>,
@@ -63,7 +58,7 @@ struct Conflict {
 
 impl Instances {
     /// A process opens a stream; `is_open`: that of the present one is open. False: it is refused.
-    pub fn take(&mut self, newcomer: Instance, is_open: bool, node: &str, now: Instant) -> bool {
+    pub fn take(&mut self, newcomer: Instance, is_open: bool, now: Instant) -> bool {
         let Some((present, since)) = self.present.clone() else {
             self.present = Some((newcomer, now));
             return true;
@@ -86,23 +81,28 @@ impl Instances {
             let (served, refused) =
                 if is_let_in { (newcomer.clone(), present.clone()) } else { (present.clone(), newcomer.clone()) };
             let warned = self.conflict.take().and_then(|it| it.warned);
-            let mut conflict = Conflict { served, refused, seen: now, warned };
-            if conflict.warned.is_none_or(|at| now.duration_since(at) >= WARN_EVERY) {
-                conflict.warned = Some(now);
-                tracing::warn!(
-                    node,
-                    served = %conflict.served.address,
-                    refused = %conflict.refused.address,
-                    "the node's key is used from two places: one is a copy of its folder; revoke the node, and enrol it anew"
-                );
-            }
-            self.conflict = Some(conflict);
+            self.conflict = Some(Conflict { served, refused, seen: now, warned });
         }
         if is_let_in {
             self.former = Some((present, since));
             self.present = Some((newcomer, since_newcomer));
         }
         is_let_in
+    }
+
+    /// Whether this process is the one that is served.
+    pub fn is_present(&self, instance: &Instance) -> bool {
+        self.present.as_ref().is_some_and(|(present, _)| present.is(instance))
+    }
+
+    /// Who is served, and who is refused, where that is to be logged now: once in ten minutes.
+    pub fn to_warn(&mut self, now: Instant) -> Option<(SocketAddr, SocketAddr)> {
+        let conflict = self.conflict.as_mut()?;
+        if conflict.warned.is_some_and(|at| now.duration_since(at) < WARN_EVERY) {
+            return None;
+        }
+        conflict.warned = Some(now);
+        Some((conflict.served.address, conflict.refused.address))
     }
 
     fn conflict(&self, now: Instant) -> Option<&Conflict> {
@@ -119,15 +119,10 @@ impl Instances {
         self.conflict(now).is_none() && self.conflict.take().is_some()
     }
 
-    /// What a process is told that is refused.
-    pub fn refusal(&self, node: &str) -> Option<String> {
-        self.present.as_ref().map(|(it, _)| refusal(node, it.address))
+    /// Where the process that is served connects from.
+    pub fn served(&self) -> Option<SocketAddr> {
+        self.present.as_ref().map(|(it, _)| it.address)
     }
-}
-
-/// What a process is sent that is refused since another one is served.
-pub fn refusal(node: &str, served: SocketAddr) -> String {
-    format!("the key of node {node} is in use from {served}: one of both is a copy; revoke the node, and enrol it anew")
 }
 
 #[cfg(test)]
@@ -142,7 +137,8 @@ mod tests {
     impl World {
         fn take(&mut self, number: u8, is_open: bool) -> bool {
             self.now += Duration::from_secs(1);
-            self.instances.take(Instance::of_test(number), is_open, "n", self.now)
+            let from = SocketAddr::from(([192, 0, 2, number], 1));
+            self.instances.take(Instance::new(&[number; 16], from), is_open, self.now)
         }
 
         fn rivals(&self) -> Option<(u8, u8)> {
@@ -182,6 +178,19 @@ mod tests {
         // The first goes for a moment, and the other is quicker.
         assert!(world.take(2, false) && world.take(1, true) && !world.take(2, true));
         assert_eq!(world.rivals(), Some((1, 2)));
+    }
+
+    #[test]
+    fn conflict_that_goes_on_is_logged_once_in_ten_minutes() {
+        let mut world = world();
+        assert!(world.take(1, false) && world.instances.to_warn(world.now).is_none());
+        assert!(world.take(2, true) && world.take(1, true));
+        let mut warnings = 0;
+        for _ in 0..WARN_EVERY.as_secs() + 10 {
+            assert!(!world.take(2, true));
+            warnings += usize::from(world.instances.to_warn(world.now).is_some());
+        }
+        assert_eq!(warnings, 2);
     }
 
     #[test]
