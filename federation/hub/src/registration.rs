@@ -30,7 +30,8 @@ const CALLS_PER_SECOND: f64 = 10.0;
 /// Of one certificate's holder. One is enough; answers may be lost.
 const RENEWALS_IN_A_LIFETIME: f64 = 16.0;
 /// A wrong token, a wrong cluster and an unknown token get this answer, so that none tells them apart.
-const REFUSED: &str = "the token is not valid";
+const REFUSED: &str =
+    "the token is not valid: it is unknown, expired, revoked, or for another cluster; `hanse token create` makes one";
 
 /// The services of `registration.proto`.
 #[derive(Debug, Clone)]

@@ -225,6 +225,8 @@ impl Cluster {
 
     fn age(&self) -> String {
         match (self.age_ms, self.lease.as_str()) {
+            // A hub that starts knows the clusters, and not when they were heard.
+            (None, "stale") => "not heard (stale)".to_owned(),
             (None, _) => "never heard".to_owned(),
             (Some(age), "live") => output::length(Duration::from_millis(age)),
             (Some(age), lease) => format!("{} ({lease})", output::length(Duration::from_millis(age))),
@@ -275,10 +277,11 @@ fn problems(it: &pb::ClusterStatus, hub_revision: u64) -> Vec<String> {
         ("accepted", "never heard") => {
             problems.push("has joined and was never heard: see that hanse-member runs there".to_owned());
         }
-        ("accepted", "stale") => problems.push(format!(
-            "silent for {}: its endpoints count as unknown, so rules that allow them do not match",
-            age.unwrap_or_default()
-        )),
+        ("accepted", "stale") => {
+            let silent =
+                age.map_or_else(|| "not heard since this hub started".to_owned(), |age| format!("silent for {age}"));
+            problems.push(format!("{silent}: its endpoints count as unknown, so rules that allow them do not match"));
+        }
         ("accepted", _) if !it.connected => problems.push("not connected to this hub".to_owned()),
         ("accepted", _) => {
             if it.digests_equal.is_none() {
@@ -312,4 +315,30 @@ fn problems(it: &pb::ClusterStatus, hub_revision: u64) -> Vec<String> {
         ));
     }
     problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cluster_that_was_not_heard_since_the_hub_started_is_not_called_silent_for_nothing() {
+        let accepted = |lease: &str, age_ms| {
+            let status = pb::ClusterStatus {
+                state: "accepted".into(),
+                lease: lease.into(),
+                age_ms,
+                ..pb::ClusterStatus::default()
+            };
+            let problems = problems(&status, 1);
+            (problems.first().cloned().unwrap_or_default(), Cluster::new(status, 1).age())
+        };
+        let (problem, age) = accepted("stale", None);
+        assert!(problem.starts_with("not heard since this hub started: "), "{problem}");
+        assert_eq!(age, "not heard (stale)");
+        let (problem, age) = accepted("stale", Some(90_000));
+        assert!(problem.starts_with("silent for "), "{problem}");
+        assert!(age.ends_with("(stale)"), "{age}");
+        assert_eq!(accepted("never heard", None).1, "never heard");
+    }
 }

@@ -155,7 +155,7 @@ impl Waited {
             let age = match it.age_ms {
                 Some(age) if age > 5_000 => format!(" (silent for {})", output::length(Duration::from_millis(age))),
                 Some(_) => String::new(),
-                None => " (never heard)".to_owned(),
+                None => " (not heard since the hub started)".to_owned(),
             };
             let nodes = format!("{} of {} nodes", it.nodes_enforcing, it.nodes);
             output::note(format_args!("  {}, {nodes}: {}{age}", it.cluster, it.why));

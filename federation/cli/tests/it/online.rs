@@ -362,6 +362,8 @@ fn a_cluster_that_was_revoked_joins_again_and_its_agents_still_know_it() {
     assert!(before[0] != after[0] && before[1] == after[1], "a new key, and the authority that agents know");
     let deleted = world.hanse(&["delete", "mc", "train"]);
     assert!(deleted.code == Some(0) && deleted.err.contains("train has joined"), "{deleted:?}");
+    let status = world.hanse(&["status"]);
+    assert!(status.out.contains("train") && !status.out.contains("labels: any"), "nothing is granted: {status:?}");
 }
 
 #[test]

@@ -39,6 +39,9 @@ impl Administration {
             let is_open = |peer: &&Peer| peer.identity() == Some(&identity) && !peer.closed.is_cancelled();
             let peer = peers.iter().find(is_open);
             let member = snapshot.members.get(name).map(|m| &m.record);
+            // Without a MemberCluster nothing is granted.
+            let object = ObjectId { kind: Kind::MemberCluster, name: name.clone() };
+            let is_granted = snapshot.objects.contains_key(&object);
             statuses.push(wire::ClusterStatus {
                 name: name.to_string(),
                 state: convert::state_name(&cluster.state).to_owned(),
@@ -60,7 +63,7 @@ impl Administration {
                 unenforced: realisation.unenforced,
                 problems: realisation.problems.into_iter().map(|it| problem_to_wire(it, FIRST)).collect(),
                 problems_total: realisation.problems_total,
-                warnings: cluster.grant.warnings(),
+                warnings: if is_granted { cluster.grant.warnings() } else { Vec::new() },
             });
         }
         statuses

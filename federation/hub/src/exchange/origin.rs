@@ -319,9 +319,22 @@ impl Origin {
         let Some((kind, namespace, name)) = held.and_then(|entry| wire::name_of(&entry.bytes)) else {
             return format!("object {id}");
         };
-        match self.namespace(namespace) {
-            Some((of, _)) => format!("{kind} {of}/{name}"),
-            None => format!("{kind} {name}"),
+        // Also where the namespace itself is refused.
+        let of = self.slot_of(namespace).and_then(|slot| self.entry(slot));
+        match of.and_then(|entry| wire::name_of(&entry.bytes)) {
+            Some(("namespace", _, of)) => format!("{kind} {of}/{name}"),
+            _ => format!("{kind} {name}"),
+        }
+    }
+
+    /// Why an object is refused, for people.
+    pub fn explain(&self, id: u64, why: &Refusal) -> String {
+        let object = self.describe(id);
+        match why {
+            Refusal::ReferenceMissing(to) => {
+                format!("{object}: it refers to {}, which is not there or is refused", self.describe(*to))
+            }
+            why => format!("{object}: {why}"),
         }
     }
 

@@ -666,8 +666,7 @@ impl Realisations for Service {
                 entry.endpoints = origin.endpoint_count() as u64;
                 let (total, refusals) = origin.refusals(10);
                 entry.refused = total as u64;
-                entry.refusals =
-                    refusals.into_iter().map(|(id, why)| format!("{}: {why}", origin.describe(id))).collect();
+                entry.refusals = refusals.into_iter().map(|(id, why)| origin.explain(id, &why)).collect();
             }
             let slowed = rates.get(name).and_then(|rate| rate.slowed);
             if slowed.is_some_and(|at| at.elapsed() < Duration::from_secs(60)) {

@@ -177,10 +177,19 @@ fn each_object_is_refused_by_itself_and_for_its_own_reason() {
 fn a_refused_object_is_told_by_its_name() {
     let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["a"], "cidrs": ["10.1.0.0/16"]})));
     let strange = pb::Endpoint { addresses: vec![vec![10, 2, 0, 1].into()], ..endpoint(7) };
-    it.delta(&[(1, namespace("a", &[])), (2, namespace("b", &[])), (10, Body::Endpoint(strange))], &[]);
+    let account = pb::ServiceAccount { namespace: 2, name: "default".to_owned(), labels: Vec::new() };
+    let named = [(1, namespace("a", &[])), (2, namespace("b", &[])), (3, Body::ServiceAccount(account))];
+    it.delta(&[&named[..], &[(10, Body::Endpoint(strange))]].concat(), &[]);
     let origin = it.exchange.origin("train").unwrap();
-    let told: Vec<String> = origin.refusals(9).1.iter().map(|(id, _)| origin.describe(*id)).collect();
-    assert_eq!(told, ["namespace b", "pod a/pod-7"]);
+    let told: Vec<String> = origin.refusals(9).1.iter().map(|(id, why)| origin.explain(*id, why)).collect();
+    assert_eq!(
+        told,
+        [
+            "namespace b: namespace b is not granted",
+            "service account b/default: it refers to namespace b, which is not there or is refused",
+            "pod a/pod-7: address 10.2.0.1 is not granted"
+        ]
+    );
     assert_eq!(origin.describe(99), "object 99");
 }
 
