@@ -52,6 +52,10 @@ const BETWEEN_PARTS: Duration = Duration::from_millis(1);
 const FRAME_TIME: Duration = Duration::from_secs(30);
 /// ... and its end within this: 300,000 endpoints of 250 bytes take 10 minutes at 1 Mbit/s.
 const BATCH_TIME: Duration = Duration::from_secs(900);
+/// How often one stream may report: a report is up to 4 MiB, and is compared with all that the cluster enforces.
+const REPORT_EVERY: Duration = Duration::from_millis(100);
+/// How often one stream may change what its member wants: a change is judged against every endpoint that it concerns.
+const OWN_EVERY: Duration = Duration::from_millis(100);
 /// A lease is for seconds: hearing a cluster once in this time is enough.
 const HEARD_EVERY: Duration = Duration::from_secs(1);
 /// What keeps nodes from enforcing, of one cluster, that status names: some 200 bytes each.
@@ -403,6 +407,7 @@ impl Service {
         self.heard(cluster).await?;
         let mut heard = tokio::time::Instant::now();
         let mut unfinished = None;
+        let mut next_report = heard;
         let mut speaking: Option<Speaking> = None;
         loop {
             let next = tokio::select! {
@@ -420,6 +425,8 @@ impl Service {
                 heard = tokio::time::Instant::now();
             }
             if let Some(pb::publish_request::Message::Realisation(bytes)) = &request.message {
+                tokio::time::sleep_until(next_report).await;
+                next_report = tokio::time::Instant::now() + REPORT_EVERY;
                 // Read while nobody waits for the exchange; one that is too large is not taken, and publishing goes on.
                 let report = report::read(bytes);
                 self.with(|exchange| exchange.publish_report(id, report)).map_err(refused)?;
@@ -554,12 +561,19 @@ impl Service {
         let mut beat = tokio::time::interval(HEARTBEAT);
         let mut heard = tokio::time::Instant::now();
         let mut has_more = false;
+        let mut next_request = heard;
         loop {
             tokio::select! {
                 biased;
                 // Also while a slow reader leaves no room: what it acknowledges, and that it lives, does not wait for it.
-                request = incoming.next() => {
+                request = async {
+                    tokio::time::sleep_until(next_request).await;
+                    incoming.next().await
+                } => {
                     let Some(request) = request.transpose()? else { return Ok(()) };
+                    if matches!(request.message, Some(pb::watch_request::Message::Own(_))) {
+                        next_request = tokio::time::Instant::now() + OWN_EVERY;
+                    }
                     if heard.elapsed() > HEARD_EVERY {
                         self.heard(cluster).await?;
                         heard = tokio::time::Instant::now();

@@ -127,3 +127,25 @@ async fn of_two_processes_with_one_key_the_first_publishes_and_the_cluster_does_
     assert!(matches!(&problems().await[..], [problem] if problem.contains("(served)")), "{:?}", problems().await);
     drop(first);
 }
+
+/// Each costs the hub work: one that reports without pause is served at a pace, and loses nothing.
+#[tokio::test]
+async fn reports_of_one_stream_are_taken_at_a_pace() {
+    let hub = TestHub::start().await;
+    let publishing = Publishing::of(&hub.member("a").await, &hub).await;
+    let began = std::time::Instant::now();
+    for unenforced_total in 1..=11 {
+        let node = wire::NodePosition { unenforced_total, ..wire::NodePosition::default() };
+        publishing.report(wire::Realisation { nodes: vec![node], ..wire::Realisation::default() }).await;
+    }
+    let admin = hub.admin().await;
+    eventually("the last is shown", || {
+        let mut admin = admin.clone();
+        async move {
+            let status = admin.status(wire::StatusRequest {}).await.unwrap().into_inner();
+            status.clusters[0].unenforced == 11
+        }
+    })
+    .await;
+    assert!(began.elapsed() >= std::time::Duration::from_secs(1), "{:?}", began.elapsed());
+}
