@@ -80,7 +80,16 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         monitor::serve(address, Page::Metrics(registry.clone(), None), &shutdown).await?;
     }
     let identity = match MemberIdentity::read(&options.data, &options.cluster)? {
-        Some(identity) => identity,
+        Some(identity) => {
+            if options.token_file.as_deref().is_some_and(|file| identity.is_of_other_cluster_set(file)) {
+                tracing::warn!(
+                    data = %options.data.display(),
+                    "the token in --token-file is of another ClusterSet than the files in --data, and is not used: where the hub was set \
+                     up anew, join it with an empty folder as --data; nodes then enrol with new tokens"
+                );
+            }
+            identity
+        }
         None => {
             let token = options.token_file.as_ref().context("the cluster has not joined: --token-file is needed")?;
             check_before_joining(&options).context("the token is not used yet")?;

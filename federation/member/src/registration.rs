@@ -94,6 +94,13 @@ impl MemberIdentity {
         }))
     }
 
+    /// Whether `token_file` has a token of another ClusterSet than the one that the cluster has joined.
+    pub fn is_of_other_cluster_set(&self, token_file: &Path) -> bool {
+        let token = files::read_secret(token_file).ok();
+        let token = token.and_then(|text| Token::parse(TokenKind::Cluster, std::str::from_utf8(&text).ok()?).ok());
+        token.is_some_and(|token| token.root != self.root.fingerprint())
+    }
+
     /// Joins with the token in `token_file`, also a cluster that has joined before: with a new key, and its authority's old
     /// one. Tries each of `join` in turn, and waits for acceptance, however long. The hub is recognised by
     /// the hash in the token.

@@ -53,7 +53,8 @@ pub fn realisation(
         node.connected && is_one && at == (Some(hub.epoch), hub.revision, world.local_revision())
     };
     let agents_current = nodes.iter().filter(current).count();
-    let of_hub = client.problems();
+    let mut of_hub = client.problems();
+    of_hub.extend(strangers(world.nodes(), told_of));
     client.with_receiver(|receiver| {
         let (policies, clusters) = receiver.waiting();
         let clusters: Vec<String> = clusters.iter().take(MAX_AWAITED).map(|name| name.to_string()).collect();
@@ -95,6 +96,19 @@ pub fn realisation(
             local_revision: world.local_revision(),
         }
     })
+}
+
+/// Nodes whose agents are connected and of which the source knows nothing.
+fn strangers<T>(known: &BTreeMap<Arc<str>, T>, told_of: &BTreeMap<Arc<str>, NodeStatus>) -> Vec<String> {
+    // Before the first rules are compiled no node is known.
+    let connected = told_of.iter().filter(|(_, status)| status.connected && !known.is_empty());
+    let strangers = connected.filter(|(name, _)| !known.contains_key(*name));
+    let problem = |(name, _)| {
+        format!(
+            "node {name}: its agent is connected, and the source has no Node of this name: check the agent's --node, and the source"
+        )
+    };
+    strangers.map(problem).collect()
 }
 
 /// How much may be told.
@@ -290,6 +304,15 @@ mod tests {
 
     fn refused(object: &str) -> NodeStatus {
         NodeStatus { refused: vec![(object.to_owned(), "no".to_owned())], ..NodeStatus::default() }
+    }
+
+    #[test]
+    fn a_connected_node_that_the_source_does_not_know_is_a_problem() {
+        let node = |connected| NodeStatus { connected, ..NodeStatus::default() };
+        let told_of = [("n".into(), node(true)), ("nn".into(), node(true)), ("away".into(), node(false))].into();
+        let problems = strangers(&[("n".into(), ())].into(), &told_of);
+        assert!(matches!(&problems[..], [problem] if problem.starts_with("node nn: ")), "{problems:?}");
+        assert_eq!(strangers::<()>(&BTreeMap::new(), &told_of), [] as [&str; 0]);
     }
 
     /// What does not fit is no success.

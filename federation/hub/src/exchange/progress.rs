@@ -15,6 +15,9 @@ const POLICY_OBJECT: &str = "policy FederatedNetworkPolicy ";
 const EVERY_OBJECT: &str = "*";
 /// Errors of this are of the newest rule set, which is not in force.
 const NEWEST: &str = "";
+/// Of a node whose agent was not heard by this process of its member.
+const NEVER_CONNECTED: &str = "no agent has connected since the member started: start it, and where it never enrolled give it a token of \
+                               `hanse-member node-token create` (`hanse-member node list` shows which have enrolled)";
 /// Nodes that words name; the rest is counted.
 const NAMED_NODES: usize = 3;
 
@@ -133,9 +136,7 @@ impl Report<'_> {
         };
         match (node.connected, self.age_of(node)) {
             (true, _) => behind,
-            (false, None) => {
-                Some("no agent has connected: enrol it with a token of `hanse-member node-token create`".to_owned())
-            }
+            (false, None) => Some(NEVER_CONNECTED.to_owned()),
             (false, Some(age)) => {
                 let at = behind.map(|at| format!(", {at}")).unwrap_or_default();
                 Some(format!("its agent is not connected, last heard {} ago{at}", words(age)))
@@ -269,10 +270,7 @@ mod tests {
         check(&|it| it.local_revision = 4, None);
         check(&|_| {}, Some("at revision 0 of the cluster's own 4"));
         check(&|it| it.hub_revision = 5, Some("at revision 5 of the hub's 7"));
-        check(
-            &|it| (it.connected, it.age_ms) = (false, u64::MAX),
-            Some("no agent has connected: enrol it with a token of `hanse-member node-token create`"),
-        );
+        check(&|it| (it.connected, it.age_ms) = (false, u64::MAX), Some(NEVER_CONNECTED));
         let gone = "its agent is not connected, last heard 3 m ago, at revision 5 of the hub's 7";
         check(&|it| (it.connected, it.age_ms, it.hub_revision) = (false, 120_000, 5), Some(gone));
         let failed = "the newest rule set is not in force (at revision 5 of the hub's 7): no";
