@@ -49,8 +49,9 @@ impl Warned {
     }
 }
 
-/// A directory of manifests. A file that breaks keeps its last good state, across restarts too; one that is gone is gone, but for
-/// the last: a directory without any manifest counts as one that cannot be read.
+/// A directory of manifests. A file that breaks keeps its last good state, across restarts too; one that is gone is gone. A directory
+/// that is there and has no manifest any more, such as the place of a volume that is not mounted, counts as one that cannot be
+/// read.
 ///
 /// What is being written is not looked at: a file counts when it looked the same twice in a row, and is gone when it was
 /// not there twice. So it must be looked at more often than edits must apply.
@@ -64,8 +65,6 @@ pub struct Directory {
     gone: Vec<PathBuf>,
     /// What cannot be listed, and why, while it cannot: the directory itself, which may also be empty, or something below it.
     unlisted: BTreeMap<PathBuf, String>,
-    /// It had no manifest at the last look.
-    is_empty: bool,
     revisions: Revisions,
     /// It was read since the start.
     is_read: bool,
@@ -138,7 +137,6 @@ impl Directory {
             files: BTreeMap::new(),
             gone: Vec::new(),
             unlisted: BTreeMap::new(),
-            is_empty: false,
             revisions: Revisions::open(kept.join("revision")),
             kept,
             is_read: false,
@@ -188,15 +186,9 @@ impl Directory {
         let cannot = |why: &dyn std::fmt::Display| format!("cannot be read: {why}; what was read last stays in force");
         let unlisted = listing.unread.iter().map(|it| (it.path.clone(), cannot(&it.source)));
         let mut unlisted: BTreeMap<PathBuf, String> = unlisted.collect();
-        // A volume that is not mounted, or a checkout under way: who means it leaves a file.
-        let is_empty = listing.files.is_empty() && unlisted.is_empty();
-        let was_empty = std::mem::replace(&mut self.is_empty, is_empty);
-        if is_empty && !was_empty && self.is_read {
-            // Its only file may be about to be replaced.
-            return false;
-        }
-        if is_empty {
-            unlisted.insert(self.path.clone(), NO_MANIFESTS.to_owned());
+        if !unlisted.contains_key(&self.path) {
+            let emptied = self.emptied(&listing.files);
+            unlisted.extend(emptied.into_iter().map(|path| (path, NO_MANIFESTS.to_owned())));
         }
         let mut changed = self.unlisted != unlisted;
         self.unlisted = unlisted;
@@ -249,6 +241,30 @@ impl Directory {
         changed
     }
 
+    /// Directories that are there, and have no manifest where they had some: a volume that is not mounted, or a checkout that failed.
+    /// At the first look, the directory also where it never had any. `listed` is sorted.
+    fn emptied(&self, listed: &[PathBuf]) -> BTreeSet<PathBuf> {
+        let is_missing = |path: &&PathBuf| listed.binary_search(path).is_err();
+        let topmost = |path: &PathBuf| {
+            let above = path.ancestors().skip(1).take_while(|it| it.starts_with(&self.path));
+            let without = above.take_while(|directory| {
+                let next = listed.partition_point(|file| file.as_path() < *directory);
+                listed.get(next).is_none_or(|file| !file.starts_with(directory))
+            });
+            without.filter(|directory| directory.is_dir()).last().map(Path::to_owned)
+        };
+        if !self.is_read {
+            let of_nothing = listed.is_empty().then(|| self.path.clone());
+            let kept: Vec<PathBuf> = kept_paths(&self.kept).filter(|path| path.starts_with(&self.path)).collect();
+            return kept.iter().filter(is_missing).filter_map(topmost).chain(of_nothing).collect();
+        }
+        // At the second look: the only file of a directory may be about to be replaced.
+        let was_missing = |(path, file): &(&PathBuf, &File)| {
+            file.missing || path.ancestors().any(|above| self.unlisted.contains_key(above))
+        };
+        self.files.iter().filter(was_missing).map(|(path, _)| path).filter(is_missing).filter_map(topmost).collect()
+    }
+
     /// What cannot be listed.
     fn hidden(&self) -> Vec<Diagnostic> {
         self.unlisted.iter().map(|(path, problem)| Diagnostic::of_file(path, problem.clone())).collect()
@@ -298,8 +314,8 @@ impl File {
 }
 
 /// Of a directory without a manifest.
-const NO_MANIFESTS: &str = "has no manifests (.yaml, .yml or .json); what was read last stays in force: to remove the last objects, \
-                            leave a file with one manifest, such as a Namespace";
+const NO_MANIFESTS: &str = "has no manifests (.yaml, .yml or .json); what was read last stays in force: to remove its objects, remove the \
+                            directory, or of the source itself leave one manifest, such as a Namespace";
 const HEADER: &[u8] = b"hanse-source/2\n";
 /// When what could not be kept is tried again.
 const KEEP_AGAIN: Duration = Duration::from_secs(2);
@@ -333,6 +349,17 @@ fn restore_file(name: &Path) -> Option<(PathBuf, Vec<Manifest>)> {
     let mut read = Manifests::default();
     manifest::read_bytes(&path.to_string_lossy().into(), &body[end + 1..], &mut read);
     (blake3::hash(body).as_bytes() == hash && read.diagnostics.is_empty()).then_some((path, read.objects))
+}
+
+/// The files of which a state is kept.
+fn kept_paths(kept: &Path) -> impl Iterator<Item = PathBuf> {
+    use std::os::unix::ffi::OsStrExt as _;
+    kept_names(kept).filter_map(|name| {
+        let file = std::fs::read(name).ok()?;
+        let body = file.strip_prefix(HEADER)?.get(32..)?;
+        let path = body.split(|byte| *byte == 0).next()?;
+        Some(PathBuf::from(std::ffi::OsStr::from_bytes(path)))
+    })
 }
 
 /// Every state that is kept of what is in or below `path`, as of files that were read.
@@ -636,6 +663,43 @@ mod tests {
         // One of them is back: the other is gone.
         world.write("a.yaml", &pod("p", "10.0.0.1"));
         assert_eq!(world.look().expect("the problem has gone").1, []);
+        let (pods, told) = world.look().expect("what is gone twice is gone");
+        assert_eq!((pods, told), (vec!["p".to_owned()], vec![]));
+    }
+
+    /// Below the source as well; one that is removed is removed.
+    #[test]
+    fn a_directory_below_that_is_empty_keeps_what_was_read_last() {
+        let mut world = World::new();
+        for directory in ["", "volume", "volume/deep"] {
+            std::fs::create_dir(world.path(directory)).expect("made");
+        }
+        world.write("a.yaml", &pod("p", "10.0.0.1"));
+        world.write("volume/deep/b.yaml", &pod("q", "10.0.0.2"));
+        assert_eq!(world.look().expect("read").0, ["p", "q"]);
+        std::fs::remove_dir_all(world.path("volume/deep")).expect("removed");
+        for _ in 0..2 {
+            let (pods, told) = world.settled().expect("the problem is news");
+            assert_eq!((pods, told.len()), (vec!["p".to_owned(), "q".to_owned()], 1), "{told:?}");
+            assert!(told[0].place.file.ends_with("volume"), "the topmost that is empty: {told:?}");
+            for _ in 0..4 {
+                assert!(world.look().is_none(), "and it stays so");
+            }
+            world.restart();
+            assert_eq!(world.look().expect("what was kept").1.len(), 1);
+            // What is edited beside it is taken.
+            world.write("a.yaml", &pod("p", "10.0.0.11"));
+            assert_eq!(world.settled().expect("news").0, ["p", "q"]);
+            std::fs::create_dir(world.path("volume/deep")).expect("made");
+            world.write("volume/deep/b.yaml", &pod("q", "10.0.0.22"));
+            assert_eq!(world.look().expect("the problem has gone").1, []);
+            assert!(world.look().is_some() && world.look().is_none(), "what is new in it is taken when it settled");
+            world.write("a.yaml", &pod("p", "10.0.0.1"));
+            world.settled().expect("news");
+            std::fs::remove_dir_all(world.path("volume/deep")).expect("removed");
+        }
+        std::fs::remove_dir(world.path("volume")).expect("removed");
+        assert!(world.look().is_none());
         let (pods, told) = world.look().expect("what is gone twice is gone");
         assert_eq!((pods, told), (vec!["p".to_owned()], vec![]));
     }
