@@ -115,11 +115,8 @@ fn main() -> ExitCode {
         Command::Completion { shell } => print_completion(shell),
     };
     outcome.unwrap_or_else(|error| {
-        // A reader that went away (`| head`) is no failure of ours.
-        let gone = |cause: &(dyn std::error::Error + 'static)| {
-            cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
-        };
-        if error.chain().any(gone) {
+        // A reader that closed the pipe (`| head`) is not a failure. Commands with a verdict handle it themselves.
+        if output::is_reader_gone(&error) {
             return ExitCode::SUCCESS;
         }
         output::note(format_args!("hanse: {error:#}"));

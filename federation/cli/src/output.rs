@@ -1,6 +1,7 @@
 //! How answers are printed.
 
 use std::io::Write as _;
+use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
@@ -46,7 +47,11 @@ impl ListFormat {
 
 /// A table without borders, as `kubectl` prints them: two spaces between columns, none at the ends of lines.
 #[derive(Debug)]
-pub struct Table(comfy_table::Table);
+pub struct Table {
+    table: comfy_table::Table,
+    /// The heading is a ruler, which is not shown.
+    is_continued: bool,
+}
 
 /// One cell. Whoever chose its text, it is one line of that cell and acts on nothing around it.
 #[derive(Debug)]
@@ -66,6 +71,12 @@ impl<T: AsRef<str>> From<T> for Cell {
     }
 }
 
+/// A table without a heading, whose columns are at least so wide: what follows a table that was printed already.
+pub fn continued(widths: &[u16]) -> Table {
+    let rulers = widths.iter().map(|width| "-".repeat(usize::from(*width)));
+    Table { is_continued: true, ..table(rulers) }
+}
+
 pub fn table<T: Into<Cell>>(headings: impl IntoIterator<Item = T>) -> Table {
     let mut table = comfy_table::Table::new();
     table.load_preset(presets::NOTHING);
@@ -73,16 +84,25 @@ pub fn table<T: Into<Cell>>(headings: impl IntoIterator<Item = T>) -> Table {
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
-    Table(table)
+    Table { table, is_continued: false }
 }
 
 impl Table {
     pub fn add_row<T: Into<Cell>>(&mut self, row: impl IntoIterator<Item = T>) {
-        self.0.add_row(row.into_iter().map(|cell| cell.into().0));
+        self.table.add_row(row.into_iter().map(|cell| cell.into().0));
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.row_count() == 0
+        self.row_count() == 0
+    }
+
+    pub fn row_count(&self) -> usize {
+        self.table.row_count()
+    }
+
+    /// How wide the columns are.
+    pub fn widths(&self) -> Vec<u16> {
+        self.table.column_max_content_widths()
     }
 
     pub fn print(&self) -> anyhow::Result<()> {
@@ -93,7 +113,11 @@ impl Table {
 
 impl std::fmt::Display for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0.trim_fmt())
+        let text = self.table.trim_fmt();
+        f.write_str(match self.is_continued {
+            true => text.split_once('\n').map_or("", |(_, rows)| rows),
+            false => &text,
+        })
     }
 }
 
@@ -123,6 +147,23 @@ pub fn done<T: Serialize + ?Sized>(format: Format, value: &T, words: impl std::f
         Format::Table => line(words),
         format => print(format, value),
     }
+}
+
+/// The exit code of a command after its answer was printed. A reader that closed the pipe (`| head`) does not change it.
+///
+/// # Errors
+/// When the answer could not be printed for another reason.
+pub fn exit(printed: anyhow::Result<()>, failed: bool) -> anyhow::Result<ExitCode> {
+    match printed {
+        Err(error) if !is_reader_gone(&error) => Err(error),
+        _ => Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }),
+    }
+}
+
+/// Whether printing failed because the reader closed the pipe.
+pub fn is_reader_gone(error: &anyhow::Error) -> bool {
+    let causes = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
+    causes.into_iter().any(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// Prints a line of text; a reader that went away is an error, not a panic.

@@ -1,10 +1,14 @@
-//! `hanse policy …`: what policy says, from directories of manifests, or of a federation that runs.
+//! `hanse policy …`: verdicts of policies, from directories of manifests, or of a federation that runs.
 
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Subcommand;
+use hanse_k8s_api::document;
+use hanse_k8s_api::field::FieldError;
+use hanse_k8s_api::manifest::typed;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::output::{self, Format};
 
@@ -12,6 +16,7 @@ mod check;
 mod convert;
 mod diff;
 mod explain;
+mod kustomize;
 mod lint;
 mod live;
 mod load;
@@ -62,13 +67,28 @@ fn open(path: &std::path::Path) -> anyhow::Result<Box<dyn std::io::BufRead>> {
     Ok(Box::new(std::io::BufReader::new(file)))
 }
 
-/// What is wrong with one line of a file of JSON: serde_json takes every line for the first.
-fn json_error(error: &serde_json::Error) -> String {
-    let (told, column) = (error.to_string(), error.column());
-    match told.strip_suffix(&format!(" at line {} column {column}", error.line())) {
-        Some(told) => format!("column {column}: {told}"),
-        None => told,
-    }
+/// One line of a file of JSON as a value.
+///
+/// # Errors
+/// What is wrong, by column and field.
+fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_str(text).map_err(|error| {
+        let column = error.column();
+        // Our reader of manifests names the field, in words.
+        let document = document::documents(text).next().filter(|_| error.is_data()).and_then(Result::ok);
+        let errors = document.and_then(|document| typed::<T>(document.root()).err());
+        let message = match errors.and_then(|errors| errors.into_iter().next()) {
+            Some(FieldError { path, message }) if path.is_empty() => message,
+            Some(error) => error.to_string(),
+            // serde_json takes every line for the first.
+            None => {
+                let message = error.to_string();
+                let place = format!(" at line {} column {column}", error.line());
+                message.strip_suffix(&place).unwrap_or(&message).to_owned()
+            }
+        };
+        format!("column {column}: {message}")
+    })
 }
 
 /// An answer that lacks what objects say that were refused.

@@ -8,7 +8,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::document::{Node, Notes};
+use crate::document::{Node, Notes, UnknownField};
 use crate::field::FieldError;
 use crate::manifest::typed;
 
@@ -72,8 +72,11 @@ struct Peer {
 #[derive(Deserialize, serde::Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Pods {
-    namespace_selector: LabelSelector,
-    pod_selector: LabelSelector,
+    // Both are required, which is checked of what is written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    namespace_selector: Option<LabelSelector>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pod_selector: Option<LabelSelector>,
 }
 
 /// Its fields are known, so that a set of namespaces as early versions spelled it (`sameLabels`) is refused by name.
@@ -114,16 +117,42 @@ pub fn is_convertible(api_version: &str, kind: &str) -> bool {
     api_version == API_VERSION && [KIND, BASELINE_KIND].contains(&kind)
 }
 
+/// Why an object is not rewritten.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unconvertible {
+    /// It is not a valid object of its own kind either.
+    #[error("malformed: {0}")]
+    Malformed(FieldError),
+    #[error("no equivalent: {0}")]
+    NoEquivalent(FieldError),
+}
+
+impl Unconvertible {
+    pub fn field(&self) -> &FieldError {
+        match self {
+            Self::Malformed(error) | Self::NoEquivalent(error) => error,
+        }
+    }
+}
+
+/// Fields of earlier versions of the API, whose meaning is known and cannot be said by a ClusterNetworkPolicy.
+const WITHOUT_EQUIVALENT: [&str; 4] = ["sameLabels", "notSameLabels", "namespaceSelector", "namespaces"];
+
 /// The ClusterNetworkPolicy that means the same. Whether it is a valid one is not checked here.
 ///
 /// # Errors
-/// Names each field that has no equivalent.
-pub fn to_cluster_network_policy(node: Node<'_>) -> Result<Value, Vec<FieldError>> {
+/// Names each field that is malformed or has no equivalent.
+pub fn to_cluster_network_policy(node: Node<'_>) -> Result<Value, Vec<Unconvertible>> {
     let notes = Notes::default();
-    let AdminNetworkPolicy { kind, mut metadata, spec, .. } = typed(node.with_notes(&notes))?;
-    let mut errors: Vec<FieldError> = notes.take_unknown(node).into_iter().map(FieldError::from).collect();
+    let malformed = |errors: Vec<FieldError>| errors.into_iter().map(Unconvertible::Malformed).collect::<Vec<_>>();
+    let AdminNetworkPolicy { kind, mut metadata, spec, .. } = typed(node.with_notes(&notes)).map_err(malformed)?;
+    let unknown = |field: UnknownField| match WITHOUT_EQUIVALENT.contains(&&*field.name) {
+        true => Unconvertible::NoEquivalent(field.into()),
+        false => Unconvertible::Malformed(field.into()),
+    };
+    let mut errors: Vec<Unconvertible> = notes.take_unknown(node).into_iter().map(unknown).collect();
     let mut error = |path: &str, message: &str| {
-        errors.push(FieldError { path: path.to_owned(), message: message.to_owned() });
+        errors.push(Unconvertible::Malformed(FieldError { path: path.to_owned(), message: message.to_owned() }));
     };
     let is_baseline = kind == BASELINE_KIND;
     let (tier, priority) = match (is_baseline, spec.priority) {

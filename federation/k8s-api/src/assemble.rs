@@ -2,13 +2,14 @@
 
 mod cluster;
 pub mod planned;
+pub mod rivals;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use hanse_policy::inventory::{Endpoint, EndpointId};
-use hanse_policy::model::{ClusterName, ClusterScope, Layer, Phase};
+use hanse_policy::model::{ClusterName, ClusterScope, Layer, Phase, PolicyId, TierId};
 
 pub use self::cluster::{Assembly, Changed, ClusterState, NAMESPACE_NAME_LABEL, NodeInfo, assemble_cluster};
 use crate::field::{Errors, FieldError};
@@ -23,6 +24,8 @@ pub struct Federation {
     pub layer: Layer,
     pub sets: BTreeMap<EndpointId, Endpoint>,
     pub members: BTreeMap<ClusterName, Member>,
+    /// Policies that are not in force because no object defines their tier.
+    pub without_tier: Vec<(PolicyId, TierId)>,
     pub diagnostics: Vec<Diagnostic>,
 }
 
@@ -34,22 +37,8 @@ fn key_of(manifest: &Manifest) -> Reference {
         crate::calico::CRD_API_VERSION => crate::calico::API_VERSION,
         other => other,
     };
-    let namespace = match &manifest.object {
-        Object::Namespace(_)
-        | Object::Node(_)
-        | Object::ClusterNetworkPolicy(_)
-        | Object::FederatedNetworkPolicy(_)
-        | Object::Tier(_)
-        | Object::FederatedNetworkSet(_)
-        | Object::MemberCluster(_) => None,
-        Object::Calico(object) if !object.is_namespaced() => None,
-        Object::ServiceAccount(_)
-        | Object::Pod(_)
-        | Object::Service(_)
-        | Object::EndpointSlice(_)
-        | Object::NetworkPolicy(_)
-        | Object::Calico(_) => Some(reference.namespace.as_deref().unwrap_or("default").to_owned()),
-    };
+    let is_namespaced = manifest.object.is_namespaced();
+    let namespace = is_namespaced.then(|| reference.namespace.as_deref().unwrap_or("default").to_owned());
     // And one may store them under another name.
     let name = match &manifest.object {
         Object::Calico(object) => &object.metadata().name,
@@ -58,14 +47,14 @@ fn key_of(manifest: &Manifest) -> Reference {
     Reference { api_version: api_version.to_owned(), kind: reference.kind.clone(), namespace, name: name.clone() }
 }
 
-/// What is said of an object whose key another had before it.
-fn stands_already(manifest: &Manifest, first: &Place) -> Diagnostic {
-    let message = format!("stands already at {}:{}, which counts", first.file, first.line);
+/// The diagnostic of an object whose key another one had before it.
+fn duplicate(manifest: &Manifest, first: &Place) -> Diagnostic {
+    let message = format!("duplicate of {}:{}; the first one counts", first.file, first.line);
     diagnostic(manifest, "metadata.name", message)
 }
 
-/// What is said of every object whose key another had before it, in their order.
-pub fn doubles(objects: &[Manifest]) -> Vec<Diagnostic> {
+/// The diagnostics of all objects whose key another one had before them, in their order.
+pub fn duplicates(objects: &[Manifest]) -> Vec<Diagnostic> {
     let mut seen = Seen::default();
     objects.iter().filter_map(|manifest| seen.twice(manifest)).collect()
 }
@@ -81,7 +70,7 @@ impl<'m> Seen<'m> {
                 entry.insert(&manifest.place);
                 None
             }
-            Entry::Occupied(first) => Some(stands_already(manifest, first.get())),
+            Entry::Occupied(first) => Some(duplicate(manifest, first.get())),
         }
     }
 }
@@ -157,10 +146,11 @@ pub fn assemble_federation<'a>(
         let policy = policy.convert(&labels, &phases, &mut errors);
         if !phases.contains_key(&policy.tier.name) {
             federation.diagnostics.push(without_tier(manifest, &policy.tier.name));
+            federation.without_tier.push((policy.id, policy.tier));
             continue;
         }
         if matches!(&policy.enforcers, ClusterScope::Named(names) if names.is_empty()) {
-            let message = "selects no cluster: nobody enforces the policy".to_owned();
+            let message = "selects no cluster: the policy is not enforced anywhere".to_owned();
             federation.diagnostics.push(diagnostic(manifest, "spec.clusterSelector", message));
         }
         federation.layer.policies.insert(policy.id.clone(), policy);
@@ -190,12 +180,16 @@ fn without_tier(manifest: &Manifest, tier: &str) -> Diagnostic {
 }
 
 fn diagnostic(manifest: &Manifest, field: &str, message: String) -> Diagnostic {
+    diagnostic_of(&manifest.place, &manifest.reference, field, message)
+}
+
+fn diagnostic_of(place: &Place, object: &Reference, field: &str, message: String) -> Diagnostic {
     Diagnostic {
-        place: manifest.place.clone(),
+        place: place.clone(),
         field: field.to_owned(),
         message,
-        object: Some(manifest.reference.clone()),
-        start: manifest.place.line,
+        object: Some(object.clone()),
+        start: place.line,
         not_object: None,
     }
 }

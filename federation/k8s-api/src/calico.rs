@@ -21,7 +21,7 @@ use crate::rule::{self, Context, RuleSpec, RulesOf};
 pub const API_VERSION: &str = "projectcalico.org/v3";
 pub const CRD_API_VERSION: &str = "crd.projectcalico.org/v1";
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Resource<S: Default> {
     #[serde(rename = "apiVersion")]
@@ -33,13 +33,13 @@ pub struct Resource<S: Default> {
     #[serde(default = "S::default")]
     pub spec: S,
     #[serde(default, rename = "status")]
-    pub _status: Option<serde::de::IgnoredAny>,
+    pub _status: serde::de::IgnoredAny,
     /// It is written as Calico stores it.
     #[serde(skip)]
     pub stored: bool,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum CalicoObject {
     Tier(Resource<TierSpec>),
     /// NetworkPolicy, GlobalNetworkPolicy and their staged kinds.

@@ -34,7 +34,7 @@ pub const MAX_DOMAIN_NAMES: usize = 25;
 pub const MAX_RULE_NAME_CHARACTERS: usize = 100;
 pub const MAX_NETWORK_CHARACTERS: usize = 43;
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ClusterNetworkPolicy {
     #[serde(rename = "apiVersion")]
@@ -45,7 +45,7 @@ pub struct ClusterNetworkPolicy {
     pub metadata: Metadata,
     pub spec: Spec,
     #[serde(default, rename = "status")]
-    pub _status: Option<serde::de::IgnoredAny>,
+    pub _status: serde::de::IgnoredAny,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]

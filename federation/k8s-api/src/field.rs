@@ -15,26 +15,53 @@ pub struct FieldError {
 /// What is said of a field that is not known, by those who look for it themselves.
 pub const NOT_KNOWN: &str = "is not known";
 
+/// How what is said of a field begins that only Calico Enterprise and Calico Cloud have.
+const ENTERPRISE_FIELD: &str = "a field of Calico Enterprise, ";
+/// These fields, each with one that the type has beside it in Calico.
+const ENTERPRISE: [(&str, &str); 5] = [
+    ("domains", "notNets"),
+    ("allowedEgressDomains", "nets"),
+    ("packetCapture", "performanceHints"),
+    ("packetCaptures", "performanceHints"),
+    ("dpi", "performanceHints"),
+];
+
+/// What is said of a field of Calico Enterprise, if it is one. Another name is not suggested: nothing here means the same.
+fn enterprise_field(name: &str, known: &[&str]) -> Option<String> {
+    let is_known = ENTERPRISE.iter().any(|(field, beside)| *field == name && known.contains(beside));
+    is_known.then(|| format!("{ENTERPRISE_FIELD}`{name}`, which Hanse does not support: nothing is opened by it"))
+}
+
 impl FieldError {
     /// Whether nothing is wrong but that the field is not known.
     pub fn is_of_unknown_field(&self) -> bool {
-        self.message == NOT_KNOWN || self.message.starts_with("unknown field ")
+        self.message == NOT_KNOWN
+            || self.message.starts_with("unknown field ")
+            || self.message.starts_with(ENTERPRISE_FIELD)
     }
 }
 
 impl From<UnknownField> for FieldError {
     fn from(UnknownField { path, name, known }: UnknownField) -> Self {
-        let alike = |known: &&&str| strsim::damerau_levenshtein(&known.to_lowercase(), &name.to_lowercase()) <= 2;
-        let meant = known
-            .iter()
-            .filter(|it| !it.starts_with('_'))
-            .filter(|it| alike(it))
-            .min_by_key(|known| strsim::damerau_levenshtein(known, &name));
-        let message = match meant {
-            Some(meant) => format!("unknown field `{name}`; did you mean `{meant}`?"),
-            None => format!("unknown field `{name}`, expected one of `{}`", known.join("`, `")),
+        let message = match enterprise_field(&name, known) {
+            Some(message) => message,
+            None => unknown_field(&name, known),
         };
         Self { path, message }
+    }
+}
+
+/// What is said of a field that is not one of those that are known.
+pub(crate) fn unknown_field(name: &str, known: &[&str]) -> String {
+    let alike = |known: &&&str| strsim::damerau_levenshtein(&known.to_lowercase(), &name.to_lowercase()) <= 2;
+    let meant = known
+        .iter()
+        .filter(|it| !it.starts_with('_'))
+        .filter(|it| alike(it))
+        .min_by_key(|known| strsim::damerau_levenshtein(known, name));
+    match meant {
+        Some(meant) => format!("unknown field `{name}`; did you mean `{meant}`?"),
+        None => format!("unknown field `{name}`, expected one of `{}`", known.join("`, `")),
     }
 }
 

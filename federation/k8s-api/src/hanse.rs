@@ -17,6 +17,7 @@ use crate::metadata::{check_labels, check_metadata};
 use crate::network_policy::{is_dns_label, is_subdomain, parse_net};
 use crate::rule::{self, Context, RuleSpec, RulesOf};
 
+pub const GROUP: &str = "hanse.dev";
 pub const API_VERSION: &str = "hanse.dev/v1alpha1";
 
 /// The feature of the exchange that a policy needs whose tier has no object. No hub has it, so that no member takes such a
@@ -26,7 +27,7 @@ pub const EXISTING_TIER: &str = "existing-tier";
 macro_rules! object {
     ($(#[$doc:meta])* $name:ident, $spec:ident) => {
         $(#[$doc])*
-        #[derive(Debug, Clone, Deserialize)]
+        #[derive(Debug, Clone, PartialEq, Deserialize)]
         #[serde(rename_all = "camelCase", deny_unknown_fields)]
         pub struct $name {
             #[serde(rename = "apiVersion")]
@@ -38,7 +39,7 @@ macro_rules! object {
             #[serde(default, deserialize_with = "null_as_default")]
             pub spec: $spec,
             #[serde(default, rename = "status")]
-            pub _status: Option<serde::de::IgnoredAny>,
+            pub _status: serde::de::IgnoredAny,
         }
     };
 }

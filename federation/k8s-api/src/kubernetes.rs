@@ -24,7 +24,7 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Metadata {
     #[serde(default, deserialize_with = "null_as_default")]
@@ -67,7 +67,7 @@ impl Metadata {
     }
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Namespace {
     #[serde(default)]
     pub metadata: Metadata,
@@ -83,13 +83,13 @@ impl Namespace {
     }
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct ServiceAccount {
     #[serde(default)]
     pub metadata: Metadata,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Node {
     #[serde(default)]
     pub metadata: Metadata,
@@ -99,7 +99,7 @@ pub struct Node {
     pub status: NodeStatus,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 pub struct NodeSpec {
     #[serde(rename = "podCIDR")]
     pub pod_cidr: Option<String>,
@@ -107,13 +107,13 @@ pub struct NodeSpec {
     pub pod_cidrs: Vec<String>,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 pub struct NodeStatus {
     #[serde(default, deserialize_with = "null_as_default")]
     pub addresses: Vec<NodeAddress>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct NodeAddress {
     #[serde(rename = "type")]
     pub kind: String,
@@ -162,7 +162,7 @@ impl Node {
     }
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Pod {
     #[serde(default)]
     pub metadata: Metadata,
@@ -172,7 +172,7 @@ pub struct Pod {
     pub status: PodStatus,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodSpec {
     pub service_account_name: Option<Arc<str>>,
@@ -187,14 +187,14 @@ pub struct PodSpec {
     pub init_containers: Vec<Container>,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Container {
     #[serde(default, deserialize_with = "null_as_default")]
     pub ports: Vec<ContainerPort>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ContainerPort {
     pub name: Option<Arc<str>>,
@@ -208,7 +208,7 @@ impl ContainerPort {
     }
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodStatus {
     pub phase: Option<String>,
@@ -222,7 +222,7 @@ pub struct PodStatus {
     pub host_ips: Vec<PodIp>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct PodIp {
     pub ip: Option<String>,
 }
@@ -360,15 +360,36 @@ impl Pod {
     }
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Service {
     #[serde(default)]
     pub metadata: Metadata,
     #[serde(default, deserialize_with = "null_as_default")]
     pub spec: ServiceSpec,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub status: ServiceStatus,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceStatus {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub load_balancer: LoadBalancerStatus,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+pub struct LoadBalancerStatus {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub ingress: Vec<LoadBalancerIngress>,
+}
+
+/// An address of a load balancer, or a name, which is not resolved here.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+pub struct LoadBalancerIngress {
+    pub ip: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceSpec {
     #[serde(rename = "type")]
@@ -378,13 +399,18 @@ pub struct ServiceSpec {
     #[serde(rename = "clusterIPs", default, deserialize_with = "null_as_default")]
     pub cluster_ips: Vec<String>,
     pub external_name: Option<Arc<str>>,
+    #[serde(rename = "externalIPs", default, deserialize_with = "null_as_default")]
+    pub external_ips: Vec<String>,
+    /// The address that is requested of the load balancer.
+    #[serde(rename = "loadBalancerIP")]
+    pub load_balancer_ip: Option<String>,
     #[serde(default, deserialize_with = "null_as_default")]
     pub selector: Map,
     #[serde(default, deserialize_with = "null_as_default")]
     pub ports: Vec<ServicePort>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ServicePort {
     pub name: Option<Arc<str>>,
@@ -394,8 +420,8 @@ pub struct ServicePort {
 }
 
 /// A number, or the name of a container's port.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(untagged, expecting = "is neither a port (1–65535) nor a port's name")]
 pub enum TargetPort {
     Number(u16),
     Name(Arc<str>),
@@ -404,24 +430,40 @@ pub enum TargetPort {
 impl Service {
     /// The addresses that it has in its cluster; a headless one has none.
     pub fn addresses(&self) -> Vec<IpAddr> {
-        let mut all = Vec::new();
-        for address in self.spec.cluster_ip.iter().chain(&self.spec.cluster_ips).filter_map(|text| parse_address(text))
-        {
-            if !all.contains(&address) {
-                all.push(address);
-            }
-        }
-        all
+        distinct(self.spec.cluster_ip.iter().chain(&self.spec.cluster_ips))
+    }
+
+    /// The addresses that it has for clients outside.
+    pub fn external_addresses(&self) -> Vec<IpAddr> {
+        let of_balancer = self.status.load_balancer.ingress.iter().filter_map(|it| it.ip.as_ref());
+        let of_balancer = of_balancer.chain(&self.spec.load_balancer_ip);
+        let of_balancer = of_balancer.filter(|_| self.spec.kind.as_deref() == Some("LoadBalancer"));
+        distinct(self.spec.external_ips.iter().chain(of_balancer))
     }
 
     pub fn check(&self, errors: &mut Errors) {
         check_metadata(&self.metadata, errors);
+        let spec = Path::Root("spec");
         let address = self.spec.cluster_ip.as_deref().filter(|text| *text != "None");
-        check_address(address.unwrap_or(""), &Path::Root("spec.clusterIP"), errors);
+        check_address(address.unwrap_or(""), &spec.field("clusterIP"), errors);
+        for (index, text) in self.spec.external_ips.iter().enumerate() {
+            check_address(text, &spec.field("externalIPs").index(index), errors);
+        }
     }
 }
 
-#[derive(Debug, Clone, Deserialize)]
+/// Addresses in their order, once each.
+fn distinct<'t>(texts: impl Iterator<Item = &'t String>) -> Vec<IpAddr> {
+    let mut all = Vec::new();
+    for address in texts.filter_map(|text| parse_address(text)) {
+        if !all.contains(&address) {
+            all.push(address);
+        }
+    }
+    all
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EndpointSlice {
     #[serde(default)]
@@ -434,13 +476,13 @@ pub struct EndpointSlice {
     pub ports: Vec<SlicePort>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct SliceEndpoint {
     #[serde(default, deserialize_with = "null_as_default")]
     pub addresses: Vec<String>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct SlicePort {
     pub name: Option<Arc<str>>,
     pub protocol: Option<String>,

@@ -1,6 +1,6 @@
 //! Files of manifests into typed, validated objects.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io::{ErrorKind, Read as _};
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
@@ -59,8 +59,10 @@ impl Diagnostic {
 pub enum NotObject {
     /// A template, such as Helm's: it has actions between `{{` and `}}` and is not an object before they are rendered.
     Template,
-    /// A document that names no kind, such as `values.yaml`, `kustomization.yaml`, a patch or a dashboard.
+    /// A document that names no kind, such as `values.yaml`, `kustomization.yaml` or a dashboard.
     WithoutKind,
+    /// A patch that a kustomization of the folder names.
+    Patch,
 }
 
 /// Names an object as it is written.
@@ -86,6 +88,8 @@ pub struct Manifest {
     pub object: Object,
     /// The paths of fields that are not known. Only what is in doubt has any.
     pub unknown: Vec<String>,
+    /// How many fields its root, metadata and spec have: fewer than the whole object where it is a patch of it.
+    pub fields: usize,
 }
 
 impl Manifest {
@@ -111,7 +115,7 @@ impl Manifest {
     }
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Object {
     Namespace(Namespace),
     Node(KubeNode),
@@ -129,7 +133,7 @@ pub enum Object {
 }
 
 impl Object {
-    fn metadata_mut(&mut self) -> &mut Metadata {
+    pub(crate) fn metadata_mut(&mut self) -> &mut Metadata {
         match self {
             Self::Namespace(it) => &mut it.metadata,
             Self::Node(it) => &mut it.metadata,
@@ -147,7 +151,26 @@ impl Object {
         }
     }
 
-    fn is_policy(&self) -> bool {
+    /// Whether its kind has a namespace; what another says of one is not looked at.
+    pub(crate) fn is_namespaced(&self) -> bool {
+        match self {
+            Self::Namespace(_)
+            | Self::Node(_)
+            | Self::ClusterNetworkPolicy(_)
+            | Self::FederatedNetworkPolicy(_)
+            | Self::Tier(_)
+            | Self::FederatedNetworkSet(_)
+            | Self::MemberCluster(_) => false,
+            Self::Calico(object) => object.is_namespaced(),
+            Self::ServiceAccount(_)
+            | Self::Pod(_)
+            | Self::Service(_)
+            | Self::EndpointSlice(_)
+            | Self::NetworkPolicy(_) => true,
+        }
+    }
+
+    pub(crate) fn is_policy(&self) -> bool {
         match self {
             Self::NetworkPolicy(_) | Self::ClusterNetworkPolicy(_) | Self::FederatedNetworkPolicy(_) => true,
             Self::Calico(object) => matches!(**object, CalicoObject::Policy(..)),
@@ -169,6 +192,29 @@ pub struct Manifests {
     /// Policies that are refused for nothing but fields that are not known, without those. Where no earlier version of one is
     /// in force, this closes what it may close.
     pub in_doubt: Vec<Manifest>,
+    /// What paths of files are taken relative to where a name is generated from them.
+    pub root: PathBuf,
+    /// How many names were generated from a file and a prefix, and all of them.
+    generated: (HashMap<String, u32>, HashSet<String>),
+}
+
+impl Manifests {
+    /// Puts objects of namespaced kinds that name no namespace into this one, as `kubectl --namespace` does.
+    pub fn set_default_namespace(&mut self, namespace: &str) {
+        let set = |reference: &mut Reference, metadata: &mut Metadata| {
+            if reference.namespace.is_none() {
+                reference.namespace = Some(namespace.to_owned());
+                metadata.namespace = Some(namespace.into());
+            }
+        };
+        let objects = self.objects.iter_mut().chain(&mut self.in_doubt);
+        for manifest in objects.filter(|manifest| manifest.object.is_namespaced()) {
+            set(&mut manifest.reference, manifest.object.metadata_mut());
+        }
+        for workload in &mut self.workloads {
+            set(&mut workload.reference, &mut workload.metadata);
+        }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -193,8 +239,12 @@ pub fn read_stdin() -> Result<Manifests, ReadError> {
 /// and folders are left out. What lies below and cannot be read is a diagnostic; a path that cannot be looked at itself is an
 /// error, for it is not an empty directory.
 pub fn read_dir(path: &FilePath) -> Result<Manifests, ReadError> {
-    let listing = list(path)?;
-    let mut read = Manifests::default();
+    Ok(read_files(path, list(path)?))
+}
+
+/// Reads what [`list`] found below `path`.
+pub fn read_files(path: &FilePath, listing: Listing) -> Manifests {
+    let mut read = Manifests { root: path.to_owned(), ..Manifests::default() };
     for file in listing.files {
         match read_file(&file) {
             Ok(bytes) => read_bytes(&file.to_string_lossy().into(), &bytes, &mut read),
@@ -203,7 +253,7 @@ pub fn read_dir(path: &FilePath) -> Result<Manifests, ReadError> {
     }
     let unread = listing.unread.iter().map(|it| Diagnostic::of_file(&it.path, it.source.to_string()));
     read.diagnostics.extend(unread);
-    Ok(read)
+    read
 }
 
 /// What lies below a path.
@@ -433,7 +483,8 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
         None => {}
     }
     if workload::is_workload(&reference) {
-        match workload::read(place, &reference, node) {
+        let generated = generated_name(node, &reference, &place, read);
+        match workload::read(place, &reference, node, generated) {
             Ok(workload) => read.workloads.push(workload),
             Err(errors) => read.refused_workloads.extend(errors.into_iter().map(|FieldError { path, message }| {
                 let place = Place { file: Arc::clone(file), line: locator.line_of(&path) };
@@ -449,7 +500,8 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
         }
         return;
     }
-    let generated = generated_name(node, &reference, &place);
+    let generated = generated_name(node, &reference, &place, read);
+    let fields = field_count(node);
     match read_object(&reference, node, generated.as_deref()) {
         Ok(Some(object)) => match generated {
             Some(_) if reference.api_version == hanse::API_VERSION => {
@@ -461,7 +513,7 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             }
             generated => {
                 reference.name = generated.unwrap_or(reference.name);
-                read.objects.push(Manifest { place, reference, object, unknown: Vec::new() });
+                read.objects.push(Manifest { place, reference, object, unknown: Vec::new(), fields });
             }
         },
         Ok(None) => match kind::mistaken(&reference) {
@@ -475,7 +527,7 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             }
             if let Some((object, unknown)) = in_doubt.filter(|_| generated.is_some() || !reference.name.is_empty()) {
                 reference.name = generated.unwrap_or(reference.name);
-                read.in_doubt.push(Manifest { place, reference, object, unknown });
+                read.in_doubt.push(Manifest { place, reference, object, unknown, fields });
             }
         }
     }
@@ -484,23 +536,41 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
 /// What an API server would append to a `generateName`: five of these.
 const GENERATED: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
 
-/// A name for an object that has none but leaves it to the API server. It is made of the place, so that it is another one for
-/// each object and the same one for each reading.
-fn generated_name(node: Node<'_>, reference: &Reference, place: &Place) -> Option<String> {
+/// A name for an object that has none but leaves it to the API server. It is made of the file below the root and of how many
+/// such objects come before it there: it differs for each object, and is the same for each reading, also of another
+/// checkout and after changes to the object.
+fn generated_name(node: Node<'_>, reference: &Reference, place: &Place, read: &mut Manifests) -> Option<String> {
     let prefix = node.child("metadata")?.child("generateName")?.text()?;
     if !reference.name.is_empty() || prefix.is_empty() {
         return None;
     }
-    // FNV-1a.
-    let bytes = place.file.bytes().chain(place.line.to_le_bytes());
-    let mut hash =
-        bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
-    let mut name = prefix.to_owned();
-    for _ in 0..5 {
-        name.push(char::from(GENERATED[(hash % GENERATED.len() as u64) as usize]));
-        hash /= GENERATED.len() as u64;
+    let file = FilePath::new(&*place.file);
+    let file = file.strip_prefix(&read.root).unwrap_or(file).to_string_lossy();
+    let Reference { kind, namespace, .. } = reference;
+    let owner = format!("{kind}/{}/{prefix}", namespace.as_deref().unwrap_or_default());
+    let (counts, names) = &mut read.generated;
+    let count = counts.entry(format!("{file}/{owner}")).or_default();
+    loop {
+        // FNV-1a.
+        let bytes = file.bytes().chain(owner.bytes()).chain(count.to_le_bytes());
+        let mut hash =
+            bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+        *count += 1;
+        let mut name = prefix.to_owned();
+        for _ in 0..5 {
+            name.push(char::from(GENERATED[(hash % GENERATED.len() as u64) as usize]));
+            hash /= GENERATED.len() as u64;
+        }
+        if names.insert(format!("{owner}{name}")) {
+            return Some(name);
+        }
     }
-    Some(name)
+}
+
+/// How many fields the root, the metadata and the spec of an object have.
+pub(crate) fn field_count(node: Node<'_>) -> usize {
+    let below = |name| node.child(name).map_or(0, |child| child.fields().count());
+    node.fields().count() + below("metadata") + below("spec")
 }
 
 /// The objects of a list; `None` where the object is no list.
@@ -631,13 +701,10 @@ fn read_known(
 }
 
 /// A node as a type; the error names the field, also one that is missing.
-pub(crate) fn typed<T: DeserializeOwned>(node: Node<'_>) -> Result<T, Vec<FieldError>> {
+pub fn typed<T: DeserializeOwned>(node: Node<'_>) -> Result<T, Vec<FieldError>> {
     T::deserialize(node).map_err(|error| {
         let path = error.path(node);
-        let mut message = error.message;
-        if message.ends_with("expected a string") {
-            message.push_str("; text needs quotes where it looks like something else");
-        }
+        let message = error.message_at(&path);
         let missing = message.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
         vec![match missing {
             None => FieldError { path, message },

@@ -27,7 +27,7 @@ const MAX_BLOCKS_OF_A_RULE: usize = crate::rule::MAX_NETS;
 /// Where NetworkPolicy stands in its tier.
 pub const ORDER: f64 = 1_000.0;
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct NetworkPolicy {
     #[serde(rename = "apiVersion")]
@@ -40,7 +40,7 @@ pub struct NetworkPolicy {
     pub spec: Spec,
     /// Once existed; ignored.
     #[serde(default, rename = "status")]
-    pub _status: Option<serde::de::IgnoredAny>,
+    pub _status: serde::de::IgnoredAny,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]

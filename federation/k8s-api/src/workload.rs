@@ -14,7 +14,7 @@ use serde::Deserialize;
 use crate::document::Node;
 use crate::field::{Errors, FieldError, Path};
 use crate::kubernetes::{Map, Metadata, PodSpec, null_as_default};
-use crate::manifest::{Place, Reference, typed};
+use crate::manifest::{Place, Reference, field_count, typed};
 use crate::metadata::{check_labels, check_metadata};
 
 /// Templates of one object: a Ray cluster of 1,000 worker groups is far more than any that is known.
@@ -28,11 +28,15 @@ pub struct Workload {
     pub metadata: Metadata,
     /// Its own, or what its name is to begin with.
     pub name: String,
+    /// The whole name of one that an API server would generate.
+    pub generated: Option<String>,
+    /// How many fields its root, metadata and spec have.
+    pub fields: usize,
     pub templates: Vec<Template>,
 }
 
 /// One kind of pod that a workload makes.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Template {
     /// What distinguishes it from the other templates of its object.
     pub part: Option<String>,
@@ -79,7 +83,12 @@ pub fn owner_name(api_version: &str, kind: &str, name: &str) -> Arc<str> {
 ///
 /// # Errors
 /// What an API server would refuse, as far as it is looked at.
-pub fn read(place: Place, reference: &Reference, node: Node<'_>) -> Result<Workload, Vec<FieldError>> {
+pub fn read(
+    place: Place,
+    reference: &Reference,
+    node: Node<'_>,
+    generated: Option<String>,
+) -> Result<Workload, Vec<FieldError>> {
     #[derive(Deserialize)]
     struct Header {
         #[serde(default)]
@@ -88,8 +97,8 @@ pub fn read(place: Place, reference: &Reference, node: Node<'_>) -> Result<Workl
     let Header { metadata } = typed(node)?;
     let mut errors = Errors::default();
     check_metadata(&metadata, &mut errors);
-    let generated = || node.child("metadata")?.child("generateName")?.text();
-    let name = if metadata.name.is_empty() { generated().unwrap_or_default() } else { &*metadata.name }.to_owned();
+    let prefix = || node.child("metadata")?.child("generateName")?.text();
+    let name = if metadata.name.is_empty() { prefix().unwrap_or_default() } else { &*metadata.name }.to_owned();
     if name.is_empty() {
         errors.add(&Path::Root("metadata.name"), "is missing");
     }
@@ -113,7 +122,8 @@ pub fn read(place: Place, reference: &Reference, node: Node<'_>) -> Result<Workl
     if !errors.0.is_empty() {
         return Err(errors.0);
     }
-    Ok(Workload { place, reference: reference.clone(), metadata, name, templates: read })
+    let (reference, fields) = (reference.clone(), field_count(node));
+    Ok(Workload { place, reference, metadata, name, generated, fields, templates: read })
 }
 
 /// A template as it is found in an object.

@@ -65,7 +65,7 @@ pub struct Change {
 pub struct Diff<'a> {
     pub parties: Vec<Party<'a>>,
     /// Pods that exist in the first state only, and in the second only: not compared.
-    pub unpaired: [usize; 2],
+    pub unpaired: [Vec<(&'a ClusterName, &'a EndpointId)>; 2],
     compared: Vec<Compared<'a>>,
     facts_equal: bool,
     /// For each protocol and port to ask about; empty for all that tell.
@@ -123,7 +123,7 @@ impl<'a> Diff<'a> {
         let facts_equal = std::ptr::eq(before.inventory, after.inventory) || before.inventory == after.inventory;
         let mut diff = Self {
             parties: Vec::new(),
-            unpaired: [0, 0],
+            unpaired: [Vec::new(), Vec::new()],
             compared: Vec::new(),
             facts_equal,
             asked,
@@ -144,7 +144,7 @@ impl<'a> Diff<'a> {
                     Some(Pod { cluster, owner, id, endpoint })
                 });
                 let Some(second) = second else {
-                    diff.unpaired[0] += 1;
+                    diff.unpaired[0].push((cluster, id));
                     continue;
                 };
                 let pair = [first, second];
@@ -164,9 +164,15 @@ impl<'a> Diff<'a> {
                 }
             }
         }
-        let paired: usize = diff.parties.iter().map(Party::count).sum();
-        let existing = after.inventory.clusters.values().flat_map(|owner| &owner.endpoints);
-        diff.unpaired[1] = existing.filter(|(id, endpoint)| is_party(id, endpoint)).count() - paired;
+        for (cluster, owner) in &after.inventory.clusters {
+            let other = before.inventory.clusters.get(cluster);
+            let is_paired = |id: &EndpointId| {
+                let endpoint = other.and_then(|other| other.endpoints.get(id));
+                endpoint.is_some_and(|endpoint| is_party(id, endpoint))
+            };
+            let own = owner.endpoints.iter().filter(|(id, endpoint)| is_party(id, endpoint));
+            diff.unpaired[1].extend(own.map(|(id, _)| (cluster, id)).filter(|(_, id)| !is_paired(id)));
+        }
         let mut same = HashMap::new();
         for compared in &mut diff.compared {
             let [first, second] = compared.examples[0];
@@ -244,7 +250,7 @@ impl<'a> Diff<'a> {
                     })?;
                     let Pod { cluster, id, endpoint, .. } = pod[state];
                     let address = endpoint.addresses.iter().copied().find(of_version);
-                    (address.is_some() || endpoint.planned.is_some())
+                    (address.is_some() || endpoint.planned.as_ref().is_some_and(|it| it.has_family(v4)))
                         .then(|| Spot { address, pod: Some((cluster.clone(), id.clone())) })
                 }
             }
@@ -577,8 +583,9 @@ impl<'a> Facts<'a> {
             let backends = self.backends.get(address).into_iter().flatten();
             (nets.copied().collect(), backends.copied().collect())
         };
-        let first = |v4: bool| match endpoint.planned {
+        let first = |v4: bool| match &endpoint.planned {
             // Of an address that is not known no net is: a number that no net has.
+            Some(planned) if !planned.has_family(v4) => None,
             Some(_) => {
                 let backends = self.planned.get(&(pod.cluster, pod.id)).into_iter().flatten();
                 Some((vec![usize::MAX], backends.copied().collect()))

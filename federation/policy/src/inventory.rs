@@ -92,6 +92,15 @@ pub struct Planned {
     pub stopped: Option<Stopped>,
     /// Keys of labels of its own that its controller sets when the pods run: neither value nor absence is known before.
     pub run_time_labels: BTreeSet<Arc<str>>,
+    /// For IPv4, and for IPv6: its pods have no address of it.
+    pub lacks_family: [bool; 2],
+}
+
+impl Planned {
+    /// Whether its pods have an address of a family.
+    pub fn has_family(&self, v4: bool) -> bool {
+        !self.lacks_family[usize::from(!v4)]
+    }
 }
 
 /// Why a workload is not to run for now.
@@ -119,6 +128,9 @@ pub struct Service {
 pub struct Front {
     /// The cluster's addresses of it; none of a headless one.
     pub addresses: Vec<IpAddr>,
+    /// Its addresses for clients outside: external addresses, and those of its load balancer. Within the cluster packets to
+    /// them go to its backends, too.
+    pub external_addresses: Vec<IpAddr>,
     /// Its name resolves to the addresses of its backends.
     pub headless: bool,
     /// Its name is another name, outside the cluster.
@@ -210,7 +222,8 @@ impl Endpoint {
 
     /// Whether it has an address of a family, known or not.
     pub fn has_family(&self, v4: bool) -> bool {
-        self.planned.is_some() || self.addresses.iter().any(|address| address.is_ipv4() == v4)
+        self.planned.as_ref().is_some_and(|planned| planned.has_family(v4))
+            || self.addresses.iter().any(|address| address.is_ipv4() == v4)
     }
 }
 

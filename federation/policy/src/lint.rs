@@ -75,7 +75,7 @@ checks! {
     MISSING_CLUSTER "HN009" "cluster-unknown-or-stale" Warning
         "Its endpoints are unknown or absent, so rules that allow them do not match: correct the name, or see `hanse status` for why the cluster is silent."
     MISSING_TIER "HN010" "tier-without-object" Warning
-        "Create the tier: without an object it comes last and denies."
+        "Create the tier. Without its object a federated policy is not in force; a cluster's own tier comes last and denies."
     NOT_UNDERSTOOD "HN011" "not-understood" Error
         "Upgrade, or rewrite the rule: where it allows it never matches, elsewhere it denies all that it may cover."
     RULE_REDUNDANT "HN012" "rule-redundant" Note
@@ -115,25 +115,52 @@ pub enum About {
     Cluster,
 }
 
+/// Checks that are not run for a cluster of which no pod is known.
+pub const NEEDING_PODS: &[Check] = &[
+    SUBJECT_SELECTS_NOTHING,
+    PEER_SELECTS_NOTHING,
+    NO_DEFAULT_DENY,
+    CLUSTER_WITHOUT_DEFAULT_DENY,
+    PASS_TO_NOTHING,
+    GLOBAL_SET_OUT_OF_SCOPE,
+    DNS_CUT,
+];
+
+/// The clusters of which no pod is known.
+pub fn without_pods(inventory: &Inventory) -> BTreeSet<&ClusterName> {
+    let has_pods = |cluster: &Cluster| cluster.endpoints.keys().any(|id| id.kind == EndpointKind::Pod);
+    inventory.clusters.iter().filter(|(_, cluster)| !has_pods(cluster)).map(|(name, _)| name).collect()
+}
+
 const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 
 /// Everything that was found, once each, in a stable order. `hosts`: the clusters with host endpoints, which policies may
-/// select instead of pods.
-pub fn lint(policies: &PolicySet, inventory: &Inventory, hosts: &BTreeSet<ClusterName>) -> Vec<Finding> {
+/// select instead of pods. `without_tier`: federated policies that are not in force because no object defines their tier.
+pub fn lint(
+    policies: &PolicySet,
+    inventory: &Inventory,
+    hosts: &BTreeSet<ClusterName>,
+    without_tier: &[(PolicyId, TierId)],
+) -> Vec<Finding> {
     let workloads = workloads(inventory, &telling_keys([policies]));
     let mut findings = Vec::new();
     let layers = std::iter::once((None, &policies.federation));
     let layers = layers.chain(policies.clusters.iter().map(|(name, layer)| (Some(name.clone()), layer)));
     let services = services::ServiceAddresses::new(inventory);
-    let mut facts = Facts { inventory, workloads: &workloads, services, known: HashMap::new() };
+    let (without_pods, assumed) = (without_pods(inventory), dns::assumed_servers(inventory));
+    let mut facts = Facts { inventory, workloads: &workloads, services, without_pods, assumed, known: HashMap::new() };
+    for (policy, tier) in without_tier {
+        let message = format!("tier {:?} has no object, so the policy is not in force", tier.name);
+        let about = About::Policy(policy.clone(), None);
+        findings.push(Finding { check: MISSING_TIER, cluster: policy.cluster.clone(), about, message });
+    }
     for (cluster, layer) in layers {
-        let mut missing: BTreeSet<&TierId> = BTreeSet::new();
         for policy in layer.policies.values() {
             let mut found = |check, rule, message| {
                 let about = About::Policy(policy.id.clone(), rule);
                 findings.push(Finding { check, cluster: cluster.clone(), about, message });
             };
-            if layer.tier(&policy.tier).0.missing && missing.insert(&policy.tier) {
+            if layer.tier(&policy.tier).0.missing {
                 found(MISSING_TIER, None, format!("tier {:?} has no object", policy.tier.name));
             }
             let enforcers = enforcers(policy, inventory);
@@ -158,7 +185,7 @@ pub fn lint(policies: &PolicySet, inventory: &Inventory, hosts: &BTreeSet<Cluste
                 );
             } else if enforcers.is_empty() {
                 found(SUBJECT_SELECTS_NOTHING, None, "no cluster that is known here enforces it".to_owned());
-            } else if enforcers.iter().any(|enforcer| facts.subjects(enforcer, subject).next().is_some()) {
+            } else if enforcers.iter().any(|enforcer| facts.may_have_subjects(enforcer, subject)) {
             } else if policy.id.namespace.is_none() && enforcers.iter().any(|enforcer| hosts.contains(*enforcer)) {
                 found(HOST_POLICY, None, format!("{} selects no pod, and may select host endpoints", subject.shown()));
             } else {
@@ -221,11 +248,14 @@ fn written(list: &[Rule]) -> BTreeMap<u32, Vec<&Rule>> {
 
 type Workloads<'a> = BTreeMap<&'a ClusterName, Vec<Workload<'a>>>;
 
-/// What selections select, asked once each.
+/// What selections select, evaluated once each.
 struct Facts<'a> {
     inventory: &'a Inventory,
     workloads: &'a Workloads<'a>,
     services: services::ServiceAddresses<'a>,
+    without_pods: BTreeSet<&'a ClusterName>,
+    /// Clusters with the DNS servers that they are assumed to have.
+    assumed: BTreeMap<ClusterName, Cluster>,
     known: HashMap<(Option<ClusterName>, Selection), bool>,
 }
 
@@ -234,6 +264,29 @@ impl Facts<'_> {
     fn subjects(&self, cluster: &ClusterName, subject: &Selector) -> impl Iterator<Item = &Workload<'_>> {
         let pods = self.workloads.get(cluster).into_iter().flatten();
         pods.filter(|it| it.members[0].0.kind == EndpointKind::Pod).filter(move |it| subject_of(it, subject) != Tri::No)
+    }
+
+    /// Whether a policy with this selector is for something in a cluster, as far as that is known.
+    fn may_have_subjects(&self, cluster: &ClusterName, subject: &Selector) -> bool {
+        let of_assumed = |owner: &Cluster| {
+            owner.endpoints.iter().any(|(id, endpoint)| {
+                let labels = EffectiveLabels { cluster: owner, id, endpoint, first_hand: true };
+                subject.evaluate(&labels) != Tri::No
+            })
+        };
+        self.without_pods.contains(cluster)
+            || self.subjects(cluster, subject).next().is_some()
+            || self.assumed.get(cluster).is_some_and(of_assumed)
+    }
+
+    /// Whether it is not known what is selected: of a cluster without pods here, or a DNS server that is not among them.
+    fn may_select_others(&self, enforcer: &ClusterName, selection: &Selection) -> bool {
+        let in_scope = |name: &ClusterName| selection.clusters.contains(enforcer, name);
+        let is_selected = |(name, owner): (&ClusterName, &Cluster)| {
+            let mut servers = owner.endpoints.iter();
+            servers.any(|(id, endpoint)| selects(enforcer, selection, name, owner, id, endpoint) != Tri::No)
+        };
+        self.without_pods.iter().any(|name| in_scope(name)) || self.assumed.iter().any(is_selected)
     }
 
     /// Whether anything may be selected: a pod or a network set.
@@ -342,7 +395,8 @@ fn about(
                         _ => !service.backends.is_empty() || service.planned.values().any(|ports| !ports.is_empty()),
                     })
                 };
-                if !enforcers.is_empty() && !enforcers.iter().any(has_backends) {
+                let is_known = enforcers.iter().all(|name| !facts.without_pods.contains(name));
+                if !enforcers.is_empty() && is_known && !enforcers.iter().any(has_backends) {
                     let message = format!("{side} service {}/{} has no backends", service.namespace, service.name);
                     found.push((PEER_SELECTS_NOTHING, message));
                 }
@@ -362,7 +416,7 @@ fn about(
             found.extend(named.map(|message| (NAMESPACE_LABEL, format!("{side}: {message}"))));
             for selection in entity.selection.iter().chain(&entity.not_selection).filter(|_| !never) {
                 let nothing = enforcers.iter().copied().find(|enforcer| !facts.selects(enforcer, selection));
-                let Some(enforcer) = nothing else { continue };
+                let Some(enforcer) = nothing.filter(|it| !facts.may_select_others(it, selection)) else { continue };
                 if let Some((cluster, set)) = facts.set_elsewhere(enforcer, selection) {
                     let message = format!(
                         "{} selects nothing in cluster {enforcer:?}: the network set {} of cluster {cluster:?} \
@@ -375,6 +429,9 @@ fn about(
             }
             let Some(selection) = entity.selection.as_ref().filter(|_| !never) else { continue };
             if !enforcers.is_empty() && !enforcers.iter().any(|enforcer| facts.selects(enforcer, selection)) {
+                if enforcers.iter().any(|enforcer| facts.may_select_others(enforcer, selection)) {
+                    continue;
+                }
                 match pitfalls::missed_global_set(policy, selection, enforcers, facts.inventory) {
                     Some(set) => found.push((
                         GLOBAL_SET_OUT_OF_SCOPE,

@@ -7,7 +7,7 @@
 //!
 //! A pod never gets an address of a special range (RFC 6890: "this" network, loopback, link-local, multicast, reserved),
 //! nor one that another endpoint, a service or a node has. Where it is known in which nets pods get their addresses, these
-//! are assumed.
+//! are assumed, and no others: without a net of a family pods have no address of it.
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -191,7 +191,9 @@ impl<'a> Placement<'a> {
                 }
                 for service in cluster.services.values() {
                     taken.extend(&service.addresses);
-                    taken.extend(service.front.iter().flat_map(|front| &front.addresses));
+                    let fronts =
+                        service.front.iter().flat_map(|front| front.addresses.iter().chain(&front.external_addresses));
+                    taken.extend(fronts);
                 }
             }
             taken
@@ -238,6 +240,8 @@ struct Branch {
 /// The classes of a family that none of the lists tells apart. First what is in none of the nets, if a pod may be there.
 fn classes(lists: &NetLists, v4: bool, assumed: &[IpNet], taken: &HashSet<IpAddr>) -> Vec<AddressClass> {
     let of_family = |net: &IpNet| matches!(net, IpNet::V4(_)) == v4;
+    // Where nets of one family are assumed, pods have no addresses of the other.
+    let any = assumed.is_empty();
     let assumed: BTreeSet<IpNet> = assumed.iter().filter(|net| of_family(net)).map(IpNet::trunc).collect();
     let special: BTreeSet<IpNet> =
         SPECIAL.iter().filter_map(|text| text.parse().ok()).filter(|net| of_family(net)).collect();
@@ -268,7 +272,7 @@ fn classes(lists: &NetLists, v4: bool, assumed: &[IpNet], taken: &HashSet<IpAddr
         // Within what is not possible, or not special, stays so.
         let in_special = special.contains(&net) || above.iter().any(|at| special.contains(&tree[*at].net));
         let in_assumed = assumed.contains(&net) || above.iter().any(|at| assumed.contains(&tree[*at].net));
-        let is_possible = in_assumed || assumed.is_empty() && !in_special;
+        let is_possible = in_assumed || any && !in_special;
         let at = tree.len();
         tree.push(Branch { net, children: Vec::new(), in_lists: own, is_possible });
         if let Some(parent) = above.last() {
@@ -466,8 +470,9 @@ mod tests {
         );
         // Even where it is special.
         assert_eq!(shown(&[], true, &["169.254.0.0/17"], &[]), ["in no net that a rule names: 169.254.0.0"]);
-        // Of the other family nothing is assumed.
-        assert_eq!(shown(&[], false, &["10.244.0.0/16"], &[]).len(), 1);
+        // Pods have no addresses of the other family.
+        assert_eq!(shown(&[&["fd00::/8"]], false, &["10.244.0.0/16"], &[]), [""; 0]);
+        assert_eq!(shown(&[], true, &["fd00::/64"], &[]), [""; 0]);
     }
 
     #[test]

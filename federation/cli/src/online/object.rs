@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use hanse_k8s_api::assemble::doubles;
+use hanse_k8s_api::assemble::duplicates;
 use hanse_k8s_api::document::{self, Node};
 use hanse_k8s_api::manifest::{
     MAX_FILE_BYTES, Manifest, Manifests, Place, Reference, items, list, read_bytes, read_file,
@@ -184,7 +184,7 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     }
     checked.diagnostics.append(&mut checked.refused_workloads);
     // The last would win, where everywhere else the first counts.
-    checked.diagnostics.extend(doubles(&ours));
+    checked.diagnostics.extend(duplicates(&ours));
     if !checked.diagnostics.is_empty() {
         for it in &checked.diagnostics {
             let field = if it.field.is_empty() { String::new() } else { format!("{}: ", it.field) };

@@ -6,36 +6,42 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use hanse_k8s_api::assemble::{doubles, without_tiers};
+use hanse_k8s_api::assemble::rivals::{self, Rivals};
+use hanse_k8s_api::assemble::without_tiers;
+use hanse_k8s_api::hanse::API_VERSION;
 use hanse_k8s_api::kind::other_system;
 use hanse_k8s_api::manifest::{Diagnostic, Manifest, NotObject, Object, Place, Reference, Skipped};
 use serde::Serialize;
 
-use super::reading;
+use super::reading::{self, DefaultNamespace};
 use crate::output::{self, Format};
 
 /// Say whether manifests would be accepted, and what is wrong with them by file and line.
 ///
 /// Validates every object below a directory as an API server would, and says what is wrong by file and line. Kinds that
 /// Hanse does not read are counted and skipped; those that look like a misspelt one that it reads are refused. Templates
-/// (documents with `{{`) and documents without a kind, such as `kustomization.yaml` or `values.yaml`, are notes: render
-/// them first. Of several objects of a cluster with one key the first counts; of the federation's they are refused.
+/// (documents with `{{`), patches that a kustomization names, and documents without a kind, such as `kustomization.yaml` or
+/// `values.yaml`, are notes: render them first. Of several objects of a cluster with one key one counts, with a note;
+/// different ones are a conflict, which makes answers of other commands incomplete. Of the federation's they are refused.
 ///
-/// With `-o json`, each line has a `result`: accepted, refused, skipped, template or notObject. Exits 1 when an object is
-/// refused, or there is nothing to check.
+/// With `-o json`, each line has a `result`: accepted, refused, skipped, template, patch or notObject. Exits 1 when an object
+/// is refused, or a directory has no manifests. Where everything is skipped, a template, a patch or not an object, a note
+/// says that nothing was checked, and the exit code is 0, or 1 with --strict.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   hanse policy check manifests/
-  helm template charts/app | hanse policy check -
+  helm template charts/app | hanse policy check --namespace shop -
   kustomize build overlays/prod | hanse policy check --strict -")]
 pub struct Arguments {
     /// Directories or files; `-` is standard input.
     #[arg(value_name = "DIR", required = true)]
     directories: Vec<PathBuf>,
-    /// Refuse templates and documents without a kind.
+    /// Refuse templates, patches, documents without a kind, and conflicts.
     #[arg(long)]
     strict: bool,
+    #[command(flatten)]
+    namespace: DefaultNamespace,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -68,33 +74,60 @@ enum Outcome {
     /// A kind that Hanse does not read.
     Skipped,
     Template,
+    Patch,
     NotObject,
+}
+
+/// What was read of all directories.
+#[derive(Debug, Default)]
+struct Checked {
+    objects: Vec<ObjectLine>,
+    /// What is to be said and refuses nothing.
+    notes: Vec<String>,
+    /// Policies and tiers of the federation, which may be in several directories.
+    federated: Vec<Manifest>,
 }
 
 #[derive(Debug, Serialize)]
 struct ErrorLine {
     field: String,
     message: String,
-    /// Where the field stands.
+    /// The line of the field.
     #[serde(skip)]
     line: u32,
 }
 
 impl Arguments {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let (mut objects, mut notes, mut is_empty) = (Vec::new(), Vec::new(), false);
-        let mut federated = Vec::new();
+        if self.directories.iter().filter(|path| *path == Path::new("-")).count() > 1 {
+            anyhow::bail!("standard input (`-`) can be read once");
+        }
+        let mut checked = Checked::default();
+        let mut is_empty = false;
         for directory in &self.directories {
-            let checked = check(directory, self.strict, &mut notes, &mut federated)?;
-            if checked.is_empty() {
-                output::note(format_args!("error: {}: no manifests (.yaml, .yml or .json)", directory.display()));
+            let before = checked.objects.len();
+            self.check(directory, &mut checked)?;
+            if checked.objects.len() == before {
+                output::note(format_args!("error: {}", reading::no_manifests(directory)));
                 is_empty = true;
             }
-            objects.extend(checked);
         }
-        notes.extend(without_tiers(&federated).into_iter().map(note));
+        checked.notes.extend(without_tiers(&checked.federated).into_iter().map(note));
+        let count = |outcome| checked.objects.iter().filter(|object| object.result == outcome).count();
+        let refused = count(Outcome::Refused);
+        let nothing = refused + count(Outcome::Accepted) == 0 && !is_empty;
+        if nothing {
+            checked
+                .notes
+                .push("note: nothing was checked: no document is an object of a kind that Hanse reads".to_owned());
+        }
+        let failed = refused > 0 || is_empty || nothing && self.strict;
+        output::exit(self.print(&checked), failed)
+    }
+
+    fn print(&self, Checked { objects, notes, .. }: &Checked) -> anyhow::Result<()> {
         let mut out = std::io::BufWriter::new(output::stdout());
-        for object in &objects {
+        for object in objects {
             if self.output != Format::Table {
                 output::write(&mut out, self.output, object)?;
                 continue;
@@ -109,30 +142,77 @@ impl Arguments {
         }
         for note in notes {
             match self.output {
-                Format::Table => writeln!(out, "{}", output::one_line(&note))?,
+                Format::Table => writeln!(out, "{}", output::one_line(note))?,
                 Format::Json | Format::Yaml => output::note(format_args!("{note}")),
             }
         }
-        let count = |outcome| objects.iter().filter(|object| object.result == outcome).count();
-        let refused = count(Outcome::Refused);
         if self.output == Format::Table {
-            let (accepted, skipped) = (count(Outcome::Accepted), count(Outcome::Skipped));
+            let count = |outcome| objects.iter().filter(|object| object.result == outcome).count();
+            let [accepted, refused, skipped] = [Outcome::Accepted, Outcome::Refused, Outcome::Skipped].map(count);
             write!(out, "{accepted} accepted, {refused} refused, {skipped} skipped")?;
-            for (outcome, noun) in [(Outcome::Template, "template"), (Outcome::NotObject, "document")] {
+            for (outcome, noun, rest) in [
+                (Outcome::Template, "template", ""),
+                (Outcome::Patch, "patch file", ""),
+                (Outcome::NotObject, "document", " not read"),
+            ] {
                 match count(outcome) {
                     0 => {}
-                    many => write!(
-                        out,
-                        ", {}{}",
-                        output::count(many, noun),
-                        if noun == "document" { " without a kind" } else { "" }
-                    )?,
+                    many => write!(out, ", {}{rest}", output::count(many, noun))?,
                 }
             }
             writeln!(out)?;
         }
-        out.flush()?;
-        Ok(if refused == 0 && !is_empty { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(out.flush()?)
+    }
+
+    /// Adds every object of a directory, in the order of files and lines.
+    fn check(&self, directory: &Path, checked: &mut Checked) -> anyhow::Result<()> {
+        let mut read = reading::read(directory, &self.namespace)?;
+        read.diagnostics.append(&mut read.refused_workloads);
+        for Rivals { duplicates, conflicts, .. } in
+            [rivals::of_objects(&read.objects), rivals::of_workloads(&read.workloads)]
+        {
+            let of_federation = |it: &Diagnostic| it.object.as_ref().is_some_and(|it| it.api_version == API_VERSION);
+            // `hanse apply` refuses both.
+            let (refused, noted): (Vec<Diagnostic>, Vec<Diagnostic>) = duplicates.into_iter().partition(of_federation);
+            let (conflicting, rest): (Vec<Diagnostic>, Vec<Diagnostic>) =
+                conflicts.into_iter().partition(|it| self.strict || of_federation(it));
+            read.diagnostics.extend(refused.into_iter().chain(conflicting));
+            checked.notes.extend(noted.into_iter().chain(rest).map(note));
+        }
+        let is_federated =
+            |manifest: &&Manifest| matches!(manifest.object, Object::FederatedNetworkPolicy(_) | Object::Tier(_));
+        checked.federated.extend(read.objects.iter().filter(is_federated).cloned());
+        checked.notes.extend(reading::skipped_lines(read.skipped.iter()));
+        // Several objects may start on one line.
+        let mut objects: BTreeMap<(Arc<str>, u32, Reference), ObjectLine> = BTreeMap::new();
+        let of_objects = read.objects.into_iter().map(|object| (object.place, object.reference, Outcome::Accepted));
+        let of_workloads = read.workloads.into_iter().map(|it| (it.place, it.reference, Outcome::Accepted));
+        let of_skipped = read.skipped.into_iter().map(|Skipped { place, object }| (place, object, Outcome::Skipped));
+        for (place, reference, result) in of_objects.chain(of_workloads).chain(of_skipped) {
+            let line = ObjectLine::new(&place, &reference, result);
+            objects.insert((place.file, place.line, reference), line);
+        }
+        for diagnostic in read.diagnostics {
+            let result = match diagnostic.not_object.filter(|_| !reading::refuses(&diagnostic, self.strict)) {
+                Some(NotObject::Template) => Outcome::Template,
+                Some(NotObject::Patch) => Outcome::Patch,
+                Some(NotObject::WithoutKind) => Outcome::NotObject,
+                None => Outcome::Refused,
+            };
+            let start = Place { file: diagnostic.place.file, line: diagnostic.start };
+            let reference = diagnostic.object.unwrap_or_default();
+            let line = ObjectLine::new(&start, &reference, result);
+            let object = objects.entry((start.file, start.line, reference)).or_insert(line);
+            (object.ok, object.result) = (result != Outcome::Refused, result);
+            object.errors.push(ErrorLine {
+                field: diagnostic.field,
+                message: diagnostic.message,
+                line: diagnostic.place.line,
+            });
+        }
+        checked.objects.extend(objects.into_values());
+        Ok(())
     }
 }
 
@@ -149,55 +229,6 @@ fn note(diagnostic: Diagnostic) -> String {
     let Reference { kind, name, .. } = diagnostic.object.unwrap_or_default();
     let field = if diagnostic.field == "spec.tier" { "spec.tier: " } else { "" };
     format!("{}:{}: note: {kind} {name} {field}{}", diagnostic.place.file, diagnostic.place.line, diagnostic.message)
-}
-
-/// Every object of a directory, in the order of files and lines. `notes`: what is to be said and refuses nothing.
-/// `federated`: policies and tiers of the federation, which may be in several directories.
-fn check(
-    directory: &Path,
-    strict: bool,
-    notes: &mut Vec<String>,
-    federated: &mut Vec<Manifest>,
-) -> anyhow::Result<Vec<ObjectLine>> {
-    let mut read = reading::read(directory)?;
-    read.diagnostics.append(&mut read.refused_workloads);
-    let (refused, noted): (Vec<Diagnostic>, Vec<Diagnostic>) = doubles(&read.objects).into_iter().partition(|double| {
-        // `hanse apply` takes no two of them.
-        double.object.as_ref().is_some_and(|object| object.api_version == hanse_k8s_api::hanse::API_VERSION)
-    });
-    read.diagnostics.extend(refused);
-    notes.extend(noted.into_iter().map(note));
-    let is_federated =
-        |manifest: &&Manifest| matches!(manifest.object, Object::FederatedNetworkPolicy(_) | Object::Tier(_));
-    federated.extend(read.objects.iter().filter(is_federated).cloned());
-    notes.extend(reading::skipped_lines(read.skipped.iter()));
-    // Several objects may start on one line.
-    let mut objects: BTreeMap<(Arc<str>, u32, Reference), ObjectLine> = BTreeMap::new();
-    let of_objects = read.objects.into_iter().map(|object| (object.place, object.reference, Outcome::Accepted));
-    let of_workloads = read.workloads.into_iter().map(|it| (it.place, it.reference, Outcome::Accepted));
-    let of_skipped = read.skipped.into_iter().map(|Skipped { place, object }| (place, object, Outcome::Skipped));
-    for (place, reference, result) in of_objects.chain(of_workloads).chain(of_skipped) {
-        let line = ObjectLine::new(&place, &reference, result);
-        objects.insert((place.file, place.line, reference), line);
-    }
-    for diagnostic in read.diagnostics {
-        let result = match diagnostic.not_object.filter(|_| !reading::refuses(&diagnostic, strict)) {
-            Some(NotObject::Template) => Outcome::Template,
-            Some(NotObject::WithoutKind) => Outcome::NotObject,
-            None => Outcome::Refused,
-        };
-        let start = Place { file: diagnostic.place.file, line: diagnostic.start };
-        let reference = diagnostic.object.unwrap_or_default();
-        let line = ObjectLine::new(&start, &reference, result);
-        let object = objects.entry((start.file, start.line, reference)).or_insert(line);
-        (object.ok, object.result) = (result != Outcome::Refused, result);
-        object.errors.push(ErrorLine {
-            field: diagnostic.field,
-            message: diagnostic.message,
-            line: diagnostic.place.line,
-        });
-    }
-    Ok(objects.into_values().collect())
 }
 
 impl ObjectLine {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::ValueEnum;
-use hanse_k8s_api::admin_network_policy::{is_convertible, to_cluster_network_policy};
+use hanse_k8s_api::admin_network_policy::{Unconvertible, is_convertible, to_cluster_network_policy};
 use hanse_k8s_api::document::{self, Locator, Node};
 use hanse_k8s_api::field::FieldError;
 use hanse_k8s_api::manifest::{self, Manifests, items, list, read_bytes, read_file};
@@ -17,7 +17,8 @@ use crate::output;
 /// Rewrite AdminNetworkPolicy and BaselineAdminNetworkPolicy as ClusterNetworkPolicy.
 ///
 /// Reads `policy.networking.k8s.io/v1alpha1` objects and prints, for each, the v1alpha2 ClusterNetworkPolicy that means
-/// the same. An object with a part that has no equivalent is not written: the field is named, and the exit code is 1.
+/// the same. An object that is malformed, or has a part without an equivalent, is not written: the field is named, and the
+/// exit code is 1.
 /// Objects of other kinds are left out and counted.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -49,7 +50,8 @@ struct Counts {
 
 impl Arguments {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let mut out = std::io::BufWriter::new(output::stdout());
+        // Printed at the end, so that a closed pipe does not hide what was refused.
+        let mut out = Vec::new();
         let mut counts = Counts::default();
         for path in &self.paths {
             let files = if path == Path::new("-") { vec![path.clone()] } else { listed(path)? };
@@ -61,7 +63,6 @@ impl Arguments {
                 self.convert(&file.to_string_lossy(), &bytes, &mut counts, &mut out)?;
             }
         }
-        out.flush()?;
         let Counts { converted, refused, others } = counts;
         output::note(format_args!(
             "{converted} converted, {refused} refused, {} of other kinds left out",
@@ -70,7 +71,8 @@ impl Arguments {
         if converted + refused == 0 {
             output::note(format_args!("error: no AdminNetworkPolicy and no BaselineAdminNetworkPolicy was found"));
         }
-        Ok(if converted > 0 && refused == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        let printed = output::stdout().write_all(&out).map_err(anyhow::Error::from);
+        output::exit(printed, converted == 0 || refused > 0)
     }
 
     fn convert(
@@ -80,13 +82,18 @@ impl Arguments {
         counts: &mut Counts,
         out: &mut impl std::io::Write,
     ) -> anyhow::Result<()> {
-        let text = std::str::from_utf8(bytes).with_context(|| format!("{file}: not UTF-8"))?;
+        let Ok(text) = std::str::from_utf8(bytes) else {
+            counts.refused += 1;
+            output::note(format_args!("{file}:1: not UTF-8"));
+            return Ok(());
+        };
         for document in document::documents(text) {
             match document {
                 Ok(document) => self.convert_node(file, document.root(), counts, out)?,
                 Err(error) => {
                     counts.refused += 1;
-                    output::note(format_args!("{file}:{}: {error}", error.line));
+                    let template = if text.contains("{{") { "; a template is to be rendered first" } else { "" };
+                    output::note(format_args!("{file}:{}: {error}{template}", error.line));
                 }
             }
         }
@@ -101,8 +108,14 @@ impl Arguments {
         out: &mut impl std::io::Write,
     ) -> anyhow::Result<()> {
         if let Some(items) = items(node) {
-            let mut items = items.map_err(|error| anyhow::anyhow!("{file}:{}: {error}", node.line()))?;
-            return items.try_for_each(|item| self.convert_node(file, item, counts, out));
+            return match items {
+                Ok(mut items) => items.try_for_each(|item| self.convert_node(file, item, counts, out)),
+                Err(error) => {
+                    counts.refused += 1;
+                    output::note(format_args!("{file}:{}: malformed: {error}", node.line()));
+                    Ok(())
+                }
+            };
         }
         let field = |name: &str| node.child(name).and_then(Node::text).unwrap_or_default();
         if !is_convertible(field("apiVersion"), field("kind")) {
@@ -113,8 +126,8 @@ impl Arguments {
             // What is written is what `hanse policy check` accepts.
             let mut read = Manifests::default();
             read_bytes(&Arc::from(file), object.to_string().as_bytes(), &mut read);
-            let errors: Vec<FieldError> =
-                read.diagnostics.into_iter().map(|it| FieldError { path: it.field, message: it.message }).collect();
+            let errors = read.diagnostics.into_iter().map(|it| FieldError { path: it.field, message: it.message });
+            let errors: Vec<Unconvertible> = errors.map(Unconvertible::Malformed).collect();
             if errors.is_empty() { Ok(object) } else { Err(errors) }
         });
         match converted {
@@ -131,9 +144,9 @@ impl Arguments {
                 let name = node.child("metadata").and_then(|it| it.child("name")).and_then(Node::text);
                 let mut locator = Locator::new(node);
                 for error in errors {
-                    let line = locator.line_of(&error.path);
+                    let line = locator.line_of(&error.field().path);
                     let (kind, name) = (field("kind"), name.unwrap_or_default());
-                    output::note(format_args!("{file}:{line}: {kind} {name}: no equivalent: {error}"));
+                    output::note(format_args!("{file}:{line}: {kind} {name}: {error}"));
                 }
                 Ok(())
             }

@@ -10,6 +10,8 @@ use hanse_policy::diff::{Change, Diff, Packets, Party, State};
 use hanse_policy::evaluate::{Verdict, View};
 use hanse_policy::explain::answer;
 use hanse_policy::explain::protocol_name;
+use hanse_policy::inventory::EndpointId;
+use hanse_policy::model::ClusterName;
 use hanse_policy::workload::common_name;
 use serde::Serialize;
 
@@ -19,19 +21,26 @@ use crate::output::{self, Format};
 
 /// Addresses that stand for the world, where none is given: documentation ranges (RFC 5737, RFC 3849).
 const OUTSIDE: [&str; 2] = ["203.0.113.1", "2001:db8::1"];
-/// Rows of a table that somebody reads; `-o json` has all.
+/// Rows of a table for people; `-o json` has all.
 const MAX_ROWS: usize = 500;
+/// Pods of one state that are named for people.
+const MAX_NAMES: usize = 10;
 
 /// Say which pairs of workloads change verdict between two states, or between enforced and staged.
 ///
 /// Compares every pair of pods in all clusters, and of pods with the world outside, over both IP versions, every protocol and
-/// port, from source port 40,000. Pods that neither state tells apart are compared and told of together, so that thousands
-/// of them are no matter.
+/// port, from source port 40,000. Pods that neither state tells apart are compared and reported together.
 ///
 /// Workloads that do not run are compared too, by "KIND/NAME". Where only some of the addresses that their pods may get
-/// change verdict, `condition` says which.
+/// change verdict, `condition` says which. What is in one state only, as after a new name, is not compared, but named.
+///
+/// Exits 1 when an object of either state was refused, with --exit-code also when a verdict changes.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
+JSON, one object a line: {\"from\", \"to\", \"ipVersion\", \"protocol\", \"ports\", \"icmp\", \"before\", \"after\", \"condition\", \"egress\",
+\"ingress\"}; the last line is {\"summary\": {\"opened\", \"closed\", \"incomplete\", \"onlyBefore\": [\"CLUSTER/NAMESPACE/NAME\"],
+\"onlyAfter\"}}, with the numbers of pairs.
+
 Examples:
   hanse policy diff --cluster train=main/train --with train=branch/train --federation policies/
   hanse policy diff --cluster train=manifests/train --federation main/ --with-federation branch/ --exit-code
@@ -82,6 +91,49 @@ struct ChangeLine<'a> {
     /// What decides in the second state.
     egress: &'a str,
     ingress: &'a str,
+}
+
+/// The last line: what is there also where nothing changes.
+#[derive(Serialize)]
+struct Closing {
+    summary: Summary,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Summary {
+    /// Pairs.
+    opened: u64,
+    closed: u64,
+    /// Something was refused, so that what it says is missing.
+    incomplete: bool,
+    /// Pods and workloads of one state, which were not compared.
+    only_before: Vec<String>,
+    only_after: Vec<String>,
+}
+
+/// What is counted while changes are printed.
+#[derive(Default)]
+struct Tally {
+    /// How many pairs closed and opened.
+    pairs: [u64; 2],
+    /// For the last pair whether it is counted among them.
+    counted: [bool; 2],
+    last: Option<(usize, usize)>,
+}
+
+impl Tally {
+    fn add(&mut self, diff: &Diff<'_>, change: &Change) {
+        let pair = (change.from, change.to);
+        // A pair that changes over both IP versions, or in several ways, is one pair.
+        if self.last.replace(pair) != Some(pair) {
+            self.counted = [false; 2];
+        }
+        let is_open = usize::from(change.after.verdict == Verdict::Allow);
+        if !std::mem::replace(&mut self.counted[is_open], true) {
+            self.pairs[is_open] += pairs(diff, change);
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -159,63 +211,71 @@ impl Arguments {
         let view = if self.staged { View::Pending } else { View::Enforced };
         let first = State { policies: &before.policies, inventory: &before.inventory, view: View::Enforced };
         let second = State { policies: &after_state.policies, inventory: &after_state.inventory, view };
-        let asked = self.ports.iter().map(|port| (port.protocol, port.port)).collect();
-        let diff = Diff::new(first, second, &self.outside, asked).with_pod_nets(&self.sources.pod_nets);
-        let incomplete = before.is_incomplete() || after.as_ref().is_some_and(Loaded::is_incomplete);
+        let only = self.ports.iter().map(|port| (port.protocol, port.port)).collect();
+        let diff = Diff::new(first, second, &self.outside, only).with_pod_nets(&self.sources.pod_nets);
         if !diff.parties.iter().any(|party| matches!(party, Party::Pods { .. })) {
-            anyhow::bail!("no pod or workload is in both states, so nothing was compared");
+            let named = diff.unpaired.each_ref().map(|unpaired| some_names(unpaired));
+            anyhow::bail!(
+                "no pod or workload is in both states, so nothing was compared: the first has {}; the second has {}",
+                named[0],
+                named[1]
+            );
         }
-        let mut out = std::io::BufWriter::new(output::stdout());
-        let mut rows = Rows::default();
-        // How many pairs closed and opened, and for the last whether it is counted among them.
-        let (mut count, mut counted, mut last) = ([0_u64; 2], [false; 2], None);
-        diff.compare(|change| -> anyhow::Result<()> {
-            let pairs = pairs(&diff, &change);
-            let is_open = change.after.verdict == Verdict::Allow;
-            // A pair that changes over both IP versions, or in several ways, is one pair.
-            if last.replace((change.from, change.to)) != Some((change.from, change.to)) {
-                counted = [false; 2];
-            }
-            if !std::mem::replace(&mut counted[usize::from(is_open)], true) {
-                count[usize::from(is_open)] += pairs;
-            }
-            if self.output != Format::Table {
-                return self.print_lines(&mut out, incomplete, &diff, &change);
-            }
-            let (egress, ingress) = (change.after.egress.as_ref(), change.after.ingress.as_ref());
-            let reason = match (is_open, egress, ingress) {
-                (false, Some(egress), _) if egress.verdict == Verdict::Deny => answer::reason(Some(egress)),
-                (false, _, ingress) => answer::reason(ingress),
-                (true, _, Some(ingress)) => answer::reason(Some(ingress)),
-                (true, egress, None) => answer::reason(egress),
-            };
-            let condition = change.condition.as_ref().map_or(String::new(), |condition| format!(", if {condition}"));
-            rows.add(&change, told(&change.packets) + &condition, reason);
-            Ok(())
-        })?;
-        let [closed, opened] = count;
-        if self.output == Format::Table {
-            table(&diff, rows.finish(), &mut out)?;
-            let text = match opened + closed {
-                0 => "no pair changes verdict".to_owned(),
-                _ => format!("{opened} pairs opened, {closed} closed"),
-            };
-            writeln!(out, "{text}")?;
-            for line in [Some(&before), after.as_ref()].into_iter().flatten().filter_map(Loaded::incomplete_line) {
-                writeln!(out, "{line}")?;
-            }
-        }
-        out.flush()?;
+        let incomplete = before.is_incomplete() || after.as_ref().is_some_and(Loaded::is_incomplete);
+        let mut tally = Tally::default();
+        let printed = self.print(&diff, incomplete, &mut tally).and_then(|()| {
+            let lines = [Some(&before), after.as_ref()].into_iter().flatten().filter_map(Loaded::incomplete_line);
+            lines.filter(|_| self.output == Format::Table).try_for_each(output::line)
+        });
         for (unpaired, which) in diff.unpaired.iter().zip(["first", "second"]) {
-            if *unpaired > 0 {
+            if !unpaired.is_empty() {
                 output::note(format_args!(
-                    "{} in the {which} state only, not compared",
-                    output::count(*unpaired, "pod")
+                    "note: {} in the {which} state only, not compared: {}",
+                    output::count(unpaired.len(), "pod or workload").replace("pod or workloads", "pods or workloads"),
+                    some_names(unpaired)
                 ));
             }
         }
-        let changed = opened + closed > 0;
-        Ok(if incomplete || self.exit_code && changed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+        let changed = tally.pairs != [0; 2];
+        output::exit(printed, incomplete || self.exit_code && changed)
+    }
+
+    fn print(&self, diff: &Diff<'_>, incomplete: bool, tally: &mut Tally) -> anyhow::Result<()> {
+        let mut out = std::io::BufWriter::new(output::stdout());
+        let mut rows = Rows::default();
+        diff.compare(|change| -> anyhow::Result<()> {
+            tally.add(diff, &change);
+            if self.output != Format::Table {
+                return self.print_lines(&mut out, incomplete, diff, &change);
+            }
+            let (egress, ingress) = (change.after.egress.as_ref(), change.after.ingress.as_ref());
+            let reason = match (change.after.verdict, egress, ingress) {
+                (Verdict::Deny, Some(egress), _) if egress.verdict == Verdict::Deny => answer::reason(Some(egress)),
+                (Verdict::Deny, _, ingress) => answer::reason(ingress),
+                (Verdict::Allow, _, Some(ingress)) => answer::reason(Some(ingress)),
+                (Verdict::Allow, egress, None) => answer::reason(egress),
+            };
+            let condition = change.condition.as_ref().map_or(String::new(), |condition| format!(", if {condition}"));
+            rows.add(&change, described(&change.packets) + &condition, reason);
+            Ok(())
+        })?;
+        let [closed, opened] = tally.pairs;
+        match self.output {
+            Format::Table => {
+                table(diff, rows.finish(), &mut out)?;
+                let text = match opened + closed {
+                    0 => "no pair changes verdict".to_owned(),
+                    _ => format!("{opened} pairs opened, {closed} closed"),
+                };
+                writeln!(out, "{text}")?;
+            }
+            Format::Json | Format::Yaml => {
+                let [only_before, only_after] = diff.unpaired.each_ref().map(|it| it.iter().map(name).collect());
+                let summary = Summary { opened, closed, incomplete, only_before, only_after };
+                output::write(&mut out, self.output, &Closing { summary })?;
+            }
+        }
+        Ok(out.flush()?)
     }
 
     fn print_lines(
@@ -245,6 +305,23 @@ impl Arguments {
             super::write_answer(out, self.output, incomplete, &line)?;
         }
         Ok(())
+    }
+}
+
+/// `cluster/namespace/name`.
+fn name((cluster, id): &(&ClusterName, &EndpointId)) -> String {
+    format!("{cluster}/{}/{}", id.namespace.as_deref().unwrap_or_default(), id.name)
+}
+
+/// The first of several, and how many more there are.
+fn some_names(pods: &[(&ClusterName, &EndpointId)]) -> String {
+    if pods.is_empty() {
+        return "none".to_owned();
+    }
+    let named: Vec<String> = pods.iter().take(MAX_NAMES).map(name).collect();
+    match pods.len().saturating_sub(MAX_NAMES) {
+        0 => named.join(", "),
+        more => format!("{} and {more} more; -o json names all", named.join(", ")),
     }
 }
 
@@ -289,7 +366,7 @@ fn table(diff: &Diff<'_>, rows: BTreeMap<Row, Vec<usize>>, out: &mut impl std::i
     if rows.is_empty() {
         return Ok(());
     }
-    // What differs only in who it goes to is one row, too: a default deny closes everything for everybody.
+    // What differs only in who it goes to is one row, too: a default deny closes everything for all.
     let mut merged: Vec<(Row, Vec<usize>, Vec<usize>)> = Vec::new();
     let mut known: BTreeMap<(bool, String, String, Vec<usize>), usize> = BTreeMap::new();
     for (row, froms) in rows {
@@ -320,7 +397,7 @@ fn table(diff: &Diff<'_>, rows: BTreeMap<Row, Vec<usize>>, out: &mut impl std::i
 }
 
 /// Packets for people: `TCP 80, 443; UDP all`.
-fn told(packets: &[Packets]) -> String {
+fn described(packets: &[Packets]) -> String {
     let mut by_protocol: BTreeMap<(u8, String), Vec<String>> = BTreeMap::new();
     let mut whole = 0;
     for it in packets {

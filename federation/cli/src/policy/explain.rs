@@ -16,8 +16,9 @@ use crate::output::{self, Format};
 /// Judge packets, and say which rule decided.
 ///
 /// Answers each line of the queries by one line, in the same order: from directories of manifests, or, without
-/// --cluster, by what the members know now (egress is asked of the source's member, ingress of the destination's). Exits
-/// 1 when a query has no answer, or an object was refused.
+/// --cluster, by what the members know now (egress is judged by the source's member, ingress by the destination's). Exits
+/// 1 when a query has no answer, when neither of its ends is a known endpoint, when there is no query, or when an object was
+/// refused.
 ///
 /// The answer is what policy says. The kernel lets pass besides, before every rule, what a node sends to its own pods.
 ///
@@ -25,12 +26,14 @@ use crate::output::{self, Format};
 /// addresses are not known: where rules about nets make a difference, the verdict is `depends`, and `dependsOn` says on
 /// what. With --pod-net only addresses in these nets count.
 ///
-/// A question to a Service, by name or by its cluster address, is answered for each of its backends, on the backend's port.
+/// A question to a Service, by name or by one of its addresses (cluster, external or load balancer), is answered for each of
+/// its backends, on the backend's port.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-JSON, one object a line: {\"verdict\": \"allow|deny|depends\", \"egress\": {\"verdict\", \"trace\"}, \"ingress\": …, \"staged\": …,
-\"form\", \"notRunning\": [\"CLUSTER/NAMESPACE/KIND/NAME\"], \"dependsOn\": \"…\", \"service\": {\"name\", \"headless\", \"backends\":
-[{\"to\", \"port\", \"answer\" or \"error\"}]}}, or {\"error\"}. What does not apply is left out.
+JSON, one object a line: {\"verdict\": \"allow|deny|depends\", \"egress\": {\"verdict\", \"trace\", \"decidedBy\"}, \"ingress\": …,
+\"staged\": …, \"form\", \"neitherEndKnown\": true, \"notRunning\": [\"CLUSTER/NAMESPACE/KIND/NAME\"], \"dependsOn\": \"…\", \"service\": {\"name\", \"headless\", \"backends\":
+[{\"to\", \"port\", \"answer\" or \"error\"}]}}, or {\"error\"}. What does not apply is left out; `decidedBy` has each step that
+decides where a verdict depends on something.
 
 Examples:
   echo '{\"from\":{\"namespace\":\"shop\",\"pod\":\"deployment/web\"},\"to\":{\"namespace\":\"shop\",\"pod\":\"deployment/db\"},\"port\":5432}' |
@@ -46,7 +49,7 @@ pub struct Arguments {
     /// code 0, and the IP version one that both ends have.
     #[arg(long, value_name = "FILE.jsonl")]
     queries: PathBuf,
-    /// Ask the reference evaluator, which looks everything up anew for each question. The answers are the same.
+    /// Use the reference evaluator, which looks everything up anew for each question. The answers are the same.
     #[arg(long, requires = "clusters")]
     reference: bool,
     #[arg(short, long, value_enum, default_value_t)]
@@ -56,6 +59,13 @@ pub struct Arguments {
 /// The longest line of queries that is read whole; what is cut off makes the line malformed. A query has a few hundred
 /// bytes.
 const MAX_LINE_BYTES: u64 = 1 << 20;
+
+/// Rows of a table that are printed together, in columns of one width: about 100 KiB.
+const BLOCK_ROWS: usize = 500;
+/// Queries that a running federation is sent together: one request.
+const LIVE_QUERIES: usize = live::BATCH;
+
+const NEITHER_END_KNOWN: &str = "neither end is a known endpoint: no policy applies";
 
 #[derive(Serialize)]
 struct ErrorLine {
@@ -69,83 +79,120 @@ struct Printer {
     table: output::Table,
     /// Of live answers: clusters, and Hanse's own streams there.
     own_streams: BTreeSet<(String, String)>,
-    /// What verdicts depend on, numbered from 1 in the table.
+    /// Notes on verdicts of the current block, which the table refers to by number.
     notes: Vec<String>,
+    /// The number of the first of them.
+    first_note: usize,
+    /// The width of each column, once a block was printed.
+    widths: Option<Vec<u16>>,
+    /// Questions, and those without an answer or about nothing that is known.
+    questions: usize,
     unanswered: usize,
     incomplete: bool,
 }
 
 impl Printer {
     fn new(output: Format) -> Self {
-        let out = std::io::BufWriter::with_capacity(1 << 16, output::stdout());
-        let table = output::table(["FROM", "TO", "VERDICT", "STAGED", "EGRESS", "INGRESS"]);
-        let (own_streams, notes) = (BTreeSet::new(), Vec::new());
-        Self { output, out, table, own_streams, notes, unanswered: 0, incomplete: false }
+        Self {
+            output,
+            out: std::io::BufWriter::with_capacity(1 << 16, output::stdout()),
+            table: output::table(["FROM", "TO", "VERDICT", "STAGED", "EGRESS", "INGRESS"]),
+            own_streams: BTreeSet::new(),
+            notes: Vec::new(),
+            first_note: 1,
+            widths: None,
+            questions: 0,
+            unanswered: 0,
+            incomplete: false,
+        }
     }
 
-    fn print(&mut self, question: Option<&Question>, answer: Result<AnswerLine<'_>, String>) -> anyhow::Result<()> {
+    fn print(&mut self, question: Option<&Question>, mut answer: Result<AnswerLine<'_>, String>) -> anyhow::Result<()> {
+        self.questions += 1;
+        if let (Ok(line), Some(question)) = (&mut answer, question) {
+            line.neither_end_known =
+                [&question.from, &question.to].iter().all(|it| matches!(it, Place::Address { .. }))
+                    && line.service.is_none()
+                    && line.egress.verdict == "none"
+                    && line.ingress.verdict == "none";
+        }
+        self.unanswered += usize::from(answer.as_ref().map_or(true, |line| line.neither_end_known));
         match (self.output, answer) {
-            (Format::Table, answer) => {
-                let end = |place: Option<&Place>, not_running: &[String]| {
-                    place.map_or(String::new(), |place| title(place, not_running))
+            (Format::Table, answer) => self.add(question, answer)?,
+            (format, Ok(line)) => super::write_answer(&mut self.out, format, self.incomplete, &line)?,
+            (format, Err(error)) => output::write(&mut self.out, format, &ErrorLine { error })?,
+        }
+        Ok(())
+    }
+
+    /// Adds the rows of one answer.
+    fn add(&mut self, question: Option<&Question>, answer: Result<AnswerLine<'_>, String>) -> anyhow::Result<()> {
+        let end = |place: Option<&Place>, not_running: &[String]| {
+            place.map_or(String::new(), |place| title(place, not_running))
+        };
+        let (from, to) = (question.map(|it| &it.from), question.map(|it| &it.to));
+        match answer {
+            Ok(line) => {
+                for asked in &line.asked {
+                    let streams = asked.own_streams.iter().cloned();
+                    self.own_streams.extend(streams.map(|stream| (asked.cluster.clone(), stream)));
+                }
+                let to = match &line.service {
+                    Some(service) => format!("service {}", service.name),
+                    None => end(to, &line.not_running),
                 };
-                let (from, to) = (question.map(|it| &it.from), question.map(|it| &it.to));
-                match answer {
-                    Ok(line) => {
-                        for asked in &line.asked {
-                            let streams = asked.own_streams.iter().cloned();
-                            self.own_streams.extend(streams.map(|stream| (asked.cluster.clone(), stream)));
+                self.row(end(from, &line.not_running), to, &line);
+                for backend in line.service.iter().flat_map(|service| &service.backends) {
+                    match (&backend.answer, &backend.error) {
+                        (Some(answer), _) => {
+                            let to = title(&backend.to, &answer.not_running);
+                            self.row(String::new(), format!("  {to}, port {}", backend.port), answer);
                         }
-                        let to = match &line.service {
-                            Some(service) => format!("service {}", service.name),
-                            None => end(to, &line.not_running),
-                        };
-                        self.row(end(from, &line.not_running), to, &line);
-                        for backend in line.service.iter().flat_map(|service| &service.backends) {
-                            match (&backend.answer, &backend.error) {
-                                (Some(answer), _) => {
-                                    let to = title(&backend.to, &answer.not_running);
-                                    self.row(String::new(), format!("  {to}, port {}", backend.port), answer);
-                                }
-                                (None, error) => {
-                                    let error = format!("error: {}", error.as_deref().unwrap_or_default());
-                                    self.table.add_row([String::new(), format!("  {}", backend.to), error]);
-                                }
-                            }
+                        (None, error) => {
+                            let error = format!("error: {}", error.as_deref().unwrap_or_default());
+                            self.table.add_row([String::new(), format!("  {}", backend.to), error]);
                         }
-                    }
-                    Err(error) => {
-                        self.unanswered += 1;
-                        self.table.add_row([end(from, &[]), end(to, &[]), format!("error: {error}")]);
                     }
                 }
             }
-            (format, Ok(line)) => super::write_answer(&mut self.out, format, self.incomplete, &line)?,
-            (format, Err(error)) => {
-                self.unanswered += 1;
-                output::write(&mut self.out, format, &ErrorLine { error })?;
-            }
+            Err(error) => self.table.add_row([end(from, &[]), end(to, &[]), format!("error: {error}")]),
         }
-        Ok(())
+        match self.table.row_count() >= BLOCK_ROWS {
+            true => self.print_block(),
+            false => Ok(()),
+        }
     }
 
     fn row(&mut self, from: String, to: String, line: &AnswerLine<'_>) {
         let staged = line.staged.egress.is_some().then(|| line.staged.verdict.to_string());
         let staged = staged.unwrap_or_else(|| "-".to_owned());
-        let note = line.depends_on.as_ref().map(|note| {
-            self.notes.push(note.clone());
-            format!(" [{}]", self.notes.len())
+        let depends_on = line.depends_on.as_ref().map(|note| format!("depends on {note}"));
+        let note = depends_on.or_else(|| line.neither_end_known.then(|| NEITHER_END_KNOWN.to_owned()));
+        let number = note.map(|note| {
+            self.notes.push(note);
+            format!(" [{}]", self.first_note + self.notes.len() - 1)
         });
-        let verdict = format!("{}{}", line.verdict, note.unwrap_or_default());
+        let verdict = format!("{}{}", line.verdict, number.unwrap_or_default());
         self.table.add_row([from, to, verdict, staged, line.egress.reason(), line.ingress.reason()]);
     }
 
-    /// How many questions had no answer.
-    fn finish(mut self) -> anyhow::Result<usize> {
+    /// Prints the rows so far with their notes, so that any number of questions can be answered.
+    fn print_block(&mut self) -> anyhow::Result<()> {
+        writeln!(self.out, "{}", self.table)?;
+        for (number, note) in (self.first_note..).zip(&self.notes) {
+            writeln!(self.out, "[{number}] {}", output::one_line(note))?;
+        }
+        self.first_note += self.notes.len();
+        self.notes.clear();
+        let widths = self.widths.get_or_insert_with(|| self.table.widths());
+        self.table = output::continued(widths);
+        Ok(self.out.flush()?)
+    }
+
+    fn finish(&mut self) -> anyhow::Result<()> {
         if self.output == Format::Table {
-            writeln!(self.out, "{}", self.table)?;
-            for (number, note) in (1..).zip(&self.notes) {
-                writeln!(self.out, "[{number}] depends on {}", output::one_line(note))?;
+            if !self.table.is_empty() || self.widths.is_none() {
+                self.print_block()?;
             }
             if !self.own_streams.is_empty() {
                 writeln!(self.out, "Before every tier, Hanse's own streams:")?;
@@ -155,8 +202,7 @@ impl Printer {
                 writeln!(self.out, "{}", output::one_line(&line))?;
             }
         }
-        self.out.flush()?;
-        Ok(self.unanswered)
+        Ok(self.out.flush()?)
     }
 }
 
@@ -180,22 +226,10 @@ impl Arguments {
         let mut number = 0;
         let lines = std::iter::from_fn(|| next_line(&mut input, &mut number).transpose());
         let lines = lines.map(|line| line.with_context(|| format!("read {}", self.queries.display())));
-        let read = |line: &Line| {
-            serde_json::from_str::<Question>(&line.text).map_err(|error| {
-                let (file, error) = (self.queries.display(), super::json_error(&error));
-                format!("malformed query: {file}:{}: {error}", line.number)
-            })
-        };
         let mut printer = Printer::new(self.output);
         if self.sources.is_live()? {
-            let lines = lines.collect::<anyhow::Result<Vec<Line>>>()?;
-            let questions: Vec<Result<Question, String>> = lines.iter().map(read).collect();
-            let queries: Vec<String> = lines.into_iter().map(|line| line.text).collect();
-            live::explain(context, &queries, |at, answer| {
-                let question = questions[at].as_ref();
-                printer.print(question.ok(), question.map_err(Clone::clone).and(answer))
-            })?;
-            return Ok(if printer.finish()? == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+            let answered = self.answer_live(context, lines, &mut printer);
+            return self.end(answered, printer, None);
         }
         if self.queries == Path::new("-") && self.sources.stdin_uses() > 0 {
             anyhow::bail!("standard input (`-`) can be read once: give the queries or the manifests as a file");
@@ -204,19 +238,63 @@ impl Arguments {
         printer.incomplete = loaded.is_incomplete();
         let explainer = Explainer::new(&loaded.policies, &loaded.inventory).by_reference(self.reference);
         let explainer = explainer.with_pod_nets(&self.sources.pod_nets);
-        for line in lines {
-            let line = line?;
-            let question = read(&line);
-            let explained = question.as_ref().map_err(Clone::clone);
-            let explained =
-                explained.and_then(|question| explainer.answer(question).map_err(|error| error.to_string()));
-            let answer = explained.as_ref().map(|it| it.line()).map_err(Clone::clone);
-            printer.print(question.as_ref().ok(), answer)?;
+        let answer_all = |printer: &mut Printer| {
+            for line in lines {
+                let question = self.read(&line?);
+                let explained = question.as_ref().map_err(Clone::clone);
+                let explained =
+                    explained.and_then(|question| explainer.answer(question).map_err(|error| error.to_string()));
+                let answer = explained.as_ref().map(|it| it.line()).map_err(Clone::clone);
+                printer.print(question.as_ref().ok(), answer)?;
+            }
+            Ok(())
+        };
+        let answered = answer_all(&mut printer);
+        self.end(answered, printer, loaded.incomplete_line())
+    }
+
+    /// Queries members, as many questions at a time as one request takes.
+    fn answer_live(
+        &self,
+        context: Option<&Path>,
+        mut lines: impl Iterator<Item = anyhow::Result<Line>>,
+        printer: &mut Printer,
+    ) -> anyhow::Result<()> {
+        let mut session = live::Session::open(context)?;
+        loop {
+            let batch = lines.by_ref().take(LIVE_QUERIES).collect::<anyhow::Result<Vec<Line>>>()?;
+            if batch.is_empty() {
+                return Ok(());
+            }
+            let questions: Vec<Result<Question, String>> = batch.iter().map(|line| self.read(line)).collect();
+            let queries: Vec<String> = batch.into_iter().map(|line| line.text).collect();
+            session.explain(&queries, |at, answer| {
+                let question = questions[at].as_ref();
+                printer.print(question.ok(), question.map_err(Clone::clone).and(answer))
+            })?;
         }
-        let is_table = self.output == Format::Table;
-        let unanswered = printer.finish()?;
-        loaded.incomplete_line().filter(|_| is_table).map_or(Ok(()), output::line)?;
-        Ok(if unanswered == 0 && !loaded.is_incomplete() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    fn read(&self, line: &Line) -> Result<Question, String> {
+        let malformed = |error| format!("malformed query: {}:{}: {error}", self.queries.display(), line.number);
+        super::from_json(&line.text).map_err(malformed)
+    }
+
+    fn end(
+        &self,
+        answered: anyhow::Result<()>,
+        mut printer: Printer,
+        incomplete: Option<String>,
+    ) -> anyhow::Result<ExitCode> {
+        if answered.is_ok() && printer.questions == 0 {
+            anyhow::bail!("{}: no queries were read, so there is nothing to answer", self.queries.display());
+        }
+        let failed = printer.unanswered > 0 || printer.incomplete;
+        let printed = answered.and_then(|()| printer.finish()).and_then(|()| match self.output {
+            Format::Table => incomplete.map_or(Ok(()), output::line),
+            Format::Json | Format::Yaml => Ok(()),
+        });
+        output::exit(printed, failed)
     }
 }
 

@@ -1,4 +1,4 @@
-//! `hanse policy lint`: what is written and probably not meant.
+//! `hanse policy lint`: likely mistakes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write as _;
@@ -11,21 +11,23 @@ use clap::ValueEnum;
 use hanse_k8s_api::document::{self, Node};
 use hanse_k8s_api::manifest::{Diagnostic, Place, read_file};
 use hanse_policy::evaluate::Direction;
-use hanse_policy::lint::{About, CHECKS, Finding, Severity, lint};
+use hanse_policy::lint::{About, CHECKS, Finding, NEEDING_PODS, Severity, lint, without_pods};
 use hanse_policy::model::{ClusterName, Phase};
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::load::{Loaded, Sources, told};
+use super::load::{Loaded, Sources, described};
 use crate::online::{call, with_client};
 use crate::output;
 use hanse_policy::explain::answer;
 
-/// Find what is written and probably not meant.
+/// Find likely mistakes.
 ///
-/// Only what is certain is called shadowed or impossible. Exits 0 when nothing found is as severe as `--fail-on`, 1 when
-/// something is, or an object was refused, 2 when the command line is malformed.
+/// Only what is certain is called shadowed or impossible. Of a cluster without pods and workloads, such as a folder of
+/// policies, checks that need them are not run, and the output says so. Exits 0 when nothing found is as severe as
+/// `--fail-on`, 1 when something is, an object was refused, or there is no policy and no pod; 2 when the command line is
+/// malformed.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -36,10 +38,10 @@ Examples:
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
-    /// Take this cluster's data for stale; may be given several times.
+    /// Treat this cluster's data as stale; may be given several times.
     #[arg(long, value_name = "CLUSTER")]
     stale: Vec<String>,
-    /// Ask the hub of the context which clusters' data is stale, or was never heard.
+    /// Ask the hub of the context which clusters' data is stale, or was never received.
     #[arg(long)]
     ask_hub: bool,
     /// The least severity that makes the command fail.
@@ -92,10 +94,10 @@ struct FindingLine<'a> {
 
 impl Arguments {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        let mut loaded = self.sources.load()?;
+        let mut loaded = self.sources.load_any()?;
         let mut stale = self.stale.clone();
         if self.ask_hub {
-            stale.extend(told_stale(context)?);
+            stale.extend(reported_stale(context)?);
         }
         for name in &self.stale {
             if !loaded.inventory.clusters.contains_key(name.as_str()) {
@@ -107,7 +109,8 @@ impl Arguments {
                 cluster.stale = true;
             }
         }
-        let findings = lint(&loaded.policies, &loaded.inventory, &loaded.hosts);
+        let findings = lint(&loaded.policies, &loaded.inventory, &loaded.hosts, &loaded.without_tier);
+        let not_run = NotRun::new(&loaded)?;
         let mut lines_of_rules = RuleLines::default();
         let lines: Vec<FindingLine<'_>> = findings
             .iter()
@@ -140,35 +143,70 @@ impl Arguments {
                 }
             })
             .collect();
-        match self.output {
-            Format::Json => print_lines(output::Format::Json, loaded.is_incomplete(), &lines)?,
-            Format::Yaml => print_lines(output::Format::Yaml, loaded.is_incomplete(), &lines)?,
-            Format::Sarif => {
-                writeln!(output::stdout(), "{}", serde_json::to_string_pretty(&sarif(&lines, &loaded.refusals))?)?
-            }
-            Format::Table => {
-                print_table(&lines)?;
-                loaded.incomplete_line().map_or(Ok(()), output::line)?;
-            }
-        }
+        let print = || -> anyhow::Result<()> {
+            let format = match self.output {
+                Format::Json => output::Format::Json,
+                Format::Yaml => output::Format::Yaml,
+                Format::Sarif => {
+                    let sarif = sarif(&lines, &loaded.refusals, not_run.as_ref());
+                    return Ok(writeln!(output::stdout(), "{}", serde_json::to_string_pretty(&sarif)?)?);
+                }
+                Format::Table => {
+                    print_table(&lines)?;
+                    not_run.as_ref().map_or(Ok(()), |it| output::line(&it.message))?;
+                    return loaded.incomplete_line().map_or(Ok(()), output::line);
+                }
+            };
+            let (mut out, incomplete) = (output::stdout(), loaded.is_incomplete());
+            lines.iter().try_for_each(|line| super::write_answer(&mut out, format, incomplete, line))?;
+            not_run.as_ref().map_or(Ok(()), |it| super::write_answer(&mut out, format, incomplete, it))
+        };
         let fails = |finding: &Finding| match self.fail_on {
             Level::Note => true,
             Level::Warning => finding.check.severity >= Severity::Warning,
             Level::Error => finding.check.severity >= Severity::Error,
             Level::Never => false,
         };
-        let failed = loaded.is_incomplete() || findings.iter().any(fails);
-        Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+        output::exit(print(), loaded.is_incomplete() || findings.iter().any(fails))
     }
 }
 
-fn print_lines(format: output::Format, incomplete: bool, lines: &[FindingLine<'_>]) -> anyhow::Result<()> {
-    let mut out = output::stdout();
-    lines.iter().try_for_each(|line| super::write_answer(&mut out, format, incomplete, line))
+/// Checks that were not run. In JSON the last line.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct NotRun {
+    not_run: Vec<&'static str>,
+    clusters: Vec<String>,
+    message: String,
+}
+
+impl NotRun {
+    /// `None` where every cluster has pods.
+    ///
+    /// # Errors
+    /// When there are neither pods nor policies: nothing found in nothing would look like a good answer.
+    fn new(loaded: &Loaded) -> anyhow::Result<Option<Self>> {
+        let clusters = without_pods(&loaded.inventory);
+        let clusters: Vec<String> = clusters.into_iter().map(ToString::to_string).collect();
+        if clusters.is_empty() {
+            return Ok(None);
+        }
+        let noun = if clusters.len() == 1 { "cluster" } else { "clusters" };
+        let names = clusters.join(", ");
+        let layers = [&loaded.policies.federation].into_iter().chain(loaded.policies.clusters.values());
+        let is_empty = loaded.without_tier.is_empty() && layers.into_iter().all(|layer| layer.policies.is_empty());
+        if is_empty && clusters.len() == loaded.inventory.clusters.len() {
+            bail!("{noun} {names}: no policies, no pods and no workloads were read, so there is nothing to check");
+        }
+        let not_run: Vec<&str> = NEEDING_PODS.iter().map(|check| check.id).collect();
+        let ids = not_run.join(", ");
+        let message = format!("not run for {noun} {names}, of which no pods and no workloads were read: {ids}");
+        Ok(Some(Self { not_run, clusters, message }))
+    }
 }
 
 /// The clusters whose endpoints count as unknown at the hub.
-fn told_stale(context: Option<&Path>) -> anyhow::Result<Vec<String>> {
+fn reported_stale(context: Option<&Path>) -> anyhow::Result<Vec<String>> {
     let status = with_client(context, |mut client| async move { call(client.status(pb::StatusRequest {})).await })?;
     let clusters = status.clusters.into_iter().filter(|cluster| cluster.lease != "live");
     Ok(clusters.map(|cluster| cluster.name).collect())
@@ -187,7 +225,7 @@ fn place<'l>(loaded: &'l Loaded, finding: &Finding) -> Option<&'l Place> {
     }
 }
 
-/// The lines on which rules stand, file by file.
+/// The lines of rules, file by file.
 #[derive(Default)]
 struct RuleLines {
     files: HashMap<Arc<str>, HashMap<u32, ObjectLines>>,
@@ -200,7 +238,7 @@ impl RuleLines {
     /// Of a rule of the object that starts at `place`.
     fn line(&mut self, place: &Place, (direction, index): (Direction, u32)) -> Option<u32> {
         let objects = self.files.entry(place.file.clone()).or_insert_with(|| {
-            // What could be read before can hardly fail now; where it does, the object's own line is told.
+            // What could be read before can hardly fail now; where it does, the object's own line is used.
             let bytes = read_file(Path::new(&*place.file)).unwrap_or_default();
             let text = std::str::from_utf8(&bytes).unwrap_or_default();
             let mut objects = HashMap::new();
@@ -268,8 +306,8 @@ fn print_table(lines: &[FindingLine<'_>]) -> anyhow::Result<()> {
     output::line(counts.join(", "))
 }
 
-/// What was refused, and so not judged, makes the run incomplete; a review tool is told so.
-fn sarif(lines: &[FindingLine<'_>], refusals: &[Diagnostic]) -> Value {
+/// What was refused, and so not judged, makes the run incomplete, which review tools show.
+fn sarif(lines: &[FindingLine<'_>], refusals: &[Diagnostic], not_run: Option<&NotRun>) -> Value {
     let rules: Vec<Value> = CHECKS
         .iter()
         .map(|check| {
@@ -301,13 +339,15 @@ fn sarif(lines: &[FindingLine<'_>], refusals: &[Diagnostic]) -> Value {
             result
         })
         .collect();
+    let not_run = not_run.map(|it| json!({"level": "note", "message": {"text": it.message}}));
     let notifications: Vec<Value> = refusals
         .iter()
         .map(|refusal| {
-            let text = format!("refused: {}", told(refusal));
+            let text = format!("refused: {}", described(refusal));
             let location = location(&refusal.place.file, refusal.place.line);
             json!({"level": "error", "message": {"text": text}, "locations": [location]})
         })
+        .chain(not_run)
         .collect();
     json!({
         "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
@@ -327,7 +367,7 @@ fn location(file: &str, line: u32) -> Value {
     json!({"physicalLocation": {"artifactLocation": {"uri": uri(file)}, "region": {"startLine": line}}})
 }
 
-/// A path as a URI reference (RFC 3986): relative as it is, for the tool to resolve; what may not stand in one is escaped.
+/// A path as a URI reference (RFC 3986): relative as it is, for the tool to resolve; what may not be in one is escaped.
 fn uri(path: &str) -> String {
     let mut uri = if path.starts_with('/') { "file://".to_owned() } else { String::new() };
     for byte in path.bytes() {

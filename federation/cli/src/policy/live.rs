@@ -1,4 +1,4 @@
-//! Questions to a federation that runs: through the hub, to the members.
+//! Queries of a federation that runs: through the hub, to the members.
 
 use std::path::Path;
 
@@ -12,8 +12,8 @@ use tonic::transport::Channel;
 use crate::online::{MAX_ANSWER_BYTES, call, open};
 use crate::output;
 
-/// Queries in one request; the hub takes no more.
-const BATCH: usize = 64;
+/// Queries in one request; the hub accepts no more.
+pub const BATCH: usize = 64;
 
 /// One connection for many questions.
 pub struct Session {
@@ -27,7 +27,7 @@ impl Session {
         Ok(Self { runtime, client: InquiriesClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES) })
     }
 
-    /// Asks every query, and hands on the answers with their queries' places in the list, in order.
+    /// Sends every query, and passes on the answers with their queries' places in the list, in order.
     pub fn explain(
         &mut self,
         queries: &[String],
@@ -36,7 +36,7 @@ impl Session {
         for (number, batch) in queries.chunks(BATCH).enumerate() {
             let asked = batch.iter().map(|query| query.clone().into_bytes().into()).collect();
             let answer = self.runtime.block_on(call(self.client.explain(pb::ExplainRequest { queries: asked })))?;
-            anyhow::ensure!(answer.explanations.len() == batch.len(), "the hub left questions out");
+            anyhow::ensure!(answer.explanations.len() == batch.len(), "the hub left queries unanswered");
             for (at, explanation) in (number * BATCH..).zip(answer.explanations) {
                 match explanation.explanation {
                     Some(explanation::Explanation::Answer(json)) => {
@@ -50,7 +50,7 @@ impl Session {
         Ok(())
     }
 
-    /// Every pod that a member tells of. What could not be asked is named on standard error.
+    /// Every pod that a member reports. Members that could not be queried are named on standard error.
     pub fn pods(&mut self) -> anyhow::Result<Vec<pb::PodInfo>> {
         let answer = self.runtime.block_on(call(self.client.list_pods(pb::ListPodsRequest::default())))?;
         for note in &answer.notes {
@@ -58,13 +58,4 @@ impl Session {
         }
         Ok(answer.pods)
     }
-}
-
-/// Asks every query over a connection of its own.
-pub fn explain(
-    context: Option<&Path>,
-    queries: &[String],
-    take: impl FnMut(usize, Result<AnswerLine<'_>, String>) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
-    Session::open(context)?.explain(queries, take)
 }

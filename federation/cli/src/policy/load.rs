@@ -5,16 +5,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::bail;
+use hanse_k8s_api::assemble::rivals;
 use hanse_k8s_api::hanse::{Grants, Member};
 use hanse_k8s_api::manifest::{Diagnostic, Manifests, Place};
 use hanse_k8s_api::{assemble_federation, assemble_offline};
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
-use hanse_policy::model::{ClusterName, PolicyId, PolicySet};
+use hanse_policy::model::{ClusterName, PolicyId, PolicySet, TierId};
 use ipnet::IpNet;
 
 use hanse_policy::explain::answer;
 
-use super::reading;
+use super::reading::{self, DefaultNamespace};
 use crate::output;
 
 /// Where to read from.
@@ -27,11 +28,13 @@ pub struct Sources {
     /// The directory of the federation's manifests (`hanse.dev`); `-` is standard input.
     #[arg(long, value_name = "DIR")]
     federation: Option<PathBuf>,
-    /// Refuse templates (documents with `{{`) and documents without a kind, which are notes otherwise.
+    /// Refuse templates (documents with `{{`), patches and documents without a kind, which are notes otherwise.
     #[arg(long)]
     strict: bool,
-    /// A net in which pods get their addresses, for workloads that do not run yet; may be given several times. Without it
-    /// they may get any.
+    #[command(flatten)]
+    namespace: DefaultNamespace,
+    /// A net in which pods get their addresses, for workloads that do not run yet; may be given several times. Pods have no
+    /// addresses of an IP version without a net. Without this option they may have any address of both.
     #[arg(long = "pod-net", value_name = "CIDR", value_delimiter = ',', requires = "clusters")]
     pub pod_nets: Vec<IpNet>,
 }
@@ -63,10 +66,12 @@ pub struct Loaded {
     /// The errors of objects and files that were refused; each was named on standard error. With any, answers are
     /// incomplete.
     pub refusals: Vec<Diagnostic>,
-    /// The clusters whose manifests hold HostEndpoints.
+    /// The clusters whose manifests have HostEndpoints.
     pub hosts: BTreeSet<ClusterName>,
     /// Protocols and ports that containers declare.
     pub declared: BTreeMap<(ClusterName, EndpointId), BTreeSet<(u8, u16)>>,
+    /// Policies of the federation that are not in force because no object defines their tier.
+    pub without_tier: Vec<(PolicyId, TierId)>,
     places: BTreeMap<WrittenName, Place>,
 }
 
@@ -107,9 +112,10 @@ impl Sources {
         let mut loaded = Loaded::default();
         let mut clusters = BTreeMap::new();
         for source in &self.clusters {
-            let manifests = loaded.read(Some(&source.name), &source.directory, self.strict)?;
-            let offline = assemble_offline(&source.name, manifests);
+            let manifests = loaded.read(Some(&source.name), &source.directory, self)?;
+            let mut offline = assemble_offline(&source.name, manifests);
             loaded.report(&offline.state.diagnostics, false);
+            self.place_pods(&mut offline.state.cluster);
             let declared = offline.declared.into_iter().map(|(id, ports)| ((source.name.clone(), id), ports));
             loaded.declared.extend(declared);
             if clusters.insert(source.name.clone(), offline.state).is_some() {
@@ -117,7 +123,7 @@ impl Sources {
             }
         }
         let federated = match &self.federation {
-            Some(directory) => loaded.read(None, directory, self.strict)?,
+            Some(directory) => loaded.read(None, directory, self)?,
             None => Manifests::default(),
         };
         for workload in &federated.workloads {
@@ -126,10 +132,11 @@ impl Sources {
         }
         let federation = assemble_federation(&federated.objects, clusters.keys().cloned());
         loaded.report(&federation.diagnostics, false);
+        loaded.without_tier = federation.without_tier;
         for (name, state) in clusters {
             let mut cluster = state.cluster;
             if let Some(member) = federation.members.get(&name) {
-                tell_grants(&name, member, &cluster);
+                note_grants(&name, member, &cluster);
                 cluster.labels = member.labels.clone();
                 cluster.label_grant = member.grants.label_grant();
                 cluster.federated_allow_final = member.federated_allow_final;
@@ -140,6 +147,17 @@ impl Sources {
         loaded.inventory.federated_sets = federation.sets;
         loaded.policies.federation = federation.layer;
         Ok(loaded)
+    }
+
+    /// Pods that do not run get addresses in the given nets only, so none of an IP version without a net.
+    fn place_pods(&self, cluster: &mut Cluster) {
+        if self.pod_nets.is_empty() {
+            return;
+        }
+        let lacks_family = [true, false].map(|v4| !self.pod_nets.iter().any(|net| matches!(net, IpNet::V4(_)) == v4));
+        for planned in cluster.endpoints.values_mut().filter_map(|endpoint| endpoint.planned.as_mut()) {
+            planned.lacks_family = lacks_family;
+        }
     }
 
     /// How many of the sources are standard input.
@@ -181,8 +199,8 @@ impl Sources {
     }
 }
 
-/// What of a cluster the running federation sees otherwise than it is seen here, where every cluster knows every pod.
-fn tell_grants(name: &ClusterName, member: &Member, cluster: &Cluster) {
+/// Notes where the running federation sees less of a cluster than is seen here, where every cluster knows every pod.
+fn note_grants(name: &ClusterName, member: &Member, cluster: &Cluster) {
     let pods = cluster.endpoints.iter().filter(|(id, pod)| id.kind == EndpointKind::Pod && !pod.addresses.is_empty());
     let mut withheld = pods.filter_map(|(id, pod)| Some((id, withheld(&member.grants, id, pod)?)));
     if let Some((id, why)) = withheld.next() {
@@ -218,24 +236,34 @@ fn withheld(grants: &Grants, id: &EndpointId, pod: &Endpoint) -> Option<String> 
 }
 
 impl Loaded {
-    fn read(&mut self, cluster: Option<&ClusterName>, directory: &Path, strict: bool) -> anyhow::Result<Manifests> {
-        let manifests = reading::read(directory)?;
+    fn read(
+        &mut self,
+        cluster: Option<&ClusterName>,
+        directory: &Path,
+        sources: &Sources,
+    ) -> anyhow::Result<Manifests> {
+        let mut manifests = reading::read(directory, &sources.namespace)?;
         let found = [manifests.objects.len(), manifests.workloads.len(), manifests.skipped.len()];
         if found == [0; 3] && manifests.diagnostics.is_empty() && manifests.refused_workloads.is_empty() {
             // A federation may have no policy yet; a cluster has something.
             if cluster.is_some() {
-                bail!("{}: no manifests (.yaml, .yml or .json)", directory.display());
+                bail!(reading::no_manifests(directory));
             }
-            output::note(format_args!("note: {}: no manifests (.yaml, .yml or .json)", directory.display()));
+            output::note(format_args!("note: {}", reading::no_manifests(directory)));
         }
         let (refused, notes): (Vec<Diagnostic>, Vec<Diagnostic>) = manifests
             .diagnostics
             .iter()
             .chain(&manifests.refused_workloads)
             .cloned()
-            .partition(|it| reading::refuses(it, strict));
+            .partition(|it| reading::refuses(it, sources.strict));
+        // Refused for fields that are not known: what it may close stays closed, as where it is enforced.
+        manifests.objects.append(&mut manifests.in_doubt);
+        let [duplicates, conflicts] = rivals::settle(&mut manifests);
         self.report(&notes, false);
+        self.report(&duplicates, false);
         self.report(&refused, true);
+        self.report(&conflicts, true);
         for line in reading::skipped_lines(manifests.skipped.iter()) {
             output::note(format_args!("{}: {line}", directory.display()));
         }
@@ -254,7 +282,7 @@ impl Loaded {
         for diagnostic in diagnostics {
             let Place { file, line } = &diagnostic.place;
             let kind = if refused { "refused" } else { "note" };
-            output::note(format_args!("{file}:{line}: {kind}: {}", told(diagnostic)));
+            output::note(format_args!("{file}:{line}: {kind}: {}", described(diagnostic)));
         }
         if refused {
             self.refusals.extend_from_slice(diagnostics);
@@ -292,7 +320,7 @@ impl Loaded {
 }
 
 /// What is wrong, without its place.
-pub fn told(diagnostic: &Diagnostic) -> String {
+pub fn described(diagnostic: &Diagnostic) -> String {
     let Diagnostic { field, message, object, .. } = diagnostic;
     let object = object.as_ref().map_or(String::new(), |object| format!("{} {}: ", object.kind, object.name));
     let field = if field.is_empty() { String::new() } else { format!("{field}: ") };

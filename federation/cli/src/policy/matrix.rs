@@ -8,7 +8,8 @@ use std::process::ExitCode;
 
 use anyhow::{bail, ensure};
 use hanse_policy::diff::{Diff, Party, State};
-use hanse_policy::evaluate::{Query, Verdict, View, has_ports};
+use hanse_policy::evaluate::{Answer, Query, Verdict, View, has_ports};
+use hanse_policy::explain::answer;
 use hanse_policy::inventory::{Cluster, EffectiveLabels, EndpointId, EndpointKind, Labels, Stopped};
 use hanse_policy::model::ClusterName;
 use hanse_policy::placement::{Placement, Spot, dependence};
@@ -24,7 +25,7 @@ use crate::output::{self, Format};
 use hanse_policy::explain::{Place, ProtocolName, protocol_name};
 use hanse_proto::federation::v1 as pb;
 
-/// With more columns than this, what each source reaches is listed, since nobody reads wider tables.
+/// With more columns than this, what each source reaches is listed: wider tables are hard to read.
 const WIDEST: usize = 40;
 /// Lines below a table that say what verdicts depend on; `-o json` has all.
 const MAX_NOTES: usize = 10;
@@ -40,7 +41,8 @@ const MAX_NOTES: usize = 10;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 JSON, one object a line: {\"from\", \"to\", \"protocol\", \"port\", \"verdict\": \"allow|deny|depends\", \"dependsOn\": \"…\",
-\"notRunning\": [\"from\", \"to\"]}; the last two only where they apply.
+\"decidedBy\": [\"…\"], \"notRunning\": [\"from\", \"to\"]}; the last three only where they apply. Exits 1 when no pod is
+selected, a pair has no answer, or an object was refused.
 
 Examples:
   hanse policy matrix --cluster shop=manifests/
@@ -116,12 +118,15 @@ struct PairLine<'a> {
     verdict: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     depends_on: Option<&'a str>,
+    /// What decides in the cases that differ.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    decided_by: &'a [String],
     /// Which of the ends do not run.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     not_running: Vec<&'static str>,
 }
 
-/// A pod that is asked about, or several that policy does not tell apart.
+/// A pod in question, or several that policy does not tell apart.
 struct Pod {
     place: Place,
     /// Offline: who it is, and another one of several.
@@ -129,13 +134,13 @@ struct Pod {
     other: Option<Box<Pod>>,
     title: String,
     addresses: Vec<IpAddr>,
-    /// It does not run: it has an address of each family, which is not known.
-    planned: bool,
+    /// It does not run: whether it has an address, which is not known, of IPv4 and of IPv6.
+    planned: [bool; 2],
     /// What its containers declare.
     ports: BTreeSet<(u8, u16)>,
 }
 
-/// What is asked of each source: a destination, and a port on it.
+/// What is judged for each source: a destination, and a port on it.
 struct Column<'p> {
     to: &'p Pod,
     port: PortName,
@@ -145,8 +150,11 @@ struct Column<'p> {
 enum Cell {
     Allow,
     Deny,
-    /// On what.
-    Depends(String),
+    /// On what, and which rules decide.
+    Depends {
+        on: String,
+        decided_by: Vec<String>,
+    },
 }
 
 impl Cell {
@@ -154,7 +162,7 @@ impl Cell {
         match self {
             Self::Allow => "allow",
             Self::Deny => "deny",
-            Self::Depends(_) => "depends",
+            Self::Depends { .. } => "depends",
         }
     }
 }
@@ -168,14 +176,16 @@ impl Arguments {
             ensure!(!self.ports.is_empty(), "--port is missing: members do not report which ports containers declare");
             let mut session = live::Session::open(context)?;
             let pods = session.pods()?;
-            let (sources, destinations) = (told(&pods, &self.from), told(&pods, &self.to));
+            ensure!(!pods.is_empty(), "no member reports a pod, so there is nothing to answer about");
+            let ends = [reported(&pods, &self.from), reported(&pods, &self.to)];
+            let [sources, destinations] = self.selected(ends)?;
             let mut unanswered = 0;
-            self.print(&sources, &destinations, false, |from, columns| {
-                let (row, missing) = self.ask(&mut session, from, columns)?;
+            let printed = self.print(&sources, &destinations, false, |from, columns| {
+                let (row, missing) = self.query(&mut session, from, columns)?;
                 unanswered += missing;
                 Ok(row)
-            })?;
-            return Ok(if unanswered == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+            });
+            return output::exit(printed, unanswered > 0);
         }
         let loaded = self.sources.load()?;
         let Loaded { policies, inventory, .. } = &loaded;
@@ -183,6 +193,7 @@ impl Arguments {
         let prepared = Prepared::new(policies, inventory, view);
         let placement = Placement::new(policies, inventory, &self.sources.pod_nets);
         let ends = [&self.from, &self.to].map(|selector| read(&loaded, selector));
+        let ends = self.selected(ends)?;
         let [sources, destinations] = match self.output {
             Format::Table => {
                 let state = State { policies, inventory, view };
@@ -191,11 +202,26 @@ impl Arguments {
             }
             Format::Json | Format::Yaml => ends,
         };
-        self.print(&sources, &destinations, loaded.is_incomplete(), |from, columns| {
+        let printed = self.print(&sources, &destinations, loaded.is_incomplete(), |from, columns| {
             Ok(columns.iter().map(|column| self.judge(&prepared, &placement, from, column)).collect())
-        })?;
-        loaded.incomplete_line().filter(|_| self.output == Format::Table).map_or(Ok(()), output::line)?;
-        Ok(if loaded.is_incomplete() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+        });
+        let incomplete = loaded.incomplete_line().filter(|_| self.output == Format::Table);
+        output::exit(printed.and_then(|()| incomplete.map_or(Ok(()), output::line)), loaded.is_incomplete())
+    }
+
+    /// The sources and the destinations.
+    ///
+    /// # Errors
+    /// When there are none: a matrix of nothing would look like one in which nothing is allowed.
+    fn selected(&self, ends: [Vec<Pod>; 2]) -> anyhow::Result<[Vec<Pod>; 2]> {
+        for (pods, (option, selector)) in ends.iter().zip([("--from", &self.from), ("--to", &self.to)]) {
+            ensure!(
+                !pods.is_empty(),
+                "no pod with an address of its own is selected by {option} \"{}\"",
+                selector.shown()
+            );
+        }
+        Ok(ends)
     }
 
     /// Groups of columns that are shown together, each with its title.
@@ -235,16 +261,12 @@ impl Arguments {
         mut row: impl FnMut(&Pod, &[Column<'_>]) -> anyhow::Result<Row>,
     ) -> anyhow::Result<()> {
         let mut out = std::io::BufWriter::new(output::stdout());
-        if sources.is_empty() || destinations.is_empty() {
-            if self.output == Format::Table {
-                writeln!(out, "no pod is selected")?;
-            }
-            return Ok(out.flush()?);
-        }
         let pages = self.pages(destinations)?;
+        let mut is_answered = false;
         if self.output == Format::Table {
             for (title, columns) in &pages {
                 let rows = sources.iter().map(|from| row(from, columns)).collect::<anyhow::Result<Vec<Row>>>()?;
+                is_answered |= rows.iter().flatten().any(Option::is_some);
                 write!(out, "{title}")?;
                 let ports = self.ports.is_empty();
                 match columns.len() <= WIDEST {
@@ -253,7 +275,8 @@ impl Arguments {
                 }
                 notes(&mut out, sources, columns, &rows)?;
             }
-            return Ok(out.flush()?);
+            out.flush()?;
+            return answered(is_answered);
         }
         for from in sources {
             let rows = pages.iter().map(|(_, columns)| row(from, columns)).collect::<anyhow::Result<Vec<Row>>>()?;
@@ -264,29 +287,38 @@ impl Arguments {
             cells.sort_by_cached_key(|(column, _)| place(column));
             for (Column { to, port }, cell) in cells {
                 let Some(cell) = cell else { continue };
-                let ends = [("from", from.planned), ("to", to.planned)];
+                is_answered = true;
+                let ends = [("from", from.is_planned()), ("to", to.is_planned())];
+                let (depends_on, decided_by) = match cell {
+                    Cell::Depends { on, decided_by } => (Some(&**on), &decided_by[..]),
+                    Cell::Allow | Cell::Deny => (None, &[][..]),
+                };
                 let line = PairLine {
                     from: &from.place,
                     to: &to.place,
                     protocol: &port.protocol_name,
                     port: port.port,
                     verdict: cell.name(),
-                    depends_on: if let Cell::Depends(on) = cell { Some(on) } else { None },
+                    depends_on,
+                    decided_by,
                     not_running: ends.iter().filter(|(_, planned)| *planned).map(|(end, _)| *end).collect(),
                 };
                 super::write_answer(&mut out, self.output, incomplete, &line)?;
             }
         }
-        Ok(out.flush()?)
+        out.flush()?;
+        answered(is_answered)
     }
 
     /// The family of the packets, IPv4 or not; `None` where the two share none.
     fn is_v4(&self, from: &Pod, to: &Pod) -> Option<bool> {
         let wanted = |v4: bool| self.ip_version.is_none_or(|version| (version == 4) == v4);
-        let has = |pod: &Pod, v4: bool| pod.planned || pod.addresses.iter().any(|address| address.is_ipv4() == v4);
+        let has = |pod: &Pod, v4: bool| {
+            pod.planned[usize::from(!v4)] || pod.addresses.iter().any(|address| address.is_ipv4() == v4)
+        };
         // The destination's primary family, if it has one.
         let of_addresses = to.addresses.iter().map(IpAddr::is_ipv4);
-        let of_planned = [true, false].into_iter().filter(|_| to.planned);
+        let of_planned = [true, false].into_iter().filter(|_| to.is_planned());
         of_addresses.chain(of_planned).find(|v4| wanted(*v4) && has(from, *v4) && has(to, *v4))
     }
 
@@ -308,7 +340,8 @@ impl Arguments {
             pod: pod.owner.clone(),
         };
         let Some(cases) = placement.cases(&spot(from), &spot(to), v4).filter(|cases| !cases.is_empty()) else {
-            return Some(Cell::Depends("the address: rules name more nets than are tried".to_owned()));
+            let on = "the address: rules name more nets than are tried".to_owned();
+            return Some(Cell::Depends { on, decided_by: Vec::new() });
         };
         let query = |source, destination| Query {
             source,
@@ -318,19 +351,18 @@ impl Arguments {
             destination_port: port.port,
             icmp: None,
         };
-        let verdicts: Vec<Verdict> = cases
-            .iter()
-            .map(|case| prepared.evaluate(&query(case.source.clone(), case.destination.clone())).verdict)
-            .collect();
+        let answers: Vec<Answer> =
+            cases.iter().map(|case| prepared.evaluate(&query(case.source.clone(), case.destination.clone()))).collect();
+        let verdicts: Vec<Verdict> = answers.iter().map(|answer| answer.verdict).collect();
         Some(match (dependence(&cases, &verdicts), verdicts[0]) {
-            (Some(on), _) => Cell::Depends(on),
+            (Some(on), _) => Cell::Depends { on, decided_by: answer::reasons(&answers) },
             (None, Verdict::Allow) => Cell::Allow,
             (None, Verdict::Deny) => Cell::Deny,
         })
     }
 
-    /// A row by the members' word, and how many pairs had no answer; those are named on standard error.
-    fn ask(&self, session: &mut live::Session, from: &Pod, columns: &[Column<'_>]) -> anyhow::Result<(Row, usize)> {
+    /// A row as the members answer it, and how many pairs had no answer; those are named on standard error.
+    fn query(&self, session: &mut live::Session, from: &Pod, columns: &[Column<'_>]) -> anyhow::Result<(Row, usize)> {
         let query = |Column { to, port }: &Column<'_>| {
             let version = if self.is_v4(from, to)? { 4 } else { 6 };
             let (from, to, protocol, port) = (&from.place, &to.place, port.protocol, port.port);
@@ -338,9 +370,9 @@ impl Arguments {
             Some(serde_json::to_string(&query).expect("names and numbers are JSON"))
         };
         let queries: Vec<Option<String>> = columns.iter().map(query).collect();
-        let asked: Vec<String> = queries.iter().flatten().cloned().collect();
+        let sent: Vec<String> = queries.iter().flatten().cloned().collect();
         let (mut verdicts, mut unanswered) = (Vec::new(), 0);
-        session.explain(&asked, |at, line| {
+        session.explain(&sent, |at, line| {
             verdicts.push(match line {
                 Ok(line) => {
                     let verdict = if self.staged { line.staged.verdict } else { line.verdict };
@@ -348,7 +380,7 @@ impl Arguments {
                 }
                 Err(error) => {
                     unanswered += 1;
-                    output::note(format_args!("hanse: {}: {error}", asked[at]));
+                    output::note(format_args!("hanse: {}: {error}", sent[at]));
                     None
                 }
             });
@@ -357,6 +389,13 @@ impl Arguments {
         let mut verdicts = verdicts.into_iter();
         Ok((queries.iter().map(|query| query.as_ref().and_then(|_| verdicts.next().flatten())).collect(), unanswered))
     }
+}
+
+/// # Errors
+/// When no pair was answered.
+fn answered(is_answered: bool) -> anyhow::Result<()> {
+    ensure!(is_answered, "no pair of pods has an answer: none share an IP version, or their members did not answer");
+    Ok(())
 }
 
 #[derive(Serialize)]
@@ -385,7 +424,7 @@ fn read(loaded: &Loaded, selector: &Selector) -> Vec<Pod> {
                 let mut pod = Pod::new(place(cluster, namespace, &id.name), Some(owner), endpoint.addresses.clone());
                 pod.ports = ports;
                 if let Some(planned) = &endpoint.planned {
-                    pod.planned = true;
+                    pod.planned = [true, false].map(|v4| planned.has_family(v4));
                     pod.title.push_str(match planned.stopped {
                         None => " (not running)",
                         Some(Stopped::NoReplicas) => " (not running, replicas: 0)",
@@ -399,8 +438,8 @@ fn read(loaded: &Loaded, selector: &Selector) -> Vec<Pod> {
     loaded.inventory.clusters.iter().flat_map(of_cluster).collect()
 }
 
-/// Those of a federation that runs, by what their members tell.
-fn told(pods: &[pb::PodInfo], selector: &Selector) -> Vec<Pod> {
+/// Those of a federation that runs, as their members report them.
+fn reported(pods: &[pb::PodInfo], selector: &Selector) -> Vec<Pod> {
     let selected = |pod: &&pb::PodInfo| {
         let labels: Labels =
             pod.labels.iter().map(|(key, value)| (key.as_str().into(), value.as_str().into())).collect();
@@ -418,9 +457,13 @@ fn told(pods: &[pb::PodInfo], selector: &Selector) -> Vec<Pod> {
 }
 
 impl Pod {
+    fn is_planned(&self) -> bool {
+        self.planned != [false; 2]
+    }
+
     fn new(place: Place, owner: Option<(ClusterName, EndpointId)>, addresses: Vec<IpAddr>) -> Self {
         let title = place.to_string();
-        Self { place, owner, other: None, title, addresses, planned: false, ports: BTreeSet::new() }
+        Self { place, owner, other: None, title, addresses, planned: [false; 2], ports: BTreeSet::new() }
     }
 }
 
@@ -448,7 +491,7 @@ fn grouped(pods: Vec<Pod>, groups: &[Party<'_>]) -> Vec<Pod> {
             let names = members.iter().filter_map(|pod| Some(&*pod.owner.as_ref()?.1.name));
             let (cluster, id) = members[0].owner.as_ref()?;
             let namespace = id.namespace.as_deref().unwrap_or_default();
-            let what = if members[0].planned { "workloads, not running" } else { "pods" };
+            let what = if members[0].is_planned() { "workloads, not running" } else { "pods" };
             Some(format!("{cluster}/{namespace}/{} ({many} {what})", common_name(names)))
         });
         let ports = members.iter().flat_map(|pod| &pod.ports).copied().collect();
@@ -474,7 +517,8 @@ fn grid(
 ) -> anyhow::Result<()> {
     let has = |cell: &dyn Fn(&Option<Cell>) -> bool| rows.iter().flatten().any(cell);
     let blank = if has(&Option::is_none) { "   blank: no shared address family" } else { "" };
-    let depends = if has(&|cell| matches!(cell, Some(Cell::Depends(_)))) { "   ? depends on an address" } else { "" };
+    let depends =
+        if has(&|cell| matches!(cell, Some(Cell::Depends { .. }))) { "   ? depends on an address" } else { "" };
     writeln!(out, "   + allow   . deny{depends}{blank}\n")?;
     let numbers = (1..=columns.len()).map(|number| number.to_string());
     let mut table = output::table(["#".to_owned(), "FROM \\ TO".to_owned()].into_iter().chain(numbers));
@@ -484,7 +528,7 @@ fn grid(
         cells.extend(row.iter().map(|verdict| match verdict {
             Some(Cell::Allow) => "+".to_owned(),
             Some(Cell::Deny) => ".".to_owned(),
-            Some(Cell::Depends(_)) => "?".to_owned(),
+            Some(Cell::Depends { .. }) => "?".to_owned(),
             None => String::new(),
         }));
         table.add_row(cells);
@@ -531,10 +575,13 @@ fn notes(out: &mut impl std::io::Write, sources: &[Pod], columns: &[Column<'_>],
     let mut count = 0;
     for (from, row) in sources.iter().zip(rows) {
         for (column, cell) in columns.iter().zip(row) {
-            let Some(Cell::Depends(on)) = cell else { continue };
+            let Some(Cell::Depends { on, decided_by }) = cell else { continue };
             count += 1;
             if count <= MAX_NOTES {
-                let text = format!("? {} to {} depends on {on}", from.title, column_title(column, true));
+                let mut text = format!("? {} to {} depends on {on}", from.title, column_title(column, true));
+                if !decided_by.is_empty() {
+                    text.push_str(&format!(" ({})", decided_by.join("; or ")));
+                }
                 writeln!(out, "{}", output::one_line(&text))?;
             }
         }

@@ -4,11 +4,59 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use hanse_k8s_api::kind::other_system;
-use hanse_k8s_api::manifest::{Diagnostic, Manifests, Skipped, read_dir, read_stdin};
+use hanse_k8s_api::manifest::{Diagnostic, Manifests, Skipped, list, read_files, read_stdin};
+use hanse_k8s_api::network_policy::is_dns_label;
 
-/// Reads a directory, a file, or standard input where `path` is `-`.
-pub fn read(path: &Path) -> anyhow::Result<Manifests> {
-    Ok(if path == Path::new("-") { read_stdin()? } else { read_dir(path)? })
+use super::kustomize;
+
+/// Where objects are that name no namespace.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct DefaultNamespace {
+    /// The namespace of objects that name none, such as those of `helm template`; `default` without it.
+    #[arg(short, long = "namespace", value_name = "NAME", value_parser = namespace)]
+    namespace: Option<String>,
+}
+
+fn namespace(text: &str) -> Result<String, &'static str> {
+    match is_dns_label(text) {
+        true => Ok(text.to_owned()),
+        false => Err("a namespace has at most 63 of a-z 0-9 -, and starts and ends with a letter or digit"),
+    }
+}
+
+/// Reads a directory, a file, or standard input where `path` is `-`. Patches of kustomizations are not read.
+pub fn read(path: &Path, DefaultNamespace { namespace }: &DefaultNamespace) -> anyhow::Result<Manifests> {
+    let mut read = match path == Path::new("-") {
+        true => read_stdin()?,
+        false => {
+            let mut listing = list(path)?;
+            // A file that is named itself is meant.
+            let patches = if path.is_dir() { kustomize::patches(&listing.files) } else { BTreeMap::new() };
+            let mut skipped = Vec::new();
+            listing.files.retain(|file| {
+                let canonical = (!patches.is_empty()).then(|| file.canonicalize().ok()).flatten();
+                let kustomization = canonical.and_then(|file| patches.get(&file));
+                skipped.extend(kustomization.map(|kustomization| kustomize::patch(file, kustomization)));
+                kustomization.is_none()
+            });
+            let mut read = read_files(path, listing);
+            read.diagnostics.extend(skipped);
+            read
+        }
+    };
+    kustomize::explain(&mut read);
+    if let Some(namespace) = namespace {
+        read.set_default_namespace(namespace);
+    }
+    Ok(read)
+}
+
+/// What is said where nothing was read.
+pub fn no_manifests(path: &Path) -> String {
+    match path == Path::new("-") {
+        true => "standard input: no objects were read from it".to_owned(),
+        false => format!("{}: no manifests (.yaml, .yml or .json)", path.display()),
+    }
 }
 
 /// Whether a diagnostic refuses an object. Documents that are not objects are notes, unless `strict`.

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use hanse_k8s_api::manifest::{Manifests, read_bytes};
 
-use super::load::told;
+use super::load::described;
 use crate::output;
 
 struct Preset {
@@ -137,7 +137,7 @@ impl Arguments {
         // Each by itself, so that the error names it, and then all together.
         for (parameter, value) in &given {
             if value.contains(['"', '\n']) {
-                bail!("parameter {parameter}: double quotes and line breaks cannot stand in a manifest here");
+                bail!("parameter {parameter}: double quotes and line breaks are not possible here");
             }
             let alone = [(parameter.clone(), value.clone())].into();
             if let Some(wrong) = wrong(&preset.render(&alone)) {
@@ -166,5 +166,5 @@ impl Preset {
 fn wrong(text: &str) -> Option<String> {
     let mut read = Manifests::default();
     read_bytes(&"-".into(), text.as_bytes(), &mut read);
-    read.diagnostics.first().map(told)
+    read.diagnostics.first().map(described)
 }

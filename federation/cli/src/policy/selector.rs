@@ -77,14 +77,12 @@ fn read_label_sets(path: &std::path::Path) -> anyhow::Result<Vec<BTreeMap<String
             blank = blank.or(Some(at + 1));
             continue;
         }
-        // Results are told by their places: one that is left out would move those after it.
+        // Results are known by their places: one that is left out would move those after it.
         if let Some(blank) = blank {
             bail!("{}:{blank}: a blank line before a label set: write {{}} where there are no labels", path.display());
         }
-        let labels = serde_json::from_str(text);
-        let malformed =
-            |error: serde_json::Error| anyhow!("{}:{}: {}", path.display(), at + 1, super::json_error(&error));
-        sets.push(labels.map_err(malformed)?);
+        let labels = super::from_json(text);
+        sets.push(labels.map_err(|error| anyhow!("{}:{}: {error}", path.display(), at + 1))?);
     }
     Ok(sets)
 }

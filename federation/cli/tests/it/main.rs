@@ -1,8 +1,10 @@
 //! The `hanse` command as people and programs use it.
 
+mod answers;
 mod calico_oracle;
 mod corpus;
 mod folders;
+mod kustomize;
 mod lint;
 mod offline;
 mod online;

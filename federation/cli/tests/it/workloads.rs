@@ -328,7 +328,10 @@ fn lint_and_order_answer_for_workloads() {
 fn diff_compares_workloads() {
     let (before, after) = (Folder::new(SHOP), Folder::new(&SHOP.replace("[{port: sql}]", "[{port: 9}]")));
     let with = ["--with", &*after.cluster, "--port", "5432,9"];
-    let lines = before.lines("diff", &with);
+    let mut lines = before.lines("diff", &with);
+    let summary = lines.pop().expect("a last line");
+    let expected = json!({"opened": 1, "closed": 1, "incomplete": false, "onlyBefore": [], "onlyAfter": []});
+    assert_eq!(summary["summary"], expected);
     let told: Vec<_> = lines
         .iter()
         .map(|line| {

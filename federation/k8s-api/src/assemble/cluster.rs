@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock};
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Labels, Namespace, Service};
 use hanse_policy::model::{ClusterName, Layer, Policy, PolicyId, Tier, TierId};
 
-use super::{diagnostic, key_of, stands_already};
+use super::{diagnostic, duplicate, key_of};
 use crate::calico::{CalicoObject, Converted};
 use crate::field::Errors;
 use crate::kubernetes::{Node as KubeNode, Pod, Service as KubeService, parse_address};
@@ -156,7 +156,7 @@ impl Assembly {
         let mut changed = Changed::default();
         let mut turns = Vec::new();
         for (key, before) in before {
-            changed.diagnostics |= self.judge_doubles(&key);
+            changed.diagnostics |= self.judge_duplicates(&key);
             let now = self.objects.first(&key).cloned();
             if now.is_none() {
                 self.objects.0.remove(&key);
@@ -227,12 +227,12 @@ impl Assembly {
     }
 
     /// Brings what is said of the objects under a key up to date; whether anything may have changed.
-    fn judge_doubles(&mut self, key: &Reference) -> bool {
+    fn judge_duplicates(&mut self, key: &Reference) -> bool {
         let mut changed = false;
         let held = self.objects.0.get(key).map_or(&[][..], Vec::as_slice);
         for (at, manifest) in held {
             let said = match held.first() {
-                Some((first, it)) if first != at => Some(stands_already(manifest, &it.place)),
+                Some((first, it)) if first != at => Some(duplicate(manifest, &it.place)),
                 _ if is_of_federation(&manifest.object) => {
                     let message = "belongs to the federation: apply it at the hub, or give it with --federation";
                     Some(diagnostic(manifest, "kind", message.to_owned()))

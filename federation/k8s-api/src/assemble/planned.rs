@@ -19,9 +19,9 @@ use hanse_policy::inventory::{
 };
 use hanse_policy::model::ClusterName;
 
-use super::{ClusterState, NAMESPACE_NAME_LABEL, assemble_cluster};
+use super::{ClusterState, NAMESPACE_NAME_LABEL, assemble_cluster, rivals};
 use crate::kubernetes::{EndpointSlice, Map, Pod, Service as KubeService, TargetPort, protocol_number};
-use crate::manifest::{Diagnostic, Manifest, Manifests, Object, Place};
+use crate::manifest::{Manifest, Manifests, Object, Place};
 use crate::workload::{Template, Workload, owner_name};
 
 /// A cluster as it is written down.
@@ -34,8 +34,10 @@ pub struct Offline {
     pub places: BTreeMap<EndpointId, Place>,
 }
 
-/// The inventory and the policies of the cluster `name`, with what does not run yet.
-pub fn assemble_offline(name: &ClusterName, read: Manifests) -> Offline {
+/// The inventory and the policies of the cluster `name`, with what does not run yet. Of several objects with one key one
+/// counts; commands that answer by them settle that first, and report conflicts.
+pub fn assemble_offline(name: &ClusterName, mut read: Manifests) -> Offline {
+    let settled = rivals::settle(&mut read);
     let workloads = Workloads::new(&read.workloads);
     let replaced = workloads.replaced(read.objects.iter().filter_map(pod));
     let mut offline = Offline::default();
@@ -47,10 +49,9 @@ pub fn assemble_offline(name: &ClusterName, read: Manifests) -> Offline {
         }
     }
     let services = Services::new(&read.objects);
-    let doubles = workloads.doubles.clone();
     let planned = workloads.planned(&replaced);
     offline.state = assemble_cluster(name, read.objects);
-    offline.state.diagnostics.extend(doubles);
+    offline.state.diagnostics.extend(settled.into_iter().flatten());
     let cluster = &mut offline.state.cluster;
     for id in unstored {
         if let Some(endpoint) = cluster.endpoints.get_mut(&id) {
@@ -82,7 +83,6 @@ type TemplateAt = (usize, usize);
 struct Workloads<'m> {
     all: Vec<&'m Workload>,
     by_name: HashMap<OwnerKey, usize>,
-    doubles: Vec<Diagnostic>,
 }
 
 /// An endpoint with the protocols and ports that its containers declare, and where it is written.
@@ -90,31 +90,14 @@ type PlannedEndpoint = (EndpointId, Endpoint, BTreeSet<(u8, u16)>, Place);
 
 impl<'m> Workloads<'m> {
     fn new(written: &'m [Workload]) -> Self {
-        let mut this = Self { all: Vec::new(), by_name: HashMap::new(), doubles: Vec::new() };
-        for workload in written {
-            let (of, namespace) = (&workload.reference, workload.metadata.namespace());
-            // What is generated is another object each time.
-            if workload.metadata.name.is_empty() {
-                this.all.push(workload);
-                continue;
-            }
-            let key = (namespace, owner_name(&of.api_version, &of.kind, &workload.name));
-            if let Some(first) = this.by_name.get(&key) {
-                let Place { file, line } = &this.all[*first].place;
-                this.doubles.push(Diagnostic {
-                    place: workload.place.clone(),
-                    field: "metadata.name".to_owned(),
-                    message: format!("duplicate of {file}:{line}; the first one counts"),
-                    object: Some(of.clone()),
-                    start: workload.place.line,
-                    not_object: None,
-                });
-                continue;
-            }
-            this.by_name.insert(key, this.all.len());
-            this.all.push(workload);
-        }
-        this
+        // What has a generated name is the owner of nothing.
+        let named = written.iter().enumerate().filter(|(_, workload)| !workload.metadata.name.is_empty());
+        let key = |(at, workload): (usize, &Workload)| {
+            let of = &workload.reference;
+            let name = owner_name(&of.api_version, &of.kind, &workload.name);
+            ((workload.metadata.namespace(), name), at)
+        };
+        Self { by_name: named.map(key).collect(), all: written.iter().collect() }
     }
 
     /// The workload at the top of a chain of controllers. `None` where the first of them is not in the folder.
@@ -192,17 +175,25 @@ impl<'m> Workloads<'m> {
     fn planned(self, replaced: &BTreeSet<TemplateAt>) -> Vec<PlannedEndpoint> {
         let mut taken = BTreeSet::new();
         let mut all = Vec::new();
+        // Several objects that generate their names from one prefix.
+        let mut of_prefix: HashMap<(Arc<str>, &str, &str), usize> = HashMap::new();
+        for workload in self.all.iter().filter(|it| it.generated.is_some()) {
+            *of_prefix.entry((workload.metadata.namespace(), &workload.reference.kind, &workload.name)).or_default() +=
+                1;
+        }
         for (at, workload) in self.all.iter().enumerate().filter(|(at, _)| !self.is_controlled(*at)) {
             for (number, template) in workload.templates.iter().enumerate() {
                 if replaced.contains(&(at, number)) {
                     continue;
                 }
+                let (namespace, of) = (workload.metadata.namespace(), &workload.reference);
+                let is_alone = of_prefix.get(&(Arc::clone(&namespace), &*of.kind, &*workload.name)) == Some(&1);
+                let name = workload.generated.as_ref().filter(|_| !is_alone).unwrap_or(&workload.name);
                 let id = |kind: &str| EndpointId {
                     kind: EndpointKind::Pod,
-                    namespace: Some(workload.metadata.namespace()),
-                    name: title(kind, workload, template).into(),
+                    namespace: Some(Arc::clone(&namespace)),
+                    name: title(kind, name, template).into(),
                 };
-                let of = &workload.reference;
                 let kind = of.kind.to_ascii_lowercase();
                 let mut own = id(&kind);
                 if !taken.insert(own.clone()) {
@@ -217,10 +208,10 @@ impl<'m> Workloads<'m> {
     }
 }
 
-fn title(kind: &str, workload: &Workload, template: &Template) -> String {
+fn title(kind: &str, name: &str, template: &Template) -> String {
     match &template.part {
-        Some(part) => format!("{kind}/{}/{part}", workload.name),
-        None => format!("{kind}/{}", workload.name),
+        Some(part) => format!("{kind}/{name}/{part}"),
+        None => format!("{kind}/{name}"),
     }
 }
 
@@ -234,6 +225,7 @@ fn endpoint(template: &Template) -> Endpoint {
             several: true,
             stopped: template.stopped,
             run_time_labels: template.run_time_labels.clone(),
+            lacks_family: [false; 2],
         }),
         ..Endpoint::default()
     }
@@ -324,6 +316,7 @@ impl Services {
             }
             service.front = Some(Box::new(Front {
                 addresses: written.addresses(),
+                external_addresses: written.external_addresses(),
                 headless: written.spec.cluster_ip.as_deref() == Some("None"),
                 external_name: written
                     .spec

@@ -1,19 +1,24 @@
-//! Values into types, as Go's JSON decoder fills them: null is the zero value of whatever is wanted.
+//! Values into types, as Go's JSON decoder fills them: null is the zero value of whatever is wanted. What does not fit is
+//! named in words of those who write manifests.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 
 use serde::de::value::StrDeserializer;
 use serde::de::{
-    DeserializeSeed, Deserializer, Error as _, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor,
+    DeserializeSeed, Deserializer, Error as _, Expected, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor,
 };
 
 use super::{ItemKind, Node, Scalar};
+use crate::field::unknown_field;
 
 /// Why a value does not fit its type.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
 pub struct DecodeError {
     pub message: String,
+    /// What is written in the place of a number of 16 bits, which is a port wherever a field's name says so.
+    number: Option<String>,
     /// The innermost value that is known to be wrong.
     at: Option<u32>,
 }
@@ -25,6 +30,18 @@ impl DecodeError {
         object.paths(&places).pop().unwrap_or_default()
     }
 
+    /// What is wrong with the value at `path`.
+    pub fn message_at(&self, path: &str) -> String {
+        let field = path.rsplit('.').next().unwrap_or_default().split('[').next().unwrap_or_default();
+        let field = field.to_ascii_lowercase();
+        match &self.number {
+            Some(written) if field.ends_with("port") || field.ends_with("ports") => {
+                format!("{written} is not a port (1–65535)")
+            }
+            _ => self.message.clone(),
+        }
+    }
+
     fn at(mut self, node: Node<'_>) -> Self {
         self.at.get_or_insert(node.at);
         self
@@ -33,7 +50,59 @@ impl DecodeError {
 
 impl serde::de::Error for DecodeError {
     fn custom<T: Display>(message: T) -> Self {
-        Self { message: message.to_string(), at: None }
+        Self { message: message.to_string(), number: None, at: None }
+    }
+
+    fn invalid_type(unexpected: Unexpected<'_>, expected: &dyn Expected) -> Self {
+        let (written, expected) = (written(unexpected), expected.to_string());
+        let quotes = if is_text(&expected) { "; text needs quotes where it looks like something else" } else { "" };
+        let message = format!("{written}, where {} is expected{quotes}", in_words(&expected));
+        Self { message, number: (expected == "u16").then_some(written), at: None }
+    }
+
+    fn invalid_value(unexpected: Unexpected<'_>, expected: &dyn Expected) -> Self {
+        Self::invalid_type(unexpected, expected)
+    }
+
+    fn unknown_field(field: &str, known: &'static [&'static str]) -> Self {
+        Self::custom(unknown_field(field, known))
+    }
+}
+
+/// What stands in the place of something else, as people call it.
+fn written(unexpected: Unexpected<'_>) -> String {
+    match unexpected {
+        Unexpected::Bool(it) => it.to_string(),
+        Unexpected::Unsigned(it) => it.to_string(),
+        Unexpected::Signed(it) => it.to_string(),
+        Unexpected::Float(it) => it.to_string(),
+        Unexpected::Str(it) => format!("{it:?}"),
+        Unexpected::Unit | Unexpected::Option => "null".to_owned(),
+        Unexpected::Seq => "a list".to_owned(),
+        Unexpected::Map => "a mapping".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+fn is_text(expected: &str) -> bool {
+    expected.ends_with("string")
+}
+
+/// What a type expects, as people call it.
+fn in_words(expected: &str) -> Cow<'_, str> {
+    let range = |last: u64| format!("a whole number from 0 to {last}").into();
+    match expected {
+        "a sequence" => "a list".into(),
+        "a map" => "a mapping".into(),
+        "a boolean" => "true or false".into(),
+        "u8" => range(u8::MAX.into()),
+        "u16" => range(u16::MAX.into()),
+        "u32" => range(u32::MAX.into()),
+        "u64" | "i64" | "i32" | "i16" | "i8" | "usize" => "a whole number".into(),
+        "f64" | "f32" => "a number".into(),
+        it if is_text(it) => "text".into(),
+        it if it.starts_with("struct ") => "a mapping".into(),
+        it => it.into(),
     }
 }
 

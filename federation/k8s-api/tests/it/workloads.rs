@@ -315,7 +315,7 @@ fn the_first_of_two_workloads_with_one_key_counts() {
     assert_eq!(endpoint.labels["v"], "one".into());
     assert_eq!(offline.state.diagnostics.len(), 1, "{:?}", offline.state.diagnostics);
     assert!(
-        offline.state.diagnostics[0].message.contains("duplicate of file.yaml:2"),
+        offline.state.diagnostics[0].message.contains("conflicts with file.yaml:2"),
         "{:?}",
         offline.state.diagnostics
     );

@@ -32,6 +32,9 @@ pub struct AnswerLine<'a> {
     /// The service that the question was about: each of its backends is answered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<ServiceLine<'a>>,
+    /// Both ends are addresses that belong to no known endpoint, so that no policy applies: the verdict is about nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub neither_end_known: bool,
 }
 
 /// A service, and the answers for what is behind it.
@@ -80,10 +83,14 @@ pub struct StagedLine<'a> {
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct DirectionLine<'a> {
     /// `allow`, `deny`, or `none` where that end is not a pod.
     pub verdict: Cow<'a, str>,
     trace: Vec<StepLine<'a>>,
+    /// Where the verdict depends on something: the steps that decide, each once. `trace` is of the first case.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    decided_by: Vec<StepLine<'a>>,
 }
 
 /// Exactly one of `rule`, `endOfTier`, `profile`, `itself` and `ownStream` is there.
@@ -129,6 +136,9 @@ struct PolicyLine<'a> {
     name: Cow<'a, str>,
 }
 
+/// Rules that are named where a verdict depends on something.
+const MAX_REASONS: usize = 3;
+
 /// The verdict where there is more than one.
 pub const DEPENDS: &str = "depends";
 
@@ -148,6 +158,7 @@ impl<'a> AnswerLine<'a> {
             not_running: Vec::new(),
             depends_on: None,
             service: None,
+            neither_end_known: false,
         }
     }
 
@@ -161,16 +172,16 @@ impl<'a> AnswerLine<'a> {
             Some(if same { verdict } else { DEPENDS.into() })
         };
         first.verdict = verdict(&|line| Some(line.verdict.clone()))?;
-        first.egress.verdict = verdict(&|line| Some(line.egress.verdict.clone()))?;
-        first.ingress.verdict = verdict(&|line| Some(line.ingress.verdict.clone()))?;
         first.staged.verdict = verdict(&|line| Some(line.staged.verdict.clone()))?;
-        let egress = verdict(&|line| line.staged.egress.as_ref().map(|line| line.verdict.clone()));
-        let ingress = verdict(&|line| line.staged.ingress.as_ref().map(|line| line.verdict.clone()));
-        for (line, verdict) in [(&mut first.staged.egress, egress), (&mut first.staged.ingress, ingress)] {
-            if let (Some(line), Some(verdict)) = (line, verdict) {
-                line.verdict = verdict;
-            }
-        }
+        first.egress = DirectionLine::of_all(lines.iter().map(|line| &line.egress))?;
+        first.ingress = DirectionLine::of_all(lines.iter().map(|line| &line.ingress))?;
+        let staged = |of: &dyn Fn(&Self) -> Option<&DirectionLine<'a>>| {
+            DirectionLine::of_all(lines.iter().filter_map(of)).filter(|_| lines.iter().all(|line| of(line).is_some()))
+        };
+        (first.staged.egress, first.staged.ingress) = (
+            staged(&|line| line.staged.egress.as_ref()).or(first.staged.egress),
+            staged(&|line| line.staged.ingress.as_ref()).or(first.staged.ingress),
+        );
         Some(first)
     }
 
@@ -190,7 +201,7 @@ impl<'a> AnswerLine<'a> {
 
     /// Egress as the source's side judged it, ingress as the destination's did; `None` where that end is not a pod.
     pub fn joined(source: Option<Self>, destination: Option<Self>) -> Self {
-        let none = || DirectionLine { verdict: "none".into(), trace: Vec::new() };
+        let none = || DirectionLine { verdict: "none".into(), trace: Vec::new(), decided_by: Vec::new() };
         let form = source.as_ref().or(destination.as_ref()).map_or("prepared".into(), |line| line.form.clone());
         let (egress, staged_egress) = source.map_or_else(|| (none(), None), |line| (line.egress, line.staged.egress));
         let (ingress, staged_ingress) =
@@ -217,6 +228,7 @@ impl<'a> AnswerLine<'a> {
             not_running: Vec::new(),
             depends_on: None,
             service: None,
+            neither_end_known: false,
         }
     }
 }
@@ -224,37 +236,71 @@ impl<'a> AnswerLine<'a> {
 impl<'a> DirectionLine<'a> {
     fn own_stream(name: &str) -> Self {
         let step = StepLine { own_stream: Some(name.to_owned().into()), action: "Allow".into(), ..StepLine::default() };
-        Self { verdict: "allow".into(), trace: vec![step] }
+        Self { verdict: "allow".into(), trace: vec![step], decided_by: Vec::new() }
     }
 
     fn new(judgement: Option<&'a Judgement>) -> Self {
         match judgement {
-            None => Self { verdict: "none".into(), trace: Vec::new() },
+            None => Self { verdict: "none".into(), trace: Vec::new(), decided_by: Vec::new() },
             Some(judgement) => {
-                Self { verdict: verdict(judgement.verdict).into(), trace: judgement.trace.iter().map(step).collect() }
+                let trace = judgement.trace.iter().map(step).collect();
+                Self { verdict: verdict(judgement.verdict).into(), trace, decided_by: Vec::new() }
             }
         }
     }
 
+    /// Of one direction in several cases: the first, with what decides where they differ.
+    fn of_all<'l>(lines: impl Iterator<Item = &'l Self> + Clone) -> Option<Self>
+    where
+        'a: 'l,
+    {
+        let mut first = lines.clone().next()?.clone();
+        if first.verdict != DEPENDS && lines.clone().all(|line| line.verdict == first.verdict) {
+            return Some(first);
+        }
+        first.verdict = DEPENDS.into();
+        first.decided_by.clear();
+        for step in lines.flat_map(|line| match line.decided_by.is_empty() {
+            true => line.trace.last().map_or(&[][..], std::slice::from_ref),
+            false => &line.decided_by[..],
+        }) {
+            if !first.decided_by.contains(step) {
+                first.decided_by.push(step.clone());
+            }
+        }
+        Some(first)
+    }
+
     /// What decided, for people.
     pub fn reason(&self) -> String {
-        if self.verdict == DEPENDS {
-            return DEPENDS.to_owned();
+        if self.verdict != DEPENDS {
+            return self.trace.last().map_or("-".to_owned(), StepLine::reason);
         }
-        let Some(last) = self.trace.last() else { return "-".to_owned() };
-        let tier = last.tier.as_deref().unwrap_or_default();
-        let policy = last.policy.as_ref().map(PolicyLine::title).unwrap_or_default();
-        let action = match last.effect.as_deref() {
+        let shown: Vec<String> = self.decided_by.iter().take(MAX_REASONS).map(StepLine::reason).collect();
+        let more = match self.decided_by.len().saturating_sub(MAX_REASONS) {
+            0 => String::new(),
+            more => format!("; or {more} more"),
+        };
+        if shown.is_empty() { DEPENDS.to_owned() } else { format!("{DEPENDS}: {}{more}", shown.join("; or ")) }
+    }
+}
+
+impl StepLine<'_> {
+    /// What it did, for people.
+    fn reason(&self) -> String {
+        let tier = self.tier.as_deref().unwrap_or_default();
+        let policy = self.policy.as_ref().map(PolicyLine::title).unwrap_or_default();
+        let action = match self.effect.as_deref() {
             Some("deny-unknown") => "deny (unknown)".to_owned(),
             Some(effect) => effect.to_owned(),
-            None => last.action.to_lowercase(),
+            None => self.action.to_lowercase(),
         };
-        match last.rule {
+        match self.rule {
             Some(rule) => format!("{action}: {policy} rule {rule} in tier {tier}"),
-            None if last.end_of_tier => format!("{action}: end of tier {tier} after {policy}"),
-            None if last.itself => format!("{action}: itself"),
-            None if last.own_stream.is_some() => {
-                format!("{action}: Hanse's own stream, {}", last.own_stream.as_deref().unwrap_or_default())
+            None if self.end_of_tier => format!("{action}: end of tier {tier} after {policy}"),
+            None if self.itself => format!("{action}: itself"),
+            None if self.own_stream.is_some() => {
+                format!("{action}: Hanse's own stream, {}", self.own_stream.as_deref().unwrap_or_default())
             }
             None => format!("{action}: profile"),
         }
@@ -275,6 +321,20 @@ pub fn verdict(verdict: Verdict) -> &'static str {
         Verdict::Allow => "allow",
         Verdict::Deny => "deny",
     }
+}
+
+/// What decides in several cases, each once, for people: the direction that denies, or else the one that was judged last.
+pub fn reasons<'s>(answers: impl IntoIterator<Item = &'s Answer>) -> Vec<String> {
+    let mut reasons = Vec::new();
+    for answer in answers {
+        let directions = [answer.egress.as_ref(), answer.ingress.as_ref()];
+        let denied = directions.into_iter().flatten().find(|it| it.verdict == Verdict::Deny);
+        let reason = reason(denied.or(answer.ingress.as_ref()).or(answer.egress.as_ref()));
+        if !reasons.contains(&reason) {
+            reasons.push(reason);
+        }
+    }
+    reasons
 }
 
 /// What decided a direction, for people.

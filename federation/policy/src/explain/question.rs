@@ -168,7 +168,7 @@ pub enum QuestionError {
     NoBackends(String, &'static str),
     #[error("{0} owns no address")]
     NoAddress(String),
-    #[error("the nets that pods get their addresses in have no free address of IPv{0}")]
+    #[error("the nets of --pod-net have no free address of IPv{0}")]
     NoFreeAddress(u8),
     #[error("{0} has no address of IPv{1}")]
     Family(String, u8),
@@ -187,8 +187,8 @@ pub enum QuestionError {
 /// Where an end may be: the addresses that it may use, the primary first, and who owns them.
 struct Candidate {
     addresses: Vec<IpAddr>,
-    /// It has an address of each family, which is not known yet.
-    planned: bool,
+    /// It has an address, which is not known yet: of IPv4, and of IPv6.
+    planned: [bool; 2],
     owners: Vec<(ClusterName, EndpointId)>,
     /// The cluster that was named, though nobody there owns the address.
     named: Option<ClusterName>,
@@ -199,8 +199,12 @@ impl Candidate {
         self.named.as_ref() == Some(cluster) || self.owners.iter().any(|(owner, _)| owner == cluster)
     }
 
+    fn is_planned(&self) -> bool {
+        self.planned != [false; 2]
+    }
+
     fn has_version(&self, version: u8) -> bool {
-        self.planned || self.addresses.iter().any(|address| version_of(address) == version)
+        self.planned[usize::from(version == 6)] || self.addresses.iter().any(|address| version_of(address) == version)
     }
 }
 
@@ -265,6 +269,14 @@ impl<'a> Owners<'a> {
             }
             for (key, service) in &it.services {
                 for address in service.front.iter().flat_map(|front| &front.addresses) {
+                    services.entry(*address).or_insert((cluster, key, service));
+                }
+            }
+        }
+        // After those within clusters.
+        for (cluster, it) in &inventory.clusters {
+            for (key, service) in &it.services {
+                for address in service.front.iter().flat_map(|front| &front.external_addresses) {
                     services.entry(*address).or_insert((cluster, key, service));
                 }
             }
@@ -414,7 +426,7 @@ impl<'a> Owners<'a> {
                 let address = address.to_canonical();
                 let owners = self.by_address.get(&address).into_iter().flatten();
                 let owners = owners.map(|(cluster, id)| ((*cluster).clone(), (*id).clone())).collect();
-                Ok(Candidate { addresses: vec![address], planned: false, owners, named: None })
+                Ok(Candidate { addresses: vec![address], planned: [false; 2], owners, named: None })
             }
             Place::Service { .. } => Err(QuestionError::Service(place.to_string())),
             Place::Pod { cluster, namespace, pod } => {
@@ -425,8 +437,12 @@ impl<'a> Owners<'a> {
                     true => (endpoint.host_addresses.clone(), Vec::new()),
                     false => (endpoint.addresses.clone(), vec![(cluster, id)]),
                 };
-                let planned = endpoint.planned.is_some() && !endpoint.host_network && addresses.is_empty();
-                if addresses.is_empty() && !planned {
+                let may_have = |v4| {
+                    let planned = endpoint.planned.as_ref().filter(|_| !endpoint.host_network && addresses.is_empty());
+                    planned.is_some_and(|planned| planned.has_family(v4))
+                };
+                let planned = [true, false].map(may_have);
+                if addresses.is_empty() && planned == [false; 2] {
                     let error =
                         if endpoint.planned.is_some() { QuestionError::HostNetwork } else { QuestionError::NoAddress };
                     return Err(error(place.to_string()));
@@ -481,7 +497,7 @@ impl<'a> Owners<'a> {
     /// An address that several clusters' pods own is the other end's cluster's, else the first cluster's.
     fn spot(&self, place: &Place, this: &Candidate, other: &Candidate, version: u8) -> Result<Spot, QuestionError> {
         let family = || QuestionError::Family(place.to_string(), version);
-        let address = match this.planned {
+        let address = match this.has_version(version) && this.is_planned() {
             true => None,
             false => Some(*this.addresses.iter().find(|it| version_of(it) == version).ok_or_else(family)?),
         };
@@ -503,9 +519,9 @@ fn version(question: &Question, from: &Candidate, to: &Candidate, protocol: u8) 
         None => {}
     }
     let usual = if protocol == 58 { [6, 4] } else { [4, 6] };
-    let addresses = if to.planned { &from.addresses } else { &to.addresses };
+    let addresses = if to.is_planned() { &from.addresses } else { &to.addresses };
     let of_addresses = addresses.iter().map(version_of);
-    let of_both = usual.into_iter().filter(|_| from.planned && to.planned);
+    let of_both = usual.into_iter().filter(|_| from.is_planned() && to.is_planned());
     let shared = of_addresses.chain(of_both).find(|version| from.has_version(*version) && to.has_version(*version));
     shared.ok_or_else(|| QuestionError::NoFamily(question.from.to_string(), question.to.to_string()))
 }

@@ -2,14 +2,14 @@
 //!
 //! Which DNS server a pod uses is not in its manifests, so every usual one is tried: kube-dns (also CoreDNS, which carries
 //! its label), NodeLocal DNSCache, and OpenShift's. A pod is cut off when it reaches none of them. Where a folder does not
-//! hold the pods of the DNS service, one is assumed, for policy to select.
+//! contain the pods of the DNS service, one is assumed, for policy to select.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use crate::evaluate::{End, Query, Verdict, View};
-use crate::inventory::{Endpoint, EndpointId, EndpointKind, Inventory, NamedPort, Namespace};
+use crate::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory, NamedPort, Namespace};
 use crate::model::{ClusterName, PolicySet};
 use crate::prepared::Prepared;
 use crate::workload::{Workload, telling_keys, workloads};
@@ -53,17 +53,37 @@ const ASSUMED_OWN: [IpAddr; 2] =
 const UDP: u8 = 17;
 const SOURCE_PORT: u16 = 40_000;
 
+/// The DNS servers that a cluster has although none is among its pods here: each usual one, in a cluster with nothing else.
+pub fn assumed_servers(inventory: &Inventory) -> BTreeMap<ClusterName, Cluster> {
+    let has_server = |cluster: &Cluster| cluster.endpoints.iter().any(|(id, it)| service_of(id, it).is_some());
+    let clusters = inventory.clusters.iter().filter(|(_, cluster)| !has_server(cluster));
+    let with_servers = |cluster: &Cluster| {
+        let namespaces = SERVICES.iter().filter_map(|service| cluster.namespaces.get_key_value(service.namespace));
+        let namespaces = namespaces.map(|(name, namespace)| (name.clone(), namespace.clone())).collect();
+        let (labels, label_grant) = (cluster.labels.clone(), cluster.label_grant.clone());
+        let mut servers = Cluster { labels, label_grant, stale: cluster.stale, namespaces, ..Cluster::default() };
+        SERVICES.iter().for_each(|service| assume(&mut servers, service));
+        servers
+    };
+    clusters.map(|(name, cluster)| (name.clone(), with_servers(cluster))).collect()
+}
+
+/// Adds a pod of a DNS service, with its namespace.
+fn assume(cluster: &mut Cluster, service: &Service) {
+    let (id, endpoint) = assumed(service);
+    let namespace = cluster.namespaces.entry(service.namespace.into()).or_insert_with(Namespace::default);
+    let name = "kubernetes.io/metadata.name".into();
+    namespace.labels.entry(name).or_insert_with(|| service.namespace.into());
+    cluster.endpoints.insert(id, endpoint);
+}
+
 /// Namespaces of which some pod reaches no DNS server.
 pub fn cut_off(policies: &PolicySet, inventory: &Inventory) -> Vec<Finding> {
     let mut inventory = inventory.clone();
     for cluster in inventory.clusters.values_mut() {
         for service in &SERVICES {
             if !cluster.endpoints.iter().any(|(id, endpoint)| service.has(id, endpoint)) {
-                let (id, endpoint) = assumed(service);
-                let namespace = cluster.namespaces.entry(service.namespace.into()).or_insert_with(Namespace::default);
-                let name = "kubernetes.io/metadata.name".into();
-                namespace.labels.entry(name).or_insert_with(|| service.namespace.into());
-                cluster.endpoints.insert(id, endpoint);
+                assume(cluster, service);
             }
         }
     }

@@ -16,7 +16,7 @@ fn what_is_called_shadowed_or_impossible_never_acts() {
         let world = world(&mut random);
         // By policy, list and rule; without a rule, the whole list.
         let mut dead: HashMap<(PolicyId, Direction, Option<u32>), &str> = HashMap::new();
-        for finding in lint(&world.policies, &world.inventory, &BTreeSet::new()) {
+        for finding in lint(&world.policies, &world.inventory, &BTreeSet::new(), &[]) {
             let certain = [RULE_SHADOWED, RULE_REDUNDANT, RULE_NEVER_MATCHES].contains(&finding.check);
             let About::Policy(policy, rule) = finding.about else { continue };
             if !certain {

@@ -248,6 +248,7 @@ fn a_federated_allow_leaves_its_phase_unless_it_is_final() {
 #[test]
 fn labels_set_at_run_time_open_nothing() {
     let planned = |keys: &[&str]| Planned {
+        lacks_family: [false; 2],
         several: true,
         stopped: None,
         run_time_labels: keys.iter().map(|key| (*key).into()).collect(),

@@ -1,0 +1,75 @@
+//! Folders for `kustomize`: Hanse applies no kustomization, so it says what to run, and does not read patches as objects.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use hanse_k8s_api::assemble::rivals::BUILD;
+use hanse_k8s_api::document::{self, Node};
+use hanse_k8s_api::manifest::{Diagnostic, Manifests, NotObject, read_file};
+
+const GROUP: &str = "kustomize.config.k8s.io";
+/// The names under which `kustomize` looks for its file.
+const NAMES: [&str; 3] = ["kustomization.yaml", "kustomization.yml", "Kustomization"];
+
+/// The patches that the kustomizations beside `files` name, each with the kustomization. Paths are canonical.
+pub fn patches(files: &[PathBuf]) -> BTreeMap<PathBuf, PathBuf> {
+    let folders: BTreeSet<&Path> = files.iter().filter_map(|file| file.parent()).collect();
+    let mut patches = BTreeMap::new();
+    for folder in folders {
+        for kustomization in NAMES.map(|name| folder.join(name)) {
+            if !kustomization.is_file() {
+                continue;
+            }
+            // One that cannot be read names nothing; it is reported where its folder is read.
+            let bytes = read_file(&kustomization).unwrap_or_default();
+            let text = std::str::from_utf8(&bytes).unwrap_or_default();
+            for document in document::documents(text).flatten() {
+                for path in named(document.root()) {
+                    if let Ok(path) = folder.join(path).canonicalize() {
+                        patches.insert(path, kustomization.clone());
+                    }
+                }
+            }
+        }
+    }
+    patches
+}
+
+/// The files of patches that a kustomization names. Patches written in place have no file: they have several lines.
+fn named<'d>(kustomization: Node<'d>) -> Vec<&'d str> {
+    let lists = ["patches", "patchesStrategicMerge", "patchesJson6902"].map(|name| kustomization.child(name));
+    let items = lists.into_iter().flatten().flat_map(Node::items);
+    let path = |item: Node<'d>| item.text().or_else(|| item.child("path")?.text());
+    items.filter_map(path).filter(|path| !path.is_empty() && !path.contains('\n')).collect()
+}
+
+/// What is said of a patch, which is not read.
+pub fn patch(file: &Path, kustomization: &Path) -> Diagnostic {
+    let message = format!("a patch of {}, not an object: run {BUILD}", kustomization.display());
+    Diagnostic { not_object: Some(NotObject::Patch), ..Diagnostic::of_file(file, message) }
+}
+
+/// Says of kustomizations what to run, whether they name their kind or not.
+pub fn explain(read: &mut Manifests) {
+    let message = format!("a kustomization, which is not applied here: run {BUILD}");
+    for diagnostic in &mut read.diagnostics {
+        let name = Path::new(&*diagnostic.place.file).file_name().and_then(|name| name.to_str());
+        let is_without_kind = diagnostic.not_object == Some(NotObject::WithoutKind);
+        if is_without_kind && name.is_some_and(|name| NAMES.contains(&name)) {
+            diagnostic.message.clone_from(&message);
+        }
+    }
+    let of_kustomize = |api_version: &str| api_version.split('/').next() == Some(GROUP);
+    let (found, rest) =
+        std::mem::take(&mut read.skipped).into_iter().partition(|it| of_kustomize(&it.object.api_version));
+    read.skipped = rest;
+    let found: Vec<hanse_k8s_api::Skipped> = found;
+    read.diagnostics.extend(found.into_iter().map(|it| Diagnostic {
+        start: it.place.line,
+        place: it.place,
+        field: String::new(),
+        message: message.clone(),
+        object: Some(it.object),
+        not_object: Some(NotObject::WithoutKind),
+    }));
+}

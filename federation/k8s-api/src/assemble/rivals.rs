@@ -1,0 +1,127 @@
+//! Several objects with one key in a folder, where the order of files means nothing: copies, patches, and the same object
+//! of several environments.
+//!
+//! Copies that say the same to policy are one object. Of objects that differ none can be what the cluster has for certain:
+//! that is a conflict, and answers without knowing which one counts are incomplete. Until it is resolved the fuller one
+//! counts, since the other may be a patch of it.
+
+use std::collections::{BTreeSet, HashMap};
+use std::hash::Hash;
+
+use super::{diagnostic_of, key_of};
+use crate::hanse;
+use crate::manifest::{Diagnostic, Manifest, Manifests, Place, Reference};
+use crate::workload::{Workload, owner_name};
+
+/// Which objects do not count, by their places in the list, and what is said of them.
+#[derive(Debug, Clone, Default)]
+pub struct Rivals {
+    pub left_out: BTreeSet<usize>,
+    /// They say the same as the one that counts.
+    pub duplicates: Vec<Diagnostic>,
+    /// They say something else.
+    pub conflicts: Vec<Diagnostic>,
+}
+
+/// Leaves one object of each key. Returns what is said of the others: of duplicates, and of conflicts.
+pub fn settle(read: &mut Manifests) -> [Vec<Diagnostic>; 2] {
+    fn retain<T>(objects: &mut Vec<T>, left_out: &BTreeSet<usize>) {
+        let mut at = 0..;
+        objects.retain(|_| at.next().is_some_and(|at| !left_out.contains(&at)));
+    }
+    let [mut objects, mut workloads] = [of_objects(&read.objects), of_workloads(&read.workloads)];
+    retain(&mut read.objects, &objects.left_out);
+    retain(&mut read.workloads, &workloads.left_out);
+    objects.duplicates.append(&mut workloads.duplicates);
+    objects.conflicts.append(&mut workloads.conflicts);
+    [objects.duplicates, objects.conflicts]
+}
+
+/// Rivals among the objects of one cluster, or of the federation.
+pub fn of_objects(objects: &[Manifest]) -> Rivals {
+    rivals(
+        objects,
+        |manifest| (&manifest.place, &manifest.reference),
+        |manifest| Some(key_of(manifest)),
+        |manifest| manifest.fields,
+        says_the_same,
+    )
+}
+
+/// Rivals among the objects that make pods. One without a pod template never counts before one that has it.
+pub fn of_workloads(workloads: &[Workload]) -> Rivals {
+    let key = |workload: &Workload| {
+        let (of, metadata) = (&workload.reference, &workload.metadata);
+        let is_named = !metadata.name.is_empty();
+        is_named.then(|| (metadata.namespace(), owner_name(&of.api_version, &of.kind, &metadata.name)))
+    };
+    let has_template = |it: &Workload| it.templates.iter().any(|template| !template.spec.containers.is_empty());
+    let same =
+        |a: &Workload, b: &Workload| a.templates == b.templates && a.metadata.controller == b.metadata.controller;
+    rivals(workloads, |it| (&it.place, &it.reference), key, |it| (has_template(it), it.fields), same)
+}
+
+/// `key`: none of an object that has no rival.
+fn rivals<T, K: Eq + Hash, R: Ord>(
+    objects: &[T],
+    written: impl Fn(&T) -> (&Place, &Reference),
+    key: impl Fn(&T) -> Option<K>,
+    fullness: impl Fn(&T) -> R,
+    same: impl Fn(&T, &T) -> bool,
+) -> Rivals {
+    let mut rivals = Rivals::default();
+    let mut counting: HashMap<K, usize> = HashMap::new();
+    for (at, object) in objects.iter().enumerate() {
+        let Some(key) = key(object) else { continue };
+        let Some(first) = counting.get(&key).copied() else {
+            counting.insert(key, at);
+            continue;
+        };
+        let about = |at: usize, message: String| {
+            let (place, reference) = written(&objects[at]);
+            diagnostic_of(place, reference, "metadata.name", message)
+        };
+        let place = |at: usize| {
+            let Place { file, line } = written(&objects[at]).0;
+            format!("{file}:{line}")
+        };
+        if same(&objects[first], object) {
+            rivals.left_out.insert(at);
+            rivals.duplicates.push(about(at, format!("duplicate of {}; the first one counts", place(first))));
+            continue;
+        }
+        let (counts, out) = match fullness(object) > fullness(&objects[first]) {
+            true => (at, first),
+            false => (first, at),
+        };
+        counting.insert(key, counts);
+        rivals.left_out.insert(out);
+        let message = format!(
+            "conflicts with {}, a different object with the same key, which is used instead. If one is a patch, run {BUILD}",
+            place(counts)
+        );
+        rivals.conflicts.push(about(out, message));
+    }
+    rivals
+}
+
+/// What to do with files that `kustomize` makes objects of.
+pub const BUILD: &str = "`kustomize build DIR | hanse policy …` with `-` in place of the directory";
+
+/// Whether two objects mean the same to policy: annotations and the labels of policies do not matter.
+fn says_the_same(a: &Manifest, b: &Manifest) -> bool {
+    let bare = |manifest: &Manifest| {
+        let mut object = manifest.object.clone();
+        let is_policy = object.is_policy();
+        let metadata = object.metadata_mut();
+        // Those with a meaning begin with our group.
+        metadata.annotations.retain(|key, _| key.split('/').next() == Some(hanse::GROUP));
+        metadata.creation_timestamp = None;
+        metadata.namespace = None;
+        if is_policy {
+            metadata.labels.clear();
+        }
+        object
+    };
+    a.unknown == b.unknown && bare(a) == bare(b)
+}
