@@ -1,7 +1,7 @@
 //! `hanse`: the command of platform teams.
 //!
 //! One module per group of commands. [`policy`] works offline, from directories of manifests; its `explain` and
-//! `matrix` also ask the members of a federation that runs, through its hub. Every command prints a table for people, and
+//! `matrix` also query the members of a federation that runs, through its hub. Every command prints a table for people, and
 //! `-o json|yaml` for programs; programs may rely on the latter and on the exit codes (0 done; 1 the answer is no, something
 //! failed or a manifest is refused; 2 the command line or an expression is malformed; `wait` says its own).
 
@@ -20,7 +20,7 @@ mod policy;
 
 /// Zero-trust policy for a federation of Kubernetes clusters.
 ///
-/// `hanse policy …` works on directories of manifests; everything else asks a hub, as the user of a context file.
+/// `hanse policy …` works on directories of manifests; everything else queries a hub, as the user of a context file.
 /// Exit codes: 0 done; 1 the answer is no, something failed, or a manifest is refused; 2 the command line or an expression
 /// is malformed.
 #[derive(Debug, Parser)]
@@ -58,7 +58,7 @@ fn context_file(text: &str) -> Result<PathBuf, std::convert::Infallible> {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Ask what policy says, and check what is written.
+    /// Evaluate policies, and check manifests.
     #[command(subcommand)]
     Policy(policy::Command),
     /// Tokens with which clusters join.

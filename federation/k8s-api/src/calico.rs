@@ -412,7 +412,7 @@ fn convert_policy(
     check_metadata(&policy.metadata, errors);
     check_policy_name(policy.metadata.name.as_str(), is_global, errors);
     if !spec.tier.is_empty() && !is_subdomain(&spec.tier) {
-        errors.refuse(&path.field("tier"), format!("\"{}\" is no name: {NAME_RULE}", spec.tier));
+        errors.refuse(&path.field("tier"), format!("\"{}\" is not a name: {NAME_RULE}", spec.tier));
     }
     let hints_path = path.field("performanceHints");
     for (index, hint) in spec.performance_hints.iter().enumerate() {
@@ -448,7 +448,7 @@ fn convert_policy(
     let has = (!spec.ingress.is_empty(), !spec.egress.is_empty());
     let (ingress, egress) = convert_types(spec.types.as_deref(), has.0, has.1, &types_path, errors);
     if spec.do_not_track && spec.pre_dnat {
-        errors.refuse(&path.field("preDNAT"), "may not stand beside doNotTrack");
+        errors.refuse(&path.field("preDNAT"), "is not allowed beside doNotTrack");
     }
     if (spec.do_not_track || spec.pre_dnat) && !spec.apply_on_forward {
         errors.refuse(&path.field("applyOnForward"), "must be true where doNotTrack or preDNAT is");

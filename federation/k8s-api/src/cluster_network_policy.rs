@@ -383,7 +383,7 @@ impl Walk<'_> {
                 errors.add(&path, format!("must have 1 to {MAX_DOMAIN_NAMES} names"));
             }
             for (index, name) in names.iter().enumerate().filter(|(_, name)| !is_domain_name(name)) {
-                errors.add(&path.index(index), format!("\"{name}\" is no domain name, such as *.example.org"));
+                errors.add(&path.index(index), format!("\"{name}\" is not a domain name, such as *.example.org"));
             }
             refuse_doubles(names, &path, errors);
             ends.push(Err("domainNames cannot be enforced yet".to_owned()));

@@ -269,7 +269,7 @@ impl FederatedNetworkPolicy {
         if spec.tier.is_empty() {
             errors.add(&path.field("tier"), "is missing: name a Tier of the federation");
         } else if !is_dns_label(&spec.tier) {
-            errors.add(&path.field("tier"), format!("\"{}\" is no tier's name: {TIER_NAME_RULE}", spec.tier));
+            errors.add(&path.field("tier"), format!("\"{}\" is not a tier's name: {TIER_NAME_RULE}", spec.tier));
         }
         let phase = tiers.get(spec.tier.as_str()).copied().unwrap_or(Phase::Guard);
         Policy {

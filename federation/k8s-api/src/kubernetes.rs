@@ -78,7 +78,7 @@ impl Namespace {
         check_metadata(&self.metadata, errors);
         if self.metadata.name.contains('.') || self.metadata.name.len() > 63 {
             let path = Path::Root("metadata.name");
-            errors.add(&path, format!("\"{}\" is no namespace: at most 63 of a-z 0-9 -", self.metadata.name));
+            errors.add(&path, format!("\"{}\" is not a namespace: at most 63 of a-z 0-9 -", self.metadata.name));
         }
     }
 }
@@ -496,7 +496,7 @@ impl EndpointSlice {
         Some((self.metadata.namespace(), Arc::clone(name)))
     }
 
-    /// Names stand where addresses do in a slice of names.
+    /// A slice of names has them in place of addresses.
     pub fn check(&self, errors: &mut Errors) {
         check_metadata(&self.metadata, errors);
         let endpoints = Path::Root("endpoints");
@@ -531,7 +531,7 @@ impl EndpointSlice {
 /// What is empty is not given.
 fn check_address(text: &str, path: &Path<'_>, errors: &mut Errors) {
     if !text.is_empty() && parse_address(text).is_none() {
-        errors.add(path, format!("\"{text}\" is no address"));
+        errors.add(path, format!("\"{text}\" is not an address"));
     }
 }
 

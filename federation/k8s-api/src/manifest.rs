@@ -23,7 +23,7 @@ pub const MAX_FILE_BYTES: u64 = 512 * 1024 * 1024;
 /// How many directories may lie between the one that is read and a file; below that, reading fails.
 pub const MAX_DIRECTORY_DEPTH: usize = 16;
 
-/// Where something stands; the line is one-based.
+/// The place of something; the line is one-based.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Place {
     pub file: Arc<str>,
@@ -93,8 +93,7 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    /// Makes the rules of a policy unknown that a field which is not known stands in, and all of them where it stands
-    /// elsewhere.
+    /// Makes the rules of a policy unknown that have an unknown field, and all of them where the field is elsewhere.
     pub fn doubt(&self, policy: &mut Policy) {
         let place = |path: &str| {
             let (is_ingress, rest) = match path.strip_prefix("spec.ingress[") {
@@ -261,7 +260,7 @@ pub fn read_files(path: &FilePath, listing: Listing) -> Manifests {
 pub struct Listing {
     /// Sorted.
     pub files: Vec<PathBuf>,
-    /// What could not be looked at, a file or a directory: what it holds is unknown, which is not nothing.
+    /// What could not be looked at, a file or a directory: what it contains is unknown, which is not nothing.
     pub unread: Vec<ReadError>,
 }
 
@@ -437,7 +436,10 @@ fn read_documents(file: &Arc<str>, text: &str, read: &mut Manifests) {
             faults.filter(|(fault, object)| fault.kind == FaultKind::More || !kind::is_foreign(&reference(*object)));
         match faults.next() {
             Some((fault, object)) => {
-                let (line, message) = (fault.line, fault.kind.to_string());
+                let (line, mut message) = (fault.line, fault.kind.to_string());
+                if matches!(&fault.kind, FaultKind::Double(key) if ["apiVersion", "kind"].contains(&&**key)) {
+                    message.push_str("; where two objects are meant, a line `---` is missing between them");
+                }
                 refuse(read, SyntaxError { line, message }, Some(object));
             }
             None => read_node(file, document.root(), read),
@@ -587,7 +589,7 @@ pub fn items(node: Node<'_>) -> Option<Result<impl Iterator<Item = Node<'_>>, Fi
         Some(items) if items.is_null() => Some(Ok(items.items())),
         // Other kinds end in List too: theirs are lists of something else.
         _ => (item_kind.is_empty() || kind::is_read(item_kind)).then(|| {
-            let message = "is no list of objects".to_owned();
+            let message = "is not a list of objects".to_owned();
             Err(FieldError { path: "items".to_owned(), message })
         }),
     }
@@ -607,7 +609,7 @@ fn reference(node: Node<'_>) -> Reference {
     }
 }
 
-/// The object of a document in which a line stands: of a list, the item.
+/// The object of a document that has a line: of a list, the item.
 fn at_line(node: Node<'_>, line: u32) -> Node<'_> {
     let items = items(node).and_then(Result::ok);
     match items.and_then(|items| items.take_while(|item| item.line() <= line).last()) {
@@ -616,8 +618,8 @@ fn at_line(node: Node<'_>, line: u32) -> Node<'_> {
     }
 }
 
-/// How many fields that are not known are told of one object.
-const MAX_UNKNOWN_TOLD: usize = 20;
+/// How many unknown fields of one object are reported.
+const MAX_UNKNOWN_REPORTED: usize = 20;
 /// How many a policy that is in doubt keeps; where there are more, all of its rules are in doubt.
 const MAX_UNKNOWN_FIELDS: usize = 200;
 
@@ -663,7 +665,7 @@ fn read_object(reference: &Reference, node: Node<'_>, generated: Option<&str>) -
             }
             (object, paths)
         });
-        errors.truncate(MAX_UNKNOWN_TOLD);
+        errors.truncate(MAX_UNKNOWN_REPORTED);
         errors.extend(others);
         return Err(Box::new(Refused { errors, in_doubt }));
     }

@@ -14,11 +14,11 @@ pub const MAX_ANNOTATION_BYTES: usize = 256 * 1024;
 /// Name, namespace, labels and annotations. A name that is missing is complained of elsewhere.
 pub fn check_metadata(metadata: &Metadata, errors: &mut Errors) {
     if !metadata.name.is_empty() && !is_subdomain(&metadata.name) {
-        errors.add(&Path::Root("metadata.name"), format!("\"{}\" is no name: {NAME_RULE}", metadata.name));
+        errors.add(&Path::Root("metadata.name"), format!("\"{}\" is not a name: {NAME_RULE}", metadata.name));
     }
     if let Some(namespace) = metadata.namespace.as_deref().filter(|it| !it.is_empty() && !is_dns_label(it)) {
         let message = format!(
-            "\"{namespace}\" is no namespace: at most 63 of a-z 0-9 -, starting and ending with a letter or digit"
+            "\"{namespace}\" is not a namespace: at most 63 of a-z 0-9 -, starting and ending with a letter or digit"
         );
         errors.add(&Path::Root("metadata.namespace"), message);
     }

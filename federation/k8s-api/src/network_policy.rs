@@ -349,7 +349,7 @@ pub fn parse_net(text: &str) -> Result<IpNet, String> {
             _ => Some(net),
         }
     };
-    parse().ok_or_else(|| format!("\"{text}\" is no CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))
+    parse().ok_or_else(|| format!("\"{text}\" is not a CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))
 }
 
 /// A CIDR as API servers take it in an `ipBlock` and of a node: zeros may stand before the numbers of an IPv4 address, and of the prefix.
@@ -403,15 +403,15 @@ fn convert_port(entry: &PortEntry, path: &Path<'_>, errors: &mut Errors) -> Opti
     match (&entry.port, entry.end_port) {
         (None, None) => None,
         (None, Some(_)) => {
-            errors.add(&end_path, "may not stand without port");
+            errors.add(&end_path, "is not allowed without port");
             None
         }
         (Some(IntOrString::String(name)), end) => {
             if end.is_some() {
-                errors.add(&end_path, "may not stand beside a named port");
+                errors.add(&end_path, "is not allowed beside a named port");
             }
             if let Some(why) = port_name_error(name) {
-                errors.add(&port_path, format!("\"{name}\" is no port name: {why}"));
+                errors.add(&port_path, format!("\"{name}\" is not a port name: {why}"));
                 return None;
             }
             Some(Port::Named(name.as_str().into()))
@@ -443,13 +443,13 @@ pub fn port_name_error(name: &str) -> Option<&'static str> {
         return Some("it must have 1 to 15 characters");
     }
     if !name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-') {
-        return Some("only a-z, 0-9 and - may stand in it");
+        return Some("only a-z, 0-9 and - are allowed in it");
     }
     if !name.bytes().any(|byte| byte.is_ascii_lowercase()) {
         return Some("it must contain at least one letter");
     }
     if name.contains("--") || name.starts_with('-') || name.ends_with('-') {
-        return Some("hyphens must stand alone and inside");
+        return Some("hyphens must be single, and not at the ends");
     }
     None
 }

@@ -381,7 +381,7 @@ fn convert_entity(
     let not_selector = note_selector(&entity.not_selector, &path.field("notSelector"), errors);
     let namespaces = note_selector(&entity.namespace_selector, &path.field("namespaceSelector"), errors);
     if entity.namespace_selector.contains("global(") && !is_global_alone(&entity.namespace_selector) {
-        errors.refuse(&path.field("namespaceSelector"), "global() may not stand beside anything else");
+        errors.refuse(&path.field("namespaceSelector"), "global() is not allowed beside anything else");
     }
     let accounts = entity.service_accounts.as_ref();
     let accounts = accounts.filter(|accounts| !accounts.names.is_empty() || !accounts.selector.is_empty());
@@ -455,11 +455,13 @@ fn convert_service(
         (is_destination && !entity.not_ports.is_empty(), "notPorts"),
     ];
     for (_, name) in others.into_iter().filter(|(given, _)| *given) {
-        errors.refuse(path, format!("may not stand beside {name}"));
+        errors.refuse(path, format!("is not allowed beside {name}"));
     }
     if entity.cluster_selector.is_some() {
-        errors
-            .add(path, "may not stand beside clusterSelector: it is a Service of the cluster that enforces the policy");
+        errors.add(
+            path,
+            "is not allowed beside clusterSelector: it is a Service of the cluster that enforces the policy",
+        );
     }
     if service.name.is_empty() {
         errors.add(&path.field("name"), "is missing");
@@ -467,7 +469,7 @@ fn convert_service(
     }
     for (text, name) in [(&service.name, "name"), (&service.namespace, "namespace")] {
         if !text.is_empty() && !is_subdomain(text) {
-            errors.refuse(&path.field(name), format!("\"{text}\" is no name: {NAME_RULE}"));
+            errors.refuse(&path.field(name), format!("\"{text}\" is not a name: {NAME_RULE}"));
         }
     }
     let namespace: Arc<str> = match (service.namespace.as_str(), context.namespace) {
@@ -562,7 +564,7 @@ fn parse_cidr(text: &str) -> Result<(IpNet, bool), String> {
         };
         Some((net.trunc(), has_host_bits))
     };
-    parse().ok_or_else(|| format!("\"{text}\" is no CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))
+    parse().ok_or_else(|| format!("\"{text}\" is not a CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))
 }
 
 /// The same; all of a family may not be excluded, for the rule would match nothing. Calico looks for it in IPv4 by the

@@ -32,7 +32,7 @@ pub struct State<'a> {
 pub enum Party<'a> {
     /// Pods that exist in both states, and are alike in each.
     Pods { cluster: &'a ClusterName, members: Vec<&'a EndpointId> },
-    /// An address that nobody owns.
+    /// An address without an owner.
     Address(IpAddr),
 }
 
@@ -431,7 +431,7 @@ fn joined(cases: Vec<(Option<String>, Vec<Change>)>) -> Vec<Change> {
     conditioned.collect()
 }
 
-/// Each type and code that is told of, and beside each what is not.
+/// Each type and code that is named, and beside each one that is not.
 fn icmp_examples(told: &BTreeSet<(u8, Option<u8>)>) -> Vec<(u8, u8)> {
     let kinds: BTreeSet<u8> = told.iter().map(|(kind, _)| *kind).collect();
     let mut examples = Vec::new();
@@ -440,7 +440,7 @@ fn icmp_examples(told: &BTreeSet<(u8, Option<u8>)>) -> Vec<(u8, u8)> {
         let other = (0..=u8::MAX).find(|code| !codes.contains(code));
         examples.extend(codes.iter().copied().chain(other).map(|code| (*kind, code)));
     }
-    // An echo request of either version, where nobody speaks of it.
+    // An echo request of either version, where no policy names it.
     let other = [8, 128].into_iter().chain(0..=u8::MAX).find(|kind| !kinds.contains(kind));
     examples.extend(other.map(|kind| (kind, 0)));
     examples

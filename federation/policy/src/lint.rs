@@ -61,7 +61,7 @@ checks! {
     PEER_SELECTS_NOTHING "HN002" "peer-selects-nothing" Warning
         "Correct the selector or its clusters; an Allow rule like this opens nothing, a Deny rule closes nothing."
     RULE_NEVER_MATCHES "HN003" "rule-never-matches" Error
-        "Split the rule: what it asks for cannot hold of one packet."
+        "Split the rule: no packet has all that it requires."
     RULE_SHADOWED "HN004" "rule-shadowed" Warning
         "Delete the rule, or move it before what decides first."
     NO_DEFAULT_DENY "HN005" "namespace-without-default-deny" Warning
@@ -486,18 +486,18 @@ fn contradiction(rule: &Rule) -> Option<String> {
     }
     let number = rule.protocol.map(Protocol::number);
     if number.is_some() && rule.not_protocol.map(Protocol::number) == number {
-        return Some("it asks for a protocol and against it".to_owned());
+        return Some("it requires and excludes the same protocol".to_owned());
     }
     if rule.icmp.is_some_and(|icmp| icmp.kind.is_some()) && rule.not_icmp == rule.icmp {
-        return Some("it asks for an ICMP type and against it".to_owned());
+        return Some("it requires and excludes the same ICMP type".to_owned());
     }
     let ports = !rule.source.ports.is_empty() || !rule.destination.ports.is_empty();
     match number {
         Some(number) if ports && !matches!(number, 6 | 17 | 33 | 132 | 136) => {
-            return Some("it asks for ports of a protocol that has none".to_owned());
+            return Some("it requires ports of a protocol without ports".to_owned());
         }
         Some(number) if rule.icmp.is_some_and(|icmp| icmp.kind.is_some()) && !matches!(number, 1 | 58) => {
-            return Some("it asks for ICMP types of another protocol".to_owned());
+            return Some("it requires ICMP types of another protocol".to_owned());
         }
         _ => {}
     }
@@ -535,7 +535,7 @@ struct Asked<'a> {
     subject: usize,
 }
 
-/// What decides a rule, or a whole policy, before it is asked.
+/// What decides a rule, or a whole policy, before it is evaluated.
 type Witness = (Check, String);
 
 /// Rules, and whole policies, before which something else decides, in every cluster that enforces them.
@@ -598,7 +598,7 @@ fn in_one_cluster<'a>(
     };
     let passes: Vec<bool> = (0..tiers.len()).map(|tier| some(tier, &|_, rule| rule.action == Action::Pass)).collect();
     let left: Vec<bool> = (0..tiers.len()).map(|tier| some(tier, &leaves)).collect();
-    // Whether what reaches `target` was asked to the end in `first` before it: nothing passed on, or left the phase.
+    // Whether what reaches `target` was evaluated to the end in `first` before it: nothing passed on, or left the phase.
     let whole = |first: usize, target: usize| {
         let (first_phase, phase) = (tiers[first].id.phase, tiers[target].id.phase);
         !passes[first]
@@ -614,14 +614,14 @@ fn in_one_cluster<'a>(
             tier < target.tier && ends(tier, target.tier)
         });
         if let Some(ending) = ending {
-            // What only denies is a backstop: that it is not asked changes nothing.
+            // What only denies is a backstop: that it is not evaluated changes nothing.
             if target.rules.iter().all(|rule| rule.action == Action::Deny) {
                 continue;
             }
             let (tier, policy) = (&tiers[asked[*ending].tier].id.name, title(&asked[*ending].policy.id));
             let list = list_name(direction);
             let message = format!(
-                "its {list} is never asked: {policy} selects the same pods, and tier {tier} denies what it does not decide"
+                "its {list} is never evaluated: {policy} selects the same pods, and tier {tier} denies what it does not decide"
             );
             found(target.policy, None, (RULE_SHADOWED, message));
             continue;

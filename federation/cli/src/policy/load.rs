@@ -101,7 +101,7 @@ impl Sources {
     /// Reads everything. What is refused or skipped is named on standard error, and the rest is read all the same.
     ///
     /// # Errors
-    /// When a directory cannot be read, or a cluster's holds no manifest.
+    /// When a directory cannot be read, or a cluster's has no manifest.
     pub fn load_any(&self) -> anyhow::Result<Loaded> {
         if self.clusters.is_empty() {
             bail!("no cluster is named: --cluster NAME=DIR");

@@ -217,7 +217,7 @@ impl Arguments {
         for (pods, (option, selector)) in ends.iter().zip([("--from", &self.from), ("--to", &self.to)]) {
             ensure!(
                 !pods.is_empty(),
-                "no pod with an address of its own is selected by {option} \"{}\"",
+                "no pod with an address of its own is selected by {option}: {}",
                 selector.shown()
             );
         }

@@ -32,7 +32,7 @@ const CLUSTERS: (&str, Value) = ("clusters", Usual("all()"));
 const PRESETS: &[Preset] = &[
     Preset {
         name: "tiers",
-        about: "the tiers that the other presets stand in; apply it first",
+        about: "the tiers of the other presets; apply it first",
         parameters: &[],
         template: include_str!("scaffold/tiers.yaml"),
     },

@@ -132,7 +132,7 @@ fn nothing_selected_or_queried_is_an_error() {
             let output = shop.run("matrix", &[option, "app == 'gone'", other, "all()", "--port", "80", "-o", format]);
             assert_eq!((output.stdout.len(), output.status.code()), (0, Some(1)), "{output:?}");
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(said.contains(&format!("is selected by {option} ")) && said.contains("app == 'gone'"), "{said}");
+            assert!(said.contains(&format!("is selected by {option}: app == \"gone\"")), "{said}");
         }
     }
     for content in ["", "\n \n", "\u{feff}\n"] {
@@ -485,6 +485,7 @@ fn errors_are_in_words_of_people() {
         )
     };
     for (content, expected) in [
+        (policy("{}") + &policy("{}"), "a line `---` is missing between them"),
         (service("{port: 70000}"), "spec.ports[0].port: 70000 is not a port (1–65535)"),
         (service("{port: -1}"), "spec.ports[0].port: -1 is not a port (1–65535)"),
         (service("{port: web}"), "spec.ports[0].port: \"web\" is not a port (1–65535)"),

@@ -203,7 +203,7 @@ fn applying_is_idempotent_and_fails_object_by_object() {
 
     // Two of one key: which counts would depend on who reads.
     let twice = world.apply(&format!("{}{}", policy("q", "platform", 1), policy("q", "platform", 2)), &[]);
-    assert!(twice.code == Some(1) && twice.err.contains("standard input:7: metadata.name: stands"), "{twice:?}");
+    assert!(twice.code == Some(1) && twice.err.contains("standard input:7: metadata.name: duplicate of "), "{twice:?}");
     assert_eq!(world.hanse(&["get", "fnp", "q"]).code, Some(1));
 
     // Without its tier a policy would not be in force.

@@ -17,7 +17,7 @@ use crate::field::unknown_field;
 #[error("{message}")]
 pub struct DecodeError {
     pub message: String,
-    /// What is written in the place of a number of 16 bits, which is a port wherever a field's name says so.
+    /// The value that is not a number of 16 bits, which is a port wherever the field's name says so.
     number: Option<String>,
     /// The innermost value that is known to be wrong.
     at: Option<u32>,
@@ -69,7 +69,7 @@ impl serde::de::Error for DecodeError {
     }
 }
 
-/// What stands in the place of something else, as people call it.
+/// A value of the wrong type, as people call it.
 fn written(unexpected: Unexpected<'_>) -> String {
     match unexpected {
         Unexpected::Bool(it) => it.to_string(),

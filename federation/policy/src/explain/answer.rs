@@ -323,13 +323,15 @@ pub fn verdict(verdict: Verdict) -> &'static str {
     }
 }
 
-/// What decides in several cases, each once, for people: the direction that denies, or else the one that was judged last.
+/// What decides in several cases, each once, for people: the direction that denies, or else one in which a policy speaks.
 pub fn reasons<'s>(answers: impl IntoIterator<Item = &'s Answer>) -> Vec<String> {
     let mut reasons = Vec::new();
     for answer in answers {
         let directions = [answer.egress.as_ref(), answer.ingress.as_ref()];
-        let denied = directions.into_iter().flatten().find(|it| it.verdict == Verdict::Deny);
-        let reason = reason(denied.or(answer.ingress.as_ref()).or(answer.egress.as_ref()));
+        let by_policy = |it: &&Judgement| !matches!(it.trace.last(), Some(Step::Profile | Step::Itself) | None);
+        let find = |wanted: &dyn Fn(&&Judgement) -> bool| directions.into_iter().flatten().find(wanted);
+        let denied = find(&|it| it.verdict == Verdict::Deny);
+        let reason = reason(denied.or_else(|| find(&by_policy)).or_else(|| find(&|_| true)));
         if !reasons.contains(&reason) {
             reasons.push(reason);
         }

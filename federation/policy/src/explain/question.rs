@@ -174,7 +174,7 @@ pub enum QuestionError {
     Family(String, u8),
     #[error("{0} and {1} share no address family")]
     NoFamily(String, String),
-    #[error("{0:?} is no address")]
+    #[error("{0:?} is not an address")]
     Address(String),
     #[error("protocol {0:?} is neither a name nor a number up to 255")]
     Protocol(String),

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use crate::evaluate::{End, Query, Verdict, View};
-use crate::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory, NamedPort, Namespace};
+use crate::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory, NamedPort};
 use crate::model::{ClusterName, PolicySet};
 use crate::prepared::Prepared;
 use crate::workload::{Workload, telling_keys, workloads};
@@ -71,7 +71,7 @@ pub fn assumed_servers(inventory: &Inventory) -> BTreeMap<ClusterName, Cluster> 
 /// Adds a pod of a DNS service, with its namespace.
 fn assume(cluster: &mut Cluster, service: &Service) {
     let (id, endpoint) = assumed(service);
-    let namespace = cluster.namespaces.entry(service.namespace.into()).or_insert_with(Namespace::default);
+    let namespace = cluster.namespaces.entry(service.namespace.into()).or_default();
     let name = "kubernetes.io/metadata.name".into();
     namespace.labels.entry(name).or_insert_with(|| service.namespace.into());
     cluster.endpoints.insert(id, endpoint);
