@@ -202,7 +202,8 @@ struct RunArgs {
     /// A file with a join token; needed until the cluster has joined.
     #[arg(long)]
     token_file: Option<PathBuf>,
-    /// A directory of Kubernetes manifests: the cluster.
+    /// A directory of Kubernetes manifests: the cluster. Where it, or a directory below it, has no manifest any more, what was read last
+    /// stays in force.
     #[arg(long)]
     source: PathBuf,
     /// For agents, who show certificates.
