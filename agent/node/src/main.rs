@@ -190,7 +190,12 @@ fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
         status.endpoints, status.policies, status.sets
     ))?;
     text::line(format_args!("pod ranges   {}", status.ranges()))?;
-    text::line(format_args!("in sync      {}", if status.connected { "yes" } else { "no" }))?;
+    let in_sync = match (status.connected, running, status.not_in_sync.as_str()) {
+        (true, ..) => "yes".to_owned(),
+        (false, true, why) if !why.is_empty() => format!("no: {why}"),
+        (false, ..) => "no".to_owned(),
+    };
+    text::line(format_args!("in sync      {in_sync}"))?;
     text::line(format_args!("as of        {} ({} s ago)", rfc3339(status.written_at()), status.age_seconds()))?;
     let hooks = if status.hooks.is_empty() { "see the pods' packets" } else { &status.hooks };
     text::line(format_args!("hooks        {hooks}"))?;
@@ -252,6 +257,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         pod_ranges,
         open,
         connected: false,
+        not_in_sync: "no member was reached yet".to_owned(),
         // A number that no other process has.
         instance: token::random().map_err(anyhow::Error::msg)?,
         writes: writes.clone(),

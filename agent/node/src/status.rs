@@ -47,6 +47,9 @@ pub struct Status {
     #[serde(default)]
     pub open: bool,
     pub connected: bool,
+    /// While the member's newest rules are not known: why.
+    #[serde(default)]
+    pub not_in_sync: String,
     /// What else is wrong with the agent, such as files that cannot be written.
     #[serde(default)]
     pub problems: Vec<String>,

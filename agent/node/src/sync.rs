@@ -44,6 +44,8 @@ pub struct Follower {
     pub open: bool,
     /// The stream is open, and the member has said over it what must be in force.
     pub connected: bool,
+    /// While it is not: why.
+    pub not_in_sync: String,
     /// Tells this process apart from another with the same key.
     pub instance: [u8; 16],
     /// Which files cannot be written.
@@ -65,10 +67,16 @@ impl Follower {
                 ended = self.follow(&identity, member, &mut backoff) => ended,
             };
             match ended {
-                Ok(()) => tracing::info!(member, "the stream ended, opening the next"),
-                Err(error) => tracing::warn!(error = format!("{error:#}"), member, "not in sync, trying again"),
+                Ok(()) => {
+                    tracing::info!(member, "the stream ended, opening the next");
+                    self.lose("the stream ended".to_owned());
+                }
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    tracing::warn!(error, member, "not in sync, trying again");
+                    self.lose(error);
+                }
             }
-            self.lose();
             tokio::select! {
                 again = backoff.wait(&stop) => if !again { return },
                 // Who waits with a certificate that has ended need not wait any longer.
@@ -77,9 +85,9 @@ impl Follower {
         }
     }
 
-    /// The stream has ended.
-    fn lose(&mut self) {
-        self.connected = false;
+    /// The stream has ended: `why`.
+    fn lose(&mut self, why: String) {
+        (self.connected, self.not_in_sync) = (false, why);
         self.tell();
     }
 
@@ -99,6 +107,14 @@ impl Follower {
         let mut renewed = identity.credentials.subscribe();
         renewed.mark_unchanged();
         let (mut outbox, mut stream) = self.open(identity, member).await?;
+        if !self.connected {
+            self.not_in_sync = format!(
+                "connected to {member}, which has sent no rules for this node yet: see that its cluster has a Node {}, and that it \
+                 has heard its hub",
+                self.node
+            );
+            self.tell();
+        }
         let mut assembler = Assembler::default();
         let mut proofs = self.enforcer.proofs();
         proofs.mark_unchanged();
@@ -311,6 +327,7 @@ impl Follower {
             pod_ranges: self.held.as_ref().map_or(&self.pod_ranges, |held| &held.node.pod_ranges).clone(),
             open: self.held.as_ref().map_or(self.open, |held| held.node.pod_ranges.is_empty()),
             connected: self.connected,
+            not_in_sync: if self.connected { String::new() } else { self.not_in_sync.clone() },
             problems: self.writes.problems(),
             // Who writes it knows.
             flows: String::new(),
@@ -340,6 +357,7 @@ mod tests {
             pod_ranges: Vec::new(),
             open: false,
             connected: false,
+            not_in_sync: String::new(),
             instance: [7; 16],
             writes: Writes::new(&Health::default()),
             in_sync: Health::default().condition("in sync"),
@@ -391,7 +409,7 @@ mod tests {
         let mut follower = follower();
         follower.move_on(Generation { term: 5, number: 10 }, 3, 4);
         assert!(follower.in_sync.holds());
-        follower.lose();
+        follower.lose("the stream ended".to_owned());
         assert!(!follower.in_sync.holds() && !follower.status.borrow().connected);
     }
 

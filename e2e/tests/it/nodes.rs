@@ -228,10 +228,43 @@ fn a_node_enrols_anew_at_a_member_that_was_set_up_anew() {
         world.says("shows another authority than the one at which this node enrolled", 0);
         world.says("is of the former authority: put a new node token", 0);
         world.becomes(true, false);
+        let why = world.status()["notInSync"].as_str().unwrap_or_default().to_owned();
+        assert!(why.contains("an authority that is not trusted here"), "{why}");
         let enrolled = world.said("enrolled node=\"node-2\"");
         world.new_token();
         world.becomes(true, true);
+        assert_eq!(world.status()["notInSync"], "");
         assert_eq!(world.said("enrolled node=\"node-2\""), enrolled + 1, "{}", world.log());
+
+        // An agent of a node that the source does not know, such as one whose name is misspelt.
+        let token = world.scratch.path().join("node-9.token");
+        let made = world.member(&["node-token", "create", "--node", "node-9"]).stdout;
+        hanse_runtime::files::write_secret(&token, &made).expect("written");
+        let member = world.cluster.nodes[0].addresses[0];
+        let mut stranger = Command::new(programs().join("hanse-agent"));
+        stranger.args([
+            "run",
+            "--node",
+            "node-9",
+            "--member",
+            &format!("{member}:7500"),
+            "--enrol",
+            &format!("{member}:7501"),
+        ]);
+        let data = world.scratch.path().join("stranger");
+        stranger.arg("--token-file").arg(token).arg("--data").arg(&data);
+        system.kill_agent("train", NODE).expect("killed");
+        let inside = fabric.node("train", NODE).expect("built");
+        let stranger = Process::start(inside, stranger, &world.scratch.path().join("stranger.log")).expect("started");
+        let known = probe::until(PATIENCE, || {
+            let status = system.try_hanse(&["status"]).expect("it runs").stdout;
+            String::from_utf8_lossy(&status)
+                .contains("node node-9: its agent is connected, and the source has no Node of this name")
+        });
+        assert!(known.is_some(), "{}\n{}", stranger.log(), system.logs());
+        let status = run("hanse-agent", &["status", "--data", &data.to_string_lossy()]).stdout;
+        let status = String::from_utf8_lossy(&status).into_owned();
+        assert!(status.contains("see that its cluster has a Node node-9"), "{status}");
     });
 }
 
