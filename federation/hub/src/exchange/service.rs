@@ -667,11 +667,14 @@ impl Realisations for Service {
         let publishing = lock(&self.shared.publishing).clone();
         let rates = lock(&self.shared.rates).clone();
         let snapshot = self.registry.snapshot();
-        let exchange = lock(&self.shared.exchange);
+        let names: Vec<ClusterName> = self.look(|exchange| exchange.federation().clusters.keys().cloned().collect());
         let mut known: BTreeMap<Arc<str>, Realisation> = BTreeMap::new();
         // What they say is put into words when nobody waits for the exchange.
         let mut reports = Vec::new();
-        for name in exchange.federation().clusters.keys() {
+        for name in &names {
+            // One by one: each is compared with all others, which of thousands takes seconds in all.
+            let exchange = lock(&self.shared.exchange);
+            let began = Instant::now();
             let entry = known.entry(name.clone()).or_default();
             entry.connected = publishing.get(name).is_some_and(|count| *count > 0);
             if let Some(origin) = exchange.origin(name) {
@@ -698,9 +701,10 @@ impl Realisations for Service {
                 entry.unenforced = unenforced.fold(0, u32::saturating_add);
                 reports.push((name.clone(), Arc::clone(told)));
             }
+            drop(exchange);
+            self.held.observe(began.elapsed().as_secs_f64());
         }
-        let position = exchange.federation().position;
-        drop(exchange);
+        let position = self.look(|exchange| exchange.federation().position);
         for (name, told) in reports {
             let Some(entry) = known.get_mut(&name) else { continue };
             let report = self.report(&snapshot, &name, &told, position);
@@ -714,10 +718,8 @@ impl Realisations for Service {
     }
 
     fn nodes(&self, cluster: &str) -> Vec<NodeProgress> {
-        let (told, position) = {
-            let exchange = lock(&self.shared.exchange);
-            (exchange.realisations().get(cluster).cloned(), exchange.federation().position)
-        };
+        let (told, position) =
+            self.look(|exchange| (exchange.realisations().get(cluster).cloned(), exchange.federation().position));
         let snapshot = self.registry.snapshot();
         let nodes =
             told.iter().flat_map(|told| self.report(&snapshot, cluster, told, position).nodes().collect::<Vec<_>>());

@@ -731,7 +731,7 @@ fn interests_that_are_kept_for_receivers_that_have_gone_are_bounded_in_bytes() {
     let open = |of: usize, count: usize| {
         let selection = |at: usize| pb::Selection {
             clusters: Some(pb::selection::Clusters::All(pb::AllClusters {})),
-            selector: format!("app == 'a-{of}-{at}'"),
+            selector: format!("app == 'a-{of}-{at:080}'"),
             port_names: Vec::new(),
         };
         pb::WatchOpen { protocol: 1, own: (0..count).map(selection).collect(), ..pb::WatchOpen::default() }
