@@ -220,6 +220,7 @@ impl Arguments {
 fn subject(object: &ObjectLine) -> String {
     match (&object.namespace, object.kind.is_empty()) {
         (_, true) => String::new(),
+        _ if object.name.is_empty() => format!("{}: ", object.kind),
         (Some(namespace), _) => format!("{} {namespace}/{}: ", object.kind, object.name),
         (None, _) => format!("{} {}: ", object.kind, object.name),
     }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use hanse_k8s_api::assemble::rivals::BUILD;
+use hanse_k8s_api::assemble::rivals::build_with_kustomize;
 use hanse_k8s_api::document::{self, Node};
 use hanse_k8s_api::manifest::{Diagnostic, Manifests, NotObject, read_file};
 
@@ -43,20 +43,26 @@ fn named<'d>(kustomization: Node<'d>) -> Vec<&'d str> {
     items.filter_map(path).filter(|path| !path.is_empty() && !path.contains('\n')).collect()
 }
 
+/// What to run instead of reading the folder of a kustomization.
+fn build(kustomization: &Path) -> String {
+    let folder = kustomization.parent().filter(|folder| *folder != Path::new(""));
+    build_with_kustomize(folder.map_or("DIR".into(), Path::to_string_lossy))
+}
+
 /// What is said of a patch, which is not read.
 pub fn patch(file: &Path, kustomization: &Path) -> Diagnostic {
-    let message = format!("a patch of {}, not an object: run {BUILD}", kustomization.display());
+    let message = format!("a patch of {}, not an object: run {}", kustomization.display(), build(kustomization));
     Diagnostic { not_object: Some(NotObject::Patch), ..Diagnostic::of_file(file, message) }
 }
 
 /// Says of kustomizations what to run, whether they name their kind or not.
 pub fn explain(read: &mut Manifests) {
-    let message = format!("a kustomization, which is not applied here: run {BUILD}");
+    let message = |file: &str| format!("a kustomization, which is not applied here: run {}", build(Path::new(file)));
     for diagnostic in &mut read.diagnostics {
         let name = Path::new(&*diagnostic.place.file).file_name().and_then(|name| name.to_str());
         let is_without_kind = diagnostic.not_object == Some(NotObject::WithoutKind);
         if is_without_kind && name.is_some_and(|name| NAMES.contains(&name)) {
-            diagnostic.message.clone_from(&message);
+            diagnostic.message = message(&diagnostic.place.file);
         }
     }
     let of_kustomize = |api_version: &str| api_version.split('/').next() == Some(GROUP);
@@ -66,9 +72,9 @@ pub fn explain(read: &mut Manifests) {
     let found: Vec<hanse_k8s_api::Skipped> = found;
     read.diagnostics.extend(found.into_iter().map(|it| Diagnostic {
         start: it.place.line,
+        message: message(&it.place.file),
         place: it.place,
         field: String::new(),
-        message: message.clone(),
         object: Some(it.object),
         not_object: Some(NotObject::WithoutKind),
     }));

@@ -322,7 +322,10 @@ impl Loaded {
 /// What is wrong, without its place.
 pub fn described(diagnostic: &Diagnostic) -> String {
     let Diagnostic { field, message, object, .. } = diagnostic;
-    let object = object.as_ref().map_or(String::new(), |object| format!("{} {}: ", object.kind, object.name));
+    let object = object.as_ref().map_or(String::new(), |object| match object.name.is_empty() {
+        true => format!("{}: ", object.kind),
+        false => format!("{} {}: ", object.kind, object.name),
+    });
     let field = if field.is_empty() { String::new() } else { format!("{field}: ") };
     format!("{object}{field}{message}")
 }

@@ -6,6 +6,7 @@
 //! counts, since the other may be a patch of it.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fmt::Display;
 use std::hash::Hash;
 
 use super::{diagnostic_of, key_of};
@@ -97,16 +98,19 @@ fn rivals<T, K: Eq + Hash, R: Ord>(
         counting.insert(key, counts);
         rivals.left_out.insert(out);
         let message = format!(
-            "conflicts with {}, a different object with the same key, which is used instead. If one is a patch, run {BUILD}",
-            place(counts)
+            "conflicts with {}, a different object with the same key, which is used instead. If one is a patch, run {}",
+            place(counts),
+            build_with_kustomize("DIR")
         );
         rivals.conflicts.push(about(out, message));
     }
     rivals
 }
 
-/// What to do with files that `kustomize` makes objects of.
-pub const BUILD: &str = "`kustomize build DIR | hanse policy …` with `-` in place of the directory";
+/// What to run where `kustomize` makes objects of the files of a directory.
+pub fn build_with_kustomize(directory: impl Display) -> String {
+    format!("`kustomize build {directory} | hanse policy …` with `-` in place of the directory")
+}
 
 /// Whether two objects mean the same to policy: annotations and the labels of policies do not matter.
 fn says_the_same(a: &Manifest, b: &Manifest) -> bool {
