@@ -535,7 +535,7 @@ fn convert_port(port: &DestinationPort, path: &Path<'_>, errors: &mut Errors) ->
     let mut number = |value: i64, path: &Path<'_>| {
         let valid = u16::try_from(value).ok().filter(|port| *port > 0);
         if valid.is_none() {
-            errors.add(path, format!("{value} is not between 1 and 65535"));
+            errors.add(path, format!("{value} is not a port (1–65535)"));
         }
         valid
     };

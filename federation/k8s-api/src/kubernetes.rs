@@ -238,7 +238,7 @@ impl PodSpec {
                 for (index, port) in container.ports.iter().enumerate() {
                     let path = ports.index(index);
                     if port.container_port == 0 {
-                        errors.add(&path.field("containerPort"), "0 is not between 1 and 65535");
+                        errors.add(&path.field("containerPort"), "0 is not a port (1–65535)");
                     }
                     check_protocol(port.protocol.as_deref(), &path, errors);
                 }

@@ -418,7 +418,7 @@ fn convert_port(entry: &PortEntry, path: &Path<'_>, errors: &mut Errors) -> Opti
         }
         (Some(IntOrString::Int(first)), end) => {
             let Some(first) = valid(*first) else {
-                errors.add(&port_path, format!("{first} is not between 1 and 65535"));
+                errors.add(&port_path, format!("{first} is not a port (1–65535)"));
                 return None;
             };
             let Some(end) = end else { return Some(Port::Range(first, first)) };
@@ -429,7 +429,7 @@ fn convert_port(entry: &PortEntry, path: &Path<'_>, errors: &mut Errors) -> Opti
                     None
                 }
                 None => {
-                    errors.add(&end_path, format!("{end} is not between 1 and 65535"));
+                    errors.add(&end_path, format!("{end} is not a port (1–65535)"));
                     None
                 }
             }

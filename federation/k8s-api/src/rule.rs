@@ -623,7 +623,7 @@ fn convert_port_list(specs: &[IntOrString], path: &Path<'_>, errors: &mut Errors
 fn convert_port(spec: &IntOrString, stored: bool) -> Result<Port, String> {
     let number = |value: i64| match u16::try_from(value) {
         Ok(port) if port > 0 => Ok(port),
-        _ => Err(format!("{value} is not between 1 and 65535")),
+        _ => Err(format!("{value} is not a port (1–65535)")),
     };
     let text = match spec {
         IntOrString::Int(value) => return number(*value).map(|port| Port::Range(port, port)),
@@ -631,7 +631,7 @@ fn convert_port(spec: &IntOrString, stored: bool) -> Result<Port, String> {
     };
     let digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
     let parse =
-        |part: &str| part.parse::<i64>().map_err(|_| format!("{part} is not between 1 and 65535")).and_then(number);
+        |part: &str| part.parse::<i64>().map_err(|_| format!("{part} is not a port (1–65535)")).and_then(number);
     if digits(text) {
         return parse(text).map(|port| Port::Range(port, port));
     }

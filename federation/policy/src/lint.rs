@@ -442,7 +442,15 @@ fn about(
                     )),
                     None => {
                         let message = format!("{} selects nothing", selection.selector.shown());
-                        found.push((PEER_SELECTS_NOTHING, message));
+                        // Of an application's own manifests that is usual.
+                        let unread = pitfalls::unread_namespace(selection, enforcers, facts.inventory);
+                        found.push(match unread {
+                            Some(namespace) => (
+                                Check { severity: Severity::Note, ..PEER_SELECTS_NOTHING },
+                                format!("{message}: namespace {namespace} is not among the manifests"),
+                            ),
+                            None => (PEER_SELECTS_NOTHING, message),
+                        });
                     }
                 }
                 continue;

@@ -211,11 +211,24 @@ fn rules_for_a_dns_service_that_is_not_among_the_manifests_are_no_finding() {
     ] {
         assert_eq!(ids(&format!("{app}{usual}")), [""; 0], "{usual}");
     }
-    for odd in [
-        rule(&format!("{{{}, podSelector: {{matchLabels: {{app: gone}}}}}}", namespace("kube-system"))),
-        rule(&format!("{{{}}}", namespace("gone"))),
+    // Another namespace that is not among the manifests of an application is worth a note; with the pods of a whole cluster,
+    // or a namespace that is there, it is a warning.
+    let severity = |content: &str| {
+        let findings = lines(&Folder::new(content).run("lint", &["-o", "json"]));
+        let found = findings.into_iter().find(|finding| finding["id"] == "HN002");
+        found.and_then(|mut found| found["severity"].take().as_str().map(str::to_owned))
+    };
+    let running = "---\napiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: shop}\nstatus: {phase: Running, podIP: 10.0.0.1}\n";
+    let (gone, of_shop) = (namespace("gone"), namespace("shop"));
+    for (peer, more, expected) in [
+        (format!("{{{}, podSelector: {{matchLabels: {{app: gone}}}}}}", namespace("kube-system")), "", "note"),
+        (format!("{{{gone}}}"), "", "note"),
+        (format!("{{{gone}}}"), running, "warning"),
+        (format!("{{{of_shop}, podSelector: {{matchLabels: {{app: gone}}}}}}"), "", "warning"),
+        ("{namespaceSelector: {matchLabels: {team: gone}}}".to_owned(), "", "warning"),
     ] {
-        assert_eq!(ids(&format!("{app}{odd}")), ["HN002"], "{odd}");
+        let content = format!("{app}{}{more}", rule(&peer));
+        assert_eq!(severity(&content).as_deref(), Some(expected), "{content}");
     }
     // Where the servers are known, what does not select them is a finding.
     let server = "---\napiVersion: apps/v1\nkind: Deployment\nmetadata: {name: coredns, namespace: kube-system}\nspec: {template: {metadata: {labels: {k8s-app: kube-dns}}, spec: {containers: [{name: c}]}}}\n";
@@ -494,6 +507,10 @@ fn errors_are_in_words_of_people() {
             "spec.ports[0].targetPort: is neither a port (1–65535) nor a port's name",
         ),
         (pod("70000"), "spec.containers[0].ports[0].containerPort: 70000 is not a port (1–65535)"),
+        (
+            policy("{ingress: [{ports: [{port: 70000}]}]}"),
+            "spec.ingress[0].ports[0].port: 70000 is not a port (1–65535)",
+        ),
         (policy("{ingress: {}}"), "spec.ingress: a mapping, where a list is expected"),
         (policy("{ingress: [{from: 3}]}"), "spec.ingress[0].from: 3, where a list is expected"),
         (policy("{podSelector: [a]}"), "spec.podSelector: a list, where a mapping is expected"),

@@ -2,7 +2,7 @@
 //! look at what else there is.
 
 use crate::evaluate::{Direction, rules};
-use crate::inventory::{EffectiveLabels, EndpointKind, Inventory};
+use crate::inventory::{Cluster, EffectiveLabels, EndpointKind, Inventory};
 use crate::model::{Action, ClusterName, Policy, PolicyKind, Rule, Selection, TierDefault};
 use crate::selector::{Expr, Selector, build};
 use crate::tri::Tri;
@@ -80,6 +80,31 @@ pub fn names_a_namespace(selector: &Selector) -> Option<String> {
             build::NAMESPACE
         )
     })
+}
+
+/// The namespace that a selection requires and that is not among those that are known, where only manifests of workloads
+/// were read: pods that run come with all namespaces of their cluster, manifests with those of an application.
+pub(super) fn unread_namespace<'s>(
+    selection: &'s Selection,
+    enforcers: &[&ClusterName],
+    inventory: &Inventory,
+) -> Option<&'s str> {
+    let is_name = |key: &str| {
+        let of_namespace = key.strip_prefix(build::NAMESPACE_PREFIX);
+        key == build::NAMESPACE || matches!(of_namespace, Some(build::NAME | "kubernetes.io/metadata.name"))
+    };
+    let required = super::asked_labels(&selection.selector.expr);
+    let name = required.into_iter().find_map(|(key, value)| value.filter(|_| is_name(key)))?;
+    let in_scope = inventory
+        .clusters
+        .iter()
+        .filter(|(cluster, _)| enforcers.iter().any(|enforcer| selection.clusters.contains(enforcer, cluster)));
+    let is_unread = |(_, cluster): (&ClusterName, &Cluster)| {
+        let mut pods = cluster.endpoints.iter().filter(|(id, _)| id.kind == EndpointKind::Pod);
+        !cluster.namespaces.contains_key(name) && pods.all(|(_, pod)| pod.planned.is_some())
+    };
+    let mut in_scope = in_scope.peekable();
+    (in_scope.peek().is_some() && in_scope.all(is_unread)).then_some(name)
 }
 
 /// The global network set that a selection would select, were it not limited to namespaces.
