@@ -8,6 +8,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use crate::cluster_network_policy;
 use crate::document::{Node, Notes, UnknownField};
 use crate::field::FieldError;
 use crate::manifest::typed;
@@ -188,8 +189,8 @@ pub fn to_cluster_network_policy(node: Node<'_>) -> Result<Value, Vec<Unconverti
         converted.insert(list.to_owned(), rules.into());
     }
     let object = json!({
-        "apiVersion": "policy.networking.k8s.io/v1alpha2",
-        "kind": "ClusterNetworkPolicy",
+        "apiVersion": cluster_network_policy::API_VERSION,
+        "kind": cluster_network_policy::KIND,
         "metadata": metadata,
         "spec": converted,
     });
@@ -229,7 +230,8 @@ fn convert_rule(
     let peers: Vec<Value> =
         peers.map(|(at, peer)| convert_peer(peer, &format!("{path}.{name}[{at}]"), error)).collect();
     converted.insert(name.to_owned(), peers.into());
-    if let Some(ports) = rule.ports {
+    // An empty list is as none: every port.
+    if let Some(ports) = rule.ports.filter(|ports| !ports.is_empty()) {
         let ports = ports.into_iter().enumerate();
         let ports: Vec<Value> =
             ports.map(|(at, port)| convert_port(port, &format!("{path}.ports[{at}]"), error)).collect();

@@ -8,10 +8,13 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use hanse_policy::evaluate::Direction;
 use hanse_policy::inventory::{Endpoint, EndpointId};
 use hanse_policy::model::{ClusterName, ClusterScope, Layer, Phase, PolicyId, TierId};
+use ipnet::IpNet;
 
 pub use self::cluster::{Assembly, Changed, ClusterState, NAMESPACE_NAME_LABEL, NodeInfo, assemble_cluster};
+use crate::calico::{CalicoObject, Converted};
 use crate::field::{Errors, FieldError};
 use crate::hanse::{ClusterLabels, FederatedNetworkPolicy, Member};
 use crate::kubernetes::ServiceAccount;
@@ -51,6 +54,28 @@ fn key_of(manifest: &Manifest) -> Reference {
 fn duplicate(manifest: &Manifest, first: &Place) -> Diagnostic {
     let message = format!("duplicate of {}:{}; the first one counts", first.file, first.line);
     diagnostic(manifest, "metadata.name", message)
+}
+
+/// What is said of MemberClusters with a net that overlaps with one that another was granted before it: an address belongs to
+/// one cluster.
+pub fn overlapping_grants(objects: &[Manifest]) -> Vec<Diagnostic> {
+    let mut errors = Errors::default();
+    let mut granted: Vec<(IpNet, Arc<str>)> = Vec::new();
+    let mut found = Vec::new();
+    for manifest in objects {
+        let Object::MemberCluster(member) = &manifest.object else { continue };
+        let member = member.convert(&mut errors);
+        for net in &member.grants.cidrs {
+            let overlaps =
+                |(other, of): &&(IpNet, Arc<str>)| *of != member.name && (other.contains(net) || net.contains(other));
+            if let Some((other, of)) = granted.iter().find(overlaps) {
+                let message = format!("{net} overlaps with {other}, which is granted to the cluster {of}");
+                found.push(diagnostic(manifest, "spec.grants.cidrs", message));
+            }
+        }
+        granted.extend(member.grants.cidrs.into_iter().map(|net| (net, Arc::clone(&member.name))));
+    }
+    found
 }
 
 /// The diagnostics of all objects whose key another one had before them, in their order.
@@ -97,6 +122,42 @@ pub fn validate(object: &Object) -> Vec<FieldError> {
         Object::ServiceAccount(ServiceAccount { metadata }) => check_metadata(metadata, &mut errors),
     }
     errors.0
+}
+
+/// The directions of which a policy has rules that its types leave out, so that they are in no policy of the model; with the field
+/// that lists its directions.
+pub fn rules_left_out(object: &Object, cluster: &ClusterName) -> Vec<(PolicyId, Direction, &'static str)> {
+    let mut errors = Errors::default();
+    let (policy, ingress, egress, field) = match object {
+        Object::NetworkPolicy(it) => {
+            let policy = it.convert(cluster, &mut errors);
+            (policy, it.spec.ingress.is_empty(), it.spec.egress.is_empty(), "policyTypes")
+        }
+        Object::FederatedNetworkPolicy(it) => {
+            let policy = it.convert(&ClusterLabels::new(), &BTreeMap::new(), &mut errors);
+            (policy, it.spec.ingress.is_empty(), it.spec.egress.is_empty(), "types")
+        }
+        Object::Calico(object) => {
+            let (ingress, egress, field) = match &**object {
+                CalicoObject::Policy(_, it) => (it.spec.ingress.is_empty(), it.spec.egress.is_empty(), "types"),
+                CalicoObject::StagedKubernetes(it) => {
+                    (it.spec.ingress.is_empty(), it.spec.egress.is_empty(), "policyTypes")
+                }
+                CalicoObject::Tier(_) | CalicoObject::NetworkSet { .. } => return Vec::new(),
+            };
+            match object.convert(cluster, &mut errors) {
+                Converted::Policy(policy) => (*policy, ingress, egress, field),
+                Converted::Tier(_) | Converted::NetworkSet(..) => return Vec::new(),
+            }
+        }
+        _ => return Vec::new(),
+    };
+    let directions = [
+        (Direction::Ingress, !ingress && policy.ingress.is_none()),
+        (Direction::Egress, !egress && policy.egress.is_none()),
+    ];
+    let left_out = directions.into_iter().filter(|(_, is_left_out)| *is_left_out);
+    left_out.map(|(direction, _)| (policy.id.clone(), direction, field)).collect()
 }
 
 /// What the federation says. `clusters`: every cluster that takes part, with a MemberCluster or without.

@@ -26,6 +26,9 @@ use crate::metadata::check_metadata;
 use crate::network_policy::{LabelSelector, parse_net, peers_scope, written_fields, written_peer};
 
 /// Bounds of the API's schema.
+pub const API_VERSION: &str = "policy.networking.k8s.io/v1alpha2";
+pub const KIND: &str = "ClusterNetworkPolicy";
+
 pub const MAX_RULES: usize = 25;
 pub const MAX_PEERS: usize = 25;
 pub const MAX_PROTOCOLS: usize = 25;

@@ -228,24 +228,6 @@ pub struct PodIp {
 }
 
 impl PodSpec {
-    /// Ports that are none.
-    pub fn check(&self, path: &Path<'_>, errors: &mut Errors) {
-        for (name, containers) in [("containers", &self.containers), ("initContainers", &self.init_containers)] {
-            let list = path.field(name);
-            for (index, container) in containers.iter().enumerate() {
-                let container_path = list.index(index);
-                let ports = container_path.field("ports");
-                for (index, port) in container.ports.iter().enumerate() {
-                    let path = ports.index(index);
-                    if port.container_port == 0 {
-                        errors.add(&path.field("containerPort"), "0 is not a port (1–65535)");
-                    }
-                    check_protocol(port.protocol.as_deref(), &path, errors);
-                }
-            }
-        }
-    }
-
     /// All ports of all containers. Of those that only run before the others too: nothing distinguishes them for a policy.
     fn ports(&self) -> impl Iterator<Item = &ContainerPort> {
         let containers = self.containers.iter().chain(&self.init_containers);
@@ -294,7 +276,6 @@ impl Pod {
     /// What an API server would not store: metadata that is malformed, and addresses that are none.
     pub fn check(&self, errors: &mut Errors) {
         check_metadata(&self.metadata, errors);
-        self.spec.check(&Path::Root("spec"), errors);
         let status = Path::Root("status");
         let mut check =
             |path: &Path<'_>, text: &Option<String>| check_address(text.as_deref().unwrap_or(""), path, errors);
@@ -419,6 +400,16 @@ pub struct ServicePort {
     pub target_port: Option<TargetPort>,
 }
 
+impl ServicePort {
+    /// Where packets go; `None`: to the same port. API servers take zero and no text for none.
+    pub fn target(&self) -> Option<&TargetPort> {
+        self.target_port.as_ref().filter(|target| match target {
+            TargetPort::Number(number) => *number != 0,
+            TargetPort::Name(name) => !name.is_empty(),
+        })
+    }
+}
+
 /// A number, or the name of a container's port.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(untagged, expecting = "is neither a port (1–65535) nor a port's name")]
@@ -536,7 +527,7 @@ fn check_address(text: &str, path: &Path<'_>, errors: &mut Errors) {
 }
 
 /// Of a port; what is not given is TCP.
-fn check_protocol(name: Option<&str>, port: &Path<'_>, errors: &mut Errors) {
+pub(crate) fn check_protocol(name: Option<&str>, port: &Path<'_>, errors: &mut Errors) {
     if let Some(name) = name.filter(|name| !name.is_empty() && protocol_number(name).is_none()) {
         errors.add(&port.field("protocol"), format!("\"{name}\" is not supported: TCP, UDP or SCTP"));
     }

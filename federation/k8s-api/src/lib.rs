@@ -19,6 +19,7 @@ pub mod manifest;
 pub mod metadata;
 pub mod network_policy;
 pub mod rule;
+pub mod strict;
 pub mod workload;
 
 pub use assemble::planned::{Offline, assemble_offline};

@@ -16,6 +16,7 @@ use crate::hanse::{self, FederatedNetworkPolicy, FederatedNetworkSet, MemberClus
 use crate::kind;
 use crate::kubernetes::{EndpointSlice, Metadata, Namespace, Node as KubeNode, Pod, Service, ServiceAccount};
 use crate::network_policy::NetworkPolicy;
+use crate::strict;
 use crate::workload::{self, Workload};
 
 /// The largest file that is read: a list of 100,000 pods at 5 KiB each. Directories may hold any number of files.
@@ -188,6 +189,10 @@ pub struct Manifests {
     pub workloads: Vec<Workload>,
     /// What is wrong with those that are left out.
     pub refused_workloads: Vec<Diagnostic>,
+    /// What API servers refuse of objects that are read all the same, see [`crate::strict`].
+    pub not_storable: Vec<Diagnostic>,
+    /// What is worth knowing of objects that are read.
+    pub notes: Vec<Diagnostic>,
     /// Policies that are refused for nothing but fields that are not known, without those. Where no earlier version of one is
     /// in force, this closes what it may close.
     pub in_doubt: Vec<Manifest>,
@@ -362,11 +367,12 @@ pub fn read_bytes(file: &Arc<str>, bytes: &[u8], read: &mut Manifests) {
             return;
         }
     };
-    let before = [read.diagnostics.len(), read.refused_workloads.len()];
+    let before = [read.diagnostics.len(), read.refused_workloads.len(), read.not_storable.len()];
     read_documents(file, text, read);
     if text.contains("{{") {
         mark_templates(text, before[0], &mut read.diagnostics);
         mark_templates(text, before[1], &mut read.refused_workloads);
+        mark_templates(text, before[2], &mut read.not_storable);
     }
 }
 
@@ -486,19 +492,14 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
     }
     if workload::is_workload(&reference) {
         let generated = generated_name(node, &reference, &place, read);
+        let located = |errors| located(file, node, &reference, errors);
         match workload::read(place, &reference, node, generated) {
-            Ok(workload) => read.workloads.push(workload),
-            Err(errors) => read.refused_workloads.extend(errors.into_iter().map(|FieldError { path, message }| {
-                let place = Place { file: Arc::clone(file), line: locator.line_of(&path) };
-                Diagnostic {
-                    place,
-                    field: path,
-                    message,
-                    object: Some(reference.clone()),
-                    start: node.line(),
-                    not_object: None,
-                }
-            })),
+            Ok(mut workload) => {
+                read.not_storable.extend(located(std::mem::take(&mut workload.not_storable)));
+                read.notes.extend(located(workload.unread_policy.take().into_iter().collect()));
+                read.workloads.push(workload);
+            }
+            Err(errors) => read.refused_workloads.extend(located(errors)),
         }
         return;
     }
@@ -515,6 +516,7 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             }
             generated => {
                 reference.name = generated.unwrap_or(reference.name);
+                read.not_storable.extend(located(file, node, &reference, strict::errors(&object)));
                 read.objects.push(Manifest { place, reference, object, unknown: Vec::new(), fields });
             }
         },
@@ -533,6 +535,19 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             }
         }
     }
+}
+
+/// What is said of fields of an object.
+fn located(file: &Arc<str>, node: Node<'_>, reference: &Reference, errors: Vec<FieldError>) -> Vec<Diagnostic> {
+    if errors.is_empty() {
+        return Vec::new();
+    }
+    let mut locator = Locator::new(node);
+    let diagnostic = |FieldError { path: field, message }: FieldError| {
+        let place = Place { file: Arc::clone(file), line: locator.line_of(&field) };
+        Diagnostic { place, field, message, object: Some(reference.clone()), start: node.line(), not_object: None }
+    };
+    errors.into_iter().map(diagnostic).collect()
 }
 
 /// What an API server would append to a `generateName`: five of these.

@@ -16,6 +16,7 @@ use crate::field::{Errors, FieldError, Path};
 use crate::kubernetes::{Map, Metadata, PodSpec, null_as_default};
 use crate::manifest::{Place, Reference, field_count, typed};
 use crate::metadata::{check_labels, check_metadata};
+use crate::strict;
 
 /// Templates of one object: a Ray cluster of 1,000 worker groups is far more than any that is known.
 pub const MAX_TEMPLATES: usize = 1_024;
@@ -33,6 +34,10 @@ pub struct Workload {
     /// How many fields its root, metadata and spec have.
     pub fields: usize,
     pub templates: Vec<Template>,
+    /// What API servers refuse of its pods, see [`crate::strict`].
+    pub not_storable: Vec<FieldError>,
+    /// Policy that its controller makes of it, which no answer takes into account.
+    pub unread_policy: Option<FieldError>,
 }
 
 /// One kind of pod that a workload makes.
@@ -46,6 +51,8 @@ pub struct Template {
     pub identity: Map,
     /// Keys of labels that the controller sets when the pods run.
     pub run_time_labels: BTreeSet<Arc<str>>,
+    /// Its pods get ports that are not known before they run.
+    pub run_time_ports: bool,
     pub spec: PodSpec,
     pub stopped: Option<Stopped>,
 }
@@ -112,9 +119,9 @@ pub fn read(
     if templates.len() > MAX_TEMPLATES {
         errors.add(&Path::Root("spec"), format!("{} pod templates; {MAX_TEMPLATES} are allowed", templates.len()));
     }
-    let mut read = Vec::new();
+    let (mut read, mut not_storable) = (Vec::new(), Errors::default());
     for template in templates.into_iter().take(MAX_TEMPLATES) {
-        match template.read(&mut errors) {
+        match template.read(&mut errors, &mut not_storable) {
             Ok(template) => read.push(template),
             Err(wrong) => errors.0.extend(wrong),
         }
@@ -122,8 +129,10 @@ pub fn read(
     if !errors.0.is_empty() {
         return Err(errors.0);
     }
-    let (reference, fields) = (reference.clone(), field_count(node));
-    Ok(Workload { place, reference, metadata, name, generated, fields, templates: read })
+    let unread_policy = kinds::unread_policy(group(&reference.api_version), &reference.kind, node);
+    let (reference, fields, not_storable) = (reference.clone(), field_count(node), not_storable.0);
+    let templates = read;
+    Ok(Workload { place, reference, metadata, name, generated, fields, templates, not_storable, unread_policy })
 }
 
 /// A template as it is found in an object.
@@ -137,13 +146,14 @@ struct Found<'n> {
     inherited: Map,
     identity: Map,
     run_time_labels: BTreeSet<Arc<str>>,
+    run_time_ports: bool,
     stopped: Option<Stopped>,
     /// Ports that the controller adds where no container has one of this name.
     ports: Vec<(Option<&'static str>, u16)>,
 }
 
 impl Found<'_> {
-    fn read(self, errors: &mut Errors) -> Result<Template, Vec<FieldError>> {
+    fn read(self, errors: &mut Errors, not_storable: &mut Errors) -> Result<Template, Vec<FieldError>> {
         let below = |wrong: Vec<FieldError>| -> Vec<FieldError> {
             let path = |path: &str| if path.is_empty() { self.path.clone() } else { format!("{}.{path}", self.path) };
             wrong.into_iter().map(|error| FieldError { path: path(&error.path), message: error.message }).collect()
@@ -154,7 +164,7 @@ impl Found<'_> {
         };
         let root = Path::Root(&self.path);
         let under = root.field("spec");
-        spec.check(if self.bare { &root } else { &under }, errors);
+        strict::check_pod(&spec, if self.bare { &root } else { &under }, not_storable);
         check_labels(&metadata.labels, &root.field("metadata").field("labels"), errors);
         for (name, port) in self.ports {
             spec.add_port(name, port);
@@ -165,6 +175,7 @@ impl Found<'_> {
         let mut run_time_labels = self.run_time_labels;
         run_time_labels.retain(|key| !kinds::is_default_only(key) || !labels.contains_key(key));
         labels.retain(|key, _| !run_time_labels.contains(key));
-        Ok(Template { part: self.part, labels, identity: self.identity, run_time_labels, spec, stopped: self.stopped })
+        let Self { part, identity, run_time_ports, stopped, .. } = self;
+        Ok(Template { part, labels, identity, run_time_labels, run_time_ports, spec, stopped })
     }
 }

@@ -92,6 +92,8 @@ pub struct Planned {
     pub stopped: Option<Stopped>,
     /// Keys of labels of its own that its controller sets when the pods run: neither value nor absence is known before.
     pub run_time_labels: BTreeSet<Arc<str>>,
+    /// Its pods get containers with ports that are not known before.
+    pub run_time_ports: bool,
     /// For IPv4, and for IPv6: its pods have no address of it.
     pub lacks_family: [bool; 2],
 }

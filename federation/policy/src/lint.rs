@@ -23,7 +23,9 @@ use crate::workload::{Workload, telling_keys, workloads};
 mod dns;
 pub mod imply;
 mod pitfalls;
+mod ports;
 mod services;
+mod ties;
 
 use imply::{covers, everything, families, implies, is_contradictory, is_within};
 
@@ -91,7 +93,13 @@ checks! {
     DNS_CUT "HN017" "dns-cut-off" Warning
         "Allow egress by UDP and TCP to port 53 of the cluster's DNS, unless these pods are meant to look up no names."
     NET_OF_SERVICE "HN018" "net-of-a-service" Warning
-        "Select the Service's pods, and the port on which they listen: packets to a cluster address have the address and the port of a backend when policy sees them."
+        "Select the Service's pods, or name the addresses of backends that are not pods, and the port on which they listen: packets to a cluster address have the address and the port of a backend when policy sees them."
+    RULES_LEFT_OUT "HN019" "rules-left-out-by-types" Error
+        "Add the direction to policyTypes (types in Calico's and federated policies), or delete these rules: the list alone says which directions a policy restricts."
+    PORT_NAME_UNKNOWN "HN020" "port-name-without-port" Warning
+        "Correct the name or the protocol, or name the port in the pod's containers: name, number and protocol must all agree."
+    EQUAL_PRIORITY "HN021" "equal-priority" Warning
+        "Give the policies different priorities: the API does not say which of two with equal priority comes first."
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -209,11 +217,25 @@ pub fn lint(
         let tiers = order(policies, name);
         open_namespaces(&tiers, name, own, &mut findings);
         passes_to_nothing(policies, &tiers, name, own, &mut findings);
+        ties::equal_priorities(&tiers, name, &workloads, &mut findings);
     }
     findings.extend(dns::cut_off(policies, inventory));
     let mut known = HashSet::new();
     findings.retain(|finding| known.insert(finding.clone()));
     findings
+}
+
+/// Rules of a direction that a policy has and its types leave out, which no [`PolicySet`] contains. `field`: where the policy
+/// lists its directions.
+pub fn rules_left_out(policy: PolicyId, direction: Direction, field: &str) -> Finding {
+    let (list, name) = match direction {
+        Direction::Ingress => ("ingress", "Ingress"),
+        Direction::Egress => ("egress", "Egress"),
+    };
+    let message =
+        format!("{field} leaves out {name}: its {list} rules never act, and the policy does not restrict {list}");
+    let cluster = policy.cluster.clone();
+    Finding { check: RULES_LEFT_OUT, cluster, about: About::Policy(policy, Some((direction, 0))), message }
 }
 
 /// Whether a policy does something on pods, now or when it is committed.
@@ -381,11 +403,18 @@ fn about(
     // Where one peer of several is impossible, the rest may do what was meant.
     let never = contradictions.len() == parts.len();
     found.extend(contradictions.into_iter().filter(|_| never).map(|reason| (RULE_NEVER_MATCHES, reason)));
+    let own_side = match direction {
+        Direction::Ingress => "destination",
+        Direction::Egress => "source",
+    };
     for rule in parts {
         found.extend(rule.unknown_because().map(|reason| (NOT_UNDERSTOOD, reason.to_owned())));
         for (side, entity) in [("source", &rule.source), ("destination", &rule.destination)] {
             let of_services = facts.services.nets_of_services(policy, entity, enforcers);
             found.extend(of_services.into_iter().map(|message| (NET_OF_SERVICE, format!("{side} {message}"))));
+            let is_own = side == own_side;
+            let of_names = ports::without_pods(policy, rule, (side, entity), is_own, enforcers, facts);
+            found.extend(of_names.into_iter().map(|message| (PORT_NAME_UNKNOWN, message)));
             if let Some(service) = &entity.service {
                 let key = (service.namespace.clone(), service.name.clone());
                 let has_backends = |name: &&ClusterName| {
@@ -440,6 +469,8 @@ fn about(
                             selection.selector.shown()
                         ),
                     )),
+                    // A federated policy names what some clusters have, which may not be among those that are read.
+                    None if policy.id.cluster.is_none() && dns::is_of_usual_server(selection) => {}
                     None => {
                         let message = format!("{} selects nothing", selection.selector.shown());
                         // Of an application's own manifests that is usual.
@@ -667,6 +698,12 @@ fn in_one_cluster<'a>(
             let additive = |policy: &Policy| policy.id.kind == PolicyKind::KubernetesNetworkPolicy;
             if same && elsewhere && additive(first.policy) && additive(target.policy) {
                 // These policies add up; that two of them open the same is how they are written.
+                continue;
+            }
+            // Which of them comes first is not certain: [`ties`].
+            let [before, after] = [first.policy, target.policy];
+            let of_clusters = [before, after].iter().all(|it| it.id.kind == PolicyKind::ClusterNetworkPolicy);
+            if elsewhere && !same && of_clusters && first.tier == target.tier && before.order == after.order {
                 continue;
             }
             let by = match elsewhere {

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use hanse_k8s_api::assemble::rivals::{self, Rivals};
-use hanse_k8s_api::assemble::without_tiers;
+use hanse_k8s_api::assemble::{overlapping_grants, without_tiers};
 use hanse_k8s_api::hanse::API_VERSION;
 use hanse_k8s_api::kind::other_system;
 use hanse_k8s_api::manifest::{Diagnostic, Manifest, NotObject, Object, Place, Reference, Skipped};
@@ -18,7 +18,9 @@ use crate::output::{self, Format};
 
 /// Say whether manifests would be accepted, and what is wrong with them by file and line.
 ///
-/// Validates every object below a directory as an API server would, and says what is wrong by file and line. Kinds that
+/// Says what is wrong by file and line. Policies, tiers, network sets and Hanse's own kinds are validated as an API server
+/// would. Of Namespaces, ServiceAccounts, Nodes, Pods, Services, EndpointSlices and kinds with pod templates (Deployment, Job
+/// and so on) only what verdicts depend on is: metadata, addresses, and the names, numbers and protocols of ports. Kinds that
 /// Hanse does not read are counted and skipped; those that look like a misspelt one that it reads are refused. Templates
 /// (documents with `{{`), patches that a kustomization names, and documents without a kind, such as `kustomization.yaml` or
 /// `values.yaml`, are notes: render them first. Of several objects of a cluster with one key one counts, with a note;
@@ -169,6 +171,10 @@ impl Arguments {
     fn check(&self, directory: &Path, checked: &mut Checked) -> anyhow::Result<()> {
         let mut read = reading::read(directory, &self.namespace)?;
         read.diagnostics.append(&mut read.refused_workloads);
+        read.diagnostics.append(&mut read.not_storable);
+        // The hub refuses them.
+        read.diagnostics.extend(overlapping_grants(&read.objects));
+        checked.notes.extend(std::mem::take(&mut read.notes).into_iter().map(note));
         for Rivals { duplicates, conflicts, .. } in
             [rivals::of_objects(&read.objects), rivals::of_workloads(&read.workloads)]
         {
@@ -228,7 +234,10 @@ fn subject(object: &ObjectLine) -> String {
 
 fn note(diagnostic: Diagnostic) -> String {
     let Reference { kind, name, .. } = diagnostic.object.unwrap_or_default();
-    let field = if diagnostic.field == "spec.tier" { "spec.tier: " } else { "" };
+    let field = match &*diagnostic.field {
+        "" | "metadata.name" | "kind" => String::new(),
+        field => format!("{field}: "),
+    };
     format!("{}:{}: note: {kind} {name} {field}{}", diagnostic.place.file, diagnostic.place.line, diagnostic.message)
 }
 

@@ -1,5 +1,6 @@
 //! `hanse policy convert`: obsolete kinds of policy into what replaced them.
 
+use std::collections::{HashMap, HashSet};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -7,10 +8,12 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::ValueEnum;
-use hanse_k8s_api::admin_network_policy::{Unconvertible, is_convertible, to_cluster_network_policy};
+use hanse_k8s_api::admin_network_policy::{BASELINE_KIND, Unconvertible, is_convertible, to_cluster_network_policy};
+use hanse_k8s_api::cluster_network_policy::{API_VERSION as CLUSTER_API_VERSION, KIND as CLUSTER_KIND};
 use hanse_k8s_api::document::{self, Locator, Node};
 use hanse_k8s_api::field::FieldError;
-use hanse_k8s_api::manifest::{self, Manifests, items, list, read_bytes, read_file};
+use hanse_k8s_api::manifest::{self, Diagnostic, Manifests, items, list, read_bytes, read_file};
+use serde_json::Value;
 
 use crate::output;
 
@@ -20,6 +23,10 @@ use crate::output;
 /// the same. An object that is malformed, or has a part without an equivalent, is not written: the field is named, and the
 /// exit code is 1.
 /// Objects of other kinds are left out and counted.
+///
+/// The two kinds have names of their own, ClusterNetworkPolicies share theirs: where a BaselineAdminNetworkPolicy has the name
+/// of an AdminNetworkPolicy, `-baseline` is appended to it, and a note says so. An object whose name another one of its kind,
+/// or a ClusterNetworkPolicy that was read, has already is not written.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -40,19 +47,40 @@ enum Format {
     Json,
 }
 
-/// How many objects were what.
+/// What was read.
 #[derive(Default)]
-struct Counts {
-    converted: usize,
+struct Read {
+    converted: Vec<Converted>,
     refused: usize,
+    /// Of other kinds.
     others: usize,
+    /// ClusterNetworkPolicies that were there before, by name.
+    present: HashMap<String, String>,
+}
+
+struct Converted {
+    /// File and line.
+    place: String,
+    kind: String,
+    object: Value,
+}
+
+impl Converted {
+    /// `None` where an API server is to generate it.
+    fn name(&self) -> Option<&str> {
+        self.object["metadata"]["name"].as_str()
+    }
+
+    fn is_baseline(&self) -> bool {
+        self.kind == BASELINE_KIND
+    }
 }
 
 impl Arguments {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         // Printed at the end, so that a closed pipe does not hide what was refused.
         let mut out = Vec::new();
-        let mut counts = Counts::default();
+        let mut read = Read::default();
         for path in &self.paths {
             let files = if path == Path::new("-") { vec![path.clone()] } else { listed(path)? };
             for file in files {
@@ -60,10 +88,19 @@ impl Arguments {
                     true => manifest::read_stdin_bytes().context("read standard input")?,
                     false => read_file(&file).with_context(|| format!("read {}", file.display()))?,
                 };
-                self.convert(&file.to_string_lossy(), &bytes, &mut counts, &mut out)?;
+                convert(&file.to_string_lossy(), &bytes, &mut read);
             }
         }
-        let Counts { converted, refused, others } = counts;
+        let format = match self.output {
+            Format::Yaml => output::Format::Yaml,
+            Format::Json => output::Format::Json,
+        };
+        let mut converted = 0;
+        for object in with_own_names(&mut read) {
+            converted += 1;
+            output::write(&mut out, format, &object)?;
+        }
+        let Read { refused, others, .. } = read;
         output::note(format_args!(
             "{converted} converted, {refused} refused, {} of other kinds left out",
             output::count(others, "object")
@@ -74,82 +111,113 @@ impl Arguments {
         let printed = output::stdout().write_all(&out).map_err(anyhow::Error::from);
         output::exit(printed, converted == 0 || refused > 0)
     }
+}
 
-    fn convert(
-        &self,
-        file: &str,
-        bytes: &[u8],
-        counts: &mut Counts,
-        out: &mut impl std::io::Write,
-    ) -> anyhow::Result<()> {
-        let Ok(text) = std::str::from_utf8(bytes) else {
-            counts.refused += 1;
-            output::note(format_args!("{file}:1: not UTF-8"));
-            return Ok(());
-        };
-        for document in document::documents(text) {
-            match document {
-                Ok(document) => self.convert_node(file, document.root(), counts, out)?,
-                Err(error) => {
-                    counts.refused += 1;
-                    let template = if text.contains("{{") { "; a template is to be rendered first" } else { "" };
-                    output::note(format_args!("{file}:{}: {error}{template}", error.line));
-                }
+fn convert(file: &str, bytes: &[u8], read: &mut Read) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        read.refused += 1;
+        output::note(format_args!("{file}:1: not UTF-8"));
+        return;
+    };
+    for document in document::documents(text) {
+        match document {
+            Ok(document) => convert_node(file, document.root(), read),
+            Err(error) => {
+                read.refused += 1;
+                let template = if text.contains("{{") { "; a template is to be rendered first" } else { "" };
+                output::note(format_args!("{file}:{}: {error}{template}", error.line));
             }
         }
-        Ok(())
     }
+}
 
-    fn convert_node(
-        &self,
-        file: &str,
-        node: Node<'_>,
-        counts: &mut Counts,
-        out: &mut impl std::io::Write,
-    ) -> anyhow::Result<()> {
-        if let Some(items) = items(node) {
-            return match items {
-                Ok(mut items) => items.try_for_each(|item| self.convert_node(file, item, counts, out)),
-                Err(error) => {
-                    counts.refused += 1;
-                    output::note(format_args!("{file}:{}: malformed: {error}", node.line()));
-                    Ok(())
-                }
-            };
-        }
-        let field = |name: &str| node.child(name).and_then(Node::text).unwrap_or_default();
-        if !is_convertible(field("apiVersion"), field("kind")) {
-            counts.others += 1;
-            return Ok(());
-        }
-        let converted = to_cluster_network_policy(node).and_then(|object| {
-            // What is written is what `hanse policy check` accepts.
-            let mut read = Manifests::default();
-            read_bytes(&Arc::from(file), object.to_string().as_bytes(), &mut read);
-            let errors = read.diagnostics.into_iter().map(|it| FieldError { path: it.field, message: it.message });
-            let errors: Vec<Unconvertible> = errors.map(Unconvertible::Malformed).collect();
-            if errors.is_empty() { Ok(object) } else { Err(errors) }
-        });
-        match converted {
-            Ok(object) => {
-                counts.converted += 1;
-                let format = match self.output {
-                    Format::Yaml => output::Format::Yaml,
-                    Format::Json => output::Format::Json,
-                };
-                output::write(out, format, &object)
+fn convert_node(file: &str, node: Node<'_>, read: &mut Read) {
+    if let Some(items) = items(node) {
+        match items {
+            Ok(items) => items.for_each(|item| convert_node(file, item, read)),
+            Err(error) => {
+                read.refused += 1;
+                output::note(format_args!("{file}:{}: malformed: {error}", node.line()));
             }
-            Err(errors) => {
-                counts.refused += 1;
-                let name = node.child("metadata").and_then(|it| it.child("name")).and_then(Node::text);
-                let mut locator = Locator::new(node);
-                for error in errors {
-                    let line = locator.line_of(&error.field().path);
-                    let (kind, name) = (field("kind"), name.unwrap_or_default());
-                    output::note(format_args!("{file}:{line}: {kind} {name}: {error}"));
-                }
-                Ok(())
+        }
+        return;
+    }
+    let field = |name: &str| node.child(name).and_then(Node::text).unwrap_or_default();
+    let (api_version, kind) = (field("apiVersion"), field("kind"));
+    let name = node.child("metadata").and_then(|it| it.child("name")).and_then(Node::text).unwrap_or_default();
+    let place = format!("{file}:{}", node.line());
+    if !is_convertible(api_version, kind) {
+        read.others += 1;
+        if (api_version, kind) == (CLUSTER_API_VERSION, CLUSTER_KIND) {
+            read.present.entry(name.to_owned()).or_insert(place);
+        }
+        return;
+    }
+    let converted = to_cluster_network_policy(node).and_then(|object| {
+        // What is written is what `hanse policy check` accepts.
+        let mut checked = Manifests::default();
+        read_bytes(&Arc::from(file), object.to_string().as_bytes(), &mut checked);
+        let errors: Vec<Unconvertible> = checked.diagnostics.into_iter().map(as_written).collect();
+        if errors.is_empty() { Ok(object) } else { Err(errors) }
+    });
+    match converted {
+        Ok(object) => read.converted.push(Converted { place, kind: kind.to_owned(), object }),
+        Err(errors) => {
+            read.refused += 1;
+            let mut locator = Locator::new(node);
+            for error in errors {
+                let line = locator.line_of(&error.field().path);
+                output::note(format_args!("{file}:{line}: {kind} {name}: {error}"));
             }
+        }
+    }
+}
+
+/// The objects under names that are theirs alone. Those without one are counted as refused.
+fn with_own_names(read: &mut Read) -> Vec<Value> {
+    let all = std::mem::take(&mut read.converted);
+    let of_admins = all.iter().filter(|it| !it.is_baseline()).filter_map(Converted::name);
+    let admins: HashSet<String> = of_admins.map(str::to_owned).collect();
+    let mut taken: HashMap<String, String> =
+        read.present.drain().map(|(name, place)| (name, format!("{CLUSTER_KIND} at {place}"))).collect();
+    let mut written = Vec::new();
+    for mut converted in all {
+        let Converted { place, kind, .. } = &converted;
+        let (place, kind) = (place.clone(), kind.clone());
+        if let Some(name) = converted.name().map(str::to_owned) {
+            let renamed = converted.is_baseline() && admins.contains(&name);
+            let new = if renamed { format!("{name}-baseline") } else { name.clone() };
+            if let Some(other) = taken.get(&new) {
+                read.refused += 1;
+                output::note(format_args!(
+                    "{place}: {kind} {name}: not written: ClusterNetworkPolicy {new} would replace the {other}; rename one \
+                     of them"
+                ));
+                continue;
+            }
+            if renamed {
+                output::note(format_args!(
+                    "{place}: note: {kind} {name} is written as ClusterNetworkPolicy {new}: an AdminNetworkPolicy has its name"
+                ));
+                converted.object["metadata"]["name"] = new.as_str().into();
+            }
+            taken.insert(new, format!("{kind} at {place}"));
+        }
+        written.push(converted.object);
+    }
+    written
+}
+
+/// What is wrong with a converted object, at the field of the object that was read: its `protocols` were `ports`, of other
+/// parts. A ClusterNetworkPolicy has fewer of them.
+fn as_written(diagnostic: Diagnostic) -> Unconvertible {
+    let Diagnostic { field: path, message, .. } = diagnostic;
+    match path.split_once(".protocols") {
+        None => Unconvertible::Malformed(FieldError { path, message }),
+        Some((rule, "")) => Unconvertible::NoEquivalent(FieldError { path: format!("{rule}.ports"), message }),
+        Some((rule, protocol)) => {
+            let index = protocol.split_inclusive(']').next().unwrap_or_default();
+            Unconvertible::Malformed(FieldError { path: format!("{rule}.ports{index}"), message })
         }
     }
 }

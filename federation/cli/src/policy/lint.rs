@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use hanse_k8s_api::document::{self, Node};
 use hanse_k8s_api::manifest::{Diagnostic, Place, read_file};
 use hanse_policy::evaluate::Direction;
-use hanse_policy::lint::{About, CHECKS, Finding, NEEDING_PODS, Severity, lint, without_pods};
+use hanse_policy::lint::{About, CHECKS, Finding, NEEDING_PODS, Severity, lint, rules_left_out, without_pods};
 use hanse_policy::model::{ClusterName, Phase};
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
@@ -109,7 +109,9 @@ impl Arguments {
                 cluster.stale = true;
             }
         }
-        let findings = lint(&loaded.policies, &loaded.inventory, &loaded.hosts, &loaded.without_tier);
+        let mut findings = lint(&loaded.policies, &loaded.inventory, &loaded.hosts, &loaded.without_tier);
+        let left_out = loaded.left_out.iter();
+        findings.extend(left_out.map(|(policy, direction, field)| rules_left_out(policy.clone(), *direction, field)));
         let not_run = NotRun::new(&loaded)?;
         let mut lines_of_rules = RuleLines::default();
         let lines: Vec<FindingLine<'_>> = findings

@@ -50,12 +50,13 @@ impl Session {
         Ok(())
     }
 
-    /// Every pod that a member reports. Members that could not be queried are named on standard error.
-    pub fn pods(&mut self) -> anyhow::Result<Vec<pb::PodInfo>> {
+    /// Every pod that a member reports, and whether members could not be queried or left some out: they are named on standard
+    /// error.
+    pub fn pods(&mut self) -> anyhow::Result<(Vec<pb::PodInfo>, bool)> {
         let answer = self.runtime.block_on(call(self.client.list_pods(pb::ListPodsRequest::default())))?;
         for note in &answer.notes {
             output::note(format_args!("{}: note: {}", note.cluster, note.note));
         }
-        Ok(answer.pods)
+        Ok((answer.pods, !answer.notes.is_empty()))
     }
 }

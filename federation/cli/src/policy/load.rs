@@ -1,14 +1,16 @@
 //! Clusters and federation from directories of manifests.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::bail;
-use hanse_k8s_api::assemble::rivals;
+use hanse_k8s_api::assemble::{overlapping_grants, rivals, rules_left_out};
 use hanse_k8s_api::hanse::{Grants, Member};
 use hanse_k8s_api::manifest::{Diagnostic, Manifests, Place};
 use hanse_k8s_api::{assemble_federation, assemble_offline};
+use hanse_policy::evaluate::Direction;
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicyId, PolicySet, TierId};
 use ipnet::IpNet;
@@ -66,6 +68,8 @@ pub struct Loaded {
     /// The errors of objects and files that were refused; each was named on standard error. With any, answers are
     /// incomplete.
     pub refusals: Vec<Diagnostic>,
+    /// Policies with the directions that their types leave out although they have rules of them, and the field that does.
+    pub left_out: Vec<(PolicyId, Direction, &'static str)>,
     /// The clusters whose manifests have HostEndpoints.
     pub hosts: BTreeSet<ClusterName>,
     /// Protocols and ports that containers declare.
@@ -133,6 +137,7 @@ impl Sources {
         let federation = assemble_federation(&federated.objects, clusters.keys().cloned());
         loaded.report(&federation.diagnostics, false);
         loaded.without_tier = federation.without_tier;
+        loaded.report(&overlapping_grants(&federated.objects), false);
         for (name, state) in clusters {
             let mut cluster = state.cluster;
             if let Some(member) = federation.members.get(&name) {
@@ -262,6 +267,8 @@ impl Loaded {
         let [duplicates, conflicts] = rivals::settle(&mut manifests);
         self.report(&notes, false);
         self.report(&duplicates, false);
+        self.report(&manifests.not_storable, false);
+        self.report(&manifests.notes, false);
         self.report(&refused, true);
         self.report(&conflicts, true);
         for line in reading::skipped_lines(manifests.skipped.iter()) {
@@ -273,7 +280,12 @@ impl Loaded {
         for object in &manifests.objects {
             let of = &object.reference;
             let name = (cluster.cloned(), of.kind.clone(), of.namespace.clone(), of.name.clone());
-            self.places.entry(name).or_insert_with(|| object.place.clone());
+            // The first of a name counts.
+            if let Entry::Vacant(entry) = self.places.entry(name) {
+                entry.insert(object.place.clone());
+                let owner = cluster.cloned().unwrap_or_else(|| "".into());
+                self.left_out.extend(rules_left_out(&object.object, &owner));
+            }
         }
         Ok(manifests)
     }

@@ -1,5 +1,6 @@
 //! `hanse policy matrix`: which pods may talk to which.
 
+use std::cell::Cell as Shared;
 use std::collections::{BTreeSet, HashMap};
 use std::io::Write as _;
 use std::net::IpAddr;
@@ -38,6 +39,9 @@ const MAX_NOTES: usize = 10;
 ///
 /// Workloads that do not run are judged too, offline: they are named "KIND/NAME". Their pods' addresses are not known;
 /// where rules about nets make a difference, the verdict is `depends`.
+///
+/// Where something is missing, each line of JSON says `incomplete: true`, and the exit code is 1: an object was refused, or a
+/// cluster or a pair was not judged because its member does not answer.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 JSON, one object a line: {\"from\", \"to\", \"protocol\", \"port\", \"verdict\": \"allow|deny|depends\", \"dependsOn\": \"…\",
@@ -175,17 +179,21 @@ impl Arguments {
         if self.sources.is_live()? {
             ensure!(!self.ports.is_empty(), "--port is missing: members do not report which ports containers declare");
             let mut session = live::Session::open(context)?;
-            let pods = session.pods()?;
+            let (pods, are_missing) = session.pods()?;
             ensure!(!pods.is_empty(), "no member reports a pod, so there is nothing to answer about");
             let ends = [reported(&pods, &self.from), reported(&pods, &self.to)];
             let [sources, destinations] = self.selected(ends)?;
-            let mut unanswered = 0;
-            let printed = self.print(&sources, &destinations, false, |from, columns| {
+            let incomplete = Shared::new(are_missing);
+            let printed = self.print(&sources, &destinations, &incomplete, |from, columns| {
                 let (row, missing) = self.query(&mut session, from, columns)?;
-                unanswered += missing;
+                incomplete.set(incomplete.get() || missing > 0);
                 Ok(row)
             });
-            return output::exit(printed, unanswered > 0);
+            let line = || match incomplete.get() && self.output == Format::Table {
+                true => output::line("incomplete: some clusters or pairs, named above, are not in this answer"),
+                false => Ok(()),
+            };
+            return output::exit(printed.and_then(|()| line()), incomplete.get());
         }
         let loaded = self.sources.load()?;
         let Loaded { policies, inventory, .. } = &loaded;
@@ -202,7 +210,8 @@ impl Arguments {
             }
             Format::Json | Format::Yaml => ends,
         };
-        let printed = self.print(&sources, &destinations, loaded.is_incomplete(), |from, columns| {
+        let incomplete = Shared::new(loaded.is_incomplete());
+        let printed = self.print(&sources, &destinations, &incomplete, |from, columns| {
             Ok(columns.iter().map(|column| self.judge(&prepared, &placement, from, column)).collect())
         });
         let incomplete = loaded.incomplete_line().filter(|_| self.output == Format::Table);
@@ -253,11 +262,12 @@ impl Arguments {
         Ok(vec![("declared ports".to_owned(), columns.collect())])
     }
 
+    /// `incomplete`: whether something is missing, as far as it is known; a row may add to it.
     fn print(
         &self,
         sources: &[Pod],
         destinations: &[Pod],
-        incomplete: bool,
+        incomplete: &Shared<bool>,
         mut row: impl FnMut(&Pod, &[Column<'_>]) -> anyhow::Result<Row>,
     ) -> anyhow::Result<()> {
         let mut out = std::io::BufWriter::new(output::stdout());
@@ -278,8 +288,14 @@ impl Arguments {
             out.flush()?;
             return answered(is_answered);
         }
-        for from in sources {
-            let rows = pages.iter().map(|(_, columns)| row(from, columns)).collect::<anyhow::Result<Vec<Row>>>()?;
+        let rows = sources.iter().map(|from| pages.iter().map(|(_, columns)| row(from, columns)).collect());
+        // Live, each line says whether any is missing, which is known when all are there.
+        let rows: Box<dyn Iterator<Item = anyhow::Result<Vec<Row>>>> = match self.sources.is_live()? {
+            true => Box::new(rows.collect::<Vec<_>>().into_iter()),
+            false => Box::new(rows),
+        };
+        for (from, rows) in sources.iter().zip(rows) {
+            let rows = rows?;
             // All ports of a destination together.
             let mut cells: Vec<(&Column<'_>, &Option<Cell>)> =
                 pages.iter().zip(&rows).flat_map(|((_, columns), row)| columns.iter().zip(row)).collect();
@@ -303,7 +319,7 @@ impl Arguments {
                     decided_by,
                     not_running: ends.iter().filter(|(_, planned)| *planned).map(|(end, _)| *end).collect(),
                 };
-                super::write_answer(&mut out, self.output, incomplete, &line)?;
+                super::write_answer(&mut out, self.output, incomplete.get(), &line)?;
             }
         }
         out.flush()?;

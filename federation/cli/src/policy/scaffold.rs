@@ -28,6 +28,9 @@ enum Value {
 use Value::{Needed, Usual};
 
 const CLUSTERS: (&str, Value) = ("clusters", Usual("all()"));
+/// Where NodeLocal DNSCache answers by default: as Kubernetes documents it, and as Kubespray installs it. Where kube-proxy uses
+/// iptables it answers at the cluster address of kube-dns too, which differs from cluster to cluster.
+const DNS_NETS: (&str, Value) = ("dnsNets", Usual("169.254.20.10/32, 169.254.25.10/32"));
 
 const PRESETS: &[Preset] = &[
     Preset {
@@ -39,7 +42,7 @@ const PRESETS: &[Preset] = &[
     Preset {
         name: "default-deny",
         about: "every pod closed in both directions unless a policy opens it; DNS stays open",
-        parameters: &[CLUSTERS],
+        parameters: &[CLUSTERS, DNS_NETS],
         template: include_str!("scaffold/default-deny.yaml"),
     },
     Preset {
@@ -51,7 +54,7 @@ const PRESETS: &[Preset] = &[
     Preset {
         name: "stages",
         about: "training, fine-tuning, inference and production kept apart by a namespace label",
-        parameters: &[CLUSTERS, ("label", Usual("stage"))],
+        parameters: &[CLUSTERS, DNS_NETS, ("label", Usual("stage"))],
         template: include_str!("scaffold/stages.yaml"),
     },
     Preset {
@@ -59,6 +62,7 @@ const PRESETS: &[Preset] = &[
         about: "who reads and who publishes models and data sets",
         parameters: &[
             CLUSTERS,
+            DNS_NETS,
             ("registry", Usual("app == 'model-registry'")),
             ("readers", Usual("models == 'read'")),
             ("writers", Usual("models == 'write'")),
@@ -72,6 +76,7 @@ const PRESETS: &[Preset] = &[
         about: "the workers of one job of a namespace talk with each other only",
         parameters: &[
             CLUSTERS,
+            DNS_NETS,
             ("namespace", Needed("jobs")),
             ("label", Usual("batch.kubernetes.io/job-name")),
             ("job", Needed("job")),
@@ -81,17 +86,23 @@ const PRESETS: &[Preset] = &[
     Preset {
         name: "egress-registries",
         about: "out of the clusters only to named registries, on HTTPS",
-        parameters: &[CLUSTERS, ("from", Usual("all()")), ("nets", Needed("203.0.113.0/28"))],
+        parameters: &[CLUSTERS, DNS_NETS, ("from", Usual("all()")), ("nets", Needed("203.0.113.0/28"))],
         template: include_str!("scaffold/egress-registries.yaml"),
     },
 ];
 
 /// Render a preset for AI workloads, as manifests to read, change and keep; without one, list them with their parameters.
+///
+/// Presets that close egress leave DNS open in clusters that are not alike: kube-dns (also CoreDNS with its label) and
+/// OpenShift's DNS by their pods, NodeLocal DNSCache by the addresses of `dnsNets`, on port 53. Where kube-proxy uses iptables,
+/// NodeLocal DNSCache answers at the cluster address of kube-dns too: add that address of each such cluster. A DNS server with
+/// other labels needs a rule more in the manifests, and so do IPv6 addresses beside IPv4 ones, which do not go into one list.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   hanse policy scaffold
   for preset in tiers default-deny deny-metadata stages; do hanse policy scaffold $preset > policies/$preset.yaml; done
+  hanse policy scaffold default-deny --set dnsNets=169.254.20.10/32,10.96.0.10/32 > policies/default-deny.yaml
   hanse policy scaffold gpu-collective --set namespace=jobs --set job=llama --set clusters=\"env == 'prod'\" | hanse apply -f -
   hanse policy scaffold egress-registries --set nets=203.0.113.0/28,2001:db8:5::/64")]
 pub struct Arguments {

@@ -3,11 +3,14 @@
 mod answers;
 mod calico_oracle;
 mod corpus;
+mod findings;
 mod folders;
 mod kustomize;
 mod lint;
+mod live;
 mod offline;
 mod online;
 mod oracle;
 mod reported;
+mod storable;
 mod workloads;

@@ -225,6 +225,7 @@ fn endpoint(template: &Template) -> Endpoint {
             several: true,
             stopped: template.stopped,
             run_time_labels: template.run_time_labels.clone(),
+            run_time_ports: template.run_time_ports,
             lacks_family: [false; 2],
         }),
         ..Endpoint::default()
@@ -295,7 +296,7 @@ impl Services {
                 let Some(protocol) = protocol_number(port.protocol.as_deref().unwrap_or("TCP")) else { continue };
                 let mut backends: Vec<(Backend, u16)> = from_slices(&slices, port.name.as_deref(), protocol);
                 for (id, endpoint) in &selected {
-                    let target = match &port.target_port {
+                    let target = match port.target() {
                         None => Some(port.port),
                         Some(TargetPort::Number(number)) => Some(*number),
                         Some(TargetPort::Name(name)) => {

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::Found;
 use crate::document::Node;
+use crate::field::FieldError;
 use crate::kubernetes::{Map, Metadata};
 
 /// Groups with their kinds that have one template at `spec.template`.
@@ -102,6 +103,7 @@ fn found(at: At<'_>) -> Found<'_> {
         inherited: Map::new(),
         identity: Map::new(),
         run_time_labels: BTreeSet::new(),
+        run_time_ports: false,
         stopped: None,
         ports: Vec::new(),
     }
@@ -169,6 +171,24 @@ fn run_time_labels(group: &str, kind: &str) -> Vec<&'static str> {
 /// Knative calls a revision's pods by the name of the revision, where their template does not set the label.
 const DEFAULT_APP: &str = "app";
 
+/// Groups whose controllers add containers or ports when pods run: a model server's, a proxy's, a runtime's.
+const RUN_TIME_PORTS: [&str; 4] = ["ray.io", "serving.kserve.io", "serving.knative.dev", "trainer.kubeflow.org"];
+
+/// Where an object has its controller make NetworkPolicies, which are not in the folder. KubeRay v1.7.
+pub fn unread_policy(group: &str, kind: &str, object: Node<'_>) -> Option<FieldError> {
+    let field = match (group, kind) {
+        ("ray.io", "RayCluster") => "networkPolicy",
+        ("ray.io", "RayJob") => "rayClusterSpec.networkPolicy",
+        ("ray.io", "RayService") => "rayClusterConfig.networkPolicy",
+        _ => return None,
+    };
+    let spec = At { node: object, path: String::new() }.child("spec")?;
+    spec.below(&field.split('.').collect::<Vec<_>>())?;
+    let message = "makes the operator create NetworkPolicies, which no answer here takes into account unless they are among \
+                   these manifests";
+    Some(FieldError { path: format!("spec.{field}"), message: message.to_owned() })
+}
+
 /// Whether a controller sets the label only where the template does not.
 pub fn is_default_only(key: &str) -> bool {
     key == DEFAULT_APP
@@ -180,6 +200,7 @@ pub fn templates<'n>(group: &str, kind: &str, metadata: &Metadata, object: Node<
     for template in &mut found {
         let keys = run_time_labels(group, kind).into_iter().filter(|key| !template.identity.contains_key(*key));
         template.run_time_labels = keys.map(Into::into).collect();
+        template.run_time_ports = RUN_TIME_PORTS.contains(&group);
     }
     found
 }

@@ -3,13 +3,13 @@
 //!
 //! NodeLocal DNSCache answers at the address of the DNS Service on the node itself, so packets to it keep that address.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
 
-use crate::inventory::{Cluster, EndpointKind, Inventory};
+use crate::inventory::{Backend, Cluster, EndpointKind, Inventory, Service};
 use crate::model::{ClusterName, EntityMatch, Policy, PolicyKind};
 use crate::tri::Tri;
 
@@ -18,7 +18,10 @@ const MAX_RANGE_BITS: u8 = 20;
 /// No wider than that, and more often written for all that is private (RFC 1918).
 const PRIVATE: [Ipv4Net; 2] =
     [Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12), Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16)];
-const DNS_PORT: u16 = 53;
+pub(super) const DNS_PORT: u16 = 53;
+
+/// Backends that are named.
+const MAX_BACKENDS: usize = 3;
 
 /// The clusters' addresses of Services.
 pub(super) struct ServiceAddresses<'i>(BTreeMap<&'i ClusterName, (&'i Cluster, BTreeMap<IpAddr, ServiceName<'i>>)>);
@@ -57,11 +60,21 @@ impl<'i> ServiceAddresses<'i> {
         };
         let message = |net: &IpNet| {
             let (what, (namespace, name)) = of_service(net)?;
-            let instead = match policy.id.kind {
-                PolicyKind::KubernetesNetworkPolicy | PolicyKind::StagedKubernetesNetworkPolicy => format!(
+            let not_pods = enforcers.iter().find_map(|enforcer| {
+                let (cluster, _) = self.0.get(*enforcer)?;
+                not_pods(cluster, cluster.services.get(&(namespace.clone(), name.clone()))?)
+            });
+            let instead = match (policy.id.kind, &not_pods) {
+                (
+                    kind @ (PolicyKind::KubernetesNetworkPolicy
+                    | PolicyKind::StagedKubernetesNetworkPolicy
+                    | PolicyKind::ClusterNetworkPolicy),
+                    Some(addresses),
+                ) => addresses_instead(kind, addresses),
+                (PolicyKind::KubernetesNetworkPolicy | PolicyKind::StagedKubernetesNetworkPolicy, None) => format!(
                     "a namespaceSelector with kubernetes.io/metadata.name: {namespace}, and a podSelector of its pods"
                 ),
-                PolicyKind::ClusterNetworkPolicy => format!("pods of namespace {namespace}"),
+                (PolicyKind::ClusterNetworkPolicy, None) => format!("pods of namespace {namespace}"),
                 _ => format!("services: {{name: {name}, namespace: {namespace}}}"),
             };
             Some(format!("net {net} {what}, which no packet has where policy sees it; write {instead}"))
@@ -110,6 +123,38 @@ impl<'i> ServiceAddresses<'i> {
     }
 }
 
-fn has_node_cache(cluster: &Cluster) -> bool {
-    cluster.endpoints.values().any(|it| it.labels.get("k8s-app").is_some_and(|label| **label == *"node-local-dns"))
+/// What NodeLocal DNSCache is labelled with: by Kubernetes, and by Kubespray.
+const NODE_CACHES: [&str; 2] = ["node-local-dns", "nodelocaldns"];
+
+pub(super) fn has_node_cache(cluster: &Cluster) -> bool {
+    let labels = cluster.endpoints.values().filter_map(|it| it.labels.get("k8s-app"));
+    labels.into_iter().any(|label| NODE_CACHES.contains(&&**label))
+}
+
+/// Addresses of a Service's backends with their ports, where none of them is a pod that policy can select.
+fn not_pods(cluster: &Cluster, service: &Service) -> Option<BTreeSet<(IpAddr, u16)>> {
+    let front = service.front.as_ref()?;
+    let mut addresses = BTreeSet::new();
+    for (backend, port) in front.ports.iter().flat_map(|port| &port.backends) {
+        let Backend::Address(address) = backend else { return None };
+        addresses.insert((*address, *port));
+    }
+    let is_pod = |(address, _): &(IpAddr, u16)| cluster.endpoints.values().any(|it| it.addresses.contains(address));
+    let unknown = front.selects && addresses.is_empty();
+    (!unknown && !addresses.iter().any(is_pod)).then_some(addresses)
+}
+
+/// What opens the way to such backends, for people.
+fn addresses_instead(kind: PolicyKind, addresses: &BTreeSet<(IpAddr, u16)>) -> String {
+    let field = if kind == PolicyKind::ClusterNetworkPolicy { "networks" } else { "an ipBlock" };
+    let shown = addresses.iter().take(MAX_BACKENDS);
+    let shown: Vec<String> =
+        shown.map(|(address, port)| format!("{} and port {port}", IpNet::from(*address))).collect();
+    match addresses.len().saturating_sub(MAX_BACKENDS) {
+        _ if addresses.is_empty() => {
+            format!("{field} with the addresses and ports of its EndpointSlices, for its backends are not pods")
+        }
+        0 => format!("{field} with {}, for its backends are not pods", shown.join("; ")),
+        more => format!("{field} with {}; and {more} more, for its backends are not pods", shown.join("; ")),
+    }
 }
