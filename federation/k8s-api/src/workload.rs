@@ -51,6 +51,8 @@ pub struct Template {
     pub identity: Map,
     /// Keys of labels that the controller sets when the pods run.
     pub run_time_labels: BTreeSet<Arc<str>>,
+    /// Those of them that it sets on every pod.
+    pub certain_labels: BTreeSet<Arc<str>>,
     /// Its pods get ports that are not known before they run.
     pub run_time_ports: bool,
     pub spec: PodSpec,
@@ -113,7 +115,9 @@ pub fn read(
     if metadata.name.is_empty() {
         // What its pods are labelled with is generated too.
         for template in &mut templates {
-            template.run_time_labels.extend(std::mem::take(&mut template.identity).into_keys());
+            let identity = std::mem::take(&mut template.identity);
+            template.certain_labels.extend(identity.keys().cloned());
+            template.run_time_labels.extend(identity.into_keys());
         }
     }
     if templates.len() > MAX_TEMPLATES {
@@ -146,6 +150,7 @@ struct Found<'n> {
     inherited: Map,
     identity: Map,
     run_time_labels: BTreeSet<Arc<str>>,
+    certain_labels: BTreeSet<Arc<str>>,
     run_time_ports: bool,
     stopped: Option<Stopped>,
     /// Ports that the controller adds where no container has one of this name.
@@ -175,7 +180,8 @@ impl Found<'_> {
         let mut run_time_labels = self.run_time_labels;
         run_time_labels.retain(|key| !kinds::is_default_only(key) || !labels.contains_key(key));
         labels.retain(|key, _| !run_time_labels.contains(key));
-        let Self { part, identity, run_time_ports, stopped, .. } = self;
-        Ok(Template { part, labels, identity, run_time_labels, run_time_ports, spec, stopped })
+        let Self { part, identity, mut certain_labels, run_time_ports, stopped, .. } = self;
+        certain_labels.retain(|key| run_time_labels.contains(key));
+        Ok(Template { part, labels, identity, run_time_labels, certain_labels, run_time_ports, spec, stopped })
     }
 }

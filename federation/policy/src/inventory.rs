@@ -92,6 +92,8 @@ pub struct Planned {
     pub stopped: Option<Stopped>,
     /// Keys of labels of its own that its controller sets when the pods run: neither value nor absence is known before.
     pub run_time_labels: BTreeSet<Arc<str>>,
+    /// Those of them that every pod gets: only the value is not known before.
+    pub certain_labels: BTreeSet<Arc<str>>,
     /// Its pods get containers with ports that are not known before.
     pub run_time_ports: bool,
     /// For IPv4, and for IPv6: its pods have no address of it.
@@ -217,9 +219,10 @@ impl Endpoint {
         !self.host_network && (!self.addresses.is_empty() || self.planned.is_some())
     }
 
-    /// Keys of its own labels that are not known.
-    pub fn run_time_labels(&self) -> impl Iterator<Item = &Arc<str>> {
-        self.planned.iter().flat_map(|planned| &planned.run_time_labels)
+    /// Keys of its own labels whose values are not known, and whether they are there all the same.
+    pub fn run_time_labels(&self) -> impl Iterator<Item = (&Arc<str>, bool)> {
+        let planned = self.planned.iter();
+        planned.flat_map(|it| it.run_time_labels.iter().map(|key| (key, it.certain_labels.contains(key))))
     }
 
     /// Whether it has an address of a family, known or not.
@@ -260,10 +263,11 @@ impl EffectiveLabels<'_> {
     fn own(&self, key: &str) -> Label<'_> {
         match &self.cluster.label_grant {
             LabelGrant::Keys(granted) if !self.first_hand && !granted.contains(key) => Label::Unknown,
-            _ if self.endpoint.planned.as_ref().is_some_and(|planned| planned.run_time_labels.contains(key)) => {
-                Label::Unknown
-            }
-            _ => self.endpoint.labels.get(key).map_or(Label::Absent, |value| Label::Present(value)),
+            _ => match &self.endpoint.planned {
+                Some(planned) if planned.certain_labels.contains(key) => Label::Some,
+                Some(planned) if planned.run_time_labels.contains(key) => Label::Unknown,
+                _ => self.endpoint.labels.get(key).map_or(Label::Absent, |value| Label::Present(value)),
+            },
         }
     }
 

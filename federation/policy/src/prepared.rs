@@ -25,6 +25,7 @@ use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointK
 use crate::model::{Action, ClusterName, EntityMatch, Layer, Policy, PolicySet, Port, Rule, Selection, ServiceMatch};
 use crate::selector::{Expr, Selector, build};
 use crate::tri::Tri;
+use crate::workload::SOME_VALUE;
 
 type Chain<'a> = Rc<Plain<'a>>;
 /// A cluster (the address of its name), a direction, and the policies that apply, or may.
@@ -515,14 +516,14 @@ struct ClassKey<'a> {
     namespace: Option<&'a str>,
     account: Option<&'a str>,
     host_network: bool,
-    /// Without a value where it is not known.
+    /// As [`crate::workload::seen`] has them.
     labels: Vec<(&'a str, Option<&'a str>)>,
 }
 
 impl<'a> Classes<'a> {
     fn telling(&self, endpoint: &'a Endpoint) -> Vec<(&'a str, Option<&'a str>)> {
         let pairs = endpoint.labels.iter().map(|(key, value)| (&**key, Some(&**value)));
-        let unknown = endpoint.run_time_labels().map(|key| (&**key, None));
+        let unknown = endpoint.run_time_labels().map(|(key, certain)| (&**key, certain.then_some(SOME_VALUE)));
         pairs.chain(unknown).filter(|(key, _)| self.keys.contains(key)).collect()
     }
 

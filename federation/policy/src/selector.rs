@@ -47,6 +47,8 @@ pub enum Expr {
 pub enum Label<'a> {
     Present(&'a str),
     Absent,
+    /// It is there, and its value is not known.
+    Some,
     /// Its origin may not set this key, so neither its value nor its absence says anything.
     Unknown,
 }
@@ -69,18 +71,22 @@ impl LabelLookup for std::collections::BTreeMap<String, String> {
 }
 
 impl Expr {
-    /// The value over `labels`. Every comparison with an unknown label is unknown, and negation keeps it so; a missing
-    /// label makes `!=` and `not in` true and every other comparison false.
+    /// The value over `labels`. Every comparison with an unknown label, or an unknown value, is unknown, and negation keeps it
+    /// so; a missing label makes `!=` and `not in` true and every other comparison false.
     pub fn evaluate<L: LabelLookup + ?Sized>(&self, labels: &L) -> Tri {
         let compare = |key: &str, absent: bool, present: &dyn Fn(&str) -> bool| match labels.label(key) {
             Label::Present(value) => Tri::from(present(value)),
             Label::Absent => Tri::from(absent),
-            Label::Unknown => Tri::Unknown,
+            Label::Some | Label::Unknown => Tri::Unknown,
         };
         let holds = |values: &[Arc<str>], value: &str| values.binary_search_by(|have| (**have).cmp(value)).is_ok();
         match self {
             Self::All | Self::Global => Tri::Yes,
-            Self::Has(key) => compare(key, false, &|_| true),
+            Self::Has(key) => match labels.label(key) {
+                Label::Present(_) | Label::Some => Tri::Yes,
+                Label::Absent => Tri::No,
+                Label::Unknown => Tri::Unknown,
+            },
             Self::Equal(key, wanted) => compare(key, false, &|value| value == &**wanted),
             Self::NotEqual(key, wanted) => compare(key, true, &|value| value != &**wanted),
             Self::Contains(key, part) => compare(key, false, &|value| value.contains(&**part)),

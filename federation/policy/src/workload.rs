@@ -30,10 +30,14 @@ pub struct Workload<'a> {
     pub members: Vec<(&'a EndpointId, &'a Endpoint)>,
 }
 
-/// What selectors can see of an endpoint, where they name only the keys in question; no value where it is not known.
+/// A value that no label has, for one that is not known.
+pub(crate) const SOME_VALUE: &str = "*";
+
+/// What selectors can see of an endpoint, where they name only the keys in question; [`SOME_VALUE`] where only the value is not
+/// known, none where it is not known whether there is one.
 pub(crate) fn seen<'a>(endpoint: &'a Endpoint, keys: &BTreeSet<&str>) -> Vec<(&'a str, Option<&'a str>)> {
     let labels = endpoint.labels.iter().map(|(key, value)| (&**key, Some(&**value)));
-    let unknown = endpoint.run_time_labels().map(|key| (&**key, None));
+    let unknown = endpoint.run_time_labels().map(|(key, certain)| (&**key, certain.then_some(SOME_VALUE)));
     labels.chain(unknown).filter(|(key, _)| keys.contains(key)).collect()
 }
 

@@ -396,33 +396,49 @@ fn labels_set_at_run_time_are_unknown() {
     };
     let closed = kubernetes("{}", &exists("none")).replace("name: p,", "name: closed,");
     let (web, report) = ("c/shop/deployment/web", "c/shop/cronjob/report (suspended)");
-    let hash = "c/shop/deployment/web (label pod-template-hash unknown)";
-    let job = "c/shop/cronjob/report (suspended, label job-name unknown)";
+    let hash = "c/shop/deployment/web (value of label pod-template-hash unknown)";
+    let job = "c/shop/cronjob/report (suspended, value of label job-name unknown)";
+    // Only indexed jobs set it.
+    const INDEX: &str = "batch.kubernetes.io/job-completion-index";
+    let index = "c/shop/cronjob/report (suspended, label batch.kubernetes.io/job-completion-index unknown)";
     let unknown = Some("deny-unknown");
+    let one_of = |key: &str| format!("{{matchExpressions: [{{key: {key}, operator: In, values: [x]}}]}}");
+    let deny = |selector: &str| calico(&format!("{{action: Deny, source: {{selector: '{selector}'}}}}"));
     let cases = [
         (kubernetes("{}", "{}"), "allow", None, [report, web]),
         (kubernetes(&exists("other"), &exists("none")), "allow", None, [report, web]),
         (kubernetes("{}", &absent("other")), "allow", None, [report, web]),
-        (kubernetes("{}", &exists("job-name")), "deny", None, [job, web]),
+        // That the label is there is certain, and its value is not known.
+        (kubernetes("{}", &exists("job-name")), "allow", None, [job, web]),
         (kubernetes("{}", &absent("job-name")), "deny", None, [job, web]),
-        // The policy may be for the pod: then it isolates it, but it may also not allow anything.
+        (kubernetes("{}", &one_of("job-name")), "deny", None, [job, web]),
         (kubernetes(&exists("pod-template-hash"), &exists("none")), "deny", None, [report, hash]),
-        (kubernetes(&absent("pod-template-hash"), &exists("none")), "deny", None, [report, hash]),
-        (closed.clone() + &kubernetes(&exists("pod-template-hash"), "{}"), "deny", None, [report, hash]),
+        (kubernetes(&absent("pod-template-hash"), &exists("none")), "allow", None, [report, hash]),
+        (closed.clone() + &kubernetes(&exists("pod-template-hash"), "{}"), "allow", None, [report, hash]),
         (closed.clone() + &kubernetes(&absent("pod-template-hash"), "{}"), "deny", None, [report, hash]),
+        // The policy may be for the pod: then it isolates it, but it may also not allow anything.
+        (kubernetes(&one_of("pod-template-hash"), &exists("none")), "deny", None, [report, hash]),
+        (closed.clone() + &kubernetes(&one_of("pod-template-hash"), "{}"), "deny", None, [report, hash]),
         // The same rule in a policy that is for the pod is not passed over.
         (
             closed
-                + &kubernetes(&absent("pod-template-hash"), "{}")
+                + &kubernetes(&one_of("pod-template-hash"), "{}")
                 + &kubernetes("{}", "{}").replace("name: p,", "name: q,"),
             "allow",
             None,
             [report, hash],
         ),
-        (calico("{action: Deny, source: {selector: has(job-name)}}"), "deny", unknown, [job, web]),
-        (calico("{action: Deny, source: {selector: '!has(job-name)'}}"), "deny", unknown, [job, web]),
-        (calico("{action: Pass, source: {selector: has(job-name)}}"), "deny", unknown, [job, web]),
-        (calico("{action: Deny, source: {selector: has(other)}}"), "allow", None, [report, web]),
+        (deny("has(job-name)"), "deny", None, [job, web]),
+        (deny("!has(job-name)"), "allow", None, [job, web]),
+        (deny("job-name == \"x\""), "deny", unknown, [job, web]),
+        (deny("job-name != \"x\""), "deny", unknown, [job, web]),
+        (calico("{action: Pass, source: {selector: job-name == 'x'}}"), "deny", unknown, [job, web]),
+        (kubernetes("{}", &exists(INDEX)), "deny", None, [index, web]),
+        (kubernetes("{}", &absent(INDEX)), "deny", None, [index, web]),
+        (deny(&format!("has({INDEX})")), "deny", unknown, [index, web]),
+        (deny(&format!("!has({INDEX})")), "deny", unknown, [index, web]),
+        (calico(&format!("{{action: Pass, source: {{selector: has({INDEX})}}}}")), "deny", unknown, [index, web]),
+        (deny("has(other)"), "allow", None, [report, web]),
     ];
     for (policies, verdict, effect, not_running) in cases {
         let shop = Folder::new(&format!("{SHOP}{policies}"));

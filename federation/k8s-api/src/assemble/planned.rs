@@ -225,6 +225,7 @@ fn endpoint(template: &Template) -> Endpoint {
             several: true,
             stopped: template.stopped,
             run_time_labels: template.run_time_labels.clone(),
+            certain_labels: template.certain_labels.clone(),
             run_time_ports: template.run_time_ports,
             lacks_family: [false; 2],
         }),

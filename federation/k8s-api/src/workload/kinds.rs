@@ -103,6 +103,7 @@ fn found(at: At<'_>) -> Found<'_> {
         inherited: Map::new(),
         identity: Map::new(),
         run_time_labels: BTreeSet::new(),
+        certain_labels: BTreeSet::new(),
         run_time_ports: false,
         stopped: None,
         ports: Vec::new(),
@@ -171,6 +172,26 @@ fn run_time_labels(group: &str, kind: &str) -> Vec<&'static str> {
 /// Knative calls a revision's pods by the name of the revision, where their template does not set the label.
 const DEFAULT_APP: &str = "app";
 
+/// Labels of [`run_time_labels`] that a controller sets on each of its pods, in every version that is supported: only their
+/// values are not known.
+fn certain_labels(group: &str, kind: &str) -> &'static [&'static str] {
+    const HASH: &[&str] = &["pod-template-hash"];
+    match (group, kind) {
+        ("apps" | "extensions", "Deployment") | ("serving.kserve.io", "InferenceService") => HASH,
+        ("serving.knative.dev", _) => HASH,
+        ("apps", "StatefulSet") => &["controller-revision-hash", "statefulset.kubernetes.io/pod-name"],
+        ("apps", "DaemonSet") => &["controller-revision-hash"],
+        ("argoproj.io", "Rollout") => &["rollouts-pod-template-hash"],
+        ("batch", "Job" | "CronJob") => &[
+            "batch.kubernetes.io/controller-uid",
+            "batch.kubernetes.io/job-name",
+            "controller-uid",
+            "job-name",
+        ],
+        _ => &[],
+    }
+}
+
 /// Groups whose controllers add containers or ports when pods run: a model server's, a proxy's, a runtime's.
 const RUN_TIME_PORTS: [&str; 4] = ["ray.io", "serving.kserve.io", "serving.knative.dev", "trainer.kubeflow.org"];
 
@@ -200,6 +221,7 @@ pub fn templates<'n>(group: &str, kind: &str, metadata: &Metadata, object: Node<
     for template in &mut found {
         let keys = run_time_labels(group, kind).into_iter().filter(|key| !template.identity.contains_key(*key));
         template.run_time_labels = keys.map(Into::into).collect();
+        template.certain_labels = certain_labels(group, kind).iter().map(|key| (*key).into()).collect();
         template.run_time_ports = RUN_TIME_PORTS.contains(&group);
     }
     found

@@ -173,26 +173,28 @@ fn each_template_is_an_endpoint() {
     }
 }
 
-/// What a controller sets when pods run is neither present nor absent before, whatever a template says of it.
+/// Of what a controller sets on each pod only the value is unknown before it runs, whatever a template says of it; what it sets
+/// on some may be present or absent.
 #[test]
 fn labels_of_running_pods_are_unknown() {
     let one = format!("{{template: {{{POD}}}}}");
     let cron = format!("{{jobTemplate: {{spec: {one}}}}}");
     let ray = format!("{{rayClusterSpec: {{headGroupSpec: {one}}}}}");
     let forged = one.replace("app: a", "app: a, pod-template-hash: forged");
-    for (api_version, kind, name, spec, unknown, known) in [
-        ("apps/v1", "Deployment", "name: x", &one, "pod-template-hash", "app"),
-        ("apps/v1", "Deployment", "name: x", &forged, "pod-template-hash", "app"),
-        ("apps/v1", "StatefulSet", "name: x", &one, "statefulset.kubernetes.io/pod-name", "app"),
-        ("apps/v1", "StatefulSet", "name: x", &one, "apps.kubernetes.io/pod-index", "pod-template-hash"),
-        ("apps/v1", "DaemonSet", "name: x", &one, "controller-revision-hash", "app"),
-        ("apps/v1", "ReplicaSet", "name: x", &one, "", "pod-template-hash"),
-        ("batch/v1", "Job", "name: x", &one, "batch.kubernetes.io/controller-uid", "job-name"),
-        ("batch/v1", "Job", "generateName: x-", &one, "job-name", "app"),
-        ("batch/v1", "CronJob", "name: x", &cron, "job-name", "app"),
-        ("ray.io/v1", "RayJob", "name: x", &ray, "ray.io/cluster", "ray.io/node-type"),
-        ("serving.knative.dev/v1", "Service", "name: x", &one, "serving.knative.dev/revision", "app"),
-        ("serving.knative.dev/v1", "Service", "name: x", &one.replace("app: a", "b: c"), "app", "b"),
+    for (api_version, kind, name, spec, (unknown, label), known) in [
+        ("apps/v1", "Deployment", "name: x", &one, ("pod-template-hash", Label::Some), "app"),
+        ("apps/v1", "Deployment", "name: x", &forged, ("pod-template-hash", Label::Some), "app"),
+        ("apps/v1", "StatefulSet", "name: x", &one, ("statefulset.kubernetes.io/pod-name", Label::Some), "app"),
+        ("apps/v1", "StatefulSet", "name: x", &one, ("apps.kubernetes.io/pod-index", Label::Unknown), "pod-template-hash"),
+        ("apps/v1", "DaemonSet", "name: x", &one, ("controller-revision-hash", Label::Some), "app"),
+        ("apps/v1", "ReplicaSet", "name: x", &one, ("", Label::Absent), "pod-template-hash"),
+        ("batch/v1", "Job", "name: x", &one, ("batch.kubernetes.io/controller-uid", Label::Some), "job-name"),
+        ("batch/v1", "Job", "name: x", &one, ("batch.kubernetes.io/job-completion-index", Label::Unknown), "job-name"),
+        ("batch/v1", "Job", "generateName: x-", &one, ("job-name", Label::Some), "app"),
+        ("batch/v1", "CronJob", "name: x", &cron, ("job-name", Label::Some), "app"),
+        ("ray.io/v1", "RayJob", "name: x", &ray, ("ray.io/cluster", Label::Unknown), "ray.io/node-type"),
+        ("serving.knative.dev/v1", "Service", "name: x", &one, ("serving.knative.dev/revision", Label::Unknown), "app"),
+        ("serving.knative.dev/v1", "Service", "name: x", &one.replace("app: a", "b: c"), ("app", Label::Unknown), "b"),
     ] {
         let text =
             format!("apiVersion: {api_version}\nkind: {kind}\nmetadata: {{{name}, namespace: shop}}\nspec: {spec}\n");
@@ -200,10 +202,8 @@ fn labels_of_running_pods_are_unknown() {
         let cluster = &offline.state.cluster;
         let (id, endpoint) = cluster.endpoints.first_key_value().expect("a template");
         let labels = EffectiveLabels { cluster, id, endpoint, first_hand: true };
-        if !unknown.is_empty() {
-            assert_eq!(labels.label(unknown), Label::Unknown, "{kind} {unknown}");
-        }
-        assert_ne!(labels.label(known), Label::Unknown, "{kind} {known}");
+        assert_eq!(labels.label(unknown), label, "{kind} {unknown}");
+        assert!(!matches!(labels.label(known), Label::Some | Label::Unknown), "{kind} {known}");
         assert!(!endpoint.labels.contains_key(unknown), "{kind} {unknown}");
     }
 }

@@ -412,8 +412,11 @@ impl<'a> Owners<'a> {
             Stopped::NoReplicas => "replicas: 0".to_owned(),
             Stopped::Suspended => "suspended".to_owned(),
         });
-        let unknown = planned.run_time_labels.iter().filter(|key| keys.contains(&***key));
-        let unknown = unknown.map(|key| format!("label {key} unknown"));
+        let unknown = endpoint.run_time_labels().filter(|(key, _)| keys.contains(&***key));
+        let unknown = unknown.map(|(key, certain)| match certain {
+            true => format!("value of label {key} unknown"),
+            false => format!("label {key} unknown"),
+        });
         let notes: Vec<String> = stopped.into_iter().chain(unknown).collect();
         let notes = if notes.is_empty() { String::new() } else { format!(" ({})", notes.join(", ")) };
         Some(format!("{cluster}/{namespace}/{}{notes}", id.name))

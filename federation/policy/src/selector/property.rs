@@ -32,7 +32,8 @@ pub fn holds_of(text: &str) {
     let again = Selector::parse(&selector.canonical).unwrap_or_else(|error| panic!("{text:?}: {selector}: {error}"));
     let third = Selector::parse(&again.canonical).unwrap_or_else(|error| panic!("{text:?}: {again}: {error}"));
     assert_eq!(again.canonical, third.canonical, "{text:?}");
-    for label in [Label::Absent, Label::Unknown, Label::Present(""), Label::Present("a"), Label::Present("b'\"")] {
+    let values = ["", "a", "b'\""].map(Label::Present);
+    for label in [Label::Absent, Label::Some, Label::Unknown].into_iter().chain(values) {
         let labels = Everywhere(label);
         assert_eq!(selector.evaluate(&labels), again.evaluate(&labels), "{text:?}, every label {label:?}");
     }

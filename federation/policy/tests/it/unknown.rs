@@ -252,6 +252,7 @@ fn labels_set_at_run_time_open_nothing() {
         several: true,
         stopped: None,
         run_time_labels: keys.iter().map(|key| (*key).into()).collect(),
+        certain_labels: Default::default(),
         run_time_ports: false,
     };
     let inventory = inventory(|inventory| {
