@@ -471,6 +471,27 @@ pub struct EndpointSlice {
 pub struct SliceEndpoint {
     #[serde(default, deserialize_with = "null_as_default")]
     pub addresses: Vec<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub conditions: EndpointConditions,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+pub struct EndpointConditions {
+    pub ready: Option<bool>,
+    pub serving: Option<bool>,
+    pub terminating: Option<bool>,
+}
+
+impl SliceEndpoint {
+    /// Whether packets to the service may go to it; not given means yes.
+    pub fn is_ready(&self) -> bool {
+        self.conditions.ready != Some(false)
+    }
+
+    /// Whether packets go to it where no endpoint is ready: it ends, and still serves.
+    pub fn is_last_resort(&self) -> bool {
+        self.conditions.terminating == Some(true) && self.conditions.serving != Some(false)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -505,8 +526,13 @@ impl EndpointSlice {
 
     /// The address of every endpoint, ready or not: policy speaks of who belongs to the service.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        let addresses = self.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
-        addresses.filter_map(|text| parse_address(text))
+        self.addresses_of(|_| true)
+    }
+
+    /// The addresses of some endpoints.
+    pub fn addresses_of(&self, of: impl Fn(&SliceEndpoint) -> bool) -> impl Iterator<Item = IpAddr> {
+        let endpoints = self.endpoints.iter().filter(move |endpoint| of(endpoint));
+        endpoints.flat_map(|endpoint| &endpoint.addresses).filter_map(|text| parse_address(text))
     }
 
     /// Address, protocol number and port of every endpoint; none where the slice gives no number of a port.

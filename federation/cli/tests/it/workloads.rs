@@ -260,6 +260,38 @@ fn a_service_whose_backends_differ_depends_on_the_backend() {
     assert!(table.contains("service c/shop/all") && table.contains("  10.9.0.1, port 80"), "{table}");
 }
 
+/// Packets to a Service go to ready endpoints, or else to those that end and still serve.
+#[test]
+fn a_service_is_answered_for_endpoints_that_get_its_packets() {
+    let (ready, not_ready) = ("", ", conditions: {ready: false, serving: false, terminating: false}");
+    let (ending, ended) = (
+        ", conditions: {ready: false, serving: true, terminating: true}",
+        ", conditions: {ready: false, serving: false, terminating: true}",
+    );
+    let cases = [
+        ([ready, ready], &["10.1.0.1", "10.9.0.1"][..]),
+        ([ready, not_ready], &["10.1.0.1"]),
+        ([ready, ending], &["10.1.0.1"]),
+        ([not_ready, ending], &["10.9.0.1"]),
+        ([not_ready, ended], &[]),
+    ];
+    for (conditions, expected) in cases {
+        let endpoints =
+            format!("{{addresses: [10.1.0.1]{}}}, {{addresses: [10.9.0.1]{}}}", conditions[0], conditions[1]);
+        let text = SHOP.replace("selector: {tier: none}, ports: [{port: 80}]", "ports: [{port: 80}]")
+            + &format!(
+                "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: all-1, namespace: shop, labels: \
+                 {{kubernetes.io/service-name: all}}}}\naddressType: IPv4\nendpoints: [{endpoints}]\nports: [{{port: 80}}]\n"
+            );
+        let question = ask(workload("statefulset/db"), json!({"service": "shop/all"}), 80);
+        let answer = &Folder::new(&text).answers(&[question], &[])[0];
+        let backends = answer["service"]["backends"].as_array().cloned().unwrap_or_default();
+        let addresses: Vec<&str> = backends.iter().filter_map(|backend| backend["to"]["ip"].as_str()).collect();
+        assert_eq!(addresses, expected, "{endpoints}\n{answer:#}");
+        assert_eq!(answer.get("error").is_some(), expected.is_empty(), "{answer:#}");
+    }
+}
+
 fn text_of_table(folder: &Folder, queries: &str) -> String {
     text(&folder.hanse("explain", &["--queries", queries]))
 }

@@ -20,7 +20,7 @@ use hanse_policy::inventory::{
 use hanse_policy::model::ClusterName;
 
 use super::{ClusterState, NAMESPACE_NAME_LABEL, assemble_cluster, rivals};
-use crate::kubernetes::{EndpointSlice, Map, Pod, Service as KubeService, TargetPort, protocol_number};
+use crate::kubernetes::{EndpointSlice, Map, Pod, Service as KubeService, SliceEndpoint, TargetPort, protocol_number};
 use crate::manifest::{Manifest, Manifests, Object, Place};
 use crate::workload::{Template, Workload, owner_name};
 
@@ -332,18 +332,23 @@ impl Services {
     }
 }
 
-/// The backends of one port of a service, by its name.
+/// The backends of one port of a service, by its name: those that are ready, or else those that end and still serve, as
+/// kube-proxy takes them. Rules that name the service match the others too.
 fn from_slices(slices: &[EndpointSlice], name: Option<&str>, protocol: u8) -> Vec<(Backend, u16)> {
-    let mut backends = Vec::new();
-    for slice in slices {
-        for port in &slice.ports {
-            let of_protocol = protocol_number(port.protocol.as_deref().unwrap_or("TCP")) == Some(protocol);
-            if port.name.as_deref().unwrap_or_default() == name.unwrap_or_default() && of_protocol {
-                let addresses: Vec<IpAddr> = slice.addresses().collect();
-                let to = |number| addresses.iter().map(move |address| (Backend::Address(*address), number));
-                backends.extend(port.port.into_iter().flat_map(to));
+    let of = |wanted: fn(&SliceEndpoint) -> bool| {
+        let mut backends = Vec::new();
+        for slice in slices {
+            for port in &slice.ports {
+                let of_protocol = protocol_number(port.protocol.as_deref().unwrap_or("TCP")) == Some(protocol);
+                if port.name.as_deref().unwrap_or_default() == name.unwrap_or_default() && of_protocol {
+                    let addresses: Vec<IpAddr> = slice.addresses_of(wanted).collect();
+                    let to = |number| addresses.iter().map(move |address| (Backend::Address(*address), number));
+                    backends.extend(port.port.into_iter().flat_map(to));
+                }
             }
         }
-    }
-    backends
+        backends
+    };
+    let ready = of(SliceEndpoint::is_ready);
+    if ready.is_empty() { of(SliceEndpoint::is_last_resort) } else { ready }
 }

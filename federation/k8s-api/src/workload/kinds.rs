@@ -182,12 +182,9 @@ fn certain_labels(group: &str, kind: &str) -> &'static [&'static str] {
         ("apps", "StatefulSet") => &["controller-revision-hash", "statefulset.kubernetes.io/pod-name"],
         ("apps", "DaemonSet") => &["controller-revision-hash"],
         ("argoproj.io", "Rollout") => &["rollouts-pod-template-hash"],
-        ("batch", "Job" | "CronJob") => &[
-            "batch.kubernetes.io/controller-uid",
-            "batch.kubernetes.io/job-name",
-            "controller-uid",
-            "job-name",
-        ],
+        ("batch", "Job" | "CronJob") => {
+            &["batch.kubernetes.io/controller-uid", "batch.kubernetes.io/job-name", "controller-uid", "job-name"]
+        }
         _ => &[],
     }
 }
