@@ -92,13 +92,13 @@ const PRESETS: &[Preset] = &[
 ];
 
 /// Render a preset for AI workloads, as manifests to read, change and keep; without one, list them with their parameters.
-///
-/// Presets that close egress leave DNS open in clusters that are not alike: kube-dns (also CoreDNS with its label) and
-/// OpenShift's DNS by their pods, NodeLocal DNSCache by the addresses of `dnsNets`, on port 53. Where kube-proxy uses iptables,
-/// NodeLocal DNSCache answers at the cluster address of kube-dns too: add that address of each such cluster. A DNS server with
-/// other labels needs a rule more in the manifests, and so do IPv6 addresses beside IPv4 ones, which do not go into one list.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
+Presets that close egress leave DNS open in clusters that are not alike: kube-dns (also CoreDNS with its label) and OpenShift's
+DNS by their pods, NodeLocal DNSCache at the addresses of `dnsNets`, on port 53. Where kube-proxy uses iptables, NodeLocal
+DNSCache answers at the cluster address of kube-dns too: add that address of each such cluster. A DNS server with other labels
+needs a rule more in the manifests, and so do IPv6 addresses beside IPv4 ones, which do not go into one list.
+
 Examples:
   hanse policy scaffold
   for preset in tiers default-deny deny-metadata stages; do hanse policy scaffold $preset > policies/$preset.yaml; done

@@ -38,7 +38,7 @@ metadata: {name: app, labels: {kubernetes.io/metadata.name: app}}
 apiVersion: v1
 kind: Pod
 metadata: {name: web, namespace: app, labels: {app: web}}
-spec: {nodeName: n, containers: [{name: c, ports: [{name: http, containerPort: 8080}]}]}
+spec: {nodeName: node-1, containers: [{name: c, ports: [{name: http, containerPort: 8080}]}]}
 status: {phase: Running, podIP: 10.128.0.5}
 ";
 
@@ -47,7 +47,7 @@ const OPENSHIFT: &str = "\
 apiVersion: v1
 kind: Pod
 metadata: {name: dns-default-x, namespace: openshift-dns, labels: {dns.operator.openshift.io/daemonset-dns: default}}
-spec: {nodeName: n, containers: [{name: dns, ports: [{name: dns, containerPort: 5353, protocol: UDP}, {name: dns-tcp, containerPort: 5353}]}]}
+spec: {nodeName: node-1, containers: [{name: dns, ports: [{name: dns, containerPort: 5353, protocol: UDP}, {name: dns-tcp, containerPort: 5353}]}]}
 status: {phase: Running, podIP: 10.128.0.6}
 ";
 const OPENSHIFT_SERVICE: &str = "\
@@ -63,7 +63,7 @@ const KUBE_DNS: &str = "\
 apiVersion: v1
 kind: Pod
 metadata: {name: coredns, namespace: kube-system, labels: {k8s-app: kube-dns}}
-spec: {nodeName: n, containers: [{name: dns, ports: [{name: dns, containerPort: 53, protocol: UDP}, {name: dns-tcp, containerPort: 53}]}]}
+spec: {nodeName: node-1, containers: [{name: dns, ports: [{name: dns, containerPort: 53, protocol: UDP}, {name: dns-tcp, containerPort: 53}]}]}
 status: {phase: Running, podIP: 10.128.0.7}
 ";
 const KUBE_DNS_SERVICE: &str = "\
@@ -244,7 +244,11 @@ fn presets_keep_dns_open_in_unlike_clusters() {
         for id in ["HN017", "HN020"] {
             assert!(findings.iter().all(|finding| finding["id"] != id), "{preset}: {findings:#?}");
         }
-        let of_dns = |finding: &&Value| finding["message"].as_str().is_some_and(|message| message.contains("dns"));
+        // Each cluster lacks some of the servers that the policies name.
+        let of_dns = |finding: &&Value| {
+            let message = finding["message"].as_str().unwrap_or_default();
+            (finding["id"] == "HN001" || finding["id"] == "HN002") && message.contains("dns")
+        };
         let of_dns: Vec<&Value> = findings.iter().filter(of_dns).collect();
         assert!(of_dns.is_empty(), "{preset}: {of_dns:#?}");
     }
@@ -375,15 +379,13 @@ fn rules_that_types_leave_out_are_found() {
             assert!(rule == wanted && message.starts_with(part), "{policy}\n{rule}: {message}");
         }
     }
-    // A federated one, at its line; the first of two of a name counts.
+    // A federated one, at its line.
     let root = tempfile::tempdir().expect("a folder");
     let (own, federation) = (root.path().join("own"), root.path().join("federation"));
     for folder in [&own, &federation] {
         std::fs::create_dir(folder).expect("a folder");
     }
-    let twice = kubernetes("  policyTypes: [Ingress]\n");
-    let second = kubernetes("  policyTypes: [Ingress]\n  egress: [{}]\n");
-    std::fs::write(own.join("all.yaml"), [WEB, &twice, &second].join("---\n")).expect("manifests");
+    std::fs::write(own.join("all.yaml"), WEB).expect("manifests");
     let federated = "apiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {name: t}\nspec: {phase: Guard, order: 1}\n---\n\
                      apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkPolicy\nmetadata: {name: f}\nspec:\n  tier: t\n  types: \
                      [Egress]\n  ingress:\n  - {action: Deny}\n";
@@ -402,7 +404,7 @@ fn port_names_that_match_no_pod_are_found() {
 apiVersion: v1
 kind: Pod
 metadata: {name: other, namespace: app, labels: {app: other}}
-spec: {nodeName: n, containers: [{name: c, ports: [{name: metrics, containerPort: 9090}, {name: dns, containerPort: 53, protocol: UDP}]}]}
+spec: {nodeName: node-1, containers: [{name: c, ports: [{name: metrics, containerPort: 9090}, {name: dns, containerPort: 53, protocol: UDP}]}]}
 status: {phase: Running, podIP: 10.128.0.8}
 ";
     let ingress = |subject: &str, rules: &str| {
@@ -460,7 +462,7 @@ status: {phase: Running, podIP: 10.128.0.8}
         ("a name without a protocol", vec![calico("ingress: [{action: Allow, destination: {ports: [http]}}]")], None),
         (
             "a name of no one",
-            vec![calico("ingress: [{action: Allow, destination: {ports: [metrics, 80]}}]")],
+            vec![calico("ingress: [{action: Allow, protocol: TCP, destination: {ports: [metrics, 80]}}]")],
             Some(format!("destination {none}")),
         ),
         (

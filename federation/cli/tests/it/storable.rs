@@ -109,7 +109,7 @@ fn objects_with_such_ports_stay_in_answers() {
     let server = pod("[{name: HTTP, containerPort: 80}, {name: web, containerPort: 0, protocol: tcp}]");
     let quoted = service("clusterIP: 10.96.0.9, ports: [{port: 80, targetPort: '8082'}]");
     let zero = service("clusterIP: 10.96.0.8, ports: [{port: 80, targetPort: 0}]").replace("name: s,", "name: z,");
-    let policy = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: n, namespace: a}\nspec: {podSelector: \
+    let policy = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: web-in, namespace: a}\nspec: {podSelector: \
                   {}, ingress: [{ports: [{port: 80}]}]}\n";
     std::fs::write(folder.path().join("all.yaml"), [&server, &quoted, &zero, policy].join("---\n")).expect("manifests");
     let cluster = format!("c={}", folder.path().display());
@@ -253,7 +253,7 @@ fn convert_names_fields_as_they_were_written() {
         (format!("[{ports}]"), "no equivalent: spec.ingress[0].ports: "),
         (
             "[{portNumber: {protocol: TCP, port: 80}}, {portNumber: {port: 99999}}]".to_owned(),
-            "spec.ingress[0].ports[1]: ",
+            "malformed: spec.ingress[0].ports[1]: ",
         ),
     ] {
         let output = hanse(&["policy", "convert", "-"], &with(&ports));
@@ -283,7 +283,7 @@ fn grants_that_overlap_are_refused() {
         assert_eq!(output.status.code(), Some(i32::from(refused)), "{nets:?}");
         let told = text(&hanse(&["policy", "check", "-"], &input).stdout);
         let expected = format!(
-            "-:5: MemberCluster b: spec.grants.cidrs: {} overlaps with {}, which is granted to the cluster a",
+            "-:6: MemberCluster b: spec.grants.cidrs: {} overlaps with {}, which is granted to the cluster a",
             nets[1], nets[0]
         );
         assert_eq!(told.contains(&expected), refused, "{told}");

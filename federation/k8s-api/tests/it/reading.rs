@@ -214,6 +214,13 @@ fn addresses_and_ports_are_such() {
             "discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s}\naddressType: IPv4\nports: [{protocol: GRE, port: 1}]",
             "5 ports[0].protocol",
         ),
+    ] {
+        let complaints = complaints(&read(&format!("apiVersion: {text}\n")));
+        let wanted = format!("file.yaml:{wanted}: ");
+        assert!(complaints.len() == 1 && complaints[0].starts_with(&wanted), "{text}: {complaints:?}");
+    }
+    // A pod stays part of its cluster whatever its ports are, and so does a Service.
+    for (text, wanted) in [
         (
             "v1\nkind: Pod\nmetadata: {name: p}\nspec: {containers: [{ports: [{containerPort: 80}, {containerPort: 0}]}]}",
             "4 spec.containers[0].ports[1].containerPort",
@@ -222,10 +229,14 @@ fn addresses_and_ports_are_such() {
             "v1\nkind: Pod\nmetadata: {name: p}\nspec: {initContainers: [{ports: [{containerPort: 80, protocol: tcp}]}]}",
             "4 spec.initContainers[0].ports[0].protocol",
         ),
+        ("v1\nkind: Service\nmetadata: {name: s}\nspec: {ports: [{port: 0}]}", "4 spec.ports[0].port"),
     ] {
-        let complaints = complaints(&read(&format!("apiVersion: {text}\n")));
-        let wanted = format!("file.yaml:{wanted}: ");
-        assert!(complaints.len() == 1 && complaints[0].starts_with(&wanted), "{text}: {complaints:?}");
+        let read = read(&format!("apiVersion: {text}\n"));
+        assert_eq!((complaints(&read), read.objects.len()), (Vec::new(), 1), "{text}");
+        let found: Vec<String> = read.not_storable.iter().map(|it| format!("{} {}", it.place.line, it.field)).collect();
+        assert_eq!(found, [wanted], "{text}");
+        let cluster = assemble_cluster(&"c".into(), read.objects).cluster;
+        assert_eq!(cluster.endpoints.len(), usize::from(text.contains("Pod")), "{text}");
     }
     let good = read(
         "apiVersion: v1\nkind: Node\nmetadata: {name: 'n'}\nspec: {podCIDR: 010.9.0.0/24, podCIDRs: [010.9.0.0/24, 'fd00::/64']}\n\
