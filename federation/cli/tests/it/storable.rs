@@ -179,10 +179,12 @@ fn cluster_policy(name: &str) -> String {
     )
 }
 
+/// What is read, what is written (tier and name), and a part of what is said.
+type NameCase<'a> = (&'a [String], &'a [(&'a str, &'a str)], Option<&'a str>);
+
 #[test]
 fn converted_objects_have_names_of_their_own() {
-    // What is read, what is written (tier and name), how many are refused, and a part of what is said.
-    let cases: &[(&[String], &[(&str, &str)], Option<&str>)] = &[
+    let cases: &[NameCase<'_>] = &[
         (&[admins("a"), baseline("default")], &[("Admin", "a"), ("Baseline", "default")], None),
         (
             &[admins("default"), baseline("default")],
