@@ -284,19 +284,16 @@ impl Outcome {
     }
 }
 
-/// Fails when one failed.
-fn conclude(outcomes: &[Outcome]) -> ExitCode {
+/// Whether one failed; of several, how many.
+fn conclude(outcomes: &[Outcome]) -> bool {
     let failed = outcomes.iter().filter(|outcome| outcome.error.is_some()).count();
-    if failed == 0 {
-        return ExitCode::SUCCESS;
-    }
-    if outcomes.len() > 1 {
+    if failed > 0 && outcomes.len() > 1 {
         output::note(format_args!(
             "hanse: {failed} of {} failed; the rest is done",
             output::count(outcomes.len(), "object")
         ));
     }
-    ExitCode::FAILURE
+    failed > 0
 }
 
 /// Of one request to the hub, which takes 1 MiB: a batch ends with the object that reaches this, and a manifest has at most
@@ -373,17 +370,21 @@ async fn follow<A>(
         let context = || format!("{verb}: {done} of {} are done, as listed", output::count(total, "object"));
         answer.with_context(context)
     };
+    // What is sent to the hub does not depend on a reader who has seen enough (`| head`).
+    let mut printed = Ok(());
     while let Some(answer) = next(outcomes.len()).await? {
         for outcome in outcomes_of(answer, &mut awaited) {
-            outcome.tell(format)?;
+            if printed.is_ok() || outcome.error.is_some() {
+                printed = printed.and(outcome.tell(format));
+            }
             outcomes.push(outcome);
         }
     }
     anyhow::ensure!(outcomes.len() == total, "{verb}: the hub answered for {} of {total} objects", outcomes.len());
-    if format == Format::Table && total > 1 {
-        output::line(summary_of(verb, &outcomes))?;
+    if format == Format::Table && total > 1 && printed.is_ok() {
+        printed = output::line(summary_of(verb, &outcomes));
     }
-    Ok(conclude(&outcomes))
+    output::exit(printed, conclude(&outcomes))
 }
 
 /// `3000 applied: 2990 created, 8 configured, 2 unchanged`.
@@ -500,9 +501,9 @@ impl Get {
         objects.sort_by_cached_key(|object| {
             (KINDS.iter().position(|(.., kind)| *kind as i32 == object.kind), object.name.clone())
         });
-        self.show(objects, one)?;
+        let printed = self.show(objects, one);
         absent.iter().for_each(|text| output::note(format_args!("hanse: {text}")));
-        Ok(if absent.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        output::exit(printed, !absent.is_empty())
     }
 
     fn show(&self, objects: Vec<pb::Object>, one: bool) -> anyhow::Result<()> {

@@ -135,18 +135,18 @@ impl Status {
         let (hub_revision, clusters) =
             with_client(context, async |mut client| read(&mut client, &cluster, details).await)?;
         let overview = Overview { hub_revision, clusters };
-        match (self.output, self.output.data()) {
-            (_, Some(format)) => output::print(format, &overview)?,
-            (ListFormat::Name, None) => overview.clusters.iter().try_for_each(|it| output::line(&it.name))?,
-            (wide, None) => overview.show(wide == ListFormat::Wide)?,
-        }
+        let printed = match (self.output, self.output.data()) {
+            (_, Some(format)) => output::print(format, &overview),
+            (ListFormat::Name, None) => overview.clusters.iter().try_for_each(|it| output::line(&it.name)),
+            (wide, None) => overview.show(wide == ListFormat::Wide),
+        };
         // One that is expected does not count; where no other has joined, nothing can be in sync.
         let has_joined = overview.clusters.iter().any(|it| it.state != "expected");
         let all_well = has_joined && overview.clusters.iter().all(|it| it.problems.is_empty());
         if self.exit_code && !has_joined {
             text::note("no cluster has joined: `hanse token create --cluster NAME` lets one join");
         }
-        Ok(if self.exit_code && !all_well { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+        output::exit(printed, self.exit_code && !all_well)
     }
 }
 

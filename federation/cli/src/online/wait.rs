@@ -219,8 +219,10 @@ impl Wait {
                 (false, true) => is_up.then_some(1),
             };
             if let Some(code) = code {
-                self.conclude(&all, start)?;
-                return Ok(ExitCode::from(code));
+                return match self.conclude(&all, start) {
+                    Err(error) if !output::is_reader_gone(&error) => Err(error),
+                    _ => Ok(ExitCode::from(code)),
+                };
             }
             if progress.said.is_none_or(|said| said.elapsed() > SAY_EVERY) {
                 progress.said = Some(Instant::now());

@@ -316,6 +316,36 @@ fn waiting_ends_with_who_lags() {
     assert_eq!((&told["state"], &told["clusters"][0]["cluster"]), (&"lagging".into(), &"train".into()));
 }
 
+/// As under `| head`: what was to be done is done, and the exit code says how it ended.
+#[test]
+fn a_closed_standard_output_neither_stops_the_work_nor_changes_the_exit_code() {
+    let world = World::new();
+    let closed = |arguments: &[&str], input: &str| {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
+        command.args(arguments).env("HANSE_CONTEXT", &world.context);
+        let mut child = command.stdin(Stdio::piped()).stdout(writer).stderr(Stdio::null()).spawn().expect("it starts");
+        drop(child.stdin.take().expect("piped").write_all(input.as_bytes()));
+        child.wait().expect("it ends").code()
+    };
+    // Several batches of 500.
+    let count = 1_200;
+    let many: String = (0..count).map(|it| policy(&format!("p{it}"), "platform", 1)).collect();
+    let many = format!("{TIER}{many}");
+    assert_eq!(closed(&["apply", "-f", "-"], &many), Some(0));
+    let stored = || world.hanse(&["get", "fnp", "-o", "name"]).out.lines().count();
+    assert_eq!(stored(), count);
+    let bad = policy("bad", "platform", 1).replace("Deny", "Denied");
+    assert_eq!(closed(&["apply", "-f", "-"], &format!("{many}{bad}")), Some(1), "one is refused");
+    assert_eq!(closed(&["status", "--exit-code"], ""), Some(1), "no cluster has joined");
+    assert_eq!(closed(&["status"], ""), Some(0));
+    assert_eq!(closed(&["wait", "--timeout", "1", "p0", "-o", "json"], ""), Some(1));
+    assert_eq!(closed(&["get", "fnp", "nothing"], ""), Some(1));
+    assert_eq!(closed(&["delete", "-f", "-"], &many), Some(0));
+    assert_eq!(stored(), 0);
+}
+
 #[test]
 fn tokens_and_clusters() {
     let world = World::new();
