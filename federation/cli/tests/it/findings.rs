@@ -103,6 +103,7 @@ fn dns_that_the_folder_knows_is_what_pods_must_reach() {
          {k8s-app: kube-dns}}}], ports: [{protocol: UDP, port: 53}]}]",
     );
     let cache = egress("[{to: [{ipBlock: {cidr: 169.254.20.10/32}}], ports: [{protocol: UDP, port: 53}]}]");
+    let link_local = egress("[{to: [{ipBlock: {cidr: 169.0.0.0/8}}], ports: [{protocol: UDP, port: 53}]}]");
     let address = egress("[{to: [{ipBlock: {cidr: 10.96.0.10/32}}], ports: [{protocol: UDP, port: 53}]}]");
     let nothing = egress("[]");
     // The DNS that is known, a policy, and which servers the finding names.
@@ -115,7 +116,8 @@ fn dns_that_the_folder_knows_is_what_pods_must_reach() {
         ("kube-dns is another one", &[OPENSHIFT], &pods_of_kube_dns, Some("OpenShift DNS")),
         ("kube-dns is open", &[KUBE_DNS, KUBE_DNS_SERVICE], &pods_of_kube_dns, None),
         ("kube-dns is open, of its Service alone", &[KUBE_DNS_SERVICE], &pods_of_kube_dns, None),
-        ("a cache that is not there does not count", &[KUBE_DNS], &cache, Some("kube-dns")),
+        ("a policy that names the cache says that there is one", &[KUBE_DNS], &cache, None),
+        ("a cache that nothing speaks of does not count", &[KUBE_DNS], &link_local, Some("kube-dns")),
         (
             "pods use the cache of their node",
             &[KUBE_DNS, KUBE_DNS_SERVICE, NODE_CACHE],

@@ -577,7 +577,6 @@ fn common_mistakes_are_found() {
         (
             "with the DNS of nodes",
             cut.clone()
-                + "---\napiVersion: v1\nkind: Pod\nmetadata: {name: cache, namespace: kube-system, labels: {k8s-app: node-local-dns}}\nspec: {nodeName: node, hostNetwork: true}\nstatus: {phase: Running, podIP: 192.168.0.1}\n"
                 + &global(&rule(
                     "Egress",
                     "{action: Allow, protocol: UDP, destination: {nets: [169.254.20.10/32], ports: [53]}}",

@@ -3,11 +3,14 @@
 //! Which DNS server a pod uses is not in its manifests, so every one that its cluster has is tried, and a pod is cut off when
 //! it reaches none of them. What a folder knows of DNS counts: pods and Services of kube-dns (also CoreDNS, which carries its
 //! label) and of OpenShift, and NodeLocal DNSCache, which answers on each node in place of the others. Only where it knows
-//! nothing of all that, each is assumed, for policy to select.
+//! nothing of all that, each is assumed, for policy to select. A policy of the cluster that names the address of NodeLocal
+//! DNSCache says that there is one.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
+
+use ipnet::{IpNet, Ipv4Net};
 
 use crate::evaluate::{End, Query, Verdict, View};
 use crate::inventory::{Backend, Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, NamedPort};
@@ -72,6 +75,7 @@ const NODE_CACHE: &str = "NodeLocal DNSCache";
 /// The addresses on which NodeLocal DNSCache answers on every node: as Kubernetes documents it, and as Kubespray installs it.
 const NODE_LOCAL: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(169, 254, 20, 10)), IpAddr::V4(Ipv4Addr::new(169, 254, 25, 10))];
+const LINK_LOCAL: IpNet = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16));
 /// What DNS pods and others have for addresses where none is known: reserved for documentation, so that no policy means them.
 const ASSUMED: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 53)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x53))];
@@ -110,6 +114,13 @@ fn is_known(cluster: &Cluster) -> bool {
         || SERVICES.iter().any(|service| service.has_pods(cluster) || service.backends(cluster).is_some())
 }
 
+/// Whether a policy of the cluster itself has a rule for the address of NodeLocal DNSCache.
+fn names_cache(policies: &PolicySet, cluster: &ClusterName) -> bool {
+    let own = policies.clusters.get(cluster).into_iter().flat_map(|layer| layer.policies.values());
+    let mut nets = own.filter_map(|policy| policy.egress.as_ref()).flatten().flat_map(|rule| &rule.destination.nets);
+    nets.any(|net| LINK_LOCAL.contains(net) && NODE_LOCAL.iter().any(|address| net.contains(address)))
+}
+
 /// Whether a selection is for a DNS server as a distribution installs it, which the clusters that are read may lack.
 pub fn is_of_usual_server(selection: &Selection) -> bool {
     SERVICES.iter().any(|service| {
@@ -125,16 +136,17 @@ pub fn is_of_usual_server(selection: &Selection) -> bool {
 /// Namespaces of which some pod reaches no DNS server.
 pub fn cut_off(policies: &PolicySet, inventory: &Inventory) -> Vec<Finding> {
     let mut inventory = inventory.clone();
-    let mut unknown = BTreeSet::new();
+    let mut cached = BTreeSet::new();
     for (name, cluster) in &mut inventory.clusters {
-        unknown.extend((!is_known(cluster)).then(|| name.clone()));
+        let may_have_cache = !is_known(cluster) || names_cache(policies, name);
+        cached.extend(may_have_cache.then(|| name.clone()));
         let missing: Vec<&Service> = missing(cluster).collect();
         missing.into_iter().for_each(|service| service.assume(cluster));
     }
     let prepared = Prepared::new(policies, &inventory, View::Enforced);
     let mut findings = Vec::new();
     for (name, workloads) in workloads(&inventory, &telling_keys([policies])) {
-        let servers = servers(name, &inventory.clusters[name], &workloads, unknown.contains(name));
+        let servers = servers(name, &inventory.clusters[name], &workloads, cached.contains(name));
         let mut tried: Vec<&str> = servers.iter().map(|server| server.name).collect();
         tried.dedup();
         let tried = tried.join(", ");
@@ -203,9 +215,9 @@ struct Server {
     name: &'static str,
 }
 
-/// Every DNS server of a cluster that a pod may use; of pods that policy does not tell apart one. `nothing_known`: of the
-/// cluster's DNS, so that it may have the cache too.
-fn servers(cluster: &ClusterName, owner: &Cluster, workloads: &[Workload<'_>], nothing_known: bool) -> Vec<Server> {
+/// Every DNS server of a cluster that a pod may use; of pods that policy does not tell apart one. `may_have_cache`:
+/// beside them.
+fn servers(cluster: &ClusterName, owner: &Cluster, workloads: &[Workload<'_>], may_have_cache: bool) -> Vec<Server> {
     let outside = |address, port, name| Server { end: End { address, pod: None }, port, name };
     let caches = NODE_LOCAL.map(|address| outside(address, DNS_PORT, NODE_CACHE));
     if has_node_cache(owner) {
@@ -245,7 +257,7 @@ fn servers(cluster: &ClusterName, owner: &Cluster, workloads: &[Workload<'_>], n
             }));
         }
     }
-    servers.extend(caches.into_iter().filter(|_| nothing_known));
+    servers.extend(caches.into_iter().filter(|_| may_have_cache));
     servers
 }
 
