@@ -17,8 +17,8 @@ use crate::output::{self, Format};
 ///
 /// Answers each line of the queries by one line, in the same order: from directories of manifests, or, without
 /// --cluster, by what the members know now (egress is judged by the source's member, ingress by the destination's). Exits
-/// 1 when a query has no answer, when neither of its ends is a known endpoint, when there is no query, or when an object was
-/// refused.
+/// 1 when a query has no answer, when no query has a known endpoint at either end, when there is no query, or when an object
+/// was refused.
 ///
 /// The answer is what policy says. The kernel lets pass besides, before every rule, what a node sends to its own pods.
 ///
@@ -85,9 +85,10 @@ struct Printer {
     first_note: usize,
     /// The width of each column, once a block was printed.
     widths: Option<Vec<u16>>,
-    /// Questions, and those without an answer or about nothing that is known.
+    /// Questions, those without an answer, and those of which neither end is a known endpoint.
     questions: usize,
     unanswered: usize,
+    about_nothing: usize,
     incomplete: bool,
 }
 
@@ -103,6 +104,7 @@ impl Printer {
             widths: None,
             questions: 0,
             unanswered: 0,
+            about_nothing: 0,
             incomplete: false,
         }
     }
@@ -116,7 +118,8 @@ impl Printer {
                     && line.egress.verdict == "none"
                     && line.ingress.verdict == "none";
         }
-        self.unanswered += usize::from(answer.as_ref().map_or(true, |line| line.neither_end_known));
+        self.unanswered += usize::from(answer.is_err());
+        self.about_nothing += usize::from(answer.as_ref().is_ok_and(|line| line.neither_end_known));
         match (self.output, answer) {
             (Format::Table, answer) => self.add(question, answer)?,
             (format, Ok(line)) => super::write_answer(&mut self.out, format, self.incomplete, &line)?,
@@ -289,7 +292,9 @@ impl Arguments {
         if answered.is_ok() && printer.questions == 0 {
             anyhow::bail!("{}: no queries were read, so there is nothing to answer", self.queries.display());
         }
-        let failed = printer.unanswered > 0 || printer.incomplete;
+        // Among others, such a query is marked; alone it is a mistake.
+        let all_about_nothing = printer.about_nothing == printer.questions;
+        let failed = printer.unanswered > 0 || printer.incomplete || all_about_nothing;
         let printed = answered.and_then(|()| printer.finish()).and_then(|()| match self.output {
             Format::Table => incomplete.map_or(Ok(()), output::line),
             Format::Json | Format::Yaml => Ok(()),

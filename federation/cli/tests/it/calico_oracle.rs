@@ -159,11 +159,8 @@ fn explain(root: &Path, lines: &str) -> Vec<Value> {
         .arg(&queries)
         .output()
         .expect("hanse runs");
-    let stdout = String::from_utf8_lossy(&output.stdout);
-    let answers: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
-    let about_nothing = answers.iter().any(|answer| answer["neitherEndKnown"] == true);
-    assert_eq!(output.status.success(), !about_nothing, "{}", String::from_utf8_lossy(&output.stderr));
-    answers
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
 }
 
 /// What a run is not worth much without.
