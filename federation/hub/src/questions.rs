@@ -33,7 +33,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::administration::{caller, permit};
 use crate::registration::status;
-use crate::registry::Registry;
+use crate::registry::{Cluster, ClusterState, Registry};
 use crate::roles::Need;
 
 /// Queries in one request, and in one question.
@@ -274,8 +274,13 @@ impl Questions {
 
     async fn list(&self, cluster: &str) -> pb::ListPodsResponse {
         let snapshot = self.registry.snapshot();
-        let named = |name: &&ClusterName| cluster.is_empty() || ***name == *cluster;
-        let clusters: Vec<ClusterName> = snapshot.clusters.keys().filter(named).cloned().collect();
+        // One that has not joined, or was revoked, has no pods in the federation: nothing is missing without them.
+        let wanted = |(name, it): &(&ClusterName, &Arc<Cluster>)| match cluster {
+            "" => it.state == ClusterState::Accepted,
+            cluster => ***name == *cluster,
+        };
+        let clusters: Vec<ClusterName> =
+            snapshot.clusters.iter().filter(wanted).map(|(name, _)| name.clone()).collect();
         let (mut pods_listed, mut notes) = (Vec::new(), Vec::new());
         let mut note =
             |cluster: &ClusterName, note: String| notes.push(pb::ClusterNote { cluster: cluster.to_string(), note });

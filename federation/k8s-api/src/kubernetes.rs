@@ -198,6 +198,7 @@ pub struct Container {
 #[serde(rename_all = "camelCase")]
 pub struct ContainerPort {
     pub name: Option<Arc<str>>,
+    #[serde(default, deserialize_with = "null_as_default")]
     pub container_port: u16,
     pub protocol: Option<String>,
 }
@@ -396,6 +397,7 @@ pub struct ServiceSpec {
 pub struct ServicePort {
     pub name: Option<Arc<str>>,
     pub protocol: Option<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
     pub port: u16,
     pub target_port: Option<TargetPort>,
 }

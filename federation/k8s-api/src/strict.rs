@@ -39,7 +39,7 @@ fn check_container(container: &Container, path: &Path<'_>, errors: &mut Errors) 
     for (index, port) in container.ports.iter().enumerate() {
         let path = ports.index(index);
         if port.container_port == 0 {
-            errors.add(&path.field("containerPort"), "0 is not a port (1–65535)");
+            errors.add(&path.field("containerPort"), "is missing, or 0, which is not a port (1–65535)");
         }
         check_protocol(port.protocol.as_deref(), &path, errors);
         let Some(name) = port.name.as_ref().filter(|name| !name.is_empty()) else { continue };
@@ -83,7 +83,7 @@ fn check_service(service: &Service, errors: &mut Errors) {
 
 fn check_service_port(port: &ServicePort, path: &Path<'_>, errors: &mut Errors) {
     if port.port == 0 {
-        errors.add(&path.field("port"), "0 is not a port (1–65535)");
+        errors.add(&path.field("port"), "is missing, or 0, which is not a port (1–65535)");
     }
     check_protocol(port.protocol.as_deref(), path, errors);
     if let Some(TargetPort::Name(name)) = port.target() {

@@ -107,6 +107,9 @@ fn live_matrix_that_lacks_a_cluster_is_incomplete() {
     assert_eq!((done.code, answers.len()), (Some(0), 4), "{done:?}");
     assert!(answers.iter().all(|line| line["verdict"] == "allow" && line.get("incomplete").is_none()), "{answers:#?}");
 
+    // One that is declared and has not joined is no part of the federation yet.
+    assert_eq!(world.apply(&member("prod", "10.2.0.0/16"), &[]).code, Some(0));
+    assert_eq!(matrix(&world, &["-o", "json"]).code, Some(0));
     // The member of another one does not run.
     assert_eq!(world.apply(&member("serve", "10.1.0.0/16"), &[]).code, Some(0));
     let _identity = world.join("serve");
