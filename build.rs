@@ -1,4 +1,4 @@
-//! Compiles `proto/` with protox, so that nobody needs `protoc`, and writes what decoding each message may allocate.
+//! Compiles `proto/` with protox, which needs no `protoc`, and generates the decoding limit of each message.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;

@@ -248,8 +248,8 @@ impl NodeIdentity {
         Ok(())
     }
 
-    /// With a token of the authority that the member has now. Whoever answers at the member's address could cause this, but takes
-    /// nothing from it: the token names the authority to which it is shown.
+    /// Enrols with a token of the member's present authority. A stranger at the member's address can cause an attempt, but learns
+    /// nothing: the token is presented only to the authority that it names.
     async fn enrol_at_other_authority(&self, enrolment: &Enrolment) -> anyhow::Result<()> {
         let why = "the member shows another authority than the one at which this node enrolled, so it was set up anew, or the \
                    address is another's";

@@ -29,7 +29,7 @@ const MAX_NAMES: usize = 10;
 /// Say which pairs of workloads change verdict between two states, or between enforced and staged.
 ///
 /// Compares every pair of pods in all clusters, and of pods with the world outside, over both IP versions, every protocol and
-/// port, from source port 40,000. Pods that neither state tells apart are compared and reported together.
+/// port, from source port 40,000. Pods that are alike in both states are compared and reported together.
 ///
 /// Workloads that do not run are compared too, by "KIND/NAME". Where only some of the addresses that their pods may get
 /// change verdict, `condition` says which. What is in one state only, as after a new name, is not compared, but named.

@@ -130,7 +130,7 @@ struct PairLine<'a> {
     not_running: Vec<&'static str>,
 }
 
-/// A pod in question, or several that policy does not tell apart.
+/// One pod, or several that policy treats alike.
 struct Pod {
     place: Place,
     /// Offline: who it is, and another one of several.

@@ -7,16 +7,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::folders::hanse;
 use crate::online::World;
-
-fn hanse(arguments: &[&str], input: &str) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
-    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().expect("hanse runs");
-    // A command that reads no input may end before all of it is written.
-    child.stdin.take().expect("piped").write_all(input.as_bytes()).ok();
-    child.wait_with_output().expect("hanse ends")
-}
+use crate::workloads::write_queries;
 
 fn lines(output: &Output) -> Vec<Value> {
     let text = String::from_utf8_lossy(&output.stdout);
@@ -48,10 +41,7 @@ impl Folder {
     }
 
     fn queries(&self, questions: &[Value]) -> String {
-        let file = self.root.path().join("queries.jsonl");
-        let lines: Vec<String> = questions.iter().map(Value::to_string).collect();
-        std::fs::write(&file, lines.join("\n")).expect("queries");
-        file.display().to_string()
+        write_queries(self.root.path(), questions)
     }
 
     fn answers(&self, questions: &[Value], arguments: &[&str]) -> Vec<Value> {

@@ -74,6 +74,14 @@ struct Folder {
     cluster: String,
 }
 
+/// A file of queries, one a line.
+pub fn write_queries(folder: &Path, questions: &[Value]) -> String {
+    let file = folder.join("queries.jsonl");
+    let lines: Vec<String> = questions.iter().map(Value::to_string).collect();
+    std::fs::write(&file, lines.join("\n")).expect("queries");
+    file.display().to_string()
+}
+
 impl Folder {
     fn new(text: &str) -> Self {
         let root = tempfile::tempdir().expect("temporary directory");
@@ -96,10 +104,7 @@ impl Folder {
     }
 
     fn queries(&self, questions: &[Value]) -> String {
-        let file = self.root.path().join("queries.jsonl");
-        let lines: Vec<String> = questions.iter().map(Value::to_string).collect();
-        std::fs::write(&file, lines.join("\n")).expect("queries");
-        file.display().to_string()
+        write_queries(self.root.path(), questions)
     }
 
     fn answers(&self, questions: &[Value], arguments: &[&str]) -> Vec<Value> {
