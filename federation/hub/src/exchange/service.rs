@@ -52,9 +52,9 @@ const BETWEEN_PARTS: Duration = Duration::from_millis(1);
 const FRAME_TIME: Duration = Duration::from_secs(30);
 /// ... and its end within this: 300,000 endpoints of 250 bytes take 10 minutes at 1 Mbit/s.
 const BATCH_TIME: Duration = Duration::from_secs(900);
-/// How often one stream may report: a report is up to 4 MiB, and is compared with all that the cluster enforces.
+/// How often one cluster may report: a report is up to 4 MiB, and is compared with all that the cluster enforces.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
-/// How often one stream may change what its member wants: a change is judged against every endpoint that it concerns.
+/// How often one cluster may open a watching stream, or change what it wants: a change is judged against every endpoint that it concerns.
 const OWN_EVERY: Duration = Duration::from_millis(100);
 /// A lease is for seconds: hearing a cluster once in this time is enough.
 const HEARD_EVERY: Duration = Duration::from_secs(1);
@@ -86,6 +86,9 @@ struct Shared {
     unpublished: Mutex<BTreeMap<ClusterName, Unpublished>>,
     receiving: Mutex<BTreeMap<ClusterName, Receiving>>,
     speakers: Speakers,
+    /// When each cluster may next report, and change what it wants, over whichever stream.
+    reports: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
+    wants: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
 }
 
 /// What a cluster said last of what reaches it.
@@ -404,29 +407,33 @@ impl Service {
         incoming: &mut Streaming<pb::PublishRequest>,
         outbox: &mpsc::Sender<Result<pb::PublishResponse, Status>>,
     ) -> Result<(), Status> {
-        self.heard(cluster).await?;
-        let mut heard = tokio::time::Instant::now();
+        let mut heard: Option<tokio::time::Instant> = None;
         let mut unfinished = None;
-        let mut next_report = heard;
         let mut speaking: Option<Speaking> = None;
+        let taken_over = || Status::aborted("another process publishes with this cluster's key");
         loop {
             let next = tokio::select! {
+                biased;
+                () = replaced(speaking.as_ref()) => return Err(taken_over()),
                 next = within(&unfinished, incoming.message()) => next??,
-                () = replaced(speaking.as_ref()) => {
-                    return Err(Status::aborted("another process publishes with this cluster's key"));
-                }
             };
             let Some(request) = next else { return Ok(()) };
             if let Some(pb::publish_request::Message::Open(open)) = &request.message {
                 speaking = Some(self.shared.speakers.speak(cluster, Instance::new(&open.instance, from))?);
             }
-            if heard.elapsed() > HEARD_EVERY {
+            // Before it is known which process speaks, nothing of the cluster counts as heard.
+            let Some(speaking) = &speaking else {
+                return Err(Status::invalid_argument("the first message must be open"));
+            };
+            if heard.is_none_or(|it| it.elapsed() > HEARD_EVERY) {
                 self.heard(cluster).await?;
-                heard = tokio::time::Instant::now();
+                heard = Some(tokio::time::Instant::now());
             }
             if let Some(pb::publish_request::Message::Realisation(bytes)) = &request.message {
-                tokio::time::sleep_until(next_report).await;
-                next_report = tokio::time::Instant::now() + REPORT_EVERY;
+                tokio::time::sleep_until(self.slot(cluster, |shared| &shared.reports, REPORT_EVERY)).await;
+                if speaking.is_replaced() {
+                    return Err(taken_over());
+                }
                 // Read while nobody waits for the exchange; one that is too large is not taken, and publishing goes on.
                 let report = report::read(bytes);
                 self.with(|exchange| exchange.publish_report(id, report)).map_err(refused)?;
@@ -454,9 +461,9 @@ impl Service {
                     Published::More => {
                         // A lock is not fair: who waits for it gets it meanwhile.
                         tokio::time::sleep(BETWEEN_PARTS).await;
-                        if heard.elapsed() > HEARD_EVERY {
+                        if heard.is_none_or(|it| it.elapsed() > HEARD_EVERY) {
                             self.heard(cluster).await?;
-                            heard = tokio::time::Instant::now();
+                            heard = Some(tokio::time::Instant::now());
                         }
                         published = self.with(|exchange| exchange.publish_more(id)).map_err(refused)?;
                     }
@@ -470,6 +477,23 @@ impl Service {
                 unfinished.waited(began.elapsed());
             }
         }
+    }
+
+    /// When a cluster may do next what it may do once in `every`. Streams that wait have a slot each; one that is given up costs its
+    /// own cluster no more than the others wait.
+    fn slot(
+        &self,
+        cluster: &ClusterName,
+        of: fn(&Shared) -> &Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
+        every: Duration,
+    ) -> tokio::time::Instant {
+        let now = tokio::time::Instant::now();
+        let mut slots = lock(of(&self.shared));
+        let next = slots.entry(cluster.clone()).or_insert(now);
+        let latest = now + every * u32::try_from(MAX_STREAMS).unwrap_or(u32::MAX);
+        let at = (*next).clamp(now, latest);
+        *next = at + every;
+        at
     }
 
     /// Waits where a cluster publishes faster than it was granted. Nothing is lost: the stream fills up, and the member
@@ -519,6 +543,7 @@ impl Service {
             let Some(pb::watch_request::Message::Open(open)) = first.and_then(|first| first.message) else {
                 return Err(Status::invalid_argument("the first message must be open"));
             };
+            tokio::time::sleep_until(self.slot(&cluster, |shared| &shared.wants, OWN_EVERY)).await;
             // Read while nobody waits for the exchange.
             let open = ReadOpening::of(open);
             let id = self.with(|exchange| exchange.watch_opened(cluster.clone(), open));
@@ -572,7 +597,7 @@ impl Service {
                 } => {
                     let Some(request) = request.transpose()? else { return Ok(()) };
                     if matches!(request.message, Some(pb::watch_request::Message::Own(_))) {
-                        next_request = tokio::time::Instant::now() + OWN_EVERY;
+                        next_request = self.slot(cluster, |shared| &shared.wants, OWN_EVERY) + OWN_EVERY;
                     }
                     if heard.elapsed() > HEARD_EVERY {
                         self.heard(cluster).await?;

@@ -25,6 +25,11 @@ struct Speaker {
 pub struct Speaking(Arc<CancellationToken>);
 
 impl Speaking {
+    /// Whether another process is served instead.
+    pub fn is_replaced(&self) -> bool {
+        self.0.is_cancelled()
+    }
+
     /// Returns when another process is served instead.
     pub async fn replaced(&self) {
         self.0.cancelled().await;

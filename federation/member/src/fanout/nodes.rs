@@ -80,13 +80,15 @@ impl NodeRecord {
     }
 
     fn was_replaced(&self, key: &Fingerprint) -> bool {
-        let key = key.to_string();
-        !self.revoked && self.former.contains(&key)
+        !self.revoked && !self.allows(key) && self.former.contains(&key.to_string())
     }
 
     /// `key`, for which a certificate was issued, is in use.
     fn promoted(mut self, key: &Fingerprint, from: SocketAddr) -> Self {
-        self.former.push(std::mem::replace(&mut self.key, key.to_string()));
+        let former = std::mem::replace(&mut self.key, key.to_string());
+        if former != self.key {
+            self.former.push(former);
+        }
         let excess = self.former.len().saturating_sub(MAX_FORMER);
         self.former.drain(..excess);
         Self { next: None, used_from: Some(from), ..self }
@@ -424,6 +426,9 @@ mod tests {
         let renew =
             |of: &str, next: &str| locked().renew("n", &key(of), &key(next), now + HOUR, address(9)).expect("kept");
         locked().enrolled("n", &key("a"), now, now + HOUR).expect("kept");
+        // A renewal for the same key replaces none.
+        assert!(renew("a", "a") && locked().promote("n", &key("a"), address(1)).expect("kept"));
+        assert!(nodes.allows("n", &key("a")) && !nodes.was_replaced("n", &key("a")));
         // The agent crashed before it had the new key, and renews again: no key was replaced.
         assert!(renew("a", "b") && renew("a", "c"));
         assert_eq!([dispute("a", 1), dispute("b", 1), dispute("c", 1)], [None; 3]);
