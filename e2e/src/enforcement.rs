@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use hanse_api::manifest::{Manifests, read_dir};
+use hanse_api::{assemble_cluster, assemble_federation};
 use hanse_compiler::{Input, compile};
 use hanse_dataplane::Backend as _;
 use hanse_dataplane::nftables::{Config, Nftables};
-use hanse_k8s_api::manifest::{Manifests, read_dir};
-use hanse_k8s_api::{assemble_cluster, assemble_federation};
 use hanse_policy::inventory::Inventory;
 use hanse_policy::model::{ClusterName, PolicySet};
 use hanse_ruleset::{Generation, NodeConfig, RuleSet, UnknownPods};

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use hanse_dataplane::nftables::flows::{Decided, Decision, Flows};
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
-use hanse_runtime::agent_wire::MAX_FLOWS;
+use hanse_protocol::MAX_FLOWS;
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::shutdown::Shutdown;
 use tokio::sync::{mpsc, watch};

@@ -11,15 +11,16 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
+use hanse_identity::Identity;
+use hanse_identity::keys::{Certificate, Credentials, Fingerprint, Key};
+use hanse_identity::tls::{CredentialStore, PinnedRoot, TlsClient, Trust};
+use hanse_identity::token::{Token, TokenKind};
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
 use hanse_proto::agent::v1::enrolment_client::EnrolmentClient;
-use hanse_runtime::keys::{Certificate, Credentials, Fingerprint, Key};
+use hanse_runtime::files;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::retry::Backoff;
-use hanse_runtime::tls::{CredentialStore, PinnedRoot, TlsClient, Trust};
-use hanse_runtime::token::{Token, TokenKind};
-use hanse_runtime::{Identity, agent_wire, files};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -334,7 +335,7 @@ async fn present(
         let certificate = Certificate::from_der(&answer.certificate)?;
         check_node(&certificate, node)?;
         let mut ranges =
-            agent_wire::parse_nets(answer.pod_ranges.clone()).context("read the ranges of the node's pods")?;
+            hanse_protocol::parse_nets(answer.pod_ranges.clone()).context("read the ranges of the node's pods")?;
         ranges.truncate(pod_ranges::MAX);
         pod_ranges::write(data, &ranges).context("keep the ranges of the node's pods")?;
         authority.write(&data.join("authority.pem"))?;
@@ -363,7 +364,7 @@ pub fn is_refusal(status: &tonic::Status) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use hanse_runtime::TrustDomain;
+    use hanse_identity::TrustDomain;
     use tokio::net::TcpListener;
 
     use super::*;

@@ -20,12 +20,13 @@ use hanse_agent::status::{self, Status};
 use hanse_agent::sync::Follower;
 use hanse_dataplane::Backend as _;
 use hanse_dataplane::nftables::{Config, Nftables};
+use hanse_identity::{tls, token};
 use hanse_runtime::health::{Health, Writes};
 use hanse_runtime::metrics::Metrics;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::monitor::{Page, serve};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::{files, logging, text, tls, token};
+use hanse_runtime::{files, logging, text};
 use ipnet::IpNet;
 use tokio::sync::watch;
 

@@ -6,8 +6,8 @@ use std::io;
 use std::path::Path;
 
 use hanse_proto::agent::v1 as wire;
+use hanse_protocol::{Assembled, Assembler, encode};
 use hanse_ruleset::{Delta, RuleSet};
-use hanse_runtime::agent_wire::{Assembled, Assembler, encode};
 use hanse_runtime::files::write_atomic;
 use prost::Message as _;
 

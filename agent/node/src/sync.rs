@@ -7,8 +7,8 @@ use anyhow::{Context as _, bail};
 use hanse_dataplane::Refusal;
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
+use hanse_protocol::{self, Assembled, Assembler};
 use hanse_ruleset::{Delta, EndpointId, Generation, RuleSet};
-use hanse_runtime::agent_wire::{self, Assembled, Assembler};
 use hanse_runtime::health::{Condition, Writes};
 use hanse_runtime::retry::Backoff;
 use ipnet::IpNet;
@@ -198,8 +198,8 @@ impl Follower {
         let held = self.held.as_deref().unwrap_or(&nothing);
         let hello = wire::Hello {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            generation: Some(agent_wire::generation(held.generation)),
-            digest: agent_wire::digest(held.digest()),
+            generation: Some(hanse_protocol::generation(held.generation)),
+            digest: hanse_protocol::digest(held.digest()),
             features: Vec::new(),
             instance: self.instance.to_vec().into(),
         };
@@ -285,8 +285,8 @@ impl Follower {
             reason: reason.clone(),
         };
         let ack = wire::Ack {
-            generation: Some(agent_wire::generation(held.generation)),
-            digest: agent_wire::digest(held.digest()),
+            generation: Some(hanse_protocol::generation(held.generation)),
+            digest: hanse_protocol::digest(held.digest()),
             revisions: Some(wire::Revisions { hub: held.hub_revision, local: held.local_revision }),
             refusals: self.refused.iter().take(MAX_REFUSALS).map(refusal).collect(),
             failed,

@@ -10,13 +10,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hanse_api::manifest::{Manifests, read_bytes};
 use hanse_compiler::{Input, compile};
 use hanse_e2e::enforcement::{Enforcement, assemble};
 use hanse_e2e::fabric::Fabric;
 use hanse_e2e::packet::{ICMP, ICMPV6, Packet, Sender, Tap, forget_connections};
 use hanse_e2e::world::{Cluster, Node, Pod};
 use hanse_e2e::{probe, sandbox};
-use hanse_k8s_api::manifest::{Manifests, read_bytes};
 use hanse_policy::evaluate::{End, Query, Step, Verdict, View, evaluate};
 use hanse_policy::explain::{Owners, Question};
 use hanse_policy::inventory::{EndpointKind, Inventory};

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use hanse_k8s_api::document;
-use hanse_k8s_api::{Manifests, assemble_cluster, read_bytes};
+use hanse_api::document;
+use hanse_api::{Manifests, assemble_cluster, read_bytes};
 use serde::Deserialize;
 use serde_json::Value;
 

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use hanse_hub::server::{Hub, Options, init};
-use hanse_runtime::TrustDomain;
+use hanse_identity::TrustDomain;
 use hanse_runtime::shutdown::Shutdown;
 
 const SHAPES: &[&str] = &["many"];
@@ -40,7 +40,7 @@ fn many() -> Vec<(&'static str, f64)> {
     let (data, file) = (folder.path().join("hub"), folder.path().join("policies.yaml"));
     std::fs::write(&file, manifests()).expect("room");
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("tokio");
-    hanse_runtime::tls::install_provider();
+    hanse_identity::tls::install_provider();
     let shutdown = Shutdown::default();
     let any = "127.0.0.1:0".parse().expect("an address");
     let domain = TrustDomain::new("hanse.test").expect("a domain");

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
+use hanse_identity::Identity;
+use hanse_identity::keys::{Certificate, Credentials};
+use hanse_identity::tls::{CredentialStore, TlsClient, Trust, install_provider};
 use hanse_proto::federation::v1::administration_client::AdministrationClient;
-use hanse_runtime::Identity;
-use hanse_runtime::keys::{Certificate, Credentials};
 use hanse_runtime::moment::rfc3339;
-use hanse_runtime::tls::{CredentialStore, TlsClient, Trust, install_provider};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tonic::transport::Channel;

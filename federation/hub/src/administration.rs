@@ -7,10 +7,10 @@ mod observe;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use hanse_identity::Identity;
+use hanse_identity::spiffe::{check_label, check_subdomain};
+use hanse_identity::tls::{Connections, Peer, peer_identity};
 use hanse_proto::federation::v1 as wire;
-use hanse_runtime::Identity;
-use hanse_runtime::identity::{check_label, check_subdomain};
-use hanse_runtime::tls::{Connections, Peer, peer_identity};
 use hanse_store::Transaction;
 use tokio::sync::Semaphore;
 use tokio_stream::wrappers::ReceiverStream;
@@ -27,7 +27,7 @@ use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, Use
 use crate::registry::{ChangeError, Deed, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds};
 use crate::roles::{Need, Role, allow, denial};
 use crate::status::Realisations;
-use hanse_runtime::token::{Token, TokenKind};
+use hanse_identity::token::{Token, TokenKind};
 use observe::{MAX_WATCHERS, Wanted};
 
 /// Longest life of a token: a week.

@@ -7,10 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use hanse_runtime::ca::{Ca, CaError};
-use hanse_runtime::keys::{Certificate, Credentials, KeyError};
-use hanse_runtime::tls::CredentialStore;
-use hanse_runtime::{Identity, TrustDomain};
+use hanse_identity::ca::{Ca, CaError};
+use hanse_identity::keys::{Certificate, Credentials, KeyError};
+use hanse_identity::tls::CredentialStore;
+use hanse_identity::{Identity, TrustDomain};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 

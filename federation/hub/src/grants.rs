@@ -18,8 +18,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use hanse_k8s_api::field::Errors;
-use hanse_k8s_api::hanse::{self, RESERVED_PREFIX, overlap};
+use hanse_api::field::Errors;
+use hanse_api::hanse::{self, RESERVED_PREFIX, overlap};
 use hanse_policy::inventory::{LabelGrant, Labels};
 use hanse_policy::selector::Selector;
 use hanse_policy::tri::Tri;

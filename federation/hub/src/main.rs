@@ -12,8 +12,9 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use hanse_hub::authority::Lifetimes;
 use hanse_hub::server::{Hub, Options, init};
+use hanse_identity::{TrustDomain, tls};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::{TrustDomain, logging, text, tls};
+use hanse_runtime::{logging, text};
 
 /// The hub of a ClusterSet: registry, trust, exchange and policy distribution.
 #[derive(Debug, Parser)]

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use hanse_k8s_api::manifest::{Manifests, Object, read_bytes};
-use hanse_runtime::identity::check_subdomain;
+use hanse_api::manifest::{Manifests, Object, read_bytes};
+use hanse_identity::spiffe::check_subdomain;
 use serde::Deserialize;
 
 use crate::grants::MemberCluster;
@@ -97,7 +97,7 @@ pub fn check(manifest: &[u8]) -> Result<Checked, String> {
     let mut checked = Checked { id, tier: None, warnings: Vec::new() };
     match kind {
         Kind::MemberCluster => {
-            hanse_runtime::identity::check_label(&checked.id.name).map_err(|e| format!("metadata.name: {e}"))?;
+            hanse_identity::spiffe::check_label(&checked.id.name).map_err(|e| format!("metadata.name: {e}"))?;
             checked.warnings = MemberCluster::from_manifest(manifest)?.1;
         }
         Kind::FederatedNetworkPolicy => checked.tier = Some(tier_of(manifest)?),

@@ -11,15 +11,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::join_all;
+use hanse_identity::Identity;
+use hanse_identity::tls::peer_identity;
 use hanse_policy::evaluate::{End, Query};
 use hanse_policy::explain::answer::Asked;
 use hanse_policy::explain::{AnswerLine, Owners, Place, Question};
 use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
-use hanse_runtime::Identity;
 use hanse_runtime::supervisor::caught;
-use hanse_runtime::tls::peer_identity;
 use pb::answer::Answer as Reply;
 use pb::explanation::Explanation as Explained;
 use pb::pods_question::Which;

@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
+use hanse_identity::Identity;
+use hanse_identity::ca::CaError;
+use hanse_identity::keys::{Certificate, Fingerprint, KeyError, RequestedKey};
+use hanse_identity::spiffe::check_label;
+use hanse_identity::tls::{RateLimit, host_of, peer, peer_identity};
 use hanse_proto::federation::v1 as wire;
-use hanse_runtime::Identity;
-use hanse_runtime::ca::CaError;
-use hanse_runtime::identity::check_label;
-use hanse_runtime::keys::{Certificate, Fingerprint, KeyError, RequestedKey};
-use hanse_runtime::tls::{RateLimit, host_of, peer, peer_identity};
 use hanse_store::Transaction;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
@@ -20,7 +20,7 @@ use crate::authority::Authority;
 use crate::metrics::{HubMetrics, Outcome};
 use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
 use crate::registry::{ChangeError, Deed, MAX_CLUSTERS, Registry, Snapshot, key, seconds};
-use hanse_runtime::token::{MAX_TOKEN_BYTES, Token, TokenKind};
+use hanse_identity::token::{MAX_TOKEN_BYTES, Token, TokenKind};
 
 /// How soon a waiting member may ask again.
 const RETRY: Duration = Duration::from_secs(1);

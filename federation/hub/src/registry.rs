@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use hanse_runtime::Identity;
-use hanse_runtime::keys::Certificate;
+use hanse_identity::Identity;
+use hanse_identity::keys::Certificate;
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::shutdown::Shutdown;
 use hanse_store::{

@@ -6,6 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
+use hanse_identity::keys::{Credentials, Key};
+use hanse_identity::tls::{
+    Connections, CredentialStore, IncomingLimits, PresentedAuthority, ServerTls, Trust, http2_server, incoming,
+};
+use hanse_identity::{Identity, TrustDomain};
 use hanse_proto::federation::v1::administration_server::AdministrationServer;
 use hanse_proto::federation::v1::exchange_server::ExchangeServer;
 use hanse_proto::federation::v1::inquiries_server::InquiriesServer;
@@ -14,14 +19,9 @@ use hanse_proto::federation::v1::registration_server::RegistrationServer;
 use hanse_proto::federation::v1::renewal_server::RenewalServer;
 use hanse_runtime::files;
 use hanse_runtime::health::{Condition, Health};
-use hanse_runtime::keys::{Credentials, Key};
 use hanse_runtime::metrics::Metrics;
 use hanse_runtime::monitor::{self, Page};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::tls::{
-    Connections, CredentialStore, IncomingLimits, PresentedAuthority, ServerTls, Trust, http2_server, incoming,
-};
-use hanse_runtime::{Identity, TrustDomain};
 use hanse_store::{Prefix, Store, StoreError, create_file, open_file};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -163,7 +163,7 @@ pub async fn init(data: &Path, trust_domain: &TrustDomain, listen: SocketAddr) -
     create_user(&registry, &authority, &Identity::Hub, "admin", roles, &public, now)
         .await
         .context("make the administrator")?;
-    let request = hanse_runtime::keys::RequestedKey::from_request(&key.request()?)?;
+    let request = hanse_identity::keys::RequestedKey::from_request(&key.request()?)?;
     let identity = Identity::user("admin")?;
     let certificate = authority.ca().issue(&identity, &request, authority.lifetimes.user, now)?;
     let credentials = Credentials::new(key, certificate)?;

@@ -20,18 +20,19 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, ensure};
 use hanse_hub::server::{Hub, Options as HubOptions, init};
+use hanse_identity::keys::{Certificate, Credentials};
+use hanse_identity::tls::{CredentialStore, TlsClient, Trust, install_provider};
+use hanse_identity::{Identity, TrustDomain};
 use hanse_member::process::{self, Options};
 use hanse_member::registration::MemberIdentity;
 use hanse_proto::agent::v1 as agent;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::administration_client::AdministrationClient;
+use hanse_protocol::{self, Assembled, Assembler};
 use hanse_ruleset::{RuleSet, UnknownPods};
-use hanse_runtime::agent_wire::{self, Assembled, Assembler};
-use hanse_runtime::keys::{Certificate, Credentials};
+use hanse_runtime::files;
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::tls::{CredentialStore, TlsClient, Trust, install_provider};
-use hanse_runtime::{Identity, TrustDomain, files};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -304,7 +305,8 @@ impl Agent {
         };
         let mut client = AgentsClient::new(connection.channel).max_decoding_message_size(2 << 20);
         let (outbox, sending) = mpsc::channel(4);
-        let hello = agent::Hello { digest: agent_wire::digest(RuleSet::default().digest()), ..agent::Hello::default() };
+        let hello =
+            agent::Hello { digest: hanse_protocol::digest(RuleSet::default().digest()), ..agent::Hello::default() };
         outbox.send(agent::AgentToMember { message: Some(agent::agent_to_member::Message::Hello(hello)) }).await?;
         let mut stream = client.sync(ReceiverStream::new(sending)).await?.into_inner();
         let (mut assembler, mut digest) = (Assembler::default(), RuleSet::default().digest());
@@ -327,8 +329,8 @@ impl Agent {
             };
             let _ = self.applied.send((self.number, hub, local, Instant::now()));
             let ack = agent::Ack {
-                generation: Some(agent_wire::generation(generation)),
-                digest: agent_wire::digest(digest),
+                generation: Some(hanse_protocol::generation(generation)),
+                digest: hanse_protocol::digest(digest),
                 revisions: Some(agent::Revisions { hub, local }),
                 ..agent::Ack::default()
             };

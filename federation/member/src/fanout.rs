@@ -15,20 +15,20 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use hanse_identity::Identity;
+use hanse_identity::ca::CaError;
+use hanse_identity::instances::{Instance, Instances};
+use hanse_identity::keys::{Fingerprint, KeyError};
+use hanse_identity::tls::{
+    Connections, CredentialStore, Incoming, IncomingLimits, PresentedAuthority, ServerTls, Trust, http2_server,
+    incoming,
+};
 use hanse_proto::agent::v1::agents_server::AgentsServer;
 use hanse_proto::agent::v1::enrolment_server::EnrolmentServer;
 use hanse_proto::federation::v1::UnenforcedPod;
 use hanse_ruleset::{Digest, Generation};
-use hanse_runtime::Identity;
-use hanse_runtime::ca::CaError;
 use hanse_runtime::health::Writes;
-use hanse_runtime::instances::{Instance, Instances};
-use hanse_runtime::keys::{Fingerprint, KeyError};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::tls::{
-    Connections, CredentialStore, Incoming, IncomingLimits, PresentedAuthority, ServerTls, Trust, http2_server,
-    incoming,
-};
 use ipnet::IpNet;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -494,14 +494,14 @@ fn instance_of_test(number: u8) -> Instance {
 
 #[cfg(test)]
 mod tests {
+    use hanse_identity::TrustDomain;
+    use hanse_identity::ca::Ca;
+    use hanse_identity::keys::{Certificate, Credentials, Key, RequestedKey};
+    use hanse_identity::tls::TlsClient;
     use hanse_proto::agent::v1 as wire;
     use hanse_proto::agent::v1::agents_client::AgentsClient;
+    use hanse_protocol::{self, Assembled, Assembler};
     use hanse_ruleset::{NodeConfig, RuleSet};
-    use hanse_runtime::TrustDomain;
-    use hanse_runtime::agent_wire::{self, Assembled, Assembler};
-    use hanse_runtime::ca::Ca;
-    use hanse_runtime::keys::{Certificate, Credentials, Key, RequestedKey};
-    use hanse_runtime::tls::TlsClient;
     use tokio::sync::mpsc;
     use tokio_stream::wrappers::ReceiverStream;
     use tonic::{Status, Streaming};
@@ -568,7 +568,7 @@ mod tests {
             let client = TlsClient::mutual(CredentialStore::new(credentials)?, &trust)?;
             let connection = client.connect(&self.address).await?;
             let (outbox, sending) = mpsc::channel(4);
-            let digest = agent_wire::digest(RuleSet::default().digest());
+            let digest = hanse_protocol::digest(RuleSet::default().digest());
             let hello = wire::Hello { digest, instance: vec![instance; 16].into(), ..wire::Hello::default() };
             outbox.send(message(wire::agent_to_member::Message::Hello(hello))).await?;
             let stream = AgentsClient::new(connection.channel).sync(ReceiverStream::new(sending)).await?.into_inner();
@@ -633,8 +633,8 @@ mod tests {
 
         async fn ack(&self) {
             let ack = wire::Ack {
-                generation: Some(agent_wire::generation(self.held.generation)),
-                digest: agent_wire::digest(self.held.digest()),
+                generation: Some(hanse_protocol::generation(self.held.generation)),
+                digest: hanse_protocol::digest(self.held.digest()),
                 revisions: Some(wire::Revisions { hub: self.held.hub_revision, local: self.held.local_revision }),
                 ..wire::Ack::default()
             };

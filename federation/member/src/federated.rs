@@ -7,9 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use hanse_api::assemble::Federation;
+use hanse_api::manifest::{Manifest as Written, Manifests, Object, read_bytes};
 use hanse_compiler::Update;
-use hanse_k8s_api::assemble::Federation;
-use hanse_k8s_api::manifest::{Manifest as Written, Manifests, Object, read_bytes};
 use hanse_policy::inventory::{EndpointId, EndpointKind};
 use hanse_policy::model::{ClusterScope, Phase, Policy, PolicyId, PolicyKind, TierId};
 use hanse_policy::selector::Selector;

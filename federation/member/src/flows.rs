@@ -16,14 +16,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use hanse_identity::tls::RateLimit;
 use hanse_policy::evaluate::{End, Query};
 use hanse_policy::explain::{AnswerLine, Explainer, has_ports, protocol_name};
 use hanse_proto::agent::v1 as wire;
-use hanse_runtime::agent_wire::MAX_FLOWS;
+use hanse_protocol::MAX_FLOWS;
 use hanse_runtime::files::private_folder;
 use hanse_runtime::health::Writes;
 use hanse_runtime::moment::rfc3339;
-use hanse_runtime::tls::RateLimit;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -474,8 +474,8 @@ pub fn read(data: &Path, last: usize, wanted: impl Fn(&Record<'_>) -> bool) -> i
 
 #[cfg(test)]
 mod tests {
-    use hanse_k8s_api::assemble_cluster;
-    use hanse_k8s_api::manifest::{self, Manifests};
+    use hanse_api::assemble_cluster;
+    use hanse_api::manifest::{self, Manifests};
     use hanse_policy::inventory::Inventory;
     use hanse_policy::model::PolicySet;
 

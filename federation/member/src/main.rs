@@ -11,6 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use hanse_identity::keys::Credentials;
+use hanse_identity::{Identity, tls};
 use hanse_member::fanout::{
     NodeRecord, NodeToken, create_node_token, list_node_tokens, list_nodes, revoke_node, revoke_node_token,
 };
@@ -18,10 +20,9 @@ use hanse_member::flows::{self, Party, Record};
 use hanse_member::process::{self, Options};
 use hanse_member::registration::MemberIdentity;
 use hanse_ruleset::UnknownPods;
-use hanse_runtime::keys::Credentials;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::{Identity, logging, text, tls};
+use hanse_runtime::{logging, text};
 use serde_json::json;
 
 /// How long a stop waits for tasks.

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 
-use hanse_k8s_api::assemble::{ClusterState, NodeInfo};
+use hanse_api::assemble::{ClusterState, NodeInfo};
 use hanse_ruleset::OwnStream;
 use ipnet::IpNet;
 
@@ -153,8 +153,8 @@ fn translated(ends: &BTreeSet<SocketAddr>, state: &ClusterState) -> BTreeSet<Soc
 mod tests {
     use std::path::Path;
 
-    use hanse_k8s_api::assemble::Assembly;
-    use hanse_k8s_api::manifest::{Manifests, read_bytes};
+    use hanse_api::assemble::Assembly;
+    use hanse_api::manifest::{Manifests, read_bytes};
 
     use super::*;
 

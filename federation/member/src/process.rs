@@ -313,8 +313,8 @@ fn wanted(layer: &Layer) -> BTreeSet<Wanted> {
 
 #[cfg(test)]
 mod tests {
-    use hanse_k8s_api::assemble_cluster;
-    use hanse_k8s_api::manifest::{self, Manifests};
+    use hanse_api::assemble_cluster;
+    use hanse_api::manifest::{self, Manifests};
     use hanse_policy::model::ClusterScope;
 
     use super::*;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use hanse_k8s_api::assemble::{ClusterState, Federation};
+use hanse_api::assemble::{ClusterState, Federation};
 use hanse_policy::evaluate::{End, Query};
 use hanse_policy::explain::{Explainer, Question};
 use hanse_policy::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory};

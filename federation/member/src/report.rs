@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use hanse_k8s_api::manifest::{Diagnostic, Place};
+use hanse_api::manifest::{Diagnostic, Place};
 use hanse_policy::model::PolicyKind;
 use hanse_proto::federation::v1 as pb;
 use hanse_ruleset::{ChainId, EndpointId, RuleSet};

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hanse_identity::tls::{ClientError, Connection, TlsClient};
 use hanse_runtime::files::write_atomic;
-use hanse_runtime::tls::{ClientError, Connection, TlsClient};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 

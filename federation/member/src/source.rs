@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use hanse_k8s_api::manifest::{self, Diagnostic, Manifest, Manifests};
+use hanse_api::manifest::{self, Diagnostic, Manifest, Manifests};
 use hanse_runtime::files::private_folder;
 use hanse_runtime::health::Writes;
 
@@ -429,7 +429,7 @@ impl Source for Directory {
 
 #[cfg(test)]
 mod tests {
-    use hanse_k8s_api::assemble::Assembly;
+    use hanse_api::assemble::Assembly;
 
     use hanse_runtime::health::Health;
 

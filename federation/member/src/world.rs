@@ -6,9 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use hanse_api::Diagnostic;
+use hanse_api::assemble::{Assembly, Changed, ClusterState, Federation, NodeInfo};
 use hanse_compiler::{Changes, ClusterRecord, Compiler, NodeChange, Report, Update};
-use hanse_k8s_api::Diagnostic;
-use hanse_k8s_api::assemble::{Assembly, Changed, ClusterState, Federation, NodeInfo};
 use hanse_policy::inventory::{EndpointKind, Labels, Namespace};
 use hanse_policy::model::ClusterName;
 use hanse_ruleset::{Delta, Digest, Members, NodeConfig, RuleSet, Set, SetChange, SetId, UnknownPods};
@@ -396,7 +396,7 @@ mod offline;
 mod tests {
     use std::path::Path;
 
-    use hanse_k8s_api::manifest::{Manifests, read_bytes};
+    use hanse_api::manifest::{Manifests, read_bytes};
     use hanse_policy::inventory::Endpoint;
     use hanse_ruleset::Digest;
 

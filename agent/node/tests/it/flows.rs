@@ -13,14 +13,14 @@ use hanse_agent::identity::NodeIdentity;
 use hanse_agent::snapshot;
 use hanse_agent::status::Status as AgentStatus;
 use hanse_dataplane::nftables::flows::Flows;
-use hanse_proto::agent::v1 as wire;
-use hanse_proto::agent::v1::agents_server::{Agents, AgentsServer};
-use hanse_runtime::ca::Ca;
-use hanse_runtime::keys::{Credentials, Fingerprint, Key, RequestedKey};
-use hanse_runtime::tls::{
+use hanse_identity::ca::Ca;
+use hanse_identity::keys::{Credentials, Fingerprint, Key, RequestedKey};
+use hanse_identity::tls::{
     Connections, CredentialStore, IncomingLimits, ServerTls, Trust, http2_server, incoming, install_provider, peer,
 };
-use hanse_runtime::{Identity, TrustDomain};
+use hanse_identity::{Identity, TrustDomain};
+use hanse_proto::agent::v1 as wire;
+use hanse_proto::agent::v1::agents_server::{Agents, AgentsServer};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hanse_k8s_api::document;
-use hanse_k8s_api::{Manifests, assemble_cluster, assemble_federation, read_bytes};
+use hanse_api::document;
+use hanse_api::{Manifests, assemble_cluster, assemble_federation, read_bytes};
 use hanse_policy::explain::{Explainer, Question};
 use hanse_policy::inventory::Inventory;
 use hanse_policy::model::PolicySet;

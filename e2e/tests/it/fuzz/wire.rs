@@ -7,8 +7,8 @@ use hanse_member::exchange::wire as member;
 use hanse_policy::interest::OWN;
 use hanse_proto::agent::v1 as agent;
 use hanse_proto::federation::v1 as pb;
+use hanse_protocol::{Assembled, Assembler, encode};
 use hanse_ruleset::{Delta, RuleSet};
-use hanse_runtime::agent_wire::{Assembled, Assembler, encode};
 use prost::Message as _;
 
 use super::{Outcome, Target};

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
+use hanse_api::assemble::Changed;
+use hanse_api::manifest::{Manifests, Object, read_bytes};
 use hanse_hub::exchange::core::{Exchange, PublishId, Published, ReceiverId};
 use hanse_hub::exchange::model as hub;
-use hanse_k8s_api::assemble::Changed;
-use hanse_k8s_api::manifest::{Manifests, Object, read_bytes};
 use hanse_member::exchange::model::{Change, ClusterRecord, Position, Wanted};
 use hanse_member::exchange::publisher::{PublishSession, Publisher};
 use hanse_member::exchange::receiver::Receiver;

@@ -7,11 +7,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use hanse_k8s_api::assemble::duplicates;
-use hanse_k8s_api::document::{self, Node};
-use hanse_k8s_api::manifest::{
-    MAX_FILE_BYTES, Manifest, Manifests, Place, Reference, items, list, read_bytes, read_file,
-};
+use hanse_api::assemble::duplicates;
+use hanse_api::document::{self, Node};
+use hanse_api::manifest::{MAX_FILE_BYTES, Manifest, Manifests, Place, Reference, items, list, read_bytes, read_file};
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 use serde_json::Value;
@@ -177,7 +175,7 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     }
     // Kinds of a cluster are read by its member, not by the hub: they are passed over, but not in silence.
     let (ours, others): (Vec<Manifest>, Vec<Manifest>) =
-        checked.objects.into_iter().partition(|it| it.reference.api_version == hanse_k8s_api::hanse::API_VERSION);
+        checked.objects.into_iter().partition(|it| it.reference.api_version == hanse_api::hanse::API_VERSION);
     for manifest in others {
         let (Place { file, line }, Reference { kind, name, .. }) = (manifest.place, manifest.reference);
         output::note(format_args!("{file}:{line}: {kind} {name} is skipped: it belongs into its cluster"));
@@ -224,7 +222,7 @@ fn written_object(file: &str, node: Node<'_>) -> Option<Written> {
     let kind = node.child("kind")?.text()?;
     let order = KINDS.iter().position(|(name, ..)| *name == kind)?;
     let group = node.child("apiVersion")?.text()?;
-    (group == hanse_k8s_api::hanse::API_VERSION).then_some(())?;
+    (group == hanse_api::hanse::API_VERSION).then_some(())?;
     let name = node.child("metadata")?.child("name")?.text()?.to_owned();
     let mut value = node.to_value();
     let revision = take_revision(&mut value);

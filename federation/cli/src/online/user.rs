@@ -5,10 +5,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
+use hanse_identity::keys::{Certificate, Credentials, Key};
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::role::Role as Wire;
 use hanse_runtime::files;
-use hanse_runtime::keys::{Certificate, Credentials, Key};
 use serde::{Deserialize, Serialize};
 
 use super::{call, read_context, time, with_client};
@@ -141,7 +141,7 @@ fn create(
 ) -> anyhow::Result<()> {
     let own = context.context("no hub is known: name a context file with --context FILE or HANSE_CONTEXT")?;
     let own: Context = read_context(own)?;
-    hanse_runtime::Identity::user(name).with_context(|| format!("{name:?} is no user's name"))?;
+    hanse_identity::Identity::user(name).with_context(|| format!("{name:?} is no user's name"))?;
     let file = |suffix: &str| PathBuf::from(format!("{name}.{suffix}"));
     let paths = ["context", "key", "pem", "ca.pem"].map(|suffix| out.join(file(suffix)));
     // Before anything changes at the hub: a key that is in use must not be lost.

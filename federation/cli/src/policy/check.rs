@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use hanse_k8s_api::assemble::rivals::{self, Rivals};
-use hanse_k8s_api::assemble::{overlapping_grants, without_tiers};
-use hanse_k8s_api::hanse::API_VERSION;
-use hanse_k8s_api::kind::other_system;
-use hanse_k8s_api::manifest::{Diagnostic, Manifest, NotObject, Object, Place, Reference, Skipped};
+use hanse_api::assemble::rivals::{self, Rivals};
+use hanse_api::assemble::{overlapping_grants, without_tiers};
+use hanse_api::hanse::API_VERSION;
+use hanse_api::kind::other_system;
+use hanse_api::manifest::{Diagnostic, Manifest, NotObject, Object, Place, Reference, Skipped};
 use serde::Serialize;
 
 use super::reading::{self, DefaultNamespace};

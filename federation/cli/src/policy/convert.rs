@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::ValueEnum;
-use hanse_k8s_api::admin_network_policy::{BASELINE_KIND, Unconvertible, is_convertible, to_cluster_network_policy};
-use hanse_k8s_api::cluster_network_policy::{API_VERSION as CLUSTER_API_VERSION, KIND as CLUSTER_KIND};
-use hanse_k8s_api::document::{self, Locator, Node};
-use hanse_k8s_api::field::FieldError;
-use hanse_k8s_api::manifest::{self, Diagnostic, Manifests, items, list, read_bytes, read_file};
+use hanse_api::admin_network_policy::{BASELINE_KIND, Unconvertible, is_convertible, to_cluster_network_policy};
+use hanse_api::cluster_network_policy::{API_VERSION as CLUSTER_API_VERSION, KIND as CLUSTER_KIND};
+use hanse_api::document::{self, Locator, Node};
+use hanse_api::field::FieldError;
+use hanse_api::manifest::{self, Diagnostic, Manifests, items, list, read_bytes, read_file};
 use serde_json::Value;
 
 use crate::output;

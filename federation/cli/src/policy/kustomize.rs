@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use hanse_k8s_api::assemble::rivals::build_with_kustomize;
-use hanse_k8s_api::document::{self, Node};
-use hanse_k8s_api::manifest::{Diagnostic, Manifests, NotObject, read_file};
+use hanse_api::assemble::rivals::build_with_kustomize;
+use hanse_api::document::{self, Node};
+use hanse_api::manifest::{Diagnostic, Manifests, NotObject, read_file};
 
 const GROUP: &str = "kustomize.config.k8s.io";
 /// The names under which `kustomize` looks for its file.
@@ -69,7 +69,7 @@ pub fn explain(read: &mut Manifests) {
     let (found, rest) =
         std::mem::take(&mut read.skipped).into_iter().partition(|it| of_kustomize(&it.object.api_version));
     read.skipped = rest;
-    let found: Vec<hanse_k8s_api::Skipped> = found;
+    let found: Vec<hanse_api::Skipped> = found;
     read.diagnostics.extend(found.into_iter().map(|it| Diagnostic {
         start: it.place.line,
         message: message(&it.place.file),

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use anyhow::bail;
 use clap::ValueEnum;
-use hanse_k8s_api::document::{self, Node};
-use hanse_k8s_api::manifest::{Diagnostic, Place, read_file};
+use hanse_api::document::{self, Node};
+use hanse_api::manifest::{Diagnostic, Place, read_file};
 use hanse_policy::evaluate::Direction;
 use hanse_policy::lint::{About, CHECKS, Finding, NEEDING_PODS, Severity, lint, rules_left_out, without_pods};
 use hanse_policy::model::{ClusterName, Phase};

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::bail;
-use hanse_k8s_api::assemble::{overlapping_grants, rivals, rules_left_out};
-use hanse_k8s_api::hanse::{Grants, Member};
-use hanse_k8s_api::manifest::{Diagnostic, Manifests, Place};
-use hanse_k8s_api::{assemble_federation, assemble_offline};
+use hanse_api::assemble::{overlapping_grants, rivals, rules_left_out};
+use hanse_api::hanse::{Grants, Member};
+use hanse_api::manifest::{Diagnostic, Manifests, Place};
+use hanse_api::{assemble_federation, assemble_offline};
 use hanse_policy::evaluate::Direction;
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicyId, PolicySet, TierId};

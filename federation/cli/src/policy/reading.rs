@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use hanse_k8s_api::kind::other_system;
-use hanse_k8s_api::manifest::{Diagnostic, Manifests, Skipped, list, read_files, read_stdin};
-use hanse_k8s_api::network_policy::is_dns_label;
+use hanse_api::kind::other_system;
+use hanse_api::manifest::{Diagnostic, Manifests, Skipped, list, read_files, read_stdin};
+use hanse_api::network_policy::is_dns_label;
 
 use super::kustomize;
 

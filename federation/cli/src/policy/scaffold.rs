@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
-use hanse_k8s_api::manifest::{Manifests, read_bytes};
+use hanse_api::manifest::{Manifests, read_bytes};
 
 use super::load::described;
 use crate::output;

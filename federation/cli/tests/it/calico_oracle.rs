@@ -11,9 +11,9 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use hanse_api::assemble_cluster;
+use hanse_api::manifest::{Manifests, read_bytes};
 use hanse_compiler::{Input, compile};
-use hanse_k8s_api::assemble_cluster;
-use hanse_k8s_api::manifest::{Manifests, read_bytes};
 use hanse_policy::evaluate::{End, Query, Verdict, View, evaluate};
 use hanse_policy::inventory::{EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicySet};

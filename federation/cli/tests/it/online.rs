@@ -6,8 +6,8 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use hanse_hub::server::{Hub, Options, init};
+use hanse_identity::TrustDomain;
 use hanse_member::registration::MemberIdentity;
-use hanse_runtime::TrustDomain;
 use hanse_runtime::shutdown::Shutdown;
 use serde_json::Value;
 
@@ -60,7 +60,7 @@ impl World {
         let data = folder.path().join("hub");
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("tokio");
-        hanse_runtime::tls::install_provider();
+        hanse_identity::tls::install_provider();
         let shutdown = Shutdown::default();
         let any = "127.0.0.1:0".parse().expect("an address");
         let domain = TrustDomain::new("hanse.test").expect("a domain");
@@ -379,7 +379,7 @@ fn a_cluster_that_was_revoked_joins_again_and_its_agents_still_know_it() {
     let folder = world.folder.path().join("train");
     let keys = || {
         ["member.pem", "intermediate.pem"]
-            .map(|file| hanse_runtime::keys::Credentials::read_file(&folder.join(file)).expect("a key").key.public())
+            .map(|file| hanse_identity::keys::Credentials::read_file(&folder.join(file)).expect("a key").key.public())
     };
     let before = keys();
     let revoked = world.hanse(&["cluster", "revoke", "train", "-o", "json"]).json();

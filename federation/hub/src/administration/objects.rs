@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, stream};
+use hanse_identity::Identity;
+use hanse_identity::spiffe::check_subdomain;
 use hanse_proto::federation::v1 as wire;
-use hanse_runtime::Identity;
-use hanse_runtime::identity::check_subdomain;
 use hanse_store::{Revision, Transaction};
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Status, Streaming};

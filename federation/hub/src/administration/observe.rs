@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use hanse_identity::Identity;
+use hanse_identity::tls::Peer;
 use hanse_proto::federation::v1 as wire;
-use hanse_runtime::Identity;
 use hanse_runtime::supervisor::caught;
-use hanse_runtime::tls::Peer;
 use prost::Message as _;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tonic::Status;

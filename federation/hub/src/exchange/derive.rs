@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hanse_k8s_api::hanse::{ClusterLabels, EXISTING_TIER, FederatedNetworkPolicy, resolve_clusters, select_clusters};
-use hanse_k8s_api::manifest::Object;
+use hanse_api::hanse::{ClusterLabels, EXISTING_TIER, FederatedNetworkPolicy, resolve_clusters, select_clusters};
+use hanse_api::manifest::Object;
 use hanse_policy::interest::{self, Wanted};
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::{ClusterName, ClusterScope, Phase};

@@ -9,14 +9,14 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use hanse_identity::Identity;
+use hanse_identity::instances::Instance;
+use hanse_identity::tls::{peer, peer_identity};
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_server::Exchange as Wire;
-use hanse_runtime::Identity;
-use hanse_runtime::instances::Instance;
 use hanse_runtime::metrics::Metrics;
 use hanse_runtime::supervisor::caught;
-use hanse_runtime::tls::{peer, peer_identity};
 use hanse_store::Revision;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prost::Message as _;

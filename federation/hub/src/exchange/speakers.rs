@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use hanse_identity::instances::{Instance, Instances};
 use hanse_policy::model::ClusterName;
-use hanse_runtime::instances::{Instance, Instances};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use hanse_identity::Identity;
+use hanse_identity::keys::Certificate;
 use hanse_policy::inventory::Labels;
-use hanse_runtime::Identity;
-use hanse_runtime::keys::Certificate;
 use hanse_store::{Change, Entry, Event, Listing, Revision, Transaction};
 
 use super::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};

@@ -131,7 +131,7 @@ async fn an_administrator_is_always_left_and_denials_do_not_fill_the_audit() {
     let request = |roles| wire::CreateUserRequest {
         name: "admin".to_owned(),
         roles: vec![wire::Role { role: Some(roles) }],
-        request: hanse_runtime::keys::Key::generate().unwrap().request().unwrap().into(),
+        request: hanse_identity::keys::Key::generate().unwrap().request().unwrap().into(),
     };
     let refused = admin.create_user(request(Role::Viewer(wire::Viewer {}))).await;
     assert_eq!(code(refused), Some(Code::FailedPrecondition), "the last administrator becomes a viewer");

@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use hanse_api::hanse::EXISTING_TIER;
 use hanse_hub::exchange::core::{Exchange, PublishId, ReceiverId};
 use hanse_hub::exchange::derive::{Deriver, UNREADABLE};
 use hanse_hub::exchange::model::{ClusterState, Federation, Lease, ManifestKind, Position};
 use hanse_hub::grants::MemberCluster;
 use hanse_hub::registry::{Clock, Registry};
-use hanse_k8s_api::hanse::EXISTING_TIER;
 use hanse_policy::interest::Wanted;
 use hanse_policy::inventory::Labels;
 use hanse_proto::federation::v1 as pb;

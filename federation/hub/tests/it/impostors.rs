@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use hanse_proto::federation::v1 as wire;
-use hanse_proto::federation::v1::administration_client::AdministrationClient;
-use hanse_runtime::ca::Ca;
-use hanse_runtime::keys::{Certificate, Credentials, Key};
-use hanse_runtime::tls::{
+use hanse_identity::ca::Ca;
+use hanse_identity::keys::{Certificate, Credentials, Key};
+use hanse_identity::tls::{
     Connections, CredentialStore, IncomingLimits, ServerTls, TlsClient, Trust, http2_server, incoming,
 };
-use hanse_runtime::{Identity, TrustDomain};
+use hanse_identity::{Identity, TrustDomain};
+use hanse_proto::federation::v1 as wire;
+use hanse_proto::federation::v1::administration_client::AdministrationClient;
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;

@@ -4,14 +4,14 @@ use std::time::{Duration, SystemTime};
 
 use hanse_hub::authority::Lifetimes;
 use hanse_hub::registry::ClusterState;
+use hanse_identity::Identity;
+use hanse_identity::keys::{Credentials, Fingerprint, Key};
+use hanse_identity::tls::{PinnedRoot, TlsClient};
+use hanse_identity::token::{Token, TokenKind};
 use hanse_member::registration::{MemberIdentity, RegistrationError};
 use hanse_proto::federation::v1 as wire;
 use hanse_proto::federation::v1::registration_client::RegistrationClient;
 use hanse_proto::federation::v1::renewal_client::RenewalClient;
-use hanse_runtime::Identity;
-use hanse_runtime::keys::{Credentials, Fingerprint, Key};
-use hanse_runtime::tls::{PinnedRoot, TlsClient};
-use hanse_runtime::token::{Token, TokenKind};
 
 use crate::support::{SOON, TestHub, apply, eventually, is_served, join, open, policy};
 

@@ -5,9 +5,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, SystemTime};
 
+use hanse_identity::keys::Credentials;
+use hanse_identity::token::{Token, TokenKind};
 use hanse_proto::federation::v1 as wire;
-use hanse_runtime::keys::Credentials;
-use hanse_runtime::token::{Token, TokenKind};
 
 use crate::support::{Admin, SOON, apply, connect, is_served, join, open, policy};
 

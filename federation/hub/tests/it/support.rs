@@ -8,13 +8,13 @@ use std::time::{Duration, SystemTime};
 use hanse_hub::authority::Lifetimes;
 use hanse_hub::registry::Clock;
 use hanse_hub::server::{Hub, Options, init};
+use hanse_identity::keys::{Certificate, Credentials, Key};
+use hanse_identity::tls::{CredentialStore, TlsClient, Trust};
+use hanse_identity::{Identity, TrustDomain};
 use hanse_member::registration::{MemberIdentity, RegistrationError};
 use hanse_proto::federation::v1 as wire;
 use hanse_proto::federation::v1::administration_client::AdministrationClient;
-use hanse_runtime::keys::{Certificate, Credentials, Key};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::tls::{CredentialStore, TlsClient, Trust};
-use hanse_runtime::{Identity, TrustDomain};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hanse_k8s_api::assemble::Changed;
+use hanse_api::assemble::Changed;
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointKind, Labels, NamedPort};
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::limits::MAX_NUMBER;
@@ -501,8 +501,8 @@ pub(crate) fn octets(address: &std::net::IpAddr) -> Bytes {
 mod tests {
     use std::path::Path;
 
-    use hanse_k8s_api::assemble::Assembly;
-    use hanse_k8s_api::manifest::{Manifests, read_bytes};
+    use hanse_api::assemble::Assembly;
+    use hanse_api::manifest::{Manifests, read_bytes};
 
     use super::*;
 

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hanse_k8s_api::hanse::EXISTING_TIER;
+use hanse_api::hanse::EXISTING_TIER;
 use hanse_policy::interest;
 use hanse_policy::inventory::{Endpoint, EndpointId, Labels};
 use hanse_policy::model::ClusterName;

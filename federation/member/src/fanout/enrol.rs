@@ -5,15 +5,14 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use hanse_identity::Identity;
+use hanse_identity::keys::{Fingerprint, RequestedKey};
+use hanse_identity::spiffe::check_subdomain;
+use hanse_identity::tls::peer;
+use hanse_identity::token::{Token, TokenError, TokenKind};
 use hanse_proto::agent::v1 as wire;
-use hanse_runtime::Identity;
-use hanse_runtime::agent_wire;
 use hanse_runtime::files::{private_folder, write_atomic};
-use hanse_runtime::identity::check_subdomain;
-use hanse_runtime::keys::{Fingerprint, RequestedKey};
 use hanse_runtime::moment::{from_seconds, seconds};
-use hanse_runtime::tls::peer;
-use hanse_runtime::token::{Token, TokenError, TokenKind};
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status};
 
@@ -262,7 +261,7 @@ impl wire::enrolment_server::Enrolment for Service {
             None => tracing::warn!(node, "node enrolled, of which the source knows nothing"),
         }
         let ranges = ranges.map_or(&[][..], |ranges| &ranges[..ranges.len().min(MAX_POD_RANGES)]);
-        Ok(Response::new(wire::EnrolResponse { pod_ranges: agent_wire::nets(ranges), ..answer }))
+        Ok(Response::new(wire::EnrolResponse { pod_ranges: hanse_protocol::nets(ranges), ..answer }))
     }
 
     async fn renew_late(
@@ -307,7 +306,7 @@ pub fn issue(
 
 #[cfg(test)]
 mod tests {
-    use hanse_runtime::keys::Key;
+    use hanse_identity::keys::Key;
 
     use super::*;
     use crate::fanout::tests::joined;

@@ -22,8 +22,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use hanse_identity::keys::Fingerprint;
 use hanse_runtime::files::{hold, private_folder, write_atomic};
-use hanse_runtime::keys::Fingerprint;
 use hanse_runtime::moment::{from_seconds, seconds};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};

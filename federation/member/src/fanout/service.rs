@@ -4,15 +4,15 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use hanse_identity::Identity;
+use hanse_identity::instances::Instance;
+use hanse_identity::keys::{Fingerprint, RequestedKey};
+use hanse_identity::tls::{peer, peer_identity};
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::federation::v1::UnenforcedPod;
+use hanse_protocol::{encode, generation, parse_digest, parse_generation};
 use hanse_ruleset::{Delta, Digest};
-use hanse_runtime::Identity;
-use hanse_runtime::agent_wire::{encode, generation, parse_digest, parse_generation};
-use hanse_runtime::instances::Instance;
-use hanse_runtime::keys::{Fingerprint, RequestedKey};
 use hanse_runtime::supervisor::caught;
-use hanse_runtime::tls::{peer, peer_identity};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -340,7 +340,7 @@ mod tests {
             let place = target.place;
             let ack = wire::Ack {
                 generation: Some(generation(place.generation)),
-                digest: hanse_runtime::agent_wire::digest(target.node.digest),
+                digest: hanse_protocol::digest(target.node.digest),
                 revisions: Some(wire::Revisions { hub: place.hub_revision, local: place.local_revision }),
                 failed: failed.to_owned(),
                 probe: probe.to_owned(),

@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use hanse_k8s_api::assemble::{ClusterState, assemble_cluster, assemble_federation};
-use hanse_k8s_api::hanse::{Member, select_clusters};
-use hanse_k8s_api::manifest::{Manifest as Written, Manifests, Object, read_bytes};
+use hanse_api::assemble::{ClusterState, assemble_cluster, assemble_federation};
+use hanse_api::hanse::{Member, select_clusters};
+use hanse_api::manifest::{Manifest as Written, Manifests, Object, read_bytes};
 use hanse_policy::evaluate::{End, Query, Verdict, View, evaluate};
 use hanse_policy::inventory::{EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicySet};

@@ -4,8 +4,8 @@
 //! `hanse-node.v1`. The fingerprint lets the newcomer recognise the hub, or its member; the secret lets these recognise the
 //! newcomer. They keep only the secret's hash.
 
-use crate::identity::{TrustDomain, check_label};
 use crate::keys::Fingerprint;
+use crate::spiffe::{TrustDomain, check_label};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use zeroize::Zeroizing;

@@ -19,8 +19,8 @@ use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 
 use super::server::host_of;
-use crate::identity::Identity;
 use crate::keys::Certificate;
+use crate::spiffe::Identity;
 
 /// The other end of a connection. Every request of a server built on [`super::incoming`] carries it as an extension.
 #[derive(Debug, Clone)]

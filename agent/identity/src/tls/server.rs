@@ -518,7 +518,7 @@ mod tests {
         use tokio::net::TcpSocket;
 
         use crate::ca::Ca;
-        use crate::identity::{Identity, TrustDomain};
+        use crate::spiffe::{Identity, TrustDomain};
         use crate::tls::{PinnedRoot, TlsClient};
         let hour = Duration::from_secs(3_600);
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
@@ -572,7 +572,7 @@ mod tests {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
         use crate::ca::Ca;
-        use crate::identity::{Identity, TrustDomain};
+        use crate::spiffe::{Identity, TrustDomain};
         let hour = Duration::from_secs(3_600);
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
         let own = CredentialStore::new(ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap()).unwrap();
@@ -599,7 +599,7 @@ mod tests {
         use tokio::io::AsyncWriteExt as _;
 
         use crate::ca::Ca;
-        use crate::identity::{Identity, TrustDomain};
+        use crate::spiffe::{Identity, TrustDomain};
         let hour = Duration::from_secs(3_600);
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
         let own = ca.issue_credentials(&Identity::Hub, hour, SystemTime::now()).unwrap();
@@ -626,7 +626,7 @@ mod tests {
         use tokio_stream::StreamExt as _;
 
         use crate::ca::Ca;
-        use crate::identity::{Identity, TrustDomain};
+        use crate::spiffe::{Identity, TrustDomain};
         use crate::tls::TlsClient;
         let hour = Duration::from_secs(3_600);
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
@@ -660,7 +660,7 @@ mod tests {
     #[tokio::test]
     async fn one_identity_takes_few_of_the_places() {
         use crate::ca::Ca;
-        use crate::identity::{Identity, TrustDomain};
+        use crate::spiffe::{Identity, TrustDomain};
         use crate::tls::TlsClient;
         let hour = Duration::from_secs(3_600);
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
@@ -704,7 +704,7 @@ mod tests {
         use std::sync::Mutex;
 
         use crate::ca::Ca;
-        use crate::identity::{Identity, TrustDomain};
+        use crate::spiffe::{Identity, TrustDomain};
         use crate::tls::{PinnedRoot, TlsClient};
         let hour = Duration::from_secs(3_600);
         let [former, newest] =
@@ -734,7 +734,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_without_a_certificate_is_short_and_one_of_few() {
         use crate::ca::Ca;
-        use crate::identity::{Identity, TrustDomain};
+        use crate::spiffe::{Identity, TrustDomain};
         use crate::tls::{PinnedRoot, TlsClient};
         let hour = Duration::from_secs(3_600);
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
@@ -780,7 +780,7 @@ mod tests {
         use tokio::net::TcpSocket;
 
         use crate::ca::Ca;
-        use crate::identity::{Identity, TrustDomain};
+        use crate::spiffe::{Identity, TrustDomain};
         use crate::tls::{PinnedRoot, TlsClient};
         let hour = Duration::from_secs(3_600);
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();
@@ -830,7 +830,7 @@ mod tests {
         use tokio::net::TcpSocket;
 
         use crate::ca::Ca;
-        use crate::identity::{Identity, TrustDomain};
+        use crate::spiffe::{Identity, TrustDomain};
         use crate::tls::TlsClient;
         let hour = Duration::from_secs(3_600);
         let ca = Ca::root(&TrustDomain::new("hanse.test").unwrap(), hour, SystemTime::now()).unwrap();

@@ -12,7 +12,7 @@ mod workloads;
 
 /// The fields that reading `text` complains of, in their order.
 fn refusals(text: &str) -> Vec<String> {
-    let mut read = hanse_k8s_api::Manifests::default();
-    hanse_k8s_api::read_bytes(&"file.yaml".into(), text.as_bytes(), &mut read);
+    let mut read = hanse_api::Manifests::default();
+    hanse_api::read_bytes(&"file.yaml".into(), text.as_bytes(), &mut read);
     read.diagnostics.into_iter().map(|diagnostic| diagnostic.field).collect()
 }

@@ -22,8 +22,8 @@ use super::connection::{BoundedStream, CountedSocket, Peer, STALLED};
 use super::server::key_exchange;
 use super::verify::{algorithms, verify_directly};
 use super::{ALPN, CredentialStore, Presents, Trust, VERSIONS, provider};
-use crate::identity::Identity;
 use crate::keys::{Certificate, Fingerprint, KeyError};
+use crate::spiffe::Identity;
 
 /// Opening a connection, with its handshake, takes at most this long.
 const CONNECT_TIME: Duration = Duration::from_secs(10);
@@ -261,7 +261,7 @@ mod tests {
 
     use super::*;
     use crate::ca::Ca;
-    use crate::identity::TrustDomain;
+    use crate::spiffe::TrustDomain;
 
     #[test]
     fn a_newcomer_takes_only_whom_it_expects_of_the_authority_whose_hash_it_knows() {
@@ -357,7 +357,7 @@ mod tests {
             assert_eq!(is_passing, passing, "{text}");
         }
         let (text, _) = said(&hub, &late).await;
-        let ended = crate::moment::rfc3339(now - hour);
+        let ended = hanse_runtime::moment::rfc3339(now - hour);
         assert!(text.contains(&format!("ended at {ended}")) && text.contains("this machine's clock says 2"), "{text}");
         for client in [&hub, &pinned(&root)] {
             let address = if std::ptr::eq(client, &hub) { &main } else { &joining };

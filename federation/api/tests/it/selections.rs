@@ -1,7 +1,7 @@
 //! What the selectors of a rule's end become: one selection of which one object must meet all parts, in every kind that has
 //! Calico's rules, at both ends and in both directions.
 
-use hanse_k8s_api::{Manifests, assemble_cluster, assemble_federation, read_bytes};
+use hanse_api::{Manifests, assemble_cluster, assemble_federation, read_bytes};
 use hanse_policy::model::{EntityMatch, Policy, Selection};
 
 const KINDS: [(&str, &str); 5] = [

@@ -11,8 +11,8 @@ use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, SignatureScheme};
 
 use super::provider;
-use crate::identity::{Identity, TrustDomain};
 use crate::keys::{Certificate, KeyError};
+use crate::spiffe::{Identity, TrustDomain};
 
 /// Whose certificates may be presented.
 pub type Accept = Arc<dyn Fn(&Identity) -> bool + Send + Sync>;

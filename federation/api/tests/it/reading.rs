@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use hanse_k8s_api::{Manifests, assemble_cluster, assemble_federation, read_bytes, read_dir};
+use hanse_api::{Manifests, assemble_cluster, assemble_federation, read_bytes, read_dir};
 use hanse_policy::model::{ClusterScope, Phase};
 use proptest::prelude::*;
 
@@ -14,7 +14,7 @@ fn read(text: &str) -> Manifests {
 }
 
 fn complaints(read: &Manifests) -> Vec<String> {
-    let line = |diagnostic: &hanse_k8s_api::Diagnostic| {
+    let line = |diagnostic: &hanse_api::Diagnostic| {
         format!("{}:{} {}: {}", diagnostic.place.file, diagnostic.place.line, diagnostic.field, diagnostic.message)
     };
     read.diagnostics.iter().map(line).collect()
@@ -85,7 +85,7 @@ fn a_directory_is_listed_once_whatever_links_lead_to_it() {
     let unread: Vec<PathBuf> = read.diagnostics.iter().map(|it| (*it.place.file).into()).collect();
     assert_eq!(unread, [root.join("dangling.yaml"), root.join("mount-1.0")]);
     let mut deep = root.to_owned();
-    for _ in 0..=hanse_k8s_api::manifest::MAX_DIRECTORY_DEPTH {
+    for _ in 0..=hanse_api::manifest::MAX_DIRECTORY_DEPTH {
         deep.push("d");
     }
     std::fs::create_dir_all(&deep).expect("made");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hanse_k8s_api::{Manifests, assemble_cluster, read_bytes};
+use hanse_api::{Manifests, assemble_cluster, read_bytes};
 use hanse_policy::model::{Policy, Port, Protocol};
 
 fn policy(spec: &str) -> Result<Policy, Vec<String>> {

@@ -5,8 +5,8 @@ use std::fmt::Debug;
 use std::path::Path;
 use std::sync::Arc;
 
-use hanse_k8s_api::assemble::{Assembly, Changed, ClusterState};
-use hanse_k8s_api::{Manifest, Manifests, read_bytes};
+use hanse_api::assemble::{Assembly, Changed, ClusterState};
+use hanse_api::{Manifest, Manifests, read_bytes};
 use proptest::prelude::*;
 
 /// Few names, nodes and addresses, so that objects meet: under one key, at one address, on one node.

@@ -4,8 +4,8 @@
 //! (`backend/syncersv1/updateprocessors/rules.go`, `api/pkg/lib/numorstring`), and Felix's reading of it
 //! (`felix/calc/policy_sorter.go`, `felix/rules`).
 
-use hanse_k8s_api::manifest::{Manifests, read_bytes};
-use hanse_k8s_api::{Object, assemble_cluster};
+use hanse_api::manifest::{Manifests, read_bytes};
+use hanse_api::{Object, assemble_cluster};
 use hanse_policy::inventory::Cluster;
 use hanse_policy::model::{Action, Layer, Order, Policy, Port, Protocol, StagedAction, TierDefault};
 

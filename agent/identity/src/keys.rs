@@ -17,8 +17,8 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
 use crate::ca::EARLY_START;
-use crate::files;
-use crate::identity::{Identity, IdentityError, TrustDomain, split_uri};
+use crate::spiffe::{Identity, IdentityError, TrustDomain, split_uri};
+use hanse_runtime::files;
 
 /// Largest certificate or request that is parsed, in bytes. Ours are below 1 KiB.
 pub const MAX_DER_BYTES: usize = 8 * 1024;

@@ -12,8 +12,8 @@ use rcgen::{
 };
 use rustls_pki_types::CertificateDer;
 
-use crate::identity::{Identity, TrustDomain};
 use crate::keys::{Certificate, Credentials, Key, KeyError, RequestedKey};
+use crate::spiffe::{Identity, TrustDomain};
 
 /// Validity starts this much early, so that a clock which is slow by less does not refuse a new certificate.
 pub const EARLY_START: Duration = Duration::from_secs(300);

@@ -76,7 +76,7 @@ fn main() -> ExitCode {
 
 fn read(path: &Path, objects: &str) {
     let start = Instant::now();
-    let read = hanse_k8s_api::read_dir(path).expect("readable");
+    let read = hanse_api::read_dir(path).expect("readable");
     let seconds = start.elapsed().as_secs_f64();
     assert_eq!(read.objects.len().to_string(), objects, "{:?}", read.diagnostics.first());
     assert_eq!(read.diagnostics.is_empty(), objects != "0", "{:?}", read.diagnostics.first());

@@ -146,7 +146,7 @@ fn rules() {
 /// What this version does not know makes the rule unknown, in every part of it that may grow.
 #[test]
 fn a_part_that_is_not_known_is_not_taken_for_nothing() {
-    use hanse_k8s_api::{Manifests, assemble_cluster, read_bytes};
+    use hanse_api::{Manifests, assemble_cluster, read_bytes};
     for (rule, is_known) in [
         ("{action: Accept, to: [{namespaces: {}}]}", true),
         ("{action: Accept, to: [{more: {}}]}", false),

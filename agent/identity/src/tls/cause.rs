@@ -7,7 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use rustls::pki_types::UnixTime;
 use rustls::{AlertDescription, CertificateError, Error, OtherError};
 
-use crate::moment::rfc3339;
+use hanse_runtime::moment::rfc3339;
 
 /// What went wrong below HTTP/2.
 #[derive(Debug, thiserror::Error)]

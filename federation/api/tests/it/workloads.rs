@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use hanse_k8s_api::{Manifests, Offline, assemble_cluster, assemble_offline, read_bytes};
+use hanse_api::{Manifests, Offline, assemble_cluster, assemble_offline, read_bytes};
 use hanse_policy::inventory::{Backend, EffectiveLabels, EndpointKind, Stopped};
 use hanse_policy::selector::{Label, LabelLookup as _};
 
