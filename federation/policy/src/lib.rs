@@ -12,5 +12,6 @@ pub mod model;
 pub mod placement;
 pub mod prepared;
 pub mod selector;
+pub mod slab;
 pub mod tri;
 pub mod workload;
