@@ -114,6 +114,6 @@ fn read(directory: &Path) -> anyhow::Result<Manifests> {
     let manifests = read_dir(directory).with_context(|| format!("read {}", directory.display()))?;
     match manifests.diagnostics.first() {
         None => Ok(manifests),
-        Some(first) => bail!("{}:{}: {}", first.place.file, first.place.line, first.message),
+        Some(first) => bail!("{}:{}: {}", first.location.file, first.location.line, first.message),
     }
 }

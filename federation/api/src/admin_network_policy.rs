@@ -9,9 +9,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::cluster_network_policy;
-use crate::document::{Node, Notes, UnknownField};
-use crate::field::FieldError;
-use crate::manifest::typed;
+use crate::decode::typed;
+use crate::document::{Node, Notes};
+use crate::field::{FieldError, UnknownField};
 
 pub const API_VERSION: &str = "policy.networking.k8s.io/v1alpha1";
 pub const KIND: &str = "AdminNetworkPolicy";

@@ -9,13 +9,17 @@ use hanse_policy::model::{
 use hanse_policy::selector::{Selector, build};
 use serde::Deserialize;
 
+use crate::decode::{null_as_default, typed};
+use crate::diagnostic::Reference;
 use crate::document::Node;
 use crate::field::{Errors, FieldError, Path};
-use crate::hanse::{TIER_NAME_RULE, check_order, check_part_name, convert_default_action};
-use crate::kubernetes::{Metadata, null_as_default};
-use crate::manifest::{Reference, typed};
-use crate::metadata::{NAME_RULE, check_metadata};
-use crate::network_policy::{self, EgressRule, IngressRule, LabelSelector, is_subdomain, peers_scope};
+use crate::label_selector::LabelSelector;
+use crate::metadata::{Metadata, check_metadata};
+use crate::names::{NAME_RULE, is_subdomain};
+use crate::network_policy::{self, EgressRule, IngressRule};
+use crate::policy_fields::{
+    TIER_NAME_RULE, check_order, check_part_name, convert_default_action, convert_types, peers_scope,
+};
 use crate::rule::{self, Context, RuleSpec, RulesOf};
 
 pub const API_VERSION: &str = "projectcalico.org/v3";
@@ -332,43 +336,6 @@ fn convert_tier(tier: &Resource<TierSpec>, errors: &mut Errors) -> model::Tier {
         (order, default) = (Some(*fixed), *action);
     }
     model::Tier { id, order: Order(order), default }
-}
-
-/// `types` with Calico's defaults where there is none: whether the policy is of ingress, and of egress. A stored policy
-/// without types is of both; Calico reads those that it has in any case, and passes over others.
-pub fn convert_types(
-    types: Option<&[String]>,
-    has_ingress: bool,
-    has_egress: bool,
-    path: &Path<'_>,
-    errors: &mut Errors,
-) -> (bool, bool) {
-    if errors.is_stored() {
-        let types = types.unwrap_or_default();
-        let is_of = |name: &str| types.is_empty() || types.iter().any(|it| it.eq_ignore_ascii_case(name));
-        return (is_of("Ingress"), is_of("Egress"));
-    }
-    let Some(types) = types else {
-        return (has_ingress || !has_egress, has_egress);
-    };
-    if types.is_empty() {
-        errors.add(path, "is empty: name Ingress, Egress or both, or leave it out");
-    }
-    let mut of = (false, false);
-    for (index, name) in types.iter().enumerate() {
-        let seen = match name.as_str() {
-            "Ingress" => &mut of.0,
-            "Egress" => &mut of.1,
-            other => {
-                errors.add(&path.index(index), format!("\"{other}\" is neither Ingress nor Egress"));
-                continue;
-            }
-        };
-        if std::mem::replace(seen, true) {
-            errors.add(&path.index(index), format!("{name} stands twice"));
-        }
-    }
-    of
 }
 
 /// In a stored object an action that is not known is Set.

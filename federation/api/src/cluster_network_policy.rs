@@ -19,11 +19,13 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::assemble::NodeInfo;
+use crate::address::parse_net;
+use crate::decode::null_as_default;
 use crate::field::{Errors, NOT_KNOWN, Path};
-use crate::kubernetes::{Metadata, null_as_default};
-use crate::metadata::check_metadata;
-use crate::network_policy::{LabelSelector, parse_net, peers_scope, written_fields, written_peer};
+use crate::kubernetes::NodeInfo;
+use crate::label_selector::{LabelSelector, written_fields, written_peer};
+use crate::metadata::{Metadata, check_metadata};
+use crate::policy_fields::peers_scope;
 
 /// Bounds of the API's schema.
 pub const API_VERSION: &str = "policy.networking.k8s.io/v1alpha2";

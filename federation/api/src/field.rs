@@ -2,7 +2,14 @@
 
 use std::fmt::Display;
 
-use crate::document::UnknownField;
+/// A field of an object: where its key is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnknownField {
+    pub path: String,
+    pub name: String,
+    /// What the type has in its place.
+    pub known: &'static [&'static str],
+}
 
 /// What is wrong with one field; `path` is as an API server writes it, `spec.ingress[0].ports[1].port`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

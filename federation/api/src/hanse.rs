@@ -3,18 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant};
-use hanse_policy::model::{
-    self, ClusterName, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, TierDefault, TierId,
-};
+use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant, Labels};
+use hanse_policy::model::{self, ClusterName, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, TierId};
 use hanse_policy::selector::{Expr, Selector, build};
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use crate::address::parse_net;
+use crate::decode::null_as_default;
 use crate::field::{Errors, Path};
-use crate::kubernetes::{Map, Metadata, null_as_default};
-use crate::metadata::{check_labels, check_metadata};
-use crate::network_policy::{is_dns_label, is_subdomain, parse_net};
+use crate::metadata::{Metadata, check_labels, check_metadata};
+use crate::names::is_dns_label;
+use crate::policy_fields::{TIER_NAME_RULE, check_order, check_part_name, convert_default_action, convert_types};
 use crate::rule::{self, Context, RuleSpec, RulesOf};
 
 pub const GROUP: &str = "hanse.dev";
@@ -109,7 +109,7 @@ pub struct NetworkSetSpec {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct MemberClusterSpec {
     #[serde(default, deserialize_with = "null_as_default")]
-    pub labels: Map,
+    pub labels: Labels,
     #[serde(default, deserialize_with = "null_as_default")]
     pub grants: GrantsSpec,
     /// `Pass` (the default): a federated Allow leaves to the cluster's own tiers. `Final`: it ends.
@@ -176,13 +176,13 @@ pub const DEFAULT_MAX_UPDATES_PER_SECOND: u64 = 10_000;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Member {
     pub name: ClusterName,
-    pub labels: Map,
+    pub labels: Labels,
     pub grants: Grants,
     pub federated_allow_final: bool,
 }
 
 /// The labels by which clusters are selected: those of their MemberCluster, and `hanse.dev/cluster` with their name.
-pub type ClusterLabels = BTreeMap<ClusterName, Map>;
+pub type ClusterLabels = BTreeMap<ClusterName, Labels>;
 
 /// Label keys with this prefix are the hub's own.
 pub const RESERVED_PREFIX: &str = "hanse.dev/";
@@ -205,7 +205,7 @@ pub fn resolve_clusters(selector: Option<&Selector>, clusters: &ClusterLabels) -
 
 /// The clusters that a selector selects.
 pub fn select_clusters(selector: &Selector, clusters: &ClusterLabels) -> BTreeSet<ClusterName> {
-    let selects = |(name, labels): (&ClusterName, &Map)| {
+    let selects = |(name, labels): (&ClusterName, &Labels)| {
         let mut labels = labels.clone();
         labels.insert(CLUSTER_NAME_LABEL.into(), name.clone());
         (selector.expr.evaluate(&labels) == hanse_policy::tri::Tri::Yes).then(|| name.clone())
@@ -255,7 +255,7 @@ impl FederatedNetworkPolicy {
             .into_iter()
             .flatten(),
         );
-        let (ingress, egress) = crate::calico::convert_types(
+        let (ingress, egress) = convert_types(
             spec.types.as_deref(),
             !spec.ingress.is_empty(),
             !spec.egress.is_empty(),
@@ -313,22 +313,6 @@ fn check_global_metadata(metadata: &Metadata, errors: &mut Errors) {
     }
 }
 
-pub const TIER_NAME_RULE: &str = "a tier is named by at most 63 of a-z 0-9 -, without dots";
-
-/// A name of one part. One that is missing, or no name at all, is complained of with the other metadata.
-pub fn check_part_name(name: &str, rule: &str, errors: &mut Errors) {
-    if is_subdomain(name) && !is_dns_label(name) {
-        errors.add(&Path::Root("metadata.name"), rule);
-    }
-}
-
-/// An order is a number: JSON has no NaN, but a very large one reads as infinite.
-pub fn check_order(order: Option<f64>, spec: &Path<'_>, errors: &mut Errors) {
-    if order.is_some_and(|order| !order.is_finite()) {
-        errors.add(&spec.field("order"), "is not a finite number");
-    }
-}
-
 impl Tier {
     pub fn convert(&self, errors: &mut Errors) -> model::Tier {
         check_global_metadata(&self.metadata, errors);
@@ -347,17 +331,6 @@ impl Tier {
             id: TierId { phase, name: self.metadata.name.as_str().into() },
             order: Order(self.spec.order),
             default: convert_default_action(self.spec.default_action.as_deref(), &path.field("defaultAction"), errors),
-        }
-    }
-}
-
-pub fn convert_default_action(text: Option<&str>, path: &Path<'_>, errors: &mut Errors) -> TierDefault {
-    match text {
-        None | Some("Deny") => TierDefault::Deny,
-        Some("Pass") => TierDefault::Pass,
-        Some(other) => {
-            errors.add(path, format!("\"{other}\" is neither Deny nor Pass"));
-            TierDefault::Deny
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use crate::admin_network_policy;
 use crate::calico;
+use crate::diagnostic::Reference;
 use crate::field::FieldError;
 use crate::hanse;
-use crate::manifest::Reference;
 
 /// Every kind that is read, but for Calico's.
 const READ: [(&str, &str); 12] = [

@@ -1,71 +1,16 @@
 //! The Kubernetes objects that make up the inventory, with the fields that policy needs. Other fields are left alone, so
 //! that an object of a newer API server is read as well.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, NamedPort};
+use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Labels, NamedPort};
 use serde::Deserialize;
 
+use crate::address::{parse_address, parse_block, protocol_number};
+use crate::decode::null_as_default;
 use crate::field::{Errors, Path};
-use crate::metadata::check_metadata;
-use crate::network_policy::parse_block;
-use crate::workload::owner_name;
-
-pub type Map = BTreeMap<Arc<str>, Arc<str>>;
-
-/// `null` counts as absent, as an API server has it.
-pub(crate) fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
-where
-    D: serde::Deserializer<'de>,
-    T: Deserialize<'de> + Default,
-{
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Metadata {
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub name: String,
-    pub namespace: Option<Arc<str>>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub labels: Map,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub annotations: Map,
-    /// RFC 3339; what "newest" goes by.
-    pub creation_timestamp: Option<Arc<str>>,
-    pub deletion_timestamp: Option<Arc<str>>,
-    /// The owner that controls the object, as [`owner_name`] names it.
-    #[serde(default, rename = "ownerReferences", deserialize_with = "controller")]
-    pub controller: Option<Arc<str>>,
-}
-
-/// The controller among owners; other owners do not matter.
-fn controller<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<str>>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "camelCase")]
-    struct Owner {
-        #[serde(default)]
-        api_version: String,
-        #[serde(default)]
-        kind: String,
-        #[serde(default)]
-        name: String,
-        controller: Option<bool>,
-    }
-    let owners: Vec<Owner> = null_as_default(deserializer)?;
-    let controller = owners.iter().find(|owner| owner.controller == Some(true));
-    Ok(controller.map(|owner| owner_name(&owner.api_version, &owner.kind, &owner.name)))
-}
-
-impl Metadata {
-    /// A namespaced object without a namespace is in `default`.
-    pub fn namespace(&self) -> Arc<str> {
-        self.namespace.clone().filter(|namespace| !namespace.is_empty()).unwrap_or_else(|| "default".into())
-    }
-}
+use crate::metadata::{Metadata, check_metadata};
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Namespace {
@@ -97,6 +42,14 @@ pub struct Node {
     pub spec: NodeSpec,
     #[serde(default, deserialize_with = "null_as_default")]
     pub status: NodeStatus,
+}
+
+/// A node, as far as rule sets need it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NodeInfo {
+    pub labels: Labels,
+    pub addresses: Vec<IpAddr>,
+    pub pod_ranges: Vec<ipnet::IpNet>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -141,6 +94,12 @@ impl Node {
             }
         }
         all
+    }
+
+    /// The node as rule sets need it.
+    pub fn info(&self) -> NodeInfo {
+        let labels = self.metadata.labels.clone();
+        NodeInfo { labels, addresses: self.addresses(), pod_ranges: self.pod_ranges() }
     }
 
     /// Malformed metadata, and ranges and addresses that are none: without its ranges a node's new pods are not closed.
@@ -387,7 +346,7 @@ pub struct ServiceSpec {
     #[serde(rename = "loadBalancerIP")]
     pub load_balancer_ip: Option<String>,
     #[serde(default, deserialize_with = "null_as_default")]
-    pub selector: Map,
+    pub selector: Labels,
     #[serde(default, deserialize_with = "null_as_default")]
     pub ports: Vec<ServicePort>,
 }
@@ -558,35 +517,5 @@ fn check_address(text: &str, path: &Path<'_>, errors: &mut Errors) {
 pub(crate) fn check_protocol(name: Option<&str>, port: &Path<'_>, errors: &mut Errors) {
     if let Some(name) = name.filter(|name| !name.is_empty() && protocol_number(name).is_none()) {
         errors.add(&port.field("protocol"), format!("\"{name}\" is not supported: TCP, UDP or SCTP"));
-    }
-}
-
-/// An address in any spelling, zeros before the numbers of an IPv4 address included (API servers stored them once); one
-/// of IPv4 mapped into IPv6 is the IPv4 address.
-pub fn parse_address(text: &str) -> Option<IpAddr> {
-    let parsed = text.parse::<IpAddr>().or_else(|_| without_zeros(text).parse());
-    parsed.ok().map(|address| address.to_canonical())
-}
-
-/// `010.0.0.1` as `10.0.0.1`: the numbers are decimal all the same.
-pub fn without_zeros(text: &str) -> String {
-    let number = |part: &str| match part.trim_start_matches('0') {
-        "" if !part.is_empty() => "0".to_owned(),
-        rest => rest.to_owned(),
-    };
-    let (before, address) = text.rsplit_once(':').map_or(("", text), |(before, _)| text.split_at(before.len() + 1));
-    if !address.contains('.') {
-        return text.to_owned();
-    }
-    format!("{before}{}", address.split('.').map(number).collect::<Vec<_>>().join("."))
-}
-
-/// The protocols that Kubernetes names on ports.
-pub fn protocol_number(name: &str) -> Option<u8> {
-    match name {
-        "TCP" => Some(6),
-        "UDP" => Some(17),
-        "SCTP" => Some(132),
-        _ => None,
     }
 }

@@ -6,22 +6,30 @@
 //!
 //! No clock, no network; files are touched in `manifest::read_dir` alone.
 
+pub mod address;
 pub mod admin_network_policy;
 pub mod assemble;
 pub mod calico;
 pub mod cluster_network_policy;
+pub mod decode;
+pub mod diagnostic;
 pub mod document;
 pub mod field;
+pub mod files;
 pub mod hanse;
 pub mod kind;
 pub mod kubernetes;
+pub mod label_selector;
 pub mod manifest;
 pub mod metadata;
+pub mod names;
 pub mod network_policy;
+pub mod policy_fields;
 pub mod rule;
 pub mod strict;
 pub mod workload;
 
 pub use assemble::planned::{Offline, assemble_offline};
 pub use assemble::{Federation, assemble_cluster, assemble_federation};
-pub use manifest::{Diagnostic, Manifest, Manifests, NotObject, Object, Place, Skipped, read_bytes, read_dir};
+pub use diagnostic::{Diagnostic, NotObject, SourceLocation};
+pub use manifest::{Manifest, Manifests, Object, Skipped, read_bytes, read_dir};

@@ -1,90 +1,36 @@
 //! Files of manifests into typed, validated objects.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::io::{ErrorKind, Read as _};
-use std::path::{Path as FilePath, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hanse_policy::model::Policy;
-use serde::de::DeserializeOwned;
 
 use crate::calico::{self, CalicoObject};
 use crate::cluster_network_policy::ClusterNetworkPolicy;
+use crate::decode::typed;
+use crate::diagnostic::{Diagnostic, NotObject, Reference, SourceLocation};
 use crate::document::{self, FaultKind, Locator, Node, Notes, SyntaxError};
 use crate::field::FieldError;
+use crate::files::{self, Listing, ReadError};
 use crate::hanse::{self, FederatedNetworkPolicy, FederatedNetworkSet, MemberCluster, Tier};
 use crate::kind;
-use crate::kubernetes::{EndpointSlice, Metadata, Namespace, Node as KubeNode, Pod, Service, ServiceAccount};
+use crate::kubernetes::{EndpointSlice, Namespace, Node as KubeNode, Pod, Service, ServiceAccount};
+use crate::metadata::Metadata;
 use crate::network_policy::NetworkPolicy;
 use crate::strict;
 use crate::workload::{self, Workload};
 
-/// The largest file that is read: a list of 100,000 pods at 5 KiB each. Directories may hold any number of files.
-pub const MAX_FILE_BYTES: u64 = 512 * 1024 * 1024;
-/// How many directories may lie between the one that is read and a file; below that, reading fails.
-pub const MAX_DIRECTORY_DEPTH: usize = 16;
-
-/// The place of something; the line is one-based.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Place {
-    pub file: Arc<str>,
-    pub line: u32,
-}
-
-/// What is wrong, and where.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Diagnostic {
-    pub place: Place,
-    /// The field's path; empty where the error is not about a field.
-    pub field: String,
-    pub message: String,
-    /// The object, as far as it is known.
-    pub object: Option<Reference>,
-    /// The line on which the object starts, or where one could not be read.
-    pub start: u32,
-    /// What the document is instead of an object, where it does not claim to be one.
-    pub not_object: Option<NotObject>,
-}
-
-impl Diagnostic {
-    /// Of a whole file or directory.
-    pub fn of_file(path: &FilePath, message: String) -> Self {
-        let place = Place { file: path.to_string_lossy().into(), line: 1 };
-        Self { place, field: String::new(), message, object: None, start: 1, not_object: None }
-    }
-}
-
-/// What folders in Git hold beside manifests. An offline command may pass over it with a note; a source of a running
-/// cluster may not, for the document may have been a policy a moment ago.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum NotObject {
-    /// A template, such as Helm's: it has actions between `{{` and `}}` and is not an object before they are rendered.
-    Template,
-    /// A document that names no kind, such as `values.yaml`, `kustomization.yaml` or a dashboard.
-    WithoutKind,
-    /// A patch that a kustomization of the folder names.
-    Patch,
-}
-
-/// Names an object as it is written.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Reference {
-    pub api_version: String,
-    pub kind: String,
-    pub namespace: Option<String>,
-    pub name: String,
-}
-
 /// A document of a kind that Hanse does not read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Skipped {
-    pub place: Place,
+    pub location: SourceLocation,
     pub object: Reference,
 }
 
 #[derive(Debug, Clone)]
 pub struct Manifest {
-    pub place: Place,
+    pub location: SourceLocation,
     pub reference: Reference,
     pub object: Object,
     /// The paths of fields that are not known. Only what is in doubt has any.
@@ -221,20 +167,13 @@ impl Manifests {
     }
 }
 
-#[derive(Debug, thiserror::Error)]
-#[error("read {path}")]
-pub struct ReadError {
-    pub path: PathBuf,
-    pub source: std::io::Error,
-}
-
-/// Reads standard input, up to [`MAX_FILE_BYTES`], as a file named `-`.
+/// Reads standard input, up to [`files::MAX_FILE_BYTES`], as a file named `-`.
 ///
 /// # Errors
 /// When it cannot be read, or is larger.
 pub fn read_stdin() -> Result<Manifests, ReadError> {
     let mut read = Manifests::default();
-    let bytes = read_stdin_bytes().map_err(|source| ReadError { path: "standard input".into(), source })?;
+    let bytes = files::read_stdin_bytes().map_err(|source| ReadError { path: "standard input".into(), source })?;
     read_bytes(&"-".into(), &bytes, &mut read);
     Ok(read)
 }
@@ -242,15 +181,15 @@ pub fn read_stdin() -> Result<Manifests, ReadError> {
 /// Reads a file, or every `.yaml`, `.yml` and `.json` file below a directory, in the order of their paths. Hidden files
 /// and folders are left out. What lies below and cannot be read is a diagnostic; a path that cannot be looked at itself is an
 /// error, for it is not an empty directory.
-pub fn read_dir(path: &FilePath) -> Result<Manifests, ReadError> {
-    Ok(read_files(path, list(path)?))
+pub fn read_dir(path: &Path) -> Result<Manifests, ReadError> {
+    Ok(read_files(path, files::list(path)?))
 }
 
-/// Reads what [`list`] found below `path`.
-pub fn read_files(path: &FilePath, listing: Listing) -> Manifests {
+/// Reads what [`files::list`] found below `path`.
+pub fn read_files(path: &Path, listing: Listing) -> Manifests {
     let mut read = Manifests { root: path.to_owned(), ..Manifests::default() };
     for file in listing.files {
-        match read_file(&file) {
+        match files::read_file(&file) {
             Ok(bytes) => read_bytes(&file.to_string_lossy().into(), &bytes, &mut read),
             Err(error) => read.diagnostics.push(Diagnostic::of_file(&file, error.to_string())),
         }
@@ -260,110 +199,17 @@ pub fn read_files(path: &FilePath, listing: Listing) -> Manifests {
     read
 }
 
-/// What lies below a path.
-#[derive(Debug, Default)]
-pub struct Listing {
-    /// Sorted.
-    pub files: Vec<PathBuf>,
-    /// What could not be looked at, a file or a directory: what it contains is unknown, which is not nothing.
-    pub unread: Vec<ReadError>,
-}
-
-/// The files that [`read_dir`] would read below `path`, or `path` itself where it is no directory. Links are followed; a
-/// directory is listed once, by whatever names it is reached.
-///
-/// # Errors
-/// When `path` itself cannot be looked at.
-pub fn list(path: &FilePath) -> Result<Listing, ReadError> {
-    let mut listing = Listing::default();
-    if path.metadata().map_err(|source| ReadError { path: path.to_owned(), source })?.is_dir() {
-        list_dir(path, 0, &mut BTreeSet::new(), &mut listing)?;
-    } else {
-        listing.files.push(path.to_owned());
-    }
-    listing.files.sort();
-    Ok(listing)
-}
-
-fn list_dir(
-    path: &FilePath,
-    depth: usize,
-    listed: &mut BTreeSet<PathBuf>,
-    listing: &mut Listing,
-) -> Result<(), ReadError> {
-    let fail = |source| ReadError { path: path.to_owned(), source };
-    if !listed.insert(path.canonicalize().map_err(fail)?) {
-        return Ok(());
-    }
-    if depth > MAX_DIRECTORY_DEPTH {
-        let message = format!("lies more than {MAX_DIRECTORY_DEPTH} directories below the one that is read");
-        return Err(fail(std::io::Error::other(message)));
-    }
-    let mut entries = path.read_dir().and_then(Iterator::collect::<Result<Vec<_>, _>>).map_err(fail)?;
-    entries.sort_by_key(std::fs::DirEntry::file_name);
-    for entry in entries {
-        let path = entry.path();
-        if entry.file_name().as_encoded_bytes().starts_with(b".") {
-            continue;
-        }
-        let metadata = match path.metadata() {
-            Ok(metadata) => metadata,
-            // It is gone by now.
-            Err(_) if path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound) => continue,
-            // A link that leads to nothing, or what may not be looked at; of any name, for it may be a directory.
-            Err(source) => {
-                listing.unread.push(ReadError { path, source });
-                continue;
-            }
-        };
-        let readable = path
-            .extension()
-            .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|known| extension.eq_ignore_ascii_case(known)));
-        if metadata.is_dir() {
-            if let Err(error) = list_dir(&path, depth + 1, listed, listing) {
-                listing.unread.push(error);
-            }
-        } else if metadata.is_file() && readable {
-            listing.files.push(path);
-        } else if readable {
-            // Reading a FIFO or a device may never end.
-            let source = std::io::Error::other("not a regular file: a FIFO, a socket or a device is not read");
-            listing.unread.push(ReadError { path, source });
-        }
-    }
-    Ok(())
-}
-
-/// Reads one file, up to [`MAX_FILE_BYTES`].
-pub fn read_file(path: &FilePath) -> std::io::Result<Vec<u8>> {
-    read_bounded(std::fs::File::open(path)?)
-}
-
-/// Reads standard input, up to [`MAX_FILE_BYTES`].
-pub fn read_stdin_bytes() -> std::io::Result<Vec<u8>> {
-    read_bounded(std::io::stdin().lock())
-}
-
-fn read_bounded(from: impl std::io::Read) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    from.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(std::io::Error::other(format!("larger than {MAX_FILE_BYTES} bytes")));
-    }
-    Ok(bytes)
-}
-
 /// Reads the documents of one file. What cannot be understood becomes a diagnostic; the rest is read all the same.
 pub fn read_bytes(file: &Arc<str>, bytes: &[u8], read: &mut Manifests) {
-    let place = |line| Place { file: Arc::clone(file), line };
+    let location = |line| SourceLocation { file: Arc::clone(file), line };
     let text = match std::str::from_utf8(bytes) {
         Ok(text) => text,
         Err(error) => {
             let line = 1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
             let (field, message) = (String::new(), "not UTF-8".to_owned());
-            let place = place(u32::try_from(line).unwrap_or(u32::MAX));
-            let start = place.line;
-            read.diagnostics.push(Diagnostic { place, field, message, object: None, start, not_object: None });
+            let location = location(u32::try_from(line).unwrap_or(u32::MAX));
+            let start = location.line;
+            read.diagnostics.push(Diagnostic { location, field, message, object: None, start, not_object: None });
             return;
         }
     };
@@ -400,17 +246,17 @@ fn mark_templates(text: &str, first: usize, diagnostics: &mut Vec<Diagnostic>) {
     let mut marked = BTreeSet::new();
     let rest = diagnostics.split_off(first);
     diagnostics.extend(rest.into_iter().filter_map(|mut diagnostic| {
-        let document = documents.partition_point(|(start, _)| *start <= diagnostic.place.line).saturating_sub(1);
+        let document = documents.partition_point(|(start, _)| *start <= diagnostic.location.line).saturating_sub(1);
         let (start, action) = documents[document];
         let because = match &diagnostic.object {
             None => action.is_some(),
-            Some(object) => actions.contains(&diagnostic.place.line) || is_action(object),
+            Some(object) => actions.contains(&diagnostic.location.line) || is_action(object),
         };
         if !because {
             return Some(diagnostic);
         }
         let line = action.unwrap_or(start);
-        diagnostic.place.line = line;
+        diagnostic.location.line = line;
         diagnostic.start = line;
         diagnostic.not_object = Some(NotObject::Template);
         diagnostic.object = None;
@@ -422,11 +268,18 @@ fn mark_templates(text: &str, first: usize, diagnostics: &mut Vec<Diagnostic>) {
 }
 
 fn read_documents(file: &Arc<str>, text: &str, read: &mut Manifests) {
-    let place = |line| Place { file: Arc::clone(file), line };
+    let location = |line| SourceLocation { file: Arc::clone(file), line };
     let refuse = |read: &mut Manifests, error: SyntaxError, object: Option<Node<'_>>| {
         let start = object.map_or(error.line, Node::line);
         let (field, message, object) = (String::new(), error.message, object.map(reference));
-        read.diagnostics.push(Diagnostic { place: place(error.line), field, message, object, start, not_object: None });
+        read.diagnostics.push(Diagnostic {
+            location: location(error.line),
+            field,
+            message,
+            object,
+            start,
+            not_object: None,
+        });
     };
     for document in document::documents(text) {
         let document = match document {
@@ -454,12 +307,12 @@ fn read_documents(file: &Arc<str>, text: &str, read: &mut Manifests) {
 }
 
 fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
-    let place = Place { file: Arc::clone(file), line: node.line() };
+    let location = SourceLocation { file: Arc::clone(file), line: node.line() };
     let mut locator = Locator::new(node);
     let mut refuse = |read: &mut Manifests, field: &str, message: String, object| {
-        let place = Place { file: Arc::clone(file), line: locator.line_of(field) };
+        let location = SourceLocation { file: Arc::clone(file), line: locator.line_of(field) };
         let (field, not_object) = (field.to_owned(), None);
-        read.diagnostics.push(Diagnostic { place, field, message, object, start: node.line(), not_object });
+        read.diagnostics.push(Diagnostic { location, field, message, object, start: node.line(), not_object });
     };
     // A list of objects, as calicoctl reads it.
     if node.items().next().is_some() && node.items().all(|item| item.child("kind").is_some()) {
@@ -491,9 +344,9 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
         None => {}
     }
     if workload::is_workload(&reference) {
-        let generated = generated_name(node, &reference, &place, read);
+        let generated = generated_name(node, &reference, &location, read);
         let located = |errors| located(file, node, &reference, errors);
-        match workload::read(place, &reference, node, generated) {
+        match workload::read(location, &reference, node, generated) {
             Ok(mut workload) => {
                 read.not_storable.extend(located(std::mem::take(&mut workload.not_storable)));
                 read.notes.extend(located(workload.unread_policy.take().into_iter().collect()));
@@ -503,8 +356,8 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
         }
         return;
     }
-    let generated = generated_name(node, &reference, &place, read);
-    let fields = field_count(node);
+    let generated = generated_name(node, &reference, &location, read);
+    let fields = node.field_count();
     match read_object(&reference, node, generated.as_deref()) {
         Ok(Some(object)) => match generated {
             Some(_) if reference.api_version == hanse::API_VERSION => {
@@ -517,12 +370,12 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             generated => {
                 reference.name = generated.unwrap_or(reference.name);
                 read.not_storable.extend(located(file, node, &reference, strict::errors(&object)));
-                read.objects.push(Manifest { place, reference, object, unknown: Vec::new(), fields });
+                read.objects.push(Manifest { location, reference, object, unknown: Vec::new(), fields });
             }
         },
         Ok(None) => match kind::mistaken(&reference) {
             Some(error) => refuse(read, &error.path, error.message, Some(reference)),
-            None => read.skipped.push(Skipped { place, object: reference }),
+            None => read.skipped.push(Skipped { location, object: reference }),
         },
         Err(refused) => {
             let Refused { errors, in_doubt } = *refused;
@@ -531,7 +384,7 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             }
             if let Some((object, unknown)) = in_doubt.filter(|_| generated.is_some() || !reference.name.is_empty()) {
                 reference.name = generated.unwrap_or(reference.name);
-                read.in_doubt.push(Manifest { place, reference, object, unknown, fields });
+                read.in_doubt.push(Manifest { location, reference, object, unknown, fields });
             }
         }
     }
@@ -544,8 +397,8 @@ fn located(file: &Arc<str>, node: Node<'_>, reference: &Reference, errors: Vec<F
     }
     let mut locator = Locator::new(node);
     let diagnostic = |FieldError { path: field, message }: FieldError| {
-        let place = Place { file: Arc::clone(file), line: locator.line_of(&field) };
-        Diagnostic { place, field, message, object: Some(reference.clone()), start: node.line(), not_object: None }
+        let location = SourceLocation { file: Arc::clone(file), line: locator.line_of(&field) };
+        Diagnostic { location, field, message, object: Some(reference.clone()), start: node.line(), not_object: None }
     };
     errors.into_iter().map(diagnostic).collect()
 }
@@ -556,12 +409,17 @@ const GENERATED: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
 /// A name for an object that has none but leaves it to the API server. It is made of the file below the root and of how many
 /// such objects come before it there: it differs for each object, and is the same for each reading, also of another
 /// checkout and after changes to the object.
-fn generated_name(node: Node<'_>, reference: &Reference, place: &Place, read: &mut Manifests) -> Option<String> {
+fn generated_name(
+    node: Node<'_>,
+    reference: &Reference,
+    location: &SourceLocation,
+    read: &mut Manifests,
+) -> Option<String> {
     let prefix = node.child("metadata")?.child("generateName")?.text()?;
     if !reference.name.is_empty() || prefix.is_empty() {
         return None;
     }
-    let file = FilePath::new(&*place.file);
+    let file = Path::new(&*location.file);
     let file = file.strip_prefix(&read.root).unwrap_or(file).to_string_lossy();
     let Reference { kind, namespace, .. } = reference;
     let owner = format!("{kind}/{}/{prefix}", namespace.as_deref().unwrap_or_default());
@@ -582,12 +440,6 @@ fn generated_name(node: Node<'_>, reference: &Reference, place: &Place, read: &m
             return Some(name);
         }
     }
-}
-
-/// How many fields the root, the metadata and the spec of an object have.
-pub(crate) fn field_count(node: Node<'_>) -> usize {
-    let below = |name| node.child(name).map_or(0, |child| child.fields().count());
-    node.fields().count() + below("metadata") + below("spec")
 }
 
 /// The objects of a list; `None` where the object is no list.
@@ -715,18 +567,4 @@ fn read_known(
     }
     let errors = crate::assemble::validate(&object);
     if errors.is_empty() { Ok(Some(object)) } else { Err(errors) }
-}
-
-/// A node as a type; the error names the field, also one that is missing.
-pub fn typed<T: DeserializeOwned>(node: Node<'_>) -> Result<T, Vec<FieldError>> {
-    T::deserialize(node).map_err(|error| {
-        let path = error.path(node);
-        let message = error.message_at(&path);
-        let missing = message.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
-        vec![match missing {
-            None => FieldError { path, message },
-            Some(name) if path.is_empty() => FieldError { path: name.to_owned(), message: "is missing".to_owned() },
-            Some(name) => FieldError { path: format!("{path}.{name}"), message: "is missing".to_owned() },
-        }]
-    })
 }

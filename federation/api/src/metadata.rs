@@ -1,13 +1,57 @@
-//! What an API server checks of any object's metadata.
+//! The metadata of any object, and what an API server checks of it.
+
+use std::sync::Arc;
 
 use hanse_policy::inventory::Labels;
+use serde::Deserialize;
 
+use crate::decode::null_as_default;
 use crate::field::{Errors, Path};
-use crate::kubernetes::Metadata;
-use crate::network_policy::{is_dns_label, is_subdomain, label_key_error, label_value_error};
+use crate::names::{NAME_RULE, is_dns_label, is_subdomain, label_key_error, label_value_error, owner_name};
 
-/// How most objects are named.
-pub const NAME_RULE: &str = "at most 253 of a-z 0-9 - and ., in parts that start and end with a letter or digit";
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Metadata {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub name: String,
+    pub namespace: Option<Arc<str>>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub labels: Labels,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub annotations: Labels,
+    /// RFC 3339; what "newest" goes by.
+    pub creation_timestamp: Option<Arc<str>>,
+    pub deletion_timestamp: Option<Arc<str>>,
+    /// The owner that controls the object, as [`owner_name`] names it.
+    #[serde(default, rename = "ownerReferences", deserialize_with = "controller")]
+    pub controller: Option<Arc<str>>,
+}
+
+/// The controller among owners; other owners do not matter.
+fn controller<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<str>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Owner {
+        #[serde(default)]
+        api_version: String,
+        #[serde(default)]
+        kind: String,
+        #[serde(default)]
+        name: String,
+        controller: Option<bool>,
+    }
+    let owners: Vec<Owner> = null_as_default(deserializer)?;
+    let controller = owners.iter().find(|owner| owner.controller == Some(true));
+    Ok(controller.map(|owner| owner_name(&owner.api_version, &owner.kind, &owner.name)))
+}
+
+impl Metadata {
+    /// A namespaced object without a namespace is in `default`.
+    pub fn namespace(&self) -> Arc<str> {
+        self.namespace.clone().filter(|namespace| !namespace.is_empty()).unwrap_or_else(|| "default".into())
+    }
+}
+
 /// All keys and values of an object's annotations together.
 pub const MAX_ANNOTATION_BYTES: usize = 256 * 1024;
 

@@ -4,7 +4,6 @@
 //! in the policy's directions. Each rule becomes one model rule for every pair of a peer and a protocol.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use hanse_policy::model::{
@@ -16,12 +15,14 @@ use hanse_policy::selector::build::{self, Namespaces};
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::field::{Errors, NOT_KNOWN, Path};
-use crate::kubernetes::{Map, Metadata, null_as_default, without_zeros};
-use crate::metadata::check_metadata;
+use crate::address::parse_block;
+use crate::decode::{IntOrString, null_as_default};
+use crate::field::{Errors, Path};
+use crate::label_selector::{LabelSelector, written_fields, written_peer};
+use crate::metadata::{Metadata, check_metadata};
+use crate::names::port_name_error;
+use crate::policy_fields::peers_scope;
 
-/// Makes the peers of a local policy those of the whole ClusterSet; the only value is `ClusterSet`.
-pub const PEERS_ANNOTATION: &str = "hanse.dev/peers";
 /// How many blocks become one rule of the model: as many nets as a rule of Calico's may list.
 const MAX_BLOCKS_OF_A_RULE: usize = crate::rule::MAX_NETS;
 /// Where NetworkPolicy stands in its tier.
@@ -100,69 +101,6 @@ pub struct PortEntry {
     pub end_port: Option<i64>,
 }
 
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(untagged, expecting = "a number or a text is wanted")]
-pub enum IntOrString {
-    Int(i64),
-    String(String),
-}
-
-/// `other` is what this version does not know; it is complained of in the conversion, as all that is malformed.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct LabelSelector {
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub match_labels: Map,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub match_expressions: Vec<Requirement>,
-    #[serde(flatten)]
-    pub other: BTreeMap<String, serde_json::Value>,
-}
-
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct Requirement {
-    pub key: Arc<str>,
-    pub operator: String,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub values: Vec<Arc<str>>,
-    #[serde(flatten)]
-    pub other: BTreeMap<String, serde_json::Value>,
-}
-
-impl LabelSelector {
-    /// As people write it, in one line.
-    pub fn written(&self) -> String {
-        let quoted = |text: &Arc<str>| if text.is_empty() { "''".to_owned() } else { text.to_string() };
-        let listed = |texts: Vec<String>| texts.join(", ");
-        let mut fields = Vec::new();
-        if !self.match_labels.is_empty() {
-            let labels = self.match_labels.iter().map(|(key, value)| format!("{key}: {}", quoted(value)));
-            fields.push(format!("matchLabels: {{{}}}", listed(labels.collect())));
-        }
-        if !self.match_expressions.is_empty() {
-            let expressions = self.match_expressions.iter().map(|Requirement { key, operator, values, .. }| {
-                let values = listed(values.iter().map(quoted).collect());
-                let values = if values.is_empty() { values } else { format!(", values: [{values}]") };
-                format!("{{key: {key}, operator: {operator}{values}}}")
-            });
-            fields.push(format!("matchExpressions: [{}]", listed(expressions.collect())));
-        }
-        format!("{{{}}}", listed(fields))
-    }
-}
-
-/// Fields that select pods, without those that are not given: `{podSelector: {}}`.
-pub fn written_fields<const N: usize>(fields: [(&str, Option<&LabelSelector>); N]) -> String {
-    let fields = fields.into_iter().filter_map(|(name, it)| Some(format!("{name}: {}", it?.written())));
-    format!("{{{}}}", fields.collect::<Vec<_>>().join(", "))
-}
-
-/// A peer with its place in its rule: `from[1] {podSelector: {}}`.
-pub fn written_peer(path: &Path<'_>, fields: &str) -> String {
-    let path = path.to_string();
-    format!("{} {fields}", path.rsplit('.').next().unwrap_or_default())
-}
-
 impl NetworkPolicy {
     /// As `cluster`'s policy. Every error names its field; none means that an API server would store the object.
     pub fn convert(&self, cluster: &ClusterName, errors: &mut Errors) -> Policy {
@@ -224,19 +162,6 @@ impl Spec {
             egress: types.1.then_some(egress),
             staged: None,
             host_only: false,
-        }
-    }
-}
-
-/// The scope of a local policy's peers: its own cluster's, unless it is annotated.
-pub fn peers_scope(metadata: &Metadata, errors: &mut Errors) -> ClusterScope {
-    match metadata.annotations.get(PEERS_ANNOTATION).map(|value| &**value) {
-        None => ClusterScope::Local,
-        Some("ClusterSet") => ClusterScope::All,
-        Some(other) => {
-            let path = Path::Root("metadata.annotations");
-            errors.add(&path, format!("{PEERS_ANNOTATION}: \"{other}\" is not known; the only value is ClusterSet"));
-            ClusterScope::Local
         }
     }
 }
@@ -334,32 +259,6 @@ impl IpBlock {
     }
 }
 
-/// A CIDR; host bits are masked, and an IPv4 net mapped into IPv6 is the IPv4 net.
-pub fn parse_net(text: &str) -> Result<IpNet, String> {
-    let parse = || {
-        let (address, prefix) = text.split_once('/')?;
-        let address: IpAddr = address.parse().ok()?;
-        let is_plain = prefix == "0" || prefix.starts_with(|first: char| ('1'..='9').contains(&first));
-        let prefix: u8 = is_plain.then(|| prefix.parse().ok())??;
-        let net = IpNet::new(address, prefix).ok()?.trunc();
-        match (address.to_canonical(), prefix.checked_sub(96)) {
-            (IpAddr::V4(mapped), Some(prefix)) if address.is_ipv6() => {
-                Some(IpNet::new(mapped.into(), prefix).ok()?.trunc())
-            }
-            _ => Some(net),
-        }
-    };
-    parse().ok_or_else(|| format!("\"{text}\" is not a CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))
-}
-
-/// A CIDR as API servers take it in an `ipBlock` and of a node: zeros may stand before the numbers of an IPv4 address, and of the prefix.
-pub fn parse_block(text: &str) -> Result<IpNet, String> {
-    let Some((address, prefix)) = text.split_once('/') else { return parse_net(text) };
-    let digits = prefix.trim_start_matches('0');
-    let prefix = if digits.is_empty() && !prefix.is_empty() { "0" } else { digits };
-    parse_net(&format!("{}/{prefix}", without_zeros(address))).map_err(|_| parse_net(text).err().unwrap_or_default())
-}
-
 /// One protocol with its ports: all of them where the list is empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct ProtocolPorts {
@@ -437,23 +336,6 @@ fn convert_port(entry: &PortEntry, path: &Path<'_>, errors: &mut Errors) -> Opti
     }
 }
 
-/// What makes `name` no port name (RFC 6335 as Kubernetes applies it).
-pub fn port_name_error(name: &str) -> Option<&'static str> {
-    if name.is_empty() || name.len() > 15 {
-        return Some("it must have 1 to 15 characters");
-    }
-    if !name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-') {
-        return Some("only a-z, 0-9 and - are allowed in it");
-    }
-    if !name.bytes().any(|byte| byte.is_ascii_lowercase()) {
-        return Some("it must contain at least one letter");
-    }
-    if name.contains("--") || name.starts_with('-') || name.ends_with('-') {
-        return Some("hyphens must be single, and not at the ends");
-    }
-    None
-}
-
 fn combine(
     index: usize,
     peers: Vec<EntityMatch>,
@@ -488,104 +370,4 @@ fn combine(
             });
         }
     }
-}
-
-impl LabelSelector {
-    /// With the API machinery's validation.
-    pub fn convert(&self, path: &Path<'_>, errors: &mut Errors) -> build::LabelSelector {
-        for name in self.other.keys() {
-            errors.add(&path.field(name), NOT_KNOWN);
-        }
-        let labels_path = path.field("matchLabels");
-        for (key, value) in &self.match_labels {
-            if let Some(why) = label_key_error(key) {
-                errors.add(&labels_path, format!("\"{key}\": {why}"));
-            }
-            if let Some(why) = label_value_error(value) {
-                errors.add(&labels_path, format!("\"{value}\": {why}"));
-            }
-        }
-        let expressions_path = path.field("matchExpressions");
-        let mut match_expressions = Vec::new();
-        for (index, requirement) in self.match_expressions.iter().enumerate() {
-            let path = expressions_path.index(index);
-            for name in requirement.other.keys() {
-                errors.add(&path.field(name), NOT_KNOWN);
-            }
-            if let Some(why) = label_key_error(&requirement.key) {
-                errors.add(&path.field("key"), format!("\"{}\": {why}", requirement.key));
-            }
-            let (values_path, has_values) = (path.field("values"), !requirement.values.is_empty());
-            let operator = match requirement.operator.as_str() {
-                "In" => build::Operator::In,
-                "NotIn" => build::Operator::NotIn,
-                "Exists" => build::Operator::Exists,
-                "DoesNotExist" => build::Operator::DoesNotExist,
-                other => {
-                    let message = format!("\"{other}\" is none of In, NotIn, Exists, DoesNotExist");
-                    errors.add(&path.field("operator"), message);
-                    continue;
-                }
-            };
-            match operator {
-                build::Operator::In | build::Operator::NotIn if !has_values => {
-                    errors.add(&values_path, "must have a value for In and NotIn");
-                }
-                build::Operator::Exists | build::Operator::DoesNotExist if has_values => {
-                    errors.add(&values_path, "may not have values for Exists and DoesNotExist");
-                }
-                _ => {}
-            }
-            for (index, value) in requirement.values.iter().enumerate() {
-                if let Some(why) = label_value_error(value) {
-                    errors.add(&values_path.index(index), format!("\"{value}\": {why}"));
-                }
-            }
-            let (key, values) = (requirement.key.clone(), requirement.values.clone());
-            match_expressions.push(build::Requirement { key, operator, values });
-        }
-        let match_labels = self.match_labels.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
-        build::LabelSelector { match_labels, match_expressions }
-    }
-}
-
-fn is_name(text: &str) -> bool {
-    let inside = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
-    text.len() <= 63
-        && text.bytes().all(inside)
-        && text.starts_with(|first: char| first.is_ascii_alphanumeric())
-        && text.ends_with(|last: char| last.is_ascii_alphanumeric())
-}
-
-/// What makes `key` no label key: an optional DNS subdomain with `/`, and a name.
-pub fn label_key_error(key: &str) -> Option<&'static str> {
-    let (prefix, name) = key.rsplit_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
-    if !is_name(name) {
-        return Some("a label's name has 1 to 63 of A-Z a-z 0-9 - _ . and starts and ends with a letter or digit");
-    }
-    if prefix.is_some_and(|prefix| !is_subdomain(prefix)) {
-        return Some("the part before / must be a lowercase DNS name of at most 253 characters");
-    }
-    None
-}
-
-/// One part of a DNS name, lower case: at most 63 of a-z 0-9 -.
-pub fn is_dns_label(text: &str) -> bool {
-    text.len() <= 63 && !text.contains('.') && is_subdomain(text)
-}
-
-/// RFC 1123: what most objects are named by.
-pub fn is_subdomain(text: &str) -> bool {
-    let label = |label: &str| {
-        let inside = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-        !label.is_empty() && label.bytes().all(inside) && !label.starts_with('-') && !label.ends_with('-')
-    };
-    text.len() <= 253 && text.split('.').all(label)
-}
-
-pub fn label_value_error(value: &str) -> Option<&'static str> {
-    if value.is_empty() || is_name(value) {
-        return None;
-    }
-    Some("a label's value has at most 63 of A-Z a-z 0-9 - _ . and starts and ends with a letter or digit")
 }

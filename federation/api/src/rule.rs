@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use hanse_policy::inventory::Labels;
 use hanse_policy::model::{
     Action, ClusterScope, EntityMatch, HttpMatch, HttpPath, Icmp, IpVersion, Port, Protocol, Rule, Selection,
     ServiceMatch,
@@ -13,10 +14,11 @@ use hanse_policy::selector::{Expr, Selector};
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use crate::decode::{IntOrString, null_as_default};
 use crate::field::{Errors, Path};
-use crate::kubernetes::{Map, null_as_default};
-use crate::metadata::{NAME_RULE, check_annotations};
-use crate::network_policy::{IntOrString, is_subdomain, port_name_error, written_peer};
+use crate::label_selector::written_peer;
+use crate::metadata::check_annotations;
+use crate::names::{NAME_RULE, is_subdomain, port_name_error};
 
 /// Bounds of Calico's schema.
 pub const MAX_HTTP_METHODS: usize = 20;
@@ -57,7 +59,7 @@ pub struct RuleSpec {
 #[serde(deny_unknown_fields)]
 pub struct RuleMetadata {
     #[serde(default, deserialize_with = "null_as_default")]
-    pub annotations: Map,
+    pub annotations: Labels,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::field::{Errors, FieldError, Path};
 use crate::kubernetes::{Container, PodSpec, Service, ServicePort, TargetPort, check_protocol};
 use crate::manifest::Object;
-use crate::network_policy::{is_dns_label, port_name_error};
+use crate::names::{is_dns_label, port_name_error};
 
 /// What an API server refuses of an object that was read.
 pub fn errors(object: &Object) -> Vec<FieldError> {

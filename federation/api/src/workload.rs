@@ -4,18 +4,22 @@
 //! the objects that are assembled). The offline commands make planned endpoints of them, see [`crate::assemble::planned`].
 
 mod kinds;
+mod template;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use hanse_policy::inventory::Stopped;
+use hanse_policy::inventory::Labels;
 use serde::Deserialize;
 
+use self::template::Found;
+pub use self::template::Template;
+use crate::decode::{null_as_default, typed};
+use crate::diagnostic::{Reference, SourceLocation};
 use crate::document::Node;
 use crate::field::{Errors, FieldError, Path};
-use crate::kubernetes::{Map, Metadata, PodSpec, null_as_default};
-use crate::manifest::{Place, Reference, field_count, typed};
-use crate::metadata::{check_labels, check_metadata};
+use crate::kubernetes::PodSpec;
+use crate::metadata::{Metadata, check_labels, check_metadata};
+use crate::names::group;
 use crate::strict;
 
 /// Templates of one object: a Ray cluster of 1,000 worker groups is far more than any that is known.
@@ -24,7 +28,7 @@ pub const MAX_TEMPLATES: usize = 1_024;
 /// An object that makes pods, and where it is written.
 #[derive(Debug, Clone)]
 pub struct Workload {
-    pub place: Place,
+    pub location: SourceLocation,
     pub reference: Reference,
     pub metadata: Metadata,
     /// Its own, or what its name is to begin with.
@@ -40,25 +44,6 @@ pub struct Workload {
     pub unread_policy: Option<FieldError>,
 }
 
-/// One kind of pod that a workload makes.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Template {
-    /// What distinguishes it from the other templates of its object.
-    pub part: Option<String>,
-    /// The labels of its pods, as far as they are known before they run.
-    pub labels: Map,
-    /// Those of them that the controller sets, by which its pods are recognised.
-    pub identity: Map,
-    /// Keys of labels that the controller sets when the pods run.
-    pub run_time_labels: BTreeSet<Arc<str>>,
-    /// Those of them that it sets on every pod.
-    pub certain_labels: BTreeSet<Arc<str>>,
-    /// Its pods get ports that are not known before they run.
-    pub run_time_ports: bool,
-    pub spec: PodSpec,
-    pub stopped: Option<Stopped>,
-}
-
 #[derive(Debug, Default, Deserialize)]
 struct PodTemplate {
     #[serde(default, deserialize_with = "null_as_default")]
@@ -70,7 +55,7 @@ struct PodTemplate {
 #[derive(Debug, Default, Deserialize)]
 struct TemplateMetadata {
     #[serde(default, deserialize_with = "null_as_default")]
-    labels: Map,
+    labels: Labels,
 }
 
 /// Whether objects of a kind make pods. Their versions do not matter: they differ in nothing that is read.
@@ -78,22 +63,12 @@ pub fn is_workload(reference: &Reference) -> bool {
     kinds::is_known(group(&reference.api_version), &reference.kind)
 }
 
-/// The group of an `apiVersion`; the core group is empty.
-pub fn group(api_version: &str) -> &str {
-    api_version.rsplit_once('/').map_or("", |(group, _)| group)
-}
-
-/// `Deployment.apps/web`: how owners are named.
-pub fn owner_name(api_version: &str, kind: &str, name: &str) -> Arc<str> {
-    format!("{kind}.{}/{name}", group(api_version)).into()
-}
-
 /// Reads an object of a kind that [`is_workload`].
 ///
 /// # Errors
 /// What an API server would refuse, as far as it is looked at.
 pub fn read(
-    place: Place,
+    location: SourceLocation,
     reference: &Reference,
     node: Node<'_>,
     generated: Option<String>,
@@ -134,27 +109,9 @@ pub fn read(
         return Err(errors.0);
     }
     let unread_policy = kinds::unread_policy(group(&reference.api_version), &reference.kind, node);
-    let (reference, fields, not_storable) = (reference.clone(), field_count(node), not_storable.0);
+    let (reference, fields, not_storable) = (reference.clone(), node.field_count(), not_storable.0);
     let templates = read;
-    Ok(Workload { place, reference, metadata, name, generated, fields, templates, not_storable, unread_policy })
-}
-
-/// A template as it is found in an object.
-struct Found<'n> {
-    part: Option<String>,
-    node: Node<'n>,
-    path: String,
-    /// The node is the pod's spec, without metadata around it.
-    bare: bool,
-    /// What the workload gives to all its pods, and a template may replace.
-    inherited: Map,
-    identity: Map,
-    run_time_labels: BTreeSet<Arc<str>>,
-    certain_labels: BTreeSet<Arc<str>>,
-    run_time_ports: bool,
-    stopped: Option<Stopped>,
-    /// Ports that the controller adds where no container has one of this name.
-    ports: Vec<(Option<&'static str>, u16)>,
+    Ok(Workload { location, reference, metadata, name, generated, fields, templates, not_storable, unread_policy })
 }
 
 impl Found<'_> {

@@ -4,9 +4,10 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Subcommand;
+use hanse_api::decode::typed;
 use hanse_api::document;
 use hanse_api::field::FieldError;
-use hanse_api::manifest::typed;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 

@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 
-use hanse_api::assemble::{ClusterState, NodeInfo};
+use hanse_api::assemble::ClusterState;
+use hanse_api::kubernetes::NodeInfo;
 use hanse_ruleset::OwnStream;
 use ipnet::IpNet;
 

@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use hanse_api::manifest::{Diagnostic, Place};
+use hanse_api::{Diagnostic, SourceLocation};
 use hanse_policy::model::PolicyKind;
 use hanse_proto::federation::v1 as pb;
 use hanse_ruleset::{ChainId, EndpointId, RuleSet};
@@ -156,7 +156,7 @@ fn fit(nodes: &mut [pb::NodePosition], policies: &mut Vec<pb::PolicyState>, room
 }
 
 fn in_words(problem: &Diagnostic) -> String {
-    let Place { file, line } = &problem.place;
+    let SourceLocation { file, line } = &problem.location;
     match problem.field.as_str() {
         "" => format!("{file}:{line}: {}", problem.message),
         field => format!("{file}:{line}: {field}: {}", problem.message),

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use hanse_api::manifest::{self, Diagnostic, Manifest, Manifests};
+use hanse_api::Diagnostic;
+use hanse_api::files;
+use hanse_api::manifest::{self, Manifest, Manifests};
 use hanse_runtime::files::private_folder;
 use hanse_runtime::health::Writes;
 
@@ -38,11 +40,11 @@ pub struct Warned(BTreeSet<(Arc<str>, u32, String)>);
 impl Warned {
     /// `problems` are all that there are now.
     pub fn warn(&mut self, problems: &[Diagnostic]) {
-        let now = problems.iter().map(|it| (it.place.file.clone(), it.place.line, it.message.clone())).collect();
+        let now = problems.iter().map(|it| (it.location.file.clone(), it.location.line, it.message.clone())).collect();
         let before = std::mem::replace(&mut self.0, now);
         for it in problems {
-            if !before.contains(&(it.place.file.clone(), it.place.line, it.message.clone())) {
-                let (file, line) = (&*it.place.file, it.place.line);
+            if !before.contains(&(it.location.file.clone(), it.location.line, it.message.clone())) {
+                let (file, line) = (&*it.location.file, it.location.line);
                 tracing::warn!(file, line, field = it.field, problem = it.message, "a manifest is not used as written");
             }
         }
@@ -154,7 +156,7 @@ impl Directory {
         }
         self.keep_again_at = None;
         for (path, file) in self.files.iter_mut().filter(|(_, file)| file.unkept.is_some()) {
-            let Ok(bytes) = manifest::read_file(path) else { continue };
+            let Ok(bytes) = files::read_file(path) else { continue };
             let mut read = Manifests::default();
             manifest::read_bytes(&path.to_string_lossy().into(), &bytes, &mut read);
             // What is broken by now is not what was good.
@@ -179,9 +181,9 @@ impl Directory {
 
     /// Brings `files` up to date; whether anything changed.
     fn refresh(&mut self) -> bool {
-        let listing = match manifest::list(&self.path) {
+        let listing = match files::list(&self.path) {
             Ok(listing) => listing,
-            Err(error) => manifest::Listing { unread: vec![error], ..manifest::Listing::default() },
+            Err(error) => files::Listing { unread: vec![error], ..files::Listing::default() },
         };
         let cannot = |why: &dyn std::fmt::Display| format!("cannot be read: {why}; what was read last stays in force");
         let unlisted = listing.unread.iter().map(|it| (it.path.clone(), cannot(&it.source)));
@@ -280,7 +282,7 @@ impl File {
     fn read(&mut self, path: &Path, kept: &Path) -> bool {
         let mut read = Manifests::default();
         let problem = |message: String| Diagnostic::of_file(path, message);
-        let bytes = manifest::read_file(path);
+        let bytes = files::read_file(path);
         if !self.was_good
             && let Some(objects) = restore(kept, path)
         {
@@ -505,7 +507,7 @@ mod tests {
         assert_eq!(world.look().expect("the first look takes what is there"), (vec!["p".to_owned()], vec![]));
         world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
         let told = check(&mut world, &["p"], 1);
-        assert!(told[0].place.file.ends_with("pod.yaml") && told[0].place.line >= 2, "{told:?}");
+        assert!(told[0].location.file.ends_with("pod.yaml") && told[0].location.line >= 2, "{told:?}");
         world.write("other.yaml", &pod("q", "10.0.0.2"));
         check(&mut world, &["p", "q"], 1);
         let (cluster, away) = (world.path(""), world.folder.path().join("away"));
@@ -681,7 +683,7 @@ mod tests {
         for _ in 0..2 {
             let (pods, told) = world.settled().expect("the problem is news");
             assert_eq!((pods, told.len()), (vec!["p".to_owned(), "q".to_owned()], 1), "{told:?}");
-            assert!(told[0].place.file.ends_with("volume"), "the topmost that is empty: {told:?}");
+            assert!(told[0].location.file.ends_with("volume"), "the topmost that is empty: {told:?}");
             for _ in 0..4 {
                 assert!(world.look().is_none(), "and it stays so");
             }

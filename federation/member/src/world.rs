@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hanse_api::Diagnostic;
-use hanse_api::assemble::{Assembly, Changed, ClusterState, Federation, NodeInfo};
+use hanse_api::assemble::{Assembly, Changed, ClusterState, Federation};
+use hanse_api::kubernetes::NodeInfo;
 use hanse_compiler::{Changes, ClusterRecord, Compiler, NodeChange, Report, Update};
 use hanse_policy::inventory::{EndpointKind, Labels, Namespace};
 use hanse_policy::model::ClusterName;

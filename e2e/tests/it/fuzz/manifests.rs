@@ -113,8 +113,8 @@ impl Target for Files {
         // YAML ends lines at either.
         let ends = input.iter().filter(|byte| matches!(byte, b'\n' | b'\r')).count();
         let lines = u32::try_from(ends + 1).expect("a short input");
-        let places = read.diagnostics.iter().flat_map(|it| [it.place.line, it.start]);
-        for line in places.chain(read.objects.iter().map(|it| it.place.line)) {
+        let places = read.diagnostics.iter().flat_map(|it| [it.location.line, it.start]);
+        for line in places.chain(read.objects.iter().map(|it| it.location.line)) {
             assert!((1..=lines + 1).contains(&line), "line {line} of {lines}");
         }
         means_what_its_json_means(input, &read);

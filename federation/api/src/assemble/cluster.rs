@@ -9,22 +9,16 @@ use std::sync::{Arc, LazyLock};
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Labels, Namespace, Service};
 use hanse_policy::model::{ClusterName, Layer, Policy, PolicyId, Tier, TierId};
 
-use super::{diagnostic, duplicate, key_of};
+use super::duplicates::{diagnostic, duplicate, key_of};
+use crate::address::parse_address;
 use crate::calico::{CalicoObject, Converted};
+use crate::diagnostic::{Diagnostic, Reference};
 use crate::field::Errors;
-use crate::kubernetes::{Node as KubeNode, Pod, Service as KubeService, parse_address};
-use crate::manifest::{Diagnostic, Manifest, Object, Reference};
+use crate::kubernetes::{NodeInfo, Pod, Service as KubeService};
+use crate::manifest::{Manifest, Object};
 
 /// The label that the API server gives every namespace.
 pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
-
-/// A node, as far as rule sets need it.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct NodeInfo {
-    pub labels: Labels,
-    pub addresses: Vec<IpAddr>,
-    pub pod_ranges: Vec<ipnet::IpNet>,
-}
 
 /// One cluster's own state.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -232,7 +226,7 @@ impl Assembly {
         let held = self.objects.0.get(key).map_or(&[][..], Vec::as_slice);
         for (at, manifest) in held {
             let said = match held.first() {
-                Some((first, it)) if first != at => Some(duplicate(manifest, &it.place)),
+                Some((first, it)) if first != at => Some(duplicate(manifest, &it.location)),
                 _ if is_of_federation(&manifest.object) => {
                     let message = "belongs to the federation: apply it at the hub, or give it with --federation";
                     Some(diagnostic(manifest, "kind", message.to_owned()))
@@ -256,7 +250,7 @@ impl Assembly {
         };
         let name: Arc<str> = name;
         let now = turn.now.as_ref().and_then(|manifest| match &manifest.object {
-            Object::Node(node) => Some(node_info(node)),
+            Object::Node(node) => Some(node.info()),
             _ => None,
         });
         let before = self.state.nodes.get(&name);
@@ -551,11 +545,6 @@ fn put<K: Ord + Clone, V>(map: &mut BTreeMap<K, V>, key: K, now: Option<V>, chan
 
 fn pod_of(manifest: &Manifest) -> Option<&Pod> {
     if let Object::Pod(pod) = &manifest.object { Some(pod) } else { None }
-}
-
-fn node_info(node: &KubeNode) -> NodeInfo {
-    let labels = node.metadata.labels.clone();
-    NodeInfo { labels, addresses: node.addresses(), pod_ranges: node.pod_ranges() }
 }
 
 fn address_of(service: &KubeService) -> Option<IpAddr> {

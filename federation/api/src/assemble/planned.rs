@@ -19,10 +19,14 @@ use hanse_policy::inventory::{
 };
 use hanse_policy::model::ClusterName;
 
-use super::{ClusterState, NAMESPACE_NAME_LABEL, assemble_cluster, rivals};
-use crate::kubernetes::{EndpointSlice, Map, Pod, Service as KubeService, SliceEndpoint, TargetPort, protocol_number};
-use crate::manifest::{Manifest, Manifests, Object, Place};
-use crate::workload::{Template, Workload, owner_name};
+use super::cluster::{ClusterState, NAMESPACE_NAME_LABEL, assemble_cluster};
+use super::rivals;
+use crate::address::protocol_number;
+use crate::diagnostic::SourceLocation;
+use crate::kubernetes::{EndpointSlice, Pod, Service as KubeService, SliceEndpoint, TargetPort};
+use crate::manifest::{Manifest, Manifests, Object};
+use crate::names::{group, owner_name};
+use crate::workload::{Template, Workload};
 
 /// A cluster as it is written down.
 #[derive(Debug, Clone, Default)]
@@ -31,7 +35,7 @@ pub struct Offline {
     /// Protocols and ports that containers declare, by endpoint.
     pub declared: BTreeMap<EndpointId, BTreeSet<(u8, u16)>>,
     /// Where the templates of planned endpoints are written.
-    pub places: BTreeMap<EndpointId, Place>,
+    pub locations: BTreeMap<EndpointId, SourceLocation>,
 }
 
 /// The inventory and the policies of the cluster `name`, with what does not run yet. Of several objects with one key one
@@ -64,7 +68,7 @@ pub fn assemble_offline(name: &ClusterName, mut read: Manifests) -> Offline {
             cluster.namespaces.entry(Arc::clone(&namespace)).or_insert_with(|| Namespace { labels: labels() });
         }
         offline.declared.insert(id.clone(), ports);
-        offline.places.insert(id.clone(), place);
+        offline.locations.insert(id.clone(), place);
         cluster.endpoints.insert(id, endpoint);
     }
     services.add_to(&mut cluster.services, &cluster.endpoints);
@@ -86,7 +90,7 @@ struct Workloads<'m> {
 }
 
 /// An endpoint with the protocols and ports that its containers declare, and where it is written.
-type PlannedEndpoint = (EndpointId, Endpoint, BTreeSet<(u8, u16)>, Place);
+type PlannedEndpoint = (EndpointId, Endpoint, BTreeSet<(u8, u16)>, SourceLocation);
 
 impl<'m> Workloads<'m> {
     fn new(written: &'m [Workload]) -> Self {
@@ -153,7 +157,7 @@ impl<'m> Workloads<'m> {
     }
 
     /// The workload of a pod whose ReplicaSet or Job is not in the folder: their names begin with its own.
-    fn by_generated_name(&self, namespace: &Arc<str>, controller: &str, labels: &Map) -> Option<usize> {
+    fn by_generated_name(&self, namespace: &Arc<str>, controller: &str, labels: &Labels) -> Option<usize> {
         let find = |name: &str, api_version: &str, kind: &str| {
             self.by_name.get(&(Arc::clone(namespace), owner_name(api_version, kind, name))).copied()
         };
@@ -198,10 +202,15 @@ impl<'m> Workloads<'m> {
                 let mut own = id(&kind);
                 if !taken.insert(own.clone()) {
                     // Kinds of several groups have one name.
-                    own = id(&format!("{kind}.{}", crate::workload::group(&of.api_version)));
+                    own = id(&format!("{kind}.{}", group(&of.api_version)));
                     taken.insert(own.clone());
                 }
-                all.push((own, endpoint(template), template.spec.declared_ports().collect(), workload.place.clone()));
+                all.push((
+                    own,
+                    endpoint(template),
+                    template.spec.declared_ports().collect(),
+                    workload.location.clone(),
+                ));
             }
         }
         all

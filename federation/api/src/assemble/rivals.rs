@@ -9,10 +9,12 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt::Display;
 use std::hash::Hash;
 
-use super::{diagnostic_of, key_of};
+use super::duplicates::{diagnostic_of, key_of};
+use crate::diagnostic::{Diagnostic, Reference, SourceLocation};
 use crate::hanse;
-use crate::manifest::{Diagnostic, Manifest, Manifests, Place, Reference};
-use crate::workload::{Workload, owner_name};
+use crate::manifest::{Manifest, Manifests};
+use crate::names::owner_name;
+use crate::workload::Workload;
 
 /// Which objects do not count, by their places in the list, and what is said of them.
 #[derive(Debug, Clone, Default)]
@@ -42,7 +44,7 @@ pub fn settle(read: &mut Manifests) -> [Vec<Diagnostic>; 2] {
 pub fn of_objects(objects: &[Manifest]) -> Rivals {
     rivals(
         objects,
-        |manifest| (&manifest.place, &manifest.reference),
+        |manifest| (&manifest.location, &manifest.reference),
         |manifest| Some(key_of(manifest)),
         |manifest| manifest.fields,
         says_the_same,
@@ -59,13 +61,13 @@ pub fn of_workloads(workloads: &[Workload]) -> Rivals {
     let has_template = |it: &Workload| it.templates.iter().any(|template| !template.spec.containers.is_empty());
     let same =
         |a: &Workload, b: &Workload| a.templates == b.templates && a.metadata.controller == b.metadata.controller;
-    rivals(workloads, |it| (&it.place, &it.reference), key, |it| (has_template(it), it.fields), same)
+    rivals(workloads, |it| (&it.location, &it.reference), key, |it| (has_template(it), it.fields), same)
 }
 
 /// `key`: none of an object that has no rival.
 fn rivals<T, K: Eq + Hash, R: Ord>(
     objects: &[T],
-    written: impl Fn(&T) -> (&Place, &Reference),
+    written: impl Fn(&T) -> (&SourceLocation, &Reference),
     key: impl Fn(&T) -> Option<K>,
     fullness: impl Fn(&T) -> R,
     same: impl Fn(&T, &T) -> bool,
@@ -83,7 +85,7 @@ fn rivals<T, K: Eq + Hash, R: Ord>(
             diagnostic_of(place, reference, "metadata.name", message)
         };
         let place = |at: usize| {
-            let Place { file, line } = written(&objects[at]).0;
+            let SourceLocation { file, line } = written(&objects[at]).0;
             format!("{file}:{line}")
         };
         if same(&objects[first], object) {

@@ -9,7 +9,8 @@ use serde::de::{
     DeserializeSeed, Deserializer, Error as _, Expected, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor,
 };
 
-use super::{ItemKind, Node, Scalar};
+use super::scalar::Scalar;
+use super::tree::{ItemKind, Node};
 use crate::field::unknown_field;
 
 /// Why a value does not fit its type.

@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 
-use super::SyntaxError;
 use super::scan::{Kind, Scanner, Span};
+use super::tree::SyntaxError;
 
 /// What a node says of itself before its content.
 #[derive(Debug, Default, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 //! too and says what is wrong.
 
 use super::load::Keys;
-use super::{Document, Item, ItemKind, MAX_DEPTH};
+use super::tree::{Document, Item, ItemKind, MAX_DEPTH};
 
 /// `first_line`: the line of the text's first byte.
 pub(super) fn parse(text: &str, first_line: u32) -> Option<Document<'_>> {

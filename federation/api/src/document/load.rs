@@ -8,7 +8,9 @@ use base64::Engine as _;
 use super::events::{Event, Events, Properties};
 use super::scalar::{Scalar, resolve};
 use super::scan::Span;
-use super::{Document, Fault, FaultKind, Item, ItemKind, MAX_DEPTH, MAX_FAULTS, MAX_REPEATED_VALUES, SyntaxError};
+use super::tree::{
+    Document, Fault, FaultKind, Item, ItemKind, MAX_DEPTH, MAX_FAULTS, MAX_REPEATED_VALUES, SyntaxError,
+};
 
 const MERGES: &str = "\"<<\" takes a mapping, or a list of mappings";
 /// Characters of a key in a message.

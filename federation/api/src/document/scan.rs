@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::collections::VecDeque;
 
-use super::SyntaxError;
+use super::tree::SyntaxError;
 
 mod text;
 

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
+use super::tree::*;
 use super::*;
 
 /// What a file says, document by document: the first fault of one that has any.

@@ -7,13 +7,13 @@
 
 use std::collections::BTreeSet;
 
-use hanse_policy::inventory::Stopped;
+use hanse_policy::inventory::{Labels, Stopped};
 use serde_json::Value;
 
-use super::Found;
+use super::template::Found;
 use crate::document::Node;
 use crate::field::FieldError;
-use crate::kubernetes::{Map, Metadata};
+use crate::metadata::Metadata;
 
 /// Groups with their kinds that have one template at `spec.template`.
 const ONE_TEMPLATE: [(&str, &[&str]); 6] = [
@@ -90,7 +90,7 @@ impl<'n> At<'n> {
     }
 }
 
-fn labels<const N: usize>(labels: [(&str, &str); N]) -> Map {
+fn labels<const N: usize>(labels: [(&str, &str); N]) -> Labels {
     labels.into_iter().map(|(key, value)| (key.into(), value.into())).collect()
 }
 
@@ -100,8 +100,8 @@ fn found(at: At<'_>) -> Found<'_> {
         node: at.node,
         path: at.path,
         bare: false,
-        inherited: Map::new(),
-        identity: Map::new(),
+        inherited: Labels::new(),
+        identity: Labels::new(),
         run_time_labels: BTreeSet::new(),
         certain_labels: BTreeSet::new(),
         run_time_ports: false,
@@ -260,7 +260,7 @@ fn known_templates<'n>(group: &str, kind: &str, metadata: &Metadata, object: Nod
             let stopped = spec.stopped(if kind == "BroadcastJob" { "parallelism" } else { "replicas" });
             let identity = match kind {
                 "DeploymentConfig" => labels([("deploymentconfig", name)]),
-                _ => Map::new(),
+                _ => Labels::new(),
             };
             spec.child("template").map(|at| Found { identity, stopped, ..found(at) }).into_iter().collect()
         }

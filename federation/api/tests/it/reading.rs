@@ -15,7 +15,10 @@ fn read(text: &str) -> Manifests {
 
 fn complaints(read: &Manifests) -> Vec<String> {
     let line = |diagnostic: &hanse_api::Diagnostic| {
-        format!("{}:{} {}: {}", diagnostic.place.file, diagnostic.place.line, diagnostic.field, diagnostic.message)
+        format!(
+            "{}:{} {}: {}",
+            diagnostic.location.file, diagnostic.location.line, diagnostic.field, diagnostic.message
+        )
     };
     read.diagnostics.iter().map(line).collect()
 }
@@ -82,10 +85,10 @@ fn a_directory_is_listed_once_whatever_links_lead_to_it() {
     names.sort_unstable();
     assert_eq!(names, ["deep", "j", "mounted"]);
     // What a link that leads to nothing stands for is unknown, which is not nothing.
-    let unread: Vec<PathBuf> = read.diagnostics.iter().map(|it| (*it.place.file).into()).collect();
+    let unread: Vec<PathBuf> = read.diagnostics.iter().map(|it| (*it.location.file).into()).collect();
     assert_eq!(unread, [root.join("dangling.yaml"), root.join("mount-1.0")]);
     let mut deep = root.to_owned();
-    for _ in 0..=hanse_api::manifest::MAX_DIRECTORY_DEPTH {
+    for _ in 0..=hanse_api::files::MAX_DIRECTORY_DEPTH {
         deep.push("d");
     }
     std::fs::create_dir_all(&deep).expect("made");
@@ -104,7 +107,7 @@ fn documents_are_cut_where_they_end() {
     );
     assert_eq!(complaints(&read), Vec::<String>::new());
     let names: Vec<(&str, u32)> =
-        read.objects.iter().map(|object| (object.reference.name.as_str(), object.place.line)).collect();
+        read.objects.iter().map(|object| (object.reference.name.as_str(), object.location.line)).collect();
     assert_eq!(names, [("a", 3), ("b", 12), ("c", 17), ("d", 19), ("e", 29)]);
     assert_eq!(read.skipped.len(), 1);
 }
@@ -233,7 +236,8 @@ fn addresses_and_ports_are_such() {
     ] {
         let read = read(&format!("apiVersion: {text}\n"));
         assert_eq!((complaints(&read), read.objects.len()), (Vec::new(), 1), "{text}");
-        let found: Vec<String> = read.not_storable.iter().map(|it| format!("{} {}", it.place.line, it.field)).collect();
+        let found: Vec<String> =
+            read.not_storable.iter().map(|it| format!("{} {}", it.location.line, it.field)).collect();
         assert_eq!(found, [wanted], "{text}");
         let cluster = assemble_cluster(&"c".into(), read.objects).cluster;
         assert_eq!(cluster.endpoints.len(), usize::from(text.contains("Pod")), "{text}");
@@ -454,7 +458,7 @@ fn a_key_that_stands_twice_refuses_its_object() {
         .map(|it| {
             let object = it.object.clone().expect("it is known");
             assert!(it.message.contains("stands twice"), "{it:?}");
-            (it.start, it.place.line, object.kind, object.name)
+            (it.start, it.location.line, object.kind, object.name)
         })
         .collect();
     let of = |start, line, name: &str| (start, line, "Namespace".to_owned(), name.to_owned());

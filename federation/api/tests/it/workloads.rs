@@ -367,7 +367,7 @@ fn a_malformed_template_is_refused_by_itself() {
                 apiVersion: apps/v1\nkind: Deployment\nmetadata: {}\nspec: {}\n---\n\
                 apiVersion: apps/v1\nkind: Deployment\nmetadata: {generateName: b-}\nspec: {template: {spec: {}}}\n";
     read_bytes(&Arc::from("f"), text.as_bytes(), &mut read);
-    let refused: Vec<_> = read.refused_workloads.iter().map(|it| (it.place.line, &*it.field)).collect();
+    let refused: Vec<_> = read.refused_workloads.iter().map(|it| (it.location.line, &*it.field)).collect();
     assert_eq!(refused, [(8, "spec.template.spec.containers[0].ports[0].containerPort"), (12, "metadata.name")]);
     assert!(read.diagnostics.is_empty(), "members are not told of what they do not read: {:?}", read.diagnostics);
     assert_eq!(pods(&assemble_offline(&"c".into(), read)), ["default/deployment/b-"]);

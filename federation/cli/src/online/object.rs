@@ -8,8 +8,10 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use hanse_api::assemble::duplicates;
+use hanse_api::diagnostic::{Reference, SourceLocation};
 use hanse_api::document::{self, Node};
-use hanse_api::manifest::{MAX_FILE_BYTES, Manifest, Manifests, Place, Reference, items, list, read_bytes, read_file};
+use hanse_api::files::{MAX_FILE_BYTES, list, read_file};
+use hanse_api::manifest::{Manifest, Manifests, items, read_bytes};
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 use serde_json::Value;
@@ -165,8 +167,8 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
             }
         }
     }
-    let skipped = checked.skipped.iter().map(|skipped| (&skipped.place, &skipped.object));
-    let workloads = checked.workloads.iter().map(|workload| (&workload.place, &workload.reference));
+    let skipped = checked.skipped.iter().map(|skipped| (&skipped.location, &skipped.object));
+    let workloads = checked.workloads.iter().map(|workload| (&workload.location, &workload.reference));
     for (place, object) in skipped.chain(workloads) {
         output::note(format_args!(
             "{}:{}: {} {} is skipped: no kind of the federation",
@@ -177,7 +179,7 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     let (ours, others): (Vec<Manifest>, Vec<Manifest>) =
         checked.objects.into_iter().partition(|it| it.reference.api_version == hanse_api::hanse::API_VERSION);
     for manifest in others {
-        let (Place { file, line }, Reference { kind, name, .. }) = (manifest.place, manifest.reference);
+        let (SourceLocation { file, line }, Reference { kind, name, .. }) = (manifest.location, manifest.reference);
         output::note(format_args!("{file}:{line}: {kind} {name} is skipped: it belongs into its cluster"));
     }
     checked.diagnostics.append(&mut checked.refused_workloads);
@@ -186,7 +188,7 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     if !checked.diagnostics.is_empty() {
         for it in &checked.diagnostics {
             let field = if it.field.is_empty() { String::new() } else { format!("{}: ", it.field) };
-            output::note(format_args!("{}:{}: {field}{}", it.place.file, it.place.line, it.message));
+            output::note(format_args!("{}:{}: {field}{}", it.location.file, it.location.line, it.message));
         }
         bail!("{}; nothing was changed", output::count(checked.diagnostics.len(), "error"));
     }

@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use hanse_api::assemble::rivals::{self, Rivals};
 use hanse_api::assemble::{overlapping_grants, without_tiers};
+use hanse_api::diagnostic::{Diagnostic, NotObject, Reference, SourceLocation};
 use hanse_api::hanse::API_VERSION;
 use hanse_api::kind::other_system;
-use hanse_api::manifest::{Diagnostic, Manifest, NotObject, Object, Place, Reference, Skipped};
+use hanse_api::manifest::{Manifest, Object, Skipped};
 use serde::Serialize;
 
 use super::reading::{self, DefaultNamespace};
@@ -192,9 +193,10 @@ impl Arguments {
         checked.notes.extend(reading::skipped_lines(read.skipped.iter()));
         // Several objects may start on one line.
         let mut objects: BTreeMap<(Arc<str>, u32, Reference), ObjectLine> = BTreeMap::new();
-        let of_objects = read.objects.into_iter().map(|object| (object.place, object.reference, Outcome::Accepted));
-        let of_workloads = read.workloads.into_iter().map(|it| (it.place, it.reference, Outcome::Accepted));
-        let of_skipped = read.skipped.into_iter().map(|Skipped { place, object }| (place, object, Outcome::Skipped));
+        let of_objects = read.objects.into_iter().map(|object| (object.location, object.reference, Outcome::Accepted));
+        let of_workloads = read.workloads.into_iter().map(|it| (it.location, it.reference, Outcome::Accepted));
+        let of_skipped =
+            read.skipped.into_iter().map(|Skipped { location, object }| (location, object, Outcome::Skipped));
         for (place, reference, result) in of_objects.chain(of_workloads).chain(of_skipped) {
             let line = ObjectLine::new(&place, &reference, result);
             objects.insert((place.file, place.line, reference), line);
@@ -206,7 +208,7 @@ impl Arguments {
                 Some(NotObject::WithoutKind) => Outcome::NotObject,
                 None => Outcome::Refused,
             };
-            let start = Place { file: diagnostic.place.file, line: diagnostic.start };
+            let start = SourceLocation { file: diagnostic.location.file, line: diagnostic.start };
             let reference = diagnostic.object.unwrap_or_default();
             let line = ObjectLine::new(&start, &reference, result);
             let object = objects.entry((start.file, start.line, reference)).or_insert(line);
@@ -214,7 +216,7 @@ impl Arguments {
             object.errors.push(ErrorLine {
                 field: diagnostic.field,
                 message: diagnostic.message,
-                line: diagnostic.place.line,
+                line: diagnostic.location.line,
             });
         }
         checked.objects.extend(objects.into_values());
@@ -238,11 +240,14 @@ fn note(diagnostic: Diagnostic) -> String {
         "" | "metadata.name" | "kind" => String::new(),
         field => format!("{field}: "),
     };
-    format!("{}:{}: note: {kind} {name} {field}{}", diagnostic.place.file, diagnostic.place.line, diagnostic.message)
+    format!(
+        "{}:{}: note: {kind} {name} {field}{}",
+        diagnostic.location.file, diagnostic.location.line, diagnostic.message
+    )
 }
 
 impl ObjectLine {
-    fn new(start: &Place, reference: &Reference, result: Outcome) -> Self {
+    fn new(start: &SourceLocation, reference: &Reference, result: Outcome) -> Self {
         let Reference { api_version, kind, namespace, name } = reference.clone();
         let system = other_system(&api_version, &kind).filter(|_| result == Outcome::Skipped);
         let (file, line, errors) = (start.file.to_string(), start.line, Vec::new());

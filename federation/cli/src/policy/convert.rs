@@ -8,11 +8,13 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::ValueEnum;
+use hanse_api::Diagnostic;
 use hanse_api::admin_network_policy::{BASELINE_KIND, Unconvertible, is_convertible, to_cluster_network_policy};
 use hanse_api::cluster_network_policy::{API_VERSION as CLUSTER_API_VERSION, KIND as CLUSTER_KIND};
 use hanse_api::document::{self, Locator, Node};
 use hanse_api::field::FieldError;
-use hanse_api::manifest::{self, Diagnostic, Manifests, items, list, read_bytes, read_file};
+use hanse_api::files::{list, read_file};
+use hanse_api::manifest::{Manifests, items, read_bytes};
 use serde_json::Value;
 
 use crate::output;
@@ -85,7 +87,7 @@ impl Arguments {
             let files = if path == Path::new("-") { vec![path.clone()] } else { listed(path)? };
             for file in files {
                 let bytes = match file == Path::new("-") {
-                    true => manifest::read_stdin_bytes().context("read standard input")?,
+                    true => hanse_api::files::read_stdin_bytes().context("read standard input")?,
                     false => read_file(&file).with_context(|| format!("read {}", file.display()))?,
                 };
                 convert(&file.to_string_lossy(), &bytes, &mut read);

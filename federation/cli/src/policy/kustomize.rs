@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use hanse_api::assemble::rivals::build_with_kustomize;
 use hanse_api::document::{self, Node};
-use hanse_api::manifest::{Diagnostic, Manifests, NotObject, read_file};
+use hanse_api::files::read_file;
+use hanse_api::manifest::Manifests;
+use hanse_api::{Diagnostic, NotObject};
 
 const GROUP: &str = "kustomize.config.k8s.io";
 /// The names under which `kustomize` looks for its file.
@@ -59,10 +61,10 @@ pub fn patch(file: &Path, kustomization: &Path) -> Diagnostic {
 pub fn explain(read: &mut Manifests) {
     let message = |file: &str| format!("a kustomization, which is not applied here: run {}", build(Path::new(file)));
     for diagnostic in &mut read.diagnostics {
-        let name = Path::new(&*diagnostic.place.file).file_name().and_then(|name| name.to_str());
+        let name = Path::new(&*diagnostic.location.file).file_name().and_then(|name| name.to_str());
         let is_without_kind = diagnostic.not_object == Some(NotObject::WithoutKind);
         if is_without_kind && name.is_some_and(|name| NAMES.contains(&name)) {
-            diagnostic.message = message(&diagnostic.place.file);
+            diagnostic.message = message(&diagnostic.location.file);
         }
     }
     let of_kustomize = |api_version: &str| api_version.split('/').next() == Some(GROUP);
@@ -71,9 +73,9 @@ pub fn explain(read: &mut Manifests) {
     read.skipped = rest;
     let found: Vec<hanse_api::Skipped> = found;
     read.diagnostics.extend(found.into_iter().map(|it| Diagnostic {
-        start: it.place.line,
-        message: message(&it.place.file),
-        place: it.place,
+        start: it.location.line,
+        message: message(&it.location.file),
+        location: it.location,
         field: String::new(),
         object: Some(it.object),
         not_object: Some(NotObject::WithoutKind),

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use anyhow::bail;
 use clap::ValueEnum;
 use hanse_api::document::{self, Node};
-use hanse_api::manifest::{Diagnostic, Place, read_file};
+use hanse_api::files::read_file;
+use hanse_api::{Diagnostic, SourceLocation};
 use hanse_policy::evaluate::Direction;
 use hanse_policy::lint::{About, CHECKS, Finding, NEEDING_PODS, Severity, lint, rules_left_out, without_pods};
 use hanse_policy::model::{ClusterName, Phase};
@@ -214,7 +215,7 @@ fn reported_stale(context: Option<&Path>) -> anyhow::Result<Vec<String>> {
     Ok(clusters.map(|cluster| cluster.name).collect())
 }
 
-fn place<'l>(loaded: &'l Loaded, finding: &Finding) -> Option<&'l Place> {
+fn place<'l>(loaded: &'l Loaded, finding: &Finding) -> Option<&'l SourceLocation> {
     let cluster: Option<&ClusterName> = finding.cluster.as_ref();
     match &finding.about {
         About::Policy(policy, _) => loaded.place(policy),
@@ -238,7 +239,7 @@ type ObjectLines = [Vec<u32>; 2];
 
 impl RuleLines {
     /// Of a rule of the object that starts at `place`.
-    fn line(&mut self, place: &Place, (direction, index): (Direction, u32)) -> Option<u32> {
+    fn line(&mut self, place: &SourceLocation, (direction, index): (Direction, u32)) -> Option<u32> {
         let objects = self.files.entry(place.file.clone()).or_insert_with(|| {
             // What could be read before can hardly fail now; where it does, the object's own line is used.
             let bytes = read_file(Path::new(&*place.file)).unwrap_or_default();
@@ -346,7 +347,7 @@ fn sarif(lines: &[FindingLine<'_>], refusals: &[Diagnostic], not_run: Option<&No
         .iter()
         .map(|refusal| {
             let text = format!("refused: {}", described(refusal));
-            let location = location(&refusal.place.file, refusal.place.line);
+            let location = location(&refusal.location.file, refusal.location.line);
             json!({"level": "error", "message": {"text": text}, "locations": [location]})
         })
         .chain(not_run)

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use anyhow::bail;
 use hanse_api::assemble::{overlapping_grants, rivals, rules_left_out};
 use hanse_api::hanse::{Grants, Member};
-use hanse_api::manifest::{Diagnostic, Manifests, Place};
-use hanse_api::{assemble_federation, assemble_offline};
+use hanse_api::manifest::Manifests;
+use hanse_api::{Diagnostic, SourceLocation, assemble_federation, assemble_offline};
 use hanse_policy::evaluate::Direction;
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicyId, PolicySet, TierId};
@@ -76,7 +76,7 @@ pub struct Loaded {
     pub declared: BTreeMap<(ClusterName, EndpointId), BTreeSet<(u8, u16)>>,
     /// Policies of the federation that are not in force because no object defines their tier.
     pub without_tier: Vec<(PolicyId, TierId)>,
-    places: BTreeMap<WrittenName, Place>,
+    places: BTreeMap<WrittenName, SourceLocation>,
 }
 
 /// Cluster, kind, namespace and name.
@@ -131,7 +131,7 @@ impl Sources {
             None => Manifests::default(),
         };
         for workload in &federated.workloads {
-            let (Place { file, line }, of) = (&workload.place, &workload.reference);
+            let (SourceLocation { file, line }, of) = (&workload.location, &workload.reference);
             output::note(format_args!("{file}:{line}: note: {} {} belongs to a cluster", of.kind, workload.name));
         }
         let federation = assemble_federation(&federated.objects, clusters.keys().cloned());
@@ -282,7 +282,7 @@ impl Loaded {
             let name = (cluster.cloned(), of.kind.clone(), of.namespace.clone(), of.name.clone());
             // The first of a name counts.
             if let Entry::Vacant(entry) = self.places.entry(name) {
-                entry.insert(object.place.clone());
+                entry.insert(object.location.clone());
                 let owner = cluster.cloned().unwrap_or_else(|| "".into());
                 self.left_out.extend(rules_left_out(&object.object, &owner));
             }
@@ -292,7 +292,7 @@ impl Loaded {
 
     fn report(&mut self, diagnostics: &[Diagnostic], refused: bool) {
         for diagnostic in diagnostics {
-            let Place { file, line } = &diagnostic.place;
+            let SourceLocation { file, line } = &diagnostic.location;
             let kind = if refused { "refused" } else { "note" };
             output::note(format_args!("{file}:{line}: {kind}: {}", described(diagnostic)));
         }
@@ -315,12 +315,12 @@ impl Loaded {
     }
 
     /// Where an object is written.
-    pub fn place_of(&self, cluster: Option<&ClusterName>, kind: &str, name: &str) -> Option<&Place> {
+    pub fn place_of(&self, cluster: Option<&ClusterName>, kind: &str, name: &str) -> Option<&SourceLocation> {
         self.places.get(&(cluster.cloned(), kind.to_owned(), None, name.to_owned()))
     }
 
     /// Where a policy is written.
-    pub fn place(&self, policy: &PolicyId) -> Option<&Place> {
+    pub fn place(&self, policy: &PolicyId) -> Option<&SourceLocation> {
         let (_, kind) = answer::api(policy.kind);
         let namespace = policy.namespace.as_deref().map(str::to_owned);
         let of = |name: &str| (policy.cluster.clone(), kind.to_owned(), namespace.clone(), name.to_owned());

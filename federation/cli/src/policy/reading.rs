@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use hanse_api::diagnostic::Diagnostic;
+use hanse_api::files::list;
 use hanse_api::kind::other_system;
-use hanse_api::manifest::{Diagnostic, Manifests, Skipped, list, read_files, read_stdin};
-use hanse_api::network_policy::is_dns_label;
+use hanse_api::manifest::{Manifests, Skipped, read_files, read_stdin};
+use hanse_api::names::is_dns_label;
 
 use super::kustomize;
 
