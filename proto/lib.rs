@@ -1,10 +1,8 @@
-//! The wire types of Hanse, generated from `proto/`, the limits that both sides share, and the bound of what
-//! decoding costs. Nothing else lives here: each process converts them into domain types in one module and never lets them further.
+//! The wire types of Hanse, generated from `proto/`, and the bound of what decoding costs. Nothing else lives here: each process converts them into domain types in one module and never lets them further.
 
 #![allow(clippy::all, clippy::allow_attributes, missing_debug_implementations, reason = "generated code")]
 
 pub mod bounded;
-pub mod limits;
 
 pub mod federation {
     pub mod v1 {

@@ -20,10 +20,6 @@ use crate::rule::{self, Context, RuleSpec, RulesOf};
 pub const GROUP: &str = "hanse.dev";
 pub const API_VERSION: &str = "hanse.dev/v1alpha1";
 
-/// The feature of the exchange that a policy needs whose tier has no object. No hub has it, so that no member takes such a
-/// version: the last one with a tier stays in force, and without one none is.
-pub const EXISTING_TIER: &str = "existing-tier";
-
 macro_rules! object {
     ($(#[$doc:meta])* $name:ident, $spec:ident) => {
         $(#[$doc])*

@@ -19,12 +19,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use hanse_hub::exchange::core::{Exchange, PublishId, Published, ReadOpening, ReceiverId};
-use hanse_hub::exchange::model::{
+use hanse_exchange::hub::{Exchange, PublishId, Published, ReadOpening, ReceiverId};
+use hanse_exchange::member::publisher::{PublishSession, Publisher};
+use hanse_exchange::member::receiver::Receiver;
+use hanse_exchange::model::{
     ClusterState, FederatedManifest, Federation, Grant, Lease, ManifestKind, Position, Wanted,
 };
-use hanse_member::exchange::publisher::{PublishSession, Publisher};
-use hanse_member::exchange::receiver::Receiver;
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, LabelGrant, Labels, NamedPort, Namespace};
 use hanse_policy::model::{ClusterName, ClusterScope};
 use hanse_policy::selector::Selector;

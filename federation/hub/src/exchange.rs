@@ -1,15 +1,10 @@
-//! The exchange: members publish endpoints, receivers are sent those that their policies can select, with the policies.
+//! The exchange over connections: members publish endpoints, receivers are sent those that their policies can select, with
+//! the policies. Its state machine is in `hanse-exchange`.
 //!
-//! [`core`] decides, without sockets, clocks and randomness; [`origin`] holds what one cluster publishes; [`select`] finds
-//! the selections that labels satisfy; [`wire`] converts. What it holds of endpoints is in memory only: a hub that restarts
-//! counts an origin as not yet synced until it has published again, and tells nobody that anything is gone.
+//! [`service`] serves streams, [`derive`] converts the registry into the exchange's view of it. Endpoints are in memory only:
+//! a hub that restarts counts an origin as not yet synced until it has published again, and reports nothing as removed.
 
-pub mod core;
 pub mod derive;
-pub mod model;
-pub mod origin;
 mod progress;
-pub mod select;
 pub mod service;
 mod speakers;
-pub mod wire;

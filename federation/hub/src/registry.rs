@@ -30,8 +30,9 @@ pub use snapshot::{Cluster, ClusterState, Lease, Object, Snapshot};
 
 /// Audit records kept; the oldest goes with each new one. 10,000 × about 300 bytes is 3 MiB.
 pub const MAX_AUDIT_RECORDS: u64 = 10_000;
-/// Most clusters with a registration, objects of one kind, users, and tokens that have not ended.
-pub const MAX_CLUSTERS: usize = 4_096;
+/// Most clusters with a registration.
+pub use hanse_exchange::limits::MAX_CLUSTERS;
+/// Most objects of one kind, users, and tokens that have not ended.
 pub const MAX_OBJECTS: usize = 50_000;
 /// Most bytes of all objects together: they are answered in one message of at most 64 MiB.
 pub const MAX_OBJECT_BYTES: usize = 48 << 20;

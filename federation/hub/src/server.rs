@@ -31,13 +31,13 @@ use tracing::{error, info, warn};
 use crate::administration::{Administration, create_user, refused};
 use crate::authority::{Authority, Lifetimes};
 use crate::exchange::service::Service;
-use crate::exchange::wire::MAX_MESSAGE_BYTES;
 use crate::metrics::HubMetrics;
 use crate::questions::{self, Questions};
 use crate::registration::Registration;
 use crate::registry::{Clock, Registry, begin_epoch};
 use crate::roles::Role;
 use crate::status::Realisations;
+use hanse_exchange::limits::MAX_MESSAGE_BYTES;
 
 /// The largest request of the administration: a manifest of 256 KiB with room.
 const MAX_REQUEST_BYTES: usize = 1 << 20;

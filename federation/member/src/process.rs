@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use hanse_policy::interest::{self, Wanted};
+use hanse_exchange::interest::{self, Wanted};
 use hanse_policy::model::Layer;
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::files;

@@ -5,7 +5,6 @@
 pub mod diff;
 pub mod evaluate;
 pub mod explain;
-pub mod interest;
 pub mod inventory;
 pub mod lint;
 pub mod model;

@@ -2,9 +2,9 @@
 //! other member can read. The first byte of an input says which message the rest is.
 
 use bytes::Bytes;
-use hanse_hub::exchange::wire as hub;
-use hanse_member::exchange::wire as member;
-use hanse_policy::interest::OWN;
+use hanse_exchange::codec as hub;
+use hanse_exchange::interest::OWN;
+use hanse_exchange::member::wire as member;
 use hanse_proto::agent::v1 as agent;
 use hanse_proto::federation::v1 as pb;
 use hanse_protocol::{Assembled, Assembler, encode};

@@ -4,14 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use hanse_api::assemble::Changed;
 use hanse_api::manifest::{Manifests, Object, read_bytes};
-use hanse_hub::exchange::core::{Exchange, PublishId, Published, ReceiverId};
-use hanse_hub::exchange::model as hub;
-use hanse_member::exchange::model::{Change, ClusterRecord, Position, Wanted};
-use hanse_member::exchange::publisher::{PublishSession, Publisher};
-use hanse_member::exchange::receiver::Receiver;
-use hanse_policy::interest;
+use hanse_exchange::hub::{Exchange, PublishId, Published, ReceiverId};
+use hanse_exchange::interest;
+use hanse_exchange::member::model::{Change, ClusterRecord, Position, Wanted};
+use hanse_exchange::member::publisher::{ChangedExports, PublishSession, Publisher};
+use hanse_exchange::member::receiver::Receiver;
+use hanse_exchange::model as hub;
 use hanse_policy::inventory::{
     Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, Namespace,
 };
@@ -34,17 +33,17 @@ fn store(publisher: &mut Publisher) -> Vec<u8> {
     bytes
 }
 
-/// What differs between two states of a cluster, as far as it is published.
-fn difference(before: &Cluster, now: &Cluster) -> Changed {
+/// Publishes what differs between two states of a cluster.
+fn publish_difference(publisher: &mut Publisher, before: &Cluster, now: &Cluster) {
     fn of<K: Ord + Clone, V: PartialEq>(before: &BTreeMap<K, V>, now: &BTreeMap<K, V>) -> BTreeSet<K> {
         before.keys().chain(now.keys()).filter(|key| before.get(key) != now.get(key)).cloned().collect()
     }
-    Changed {
-        namespaces: of(&before.namespaces, &now.namespaces),
-        service_accounts: of(&before.service_accounts, &now.service_accounts),
-        endpoints: of(&before.endpoints, &now.endpoints),
-        ..Changed::default()
-    }
+    let changed = ChangedExports {
+        namespaces: &of(&before.namespaces, &now.namespaces),
+        service_accounts: &of(&before.service_accounts, &now.service_accounts),
+        endpoints: &of(&before.endpoints, &now.endpoints),
+    };
+    publisher.publish(now, changed);
 }
 
 /// A generator whose whole state is its seed (SplitMix64).
@@ -494,8 +493,7 @@ impl<'a> Fleet<'a> {
 
     fn publish(&mut self, member: usize) {
         let it = &mut self.members[member];
-        let changed = difference(&it.told, &it.truth);
-        it.publisher.publish(&it.truth, &changed);
+        publish_difference(&mut it.publisher, &it.told, &it.truth);
         it.told = it.truth.clone();
         // What need not be on disk yet is there sometimes.
         if it.publisher.must_store() || self.random.below(4) == 0 {

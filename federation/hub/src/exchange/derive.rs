@@ -5,19 +5,20 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hanse_api::hanse::{ClusterLabels, EXISTING_TIER, FederatedNetworkPolicy, resolve_clusters, select_clusters};
+use hanse_api::hanse::{ClusterLabels, FederatedNetworkPolicy, resolve_clusters, select_clusters};
 use hanse_api::manifest::Object;
-use hanse_policy::interest::{self, Wanted};
+use hanse_exchange::interest::{self, Wanted};
+use hanse_exchange::limits::EXISTING_TIER;
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::{ClusterName, ClusterScope, Phase};
 use hanse_policy::selector::Selector;
 
-use super::model::{
-    ClusterState, FederatedManifest, Federation, Grant, Interest, Lease, ManifestKind, Position, digest_of,
-};
 use crate::grants::MemberCluster;
 use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::{self, Registry, Snapshot};
+use hanse_exchange::model::{
+    ClusterState, FederatedManifest, Federation, Grant, Interest, Lease, ManifestKind, Position, digest_of,
+};
 
 impl Grant for MemberCluster {
     fn permits_namespace(&self, name: &str) -> bool {

@@ -6,8 +6,8 @@ use std::time::Duration;
 use hanse_proto::federation::v1 as pb;
 use hanse_store::Revision;
 
-use super::model::Position;
 use crate::status::{NodeProgress, NodeState, ObjectState, ObjectStatus, Problem};
+use hanse_exchange::model::Position;
 
 /// What [`pb::ObjectError::object`] says before a federated policy's name, in reports of earlier members.
 const POLICY_OBJECT: &str = "policy FederatedNetworkPolicy ";

@@ -1,4 +1,4 @@
-//! The exchange over gRPC. Who a caller is comes from its certificate; what it is sent is decided by [`super::core`].
+//! The exchange over gRPC. Who a caller is comes from its certificate; what it is sent is decided by [`hanse_exchange::hub`].
 //!
 //! One lock guards the core, which never waits while it holds it. A receiver's stream asks for the next message when its
 //! connection has room, so a slow one costs its dirty ids and nothing else, and makes nobody wait.
@@ -27,16 +27,17 @@ use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::core::{Exchange, PublishError, PublishId, Published, ReadOpening, ReadRequest, ReceiverId, report};
 use super::derive::Deriver;
-use super::model::{ManifestKind, Position};
 use super::progress::{self, Report};
 use super::speakers::{Speakers, Speaking};
-use super::wire::{MAX_PLAIN_BYTES, updates_in};
 use crate::grants::Limits;
 use crate::manifest::{Kind, ObjectId};
 use crate::registry::{Lease, Registry, Snapshot};
 use crate::status::{NodeProgress, ObjectState, ObjectStatus, Problem, Realisation, Realisations};
+use hanse_exchange::codec::updates_in;
+use hanse_exchange::hub::{Exchange, PublishError, PublishId, Published, ReadOpening, ReadRequest, ReceiverId, report};
+use hanse_exchange::limits::MAX_PLAIN_BYTES;
+use hanse_exchange::model::{ManifestKind, Position};
 
 /// Messages that wait for one connection: 4 × 1 MiB at most.
 const OUTBOX: usize = 4;

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use hanse_api::hanse::EXISTING_TIER;
-use hanse_hub::exchange::core::{Exchange, PublishId, ReceiverId};
+use hanse_exchange::hub::{Exchange, PublishId, ReceiverId};
+use hanse_exchange::interest::Wanted;
+use hanse_exchange::limits::EXISTING_TIER;
+use hanse_exchange::model::{ClusterState, Federation, Lease, ManifestKind, Position};
 use hanse_hub::exchange::derive::{Deriver, UNREADABLE};
-use hanse_hub::exchange::model::{ClusterState, Federation, Lease, ManifestKind, Position};
 use hanse_hub::grants::MemberCluster;
 use hanse_hub::registry::{Clock, Registry};
-use hanse_policy::interest::Wanted;
 use hanse_policy::inventory::Labels;
 use hanse_proto::federation::v1 as pb;
 use hanse_store::{Key, Store, Transaction, in_memory};
@@ -491,7 +491,7 @@ fn a_part_of_an_opening_that_cannot_be_taken_does_not_end_the_stream() {
 /// What lies beyond would leave no number for the cluster's own member.
 #[test]
 fn numbers_that_leave_none_after_them_are_refused() {
-    let most = hanse_hub::exchange::wire::MAX_NUMBER;
+    let most = hanse_exchange::codec::MAX_NUMBER;
     for (epoch, revision, taken) in
         [(most, most, true), (most + 1, 1, false), (1, most + 1, false), (u64::MAX, u64::MAX, false)]
     {
@@ -623,11 +623,11 @@ fn a_message_is_not_decoded_where_that_costs_too_much() {
 /// The most that a legitimate peer sends is read.
 #[test]
 fn the_largest_interests_reports_and_pages_are_within_what_decoding_may_cost() {
-    use hanse_policy::interest::{DERIVED, OWN, Size, WHOLE};
+    use hanse_exchange::interest::{DERIVED, OWN, Size, WHOLE};
     use hanse_proto::bounded::{Bounded, cost};
     fn check<T: Bounded>(message: &T) -> f64 {
         let bytes = message.encode_to_vec();
-        assert!(bytes.len() <= hanse_proto::limits::MAX_MESSAGE_BYTES, "{} bytes", bytes.len());
+        assert!(bytes.len() <= hanse_exchange::limits::MAX_MESSAGE_BYTES, "{} bytes", bytes.len());
         let part = cost(T::SHAPE, &bytes) as f64 / T::MAX_DECODED_BYTES as f64;
         assert!(part <= 1.0, "{part}");
         part
@@ -643,7 +643,7 @@ fn the_largest_interests_reports_and_pages_are_within_what_decoding_may_cost() {
             if bytes > size.bytes {
                 break;
             }
-            list.push(hanse_hub::exchange::wire::selection(&wanted));
+            list.push(hanse_exchange::codec::selection(&wanted));
         }
         list
     };

@@ -11,12 +11,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use hanse_api::assemble::Changed;
+use hanse_exchange::limits::MAX_MESSAGE_BYTES;
 use hanse_identity::tls::{Connection, Peer};
 use hanse_identity::token;
 use hanse_policy::inventory::Cluster;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_client::ExchangeClient;
-use hanse_proto::limits::MAX_MESSAGE_BYTES;
 use hanse_runtime::files::write_atomic;
 use hanse_runtime::health::Writes;
 use hanse_runtime::retry::Backoff;
@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
 use super::model::{Updates, Wanted};
-use super::publisher::{PublishSession, Publisher};
+use super::publisher::{ChangedExports, PublishSession, Publisher};
 use super::receiver::{ReceiveError, Receiver};
 use crate::federated::readable;
 use crate::registration::MemberIdentity;
@@ -182,7 +182,8 @@ impl Client {
     /// What this cluster exports from now on, `changed` being what is new in it.
     pub fn publish(&self, cluster: &Cluster, changed: &Changed) {
         let mut publisher = lock(&self.shared.publisher);
-        if !publisher.publish(cluster, changed) {
+        let Changed { namespaces, service_accounts, endpoints, .. } = changed;
+        if !publisher.publish(cluster, ChangedExports { namespaces, service_accounts, endpoints }) {
             return;
         }
         drop(publisher);

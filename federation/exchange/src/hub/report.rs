@@ -4,8 +4,8 @@
 use hanse_proto::bounded;
 use hanse_proto::federation::v1 as pb;
 
-use crate::exchange::wire;
-use crate::registry::MAX_CLUSTERS;
+use crate::codec as wire;
+use crate::limits::MAX_CLUSTERS;
 
 /// Nodes of one cluster, of which each is held for status.
 const MAX_NODES: usize = 16_384;

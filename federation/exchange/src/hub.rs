@@ -12,19 +12,21 @@ use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
 
-use super::model::{
+use crate::codec as wire;
+use crate::model::{
     Bits, ClusterState, FederatedManifest, Federation, Interest, Lease, ManifestKind, Slots, digest_of,
 };
-use super::origin::{Changes, Entry, Origin};
-use super::select::Selections;
-use super::wire;
+use origin::{Changes, Entry, Origin};
+use selections::Selections;
 
-mod interest;
+mod derived;
+pub mod origin;
 mod publish;
 pub mod report;
+pub mod selections;
 mod watch;
 
-use interest::Derived;
+use derived::Derived;
 
 pub use publish::{PublishError, PublishId, Published};
 pub use watch::{ReadOpening, ReadRequest, ReceiverId, ReceiverState};
@@ -398,7 +400,7 @@ impl Exchange {
         }
         let mut hasher = blake3::Hasher::new();
         for wanted in &**interest {
-            interest::hash(wanted, &mut hasher);
+            derived::hash(wanted, &mut hasher);
         }
         let mut class = Class {
             of: Arc::clone(interest),
@@ -553,7 +555,7 @@ impl View {
         &mut self,
         origin: &Origin,
         slot: u32,
-        before: super::origin::Before,
+        before: origin::Before,
         was: bool,
         now: bool,
         dirty: &mut Vec<u64>,
@@ -605,7 +607,7 @@ impl HubObjects {
             }
             self.tombstones.push_back((revision, id));
         }
-        while self.tombstones.len() > super::origin::MAX_TOMBSTONES {
+        while self.tombstones.len() > origin::MAX_TOMBSTONES {
             self.floor = self.tombstones.pop_front().map_or(self.floor, |(at, _)| self.floor.max(at));
         }
         for (id, new) in made {

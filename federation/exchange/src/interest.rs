@@ -7,8 +7,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use crate::model::{ClusterScope, Policy, Port};
-use crate::selector::Selector;
+use hanse_policy::model::{ClusterScope, Policy, Port};
+use hanse_policy::selector::Selector;
 
 /// Bytes of one selector, in its canonical form.
 pub const MAX_SELECTOR_BYTES: usize = 8 << 10;
@@ -131,7 +131,7 @@ pub fn of(policy: &Policy) -> BTreeSet<Wanted> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::selector::Expr;
+    use hanse_policy::selector::Expr;
 
     fn readable(expr: Expr) -> Selector {
         Wanted::readable(ClusterScope::All, &Selector::from(expr), BTreeSet::new()).selector

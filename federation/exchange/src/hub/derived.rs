@@ -6,11 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use hanse_policy::interest::{self, Size};
+use crate::interest::{self, Size};
 use hanse_policy::model::ClusterName;
 use hashbrown::HashMap;
 
-use crate::exchange::model::{FederatedManifest, Interest, ManifestKind, Wanted, digest_of};
+use crate::model::{FederatedManifest, Interest, ManifestKind, Wanted, digest_of};
 
 type Manifests = BTreeMap<(ManifestKind, Arc<str>), Arc<FederatedManifest>>;
 

@@ -1,6 +1,6 @@
 //! Limits of the exchange that the hub and members must agree on: what one side may send, the other must read.
 //!
-//! Those of interests are in the policy crate, beside what derives them.
+//! Those of interests are in [`crate::interest`], beside what derives them.
 
 /// Of the protocol.
 pub const PROTOCOL: u32 = 1;
@@ -19,3 +19,8 @@ pub const MAX_EXPORT_BYTES: usize = 16 << 10;
 /// Most bytes of one object of the hub's: a manifest of 256 KiB and the names of 4,096 clusters of 65 bytes each, twice. What
 /// cluster selectors select may take more.
 pub const MAX_HUB_OBJECT_BYTES: usize = 768 << 10;
+/// Most clusters of a ClusterSet.
+pub const MAX_CLUSTERS: usize = 4_096;
+/// The feature that a policy needs whose tier has no object. No version has it, so that no member takes such a version: the
+/// last one with a tier stays in force, and without one none is.
+pub const EXISTING_TIER: &str = "existing-tier";

@@ -12,7 +12,7 @@ use hanse_policy::selector::{Expr, Label, LabelLookup};
 use hanse_policy::tri::Tri;
 use hashbrown::HashMap;
 
-use super::model::Wanted;
+use crate::model::Wanted;
 
 /// Effective labels, sorted by key, and which own keys count.
 #[derive(Debug)]

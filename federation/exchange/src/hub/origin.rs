@@ -17,9 +17,9 @@ use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::ClusterName;
 use hashbrown::{DefaultHashBuilder, HashSet, HashTable};
 
-use super::model::{Grant, Position, Refusal, digest_of};
-use super::select::Selections;
-use super::wire::{self, EndpointExport, Export, Pairs};
+use super::selections::Selections;
+use crate::codec::{self as wire, EndpointExport, Export, Pairs};
+use crate::model::{Grant, Position, Refusal, digest_of};
 
 mod addresses;
 mod batch;

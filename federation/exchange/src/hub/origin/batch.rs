@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 
-use crate::exchange::model::{Grant, Position, Refusal};
-use crate::exchange::wire;
+use crate::codec as wire;
+use crate::model::{Grant, Position, Refusal};
 
 /// Objects kept beside the granted endpoints and label sets: namespaces, accounts and what is refused.
 pub const MAX_OTHERS: usize = 65_536;

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+pub use crate::interest::Wanted;
 use bytes::Bytes;
-pub use hanse_policy::interest::Wanted;
 use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, Labels, Namespace};
 use hanse_policy::model::ClusterName;
 use ipnet::IpNet;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 
-use crate::exchange::model::Refusal;
+use crate::model::Refusal;
 
 /// The ids of a namespace, an account and a label set; 0 where there is none.
 pub type ProfileKey = [u64; 3];

@@ -9,9 +9,9 @@ use hanse_policy::selector::build;
 
 use super::profiles::ProfileKey;
 use super::{Before, Body, Entry, Origin, endpoint_of};
-use crate::exchange::model::{Bits, Refusal, Slots};
-use crate::exchange::select::{Known, Selections};
-use crate::exchange::wire::Pairs;
+use crate::codec::Pairs;
+use crate::hub::selections::{Known, Selections};
+use crate::model::{Bits, Refusal, Slots};
 
 /// Up to so many new selections are each asked for each profile.
 const FEW_SELECTIONS: usize = 8;

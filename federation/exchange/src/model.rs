@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+pub use crate::interest::Wanted;
 use bytes::Bytes;
-pub use hanse_policy::interest::Wanted;
 use hanse_policy::inventory::{LabelGrant, Labels};
 use hanse_policy::model::ClusterName;
 

@@ -5,7 +5,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hanse_policy::interest::{self, Size};
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::ClusterScope;
 use hanse_policy::selector::{Expr, Selector};
@@ -15,9 +14,10 @@ use pb::object_update::Body;
 use prost::Message as _;
 use prost::encoding::{WireType, encode_key, encode_varint};
 
-use super::model::{ClusterState, FederatedManifest, Lease, ManifestKind, Position, Refusal, Wanted};
+use crate::interest::{self, Size};
+use crate::model::{ClusterState, FederatedManifest, Lease, ManifestKind, Position, Refusal, Wanted};
 
-pub use hanse_proto::limits::{
+pub use crate::limits::{
     MAX_EXPORT_BYTES, MAX_FRAME_BYTES, MAX_HUB_OBJECT_BYTES, MAX_MESSAGE_BYTES, MAX_NUMBER, MAX_PLAIN_BYTES, PROTOCOL,
 };
 

@@ -8,9 +8,9 @@ use pb::publish_request::Message as Request;
 use pb::publish_response::Message as Response;
 
 use super::{Exchange, report};
-use crate::exchange::model::Position;
-use crate::exchange::origin::{self, Batch, BatchError, Origin, StagedLimits};
-use crate::exchange::wire;
+use crate::codec as wire;
+use crate::hub::origin::{self, Batch, BatchError, Origin, StagedLimits};
+use crate::model::Position;
 
 /// What is said of a frame, or of an end, where no batch is under way.
 const NO_BATCH: &str =

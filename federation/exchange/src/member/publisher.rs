@@ -6,11 +6,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
+use crate::limits::MAX_NUMBER;
 use bytes::Bytes;
-use hanse_api::assemble::Changed;
-use hanse_policy::inventory::{Cluster, Endpoint, EndpointKind, Labels, NamedPort};
+use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Labels, NamedPort};
 use hanse_proto::federation::v1 as pb;
-use hanse_proto::limits::MAX_NUMBER;
 use pb::object_update::Body;
 use pb::publish_request::Message as Request;
 use pb::publish_response::Message as Response;
@@ -61,6 +60,15 @@ struct Published {
 enum Uses {
     Uses([u64; 3]),
     UsedBy(u32),
+}
+
+/// What changed in the source's state, as far as it is published.
+#[derive(Debug, Clone, Copy)]
+pub struct ChangedExports<'a> {
+    pub namespaces: &'a BTreeSet<Arc<str>>,
+    /// Namespace and name.
+    pub service_accounts: &'a BTreeSet<(Arc<str>, Arc<str>)>,
+    pub endpoints: &'a BTreeSet<EndpointId>,
 }
 
 /// What is published now, in which numbering.
@@ -218,30 +226,29 @@ impl Publisher {
 
     /// Takes over what changed in the source's state: pods that own addresses, with their namespaces and accounts. At first,
     /// everything. Returns whether anything changed.
-    pub fn publish(&mut self, cluster: &Cluster, changed: &Changed) -> bool {
+    pub fn publish(&mut self, cluster: &Cluster, changed: ChangedExports<'_>) -> bool {
         if self.filled { self.take(cluster, changed, BTreeSet::new()) } else { self.publish_all(cluster) }
     }
 
     /// As [`Self::publish`], whatever changed: O(everything).
     pub fn publish_all(&mut self, cluster: &Cluster) -> bool {
-        let mut changed = Changed {
-            namespaces: cluster.namespaces.keys().cloned().collect(),
-            service_accounts: cluster.service_accounts.keys().cloned().collect(),
-            endpoints: cluster.endpoints.keys().cloned().collect(),
-            ..Changed::default()
-        };
+        let mut namespaces: BTreeSet<_> = cluster.namespaces.keys().cloned().collect();
+        let mut service_accounts: BTreeSet<_> = cluster.service_accounts.keys().cloned().collect();
+        let mut endpoints: BTreeSet<_> = cluster.endpoints.keys().cloned().collect();
         for key in self.objects.keys().cloned() {
             match key {
-                Key::Namespace(name) => drop(changed.namespaces.insert(name)),
-                Key::ServiceAccount(namespace, name) => drop(changed.service_accounts.insert((namespace, name))),
+                Key::Namespace(name) => drop(namespaces.insert(name)),
+                Key::ServiceAccount(namespace, name) => drop(service_accounts.insert((namespace, name))),
                 Key::LabelSet(_) => {}
-                Key::Endpoint(namespace, name) => drop(changed.endpoints.insert(pod(namespace, name))),
+                Key::Endpoint(namespace, name) => drop(endpoints.insert(pod(namespace, name))),
             }
         }
         let first = !std::mem::replace(&mut self.filled, true);
         // What was restored and nobody uses any more.
         let doubtful = self.shared.keys().copied().collect();
-        let changed = self.take(cluster, &changed, doubtful);
+        let changed =
+            ChangedExports { namespaces: &namespaces, service_accounts: &service_accounts, endpoints: &endpoints };
+        let changed = self.take(cluster, changed, doubtful);
         if first && !changed {
             // That there is nothing is news too.
             self.revision += 1;
@@ -250,16 +257,16 @@ impl Publisher {
     }
 
     /// `doubtful` are shared objects that may have no use.
-    fn take(&mut self, cluster: &Cluster, changed: &Changed, mut doubtful: BTreeSet<u64>) -> bool {
+    fn take(&mut self, cluster: &Cluster, changed: ChangedExports<'_>, mut doubtful: BTreeSet<u64>) -> bool {
         let revision = self.revision + 1;
         let before = (self.digest, self.next_id);
-        for name in &changed.namespaces {
+        for name in changed.namespaces {
             let key = Key::Namespace(name.clone());
             if self.objects.contains_key(&key) {
                 self.put(key, namespace_body(cluster, name), revision);
             }
         }
-        for (namespace, name) in &changed.service_accounts {
+        for (namespace, name) in changed.service_accounts {
             let key = Key::ServiceAccount(namespace.clone(), name.clone());
             if let Some(held) = self.objects.get(&Key::Namespace(namespace.clone()))
                 && self.objects.contains_key(&key)
@@ -490,7 +497,7 @@ fn request(message: Request) -> pb::PublishRequest {
     pb::PublishRequest { message: Some(message) }
 }
 
-pub(crate) fn octets(address: &std::net::IpAddr) -> Bytes {
+pub fn octets(address: &std::net::IpAddr) -> Bytes {
     match address {
         std::net::IpAddr::V4(v4) => Bytes::copy_from_slice(&v4.octets()),
         std::net::IpAddr::V6(v6) => Bytes::copy_from_slice(&v6.octets()),
@@ -501,7 +508,7 @@ pub(crate) fn octets(address: &std::net::IpAddr) -> Bytes {
 mod tests {
     use std::path::Path;
 
-    use hanse_api::assemble::Assembly;
+    use hanse_api::assemble::{Assembly, Changed};
     use hanse_api::manifest::{Manifests, read_bytes};
 
     use super::*;
@@ -527,6 +534,11 @@ mod tests {
             (key.clone(), names, used_by, body)
         };
         publisher.objects.iter().map(object).collect()
+    }
+
+    fn exports(changed: &Changed) -> ChangedExports<'_> {
+        let Changed { namespaces, service_accounts, endpoints, .. } = changed;
+        ChangedExports { namespaces, service_accounts, endpoints }
     }
 
     const NODE: &str = "apiVersion: v1\nkind: Node\nmetadata: {name: 'n'}\n";
@@ -568,7 +580,7 @@ mod tests {
             assert_eq!(read.diagnostics, []);
             let changed = source.update([(Path::new("c.yaml").into(), read.objects)]);
             let cluster = &source.state().cluster;
-            let (after, news) = (kept.position().revision, kept.publish(cluster, &changed));
+            let (after, news) = (kept.position().revision, kept.publish(cluster, exports(&changed)));
             let mut fresh = Publisher::new(1);
             fresh.publish_all(cluster);
             assert_eq!(published(&kept), published(&fresh), "{state:?}");
@@ -581,7 +593,10 @@ mod tests {
             assert_eq!(heard, held);
             assert_eq!(kept.digest(), held.values().fold(0, |sum: u128, it| sum.wrapping_add(digest_of(it))));
             assert!(!news || kept.position().revision == after + 1);
-            assert!(!kept.publish_all(cluster) && !kept.publish(cluster, &Changed::default()), "nothing is new");
+            assert!(
+                !kept.publish_all(cluster) && !kept.publish(cluster, exports(&Changed::default())),
+                "nothing is new"
+            );
             assert_eq!(published(&kept), published(&fresh), "however often it is counted");
             // After a restart nothing is lost, and nothing that is gone stays.
             let mut restored = Publisher::restore(&kept.store().0).expect("what was stored");
@@ -589,7 +604,7 @@ mod tests {
                 restored.publish_all(&Cluster::default()) && restored.objects.is_empty() && restored.shared.is_empty()
             );
             let mut restored = Publisher::restore(&kept.store().0).expect("what was stored");
-            restored.publish(cluster, &Changed::default());
+            restored.publish(cluster, exports(&Changed::default()));
             assert_eq!(published(&restored), published(&fresh));
         }
     }

@@ -7,8 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Weak};
 
+use crate::interest;
 use bytes::Bytes;
-use hanse_policy::interest;
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
@@ -19,13 +19,13 @@ mod reading;
 use reading::{Held, Opening};
 pub use reading::{ReadOpening, ReadRequest};
 
-use super::interest::bounded;
+use super::derived::bounded;
 use super::{Exchange, HubObjects, MAX_DIRTY, Origin};
-use crate::exchange::model::{Interest, Lease, Position, Wanted};
-use crate::exchange::wire;
+use crate::codec as wire;
+use crate::model::{Interest, Lease, Position, Wanted};
 
 /// How far a receiver's position may fall behind while nothing of interest to it changes: half of the removals remembered.
-const MAX_LAG: u64 = super::super::origin::MAX_TOMBSTONES as u64 / 2;
+const MAX_LAG: u64 = super::origin::MAX_TOMBSTONES as u64 / 2;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ReceiverId(u64);
@@ -841,14 +841,39 @@ fn complete(interest: u64, origin: &str, position: Option<Position>, view: u64) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exchange::model::{ClusterState, Federation};
-    use crate::grants::MemberCluster;
+    use hanse_policy::inventory::LabelGrant;
+
+    use crate::model::{ClusterState, Federation, Grant};
+
+    #[derive(Debug)]
+    struct Everything;
+
+    impl Grant for Everything {
+        fn permits_namespace(&self, _: &str) -> bool {
+            true
+        }
+        fn permits_address(&self, _: std::net::IpAddr) -> bool {
+            true
+        }
+        fn permits_label(&self, _: &str, _: &str) -> bool {
+            true
+        }
+        fn label_grant(&self) -> LabelGrant {
+            LabelGrant::All
+        }
+        fn max_endpoints(&self) -> usize {
+            usize::MAX
+        }
+        fn max_label_sets(&self) -> usize {
+            usize::MAX
+        }
+    }
 
     #[test]
     fn a_change_that_says_nothing_to_a_receiver_moves_its_position() {
         let state = ClusterState {
             labels: Default::default(),
-            grant: Arc::new(MemberCluster::default()),
+            grant: Arc::new(Everything),
             grant_token: 1,
             cidrs: Vec::new(),
             lease: Lease::Live,

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use hanse_policy::interest;
+use crate::interest;
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
 use pb::watch_request::Message as Request;
 
-use crate::exchange::model::{Interest, Position};
-use crate::exchange::wire;
-use crate::registry::MAX_CLUSTERS;
+use crate::codec as wire;
+use crate::limits::MAX_CLUSTERS;
+use crate::model::{Interest, Position};
 
 /// The first message of a watching stream.
 #[derive(Debug)]

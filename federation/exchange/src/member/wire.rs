@@ -14,7 +14,7 @@ use prost::Message as _;
 
 use super::model::{ClusterRecord, Lease, Manifest, ManifestKind, Position, Wanted};
 
-pub use hanse_proto::limits::{MAX_FRAME_BYTES, MAX_HUB_OBJECT_BYTES as MAX_OBJECT_BYTES, PROTOCOL};
+pub use crate::limits::{MAX_FRAME_BYTES, MAX_HUB_OBJECT_BYTES as MAX_OBJECT_BYTES, PROTOCOL};
 
 /// Why an object or a message cannot be used; names the field.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -8,8 +8,6 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hanse_api::hanse::EXISTING_TIER;
-use hanse_policy::interest;
 use hanse_policy::inventory::{Endpoint, EndpointId, Labels};
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
@@ -20,6 +18,8 @@ use prost::Message as _;
 
 use super::model::{Change, ClusterRecord, Manifest, ManifestKind, Position, Updates, Wanted, digest_of, pod};
 use super::wire::{self, Object, RemoteEndpoint, WireError};
+use crate::interest;
+use crate::limits::EXISTING_TIER;
 
 /// Batches of the hub's own objects that wait for their interest, before later ones are joined to the last.
 const MAX_WAITING: usize = 64;
