@@ -1,19 +1,27 @@
-//! Puts a rule set into the kernel.
+//! Enforces a rule set in the kernel.
 //!
-//! [`Backend`] is what an agent needs of a dataplane; [`nftables::Nftables`] is the driver. What is promised: a
-//! generation takes effect as a whole; what is in force stays when the agent stops; one that starts adopts what it finds;
-//! what the kernel refuses is closed, named, and does not keep the rest out. See `README.md` for every chain and set.
+//! [`Backend`] is the only interface between an agent and a dataplane: desired state goes in; observed state, findings and
+//! decisions come out. [`nftables::Nftables`] is one backend. See `README.md` for every chain and set.
 //!
-//! What is not done here: deciding what to enforce, and talking to anybody but the kernel.
+//! Every backend guarantees: a generation takes effect as a whole; rules stay in force when the agent stops; an agent that
+//! starts adopts the rules that it finds; an object that the kernel refuses is replaced by one that denies, is reported, and
+//! does not affect other objects.
 
 // What others wrote is printed by `hanse_runtime::text`, which escapes it.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod decisions;
 pub mod nftables;
+mod settings;
+mod uplinks;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
+
+pub use decisions::{Decided, Decision, Decisions};
+pub use settings::{Settings, SettingsError, Uplinks};
 
 use hanse_ruleset::{Digest, EndpointId, Generation, LocalEndpoint, RuleSet};
 
@@ -80,33 +88,61 @@ impl std::fmt::Display for Finding {
     }
 }
 
+/// Why a backend failed. What was enforced before stays enforced.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("talk to the kernel over netlink")]
-    Io(#[source] std::io::Error),
-    #[error("the kernel keeps refusing the rules: {0}")]
+    /// The dataplane cannot be read or changed. Whether the last change took effect is not known.
+    #[error("access the kernel's dataplane")]
+    Access(#[source] io::Error),
+    /// The dataplane refuses the rule set as a whole, also where every object that it refuses is replaced by one that denies.
+    #[error("the kernel refuses the rule set: {0}")]
     Refused(String),
 }
 
-/// A dataplane. All calls are blocking; each is one transaction.
+/// A dataplane. All calls block; each one is a transaction.
 pub trait Backend: Send {
-    /// What is in the kernel. With the rule set that it should hold (`expected`) and equal to it, later calls change only
+    /// Reads the rules that are in force. Where they equal `expected`, the rule set that should be in force, later calls change only
     /// the difference.
+    ///
+    /// # Errors
+    /// [`Error::Access`].
     fn adopt(&mut self, expected: Option<&Arc<RuleSet>>) -> Result<Found, Error>;
 
-    /// Makes `next` what is enforced. Connections that it may forbid are judged again with their next packet.
+    /// Enforces `next`. Connections that it may forbid are judged again with their next packet.
+    ///
+    /// # Errors
+    /// When nothing of `next` is in force.
     fn apply(&mut self, next: &Arc<RuleSet>) -> Result<Applied, Error>;
 
-    /// Puts back what someone else changed; whether anything was.
+    /// Restores the rule set that was applied last where another program changed it. Returns whether it did.
+    ///
+    /// # Errors
+    /// When it is not restored.
     fn repair(&mut self) -> Result<bool, Error>;
 
-    /// Asks `endpoints` for packets that the hooks must see. A little later (answers within one machine take less than a
-    /// millisecond, and a neighbour's answer before the first) [`Self::findings`] tells which were.
+    /// Sends `endpoints` packets whose answers the hooks must see. [`Self::findings`] returns the result a little later: answers
+    /// within one machine take less than a millisecond, and the first one of a new neighbour a few.
+    ///
+    /// # Errors
+    /// When nothing can be sent.
     fn probe(&mut self, endpoints: &[Arc<LocalEndpoint>]) -> Result<(), Error>;
 
-    /// What the probe before found of `endpoints`, the ones that it asked.
+    /// The result of the last probe for `endpoints`, which must be those that it was sent to.
+    ///
+    /// # Errors
+    /// When the answers cannot be read.
     fn findings(&mut self, endpoints: &[Arc<LocalEndpoint>]) -> Result<BTreeMap<EndpointId, Finding>, Error>;
 
-    /// Removes everything of ours.
+    /// Listens to decisions. Rule sets that are adopted and applied afterwards report their decisions; without this call they do
+    /// not.
+    ///
+    /// # Errors
+    /// When the kernel does not support it; `ResourceBusy` or `PermissionDenied` while another process may be listening.
+    fn decisions(&mut self) -> io::Result<Box<dyn Decisions>>;
+
+    /// Removes every rule.
+    ///
+    /// # Errors
+    /// When rules may be left.
     fn cleanup(&mut self) -> Result<(), Error>;
 }

@@ -21,8 +21,9 @@ use hanse_ruleset::{ChainId, Digest, EndpointId, Generation, LocalEndpoint, Poli
 
 use self::netlink::{Attributes, BatchError, Netlink, attributes, text_of};
 use self::write::{Closed, Tag, Writer, join};
-use crate::{Applied, Backend, Error, Finding, Found, Refusal};
+use crate::{Applied, Backend, Decisions, Error, Finding, Found, Refusal, Settings, Uplinks, uplinks};
 
+const TABLE: &str = "hanse";
 const GET_CHAIN_RULES: u16 = (10 << 8) | 7;
 const GET_SET_ELEMENTS: u16 = (10 << 8) | 13;
 const EVENT_GROUP: u32 = 7;
@@ -32,65 +33,32 @@ const PROBE_SETS: [&str; 2] = ["answered", "crossed"];
 /// How often a generation is tried again with refused objects closed.
 const MAX_ATTEMPTS: usize = 8;
 
-/// How the driver shares the kernel with others.
+/// The layout of the table. [`Settings`] become one; tests and benchmarks write their own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     pub table: String,
-    /// Bits of the connection mark that are ours: contiguous, at least 8.
+    /// See [`Settings::ct_mark_mask`].
     pub ct_mark_mask: u32,
-    /// Bits of the packet mark that are ours while a packet is judged; the lowest two are used, and zero afterwards.
+    /// See [`Settings::packet_mark_mask`]. Only the lowest two bits are used.
     pub packet_mark_mask: u32,
-    /// Interfaces that lead out of the node. Packets from any other must come from where their source is routed to.
+    /// Interfaces that lead out of the node. A packet from any other interface must come from where its source is routed to.
     pub uplinks: Vec<String>,
-    /// Rules tell what they decide of connections to [`flows::Flows`]. Only for a kernel for which those could be opened.
+    /// Rules report their decisions to [`flows::Flows`]. Only for a kernel that supports it: others refuse the table.
     pub flows: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self {
-            table: "hanse".into(),
-            ct_mark_mask: 0xffff_0000,
-            packet_mark_mask: 0x0030_0000,
-            uplinks: Vec::new(),
-            flows: false,
-        }
+        let Settings { ct_mark_mask, packet_mark_mask, .. } = Settings::default();
+        Self { table: TABLE.into(), ct_mark_mask, packet_mark_mask, uplinks: Vec::new(), flows: false }
     }
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
-    #[error("the connection mark mask {0:#x} must be at least 8 bits side by side")]
-    CtMask(u32),
-    #[error("the packet mark mask {0:#x} must be at least 2 bits side by side")]
-    PacketMask(u32),
-    #[error("\"{0}\" is no interface name: 1 to 15 bytes")]
-    Interface(String),
 }
 
 /// The number of a judgement: connections judged under another are judged again. Starts at 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Epoch(u32);
 
-fn contiguous(mask: u32, bits: u32) -> bool {
-    mask.count_ones() >= bits
-        && (mask >> mask.trailing_zeros()).count_ones() == 32 - (mask >> mask.trailing_zeros()).leading_zeros()
-}
-
 impl Config {
-    pub fn check(&self) -> Result<(), ConfigError> {
-        if !contiguous(self.ct_mark_mask, 8) {
-            return Err(ConfigError::CtMask(self.ct_mark_mask));
-        }
-        if !contiguous(self.packet_mark_mask, 2) {
-            return Err(ConfigError::PacketMask(self.packet_mark_mask));
-        }
-        match self.uplinks.iter().find(|name| name.is_empty() || name.len() > 15) {
-            Some(name) => Err(ConfigError::Interface(name.clone())),
-            None => Ok(()),
-        }
-    }
-
     fn ct_mark(&self, epoch: Epoch, allowed: bool) -> u32 {
         ((epoch.0 << 1) | u32::from(allowed)) << self.ct_mark_mask.trailing_zeros()
     }
@@ -111,6 +79,8 @@ impl Config {
 #[derive(Debug)]
 pub struct Nftables {
     config: Config,
+    /// Uplinks are read from the routes whenever a rule set is adopted or applied.
+    detects_uplinks: bool,
     netlink: Netlink,
     events: Netlink,
     /// What is in the kernel and of which we know every object; `None`: something else, or nothing.
@@ -224,13 +194,31 @@ impl State {
 }
 
 impl Nftables {
-    /// Opens the kernel's door in the network namespace of the calling thread. `config` is checked.
+    /// Opens netlink in the network namespace of the calling thread, with checked settings.
+    ///
+    /// # Errors
+    /// When netlink is not available.
+    pub fn new(settings: Settings) -> Result<Self, Error> {
+        let Settings { ct_mark_mask, packet_mark_mask, uplinks } = settings;
+        let (detects_uplinks, uplinks) = match uplinks {
+            Uplinks::Detected => (true, Vec::new()),
+            Uplinks::Named(names) => (false, names),
+        };
+        let driver = Self::open(Config { ct_mark_mask, packet_mark_mask, uplinks, ..Config::default() })?;
+        Ok(Self { detects_uplinks, ..driver })
+    }
+
+    /// As [`Self::new`], with a layout.
+    ///
+    /// # Errors
+    /// When netlink is not available.
     pub fn open(config: Config) -> Result<Self, Error> {
-        let netlink = Netlink::open().map_err(Error::Io)?;
-        let mut events = Netlink::open().map_err(Error::Io)?;
-        events.subscribe(EVENT_GROUP).map_err(Error::Io)?;
+        let netlink = Netlink::open().map_err(Error::Access)?;
+        let mut events = Netlink::open().map_err(Error::Access)?;
+        events.subscribe(EVENT_GROUP).map_err(Error::Access)?;
         Ok(Self {
             config,
+            detects_uplinks: false,
             netlink,
             events,
             installed: None,
@@ -241,9 +229,10 @@ impl Nftables {
         })
     }
 
-    /// Changes which interfaces are uplinks; takes effect with the next [`Backend::apply`].
-    pub fn set_uplinks(&mut self, uplinks: Vec<String>) {
-        self.config.uplinks = uplinks;
+    fn detect_uplinks(&mut self, rules: &RuleSet) {
+        if self.detects_uplinks {
+            self.config.uplinks = uplinks::detect(&rules.node.pod_ranges);
+        }
     }
 
     /// The numbers start again at their end, so no connection may still carry an old one. Which is why they are taken out
@@ -260,7 +249,7 @@ impl Nftables {
         let shift = self.config.ct_mark_mask.trailing_zeros() + 1;
         let mask = self.config.ct_mark_mask;
         conntrack::clear_marks(&mut self.netlink, mask, |mark| entered.contains(&((mark & mask) >> shift)))
-            .map_err(Error::Io)?;
+            .map_err(Error::Access)?;
         Ok(next)
     }
 
@@ -275,7 +264,7 @@ impl Nftables {
                 && attributes(&event.body).get(&1).is_some_and(|name| text_of(name) == *table);
         });
         // Where some were lost, anything may have changed.
-        self.drifted |= changed || !whole.map_err(Error::Io)?;
+        self.drifted |= changed || !whole.map_err(Error::Access)?;
         Ok(())
     }
 
@@ -308,7 +297,7 @@ impl Nftables {
                     // Whether it took effect is not known: connections may be marked with its number, which is not given again.
                     self.epoch = epoch;
                     self.drifted = true;
-                    return Err(Error::Io(error));
+                    return Err(Error::Access(error));
                 }
                 Err(BatchError::Refused(refused)) => {
                     let text = |(tag, error): &(Tag, std::io::Error)| format!("{tag:?}: {error}");
@@ -352,7 +341,7 @@ impl Nftables {
     /// The members of a set, as the kernel holds them.
     fn values(&mut self, set: &str) -> Result<BTreeSet<Vec<u8>>, Error> {
         let query = Attributes::default().text(1, &self.config.table).text(2, set);
-        let dumped = self.netlink.query(GET_SET_ELEMENTS, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Io)?;
+        let dumped = self.netlink.query(GET_SET_ELEMENTS, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Access)?;
         let value = |element: &[u8]| Some(attributes(attributes(element).get(&1)?).get(&1)?.to_vec());
         let mut values = BTreeSet::new();
         for part in &dumped {
@@ -367,7 +356,7 @@ impl Nftables {
         let rules = match self.netlink.query(GET_CHAIN_RULES, netlink::DUMP, FAMILY_INET, &query) {
             Ok(rules) => rules,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Error::Io(error)),
+            Err(error) => return Err(Error::Access(error)),
         };
         let comment = |body: &[u8]| {
             let rule = attributes(body);
@@ -384,7 +373,7 @@ impl Nftables {
         let table = self.config.table.clone();
         let query = Attributes::default().text(1, &table);
         let mut counts = BTreeMap::new();
-        for rule in self.netlink.query(GET_CHAIN_RULES, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Io)? {
+        for rule in self.netlink.query(GET_CHAIN_RULES, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Access)? {
             let rule = attributes(&rule.body);
             if rule.get(&1).is_some_and(|name| text_of(name) == table) {
                 let chain = rule.get(&2).map(|name| text_of(name)).unwrap_or_default();
@@ -396,7 +385,7 @@ impl Nftables {
             let dumped = match self.netlink.query(GET_SET_ELEMENTS, netlink::DUMP, FAMILY_INET, &query) {
                 Ok(dumped) => dumped,
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(Error::Io(error)),
+                Err(error) => return Err(Error::Access(error)),
             };
             let count =
                 dumped.iter().filter_map(|part| attributes(&part.body).get(&3).map(|list| netlink::list(list).count()));
@@ -424,9 +413,12 @@ fn address_of(bytes: &[u8]) -> Option<IpAddr> {
 
 impl Backend for Nftables {
     fn adopt(&mut self, expected: Option<&Arc<RuleSet>>) -> Result<Found, Error> {
+        if let Some(rules) = expected {
+            self.detect_uplinks(rules);
+        }
         let Some(state) = self.read_state()? else {
             // Marks of an earlier life would pass for judgements of ours.
-            conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Io)?;
+            conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Access)?;
             return Ok(Found::Nothing);
         };
         self.epoch = state.epoch;
@@ -445,6 +437,7 @@ impl Backend for Nftables {
     }
 
     fn apply(&mut self, next: &Arc<RuleSet>) -> Result<Applied, Error> {
+        self.detect_uplinks(next);
         self.look()?;
         let whole = self.installed.is_none() || self.drifted;
         match self.commit(next, whole) {
@@ -472,10 +465,10 @@ impl Backend for Nftables {
         }
         match self.netlink.commit(batch) {
             Ok(()) => {}
-            Err(BatchError::Io(error)) => return Err(Error::Io(error)),
+            Err(BatchError::Io(error)) => return Err(Error::Access(error)),
             Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),
         }
-        let own = interfaces::own_addresses().map_err(Error::Io)?;
+        let own = interfaces::own_addresses().map_err(Error::Access)?;
         self.asked_across.clear();
         for endpoint in endpoints {
             for address in endpoint.addresses.iter().filter(|address| !own.contains(address)) {
@@ -497,7 +490,7 @@ impl Backend for Nftables {
     fn findings(&mut self, endpoints: &[Arc<LocalEndpoint>]) -> Result<BTreeMap<EndpointId, Finding>, Error> {
         let [answered, crossed] = PROBE_SETS.map(|set| self.noted(set));
         let (answered, crossed) = (answered?, crossed?);
-        let survey = interfaces::survey().map_err(Error::Io)?;
+        let survey = interfaces::survey().map_err(Error::Access)?;
         // The interface that kube-proxy binds the addresses of services to.
         let balances_by_ipvs = nix::net::if_::if_nametoindex("kube-ipvs0").is_ok();
         let of_address = |address: IpAddr| {
@@ -525,6 +518,12 @@ impl Backend for Nftables {
         Ok(endpoints.iter().map(|endpoint| (endpoint.id.clone(), finding(endpoint))).collect())
     }
 
+    fn decisions(&mut self) -> std::io::Result<Box<dyn Decisions>> {
+        let listener = flows::Listener::open(&self.config.table)?;
+        self.config.flows = true;
+        Ok(Box::new(listener))
+    }
+
     fn cleanup(&mut self) -> Result<(), Error> {
         let mut batch = netlink::Batch::new();
         let table = Attributes::default().text(1, &self.config.table);
@@ -533,11 +532,11 @@ impl Backend for Nftables {
         batch.push(Tag::Table, write::DELETE_TABLE, 0, FAMILY_INET, &table);
         match self.netlink.commit(batch) {
             Ok(()) => {}
-            Err(BatchError::Io(error)) => return Err(Error::Io(error)),
+            Err(BatchError::Io(error)) => return Err(Error::Access(error)),
             Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),
         }
         (self.installed, self.held) = (None, None);
-        conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Io)
+        conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Access)
     }
 }
 

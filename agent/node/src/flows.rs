@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use hanse_dataplane::nftables::flows::{Decided, Decision, Flows};
+use hanse_dataplane::{Backend, Decided, Decision, Decisions};
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
 use hanse_protocol::MAX_FLOWS;
@@ -125,31 +125,15 @@ fn flow(key: &Key, sum: &Sum) -> wire::Flow {
     }
 }
 
-/// What the kernel decides of connections, or what stands for it in a test.
-trait Kernel {
-    fn wait(&mut self, limit: Duration, look: impl FnMut(Decided)) -> io::Result<u64>;
-    fn left_out(&mut self) -> io::Result<u64>;
-}
-
-impl Kernel for Flows {
-    fn wait(&mut self, limit: Duration, look: impl FnMut(Decided)) -> io::Result<u64> {
-        Self::wait(self, limit, look)
-    }
-
-    fn left_out(&mut self) -> io::Result<u64> {
-        Self::left_out(self)
-    }
-}
-
-/// Listens to the rules of `table`, in the network namespace of the calling thread, unless it is switched `off`. Without it,
-/// says why not. Blocks while somebody else listens, at most 2 s.
-pub fn listen(off: bool, table: &str) -> Result<Flows, String> {
+/// Listens to the decisions of `backend`, unless it is switched `off`. Else returns why not. Blocks while another process listens, at
+/// most 2 s.
+pub fn listen(off: bool, backend: &mut dyn Backend) -> Result<Box<dyn Decisions>, String> {
     if off {
         return Err("off".to_owned());
     }
-    open_patiently(|| Flows::open(table), std::thread::sleep).map_err(|error| {
-        tracing::warn!(%error, "the kernel does not tell what it decides of connections: flows are not told");
-        format!("not told: the kernel does not tell them: {error}")
+    open_patiently(|| backend.decisions(), std::thread::sleep).map_err(|error| {
+        tracing::warn!(%error, "flow logging unavailable");
+        format!("unavailable: {error}")
     })
 }
 
@@ -169,61 +153,59 @@ fn open_patiently<T>(mut open: impl FnMut() -> io::Result<T>, mut pause: impl Fn
 /// A window, or why there are none until the next.
 pub type Heard = Result<wire::Flows, String>;
 
-/// Gives the windows of `flows` as they are complete, from a thread that ends when nobody takes them any more. When the kernel
-/// ceases to tell, it listens to the rules of `table` again.
+/// Passes on the windows of `decisions` as they are complete, from a thread that ends with the receiver. After an error it listens
+/// again.
 ///
 /// # Errors
 /// When there can be no more threads.
-pub fn collect(flows: Flows, table: String, shutdown: &Shutdown) -> io::Result<mpsc::Receiver<Heard>> {
+pub fn collect(mut decisions: Box<dyn Decisions>, shutdown: &Shutdown) -> io::Result<mpsc::Receiver<Heard>> {
     let (sender, windows) = mpsc::channel(QUEUE);
-    let mut flows = Some(flows);
+    let mut is_open = true;
     let listen = move || {
-        let again = || open_patiently(|| Flows::open(&table), std::thread::sleep);
-        match flows.take().map_or_else(again, Ok) {
-            Ok(flows) => follow(flows, || Flows::open(&table), std::thread::sleep, &sender),
-            // Who takes windows keeps saying so.
-            Err(error) => drop(sender.blocking_send(Err(format!("not told: the kernel does not tell them: {error}")))),
+        let opened = match std::mem::take(&mut is_open) {
+            true => Ok(()),
+            // After a panic.
+            false => open_patiently(|| decisions.reopen(), std::thread::sleep),
+        };
+        match opened {
+            Ok(()) => follow(&mut *decisions, std::thread::sleep, &sender),
+            // The receiver keeps reporting it.
+            Err(error) => drop(sender.blocking_send(Err(format!("unavailable: {error}")))),
         }
     };
-    shutdown.supervise_thread("decisions of the kernel", listen)?;
+    shutdown.supervise_thread("decisions of the dataplane", listen)?;
     Ok(windows)
 }
 
-fn follow<K: Kernel>(
-    mut kernel: K,
-    mut open: impl FnMut() -> io::Result<K>,
-    mut pause: impl FnMut(Duration),
-    windows: &mpsc::Sender<Heard>,
-) {
+fn follow(decisions: &mut dyn Decisions, mut pause: impl FnMut(Duration), windows: &mpsc::Sender<Heard>) {
     let (mut window, mut backoff) = (Window::default(), Backoff::new(Duration::from_secs(1), Duration::from_secs(60)));
-    while let Err(error) = read(kernel, &mut window, &mut backoff, windows) {
-        tracing::error!(%error, "the kernel does not tell any more what it decides of connections, listening again");
+    while let Err(error) = read(decisions, &mut window, &mut backoff, windows) {
+        tracing::error!(%error, "flow logging interrupted, listening again");
         window = hand_over(window, windows);
-        let said = format!("not told: the kernel does not tell them any more: {error}");
-        if windows.blocking_send(Err(said)).is_err() {
+        if windows.blocking_send(Err(format!("interrupted: {error}"))).is_err() {
             return;
         }
-        kernel = loop {
+        loop {
             pause(backoff.next_delay());
             if windows.is_closed() {
                 return;
             }
-            match open() {
-                Ok(kernel) => break kernel,
-                Err(error) => tracing::debug!(%error, "the kernel still does not tell what it decides of connections"),
+            match decisions.reopen() {
+                Ok(()) => break,
+                Err(error) => tracing::debug!(%error, "flow logging still interrupted"),
             }
-        };
-        tracing::info!("the kernel tells again what it decides of connections");
-        // Also when it is empty: its answer shows that the member is told again.
+        }
+        tracing::info!("flow logging resumed");
+        // Also when it is empty: the member's answer shows that reports arrive again.
         if windows.blocking_send(Ok(std::mem::take(&mut window).message())).is_err() {
             return;
         }
     }
 }
 
-/// Until nobody takes windows, or the kernel ceases to tell: `window` is then what nobody has been given.
+/// Reads until the receiver of windows is gone, or an error; `window` then has the decisions that were not passed on.
 fn read(
-    mut kernel: impl Kernel,
+    decisions: &mut dyn Decisions,
     window: &mut Window,
     backoff: &mut Backoff,
     windows: &mpsc::Sender<Heard>,
@@ -231,10 +213,10 @@ fn read(
     while !windows.is_closed() {
         let end = Instant::now() + WINDOW;
         while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-            let lost = kernel.wait(left, |decided| window.add(decided))?;
-            window.lost = window.lost.saturating_add(lost);
+            let dropped = decisions.wait(left, &mut |decided| window.add(decided))?;
+            window.lost = window.lost.saturating_add(dropped);
         }
-        window.lost = window.lost.saturating_add(kernel.left_out()?);
+        window.lost = window.lost.saturating_add(decisions.suppressed()?);
         *window = hand_over(std::mem::take(window), windows);
         backoff.reset();
     }
@@ -595,40 +577,50 @@ mod tests {
         assert_eq!(opened(1, unknown), (Err(unknown), 1, 0));
     }
 
-    /// Says one decision, and then that it cannot.
-    struct Breaking(Option<u16>);
+    /// Reports one decision, then fails; reopens as often as its script says.
+    struct Breaking<'a> {
+        port: Option<u16>,
+        reopen: Box<dyn FnMut() -> io::Result<Option<u16>> + Send + 'a>,
+    }
 
-    impl Kernel for Breaking {
-        fn wait(&mut self, _: Duration, mut look: impl FnMut(Decided)) -> io::Result<u64> {
-            self.0.take().map(|port| look(decided(port, 1, 1))).ok_or(io::ErrorKind::BrokenPipe)?;
+    impl Decisions for Breaking<'_> {
+        fn reopen(&mut self) -> io::Result<()> {
+            self.port = (self.reopen)()?;
+            Ok(())
+        }
+
+        fn wait(&mut self, _: Duration, receive: &mut dyn FnMut(Decided)) -> io::Result<u64> {
+            self.port.take().map(|port| receive(decided(port, 1, 1))).ok_or(io::ErrorKind::BrokenPipe)?;
             Ok(1)
         }
 
-        fn left_out(&mut self) -> io::Result<u64> {
+        fn suppressed(&mut self) -> io::Result<u64> {
             Ok(0)
         }
     }
 
     #[test]
-    fn a_kernel_that_ceases_to_tell_is_listened_to_again_and_what_it_told_is_handed_over() {
+    fn listens_again_after_an_error_and_passes_on_what_was_read_before() {
         let (sender, mut windows) = mpsc::channel::<Heard>(QUEUE);
         let (mut opened, mut pauses, mut heard) = (0, Vec::new(), Vec::new());
-        let open = || {
+        let reopen = || {
             opened += 1;
             match opened {
                 1..=9 => Err(io::ErrorKind::ResourceBusy.into()),
-                10 => Ok(Breaking(Some(81))),
+                10 => Ok(Some(81)),
                 _ => {
                     while let Ok(it) = windows.try_recv() {
                         heard.push(it.map(|it| (it.flows.iter().map(|flow| flow.port).collect::<Vec<_>>(), it.lost)));
                     }
                     windows.close();
-                    Ok(Breaking(None))
+                    Ok(None)
                 }
             }
         };
-        follow(Breaking(Some(80)), open, |pause| pauses.push(pause.as_millis()), &sender);
-        assert!(heard.iter().filter_map(|it| it.as_ref().err()).all(|it| it.contains("any more: broken pipe")));
+        let mut breaking = Breaking { port: Some(80), reopen: Box::new(reopen) };
+        follow(&mut breaking, |pause| pauses.push(pause.as_millis()), &sender);
+        drop(breaking);
+        assert!(heard.iter().filter_map(|it| it.as_ref().err()).all(|it| it == "interrupted: broken pipe"));
         let heard: Vec<_> = heard.into_iter().map(Result::ok).collect();
         let ports = |ports: &[u32], lost| Some((ports.to_vec(), lost));
         assert_eq!(heard, [ports(&[80], 1), None, ports(&[], 0), ports(&[81], 1), None]);

@@ -13,13 +13,12 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hanse_agent::enforcer::{Enforcer, Options, Started};
-use hanse_agent::flows;
 use hanse_agent::identity::{Enrolment, NodeIdentity};
 use hanse_agent::pod_ranges;
 use hanse_agent::status::{self, Status};
 use hanse_agent::sync::Follower;
-use hanse_dataplane::Backend as _;
-use hanse_dataplane::nftables::{Config, Nftables};
+use hanse_agent::{backend, flows};
+use hanse_dataplane::{Settings, Uplinks};
 use hanse_identity::{tls, token};
 use hanse_runtime::health::{Health, Writes};
 use hanse_runtime::metrics::Metrics;
@@ -133,11 +132,11 @@ fn parse_mask(text: &str) -> Result<u32, String> {
 }
 
 impl Marks {
-    fn config(&self, uplinks: Vec<String>) -> anyhow::Result<Config> {
+    fn settings(&self, uplinks: Uplinks) -> anyhow::Result<Settings> {
         let (ct_mark_mask, packet_mark_mask) = (self.ct_mark_mask, self.packet_mark_mask);
-        let config = Config { ct_mark_mask, packet_mark_mask, uplinks, ..Config::default() };
-        config.check()?;
-        Ok(config)
+        let settings = Settings { ct_mark_mask, packet_mark_mask, uplinks };
+        settings.check()?;
+        Ok(settings)
     }
 }
 
@@ -159,8 +158,8 @@ fn main() -> ExitCode {
 }
 
 fn cleanup(args: &CleanupArgs) -> anyhow::Result<()> {
-    let config = args.marks.config(Vec::new())?;
-    let removed = Nftables::open(config).and_then(|mut backend| backend.cleanup());
+    let settings = args.marks.settings(Uplinks::Detected)?;
+    let removed = backend::open(settings).and_then(|mut backend| backend.cleanup());
     removed.context("remove the rules (this needs root, or CAP_NET_ADMIN)")?;
     text::line(format_args!("Every rule of Hanse is removed from this node's kernel."))?;
     Ok(())
@@ -218,26 +217,22 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     tls::install_provider();
     files::private_folder(&args.data).with_context(|| format!("make {}", args.data.display()))?;
     let _lock = status::lock(&args.data)?;
-    let detect_uplinks = args.uplink.is_empty();
-    let mut dataplane = args.marks.config(args.uplink)?;
-    // Before the rules that tell: a kernel that cannot would refuse them.
-    let table = dataplane.table.clone();
-    let listening = flows::listen(args.no_flows, &table);
-    dataplane.flows = listening.is_ok();
+    let uplinks = if args.uplink.is_empty() { Uplinks::Detected } else { Uplinks::Named(args.uplink) };
+    let mut dataplane = backend::open(args.marks.settings(uplinks)?).context("open the dataplane (this needs root)")?;
+    // Before the first rules: those report decisions only if the kernel supports it.
+    let listening = flows::listen(args.no_flows, &mut *dataplane);
     let (flows_state, flows_told) =
         watch::channel(listening.as_ref().err().cloned().unwrap_or_else(|| "not told yet".to_owned()));
     let (shutdown, health) = (Shutdown::default(), Health::default());
     let (stop, writes) = (shutdown.token(), Writes::new(&health));
     let options = Options {
         data: args.data.clone(),
-        detect_uplinks,
-        dataplane,
         pod_ranges: args.pod_range.iter().map(IpNet::trunc).collect(),
         writes: writes.clone(),
     };
-    // Before anybody is asked: the node is closed, or as it was.
-    let Started { enforcer, held, refused, pod_ranges, open, ended } =
-        Enforcer::start(options).context("bring the kernel to what is known (this needs root)")?;
+    // Before any member is reached: the node is closed, or as it was.
+    let Started { enforcer, in_force, refused, pod_ranges, open, ended } =
+        Enforcer::start(dataplane, options).context("apply the last known state (this needs root)")?;
     let in_sync = health.condition("in sync with the member");
     shutdown.tell(&health);
     if let Some(address) = args.health_listen {
@@ -253,7 +248,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let mut follower = Follower {
         node: node.clone(),
         enforcer,
-        held,
+        in_force,
         refused,
         pod_ranges,
         open,
@@ -266,7 +261,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         status,
     };
     follower.tell();
-    let windows = listening.ok().map(|flows| flows::collect(flows, table, &shutdown));
+    let windows = listening.ok().map(|decisions| flows::collect(decisions, &shutdown));
     let windows = windows.transpose().context("start the thread that listens to the kernel's decisions")?;
     let tasks = shutdown.clone();
     let keeping = (data.clone(), told, flows_told, writes.clone());

@@ -35,7 +35,7 @@ pub struct Follower {
     pub node: String,
     pub enforcer: Enforcer,
     /// What is in force, as far as it is known.
-    pub held: Option<Arc<RuleSet>>,
+    pub in_force: Option<Arc<RuleSet>>,
     /// Objects of it that the kernel refused.
     pub refused: Vec<Refusal>,
     /// Of the node's pods, as far as they are known while no rules are.
@@ -195,7 +195,7 @@ impl Follower {
 
     fn hello(&self) -> wire::AgentToMember {
         let nothing = RuleSet::default();
-        let held = self.held.as_deref().unwrap_or(&nothing);
+        let held = self.in_force.as_deref().unwrap_or(&nothing);
         let hello = wire::Hello {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             generation: Some(hanse_protocol::generation(held.generation)),
@@ -208,7 +208,7 @@ impl Follower {
 
     async fn apply(&mut self, delta: &Delta) -> wire::AgentToMember {
         let nothing = RuleSet::default();
-        let next = match self.held.as_deref().unwrap_or(&nothing).apply(delta) {
+        let next = match self.in_force.as_deref().unwrap_or(&nothing).apply(delta) {
             Ok(next) => Arc::new(next),
             // Asked again it would be the same.
             Err(error) if delta.base.is_none() => {
@@ -217,7 +217,7 @@ impl Follower {
             }
             Err(error) => {
                 tracing::warn!(%error, "the delta does not fit, asking for the whole");
-                self.held = None;
+                self.in_force = None;
                 return self.hello();
             }
         };
@@ -240,7 +240,7 @@ impl Follower {
                 // Also where it is not known any more: what is in force stays.
                 self.open = next.node.pod_ranges.is_empty();
                 self.pod_ranges.clone_from(&next.node.pod_ranges);
-                self.held = Some(next);
+                self.in_force = Some(next);
                 self.refused = applied.refused;
                 self.connected = true;
                 self.tell();
@@ -255,18 +255,18 @@ impl Follower {
 
     /// A member that was replaced may not know it yet.
     fn is_behind(&self, generation: Generation) -> bool {
-        self.held.as_ref().is_some_and(|held| generation.term < held.generation.term)
+        self.in_force.as_ref().is_some_and(|held| generation.term < held.generation.term)
     }
 
     fn behind(&self, generation: Generation) -> wire::AgentToMember {
-        let held = self.held.as_ref().map(|held| held.generation.term).unwrap_or_default();
+        let held = self.in_force.as_ref().map(|held| held.generation.term).unwrap_or_default();
         tracing::warn!(term = generation.term, held, "the member's term is over; what is in force stays");
         self.ack(format!("term {} is over: term {held} has begun", generation.term))
     }
 
     fn move_on(&mut self, generation: Generation, hub_revision: u64, local_revision: u64) -> wire::AgentToMember {
-        if let Some(held) = &self.held {
-            self.held = Some(Arc::new(RuleSet { generation, hub_revision, local_revision, ..(**held).clone() }));
+        if let Some(held) = &self.in_force {
+            self.in_force = Some(Arc::new(RuleSet { generation, hub_revision, local_revision, ..(**held).clone() }));
             self.connected = true;
             self.tell();
         }
@@ -275,7 +275,7 @@ impl Follower {
 
     fn ack(&self, failed: String) -> wire::AgentToMember {
         let nothing = RuleSet::default();
-        let held = self.held.as_deref().unwrap_or(&nothing);
+        let held = self.in_force.as_deref().unwrap_or(&nothing);
         let refusal = |it: &Refusal| wire::Refusal { object: it.object.clone(), reason: it.reason.clone() };
         let proofs = self.enforcer.proofs().borrow().clone();
         let pods = proofs.unenforced.iter().take(MAX_UNENFORCED);
@@ -301,7 +301,7 @@ impl Follower {
     pub fn tell(&self) {
         self.in_sync.set(self.connected);
         let nothing = RuleSet::default();
-        let held = self.held.as_deref().unwrap_or(&nothing);
+        let held = self.in_force.as_deref().unwrap_or(&nothing);
         let proofs = self.enforcer.proofs().borrow().clone();
         let status = Status {
             node: self.node.clone(),
@@ -324,8 +324,8 @@ impl Follower {
                     reason: reason.clone(),
                 })
                 .collect(),
-            pod_ranges: self.held.as_ref().map_or(&self.pod_ranges, |held| &held.node.pod_ranges).clone(),
-            open: self.held.as_ref().map_or(self.open, |held| held.node.pod_ranges.is_empty()),
+            pod_ranges: self.in_force.as_ref().map_or(&self.pod_ranges, |held| &held.node.pod_ranges).clone(),
+            open: self.in_force.as_ref().map_or(self.open, |held| held.node.pod_ranges.is_empty()),
             connected: self.connected,
             not_in_sync: if self.connected { String::new() } else { self.not_in_sync.clone() },
             problems: self.writes.problems(),
@@ -352,7 +352,7 @@ mod tests {
         Follower {
             node: "n".into(),
             enforcer: Enforcer::ended(proofs),
-            held: Some(Arc::new(held)),
+            in_force: Some(Arc::new(held)),
             refused: vec![Refusal { object: "policy a/b".into(), reason: "too wide".into() }],
             pod_ranges: Vec::new(),
             open: false,
@@ -415,7 +415,7 @@ mod tests {
 
     #[test]
     fn pods_are_said_to_be_open_only_where_nothing_closes_them() {
-        let mut follower = Follower { held: None, ..follower() };
+        let mut follower = Follower { in_force: None, ..follower() };
         let said = |follower: &Follower| {
             follower.tell();
             let status = follower.status.borrow();
@@ -428,10 +428,10 @@ mod tests {
         let (is_open, text) = said(&follower);
         assert!(is_open && text.starts_with(open), "{text}");
         // Rules that name no range close none.
-        (follower.held, follower.open) = (Some(Arc::default()), false);
+        (follower.in_force, follower.open) = (Some(Arc::default()), false);
         assert!(said(&follower).0);
         let node = NodeConfig { pod_ranges: vec!["10.1.0.0/24".parse().expect("a net")], ..NodeConfig::default() };
-        follower.held = Some(Arc::new(RuleSet { node, ..RuleSet::default() }));
+        follower.in_force = Some(Arc::new(RuleSet { node, ..RuleSet::default() }));
         assert_eq!(said(&follower), (false, "10.1.0.0/24".to_owned()));
     }
 
@@ -450,7 +450,7 @@ mod tests {
         let mut follower = follower();
         let wrong = Delta { digest: Digest(1), ..Delta::default() };
         assert!(!ack(follower.apply(&wrong).await).failed.is_empty());
-        assert!(follower.held.is_some(), "what is in force stays");
+        assert!(follower.in_force.is_some(), "what is in force stays");
         // A difference from something else is asked for as a whole.
         let base = Delta { base: Some(Digest(2)), ..wrong };
         let answer = follower.apply(&base).await.message;

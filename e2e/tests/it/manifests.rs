@@ -93,3 +93,24 @@ fn generated_types_stay_out_of_the_domain() {
         assert!(may || !it.dependencies.contains("hanse-proto"), "{name} is domain and names the wire crate");
     }
 }
+
+/// The backend is chosen in one file of the agent; everything else uses the trait.
+#[test]
+fn one_file_of_the_agent_names_its_backend() {
+    fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
+        for entry in directory.read_dir().expect("a directory of sources").flatten() {
+            match entry.path() {
+                path if path.is_dir() => sources(&path, found),
+                path => found.push(path),
+            }
+        }
+    }
+    let mut found = Vec::new();
+    sources(&root().join("agent/node/src"), &mut found);
+    let names_it = |path: &PathBuf| {
+        let text = std::fs::read_to_string(path).expect("UTF-8").to_lowercase();
+        text.contains("nftables") || text.contains("netlink")
+    };
+    let naming: Vec<_> = found.iter().filter(|path| names_it(path)).map(|path| path.file_name()).collect();
+    assert_eq!(naming, [Some("backend.rs".as_ref())], "of {} files", found.len());
+}

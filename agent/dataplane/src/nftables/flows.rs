@@ -14,6 +14,7 @@ use super::netlink::{Attributes, Batch, BatchError, CREATE, DUMP, Netlink, Recei
 use super::render::telling_chains;
 use super::write::{DELETE_TABLE, NEW_CHAIN, NEW_RULE, NEW_TABLE};
 use super::{FAMILY_INET, GET_CHAIN_RULES};
+pub use crate::decisions::{Decided, Decision, Decisions};
 
 /// The groups of connections that are allowed, of those that do not begin, and of those that were under way: by a packet of
 /// their original direction, or by one of the other, whose ends are swapped.
@@ -41,33 +42,6 @@ const CONFIGURE: u16 = SUBSYSTEM | 1;
 const TIMESTAMP: u16 = 3;
 const PAYLOAD: u16 = 9;
 const SEQUENCE: u16 = 12;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Decision {
-    /// It began, and its packets pass.
-    Allowed,
-    /// It did not begin.
-    Denied,
-    /// It was under way, and is forbidden now.
-    Cut,
-}
-
-/// What was decided of one connection; of one packet where it was denied.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Decided {
-    pub decision: Decision,
-    /// Who began it, before translation.
-    pub source: IpAddr,
-    /// Where it really goes.
-    pub destination: IpAddr,
-    pub protocol: u8,
-    /// 0 where the protocol has none, and so is `source_port`.
-    pub port: u16,
-    pub source_port: u16,
-    /// Type and code of the message that began it.
-    pub icmp: Option<(u8, u8)>,
-    pub at: SystemTime,
-}
 
 /// Listens to what is decided in one network namespace.
 #[derive(Debug)]
@@ -144,6 +118,41 @@ impl Flows {
             *last = now;
         }
         Ok(sum)
+    }
+}
+
+/// [`Flows`] that can be opened again.
+#[derive(Debug)]
+pub struct Listener {
+    table: String,
+    flows: Option<Flows>,
+}
+
+impl Listener {
+    /// See [`Flows::open`].
+    pub fn open(table: &str) -> io::Result<Self> {
+        Ok(Self { table: table.into(), flows: Some(Flows::open(table)?) })
+    }
+
+    fn flows(&mut self) -> io::Result<&mut Flows> {
+        self.flows.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+impl Decisions for Listener {
+    fn reopen(&mut self) -> io::Result<()> {
+        // A group has one listener: the former one ends first.
+        self.flows = None;
+        self.flows = Some(Flows::open(&self.table)?);
+        Ok(())
+    }
+
+    fn wait(&mut self, limit: Duration, receive: &mut dyn FnMut(Decided)) -> io::Result<u64> {
+        self.flows()?.wait(limit, receive)
+    }
+
+    fn suppressed(&mut self) -> io::Result<u64> {
+        self.flows()?.left_out()
     }
 }
 

@@ -4,9 +4,8 @@ use std::process::Command;
 use std::sync::Arc;
 
 use hanse_agent::enforcer::{Enforcer, Options, Proofs, Started};
-use hanse_agent::{pod_ranges, snapshot};
-use hanse_dataplane::Backend as _;
-use hanse_dataplane::nftables::Config;
+use hanse_agent::{backend, pod_ranges, snapshot};
+use hanse_dataplane::{Backend as _, Settings};
 use hanse_ruleset::{
     Action, Chain, EndpointId, Generation, LocalEndpoint, NodeConfig, Peer, Phase, Policy, PortRange, Rule, RuleSet,
     Tier, TierDefault,
@@ -72,20 +71,20 @@ impl Node {
     }
 
     pub fn options(&self) -> Options {
-        Options {
-            data: self.data.path().to_owned(),
-            dataplane: Config::default(),
-            detect_uplinks: true,
-            pod_ranges: ranges(),
-            writes: Writes::new(&Health::default()),
-        }
+        Options { data: self.data.path().to_owned(), pod_ranges: ranges(), writes: Writes::new(&Health::default()) }
     }
 
     fn start(&self) -> (Enforcer, Option<Arc<RuleSet>>) {
-        let Started { enforcer, held, refused, .. } =
-            self.net.within("node", || Enforcer::start(self.options()).expect("started"));
+        let Started { enforcer, in_force, refused, .. } = self.start_with(self.options());
         assert_eq!(refused, []);
-        (enforcer, held)
+        (enforcer, in_force)
+    }
+
+    fn start_with(&self, options: Options) -> Started {
+        self.net.within("node", || {
+            let backend = backend::open(Settings::default()).expect("opened");
+            Enforcer::start(backend, options).expect("started")
+        })
     }
 
     /// Whether pod 3 is reached by pod 2: ports 80 and 81, IPv4 and then IPv6.
@@ -135,7 +134,7 @@ fn forget(node: &Node) {
 fn ranges_that_the_member_told_are_closed_at_every_start() {
     let (node, _listeners) = Node::new();
     let untold = Options { pod_ranges: Vec::new(), ..node.options() };
-    let start = |options: &Options| node.net.within("node", || Enforcer::start(options.clone()).expect("started"));
+    let start = |options: &Options| node.start_with(options.clone());
     let started = start(&untold);
     assert!(started.open && node.open() == [true; 4], "nothing is known: it must be said");
     // The node enrols.
@@ -150,7 +149,7 @@ fn ranges_that_the_member_told_are_closed_at_every_start() {
     stop(started);
     forget(&node);
     let started = start(&untold);
-    assert_eq!((&started.held, started.open, &started.pod_ranges), (&None, false, &ranges()));
+    assert_eq!((&started.in_force, started.open, &started.pod_ranges), (&None, false, &ranges()));
     assert_eq!(node.open(), [false; 4], "IPv4 and IPv6");
     stop(started);
     // Who starts it knows better.
@@ -176,7 +175,7 @@ fn ranges_that_could_not_be_kept_are_kept_with_the_next_rules() {
 #[test]
 fn the_end_of_the_thread_is_seen() {
     let (node, _listeners) = Node::new();
-    let Started { enforcer, ended, .. } = node.net.within("node", || Enforcer::start(node.options()).expect("started"));
+    let Started { enforcer, ended, .. } = node.start_with(node.options());
     let (seen, sees) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         block_on(ended.wait());
@@ -308,6 +307,6 @@ fn pods_are_proven_also_while_changes_never_cease() {
     assert!(proven.is_some() && number > 5, "{number} changes, {proofs:?}");
 }
 
-fn block_on<T>(future: impl Future<Output = T>) -> T {
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().build().expect("a runtime").block_on(future)
 }

@@ -221,16 +221,17 @@ async fn a_member_that_has_too_many_is_told_over_the_same_connection() {
 }
 
 #[test]
-fn who_listens_already_is_waited_for() {
+fn waits_for_another_listener_to_end() {
     let (node, _listeners) = Node::new();
     node.net.within("node", || {
         let former = Flows::open("hanse").expect("nobody else listens");
         let began = Instant::now();
-        let refused = listen(false, "hanse").expect_err("somebody listens");
-        assert!(refused.starts_with("not told: the kernel does not tell them: "), "{refused}");
+        let mut backend = hanse_agent::backend::open(hanse_dataplane::Settings::default()).expect("opened");
+        let refused = listen(false, &mut *backend).err().expect("another process listens");
+        assert!(refused.starts_with("unavailable: "), "{refused}");
         assert!(began.elapsed() > Duration::from_secs(1), "{:?}", began.elapsed());
         drop(former);
-        assert!(listen(false, "hanse").is_ok());
+        assert!(listen(false, &mut *backend).is_ok());
     });
 }
 

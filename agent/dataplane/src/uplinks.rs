@@ -1,11 +1,12 @@
-//! Which interfaces lead out of the node: those with a route to more than one address that is no pod range of the node.
+//! Interfaces that lead out of the node: those with a route to more than one address outside of the node's pod ranges.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-/// Reads the kernel's routes. A table that cannot be read gives no uplink, and then everything is checked.
+/// Reads the routes in the network namespace of the calling thread. A table that cannot be read gives no uplink: the sources of all
+/// packets are checked then.
 pub fn detect(pod_ranges: &[IpNet]) -> Vec<String> {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let (v4, v6) = (read("/proc/thread-self/net/route"), read("/proc/thread-self/net/ipv6_route"));
@@ -58,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn routes_to_pods_are_no_uplinks() {
+    fn interfaces_with_routes_to_pods_are_not_uplinks() {
         let v4 = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n\
                   eth0\t00000000\t0101A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n\
                   eth1\t0001A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n\

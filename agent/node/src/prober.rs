@@ -1,0 +1,124 @@
+//! Probes whether the hooks see the packets of pods.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hanse_dataplane::{Backend, Finding};
+use hanse_ruleset::{EndpointId, LocalEndpoint, RuleSet};
+use tokio::sync::watch;
+
+/// How long answers to a probe may take.
+const ANSWER_TIME: Duration = Duration::from_millis(300);
+/// Pods of one probe: with two addresses each 2,000 packets, in a few milliseconds.
+const MAX_PROBED: usize = 500;
+/// When a pod that is not proven is probed again, doubling from the first to the second.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// When a pod that is proven is probed again: other programs of the node change.
+const RECHECK: Duration = Duration::from_secs(600);
+
+/// What probes have found so far.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Proofs {
+    /// What is wrong with the hooks as a whole; empty when they see pod traffic, or there is no pod.
+    pub hooks: String,
+    /// Pods that are not enforced, and pods whose state is unknown.
+    pub unenforced: BTreeMap<EndpointId, String>,
+}
+
+/// Schedules probes and publishes what they find.
+pub struct Prober {
+    rules: Option<Arc<RuleSet>>,
+    probed: BTreeMap<EndpointId, Probed>,
+    in_flight: Option<(Instant, Vec<Arc<LocalEndpoint>>)>,
+    proofs: watch::Sender<Arc<Proofs>>,
+}
+
+struct Probed {
+    endpoint: Arc<LocalEndpoint>,
+    finding: Finding,
+    again_at: Instant,
+    again_after: Duration,
+}
+
+impl Prober {
+    pub fn new(rules: Option<Arc<RuleSet>>, proofs: watch::Sender<Arc<Proofs>>) -> Self {
+        Self { rules, probed: BTreeMap::new(), in_flight: None, proofs }
+    }
+
+    pub fn set_rules(&mut self, rules: Arc<RuleSet>) {
+        self.rules = Some(rules);
+    }
+
+    /// The rule set of a member that is in force, as far as it is known.
+    pub fn rules(&self) -> Option<&Arc<RuleSet>> {
+        self.rules.as_ref()
+    }
+
+    /// Reads the answers that are due, and probes the pods that are due.
+    pub fn turn(&mut self, backend: &mut dyn Backend) {
+        let Some(rules) = self.rules.clone() else { return };
+        let mut hooks = String::new();
+        match self.in_flight.take() {
+            Some((since, pods)) if since.elapsed() < ANSWER_TIME => {
+                self.in_flight = Some((since, pods));
+                return;
+            }
+            Some((_, pods)) => match backend.findings(&pods) {
+                Ok(findings) => self.record(&pods, findings),
+                Err(error) => hooks = format!("the answers to the probe cannot be read: {error}"),
+            },
+            None => {}
+        }
+        self.probed.retain(|id, probed| {
+            rules.endpoints.get(id).is_some_and(|endpoint| endpoint.addresses == probed.endpoint.addresses)
+        });
+        let now = Instant::now();
+        let is_due = |id: &EndpointId| self.probed.get(id).is_none_or(|probed| probed.again_at <= now);
+        let due = rules.endpoints.iter().filter(|(id, _)| is_due(id)).map(|(_, pod)| Arc::clone(pod));
+        let due: Vec<_> = due.take(MAX_PROBED).collect();
+        if !due.is_empty() {
+            match backend.probe(&due) {
+                Ok(()) => self.in_flight = Some((now, due)),
+                Err(error) => hooks = format!("the probe cannot be sent: {error}"),
+            }
+        }
+        self.publish(&rules, hooks);
+    }
+
+    fn record(&mut self, pods: &[Arc<LocalEndpoint>], mut findings: BTreeMap<EndpointId, Finding>) {
+        for endpoint in pods {
+            let Some(finding) = findings.remove(&endpoint.id) else { continue };
+            let same = self.probed.get(&endpoint.id).filter(|probed| probed.finding == finding);
+            let again_after = match (&finding, same) {
+                (Finding::Enforced, _) => RECHECK,
+                (_, None) => RETRY.0,
+                (_, Some(probed)) => (probed.again_after * 2).min(RETRY.1),
+            };
+            let again_at = Instant::now() + again_after;
+            let probed = Probed { endpoint: Arc::clone(endpoint), finding, again_at, again_after };
+            self.probed.insert(endpoint.id.clone(), probed);
+        }
+    }
+
+    fn publish(&self, rules: &RuleSet, mut hooks: String) {
+        let is_proven = self.probed.values().any(|probed| probed.finding == Finding::Enforced);
+        if hooks.is_empty() && !is_proven && !rules.endpoints.is_empty() {
+            hooks = "no pod has shown yet that the hooks see its packets".into();
+        }
+        let reason = |id: &EndpointId| match self.probed.get(id) {
+            None => Some("not proven: the probe is under way".to_owned()),
+            Some(Probed { finding: Finding::Enforced, .. }) => None,
+            Some(probed) => Some(probed.finding.to_string()),
+        };
+        let unenforced = rules.endpoints.keys().filter_map(|id| Some((id.clone(), reason(id)?))).collect();
+        let proofs = Proofs { hooks, unenforced };
+        self.proofs.send_if_modified(|published| {
+            let changed = **published != proofs;
+            if changed {
+                *published = Arc::new(proofs);
+            }
+            changed
+        });
+    }
+}
