@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use hanse_hub::server::{Hub, Options, init};
+use hanse_hub::server::{Hub, Options, default_store, init};
 use hanse_identity::TrustDomain;
 use hanse_runtime::shutdown::Shutdown;
 
@@ -44,7 +44,7 @@ fn many() -> Vec<(&'static str, f64)> {
     let shutdown = Shutdown::default();
     let any = "127.0.0.1:0".parse().expect("an address");
     let domain = TrustDomain::new("hanse.test").expect("a domain");
-    runtime.block_on(init(&data, &domain, any)).expect("a ClusterSet");
+    runtime.block_on(init(&data, &default_store(&data), &domain, any)).expect("a ClusterSet");
     // The store's last owner needs a moment to close the file.
     let deadline = Instant::now() + Duration::from_secs(20);
     let hub = loop {

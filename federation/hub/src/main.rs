@@ -1,6 +1,6 @@
 //! `hanse-hub`: makes a ClusterSet (`init`) and serves it (`run`).
 
-// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+// Text from elsewhere is printed by `hanse_runtime::text`, which escapes it.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 use std::net::SocketAddr;
@@ -11,16 +11,17 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use hanse_hub::authority::Lifetimes;
-use hanse_hub::server::{Hub, Options, init};
+use hanse_hub::server::{Hub, Options, default_store, init};
 use hanse_identity::{TrustDomain, tls};
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::{logging, text};
+use hanse_store::StoreUrl;
 
 /// The hub of a ClusterSet: registry, trust, exchange and policy distribution.
 #[derive(Debug, Parser)]
 #[command(name = "hanse-hub", version, propagate_version = true)]
 struct Cli {
-    /// text or json.
+    /// Format of log lines.
     #[arg(long, global = true, default_value_t)]
     log_format: logging::Format,
     #[command(subcommand)]
@@ -29,53 +30,59 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make the root authority, the store, and the first administrator's context file DATA/admin.context.
+    /// Create a ClusterSet: its root authority, its store and the context file DATA/admin.context of the first administrator.
     Init(InitArgs),
-    /// Serve.
+    /// Serve a ClusterSet.
     Run(RunArgs),
 }
 
 #[derive(Debug, Args)]
 struct InitArgs {
-    /// The folder of the hub's files; made when absent.
+    /// Folder for the hub's files; created when missing.
     #[arg(long)]
     data: PathBuf,
-    /// The name that all identities of this ClusterSet begin with.
+    /// Store to create, as a URL: file:PATH [default: file:DATA/hub.redb].
+    #[arg(long)]
+    store: Option<StoreUrl>,
+    /// SPIFFE trust domain of all identities of this ClusterSet.
     #[arg(long, default_value = "hanse.local")]
     trust_domain: String,
-    /// Where members and users will reach the hub: written into the administrator's context.
+    /// Address for members and users; written into the administrator's context file.
     #[arg(long)]
     listen: SocketAddr,
-    /// Where newcomers will reach the hub.
+    /// Address for clusters that join.
     #[arg(long)]
     join_listen: SocketAddr,
 }
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// The folder of the hub's files.
+    /// Folder of the hub's files.
     #[arg(long)]
     data: PathBuf,
-    /// For members and users, who show certificates.
+    /// Store to open, as a URL: file:PATH [default: file:DATA/hub.redb].
+    #[arg(long)]
+    store: Option<StoreUrl>,
+    /// Address for members and users (mutual TLS).
     #[arg(long)]
     listen: SocketAddr,
-    /// For newcomers with a token.
+    /// Address for clusters that join with a token (server certificate only).
     #[arg(long)]
     join_listen: SocketAddr,
-    /// Health and readiness over HTTP.
+    /// Serve health and readiness over HTTP at this address.
     #[arg(long)]
     health_listen: Option<SocketAddr>,
-    /// Prometheus metrics over HTTP, on a loopback address.
+    /// Serve Prometheus metrics over HTTP at this loopback address.
     #[arg(long)]
     metrics_listen: Option<SocketAddr>,
-    /// How long a cluster may be silent before its endpoints count as unknown.
+    /// Seconds without a message after which a cluster's endpoints are treated as unknown.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(5..=86_400))]
     lease_seconds: u64,
-    /// How long certificates of members and of the hub are valid.
+    /// Validity of the certificates of members and of the hub, in seconds.
     #[arg(long, default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     certificate_seconds: u64,
-    /// DATA was restored from a backup: give it once, at the first start, and members whose state is newer than the backup
-    /// follow it. What was revoked or changed since the backup must be done again.
+    /// Start from a restored backup. Give this option once, at the first start: members whose state is newer than the backup
+    /// then follow the hub. Repeat revocations and changes that were made after the backup.
     #[arg(long)]
     restored: bool,
 }
@@ -97,15 +104,19 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Init(args) => {
             let trust_domain = TrustDomain::new(&args.trust_domain).context("read --trust-domain")?;
-            init(&args.data, &trust_domain, args.listen).await?;
+            let store = args.store.unwrap_or_else(|| default_store(&args.data));
+            init(&args.data, &store, &trust_domain, args.listen).await?;
             let (data, listen, join_listen) = (args.data.display(), args.listen, args.join_listen);
-            text::line(format_args!("A ClusterSet {trust_domain} is in {data}. Administer it with:"))?;
+            let given = if store == default_store(&args.data) { String::new() } else { format!(" --store {store}") };
+            text::line(format_args!("Created ClusterSet {trust_domain} in {data}. Administer it with:"))?;
             text::line("")?;
             text::line(format_args!("  export HANSE_CONTEXT={data}/admin.context"))?;
             text::line("")?;
             text::line("Serve it with:")?;
             text::line("")?;
-            text::line(format_args!("  hanse-hub run --data {data} --listen {listen} --join-listen {join_listen}"))?;
+            text::line(format_args!(
+                "  hanse-hub run --data {data}{given} --listen {listen} --join-listen {join_listen}"
+            ))?;
             Ok(())
         }
         Command::Run(args) => {
@@ -118,6 +129,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
                 lifetimes: Lifetimes { leaf: Duration::from_secs(args.certificate_seconds), ..Lifetimes::default() },
                 ..Options::new(args.data, args.listen, args.join_listen)
             };
+            let options = Options { store: args.store.unwrap_or_else(|| options.store.clone()), ..options };
             Hub::start(options, &shutdown).await?;
             shutdown.wait_for_signal().await.context("wait for a signal")?;
             shutdown.drain(Hub::DRAIN).await;

@@ -269,7 +269,7 @@ impl Registry {
     }
 
     fn noted<T>(&self, outcome: Result<T, StoreError>) -> Result<T, ChangeError> {
-        if matches!(outcome, Err(StoreError::Closed | StoreError::File(_))) {
+        if matches!(outcome, Err(StoreError::Closed | StoreError::Io(_))) {
             self.shared.failed.store(true, Ordering::Release);
         }
         Ok(outcome?)

@@ -1,4 +1,4 @@
-//! The hub as a whole: its store, its listeners, and what keeps them true.
+//! The hub as a whole: its store, its listeners and its background tasks.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use hanse_runtime::health::{Condition, Health};
 use hanse_runtime::metrics::Metrics;
 use hanse_runtime::monitor::{self, Page};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_store::{Prefix, Store, StoreError, create_file, open_file};
+use hanse_store::{Prefix, Store, StoreError, StoreUrl};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -43,7 +43,7 @@ use hanse_exchange::limits::MAX_MESSAGE_BYTES;
 const MAX_REQUEST_BYTES: usize = 1 << 20;
 /// The largest request on the join listener: a token and two requests are below 20 KiB.
 const MAX_JOIN_BYTES: usize = 64 << 10;
-/// On the join listener anybody may connect: few connections, each short.
+/// The join listener accepts connections without a client certificate: few, and each of them short.
 const JOIN_LIMITS: IncomingLimits = IncomingLimits {
     connections: 512,
     per_identity: None,
@@ -58,24 +58,26 @@ const JOIN_LIMITS: IncomingLimits = IncomingLimits {
 /// How long streams may take to end when the hub stops.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// How often metrics and readiness are brought up to date.
+/// How often metrics and readiness are updated.
 const OBSERVED_EVERY: Duration = Duration::from_secs(2);
 
 /// How a hub runs.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Holds `ca.key`, `ca.pem` and `hub.redb`.
+    /// The folder of `ca.key` and `ca.pem`.
     pub data: PathBuf,
+    /// The store; by default `hub.redb` in the folder.
+    pub store: StoreUrl,
     pub listen: SocketAddr,
     pub join_listen: SocketAddr,
     pub health_listen: Option<SocketAddr>,
     pub metrics_listen: Option<SocketAddr>,
-    /// How long a cluster may be silent.
+    /// How long a cluster may be silent before its lease ends.
     pub lease: Duration,
     pub lifetimes: Lifetimes,
     /// The wall clock of registrations; TLS always uses the machine's.
     pub clock: Clock,
-    /// The files are from a backup: members may hold what is newer, and are told everything anew.
+    /// The files are from a backup: members may have newer state, and receive everything again.
     pub restored: bool,
 }
 
@@ -83,6 +85,7 @@ impl Options {
     /// The defaults for a hub whose files are in `data`.
     pub fn new(data: PathBuf, listen: SocketAddr, join_listen: SocketAddr) -> Self {
         Self {
+            store: default_store(&data),
             data,
             listen,
             join_listen,
@@ -107,7 +110,7 @@ pub struct Hub {
     pub metrics: Metrics,
 }
 
-/// What a user's context file holds. Paths are relative to the file. Shared with the command `hanse`, which reads it as YAML.
+/// The content of a user's context file. Paths are relative to the file. Shared with the command `hanse`, which reads it as YAML.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Context {
@@ -118,44 +121,55 @@ pub struct Context {
     pub key: PathBuf,
 }
 
-/// Is there while `init` is not done: what it made until then is made anew.
+/// Exists while `init` runs: a repeated `init` removes what an interrupted one has made.
 const UNFINISHED: &str = "init.unfinished";
 /// The files of `init`.
-const FILES: [&str; 6] = ["ca.key", "ca.pem", "hub.redb", "admin.key", "admin.pem", "admin.context"];
+const FILES: [&str; 5] = ["ca.key", "ca.pem", "admin.key", "admin.pem", "admin.context"];
 
-/// Makes a ClusterSet in `data`: its root, its store, and the first administrator with the context file `admin.context`.
-/// One that was cut short can be repeated.
+/// The store of a hub whose files are in `data`, unless another is given.
+pub fn default_store(data: &Path) -> StoreUrl {
+    StoreUrl::file(data.join("hub.redb"))
+}
+
+/// Makes a ClusterSet: its root authority in `data`, its store, and the first administrator with the context file
+/// `admin.context`. An interrupted `init` can be repeated.
 ///
 /// # Errors
-/// When the folder holds anything already, or files cannot be written.
-pub async fn init(data: &Path, trust_domain: &TrustDomain, listen: SocketAddr) -> anyhow::Result<()> {
+/// When the folder is not empty, the store exists, or files cannot be written.
+pub async fn init(
+    data: &Path,
+    store_url: &StoreUrl,
+    trust_domain: &TrustDomain,
+    listen: SocketAddr,
+) -> anyhow::Result<()> {
     let unfinished = data.join(UNFINISHED);
+    let own = store_url.path().filter(|path| path.starts_with(data));
     if unfinished.exists() {
-        for name in FILES {
-            match std::fs::remove_file(data.join(name)) {
+        // A store elsewhere is never removed.
+        for path in FILES.iter().map(|name| data.join(name)).chain(own.map(Path::to_owned)) {
+            match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(error).with_context(|| format!("remove {} of an init that was cut short", name));
+                    return Err(error).with_context(|| format!("remove {} of an interrupted init", path.display()));
                 }
                 _ => {}
             }
         }
-    } else if data.join("ca.key").exists() || data.join("hub.redb").exists() {
+    } else if data.join("ca.key").exists() || own.is_some_and(Path::exists) {
         anyhow::bail!(
-            "{} holds a ClusterSet already: serve it with `hanse-hub run`, or name another folder",
+            "{} already contains a ClusterSet: serve it with `hanse-hub run`, or choose another folder",
             data.display()
         );
     } else if std::fs::read_dir(data).is_ok_and(|mut entries| entries.next().is_some()) {
-        anyhow::bail!("{} is not empty: name a folder of the hub's own", data.display());
+        anyhow::bail!("{} is not empty: choose an empty folder for the hub", data.display());
     }
     files::private_folder(data).with_context(|| format!("make {}", data.display()))?;
     files::write_secret(&unfinished, b"").with_context(|| format!("write {}", unfinished.display()))?;
     let now = SystemTime::now();
     let authority = Authority::create(data, trust_domain, now).context("make the root")?;
-    let store = create_file(&data.join("hub.redb")).context("make the store")?;
+    let store = hanse_store::create(store_url).with_context(|| format!("create the store {store_url}"))?;
     let lease = Duration::from_secs(30);
-    let registry = Registry::open(Arc::new(store), lease, Clock::default(), &Shutdown::default())
-        .await
-        .context("fill the store")?;
+    let registry =
+        Registry::open(store, lease, Clock::default(), &Shutdown::default()).await.context("fill the store")?;
     registry.bind(authority.root()).await.context("fill the store")?;
     let key = Key::generate()?;
     let roles = vec![Role::Administrator];
@@ -182,7 +196,7 @@ pub async fn init(data: &Path, trust_domain: &TrustDomain, listen: SocketAddr) -
     Ok(())
 }
 
-/// Where somebody on this machine reaches a listener.
+/// The address of a listener for clients on this machine.
 fn reachable(listen: SocketAddr) -> SocketAddr {
     let loopback = match listen {
         SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::LOCALHOST),
@@ -200,44 +214,43 @@ impl Hub {
     pub async fn start(options: Options, shutdown: &Shutdown) -> anyhow::Result<Self> {
         let data = options.data.display();
         if options.data.join(UNFINISHED).exists() {
-            anyhow::bail!("`hanse-hub init` was cut short in {data}: repeat it");
+            anyhow::bail!("`hanse-hub init` was interrupted in {data}: repeat it");
         }
-        // A store that is missing is not an empty one: policies and revocations would be gone.
-        for name in ["ca.key", "ca.pem", "hub.redb"] {
-            match options.data.join(name).try_exists() {
+        let url = &options.store;
+        let file = url.path().filter(|path| path.starts_with(&options.data));
+        // A missing store is not an empty one: policies and revocations would be gone.
+        let authority = ["ca.key", "ca.pem"].map(|name| options.data.join(name));
+        for path in authority.iter().map(PathBuf::as_path).chain(file) {
+            let name = path.file_name().unwrap_or_default().display();
+            match path.try_exists() {
                 Ok(true) => {}
-                Ok(false) if options.data.join("ca.key").exists() || options.data.join("hub.redb").exists() => {
+                Ok(false) if authority[0].exists() || file.is_some_and(Path::exists) => {
                     anyhow::bail!(
-                        "{data} holds a ClusterSet without its {name}: restore all of its files from one backup, and start it \
-                         once with --restored"
+                        "{name} of the ClusterSet in {data} is missing: restore all of its files from one backup, and start \
+                         the hub once with --restored"
                     );
                 }
-                Ok(false) => anyhow::bail!("{data} holds no ClusterSet: make one with `hanse-hub init`"),
+                Ok(false) => anyhow::bail!("{data} does not contain a ClusterSet: create one with `hanse-hub init`"),
                 Err(error) => return Err(error).with_context(|| format!("look for {name} in {data}")),
             }
         }
-        let path = options.data.join("hub.redb");
-        let restore = || format!("restore all files of {data} from one backup, and start it once with --restored");
-        let store = match open_file(&path) {
+        let restore = "restore all files of the hub from one backup, and start it once with --restored";
+        let store = match hanse_store::open(url) {
             Ok(store) => store,
-            // Elsewhere is nothing wrong with the file.
-            Err(error @ (StoreError::Open(_) | StoreError::File(_) | StoreError::Format(_))) => {
-                return Err(error).with_context(|| format!("open the store {}", path.display()));
+            // The store itself is not at fault.
+            Err(error @ (StoreError::InUse | StoreError::Io(_) | StoreError::Format(_))) => {
+                return Err(error).with_context(|| format!("open the store {url}"));
             }
-            Err(error) => anyhow::bail!("open the store {}: {error}: {}", path.display(), restore()),
+            Err(error) => anyhow::bail!("open the store {url}: {error}: {restore}"),
         };
-        // `init` makes an administrator, and one is always left.
+        // `init` creates an administrator, and the last one cannot be deleted.
         if store.list(&Prefix::new(&["user"])?).await?.entries.is_empty() {
-            anyhow::bail!(
-                "open the store {}: it is not a store that `hanse-hub init` has filled: {}",
-                path.display(),
-                restore()
-            );
+            anyhow::bail!("open the store {url}: it was not filled by `hanse-hub init`: {restore}");
         }
-        Self::start_with(options, Arc::new(store), shutdown).await
+        Self::start_with(options, store, shutdown).await
     }
 
-    /// As [`Self::start`], over a store of the caller's.
+    /// As [`Self::start`], with an open store.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -264,7 +277,7 @@ impl Hub {
         let (renewing, renewed, until) = (authority.clone(), credentials.clone(), stop.clone());
         shutdown.supervise("certificate renewal", move || renewing.clone().keep_fresh(renewed.clone(), until.clone()));
 
-        // Only leaves of the root's own; members and users only; only those that the registry knows, and at each handshake anew.
+        // Only leaves that the root issued, to members and users that the registry knows; checked at each handshake.
         let accept = |identity: &Identity| matches!(identity, Identity::Cluster(_) | Identity::User(_));
         let admits = registry.clone();
         let trust =
@@ -317,7 +330,7 @@ impl Hub {
             .add_service(registration)
             .serve_with_incoming_shutdown(joining, stop.clone().cancelled_owned());
         shutdown.essential("listener for joins", server);
-        // Long streams do not end by themselves: they get a moment, then their connections are closed.
+        // Long streams do not end by themselves: their connections are closed after half of the drain time.
         let closing = connections.clone();
         shutdown.spawn("closing of connections", async move {
             stop.cancelled().await;
@@ -325,15 +338,15 @@ impl Hub {
             closing.close_where(|_| true);
         });
         serving.set(true);
-        info!(%address, %join_address, trust_domain = %authority.trust_domain(), "hub serves");
+        info!(%address, %join_address, trust_domain = %authority.trust_domain(), "hub is serving");
         Ok(Self { address, join_address, registry, authority, connections, metrics })
     }
 
-    /// How long [`Shutdown::drain`] should wait for a hub.
+    /// The time that [`Shutdown::drain`] gives a hub.
     pub const DRAIN: Duration = DRAIN;
 }
 
-/// Follows the registry: a revocation closes connections at once, on every replica and whoever asked for it.
+/// Follows the registry: a revocation closes connections at once, on every replica.
 async fn close_refused(registry: Registry, connections: Connections, metrics: HubMetrics, stop: CancellationToken) {
     let mut view = registry.subscribe();
     loop {
@@ -341,19 +354,19 @@ async fn close_refused(registry: Registry, connections: Connections, metrics: Hu
         let closed = connections.close_where(|peer| !peer.closed.is_cancelled() && refused(&snapshot, peer));
         if closed > 0 {
             metrics.closed.inc_by(closed as u64);
-            warn!(closed, "connections closed: their certificates are no longer admitted");
+            warn!(closed, "closed connections whose certificates are no longer admitted");
         }
         metrics.connections.set(i64::try_from(connections.len()).unwrap_or(i64::MAX));
         tokio::select! {
             () = stop.cancelled() => return,
             changed = view.changed() => if changed.is_err() { return },
-            // For the count alone: whom a revocation meets in the handshake is turned away after it.
+            // For the count alone: a connection that is revoked during its handshake is refused after it.
             () = tokio::time::sleep(OBSERVED_EVERY) => {}
         }
     }
 }
 
-/// Keeps metrics and readiness true.
+/// Updates metrics and readiness.
 async fn observe(
     registry: Registry,
     realisations: Arc<dyn Realisations>,
@@ -365,7 +378,7 @@ async fn observe(
         metrics.observe(&registry.snapshot(), &realisations.clusters());
         if registry.failed() && writing.holds() {
             writing.set(false);
-            error!("the store cannot be written any more, nothing is accepted: find out why, and start the hub again");
+            error!("the store cannot be written: the hub accepts no changes; repair the store and restart the hub");
         }
         tokio::select! {
             () = stop.cancelled() => return,

@@ -1,7 +1,7 @@
-//! The one implementation of the rules, over a file or over nothing.
+//! The embedded store, over a file or in memory.
 //!
-//! State is held in memory and answers every read; the file is written before the state changes. The hub's store is small
-//! (registrations, policies, a bounded audit), so that holding it costs less than reading it would.
+//! The state is kept in memory and answers every read; the file is written before the state changes. The hub's store is
+//! small (registrations, policies, a bounded audit).
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -18,10 +18,10 @@ use crate::{
     MAX_VALUE_BYTES, Outcome, Prefix, Revision, Store, StoreError, StoreFuture, Transaction,
 };
 
-/// How often ended leases are looked for.
+/// How often leases are checked for their end.
 const LEASE_TICK: Duration = Duration::from_millis(100);
 
-/// What is durable.
+/// The durable state.
 #[derive(Debug, Default)]
 pub(crate) struct State {
     pub(crate) revision: Revision,
@@ -30,7 +30,7 @@ pub(crate) struct State {
     pub(crate) leases: BTreeMap<LeaseId, Duration>,
 }
 
-/// What one transaction writes.
+/// The writes of one transaction.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
     pub(crate) revision: Revision,
@@ -42,14 +42,14 @@ pub(crate) struct Batch {
 
 /// A store over a file or memory. Clones share it.
 #[derive(Debug, Clone)]
-pub struct Engine {
+pub(crate) struct Engine {
     shared: Arc<Shared>,
 }
 
 #[derive(Debug)]
 struct Shared {
     state: RwLock<State>,
-    /// When each lease ends. Not durable: a restart gives every lease its whole time.
+    /// When each lease ends. Not durable: a restart renews every lease.
     deadlines: std::sync::Mutex<HashMap<LeaseId, Instant>>,
     history: Arc<RwLock<History>>,
     newest: watch::Sender<Revision>,
@@ -59,7 +59,7 @@ struct Shared {
 #[derive(Debug)]
 struct Writer {
     disk: Option<Arc<File>>,
-    /// After a failed write it is unknown what the file holds, so nothing more is acknowledged.
+    /// After a failed write the content of the file is unknown, so no further write is accepted.
     failed: bool,
 }
 
@@ -83,7 +83,7 @@ impl Engine {
                     shared.deadlines().iter().filter(|(_, deadline)| **deadline <= now).map(|(id, _)| *id).collect();
                 for lease in ended {
                     if let Err(error) = shared.end(lease, Some(now)).await {
-                        error!(%error, %lease, "a lease could not be ended");
+                        error!(%error, %lease, "ending a lease failed");
                     }
                 }
             }
@@ -101,7 +101,7 @@ impl Shared {
         self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes `batch` to the file, then applies it. Runs to its end even when the caller goes away.
+    /// Writes `batch` to the file, then applies it. It completes even when the caller's future is dropped.
     async fn write(self: &Arc<Self>, writer: &mut Writer, batch: Batch) -> Result<(), StoreError> {
         if writer.failed {
             return Err(StoreError::Closed);
@@ -155,12 +155,12 @@ impl Shared {
         let mut batch = self.batch();
         {
             let state = self.state();
-            let holds = |compare: &Compare| match compare {
+            let is_true = |compare: &Compare| match compare {
                 Compare::Absent(key) => !state.entries.contains_key(key),
                 Compare::Present(key) => state.entries.contains_key(key),
                 Compare::Modified(key, revision) => state.entries.get(key).is_some_and(|e| e.modified == *revision),
             };
-            if !transaction.compares.iter().all(holds) {
+            if !transaction.compares.iter().all(is_true) {
                 return Ok(Outcome::Conflict);
             }
             let revision = state.revision + 1;
@@ -220,7 +220,7 @@ impl Shared {
                 batch.revision += 1;
             }
         }
-        // Before the write: a renewal that comes during it must fail, not succeed for nothing.
+        // Before the write, so that a renewal during it fails.
         self.deadlines().remove(&lease);
         self.write(&mut writer, batch).await
     }
@@ -266,7 +266,7 @@ impl Store for Engine {
         Box::pin(async move {
             let floor = self.shared.history.read().unwrap_or_else(PoisonError::into_inner).floor();
             if after < floor {
-                return Err(StoreError::Compacted { asked: after, floor });
+                return Err(StoreError::Compacted { after, floor });
             }
             let (history, newest) = (self.shared.history.clone(), self.shared.newest.subscribe());
             Ok(Watch::new(Recent { history, newest, prefix, after }))
@@ -319,8 +319,8 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_lease_that_is_renewed_while_its_end_is_under_way_holds() {
-        let store = crate::in_memory();
+    async fn keeps_a_lease_that_is_renewed_while_it_is_being_ended() {
+        let store = Engine::start(None, State::default());
         let lease = store.grant_lease(Duration::from_secs(60)).await.unwrap();
         let key = Key::new(&["l"]).unwrap();
         store.commit(Transaction::default().put_with_lease(key.clone(), "1", lease)).await.unwrap();

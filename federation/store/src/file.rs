@@ -4,7 +4,7 @@
 //! in milliseconds), `meta` (`format`, `revision`, `lease`).
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -25,7 +25,7 @@ const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const FORMAT: u64 = 1;
 /// Readable by its owner only.
 const MODE: u32 = 0o600;
-/// Pages held in memory: the state is held beside it, so this only serves writing.
+/// Page cache. The state is kept in memory beside it, so the cache serves writes only.
 const CACHE_BYTES: usize = 8 << 20;
 
 #[derive(Debug)]
@@ -34,28 +34,34 @@ pub(crate) struct File {
 }
 
 impl File {
-    /// Makes a store at `path`, where nothing may be yet.
+    /// Makes a store at `path`, where no file may exist.
     pub(crate) fn create(path: &Path) -> Result<(Self, State), StoreError> {
         let file = fs::OpenOptions::new().read(true).write(true).create_new(true).mode(MODE).open(path);
-        let backend = FileBackend::new(file.map_err(|e| StoreError::File(e.into()))?).map_err(not_opened)?;
+        let file = file.map_err(|error| match error.kind() {
+            ErrorKind::AlreadyExists => StoreError::Exists,
+            _ => StoreError::Io(error),
+        })?;
+        let backend = FileBackend::new(file).map_err(not_opened)?;
         let this = Self { database: builder().create_with_backend(backend).map_err(not_opened)? };
-        this.prepare().map_err(StoreError::File)?;
+        this.prepare().map_err(io_error)?;
         Ok((this, State::default()))
     }
 
-    /// Opens the store at `path`, and verifies every checksum in it: what something else has changed is not served.
+    /// Opens the store at `path` and verifies every checksum in it, so that foreign changes are found.
     pub(crate) fn open(path: &Path) -> Result<(Self, State), StoreError> {
-        // Of some damage the library panics; what it knew of the file then goes with it.
+        // The library panics on some damage; its state is dropped with the panic.
         catch_unwind(AssertUnwindSafe(|| Self::open_verified(path))).unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
             let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-            Err(StoreError::Damaged(text.unwrap_or_else(|| "it cannot be understood".to_owned())))
+            Err(StoreError::Damaged(text.unwrap_or_else(|| "it cannot be read".to_owned())))
         })
     }
 
     fn open_verified(path: &Path) -> Result<(Self, State), StoreError> {
-        let failed = |error: std::io::Error| StoreError::File(error.into());
-        let metadata = fs::metadata(path).map_err(failed)?;
+        let metadata = fs::metadata(path).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => StoreError::Absent,
+            _ => StoreError::Io(error),
+        })?;
         if !metadata.is_file() {
             return Err(StoreError::Foreign("it is not a regular file"));
         }
@@ -63,7 +69,7 @@ impl File {
             return Err(StoreError::Foreign("it is empty"));
         }
         let database = builder().set_check_integrity_on_open(true).open(path).map_err(not_opened)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(MODE)).map_err(failed)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(MODE)).map_err(StoreError::Io)?;
         let this = Self { database };
         let state = this.load()?;
         Ok((this, state))
@@ -118,7 +124,7 @@ impl File {
 
     /// Writes a batch. When this returns, it is on disk.
     pub(crate) fn write(&self, batch: &Batch) -> Result<(), StoreError> {
-        self.try_write(batch).map_err(StoreError::File)
+        self.try_write(batch).map_err(io_error)
     }
 
     fn try_write(&self, batch: &Batch) -> Result<(), redb::Error> {
@@ -158,7 +164,7 @@ fn builder() -> Builder {
 
 fn not_opened(error: DatabaseError) -> StoreError {
     match error {
-        DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => StoreError::Open(error),
+        DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => StoreError::InUse,
         DatabaseError::UpgradeRequired(_) => StoreError::Format("it was written by an older version of the library"),
         DatabaseError::Storage(StorageError::Io(error)) if error.kind() == ErrorKind::InvalidData => {
             StoreError::Foreign("it is not a database")
@@ -166,7 +172,7 @@ fn not_opened(error: DatabaseError) -> StoreError {
         DatabaseError::Storage(StorageError::Io(error)) if error.kind() == ErrorKind::UnexpectedEof => {
             StoreError::Damaged("its end is missing".to_owned())
         }
-        DatabaseError::Storage(StorageError::Io(_)) => StoreError::File(error.into()),
+        DatabaseError::Storage(StorageError::Io(error)) => StoreError::Io(error),
         error => StoreError::Damaged(error.to_string()),
     }
 }
@@ -177,8 +183,16 @@ fn not_read(error: redb::Error) -> StoreError {
             StoreError::Foreign("it is the database of another program")
         }
         redb::Error::Corrupted(why) => StoreError::Damaged(why),
-        error => StoreError::File(error),
+        error => io_error(error),
     }
+}
+
+/// The library's error as one of input and output.
+fn io_error(error: redb::Error) -> StoreError {
+    StoreError::Io(match error {
+        redb::Error::Io(error) => error,
+        error => io::Error::other(error),
+    })
 }
 
 fn encode(entry: &Entry) -> Vec<u8> {

@@ -20,7 +20,7 @@ pub struct Prefix(Bytes);
 pub enum KeyError {
     #[error("a key has 1 to 8 segments")]
     Segments,
-    #[error("a segment is not empty and holds no zero byte")]
+    #[error("a segment is not empty and contains no zero byte")]
     Segment,
     #[error("a key has at most 1,024 bytes")]
     Length,
@@ -28,7 +28,7 @@ pub enum KeyError {
 
 impl Key {
     /// # Errors
-    /// When there are none or more than 8 segments, one is empty or holds a zero byte, or all are longer than 1,024 bytes.
+    /// When there are none or more than 8 segments, one is empty or contains a zero byte, or all are longer than 1,024 bytes.
     pub fn new<S: AsRef<str>>(segments: &[S]) -> Result<Self, KeyError> {
         if segments.is_empty() {
             return Err(KeyError::Segments);

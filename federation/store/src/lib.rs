@@ -1,27 +1,31 @@
 //! Revisions, compare-and-swap, prefix watch and leases over an embedded file or memory.
 //!
-//! What it promises: a transaction that was answered is on disk and survives `kill -9` and power loss; transactions are
-//! applied one after the other and each has a revision; a watch misses nothing and repeats nothing, or says that it
-//! cannot; a lease that nobody renews for its time to live takes its keys with it.
+//! Guarantees: a committed transaction is on disk and survives `kill -9` and power loss. Transactions are applied one after
+//! the other, each with a revision of its own. A watch delivers every change once, or returns an error. The keys of a lease
+//! are deleted when it is not renewed within its time to live.
 //!
-//! The trait is shaped so that etcd v3 fits behind it: one revision per transaction, comparisons on a key's modification
-//! revision, watches from a revision with an error below the compaction floor, leases renewed by id. It does not
-//! interpret values, and it is not for data that changes many times a second: endpoints never come here.
+//! [`Store`] is the only interface, and [`open`] finds the implementation by URL; errors name no library. etcd v3 fits behind
+//! it: one revision per transaction, comparisons on a key's modification revision, watches from a revision with an error
+//! below the compaction floor, leases renewed by id. The store does not interpret values. It is not for data that changes
+//! many times a second: endpoints are never stored.
 
 mod engine;
 mod file;
 mod key;
+mod url;
 mod watch;
 
 use std::fmt;
-use std::path::Path;
+use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use engine::Engine;
 
-pub use engine::Engine;
 pub use key::{Key, KeyError, Prefix};
+pub use url::{StoreUrl, StoreUrlError};
 pub use watch::{Changes, Watch};
 
 /// Largest value, in bytes: etcd's default request limit is 1.5 MiB, which a transaction of one value stays below.
@@ -57,7 +61,7 @@ pub struct Listing {
     pub entries: Vec<Entry>,
 }
 
-/// What must hold for a transaction to be applied.
+/// A condition of a transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Compare {
     /// The key does not exist.
@@ -94,7 +98,7 @@ impl Change {
     }
 }
 
-/// Changes that happen together, if every comparison holds.
+/// Changes that are applied together, if every condition is true.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Transaction {
     pub compares: Vec<Compare>,
@@ -127,16 +131,16 @@ impl Transaction {
     }
 }
 
-/// What became of a transaction.
+/// The result of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// Applied and durable. The revision is unchanged where nothing changed.
     Committed(Revision),
-    /// A comparison did not hold; nothing changed.
+    /// A condition was false; nothing changed.
     Conflict,
 }
 
-/// One key's change, as a watch sees it.
+/// A change of one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
     pub revision: Revision,
@@ -152,17 +156,24 @@ pub enum StoreError {
     Limit(&'static str),
     #[error("lease {0} does not exist")]
     NoLease(LeaseId),
-    #[error("the changes since revision {asked} are no longer held: list again (held since {floor})")]
-    Compacted { asked: Revision, floor: Revision },
-    #[error("the store's file is in use by another process")]
-    Open(#[source] redb::DatabaseError),
-    #[error("the store's file cannot be read or written")]
-    File(#[source] redb::Error),
-    #[error("the store's file is not a store: {0}")]
+    #[error("the changes since revision {after} are no longer available, only those since {floor}: list again")]
+    Compacted { after: Revision, floor: Revision },
+    /// There is nothing at the URL.
+    #[error("the store does not exist")]
+    Absent,
+    /// [`create`] found something at the URL.
+    #[error("the store exists already")]
+    Exists,
+    #[error("the store is in use by another process")]
+    InUse,
+    #[error("the store cannot be read or written")]
+    Io(#[source] io::Error),
+    /// What is at the URL was not made by [`create`].
+    #[error("this is not a store of Hanse: {0}")]
     Foreign(&'static str),
-    #[error("the store's file is damaged: {0}")]
+    #[error("the store is damaged: {0}")]
     Damaged(String),
-    #[error("the store's file holds what this version cannot read: {0}")]
+    #[error("this version cannot read the store: {0}")]
     Format(&'static str),
     #[error("the store is closed after a failed write")]
     Closed,
@@ -171,7 +182,7 @@ pub enum StoreError {
 /// The future of a store operation.
 pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
 
-/// A store. Every method is safe to call concurrently; one that writes answers when its change is durable.
+/// A store. Every method is safe to call concurrently; one that writes returns when its change is durable.
 pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// The newest revision.
     fn revision(&self) -> StoreFuture<'_, Revision>;
@@ -182,45 +193,53 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// All keys below `prefix`.
     fn list<'a>(&'a self, prefix: &'a Prefix) -> StoreFuture<'a, Listing>;
 
-    /// Applies `transaction` if its comparisons hold. A future that is dropped may still have committed.
+    /// Applies `transaction` if its conditions are true. A transaction whose future is dropped may still commit.
     fn commit(&self, transaction: Transaction) -> StoreFuture<'_, Outcome>;
 
-    /// Every change below `prefix` after revision `after`, in order, as they happen.
-    /// Fails when those changes are no longer held; the caller then lists again, and watches from there.
+    /// Every change below `prefix` after revision `after`, in order.
+    /// Fails with `Compacted` when those changes are no longer available; the caller then lists again and watches from there.
     fn watch(&self, prefix: Prefix, after: Revision) -> StoreFuture<'_, Watch>;
 
-    /// A new lease. It ends when not renewed for `time_to_live`, measured by the store's own monotonic clock; a store that restarts
-    /// gives every lease its whole time again.
+    /// A new lease. It ends when it is not renewed for `time_to_live`, by the monotonic clock of the store. A restart of the
+    /// store renews every lease.
     fn grant_lease(&self, time_to_live: Duration) -> StoreFuture<'_, LeaseId>;
 
-    /// Gives `lease` its whole time again.
+    /// Renews `lease` for its whole time to live.
     fn renew_lease(&self, lease: LeaseId) -> StoreFuture<'_, ()>;
 
     /// Ends `lease` now: its keys are deleted in one transaction.
     fn end_lease(&self, lease: LeaseId) -> StoreFuture<'_, ()>;
 }
 
-/// Makes a store in a new file at `path` (mode 0600). Must be called within a tokio runtime.
+/// Makes an empty store at `url`; a file is readable by its owner only. Must be called within a tokio runtime.
 ///
 /// # Errors
-/// When there is a file already, or it cannot be made.
-pub fn create_file(path: &Path) -> Result<Engine, StoreError> {
-    let (disk, state) = file::File::create(path)?;
-    Ok(Engine::start(Some(disk), state))
+/// `Exists` when there is something at `url`, `Io` when the store cannot be made.
+pub fn create(url: &StoreUrl) -> Result<Arc<dyn Store>, StoreError> {
+    match url {
+        StoreUrl::File(path) => {
+            let (file, state) = file::File::create(path)?;
+            Ok(Arc::new(Engine::start(Some(file), state)))
+        }
+    }
 }
 
-/// Opens the store in the file at `path`. All of the file is read and verified. Must be called within a tokio runtime.
+/// Opens the store at `url`. A file is read and verified as a whole. Must be called within a tokio runtime.
 ///
 /// # Errors
-/// When there is no such file, or it is in use by another process, is empty, damaged or another program's, or holds another format.
-pub fn open_file(path: &Path) -> Result<Engine, StoreError> {
-    let (disk, state) = file::File::open(path)?;
-    Ok(Engine::start(Some(disk), state))
+/// `Absent` when there is nothing at `url`; `InUse`, `Foreign`, `Damaged`, `Format` and `Io` as they say.
+pub fn open(url: &StoreUrl) -> Result<Arc<dyn Store>, StoreError> {
+    match url {
+        StoreUrl::File(path) => {
+            let (file, state) = file::File::open(path)?;
+            Ok(Arc::new(Engine::start(Some(file), state)))
+        }
+    }
 }
 
-/// A store that is gone with the process. Must be called within a tokio runtime.
-pub fn in_memory() -> Engine {
-    Engine::start(None, engine::State::default())
+/// A store that ends with the process. Must be called within a tokio runtime.
+pub fn in_memory() -> Arc<dyn Store> {
+    Arc::new(Engine::start(None, engine::State::default()))
 }
 
 impl fmt::Display for LeaseId {

@@ -1,4 +1,4 @@
-//! The recent past, and those who read it. A watcher that is too slow is told to list again; nothing queues for it.
+//! Recent changes and their readers. A reader that is too slow gets an error and lists again; nothing is queued for it.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -8,17 +8,17 @@ use tokio::sync::watch;
 
 use crate::{Event, Prefix, Revision, StoreError, StoreFuture};
 
-/// Events held: 16,384 events whose values are at most 64 MiB together.
+/// Events kept: at most 16,384, with at most 64 MiB of values.
 const MAX_EVENTS: usize = 16_384;
 const MAX_BYTES: usize = 64 << 20;
-/// Events given out by one call of [`Watch::next`], unless one transaction has more.
+/// Events returned by one call of [`Watch::next`], unless one transaction has more.
 const MAX_BATCH: usize = 256;
 
 #[derive(Debug)]
 pub(crate) struct History {
     events: VecDeque<Event>,
     bytes: usize,
-    /// All changes after this revision are held.
+    /// All changes after this revision are kept.
     floor: Revision,
 }
 
@@ -32,7 +32,7 @@ impl History {
         self.events.push_back(event);
     }
 
-    /// Forgets whole transactions from the front while there is too much.
+    /// Drops whole transactions from the front while the limits are exceeded.
     pub(crate) fn trim(&mut self) {
         while self.events.len() > MAX_EVENTS || self.bytes > MAX_BYTES {
             let Some(first) = self.events.front().map(|e| e.revision) else { return };
@@ -57,7 +57,7 @@ impl History {
         let start = self.events.partition_point(|e| e.revision <= after);
         let mut found: Vec<Event> = Vec::new();
         for event in self.events.range(start..) {
-            // A write is in the history a moment before it is told of.
+            // A write is in the history a moment before `newest` includes it.
             if event.revision > newest {
                 break;
             }
@@ -80,7 +80,7 @@ fn size(event: &Event) -> usize {
     128 + event.key.as_bytes().len() + event.entry.as_ref().map_or(0, |e| e.value.len())
 }
 
-/// Where a [`Watch`] has its changes from; each kind of store has one.
+/// The source of a [`Watch`]; each kind of store has its own.
 pub trait Changes: fmt::Debug + Send {
     /// As [`Watch::next`].
     fn next(&mut self) -> StoreFuture<'_, Vec<Event>>;
@@ -100,21 +100,21 @@ impl Watch {
         Self { changes: Box::new(changes) }
     }
 
-    /// The next changes: one or more whole transactions, in order. Dropping the future loses nothing.
+    /// The next changes: one or more whole transactions, in order. Dropping the future drops no change.
     ///
     /// # Errors
-    /// `Compacted` when this reader was too slow, `Closed` when the store is gone.
+    /// `Compacted` when this reader was too slow, `Closed` when the store is closed.
     pub async fn next(&mut self) -> Result<Vec<Event>, StoreError> {
         self.changes.next().await
     }
 
-    /// Everything up to this revision has been given out.
+    /// All changes up to this revision were returned.
     pub fn revision(&self) -> Revision {
         self.changes.revision()
     }
 }
 
-/// Reads the history of an [`crate::Engine`].
+/// Reads the history of an [`Engine`](crate::engine::Engine).
 #[derive(Debug)]
 pub(crate) struct Recent {
     pub(crate) history: Arc<RwLock<History>>,
@@ -132,7 +132,7 @@ impl Changes for Recent {
                     let (events, upto) = {
                         let history = self.history.read().unwrap_or_else(PoisonError::into_inner);
                         if self.after < history.floor {
-                            return Err(StoreError::Compacted { asked: self.after, floor: history.floor });
+                            return Err(StoreError::Compacted { after: self.after, floor: history.floor });
                         }
                         history.after(self.after, &self.prefix, newest)
                     };
@@ -156,10 +156,9 @@ mod tests {
     use super::*;
     use crate::Key;
 
-    /// A write enters the history before the number of the newest is told: who reads between the two must not be given
-    /// it twice.
+    /// A write enters the history before `newest` includes it: a reader between the two must not return it twice.
     #[test]
-    fn a_write_that_is_not_told_of_yet_is_not_given_out() {
+    fn returns_no_write_that_newest_does_not_include_yet() {
         let mut history = History::new(0);
         for revision in 1..=3 {
             history.push(Event { revision, key: Key::new(&["a"]).unwrap(), entry: None });
@@ -173,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_that_is_full_ends_where_the_next_begins() {
+    fn starts_a_batch_where_the_full_one_before_ended() {
         let mut history = History::new(0);
         let all = MAX_BATCH as Revision + 10;
         for revision in 1..=all {

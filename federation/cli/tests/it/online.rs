@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use hanse_hub::server::{Hub, Options, init};
+use hanse_hub::server::{Hub, Options, default_store, init};
 use hanse_identity::TrustDomain;
 use hanse_member::registration::MemberIdentity;
 use hanse_runtime::shutdown::Shutdown;
@@ -64,7 +64,7 @@ impl World {
         let shutdown = Shutdown::default();
         let any = "127.0.0.1:0".parse().expect("an address");
         let domain = TrustDomain::new("hanse.test").expect("a domain");
-        runtime.block_on(init(&data, &domain, any)).expect("a ClusterSet");
+        runtime.block_on(init(&data, &default_store(&data), &domain, any)).expect("a ClusterSet");
         // The store's last owner needs a moment to let go of the file.
         let deadline = Instant::now() + Duration::from_secs(20);
         let hub = loop {

@@ -12,7 +12,7 @@ use hanse_hub::grants::MemberCluster;
 use hanse_hub::registry::{Clock, Registry};
 use hanse_policy::inventory::Labels;
 use hanse_proto::federation::v1 as pb;
-use hanse_store::{Key, Store, Transaction, in_memory};
+use hanse_store::{Key, Transaction, in_memory};
 use pb::object_update::Body;
 use pb::publish_request::Message as Request;
 use pb::publish_response::Message as Response;
@@ -383,7 +383,7 @@ fn a_cluster_that_is_ahead_of_the_hub_is_named() {
 /// A policy may select in more than a message takes: what the hub sends as an interest, it reads when the member comes back.
 #[tokio::test]
 async fn what_the_hub_derives_it_reads_back_when_a_member_reconnects() {
-    let store = Arc::new(in_memory());
+    let store = in_memory();
     let put = async |key: &[&str], value: Vec<u8>| {
         store.commit(Transaction::default().put(Key::new(key).unwrap(), value)).await.unwrap()
     };
@@ -934,7 +934,7 @@ fn an_address_is_owned_by_the_newest_of_those_that_claim_it() {
 
 #[tokio::test]
 async fn a_policy_that_the_hub_cannot_read_takes_nothing_away() {
-    let store = Arc::new(in_memory());
+    let store = in_memory();
     let put = async |key: &[&str], value: Vec<u8>| {
         store.commit(Transaction::default().put(Key::new(key).unwrap(), value)).await.unwrap()
     };
@@ -982,7 +982,7 @@ fn tier(name: &str) -> Vec<u8> {
 
 #[tokio::test]
 async fn a_policy_whose_tier_does_not_exist_takes_nothing_away_and_comes_with_its_tier() {
-    let store = Arc::new(in_memory());
+    let store = in_memory();
     let commit = async |transaction: Transaction| {
         let committed = store.commit(transaction).await.unwrap();
         let hanse_store::Outcome::Committed(revision) = committed else { panic!("{committed:?}") };

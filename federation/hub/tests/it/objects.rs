@@ -215,7 +215,7 @@ async fn batches_and_dry_runs_are_bounded() {
 
 #[tokio::test]
 async fn audit_keeps_the_newest_of_many_changes() {
-    let store = std::sync::Arc::new(hanse_store::in_memory());
+    let store = hanse_store::in_memory();
     let registry =
         Registry::open(store, SOON, Clock::default(), &hanse_runtime::shutdown::Shutdown::default()).await.unwrap();
     let deeds: Vec<Deed> = (0..MAX_AUDIT_RECORDS + 500)

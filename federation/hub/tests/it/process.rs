@@ -70,7 +70,7 @@ fn what_failed_is_said_in_one_line() {
     let mut command = hub();
     command.args(["init", "--listen", "127.0.0.1:1", "--join-listen", "127.0.0.1:2", "--data"]).arg(folder.path());
     let output = command.env("RUST_BACKTRACE", "1").output().unwrap();
-    let wanted = format!("hanse-hub: {} is not empty: name a folder of the hub's own\n", folder.path().display());
+    let wanted = format!("hanse-hub: {} is not empty: choose an empty folder for the hub\n", folder.path().display());
     assert_eq!((output.status.code(), &*String::from_utf8_lossy(&output.stderr)), (Some(1), wanted.as_str()));
 }
 
@@ -207,17 +207,17 @@ async fn a_hub_that_cannot_start_says_why_and_what_to_do() {
         let said = refused(arguments, data);
         assert!(expected.iter().all(|text| said.contains(text)), "expected {expected:?}: {said}");
     };
-    check(&run, &data, &["holds no ClusterSet", "hanse-hub init"]);
+    check(&run, &data, &["does not contain a ClusterSet", "hanse-hub init"]);
     assert!(!data.exists(), "nothing was made");
     let ports = initialise(&data);
     initialise(&other);
-    check(&init, &data, &["holds a ClusterSet already"]);
+    check(&init, &data, &["already contains a ClusterSet"]);
     check(&init, folder.path(), &["is not empty"]);
 
     // Neither is one that something happened to a new one.
     let whole = std::fs::read(data.join("hub.redb")).unwrap();
     let empty = folder.path().join("empty.redb");
-    drop(hanse_store::create_file(&empty).unwrap());
+    drop(hanse_store::create(&hanse_store::StoreUrl::file(&empty)).unwrap());
     let unfilled = std::fs::read(&empty).unwrap();
     let mut changed = whole.clone();
     // Something in it that a checksum covers.
@@ -228,7 +228,7 @@ async fn a_hub_that_cannot_start_says_why_and_what_to_do() {
         (b"kind: Pod\n", "it is not a database"),
         (&whole[..whole.len() / 2], "is damaged"),
         (&changed, "is damaged"),
-        (&unfilled, "not a store that `hanse-hub init` has filled"),
+        (&unfilled, "it was not filled by `hanse-hub init`"),
     ] {
         std::fs::write(data.join("hub.redb"), bytes).unwrap();
         check(&run, &data, &["hub.redb", expected, "restore all files", "--restored"]);
@@ -237,7 +237,7 @@ async fn a_hub_that_cannot_start_says_why_and_what_to_do() {
 
     // Without its store it would have no policies and no revocations.
     std::fs::rename(data.join("hub.redb"), data.join("kept")).unwrap();
-    check(&run, &data, &["without its hub.redb", "backup"]);
+    check(&run, &data, &["hub.redb of the ClusterSet", "is missing", "backup"]);
     std::fs::copy(other.join("hub.redb"), data.join("hub.redb")).unwrap();
     check(&run, &data, &["another ClusterSet"]);
     std::fs::rename(data.join("kept"), data.join("hub.redb")).unwrap();
@@ -254,12 +254,55 @@ async fn a_hub_that_cannot_start_says_why_and_what_to_do() {
     check(&taken, &other, &["listen on", "in use"]);
     drop(process);
 
-    // An init that was cut short is repeated, and not served.
+    // An interrupted init is repeated, and not served.
     std::fs::write(other.join("init.unfinished"), b"").unwrap();
-    check(&run, &other, &["cut short"]);
+    check(&run, &other, &["was interrupted", "repeat it"]);
     let before = std::fs::read(other.join("ca.pem")).unwrap();
     initialise(&other);
     assert_ne!(std::fs::read(other.join("ca.pem")).unwrap(), before);
+}
+
+#[tokio::test]
+async fn serves_a_store_that_is_given_by_url() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, file) = (folder.path().join("hub"), folder.path().join("elsewhere.redb"));
+    let store = format!("file://{}", file.display());
+    let [listen, join] = free_ports();
+    let init = |data: &Path, store: &str| {
+        let arguments = ["init", "--listen", &listen, "--join-listen", &join, "--store", store, "--data"];
+        hub().args(arguments).arg(data).output().unwrap()
+    };
+    let output = init(&data, &store);
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && printed.contains(&format!("--store file:{}", file.display())), "{printed}");
+    assert!(file.exists() && !data.join("hub.redb").exists());
+
+    // The default of `run` is another store, which does not exist.
+    let run = ["run", "--listen", &listen, "--join-listen", &join];
+    assert!(refused(&run, &data).contains("hub.redb of the ClusterSet"));
+    let gone = format!("file:{}", folder.path().join("gone").display());
+    let reason = refused(&[&run[..], &["--store", &gone]].concat(), &data);
+    assert!(reason.contains("the store does not exist") && reason.contains("backup"), "{reason}");
+    let health = free_ports()[0].clone();
+    let child = hub()
+        .args(run)
+        .args(["--health-listen", &health, "--store", &store, "--data"])
+        .arg(&data)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let process = Process { child, listen: listen.clone(), join: join.clone() };
+    crate::support::eventually("ready", || async { page(&health, "/readyz").await.ends_with("ready") }).await;
+    drop(process);
+
+    // A store outside of the folder is never replaced.
+    let before = std::fs::read(&file).unwrap();
+    let output = init(&folder.path().join("other"), &store);
+    assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("the store exists already"));
+    assert_eq!(std::fs::read(&file).unwrap(), before);
+    let output = init(&folder.path().join("third"), "etcd://127.0.0.1:2379");
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(2) && printed.contains("unknown store scheme \"etcd\""), "{printed}");
 }
 
 /// The answer of a monitoring page.

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use hanse_hub::authority::Lifetimes;
 use hanse_hub::registry::Clock;
-use hanse_hub::server::{Hub, Options, init};
+use hanse_hub::server::{Hub, Options, default_store, init};
 use hanse_identity::keys::{Certificate, Credentials, Key};
 use hanse_identity::tls::{CredentialStore, TlsClient, Trust};
 use hanse_identity::{Identity, TrustDomain};
@@ -41,7 +41,7 @@ impl TestHub {
     pub async fn start_with(lifetimes: Lifetimes) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let domain = TrustDomain::new("hanse.test").unwrap();
-        init(folder.path(), &domain, "127.0.0.1:0".parse().unwrap()).await.unwrap();
+        init(folder.path(), &default_store(folder.path()), &domain, "127.0.0.1:0".parse().unwrap()).await.unwrap();
         Self::open(folder, lifetimes, Duration::from_secs(30), Arc::default(), false).await
     }
 
@@ -97,7 +97,8 @@ impl TestHub {
         shutdown.drain(SOON).await;
         drop(hub);
         let store = folder.path().join("hub.redb");
-        eventually("the store is let go of", || async { hanse_store::open_file(&store).is_ok() }).await;
+        let url = hanse_store::StoreUrl::file(&store);
+        eventually("the store is closed", || async { hanse_store::open(&url).is_ok() }).await;
         meanwhile(&store).unwrap();
         Self::open(folder, lifetimes, lease, ahead, restored).await
     }

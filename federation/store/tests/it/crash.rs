@@ -1,21 +1,21 @@
-//! A child process writes and says what was acknowledged; it is killed; everything it said must be there.
+//! A child process writes, prints what was acknowledged, and is killed: everything that it printed must be in the file.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 
-use hanse_store::{Key, Prefix, Store, Transaction, create_file, open_file};
+use hanse_store::{Key, Prefix, StoreUrl, Transaction, create, open};
 
 const PATH: &str = "HANSE_STORE_CRASH_PATH";
 
 /// Not a test by itself: the child of the one below.
 #[test]
-#[ignore = "run by kill_9_loses_nothing_acknowledged as its child"]
+#[ignore = "run by keeps_every_acknowledged_transaction_after_kill_9 as its child"]
 fn child() {
     let Ok(path) = std::env::var(PATH) else { return };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let path: &std::path::Path = path.as_ref();
-        let store = if path.exists() { open_file(path) } else { create_file(path) }.unwrap();
+        let store = if path.exists() { open(&StoreUrl::file(path)) } else { create(&StoreUrl::file(path)) }.unwrap();
         let mut out = std::io::stdout();
         let start = store.revision().await.unwrap();
         for i in start.. {
@@ -32,11 +32,11 @@ fn child() {
 }
 
 #[tokio::test]
-async fn kill_9_loses_nothing_acknowledged() {
+async fn keeps_every_acknowledged_transaction_after_kill_9() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
     let mut acknowledged = Vec::new();
-    // Any instant of a write may be the one: the printed seed says which were.
+    // The kill may hit any instant of a write: the printed seed repeats them.
     let seed = std::env::var("HANSE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos().into()
     });
@@ -64,11 +64,11 @@ async fn kill_9_loses_nothing_acknowledged() {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         std::thread::sleep(std::time::Duration::from_micros((random >> 33) % 8_000));
         child.kill().unwrap();
-        // What it had said before the signal counts too.
+        // Lines that were printed before the signal count too.
         acknowledged.extend(lines.map_while(Result::ok).filter_map(numbers));
         child.wait().unwrap();
     }
-    let store = open_file(&path).unwrap();
+    let store = open(&StoreUrl::file(&path)).unwrap();
     for number in &acknowledged {
         let number = number.to_string();
         assert!(store.read(&Key::new(&["a", &number]).unwrap()).await.unwrap().is_some(), "{number} was acknowledged");
@@ -76,5 +76,5 @@ async fn kill_9_loses_nothing_acknowledged() {
     let [a, b] = ["a", "b"].map(|p| Prefix::new(&[p]).unwrap());
     let (a, b) = (store.list(&a).await.unwrap().entries.len(), store.list(&b).await.unwrap().entries.len());
     assert_eq!(a, b, "transactions are whole");
-    println!("acknowledged {} transactions over 12 kills; the file holds {a}", acknowledged.len());
+    println!("acknowledged {} transactions over 12 kills; the file has {a}", acknowledged.len());
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hanse_store::{Entry, Key, Prefix, Revision, Store, StoreError, Transaction, create_file, open_file};
+use hanse_store::{Entry, Key, Prefix, Revision, Store, StoreError, StoreUrl, Transaction, create, open};
 
 /// Everything in a store.
 type State = (Revision, Vec<Entry>);
@@ -24,7 +24,7 @@ struct World {
 /// changed is, to the bit, what a crash just before leaves.
 const NEWEST_COMMIT: (usize, u8) = (9, 1);
 
-async fn state(store: &impl Store) -> State {
+async fn state(store: &dyn Store) -> State {
     let everything = store.list(&Prefix::new::<&str>(&[]).unwrap()).await.unwrap();
     (everything.revision, everything.entries)
 }
@@ -35,7 +35,7 @@ impl World {
         let memory = Path::new("/dev/shm");
         let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
         let path = folder.path().join("store");
-        let store = create_file(&path).unwrap();
+        let store = create(&StoreUrl::file(&path)).unwrap();
         let key = |number: usize| Key::new(&["object", &format!("{number:04}")]).unwrap();
         let lease = store.grant_lease(Duration::from_secs(3_600)).await.unwrap();
         for number in 0..40 {
@@ -45,14 +45,14 @@ impl World {
         // Larger than a page, and what was overwritten and deleted.
         store.commit(Transaction::default().put(key(41), vec![7; 60_000])).await.unwrap();
         store.commit(Transaction::default().put_with_lease(key(1), "leased", lease)).await.unwrap();
-        let before = state(&store).await;
+        let before = state(&*store).await;
         store.commit(Transaction::default().delete(key(2)).delete(key(3))).await.unwrap();
-        let state = state(&store).await;
+        let state = state(&*store).await;
         let open_bytes = std::fs::read(&path).unwrap();
         drop(store);
         let deadline = std::time::Instant::now() + Duration::from_secs(20);
         // The lease task keeps the store until its next tick.
-        while open_file(&path).is_err() {
+        while open(&StoreUrl::file(&path)).is_err() {
             assert!(std::time::Instant::now() < deadline, "it is not closed");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -65,7 +65,7 @@ impl World {
         // The store that was opened last may hold its file for a moment.
         let _ = std::fs::remove_file(&self.path);
         std::fs::write(&self.path, bytes).unwrap();
-        Ok(state(&open_file(&self.path)?).await)
+        Ok(state(&*open(&StoreUrl::file(&self.path))?).await)
     }
 
     /// Whether it is served; then it must be what it was.
@@ -81,7 +81,7 @@ impl World {
             }
             Err(error) => {
                 let text = error.to_string();
-                assert!(!text.is_empty() && !matches!(error, StoreError::Open(_)), "{what}: {text}");
+                assert!(!text.is_empty() && !matches!(error, StoreError::InUse), "{what}: {text}");
                 false
             }
         }
@@ -140,7 +140,7 @@ async fn a_changed_byte_is_not_served_as_another_state() {
 }
 
 #[tokio::test]
-async fn what_is_not_a_store_is_refused_in_words() {
+async fn refuses_files_that_are_not_stores() {
     let world = World::new().await;
     let other = world.path.with_file_name("other");
     {
@@ -168,11 +168,14 @@ async fn what_is_not_a_store_is_refused_in_words() {
     let folder = world.path.with_file_name("folder");
     std::fs::create_dir(&folder).unwrap();
     let missing = world.path.with_file_name("missing");
-    let refused = |path: &Path| open_file(path).unwrap_err();
+    let refused = |path: &Path| open(&StoreUrl::file(path)).unwrap_err();
     assert!(matches!(refused(&folder), StoreError::Foreign(_)));
-    assert!(matches!(refused(&missing), StoreError::File(_)) && !missing.exists(), "nothing is made");
-    assert!(create_file(&folder).is_err());
+    assert!(matches!(refused(&missing), StoreError::Absent) && !missing.exists(), "nothing is created");
+    assert!(matches!(create(&StoreUrl::file(&folder)), Err(StoreError::Exists)));
     std::fs::write(&world.path, &world.bytes).unwrap();
-    assert!(create_file(&world.path).is_err(), "what is there is not replaced");
+    assert!(
+        matches!(create(&StoreUrl::file(&world.path)), Err(StoreError::Exists)),
+        "an existing file is not replaced"
+    );
     assert_eq!(std::fs::read(&world.path).unwrap(), world.bytes);
 }

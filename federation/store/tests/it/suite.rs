@@ -1,10 +1,9 @@
-//! What every store does alike.
+//! The behaviour that all stores share.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use hanse_store::{
-    Compare, Engine, Key, Outcome, Prefix, Store, StoreError, Transaction, create_file, in_memory, open_file,
-};
+use hanse_store::{Compare, Key, Outcome, Prefix, Store, StoreError, StoreUrl, Transaction, create, in_memory, open};
 
 fn key(segments: &[&str]) -> Key {
     Key::new(segments).unwrap()
@@ -15,10 +14,10 @@ fn prefix(segments: &[&str]) -> Prefix {
 }
 
 /// Runs `check` on each implementation.
-async fn on_each<F: Future<Output = ()>>(check: impl Fn(Engine) -> F) {
+async fn on_each<F: Future<Output = ()>>(check: impl Fn(Arc<dyn Store>) -> F) {
     check(in_memory()).await;
     let folder = tempfile::tempdir().unwrap();
-    check(create_file(&folder.path().join("store")).unwrap()).await;
+    check(create(&StoreUrl::file(folder.path().join("store"))).unwrap()).await;
 }
 
 #[tokio::test]
@@ -135,21 +134,22 @@ async fn leases_end_on_request() {
 }
 
 #[tokio::test]
-async fn a_file_opened_again_holds_everything() {
+async fn keeps_everything_when_the_file_is_opened_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
+    let url = StoreUrl::file(&path);
     let lease = {
-        let store = create_file(&path).unwrap();
+        let store = create(&url).unwrap();
         let lease = store.grant_lease(Duration::from_secs(60)).await.unwrap();
         store.commit(Transaction::default().put(key(&["a"]), "1")).await.unwrap();
         store.commit(Transaction::default().put_with_lease(key(&["b"]), "2", lease)).await.unwrap();
-        assert!(matches!(open_file(&path), Err(StoreError::Open(_))), "one process at a time");
+        assert!(matches!(open(&url), Err(StoreError::InUse)), "one process at a time");
         lease
     };
-    // The lease task holds the store until its next tick.
+    // The lease task keeps the store open until its next tick.
     let deadline = std::time::Instant::now() + Duration::from_secs(10);
     let store = loop {
-        match open_file(&path) {
+        match open(&url) {
             Ok(store) => break store,
             Err(error) if std::time::Instant::now() > deadline => panic!("{error}"),
             Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,

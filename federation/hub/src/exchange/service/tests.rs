@@ -1,12 +1,12 @@
 use hanse_runtime::shutdown::Shutdown;
-use hanse_store::{Key, Store as _, Transaction, in_memory};
+use hanse_store::{Key, Transaction, in_memory};
 
 use super::*;
 use crate::registry::Clock;
 
 /// Of a hub with the accepted clusters `train` and `serve`.
 async fn service() -> Service {
-    let store = Arc::new(in_memory());
+    let store = in_memory();
     let member = || br#"{"key":"k","state":"accepted"}"#.to_vec();
     for name in ["train", "serve"] {
         let put = Transaction::default().put(Key::new(&["member", name]).expect("a key"), member());
