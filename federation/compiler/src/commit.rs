@@ -10,12 +10,12 @@ use hanse_ruleset::{Chain, ChainId, Digest, EndpointId, LocalEndpoint, PolicyId,
 
 use crate::change::{Changes, NodeChange, Objects};
 use crate::compiler::{ClassChains, Compiler};
-use crate::id_set::IdSet;
-use crate::index::FastMap;
-use crate::inventory::{Contribution, NONE};
 use crate::node::{ChainIndex, HeldChain, ProfileIndex, Step, Unit, UnitIndex};
 use crate::report::Direction;
 use crate::rule;
+use hanse_policy::indexed::FastMap;
+use hanse_policy::indexed::IdSet;
+use hanse_policy::indexed::{Contribution, NONE};
 
 impl Compiler {
     /// Brings the rule sets of all nodes up to date with the state, and says what changed.

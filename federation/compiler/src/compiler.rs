@@ -8,14 +8,14 @@ use hanse_policy::model::{self, ClusterName, Layer, Phase, TierDefault, TierId};
 use hanse_ruleset::{Chain, ChainId, Delta, Digest, PolicyId, RuleSet, Set, SetId};
 
 use crate::change::{Changes, NodeChange};
-use crate::id_set::IdSet;
-use crate::index::{FastMap, SelectorId};
-use crate::inventory::{FEDERATION, Inventory, LOCAL};
 use crate::node::{ChainIndex, HeldChain, Node, Profiles, Unit, UnitIndex};
 use crate::policy::Policy;
 use crate::pool::{PoolId, Pools, census};
 use crate::report::{Ignored, PeerReport, PolicyReport, Reason, Report};
-use crate::update::{ClusterRecord, Update};
+use crate::update::Update;
+use hanse_policy::indexed::{ClusterRecord, IdSet};
+use hanse_policy::indexed::{FEDERATION, IndexedInventory, LOCAL};
+use hanse_policy::indexed::{FastMap, SelectorId};
 
 /// A policy that is held.
 #[derive(Debug)]
@@ -58,7 +58,7 @@ impl ClassChains {
 #[derive(Debug)]
 pub struct Compiler {
     pub(crate) local: ClusterName,
-    pub(crate) inventory: Inventory,
+    pub(crate) inventory: IndexedInventory,
     pub(crate) pools: Pools,
     /// Tiers only: the federation's and the cluster's own.
     layers: [Layer; 2],
@@ -94,7 +94,7 @@ impl Compiler {
     pub fn new(local: impl Into<ClusterName>) -> Self {
         let local = local.into();
         Self {
-            inventory: Inventory::new(local.clone()),
+            inventory: IndexedInventory::new(local.clone()),
             local,
             pools: Pools::default(),
             layers: [Layer::default(), Layer::default()],

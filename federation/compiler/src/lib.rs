@@ -16,9 +16,6 @@
 mod change;
 mod commit;
 mod compiler;
-mod id_set;
-pub mod index;
-mod inventory;
 mod node;
 mod policy;
 mod pool;
@@ -29,7 +26,7 @@ mod whole;
 
 pub use change::{Changes, NodeChange, Objects};
 pub use compiler::Compiler;
-pub use id_set::IdSet;
+pub use hanse_policy::indexed::ClusterRecord;
 pub use report::{Direction, Ignored, PeerReport, PolicyReport, Reason, Report};
-pub use update::{ClusterRecord, Update};
+pub use update::Update;
 pub use whole::{Compiled, Input, compile};

@@ -6,9 +6,9 @@ use hanse_ruleset::{Chain, ChainId, Digest, LocalEndpoint, NodeConfig, Policy, P
 
 use crate::change::Objects;
 use crate::compiler::ClassChains;
-use crate::id_set::IdSet;
-use crate::index::FastMap;
 use crate::pool::{Pools, SetIndex};
+use hanse_policy::indexed::FastMap;
+use hanse_policy::indexed::IdSet;
 
 pub(crate) type UnitIndex = u32;
 pub(crate) type ChainIndex = u32;

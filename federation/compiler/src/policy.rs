@@ -10,8 +10,8 @@ use hanse_policy::selector::Selector;
 use hanse_ruleset::{Family, Icmp};
 use ipnet::IpNet;
 
-use crate::index::SelectorId;
 use crate::report::{Direction, Reason};
+use hanse_policy::indexed::SelectorId;
 
 #[derive(Debug, PartialEq)]
 pub(crate) struct Policy {

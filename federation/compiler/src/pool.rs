@@ -17,9 +17,9 @@ use hanse_ruleset::{Digest, Members, Set, SetChange, SetId, SocketAddress};
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
-use crate::id_set::IdSet;
-use crate::index::{FastMap, SelectorId};
-use crate::inventory::{Contribution, Inventory};
+use hanse_policy::indexed::IdSet;
+use hanse_policy::indexed::{Contribution, IndexedInventory};
+use hanse_policy::indexed::{FastMap, SelectorId};
 
 pub(crate) type PoolId = u32;
 pub(crate) type SetIndex = u32;
@@ -123,7 +123,7 @@ pub(crate) struct Pools {
 
 impl Pools {
     /// The pool of a source in a scope, used by a policy.
-    pub fn pool(&mut self, inventory: &Inventory, source: Source, scope: &ClusterScope, user: u32) -> PoolId {
+    pub fn pool(&mut self, inventory: &IndexedInventory, source: Source, scope: &ClusterScope, user: u32) -> PoolId {
         let filed = match &source {
             Source::Selector(selector) | Source::Port(_, Some(selector)) => self.by_selector.get(selector),
             Source::Port(name, None) => self.by_port.get(name),
@@ -198,7 +198,7 @@ impl Pools {
     }
 
     /// The sets that together hold a pool's certain or possible members.
-    pub fn sets_of(&mut self, inventory: &Inventory, id: PoolId, possible: bool) -> SmallVec<[SetIndex; 2]> {
+    pub fn sets_of(&mut self, inventory: &IndexedInventory, id: PoolId, possible: bool) -> SmallVec<[SetIndex; 2]> {
         let Some(shape) = self.pools[id as usize].as_ref().map(Pool::shape) else { return SmallVec::new() };
         let mut sets = SmallVec::new();
         sets.push(self.pool_set(inventory, id, Part::Main, View::of(possible, shape.unknown_main)));
@@ -213,7 +213,7 @@ impl Pools {
         self.pools[id as usize].as_ref().is_some_and(|pool| pool.unknown_main + pool.unknown_nets > 0)
     }
 
-    fn pool_set(&mut self, inventory: &Inventory, id: PoolId, part: Part, view: View) -> SetIndex {
+    fn pool_set(&mut self, inventory: &IndexedInventory, id: PoolId, part: Part, view: View) -> SetIndex {
         let Some(pool) = &self.pools[id as usize] else { unreachable!("a pool is held while a policy names it") };
         if let Some(set) = pool.sets[part as usize][view as usize] {
             return set;
@@ -301,7 +301,7 @@ impl Pools {
     }
 
     /// A set with all its members.
-    pub fn whole(&mut self, inventory: &Inventory, set: SetIndex) -> Arc<Set> {
+    pub fn whole(&mut self, inventory: &IndexedInventory, set: SetIndex) -> Arc<Set> {
         let held = self.held(set);
         if let Some(whole) = &held.whole {
             return whole.clone();
@@ -347,7 +347,7 @@ impl Pools {
     }
 
     /// Takes note that an endpoint contributes otherwise.
-    pub fn contribute(&mut self, inventory: &Inventory, old: Option<&Contribution>, new: Option<&Contribution>) {
+    pub fn contribute(&mut self, inventory: &IndexedInventory, old: Option<&Contribution>, new: Option<&Contribution>) {
         if self.count == 0 {
             return;
         }
@@ -372,7 +372,13 @@ impl Pools {
     }
 
     /// To the pools of the selectors that select an endpoint.
-    fn contribute_selected(&mut self, inventory: &Inventory, it: &Contribution, unchanged: Unchanged, sign: i32) {
+    fn contribute_selected(
+        &mut self,
+        inventory: &IndexedInventory,
+        it: &Contribution,
+        unchanged: Unchanged,
+        sign: i32,
+    ) {
         for matched in inventory.index.matches(it.class) {
             let Some(pools) = self.by_selector.get(&matched.selector) else { continue };
             for id in pools {
@@ -383,7 +389,7 @@ impl Pools {
                 };
                 let same = if name.is_some() { unchanged.selected_ports } else { unchanged.members };
                 let is_net_set = !it.nets.is_empty();
-                let in_scope = if is_net_set { Inventory::sets_in_scope } else { Inventory::in_scope };
+                let in_scope = if is_net_set { IndexedInventory::sets_in_scope } else { IndexedInventory::in_scope };
                 if same || !in_scope(inventory, &pool.scope, it.cluster) {
                     continue;
                 }
@@ -416,7 +422,7 @@ impl Pools {
     }
 
     /// To the pools of its port names, of all pods.
-    fn contribute_ports(&mut self, inventory: &Inventory, it: &Contribution, sign: i32) {
+    fn contribute_ports(&mut self, inventory: &IndexedInventory, it: &Contribution, sign: i32) {
         let mut names: SmallVec<[&Arc<str>; 4]> = it.ports.iter().map(|port| &port.name).collect();
         names.sort_unstable();
         names.dedup();
@@ -618,15 +624,15 @@ impl Pool {
     }
 
     /// Calls `visit` with each endpoint in scope that belongs, or may belong.
-    fn for_each(&self, inventory: &Inventory, mut visit: impl FnMut(u32, bool)) {
+    fn for_each(&self, inventory: &IndexedInventory, mut visit: impl FnMut(u32, bool)) {
         let mut selected = |selector: SelectorId, belongs: &dyn Fn(u32) -> bool| {
             let certain = inventory.index.certain(selector).map(|class| (class, true));
             let unknown = inventory.index.unknown(selector).map(|class| (class, false));
             for (class, certain) in certain.chain(unknown) {
                 for at in inventory.members.get(class as usize).into_iter().flat_map(IdSet::iter) {
                     let in_scope = match inventory.kind_of(at) {
-                        EndpointKind::Pod => Inventory::in_scope,
-                        EndpointKind::NetworkSet => Inventory::sets_in_scope,
+                        EndpointKind::Pod => IndexedInventory::in_scope,
+                        EndpointKind::NetworkSet => IndexedInventory::sets_in_scope,
                     };
                     if belongs(at) && in_scope(inventory, &self.scope, inventory.cluster_of(at)) {
                         visit(at, certain);
@@ -642,7 +648,7 @@ impl Pool {
             Source::Port(name, None) => {
                 for at in inventory.by_port.get(name).into_iter().flat_map(IdSet::iter) {
                     let cluster = inventory.cluster_of(at);
-                    let counts = inventory.slots[at as usize].class != crate::inventory::NONE;
+                    let counts = inventory.slots[at as usize].class != hanse_policy::indexed::NONE;
                     if counts && inventory.in_scope(&self.scope, cluster) {
                         visit(at, !inventory.is_stale(cluster));
                     }
@@ -651,7 +657,7 @@ impl Pool {
         }
     }
 
-    fn count(&mut self, inventory: &Inventory) {
+    fn count(&mut self, inventory: &IndexedInventory) {
         let (mut nets, mut unknown_main, mut unknown_nets) = (0, 0, 0);
         let is_port = matches!(self.source, Source::Port(..));
         self.for_each(inventory, |at, certain| {
@@ -663,7 +669,7 @@ impl Pool {
         (self.nets, self.unknown_main, self.unknown_nets) = (nets, unknown_main, unknown_nets);
     }
 
-    fn members(&self, inventory: &Inventory, part: Part, view: View) -> (SetId, Members, BTreeMap<IpNet, u32>) {
+    fn members(&self, inventory: &IndexedInventory, part: Part, view: View) -> (SetId, Members, BTreeMap<IpNet, u32>) {
         let which = match view {
             View::Known => "known",
             View::Certain => "certain",
@@ -733,7 +739,7 @@ impl Pool {
 
 /// How many endpoints of each cluster belong to a selector in a scope, and how many more may.
 pub(crate) fn census(
-    inventory: &Inventory,
+    inventory: &IndexedInventory,
     selector: SelectorId,
     scope: &ClusterScope,
 ) -> BTreeMap<Arc<str>, (usize, usize)> {
@@ -755,6 +761,6 @@ pub(crate) fn census(
 }
 
 /// How many pods of a selection there are, for reports.
-pub(crate) fn is_pod(inventory: &Inventory, at: u32) -> bool {
+pub(crate) fn is_pod(inventory: &IndexedInventory, at: u32) -> bool {
     inventory.kind_of(at) == EndpointKind::Pod
 }

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use hanse_policy::model::{self, ClusterScope, Port};
 use hanse_ruleset::{Action, Family, Peer, PortRange};
 
-use crate::inventory::Inventory;
 use crate::policy::{Entity, Policy, Rule, Selection};
 use crate::pool::{PoolId, Pools, SetIndex, Source};
 use crate::report::Direction;
+use hanse_policy::indexed::IndexedInventory;
 
 /// What a compiled direction is made of.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ pub(crate) struct Compiled {
 /// `user` is the policy's number, by which pools know who names them.
 pub(crate) fn compile(
     pools: &mut Pools,
-    inventory: &Inventory,
+    inventory: &IndexedInventory,
     policy: &Policy,
     user: u32,
     direction: Direction,
@@ -89,7 +89,7 @@ enum Matching {
 
 struct Writer<'a> {
     pools: &'a mut Pools,
-    inventory: &'a Inventory,
+    inventory: &'a IndexedInventory,
     user: u32,
     sets: Vec<SetIndex>,
     named: Vec<PoolId>,

@@ -2,19 +2,10 @@
 
 use std::sync::Arc;
 
-use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, Inventory, LabelGrant, Labels, Namespace, Service};
+use hanse_policy::indexed::ClusterRecord;
+use hanse_policy::inventory::{Endpoint, EndpointId, Inventory, Labels, Namespace, Service};
 use hanse_policy::model::{ClusterName, Policy, PolicyId, PolicySet, Tier, TierId};
 use hanse_ruleset::NodeConfig;
-
-/// What the hub, or the operator, says of a cluster as a whole.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct ClusterRecord {
-    pub label_grant: LabelGrant,
-    /// The lease has ended: every selector answers unknown for its endpoints. Says nothing of the local cluster.
-    pub stale: bool,
-    /// In the local cluster: a federated Allow is final, instead of leaving to the local tiers.
-    pub federated_allow_final: bool,
-}
 
 /// One change of state. Objects of a cluster that has no record count as absent until it has one; the local cluster
 /// always has one.
@@ -82,16 +73,6 @@ pub enum Update {
     /// Those of other clusters are not held.
     Policy(Policy),
     RemovePolicy(PolicyId),
-}
-
-impl ClusterRecord {
-    pub fn of(cluster: &Cluster) -> Self {
-        Self {
-            label_grant: cluster.label_grant.clone(),
-            stale: cluster.stale,
-            federated_allow_final: cluster.federated_allow_final,
-        }
-    }
 }
 
 impl Update {

@@ -5,6 +5,7 @@
 pub mod diff;
 pub mod evaluate;
 pub mod explain;
+pub mod indexed;
 pub mod inventory;
 pub mod lint;
 pub mod model;

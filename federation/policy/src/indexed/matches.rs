@@ -9,14 +9,14 @@
 
 use std::sync::Arc;
 
+use crate::selector::{Expr, Selector, build};
+use crate::tri::Tri;
 use foldhash::fast::RandomState;
-use hanse_policy::selector::{Expr, Selector, build};
-use hanse_policy::tri::Tri;
 use hashbrown::{HashMap, HashTable};
 use smallvec::SmallVec;
 use std::hash::BuildHasher as _;
 
-use crate::id_set::IdSet;
+use super::id_set::IdSet;
 
 pub type PairId = u32;
 pub type KeyId = u32;
@@ -24,7 +24,7 @@ pub type SelectorId = u32;
 pub type ClassId = u32;
 pub type RealmId = u32;
 
-pub(crate) type FastMap<K, V> = HashMap<K, V, RandomState>;
+pub type FastMap<K, V> = HashMap<K, V, RandomState>;
 
 /// Whose labels these are: what is known of those that are absent.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

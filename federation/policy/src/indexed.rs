@@ -3,33 +3,55 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::inventory::{self, Endpoint, EndpointId, EndpointKind, LabelGrant, Labels, NamedPort};
+use crate::model::{ClusterName, ClusterScope};
+use crate::selector::build;
 use foldhash::fast::RandomState;
-use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant, Labels, NamedPort};
-use hanse_policy::model::{ClusterName, ClusterScope};
-use hanse_policy::selector::build;
 use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
 use ipnet::IpNet;
 use smallvec::SmallVec;
 use std::hash::BuildHasher as _;
 
-use crate::id_set::IdSet;
-use crate::index::{self, ClassId, FastMap, Index, KeyId, PairId, Realm, RealmId};
-use crate::update::ClusterRecord;
+mod id_set;
+mod matches;
+
+pub use id_set::IdSet;
+pub use matches::{Atom, ClassId, FastMap, Index, KeyId, Match, PairId, Realm, RealmId, SelectorId};
 
 /// The pseudo-cluster of federated network sets.
-pub(crate) const FEDERATION: u32 = 0;
+pub const FEDERATION: u32 = 0;
 /// The cluster that is compiled for.
-pub(crate) const LOCAL: u32 = 1;
-pub(crate) const NONE: u32 = u32::MAX;
+pub const LOCAL: u32 = 1;
+pub const NONE: u32 = u32::MAX;
 
 /// How many endpoints are looked at together when a key becomes relevant.
 const PLACE: u32 = 64;
 
-pub(crate) type Addresses = SmallVec<[IpAddr; 1]>;
+pub type Addresses = SmallVec<[IpAddr; 1]>;
+
+/// What the hub, or the operator, says of a cluster as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ClusterRecord {
+    pub label_grant: LabelGrant,
+    /// The lease has ended: every selector answers unknown for its endpoints. Says nothing of the local cluster.
+    pub stale: bool,
+    /// In the local cluster: a federated Allow is final, instead of leaving to the local tiers.
+    pub federated_allow_final: bool,
+}
+
+impl ClusterRecord {
+    pub fn of(cluster: &inventory::Cluster) -> Self {
+        Self {
+            label_grant: cluster.label_grant.clone(),
+            stale: cluster.stale,
+            federated_allow_final: cluster.federated_allow_final,
+        }
+    }
+}
 
 #[derive(Debug)]
-pub(crate) struct Cluster {
+pub struct Cluster {
     pub name: ClusterName,
     pub record: Option<ClusterRecord>,
     realm: RealmId,
@@ -55,14 +77,14 @@ struct Context {
 }
 
 #[derive(Debug)]
-pub(crate) struct Slot {
+pub struct Slot {
     pub name: Arc<str>,
     context: u32,
     pub class: ClassId,
-    /// Interned by [`Inventory::nodes`].
+    /// Interned by [`IndexedInventory::nodes`].
     pub node: u32,
     own: Box<[PairId]>,
-    /// All that it claims; see [`Inventory::held`].
+    /// All that it claims; see [`IndexedInventory::held`].
     addresses: Addresses,
     pub nets: Box<[IpNet]>,
     pub ports: Box<[NamedPort]>,
@@ -73,7 +95,7 @@ pub(crate) struct Slot {
 
 /// What an endpoint contributed at the last commit.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Contribution {
+pub struct Contribution {
     pub cluster: u32,
     pub class: ClassId,
     pub stale: bool,
@@ -86,7 +108,7 @@ pub(crate) struct Contribution {
 }
 
 #[derive(Debug)]
-pub(crate) struct Inventory {
+pub struct IndexedInventory {
     pub index: Index,
     hasher: RandomState,
     pub clusters: Vec<Cluster>,
@@ -117,7 +139,7 @@ pub(crate) struct Inventory {
     nodes_by_name: FastMap<Arc<str>, u32>,
 }
 
-impl Inventory {
+impl IndexedInventory {
     pub fn new(local: ClusterName) -> Self {
         let mut this = Self {
             index: Index::default(),
@@ -725,7 +747,7 @@ impl Inventory {
         if !slot.live || slot.host_network || cluster.record.is_none() {
             return NONE;
         }
-        let mut labels = index::Labels::new();
+        let mut labels = matches::Labels::new();
         if !self.is_stale(context.cluster) {
             for pair in &slot.own {
                 let key = self.index.key_of(*pair);
