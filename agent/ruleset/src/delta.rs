@@ -1,6 +1,6 @@
 //! The difference between two generations, and its application.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -43,6 +43,33 @@ pub struct Delta {
     pub removed_endpoints: Vec<EndpointId>,
 }
 
+/// Names of shared objects that a node gains and drops. All sorted.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Objects {
+    pub sets_added: Vec<SetId>,
+    pub sets_removed: Vec<SetId>,
+    pub policies_added: Vec<PolicyId>,
+    pub policies_removed: Vec<PolicyId>,
+    pub chains_added: Vec<ChainId>,
+    pub chains_removed: Vec<ChainId>,
+}
+
+/// How a rule set came about from an earlier one: a [`Delta`] that names new objects, which the later rule set contains.
+/// Many nodes share objects and set changes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Step {
+    /// `None`: from the empty rule set.
+    pub base: Option<Digest>,
+    pub digest: Digest,
+    pub node: Option<NodeConfig>,
+    pub objects: Arc<Objects>,
+    /// Of sets that are in both rule sets; sorted.
+    pub set_changes: Vec<(SetId, Arc<SetChange>)>,
+    /// New and changed, by id.
+    pub endpoints: Vec<Arc<LocalEndpoint>>,
+    pub endpoints_removed: Vec<EndpointId>,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ApplyError {
     #[error("the delta starts from {expected}, this rule set is {found}")]
@@ -66,41 +93,74 @@ impl Delta {
 
     /// As [`Self::between`], where the digests are known already.
     pub fn between_known(before: Option<(&RuleSet, Digest)>, after: &RuleSet, digest: Digest) -> Self {
+        Step::between(before, after, digest).delta(after)
+    }
+}
+
+impl Step {
+    /// Compares two rule sets of known digests.
+    fn between(before: Option<(&RuleSet, Digest)>, after: &RuleSet, digest: Digest) -> Self {
+        fn added<K: Ord + Copy, V>(old: &BTreeMap<K, V>, new: &BTreeMap<K, V>) -> Vec<K> {
+            new.keys().filter(|id| !old.contains_key(id)).copied().collect()
+        }
         let nothing = RuleSet::default();
         let old = before.map_or(&nothing, |(before, _)| before);
-        let mut delta = Delta {
-            base: before.map(|(_, digest)| digest),
-            digest,
-            generation: after.generation,
-            hub_revision: after.hub_revision,
-            local_revision: after.local_revision,
-            node: (before.is_none() || old.node != after.node).then(|| after.node.clone()),
-            ..Delta::default()
+        let mut objects = Objects {
+            sets_added: added(&old.sets, &after.sets),
+            sets_removed: added(&after.sets, &old.sets),
+            policies_added: added(&old.policies, &after.policies),
+            policies_removed: added(&after.policies, &old.policies),
+            chains_added: added(&old.chains, &after.chains),
+            chains_removed: added(&after.chains, &old.chains),
         };
+        let mut set_changes = Vec::new();
         for (id, set) in &after.sets {
             match old.sets.get(id) {
                 Some(same) if Arc::ptr_eq(same, set) => {}
                 Some(was) if was.kind() == set.kind() => {
-                    delta.set_changes.extend(SetChange::between(was, set).map(|it| (*id, it)))
+                    set_changes.extend(SetChange::between(was, set).map(|change| (*id, Arc::new(change))));
                 }
-                _ => delta.sets.push(Arc::clone(set)),
+                // Of another kind: it replaces the old one.
+                Some(_) => objects.sets_added.push(*id),
+                None => {}
             }
         }
-        let new =
-            |(id, policy): (&PolicyId, &Arc<Policy>)| (!old.policies.contains_key(id)).then(|| Arc::clone(policy));
-        delta.policies = after.policies.iter().filter_map(new).collect();
-        let new = |(id, chain): (&ChainId, &Arc<Chain>)| (!old.chains.contains_key(id)).then(|| Arc::clone(chain));
-        delta.chains = after.chains.iter().filter_map(new).collect();
-        let changed = |(id, endpoint): (&EndpointId, &Arc<LocalEndpoint>)| {
-            (old.endpoints.get(id) != Some(endpoint)).then(|| Arc::clone(endpoint))
-        };
-        delta.endpoints = after.endpoints.iter().filter_map(changed).collect();
-        delta.removed_sets = old.sets.keys().filter(|id| !after.sets.contains_key(id)).copied().collect();
-        delta.removed_policies = old.policies.keys().filter(|id| !after.policies.contains_key(id)).copied().collect();
-        delta.removed_chains = old.chains.keys().filter(|id| !after.chains.contains_key(id)).copied().collect();
-        delta.removed_endpoints =
-            old.endpoints.keys().filter(|id| !after.endpoints.contains_key(*id)).cloned().collect();
-        delta
+        objects.sets_added.sort_unstable();
+        let changed = |(id, endpoint): &(&EndpointId, &Arc<LocalEndpoint>)| old.endpoints.get(*id) != Some(endpoint);
+        Self {
+            base: before.map(|(_, digest)| digest),
+            digest,
+            node: (before.is_none() || old.node != after.node).then(|| after.node.clone()),
+            objects: Arc::new(objects),
+            set_changes,
+            endpoints: after.endpoints.iter().filter(changed).map(|(_, endpoint)| Arc::clone(endpoint)).collect(),
+            endpoints_removed: old.endpoints.keys().filter(|id| !after.endpoints.contains_key(*id)).cloned().collect(),
+        }
+    }
+
+    /// The delta of this step, to `after`.
+    pub fn delta(&self, after: &RuleSet) -> Delta {
+        fn named<K: Ord, V: Clone>(ids: &[K], all: &BTreeMap<K, V>) -> Vec<V> {
+            ids.iter().filter_map(|id| all.get(id).cloned()).collect()
+        }
+        let objects = &self.objects;
+        Delta {
+            base: self.base,
+            digest: self.digest,
+            generation: after.generation,
+            hub_revision: after.hub_revision,
+            local_revision: after.local_revision,
+            node: self.node.clone(),
+            sets: named(&objects.sets_added, &after.sets),
+            set_changes: self.set_changes.iter().map(|(id, change)| (*id, (**change).clone())).collect(),
+            policies: named(&objects.policies_added, &after.policies),
+            chains: named(&objects.chains_added, &after.chains),
+            endpoints: self.endpoints.clone(),
+            removed_sets: objects.sets_removed.clone(),
+            removed_policies: objects.policies_removed.clone(),
+            removed_chains: objects.chains_removed.clone(),
+            removed_endpoints: self.endpoints_removed.clone(),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ pub mod digest;
 pub mod evaluate;
 pub mod model;
 
-pub use delta::{ApplyError, Delta, SetChange};
+pub use delta::{ApplyError, Delta, Objects, SetChange, Step};
 pub use digest::Digest;
 pub use evaluate::{Hook, Outcome, Packet, Verdict, evaluate};
 pub use model::{

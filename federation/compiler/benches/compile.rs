@@ -134,8 +134,8 @@ fn run(shape: &str) {
     for node in changes.nodes.values() {
         // Nodes that gain the same share one list.
         if sets.len() < 1_000_000 {
-            sets.extend(node.objects.sets_added.iter().copied());
-            policies.extend(node.objects.policies_added.iter().copied());
+            sets.extend(node.step.objects.sets_added.iter().copied());
+            policies.extend(node.step.objects.policies_added.iter().copied());
         }
     }
     println!("sets {} count", sets.len());

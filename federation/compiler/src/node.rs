@@ -1,46 +1,40 @@
-//! What each node holds. Nodes with the same chains share one profile: the policies, sets and chains that follow.
+//! What each node must enforce. Nodes with the same chains share one profile: the policies, sets and chains that follow.
 
 use std::sync::Arc;
 
-use hanse_ruleset::{Chain, ChainId, Digest, LocalEndpoint, NodeConfig, Policy, PolicyId};
+use hanse_policy::indexed::{FastMap, IdSet, NodeIndex, SlotId};
+use hanse_policy::slab::{SecondaryMap, Slab};
+use hanse_ruleset::{Digest, LocalEndpoint, NodeConfig, Objects};
 
-use crate::change::Objects;
-use crate::compiler::ClassChains;
-use crate::pool::{Pools, SetIndex};
-use hanse_policy::indexed::FastMap;
-use hanse_policy::indexed::IdSet;
+use crate::chain::{Chains, ClassChains};
+use crate::ids::{ChainIndex, EMPTY_PROFILE, ProfileIndex, SetIndex, UnitIndex};
+use crate::pool::Pools;
 
-pub(crate) type UnitIndex = u32;
-pub(crate) type ChainIndex = u32;
-pub(crate) type ProfileIndex = u32;
-
-/// One direction of a policy, compiled.
-#[derive(Debug)]
-pub(crate) struct Unit {
-    pub id: PolicyId,
-    pub policy: Arc<Policy>,
-    pub sets: Box<[SetIndex]>,
-    /// Chains that name it.
-    pub references: u32,
-    /// The number of the source policy.
-    pub owner: u32,
-}
-
-#[derive(Debug)]
-pub(crate) struct HeldChain {
-    pub id: ChainId,
-    pub chain: Arc<Chain>,
-    /// Without doubles.
-    pub units: Box<[UnitIndex]>,
-    /// Classes judged by it, once for each of their three chains.
-    pub references: u32,
-}
-
+/// All nodes, by the inventory's ids.
 #[derive(Debug, Default)]
+pub(crate) struct Nodes {
+    pub all: SecondaryMap<NodeIndex, Node>,
+    pub profiles: Profiles,
+    pub dirty: IdSet<NodeIndex>,
+    pub configs_changed: IdSet<NodeIndex>,
+}
+
+impl Nodes {
+    pub fn set_config(&mut self, at: NodeIndex, config: Option<NodeConfig>) {
+        let node = self.all.entry(at);
+        if node.config != config {
+            node.config = config;
+            self.dirty.insert(at);
+            self.configs_changed.insert(at);
+        }
+    }
+}
+
+#[derive(Debug)]
 pub(crate) struct Node {
     pub config: Option<NodeConfig>,
     /// By endpoint, with its chains.
-    pub endpoints: FastMap<u32, (Arc<LocalEndpoint>, ClassChains)>,
+    pub endpoints: FastMap<SlotId, (Arc<LocalEndpoint>, ClassChains)>,
     pub endpoints_digest: Digest,
     /// How many times its endpoints name each chain.
     pub chains: FastMap<ChainIndex, u32>,
@@ -54,68 +48,66 @@ pub(crate) struct Profile {
     /// How many chains name each policy, and how many policies each set.
     pub units: FastMap<UnitIndex, u32>,
     pub sets: FastMap<SetIndex, u32>,
-    pub chains: IdSet,
+    pub chains: IdSet<ChainIndex>,
     /// Of its sets, policies and chains.
     pub digest: Digest,
-    pub nodes: IdSet,
+    pub nodes: IdSet<NodeIndex>,
 }
 
 #[derive(Debug)]
 pub(crate) struct Profiles {
-    pub all: Vec<Profile>,
-    free: Vec<ProfileIndex>,
+    pub all: Slab<ProfileIndex, Profile>,
 }
-
-/// The profile that nothing needs, which every node starts with.
-pub(crate) const EMPTY: ProfileIndex = 0;
 
 impl Default for Profiles {
     fn default() -> Self {
-        Self { all: vec![Profile::default()], free: Vec::new() }
+        let mut all = Slab::new();
+        let empty = all.insert(Profile::default());
+        debug_assert_eq!(empty, EMPTY_PROFILE);
+        Self { all }
     }
 }
 
-/// Chains that a node loses and gains.
+/// The profile of a node, and the chains that it no longer needs and those that it now needs.
 pub(crate) type Step = (ProfileIndex, Vec<ChainIndex>, Vec<ChainIndex>);
 
 impl Profiles {
-    /// Moves a node along a step, which is worked out once however many nodes take it.
+    /// Moves a node along a step, which is computed once for all nodes that take it.
     pub fn take(
         &mut self,
-        node: u32,
+        node: NodeIndex,
         step: Step,
         memo: &mut FastMap<Step, (ProfileIndex, Arc<Objects>)>,
-        chains: &[Option<HeldChain>],
-        units: &[Option<Unit>],
+        chains: &Chains,
         pools: &mut Pools,
     ) -> (ProfileIndex, Arc<Objects>) {
         let from = step.0;
         if let Some((to, objects)) = memo.get(&step) {
             let (to, objects) = (*to, objects.clone());
-            self.all[from as usize].nodes.remove(node);
-            self.all[to as usize].nodes.insert(node);
+            self.all[from].nodes.remove(node);
+            self.all[to].nodes.insert(node);
             return (to, objects);
         }
-        let alone = from != EMPTY && self.all[from as usize].nodes.len() == 1;
+        let alone = from != EMPTY_PROFILE && self.all[from].nodes.len() == 1;
         let to = if alone {
             from
         } else {
-            let mut copy = self.all[from as usize].clone();
+            let mut copy = self.all[from].clone();
             copy.nodes = IdSet::default();
             for set in copy.sets.keys() {
-                pools.held_mut(*set).profiles.insert(self.next_index());
+                pools.held_mut(*set).profiles.insert(self.all.next_id());
             }
-            self.all[from as usize].nodes.remove(node);
+            self.all[from].nodes.remove(node);
             copy.nodes.insert(node);
-            self.insert(copy)
+            self.all.insert(copy)
         };
-        let profile = &mut self.all[to as usize];
+        let profile = &mut self.all[to];
         // Before and after, of what the step touches.
         let mut touched_units: FastMap<UnitIndex, u32> = FastMap::default();
         let mut objects = Objects::default();
         for (list, gained) in [(&step.2, true), (&step.1, false)] {
             for chain in list {
-                let Some(held) = &chains[*chain as usize] else { continue };
+                let held = &chains.chains[*chain];
                 let digest = Digest::of_chain(held.id);
                 if gained {
                     profile.chains.insert(*chain);
@@ -135,7 +127,7 @@ impl Profiles {
         }
         let mut touched_sets: FastMap<SetIndex, u32> = FastMap::default();
         for (index, before) in touched_units {
-            let Some(unit) = &units[index as usize] else { continue };
+            let unit = &chains.units[index];
             let after = profile.units.get(&index).copied().unwrap_or_default();
             let gained = match (before, after) {
                 (0, 1..) => true,
@@ -158,7 +150,7 @@ impl Profiles {
             for set in &unit.sets {
                 let count = profile.sets.entry(*set).or_default();
                 touched_sets.entry(*set).or_insert(*count);
-                // Losses may come before gains: the count is settled when all are in.
+                // Removals may come before additions: the count is right when all are in.
                 *count = if gained { count.wrapping_add(1) } else { count.wrapping_sub(1) };
             }
         }
@@ -195,33 +187,28 @@ impl Profiles {
         (to, objects)
     }
 
-    fn next_index(&self) -> ProfileIndex {
-        self.free.last().copied().unwrap_or(self.all.len() as ProfileIndex)
-    }
-
-    fn insert(&mut self, profile: Profile) -> ProfileIndex {
-        match self.free.pop() {
-            Some(index) => {
-                self.all[index as usize] = profile;
-                index
-            }
-            None => {
-                self.all.push(profile);
-                self.all.len() as ProfileIndex - 1
-            }
-        }
-    }
-
-    /// Forgets a profile when no node has it.
+    /// Removes a profile when no node has it.
     pub fn release(&mut self, index: ProfileIndex, pools: &mut Pools) {
-        if index == EMPTY || !self.all[index as usize].nodes.is_empty() || self.free.contains(&index) {
+        if index == EMPTY_PROFILE || self.all.get(index).is_none_or(|profile| !profile.nodes.is_empty()) {
             return;
         }
-        let profile = std::mem::take(&mut self.all[index as usize]);
+        let profile = self.all.remove(index);
         for set in profile.sets.keys() {
             pools.held_mut(*set).profiles.remove(index);
         }
-        self.free.push(index);
+    }
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self {
+            config: None,
+            endpoints: FastMap::default(),
+            endpoints_digest: Digest::default(),
+            chains: FastMap::default(),
+            profile: EMPTY_PROFILE,
+            committed: None,
+        }
     }
 }
 
@@ -235,7 +222,7 @@ impl Node {
         let default = NodeConfig::default();
         let mut sum = Digest::of_node(self.config.as_ref().unwrap_or(&default));
         sum.add(self.endpoints_digest);
-        sum.add(profiles.all[self.profile as usize].digest);
+        sum.add(profiles.all[self.profile].digest);
         sum
     }
 }

@@ -87,13 +87,6 @@ impl Policy {
         Self { id: policy.id, order: policy.order, subject, idle: idle.into(), rules }
     }
 
-    /// Lets go of all but the name.
-    pub fn clear(&mut self) {
-        self.idle = Box::default();
-        self.rules = [None, None];
-        self.subject = None;
-    }
-
     /// `None`: it does not apply in this direction.
     pub fn rules(&self, direction: Direction) -> Option<&[Rule]> {
         self.rules[direction as usize].as_deref()

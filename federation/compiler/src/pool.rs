@@ -11,19 +11,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use hanse_policy::indexed::{
+    ClusterId, Contribution, FastMap, IdSet, IndexedInventory, SelectorId, ServiceKey, SlotId,
+};
 use hanse_policy::inventory::{EndpointKind, Service};
 use hanse_policy::model::{ClusterScope, ServiceMatch};
+use hanse_policy::slab::Slab;
 use hanse_ruleset::{Digest, Members, Set, SetChange, SetId, SocketAddress};
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
-use hanse_policy::indexed::IdSet;
-use hanse_policy::indexed::{Contribution, IndexedInventory};
-use hanse_policy::indexed::{FastMap, SelectorId};
-
-pub(crate) type PoolId = u32;
-pub(crate) type SetIndex = u32;
-type ServiceKey = (Arc<str>, Arc<str>);
+use crate::ids::{PolicyIndex, PoolId, ProfileIndex, SetIndex};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Source {
@@ -55,7 +53,7 @@ struct Pool {
     scope: ClusterScope,
     source: Source,
     /// Compiled policies that name it.
-    users: IdSet,
+    users: IdSet<PolicyIndex>,
     /// Endpoints with nets; those of both parts for which it is unknown whether they belong.
     nets: u32,
     unknown_main: u32,
@@ -90,7 +88,7 @@ pub(crate) struct HeldSet {
     /// How many network sets hold each net.
     nets: BTreeMap<IpNet, u32>,
     /// Profiles that have it.
-    pub profiles: IdSet,
+    pub profiles: IdSet<ProfileIndex>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -102,19 +100,14 @@ enum Member {
 
 #[derive(Debug, Default)]
 pub(crate) struct Pools {
-    pools: Vec<Option<Pool>>,
-    free_pools: Vec<PoolId>,
-    /// How many pools there are.
-    count: usize,
+    pools: Slab<PoolId, Pool>,
     /// Also those of port names of the pods that a selector selects.
     by_selector: FastMap<SelectorId, SmallVec<[PoolId; 2]>>,
     /// Those of port names of all pods.
     by_port: FastMap<Arc<str>, SmallVec<[PoolId; 2]>>,
-    pub sets: Vec<Option<HeldSet>>,
-    free_sets: Vec<SetIndex>,
+    sets: Slab<SetIndex, HeldSet>,
     pub sets_by_id: FastMap<SetId, SetIndex>,
     service_sets: FastMap<(ServiceKey, bool), SetIndex>,
-    services: FastMap<ServiceKey, Service>,
     /// Members that come (positive) and go, since the last commit.
     pending: FastMap<(SetIndex, Member), i32>,
     /// The shapes at the last commit of pools that may have another since.
@@ -123,16 +116,20 @@ pub(crate) struct Pools {
 
 impl Pools {
     /// The pool of a source in a scope, used by a policy.
-    pub fn pool(&mut self, inventory: &IndexedInventory, source: Source, scope: &ClusterScope, user: u32) -> PoolId {
+    pub fn pool(
+        &mut self,
+        inventory: &IndexedInventory,
+        source: Source,
+        scope: &ClusterScope,
+        user: PolicyIndex,
+    ) -> PoolId {
         let filed = match &source {
             Source::Selector(selector) | Source::Port(_, Some(selector)) => self.by_selector.get(selector),
             Source::Port(name, None) => self.by_port.get(name),
         };
         for id in filed.into_iter().flatten() {
-            if let Some(pool) = &mut self.pools[*id as usize]
-                && pool.source == source
-                && pool.scope == *scope
-            {
+            let pool = &mut self.pools[*id];
+            if pool.source == source && pool.scope == *scope {
                 pool.users.insert(user);
                 return *id;
             }
@@ -148,32 +145,25 @@ impl Pools {
         };
         pool.users.insert(user);
         pool.count(inventory);
-        let id = match self.free_pools.pop() {
-            Some(id) => id,
-            None => {
-                self.pools.push(None);
-                self.pools.len() as PoolId - 1
-            }
-        };
+        let id = self.pools.next_id();
         match &pool.source {
             Source::Selector(selector) | Source::Port(_, Some(selector)) => {
                 self.by_selector.entry(*selector).or_default().push(id);
             }
             Source::Port(name, None) => self.by_port.entry(name.clone()).or_default().push(id),
         }
-        self.count += 1;
-        self.pools[id as usize] = Some(pool);
-        id
+        self.pools.insert(pool)
     }
 
-    /// A policy names a pool no more. Its sets are let go by the compiled policies that named them.
-    pub fn leave(&mut self, id: PoolId, user: u32) {
-        let Some(pool) = &mut self.pools[id as usize] else { return };
-        pool.users.remove(user);
-        if !pool.users.is_empty() {
+    /// Removes a policy from the users of a pool, and the pool with its last user. Its sets are released by the compiled
+    /// policies that name them.
+    pub fn leave(&mut self, id: PoolId, user: PolicyIndex) {
+        let users = &mut self.pools[id].users;
+        users.remove(user);
+        if !users.is_empty() {
             return;
         }
-        let Some(pool) = self.pools[id as usize].take() else { return };
+        let pool = self.pools.remove(id);
         match &pool.source {
             Source::Selector(selector) | Source::Port(_, Some(selector)) => {
                 if let Some(list) = self.by_selector.get_mut(selector) {
@@ -193,13 +183,11 @@ impl Pools {
             }
         }
         self.shapes.remove(&id);
-        self.count -= 1;
-        self.free_pools.push(id);
     }
 
     /// The sets that together hold a pool's certain or possible members.
     pub fn sets_of(&mut self, inventory: &IndexedInventory, id: PoolId, possible: bool) -> SmallVec<[SetIndex; 2]> {
-        let Some(shape) = self.pools[id as usize].as_ref().map(Pool::shape) else { return SmallVec::new() };
+        let shape = self.pools[id].shape();
         let mut sets = SmallVec::new();
         sets.push(self.pool_set(inventory, id, Part::Main, View::of(possible, shape.unknown_main)));
         if shape.nets {
@@ -210,32 +198,31 @@ impl Pools {
 
     /// Whether a pool's certain and possible members differ.
     pub fn is_uncertain(&self, id: PoolId) -> bool {
-        self.pools[id as usize].as_ref().is_some_and(|pool| pool.unknown_main + pool.unknown_nets > 0)
+        let pool = &self.pools[id];
+        pool.unknown_main + pool.unknown_nets > 0
     }
 
     fn pool_set(&mut self, inventory: &IndexedInventory, id: PoolId, part: Part, view: View) -> SetIndex {
-        let Some(pool) = &self.pools[id as usize] else { unreachable!("a pool is held while a policy names it") };
+        let pool = &self.pools[id];
         if let Some(set) = pool.sets[part as usize][view as usize] {
             return set;
         }
         let meaning = Meaning::Pool { pool: id, part, view };
         let (set_id, members, nets) = pool.members(inventory, part, view);
         let index = self.hold(set_id, meaning, members, nets);
-        if let Some(pool) = &mut self.pools[id as usize] {
-            pool.sets[part as usize][view as usize] = Some(index);
-        }
+        self.pools[id].sets[part as usize][view as usize] = Some(index);
         index
     }
 
     /// The backends of a service: sockets, or for a source their addresses.
-    pub fn service_set(&mut self, service: &ServiceMatch, sockets: bool) -> SetIndex {
+    pub fn service_set(&mut self, inventory: &IndexedInventory, service: &ServiceMatch, sockets: bool) -> SetIndex {
         let key = ((service.namespace.clone(), service.name.clone()), sockets);
         if let Some(set) = self.service_sets.get(&key) {
             return *set;
         }
         let kind = if sockets { "sockets" } else { "addresses" };
         let id = SetId::of_meaning(&["service", &service.namespace, &service.name, kind]);
-        let members = service_members(self.services.get(&key.0), sockets);
+        let members = service_members(inventory.service(&key.0), sockets);
         let meaning = Meaning::Service { key: key.0.clone(), sockets };
         let index = self.hold(id, meaning, members, BTreeMap::new());
         self.service_sets.insert(key, index);
@@ -253,28 +240,17 @@ impl Pools {
             nets,
             profiles: IdSet::default(),
         };
-        let index = match self.free_sets.pop() {
-            Some(index) => {
-                self.sets[index as usize] = Some(held);
-                index
-            }
-            None => {
-                self.sets.push(Some(held));
-                self.sets.len() as SetIndex - 1
-            }
-        };
+        let index = self.sets.insert(held);
         self.sets_by_id.insert(id, index);
         index
     }
 
     pub fn held(&self, set: SetIndex) -> &HeldSet {
-        let held = self.sets[set as usize].as_ref();
-        held.expect("a set is held while a compiled policy names it")
+        &self.sets[set]
     }
 
     pub fn held_mut(&mut self, set: SetIndex) -> &mut HeldSet {
-        let held = self.sets[set as usize].as_mut();
-        held.expect("a set is held while a compiled policy names it")
+        &mut self.sets[set]
     }
 
     pub fn refer(&mut self, set: SetIndex) {
@@ -287,17 +263,19 @@ impl Pools {
         if held.references > 0 {
             return;
         }
-        let Some(held) = self.sets[set as usize].take() else { return };
+        let held = self.sets.remove(set);
         self.sets_by_id.remove(&held.id);
         match held.meaning {
             Meaning::Pool { pool, part, view } => {
-                if let Some(pool) = &mut self.pools[pool as usize] {
+                // The pool may have been removed before its sets.
+                if let Some(pool) =
+                    self.pools.get_mut(pool).filter(|pool| pool.sets[part as usize][view as usize] == Some(set))
+                {
                     pool.sets[part as usize][view as usize] = None;
                 }
             }
             Meaning::Service { key, sockets } => drop(self.service_sets.remove(&(key, sockets))),
         }
-        self.free_sets.push(set);
     }
 
     /// A set with all its members.
@@ -307,20 +285,17 @@ impl Pools {
             return whole.clone();
         }
         let members = match &held.meaning {
-            Meaning::Service { key, sockets } => service_members(self.services.get(key), *sockets),
+            Meaning::Service { key, sockets } => service_members(inventory.service(key), *sockets),
             Meaning::Pool { part: Part::Nets, .. } => Members::Nets(held.nets.keys().copied().collect()),
-            Meaning::Pool { pool, part, view } => match &self.pools[*pool as usize] {
-                Some(pool) => pool.members(inventory, *part, *view).1,
-                None => unreachable!("a pool outlives its sets"),
-            },
+            Meaning::Pool { pool, part, view } => self.pools[*pool].members(inventory, *part, *view).1,
         };
         let whole = Arc::new(Set { id: held.id, members });
         self.held_mut(set).whole = Some(whole.clone());
         whole
     }
 
-    /// Replaces a service's backends.
-    pub fn set_service(&mut self, key: ServiceKey, service: Option<Service>) {
+    /// Records that a service's backends changed.
+    pub fn service_changed(&mut self, key: &ServiceKey, old: Option<&Service>, new: Option<&Service>) {
         let members = |members: Members| -> BTreeSet<Member> {
             match members {
                 Members::Addresses(all) => all.into_iter().map(Member::Address).collect(),
@@ -330,8 +305,8 @@ impl Pools {
         };
         for sockets in [true, false] {
             if let Some(set) = self.service_sets.get(&(key.clone(), sockets)) {
-                let old = members(service_members(self.services.get(&key), sockets));
-                let new = members(service_members(service.as_ref(), sockets));
+                let old = members(service_members(old, sockets));
+                let new = members(service_members(new, sockets));
                 for gone in old.difference(&new) {
                     *self.pending.entry((*set, *gone)).or_default() -= 1;
                 }
@@ -340,15 +315,11 @@ impl Pools {
                 }
             }
         }
-        match service {
-            Some(service) => drop(self.services.insert(key, service)),
-            None => drop(self.services.remove(&key)),
-        }
     }
 
     /// Takes note that an endpoint contributes otherwise.
     pub fn contribute(&mut self, inventory: &IndexedInventory, old: Option<&Contribution>, new: Option<&Contribution>) {
-        if self.count == 0 {
+        if self.pools.is_empty() {
             return;
         }
         let what = |it: Option<&Contribution>| it.map(|it| (it.cluster, it.class));
@@ -382,7 +353,7 @@ impl Pools {
         for matched in inventory.index.matches(it.class) {
             let Some(pools) = self.by_selector.get(&matched.selector) else { continue };
             for id in pools {
-                let Some(pool) = &mut self.pools[*id as usize] else { continue };
+                let pool = &mut self.pools[*id];
                 let name = match &pool.source {
                     Source::Selector(_) => None,
                     Source::Port(name, _) => Some(name.clone()),
@@ -428,7 +399,7 @@ impl Pools {
         names.dedup();
         for name in names {
             for id in self.by_port.get(name).into_iter().flatten() {
-                let Some(pool) = &mut self.pools[*id as usize] else { continue };
+                let pool = &mut self.pools[*id];
                 if inventory.in_scope(&pool.scope, it.cluster) {
                     contribute_port(pool, *id, &mut self.shapes, &mut self.pending, (it, name, !it.stale), sign);
                 }
@@ -438,17 +409,17 @@ impl Pools {
 
     /// Pools and sets that are held.
     pub fn count(&self) -> [usize; 2] {
-        [self.count, self.sets_by_id.len()]
+        [self.pools.len(), self.sets.len()]
     }
 
     /// Policies that name a pool whose shape is another than at the last commit.
-    pub fn take_reshaped(&mut self) -> Vec<u32> {
+    pub fn take_reshaped(&mut self) -> Vec<PolicyIndex> {
         let shapes = std::mem::take(&mut self.shapes);
         let reshaped = shapes.into_iter().filter_map(|(id, before)| {
-            let pool = self.pools[id as usize].as_ref()?;
-            (pool.shape() != before).then(|| pool.users.iter().collect::<Vec<u32>>())
+            let pool = &self.pools[id];
+            (pool.shape() != before).then(|| pool.users.iter().collect::<Vec<PolicyIndex>>())
         });
-        let mut users: Vec<u32> = reshaped.flatten().collect();
+        let mut users: Vec<PolicyIndex> = reshaped.flatten().collect();
         users.sort_unstable();
         users.dedup();
         users
@@ -463,7 +434,8 @@ impl Pools {
         let mut changes = Vec::new();
         for group in pending.chunk_by(|a, b| a.0.0 == b.0.0) {
             let index = group[0].0.0;
-            let Some(held) = self.sets[index as usize].as_mut() else { continue };
+            // A set may have been released since.
+            let Some(held) = self.sets.get_mut(index) else { continue };
             let mut add = Vec::new();
             let mut remove = Vec::new();
             for ((_, member), count) in group {
@@ -624,12 +596,12 @@ impl Pool {
     }
 
     /// Calls `visit` with each endpoint in scope that belongs, or may belong.
-    fn for_each(&self, inventory: &IndexedInventory, mut visit: impl FnMut(u32, bool)) {
-        let mut selected = |selector: SelectorId, belongs: &dyn Fn(u32) -> bool| {
+    fn for_each(&self, inventory: &IndexedInventory, mut visit: impl FnMut(SlotId, bool)) {
+        let mut selected = |selector: SelectorId, belongs: &dyn Fn(SlotId) -> bool| {
             let certain = inventory.index.certain(selector).map(|class| (class, true));
             let unknown = inventory.index.unknown(selector).map(|class| (class, false));
             for (class, certain) in certain.chain(unknown) {
-                for at in inventory.members.get(class as usize).into_iter().flat_map(IdSet::iter) {
+                for at in inventory.members(class).iter() {
                     let in_scope = match inventory.kind_of(at) {
                         EndpointKind::Pod => IndexedInventory::in_scope,
                         EndpointKind::NetworkSet => IndexedInventory::sets_in_scope,
@@ -643,12 +615,12 @@ impl Pool {
         match &self.source {
             Source::Selector(selector) => selected(*selector, &|_| true),
             Source::Port(name, Some(selector)) => {
-                selected(*selector, &|at| inventory.slots[at as usize].ports.iter().any(|port| port.name == *name));
+                selected(*selector, &|at| inventory.slots[at].ports.iter().any(|port| port.name == *name));
             }
             Source::Port(name, None) => {
                 for at in inventory.by_port.get(name).into_iter().flat_map(IdSet::iter) {
                     let cluster = inventory.cluster_of(at);
-                    let counts = inventory.slots[at as usize].class != hanse_policy::indexed::NONE;
+                    let counts = inventory.slots[at].class.is_some();
                     if counts && inventory.in_scope(&self.scope, cluster) {
                         visit(at, !inventory.is_stale(cluster));
                     }
@@ -661,7 +633,7 @@ impl Pool {
         let (mut nets, mut unknown_main, mut unknown_nets) = (0, 0, 0);
         let is_port = matches!(self.source, Source::Port(..));
         self.for_each(inventory, |at, certain| {
-            let is_net_set = !is_port && !inventory.slots[at as usize].nets.is_empty();
+            let is_net_set = !is_port && !inventory.slots[at].nets.is_empty();
             nets += is_net_set as u32;
             unknown_main += (!certain && !is_net_set) as u32;
             unknown_nets += (!certain && is_net_set) as u32;
@@ -688,12 +660,12 @@ impl Pool {
             let parts: Vec<&str> = what.iter().copied().chain([which, scope]).chain(names.iter().copied()).collect();
             SetId::of_meaning(&parts)
         };
-        let text_of = |selector: SelectorId| inventory.index.selector(selector).map_or("", |it| &it.canonical);
+        let text_of = |selector: SelectorId| &*inventory.index.selector(selector).canonical;
         match (&self.source, part) {
             (Source::Port(name, selector), _) => {
                 let mut all = Vec::new();
                 self.for_each(inventory, |at, certain| {
-                    let ports = inventory.slots[at as usize].ports.iter().filter(|_| view.takes(certain));
+                    let ports = inventory.slots[at].ports.iter().filter(|_| view.takes(certain));
                     for port in ports.filter(|port| port.name == *name) {
                         let (protocol, port) = (port.protocol, port.port);
                         all.extend(inventory.held(at).map(|address| SocketAddress { address, protocol, port }));
@@ -716,7 +688,7 @@ impl Pool {
                     match part {
                         Part::Main => addresses.extend(inventory.held(at)),
                         Part::Nets => {
-                            for net in &inventory.slots[at as usize].nets {
+                            for net in &inventory.slots[at].nets {
                                 *nets.entry(*net).or_default() += 1;
                             }
                         }
@@ -752,15 +724,15 @@ pub(crate) fn census(
         unknown_nets: 0,
         sets: [[None; 3]; 2],
     };
-    let mut by_cluster: FastMap<u32, (usize, usize)> = FastMap::default();
+    let mut by_cluster: FastMap<ClusterId, (usize, usize)> = FastMap::default();
     pool.for_each(inventory, |at, certain| {
         let counts = by_cluster.entry(inventory.cluster_of(at)).or_default();
         if certain { counts.0 += 1 } else { counts.1 += 1 }
     });
-    by_cluster.into_iter().map(|(id, counts)| (inventory.clusters[id as usize].name.clone(), counts)).collect()
+    by_cluster.into_iter().map(|(id, counts)| (inventory.clusters[id].name.clone(), counts)).collect()
 }
 
 /// How many pods of a selection there are, for reports.
-pub(crate) fn is_pod(inventory: &IndexedInventory, at: u32) -> bool {
+pub(crate) fn is_pod(inventory: &IndexedInventory, at: SlotId) -> bool {
     inventory.kind_of(at) == EndpointKind::Pod
 }

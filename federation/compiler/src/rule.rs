@@ -10,8 +10,9 @@ use std::sync::Arc;
 use hanse_policy::model::{self, ClusterScope, Port};
 use hanse_ruleset::{Action, Family, Peer, PortRange};
 
+use crate::ids::{PolicyIndex, PoolId, SetIndex};
 use crate::policy::{Entity, Policy, Rule, Selection};
-use crate::pool::{PoolId, Pools, SetIndex, Source};
+use crate::pool::{Pools, Source};
 use crate::report::Direction;
 use hanse_policy::indexed::IndexedInventory;
 
@@ -29,7 +30,7 @@ pub(crate) fn compile(
     pools: &mut Pools,
     inventory: &IndexedInventory,
     policy: &Policy,
-    user: u32,
+    user: PolicyIndex,
     direction: Direction,
     federated_allow_final: bool,
 ) -> Compiled {
@@ -90,7 +91,7 @@ enum Matching {
 struct Writer<'a> {
     pools: &'a mut Pools,
     inventory: &'a IndexedInventory,
-    user: u32,
+    user: PolicyIndex,
     sets: Vec<SetIndex>,
     named: Vec<PoolId>,
 }
@@ -132,7 +133,7 @@ impl Writer<'_> {
             peer.in_sets = vec![self.sets(pool, wanted)];
         }
         if let Some(service) = &entity.service {
-            let set = self.pools.service_set(service, is_destination);
+            let set = self.pools.service_set(self.inventory, service, is_destination);
             self.sets.push(set);
             let id = self.pools.held(set).id;
             if is_destination { peer.in_sockets.push(id) } else { peer.in_sets.push(vec![id]) }

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use hanse_api::Diagnostic;
 use hanse_api::assemble::{Assembly, Changed, ClusterState, Federation};
 use hanse_api::kubernetes::NodeInfo;
-use hanse_compiler::{Changes, ClusterRecord, Compiler, NodeChange, Report, Update};
+use hanse_compiler::{Changes, ClusterRecord, Compiler, Report, Update};
 use hanse_policy::inventory::{EndpointKind, Labels, Namespace};
 use hanse_policy::model::ClusterName;
-use hanse_ruleset::{Delta, Digest, Members, NodeConfig, RuleSet, Set, SetChange, SetId, UnknownPods};
+use hanse_ruleset::{Delta, Digest, Members, NodeConfig, RuleSet, Set, SetChange, SetId, Step, UnknownPods};
 
 use crate::exchange::model::{self, Change, Lease, Position, Updates};
 use crate::federated::Federated;
@@ -43,15 +43,8 @@ pub struct World {
 pub struct NodeRules {
     pub rules: Arc<RuleSet>,
     pub digest: Digest,
-    /// How it came about from what the node had before, if it had anything.
-    pub step: Option<Step>,
-}
-
-/// From one rule set of a node to the next. What nodes share is held once.
-#[derive(Debug, Clone)]
-pub struct Step {
-    change: Arc<NodeChange>,
-    sets: Arc<BTreeMap<SetId, Arc<SetChange>>>,
+    /// How it came about from the node's previous rule set, if there was one.
+    pub step: Option<Arc<Step>>,
 }
 
 /// What a compile changed.
@@ -62,29 +55,10 @@ pub struct Compiled {
 }
 
 impl NodeRules {
-    /// What turns a rule set of digest `held` into this one, where that is one step.
+    /// The delta from a rule set of digest `held`, where that is one step.
     pub fn delta_from(&self, held: Digest) -> Option<Delta> {
-        let Step { change, sets } = self.step.as_ref().filter(|step| step.change.base == held)?;
-        let (rules, objects) = (&self.rules, &change.objects);
-        Some(Delta {
-            base: Some(held),
-            digest: self.digest,
-            node: change.config.clone(),
-            sets: objects.sets_added.iter().filter_map(|id| rules.sets.get(id).cloned()).collect(),
-            set_changes: change
-                .set_changes
-                .iter()
-                .filter_map(|id| sets.get(id).map(|change| (*id, (**change).clone())))
-                .collect(),
-            policies: objects.policies_added.iter().filter_map(|id| rules.policies.get(id).cloned()).collect(),
-            chains: objects.chains_added.iter().filter_map(|id| rules.chains.get(id).cloned()).collect(),
-            endpoints: change.endpoints.clone(),
-            removed_sets: objects.sets_removed.clone(),
-            removed_policies: objects.policies_removed.clone(),
-            removed_chains: objects.chains_removed.clone(),
-            removed_endpoints: change.endpoints_removed.clone(),
-            ..Delta::default()
-        })
+        let step = self.step.as_ref().filter(|step| step.base == Some(held))?;
+        Some(step.delta(&self.rules))
     }
 }
 
@@ -278,8 +252,7 @@ impl World {
         if self.in_force == Position::default() {
             return None;
         }
-        let Changes { sets, nodes } = self.compiler.commit();
-        let sets = Arc::new(sets);
+        let Changes { nodes } = self.compiler.commit();
         let mut compiled = Compiled::default();
         // Sets that changed, by what they were: nodes share them before and after.
         let mut changed_sets: BTreeMap<SetId, Arc<Set>> = BTreeMap::new();
@@ -289,12 +262,11 @@ impl World {
                 compiled.removed.push(name);
                 continue;
             }
-            let digest = change.digest;
-            let now = match self.nodes.get(&name).filter(|held| held.digest == change.base) {
+            let (digest, step) = (change.step.digest, change.step);
+            let now = match self.nodes.get(&name).filter(|held| Some(held.digest) == step.base) {
                 Some(held) => {
-                    let rules = next(&mut self.compiler, &held.rules, &change, &sets, &mut changed_sets);
-                    let rules = Arc::new(rules);
-                    NodeRules { rules, digest, step: Some(Step { change: Arc::new(change), sets: Arc::clone(&sets) }) }
+                    let rules = Arc::new(next(&mut self.compiler, &held.rules, &step, &mut changed_sets));
+                    NodeRules { rules, digest, step: Some(Arc::new(step)) }
                 }
                 None => NodeRules { rules: Arc::new(self.compiler.rule_set(&name)), digest, step: None },
             };
@@ -334,32 +306,24 @@ impl World {
 }
 
 /// A node's rule set after a change.
-fn next(
-    compiler: &mut Compiler,
-    held: &RuleSet,
-    change: &NodeChange,
-    sets: &BTreeMap<SetId, Arc<SetChange>>,
-    changed_sets: &mut BTreeMap<SetId, Arc<Set>>,
-) -> RuleSet {
-    let (mut rules, objects) = (held.clone(), &change.objects);
-    if let Some(config) = &change.config {
+fn next(compiler: &mut Compiler, held: &RuleSet, step: &Step, changed_sets: &mut BTreeMap<SetId, Arc<Set>>) -> RuleSet {
+    let (mut rules, objects) = (held.clone(), &step.objects);
+    if let Some(config) = &step.node {
         rules.node = config.clone();
     }
     objects.sets_removed.iter().for_each(|id| drop(rules.sets.remove(id)));
     objects.policies_removed.iter().for_each(|id| drop(rules.policies.remove(id)));
     objects.chains_removed.iter().for_each(|id| drop(rules.chains.remove(id)));
-    change.endpoints_removed.iter().for_each(|id| drop(rules.endpoints.remove(id)));
-    for id in &change.set_changes {
-        if let Some(set) = rules.sets.get_mut(id)
-            && let Some(change) = sets.get(id)
-        {
+    step.endpoints_removed.iter().for_each(|id| drop(rules.endpoints.remove(id)));
+    for (id, change) in &step.set_changes {
+        if let Some(set) = rules.sets.get_mut(id) {
             *set = changed_sets.entry(*id).or_insert_with(|| Arc::new(changed(set, change))).clone();
         }
     }
     rules.sets.extend(objects.sets_added.iter().filter_map(|id| Some((*id, compiler.set(*id)?))));
     rules.policies.extend(objects.policies_added.iter().filter_map(|id| Some((*id, compiler.policy(*id)?))));
     rules.chains.extend(objects.chains_added.iter().filter_map(|id| Some((*id, compiler.chain(*id)?))));
-    rules.endpoints.extend(change.endpoints.iter().map(|it| (it.id.clone(), Arc::clone(it))));
+    rules.endpoints.extend(step.endpoints.iter().map(|it| (it.id.clone(), Arc::clone(it))));
     rules
 }
 

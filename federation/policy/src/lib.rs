@@ -1,6 +1,6 @@
 //! Clusters, selectors, tiers and policies, and the reference evaluator that everything else must agree with.
 //!
-//! Every policy API is a conversion into [`model`] (in `federation/k8s-api`). Pure: no I/O, no clock.
+//! Every policy API is a conversion into [`model`] (in `federation/api`). Pure: no I/O, no clock.
 
 pub mod diff;
 pub mod evaluate;

@@ -15,22 +15,34 @@ pub trait Id: Copy + Ord + Hash + fmt::Debug {
     fn number(self) -> u32;
 }
 
-/// Declares id types: `slab_id! { /// A node of the graph. pub struct NodeId; }`.
+/// Declares id types: `slab_id! { /// A node of the graph. pub struct NodeId; }`. An `Option` of one takes four bytes.
 #[macro_export]
 macro_rules! slab_id {
     ($($(#[$meta:meta])* $visibility:vis struct $name:ident;)+) => {$(
         $(#[$meta])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        #[repr(transparent)]
-        $visibility struct $name(u32);
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        // One above the number.
+        $visibility struct $name(std::num::NonZeroU32);
+
+        impl $name {
+            const fn at(number: u32) -> Self {
+                Self(std::num::NonZeroU32::MIN.saturating_add(number))
+            }
+        }
 
         impl $crate::slab::Id for $name {
             fn new(number: u32) -> Self {
-                Self(number)
+                Self::at(number)
             }
 
             fn number(self) -> u32 {
-                self.0
+                self.0.get() - 1
+            }
+        }
+
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), $crate::slab::Id::number(*self))
             }
         }
     )+};
@@ -57,7 +69,7 @@ impl<I: Id, T> Slab<I, T> {
         Self::default()
     }
 
-    /// Stores a value, in the slot that was freed last if there is one. Panics at 2^32 values.
+    /// Stores a value, in the slot that was freed last if there is one. Panics at 2^32 - 1 values.
     pub fn insert(&mut self, value: T) -> I {
         match self.free.pop() {
             Some(number) => {
@@ -74,7 +86,10 @@ impl<I: Id, T> Slab<I, T> {
 
     /// The id that the next [`Self::insert`] returns.
     pub fn next_id(&self) -> I {
-        let fresh = || u32::try_from(self.slots.len()).expect("a slab has fewer than 2^32 values");
+        let fresh = || match u32::try_from(self.slots.len()) {
+            Ok(number) if number < u32::MAX => number,
+            _ => panic!("a slab has at most 2^32 - 1 values"),
+        };
         I::new(self.free.last().copied().unwrap_or_else(fresh))
     }
 
@@ -157,6 +172,35 @@ impl<I: Id, T: fmt::Debug> fmt::Debug for Slab<I, T> {
     }
 }
 
+/// Values beside those of a slab, by the same ids. It grows to the highest id that was written, and never shrinks: a value
+/// stays until it is replaced, so that the owner resets it when the id is freed.
+#[derive(Debug, Clone)]
+pub struct SecondaryMap<I, T> {
+    values: Vec<T>,
+    id: PhantomData<I>,
+}
+
+impl<I, T> Default for SecondaryMap<I, T> {
+    fn default() -> Self {
+        Self { values: Vec::new(), id: PhantomData }
+    }
+}
+
+impl<I: Id, T: Default> SecondaryMap<I, T> {
+    pub fn get(&self, id: I) -> Option<&T> {
+        self.values.get(id.number() as usize)
+    }
+
+    /// The value of an id, the default where none was written.
+    pub fn entry(&mut self, id: I) -> &mut T {
+        let at = id.number() as usize;
+        if self.values.len() <= at {
+            self.values.resize_with(at + 1, T::default);
+        }
+        &mut self.values[at]
+    }
+}
+
 #[cold]
 #[track_caller]
 fn vacant<I: Id>(id: I) -> ! {
@@ -185,7 +229,7 @@ mod tests {
         assert_eq!((slab.len(), slab.get(a), slab[b]), (1, None, "b"));
         assert_eq!(slab.next_id(), c);
         assert_eq!([slab.insert("d"), slab.insert("e")], [c, a]);
-        assert_eq!((slab.next_id(), slab.insert("f")), (TestId(3), TestId(3)));
+        assert_eq!((slab.next_id(), slab.insert("f")), (TestId::at(3), TestId::at(3)));
         assert_eq!(slab.iter().map(|(_, value)| *value).collect::<String>(), "ebdf");
     }
 
@@ -210,7 +254,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "TestId(7) is vacant")]
     fn panics_on_an_index_out_of_range() {
-        let _ = Slab::<TestId, u8>::new()[TestId(7)];
+        let _ = Slab::<TestId, u8>::new()[TestId::at(7)];
     }
 
     #[test]
@@ -222,13 +266,27 @@ mod tests {
         slab[id] = 2;
     }
 
+    #[test]
+    fn an_optional_id_takes_four_bytes() {
+        assert_eq!(size_of::<Option<TestId>>(), 4);
+        assert_eq!((TestId::at(0).number(), TestId::new(u32::MAX - 1).number()), (0, u32::MAX - 1));
+    }
+
+    #[test]
+    fn a_secondary_map_has_defaults_below_its_highest_id() {
+        let mut map = SecondaryMap::<TestId, u8>::default();
+        *map.entry(TestId::at(2)) = 7;
+        let values: Vec<Option<u8>> = (0..4).map(|at| map.get(TestId::at(at)).copied()).collect();
+        assert_eq!(values, [Some(0), Some(0), Some(7), None]);
+    }
+
     proptest! {
         #[test]
         fn agrees_with_a_map(steps in proptest::collection::vec((any::<bool>(), 0u32..20, any::<u16>()), 0..200)) {
             let mut slab = Slab::<TestId, u16>::new();
             let mut model = BTreeMap::new();
             for (insert, number, value) in steps {
-                let id = TestId(number);
+                let id = TestId::at(number);
                 if insert {
                     let (expected, id) = (slab.next_id(), slab.insert(value));
                     prop_assert_eq!(id, expected);

@@ -10,6 +10,8 @@
 use std::sync::Arc;
 
 use crate::selector::{Expr, Selector, build};
+use crate::slab::{Id, Slab};
+use crate::slab_id;
 use crate::tri::Tri;
 use foldhash::fast::RandomState;
 use hashbrown::{HashMap, HashTable};
@@ -18,11 +20,20 @@ use std::hash::BuildHasher as _;
 
 use super::id_set::IdSet;
 
-pub type PairId = u32;
-pub type KeyId = u32;
-pub type SelectorId = u32;
-pub type ClassId = u32;
-pub type RealmId = u32;
+slab_id! {
+    /// A label key with a value.
+    pub struct PairId;
+    /// A label key.
+    pub struct KeyId;
+    /// A registered selector.
+    pub struct SelectorId;
+    /// Labels that no registered selector tells apart.
+    pub struct ClassId;
+    /// See [`Realm`].
+    pub struct RealmId;
+    /// A place of the caller's, where labels are; see [`SelectorIndex::note_place`].
+    pub struct Place;
+}
 
 pub type FastMap<K, V> = HashMap<K, V, RandomState>;
 
@@ -49,11 +60,11 @@ struct Key {
     text: Arc<str>,
     /// Some selector names it, or named it since the key came.
     relevant: bool,
-    selectors: IdSet,
+    selectors: IdSet<SelectorId>,
     /// Pairs and selectors that have it.
     references: u32,
-    /// Until it is relevant: where to look for what has it, in the words of [`Index::note_place`].
-    places: IdSet,
+    /// Until it is relevant: where to look for what has it, in the words of [`SelectorIndex::note_place`].
+    places: IdSet<Place>,
 }
 
 /// A leaf of an expression in negation normal form.
@@ -97,8 +108,8 @@ struct Registered {
     /// `None`: residual.
     anchors: Option<Box<[Atom]>>,
     users: u32,
-    yes: IdSet,
-    unknown: IdSet,
+    yes: IdSet<ClassId>,
+    unknown: IdSet<ClassId>,
 }
 
 /// A selector that holds, or may hold, for a class.
@@ -121,48 +132,42 @@ struct Class {
 
 /// See the module.
 #[derive(Debug)]
-pub struct Index {
+pub struct SelectorIndex {
     hasher: RandomState,
-    keys: Vec<Key>,
-    free_keys: Vec<KeyId>,
+    keys: Slab<KeyId, Key>,
     keys_by_text: FastMap<Arc<str>, KeyId>,
-    pairs: Vec<Pair>,
-    free_pairs: Vec<PairId>,
+    pairs: Slab<PairId, Pair>,
     pairs_by_content: HashTable<PairId>,
-    realms: Vec<(Realm, IdSet)>,
-    selectors: Vec<Option<Box<Registered>>>,
-    free_selectors: Vec<SelectorId>,
+    realms: Slab<RealmId, (Realm, IdSet<ClassId>)>,
+    selectors: Slab<SelectorId, Box<Registered>>,
     selectors_by_canonical: FastMap<Arc<str>, SelectorId>,
-    by_pair: FastMap<PairId, IdSet>,
-    by_key: FastMap<KeyId, IdSet>,
-    residual: IdSet,
-    classes: Vec<Option<Class>>,
-    free_classes: Vec<ClassId>,
+    by_pair: FastMap<PairId, IdSet<SelectorId>>,
+    by_key: FastMap<KeyId, IdSet<SelectorId>>,
+    residual: IdSet<SelectorId>,
+    classes: Slab<ClassId, Class>,
     classes_by_content: HashTable<ClassId>,
-    all_classes: IdSet,
-    classes_by_pair: FastMap<PairId, IdSet>,
-    classes_by_key: FastMap<KeyId, IdSet>,
+    all_classes: IdSet<ClassId>,
+    classes_by_pair: FastMap<PairId, IdSet<ClassId>>,
+    classes_by_key: FastMap<KeyId, IdSet<ClassId>>,
 }
 
-impl Default for Index {
+impl Default for SelectorIndex {
     fn default() -> Self {
+        let mut realms = Slab::new();
+        realms.insert((Realm::Known, IdSet::default()));
         Self {
             hasher: RandomState::default(),
-            keys: Vec::new(),
-            free_keys: Vec::new(),
+            keys: Slab::new(),
             keys_by_text: FastMap::default(),
-            pairs: Vec::new(),
-            free_pairs: Vec::new(),
+            pairs: Slab::new(),
             pairs_by_content: HashTable::new(),
-            realms: vec![(Realm::Known, IdSet::default())],
-            selectors: Vec::new(),
-            free_selectors: Vec::new(),
+            realms,
+            selectors: Slab::new(),
             selectors_by_canonical: FastMap::default(),
             by_pair: FastMap::default(),
             by_key: FastMap::default(),
             residual: IdSet::default(),
-            classes: Vec::new(),
-            free_classes: Vec::new(),
+            classes: Slab::new(),
             classes_by_content: HashTable::new(),
             all_classes: IdSet::default(),
             classes_by_pair: FastMap::default(),
@@ -171,7 +176,7 @@ impl Default for Index {
     }
 }
 
-impl Index {
+impl SelectorIndex {
     /// Interns a key. It stays while a pair or a selector has it.
     pub fn key(&mut self, text: &str) -> KeyId {
         if let Some(id) = self.keys_by_text.get(text) {
@@ -185,29 +190,17 @@ impl Index {
             references: 0,
             places: IdSet::default(),
         };
-        let id = match self.free_keys.pop() {
-            Some(id) => {
-                self.keys[id as usize] = key;
-                id
-            }
-            None => {
-                self.keys.push(key);
-                self.keys.len() as KeyId - 1
-            }
-        };
+        let id = self.keys.insert(key);
         self.keys_by_text.insert(shared, id);
         id
     }
 
     fn release_key(&mut self, id: KeyId) {
-        let key = &mut self.keys[id as usize];
+        let key = &mut self.keys[id];
         key.references -= 1;
         if key.references == 0 {
+            let key = self.keys.remove(id);
             self.keys_by_text.remove(&key.text);
-            key.text = Arc::default();
-            key.relevant = false;
-            key.places = IdSet::default();
-            self.free_keys.push(id);
         }
     }
 
@@ -215,86 +208,78 @@ impl Index {
     pub fn pair(&mut self, key: KeyId, value: &Arc<str>) -> PairId {
         let hash = self.hasher.hash_one((key, &**value));
         let same = |id: &PairId| {
-            let pair = &self.pairs[*id as usize];
+            let pair = &self.pairs[*id];
             pair.key == key && *pair.value == **value
         };
         if let Some(id) = self.pairs_by_content.find(hash, same) {
-            self.pairs[*id as usize].references += 1;
+            self.pairs[*id].references += 1;
             return *id;
         }
-        self.keys[key as usize].references += 1;
+        self.keys[key].references += 1;
         let pair = Pair { key, value: value.clone(), references: 1 };
-        let id = match self.free_pairs.pop() {
-            Some(id) => {
-                self.pairs[id as usize] = pair;
-                id
-            }
-            None => {
-                self.pairs.push(pair);
-                self.pairs.len() as PairId - 1
-            }
-        };
+        let id = self.pairs.insert(pair);
         let (hasher, pairs) = (&self.hasher, &self.pairs);
         self.pairs_by_content.insert_unique(hash, id, |id| {
-            let pair = &pairs[*id as usize];
+            let pair = &pairs[*id];
             hasher.hash_one((pair.key, &*pair.value))
         });
         id
     }
 
     pub fn release(&mut self, pair: PairId) {
-        let slot = &mut self.pairs[pair as usize];
+        let slot = &mut self.pairs[pair];
         slot.references -= 1;
         if slot.references == 0 {
-            let hash = self.hasher.hash_one((slot.key, &*slot.value));
-            slot.value = Arc::default();
-            let key = slot.key;
+            let Pair { key, value, .. } = self.pairs.remove(pair);
+            let hash = self.hasher.hash_one((key, &*value));
             if let Ok(entry) = self.pairs_by_content.find_entry(hash, |id| *id == pair) {
                 entry.remove();
             }
-            self.free_pairs.push(pair);
             self.release_key(key);
         }
     }
 
     pub fn key_of(&self, pair: PairId) -> KeyId {
-        self.pairs[pair as usize].key
+        self.pairs[pair].key
+    }
+
+    /// A pair's key and value.
+    pub fn text_of(&self, pair: PairId) -> (&str, &Arc<str>) {
+        let pair = &self.pairs[pair];
+        (&self.keys[pair.key].text, &pair.value)
     }
 
     pub fn is_relevant(&self, key: KeyId) -> bool {
-        self.keys[key as usize].relevant
+        self.keys[key].relevant
     }
 
     /// Notes that something with a pair of this key is at a place, a number of the caller's. Places are not taken back:
     /// what is found there is to be looked at.
-    pub fn note_place(&mut self, key: KeyId, place: u32) {
-        let key = &mut self.keys[key as usize];
+    pub fn note_place(&mut self, key: KeyId, place: Place) {
+        let key = &mut self.keys[key];
         if !key.relevant {
             key.places.insert(place);
         }
     }
 
     /// The places of a key that became relevant; none the second time.
-    pub fn take_places(&mut self, key: KeyId) -> IdSet {
-        let key = &mut self.keys[key as usize];
+    pub fn take_places(&mut self, key: KeyId) -> IdSet<Place> {
+        let key = &mut self.keys[key];
         if key.relevant { std::mem::take(&mut key.places) } else { IdSet::default() }
     }
 
     pub fn realm(&mut self, realm: &Realm) -> RealmId {
-        let found = self.realms.iter().position(|(have, _)| have == realm);
-        found.unwrap_or_else(|| {
-            self.realms.push((realm.clone(), IdSet::default()));
-            self.realms.len() - 1
-        }) as RealmId
+        let found = self.realms.iter().find(|(_, (have, _))| have == realm).map(|(id, _)| id);
+        found.unwrap_or_else(|| self.realms.insert((realm.clone(), IdSet::default())))
     }
 
     /// Whether a realm lets an own label of this key be known.
     pub fn knows(&self, realm: RealmId, key: KeyId) -> bool {
-        match &self.realms[realm as usize].0 {
+        match &self.realms[realm].0 {
             Realm::Known => true,
             Realm::Stale => false,
             Realm::Granted(keys) => {
-                let own = build::own_label(&self.keys[key as usize].text);
+                let own = build::own_label(&self.keys[key].text);
                 own.is_none_or(|own| keys.binary_search_by(|key| (**key).cmp(own)).is_ok())
             }
         }
@@ -306,11 +291,8 @@ impl Index {
     /// that no selector named before: what has them must be classed again.
     pub fn register(&mut self, selector: &Selector, newly_relevant: &mut Vec<KeyId>) -> SelectorId {
         if let Some(id) = self.selectors_by_canonical.get(&selector.canonical) {
-            let id = *id;
-            if let Some(registered) = &mut self.selectors[id as usize] {
-                registered.users += 1;
-            }
-            return id;
+            self.selectors[*id].users += 1;
+            return *id;
         }
         let node = self.prepare(&selector.expr, false);
         let mut keys = Vec::new();
@@ -327,15 +309,9 @@ impl Index {
             yes: IdSet::default(),
             unknown: IdSet::default(),
         };
-        let id = match self.free_selectors.pop() {
-            Some(id) => id,
-            None => {
-                self.selectors.push(None);
-                self.selectors.len() as SelectorId - 1
-            }
-        };
+        let id = self.selectors.next_id();
         for key in &registered.keys {
-            let key_slot = &mut self.keys[*key as usize];
+            let key_slot = &mut self.keys[*key];
             key_slot.selectors.insert(id);
             key_slot.references += 1;
             if !std::mem::replace(&mut key_slot.relevant, true) {
@@ -351,7 +327,7 @@ impl Index {
         }
         self.selectors_by_canonical.insert(selector.canonical.clone(), id);
         let candidates = self.candidate_classes(&registered);
-        self.selectors[id as usize] = Some(Box::new(registered));
+        self.selectors.insert(Box::new(registered));
         for class in candidates {
             self.match_one(class, id);
         }
@@ -360,12 +336,12 @@ impl Index {
 
     /// Gives back a use.
     pub fn unregister(&mut self, id: SelectorId) {
-        let Some(registered) = &mut self.selectors[id as usize] else { return };
-        registered.users -= 1;
-        if registered.users > 0 {
+        let users = &mut self.selectors[id].users;
+        *users -= 1;
+        if *users > 0 {
             return;
         }
-        let Some(registered) = self.selectors[id as usize].take() else { return };
+        let registered = self.selectors.remove(id);
         match &registered.anchors {
             None => self.residual.remove(id),
             Some(atoms) => atoms.iter().for_each(|atom| match atom {
@@ -375,10 +351,9 @@ impl Index {
         }
         self.selectors_by_canonical.remove(&registered.selector.canonical);
         for class in registered.yes.iter().chain(registered.unknown.iter()) {
-            if let Some(class) = &mut self.classes[class as usize]
-                && let Ok(at) = class.matches.binary_search_by_key(&id, |it| it.selector)
-            {
-                class.matches.remove(at);
+            let matches = &mut self.classes[class].matches;
+            if let Ok(at) = matches.binary_search_by_key(&id, |it| it.selector) {
+                matches.remove(at);
             }
         }
         registered.node.for_each_leaf(&mut |leaf| {
@@ -387,14 +362,13 @@ impl Index {
             }
         });
         for key in &registered.keys {
-            self.keys[*key as usize].selectors.remove(id);
+            self.keys[*key].selectors.remove(id);
             self.release_key(*key);
         }
-        self.free_selectors.push(id);
     }
 
-    pub fn selector(&self, id: SelectorId) -> Option<&Selector> {
-        self.selectors[id as usize].as_ref().map(|registered| &registered.selector)
+    pub fn selector(&self, id: SelectorId) -> &Selector {
+        &self.selectors[id].selector
     }
 
     /// The selector of this canonical form, when it is registered.
@@ -404,12 +378,12 @@ impl Index {
 
     /// The classes for which a selector certainly holds.
     pub fn certain(&self, id: SelectorId) -> impl Iterator<Item = ClassId> {
-        self.selectors[id as usize].iter().flat_map(|registered| registered.yes.iter())
+        self.selectors[id].yes.iter()
     }
 
     /// The classes for which it is unknown whether a selector holds.
     pub fn unknown(&self, id: SelectorId) -> impl Iterator<Item = ClassId> {
-        self.selectors[id as usize].iter().flat_map(|registered| registered.unknown.iter())
+        self.selectors[id].unknown.iter()
     }
 
     // Classes.
@@ -419,31 +393,24 @@ impl Index {
     pub fn class(&mut self, realm: RealmId, tag: u8, labels: &[(KeyId, PairId)]) -> ClassId {
         let hash = self.hasher.hash_one((realm, tag, labels));
         let same = |id: &ClassId| {
-            let class = self.classes[*id as usize].as_ref();
-            class.is_some_and(|class| class.realm == realm && class.tag == tag && *class.labels == *labels)
+            let class = &self.classes[*id];
+            class.realm == realm && class.tag == tag && *class.labels == *labels
         };
         if let Some(id) = self.classes_by_content.find(hash, same) {
             return *id;
         }
-        let id = match self.free_classes.pop() {
-            Some(id) => id,
-            None => {
-                self.classes.push(None);
-                self.classes.len() as ClassId - 1
-            }
-        };
+        let id = self.classes.insert(Class { realm, tag, labels: labels.into(), matches: Vec::new() });
         for (key, pair) in labels {
-            self.pairs[*pair as usize].references += 1;
+            self.pairs[*pair].references += 1;
             self.classes_by_pair.entry(*pair).or_default().insert(id);
             self.classes_by_key.entry(*key).or_default().insert(id);
         }
-        self.classes[id as usize] = Some(Class { realm, tag, labels: labels.into(), matches: Vec::new() });
         self.all_classes.insert(id);
-        self.realms[realm as usize].1.insert(id);
+        self.realms[realm].1.insert(id);
         let (hasher, classes) = (&self.hasher, &self.classes);
         self.classes_by_content.insert_unique(hash, id, |id| {
-            let class = classes[*id as usize].as_ref();
-            class.map_or(0, |class| hasher.hash_one((class.realm, class.tag, &*class.labels)))
+            let class = &classes[*id];
+            hasher.hash_one((class.realm, class.tag, &*class.labels))
         });
         for selector in self.candidate_selectors(realm, labels) {
             self.match_one(id, selector);
@@ -453,7 +420,7 @@ impl Index {
 
     /// Forgets a class that nothing has any more.
     pub fn remove_class(&mut self, id: ClassId) {
-        let Some(class) = self.classes[id as usize].take() else { return };
+        let class = self.classes.remove(id);
         let hash = self.hasher.hash_one((class.realm, class.tag, &*class.labels));
         if let Ok(entry) = self.classes_by_content.find_entry(hash, |have| *have == id) {
             entry.remove();
@@ -464,19 +431,17 @@ impl Index {
             self.release(*pair);
         }
         self.all_classes.remove(id);
-        self.realms[class.realm as usize].1.remove(id);
+        self.realms[class.realm].1.remove(id);
         for it in &class.matches {
-            if let Some(registered) = &mut self.selectors[it.selector as usize] {
-                registered.yes.remove(id);
-                registered.unknown.remove(id);
-            }
+            let registered = &mut self.selectors[it.selector];
+            let list = if it.certain { &mut registered.yes } else { &mut registered.unknown };
+            list.remove(id);
         }
-        self.free_classes.push(id);
     }
 
     /// The selectors that hold, or may hold, for a class, sorted.
     pub fn matches(&self, class: ClassId) -> &[Match] {
-        self.classes[class as usize].as_ref().map_or(&[], |class| &class.matches)
+        &self.classes[class].matches
     }
 
     pub fn selector_count(&self) -> usize {
@@ -492,30 +457,26 @@ impl Index {
     }
 
     pub fn class_count(&self) -> usize {
-        self.classes.len() - self.free_classes.len()
+        self.classes.len()
     }
 
     fn match_one(&mut self, class_id: ClassId, selector: SelectorId) {
-        let Some(registered) = &self.selectors[selector as usize] else { return };
-        let Some(class) = &self.classes[class_id as usize] else { return };
-        let certain = match self.evaluate(registered, class) {
+        let certain = match self.evaluate(&self.selectors[selector], &self.classes[class_id]) {
             Tri::No => return,
             Tri::Yes => true,
             Tri::Unknown => false,
         };
-        if let Some(registered) = &mut self.selectors[selector as usize] {
-            let list = if certain { &mut registered.yes } else { &mut registered.unknown };
-            list.insert(class_id);
-        }
-        if let Some(class) = &mut self.classes[class_id as usize]
-            && let Err(at) = class.matches.binary_search_by_key(&selector, |it| it.selector)
-        {
-            class.matches.insert(at, Match { selector, certain });
+        let registered = &mut self.selectors[selector];
+        let list = if certain { &mut registered.yes } else { &mut registered.unknown };
+        list.insert(class_id);
+        let matches = &mut self.classes[class_id].matches;
+        if let Err(at) = matches.binary_search_by_key(&selector, |it| it.selector) {
+            matches.insert(at, Match { selector, certain });
         }
     }
 
     fn evaluate(&self, registered: &Registered, class: &Class) -> Tri {
-        if self.realms[class.realm as usize].0 == Realm::Stale {
+        if self.realms[class.realm].0 == Realm::Stale {
             return Tri::Unknown;
         }
         self.value(&registered.node, class)
@@ -552,7 +513,7 @@ impl Index {
         let positive = match class.labels.binary_search_by_key(&leaf.key, |(key, _)| *key) {
             Ok(at) => {
                 let pair = class.labels[at].1;
-                let value = || &*self.pairs[pair as usize].value;
+                let value = || &*self.pairs[pair].value;
                 match &leaf.test {
                     Test::Present => true,
                     Test::OneOf(pairs) => pairs.binary_search(&pair).is_ok(),
@@ -569,12 +530,12 @@ impl Index {
 
     fn candidate_selectors(&self, realm: RealmId, labels: &[(KeyId, PairId)]) -> Vec<SelectorId> {
         let mut found: Vec<SelectorId> = Vec::new();
-        match &self.realms[realm as usize].0 {
+        match &self.realms[realm].0 {
             Realm::Stale => return self.selectors_by_canonical.values().copied().collect(),
             Realm::Known => {}
             Realm::Granted(_) => {
-                for (key, slot) in self.keys.iter().enumerate() {
-                    if slot.relevant && !self.knows(realm, key as KeyId) {
+                for (key, slot) in self.keys.iter() {
+                    if slot.relevant && !self.knows(realm, key) {
                         found.extend(slot.selectors.iter());
                     }
                 }
@@ -600,8 +561,8 @@ impl Index {
             };
             found.extend(posting.into_iter().flat_map(IdSet::iter));
         }
-        for (at, (realm, classes)) in self.realms.iter().enumerate() {
-            let all = *realm == Realm::Stale || registered.keys.iter().any(|key| !self.knows(at as RealmId, *key));
+        for (id, (realm, classes)) in self.realms.iter() {
+            let all = *realm == Realm::Stale || registered.keys.iter().any(|key| !self.knows(id, *key));
             if all {
                 found.extend(classes.iter());
             }
@@ -671,7 +632,7 @@ impl Index {
                 Atom::Pair(pair) => self.key_of(*pair),
                 Atom::Key(key) => *key,
             };
-            &*self.keys[key as usize].text == build::ORCHESTRATOR
+            &*self.keys[key].text == build::ORCHESTRATOR
         };
         let standing = |atom: &Atom| match atom {
             Atom::Pair(pair) => self.by_pair.get(pair).map_or(0, IdSet::len),
@@ -692,7 +653,7 @@ impl Node {
     }
 }
 
-fn forget<K: std::hash::Hash + Eq>(map: &mut FastMap<K, IdSet>, key: K, id: u32) {
+fn forget<K: std::hash::Hash + Eq, I: Id>(map: &mut FastMap<K, IdSet<I>>, key: K, id: I) {
     if let hashbrown::hash_map::Entry::Occupied(mut entry) = map.entry(key) {
         entry.get_mut().remove(id);
         if entry.get().is_empty() {
