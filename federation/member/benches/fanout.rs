@@ -19,7 +19,7 @@ use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, ensure};
-use hanse_hub::server::{Hub, Options as HubOptions, init};
+use hanse_hub::server::{Hub, Options as HubOptions, default_store, init};
 use hanse_identity::keys::{Certificate, Credentials};
 use hanse_identity::tls::{CredentialStore, TlsClient, Trust, install_provider};
 use hanse_identity::{Identity, TrustDomain};
@@ -97,7 +97,7 @@ async fn run(shape: Shape) -> anyhow::Result<()> {
     write_source(&source, shape)?;
 
     let any: SocketAddr = "127.0.0.1:0".parse()?;
-    init(&hub_data, &TrustDomain::new("hanse.bench")?, any).await?;
+    init(&hub_data, &default_store(&hub_data), &TrustDomain::new("hanse.bench")?, any).await?;
     // Whoever made the store lets go of its file on a thread of its own, a moment later.
     let start = Instant::now();
     let hub = loop {
