@@ -13,6 +13,7 @@ const FILES: &[&str] = &[
     "proto/hanse/federation/v1/exchange.proto",
     "proto/hanse/federation/v1/question.proto",
     "proto/hanse/federation/v1/registration.proto",
+    "proto/hanse/report/v1/report.proto",
 ];
 
 /// What decoding a message may allocate, in MiB. Of what a service is sent: an answer of 4 MiB may name 10,000 pods with eight labels

@@ -174,6 +174,7 @@ mod tests {
 
     use super::*;
     use crate::federation::v1 as pb;
+    use crate::report::v1::Pod;
 
     fn cost_of<T: Bounded>(message: &T) -> usize {
         cost(T::SHAPE, &message.encode_to_vec())
@@ -186,7 +187,8 @@ mod tests {
         let node = GROWTH * size_of::<pb::NodePosition>();
         assert_eq!(cost_of(&nodes(1_000)) - cost_of(&nodes(0)), 1_000 * node);
         // Messages within them, texts, and lists of texts.
-        let pod = pb::UnenforcedPod { namespace: "x".repeat(100), ..Default::default() };
+        let pod = Some(Pod { namespace: "x".repeat(100), ..Default::default() });
+        let pod = pb::UnenforcedPod { pod, ..Default::default() };
         let with_pods = pb::NodePosition { unenforced: vec![pod; 3], ..Default::default() };
         let pods = 3 * (GROWTH * size_of::<pb::UnenforcedPod>() + 100 + ALLOCATION);
         let with_pods = pb::Realisation { nodes: vec![with_pods], ..Default::default() };

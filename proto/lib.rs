@@ -16,4 +16,10 @@ pub mod agent {
     }
 }
 
+pub mod report {
+    pub mod v1 {
+        tonic::include_proto!("hanse.report.v1");
+    }
+}
+
 include!(concat!(env!("OUT_DIR"), "/bounded.rs"));

@@ -17,13 +17,13 @@ mod uplinks;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::IpAddr;
 use std::sync::Arc;
 
 pub use decisions::{Decided, Decision, Decisions};
 pub use settings::{Settings, SettingsError, Uplinks};
 
 use hanse_ruleset::{Digest, EndpointId, Generation, LocalEndpoint, RuleSet};
+pub use hanse_ruleset::{Finding, Object, Refusal, Rejection};
 
 /// What was found in the kernel at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,57 +35,10 @@ pub enum Found {
     Rules { generation: Generation, digest: Digest, whole: bool },
 }
 
-/// What came of applying a generation.
+/// The result of applying a generation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Applied {
-    /// Objects that the kernel refused, with the reason; what fails closed stands in their place.
     pub refused: Vec<Refusal>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
-    /// `policy …`, `set …`, `chain …`, `endpoint …`.
-    pub object: String,
-    pub reason: String,
-}
-
-/// What a probe found of an endpoint.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Finding {
-    /// The hooks see its packets, on every address.
-    Enforced,
-    /// The address is one of the node itself, so its packets are the node's.
-    HostNetwork(IpAddr),
-    /// It has more than one way out, and only the one with its address is judged: their names.
-    SecondInterface(String),
-    /// It lives, but what it sends from this address to other pods passes by the hooks.
-    Bypassed(IpAddr),
-    /// It is judged but for what goes to services: the node balances them by IPVS, which takes packets past the hooks.
-    Ipvs,
-    /// It does not answer on this address, so nothing is known.
-    Silent(IpAddr),
-}
-
-impl std::fmt::Display for Finding {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Enforced => write!(f, "enforced"),
-            Self::HostNetwork(address) => write!(f, "host network: {address} is an address of the node"),
-            Self::SecondInterface(names) => {
-                write!(f, "second interface: of {names} only the one with the pod's address is judged")
-            }
-            Self::Bypassed(address) => write!(
-                f,
-                "bypassed: what {address} sends to other pods does not pass the hooks (a bridge without br_netfilter, or a \
-                 program that moves packets past them)"
-            ),
-            Self::Ipvs => write!(
-                f,
-                "services are not judged: kube-proxy runs in IPVS mode here; run it in nftables or iptables mode"
-            ),
-            Self::Silent(address) => write!(f, "not proven: {address} does not answer the probe"),
-        }
-    }
 }
 
 /// Why a backend failed. What was enforced before stays enforced.

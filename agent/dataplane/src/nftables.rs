@@ -17,11 +17,13 @@ use std::net::IpAddr;
 use std::ops::Bound;
 use std::sync::Arc;
 
-use hanse_ruleset::{ChainId, Digest, EndpointId, Generation, LocalEndpoint, PolicyId, RuleSet, SetId};
+use hanse_ruleset::{Digest, EndpointId, Generation, LocalEndpoint, PolicyId, RuleSet, SetId};
 
 use self::netlink::{Attributes, BatchError, Netlink, attributes, text_of};
 use self::write::{Closed, Tag, Writer, join};
-use crate::{Applied, Backend, Decisions, Error, Finding, Found, Refusal, Settings, Uplinks, uplinks};
+use crate::{
+    Applied, Backend, Decisions, Error, Finding, Found, Object, Refusal, Rejection, Settings, Uplinks, uplinks,
+};
 
 const TABLE: &str = "hanse";
 const GET_CHAIN_RULES: u16 = (10 << 8) | 7;
@@ -556,17 +558,17 @@ impl Closed {
     fn add(&mut self, next: &RuleSet, refused: Vec<(Tag, std::io::Error)>) -> bool {
         let before = self.len();
         for (tag, error) in refused {
-            let reason = error.to_string();
+            let rejection = Rejection { error: error.to_string(), set: None };
             match tag {
-                Tag::Policy(id) => drop(self.policies.insert(id, reason)),
-                Tag::Chain(id) => drop(self.chains.insert(id, reason)),
-                Tag::Endpoint(id) => drop(self.endpoints.insert(id, reason)),
+                Tag::Policy(id) => drop(self.policies.insert(id, rejection)),
+                Tag::Chain(id) => drop(self.chains.insert(id, rejection)),
+                Tag::Endpoint(id) => drop(self.endpoints.insert(id, rejection)),
                 Tag::Set(id) => {
                     let users = next.policies.iter().filter(|(_, policy)| sets_of(policy).contains(&id));
                     for (policy, _) in users {
-                        self.policies.insert(*policy, format!("its set {id} was refused: {reason}"));
+                        self.policies.insert(*policy, Rejection { set: Some(id), ..rejection.clone() });
                     }
-                    self.sets.insert(id, reason);
+                    self.sets.insert(id, rejection);
                 }
                 Tag::Table | Tag::Base | Tag::Removal => {}
             }
@@ -579,19 +581,15 @@ impl Closed {
     }
 
     fn refusals(&self, rules: &RuleSet) -> Vec<Refusal> {
-        let policy = |(id, reason): (&PolicyId, &String)| {
-            let name = rules.policies.get(id).map_or_else(|| id.to_string(), |policy| policy.name.to_string());
-            Refusal { object: format!("policy {name}"), reason: reason.clone() }
+        let policy = |id: &PolicyId| {
+            let name = rules.policies.get(id).map_or_else(|| id.to_string().into(), |policy| Arc::clone(&policy.name));
+            Object::Policy { id: *id, name }
         };
-        let set = |(id, reason): (&SetId, &String)| Refusal { object: format!("set {id}"), reason: reason.clone() };
-        let chain =
-            |(id, reason): (&ChainId, &String)| Refusal { object: format!("chain {id}"), reason: reason.clone() };
-        let endpoint = |(id, reason): (&EndpointId, &String)| Refusal {
-            object: format!("endpoint {}/{}", id.namespace, id.name),
-            reason: reason.clone(),
-        };
-        let policies = self.policies.iter().map(policy);
-        let sets = self.sets.iter().map(set);
-        policies.chain(sets).chain(self.chains.iter().map(chain)).chain(self.endpoints.iter().map(endpoint)).collect()
+        let policies = self.policies.iter().map(|(id, rejection)| (policy(id), rejection));
+        let sets = self.sets.iter().map(|(id, rejection)| (Object::Set(*id), rejection));
+        let chains = self.chains.iter().map(|(id, rejection)| (Object::Chain(*id), rejection));
+        let endpoints = self.endpoints.iter().map(|(id, rejection)| (Object::Endpoint(id.clone()), rejection));
+        let all = policies.chain(sets).chain(chains).chain(endpoints);
+        all.map(|(object, rejection)| Refusal { object, rejection: rejection.clone() }).collect()
     }
 }

@@ -7,6 +7,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use hanse_dataplane::{Applied, Backend, Error, Found, Refusal};
+use hanse_protocol::reason::Failure;
 use hanse_ruleset::{Generation, NodeConfig, RuleSet};
 use hanse_runtime::health::Writes;
 use ipnet::IpNet;
@@ -33,6 +34,16 @@ pub enum EnforceError {
     Ended,
     #[error("start the enforcer thread")]
     Thread(#[source] std::io::Error),
+}
+
+impl From<&EnforceError> for Failure {
+    fn from(error: &EnforceError) -> Self {
+        match error {
+            EnforceError::Backend(Error::Access(cause)) => Self::Dataplane(cause.to_string()),
+            EnforceError::Backend(Error::Refused(why)) => Self::Refused(why.clone()),
+            EnforceError::Ended | EnforceError::Thread(_) => Self::EnforcerEnded,
+        }
+    }
 }
 
 struct Command {

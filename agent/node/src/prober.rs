@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hanse_dataplane::{Backend, Finding};
+use hanse_protocol::reason::HookProblem;
 use hanse_ruleset::{EndpointId, LocalEndpoint, RuleSet};
 use tokio::sync::watch;
 
@@ -20,10 +21,10 @@ const RECHECK: Duration = Duration::from_secs(600);
 /// What probes have found so far.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Proofs {
-    /// What is wrong with the hooks as a whole; empty when they see pod traffic, or there is no pod.
-    pub hooks: String,
-    /// Pods that are not enforced, and pods whose state is unknown.
-    pub unenforced: BTreeMap<EndpointId, String>,
+    /// What is wrong with the hooks as a whole; `None` when they see pod traffic, or there is no pod.
+    pub hooks: Option<HookProblem>,
+    /// Pods that are not enforced, or not proven to be.
+    pub unenforced: BTreeMap<EndpointId, Finding>,
 }
 
 /// Schedules probes and publishes what they find.
@@ -58,7 +59,7 @@ impl Prober {
     /// Reads the answers that are due, and probes the pods that are due.
     pub fn turn(&mut self, backend: &mut dyn Backend) {
         let Some(rules) = self.rules.clone() else { return };
-        let mut hooks = String::new();
+        let mut hooks = None;
         match self.in_flight.take() {
             Some((since, pods)) if since.elapsed() < ANSWER_TIME => {
                 self.in_flight = Some((since, pods));
@@ -66,7 +67,7 @@ impl Prober {
             }
             Some((_, pods)) => match backend.findings(&pods) {
                 Ok(findings) => self.record(&pods, findings),
-                Err(error) => hooks = format!("the answers to the probe cannot be read: {error}"),
+                Err(error) => hooks = Some(HookProblem::ProbeNotRead(in_words(&error))),
             },
             None => {}
         }
@@ -80,7 +81,7 @@ impl Prober {
         if !due.is_empty() {
             match backend.probe(&due) {
                 Ok(()) => self.in_flight = Some((now, due)),
-                Err(error) => hooks = format!("the probe cannot be sent: {error}"),
+                Err(error) => hooks = Some(HookProblem::ProbeNotSent(in_words(&error))),
             }
         }
         self.publish(&rules, hooks);
@@ -101,17 +102,13 @@ impl Prober {
         }
     }
 
-    fn publish(&self, rules: &RuleSet, mut hooks: String) {
+    fn publish(&self, rules: &RuleSet, hooks: Option<HookProblem>) {
         let is_proven = self.probed.values().any(|probed| probed.finding == Finding::Enforced);
-        if hooks.is_empty() && !is_proven && !rules.endpoints.is_empty() {
-            hooks = "no pod has shown yet that the hooks see its packets".into();
-        }
-        let reason = |id: &EndpointId| match self.probed.get(id) {
-            None => Some("not proven: the probe is under way".to_owned()),
-            Some(Probed { finding: Finding::Enforced, .. }) => None,
-            Some(probed) => Some(probed.finding.to_string()),
-        };
-        let unenforced = rules.endpoints.keys().filter_map(|id| Some((id.clone(), reason(id)?))).collect();
+        let unproven = (!is_proven && !rules.endpoints.is_empty()).then_some(HookProblem::NotProven);
+        let hooks = hooks.or(unproven);
+        let finding = |id: &EndpointId| self.probed.get(id).map_or(Finding::Pending, |probed| probed.finding.clone());
+        let findings = rules.endpoints.keys().map(|id| (id.clone(), finding(id)));
+        let unenforced = findings.filter(|(_, finding)| *finding != Finding::Enforced).collect();
         let proofs = Proofs { hooks, unenforced };
         self.proofs.send_if_modified(|published| {
             let changed = **published != proofs;
@@ -120,5 +117,13 @@ impl Prober {
             }
             changed
         });
+    }
+}
+
+/// An error with its cause.
+fn in_words(error: &hanse_dataplane::Error) -> String {
+    match error {
+        hanse_dataplane::Error::Access(cause) => cause.to_string(),
+        hanse_dataplane::Error::Refused(why) => why.clone(),
     }
 }

@@ -64,7 +64,11 @@ pub struct Status {
 pub struct Unenforced {
     pub namespace: String,
     pub name: String,
+    /// For people.
     pub reason: String,
+    /// For programs: `NotProven`, `Bypassed` and so on.
+    #[serde(default)]
+    pub code: String,
 }
 
 impl Status {

@@ -7,6 +7,8 @@ use anyhow::{Context as _, bail};
 use hanse_dataplane::Refusal;
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
+use hanse_protocol::reason::words::Words;
+use hanse_protocol::reason::{Failure, FileProblem, Finding, Reason, wire as report};
 use hanse_protocol::{self, Assembled, Assembler};
 use hanse_ruleset::{Delta, EndpointId, Generation, RuleSet};
 use hanse_runtime::health::{Condition, Writes};
@@ -127,14 +129,14 @@ impl Follower {
                 Ok(()) = proofs.changed() => {
                     self.tell();
                     if told {
-                        outbox.send(self.ack(String::new())).await.context("tell what the probe found")?;
+                        outbox.send(self.ack(None)).await.context("tell what the probe found")?;
                     }
                     continue;
                 }
                 Ok(()) = written.changed() => {
                     self.tell();
                     if told {
-                        outbox.send(self.ack(String::new())).await.context("report which files cannot be written")?;
+                        outbox.send(self.ack(None)).await.context("report which files cannot be written")?;
                     }
                     continue;
                 }
@@ -156,8 +158,8 @@ impl Follower {
                     self.move_on(generation, hub_revision, local_revision)
                 }
                 Err(error) => {
-                    tracing::error!(%error, "the member sent what cannot be understood; what is in force stays");
-                    self.ack(error.to_string())
+                    tracing::error!(%error, "message of the member not read; the rule set in force stays");
+                    self.ack(Some(Failure::Unreadable(error.to_string())))
                 }
             };
             told = matches!(answer.message, Some(wire::agent_to_member::Message::Ack(_)));
@@ -213,7 +215,7 @@ impl Follower {
             // Asked again it would be the same.
             Err(error) if delta.base.is_none() => {
                 tracing::error!(%error, "the rule set does not hold together; what is in force stays");
-                return self.ack(error.to_string());
+                return self.ack(Some(Failure::Inconsistent(error.to_string())));
             }
             Err(error) => {
                 tracing::warn!(%error, "the delta does not fit, asking for the whole");
@@ -231,11 +233,8 @@ impl Follower {
                     "enforced"
                 );
                 for refusal in &applied.refused {
-                    tracing::error!(
-                        object = refusal.object,
-                        reason = refusal.reason,
-                        "the kernel refused; closed instead"
-                    );
+                    let (object, error) = (Words(&refusal.object), Words(&refusal.rejection));
+                    tracing::error!(%object, %error, "the kernel refused an object; denied instead");
                 }
                 // Also where it is not known any more: what is in force stays.
                 self.open = next.node.pod_ranges.is_empty();
@@ -244,11 +243,13 @@ impl Follower {
                 self.refused = applied.refused;
                 self.connected = true;
                 self.tell();
-                self.ack(String::new())
+                self.ack(None)
             }
             Err(error) => {
-                tracing::error!(%error, number = next.generation.number, "not enforced; what is in force stays");
-                self.ack(error.to_string())
+                let failure = Failure::from(&error);
+                let number = next.generation.number;
+                tracing::error!(error = %Words(&failure), number, "rule set not enforced; the last one stays in force");
+                self.ack(Some(failure))
             }
         }
     }
@@ -261,7 +262,7 @@ impl Follower {
     fn behind(&self, generation: Generation) -> wire::AgentToMember {
         let held = self.in_force.as_ref().map(|held| held.generation.term).unwrap_or_default();
         tracing::warn!(term = generation.term, held, "the member's term is over; what is in force stays");
-        self.ack(format!("term {} is over: term {held} has begun", generation.term))
+        self.ack(Some(Failure::TermOver { term: generation.term, current: held }))
     }
 
     fn move_on(&mut self, generation: Generation, hub_revision: u64, local_revision: u64) -> wire::AgentToMember {
@@ -270,31 +271,38 @@ impl Follower {
             self.connected = true;
             self.tell();
         }
-        self.ack(String::new())
+        self.ack(None)
     }
 
-    fn ack(&self, failed: String) -> wire::AgentToMember {
+    fn ack(&self, failure: Option<Failure>) -> wire::AgentToMember {
         let nothing = RuleSet::default();
         let held = self.in_force.as_deref().unwrap_or(&nothing);
-        let refusal = |it: &Refusal| wire::Refusal { object: it.object.clone(), reason: it.reason.clone() };
+        let refusal = |it: &Refusal| wire::Refusal {
+            object: Some(report::object(&it.object)),
+            rejection: Some(report::rejection(&it.rejection)),
+        };
         let proofs = self.enforcer.proofs().borrow().clone();
         let pods = proofs.unenforced.iter().take(MAX_UNENFORCED);
-        let pod = |(id, reason): (&EndpointId, &String)| wire::PodStatus {
-            namespace: id.namespace.to_string(),
-            name: id.name.to_string(),
-            reason: reason.clone(),
+        let pod = |(id, finding): (&EndpointId, &Finding)| wire::PodStatus {
+            pod: Some(report::pod(id)),
+            finding: Some(report::finding(finding)),
         };
         let ack = wire::Ack {
             generation: Some(hanse_protocol::generation(held.generation)),
             digest: hanse_protocol::digest(held.digest()),
             revisions: Some(wire::Revisions { hub: held.hub_revision, local: held.local_revision }),
             refusals: self.refused.iter().take(MAX_REFUSALS).map(refusal).collect(),
-            failed,
+            failure: failure.as_ref().map(report::failure),
             unenforced: pods.map(pod).collect(),
-            probe: proofs.hooks.clone(),
-            problems: self.writes.problems(),
+            hooks: proofs.hooks.as_ref().map(report::hooks),
+            files: self.files().iter().map(report::file).collect(),
         };
         wire::AgentToMember { message: Some(wire::agent_to_member::Message::Ack(ack)) }
+    }
+
+    /// The files that cannot be written.
+    fn files(&self) -> Vec<FileProblem> {
+        self.writes.failing().into_iter().map(|(file, error)| FileProblem { file: file.to_owned(), error }).collect()
     }
 
     /// Says how it is, to whoever asks for readiness or status.
@@ -313,22 +321,23 @@ impl Follower {
             endpoints: held.endpoints.len(),
             policies: held.policies.len(),
             sets: held.sets.len(),
-            refused: self.refused.iter().map(|it| format!("{}: {}", it.object, it.reason)).collect(),
-            hooks: proofs.hooks.clone(),
+            refused: self.refused.iter().map(refused).collect(),
+            hooks: proofs.hooks.as_ref().map_or_else(String::new, |it| Words(it).to_string()),
             unenforced: proofs
                 .unenforced
                 .iter()
-                .map(|(id, reason)| Unenforced {
+                .map(|(id, finding)| Unenforced {
                     namespace: id.namespace.to_string(),
                     name: id.name.to_string(),
-                    reason: reason.clone(),
+                    reason: Words(finding).to_string(),
+                    code: Reason::Finding(finding.clone()).code().to_owned(),
                 })
                 .collect(),
             pod_ranges: self.in_force.as_ref().map_or(&self.pod_ranges, |held| &held.node.pod_ranges).clone(),
             open: self.in_force.as_ref().map_or(self.open, |held| held.node.pod_ranges.is_empty()),
             connected: self.connected,
             not_in_sync: if self.connected { String::new() } else { self.not_in_sync.clone() },
-            problems: self.writes.problems(),
+            problems: self.files().iter().map(|it| Words(it).to_string()).collect(),
             // Who writes it knows.
             flows: String::new(),
             written_at: 0,
@@ -337,23 +346,35 @@ impl Follower {
     }
 }
 
+fn refused(refusal: &Refusal) -> String {
+    format!("{}: {}", Words(&refusal.object), Words(&refusal.rejection))
+}
+
 #[cfg(test)]
 mod tests {
-    use hanse_ruleset::{Digest, NodeConfig};
+    use hanse_dataplane::{Object, Rejection};
+    use hanse_protocol::reason::HookProblem;
+    use hanse_ruleset::{Digest, NodeConfig, PolicyId};
     use hanse_runtime::health::Health;
 
     use super::*;
     use crate::enforcer::Proofs;
 
+    fn refusal() -> Refusal {
+        let object = Object::Policy { id: PolicyId([1; 16]), name: "NetworkPolicy a/b".into() };
+        Refusal { object, rejection: Rejection { error: "too wide".into(), set: None } }
+    }
+
     fn follower() -> Follower {
         let pod = EndpointId { namespace: "a".into(), name: "p".into() };
-        let proofs = Proofs { hooks: "no pod".into(), unenforced: [(pod, "bypassed".to_owned())].into() };
+        let hooks = Some(HookProblem::NotProven);
+        let proofs = Proofs { hooks, unenforced: [(pod, Finding::Ipvs)].into() };
         let held = RuleSet { generation: Generation { term: 5, number: 9 }, ..RuleSet::default() };
         Follower {
             node: "n".into(),
             enforcer: Enforcer::ended(proofs),
             in_force: Some(Arc::new(held)),
-            refused: vec![Refusal { object: "policy a/b".into(), reason: "too wide".into() }],
+            refused: vec![refusal()],
             pod_ranges: Vec::new(),
             open: false,
             connected: false,
@@ -378,14 +399,16 @@ mod tests {
         let ack = ack(follower.move_on(Generation { term: 5, number: 10 }, 3, 4));
         assert_eq!(ack.generation, Some(wire::Generation { term: 5, number: 10 }));
         assert_eq!(ack.revisions, Some(wire::Revisions { hub: 3, local: 4 }));
-        assert_eq!(ack.failed, "");
+        assert_eq!(ack.failure, None);
         // What the kernel refused it still refuses, and who is not enforced still is not.
-        assert_eq!(ack.refusals, [wire::Refusal { object: "policy a/b".into(), reason: "too wide".into() }]);
-        let pod = wire::PodStatus { namespace: "a".into(), name: "p".into(), reason: "bypassed".into() };
-        assert_eq!((ack.unenforced, ack.probe.as_str()), (vec![pod], "no pod"));
+        let refused: Vec<_> = ack.refusals.into_iter().filter_map(|it| report::parse_object(it.object?)).collect();
+        assert_eq!(refused, [refusal().object]);
+        let pod = EndpointId { namespace: "a".into(), name: "p".into() };
+        let pod = wire::PodStatus { pod: Some(report::pod(&pod)), finding: Some(report::finding(&Finding::Ipvs)) };
+        assert_eq!((ack.unenforced, ack.hooks), (vec![pod], Some(report::hooks(&HookProblem::NotProven))));
         let status = follower.status.borrow().clone();
         assert!(status.connected && follower.in_sync.holds());
-        assert_eq!((status.number, status.refused), (10, vec!["policy a/b: too wide".to_owned()]));
+        assert_eq!((status.number, status.refused), (10, vec!["policy NetworkPolicy a/b: too wide".to_owned()]));
     }
 
     #[test]
@@ -394,7 +417,8 @@ mod tests {
         let said = |follower: &Follower| {
             follower.tell();
             let problems = follower.status.borrow().problems.clone();
-            assert_eq!(ack(follower.ack(String::new())).problems, problems);
+            let files = ack(follower.ack(None)).files.into_iter().map(report::parse_file);
+            assert_eq!(files.map(|it| Words(&it).to_string()).collect::<Vec<_>>(), problems);
             problems
         };
         assert!(said(&follower).is_empty());
@@ -441,7 +465,7 @@ mod tests {
         let at = |term, number| Generation { term, number };
         assert!(follower.is_behind(at(4, 100)) && !follower.is_behind(at(5, 1)) && !follower.is_behind(at(6, 0)));
         let ack = ack(follower.behind(at(4, 100)));
-        assert_eq!(ack.failed, "term 4 is over: term 5 has begun");
+        assert_eq!(ack.failure.map(report::parse_failure), Some(Failure::TermOver { term: 4, current: 5 }));
         assert_eq!(ack.generation, Some(wire::Generation { term: 5, number: 9 }));
     }
 
@@ -449,7 +473,8 @@ mod tests {
     async fn what_does_not_hold_together_is_told_and_not_asked_for_again() {
         let mut follower = follower();
         let wrong = Delta { digest: Digest(1), ..Delta::default() };
-        assert!(!ack(follower.apply(&wrong).await).failed.is_empty());
+        let failure = ack(follower.apply(&wrong).await).failure.map(report::parse_failure);
+        assert!(matches!(failure, Some(Failure::Inconsistent(_))), "{failure:?}");
         assert!(follower.in_force.is_some(), "what is in force stays");
         // A difference from something else is asked for as a whole.
         let base = Delta { base: Some(Digest(2)), ..wrong };

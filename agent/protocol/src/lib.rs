@@ -2,6 +2,8 @@
 //!
 //! A delta travels as Begin, parts of bounded size, End. What does not convert is refused with the field's name.
 
+pub mod reason;
+
 use std::net::IpAddr;
 use std::sync::Arc;
 

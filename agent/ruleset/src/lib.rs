@@ -11,6 +11,7 @@ pub mod delta;
 pub mod digest;
 pub mod evaluate;
 pub mod model;
+pub mod report;
 
 pub use delta::{ApplyError, Delta, Objects, SetChange, Step};
 pub use digest::Digest;
@@ -20,3 +21,4 @@ pub use model::{
     Phase, Policy, PolicyId, PortRange, Rule, RuleSet, Set, SetId, SetKind, SocketAddress, Tier, TierDefault,
     UnknownPods,
 };
+pub use report::{Finding, Object, Refusal, Rejection};

@@ -86,13 +86,12 @@ impl Writes {
         });
     }
 
-    /// What cannot be written, in words.
-    pub fn problems(&self) -> Vec<String> {
-        let in_words = |(file, error): (&&str, &String)| format!("{file} cannot be written: {error}");
-        self.failing.borrow().iter().map(in_words).collect()
+    /// The files that cannot be written, with the error.
+    pub fn failing(&self) -> BTreeMap<&'static str, String> {
+        self.failing.borrow().clone()
     }
 
-    /// Changes with [`Self::problems`].
+    /// Changes with [`Self::failing`].
     pub fn changes(&self) -> watch::Receiver<BTreeMap<&'static str, String>> {
         self.failing.subscribe()
     }
@@ -108,7 +107,7 @@ mod tests {
         let writes = Writes::new(&health);
         let full = || Err(io::Error::from(io::ErrorKind::StorageFull));
         let mut changes = writes.changes();
-        assert!(health.waiting_for().is_empty() && writes.problems().is_empty());
+        assert!(health.waiting_for().is_empty() && writes.failing().is_empty());
         writes.note("snapshot", &Ok(()));
         assert!(!changes.has_changed().unwrap(), "no news");
         writes.note("snapshot", &full());
@@ -117,11 +116,11 @@ mod tests {
         writes.note("ranges", &full());
         assert!(!changes.has_changed().unwrap(), "the same again is no news");
         assert_eq!(health.waiting_for(), ["files written"]);
-        let problems = ["ranges cannot be written: no storage space", "snapshot cannot be written: no storage space"];
-        assert_eq!(writes.problems(), problems);
+        let failing = ["ranges", "snapshot"].map(|file| (file, "no storage space".to_owned()));
+        assert_eq!(writes.failing(), failing.into());
         writes.note("snapshot", &Ok(()));
         assert!(changes.has_changed().unwrap() && !health.waiting_for().is_empty());
         writes.note("ranges", &Ok(()));
-        assert!(health.waiting_for().is_empty() && writes.problems().is_empty());
+        assert!(health.waiting_for().is_empty() && writes.failing().is_empty());
     }
 }

@@ -259,7 +259,7 @@ fn a_node_enrols_anew_at_a_member_that_was_set_up_anew() {
         let known = probe::until(PATIENCE, || {
             let status = system.try_hanse(&["status"]).expect("it runs").stdout;
             String::from_utf8_lossy(&status)
-                .contains("node node-9: its agent is connected, and the source has no Node of this name")
+                .contains("node node-9: its agent is connected, but the source has no Node of this name")
         });
         assert!(known.is_some(), "{}\n{}", stranger.log(), system.logs());
         let status = run("hanse-agent", &["status", "--data", &data.to_string_lossy()]).stdout;

@@ -20,6 +20,7 @@ pub mod cluster;
 pub mod describe;
 pub mod node;
 pub mod object;
+mod reason;
 pub mod status;
 pub mod token;
 pub mod user;

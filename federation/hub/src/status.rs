@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hanse_protocol::reason::{Object, Reason, Subject};
 use hanse_store::Revision;
 
 use crate::manifest::ObjectId;
@@ -34,20 +35,22 @@ pub struct Realisation {
     pub problems_total: u32,
 }
 
-/// One reason why a cluster or a node does not enforce all, with what it concerns.
+/// One reason why a cluster or a node does not enforce everything.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// Empty: the cluster as a whole.
     pub node: String,
-    pub reason: String,
+    /// The object that has the problem, where it is none of `items`.
+    pub at: Option<Object>,
+    pub reason: Reason,
     /// Pods and objects, as far as they were reported. None: the node as a whole.
-    pub items: Vec<String>,
+    pub items: Vec<Subject>,
     pub count: u32,
 }
 
 impl Problem {
-    pub fn new(node: &str, reason: String) -> Self {
-        Self { node: node.to_owned(), reason, items: Vec::new(), count: 1 }
+    pub fn new(node: &str, reason: Reason) -> Self {
+        Self { node: node.to_owned(), at: None, reason, items: Vec::new(), count: 1 }
     }
 }
 
@@ -89,16 +92,40 @@ pub struct ObjectStatus {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ObjectState {
     Enforced,
-    /// Who lags, in words.
-    Lagging(String),
-    /// Why it cannot be enforced as written.
-    Refused(String),
+    /// It is not enforced yet.
+    Lagging(Reasons),
+    /// It cannot be enforced as written.
+    Refused(Reasons),
+}
+
+/// The first of several reasons.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reasons {
+    pub first: Vec<NodeReason>,
+    /// How many more nodes have a reason.
+    pub more: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeReason {
+    /// Empty: the cluster as a whole.
+    pub node: String,
+    /// As in [`Problem`].
+    pub at: Option<Object>,
+    pub reason: Reason,
+}
+
+impl Reasons {
+    /// One reason of a cluster as a whole.
+    pub fn of_cluster(reason: Reason) -> Self {
+        Self { first: vec![NodeReason { node: String::new(), at: None, reason }], more: 0 }
+    }
 }
 
 impl ObjectStatus {
-    /// Of a cluster whose nodes say nothing.
-    pub fn lagging(why: impl Into<String>) -> Self {
-        Self { state: ObjectState::Lagging(why.into()), nodes_enforcing: 0, nodes: 0 }
+    /// Of a cluster without a report of its nodes.
+    pub fn lagging(reason: Reason) -> Self {
+        Self { state: ObjectState::Lagging(Reasons::of_cluster(reason)), nodes_enforcing: 0, nodes: 0 }
     }
 }
 

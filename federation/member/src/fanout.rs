@@ -25,8 +25,8 @@ use hanse_identity::tls::{
 };
 use hanse_proto::agent::v1::agents_server::AgentsServer;
 use hanse_proto::agent::v1::enrolment_server::EnrolmentServer;
-use hanse_proto::federation::v1::UnenforcedPod;
-use hanse_ruleset::{Digest, Generation};
+use hanse_protocol::reason::{Failure, FileProblem, Finding, HookProblem, Object, Rejection};
+use hanse_ruleset::{Digest, EndpointId, Generation};
 use hanse_runtime::health::Writes;
 use hanse_runtime::shutdown::Shutdown;
 use ipnet::IpNet;
@@ -75,16 +75,16 @@ pub struct NodeStatus {
     /// Of what is in force, by the last ack.
     pub place: Place,
     pub digest: Digest,
-    /// Objects that the kernel refused, with the reason.
-    pub refused: Vec<(String, String)>,
+    /// Objects that the kernel refused; `None`: an object of a kind that this version does not know.
+    pub refused: Vec<(Option<Object>, Rejection)>,
     /// Why the newest generation is not in force.
-    pub failed: Option<String>,
-    /// What the agent's probe found; empty when its hooks see the traffic of pods.
-    pub probe: String,
-    /// Pods that are not enforced, and why.
-    pub unenforced: Vec<UnenforcedPod>,
-    /// What else is wrong with the agent.
-    pub problems: Vec<String>,
+    pub failed: Option<Failure>,
+    /// What is wrong with the hooks as a whole.
+    pub hooks: Option<HookProblem>,
+    /// Pods that are not enforced, or not proven to be.
+    pub unenforced: Vec<(EndpointId, Finding)>,
+    /// Files that the agent cannot write.
+    pub files: Vec<FileProblem>,
     /// When the last ack came.
     pub heard: Option<Instant>,
     /// The agent's version; empty where it did not send it.

@@ -295,7 +295,7 @@ impl Member {
         let nodes = self.fanout.realisation();
         let policies = self.client.with_receiver(|it| (it.refused().len(), it.waiting().0.len()));
         self.metrics.tell(&self.world, nodes.values(), policies);
-        self.client.report(report::realisation(&self.world, &nodes, &self.client, &self.writes.problems()));
+        self.client.report(report::realisation(&self.world, &nodes, &self.client, self.writes.failing()));
     }
 }
 

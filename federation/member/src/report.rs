@@ -1,12 +1,12 @@
-//! What the hub is told of enforcement: never more than what agents have acknowledged.
+//! The report to the hub of what nodes enforce: never more than what agents have acknowledged.
 
-use std::cell::OnceCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hanse_api::{Diagnostic, SourceLocation};
 use hanse_policy::model::PolicyKind;
 use hanse_proto::federation::v1 as pb;
+use hanse_protocol::reason::{FileProblem, Finding, Object, Reason, Subject, wire};
 use hanse_ruleset::{ChainId, EndpointId, RuleSet};
 use prost::Message;
 
@@ -15,46 +15,43 @@ use crate::exchange::wire::digest_bytes;
 use crate::fanout::NodeStatus;
 use crate::world::World;
 
-/// Errors of one node that are told: of some 200 bytes each.
+/// Errors of one node in a report, of some 200 bytes each.
 const MAX_ERRORS: usize = 1_000;
-/// Stands for every policy.
-const EVERYTHING: &str = "*";
-/// Pods of one node that are told to be not enforced: as many as its agent tells.
-const MAX_PODS: usize = MAX_TOLD;
-/// Problems of the source that are told.
+/// Refusals, and pods, that an agent reports at most; where it reports as many there may be more.
+const MAX_REPORTED: usize = 1_000;
+/// Problems of the source in a report.
 const MAX_PROBLEMS: usize = 100;
-/// As many as an agent tells, of objects and of pods; where it tells so many there may be more.
-const MAX_TOLD: usize = 1_000;
-
-/// Clusters that a policy is told to wait for.
+/// Clusters that a policy is reported to wait for.
 const MAX_AWAITED: usize = 10;
-/// What is told of errors and pods, of all nodes together, and of policies: so that a report, with the places of its nodes,
-/// stays below the 4 MiB and the 65,536 of each that a hub takes.
+/// Errors and pods of all nodes, and policies, in a report: so that it stays, with the positions of its nodes, below the 4 MiB and
+/// the 65,536 of each that a hub accepts.
 const MAX_DETAILS: Room = Room { bytes: 1 << 20, count: 32_768 };
 
-/// How far this cluster's nodes are.
-/// `own` is what is wrong with the member itself.
+/// What the nodes of this cluster enforce. `failing`: files that the member itself cannot write.
 pub fn realisation(
     world: &World,
-    told_of: &BTreeMap<Arc<str>, NodeStatus>,
+    reported: &BTreeMap<Arc<str>, NodeStatus>,
     client: &Client,
-    own: &[String],
+    failing: BTreeMap<&'static str, String>,
 ) -> pb::Realisation {
     let nothing = NodeStatus::default();
     let mut nodes: Vec<pb::NodePosition> = world
         .nodes()
         .iter()
-        .map(|(name, held)| position(name, told_of.get(name).unwrap_or(&nothing), &held.rules))
+        .map(|(name, compiled)| position(name, reported.get(name).unwrap_or(&nothing), &compiled.rules))
         .collect();
-    let current = |node: &&pb::NodePosition| {
+    let is_current = |node: &&pb::NodePosition| {
         let at = (node.hub_epoch, node.hub_revision, node.local_revision);
-        let is_one = told_of.get(node.node.as_str()).is_none_or(|status| status.rivals.is_none());
+        let has_rival = reported.get(node.node.as_str()).is_some_and(|status| status.rivals.is_some());
         let hub = world.hub_position();
-        node.connected && is_one && at == (Some(hub.epoch), hub.revision, world.local_revision())
+        node.connected && !has_rival && at == (Some(hub.epoch), hub.revision, world.local_revision())
     };
-    let agents_current = nodes.iter().filter(current).count();
-    let mut of_hub = client.problems();
-    of_hub.extend(strangers(world.nodes(), told_of));
+    let agents_current = nodes.iter().filter(is_current).count();
+    let of_exchange = client.problems().into_iter().map(Reason::Other);
+    let of_files = failing.into_iter().map(|(file, error)| Reason::File(FileProblem { file: file.to_owned(), error }));
+    let of_source = world.problems().iter().map(manifest_problem);
+    let problems = of_exchange.chain(unknown_nodes(world.nodes(), reported)).chain(of_files).chain(of_source);
+    let problems = problems.take(MAX_PROBLEMS).map(|reason| wire::reason(&reason)).collect();
     client.with_receiver(|receiver| {
         let (policies, clusters) = receiver.waiting();
         let clusters: Vec<String> = clusters.iter().take(MAX_AWAITED).map(|name| name.to_string()).collect();
@@ -87,31 +84,21 @@ pub fn realisation(
             nodes,
             policies,
             origins: [hub].into_iter().chain(origins).collect(),
-            problems: of_hub
-                .into_iter()
-                .chain(own.iter().cloned())
-                .chain(world.problems().iter().map(in_words))
-                .take(MAX_PROBLEMS)
-                .collect(),
+            problems,
             local_revision: world.local_revision(),
         }
     })
 }
 
-/// Nodes whose agents are connected and of which the source knows nothing.
-fn strangers<T>(known: &BTreeMap<Arc<str>, T>, told_of: &BTreeMap<Arc<str>, NodeStatus>) -> Vec<String> {
+/// Nodes whose agents are connected and that the source does not have.
+fn unknown_nodes<T>(known: &BTreeMap<Arc<str>, T>, reported: &BTreeMap<Arc<str>, NodeStatus>) -> Vec<Reason> {
     // Before the first rules are compiled no node is known.
-    let connected = told_of.iter().filter(|(_, status)| status.connected && !known.is_empty());
-    let strangers = connected.filter(|(name, _)| !known.contains_key(*name));
-    let problem = |(name, _)| {
-        format!(
-            "node {name}: its agent is connected, and the source has no Node of this name: check the agent's --node, and the source"
-        )
-    };
-    strangers.map(problem).collect()
+    let connected = reported.iter().filter(|(_, status)| status.connected && !known.is_empty());
+    let unknown = connected.filter(|(name, _)| !known.contains_key(*name));
+    unknown.map(|(name, _)| Reason::UnknownNode(name.to_string())).collect()
 }
 
-/// How much may be told.
+/// The room that is left in a report.
 #[derive(Debug, Clone, Copy)]
 struct Room {
     bytes: usize,
@@ -119,7 +106,7 @@ struct Room {
 }
 
 impl Room {
-    /// Whether these still fit in.
+    /// Takes the room for these, if it is there.
     fn take(&mut self, bytes: usize, count: usize) -> bool {
         let fits = bytes <= self.bytes && count <= self.count;
         if fits {
@@ -129,120 +116,114 @@ impl Room {
     }
 }
 
-/// Leaves out what is too much. An error that stands for everything takes its place: what is not told may not count as well.
+fn error(subject: &Subject, at: Option<&Object>, reason: &Reason) -> pb::ObjectError {
+    pb::ObjectError {
+        subject: Some(wire::subject(subject)),
+        at: at.map(wire::object),
+        reason: Some(wire::reason(reason)),
+    }
+}
+
+fn incomplete() -> pb::ObjectError {
+    error(&Subject::Everything, None, &Reason::Incomplete)
+}
+
+/// Leaves out what does not fit. An error of every object replaces it: what is not reported must not count as enforced.
 fn fit(nodes: &mut [pb::NodePosition], policies: &mut Vec<pb::PolicyState>, room: Room) {
-    let everything = |error: String| pb::ObjectError { object: EVERYTHING.to_owned(), error };
     let mut of_nodes = room;
     for node in nodes.iter_mut() {
         let bytes = node.errors.iter().map(Message::encoded_len).sum::<usize>();
-        if !of_nodes.take(node.problems.iter().map(String::len).sum(), node.problems.len()) {
-            node.problems.clear();
+        if !of_nodes.take(node.files.iter().map(Message::encoded_len).sum(), node.files.len()) {
+            node.files.clear();
         }
         if !of_nodes.take(bytes, node.errors.len()) {
-            let count = node.errors.len();
-            node.errors = vec![everything(format!("{count} objects have errors, more than is told of all nodes"))];
+            node.errors = vec![incomplete()];
         }
         if !of_nodes.take(node.unenforced.iter().map(Message::encoded_len).sum(), node.unenforced.len()) {
             node.unenforced.clear();
         }
     }
     let mut of_policies = room;
-    let told = policies.iter().take_while(|policy| of_policies.take(policy.encoded_len(), 1)).count();
-    if told < policies.len() {
-        let error = format!("{} policies wait or are refused, more than is told", policies.len());
-        policies.truncate(told);
-        nodes.iter_mut().for_each(|node| node.errors.push(everything(error.clone())));
+    let fitting = policies.iter().take_while(|policy| of_policies.take(policy.encoded_len(), 1)).count();
+    if fitting < policies.len() {
+        policies.truncate(fitting);
+        nodes.iter_mut().for_each(|node| node.errors.push(incomplete()));
     }
 }
 
-fn in_words(problem: &Diagnostic) -> String {
+fn manifest_problem(problem: &Diagnostic) -> Reason {
     let SourceLocation { file, line } = &problem.location;
-    match problem.field.as_str() {
-        "" => format!("{file}:{line}: {}", problem.message),
-        field => format!("{file}:{line}: {field}: {}", problem.message),
-    }
+    let (field, message) = (problem.field.clone(), problem.message.clone());
+    Reason::Manifest { file: file.to_string(), line: *line, field, message }
 }
 
-/// One node's. An error is told by the federated policies that it concerns, where it concerns some; else as the agent
-/// named it.
+/// The state of one node. An error is reported for the federated policies that it concerns; where it concerns none, for the object.
 fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePosition {
-    let mut errors: BTreeMap<String, String> = BTreeMap::new();
-    if status.refused.len() >= MAX_TOLD || status.unenforced.len() >= MAX_TOLD {
-        errors.insert(EVERYTHING.to_owned(), "more is wrong than the agent tells".to_owned());
+    let mut errors: BTreeMap<Subject, (Option<Object>, Reason)> = BTreeMap::new();
+    if status.refused.len() >= MAX_REPORTED || status.unenforced.len() >= MAX_REPORTED {
+        errors.insert(Subject::Everything, (None, Reason::Incomplete));
     }
     if let Some((served, refused)) = status.rivals {
-        let error = format!(
-            "its key is used from two places, {served} (served) and {refused} (refused), so what it acknowledges does not count: one is \
-             a copy of its folder; revoke the node, and enrol it anew"
-        );
-        errors.insert(EVERYTHING.to_owned(), error);
+        let reason = Reason::KeyInUse { served: served.to_string(), refused: refused.to_string() };
+        errors.insert(Subject::Everything, (None, reason));
     }
-    if let Some(failed) = &status.failed {
-        errors.insert(String::new(), failed.clone());
-    }
-    let chains = ChainNames::default();
-    for (object, reason) in &status.refused {
-        let policies = concerned(rules, &chains, object);
+    for (object, rejection) in &status.refused {
+        let reason = Reason::Rejection(rejection.clone());
+        let Some(object) = object else {
+            errors.entry(Subject::Everything).or_insert((None, reason));
+            continue;
+        };
+        let policies = concerned(rules, object);
         if policies.is_empty() {
-            errors.entry(object.clone()).or_insert_with(|| reason.clone());
+            errors.entry(Subject::Object(object.clone())).or_insert_with(|| (None, reason.clone()));
         }
+        let at = (!matches!(object, Object::Policy { .. })).then_some(object);
         for policy in policies {
-            errors.entry(policy).or_insert_with(|| format!("{object}: {reason}"));
+            errors.entry(Subject::FederatedPolicy(policy)).or_insert_with(|| (at.cloned(), reason.clone()));
         }
     }
-    for pod in status.unenforced.iter().filter(|pod| is_known(&pod.reason)) {
-        let id = EndpointId { namespace: pod.namespace.as_str().into(), name: pod.name.as_str().into() };
-        for policy in of_endpoint(rules, &id) {
-            let error = || format!("pod {}/{} is not enforced: {}", pod.namespace, pod.name, pod.reason);
-            errors.entry(policy).or_insert_with(error);
+    for (id, finding) in status.unenforced.iter().filter(|(_, finding)| finding.is_error()) {
+        for policy in of_endpoint(rules, id) {
+            let error = || (Some(Object::Endpoint(id.clone())), Reason::Finding(finding.clone()));
+            errors.entry(Subject::FederatedPolicy(policy)).or_insert_with(error);
         }
     }
     if errors.len() > MAX_ERRORS {
-        let more = errors.len();
         errors = errors.into_iter().take(MAX_ERRORS).collect();
-        errors.insert(EVERYTHING.to_owned(), format!("{more} objects have errors"));
+        errors.insert(Subject::Everything, (None, Reason::Incomplete));
     }
+    let pod = |(id, finding): &(EndpointId, Finding)| pb::UnenforcedPod {
+        pod: Some(wire::pod(id)),
+        finding: Some(wire::finding(finding)),
+    };
     pb::NodePosition {
         node: name.to_string(),
         hub_revision: status.place.hub_revision,
         local_revision: status.place.local_revision,
         connected: status.connected,
-        // Rounded, so that time alone is no news.
+        // Rounded, so that time alone does not change the report.
         age_ms: status.heard.map_or(u64::MAX, |heard| heard.elapsed().as_secs() / 10 * 10_000),
-        errors: errors.into_iter().map(|(object, error)| pb::ObjectError { object, error }).collect(),
-        probe: status.probe.clone(),
-        unenforced: status.unenforced.iter().take(MAX_PODS).cloned().collect(),
+        errors: errors.iter().map(|(subject, (at, reason))| error(subject, at.as_ref(), reason)).collect(),
+        hooks: status.hooks.as_ref().map(wire::hooks),
+        unenforced: status.unenforced.iter().take(MAX_REPORTED).map(pod).collect(),
         unenforced_total: u32::try_from(status.unenforced.len()).unwrap_or(u32::MAX),
         term: status.place.generation.term,
         number: status.place.generation.number,
         agent_version: status.version.clone(),
-        problems: status.problems.clone(),
+        files: status.files.iter().map(wire::file).collect(),
         hub_epoch: Some(status.place.hub_epoch),
+        failure: status.failed.as_ref().map(wire::failure),
     }
 }
 
-/// Whether an agent knows that policy does not act on a pod. One that does not answer its probe is told, but no error; one on
-/// the host's network is selected by no policy.
-fn is_known(reason: &str) -> bool {
-    !["not proven", "host network"].iter().any(|other| reason.starts_with(other))
-}
-
-/// The chains of a rule set by the names that agents use, made when the first is looked up.
-type ChainNames = OnceCell<HashMap<String, ChainId>>;
-
-/// The federated policies that stand in what an agent calls `object`.
-fn concerned(rules: &RuleSet, chains: &ChainNames, object: &str) -> BTreeSet<String> {
-    if let Some(policy) = object.strip_prefix("policy ") {
-        return federated(policy).into_iter().collect();
+/// The federated policies that an object is part of.
+fn concerned(rules: &RuleSet, object: &Object) -> BTreeSet<String> {
+    match object {
+        Object::Policy { name, .. } => federated(name).into_iter().collect(),
+        Object::Chain(id) => of_chain(rules, *id),
+        Object::Endpoint(id) => of_endpoint(rules, id),
+        Object::Set(_) => BTreeSet::new(),
     }
-    if let Some(chain) = object.strip_prefix("chain ") {
-        let chains = chains.get_or_init(|| rules.chains.keys().map(|id| (id.to_string(), *id)).collect());
-        return chains.get(chain).map(|id| of_chain(rules, *id)).unwrap_or_default();
-    }
-    let endpoint = object.strip_prefix("endpoint ").and_then(|it| it.split_once('/'));
-    endpoint
-        .map(|(namespace, name)| of_endpoint(rules, &EndpointId { namespace: namespace.into(), name: name.into() }))
-        .unwrap_or_default()
 }
 
 fn of_endpoint(rules: &RuleSet, id: &EndpointId) -> BTreeSet<String> {
@@ -257,15 +238,16 @@ fn of_chain(rules: &RuleSet, id: ChainId) -> BTreeSet<String> {
     policies.filter_map(|id| federated(&rules.policies.get(id)?.name)).collect()
 }
 
-/// The name of a federated policy, by what rule sets call it: `kind name`.
+/// The name of a federated policy, from the name in a rule set: `KIND NAME`.
 fn federated(name: &str) -> Option<String> {
-    let name = name.strip_prefix(PolicyKind::FederatedNetworkPolicy.name())?;
-    name.strip_prefix(' ').map(str::to_owned)
+    let (kind, name) = name.split_once(' ')?;
+    (kind == PolicyKind::FederatedNetworkPolicy.name()).then(|| name.to_owned())
 }
 
 #[cfg(test)]
 mod tests {
-    use hanse_ruleset::{Chain, LocalEndpoint, Phase, Policy, Tier, TierDefault};
+    use hanse_protocol::reason::{Failure, Rejection};
+    use hanse_ruleset::{Chain, LocalEndpoint, Phase, Policy, PolicyId, SetId, Tier, TierDefault};
 
     use super::*;
 
@@ -296,29 +278,40 @@ mod tests {
         }
     }
 
-    fn check(status: NodeStatus, expected: &[&str]) {
-        let told = position(&"n".into(), &status, &rules());
-        let objects: Vec<&str> = told.errors.iter().map(|it| it.object.as_str()).collect();
-        assert_eq!(objects, expected, "{status:?}");
+    fn subjects(node: &pb::NodePosition) -> Vec<Subject> {
+        node.errors.iter().map(|it| wire::parse_subject(it.subject.clone().unwrap_or_default())).collect()
     }
 
-    fn refused(object: &str) -> NodeStatus {
-        NodeStatus { refused: vec![(object.to_owned(), "no".to_owned())], ..NodeStatus::default() }
+    fn check(status: NodeStatus, expected: &[Subject]) {
+        assert_eq!(subjects(&position(&"n".into(), &status, &rules())), expected, "{status:?}");
+    }
+
+    fn rejection() -> Rejection {
+        Rejection { error: "no".to_owned(), set: None }
+    }
+
+    fn refused(object: Object) -> NodeStatus {
+        NodeStatus { refused: vec![(Some(object), rejection())], ..NodeStatus::default() }
+    }
+
+    fn of(policies: &[&str]) -> Vec<Subject> {
+        policies.iter().map(|name| Subject::FederatedPolicy((*name).to_owned())).collect()
     }
 
     #[test]
-    fn a_connected_node_that_the_source_does_not_know_is_a_problem() {
+    fn reports_connected_nodes_that_the_source_does_not_have() {
         let node = |connected| NodeStatus { connected, ..NodeStatus::default() };
-        let told_of = [("n".into(), node(true)), ("nn".into(), node(true)), ("away".into(), node(false))].into();
-        let problems = strangers(&[("n".into(), ())].into(), &told_of);
-        assert!(matches!(&problems[..], [problem] if problem.starts_with("node nn: ")), "{problems:?}");
-        assert_eq!(strangers::<()>(&BTreeMap::new(), &told_of), [] as [&str; 0]);
+        let reported = [("n".into(), node(true)), ("nn".into(), node(true)), ("away".into(), node(false))].into();
+        let problems = unknown_nodes(&[("n".into(), ())].into(), &reported);
+        assert_eq!(problems, [Reason::UnknownNode("nn".to_owned())]);
+        assert_eq!(unknown_nodes::<()>(&BTreeMap::new(), &reported), []);
     }
 
-    /// What does not fit is no success.
+    /// What does not fit does not count as enforced.
     #[test]
-    fn what_is_too_much_to_tell_stands_for_everything() {
-        let error = |object: &str| pb::ObjectError { object: object.to_owned(), error: "no".to_owned() };
+    fn replaces_errors_that_do_not_fit_by_one_of_every_object() {
+        let error =
+            |name: &str| error(&Subject::FederatedPolicy(name.to_owned()), None, &Reason::Other("no".to_owned()));
         let pod = pb::UnenforcedPod::default();
         let node = pb::NodePosition {
             errors: vec![error("a"), error("b")],
@@ -330,7 +323,11 @@ mod tests {
         let told = |room: Room| {
             let (mut nodes, mut policies) = (vec![node.clone(), node.clone()], vec![policy.clone(); 3]);
             fit(&mut nodes, &mut policies, room);
-            let objects = nodes.iter().flat_map(|node| node.errors.iter().map(|it| it.object.clone()));
+            let name = |subject: Subject| match subject {
+                Subject::FederatedPolicy(name) => name,
+                _ => "*".to_owned(),
+            };
+            let objects = nodes.iter().flat_map(subjects).map(name);
             let pods: usize = nodes.iter().map(|node| node.unenforced.len()).sum();
             assert!(nodes.iter().all(|node| node.unenforced_total == 2));
             (objects.collect::<Vec<_>>().join(" "), pods, policies.len())
@@ -339,36 +336,51 @@ mod tests {
         assert_eq!(told(room(1 << 20, 1_000)), ("a b a b".to_owned(), 4, 3));
         assert_eq!(told(room(1 << 20, 5)), ("a b *".to_owned(), 2, 3));
         assert_eq!(told(room(1 << 20, 2)), ("a b * * *".to_owned(), 0, 2));
-        assert_eq!(told(room(20, 1_000)), ("a b *".to_owned(), 4, 3));
+        assert_eq!(told(room(2 * error("a").encoded_len(), 1_000)), ("a b *".to_owned(), 4, 3));
         assert_eq!(told(room(6, 1_000)), ("* * * *".to_owned(), 4, 2));
     }
 
     #[test]
     fn errors_name_the_federated_policies_that_they_concern() {
+        let policy = |name: &str| Object::Policy { id: PolicyId([1; 16]), name: name.into() };
+        let pod = |name: &str| EndpointId { namespace: "x".into(), name: name.into() };
+        let found =
+            |id: EndpointId, finding: Finding| NodeStatus { unenforced: vec![(id, finding)], ..NodeStatus::default() };
+        let (address, everything) = ([10, 1, 0, 2].into(), [Subject::Everything]);
         check(NodeStatus::default(), &[]);
-        check(refused("policy FederatedNetworkPolicy a"), &["a"]);
-        check(refused("policy NetworkPolicy x/a"), &["policy NetworkPolicy x/a"]);
-        check(refused("endpoint x/p"), &["a", "ab"]);
+        check(refused(policy("FederatedNetworkPolicy a")), &of(&["a"]));
+        let local = policy("NetworkPolicy x/a");
+        check(refused(local.clone()), &[Subject::Object(local)]);
+        check(refused(Object::Endpoint(pod("p"))), &of(&["a", "ab"]));
         let chain = *rules().chains.keys().next().expect("a chain");
-        check(refused(&format!("chain {chain}")), &["a", "ab"]);
-        check(refused("set 00"), &["set 00"]);
-        let unproven = pb::UnenforcedPod { namespace: "x".into(), name: "p".into(), reason: "not proven: so".into() };
-        check(NodeStatus { unenforced: vec![unproven], ..NodeStatus::default() }, &[]);
-        let pod =
-            |name: &str| pb::UnenforcedPod { namespace: "x".into(), name: name.into(), reason: "bypassed".into() };
-        check(NodeStatus { unenforced: vec![pod("p")], ..NodeStatus::default() }, &["a", "ab"]);
-        check(NodeStatus { unenforced: vec![pod("on-the-host")], ..NodeStatus::default() }, &[]);
-        check(NodeStatus { failed: Some("no".into()), ..NodeStatus::default() }, &[""]);
+        check(refused(Object::Chain(chain)), &of(&["a", "ab"]));
+        let set = Object::Set(SetId([0; 16]));
+        check(refused(set.clone()), &[Subject::Object(set)]);
+        // An object of a kind that this version does not know may be any.
+        check(NodeStatus { refused: vec![(None, rejection())], ..NodeStatus::default() }, &everything);
+        for finding in [Finding::Pending, Finding::Silent(address), Finding::HostNetwork(address)] {
+            check(found(pod("p"), finding), &[]);
+        }
+        let second = Finding::SecondInterface("eth0, net1".to_owned());
+        for finding in [second, Finding::Bypassed(address), Finding::Ipvs, Finding::Unknown] {
+            check(found(pod("p"), finding.clone()), &of(&["a", "ab"]));
+            check(found(pod("on-the-host"), finding), &[]);
+        }
+        let failed = NodeStatus { failed: Some(Failure::Unknown), ..NodeStatus::default() };
+        assert!(position(&"n".into(), &failed, &rules()).failure.is_some(), "also one that this version does not know");
         // What is acknowledged may be a copy's.
         let rivals = Some(([192, 0, 2, 1], 1).into()).zip(Some(([192, 0, 2, 2], 2).into()));
-        check(NodeStatus { rivals, ..NodeStatus::default() }, &["*"]);
-        // Files that cannot be written are no error of an object.
-        check(NodeStatus { problems: vec!["no space".into()], ..NodeStatus::default() }, &[]);
+        check(NodeStatus { rivals, ..NodeStatus::default() }, &everything);
+        // Files that cannot be written are not errors of an object.
+        let files = vec![FileProblem { file: "f".to_owned(), error: "no space".to_owned() }];
+        check(NodeStatus { files, ..NodeStatus::default() }, &[]);
         // Where something may be left out, nothing counts as enforced.
-        check(NodeStatus { unenforced: vec![pod("q"); MAX_TOLD], ..NodeStatus::default() }, &["*"]);
-        let many = (0..2 * MAX_ERRORS).map(|it| (format!("set {it}"), "no".to_owned())).collect();
+        let silent = (pod("q"), Finding::Silent(address));
+        check(NodeStatus { unenforced: vec![silent; MAX_REPORTED], ..NodeStatus::default() }, &everything);
+        let set = |it: usize| Object::Set(SetId::of_meaning(&[&it.to_string()]));
+        let many = (0..2 * MAX_ERRORS).map(|it| (Some(set(it)), rejection())).collect();
         let told = position(&"n".into(), &NodeStatus { refused: many, ..NodeStatus::default() }, &rules());
-        assert_eq!(told.errors.first().map(|it| &*it.object), Some("*"));
+        assert_eq!(subjects(&told).first(), Some(&Subject::Everything));
         assert!(told.errors.len() <= MAX_ERRORS + 1);
     }
 }

@@ -4,7 +4,9 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use hanse_ruleset::{Chain, ChainId, EndpointId, Family, LocalEndpoint, Policy, PolicyId, RuleSet, Set, SetId};
+use hanse_ruleset::{
+    Chain, ChainId, EndpointId, Family, LocalEndpoint, Policy, PolicyId, Rejection, RuleSet, Set, SetId,
+};
 
 use super::expression::{Expression, Verdict, value, verdict_data};
 use super::netlink::{Attributes, Batch, CREATE};
@@ -42,13 +44,13 @@ pub enum Tag {
     Removal,
 }
 
-/// Objects that the kernel refused, with the reason: what fails closed stands in their place.
+/// Objects that the kernel refused. Objects that deny are in force instead.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Closed {
-    pub policies: BTreeMap<PolicyId, String>,
-    pub sets: BTreeMap<SetId, String>,
-    pub chains: BTreeMap<ChainId, String>,
-    pub endpoints: BTreeMap<EndpointId, String>,
+    pub policies: BTreeMap<PolicyId, Rejection>,
+    pub sets: BTreeMap<SetId, Rejection>,
+    pub chains: BTreeMap<ChainId, Rejection>,
+    pub endpoints: BTreeMap<EndpointId, Rejection>,
 }
 
 pub struct Writer<'a> {
@@ -571,7 +573,7 @@ mod tests {
         };
         // One new element; and nothing where the policy stays as it is.
         assert_eq!(write(&nothing), [1, 0]);
-        let refused = || "no memory".to_owned();
+        let refused = || Rejection { error: "no memory".to_owned(), set: None };
         let closed =
             Closed { sets: [(set, refused())].into(), policies: [(policy, refused())].into(), ..Closed::default() };
         // Of both families a rule that denies, behind a chain that is there already.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hanse_dataplane::nftables::{Config, Nftables};
-use hanse_dataplane::{Backend as _, Found};
+use hanse_dataplane::{Backend as _, Found, Object};
 use hanse_ruleset::{Action, Peer, Rule, RuleSet, SetId, TierDefault};
 
 use crate::net::{Net, address, nft, passes};
@@ -207,9 +207,10 @@ fn what_the_kernel_refuses_is_closed_and_named_and_the_rest_applies() {
     (twin.ingress, twin.addresses) = (twin.egress, vec![address("10.1.0.4")]);
     rules.endpoints.insert(twin.id.clone(), Arc::new(twin));
     let applied = driver.apply(&Arc::new(rules.clone())).expect("the rest applies");
-    let refused: Vec<&str> = applied.refused.iter().map(|it| it.object.as_str()).collect();
-    assert_eq!(refused, ["policy ingress", "endpoint a/twin"], "{applied:?}");
-    assert!(applied.refused.iter().all(|it| !it.reason.is_empty()));
+    let refused: Vec<&Object> = applied.refused.iter().map(|it| &it.object).collect();
+    let [Object::Policy { name, .. }, Object::Endpoint(id)] = refused[..] else { panic!("{applied:?}") };
+    assert_eq!((&**name, &*id.namespace, &*id.name), ("ingress", "a", "twin"));
+    assert!(applied.refused.iter().all(|it| !it.rejection.error.is_empty()));
     assert!(net.connect("p2", "10.1.0.3:80").is_none(), "what was refused is closed");
     assert!(net.connect("p2", "10.1.0.4:80").is_some(), "the rest applies");
     // It stays closed, and named, in the next generation; and opens once it is gone.

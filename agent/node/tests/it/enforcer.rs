@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hanse_agent::enforcer::{Enforcer, Options, Proofs, Started};
 use hanse_agent::{backend, pod_ranges, snapshot};
-use hanse_dataplane::{Backend as _, Settings};
+use hanse_dataplane::{Backend as _, Finding, Settings};
 use hanse_ruleset::{
     Action, Chain, EndpointId, Generation, LocalEndpoint, NodeConfig, Peer, Phase, Policy, PortRange, Rule, RuleSet,
     Tier, TierDefault,
@@ -281,8 +281,8 @@ fn pods_are_proven_to_be_enforced_or_it_is_said_why_not() {
     assert_eq!(**enforcer.proofs().borrow(), Proofs::default(), "there is no pod yet");
     block_on(enforcer.apply(accepting(80, 1))).expect("applied");
     let id = |name: &str| EndpointId { namespace: "a".into(), name: name.into() };
-    let mute = "not proven: 10.1.0.3 does not answer the probe".to_owned();
-    let wanted = Proofs { hooks: String::new(), unenforced: [(id("p3"), mute)].into() };
+    let silent = Finding::Silent([10, 1, 0, 3].into());
+    let wanted = Proofs { hooks: None, unenforced: [(id("p3"), silent)].into() };
     assert!(until(|| (**enforcer.proofs().borrow() == wanted).then_some(())).is_some(), "{:?}", enforcer.proofs());
     // It is asked again.
     node.net.sysctl("p3", "net.ipv4.icmp_echo_ignore_all=0");

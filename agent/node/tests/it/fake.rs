@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hanse_dataplane::{Applied, Backend, Decisions, Error, Finding, Found, Refusal};
+use hanse_dataplane::{Applied, Backend, Decisions, Error, Finding, Found, Object, Refusal, Rejection};
 use hanse_ruleset::{EndpointId, LocalEndpoint, PolicyId, RuleSet};
 
 /// The state of the dataplane, which outlives the backend as a kernel's does, and its script.
@@ -87,7 +87,7 @@ impl Backend for Fake {
         assert!(!state.panics, "the script says so");
         step(&mut state.failing.apply)?;
         let refused = next.policies.iter().filter(|(id, _)| state.refuses.contains(id));
-        let refused = refused.map(|(_, policy)| refusal(&policy.name)).collect();
+        let refused = refused.map(|(id, policy)| refusal(*id, &policy.name)).collect();
         (state.rules, state.damaged) = (Some(Arc::clone(next)), false);
         self.applied = Some(Arc::clone(next));
         Ok(Applied { refused })
@@ -125,6 +125,7 @@ impl Backend for Fake {
     }
 }
 
-pub fn refusal(policy: &str) -> Refusal {
-    Refusal { object: format!("policy {policy}"), reason: "too large".into() }
+pub fn refusal(id: PolicyId, name: &Arc<str>) -> Refusal {
+    let object = Object::Policy { id, name: Arc::clone(name) };
+    Refusal { object, rejection: Rejection { error: "too large".into(), set: None } }
 }

@@ -8,11 +8,9 @@ use clap::Subcommand;
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 
+use super::reason::Problem;
 use super::{Client, call, with_client};
 use crate::output::{self, ListFormat};
-
-/// Items of a problem that a table names.
-const FIRST: usize = 3;
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -58,18 +56,9 @@ pub struct Node {
     problems: Vec<Problem>,
 }
 
-/// One reason, with all that it concerns, as far as the member reported it.
-#[derive(Debug, Serialize)]
-struct Problem {
-    reason: String,
-    count: u32,
-    items: Vec<String>,
-}
-
 impl From<pb::NodeInfo> for Node {
     fn from(it: pb::NodeInfo) -> Self {
         let pb::NodeId { cluster, node } = it.id.unwrap_or_default();
-        let problem = |it: pb::Problem| Problem { reason: it.reason, count: it.count, items: it.items };
         Self {
             cluster,
             node,
@@ -81,7 +70,7 @@ impl From<pb::NodeInfo> for Node {
             age_ms: it.age_ms,
             agent_version: it.agent_version,
             unenforced: it.unenforced,
-            problems: it.problems.into_iter().map(problem).collect(),
+            problems: it.problems.into_iter().map(Problem::from).collect(),
         }
     }
 }
@@ -99,23 +88,6 @@ pub async fn list(client: &mut Client, mut request: pb::ListNodesRequest) -> any
     }
 }
 
-/// A reason with what it concerns: the first three, and how many they are.
-pub fn reason(reason: &str, items: &[String], count: u32) -> String {
-    let first: Vec<&str> = items.iter().take(FIRST).map(String::as_str).collect();
-    let more = (count as usize).saturating_sub(first.len());
-    let more = if more > 0 { format!(", and {more} more") } else { String::new() };
-    match (&first[..], count) {
-        ([], 0 | 1) => reason.to_owned(),
-        ([], count) => format!("{count} {reason}"),
-        ([only], 1) => format!("{only}: {reason}"),
-        (first, count) => {
-            let pods: Option<Vec<&str>> = first.iter().map(|it| it.strip_prefix("pod ")).collect();
-            let (what, first) = pods.map_or(("objects", first.join(", ")), |pods| ("pods", pods.join(", ")));
-            format!("{count} {what}: {reason} ({first}{more})")
-        }
-    }
-}
-
 impl Node {
     fn age(&self) -> String {
         self.age_ms.map_or_else(|| "never heard".to_owned(), |age| output::length(Duration::from_millis(age)))
@@ -127,7 +99,7 @@ impl Node {
 
     /// In words, as tables and lists have them.
     fn problems(&self) -> impl Iterator<Item = String> {
-        self.problems.iter().map(|it| reason(&it.reason, &it.items, it.count))
+        self.problems.iter().map(Problem::line)
     }
 
     /// For `hanse describe node`, with everything that each reason concerns.
@@ -153,7 +125,7 @@ impl Node {
             output::line("")?;
             let node = format_args!("{}/{}", self.cluster, self.node);
             match it.items.len() {
-                0 => output::line(format_args!("{node}: {}", reason(&it.reason, &[], it.count)))?,
+                0 => output::line(format_args!("{node}: {}", it.line()))?,
                 _ => output::line(format_args!("{node}: {} ({})", it.reason, it.count))?,
             }
             it.items.iter().try_for_each(|item| output::line(format_args!("  {item}")))?;

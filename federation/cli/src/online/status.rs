@@ -10,6 +10,7 @@ use hanse_runtime::text;
 use serde::Serialize;
 
 use super::node::{self, Node};
+use super::reason::Problem;
 use super::{Client, call, time, with_client};
 use crate::output::{self, ListFormat};
 
@@ -265,7 +266,7 @@ impl Cluster {
 /// One reason, with the node and what else it concerns: the first three, and how many they are.
 pub fn in_words(problem: &pb::Problem) -> String {
     let node = if problem.node.is_empty() { String::new() } else { format!("node {}: ", problem.node) };
-    format!("{node}{}", node::reason(&problem.reason, &problem.items, problem.count))
+    format!("{node}{}", Problem::from(problem.clone()).line())
 }
 
 /// What keeps a cluster from being in sync, and what it was refused, in words.

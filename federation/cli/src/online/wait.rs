@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::describe::target;
 use super::object::{name_of, read};
+use super::reason::{NodeReason, of_object};
 use super::{CallError, Client, call, with_client};
 use crate::output::{self, Format};
 
@@ -92,6 +93,9 @@ pub struct InCluster {
     pub state: &'static str,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub why: String,
+    /// The same, for programs.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    reasons: Vec<NodeReason>,
     /// Since the hub last heard of the cluster.
     pub age_ms: Option<u64>,
     pub nodes_enforcing: u32,
@@ -100,14 +104,14 @@ pub struct InCluster {
 
 impl From<pb::ObjectInCluster> for InCluster {
     fn from(it: pb::ObjectInCluster) -> Self {
-        let (state, why) = match it.state {
-            Some(State::Enforced(_)) => ("enforced", String::new()),
-            Some(State::Refused(why)) => ("refused", why),
-            Some(State::Lagging(who)) => ("lagging", who),
-            None => ("lagging", "the hub is newer: its answer is not understood".to_owned()),
+        let (state, (why, reasons)) = match it.state {
+            Some(State::Enforced(_)) => ("enforced", (String::new(), Vec::new())),
+            Some(State::Refused(reasons)) => ("refused", of_object(reasons)),
+            Some(State::Lagging(reasons)) => ("lagging", of_object(reasons)),
+            None => ("lagging", ("the hub is newer: its answer is not understood".to_owned(), Vec::new())),
         };
         let pb::ObjectInCluster { cluster, age_ms, nodes_enforcing, nodes, .. } = it;
-        Self { cluster, state, why, age_ms, nodes_enforcing, nodes }
+        Self { cluster, state, why, reasons, age_ms, nodes_enforcing, nodes }
     }
 }
 

@@ -6,6 +6,7 @@ use futures::channel::mpsc::{UnboundedSender, unbounded};
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_client::ExchangeClient;
 use hanse_proto::federation::v1::publish_request::Message;
+use hanse_protocol::reason::{Failure, Finding, HookProblem, Reason, Rejection, Subject, wire};
 use prost::Message as _;
 use serde_json::Value;
 use tokio::sync::watch;
@@ -107,13 +108,10 @@ fn text_of_a_member_does_not_act_on_the_administrators_terminal() {
     let node = pb::NodePosition {
         node: HOSTILE.to_owned(),
         connected: true,
-        errors: vec![pb::ObjectError { object: HOSTILE.to_owned(), error: HOSTILE.to_owned() }],
-        probe: HOSTILE.to_owned(),
-        unenforced: vec![pb::UnenforcedPod {
-            namespace: HOSTILE.to_owned(),
-            name: HOSTILE.to_owned(),
-            reason: HOSTILE.to_owned(),
-        }],
+        errors: vec![error(HOSTILE, HOSTILE)],
+        hooks: Some(wire::hooks(&HookProblem::ProbeNotSent(HOSTILE.to_owned()))),
+        failure: Some(wire::failure(&Failure::Dataplane(HOSTILE.to_owned()))),
+        unenforced: vec![unenforced(HOSTILE, HOSTILE, &Finding::SecondInterface(HOSTILE.to_owned()))],
         unenforced_total: 1,
         ..pb::NodePosition::default()
     };
@@ -122,7 +120,7 @@ fn text_of_a_member_does_not_act_on_the_administrators_terminal() {
         nodes: vec![node],
         policies: vec![pb::PolicyState { policy: "p".to_owned(), state: refused }],
         agents: 1,
-        problems: vec![HOSTILE.to_owned()],
+        problems: vec![wire::reason(&Reason::Other(HOSTILE.to_owned()))],
         ..pb::Realisation::default()
     };
     evil.report(&world, report);
@@ -162,10 +160,20 @@ fn node(name: &str, at: pb::Position) -> pb::NodePosition {
     pb::NodePosition { node, hub_revision, connected: true, agent_version, term, number, ..pb::NodePosition::default() }
 }
 
-fn pods(count: u32, reason: &str) -> Vec<pb::UnenforcedPod> {
-    let pod = |it: u32| (format!("p{it}"), reason.to_owned());
-    let pods = (0..count).map(pod);
-    pods.map(|(name, reason)| pb::UnenforcedPod { namespace: "x".to_owned(), name, reason }).collect()
+fn error(policy: &str, error: &str) -> pb::ObjectError {
+    let subject = wire::subject(&Subject::FederatedPolicy(policy.to_owned()));
+    let rejection = Rejection { error: error.to_owned(), set: None };
+    pb::ObjectError { subject: Some(subject), at: None, reason: Some(wire::reason(&Reason::Rejection(rejection))) }
+}
+
+fn unenforced(namespace: &str, name: &str, finding: &Finding) -> pb::UnenforcedPod {
+    let pod = hanse_proto::report::v1::Pod { namespace: namespace.to_owned(), name: name.to_owned() };
+    pb::UnenforcedPod { pod: Some(pod), finding: Some(wire::finding(finding)) }
+}
+
+/// Pods that do not answer, each at an address of its own.
+fn silent_pods(count: u8) -> Vec<pb::UnenforcedPod> {
+    (0..count).map(|it| unenforced("x", &format!("p{it}"), &Finding::Silent([10, 1, 0, it].into()))).collect()
 }
 
 fn train() -> (World, Reporter, pb::Position) {
@@ -180,19 +188,21 @@ fn train() -> (World, Reporter, pb::Position) {
 #[test]
 fn status_names_the_node_that_lags_and_groups_what_repeats() {
     let (world, train, at) = train();
-    let silent = pb::NodePosition { unenforced: pods(150, "not proven"), unenforced_total: 150, ..node("node-1", at) };
+    let silent = pb::NodePosition { unenforced: silent_pods(150), unenforced_total: 150, ..node("node-1", at) };
     let gone = pb::NodePosition { hub_revision: 1, connected: false, age_ms: 180_000, ..node("node-2", at) };
     train.report(&world, in_sync(at, vec![silent, gone, node("node-3", at)]));
     let shown = world.hanse(&["status"]);
     let of = |text: &str| shown.out.lines().filter(|line| line.contains(text)).collect::<Vec<&str>>();
     assert_eq!(
         of("not proven"),
-        ["train: node node-1: 150 pods: not enforced: not proven (x/p0, x/p1, x/p2, and 147 more)"],
+        [
+            "train: node node-1: 150 pods: not enforced: not proven: no answer to the probe (x/p0, x/p1, x/p2, and 147 more)"
+        ],
         "{shown:?}"
     );
     let [lags] = of("node-2")[..] else { panic!("{shown:?}") };
     assert!(
-        lags.starts_with("train: node node-2: its agent is not connected, last heard 3 m ago, at revision 1 of "),
+        lags.starts_with("train: node node-2: its agent is not connected, last seen 3 m ago, at revision 1 of "),
         "{lags}"
     );
     assert!(of("node-3").is_empty(), "{shown:?}");
@@ -212,7 +222,7 @@ fn status_names_the_node_that_lags_and_groups_what_repeats() {
 #[test]
 fn nodes_are_listed_with_position_age_version_and_problem() {
     let (world, train, at) = train();
-    let refused = pb::ObjectError { object: "p".to_owned(), error: "no such set".to_owned() };
+    let refused = error("p", "no such set");
     let failing = pb::NodePosition { errors: vec![refused], ..node("node-1", at) };
     train.report(&world, in_sync(at, vec![node("node-2", at), failing]));
     assert_eq!(world.hanse(&["node", "list", "-o", "name"]).out, "train/node-1\ntrain/node-2\n");
@@ -225,7 +235,13 @@ fn nodes_are_listed_with_position_age_version_and_problem() {
     let problems = world.hanse(&["node", "list", "--problems", "-o", "json"]).json();
     let [only] = &problems.as_array().expect("a list")[..] else { panic!("{problems:#}") };
     assert_eq!((&only["node"], &only["agentVersion"]), (&"node-1".into(), &"0.1.0".into()));
-    assert_eq!(only["problems"][0], serde_json::json!({"reason": "no such set", "count": 1, "items": ["p"]}));
+    assert_eq!(
+        only["problems"][0],
+        serde_json::json!({
+            "reason": "no such set", "code": "Rejected", "count": 1, "items": ["p"],
+            "objects": [{"kind": "FederatedNetworkPolicy", "name": "p"}],
+        })
+    );
     let described = world.hanse(&["describe", "node", "train/node-1"]);
     assert!(described.out.contains("Generation:    3.7") && described.out.contains("no such set"), "{described:?}");
     for unknown in
@@ -235,8 +251,9 @@ fn nodes_are_listed_with_position_age_version_and_problem() {
         assert!(unknown.code == Some(1) && unknown.out.is_empty() && !unknown.err.is_empty(), "{unknown:?}");
     }
     // More than a page.
-    let error = pb::ObjectError { object: "q".to_owned(), error: "e".repeat(900) };
-    let many = (0..3_000).map(|it| pb::NodePosition { errors: vec![error.clone()], ..node(&format!("n{it:04}"), at) });
+    let long = error("q", &"e".repeat(500));
+    let many = (0..3_000)
+        .map(|it| pb::NodePosition { errors: vec![long.clone(), long.clone()], ..node(&format!("n{it:04}"), at) });
     train.report(&world, in_sync(at, many.collect()));
     let names = world.hanse(&["node", "list", "train", "-o", "name"]).out;
     assert!(names.lines().map(str::to_owned).eq((0..3_000).map(|it| format!("train/n{it:04}"))), "each once, in order");
@@ -263,7 +280,7 @@ fn describe_shows_what_an_object_says_where_it_is_enforced_and_who_changed_it() 
     let json = world.hanse(&["describe", "fnp/p", "-o", "json"]).json();
     assert_eq!((&json["clusters"][0]["state"], &json["clusters"][0]["nodesEnforcing"]), (&"lagging".into(), &1.into()));
     assert_eq!(json["lastChange"]["who"], "user/admin");
-    let refused = pb::ObjectError { object: "p".to_owned(), error: "no such set".to_owned() };
+    let refused = error("p", "no such set");
     let failing = pb::NodePosition { errors: vec![refused], ..node("node-1", at) };
     train.report(&world, in_sync(at, vec![failing]));
     assert!(world.hanse(&["describe", "fnp", "p"]).out.contains("node node-1: no such set"));
@@ -303,7 +320,7 @@ fn wait_takes_several_objects_says_its_first_reason_at_once_and_waits_for_deleti
     }
     assert_eq!(wait(&[]).code, Some(2), "nothing is named");
     assert_eq!(wait(&["p", "tier/gone"]).code, Some(1));
-    let refused = pb::ObjectError { object: "p".to_owned(), error: "no such set".to_owned() };
+    let refused = error("p", "no such set");
     train.report(&world, in_sync(at, vec![node("n", at), pb::NodePosition { errors: vec![refused], ..node("m", at) }]));
     let refused = wait(&["p"]);
     assert!(refused.code == Some(2) && refused.err.contains("node m: no such set"), "{refused:?}");

@@ -3,6 +3,7 @@
 
 use hanse_proto::bounded;
 use hanse_proto::federation::v1 as pb;
+use hanse_protocol::reason::{Reason, wire as reasons};
 
 use crate::codec as wire;
 use crate::limits::MAX_CLUSTERS;
@@ -13,18 +14,16 @@ const MAX_NODES: usize = 16_384;
 const MAX_TOLD: usize = 65_536;
 /// Bytes of one name: a DNS name has at most 253.
 const MAX_NAME_BYTES: usize = 253;
-/// Bytes of the name of an object as an agent writes it: a kind, a namespace and a name.
-const MAX_OBJECT_BYTES: usize = 1 << 10;
-/// Bytes of one text: a member sends an object's name and a reason of 512 bytes, or the place of a problem in a manifest and
-/// what is wrong. What is longer is cut.
+/// Bytes of the reason why a member cannot read a policy. What is longer is cut. Texts of other reasons have the bounds of
+/// `hanse_protocol::reason`.
 const MAX_TEXT_BYTES: usize = 2 << 10;
 
 /// The report as it is kept. One that is larger than a cluster of the largest size can make it is no reason to stop publishing,
 /// but then nothing is known of enforcement.
 pub fn read(bytes: &[u8]) -> pb::Realisation {
     let not_taken = |why: String| {
-        let problem = format!("its report of enforcement is too large, and not taken: {why}");
-        pb::Realisation { problems: vec![problem], ..pb::Realisation::default() }
+        let problem = Reason::Other(format!("its report of enforcement is too large, and not taken: {why}"));
+        pb::Realisation { problems: vec![reasons::reason(&problem)], ..pb::Realisation::default() }
     };
     if bytes.len() > wire::MAX_PLAIN_BYTES {
         return not_taken(format!("{} bytes, of {}", bytes.len(), wire::MAX_PLAIN_BYTES));
@@ -45,7 +44,7 @@ pub fn read(bytes: &[u8]) -> pb::Realisation {
 fn check(realisation: &pb::Realisation) -> Result<(), String> {
     let of_nodes = |count: fn(&pb::NodePosition) -> usize| realisation.nodes.iter().map(count).sum::<usize>();
     let longest = |names: &mut dyn Iterator<Item = &String>| names.map(String::len).max().unwrap_or_default();
-    let pods = || realisation.nodes.iter().flat_map(|node| &node.unenforced);
+    let pods = || realisation.nodes.iter().flat_map(|node| &node.unenforced).filter_map(|it| it.pod.as_ref());
     let awaited = || realisation.policies.iter().flat_map(|policy| awaited(&policy.state));
     for (what, count, most) in [
         ("nodes", realisation.nodes.len(), MAX_NODES),
@@ -55,7 +54,7 @@ fn check(realisation: &pb::Realisation) -> Result<(), String> {
         ("clusters that policies wait for", awaited().count(), MAX_TOLD),
         ("origins", realisation.origins.len(), MAX_CLUSTERS),
         ("problems", realisation.problems.len(), MAX_TOLD),
-        ("problems of nodes", of_nodes(|node| node.problems.len()), MAX_TOLD),
+        ("files of nodes", of_nodes(|node| node.files.len()), MAX_TOLD),
         ("bytes of a node's name", longest(&mut realisation.nodes.iter().map(|it| &it.node)), MAX_NAME_BYTES),
         ("bytes of a policy's name", longest(&mut realisation.policies.iter().map(|it| &it.policy)), MAX_NAME_BYTES),
         ("bytes of a cluster's name", longest(&mut awaited()), MAX_NAME_BYTES),
@@ -79,21 +78,34 @@ fn awaited(state: &Option<pb::policy_state::State>) -> &[String] {
 
 fn cut_texts(realisation: &mut pb::Realisation) {
     for node in &mut realisation.nodes {
-        cut(&mut node.probe, MAX_TEXT_BYTES);
         cut(&mut node.agent_version, MAX_NAME_BYTES);
-        node.problems.iter_mut().for_each(|problem| cut(problem, MAX_TEXT_BYTES));
-        for error in &mut node.errors {
-            cut(&mut error.object, MAX_OBJECT_BYTES);
-            cut(&mut error.error, MAX_TEXT_BYTES);
+        bound(&mut node.hooks, |it| reasons::hooks(&reasons::parse_hooks(it)));
+        bound(&mut node.failure, |it| reasons::failure(&reasons::parse_failure(it)));
+        for file in &mut node.files {
+            *file = reasons::file(&reasons::parse_file(std::mem::take(file)));
         }
-        node.unenforced.iter_mut().for_each(|pod| cut(&mut pod.reason, MAX_TEXT_BYTES));
+        for error in &mut node.errors {
+            bound(&mut error.subject, |it| reasons::subject(&reasons::parse_subject(it)));
+            error.at = error.at.take().and_then(reasons::parse_object).map(|it| reasons::object(&it));
+            bound(&mut error.reason, |it| reasons::reason(&reasons::parse_reason(it)));
+        }
+        for pod in &mut node.unenforced {
+            bound(&mut pod.finding, |it| reasons::finding(&reasons::parse_finding(it)));
+        }
     }
     for policy in &mut realisation.policies {
         if let Some(pb::policy_state::State::Refused(why)) = &mut policy.state {
             cut(why, MAX_TEXT_BYTES);
         }
     }
-    realisation.problems.iter_mut().for_each(|problem| cut(problem, MAX_TEXT_BYTES));
+    for problem in &mut realisation.problems {
+        *problem = reasons::reason(&reasons::parse_reason(std::mem::take(problem)));
+    }
+}
+
+/// Reads a value and writes it again, by which its texts are cut.
+fn bound<T>(value: &mut Option<T>, again: impl FnOnce(T) -> T) {
+    *value = value.take().map(again);
 }
 
 /// At most `most` bytes, with the mark that some are missing.

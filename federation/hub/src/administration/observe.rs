@@ -6,6 +6,7 @@ use std::time::Duration;
 use hanse_identity::Identity;
 use hanse_identity::tls::Peer;
 use hanse_proto::federation::v1 as wire;
+use hanse_protocol::reason::wire as reason;
 use hanse_runtime::supervisor::caught;
 use prost::Message as _;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
@@ -14,7 +15,7 @@ use tonic::Status;
 use super::{Administration, convert};
 use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::{Object, Snapshot};
-use crate::status::{NodeProgress, ObjectState, Problem};
+use crate::status::{NodeProgress, ObjectState, Problem, Reasons};
 
 /// Items of a problem that a status names.
 const FIRST: usize = 3;
@@ -112,8 +113,8 @@ impl Administration {
             use wire::object_in_cluster::State;
             let state = match status.state {
                 ObjectState::Enforced => State::Enforced(wire::Enforced {}),
-                ObjectState::Lagging(who) => State::Lagging(who),
-                ObjectState::Refused(why) => State::Refused(why),
+                ObjectState::Lagging(reasons) => State::Lagging(reasons_to_wire(reasons)),
+                ObjectState::Refused(reasons) => State::Refused(reasons_to_wire(reasons)),
             };
             wire::ObjectInCluster {
                 age_ms: self.age_ms(&cluster),
@@ -218,9 +219,19 @@ fn milliseconds(time: Duration) -> u64 {
 }
 
 fn problem_to_wire(problem: Problem, most: usize) -> wire::Problem {
-    let Problem { node, reason, mut items, count } = problem;
-    items.truncate(most);
-    wire::Problem { node, reason, items, count }
+    let Problem { node, at, reason: why, items, count } = problem;
+    let items = items.iter().take(most).map(reason::subject).collect();
+    let at = at.as_ref().map(reason::object);
+    wire::Problem { node, reason: Some(reason::reason(&why)), items, count, at }
+}
+
+fn reasons_to_wire(reasons: Reasons) -> wire::Reasons {
+    let first = reasons.first.into_iter().map(|it| wire::NodeReason {
+        node: it.node,
+        reason: Some(reason::reason(&it.reason)),
+        at: it.at.as_ref().map(reason::object),
+    });
+    wire::Reasons { first: first.collect(), more: reasons.more }
 }
 
 fn node_to_wire(cluster: &str, node: NodeProgress) -> wire::NodeInfo {

@@ -1,43 +1,36 @@
-//! How far clusters enforce what they were sent: what they reported, compared with what they should be at.
+//! How far clusters enforce what they were sent: their reports, compared with where they should be.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use hanse_proto::federation::v1 as pb;
+use hanse_proto::report::v1::{object, subject};
+use hanse_protocol::reason::{Agent, Behind, Lag, Object, Reason, Subject, wire};
 use hanse_store::Revision;
 
-use crate::status::{NodeProgress, NodeState, ObjectState, ObjectStatus, Problem};
+use crate::status::{NodeProgress, NodeReason, NodeState, ObjectState, ObjectStatus, Problem, Reasons};
 use hanse_exchange::model::Position;
 
-/// What [`pb::ObjectError::object`] says before a federated policy's name, in reports of earlier members.
-const POLICY_OBJECT: &str = "policy FederatedNetworkPolicy ";
-/// Errors of this stand for any object.
-const EVERY_OBJECT: &str = "*";
-/// Errors of this are of the newest rule set, which is not in force.
-const NEWEST: &str = "";
-/// Of a node whose agent was not heard by this process of its member.
-const NEVER_CONNECTED: &str = "no agent has connected since the member started: start it, and where it never enrolled give it a token of \
-                               `hanse-member node-token create` (`hanse-member node list` shows which have enrolled)";
-/// Nodes that words name; the rest is counted.
+/// Nodes whose reasons a status has; the rest is counted.
 const NAMED_NODES: usize = 3;
 
 /// A cluster's last report of enforcement.
 #[derive(Debug, Clone, Copy)]
 pub struct Report<'a> {
     pub told: &'a pb::Realisation,
-    /// Where this hub is.
+    /// The position of this hub.
     pub hub: Position,
-    /// Since it came.
+    /// Since it arrived.
     pub age: Duration,
-    /// What it says may no longer be true.
+    /// It may no longer be true.
     pub silent: bool,
 }
 
 impl Report<'_> {
     /// What is wrong with the cluster as a whole, and with each node.
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
-        let of_source = self.told.problems.iter().map(|reason| Problem::new("", reason.clone()));
-        of_source.chain(self.told.nodes.iter().flat_map(|node| self.node_problems(node)))
+        let of_cluster = self.told.problems.iter().map(|it| Problem::new("", wire::parse_reason(it.clone())));
+        of_cluster.chain(self.told.nodes.iter().flat_map(|node| self.node_problems(node)))
     }
 
     pub fn nodes(&self) -> impl Iterator<Item = NodeProgress> {
@@ -68,26 +61,28 @@ impl Report<'_> {
     }
 
     fn node_problems(&self, node: &pb::NodePosition) -> impl Iterator<Item = Problem> {
-        let problem = |reason: String| Problem::new(&node.node, reason);
-        let lag = self.lag(node).map(problem);
-        let probe = (!node.probe.is_empty()).then(|| problem(node.probe.clone()));
-        // That the newest is not in force is said with the lag.
-        let errors = node.errors.iter().filter(|it| it.object != NEWEST).map(|it| {
-            let item = (it.object != EVERY_OBJECT).then(|| it.object.clone());
-            (it.error.clone(), item)
+        let problem = |reason: Reason| Problem::new(&node.node, reason);
+        let lag = self.lag(node).map(|lag| problem(Reason::Lag(lag)));
+        let hooks = node.hooks.clone().map(|it| problem(Reason::Hooks(wire::parse_hooks(it))));
+        let errors = node.errors.iter().cloned().map(|it| {
+            let subject = wire::parse_subject(it.subject.unwrap_or_default());
+            Error {
+                at: it.at.and_then(wire::parse_object),
+                reason: wire::parse_reason(it.reason.unwrap_or_default()),
+                item: (subject != Subject::Everything).then_some(subject),
+            }
         });
-        let pods = node
-            .unenforced
-            .iter()
-            .map(|it| (format!("not enforced: {}", it.reason), Some(format!("pod {}/{}", it.namespace, it.name))));
+        let pods = node.unenforced.iter().cloned().map(|it| {
+            let pod = Object::Endpoint(wire::parse_pod(it.pod.unwrap_or_default()));
+            let finding = wire::parse_finding(it.finding.unwrap_or_default());
+            Error { at: None, reason: Reason::Finding(finding), item: Some(Subject::Object(pod)) }
+        });
         let unnamed = node.unenforced_total.saturating_sub(u32::try_from(node.unenforced.len()).unwrap_or(u32::MAX));
-        let unnamed = (unnamed > 0).then(|| Problem {
-            count: unnamed,
-            ..problem("pods are not enforced that the report does not name".to_owned())
-        });
+        let unnamed = (unnamed > 0).then(|| Problem { count: unnamed, ..problem(Reason::PodsNotNamed) });
         let grouped = grouped(&node.node, errors.chain(pods));
-        let others: Vec<Problem> = node.problems.iter().cloned().map(problem).collect();
-        lag.into_iter().chain(probe).chain(grouped).chain(unnamed).chain(others)
+        let files: Vec<Problem> =
+            node.files.iter().cloned().map(|it| problem(Reason::File(wire::parse_file(it)))).collect();
+        lag.into_iter().chain(hooks).chain(grouped).chain(unnamed).chain(files)
     }
 
     /// The hub's position that a node enforces.
@@ -96,82 +91,86 @@ impl Report<'_> {
         Position { epoch: node.hub_epoch.unwrap_or(of_report), revision: node.hub_revision }
     }
 
-    /// The revision of the hub that a node enforces; none where it is of another epoch, or this hub has not reached it:
-    /// nothing is known of what it enforces then.
+    /// The revision of the hub that a node enforces. None where it is of another epoch, or this hub has not reached it: what the node
+    /// enforces is unknown then.
     fn revision_of(&self, node: &pb::NodePosition) -> Option<u64> {
         let at = self.position_of(node);
         (at.epoch == self.hub.epoch && at.revision <= self.hub.revision).then_some(at.revision)
     }
 
-    /// The revision of the hub that all of the cluster enforces, by what its member and its nodes say.
+    /// The revision of the hub that all of the cluster enforces, as its member and its nodes report.
     pub fn enforced_revision(&self) -> u64 {
         let of_member = self.told.hub.as_ref().filter(|at| at.epoch == self.hub.epoch).map_or(0, |at| at.revision);
         let of_nodes = self.told.nodes.iter().map(|node| self.revision_of(node).unwrap_or_default());
         of_nodes.chain([of_member]).min().unwrap_or_default()
     }
 
-    /// Why a node does not enforce the newest that its member has.
-    fn lag(&self, node: &pb::NodePosition) -> Option<String> {
+    /// Why a node does not enforce the newest rule set of its member.
+    fn lag(&self, node: &pb::NodePosition) -> Option<Lag> {
         let of_member = self.told.hub.unwrap_or_default();
         let (hub, local) = (self.position_of(node), node.local_revision);
         let behind = if hub.epoch == self.hub.epoch && hub.revision > self.hub.revision {
-            Some(format!("at revision {} of the hub, which is at {}", hub.revision, self.hub.revision))
+            Some(Behind::AheadOfHub { at: hub.revision, hub: self.hub.revision })
         } else if hub.epoch != of_member.epoch {
-            // Revisions of different epochs have nothing to do with each other.
-            Some(format!("at revision {} of the hub before it was restored", hub.revision))
+            // Revisions of different epochs cannot be compared.
+            Some(Behind::OtherEpoch { at: hub.revision })
         } else if hub.revision < of_member.revision {
-            Some(format!("at revision {} of the hub's {}", hub.revision, of_member.revision))
+            Some(Behind::Hub { at: hub.revision, wanted: of_member.revision })
         } else if local < self.told.local_revision {
-            Some(format!("at revision {local} of the cluster's own {}", self.told.local_revision))
+            Some(Behind::Local { at: local, wanted: self.told.local_revision })
         } else {
             None
         };
-        let failed = node.errors.iter().find(|it| it.object == NEWEST);
-        let behind = match (behind, failed) {
-            (behind, Some(failed)) => {
-                let at = behind.map(|at| format!(" ({at})")).unwrap_or_default();
-                Some(format!("the newest rule set is not in force{at}: {}", failed.error))
-            }
-            (behind, None) => behind,
+        let failure = node.failure.clone().map(wire::parse_failure);
+        let agent = match (node.connected, self.age_of(node)) {
+            (true, _) => Agent::Connected,
+            (false, None) => Agent::NeverConnected,
+            (false, Some(age)) => Agent::Silent(age),
         };
-        match (node.connected, self.age_of(node)) {
-            (true, _) => behind,
-            (false, None) => Some(NEVER_CONNECTED.to_owned()),
-            (false, Some(age)) => {
-                let at = behind.map(|at| format!(", {at}")).unwrap_or_default();
-                Some(format!("its agent is not connected, last heard {} ago{at}", words(age)))
-            }
-        }
+        let lags = agent != Agent::Connected || behind.is_some() || failure.is_some();
+        lags.then_some(Lag { agent, behind, failure })
     }
 
     /// How far an object of this name and revision is. A policy's errors are by its name.
     pub fn object(&self, policy: Option<&str>, needed: Revision) -> ObjectStatus {
         let (mut enforcing, mut refused, mut lagging) = (0_u32, Vec::new(), Vec::new());
         for node in &self.told.nodes {
-            let of = |object: &str| node.errors.iter().find(|error| error.object == object);
-            let of_policy = policy.and_then(|name| of(name).or_else(|| of(&format!("{POLICY_OBJECT}{name}"))));
+            let reason = |error: &pb::ObjectError| NodeReason {
+                node: node.node.clone(),
+                at: error.at.clone().and_then(wire::parse_object),
+                reason: wire::parse_reason(error.reason.clone().unwrap_or_default()),
+            };
+            let of_policy = policy.and_then(|name| node.errors.iter().find(|error| is_of_policy(error, name)));
             if let Some(error) = of_policy {
-                refused.push(format!("node {}: {}", node.node, error.error));
-            } else if let Some(error) = of(EVERY_OBJECT) {
-                lagging.push(format!("node {}: {}", node.node, error.error));
+                refused.push(reason(error));
+            } else if let Some(error) = node.errors.iter().find(|error| is_of_everything(error)) {
+                lagging.push(reason(error));
             } else if self.revision_of(node).is_none_or(|at| at < needed) {
-                let at = format!("at revision {} of {needed}", node.hub_revision);
-                lagging.push(format!("node {}: {}", node.node, self.lag(node).unwrap_or(at)));
+                let behind = Some(Behind::Hub { at: node.hub_revision, wanted: needed });
+                let lag = self.lag(node).unwrap_or(Lag { agent: Agent::Connected, behind, failure: None });
+                lagging.push(NodeReason { node: node.node.clone(), at: None, reason: Reason::Lag(lag) });
             } else {
                 enforcing = enforcing.saturating_add(1);
             }
         }
-        // Revisions of a store before this one say nothing.
+        // Revisions of a store before this one do not count.
         let at = self.told.hub.as_ref().filter(|at| at.epoch == self.hub.epoch).map_or(0, |at| at.revision);
         let of_policies = policy.and_then(|name| self.told.policies.iter().find(|it| it.policy == name));
         let state = match of_policies.and_then(|it| it.state.as_ref()) {
-            Some(pb::policy_state::State::Refused(why)) => ObjectState::Refused(why.clone()),
-            Some(pb::policy_state::State::Waiting(waiting)) => {
-                ObjectState::Lagging(format!("waits for {}", waiting.clusters.join(", ")))
+            Some(pb::policy_state::State::Refused(why)) => {
+                ObjectState::Refused(Reasons::of_cluster(Reason::PolicyUnreadable(why.clone())))
             }
+            Some(pb::policy_state::State::Waiting(waiting)) => {
+                ObjectState::Lagging(Reasons::of_cluster(Reason::Waiting(waiting.clusters.clone())))
+            }
+            // A state that this version does not know.
+            None if of_policies.is_some() => ObjectState::Lagging(Reasons::of_cluster(Reason::Unknown)),
             None if !refused.is_empty() => ObjectState::Refused(first_of(refused)),
             None if !lagging.is_empty() => ObjectState::Lagging(first_of(lagging)),
-            None if at < needed => ObjectState::Lagging(format!("the member is at revision {at} of {needed}")),
+            None if at < needed => {
+                let behind = Behind::Hub { at, wanted: needed };
+                ObjectState::Lagging(Reasons::of_cluster(Reason::MemberBehind(behind)))
+            }
             None => ObjectState::Enforced,
         };
         let nodes = u32::try_from(self.told.nodes.len()).unwrap_or(u32::MAX);
@@ -179,39 +178,73 @@ impl Report<'_> {
     }
 }
 
+fn subject_of(error: &pb::ObjectError) -> Option<&subject::Subject> {
+    error.subject.as_ref()?.subject.as_ref()
+}
+
+fn is_of_policy(error: &pb::ObjectError, name: &str) -> bool {
+    matches!(subject_of(error), Some(subject::Subject::FederatedPolicy(it)) if it == name)
+}
+
+/// Also where this version does not know what the error concerns: it may be any object.
+fn is_of_everything(error: &pb::ObjectError) -> bool {
+    match subject_of(error) {
+        None | Some(subject::Subject::Everything(_)) => true,
+        Some(subject::Subject::FederatedPolicy(_)) => false,
+        Some(subject::Subject::Object(it)) => match &it.object {
+            None => true,
+            Some(object::Object::Set(id) | object::Object::Chain(id)) => id.len() != 16,
+            Some(object::Object::Policy(it)) => it.id.len() != 16,
+            Some(object::Object::Pod(_)) => false,
+        },
+    }
+}
+
+struct Error {
+    at: Option<Object>,
+    reason: Reason,
+    item: Option<Subject>,
+}
+
+/// What makes two errors one problem. Findings of several pods differ in their addresses only.
+#[derive(PartialEq, Eq, Hash)]
+enum Group {
+    Pods(&'static str),
+    Other(Option<Object>, Reason),
+}
+
 /// One problem for each reason, in the order in which reasons appear.
-fn grouped(node: &str, all: impl Iterator<Item = (String, Option<String>)>) -> Vec<Problem> {
-    let (mut problems, mut places): (Vec<Problem>, HashMap<String, usize>) = Default::default();
-    for (reason, item) in all {
-        let at = *places.entry(reason).or_insert_with_key(|reason| {
-            problems.push(Problem { count: 0, ..Problem::new(node, reason.clone()) });
+fn grouped(node: &str, all: impl Iterator<Item = Error>) -> Vec<Problem> {
+    let (mut problems, mut places): (Vec<Problem>, HashMap<Group, usize>) = Default::default();
+    for Error { at, reason, item } in all {
+        let group = match (&at, &reason) {
+            (None, Reason::Finding(_)) => Group::Pods(reason.code()),
+            _ => Group::Other(at.clone(), reason.clone()),
+        };
+        let place = *places.entry(group).or_insert_with(|| {
+            problems.push(Problem { at, count: 0, ..Problem::new(node, reason) });
             problems.len() - 1
         });
-        problems[at].count = problems[at].count.saturating_add(1);
-        problems[at].items.extend(item);
+        problems[place].count = problems[place].count.saturating_add(1);
+        problems[place].items.extend(item);
     }
     problems
 }
 
-fn first_of(mut all: Vec<String>) -> String {
+fn first_of(mut all: Vec<NodeReason>) -> Reasons {
     let more = all.len().saturating_sub(NAMED_NODES);
     all.truncate(NAMED_NODES);
-    let more = if more > 0 { format!("; and {more} more nodes") } else { String::new() };
-    all.join("; ") + &more
-}
-
-/// A length of time, to the second or coarser.
-pub fn words(time: Duration) -> String {
-    match time.as_secs() {
-        seconds @ 0..60 => format!("{seconds} s"),
-        seconds @ 60..3_600 => format!("{} m", seconds / 60),
-        seconds @ 3_600..172_800 => format!("{} h", seconds / 3_600),
-        seconds => format!("{} d", seconds / 86_400),
-    }
+    Reasons { first: all, more: u32::try_from(more).unwrap_or(u32::MAX) }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
+    use hanse_protocol::reason::words::Words;
+    use hanse_protocol::reason::{Failure, Finding};
+    use hanse_ruleset::EndpointId;
+
     use super::*;
 
     fn node(name: &str) -> pb::NodePosition {
@@ -228,29 +261,48 @@ mod tests {
         Report { told, hub, age: Duration::from_secs(60), silent: false }
     }
 
-    fn pod(name: &str, reason: &str) -> pb::UnenforcedPod {
-        pb::UnenforcedPod { namespace: "x".to_owned(), name: name.to_owned(), reason: reason.to_owned() }
+    fn pod(number: u8, finding: fn(IpAddr) -> Finding) -> pb::UnenforcedPod {
+        let id = EndpointId { namespace: "x".into(), name: format!("p{number}").into() };
+        let finding = finding([10, 1, 0, number].into());
+        pb::UnenforcedPod { pod: Some(wire::pod(&id)), finding: Some(wire::finding(&finding)) }
+    }
+
+    fn error(subject: Subject) -> pb::ObjectError {
+        let reason = Some(wire::reason(&Reason::Other("no".to_owned())));
+        pb::ObjectError { subject: Some(wire::subject(&subject)), at: None, reason }
+    }
+
+    fn of_policy(name: &str) -> pb::ObjectError {
+        error(Subject::FederatedPolicy(name.to_owned()))
+    }
+
+    /// As people read it.
+    fn words(reasons: &Reasons) -> String {
+        let word = |it: &NodeReason| format!("node {}: {}", it.node, Words(&it.reason));
+        format!("{} +{}", reasons.first.iter().map(word).collect::<Vec<_>>().join("; "), reasons.more)
+    }
+
+    fn state(status: &ObjectStatus) -> String {
+        match &status.state {
+            ObjectState::Enforced => "enforced".to_owned(),
+            ObjectState::Lagging(reasons) => format!("lagging: {}", words(reasons)),
+            ObjectState::Refused(reasons) => format!("refused: {}", words(reasons)),
+        }
     }
 
     #[test]
-    fn pods_of_one_reason_are_one_problem() {
+    fn groups_pods_by_finding() {
         let mut first = node("a");
-        first.unenforced = (0..150).map(|it| pod(&format!("p{it}"), "not proven")).collect();
-        first.unenforced.push(pod("q", "host network"));
+        first.unenforced = (0..150).map(|it| pod(it, Finding::Silent)).collect();
+        first.unenforced.push(pod(200, Finding::HostNetwork));
         first.unenforced_total = 160;
         let told = report(vec![first, node("b")]);
         let problems: Vec<Problem> = of(&told).problems().collect();
         let shape: Vec<(&str, u32, usize)> =
-            problems.iter().map(|it| (it.reason.as_str(), it.count, it.items.len())).collect();
-        assert_eq!(
-            shape,
-            [
-                ("not enforced: not proven", 150, 150),
-                ("not enforced: host network", 1, 1),
-                ("pods are not enforced that the report does not name", 9, 0)
-            ]
-        );
-        assert_eq!((problems[0].node.as_str(), problems[0].items[0].as_str()), ("a", "pod x/p0"));
+            problems.iter().map(|it| (it.reason.code(), it.count, it.items.len())).collect();
+        assert_eq!(shape, [("NotProven", 150, 150), ("HostNetwork", 1, 1), ("PodsNotNamed", 9, 0)]);
+        let first = Object::Endpoint(EndpointId { namespace: "x".into(), name: "p0".into() });
+        assert_eq!((problems[0].node.as_str(), &problems[0].items[0]), ("a", &Subject::Object(first)));
         let states: Vec<NodeState> = of(&told).nodes().map(|it| it.state).collect();
         assert_eq!(states, [NodeState::Lagging, NodeState::Enforcing]);
         let silent = Report { silent: true, ..of(&told) };
@@ -263,44 +315,50 @@ mod tests {
             let mut changed = node("a");
             change(&mut changed);
             let told = pb::Realisation { local_revision: 4, ..report(vec![changed]) };
-            let reasons: Vec<String> = of(&told).problems().map(|it| it.reason).collect();
+            let reasons: Vec<String> = of(&told).problems().map(|it| Words(&it.reason).to_string()).collect();
             assert_eq!(reasons.iter().map(String::as_str).collect::<Vec<_>>(), Vec::from_iter(expected));
         };
-        let error = |object: &str| pb::ObjectError { object: object.to_owned(), error: "no".to_owned() };
         check(&|it| it.local_revision = 4, None);
         check(&|_| {}, Some("at revision 0 of the cluster's own 4"));
         check(&|it| it.hub_revision = 5, Some("at revision 5 of the hub's 7"));
-        check(&|it| (it.connected, it.age_ms) = (false, u64::MAX), Some(NEVER_CONNECTED));
-        let gone = "its agent is not connected, last heard 3 m ago, at revision 5 of the hub's 7";
+        let never = Lag { agent: Agent::NeverConnected, behind: None, failure: None };
+        check(&|it| (it.connected, it.age_ms) = (false, u64::MAX), Some(&Words(&never).to_string()));
+        let gone = "its agent is not connected, last seen 3 m ago, at revision 5 of the hub's 7";
         check(&|it| (it.connected, it.age_ms, it.hub_revision) = (false, 120_000, 5), Some(gone));
-        let failed = "the newest rule set is not in force (at revision 5 of the hub's 7): no";
-        check(&|it| (it.hub_revision, it.errors) = (5, vec![error("")]), Some(failed));
+        let failed =
+            "the newest rule set is not in force (at revision 5 of the hub's 7): the enforcer thread has ended";
+        let failure = wire::failure(&Failure::EnforcerEnded);
+        check(&|it| (it.hub_revision, it.failure) = (5, Some(failure.clone())), Some(failed));
+        // A failure that this version does not know is one.
+        let unknown = "the newest rule set is not in force: unknown reason: the sender is a newer version";
+        check(&|it| (it.local_revision, it.failure) = (4, Some(Default::default())), Some(unknown));
     }
 
     #[test]
     fn an_object_is_as_far_as_its_last_node() {
-        let check = |nodes: Vec<pb::NodePosition>, expected: ObjectState, enforcing: u32| {
+        let check = |nodes: Vec<pb::NodePosition>, expected: &str, enforcing: u32| {
             let told = report(nodes);
             let status = of(&told).object(Some("p"), 7);
-            assert_eq!((status.state, status.nodes_enforcing), (expected, enforcing));
+            assert_eq!((state(&status).as_str(), status.nodes_enforcing), (expected, enforcing));
         };
-        let error = |object: &str| pb::ObjectError { object: object.to_owned(), error: "no".to_owned() };
         let behind = |name: &str| pb::NodePosition { hub_revision: 5, ..node(name) };
-        check(vec![node("a"), node("b")], ObjectState::Enforced, 2);
-        let names = "node b: at revision 5 of the hub's 7";
-        check(vec![node("a"), behind("b")], ObjectState::Lagging(names.to_owned()), 1);
+        check(vec![node("a"), node("b")], "enforced", 2);
+        check(vec![node("a"), behind("b")], "lagging: node b: at revision 5 of the hub's 7 +0", 1);
         let many = ["b", "c", "d", "e", "f"].map(behind).to_vec();
         let status = of(&report(many)).object(Some("p"), 7);
-        assert!(
-            matches!(&status.state, ObjectState::Lagging(why) if why.ends_with("; and 2 more nodes")),
-            "{status:?}"
-        );
-        let refused = pb::NodePosition { errors: vec![error("p")], ..node("b") };
-        check(vec![behind("a"), refused.clone()], ObjectState::Refused("node b: no".to_owned()), 0);
+        assert!(state(&status).ends_with(" +2"), "{status:?}");
+        let refused = pb::NodePosition { errors: vec![of_policy("p")], ..node("b") };
+        check(vec![behind("a"), refused.clone()], "refused: node b: no +0", 0);
         let other = of(&report(vec![refused])).object(Some("q"), 7);
         assert_eq!(other.state, ObjectState::Enforced);
-        let any = pb::NodePosition { errors: vec![error("*")], ..node("b") };
-        check(vec![any], ObjectState::Lagging("node b: no".to_owned()), 0);
+        let any = pb::NodePosition { errors: vec![error(Subject::Everything)], ..node("b") };
+        check(vec![any], "lagging: node b: no +0", 0);
+        // Nothing counts as enforced of which this version does not know what is wrong, and with what.
+        let unknown = pb::NodePosition { errors: vec![pb::ObjectError::default()], ..node("b") };
+        check(vec![unknown], "lagging: node b: unknown reason: the sender is a newer version +0", 0);
+        let mut told = report(vec![node("a")]);
+        told.policies = vec![pb::PolicyState { policy: "p".to_owned(), state: None }];
+        assert!(state(&of(&told).object(Some("p"), 7)).starts_with("lagging: node : unknown reason"));
         // Of another store's numbering.
         let restored = Position { epoch: 2, revision: 7 };
         let status = Report { hub: restored, ..of(&report(vec![node("a")])) }.object(None, 7);
@@ -322,11 +380,11 @@ mod tests {
         ] {
             let told = report(vec![node_at, node("b")]);
             let problems: Vec<Problem> = of(&told).problems().collect();
-            let named = problems.iter().map(|it| (it.node.as_str(), it.reason.as_str())).collect::<Vec<_>>();
-            assert_eq!(named, lag.map(|lag| ("a", lag)).into_iter().collect::<Vec<_>>());
+            let named = problems.iter().map(|it| (it.node.clone(), Words(&it.reason).to_string())).collect::<Vec<_>>();
+            assert_eq!(named, lag.map(|lag| ("a".to_owned(), lag.to_owned())).into_iter().collect::<Vec<_>>());
             let status = of(&told).object(Some("p"), 7);
-            let expected = lag.map_or(ObjectState::Enforced, |lag| ObjectState::Lagging(format!("node a: {lag}")));
-            assert_eq!((status.state, status.nodes_enforcing), (expected, if lag.is_none() { 2 } else { 1 }));
+            let expected = lag.map_or("enforced".to_owned(), |lag| format!("lagging: node a: {lag} +0"));
+            assert_eq!((state(&status), status.nodes_enforcing), (expected, if lag.is_none() { 2 } else { 1 }));
             assert_eq!(of(&told).enforced_revision(), if lag.is_none() { 7 } else { 0 });
         }
     }

@@ -15,6 +15,7 @@ use hanse_identity::tls::{peer, peer_identity};
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_server::Exchange as Wire;
+use hanse_protocol::reason::Reason;
 use hanse_runtime::metrics::Metrics;
 use hanse_runtime::supervisor::caught;
 use hanse_store::Revision;
@@ -28,12 +29,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::derive::Deriver;
-use super::progress::{self, Report};
+use super::progress::Report;
 use super::speakers::{Speakers, Speaking};
 use crate::grants::Limits;
 use crate::manifest::{Kind, ObjectId};
 use crate::registry::{Lease, Registry, Snapshot};
-use crate::status::{NodeProgress, ObjectState, ObjectStatus, Problem, Realisation, Realisations};
+use crate::status::{NodeProgress, ObjectState, ObjectStatus, Problem, Realisation, Realisations, Reasons};
 use hanse_exchange::codec::updates_in;
 use hanse_exchange::hub::{Exchange, PublishError, PublishId, Published, ReadOpening, ReadRequest, ReceiverId, report};
 use hanse_exchange::limits::MAX_PLAIN_BYTES;
@@ -718,7 +719,7 @@ impl Realisations for Service {
             }
             // Of one that is not connected that is said already.
             let not_reached = entry.connected.then(|| self.not_reached(&exchange, name)).flatten();
-            entry.problems.extend(not_reached.map(|why| Problem::new("", why)));
+            entry.problems.extend(not_reached.map(|why| Problem::new("", Reason::Other(why))));
             if let Some(told) = exchange.realisations().get(name) {
                 entry.received_revision = told.received.as_ref().map_or(0, |at| at.revision);
                 (entry.agents, entry.agents_current) = (told.agents, told.agents_current);
@@ -776,15 +777,16 @@ impl Realisations for Service {
         let told: Vec<_> = clusters.iter().map(told).collect();
         drop(exchange);
         let status = |cluster: &ClusterName, (told, not_reached): (Option<Arc<pb::Realisation>>, Option<String>)| {
-            let Some(told) = told else { return ObjectStatus::lagging("has not reported yet") };
+            let Some(told) = told else { return ObjectStatus::lagging(Reason::NotReported) };
             let report = self.report(&snapshot, cluster, &told, position);
             let status = report.object(policy, needed);
             if report.silent {
                 let silent = self.registry.silent_for(cluster).map_or(Duration::ZERO, |since| since);
-                let why = format!("silent for {}", progress::words(silent));
+                let why = Reasons::of_cluster(Reason::ClusterSilent(silent));
                 return ObjectStatus { state: ObjectState::Lagging(why), ..status };
             }
             if let Some(why) = not_reached {
+                let why = Reasons::of_cluster(Reason::Other(why));
                 return ObjectStatus { state: ObjectState::Lagging(why), ..status };
             }
             status

@@ -12,6 +12,9 @@ use hanse_hub::grants::MemberCluster;
 use hanse_hub::registry::{Clock, Registry};
 use hanse_policy::inventory::Labels;
 use hanse_proto::federation::v1 as pb;
+use hanse_proto::report::v1 as reasons;
+use hanse_protocol::reason::wire::parse_reason;
+use hanse_protocol::reason::words::Words;
 use hanse_store::{Key, Transaction, in_memory};
 use pb::object_update::Body;
 use pb::publish_request::Message as Request;
@@ -305,7 +308,7 @@ fn a_realisation_is_bounded() {
         it.exchange.publish(it.id, told(nodes, errors)).unwrap();
         let kept = &it.exchange.realisations()["train"];
         assert_eq!((kept.nodes.len(), &kept.hub), (0, &None));
-        assert!(kept.problems[0].contains("nodes, of "), "{kept:?}");
+        assert!(words(&kept.problems[0]).contains("nodes, of "), "{kept:?}");
     }
     // It names no origin, which is not that all are equal.
     let id = it.exchange.watch_open("train".into(), pb::WatchOpen { protocol: 1, ..pb::WatchOpen::default() }).unwrap();
@@ -602,7 +605,7 @@ fn a_message_is_not_decoded_where_that_costs_too_much() {
     let mut it = Publishing::new(grant(serde_json::json!({})));
     it.say(Request::Realisation(nodes.into()));
     let kept = &it.exchange.realisations()["train"];
-    assert!(kept.nodes.is_empty() && kept.problems[0].contains("takes more than 64 MiB in memory"), "{kept:?}");
+    assert!(kept.nodes.is_empty() && words(&kept.problems[0]).contains("takes more than 64 MiB in memory"), "{kept:?}");
     // Empty selections of an opening of 16 MiB.
     let own = [&[10, 128, 128, 128, 8][..], &[42, 0].repeat(8 << 20)].concat();
     assert_eq!(decode::<pb::WatchRequest>(&own[..]).unwrap_err().code(), tonic::Code::ResourceExhausted);
@@ -660,8 +663,7 @@ fn the_largest_interests_reports_and_pages_are_within_what_decoding_may_cost() {
     let interest =
         pb::Interest { number: 1, added: whole.clone(), removed: whole, origins: names(4_096), whole: false };
     check(&pb::WatchResponse { message: Some(pb::watch_response::Message::Interest(interest)) });
-    let pod =
-        pb::UnenforcedPod { namespace: "namespace".into(), name: "a-pod-of-it".into(), reason: "not proven".into() };
+    let pod = unenforced("namespace", "a-pod-of-it");
     let node = pb::NodePosition { node: "a-node".into(), unenforced: vec![pod; 5], ..Default::default() };
     let report = pb::Realisation { nodes: vec![node; 13_000], ..Default::default() };
     assert!((2 << 20..4 << 20).contains(&report.encoded_len()));
@@ -754,6 +756,16 @@ fn interests_that_are_kept_for_receivers_that_have_gone_are_bounded_in_bytes() {
     assert!(it.exchange.idle_bytes() < 64 << 10, "{}", it.exchange.idle_bytes());
 }
 
+fn words(reason: &reasons::Reason) -> String {
+    Words(&parse_reason(reason.clone())).to_string()
+}
+
+fn unenforced(namespace: &str, name: &str) -> pb::UnenforcedPod {
+    let finding = reasons::Finding { kind: reasons::finding::Kind::Pending.into(), ..Default::default() };
+    let pod = reasons::Pod { namespace: namespace.to_owned(), name: name.to_owned() };
+    pb::UnenforcedPod { pod: Some(pod), finding: Some(finding) }
+}
+
 /// The hub keeps them, and shows them to administrators.
 #[test]
 fn names_and_texts_of_a_report_have_bounds_each() {
@@ -763,12 +775,24 @@ fn names_and_texts_of_a_report_have_bounds_each() {
         (*it.exchange.realisations()["train"]).clone()
     };
     let long = "ä".repeat(40_000);
-    let error = pb::ObjectError { object: long.clone(), error: long.clone() };
-    let pod = pb::UnenforcedPod { namespace: "a".to_owned(), name: "p".to_owned(), reason: long.clone() };
+    let other = || Some(reasons::Reason { reason: Some(reasons::reason::Reason::Other(long.clone())) });
+    let subject = Some(reasons::subject::Subject::FederatedPolicy(long.clone()));
+    let error = pb::ObjectError { subject: Some(reasons::Subject { subject }), at: None, reason: other() };
+    let hooks = Some(reasons::hook_problem::Problem::ProbeNotSent(long.clone()));
+    let failure = Some(reasons::failure::Failure::Dataplane(long.clone()));
+    let pod = pb::UnenforcedPod {
+        finding: Some(reasons::Finding {
+            kind: reasons::finding::Kind::SecondInterface.into(),
+            interfaces: long.clone(),
+            address: vec![1; 80_000].into(),
+        }),
+        ..unenforced("a", "p")
+    };
     let node = pb::NodePosition {
         node: "n".repeat(253),
-        probe: long.clone(),
-        problems: vec![long.clone()],
+        hooks: Some(reasons::HookProblem { problem: hooks }),
+        failure: Some(reasons::Failure { failure }),
+        files: vec![reasons::FileProblem { file: long.clone(), error: long.clone() }],
         errors: vec![error],
         unenforced: vec![pod.clone()],
         ..pb::NodePosition::default()
@@ -778,25 +802,17 @@ fn names_and_texts_of_a_report_have_bounds_each() {
     let whole = pb::Realisation {
         nodes: vec![node.clone()],
         policies: vec![policy],
-        problems: vec![long.clone()],
+        problems: other().into_iter().collect(),
         ..pb::Realisation::default()
     };
     let taken = kept(whole);
     let state = taken.policies[0].state.clone();
     let Some(pb::policy_state::State::Refused(why)) = state else { panic!("{state:?}") };
-    let [node_taken] = &taken.nodes[..] else { panic!("{} nodes", taken.nodes.len()) };
-    let (error, pod_taken) = (&node_taken.errors[0], &node_taken.unenforced[0]);
-    for text in [
-        &why,
-        &node_taken.probe,
-        &node_taken.problems[0],
-        &error.object,
-        &error.error,
-        &pod_taken.reason,
-        &taken.problems[0],
-    ] {
-        assert!((1_000..=2_048).contains(&text.len()) && text.ends_with("ä…"), "{} bytes", text.len());
-    }
+    assert_eq!(taken.nodes.len(), 1);
+    assert!((1_000..=2_048).contains(&why.len()) && why.ends_with("ä…"), "{} bytes", why.len());
+    // Everything else together: seven texts and names.
+    let rest = pb::Realisation { policies: Vec::new(), ..taken };
+    assert!((2_500..5_000).contains(&rest.encoded_len()), "{} bytes", rest.encoded_len());
     // A name is not cut: it would name something else.
     let name = "x".repeat(254);
     let named = |node: pb::NodePosition| pb::Realisation { nodes: vec![node], ..pb::Realisation::default() };
@@ -806,24 +822,15 @@ fn names_and_texts_of_a_report_have_bounds_each() {
     let origin = pb::OriginState { origin: name.clone(), ..pb::OriginState::default() };
     for (what, realisation) in [
         ("a node's", named(pb::NodePosition { node: name.clone(), ..node.clone() })),
-        (
-            "a pod's",
-            named(pb::NodePosition {
-                unenforced: vec![pb::UnenforcedPod { name: name.clone(), ..pod.clone() }],
-                ..node.clone()
-            }),
-        ),
-        (
-            "a pod's namespace",
-            named(pb::NodePosition { unenforced: vec![pb::UnenforcedPod { namespace: name.clone(), ..pod }], ..node }),
-        ),
+        ("a pod's", named(pb::NodePosition { unenforced: vec![unenforced("a", &name)], ..node.clone() })),
+        ("a pod's namespace", named(pb::NodePosition { unenforced: vec![unenforced(&name, "p")], ..node })),
         ("a cluster's", pb::Realisation { policies: vec![waiting], ..pb::Realisation::default() }),
         ("a policy's", pb::Realisation { policies: vec![policy], ..pb::Realisation::default() }),
         ("an origin's", pb::Realisation { origins: vec![origin], ..pb::Realisation::default() }),
     ] {
         let taken = kept(realisation);
         assert!(taken.nodes.is_empty() && taken.policies.is_empty(), "{what}");
-        let problem = &taken.problems[0];
+        let problem = words(&taken.problems[0]);
         assert!(problem.contains(&format!("254 bytes of {what}")) && problem.ends_with(", of 253"), "{problem}");
     }
 }

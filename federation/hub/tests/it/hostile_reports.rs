@@ -3,6 +3,8 @@
 use hanse_member::registration::MemberIdentity;
 use hanse_proto::federation::v1 as wire;
 use hanse_proto::federation::v1::exchange_client::ExchangeClient;
+use hanse_protocol::reason::wire::parse_reason;
+use hanse_protocol::reason::words::Words;
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -98,7 +100,8 @@ async fn of_two_processes_with_one_key_the_first_publishes_and_the_cluster_does_
     let problems = || async {
         let status = hub.admin().await.status(wire::StatusRequest {}).await.unwrap().into_inner();
         let problems = status.clusters.into_iter().flat_map(|it| it.problems);
-        problems.map(|it| it.reason).filter(|reason| reason.contains("two places")).collect::<Vec<String>>()
+        let words = problems.map(|it| parse_reason(it.reason.unwrap_or_default())).map(|it| Words(&it).to_string());
+        words.filter(|reason| reason.contains("two places")).collect::<Vec<String>>()
     };
     let (mut first, welcome) = Publishing::of_process(&member, &hub, 1).await;
     assert!(welcome.is_ok());

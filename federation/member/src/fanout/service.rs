@@ -9,7 +9,7 @@ use hanse_identity::instances::Instance;
 use hanse_identity::keys::{Fingerprint, RequestedKey};
 use hanse_identity::tls::{peer, peer_identity};
 use hanse_proto::agent::v1 as wire;
-use hanse_proto::federation::v1::UnenforcedPod;
+use hanse_protocol::reason::wire as report;
 use hanse_protocol::{encode, generation, parse_digest, parse_generation};
 use hanse_ruleset::{Delta, Digest};
 use hanse_runtime::supervisor::caught;
@@ -30,15 +30,11 @@ const OUTBOX: usize = 4;
 const RETRY: Duration = Duration::from_secs(5);
 
 /// Refusals, and pods that are not enforced, of one ack; more are not kept.
-const MAX_TOLD: usize = 1_000;
-/// Bytes of one text of theirs.
-const MAX_TEXT: usize = 512;
-/// Bytes of a name: the hub takes no report with a longer one.
-const MAX_NAME: usize = 253;
+const MAX_REPORTED: usize = 1_000;
 /// Bytes of an agent's version.
 const MAX_VERSION: usize = 64;
-/// Other problems of one ack.
-const MAX_PROBLEMS: usize = 16;
+/// Files of one ack that cannot be written.
+const MAX_FILES: usize = 16;
 /// How long a stream's first message may take, which comes with the call.
 const HELLO_TIME: Duration = Duration::from_secs(10);
 
@@ -245,7 +241,7 @@ impl AgentStream {
         };
         let hub_epoch = of_generation(&self.in_flight).or_else(|| of_generation(&self.held)).unwrap_or_default();
         let place = Place { generation, hub_epoch, hub_revision: revisions.hub, local_revision: revisions.local };
-        let failed = (!ack.failed.is_empty()).then(|| bounded(ack.failed, MAX_TEXT));
+        let failed = ack.failure.map(report::parse_failure);
         // An agent may tell anew of what it holds, for a pod of it came; that is no answer to what is under way.
         let of_old = failed.is_none()
             && self.held.as_ref().is_some_and(|held| (held.node.digest, held.place) == (digest, place))
@@ -255,27 +251,24 @@ impl AgentStream {
             self.not_before = failed.is_some().then(|| tokio::time::Instant::now() + RETRY);
             self.held = self.in_flight.take().filter(|sent| failed.is_none() && sent.node.digest == digest);
         }
-        let unenforced = ack.unenforced.into_iter().take(MAX_TOLD).map(|it| UnenforcedPod {
-            namespace: bounded(it.namespace, MAX_NAME),
-            name: bounded(it.name, MAX_NAME),
-            reason: bounded(it.reason, MAX_TEXT),
+        let unenforced = ack.unenforced.into_iter().take(MAX_REPORTED).map(|it| {
+            (report::parse_pod(it.pod.unwrap_or_default()), report::parse_finding(it.finding.unwrap_or_default()))
         });
         let unenforced = unenforced.collect();
-        let refused = ack
-            .refusals
-            .into_iter()
-            .take(MAX_TOLD)
-            .map(|it| (bounded(it.object, MAX_TEXT), bounded(it.reason, MAX_TEXT)));
+        let refused = ack.refusals.into_iter().take(MAX_REPORTED).map(|it| {
+            (it.object.and_then(report::parse_object), report::parse_rejection(it.rejection.unwrap_or_default()))
+        });
         let refused = refused.collect();
-        let problems = ack.problems.into_iter().take(MAX_PROBLEMS).map(|it| bounded(it, MAX_TEXT)).collect();
+        let hooks = ack.hooks.map(report::parse_hooks);
+        let files = ack.files.into_iter().take(MAX_FILES).map(report::parse_file).collect();
         self.fanout.update(&self.node, |status| {
             status.place = place;
             status.digest = digest;
             status.refused = refused;
             status.failed = failed;
-            status.probe = bounded(ack.probe, MAX_TEXT);
+            status.hooks = hooks;
             status.unenforced = unenforced;
-            status.problems = problems;
+            status.files = files;
             status.heard = Some(Instant::now());
         });
         Ok(())
@@ -296,6 +289,7 @@ async fn until(at: Option<tokio::time::Instant>) {
 
 #[cfg(test)]
 mod tests {
+    use hanse_protocol::reason::{Failure, HookProblem};
     use hanse_ruleset::{Generation, NodeConfig, RuleSet};
     use wire::member_to_agent::Message;
 
@@ -336,14 +330,14 @@ mod tests {
             base
         }
 
-        fn ack(&mut self, target: &Target, failed: &str, probe: &str) {
+        fn ack(&mut self, target: &Target, failure: Option<Failure>, hooks: Option<HookProblem>) {
             let place = target.place;
             let ack = wire::Ack {
                 generation: Some(generation(place.generation)),
                 digest: hanse_protocol::digest(target.node.digest),
                 revisions: Some(wire::Revisions { hub: place.hub_revision, local: place.local_revision }),
-                failed: failed.to_owned(),
-                probe: probe.to_owned(),
+                failure: failure.as_ref().map(report::failure),
+                hooks: hooks.as_ref().map(report::hooks),
                 ..wire::Ack::default()
             };
             self.stream.ack(ack).expect("an ack");
@@ -366,13 +360,13 @@ mod tests {
         let (first, second) = (target(1), target(2));
         let mut sent = Sent::new().await;
         assert_eq!(sent.send(&first).await, None, "the whole");
-        sent.ack(&first, "", "");
+        sent.ack(&first, None, None);
         assert_eq!(sent.send(&second).await, Some(first.node.digest));
-        sent.ack(&first, "", "no pod has answered");
+        sent.ack(&first, None, Some(HookProblem::NotProven));
         assert!(sent.stream.in_flight.is_some(), "still under way");
         let told = || sent.stream.fanout.realisation()["n"].clone();
-        assert_eq!((told().probe.as_str(), told().place.hub_revision), ("no pod has answered", 1));
-        sent.ack(&second, "", "");
+        assert_eq!((told().hooks, told().place.hub_revision), (Some(HookProblem::NotProven), 1));
+        sent.ack(&second, None, None);
         assert!(sent.stream.in_flight.is_none());
         assert_eq!(sent.stream.held.as_ref().map(|it| it.node.digest), Some(second.node.digest));
         assert_eq!(sent.stream.fanout.realisation()["n"].place.hub_revision, 2);
@@ -383,11 +377,11 @@ mod tests {
         let (first, second) = (target(1), target(2));
         let mut sent = Sent::new().await;
         sent.send(&first).await;
-        sent.ack(&first, "", "");
+        sent.ack(&first, None, None);
         sent.send(&second).await;
-        sent.ack(&first, "the kernel refused", "");
+        sent.ack(&first, Some(Failure::EnforcerEnded), None);
         let told = sent.stream.fanout.realisation()["n"].clone();
-        assert_eq!((told.failed.as_deref(), told.place.hub_revision), (Some("the kernel refused"), 1));
+        assert_eq!((told.failed, told.place.hub_revision), (Some(Failure::EnforcerEnded), 1));
         assert!(sent.stream.not_before.is_some());
         assert_eq!(sent.send(&second).await, None, "from the beginning");
         // One that cannot use even the whole greets anew, for ever if it were asked at once.

@@ -1,6 +1,8 @@
 use hanse_runtime::shutdown::Shutdown;
 use hanse_store::{Key, Transaction, in_memory};
 
+use hanse_protocol::reason::{Agent, Behind, Lag};
+
 use super::*;
 use crate::registry::Clock;
 
@@ -53,9 +55,9 @@ async fn a_node_that_is_ahead_of_the_hub_is_named_with_its_figures() {
     report.nodes[1].hub_revision = at.revision + 1;
     reported(&service, report);
     let train = service.clusters().remove("train").expect("it is known");
-    let named = train.problems.iter().map(|it| (it.node.as_str(), it.reason.as_str())).collect::<Vec<_>>();
-    let lag = format!("at revision {} of the hub, which is at {}", at.revision + 1, at.revision);
-    assert_eq!(named, [("b", lag.as_str())]);
+    let named = train.problems.iter().map(|it| (it.node.as_str(), it.reason.clone())).collect::<Vec<_>>();
+    let behind = Some(Behind::AheadOfHub { at: at.revision + 1, hub: at.revision });
+    assert_eq!(named, [("b", Reason::Lag(Lag { agent: Agent::Connected, behind, failure: None }))]);
     assert_eq!(train.enforced_revision, 0, "of {}", at.revision);
     assert_eq!(service.with(|exchange| exchange.ahead_of_hub("train")), None);
     let nodes: Vec<bool> = service.nodes("train").iter().map(|it| it.problems.is_empty()).collect();
@@ -71,7 +73,9 @@ async fn a_node_of_an_earlier_epoch_does_not_count_as_enforcing() {
     reported(&service, report.clone());
     let train = service.clusters().remove("train").expect("it is known");
     assert_eq!(train.enforced_revision, 0);
-    assert!(train.problems[0].reason.contains("of the hub before it was restored"), "{:?}", train.problems);
+    let behind = Some(Behind::OtherEpoch { at: at.revision });
+    let lag = Reason::Lag(Lag { agent: Agent::Connected, behind, failure: None });
+    assert_eq!(train.problems[0].reason, lag);
     report.nodes[1].hub_epoch = Some(at.epoch);
     reported(&service, report);
     assert_eq!(service.clusters()["train"].enforced_revision, at.revision);
@@ -96,12 +100,12 @@ async fn a_cluster_that_received_nothing_for_a_lease_is_shown_as_lagging() {
     tokio::time::advance(Duration::from_millis(29_999)).await;
     assert_eq!(state(), ObjectState::Enforced);
     tokio::time::advance(Duration::from_millis(1)).await;
-    let why = "has received nothing for 30 s";
-    assert_eq!(state(), ObjectState::Lagging(why.to_owned()));
+    let why = Reason::Other("has received nothing for 30 s".to_owned());
+    assert_eq!(state(), ObjectState::Lagging(Reasons::of_cluster(why.clone())));
     assert_eq!(problems()[0].reason, why);
     // What it says of the time before counts as well, and news end it.
     say(30_000);
-    assert_eq!(state(), ObjectState::Lagging(why.to_owned()));
+    assert_eq!(state(), ObjectState::Lagging(Reasons::of_cluster(why)));
     say(0);
     assert_eq!(state(), ObjectState::Enforced);
 }

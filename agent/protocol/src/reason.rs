@@ -1,0 +1,218 @@
+//! Why something is not enforced, from the dataplane to the person who reads it.
+//!
+//! Every process passes these values on, over `hanse.report.v1`; [`words`] makes the text where people read it. A value that
+//! this version does not know is `Unknown`, which is never a success.
+
+pub mod wire;
+pub mod words;
+
+use std::time::Duration;
+
+pub use hanse_ruleset::report::{Finding, Object, Rejection};
+
+/// Most bytes of a text: the message of an error that another program gave. What is longer is cut.
+pub const MAX_TEXT_BYTES: usize = 512;
+
+/// Why a node's newest rule set is not in force. The one before is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Failure {
+    /// The dataplane cannot be changed.
+    Dataplane(String),
+    /// The dataplane refuses the rule set as a whole.
+    Refused(String),
+    /// The agent's enforcer has ended.
+    EnforcerEnded,
+    /// The rule set is inconsistent.
+    Inconsistent(String),
+    /// The message of the member cannot be read.
+    Unreadable(String),
+    /// The member's term is over.
+    TermOver {
+        term: u64,
+        current: u64,
+    },
+    Unknown,
+}
+
+/// What is wrong with the hooks of a node as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum HookProblem {
+    /// No pod has shown yet that the hooks see its packets.
+    NotProven,
+    ProbeNotSent(String),
+    ProbeNotRead(String),
+    Unknown,
+}
+
+/// A file that a process cannot write.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileProblem {
+    pub file: String,
+    pub error: String,
+}
+
+/// How far a node, or a member, is behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Behind {
+    /// At this revision of the hub, of the second.
+    Hub {
+        at: u64,
+        wanted: u64,
+    },
+    /// At this revision of the cluster's own source, of the second.
+    Local {
+        at: u64,
+        wanted: u64,
+    },
+    /// At this revision of the hub, which is only at the second.
+    AheadOfHub {
+        at: u64,
+        hub: u64,
+    },
+    /// At this revision of the hub before it was restored.
+    OtherEpoch {
+        at: u64,
+    },
+    Unknown,
+}
+
+/// The agent of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Agent {
+    Connected,
+    /// None has connected since the member started.
+    NeverConnected,
+    /// It is not connected; since its last acknowledgement.
+    Silent(Duration),
+    Unknown,
+}
+
+/// Why a node does not enforce the newest rule set of its member.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Lag {
+    pub agent: Agent,
+    pub behind: Option<Behind>,
+    pub failure: Option<Failure>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// Of pods.
+    Finding(Finding),
+    /// Of objects.
+    Rejection(Rejection),
+    Failure(Failure),
+    Hooks(HookProblem),
+    File(FileProblem),
+    Lag(Lag),
+    /// The node's key is used from two addresses, so what it acknowledges does not count.
+    KeyInUse {
+        served: String,
+        refused: String,
+    },
+    /// There are more errors than a report names.
+    Incomplete,
+    /// Pods are not enforced that the report does not name.
+    PodsNotNamed,
+    /// An agent is connected whose node the source does not have.
+    UnknownNode(String),
+    /// What is wrong with a manifest of a cluster's source; the field is empty where it is not about one.
+    Manifest {
+        file: String,
+        line: u32,
+        field: String,
+        message: String,
+    },
+    /// A policy needs endpoints of these clusters, which have not arrived yet.
+    Waiting(Vec<String>),
+    /// The cluster's member cannot read a policy.
+    PolicyUnreadable(String),
+    /// The member itself is behind.
+    MemberBehind(Behind),
+    /// The cluster has not reported yet.
+    NotReported,
+    /// Since the hub last received something of the cluster.
+    ClusterSilent(Duration),
+    /// What is wrong with the exchange between member and hub, in words of the process that reports it.
+    Other(String),
+    Unknown,
+}
+
+/// What an error concerns.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Subject {
+    /// There may be errors of any object.
+    Everything,
+    /// The name of a FederatedNetworkPolicy.
+    FederatedPolicy(String),
+    Object(Object),
+}
+
+impl Reason {
+    /// What programs tell reasons apart by: never changed, never reused.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Finding(finding) => match finding {
+                Finding::Enforced => "Enforced",
+                Finding::Pending => "ProbePending",
+                Finding::Silent(_) => "NotProven",
+                Finding::HostNetwork(_) => "HostNetwork",
+                Finding::SecondInterface(_) => "SecondInterface",
+                Finding::Bypassed(_) => "Bypassed",
+                Finding::Ipvs => "IPVS",
+                Finding::Unknown => "Unknown",
+            },
+            Self::Rejection(Rejection { set: None, .. }) => "Rejected",
+            Self::Rejection(Rejection { set: Some(_), .. }) => "SetRejected",
+            Self::Failure(failure) => failure.code(),
+            Self::Hooks(HookProblem::NotProven) => "HooksNotProven",
+            Self::Hooks(HookProblem::ProbeNotSent(_) | HookProblem::ProbeNotRead(_)) => "ProbeFailed",
+            Self::File(_) => "FileNotWritten",
+            Self::Lag(Lag { failure: Some(failure), .. }) => failure.code(),
+            Self::Lag(Lag { agent: Agent::NeverConnected, .. }) => "AgentNeverConnected",
+            Self::Lag(Lag { agent: Agent::Silent(_), .. }) => "AgentDisconnected",
+            Self::Lag(Lag { behind, .. }) => match behind {
+                Some(behind) => behind.code(),
+                None => "Unknown",
+            },
+            Self::KeyInUse { .. } => "KeyInUse",
+            Self::Incomplete => "ReportIncomplete",
+            Self::PodsNotNamed => "PodsNotNamed",
+            Self::UnknownNode(_) => "UnknownNode",
+            Self::Manifest { .. } => "ManifestInvalid",
+            Self::Waiting(_) => "WaitingForEndpoints",
+            Self::PolicyUnreadable(_) => "PolicyUnreadable",
+            Self::MemberBehind(_) => "MemberBehind",
+            Self::NotReported => "NotReported",
+            Self::ClusterSilent(_) => "ClusterSilent",
+            Self::Other(_) => "Other",
+            Self::Hooks(HookProblem::Unknown) | Self::Unknown => "Unknown",
+        }
+    }
+}
+
+impl Failure {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Dataplane(_) => "DataplaneFailed",
+            Self::Refused(_) => "RuleSetRefused",
+            Self::EnforcerEnded => "EnforcerEnded",
+            Self::Inconsistent(_) => "RuleSetInconsistent",
+            Self::Unreadable(_) => "RuleSetUnreadable",
+            Self::TermOver { .. } => "TermOver",
+            Self::Unknown => "Unknown",
+        }
+    }
+}
+
+impl Behind {
+    fn code(self) -> &'static str {
+        match self {
+            Self::Hub { .. } => "BehindHub",
+            Self::Local { .. } => "BehindSource",
+            Self::AheadOfHub { .. } => "AheadOfHub",
+            Self::OtherEpoch { .. } => "OtherEpoch",
+            Self::Unknown => "Unknown",
+        }
+    }
+}
