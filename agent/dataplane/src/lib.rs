@@ -17,12 +17,14 @@ mod uplinks;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use decisions::{Decided, Decision, Decisions};
 pub use settings::{Settings, SettingsError, Uplinks};
 
-use hanse_ruleset::{Digest, EndpointId, Generation, LocalEndpoint, RuleSet};
+use hanse_ruleset::{Digest, EndpointId, Generation, LocalEndpoint, RuleSet, SetId};
 pub use hanse_ruleset::{Finding, Object, Refusal, Rejection};
 
 /// What was found in the kernel at start.
@@ -39,6 +41,14 @@ pub enum Found {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Applied {
     pub refused: Vec<Refusal>,
+}
+
+/// An address that the node itself learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LearnedAddress {
+    pub address: IpAddr,
+    /// From one second to one day; what is shorter or longer is set to it.
+    pub time_to_live: Duration,
 }
 
 /// Why a backend failed. What was enforced before stays enforced.
@@ -67,7 +77,8 @@ pub trait Backend: Send {
     /// When nothing of `next` is in force.
     fn apply(&mut self, next: &Arc<RuleSet>) -> Result<Applied, Error>;
 
-    /// Restores the rule set that was applied last where another program changed it. Returns whether it did.
+    /// Restores the rule set that was applied last where another program changed it, and cuts the connections of learned members
+    /// that have ended. Returns whether there was drift.
     ///
     /// # Errors
     /// When it is not restored.
@@ -92,6 +103,16 @@ pub trait Backend: Send {
     /// # Errors
     /// When the kernel does not support it; `ResourceBusy` or `PermissionDenied` while another process may be listening.
     fn decisions(&mut self) -> io::Result<Box<dyn Decisions>>;
+
+    /// Adds addresses that the node itself learned to a set of kind Addresses, each until its time to live is over; those that are
+    /// there already are extended. They match like compiled members, and are neither in the digest nor drift. A set keeps them across
+    /// generations that have it, and they end with it. When members are added, and when members end, connections are judged again.
+    ///
+    /// Returns how many were not added: the set does not exist or is full, or the node is.
+    ///
+    /// # Errors
+    /// When the dataplane does not have them yet; the next change writes them.
+    fn learn(&mut self, set: SetId, members: &[LearnedAddress]) -> Result<usize, Error>;
 
     /// Removes every rule.
     ///

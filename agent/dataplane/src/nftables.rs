@@ -7,6 +7,7 @@ mod conntrack;
 mod expression;
 pub mod flows;
 mod interfaces;
+mod learned;
 mod netlink;
 mod probe;
 mod render;
@@ -16,13 +17,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::ops::Bound;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use hanse_ruleset::{Digest, EndpointId, Generation, LocalEndpoint, PolicyId, RuleSet, SetId};
+use hanse_ruleset::{Digest, EndpointId, Family, Generation, LocalEndpoint, PolicyId, RuleSet, SetId, SetKind};
 
+use self::learned::LearnedMembers;
 use self::netlink::{Attributes, BatchError, Netlink, attributes, text_of};
 use self::write::{Closed, Tag, Writer, join};
 use crate::{
-    Applied, Backend, Decisions, Error, Finding, Found, Object, Refusal, Rejection, Settings, Uplinks, uplinks,
+    Applied, Backend, Decisions, Error, Finding, Found, LearnedAddress, Object, Refusal, Rejection, Settings, Uplinks,
+    uplinks,
 };
 
 const TABLE: &str = "hanse";
@@ -91,6 +95,8 @@ pub struct Nftables {
     held: Option<Arc<RuleSet>>,
     /// The kernel may hold something else than `held`: until the whole table is written, no difference is.
     drifted: bool,
+    /// What was learned, also what is not written yet.
+    learned: LearnedMembers,
     /// Addresses that the probe under way asked in the name of another pod.
     asked_across: BTreeSet<IpAddr>,
     epoch: Epoch,
@@ -104,6 +110,7 @@ struct Installed {
     set_digests: BTreeMap<SetId, Digest>,
     closed: Closed,
     uplinks: Vec<String>,
+    learned: LearnedMembers,
 }
 
 /// The digest of a rule set, and those of its sets that are new or not known by their pointer, with what is gone (`None`).
@@ -158,6 +165,7 @@ impl Digested {
         rules: &Arc<RuleSet>,
         closed: Closed,
         uplinks: Vec<String>,
+        learned: LearnedMembers,
     ) -> Installed {
         let mut set_digests = before.map(|it| it.set_digests).unwrap_or_default();
         for (id, digest) in self.sets {
@@ -166,7 +174,7 @@ impl Digested {
                 None => drop(set_digests.remove(&id)),
             }
         }
-        Installed { rules: Arc::clone(rules), digest: self.digest, set_digests, closed, uplinks }
+        Installed { rules: Arc::clone(rules), digest: self.digest, set_digests, closed, uplinks, learned }
     }
 }
 
@@ -181,12 +189,12 @@ struct State {
 impl State {
     fn comment(self) -> String {
         let Generation { term, number } = self.generation;
-        format!("hanse/1 {term} {number} {} {}", self.digest, self.epoch.0)
+        format!("hanse/2 {term} {number} {} {}", self.digest, self.epoch.0)
     }
 
     fn parse(comment: &str) -> Option<Self> {
         let mut parts = comment.split(' ');
-        if parts.next()? != "hanse/1" {
+        if parts.next()? != "hanse/2" {
             return None;
         }
         let generation = Generation { term: parts.next()?.parse().ok()?, number: parts.next()?.parse().ok()? };
@@ -226,6 +234,7 @@ impl Nftables {
             installed: None,
             held: None,
             drifted: false,
+            learned: LearnedMembers::default(),
             asked_across: BTreeSet::new(),
             epoch: Epoch(0),
         })
@@ -277,20 +286,25 @@ impl Nftables {
         closed.sets.retain(|id, _| next.sets.contains_key(id));
         closed.chains.retain(|id, _| next.chains.contains_key(id));
         closed.endpoints.retain(|id, _| next.endpoints.contains_key(id));
+        let now = Instant::now();
+        self.learned.retain(next, now);
+        let nothing_learned = LearnedMembers::default();
         let epoch = self.next_epoch()?;
         let digested = Digested::new(next, self.installed.as_ref());
         for _ in 0..MAX_ATTEMPTS {
             let state = State { generation: next.generation, digest: digested.digest, epoch };
             let before = self.installed.as_ref().filter(|_| !whole);
             let writer =
-                Writer::new(&self.config, before.map(|it| (&*it.rules, &it.closed, &it.uplinks[..])), next, &closed);
+                Writer::new(&self.config, before.map(|it| (&*it.rules, &it.closed, &it.uplinks[..])), next, &closed)
+                    .with_learned(before.map_or(&nothing_learned, |it| &it.learned), &self.learned, now);
             let batch = writer.write(epoch, &state.comment());
             match self.netlink.commit(batch) {
                 Ok(()) => {
                     self.epoch = epoch;
                     let uplinks = self.config.uplinks.clone();
                     let applied = Applied { refused: closed.refusals(next) };
-                    self.installed = Some(digested.installed(self.installed.take(), next, closed, uplinks));
+                    let learned = self.learned.clone();
+                    self.installed = Some(digested.installed(self.installed.take(), next, closed, uplinks, learned));
                     self.held = Some(Arc::clone(next));
                     self.drifted = false;
                     return Ok(applied);
@@ -370,11 +384,15 @@ impl Nftables {
         Ok(rules.iter().find_map(|rule| comment(&rule.body)))
     }
 
-    /// How many rules each chain of the table has, and elements each set.
-    fn inventory(&mut self, sets: impl Iterator<Item = String>) -> Result<BTreeMap<String, usize>, Error> {
+    /// How many rules each chain of the table has, and elements each set, without those that end. Those are returned beside: set,
+    /// address and milliseconds that are left.
+    fn inventory(
+        &mut self,
+        sets: impl Iterator<Item = String>,
+    ) -> Result<(BTreeMap<String, usize>, Vec<(String, IpAddr, u64)>), Error> {
         let table = self.config.table.clone();
         let query = Attributes::default().text(1, &table);
-        let mut counts = BTreeMap::new();
+        let (mut counts, mut ending) = (BTreeMap::new(), Vec::new());
         for rule in self.netlink.query(GET_CHAIN_RULES, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Access)? {
             let rule = attributes(&rule.body);
             if rule.get(&1).is_some_and(|name| text_of(name) == table) {
@@ -389,23 +407,65 @@ impl Nftables {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(Error::Access(error)),
             };
-            let count =
-                dumped.iter().filter_map(|part| attributes(&part.body).get(&3).map(|list| netlink::list(list).count()));
-            counts.insert(format!("set {set}"), count.sum());
+            let mut count = 0;
+            for part in &dumped {
+                let part = attributes(&part.body);
+                for element in part.get(&3).map(|list| netlink::list(list)).into_iter().flatten() {
+                    match learned_element(element) {
+                        Some((address, left_ms)) => ending.push((set.clone(), address, left_ms)),
+                        None => count += 1,
+                    }
+                }
+            }
+            counts.insert(format!("set {set}"), count);
         }
-        Ok(counts)
+        Ok((counts, ending))
     }
 
-    /// Whether the kernel holds as many rules and elements as `rules` makes.
-    fn holds(&mut self, rules: &RuleSet) -> Result<bool, Error> {
+    /// Whether the kernel has as many rules and elements as `rules` makes: then what was learned into its sets, else `None`.
+    fn matches(&mut self, rules: &RuleSet) -> Result<Option<LearnedMembers>, Error> {
         let closed = Closed::default();
         let writer = Writer::new(&self.config, None, rules, &closed);
         let expected = writer.inventory(Epoch(1));
         let sets: Vec<String> =
             expected.keys().filter_map(|name| name.strip_prefix("set ")).map(str::to_owned).collect();
-        let found = self.inventory(sets.into_iter())?;
-        Ok(found == expected)
+        let (found, ending) = self.inventory(sets.into_iter())?;
+        if found != expected {
+            return Ok(None);
+        }
+        let (mut learned, now) = (LearnedMembers::default(), Instant::now());
+        for (set, address, left_ms) in ending {
+            let of_set = rules.sets.keys().find(|id| render::set_name(**id, Family::of(address)) == set);
+            let Some(id) = of_set else { return Ok(None) };
+            let time_to_live = Duration::from_millis(left_ms);
+            if learned.add(*id, &[LearnedAddress { address, time_to_live }], now) > 0 {
+                return Ok(None);
+            }
+        }
+        Ok(Some(learned))
     }
+
+    /// Commits the difference to `next`; the whole table where that is refused.
+    fn enforce(&mut self, next: &Arc<RuleSet>) -> Result<Applied, Error> {
+        let whole = self.installed.is_none() || self.drifted;
+        match self.commit(next, whole) {
+            // What is known of the kernel may be wrong.
+            Err(Error::Refused(reason)) if !whole => {
+                tracing::warn!(%reason, "the kernel refused the difference, writing the whole table");
+                self.commit(next, true)
+            }
+            result => result,
+        }
+    }
+}
+
+/// The address of an element that ends, and the milliseconds that are left.
+fn learned_element(element: &[u8]) -> Option<(IpAddr, u64)> {
+    const KEY: u16 = 1;
+    const EXPIRATION: u16 = 5;
+    let element = attributes(element);
+    let left = u64::from_be_bytes(*element.get(&EXPIRATION)?.first_chunk()?);
+    Some((address_of(attributes(element.get(&KEY)?).get(&1)?)?, left))
 }
 
 fn address_of(bytes: &[u8]) -> Option<IpAddr> {
@@ -427,11 +487,13 @@ impl Backend for Nftables {
         let mut whole = false;
         if let Some(rules) = expected
             && rules.digest() == state.digest
-            && self.holds(rules)?
+            && let Some(learned) = self.matches(rules)?
             && self.trusts_the_uplinks()?
         {
             let uplinks = self.config.uplinks.clone();
-            self.installed = Some(Digested::new(rules, None).installed(None, rules, Closed::default(), uplinks));
+            let digested = Digested::new(rules, None);
+            self.installed = Some(digested.installed(None, rules, Closed::default(), uplinks, learned.clone()));
+            self.learned = learned;
             self.held = Some(Arc::clone(rules));
             whole = true;
         }
@@ -441,22 +503,29 @@ impl Backend for Nftables {
     fn apply(&mut self, next: &Arc<RuleSet>) -> Result<Applied, Error> {
         self.detect_uplinks(next);
         self.look()?;
-        let whole = self.installed.is_none() || self.drifted;
-        match self.commit(next, whole) {
-            // What we know of the kernel may be wrong: once more, whole.
-            Err(Error::Refused(reason)) if !whole => {
-                tracing::warn!(%reason, "the difference was refused, writing the whole table");
-                self.commit(next, true)
-            }
-            result => result,
-        }
+        self.enforce(next)
     }
 
     fn repair(&mut self) -> Result<bool, Error> {
         self.look()?;
-        let Some(held) = self.held.clone().filter(|_| self.drifted) else { return Ok(false) };
-        self.commit(&held, true)?;
-        Ok(true)
+        let Some(held) = self.held.clone() else { return Ok(false) };
+        let drifted = self.drifted;
+        if drifted || self.learned.has_ended(Instant::now()) {
+            self.enforce(&held)?;
+        }
+        Ok(drifted)
+    }
+
+    fn learn(&mut self, set: SetId, members: &[LearnedAddress]) -> Result<usize, Error> {
+        self.look()?;
+        let is_addresses = |rules: &Arc<RuleSet>| rules.sets.get(&set).map(|it| it.kind()) == Some(SetKind::Addresses);
+        let Some(held) = self.held.clone().filter(is_addresses) else { return Ok(members.len()) };
+        let before = self.learned.clone();
+        let left_out = self.learned.add(set, members, Instant::now());
+        if !self.learned.same(&before, set) {
+            self.enforce(&held)?;
+        }
+        Ok(left_out)
     }
 
     fn probe(&mut self, endpoints: &[Arc<LocalEndpoint>]) -> Result<(), Error> {
@@ -537,7 +606,7 @@ impl Backend for Nftables {
             Err(BatchError::Io(error)) => return Err(Error::Access(error)),
             Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),
         }
-        (self.installed, self.held) = (None, None);
+        (self.installed, self.held, self.learned) = (None, None, LearnedMembers::default());
         conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Access)
     }
 }

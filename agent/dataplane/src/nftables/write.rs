@@ -2,18 +2,21 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use hanse_ruleset::{
-    Chain, ChainId, EndpointId, Family, LocalEndpoint, Policy, PolicyId, Rejection, RuleSet, Set, SetId,
+    Chain, ChainId, EndpointId, Family, LocalEndpoint, Members, Policy, PolicyId, Rejection, RuleSet, Set, SetId,
 };
 
 use super::expression::{Expression, Verdict, value, verdict_data};
+use super::learned::LearnedMembers;
 use super::netlink::{Attributes, Batch, CREATE};
 use super::render::{
-    AnonymousSet, DYNAMIC, Element, INTERVAL, KernelChain, MAP, Render, Rule, SetDefinition, base_chains,
-    endpoint_elements, epoch_chains, epoch_elements, fixed_sets, interface_key, range_elements, set_definitions,
-    set_elements, set_name,
+    AnonymousSet, CLEAR_EVERY_MS, DYNAMIC, Element, INTERVAL, KernelChain, MAP, Render, Rule, SetDefinition, TIMEOUT,
+    address_bytes, base_chains, endpoint_elements, epoch_chains, epoch_elements, fixed_sets, interface_key,
+    range_elements, set_definitions, set_elements, set_name,
 };
 use super::{Config, Epoch, FAMILY_INET};
 
@@ -31,6 +34,8 @@ const APPEND: u16 = 0x800;
 const ANONYMOUS_AND_CONSTANT: u32 = 0x1 | 0x2;
 /// Elements of one message: at most 120 bytes each, so that the list stays below the 64 KiB of an attribute.
 const ELEMENTS_PER_MESSAGE: usize = 500;
+/// The end of an element that is deleted in the same batch, in milliseconds.
+const ADDED_AGAIN_MS: u64 = 3_600_000;
 
 /// What a message is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +64,8 @@ pub struct Writer<'a> {
     before: Option<(&'a RuleSet, &'a Closed, &'a [String])>,
     next: &'a RuleSet,
     closed: &'a Closed,
+    /// What the sets have learned in the kernel, and what they are to have, as of when.
+    learned: Option<(&'a LearnedMembers, &'a LearnedMembers, Instant)>,
     batch: Batch<Tag>,
     anonymous_sets: u32,
 }
@@ -70,7 +77,12 @@ impl<'a> Writer<'a> {
         next: &'a RuleSet,
         closed: &'a Closed,
     ) -> Self {
-        Self { config, before, next, closed, batch: Batch::new(), anonymous_sets: 0 }
+        Self { config, before, next, closed, learned: None, batch: Batch::new(), anonymous_sets: 0 }
+    }
+
+    pub fn with_learned(mut self, before: &'a LearnedMembers, next: &'a LearnedMembers, now: Instant) -> Self {
+        self.learned = Some((before, next, now));
+        self
     }
 
     /// The whole change. Sets come first, then chains, then what leads to them; what is gone leaves last.
@@ -185,7 +197,7 @@ impl<'a> Writer<'a> {
             let tag = Tag::Set(*id);
             match before.filter(|_| closed_before.is_none_or(|closed| !closed.sets.contains_key(id))) {
                 None => self.whole_set(&tag, set),
-                Some(before) if Arc::ptr_eq(before, set) => {}
+                Some(before) if Arc::ptr_eq(before, set) && !self.learns(*id) => {}
                 Some(before) if before.kind() != set.kind() => {
                     for definition in set_definitions(before) {
                         self.delete_set(&definition.name);
@@ -202,10 +214,72 @@ impl<'a> Writer<'a> {
             self.new_set(tag, &definition);
             self.elements(tag, NEW_ELEMENTS, &definition.name, None, &set_elements(&set.members, family));
         }
+        if let (Members::Addresses(members), Some((_, learned, now))) = (&set.members, self.learned)
+            && let Some(learned) = learned.of(set.id)
+        {
+            let elements = learned.iter().filter(|(address, _)| !members.contains(address));
+            self.learned_elements(tag, set.id, elements, now);
+        }
+    }
+
+    /// Whether what a set has learned changes.
+    fn learns(&self, set: SetId) -> bool {
+        self.learned.is_some_and(|(before, next, _)| !before.same(next, set))
+    }
+
+    /// Elements that end by themselves.
+    fn learned_elements<'b>(
+        &mut self,
+        tag: &Tag,
+        set: SetId,
+        members: impl Iterator<Item = (&'b IpAddr, &'b Instant)> + Clone,
+        now: Instant,
+    ) {
+        for family in [Family::V4, Family::V6] {
+            let of_family = members.clone().filter(|(address, _)| Family::of(**address) == family);
+            let left = |end: &Instant| u64::try_from((*end - now).as_millis()).unwrap_or(u64::MAX).max(1);
+            let elements: Vec<Element> =
+                of_family.map(|(address, end)| Element::Ending(address_bytes(*address), left(end))).collect();
+            self.elements(tag, NEW_ELEMENTS, &set_name(set, family), None, &elements);
+        }
+    }
+
+    /// The change of a set that has learned members, or had some. An address that is compiled as well has one element, without an
+    /// end. The kernel may have removed an element that ended: it is added before it is deleted, which must not fail.
+    fn changed_learning_set(&mut self, tag: &Tag, id: SetId, before: &BTreeSet<IpAddr>, next: &BTreeSet<IpAddr>) {
+        let Some((learned_before, learned_next, now)) = self.learned else { return };
+        let nothing = BTreeMap::new();
+        let (was, is) = (learned_before.of(id).unwrap_or(&nothing), learned_next.of(id).unwrap_or(&nothing));
+        let ended = |(address, end): &(&IpAddr, &Instant)| {
+            !before.contains(address) && (next.contains(address) || is.get(address) != Some(end))
+        };
+        let come = |(address, end): &(&IpAddr, &Instant)| {
+            !next.contains(address) && (before.contains(address) || was.get(address) != Some(end))
+        };
+        for family in [Family::V4, Family::V6] {
+            let name = set_name(id, family);
+            let of_family = was.iter().filter(ended).filter(|(address, _)| Family::of(**address) == family);
+            let keys: Vec<Vec<u8>> = of_family.map(|(address, _)| address_bytes(*address)).collect();
+            let again: Vec<Element> = keys.iter().map(|key| Element::Ending(key.clone(), ADDED_AGAIN_MS)).collect();
+            let keys: Vec<Element> = keys.into_iter().map(Element::Key).collect();
+            self.elements(tag, NEW_ELEMENTS, &name, None, &again);
+            self.elements(tag, DELETE_ELEMENTS, &name, None, &keys);
+            let compiled = |members| set_elements(&Members::Addresses(members), family);
+            let gone = compiled(before.difference(next).copied().collect());
+            self.elements(tag, DELETE_ELEMENTS, &name, None, &gone);
+            let new = compiled(next.difference(before).copied().collect());
+            self.elements(tag, NEW_ELEMENTS, &name, None, &new);
+        }
+        self.learned_elements(tag, id, is.iter().filter(come), now);
     }
 
     fn changed_set(&mut self, tag: &Tag, before: &Set, set: &Set) {
         use hanse_ruleset::Members::{Addresses, Nets, Sockets};
+        if let ((Addresses(old), Addresses(new)), Some((was, is, _))) = ((&before.members, &set.members), self.learned)
+            && (was.of(set.id).is_some() || is.of(set.id).is_some())
+        {
+            return self.changed_learning_set(tag, set.id, old, new);
+        }
         if before.members == set.members {
             return;
         }
@@ -437,6 +511,9 @@ impl<'a> Writer<'a> {
         }
         self.anonymous_sets += 1;
         body = body.u32(10, self.anonymous_sets);
+        if set.flags & TIMEOUT != 0 {
+            body = body.u32(12, CLEAR_EVERY_MS);
+        }
         self.batch.push(tag.clone(), NEW_SET, CREATE, FAMILY_INET, &body);
     }
 
@@ -505,6 +582,7 @@ fn encode_element(list: Attributes, element: &Element) -> Attributes {
                 None => list,
             }
         }
+        Element::Ending(bytes, left_ms) => list.nest(1, &key(bytes).u64(4, *left_ms)),
         Element::Jump(bytes, chain) => list.nest(1, &key(bytes).nest(2, &verdict_data(&Verdict::Jump(chain.clone())))),
     }
 }
@@ -532,9 +610,9 @@ fn successor(bytes: &[u8]) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{IpAddr, Ipv4Addr};
+    use std::net::Ipv4Addr;
 
-    use hanse_ruleset::{Action, Members, Peer};
+    use hanse_ruleset::{Action, Peer};
 
     use super::*;
 

@@ -159,7 +159,7 @@ fn without_counts(table: &str) -> String {
     let mut text = String::new();
     for line in table.lines() {
         let line = line.split("counter packets").next().unwrap_or_default();
-        let holds_epoch = line.contains("hanse/1") || line.contains("0x000") || line.contains("elements = { 0x");
+        let holds_epoch = line.contains("hanse/2") || line.contains("0x000") || line.contains("elements = { 0x");
         let is_note = line.contains("ct mark set");
         if !holds_epoch && !is_note {
             text.push_str(line.trim_end());

@@ -3,6 +3,7 @@
 mod connections;
 mod differential;
 mod flows;
+mod learned;
 mod lifecycle;
 mod net;
 mod probes;

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hanse_dataplane::{Applied, Backend, Decisions, Error, Finding, Found, Object, Refusal, Rejection};
-use hanse_ruleset::{EndpointId, LocalEndpoint, PolicyId, RuleSet};
+use hanse_dataplane::{Applied, Backend, Decisions, Error, Finding, Found, LearnedAddress, Object, Refusal, Rejection};
+use hanse_ruleset::{EndpointId, LocalEndpoint, PolicyId, RuleSet, SetId};
 
 /// The state of the dataplane, which outlives the backend as a kernel's does, and its script.
 #[derive(Debug, Default)]
@@ -117,6 +117,10 @@ impl Backend for Fake {
 
     fn decisions(&mut self) -> io::Result<Box<dyn Decisions>> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn learn(&mut self, _set: SetId, members: &[LearnedAddress]) -> Result<usize, Error> {
+        Ok(members.len())
     }
 
     fn cleanup(&mut self) -> Result<(), Error> {

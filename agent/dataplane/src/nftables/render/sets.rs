@@ -14,12 +14,19 @@ pub const MAP: u32 = 0x8;
 /// Packets add to it: nobody's drift.
 pub const DYNAMIC: u32 = 0x20;
 
+/// Elements may end. All sets of addresses have this flag, which costs a look-up nothing: sets do not get it later.
+pub const TIMEOUT: u32 = 0x10;
+/// How often the kernel frees elements that have ended, which match no more: its default of a second would walk every set.
+pub const CLEAR_EVERY_MS: u32 = 600_000;
+
 /// An element of a named set.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Element {
     Key(Vec<u8>),
     /// Both ends inclusive.
     Interval(Vec<u8>, Vec<u8>),
+    /// Ends by itself, after so many milliseconds.
+    Ending(Vec<u8>, u64),
     Jump(Vec<u8>, String),
 }
 
@@ -44,7 +51,7 @@ fn address_type(family: Family) -> u32 {
     }
 }
 
-fn address_bytes(address: IpAddr) -> Vec<u8> {
+pub fn address_bytes(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(address) => address.octets().to_vec(),
         IpAddr::V6(address) => address.octets().to_vec(),
@@ -87,7 +94,7 @@ pub fn set_definitions(set: &Set) -> [SetDefinition; 2] {
         let address = address_length(family);
         let kind = address_type(family);
         let (flags, key_length, key_type) = match set.kind() {
-            SetKind::Addresses => (0, address, kind),
+            SetKind::Addresses => (TIMEOUT, address, kind),
             SetKind::Nets => (INTERVAL, address, kind),
             SetKind::Sockets => (0, address + 8, (kind << 12) | PROTOCOL_AND_PORT),
         };
