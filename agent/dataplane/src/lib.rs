@@ -7,7 +7,7 @@
 //! starts adopts the rules that it finds; an object that the kernel refuses is replaced by one that denies, is reported, and
 //! does not affect other objects.
 
-// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+// Text of other programs is printed by `hanse_runtime::text`, which escapes it.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod decisions;
@@ -27,13 +27,13 @@ pub use settings::{Settings, SettingsError, Uplinks};
 use hanse_ruleset::{Digest, EndpointId, Generation, LocalEndpoint, RuleSet, SetId};
 pub use hanse_ruleset::{Finding, Object, Refusal, Rejection};
 
-/// What was found in the kernel at start.
+/// The rules in the kernel at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
-    /// Nothing of ours.
+    /// No rules of Hanse.
     Nothing,
-    /// Rules of this generation and digest; they stay in force until something else is applied. `whole`: they are what was
-    /// expected, as far as they were looked at.
+    /// Rules of this generation and digest, which stay in force until others are applied. `whole`: they equal the expected ones, as far as
+    /// they are compared.
     Rules { generation: Generation, digest: Digest, whole: bool },
 }
 

@@ -1,7 +1,7 @@
 //! The nftables driver: one table `inet hanse`, written over netlink.
 //!
-//! A restarted agent knows its rules by the table's name and by the comment of the one rule in the chain `state`, which
-//! holds generation, digest and epoch.
+//! A restarted agent recognises its rules by the table's name and by the comment of the one rule in the chain `state`: generation, digest
+//! and epoch.
 
 mod conntrack;
 mod expression;
@@ -34,9 +34,9 @@ const GET_CHAIN_RULES: u16 = (10 << 8) | 7;
 const GET_SET_ELEMENTS: u16 = (10 << 8) | 13;
 const EVENT_GROUP: u32 = 7;
 const FAMILY_INET: u8 = 1;
-/// Where answers to probes are noted: to those in the node's name, and to those in another pod's.
+/// Sets with the sources of answers to probes: of those with the node's address, and of those with another pod's.
 const PROBE_SETS: [&str; 2] = ["answered", "crossed"];
-/// How often a generation is tried again with refused objects closed.
+/// How often a generation is tried, each time with more refused objects closed.
 const MAX_ATTEMPTS: usize = 8;
 
 /// The layout of the table. [`Settings`] become one; tests and benchmarks write their own.
@@ -60,7 +60,7 @@ impl Default for Config {
     }
 }
 
-/// The number of a judgement: connections judged under another are judged again. Starts at 1.
+/// The number of a judgement, from 1: connections judged under another number are judged again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Epoch(u32);
 
@@ -89,16 +89,16 @@ pub struct Nftables {
     detects_uplinks: bool,
     netlink: Netlink,
     events: Netlink,
-    /// What is in the kernel and of which we know every object; `None`: something else, or nothing.
+    /// The rules in the kernel, when every object of them is known.
     installed: Option<Installed>,
-    /// What was committed last, and so what a repair puts back.
-    held: Option<Arc<RuleSet>>,
-    /// The kernel may hold something else than `held`: until the whole table is written, no difference is.
+    /// The rule set that was committed last, which a repair restores.
+    applied: Option<Arc<RuleSet>>,
+    /// The kernel may have other rules than `applied`: the whole table is written next, instead of a difference.
     drifted: bool,
     /// What was learned, also what is not written yet.
     learned: LearnedMembers,
-    /// Addresses that the probe under way asked in the name of another pod.
-    asked_across: BTreeSet<IpAddr>,
+    /// Addresses that the last probe was sent to with the address of another pod.
+    probed_across: BTreeSet<IpAddr>,
     epoch: Epoch,
 }
 
@@ -106,21 +106,21 @@ pub struct Nftables {
 struct Installed {
     rules: Arc<RuleSet>,
     digest: Digest,
-    /// Of each set, so that the digest of the next rule set costs what changed.
+    /// The digest of each set: the digest of the next rule set is computed from what changed.
     set_digests: BTreeMap<SetId, Digest>,
     closed: Closed,
     uplinks: Vec<String>,
     learned: LearnedMembers,
 }
 
-/// The digest of a rule set, and those of its sets that are new or not known by their pointer, with what is gone (`None`).
+/// The digest of a rule set, and of its sets that changed; `None` for sets that are gone.
 struct Digested {
     digest: Digest,
     sets: Vec<(SetId, Option<Digest>)>,
 }
 
 impl Digested {
-    /// Costs what changed since `before`.
+    /// Takes time for the changes since `before` only.
     fn new(rules: &RuleSet, before: Option<&Installed>) -> Self {
         let Some(before) = before else {
             let sets: Vec<_> = rules.sets.iter().map(|(id, set)| (*id, Some(Digest::of_set(set)))).collect();
@@ -178,7 +178,7 @@ impl Digested {
     }
 }
 
-/// What the rule in `state` says.
+/// The comment of the rule in `state`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct State {
     generation: Generation,
@@ -232,10 +232,10 @@ impl Nftables {
             netlink,
             events,
             installed: None,
-            held: None,
+            applied: None,
             drifted: false,
             learned: LearnedMembers::default(),
-            asked_across: BTreeSet::new(),
+            probed_across: BTreeSet::new(),
             epoch: Epoch(0),
         })
     }
@@ -246,8 +246,8 @@ impl Nftables {
         }
     }
 
-    /// The numbers start again at their end, so no connection may still carry an old one. Which is why they are taken out
-    /// by halves: while one half is cleared, connections are judged under the other.
+    /// Numbers are reused after the last one, so no connection may have an old one then. They are cleared by halves: while one half is
+    /// cleared, connections are judged under the other.
     fn next_epoch(&mut self) -> Result<Epoch, Error> {
         let last = self.config.last_epoch();
         let half = last.0.div_ceil(2);
@@ -264,8 +264,8 @@ impl Nftables {
         Ok(next)
     }
 
-    /// Notes whether someone else changed our table since the last look.
-    fn look(&mut self) -> Result<(), Error> {
+    /// Records whether another program changed the table since the last call.
+    fn check_events(&mut self) -> Result<(), Error> {
         let ours = self.netlink.port();
         let table = &self.config.table;
         let mut changed = false;
@@ -274,14 +274,14 @@ impl Nftables {
                 && event.family == FAMILY_INET
                 && attributes(&event.body).get(&1).is_some_and(|name| text_of(name) == *table);
         });
-        // Where some were lost, anything may have changed.
+        // Where events were dropped, anything may have changed.
         self.drifted |= changed || !whole.map_err(Error::Access)?;
         Ok(())
     }
 
     fn commit(&mut self, next: &Arc<RuleSet>, whole: bool) -> Result<Applied, Error> {
         let mut closed = self.installed.as_ref().filter(|_| !whole).map(|it| it.closed.clone()).unwrap_or_default();
-        // What is gone needs no stand-in.
+        // Objects that are gone need no replacement.
         closed.policies.retain(|id, _| next.policies.contains_key(id));
         closed.sets.retain(|id, _| next.sets.contains_key(id));
         closed.chains.retain(|id, _| next.chains.contains_key(id));
@@ -305,12 +305,12 @@ impl Nftables {
                     let applied = Applied { refused: closed.refusals(next) };
                     let learned = self.learned.clone();
                     self.installed = Some(digested.installed(self.installed.take(), next, closed, uplinks, learned));
-                    self.held = Some(Arc::clone(next));
+                    self.applied = Some(Arc::clone(next));
                     self.drifted = false;
                     return Ok(applied);
                 }
                 Err(BatchError::Io(error)) => {
-                    // Whether it took effect is not known: connections may be marked with its number, which is not given again.
+                    // It may have taken effect: connections may be marked with its number, which is not used again.
                     self.epoch = epoch;
                     self.drifted = true;
                     return Err(Error::Access(error));
@@ -318,8 +318,7 @@ impl Nftables {
                 Err(BatchError::Refused(refused)) => {
                     let text = |(tag, error): &(Tag, std::io::Error)| format!("{tag:?}: {error}");
                     let reasons = refused.iter().take(3).map(text).collect::<Vec<_>>().join("; ");
-                    tracing::warn!(%reasons, "the kernel refused a batch");
-                    // What the batch left of the events is not drift.
+                    tracing::warn!(%reasons, "the kernel refused a batch, closing the refused objects");
                     if !closed.add(next, refused) {
                         self.installed = None;
                         return Err(Error::Refused(reasons));
@@ -330,9 +329,9 @@ impl Nftables {
         Err(Error::Refused(format!("still refused after {MAX_ATTEMPTS} attempts")))
     }
 
-    /// The address of another endpoint, of the same family and not the node's: the next in order.
+    /// The address of the next endpoint in order, of the same family and not the node's.
     fn peer_of(&self, endpoint: &LocalEndpoint, address: IpAddr, own: &BTreeSet<IpAddr>) -> Option<IpAddr> {
-        let all = &self.held.as_ref()?.endpoints;
+        let all = &self.applied.as_ref()?.endpoints;
         let after = all.range((Bound::Excluded(&endpoint.id), Bound::Unbounded));
         let others = after.chain(all.iter()).filter(|(id, _)| **id != endpoint.id);
         let fits = |other: &&IpAddr| other.is_ipv4() == address.is_ipv4() && !own.contains(other);
@@ -340,21 +339,21 @@ impl Nftables {
     }
 
     /// The addresses that packets have added to a set, of both families.
-    fn noted(&mut self, set: &str) -> Result<BTreeSet<IpAddr>, Error> {
-        let mut noted = BTreeSet::new();
+    fn recorded(&mut self, set: &str) -> Result<BTreeSet<IpAddr>, Error> {
+        let mut recorded = BTreeSet::new();
         for family in ['4', '6'] {
-            noted.extend(self.values(&format!("{set}{family}"))?.iter().filter_map(|bytes| address_of(bytes)));
+            recorded.extend(self.values(&format!("{set}{family}"))?.iter().filter_map(|bytes| address_of(bytes)));
         }
-        Ok(noted)
+        Ok(recorded)
     }
 
-    /// Whether the kernel trusts the interfaces with any source that we would have it trust, and no others.
-    fn trusts_the_uplinks(&mut self) -> Result<bool, Error> {
+    /// Whether the uplinks in the kernel are those of the configuration.
+    fn has_configured_uplinks(&mut self) -> Result<bool, Error> {
         let wanted = self.config.uplinks.iter().map(|name| render::interface_key(name)).collect();
         Ok(self.values("uplinks")? == wanted)
     }
 
-    /// The members of a set, as the kernel holds them.
+    /// The keys of a set in the kernel.
     fn values(&mut self, set: &str) -> Result<BTreeSet<Vec<u8>>, Error> {
         let query = Attributes::default().text(1, &self.config.table).text(2, set);
         let dumped = self.netlink.query(GET_SET_ELEMENTS, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Access)?;
@@ -384,8 +383,8 @@ impl Nftables {
         Ok(rules.iter().find_map(|rule| comment(&rule.body)))
     }
 
-    /// How many rules each chain of the table has, and elements each set, without those that end. Those are returned beside: set,
-    /// address and milliseconds that are left.
+    /// The number of rules of each chain of the table, and of elements of each set, except those with a timeout. Those are returned
+    /// separately: set, address and milliseconds that are left.
     fn inventory(
         &mut self,
         sets: impl Iterator<Item = String>,
@@ -422,7 +421,7 @@ impl Nftables {
         Ok((counts, ending))
     }
 
-    /// Whether the kernel has as many rules and elements as `rules` makes: then what was learned into its sets, else `None`.
+    /// The learned members in the kernel, if it has as many rules and elements as `rules` makes; else `None`.
     fn matches(&mut self, rules: &RuleSet) -> Result<Option<LearnedMembers>, Error> {
         let closed = Closed::default();
         let writer = Writer::new(&self.config, None, rules, &closed);
@@ -449,7 +448,7 @@ impl Nftables {
     fn enforce(&mut self, next: &Arc<RuleSet>) -> Result<Applied, Error> {
         let whole = self.installed.is_none() || self.drifted;
         match self.commit(next, whole) {
-            // What is known of the kernel may be wrong.
+            // The known state of the kernel may be wrong.
             Err(Error::Refused(reason)) if !whole => {
                 tracing::warn!(%reason, "the kernel refused the difference, writing the whole table");
                 self.commit(next, true)
@@ -479,7 +478,7 @@ impl Backend for Nftables {
             self.detect_uplinks(rules);
         }
         let Some(state) = self.read_state()? else {
-            // Marks of an earlier life would pass for judgements of ours.
+            // Marks of a former agent could be taken for judgements.
             conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Access)?;
             return Ok(Found::Nothing);
         };
@@ -488,13 +487,13 @@ impl Backend for Nftables {
         if let Some(rules) = expected
             && rules.digest() == state.digest
             && let Some(learned) = self.matches(rules)?
-            && self.trusts_the_uplinks()?
+            && self.has_configured_uplinks()?
         {
             let uplinks = self.config.uplinks.clone();
             let digested = Digested::new(rules, None);
             self.installed = Some(digested.installed(None, rules, Closed::default(), uplinks, learned.clone()));
             self.learned = learned;
-            self.held = Some(Arc::clone(rules));
+            self.applied = Some(Arc::clone(rules));
             whole = true;
         }
         Ok(Found::Rules { generation: state.generation, digest: state.digest, whole })
@@ -502,28 +501,28 @@ impl Backend for Nftables {
 
     fn apply(&mut self, next: &Arc<RuleSet>) -> Result<Applied, Error> {
         self.detect_uplinks(next);
-        self.look()?;
+        self.check_events()?;
         self.enforce(next)
     }
 
     fn repair(&mut self) -> Result<bool, Error> {
-        self.look()?;
-        let Some(held) = self.held.clone() else { return Ok(false) };
+        self.check_events()?;
+        let Some(rules) = self.applied.clone() else { return Ok(false) };
         let drifted = self.drifted;
         if drifted || self.learned.has_ended(Instant::now()) {
-            self.enforce(&held)?;
+            self.enforce(&rules)?;
         }
         Ok(drifted)
     }
 
     fn learn(&mut self, set: SetId, members: &[LearnedAddress]) -> Result<usize, Error> {
-        self.look()?;
+        self.check_events()?;
         let is_addresses = |rules: &Arc<RuleSet>| rules.sets.get(&set).map(|it| it.kind()) == Some(SetKind::Addresses);
-        let Some(held) = self.held.clone().filter(is_addresses) else { return Ok(members.len()) };
+        let Some(rules) = self.applied.clone().filter(is_addresses) else { return Ok(members.len()) };
         let before = self.learned.clone();
         let left_out = self.learned.add(set, members, Instant::now());
         if !self.learned.same(&before, set) {
-            self.enforce(&held)?;
+            self.enforce(&rules)?;
         }
         Ok(left_out)
     }
@@ -540,16 +539,16 @@ impl Backend for Nftables {
             Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),
         }
         let own = interfaces::own_addresses().map_err(Error::Access)?;
-        self.asked_across.clear();
+        self.probed_across.clear();
         for endpoint in endpoints {
             for address in endpoint.addresses.iter().filter(|address| !own.contains(address)) {
                 let peer = self.peer_of(endpoint, *address, &own);
-                // Without another pod there is nobody to be bypassed to.
+                // Without another pod no traffic can bypass the hooks.
                 if peer.is_some() {
-                    self.asked_across.insert(*address);
+                    self.probed_across.insert(*address);
                 }
                 for from in std::iter::once(None).chain(peer.map(Some)) {
-                    if let Err(error) = probe::ask(from, *address) {
+                    if let Err(error) = probe::send_request(from, *address) {
                         tracing::debug!(%address, %error, "not probed");
                     }
                 }
@@ -559,17 +558,17 @@ impl Backend for Nftables {
     }
 
     fn findings(&mut self, endpoints: &[Arc<LocalEndpoint>]) -> Result<BTreeMap<EndpointId, Finding>, Error> {
-        let [answered, crossed] = PROBE_SETS.map(|set| self.noted(set));
+        let [answered, crossed] = PROBE_SETS.map(|set| self.recorded(set));
         let (answered, crossed) = (answered?, crossed?);
         let survey = interfaces::survey().map_err(Error::Access)?;
-        // The interface that kube-proxy binds the addresses of services to.
+        // The interface to which kube-proxy binds the addresses of services in IPVS mode.
         let balances_by_ipvs = nix::net::if_::if_nametoindex("kube-ipvs0").is_ok();
         let of_address = |address: IpAddr| {
             if survey.own.contains(&address) {
                 Finding::HostNetwork(address)
             } else if !answered.contains(&address) {
                 Finding::Silent(address)
-            } else if self.asked_across.contains(&address) && !crossed.contains(&address) {
+            } else if self.probed_across.contains(&address) && !crossed.contains(&address) {
                 Finding::Bypassed(address)
             } else {
                 Finding::Enforced
@@ -598,7 +597,7 @@ impl Backend for Nftables {
     fn cleanup(&mut self) -> Result<(), Error> {
         let mut batch = netlink::Batch::new();
         let table = Attributes::default().text(1, &self.config.table);
-        // Made first, so that it exists.
+        // Created first: deleting a missing table would fail.
         batch.push(Tag::Table, write::NEW_TABLE, netlink::CREATE, FAMILY_INET, &table);
         batch.push(Tag::Table, write::DELETE_TABLE, 0, FAMILY_INET, &table);
         match self.netlink.commit(batch) {
@@ -606,7 +605,7 @@ impl Backend for Nftables {
             Err(BatchError::Io(error)) => return Err(Error::Access(error)),
             Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),
         }
-        (self.installed, self.held, self.learned) = (None, None, LearnedMembers::default());
+        (self.installed, self.applied, self.learned) = (None, None, LearnedMembers::default());
         conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Access)
     }
 }
@@ -623,7 +622,7 @@ fn sets_of(policy: &hanse_ruleset::Policy) -> BTreeSet<SetId> {
 }
 
 impl Closed {
-    /// Notes what was refused; whether that can help.
+    /// Closes the refused objects. Returns whether there are new ones.
     fn add(&mut self, next: &RuleSet, refused: Vec<(Tag, std::io::Error)>) -> bool {
         let before = self.len();
         for (tag, error) in refused {

@@ -1,7 +1,7 @@
-//! Tells the member what the kernel decided of connections.
+//! Reports flows to the member.
 //!
-//! A thread adds up what was decided alike, window by window, and a task tells the windows over a connection of its own.
-//! Neither is waited for: not by the kernel, and not by who enforces. What cannot be told is lost, and counted.
+//! A thread sums up equal decisions, window by window, and a task sends the windows over a connection of its own. Neither the kernel nor
+//! the enforcer waits for them. Decisions that cannot be reported are dropped and counted.
 
 use std::borrow::BorrowMut;
 use std::collections::{HashMap, VecDeque};
@@ -23,29 +23,29 @@ use tonic::transport::Channel;
 
 use crate::identity::NodeIdentity;
 
-/// How long decisions are added up before they are told.
+/// How long decisions are summed up before they are reported.
 const WINDOW: Duration = Duration::from_secs(2);
-/// Flows of one source in a window that were decided alike: ten pods that scan ports together fill it, and not one.
+/// Flows of one source and decision in a window: it takes ten pods that scan ports to fill a window.
 const MAX_OF_SOURCE: usize = 200;
-/// Windows that wait to be told; beyond it the oldest are lost. With those in [`QUEUE`], of at most [`MAX_FLOWS`] of about 100
+/// Windows that wait to be sent; beyond it the oldest is dropped. With those in [`QUEUE`], of at most [`MAX_FLOWS`] of about 100
 /// bytes each, 2.5 MiB.
 const MAX_WAITING: usize = 4;
-/// Windows on their way from the thread to the task: as many as come while one call may take.
+/// Windows between the thread and the task: as many as are completed while one call may take.
 const QUEUE: usize = 8;
-/// What the member may take for one window.
+/// How long the member may take for one window.
 const CALL_TIME: Duration = Duration::from_secs(10);
-/// When a member that takes no flows is asked again: another version may stand in its place.
-const ASK_AGAIN: Duration = Duration::from_secs(60);
-/// How long a window waits before it is lost: the member judges by whose addresses they are when it is told.
+/// When a member that does not accept flows is called again: it may have been replaced by another version.
+const CALL_AGAIN: Duration = Duration::from_secs(60);
+/// How long a window waits before it is dropped: the member identifies addresses when it receives the window.
 const MAX_AGE: Duration = Duration::from_secs(30);
-/// How often, and how far apart, the kernel is asked while somebody else listens: 2 s in all. What an agent that was killed
-/// had open may close a moment after its successor starts.
+/// How often, and how far apart, listening is tried while another process listens: 2 s in all. The sockets of a killed agent may close a
+/// moment after its successor starts.
 const OPEN_TRIES: u32 = 40;
 const OPEN_PAUSE: Duration = Duration::from_millis(50);
 
-/// What is decided alike.
+/// What equal decisions have in common.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-struct Key {
+struct FlowKey {
     source: IpAddr,
     destination: IpAddr,
     protocol: u8,
@@ -56,18 +56,18 @@ struct Key {
 
 #[derive(Debug, Clone)]
 struct Sum {
-    /// Of the last.
+    /// Of the last decision.
     source_port: u16,
     count: u64,
     first_ms: u64,
     last_ms: u64,
 }
 
-/// What was decided in a while.
+/// The decisions of some time.
 #[derive(Debug, Default)]
 struct Window {
-    sums: HashMap<Key, Sum>,
-    /// How many of the sums are a source's; no more entries than sums.
+    sums: HashMap<FlowKey, Sum>,
+    /// The number of sums of each source and decision; at most one entry for each sum.
     of_source: HashMap<(IpAddr, Decision), usize>,
     lost: u64,
 }
@@ -76,11 +76,11 @@ impl Window {
     fn add(&mut self, decided: Decided) {
         let Decided { decision, source, destination, protocol, port, source_port, icmp, at } = decided;
         let at = at.duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
-        let key = Key { source, destination, protocol, port, icmp, decision };
+        let key = FlowKey { source, destination, protocol, port, icmp, decision };
         if let Some(sum) = self.sums.get_mut(&key) {
             sum.count += 1;
             sum.first_ms = sum.first_ms.min(at);
-            // What was seen in either direction comes in two orders.
+            // Decisions of the two directions arrive in different order.
             if at >= sum.last_ms {
                 (sum.last_ms, sum.source_port) = (at, source_port);
             }
@@ -95,13 +95,13 @@ impl Window {
     }
 
     fn message(self) -> wire::Flows {
-        let mut sums: Vec<(Key, Sum)> = self.sums.into_iter().collect();
+        let mut sums: Vec<(FlowKey, Sum)> = self.sums.into_iter().collect();
         sums.sort_by(|(a, a_sum), (b, b_sum)| (a_sum.first_ms, a).cmp(&(b_sum.first_ms, b)));
         wire::Flows { flows: sums.into_iter().map(|(key, sum)| flow(&key, &sum)).collect(), lost: self.lost }
     }
 }
 
-fn flow(key: &Key, sum: &Sum) -> wire::Flow {
+fn flow(key: &FlowKey, sum: &Sum) -> wire::Flow {
     let bytes = |address: IpAddr| match address {
         IpAddr::V4(address) => address.octets().to_vec().into(),
         IpAddr::V6(address) => address.octets().to_vec().into(),
@@ -125,8 +125,8 @@ fn flow(key: &Key, sum: &Sum) -> wire::Flow {
     }
 }
 
-/// Listens to the decisions of `backend`, unless it is switched `off`. Else returns why not. Blocks while another process listens, at
-/// most 2 s.
+/// Listens to the decisions of `backend`, unless it is switched `off`. The error is a state for people. Blocks while another process
+/// listens, at most 2 s.
 pub fn listen(off: bool, backend: &mut dyn Backend) -> Result<Box<dyn Decisions>, String> {
     if off {
         return Err("off".to_owned());
@@ -138,7 +138,7 @@ pub fn listen(off: bool, backend: &mut dyn Backend) -> Result<Box<dyn Decisions>
 }
 
 fn open_patiently<T>(mut open: impl FnMut() -> io::Result<T>, mut pause: impl FnMut(Duration)) -> io::Result<T> {
-    // Of a group that is somebody else's the kernel says EPERM, as it does of one who may not listen at all.
+    // Also the answer to a process without the privilege to listen.
     let is_taken =
         |error: &io::Error| matches!(error.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::PermissionDenied);
     for _ in 1..OPEN_TRIES {
@@ -150,15 +150,15 @@ fn open_patiently<T>(mut open: impl FnMut() -> io::Result<T>, mut pause: impl Fn
     open()
 }
 
-/// A window, or why there are none until the next.
-pub type Heard = Result<wire::Flows, String>;
+/// A window, or why there are none until the next one.
+pub type WindowResult = Result<wire::Flows, String>;
 
 /// Passes on the windows of `decisions` as they are complete, from a thread that ends with the receiver. After an error it listens
 /// again.
 ///
 /// # Errors
 /// When there can be no more threads.
-pub fn collect(mut decisions: Box<dyn Decisions>, shutdown: &Shutdown) -> io::Result<mpsc::Receiver<Heard>> {
+pub fn collect(mut decisions: Box<dyn Decisions>, shutdown: &Shutdown) -> io::Result<mpsc::Receiver<WindowResult>> {
     let (sender, windows) = mpsc::channel(QUEUE);
     let mut is_open = true;
     let listen = move || {
@@ -177,7 +177,7 @@ pub fn collect(mut decisions: Box<dyn Decisions>, shutdown: &Shutdown) -> io::Re
     Ok(windows)
 }
 
-fn follow(decisions: &mut dyn Decisions, mut pause: impl FnMut(Duration), windows: &mpsc::Sender<Heard>) {
+fn follow(decisions: &mut dyn Decisions, mut pause: impl FnMut(Duration), windows: &mpsc::Sender<WindowResult>) {
     let (mut window, mut backoff) = (Window::default(), Backoff::new(Duration::from_secs(1), Duration::from_secs(60)));
     while let Err(error) = read(decisions, &mut window, &mut backoff, windows) {
         tracing::error!(%error, "flow logging interrupted, listening again");
@@ -208,7 +208,7 @@ fn read(
     decisions: &mut dyn Decisions,
     window: &mut Window,
     backoff: &mut Backoff,
-    windows: &mpsc::Sender<Heard>,
+    windows: &mpsc::Sender<WindowResult>,
 ) -> io::Result<()> {
     while !windows.is_closed() {
         let end = Instant::now() + WINDOW;
@@ -223,8 +223,8 @@ fn read(
     Ok(())
 }
 
-/// Gives what the next window begins with: what is lost of this one, where who takes them is late.
-fn hand_over(window: Window, windows: &mpsc::Sender<Heard>) -> Window {
+/// Passes on a window. Returns the next one, which starts with what was dropped where the receiver is late.
+fn hand_over(window: Window, windows: &mpsc::Sender<WindowResult>) -> Window {
     if window.sums.is_empty() && window.lost == 0 {
         return window;
     }
@@ -233,24 +233,24 @@ fn hand_over(window: Window, windows: &mpsc::Sender<Heard>) -> Window {
     Window { lost, ..Window::default() }
 }
 
-/// How many decisions a message stands for.
+/// The number of decisions of a message.
 fn decisions(flows: &wire::Flows) -> u64 {
     flows.flows.iter().map(|flow| flow.count).fold(flows.lost, u64::saturating_add)
 }
 
-/// What is still to be told.
+/// Windows that are not sent yet.
 #[derive(Debug, Default)]
 struct Waiting {
-    /// With when they came.
+    /// With the time of their arrival.
     windows: VecDeque<(tokio::time::Instant, wire::Flows)>,
     lost: u64,
-    /// Why no windows come.
+    /// Why there are no more windows.
     ended: Option<String>,
 }
 
 impl Waiting {
-    fn push(&mut self, heard: Heard) {
-        let mut window = match heard {
+    fn push(&mut self, result: WindowResult) {
+        let mut window = match result {
             Ok(window) => window,
             Err(error) => {
                 self.ended = Some(error);
@@ -260,76 +260,74 @@ impl Waiting {
         self.ended = None;
         self.lost = self.lost.saturating_add(std::mem::take(&mut window.lost));
         if self.windows.len() >= MAX_WAITING {
-            self.give_up();
+            self.drop_oldest();
         }
         self.windows.push_back((tokio::time::Instant::now(), window));
     }
 
-    /// The oldest is lost.
-    fn give_up(&mut self) {
+    fn drop_oldest(&mut self) {
         let lost = self.windows.pop_front().map_or(0, |(_, window)| decisions(&window));
         self.lost = self.lost.saturating_add(lost);
     }
 
-    fn give_up_old(&mut self) {
+    fn drop_expired(&mut self) {
         while self.windows.front().is_some_and(|(since, _)| since.elapsed() > MAX_AGE) {
-            self.give_up();
+            self.drop_oldest();
         }
     }
 
-    /// The oldest, with how many are lost.
+    /// The oldest window, with the number of dropped decisions.
     fn first(&self) -> Option<wire::Flows> {
         self.windows.front().map(|(_, window)| wire::Flows { lost: self.lost, ..window.clone() })
     }
 
-    /// The first is told.
-    fn told(&mut self) {
+    /// The oldest window was sent.
+    fn sent(&mut self) {
         self.windows.pop_front();
         self.lost = 0;
     }
 }
 
-/// Why a window was not told.
+/// Why a window was not sent.
 #[derive(Debug, thiserror::Error)]
-enum TellError {
-    #[error("the member takes no flows")]
-    NotTaken,
-    /// It takes them later, over the same connection.
-    #[error("the member has too many: {0}")]
+enum ReportError {
+    #[error("the member does not accept flows")]
+    NotAccepted,
+    /// It accepts them later, over the same connection.
+    #[error("the member is busy: {0}")]
     Busy(String),
-    /// Told again it would be the same.
-    #[error("the member does not understand them: {0}")]
-    Misunderstood(String),
+    /// It would not accept the same window again.
+    #[error("the member cannot read them: {0}")]
+    Unreadable(String),
     #[error(transparent)]
     Failed(#[from] anyhow::Error),
 }
 
-/// The way to members, or what stands for it in a test.
+/// The connection to a member, or its replacement in tests.
 trait Link {
-    /// Over the connection that is open, or a new one.
-    async fn tell(&mut self, member: &str, flows: wire::Flows) -> Result<(), TellError>;
-    /// The next is told over a new connection.
+    /// Sends over the open connection, or a new one.
+    async fn send(&mut self, member: &str, flows: wire::Flows) -> Result<(), ReportError>;
+    /// The next window is sent over a new connection.
     fn close(&mut self);
-    /// Returns when a new connection would show another certificate, and closes the last.
+    /// Returns when a new connection would use another certificate, and closes the open one.
     async fn renewed(&mut self);
 }
 
-/// Tells one of `members` what comes, until `stop`, and people by `state` how it is with that. A window whose answer got lost
-/// is told again.
-pub async fn tell(
-    mut windows: impl BorrowMut<mpsc::Receiver<Heard>>,
+/// Sends windows to one of `members` until `stop`, and publishes its state for people. A window whose answer was missed is sent again.
+pub async fn report(
+    mut windows: impl BorrowMut<mpsc::Receiver<WindowResult>>,
     state: watch::Sender<String>,
     identity: NodeIdentity,
     members: Vec<String>,
     stop: CancellationToken,
 ) {
     let link = NodeLink { renewed: identity.credentials.subscribe(), identity, open: None };
-    tell_over(link, windows.borrow_mut(), state, members, stop).await;
+    report_over(link, windows.borrow_mut(), state, members, stop).await;
 }
 
-async fn tell_over(
+async fn report_over(
     mut link: impl Link,
-    windows: &mut mpsc::Receiver<Heard>,
+    windows: &mut mpsc::Receiver<WindowResult>,
     state: watch::Sender<String>,
     members: Vec<String>,
     stop: CancellationToken,
@@ -338,61 +336,61 @@ async fn tell_over(
     // Spread by half: 2 s to 6 s, then 3 s to 9 s.
     let mut busy = Backoff::new(Duration::from_secs(4), Duration::from_secs(6));
     let mut waiting = Waiting::default();
-    // How many, one after the other, take no flows.
-    let mut not_taken = 0;
+    // Successive members that do not accept flows.
+    let mut not_accepted = 0;
     let mut in_turn = members.iter().cycle();
     let Some(mut member) = in_turn.next() else { return };
     loop {
         let error = loop {
-            while let Ok(heard) = windows.try_recv() {
-                waiting.push(heard);
+            while let Ok(window) = windows.try_recv() {
+                waiting.push(window);
             }
-            waiting.give_up_old();
+            waiting.drop_expired();
             let Some(first) = waiting.first() else {
                 if let Some(ended) = &waiting.ended {
-                    say(&state, ended.clone());
+                    set(&state, ended.clone());
                 }
                 tokio::select! {
                     () = stop.cancelled() => return,
-                    heard = windows.recv() => match heard {
-                        Some(heard) => waiting.push(heard),
+                    window = windows.recv() => match window {
+                        Some(window) => waiting.push(window),
                         None => return,
                     }
                 }
                 continue;
             };
-            let told = tokio::select! {
+            let sent = tokio::select! {
                 () = stop.cancelled() => return,
-                told = link.tell(member, first) => told,
+                sent = link.send(member, first) => sent,
             };
-            match told {
-                Ok(()) => waiting.told(),
+            match sent {
+                Ok(()) => waiting.sent(),
                 Err(error) => break error,
             }
             backoff.reset();
             busy.reset();
-            not_taken = 0;
-            say(&state, "told to the member".to_owned());
+            not_accepted = 0;
+            set(&state, "reported to the member".to_owned());
         };
-        if say(&state, format!("not told: {error:#}")) {
+        if set(&state, format!("not reported: {error:#}")) {
             match &error {
-                TellError::NotTaken => tracing::info!(member, "the member takes no flows"),
-                _ => tracing::warn!(error = format!("{error:#}"), member, "flows are not told, trying again"),
+                ReportError::NotAccepted => tracing::info!(member, "the member does not accept flows"),
+                _ => tracing::warn!(error = format!("{error:#}"), member, "flows not reported, trying again"),
             }
         }
-        if !matches!(error, TellError::Busy(_)) {
+        if !matches!(error, ReportError::Busy(_)) {
             link.close();
             member = in_turn.next().unwrap_or(member);
         }
-        not_taken = if matches!(error, TellError::NotTaken) { not_taken + 1 } else { 0 };
+        not_accepted = if matches!(error, ReportError::NotAccepted) { not_accepted + 1 } else { 0 };
         let pause = match error {
-            // Another may.
-            TellError::NotTaken if not_taken % members.len() > 0 => Duration::ZERO,
-            TellError::NotTaken => ASK_AGAIN,
-            TellError::Busy(_) => busy.next_delay(),
-            TellError::Failed(_) => backoff.next_delay(),
-            TellError::Misunderstood(_) => {
-                waiting.give_up();
+            // The next one may accept them.
+            ReportError::NotAccepted if not_accepted % members.len() > 0 => Duration::ZERO,
+            ReportError::NotAccepted => CALL_AGAIN,
+            ReportError::Busy(_) => busy.next_delay(),
+            ReportError::Failed(_) => backoff.next_delay(),
+            ReportError::Unreadable(_) => {
+                waiting.drop_oldest();
                 backoff.next_delay()
             }
         };
@@ -402,24 +400,24 @@ async fn tell_over(
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = &mut over => break,
-                // Who waits with a certificate that has ended need not wait any longer.
+                // A new certificate may replace one that has expired.
                 () = link.renewed() => break,
-                Some(heard) = windows.recv() => waiting.push(heard),
+                Some(window) = windows.recv() => waiting.push(window),
             }
         }
     }
 }
 
-/// Whether it is news.
-fn say(state: &watch::Sender<String>, text: String) -> bool {
-    state.send_if_modified(|said| {
-        let is_news = *said != text;
-        *said = text;
-        is_news
+/// Sets the state. Returns whether it changed.
+fn set(state: &watch::Sender<String>, text: String) -> bool {
+    state.send_if_modified(|last| {
+        let changed = *last != text;
+        *last = text;
+        changed
     })
 }
 
-/// As the node, over TLS.
+/// Connections of the node, over TLS.
 struct NodeLink {
     identity: NodeIdentity,
     renewed: watch::Receiver<()>,
@@ -434,8 +432,8 @@ struct Open {
 }
 
 impl Link for NodeLink {
-    async fn tell(&mut self, member: &str, flows: wire::Flows) -> Result<(), TellError> {
-        // The next connection shows the new certificate, and is open before the last one closes.
+    async fn send(&mut self, member: &str, flows: wire::Flows) -> Result<(), ReportError> {
+        // The next connection uses the new certificate.
         let lasts = |it: &Open| it.ends_at.duration_since(SystemTime::now()).is_ok_and(|left| left > CALL_TIME);
         let is_renewed = self.renewed.has_changed().unwrap_or(false);
         self.open = self.open.take().filter(|it| lasts(it) && !is_renewed);
@@ -448,14 +446,14 @@ impl Link for NodeLink {
                 none.insert(Open { client: AgentsClient::new(connection.channel), ends_at: connection.peer.ends_at })
             }
         };
-        let answer = tokio::time::timeout(CALL_TIME, open.client.tell_flows(flows)).await;
-        match answer.context("the member does not answer")? {
+        let answer = tokio::time::timeout(CALL_TIME, open.client.report_flows(flows)).await;
+        match answer.context("the member did not answer")? {
             Ok(_) => Ok(()),
             Err(status) => Err(match status.code() {
-                Code::Unimplemented => TellError::NotTaken,
-                Code::ResourceExhausted => TellError::Busy(status.message().to_owned()),
-                Code::InvalidArgument => TellError::Misunderstood(status.message().to_owned()),
-                _ => TellError::Failed(anyhow::anyhow!("the member refuses them: {}", status.message())),
+                Code::Unimplemented => ReportError::NotAccepted,
+                Code::ResourceExhausted => ReportError::Busy(status.message().to_owned()),
+                Code::InvalidArgument => ReportError::Unreadable(status.message().to_owned()),
+                _ => ReportError::Failed(anyhow::anyhow!("the member refused them: {}", status.message())),
             }),
         }
     }
@@ -496,7 +494,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_decided_alike_is_added_up_in_the_order_of_time() {
+    fn sums_up_equal_decisions_in_order_of_time() {
         let denied = Decided { decision: Decision::Denied, ..decided(80, 7, 8) };
         let echo = Decided {
             source: "fd01::2".parse().expect("an address"),
@@ -506,7 +504,7 @@ mod tests {
             decision: Decision::Cut,
             ..decided(0, 0, 3)
         };
-        // In reverse, as groups may bring it; every field but the source's port makes another flow.
+        // Not in order of time; every field except the source port makes another flow.
         let all = [
             decided(80, 5, 20),
             decided(80, 4, 10),
@@ -516,11 +514,11 @@ mod tests {
             Decided { icmp: Some((128, 1)), at: UNIX_EPOCH + Duration::from_millis(2), ..echo },
             decided(80, 3, 15),
         ];
-        let told = window(all);
+        let reported = window(all);
         let short = |it: &wire::Flow| (it.port, it.source_port, it.count, it.first_ms, it.last_ms, it.decision());
         let (allowed, denied, cut) = (wire::Decision::Allowed, wire::Decision::Denied, wire::Decision::Cut);
         assert_eq!(
-            told.flows.iter().map(short).collect::<Vec<_>>(),
+            reported.flows.iter().map(short).collect::<Vec<_>>(),
             [
                 (0, 0, 1, 2, 2, cut),
                 (0, 0, 1, 3, 3, cut),
@@ -529,36 +527,39 @@ mod tests {
                 (80, 5, 3, 10, 20, allowed)
             ]
         );
-        let icmp = told.flows.iter().map(|it| it.icmp.map(|icmp| (icmp.r#type, icmp.code))).collect::<Vec<_>>();
+        let icmp = reported.flows.iter().map(|it| it.icmp.map(|icmp| (icmp.r#type, icmp.code))).collect::<Vec<_>>();
         assert_eq!(icmp, [Some((128, Some(1))), Some((128, Some(0))), None, None, None]);
         let ends = |it: &wire::Flow| (it.source.to_vec(), it.destination.to_vec(), it.protocol);
-        assert_eq!(ends(&told.flows[4]), (vec![10, 1, 0, 2], vec![10, 1, 0, 3], 6));
-        assert_eq!((told.flows[0].source.len(), told.flows[0].source[15], told.flows[0].destination[15]), (16, 2, 3));
+        assert_eq!(ends(&reported.flows[4]), (vec![10, 1, 0, 2], vec![10, 1, 0, 3], 6));
+        assert_eq!(
+            (reported.flows[0].source.len(), reported.flows[0].source[15], reported.flows[0].destination[15]),
+            (16, 2, 3)
+        );
     }
 
     #[test]
-    fn a_window_holds_so_many_flows_and_counts_the_rest() {
+    fn window_counts_flows_beyond_its_limit() {
         let ports = || (1u16..).take(MAX_FLOWS + 10);
-        // Of so many sources that none has too many.
+        // Of many sources, so that none reaches its own limit.
         let of = |port: u16| Decided { source: [10, 1, 1, (port % 100) as u8].into(), ..decided(port, 1, 1) };
-        let told = window(ports().chain(ports()).map(of));
-        assert_eq!((told.flows.len(), told.lost), (MAX_FLOWS, 20));
-        assert!(told.flows.iter().all(|flow| flow.count == 2), "what is in it goes on being counted");
-        assert_eq!(decisions(&told), 2 * (MAX_FLOWS as u64 + 10));
+        let reported = window(ports().chain(ports()).map(of));
+        assert_eq!((reported.flows.len(), reported.lost), (MAX_FLOWS, 20));
+        assert!(reported.flows.iter().all(|flow| flow.count == 2), "flows of the window are still counted");
+        assert_eq!(decisions(&reported), 2 * (MAX_FLOWS as u64 + 10));
     }
 
     #[test]
-    fn who_scans_ports_leaves_room_for_others_and_for_what_else_is_decided_of_them() {
+    fn source_that_scans_ports_leaves_room_for_other_flows() {
         let scan = (1..).take(MAX_FLOWS).map(|port| Decided { decision: Decision::Denied, ..decided(port, 1, 1) });
         let other = Decided { source: [10, 1, 0, 9].into(), decision: Decision::Denied, ..decided(80, 1, 1) };
-        let told = window(scan.chain([other, decided(80, 1, 1), decided(80, 1, 2)]));
+        let reported = window(scan.chain([other, decided(80, 1, 1), decided(80, 1, 2)]));
         let rest = (MAX_FLOWS - MAX_OF_SOURCE) as u64;
-        assert_eq!((told.flows.len(), told.lost), (MAX_OF_SOURCE + 2, rest));
-        assert_eq!(decisions(&told), MAX_FLOWS as u64 + 3);
+        assert_eq!((reported.flows.len(), reported.lost), (MAX_OF_SOURCE + 2, rest));
+        assert_eq!(decisions(&reported), MAX_FLOWS as u64 + 3);
     }
 
     #[test]
-    fn who_listens_already_is_waited_for_a_while() {
+    fn waits_for_another_listener_to_end() {
         let opened = |failures: u32, kind: io::ErrorKind| {
             let (mut tries, mut waited) = (0, Duration::ZERO);
             let open = || {
@@ -601,8 +602,8 @@ mod tests {
 
     #[test]
     fn listens_again_after_an_error_and_passes_on_what_was_read_before() {
-        let (sender, mut windows) = mpsc::channel::<Heard>(QUEUE);
-        let (mut opened, mut pauses, mut heard) = (0, Vec::new(), Vec::new());
+        let (sender, mut windows) = mpsc::channel::<WindowResult>(QUEUE);
+        let (mut opened, mut pauses, mut received) = (0, Vec::new(), Vec::new());
         let reopen = || {
             opened += 1;
             match opened {
@@ -610,7 +611,8 @@ mod tests {
                 10 => Ok(Some(81)),
                 _ => {
                     while let Ok(it) = windows.try_recv() {
-                        heard.push(it.map(|it| (it.flows.iter().map(|flow| flow.port).collect::<Vec<_>>(), it.lost)));
+                        received
+                            .push(it.map(|it| (it.flows.iter().map(|flow| flow.port).collect::<Vec<_>>(), it.lost)));
                     }
                     windows.close();
                     Ok(None)
@@ -620,29 +622,29 @@ mod tests {
         let mut breaking = Breaking { port: Some(80), reopen: Box::new(reopen) };
         follow(&mut breaking, |pause| pauses.push(pause.as_millis()), &sender);
         drop(breaking);
-        assert!(heard.iter().filter_map(|it| it.as_ref().err()).all(|it| it == "interrupted: broken pipe"));
-        let heard: Vec<_> = heard.into_iter().map(Result::ok).collect();
+        assert!(received.iter().filter_map(|it| it.as_ref().err()).all(|it| it == "interrupted: broken pipe"));
+        let received: Vec<_> = received.into_iter().map(Result::ok).collect();
         let ports = |ports: &[u32], lost| Some((ports.to_vec(), lost));
-        assert_eq!(heard, [ports(&[80], 1), None, ports(&[], 0), ports(&[81], 1), None]);
+        assert_eq!(received, [ports(&[80], 1), None, ports(&[], 0), ports(&[81], 1), None]);
         assert!((500..=1_500).contains(&pauses[0]) && pauses.len() == 11, "{pauses:?}");
         assert!(pauses[6..].iter().all(|pause| (30_000..=90_000).contains(pause)), "{pauses:?}");
     }
 
-    /// What is told, with when and to whom, and whether over a new connection.
+    /// Time, member, window, and whether the connection is new.
     type Call = (u64, String, wire::Flows, bool);
 
     struct Answers {
-        answers: VecDeque<Result<(), TellError>>,
+        answers: VecDeque<Result<(), ReportError>>,
         calls: mpsc::UnboundedSender<Call>,
         began: tokio::time::Instant,
         open: bool,
     }
 
     impl Link for Answers {
-        async fn tell(&mut self, member: &str, flows: wire::Flows) -> Result<(), TellError> {
+        async fn send(&mut self, member: &str, flows: wire::Flows) -> Result<(), ReportError> {
             let is_new = !std::mem::replace(&mut self.open, true);
-            let at = u64::try_from(self.began.elapsed().as_millis()).expect("soon");
-            self.calls.send((at, member.to_owned(), flows, is_new)).expect("looked at");
+            let at = u64::try_from(self.began.elapsed().as_millis()).expect("a small number");
+            self.calls.send((at, member.to_owned(), flows, is_new)).expect("received");
             self.answers.pop_front().unwrap_or(Ok(()))
         }
 
@@ -655,16 +657,16 @@ mod tests {
         }
     }
 
-    struct Teller {
-        windows: mpsc::Sender<Heard>,
+    struct Reporter {
+        windows: mpsc::Sender<WindowResult>,
         state: watch::Receiver<String>,
         calls: mpsc::UnboundedReceiver<Call>,
         _stop: tokio_util::sync::DropGuard,
     }
 
-    impl Teller {
+    impl Reporter {
         /// With members `a`, `b` and so on.
-        fn new(members: usize, answers: impl IntoIterator<Item = TellError>) -> Self {
+        fn new(members: usize, answers: impl IntoIterator<Item = ReportError>) -> Self {
             let (windows, mut receiver) = mpsc::channel(QUEUE);
             let (sender, state) = watch::channel(String::new());
             let (call, calls) = mpsc::unbounded_channel();
@@ -672,7 +674,7 @@ mod tests {
             let link = Answers { answers, calls: call, began: tokio::time::Instant::now(), open: false };
             let members = ["a", "b", "c"][..members].iter().map(|it| (*it).to_owned()).collect();
             let until = stop.clone();
-            tokio::spawn(async move { tell_over(link, &mut receiver, sender, members, until).await });
+            tokio::spawn(async move { report_over(link, &mut receiver, sender, members, until).await });
             Self { windows, state, calls, _stop: stop.drop_guard() }
         }
 
@@ -680,9 +682,9 @@ mod tests {
             self.windows.send(Ok(window([decided(port, 1, 1)]))).await.expect("taken");
         }
 
-        /// When it is told what, to whom, with how many lost, and whether over a new connection.
+        /// Time, member, port of the first flow, dropped decisions, and whether the connection is new.
         async fn call(&mut self) -> (u64, String, Option<u32>, u64, bool) {
-            let (at, member, flows, is_new) = self.calls.recv().await.expect("it goes on");
+            let (at, member, flows, is_new) = self.calls.recv().await.expect("a call");
             (at, member, flows.flows.first().map(|flow| flow.port), flows.lost, is_new)
         }
 
@@ -692,89 +694,89 @@ mod tests {
         }
     }
 
-    fn busy() -> TellError {
-        TellError::Busy("later".to_owned())
+    fn busy() -> ReportError {
+        ReportError::Busy("later".to_owned())
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_member_that_has_too_many_is_asked_again_later_over_the_same_connection() {
-        let mut teller = Teller::new(2, std::iter::repeat_with(busy).take(8));
-        teller.send(1).await;
-        assert_eq!(teller.call().await, (0, "a".to_owned(), Some(1), 0, true));
-        teller.state("not told: the member has too many: later").await;
+    async fn busy_member_is_called_again_over_the_same_connection() {
+        let mut reporter = Reporter::new(2, std::iter::repeat_with(busy).take(8));
+        reporter.send(1).await;
+        assert_eq!(reporter.call().await, (0, "a".to_owned(), Some(1), 0, true));
+        reporter.state("not reported: the member is busy: later").await;
         let (mut last, mut pauses) = (0, Vec::new());
         for port in 2..10 {
-            // More than may wait are taken meanwhile.
-            teller.send(port).await;
-            let (at, member, told, lost, is_new) = teller.call().await;
+            // More windows arrive than can wait.
+            reporter.send(port).await;
+            let (at, member, port, lost, is_new) = reporter.call().await;
             assert_eq!((member.as_str(), is_new), ("a", false));
-            // The first is told until it is lost, by their number or by its age.
-            assert_eq!(u64::from(told.expect("one waits")), lost + 1);
+            // The first is sent until it is dropped, for their number or its age.
+            assert_eq!(u64::from(port.expect("one waits")), lost + 1);
             pauses.push(at - last);
             last = at;
         }
         assert!(pauses.iter().all(|pause| (2_000..=10_000).contains(pause)), "{pauses:?}");
         pauses.dedup();
         assert!(pauses.len() > 4, "they differ: {pauses:?}");
-        teller.state("told to the member").await;
+        reporter.state("reported to the member").await;
     }
 
     #[tokio::test(start_paused = true)]
-    async fn why_no_windows_come_is_said_when_the_last_is_told_and_until_they_come_again() {
-        let mut teller = Teller::new(1, [busy()]);
-        teller.send(1).await;
-        teller.windows.send(Err("not told: gone".to_owned())).await.expect("taken");
-        teller.state("not told: the member has too many: later").await;
-        teller.state("not told: gone").await;
-        assert_eq!((teller.call().await.2, teller.call().await.2), (Some(1), Some(1)));
-        let changed = tokio::time::timeout(ASK_AGAIN, teller.state.changed()).await;
-        assert!(changed.is_err(), "{:?}", teller.state);
-        teller.windows.send(Ok(wire::Flows::default())).await.expect("taken");
-        teller.state("told to the member").await;
-        assert_eq!(teller.call().await.2, None, "the member shows that it is told");
+    async fn state_shows_why_there_are_no_windows_until_they_continue() {
+        let mut reporter = Reporter::new(1, [busy()]);
+        reporter.send(1).await;
+        reporter.windows.send(Err("interrupted: gone".to_owned())).await.expect("taken");
+        reporter.state("not reported: the member is busy: later").await;
+        reporter.state("interrupted: gone").await;
+        assert_eq!((reporter.call().await.2, reporter.call().await.2), (Some(1), Some(1)));
+        let changed = tokio::time::timeout(CALL_AGAIN, reporter.state.changed()).await;
+        assert!(changed.is_err(), "{:?}", reporter.state);
+        reporter.windows.send(Ok(wire::Flows::default())).await.expect("taken");
+        reporter.state("reported to the member").await;
+        assert_eq!(reporter.call().await.2, None, "an empty window shows that reports arrive");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_window_that_waits_too_long_is_lost() {
-        let mut teller = Teller::new(1, [TellError::NotTaken]);
-        teller.send(1).await;
-        assert_eq!(teller.call().await.2, Some(1));
-        tokio::time::advance(ASK_AGAIN - MAX_AGE).await;
-        teller.send(2).await;
+    async fn drops_windows_that_wait_too_long() {
+        let mut reporter = Reporter::new(1, [ReportError::NotAccepted]);
+        reporter.send(1).await;
+        assert_eq!(reporter.call().await.2, Some(1));
+        tokio::time::advance(CALL_AGAIN - MAX_AGE).await;
+        reporter.send(2).await;
         tokio::time::advance(Duration::from_secs(1)).await;
-        teller.send(3).await;
-        let (at, _, told, lost, _) = teller.call().await;
-        assert_eq!((at / 1_000, told, lost), (60, Some(2), 1), "the first, and not yet the second");
-        assert_eq!(teller.call().await.2, Some(3));
+        reporter.send(3).await;
+        let (at, _, port, lost, _) = reporter.call().await;
+        assert_eq!((at / 1_000, port, lost), (60, Some(2), 1), "the first, and not yet the second");
+        assert_eq!(reporter.call().await.2, Some(3));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn members_that_take_no_flows_are_left_alone_when_all_of_them_have_said_so() {
-        let failed = || TellError::Failed(anyhow::anyhow!("no"));
-        let none = || TellError::NotTaken;
+    async fn pauses_when_no_member_accepts_flows() {
+        let failed = || ReportError::Failed(anyhow::anyhow!("no"));
+        let none = || ReportError::NotAccepted;
         let answers = [none(), none(), none(), none(), failed(), none(), none(), none()];
-        let mut teller = Teller::new(3, answers);
-        let windows = teller.windows.clone();
+        let mut reporter = Reporter::new(3, answers);
+        let windows = reporter.windows.clone();
         tokio::spawn(async move {
             while windows.send(Ok(window([decided(1, 1, 1)]))).await.is_ok() {
                 tokio::time::sleep(WINDOW).await;
             }
         });
-        let mut asked = Vec::new();
+        let mut called = Vec::new();
         for _ in 0..8 {
-            let (at, member, ..) = teller.call().await;
-            asked.push((member, at / 10_000));
+            let (at, member, ..) = reporter.call().await;
+            called.push((member, at / 10_000));
         }
-        let asked: Vec<_> = asked.iter().map(|(member, at)| (member.as_str(), *at)).collect();
-        // All; then one that may take them soon, and all again.
+        let called: Vec<_> = called.iter().map(|(member, at)| (member.as_str(), *at)).collect();
+        // All; then one that may accept them soon, and all again.
         let wanted = [("a", 0), ("b", 0), ("c", 0), ("a", 6), ("b", 6), ("c", 6), ("a", 6), ("b", 6)];
-        assert_eq!(asked, wanted);
-        let (at, member, ..) = teller.call().await;
+        assert_eq!(called, wanted);
+        let (at, member, ..) = reporter.call().await;
         assert_eq!((member.as_str(), at / 10_000), ("c", 12));
     }
 
     #[test]
-    fn a_window_that_nobody_takes_in_time_is_lost_and_told_with_the_next() {
+    fn counts_windows_that_the_receiver_misses() {
         let (sender, mut windows) = mpsc::channel(1);
         let collected = |lost, ports: &[u16]| {
             let mut window = Window { lost, ..Window::default() };
@@ -783,16 +785,16 @@ mod tests {
         };
         let over = |lost, ports: &[u16]| hand_over(collected(lost, ports), &sender).lost;
         assert_eq!(over(0, &[]), 0);
-        assert!(windows.try_recv().is_err(), "nothing is told of nothing");
+        assert!(windows.try_recv().is_err(), "empty windows are not sent");
         assert_eq!((over(1, &[80, 80, 81]), over(2, &[82, 82]), over(4, &[83])), (0, 4, 5));
-        let told = windows.try_recv().expect("the first").expect("a window");
-        assert_eq!((told.flows.len(), told.lost), (2, 1));
+        let reported = windows.try_recv().expect("the first").expect("a window");
+        assert_eq!((reported.flows.len(), reported.lost), (2, 1));
         assert_eq!(over(5, &[]), 0);
-        assert_eq!(windows.try_recv().expect("what is lost").expect("a window").lost, 5);
+        assert_eq!(windows.try_recv().expect("the dropped ones").expect("a window").lost, 5);
     }
 
     #[test]
-    fn the_newest_windows_wait_and_what_is_lost_is_counted_until_it_is_told() {
+    fn keeps_the_newest_windows_and_counts_dropped_ones_until_they_are_reported() {
         let mut waiting = Waiting::default();
         let numbered = |number: u16| wire::Flows { lost: 1, ..window([decided(number, 1, 1), decided(number, 1, 2)]) };
         for number in 1..=6 {
@@ -801,11 +803,11 @@ mod tests {
         // Two windows of two decisions, and one of each of six.
         let first = waiting.first().expect("some wait");
         assert_eq!((first.flows[0].port, first.lost, waiting.windows.len()), (3, 10, MAX_WAITING));
-        assert_eq!(waiting.first(), Some(first), "nothing changes until it is told");
-        waiting.told();
+        assert_eq!(waiting.first(), Some(first), "it stays until it is sent");
+        waiting.sent();
         let rest = std::iter::from_fn(|| {
             let first = waiting.first()?;
-            waiting.told();
+            waiting.sent();
             Some((first.flows[0].port, first.lost))
         });
         assert_eq!(rest.collect::<Vec<_>>(), [(4, 0), (5, 0), (6, 0)]);

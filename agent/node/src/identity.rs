@@ -1,10 +1,10 @@
 //! The node's certificate: enrolment with a node token, and renewal.
 //!
-//! In the data folder: `node.pem` (key and certificate, 0600) and `authority.pem` (the cluster's intermediate).
+//! Files in the data directory: `node.pem` (key and certificate, 0600) and `authority.pem` (the cluster's intermediate).
 //!
-//! A certificate that is valid is renewed with itself. One that has ended is renewed late, by the proof that its key is
-//! the registered one. Where the member refuses the node, or shows another authority than the one at which the node enrolled (the
-//! member was set up anew, or the cluster renamed), a node token that is not used yet enrols it anew.
+//! A valid certificate is renewed with itself. An expired one is renewed late, with a proof of its registered key. If the member refuses
+//! the node, or has another authority than the one at which the node enrolled (the member was set up again, or the cluster renamed), an
+//! unused node token enrols the node again.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,30 +30,30 @@ use crate::pod_ranges;
 /// How long a member may take to accept a connection.
 const REACH_TIME: Duration = Duration::from_secs(5);
 
-/// Where a node enrols, and with what.
+/// The address and the token of enrolment.
 #[derive(Debug, Clone)]
 pub struct Enrolment {
-    /// Where the member enrols nodes, HOST:PORT.
+    /// Enrolment address of the member, HOST:PORT.
     pub address: Option<String>,
     pub token_file: Option<PathBuf>,
 }
 
-/// Why the member gave no certificate.
+/// Why the member did not issue a certificate.
 #[derive(Debug, thiserror::Error)]
-enum AskError {
-    /// Asked again it would be the same.
+enum CertificateError {
+    /// Another request would have the same answer.
     #[error("{0}")]
     Refused(String),
     #[error(transparent)]
     Failed(#[from] anyhow::Error),
 }
 
-/// What keeps a node from its member.
+/// Why a node cannot connect to its member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rejection {
-    /// The member does not let this key in.
+    /// The member refuses this key.
     OfKey(Fingerprint),
-    /// The member shows another authority than this one, at which the node enrolled.
+    /// The member has another authority than this one, at which the node enrolled.
     OfAuthority(Fingerprint),
 }
 
@@ -63,7 +63,7 @@ pub struct NodeIdentity {
     node: Arc<str>,
     authority: watch::Sender<Certificate>,
     pub credentials: CredentialStore,
-    /// The last one.
+    /// The last rejection.
     refused: watch::Sender<Option<Rejection>>,
 }
 
@@ -85,8 +85,8 @@ impl NodeIdentity {
         }))
     }
 
-    /// Enrols for the first time; tries until it succeeds or is refused. The token is not presented before one of `members` can be
-    /// reached: what is wrong with their addresses is to show while the token is unused.
+    /// Enrols for the first time; tries until it succeeds or is refused. The token is not presented before one of `members` is
+    /// reachable: wrong addresses must show while the token is unused.
     pub async fn enrol(
         data: &Path,
         node: &str,
@@ -95,9 +95,9 @@ impl NodeIdentity {
         stop: &CancellationToken,
     ) -> anyhow::Result<Self> {
         let address = enrolment.address.as_ref();
-        let address = address.context("the node has not enrolled: --enrol and --token-file are needed")?;
+        let address = address.context("the node has not enrolled: set --enrol and --token-file")?;
         let token_file = enrolment.token_file.as_ref();
-        let token_file = token_file.context("the node has not enrolled: --token-file is needed")?;
+        let token_file = token_file.context("the node has not enrolled: set --token-file")?;
         let token = read_token(token_file)?;
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
         loop {
@@ -106,9 +106,9 @@ impl NodeIdentity {
                 Err(error) => Err(error.into()),
             };
             match presented {
-                Ok(_) => return Self::read(data, node)?.context("the files are gone"),
-                Err(refused @ AskError::Refused(_)) => return Err(refused.into()),
-                Err(AskError::Failed(error)) => {
+                Ok(_) => return Self::read(data, node)?.context("the files of the enrolment are missing"),
+                Err(refused @ CertificateError::Refused(_)) => return Err(refused.into()),
+                Err(CertificateError::Failed(error)) => {
                     tracing::warn!(error = format!("{error:#}"), member = address, "not enrolled, trying again");
                 }
             }
@@ -118,7 +118,7 @@ impl NodeIdentity {
         }
     }
 
-    /// Opens connections to the member of this node's cluster, and to nobody else.
+    /// A client for the member of this node's cluster only.
     pub fn client(&self) -> anyhow::Result<TlsClient> {
         Ok(TlsClient::mutual(self.credentials.clone(), &self.trust()?)?)
     }
@@ -130,7 +130,7 @@ impl NodeIdentity {
     }
 
     /// # Errors
-    /// When the certificate has ended: nobody would let it in.
+    /// When the certificate has expired.
     pub fn check_time(&self) -> anyhow::Result<()> {
         let not_after = self.credentials.current().certificate.not_after;
         ensure!(SystemTime::now() < not_after, "this node's certificate ended at {}", rfc3339(not_after));
@@ -142,12 +142,12 @@ impl NodeIdentity {
         self.authority.borrow().fingerprint()
     }
 
-    /// Notes what [`Self::keep_fresh`] may have a remedy for.
+    /// Records a rejection, which [`Self::keep_fresh`] may resolve.
     pub fn note(&self, rejection: Rejection) {
         self.refused.send_replace(Some(rejection));
     }
 
-    /// Renews the certificate in time, or late, or enrols anew where the member refuses the node. Returns at `stop`.
+    /// Renews the certificate, in time or late, or enrols again if the member refuses the node. Returns at `stop`.
     pub async fn keep_fresh(self, members: Vec<String>, enrolment: Enrolment, stop: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
         let mut rejections = self.refused.subscribe();
@@ -168,7 +168,7 @@ impl NodeIdentity {
                     Some(Rejection::OfAuthority(known)) if known == self.authority() => {
                         self.enrol_at_other_authority(&enrolment).await
                     }
-                    // What was refused was replaced meanwhile.
+                    // The refused certificate has been replaced.
                     _ => continue,
                 }
             } else if SystemTime::now() >= certificate.not_after {
@@ -199,7 +199,7 @@ impl NodeIdentity {
             }
         }
         let not_after = self.credentials.current().certificate.not_after;
-        bail!("no member renewed the certificate, which ends at {}", rfc3339(not_after))
+        bail!("no member renewed the certificate, which expires at {}", rfc3339(not_after))
     }
 
     async fn renew(&self, member: &str) -> anyhow::Result<()> {
@@ -212,32 +212,34 @@ impl NodeIdentity {
         self.take(key, &answer)
     }
 
-    /// For the key of the certificate that has ended.
+    /// Renews an expired certificate, for its key.
     async fn renew_late(&self, enrolment: &Enrolment) -> anyhow::Result<()> {
         let ended = self.check_time().err().map(|error| error.to_string()).unwrap_or_default();
-        let Some(address) = &enrolment.address else { bail!("{ended}; give --enrol, where it is renewed late") };
+        let Some(address) = &enrolment.address else { bail!("{ended}; set --enrol to renew it") };
         let key = self.credentials.current().key;
-        let asked = async {
-            let request =
-                wire::RenewLateRequest { node: self.node.to_string(), request: key.request().context("ask")?.into() };
+        let attempt = async {
+            let request = wire::RenewLateRequest {
+                node: self.node.to_string(),
+                request: key.request().context("sign the request")?.into(),
+            };
             let client = TlsClient::anonymous(&self.trust()?).context("trust the cluster's authority")?;
-            let connection = client.connect(address).await.context("renew late")?;
-            EnrolmentClient::new(connection.channel).renew_late(request).await.map_err(AskError::of)
+            let connection = client.connect(address).await.context("connect to renew the expired certificate")?;
+            EnrolmentClient::new(connection.channel).renew_late(request).await.map_err(CertificateError::of)
         };
-        match asked.await {
+        match attempt.await {
             Ok(answer) => {
                 self.take(key.clone(), answer.get_ref())?;
                 tracing::info!(member = address, late = true, "certificate renewed");
                 Ok(())
             }
-            Err(AskError::Failed(error)) => Err(error.context(ended)),
-            Err(AskError::Refused(reason)) => {
+            Err(CertificateError::Failed(error)) => Err(error.context(ended)),
+            Err(CertificateError::Refused(reason)) => {
                 self.enrol_anew(enrolment, format!("{ended}, and the member does not renew it: {reason}")).await
             }
         }
     }
 
-    /// Takes a certificate for `key` into use.
+    /// Starts to use a certificate for `key`.
     fn take(&self, key: Key, answer: &wire::EnrolResponse) -> anyhow::Result<()> {
         let certificate = Certificate::from_der(&answer.certificate)?;
         if certificate.identity != self.credentials.current().certificate.identity {
@@ -249,7 +251,7 @@ impl NodeIdentity {
         Ok(())
     }
 
-    /// Enrols with a token of the member's present authority. A stranger at the member's address can cause an attempt, but learns
+    /// Enrols with a token of the member's present authority. An impostor at the member's address can cause an attempt, but learns
     /// nothing: the token is presented only to the authority that it names.
     async fn enrol_at_other_authority(&self, enrolment: &Enrolment) -> anyhow::Result<()> {
         let why = "the member shows another authority than the one at which this node enrolled, so it was set up anew, or the \
@@ -265,32 +267,32 @@ impl NodeIdentity {
         self.enrol_anew(enrolment, why.to_owned()).await
     }
 
-    /// With a node token, since nothing else helps: `why`.
+    /// Enrols with a node token, because of `why`.
     async fn enrol_anew(&self, enrolment: &Enrolment, why: String) -> anyhow::Result<()> {
         let help = format!("{why}; give a new node token with --token-file, and --enrol");
         let (Some(address), Some(token_file)) = (&enrolment.address, &enrolment.token_file) else { bail!(help) };
-        // It is read each time: a new token in the file is enough.
-        let asked = match read_token(token_file) {
+        // Read each time: a new token may have been put into the file.
+        let issued = match read_token(token_file) {
             Ok(token) => present(&self.data, &self.node, address, &token).await,
             Err(error) => Err(error.into()),
         };
-        let (credentials, authority) = asked.context(help)?;
+        let (credentials, authority) = issued.context(help)?;
         self.authority.send_replace(authority);
         self.credentials.replace(credentials)?;
         Ok(())
     }
 }
 
-impl AskError {
+impl CertificateError {
     fn of(status: tonic::Status) -> Self {
         match is_refusal(&status) {
             true => Self::Refused(format!("the member refused: {}", status.message())),
-            false => Self::Failed(anyhow::Error::new(status).context("ask for a certificate")),
+            false => Self::Failed(anyhow::Error::new(status).context("request a certificate")),
         }
     }
 }
 
-/// Whether one of the members can be reached.
+/// Fails if none of the members can be reached.
 async fn reach(members: &[String]) -> anyhow::Result<()> {
     let mut failed = Vec::new();
     for member in members {
@@ -300,53 +302,53 @@ async fn reach(members: &[String]) -> anyhow::Result<()> {
             Err(_) => failed.push(format!("{member}: no answer within {} s", REACH_TIME.as_secs())),
         }
     }
-    bail!("no --member can be reached, so the node token is not used yet: {}", failed.join("; "))
+    bail!("no --member can be reached, and the node token stays unused: {}", failed.join("; "))
 }
 
 fn read_token(path: &Path) -> anyhow::Result<Token> {
     let text = files::read_secret(path).with_context(|| format!("read {}", path.display()))?;
     let token = Token::parse(TokenKind::Node, std::str::from_utf8(&text).unwrap_or_default());
-    token.map_err(|error| anyhow!("{} holds {error}", path.display()))
+    token.map_err(|error| anyhow!("{}: {error}", path.display()))
 }
 
-/// Presents a token and keeps what it gives: the node's certificate, the authority, and the ranges of the node's pods.
+/// Presents a token, and writes the certificate, the authority and the pod ranges of the answer.
 async fn present(
     data: &Path,
     node: &str,
     address: &str,
     token: &Token,
-) -> Result<(Credentials, Certificate), AskError> {
-    let asked = async {
-        files::private_folder(data).with_context(|| format!("make {}", data.display()))?;
+) -> Result<(Credentials, Certificate), CertificateError> {
+    let prepared = async {
+        files::private_folder(data).with_context(|| format!("create {}", data.display()))?;
         let member = Identity::cluster(&token.cluster).context("read the token's cluster")?;
         let client = TlsClient::pinned(PinnedRoot::new(token.root, member)).context("trust the token's authority")?;
-        // Kept, so that a second try after a lost answer has the key to which the token is bound.
-        let key = Key::read_or_generate(&data.join("node.next.pem")).context("make a key")?;
-        let request = key.request().context("make a request")?;
+        // Written first: the token is bound to this key, also when the answer is missed.
+        let key = Key::read_or_generate(&data.join("node.next.pem")).context("generate a key")?;
+        let request = key.request().context("sign the request")?;
         let connection = client.connect(address).await.context("reach the member")?;
         anyhow::Ok((connection, key, request))
     };
-    let (connection, key, request) = asked.await?;
+    let (connection, key, request) = prepared.await?;
     let request = wire::EnrolRequest { token: token.to_text(), request: request.into(), node: node.to_owned() };
-    let answer = EnrolmentClient::new(connection.channel).enrol(request).await.map_err(AskError::of)?.into_inner();
+    let answer =
+        EnrolmentClient::new(connection.channel).enrol(request).await.map_err(CertificateError::of)?.into_inner();
     let keep = || {
         let authority = Certificate::from_der(&answer.authority)?;
         ensure!(authority.fingerprint() == token.root, "the member's authority is not the one in the token");
         let certificate = Certificate::from_der(&answer.certificate)?;
         check_node(&certificate, node)?;
-        let mut ranges =
-            hanse_protocol::parse_nets(answer.pod_ranges.clone()).context("read the ranges of the node's pods")?;
+        let mut ranges = hanse_protocol::parse_nets(answer.pod_ranges.clone()).context("read the pod ranges")?;
         ranges.truncate(pod_ranges::MAX);
-        pod_ranges::write(data, &ranges).context("keep the ranges of the node's pods")?;
+        pod_ranges::write(data, &ranges).context("write the pod ranges")?;
         authority.write(&data.join("authority.pem"))?;
-        // The last: its presence says that the node has enrolled.
+        // Written last: its presence shows that the node has enrolled.
         let credentials = Credentials::new(key, certificate)?;
         credentials.write_file(&data.join("node.pem"))?;
         let _ = std::fs::remove_file(data.join("node.next.pem"));
         anyhow::Ok((credentials, authority))
     };
-    // What the member issued does not fit, and would not the next time.
-    let kept = keep().map_err(|error| AskError::Refused(format!("use what the member issued: {error:#}")))?;
+    // Another answer of the member would be wrong as well.
+    let kept = keep().map_err(|error| CertificateError::Refused(format!("use what the member issued: {error:#}")))?;
     tracing::info!(node, "enrolled");
     Ok(kept)
 }
@@ -370,8 +372,8 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_token_is_not_presented_before_a_member_can_be_reached() {
-        let folder = tempfile::tempdir().expect("a folder");
+    async fn token_stays_unused_until_a_member_can_be_reached() {
+        let folder = tempfile::tempdir().expect("a directory");
         let enrolling = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         // A port that was free a moment ago.
         let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a port");
@@ -385,12 +387,15 @@ mod tests {
         };
         let stop = CancellationToken::new();
         let (data, members) = (folder.path().join("data"), [closed.to_string()]);
-        let told = reach(&members).await.expect_err("nobody listens").to_string();
-        assert!(told.contains("--member") && told.contains(&members[0]) && told.contains("not used"), "{told}");
+        let message = reach(&members).await.expect_err("there is no listener").to_string();
+        assert!(
+            message.contains("--member") && message.contains(&members[0]) && message.contains("unused"),
+            "{message}"
+        );
         let enrol = NodeIdentity::enrol(&data, "n", &enrolment, &members, &stop);
         tokio::pin!(enrol);
         let mut tries = tokio::time::interval(Duration::from_millis(20));
-        // It goes on trying, and comes to where it would present the token as soon as the member listens.
+        // It keeps trying, and presents the token as soon as the member listens.
         for _ in 0..20 {
             tokio::select! {
                 _ = &mut enrol => panic!("it tries until it succeeds"),

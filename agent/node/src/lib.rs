@@ -3,7 +3,7 @@
 //! It follows its member, and keeps one rule set in the dataplane and in a checksummed file. Rules stay in force when the agent stops,
 //! crashes, or cannot reach its member. It makes no decisions, and reports those of the dataplane.
 
-// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+// Text of other programs is printed by `hanse_runtime::text`, which escapes it.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod backend;

@@ -1,6 +1,6 @@
 //! `hanse-agent`: enforces one node's rule sets.
 
-// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+// Text of other programs is printed by `hanse_runtime::text`, which escapes it.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::Write as _;
@@ -29,14 +29,14 @@ use hanse_runtime::{files, logging, text};
 use ipnet::IpNet;
 use tokio::sync::watch;
 
-/// How long a stop waits for tasks.
+/// How long tasks may take to end.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Enforces one node's rule sets in the kernel. Rules stay in force when it stops.
+/// Enforce one node's policy in the kernel. Rules stay in force when the agent stops.
 #[derive(Debug, Parser)]
 #[command(name = "hanse-agent", version, propagate_version = true)]
 struct Cli {
-    /// text or json.
+    /// Format of the log: text or json.
     #[arg(long, global = true, default_value_t)]
     log_format: logging::Format,
     #[command(subcommand)]
@@ -45,58 +45,58 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Enrol where needed, and enforce.
+    /// Enrol the node if needed, and enforce its policy.
     Run(Box<RunArgs>),
-    /// Remove every rule of Hanse from the kernel. Pods are then open.
+    /// Remove all rules of Hanse from the kernel. Pods are open afterwards.
     Cleanup(CleanupArgs),
-    /// What is in force on this node.
+    /// Show what is enforced on this node.
     Status(StatusArgs),
 }
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// The folder of the agent's files; made when absent.
+    /// Directory of the agent's files; created if missing.
     #[arg(long)]
     data: PathBuf,
-    /// The node's name in its cluster.
+    /// Name of this node in its cluster.
     #[arg(long)]
     node: String,
-    /// The cluster's member, HOST:PORT; may be given several times.
+    /// Address of the cluster's member, HOST:PORT; repeatable.
     #[arg(long, required = true)]
     member: Vec<String>,
-    /// Where the member enrols nodes, HOST:PORT; needed until the node has enrolled, and for late renewal.
+    /// Enrolment address of the member, HOST:PORT; required until the node has enrolled, and to renew an expired certificate.
     #[arg(long)]
     enrol: Option<String>,
-    /// A file with a node token; needed until the node has enrolled, and where the member refuses the node.
+    /// File with a node token; required until the node has enrolled, and again if the member refuses the node.
     #[arg(long)]
     token_file: Option<PathBuf>,
-    /// An interface that leads out of the node; may be given several times. Without one, those with routes to more than
-    /// one address outside of the node's pod ranges.
+    /// Interface that leads out of the node; repeatable. Default: interfaces with a route to more than one address outside of the node's
+    /// pod ranges.
     #[arg(long)]
     uplink: Vec<String>,
-    /// A range of the node's pods, closed until the first rules arrive; may be given several times. Without one, those that
-    /// the member told last: they are known as soon as the node has enrolled.
+    /// Range of the node's pods, closed until the first rules arrive; repeatable. Default: the ranges that the member sent last, at
+    /// enrolment or with rules.
     #[arg(long)]
     pod_range: Vec<IpNet>,
     #[command(flatten)]
     marks: Marks,
-    /// Do not tell the member what the kernel decides of connections.
+    /// Do not report flows to the member.
     #[arg(long)]
     no_flows: bool,
-    /// Health and readiness over HTTP.
+    /// Address that serves health and readiness over HTTP.
     #[arg(long)]
     health_listen: Option<SocketAddr>,
-    /// Prometheus metrics over HTTP, on a loopback address.
+    /// Loopback address that serves Prometheus metrics over HTTP.
     #[arg(long)]
     metrics_listen: Option<SocketAddr>,
 }
 
 #[derive(Debug, Args)]
 struct Marks {
-    /// Bits of the connection mark that are Hanse's: at least 8, side by side.
+    /// Bits of the connection mark that Hanse uses: at least 8, contiguous.
     #[arg(long, value_parser = parse_mask, default_value = "0xffff0000")]
     ct_mark_mask: u32,
-    /// Bits of the packet mark that Hanse uses while it judges a packet: at least 2, side by side.
+    /// Bits of the packet mark that Hanse uses while it judges a packet: at least 2, contiguous.
     #[arg(long, value_parser = parse_mask, default_value = "0x00300000")]
     packet_mark_mask: u32,
 }
@@ -109,7 +109,7 @@ struct CleanupArgs {
 
 #[derive(Debug, Args)]
 struct StatusArgs {
-    /// The folder of the agent's files.
+    /// Directory of the agent's files.
     #[arg(long)]
     data: PathBuf,
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
@@ -128,7 +128,7 @@ fn parse_mask(text: &str) -> Result<u32, String> {
         Some(digits) => u32::from_str_radix(digits, 16),
         None => text.parse(),
     };
-    parsed.map_err(|_| format!("\"{text}\" is no mask of 32 bits, such as 0xffff0000"))
+    parsed.map_err(|_| format!("\"{text}\" is not a 32-bit mask such as 0xffff0000"))
 }
 
 impl Marks {
@@ -161,7 +161,7 @@ fn cleanup(args: &CleanupArgs) -> anyhow::Result<()> {
     let settings = args.marks.settings(Uplinks::Detected)?;
     let removed = backend::open(settings).and_then(|mut backend| backend.cleanup());
     removed.context("remove the rules (this needs root, or CAP_NET_ADMIN)")?;
-    text::line(format_args!("Every rule of Hanse is removed from this node's kernel."))?;
+    text::line(format_args!("All rules of Hanse are removed from the kernel of this node."))?;
     Ok(())
 }
 
@@ -179,9 +179,9 @@ fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
         }
         return Ok(());
     }
-    let said = "no: what follows is the last that it said, and its rules stay in the kernel";
+    let stopped = "no: the last known status follows; the rules stay in the kernel";
     text::line(format_args!("node         {}", status.node))?;
-    text::line(format_args!("running      {}", if running { "yes" } else { said }))?;
+    text::line(format_args!("running      {}", if running { "yes" } else { stopped }))?;
     text::line(format_args!("generation   {}.{}", status.term, status.number))?;
     text::line(format_args!("digest       {}", status.digest))?;
     text::line(format_args!("revisions    hub {}, local {}", status.hub_revision, status.local_revision))?;
@@ -197,7 +197,7 @@ fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
     };
     text::line(format_args!("in sync      {in_sync}"))?;
     text::line(format_args!("as of        {} ({} s ago)", rfc3339(status.written_at()), status.age_seconds()))?;
-    let hooks = if status.hooks.is_empty() { "see the pods' packets" } else { &status.hooks };
+    let hooks = if status.hooks.is_empty() { "see pod traffic" } else { &status.hooks };
     text::line(format_args!("hooks        {hooks}"))?;
     text::line(format_args!("flows        {}", status.flows))?;
     for pod in &status.unenforced {
@@ -221,8 +221,8 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let mut dataplane = backend::open(args.marks.settings(uplinks)?).context("open the dataplane (this needs root)")?;
     // Before the first rules: those report decisions only if the kernel supports it.
     let listening = flows::listen(args.no_flows, &mut *dataplane);
-    let (flows_state, flows_told) =
-        watch::channel(listening.as_ref().err().cloned().unwrap_or_else(|| "not told yet".to_owned()));
+    let (flows_state, flow_states) =
+        watch::channel(listening.as_ref().err().cloned().unwrap_or_else(|| "not reported yet".to_owned()));
     let (shutdown, health) = (Shutdown::default(), Health::default());
     let (stop, writes) = (shutdown.token(), Writes::new(&health));
     let options = Options {
@@ -241,9 +241,9 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     if let Some(address) = args.metrics_listen {
         serve(address, Page::Metrics(Metrics::default(), None), &shutdown).await?;
     }
-    let (status, told) = watch::channel(Status::default());
+    let (status, statuses) = watch::channel(Status::default());
     let (node, data) = (args.node, args.data);
-    // Kept, so that the thread outlives whoever follows the member.
+    // Keeps the thread running when the task that follows the member ends.
     let _thread = enforcer.clone();
     let mut follower = Follower {
         node: node.clone(),
@@ -253,25 +253,25 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         pod_ranges,
         open,
         connected: false,
-        not_in_sync: "no member was reached yet".to_owned(),
-        // A number that no other process has.
+        not_in_sync: "no member has been reached yet".to_owned(),
+        // Unique to this process.
         instance: token::random().map_err(anyhow::Error::msg)?,
         writes: writes.clone(),
         in_sync,
         status,
     };
-    follower.tell();
+    follower.publish();
     let windows = listening.ok().map(|decisions| flows::collect(decisions, &shutdown));
-    let windows = windows.transpose().context("start the thread that listens to the kernel's decisions")?;
+    let windows = windows.transpose().context("start the thread that reads flows")?;
     let tasks = shutdown.clone();
-    let keeping = (data.clone(), told, flows_told, writes.clone());
+    let keeping = (data.clone(), statuses, flow_states, writes.clone());
     shutdown.supervise("status file", move || {
-        let (data, told, flows_told, writes) = keeping.clone();
-        status::keep(data, told, flows_told, writes)
+        let (data, statuses, flow_states, writes) = keeping.clone();
+        status::keep(data, statuses, flow_states, writes)
     });
     let (member, enrolment) = (args.member, Enrolment { address: args.enrol, token_file: args.token_file });
-    let task = shutdown.spawn("following of the member", async move {
-        // Without an identity there is nothing to follow; the kernel keeps what it has.
+    let task = shutdown.spawn("member stream", async move {
+        // Without an identity there is no stream; the rules in force stay.
         let identity = match NodeIdentity::read(&data, &node)? {
             Some(identity) => identity,
             None => {
@@ -279,7 +279,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
                 let ranges = pod_ranges::read(&data);
                 match (open, ranges.is_empty()) {
                     (true, false) => follower.close(ranges).await?,
-                    (true, true) => tracing::warn!("the member knows no range of this node's pods either"),
+                    (true, true) => tracing::warn!("the member has no pod range of this node"),
                     (false, _) => {}
                 }
                 identity
@@ -292,24 +292,24 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         });
         if let Some(windows) = windows {
             let windows = Arc::new(tokio::sync::Mutex::new(windows));
-            let telling = (windows, flows_state, identity.clone(), member.clone(), stop.clone());
+            let reporting = (windows, flows_state, identity.clone(), member.clone(), stop.clone());
             tasks.supervise("flows", move || {
-                let (windows, state, identity, members, stop) = telling.clone();
-                async move { flows::tell(&mut *windows.lock().await, state, identity, members, stop).await }
+                let (windows, state, identity, members, stop) = reporting.clone();
+                async move { flows::report(&mut *windows.lock().await, state, identity, members, stop).await }
             });
         }
         follower.run(identity, member, stop).await;
         anyhow::Ok(())
     });
     let failed = tokio::select! {
-        // What went wrong before what it led to.
+        // The cause before its consequence.
         biased;
-        // What is in force stays, and what starts the agent again begins with it.
+        // The rules stay in force, and the next start adopts them.
         followed = task => match followed.context("follow the member")? {
             Ok(followed) => followed.err(),
             Err(panicked) => Some(panicked.into()),
         },
-        () = ended.wait() => Some(anyhow!("the enforcing thread has ended: its rules stay, and nobody repairs them")),
+        () = ended.wait() => Some(anyhow!("the enforcer thread has ended: the rules stay in force and are no longer repaired")),
         signalled = shutdown.wait_for_signal() => { signalled.context("wait for a signal")?; None }
     };
     shutdown.drain(DRAIN).await;

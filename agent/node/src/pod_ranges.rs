@@ -1,6 +1,6 @@
-//! The ranges of the node's pods, kept in a file: what is closed at a start at which nothing else is known.
+//! The file of the node's pod ranges, which are closed at a start without rules.
 //!
-//! Format: one range per line. The member tells them when the node enrols, and with every rule set.
+//! Format: one range per line. The member sends them when the node enrols, and with every rule set.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 use hanse_runtime::files::write_atomic;
 use ipnet::IpNet;
 
-/// More are not taken from a member.
+/// Ranges that are accepted from a member.
 pub const MAX: usize = 64;
 
 fn path(data: &Path) -> PathBuf {
     data.join("pod-ranges")
 }
 
-/// Keeps `ranges` in place of those before. None are not kept: they would open what is closed.
+/// Replaces the ranges in the file. An empty list is ignored: it would open what is closed.
 ///
 /// # Errors
 /// Those of the file system.
@@ -27,20 +27,20 @@ pub fn write(data: &Path, ranges: &[IpNet]) -> io::Result<()> {
     write_atomic(&path(data), text.as_bytes(), 0o600)
 }
 
-/// Those that are kept. What cannot be read is logged, and the rest is used.
+/// Reads the ranges. Lines that cannot be read are logged and skipped.
 pub fn read(data: &Path) -> Vec<IpNet> {
     let text = match std::fs::read_to_string(path(data)) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
         Err(error) => {
-            tracing::warn!(%error, path = %path(data).display(), "the ranges of the node's pods cannot be read");
+            tracing::warn!(%error, path = %path(data).display(), "pod ranges not read");
             return Vec::new();
         }
     };
     let parse = |line: &str| {
         let parsed = line.parse::<IpNet>();
         if parsed.is_err() {
-            tracing::warn!(line, path = %path(data).display(), "this is no range of pods, and not used");
+            tracing::warn!(line, path = %path(data).display(), "line of the pod ranges skipped: not a range");
         }
         parsed.ok().map(|range| range.trunc())
     };
@@ -52,15 +52,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_damaged_line_is_one_range_less() {
-        let folder = tempfile::tempdir().expect("a folder");
-        assert_eq!(read(folder.path()), []);
+    fn skips_damaged_lines_and_ignores_empty_lists() {
+        let directory = tempfile::tempdir().expect("a directory");
+        assert_eq!(read(directory.path()), []);
         let ranges: Vec<IpNet> = ["10.1.0.0/24", "fd01::/64"].map(|it| it.parse().expect("a net")).into();
-        write(folder.path(), &ranges).expect("written");
-        assert_eq!(read(folder.path()), ranges);
-        write(folder.path(), &[]).expect("nothing to do");
-        assert_eq!(read(folder.path()), ranges, "none is no news");
-        std::fs::write(path(folder.path()), "10.1.0.0/24\nfd01::/6four\n").expect("written");
-        assert_eq!(read(folder.path()), ranges[..1]);
+        write(directory.path(), &ranges).expect("written");
+        assert_eq!(read(directory.path()), ranges);
+        write(directory.path(), &[]).expect("nothing to do");
+        assert_eq!(read(directory.path()), ranges, "an empty list is ignored");
+        std::fs::write(path(directory.path()), "10.1.0.0/24\nfd01::/6four\n").expect("written");
+        assert_eq!(read(directory.path()), ranges[..1]);
     }
 }

@@ -1,6 +1,6 @@
-//! The last rule set, in a file that is believed only when it is whole.
+//! The file of the last rule set, which is used only when its checksum matches.
 //!
-//! Format: a line, the BLAKE3 hash of the rest, then the messages of a delta from nothing, each with its length before it.
+//! Format: a header line, the BLAKE3 hash of the rest, then the length-delimited messages of a delta from nothing.
 
 use std::io;
 use std::path::Path;
@@ -22,19 +22,19 @@ pub fn write(path: &Path, rules: &RuleSet) -> io::Result<()> {
     write_atomic(path, &bytes, 0o600)
 }
 
-/// `None`: there is no file, or it is damaged, which is logged.
+/// `None` when there is no file, or when it is damaged, which is logged.
 pub fn read(path: &Path) -> Option<RuleSet> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
         Err(error) => {
-            tracing::warn!(%error, path = %path.display(), "the snapshot cannot be read");
+            tracing::warn!(%error, path = %path.display(), "snapshot not read");
             return None;
         }
     };
     let rules = parse(&bytes);
     if rules.is_none() {
-        tracing::warn!(path = %path.display(), "the snapshot is damaged and not used");
+        tracing::warn!(path = %path.display(), "snapshot ignored: it is damaged");
     }
     rules
 }
@@ -63,9 +63,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_whole_file_is_believed() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("snapshot");
+    fn reads_only_files_with_a_valid_checksum() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("snapshot");
         assert_eq!(read(&path), None);
         let id = SetId::of_meaning(&["x"]);
         let members = Members::Addresses((0..30_000u32).map(|n| std::net::Ipv4Addr::from(n).into()).collect());

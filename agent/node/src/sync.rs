@@ -1,4 +1,4 @@
-//! Following the member: one stream, resumed by digest.
+//! The stream to the member, resumed by digest.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,9 +23,9 @@ use crate::enforcer::Enforcer;
 use crate::identity::{NodeIdentity, Rejection, is_refusal};
 use crate::status::{Status, Unenforced};
 
-/// The largest message that is taken: the 1 MiB of the contract and its frame.
+/// The largest message that is accepted: 1 MiB and its frame.
 const MAX_MESSAGE_BYTES: usize = 1024 * 1024 + 64 * 1024;
-/// Messages to the member that wait to be sent: an answer to each of the two that can be under way.
+/// Messages that wait to be sent: an answer to each of the two that can be in flight.
 const OUTBOX: usize = 4;
 /// Refusals that one ack names.
 const MAX_REFUSALS: usize = 1_000;
@@ -36,23 +36,23 @@ const MAX_UNENFORCED: usize = 1_000;
 pub struct Follower {
     pub node: String,
     pub enforcer: Enforcer,
-    /// What is in force, as far as it is known.
+    /// The rule set in force, as far as it is known.
     pub in_force: Option<Arc<RuleSet>>,
-    /// Objects of it that the kernel refused.
+    /// Its objects that the kernel refused.
     pub refused: Vec<Refusal>,
-    /// Of the node's pods, as far as they are known while no rules are.
+    /// The node's pod ranges, while no rules are known.
     pub pod_ranges: Vec<IpNet>,
-    /// While no rules are known: nothing closes its pods either.
+    /// While no rules are known: pod ranges are not known either.
     pub open: bool,
-    /// The stream is open, and the member has said over it what must be in force.
+    /// The stream is open, and the member has sent the newest rules over it.
     pub connected: bool,
-    /// While it is not: why.
+    /// Why it is not connected.
     pub not_in_sync: String,
-    /// Tells this process apart from another with the same key.
+    /// Distinguishes this process from another one with the same key.
     pub instance: [u8; 16],
-    /// Which files cannot be written.
+    /// Files that cannot be written.
     pub writes: Writes,
-    /// Holds as long as `connected`. Of a member who falls silent, keep-alives tell within 20 seconds.
+    /// True while `connected`. Keep-alives detect a silent member within 20 seconds.
     pub in_sync: Condition,
     pub status: watch::Sender<Status>,
 }
@@ -70,38 +70,37 @@ impl Follower {
             };
             match ended {
                 Ok(()) => {
-                    tracing::info!(member, "the stream ended, opening the next");
-                    self.lose("the stream ended".to_owned());
+                    tracing::info!(member, "stream to the member ended, opening the next");
+                    self.disconnected("the stream ended".to_owned());
                 }
                 Err(error) => {
                     let error = format!("{error:#}");
-                    tracing::warn!(error, member, "not in sync, trying again");
-                    self.lose(error);
+                    tracing::warn!(error, member, "not in sync with the member, trying again");
+                    self.disconnected(error);
                 }
             }
             tokio::select! {
                 again = backoff.wait(&stop) => if !again { return },
-                // Who waits with a certificate that has ended need not wait any longer.
+                // A new certificate may replace one that has expired.
                 _ = renewed.changed() => {}
             }
         }
     }
 
-    /// The stream has ended: `why`.
-    fn lose(&mut self, why: String) {
+    fn disconnected(&mut self, why: String) {
         (self.connected, self.not_in_sync) = (false, why);
-        self.tell();
+        self.publish();
     }
 
-    /// Closes ranges that are known late, where nothing is in force.
+    /// Closes ranges that arrive when nothing is in force.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub async fn close(&mut self, ranges: Vec<IpNet>) -> anyhow::Result<()> {
-        self.enforcer.close(&ranges).await.context("close the ranges of the node's pods")?;
-        tracing::info!(?ranges, "the ranges of the node's pods are closed until the first rules arrive");
+        self.enforcer.close(&ranges).await.context("close the pod ranges")?;
+        tracing::info!(?ranges, "pod ranges closed until the first rules arrive");
         (self.pod_ranges, self.open) = (ranges, false);
-        self.tell();
+        self.publish();
         Ok(())
     }
 
@@ -111,40 +110,40 @@ impl Follower {
         let (mut outbox, mut stream) = self.open(identity, member).await?;
         if !self.connected {
             self.not_in_sync = format!(
-                "connected to {member}, which has sent no rules for this node yet: see that its cluster has a Node {}, and that it \
-                 has heard its hub",
+                "connected to {member}, which has not sent rules for this node yet: check that its cluster has a Node {}, and that it \
+                 has received the state of its hub",
                 self.node
             );
-            self.tell();
+            self.publish();
         }
         let mut assembler = Assembler::default();
         let mut proofs = self.enforcer.proofs();
         proofs.mark_unchanged();
         let mut written = self.writes.changes();
-        // Whether the member has heard what is in force, and so can be told more of it.
-        let mut told = false;
+        // The member has the last acknowledgement, so changes of the status can follow.
+        let mut acknowledged = false;
         loop {
             let message = tokio::select! {
                 message = stream.message() => message.context("receive")?,
                 Ok(()) = proofs.changed() => {
-                    self.tell();
-                    if told {
-                        outbox.send(self.ack(None)).await.context("tell what the probe found")?;
+                    self.publish();
+                    if acknowledged {
+                        outbox.send(self.ack(None)).await.context("report findings")?;
                     }
                     continue;
                 }
                 Ok(()) = written.changed() => {
-                    self.tell();
-                    if told {
-                        outbox.send(self.ack(None)).await.context("report which files cannot be written")?;
+                    self.publish();
+                    if acknowledged {
+                        outbox.send(self.ack(None)).await.context("report files that cannot be written")?;
                     }
                     continue;
                 }
-                // The next connection shows the new certificate, and resumes by digest; then the old one closes.
+                // The next connection uses the new certificate and resumes by digest; then the old one closes.
                 _ = renewed.changed() => {
                     renewed.mark_unchanged();
                     (outbox, stream) = self.open(identity, member).await?;
-                    (assembler, told) = (Assembler::default(), false);
+                    (assembler, acknowledged) = (Assembler::default(), false);
                     continue;
                 }
             };
@@ -155,14 +154,14 @@ impl Follower {
                 Ok(Assembled::Position { generation, .. }) if self.is_behind(generation) => self.behind(generation),
                 Ok(Assembled::Delta(delta)) => self.apply(&delta).await,
                 Ok(Assembled::Position { generation, hub_revision, local_revision }) => {
-                    self.move_on(generation, hub_revision, local_revision)
+                    self.advance(generation, hub_revision, local_revision)
                 }
                 Err(error) => {
                     tracing::error!(%error, "message of the member not read; the rule set in force stays");
                     self.ack(Some(Failure::Unreadable(error.to_string())))
                 }
             };
-            told = matches!(answer.message, Some(wire::agent_to_member::Message::Ack(_)));
+            acknowledged = matches!(answer.message, Some(wire::agent_to_member::Message::Ack(_)));
             backoff.reset();
             outbox.send(answer).await.context("answer")?;
         }
@@ -184,12 +183,12 @@ impl Follower {
         let peer = connection.peer;
         let mut client = AgentsClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
-        outbox.send(self.hello()).await.context("say hello")?;
+        outbox.send(self.hello()).await.context("send the hello")?;
         match client.sync(ReceiverStream::new(sending)).await {
             Ok(stream) => Ok((outbox, stream.into_inner())),
             Err(status) if is_refusal(&status) => {
                 identity.note(Rejection::OfKey(shown));
-                bail!("the member refuses this node: {}", status.message())
+                bail!("the member refused this node: {}", status.message())
             }
             Err(status) => bail!("open the stream: {}", peer.explain(&status)),
         }
@@ -197,11 +196,11 @@ impl Follower {
 
     fn hello(&self) -> wire::AgentToMember {
         let nothing = RuleSet::default();
-        let held = self.in_force.as_deref().unwrap_or(&nothing);
+        let in_force = self.in_force.as_deref().unwrap_or(&nothing);
         let hello = wire::Hello {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            generation: Some(hanse_protocol::generation(held.generation)),
-            digest: hanse_protocol::digest(held.digest()),
+            generation: Some(hanse_protocol::generation(in_force.generation)),
+            digest: hanse_protocol::digest(in_force.digest()),
             features: Vec::new(),
             instance: self.instance.to_vec().into(),
         };
@@ -212,13 +211,13 @@ impl Follower {
         let nothing = RuleSet::default();
         let next = match self.in_force.as_deref().unwrap_or(&nothing).apply(delta) {
             Ok(next) => Arc::new(next),
-            // Asked again it would be the same.
+            // Another request would have the same answer.
             Err(error) if delta.base.is_none() => {
-                tracing::error!(%error, "the rule set does not hold together; what is in force stays");
+                tracing::error!(%error, "rule set inconsistent; the rules in force stay");
                 return self.ack(Some(Failure::Inconsistent(error.to_string())));
             }
             Err(error) => {
-                tracing::warn!(%error, "the delta does not fit, asking for the whole");
+                tracing::warn!(%error, "delta does not match the rules in force, requesting the whole rule set");
                 self.in_force = None;
                 return self.hello();
             }
@@ -236,13 +235,13 @@ impl Follower {
                     let (object, error) = (Words(&refusal.object), Words(&refusal.rejection));
                     tracing::error!(%object, %error, "the kernel refused an object; denied instead");
                 }
-                // Also where it is not known any more: what is in force stays.
+                // Also where the rule set in force is unknown: it stays.
                 self.open = next.node.pod_ranges.is_empty();
                 self.pod_ranges.clone_from(&next.node.pod_ranges);
                 self.in_force = Some(next);
                 self.refused = applied.refused;
                 self.connected = true;
-                self.tell();
+                self.publish();
                 self.ack(None)
             }
             Err(error) => {
@@ -254,29 +253,29 @@ impl Follower {
         }
     }
 
-    /// A member that was replaced may not know it yet.
+    /// A member that was replaced may not know that yet.
     fn is_behind(&self, generation: Generation) -> bool {
-        self.in_force.as_ref().is_some_and(|held| generation.term < held.generation.term)
+        self.in_force.as_ref().is_some_and(|rules| generation.term < rules.generation.term)
     }
 
     fn behind(&self, generation: Generation) -> wire::AgentToMember {
-        let held = self.in_force.as_ref().map(|held| held.generation.term).unwrap_or_default();
-        tracing::warn!(term = generation.term, held, "the member's term is over; what is in force stays");
-        self.ack(Some(Failure::TermOver { term: generation.term, current: held }))
+        let current = self.in_force.as_ref().map(|rules| rules.generation.term).unwrap_or_default();
+        tracing::warn!(term = generation.term, current, "the member's term is over; the rules in force stay");
+        self.ack(Some(Failure::TermOver { term: generation.term, current }))
     }
 
-    fn move_on(&mut self, generation: Generation, hub_revision: u64, local_revision: u64) -> wire::AgentToMember {
-        if let Some(held) = &self.in_force {
-            self.in_force = Some(Arc::new(RuleSet { generation, hub_revision, local_revision, ..(**held).clone() }));
+    fn advance(&mut self, generation: Generation, hub_revision: u64, local_revision: u64) -> wire::AgentToMember {
+        if let Some(rules) = &self.in_force {
+            self.in_force = Some(Arc::new(RuleSet { generation, hub_revision, local_revision, ..(**rules).clone() }));
             self.connected = true;
-            self.tell();
+            self.publish();
         }
         self.ack(None)
     }
 
     fn ack(&self, failure: Option<Failure>) -> wire::AgentToMember {
         let nothing = RuleSet::default();
-        let held = self.in_force.as_deref().unwrap_or(&nothing);
+        let in_force = self.in_force.as_deref().unwrap_or(&nothing);
         let refusal = |it: &Refusal| wire::Refusal {
             object: Some(report::object(&it.object)),
             rejection: Some(report::rejection(&it.rejection)),
@@ -288,9 +287,9 @@ impl Follower {
             finding: Some(report::finding(finding)),
         };
         let ack = wire::Ack {
-            generation: Some(hanse_protocol::generation(held.generation)),
-            digest: hanse_protocol::digest(held.digest()),
-            revisions: Some(wire::Revisions { hub: held.hub_revision, local: held.local_revision }),
+            generation: Some(hanse_protocol::generation(in_force.generation)),
+            digest: hanse_protocol::digest(in_force.digest()),
+            revisions: Some(wire::Revisions { hub: in_force.hub_revision, local: in_force.local_revision }),
             refusals: self.refused.iter().take(MAX_REFUSALS).map(refusal).collect(),
             failure: failure.as_ref().map(report::failure),
             unenforced: pods.map(pod).collect(),
@@ -305,22 +304,22 @@ impl Follower {
         self.writes.failing().into_iter().map(|(file, error)| FileProblem { file: file.to_owned(), error }).collect()
     }
 
-    /// Says how it is, to whoever asks for readiness or status.
-    pub fn tell(&self) {
+    /// Publishes readiness and status.
+    pub fn publish(&self) {
         self.in_sync.set(self.connected);
         let nothing = RuleSet::default();
-        let held = self.in_force.as_deref().unwrap_or(&nothing);
+        let in_force = self.in_force.as_deref().unwrap_or(&nothing);
         let proofs = self.enforcer.proofs().borrow().clone();
         let status = Status {
             node: self.node.clone(),
-            term: held.generation.term,
-            number: held.generation.number,
-            digest: held.digest().to_string(),
-            hub_revision: held.hub_revision,
-            local_revision: held.local_revision,
-            endpoints: held.endpoints.len(),
-            policies: held.policies.len(),
-            sets: held.sets.len(),
+            term: in_force.generation.term,
+            number: in_force.generation.number,
+            digest: in_force.digest().to_string(),
+            hub_revision: in_force.hub_revision,
+            local_revision: in_force.local_revision,
+            endpoints: in_force.endpoints.len(),
+            policies: in_force.policies.len(),
+            sets: in_force.sets.len(),
             refused: self.refused.iter().map(refused).collect(),
             hooks: proofs.hooks.as_ref().map_or_else(String::new, |it| Words(it).to_string()),
             unenforced: proofs
@@ -333,12 +332,12 @@ impl Follower {
                     code: Reason::Finding(finding.clone()).code().to_owned(),
                 })
                 .collect(),
-            pod_ranges: self.in_force.as_ref().map_or(&self.pod_ranges, |held| &held.node.pod_ranges).clone(),
-            open: self.in_force.as_ref().map_or(self.open, |held| held.node.pod_ranges.is_empty()),
+            pod_ranges: self.in_force.as_ref().map_or(&self.pod_ranges, |rules| &rules.node.pod_ranges).clone(),
+            open: self.in_force.as_ref().map_or(self.open, |rules| rules.node.pod_ranges.is_empty()),
             connected: self.connected,
             not_in_sync: if self.connected { String::new() } else { self.not_in_sync.clone() },
             problems: self.files().iter().map(|it| Words(it).to_string()).collect(),
-            // Who writes it knows.
+            // Set when it is written.
             flows: String::new(),
             written_at: 0,
         };
@@ -369,11 +368,11 @@ mod tests {
         let pod = EndpointId { namespace: "a".into(), name: "p".into() };
         let hooks = Some(HookProblem::NotProven);
         let proofs = Proofs { hooks, unenforced: [(pod, Finding::Ipvs)].into() };
-        let held = RuleSet { generation: Generation { term: 5, number: 9 }, ..RuleSet::default() };
+        let rules = RuleSet { generation: Generation { term: 5, number: 9 }, ..RuleSet::default() };
         Follower {
             node: "n".into(),
             enforcer: Enforcer::ended(proofs),
-            in_force: Some(Arc::new(held)),
+            in_force: Some(Arc::new(rules)),
             refused: vec![refusal()],
             pod_ranges: Vec::new(),
             open: false,
@@ -394,13 +393,12 @@ mod tests {
     }
 
     #[test]
-    fn a_new_position_is_no_better_than_what_is_in_force() {
+    fn new_position_keeps_refusals_and_findings() {
         let mut follower = follower();
-        let ack = ack(follower.move_on(Generation { term: 5, number: 10 }, 3, 4));
+        let ack = ack(follower.advance(Generation { term: 5, number: 10 }, 3, 4));
         assert_eq!(ack.generation, Some(wire::Generation { term: 5, number: 10 }));
         assert_eq!(ack.revisions, Some(wire::Revisions { hub: 3, local: 4 }));
         assert_eq!(ack.failure, None);
-        // What the kernel refused it still refuses, and who is not enforced still is not.
         let refused: Vec<_> = ack.refusals.into_iter().filter_map(|it| report::parse_object(it.object?)).collect();
         assert_eq!(refused, [refusal().object]);
         let pod = EndpointId { namespace: "a".into(), name: "p".into() };
@@ -412,55 +410,55 @@ mod tests {
     }
 
     #[test]
-    fn files_that_cannot_be_written_are_reported_until_they_can() {
+    fn reports_files_that_cannot_be_written_until_they_can() {
         let follower = follower();
-        let said = |follower: &Follower| {
-            follower.tell();
+        let published = |follower: &Follower| {
+            follower.publish();
             let problems = follower.status.borrow().problems.clone();
             let files = ack(follower.ack(None)).files.into_iter().map(report::parse_file);
             assert_eq!(files.map(|it| Words(&it).to_string()).collect::<Vec<_>>(), problems);
             problems
         };
-        assert!(said(&follower).is_empty());
+        assert!(published(&follower).is_empty());
         follower.writes.note("ruleset.snapshot", &Err(std::io::ErrorKind::StorageFull.into()));
-        assert_eq!(said(&follower), ["ruleset.snapshot cannot be written: no storage space"]);
+        assert_eq!(published(&follower), ["ruleset.snapshot cannot be written: no storage space"]);
         follower.writes.note("ruleset.snapshot", &Ok(()));
-        assert!(said(&follower).is_empty());
+        assert!(published(&follower).is_empty());
     }
 
     #[test]
-    fn who_has_lost_the_member_is_not_ready() {
+    fn agent_without_a_member_is_not_ready() {
         let mut follower = follower();
-        follower.move_on(Generation { term: 5, number: 10 }, 3, 4);
+        follower.advance(Generation { term: 5, number: 10 }, 3, 4);
         assert!(follower.in_sync.holds());
-        follower.lose("the stream ended".to_owned());
+        follower.disconnected("the stream ended".to_owned());
         assert!(!follower.in_sync.holds() && !follower.status.borrow().connected);
     }
 
     #[test]
-    fn pods_are_said_to_be_open_only_where_nothing_closes_them() {
+    fn pods_are_reported_open_only_without_closed_ranges() {
         let mut follower = Follower { in_force: None, ..follower() };
-        let said = |follower: &Follower| {
-            follower.tell();
+        let published = |follower: &Follower| {
+            follower.publish();
             let status = follower.status.borrow();
             (status.open, status.ranges())
         };
-        let (open, closed) = ("none known: a pod is OPEN", "not known: what was closed before");
-        let (is_open, text) = said(&follower);
-        assert!(!is_open && text.starts_with(closed), "the kernel holds ranges that were closed: {text}");
+        let (open, closed) = ("none known: a pod is OPEN", "unknown: ranges that were closed before");
+        let (is_open, text) = published(&follower);
+        assert!(!is_open && text.starts_with(closed), "the kernel has ranges that were closed: {text}");
         follower.open = true;
-        let (is_open, text) = said(&follower);
+        let (is_open, text) = published(&follower);
         assert!(is_open && text.starts_with(open), "{text}");
-        // Rules that name no range close none.
+        // Rules without a range close none.
         (follower.in_force, follower.open) = (Some(Arc::default()), false);
-        assert!(said(&follower).0);
+        assert!(published(&follower).0);
         let node = NodeConfig { pod_ranges: vec!["10.1.0.0/24".parse().expect("a net")], ..NodeConfig::default() };
         follower.in_force = Some(Arc::new(RuleSet { node, ..RuleSet::default() }));
-        assert_eq!(said(&follower), (false, "10.1.0.0/24".to_owned()));
+        assert_eq!(published(&follower), (false, "10.1.0.0/24".to_owned()));
     }
 
     #[test]
-    fn a_term_that_is_over_changes_nothing() {
+    fn ignores_rules_of_a_term_that_is_over() {
         let follower = follower();
         let at = |term, number| Generation { term, number };
         assert!(follower.is_behind(at(4, 100)) && !follower.is_behind(at(5, 1)) && !follower.is_behind(at(6, 0)));
@@ -470,13 +468,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_does_not_hold_together_is_told_and_not_asked_for_again() {
+    async fn inconsistent_rule_set_is_reported_and_not_requested_again() {
         let mut follower = follower();
         let wrong = Delta { digest: Digest(1), ..Delta::default() };
         let failure = ack(follower.apply(&wrong).await).failure.map(report::parse_failure);
         assert!(matches!(failure, Some(Failure::Inconsistent(_))), "{failure:?}");
-        assert!(follower.in_force.is_some(), "what is in force stays");
-        // A difference from something else is asked for as a whole.
+        assert!(follower.in_force.is_some(), "the rules in force stay");
+        // A delta from another base is requested as a whole.
         let base = Delta { base: Some(Digest(2)), ..wrong };
         let answer = follower.apply(&base).await.message;
         assert!(matches!(answer, Some(wire::agent_to_member::Message::Hello(_))), "{answer:?}");

@@ -1,6 +1,6 @@
 //! Rule sets on the wire: between `hanse.agent.v1` and the types of `hanse-ruleset`, both ways.
 //!
-//! A delta travels as Begin, parts of bounded size, End. What does not convert is refused with the field's name.
+//! A delta is sent as Begin, parts of bounded size, End. An error of conversion names the field.
 
 pub mod reason;
 
@@ -20,17 +20,17 @@ const MEMBERS_PER_PART: usize = 10_000;
 const PART_BYTES: usize = 400 * 1024;
 /// Objects of one delta that a receiver takes: a node's 1,000,000 set members and 100,000 rules.
 const MAX_PARTS: usize = 1_000;
-/// Flows of one message: an agent tells no more at once, and a member takes no more. With about 100 bytes each 200 KiB.
+/// Flows of one message, which agents send and members accept. With about 100 bytes each 200 KiB.
 pub const MAX_FLOWS: usize = 2_000;
 
 /// Why a message is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
-    #[error("{0} is missing or not understood")]
+    #[error("{0} is missing or unknown")]
     Missing(&'static str),
     #[error("{0} is out of range")]
     Range(&'static str),
-    #[error("{0} came out of order")]
+    #[error("{0} is out of order")]
     Order(&'static str),
     #[error("the delta has more than {MAX_PARTS} parts")]
     TooLarge,
@@ -113,7 +113,7 @@ struct Parts {
 }
 
 impl Parts {
-    /// The part to which `bytes` more are added.
+    /// The part with room for `bytes` more.
     fn room(&mut self, bytes: usize) -> &mut wire::Part {
         if self.bytes > 0 && self.bytes + bytes > PART_BYTES {
             self.done.push(std::mem::take(&mut self.open));
@@ -184,7 +184,7 @@ impl Parts {
     }
 }
 
-/// Puts the messages of a delta together again.
+/// Assembles the messages of a delta.
 #[derive(Debug, Default)]
 pub struct Assembler {
     open: Option<(Delta, usize)>,
@@ -193,7 +193,7 @@ pub struct Assembler {
 /// What a message completes.
 #[derive(Debug)]
 pub enum Assembled {
-    /// More must come.
+    /// More messages must follow.
     Nothing,
     Delta(Box<Delta>),
     Position {
@@ -205,7 +205,7 @@ pub enum Assembled {
 
 impl Assembler {
     /// # Errors
-    /// When a message does not fit; the delta under way is dropped.
+    /// When a message is invalid; the delta in flight is dropped.
     pub fn receive(&mut self, message: wire::MemberToAgent) -> Result<Assembled, WireError> {
         use wire::member_to_agent::Message;
         match message.message.ok_or(WireError::Missing("message"))? {

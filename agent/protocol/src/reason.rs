@@ -149,7 +149,7 @@ pub enum Subject {
 }
 
 impl Reason {
-    /// What programs tell reasons apart by: never changed, never reused.
+    /// Identifies the kind of the reason for programs: never changed, never reused.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Finding(finding) => match finding {

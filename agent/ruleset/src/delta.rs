@@ -12,7 +12,7 @@ use crate::model::{
     SocketAddress,
 };
 
-/// Members that come and go in one set. Additions and removals are disjoint.
+/// Members added to and removed from one set. Additions and removals are disjoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SetChange {
     Addresses { add: Vec<IpAddr>, remove: Vec<IpAddr> },
@@ -72,15 +72,15 @@ pub struct Step {
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ApplyError {
-    #[error("the delta starts from {expected}, this rule set is {found}")]
+    #[error("the delta starts from digest {expected}, this rule set has {found}")]
     Base { expected: Digest, found: Digest },
-    #[error("the delta changes set {0}, which is not held")]
+    #[error("the delta changes set {0}, which does not exist")]
     UnknownSet(SetId),
     #[error("the delta changes set {0} as another kind than it has")]
     SetKind(SetId),
     #[error("{what} names {name}, which is not in the rule set")]
     Dangling { what: &'static str, name: String },
-    #[error("the result is {found}, the sender has {expected}")]
+    #[error("the result has digest {found}, the sender has {expected}")]
     Digest { expected: Digest, found: Digest },
 }
 
@@ -186,7 +186,7 @@ impl SetChange {
 }
 
 impl RuleSet {
-    /// Applies a delta: the new rule set, or what does not fit, with `self` untouched. O(size of the rule set's maps) for
+    /// Applies a delta: the new rule set, or an error; `self` does not change. O(size of the rule set's maps) for
     /// the clone of pointers; sets that do not change are shared.
     pub fn apply(&self, delta: &Delta) -> Result<RuleSet, ApplyError> {
         let mut next = match delta.base {

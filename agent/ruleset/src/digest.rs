@@ -1,4 +1,4 @@
-//! Content names and the order-independent digest by which two sides know that they hold the same state.
+//! Content names and the order-independent digest by which two sides know that they have the same state.
 
 use std::net::IpAddr;
 
@@ -8,8 +8,8 @@ use crate::model::{
     Chain, ChainId, LocalEndpoint, Members, NodeConfig, Peer, Policy, PolicyId, RuleSet, Set, SetId, SocketAddress,
 };
 
-/// A sum, modulo 2^128, of the hashes of everything that is held: adding and removing are each one operation, and the
-/// order does not matter.
+/// A sum, modulo 2^128, of the hashes of all objects: adding and removing one are each one operation, and the order does not
+/// matter.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Digest(pub u128);
 

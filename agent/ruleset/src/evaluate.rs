@@ -1,4 +1,4 @@
-//! The meaning of a rule set, packet by packet: slow and obvious.
+//! The reference evaluator of rule sets: slow and obvious.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ pub struct Packet {
     pub icmp: Option<(u8, u8)>,
 }
 
-/// Where the packet is seen.
+/// Where the packet is judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Hook {
     /// Through the node: between pods, or between a pod and elsewhere.
@@ -38,14 +38,14 @@ pub enum Verdict {
     Deny,
 }
 
-/// A verdict and what gave it, in the order in which it was asked.
+/// A verdict and the rules that led to it, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
     pub verdict: Verdict,
     pub trace: Vec<String>,
 }
 
-/// Judges a packet as the node that holds `rules` must.
+/// Judges a packet as a node with `rules` must.
 pub fn evaluate(rules: &RuleSet, packet: &Packet, hook: Hook) -> Outcome {
     let mut trace = Vec::new();
     let verdict = judge(rules, packet, hook, &mut trace);
@@ -73,10 +73,10 @@ fn judge(rules: &RuleSet, packet: &Packet, hook: Hook, trace: &mut Vec<String>) 
     let holder = |address: IpAddr| rules.endpoints.values().find(|endpoint| endpoint.addresses.contains(&address));
     let (source, destination) = (holder(packet.source), holder(packet.destination));
     if node.unknown_pods == UnknownPods::Deny {
-        for (address, held) in [(packet.source, source.is_some()), (packet.destination, destination.is_some())] {
+        for (address, is_endpoint) in [(packet.source, source.is_some()), (packet.destination, destination.is_some())] {
             let in_range = node.pod_ranges.iter().any(|net| net.contains(&address));
             let with_node = hook == Hook::Input;
-            if in_range && !held && !with_node {
+            if in_range && !is_endpoint && !with_node {
                 trace.push(format!("unknown pod {address}"));
                 return Verdict::Deny;
             }

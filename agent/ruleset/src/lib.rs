@@ -1,9 +1,8 @@
-//! What one node must enforce: the contract between the compiler of a member and the agent of a node.
+//! Rule sets of nodes: the contract between the compiler of a member and the agent of a node.
 //!
 //! A [`RuleSet`] is a bag of objects: sets, policies, chains and endpoints. Policies and chains are named by their
-//! content, so that what must change together always gets a new name. Sets are named by their meaning (the selector that
-//! they stand for), because their contents may be one generation newer than the rules that use them. Three-valued matching
-//! is already resolved here: a clause names the *certain* or the *possible* set of a selector, whichever fails closed.
+//! content, so that what must change together always gets a new name. Sets are named by their meaning (their selector), because their contents may be one generation newer than the rules that use them. Three-valued matching
+//! is already resolved here: a clause names the *certain* or the *possible* set of a selector, the one that fails closed.
 //!
 //! Pure: no I/O, no clock. [`evaluate()`] is the meaning; a backend must agree with it on every packet.
 

@@ -35,7 +35,7 @@ macro_rules! id {
 }
 
 id!(
-    /// Names a set by its meaning: a hash of the canonical selector, its cluster scope, the kind and whether it holds the
+    /// Names a set by its meaning: a hash of the canonical selector, its cluster scope, the kind and whether it has the
     /// certain or the possible members.
     SetId
 );
@@ -85,7 +85,7 @@ pub enum SetKind {
     Sockets,
 }
 
-/// The members of a set: sorted, without doubles, both families mixed.
+/// The members of a set: sorted, without duplicates, of both families.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Members {
     Addresses(BTreeSet<IpAddr>),
@@ -120,7 +120,7 @@ pub enum Action {
     /// Leaves the phase. This is what a federated Allow becomes where the cluster has not granted `federatedAllow: Final`:
     /// the remaining tiers of the phase are skipped and the next phase decides.
     Leave,
-    /// Notes the packet and goes on.
+    /// Logs the packet and continues.
     Log,
 }
 
@@ -137,10 +137,10 @@ pub struct Icmp {
     pub code: Option<u8>,
 }
 
-/// What one end of a packet must be. All fields that say something must hold.
+/// Conditions on one end of a packet, all of which must be met.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Peer {
-    /// The address is in one of these; empty says nothing.
+    /// The address is in one of these; empty: no condition.
     pub nets: Vec<IpNet>,
     /// The address is in none of these.
     pub not_nets: Vec<IpNet>,
@@ -151,24 +151,24 @@ pub struct Peer {
     pub not_sets: Vec<SetId>,
     /// The (address, protocol, port) is in every one of these sets (kind Sockets): service matches with ports.
     pub in_sockets: Vec<SetId>,
-    /// The port is in one of these ranges *or* (address, protocol, port) is in one of `port_sets`. Says nothing when
+    /// The port is in one of these ranges *or* (address, protocol, port) is in one of `port_sets`. No condition when
     /// both are empty. Only TCP (6), UDP (17), UDP-Lite (136), SCTP (132) and DCCP (33) have ports; others do not match.
     pub ports: Vec<PortRange>,
     /// Named ports (kind Sockets); see `ports`.
     pub port_sets: Vec<SetId>,
-    /// None of these ranges holds the port. A packet without ports satisfies it.
+    /// The port is in none of these ranges. A packet without ports satisfies it.
     pub not_ports: Vec<PortRange>,
-    /// None of these (kind Sockets) holds (address, protocol, port).
+    /// (address, protocol, port) is in none of these sets (kind Sockets).
     pub not_port_sets: Vec<SetId>,
 }
 
-/// A rule matches when all that it says holds.
+/// A rule matches when all its conditions are met.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rule {
     pub action: Action,
     /// Zero-based index in the source policy's list of this direction; several compiled rules may share one.
     pub index: u32,
-    /// This rule denies because a match of its source rule is unknown, not because the source says Deny.
+    /// This rule denies because a match of its source rule is unknown, not because the source rule has action Deny.
     pub unknown: bool,
     pub family: Option<Family>,
     pub protocol: Option<u8>,
@@ -222,7 +222,7 @@ pub struct Chain {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LocalEndpoint {
     pub id: EndpointId,
-    /// Sorted; at most one endpoint of a rule set holds an address.
+    /// Sorted; an address belongs to at most one endpoint of a rule set.
     pub addresses: Vec<IpAddr>,
     pub ingress: ChainId,
     pub egress: ChainId,
@@ -242,7 +242,7 @@ pub struct OwnStream {
     pub port: u16,
 }
 
-/// What to do with an address of the node's pod ranges that no endpoint of the rule set holds.
+/// The verdict for an address of the node's pod ranges that belongs to no endpoint of the rule set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub enum UnknownPods {
     /// Deny both ways, except with the pod's own node: a new pod is not open before its rules arrive.
@@ -261,7 +261,7 @@ pub struct NodeConfig {
     pub own_streams: Vec<OwnStream>,
 }
 
-/// All that one node must enforce.
+/// Everything that one node must enforce.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct RuleSet {
     pub generation: Generation,

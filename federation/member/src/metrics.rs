@@ -102,7 +102,7 @@ impl Metrics {
         let newest = (hub.epoch, hub.revision, world.local_revision());
         let (mut connected, mut current, mut failed, mut unenforced) = (0, 0, 0, 0);
         for node in nodes {
-            let at = (node.place.hub_epoch, node.place.hub_revision, node.place.local_revision);
+            let at = (node.position.hub_epoch, node.position.hub_revision, node.position.local_revision);
             connected += i64::from(node.connected);
             current += i64::from(node.connected && at == newest);
             failed += i64::from(node.failed.is_some());

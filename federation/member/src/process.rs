@@ -266,7 +266,7 @@ impl Member {
         let changed = self.world.take_local(news);
         self.changed();
         let local = self.world.local();
-        self.fanout.know(local.nodes.iter().map(|(name, node)| (name.clone(), node.pod_ranges.clone())));
+        self.fanout.set_source_nodes(local.nodes.iter().map(|(name, node)| (name.clone(), node.pod_ranges.clone())));
         self.client.publish(&local.cluster, &changed);
         if !changed.policies.is_empty() {
             self.client.want(wanted(&local.layer));

@@ -198,20 +198,20 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
     };
     pb::NodePosition {
         node: name.to_string(),
-        hub_revision: status.place.hub_revision,
-        local_revision: status.place.local_revision,
+        hub_revision: status.position.hub_revision,
+        local_revision: status.position.local_revision,
         connected: status.connected,
         // Rounded, so that time alone does not change the report.
-        age_ms: status.heard.map_or(u64::MAX, |heard| heard.elapsed().as_secs() / 10 * 10_000),
+        age_ms: status.acknowledged_at.map_or(u64::MAX, |at| at.elapsed().as_secs() / 10 * 10_000),
         errors: errors.iter().map(|(subject, (at, reason))| error(subject, at.as_ref(), reason)).collect(),
         hooks: status.hooks.as_ref().map(wire::hooks),
         unenforced: status.unenforced.iter().take(MAX_REPORTED).map(pod).collect(),
         unenforced_total: u32::try_from(status.unenforced.len()).unwrap_or(u32::MAX),
-        term: status.place.generation.term,
-        number: status.place.generation.number,
+        term: status.position.generation.term,
+        number: status.position.generation.number,
         agent_version: status.version.clone(),
         files: status.files.iter().map(wire::file).collect(),
-        hub_epoch: Some(status.place.hub_epoch),
+        hub_epoch: Some(status.position.hub_epoch),
         failure: status.failed.as_ref().map(wire::failure),
     }
 }
@@ -251,7 +251,7 @@ mod tests {
 
     use super::*;
 
-    /// A pod that the federated policies `a` and `ab` and a local one stand on.
+    /// A pod that the federated policies `a` and `ab` and a local one select.
     fn rules() -> RuleSet {
         let policy = |name: &str| Arc::new(Policy { name: name.into(), rules: Vec::new() });
         let policies = ["FederatedNetworkPolicy a", "FederatedNetworkPolicy ab", "NetworkPolicy x/a"].map(policy);
@@ -320,7 +320,7 @@ mod tests {
             ..pb::NodePosition::default()
         };
         let policy = pb::PolicyState { policy: "p".to_owned(), state: None };
-        let told = |room: Room| {
+        let fitted = |room: Room| {
             let (mut nodes, mut policies) = (vec![node.clone(), node.clone()], vec![policy.clone(); 3]);
             fit(&mut nodes, &mut policies, room);
             let name = |subject: Subject| match subject {
@@ -333,11 +333,11 @@ mod tests {
             (objects.collect::<Vec<_>>().join(" "), pods, policies.len())
         };
         let room = |bytes, count| Room { bytes, count };
-        assert_eq!(told(room(1 << 20, 1_000)), ("a b a b".to_owned(), 4, 3));
-        assert_eq!(told(room(1 << 20, 5)), ("a b *".to_owned(), 2, 3));
-        assert_eq!(told(room(1 << 20, 2)), ("a b * * *".to_owned(), 0, 2));
-        assert_eq!(told(room(2 * error("a").encoded_len(), 1_000)), ("a b *".to_owned(), 4, 3));
-        assert_eq!(told(room(6, 1_000)), ("* * * *".to_owned(), 4, 2));
+        assert_eq!(fitted(room(1 << 20, 1_000)), ("a b a b".to_owned(), 4, 3));
+        assert_eq!(fitted(room(1 << 20, 5)), ("a b *".to_owned(), 2, 3));
+        assert_eq!(fitted(room(1 << 20, 2)), ("a b * * *".to_owned(), 0, 2));
+        assert_eq!(fitted(room(2 * error("a").encoded_len(), 1_000)), ("a b *".to_owned(), 4, 3));
+        assert_eq!(fitted(room(6, 1_000)), ("* * * *".to_owned(), 4, 2));
     }
 
     #[test]
@@ -379,8 +379,8 @@ mod tests {
         check(NodeStatus { unenforced: vec![silent; MAX_REPORTED], ..NodeStatus::default() }, &everything);
         let set = |it: usize| Object::Set(SetId::of_meaning(&[&it.to_string()]));
         let many = (0..2 * MAX_ERRORS).map(|it| (Some(set(it)), rejection())).collect();
-        let told = position(&"n".into(), &NodeStatus { refused: many, ..NodeStatus::default() }, &rules());
-        assert_eq!(subjects(&told).first(), Some(&Subject::Everything));
-        assert!(told.errors.len() <= MAX_ERRORS + 1);
+        let fitted = position(&"n".into(), &NodeStatus { refused: many, ..NodeStatus::default() }, &rules());
+        assert_eq!(subjects(&fitted).first(), Some(&Subject::Everything));
+        assert!(fitted.errors.len() <= MAX_ERRORS + 1);
     }
 }

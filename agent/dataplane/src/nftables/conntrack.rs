@@ -12,7 +12,7 @@ const MARK: u16 = 8;
 const ZONE: u16 = 18;
 const MARK_MASK: u16 = 21;
 
-/// Takes the bits of `mask` out of the mark of every connection whose mark is `stale`.
+/// Clears the bits of `mask` in the mark of every connection whose mark is `stale`.
 pub fn clear_marks(netlink: &mut Netlink, mask: u32, stale: impl Fn(u32) -> bool) -> io::Result<()> {
     let dumped = netlink.query(SUBSYSTEM | GET, DUMP, 0, &Attributes::default())?;
     for connection in dumped {

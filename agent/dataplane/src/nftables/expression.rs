@@ -23,7 +23,7 @@ pub enum Direction {
     Reply = 1,
 }
 
-/// What connection tracking knows.
+/// Keys of connection tracking.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ct {
     State = 0,
@@ -53,11 +53,11 @@ pub enum Compare {
     AtLeast = 5,
 }
 
-/// A set in a lookup: by name, or within the batch that makes it by number.
+/// A set in a lookup: by name, or by number in the batch that creates it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SetName {
     Named(String),
-    /// Of this rule alone; the number says which of [`super::render::Rule::anonymous`].
+    /// An anonymous set: the index in [`super::render::Rule::anonymous`].
     Anonymous(usize),
 }
 
@@ -104,21 +104,21 @@ pub enum Expression {
         map: String,
         register: u32,
     },
-    /// The interface through which the source would be reached, 0 where it is not the one it came from.
+    /// The interface of the route to the source; 0 if it is not the one of the packet.
     FibSourceInterface {
         register: u32,
     },
-    /// Adds what is in the register to a named set.
+    /// Adds the value of the register to a named set.
     AddToSet {
         set: String,
         register: u32,
     },
     Counter,
-    /// Goes on only with what is more than so many packets a second, and more than a second's worth at once.
+    /// Matches packets over a rate per second, with a burst of one second.
     Over {
         per_second: u32,
     },
-    /// Copies the packet to whoever listens to the group; its first bytes where `bytes` says how many.
+    /// Copies the packet, or its first `bytes`, to the listener of the group.
     Log {
         group: u16,
         bytes: Option<u32>,

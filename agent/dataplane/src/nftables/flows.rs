@@ -1,38 +1,38 @@
-//! What rules decide of connections, as the kernel tells it (`linux/netfilter/nfnetlink_log.h`).
+//! Decisions of rules, as the kernel logs them (`linux/netfilter/nfnetlink_log.h`).
 //!
-//! The chains `tell-…` copy the first bytes of the packet that was decided to a group of their own; the group says how, and
-//! the packet, as it is between the translations of its addresses, of what. The kernel gathers packets for at most half a
-//! second, and waits for nobody: what finds no room is lost, and counted, and so is what is beyond the limits of those chains.
+//! The chains `log-…` copy the first bytes of the decided packet to a netlink group. The group identifies the decision, and the packet the
+//! connection: its source is before, its destination after address translation. The kernel gathers packets for at most half a second.
+//! Packets beyond the rate limits of the chains, and those that do not fit into the socket, are dropped and counted.
 //!
-//! A group has one listener in a network namespace, and ends with it. Without one, rules that tell cost a look-up.
+//! A group has one listener in a network namespace, and ends with it. Without one, a log rule costs a look-up.
 
 use std::io;
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::netlink::{Attributes, Batch, BatchError, CREATE, DUMP, Netlink, Received, attributes, list, text_of};
-use super::render::telling_chains;
+use super::render::log_chains;
 use super::write::{DELETE_TABLE, NEW_CHAIN, NEW_RULE, NEW_TABLE};
 use super::{FAMILY_INET, GET_CHAIN_RULES};
 pub use crate::decisions::{Decided, Decision, Decisions};
 
-/// The groups of connections that are allowed, of those that do not begin, and of those that were under way: by a packet of
-/// their original direction, or by one of the other, whose ends are swapped.
+/// The groups of allowed connections, of denied ones, and of cut ones: by a packet of the original direction, or by one of the reply
+/// direction, whose ends are swapped.
 pub const ALLOWED: u16 = 4739;
 pub const DENIED: u16 = 4740;
 pub const CUT: u16 = 4741;
 pub const CUT_IN_REPLY: u16 = 4742;
 const GROUPS: [u16; 4] = [ALLOWED, DENIED, CUT, CUT_IN_REPLY];
-/// Of each packet: a header of IPv6, 80 bytes of extensions, and ports.
+/// Bytes of each packet: an IPv6 header, 80 bytes of extensions, and ports.
 pub const COPIED_BYTES: u32 = 128;
-/// The kernel hands over what it gathered when it is this old, in hundredths of a second, when it has this many packets, or
-/// this many bytes: 100 packets of 128 bytes with about as many of attributes.
+/// The kernel sends gathered packets when they are this old, in hundredths of a second, or this many, or this many bytes: 100 packets of
+/// 128 bytes, with as many bytes of attributes.
 const GATHER_CENTISECONDS: u32 = 50;
 const GATHER_PACKETS: u32 = 100;
 const GATHER_BYTES: u32 = 32 * 1024;
-/// How old the kernel's own time of a packet may be to be believed: some drivers note other times in its place.
-const BELIEVED_AGE: Duration = Duration::from_secs(60);
-/// Extension headers of one packet: more than any that is sent in earnest.
+/// The greatest age of a packet's timestamp: some drivers use other clocks.
+const MAX_AGE: Duration = Duration::from_secs(60);
+/// Extension headers of one packet that are read: more than real packets have.
 const MAX_EXTENSIONS: usize = 8;
 
 const SUBSYSTEM: u16 = 4 << 8;
@@ -43,7 +43,7 @@ const TIMESTAMP: u16 = 3;
 const PAYLOAD: u16 = 9;
 const SEQUENCE: u16 = 12;
 
-/// Listens to what is decided in one network namespace.
+/// Listens to the decisions in one network namespace.
 #[derive(Debug)]
 pub struct Flows {
     packets: Netlink,
@@ -51,16 +51,15 @@ pub struct Flows {
     table: String,
     /// The number of the next packet of each group.
     next: [u32; GROUPS.len()],
-    /// How many each chain has left out, as far as it is told.
-    left_out: [u64; 3],
+    /// The counter of suppressed packets of each chain, at the last call.
+    suppressed: [u64; 3],
 }
 
 impl Flows {
     /// Listens in the network namespace of the calling thread, to the rules of `table`.
     ///
     /// # Errors
-    /// When the kernel does not know groups of packets or would refuse rules that tell, when somebody else listens, or
-    /// without privileges.
+    /// When the kernel does not support packet groups or log rules, when another process listens, or without privileges.
     pub fn open(table: &str) -> io::Result<Self> {
         const BIND: u8 = 1;
         const COPY_PACKET: u8 = 2;
@@ -78,42 +77,41 @@ impl Flows {
         for group in GROUPS {
             packets.change(CONFIGURE, group, &settings)?;
         }
-        let mut flows = Self { packets, rules, table: table.into(), next: [0; GROUPS.len()], left_out: [0; 3] };
-        // What an earlier listener was not told.
-        flows.left_out()?;
+        let mut flows = Self { packets, rules, table: table.into(), next: [0; GROUPS.len()], suppressed: [0; 3] };
+        // Ignores what was suppressed before.
+        flows.suppressed()?;
         Ok(flows)
     }
 
-    /// Waits for the next packets, at most `limit`, and shows each as what it says. Returns how many are lost, as far as it
-    /// is known now: a gap shows with the packet behind it.
+    /// Waits for the next packets, at most `limit`, and passes their decisions to `receive`. Returns how many were dropped: a gap is
+    /// known with the packet behind it.
     ///
     /// # Errors
-    /// When the kernel cannot be spoken to any more.
-    pub fn wait(&mut self, limit: Duration, mut look: impl FnMut(Decided)) -> io::Result<u64> {
-        let (mut lost, now) = (0, SystemTime::now);
+    /// When netlink fails.
+    pub fn wait(&mut self, limit: Duration, mut receive: impl FnMut(Decided)) -> io::Result<u64> {
+        let (mut dropped, now) = (0, SystemTime::now);
         self.packets.wait(limit, |message| {
             let (gap, decided) = take(&mut self.next, message, now());
-            lost += gap;
-            decided.into_iter().for_each(&mut look);
+            dropped += gap;
+            decided.into_iter().for_each(&mut receive);
         })?;
-        Ok(lost)
+        Ok(dropped)
     }
 
-    /// How many decisions rules have told nobody since the last call, because there were too many. Of what was left out just
-    /// before the whole table is written again, nothing is known.
+    /// How many decisions rate limits have suppressed since the last call. Those just before the whole table is written are not known.
     ///
     /// # Errors
-    /// When the kernel cannot be spoken to.
-    pub fn left_out(&mut self) -> io::Result<u64> {
+    /// When netlink fails.
+    pub fn suppressed(&mut self) -> io::Result<u64> {
         let mut sum = 0;
-        for (chain, last) in telling_chains().iter().zip(&mut self.left_out) {
+        for (chain, last) in log_chains().iter().zip(&mut self.suppressed) {
             let query = Attributes::default().text(1, &self.table).text(2, &chain.name);
             let now = match self.rules.query(GET_CHAIN_RULES, DUMP, FAMILY_INET, &query) {
                 Ok(rules) => rules.iter().filter_map(|rule| counted(&rule.body, &self.table, &chain.name)).sum(),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
                 Err(error) => return Err(error),
             };
-            // A counter that was written again begins at none.
+            // The counter of a new rule starts at 0.
             sum += if now < *last { now } else { now - *last };
             *last = now;
         }
@@ -152,32 +150,33 @@ impl Decisions for Listener {
     }
 
     fn suppressed(&mut self) -> io::Result<u64> {
-        self.flows()?.left_out()
+        self.flows()?.suppressed()
     }
 }
 
-/// How many were lost before a message, or with it, and what it tells. `next`: as in [`Flows`].
+/// How many decisions were dropped before a message, or with it, and its decision. `next`: as in [`Flows`].
 fn take(next: &mut [u32; GROUPS.len()], message: &Received, now: SystemTime) -> (u64, Option<Decided>) {
     let group = GROUPS.iter().position(|group| *group == message.resource);
     let Some(at) = group.filter(|_| message.kind == PACKET) else { return (0, None) };
     let parts = attributes(&message.body);
-    let mut lost = 0;
+    let mut dropped = 0;
     if let Some(number) = parts.get(&SEQUENCE).and_then(|bytes| bytes.first_chunk()) {
         let number = u32::from_be_bytes(*number);
-        lost = u64::from(number.wrapping_sub(next[at]));
+        dropped = u64::from(number.wrapping_sub(next[at]));
         next[at] = number.wrapping_add(1);
     }
     let time = time_of(parts.get(&TIMESTAMP).copied().unwrap_or_default(), now);
-    let decided = parts.get(&PAYLOAD).and_then(|bytes| Ends::read(bytes)).map(|ends| ends.decided(GROUPS[at], time));
-    (lost + u64::from(decided.is_none()), decided)
+    let decided =
+        parts.get(&PAYLOAD).and_then(|bytes| PacketEnds::read(bytes)).map(|ends| ends.decided(GROUPS[at], time));
+    (dropped + u64::from(decided.is_none()), decided)
 }
 
-/// Makes the rules that tell and removes them, in one transaction: a table that is refused for them would enforce nothing.
+/// Creates and removes the log rules in one transaction: a kernel that refuses them would refuse the whole table.
 fn try_rules(netlink: &mut Netlink, table: &str) -> io::Result<()> {
     let (mut batch, name) = (Batch::new(), Attributes::default().text(1, table));
     let no_set = |_: usize| (String::new(), 0);
     batch.push((), NEW_TABLE, CREATE, FAMILY_INET, &name);
-    let chains = telling_chains();
+    let chains = log_chains();
     for chain in &chains {
         batch.push((), NEW_CHAIN, CREATE, FAMILY_INET, &name.clone().text(3, &chain.name));
     }
@@ -196,7 +195,7 @@ fn try_rules(netlink: &mut Netlink, table: &str) -> io::Result<()> {
     }
 }
 
-/// How many packets the counter of a rule of `chain` has seen.
+/// The packets of the counter of a rule of `chain`.
 fn counted(rule: &[u8], table: &str, chain: &str) -> Option<u64> {
     let rule = attributes(rule);
     (text_of(rule.get(&1)?) == table && text_of(rule.get(&2)?) == chain).then_some(())?;
@@ -208,19 +207,19 @@ fn counted(rule: &[u8], table: &str, chain: &str) -> Option<u64> {
     })
 }
 
-/// Seconds and microseconds; `now` where the kernel says nothing, or what cannot be.
+/// A timestamp of seconds and microseconds; `now` where it is missing or impossible.
 fn time_of(stamp: &[u8], now: SystemTime) -> SystemTime {
     let word = |at: usize| Some(u64::from_be_bytes(*stamp.get(at..)?.first_chunk()?));
     let time = word(0).zip(word(8)).and_then(|(seconds, micros)| {
         let since = Duration::from_secs(seconds).checked_add(Duration::from_micros(micros))?;
         UNIX_EPOCH.checked_add(since)
     });
-    time.filter(|time| now.duration_since(*time).is_ok_and(|age| age <= BELIEVED_AGE)).unwrap_or(now)
+    time.filter(|time| now.duration_since(*time).is_ok_and(|age| age <= MAX_AGE)).unwrap_or(now)
 }
 
-/// Who speaks to whom in a packet.
+/// The ends of a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Ends {
+struct PacketEnds {
     source: IpAddr,
     destination: IpAddr,
     protocol: u8,
@@ -229,8 +228,8 @@ struct Ends {
     icmp: Option<(u8, u8)>,
 }
 
-impl Ends {
-    /// From the first bytes of a packet, which the kernel has put together if it came in parts.
+impl PacketEnds {
+    /// From the first bytes of a packet, which the kernel has defragmented.
     fn read(packet: &[u8]) -> Option<Self> {
         let (source, destination, protocol, behind) = match packet.first()? >> 4 {
             4 => Self::read_v4(packet)?,
@@ -301,7 +300,7 @@ impl Ends {
                 protocol,
                 port: source_port,
                 source_port: port,
-                icmp: icmp.map(|(kind, code)| (asked_by(source, kind), code)),
+                icmp: icmp.map(|(kind, code)| (request_of(source, kind), code)),
                 at,
             },
             _ => Decided { decision, source, destination, protocol, port, source_port, icmp, at },
@@ -309,8 +308,8 @@ impl Ends {
     }
 }
 
-/// The type of the message that an answer of type `kind` answers (RFC 792, 950 and 4443).
-fn asked_by(from: IpAddr, kind: u8) -> u8 {
+/// The type of the request that a message of type `kind` answers (RFC 792, 950 and 4443).
+fn request_of(from: IpAddr, kind: u8) -> u8 {
     match (from, kind) {
         (IpAddr::V4(_), 0) => 8,
         (IpAddr::V4(_), 14 | 16 | 18) => kind - 1,
@@ -343,7 +342,7 @@ mod tests {
     }
 
     fn decided(group: u16, packet: &[u8]) -> Option<Decided> {
-        Ends::read(packet).map(|ends| ends.decided(group, UNIX_EPOCH))
+        PacketEnds::read(packet).map(|ends| ends.decided(group, UNIX_EPOCH))
     }
 
     /// Source, destination, port, source port and ICMP as text.
@@ -358,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_packet_shows_the_ends_of_its_connection() {
+    fn reads_the_ends_of_a_connection_from_a_packet() {
         const PORTS: [u8; 4] = [0x9c, 0x40, 0, 80];
         let extensions = |last: &[u8]| [&[43, 0, 0, 0, 0, 0, 0, 0, 51, 1][..], &[0; 14], last].concat();
         let cases = [
@@ -385,7 +384,7 @@ mod tests {
                 "Allowed 6 fd01::2:40000 to fd01::3:80",
             ),
             (ALLOWED, v6(44, &[17, 0, 0, 1, 0, 0, 0, 0, 0x9c, 0x40, 0, 80]), "Allowed 17 fd01::2:40000 to fd01::3:80"),
-            // In parts, cut off, of no version, with an impossible length, and with more extensions than are followed.
+            // A fragment, cut off, without a version, with an impossible length, and with more extensions than are read.
             (ALLOWED, v6(44, &[17, 0, 0, 8, 0, 0, 0, 0, 0x9c, 0x40, 0, 80]), "nothing"),
             (ALLOWED, [&v4(0, 6, &PORTS)[..6], &[0, 1], &v4(0, 6, &PORTS)[8..]].concat(), "nothing"),
             (ALLOWED, v4(0, 6, &PORTS[..3]), "nothing"),
@@ -400,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_in_the_numbers_of_a_group_is_lost_and_so_is_what_says_nothing() {
+    fn counts_gaps_and_unreadable_packets_as_dropped() {
         let packet = v4(0, 6, &[0x9c, 0x40, 0, 80]);
         let message = |kind, resource, number: u32, packet: &[u8]| Received {
             port: 0,
@@ -410,28 +409,28 @@ mod tests {
             resource,
         };
         let mut next = [0; GROUPS.len()];
-        for (message, lost, tells) in [
+        for (message, dropped, is_decision) in [
             (message(PACKET, ALLOWED, 0, &packet), 0, true),
             (message(PACKET, ALLOWED, 3, &packet), 2, true),
             (message(PACKET, DENIED, 0, &packet), 0, true),
             (message(PACKET, ALLOWED, 4, &packet[..10]), 1, false),
             (message(PACKET, ALLOWED, 6, &[]), 2, false),
             (message(PACKET, ALLOWED, 7, &packet), 0, true),
-            // Somebody else's group, and what is no packet.
+            // Another program's group, and a message that is not a packet.
             (message(PACKET, 1, 9, &packet), 0, false),
             (message(3, ALLOWED, 9, &packet), 0, false),
         ] {
             let (gap, decided) = take(&mut next, &message, UNIX_EPOCH);
-            assert_eq!((gap, decided.is_some()), (lost, tells), "{message:?}");
+            assert_eq!((gap, decided.is_some()), (dropped, is_decision), "{message:?}");
         }
-        // The numbers start again.
+        // The numbers wrap around.
         next = [u32::MAX; GROUPS.len()];
         let after = [u32::MAX, 1].map(|number| take(&mut next, &message(PACKET, CUT, number, &packet), UNIX_EPOCH).0);
         assert_eq!(after, [0, 1]);
     }
 
     #[test]
-    fn times_that_cannot_be_are_not_believed() {
+    fn replaces_impossible_timestamps() {
         let now = UNIX_EPOCH + Duration::from_secs(1_000);
         let stamp = |seconds: u64, micros: u64| [seconds.to_be_bytes(), micros.to_be_bytes()].concat();
         let before = |micros| now - Duration::from_micros(micros);
@@ -450,7 +449,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_are_too_strange(bytes in proptest::collection::vec(any::<u8>(), 0..200), version in 3u8..8) {
+        fn reads_arbitrary_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..200), version in 3u8..8) {
             for group in GROUPS {
                 let _ = decided(group, &bytes);
                 let mut with_version = bytes.clone();
@@ -459,18 +458,18 @@ mod tests {
                 }
                 let _ = decided(group, &with_version);
             }
-            let _ = counted(&bytes, "hanse", "tell-allowed");
+            let _ = counted(&bytes, "hanse", "log-allowed");
             let _ = time_of(&bytes, SystemTime::now());
         }
 
-        /// With headers that are taken for ones, whatever follows.
+        /// The bytes behind valid headers are arbitrary.
         #[test]
-        fn what_is_cut_off_shows_what_it_did_or_nothing(
+        fn reads_cut_off_packets_like_whole_ones_or_not_at_all(
             behind in proptest::collection::vec(any::<u8>(), 0..100), protocol: u8, end in 0usize..140, six: bool
         ) {
             let whole = if six { v6(protocol, &behind) } else { v4(0, protocol, &behind) };
-            if let Some(cut_off) = Ends::read(&whole[..end.min(whole.len())]) {
-                prop_assert_eq!(Some(cut_off), Ends::read(&whole));
+            if let Some(cut_off) = PacketEnds::read(&whole[..end.min(whole.len())]) {
+                prop_assert_eq!(Some(cut_off), PacketEnds::read(&whole));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Which addresses and interfaces there are, in this network namespace and in those that hang at it (`linux/rtnetlink.h`,
+//! Addresses and interfaces of this network namespace and of those that are connected to it by veth (`linux/rtnetlink.h`,
 //! `linux/if_link.h`, `linux/if_addr.h`).
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,29 +23,29 @@ const TARGET_NAMESPACE_OF_ADDRESS: u16 = 10;
 /// `IFF_…`.
 const UP: u32 = 0x1;
 const LOOPBACK: u32 = 0x8;
-/// Kinds of interfaces by which a namespace can reach a wire beside the host's stack.
+/// Kinds of interfaces that bypass the host's network stack.
 const BESIDE: [&str; 5] = ["macvlan", "macvtap", "ipvlan", "ipvtap", "vlan"];
 
-/// What was found.
+/// The addresses and namespaces.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Survey {
     /// Addresses of this namespace.
     pub own: BTreeSet<IpAddr>,
-    /// Namespaces that a virtual cable of this one leads to.
+    /// Namespaces that are connected to this one by veth.
     pub behind: Vec<Behind>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Behind {
     pub addresses: BTreeSet<IpAddr>,
-    /// Ways out of it: cables to this namespace by their name here, and interfaces that lead past it by their name there.
+    /// Interfaces that lead out of it: veths to this namespace by their name here, and interfaces that bypass it by their name there.
     pub ways: Vec<String>,
 }
 
 /// Reads the kernel's tables. Costs two dumps and two more for each namespace.
 ///
 /// # Errors
-/// When the kernel's own tables cannot be read; a namespace that cannot be looked into is left out.
+/// When the tables of this namespace cannot be read. Other namespaces that cannot be read are left out.
 pub fn survey() -> io::Result<Survey> {
     let mut netlink = Netlink::open_route()?;
     let mut cables: BTreeMap<i32, Vec<String>> = BTreeMap::new();
@@ -61,7 +61,7 @@ pub fn survey() -> io::Result<Survey> {
         else {
             continue;
         };
-        // Hardware has no kind.
+        // Hardware interfaces have no kind.
         let beside = |link: &Link| link.up && (link.kind.is_empty() || BESIDE.contains(&link.kind.as_str()));
         ways.extend(links.into_iter().filter(beside).map(|link| link.name));
         survey.behind.push(Behind { addresses, ways });
@@ -117,7 +117,7 @@ fn addresses(netlink: &mut Netlink, target: Option<i32>) -> io::Result<BTreeSet<
     Ok(netlink.dump(GET_ADDRESS, &body)?.into_iter().filter_map(address).collect())
 }
 
-/// rtnetlink speaks the machine's byte order.
+/// rtnetlink uses the machine's byte order.
 fn push_target(body: &mut Vec<u8>, kind: u16, target: Option<i32>) {
     if let Some(target) = target {
         body.extend(8u16.to_ne_bytes());

@@ -25,13 +25,13 @@ const NLMSG_DONE: u16 = 3;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const SUBSYSTEM_NFTABLES: u16 = 10;
-/// Marks an attribute that holds attributes.
+/// Marks an attribute that contains attributes.
 const NESTED: u16 = 0x8000;
 const HEADER_BYTES: usize = 16;
 
-/// What one receive may bring: the kernel's dumps use skbs of at most 32 KiB, acknowledgements carry the failed message.
+/// Bytes of one receive: the kernel's dumps use buffers of at most 32 KiB, and acknowledgements contain the failed message.
 const RECEIVE_BYTES: usize = 256 * 1024;
-/// The send buffer that is asked for: a batch of 250,000 set members of 32 bytes, twice.
+/// The requested send buffer: a batch of 250,000 set members of 32 bytes, twice.
 const SEND_BUFFER_BYTES: usize = 16 * 1024 * 1024;
 
 /// Attributes under construction.
@@ -76,7 +76,7 @@ impl Attributes {
     }
 }
 
-/// Reads attributes; what is cut off ends the reading.
+/// Reads attributes up to one that is cut off.
 pub fn attributes(mut bytes: &[u8]) -> BTreeMap<u16, &[u8]> {
     let mut found = BTreeMap::new();
     while let [l0, l1, k0, k1, ..] = *bytes {
@@ -127,7 +127,7 @@ fn push_header(into: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, body_le
     into.extend(0u32.to_ne_bytes());
 }
 
-/// Messages that take effect together or not at all. Each carries a tag by which a refusal is told.
+/// Messages that take effect together or not at all. Each has a tag, which identifies it in a refusal.
 #[derive(Debug)]
 pub struct Batch<T> {
     bytes: Vec<u8>,
@@ -144,7 +144,7 @@ impl<T: Clone> Batch<T> {
     pub fn push(&mut self, tag: T, message: u16, flags: u16, family: u8, body: &Attributes) {
         self.tags.push(tag);
         let sequence = u32::try_from(self.tags.len()).expect("a batch holds less than 4 Gi messages");
-        // The first message asks for the answer that tells the end.
+        // The acknowledgement of the first message is the end of the answer.
         let flags = if sequence == 1 { flags | ACK } else { flags };
         push_message(
             &mut self.bytes,
@@ -171,7 +171,7 @@ impl<T: Clone> Batch<T> {
 /// Why a batch did not take effect.
 #[derive(Debug, thiserror::Error)]
 pub enum BatchError<T> {
-    #[error("talk to the kernel over netlink")]
+    #[error("access the kernel over netlink")]
     Io(#[source] io::Error),
     /// The messages that the kernel refused, and why. Nothing took effect.
     #[error("the kernel refused {} messages of the batch, first with: {}", .0.len(), .0.first().map_or_else(String::new, |(_, error)| error.to_string()))]
@@ -201,12 +201,12 @@ pub struct Netlink {
 }
 
 impl Netlink {
-    /// The door to netfilter.
+    /// Opens netfilter.
     pub fn open() -> io::Result<Self> {
         Self::open_protocol(NETLINK_NETFILTER)
     }
 
-    /// The door to interfaces and addresses. Requests are read strictly, so that the kernel does what they say.
+    /// Opens interfaces and addresses. The kernel checks requests strictly.
     pub fn open_route() -> io::Result<Self> {
         let netlink = Self::open_protocol(NETLINK_ROUTE)?;
         netlink.socket.set_netlink_get_strict_chk(true)?;
@@ -217,7 +217,7 @@ impl Netlink {
         let mut socket = Socket::new(protocol)?;
         let port = socket.bind_auto()?.port_number();
         let fd = descriptor(&socket);
-        // Beyond the system's limit only the host's root may go; elsewhere the limit has to do.
+        // Only root of the host may exceed the system's limit.
         if nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::SndBufForce, &SEND_BUFFER_BYTES).is_err() {
             let _ = nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::SndBuf, &SEND_BUFFER_BYTES);
         }
@@ -225,7 +225,7 @@ impl Netlink {
         Ok(Self { socket, port, sequence: 0x4000_0000 })
     }
 
-    /// The number by which the kernel tells whose changes an event is about.
+    /// The number of this socket in events about its changes.
     pub fn port(&self) -> u32 {
         self.port
     }
@@ -255,7 +255,7 @@ impl Netlink {
                 }
             }
         }
-        // Refusals of one batch come in one go; what is still on the way belongs to it.
+        // All refusals of a batch are in the socket now.
         while let Ok((datagram, _)) = self.receive(libc_dontwait()) {
             for message in messages(&datagram) {
                 if let Some((sequence, Some(error))) = message.acknowledgement()
@@ -268,29 +268,29 @@ impl Netlink {
         if refused.is_empty() { Ok(()) } else { Err(BatchError::Refused(refused)) }
     }
 
-    /// Asks for a dump, or for one object, and gives what comes.
+    /// Requests a dump, or one object, and returns the answers.
     pub fn query(&mut self, kind: u16, flags: u16, family: u8, body: &Attributes) -> io::Result<Vec<Received>> {
         let mut bytes = Vec::new();
         push_message(&mut bytes, kind, REQUEST | flags, self.sequence + 1, family, 0, &body.0);
-        self.ask(&bytes, flags, |message| message.received())
+        self.request(&bytes, flags, |message| message.received())
     }
 
-    /// Asks for a change of a resource, and waits until it is made.
+    /// Requests a change of a resource, and waits until it is done.
     pub fn change(&mut self, kind: u16, resource: u16, body: &Attributes) -> io::Result<()> {
         let mut bytes = Vec::new();
         push_message(&mut bytes, kind, REQUEST | ACK, self.sequence + 1, 0, resource, &body.0);
-        self.ask(&bytes, ACK, |_| ()).map(drop)
+        self.request(&bytes, ACK, |_| ()).map(drop)
     }
 
-    /// Asks for a dump of what is no netfilter object. `body` begins with the family's own header, and so do the answers.
+    /// Requests a dump of other objects than netfilter's. `body` starts with the family's own header, and so do the answers.
     pub fn dump(&mut self, kind: u16, body: &[u8]) -> io::Result<Vec<Vec<u8>>> {
         let mut bytes = Vec::new();
         push_raw(&mut bytes, kind, REQUEST | DUMP, self.sequence + 1, body);
-        self.ask(&bytes, DUMP, |message| message.payload.to_vec())
+        self.request(&bytes, DUMP, |message| message.payload.to_vec())
     }
 
     /// Sends a request of the next sequence number, and reads until its answer is complete.
-    fn ask<T>(&mut self, request: &[u8], flags: u16, read: impl Fn(&Message<'_>) -> T) -> io::Result<Vec<T>> {
+    fn request<T>(&mut self, request: &[u8], flags: u16, read: impl Fn(&Message<'_>) -> T) -> io::Result<Vec<T>> {
         self.sequence += 1;
         self.socket.send_to(request, &SocketAddr::new(0, 0), 0)?;
         let mut found = Vec::new();
@@ -320,7 +320,7 @@ impl Netlink {
         self.socket.add_membership(group)
     }
 
-    /// Shows `look` every event that has come; `false` when some were lost. Never waits.
+    /// Passes every received event to `look`; `false` when some were dropped. Never waits.
     pub fn events(&mut self, mut look: impl FnMut(&Received)) -> io::Result<bool> {
         loop {
             match self.receive(libc_dontwait()) {
@@ -332,9 +332,9 @@ impl Netlink {
         }
     }
 
-    /// Waits for events, at most `limit`, and shows `look` the first that come. Of those that are lost nothing is said.
+    /// Waits for events, at most `limit`, and passes the first ones to `look`. Dropped events are not reported.
     pub fn wait(&mut self, limit: Duration, mut look: impl FnMut(&Received)) -> io::Result<()> {
-        // None at all would be for ever.
+        // A timeout of 0 would wait without end.
         let micros = limit.as_micros().clamp(1_000, 3_600_000_000);
         let limit = TimeVal::microseconds(i64::try_from(micros).unwrap_or(i64::MAX));
         nix::sys::socket::setsockopt(&descriptor(&self.socket), nix::sys::socket::sockopt::ReceiveTimeout, &limit)?;
@@ -351,7 +351,7 @@ impl Netlink {
         let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
         loop {
             match self.socket.recv_from(&mut buffer, flags) {
-                // Only the kernel speaks to us.
+                // Only messages of the kernel are accepted.
                 Ok((_, from)) if from.port_number() != 0 => buffer.clear(),
                 Ok((_, from)) => return Ok((buffer, from)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -365,7 +365,7 @@ fn libc_dontwait() -> i32 {
     nix::sys::socket::MsgFlags::MSG_DONTWAIT.bits()
 }
 
-/// The socket as something that socket options can be set on.
+/// The descriptor of the socket, for socket options.
 fn descriptor(socket: &Socket) -> BorrowedFd<'_> {
     #[expect(unsafe_code, reason = "the socket's own type lends its descriptor only as a number")]
     // SAFETY: the descriptor is open as long as the socket, which is borrowed as long as what is returned.
@@ -382,7 +382,7 @@ struct Message<'a> {
 }
 
 impl Message<'_> {
-    /// Of which message, and the error if it is one.
+    /// The number of the acknowledged message, and its error.
     fn acknowledgement(&self) -> Option<(u32, Option<io::Error>)> {
         if self.kind != NLMSG_ERROR {
             return None;

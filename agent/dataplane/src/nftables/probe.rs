@@ -1,10 +1,9 @@
-//! Echo requests whose answers show where a pod's packets pass.
+//! Echo requests whose answers show whether a pod's packets pass the hooks.
 //!
-//! Each address is asked twice. Once in the node's name: the answer shows that the pod lives and that `prerouting` sees
-//! it. And once in the name of another pod of the node: the answer goes where the pod's packets to that pod go, so
-//! `prerouting` must see it too, and `forward` drops it. Where it is not seen, as on a bridge that netfilter does not look
-//! into or behind a program that moves packets past it, no policy between the two is enforced. The other pod then gets an
-//! answer that it did not ask for, which its kernel ignores.
+//! Each address gets two. One has the node's address: its answer shows that the pod is alive and that `prerouting` sees it. The other has
+//! the address of another pod of the node: its answer takes the way of packets between the two pods, so `prerouting` must see it too, and
+//! `forward` drops it. If it is not seen, as on a bridge without netfilter or behind a program that moves packets past it, no policy
+//! between the two is enforced. The other pod then gets an answer to a request that it did not send, which its kernel ignores.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
@@ -22,11 +21,11 @@ const ECHO: u8 = 8;
 const ECHO_V6: u8 = 128;
 const HOPS: u8 = 64;
 
-/// Asks `to` in the name of `from`; of the node itself where that is none.
+/// Sends an echo request to `to`, with the source `from`, or else the address of the node.
 ///
 /// # Errors
-/// When there is no way to `to`, or no permission.
-pub fn ask(from: Option<IpAddr>, to: IpAddr) -> io::Result<()> {
+/// Without a route to `to`, or without privileges.
+pub fn send_request(from: Option<IpAddr>, to: IpAddr) -> io::Result<()> {
     let (from, payload) = match from {
         Some(from) => (from, PROBE_ACROSS),
         None => (own_address_towards(to)?, PROBE_OWN),
@@ -51,7 +50,7 @@ fn address_v6(at: SocketAddrV6) -> SockaddrIn6 {
     at.into()
 }
 
-/// The address with which this node speaks to `to`: nothing is sent to learn it.
+/// The source address of this node's packets to `to`. Sends nothing.
 fn own_address_towards(to: IpAddr) -> io::Result<IpAddr> {
     const DISCARD: u16 = 9;
     let any: IpAddr = if to.is_ipv4() { [0u8; 4].into() } else { [0u8; 16].into() };

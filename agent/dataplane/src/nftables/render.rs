@@ -1,6 +1,6 @@
-//! A rule set into nftables chains, sets and rules, as values: nothing here talks to the kernel.
+//! A rule set into nftables chains, sets and rules, as values, without access to the kernel.
 //!
-//! All policy is judged on the ends that connection tracking knows, in the connection's original direction, so the same
+//! Policy is judged on the ends that connection tracking has, in the connection's original direction, so the same
 //! chains judge both directions of a connection, and an ICMP error is judged as the connection that it is about.
 
 mod hooks;
@@ -9,7 +9,7 @@ mod sets;
 
 use hanse_ruleset::{ChainId, Family, PolicyId, PortRange};
 
-pub use self::hooks::{PROBE_ACROSS, PROBE_OWN, base_chains, epoch_chains, epoch_elements, telling_chains};
+pub use self::hooks::{PROBE_ACROSS, PROBE_OWN, base_chains, epoch_chains, epoch_elements, log_chains};
 pub use self::sets::{
     CLEAR_EVERY_MS, DYNAMIC, Element, INTERVAL, MAP, SetDefinition, TIMEOUT, address_bytes, endpoint_elements,
     fixed_sets, range_elements, set_definitions, set_elements, set_name,
@@ -17,14 +17,14 @@ pub use self::sets::{
 use super::Config;
 use super::expression::{Compare, Ct, Direction, Expression, Meta, R1, SetName, Verdict};
 
-/// The sets of one connection mark each, which says: judged under the present epoch.
+/// Sets with the one connection mark of the present epoch.
 const MARKED_ALLOWED: &str = "marked-allowed";
 const MARKED_DEAD: &str = "marked-dead";
 /// ICMP's and ICMPv6's protocol numbers.
 const ICMP: u8 = 1;
 const ICMP_V6: u8 = 58;
 
-/// A rule with the sets that are its own.
+/// A rule with its anonymous sets.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Rule {
     pub expressions: Vec<Expression>,
@@ -38,7 +38,7 @@ pub struct AnonymousSet {
     pub intervals: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
-/// A chain with its rules, whole.
+/// A chain with all its rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelChain {
     pub name: String,
@@ -170,8 +170,8 @@ impl End {
 }
 
 impl Rule {
-    /// Whether what is loaded lies in one of the intervals. A set of the rule's own only where it must be: the kernel
-    /// finds a name for each by looking at all others.
+    /// Matches when the loaded value is in one of the intervals. An anonymous set is used only where it is needed: the kernel searches
+    /// all sets for a free name.
     fn in_intervals(&mut self, key_length: u32, intervals: Vec<(Vec<u8>, Vec<u8>)>, invert: bool) {
         let compare = |operator, value: &[u8]| Expression::Compare { register: R1, operator, value: value.to_vec() };
         match (&intervals[..], invert) {

@@ -64,7 +64,7 @@ pub struct Writer<'a> {
     before: Option<(&'a RuleSet, &'a Closed, &'a [String])>,
     next: &'a RuleSet,
     closed: &'a Closed,
-    /// What the sets have learned in the kernel, and what they are to have, as of when.
+    /// The learned members of the kernel and the desired ones, at this time.
     learned: Option<(&'a LearnedMembers, &'a LearnedMembers, Instant)>,
     batch: Batch<Tag>,
     anonymous_sets: u32,
@@ -85,7 +85,7 @@ impl<'a> Writer<'a> {
         self
     }
 
-    /// The whole change. Sets come first, then chains, then what leads to them; what is gone leaves last.
+    /// The whole change. Sets come first, then chains, then references to them; removals come last.
     pub fn write(mut self, epoch: Epoch, state: &str) -> Batch<Tag> {
         let table = Attributes::default().text(1, &self.config.table);
         self.batch.push(Tag::Table, NEW_TABLE, CREATE, FAMILY_INET, &table);
@@ -135,7 +135,7 @@ impl<'a> Writer<'a> {
         self.batch
     }
 
-    /// How many rules each chain would have, and elements each set (`set NAME`).
+    /// The number of rules of each chain, and of elements of each set (`set NAME`).
     pub fn inventory(&self, epoch: Epoch) -> BTreeMap<String, usize> {
         let mut counts: BTreeMap<String, usize> = BTreeMap::from([("state".to_owned(), 1)]);
         let chains = self.chains_to_write().into_iter().map(|(_, chain)| chain);
@@ -222,12 +222,12 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Whether what a set has learned changes.
+    /// Whether the learned members of a set change.
     fn learns(&self, set: SetId) -> bool {
         self.learned.is_some_and(|(before, next, _)| !before.same(next, set))
     }
 
-    /// Elements that end by themselves.
+    /// Adds elements with a timeout.
     fn learned_elements<'b>(
         &mut self,
         tag: &Tag,
@@ -244,8 +244,8 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// The change of a set that has learned members, or had some. An address that is compiled as well has one element, without an
-    /// end. The kernel may have removed an element that ended: it is added before it is deleted, which must not fail.
+    /// The change of a set with learned members, before or after it. An address that is also compiled has one element, without a timeout.
+    /// The kernel may have removed an element that ended: it is added before it is deleted, so that this cannot fail.
     fn changed_learning_set(&mut self, tag: &Tag, id: SetId, before: &BTreeSet<IpAddr>, next: &BTreeSet<IpAddr>) {
         let Some((learned_before, learned_next, now)) = self.learned else { return };
         let nothing = BTreeMap::new();
@@ -286,7 +286,7 @@ impl<'a> Writer<'a> {
         for family in [Family::V4, Family::V6] {
             let name = set_name(set.id, family);
             let (gone, come) = match (&before.members, &set.members) {
-                // Merged intervals have no identity of their own.
+                // Merged intervals cannot be changed one by one.
                 (Nets(_), _) | (_, Nets(_)) => {
                     let (old, new) = (set_elements(&before.members, family), set_elements(&set.members, family));
                     if old != new {
@@ -309,7 +309,7 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Chains that the kernel has not as `next` wants them: new ones, and those that are closed or open now and were not.
+    /// Chains that the kernel does not have as `next` needs them: new ones, and those that become closed or open.
     fn chains_to_write(&self) -> Vec<(Tag, KernelChain)> {
         let mut chains = Vec::new();
         let was = self.before.map(|(_, closed, _)| closed);
@@ -350,7 +350,7 @@ impl<'a> Writer<'a> {
             .collect()
     }
 
-    /// All base chains for a new table; for an old one, those that hold what the node's settings say.
+    /// All base chains for a new table; for an existing one, those that depend on the node's settings, if they changed.
     fn base_chains_to_write(&self) -> Vec<KernelChain> {
         let all = base_chains(self.config, &self.next.node);
         match self.before {
@@ -429,7 +429,7 @@ impl<'a> Writer<'a> {
             self.batch.push(Tag::Removal, DELETE_CHAIN, 0, FAMILY_INET, &body);
         }
         for (id, set, next) in join(Some(&before.sets), &self.next.sets) {
-            // What was refused now and stood before goes too: the policies that used it are closed, and nobody does any more.
+            // A set that is refused now and existed before is removed too: the policies that used it are closed.
             let gone = next.is_none() || self.closed.sets.contains_key(id);
             let Some(set) = set.filter(|_| gone && !closed.sets.contains_key(id)) else { continue };
             for definition in set_definitions(set) {
@@ -495,7 +495,7 @@ impl<'a> Writer<'a> {
 
     fn state_rule(&mut self, comment: &str) {
         let expression = Expression::Counter.encode(&|_| (String::new(), 0));
-        // A comment as people's tools show it: type 0, length, text.
+        // A comment as nft shows it: type 0, length, text.
         let mut data = vec![0, u8::try_from(comment.len() + 1).unwrap_or(u8::MAX)];
         data.extend(comment.as_bytes());
         data.push(0);
@@ -543,8 +543,7 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// What either map holds, in order, from both: one walk, where a search for each of thousands would cost more than the
-/// change that it finds.
+/// The entries of both maps in order of their keys. One walk costs less than a search for each of thousands of keys.
 pub fn join<'a, K: Ord, V>(
     before: Option<&'a BTreeMap<K, V>>,
     next: &'a BTreeMap<K, V>,
@@ -564,7 +563,7 @@ pub fn join<'a, K: Ord, V>(
     })
 }
 
-/// Whether the endpoint's way to its node is judged at all.
+/// Whether the endpoint's traffic to its node is judged at all.
 fn is_guarded(rules: &RuleSet, endpoint: &LocalEndpoint) -> bool {
     let open = |chain: &Arc<Chain>| chain.profile_allows && chain.phases.iter().all(|phase| phase.tiers.is_empty());
     !rules.chains.get(&endpoint.egress_to_node).is_some_and(open)
@@ -587,7 +586,7 @@ fn encode_element(list: Attributes, element: &Element) -> Attributes {
     }
 }
 
-/// How many elements the kernel counts: an interval has an end, unless it reaches the last value.
+/// The number of elements in the kernel: an interval has a second one for its end, unless it reaches the last value.
 fn kernel_count(elements: &[Element]) -> usize {
     let count = |element: &Element| match element {
         Element::Interval(_, last) if successor(last).is_some() => 2,
@@ -596,7 +595,7 @@ fn kernel_count(elements: &[Element]) -> usize {
     elements.iter().map(count).sum()
 }
 
-/// The next value of the same width; none behind the last.
+/// The next value of the same width; none after the last.
 fn successor(bytes: &[u8]) -> Option<Vec<u8>> {
     let mut next = bytes.to_vec();
     for byte in next.iter_mut().rev() {
@@ -642,24 +641,24 @@ mod tests {
     }
 
     #[test]
-    fn a_set_that_cannot_be_changed_closes_the_policies_that_stand() {
+    fn closes_policies_of_a_set_that_cannot_be_changed() {
         let (before, next, nothing, config) = (rules(1), rules(2), Closed::default(), Config::default());
         let (set, policy) = (*next.sets.keys().next().expect("one"), *next.policies.keys().next().expect("one"));
         let write = |closed: &Closed| {
             let batch = Writer::new(&config, Some((&before, &nothing, &[])), &next, closed).write(Epoch(2), "state");
             [Tag::Set(set), Tag::Policy(policy)].map(|tag| batch.tags().iter().filter(|it| **it == tag).count())
         };
-        // One new element; and nothing where the policy stays as it is.
+        // One new element; the policy does not change.
         assert_eq!(write(&nothing), [1, 0]);
         let refused = || Rejection { error: "no memory".to_owned(), set: None };
         let closed =
             Closed { sets: [(set, refused())].into(), policies: [(policy, refused())].into(), ..Closed::default() };
-        // Of both families a rule that denies, behind a chain that is there already.
+        // For both families a chain that exists, and a rule that denies.
         assert_eq!(write(&closed), [0, 4]);
     }
 
     #[test]
-    fn a_walk_over_two_maps_meets_every_key_once() {
+    fn join_yields_every_key_once() {
         let (before, next) = (BTreeMap::from([(1, 'a'), (2, 'b')]), BTreeMap::from([(2, 'B'), (3, 'c')]));
         let walked: Vec<_> = join(Some(&before), &next).map(|(key, a, b)| (*key, a.copied(), b.copied())).collect();
         assert_eq!(walked, [(1, Some('a'), None), (2, Some('b'), Some('B')), (3, None, Some('c'))]);

@@ -39,7 +39,7 @@ impl Listener {
 
     fn told(&mut self) -> Vec<String> {
         let (told, lost) = self.all();
-        assert_eq!((lost, self.0.left_out().expect("read")), (0, 0));
+        assert_eq!((lost, self.0.suppressed().expect("read")), (0, 0));
         let mut told: Vec<String> = told.iter().map(text).collect();
         told.sort();
         told
@@ -346,7 +346,7 @@ fn beyond_a_limit_verdicts_stay_and_what_is_not_told_is_counted() {
     let arrived: Vec<&str> = listed.split("counter packets ").skip(1).filter_map(|it| it.split(' ').next()).collect();
     assert_eq!(arrived, [ALLOWED.to_string().as_str(), "0"], "{listed}");
     let (told, lost) = listener.all();
-    let left_out = listener.0.left_out().expect("read");
+    let left_out = listener.0.suppressed().expect("read");
     let of = |decision| told.iter().filter(|it| it.decision == decision).count();
     let (allowed, denied) = (of(Decision::Allowed), of(Decision::Denied));
     println!(
@@ -355,11 +355,11 @@ fn beyond_a_limit_verdicts_stay_and_what_is_not_told_is_counted() {
     assert!((10_000..ALLOWED).contains(&allowed) && (1_000..DENIED).contains(&denied), "{allowed}, {denied}");
     let sum = (allowed + denied) as u64 + left_out + lost;
     assert_eq!(sum, (ALLOWED + DENIED) as u64, "{allowed} and {denied} told, {left_out} left out, {lost} lost");
-    assert_eq!(listener.0.left_out().expect("read"), 0, "each is counted once");
+    assert_eq!(listener.0.suppressed().expect("read"), 0, "each is counted once");
     // Written again, the counters begin at none; and who comes later is not told what was left out before.
     nft(&net, "flush table inet hanse");
     assert!(driver.repair().expect("repaired"));
-    assert_eq!(listener.0.left_out().expect("read"), 0);
+    assert_eq!(listener.0.suppressed().expect("read"), 0);
     net.within("p2", || {
         let socket = std::net::UdpSocket::bind("10.1.0.2:4001").expect("bound");
         for _ in 0..DENIED {
@@ -367,7 +367,7 @@ fn beyond_a_limit_verdicts_stay_and_what_is_not_told_is_counted() {
         }
     });
     drop(listener);
-    assert_eq!(Listener::new(&net).0.left_out().expect("read"), 0);
+    assert_eq!(Listener::new(&net).0.suppressed().expect("read"), 0);
 }
 
 #[test]
@@ -401,6 +401,6 @@ fn rules_that_tell_are_written_and_removed_as_the_agent_says() {
         assert!(matches!(found, Found::Rules { whole: true, .. }), "flows {flows}: {found:?}");
         tables.push(nft(&net, "list table inet hanse"));
     }
-    let tells = |table: &String| table.contains("tell-allowed") && table.contains("log group 4740");
+    let tells = |table: &String| table.contains("log-allowed") && table.contains("log group 4740");
     assert_eq!(tables.iter().map(tells).collect::<Vec<_>>(), [false, true, false]);
 }

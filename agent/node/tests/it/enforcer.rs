@@ -1,4 +1,4 @@
-//! What is in force when an agent starts, and what keeps it so.
+//! The rules in force when an agent starts and while it runs, in a real kernel.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -65,7 +65,7 @@ impl Node {
         net.pod(2);
         net.pod(3);
         let listeners = ["10.1.0.3:80", "10.1.0.3:81", "[fd01::3]:80", "[fd01::3]:81"].map(|at| net.listen("p3", at));
-        let node = Self { net, data: tempfile::tempdir().expect("a folder") };
+        let node = Self { net, data: tempfile::tempdir().expect("a directory") };
         assert_eq!(node.open(), [true; 4], "without rules everything is open");
         (node, listeners.into())
     }
@@ -105,16 +105,16 @@ impl Node {
 }
 
 #[test]
-fn without_anything_the_nodes_pod_ranges_are_closed() {
+fn start_without_rules_closes_pod_ranges() {
     let (node, _listeners) = Node::new();
-    // A damaged snapshot is none.
+    // A damaged snapshot is ignored.
     snapshot::write(&node.options().snapshot(), &accepting(80, 1)).expect("written");
     let mut bytes = std::fs::read(node.options().snapshot()).expect("read");
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
     std::fs::write(node.options().snapshot(), bytes).expect("written");
-    let (_enforcer, held) = node.start();
-    assert_eq!(held, None);
+    let (_enforcer, in_force) = node.start();
+    assert_eq!(in_force, None);
     assert_eq!(node.open(), [false; 4]);
     assert!(node.net.connect("node", "10.1.0.3:80").is_some(), "the node reaches its own pods");
 }
@@ -131,38 +131,38 @@ fn forget(node: &Node) {
 }
 
 #[test]
-fn ranges_that_the_member_told_are_closed_at_every_start() {
+fn ranges_of_the_member_are_closed_at_every_start() {
     let (node, _listeners) = Node::new();
-    let untold = Options { pod_ranges: Vec::new(), ..node.options() };
+    let unknown = Options { pod_ranges: Vec::new(), ..node.options() };
     let start = |options: &Options| node.start_with(options.clone());
-    let started = start(&untold);
-    assert!(started.open && node.open() == [true; 4], "nothing is known: it must be said");
+    let started = start(&unknown);
+    assert!(started.open && node.open() == [true; 4], "nothing is known, which is reported");
     // The node enrols.
     block_on(started.enforcer.close(&ranges())).expect("closed");
     assert_eq!(node.open(), [false; 4]);
     stop(started);
-    let started = start(&untold);
+    let started = start(&unknown);
     assert!(!started.open && node.open() == [false; 4], "what was closed stays closed");
-    assert_eq!(snapshot::read(&untold.snapshot()), None, "what no member has sent is no snapshot");
+    assert_eq!(snapshot::read(&unknown.snapshot()), None, "only rules of a member are saved");
     block_on(started.enforcer.apply(accepting(80, 1))).expect("applied");
     assert_eq!(node.open(), [true, false, true, false]);
     stop(started);
     forget(&node);
-    let started = start(&untold);
+    let started = start(&unknown);
     assert_eq!((&started.in_force, started.open, &started.pod_ranges), (&None, false, &ranges()));
     assert_eq!(node.open(), [false; 4], "IPv4 and IPv6");
     stop(started);
-    // Who starts it knows better.
+    // The command line takes precedence.
     let given = Options { pod_ranges: ranges()[..1].to_vec(), ..node.options() };
     assert_eq!(start(&given).pod_ranges, ranges()[..1]);
     assert_eq!(node.open(), [false, false, true, true]);
 }
 
 #[test]
-fn ranges_that_could_not_be_kept_are_kept_with_the_next_rules() {
+fn retries_to_write_pod_ranges_with_the_next_rules() {
     let (node, _listeners) = Node::new();
     let (enforcer, _) = node.start();
-    // A folder stands in the file's place.
+    // A directory has the file's name.
     let file = node.data.path().join("pod-ranges");
     std::fs::create_dir(&file).expect("made");
     block_on(enforcer.apply(accepting(80, 1))).expect("applied");
@@ -173,7 +173,7 @@ fn ranges_that_could_not_be_kept_are_kept_with_the_next_rules() {
 }
 
 #[test]
-fn the_end_of_the_thread_is_seen() {
+fn end_of_the_thread_is_reported() {
     let (node, _listeners) = Node::new();
     let Started { enforcer, ended, .. } = node.start_with(node.options());
     let (seen, sees) = std::sync::mpsc::channel();
@@ -182,28 +182,28 @@ fn the_end_of_the_thread_is_seen() {
         seen.send(())
     });
     block_on(enforcer.apply(accepting(80, 1))).expect("applied");
-    assert!(sees.try_recv().is_err(), "it lives");
+    assert!(sees.try_recv().is_err(), "it runs");
     drop(enforcer);
-    sees.recv_timeout(std::time::Duration::from_secs(10)).expect("its end is seen");
+    sees.recv_timeout(std::time::Duration::from_secs(10)).expect("its end is reported");
 }
 
 #[test]
-fn the_last_snapshot_is_applied_at_once() {
+fn start_applies_the_last_snapshot() {
     let (node, _listeners) = Node::new();
     snapshot::write(&node.options().snapshot(), &accepting(80, 7)).expect("written");
-    let (_enforcer, held) = node.start();
-    assert_eq!(held, Some(accepting(80, 7)));
+    let (_enforcer, in_force) = node.start();
+    assert_eq!(in_force, Some(accepting(80, 7)));
     assert_eq!(node.open(), [true, false, true, false]);
 }
 
 #[test]
-fn an_agent_needs_no_member_to_begin_and_leaves_its_rules_when_it_is_killed() {
+fn agent_starts_without_a_member_and_leaves_its_rules_when_killed() {
     let (node, _listeners) = Node::new();
     snapshot::write(&node.options().snapshot(), &accepting(80, 7)).expect("written");
     let inside = node.net.name("node");
     let (mut before, closed) = (None, [true, false, true, false]);
     for start in 0..2 {
-        // It has not enrolled, and nobody is there to ask.
+        // It has not enrolled, and there is no member.
         let mut agent = Command::new("ip")
             .args(["netns", "exec", &inside, env!("CARGO_BIN_EXE_hanse-agent"), "run", "--node", "n"])
             .args(["--member", "10.1.0.2:1", "--enrol", "10.1.0.2:2", "--token-file", "/absent", "--data"])
@@ -217,44 +217,44 @@ fn an_agent_needs_no_member_to_begin_and_leaves_its_rules_when_it_is_killed() {
         // With their handles; counters count.
         let rules: Vec<String> =
             node.table().lines().filter(|line| !line.contains("counter")).map(str::to_owned).collect();
-        assert_eq!(*before.get_or_insert_with(|| rules.clone()), rules, "what is found is not touched");
+        assert_eq!(*before.get_or_insert_with(|| rules.clone()), rules, "adopted rules are not changed");
     }
 }
 
 #[test]
-fn rules_that_are_found_stay_until_something_else_is_known() {
+fn unknown_rules_stay_until_the_next_apply() {
     let (node, _listeners) = Node::new();
     node.net.driver().apply(&accepting(81, 3)).expect("applied");
     // Of another generation than the snapshot, which is older.
     snapshot::write(&node.options().snapshot(), &accepting(80, 2)).expect("written");
     let before = node.table();
-    let (enforcer, held) = node.start();
-    assert_eq!(held, None, "it does not know what it found");
-    assert_eq!(node.table(), before, "nothing is touched");
+    let (enforcer, in_force) = node.start();
+    assert_eq!(in_force, None, "the rules are not known");
+    assert_eq!(node.table(), before, "nothing is changed");
     assert_eq!(node.open(), [false, true, false, true]);
     block_on(enforcer.apply(accepting(80, 4))).expect("applied");
     assert_eq!(node.open(), [true, false, true, false]);
 }
 
 #[test]
-fn rules_that_are_not_what_they_say_are_repaired_at_the_start() {
+fn start_repairs_damaged_rules() {
     let (node, _listeners) = Node::new();
     node.net.driver().apply(&accepting(80, 3)).expect("applied");
     snapshot::write(&node.options().snapshot(), &accepting(80, 3)).expect("written");
     node.nft("flush chain inet hanse forward");
     assert_eq!(node.open(), [true; 4], "the damage is real");
-    let (_enforcer, held) = node.start();
-    assert_eq!(held, Some(accepting(80, 3)));
+    let (_enforcer, in_force) = node.start();
+    assert_eq!(in_force, Some(accepting(80, 3)));
     assert_eq!(node.open(), [true, false, true, false]);
 }
 
 #[test]
-fn drift_is_repaired_by_itself_also_while_generations_come() {
+fn repairs_drift_when_idle_and_with_the_next_generation() {
     let (node, _listeners) = Node::new();
     let (enforcer, _) = node.start();
     block_on(enforcer.apply(accepting(80, 1))).expect("applied");
     node.nft("flush chain inet hanse forward");
-    // Port 81 alone: what it costs to be refused three times more is time in which it may be repaired.
+    // Port 81 alone: three more refused connections take long enough that drift may be repaired meanwhile.
     let closed = || node.net.connect("p2", "10.1.0.3:81").is_none().then_some(());
     assert!(until(closed).is_some(), "while it is idle: {}", node.table());
     assert_eq!(node.open(), [true, false, true, false]);
@@ -264,7 +264,7 @@ fn drift_is_repaired_by_itself_also_while_generations_come() {
 }
 
 #[test]
-fn what_is_in_force_is_in_the_snapshot_soon_after() {
+fn writes_the_snapshot_soon_after_an_apply() {
     let (node, _listeners) = Node::new();
     let (enforcer, _) = node.start();
     block_on(enforcer.apply(accepting(80, 1))).expect("applied");
@@ -274,7 +274,7 @@ fn what_is_in_force_is_in_the_snapshot_soon_after() {
 }
 
 #[test]
-fn pods_are_proven_to_be_enforced_or_it_is_said_why_not() {
+fn reports_pods_that_are_not_proven() {
     let (node, _listeners) = Node::new();
     node.net.sysctl("p3", "net.ipv4.icmp_echo_ignore_all=1");
     let (enforcer, _) = node.start();
@@ -284,24 +284,24 @@ fn pods_are_proven_to_be_enforced_or_it_is_said_why_not() {
     let silent = Finding::Silent([10, 1, 0, 3].into());
     let wanted = Proofs { hooks: None, unenforced: [(id("p3"), silent)].into() };
     assert!(until(|| (**enforcer.proofs().borrow() == wanted).then_some(())).is_some(), "{:?}", enforcer.proofs());
-    // It is asked again.
+    // It is probed again.
     node.net.sysctl("p3", "net.ipv4.icmp_echo_ignore_all=0");
     let proven = || (**enforcer.proofs().borrow() == Proofs::default()).then_some(());
     assert!(until(proven).or_else(|| until(proven)).is_some(), "{:?}", enforcer.proofs());
 }
 
 #[test]
-fn pods_are_proven_also_while_changes_never_cease() {
+fn proves_pods_during_constant_changes() {
     let (node, _listeners) = Node::new();
     let (enforcer, _) = node.start();
-    let (mut number, mut asked) = (0, false);
+    let (mut number, mut was_unproven) = (0, false);
     let proven = until(|| {
         number += 1;
         block_on(enforcer.apply(accepting(80 + u16::from(number % 2 == 0), number))).expect("applied");
-        // Before the first probe nothing is wrong either.
+        // Before the first probe there is no finding either.
         let wrong = **enforcer.proofs().borrow() != Proofs::default();
-        asked |= wrong;
-        (asked && !wrong).then_some(())
+        was_unproven |= wrong;
+        (was_unproven && !wrong).then_some(())
     });
     let proofs = enforcer.proofs().borrow().clone();
     assert!(proven.is_some() && number > 5, "{number} changes, {proofs:?}");

@@ -1,4 +1,4 @@
-//! What a member is told of connections, by the task alone and by the whole program.
+//! What a member is received of connections, by the task alone and by the whole program.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -8,7 +8,7 @@ use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use hanse_agent::flows::{Heard, listen, tell};
+use hanse_agent::flows::{WindowResult, listen, report};
 use hanse_agent::identity::NodeIdentity;
 use hanse_agent::snapshot;
 use hanse_agent::status::Status as AgentStatus;
@@ -33,31 +33,31 @@ const HOUR: Duration = Duration::from_secs(3_600);
 /// A window, and what a machine under load takes on top.
 const SOON: Duration = Duration::from_secs(20);
 
-/// By which key, and over which connection.
-type Told = (Fingerprint, SocketAddr);
+/// The key and the address of the connection.
+type Sender = (Fingerprint, SocketAddr);
 
-/// A member of which only this is asked: it notes what it is told, by which key, and refuses while it has refusals.
+/// A member that only receives flows: it records them with their sender, and refuses while it has refusals.
 struct Service {
     refusals: Arc<Mutex<VecDeque<Code>>>,
-    told: mpsc::UnboundedSender<(Told, wire::Flows)>,
+    received: mpsc::UnboundedSender<(Sender, wire::Flows)>,
 }
 
 #[tonic::async_trait]
 impl Agents for Service {
     async fn renew(&self, _: Request<wire::RenewRequest>) -> Result<Response<wire::EnrolResponse>, Status> {
-        Err(Status::unavailable("not asked here"))
+        Err(Status::unavailable("not part of this test"))
     }
 
     type SyncStream = Pin<Box<dyn Stream<Item = Result<wire::MemberToAgent, Status>> + Send>>;
 
     async fn sync(&self, _: Request<Streaming<wire::AgentToMember>>) -> Result<Response<Self::SyncStream>, Status> {
-        Err(Status::unavailable("not asked here"))
+        Err(Status::unavailable("not part of this test"))
     }
 
-    async fn tell_flows(&self, request: Request<wire::Flows>) -> Result<Response<wire::FlowsTaken>, Status> {
+    async fn report_flows(&self, request: Request<wire::Flows>) -> Result<Response<wire::FlowsTaken>, Status> {
         let from = peer(&request)?;
         let by = (from.certificate.as_ref().expect("shown").public, from.address);
-        let _ = self.told.send((by, request.into_inner()));
+        let _ = self.received.send((by, request.into_inner()));
         match self.refusals.lock().unwrap_or_else(PoisonError::into_inner).pop_front() {
             Some(code) => Err(Status::new(code, "no")),
             None => Ok(Response::new(wire::FlowsTaken {})),
@@ -69,7 +69,7 @@ struct Member {
     authority: Ca,
     address: String,
     refusals: Arc<Mutex<VecDeque<Code>>>,
-    told: mpsc::UnboundedReceiver<(Told, wire::Flows)>,
+    received: mpsc::UnboundedReceiver<(Sender, wire::Flows)>,
     stop: CancellationToken,
 }
 
@@ -97,12 +97,12 @@ impl Member {
         let (limits, connections) = (IncomingLimits::default(), Connections::default());
         let incoming = incoming(any, tls, limits, connections, stop.clone()).await.expect("it listens");
         let (address, refusals) = (incoming.address().to_string(), Arc::default());
-        let (sender, told) = mpsc::unbounded_channel();
-        let service = Service { refusals: Arc::clone(&refusals), told: sender };
+        let (sender, received) = mpsc::unbounded_channel();
+        let service = Service { refusals: Arc::clone(&refusals), received: sender };
         let until = stop.clone().cancelled_owned();
         let server = http2_server().add_service(AgentsServer::new(service));
         tokio::spawn(server.serve_with_incoming_shutdown(incoming, until));
-        Self { authority, address, refusals, told, stop }
+        Self { authority, address, refusals, received, stop }
     }
 
     fn issue(&self, lifetime: Duration) -> Credentials {
@@ -117,8 +117,8 @@ impl Member {
         NodeIdentity::read(data, "n").expect("whole").expect("it has enrolled")
     }
 
-    async fn next(&mut self) -> Option<(Told, wire::Flows)> {
-        tokio::time::timeout(SOON, self.told.recv()).await.ok().flatten()
+    async fn next(&mut self) -> Option<(Sender, wire::Flows)> {
+        tokio::time::timeout(SOON, self.received.recv()).await.ok().flatten()
     }
 
     /// By which key, and what.
@@ -131,16 +131,16 @@ fn window(port: u32, lost: u64) -> wire::Flows {
     wire::Flows { flows: vec![wire::Flow { port, count: 1, ..wire::Flow::default() }], lost }
 }
 
-struct Teller {
-    windows: mpsc::Sender<Heard>,
+struct Reporter {
+    windows: mpsc::Sender<WindowResult>,
     state: watch::Receiver<String>,
 }
 
-impl Teller {
+impl Reporter {
     fn new(member: &Member, identity: &NodeIdentity, members: Vec<String>) -> Self {
         let (windows, receiver) = mpsc::channel(8);
         let (sender, state) = watch::channel(String::new());
-        tokio::spawn(tell(receiver, sender, identity.clone(), members, member.stop.clone()));
+        tokio::spawn(report(receiver, sender, identity.clone(), members, member.stop.clone()));
         Self { windows, state }
     }
 
@@ -151,48 +151,48 @@ impl Teller {
 }
 
 #[tokio::test]
-async fn windows_are_told_to_whichever_member_takes_them_and_by_the_newest_certificate() {
+async fn reports_windows_to_a_member_that_accepts_them_with_the_newest_certificate() {
     let (mut member, data) = (Member::new().await, tempfile::tempdir().expect("a folder"));
     let identity = member.enrol(data.path());
-    // Nobody is behind the first; the second refuses twice.
+    // The first does not exist; the second refuses twice.
     member.refusals.lock().expect("whole").extend([Code::Unavailable, Code::PermissionDenied]);
     let members = vec!["127.0.0.1:1".to_owned(), member.address.clone()];
-    let mut teller = Teller::new(&member, &identity, members);
-    teller.windows.send(Ok(window(1, 5))).await.expect("taken");
-    teller.state("not told: reach the member").await;
+    let mut reporter = Reporter::new(&member, &identity, members);
+    reporter.windows.send(Ok(window(1, 5))).await.expect("taken");
+    reporter.state("not reported: reach the member").await;
     let key = identity.credentials.current().certificate.public;
     for refused in 0..3 {
-        assert_eq!(member.next_by().await, Some((key, window(1, 5))), "told again after {refused} refusals");
+        assert_eq!(member.next_by().await, Some((key, window(1, 5))), "sent again after {refused} refusals");
     }
-    teller.state("told to the member").await;
-    teller.windows.send(Ok(window(2, 0))).await.expect("taken");
-    assert_eq!(member.next_by().await, Some((key, window(2, 0))), "what was lost is told once");
+    reporter.state("reported to the member").await;
+    reporter.windows.send(Ok(window(2, 0))).await.expect("taken");
+    assert_eq!(member.next_by().await, Some((key, window(2, 0))), "dropped decisions are reported once");
     identity.credentials.replace(member.issue(HOUR)).expect("usable");
     let renewed = identity.credentials.current().certificate.public;
     assert_ne!(renewed, key);
-    teller.windows.send(Ok(window(3, 0))).await.expect("taken");
+    reporter.windows.send(Ok(window(3, 0))).await.expect("taken");
     assert_eq!(member.next_by().await, Some((renewed, window(3, 0))));
-    // What cannot be understood would not be the next time.
+    // A window that cannot be read is not sent again.
     member.refusals.lock().expect("whole").push_back(Code::InvalidArgument);
-    teller.windows.send(Ok(window(4, 1))).await.expect("taken");
+    reporter.windows.send(Ok(window(4, 1))).await.expect("taken");
     assert_eq!(member.next_by().await, Some((renewed, window(4, 1))));
-    teller.state("does not understand").await;
-    teller.windows.send(Ok(window(5, 0))).await.expect("taken");
+    reporter.state("cannot read them").await;
+    reporter.windows.send(Ok(window(5, 0))).await.expect("taken");
     assert_eq!(member.next_by().await, Some((renewed, window(5, 2))));
 }
 
 #[tokio::test]
-async fn a_connection_is_kept_unless_it_may_end_during_a_call() {
+async fn reuses_a_connection_unless_it_may_end_during_a_call() {
     for (lifetime, is_kept) in [(HOUR, true), (Duration::from_secs(8), false)] {
         let (mut member, data) = (Member::new().await, tempfile::tempdir().expect("a folder"));
         let identity = member.enrol(data.path());
         identity.credentials.replace(member.issue(lifetime)).expect("usable");
-        let teller = Teller::new(&member, &identity, vec![member.address.clone()]);
+        let reporter = Reporter::new(&member, &identity, vec![member.address.clone()]);
         let mut over = Vec::new();
         for port in [1, 2] {
-            teller.windows.send(Ok(window(port, 0))).await.expect("taken");
-            let ((_, from), told) = member.next().await.expect("told");
-            assert_eq!(told, window(port, 0));
+            reporter.windows.send(Ok(window(port, 0))).await.expect("taken");
+            let ((_, from), received) = member.next().await.expect("received");
+            assert_eq!(received, window(port, 0));
             over.push(from);
         }
         assert_eq!(over[0] == over[1], is_kept, "{lifetime:?}: {over:?}");
@@ -200,21 +200,21 @@ async fn a_connection_is_kept_unless_it_may_end_during_a_call() {
 }
 
 #[tokio::test]
-async fn a_member_that_has_too_many_is_told_over_the_same_connection() {
+async fn busy_member_receives_windows_over_the_same_connection() {
     let (mut member, data) = (Member::new().await, tempfile::tempdir().expect("a folder"));
     let identity = member.enrol(data.path());
     member.refusals.lock().expect("whole").push_back(Code::ResourceExhausted);
-    let mut teller = Teller::new(&member, &identity, vec![member.address.clone()]);
-    teller.windows.send(Ok(window(1, 0))).await.expect("taken");
-    let first = member.next().await.expect("told");
-    teller.state("the member has too many").await;
+    let mut reporter = Reporter::new(&member, &identity, vec![member.address.clone()]);
+    reporter.windows.send(Ok(window(1, 0))).await.expect("taken");
+    let first = member.next().await.expect("received");
+    reporter.state("the member is busy").await;
     assert_eq!(member.next().await, Some(first), "the same key and port of the agent");
-    teller.state("told to the member").await;
-    // A certificate that comes meanwhile is shown at once.
+    reporter.state("reported to the member").await;
+    // A certificate that arrives meanwhile is used at once.
     member.refusals.lock().expect("whole").push_back(Code::ResourceExhausted);
-    teller.windows.send(Ok(window(2, 0))).await.expect("taken");
+    reporter.windows.send(Ok(window(2, 0))).await.expect("taken");
     assert!(member.next().await.is_some());
-    teller.state("the member has too many").await;
+    reporter.state("the member is busy").await;
     identity.credentials.replace(member.issue(HOUR)).expect("usable");
     let renewed = identity.credentials.current().certificate.public;
     assert_eq!(member.next_by().await, Some((renewed, window(2, 0))));
@@ -224,7 +224,7 @@ async fn a_member_that_has_too_many_is_told_over_the_same_connection() {
 fn waits_for_another_listener_to_end() {
     let (node, _listeners) = Node::new();
     node.net.within("node", || {
-        let former = Flows::open("hanse").expect("nobody else listens");
+        let former = Flows::open("hanse").expect("no other listener");
         let began = Instant::now();
         let mut backend = hanse_agent::backend::open(hanse_dataplane::Settings::default()).expect("opened");
         let refused = listen(false, &mut *backend).err().expect("another process listens");
@@ -236,20 +236,20 @@ fn waits_for_another_listener_to_end() {
 }
 
 #[tokio::test]
-async fn a_member_that_takes_no_flows_is_left_alone_for_a_while() {
+async fn pauses_when_the_member_does_not_accept_flows() {
     let (mut member, data) = (Member::new().await, tempfile::tempdir().expect("a folder"));
     let identity = member.enrol(data.path());
     member.refusals.lock().expect("whole").extend([Code::Unimplemented; 2]);
-    let mut teller = Teller::new(&member, &identity, vec![member.address.clone()]);
-    teller.windows.send(Ok(window(1, 0))).await.expect("taken");
+    let mut reporter = Reporter::new(&member, &identity, vec![member.address.clone()]);
+    reporter.windows.send(Ok(window(1, 0))).await.expect("taken");
     assert!(member.next().await.is_some());
-    teller.state("the member takes no flows").await;
-    // Windows go on being taken, whoever waits.
+    reporter.state("the member does not accept flows").await;
+    // Windows are still received.
     for port in 2..40 {
-        teller.windows.send(Ok(window(port, 0))).await.expect("taken");
+        reporter.windows.send(Ok(window(port, 0))).await.expect("taken");
     }
-    let asked_again = tokio::time::timeout(Duration::from_secs(2), member.told.recv()).await;
-    assert!(asked_again.is_err(), "{asked_again:?}");
+    let called_again = tokio::time::timeout(Duration::from_secs(2), member.received.recv()).await;
+    assert!(called_again.is_err(), "{called_again:?}");
 }
 
 struct Agent(Child);
@@ -274,16 +274,16 @@ impl Drop for Agent {
 }
 
 #[test]
-fn an_agent_tells_its_member_what_its_kernel_decided_unless_it_must_not() {
+fn agent_reports_flows_unless_switched_off() {
     let (node, _listeners) = Node::new();
     snapshot::write(&node.options().snapshot(), &accepting(80, 7)).expect("written");
     let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    // The member stands on the node.
+    // The member runs on the node.
     let test = async {
         let mut member = Member::new().await;
         member.enrol(node.data.path());
         let agent = Agent::new(&node, &member.address, &[]);
-        assert!(until(|| node.table().contains("chain tell-allowed").then_some(())).is_some(), "{}", node.table());
+        assert!(until(|| node.table().contains("chain log-allowed").then_some(())).is_some(), "{}", node.table());
         for at in ["10.1.0.3:80", "[fd01::3]:80", "10.1.0.3:80", "10.1.0.3:81"] {
             assert_eq!(node.net.connect("p2", at).is_some(), at.ends_with(":80"), "{at}");
         }
@@ -294,19 +294,19 @@ fn an_agent_tells_its_member_what_its_kernel_decided_unless_it_must_not() {
             of(4, 80, allowed) == Some(2) && of(16, 80, allowed) == Some(1) && of(4, 81, denied) >= Some(1)
         };
         while !all(&counts) {
-            let Some((_, told)) = member.next().await else { panic!("{counts:?}") };
-            assert_eq!(told.lost, 0);
-            for flow in told.flows {
+            let Some((_, received)) = member.next().await else { panic!("{counts:?}") };
+            assert_eq!(received.lost, 0);
+            for flow in received.flows {
                 *counts.entry((flow.destination.len(), flow.port, flow.decision)).or_default() += flow.count;
             }
         }
         let status = || AgentStatus::read(node.data.path()).map(|status| status.flows).unwrap_or_default();
-        assert!(until(|| (status() == "told to the member").then_some(())).is_some(), "{}", status());
+        assert!(until(|| (status() == "reported to the member").then_some(())).is_some(), "{}", status());
         drop(agent);
-        assert!(node.table().contains("chain tell-allowed"), "its rules stay");
+        assert!(node.table().contains("chain log-allowed"), "its rules stay");
         assert!(node.net.connect("p2", "10.1.0.3:80").is_some() && node.net.connect("p2", "10.1.0.3:81").is_none());
         let _agent = Agent::new(&node, &member.address, &["--no-flows"]);
-        let off = || (!node.table().contains("chain tell-allowed") && status() == "off").then_some(());
+        let off = || (!node.table().contains("chain log-allowed") && status() == "off").then_some(());
         assert!(until(off).is_some(), "{}: {}", status(), node.table());
         assert!(node.net.connect("p2", "10.1.0.3:80").is_some() && node.net.connect("p2", "10.1.0.3:81").is_none());
     };

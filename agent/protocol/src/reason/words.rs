@@ -156,7 +156,7 @@ impl Display for Words<'_, Reason> {
             Reason::KeyInUse { served, refused } => write!(
                 f,
                 "its key is used from two addresses, {served} (served) and {refused} (refused), so its acknowledgements do not \
-                 count: one is a copy of the node's folder; revoke the node and enroll it again"
+                 count: one is a copy of the node's folder; revoke the node and enrol it again"
             ),
             Reason::Incomplete => f.write_str("there are more errors than the report names"),
             Reason::PodsNotNamed => f.write_str("pods are not enforced that the report does not name"),
@@ -179,7 +179,7 @@ impl Display for Words<'_, Reason> {
     }
 }
 
-/// A reason with the object that has the problem, where that is another one than the reader asks about.
+/// A reason with the object that has the problem, where that is not the object of the request.
 #[derive(Debug, Clone, Copy)]
 pub struct Located<'a> {
     pub at: Option<&'a Object>,

@@ -1,6 +1,6 @@
-//! Enrolment of nodes: single-use tokens with a time limit, kept as hashes, bound to the first key that presents them.
+//! Enrolment of nodes: single-use tokens with a time limit, stored as hashes, bound to the first key that presents them.
 //!
-//! One file per token in the folder `node-tokens`, so that `hanse-member node-token create` needs no running member.
+//! One file per token in the directory `node-tokens`, so that `hanse-member node-token create` needs no running member.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -21,10 +21,10 @@ use super::nodes::{Locked, NodeRecord, Nodes};
 use crate::registration::MemberIdentity;
 
 const FOLDER: &str = "node-tokens";
-/// Ranges of one node's pods that are told; one for each family is usual.
+/// Pod ranges of one node that are sent; one of each family is usual.
 const MAX_POD_RANGES: usize = 64;
 
-/// What is kept of a token.
+/// The stored record of a token.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeToken {
@@ -39,12 +39,12 @@ pub struct NodeToken {
 
 #[derive(Debug, thiserror::Error)]
 pub enum NodeTokenError {
-    #[error("\"{0}\" is no node name: a lowercase DNS name")]
+    #[error("\"{0}\" is not a node name (a lowercase DNS name)")]
     Name(String),
-    #[error("make the token: {0}")]
+    #[error("create the token: {0}")]
     Make(String),
-    #[error("keep the token")]
-    Keep(#[source] std::io::Error),
+    #[error("write the token")]
+    Write(#[source] std::io::Error),
     #[error("read the tokens")]
     Read(#[source] std::io::Error),
 }
@@ -56,14 +56,14 @@ pub struct Created {
     pub text: String,
     pub id: String,
     pub expires_at: SystemTime,
-    /// Whether the source had such a node when it was read last. `None`: it never was.
+    /// Whether the source had such a node when it was last read; `None` if it never was.
     pub known: Option<bool>,
 }
 
-/// Makes a token for one node. It enrols `node` once, within `lifetime`.
+/// Creates a token that enrols `node` once, within `lifetime`.
 ///
 /// # Errors
-/// When the name is no node name, or the token cannot be kept.
+/// When the name is not a node name, or the token cannot be written.
 pub fn create_node_token(
     data: &Path,
     identity: &MemberIdentity,
@@ -84,29 +84,29 @@ pub fn create_node_token(
         key: None,
     };
     let folder = data.join(FOLDER);
-    private_folder(&folder).map_err(NodeTokenError::Keep)?;
-    // Those that ended are of no use to anybody.
+    private_folder(&folder).map_err(NodeTokenError::Write)?;
+    // Expired tokens are removed.
     for (id, ended) in list_node_tokens(data)? {
         if ended.has_ended(SystemTime::now()) {
             revoke_node_token(data, &id)?;
         }
     }
     let text = serde_json::to_vec(&kept).map_err(|error| NodeTokenError::Make(error.to_string()))?;
-    write_atomic(&folder.join(format!("{}.json", token.id)), &text, 0o600).map_err(NodeTokenError::Keep)?;
+    write_atomic(&folder.join(format!("{}.json", token.id)), &text, 0o600).map_err(NodeTokenError::Write)?;
     let known = Nodes::new(data).read_known().map(|known| known.contains_key(node));
     Ok(Created { text: token.to_text(), id: token.id, expires_at, known })
 }
 
-/// The tokens that are kept, by id.
+/// The stored tokens, by id.
 ///
 /// # Errors
-/// When the folder or a file cannot be read.
+/// When the directory or a file cannot be read.
 pub fn list_node_tokens(data: &Path) -> Result<Vec<(String, NodeToken)>, NodeTokenError> {
     let tokens = read_tokens(data)?.into_iter().map(|(id, token)| Ok((id, token?)));
     tokens.collect::<std::io::Result<_>>().map_err(NodeTokenError::Read)
 }
 
-/// What is in the file of each token, by id.
+/// The record of each token, by id.
 fn read_tokens(data: &Path) -> Result<Vec<(String, std::io::Result<NodeToken>)>, NodeTokenError> {
     let mut tokens = Vec::new();
     let entries = match data.join(FOLDER).read_dir() {
@@ -118,7 +118,7 @@ fn read_tokens(data: &Path) -> Result<Vec<(String, std::io::Result<NodeToken>)>,
         let id = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".json"));
         let Some(id) = id.filter(|id| !id.starts_with('.')) else { continue };
         let token = match std::fs::read(&path) {
-            // Revoked meanwhile.
+            // Revoked in the meantime.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
             bytes => bytes.and_then(|bytes| Ok(serde_json::from_slice(&bytes)?)),
         };
@@ -128,23 +128,23 @@ fn read_tokens(data: &Path) -> Result<Vec<(String, std::io::Result<NodeToken>)>,
     Ok(tokens)
 }
 
-/// Makes a token useless. Whether there was one. A node that has enrolled with it stays.
+/// Revokes a token. Returns whether it existed. A node that has enrolled with it stays.
 ///
 /// # Errors
 /// When the file cannot be removed.
 pub fn revoke_node_token(data: &Path, id: &str) -> Result<bool, NodeTokenError> {
-    // An id names a file: nothing else may be named by it.
+    // The id becomes a file name.
     if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_') {
         return Ok(false);
     }
     match std::fs::remove_file(data.join(FOLDER).join(format!("{id}.json"))) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(NodeTokenError::Keep(error)),
+        Err(error) => Err(NodeTokenError::Write(error)),
     }
 }
 
-/// The nodes that have enrolled. A record that cannot be read is logged and left out.
+/// The enrolled nodes. A record that cannot be read is logged and skipped.
 ///
 /// # Errors
 /// When they cannot be read.
@@ -154,29 +154,29 @@ pub fn list_nodes(data: &Path) -> Result<Vec<NodeRecord>, NodeTokenError> {
     Ok(nodes.list())
 }
 
-/// Lets nobody speak for the node until it enrols with a token that is made later; a member that runs ends its stream
-/// within two seconds. False: nothing is known of such a node, which is revoked all the same.
+/// Revokes the keys and tokens of a node, which may enrol with a later token; a running member ends its stream within two seconds.
+/// Returns false if the node was not known, which is revoked nevertheless.
 ///
 /// # Errors
-/// When the name is no node name, or it cannot be kept.
+/// When the name is not a node name, or the record cannot be written.
 pub fn revoke_node(data: &Path, node: &str) -> Result<bool, NodeTokenError> {
     check_subdomain(node).map_err(|_| NodeTokenError::Name(node.to_owned()))?;
     let nodes = Nodes::new(data);
-    let locked = nodes.lock().map_err(NodeTokenError::Keep)?;
-    // Before the record: where it ends in between, no token is left that enrols a node that was revoked.
+    let locked = nodes.lock().map_err(NodeTokenError::Write)?;
+    // Before the record: if the process ends in between, no token is left that enrols a revoked node.
     for (id, token) in read_tokens(data)? {
         match token {
             Ok(token) if token.node != node => continue,
             Ok(_) => {}
-            Err(error) => tracing::warn!(%error, id, "the token cannot be read, and is removed"),
+            Err(error) => tracing::warn!(%error, id, "unreadable token removed"),
         }
         revoke_node_token(data, &id)?;
     }
-    locked.revoke(node).map_err(NodeTokenError::Keep)
+    locked.revoke(node).map_err(NodeTokenError::Write)
 }
 
 impl NodeToken {
-    /// It enrols nobody any more.
+    /// It can no longer be used.
     pub fn has_ended(&self, now: SystemTime) -> bool {
         seconds(now) > self.expires_at
     }
@@ -198,11 +198,11 @@ pub struct Service {
 }
 
 impl Service {
-    /// The node that the token enrols with this key. The key is registered then, and who spoke with another goes.
+    /// Redeems the token for a key and returns its node. The key is registered, and streams with another key end.
     fn redeem(&self, locked: &Locked<'_>, request: &wire::EnrolRequest, key: Fingerprint) -> Result<String, Status> {
-        // One answer for every wrong token: nothing is learned by trying.
-        let refused = || Status::permission_denied("the token is not valid: unknown, used by another key, or too old");
-        let keep = |_| Status::internal("keep the token");
+        // One answer for every invalid token, so that attempts reveal nothing.
+        let refused = || Status::permission_denied("the token is not valid: unknown, used by another key, or expired");
+        let keep = |_| Status::internal("write the token");
         let token = Token::parse(TokenKind::Node, &request.token).map_err(|error| match error {
             TokenError::OfCluster => Status::invalid_argument(format!("the token is {error}")),
             TokenError::OfNode | TokenError::Malformed => refused(),
@@ -211,18 +211,18 @@ impl Service {
         let kept = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<NodeToken>(&bytes).ok());
         let mut kept = kept.ok_or_else(refused)?;
         let now = SystemTime::now();
-        // Both are hashes of secrets of 256 bits: how long a comparison takes says nothing of use.
+        // Both are hashes of secrets of 256 bits: the time of the comparison reveals nothing useful.
         if kept.secret_hash != token.secret_hash().to_string() || kept.has_ended(now) {
             return Err(refused());
         }
         if !request.node.is_empty() && request.node != kept.node {
-            let asked: String = request.node.chars().take(253).collect();
-            let said = format!("the token is for node {}, not for node {asked}; it stays unused", kept.node);
-            return Err(Status::failed_precondition(said));
+            let requested: String = request.node.chars().take(253).collect();
+            let message = format!("the token is for node {}, not for node {requested}; it stays unused", kept.node);
+            return Err(Status::failed_precondition(message));
         }
         let presented = key.to_string();
         match &kept.key {
-            // The answer was lost. What has enrolled or renewed since, or is revoked, is not undone by it.
+            // The answer was missed. Later enrolments, renewals and revocations are not undone.
             Some(bound) if *bound == presented && locked.is_of(&kept.node, &key).map_err(keep)? => {}
             Some(_) => return Err(refused()),
             None => kept.key = Some(presented),
@@ -230,15 +230,14 @@ impl Service {
         // First the key, then the token: a crash between the two leaves a token that can be presented again.
         locked.enrolled(&kept.node, &key, now, now + self.fanout.shared.lifetime).map_err(keep)?;
         self.fanout.expel(Some(&kept.node));
-        let text = serde_json::to_vec(&kept).map_err(|_| Status::internal("keep the token"))?;
+        let text = serde_json::to_vec(&kept).map_err(|_| Status::internal("write the token"))?;
         write_atomic(&path, &text, 0o600).map_err(keep)?;
         Ok(kept.node)
     }
 }
 
 fn requested(request: &[u8]) -> Result<RequestedKey, Status> {
-    RequestedKey::from_request(request)
-        .map_err(|error| Status::invalid_argument(format!("the request cannot be used: {error}")))
+    RequestedKey::from_request(request).map_err(|error| Status::invalid_argument(format!("invalid request: {error}")))
 }
 
 #[tonic::async_trait]
@@ -247,18 +246,18 @@ impl wire::enrolment_server::Enrolment for Service {
         let request = request.into_inner();
         let key = requested(&request.request)?;
         // Before the token is used: without the ranges of its pods the node would be open.
-        let Some(known) = self.fanout.known(&request.node).await else {
+        let Some(known) = self.fanout.source_nodes(&request.node).await else {
             return Err(Status::unavailable("the member has not read its source yet"));
         };
-        // In turn, and against who revokes the token or the node at this moment: a token is bound once.
+        // One at a time, also with concurrent revocations: a token is bound once.
         let (service, public) = (self.clone(), key.public());
-        let redeemed = self.fanout.shared.kept.change(move |locked| service.redeem(locked, &request, public)).await;
-        let node = redeemed.map_err(|_| Status::internal("keep the token"))??;
+        let redeemed = self.fanout.shared.keys.change(move |locked| service.redeem(locked, &request, public)).await;
+        let node = redeemed.map_err(|_| Status::internal("write the token"))??;
         let answer = issue(&self.identity, &node, &key, self.fanout.shared.lifetime)?;
         let ranges = known.get(&*node);
         match ranges {
             Some(ranges) => tracing::info!(node, pod_ranges = ranges.len(), "node enrolled"),
-            None => tracing::warn!(node, "node enrolled, of which the source knows nothing"),
+            None => tracing::warn!(node, "node enrolled that the source does not have"),
         }
         let ranges = ranges.map_or(&[][..], |ranges| &ranges[..ranges.len().min(MAX_POD_RANGES)]);
         Ok(Response::new(wire::EnrolResponse { pod_ranges: hanse_protocol::nets(ranges), ..answer }))
@@ -275,10 +274,10 @@ impl wire::enrolment_server::Enrolment for Service {
         let (now, lifetime) = (SystemTime::now(), self.fanout.shared.lifetime);
         let (node, public) = (request.node.clone(), key.public());
         let renew = move |it: &Locked<'_>| it.renew_late(&node, &public, now, now + lifetime);
-        let renewed = self.fanout.shared.kept.change(renew).await.flatten();
-        // Nobody is told whether a key is unknown, revoked or too late.
-        if !renewed.map_err(|_| Status::internal("keep the renewal"))? {
-            return Err(Status::permission_denied("no such key may renew"));
+        let renewed = self.fanout.shared.keys.change(renew).await.flatten();
+        // The answer does not reveal whether a key is unknown, revoked or too late.
+        if !renewed.map_err(|_| Status::internal("write the renewal"))? {
+            return Err(Status::permission_denied("this key may not renew"));
         }
         tracing::info!(node = request.node, "certificate renewed late");
         Ok(Response::new(issue(&self.identity, &request.node, &key, lifetime)?))
@@ -317,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_enrols_its_node_with_its_first_key_in_its_time() {
+    fn token_enrols_its_node_with_the_first_key_until_it_expires() {
         let folder = tempfile::tempdir().expect("a folder");
         let identity = joined(folder.path());
         let create = || {
@@ -328,7 +327,7 @@ mod tests {
         let service = Service { fanout, identity: identity.clone() };
         let redeem = |token: &str, key: &RequestedKey| {
             let request = wire::EnrolRequest { token: token.to_owned(), ..wire::EnrolRequest::default() };
-            let kept = &service.fanout.shared.kept;
+            let kept = &service.fanout.shared.keys;
             service.redeem(&kept.lock().expect("free"), &request, key.public())
         };
         let (token, mine, theirs) = (create(), request(), request());
@@ -338,7 +337,7 @@ mod tests {
         assert!(forged != other && Token::parse(TokenKind::Node, &forged).is_ok_and(|it| it.id == id));
         assert!(redeem(&forged, &mine).is_err(), "another secret");
         assert_eq!(redeem(&token, &mine).expect("enrolled"), "n");
-        assert_eq!(redeem(&token, &mine).expect("the answer was lost"), "n");
+        assert_eq!(redeem(&token, &mine).expect("the answer was missed"), "n");
         assert!(redeem(&token, &theirs).is_err(), "another key");
         let path = folder.path().join(FOLDER).join(format!("{id}.json"));
         let mut kept: NodeToken = serde_json::from_slice(&std::fs::read(&path).expect("kept")).expect("JSON");
@@ -353,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_listed_until_it_is_revoked() {
+    fn lists_tokens_until_they_are_revoked() {
         let folder = tempfile::tempdir().expect("a folder");
         assert!(list_node_tokens(folder.path()).expect("no folder yet").is_empty());
         private_folder(&folder.path().join(FOLDER)).expect("made");
@@ -370,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_revoked_has_no_token_left() {
+    fn revoked_node_has_no_token_left() {
         let folder = tempfile::tempdir().expect("a folder");
         let identity = joined(folder.path());
         let create =
@@ -384,7 +383,7 @@ mod tests {
         assert_eq!(ids(), [&*of_other.id]);
         assert!(revoke_node(folder.path(), "n").expect("revoked"), "it is known now");
         assert!(matches!(revoke_node(folder.path(), "../n"), Err(NodeTokenError::Name(_))));
-        // Where the record cannot be kept, no token is left either.
+        // Nor if the record cannot be written.
         create("n");
         let record = list_nodes(folder.path()).expect("read");
         assert_eq!(record.iter().map(|it| (&*it.node, it.revoked)).collect::<Vec<_>>(), [("n", true)]);

@@ -1,17 +1,16 @@
-//! The nodes of the cluster: which key speaks for each, and which nodes the source knows.
+//! The registered keys of nodes, and the nodes of the source.
 //!
-//! One file per node in the folder `nodes`, named by the hash of the node's name, which may be as long as a file's. A newer
-//! enrolment replaces the key; what held the older one is let in no more. A renewal adds the key that it was asked for,
-//! and the first connection with that one makes it the only one: an answer that was lost locks nobody out. The one before is
-//! kept as a former key: an agent writes its new key to disk before it uses it, so a former key that is used again means that two
-//! have the node's folder. What the node acknowledges does not count from then on, until it is revoked. A lock on the
-//! file `.lock` in the folder keeps `hanse-member node revoke` and a member that runs apart.
+//! One file per node in the directory `nodes`, named by the hash of the node's name, which may be as long as a file name. A newer
+//! enrolment replaces the key. A renewal adds the requested key, and the first connection with it makes it the only one, so that a missed
+//! answer does no harm. The one before becomes a former key: an agent writes its new key to disk before it uses it, so the use of a
+//! former key means that two processes have the node's directory. Acknowledgements of the node do not count from then on, until it is
+//! revoked. A lock on the file `.lock` in the directory serialises `hanse-member node revoke` and a running member.
 //!
-//! A member that runs has read all of them, and looks which files changed: who asks whether a key may speak waits for no
-//! file. What it changes itself it takes from the file, under the lock.
+//! A running member has read all files, and looks for changed ones: checking a key waits for no file. Changes start from the file, under
+//! the lock.
 //!
-//! A node without such a file enrolled before keys were kept: it is let in, and its next renewal registers its key. For one
-//! whose file cannot be read nobody speaks.
+//! A node without a file enrolled before keys were registered: it is accepted, and its next renewal registers its key. A node whose file
+//! cannot be read is refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -44,7 +43,7 @@ const MAX_FORMER: usize = 64;
 #[serde(rename_all = "camelCase")]
 pub struct NodeRecord {
     pub node: String,
-    /// SHA-256 of the public key that speaks for the node, hexadecimal.
+    /// SHA-256 of the node's registered public key, hexadecimal.
     key: String,
     /// The same of a key whose certificate was issued, and that has not been seen yet.
     next: Option<String>,
@@ -112,7 +111,7 @@ struct Kept {
     record: NodeRecord,
 }
 
-/// The folder while nobody else changes it.
+/// The locked directory.
 #[derive(Debug)]
 pub struct Locked<'a> {
     nodes: &'a Nodes,
@@ -158,7 +157,7 @@ impl Nodes {
         let turn = tokio::time::timeout(PATIENCE, Arc::clone(&self.turn).lock_owned()).await?;
         let nodes = Arc::clone(self);
         let changing = tokio::task::spawn_blocking(move || {
-            // Until it is done, also where nobody waits for it any more.
+            // It completes, also if the caller is gone.
             let _turn = turn;
             nodes.lock().map(|locked| change(&locked))
         });
@@ -189,7 +188,7 @@ impl Nodes {
                 Err(error) => {
                     if known != Some(None) {
                         let path = self.path(&name).display().to_string();
-                        tracing::error!(%error, path, "nobody speaks for a node whose record cannot be read");
+                        tracing::error!(%error, path, "node refused: its record cannot be read");
                     }
                     Some(None)
                 }
@@ -227,7 +226,7 @@ impl Nodes {
         nodes
     }
 
-    /// Whether `key` may speak for the node, by what was read.
+    /// Whether `key` is registered for the node, as of the last read.
     pub fn allows(&self, node: &str, key: &Fingerprint) -> bool {
         match self.records().get(&Fingerprint::of(node.as_bytes())) {
             None => true,
@@ -255,7 +254,7 @@ impl Nodes {
         records.get(&Fingerprint::of(node.as_bytes())).and_then(Option::as_ref)?.record.rivals
     }
 
-    /// Keeps which nodes the source knows, with the ranges of their pods.
+    /// Writes the nodes of the source, with the ranges of their pods.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -277,7 +276,7 @@ fn file(path: &Path) -> io::Result<(SystemTime, u64)> {
 
 impl Locked<'_> {
     /// # Errors
-    /// When there is a file that cannot be read: it is not known then who may speak for the node.
+    /// When the file cannot be read: the registered key is unknown then.
     fn read(&self, node: &str) -> io::Result<Option<NodeRecord>> {
         Ok(self.nodes.kept(&Fingerprint::of(node.as_bytes()), None)?.map(|kept| kept.record))
     }
@@ -297,7 +296,7 @@ impl Locked<'_> {
         })
     }
 
-    /// Whether `key` is the one that speaks for the node, with no newer one in sight.
+    /// Whether `key` is the registered key, without a pending renewal.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -305,7 +304,7 @@ impl Locked<'_> {
         Ok(self.read(node)?.is_some_and(|it| !it.revoked && it.key == key.to_string() && it.next.is_none()))
     }
 
-    /// `key` is seen in use: a renewed one is the only one from now on. False: it may not speak for the node.
+    /// Records the use of `key`: a renewed key is the only one from now on. False: it is not registered for the node.
     ///
     /// # Errors
     /// When the record cannot be read, or the change not be kept.
@@ -318,7 +317,7 @@ impl Locked<'_> {
         Ok(allowed)
     }
 
-    /// Whoever holds `key` gets a certificate for `next` too. False: it may not.
+    /// Registers `next` for a renewal with `key`. False: `key` may not renew.
     ///
     /// # Errors
     /// As [`Self::promote`].
@@ -379,7 +378,7 @@ impl Locked<'_> {
         Ok(true)
     }
 
-    /// Lets no key speak for the node until it enrols anew. False: it has not enrolled since keys are kept, and the source
+    /// Revokes the keys of the node until it enrols again. False: it has not enrolled since keys are kept, and the source
     /// does not know it.
     ///
     /// # Errors
@@ -477,7 +476,7 @@ mod tests {
         assert_eq!(admitted(), [true; 4], "it enrolled before keys were kept");
         nodes.lock().expect("free").enrolled(&node, &key("a"), now, now + HOUR).expect("kept");
         assert_eq!(admitted(), [true, false, false, false]);
-        // Two answers are lost; then one is used.
+        // Two answers are missed; then one is used.
         for next in ["b", "c"] {
             assert!(nodes.lock().expect("free").renew(&node, &key("a"), &key(next), now + HOUR, from).expect("kept"));
         }
@@ -510,9 +509,9 @@ mod tests {
         let nodes = Nodes::new(folder.path());
         let key = Fingerprint::of(b"key");
         assert!(nodes.allows("n", &key), "it enrolled before keys were kept");
-        assert!(!nodes.lock().expect("free").revoke("n").expect("kept"), "nobody knows it");
+        assert!(!nodes.lock().expect("free").revoke("n").expect("kept"), "it is not known");
         assert!(!nodes.allows("n", &key));
-        // Nor does a damaged record keep anybody from it.
+        // Also with a damaged record.
         std::fs::write(nodes.path(&Fingerprint::of(b"n")), "no record").expect("written");
         assert!(nodes.lock().expect("free").renew("n", &key, &key, SystemTime::now(), address(1)).is_err());
         nodes.lock().expect("free").revoke("n").expect("kept");
@@ -542,7 +541,7 @@ mod tests {
         assert_eq!(allowed(), [true; 2], "it was not looked for");
         assert!(nodes.reload().expect("read"));
         assert_eq!(allowed(), [false, true]);
-        // A file that cannot be read says nothing of whom to let in, until it can.
+        // A node whose file cannot be read is refused until it can.
         damage(written + HOUR);
         assert!(nodes.reload().expect("read"));
         assert_eq!((allowed(), nodes.list().len()), ([false; 2], 1));

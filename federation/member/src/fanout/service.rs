@@ -20,22 +20,22 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::nodes::Locked;
-use super::{Attached, Fanout, Place, Target, enrol};
+use super::{Attached, Fanout, RulesPosition, Target, enrol};
 use crate::flows::Inbox;
 use crate::registration::MemberIdentity;
 
-/// Messages that wait for an agent's connection: 4 MiB at most.
+/// Messages that wait for an agent's connection: at most 4 MiB.
 const OUTBOX: usize = 4;
-/// After a delta that could not be put in force, it is tried again after this long even when nothing changed.
+/// When a rule set that the agent could not enforce is sent again, if nothing changes before.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Refusals, and pods that are not enforced, of one ack; more are not kept.
+/// Refusals, and pods that are not enforced, of one acknowledgement; others are ignored.
 const MAX_REPORTED: usize = 1_000;
 /// Bytes of an agent's version.
 const MAX_VERSION: usize = 64;
-/// Files of one ack that cannot be written.
+/// Files of one acknowledgement that cannot be written.
 const MAX_FILES: usize = 16;
-/// How long a stream's first message may take, which comes with the call.
+/// How long the first message of a stream may take, which is sent with the call.
 const HELLO_TIME: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
@@ -50,14 +50,15 @@ pub struct Service {
 fn node_of<T>(request: &Request<T>) -> Result<(Arc<str>, Fingerprint), Status> {
     match (peer_identity(request)?, &peer(request)?.certificate) {
         (Identity::Node { node, .. }, Some(certificate)) => Ok((Arc::clone(node), certificate.public)),
-        _ => Err(Status::permission_denied("only nodes of this cluster may ask")),
+        _ => Err(Status::permission_denied("only nodes of this cluster may call this")),
     }
 }
 
-/// What a node is told whose key does not speak for it.
+/// The answer to a node whose key is not registered.
 pub fn not_registered(node: &str) -> Status {
-    let said = format!("this key does not speak for node {node}: it was revoked, or the node has enrolled anew since");
-    Status::permission_denied(said)
+    let message =
+        format!("this key is not registered for node {node}: it was revoked, or the node has enrolled again since");
+    Status::permission_denied(message)
 }
 
 #[tonic::async_trait]
@@ -67,21 +68,21 @@ impl wire::agents_server::Agents for Service {
         let from = peer(&request)?.address;
         self.fanout.refuse_former(&node, own, from).await?;
         let key = RequestedKey::from_request(&request.into_inner().request)
-            .map_err(|error| Status::invalid_argument(format!("the request cannot be used: {error}")))?;
+            .map_err(|error| Status::invalid_argument(format!("invalid request: {error}")))?;
         let lifetime = self.fanout.shared.lifetime;
         let ends = SystemTime::now() + lifetime;
         let (name, next) = (Arc::clone(&node), key.public());
         let renew = move |it: &Locked<'_>| it.renew(&name, &own, &next, ends, from);
-        let renewed = self.fanout.shared.kept.change(renew).await.flatten();
-        if !renewed.map_err(|_| Status::internal("keep the renewal"))? {
+        let renewed = self.fanout.shared.keys.change(renew).await.flatten();
+        if !renewed.map_err(|_| Status::internal("write the renewal"))? {
             return Err(not_registered(&node));
         }
         Ok(Response::new(enrol::issue(&self.identity, &node, &key, lifetime)?))
     }
 
-    async fn tell_flows(&self, request: Request<wire::Flows>) -> Result<Response<wire::FlowsTaken>, Status> {
+    async fn report_flows(&self, request: Request<wire::Flows>) -> Result<Response<wire::FlowsTaken>, Status> {
         let (node, key) = node_of(&request)?;
-        if !self.fanout.shared.kept.allows(&node, &key) {
+        if !self.fanout.shared.keys.allows(&node, &key) {
             return Err(not_registered(&node));
         }
         self.flows.take(node, request.into_inner())?;
@@ -111,7 +112,7 @@ impl wire::agents_server::Agents for Service {
                 node: node.clone(),
                 fanout: fanout.clone(),
                 outbox,
-                held: None,
+                acknowledged: None,
                 in_flight: None,
                 not_before: None,
             };
@@ -123,7 +124,7 @@ impl wire::agents_server::Agents for Service {
                 }
             };
             if let Err(status) = ended {
-                tracing::info!(%node, error = status.message(), "the agent's stream ended");
+                tracing::info!(%node, error = status.message(), "stream of the agent ended");
             }
             fanout.detach(&node, number);
         });
@@ -135,11 +136,11 @@ struct AgentStream {
     node: Arc<str>,
     fanout: Fanout,
     outbox: mpsc::Sender<Result<wire::MemberToAgent, Status>>,
-    /// What the agent has acknowledged, where we know its contents.
-    held: Option<Arc<Target>>,
-    /// What was sent and is not acknowledged.
+    /// The rule set that the agent acknowledged, if its contents are known.
+    acknowledged: Option<Arc<Target>>,
+    /// The rule set that was sent and is not acknowledged.
     in_flight: Option<Arc<Target>>,
-    /// The newest could not be put in force: it is not sent again before, but something newer is.
+    /// The newest rule set could not be enforced: it is not sent again before, but a newer one is.
     not_before: Option<tokio::time::Instant>,
 }
 
@@ -167,11 +168,11 @@ impl AgentStream {
                     match message.message {
                         Some(Message::Hello(hello)) => self.hello(&hello, &target)?,
                         Some(Message::Ack(ack)) => self.ack(ack)?,
-                        None => return Err(Status::invalid_argument("message is missing or not understood")),
+                        None => return Err(Status::invalid_argument("message is missing or unknown")),
                     }
                 }
                 changed = target.changed(), if idle => {
-                    changed.map_err(|_| Status::unavailable("the node is gone"))?;
+                    changed.map_err(|_| Status::unavailable("the node was removed"))?;
                     target.mark_changed();
                     self.not_before = None;
                 }
@@ -180,44 +181,44 @@ impl AgentStream {
         }
     }
 
-    /// Where the agent holds what we would send anyway, its contents are known.
+    /// If the agent has the rule set that would be sent, its contents are known.
     fn hello(&mut self, hello: &wire::Hello, target: &watch::Receiver<Option<Arc<Target>>>) -> Result<(), Status> {
         let version = bounded(hello.version.clone(), MAX_VERSION);
         self.fanout.update(&self.node, |status| status.version = version);
         let digest = parse_digest(&hello.digest).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let whole_did_not_fit = self.in_flight.take().is_some() && self.held.is_none();
+        let whole_did_not_fit = self.in_flight.take().is_some() && self.acknowledged.is_none();
         self.not_before = whole_did_not_fit.then(|| tokio::time::Instant::now() + RETRY);
-        self.held = target.borrow().clone().filter(|target| target.node.digest == digest).map(|target| {
-            let place = Place { generation: parse_generation(hello.generation), ..Place::default() };
-            Arc::new(Target { node: target.node.clone(), place })
+        self.acknowledged = target.borrow().clone().filter(|target| target.node.digest == digest).map(|target| {
+            let position = RulesPosition { generation: parse_generation(hello.generation), ..RulesPosition::default() };
+            Arc::new(Target { node: target.node.clone(), position })
         });
         Ok(())
     }
 
-    /// Sends what turns what is held into `newest`; its position alone where the digest is the same.
+    /// Sends the delta to `newest`; only its position if the digest is the same.
     async fn send(&mut self, newest: Arc<Target>) -> Result<(), Status> {
-        let place = newest.place;
-        let same = self.held.as_ref().filter(|held| held.node.digest == newest.node.digest);
-        if let Some(held) = same {
-            if held.place == place {
+        let position = newest.position;
+        let same = self.acknowledged.as_ref().filter(|known| known.node.digest == newest.node.digest);
+        if let Some(known) = same {
+            if known.position == position {
                 return Ok(());
             }
             let position = wire::Position {
-                generation: Some(generation(place.generation)),
-                revisions: Some(wire::Revisions { hub: place.hub_revision, local: place.local_revision }),
+                generation: Some(generation(position.generation)),
+                revisions: Some(wire::Revisions { hub: position.hub_revision, local: position.local_revision }),
             };
             let message = wire::member_to_agent::Message::Position(position);
             self.push(wire::MemberToAgent { message: Some(message) }).await?;
         } else {
             let messages = {
-                let held = self.held.as_ref().map(|held| &held.node);
-                let step = held.and_then(|held| newest.node.delta_from(held.digest));
+                let known = self.acknowledged.as_ref().map(|known| &known.node);
+                let step = known.and_then(|known| newest.node.delta_from(known.digest));
                 let mut delta = step.unwrap_or_else(|| {
-                    let held = held.map(|held| (&*held.rules, held.digest));
-                    Delta::between_known(held, &newest.node.rules, newest.node.digest)
+                    let known = known.map(|known| (&*known.rules, known.digest));
+                    Delta::between_known(known, &newest.node.rules, newest.node.digest)
                 });
-                delta.generation = place.generation;
-                (delta.hub_revision, delta.local_revision) = (place.hub_revision, place.local_revision);
+                delta.generation = position.generation;
+                (delta.hub_revision, delta.local_revision) = (position.hub_revision, position.local_revision);
                 encode(&delta)
             };
             for message in messages {
@@ -229,7 +230,7 @@ impl AgentStream {
     }
 
     async fn push(&self, message: wire::MemberToAgent) -> Result<(), Status> {
-        self.outbox.send(Ok(message)).await.map_err(|_| Status::cancelled("the agent is gone"))
+        self.outbox.send(Ok(message)).await.map_err(|_| Status::cancelled("the agent has disconnected"))
     }
 
     fn ack(&mut self, ack: wire::Ack) -> Result<(), Status> {
@@ -237,19 +238,24 @@ impl AgentStream {
         let revisions = ack.revisions.unwrap_or_default();
         let generation = parse_generation(ack.generation);
         let of_generation = |it: &Option<Arc<Target>>| {
-            it.as_ref().filter(|it| it.place.generation == generation).map(|it| it.place.hub_epoch)
+            it.as_ref().filter(|it| it.position.generation == generation).map(|it| it.position.hub_epoch)
         };
-        let hub_epoch = of_generation(&self.in_flight).or_else(|| of_generation(&self.held)).unwrap_or_default();
-        let place = Place { generation, hub_epoch, hub_revision: revisions.hub, local_revision: revisions.local };
+        let hub_epoch =
+            of_generation(&self.in_flight).or_else(|| of_generation(&self.acknowledged)).unwrap_or_default();
+        let position =
+            RulesPosition { generation, hub_epoch, hub_revision: revisions.hub, local_revision: revisions.local };
         let failed = ack.failure.map(report::parse_failure);
-        // An agent may tell anew of what it holds, for a pod of it came; that is no answer to what is under way.
+        // An agent reports again for its last rule set when a finding changes: this is not an answer to the one in flight.
         let of_old = failed.is_none()
-            && self.held.as_ref().is_some_and(|held| (held.node.digest, held.place) == (digest, place))
-            && self.in_flight.as_ref().is_none_or(|sent| sent.place != place);
+            && self
+                .acknowledged
+                .as_ref()
+                .is_some_and(|known| (known.node.digest, known.position) == (digest, position))
+            && self.in_flight.as_ref().is_none_or(|sent| sent.position != position);
         if !of_old {
-            // Where what the agent has is not what we thought: from the beginning, and not at once.
+            // If the agent has another rule set than expected: the whole one is sent, and not at once.
             self.not_before = failed.is_some().then(|| tokio::time::Instant::now() + RETRY);
-            self.held = self.in_flight.take().filter(|sent| failed.is_none() && sent.node.digest == digest);
+            self.acknowledged = self.in_flight.take().filter(|sent| failed.is_none() && sent.node.digest == digest);
         }
         let unenforced = ack.unenforced.into_iter().take(MAX_REPORTED).map(|it| {
             (report::parse_pod(it.pod.unwrap_or_default()), report::parse_finding(it.finding.unwrap_or_default()))
@@ -262,20 +268,20 @@ impl AgentStream {
         let hooks = ack.hooks.map(report::parse_hooks);
         let files = ack.files.into_iter().take(MAX_FILES).map(report::parse_file).collect();
         self.fanout.update(&self.node, |status| {
-            status.place = place;
+            status.position = position;
             status.digest = digest;
             status.refused = refused;
             status.failed = failed;
             status.hooks = hooks;
             status.unenforced = unenforced;
             status.files = files;
-            status.heard = Some(Instant::now());
+            status.acknowledged_at = Some(Instant::now());
         });
         Ok(())
     }
 }
 
-/// At most `bytes` of what an agent says.
+/// At most `bytes` of a text of an agent.
 fn bounded(mut text: String, bytes: usize) -> String {
     text.truncate(text.floor_char_boundary(bytes));
     text
@@ -311,14 +317,14 @@ mod tests {
                 fanout
                     .attach(&"n".into(), Fingerprint([0; 32]), crate::fanout::instance_of_test(1))
                     .await
-                    .expect("nothing speaks against it"),
+                    .expect("it is accepted"),
             );
             let node = "n".into();
-            let stream = AgentStream { node, fanout, outbox, held: None, in_flight: None, not_before: None };
+            let stream = AgentStream { node, fanout, outbox, acknowledged: None, in_flight: None, not_before: None };
             Self { stream, outbox: sent, _folder: folder }
         }
 
-        /// What is sent: the digest that a delta starts from, or none for a whole or a position.
+        /// The base of the delta that is sent; none for a whole rule set or a position.
         async fn send(&mut self, target: &Arc<Target>) -> Option<Digest> {
             self.stream.send(Arc::clone(target)).await.expect("there is room");
             let mut base = None;
@@ -331,11 +337,11 @@ mod tests {
         }
 
         fn ack(&mut self, target: &Target, failure: Option<Failure>, hooks: Option<HookProblem>) {
-            let place = target.place;
+            let position = target.position;
             let ack = wire::Ack {
-                generation: Some(generation(place.generation)),
+                generation: Some(generation(position.generation)),
                 digest: hanse_protocol::digest(target.node.digest),
-                revisions: Some(wire::Revisions { hub: place.hub_revision, local: place.local_revision }),
+                revisions: Some(wire::Revisions { hub: position.hub_revision, local: position.local_revision }),
                 failure: failure.as_ref().map(report::failure),
                 hooks: hooks.as_ref().map(report::hooks),
                 ..wire::Ack::default()
@@ -351,12 +357,12 @@ mod tests {
         let rules = Arc::new(RuleSet { node, ..RuleSet::default() });
         let digest = rules.digest();
         let generation = Generation { term: 1, number };
-        let place = Place { generation, hub_epoch: 1, hub_revision: number, local_revision: 1 };
-        Arc::new(Target { node: NodeRules { rules, digest, step: None }, place })
+        let position = RulesPosition { generation, hub_epoch: 1, hub_revision: number, local_revision: 1 };
+        Arc::new(Target { node: NodeRules { rules, digest, step: None }, position })
     }
 
     #[tokio::test]
-    async fn news_of_what_is_held_is_no_answer_to_what_is_under_way() {
+    async fn report_for_the_last_rules_does_not_acknowledge_those_in_flight() {
         let (first, second) = (target(1), target(2));
         let mut sent = Sent::new().await;
         assert_eq!(sent.send(&first).await, None, "the whole");
@@ -364,27 +370,27 @@ mod tests {
         assert_eq!(sent.send(&second).await, Some(first.node.digest));
         sent.ack(&first, None, Some(HookProblem::NotProven));
         assert!(sent.stream.in_flight.is_some(), "still under way");
-        let told = || sent.stream.fanout.realisation()["n"].clone();
-        assert_eq!((told().hooks, told().place.hub_revision), (Some(HookProblem::NotProven), 1));
+        let status = || sent.stream.fanout.realisation()["n"].clone();
+        assert_eq!((status().hooks, status().position.hub_revision), (Some(HookProblem::NotProven), 1));
         sent.ack(&second, None, None);
         assert!(sent.stream.in_flight.is_none());
-        assert_eq!(sent.stream.held.as_ref().map(|it| it.node.digest), Some(second.node.digest));
-        assert_eq!(sent.stream.fanout.realisation()["n"].place.hub_revision, 2);
+        assert_eq!(sent.stream.acknowledged.as_ref().map(|it| it.node.digest), Some(second.node.digest));
+        assert_eq!(sent.stream.fanout.realisation()["n"].position.hub_revision, 2);
     }
 
     #[tokio::test]
-    async fn what_was_refused_is_sent_whole_and_not_at_once() {
+    async fn failed_rule_set_is_sent_again_whole_and_later() {
         let (first, second) = (target(1), target(2));
         let mut sent = Sent::new().await;
         sent.send(&first).await;
         sent.ack(&first, None, None);
         sent.send(&second).await;
         sent.ack(&first, Some(Failure::EnforcerEnded), None);
-        let told = sent.stream.fanout.realisation()["n"].clone();
-        assert_eq!((told.failed, told.place.hub_revision), (Some(Failure::EnforcerEnded), 1));
+        let status = sent.stream.fanout.realisation()["n"].clone();
+        assert_eq!((status.failed, status.position.hub_revision), (Some(Failure::EnforcerEnded), 1));
         assert!(sent.stream.not_before.is_some());
         assert_eq!(sent.send(&second).await, None, "from the beginning");
-        // One that cannot use even the whole greets anew, for ever if it were asked at once.
+        // An agent that cannot use the whole one sends a hello again, without end if it were answered at once.
         sent.stream.not_before = None;
         let (_, current) = watch::channel(Some(second));
         sent.stream

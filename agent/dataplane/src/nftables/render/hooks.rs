@@ -1,4 +1,4 @@
-//! Chains that do not change with policy: the hooks, what judges and what tells.
+//! Chains that do not depend on policy: hooks, judging, verdicts and flow logging.
 
 use hanse_ruleset::{Family, NodeConfig, PortRange, UnknownPods};
 
@@ -11,16 +11,16 @@ use crate::nftables::expression::{Compare, Ct, Direction, Expression, Meta, R1, 
 use crate::nftables::flows::{ALLOWED, COPIED_BYTES, CUT, CUT_IN_REPLY, DENIED};
 use crate::nftables::{Config, Epoch};
 
-/// How a probe's payload begins, and so what answers it: in the node's name, and in the name of another pod.
+/// The beginning of a probe's payload, and so of its answer: with the node's address, and with the address of another pod.
 pub const PROBE_OWN: [u8; 8] = *b"hanse?\0n";
 pub const PROBE_ACROSS: [u8; 8] = *b"hanse?\0p";
-/// What is told of in a second: connections that are allowed, and those that are denied or cut. What is more is counted.
+/// Rate limits of the log rules, per second: of allowed connections, and of denied or cut ones. Packets beyond them are counted.
 const TOLD_ALLOWED: u32 = 10_000;
 const TOLD_FORBIDDEN: u32 = 1_000;
-/// The chains that tell.
-const TELL_ALLOWED: &str = "tell-allowed";
-const TELL_DENIED: &str = "tell-denied";
-const TELL_CUT: &str = "tell-cut";
+/// The chains that log decisions.
+const LOG_ALLOWED: &str = "log-allowed";
+const LOG_DENIED: &str = "log-denied";
+const LOG_CUT: &str = "log-cut";
 /// The bit of `ct status` of a connection whose first packet has left the node.
 const STATUS_CONFIRMED: u32 = 0x8;
 /// Bits of `ct state`.
@@ -32,7 +32,7 @@ const STATE_UNTRACKED: u32 = 0x40;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const IGMP: u8 = 2;
-/// The chain for sources that say nothing of who sends.
+/// The chain for sources that do not identify the sender.
 const NAMELESS: &str = "nameless";
 
 impl Render<'_> {
@@ -54,7 +54,7 @@ impl Render<'_> {
             goto("allowed"),
         ]));
         for (end, map) in [(End::Source, "egress"), (End::Destination, "ingress")] {
-            rules.extend(self.ask(end, map));
+            rules.extend(self.jump_to_endpoint(end, map));
         }
         rules.push(rule(self.set_mark(Mark::None).into_iter().chain([goto("allowed")])));
         KernelChain { name: format!("judge{}", family_digit(self.family)), hook: None, rules }
@@ -63,14 +63,14 @@ impl Render<'_> {
     /// `tonode4`, `tonode6`: connections from pods to this node, in both directions.
     fn judge_to_node(self, node: &NodeConfig) -> KernelChain {
         let mut rules = self.own_streams(node);
-        rules.extend(self.ask(End::Source, "tonode"));
+        rules.extend(self.jump_to_endpoint(End::Source, "tonode"));
         rules.push(rule(self.set_mark(Mark::None).into_iter().chain([goto("allowed")])));
         KernelChain { name: format!("node{}", family_digit(self.family)), hook: None, rules }
     }
 
-    /// Asks the chain of the endpoint at `end`. Whoever is one of ours must come back with Allow: while generations
-    /// change, a chain may be reached that is still empty for this packet.
-    fn ask(self, end: End, map: &str) -> [Rule; 4] {
+    /// Jumps to the chain of the endpoint at `end`. An endpoint of this node must return with Allow: while generations change, a packet
+    /// may reach a chain that is still empty for it.
+    fn jump_to_endpoint(self, end: End, map: &str) -> [Rule; 4] {
         let map = format!("{map}{}", family_digit(self.family));
         let undecided = self.mark_is(Compare::NotEqual, 0b11, Mark::Allow);
         [
@@ -103,7 +103,7 @@ impl Render<'_> {
     }
 }
 
-/// Chains that do not change with policy, but for those that note the epoch.
+/// Chains that do not depend on policy, except those that set the epoch.
 pub fn base_chains(config: &Config, node: &NodeConfig) -> Vec<KernelChain> {
     const PRE_ROUTING: u32 = 0;
     const INPUT: u32 = 1;
@@ -114,7 +114,7 @@ pub fn base_chains(config: &Config, node: &NodeConfig) -> Vec<KernelChain> {
     let chain = |name: &str, rules| KernelChain { name: name.into(), hook: None, rules };
     let mut chains = verdict_chains(config);
     if config.flows {
-        chains.extend(telling_chains());
+        chains.extend(log_chains());
     }
     chains.push(chain(NAMELESS, nameless()));
     for family in both() {
@@ -135,8 +135,7 @@ pub fn base_chains(config: &Config, node: &NodeConfig) -> Vec<KernelChain> {
     chains
 }
 
-/// Drops what comes from or goes to a member of one of the fixed `sets`. Of a packet without a connection only its own
-/// addresses are known.
+/// Drops packets from or to a member of one of the fixed `sets`. A packet without a connection has only its own addresses.
 fn drop_addressed(family: Family, sets: &[&str]) -> Vec<Rule> {
     let digit = family_digit(family);
     let ends = [load_source(family), load_destination(family)];
@@ -168,14 +167,14 @@ fn from_loopback() -> [Expression; 3] {
     ]
 }
 
-/// `prerouting`: no forged source comes from where pods are. An uplink is trusted with any source.
+/// `prerouting`: drops forged sources of pods. An uplink may bring any source.
 fn arrival() -> Vec<Rule> {
     let uplink = [
         Expression::LoadMeta { key: Meta::InputInterfaceName, register: R1 },
         Expression::Lookup { set: SetName::Named("uplinks".into()), register: R1, invert: false },
         accept(),
     ];
-    // It starts without an address, and ends at the node or on a bridge: `forward` sees to that.
+    // Discovery starts without an address, and ends at the node or on a bridge, which `forward` enforces.
     let discovery = neighbour_discovery().into_iter().chain([accept()]);
     let forged = [
         Expression::FibSourceInterface { register: R1 },
@@ -184,7 +183,7 @@ fn arrival() -> Vec<Rule> {
         Expression::Verdict(Verdict::Drop),
     ];
     let mut rules = vec![rule(from_loopback()), rule(uplink), rule(discovery), rule(forged)];
-    // Sources that every link has, and that say nothing of who sends: the kernel routes them back to anywhere.
+    // Every link has these sources, so they do not identify the sender: the kernel routes them back to any interface.
     rules.push(rule(family_is(Family::V4).into_iter().chain(begins_with(12, &[0; 4], 32)).chain([goto(NAMELESS)])));
     rules
         .push(rule(family_is(Family::V6).into_iter().chain(begins_with(8, &[0xfe, 0x80], 10)).chain([goto(NAMELESS)])));
@@ -196,8 +195,8 @@ fn arrival() -> Vec<Rule> {
     rules
 }
 
-/// What a pod wraps for a tunnel of a node's, IPIP, VXLAN or Geneve (RFC 7348, RFC 8926; 8472 is VXLAN's port of Linux): none
-/// of these proves who wrapped it, and what it holds would come out of the tunnel with any source.
+/// Tunnel packets of pods: IPIP, VXLAN or Geneve (RFC 7348, RFC 8926; 8472 is Linux' port of VXLAN). None of these authenticates the
+/// sender, and the inner packet could have any source.
 fn tunnels() -> Vec<Rule> {
     const IPIP: u8 = 4;
     let drop = || [Expression::Counter, Expression::Verdict(Verdict::Drop)];
@@ -212,8 +211,8 @@ fn to_port_is(port: u16) -> [Expression; 2] {
     ]
 }
 
-/// Whoever has no name yet, or speaks of groups: DHCP, IGMP and MLD (RFC 2710, RFC 3810). All else wants a pod's address, by
-/// which it is judged.
+/// Packets before a pod has its address, and of group management: DHCP, IGMP and MLD (RFC 2710, RFC 3810). All others need a pod's
+/// address, by which they are judged.
 fn nameless() -> Vec<Rule> {
     let kinds = |first, last| {
         let kind = [
@@ -234,7 +233,7 @@ fn nameless() -> Vec<Rule> {
     ]
 }
 
-/// Whether the first `bits` of what stands at `offset` of the network header are those of `value`.
+/// Matches when the first `bits` at `offset` of the network header are those of `value`.
 fn begins_with(offset: u32, value: &[u8], bits: usize) -> [Expression; 3] {
     let mask = (0..value.len()).map(|at| (0xff00_u16 >> bits.saturating_sub(8 * at).min(8)) as u8).collect();
     let length = value.len() as u32;
@@ -245,7 +244,7 @@ fn begins_with(offset: u32, value: &[u8], bits: usize) -> [Expression; 3] {
     ]
 }
 
-/// What a pod sends to a group, or to everybody: who would receive it cannot be judged.
+/// Multicast and broadcast of pods, whose receivers cannot be judged.
 fn to_many(family: Family) -> Vec<Rule> {
     let groups: &[[Expression; 3]] = match family {
         Family::V4 => &[begins_with(16, &[0xe0], 4), begins_with(16, &[0xff; 4], 32)],
@@ -260,13 +259,13 @@ fn to_many(family: Family) -> Vec<Rule> {
     groups.iter().flat_map(|group| ["ranges", "pods"].map(|set| of_ours(group, set))).collect()
 }
 
-/// `forward`: whatever a pod exchanges with anybody but its own node.
+/// `forward`: all traffic of pods, except with their own node.
 fn through_node(config: &Config) -> Vec<Rule> {
-    // It was noted when it arrived, and the pod in whose name we asked did not ask.
+    // The answer was recorded when it arrived, and the pod whose address the probe had did not send it.
     let answered =
         |family| rule(probe_answer(family, PROBE_ACROSS).into_iter().chain([Expression::Verdict(Verdict::Drop)]));
     let mut rules: Vec<Rule> = both().map(answered).into();
-    // Routed packets have lost a hop by now, and discovery is never routed. With all its hops it is on a bridge.
+    // Discovery is never routed, and routed packets have fewer hops. With all hops it is on a bridge.
     let all_hops = [
         Expression::LoadPayload { base: 1, offset: 7, length: 1, register: R1 },
         Expression::Compare { register: R1, operator: Compare::Equal, value: vec![255] },
@@ -279,7 +278,7 @@ fn through_node(config: &Config) -> Vec<Rule> {
     let unknown = state_is(STATE_INVALID | STATE_UNTRACKED);
     rules.extend(per_family(&unknown, "untracked"));
     rules.push(rule(unknown.into_iter().chain([accept()])));
-    // A connection that a helper expected has its master's mark, but not its verdict; errors about one share both.
+    // A connection that a helper expected has its master's mark, but is judged by itself. An error about a connection shares both.
     for family in both() {
         let icmp = Render { config, family }.icmp_protocol();
         let other = [
@@ -290,33 +289,33 @@ fn through_node(config: &Config) -> Vec<Rule> {
         rules.push(rule(family_is(family).into_iter().chain(state_is(STATE_RELATED)).chain(other)));
     }
     rules.push(rule([jump("short")]));
-    // A connection that is picked up in the middle cannot be judged in its direction.
+    // The direction of a connection that is picked up in the middle is unknown.
     rules.extend(per_family(&picked_up(), "untracked"));
     rules.extend(per_family(&[], "judge"));
     rules
 }
 
-/// `input`: what comes to the node itself.
+/// `input`: packets to the node itself.
 fn to_node() -> Vec<Rule> {
     let unknown = state_is(STATE_INVALID | STATE_UNTRACKED);
-    // What the node says to itself; a reset of ours to one of its sockets too.
+    // Packets of the node to itself, also resets to one of its sockets.
     let mut rules = vec![rule(from_loopback())];
     let discovery = state_is(STATE_UNTRACKED).into_iter().chain(protocol_is(ICMP_V6)).chain([accept()]);
     rules.push(rule(discovery));
     rules.extend(per_family(&unknown, "guarded"));
     rules.push(rule(unknown.into_iter().chain([accept()])));
-    // What the node began is answered.
+    // Replies to connections of the node.
     rules.push(rule(direction_is(Direction::Reply).into_iter().chain([accept()])));
     rules.push(rule([jump("short")]));
     rules.extend(per_family(&[], "node"));
     rules
 }
 
-/// `output`: what the node itself sends.
+/// `output`: packets of the node itself.
 fn from_node() -> Vec<Rule> {
-    // Errors, and our own resets.
+    // Errors, and resets by these rules.
     let mut rules = vec![rule(state_is(STATE_RELATED).into_iter().chain([accept()]))];
-    // The middle of a connection that a pod may have begun: who may not reach the node must not be reached by it that way.
+    // The middle of a connection that a pod may have opened: a pod that may not reach the node must not be reached this way.
     let invalid: Vec<Expression> = state_is(STATE_INVALID).into_iter().chain(protocol_is(TCP)).collect();
     rules.extend(per_family(&invalid, "guarded"));
     rules.push(rule(state_is(STATE_INVALID | STATE_UNTRACKED).into_iter().chain([accept()])));
@@ -334,7 +333,7 @@ fn direction_is(direction: Direction) -> [Expression; 2] {
     ]
 }
 
-/// TCP that connection tracking sees for the first time, and not from its beginning.
+/// The first tracked packet of a TCP connection that is not its first packet.
 fn picked_up() -> Vec<Expression> {
     const FIN_SYN_RST_ACK: u8 = 0x17;
     const SYN: u8 = 0x02;
@@ -356,7 +355,7 @@ fn neighbour_discovery() -> Vec<Expression> {
     protocol_is(ICMP_V6).into_iter().chain(kinds).collect()
 }
 
-/// What a pod answers to a probe of ours: an echo reply with the probe's payload.
+/// The answer of a pod to a probe: an echo reply with the probe's payload.
 fn probe_answer(family: Family, payload: [u8; 8]) -> Vec<Expression> {
     let (protocol, reply) = match family {
         Family::V4 => (ICMP, 0),
@@ -393,8 +392,8 @@ fn load_destination(family: Family) -> Expression {
     Expression::LoadPayload { base: 1, offset, length, register: R1 }
 }
 
-/// The chains that note the epoch, whose only rule changes with each generation. Nothing in them ends a packet's way: such
-/// rules the kernel accepts without walking the whole table for loops.
+/// The chains that set the epoch, whose only rule changes with each generation. They have no verdicts: the kernel accepts such rules
+/// without checking the whole table for loops.
 pub fn epoch_chains(config: &Config, epoch: Epoch) -> [KernelChain; 2] {
     [("note-allowed", true), ("note-dead", false)].map(|(name, allowed)| {
         let note = rule([
@@ -435,7 +434,7 @@ fn verdict_chains(config: &Config) -> Vec<KernelChain> {
     let was_allowed = config.ct_mark(Epoch(0), true);
     let begun = state_is(STATE_ESTABLISHED | STATE_RELATED);
     let drop = || Some(rule([Expression::Counter, Expression::Verdict(Verdict::Drop)]));
-    let telling = |rule: Rule| Some(rule).filter(|_| config.flows);
+    let logging = |rule: Rule| Some(rule).filter(|_| config.flows);
     vec![
         chain(
             "short",
@@ -447,25 +446,25 @@ fn verdict_chains(config: &Config) -> Vec<KernelChain> {
         chain(
             "allowed",
             vec![
-                telling(rule(begins().into_iter().chain([jump(TELL_ALLOWED)]))),
+                logging(rule(begins().into_iter().chain([jump(LOG_ALLOWED)]))),
                 Some(rule([jump("note-allowed")])),
                 Some(rule([Expression::Verdict(Verdict::Accept)])),
             ],
         ),
         chain(
             "deny",
-            vec![Some(rule(begun.into_iter().chain([goto("forbid")]))), telling(rule([jump(TELL_DENIED)])), drop()],
+            vec![Some(rule(begun.into_iter().chain([goto("forbid")]))), logging(rule([jump(LOG_DENIED)])), drop()],
         ),
-        chain("undecided", vec![telling(rule(state_is(STATE_NEW).into_iter().chain([jump(TELL_DENIED)]))), drop()]),
+        chain("undecided", vec![logging(rule(state_is(STATE_NEW).into_iter().chain([jump(LOG_DENIED)]))), drop()]),
         chain(
             "forbid",
             vec![
-                // An error shows itself, not the connection: that is told, and marked, with its own next packet.
-                telling(rule(error_about(ICMP))),
-                telling(rule(error_about(ICMP_V6))),
-                // What is dead already was told when it died.
-                telling(rule(ct_mark_is(was_allowed, was_allowed).chain([jump(TELL_CUT)]))),
-                telling(rule(ct_mark_is(config.ct_mark_mask, 0).chain([jump(TELL_CUT)]))),
+                // An error does not show the connection, which is logged and marked with its own next packet.
+                logging(rule(error_about(ICMP))),
+                logging(rule(error_about(ICMP_V6))),
+                // A dead connection was logged when it was marked.
+                logging(rule(ct_mark_is(was_allowed, was_allowed).chain([jump(LOG_CUT)]))),
+                logging(rule(ct_mark_is(config.ct_mark_mask, 0).chain([jump(LOG_CUT)]))),
                 Some(rule([jump("note-dead")])),
                 Some(rule([goto("dead")])),
             ],
@@ -477,19 +476,19 @@ fn verdict_chains(config: &Config) -> Vec<KernelChain> {
     ]
 }
 
-/// The chains that tell what was decided. A verdict never depends on them: what is over a limit is counted, and returns.
-pub fn telling_chains() -> [KernelChain; 3] {
+/// The chains that log decisions. Verdicts do not depend on them: packets over the limit are counted and return.
+pub fn log_chains() -> [KernelChain; 3] {
     let over =
         |per_second| rule([Expression::Over { per_second }, Expression::Counter, Expression::Verdict(Verdict::Return)]);
     let log = |group| Expression::Log { group, bytes: Some(COPIED_BYTES) };
     let cut = |direction, group| rule(direction_is(direction).into_iter().chain([log(group)]));
-    // What a helper expected, and nobody answered yet.
-    let not_begun = rule(state_is(STATE_RELATED).into_iter().chain([goto(TELL_DENIED)]));
+    // Expected by a helper, and not answered yet.
+    let not_begun = rule(state_is(STATE_RELATED).into_iter().chain([goto(LOG_DENIED)]));
     let cut_either_way = [cut(Direction::Original, CUT), cut(Direction::Reply, CUT_IN_REPLY)];
     [
-        (TELL_ALLOWED, vec![over(TOLD_ALLOWED), rule([log(ALLOWED)])]),
-        (TELL_DENIED, vec![over(TOLD_FORBIDDEN), rule([log(DENIED)])]),
-        (TELL_CUT, [not_begun, over(TOLD_FORBIDDEN)].into_iter().chain(cut_either_way).collect()),
+        (LOG_ALLOWED, vec![over(TOLD_ALLOWED), rule([log(ALLOWED)])]),
+        (LOG_DENIED, vec![over(TOLD_FORBIDDEN), rule([log(DENIED)])]),
+        (LOG_CUT, [not_begun, over(TOLD_FORBIDDEN)].into_iter().chain(cut_either_way).collect()),
     ]
     .map(|(name, rules)| KernelChain { name: name.into(), hook: None, rules })
 }

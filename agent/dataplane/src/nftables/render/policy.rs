@@ -1,4 +1,4 @@
-//! Policies, and the chains of endpoints that ask them.
+//! Policies, and the chains of endpoints that evaluate them.
 
 use hanse_ruleset::{
     Action, Chain, ChainId, Icmp, Peer, Policy, PolicyId, PortRange, Rule as PolicyRule, SetId, TierDefault,
@@ -70,7 +70,7 @@ impl Render<'_> {
         KernelChain { name: policy_chain_name(id, self.family), hook: None, rules }
     }
 
-    /// What stands in for a policy that the kernel refuses: whoever uses it is closed.
+    /// Replaces a policy that the kernel refuses: it denies.
     pub fn closed_policy(self, id: PolicyId) -> KernelChain {
         KernelChain { name: policy_chain_name(id, self.family), hook: None, rules: vec![rule([goto("deny")])] }
     }

@@ -1,4 +1,4 @@
-//! Sets and maps, and what is in them.
+//! Sets and maps, and their elements.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -8,15 +8,15 @@ use ipnet::IpNet;
 
 use super::{MARKED_ALLOWED, MARKED_DEAD, address_length, both, chain_name, family_digit};
 
-/// The flags of `NFTA_SET_FLAGS` that we use.
+/// The flags of `NFTA_SET_FLAGS` in use.
 pub const INTERVAL: u32 = 0x4;
 pub const MAP: u32 = 0x8;
-/// Packets add to it: nobody's drift.
+/// Packets add elements, which are not drift.
 pub const DYNAMIC: u32 = 0x20;
 
-/// Elements may end. All sets of addresses have this flag, which costs a look-up nothing: sets do not get it later.
+/// Elements may have a timeout. All sets of addresses have the flag: it cannot be added later, and does not slow look-ups.
 pub const TIMEOUT: u32 = 0x10;
-/// How often the kernel frees elements that have ended, which match no more: its default of a second would walk every set.
+/// How often the kernel frees ended elements, which no longer match. Its default of a second would walk every set.
 pub const CLEAR_EVERY_MS: u32 = 600_000;
 
 /// An element of a named set.
@@ -25,7 +25,7 @@ pub enum Element {
     Key(Vec<u8>),
     /// Both ends inclusive.
     Interval(Vec<u8>, Vec<u8>),
-    /// Ends by itself, after so many milliseconds.
+    /// With a timeout in milliseconds.
     Ending(Vec<u8>, u64),
     Jump(Vec<u8>, String),
 }
@@ -35,7 +35,7 @@ pub struct SetDefinition {
     pub name: String,
     pub flags: u32,
     pub key_length: u32,
-    /// How people's tools show keys; the kernel does not look at it.
+    /// How tools show keys; the kernel ignores it.
     pub key_type: u32,
 }
 
@@ -126,7 +126,7 @@ pub fn set_elements(members: &Members, family: Family) -> Vec<Element> {
     }
 }
 
-/// The maps and sets that hold a node's own endpoints and ranges.
+/// The maps and sets of a node's own endpoints and ranges.
 pub fn fixed_sets() -> Vec<SetDefinition> {
     let mark = |name: &str| SetDefinition { name: name.into(), flags: 0, key_length: 4, key_type: MARK_TYPE };
     let mut sets = vec![
@@ -156,7 +156,7 @@ pub fn fixed_sets() -> Vec<SetDefinition> {
     sets
 }
 
-/// What one endpoint adds to the fixed sets: set name and element. `guarded`: its way to the node is judged.
+/// The elements of one endpoint in the fixed sets: set name and element. `guarded`: its traffic to the node is judged.
 pub fn endpoint_elements(endpoint: &LocalEndpoint, guarded: bool) -> BTreeSet<(String, Element)> {
     let mut elements = BTreeSet::new();
     for address in &endpoint.addresses {
