@@ -12,6 +12,7 @@ pub mod metrics;
 pub mod moment;
 pub mod monitor;
 pub mod retry;
+pub mod settings;
 pub mod shutdown;
 pub mod supervisor;
 pub mod text;

@@ -1,10 +1,12 @@
 //! The listeners for health, readiness and metrics: plain HTTP/1.1, read only.
 //!
-//! Health (`/healthz`, `/readyz`) answers with one word and tells nothing else. Metrics (`/metrics`) are for the loopback
-//! address; elsewhere a bearer token is demanded.
+//! Health (`/healthz`, `/readyz`) answers with one word. Metrics (`/metrics`) need no token on a loopback address, and a
+//! bearer token elsewhere.
 
 use std::convert::Infallible;
+use std::io;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,13 +21,16 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
+use crate::files;
 use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::shutdown::Shutdown;
 
 /// Connections served at once; more wait in the kernel's backlog. 64 × about 20 KiB of buffers is 1.3 MiB.
 const MAX_CONNECTIONS: usize = 64;
-/// A connection is closed after this long, so that an idle one does not hold a place.
+/// The shortest token that is accepted, in bytes: 128 bits in base 64 have 22.
+const MIN_TOKEN_BYTES: usize = 22;
+/// A connection is closed after this long, so that an idle one does not keep a place.
 const CONNECTION_LIFETIME: Duration = Duration::from_secs(10);
 
 /// What a listener answers.
@@ -33,23 +38,47 @@ const CONNECTION_LIFETIME: Duration = Duration::from_secs(10);
 pub enum Page {
     /// `/healthz` and `/readyz`.
     Health(Health),
-    /// `/metrics`, with the bearer token that it demands, if any.
+    /// `/metrics`, with the bearer token that it requires, if any.
     Metrics(Metrics, Option<Arc<Zeroizing<String>>>),
+}
+
+impl Page {
+    /// Metrics that require the token in `token_file`, if one is given.
+    ///
+    /// # Errors
+    /// When the file cannot be read, others can read it, or it has no token of [`MIN_TOKEN_BYTES`].
+    pub fn metrics(metrics: &Metrics, token_file: Option<&Path>) -> Result<Self, MonitorError> {
+        let token = token_file.map(|path| {
+            let failed = |error| MonitorError::Token(path.to_owned(), error);
+            let bytes = files::read_secret(path).map_err(failed)?;
+            let text =
+                std::str::from_utf8(&bytes).map_err(|e| failed(io::Error::new(io::ErrorKind::InvalidData, e)))?;
+            let token = text.trim();
+            if token.len() < MIN_TOKEN_BYTES {
+                let short = format!("the token has {} bytes, and needs at least {MIN_TOKEN_BYTES}", token.len());
+                return Err(failed(io::Error::new(io::ErrorKind::InvalidData, short)));
+            }
+            Ok(Arc::new(Zeroizing::new(token.to_owned())))
+        });
+        Ok(Self::Metrics(metrics.clone(), token.transpose()?))
+    }
 }
 
 /// Why a listener did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
-    #[error("metrics on {0} need a token: only the loopback address serves them without one")]
+    #[error("serving metrics on {0} needs a token: set --metrics-token-file, or use a loopback address")]
     NotLoopback(SocketAddr),
+    #[error("read the metrics token in {0}")]
+    Token(PathBuf, #[source] io::Error),
     #[error("listen on {0}")]
-    Listen(SocketAddr, #[source] std::io::Error),
+    Listen(SocketAddr, #[source] io::Error),
 }
 
 /// Binds `address` and serves `page` until the shutdown. Returns the bound address.
 ///
 /// # Errors
-/// When the address cannot be bound, or metrics without a token would leave the machine.
+/// When the address cannot be bound, or metrics without a token would be served beyond loopback.
 pub async fn serve(address: SocketAddr, page: Page, shutdown: &Shutdown) -> Result<SocketAddr, MonitorError> {
     if matches!(page, Page::Metrics(_, None)) && !address.ip().is_loopback() {
         return Err(MonitorError::NotLoopback(address));

@@ -1,5 +1,6 @@
 //! Tests of the whole.
 
+mod dependencies;
 mod fuzz;
 mod guards;
 mod kernel;

@@ -1,5 +1,6 @@
-//! The project's tasks. Each installs what is missing (or says what to install), builds, and runs.
+//! The tasks of the project. Each installs what is missing (or reports what to install), builds, and runs.
 
+mod audit;
 mod bench;
 mod demo;
 mod fuzz;
@@ -17,18 +18,21 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
-    /// Three clusters of AI workloads on this machine, and the packets between them.
-    Demo(demo::Arguments),
-    /// Measure what the design has budgets for: time as wall and as CPU, memory as the peak of a process of its own.
+    /// Check dependencies against known vulnerabilities and the dependency policy (needs cargo-deny and its database).
+    Audit,
+    /// Measure the budgets of the design: wall and CPU time, and the peak memory of a separate process.
     Bench(bench::Arguments),
-    /// Put mutated inputs into a parser for as long as wanted.
+    /// Run three clusters of AI workloads on this machine and try the connections between them.
+    Demo(demo::Arguments),
+    /// Run a parser on mutated inputs.
     Fuzz(fuzz::Arguments),
-    /// Check formatting and lints, and run every test, those with packets too.
+    /// Check formatting and lints, and run every test.
     Test(test::Arguments),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().task {
+        Task::Audit => audit::run(),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Fuzz(arguments) => fuzz::run(&arguments),

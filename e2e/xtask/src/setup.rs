@@ -1,4 +1,4 @@
-//! What a task needs beside Rust and a C compiler.
+//! Installs what a task needs beside Rust and a C compiler.
 
 use std::path::Path;
 use std::process::Command;
@@ -11,22 +11,22 @@ struct Tool {
     package: &'static str,
 }
 
-/// `ip` makes the namespaces of the packet tests and of the demo; `nft` makes the damage that the tests want repaired. No
-/// program of ours calls either.
+/// `ip` creates the namespaces of the packet tests and of the demo; with `nft` the tests damage rules. The programs call
+/// neither.
 const PACKET_TOOLS: &[Tool] =
     &[Tool { program: "ip", package: "iproute2" }, Tool { program: "nft", package: "nftables" }];
 
-/// Installs what the packet tests and the demo need, when root on Debian; else says what to install.
+/// Installs what the packet tests and the demo need, as root on Debian; elsewhere the error lists the packages.
 pub fn packet_tools() -> anyhow::Result<()> {
     let missing: Vec<&str> =
         PACKET_TOOLS.iter().filter(|tool| find(tool.program).is_none()).map(|tool| tool.package).collect();
     if missing.is_empty() { Ok(()) } else { install(&missing) }
 }
 
-/// The oldest Go that fetches the version which a module asks for.
+/// The oldest Go that fetches the version that a module requires.
 const MIN_GO: (u32, u32) = (1, 21);
 
-/// Go, with which the programs are built that tests compare with.
+/// Checks for Go, which builds the reference programs of the tests.
 pub fn go() -> anyhow::Result<()> {
     if find("go").is_none() {
         install(&["golang-go"])?;
@@ -40,7 +40,7 @@ pub fn go() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `go1.26.3`, `go1.22rc1`; what is neither is a version of somebody's own, newer than all.
+/// Reads `go1.26.3` or `go1.22rc1`; any other version is a development version, newer than all.
 fn fetches_newer(version: &str) -> bool {
     let number = |text: &str| text.split(|it: char| !it.is_ascii_digit()).next().and_then(|it| it.parse::<u32>().ok());
     let parts = version.strip_prefix("go").and_then(|rest| rest.split_once('.'));
@@ -75,7 +75,7 @@ pub fn cargo() -> Command {
     Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
-/// Runs a command to its end; a failure names it.
+/// Runs a command to its end; the error names the command.
 pub fn run(command: &mut Command) -> anyhow::Result<()> {
     let name = format!("{command:?}").replace('"', "");
     let status = command.status().with_context(|| format!("start {name}"))?;
@@ -90,7 +90,7 @@ mod tests {
     use super::fetches_newer;
 
     #[test]
-    fn versions_of_go_that_fetch_newer_ones() {
+    fn recognises_go_versions_that_fetch_newer_ones() {
         for (version, expected) in [
             ("go1.26.3", true),
             ("go1.21rc2", true),

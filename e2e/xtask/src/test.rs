@@ -1,4 +1,4 @@
-//! `cargo xtask test`: everything that must hold.
+//! `cargo xtask test`: formatting, lints and every test.
 
 use std::process::Command;
 use std::time::Instant;
@@ -7,7 +7,7 @@ use crate::setup;
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Leave out formatting and lints.
+    /// Skip formatting and lints.
     #[arg(long)]
     tests_only: bool,
 }
@@ -22,34 +22,27 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         format.args(["fmt", "--all", "--check"]);
         steps.push(("formatting", format));
         let mut lints = setup::cargo();
-        lints.args(["clippy", "--workspace", "--all-targets", "--locked", "--quiet"]);
+        lints.args(["clippy", "--workspace", "--all-targets", "--locked"]);
         if in_ci {
-            // Warnings are denied where they would otherwise stay.
+            // A warning does not stop work in progress; it does not get past CI.
             lints.args(["--", "-D", "warnings"]);
         }
         steps.push(("lints", lints));
     }
-    // The packet tests run the project's own programs. Built together with the tests, so that both use one build of every
-    // dependency: alone, the programs would be built with fewer features of them.
+    // The packet tests run the project's own programs. Both are built together, so that they share one build of every
+    // dependency: the programs alone would select fewer features.
     let mut build = setup::cargo();
     build.args(["build", "--workspace", "--bins", "--tests", "--locked"]);
     steps.push(("programs and tests", build));
     let mut tests = setup::cargo();
     tests.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
     steps.push(("tests", tests));
-    // The dependency policy, where the tool for it is installed; its absence is said, and no reason to fail.
-    if setup::find("cargo-deny").is_some() {
-        let mut deny = setup::cargo();
-        deny.args(["deny", "check", "licenses", "bans", "sources"]);
-        steps.push(("dependencies", deny));
-    } else {
-        println!("== dependencies: not checked against .deny.toml (cargo-deny is not installed)");
-    }
-    for (name, mut command) in steps {
-        println!("== {name}");
+    let count = steps.len();
+    for (number, (name, mut command)) in (1..).zip(steps) {
+        println!("== {number}/{count} {name}");
         let start = Instant::now();
         setup::run(&mut command)?;
-        println!("== {name}: passed in {:.0} s", start.elapsed().as_secs_f64());
+        println!("== {number}/{count} {name}: passed in {:.0} s", start.elapsed().as_secs_f64());
     }
     Ok(())
 }

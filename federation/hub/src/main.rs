@@ -14,7 +14,7 @@ use hanse_hub::authority::Lifetimes;
 use hanse_hub::server::{Hub, Options, default_store, init};
 use hanse_identity::{TrustDomain, tls};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::{logging, text};
+use hanse_runtime::{logging, settings, text};
 use hanse_store::StoreUrl;
 
 /// The hub of a ClusterSet: registry, trust, exchange and policy distribution.
@@ -33,7 +33,7 @@ enum Command {
     /// Create a ClusterSet: its root authority, its store and the context file DATA/admin.context of the first administrator.
     Init(InitArgs),
     /// Serve a ClusterSet.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
 }
 
 #[derive(Debug, Args)]
@@ -58,37 +58,40 @@ struct InitArgs {
 #[derive(Debug, Args)]
 struct RunArgs {
     /// Folder of the hub's files.
-    #[arg(long)]
+    #[arg(long, value_name = "FOLDER", help_heading = "Files")]
     data: PathBuf,
     /// Store to open, as a URL: file:PATH [default: file:DATA/hub.redb].
-    #[arg(long)]
+    #[arg(long, value_name = "URL", help_heading = "Files")]
     store: Option<StoreUrl>,
     /// Address for members and users (mutual TLS).
-    #[arg(long)]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Listeners")]
     listen: SocketAddr,
     /// Address for clusters that join with a token (server certificate only).
-    #[arg(long)]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Listeners")]
     join_listen: SocketAddr,
     /// Serve health and readiness over HTTP at this address.
-    #[arg(long)]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     health_listen: Option<SocketAddr>,
-    /// Serve Prometheus metrics over HTTP at this loopback address.
-    #[arg(long)]
+    /// Serve Prometheus metrics over HTTP at this address: a loopback address, unless a token is required.
+    #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     metrics_listen: Option<SocketAddr>,
+    /// File with the bearer token that the metrics require, readable by its owner only.
+    #[arg(long, value_name = "FILE", help_heading = "Observability", requires = "metrics_listen")]
+    metrics_token_file: Option<PathBuf>,
     /// Seconds without a message after which a cluster's endpoints are treated as unknown.
-    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(5..=86_400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, help_heading = "Clusters", value_parser = clap::value_parser!(u64).range(5..=86_400))]
     lease_seconds: u64,
     /// Validity of the certificates of members and of the hub, in seconds.
-    #[arg(long, default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 86_400, help_heading = "Clusters", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     certificate_seconds: u64,
     /// Start from a restored backup. Give this option once, at the first start: members whose state is newer than the backup
     /// then follow the hub. Repeat revocations and changes that were made after the backup.
-    #[arg(long)]
+    #[arg(long, help_heading = "Files")]
     restored: bool,
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    match run(settings::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             text::note(format_args!("hanse-hub: {error:#}"));
@@ -120,10 +123,12 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Run(args) => {
+            let args = *args;
             let shutdown = Shutdown::default();
             let options = Options {
                 health_listen: args.health_listen,
                 metrics_listen: args.metrics_listen,
+                metrics_token_file: args.metrics_token_file,
                 lease: Duration::from_secs(args.lease_seconds),
                 restored: args.restored,
                 lifetimes: Lifetimes { leaf: Duration::from_secs(args.certificate_seconds), ..Lifetimes::default() },

@@ -72,6 +72,8 @@ pub struct Options {
     pub join_listen: SocketAddr,
     pub health_listen: Option<SocketAddr>,
     pub metrics_listen: Option<SocketAddr>,
+    /// The file of the bearer token that metrics require.
+    pub metrics_token_file: Option<PathBuf>,
     /// How long a cluster may be silent before its lease ends.
     pub lease: Duration,
     pub lifetimes: Lifetimes,
@@ -91,6 +93,7 @@ impl Options {
             join_listen,
             health_listen: None,
             metrics_listen: None,
+            metrics_token_file: None,
             lease: Duration::from_secs(30),
             lifetimes: Lifetimes::default(),
             clock: Clock::default(),
@@ -263,7 +266,8 @@ impl Hub {
             monitor::serve(address, Page::Health(health.clone()), shutdown).await?;
         }
         if let Some(address) = options.metrics_listen {
-            monitor::serve(address, Page::Metrics(metrics.clone(), None), shutdown).await?;
+            let page = Page::metrics(&metrics, options.metrics_token_file.as_deref())?;
+            monitor::serve(address, page, shutdown).await?;
         }
 
         let authority = Authority::read(&options.data, options.lifetimes).context("read the root")?;

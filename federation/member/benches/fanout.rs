@@ -132,6 +132,7 @@ async fn run(shape: Shape) -> anyhow::Result<()> {
         unknown_pods: UnknownPods::Deny,
         health_listen: None,
         metrics_listen: None,
+        metrics_token_file: None,
     };
     let member = tokio::spawn(process::run(options, shutdown.clone()));
     let identity = loop {

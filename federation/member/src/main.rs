@@ -1,6 +1,6 @@
 //! `hanse-member`: one cluster's inventory, its hub streams, and the fan-out to its agents.
 
-// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+// Text from elsewhere is printed by `hanse_runtime::text`, which escapes it.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::Write as _;
@@ -22,17 +22,17 @@ use hanse_member::registration::MemberIdentity;
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::{logging, text};
+use hanse_runtime::{logging, settings, text};
 use serde_json::json;
 
-/// How long a stop waits for tasks.
+/// The time that tasks have to end when the process stops.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Publishes one cluster to the hub, receives the others, and tells the cluster's agents what to enforce.
+/// The member of one cluster: publishes its endpoints to the hub, receives those of other clusters, and sends rule sets to its agents.
 #[derive(Debug, Parser)]
 #[command(name = "hanse-member", version, propagate_version = true)]
 struct Cli {
-    /// text or json.
+    /// Format of log lines.
     #[arg(long, global = true, default_value_t)]
     log_format: logging::Format,
     #[command(subcommand)]
@@ -41,24 +41,24 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Join where needed, and serve the cluster's agents.
+    /// Run the member. A cluster that has not joined yet joins first.
     Run(Box<RunArgs>),
-    /// Join, and no more: also a cluster that has joined before, and whose registration was revoked.
+    /// Join and exit. A cluster whose registration was revoked joins again.
     ///
-    /// The member gets a new key. The cluster's own authority keeps its key, so that agents need not enrol again: where that
-    /// key is in other hands, begin with an empty folder instead.
+    /// The member gets a new key. The cluster's own authority keeps its key, so agents stay enrolled. If that key was stolen,
+    /// join with an empty folder instead.
     Join(JoinArgs),
-    /// Tokens with which nodes enrol.
+    /// Manage the tokens with which nodes enrol.
     NodeToken {
         #[command(subcommand)]
         command: NodeTokenCommand,
     },
-    /// What kernels decided of connections of this cluster's pods, with what policy says of them, as enforced and as staged.
+    /// Show recorded flow decisions, with the enforced and the staged verdict of policy.
     ///
-    /// Each line is what one node decided alike within two seconds. Everything stands in `flows/*.jsonl` in the folder, a JSON
-    /// object in each line, of which the newest 64 to 128 MiB are kept; `-o json` prints such lines.
+    /// A line is a group of equal decisions of one node within two seconds. Records are kept in `flows/*.jsonl` in the data folder,
+    /// one JSON object a line, and the newest 64 to 128 MiB of them are kept. `-o json` prints these lines.
     Flows(FlowsArgs),
-    /// Nodes that have enrolled.
+    /// List and revoke enrolled nodes.
     Node {
         #[command(subcommand)]
         command: NodeCommand,
@@ -67,73 +67,75 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct FlowsArgs {
-    /// The folder of the member's files.
+    /// Folder of the member's files.
     #[arg(long)]
     data: PathBuf,
-    /// Only those of which policy would say something else if what is staged were enforced.
+    /// Only flows whose verdict would change if the staged policies were enforced.
     #[arg(long)]
     would_change: bool,
-    /// Only what kernels decided so.
+    /// Only flows with this decision.
     #[arg(long, value_enum)]
     decision: Option<Decision>,
-    /// Only those from or to this pod, NAMESPACE/NAME, of this or another cluster.
-    #[arg(long)]
+    /// Only flows from or to this pod, in any cluster.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
     pod: Option<String>,
-    /// The newest so many of these.
-    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    /// Show at most this many flows, the newest.
+    #[arg(long, value_name = "COUNT", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     last: u32,
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Decision {
-    /// They began.
+    /// The connection was allowed.
     Allowed,
-    /// They did not begin.
+    /// The connection was denied.
     Denied,
-    /// They were under way.
+    /// An established connection was cut.
     Cut,
 }
 
 #[derive(Debug, Args)]
 struct ListArgs {
-    /// The folder of the member's files.
+    /// Folder of the member's files.
     #[arg(long)]
     data: PathBuf,
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
 }
 
 #[derive(Debug, Subcommand)]
 enum NodeCommand {
-    /// The nodes that have enrolled: since when, until when their certificates are valid, and whether they are revoked.
+    /// List enrolled nodes, with their certificates and their state.
     List(ListArgs),
-    /// Let a node in no more, and make its tokens useless. A member that runs ends its stream within two seconds. A token
-    /// that is made afterwards enrols it anew.
+    /// Revoke a node and its tokens. A running member closes the node's stream within two seconds. A new token enrols the node
+    /// again.
     Revoke {
-        /// The folder of the member's files.
+        /// Folder of the member's files.
         #[arg(long)]
         data: PathBuf,
-        /// The node's name.
+        /// Name of the node.
         node: String,
     },
 }
 
 #[derive(Debug, Subcommand)]
 enum NodeTokenCommand {
-    /// Print a token, a secret, that enrols one node once.
+    /// Create a token that enrols one node once, and print it. The token is a secret.
     ///
-    /// The cluster must have joined: where it is about to, since its member was started a moment ago, this waits for it.
+    /// The command waits until the cluster has joined.
     Create(NodeTokenArgs),
-    /// The tokens that are kept: id, node, when it ends, and whether a node has used it.
+    /// List tokens, with their nodes and their state.
     List(ListArgs),
-    /// Make a token useless. A node that has enrolled with it stays.
+    /// Revoke a token. A node that has enrolled with it stays enrolled.
     Revoke {
-        /// The folder of the member's files.
+        /// Folder of the member's files.
         #[arg(long)]
         data: PathBuf,
-        /// As `list` shows it.
+        /// The token's id, as `list` shows it.
         id: String,
     },
 }
@@ -147,87 +149,91 @@ enum Output {
 
 #[derive(Debug, Args)]
 struct NodeTokenArgs {
-    /// The folder of the member's files.
+    /// Folder of the member's files.
     #[arg(long)]
     data: PathBuf,
-    /// The cluster's name, to be sure: the folder knows it.
+    /// Check that the folder belongs to this cluster.
     #[arg(long)]
     cluster: Option<String>,
-    /// The node's name.
+    /// Name of the node.
     #[arg(long)]
     node: String,
-    /// How long the token is valid.
-    #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=604_800))]
+    /// Validity of the token, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=604_800))]
     seconds: u64,
-    /// How long to wait for the cluster to join, in seconds.
-    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    /// How long to wait until the cluster has joined, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     wait_seconds: u64,
-    /// A table is the token alone, so that it can go into a file.
+    /// Output format. `table` prints the token alone, so that it can be redirected to a file.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
 }
 
 #[derive(Debug, Args)]
 struct JoinArgs {
-    /// The folder of the member's files; made when absent. No `hanse-member run` may use it meanwhile.
+    /// Folder for the member's files; created when missing. `hanse-member run` must not use it at the same time.
     #[arg(long)]
     data: PathBuf,
-    /// The cluster's name in its ClusterSet.
+    /// Name of the cluster in its ClusterSet.
     #[arg(long)]
     cluster: String,
-    /// Where the hub takes newcomers, HOST:PORT; may be given once for each replica.
-    #[arg(long, required = true)]
+    /// Join address of the hub; repeat it for each replica.
+    #[arg(long, value_name = "HOST:PORT", required = true)]
     join: Vec<String>,
-    /// A file with a join token.
+    /// File with a join token.
     #[arg(long)]
     token_file: PathBuf,
-    /// What a federated Allow means here: `Pass` leaves to this cluster's own tiers, `Final` ends.
+    /// What a federated Allow does in this cluster: `Pass` continues with the cluster's own tiers, `Final` allows.
     #[arg(long, value_enum, default_value_t = FederatedAllow::Pass)]
     federated_allow: FederatedAllow,
 }
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// The folder of the member's files; made when absent.
-    #[arg(long)]
+    /// Folder for the member's files; created when missing.
+    #[arg(long, value_name = "FOLDER", help_heading = "Files")]
     data: PathBuf,
-    /// The cluster's name in its ClusterSet.
-    #[arg(long)]
-    cluster: String,
-    /// The hub, HOST:PORT; may be given once for each replica.
-    #[arg(long, required = true)]
-    hub: Vec<String>,
-    /// Where the hub takes newcomers, HOST:PORT; needed until the cluster has joined, and for late renewal.
-    #[arg(long)]
-    join: Vec<String>,
-    /// A file with a join token; needed until the cluster has joined.
-    #[arg(long)]
-    token_file: Option<PathBuf>,
-    /// A directory of Kubernetes manifests: the cluster. Where it, or a directory below it, has no manifest any more, what was read last
-    /// stays in force.
-    #[arg(long)]
+    /// Directory of Kubernetes manifests that describes the cluster. If the directory, or one below it, has no manifest any
+    /// more, its last objects stay in force.
+    #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
     source: PathBuf,
-    /// For agents, who show certificates.
-    #[arg(long)]
-    agent_listen: SocketAddr,
-    /// For nodes with a node token.
-    #[arg(long)]
-    enrol_listen: SocketAddr,
-    /// How long certificates of nodes are valid; they are renewed well before.
-    #[arg(long, default_value_t = 86_400, value_parser = clap::value_parser!(u64).range(2..=7_776_000))]
-    node_certificate_seconds: u64,
-    /// What a federated Allow means here: `Pass` leaves to this cluster's own tiers, `Final` ends.
-    #[arg(long, value_enum, default_value_t = FederatedAllow::Pass)]
+    /// Name of the cluster in its ClusterSet.
+    #[arg(long, help_heading = "Hub")]
+    cluster: String,
+    /// Address of the hub; repeat it for each replica.
+    #[arg(long, value_name = "HOST:PORT", required = true, help_heading = "Hub")]
+    hub: Vec<String>,
+    /// Join address of the hub; needed until the cluster has joined, and for late renewal.
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Hub")]
+    join: Vec<String>,
+    /// File with a join token; needed until the cluster has joined.
+    #[arg(long, value_name = "FILE", help_heading = "Hub")]
+    token_file: Option<PathBuf>,
+    /// What a federated Allow does in this cluster: `Pass` continues with the cluster's own tiers, `Final` allows.
+    #[arg(long, value_enum, default_value_t = FederatedAllow::Pass, help_heading = "Hub")]
     federated_allow: FederatedAllow,
-    /// What happens to pods whose rules have not arrived yet.
-    #[arg(long, value_enum, default_value_t = Unknown::Deny)]
+    /// Address for agents (mutual TLS).
+    #[arg(long, value_name = "ADDRESS", help_heading = "Nodes")]
+    agent_listen: SocketAddr,
+    /// Address for nodes that enrol with a node token (server certificate only).
+    #[arg(long, value_name = "ADDRESS", help_heading = "Nodes")]
+    enrol_listen: SocketAddr,
+    /// Validity of the certificates of nodes, in seconds. They are renewed well before their end.
+    #[arg(long, value_name = "SECONDS", default_value_t = 86_400, help_heading = "Nodes",
+          value_parser = clap::value_parser!(u64).range(2..=7_776_000))]
+    node_certificate_seconds: u64,
+    /// What happens to the traffic of pods whose rules have not arrived yet.
+    #[arg(long, value_enum, default_value_t = Unknown::Deny, help_heading = "Nodes")]
     unknown_pods: Unknown,
-    /// Health and readiness over HTTP.
-    #[arg(long)]
+    /// Serve health and readiness over HTTP at this address.
+    #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     health_listen: Option<SocketAddr>,
-    /// Prometheus metrics over HTTP, on a loopback address.
-    #[arg(long)]
+    /// Serve Prometheus metrics over HTTP at this address: a loopback address, unless a token is required.
+    #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     metrics_listen: Option<SocketAddr>,
+    /// File with the bearer token that the metrics require, readable by its owner only.
+    #[arg(long, value_name = "FILE", help_heading = "Observability", requires = "metrics_listen")]
+    metrics_token_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -247,7 +253,7 @@ enum Unknown {
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    match run(settings::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             text::note(format_args!("hanse-member: {error:#}"));
@@ -284,6 +290,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
                 },
                 health_listen: args.health_listen,
                 metrics_listen: args.metrics_listen,
+                metrics_token_file: args.metrics_token_file,
             };
             let running = process::run(options, shutdown.clone());
             tokio::select! {
@@ -311,13 +318,15 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
 /// The identity of the member whose folder this is; of `cluster`, where that is given.
 fn identity_of(data: &Path, cluster: Option<&str>) -> anyhow::Result<MemberIdentity> {
     let file = data.join("member.pem");
-    anyhow::ensure!(file.exists(), "{} is the folder of no member that has joined", data.display());
+    anyhow::ensure!(file.exists(), "{} is not the folder of a member that has joined", data.display());
     let own = Credentials::read_file(&file)?;
-    let Identity::Cluster(own) = own.identity() else { anyhow::bail!("{} is of no cluster", file.display()) };
-    MemberIdentity::read(data, cluster.unwrap_or(own))?.context("its files are gone")
+    let Identity::Cluster(own) = own.identity() else {
+        anyhow::bail!("{} is not the certificate of a cluster", file.display())
+    };
+    MemberIdentity::read(data, cluster.unwrap_or(own))?.context("the files of the member are missing")
 }
 
-/// Waits for the member's certificate, which is the last file that joining writes; at most `patience`.
+/// Waits at most `patience` for the member's certificate, the last file that a join writes.
 fn wait_until_joined(data: &Path, patience: Duration) {
     const LOOK_EVERY: Duration = Duration::from_millis(50);
     let (file, start) = (data.join("member.pem"), Instant::now());
@@ -370,7 +379,7 @@ fn print_flows(args: &FlowsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The verdicts of policy beside what the kernel decided; the reason is that of the direction which decides.
+/// The verdicts of policy beside the decision of the kernel. The reason is that of the deciding direction.
 fn flow_table(records: &[Record<'_>]) -> String {
     let mut table = format!(
         "{:<20}  {:<8} {:>6}  {:<40} {:<40} {:<12} {:<7} {:<7} REASON\n",
@@ -415,7 +424,7 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
             let node = &args.node;
             if created.known == Some(false) {
                 text::note(format_args!(
-                    "warning: the source of {} knows no node {node}; the token is made all the same",
+                    "warning: the source of {} has no node {node}; the token was created nevertheless",
                     identity.cluster()
                 ));
             }
@@ -449,7 +458,7 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
         NodeTokenCommand::Revoke { data, id } => {
             anyhow::ensure!(
                 revoke_node_token(&data, &id)?,
-                "there is no node token {id}: see `hanse-member node-token list`"
+                "node token {id} does not exist: see `hanse-member node-token list`"
             );
             text::line(format_args!("node token {id} revoked"))?;
         }
@@ -466,7 +475,7 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
                 (false, true) => "certificate ended",
                 (false, false) => "enrolled",
             };
-            // Of a node that enrolled before this was kept it is not known.
+            // Records of earlier versions have no time.
             let time = |at: SystemTime| if at == SystemTime::UNIX_EPOCH { "-".to_owned() } else { rfc3339(at) };
             let rows = nodes.iter().map(|it| (&it.node, time(it.enrolled_at()), time(it.ends_at()), state(it)));
             if matches!(output, Output::Table) {
@@ -482,10 +491,12 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
         NodeCommand::Revoke { data, node } => {
             if !revoke_node(&data, &node)? {
                 text::note(format_args!(
-                    "warning: no node {node} has enrolled, and the source knows none; it is revoked all the same"
+                    "warning: node {node} has not enrolled, and the source does not have it; it was revoked nevertheless"
                 ));
             }
-            text::line(format_args!("node {node} revoked: its rules stay in its kernel, and it is told nothing more"))?;
+            text::line(format_args!(
+                "node {node} revoked; its current rules stay in its kernel, and it receives no further ones"
+            ))?;
         }
     }
     Ok(())

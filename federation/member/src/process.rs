@@ -59,6 +59,8 @@ pub struct Options {
     pub unknown_pods: UnknownPods,
     pub health_listen: Option<SocketAddr>,
     pub metrics_listen: Option<SocketAddr>,
+    /// The file of the bearer token that metrics require.
+    pub metrics_token_file: Option<PathBuf>,
 }
 
 /// Joins where needed, and runs until the shutdown.
@@ -77,7 +79,8 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         monitor::serve(address, Page::Health(health.clone()), &shutdown).await?;
     }
     if let Some(address) = options.metrics_listen {
-        monitor::serve(address, Page::Metrics(registry.clone(), None), &shutdown).await?;
+        let page = Page::metrics(&registry, options.metrics_token_file.as_deref())?;
+        monitor::serve(address, page, &shutdown).await?;
     }
     let identity = match MemberIdentity::read(&options.data, &options.cluster)? {
         Some(identity) => {

@@ -37,6 +37,7 @@ impl World {
             unknown_pods: UnknownPods::Deny,
             health_listen: None,
             metrics_listen: None,
+            metrics_token_file: None,
         };
         Self { hub, options }
     }
