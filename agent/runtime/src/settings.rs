@@ -133,7 +133,11 @@ fn read(path: &Path) -> Result<BTreeMap<String, Value>, String> {
     if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
         return Ok(BTreeMap::new());
     }
-    serde_yaml_ng::from_str(&text).map_err(|error| format!("read {}: {error}", path.display()))
+    let failed = |error: serde_yaml_ng::Error| format!("read {}: {error}", path.display());
+    // A map of another type would accept a key twice.
+    let settings: serde_yaml_ng::Mapping = serde_yaml_ng::from_str(&text).map_err(failed)?;
+    let read_one = |(name, value)| Ok((serde_yaml_ng::from_value(name)?, serde_yaml_ng::from_value(value)?));
+    settings.into_iter().map(read_one).collect::<Result<_, _>>().map_err(failed)
 }
 
 /// The settings of the file as options, without those that are given on the command line or in the environment.

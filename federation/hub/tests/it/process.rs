@@ -263,6 +263,43 @@ async fn a_hub_that_cannot_start_says_why_and_what_to_do() {
 }
 
 #[tokio::test]
+async fn takes_settings_from_options_then_variables_then_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("hub");
+    let [listen, join] = initialise(&data);
+    let [health, metrics] = free_ports();
+    let (settings, token) = (folder.path().join("hub.yaml"), folder.path().join("metrics.token"));
+    std::fs::write(&token, "a-token-of-more-than-22-bytes\n").unwrap();
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o600)).unwrap();
+    // Whatever precedes must win: these addresses belong to another machine.
+    let file = format!(
+        "data: {}\nlisten: 192.0.2.1:1\njoin-listen: 192.0.2.1:2\nmetrics-listen: '{metrics}'\nmetrics-token-file: {}\n",
+        data.display(),
+        token.display()
+    );
+    std::fs::write(&settings, file).unwrap();
+    let child = hub()
+        .args(["run", "--listen", &listen, "--health-listen", &health])
+        .env("HANSE_HUB_LISTEN", "192.0.2.1:3")
+        .env("HANSE_HUB_JOIN_LISTEN", &join)
+        .env("HANSE_HUB_CONFIG", &settings)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let _process = Process { child, listen, join };
+    crate::support::eventually("ready", || async { page(&health, "/readyz").await.ends_with("ready") }).await;
+    let refused = page(&metrics, "/metrics").await;
+    assert!(refused.starts_with("HTTP/1.1 401") && !refused.contains("hanse_"), "{refused}");
+
+    std::fs::write(&settings, "listens: 127.0.0.1:1\n").unwrap();
+    let output = hub().arg("run").env("HANSE_HUB_CONFIG", &settings).output().unwrap();
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{printed}");
+    assert!(printed.contains("hub.yaml: listens: unknown setting"), "{printed}");
+}
+
+#[tokio::test]
 async fn serves_a_store_that_is_given_by_url() {
     let folder = tempfile::tempdir().unwrap();
     let (data, file) = (folder.path().join("hub"), folder.path().join("elsewhere.redb"));
