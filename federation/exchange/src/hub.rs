@@ -9,21 +9,21 @@ use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use hanse_policy::model::ClusterName;
-use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
 
-use crate::codec as wire;
+use crate::codec::object::{self, Object};
 use crate::model::{
-    Bits, ClusterState, FederatedManifest, Federation, Interest, Lease, ManifestKind, Slots, digest_of,
+    ClusterState, FederatedManifest, Federation, Interest, Lease, ManifestKind, ReportedState, digest_of,
 };
 use origin::{Changes, Entry, Origin};
 use selections::Selections;
+use slots::{Bits, Slots};
 
 mod derived;
 pub mod origin;
 mod publish;
-pub mod report;
 pub mod selections;
+pub mod slots;
 mod watch;
 
 use derived::Derived;
@@ -63,7 +63,7 @@ pub struct Exchange {
     derived: Derived,
     heartbeat_ms: u64,
     ready: BTreeSet<ReceiverId>,
-    realisations: BTreeMap<ClusterName, Arc<pb::Realisation>>,
+    reports: BTreeMap<ClusterName, ReportedState>,
     recent: RecentSnapshots,
     /// Batches that are being applied, by the origins' numbers.
     applying: BTreeMap<usize, publish::Applying>,
@@ -167,7 +167,7 @@ impl Exchange {
             derived: Derived::default(),
             heartbeat_ms: 0,
             ready: BTreeSet::new(),
-            realisations: BTreeMap::new(),
+            reports: BTreeMap::new(),
             recent: RecentSnapshots::default(),
             applying: BTreeMap::new(),
             regranting: BTreeSet::new(),
@@ -194,8 +194,9 @@ impl Exchange {
         &self.hub.federation
     }
 
-    pub fn realisations(&self) -> &BTreeMap<ClusterName, Arc<pb::Realisation>> {
-        &self.realisations
+    /// Whether an accepted cluster has reported what it enforces.
+    pub fn has_reported(&self, cluster: &str) -> bool {
+        self.reports.contains_key(cluster)
     }
 
     pub fn origin(&self, cluster: &str) -> Option<&Origin> {
@@ -287,7 +288,7 @@ impl Exchange {
                 receiver.forget_origin(number);
             }
         }
-        self.realisations.remove(cluster);
+        self.reports.remove(cluster);
         for (id, receiver) in &mut self.receivers {
             receiver.withdraw(cluster);
             self.ready.insert(*id);
@@ -586,7 +587,13 @@ impl HubObjects {
         let mut made: BTreeMap<u64, Option<(Bytes, Audience)>> = BTreeMap::new();
         for (name, state) in &federation.clusters {
             let id = id_of("cluster", name);
-            made.insert(id, Some((wire::cluster_update(id, name, state), None)));
+            made.insert(
+                id,
+                Some((
+                    object::encode(id, 0, &Object::Cluster { name: name.clone(), record: state.record() }).into(),
+                    None,
+                )),
+            );
         }
         for ((kind, name), manifest) in &federation.manifests {
             let label = match kind {
@@ -597,7 +604,7 @@ impl HubObjects {
             let id = id_of(label, name);
             let same = |old: &Arc<FederatedManifest>| Arc::ptr_eq(old, manifest) && self.objects.contains_key(&id);
             let made_before = self.federation.manifests.get(&(*kind, name.clone())).is_some_and(same);
-            let new = || (wire::manifest_update(id, *kind, name, manifest), manifest.enforcers.clone());
+            let new = || (object::encode_manifest(id, *kind, name, manifest), manifest.enforcers.clone());
             made.insert(id, (!made_before).then(new));
         }
         let gone: Vec<u64> = self.objects.keys().copied().filter(|id| !made.contains_key(id)).collect();

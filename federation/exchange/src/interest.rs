@@ -1,14 +1,17 @@
-//! Which endpoints of other clusters a policy can select: the hub derives it from federated policies, a member registers it
+//! Which endpoints of other clusters policies can select: the hub derives it from federated policies, a member registers it
 //! for its own.
 //!
-//! Both sides write interests into messages that the other side must read back, so their limits are here and nowhere else.
-//! What exceeds a limit is widened: more is sent than the policy selects, and nothing that it selects is missing.
+//! Both sides write interests into messages that the other side must read, and the hub must read back what it has derived.
+//! So there is one derivation and one set of limits, and only selections that can be read can be made. What exceeds a limit is
+//! widened: more is sent than the policies select, and nothing that they select is missing.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use hanse_policy::model::{ClusterScope, Policy, Port};
-use hanse_policy::selector::Selector;
+use hanse_policy::selector::{Expr, Selector};
+
+use crate::message::RefusedParts;
 
 /// Bytes of one selector, in its canonical form.
 pub const MAX_SELECTOR_BYTES: usize = 8 << 10;
@@ -35,29 +38,52 @@ pub const WHOLE: Size = Size { selections: 262_144, bytes: 7 << 20 };
 
 /// Which endpoints a receiver must be sent: those for which the selector is not certainly false, and which have a port of
 /// one of the names where some are given. The scope is never `Local`.
+///
+/// Every value can be written by one side and read by the other: [`Wanted::new`] is the only way to make one.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Wanted {
-    pub clusters: ClusterScope,
-    pub selector: Selector,
-    /// Empty: whatever ports it has.
-    pub port_names: BTreeSet<Arc<str>>,
+    clusters: ClusterScope,
+    selector: Selector,
+    port_names: BTreeSet<Arc<str>>,
 }
 
-impl Wanted {
-    /// Every endpoint of every cluster.
-    pub fn everything() -> Self {
-        Self { clusters: ClusterScope::All, selector: Selector::all(), port_names: BTreeSet::new() }
-    }
+/// The selections of an interest.
+pub type Interest = BTreeSet<Arc<Wanted>>;
 
-    /// Widened where the other side could not read it: a selector that is too long, such as a list of hundreds of values, or
-    /// whose canonical form is not an expression becomes `all()`.
-    pub fn readable(clusters: ClusterScope, selector: &Selector, port_names: BTreeSet<Arc<str>>) -> Self {
+impl Wanted {
+    /// Widens what the other side could not read: a selector that is too long, such as a list of hundreds of values, or
+    /// whose canonical form is not an expression becomes `all()`; port names beyond a limit do not restrict the selection.
+    pub fn new(clusters: ClusterScope, selector: &Selector, port_names: BTreeSet<Arc<str>>) -> Self {
+        let clusters = if clusters == ClusterScope::Local { ClusterScope::All } else { clusters };
         let read = |text: &str| read_selector(text).ok();
         // `!(!a)` is written as `!!a`, which is read as `a`.
         let selector = read(&selector.canonical).filter(|it| read(&it.canonical).as_ref() == Some(it));
         let selector = selector.unwrap_or_else(Selector::all);
         let port_names = if check_port_names(&port_names).is_ok() { port_names } else { BTreeSet::new() };
         Self { clusters, selector, port_names }
+    }
+
+    /// Every endpoint of every cluster.
+    pub fn everything() -> Self {
+        Self { clusters: ClusterScope::All, selector: Selector::all(), port_names: BTreeSet::new() }
+    }
+
+    /// The same selection of other clusters.
+    pub fn with_clusters(&self, clusters: ClusterScope) -> Self {
+        Self { clusters, ..self.clone() }
+    }
+
+    pub fn clusters(&self) -> &ClusterScope {
+        &self.clusters
+    }
+
+    pub fn selector(&self) -> &Selector {
+        &self.selector
+    }
+
+    /// Empty: the endpoint may have any ports.
+    pub fn port_names(&self) -> &BTreeSet<Arc<str>> {
+        &self.port_names
     }
 
     /// The most bytes that it takes in a message: a tag and a length before each text.
@@ -71,11 +97,89 @@ impl Wanted {
     }
 }
 
+/// A selection as a message has it. One of another version may not be readable here; a member returns it as it came.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WrittenSelection {
+    pub clusters: WrittenScope,
+    pub selector: String,
+    pub port_names: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum WrittenScope {
+    All,
+    Named(Vec<String>),
+    /// Of a kind that this version does not know.
+    Unknown,
+}
+
+impl From<&Wanted> for WrittenSelection {
+    fn from(it: &Wanted) -> Self {
+        Self {
+            clusters: match &it.clusters {
+                ClusterScope::Named(names) => WrittenScope::Named(names.iter().map(|n| n.to_string()).collect()),
+                ClusterScope::All | ClusterScope::Local => WrittenScope::All,
+            },
+            selector: it.selector.canonical.to_string(),
+            port_names: it.port_names.iter().map(|n| n.to_string()).collect(),
+        }
+    }
+}
+
+/// Reads an interest. A selection that cannot be read is widened by itself; an interest beyond the limit becomes everything.
+pub fn read(field: &str, list: Vec<WrittenSelection>, limit: Size, refused: &mut RefusedParts) -> Interest {
+    let everything = || Interest::from([Arc::new(Wanted::everything())]);
+    if list.len() > limit.selections {
+        refused.add(format!("{field}: {} selections, of {}", list.len(), limit.selections));
+        return everything();
+    }
+    let mut interest = Interest::new();
+    for (at, selection) in list.into_iter().enumerate() {
+        let mut problem = |why: String| refused.add(format!("{field}[{at}].{why}"));
+        interest.insert(Arc::new(read_selection(selection, &mut problem)));
+    }
+    if !fits(interest.iter().map(|it| &**it), limit) {
+        refused.add(format!("{field}: more than {} bytes", limit.bytes));
+        return everything();
+    }
+    interest
+}
+
+/// What cannot be read does not restrict the selection.
+fn read_selection(selection: WrittenSelection, problem: &mut impl FnMut(String)) -> Wanted {
+    let selector = read_selector(&selection.selector).unwrap_or_else(|why| {
+        problem(why);
+        Selector::all()
+    });
+    let clusters = match selection.clusters {
+        WrittenScope::All => ClusterScope::All,
+        WrittenScope::Named(names) => ClusterScope::Named(names.into_iter().map(Arc::from).collect()),
+        WrittenScope::Unknown => {
+            problem("clusters: missing".to_owned());
+            ClusterScope::All
+        }
+    };
+    let mut port_names: BTreeSet<Arc<str>> = selection.port_names.into_iter().map(Arc::from).collect();
+    if let Err(why) = check_port_names(&port_names) {
+        problem(why);
+        port_names.clear();
+    }
+    // The canonical form, which is what is sent on, may be longer than what was written.
+    let wanted = Wanted::new(clusters, &selector, port_names);
+    if wanted.selector.expr == Expr::All && selector.expr != Expr::All {
+        problem(format!(
+            "selector: its canonical form has {} bytes, or is nested too deeply",
+            selector.canonical.len()
+        ));
+    }
+    wanted
+}
+
 /// Reads the selector of a selection.
 ///
 /// # Errors
 /// When it exceeds the limit or is not an expression.
-pub fn read_selector(text: &str) -> Result<Selector, String> {
+fn read_selector(text: &str) -> Result<Selector, String> {
     match text.len() {
         ..=MAX_SELECTOR_BYTES => Selector::parse(text).map_err(|error| format!("selector: {error}")),
         len => Err(format!("selector: {len} bytes, of {MAX_SELECTOR_BYTES}")),
@@ -83,10 +187,7 @@ pub fn read_selector(text: &str) -> Result<Selector, String> {
 }
 
 /// Whether these can be the port names of a selection.
-///
-/// # Errors
-/// When they exceed a limit.
-pub fn check_port_names(names: &BTreeSet<Arc<str>>) -> Result<(), String> {
+fn check_port_names(names: &BTreeSet<Arc<str>>) -> Result<(), String> {
     if names.len() > MAX_PORT_NAMES {
         return Err(format!("portNames: {} names, of {MAX_PORT_NAMES}", names.len()));
     }
@@ -96,17 +197,32 @@ pub fn check_port_names(names: &BTreeSet<Arc<str>>) -> Result<(), String> {
     }
 }
 
+/// What policies can select in other clusters, within a limit: what the hub derives for a cluster, and what a member registers
+/// for its own.
+pub fn derive<'a>(policies: impl IntoIterator<Item = &'a Policy>, limit: Size) -> Interest {
+    bounded(policies.into_iter().flat_map(of).map(Arc::new).collect(), limit)
+}
+
+/// An interest that exceeds a limit becomes everything.
+pub fn bounded(interest: Interest, limit: Size) -> Interest {
+    if fits(interest.iter().map(|it| &**it), limit) {
+        return interest;
+    }
+    tracing::warn!(selections = interest.len(), "policies have too many selections: every endpoint is sent");
+    Interest::from([Arc::new(Wanted::everything())])
+}
+
 /// Whether an interest is within a limit.
-pub fn fits<'a>(interest: impl ExactSizeIterator<Item = &'a Wanted>, limit: Size) -> bool {
+fn fits<'a>(interest: impl ExactSizeIterator<Item = &'a Wanted>, limit: Size) -> bool {
     interest.len() <= limit.selections && interest.map(Wanted::size).sum::<usize>() <= limit.bytes
 }
 
-/// What a policy can select in other clusters. Each selection can be read back.
+/// What one policy can select in other clusters.
 pub fn of(policy: &Policy) -> BTreeSet<Wanted> {
     let mut interest = BTreeSet::new();
     let mut want = |clusters: &ClusterScope, selector: &Selector, port_names: BTreeSet<Arc<str>>| {
         if *clusters != ClusterScope::Local {
-            interest.insert(Wanted::readable(clusters.clone(), selector, port_names));
+            interest.insert(Wanted::new(clusters.clone(), selector, port_names));
         }
     };
     let rules = policy.ingress.iter().chain(&policy.egress).flatten();
@@ -131,10 +247,9 @@ pub fn of(policy: &Policy) -> BTreeSet<Wanted> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use hanse_policy::selector::Expr;
 
     fn readable(expr: Expr) -> Selector {
-        Wanted::readable(ClusterScope::All, &Selector::from(expr), BTreeSet::new()).selector
+        Wanted::new(ClusterScope::All, &Selector::from(expr), BTreeSet::new()).selector
     }
 
     #[test]
@@ -163,7 +278,7 @@ mod tests {
     fn port_names_that_cannot_be_read_back_are_left_out() {
         let of = |names: &[String]| {
             let names: BTreeSet<Arc<str>> = names.iter().map(|it| Arc::from(it.as_str())).collect();
-            Wanted::readable(ClusterScope::All, &Selector::all(), names).port_names.len()
+            Wanted::new(ClusterScope::All, &Selector::all(), names).port_names.len()
         };
         let names = |count: usize| (0..count).map(|it| format!("p{it}")).collect::<Vec<_>>();
         assert_eq!((of(&names(256)), of(&names(257))), (256, 0));

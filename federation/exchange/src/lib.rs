@@ -9,4 +9,5 @@ pub mod hub;
 pub mod interest;
 pub mod limits;
 pub mod member;
+pub mod message;
 pub mod model;

@@ -19,6 +19,15 @@ pub const MAX_EXPORT_BYTES: usize = 16 << 10;
 /// Most bytes of one object of the hub's: a manifest of 256 KiB and the names of 4,096 clusters of 65 bytes each, twice. What
 /// cluster selectors select may take more.
 pub const MAX_HUB_OBJECT_BYTES: usize = 768 << 10;
+/// Of one object that a member publishes: bytes of a name, of a label's key and value, and how many of each it may have.
+pub const MAX_NAME_BYTES: usize = 253;
+pub const MAX_LABEL_KEY_BYTES: usize = 512;
+pub const MAX_LABEL_VALUE_BYTES: usize = 1 << 10;
+pub const MAX_ADDRESSES: usize = 16;
+pub const MAX_PORTS: usize = 256;
+/// Labels of an endpoint's own, and labels of a label set, a namespace or an account.
+pub const MAX_OWN_LABELS: usize = 64;
+pub const MAX_SHARED_LABELS: usize = 256;
 /// Most clusters of a ClusterSet.
 pub const MAX_CLUSTERS: usize = 4_096;
 /// The feature that a policy needs whose tier has no object. No version has it, so that no member takes such a version: the

@@ -5,4 +5,3 @@
 pub mod model;
 pub mod publisher;
 pub mod receiver;
-pub mod wire;

@@ -1,13 +1,15 @@
-//! What the exchange holds, in its own words.
+//! What both sides of the exchange know: positions, clusters, federated objects, refusals.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-pub use crate::interest::Wanted;
 use bytes::Bytes;
 use hanse_policy::inventory::{LabelGrant, Labels};
 use hanse_policy::model::ClusterName;
+use ipnet::IpNet;
+
+pub use crate::interest::{Interest, Wanted};
 
 /// A position in what one origin publishes; both numbers are the publisher's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -15,8 +17,6 @@ pub struct Position {
     pub epoch: u64,
     pub revision: u64,
 }
-
-pub type Interest = BTreeSet<Arc<Wanted>>;
 
 /// What a cluster may publish.
 pub trait Grant: Send + Sync + std::fmt::Debug {
@@ -31,11 +31,44 @@ pub trait Grant: Send + Sync + std::fmt::Debug {
     fn max_label_sets(&self) -> usize;
 }
 
+/// A cluster's lease. Only the hub ends one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lease {
+    /// The hub has never received anything of the cluster.
     NeverHeard,
     Live,
-    Stale { silent_ms: u64 },
+    /// Every selector answers unknown for its endpoints.
+    Stale {
+        /// How long the cluster had been silent when its lease ended, by the hub's clock.
+        silent_ms: u64,
+    },
+}
+
+/// Sorted by key; keys are unique in what a hub accepts.
+pub type Pairs = Box<[(Arc<str>, Arc<str>)]>;
+
+/// A cluster as all members see it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClusterRecord {
+    pub labels: Labels,
+    pub label_grant: LabelGrant,
+    /// The nets that its endpoints' addresses come from.
+    pub cidrs: Vec<IpNet>,
+    pub lease: Lease,
+    pub federated_allow_final: bool,
+}
+
+/// A federated object as members receive it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Manifest {
+    /// As its author wrote it.
+    pub json: Bytes,
+    /// For a policy the clusters that enforce it.
+    pub enforcers: BTreeSet<ClusterName>,
+    /// What its cluster selectors select: expressions as written, and names.
+    pub resolved: Vec<(Arc<str>, BTreeSet<ClusterName>)>,
+    /// Features that it needs and this version does not have.
+    pub features: Vec<String>,
 }
 
 /// A cluster of the ClusterSet, as the registry has it.
@@ -45,11 +78,24 @@ pub struct ClusterState {
     pub grant: Arc<dyn Grant>,
     /// Differs whenever the grant or its visibility does; the same on every replica.
     pub grant_token: u64,
-    pub cidrs: Vec<ipnet::IpNet>,
+    pub cidrs: Vec<IpNet>,
     pub lease: Lease,
     pub federated_allow_final: bool,
     /// Who may see what it exports; none is everybody.
     pub visible_to: Option<BTreeSet<ClusterName>>,
+}
+
+impl ClusterState {
+    /// As members are sent it.
+    pub fn record(&self) -> ClusterRecord {
+        ClusterRecord {
+            labels: self.labels.clone(),
+            label_grant: self.grant.label_grant(),
+            cidrs: self.cidrs.clone(),
+            lease: self.lease,
+            federated_allow_final: self.federated_allow_final,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -82,12 +128,12 @@ pub struct Federation {
     pub manifests: BTreeMap<(ManifestKind, Arc<str>), Arc<FederatedManifest>>,
 }
 
-/// Why an object changes nothing.
+/// Why the hub does not use an object.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     #[error("malformed: {0}")]
     Malformed(String),
-    #[error("feature {0} is unknown here")]
+    #[error("this hub does not know feature {0}")]
     FeatureUnknown(String),
     #[error("namespace {0} is not granted")]
     NamespaceNotGranted(Arc<str>),
@@ -97,127 +143,50 @@ pub enum Refusal {
     LabelNotGranted(String),
     #[error("a newer endpoint owns {0}")]
     AddressTaken(IpAddr),
-    #[error("it refers to object {0}, which is not there or is refused")]
+    #[error("it refers to object {0}, which does not exist or is refused")]
     ReferenceMissing(u64),
     #[error("more {0} than granted")]
-    LimitExceeded(&'static str),
+    LimitExceeded(Limit),
     #[error("members do not publish {0}")]
-    KindNotPublishable(&'static str),
+    KindNotPublishable(Arc<str>),
+    /// From a hub of another version.
+    #[error("unknown reason")]
+    Unknown,
 }
 
-/// A growable set of small numbers, one bit each.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Bits(Vec<u64>);
+/// A limit of what a cluster may publish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    Endpoints,
+    LabelSets,
+    OtherObjects,
+    Bytes,
+}
 
-impl Bits {
-    pub fn contains(&self, at: u32) -> bool {
-        self.0.get(at as usize / 64).is_some_and(|word| word >> (at % 64) & 1 == 1)
-    }
+impl Limit {
+    pub const ALL: [Self; 4] = [Self::Endpoints, Self::LabelSets, Self::OtherObjects, Self::Bytes];
+}
 
-    /// Sets or clears a bit and returns what it was.
-    pub fn set(&mut self, at: u32, value: bool) -> bool {
-        let word = at as usize / 64;
-        if word >= self.0.len() {
-            if !value {
-                return false;
-            }
-            self.0.resize(word + 1, 0);
-        }
-        let mask = 1 << (at % 64);
-        let was = self.0[word] & mask != 0;
-        if value {
-            self.0[word] |= mask;
-        } else {
-            self.0[word] &= !mask;
-        }
-        was
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        self.0.iter().enumerate().flat_map(|(at, word)| {
-            let mut rest = *word;
-            std::iter::from_fn(move || {
-                (rest != 0).then(|| {
-                    let bit = rest.trailing_zeros();
-                    rest &= rest - 1;
-                    at as u32 * 64 + bit
-                })
-            })
+impl std::fmt::Display for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Endpoints => "endpoints",
+            Self::LabelSets => "label sets",
+            Self::OtherObjects => "other objects",
+            Self::Bytes => "bytes",
         })
     }
 }
 
-/// A set of slots: a few in order, more of them as one bit each. Most classes select little of most origins.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Slots {
-    Few(Vec<u32>),
-    Many(Bits),
-}
-
-impl Slots {
-    /// As much as the bits of 1,024 slots.
-    const FEW: usize = 32;
-
-    pub fn contains(&self, at: u32) -> bool {
-        match self {
-            Self::Few(slots) => slots.binary_search(&at).is_ok(),
-            Self::Many(bits) => bits.contains(at),
-        }
-    }
-
-    /// Puts a slot in or takes it out, and returns whether it was in.
-    pub fn set(&mut self, at: u32, value: bool) -> bool {
-        match self {
-            Self::Few(slots) => {
-                let place = slots.binary_search(&at);
-                match (place, value) {
-                    (Ok(place), false) => drop(slots.remove(place)),
-                    (Err(place), true) if slots.len() < Self::FEW => slots.insert(place, at),
-                    (Err(_), true) => {
-                        let mut bits = Bits::default();
-                        for slot in slots.iter().chain([&at]) {
-                            bits.set(*slot, true);
-                        }
-                        *self = Self::Many(bits);
-                    }
-                    _ => {}
-                }
-                place.is_ok()
-            }
-            Self::Many(bits) => bits.set(at, value),
-        }
-    }
-
-    /// What it takes besides itself.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::Few(slots) => slots.capacity() * size_of::<u32>(),
-            Self::Many(Bits(words)) => words.capacity() * size_of::<u64>(),
-        }
-    }
-
-    /// Those that are keys of a map.
-    pub fn of<V>(&self, map: &BTreeMap<u32, V>) -> Vec<u32> {
-        match self {
-            Self::Few(slots) => slots.iter().copied().filter(|slot| map.contains_key(slot)).collect(),
-            Self::Many(bits) => map.keys().copied().filter(|slot| bits.contains(*slot)).collect(),
-        }
-    }
-
-    /// In ascending order.
-    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        let (few, many) = match self {
-            Self::Few(slots) => (Some(slots), None),
-            Self::Many(bits) => (None, Some(bits)),
-        };
-        few.into_iter().flatten().copied().chain(many.into_iter().flat_map(Bits::iter))
-    }
-}
-
-impl Default for Slots {
-    fn default() -> Self {
-        Self::Few(Vec::new())
-    }
+/// What a cluster reports of what it has received.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ReportedState {
+    /// The hub's position that its policies come from. `None`: the report could not be used.
+    pub hub: Option<Position>,
+    /// The hub's position that it has received.
+    pub received: Option<Position>,
+    /// The digest of what it has of each origin; an empty name is the hub's own objects.
+    pub origins: BTreeMap<Arc<str>, Option<u128>>,
 }
 
 /// The digest of one object: see the wire's description.
@@ -225,25 +194,4 @@ pub fn digest_of(bytes: &[u8]) -> u128 {
     let mut first = [0; 16];
     first.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
     u128::from_le_bytes(first)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Every 7th number modulo 101 is put in or taken out, so that the set grows past what is kept as it is and shrinks again.
-    #[test]
-    fn slots_are_a_set_at_every_size() {
-        let (mut slots, mut set) = (Slots::default(), BTreeSet::new());
-        for step in 0..400_u32 {
-            let (at, value) = (step * 7 % 101, step < 150 || step % 3 == 0);
-            let was = if value { !set.insert(at) } else { set.remove(&at) };
-            assert_eq!(slots.set(at, value), was, "step {step}");
-            assert!((0..101).all(|at| slots.contains(at) == set.contains(&at)), "step {step}");
-            assert!(slots.iter().eq(set.iter().copied()), "step {step}");
-            let even: BTreeMap<u32, ()> = (0..101).step_by(2).map(|at| (at, ())).collect();
-            assert!(slots.of(&even).into_iter().eq(set.iter().copied().filter(|at| at % 2 == 0)), "step {step}");
-        }
-        assert!(matches!(slots, Slots::Many(_)));
-    }
 }

@@ -19,9 +19,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
+use hanse_exchange::codec;
 use hanse_exchange::hub::{Exchange, PublishId, Published, ReadOpening, ReceiverId};
+use hanse_exchange::interest::{WrittenScope, WrittenSelection};
 use hanse_exchange::member::publisher::{PublishSession, Publisher};
 use hanse_exchange::member::receiver::Receiver;
+use hanse_exchange::message::{PublishRequest, WatchOpen, WatchRequest};
 use hanse_exchange::model::{
     ClusterState, FederatedManifest, Federation, Grant, Lease, ManifestKind, Position, Wanted,
 };
@@ -130,7 +133,7 @@ fn federation(clusters: usize, selector: impl Fn(usize) -> Selector) -> Federati
     for cluster in 0..clusters {
         let selector = selector(cluster);
         let policy: Arc<str> = selector.canonical.to_string().into();
-        let wanted = Wanted { clusters: ClusterScope::All, selector, port_names: [].into() };
+        let wanted = Wanted::new(ClusterScope::All, &selector, [].into());
         let manifest = federation.manifests.entry((ManifestKind::Policy, policy)).or_insert_with(|| {
             Arc::new(FederatedManifest {
                 json: Bytes::from_static(b"{}"),
@@ -185,7 +188,16 @@ fn inventory_of(cluster: usize, endpoints: usize) -> Cluster {
     it
 }
 
-/// A member's publishing stream, and what it has said as bytes.
+fn encoded(request: PublishRequest) -> Vec<u8> {
+    codec::publish::encode_request(request).encode_to_vec()
+}
+
+fn decoded(bytes: &[u8]) -> PublishRequest {
+    let request = pb::PublishRequest::decode(bytes).expect("what was encoded");
+    codec::publish::decode_request(request).expect("what was encoded")
+}
+
+/// A member's publishing stream.
 struct Publishing {
     publisher: Publisher,
     session: PublishSession,
@@ -199,7 +211,7 @@ impl Publishing {
             session: PublishSession::default(),
             id: exchange.publish_open(name(cluster)),
         };
-        let open = PublishSession::open(&it.publisher, &[0; 16]).encode_to_vec();
+        let open = encoded(PublishSession::open(&it.publisher, &[0; 16]));
         it.send(exchange, vec![open]);
         it
     }
@@ -211,12 +223,12 @@ impl Publishing {
             let (_, reserved) = self.publisher.store();
             self.publisher.stored(reserved);
         }
-        self.session.poll(&self.publisher).iter().map(pb::PublishRequest::encode_to_vec).collect()
+        self.session.poll(&self.publisher).into_iter().map(encoded).collect()
     }
 
     fn send(&mut self, exchange: &mut Exchange, requests: Vec<Vec<u8>>) {
         for bytes in requests {
-            let request = pb::PublishRequest::decode(&bytes[..]).expect("what was encoded");
+            let request = decoded(&bytes);
             for answer in exchange.publish(self.id, request).expect("the protocol") {
                 self.session.take(&mut self.publisher, answer);
             }
@@ -232,7 +244,7 @@ fn record_publishers(clusters: &str, file: &str) {
         // A hub that holds nothing gives the answers that the real one will.
         let mut exchange = Exchange::new();
         exchange.set_federation(federation(1, |_| Selector::all()));
-        let open = PublishSession::open(&Publisher::new(1), &[0; 16]).encode_to_vec();
+        let open = encoded(PublishSession::open(&Publisher::new(1), &[0; 16]));
         let mut publishing = Publishing::open(&mut exchange, 0);
         let requests = [vec![open], publishing.poll(&inventory(cluster))].concat();
         file.write_all(&(requests.len() as u32).to_le_bytes()).expect("room");
@@ -276,7 +288,7 @@ impl Recorded {
 
 /// Opens a receiver's stream.
 fn watch(exchange: &mut Exchange, cluster: usize, receiver: &mut Receiver) -> ReceiverId {
-    let Some(pb::watch_request::Message::Open(open)) = receiver.open().message else { panic!("not an opening") };
+    let WatchRequest::Open(open) = receiver.open() else { panic!("not an opening") };
     exchange.watch_open(name(cluster), open).expect("accepted")
 }
 
@@ -285,7 +297,7 @@ fn drain(exchange: &mut Exchange, id: ReceiverId, buffer: &mut Vec<u8>) -> usize
     let mut bytes = 0;
     while let Some(response) = exchange.next(id) {
         buffer.clear();
-        response.encode(buffer).expect("a growing buffer");
+        codec::watch::encode_response(response).encode(buffer).expect("a growing buffer");
         bytes += buffer.len();
     }
     bytes
@@ -309,7 +321,7 @@ fn held(endpoints: usize) {
             whole += took;
         };
         for bytes in requests {
-            let request = pb::PublishRequest::decode(&bytes[..]).expect("what was encoded");
+            let request = decoded(&bytes);
             let began = Instant::now();
             let mut published = exchange.publish_part(publishing.id, request).expect("the protocol");
             time(began);
@@ -350,14 +362,14 @@ fn held(endpoints: usize) {
         println!("{way}-longest-regrant {longest} ms");
         drain(&mut exchange, watcher, &mut buffer);
         // A receiver whose interest nobody else has: of everything, and of as many selections as a member may register.
-        let every = |at: usize| pb::Selection {
-            clusters: Some(pb::selection::Clusters::All(pb::AllClusters {})),
+        let every = |at: usize| WrittenSelection {
+            clusters: WrittenScope::All,
             selector: if at == 0 { "has(team)".to_owned() } else { format!("app == 'app-{at}'") },
             port_names: Vec::new(),
         };
         for (what, count) in [("everything", 1), ("many-selections", 16_384)] {
             let own = (0..count).map(every).collect();
-            let open = pb::WatchOpen { protocol: 1, own, ..pb::WatchOpen::default() };
+            let open = WatchOpen { protocol: 1, own, ..WatchOpen::default() };
             let began = Instant::now();
             let open = ReadOpening::of(open);
             println!("{way}-{what}-read-outside {} ms", began.elapsed().as_secs_f64() * 1e3);
@@ -407,9 +419,7 @@ fn hub(clusters: usize, watchers: usize, selector: impl Fn(usize) -> Selector) {
         let requests = recorded.next();
         clock.time(|| {
             for bytes in requests {
-                exchange
-                    .publish(id, pb::PublishRequest::decode(&bytes[..]).expect("what was encoded"))
-                    .expect("the protocol");
+                exchange.publish(id, decoded(&bytes)).expect("the protocol");
             }
         });
         // As the process does: whoever has something to be sent is asked between two publishers.
@@ -511,11 +521,12 @@ fn receiver(clusters: usize) {
 fn follow(exchange: &mut Exchange, id: ReceiverId, receiver: &mut Receiver, clock: &mut Clock) -> usize {
     let mut bytes = 0;
     while let Some(response) = exchange.next(id) {
-        let response = response.encode_to_vec();
+        let response = codec::watch::encode_response(response).encode_to_vec();
         bytes += response.len();
         let requests = clock.time(|| {
             let response = pb::WatchResponse::decode(&response[..]).expect("what was encoded");
-            receiver.take(response).expect("the protocol")
+            let response = codec::watch::decode_response(response).expect("what was encoded");
+            receiver.take(response.expect("of a known kind")).expect("the protocol")
         });
         for request in requests {
             exchange.watch(id, request).expect("the protocol");

@@ -6,5 +6,6 @@
 
 pub mod derive;
 mod progress;
+pub mod report;
 pub mod service;
 mod speakers;

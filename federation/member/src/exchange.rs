@@ -2,4 +2,4 @@
 
 pub mod client;
 
-pub use hanse_exchange::member::{model, publisher, receiver, wire};
+pub use hanse_exchange::member::{model, publisher, receiver};

@@ -2,7 +2,6 @@
 //!
 //! It starts with everything else down, once the cluster has joined: from its source, and from what it last received.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -10,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use hanse_exchange::interest::{self, Wanted};
+use hanse_exchange::interest::{self, Interest};
 use hanse_policy::model::Layer;
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::files;
@@ -304,20 +303,15 @@ impl Member {
 
 /// What a cluster's own policies look for in others. Staged ones too: their outcome is told as well. Pods are sent with their
 /// ports, and a port's name is looked up on those that the selection beside it selects, or on the cluster's own.
-fn wanted(layer: &Layer) -> BTreeSet<Wanted> {
-    let policies = layer.policies.values().filter(|policy| !policy.host_only);
-    let wanted: BTreeSet<Wanted> = policies.flat_map(interest::of).collect();
-    if interest::fits(wanted.iter(), interest::OWN) {
-        return wanted;
-    }
-    tracing::warn!(selections = wanted.len(), "own policies select in so many ways that everything is received");
-    BTreeSet::from([Wanted::everything()])
+fn wanted(layer: &Layer) -> Interest {
+    interest::derive(layer.policies.values().filter(|policy| !policy.host_only), interest::OWN)
 }
 
 #[cfg(test)]
 mod tests {
     use hanse_api::assemble_cluster;
     use hanse_api::manifest::{self, Manifests};
+    use hanse_exchange::interest::Wanted;
     use hanse_policy::model::ClusterScope;
 
     use super::*;
@@ -337,10 +331,13 @@ spec: {ingress: [{action: Deny, protocol: TCP, source: {selector: app == 'x'}, d
             wanted(&assemble_cluster(&"c".into(), read.objects).layer)
         };
         let enforced = of("NetworkPolicy");
-        assert!(enforced.iter().any(|it| it.selector.canonical.contains("app")), "{enforced:?}");
+        assert!(enforced.iter().any(|it| it.selector().canonical.contains("app")), "{enforced:?}");
         assert_eq!(of("StagedNetworkPolicy"), enforced);
         // The name of the port asks for no pods beyond the policy's own.
-        assert!(enforced.iter().all(|it| it.port_names.is_empty() && it.clusters == ClusterScope::All), "{enforced:?}");
+        assert!(
+            enforced.iter().all(|it| it.port_names().is_empty() && *it.clusters() == ClusterScope::All),
+            "{enforced:?}"
+        );
         assert_eq!(enforced.len(), 1, "{enforced:?}");
     }
 
@@ -361,6 +358,6 @@ spec: {ingress: [{action: Deny, protocol: TCP, source: {selector: app == 'x'}, d
             wanted(&assemble_cluster(&"c".into(), read.objects).layer)
         };
         assert_eq!(of(1_000).len(), 1_000);
-        assert_eq!(of(2_200), BTreeSet::from([Wanted::everything()]), "2.2 MiB");
+        assert_eq!(of(2_200), Interest::from([Arc::new(Wanted::everything())]), "2.2 MiB");
     }
 }

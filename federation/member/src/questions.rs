@@ -28,11 +28,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::exchange::client::Client;
-use crate::exchange::publisher::octets;
 use crate::exchange::receiver::Receiver;
 use crate::own_streams::describe;
 use crate::registration::MemberIdentity;
 use crate::world::{NodeRules, World};
+use hanse_exchange::codec::object::octets;
 
 /// Queries that one question may have.
 const MAX_QUERIES: usize = 64;

@@ -11,9 +11,9 @@ use hanse_ruleset::{ChainId, EndpointId, RuleSet};
 use prost::Message;
 
 use crate::exchange::client::Client;
-use crate::exchange::wire::digest_bytes;
 use crate::fanout::NodeStatus;
 use crate::world::World;
+use hanse_exchange::codec::digest_bytes;
 
 /// Errors of one node in a report, of some 200 bytes each.
 const MAX_ERRORS: usize = 1_000;

@@ -2,9 +2,9 @@
 //! other member can read. The first byte of an input says which message the rest is.
 
 use bytes::Bytes;
-use hanse_exchange::codec as hub;
-use hanse_exchange::interest::OWN;
-use hanse_exchange::member::wire as member;
+use hanse_exchange::codec::{self, frame, object};
+use hanse_exchange::interest::{self, OWN};
+use hanse_exchange::message::{RefusedParts, WatchRequest};
 use hanse_proto::agent::v1 as agent;
 use hanse_proto::federation::v1 as pb;
 use hanse_protocol::{Assembled, Assembler, encode};
@@ -94,64 +94,45 @@ impl Target for Messages {
 
 /// One object that a member publishes: the hub checks it, and relays its bytes as they are.
 fn export(bytes: &[u8]) -> Result<String, String> {
-    let read = member::read_object(bytes);
-    let (id, _, export) = hub::read_export(bytes).ok_or("no id")?;
-    let export = export.map_err(|refusal| format!("{refusal:?}"))?;
-    let (same, object) = read.expect("what the hub relays is an object");
-    let object = object.expect("what the hub relays can be read");
-    assert_eq!(id, same);
-    match (export, object) {
-        (hub::Export::Endpoint(export), member::Object::Endpoint(object)) => {
-            assert_eq!((export.namespace, &export.addresses), (object.namespace, &object.addresses));
-            assert_eq!((export.service_account, export.label_set), (object.service_account, object.label_set));
-            assert_eq!(export.own.len(), object.own.len());
-            assert!(object.ports.iter().all(|port| export.port_names.contains(&port.name)));
-            Ok(format!("endpoint {} {}", export.addresses.len().min(3), export.port_names.len().min(3)))
-        }
-        (hub::Export::Namespace { name, labels }, member::Object::Namespace { name: same, labels: read }) => {
-            assert_eq!((name, labels.len()), (same, read.len()));
-            Ok("namespace".to_owned())
-        }
-        (hub::Export::ServiceAccount { name, .. }, member::Object::ServiceAccount { name: same, .. }) => {
-            assert_eq!(name, same);
-            Ok("account".to_owned())
-        }
-        (hub::Export::LabelSet { labels }, member::Object::LabelSet { labels: read }) => {
-            assert_eq!(labels.len(), read.len());
-            Ok("labels".to_owned())
-        }
-        (export, object) => panic!("the hub reads {export:?}, members {object:?}"),
-    }
+    let update = object::decode_export(bytes).ok_or("no id")?;
+    let exported = update.object.map_err(|error| format!("{error:?}"))?;
+    let relayed = object::decode(bytes).expect("what the hub relays is an object");
+    assert_eq!((update.id, update.revision), (relayed.id, relayed.revision));
+    assert_eq!(relayed.object.as_ref(), Ok(&exported), "what the hub accepts members can read");
+    let again = object::decode_export(&object::encode(update.id, update.revision, &exported)).expect("an id");
+    assert_eq!(again.object.as_ref(), Ok(&exported));
+    Ok(match exported {
+        object::Object::Endpoint(it) => format!("endpoint {} {}", it.addresses.len().min(3), it.ports.len().min(3)),
+        object::Object::Namespace { .. } => "namespace".to_owned(),
+        object::Object::ServiceAccount { .. } => "account".to_owned(),
+        object::Object::LabelSet { .. } => "labels".to_owned(),
+        other => panic!("members do not publish {other:?}"),
+    })
 }
 
 fn frame(bytes: &[u8]) -> Result<String, String> {
-    let (read, theirs) = (hub::read_frame(&Bytes::copy_from_slice(bytes)), member::read_frame(bytes));
-    assert_eq!(read.is_ok(), theirs.is_ok());
-    let frame = read.map_err(|refusal| format!("{refusal:?}"))?;
-    assert_eq!(Ok(&frame), theirs.as_ref());
-    let of_hub = hub::frames(frame.upserts.clone(), frame.removals.clone());
-    let of_member = member::frames(frame.upserts.clone(), frame.removals.clone());
-    for frames in [of_hub, of_member] {
-        let mut whole = pb::Frame::default();
-        for bytes in frames {
-            let part = hub::read_frame(&bytes).expect("a frame of ours is within the limit");
-            whole.upserts.extend(part.upserts);
-            whole.removals.extend(part.removals);
-        }
-        assert_eq!(whole, frame);
+    let read = frame::read(&Bytes::copy_from_slice(bytes)).map_err(|error| format!("{error:?}"))?;
+    let mut whole = frame::Frame::default();
+    for bytes in frame::cut(&read.upserts, &read.removals) {
+        let part = frame::read(&bytes).expect("a frame of ours is within the limit");
+        whole.upserts.extend(part.upserts);
+        whole.removals.extend(part.removals);
     }
-    Ok(format!("frame {} {}", frame.upserts.len().min(3), frame.removals.len().min(3)))
+    assert_eq!(whole, read);
+    Ok(format!("frame {} {}", read.upserts.len().min(3), read.removals.len().min(3)))
 }
 
 fn interest(bytes: &[u8]) -> Result<String, String> {
-    let interest = pb::OwnInterest::decode(bytes).map_err(|_| "no interest")?;
+    let own = pb::OwnInterest::decode(bytes).map_err(|_| "no interest")?;
+    let own = pb::WatchRequest { message: Some(pb::watch_request::Message::Own(own)) };
+    let Some(WatchRequest::Own(own)) = codec::watch::decode_request(own) else { panic!("it is read as an interest") };
     let read = |selections| {
-        let mut refused = hub::Refused::default();
-        (hub::read_interest("own", selections, OWN, &mut refused), refused.total)
+        let mut refused = RefusedParts::default();
+        (interest::read("own", selections, OWN, &mut refused), refused.total)
     };
-    let (interest, refused) = read(interest.selections);
+    let (interest, refused) = read(own);
     // What it is read as is sent on, and read back as the same.
-    let sent = read(interest.iter().map(|wanted| hub::selection(wanted)).collect());
+    let sent = read(interest.iter().map(|wanted| (&**wanted).into()).collect());
     assert_eq!(sent, (interest.clone(), 0));
     Ok(format!("interest {} {}", interest.len().min(4), refused.min(2)))
 }

@@ -5,11 +5,13 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use hanse_api::manifest::{Manifests, Object, read_bytes};
+use hanse_exchange::codec;
 use hanse_exchange::hub::{Exchange, PublishId, Published, ReceiverId};
-use hanse_exchange::interest;
-use hanse_exchange::member::model::{Change, ClusterRecord, Position, Wanted};
+use hanse_exchange::interest::{self, Interest, Wanted, WrittenScope, WrittenSelection};
+use hanse_exchange::member::model::{Change, ClusterRecord, Position};
 use hanse_exchange::member::publisher::{ChangedExports, PublishSession, Publisher};
 use hanse_exchange::member::receiver::Receiver;
+use hanse_exchange::message::{PublishRequest, PublishResponse, WatchRequest, WatchResponse};
 use hanse_exchange::model as hub;
 use hanse_policy::inventory::{
     Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, Namespace,
@@ -108,7 +110,8 @@ struct Member {
     stored_publisher: Vec<u8>,
     receiver: Receiver,
     stored_receiver: Vec<u8>,
-    own: BTreeSet<Wanted>,
+    /// As it is written: an earlier version of the member registers what the hub cannot read.
+    own: Vec<WrittenSelection>,
     /// Kept by changes alone.
     view: Inventory,
     in_force: BTreeMap<Arc<str>, u64>,
@@ -127,14 +130,14 @@ struct Member {
 struct Publishing {
     id: PublishId,
     session: PublishSession,
-    outbox: VecDeque<pb::PublishRequest>,
+    outbox: VecDeque<PublishRequest>,
     /// The hub has applied a part of the last batch.
     applying: bool,
 }
 
 /// A version of a policy: what it can select, and what the hub held when it was applied there.
 struct Version {
-    interest: BTreeSet<Wanted>,
+    interest: Interest,
     enforcers: BTreeSet<ClusterName>,
     /// Origins that were published at the hub then, unless the hub restarted since.
     synced: BTreeMap<ClusterName, Position>,
@@ -157,6 +160,24 @@ pub struct Fleet<'a> {
 /// 400 names of 58 bytes, of which `web` is none.
 fn too_long() -> Expr {
     Expr::In("app".into(), (0..400).map(|it| format!("{it:058}").into()).collect())
+}
+
+fn written(selector: &Selector) -> WrittenSelection {
+    let selector = selector.canonical.to_string();
+    WrittenSelection { clusters: WrittenScope::All, selector, port_names: Vec::new() }
+}
+
+/// What one side writes, the other reads.
+fn over_the_wire_to_hub(request: WatchRequest) -> WatchRequest {
+    let bytes = prost::Message::encode_to_vec(&codec::watch::encode_request(request));
+    let request: pb::WatchRequest = prost::Message::decode(&bytes[..]).expect("what was encoded");
+    codec::watch::decode_request(request).expect("a known kind")
+}
+
+fn over_the_wire_to_publisher(response: PublishResponse) -> PublishResponse {
+    let bytes = prost::Message::encode_to_vec(&codec::publish::encode_response(response));
+    let response: pb::PublishResponse = prost::Message::decode(&bytes[..]).expect("what was encoded");
+    codec::publish::decode_response(response).expect("a known kind")
 }
 
 /// A hub that applies large batches in parts: of most batches here.
@@ -185,7 +206,7 @@ impl<'a> Fleet<'a> {
             stored_publisher: Vec::new(),
             receiver: Receiver::default(),
             stored_receiver: Vec::new(),
-            own: BTreeSet::new(),
+            own: Vec::new(),
             view: Inventory::default(),
             in_force: BTreeMap::new(),
             publishing: None,
@@ -313,8 +334,8 @@ impl<'a> Fleet<'a> {
 
     pub fn apply_policy(&mut self, policy: &str, selector: &str, enforcers: &[usize], clusters: ClusterScope) {
         let selector = Selector::parse(selector).expect("a selector");
-        let wanted = Wanted { clusters, selector, port_names: BTreeSet::new() };
-        self.apply_interest(policy, [wanted].into(), enforcers);
+        let wanted = Wanted::new(clusters, &selector, BTreeSet::new());
+        self.apply_interest(policy, [Arc::new(wanted)].into(), enforcers);
     }
 
     /// A policy as its author writes it (JSON), with what the hub derives of it.
@@ -326,10 +347,10 @@ impl<'a> Fleet<'a> {
             panic!("not a federated policy")
         };
         let converted = written.convert_with(&|_| ClusterScope::All, &BTreeMap::new(), &mut Default::default());
-        self.apply_interest(policy, interest::of(&converted), enforcers);
+        self.apply_interest(policy, interest::derive([&converted], interest::DERIVED), enforcers);
     }
 
-    fn apply_interest(&mut self, policy: &str, interest: BTreeSet<Wanted>, enforcers: &[usize]) {
+    fn apply_interest(&mut self, policy: &str, interest: Interest, enforcers: &[usize]) {
         let number = self.versions.len() as u64 + 1;
         let version = Version {
             interest,
@@ -354,27 +375,25 @@ impl<'a> Fleet<'a> {
             0 => Selector::from(too_long()),
             _ => Selector::parse(self.random.one(&SELECTORS)).expect("a selector"),
         };
-        let wanted = Wanted { clusters: ClusterScope::All, selector, port_names: BTreeSet::new() };
-        let own = if self.random.below(3) == 0 { BTreeSet::new() } else { [wanted].into() };
+        let own = if self.random.below(3) == 0 { Vec::new() } else { vec![written(&selector)] };
         self.register(member, own);
         self.count("own interest changed");
     }
 
     pub fn register_too_long(&mut self, member: usize) {
-        let selector = Selector::from(too_long());
-        self.register(member, [Wanted { clusters: ClusterScope::All, selector, port_names: BTreeSet::new() }].into());
+        self.register(member, vec![written(&Selector::from(too_long()))]);
     }
 
     pub fn register_nothing(&mut self, member: usize) {
-        self.register(member, BTreeSet::new());
+        self.register(member, Vec::new());
     }
 
-    fn register(&mut self, member: usize, own: BTreeSet<Wanted>) {
+    fn register(&mut self, member: usize, own: Vec<WrittenSelection>) {
         let it = &mut self.members[member];
         it.own.clone_from(&own);
-        let request = it.receiver.set_own(&own);
+        let request = it.receiver.set_own_written(own);
         if let (Some(request), Some(id)) = (request, it.watching) {
-            self.exchange.watch(id, request).expect("the protocol");
+            self.exchange.watch(id, over_the_wire_to_hub(request)).expect("the protocol");
         }
     }
 
@@ -417,7 +436,7 @@ impl<'a> Fleet<'a> {
             true => Publisher::new(it.publisher.position().epoch + 1),
             false => Publisher::restore(&it.stored_publisher).expect("what was stored"),
         };
-        it.receiver.set_own(&it.own.clone());
+        it.receiver.set_own_written(it.own.clone());
         it.held = it.receiver.origins().into_iter().map(|(name, status)| (name, status.position)).collect();
         self.take_changes(member, true);
         self.publish(member);
@@ -529,7 +548,7 @@ impl<'a> Fleet<'a> {
                 json: number.to_string().into(),
                 enforcers: Some(version.enforcers.clone()),
                 resolved: BTreeMap::new(),
-                interest: version.interest.iter().cloned().map(Arc::new).collect(),
+                interest: version.interest.clone(),
                 features: Vec::new(),
             };
             ((hub::ManifestKind::Policy, policy.clone()), Arc::new(manifest))
@@ -569,13 +588,18 @@ impl<'a> Fleet<'a> {
             self.exchange.publish_more(stream.id)
         } else {
             let Some(request) = stream.outbox.pop_front() else { return false };
-            it.published += prost::Message::encoded_len(&request);
+            let bytes = prost::Message::encode_to_vec(&codec::publish::encode_request(request));
+            it.published += bytes.len();
+            let request = prost::Message::decode(&bytes[..]).expect("what was encoded");
+            let request = codec::publish::decode_request(request).expect("what a member writes the hub reads");
             self.exchange.publish_part(stream.id, request)
         };
         match published.expect("the protocol") {
             Published::Answers(answers) => {
                 stream.applying = false;
-                answers.into_iter().for_each(|answer| stream.session.take(&mut it.publisher, answer));
+                for answer in answers {
+                    stream.session.take(&mut it.publisher, over_the_wire_to_publisher(answer));
+                }
             }
             Published::More => {
                 stream.applying = true;
@@ -599,22 +623,24 @@ impl<'a> Fleet<'a> {
             return false;
         }
         let Some(id) = it.watching else {
-            let open = it.receiver.open();
-            let Some(pb::watch_request::Message::Open(open)) = open.message else { panic!("not an opening") };
+            let WatchRequest::Open(open) = over_the_wire_to_hub(it.receiver.open()) else { panic!("not an opening") };
             it.watching = Some(self.exchange.watch_open(it.name.clone(), open).expect("accepted"));
             it.snapshots_since_open = 0;
             return true;
         };
         let Some(response) = self.exchange.next(id) else { return false };
-        it.received += prost::Message::encoded_len(&response);
+        let bytes = prost::Message::encode_to_vec(&codec::watch::encode_response(response));
+        it.received += bytes.len();
+        let response = prost::Message::decode(&bytes[..]).expect("what was encoded");
+        let response = codec::watch::decode_response(response).expect("what the hub writes a member reads");
+        let response = response.expect("a known kind");
         let mut resumed = None;
-        match &response.message {
-            Some(pb::watch_response::Message::Begin(begin)) if !begin.origin.is_empty() => {
-                let snapshot = matches!(begin.kind, Some(pb::begin::Kind::Snapshot(_)));
-                it.snapshots_since_open += usize::from(snapshot);
-                resumed = Some(snapshot);
+        match &response {
+            WatchResponse::Begin { origin: Some(_), snapshot, .. } => {
+                it.snapshots_since_open += usize::from(*snapshot);
+                resumed = Some(*snapshot);
             }
-            Some(pb::watch_response::Message::Withdrawn(withdrawn)) => drop(it.held.remove(&*withdrawn.cluster)),
+            WatchResponse::Withdrawn { cluster } => drop(it.held.remove(cluster)),
             _ => {}
         }
         let requests = it.receiver.take(response).expect("the protocol");
@@ -622,7 +648,7 @@ impl<'a> Fleet<'a> {
             self.count(if snapshot { "snapshot" } else { "resumed without a snapshot" });
         }
         for request in requests {
-            self.exchange.watch(id, request).expect("the protocol");
+            self.exchange.watch(id, over_the_wire_to_hub(request)).expect("the protocol");
         }
         self.take_changes(member, false);
         true
@@ -677,7 +703,7 @@ impl<'a> Fleet<'a> {
         let held = it.receiver.origins();
         for (origin, then) in &version.synced {
             let Some(registered) = self.registered.get(origin) else { continue };
-            let scope = version.interest.iter().any(|wanted| wanted.clusters.contains(&it.name, origin));
+            let scope = version.interest.iter().any(|wanted| wanted.clusters().contains(&it.name, origin));
             let seen = registered.visible_to.as_ref().is_none_or(|names| names.contains(&it.name));
             if *origin == it.name || !scope || !seen || self.exchange.origin(origin).is_none_or(|it| !it.synced) {
                 continue;
@@ -697,8 +723,8 @@ impl<'a> Fleet<'a> {
                             && was.namespaces.get(namespace) == then.namespaces.get(namespace)
                     });
                 let labels = EffectiveLabels { cluster: then, id, endpoint, first_hand: false };
-                let selects = |wanted: &Wanted| {
-                    wanted.clusters.contains(&it.name, origin) && wanted.selector.evaluate(&labels) != Tri::No
+                let selects = |wanted: &Arc<Wanted>| {
+                    wanted.clusters().contains(&it.name, origin) && wanted.selector().evaluate(&labels) != Tri::No
                 };
                 if same && version.interest.iter().any(selects) {
                     let there = view.is_some_and(|view| view.endpoints.contains_key(id));
@@ -738,12 +764,12 @@ impl<'a> Fleet<'a> {
         }
     }
 
-    fn wanted(&self, member: usize) -> BTreeSet<Wanted> {
+    fn wanted(&self, member: usize) -> Interest {
         let it = &self.members[member];
         let enforced = self.policies.values().map(|number| &self.versions[number]);
         let enforced = enforced.filter(|version| version.enforcers.contains(&it.name));
-        let own = it.own.iter().map(|own| Wanted::readable(own.clusters.clone(), &own.selector, BTreeSet::new()));
-        own.chain(enforced.flat_map(|version| version.interest.iter().cloned())).collect()
+        let own = interest::read("own", it.own.clone(), interest::OWN, &mut Default::default());
+        own.into_iter().chain(enforced.flat_map(|version| version.interest.iter().cloned())).collect()
     }
 
     /// The pods of an origin that a receiver must hold, by the truth.
@@ -759,7 +785,7 @@ impl<'a> Fleet<'a> {
             let namespace = id.namespace.as_deref().unwrap_or_default();
             !registered.grant.denied.contains(namespace)
                 && wanted.iter().any(|wanted| {
-                    wanted.clusters.contains(receiver, &owner.name) && wanted.selector.evaluate(&labels) != Tri::No
+                    wanted.clusters().contains(receiver, &owner.name) && wanted.selector().evaluate(&labels) != Tri::No
                 })
         };
         owner.truth.endpoints.iter().filter(selected).map(|(id, _)| id.clone()).collect()

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use crate::interest::{self, Size};
+use crate::interest;
 use hanse_policy::model::ClusterName;
 use hashbrown::HashMap;
 
@@ -77,7 +77,7 @@ impl Derived {
                     policy.enforcers.as_ref().is_some_and(|enforcers| enforcers.contains(cluster))
                 });
                 let interest: Interest = enforced.flat_map(|(policy, _)| policy.interest.iter().cloned()).collect();
-                self.interests.insert(sum, Arc::new(bounded(interest, interest::DERIVED)));
+                self.interests.insert(sum, Arc::new(interest::bounded(interest, interest::DERIVED)));
             }
         }
         if !touched.is_empty() {
@@ -86,15 +86,6 @@ impl Derived {
         }
         touched.into_keys().collect()
     }
-}
-
-/// What does not fit in one message is widened to everything.
-pub(super) fn bounded(interest: Interest, limit: Size) -> Interest {
-    if interest::fits(interest.iter().map(|it| &**it), limit) {
-        return interest;
-    }
-    tracing::warn!(selections = interest.len(), "policies select in so many ways that everything is sent");
-    Interest::from([Arc::new(Wanted::everything())])
 }
 
 fn hash_of(name: &str, manifest: &FederatedManifest) -> u128 {
@@ -108,6 +99,6 @@ fn hash_of(name: &str, manifest: &FederatedManifest) -> u128 {
 
 /// Enters a selection into a hash that is the same on every replica.
 pub(super) fn hash(wanted: &Wanted, hasher: &mut blake3::Hasher) {
-    let text = format!("{:?}\n{}\n{:?}\n", wanted.clusters, wanted.selector.canonical, wanted.port_names);
+    let text = format!("{:?}\n{}\n{:?}\n", wanted.clusters(), wanted.selector().canonical, wanted.port_names());
     hasher.update(text.as_bytes());
 }

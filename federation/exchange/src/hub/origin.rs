@@ -18,8 +18,8 @@ use hanse_policy::model::ClusterName;
 use hashbrown::{DefaultHashBuilder, HashSet, HashTable};
 
 use super::selections::Selections;
-use crate::codec::{self as wire, EndpointExport, Export, Pairs};
-use crate::model::{Grant, Position, Refusal, digest_of};
+use crate::codec::object::{self, EndpointObject, Object};
+use crate::model::{Grant, Limit, Pairs, Position, Refusal, digest_of};
 
 mod addresses;
 mod batch;
@@ -54,7 +54,7 @@ impl Entry {
     }
 
     fn claim(&self, slot: u32) -> Claim {
-        let revision = wire::read_export(&self.bytes).map_or(0, |(_, revision, _)| revision);
+        let revision = object::decode_export(&self.bytes).map_or(0, |update| update.revision);
         Claim { revision, id: self.id, slot }
     }
 }
@@ -81,12 +81,6 @@ enum Named {
 
 /// The label with a namespace's name.
 const NAME_LABEL: &str = "kubernetes.io/metadata.name";
-
-/// What a limit is of.
-const ENDPOINTS: &str = "endpoints";
-const LABEL_SETS: &str = "label sets";
-const OTHERS: &str = "other objects";
-const BYTES: &str = "bytes";
 
 /// What a batch changed, for those who follow the origin.
 #[derive(Debug, Default)]
@@ -238,17 +232,17 @@ impl Origin {
     /// more room than then, or than the snapshot left: how large the refused objects are is not known.
     pub fn asks_again(&mut self) -> bool {
         let (room, asked) = (self.room(), self.asked);
-        let fits = |what: &'static str, of: fn(Room) -> usize, most: usize, share: usize| {
+        let fits = |what: Limit, of: fn(Room) -> usize, most: usize, share: usize| {
             let lacking = self.overflow.values().filter(|why| **why == Refusal::LimitExceeded(what)).count();
             lacking > 0
                 && of(room) >= lacking.saturating_mul(share).min(1 + most / 100)
                 && asked.is_none_or(|asked| of(room) >= of(asked) + share)
         };
         let asks = !self.overflow.is_empty()
-            && (fits(ENDPOINTS, |room| room.endpoints, self.grant.max_endpoints(), 1)
-                || fits(LABEL_SETS, |room| room.label_sets, self.grant.max_label_sets(), 1)
-                || fits(OTHERS, |room| room.others, MAX_OTHERS, 1)
-                || fits(BYTES, |room| room.bytes, kept_bytes(&*self.grant), BYTES_PER_OBJECT));
+            && (fits(Limit::Endpoints, |room| room.endpoints, self.grant.max_endpoints(), 1)
+                || fits(Limit::LabelSets, |room| room.label_sets, self.grant.max_label_sets(), 1)
+                || fits(Limit::OtherObjects, |room| room.others, MAX_OTHERS, 1)
+                || fits(Limit::Bytes, |room| room.bytes, kept_bytes(&*self.grant), BYTES_PER_OBJECT));
         if asks {
             self.asked = Some(room);
         }
@@ -316,12 +310,12 @@ impl Origin {
     /// What an object is called, for people.
     pub fn describe(&self, id: u64) -> String {
         let held = self.slot_of(id).and_then(|slot| self.entry(slot));
-        let Some((kind, namespace, name)) = held.and_then(|entry| wire::name_of(&entry.bytes)) else {
+        let Some((kind, namespace, name)) = held.and_then(|entry| object::name_of(&entry.bytes)) else {
             return format!("object {id}");
         };
         // Also where the namespace itself is refused.
         let of = self.slot_of(namespace).and_then(|slot| self.entry(slot));
-        match of.and_then(|entry| wire::name_of(&entry.bytes)) {
+        match of.and_then(|entry| object::name_of(&entry.bytes)) {
             Some(("namespace", _, of)) => format!("{kind} {of}/{name}"),
             _ => format!("{kind} {name}"),
         }
@@ -332,7 +326,7 @@ impl Origin {
         let object = self.describe(id);
         match why {
             Refusal::ReferenceMissing(to) => {
-                format!("{object}: it refers to {}, which is not there or is refused", self.describe(*to))
+                format!("{object}: it refers to {}, which does not exist or is refused", self.describe(*to))
             }
             why => format!("{object}: {why}"),
         }
@@ -573,11 +567,11 @@ impl Origin {
         self.remove(id, work);
         let others = self.ids.len() - self.endpoints - self.label_sets;
         let full = match &export {
-            _ if self.bytes + bytes.len() > kept_bytes(&*self.grant) => Some(BYTES),
-            Ok(Export::Endpoint(_)) if self.endpoints >= self.grant.max_endpoints() => Some(ENDPOINTS),
-            Ok(Export::LabelSet { .. }) if self.label_sets >= self.grant.max_label_sets() => Some(LABEL_SETS),
-            Ok(Export::Endpoint(_) | Export::LabelSet { .. }) => None,
-            _ => (others >= MAX_OTHERS).then_some(OTHERS),
+            _ if self.bytes + bytes.len() > kept_bytes(&*self.grant) => Some(Limit::Bytes),
+            Ok(Object::Endpoint(_)) if self.endpoints >= self.grant.max_endpoints() => Some(Limit::Endpoints),
+            Ok(Object::LabelSet { .. }) if self.label_sets >= self.grant.max_label_sets() => Some(Limit::LabelSets),
+            Ok(Object::Endpoint(_) | Object::LabelSet { .. }) => None,
+            _ => (others >= MAX_OTHERS).then_some(Limit::OtherObjects),
         };
         if let Some(what) = full {
             // Only so many of these are named as well.
@@ -621,26 +615,28 @@ impl Origin {
     }
 
     /// Puts what an object says into the indices, if the grants let it.
-    fn attach(&mut self, slot: u32, id: u64, export: Result<Export, Refusal>, work: &mut Work) -> Body {
+    fn attach(&mut self, slot: u32, id: u64, export: Result<Object, Refusal>, work: &mut Work) -> Body {
         let export = export.and_then(|export| self.permit(export));
         let body = match export {
             Err(refusal) => {
                 self.refused.insert(slot, refusal);
                 Body::Refused
             }
-            Ok(Export::Namespace { name, labels }) => {
+            // Decoding has refused them.
+            Ok(Object::Manifest { .. } | Object::Cluster { .. }) => Body::Refused,
+            Ok(Object::Namespace { name, labels }) => {
                 self.named.insert(slot, Named::Namespace { name, labels });
                 Body::Named
             }
-            Ok(Export::ServiceAccount { namespace, name, labels }) => {
+            Ok(Object::ServiceAccount { namespace, name, labels }) => {
                 self.named.insert(slot, Named::Account { namespace, name, labels });
                 Body::Named
             }
-            Ok(Export::LabelSet { .. }) => {
+            Ok(Object::LabelSet { .. }) => {
                 self.label_sets += 1;
                 Body::LabelSet
             }
-            Ok(Export::Endpoint(endpoint)) => {
+            Ok(Object::Endpoint(endpoint)) => {
                 self.endpoints += 1;
                 let profile = self.profile(&endpoint, work);
                 let list = &mut self.profiles.get_mut(profile).endpoints;
@@ -663,26 +659,29 @@ impl Origin {
         body
     }
 
-    fn permit(&self, export: Export) -> Result<Export, Refusal> {
+    fn permit(&self, export: Object) -> Result<Object, Refusal> {
         let labels = match &export {
-            Export::Namespace { name, .. } if !self.grant.permits_namespace(name) => {
+            Object::Namespace { name, .. } if !self.grant.permits_namespace(name) => {
                 return Err(Refusal::NamespaceNotGranted(name.clone()));
             }
-            Export::Namespace { name, labels } => {
+            Object::Namespace { name, labels } => {
                 // Kubernetes sets it to the name, and policies go by it: another value would be another namespace.
                 if let Some((key, value)) = labels.iter().find(|(key, value)| **key == *NAME_LABEL && value != name) {
                     return Err(Refusal::LabelNotGranted(format!("{key}={value}")));
                 }
                 labels
             }
-            Export::ServiceAccount { labels, .. } => labels,
-            Export::Endpoint(endpoint) => {
+            Object::ServiceAccount { labels, .. } => labels,
+            Object::Endpoint(endpoint) => {
                 if let Some(address) = endpoint.addresses.iter().find(|a| !self.grant.permits_address(**a)) {
                     return Err(Refusal::AddressNotGranted(*address));
                 }
                 &endpoint.own
             }
-            Export::LabelSet { labels } => labels,
+            Object::LabelSet { labels } => labels,
+            Object::Manifest { .. } | Object::Cluster { .. } => {
+                return Err(Refusal::KindNotPublishable("federated objects".into()));
+            }
         };
         let granted = |key: &str, value: &str| key == NAME_LABEL || self.grant.permits_label(key, value);
         match labels.iter().find(|(key, value)| !granted(key, value)) {
@@ -691,7 +690,7 @@ impl Origin {
         }
     }
 
-    fn profile(&mut self, endpoint: &EndpointExport, work: &mut Work) -> u32 {
+    fn profile(&mut self, endpoint: &EndpointObject, work: &mut Work) -> u32 {
         let key = [endpoint.namespace, endpoint.service_account, endpoint.label_set];
         let (number, new) = self.profiles.number(key);
         let profile = self.profiles.get_mut(number);
@@ -792,7 +791,7 @@ impl Origin {
         }
         for slot in work.endpoints.keys() {
             let Some(Entry { body: Body::Endpoint { profile, .. }, bytes, .. }) = self.entry(*slot) else { continue };
-            let owns_all = |e: EndpointExport| e.addresses.iter().all(|a| self.addresses.owner(*a) == Some(*slot));
+            let owns_all = |e: EndpointObject| e.addresses.iter().all(|a| self.addresses.owner(*a) == Some(*slot));
             let visible = self.profiles.get(*profile).problem.is_none() && endpoint_of(bytes).is_some_and(owns_all);
             self.show(*slot, visible, revision);
         }
@@ -844,7 +843,7 @@ impl Origin {
     fn label_set(&self, id: u64) -> Option<Pairs> {
         let entry = self.entry(self.slot_of(id)?).filter(|entry| matches!(entry.body, Body::LabelSet))?;
         match read(&entry.bytes) {
-            Ok(Export::LabelSet { labels }) => Some(labels),
+            Ok(Object::LabelSet { labels }) => Some(labels),
             _ => None,
         }
     }
@@ -863,13 +862,16 @@ struct Work {
     rivals: BTreeSet<u32>,
 }
 
-fn read(bytes: &[u8]) -> Result<Export, Refusal> {
-    wire::read_export(bytes).map_or_else(|| Err(Refusal::Malformed("no ObjectUpdate".to_owned())), |(_, _, it)| it)
+fn read(bytes: &[u8]) -> Result<Object, Refusal> {
+    match object::decode_export(bytes) {
+        Some(update) => update.object.map_err(Refusal::from),
+        None => Err(Refusal::Malformed("not an object".to_owned())),
+    }
 }
 
-fn endpoint_of(bytes: &[u8]) -> Option<EndpointExport> {
+fn endpoint_of(bytes: &[u8]) -> Option<EndpointObject> {
     match read(bytes) {
-        Ok(Export::Endpoint(endpoint)) => Some(endpoint),
+        Ok(Object::Endpoint(endpoint)) => Some(endpoint),
         _ => None,
     }
 }

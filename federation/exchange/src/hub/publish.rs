@@ -1,16 +1,12 @@
 //! One publishing stream: stages a batch, applies it at its end, answers with refusals and the acknowledgement.
 
-use std::sync::Arc;
-
 use hanse_policy::model::ClusterName;
-use hanse_proto::federation::v1 as pb;
-use pb::publish_request::Message as Request;
-use pb::publish_response::Message as Response;
 
-use super::{Exchange, report};
-use crate::codec as wire;
+use super::Exchange;
 use crate::hub::origin::{self, Batch, BatchError, Origin, StagedLimits};
-use crate::model::Position;
+use crate::limits::{MAX_NUMBER, PROTOCOL};
+use crate::message::{PublishRequest as Request, PublishResponse as Response, Refusals};
+use crate::model::{Position, Refusal, ReportedState};
 
 /// What is said of a frame, or of an end, where no batch is under way.
 const NO_BATCH: &str =
@@ -31,7 +27,7 @@ pub(super) struct Publisher {
     staged: Option<Batch>,
     /// A snapshot was asked for, and until it comes everything else is dropped.
     resyncing: bool,
-    told_refusals: Vec<pb::Refusal>,
+    sent_refusals: Vec<(u64, Refusal)>,
     /// To a batch that was applied.
     answers: Option<Vec<Response>>,
 }
@@ -48,15 +44,9 @@ pub(super) struct Applying {
 /// What came of a message.
 #[derive(Debug)]
 pub enum Published {
-    Answers(Vec<pb::PublishResponse>),
+    Answers(Vec<Response>),
     /// A part of a batch was applied; the rest is for [`Exchange::publish_more`].
     More,
-}
-
-impl Published {
-    fn answers(answers: Vec<Response>) -> Self {
-        Self::Answers(answers.into_iter().map(|message| pb::PublishResponse { message: Some(message) }).collect())
-    }
 }
 
 /// Why a publishing stream is closed.
@@ -68,7 +58,7 @@ pub enum PublishError {
     Version(u32),
     #[error("cluster is not accepted")]
     NotAccepted,
-    #[error("{what} {number}: the greatest is {}", wire::MAX_NUMBER)]
+    #[error("{what} {number}: the greatest is {}", MAX_NUMBER)]
     Number { what: &'static str, number: u64 },
     #[error("unfinished batches of all clusters have more than {} MiB, this one most of it", MAX_STAGED_BYTES >> 20)]
     NoRoom,
@@ -78,7 +68,7 @@ pub enum PublishError {
 
 /// Whether a publisher may use a number.
 fn check_number(what: &'static str, number: u64) -> Result<(), PublishError> {
-    if number > wire::MAX_NUMBER { Err(PublishError::Number { what, number }) } else { Ok(()) }
+    if number > MAX_NUMBER { Err(PublishError::Number { what, number }) } else { Ok(()) }
 }
 
 impl Exchange {
@@ -91,7 +81,7 @@ impl Exchange {
             epoch: None,
             staged: None,
             resyncing: false,
-            told_refusals: Vec::new(),
+            sent_refusals: Vec::new(),
             answers: None,
         };
         self.publishers.insert(id, publisher);
@@ -114,11 +104,7 @@ impl Exchange {
     ///
     /// # Errors
     /// When the stream must be closed: the caller does not speak the protocol, or is no longer accepted.
-    pub fn publish(
-        &mut self,
-        id: PublishId,
-        request: pb::PublishRequest,
-    ) -> Result<Vec<pb::PublishResponse>, PublishError> {
+    pub fn publish(&mut self, id: PublishId, request: Request) -> Result<Vec<Response>, PublishError> {
         let mut published = self.publish_part(id, request)?;
         loop {
             match published {
@@ -141,7 +127,7 @@ impl Exchange {
             }
         }
         let answers = self.publishers.get_mut(&id).and_then(|publisher| publisher.answers.take());
-        answers.map(Published::answers).ok_or(PublishError::NotAccepted)
+        answers.map(Published::Answers).ok_or(PublishError::NotAccepted)
     }
 
     fn finish(&mut self, number: usize) {
@@ -154,28 +140,27 @@ impl Exchange {
     ///
     /// # Errors
     /// As [`Self::publish`].
-    pub fn publish_part(&mut self, id: PublishId, request: pb::PublishRequest) -> Result<Published, PublishError> {
+    pub fn publish_part(&mut self, id: PublishId, request: Request) -> Result<Published, PublishError> {
         let publisher = self.publishers.get_mut(&id).ok_or(PublishError::Protocol("closed"))?;
         let cluster = publisher.cluster.clone();
-        let answers = match request.message.ok_or(PublishError::Protocol("an empty message"))? {
-            Request::Open(open) => {
-                if open.protocol != wire::PROTOCOL {
-                    return Err(PublishError::Version(open.protocol));
+        let answers = match request {
+            Request::Open { protocol, epoch, .. } => {
+                if protocol != PROTOCOL {
+                    return Err(PublishError::Version(protocol));
                 }
-                check_number("epoch", open.epoch)?;
-                publisher.epoch = Some(open.epoch);
+                check_number("epoch", epoch)?;
+                publisher.epoch = Some(epoch);
                 let number = self.origin_number(&cluster).ok_or(PublishError::NotAccepted)?;
-                let held = self.origins[number].as_ref().filter(|o| o.synced).map(|o| o.position.into());
-                vec![Response::Welcome(pb::PublishWelcome { held, heartbeat_ms: self.heartbeat_ms })]
+                let held = self.origins[number].as_ref().filter(|o| o.synced).map(|o| o.position);
+                vec![Response::Welcome { held, heartbeat_ms: self.heartbeat_ms }]
             }
             _ if publisher.epoch.is_none() => return Err(NOT_OPEN),
-            Request::Begin(begin) => {
+            Request::Begin { snapshot } => {
                 // One batch of a cluster is staged at a time, whatever its streams are: the newest.
                 for other in self.publishers.values_mut().filter(|other| other.cluster == cluster) {
                     other.staged = None;
                 }
                 let publisher = self.publishers.get_mut(&id).ok_or(PublishError::Protocol("closed"))?;
-                let snapshot = matches!(begin.kind, Some(pb::begin::Kind::Snapshot(_)));
                 publisher.resyncing &= !snapshot;
                 publisher.staged = Some(Batch::of(snapshot));
                 Vec::new()
@@ -190,40 +175,36 @@ impl Exchange {
                 }
                 Vec::new()
             }
-            Request::End(end) => {
+            Request::End { position, digest } => {
                 let batch = publisher.staged.take().ok_or(PublishError::Protocol(NO_BATCH))?;
                 if publisher.resyncing {
                     return Ok(Published::Answers(Vec::new()));
                 }
-                let position = Position::from(end.position.ok_or(PublishError::Protocol("an end without a position"))?);
                 check_number("epoch", position.epoch)?;
                 check_number("revision", position.revision)?;
-                return self.publish_batch(id, &cluster, batch, position, wire::read_digest(&end.digest));
+                return self.publish_batch(id, &cluster, batch, position, digest);
             }
-            Request::Realisation(bytes) => {
-                self.publish_report(id, report::read(&bytes))?;
-                Vec::new()
-            }
+            Request::Report(_) => return Err(PublishError::Protocol("a report is taken by itself")),
             // A grant may have been widened, or others of the objects have gone: what was not kept is asked for again.
-            Request::Heartbeat(_) => match self.origin_of(&cluster).is_some_and(Origin::asks_again) {
-                true => vec![Response::Resync(pb::Resync { reason: "there is room for what was refused".to_owned() })],
+            Request::Heartbeat { .. } => match self.origin_of(&cluster).is_some_and(Origin::asks_again) {
+                true => vec![Response::Resync { reason: "there is room for objects that were refused".to_owned() }],
                 false => Vec::new(),
             },
         };
-        Ok(Published::answers(answers))
+        Ok(Published::Answers(answers))
     }
 
-    /// Takes a report of enforcement, as [`report::read`] has read it.
+    /// Takes what a cluster reports of what it has received.
     ///
     /// # Errors
     /// When the stream was not opened.
-    pub fn publish_report(&mut self, id: PublishId, report: pb::Realisation) -> Result<(), PublishError> {
+    pub fn publish_report(&mut self, id: PublishId, report: ReportedState) -> Result<(), PublishError> {
         let publisher = self.publishers.get(&id).ok_or(PublishError::Protocol("closed"))?;
         if publisher.epoch.is_none() {
             return Err(NOT_OPEN);
         }
         if self.hub.federation.clusters.contains_key(&publisher.cluster) {
-            self.realisations.insert(publisher.cluster.clone(), Arc::new(report));
+            self.reports.insert(publisher.cluster.clone(), report);
         }
         Ok(())
     }
@@ -274,7 +255,7 @@ impl Exchange {
                 if let Some(publisher) = self.publishers.get_mut(&id) {
                     publisher.resyncing = true;
                 }
-                Ok(Published::answers(vec![Response::Resync(pb::Resync { reason: error.to_string() })]))
+                Ok(Published::Answers(vec![Response::Resync { reason: error.to_string() }]))
             }
         }
     }
@@ -283,21 +264,20 @@ impl Exchange {
     pub(super) fn applied(&mut self, number: usize, applying: Applying) {
         let Some(origin) = self.origins[number].as_ref() else { return };
         let (total, refusals) = origin.refusals(MAX_REFUSALS);
-        let refusals: Vec<pb::Refusal> = refusals.iter().map(|(id, why)| wire::refusal(*id, why)).collect();
         let differs = applying.digest.is_some_and(|digest| digest != origin.digest_published());
         let missing = origin.overflowed() || origin.unreadable > 0;
         let Some(publisher) = self.publishers.get_mut(&applying.publisher) else { return };
         let mut answers = Vec::new();
-        if publisher.told_refusals != refusals {
-            publisher.told_refusals.clone_from(&refusals);
-            answers.push(Response::Refusals(pb::Refusals { refusals, total: total as u64 }));
+        if publisher.sent_refusals != refusals {
+            publisher.sent_refusals.clone_from(&refusals);
+            answers.push(Response::Refusals(Refusals { refusals, total: total as u64 }));
         }
         // With objects that could not be kept the digests cannot be equal; a snapshot would not help.
         if differs && !missing && !applying.batch.snapshot {
             publisher.resyncing = true;
-            answers.push(Response::Resync(pb::Resync { reason: "the digests differ".to_owned() }));
+            answers.push(Response::Resync { reason: "the digests differ".to_owned() });
         } else {
-            answers.push(Response::Ack(pb::PublishAck { position: Some(applying.batch.position.into()) }));
+            answers.push(Response::Ack { position: applying.batch.position });
         }
         publisher.answers = Some(answers);
     }

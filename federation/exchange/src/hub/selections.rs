@@ -74,7 +74,7 @@ impl Selections {
         });
         self.slots[number as usize] = Some(Slot { wanted: wanted.clone(), users: 1 });
         self.numbers.insert(wanted.clone(), number);
-        let expr = &wanted.selector.expr;
+        let expr = &wanted.selector().expr;
         expr.for_each_key(&mut |key| {
             self.keys.entry(key.clone()).or_default().naming.insert(number);
         });
@@ -105,7 +105,7 @@ impl Selections {
         self.free.push(number);
         self.unanchored.remove(&number);
         // Only where it is filed: a class of thousands of selections is released under one lock.
-        let expr = &wanted.selector.expr;
+        let expr = &wanted.selector().expr;
         for (key, value) in anchors(expr).into_iter().flatten() {
             let Some(filed) = self.keys.get_mut(&key) else { continue };
             let Some(value) = value else {
@@ -137,10 +137,10 @@ impl Selections {
     /// Whether it names one of these keys or asks for ports, so that single endpoints must be asked.
     pub fn asks_endpoints(&self, number: u32, own_keys: &[Arc<str>]) -> bool {
         let wanted = self.wanted(number);
-        let mut asks = !wanted.port_names.is_empty();
+        let mut asks = !wanted.port_names().is_empty();
         if !own_keys.is_empty() {
             let is_own = |own: &str| own_keys.iter().any(|key| &**key == own);
-            wanted.selector.expr.for_each_key(&mut |key| asks |= own_label(key).is_some_and(is_own));
+            wanted.selector().expr.for_each_key(&mut |key| asks |= own_label(key).is_some_and(is_own));
         }
         asks
     }
@@ -167,13 +167,13 @@ impl Selections {
         found.sort_unstable();
         found.dedup();
         // The scope never names the asker: nobody is sent what is his own.
-        found.retain(|number| self.wanted(*number).clusters.contains("", origin));
+        found.retain(|number| self.wanted(*number).clusters().contains("", origin));
         found
     }
 
     /// Whether a selection is not certainly false.
     pub fn may_match(&self, number: u32, labels: &Known<'_>) -> bool {
-        self.wanted(number).selector.evaluate(labels) != Tri::No
+        self.wanted(number).selector().evaluate(labels) != Tri::No
     }
 }
 
@@ -226,7 +226,7 @@ mod tests {
             .iter()
             .map(|text| {
                 let selector = hanse_policy::selector::Selector::parse(text).unwrap();
-                table.acquire(&Arc::new(Wanted { clusters: ClusterScope::All, selector, port_names: [].into() })).0
+                table.acquire(&Arc::new(Wanted::new(ClusterScope::All, &selector, [].into()))).0
             })
             .collect();
         for grant in [LabelGrant::All, LabelGrant::Keys([Arc::from("a")].into())] {

@@ -4,24 +4,23 @@
 //! origins changed before the hub's own objects did, those, and the origins in turn. The interest shrinks only when everything that needed the larger one is out of
 //! force at the receiver.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Weak};
 
 use crate::interest;
 use bytes::Bytes;
 use hanse_policy::model::ClusterName;
-use hanse_proto::federation::v1 as pb;
 use hashbrown::HashMap;
-use pb::watch_response::Message as Response;
 
-mod reading;
+mod opening;
 
-use reading::{Held, Opening};
-pub use reading::{ReadOpening, ReadRequest};
+use opening::{Held, Opening};
+pub use opening::{ReadOpening, ReadRequest};
 
-use super::derived::bounded;
 use super::{Exchange, HubObjects, MAX_DIRTY, Origin};
-use crate::codec as wire;
+use crate::codec::frame;
+use crate::limits::PROTOCOL;
+use crate::message::{InterestChange, RefusedParts, WatchOpen, WatchRequest, WatchResponse as Response};
 use crate::model::{Interest, Lease, Position, Wanted};
 
 /// How far a receiver's position may fall behind while nothing of interest to it changes: half of the removals remembered.
@@ -80,9 +79,9 @@ pub(super) struct Receiver {
     _snapshot: Option<Arc<Vec<Bytes>>>,
     acked: (u64, Position),
     /// What it named as its interest was not read as it was written: it is told the whole of the next one.
-    anew: bool,
+    interest_widened: bool,
     /// What was not taken of its opening, and of its own interest.
-    refused: [wire::Refused; 2],
+    refused: [RefusedParts; 2],
 }
 
 #[derive(Debug, Default)]
@@ -169,10 +168,10 @@ impl Receiver {
         // The withdrawal overtakes them.
         for notice in &mut self.notices {
             if let Response::Interest(interest) = notice {
-                interest.origins.retain(|origin| **origin != **cluster);
+                interest.origins.retain(|origin| origin != cluster);
             }
         }
-        self.urgent.push_back(Response::Withdrawn(pb::Withdrawn { cluster: cluster.to_string() }));
+        self.urgent.push_back(Response::Withdrawn { cluster: cluster.clone() });
     }
 
     pub(super) fn origin_moved(&mut self, number: usize, position: Position, first: bool, new_epoch: bool) {
@@ -217,7 +216,7 @@ impl Exchange {
     ///
     /// # Errors
     /// When the message does not speak the protocol, or the cluster is not accepted.
-    pub fn watch_open(&mut self, cluster: ClusterName, open: pb::WatchOpen) -> Result<ReceiverId, WatchError> {
+    pub fn watch_open(&mut self, cluster: ClusterName, open: WatchOpen) -> Result<ReceiverId, WatchError> {
         self.watch_opened(cluster, ReadOpening::of(open))
     }
 
@@ -226,8 +225,8 @@ impl Exchange {
     /// # Errors
     /// As [`Self::watch_open`].
     pub fn watch_opened(&mut self, cluster: ClusterName, open: ReadOpening) -> Result<ReceiverId, WatchError> {
-        let ReadOpening { protocol, opening, own, anew, refused } = open;
-        if protocol != wire::PROTOCOL {
+        let ReadOpening { protocol, opening, own, interest_widened, refused } = open;
+        if protocol != PROTOCOL {
             return Err(WatchError::Version(protocol));
         }
         if self.hub.loaded && !self.hub.federation.clusters.contains_key(&cluster) {
@@ -265,7 +264,7 @@ impl Exchange {
             flight_origin: None,
             _snapshot: None,
             acked: (0, Position::default()),
-            anew,
+            interest_widened,
             refused,
         };
         self.receivers.insert(id, receiver);
@@ -287,7 +286,7 @@ impl Exchange {
     ///
     /// # Errors
     /// When it does not speak the protocol.
-    pub fn watch(&mut self, id: ReceiverId, request: pb::WatchRequest) -> Result<(), WatchError> {
+    pub fn watch(&mut self, id: ReceiverId, request: WatchRequest) -> Result<(), WatchError> {
         self.watch_read(id, ReadRequest::of(request))
     }
 
@@ -310,12 +309,10 @@ impl Exchange {
                 }
                 self.aim(id);
             }
-            ReadRequest::InForce(it) => {
-                receiver.acked = (it.interest, it.hub.map(Position::from).unwrap_or_default());
-            }
-            ReadRequest::Mismatch(it) if it.origin.is_empty() => receiver.hub.snapshot = true,
-            ReadRequest::Mismatch(it) => {
-                if let Some(number) = self.origin_numbers.get(&*it.origin)
+            ReadRequest::InForce { interest, hub } => receiver.acked = (interest, hub),
+            ReadRequest::Mismatch { origin: None } => receiver.hub.snapshot = true,
+            ReadRequest::Mismatch { origin: Some(origin) } => {
+                if let Some(number) = self.origin_numbers.get(&origin)
                     && let Some(cursor) = receiver.cursors.get_mut(*number)
                 {
                     cursor.wants = Wants::Snapshot;
@@ -357,19 +354,17 @@ impl Exchange {
     /// while that is not known: it has not said, or does not watch here.
     pub fn digests_equal(&self, cluster: &str) -> Option<bool> {
         // One that was not taken names no origin.
-        let told = self.realisations.get(cluster).filter(|told| told.hub.is_some())?;
+        let reported = self.reports.get(cluster).filter(|reported| reported.hub.is_some())?;
         // The newest, where a renewed certificate has opened another one.
         let mut receivers = self.receivers.iter().rev();
         let (id, _) = receivers.find(|(_, receiver)| *receiver.cluster == *cluster && receiver.open.is_none())?;
-        let held: BTreeMap<&str, &[u8]> = told.origins.iter().map(|it| (it.origin.as_str(), &it.digest[..])).collect();
-        let zero = wire::digest_bytes(0);
-        // Of an origin that it does not name it holds nothing. An earlier version does not name the hub's own objects.
-        let named = held.keys().copied();
+        // Of an origin that it does not name it has nothing. An earlier version does not name the hub's own objects.
+        let named = reported.origins.keys().map(|name| &**name);
         let origins = named.chain(self.hub.federation.clusters.keys().map(|name| &**name));
         let equal = |origin: &str| {
             let expected = self.expected_digest(*id, origin);
             // An origin that has not published yet is not known here, so nothing is said of it.
-            expected.is_none_or(|expected| wire::digest_bytes(expected) == **held.get(origin).unwrap_or(&&zero[..]))
+            expected.is_none_or(|expected| reported.origins.get(origin).unwrap_or(&Some(0)) == &Some(expected))
         };
         let mut origins = origins.filter(|origin| *origin != cluster);
         Some(origins.all(equal))
@@ -380,21 +375,21 @@ impl Exchange {
         let now = self.hub.federation.position;
         let of_streams = self.receivers.values().filter(|receiver| *receiver.cluster == *cluster);
         let of_streams = of_streams.filter_map(|receiver| receiver.open.as_ref()?.hub);
-        let told = self.realisations.get(cluster);
-        let positions = told.into_iter().flat_map(|told| [&told.hub, &told.received]).flatten().cloned();
-        let ahead = of_streams.chain(positions.map(Position::from));
+        let reported = self.reports.get(cluster);
+        let positions = reported.into_iter().flat_map(|reported| [reported.hub, reported.received]).flatten();
+        let ahead = of_streams.chain(positions);
         // What a node says is not heard here: one node must not make its cluster doubt the hub.
         let ahead = ahead.filter(|at| at.epoch == now.epoch).map(|at| at.revision);
         ahead.max().filter(|at| self.hub.loaded && *at > now.revision)
     }
 
     /// The next message for a receiver; none when there is nothing to say now.
-    pub fn next(&mut self, id: ReceiverId) -> Option<pb::WatchResponse> {
+    pub fn next(&mut self, id: ReceiverId) -> Option<Response> {
         loop {
             let receiver = self.receivers.get_mut(&id)?;
             let message = receiver.urgent.pop_front().or_else(|| receiver.flight.pop_front());
             if let Some(message) = message {
-                return Some(pb::WatchResponse { message: Some(message) });
+                return Some(message);
             }
             receiver.flight_origin = None;
             receiver._snapshot = None;
@@ -405,7 +400,7 @@ impl Exchange {
                 continue;
             }
             if let Some(message) = receiver.notices.pop_front() {
-                return Some(pb::WatchResponse { message: Some(message) });
+                return Some(message);
             }
             if receiver.hub.first && self.has_news(id) {
                 // Origins were heard since the interest was told: the policies of this batch wait for them as well.
@@ -447,7 +442,7 @@ impl Exchange {
         let Some(open) = receiver.open.take() else { return false };
         let cluster = receiver.cluster.clone();
         let heartbeat_ms = self.heartbeat_ms;
-        receiver.notices.push_back(Response::Welcome(pb::WatchWelcome { heartbeat_ms }));
+        receiver.notices.push_back(Response::Welcome { heartbeat_ms });
         if receiver.refused.iter().any(|refused| refused.total > 0) {
             receiver.tell_refused();
         }
@@ -466,7 +461,7 @@ impl Exchange {
         receiver.interest = Arc::clone(&open.interest);
         for origin in open.held.keys() {
             if !self.hub.federation.clusters.contains_key(origin) {
-                receiver.urgent.push_back(Response::Withdrawn(pb::Withdrawn { cluster: origin.to_string() }));
+                receiver.urgent.push_back(Response::Withdrawn { cluster: origin.clone() });
             }
         }
         self.aim(id);
@@ -558,13 +553,13 @@ impl Exchange {
         let numbers: Vec<usize> = due.iter().filter_map(|name| self.origin_number(name)).collect();
         if let Some(receiver) = self.receivers.get_mut(&id) {
             receiver.number += 1;
-            let whole = std::mem::take(&mut receiver.anew);
+            let whole = std::mem::take(&mut receiver.interest_widened);
             let before = if whole { Arc::default() } else { Arc::clone(&receiver.interest) };
-            let notice = pb::Interest {
+            let notice = InterestChange {
                 number: receiver.number,
-                added: interest.difference(&before).map(|w| wire::selection(w)).collect(),
-                removed: before.difference(&interest).map(|w| wire::selection(w)).collect(),
-                origins: due.iter().map(|name| name.to_string()).collect(),
+                added: interest.difference(&before).map(|wanted| (&**wanted).into()).collect(),
+                removed: before.difference(&interest).map(|wanted| (&**wanted).into()).collect(),
+                origins: due.iter().cloned().collect(),
                 whole,
             };
             receiver.notices.push_back(Response::Interest(notice));
@@ -647,8 +642,8 @@ impl Exchange {
         if !sees {
             if cursor.shown {
                 *cursor = Cursor::default();
-                let end = pb::End { position: Some(origin.position.into()), digest: wire::digest_bytes(0), view: 0 };
-                receiver.flight.extend([begin(&name, true, 0), Response::End(end)]);
+                let end = Response::End { position: origin.position, digest: Some(0), view: 0 };
+                receiver.flight.extend([begin(Some(&name), true, 0), end]);
             }
             // Nothing more comes of it: nobody need wait.
             if receiver.due.remove(&name) {
@@ -698,11 +693,11 @@ impl Exchange {
         let view = super::view_of(&mut class.views, number);
         let snapshot = matches!(cursor.wants, Wants::Snapshot);
         if snapshot || !cursor.dirty.is_empty() || cursor.nudge {
-            receiver.flight.push_back(begin(&name, snapshot, 0));
+            receiver.flight.push_back(begin(Some(&name), snapshot, 0));
             let bytes = |slot| origin.entry(slot).map(|entry| &entry.bytes[..]);
             if snapshot {
                 let frames = view.snapshot.as_ref().and_then(Weak::upgrade).unwrap_or_else(|| {
-                    let frames = Arc::new(wire::frames(view.members.iter().filter_map(bytes), Vec::new()));
+                    let frames = Arc::new(frame::cut(view.members.iter().filter_map(bytes), &[]));
                     if shared {
                         self.recent.keep(Arc::clone(&frames));
                         view.snapshot = Some(Arc::downgrade(&frames));
@@ -719,11 +714,10 @@ impl Exchange {
                         None => removals.push(*id),
                     }
                 }
-                receiver.flight.extend(wire::frames(upserts, removals).into_iter().map(Response::Frame));
+                receiver.flight.extend(frame::cut(upserts, &removals).into_iter().map(Response::Frame));
             }
-            let digest = wire::digest_bytes(view.digest);
-            let end = pb::End { position: Some(origin.position.into()), digest, view: view_token };
-            receiver.flight.push_back(Response::End(end));
+            let (position, digest) = (origin.position, Some(view.digest));
+            receiver.flight.push_back(Response::End { position, digest, view: view_token });
             receiver.flight_origin = Some(name.clone());
             let sent = origin.position.revision;
             *cursor = Cursor { wants: Wants::Changes, dirty: BTreeSet::new(), sent, shown: true, nudge: false };
@@ -758,7 +752,7 @@ impl Unions {
             let both = match (a.is_subset(b), b.is_subset(a)) {
                 (true, _) => Arc::clone(b),
                 (_, true) => Arc::clone(a),
-                _ => Arc::new(bounded(a.union(b).cloned().collect(), interest::WHOLE)),
+                _ => Arc::new(interest::bounded(a.union(b).cloned().collect(), interest::WHOLE)),
             };
             Union { _of: [Arc::clone(a), Arc::clone(b)], both }
         });
@@ -771,7 +765,7 @@ impl Receiver {
     fn tell_refused(&mut self) {
         let total = self.refused.iter().map(|it| it.total).fold(0, u64::saturating_add);
         let parts = self.refused.iter().flat_map(|it| it.parts.iter().cloned()).collect();
-        self.notices.push_back(Response::Refused(pb::PartsRefused { parts, total }));
+        self.notices.push_back(Response::PartsRefused(RefusedParts { parts, total }));
     }
 
     fn fill_hub(&mut self, hub: &HubObjects) {
@@ -791,10 +785,10 @@ impl Receiver {
             }
         }
         let position = hub.federation.position;
-        self.flight.push_back(begin("", snapshot, self.number));
-        self.flight.extend(wire::frames(upserts, removals).into_iter().map(Response::Frame));
-        let digest = wire::digest_bytes(hub.digest_for(&self.cluster));
-        self.flight.push_back(Response::End(pb::End { position: Some(position.into()), digest, view: 0 }));
+        self.flight.push_back(begin(None, snapshot, self.number));
+        self.flight.extend(frame::cut(upserts, &removals).into_iter().map(Response::Frame));
+        let digest = Some(hub.digest_for(&self.cluster));
+        self.flight.push_back(Response::End { position, digest, view: 0 });
         self.hub.sent = position;
     }
 }
@@ -824,18 +818,12 @@ fn differences(exchange: &Exchange, origin: &super::Origin, number: usize, old: 
     slots.filter_map(|slot| origin.entry(slot)).map(|entry| entry.id).collect()
 }
 
-fn begin(origin: &str, snapshot: bool, needs_interest: u64) -> Response {
-    let kind = match snapshot {
-        true => pb::begin::Kind::Snapshot(pb::Snapshot {}),
-        false => pb::begin::Kind::Delta(pb::Delta {}),
-    };
-    Response::Begin(pb::Begin { origin: origin.to_owned(), kind: Some(kind), needs_interest })
+fn begin(origin: Option<&ClusterName>, snapshot: bool, needs_interest: u64) -> Response {
+    Response::Begin { origin: origin.cloned(), snapshot, needs_interest }
 }
 
-fn complete(interest: u64, origin: &str, position: Option<Position>, view: u64) -> Response {
-    use pb::complete::State;
-    let state = position.map_or(State::NothingHeld(pb::NothingHeld {}), |position| State::Position(position.into()));
-    Response::Complete(pb::Complete { interest, origin: origin.to_owned(), state: Some(state), view })
+fn complete(interest: u64, origin: &ClusterName, position: Option<Position>, view: u64) -> Response {
+    Response::Complete { interest, origin: origin.clone(), position, view }
 }
 
 #[cfg(test)]
@@ -887,13 +875,13 @@ mod tests {
         };
         let mut exchange = Exchange::new();
         exchange.set_federation(federation(1));
-        let open = pb::WatchOpen { protocol: wire::PROTOCOL, ..pb::WatchOpen::default() };
+        let open = WatchOpen { protocol: PROTOCOL, ..WatchOpen::default() };
         let id = exchange.watch_open("a".into(), open).expect("opened");
         let told = |exchange: &mut Exchange| {
             let all = std::iter::from_fn(|| exchange.next(id));
             let ends =
                 all.filter_map(
-                    |response| if let Some(Response::End(end)) = response.message { end.position } else { None },
+                    |response| if let Response::End { position, .. } = response { Some(position) } else { None },
                 );
             ends.map(|position| position.revision).collect::<Vec<_>>()
         };

@@ -1,65 +1,14 @@
-//! What is received, in the words of the policy model.
+//! What a member receives, as changes of an inventory.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
-pub use crate::interest::Wanted;
-use bytes::Bytes;
-use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, Labels, Namespace};
+use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Inventory, Labels, Namespace};
 use hanse_policy::model::ClusterName;
-use ipnet::IpNet;
 
-/// A position in what one origin publishes; both numbers are the publisher's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Position {
-    pub epoch: u64,
-    pub revision: u64,
-}
+pub use crate::interest::Wanted;
+pub use crate::model::{ClusterRecord, Lease, Manifest, ManifestKind, Position, digest_of};
 
-/// What is known of a cluster's lease. Only the hub ends one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lease {
-    /// The hub has never heard it.
-    NeverHeard,
-    Live,
-    /// Its endpoints are unknown to every selector.
-    Stale {
-        /// How long it had been silent when the hub said so, by the hub's clock.
-        silent_ms: u64,
-    },
-}
-
-/// A cluster as all members see it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ClusterRecord {
-    pub labels: Labels,
-    pub label_grant: LabelGrant,
-    /// The nets that its endpoints' addresses come from.
-    pub cidrs: Vec<IpNet>,
-    pub lease: Lease,
-    pub federated_allow_final: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum ManifestKind {
-    Policy,
-    Tier,
-    NetworkSet,
-}
-
-/// A federated object that is in force.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Manifest {
-    /// As its author wrote it.
-    pub json: Bytes,
-    pub enforcers: BTreeSet<ClusterName>,
-    /// What its cluster selectors select: expressions as written, and names.
-    pub resolved: Vec<(Arc<str>, BTreeSet<ClusterName>)>,
-    /// What it needs and this version does not have.
-    pub features: Vec<String>,
-}
-
-/// One change of what is known. `None` is: gone.
+/// One change of what was received. `None`: removed.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
     Cluster {
@@ -93,7 +42,7 @@ pub enum Change {
     },
 }
 
-/// Changes that count together, and the hub's position that the policies in force then come from.
+/// Changes that take effect together, and the hub's position that the policies in force then come from.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Updates {
     pub changes: Vec<Change>,
@@ -142,11 +91,4 @@ impl Change {
 /// A pod's id.
 pub fn pod(namespace: Arc<str>, name: Arc<str>) -> EndpointId {
     EndpointId { kind: EndpointKind::Pod, namespace: Some(namespace), name }
-}
-
-/// The digest of one object: see the wire's description.
-pub fn digest_of(bytes: &[u8]) -> u128 {
-    let mut first = [0; 16];
-    first.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
-    u128::from_le_bytes(first)
 }

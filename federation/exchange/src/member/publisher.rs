@@ -6,17 +6,16 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
-use crate::limits::MAX_NUMBER;
 use bytes::Bytes;
-use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Labels, NamedPort};
-use hanse_proto::federation::v1 as pb;
-use pb::object_update::Body;
-use pb::publish_request::Message as Request;
-use pb::publish_response::Message as Response;
+use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Labels};
 use prost::Message as _;
 
-use super::model::{Position, digest_of, pod};
-use super::wire;
+use super::model::pod;
+use crate::codec::frame;
+use crate::codec::object::{self, EndpointObject, Object};
+use crate::limits::{MAX_NUMBER, PROTOCOL};
+use crate::message::{PublishRequest, PublishResponse, Refusals};
+use crate::model::{Pairs, Position, digest_of};
 
 /// Removed ids that are remembered: 65,536 × 16 bytes is 1 MiB.
 const MAX_TOMBSTONES: usize = 65_536;
@@ -144,33 +143,27 @@ impl Publisher {
         publisher.reserved_id = stored.reserved_id;
         // What was removed before is not known any more.
         publisher.floor = publisher.revision;
+        let updates: Vec<(object::Update, Bytes)> =
+            stored.objects.into_iter().map(|bytes| Some((object::decode(&bytes)?, bytes))).collect::<Option<_>>()?;
         let mut names = BTreeMap::new();
-        let updates: Vec<(pb::ObjectUpdate, Bytes)> = stored
-            .objects
-            .into_iter()
-            .map(|bytes| pb::ObjectUpdate::decode(&bytes[..]).map(|update| (update, bytes)))
-            .collect::<Result<_, _>>()
-            .ok()?;
         for (update, _) in &updates {
-            if let Some(Body::Namespace(namespace)) = &update.body {
-                names.insert(update.id, Arc::<str>::from(&*namespace.name));
+            if let Ok(Object::Namespace { name, .. }) = &update.object {
+                names.insert(update.id, name.clone());
             }
         }
         for (update, bytes) in updates {
-            let key = match update.body.as_ref()? {
-                Body::Namespace(it) => Key::Namespace(it.name.as_str().into()),
-                Body::ServiceAccount(it) => {
-                    Key::ServiceAccount(names.get(&it.namespace)?.clone(), it.name.as_str().into())
+            let object::Update { id, revision, object } = update;
+            let object = object.ok()?;
+            let key = match &object {
+                Object::Namespace { name, .. } => Key::Namespace(name.clone()),
+                Object::ServiceAccount { namespace, name, .. } => {
+                    Key::ServiceAccount(names.get(namespace)?.clone(), name.clone())
                 }
-                Body::LabelSet(it) => Key::LabelSet(
-                    it.labels.iter().map(|p| (Arc::from(p.key.as_str()), Arc::from(p.value.as_str()))).collect(),
-                ),
-                Body::Endpoint(it) => Key::Endpoint(names.get(&it.namespace)?.clone(), it.name.as_str().into()),
-                _ => return None,
+                Object::LabelSet { labels } => Key::LabelSet(labels.iter().cloned().collect()),
+                Object::Endpoint(it) => Key::Endpoint(names.get(&it.namespace)?.clone(), it.name.as_str().into()),
+                Object::Manifest { .. } | Object::Cluster { .. } => return None,
             };
-            let (id, revision) = (update.id, update.revision);
-            let body = digest_of(&pb::ObjectUpdate { id: 0, revision: 0, ..update }.encode_to_vec());
-            let digest = digest_of(&bytes);
+            let (body, digest) = (body_digest(&object), digest_of(&bytes));
             publisher.digest = publisher.digest.wrapping_add(digest);
             publisher.add(key, Published { id, revision, body, bytes, digest, uses: Uses::UsedBy(0) });
         }
@@ -263,7 +256,7 @@ impl Publisher {
         for name in changed.namespaces {
             let key = Key::Namespace(name.clone());
             if self.objects.contains_key(&key) {
-                self.put(key, namespace_body(cluster, name), revision);
+                self.put(key, &namespace_object(cluster, name), revision);
             }
         }
         for (namespace, name) in changed.service_accounts {
@@ -271,7 +264,7 @@ impl Publisher {
             if let Some(held) = self.objects.get(&Key::Namespace(namespace.clone()))
                 && self.objects.contains_key(&key)
             {
-                self.put(key, account_body(cluster, held.id, namespace, name), revision);
+                self.put(key, &account_object(cluster, held.id, namespace, name), revision);
             }
         }
         for id in changed.endpoints.iter().filter(|id| id.kind == EndpointKind::Pod) {
@@ -307,46 +300,46 @@ impl Publisher {
         self.revision = revision;
         true
     }
+
     fn put_endpoint(&mut self, cluster: &Cluster, key: Key, namespace: &Arc<str>, endpoint: &Endpoint, revision: u64) {
         let Key::Endpoint(_, pod) = &key else { return };
         let pod = pod.clone();
         let used = Key::Namespace(namespace.clone());
-        let namespace_id = self.use_shared(used, || namespace_body(cluster, namespace), revision);
+        let namespace_id = self.use_shared(used, || namespace_object(cluster, namespace), revision);
         let account = endpoint.service_account.as_ref().map_or(0, |name| {
             let used = Key::ServiceAccount(namespace.clone(), name.clone());
-            self.use_shared(used, || account_body(cluster, namespace_id, namespace, name), revision)
+            self.use_shared(used, || account_object(cluster, namespace_id, namespace, name), revision)
         });
         let is_own = |(key, value): &(Arc<str>, Arc<str>)| OWN_KEYS.contains(&&**key) || *value == pod;
         let (own, shared): (Labels, Labels) = endpoint.labels.clone().into_iter().partition(is_own);
-        let body = Body::LabelSet(pb::LabelSet { labels: wire::pairs(&shared) });
-        let label_set = if shared.is_empty() { 0 } else { self.use_shared(Key::LabelSet(shared), || body, revision) };
-        let port = |p: &NamedPort| pb::NamedPort {
-            name: p.name.to_string(),
-            protocol: p.protocol.into(),
-            port: p.port.into(),
+        let labels = pairs(&shared);
+        let label_set = if shared.is_empty() {
+            0
+        } else {
+            self.use_shared(Key::LabelSet(shared), || Object::LabelSet { labels }, revision)
         };
-        let body = pb::Endpoint {
+        let object = EndpointObject {
             namespace: namespace_id,
             name: pod.to_string(),
             service_account: account,
             label_set,
-            labels: wire::pairs(&own),
-            addresses: endpoint.addresses.iter().map(octets).collect(),
-            ports: endpoint.ports.iter().map(port).collect(),
-            node: endpoint.node.as_deref().unwrap_or_default().to_owned(),
+            own: pairs(&own),
+            addresses: endpoint.addresses.clone(),
+            ports: endpoint.ports.clone(),
+            node: endpoint.node.as_deref().map(str::to_owned),
         };
-        self.put(key.clone(), Body::Endpoint(body), revision);
-        if let Some(held) = self.objects.get_mut(&key) {
-            held.uses = Uses::Uses([namespace_id, account, label_set]);
+        self.put(key.clone(), &Object::Endpoint(object), revision);
+        if let Some(published) = self.objects.get_mut(&key) {
+            published.uses = Uses::Uses([namespace_id, account, label_set]);
         }
     }
 
     /// The id of an object that one more endpoint uses.
-    fn use_shared(&mut self, key: Key, body: impl FnOnce() -> Body, revision: u64) -> u64 {
+    fn use_shared(&mut self, key: Key, object: impl FnOnce() -> Object, revision: u64) -> u64 {
         let id = match self.objects.get(&key) {
             // What is in use is kept up to date.
             Some(Published { id, uses: Uses::UsedBy(1..), .. }) => *id,
-            _ => self.put(key, body(), revision),
+            _ => self.put(key, &object(), revision),
         };
         self.count_use(id, |count| count + 1);
         id
@@ -360,22 +353,20 @@ impl Publisher {
     }
 
     /// Publishes an object, unless it is published so already; its id.
-    fn put(&mut self, key: Key, body: Body, revision: u64) -> u64 {
-        let mut update = pb::ObjectUpdate { id: 0, revision: 0, features: Vec::new(), body: Some(body) };
-        let body = digest_of(&update.encode_to_vec());
+    fn put(&mut self, key: Key, object: &Object, revision: u64) -> u64 {
+        let body = body_digest(object);
         let (id, uses) = match self.objects.get(&key) {
-            Some(held) if held.body == body => return held.id,
-            Some(held) => {
-                self.digest = self.digest.wrapping_sub(held.digest);
-                (held.id, held.uses)
+            Some(published) if published.body == body => return published.id,
+            Some(published) => {
+                self.digest = self.digest.wrapping_sub(published.digest);
+                (published.id, published.uses)
             }
             None => {
                 self.next_id += 1;
                 (self.next_id - 1, Uses::UsedBy(0))
             }
         };
-        (update.id, update.revision) = (id, revision);
-        let bytes = Bytes::from(update.encode_to_vec());
+        let bytes = Bytes::from(object::encode(id, revision, object));
         let digest = digest_of(&bytes);
         self.digest = self.digest.wrapping_add(digest);
         self.add(key, Published { id, revision, body, bytes, digest, uses });
@@ -419,88 +410,80 @@ impl Publisher {
     }
 }
 
-fn namespace_body(cluster: &Cluster, name: &Arc<str>) -> Body {
-    let labels = cluster.namespaces.get(name).map(|it| &it.labels);
-    Body::Namespace(pb::Namespace { name: name.to_string(), labels: wire::pairs(labels.into_iter().flatten()) })
+fn namespace_object(cluster: &Cluster, name: &Arc<str>) -> Object {
+    let labels = cluster.namespaces.get(name).map(|it| pairs(&it.labels)).unwrap_or_default();
+    Object::Namespace { name: name.clone(), labels }
 }
 
-fn account_body(cluster: &Cluster, namespace_id: u64, namespace: &Arc<str>, name: &Arc<str>) -> Body {
+fn account_object(cluster: &Cluster, namespace_id: u64, namespace: &Arc<str>, name: &Arc<str>) -> Object {
     let labels = cluster.service_accounts.get(&(namespace.clone(), name.clone()));
-    let labels = wire::pairs(labels.into_iter().flatten());
-    Body::ServiceAccount(pb::ServiceAccount { namespace: namespace_id, name: name.to_string(), labels })
+    let labels = labels.map(pairs).unwrap_or_default();
+    Object::ServiceAccount { namespace: namespace_id, name: name.clone(), labels }
+}
+
+fn pairs(labels: &Labels) -> Pairs {
+    labels.iter().map(|(key, value)| (key.clone(), value.clone())).collect()
+}
+
+/// Of what an object says, whatever its id and revision are.
+fn body_digest(object: &Object) -> u128 {
+    digest_of(&object::encode(0, 0, object))
 }
 
 /// One publishing stream to one hub replica.
 #[derive(Debug, Default)]
 pub struct PublishSession {
     welcomed: bool,
-    /// The position up to which everything was sent; none is: a snapshot is due.
+    /// The position up to which everything was sent. `None`: a snapshot is due.
     sent: Option<Position>,
-    pub refusals: Vec<pb::Refusal>,
-    pub refused: u64,
+    refusals: Refusals,
 }
 
 impl PublishSession {
-    /// The first message of the stream; `instance` is the number of this process.
-    pub fn open(publisher: &Publisher, instance: &[u8; 16]) -> pb::PublishRequest {
-        let instance = instance.to_vec().into();
-        request(Request::Open(pb::PublishOpen { protocol: wire::PROTOCOL, epoch: publisher.epoch, instance }))
+    /// The first message of the stream; `instance` identifies this process.
+    pub fn open(publisher: &Publisher, instance: &[u8; 16]) -> PublishRequest {
+        PublishRequest::Open { protocol: PROTOCOL, epoch: publisher.epoch, instance: instance.to_vec().into() }
     }
 
-    pub fn take(&mut self, publisher: &mut Publisher, response: pb::PublishResponse) {
-        match response.message {
-            Some(Response::Welcome(welcome)) => {
+    /// What the hub refuses of the cluster's objects.
+    pub fn refusals(&self) -> &Refusals {
+        &self.refusals
+    }
+
+    pub fn take(&mut self, publisher: &mut Publisher, response: PublishResponse) {
+        match response {
+            PublishResponse::Welcome { held, .. } => {
                 self.welcomed = true;
-                let held = welcome.held.map(Position::from);
                 if let Some(held) = held {
                     publisher.go_past(held);
                 }
                 self.sent = held.filter(|held| held.epoch == publisher.epoch && held.revision >= publisher.floor);
             }
-            Some(Response::Refusals(refusals)) => {
-                self.refused = refusals.total;
-                self.refusals = refusals.refusals;
-            }
-            Some(Response::Resync(_)) => self.sent = None,
-            Some(Response::Ack(_)) | None => {}
+            PublishResponse::Refusals(refusals) => self.refusals = refusals,
+            PublishResponse::Resync { .. } => self.sent = None,
+            PublishResponse::Ack { .. } => {}
         }
     }
 
-    /// What the hub lacks now: one batch, or nothing. Looks through all that is published.
-    pub fn poll(&mut self, publisher: &Publisher) -> Vec<pb::PublishRequest> {
+    /// What the hub lacks now: one batch, or nothing. O(all that is published).
+    pub fn poll(&mut self, publisher: &Publisher) -> Vec<PublishRequest> {
         let now = publisher.position();
         if !self.welcomed || !publisher.filled || publisher.must_store() || self.sent == Some(now) {
             return Vec::new();
         }
         let since = self.sent.filter(|sent| sent.epoch == now.epoch && sent.revision >= publisher.floor);
-        let (kind, after) = match since {
-            Some(sent) => (pb::begin::Kind::Delta(pb::Delta {}), sent.revision),
-            None => (pb::begin::Kind::Snapshot(pb::Snapshot {}), 0),
-        };
+        let after = since.map_or(0, |sent| sent.revision);
         let changed = publisher.objects.values().filter(|object| since.is_none() || object.revision > after);
-        let removals = match since {
+        let removals: Vec<u64> = match since {
             Some(_) => publisher.tombstones.iter().filter(|(at, _)| *at > after).map(|(_, id)| *id).collect(),
             None => Vec::new(),
         };
-        let begin = pb::Begin { origin: String::new(), kind: Some(kind), needs_interest: 0 };
-        let mut requests = vec![request(Request::Begin(begin))];
-        let frames = wire::frames(changed.map(|object| object.bytes.clone()), removals);
-        requests.extend(frames.into_iter().map(|frame| request(Request::Frame(frame))));
-        let digest = wire::digest_bytes(publisher.digest);
-        requests.push(request(Request::End(pb::End { position: Some(now.into()), digest, view: 0 })));
+        let mut requests = vec![PublishRequest::Begin { snapshot: since.is_none() }];
+        let frames = frame::cut(changed.map(|object| &object.bytes), &removals);
+        requests.extend(frames.into_iter().map(PublishRequest::Frame));
+        requests.push(PublishRequest::End { position: now, digest: Some(publisher.digest) });
         self.sent = Some(now);
         requests
-    }
-}
-
-fn request(message: Request) -> pb::PublishRequest {
-    pb::PublishRequest { message: Some(message) }
-}
-
-pub fn octets(address: &std::net::IpAddr) -> Bytes {
-    match address {
-        std::net::IpAddr::V4(v4) => Bytes::copy_from_slice(&v4.octets()),
-        std::net::IpAddr::V6(v6) => Bytes::copy_from_slice(&v6.octets()),
     }
 }
 
@@ -514,16 +497,16 @@ mod tests {
     use super::*;
 
     /// An object with names in place of ids; how many use it.
-    type Named = (Key, Vec<Option<Key>>, Option<u32>, Body);
+    type Named = (Key, Vec<Option<Key>>, Option<u32>, Object);
 
     fn published(publisher: &Publisher) -> Vec<Named> {
         let object = |(key, object): (&Key, &Published)| {
-            let update = pb::ObjectUpdate::decode(&object.bytes[..]).expect("what was encoded");
+            let update = object::decode(&object.bytes).expect("what was encoded");
             assert_eq!((update.id, update.revision), (object.id, object.revision));
-            let (mut body, mut used_by) = (update.body.expect("a body"), None);
+            let (mut body, mut used_by) = (update.object.expect("a body"), None);
             let names = match &mut body {
-                Body::Endpoint(it) => vec![&mut it.namespace, &mut it.service_account, &mut it.label_set],
-                Body::ServiceAccount(it) => vec![&mut it.namespace],
+                Object::Endpoint(it) => vec![&mut it.namespace, &mut it.service_account, &mut it.label_set],
+                Object::ServiceAccount { namespace, .. } => vec![namespace],
                 _ => Vec::new(),
             };
             let names = names.into_iter().map(|id| publisher.shared.get(&std::mem::take(id)).cloned()).collect();
@@ -624,8 +607,8 @@ mod tests {
             let mut publisher = Publisher::new(3);
             publisher.publish_all(&Cluster::default());
             let held = Position { epoch: held.0, revision: held.1 };
-            let welcome = Response::Welcome(pb::PublishWelcome { held: Some(held.into()), ..Default::default() });
-            PublishSession::default().take(&mut publisher, pb::PublishResponse { message: Some(welcome) });
+            let welcome = PublishResponse::Welcome { held: Some(held), heartbeat_ms: 0 };
+            PublishSession::default().take(&mut publisher, welcome);
             assert_eq!(publisher.position().epoch, epoch, "{held:?}");
             let (bytes, reserved) = publisher.store();
             publisher.stored(reserved);
@@ -648,9 +631,8 @@ mod tests {
     fn nothing_is_sent_before_its_numbers_are_on_disk() {
         let mut publisher = Publisher::new(3);
         let mut session = PublishSession::default();
-        let welcome = |held| Response::Welcome(pb::PublishWelcome { held, ..Default::default() });
         let take = |publisher: &mut Publisher, session: &mut PublishSession, held| {
-            session.take(publisher, pb::PublishResponse { message: Some(welcome(held)) });
+            session.take(publisher, PublishResponse::Welcome { held, heartbeat_ms: 0 });
         };
         take(&mut publisher, &mut session, None);
         publisher.publish_all(&Cluster::default());
@@ -659,7 +641,7 @@ mod tests {
         publisher.stored(reserved);
         assert!(!publisher.must_store() && !session.poll(&publisher).is_empty());
         // Another numbering begins, for which what is on disk says nothing.
-        take(&mut publisher, &mut session, Some(Position { epoch: 7, revision: 1 }.into()));
+        take(&mut publisher, &mut session, Some(Position { epoch: 7, revision: 1 }));
         assert!(publisher.must_store() && session.poll(&publisher).is_empty());
         publisher.stored(reserved);
         assert!(publisher.must_store());

@@ -209,9 +209,9 @@ impl Deriver {
 
     /// All clusters by their names are as good as all clusters, and said in less room.
     fn widened(&self, wanted: Arc<Wanted>) -> Arc<Wanted> {
-        match &wanted.clusters {
+        match wanted.clusters() {
             ClusterScope::Named(names) if self.labels.keys().all(|name| names.contains(name)) => {
-                Arc::new(Wanted { clusters: ClusterScope::All, ..Wanted::clone(&wanted) })
+                Arc::new(wanted.with_clusters(ClusterScope::All))
             }
             _ => wanted,
         }

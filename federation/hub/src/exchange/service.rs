@@ -30,14 +30,16 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::derive::Deriver;
 use super::progress::Report;
+use super::report;
 use super::speakers::{Speakers, Speaking};
 use crate::grants::Limits;
 use crate::manifest::{Kind, ObjectId};
 use crate::registry::{Lease, Registry, Snapshot};
 use crate::status::{NodeProgress, ObjectState, ObjectStatus, Problem, Realisation, Realisations, Reasons};
-use hanse_exchange::codec::updates_in;
-use hanse_exchange::hub::{Exchange, PublishError, PublishId, Published, ReadOpening, ReadRequest, ReceiverId, report};
+use hanse_exchange::codec;
+use hanse_exchange::hub::{Exchange, PublishError, PublishId, Published, ReadOpening, ReadRequest, ReceiverId};
 use hanse_exchange::limits::MAX_PLAIN_BYTES;
+use hanse_exchange::message::{PublishRequest, WatchRequest, WatchResponse};
 use hanse_exchange::model::{ManifestKind, Position};
 
 /// Messages that wait for one connection: 4 × 1 MiB at most.
@@ -82,8 +84,8 @@ struct Shared {
     publishing: Mutex<BTreeMap<ClusterName, usize>>,
     watching: Mutex<BTreeMap<ClusterName, usize>>,
     rates: Mutex<BTreeMap<ClusterName, Rate>>,
-    /// When each cluster last reported how far it enforces.
-    reported: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
+    /// The last report of enforcement of each cluster, and when it came.
+    reported: Mutex<BTreeMap<ClusterName, (tokio::time::Instant, Arc<pb::Realisation>)>>,
     /// Clusters that are connected and have not published here yet.
     unpublished: Mutex<BTreeMap<ClusterName, Unpublished>>,
     receiving: Mutex<BTreeMap<ClusterName, Receiving>>,
@@ -166,12 +168,11 @@ struct Unfinished {
 }
 
 impl Unfinished {
-    fn follow(this: &mut Option<Self>, request: &pb::PublishRequest, now: tokio::time::Instant) {
-        use pb::publish_request::Message;
-        match (&request.message, this.as_mut()) {
-            (Some(Message::Begin(_)), _) => *this = Some(Self { began: now, progress: now }),
-            (Some(Message::Frame(_)), Some(unfinished)) => unfinished.progress = now,
-            (Some(Message::End(_)), _) => *this = None,
+    fn follow(this: &mut Option<Self>, request: &PublishRequest, now: tokio::time::Instant) {
+        match (request, this.as_mut()) {
+            (PublishRequest::Begin { .. }, _) => *this = Some(Self { began: now, progress: now }),
+            (PublishRequest::Frame(_), Some(unfinished)) => unfinished.progress = now,
+            (PublishRequest::End { .. }, _) => *this = None,
             _ => {}
         }
     }
@@ -420,8 +421,14 @@ impl Service {
                 next = within(&unfinished, incoming.message()) => next??,
             };
             let Some(request) = next else { return Ok(()) };
-            if let Some(pb::publish_request::Message::Open(open)) = &request.message {
-                speaking = Some(self.shared.speakers.speak(cluster, Instance::new(&open.instance, from))?);
+            let is_report = matches!(request.message, Some(pb::publish_request::Message::Realisation(_)));
+            if !is_report && request.encoded_len() > MAX_PLAIN_BYTES {
+                return Err(Status::invalid_argument("a message has at most 4 MiB"));
+            }
+            let request =
+                codec::publish::decode_request(request).map_err(|error| Status::invalid_argument(error.to_string()))?;
+            if let PublishRequest::Open { instance, .. } = &request {
+                speaking = Some(self.shared.speakers.speak(cluster, Instance::new(instance, from))?);
             }
             // Before it is known which process speaks, nothing of the cluster counts as heard.
             let Some(speaking) = &speaking else {
@@ -431,26 +438,25 @@ impl Service {
                 self.heard(cluster).await?;
                 heard = Some(tokio::time::Instant::now());
             }
-            if let Some(pb::publish_request::Message::Realisation(bytes)) = &request.message {
+            if let PublishRequest::Report(bytes) = &request {
                 tokio::time::sleep_until(self.slot(cluster, |shared| &shared.reports, REPORT_EVERY)).await;
                 if speaking.is_replaced() {
                     return Err(taken_over());
                 }
                 // Read while nobody waits for the exchange; one that is too large is not taken, and publishing goes on.
                 let report = report::read(bytes);
-                self.with(|exchange| exchange.publish_report(id, report)).map_err(refused)?;
-                lock(&self.shared.reported).insert(cluster.clone(), tokio::time::Instant::now());
+                self.take_report(cluster, id, report).map_err(refused)?;
                 continue;
             }
-            if let Some(pb::publish_request::Message::Heartbeat(beat)) = &request.message {
-                let age = beat.received_age_ms.map(Duration::from_millis);
+            if let PublishRequest::Heartbeat { received_age_ms } = &request {
+                let age = received_age_ms.map(Duration::from_millis);
                 let now = tokio::time::Instant::now();
                 Receiving::note(&mut lock(&self.shared.receiving), cluster, age, now);
             }
-            if request.encoded_len() > MAX_PLAIN_BYTES {
-                return Err(Status::invalid_argument("a message has at most 4 MiB"));
-            }
-            let updates = updates_in(&request);
+            let updates = match &request {
+                PublishRequest::Frame(bytes) => codec::frame::count(bytes),
+                _ => 0,
+            };
             if updates > 0 {
                 self.progresses(cluster);
             }
@@ -472,6 +478,7 @@ impl Service {
                 }
             };
             for answer in answers {
+                let answer = codec::publish::encode_response(answer);
                 outbox.send(Ok(answer)).await.map_err(|_| Status::cancelled("the member is gone"))?;
             }
             self.slow_down(cluster, updates, outbox).await?;
@@ -542,7 +549,7 @@ impl Service {
             let first = tokio::time::timeout(OPENING_TIME, incoming.message()).await;
             let first = first.map_err(|_| Status::deadline_exceeded("the first message took too long"))??;
             self.heard(&cluster).await?;
-            let Some(pb::watch_request::Message::Open(open)) = first.and_then(|first| first.message) else {
+            let Some(WatchRequest::Open(open)) = first.and_then(codec::watch::decode_request) else {
                 return Err(Status::invalid_argument("the first message must be open"));
             };
             tokio::time::sleep_until(self.slot(&cluster, |shared| &shared.wants, OWN_EVERY)).await;
@@ -598,13 +605,16 @@ impl Service {
                     incoming.next().await
                 } => {
                     let Some(request) = request.transpose()? else { return Ok(()) };
-                    if matches!(request.message, Some(pb::watch_request::Message::Own(_))) {
+                    let request = codec::watch::decode_request(request);
+                    if matches!(request, Some(WatchRequest::Own(_))) {
                         next_request = self.slot(cluster, |shared| &shared.wants, OWN_EVERY) + OWN_EVERY;
                     }
                     if heard.elapsed() > HEARD_EVERY {
                         self.heard(cluster).await?;
                         heard = tokio::time::Instant::now();
                     }
+                    // A message of a later version.
+                    let Some(request) = request else { continue };
                     let request = ReadRequest::of(request);
                     self.with(|exchange| exchange.watch_read(id, request))
                         .map_err(|error| Status::invalid_argument(error.to_string()))?;
@@ -614,14 +624,13 @@ impl Service {
                 room = outbox.reserve(), if has_more => {
                     let room = room.map_err(|_| gone())?;
                     match self.with(|exchange| exchange.next(id)) {
-                        Some(message) => room.send(Ok(message)),
+                        Some(message) => room.send(Ok(codec::watch::encode_response(message))),
                         None => has_more = false,
                     }
                 }
                 _ = beat.tick() => match outbox.try_reserve() {
                     Ok(room) => {
-                        let message = pb::watch_response::Message::Heartbeat(pb::Heartbeat::default());
-                        room.send(Ok(pb::WatchResponse { message: Some(message) }));
+                        room.send(Ok(codec::watch::encode_response(WatchResponse::Heartbeat)));
                     }
                     Err(TrySendError::Closed(())) => return Err(gone()),
                     // What waits says it as well.
@@ -720,13 +729,13 @@ impl Realisations for Service {
             // Of one that is not connected that is said already.
             let not_reached = entry.connected.then(|| self.not_reached(&exchange, name)).flatten();
             entry.problems.extend(not_reached.map(|why| Problem::new("", Reason::Other(why))));
-            if let Some(told) = exchange.realisations().get(name) {
+            if let Some(told) = self.last_report(&exchange, name) {
                 entry.received_revision = told.received.as_ref().map_or(0, |at| at.revision);
                 (entry.agents, entry.agents_current) = (told.agents, told.agents_current);
                 entry.digests_equal = exchange.digests_equal(name);
                 let unenforced = told.nodes.iter().map(|node| node.unenforced_total);
                 entry.unenforced = unenforced.fold(0, u32::saturating_add);
-                reports.push((name.clone(), Arc::clone(told)));
+                reports.push((name.clone(), told));
             }
             drop(exchange);
             self.held.observe(began.elapsed().as_secs_f64());
@@ -746,7 +755,7 @@ impl Realisations for Service {
 
     fn nodes(&self, cluster: &str) -> Vec<NodeProgress> {
         let (told, position) =
-            self.look(|exchange| (exchange.realisations().get(cluster).cloned(), exchange.federation().position));
+            self.look(|exchange| (self.last_report(exchange, cluster), exchange.federation().position));
         let snapshot = self.registry.snapshot();
         let nodes =
             told.iter().flat_map(|told| self.report(&snapshot, cluster, told, position).nodes().collect::<Vec<_>>());
@@ -771,9 +780,7 @@ impl Realisations for Service {
             None if position.revision < needed => return None,
             None => federation.clusters.keys().cloned().collect(),
         };
-        let told = |cluster: &ClusterName| {
-            (exchange.realisations().get(cluster).cloned(), self.not_reached(&exchange, cluster))
-        };
+        let told = |cluster: &ClusterName| (self.last_report(&exchange, cluster), self.not_reached(&exchange, cluster));
         let told: Vec<_> = clusters.iter().map(told).collect();
         drop(exchange);
         let status = |cluster: &ClusterName, (told, not_reached): (Option<Arc<pb::Realisation>>, Option<String>)| {
@@ -796,8 +803,22 @@ impl Realisations for Service {
 }
 
 impl Service {
+    fn take_report(&self, cluster: &ClusterName, id: PublishId, report: pb::Realisation) -> Result<(), PublishError> {
+        let state = report::state(&report);
+        self.with(|exchange| exchange.publish_report(id, state))?;
+        let reported = (tokio::time::Instant::now(), Arc::new(report));
+        lock(&self.shared.reported).insert(cluster.clone(), reported);
+        Ok(())
+    }
+
+    /// The last report of an accepted cluster.
+    fn last_report(&self, exchange: &Exchange, cluster: &str) -> Option<Arc<pb::Realisation>> {
+        let reported = lock(&self.shared.reported).get(cluster).map(|(_, report)| Arc::clone(report));
+        reported.filter(|_| exchange.has_reported(cluster))
+    }
+
     fn report<'a>(&self, snapshot: &Snapshot, cluster: &str, told: &'a pb::Realisation, hub: Position) -> Report<'a> {
-        let at = lock(&self.shared.reported).get(cluster).copied();
+        let at = lock(&self.shared.reported).get(cluster).map(|(at, _)| *at);
         let silent = snapshot.clusters.get(cluster).is_some_and(|it| it.lease == Lease::Stale);
         Report { told, hub, age: at.map_or(Duration::ZERO, |at| at.elapsed()), silent }
     }

@@ -3,14 +3,18 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use hanse_exchange::codec;
 use hanse_exchange::hub::{Exchange, PublishId, ReceiverId};
 use hanse_exchange::interest::Wanted;
 use hanse_exchange::limits::EXISTING_TIER;
+use hanse_exchange::message::{PublishRequest, WatchRequest};
 use hanse_exchange::model::{ClusterState, Federation, Lease, ManifestKind, Position};
 use hanse_hub::exchange::derive::{Deriver, UNREADABLE};
+use hanse_hub::exchange::report as report_of;
 use hanse_hub::grants::MemberCluster;
 use hanse_hub::registry::{Clock, Registry};
 use hanse_policy::inventory::Labels;
+use hanse_policy::model::{ClusterName, ClusterScope};
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::report::v1 as reasons;
 use hanse_protocol::reason::wire::parse_reason;
@@ -23,6 +27,35 @@ use pb::refusal::Reason;
 use prost::Message as _;
 
 use crate::support::{eventually, policy};
+
+/// The exchange as connections use it: with encoded messages.
+trait Wire {
+    fn publish_wire(&mut self, id: PublishId, request: pb::PublishRequest) -> Result<Vec<pb::PublishResponse>, String>;
+    fn watch_open_wire(&mut self, cluster: ClusterName, open: pb::WatchOpen) -> Result<ReceiverId, String>;
+    fn next_wire(&mut self, id: ReceiverId) -> Option<pb::WatchResponse>;
+}
+
+impl Wire for Exchange {
+    fn publish_wire(&mut self, id: PublishId, request: pb::PublishRequest) -> Result<Vec<pb::PublishResponse>, String> {
+        let request = codec::publish::decode_request(request).map_err(|error| error.to_string())?;
+        if let PublishRequest::Report(bytes) = &request {
+            let state = report_of::state(&report_of::read(bytes));
+            return self.publish_report(id, state).map(|()| Vec::new()).map_err(|error| error.to_string());
+        }
+        let answers = self.publish(id, request).map_err(|error| error.to_string())?;
+        Ok(answers.into_iter().map(codec::publish::encode_response).collect())
+    }
+
+    fn watch_open_wire(&mut self, cluster: ClusterName, open: pb::WatchOpen) -> Result<ReceiverId, String> {
+        let open = pb::WatchRequest { message: Some(pb::watch_request::Message::Open(open)) };
+        let Some(WatchRequest::Open(open)) = codec::watch::decode_request(open) else { panic!("not an opening") };
+        self.watch_open(cluster, open).map_err(|error| error.to_string())
+    }
+
+    fn next_wire(&mut self, id: ReceiverId) -> Option<pb::WatchResponse> {
+        self.next(id).map(codec::watch::encode_response)
+    }
+}
 
 fn grant(grants: serde_json::Value) -> MemberCluster {
     let manifest = serde_json::json!({
@@ -63,7 +96,7 @@ impl Publishing {
 
     fn say(&mut self, message: Request) -> Vec<Response> {
         let request = pb::PublishRequest { message: Some(message) };
-        self.exchange.publish(self.id, request).unwrap().into_iter().filter_map(|answer| answer.message).collect()
+        self.exchange.publish_wire(self.id, request).unwrap().into_iter().filter_map(|answer| answer.message).collect()
     }
 
     fn batch(&mut self, kind: pb::begin::Kind, upserts: &[(u64, Body)], removals: &[u64]) -> Vec<Response> {
@@ -112,6 +145,11 @@ fn report(realisation: pb::Realisation) -> Request {
     Request::Realisation(realisation.encode_to_vec().into())
 }
 
+/// As the hub keeps a report.
+fn kept(realisation: pb::Realisation) -> pb::Realisation {
+    report_of::read(&realisation.encode_to_vec())
+}
+
 fn namespace(name: &str, labels: &[(&str, &str)]) -> Body {
     Body::Namespace(pb::Namespace { name: name.to_owned(), labels: pairs(labels) })
 }
@@ -147,7 +185,7 @@ fn each_object_is_refused_by_itself_and_for_its_own_reason() {
         (Body::Endpoint(pb::Endpoint { addresses: vec![vec![10, 2, 0, 1].into()], ..endpoint(3) }), Some("10.2.0.1")),
         (Body::Endpoint(pb::Endpoint { addresses: vec![vec![1].into()], ..endpoint(3) }), Some("1 bytes, of 4 or 16")),
         (Body::Endpoint(labelled(&[("stage", "prod")])), Some("label stage=prod")),
-        (Body::Endpoint(labelled(&[("app", "a"), ("app", "b")])), Some("twice")),
+        (Body::Endpoint(labelled(&[("app", "a"), ("app", "b")])), Some("duplicate key")),
         (Body::Endpoint(labelled(&[("other", "unknown, not refused")])), None),
         (Body::Endpoint(pb::Endpoint { ports: vec![port(0, 6)], ..endpoint(4) }), Some("ports")),
         (Body::Endpoint(pb::Endpoint { ports: vec![port(65_536, 6)], ..endpoint(4) }), Some("ports")),
@@ -189,7 +227,7 @@ fn a_refused_object_is_told_by_its_name() {
         told,
         [
             "namespace b: namespace b is not granted",
-            "service account b/default: it refers to namespace b, which is not there or is refused",
+            "service account b/default: it refers to namespace b, which does not exist or is refused",
             "pod a/pod-7: address 10.2.0.1 is not granted"
         ]
     );
@@ -259,18 +297,18 @@ fn one_batch_of_a_cluster_is_staged_at_a_time() {
         let begin = Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 });
         pb::PublishRequest { message: Some(begin) }
     };
-    it.exchange.publish(older, begin()).unwrap();
+    it.exchange.publish_wire(older, begin()).unwrap();
     it.id = it.exchange.publish_open("train".into());
     it.say(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1, ..Default::default() }));
-    it.exchange.publish(it.id, begin()).unwrap();
+    it.exchange.publish_wire(it.id, begin()).unwrap();
     let position = Some(pb::Position { epoch: 1, revision: it.revision + 1 });
     let end = || {
         let end = Request::End(pb::End { position, digest: bytes::Bytes::new(), view: 0 });
         pb::PublishRequest { message: Some(end) }
     };
-    let error = it.exchange.publish(older, end()).unwrap_err();
-    assert!(error.to_string().contains("another stream"), "{error}");
-    it.exchange.publish(it.id, end()).unwrap();
+    let error = it.exchange.publish_wire(older, end()).unwrap_err();
+    assert!(error.contains("another stream"), "{error}");
+    it.exchange.publish_wire(it.id, end()).unwrap();
 }
 
 /// Two members with one cluster's files: the one whose numbering is behind learns it from its next welcome, and is not asked
@@ -284,8 +322,8 @@ fn what_is_older_than_held_ends_the_stream() {
     it.say(Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 }));
     let position = Some(pb::Position { epoch: 1, revision: newest - 1 });
     let end = Request::End(pb::End { position, digest: bytes::Bytes::new(), view: 0 });
-    let error = it.exchange.publish(it.id, pb::PublishRequest { message: Some(end) }).unwrap_err();
-    assert!(error.to_string().contains("second member"), "{error}");
+    let error = it.exchange.publish_wire(it.id, pb::PublishRequest { message: Some(end) }).unwrap_err();
+    assert!(error.contains("second member"), "{error}");
     assert_eq!(it.exchange.origin("train").unwrap().position, Position { epoch: 1, revision: newest });
     let answers = it.reopen();
     let [Response::Welcome(welcome)] = &answers[..] else { panic!("{answers:?}") };
@@ -299,25 +337,24 @@ fn a_realisation_is_bounded() {
     let mut it = Publishing::new(grant(serde_json::json!({})));
     let told = |nodes: usize, errors: usize| {
         let node = pb::NodePosition { errors: vec![pb::ObjectError::default(); errors], ..pb::NodePosition::default() };
-        let realisation = pb::Realisation { nodes: vec![node; nodes], ..pb::Realisation::default() };
-        pb::PublishRequest { message: Some(report(realisation)) }
+        pb::Realisation { nodes: vec![node; nodes], ..pb::Realisation::default() }
     };
-    it.exchange.publish(it.id, told(1_000, 10)).unwrap();
-    assert_eq!(it.exchange.realisations()["train"].nodes.len(), 1_000);
+    assert_eq!(kept(told(1_000, 10)).nodes.len(), 1_000);
     for (nodes, errors) in [(20_000, 0), (10_000, 10)] {
-        it.exchange.publish(it.id, told(nodes, errors)).unwrap();
-        let kept = &it.exchange.realisations()["train"];
+        it.say(report(told(nodes, errors)));
+        let kept = kept(told(nodes, errors));
         assert_eq!((kept.nodes.len(), &kept.hub), (0, &None));
         assert!(words(&kept.problems[0]).contains("nodes, of "), "{kept:?}");
     }
     // It names no origin, which is not that all are equal.
-    let id = it.exchange.watch_open("train".into(), pb::WatchOpen { protocol: 1, ..pb::WatchOpen::default() }).unwrap();
+    let id =
+        it.exchange.watch_open_wire("train".into(), pb::WatchOpen { protocol: 1, ..pb::WatchOpen::default() }).unwrap();
     assert_eq!(it.exchange.digests_equal("train"), None);
     let hub = Some(pb::Position { epoch: 1, revision: 1 });
     let told = |origins: Vec<pb::OriginState>| report(pb::Realisation { hub, origins, ..pb::Realisation::default() });
     it.say(told(Vec::new()));
     assert_eq!(it.exchange.digests_equal("train"), None, "it is not served yet");
-    it.exchange.next(id).unwrap();
+    it.exchange.next_wire(id).unwrap();
     assert_eq!(it.exchange.digests_equal("train"), Some(true));
     let of_hub = |digest: u128| {
         vec![pb::OriginState { digest: digest.to_le_bytes().to_vec().into(), ..pb::OriginState::default() }]
@@ -339,11 +376,11 @@ fn an_origin_that_a_cluster_does_not_hold_makes_digests_differ() {
         port_names: Vec::new(),
     };
     let open = pb::WatchOpen { protocol: 1, own: vec![everything], ..pb::WatchOpen::default() };
-    let id = it.exchange.watch_open("serve".into(), open).unwrap();
-    while it.exchange.next(id).is_some() {}
+    let id = it.exchange.watch_open_wire("serve".into(), open).unwrap();
+    while it.exchange.next_wire(id).is_some() {}
     let publishing = it.exchange.publish_open("serve".into());
     let say = |exchange: &mut Exchange, message| {
-        exchange.publish(publishing, pb::PublishRequest { message: Some(message) }).unwrap();
+        exchange.publish_wire(publishing, pb::PublishRequest { message: Some(message) }).unwrap();
     };
     say(&mut it.exchange, Request::Open(pb::PublishOpen { protocol: 1, epoch: 1, ..Default::default() }));
     let told =
@@ -378,8 +415,8 @@ fn a_cluster_that_is_ahead_of_the_hub_is_named() {
     it.say(report(pb::Realisation { hub: other, received: other, nodes: vec![node(9)], ..Default::default() }));
     assert_eq!(it.exchange.ahead_of_hub("train"), None);
     let open = pb::WatchOpen { protocol: 1, hub: at(288), ..pb::WatchOpen::default() };
-    let id = it.exchange.watch_open("train".into(), open).unwrap();
-    assert!(it.exchange.next(id).is_none(), "it is not served");
+    let id = it.exchange.watch_open_wire("train".into(), open).unwrap();
+    assert!(it.exchange.next_wire(id).is_none(), "it is not served");
     assert_eq!(it.exchange.ahead_of_hub("train"), Some(288));
 }
 
@@ -406,8 +443,8 @@ async fn what_the_hub_derives_it_reads_back_when_a_member_reconnects() {
     let mut exchange = Exchange::new();
     exchange.set_federation(Deriver::default().federation(&registry, &registry.snapshot()));
     let mut sent = |open: pb::WatchOpen| {
-        let id = exchange.watch_open("train".into(), pb::WatchOpen { protocol: 1, ..open }).unwrap();
-        let all: Vec<_> = std::iter::from_fn(|| exchange.next(id)).filter_map(|it| it.message).collect();
+        let id = exchange.watch_open_wire("train".into(), pb::WatchOpen { protocol: 1, ..open }).unwrap();
+        let all: Vec<_> = std::iter::from_fn(|| exchange.next_wire(id)).filter_map(|it| it.message).collect();
         exchange.watch_close(id);
         let (mut added, mut refused) = (Vec::new(), Vec::new());
         for message in all {
@@ -441,8 +478,8 @@ fn a_part_of_an_opening_that_cannot_be_taken_does_not_end_the_stream() {
     let unscoped = || pb::Selection { clusters: None, ..none() };
     // What is sent of an endpoint that `has(none)` does not select, and the first part that is refused.
     let sent = |it: &mut Publishing, open: pb::WatchOpen| {
-        let id = it.exchange.watch_open("serve".into(), pb::WatchOpen { protocol: 1, ..open }).unwrap();
-        let all: Vec<_> = std::iter::from_fn(|| it.exchange.next(id)).filter_map(|it| it.message).collect();
+        let id = it.exchange.watch_open_wire("serve".into(), pb::WatchOpen { protocol: 1, ..open }).unwrap();
+        let all: Vec<_> = std::iter::from_fn(|| it.exchange.next_wire(id)).filter_map(|it| it.message).collect();
         let frames = all.iter().filter_map(|it| match it {
             pb::watch_response::Message::Frame(bytes) => pb::Frame::decode(bytes.clone()).ok(),
             _ => None,
@@ -494,7 +531,7 @@ fn a_part_of_an_opening_that_cannot_be_taken_does_not_end_the_stream() {
 /// What lies beyond would leave no number for the cluster's own member.
 #[test]
 fn numbers_that_leave_none_after_them_are_refused() {
-    let most = hanse_exchange::codec::MAX_NUMBER;
+    let most = hanse_exchange::limits::MAX_NUMBER;
     for (epoch, revision, taken) in
         [(most, most, true), (most + 1, 1, false), (1, most + 1, false), (u64::MAX, u64::MAX, false)]
     {
@@ -502,9 +539,9 @@ fn numbers_that_leave_none_after_them_are_refused() {
         let kind = Some(pb::begin::Kind::Snapshot(pb::Snapshot {}));
         it.say(Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 }));
         let end = pb::End { position: Some(pb::Position { epoch, revision }), digest: bytes::Bytes::new(), view: 0 };
-        let answer = it.exchange.publish(it.id, pb::PublishRequest { message: Some(Request::End(end)) });
+        let answer = it.exchange.publish_wire(it.id, pb::PublishRequest { message: Some(Request::End(end)) });
         assert_eq!(answer.is_ok(), taken, "{epoch} {revision}: {answer:?}");
-        assert!(answer.is_ok() || answer.unwrap_err().to_string().contains("9007199254740991"));
+        assert!(answer.is_ok() || answer.unwrap_err().contains("9007199254740991"));
         let at = it.exchange.origin("train").unwrap().position;
         assert_eq!(at, if taken { Position { epoch, revision } } else { Position { epoch: 1, revision: 1 } });
     }
@@ -527,7 +564,7 @@ fn unfinished_batches_are_bounded_for_all_clusters_together() {
     let begin = |exchange: &mut Exchange, id| {
         let kind = Some(pb::begin::Kind::Snapshot(pb::Snapshot {}));
         let begin = Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 });
-        exchange.publish(id, pb::PublishRequest { message: Some(begin) }).unwrap();
+        exchange.publish_wire(id, pb::PublishRequest { message: Some(begin) }).unwrap();
     };
     // One object of a million bytes.
     let frame = |number: u64| {
@@ -538,7 +575,7 @@ fn unfinished_batches_are_bounded_for_all_clusters_together() {
     };
     let other = it.exchange.publish_open("serve".into());
     it.exchange
-        .publish(
+        .publish_wire(
             other,
             pb::PublishRequest {
                 message: Some(Request::Open(pb::PublishOpen { protocol: 1, epoch: 1, ..Default::default() })),
@@ -547,19 +584,19 @@ fn unfinished_batches_are_bounded_for_all_clusters_together() {
         .unwrap();
     begin(&mut it.exchange, it.id);
     begin(&mut it.exchange, other);
-    it.exchange.publish(other, frame(0)).unwrap();
+    it.exchange.publish_wire(other, frame(0)).unwrap();
     let mut taken = 0;
     let error = loop {
-        match it.exchange.publish(it.id, frame(taken)) {
+        match it.exchange.publish_wire(it.id, frame(taken)) {
             Ok(_) => taken += 1,
-            Err(error) => break error.to_string(),
+            Err(error) => break error,
         }
         assert!(it.exchange.staged_bytes() <= 256 << 20);
     };
     assert_eq!(taken, 267, "and one of the other's come to 256 MiB");
     assert!(error.contains("unfinished batches"), "{error}");
     assert!(it.exchange.staged_bytes() < 2 << 20, "what was staged of it is gone, the other's is not");
-    it.exchange.publish(other, frame(1)).unwrap();
+    it.exchange.publish_wire(other, frame(1)).unwrap();
     it.exchange.publish_close(other);
     assert_eq!(it.exchange.staged_bytes(), 0, "what is left of a stream that ended");
 }
@@ -603,8 +640,8 @@ fn a_message_is_not_decoded_where_that_costs_too_much() {
     let nodes = [26, 0].repeat(2 << 20);
     assert!(cost(pb::Realisation::SHAPE, &nodes) > 1 << 30);
     let mut it = Publishing::new(grant(serde_json::json!({})));
+    let kept = report_of::read(&nodes);
     it.say(Request::Realisation(nodes.into()));
-    let kept = &it.exchange.realisations()["train"];
     assert!(kept.nodes.is_empty() && words(&kept.problems[0]).contains("takes more than 64 MiB in memory"), "{kept:?}");
     // Empty selections of an opening of 16 MiB.
     let own = [&[10, 128, 128, 128, 8][..], &[42, 0].repeat(8 << 20)].concat();
@@ -613,8 +650,8 @@ fn a_message_is_not_decoded_where_that_costs_too_much() {
     let kind = Some(pb::begin::Kind::Delta(pb::Delta {}));
     it.say(Request::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 0 }));
     let frame = Request::Frame([10, 0].repeat(1 << 19).into());
-    let error = it.exchange.publish(it.id, pb::PublishRequest { message: Some(frame) }).unwrap_err();
-    assert!(error.to_string().contains("cannot be read"), "{error}");
+    let error = it.exchange.publish_wire(it.id, pb::PublishRequest { message: Some(frame) }).unwrap_err();
+    assert!(error.contains("cannot be read"), "{error}");
     // Empty labels of an object: it is refused by its size, before it is read.
     let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"]})));
     let labels = vec![pb::Pair::default(); 1 << 18];
@@ -641,12 +678,12 @@ fn the_largest_interests_reports_and_pages_are_within_what_decoding_may_cost() {
         let mut list = Vec::new();
         for at in 0..size.selections {
             let selector = hanse_policy::selector::Selector::parse(&format!("has(a{at})")).unwrap();
-            let wanted = Wanted { selector, ..Wanted::everything() };
+            let wanted = Wanted::new(ClusterScope::All, &selector, BTreeSet::new());
             bytes += wanted.size();
             if bytes > size.bytes {
                 break;
             }
-            list.push(hanse_exchange::codec::selection(&wanted));
+            list.push(pb::Selection::decode(&codec::selection::encode(&(&wanted).into())[..]).unwrap());
         }
         list
     };
@@ -688,7 +725,7 @@ fn another_grant_is_applied_in_parts_of_which_nothing_is_sent() {
         port_names: Vec::new(),
     }];
     let open = pb::WatchOpen { protocol: 1, own, ..pb::WatchOpen::default() };
-    let watching = it.exchange.watch_open("serve".into(), open).unwrap();
+    let watching = it.exchange.watch_open_wire("serve".into(), open).unwrap();
     assert_eq!(told(&mut it.exchange, watching).0.len(), 101);
     // Values of the key are no longer granted: each endpoint is refused.
     let none = grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"], "labels": {"app": ["b"]}}));
@@ -740,8 +777,8 @@ fn interests_that_are_kept_for_receivers_that_have_gone_are_bounded_in_bytes() {
     };
     let mut most = 0;
     for of in 0..16 {
-        let id = it.exchange.watch_open("serve".into(), open(of, 16_384)).unwrap();
-        while it.exchange.next(id).is_some() {}
+        let id = it.exchange.watch_open_wire("serve".into(), open(of, 16_384)).unwrap();
+        while it.exchange.next_wire(id).is_some() {}
         it.exchange.watch_close(id);
         most = most.max(it.exchange.idle_bytes());
         assert!(it.exchange.idle_bytes() <= 64 << 20, "{}", it.exchange.idle_bytes());
@@ -749,8 +786,8 @@ fn interests_that_are_kept_for_receivers_that_have_gone_are_bounded_in_bytes() {
     assert!(most > 32 << 20, "{most}: some are kept");
     // Small ones are bounded by their number.
     for of in 0..16 {
-        let id = it.exchange.watch_open("serve".into(), open(of, 1)).unwrap();
-        while it.exchange.next(id).is_some() {}
+        let id = it.exchange.watch_open_wire("serve".into(), open(of, 1)).unwrap();
+        while it.exchange.next_wire(id).is_some() {}
         it.exchange.watch_close(id);
     }
     assert!(it.exchange.idle_bytes() < 64 << 10, "{}", it.exchange.idle_bytes());
@@ -769,11 +806,6 @@ fn unenforced(namespace: &str, name: &str) -> pb::UnenforcedPod {
 /// The hub keeps them, and shows them to administrators.
 #[test]
 fn names_and_texts_of_a_report_have_bounds_each() {
-    let mut it = Publishing::new(grant(serde_json::json!({})));
-    let mut kept = |realisation: pb::Realisation| {
-        it.say(report(realisation));
-        (*it.exchange.realisations()["train"]).clone()
-    };
     let long = "ä".repeat(40_000);
     let other = || Some(reasons::Reason { reason: Some(reasons::reason::Reason::Other(long.clone())) });
     let subject = Some(reasons::subject::Subject::FederatedPolicy(long.clone()));
@@ -857,7 +889,7 @@ fn what_has_gone_leaves_nothing_behind() {
 fn told(exchange: &mut Exchange, id: ReceiverId) -> (Vec<u64>, Vec<u64>) {
     use pb::watch_response::Message;
     let (mut come, mut gone, mut of_train) = (Vec::new(), Vec::new(), false);
-    while let Some(response) = exchange.next(id) {
+    while let Some(response) = exchange.next_wire(id) {
         match response.message {
             Some(Message::Begin(begin)) => of_train = begin.origin == "train",
             Some(Message::Frame(bytes)) if of_train => {
@@ -883,7 +915,7 @@ fn endpoints_are_selected_by_labels_of_their_own_and_by_their_ports() {
     };
     let own = vec![select("index == '3'", &[]), select("team == 'a'", &["metrics"])];
     let open = pb::WatchOpen { protocol: 1, own, ..pb::WatchOpen::default() };
-    let watching = it.exchange.watch_open("serve".into(), open).unwrap();
+    let watching = it.exchange.watch_open_wire("serve".into(), open).unwrap();
     assert_eq!(told(&mut it.exchange, watching).0, [0_u64; 0]);
     let pod = |last: u8, index: &str, ports: &[&str]| {
         let ports = ports.iter().map(|name| pb::NamedPort { name: (*name).to_owned(), protocol: 6, port: 9090 });
@@ -972,7 +1004,7 @@ async fn a_policy_that_the_hub_cannot_read_takes_nothing_away() {
     let registry = opened().await.unwrap();
     let anew = Deriver::default().federation(&registry, &registry.snapshot()).manifests[&key].clone();
     assert_eq!(anew.enforcers.iter().flatten().count(), 2);
-    assert_eq!(anew.interest.iter().next().unwrap().selector.canonical.to_string(), "all()");
+    assert_eq!(anew.interest.iter().next().unwrap().selector().canonical.to_string(), "all()");
 }
 
 /// With a peer, which makes its enforcers need something.

@@ -3,7 +3,6 @@
 //! State is shared under one lock that nobody waits with. A replica that cannot be reached is tried again for ever; what
 //! is held stays.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,7 +10,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use hanse_api::assemble::Changed;
+use hanse_exchange::codec;
+use hanse_exchange::interest::Interest;
 use hanse_exchange::limits::MAX_MESSAGE_BYTES;
+use hanse_exchange::message::{PublishRequest, PublishResponse, Refusals, WatchRequest, WatchResponse};
 use hanse_identity::tls::{Connection, Peer};
 use hanse_identity::token;
 use hanse_policy::inventory::Cluster;
@@ -28,7 +30,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
-use super::model::{Updates, Wanted};
+use super::model::Updates;
 use super::publisher::{ChangedExports, PublishSession, Publisher};
 use super::receiver::{ReceiveError, Receiver};
 use crate::federated::readable;
@@ -78,9 +80,9 @@ struct Shared {
     published: watch::Sender<u64>,
     /// Counts what was received.
     received: watch::Sender<u64>,
-    own: watch::Sender<BTreeSet<Wanted>>,
+    own: watch::Sender<Interest>,
     realisation: watch::Sender<Option<Arc<pb::Realisation>>>,
-    refusals: Mutex<Vec<pb::Refusal>>,
+    refusals: Mutex<Refusals>,
     watching: Mutex<Watching>,
     /// Of this process, as hubs are sent it: a copy of the member's folder has another.
     instance: [u8; 16],
@@ -129,7 +131,7 @@ impl Client {
         let marked = data.join(AHEAD).exists();
         if marked {
             tracing::warn!("what was received is older than what nodes were told: it counts when the hub was heard");
-            receiver.doubt();
+            receiver.require_confirmation();
         }
         let shared = Shared {
             data: data.to_owned(),
@@ -202,7 +204,7 @@ impl Client {
     }
 
     /// What a hub lacks. Numbers are on disk before anybody hears of them: a restart may not give them to something else.
-    fn poll(&self, session: &mut PublishSession) -> Vec<pb::PublishRequest> {
+    fn poll(&self, session: &mut PublishSession) -> Vec<PublishRequest> {
         if lock(&self.shared.publisher).must_store() {
             self.store_published();
         }
@@ -210,7 +212,7 @@ impl Client {
     }
 
     /// What this cluster's own policies can select elsewhere.
-    pub fn want(&self, wanted: BTreeSet<Wanted>) {
+    pub fn want(&self, wanted: Interest) {
         self.shared.own.send_if_modified(|own| std::mem::replace(own, wanted.clone()) != wanted);
     }
 
@@ -238,17 +240,27 @@ impl Client {
         Some(updates)
     }
 
+    /// Takes a message of the hub; returns the answers. One of a kind that this version does not know is ignored.
     fn receive(&self, message: pb::WatchResponse) -> Result<Vec<pb::WatchRequest>, ReceiveError> {
-        use pb::watch_response::Message;
-        let is_quiet =
-            matches!(message.message, None | Some(Message::Welcome(_) | Message::Heartbeat(_) | Message::Refused(_)));
-        let heartbeat_ms = match &message.message {
-            Some(Message::Welcome(welcome)) => Some(welcome.heartbeat_ms),
+        let answers = match codec::watch::decode_response(message)? {
+            Some(message) => self.take(message)?,
+            None => Vec::new(),
+        };
+        Ok(answers.into_iter().map(codec::watch::encode_request).collect())
+    }
+
+    fn take(&self, message: WatchResponse) -> Result<Vec<WatchRequest>, ReceiveError> {
+        let is_quiet = matches!(
+            message,
+            WatchResponse::Welcome { .. } | WatchResponse::Heartbeat | WatchResponse::PartsRefused(_)
+        );
+        let heartbeat_ms = match &message {
+            WatchResponse::Welcome { heartbeat_ms } => Some(*heartbeat_ms),
             _ => None,
         };
         let mut receiver = lock(&self.shared.receiver);
         // The first beat of a quiet stream may end a doubt.
-        let is_news = !is_quiet || receiver.is_doubted();
+        let is_news = !is_quiet || receiver.is_unconfirmed();
         lock(&self.shared.kept).received += u64::from(is_news);
         let answers = receiver.take(message)?;
         let served = receiver.is_served();
@@ -280,7 +292,7 @@ impl Client {
         let receiver = lock(&self.shared.receiver);
         let mut kept = lock(&self.shared.kept);
         kept.stored = at;
-        if kept.marked && kept.handed <= at && !receiver.is_doubted() {
+        if kept.marked && kept.handed <= at && !receiver.is_unconfirmed() {
             // Should it stay, the next start waits for the hub without need.
             kept.marked = std::fs::remove_file(self.shared.data.join(AHEAD)).is_err();
         }
@@ -295,10 +307,10 @@ impl Client {
     }
 
     /// What is sent on a publishing stream when there is nothing else to send.
-    fn heartbeat(&self) -> pb::Heartbeat {
+    fn heartbeat(&self) -> PublishRequest {
         let watching = lock(&self.shared.watching);
         let age = u64::try_from(watching.received.elapsed().as_millis()).unwrap_or(u64::MAX);
-        pb::Heartbeat { received_age_ms: watching.has_received.then_some(age) }
+        PublishRequest::Heartbeat { received_age_ms: watching.has_received.then_some(age) }
     }
 
     /// Whether the hub was heard within the time of a lease: what is in force here may be old otherwise.
@@ -362,16 +374,16 @@ impl Client {
         realisation.mark_changed();
         let mut beat = tokio::time::interval(HEARTBEAT);
         loop {
-            use pb::publish_request::Message;
             let requests = self.poll(&mut session);
             for request in requests {
-                outbox.send(request).await.context("publish")?;
+                outbox.send(codec::publish::encode_request(request)).await.context("publish")?;
             }
             let message = tokio::select! {
                 answer = answers.message() => {
                     let Some(answer) = answer.context("publish")? else { return Ok(()) };
                     backoff.reset();
-                    let refused = matches!(answer.message, Some(pb::publish_response::Message::Refusals(_)));
+                    let Some(answer) = codec::publish::decode_response(answer) else { continue };
+                    let refused = matches!(answer, PublishResponse::Refusals(_));
                     session.take(&mut lock(&self.shared.publisher), answer);
                     if refused {
                         self.tell_refusals(&session);
@@ -382,11 +394,11 @@ impl Client {
                 changed = realisation.changed() => {
                     changed.context("publish")?;
                     match realisation.borrow_and_update().clone() {
-                        Some(realisation) => Message::Realisation(realisation.encode_to_vec().into()),
+                        Some(realisation) => PublishRequest::Report(realisation.encode_to_vec().into()),
                         None => continue,
                     }
                 }
-                _ = beat.tick() => Message::Heartbeat(self.heartbeat()),
+                _ = beat.tick() => self.heartbeat(),
                 // The next connection shows the new certificate; this one serves on until that one has resumed.
                 opened = renewals.opened(hub, || self.open_publish(identity, hub)) => {
                     (outbox, answers, session) = opened;
@@ -394,7 +406,7 @@ impl Client {
                     continue;
                 }
             };
-            outbox.send(pb::PublishRequest { message: Some(message) }).await.context("publish")?;
+            outbox.send(codec::publish::encode_request(message)).await.context("publish")?;
         }
     }
 
@@ -408,26 +420,28 @@ impl Client {
         let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
         let open = PublishSession::open(&lock(&self.shared.publisher), &self.shared.instance);
-        outbox.send(open).await?;
+        outbox.send(codec::publish::encode_request(open)).await?;
         let answers = client.publish(ReceiverStream::new(sending)).await;
         let mut answers = answers.map_err(|status| not_opened(&connection.peer, &status))?.into_inner();
         let mut session = PublishSession::default();
         let welcome = answers.message().await.context("be welcomed")?.context("the hub closed the stream")?;
-        session.take(&mut lock(&self.shared.publisher), welcome);
+        if let Some(welcome) = codec::publish::decode_response(welcome) {
+            session.take(&mut lock(&self.shared.publisher), welcome);
+        }
         Ok((outbox, answers, session))
     }
 
     fn tell_refusals(&self, session: &PublishSession) {
-        let mut told = lock(&self.shared.refusals);
-        if *told == session.refusals {
+        let mut logged = lock(&self.shared.refusals);
+        if *logged == *session.refusals() {
             return;
         }
         let publisher = lock(&self.shared.publisher);
-        for refusal in &session.refusals {
-            let object = publisher.name_of(refusal.id).unwrap_or_default();
-            tracing::warn!(object, id = refusal.id, refusal = ?refusal.reason, "the hub refused an export");
+        for (id, refusal) in &session.refusals().refusals {
+            let object = publisher.name_of(*id).unwrap_or_default();
+            tracing::warn!(object, id, %refusal, "the hub refuses an object of this cluster");
         }
-        told.clone_from(&session.refusals);
+        logged.clone_from(session.refusals());
     }
 
     async fn watch_for_ever(&self, identity: &MemberIdentity, hubs: &[String], stop: &CancellationToken) {
@@ -475,7 +489,8 @@ impl Client {
                 changed = own.changed() => {
                     changed.context("watch")?;
                     let wanted = own.borrow_and_update().clone();
-                    lock(&self.shared.receiver).set_own(&wanted).into_iter().collect()
+                    let request = lock(&self.shared.receiver).set_own(&wanted);
+                    request.map(codec::watch::encode_request).into_iter().collect::<Vec<_>>()
                 }
                 // As when publishing, as far as the connection; the receiver then follows one stream.
                 connection = renewals.opened(hub, || connect(identity, hub)) => {
@@ -495,7 +510,7 @@ impl Client {
     async fn open_watch(
         &self,
         connection: Connection,
-        own: &mut watch::Receiver<BTreeSet<Wanted>>,
+        own: &mut watch::Receiver<Interest>,
     ) -> anyhow::Result<(mpsc::Sender<pb::WatchRequest>, Streaming<pb::WatchResponse>)> {
         let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
@@ -504,7 +519,7 @@ impl Client {
             receiver.set_own(&own.borrow_and_update());
             receiver.open()
         };
-        outbox.send(open).await?;
+        outbox.send(codec::watch::encode_request(open)).await?;
         let incoming = client.watch(ReceiverStream::new(sending)).await;
         let mut incoming = incoming.map_err(|status| not_opened(&connection.peer, &status))?.into_inner();
         let first = incoming.message().await.context("watch")?.context("the hub closed the stream")?;
@@ -647,24 +662,22 @@ fn read(path: &Path) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::model::Position;
+    use hanse_exchange::message::InterestChange;
+    use hanse_exchange::model::Position;
     use hanse_runtime::health::Health;
 
-    use super::super::wire::digest_bytes;
     use super::*;
 
     /// The hub says that it has nothing at `revision`, and that nothing more is under way.
     fn hear(client: &Client, revision: u64) {
-        use pb::watch_response::Message;
-        let kind = Some(pb::begin::Kind::Snapshot(pb::Snapshot {}));
-        let position = Some(pb::Position { epoch: 1, revision });
+        let position = Position { epoch: 1, revision };
         for message in [
-            Message::Interest(pb::Interest { number: 1, ..pb::Interest::default() }),
-            Message::Begin(pb::Begin { origin: String::new(), kind, needs_interest: 1 }),
-            Message::End(pb::End { position, digest: digest_bytes(0), view: 0 }),
-            Message::Heartbeat(pb::Heartbeat::default()),
+            WatchResponse::Interest(InterestChange { number: 1, ..InterestChange::default() }),
+            WatchResponse::Begin { origin: None, snapshot: true, needs_interest: 1 },
+            WatchResponse::End { position, digest: Some(0), view: 0 },
+            WatchResponse::Heartbeat,
         ] {
-            client.receive(pb::WatchResponse { message: Some(message) }).expect("the protocol");
+            client.take(message).expect("the protocol");
         }
     }
 
@@ -717,10 +730,9 @@ mod tests {
 
     #[test]
     fn a_member_that_receives_nothing_for_a_lease_is_not_watching() {
-        use pb::watch_response::Message;
         let folder = tempfile::tempdir().expect("a folder");
         let (client, _) = start(folder.path());
-        let receive = |message| client.receive(pb::WatchResponse { message: Some(message) }).expect("the protocol");
+        let receive = |message| client.take(message).expect("the protocol");
         // So much earlier it received what it did.
         let after = |seconds| {
             let mut watching = lock(&client.shared.watching);
@@ -729,16 +741,20 @@ mod tests {
             drop(watching);
             (client.is_watching(), client.problems().len())
         };
-        let welcome = |heartbeat_ms| Message::Welcome(pb::WatchWelcome { heartbeat_ms });
+        let welcome = |heartbeat_ms| WatchResponse::Welcome { heartbeat_ms };
+        let age = || match client.heartbeat() {
+            PublishRequest::Heartbeat { received_age_ms } => received_age_ms,
+            other => panic!("{other:?}"),
+        };
         assert_eq!(after(29), (true, 0), "it has just started");
-        assert_eq!(client.heartbeat().received_age_ms, None, "a restart renews nothing");
-        receive(Message::Heartbeat(pb::Heartbeat::default()));
+        assert_eq!(age(), None, "a restart renews nothing");
+        receive(WatchResponse::Heartbeat);
         assert_eq!(after(1), (false, 1), "a hub that is older than what is held here does not serve the stream");
-        assert_eq!(client.heartbeat().received_age_ms, None);
+        assert_eq!(age(), None);
         receive(welcome(2_000));
         assert_eq!(after(5), (true, 0));
-        assert!(client.heartbeat().received_age_ms.is_some_and(|age| age >= 5_000));
-        receive(Message::Heartbeat(pb::Heartbeat::default()));
+        assert!(age().is_some_and(|age| age >= 5_000));
+        receive(WatchResponse::Heartbeat);
         assert_eq!(after(5), (true, 0));
         assert_eq!(after(1), (false, 1));
         assert!(client.problems()[0].contains("nothing was received from the hub"), "{:?}", client.problems());
@@ -795,8 +811,8 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let client = Client::restore(folder.path(), Writes::new(&Health::default()));
         let mut session = PublishSession::default();
-        let welcome = pb::publish_response::Message::Welcome(pb::PublishWelcome::default());
-        session.take(&mut lock(&client.shared.publisher), pb::PublishResponse { message: Some(welcome) });
+        let welcome = PublishResponse::Welcome { held: None, heartbeat_ms: 0 };
+        session.take(&mut lock(&client.shared.publisher), welcome);
         let in_the_way = folder.path().join("publisher.snapshot");
         std::fs::create_dir(&in_the_way).expect("made");
         client.publish(&Cluster::default(), &Changed::default());

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 
-use crate::codec as wire;
-use crate::model::{Grant, Position, Refusal};
+use crate::codec::{DecodeError, frame, object};
+use crate::model::{Grant, Position};
 
 /// Objects kept beside the granted endpoints and label sets: namespaces, accounts and what is refused.
 pub const MAX_OTHERS: usize = 65_536;
@@ -54,17 +54,17 @@ impl Batch {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn put(&mut self, frame: &Bytes, limits: StagedLimits) -> Result<(), Refusal> {
-        let read = wire::read_frame(frame)?;
+    pub fn put(&mut self, bytes: &Bytes, limits: StagedLimits) -> Result<(), DecodeError> {
+        let read = frame::read(bytes)?;
         let updates = read.upserts.len() + read.removals.len();
-        if self.updates + updates > limits.objects || self.bytes + frame.len() > limits.bytes {
+        if self.updates + updates > limits.objects || self.bytes + bytes.len() > limits.bytes {
             self.unreadable += updates;
             return Ok(());
         }
         self.updates += updates;
-        self.bytes += frame.len();
+        self.bytes += bytes.len();
         // A copy of its own: a slice may keep the buffer that it was received in.
-        self.frames.push(Bytes::copy_from_slice(frame));
+        self.frames.push(Bytes::copy_from_slice(bytes));
         Ok(())
     }
 
@@ -106,11 +106,11 @@ impl Applying {
     /// Reads the next frame; how many updates that were, or none where there is no more.
     pub fn read(&mut self) -> Option<usize> {
         // Each was read when it was staged.
-        let frame = wire::read_frame(&self.frames.pop_front()?).unwrap_or_default();
+        let frame = frame::read(&self.frames.pop_front()?).unwrap_or_default();
         let count = frame.upserts.len() + frame.removals.len();
         self.updates.extend(frame.removals.into_iter().map(|id| (id, None)));
         for update in frame.upserts {
-            match wire::id_of_export(&update) {
+            match object::id_of(&update) {
                 Some(id) => drop(self.updates.insert(id, Some(update))),
                 None => self.unreadable += 1,
             }

@@ -9,9 +9,9 @@ use hanse_policy::selector::build;
 
 use super::profiles::ProfileKey;
 use super::{Before, Body, Entry, Origin, endpoint_of};
-use crate::codec::Pairs;
 use crate::hub::selections::{Known, Selections};
-use crate::model::{Bits, Refusal, Slots};
+use crate::hub::slots::{Bits, Slots};
+use crate::model::{Pairs, Refusal};
 
 /// Up to so many new selections are each asked for each profile.
 const FEW_SELECTIONS: usize = 8;
@@ -19,7 +19,7 @@ const FEW_SELECTIONS: usize = 8;
 impl Origin {
     /// Judges new selections over every profile.
     pub fn select(&mut self, fresh: &[u32], selections: &Selections) {
-        let counts = |number: &u32| selections.wanted(*number).clusters.contains("", &self.name);
+        let counts = |number: &u32| selections.wanted(*number).clusters().contains("", &self.name);
         let mut fresh: Vec<u32> = fresh.iter().copied().filter(counts).collect();
         fresh.sort_unstable();
         if fresh.is_empty() {
@@ -92,8 +92,9 @@ impl Origin {
         let pairs = self.effective(profile.key, &endpoint.own);
         let known = Known { pairs: &pairs, grant: &self.label_grant };
         asking.into_iter().any(|number| {
-            let ports = &selections.wanted(number).port_names;
-            (ports.is_empty() || !ports.is_disjoint(&endpoint.port_names)) && selections.may_match(number, &known)
+            let names = selections.wanted(number).port_names();
+            (names.is_empty() || endpoint.ports.iter().any(|port| names.contains(&port.name)))
+                && selections.may_match(number, &known)
         })
     }
 

@@ -1,4 +1,8 @@
 use super::*;
+use crate::interest::WrittenScope;
+use crate::limits::{EXISTING_TIER, MAX_HUB_OBJECT_BYTES};
+use hanse_proto::federation::v1 as pb;
+use prost::Message as _;
 
 /// Refuses what says so.
 fn check(_: ManifestKind, json: &[u8]) -> Result<(), String> {
@@ -18,18 +22,17 @@ fn policy(json: &'static [u8], revision: u64, features: &[&str]) -> Bytes {
 }
 
 /// One batch of the hub's, and the interest that it needs.
-fn send(receiver: &mut Receiver, kind: pb::begin::Kind, object: &Bytes, revision: u64) {
-    let begin = pb::Begin { origin: String::new(), kind: Some(kind), needs_interest: 1 };
-    let frame = wire::frames([object.clone()], Vec::new()).remove(0);
-    let end = pb::End {
-        position: Some(pb::Position { epoch: 1, revision }),
-        digest: wire::digest_bytes(digest_of(object)),
-        view: 0,
-    };
-    let interest = pb::Interest { number: 1, ..pb::Interest::default() };
-    for message in [Response::Interest(interest), Response::Begin(begin), Response::Frame(frame), Response::End(end)] {
-        receiver.take(pb::WatchResponse { message: Some(message) }).expect("the protocol");
-    }
+fn send(receiver: &mut Receiver, snapshot: bool, object: &Bytes, revision: u64) {
+    let frame = frame::cut([object], &[]).remove(0);
+    let position = Position { epoch: 1, revision };
+    take(receiver, interest_of(1, Vec::new()));
+    take(receiver, WatchResponse::Begin { origin: None, snapshot, needs_interest: 1 });
+    take(receiver, WatchResponse::Frame(frame));
+    take(receiver, WatchResponse::End { position, digest: Some(digest_of(object)), view: 0 });
+}
+
+fn interest_of(number: u64, added: Vec<WrittenSelection>) -> WatchResponse {
+    WatchResponse::Interest(InterestChange { number, added, ..InterestChange::default() })
 }
 
 /// What became of the policy, if anything: its text, or that it is gone.
@@ -47,26 +50,24 @@ fn in_force(receiver: &mut Receiver) -> Option<Option<Bytes>> {
 fn what_is_older_than_what_was_handed_out_waits_for_the_hub() {
     let mut receiver = Receiver::checked(check);
     receiver.open();
-    send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 1, &[]), 1);
+    send(&mut receiver, true, &policy(b"1", 1, &[]), 1);
     let stored = receiver.store();
     let restored = || {
         let mut restored = Receiver::restore_checked(&stored, check).expect("whole");
-        restored.doubt();
+        restored.require_confirmation();
         assert_eq!(restored.take_updates().expect("what is held").in_force, Position::default());
         restored.open();
         restored
     };
     let mut news = restored();
-    send(&mut news, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"2", 2, &[]), 2);
+    send(&mut news, false, &policy(b"2", 2, &[]), 2);
     assert_eq!(news.take_updates().expect("news").in_force.revision, 2);
     let mut none = restored();
-    let beat = || pb::WatchResponse { message: Some(Response::Heartbeat(pb::Heartbeat::default())) };
-    none.take(beat()).expect("the protocol");
+    take(&mut none, WatchResponse::Heartbeat);
     assert!(none.take_updates().is_none(), "the hub has not told the interest");
-    let interest = pb::Interest { number: 1, ..pb::Interest::default() };
-    none.take(pb::WatchResponse { message: Some(Response::Interest(interest)) }).expect("the protocol");
+    take(&mut none, interest_of(1, Vec::new()));
     assert!(none.take_updates().is_none(), "more may be under way");
-    none.take(beat()).expect("the protocol");
+    take(&mut none, WatchResponse::Heartbeat);
     assert_eq!(none.take_updates().expect("it is as it was").in_force.revision, 1);
 }
 
@@ -80,10 +81,10 @@ fn the_last_version_that_can_be_read_holds_also_across_a_restart() {
         let mut receiver = Receiver::checked(check);
         assert!(receiver.take_updates().is_none(), "nothing is known yet");
         receiver.open();
-        send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 1, &[]), 1);
+        send(&mut receiver, true, &policy(b"1", 1, &[]), 1);
         assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"1"))));
         assert!(receiver.refused().is_empty());
-        send(&mut receiver, pb::begin::Kind::Delta(pb::Delta {}), &policy(json, 2, features), 2);
+        send(&mut receiver, false, &policy(json, 2, features), 2);
         assert_eq!(in_force(&mut receiver), None, "no change");
         assert!(receiver.refused()["p"].contains(why));
 
@@ -91,9 +92,9 @@ fn the_last_version_that_can_be_read_holds_also_across_a_restart() {
         assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"1"))), "after a restart");
         assert!(restored.refused()["p"].contains(why), "and is still told");
         restored.open();
-        send(&mut restored, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(json, 2, features), 2);
+        send(&mut restored, true, &policy(json, 2, features), 2);
         assert_eq!(in_force(&mut restored), None, "the hub's next word takes nothing away");
-        send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"3", 3, &[]), 3);
+        send(&mut restored, false, &policy(b"3", 3, &[]), 3);
         assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"3"))));
         assert!(restored.refused().is_empty());
     }
@@ -103,7 +104,7 @@ fn a_policy_that_never_could_be_read_is_handed_on() {
     for (json, features) in [(&b"unreadable"[..], &[][..]), (b"2", &["time"])] {
         let mut receiver = Receiver::checked(check);
         receiver.open();
-        send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(json, 1, features), 1);
+        send(&mut receiver, true, &policy(json, 1, features), 1);
         assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(json))));
         assert!(receiver.refused().contains_key("p"));
         let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
@@ -111,11 +112,11 @@ fn a_policy_that_never_could_be_read_is_handed_on() {
         assert!(restored.refused().contains_key("p"));
         // Its next version, which cannot be read either; then one that can, and one more that cannot.
         restored.open();
-        send(&mut restored, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(json, 2, &["newer"]), 2);
+        send(&mut restored, true, &policy(json, 2, &["newer"]), 2);
         assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(json))));
-        send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"3", 3, &[]), 3);
+        send(&mut restored, false, &policy(b"3", 3, &[]), 3);
         assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"3"))));
-        send(&mut restored, pb::begin::Kind::Delta(pb::Delta {}), &policy(json, 4, features), 4);
+        send(&mut restored, false, &policy(json, 4, features), 4);
         assert_eq!(in_force(&mut restored), None);
     }
 }
@@ -124,75 +125,66 @@ fn a_policy_that_never_could_be_read_is_handed_on() {
 fn a_policy_that_never_had_a_tier_is_not_handed_on() {
     let mut receiver = Receiver::checked(check);
     receiver.open();
-    send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 1, &[EXISTING_TIER]), 1);
+    send(&mut receiver, true, &policy(b"1", 1, &[EXISTING_TIER]), 1);
     assert_eq!(in_force(&mut receiver), None);
     assert!(receiver.refused()["p"].contains("tier does not exist"));
     let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
     assert_eq!(in_force(&mut restored), None, "after a restart");
     restored.open();
-    send(&mut restored, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"1", 2, &[]), 2);
+    send(&mut restored, true, &policy(b"1", 2, &[]), 2);
     assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"1"))), "its tier is there");
     assert!(restored.refused().is_empty());
     // One that is in doubt does not give way to one without a tier.
     let mut receiver = Receiver::checked(check);
     receiver.open();
-    send(&mut receiver, pb::begin::Kind::Snapshot(pb::Snapshot {}), &policy(b"unreadable", 1, &[]), 1);
+    send(&mut receiver, true, &policy(b"unreadable", 1, &[]), 1);
     assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"unreadable"))));
-    send(&mut receiver, pb::begin::Kind::Delta(pb::Delta {}), &policy(b"2", 2, &[EXISTING_TIER]), 2);
+    send(&mut receiver, false, &policy(b"2", 2, &[EXISTING_TIER]), 2);
     assert_eq!(in_force(&mut receiver), None);
 }
 
 /// The hub says that an interest is complete right behind a batch that was not taken: it is complete with the snapshot.
 #[test]
 fn a_policy_waits_for_endpoints_whose_batch_was_not_taken() {
-    let begin = |origin: &str, kind| {
-        let begin = pb::Begin { origin: origin.to_owned(), kind: Some(kind), needs_interest: 1 };
-        pb::WatchResponse { message: Some(Response::Begin(begin)) }
+    let begin = |origin: Option<&str>, snapshot| WatchResponse::Begin {
+        origin: origin.map(Into::into),
+        snapshot,
+        needs_interest: 1,
     };
-    let end = |digest| {
-        let position = Some(pb::Position { epoch: 1, revision: 1 });
-        let end = pb::End { position, digest: wire::digest_bytes(digest), view: 1 };
-        pb::WatchResponse { message: Some(Response::End(end)) }
-    };
-    let snapshot = || pb::begin::Kind::Snapshot(pb::Snapshot {});
+    let position = Position { epoch: 1, revision: 1 };
+    let end = |digest| WatchResponse::End { position, digest: Some(digest), view: 1 };
     let mut receiver = Receiver::checked(check);
     receiver.open();
-    let interest = pb::Interest { number: 1, origins: vec!["far".to_owned()], ..pb::Interest::default() };
-    receiver.take(pb::WatchResponse { message: Some(Response::Interest(interest)) }).expect("the protocol");
+    let interest = InterestChange { number: 1, origins: vec!["far".into()], ..InterestChange::default() };
+    take(&mut receiver, WatchResponse::Interest(interest));
     let object = policy(b"1", 1, &[]);
-    let frame = wire::frames([object.clone()], Vec::new()).remove(0);
-    for message in [
-        begin("", snapshot()),
-        pb::WatchResponse { message: Some(Response::Frame(frame)) },
-        end(digest_of(&object)),
-        begin("far", pb::begin::Kind::Delta(pb::Delta {})),
-    ] {
-        receiver.take(message).expect("the protocol");
+    let frame = frame::cut([&object], &[]).remove(0);
+    for message in [begin(None, true), WatchResponse::Frame(frame), end(digest_of(&object)), begin(Some("far"), false)]
+    {
+        take(&mut receiver, message);
     }
     let asked = receiver.take(end(7)).expect("the protocol");
-    assert_eq!(asked, [mismatch("far")]);
-    let state = Some(pb::complete::State::Position(pb::Position { epoch: 1, revision: 1 }));
-    let complete = pb::Complete { interest: 1, origin: "far".to_owned(), state, view: 1 };
-    receiver.take(pb::WatchResponse { message: Some(Response::Complete(complete)) }).expect("the protocol");
+    assert_eq!(asked, [WatchRequest::Mismatch { origin: Some("far".into()) }]);
+    let complete = WatchResponse::Complete { interest: 1, origin: "far".into(), position: Some(position), view: 1 };
+    take(&mut receiver, complete);
     assert_eq!(in_force(&mut receiver), None, "what it needs has not come");
-    receiver.take(begin("far", snapshot())).expect("the protocol");
-    receiver.take(end(0)).expect("the protocol");
+    take(&mut receiver, begin(Some("far"), true));
+    take(&mut receiver, end(0));
     assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"1"))));
 }
 
-fn take(receiver: &mut Receiver, message: Response) {
-    receiver.take(pb::WatchResponse { message: Some(message) }).expect("the protocol");
+fn take(receiver: &mut Receiver, message: WatchResponse) {
+    receiver.take(message).expect("the protocol");
 }
 
-fn selection(selector: &str) -> pb::Selection {
-    let clusters = Some(pb::selection::Clusters::All(pb::AllClusters {}));
-    pb::Selection { clusters, selector: selector.to_owned(), port_names: Vec::new() }
+fn selection(selector: &str) -> WrittenSelection {
+    WrittenSelection { clusters: WrittenScope::All, selector: selector.to_owned(), port_names: Vec::new() }
 }
 
 /// The interest and the own selections that an opening names.
 fn opening(receiver: &mut Receiver) -> (Vec<String>, Vec<String>) {
-    let Some(Request::Open(open)) = receiver.open().message else { panic!("not an opening") };
-    let texts = |list: Vec<pb::Selection>| list.into_iter().map(|it| it.selector).collect::<Vec<_>>();
+    let WatchRequest::Open(open) = receiver.open() else { panic!("not an opening") };
+    let texts = |list: Vec<WrittenSelection>| list.into_iter().map(|it| it.selector).collect::<Vec<_>>();
     (texts(open.interest), texts(open.own))
 }
 
@@ -205,18 +197,17 @@ fn an_opening_that_is_refused_is_followed_by_a_wider_one() {
     let mut receiver = Receiver::default();
     let own = |name: &str| {
         let selector = hanse_policy::selector::Selector::parse(&format!("has({name})")).expect("a selector");
-        BTreeSet::from([Wanted { selector, ..Wanted::everything() }])
+        Interest::from([Arc::new(Wanted::new(hanse_policy::model::ClusterScope::All, &selector, BTreeSet::new()))])
     };
     receiver.set_own(&own("a"));
     receiver.open();
-    let interest = pb::Interest { number: 1, added: vec![selection("has(b)")], ..pb::Interest::default() };
-    take(&mut receiver, Response::Interest(interest));
+    take(&mut receiver, interest_of(1, vec![selection("has(b)")]));
     assert_eq!(opening(&mut receiver), (texts(&["has(b)"]), texts(&["has(a)"])));
     receiver.set_rejected(Some("selections[0]: 24836 bytes, of 8192".to_owned()));
     assert_eq!(opening(&mut receiver), (texts(&["all()"]), texts(&["all()"])));
     assert!(receiver.problems()[0].contains("24836"), "{:?}", receiver.problems());
     assert!(receiver.set_own(&own("c")).is_none(), "the hub has everything from it");
-    assert!(receiver.set_own(&BTreeSet::new()).is_some());
+    assert!(receiver.set_own(&Interest::new()).is_some());
     receiver.set_own(&own("a"));
     // Another hub is asked for what is needed.
     receiver.set_rejected(None);
@@ -224,7 +215,7 @@ fn an_opening_that_is_refused_is_followed_by_a_wider_one() {
     assert_eq!(receiver.problems(), texts(&[]));
     // One from an earlier version, which is larger than a message.
     let many = (0..140_000).map(|it| selection(&format!("{it:050} == 'x'"))).collect();
-    take(&mut receiver, Response::Interest(pb::Interest { number: 1, added: many, ..pb::Interest::default() }));
+    take(&mut receiver, interest_of(1, many));
     assert_eq!(opening(&mut receiver).0, texts(&["all()"]));
 }
 
@@ -232,14 +223,14 @@ fn an_opening_that_is_refused_is_followed_by_a_wider_one() {
 fn the_whole_interest_replaces_what_the_hub_could_not_read() {
     let mut receiver = Receiver::default();
     receiver.open();
-    let interest = pb::Interest { number: 1, added: vec![selection("has(b)")], ..pb::Interest::default() };
-    take(&mut receiver, Response::Interest(interest));
+    take(&mut receiver, interest_of(1, vec![selection("has(b)")]));
     receiver.open();
-    let refused = pb::PartsRefused { parts: texts(&["interest[0].selector: too long"]), total: 1 };
-    take(&mut receiver, Response::Refused(refused));
+    let refused = RefusedParts { parts: texts(&["interest[0].selector: too long"]), total: 1 };
+    take(&mut receiver, WatchResponse::PartsRefused(refused));
     assert!(receiver.problems()[0].contains("too long"));
-    let interest = pb::Interest { number: 1, added: vec![selection("all()")], whole: true, ..pb::Interest::default() };
-    take(&mut receiver, Response::Interest(interest));
+    let interest =
+        InterestChange { number: 1, added: vec![selection("all()")], whole: true, ..InterestChange::default() };
+    take(&mut receiver, WatchResponse::Interest(interest));
     assert_eq!(opening(&mut receiver).0, texts(&["all()"]));
 }
 
@@ -248,24 +239,19 @@ fn the_whole_interest_replaces_what_the_hub_could_not_read() {
 fn an_object_that_cannot_be_read_is_refused_by_itself() {
     let mut receiver = Receiver::checked(check);
     receiver.open();
-    let large = pb::ObjectUpdate { id: 9, revision: 0, features: vec!["x".repeat(wire::MAX_OBJECT_BYTES)], body: None };
+    let large = pb::ObjectUpdate { id: 9, revision: 0, features: vec!["x".repeat(MAX_HUB_OBJECT_BYTES)], body: None };
     let nameless = pb::ObjectUpdate { id: 0, revision: 1, features: Vec::new(), body: None };
     let objects = [policy(b"1", 1, &[]), large.encode_to_vec().into(), nameless.encode_to_vec().into()];
     let digest = objects.iter().fold(0_u128, |sum, it| sum.wrapping_add(digest_of(it)));
-    for (kind, revision) in [
-        (pb::begin::Kind::Snapshot(pb::Snapshot {}), 1),
-        (pb::begin::Kind::Snapshot(pb::Snapshot {}), 2),
-        (pb::begin::Kind::Delta(pb::Delta {}), 3),
-    ] {
+    for (snapshot, revision) in [(true, 1), (true, 2), (false, 3)] {
         let sent = if revision == 3 { Vec::new() } else { objects.to_vec() };
-        take(&mut receiver, Response::Interest(pb::Interest { number: 1, ..pb::Interest::default() }));
-        let begin = pb::Begin { origin: String::new(), kind: Some(kind), needs_interest: 1 };
-        take(&mut receiver, Response::Begin(begin));
-        wire::frames(sent, Vec::new()).into_iter().for_each(|frame| take(&mut receiver, Response::Frame(frame)));
-        let position = Some(pb::Position { epoch: 1, revision });
-        let end = pb::End { position, digest: wire::digest_bytes(digest), view: 0 };
-        let answers = receiver.take(pb::WatchResponse { message: Some(Response::End(end)) }).expect("the protocol");
-        let mismatch = |it: &pb::WatchRequest| format!("{it:?}").contains("Mismatch");
+        take(&mut receiver, interest_of(1, Vec::new()));
+        take(&mut receiver, WatchResponse::Begin { origin: None, snapshot, needs_interest: 1 });
+        frame::cut(sent, &[]).into_iter().for_each(|frame| take(&mut receiver, WatchResponse::Frame(frame)));
+        let position = Position { epoch: 1, revision };
+        let end = WatchResponse::End { position, digest: Some(digest), view: 0 };
+        let answers = receiver.take(end).expect("the protocol");
+        let mismatch = |it: &WatchRequest| matches!(it, WatchRequest::Mismatch { .. });
         assert!(!answers.iter().any(mismatch), "{revision}: {answers:?}");
     }
     assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"1"))));

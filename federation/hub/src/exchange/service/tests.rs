@@ -1,3 +1,4 @@
+use hanse_exchange::message::WatchOpen;
 use hanse_runtime::shutdown::Shutdown;
 use hanse_store::{Key, Transaction, in_memory};
 
@@ -24,13 +25,14 @@ async fn service() -> Service {
 
 /// A publishing stream of `train`, which has reported.
 fn reported(service: &Service, report: pb::Realisation) -> PublishId {
-    service.with(|exchange| {
+    let id = service.with(|exchange| {
         let id = exchange.publish_open("train".into());
-        let open = pb::publish_request::Message::Open(pb::PublishOpen { protocol: 1, epoch: 1, ..Default::default() });
-        exchange.publish(id, pb::PublishRequest { message: Some(open) }).expect("the protocol");
-        exchange.publish_report(id, report).expect("it is open");
+        let open = PublishRequest::Open { protocol: 1, epoch: 1, instance: Default::default() };
+        exchange.publish(id, open).expect("the protocol");
         id
-    })
+    });
+    service.take_report(&"train".into(), id, report).expect("it is open");
+    id
 }
 
 /// A report of nodes that are as far as the hub, and its position.
@@ -114,7 +116,7 @@ async fn a_cluster_that_received_nothing_for_a_lease_is_shown_as_lagging() {
 #[tokio::test(start_paused = true)]
 async fn a_receiver_is_heard_while_it_leaves_no_room() {
     let service = service().await;
-    let open = || pb::WatchOpen { protocol: 1, ..pb::WatchOpen::default() };
+    let open = || WatchOpen { protocol: 1, ..WatchOpen::default() };
     let id = service.with(|exchange| exchange.watch_open("train".into(), open())).expect("accepted");
     let notify = Notify::new();
     notify.notify_one();
@@ -129,13 +131,12 @@ async fn a_receiver_is_heard_while_it_leaves_no_room() {
             tokio::time::sleep(Duration::from_secs(1)).await;
             assert_eq!(outbox.capacity(), 0);
             let at = service.with(|exchange| exchange.federation().position);
-            let in_force = pb::watch_ack::What::InForce(pb::InForce { interest: 7, hub: Some(at.into()) });
-            let ack = pb::watch_request::Message::Ack(pb::WatchAck { what: Some(in_force) });
-            member.send(Ok(pb::WatchRequest { message: Some(ack) })).await.expect("it is read");
+            let ack = codec::watch::encode_request(WatchRequest::InForce { interest: 7, hub: at });
+            member.send(Ok(ack)).await.expect("it is read");
             tokio::time::sleep(Duration::from_secs(1)).await;
             let heard = service.with(|exchange| exchange.receivers()[0].interest_in_force);
-            let again = pb::watch_request::Message::Open(open());
-            member.send(Ok(pb::WatchRequest { message: Some(again) })).await.expect("it is read");
+            let again = codec::watch::encode_request(WatchRequest::Open(open()));
+            member.send(Ok(again)).await.expect("it is read");
             heard
         };
         tokio::join!(tokio::time::timeout(Duration::from_secs(600), send), watch)
@@ -147,23 +148,22 @@ async fn a_receiver_is_heard_while_it_leaves_no_room() {
 
 #[test]
 fn a_batch_that_does_not_end_is_given_up() {
-    use pb::publish_request::Message;
     let start = tokio::time::Instant::now();
     let at = |seconds| start + Duration::from_secs(seconds);
     let say = |unfinished: &mut Option<Unfinished>, message, seconds| {
-        Unfinished::follow(unfinished, &pb::PublishRequest { message: Some(message) }, at(seconds));
+        Unfinished::follow(unfinished, &message, at(seconds));
         unfinished.map(|it| it.ends_at().duration_since(start).as_secs())
     };
-    let frame = || Message::Frame(bytes::Bytes::new());
+    let frame = || PublishRequest::Frame(bytes::Bytes::new());
     let mut unfinished = None;
     assert_eq!(say(&mut unfinished, frame(), 0), None, "nothing has begun");
-    assert_eq!(say(&mut unfinished, Message::Begin(pb::Begin::default()), 10), Some(40));
-    assert_eq!(say(&mut unfinished, Message::Heartbeat(pb::Heartbeat::default()), 20), Some(40));
+    assert_eq!(say(&mut unfinished, PublishRequest::Begin { snapshot: true }, 10), Some(40));
+    assert_eq!(say(&mut unfinished, PublishRequest::Heartbeat { received_age_ms: None }, 20), Some(40));
     assert_eq!(say(&mut unfinished, frame(), 30), Some(60));
     assert_eq!(say(&mut unfinished, frame(), 900), Some(910), "15 minutes in all");
     unfinished.as_mut().expect("it is").waited(Duration::from_secs(100));
     assert_eq!(say(&mut unfinished, frame(), 1_000), Some(1_010), "and what the hub made it wait");
-    assert_eq!(say(&mut unfinished, Message::End(pb::End::default()), 1_005), None);
+    assert_eq!(say(&mut unfinished, PublishRequest::End { position: Position::default(), digest: None }, 1_005), None);
 }
 
 #[tokio::test]

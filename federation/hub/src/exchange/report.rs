@@ -1,19 +1,17 @@
-//! What is taken of a cluster's report of enforcement: counts, names and texts have bounds each, since the hub keeps the report and
-//! shows it to administrators.
+//! Reports of enforcement as the hub reads them: counts, names and texts have bounds each, since the hub keeps the report and shows
+//! it to administrators.
 
+use hanse_exchange::codec::read_digest;
+use hanse_exchange::limits::{MAX_CLUSTERS, MAX_NAME_BYTES, MAX_PLAIN_BYTES};
+use hanse_exchange::model::ReportedState;
 use hanse_proto::bounded;
 use hanse_proto::federation::v1 as pb;
 use hanse_protocol::reason::{Reason, wire as reasons};
-
-use crate::codec as wire;
-use crate::limits::MAX_CLUSTERS;
 
 /// Nodes of one cluster, of which each is held for status.
 const MAX_NODES: usize = 16_384;
 /// Errors, pods, policies or problems that one cluster tells of.
 const MAX_TOLD: usize = 65_536;
-/// Bytes of one name: a DNS name has at most 253.
-const MAX_NAME_BYTES: usize = 253;
 /// Bytes of the reason why a member cannot read a policy. What is longer is cut. Texts of other reasons have the bounds of
 /// `hanse_protocol::reason`.
 const MAX_TEXT_BYTES: usize = 2 << 10;
@@ -25,8 +23,8 @@ pub fn read(bytes: &[u8]) -> pb::Realisation {
         let problem = Reason::Other(format!("its report of enforcement is too large, and not taken: {why}"));
         pb::Realisation { problems: vec![reasons::reason(&problem)], ..pb::Realisation::default() }
     };
-    if bytes.len() > wire::MAX_PLAIN_BYTES {
-        return not_taken(format!("{} bytes, of {}", bytes.len(), wire::MAX_PLAIN_BYTES));
+    if bytes.len() > MAX_PLAIN_BYTES {
+        return not_taken(format!("{} bytes, of {}", bytes.len(), MAX_PLAIN_BYTES));
     }
     // What is kept of it are copies: parts of the message would keep all of it.
     match bounded::decode::<pb::Realisation>(bytes) {
@@ -38,6 +36,15 @@ pub fn read(bytes: &[u8]) -> pb::Realisation {
             Err(why) => not_taken(why),
         },
         Err(status) => not_taken(status.message().to_owned()),
+    }
+}
+
+/// What the exchange itself needs of a report.
+pub fn state(report: &pb::Realisation) -> ReportedState {
+    ReportedState {
+        hub: report.hub.map(Into::into),
+        received: report.received.map(Into::into),
+        origins: report.origins.iter().map(|it| (it.origin.as_str().into(), read_digest(&it.digest))).collect(),
     }
 }
 

@@ -1,0 +1,91 @@
+//! What a receiver sends, read. Reading selections takes much longer than others may wait, so that it is done outside the
+//! exchange's lock.
+
+use std::sync::Arc;
+
+use hanse_policy::model::ClusterName;
+use hashbrown::HashMap;
+
+use crate::interest::{self, Interest};
+use crate::limits::MAX_CLUSTERS;
+use crate::message::{RefusedParts, WatchOpen, WatchRequest};
+use crate::model::Position;
+
+/// The first message of a watching stream.
+#[derive(Debug)]
+pub struct ReadOpening {
+    pub(super) protocol: u32,
+    pub(super) opening: Opening,
+    pub(super) own: Interest,
+    /// The interest that it names could not be read as it was written.
+    pub(super) interest_widened: bool,
+    /// Parts of it that could not be read, and of its own interest.
+    pub(super) refused: [RefusedParts; 2],
+}
+
+impl ReadOpening {
+    /// What cannot be read of the opening counts as not received, or is widened.
+    pub fn of(open: WatchOpen) -> Self {
+        let mut refused = RefusedParts::default();
+        if open.held.len() > MAX_CLUSTERS {
+            refused.add(format!("held: {} origins, of {MAX_CLUSTERS}", open.held.len()));
+        }
+        let mut held = HashMap::new();
+        for (at, it) in open.held.into_iter().take(MAX_CLUSTERS).enumerate() {
+            let Some(position) = it.position else {
+                refused.add(format!("held[{at}].position: missing"));
+                continue;
+            };
+            held.insert(it.origin, Held { position, view: it.view, digest: it.digest });
+        }
+        let held_refused = refused.total;
+        let interest = interest::read("interest", open.interest, interest::WHOLE, &mut refused);
+        let interest_widened = refused.total > held_refused;
+        let mut refused_own = RefusedParts::default();
+        let own = interest::read("own", open.own, interest::OWN, &mut refused_own);
+        let opening = Opening { hub: open.hub, hub_digest: open.hub_digest, held, interest: Arc::new(interest) };
+        Self { protocol: open.protocol, opening, own, interest_widened, refused: [refused, refused_own] }
+    }
+}
+
+/// A later message.
+#[derive(Debug)]
+pub enum ReadRequest {
+    Nothing,
+    Open,
+    Own(Interest, RefusedParts),
+    InForce { interest: u64, hub: Position },
+    Mismatch { origin: Option<ClusterName> },
+}
+
+impl ReadRequest {
+    pub fn of(request: WatchRequest) -> Self {
+        match request {
+            WatchRequest::Heartbeat => Self::Nothing,
+            WatchRequest::Open(_) => Self::Open,
+            WatchRequest::Own(own) => {
+                let mut refused = RefusedParts::default();
+                let own = interest::read("own", own, interest::OWN, &mut refused);
+                Self::Own(own, refused)
+            }
+            WatchRequest::InForce { interest, hub } => Self::InForce { interest, hub },
+            WatchRequest::Mismatch { origin } => Self::Mismatch { origin },
+        }
+    }
+}
+
+/// What a receiver opened its stream with, until the hub's state is as new as that.
+#[derive(Debug)]
+pub(super) struct Opening {
+    pub(super) hub: Option<Position>,
+    pub(super) hub_digest: Option<u128>,
+    pub(super) held: HashMap<ClusterName, Held>,
+    pub(super) interest: Arc<Interest>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Held {
+    pub(super) position: Position,
+    pub(super) view: u64,
+    pub(super) digest: Option<u128>,
+}
