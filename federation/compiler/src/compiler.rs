@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use hanse_policy::evaluator::{Evaluator, Judge};
 use hanse_policy::indexed::{ClusterRecord, FEDERATION, IndexedInventory, LOCAL, ServiceKey};
 use hanse_policy::inventory::{EndpointKind, Service};
 use hanse_policy::model::{self, ClusterName};
@@ -22,6 +23,7 @@ use crate::update::Update;
 pub struct Compiler {
     pub(crate) local: ClusterName,
     pub(crate) inventory: IndexedInventory,
+    evaluator: Option<Evaluator>,
     pub(crate) tiers: Tiers,
     pub(crate) policies: Policies,
     pub(crate) pools: Pools,
@@ -39,6 +41,7 @@ impl Compiler {
         let local = local.into();
         Self {
             inventory: IndexedInventory::new(local.clone()),
+            evaluator: None,
             local,
             tiers: Tiers::default(),
             policies: Policies::default(),
@@ -48,6 +51,18 @@ impl Compiler {
             allow_final: false,
             phase_names: ["Guard", "Local", "Baseline"].map(Arc::from),
         }
+    }
+
+    /// The empty state of one cluster, which [`Self::judge`] can evaluate packets by.
+    pub fn with_evaluator(local: impl Into<ClusterName>) -> Self {
+        let mut this = Self::new(local);
+        this.evaluator = Some(Evaluator::new(this.local.clone(), &mut this.inventory));
+        this
+    }
+
+    /// Evaluates packets by the state as of the last commit; `None`: made without an evaluator.
+    pub fn judge(&self) -> Option<Judge<'_>> {
+        Some(Judge::new(self.evaluator.as_ref()?, &self.inventory))
     }
 
     /// Applies an update to the state. Rule sets stay as they are until [`Self::commit`].
@@ -99,10 +114,25 @@ impl Compiler {
             Update::RemoveService { namespace, name } => self.set_service((namespace, name), None),
             Update::Node { name, config } => self.nodes.set_config(inventory.node(&name), Some(config)),
             Update::RemoveNode { name } => self.nodes.set_config(inventory.node(&name), None),
-            Update::Tier(tier) => self.tiers.set(tier),
-            Update::RemoveTier(id) => self.tiers.remove(&id),
+            Update::Tier(tier) => {
+                if let Some(evaluator) = &mut self.evaluator {
+                    evaluator.set_tier(tier.clone());
+                }
+                self.tiers.set(tier);
+            }
+            Update::RemoveTier(id) => {
+                if let Some(evaluator) = &mut self.evaluator {
+                    evaluator.remove_tier(&id);
+                }
+                self.tiers.remove(&id);
+            }
             Update::Policy(policy) => self.set_policy(policy),
-            Update::RemovePolicy(id) => self.policies.remove(&id),
+            Update::RemovePolicy(id) => {
+                if let Some(evaluator) = &mut self.evaluator {
+                    evaluator.remove_policy(inventory, &id);
+                }
+                self.policies.remove(&id);
+            }
         }
     }
 
@@ -123,6 +153,9 @@ impl Compiler {
         }
         let tier = self.tiers.named(&policy.tier);
         let inventory = &mut self.inventory;
+        if let Some(evaluator) = &mut self.evaluator {
+            evaluator.set_policy(inventory, &policy);
+        }
         let policy = Policy::new(policy, &self.local, &mut |selector| inventory.register(selector));
         self.policies.set(policy, tier);
     }
@@ -227,7 +260,10 @@ impl Compiler {
     /// For tests: panics when something is left of a state from which everything was removed.
     pub fn check_empty(&self) {
         assert_eq!(self.inventory.index.class_count(), 0, "classes");
-        assert_eq!(self.inventory.index.selector_count(), 0, "selectors");
+        // An evaluator keeps the selector of every pod.
+        let kept = usize::from(self.evaluator.is_some());
+        assert_eq!(self.inventory.index.selector_count(), kept, "selectors");
+        assert!(self.evaluator.as_ref().is_none_or(Evaluator::is_empty), "policies of the evaluator");
         assert_eq!(self.inventory.index.pair_count(), 0, "pairs");
         assert_eq!(self.inventory.index.key_count(), 0, "keys");
         assert_eq!(self.inventory.count(), [0; 5], "endpoints, contexts, addresses, port names, services");

@@ -14,7 +14,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::inventory::{Endpoint, EndpointId, EndpointKind, Inventory};
+use crate::inventory::{EndpointId, EndpointKind, Inventory, NamedPort, Service};
 use crate::model::{
     Action, ClusterName, ClusterScope, EntityMatch, Icmp, IpVersion, Layer, Order, Phase, Policy, PolicyId, PolicySet,
     Port, Protocol, Rule, Selection, ServiceMatch, StagedAction, TierDefault, TierId,
@@ -122,13 +122,14 @@ pub fn evaluate(policies: &PolicySet, inventory: &Inventory, query: &Query, view
         let (cluster, pod) = end.pod.as_ref()?;
         let owner = inventory.clusters.get(cluster).filter(|owner| owner.endpoints.contains_key(pod))?;
         let tiers = applicable_tiers(policies, inventory, cluster, pod, direction, view);
-        let court = Court { facts: &facts, enforcer: cluster, federated_allow_final: owner.federated_allow_final };
-        let all_rules = |tier: usize| {
-            let of_policy =
-                |policy| rules(policy, direction).unwrap_or_default().iter().map(move |rule| (policy, rule));
-            tiers[tier].policies.iter().copied().flat_map(of_policy)
-        };
-        Some(court.judge(&tiers, all_rules, query))
+        let enforcer = Enforcer { facts: &facts, cluster, federated_allow_final: owner.federated_allow_final };
+        let all_rules = tiers.iter().filter_map(|tier| {
+            tier.with_rules(tier.policies.iter().copied().flat_map(move |policy| {
+                let selects = tier.selects(policy);
+                rules(policy, direction).unwrap_or_default().iter().map(move |rule| (policy, rule, selects))
+            }))
+        });
+        Some(enforcer.judge(all_rules, query))
     };
     answer(query, is_of_several(inventory, query), judge)
 }
@@ -162,7 +163,13 @@ pub(crate) struct TierView<'a> {
     pub uncertain: Vec<&'a Policy>,
 }
 
-impl TierView<'_> {
+impl<'a> TierView<'a> {
+    /// With the rules that can decide.
+    pub fn with_rules<I>(&self, rules: I) -> Option<TierRules<'a, I>> {
+        let last = &self.policies.last()?.id;
+        Some(TierRules { id: self.id, default: self.default, last, rules })
+    }
+
     /// Whether a policy of the tier selects the pod.
     pub fn selects(&self, policy: &Policy) -> Tri {
         if self.uncertain.iter().any(|it| std::ptr::eq(*it, policy)) { Tri::Unknown } else { Tri::Yes }
@@ -293,28 +300,38 @@ pub(crate) fn rules(policy: &Policy, direction: Direction) -> Option<&[Rule]> {
     }
 }
 
-/// Who judges: a cluster, and what it knows.
-pub(crate) struct Court<'c, F> {
+/// A tier that judges a pod in one direction.
+pub(crate) struct TierRules<'p, I> {
+    pub id: &'p TierId,
+    pub default: TierDefault,
+    /// The last of the policies that apply.
+    pub last: &'p PolicyId,
+    /// The rules in order, without those that cannot decide, and whether their policy selects the pod.
+    pub rules: I,
+}
+
+/// The cluster that enforces policies, and what it knows.
+pub(crate) struct Enforcer<'c, F> {
     pub facts: &'c F,
-    pub enforcer: &'c str,
+    pub cluster: &'c str,
     pub federated_allow_final: bool,
 }
 
-impl<F: Facts> Court<'_, F> {
-    /// Asks the tiers in order. `rules` gives the rules of a tier in order; it may leave out those that cannot decide.
-    pub fn judge<'p, I>(&self, tiers: &[TierView<'p>], rules: impl Fn(usize) -> I, query: &Query) -> Judgement
+impl<F: Facts> Enforcer<'_, F> {
+    /// Evaluates the tiers in order.
+    pub fn judge<'p, I>(&self, tiers: impl Iterator<Item = TierRules<'p, I>>, query: &Query) -> Judgement
     where
-        I: Iterator<Item = (&'p Policy, &'p Rule)>,
+        I: Iterator<Item = (&'p Policy, &'p Rule, Tri)>,
     {
         let mut trace = Vec::new();
         let mut left: Option<Phase> = None;
-        'tiers: for (at, tier) in tiers.iter().enumerate() {
+        'tiers: for tier in tiers {
             if left == Some(tier.id.phase) {
                 continue;
             }
-            for (policy, rule) in rules(at) {
+            for (policy, rule, selects) in tier.rules {
                 let federated = policy.id.cluster.is_none();
-                let matches = rule_matches(self.facts, self.enforcer, policy, rule, query).and(tier.selects(policy));
+                let matches = rule_matches(self.facts, self.cluster, policy, rule, query).and(selects);
                 let effect = match (rule.action, matches) {
                     (Action::Allow, Tri::Unknown) if rule.unknown_because().is_some() => Effect::NotEnforced,
                     (_, Tri::No) | (Action::Allow | Action::Log, Tri::Unknown) => continue,
@@ -338,9 +355,7 @@ impl<F: Facts> Court<'_, F> {
                     (Action::Log, _) => {}
                 }
             }
-            if let Some(last) = tier.policies.last() {
-                trace.push(Step::EndOfTier { tier: tier.id.clone(), last: last.id.clone(), action: tier.default });
-            }
+            trace.push(Step::EndOfTier { tier: tier.id.clone(), last: tier.last.clone(), action: tier.default });
             if tier.default == TierDefault::Deny {
                 return Judgement { verdict: Verdict::Deny, trace };
             }
@@ -391,7 +406,7 @@ impl Facts for Inspection<'_> {
     fn named_port(&self, enforcer: &str, pods: &Selection, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
         let Some((cluster, id)) = &end.pod else { return Tri::No };
         let pod = self.inventory.clusters.get(cluster).and_then(|owner| owner.endpoints.get(id));
-        let named = pod.is_some_and(|pod| has_named_port(pod, name, protocol, port));
+        let named = pod.is_some_and(|pod| has_named_port(&pod.ports, name, protocol, port));
         // Of a stale cluster this is unknown: what was a named port when it fell silent may still be one.
         Tri::from(named).and(self.inventory.selects(enforcer, pods, cluster, id))
     }
@@ -402,8 +417,8 @@ impl Facts for Inspection<'_> {
 }
 
 /// See [`Facts::named_port`].
-pub(crate) fn has_named_port(pod: &Endpoint, name: &str, protocol: u8, port: u16) -> bool {
-    pod.ports.iter().any(|have| &*have.name == name && have.protocol == protocol && have.port == port)
+pub(crate) fn has_named_port(ports: &[NamedPort], name: &str, protocol: u8, port: u16) -> bool {
+    ports.iter().any(|have| &*have.name == name && have.protocol == protocol && have.port == port)
 }
 
 /// See [`Facts::backend`]. A service that does not exist has no backends.
@@ -415,20 +430,26 @@ pub(crate) fn backend(
     port: Option<(u8, u16)>,
 ) -> Tri {
     let key = (service.namespace.clone(), service.name.clone());
-    let found =
-        inventory.clusters.get(enforcer).and_then(|cluster| cluster.services.get(&key)).is_some_and(|service| {
-            // A backend that has no address yet is known by its name.
-            let pod = end.pod.as_ref().filter(|(cluster, _)| **cluster == *enforcer);
-            let planned = pod.and_then(|(_, pod)| service.planned.get(pod));
-            match port {
-                Some((protocol, port)) => {
-                    service.backends.contains(&(end.address, protocol, port))
-                        || planned.is_some_and(|ports| ports.contains(&(protocol, port)))
-                }
-                None => service.addresses.contains(&end.address) || planned.is_some(),
-            }
-        });
-    Tri::from(found)
+    let found = inventory.clusters.get(enforcer).and_then(|cluster| cluster.services.get(&key));
+    let pod = end.pod.as_ref().filter(|(cluster, _)| **cluster == *enforcer).map(|(_, pod)| pod);
+    Tri::from(found.is_some_and(|service| is_backend(service, end.address, pod, port)))
+}
+
+/// Whether an address, or a pod of the service's cluster that has none yet, is a backend of a service.
+pub(crate) fn is_backend(
+    service: &Service,
+    address: IpAddr,
+    pod: Option<&EndpointId>,
+    port: Option<(u8, u16)>,
+) -> bool {
+    let planned = pod.and_then(|pod| service.planned.get(pod));
+    match port {
+        Some((protocol, port)) => {
+            service.backends.contains(&(address, protocol, port))
+                || planned.is_some_and(|ports| ports.contains(&(protocol, port)))
+        }
+        None => service.addresses.contains(&address) || planned.is_some(),
+    }
 }
 
 /// Whether `rule` of `policy` matches.

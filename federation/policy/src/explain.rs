@@ -67,6 +67,11 @@ pub struct Explanation {
 }
 
 impl Explanation {
+    /// By a prepared form of the evaluator.
+    pub fn new(enforced: Answer, pending: Option<Answer>) -> Self {
+        Self { enforced, pending, form: "prepared" }
+    }
+
     /// As it is printed.
     pub fn line(&self) -> AnswerLine<'_> {
         AnswerLine::new(&self.enforced, self.pending.as_ref(), self.form)

@@ -13,6 +13,7 @@ mod id_set;
 mod inventory;
 mod matches;
 mod model;
+mod nets;
 mod refresh;
 
 pub use id_set::IdSet;
@@ -22,3 +23,4 @@ pub use model::{
     Addresses, ClusterId, ClusterRecord, Contribution, FEDERATION, IndexedCluster, LOCAL, Members, NodeIndex,
     ServiceKey, Slot, SlotId,
 };
+pub use nets::NetTable;

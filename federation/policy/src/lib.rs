@@ -4,11 +4,13 @@
 
 pub mod diff;
 pub mod evaluate;
+pub mod evaluator;
 pub mod explain;
 pub mod indexed;
 pub mod inventory;
 pub mod lint;
 pub mod model;
+mod outline;
 pub mod placement;
 pub mod prepared;
 pub mod selector;

@@ -15,14 +15,14 @@ use std::hash::BuildHasher as _;
 use std::net::IpAddr;
 use std::rc::Rc;
 
-use ipnet::IpNet;
-
 use crate::evaluate::{
-    Answer, Court, Direction, End, Facts, Query, TierView, View, acting, answer, backend, has_named_port, has_ports,
-    in_order, in_tiers, rules,
+    Answer, Direction, End, Enforcer, Facts, Query, TierView, View, acting, answer, backend, has_named_port, in_order,
+    in_tiers, rules,
 };
+use crate::indexed::NetTable;
 use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, selects};
-use crate::model::{Action, ClusterName, EntityMatch, Layer, Policy, PolicySet, Port, Rule, Selection, ServiceMatch};
+use crate::model::{Action, ClusterName, EntityMatch, Layer, Policy, PolicySet, Rule, Selection, ServiceMatch};
+use crate::outline::{ANY, EndBits, Outline, PacketOutline, only};
 use crate::selector::{Expr, Selector, build};
 use crate::tri::Tri;
 use crate::workload::SOME_VALUE;
@@ -55,7 +55,7 @@ pub struct Prepared<'a> {
     /// Selections by their numbers.
     index: LabelIndex<'a>,
     /// The nets of rules that name one only, numbered behind the selections.
-    nets: NetIndex,
+    nets: NetTable<u32>,
     sets: NetworkSets<'a>,
     classes: RefCell<Classes<'a>>,
     /// By class and direction.
@@ -63,7 +63,7 @@ pub struct Prepared<'a> {
     chains_by_content: RefCell<FastMap<ChainKey, Chain<'a>>>,
     memos: RefCell<Memos>,
     /// For each end one bit for each selection and net, clear between questions.
-    bits: [Bits; 2],
+    bits: EndBits,
 }
 
 impl<'a> Prepared<'a> {
@@ -97,12 +97,13 @@ impl<'a> Prepared<'a> {
             let by_id = owner.endpoints.iter().map(known).collect();
             (&**cluster, Pods { cluster, owner, by_id })
         };
-        let (mut nets, mut count) = (NetIndex::default(), by_number.len() as u32);
+        let (mut nets, mut count) = (NetTable::default(), by_number.len() as u32);
         for net in only_nets {
-            nets.add(net, count);
-            count += 1;
+            if nets.of(net).is_empty() {
+                nets.insert(net, count);
+                count += 1;
+            }
         }
-        nets.finish();
         Self {
             inventory,
             plans,
@@ -110,7 +111,7 @@ impl<'a> Prepared<'a> {
             pods: inventory.clusters.iter().map(pods_of).collect(),
             selections,
             index: LabelIndex::new(by_number.iter().map(|selection| &selection.selector)),
-            bits: [(); 2].map(|()| vec![Cell::new(0); count.div_ceil(64) as usize].into()),
+            bits: EndBits::new(count),
             by_number,
             sets: NetworkSets::new(inventory),
             classes: RefCell::new(Classes { keys, by_key: FastMap::default() }),
@@ -130,18 +131,28 @@ impl<'a> Prepared<'a> {
             let chain = self.chain(pod, direction);
             let facts =
                 Remembered { prepared: self, query, ends: &ends, enforcer: pod.cluster, held: Default::default() };
-            let _lit = Lit::new(&facts, chain.named);
-            let glance = Glance::new(&facts);
+            self.set_bits(&facts, chain.named);
+            let names_ports = |pod: Pod<'_>| !pod.endpoint.ports.is_empty();
+            let packet = PacketOutline::new(query, ends[1].pod.is_some_and(names_ports), &self.bits);
             let federated_allow_final = pod.owner.federated_allow_final;
-            let court = Court { facts: &facts, enforcer: pod.cluster, federated_allow_final };
-            let candidates = |tier: usize| {
-                let PlainRules { outlines, rules } = &chain.rules[tier];
-                let drawn = outlines.iter().zip(rules).filter(|(outline, _)| glance.may_match(outline));
-                let near = drawn.map(|(_, rule)| rule).filter(|rule| glance.is_in_nets(rule));
-                near.map(|rule| (rule.policy, rule.rule))
-            };
-            Some(court.judge(&chain.tiers, candidates, query))
+            let enforcer = Enforcer { facts: &facts, cluster: pod.cluster, federated_allow_final };
+            let tiers = chain.tiers.iter().zip(&chain.rules).filter_map(|(tier, PlainRules { outlines, rules })| {
+                let candidates = outlines.iter().zip(rules).filter(|(outline, _)| packet.may_match(outline));
+                tier.with_rules(candidates.map(|(_, rule)| (rule.policy, rule.rule, rule.selects)))
+            });
+            Some(enforcer.judge(tiers, query))
         })
+    }
+
+    /// Sets the bits of the selections that hold for the ends, or may, and of the nets that contain them; only for ends of
+    /// which some rule requires one.
+    fn set_bits(&self, facts: &Remembered<'_, '_>, named: [bool; 2]) {
+        self.bits.clear();
+        let addresses = [facts.query.source.address, facts.query.destination.address];
+        for end in [0, 1].into_iter().filter(|end| named[*end]) {
+            facts.held(end).iter().for_each(|(number, _)| self.bits.set(end, *number));
+            self.nets.containing(addresses[end]).for_each(|number| self.bits.set(end, number));
+        }
     }
 
     fn chain(&self, pod: Pod<'a>, direction: Direction) -> Chain<'a> {
@@ -181,21 +192,19 @@ impl<'a> Prepared<'a> {
         for policy in &tier.policies {
             for rule in rules(policy, direction).unwrap_or_default() {
                 let meaning = Rule { index: 0, ..rule.clone() };
-                let certain = rule.unknown_because().is_none() && tier.selects(policy) == Tri::Yes;
+                let selects = tier.selects(policy);
+                let certain = rule.unknown_because().is_none() && selects == Tri::Yes;
                 let ends = rule.action != Action::Log && certain;
                 if ends && !seen.insert(meaning) {
                     continue;
                 }
                 let end = |end: &EntityMatch| {
-                    number(&end.selection).or_else(|| only(&end.nets).and_then(|net| self.nets.number(net)))
+                    number(&end.selection)
+                        .or_else(|| only(&end.nets).and_then(|net| self.nets.of(net).first().copied()))
                 };
                 let ends = [end(&rule.source), end(&rule.destination)];
                 plain.outlines.push(Outline::of(rule, ends));
-                plain.rules.push(PlainRule {
-                    policy,
-                    rule,
-                    nets: [only(&rule.source.nets), only(&rule.destination.nets)],
-                });
+                plain.rules.push(PlainRule { policy, rule, selects });
             }
         }
         plain
@@ -270,83 +279,6 @@ impl<'a> Prepared<'a> {
     }
 }
 
-type Bits = Box<[Cell<u64>]>;
-
-/// The bits of the selections that hold, or may hold, the ends, and of the nets that do: set while it lives.
-struct Lit<'p> {
-    bits: &'p [Bits; 2],
-    held: [Option<Held>; 2],
-    nets: [Vec<u32>; 2],
-}
-
-impl<'p> Lit<'p> {
-    /// Sets those of the ends of which some rule says which it means.
-    fn new(facts: &Remembered<'p, '_>, named: [bool; 2]) -> Self {
-        let held = [0, 1].map(|end| named[end].then(|| facts.held(end).clone()));
-        let addresses = [facts.query.source.address, facts.query.destination.address];
-        let nets = [0, 1].map(|end| if named[end] { facts.prepared.nets.holding(addresses[end]) } else { Vec::new() });
-        let this = Self { bits: &facts.prepared.bits, held, nets };
-        this.set(|word, bit| word | bit);
-        this
-    }
-
-    fn set(&self, change: impl Fn(u64, u64) -> u64) {
-        for ((bits, held), nets) in self.bits.iter().zip(&self.held).zip(&self.nets) {
-            for number in held.iter().flat_map(|held| held.iter()).map(|(number, _)| number).chain(nets) {
-                let word = &bits[*number as usize / 64];
-                word.set(change(word.get(), 1 << (number % 64)));
-            }
-        }
-    }
-}
-
-impl Drop for Lit<'_> {
-    fn drop(&mut self) {
-        self.set(|word, bit| word & !bit);
-    }
-}
-
-/// What tells at a glance that a rule does not match.
-struct Glance<'p> {
-    bits: &'p [Bits; 2],
-    protocol: u16,
-    /// 0 where the packet has none.
-    port: u16,
-    has_port: bool,
-    /// The destination is a pod that names one.
-    has_names: bool,
-    addresses: [IpAddr; 2],
-}
-
-impl<'p> Glance<'p> {
-    fn new(facts: &Remembered<'p, '_>) -> Self {
-        let query = facts.query;
-        Self {
-            bits: &facts.prepared.bits,
-            protocol: query.protocol.into(),
-            port: query.destination_port,
-            has_port: has_ports(query.protocol),
-            has_names: facts.ends[1].pod.is_some_and(|pod| !pod.endpoint.ports.is_empty()),
-            addresses: [query.source.address, query.destination.address],
-        }
-    }
-
-    /// Whether a rule is worth looking at.
-    fn may_match(&self, rule: &Outline) -> bool {
-        let lit = |end: usize| {
-            let number = rule.ends[end];
-            number == ANY || self.bits[end][number as usize / 64].get() >> (number % 64) & 1 == 1
-        };
-        let in_range = rule.first <= self.port && self.port <= rule.last;
-        let port = !rule.ports || self.has_port && (in_range || rule.named && self.has_names);
-        (rule.protocol == ANY_PROTOCOL || rule.protocol == self.protocol) && port && lit(0) && lit(1)
-    }
-
-    fn is_in_nets(&self, rule: &PlainRule<'_>) -> bool {
-        rule.nets.iter().zip(&self.addresses).all(|(net, address)| net.is_none_or(|net| net.contains(address)))
-    }
-}
-
 /// What judges one direction of a pod, laid out to be read quickly.
 #[derive(Debug, Default)]
 struct Plain<'a> {
@@ -368,52 +300,8 @@ struct PlainRules<'a> {
 struct PlainRule<'a> {
     policy: &'a Policy,
     rule: &'a Rule,
-    /// Of source and destination, where there is one only.
-    nets: [Option<IpNet>; 2],
-}
-
-/// Four of them in a line of a cache.
-#[derive(Debug)]
-struct Outline {
-    /// The numbers of the selections of source and destination, of their only nets where they have none; [`ANY`] says nothing.
-    ends: [u32; 2],
-    /// [`ANY_PROTOCOL`] says nothing.
-    protocol: u16,
-    /// What all ports of the destination lie between; first after last when all are names.
-    first: u16,
-    last: u16,
-    /// The destination's ports say something; some of them are names.
-    ports: bool,
-    named: bool,
-}
-
-const ANY: u32 = u32::MAX;
-const ANY_PROTOCOL: u16 = u16::MAX;
-
-impl Outline {
-    fn of(rule: &Rule, ends: [Option<u32>; 2]) -> Self {
-        let mut outline = Self {
-            ends: ends.map(|end| end.unwrap_or(ANY)),
-            protocol: rule.protocol.map_or(ANY_PROTOCOL, |protocol| protocol.number().into()),
-            first: u16::MAX,
-            last: 0,
-            ports: !rule.destination.ports.is_empty(),
-            named: false,
-        };
-        for port in &rule.destination.ports {
-            match port {
-                Port::Range(first, last) => {
-                    (outline.first, outline.last) = (outline.first.min(*first), outline.last.max(*last));
-                }
-                Port::Named(_) => outline.named = true,
-            }
-        }
-        outline
-    }
-}
-
-fn only(nets: &[IpNet]) -> Option<IpNet> {
-    if let [net] = nets { Some(*net) } else { None }
+    /// Whether the policy selects the pod.
+    selects: Tri,
 }
 
 fn selections_of(entity: &EntityMatch) -> impl Iterator<Item = &Selection> {
@@ -493,7 +381,8 @@ impl Facts for Remembered<'_, '_> {
     }
 
     fn named_port(&self, enforcer: &str, pods: &Selection, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
-        let pod = self.ends[self.place(end)].pod.filter(|pod| has_named_port(pod.endpoint, name, protocol, port));
+        let pod =
+            self.ends[self.place(end)].pod.filter(|pod| has_named_port(&pod.endpoint.ports, name, protocol, port));
         pod.map_or(Tri::No, |pod| selects(enforcer, pods, pod.cluster, pod.owner, pod.id, pod.endpoint))
     }
 
@@ -734,42 +623,8 @@ fn each_value<'e>(expr: &'e Expr, visit: &mut impl FnMut(&'e str, &'e str)) {
 struct NetworkSets<'a> {
     /// With the cluster; `None` is the federation.
     all: Vec<(Option<&'a str>, &'a EndpointId, &'a Endpoint)>,
-    nets: NetIndex,
+    nets: NetTable<u32>,
     none: Rc<[u32]>,
-}
-
-/// Numbers by nets.
-#[derive(Debug, Default)]
-struct NetIndex {
-    by_net: FastMap<IpNet, Vec<u32>>,
-    /// The lengths in use, for each family.
-    lengths: [Vec<u8>; 2],
-}
-
-impl NetIndex {
-    fn add(&mut self, net: IpNet, number: u32) {
-        self.by_net.entry(net.trunc()).or_default().push(number);
-        self.lengths[usize::from(matches!(net, IpNet::V6(_)))].push(net.prefix_len());
-    }
-
-    fn finish(&mut self) {
-        for lengths in &mut self.lengths {
-            lengths.sort_unstable();
-            lengths.dedup();
-        }
-    }
-
-    /// The first number of a net.
-    fn number(&self, net: IpNet) -> Option<u32> {
-        self.by_net.get(&net.trunc())?.first().copied()
-    }
-
-    /// The numbers of the nets that an address is in.
-    fn holding(&self, address: IpAddr) -> Vec<u32> {
-        let lengths = self.lengths[usize::from(address.is_ipv6())].iter();
-        let nets = lengths.filter_map(|length| IpNet::new(address, *length).ok());
-        nets.filter_map(|net| self.by_net.get(&net.trunc())).flatten().copied().collect()
-    }
 }
 
 impl<'a> NetworkSets<'a> {
@@ -780,16 +635,15 @@ impl<'a> NetworkSets<'a> {
         let federated = inventory.federated_sets.iter().map(|(id, endpoint)| (None, id, endpoint));
         let all: Vec<_> =
             of_clusters.filter(|(_, id, _)| id.kind == EndpointKind::NetworkSet).chain(federated).collect();
-        let mut nets = NetIndex::default();
+        let mut nets = NetTable::default();
         for (at, (.., endpoint)) in all.iter().enumerate() {
-            endpoint.nets.iter().for_each(|net| nets.add(*net, at as u32));
+            endpoint.nets.iter().for_each(|net| nets.insert(*net, at as u32));
         }
-        nets.finish();
         Self { all, nets, none: Rc::new([]) }
     }
 
     fn holding(&self, address: IpAddr) -> Rc<[u32]> {
-        let mut found = self.nets.holding(address);
+        let mut found: Vec<u32> = self.nets.containing(address).collect();
         if found.is_empty() {
             return self.none.clone();
         }

@@ -9,7 +9,7 @@ use hanse_policy::inventory::EndpointKind;
 use hanse_policy::model::ClusterName;
 use hanse_ruleset::RuleSet;
 
-use crate::shared::{compile, place_pods, rule_sets, updates};
+use crate::shared::{compile, place_pods, rule_sets, shuffle, undo, updates};
 use crate::worlds::{Random, World, world};
 
 const RUNS: u64 = 150;
@@ -30,29 +30,6 @@ impl Agents {
             }
         }
     }
-}
-
-fn shuffle<T>(random: &mut Random, all: &mut [T]) {
-    for at in (1..all.len()).rev() {
-        all.swap(at, random.below(at + 1));
-    }
-}
-
-/// Takes away what an update brought.
-fn undo(update: &Update) -> Option<Update> {
-    Some(match update.clone() {
-        Update::Cluster { name, .. } => Update::RemoveCluster { name },
-        Update::Namespace { cluster, name, .. } => Update::RemoveNamespace { cluster, name },
-        Update::ServiceAccount { cluster, namespace, name, .. } => {
-            Update::RemoveServiceAccount { cluster, namespace, name }
-        }
-        Update::Endpoint { cluster, id, .. } => Update::RemoveEndpoint { cluster, id },
-        Update::Service { namespace, name, .. } => Update::RemoveService { namespace, name },
-        Update::Node { name, .. } => Update::RemoveNode { name },
-        Update::Tier(tier) => Update::RemoveTier(tier.id),
-        Update::Policy(policy) => Update::RemovePolicy(policy.id),
-        _ => return None,
-    })
 }
 
 #[test]

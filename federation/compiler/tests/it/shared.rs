@@ -7,7 +7,7 @@ use hanse_policy::inventory::EndpointKind;
 use hanse_policy::model::ClusterName;
 use hanse_ruleset::{Digest, NodeConfig, RuleSet};
 
-use crate::worlds::World;
+use crate::worlds::{Random, World};
 
 pub const NODES: &[&str] = &["node-a", "node-b"];
 /// Of every node.
@@ -51,4 +51,27 @@ pub fn rule_sets(compiler: &mut Compiler) -> Vec<(Arc<str>, RuleSet)> {
         assert_eq!(kept, Some(rules.digest()), "digest of {name}");
     }
     all
+}
+
+pub fn shuffle<T>(random: &mut Random, all: &mut [T]) {
+    for at in (1..all.len()).rev() {
+        all.swap(at, random.below(at + 1));
+    }
+}
+
+/// The update that removes what an update added.
+pub fn undo(update: &Update) -> Option<Update> {
+    Some(match update.clone() {
+        Update::Cluster { name, .. } => Update::RemoveCluster { name },
+        Update::Namespace { cluster, name, .. } => Update::RemoveNamespace { cluster, name },
+        Update::ServiceAccount { cluster, namespace, name, .. } => {
+            Update::RemoveServiceAccount { cluster, namespace, name }
+        }
+        Update::Endpoint { cluster, id, .. } => Update::RemoveEndpoint { cluster, id },
+        Update::Service { namespace, name, .. } => Update::RemoveService { namespace, name },
+        Update::Node { name, .. } => Update::RemoveNode { name },
+        Update::Tier(tier) => Update::RemoveTier(tier.id),
+        Update::Policy(policy) => Update::RemovePolicy(policy.id),
+        _ => return None,
+    })
 }

@@ -184,17 +184,34 @@ pub enum QuestionError {
     IpVersion,
 }
 
-/// Where an end may be: the addresses that it may use, the primary first, and who owns them.
-struct Candidate {
+/// Where an end may be: the addresses that it may use, the primary first, and their owners.
+pub(crate) struct Candidate {
     addresses: Vec<IpAddr>,
     /// It has an address, which is not known yet: of IPv4, and of IPv6.
     planned: [bool; 2],
     owners: Vec<(ClusterName, EndpointId)>,
-    /// The cluster that was named, though nobody there owns the address.
+    /// The cluster that was named, whether or not a pod there owns the address.
     named: Option<ClusterName>,
 }
 
 impl Candidate {
+    /// An address, and its owners by cluster and name.
+    pub fn address(
+        text: &str,
+        owners: impl FnOnce(IpAddr) -> Vec<(ClusterName, EndpointId)>,
+    ) -> Result<Self, QuestionError> {
+        let address: IpAddr = text.parse().map_err(|_| QuestionError::Address(text.to_owned()))?;
+        let address = address.to_canonical();
+        Ok(Self { addresses: vec![address], planned: [false; 2], owners: owners(address), named: None })
+    }
+
+    /// A pod that was named, with the addresses that it uses; `pod` is `None` where it does not own them. `None`: it has no
+    /// address.
+    pub fn running(cluster: ClusterName, pod: Option<EndpointId>, addresses: Vec<IpAddr>) -> Option<Self> {
+        let owners = pod.into_iter().map(|pod| (cluster.clone(), pod)).collect();
+        (!addresses.is_empty()).then_some(Self { addresses, planned: [false; 2], owners, named: Some(cluster) })
+    }
+
     fn is_of(&self, cluster: &ClusterName) -> bool {
         self.named.as_ref() == Some(cluster) || self.owners.iter().any(|(owner, _)| owner == cluster)
     }
@@ -221,6 +238,15 @@ pub struct Packet {
 }
 
 impl Packet {
+    /// With the ends of its question, which must have addresses.
+    pub fn query_of(&self, question: &Question) -> Result<Query, QuestionError> {
+        let end = |spot: &Spot, place: &Place| match spot.address {
+            Some(address) => Ok(End { address, pod: spot.pod.clone() }),
+            None => Err(QuestionError::NoAddress(place.to_string())),
+        };
+        Ok(self.query(end(&self.source, &question.from)?, end(&self.destination, &question.to)?))
+    }
+
     /// With these ends.
     pub fn query(&self, source: End, destination: End) -> Query {
         Query {
@@ -286,29 +312,12 @@ impl<'a> Owners<'a> {
 
     /// The packet that a question asks about.
     pub fn packet(&self, question: &Question) -> Result<Query, QuestionError> {
-        let packet = self.packet_of_spots(question)?;
-        let end = |spot: &Spot, place: &Place| match spot.address {
-            Some(address) => Ok(End { address, pod: spot.pod.clone() }),
-            None => Err(QuestionError::NoAddress(place.to_string())),
-        };
-        Ok(packet.query(end(&packet.source, &question.from)?, end(&packet.destination, &question.to)?))
+        self.packet_of_spots(question)?.query_of(question)
     }
 
     /// The same, where pods that do not run yet may be named.
     pub fn packet_of_spots(&self, question: &Question) -> Result<Packet, QuestionError> {
-        let (from, to) = (self.candidate(&question.from)?, self.candidate(&question.to)?);
-        let protocol = question.protocol.as_ref().map_or(Ok(6), ProtocolName::number)?;
-        let version = version(question, &from, &to, protocol)?;
-        let has_ports = has_ports(protocol);
-        Ok(Packet {
-            source: self.spot(&question.from, &from, &to, version)?,
-            destination: self.spot(&question.to, &to, &from, version)?,
-            ip_version: version,
-            protocol,
-            source_port: if has_ports { question.source_port.unwrap_or(40_000) } else { 0 },
-            destination_port: destination_port(question.port, protocol)?,
-            icmp: question.icmp.map(|icmp| (icmp.kind, icmp.code)).or_else(|| echo_request(protocol)),
-        })
+        packet_between(question, &self.candidate(&question.from)?, &self.candidate(&question.to)?)
     }
 
     /// Where the packets of a question go, if it is to a service, by name or by an address that no pod owns.
@@ -424,13 +433,10 @@ impl<'a> Owners<'a> {
 
     fn candidate(&self, place: &Place) -> Result<Candidate, QuestionError> {
         match place {
-            Place::Address { ip } => {
-                let address: IpAddr = ip.parse().map_err(|_| QuestionError::Address(ip.clone()))?;
-                let address = address.to_canonical();
+            Place::Address { ip } => Candidate::address(ip, |address| {
                 let owners = self.by_address.get(&address).into_iter().flatten();
-                let owners = owners.map(|(cluster, id)| ((*cluster).clone(), (*id).clone())).collect();
-                Ok(Candidate { addresses: vec![address], planned: [false; 2], owners, named: None })
-            }
+                owners.map(|(cluster, id)| ((*cluster).clone(), (*id).clone())).collect()
+            }),
             Place::Service { .. } => Err(QuestionError::Service(place.to_string())),
             Place::Pod { cluster, namespace, pod } => {
                 let (cluster, id, endpoint) = self.pod(cluster.as_deref(), namespace, pod)?;
@@ -496,17 +502,33 @@ impl<'a> Owners<'a> {
         let owner = owners.iter().find(|(cluster, _)| *cluster == prefer).or(owners.first());
         End { address, pod: owner.map(|(cluster, id)| ((*cluster).clone(), (*id).clone())) }
     }
+}
 
-    /// An address that several clusters' pods own is the other end's cluster's, else the first cluster's.
-    fn spot(&self, place: &Place, this: &Candidate, other: &Candidate, version: u8) -> Result<Spot, QuestionError> {
-        let family = || QuestionError::Family(place.to_string(), version);
-        let address = match this.has_version(version) && this.is_planned() {
-            true => None,
-            false => Some(*this.addresses.iter().find(|it| version_of(it) == version).ok_or_else(family)?),
-        };
-        let shared = this.owners.iter().find(|(cluster, _)| other.is_of(cluster));
-        Ok(Spot { address, pod: shared.or(this.owners.first()).cloned() })
-    }
+/// The packet of a question whose ends may be at these places.
+pub(crate) fn packet_between(question: &Question, from: &Candidate, to: &Candidate) -> Result<Packet, QuestionError> {
+    let protocol = question.protocol.as_ref().map_or(Ok(6), ProtocolName::number)?;
+    let version = version(question, from, to, protocol)?;
+    let has_ports = has_ports(protocol);
+    Ok(Packet {
+        source: spot(&question.from, from, to, version)?,
+        destination: spot(&question.to, to, from, version)?,
+        ip_version: version,
+        protocol,
+        source_port: if has_ports { question.source_port.unwrap_or(40_000) } else { 0 },
+        destination_port: destination_port(question.port, protocol)?,
+        icmp: question.icmp.map(|icmp| (icmp.kind, icmp.code)).or_else(|| echo_request(protocol)),
+    })
+}
+
+/// An address that pods of several clusters own belongs to the other end's cluster, else to the first cluster.
+fn spot(place: &Place, this: &Candidate, other: &Candidate, version: u8) -> Result<Spot, QuestionError> {
+    let family = || QuestionError::Family(place.to_string(), version);
+    let address = match this.has_version(version) && this.is_planned() {
+        true => None,
+        false => Some(*this.addresses.iter().find(|it| version_of(it) == version).ok_or_else(family)?),
+    };
+    let shared = this.owners.iter().find(|(cluster, _)| other.is_of(cluster));
+    Ok(Spot { address, pod: shared.or(this.owners.first()).cloned() })
 }
 
 fn version_of(address: &IpAddr) -> u8 {

@@ -101,6 +101,14 @@ impl IndexedInventory {
         slot.addresses.iter().copied().filter(move |it| uncontested || self.holder(*it) == Some(at))
     }
 
+    /// Every endpoint that claims an address.
+    pub fn claimants(&self, address: IpAddr) -> impl Iterator<Item = SlotId> {
+        let contested = self.contested.get(&address);
+        let holder = self.holder(address).filter(|_| contested.is_none());
+        contested.into_iter().flatten().copied().chain(holder)
+    }
+
+    /// The addresses that more than one endpoint claims.
     pub fn contested(&self) -> impl Iterator<Item = IpAddr> {
         self.contested.keys().copied()
     }

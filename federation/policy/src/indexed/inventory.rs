@@ -15,6 +15,7 @@ use super::model::{
     Addresses, ClusterId, ClusterRecord, Context, ContextId, Contribution, FEDERATION, IndexedCluster, LOCAL, Members,
     NodeIndex, ServiceKey, Slot, SlotId,
 };
+use super::nets::NetTable;
 use crate::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant, Labels, Service};
 use crate::model::{ClusterName, ClusterScope};
 use crate::selector::{Selector, build};
@@ -42,6 +43,10 @@ pub struct IndexedInventory {
     pub(super) holders: HashTable<(SlotId, u32)>,
     /// All claimants of an address that more than one endpoint claims.
     pub(super) contested: FastMap<IpAddr, SmallVec<[SlotId; 2]>>,
+    /// Network sets by their nets.
+    by_net: NetTable<SlotId>,
+    /// The addresses of pods on the host's network, the primary first: their node's, which no pod owns.
+    host_addresses: FastMap<SlotId, Box<[IpAddr]>>,
     pub by_port: FastMap<Arc<str>, IdSet<SlotId>>,
     pub(super) members: SecondaryMap<ClassId, Members>,
     no_members: Members,
@@ -71,6 +76,8 @@ impl IndexedInventory {
             slots_by_id: HashTable::new(),
             holders: HashTable::new(),
             contested: FastMap::default(),
+            by_net: NetTable::default(),
+            host_addresses: FastMap::default(),
             by_port: FastMap::default(),
             members: SecondaryMap::default(),
             no_members: Members::default(),
@@ -250,9 +257,15 @@ impl IndexedInventory {
         }
         // Network sets have no addresses, pods no nets, and pods on the host's network nothing.
         let holds = id.kind == EndpointKind::Pod && !endpoint.host_network;
-        let mut addresses: Addresses = endpoint.addresses.into_iter().filter(|_| holds).collect();
-        addresses.sort_unstable();
-        addresses.dedup();
+        let mut addresses = Addresses::new();
+        for address in endpoint.addresses.into_iter().filter(|_| holds) {
+            if !addresses.contains(&address) {
+                addresses.push(address);
+            }
+        }
+        if endpoint.host_network {
+            self.host_addresses.insert(at, endpoint.host_addresses.into());
+        }
         self.contexts[context].endpoints.insert(at);
         self.clusters[cluster].endpoints.insert(at);
         let slot = &mut self.slots[at];
@@ -264,6 +277,8 @@ impl IndexedInventory {
         slot.ports = endpoint.ports.into();
         slot.host_network = endpoint.host_network;
         slot.live = true;
+        let nets = slot.nets.iter().copied();
+        nets.for_each(|net| self.by_net.insert(net, at));
         for position in 0..self.slots[at].addresses.len() {
             self.claim(at, position);
         }
@@ -311,7 +326,8 @@ impl IndexedInventory {
         let slot = &mut self.slots[at];
         let (own, ports) = (std::mem::take(&mut slot.own), std::mem::take(&mut slot.ports));
         let (addresses, context) = (slot.addresses.clone(), slot.context);
-        slot.nets = Box::default();
+        std::mem::take(&mut slot.nets).iter().for_each(|net| self.by_net.remove(*net, at));
+        self.host_addresses.remove(&at);
         own.iter().for_each(|pair| self.index.release(*pair));
         for port in &ports {
             if let Some(endpoints) = self.by_port.get_mut(&port.name) {
@@ -357,6 +373,24 @@ impl IndexedInventory {
             let (key, value) = self.index.text_of(*pair);
             Some((build::own_label(key)?, value))
         })
+    }
+
+    /// The addresses that an endpoint claims, the primary first.
+    pub fn claimed(&self, at: SlotId) -> &[IpAddr] {
+        &self.slots[at].addresses
+    }
+
+    /// The addresses of a pod on the host's network; `None` where it is not on it.
+    pub fn host_addresses(&self, at: SlotId) -> Option<&[IpAddr]> {
+        self.host_addresses.get(&at).map(|addresses| &**addresses)
+    }
+
+    /// The network sets that contain an address, each once.
+    pub fn sets_containing(&self, address: IpAddr) -> SmallVec<[SlotId; 4]> {
+        let mut found: SmallVec<[SlotId; 4]> = self.by_net.containing(address).collect();
+        found.sort_unstable();
+        found.dedup();
+        found
     }
 
     pub fn is_stale(&self, cluster: ClusterId) -> bool {

@@ -444,6 +444,11 @@ impl SelectorIndex {
         &self.classes[class].matches
     }
 
+    /// One above the highest number of a selector.
+    pub fn selector_bound(&self) -> u32 {
+        self.selectors.bound()
+    }
+
     pub fn selector_count(&self) -> usize {
         self.selectors_by_canonical.len()
     }
