@@ -1,11 +1,11 @@
-//! What the kernels of this cluster's nodes decided of connections, with what policy says of it, in a file.
+//! Flow records: the decisions of this cluster's nodes on connections, with the verdicts of policy, in a file.
 //!
-//! Agents tell decisions with addresses. Here each gets the identities of its ends, and both outcomes of policy, the enforced and the
-//! staged one, as they are known when it is judged: seconds after the decision. Only directions of this cluster's pods are judged;
-//! another cluster's own policies are not known, nor are pods there that nothing here selects.
+//! Agents report decisions with addresses. Each record adds the identities of both ends and both outcomes of policy, the
+//! enforced and the staged one, as known when the flow is judged: seconds after the decision. Only directions of this
+//! cluster's pods are judged: other clusters' own policies are not known here, nor are pods there that no policy here selects.
 //!
-//! A line is a [`Record`]. Two files are kept, `flows.jsonl` and the one before it. Nothing waits for them: what comes faster than it
-//! can be judged or written is lost, and counted.
+//! A line is a [`Record`]. Two files are kept, `flows.jsonl` and its predecessor. No part of enforcement waits for them: flows
+//! that arrive faster than they can be judged or written are dropped and counted.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -18,7 +18,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use hanse_identity::tls::RateLimit;
 use hanse_policy::evaluate::{End, Query};
-use hanse_policy::explain::{AnswerLine, Explainer, has_ports, protocol_name};
+use hanse_policy::evaluator::Judge;
+use hanse_policy::explain::{AnswerLine, has_ports, protocol_name};
 use hanse_proto::agent::v1 as wire;
 use hanse_protocol::MAX_FLOWS;
 use hanse_runtime::files::private_folder;
@@ -29,42 +30,41 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use crate::live::{Live, State};
 use crate::metrics::FlowMetrics;
-use crate::questions::{Answering, Known};
 
 /// Messages and flows that wait to be judged: of at most 16 MB.
 const MAX_MESSAGES: usize = 4_096;
 const MAX_WAITING: usize = 64_000;
-/// Messages of one node in a second, and ten at once: an agent sends one each two seconds, and a few when it could not for a
-/// while.
+/// Messages of one node in a second, and ten at once: an agent sends one every two seconds, and a few after an interruption.
 const PER_SECOND: f64 = 1.0;
-/// Decisions that one flow or one message may count.
+/// The most decisions that one flow or one message counts for.
 const MAX_COUNT: u64 = 10_000_000;
-/// Flows are judged together, at least so long after the last ones. It takes a pass over all endpoints and policies, so
-/// where that takes long, nine times as long passes between: a tenth of a processor at most.
+/// Flows are judged in batches, at least this long after the last one, and after nine times as long as that one took: a
+/// tenth of a processor at most.
 const JUDGE_EVERY: Duration = Duration::from_secs(2);
 const REST: u32 = 9;
-/// How old the policies and identities may be by which flows are judged.
-const KNOWN_FOR: Duration = Duration::from_secs(5);
-/// So many bytes of lines are written at once.
+/// Flows that are judged under one lock, for which compiles wait: some 3 ms.
+const AT_ONCE: usize = 256;
+/// Lines are written in blocks of this size.
 const WRITE_BYTES: usize = 1 << 20;
-/// A file that is longer is followed by the next: with about 1 KiB a line, some 65,000 lines.
+/// The size at which the next file is begun: some 65,000 lines of about 1 KiB.
 const MAX_FILE_BYTES: u64 = 64 << 20;
 /// Labels of a pod that a record names.
 const MAX_LABELS: usize = 32;
 /// How far a node's clock may be ahead.
 const MAX_AHEAD: Duration = Duration::from_secs(3_600);
 
-/// What a node's agent told.
+/// A message of a node's agent.
 #[derive(Debug)]
 pub struct FromNode {
     node: Arc<str>,
     flows: wire::Flows,
-    /// Held while it waits.
+    /// Released when it was judged.
     _room: Option<OwnedSemaphorePermit>,
 }
 
-/// Where what agents tell waits to be judged. Clones share it.
+/// The queue of flows to be judged. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Inbox {
     sender: mpsc::Sender<FromNode>,
@@ -75,28 +75,28 @@ pub struct Inbox {
 
 impl Inbox {
     pub fn new() -> (Self, mpsc::Receiver<FromNode>) {
-        let (sender, told) = mpsc::channel(MAX_MESSAGES);
+        let (sender, received) = mpsc::channel(MAX_MESSAGES);
         let rate = Arc::new(Mutex::new(RateLimit::new(PER_SECOND)));
-        (Self { sender, room: Arc::new(Semaphore::new(MAX_WAITING)), rate }, told)
+        (Self { sender, room: Arc::new(Semaphore::new(MAX_WAITING)), rate }, received)
     }
 
-    /// Takes what a node tells, or says why not.
+    /// Queues the flows of a node.
     ///
     /// # Errors
-    /// `RESOURCE_EXHAUSTED` when it may be told later.
+    /// `RESOURCE_EXHAUSTED` when they may be sent again later.
     pub fn take(&self, node: Arc<str>, flows: wire::Flows) -> Result<(), Status> {
         if flows.flows.len() > MAX_FLOWS {
             return Err(Status::invalid_argument(format!("more than {MAX_FLOWS} flows")));
         }
-        let full = || Status::resource_exhausted("more flows than are taken: tell them later");
+        let full = || Status::resource_exhausted("too many flows: send them again later");
         let now = tokio::time::Instant::now();
         if !self.rate.lock().unwrap_or_else(PoisonError::into_inner).allows(Arc::clone(&node), now) {
             return Err(full());
         }
         let count = u32::try_from(flows.flows.len()).map_err(|_| full())?;
         let room = Arc::clone(&self.room).try_acquire_many_owned(count).map_err(|_| full())?;
-        let told = FromNode { node, flows, _room: Some(room) };
-        self.sender.try_send(told).map_err(|error| match error {
+        let message = FromNode { node, flows, _room: Some(room) };
+        self.sender.try_send(message).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => full(),
             mpsc::error::TrySendError::Closed(_) => Status::unavailable("the member is stopping"),
         })
@@ -111,11 +111,11 @@ pub struct Record<'a> {
     pub last_at: String,
     /// When identities and policy were added.
     pub judged_at: String,
-    /// Whose kernel decided.
+    /// The node that decided.
     pub node: String,
     /// `allowed`, `denied` or `cut`.
     pub decision: String,
-    /// How many connections were decided so.
+    /// The number of connections.
     pub count: u64,
     pub from: Party,
     pub to: Party,
@@ -123,21 +123,21 @@ pub struct Record<'a> {
     pub protocol: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
-    /// Of the last of them.
+    /// Of the last connection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_port: Option<u16>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub icmp: Option<Icmp>,
-    /// What policy says, as an answer of `hanse policy explain`; `none` in a direction whose pod is not this cluster's.
+    /// The verdicts of policy, as in an answer of `hanse policy explain`; `none` in a direction whose pod is not this cluster's.
     #[serde(flatten)]
     pub policy: AnswerLine<'a>,
-    /// What was compiled when it was judged.
+    /// The revisions that were compiled when it was judged.
     pub hub_revision: u64,
     pub local_revision: u64,
 }
 
 impl Record<'_> {
-    /// Policy would say something else if what is staged were enforced.
+    /// Whether the verdict would change if staged policies were enforced.
     pub fn would_change(&self) -> bool {
         self.policy.verdict != self.policy.staged.verdict
     }
@@ -150,7 +150,7 @@ pub struct Icmp {
     pub code: u8,
 }
 
-/// One end: a pod with its address, or an address that no pod is known to own.
+/// One end: a pod with its address, or an address without a known owner.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Party {
     pub ip: IpAddr,
@@ -164,7 +164,7 @@ pub struct Pod {
     pub namespace: String,
     #[serde(rename = "pod")]
     pub name: String,
-    /// The pod's own, as far as they are known, the first 32.
+    /// The pod's own labels, as far as they are known, the first 32.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub labels: serde_json::Map<String, serde_json::Value>,
 }
@@ -178,10 +178,10 @@ impl std::fmt::Display for Party {
     }
 }
 
-/// Judges and writes what comes, until `stop`.
+/// Judges and writes received flows, until `stop`.
 pub async fn keep(
-    told: &mut mpsc::Receiver<FromNode>,
-    answering: Answering,
+    received: &mut mpsc::Receiver<FromNode>,
+    live: Live,
     data: PathBuf,
     metrics: FlowMetrics,
     writes: Writes,
@@ -192,14 +192,13 @@ pub async fn keep(
         let mut batch = Vec::new();
         tokio::select! {
             () = stop.cancelled() => return,
-            count = told.recv_many(&mut batch, MAX_MESSAGES) => if count == 0 { return },
+            count = received.recv_many(&mut batch, MAX_MESSAGES) => if count == 0 { return },
         }
         let began = Instant::now();
         let all: u64 = batch.iter().map(decisions).fold(0, u64::saturating_add);
-        let answering = answering.clone();
+        let live = live.clone();
         let work = move || {
-            let known = answering.known(KNOWN_FOR);
-            let written = known.map(|known| judge_into(&mut file, &known, &batch)).unwrap_or_default();
+            let written = judge_into(&mut file, &live, &batch);
             (file, written)
         };
         let mut written = match tokio::task::spawn_blocking(work).await {
@@ -208,13 +207,13 @@ pub async fn keep(
                 written
             }
             Err(error) => {
-                tracing::error!(%error, "flows could not be judged, and are lost");
+                tracing::error!(%error, "judging flows failed; they are dropped");
                 file = FlowFile::new(&data);
                 Written::default()
             }
         };
         let failed = written.failed.take();
-        // Of an empty batch nothing is known.
+        // A batch without records says nothing about the file.
         if failed.is_some() || written.records > 0 {
             writes.note("flows", &failed.map_or(Ok(()), Err));
         }
@@ -227,22 +226,22 @@ pub async fn keep(
     }
 }
 
-/// How many decisions a message stands for.
-fn decisions(told: &FromNode) -> u64 {
-    let counts = told.flows.flows.iter().map(|flow| flow.count).chain([told.flows.lost]);
+/// The number of decisions in a message.
+fn decisions(received: &FromNode) -> u64 {
+    let counts = received.flows.flows.iter().map(|flow| flow.count).chain([received.flows.lost]);
     counts.fold(0, u64::saturating_add).min(MAX_COUNT)
 }
 
-/// What became of a batch.
+/// The result of a batch.
 #[derive(Debug, Default)]
 struct Written {
     records: u64,
-    /// That the records stand for.
+    /// In the records.
     decisions: u64,
     failed: Option<io::Error>,
 }
 
-fn judge_into(file: &mut FlowFile, known: &Known, told: &[FromNode]) -> Written {
+fn judge_into(file: &mut FlowFile, live: &Live, received: &[FromNode]) -> Written {
     let (mut lines, mut written) = (Lines::default(), Written::default());
     let mut write = |lines: &mut Lines| {
         let lines = std::mem::take(lines);
@@ -254,52 +253,48 @@ fn judge_into(file: &mut FlowFile, known: &Known, told: &[FromNode]) -> Written 
             Err(error) => written.failed = Some(error),
         }
     };
-    judge(known, told, SystemTime::now(), |record| {
-        lines.add(record);
+    let flows: Vec<(&Arc<str>, &wire::Flow)> =
+        received.iter().flat_map(|it| it.flows.flows.iter().map(move |flow| (&it.node, flow))).collect();
+    for some in flows.chunks(AT_ONCE) {
+        judge(&live.read(), some, SystemTime::now(), |record| lines.add(record));
+        // Without the lock.
         if lines.bytes.len() >= WRITE_BYTES {
             write(&mut lines);
         }
-    });
+    }
     write(&mut lines);
     written
 }
 
-/// Shows what agents told, with identities and policy. What is no flow is left out, and so is one of this cluster's pods of which
-/// none is on the node that tells: a node speaks for its own, and of a pod that has moved the address is another's now.
-fn judge(known: &Known, told: &[FromNode], now: SystemTime, mut show: impl FnMut(&Record<'_>)) {
-    let explainer = Explainer::new(&known.policies, &known.inventory);
-    for it in told {
-        for flow in &it.flows.flows {
-            let Some(packet) = packet(flow, |address| explainer.end(address, &known.cluster)) else { continue };
-            let nodes: Vec<Option<&str>> =
-                [&packet.source, &packet.destination].into_iter().filter_map(|end| node_of(known, end)).collect();
-            if !nodes.is_empty() && !nodes.contains(&Some(&*it.node)) {
-                continue;
-            }
-            let explanation = explainer.explain_packet(&packet);
-            let own = |end| known.own_stream(&packet, end);
-            let line = explanation.line().with_own_streams(own(&packet.source), own(&packet.destination));
-            // Of another cluster's pod its member knows the rest.
-            let judged = |end| node_of(known, end).map(|_| line.clone());
-            let mut policy = AnswerLine::joined(judged(&packet.source), judged(&packet.destination));
-            if nodes.is_empty() {
-                (policy.verdict, policy.staged.verdict) = ("none".into(), "none".into());
-            }
-            if let Some(record) = record(known, &it.node, flow, &packet, policy, now) {
-                show(&record);
-            }
+/// Calls `show` with the records of flows, each with the node that reported it. Malformed flows are left out, and flows of
+/// this cluster's pods of which none is on the reporting node: a node reports its own pods' flows only, and the address of a
+/// pod that has moved belongs to another.
+fn judge(state: &State, flows: &[(&Arc<str>, &wire::Flow)], now: SystemTime, mut show: impl FnMut(&Record<'_>)) {
+    let judge = state.judge();
+    for (node, flow) in flows {
+        let Some(packet) = packet(flow, |address| judge.end(address)) else { continue };
+        let is_local = |end| judge.node_of(end);
+        let nodes: Vec<Option<&Arc<str>>> =
+            [&packet.source, &packet.destination].into_iter().filter_map(is_local).collect();
+        if !nodes.is_empty() && !nodes.contains(&Some(*node)) {
+            continue;
+        }
+        let explanation = judge.explain(&packet);
+        let own = |end| state.own_stream(&judge, &packet, end);
+        let line = explanation.line().with_own_streams(own(&packet.source), own(&packet.destination));
+        // The other cluster's member judges the direction of a pod there.
+        let judged = |end| is_local(end).map(|_| line.clone());
+        let mut policy = AnswerLine::joined(judged(&packet.source), judged(&packet.destination));
+        if nodes.is_empty() {
+            (policy.verdict, policy.staged.verdict) = ("none".into(), "none".into());
+        }
+        if let Some(record) = record((state, &judge), node, flow, &packet, policy, now) {
+            show(&record);
         }
     }
 }
 
-/// The node of a pod of this cluster, where it has one; `None`: it is no pod of this cluster.
-fn node_of<'a>(known: &'a Known, end: &End) -> Option<Option<&'a str>> {
-    let (cluster, id) = end.pod.as_ref().filter(|(cluster, _)| *cluster == known.cluster)?;
-    let endpoint = known.inventory.clusters.get(cluster)?.endpoints.get(id)?;
-    Some(endpoint.node.as_deref())
-}
-
-/// `None`: it is none.
+/// The packet of a flow; `None`: the flow is malformed.
 fn packet(flow: &wire::Flow, end: impl Fn(IpAddr) -> End) -> Option<Query> {
     let (source, destination) = (address(&flow.source)?, address(&flow.destination)?);
     let icmp = match &flow.icmp {
@@ -318,7 +313,7 @@ fn packet(flow: &wire::Flow, end: impl Fn(IpAddr) -> End) -> Option<Query> {
 }
 
 fn record<'a>(
-    known: &Known,
+    (state, judge): (&State, &Judge<'_>),
     node: &str,
     flow: &wire::Flow,
     packet: &Query,
@@ -343,15 +338,15 @@ fn record<'a>(
         node: node.to_owned(),
         decision: decision.to_owned(),
         count: flow.count.min(MAX_COUNT),
-        from: party(known, &packet.source),
-        to: party(known, &packet.destination),
+        from: party(judge, &packet.source),
+        to: party(judge, &packet.destination),
         protocol: protocol_name(packet.protocol),
         port: has_ports.then_some(packet.destination_port),
         source_port: has_ports.then_some(packet.source_port),
         icmp: packet.icmp.map(|(kind, code)| Icmp { kind, code }),
         policy,
-        hub_revision: known.hub_revision,
-        local_revision: known.local_revision,
+        hub_revision: state.hub_revision,
+        local_revision: state.local_revision,
     })
 }
 
@@ -362,16 +357,12 @@ fn address(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
-fn party(known: &Known, end: &End) -> Party {
-    let pod = end.pod.as_ref().map(|(cluster, id)| {
-        let endpoint = known.inventory.clusters.get(cluster).and_then(|cluster| cluster.endpoints.get(id));
-        let labels = endpoint.into_iter().flat_map(|endpoint| endpoint.labels.iter().take(MAX_LABELS));
-        Pod {
-            cluster: cluster.to_string(),
-            namespace: id.namespace.as_deref().unwrap_or_default().to_owned(),
-            name: id.name.to_string(),
-            labels: labels.map(|(key, value)| (key.to_string(), (**value).into())).collect(),
-        }
+fn party(judge: &Judge<'_>, end: &End) -> Party {
+    let pod = end.pod.as_ref().map(|(cluster, id)| Pod {
+        cluster: cluster.to_string(),
+        namespace: id.namespace.as_deref().unwrap_or_default().to_owned(),
+        name: id.name.to_string(),
+        labels: judge.labels_of(end).take(MAX_LABELS).map(|(key, value)| (key.to_owned(), (**value).into())).collect(),
     });
     Party { ip: end.address, pod }
 }
@@ -380,13 +371,13 @@ fn party(known: &Known, end: &End) -> Party {
 struct Lines {
     bytes: Vec<u8>,
     count: u64,
-    /// That they stand for.
+    /// In the lines.
     decisions: u64,
 }
 
 impl Lines {
     fn add(&mut self, record: &Record<'_>) {
-        serde_json::to_writer(&mut self.bytes, record).expect("a record is JSON, and memory takes all");
+        serde_json::to_writer(&mut self.bytes, record).expect("a record serializes to JSON");
         self.bytes.push(b'\n');
         self.count += 1;
         self.decisions = self.decisions.saturating_add(record.count);
@@ -436,10 +427,10 @@ impl FlowFile {
     }
 }
 
-/// The newest `last` records of those that `wanted` wants, the oldest first. Lines that are no records are left out.
+/// The newest `last` records that `wanted` accepts, the oldest first. Lines that are not records are skipped.
 ///
 /// # Errors
-/// When there is no file, or it cannot be read.
+/// When there is no file, or a file cannot be read.
 pub fn read(data: &Path, last: usize, wanted: impl Fn(&Record<'_>) -> bool) -> io::Result<Vec<Record<'static>>> {
     let open = |name| match File::open(data.join("flows").join(name)) {
         Ok(file) => Ok(Some(file)),
@@ -448,7 +439,7 @@ pub fn read(data: &Path, last: usize, wanted: impl Fn(&Record<'_>) -> bool) -> i
     };
     let (newest, mut before) = (open(NEWEST)?, open(BEFORE)?);
     if newest.is_none() && before.is_none() {
-        let missing = if data.is_dir() { "there are no flows yet" } else { "there is no such folder" };
+        let missing = if data.is_dir() { "there are no flows yet" } else { "the folder does not exist" };
         return Err(io::Error::new(io::ErrorKind::NotFound, missing));
     }
     // The newest became the one before in between.
@@ -476,6 +467,7 @@ pub fn read(data: &Path, last: usize, wanted: impl Fn(&Record<'_>) -> bool) -> i
 mod tests {
     use hanse_api::assemble_cluster;
     use hanse_api::manifest::{self, Manifests};
+    use hanse_compiler::Update;
     use hanse_policy::inventory::Inventory;
     use hanse_policy::model::PolicySet;
 
@@ -506,7 +498,7 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
 ";
 
     /// The cluster `c`, and what is known of `d`, of which a pod has an address of `train/b` too.
-    fn known() -> Known {
+    fn live() -> Live {
         let cluster = |name: &str, text: &str| {
             let mut read = Manifests::default();
             manifest::read_bytes(&"f.yaml".into(), text.as_bytes(), &mut read);
@@ -516,19 +508,20 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
         let pods = pod("train", "a", &["10.1.0.1"]) + &pod("train", "b", &["10.1.0.2", "fd01::2"]);
         let own = cluster("c", &(pods + POLICIES));
         let other = cluster("a", &(pod("serve", "x", &["10.1.0.2"]) + &pod("serve", "z", &["10.2.0.9"])));
-        Known {
-            version: 1,
-            policies: PolicySet { clusters: [("c".into(), own.layer)].into(), ..PolicySet::default() },
-            inventory: Inventory {
-                clusters: [("c".into(), own.cluster), ("a".into(), other.cluster)].into(),
-                ..Inventory::default()
-            },
-            cluster: "c".into(),
-            own_streams: Default::default(),
-            hub_revision: 7,
-            local_revision: 9,
-            since: Instant::now(),
+        let policies = PolicySet { clusters: [("c".into(), own.layer)].into(), ..PolicySet::default() };
+        let inventory = Inventory {
+            clusters: [("c".into(), own.cluster), ("a".into(), other.cluster)].into(),
+            ..Inventory::default()
+        };
+        let live = Live::new("c".into());
+        {
+            let mut state = live.write();
+            let all = Update::all_of(&"c".into(), &policies, &inventory);
+            all.into_iter().for_each(|update| state.compiler.apply(update));
+            state.compiler.commit();
+            (state.hub_revision, state.local_revision) = (7, 9);
         }
+        live
     }
 
     fn flow(source: &str, destination: &str, port: u32) -> wire::Flow {
@@ -557,21 +550,22 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
     }
 
     fn judged(flows: Vec<wire::Flow>) -> Vec<Record<'static>> {
-        let told = from_node("n", flows);
+        let node: Arc<str> = "n".into();
+        let flows: Vec<_> = flows.iter().map(|flow| (&node, flow)).collect();
         let mut lines = Lines::default();
-        judge(&known(), &[told], NOW + Duration::from_secs(1_800_000_100), |record| lines.add(record));
+        judge(&live().read(), &flows, NOW + Duration::from_secs(1_800_000_100), |record| lines.add(record));
         let text = String::from_utf8(lines.bytes).expect("text");
         text.lines().map(|line| serde_json::from_str(line).expect("a record")).collect()
     }
 
     #[test]
-    fn a_flow_has_both_outcomes_in_the_directions_that_are_known_here() {
+    fn a_flow_has_both_outcomes_in_the_directions_of_local_pods() {
         for (source, destination, port, ends, verdicts) in [
             ("10.1.0.1", "10.1.0.2", 80, ["c/train/a", "c/train/b"], ["allow", "allow", "allow", "deny"]),
             ("10.1.0.1", "10.1.0.2", 81, ["c/train/a", "c/train/b"], ["deny", "allow", "deny", "deny"]),
             ("10.1.0.2", "8.8.8.8", 53, ["c/train/b", "8.8.8.8"], ["allow", "allow", "none", "deny"]),
             ("fd01::2", "fd02::1", 53, ["c/train/b", "fd02::1"], ["allow", "allow", "none", "deny"]),
-            // The other cluster's member knows what its pods may.
+            // The other cluster's member judges its pods.
             ("10.2.0.9", "10.1.0.2", 80, ["a/serve/z", "c/train/b"], ["deny", "none", "deny", "deny"]),
             ("10.1.0.1", "10.2.0.9", 80, ["c/train/a", "a/serve/z"], ["allow", "allow", "none", "allow"]),
             ("10.1.0.99", "8.8.8.8", 80, ["10.1.0.99", "8.8.8.8"], ["none", "none", "none", "none"]),
@@ -617,7 +611,7 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
     }
 
     #[test]
-    fn what_is_no_flow_is_left_out() {
+    fn skips_malformed_flows() {
         let good = flow("10.1.0.1", "10.1.0.2", 80);
         let icmp = |kind| Some(wire::Icmp { r#type: kind, code: None });
         for bad in [
@@ -632,7 +626,7 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
             assert_eq!(judged(vec![bad.clone(), good.clone()]).len(), 1, "{bad:?}");
         }
         let ahead = judged(vec![wire::Flow { last_ms: u64::MAX, ..good }]);
-        assert_eq!(ahead[0].last_at, "2027-01-15T08:01:40Z", "a node's clock is not believed far ahead");
+        assert_eq!(ahead[0].last_at, "2027-01-15T08:01:40Z", "a time far ahead is replaced by the present");
         let ping =
             wire::Flow { protocol: 1, port: 0, source_port: 0, icmp: icmp(8), ..flow("10.1.0.1", "10.1.0.2", 0) };
         let ping = &judged(vec![ping])[0];
@@ -640,22 +634,22 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
     }
 
     #[test]
-    fn a_node_speaks_for_its_own_pods() {
+    fn a_node_reports_flows_of_its_own_pods_only() {
         let count = |node: &str, flow: wire::Flow| {
             let mut count = 0;
-            judge(&known(), &[from_node(node, vec![flow])], NOW, |_| count += 1);
+            judge(&live().read(), &[(&node.into(), &flow)], NOW, |_| count += 1);
             count
         };
         for (source, destination) in [("10.1.0.1", "10.1.0.2"), ("10.1.0.1", "8.8.8.8"), ("10.2.0.9", "10.1.0.2")] {
             let flow = flow(source, destination, 80);
             assert_eq!((count("n", flow.clone()), count("other", flow)), (1, 0), "{source} {destination}");
         }
-        assert_eq!(count("other", flow("10.1.9.9", "8.8.8.8", 80)), 1, "nobody's addresses name nobody");
+        assert_eq!(count("other", flow("10.1.9.9", "8.8.8.8", 80)), 1, "addresses without owners are recorded for any node");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_node_that_tells_too_much_keeps_no_other_out() {
-        let (inbox, mut told) = Inbox::new();
+    async fn a_node_above_its_rate_does_not_block_others() {
+        let (inbox, mut received) = Inbox::new();
         let message = |flows: usize| wire::Flows { flows: vec![flow("10.1.0.1", "10.1.0.2", 80); flows], lost: 0 };
         let take = |node: &str, flows: usize| inbox.take(node.into(), message(flows)).map_err(|status| status.code());
         let full = Err(tonic::Code::ResourceExhausted);
@@ -669,26 +663,26 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
         assert!((0..1_000).all(|node| take(&format!("small-{node}"), 2) == Ok(())));
         let large = (0..99).take_while(|node| take(&format!("large-{node}"), MAX_FLOWS) == Ok(())).count();
         assert_eq!(large, (MAX_WAITING - 10 * MAX_FLOWS - 2 - 2_000) / MAX_FLOWS);
-        drop(told.recv().await);
+        drop(received.recv().await);
         assert_eq!(take("later", MAX_FLOWS), Ok(()), "what is taken makes room");
-        drop(told);
+        drop(received);
         assert_eq!(take("last", 1), Err(tonic::Code::Unavailable));
     }
 
     #[test]
-    fn what_is_lost_is_counted_by_decisions() {
+    fn dropped_flows_are_counted_by_decisions() {
         let folder = tempfile::tempdir().expect("a folder");
         let bad = wire::Flow { source: Vec::new().into(), ..flow("10.1.0.1", "10.1.0.2", 80) };
-        let mut told = from_node("n", vec![flow("10.1.0.1", "10.1.0.2", 80), bad]);
-        told.flows.lost = 5;
-        assert_eq!(decisions(&told), 3 + 3 + 5);
-        let batch = [told];
-        let written = judge_into(&mut FlowFile::new(folder.path()), &known(), &batch);
+        let mut received = from_node("n", vec![flow("10.1.0.1", "10.1.0.2", 80), bad]);
+        received.flows.lost = 5;
+        assert_eq!(decisions(&received), 3 + 3 + 5);
+        let batch = [received];
+        let written = judge_into(&mut FlowFile::new(folder.path()), &live(), &batch);
         assert_eq!((written.records, written.decisions, written.failed.is_some()), (1, 3, false));
         // Where nothing can be written.
         let file = folder.path().join("file");
         File::create(&file).expect("made");
-        let written = judge_into(&mut FlowFile::new(&file), &known(), &batch);
+        let written = judge_into(&mut FlowFile::new(&file), &live(), &batch);
         assert_eq!((written.records, written.decisions, written.failed.is_some()), (0, 0, true));
         let endless = wire::Flow { count: u64::MAX, ..flow("10.1.0.1", "10.1.0.2", 80) };
         assert_eq!(decisions(&from_node("n", vec![endless.clone(), endless])), MAX_COUNT);
@@ -706,7 +700,7 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
         };
         let none = |data: &Path| read(data, 9, |_| true).expect_err("none yet").to_string();
         assert_eq!(none(folder.path()), "there are no flows yet");
-        assert_eq!(none(&folder.path().join("other")), "there is no such folder");
+        assert_eq!(none(&folder.path().join("other")), "the folder does not exist");
         // Room for two of these in each.
         let most = lines[0].bytes.len() as u64 * 2 + 20;
         let mut file = FlowFile { most, ..FlowFile::new(folder.path()) };

@@ -7,6 +7,7 @@ pub mod exchange;
 pub mod fanout;
 pub mod federated;
 pub mod flows;
+pub mod live;
 pub mod metrics;
 pub mod own_streams;
 pub mod process;

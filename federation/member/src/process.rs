@@ -146,10 +146,10 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         local = local_news.recv() => local.context("read the source")?,
     };
     sourced.set(true);
-    let (answering, mut asked) = Answering::new(identity.cluster().clone(), client.clone());
+    let world = World::new(identity.cluster().clone(), options.unknown_pods, ends(&resolver));
+    let (live, (answering, mut requests)) = (world.live().clone(), Answering::new(world.live().clone()));
     let mut member = Member {
-        world: World::new(identity.cluster().clone(), options.unknown_pods, ends(&resolver)),
-        version: 0,
+        world,
         fanout: fanout.clone(),
         client: client.clone(),
         heard,
@@ -164,10 +164,10 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     client.start(&identity, &options.hubs, &shutdown);
     answering.start(&identity, &options.hubs, &shutdown);
     let told = Arc::new(tokio::sync::Mutex::new(told));
-    let keeping = (told, answering, options.data.clone(), FlowMetrics::new(&registry), writes.clone(), stop.clone());
+    let keeping = (told, live, options.data.clone(), FlowMetrics::new(&registry), writes.clone(), stop.clone());
     shutdown.supervise("flow records", move || {
-        let (told, answering, data, metrics, writes, stop) = keeping.clone();
-        async move { flows::keep(&mut *told.lock().await, answering, data, metrics, writes, stop).await }
+        let (told, live, data, metrics, writes, stop) = keeping.clone();
+        async move { flows::keep(&mut *told.lock().await, live, data, metrics, writes, stop).await }
     });
     let (mut received, mut acknowledged, mut resolved) = (client.changes(), fanout.changes(), resolver.changes());
     let mut written = writes.changes();
@@ -213,7 +213,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
                 reported &= now == problems;
                 problems = now;
             }
-            Some(ask) = asked.recv() => ask.answer(&member.world, member.version),
+            Some(request) = requests.recv() => request.answer(&member.world),
             _ = report.tick(), if !reported => {
                 member.report();
                 reported = true;
@@ -252,8 +252,6 @@ pub fn hold(data: &Path) -> anyhow::Result<File> {
 
 struct Member {
     world: World,
-    /// Another whenever the world changed.
-    version: u64,
     fanout: Fanout,
     client: Client,
     /// The hub was heard, by this process or by an earlier one.
@@ -277,7 +275,6 @@ impl Member {
 
     /// Something changed: compiles and hands out.
     fn changed(&mut self) {
-        self.version += 1;
         let start = Instant::now();
         let (hub, local_revision) = (self.world.hub_position(), self.world.local_revision());
         let Some(compiled) = self.world.compile() else {

@@ -1,7 +1,8 @@
-//! All that a member knows, and what its nodes must enforce because of it.
+//! The state of a member, and the rule sets of its nodes.
 //!
-//! What comes from the hub and from the cluster's own source becomes updates of the compiler, so that a change costs what it
-//! touches. A cluster is first-hand to itself: what the hub relays of it is not looked at.
+//! Changes from the hub and from the cluster's source become updates of the compiler, so that a change costs what it
+//! touches. They are applied together by the next compile, since other threads read the compiler's state. What the hub
+//! relays of the cluster itself is ignored: its own source is newer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -9,13 +10,14 @@ use std::sync::Arc;
 use hanse_api::Diagnostic;
 use hanse_api::assemble::{Assembly, Changed, ClusterState, Federation};
 use hanse_api::kubernetes::NodeInfo;
-use hanse_compiler::{Changes, ClusterRecord, Compiler, Report, Update};
+use hanse_compiler::{Changes, ClusterRecord, Compiler, NodeChange, Report, Update};
 use hanse_policy::inventory::{EndpointKind, Labels, Namespace};
 use hanse_policy::model::ClusterName;
 use hanse_ruleset::{Delta, Digest, Members, NodeConfig, RuleSet, Set, SetChange, SetId, Step, UnknownPods};
 
 use crate::exchange::model::{self, Change, Lease, Position, Updates};
 use crate::federated::Federated;
+use crate::live::Live;
 use crate::own_streams::{Ends, OwnStreams, local_address};
 use crate::source::{News, Warned};
 
@@ -23,7 +25,7 @@ use crate::source::{News, Warned};
 pub struct World {
     cluster: ClusterName,
     unknown_pods: UnknownPods,
-    /// Where Hanse's own streams end, which come before every tier.
+    /// The endpoints of Hanse's own streams, which are allowed before every tier.
     ends: Ends,
     own_streams: OwnStreams,
     /// The cluster as its source has it.
@@ -32,13 +34,17 @@ pub struct World {
     problems: Vec<Diagnostic>,
     warned: Warned,
     federated: Federated,
-    /// The hub's position that this is true of.
+    /// The hub's position of the policies in force.
     in_force: Position,
-    compiler: Compiler,
+    /// What the next compile applies.
+    pending: Vec<Update>,
+    live: Live,
+    /// The rule sets of all nodes were returned once.
+    compiled: bool,
     nodes: BTreeMap<Arc<str>, NodeRules>,
 }
 
-/// What one node must enforce. Generation and revisions are the sender's.
+/// The rule set of one node. Generation and revisions are the sender's.
 #[derive(Debug, Clone, Default)]
 pub struct NodeRules {
     pub rules: Arc<RuleSet>,
@@ -47,7 +53,7 @@ pub struct NodeRules {
     pub step: Option<Arc<Step>>,
 }
 
-/// What a compile changed.
+/// The changes of a compile.
 #[derive(Debug, Default)]
 pub struct Compiled {
     pub changed: Vec<(Arc<str>, NodeRules)>,
@@ -65,7 +71,9 @@ impl NodeRules {
 impl World {
     pub fn new(cluster: ClusterName, unknown_pods: UnknownPods, ends: Ends) -> Self {
         Self {
-            compiler: Compiler::new(cluster.clone()),
+            pending: Vec::new(),
+            live: Live::new(cluster.clone()),
+            compiled: false,
             local: Assembly::new(cluster.clone()),
             local_revision: 0,
             problems: Vec::new(),
@@ -100,22 +108,27 @@ impl World {
         self.local_revision
     }
 
-    /// What is wrong at the source, with file and line.
+    /// Problems of the source, with file and line.
     pub fn problems(&self) -> &[Diagnostic] {
         &self.problems
     }
 
-    /// What the federation says that is in force.
+    /// The federation's policies, tiers and network sets in force.
     pub fn federation(&self) -> &Federation {
         self.federated.converted()
     }
 
-    /// What became of each policy.
+    /// The state of each policy.
     pub fn report(&self) -> Report {
-        self.compiler.report()
+        self.live.read().compiler.report()
     }
 
-    /// Takes what is new at the source, and says what that changed.
+    /// The evaluator, as of the last compile.
+    pub fn live(&self) -> &Live {
+        &self.live
+    }
+
+    /// Applies news of the source. Returns what they changed.
     pub fn take_local(&mut self, news: News) -> Changed {
         let changed = self.local.update(news.parts);
         let state = Arc::clone(self.local.state());
@@ -132,32 +145,32 @@ impl World {
         }
         for id in &changed.endpoints {
             let (cluster, id) = (Some(self.cluster.clone()), id.clone());
-            self.compiler.apply(match state.cluster.endpoints.get(&id).cloned() {
+            self.pending.push(match state.cluster.endpoints.get(&id).cloned() {
                 Some(endpoint) => Update::Endpoint { cluster, id, endpoint },
                 None => Update::RemoveEndpoint { cluster, id },
             });
         }
         for key @ (namespace, name) in &changed.services {
             let (namespace, name) = (namespace.clone(), name.clone());
-            self.compiler.apply(match state.cluster.services.get(key).cloned() {
+            self.pending.push(match state.cluster.services.get(key).cloned() {
                 Some(service) => Update::Service { namespace, name, service },
                 None => Update::RemoveService { namespace, name },
             });
         }
         for name in &changed.nodes {
             let name = name.clone();
-            self.compiler.apply(match state.nodes.get(&name) {
+            self.pending.push(match state.nodes.get(&name) {
                 Some(node) => Update::Node { config: self.node(&name, node), name },
                 None => Update::RemoveNode { name },
             });
         }
         for id in &changed.tiers {
             let tier = state.layer.tiers.get(id).cloned();
-            self.compiler.apply(tier.map_or_else(|| Update::RemoveTier(id.clone()), Update::Tier));
+            self.pending.push(tier.map_or_else(|| Update::RemoveTier(id.clone()), Update::Tier));
         }
         for id in &changed.policies {
             let policy = state.layer.policies.get(id).cloned();
-            self.compiler.apply(policy.map_or_else(|| Update::RemovePolicy(id.clone()), Update::Policy));
+            self.pending.push(policy.map_or_else(|| Update::RemovePolicy(id.clone()), Update::Policy));
         }
         let others = !changed.nodes.is_empty()
             || changed.service_addresses
@@ -169,18 +182,18 @@ impl World {
         changed
     }
 
-    /// Takes where Hanse's own processes are now.
+    /// Sets the addresses of Hanse's own processes.
     pub fn set_ends(&mut self, ends: Ends) {
         self.ends = ends;
         self.look_at_addresses();
     }
 
-    /// Takes what this process's own addresses are now; whether that changed anything.
+    /// Reads this process's own addresses. Returns whether anything changed.
     pub fn look_at_addresses(&mut self) -> bool {
         self.refresh_own_streams(OwnStreams::new(&self.ends, self.local.state(), local_address))
     }
 
-    /// Takes streams for what they are now, wherever their pods are; whether that changed anything.
+    /// Replaces the streams, each limited to the nodes of its pods. Returns whether anything changed.
     fn refresh_own_streams(&mut self, now: OwnStreams) -> bool {
         let state = Arc::clone(self.local.state());
         let now = now.on_nodes_of(|address| state.cluster.endpoints.get(self.local.owner(address)?)?.node.clone());
@@ -189,12 +202,12 @@ impl World {
         }
         self.own_streams = now;
         for (name, node) in &state.nodes {
-            self.compiler.apply(Update::Node { name: name.clone(), config: self.node(name, node) });
+            self.pending.push(Update::Node { name: name.clone(), config: self.node(name, node) });
         }
         true
     }
 
-    /// Takes changes that the hub says count together.
+    /// Applies changes that the hub sent as one batch.
     pub fn receive(&mut self, updates: Updates) {
         let mut manifests = Vec::new();
         for change in updates.changes {
@@ -204,24 +217,24 @@ impl World {
             }
         }
         for update in self.federated.take(manifests) {
-            self.compiler.apply(update);
+            self.pending.push(update);
         }
         self.in_force = updates.in_force;
     }
 
-    /// A change of another cluster, or what the hub says of this one.
+    /// Applies a change of another cluster, or of this one's record.
     fn receive_one(&mut self, change: Change) {
         match change {
             Change::Cluster { name, record: Some(record) } => {
                 let record = record_of(&record);
-                self.compiler.apply(Update::Cluster { name, record });
+                self.pending.push(Update::Cluster { name, record });
             }
-            // What is said of this cluster is withdrawn; what is in it is its own.
+            // Only the record is withdrawn; the objects of this cluster are its own.
             Change::Cluster { name, record: None } | Change::Withdrawn { name } if name == self.cluster => {
-                self.compiler.apply(Update::Cluster { name, record: ClusterRecord::default() });
+                self.pending.push(Update::Cluster { name, record: ClusterRecord::default() });
             }
             Change::Cluster { name, record: None } | Change::Withdrawn { name } => {
-                self.compiler.apply(Update::RemoveCluster { name });
+                self.pending.push(Update::RemoveCluster { name });
             }
             Change::Namespace { cluster, name, labels } if cluster != self.cluster => {
                 self.namespace(cluster, name, labels);
@@ -231,7 +244,7 @@ impl World {
             }
             Change::Endpoint { cluster, id, endpoint } if cluster != self.cluster && id.kind == EndpointKind::Pod => {
                 let cluster = Some(cluster);
-                self.compiler.apply(match endpoint {
+                self.pending.push(match endpoint {
                     Some(endpoint) => Update::Endpoint { cluster, id, endpoint },
                     None => Update::RemoveEndpoint { cluster, id },
                 });
@@ -243,33 +256,49 @@ impl World {
         }
     }
 
-    /// Brings the rule set of every node up to date, and says which changed. The cost is that of what changed, and of a
-    /// copy of pointers for each node that did.
+    /// Brings the rule set of every node up to date. Returns those that changed. The cost is that of what changed, and of a
+    /// copy of pointers for each changed node.
     ///
-    /// `None`: the hub was never heard, so nothing is known of it, which is not that it has no policy. Nodes keep what they
-    /// have.
+    /// `None`: nothing was ever received from the hub, so its policies are unknown, not absent. Nodes keep their rules.
     pub fn compile(&mut self) -> Option<Compiled> {
+        let live = self.live.clone();
+        let state = &mut *live.write();
+        let compiler = &mut state.compiler;
+        self.pending.drain(..).for_each(|update| compiler.apply(update));
+        let Changes { mut nodes } = compiler.commit();
+        (state.hub_revision, state.local_revision) = (self.in_force.revision, self.local_revision);
         if self.in_force == Position::default() {
             return None;
         }
-        let Changes { nodes } = self.compiler.commit();
+        if !std::mem::replace(&mut self.compiled, true) {
+            // With those that changed before the hub was heard.
+            nodes.extend(compiler.nodes().into_iter().map(|name| {
+                let digest = compiler.digest(&name).unwrap_or_default();
+                (name, NodeChange { removed: false, step: Step { digest, ..Step::default() } })
+            }));
+        }
         let mut compiled = Compiled::default();
-        // Sets that changed, by what they were: nodes share them before and after.
+        // Changed sets, by id: nodes share the old set and the new.
         let mut changed_sets: BTreeMap<SetId, Arc<Set>> = BTreeMap::new();
         for (name, change) in nodes {
             if change.removed {
                 self.nodes.remove(&name);
+                state.own_streams.remove(&name);
                 compiled.removed.push(name);
                 continue;
             }
             let (digest, step) = (change.step.digest, change.step);
             let now = match self.nodes.get(&name).filter(|held| Some(held.digest) == step.base) {
                 Some(held) => {
-                    let rules = Arc::new(next(&mut self.compiler, &held.rules, &step, &mut changed_sets));
+                    let rules = Arc::new(next(compiler, &held.rules, &step, &mut changed_sets));
                     NodeRules { rules, digest, step: Some(Arc::new(step)) }
                 }
-                None => NodeRules { rules: Arc::new(self.compiler.rule_set(&name)), digest, step: None },
+                None => NodeRules { rules: Arc::new(compiler.rule_set(&name)), digest, step: None },
             };
+            match &now.rules.node.own_streams {
+                streams if streams.is_empty() => drop(state.own_streams.remove(&name)),
+                streams => drop(state.own_streams.insert(name.clone(), streams.clone())),
+            }
             self.nodes.insert(name.clone(), now.clone());
             compiled.changed.push((name, now));
         }
@@ -282,14 +311,14 @@ impl World {
     }
 
     fn namespace(&mut self, cluster: ClusterName, name: Arc<str>, labels: Option<Labels>) {
-        self.compiler.apply(match labels {
+        self.pending.push(match labels {
             Some(labels) => Update::Namespace { cluster, name, namespace: Namespace { labels } },
             None => Update::RemoveNamespace { cluster, name },
         });
     }
 
     fn account(&mut self, cluster: ClusterName, namespace: Arc<str>, name: Arc<str>, labels: Option<Labels>) {
-        self.compiler.apply(match labels {
+        self.pending.push(match labels {
             Some(labels) => Update::ServiceAccount { cluster, namespace, name, labels },
             None => Update::RemoveServiceAccount { cluster, namespace, name },
         });
@@ -333,8 +362,8 @@ fn changed(set: &Set, change: &SetChange) -> Set {
         (Members::Addresses(members), SetChange::Addresses { add, remove }) => renew(members, add, remove),
         (Members::Nets(members), SetChange::Nets { add, remove }) => renew(members, add, remove),
         (Members::Sockets(members), SetChange::Sockets { add, remove }) => renew(members, add, remove),
-        // A set's name says its kind.
-        _ => unreachable!("a set changes as the kind that it is"),
+        // A set's id is derived from its kind, among others.
+        _ => unreachable!("a set keeps its kind"),
     }
     set
 }
@@ -397,18 +426,18 @@ mod tests {
         let before = world.nodes().get("n").cloned();
         world.compile().expect("the hub was heard");
         let now = &world.nodes()["n"];
-        assert_eq!(now.rules.digest(), now.digest, "what is held is what the compiler says");
+        assert_eq!(now.rules.digest(), now.digest, "the rule set has the compiler's digest");
         if let Some(before) = before.filter(|before| before.digest != now.digest) {
             let delta = now.delta_from(before.digest).expect("one step");
             let stepped = before.rules.apply(&delta).expect("the step fits");
-            assert_eq!(stepped, *now.rules, "an agent that takes the step holds the same");
-            assert!(now.delta_from(now.digest).is_none(), "it starts from nothing else");
+            assert_eq!(stepped, *now.rules, "an agent that applies the step has the same rule set");
+            assert!(now.delta_from(now.digest).is_none(), "the step starts from one digest only");
         }
         now.digest
     }
 
     #[test]
-    fn an_edit_comes_to_the_same_as_a_start_from_it() {
+    fn an_edit_gives_the_rule_sets_of_a_fresh_start() {
         let states = [
             format!("{NODE}{}{}", pod_of("p", "web", "10.0.0.1"), pod_of("q", "db", "10.0.0.2")),
             format!("{NODE}{DENY}{}{}", pod_of("p", "web", "10.0.0.1"), pod_of("q", "db", "10.0.0.2")),
@@ -429,13 +458,18 @@ mod tests {
     }
 
     #[test]
-    fn nodes_are_told_nothing_before_the_hub_was_heard() {
+    fn compiles_nothing_for_nodes_before_the_first_message_of_the_hub() {
         let mut world = World::new("here".into(), UnknownPods::default(), Ends::default());
-        world.take_local(sourced(NODE, 1));
-        assert!(world.compile().is_none(), "its policies may deny what local ones allow");
+        world.take_local(sourced(&format!("{NODE}{}", pod_of("p", "web", "10.0.0.1")), 1));
+        assert!(world.compile().is_none(), "the hub's policies may deny what local ones allow");
         world.receive(Updates { in_force: Position { epoch: 1, revision: 7 }, ..Updates::default() });
-        assert_eq!(world.compile().expect("heard").changed.len(), 1);
-        assert_eq!(world.hub_revision(), 7);
+        let owner = |world: &World| world.live().read().judge().end("10.0.0.1".parse().expect("an address")).pod;
+        assert!(owner(&world).is_some(), "flows are judged all the same");
+        let compiled = world.compile().expect("the hub was heard");
+        let [(name, node)] = &compiled.changed[..] else { panic!("one node") };
+        assert_eq!((&**name, node.rules.endpoints.len(), node.rules.digest()), ("n", 1, node.digest));
+        assert_eq!((world.hub_revision(), world.live().read().hub_revision), (7, 7));
+        assert!(world.compile().expect("the hub was heard").changed.is_empty());
     }
 
     #[test]

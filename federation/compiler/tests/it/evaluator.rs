@@ -3,10 +3,13 @@
 use std::collections::BTreeMap;
 
 use hanse_compiler::{Compiler, Update};
-use hanse_policy::evaluate::{Answer, Judgement, Query, View, evaluate};
+use hanse_policy::evaluate::{Answer, Judgement, Query, Verdict, View, evaluate};
 use hanse_policy::evaluator::Judge;
-use hanse_policy::inventory::Inventory;
-use hanse_policy::model::{ClusterName, PolicySet};
+use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
+use hanse_policy::model::{
+    ClusterName, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, PolicySet, StagedAction, TierId,
+};
+use hanse_policy::selector::Selector;
 
 use crate::shared::{compile, place_pods, shuffle, undo, updates};
 use crate::worlds::{Random, World, query, world};
@@ -132,4 +135,57 @@ fn finds_pods_by_address() {
             assert_eq!(judge.end(*address), owners.of(*address, &local));
         }
     }
+}
+
+/// A staged policy that selects no pod still takes the policy that it would delete or replace out of the pending outcome.
+#[test]
+fn staging_changes_the_pending_outcome_of_the_policy_that_it_replaces() {
+    let id = |kind| PolicyId { cluster: Some("prod".into()), kind, namespace: None, name: "p".into() };
+    let policy = |kind, selector: &str, staged| Policy {
+        tier: TierId { phase: Phase::Local, name: "default".into() },
+        order: Order(None),
+        enforcers: ClusterScope::Local,
+        selector: Selector::parse(selector).unwrap(),
+        // Without rules: denied at the end of the tier.
+        ingress: Some(Vec::new()),
+        egress: None,
+        staged,
+        host_only: false,
+        id: id(kind),
+    };
+    let pod = |name: &str, address: &str| {
+        let id = EndpointId { kind: EndpointKind::Pod, namespace: Some("web".into()), name: name.into() };
+        let addresses = vec![address.parse().unwrap()];
+        (id, Endpoint { addresses, node: Some("n".into()), ..Endpoint::default() })
+    };
+    let cluster = Cluster { endpoints: [pod("a", "10.0.0.1"), pod("b", "10.0.0.2")].into(), ..Cluster::default() };
+    let inventory = Inventory { clusters: [("prod".into(), cluster)].into(), ..Inventory::default() };
+    let mut world = World { inventory, policies: PolicySet::default() };
+    let mut compiler = Compiler::with_evaluator("prod");
+    updates(&world, &"prod".into()).into_iter().for_each(|update| compiler.apply(update));
+    let enforced = policy(PolicyKind::CalicoGlobalNetworkPolicy, "all()", None);
+    let staged = |action| policy(PolicyKind::StagedGlobalNetworkPolicy, "has(nothing)", Some(action));
+    let gone = || Err(id(PolicyKind::StagedGlobalNetworkPolicy));
+    let mut found = Vec::new();
+    for edit in [Ok(enforced), Ok(staged(StagedAction::Delete)), gone(), Ok(staged(StagedAction::Set)), gone()] {
+        let layer = world.policies.clusters.entry("prod".into()).or_default();
+        compiler.apply(match edit {
+            Ok(policy) => {
+                layer.policies.insert(policy.id.clone(), policy.clone());
+                Update::Policy(policy)
+            }
+            Err(id) => {
+                layer.policies.remove(&id);
+                Update::RemovePolicy(id)
+            }
+        });
+        compiler.commit();
+        let judge = compiler.judge().expect("made with an evaluator");
+        let [source, destination] = ["10.0.0.1", "10.0.0.2"].map(|address| judge.end(address.parse().unwrap()));
+        let query = Query { source, destination, protocol: 6, source_port: 1, destination_port: 2, icmp: None };
+        check(&judge, &world, &"prod".into(), &query, 0);
+        found.push(judge.evaluate(&query, View::Pending).verdict);
+    }
+    use Verdict::{Allow, Deny};
+    assert_eq!(found, [Deny, Allow, Deny, Allow, Deny]);
 }
