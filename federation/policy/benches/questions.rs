@@ -1,8 +1,12 @@
-//! How many questions a second the prepared evaluator answers, on one core: 100,000 endpoints in 100 namespaces, 10,000
-//! policies of one tier of which about 323 apply to each endpoint in each direction, five ingress rules each.
+//! The rate at which packets are evaluated, on one core: 100,000 endpoints in 100 namespaces, 10,000 policies of one tier of
+//! which about 323 apply to each endpoint in each direction, five ingress rules each.
 //!
-//! Two shapes. `equal`: 31 different rules, each written many times. `diverse`: no two rules equal, of every kind of clause,
-//! few of which match, so that most questions ask all 1,600 of an endpoint.
+//! Two sets of policies. `equal`: 31 different rules, each written many times. `diverse`: no two rules equal, of every kind of
+//! clause, few of which match, so that most packets are compared with all 1,600 of an endpoint.
+//!
+//! `equal` and `diverse` measure [`Prepared`], which the offline commands use; `live-equal` and `live-diverse` measure
+//! [`Evaluator`], which a member uses, with packets that are all different; `flows` measures a member's flow records: batches
+//! of 10,000 by address, with one endpoint changed before each batch.
 //!
 //! `cargo bench -p hanse-policy --bench questions [-- [SHAPE…] -o json]`. Rates are of time on a processor; the wall clock's
 //! are beside them.
@@ -11,6 +15,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use hanse_policy::evaluate::{End, Query, Verdict, View, evaluate};
+use hanse_policy::evaluator::{Evaluator, Judge};
+use hanse_policy::indexed::{IndexedInventory, LOCAL};
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory, Labels, Namespace};
 use hanse_policy::model::*;
 use hanse_policy::prepared::Prepared;
@@ -25,27 +31,152 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let json = arguments.iter().any(|argument| argument == "json");
     let inventory = inventory();
+    const SHAPES: [&str; 5] = ["equal", "diverse", "live-equal", "live-diverse", "flows"];
     let named = |shape: &str| arguments.iter().any(|argument| argument == shape);
-    let all = !named("equal") && !named("diverse");
-    if all || named("equal") {
-        measure("equal", &policies(equal_rule), &inventory, json);
-    }
-    if all || named("diverse") {
-        measure("diverse", &policies(diverse_rule), &inventory, json);
+    let all = !SHAPES.into_iter().any(named);
+    for shape in SHAPES.into_iter().filter(|shape| all || named(shape)) {
+        let rows = match shape {
+            "equal" => prepared(&policies(equal_rule), &inventory),
+            "diverse" => prepared(&policies(diverse_rule), &inventory),
+            "live-equal" => live(&policies(equal_rule), &inventory),
+            "live-diverse" => live(&policies(diverse_rule), &inventory),
+            _ => flows(&policies(diverse_rule), &inventory),
+        };
+        for (metric, value, unit) in rows {
+            if json {
+                println!(
+                    r#"{{"bench":"questions","shape":"{shape}","metric":"{metric}","value":{value},"unit":"{unit}"}}"#
+                );
+            } else {
+                println!("{shape:<12} {metric:<36} {value:>14.3} {unit}");
+            }
+        }
     }
 }
 
-fn measure(shape: &str, policies: &PolicySet, inventory: &Inventory, json: bool) {
+type Rows = Vec<(String, f64, &'static str)>;
+
+fn prepared(policies: &PolicySet, inventory: &Inventory) -> Rows {
     let start = cpu_s();
     let prepared = Prepared::new(policies, inventory, View::Enforced);
     let preparing = cpu_s() - start;
+    let queries = queries();
+    // One only: the reference reads every endpoint for every selection.
+    assert_eq!(prepared.evaluate(&queries[0]), evaluate(policies, inventory, &queries[0], View::Enforced));
+    let mut rows = vec![("prepare_cpu".to_owned(), preparing, "s")];
+    measure(&queries, &mut rows, |query| prepared.evaluate(query).verdict);
+    rows
+}
+
+fn live(policies: &PolicySet, inventory: &Inventory) -> Rows {
+    let (mut indexed, mut evaluator, mut rows) = build(policies, inventory);
+    let queries = queries();
+    let judge = Judge::new(&evaluator, &indexed);
+    assert_eq!(judge.evaluate(&queries[0], View::Enforced), evaluate(policies, inventory, &queries[0], View::Enforced));
+    measure(&queries, &mut rows, |query| judge.evaluate(query, View::Enforced).verdict);
+    rows.push(("resident_with_chains".to_owned(), resident_mb(), "MB"));
+    // A policy that selects every 31st endpoint is replaced.
+    let layer = &policies.clusters["c"];
+    let mut times = Vec::new();
+    for policy in layer.policies.values().take(CHANGES) {
+        let start = cpu_s();
+        evaluator.set_policy(&mut indexed, policy);
+        indexed.refresh(|_, _, _, _| {});
+        times.push((cpu_s() - start) * 1e6);
+    }
+    rows.push(("policy_change_cpu_median".to_owned(), median(times), "us"));
+    rows
+}
+
+fn flows(policies: &PolicySet, inventory: &Inventory) -> Rows {
+    const FLOWS: usize = 10_000;
+    let (mut indexed, mut evaluator, mut rows) = build(policies, inventory);
+    let mut next = random();
+    let mut batch = || -> Vec<(std::net::IpAddr, std::net::IpAddr, u16)> {
+        (0..FLOWS).map(|at| (address(next()), address(next()), 80 + (at % 3) as u16)).collect()
+    };
+    let staged = {
+        let policy = policies.clusters["c"].policies.values().next().expect("there are policies").clone();
+        let kind = PolicyKind::StagedGlobalNetworkPolicy;
+        Policy { id: PolicyId { kind, ..policy.id.clone() }, staged: Some(StagedAction::Set), ..policy }
+    };
+    for name in ["flows", "flows_with_staged"] {
+        if name == "flows_with_staged" {
+            evaluator.set_policy(&mut indexed, &staged);
+            indexed.refresh(|_, _, _, _| {});
+        }
+        let (mut changes, mut rates, mut walls) = (Vec::new(), Vec::new(), Vec::new());
+        for round in 0..12_u32 {
+            let batch = batch();
+            let (id, mut endpoint) = (id(round), inventory.clusters["c"].endpoints[&id(round)].clone());
+            endpoint.labels.insert("label-10".into(), format!("value-{}", (round + 1) % 10).into());
+            let start = cpu_s();
+            indexed.set_endpoint(LOCAL, id, endpoint);
+            indexed.refresh(|_, _, _, _| {});
+            changes.push((cpu_s() - start) * 1e6);
+            let (cpu, start) = (cpu_s(), Instant::now());
+            let judge = Judge::new(&evaluator, &indexed);
+            let mut denied = 0;
+            for (source, destination, destination_port) in batch {
+                let (source, destination) = (judge.end(source), judge.end(destination));
+                let query =
+                    Query { source, destination, protocol: 6, source_port: 40_000, destination_port, icmp: None };
+                denied += usize::from(judge.explain(&query).enforced.verdict == Verdict::Deny);
+            }
+            assert!(denied > 0);
+            rates.push(FLOWS as f64 / (cpu_s() - cpu));
+            walls.push(FLOWS as f64 / start.elapsed().as_secs_f64());
+        }
+        rows.push((format!("{name}_first_batch_per_cpu_second"), rates[0], "1/s"));
+        rows.push((format!("{name}_per_cpu_second_median"), median(rates[1..].to_vec()), "1/s"));
+        rows.push((format!("{name}_per_wall_second_median"), median(walls[1..].to_vec()), "1/s"));
+        rows.push((format!("{name}_endpoint_change_cpu_median"), median(changes), "us"));
+    }
+    rows
+}
+
+const CHANGES: usize = 200;
+
+/// The state of a member, with what building it cost.
+fn build(policies: &PolicySet, inventory: &Inventory) -> (IndexedInventory, Evaluator, Rows) {
+    let before = resident_mb();
+    let start = cpu_s();
+    let mut indexed = IndexedInventory::new("c".into());
+    let cluster = &inventory.clusters["c"];
+    for (name, namespace) in &cluster.namespaces {
+        indexed.set_namespace(LOCAL, name.clone(), Some(namespace.labels.clone()));
+    }
+    for (id, endpoint) in &cluster.endpoints {
+        indexed.set_endpoint(LOCAL, id.clone(), endpoint.clone());
+    }
+    indexed.refresh(|_, _, _, _| {});
+    let (endpoints, stored) = (cpu_s() - start, resident_mb());
+    let start = cpu_s();
+    let mut evaluator = Evaluator::new("c".into(), &mut indexed);
+    let layer = &policies.clusters["c"];
+    layer.policies.values().for_each(|policy| evaluator.set_policy(&mut indexed, policy));
+    indexed.refresh(|_, _, _, _| {});
+    let rows = vec![
+        ("endpoints_cpu".to_owned(), endpoints, "s"),
+        ("policies_cpu".to_owned(), cpu_s() - start, "s"),
+        ("resident_endpoints".to_owned(), stored - before, "MB"),
+        ("resident_policies_and_classes".to_owned(), resident_mb() - stored, "MB"),
+    ];
+    (indexed, evaluator, rows)
+}
+
+fn random() -> impl FnMut() -> u32 {
     let mut state = 1_u64;
-    let mut next = || {
+    move || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as u32 % ENDPOINTS
-    };
+    }
+}
+
+fn queries() -> Vec<Query> {
+    let mut next = random();
     let end = |index: u32| End { address: address(index), pod: Some(("c".into(), id(index))) };
-    let queries: Vec<Query> = (0..QUESTIONS)
+    (0..QUESTIONS)
         .map(|at| Query {
             source: end(next()),
             destination: end(next()),
@@ -54,27 +185,29 @@ fn measure(shape: &str, policies: &PolicySet, inventory: &Inventory, json: bool)
             destination_port: 80 + (at % 3) as u16,
             icmp: None,
         })
-        .collect();
-    // One only: the reference looks at every endpoint for every selection.
-    assert_eq!(prepared.evaluate(&queries[0]), evaluate(policies, inventory, &queries[0], View::Enforced));
-    let mut rows = vec![("prepare_cpu".to_owned(), preparing, "s")];
+        .collect()
+}
+
+fn measure(queries: &[Query], rows: &mut Rows, evaluate: impl Fn(&Query) -> Verdict) {
     for round in ["first", "again"] {
         let (cpu, start) = (cpu_s(), Instant::now());
-        let denied = queries.iter().filter(|query| prepared.evaluate(query).verdict == Verdict::Deny).count();
+        let denied = queries.iter().filter(|query| evaluate(query) == Verdict::Deny).count();
         let (cpu, wall) = (cpu_s() - cpu, start.elapsed().as_secs_f64());
         rows.push((format!("{round}_questions_per_cpu_second"), QUESTIONS as f64 / cpu, "1/s"));
         rows.push((format!("{round}_questions_per_wall_second"), QUESTIONS as f64 / wall, "1/s"));
         rows.push((format!("{round}_denied"), denied as f64 / QUESTIONS as f64, "share"));
     }
-    for (metric, value, unit) in rows {
-        if json {
-            println!(
-                r#"{{"bench":"questions","shape":"{shape}","metric":"{metric}","value":{value},"unit":"{unit}"}}"#
-            );
-        } else {
-            println!("{shape:<10} {metric:<34} {value:>14.3} {unit}");
-        }
-    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn resident_mb() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/statm").expect("Linux has /proc");
+    let pages: f64 = status.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("the second number");
+    pages * 4096.0 / 1e6
 }
 
 /// Time on a processor of this, the only thread.
