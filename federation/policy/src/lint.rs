@@ -1,9 +1,10 @@
-//! What is written and probably not meant.
+//! Likely mistakes in policies.
 //!
-//! Findings are about what is known here: all clusters that were read. They never say that policy is safe. A rule is called
-//! shadowed, or one that never matches, only where that is shown ([`imply`]); what cannot be shown is not reported.
+//! Findings cover the clusters that were read. They do not prove that policy is safe. A rule is reported as shadowed, or as
+//! one that never matches, only where [`imply`] proves it.
 //!
-//! What a source object's rule was made into is judged together: a rule of several peers is shadowed when all of them are.
+//! The parts that a rule of a source object was converted into are judged together: a rule with several peers is shadowed
+//! when all of its parts are.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use crate::model::{
     Action, ClusterName, ClusterScope, EntityMatch, Phase, Policy, PolicyId, PolicyKind, PolicySet, Port, Protocol,
     Rule, Selection, StagedAction, TierDefault, TierId,
 };
-use crate::selector::{Expr, Selector, build};
+use crate::selector::{Expr, Selector, build, needs};
 use crate::tri::Tri;
 use crate::workload::{Workload, telling_keys, workloads};
 
@@ -34,9 +35,9 @@ use imply::{everything, families, implies, is_contradictory, is_within};
 pub enum Severity {
     /// Worth knowing.
     Note,
-    /// Probably not what was meant.
+    /// Probably a mistake.
     Warning,
-    /// Opens more than anyone should mean, or cannot do what it says.
+    /// Allows more than is reasonable, or cannot have the effect that is written.
     Error,
 }
 
@@ -46,14 +47,14 @@ pub struct Check {
     pub id: &'static str,
     pub name: &'static str,
     pub severity: Severity,
-    /// What to do about it.
+    /// How to fix it.
     pub advice: &'static str,
 }
 
 macro_rules! checks {
     ($($constant:ident $id:literal $name:literal $severity:ident $advice:literal)*) => {
         $(pub const $constant: Check = Check { id: $id, name: $name, severity: Severity::$severity, advice: $advice };)*
-        /// Every check there is.
+        /// Every check.
         pub const CHECKS: &[Check] = &[$($constant),*];
     };
 }
@@ -62,57 +63,57 @@ checks! {
     SUBJECT_SELECTS_NOTHING "HN001" "subject-selects-nothing" Warning
         "Correct the selector, or delete the policy if its workloads are gone."
     PEER_SELECTS_NOTHING "HN002" "peer-selects-nothing" Warning
-        "Correct the selector or its clusters; an Allow rule like this opens nothing, a Deny rule closes nothing."
+        "Correct the selector or its clusters. This rule has no effect."
     RULE_NEVER_MATCHES "HN003" "rule-never-matches" Error
-        "Split the rule: no packet has all that it requires."
+        "Split the rule: no packet meets all of its conditions."
     RULE_SHADOWED "HN004" "rule-shadowed" Warning
-        "Delete the rule, or move it before what decides first."
+        "Delete the rule, or move it before the rule that decides first."
     NO_DEFAULT_DENY "HN005" "namespace-without-default-deny" Warning
         "Add a policy that selects every pod of the namespace and allows nothing, or a federated one for the cluster."
     CLUSTER_WITHOUT_DEFAULT_DENY "HN006" "cluster-without-default-deny" Warning
-        "Add a policy with an empty selector to a tier that denies, in Baseline for what no other policy speaks of."
+        "Add a policy with an empty selector to a tier that denies by default. In a Baseline tier it applies only to traffic that no other policy decides."
     EGRESS_TO_WORLD "HN007" "egress-to-world" Warning
-        "Name the destinations: a selector, nets, or a network set of the registries that are needed."
+        "Restrict the destinations with a selector, nets, or a network set, for example of the image registries that are needed."
     PASS_TO_NOTHING "HN008" "pass-to-nothing" Note
-        "What passes here is decided by the profile, which allows: add a later tier that denies, or deny here."
+        "Traffic that passes here is allowed by the profile. Add a later tier that denies it, or deny it here."
     MISSING_CLUSTER "HN009" "cluster-unknown-or-stale" Warning
-        "Its endpoints are unknown or absent, so rules that allow them do not match: correct the name, or see `hanse status` for why the cluster is silent."
+        "The cluster's endpoints are unknown or absent, so Allow rules for them do not match. Correct the name, or run `hanse status` to see why the cluster is silent."
     MISSING_TIER "HN010" "tier-without-object" Warning
-        "Create the tier. Without its object a federated policy is not in force; a cluster's own tier comes last and denies."
+        "Create the tier. Without the tier object, a federated policy is not in force, and a tier of the cluster itself is evaluated last and denies."
     NOT_UNDERSTOOD "HN011" "not-understood" Error
-        "Upgrade, or rewrite the rule: where it allows it never matches, elsewhere it denies all that it may cover."
+        "Upgrade, or rewrite the rule: an Allow rule like this never matches, and a Deny or Pass rule denies everything that it may match."
     RULE_REDUNDANT "HN012" "rule-redundant" Note
-        "Another policy does the same before it: delete the rule where nothing else depends on it."
+        "An earlier policy has the same effect: delete the rule, unless something else depends on it."
     ONLY_LOGS "HN013" "only-logs" Warning
         "Add a rule that decides after the Log rule (Allow, Pass or Deny), or give the tier defaultAction: Pass."
     NAMESPACE_LABEL "HN014" "label-of-namespaces" Warning
         "Move the comparison into namespaceSelector."
     HOST_POLICY "HN015" "host-endpoint-policy" Note
-        "Keep it where Calico enforces it: Hanse enforces policy on pods only, and none on host endpoints."
+        "Leave this policy to Calico: Hanse enforces policy on pods, not on host endpoints."
     GLOBAL_SET_OUT_OF_SCOPE "HN016" "global-set-out-of-scope" Warning
-        "Add namespaceSelector: global() to this end of the rule: without it a NetworkPolicy looks only in its own namespace."
+        "Add namespaceSelector: global() to this end of the rule: without it a NetworkPolicy selects in its own namespace only."
     DNS_CUT "HN017" "dns-cut-off" Warning
-        "Allow egress by UDP and TCP to port 53 of the cluster's DNS, unless these pods are meant to look up no names."
+        "Allow egress to port 53 (UDP and TCP) of the cluster's DNS, unless these pods must not resolve names."
     NET_OF_SERVICE "HN018" "net-of-a-service" Warning
-        "Select the Service's pods, or name the addresses of backends that are not pods, and the port on which they listen: packets to a cluster address have the address and the port of a backend when policy sees them."
+        "Select the Service's pods, or the addresses of backends that are not pods, with the port that they listen on: policy is evaluated after the Service's address and port were translated to those of a backend."
     RULES_LEFT_OUT "HN019" "rules-left-out-by-types" Error
-        "Add the direction to policyTypes (types in Calico's and federated policies), or delete these rules: the list alone says which directions a policy restricts."
+        "Add the direction to policyTypes (types in Calico's and federated policies), or delete these rules: only that list determines which directions a policy restricts."
     PORT_NAME_UNKNOWN "HN020" "port-name-without-port" Warning
         "Correct the name or the protocol, or name the port in the pod's containers: name, number and protocol must all agree."
     EQUAL_PRIORITY "HN021" "equal-priority" Warning
-        "Give the policies different priorities: the API does not say which of two with equal priority comes first."
+        "Give the policies different priorities: the API does not define the order of policies with equal priority."
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Finding {
     pub check: Check,
-    /// Whose policies, or which cluster it was found in.
+    /// The cluster of the policy, or the cluster that was checked.
     pub cluster: Option<ClusterName>,
     pub about: About,
     pub message: String,
 }
 
-/// What a finding is about, and so where it is shown.
+/// The object that a finding is about.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum About {
     /// With the list and the index in it, where it is one rule.
@@ -124,7 +125,7 @@ pub enum About {
     Cluster,
 }
 
-/// Checks that are not run for a cluster of which no pod is known.
+/// Checks that are skipped for a cluster without known pods.
 pub const NEEDING_PODS: &[Check] = &[
     SUBJECT_SELECTS_NOTHING,
     PEER_SELECTS_NOTHING,
@@ -135,7 +136,7 @@ pub const NEEDING_PODS: &[Check] = &[
     DNS_CUT,
 ];
 
-/// The clusters of which no pod is known.
+/// The clusters without known pods.
 pub fn without_pods(inventory: &Inventory) -> BTreeSet<&ClusterName> {
     let has_pods = |cluster: &Cluster| cluster.endpoints.keys().any(|id| id.kind == EndpointKind::Pod);
     inventory.clusters.iter().filter(|(_, cluster)| !has_pods(cluster)).map(|(name, _)| name).collect()
@@ -143,8 +144,8 @@ pub fn without_pods(inventory: &Inventory) -> BTreeSet<&ClusterName> {
 
 const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 
-/// Everything that was found, once each, in a stable order. `hosts`: the clusters with host endpoints, which policies may
-/// select instead of pods. `without_tier`: federated policies that are not in force because no object defines their tier.
+/// All findings, each once, in a stable order. `hosts`: the clusters with host endpoints, which policies may select instead
+/// of pods. `without_tier`: federated policies that are not in force because their tier has no object.
 pub fn lint(
     policies: &PolicySet,
     inventory: &Inventory,
@@ -174,7 +175,7 @@ pub fn lint(
             }
             let enforcers = enforcers(policy, inventory);
             for name in named(&policy.enforcers).filter(|name| !inventory.clusters.contains_key(*name)) {
-                found(MISSING_CLUSTER, None, format!("it is enforced by cluster {name:?}, which is not known here"));
+                found(MISSING_CLUSTER, None, format!("enforced by cluster {name:?}, which is unknown"));
             }
             if policy.host_only {
                 found(HOST_POLICY, None, "doNotTrack and preDNAT act on host endpoints only".to_owned());
@@ -190,13 +191,13 @@ pub fn lint(
                 found(
                     SUBJECT_SELECTS_NOTHING,
                     None,
-                    format!("{} can select nothing: it contradicts itself", subject.shown()),
+                    format!("{} contradicts itself and selects nothing", subject.shown()),
                 );
             } else if enforcers.is_empty() {
-                found(SUBJECT_SELECTS_NOTHING, None, "no cluster that is known here enforces it".to_owned());
+                found(SUBJECT_SELECTS_NOTHING, None, "no known cluster enforces it".to_owned());
             } else if enforcers.iter().any(|enforcer| facts.may_have_subjects(enforcer, subject)) {
             } else if policy.id.namespace.is_none() && enforcers.iter().any(|enforcer| hosts.contains(*enforcer)) {
-                found(HOST_POLICY, None, format!("{} selects no pod, and may select host endpoints", subject.shown()));
+                found(HOST_POLICY, None, format!("{} selects no pod, but may select host endpoints", subject.shown()));
             } else {
                 found(SUBJECT_SELECTS_NOTHING, None, format!("{} selects no pod", subject.shown()));
             }
@@ -234,12 +235,12 @@ pub fn rules_left_out(policy: PolicyId, direction: Direction, field: &str) -> Fi
         Direction::Egress => ("egress", "Egress"),
     };
     let message =
-        format!("{field} leaves out {name}: its {list} rules never act, and the policy does not restrict {list}");
+        format!("{field} omits {name}: the {list} rules have no effect, and the policy does not restrict {list}");
     let cluster = policy.cluster.clone();
     Finding { check: RULES_LEFT_OUT, cluster, about: About::Policy(policy, Some((direction, 0))), message }
 }
 
-/// Whether a policy does something on pods, now or when it is committed.
+/// Whether a policy affects pods, now or when it is committed.
 fn counts(policy: &Policy) -> bool {
     !policy.host_only && matches!(policy.staged, None | Some(StagedAction::Set))
 }
@@ -260,7 +261,7 @@ fn named(scope: &ClusterScope) -> impl Iterator<Item = &ClusterName> {
     .flatten()
 }
 
-/// The rules as they are written: each with what it was made into.
+/// The rules as written, each with the parts that it was converted into.
 fn written(list: &[Rule]) -> BTreeMap<u32, Vec<&Rule>> {
     let mut written: BTreeMap<u32, Vec<&Rule>> = BTreeMap::new();
     for rule in list {
@@ -388,7 +389,7 @@ fn subject_of(workload: &Workload<'_>, subject: &Selector) -> Tri {
     subject.evaluate(&EffectiveLabels { cluster: workload.owner, id, endpoint, first_hand: true })
 }
 
-/// What is odd about one rule by itself.
+/// Findings about a single rule.
 fn about(
     policy: &Policy,
     parts: &[&Rule],
@@ -401,7 +402,7 @@ fn about(
         contradiction(rule).or_else(|| pitfalls::own_end_excludes(policy, rule, direction, enforcers, facts))
     };
     let contradictions: Vec<String> = parts.iter().filter_map(contradicts).collect();
-    // Where one peer of several is impossible, the rest may do what was meant.
+    // Where one peer of several is impossible, the others still have an effect.
     let never = contradictions.len() == parts.len();
     found.extend(contradictions.into_iter().filter(|_| never).map(|reason| (RULE_NEVER_MATCHES, reason)));
     let own_side = match direction {
@@ -433,7 +434,7 @@ fn about(
             }
             for selection in entity.selection.iter().chain(&entity.not_selection) {
                 for name in named(&selection.clusters).filter(|it| !facts.inventory.clusters.contains_key(*it)) {
-                    let message = format!("{side} names cluster {name:?}, which is not known here");
+                    let message = format!("{side} names cluster {name:?}, which is unknown");
                     found.push((MISSING_CLUSTER, message));
                 }
                 for name in facts.stale(enforcers, selection) {
@@ -474,7 +475,7 @@ fn about(
                     None if policy.id.cluster.is_none() && dns::is_of_usual_server(selection) => {}
                     None => {
                         let message = format!("{} selects nothing", selection.selector.shown());
-                        // Of an application's own manifests that is usual.
+                        // That is usual where only the manifests of an application were read.
                         let unread = pitfalls::unread_namespace(selection, enforcers, facts.inventory);
                         found.push(match unread {
                             Some(namespace) => (
@@ -503,7 +504,7 @@ fn about(
     found
 }
 
-/// Of which packets a rule speaks, for people.
+/// The protocol and ports of a rule, for messages.
 fn traffic(rule: &Rule) -> String {
     let ports = rule.destination.ports.iter().map(|port| match port {
         Port::Range(low, high) if low == high => low.to_string(),
@@ -522,7 +523,7 @@ fn traffic(rule: &Rule) -> String {
 /// Why no packet can match.
 fn contradiction(rule: &Rule) -> Option<String> {
     if families(rule) == [false, false] {
-        return Some("its parts speak of different address families".to_owned());
+        return Some("its conditions are for different address families".to_owned());
     }
     let number = rule.protocol.map(Protocol::number);
     if number.is_some() && rule.not_protocol.map(Protocol::number) == number {
@@ -586,21 +587,13 @@ fn action_verb(action: Action) -> &'static str {
     }
 }
 
-/// Labels that must be present for the expression to hold, with the value where it is one.
-fn asked_labels(expr: &Expr) -> Vec<(&str, Option<&str>)> {
-    match expr {
-        Expr::Equal(key, value) => vec![(key, Some(value))],
-        Expr::In(key, values) => vec![(key, if values.len() == 1 { values.first().map(|it| &**it) } else { None })],
-        Expr::Has(key) | Expr::Contains(key, _) | Expr::StartsWith(key, _) | Expr::EndsWith(key, _) => {
-            vec![(key, None)]
-        }
-        Expr::And(parts) => parts.iter().flat_map(asked_labels).collect(),
-        Expr::All | Expr::Global | Expr::NotEqual(..) | Expr::NotIn(..) | Expr::Not(_) | Expr::Or(_) => Vec::new(),
-    }
+/// Labels that must be present for the expression to be true, with the value where it is one.
+fn required_labels(expr: &Expr) -> Vec<(&str, Option<&str>)> {
+    needs::every(expr).into_iter().map(|(key, value)| (&**key, value.map(|value| &**value))).collect()
 }
 
-/// The families of which a policy leaves nothing undecided in a direction: by the end of a tier that denies, or by a rule
-/// that denies everything.
+/// The families for which a policy denies, in a direction, everything that it does not allow: by the end of a tier that
+/// denies, or by a rule that denies everything.
 fn closes(tier: &OrderedTier<'_>, policy: &Policy, direction: Direction) -> [bool; 2] {
     let Some(list) = rules(policy, direction).filter(|_| policy.acts()) else { return [false, false] };
     if tier.default == TierDefault::Deny {
@@ -635,7 +628,7 @@ fn is_everything(entity: &EntityMatch, kind: PolicyKind, v4: bool) -> bool {
         && entity.selection.as_ref().is_none_or(every_pod)
 }
 
-/// Namespaces in which some pod is open to what no rule speaks of.
+/// Namespaces in which some pod has no default deny.
 fn open_namespaces(
     tiers: &[OrderedTier<'_>],
     name: &ClusterName,
@@ -670,7 +663,7 @@ fn open_namespaces(
     let all_open =
         !open.is_empty() && open.values().all(|[pods, ingress, egress, _]| ingress == pods && egress == pods);
     if all_open {
-        let message = "no pod is denied anything by default".to_owned();
+        let message = "no pod has a default deny".to_owned();
         let (check, cluster) = (CLUSTER_WITHOUT_DEFAULT_DENY, Some(name.clone()));
         findings.push(Finding { check, cluster, about: About::Cluster, message });
     }
@@ -678,14 +671,14 @@ fn open_namespaces(
         let many = |some, all| many(some, all, if planned > 0 { "workload" } else { "pod" });
         let what = match (ingress, egress) {
             (0, 0) => continue,
-            (0, open) => format!("egress of {}", many(open, pods)),
-            (open, 0) => format!("ingress of {}", many(open, pods)),
-            (one, other) if one == other => format!("ingress and egress of {}", many(one, pods)),
+            (0, open) => format!("egress is unrestricted ({})", many(open, pods)),
+            (open, 0) => format!("ingress is unrestricted ({})", many(open, pods)),
+            (one, other) if one == other => format!("ingress and egress are unrestricted ({})", many(one, pods)),
             (ingress, egress) => {
-                format!("ingress of {} and egress of {}", many(ingress, pods), many(egress, pods))
+                format!("ingress ({}) and egress ({}) are unrestricted", many(ingress, pods), many(egress, pods))
             }
         };
-        let message = format!("namespace {namespace}: {what} is open to whatever no rule speaks of");
+        let message = format!("namespace {namespace}: {what}");
         let about = About::Namespace(namespace.clone());
         findings.push(Finding { check: NO_DEFAULT_DENY, cluster: Some(name.clone()), about, message });
     }
@@ -693,13 +686,13 @@ fn open_namespaces(
 
 fn many(some: usize, all: usize, noun: &str) -> String {
     match (some, all) {
-        (1, 1) => format!("its only {noun}"),
+        (1, 1) => format!("1 {noun}"),
         (some, all) if some == all => format!("all {all} {noun}s"),
         (some, all) => format!("{some} of {all} {noun}s"),
     }
 }
 
-/// Where what is passed on is decided by nothing that follows: no later tier has a policy for any of the pods.
+/// Where no later tier has a policy for any of the pods whose traffic is passed.
 fn passes_to_nothing(
     policies: &PolicySet,
     tiers: &[OrderedTier<'_>],
@@ -727,14 +720,14 @@ fn passes_to_nothing(
                 if tier.id.phase == Phase::Local { policies.clusters.get(name) } else { Some(&policies.federation) };
             if tier.default == TierDefault::Pass && own.is_some_and(written) && to_nothing(&acting[at]) {
                 let message =
-                    format!("{list} that no rule of the tier decides is passed on, and nothing after it decides");
+                    format!("{list} traffic that no rule of the tier decides is passed, and no later tier decides it");
                 let (check, cluster) = (PASS_TO_NOTHING, Some(name.clone()));
                 findings.push(Finding { check, cluster, about: About::Tier(tier.id.clone()), message });
             }
             for policy in &acting[at] {
                 let passing = rules(policy, direction).unwrap_or_default().iter().find(|it| it.action == Action::Pass);
                 if let Some(rule) = passing.filter(|_| to_nothing(&[policy])) {
-                    let message = format!("it passes {list} on, and no tier after {} decides", tier.id.name);
+                    let message = format!("{list} traffic is passed, and no tier after {} decides it", tier.id.name);
                     let about = About::Policy(policy.id.clone(), Some((direction, rule.index)));
                     let (check, cluster) = (PASS_TO_NOTHING, Some(name.clone()));
                     findings.push(Finding { check, cluster, about, message });

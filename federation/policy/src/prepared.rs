@@ -1,10 +1,10 @@
-//! The evaluator for many questions: the rules are judged by the reference's own code ([`crate::evaluate`]), while what
-//! that code asks is looked up in indexes and remembered.
+//! The evaluator for many packets, offline: rules are evaluated by the reference's own code ([`crate::evaluate`]), over facts
+//! that are looked up in indexes and cached.
 //!
 //! - Pods with the same cluster, namespace, account and labels form a class, labels that no selector names aside: which
 //!   policies apply to it, and which selections hold it, is found once, by labels of which they require one.
 //! - The policies of a cluster are sorted once, and their rules laid out so that most that do not match are passed over
-//!   at a glance: by protocol, port, a single net, and the selections that hold the ends.
+//!   by their outline: protocol, port, a single net, and the selections that hold the ends.
 //! - Network sets are found by the prefixes of their nets.
 //!
 //! It borrows what it was made of, so it never goes stale; it remembers behind `RefCell`, so it belongs to one thread.
@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::hash::BuildHasher as _;
 use std::net::IpAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::evaluate::{
     Answer, Direction, End, Enforcer, Facts, Query, TierView, View, acting, answer, backend, has_named_port, in_order,
@@ -23,6 +24,7 @@ use crate::indexed::NetTable;
 use crate::inventory::{Cluster, EffectiveLabels, Endpoint, EndpointId, EndpointKind, Inventory, LabelGrant, selects};
 use crate::model::{Action, ClusterName, EntityMatch, Layer, Policy, PolicySet, Rule, Selection, ServiceMatch};
 use crate::outline::{ANY, EndBits, Outline, PacketOutline, only};
+use crate::selector::needs::{self, Need};
 use crate::selector::{Expr, Selector, build};
 use crate::tri::Tri;
 use crate::workload::SOME_VALUE;
@@ -43,7 +45,7 @@ const MEMO_BYTES: usize = 256 << 20;
 /// What a class costs that no selection holds: its key, and its place in the table.
 const MEMO_KEY_BYTES: usize = 64;
 
-/// A set of policies and an inventory, ready to be asked.
+/// A set of policies and an inventory, prepared for many evaluations.
 #[derive(Debug)]
 pub struct Prepared<'a> {
     inventory: &'a Inventory,
@@ -93,7 +95,7 @@ impl<'a> Prepared<'a> {
             }
         }
         let pods_of = |(cluster, owner): (&'a ClusterName, &'a Cluster)| {
-            let known = |(id, endpoint)| (id, Known { id, endpoint, class: Cell::new(NO_CLASS) });
+            let known = |(id, endpoint)| (id, PreparedPod { id, endpoint, class: Cell::new(NO_CLASS) });
             let by_id = owner.endpoints.iter().map(known).collect();
             (&**cluster, Pods { cluster, owner, by_id })
         };
@@ -182,7 +184,7 @@ impl<'a> Prepared<'a> {
     }
 
     /// The rules of a tier that can decide: one that does what an earlier one does, where that one matches, never comes
-    /// to it. Log rules speak each time, and so do those of which a part cannot be judged.
+    /// to it. Log rules act each time, and so do rules of which a part cannot be judged.
     fn plain_rules(&self, tier: &TierView<'a>, direction: Direction) -> PlainRules<'a> {
         let mut seen = FastSet::default();
         let mut plain = PlainRules::default();
@@ -213,7 +215,7 @@ impl<'a> Prepared<'a> {
     fn class_of(&self, end: &End) -> EndClass<'a> {
         let pod = end.pod.as_ref().and_then(|(cluster, id)| {
             let pods = self.pods.get(&**cluster)?;
-            let Known { id, endpoint, class: known } = pods.by_id.get(id)?;
+            let PreparedPod { id, endpoint, class: known } = pods.by_id.get(id)?;
             if known.get() == NO_CLASS {
                 known.set(self.classes.borrow_mut().pod(pods.cluster, id, endpoint));
             }
@@ -230,7 +232,7 @@ impl<'a> Prepared<'a> {
         if let Some(held) = memos.by_class.get(&key) {
             return held.clone();
         }
-        let held = self.ask(end, enforcer);
+        let held = self.evaluate_selections(end, enforcer);
         let bytes = MEMO_KEY_BYTES + std::mem::size_of_val(&*held);
         if memos.bytes + bytes > MEMO_BYTES {
             *memos = Memos::default();
@@ -240,10 +242,10 @@ impl<'a> Prepared<'a> {
         held
     }
 
-    /// Asks every selection that can hold an end.
-    fn ask(&self, end: &EndClass<'a>, enforcer: &str) -> Held {
+    /// Evaluates every selection that can hold an end.
+    fn evaluate_selections(&self, end: &EndClass<'a>, enforcer: &str) -> Held {
         let mut found: Vec<(u32, Tri)> = Vec::new();
-        let mut ask = |labels: EffectiveLabels<'_>, selected: &dyn Fn(&Selection) -> Tri| {
+        let mut add = |labels: EffectiveLabels<'_>, selected: &dyn Fn(&Selection) -> Tri| {
             // Where a label may be unknown, its absence excludes nothing.
             let owner = labels.cluster;
             let known = labels.first_hand || !owner.stale && owner.label_grant == LabelGrant::All;
@@ -255,14 +257,14 @@ impl<'a> Prepared<'a> {
         };
         if let Some(Pod { cluster, owner, id, endpoint, .. }) = end.pod {
             let labels = EffectiveLabels { cluster: owner, id, endpoint, first_hand: enforcer == cluster };
-            ask(labels, &|selection| selects(enforcer, selection, cluster, owner, id, endpoint));
+            add(labels, &|selection| selects(enforcer, selection, cluster, owner, id, endpoint));
         }
         for set in end.sets.iter() {
             let (cluster, id, endpoint) = self.sets.all[*set as usize];
-            let nobody = Cluster::default();
-            let owner = cluster.and_then(|cluster| self.inventory.clusters.get(cluster)).unwrap_or(&nobody);
+            let no_cluster = Cluster::default();
+            let owner = cluster.and_then(|cluster| self.inventory.clusters.get(cluster)).unwrap_or(&no_cluster);
             let first_hand = cluster.is_none_or(|cluster| cluster == enforcer);
-            ask(EffectiveLabels { cluster: owner, id, endpoint, first_hand }, &|selection| match cluster {
+            add(EffectiveLabels { cluster: owner, id, endpoint, first_hand }, &|selection| match cluster {
                 Some(cluster) => selects(enforcer, selection, cluster, owner, id, endpoint),
                 None => self.inventory.selects_federated_set(selection, id),
             });
@@ -339,14 +341,14 @@ struct Pod<'a> {
 struct Pods<'a> {
     cluster: &'a str,
     owner: &'a Cluster,
-    by_id: FastMap<&'a EndpointId, Known<'a>>,
+    by_id: FastMap<&'a EndpointId, PreparedPod<'a>>,
 }
 
 #[derive(Debug)]
-struct Known<'a> {
+struct PreparedPod<'a> {
     id: &'a EndpointId,
     endpoint: &'a Endpoint,
-    /// [`NO_CLASS`] until it was asked for.
+    /// [`NO_CLASS`] until the first use.
     class: Cell<u32>,
 }
 
@@ -358,7 +360,7 @@ struct Remembered<'p, 'a> {
     query: &'p Query,
     ends: &'p [EndClass<'a>; 2],
     enforcer: &'a str,
-    /// Looked up when it is asked for.
+    /// Looked up at the first use.
     held: [OnceCell<Held>; 2],
 }
 
@@ -391,7 +393,7 @@ impl Facts for Remembered<'_, '_> {
     }
 }
 
-/// Numbers pods that no selector can tell apart.
+/// Numbers classes of pods that every selector treats alike.
 #[derive(Debug)]
 struct Classes<'a> {
     /// The label keys that some selector names.
@@ -483,9 +485,6 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// A label that a selector needs, with its value if not any will do.
-type Need<'e> = (&'e str, Option<&'e str>);
-
 /// Selectors by labels of which they need one to hold.
 #[derive(Debug, Default)]
 struct LabelIndex<'a> {
@@ -512,7 +511,7 @@ impl Sketch {
     }
 }
 
-/// How many times as dear it is to ask a selector as to look at its sketch, about.
+/// About how many times as expensive it is to evaluate a selector as to compare its sketch.
 const SKETCHED: usize = 8;
 
 #[derive(Debug, Default)]
@@ -524,17 +523,25 @@ struct ByValue<'a> {
 impl<'a> LabelIndex<'a> {
     /// Selectors are numbered in their order.
     fn new(selectors: impl Iterator<Item = &'a Selector> + Clone) -> Self {
-        let mut crowds: FastMap<Need<'a>, usize> = FastMap::default();
+        // How many selectors name each label.
+        let mut users: FastMap<Need<'a>, usize> = FastMap::default();
         for selector in selectors.clone() {
-            selector.expr.for_each_key(&mut |key| *crowds.entry((&**key, None)).or_default() += 1);
-            each_value(&selector.expr, &mut |key, value| *crowds.entry((key, Some(value))).or_default() += 1);
+            selector.expr.for_each_key(&mut |key| *users.entry((key, None)).or_default() += 1);
+            each_value(&selector.expr, &mut |key, value| *users.entry((key, Some(value))).or_default() += 1);
         }
+        // A need that is one of several is in no sketch; where it is not the one in the index, evaluation finds it out.
+        let cost = |list: &[Need<'a>]| -> usize {
+            let all: usize = list.iter().map(|need| users[need]).sum();
+            if list.len() == 1 { all * SKETCHED } else { all }
+        };
         let mut index = Self::default();
         for (number, selector) in (0..).zip(selectors) {
             let mut sketch = Sketch::default();
-            each_need(&selector.expr, &mut |need| sketch.add(index.hasher.hash_one(need)));
+            needs::every(&selector.expr)
+                .iter()
+                .for_each(|need| sketch.add(index.hash_of(need.0, need.1.map(|it| &**it))));
             index.sketches.push(sketch);
-            match needs(&selector.expr, &crowds) {
+            match needs::one_of(&selector.expr, &cost) {
                 None => index.others.push(number),
                 Some(needs) => {
                     for (key, value) in needs {
@@ -550,13 +557,16 @@ impl<'a> LabelIndex<'a> {
         index
     }
 
-    /// The selectors that can hold for labels of which none is unknown, without doubles.
+    fn hash_of(&self, key: &str, value: Option<&str>) -> u64 {
+        self.hasher.hash_one((key, value))
+    }
+
+    /// The selectors that can hold for labels of which none is unknown, each once.
     fn candidates(&self, labels: &EffectiveLabels<'_>) -> Vec<u32> {
         let mut found = self.others.clone();
         let mut sketch = Sketch::default();
         labels.each_known(&mut |key, value| {
-            let needs: [Need<'_>; 2] = [(key, None), (key, Some(value))];
-            needs.iter().for_each(|need| sketch.add(self.hasher.hash_one(need)));
+            [None, Some(&**value)].into_iter().for_each(|value| sketch.add(self.hash_of(key, value)));
             if let Some(by_value) = self.by_label.get(key) {
                 found.extend(&by_value.any);
                 found.extend(by_value.of_value.get(&**value).into_iter().flatten());
@@ -569,50 +579,12 @@ impl<'a> LabelIndex<'a> {
     }
 }
 
-/// Calls `visit` with labels without any of which the expression does not hold.
-fn each_need<'e>(expr: &'e Expr, visit: &mut impl FnMut(Need<'e>)) {
+/// Calls `visit` with every label value that an expression compares as a whole.
+fn each_value<'e>(expr: &'e Expr, visit: &mut impl FnMut(&'e Arc<str>, &'e Arc<str>)) {
     match expr {
-        Expr::Equal(key, value) => visit((key, Some(value))),
-        Expr::Has(key)
-        | Expr::In(key, _)
-        | Expr::Contains(key, _)
-        | Expr::StartsWith(key, _)
-        | Expr::EndsWith(key, _) => visit((key, None)),
-        Expr::And(parts) => parts.iter().for_each(|part| each_need(part, visit)),
-        _ => {}
-    }
-}
-
-/// Labels of which one must be present for the expression to hold, those that the fewest selectors name; `None` where it
-/// may hold without any.
-fn needs<'e>(expr: &'e Expr, crowds: &FastMap<Need<'e>, usize>) -> Option<Vec<Need<'e>>> {
-    match expr {
-        Expr::Equal(key, value) => Some(vec![(key, Some(value))]),
-        Expr::In(key, values) => Some(values.iter().map(|value| (&**key, Some(&**value))).collect()),
-        Expr::Has(key) | Expr::Contains(key, _) | Expr::StartsWith(key, _) | Expr::EndsWith(key, _) => {
-            Some(vec![(key, None)])
-        }
-        Expr::And(parts) => {
-            // A need that is one of several is in no sketch; where it is not the filed one, it is found out by asking.
-            let cost = |needs: &Vec<Need<'e>>| -> usize {
-                let crowd: usize = needs.iter().map(|need| crowds[need]).sum();
-                if needs.len() == 1 { crowd * SKETCHED } else { crowd }
-            };
-            parts.iter().filter_map(|part| needs(part, crowds)).min_by_key(cost)
-        }
-        Expr::Or(parts) => {
-            let all: Option<Vec<_>> = parts.iter().map(|part| needs(part, crowds)).collect();
-            all.map(Vec::into_iter).map(|all| all.flatten().collect())
-        }
-        Expr::All | Expr::Global | Expr::NotEqual(..) | Expr::NotIn(..) | Expr::Not(_) => None,
-    }
-}
-
-/// Calls `visit` with every label value that an expression wants as it is.
-fn each_value<'e>(expr: &'e Expr, visit: &mut impl FnMut(&'e str, &'e str)) {
-    match expr {
-        Expr::Equal(key, value) => visit(key, value),
-        Expr::In(key, values) => values.iter().for_each(|value| visit(key, value)),
+        Expr::Equal(key, value) | Expr::NotEqual(key, value) => visit(key, value),
+        Expr::In(key, values) | Expr::NotIn(key, values) => values.iter().for_each(|value| visit(key, value)),
+        Expr::Not(inner) => each_value(inner, visit),
         Expr::And(parts) | Expr::Or(parts) => parts.iter().for_each(|part| each_value(part, visit)),
         _ => {}
     }

@@ -4,7 +4,7 @@
 //! [`Expr::evaluate`] gives its value over labels of which some may be unknown. [`build`] makes the expressions that
 //! conversions need (namespace scope, account names, Kubernetes label selectors).
 //!
-//! What stands in parentheses keeps its place in the tree: `(a && b) && c` and `a && b && c` mean the same and have
+//! Parentheses keep their place in the tree: `(a && b) && c` and `a && b && c` mean the same and have
 //! different canonical forms, as in Calico. So has `!(!a)`, whose canonical form `!!a` reads back as `a`.
 
 use std::fmt::Write as _;
@@ -16,6 +16,7 @@ use sha2::{Digest as _, Sha224};
 use crate::tri::Tri;
 
 pub mod build;
+pub mod needs;
 mod parse;
 pub mod property;
 
@@ -25,7 +26,7 @@ pub use parse::{MAX_LABEL_BYTES, MAX_NESTING, SyntaxError};
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Expr {
     All,
-    /// True wherever it stands by itself; in a namespace selector it means "has no namespace".
+    /// True by itself; in a namespace selector it means "has no namespace".
     Global,
     Has(Arc<str>),
     Equal(Arc<str>, Arc<str>),
@@ -33,9 +34,9 @@ pub enum Expr {
     Contains(Arc<str>, Arc<str>),
     StartsWith(Arc<str>, Arc<str>),
     EndsWith(Arc<str>, Arc<str>),
-    /// Sorted, without doubles.
+    /// Sorted, without duplicates.
     In(Arc<str>, Arc<[Arc<str>]>),
-    /// Sorted, without doubles.
+    /// Sorted, without duplicates.
     NotIn(Arc<str>, Arc<[Arc<str>]>),
     Not(Arc<Expr>),
     And(Arc<[Expr]>),
@@ -53,7 +54,7 @@ pub enum Label<'a> {
     Unknown,
 }
 
-/// Labels that an expression can be asked about.
+/// Labels that an expression can be evaluated over.
 pub trait LabelLookup {
     fn label(&self, key: &str) -> Label<'_>;
 }

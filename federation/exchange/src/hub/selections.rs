@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::selector::build::{own_key, own_label};
+use hanse_policy::selector::needs::{self, Need};
 use hanse_policy::selector::{Expr, Label, LabelLookup};
 use hanse_policy::tri::Tri;
 use hashbrown::HashMap;
@@ -82,10 +83,10 @@ impl Selections {
             None => drop(self.unanchored.insert(number)),
             Some(found) => {
                 for (key, value) in found {
-                    let filed = self.keys.entry(key).or_default();
+                    let filed = self.keys.entry(key.clone()).or_default();
                     match value {
                         None => filed.present.insert(number),
-                        Some(value) => filed.values.entry(value).or_default().insert(number),
+                        Some(value) => filed.values.entry(value.clone()).or_default().insert(number),
                     };
                 }
             }
@@ -107,15 +108,15 @@ impl Selections {
         // Only where it is filed: a class of thousands of selections is released under one lock.
         let expr = &wanted.selector().expr;
         for (key, value) in anchors(expr).into_iter().flatten() {
-            let Some(filed) = self.keys.get_mut(&key) else { continue };
+            let Some(filed) = self.keys.get_mut(key) else { continue };
             let Some(value) = value else {
                 filed.present.remove(&number);
                 continue;
             };
-            if let Some(list) = filed.values.get_mut(&value) {
+            if let Some(list) = filed.values.get_mut(value) {
                 list.remove(&number);
                 if list.is_empty() {
-                    filed.values.remove(&value);
+                    filed.values.remove(value);
                 }
             }
         }
@@ -177,27 +178,10 @@ impl Selections {
     }
 }
 
-type Anchor = (Arc<str>, Option<Arc<str>>);
-
-/// Pairs, or keys, of which a label map must have at least one for `expr` not to be false; none when there is no such list.
-fn anchors(expr: &Expr) -> Option<Vec<Anchor>> {
-    match expr {
-        Expr::Equal(key, value) => Some(vec![(key.clone(), Some(value.clone()))]),
-        Expr::In(key, values) => Some(values.iter().map(|value| (key.clone(), Some(value.clone()))).collect()),
-        Expr::Has(key) | Expr::Contains(key, _) | Expr::StartsWith(key, _) | Expr::EndsWith(key, _) => {
-            Some(vec![(key.clone(), None)])
-        }
-        // An exact value is rarer than a key, and a short list is rarer than a long one.
-        Expr::And(parts) => parts
-            .iter()
-            .filter_map(anchors)
-            .min_by_key(|list| (list.iter().filter(|a| a.1.is_none()).count(), list.len())),
-        Expr::Or(parts) => {
-            let lists: Option<Vec<_>> = parts.iter().map(anchors).collect();
-            lists.map(|lists| lists.into_iter().flatten().collect())
-        }
-        Expr::All | Expr::Global | Expr::NotEqual(..) | Expr::NotIn(..) | Expr::Not(_) => None,
-    }
+/// Labels of which known labels must have at least one for `expr` to be true; `None` when there is no such list.
+fn anchors(expr: &Expr) -> Option<Vec<Need<'_>>> {
+    // An exact value is rarer than a key, and a short list is rarer than a long one.
+    needs::one_of(expr, &|list| (list.iter().filter(|(_, value)| value.is_none()).count(), list.len()))
 }
 
 #[cfg(test)]

@@ -1,14 +1,15 @@
-//! Which selectors hold for which labels, kept up to date from both sides.
+//! Which selectors match which labels, kept up to date from both sides.
 //!
 //! Labels are interned as pairs. Only keys that some selector names count: labels that agree in those form one *class*,
-//! and every selector is evaluated once per class, however many endpoints have it. A class finds the selectors that may
-//! hold for it by the pairs and keys that they need ([`Atom`]); what can hold without any label (negations, `all()`) is
-//! the residual, asked always. A selector finds its classes the same way.
+//! and every selector is evaluated once per class, however many endpoints it has. A class finds the selectors that may
+//! match it by the pairs and keys that they need ([`Atom`]); those that can match without any label (negations, `all()`) are
+//! the residual, which is always evaluated. A selector finds its classes the same way.
 //!
-//! Does not know endpoints, clusters or addresses: those who do keep them by [`ClassId`].
+//! Does not know endpoints, clusters or addresses: its owner keeps them by [`ClassId`].
 
 use std::sync::Arc;
 
+use crate::selector::needs::{self, Need};
 use crate::selector::{Expr, Selector, build};
 use crate::slab::{Id, Slab};
 use crate::slab_id;
@@ -27,7 +28,7 @@ slab_id! {
     pub struct KeyId;
     /// A registered selector.
     pub struct SelectorId;
-    /// Labels that no registered selector tells apart.
+    /// Labels that are equal for every registered selector.
     pub struct ClassId;
     /// See [`Realm`].
     pub struct RealmId;
@@ -37,7 +38,7 @@ slab_id! {
 
 pub type FastMap<K, V> = HashMap<K, V, RandomState>;
 
-/// Whose labels these are: what is known of those that are absent.
+/// What is known about labels that are absent.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Realm {
     /// Every label is known.
@@ -63,7 +64,7 @@ struct Key {
     selectors: IdSet<SelectorId>,
     /// Pairs and selectors that have it.
     references: u32,
-    /// Until it is relevant: where to look for what has it, in the words of [`SelectorIndex::note_place`].
+    /// Until it is relevant: the places of pairs that have it, see [`SelectorIndex::note_place`].
     places: IdSet<Place>,
 }
 
@@ -93,7 +94,7 @@ enum Node {
     Or(Box<[Node]>),
 }
 
-/// What a class must have for a selector to hold.
+/// A label that a class must have for a selector to match.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Atom {
     Pair(PairId),
@@ -112,7 +113,7 @@ struct Registered {
     unknown: IdSet<ClassId>,
 }
 
-/// A selector that holds, or may hold, for a class.
+/// A selector that matches, or may match, a class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Match {
     pub selector: SelectorId,
@@ -253,8 +254,8 @@ impl SelectorIndex {
         self.keys[key].relevant
     }
 
-    /// Notes that something with a pair of this key is at a place, a number of the caller's. Places are not taken back:
-    /// what is found there is to be looked at.
+    /// Records that something with a pair of this key is at a place of the caller's. Places are never removed: the caller
+    /// checks what it finds there.
     pub fn note_place(&mut self, key: KeyId, place: Place) {
         let key = &mut self.keys[key];
         if !key.relevant {
@@ -262,7 +263,7 @@ impl SelectorIndex {
         }
     }
 
-    /// The places of a key that became relevant; none the second time.
+    /// Takes the places of a key that became relevant.
     pub fn take_places(&mut self, key: KeyId) -> IdSet<Place> {
         let key = &mut self.keys[key];
         if key.relevant { std::mem::take(&mut key.places) } else { IdSet::default() }
@@ -287,8 +288,8 @@ impl SelectorIndex {
 
     // Selectors.
 
-    /// Takes a use of a selector, which is matched against all classes when it is new. `newly_relevant` is told the keys
-    /// that no selector named before: what has them must be classed again.
+    /// Takes a use of a selector, which is matched against all classes when it is new. Adds to `newly_relevant` the
+    /// keys that no selector named before: labels with these keys must be classed again.
     pub fn register(&mut self, selector: &Selector, newly_relevant: &mut Vec<KeyId>) -> SelectorId {
         if let Some(id) = self.selectors_by_canonical.get(&selector.canonical) {
             self.selectors[*id].users += 1;
@@ -299,7 +300,7 @@ impl SelectorIndex {
         node.for_each_leaf(&mut |leaf| keys.push(leaf.key));
         keys.sort_unstable();
         keys.dedup();
-        let anchors = self.anchors(&node).map(Vec::into_boxed_slice);
+        let anchors = self.anchors(&selector.expr);
         let registered = Registered {
             selector: selector.clone(),
             node,
@@ -376,12 +377,12 @@ impl SelectorIndex {
         self.selectors_by_canonical.get(&selector.canonical).copied()
     }
 
-    /// The classes for which a selector certainly holds.
+    /// The classes that a selector certainly matches.
     pub fn certain(&self, id: SelectorId) -> impl Iterator<Item = ClassId> {
         self.selectors[id].yes.iter()
     }
 
-    /// The classes for which it is unknown whether a selector holds.
+    /// The classes for which it is unknown whether a selector matches.
     pub fn unknown(&self, id: SelectorId) -> impl Iterator<Item = ClassId> {
         self.selectors[id].unknown.iter()
     }
@@ -418,7 +419,7 @@ impl SelectorIndex {
         id
     }
 
-    /// Forgets a class that nothing has any more.
+    /// Removes a class without endpoints.
     pub fn remove_class(&mut self, id: ClassId) {
         let class = self.classes.remove(id);
         let hash = self.hasher.hash_one((class.realm, class.tag, &*class.labels));
@@ -439,7 +440,7 @@ impl SelectorIndex {
         }
     }
 
-    /// The selectors that hold, or may hold, for a class, sorted.
+    /// The selectors that match a class, or may, sorted.
     pub fn matches(&self, class: ClassId) -> &[Match] {
         &self.classes[class].matches
     }
@@ -606,45 +607,34 @@ impl SelectorIndex {
         }
     }
 
-    /// Atoms of which a class without unknown labels has at least one when the node holds; `None` when it may have none.
-    fn anchors(&self, node: &Node) -> Option<Vec<Atom>> {
-        match node {
-            Node::Constant(true) => None,
-            Node::Constant(false) => Some(Vec::new()),
-            Node::Leaf(leaf) if leaf.negated => None,
-            Node::Leaf(leaf) => Some(match &leaf.test {
-                Test::OneOf(pairs) => pairs.iter().map(|pair| Atom::Pair(*pair)).collect(),
-                _ => vec![Atom::Key(leaf.key)],
-            }),
-            Node::And(parts) => {
-                let options = parts.iter().filter_map(|part| self.anchors(part));
-                options.min_by_key(|atoms| self.crowd(atoms))
-            }
-            Node::Or(parts) => {
-                let mut all = Vec::new();
-                for part in parts {
-                    all.extend(self.anchors(part)?);
-                }
-                Some(all)
-            }
-        }
+    /// Atoms of which a class without unknown labels has at least one when the expression, which is prepared, is true; `None`
+    /// when it may have none.
+    fn anchors(&self, expr: &Expr) -> Option<Box<[Atom]>> {
+        let atom = |(key, value): &Need<'_>| {
+            let key = *self.keys_by_text.get(*key)?;
+            let Some(value) = value else { return Some(Atom::Key(key)) };
+            let same = |id: &PairId| self.pairs[*id].key == key && self.pairs[*id].value == **value;
+            let pair = self.pairs_by_content.find(self.hasher.hash_one((key, &***value)), same)?;
+            Some(Atom::Pair(*pair))
+        };
+        let found = needs::one_of(expr, &|list| self.cost(list.iter().filter_map(atom)))?;
+        Some(found.iter().filter_map(atom).collect())
     }
 
-    /// How little atoms tell apart: what all pods have is worst, then whole keys, then what many selectors stand on.
-    fn crowd(&self, atoms: &[Atom]) -> (bool, bool, usize) {
-        let on_every_pod = |atom: &Atom| {
-            let key = match atom {
-                Atom::Pair(pair) => self.key_of(*pair),
-                Atom::Key(key) => *key,
+    /// How many selectors atoms would find in vain: a label of all pods is worst, then whole keys, then atoms that many
+    /// selectors need.
+    fn cost(&self, atoms: impl Iterator<Item = Atom>) -> (bool, bool, usize) {
+        let mut cost = (false, false, 0);
+        for atom in atoms {
+            let (key, selectors) = match atom {
+                Atom::Pair(pair) => (self.key_of(pair), self.by_pair.get(&pair)),
+                Atom::Key(key) => (key, self.by_key.get(&key)),
             };
-            &*self.keys[key].text == build::ORCHESTRATOR
-        };
-        let standing = |atom: &Atom| match atom {
-            Atom::Pair(pair) => self.by_pair.get(pair).map_or(0, IdSet::len),
-            Atom::Key(key) => self.by_key.get(key).map_or(0, IdSet::len),
-        };
-        let keys = atoms.iter().any(|atom| matches!(atom, Atom::Key(_)));
-        (atoms.iter().any(on_every_pod), keys, atoms.iter().map(standing).sum::<usize>() + atoms.len())
+            cost.0 |= &*self.keys[key].text == build::ORCHESTRATOR;
+            cost.1 |= matches!(atom, Atom::Key(_));
+            cost.2 += 1 + selectors.map_or(0, IdSet::len);
+        }
+        cost
     }
 }
 

@@ -1,5 +1,4 @@
-//! What people write in Calico's policies and report as a bug: what was meant is known from the words alone, or from one
-//! look at what else there is.
+//! Frequent mistakes in Calico's policies, which users report as bugs.
 
 use crate::evaluate::{Direction, rules};
 use crate::inventory::{Cluster, EffectiveLabels, EndpointKind, Inventory};
@@ -16,11 +15,11 @@ pub fn only_logs(policy: &Policy, direction: Direction, default: TierDefault) ->
     let only = !list.is_empty() && list.iter().all(|rule| rule.action == Action::Log);
     (only && default == TierDefault::Deny).then(|| {
         let (list, tier) = (list_name(direction), &policy.tier.name);
-        format!("its {list} has Log rules only: what they log is denied at the end of tier {tier}")
+        format!("{list} has only Log rules: traffic that they log is denied at the end of tier {tier}")
     })
 }
 
-/// The end of a rule that is the policy's own pod: its name, and what is asked of it.
+/// The end of a rule that is the policy's own pod: its name, and its selection.
 pub fn own_end(rule: &Rule, direction: Direction) -> Option<(&'static str, &Selection)> {
     let (name, entity) = match direction {
         Direction::Ingress => ("destination", &rule.destination),
@@ -29,7 +28,7 @@ pub fn own_end(rule: &Rule, direction: Direction) -> Option<(&'static str, &Sele
     Some((name, entity.selection.as_ref()?))
 }
 
-/// Why what a rule asks of its own end holds of none of the policy's pods, where that is shown.
+/// Why the selection of a rule's own end excludes all of the policy's pods, where that is proven.
 pub(super) fn own_end_excludes(
     policy: &Policy,
     rule: &Rule,
@@ -43,7 +42,7 @@ pub(super) fn own_end_excludes(
     never.then(|| format!("{asked} excludes the policy's own pods, which are the {name} of all {list}"))
 }
 
-/// What a rule asks of its own end, where some of the policy's pods are known and none of them satisfies it.
+/// The selection of a rule's own end, where some of the policy's pods are known and none of them matches it.
 pub(super) fn own_end_missed(
     policy: &Policy,
     rule: &Rule,
@@ -93,7 +92,7 @@ pub(super) fn unread_namespace<'s>(
         let of_namespace = key.strip_prefix(build::NAMESPACE_PREFIX);
         key == build::NAMESPACE || matches!(of_namespace, Some(build::NAME | "kubernetes.io/metadata.name"))
     };
-    let required = super::asked_labels(&selection.selector.expr);
+    let required = super::required_labels(&selection.selector.expr);
     let name = required.into_iter().find_map(|(key, value)| value.filter(|_| is_name(key)))?;
     let in_scope = inventory
         .clusters
@@ -136,7 +135,7 @@ pub fn missed_global_set<'i>(
     found.map(|(_, id, _)| &*id.name)
 }
 
-/// Whether an expression speaks of the namespace only.
+/// Whether an expression is about the namespace only.
 fn is_namespace_scope(expr: &Expr) -> bool {
     let (mut any, mut only) = (false, true);
     expr.for_each_key(&mut |key| {

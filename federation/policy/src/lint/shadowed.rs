@@ -1,11 +1,11 @@
-//! Rules, and whole policies, before which something else decides ([`super::imply`] shows that it matches all that they match).
+//! Rules, and whole policies, that never decide: [`super::imply`] proves that an earlier rule matches everything that they match.
 
 use std::collections::{BTreeMap, HashMap};
 
 use super::imply::{covers, implies};
 use super::{
-    About, Check, DIRECTIONS, Finding, RULE_REDUNDANT, RULE_SHADOWED, action_verb, asked_labels, enforcers, list_name,
-    title, written,
+    About, Check, DIRECTIONS, Finding, RULE_REDUNDANT, RULE_SHADOWED, action_verb, enforcers, list_name,
+    required_labels, title, written,
 };
 use crate::evaluate::{Direction, OrderedTier, order, rules};
 use crate::inventory::Inventory;
@@ -21,7 +21,7 @@ struct Asked<'a> {
     subject: usize,
 }
 
-/// What decides a rule, or a whole policy, before it is evaluated.
+/// The rule or policy that decides earlier.
 type Witness = (Check, String);
 
 /// Rules, and whole policies, before which something else decides, in every cluster that enforces them.
@@ -107,7 +107,7 @@ fn in_one_cluster<'a>(
             let (tier, policy) = (&tiers[asked[*ending].tier].id.name, title(&asked[*ending].policy.id));
             let list = list_name(direction);
             let message = format!(
-                "its {list} is never evaluated: {policy} selects the same pods, and tier {tier} denies what it does not decide"
+                "its {list} is never evaluated: {policy} selects the same pods, and tier {tier} denies the traffic that it does not decide"
             );
             found(target.policy, None, (RULE_SHADOWED, message));
             continue;
@@ -161,7 +161,7 @@ fn in_one_cluster<'a>(
             let of_tier = if first.tier == target.tier { String::new() } else { format!(" in tier {tier}") };
             let action = action_verb(rule.action);
             let check = if same && elsewhere { RULE_REDUNDANT } else { RULE_SHADOWED };
-            found(target.policy, Some(index), (check, format!("{by}{of_tier} {action} all that it matches before it")));
+            found(target.policy, Some(index), (check, format!("{by}{of_tier} comes first and {action} everything that it matches")));
         }
     }
 }
@@ -175,13 +175,13 @@ fn wider_subjects(subjects: &[&Expr]) -> Vec<Vec<usize>> {
     // A wider subject that asks for a label is found by that label.
     let mut by_label: HashMap<Option<(&str, Option<&str>)>, Vec<usize>> = HashMap::new();
     for (at, subject) in subjects.iter().enumerate() {
-        let mut asked = asked_labels(subject);
+        let mut asked = required_labels(subject);
         asked.sort_by_key(|(_, value)| value.is_none());
         by_label.entry(asked.first().copied()).or_default().push(at);
     }
     let wider = |subject: &&Expr| {
         let mut keys = vec![None];
-        for (key, value) in asked_labels(subject) {
+        for (key, value) in required_labels(subject) {
             keys.extend([Some((key, None)), Some((key, value))]);
         }
         keys.sort_unstable();
