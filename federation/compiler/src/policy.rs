@@ -1,5 +1,5 @@
-//! What is held of a policy: its selections by their numbers in the index, and room only for what it says. Most rules say
-//! little, and a cluster has up to hundreds of thousands of them.
+//! A policy in compact form: its selections by their ids in the index. Most rules have few conditions, and a cluster has up
+//! to hundreds of thousands of rules.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use hanse_policy::indexed::SelectorId;
 pub(crate) struct Policy {
     pub id: PolicyId,
     pub order: Order,
-    /// Whom it applies to; `None` where it does not act, or another cluster enforces it.
+    /// The pods that it applies to; `None` where it does not act, or another cluster enforces it.
     pub subject: Option<SelectorId>,
     /// Why it does not act.
     pub idle: Box<[Reason]>,
@@ -29,7 +29,7 @@ pub(crate) struct Policy {
 pub(crate) struct Rule {
     pub action: Action,
     pub index: u32,
-    /// The families that it speaks of: `None` of neither, `Some(None)` of both.
+    /// The families that it is for: `None` for neither, `Some(None)` for both.
     pub family: Option<Option<Family>>,
     pub protocol: Option<u8>,
     pub not_protocol: Option<u8>,
@@ -55,7 +55,7 @@ pub(crate) struct Entity {
     pub service: Option<ServiceMatch>,
 }
 
-/// Holds one use of its selector.
+/// Has one use of its selector.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Selection {
     pub selector: SelectorId,
@@ -99,7 +99,7 @@ impl Policy {
             .flat_map(|direction| self.rules(direction).into_iter().flatten().map(move |rule| (direction, rule)))
     }
 
-    /// Every use of a selector that it holds.
+    /// Every use of a selector that it has.
     pub fn selectors(&self) -> impl Iterator<Item = SelectorId> {
         let named = self.all_rules().flat_map(|(_, rule)| rule.selections()).map(|selection| selection.selector);
         self.subject.into_iter().chain(named)
@@ -158,7 +158,7 @@ impl Entity {
     }
 }
 
-/// Masked, sorted, without doubles.
+/// Masked, sorted, without duplicates.
 fn nets(nets: &[IpNet]) -> Box<[IpNet]> {
     let mut nets: Vec<IpNet> = nets.iter().map(IpNet::trunc).collect();
     nets.sort_unstable();
@@ -169,7 +169,7 @@ fn nets(nets: &[IpNet]) -> Box<[IpNet]> {
 /// A list of nets without any of a family, and the *name* of the other family's ICMP, switch a rule off for that family.
 fn families(rule: &model::Rule) -> Option<Option<Family>> {
     let lists = [&rule.source.nets, &rule.source.not_nets, &rule.destination.nets, &rule.destination.not_nets];
-    let speaks = |version: IpVersion| {
+    let is_for = |version: IpVersion| {
         let of_version = |net: &IpNet| matches!(net, IpNet::V4(_)) == (version == IpVersion::V4);
         let foreign = match rule.protocol {
             Some(Protocol::Icmp) => version == IpVersion::V6,
@@ -180,7 +180,7 @@ fn families(rule: &model::Rule) -> Option<Option<Family>> {
             && !foreign
             && lists.into_iter().all(|nets| nets.is_empty() || nets.iter().any(of_version))
     };
-    match (speaks(IpVersion::V4), speaks(IpVersion::V6)) {
+    match (is_for(IpVersion::V4), is_for(IpVersion::V6)) {
         (true, true) => Some(None),
         (true, false) => Some(Some(Family::V4)),
         (false, true) => Some(Some(Family::V6)),

@@ -1,9 +1,8 @@
-//! The sets that rules name: which endpoints a selector, a port name or a service stands for, as addresses, nets and
-//! sockets.
+//! The sets that rules name: the endpoints of a selector, a port name or a service, as addresses, nets and sockets.
 //!
-//! A *pool* is what stands behind a clause: a selector in a scope, or a port name in a scope, of all pods or of those that a
+//! A *pool* is the endpoints of a clause: a selector in a scope, or a port name in a scope, of all pods or of those that a
 //! selector selects. It has up to two sets per
-//! part, the certain and the possible members; while these do not differ, one set stands for both. Where they part, both
+//! part, the certain and the possible members; while these do not differ, one set serves as both. Where they differ, both
 //! get names of their own: contents may be newer than rules, and a Deny rule that still reads the old name must never see
 //! fewer members. A *set* is held while a compiled policy names it.
 
@@ -83,7 +82,7 @@ pub(crate) struct HeldSet {
     /// Compiled policies that name it.
     references: u32,
     pub digest: Digest,
-    /// Whole, while nothing changed since somebody asked.
+    /// All members, while none changed since the last request.
     whole: Option<Arc<Set>>,
     /// How many network sets hold each net.
     nets: BTreeMap<IpNet, u32>,
@@ -512,7 +511,7 @@ fn contribute_port(
 }
 
 impl HeldSet {
-    /// Keeps the whole set true where nobody else holds it, else lets go of it.
+    /// Updates the whole set where nothing else shares it, else drops it.
     fn change(&mut self, change: &SetChange) {
         let Some(set) = self.whole.as_mut().and_then(Arc::get_mut) else {
             self.whole = None;

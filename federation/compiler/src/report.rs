@@ -1,4 +1,4 @@
-//! What became of each policy.
+//! The state of each policy.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ pub enum Direction {
     Egress,
 }
 
-/// One entry per policy that is held.
+/// One entry per policy.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Report {
     pub policies: BTreeMap<PolicyId, PolicyReport>,
@@ -29,7 +29,7 @@ pub struct PolicyReport {
     pub ignored: Vec<Ignored>,
 }
 
-/// Whom a selector of a rule stands for.
+/// The endpoints of a rule's selector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerReport {
     pub direction: Direction,
@@ -41,7 +41,7 @@ pub struct PeerReport {
     pub clusters: BTreeMap<ClusterName, (usize, usize)>,
 }
 
-/// What of a policy does nothing, or less than it says.
+/// A part of a policy that has no effect, or less than is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ignored {
     /// `None`: the whole policy.
@@ -53,16 +53,16 @@ pub struct Ignored {
 pub enum Reason {
     #[error("staged policies never act")]
     Staged,
-    #[error("doNotTrack and preDNAT do nothing on pods")]
+    #[error("doNotTrack and preDNAT have no effect on pods")]
     HostOnly,
-    #[error("this cluster does not enforce it")]
+    #[error("this cluster does not enforce the policy")]
     EnforcedElsewhere,
-    #[error("it selects no pod of this cluster")]
+    #[error("the policy selects no pod of this cluster")]
     SelectsNothing,
-    #[error("its nets, protocol and IP version leave no family to match")]
+    #[error("nets, protocol and IP version are for different address families")]
     NoFamily,
     #[error("not understood, so it matches nothing: {0}")]
     NeverMatches(Arc<str>),
-    #[error("not understood, so it denies all that it could cover: {0}")]
+    #[error("not understood, so it denies everything that it may match: {0}")]
     Denies(Arc<str>),
 }

@@ -1,8 +1,8 @@
 //! One direction of one policy, as rules over sets.
 //!
 //! Matching has three values, and a rule set two: every rule is written so that what is unknown fails closed. A rule that
-//! opens or only notes asks for what certainly matches: certain members for what must hold, possible members for what
-//! must not. One that closes asks the other way round. A Pass rule passes the certain, and is followed by a Deny of the
+//! allows or logs requires what certainly matches: certain members for what must match, possible members for what must
+//! not. A rule that denies requires the opposite. A Pass rule passes the certain, and is followed by a Deny of the
 //! possible where the two differ.
 
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use hanse_policy::indexed::IndexedInventory;
 #[derive(Debug)]
 pub(crate) struct Compiled {
     pub policy: hanse_ruleset::Policy,
-    /// Sorted, without doubles.
+    /// Sorted, without duplicates.
     pub sets: Vec<SetIndex>,
     pub pools: Vec<PoolId>,
 }
@@ -145,7 +145,7 @@ impl Writer<'_> {
         peer
     }
 
-    /// Both sorted, without doubles.
+    /// Both sorted, without duplicates.
     fn ports(
         &mut self,
         ports: &[Port],

@@ -1,4 +1,4 @@
-//! What is asked once, of a state that is at hand whole.
+//! Compiling a whole state once.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The reference evaluator: what policy says of one packet, slow and obvious.
+//! The reference evaluator: the verdict of policy on one packet, slow and obvious.
 //!
 //! Everything else (compiled rule sets, the kernel, [`crate::prepared`]) must agree with [`evaluate`]. It says what
 //! policy says, without the guards of the hooks: an address that no pod owns is just that, in a pod range too.
@@ -39,7 +39,7 @@ pub struct Query {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct End {
     pub address: IpAddr,
-    /// The pod that owns the address; `None`: nobody does.
+    /// The pod that owns the address; `None`: the address has no known owner.
     pub pod: Option<(ClusterName, EndpointId)>,
 }
 
@@ -63,22 +63,22 @@ pub enum Verdict {
 pub struct Answer {
     /// Deny when either direction denies.
     pub verdict: Verdict,
-    /// What the source's policies say; `None` where the source is not a pod.
+    /// The judgement of the source's policies; `None` where the source is not a pod.
     pub egress: Option<Judgement>,
-    /// What the destination's policies say; `None` where the destination is not a pod.
+    /// The judgement of the destination's policies; `None` where the destination is not a pod.
     pub ingress: Option<Judgement>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Judgement {
     pub verdict: Verdict,
-    /// What spoke, in the order in which it was asked; the last decided.
+    /// The steps that had an effect, in order; the last decided.
     pub trace: Vec<Step>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// A rule matched, or may match and is none that could open, or opens nothing for what of it cannot be judged.
+    /// A rule that matched; or a Deny or Pass rule that may match; or an Allow rule of which a part cannot be judged.
     Rule {
         tier: TierId,
         policy: PolicyId,
@@ -115,7 +115,7 @@ pub enum Direction {
     Egress,
 }
 
-/// What policy says of `query`.
+/// The verdict of policy on `query`.
 pub fn evaluate(policies: &PolicySet, inventory: &Inventory, query: &Query, view: View) -> Answer {
     let facts = Inspection { inventory };
     let judge = |end: &End, direction| {
@@ -176,7 +176,7 @@ impl<'a> TierView<'a> {
     }
 }
 
-/// The tiers that judge `pod` in `direction`, in the order in which they are asked.
+/// The tiers that judge `pod` in `direction`, in the order of evaluation.
 fn applicable_tiers<'a>(
     policies: &'a PolicySet,
     inventory: &Inventory,
@@ -222,7 +222,7 @@ pub struct OrderedTier<'a> {
     pub policies: Vec<&'a Policy>,
 }
 
-/// All tiers that `cluster` has or enforces, in the order in which they are asked: those without policies, and policies
+/// All tiers that `cluster` has or enforces, in the order of evaluation: those without policies, and policies
 /// that never act, included.
 pub fn order<'a>(policies: &'a PolicySet, cluster: &str) -> Vec<OrderedTier<'a>> {
     let mut tiers = Vec::new();
@@ -365,14 +365,14 @@ impl<F: Facts> Enforcer<'_, F> {
     }
 }
 
-/// What rules ask about the ends of a packet.
+/// What rules need to know about the ends of a packet.
 pub(crate) trait Facts {
     /// Whether the end is one of those selected: its pod, or a network set that holds its address.
     fn selected(&self, enforcer: &str, selection: &Selection, end: &End) -> Tri;
     /// Whether the end is a pod of `pods` with a port of this name, number and protocol.
     fn named_port(&self, enforcer: &str, pods: &Selection, name: &str, end: &End, protocol: u8, port: u16) -> Tri;
-    /// Whether the end is a backend of a service of the enforcing cluster: by address, protocol and port, or with no
-    /// port asked by address alone.
+    /// Whether the end is a backend of a service of the enforcing cluster: by address, protocol and port, or without a
+    /// `port` by address alone.
     fn backend(&self, enforcer: &str, service: &ServiceMatch, end: &End, port: Option<(u8, u16)>) -> Tri;
 }
 
@@ -470,7 +470,7 @@ pub(crate) fn rule_matches(facts: &impl Facts, enforcer: &str, policy: &Policy, 
     understood.and(source).and(destination)
 }
 
-/// What a rule says of the packet itself, and whether it speaks of this family at all.
+/// Whether a rule matches the packet's header, and applies to its family at all.
 fn header_matches(rule: &Rule, query: &Query, version: IpVersion) -> bool {
     if rule.ip_version.is_some_and(|wanted| wanted != version) || !is_on(rule, version) {
         return false;

@@ -1,5 +1,5 @@
-//! `hanse policy explain`, whoever answers it: questions as they are written, the packets that they ask about, and answers as
-//! they are printed.
+//! `hanse policy explain`, offline and live: the format of questions, the packets that they describe, and the format of
+//! answers.
 
 pub mod answer;
 pub mod question;
@@ -20,7 +20,7 @@ use crate::prepared::Prepared;
 use crate::workload::telling_keys;
 use answer::{BackendLine, DEPENDS, ServiceLine};
 
-/// Policies and an inventory, ready to be asked.
+/// Answers questions about a set of policies and an inventory.
 #[derive(Debug)]
 pub struct Explainer<'a> {
     policies: &'a PolicySet,
@@ -35,8 +35,8 @@ pub struct Explainer<'a> {
     reference: bool,
 }
 
-/// What is said of a question: one explanation, or one for each address that a pod without one may get, or for each
-/// backend of a service.
+/// The answer to a question: one explanation, or one for each address that a pod without one may get, or for each backend of
+/// a service.
 #[derive(Debug)]
 pub struct Explained {
     not_running: Vec<String>,
@@ -154,7 +154,7 @@ impl<'a> Explainer<'a> {
         }
     }
 
-    /// Looks everything up anew for each question. The answers are the same.
+    /// Uses the reference evaluator. The answers are the same.
     pub fn by_reference(self, reference: bool) -> Self {
         Self { reference, ..self }
     }
@@ -168,24 +168,24 @@ impl<'a> Explainer<'a> {
         self.pending.is_some()
     }
 
-    /// The packet that a question asks about.
+    /// The packet of a question.
     ///
     /// # Errors
-    /// When the question names what is not there, or is no packet.
+    /// When the question names something that does not exist, or does not describe a packet.
     pub fn packet(&self, question: &Question) -> Result<Query, QuestionError> {
         self.owners.packet(question)
     }
 
     /// # Errors
-    /// When the question names what is not there, or is no packet.
+    /// When the question names something that does not exist, or does not describe a packet.
     pub fn explain(&self, question: &Question) -> Result<Explanation, QuestionError> {
         Ok(self.explain_packet(&self.owners.packet(question)?))
     }
 
-    /// What is said of a question that may be about workloads that do not run, or about a service.
+    /// Answers a question that may be about workloads that do not run, or about a service.
     ///
     /// # Errors
-    /// When the question names what is not there, or is no packet.
+    /// When the question names something that does not exist, or does not describe a packet.
     pub fn answer(&self, question: &Question) -> Result<Explained, QuestionError> {
         if let Some(forwarded) = self.owners.forwarded(question)? {
             let of_family = match &question.to {
@@ -194,12 +194,12 @@ impl<'a> Explainer<'a> {
                 }
                 _ => None,
             };
-            let ask = |(place, port): &(Place, u16)| {
+            let answer = |(place, port): &(Place, u16)| {
                 let (to, port) = (place.clone(), question.port.map(|_| *port));
                 let ip_version = question.ip_version.or(of_family);
                 self.answer_place(&Question { to, port, ip_version, ..question.clone() })
             };
-            let mut backends: Vec<_> = forwarded.backends.iter().map(ask).collect();
+            let mut backends: Vec<_> = forwarded.backends.iter().map(answer).collect();
             if !backends.is_empty() && backends.iter().all(Result::is_err) {
                 // No backend has an answer, and so the question has none.
                 return backends.swap_remove(0);
@@ -242,11 +242,11 @@ impl<'a> Explainer<'a> {
 
     pub fn explain_packet(&self, packet: &Query) -> Explanation {
         let form = if self.reference { "reference" } else { "prepared" };
-        let pending = self.pending.as_ref().map(|pending| self.ask(pending, packet, View::Pending));
-        Explanation { enforced: self.ask(&self.enforced, packet, View::Enforced), pending, form }
+        let pending = self.pending.as_ref().map(|pending| self.evaluate(pending, packet, View::Pending));
+        Explanation { enforced: self.evaluate(&self.enforced, packet, View::Enforced), pending, form }
     }
 
-    fn ask(&self, prepared: &Prepared<'_>, packet: &Query, view: View) -> Answer {
+    fn evaluate(&self, prepared: &Prepared<'_>, packet: &Query, view: View) -> Answer {
         match self.reference {
             true => evaluate(self.policies, self.inventory, packet, view),
             false => prepared.evaluate(packet),

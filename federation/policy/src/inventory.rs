@@ -77,8 +77,8 @@ pub struct Endpoint {
     pub node: Option<Arc<str>>,
     /// Shares its node's addresses, and is selected by nothing.
     pub host_network: bool,
-    /// The node's addresses that a pod on the host's network uses, its primary first. They are not the pod's: this only
-    /// tells a question about the pod which addresses to ask about.
+    /// The node's addresses that a pod on the host's network uses, its primary first. They are not the pod's: a
+    /// question about the pod is answered for these addresses.
     pub host_addresses: Vec<IpAddr>,
     /// `Some`: no pod runs yet, and its addresses, of both families, are not known. Only offline tools have such endpoints.
     pub planned: Option<Planned>,
@@ -254,7 +254,7 @@ pub struct EffectiveLabels<'a> {
     pub cluster: &'a Cluster,
     pub id: &'a EndpointId,
     pub endpoint: &'a Endpoint,
-    /// Asked by the endpoint's own cluster, to which the grant is no bound.
+    /// Evaluated by the endpoint's own cluster, which the grant does not limit.
     pub first_hand: bool,
 }
 

@@ -228,7 +228,7 @@ impl PolicySet {
     }
 }
 
-/// Where a tier stands in its phase: known tiers by order and name, then those that policies name but no object defines.
+/// The position of a tier in its phase: known tiers by order and name, then those that policies name but no object defines.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TierRank {
     pub missing: bool,
@@ -270,8 +270,8 @@ impl PolicyKind {
 }
 
 impl PolicyId {
-    /// What orders policies of equal order in a tier: `name/namespace/kind`, compared as bytes. A staged policy stands
-    /// where it will when committed. ClusterNetworkPolicies of equal priority stand in the order of their names, in which
+    /// What orders policies of equal order in a tier: `name/namespace/kind`, compared as bytes. A staged policy has the
+    /// position that it will have when committed. ClusterNetworkPolicies of equal priority are ordered by name, in which
     /// `a` comes before `a-b`; the API leaves it open.
     pub fn tie(&self) -> String {
         if self.kind == PolicyKind::ClusterNetworkPolicy {

@@ -1,4 +1,4 @@
-//! Workloads: endpoints that policy cannot tell apart, so that a question about one answers for all of them.
+//! Workloads: endpoints that policy treats alike, so that the answer for one is the answer for all.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -22,7 +22,7 @@ pub fn telling_keys<'a>(policies: impl IntoIterator<Item = &'a PolicySet>) -> BT
     keys
 }
 
-/// Endpoints of one cluster and namespace that no selector tells apart. Never empty.
+/// Endpoints of one cluster and namespace that every selector treats alike. Never empty.
 #[derive(Debug, Clone)]
 pub struct Workload<'a> {
     pub cluster: &'a ClusterName,
@@ -74,7 +74,7 @@ pub fn common_name<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
     if !several {
         return first.to_owned();
     }
-    // Names are ASCII; where one is not, what stands before the last `-` still is whole.
+    // Names are ASCII; in others, the part before the last `-` is still valid.
     let stem = first.get(..common).and_then(|stem| stem.rfind('-').map(|at| &stem[..=at]));
     format!("{}*", stem.unwrap_or_default())
 }

@@ -135,7 +135,7 @@ fn dns_that_the_folder_knows_is_what_pods_must_reach() {
         let messages = messages("HN017", &manifests);
         let expected: Vec<String> = expected
             .iter()
-            .map(|servers| format!("namespace app: its only pod cannot look up names: UDP to {servers} is denied"))
+            .map(|servers| format!("namespace app: 1 pod cannot resolve names: UDP to {servers} is denied"))
             .collect();
         assert_eq!(messages, expected, "{title}");
     }
@@ -285,9 +285,9 @@ fn service_whose_backends_are_not_pods_is_opened_by_their_addresses() {
     };
     // A Service without a selector, and without endpoints that are known.
     let advice = instead(&[WEB, service, &policy]);
-    assert_eq!(advice, "an ipBlock with the addresses and ports of its EndpointSlices, for its backends are not pods");
+    assert_eq!(advice, "an ipBlock with the addresses and ports of its EndpointSlices, since its backends are not pods");
     let advice = instead(&[WEB, service, &slice("192.168.0.1"), &policy]);
-    assert_eq!(advice, "an ipBlock with 192.168.0.1/32 and port 6443, for its backends are not pods");
+    assert_eq!(advice, "an ipBlock with 192.168.0.1/32 and port 6443, since its backends are not pods");
     // The advice opens the way.
     let followed = egress("[{to: [{ipBlock: {cidr: 192.168.0.1/32}}], ports: [{port: 6443}]}]");
     let folder = tempfile::tempdir().expect("a folder");
@@ -317,7 +317,7 @@ fn service_whose_backends_are_not_pods_is_opened_by_their_addresses() {
                    Admin\n  priority: 1\n  subject: {namespaces: {}}\n  egress: [{action: Accept, to: [{networks: \
                    [10.96.0.1/32]}]}]\n";
     let advice = instead(&[WEB, service, &slice("192.168.0.1"), cluster]);
-    assert_eq!(advice, "networks with 192.168.0.1/32 and port 6443, for its backends are not pods");
+    assert_eq!(advice, "networks with 192.168.0.1/32 and port 6443, since its backends are not pods");
     // Calico's rules name the Service itself, whatever its backends are.
     let calico = "apiVersion: projectcalico.org/v3\nkind: NetworkPolicy\nmetadata: {name: p, namespace: app}\nspec: {types: \
                   [Egress], egress: [{action: Allow, destination: {nets: [10.96.0.1/32]}}]}\n";
@@ -443,7 +443,7 @@ status: {phase: Running, podIP: 10.128.0.8}
         (
             "with another protocol",
             vec![ingress(web, "[{ports: [{port: http, protocol: UDP}]}]")],
-            Some("destination port \"http\": the policy's own pods have it for TCP only, which the rule is not for".to_owned()),
+            Some("destination port \"http\": the policy's own pods have it for TCP only, which the rule does not match".to_owned()),
         ),
         ("a number", vec![ingress(web, "[{ports: [{port: 9090}]}]")], None),
         ("no pods at all", vec![ingress("{matchLabels: {app: gone}}", "[{ports: [{port: metrics}]}]")], None),
@@ -451,7 +451,7 @@ status: {phase: Running, podIP: 10.128.0.8}
             "a peer's port",
             vec![egress(&format!("[{{to: [{{podSelector: {web}}}], ports: [{{port: metrics}}]}}]"))],
             Some(
-                "destination port \"metrics\": no container of the pods that it may be has a port of this name (they have http)"
+                "destination port \"metrics\": no container of the pods that it can match has a port of this name (they have http)"
                     .to_owned(),
             ),
         ),
@@ -459,7 +459,7 @@ status: {phase: Running, podIP: 10.128.0.8}
         // The cluster's DNS is not among these pods.
         ("a port of DNS", vec![egress("[{ports: [{port: dns-tcp}]}]")], None),
         ("a port of DNS, elsewhere", vec![egress("[{to: [{podSelector: {}}], ports: [{port: dns-tcp}]}]")], Some(
-            "destination port \"dns-tcp\": no container of the pods that it may be has a port of this name (they have dns, http, metrics)".to_owned(),
+            "destination port \"dns-tcp\": no container of the pods that it can match has a port of this name (they have dns, http, metrics)".to_owned(),
         )),
         ("a name without a protocol", vec![calico("ingress: [{action: Allow, destination: {ports: [http]}}]")], None),
         (
@@ -475,7 +475,7 @@ status: {phase: Running, podIP: 10.128.0.8}
         (
             "a name beside notProtocol",
             vec![calico("ingress: [{action: Allow, notProtocol: TCP, destination: {ports: [http]}}]")],
-            Some("destination port \"http\": the policy's own pods have it for TCP only, which the rule is not for".to_owned()),
+            Some("destination port \"http\": the policy's own pods have it for TCP only, which the rule does not match".to_owned()),
         ),
         (
             "the port of a source",
@@ -485,7 +485,7 @@ status: {phase: Running, podIP: 10.128.0.8}
         (
             "of a workload that does not run",
             vec![deployment, ingress("{matchLabels: {app: w}}", "[{ports: [{port: http}]}]")],
-            Some("destination port \"http\": no container of the policy's own pods has a port of this name (they name none)".to_owned()),
+            Some("destination port \"http\": no container of the policy's own pods has a port of this name (they have none)".to_owned()),
         ),
         (
             "of a workload whose controller adds containers",

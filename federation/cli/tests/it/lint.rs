@@ -260,7 +260,7 @@ spec: {tier: watch, types: [Ingress], ingress: [{action: Deny, protocol: UDP}]}
     with(&policy("GlobalNetworkPolicy", "later", "  types: [Ingress]")["---\n".len()..]);
     assert_eq!(at("HN008"), None);
     let open = at("HN005").expect("egress is open").1;
-    assert!(open.contains("egress of its only pod") && !open.contains("ingress"), "{open}");
+    assert!(open.contains("egress is unrestricted (1 pod)") && !open.contains("ingress"), "{open}");
     // A ClusterNetworkPolicy denies by its rules, for its tier only passes.
     with(
         "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: closed}\nspec:\n  tier: Baseline\n  priority: 10\n  subject: {namespaces: {}}\n  ingress: [{action: Deny, from: [{namespaces: {}}]}]\n  egress: [{action: Deny, to: [{networks: ['0.0.0.0/0', '::/0']}]}]\n",
@@ -283,7 +283,7 @@ fn pods_without_addresses_count_for_nothing() {
     };
     assert_eq!(of("HN006").len(), 1, "{findings:#?}");
     assert_eq!(of("HN005").len(), 1, "{findings:#?}");
-    assert!(of("HN005")[0].contains("namespace web: ingress and egress of its only pod"), "{findings:#?}");
+    assert!(of("HN005")[0].contains("namespace web: ingress and egress are unrestricted (1 pod)"), "{findings:#?}");
 }
 
 /// As a source a service is its addresses, as a destination its ports.

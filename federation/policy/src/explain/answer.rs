@@ -162,7 +162,7 @@ impl<'a> AnswerLine<'a> {
         }
     }
 
-    /// Of several answers to one question, of which the first stands for the rest: a verdict that is not the same in all
+    /// Of several answers to one question, represented by the first: a verdict that is not the same in all
     /// becomes `depends`.
     pub fn of_all(lines: &[Self]) -> Option<Self> {
         let mut first = lines.first()?.clone();
@@ -323,7 +323,7 @@ pub fn verdict(verdict: Verdict) -> &'static str {
     }
 }
 
-/// What decides in several cases, each once, for people: the direction that denies, or else one in which a policy speaks.
+/// The deciding steps of several cases, each once, for display: of the direction that denies, else of one that a policy decides.
 pub fn reasons<'s>(answers: impl IntoIterator<Item = &'s Answer>) -> Vec<String> {
     let mut reasons = Vec::new();
     for answer in answers {

@@ -1,4 +1,4 @@
-//! Questions as they are written, and the packets that they ask about.
+//! The format of questions, and the packets that they describe.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -10,7 +10,7 @@ use crate::model::ClusterName;
 use crate::placement::Spot;
 use serde::{Deserialize, Serialize};
 
-/// One line of `--queries`. A key that is not known is an error: what it asks for would be left out in silence.
+/// One line of `--queries`. An unknown key is an error, since ignoring it would answer another question.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Question {
@@ -97,7 +97,7 @@ pub fn has_ports(protocol: u8) -> bool {
     matches!(protocol, 6 | 17 | 33 | 132 | 136)
 }
 
-/// What a question asks about; policies of TCP, UDP and SCTP name ports, so that a question about these must.
+/// The destination port of a packet; a question about TCP, UDP or SCTP must name it, since their policies do.
 fn destination_port(given: Option<u16>, protocol: u8) -> Result<u16, QuestionError> {
     match given.filter(|_| has_ports(protocol)) {
         None if matches!(protocol, 6 | 17 | 132) => Err(QuestionError::Port),
@@ -225,7 +225,7 @@ impl Candidate {
     }
 }
 
-/// What a question asks about, as far as the addresses of its ends are known.
+/// The packet of a question, as far as the addresses of its ends are known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packet {
     pub source: Spot,
@@ -310,7 +310,7 @@ impl<'a> Owners<'a> {
         Self { by_name, by_address, services, inventory }
     }
 
-    /// The packet that a question asks about.
+    /// The packet of a question.
     pub fn packet(&self, question: &Question) -> Result<Query, QuestionError> {
         self.packet_of_spots(question)?.query_of(question)
     }
@@ -440,7 +440,7 @@ impl<'a> Owners<'a> {
             Place::Service { .. } => Err(QuestionError::Service(place.to_string())),
             Place::Pod { cluster, namespace, pod } => {
                 let (cluster, id, endpoint) = self.pod(cluster.as_deref(), namespace, pod)?;
-                // A pod on the host's network has its node's addresses, which nobody owns.
+                // A pod on the host's network has its node's addresses, which no pod owns.
                 let named = Some(cluster.clone());
                 let (addresses, owners) = match endpoint.host_network {
                     true => (endpoint.host_addresses.clone(), Vec::new()),
@@ -535,7 +535,7 @@ fn version_of(address: &IpAddr) -> u8 {
     if address.is_ipv4() { 4 } else { 6 }
 }
 
-/// What is asked for, else the only family that both ends have, else the destination's primary; of ends that have no address
+/// The version that the question names, else the only one that both ends have, else the destination's primary; of ends that have no address
 /// yet IPv4, unless the protocol is ICMPv6.
 fn version(question: &Question, from: &Candidate, to: &Candidate, protocol: u8) -> Result<u8, QuestionError> {
     match question.ip_version {
@@ -551,7 +551,7 @@ fn version(question: &Question, from: &Candidate, to: &Candidate, protocol: u8) 
     shared.ok_or_else(|| QuestionError::NoFamily(question.from.to_string(), question.to.to_string()))
 }
 
-/// The backends of a headless service, with the port that is asked about.
+/// The backends of a headless service, with the port of the question.
 fn of_headless(service: &Service, front: &Front, port: Option<u16>) -> Vec<(Backend, u16)> {
     let port = port.unwrap_or_default();
     let of_ports = front.ports.iter().flat_map(|it| &it.backends).map(|(backend, _)| backend.clone());

@@ -108,7 +108,7 @@ fn missing(cluster: &Cluster) -> impl Iterator<Item = &'static Service> {
     })
 }
 
-/// Whether anything is known of the cluster's DNS.
+/// Whether the cluster's DNS is known.
 fn is_known(cluster: &Cluster) -> bool {
     has_node_cache(cluster)
         || SERVICES.iter().any(|service| service.has_pods(cluster) || service.backends(cluster).is_some())
@@ -133,7 +133,7 @@ pub fn is_of_usual_server(selection: &Selection) -> bool {
     })
 }
 
-/// Namespaces of which some pod reaches no DNS server.
+/// Namespaces with pods that cannot reach any DNS server.
 pub fn cut_off(policies: &PolicySet, inventory: &Inventory) -> Vec<Finding> {
     let mut inventory = inventory.clone();
     let mut cached = BTreeSet::new();
@@ -180,7 +180,7 @@ pub fn cut_off(policies: &PolicySet, inventory: &Inventory) -> Vec<Finding> {
         }
         for (namespace, [cut, all, planned]) in cut.into_iter().filter(|(_, [cut, ..])| *cut > 0) {
             let pods = super::many(cut, all, if planned > 0 { "workload" } else { "pod" });
-            let message = format!("namespace {namespace}: {pods} cannot look up names: UDP to {tried} is denied");
+            let message = format!("namespace {namespace}: {pods} cannot resolve names: UDP to {tried} is denied");
             let about = About::Namespace(namespace.clone());
             findings.push(Finding { check: DNS_CUT, cluster: Some(name.clone()), about, message });
         }

@@ -1,4 +1,4 @@
-//! Names of ports that no pod has: typing errors, mostly, and names that a container declares with another protocol.
+//! Port names that no pod has: typing errors, mostly, and names that a container declares with another protocol.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -67,7 +67,7 @@ pub(super) fn without_pods(
     if !has_pods {
         return Vec::new();
     }
-    let whose = if is_own { "the policy's own pods" } else { "the pods that it may be" };
+    let whose = if is_own { "the policy's own pods" } else { "the pods that it can match" };
     let matches = |protocol: u8| {
         let number = |protocol: Protocol| protocol.number();
         rule.protocol.map(number).is_none_or(|it| it == protocol)
@@ -84,14 +84,14 @@ pub(super) fn without_pods(
             let more = if names.len() > MAX_NAMES { ", …" } else { "" };
             let names: Vec<&str> = names.into_iter().take(MAX_NAMES).collect();
             let others = match names.is_empty() {
-                true => "they name none".to_owned(),
+                true => "they have none".to_owned(),
                 false => format!("they have {}{more}", names.join(", ")),
             };
             return Some(format!("{what}: no container of {whose} has a port of this name ({others})"));
         }
         let protocols: Vec<String> = protocols.into_iter().map(crate::explain::protocol_name).collect();
         let protocols = protocols.join(" and ");
-        Some(format!("{what}: {whose} have it for {protocols} only, which the rule is not for"))
+        Some(format!("{what}: {whose} have it for {protocols} only, which the rule does not match"))
     };
     let wrong = lists.iter().flat_map(|(list, names)| names.iter().filter_map(|name| wrong(list, name)));
     wrong.collect()

@@ -77,7 +77,7 @@ impl<'i> ServiceAddresses<'i> {
                 (PolicyKind::ClusterNetworkPolicy, None) => format!("pods of namespace {namespace}"),
                 _ => format!("services: {{name: {name}, namespace: {namespace}}}"),
             };
-            Some(format!("net {net} {what}, which no packet has where policy sees it; write {instead}"))
+            Some(format!("net {net} {what}, which is translated to a backend before policy is evaluated; write {instead}"))
         };
         let mut messages: Vec<String> = entity.nets.iter().filter_map(message).collect();
         if let Some(selection) = &entity.selection {
@@ -152,9 +152,9 @@ fn addresses_instead(kind: PolicyKind, addresses: &BTreeSet<(IpAddr, u16)>) -> S
         shown.map(|(address, port)| format!("{} and port {port}", IpNet::from(*address))).collect();
     match addresses.len().saturating_sub(MAX_BACKENDS) {
         _ if addresses.is_empty() => {
-            format!("{field} with the addresses and ports of its EndpointSlices, for its backends are not pods")
+            format!("{field} with the addresses and ports of its EndpointSlices, since its backends are not pods")
         }
-        0 => format!("{field} with {}, for its backends are not pods", shown.join("; ")),
-        more => format!("{field} with {}; and {more} more, for its backends are not pods", shown.join("; ")),
+        0 => format!("{field} with {}, since its backends are not pods", shown.join("; ")),
+        more => format!("{field} with {}; and {more} more, since its backends are not pods", shown.join("; ")),
     }
 }

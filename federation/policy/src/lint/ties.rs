@@ -93,8 +93,8 @@ fn contradiction(first: &Candidate<'_>, second: &Candidate<'_>, all: &[&Workload
         let (list, other) = (list_name(direction), title(&first.policy.id));
         let priority = first.policy.order.0.unwrap_or_default();
         let message = format!(
-            "it contradicts {list}[{}] of {other}, which has priority {priority} too: which of them comes first is up to the \
-             implementation (in Hanse the first by name)",
+            "it contradicts {list}[{}] of {other}, which has the same priority {priority}: the API leaves their order to the \
+             implementation (Hanse orders them by name)",
             a.rule.index
         );
         let about = About::Policy(second.policy.id.clone(), Some((direction, b.rule.index)));

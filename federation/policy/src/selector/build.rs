@@ -1,4 +1,4 @@
-//! Expressions that conversions make of the fields of policy APIs. They speak of *effective* labels, as
+//! Expressions that conversions make of the fields of policy APIs. They are about *effective* labels, as
 //! [`crate::inventory::EffectiveLabels`] gives them.
 
 use std::borrow::Cow;
@@ -163,7 +163,7 @@ pub enum Operator {
 }
 
 impl LabelSelector {
-    /// Over the labels it speaks of: `all()` when empty.
+    /// Over its labels: `all()` when empty.
     pub fn to_expr(&self) -> Expr {
         self.over(&Arc::clone)
     }

@@ -187,7 +187,7 @@ impl<'a> Cursor<'a> {
         Ok(label.into())
     }
 
-    /// `has(label)`, `all()`, `global()` or a comparison. Words are keywords only where they stand: `has(`, `all(` and
+    /// `has(label)`, `all()`, `global()` or a comparison. Words are keywords by position only: `has(`, `all(` and
     /// `global(` at the start of an operation, without a space, and operators directly after a label.
     fn operation(&mut self) -> Result<Expr, SyntaxError> {
         if self.take("has(") {

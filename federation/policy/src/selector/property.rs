@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Label, LabelLookup, Selector};
 use crate::tri::Tri;
 
-/// Every label that is asked for has this value.
+/// Every label has this value.
 struct Everywhere(Label<'static>);
 
 impl LabelLookup for Everywhere {
