@@ -644,7 +644,11 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
             let flow = flow(source, destination, 80);
             assert_eq!((count("n", flow.clone()), count("other", flow)), (1, 0), "{source} {destination}");
         }
-        assert_eq!(count("other", flow("10.1.9.9", "8.8.8.8", 80)), 1, "addresses without owners are recorded for any node");
+        assert_eq!(
+            count("other", flow("10.1.9.9", "8.8.8.8", 80)),
+            1,
+            "addresses without owners are recorded for any node"
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -285,7 +285,10 @@ fn service_whose_backends_are_not_pods_is_opened_by_their_addresses() {
     };
     // A Service without a selector, and without endpoints that are known.
     let advice = instead(&[WEB, service, &policy]);
-    assert_eq!(advice, "an ipBlock with the addresses and ports of its EndpointSlices, since its backends are not pods");
+    assert_eq!(
+        advice,
+        "an ipBlock with the addresses and ports of its EndpointSlices, since its backends are not pods"
+    );
     let advice = instead(&[WEB, service, &slice("192.168.0.1"), &policy]);
     assert_eq!(advice, "an ipBlock with 192.168.0.1/32 and port 6443, since its backends are not pods");
     // The advice opens the way.

@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 
+use super::question::Place;
 use crate::evaluate::{Answer, Effect, Judgement, Step, Verdict};
-use crate::explain::Place;
 use crate::model::{Action, Phase, PolicyId, PolicyKind, TierDefault};
 use serde::{Deserialize, Serialize};
 

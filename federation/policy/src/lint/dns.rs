@@ -19,8 +19,9 @@ use crate::prepared::Prepared;
 use crate::tri::Tri;
 use crate::workload::{Workload, telling_keys, workloads};
 
+use super::check::{About, DNS_CUT, Finding};
+use super::facts::many;
 use super::services::{DNS_PORT, has_node_cache};
-use super::{About, DNS_CUT, Finding};
 
 /// A DNS service as its distribution installs it: namespace, the label of its pods, and the port on which they answer.
 struct Service {
@@ -179,7 +180,7 @@ pub fn cut_off(policies: &PolicySet, inventory: &Inventory) -> Vec<Finding> {
             }
         }
         for (namespace, [cut, all, planned]) in cut.into_iter().filter(|(_, [cut, ..])| *cut > 0) {
-            let pods = super::many(cut, all, if planned > 0 { "workload" } else { "pod" });
+            let pods = many(cut, all, if planned > 0 { "workload" } else { "pod" });
             let message = format!("namespace {namespace}: {pods} cannot resolve names: UDP to {tried} is denied");
             let about = About::Namespace(namespace.clone());
             findings.push(Finding { check: DNS_CUT, cluster: Some(name.clone()), about, message });

@@ -6,8 +6,8 @@ use crate::model::{Action, ClusterName, Policy, PolicyKind, Rule, Selection, Tie
 use crate::selector::{Expr, Selector, build};
 use crate::tri::Tri;
 
+use super::facts::{Facts, list_name, required_labels};
 use super::imply::excludes;
-use super::{Facts, list_name};
 
 /// Where a policy's rules in this direction are all Log, in a tier that denies.
 pub fn only_logs(policy: &Policy, direction: Direction, default: TierDefault) -> Option<String> {
@@ -92,7 +92,7 @@ pub(super) fn unread_namespace<'s>(
         let of_namespace = key.strip_prefix(build::NAMESPACE_PREFIX);
         key == build::NAMESPACE || matches!(of_namespace, Some(build::NAME | "kubernetes.io/metadata.name"))
     };
-    let required = super::required_labels(&selection.selector.expr);
+    let required = required_labels(&selection.selector.expr);
     let name = required.into_iter().find_map(|(key, value)| value.filter(|_| is_name(key)))?;
     let in_scope = inventory
         .clusters

@@ -7,7 +7,7 @@ use crate::inventory::{EndpointKind, selects};
 use crate::model::{ClusterName, EntityMatch, Policy, Port, Protocol, Rule};
 use crate::tri::Tri;
 
-use super::{Facts, named, subject_of};
+use super::facts::{Facts, named, subject_of};
 
 /// Names that are listed.
 const MAX_NAMES: usize = 5;

@@ -77,7 +77,9 @@ impl<'i> ServiceAddresses<'i> {
                 (PolicyKind::ClusterNetworkPolicy, None) => format!("pods of namespace {namespace}"),
                 _ => format!("services: {{name: {name}, namespace: {namespace}}}"),
             };
-            Some(format!("net {net} {what}, which is translated to a backend before policy is evaluated; write {instead}"))
+            Some(format!(
+                "net {net} {what}, which is translated to a backend before policy is evaluated; write {instead}"
+            ))
         };
         let mut messages: Vec<String> = entity.nets.iter().filter_map(message).collect();
         if let Some(selection) = &entity.selection {

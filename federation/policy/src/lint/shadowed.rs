@@ -2,11 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use super::check::{About, Check, Finding, RULE_REDUNDANT, RULE_SHADOWED};
+use super::facts::{DIRECTIONS, action_verb, enforcers, list_name, required_labels, title, written};
 use super::imply::{covers, implies};
-use super::{
-    About, Check, DIRECTIONS, Finding, RULE_REDUNDANT, RULE_SHADOWED, action_verb, enforcers, list_name,
-    required_labels, title, written,
-};
 use crate::evaluate::{Direction, OrderedTier, order, rules};
 use crate::inventory::Inventory;
 use crate::model::{Action, Policy, PolicyId, PolicyKind, PolicySet, Rule, TierDefault};
@@ -161,7 +159,11 @@ fn in_one_cluster<'a>(
             let of_tier = if first.tier == target.tier { String::new() } else { format!(" in tier {tier}") };
             let action = action_verb(rule.action);
             let check = if same && elsewhere { RULE_REDUNDANT } else { RULE_SHADOWED };
-            found(target.policy, Some(index), (check, format!("{by}{of_tier} comes first and {action} everything that it matches")));
+            found(
+                target.policy,
+                Some(index),
+                (check, format!("{by}{of_tier} comes first and {action} everything that it matches")),
+            );
         }
     }
 }

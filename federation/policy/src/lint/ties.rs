@@ -11,7 +11,8 @@ use crate::model::{Action, ClusterName, EntityMatch, Policy, PolicyKind, Port, R
 use crate::tri::Tri;
 use crate::workload::Workload;
 
-use super::{About, DIRECTIONS, EQUAL_PRIORITY, Finding, Workloads, is_subject, list_name, title};
+use super::check::{About, EQUAL_PRIORITY, Finding};
+use super::facts::{DIRECTIONS, Workloads, is_subject, list_name, title};
 
 /// Policies of one priority that are compared: 4,950 pairs.
 const MAX_POLICIES: usize = 100;

@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::Expr;
+use super::expr::Expr;
 
 /// The namespace of a pod or a NetworkSet.
 pub const NAMESPACE: &str = "projectcalico.org/namespace";

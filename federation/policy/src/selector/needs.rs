@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::Expr;
+use super::expr::Expr;
 
 /// A label key, with its value unless any will do.
 pub type Need<'e> = (&'e Arc<str>, Option<&'e Arc<str>>);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::Expr;
+use super::expr::Expr;
 
 /// The longest label key, in bytes (Calico's limit).
 pub const MAX_LABEL_BYTES: usize = 512;

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Label, LabelLookup, Selector};
+use super::canonical::Selector;
+use super::expr::{Label, LabelLookup};
 use crate::tri::Tri;
 
 /// Every label has this value.
