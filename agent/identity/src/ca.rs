@@ -237,7 +237,7 @@ mod tests {
         let key = Key::generate().unwrap();
         let text = format!("{key:?}");
         assert!(text.len() < 100 && text.contains(&key.public().to_string()), "{text}");
-        // A key whose line breaks were lost; bytes would be shown as numbers.
+        // A key without its line breaks; bytes would be shown as numbers.
         let line = key.to_pem().replace('\n', " ");
         let error = Key::from_pem(line.as_bytes()).unwrap_err();
         let text = format!("{error:?} ") + &format!("{:#}", anyhow::Error::from(error));

@@ -173,7 +173,7 @@ mod tests {
         for _ in 0..20 {
             assert!(!world.take(2, true));
         }
-        assert!(!world.take(3, true), "another name is no way around");
+        assert!(!world.take(3, true), "another name changes nothing");
         assert_eq!(world.rivals(), Some((1, 3)));
         // The first goes for a moment, and the other is quicker.
         assert!(world.take(2, false) && world.take(1, true) && !world.take(2, true));

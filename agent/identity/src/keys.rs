@@ -1,6 +1,6 @@
 //! Private keys, certificates and the requests that lead from one to the other.
 //!
-//! A [`Key`] is never formatted: its `Debug` shows the hash of its public half. Files that hold one have mode 0600.
+//! A [`Key`] is never formatted: its `Debug` shows the hash of its public half. Files with a key have mode 0600.
 
 use std::fmt;
 use std::path::Path;
@@ -27,7 +27,7 @@ pub const MAX_DER_BYTES: usize = 8 * 1024;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Fingerprint(pub [u8; 32]);
 
-/// A certificate's serial number as it stands in the certificate, without leading zeros.
+/// A certificate's serial number as in the certificate, without leading zeros.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Serial(pub Arc<[u8]>);
 
@@ -88,7 +88,7 @@ impl Key {
     }
 
     /// # Errors
-    /// When `pem` holds no PKCS #8 key of a known kind.
+    /// When `pem` contains no PKCS #8 key of a known kind.
     pub fn from_pem(pem: &[u8]) -> Result<Self, KeyError> {
         let der = PrivatePkcs8KeyDer::from_pem_slice(pem).map_err(pem_error)?;
         Self::from_pair(rcgen::KeyPair::try_from(&der).map_err(KeyError::Key)?)
@@ -99,7 +99,7 @@ impl Key {
     }
 
     /// # Errors
-    /// When the file cannot be read, others may read it, or it holds no key.
+    /// When the file cannot be read, others may read it, or it contains no key.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
         let bytes = files::read_secret(path).map_err(|e| KeyError::File(format!("read {}", path.display()), e))?;
         Self::from_pem(&bytes)
@@ -130,7 +130,7 @@ impl Key {
         self.public
     }
 
-    /// A certificate signing request (PKCS #10): the public key and the proof that we hold its private half.
+    /// A certificate signing request (PKCS #10): the public key and the proof of possession of its private half.
     /// It carries no name, since who we are is not ours to say.
     ///
     /// # Errors
@@ -255,7 +255,7 @@ impl Certificate {
     }
 
     /// # Errors
-    /// As [`Self::from_der`], and when `pem` holds no certificate.
+    /// As [`Self::from_der`], and when `pem` contains no certificate.
     pub fn from_pem(pem: &[u8]) -> Result<Self, KeyError> {
         Self::from_der(&CertificateDer::from_pem_slice(pem).map_err(pem_error)?)
     }

@@ -1,7 +1,7 @@
 //! Mutual TLS 1.3 with SPIFFE identities.
 //!
 //! Promises: only TLS 1.3, over aws-lc-rs, with the hybrid X25519MLKEM768 key exchange preferred; a peer's certificate is issued
-//! *directly* by one of the given authorities, so that no intermediate can speak for anybody to the hub; the identity is
+//! *directly* by one of the given authorities, so that an intermediate cannot impersonate others at the hub; the identity is
 //! checked here, since name constraints do not bind URIs in rustls; revoked serials and keys are refused; sessions are
 //! not resumed, so that every connection is verified; a connection ends when either certificate does.
 //!
@@ -53,7 +53,7 @@ fn provider() -> Arc<CryptoProvider> {
         .clone()
 }
 
-/// Makes aws-lc-rs the provider of every library in the process that asks for the default.
+/// Makes aws-lc-rs the provider of every library in the process that uses the default.
 pub fn install_provider() {
     // An error means that it is installed already.
     let _ = CryptoProvider::install_default(Arc::unwrap_or_clone(provider()));
@@ -116,7 +116,7 @@ impl Loaded {
     }
 }
 
-/// The authority of a listener whose clients know it by a hash: asked for at each handshake, since it may be renewed.
+/// The authority of a listener whose clients know it by a hash. It is read at each handshake, since it may be renewed.
 #[derive(Clone)]
 pub struct PresentedAuthority(Arc<dyn Fn() -> CertificateDer<'static> + Send + Sync>);
 

@@ -13,6 +13,7 @@ use hanse_runtime::health::Writes;
 use ipnet::IpNet;
 use tokio::sync::{oneshot, watch};
 
+use crate::metrics::AgentMetrics;
 use crate::prober::Prober;
 pub use crate::prober::Proofs;
 use crate::{pod_ranges, snapshot};
@@ -92,6 +93,7 @@ pub struct Options {
     pub pod_ranges: Vec<IpNet>,
     /// Records which files cannot be written.
     pub writes: Writes,
+    pub metrics: AgentMetrics,
 }
 
 impl Options {
@@ -122,7 +124,7 @@ impl Enforcer {
         }
         let (commands, receiver) = mpsc::channel();
         let (publish, proofs) = watch::channel(Arc::default());
-        let prober = Prober::new(in_force.clone(), publish);
+        let prober = Prober::new(in_force.clone(), publish, options.metrics.clone());
         // A panic ends the process ([`Ended`]): its rules stay in force, and the next start adopts them.
         std::thread::Builder::new()
             .name("enforcer".to_owned())
@@ -215,7 +217,10 @@ fn serve(backend: &mut dyn Backend, options: &Options, commands: &mpsc::Receiver
     loop {
         let is_idle = match commands.recv_timeout(repair_at.saturating_duration_since(Instant::now())) {
             Ok(Command { rules, answer }) => {
-                let applied = backend.apply(&rules);
+                let span = tracing::info_span!("apply", term = rules.generation.term, number = rules.generation.number);
+                let start = Instant::now();
+                let applied = span.in_scope(|| backend.apply(&rules));
+                options.metrics.applied(start.elapsed(), applied.is_ok());
                 if applied.is_ok() && is_of_member(rules.generation) {
                     files.rules_changed(&rules);
                     prober.set_rules(rules);
@@ -229,9 +234,15 @@ fn serve(backend: &mut dyn Backend, options: &Options, commands: &mpsc::Receiver
         };
         if Instant::now() >= repair_at {
             match backend.repair() {
-                Ok(true) => tracing::warn!("another program changed the rules of Hanse; repaired"),
+                Ok(true) => {
+                    options.metrics.repaired();
+                    tracing::warn!("another program changed the rules of Hanse; repaired");
+                }
                 Ok(false) => {}
-                Err(error) => tracing::error!(%error, "drift not repaired, trying again"),
+                Err(error) => {
+                    options.metrics.repair_failed();
+                    tracing::error!(%error, "drift not repaired, trying again");
+                }
             }
             prober.turn(backend);
             repair_at = Instant::now() + REPAIR_EVERY;

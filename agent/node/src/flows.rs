@@ -22,6 +22,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use crate::identity::NodeIdentity;
+use crate::metrics::AgentMetrics;
 
 /// How long decisions are summed up before they are reported.
 const WINDOW: Duration = Duration::from_secs(2);
@@ -319,10 +320,11 @@ pub async fn report(
     state: watch::Sender<String>,
     identity: NodeIdentity,
     members: Vec<String>,
+    metrics: AgentMetrics,
     stop: CancellationToken,
 ) {
     let link = NodeLink { renewed: identity.credentials.subscribe(), identity, open: None };
-    report_over(link, windows.borrow_mut(), state, members, stop).await;
+    report_over(link, windows.borrow_mut(), state, members, metrics, stop).await;
 }
 
 async fn report_over(
@@ -330,6 +332,7 @@ async fn report_over(
     windows: &mut mpsc::Receiver<WindowResult>,
     state: watch::Sender<String>,
     members: Vec<String>,
+    metrics: AgentMetrics,
     stop: CancellationToken,
 ) {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
@@ -359,12 +362,17 @@ async fn report_over(
                 }
                 continue;
             };
+            let dropped = first.lost;
+            let reported = decisions(&first).saturating_sub(dropped);
             let sent = tokio::select! {
                 () = stop.cancelled() => return,
                 sent = link.send(member, first) => sent,
             };
             match sent {
-                Ok(()) => waiting.sent(),
+                Ok(()) => {
+                    waiting.sent();
+                    metrics.flows(reported, dropped);
+                }
                 Err(error) => break error,
             }
             backoff.reset();
@@ -674,7 +682,9 @@ mod tests {
             let link = Answers { answers, calls: call, began: tokio::time::Instant::now(), open: false };
             let members = ["a", "b", "c"][..members].iter().map(|it| (*it).to_owned()).collect();
             let until = stop.clone();
-            tokio::spawn(async move { report_over(link, &mut receiver, sender, members, until).await });
+            tokio::spawn(async move {
+                report_over(link, &mut receiver, sender, members, AgentMetrics::default(), until).await
+            });
             Self { windows, state, calls, _stop: stop.drop_guard() }
         }
 

@@ -10,6 +10,7 @@ pub mod backend;
 pub mod enforcer;
 pub mod flows;
 pub mod identity;
+pub mod metrics;
 pub mod pod_ranges;
 mod prober;
 pub mod snapshot;

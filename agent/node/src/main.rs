@@ -14,6 +14,7 @@ use anyhow::{Context as _, anyhow};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hanse_agent::enforcer::{Enforcer, Options, Started};
 use hanse_agent::identity::{Enrolment, NodeIdentity};
+use hanse_agent::metrics::AgentMetrics;
 use hanse_agent::pod_ranges;
 use hanse_agent::status::{self, Status};
 use hanse_agent::sync::Follower;
@@ -25,7 +26,7 @@ use hanse_runtime::metrics::Metrics;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::monitor::{Page, serve};
 use hanse_runtime::shutdown::Shutdown;
-use hanse_runtime::{files, logging, text};
+use hanse_runtime::{files, logging, settings, text};
 use ipnet::IpNet;
 use tokio::sync::watch;
 
@@ -56,48 +57,51 @@ enum Command {
 #[derive(Debug, Args)]
 struct RunArgs {
     /// Directory of the agent's files; created if missing.
-    #[arg(long)]
+    #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
     data: PathBuf,
     /// Name of this node in its cluster.
-    #[arg(long)]
+    #[arg(long, help_heading = "Member")]
     node: String,
-    /// Address of the cluster's member, HOST:PORT; repeatable.
-    #[arg(long, required = true)]
+    /// Address of the cluster's member; repeatable.
+    #[arg(long, value_name = "HOST:PORT", required = true, help_heading = "Member")]
     member: Vec<String>,
-    /// Enrolment address of the member, HOST:PORT; required until the node has enrolled, and to renew an expired certificate.
-    #[arg(long)]
+    /// Enrolment address of the member; required until the node has enrolled, and to renew an expired certificate.
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Member")]
     enrol: Option<String>,
     /// File with a node token; required until the node has enrolled, and again if the member refuses the node.
-    #[arg(long)]
+    #[arg(long, value_name = "FILE", help_heading = "Member")]
     token_file: Option<PathBuf>,
     /// Interface that leads out of the node; repeatable. Default: interfaces with a route to more than one address outside of the node's
     /// pod ranges.
-    #[arg(long)]
+    #[arg(long, value_name = "INTERFACE", help_heading = "Enforcement")]
     uplink: Vec<String>,
     /// Range of the node's pods, closed until the first rules arrive; repeatable. Default: the ranges that the member sent last, at
     /// enrolment or with rules.
-    #[arg(long)]
+    #[arg(long, value_name = "CIDR", help_heading = "Enforcement")]
     pod_range: Vec<IpNet>,
     #[command(flatten)]
     marks: Marks,
     /// Do not report flows to the member.
-    #[arg(long)]
+    #[arg(long, help_heading = "Observability")]
     no_flows: bool,
-    /// Address that serves health and readiness over HTTP.
-    #[arg(long)]
+    /// Serve health and readiness over HTTP at this address.
+    #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     health_listen: Option<SocketAddr>,
-    /// Loopback address that serves Prometheus metrics over HTTP.
-    #[arg(long)]
+    /// Serve Prometheus metrics over HTTP at this address: a loopback address, unless a token is required.
+    #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     metrics_listen: Option<SocketAddr>,
+    /// File with the bearer token that the metrics require, readable by its owner only.
+    #[arg(long, value_name = "FILE", help_heading = "Observability", requires = "metrics_listen")]
+    metrics_token_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
 struct Marks {
     /// Bits of the connection mark that Hanse uses: at least 8, contiguous.
-    #[arg(long, value_parser = parse_mask, default_value = "0xffff0000")]
+    #[arg(long, value_name = "MASK", value_parser = parse_mask, default_value = "0xffff0000", help_heading = "Enforcement")]
     ct_mark_mask: u32,
     /// Bits of the packet mark that Hanse uses while it judges a packet: at least 2, contiguous.
-    #[arg(long, value_parser = parse_mask, default_value = "0x00300000")]
+    #[arg(long, value_name = "MASK", value_parser = parse_mask, default_value = "0x00300000", help_heading = "Enforcement")]
     packet_mark_mask: u32,
 }
 
@@ -112,6 +116,7 @@ struct StatusArgs {
     /// Directory of the agent's files.
     #[arg(long)]
     data: PathBuf,
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
 }
@@ -141,7 +146,7 @@ impl Marks {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = settings::parse();
     logging::init(cli.log_format);
     let outcome = match cli.command {
         Command::Run(args) => run(*args),
@@ -225,10 +230,13 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         watch::channel(listening.as_ref().err().cloned().unwrap_or_else(|| "not reported yet".to_owned()));
     let (shutdown, health) = (Shutdown::default(), Health::default());
     let (stop, writes) = (shutdown.token(), Writes::new(&health));
+    let metrics = Metrics::default();
+    let counted = AgentMetrics::new(&metrics);
     let options = Options {
         data: args.data.clone(),
         pod_ranges: args.pod_range.iter().map(IpNet::trunc).collect(),
         writes: writes.clone(),
+        metrics: counted.clone(),
     };
     // Before any member is reached: the node is closed, or as it was.
     let Started { enforcer, in_force, refused, pod_ranges, open, ended } =
@@ -239,7 +247,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         serve(address, Page::Health(health), &shutdown).await?;
     }
     if let Some(address) = args.metrics_listen {
-        serve(address, Page::Metrics(Metrics::default(), None), &shutdown).await?;
+        serve(address, Page::metrics(&metrics, args.metrics_token_file.as_deref())?, &shutdown).await?;
     }
     let (status, statuses) = watch::channel(Status::default());
     let (node, data) = (args.node, args.data);
@@ -258,6 +266,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         instance: token::random().map_err(anyhow::Error::msg)?,
         writes: writes.clone(),
         in_sync,
+        metrics: counted.clone(),
         status,
     };
     follower.publish();
@@ -292,10 +301,10 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         });
         if let Some(windows) = windows {
             let windows = Arc::new(tokio::sync::Mutex::new(windows));
-            let reporting = (windows, flows_state, identity.clone(), member.clone(), stop.clone());
+            let reporting = (windows, flows_state, identity.clone(), member.clone(), counted, stop.clone());
             tasks.supervise("flows", move || {
-                let (windows, state, identity, members, stop) = reporting.clone();
-                async move { flows::report(&mut *windows.lock().await, state, identity, members, stop).await }
+                let (windows, state, identity, members, metrics, stop) = reporting.clone();
+                async move { flows::report(&mut *windows.lock().await, state, identity, members, metrics, stop).await }
             });
         }
         follower.run(identity, member, stop).await;

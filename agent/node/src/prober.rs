@@ -9,6 +9,8 @@ use hanse_protocol::reason::HookProblem;
 use hanse_ruleset::{EndpointId, LocalEndpoint, RuleSet};
 use tokio::sync::watch;
 
+use crate::metrics::AgentMetrics;
+
 /// How long answers to a probe may take.
 const ANSWER_TIME: Duration = Duration::from_millis(300);
 /// Pods of one probe: with two addresses each 2,000 packets, in a few milliseconds.
@@ -33,6 +35,7 @@ pub struct Prober {
     probed: BTreeMap<EndpointId, Probed>,
     in_flight: Option<(Instant, Vec<Arc<LocalEndpoint>>)>,
     proofs: watch::Sender<Arc<Proofs>>,
+    metrics: AgentMetrics,
 }
 
 struct Probed {
@@ -43,8 +46,8 @@ struct Probed {
 }
 
 impl Prober {
-    pub fn new(rules: Option<Arc<RuleSet>>, proofs: watch::Sender<Arc<Proofs>>) -> Self {
-        Self { rules, probed: BTreeMap::new(), in_flight: None, proofs }
+    pub fn new(rules: Option<Arc<RuleSet>>, proofs: watch::Sender<Arc<Proofs>>, metrics: AgentMetrics) -> Self {
+        Self { rules, probed: BTreeMap::new(), in_flight: None, proofs, metrics }
     }
 
     pub fn set_rules(&mut self, rules: Arc<RuleSet>) {
@@ -107,8 +110,9 @@ impl Prober {
         let unproven = (!is_proven && !rules.endpoints.is_empty()).then_some(HookProblem::NotProven);
         let hooks = hooks.or(unproven);
         let finding = |id: &EndpointId| self.probed.get(id).map_or(Finding::Pending, |probed| probed.finding.clone());
-        let findings = rules.endpoints.keys().map(|id| (id.clone(), finding(id)));
-        let unenforced = findings.filter(|(_, finding)| *finding != Finding::Enforced).collect();
+        let (ids, findings): (Vec<_>, Vec<_>) = rules.endpoints.keys().map(|id| (id.clone(), finding(id))).unzip();
+        self.metrics.set_pods(&findings);
+        let unenforced = ids.into_iter().zip(findings).filter(|(_, finding)| *finding != Finding::Enforced).collect();
         let proofs = Proofs { hooks, unenforced };
         self.proofs.send_if_modified(|published| {
             let changed = **published != proofs;

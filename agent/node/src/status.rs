@@ -151,9 +151,7 @@ mod tests {
         assert!(!runs(directory.path()), "no agent has started");
         let locked = lock(directory.path()).expect("free");
         assert!(runs(directory.path()));
-        assert!(
-            lock(directory.path()).is_err_and(|error| format!("{error:#}").ends_with(": another process holds it"))
-        );
+        assert!(lock(directory.path()).is_err_and(|error| format!("{error:#}").ends_with(": another process uses it")));
         drop(locked);
         assert!(!runs(directory.path()));
     }

@@ -21,6 +21,7 @@ use tonic::Streaming;
 
 use crate::enforcer::Enforcer;
 use crate::identity::{NodeIdentity, Rejection, is_refusal};
+use crate::metrics::AgentMetrics;
 use crate::status::{Status, Unenforced};
 
 /// The largest message that is accepted: 1 MiB and its frame.
@@ -54,6 +55,7 @@ pub struct Follower {
     pub writes: Writes,
     /// True while `connected`. Keep-alives detect a silent member within 20 seconds.
     pub in_sync: Condition,
+    pub metrics: AgentMetrics,
     pub status: watch::Sender<Status>,
 }
 
@@ -148,7 +150,14 @@ impl Follower {
                 }
             };
             let Some(message) = message else { return Ok(()) };
-            let answer = match assembler.receive(message) {
+            let assembled = assembler.receive(message);
+            let received = match &assembled {
+                Ok(Assembled::Delta(delta)) => delta.generation,
+                Ok(Assembled::Position { generation, .. }) => *generation,
+                _ => self.generation(),
+            };
+            self.metrics.set_generations(received, self.generation());
+            let answer = match assembled {
                 Ok(Assembled::Nothing) => continue,
                 Ok(Assembled::Delta(delta)) if self.is_behind(delta.generation) => self.behind(delta.generation),
                 Ok(Assembled::Position { generation, .. }) if self.is_behind(generation) => self.behind(generation),
@@ -161,6 +170,7 @@ impl Follower {
                     self.ack(Some(Failure::Unreadable(error.to_string())))
                 }
             };
+            self.metrics.set_generations(received, self.generation());
             acknowledged = matches!(answer.message, Some(wire::agent_to_member::Message::Ack(_)));
             backoff.reset();
             outbox.send(answer).await.context("answer")?;
@@ -253,6 +263,11 @@ impl Follower {
         }
     }
 
+    /// The generation in force; the lowest where it is unknown.
+    fn generation(&self) -> Generation {
+        self.in_force.as_ref().map(|rules| rules.generation).unwrap_or_default()
+    }
+
     /// A member that was replaced may not know that yet.
     fn is_behind(&self, generation: Generation) -> bool {
         self.in_force.as_ref().is_some_and(|rules| generation.term < rules.generation.term)
@@ -307,6 +322,8 @@ impl Follower {
     /// Publishes readiness and status.
     pub fn publish(&self) {
         self.in_sync.set(self.connected);
+        self.metrics.set_in_sync(self.connected);
+        self.metrics.set_refused(self.refused.len());
         let nothing = RuleSet::default();
         let in_force = self.in_force.as_deref().unwrap_or(&nothing);
         let proofs = self.enforcer.proofs().borrow().clone();
@@ -381,6 +398,7 @@ mod tests {
             instance: [7; 16],
             writes: Writes::new(&Health::default()),
             in_sync: Health::default().condition("in sync"),
+            metrics: AgentMetrics::default(),
             status: watch::Sender::new(Status::default()),
         }
     }

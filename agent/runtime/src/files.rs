@@ -11,13 +11,13 @@ use zeroize::Zeroizing;
 
 /// Largest secret that is read, in bytes: a key or a token with room to spare.
 pub const MAX_SECRET_BYTES: u64 = 64 * 1024;
-/// How soon a lock that another holds is tried again.
+/// How often a lock that another process has is tried again.
 const HOLD_AGAIN: Duration = Duration::from_millis(20);
 
 /// Writes `bytes` to `path` with mode 0600, atomically and durably.
 ///
 /// # Errors
-/// Those of the file system; `path` then holds what it held before.
+/// Errors of the file system; `path` is then unchanged.
 pub fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
     write_atomic(path, bytes, 0o600)
 }
@@ -25,7 +25,7 @@ pub fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// Writes `bytes` to `path` with `mode`, atomically and durably.
 ///
 /// # Errors
-/// Those of the file system; `path` then holds what it held before.
+/// Errors of the file system; `path` is then unchanged.
 pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let folder = match path.parent() {
@@ -54,11 +54,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     written
 }
 
-/// Keeps other processes that ask for `lock` from holding it, until the file is dropped or this process ends, however it
-/// ends. Waits for who holds it, at most `patience`; the thread sleeps meanwhile.
+/// Locks `lock` against other processes, until the file is dropped or this process ends. Waits at most `patience` for another
+/// process to release it; the thread sleeps meanwhile.
 ///
 /// # Errors
-/// `WouldBlock` when another has held it all the time; else those of the file system.
+/// `WouldBlock` when another process kept it all the time; else errors of the file system.
 pub fn hold(lock: &Path, patience: Duration) -> io::Result<File> {
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(lock)?;
     let began = Instant::now();
@@ -67,14 +67,14 @@ pub fn hold(lock: &Path, patience: Duration) -> io::Result<File> {
             Ok(()) => return Ok(file),
             Err(TryLockError::WouldBlock) if began.elapsed() < patience => std::thread::sleep(HOLD_AGAIN),
             Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::new(io::ErrorKind::WouldBlock, "another process holds it"));
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, "another process uses it"));
             }
             Err(TryLockError::Error(error)) => return Err(error),
         }
     }
 }
 
-/// Whether a process holds `lock`. For a moment nobody else can.
+/// Whether a process has locked `lock`. The check takes the lock for a moment.
 pub fn is_held(lock: &Path) -> bool {
     File::open(lock).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
@@ -117,11 +117,11 @@ mod tests {
     fn a_lock_is_held_by_one_and_waited_for_as_long_as_is_said() {
         let folder = tempfile::tempdir().expect("a folder");
         let lock = folder.path().join("lock");
-        assert!(!is_held(&lock), "nobody ever has");
+        assert!(!is_held(&lock), "no process has locked it yet");
         let held = hold(&lock, Duration::ZERO).expect("free");
         assert!(is_held(&lock));
-        let error = hold(&lock, HOLD_AGAIN * 2).expect_err("it is held");
-        assert_eq!((error.kind(), &*error.to_string()), (io::ErrorKind::WouldBlock, "another process holds it"));
+        let error = hold(&lock, HOLD_AGAIN * 2).expect_err("it is locked");
+        assert_eq!((error.kind(), &*error.to_string()), (io::ErrorKind::WouldBlock, "another process uses it"));
         let waiting = std::thread::scope(|scope| {
             let waiting = scope.spawn(|| hold(&lock, Duration::from_secs(60)));
             drop(held);
@@ -130,7 +130,7 @@ mod tests {
         assert!(waiting.is_ok() && is_held(&lock));
         drop(waiting);
         assert!(!is_held(&lock));
-        // What is wrong with the file is no other process.
+        // An error of the file is not another process.
         let error = hold(&folder.path().join("absent/lock"), Duration::ZERO).expect_err("no folder");
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }

@@ -7,13 +7,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
-/// All conditions of a process. It is ready when every one holds.
+/// All conditions of a process. It is ready when every condition is true.
 #[derive(Debug, Clone, Default)]
 pub struct Health {
     conditions: Arc<Mutex<Vec<Condition>>>,
 }
 
-/// One thing that must hold before the process is ready. It starts as not holding.
+/// A condition of readiness. It starts as false.
 #[derive(Debug, Clone)]
 pub struct Condition {
     name: &'static str,
@@ -28,7 +28,7 @@ impl Health {
         condition
     }
 
-    /// The names of the conditions that do not hold; empty when the process is ready.
+    /// The names of the conditions that are false; empty when the process is ready.
     pub fn waiting_for(&self) -> Vec<&'static str> {
         let conditions = self.conditions.lock().unwrap_or_else(PoisonError::into_inner);
         conditions.iter().filter(|c| !c.holds()).map(|c| c.name).collect()
@@ -60,29 +60,29 @@ impl Writes {
         Self { failing: watch::Sender::default(), written }
     }
 
-    /// A file was written, or could not be. Logs what is news.
+    /// Records that a file was written, or could not be. Logs changes.
     pub fn note(&self, file: &'static str, result: &io::Result<()>) {
         self.failing.send_if_modified(|failing| {
-            let is_news = match result {
+            let is_change = match result {
                 Ok(()) => {
                     let failed = failing.remove(file).is_some();
                     if failed {
-                        tracing::info!(file, "written again");
+                        tracing::info!(file, "file written again");
                     }
                     failed
                 }
                 Err(error) => {
                     let text = error.to_string();
-                    let is_news = failing.get(file) != Some(&text);
-                    if is_news {
-                        tracing::error!(file, %error, "cannot be written: a start would begin with an older one");
+                    let is_change = failing.get(file) != Some(&text);
+                    if is_change {
+                        tracing::error!(file, %error, "file not written: the next start would use an older one");
                         failing.insert(file, text);
                     }
-                    is_news
+                    is_change
                 }
             };
             self.written.set(failing.is_empty());
-            is_news
+            is_change
         });
     }
 
@@ -102,19 +102,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_written_is_not_ready_until_it_is_written_again() {
+    fn is_not_ready_until_a_failed_file_is_written_again() {
         let health = Health::default();
         let writes = Writes::new(&health);
         let full = || Err(io::Error::from(io::ErrorKind::StorageFull));
         let mut changes = writes.changes();
         assert!(health.waiting_for().is_empty() && writes.failing().is_empty());
         writes.note("snapshot", &Ok(()));
-        assert!(!changes.has_changed().unwrap(), "no news");
+        assert!(!changes.has_changed().unwrap(), "nothing changed");
         writes.note("snapshot", &full());
         writes.note("ranges", &full());
         changes.mark_unchanged();
         writes.note("ranges", &full());
-        assert!(!changes.has_changed().unwrap(), "the same again is no news");
+        assert!(!changes.has_changed().unwrap(), "the same error again changes nothing");
         assert_eq!(health.waiting_for(), ["files written"]);
         let failing = ["ranges", "snapshot"].map(|file| (file, "no storage space".to_owned()));
         assert_eq!(writes.failing(), failing.into());

@@ -21,7 +21,7 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// Delays that start near `initial`, double, and stay near `max`; each is spread by half in both directions.
+    /// Delays that grow from about `initial` to about `max`, each twice the one before; each is spread by half in both directions.
     pub fn new(initial: Duration, max: Duration) -> Self {
         let inner = ExponentialBackoffBuilder::new()
             .with_initial_interval(initial)

@@ -79,7 +79,7 @@ pub fn parse_from<C: CommandFactory + FromArgMatches>(mut arguments: Vec<OsStrin
     }
     let parsed = command.try_get_matches_from_mut(&arguments).and_then(|mut it| C::from_arg_matches_mut(&mut it));
     parsed.map_err(|error| match file {
-        // An error about an option that nobody typed would be a riddle.
+        // The user has not typed this option: name the file.
         Some(file) if injected.iter().any(|option| mentions(&error, option)) => {
             let text = error.render().to_string();
             let text = text.strip_prefix("error: ").unwrap_or(&text).trim_end();

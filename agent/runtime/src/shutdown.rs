@@ -31,7 +31,7 @@ pub struct Shutdown {
 struct State {
     /// Tasks that have panicked and wait to be started again.
     down: BTreeMap<&'static str, usize>,
-    /// Holds while `down` is empty.
+    /// True while `down` is empty.
     running: Option<Condition>,
     /// Why the process ends by itself.
     failure: Option<String>,

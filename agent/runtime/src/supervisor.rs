@@ -38,7 +38,7 @@ struct Label {
 #[error("{0} failed by a defect: see the log")]
 pub struct Panicked(pub &'static str);
 
-/// Logs each panic of this process at ERROR and counts it, in place of the text that Rust prints; where there is no log, that stays. A
+/// Logs each panic of this process at ERROR and counts it, instead of the text that Rust prints; without a log, that text is printed. A
 /// second call changes nothing.
 pub fn observe_panics() {
     static ONCE: Once = Once::new();
@@ -55,7 +55,7 @@ pub fn observe_panics() {
 
 /// Adds the counter to the metrics of a process.
 pub(crate) fn register(registry: &mut Registry) {
-    registry.register("task_panics", "Panics, by task", PANICS.clone());
+    registry.register("task_panics", "Panics, by the task that was stopped by them", PANICS.clone());
 }
 
 /// How many panics of a task were counted.
@@ -66,13 +66,13 @@ pub fn panics(task: &str) -> u64 {
 fn observe(info: &PanicHookInfo<'_>) {
     let task = TASK.try_with(|task| *task).ok().or(THREAD.get());
     let thread = std::thread::current();
-    // Names of threads are ours or the runtime's: a closed set.
+    // Names of threads come from this code and the async runtime: a closed set.
     let task = task.or(thread.name()).unwrap_or("unnamed");
     PANICS.get_or_create(&Label { task: task.to_owned() }).inc();
     let at = info.location().map(ToString::to_string).unwrap_or_default();
     let backtrace = std::backtrace::Backtrace::capture();
     let backtrace = (backtrace.status() == BacktraceStatus::Captured).then(|| tracing::field::display(backtrace));
-    error!(task, at, panic = message(info.payload()), backtrace, "panicked: this is a defect");
+    error!(task, at, panic = message(info.payload()), backtrace, "task panicked; this is a bug");
 }
 
 fn message(payload: &dyn Any) -> &str {

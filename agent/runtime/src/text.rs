@@ -1,4 +1,4 @@
-//! Text that others wrote, on a terminal and in a log.
+//! Prints untrusted text on a terminal and in a log.
 //!
 //! A member, an agent or the author of a manifest chooses names and messages that an administrator reads. A control
 //! character in them moves the cursor, recolours or rewrites what was printed before; a line break forges a row; a bidirectional
@@ -73,7 +73,7 @@ pub fn line(text: impl Display) -> io::Result<()> {
     writeln!(io::stdout().lock(), "{}", one_line(&text.to_string()))
 }
 
-/// Writes one line to standard error. Where that is closed, there is no reader who misses it.
+/// Writes one line to standard error. A closed standard error is ignored.
 pub fn note(text: impl Display) {
     // One write, so that the lines of several processes do not mix.
     let line = format!("{}\n", one_line(&text.to_string()));
@@ -106,7 +106,7 @@ impl<W: Write> Write for Escaping<W> {
     }
 }
 
-/// Writes events of a log to standard error, each in one line: what a field holds does not begin another.
+/// Writes log events to standard error, one line each: line breaks in fields are escaped.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LogWriter;
 

@@ -5,6 +5,7 @@ mod fuzz;
 mod guards;
 mod kernel;
 mod manifests;
+mod metrics;
 mod network;
 mod nodes;
 mod oracle;

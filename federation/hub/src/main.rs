@@ -21,7 +21,7 @@ use hanse_store::StoreUrl;
 #[derive(Debug, Parser)]
 #[command(name = "hanse-hub", version, propagate_version = true)]
 struct Cli {
-    /// Format of log lines.
+    /// Format of the log: text or json.
     #[arg(long, global = true, default_value_t)]
     log_format: logging::Format,
     #[command(subcommand)]
@@ -38,7 +38,7 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct InitArgs {
-    /// Folder for the hub's files; created when missing.
+    /// Directory for the hub's files; created if missing.
     #[arg(long)]
     data: PathBuf,
     /// Store to create, as a URL: file:PATH [default: file:DATA/hub.redb].
@@ -57,8 +57,8 @@ struct InitArgs {
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// Folder of the hub's files.
-    #[arg(long, value_name = "FOLDER", help_heading = "Files")]
+    /// Directory of the hub's files.
+    #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
     data: PathBuf,
     /// Store to open, as a URL: file:PATH [default: file:DATA/hub.redb].
     #[arg(long, value_name = "URL", help_heading = "Files")]

@@ -1,4 +1,4 @@
-//! What the hub counts. Labels are from closed sets.
+//! The metrics of a hub. Labels come from closed sets.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,12 +8,13 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 
 use crate::registry::{ClusterState, Lease, Snapshot};
 use crate::status::Realisation;
 
-/// Of a hub. Clones count together.
-#[derive(Debug, Clone, Default)]
+/// The metrics of a hub. Clones share them.
+#[derive(Debug, Clone)]
 pub struct HubMetrics {
     pub(crate) connections: Gauge,
     revision: Gauge,
@@ -23,6 +24,24 @@ pub struct HubMetrics {
     refused: Gauge,
     pub(crate) joins: Family<Outcome, Counter>,
     pub(crate) closed: Counter,
+    pub(crate) exchange_held: Histogram,
+}
+
+impl Default for HubMetrics {
+    fn default() -> Self {
+        Self {
+            connections: Gauge::default(),
+            revision: Gauge::default(),
+            clusters: Family::default(),
+            publishing: Gauge::default(),
+            endpoints: Gauge::default(),
+            refused: Gauge::default(),
+            joins: Family::default(),
+            closed: Counter::default(),
+            // 0.1 ms to 6.5 s.
+            exchange_held: Histogram::new(exponential_buckets(0.0001, 4.0, 9)),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -30,7 +49,7 @@ struct Cluster {
     state: &'static str,
 }
 
-/// What became of a call on the join listener.
+/// The outcome of a call on the join listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct Outcome {
     outcome: &'static str,
@@ -51,21 +70,34 @@ impl HubMetrics {
             let hub = registry.sub_registry_with_prefix("hub");
             hub.register("connections", "Open connections of members and users", this.connections.clone());
             hub.register("registry_revision", "Newest revision of the registry", this.revision.clone());
-            hub.register("clusters", "Clusters, by registration and lease", this.clusters.clone());
-            hub.register("publishing_clusters", "Clusters with a publishing stream here", this.publishing.clone());
+            hub.register("clusters", "Clusters, by the state of their registration and lease", this.clusters.clone());
+            hub.register(
+                "publishing_clusters",
+                "Clusters with a publishing stream at this hub",
+                this.publishing.clone(),
+            );
             hub.register("endpoints", "Endpoints that clusters publish", this.endpoints.clone());
-            hub.register("refused_objects", "Published objects that are refused", this.refused.clone());
-            hub.register("joins", "Calls to join, by outcome", this.joins.clone());
+            hub.register(
+                "refused_objects",
+                "Published objects that are refused by a grant or cannot be read",
+                this.refused.clone(),
+            );
+            hub.register("joins", "Calls on the join listener, by outcome", this.joins.clone());
             hub.register(
                 "revoked_connections",
-                "Connections closed since their certificates are no longer admitted",
+                "Connections closed because their certificates are no longer admitted",
                 this.closed.clone(),
+            );
+            hub.register(
+                "exchange_held_seconds",
+                "Time for which one piece of work kept the lock of the exchange",
+                this.exchange_held.clone(),
             );
         });
         this
     }
 
-    /// Takes over the present state.
+    /// Sets the gauges to the current state.
     pub(crate) fn observe(&self, snapshot: &Snapshot, realisations: &BTreeMap<Arc<str>, Realisation>) {
         let gauge = |gauge: &Gauge, value: u64| {
             gauge.set(i64::try_from(value).unwrap_or(i64::MAX));

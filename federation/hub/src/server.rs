@@ -290,7 +290,7 @@ impl Hub {
         writing.set(true);
         let counted = HubMetrics::new(&metrics);
 
-        let exchange = Service::new(registry.clone(), stop.clone()).with_metrics(&metrics);
+        let exchange = Service::new(registry.clone(), stop.clone()).with_metrics(&counted);
         let following = exchange.clone();
         shutdown.supervise("distribution of the registry", move || following.clone().follow_registry());
         let realisations: Arc<dyn Realisations> = Arc::new(exchange.clone());

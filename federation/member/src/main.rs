@@ -32,7 +32,7 @@ const DRAIN: Duration = Duration::from_secs(5);
 #[derive(Debug, Parser)]
 #[command(name = "hanse-member", version, propagate_version = true)]
 struct Cli {
-    /// Format of log lines.
+    /// Format of the log: text or json.
     #[arg(long, global = true, default_value_t)]
     log_format: logging::Format,
     #[command(subcommand)]
@@ -46,7 +46,7 @@ enum Command {
     /// Join and exit. A cluster whose registration was revoked joins again.
     ///
     /// The member gets a new key. The cluster's own authority keeps its key, so agents stay enrolled. If that key was stolen,
-    /// join with an empty folder instead.
+    /// join with an empty directory instead.
     Join(JoinArgs),
     /// Manage the tokens with which nodes enrol.
     NodeToken {
@@ -55,7 +55,7 @@ enum Command {
     },
     /// Show recorded flow decisions, with the enforced and the staged verdict of policy.
     ///
-    /// A line is a group of equal decisions of one node within two seconds. Records are kept in `flows/*.jsonl` in the data folder,
+    /// A line is a group of equal decisions of one node within two seconds. Records are kept in `flows/*.jsonl` in the data directory,
     /// one JSON object a line, and the newest 64 to 128 MiB of them are kept. `-o json` prints these lines.
     Flows(FlowsArgs),
     /// List and revoke enrolled nodes.
@@ -67,7 +67,7 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct FlowsArgs {
-    /// Folder of the member's files.
+    /// Directory of the member's files.
     #[arg(long)]
     data: PathBuf,
     /// Only flows whose verdict would change if the staged policies were enforced.
@@ -99,7 +99,7 @@ enum Decision {
 
 #[derive(Debug, Args)]
 struct ListArgs {
-    /// Folder of the member's files.
+    /// Directory of the member's files.
     #[arg(long)]
     data: PathBuf,
     /// Output format.
@@ -114,7 +114,7 @@ enum NodeCommand {
     /// Revoke a node and its tokens. A running member closes the node's stream within two seconds. A new token enrols the node
     /// again.
     Revoke {
-        /// Folder of the member's files.
+        /// Directory of the member's files.
         #[arg(long)]
         data: PathBuf,
         /// Name of the node.
@@ -132,7 +132,7 @@ enum NodeTokenCommand {
     List(ListArgs),
     /// Revoke a token. A node that has enrolled with it stays enrolled.
     Revoke {
-        /// Folder of the member's files.
+        /// Directory of the member's files.
         #[arg(long)]
         data: PathBuf,
         /// The token's id, as `list` shows it.
@@ -149,10 +149,10 @@ enum Output {
 
 #[derive(Debug, Args)]
 struct NodeTokenArgs {
-    /// Folder of the member's files.
+    /// Directory of the member's files.
     #[arg(long)]
     data: PathBuf,
-    /// Check that the folder belongs to this cluster.
+    /// Check that the directory belongs to this cluster.
     #[arg(long)]
     cluster: Option<String>,
     /// Name of the node.
@@ -171,7 +171,7 @@ struct NodeTokenArgs {
 
 #[derive(Debug, Args)]
 struct JoinArgs {
-    /// Folder for the member's files; created when missing. `hanse-member run` must not use it at the same time.
+    /// Directory for the member's files; created if missing. `hanse-member run` must not use it at the same time.
     #[arg(long)]
     data: PathBuf,
     /// Name of the cluster in its ClusterSet.
@@ -190,8 +190,8 @@ struct JoinArgs {
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// Folder for the member's files; created when missing.
-    #[arg(long, value_name = "FOLDER", help_heading = "Files")]
+    /// Directory for the member's files; created if missing.
+    #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
     data: PathBuf,
     /// Directory of Kubernetes manifests that describes the cluster. If the directory, or one below it, has no manifest any
     /// more, its last objects stay in force.

@@ -1,4 +1,4 @@
-//! What a member counts.
+//! The metrics of a member.
 
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use crate::fanout::NodeStatus;
 use crate::world::World;
 
-/// Clones share everything.
+/// Clones share the metrics.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     nodes: Gauge,
@@ -28,7 +28,7 @@ pub struct Metrics {
     compile_seconds: Histogram,
 }
 
-/// What becomes of what agents tell of connections. Clones share it.
+/// Metrics of the flow decisions that agents report. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct FlowMetrics {
     written: Counter,
@@ -40,7 +40,7 @@ impl FlowMetrics {
         let it = Self::default();
         registry.register(|r| {
             r.register("member_flows_written", "Flow records that were written", it.written.clone());
-            r.register("member_flows_lost", "Decisions of kernels of which there is no record", it.lost.clone());
+            r.register("member_flows_lost", "Flow decisions without a record", it.lost.clone());
         });
         it
     }
@@ -71,17 +71,33 @@ impl Metrics {
         };
         registry.register(|r| {
             r.register("member_nodes", "Nodes that have a rule set", it.nodes.clone());
-            r.register("member_nodes_connected", "Nodes whose agents have a stream here", it.connected.clone());
+            r.register(
+                "member_nodes_connected",
+                "Nodes whose agents have a stream to this member",
+                it.connected.clone(),
+            );
             r.register("member_nodes_current", "Nodes that acknowledged both newest revisions", it.current.clone());
             r.register("member_nodes_failed", "Nodes where the newest rule set is not in force", it.failed.clone());
-            r.register("member_pods_unenforced", "Pods told to be not enforced, or not proven", it.unenforced.clone());
-            r.register("member_source_problems", "Manifests not used as written", it.problems.clone());
+            r.register(
+                "member_pods_unenforced",
+                "Pods that are not enforced, or not proven to be",
+                it.unenforced.clone(),
+            );
+            r.register(
+                "member_source_problems",
+                "Problems of the source, such as manifests that cannot be read",
+                it.problems.clone(),
+            );
             r.register("member_source_revision", "Newest revision of the source", it.local_revision.clone());
-            r.register("member_hub_revision", "Revision of the hub in force", it.hub_revision.clone());
+            r.register(
+                "member_hub_revision",
+                "Revision of the hub that the rule sets include",
+                it.hub_revision.clone(),
+            );
             r.register("member_policies_refused", "Federated policies that cannot be read", it.refused.clone());
             r.register("member_policies_waiting", "Federated policies that wait for endpoints", it.waiting.clone());
-            r.register("member_compiles", "Times that rule sets were brought up to date", it.compiles.clone());
-            r.register("member_compile_seconds", "Time that one took", it.compile_seconds.clone());
+            r.register("member_compiles", "Compilations of rule sets", it.compiles.clone());
+            r.register("member_compile_seconds", "Duration of a compilation", it.compile_seconds.clone());
         });
         it
     }

@@ -101,7 +101,7 @@ impl Cause {
         }
     }
 
-    /// Whether another attempt may succeed though nobody changes anything here.
+    /// Whether another attempt may succeed without a change on this side.
     pub fn is_passing(&self) -> bool {
         !matches!(self, Self::Malformed | Self::NotTls | Self::OtherAuthority | Self::Certificate(_))
     }

@@ -40,7 +40,7 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// Whether another attempt may succeed though nobody changes anything here.
+    /// Whether another attempt may succeed without a change on this side.
     pub fn is_passing(&self) -> bool {
         match self {
             Self::Connect(_, cause) => cause.is_passing(),

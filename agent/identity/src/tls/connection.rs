@@ -25,7 +25,7 @@ use crate::spiffe::Identity;
 /// The other end of a connection. Every request of a server built on [`super::incoming`] carries it as an extension.
 #[derive(Debug, Clone)]
 pub struct Peer {
-    /// Its certificate; absent only on a listener that asks for none.
+    /// Its certificate; absent only on a listener that requires none.
     pub certificate: Option<Arc<Certificate>>,
     pub address: SocketAddr,
     /// The negotiated key exchange, for example `X25519MLKEM768`.
@@ -54,7 +54,7 @@ impl Peer {
         self.failure.get().map(|failure| alert_in_words(failure).to_owned())
     }
 
-    /// The identity, where the listener asks for a certificate.
+    /// The identity, where the listener requires a certificate.
     pub fn identity(&self) -> Option<&Identity> {
         self.certificate.as_ref().map(|c| &c.identity)
     }
@@ -68,7 +68,7 @@ fn alert_in_words(failure: &str) -> &str {
         ("UnknownCA", "our certificate is of an authority that is not known there"),
         ("BadCertificate", "our certificate is not accepted"),
         ("AccessDenied", "our certificate is for an identity that is not let in there"),
-        ("CertificateRequired", "a certificate is asked for there, and none was shown"),
+        ("CertificateRequired", "the listener requires a certificate, and none was presented"),
     ];
     let alert = failure.rsplit(": ").next().unwrap_or_default();
     words.iter().find(|(name, _)| *name == alert).map_or(failure, |(_, words)| words)
@@ -346,7 +346,10 @@ impl<S> BoundedStream<S> {
             }
         }
         if self.ended {
-            Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection's certificate no longer holds"))
+            Err(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                "the certificate of the connection is no longer valid",
+            ))
         } else {
             Ok(())
         }

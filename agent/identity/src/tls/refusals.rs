@@ -1,4 +1,4 @@
-//! What a listener refuses, as one line a period: whoever opens many connections must not fill the log.
+//! Refusals of a listener, logged as one line a period, so that many connections do not fill the log.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -11,7 +11,7 @@ use tracing::warn;
 
 /// The first refusal is logged at once; those of each period after it in one line.
 const PERIOD: Duration = Duration::from_secs(30);
-/// Sources that are told apart in a period: 1,024 × about 32 bytes.
+/// Sources that are counted separately in a period: 1,024 × about 32 bytes.
 const MAX_SOURCES: usize = 1_024;
 
 /// Why a connection was refused or ended.

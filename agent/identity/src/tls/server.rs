@@ -1,4 +1,4 @@
-//! The accepting side: bounded handshakes, a rate limit where asked, and the peer on every request.
+//! The accepting side: bounded handshakes, an optional rate limit, and the peer on every request.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -39,15 +39,15 @@ const MAX_SOURCES: usize = 4096;
 pub struct IncomingLimits {
     /// Open connections, besides those in their handshake. Each costs about 100 KiB with its HTTP/2 buffers.
     pub connections: usize,
-    /// Of these, from one address; none is no limit.
+    /// Of these, from one address; `None` means unlimited.
     pub per_address: Option<usize>,
-    /// Of these, from one network: a /24 of IPv4, a /48 of IPv6; none is no limit.
+    /// Of these, from one network: a /24 of IPv4, a /48 of IPv6; `None` means unlimited.
     pub per_network: Option<usize>,
-    /// Of these, of one identity, where a certificate is asked for; none is no limit.
+    /// Of these, of one identity, where a certificate is required; `None` means unlimited.
     pub per_identity: Option<usize>,
     /// Handshakes at once; beyond it, an address that has many, or one that takes long, makes room.
     pub handshakes: usize,
-    /// New connections that one address may open in a second, and in a burst of ten seconds' worth; none is no limit.
+    /// New connections that one address may open in a second, and in a burst of ten seconds' worth; `None` means unlimited.
     pub per_second: Option<f64>,
     /// How long a connection may stay open, whatever its certificates say.
     pub lifetime: Option<Duration>,
@@ -75,7 +75,7 @@ impl Default for IncomingLimits {
 pub struct ServerTls {
     config: Arc<ServerConfig>,
     credentials: CredentialStore,
-    /// Whom it lets in, where it asks for a certificate.
+    /// Accepted clients, where a certificate is required.
     trust: Option<Trust>,
 }
 
@@ -93,7 +93,7 @@ impl ServerTls {
         Ok(Self::finish(builder.with_cert_resolver(Arc::new(presents)), credentials, Some(trust.clone())))
     }
 
-    /// Asks for no certificate: only for joining and enrolling. Presents `authority` too, for clients that know its hash.
+    /// Requires no certificate: only for joining and enrolling. Presents `authority` too, for clients that know its hash.
     ///
     /// # Errors
     /// When TLS 1.3 is not available.
@@ -128,7 +128,7 @@ impl fmt::Debug for Incoming {
 }
 
 impl Incoming {
-    /// The bound address, with the port that was chosen where 0 was asked for.
+    /// The bound address, with the port that was chosen for port 0.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -228,7 +228,7 @@ pub async fn incoming(
                         return debug!(%remote, %identity, "connection refused: too many of this identity");
                     }
                     let stream = BoundedStream::new(stream, peer.clone(), Some(&connections), limits.stalls_after);
-                    // Revoked during the handshake: whoever ends connections has not seen this one before now.
+                    // Revoked during the handshake: the closing of revoked connections has not seen this one yet.
                     if !tls.trust.is_some_and(|trust| peer.certificate.is_some_and(|it| trust.has_revoked(&it))) {
                         let _ = sender.send(stream).await;
                     }
@@ -239,7 +239,7 @@ pub async fn incoming(
     Ok(Incoming { receiver, address })
 }
 
-/// Whether one more of this address is let in. On a listener that asks for no certificate, where anybody may connect, an earlier
+/// Whether one more connection of this address is accepted. On a listener without client certificates an earlier
 /// connection makes room; who has shown a certificate is not sent away for others.
 fn admit(
     address: IpAddr,
@@ -316,7 +316,7 @@ pub(super) fn key_exchange(group: Option<&'static dyn rustls::crypto::SupportedK
     }
 }
 
-/// The handshakes of a listener. Whoever opens connections and says nothing makes room: the oldest handshake of the address
+/// The handshakes of a listener. A client that opens connections and sends nothing makes room: the oldest handshake of the address
 /// that has most is cut short for one that has less than half as many, and for everybody the oldest that takes long. Else
 /// the newcomer is refused: a fleet that comes back at once would only cut short what is about to end.
 #[derive(Debug)]
@@ -372,7 +372,7 @@ impl Handshakes {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// None: there is no place for one of this address.
+    /// No place is left for this address.
     fn begin(this: &Arc<Self>, source: IpAddr) -> Option<Begun> {
         let (source, now) = (host_of(source), Instant::now());
         let mut open = this.open();
@@ -453,7 +453,7 @@ impl<K: Eq + Hash> RateLimit<K> {
     }
 }
 
-/// Whom an address stands for: IPv6 hosts own whole /64 networks.
+/// The host of an address: IPv6 hosts own whole /64 networks.
 pub fn host_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => IpAddr::from((u128::from(v6) >> 64 << 64).to_be_bytes()),
@@ -494,7 +494,7 @@ mod tests {
         assert!(of_1[0].cut_short.is_cancelled() && !of_1[1].cut_short.is_cancelled(), "the oldest goes");
         let second_of_2 = begin(2);
         assert!(second_of_2.is_none(), "that would be as many as 1 has");
-        // Four addresses with one each, as when a fleet comes back: nobody is cut short.
+        // Four addresses with one each, as when a fleet comes back: none is cut short.
         drop((first_of_2, of_1.split_off(0)));
         let fleet: Vec<Handshake> = (1..=4).map(|last| begin(last).expect("room")).collect();
         assert!(begin(5).is_none());
@@ -633,7 +633,7 @@ mod tests {
         let issue = |identity: &Identity| ca.issue_credentials(identity, hour, SystemTime::now()).unwrap();
         let own = CredentialStore::new(issue(&Identity::Hub)).unwrap();
         let member = CredentialStore::new(issue(&Identity::cluster("a").unwrap())).unwrap();
-        // The first is asked of twice, the revocation in between; the second is let in.
+        // The first is checked twice, with the revocation in between; the second is accepted.
         let asked = Arc::new(AtomicUsize::new(0));
         let count = asked.clone();
         let trust = Trust::new(ca.certificate(), |_| true).unwrap();
@@ -698,7 +698,7 @@ mod tests {
         stop.cancel();
     }
 
-    /// Whoever comes knows the newest by its hash.
+    /// Clients know the newest by its hash.
     #[tokio::test]
     async fn the_authority_is_presented_as_it_is_now() {
         use std::sync::Mutex;
@@ -758,7 +758,7 @@ mod tests {
         let _second = client.connect(&address).await.unwrap();
         assert!(client.connect(&address).await.is_err(), "a third of the same address");
         assert_eq!(connections.len(), 2);
-        // The client sees its end without having been told when.
+        // The client sees the end of the connection without an announcement.
         tokio::time::timeout(Duration::from_secs(20), first.peer.closed.cancelled()).await.expect("it ends");
         let again = async {
             while client.connect(&address).await.is_err() {

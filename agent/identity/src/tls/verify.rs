@@ -17,7 +17,7 @@ use crate::spiffe::{Identity, TrustDomain};
 /// Whose certificates may be presented.
 pub type Accept = Arc<dyn Fn(&Identity) -> bool + Send + Sync>;
 
-/// Whether a certificate has been revoked, by its serial or its key. Asked at each handshake.
+/// Whether a certificate has been revoked, by its serial or its key. Evaluated at each handshake.
 pub type Revocation = Arc<dyn Fn(&Certificate) -> bool + Send + Sync>;
 
 /// What a peer must be: issued directly by one of the authorities, in the trust domain, accepted, not revoked.
@@ -54,7 +54,7 @@ impl Trust {
         })
     }
 
-    /// Asks `revoked` too, at each handshake.
+    /// Checks `revoked` too, at each handshake.
     #[must_use]
     pub fn with_revocation(self, revoked: impl Fn(&Certificate) -> bool + Send + Sync + 'static) -> Self {
         Self { revoked: Arc::new(revoked), ..self }
@@ -203,7 +203,7 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3_600);
 
-    /// What whoever holds the authority's key can sign: anything.
+    /// The authority's key can sign anything.
     fn forge(authority: &Ca, domain: &str, identity: &Identity) -> Certificate {
         let uri = TrustDomain::new(domain).unwrap().uri(identity);
         let issuer = authority.credentials().key.pair().unwrap();
@@ -234,7 +234,7 @@ mod tests {
         let trust = trust.with_revocation(move |certificate| certificate.serial == serial);
         let (clients, servers) = (trust.client_verifier().unwrap(), trust.server_verifier());
         let check = |what: &str, certificate: &Certificate, at: SystemTime, expected: bool| {
-            // As much of a chain as anybody could show.
+            // The longest chain that a peer can present.
             let chain = [below.certificate().der.clone(), root.certificate().der.clone()];
             let at = UnixTime::since_unix_epoch(at.duration_since(SystemTime::UNIX_EPOCH).unwrap());
             let client = clients.verify_client_cert(&certificate.der, &chain, at).is_ok();

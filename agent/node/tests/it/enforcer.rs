@@ -4,6 +4,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use hanse_agent::enforcer::{Enforcer, Options, Proofs, Started};
+use hanse_agent::metrics::AgentMetrics;
 use hanse_agent::{backend, pod_ranges, snapshot};
 use hanse_dataplane::{Backend as _, Finding, Settings};
 use hanse_ruleset::{
@@ -71,7 +72,12 @@ impl Node {
     }
 
     pub fn options(&self) -> Options {
-        Options { data: self.data.path().to_owned(), pod_ranges: ranges(), writes: Writes::new(&Health::default()) }
+        Options {
+            data: self.data.path().to_owned(),
+            pod_ranges: ranges(),
+            writes: Writes::new(&Health::default()),
+            metrics: AgentMetrics::default(),
+        }
     }
 
     fn start(&self) -> (Enforcer, Option<Arc<RuleSet>>) {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use hanse_agent::flows::{WindowResult, listen, report};
 use hanse_agent::identity::NodeIdentity;
+use hanse_agent::metrics::AgentMetrics;
 use hanse_agent::snapshot;
 use hanse_agent::status::Status as AgentStatus;
 use hanse_dataplane::nftables::flows::Flows;
@@ -140,7 +141,7 @@ impl Reporter {
     fn new(member: &Member, identity: &NodeIdentity, members: Vec<String>) -> Self {
         let (windows, receiver) = mpsc::channel(8);
         let (sender, state) = watch::channel(String::new());
-        tokio::spawn(report(receiver, sender, identity.clone(), members, member.stop.clone()));
+        tokio::spawn(report(receiver, sender, identity.clone(), members, AgentMetrics::default(), member.stop.clone()));
         Self { windows, state }
     }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hanse_agent::enforcer::{EnforceError, Enforcer, Options, Proofs, Started};
+use hanse_agent::metrics::AgentMetrics;
 use hanse_agent::snapshot;
 use hanse_dataplane::{Error, Finding};
 use hanse_protocol::reason::HookProblem;
@@ -26,7 +27,7 @@ impl World {
 
     fn options(&self) -> Options {
         let writes = Writes::new(&Health::default());
-        Options { data: self.data.path().to_owned(), pod_ranges: Vec::new(), writes }
+        Options { data: self.data.path().to_owned(), pod_ranges: Vec::new(), writes, metrics: AgentMetrics::default() }
     }
 
     fn try_start(&self) -> Result<Started, EnforceError> {

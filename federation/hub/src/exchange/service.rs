@@ -16,10 +16,9 @@ use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_server::Exchange as Wire;
 use hanse_protocol::reason::Reason;
-use hanse_runtime::metrics::Metrics;
 use hanse_runtime::supervisor::caught;
 use hanse_store::Revision;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::histogram::Histogram;
 use prost::Message as _;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
@@ -34,6 +33,7 @@ use super::report;
 use super::speakers::{Speakers, Speaking};
 use crate::grants::Limits;
 use crate::manifest::{Kind, ObjectId};
+use crate::metrics::HubMetrics;
 use crate::registry::{Lease, Registry, Snapshot};
 use crate::status::{NodeProgress, ObjectState, ObjectStatus, Problem, Realisation, Realisations, Reasons};
 use hanse_exchange::codec;
@@ -274,18 +274,12 @@ impl Service {
         // Three chances within a lease.
         let heartbeat = u64::try_from(registry.lease_time().as_millis() / 3).unwrap_or(u64::MAX);
         lock(&shared.exchange).set_heartbeat(heartbeat);
-        // From 0.1 ms to 6.5 s.
-        let held = Histogram::new(exponential_buckets(0.0001, 4.0, 9));
-        Self { registry, shared, stop, held }
+        Self { registry, shared, stop, held: HubMetrics::default().exchange_held }
     }
 
-    /// Adds what is counted here to the hub's metrics.
-    pub fn with_metrics(self, metrics: &Metrics) -> Self {
-        metrics.register(|registry| {
-            let help = "How long others waited for one piece of work on the exchange";
-            registry.register("hub_exchange_held_seconds", help, self.held.clone());
-        });
-        self
+    /// Measures into the hub's metrics.
+    pub fn with_metrics(self, metrics: &HubMetrics) -> Self {
+        Self { held: metrics.exchange_held.clone(), ..self }
     }
 
     /// Follows the registry until `stop`: policies, clusters, grants, leases.
