@@ -4,6 +4,7 @@
 //! certificates that it was opened with. No secret is formatted into a log line.
 
 pub mod ca;
+pub mod context;
 pub mod instances;
 pub mod keys;
 pub mod spiffe;

@@ -1,16 +1,15 @@
 //! Commands that ask a hub, over mutual TLS, as the user whose certificate the context file names.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use hanse_identity::Identity;
+use hanse_identity::context::Context;
 use hanse_identity::keys::{Certificate, Credentials};
 use hanse_identity::tls::{CredentialStore, TlsClient, Trust, install_provider};
 use hanse_proto::federation::v1::administration_client::AdministrationClient;
 use hanse_runtime::moment::rfc3339;
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use tonic::transport::Channel;
 
 use crate::output;
@@ -34,17 +33,6 @@ pub const MAX_ANSWER_BYTES: usize = 64 << 20;
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long one answer may take.
 const CALL_TIME: Duration = Duration::from_secs(30);
-
-/// A context file, YAML or JSON. Paths are relative to the file.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct ContextFile {
-    hubs: Vec<String>,
-    trust_domain: Option<String>,
-    ca: PathBuf,
-    certificate: PathBuf,
-    key: PathBuf,
-}
 
 pub type Client = AdministrationClient<Channel>;
 
@@ -77,7 +65,7 @@ async fn connect(context: Option<&Path>) -> anyhow::Result<Channel> {
         "no hub is known: name a context file with --context FILE or HANSE_CONTEXT (`hanse-hub init` makes the \
          administrator's, `hanse user create` one for each user)",
     )?;
-    let file: ContextFile = read_context(path)?;
+    let file = read_context(path)?;
     let folder = path.parent().unwrap_or(Path::new("."));
     let credentials = Credentials::read(&folder.join(file.key), &folder.join(file.certificate))?;
     let root = Certificate::read(&folder.join(file.ca))?;
@@ -137,7 +125,7 @@ fn check_time(credentials: &Credentials) -> anyhow::Result<()> {
 }
 
 /// Reads a context file. What is said of a file that is none repeats nothing of it: it may be a key.
-fn read_context<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+fn read_context(path: &Path) -> anyhow::Result<Context> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read the context {}", path.display()))?;
     serde_yaml_ng::from_str(&text).map_err(|error| {
         let told = error.to_string();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
+use hanse_identity::context::Context;
 use hanse_identity::keys::{Credentials, Key};
 use hanse_identity::tls::{
     Connections, CredentialStore, IncomingLimits, PresentedAuthority, ServerTls, Trust, http2_server, incoming,
@@ -23,7 +24,6 @@ use hanse_runtime::metrics::Metrics;
 use hanse_runtime::monitor::{self, Page};
 use hanse_runtime::shutdown::Shutdown;
 use hanse_store::{Prefix, Store, StoreError, StoreUrl};
-use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tracing::{error, info, warn};
@@ -113,17 +113,6 @@ pub struct Hub {
     pub metrics: Metrics,
 }
 
-/// The content of a user's context file. Paths are relative to the file. Shared with the command `hanse`, which reads it as YAML.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Context {
-    pub hubs: Vec<String>,
-    pub trust_domain: String,
-    pub ca: PathBuf,
-    pub certificate: PathBuf,
-    pub key: PathBuf,
-}
-
 /// Exists while `init` runs: a repeated `init` removes what an interrupted one has made.
 const UNFINISHED: &str = "init.unfinished";
 /// The files of `init`.
@@ -188,7 +177,7 @@ pub async fn init(
     credentials.certificate.write(&data.join("admin.pem"))?;
     let context = Context {
         hubs: vec![reachable(listen).to_string()],
-        trust_domain: trust_domain.to_string(),
+        trust_domain: Some(trust_domain.to_string()),
         ca: "ca.pem".into(),
         certificate: "admin.pem".into(),
         key: "admin.key".into(),

@@ -5,11 +5,12 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
+use hanse_identity::context::Context;
 use hanse_identity::keys::{Certificate, Credentials, Key};
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::role::Role as Wire;
 use hanse_runtime::files;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::{call, read_context, time, with_client};
 use crate::output::{self, Format};
@@ -81,17 +82,6 @@ struct User {
     certificate_expires_at: String,
 }
 
-/// The context file of `hanse`; paths are relative to it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Context {
-    hubs: Vec<String>,
-    trust_domain: String,
-    ca: PathBuf,
-    certificate: PathBuf,
-    key: PathBuf,
-}
-
 impl Command {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         match self {
@@ -140,7 +130,7 @@ fn create(
     output: Format,
 ) -> anyhow::Result<()> {
     let own = context.context("no hub is known: name a context file with --context FILE or HANSE_CONTEXT")?;
-    let own: Context = read_context(own)?;
+    let own = read_context(own)?;
     hanse_identity::Identity::user(name).with_context(|| format!("{name:?} is no user's name"))?;
     let file = |suffix: &str| PathBuf::from(format!("{name}.{suffix}"));
     let paths = ["context", "key", "pem", "ca.pem"].map(|suffix| out.join(file(suffix)));
