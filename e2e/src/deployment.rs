@@ -211,7 +211,7 @@ impl<'a> Deployment<'a> {
             let status: Value = serde_json::from_str(&text).unwrap_or_default();
             let revision = &status["hubRevision"];
             let current = |name: &&str| {
-                let found = status["clusters"].as_array().into_iter().flatten().find(|it| it["name"] == **name);
+                let found = status["items"].as_array().into_iter().flatten().find(|it| it["name"] == **name);
                 found.is_some_and(|it| {
                     it["agents"] != 0
                         && it["agents"] == it["agentsCurrent"]

@@ -1,8 +1,8 @@
-//! Tokens of clusters and of nodes: what they say, and what is kept of them.
+//! Tokens of clusters and of nodes.
 //!
 //! `hanse-join.v1.<cluster>.<trust domain, base64url>.<authority's fingerprint>.<id>.<secret, base64url>`; of a node it begins with
-//! `hanse-node.v1`. The fingerprint lets the newcomer recognise the hub, or its member; the secret lets these recognise the
-//! newcomer. They keep only the secret's hash.
+//! `hanse-node.v1`. The fingerprint authenticates the hub, or the member, to the newcomer; the secret authenticates the
+//! newcomer. The hub and the member store only the hash of the secret.
 
 use crate::keys::Fingerprint;
 use crate::spiffe::{TrustDomain, check_label};
@@ -19,17 +19,17 @@ pub enum TokenKind {
     Node,
 }
 
-/// Why a text is not the token that is wanted. It repeats nothing of the text.
+/// Why a text is not a token of the expected kind. The message contains nothing of the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
     #[error("something that is not a token")]
     Malformed,
     #[error(
-        "a node token, with which a node enrols (hanse-agent run); a cluster joins with a token of `hanse token create`"
+        "a node token (`hanse-node.v1…`), for `hanse-agent run`; a cluster joins with a cluster token from `hanse token create`"
     )]
     OfNode,
     #[error(
-        "a cluster's token, with which a cluster joins (hanse-member run or join); a node enrols with a token of \
+        "a cluster token (`hanse-join.v1…`), for `hanse-member run` and `join`; a node enrols with a node token from \
          `hanse-member node-token create`"
     )]
     OfCluster,
@@ -38,10 +38,11 @@ pub enum TokenError {
 impl TokenKind {
     const ALL: [Self; 2] = [Self::Cluster, Self::Node];
 
-    fn prefix(self) -> &'static str {
+    /// What the text of a token begins with, before the first part that differs between tokens.
+    pub fn label(self) -> &'static str {
         match self {
-            Self::Cluster => "hanse-join.v1.",
-            Self::Node => "hanse-node.v1.",
+            Self::Cluster => "hanse-join.v1",
+            Self::Node => "hanse-node.v1",
         }
     }
 }
@@ -97,7 +98,7 @@ impl Token {
     pub fn to_text(&self) -> String {
         let domain = URL_SAFE_NO_PAD.encode(self.trust_domain.as_str());
         let secret = Zeroizing::new(URL_SAFE_NO_PAD.encode(*self.secret));
-        format!("{}{}.{domain}.{}.{}.{}", self.kind.prefix(), self.cluster, self.root, self.id, *secret)
+        format!("{}.{}.{domain}.{}.{}.{}", self.kind.label(), self.cluster, self.root, self.id, *secret)
     }
 
     /// Reads the text of a token of this kind.
@@ -118,8 +119,9 @@ impl Token {
         if text.len() > MAX_TOKEN_BYTES {
             return None;
         }
-        let (kind, rest) =
-            TokenKind::ALL.into_iter().find_map(|kind| Some((kind, text.strip_prefix(kind.prefix())?)))?;
+        let (kind, rest) = TokenKind::ALL
+            .into_iter()
+            .find_map(|kind| Some((kind, text.strip_prefix(kind.label())?.strip_prefix('.')?)))?;
         let parts: Vec<&str> = rest.split('.').collect();
         let [cluster, domain, root, id, secret] = parts[..] else { return None };
         check_label(cluster).ok()?;

@@ -326,7 +326,7 @@ fn full_disks_of_member_and_agent_show_in_status_until_there_is_room() {
             let status = system.hanse(&["status", "-o", "json"]).unwrap_or_default();
             let status: Value = serde_json::from_str(&status).unwrap_or_default();
             // Applying the demo's federation names other clusters, which never join.
-            let train = status["clusters"].as_array().into_iter().flatten().find(|it| it["name"] == "train");
+            let train = status["items"].as_array().into_iter().flatten().find(|it| it["name"] == "train");
             train.map_or_else(String::new, |it| [&it["problems"], &it["nodes"]].map(Value::to_string).concat())
         };
         let fillers: Vec<PathBuf> = disks.iter().map(|disk| fill(disk)).collect();

@@ -346,7 +346,7 @@ fn what_exceeds_a_grant_is_refused_by_itself_and_seen_by_nobody() {
         let refused = probe::until(PATIENCE, || {
             let status = system.hanse(&["status", "-o", "json"]).unwrap_or_default();
             let status: serde_json::Value = serde_json::from_str(&status).unwrap_or_default();
-            let serve = status["clusters"].as_array().into_iter().flatten().find(|it| it["name"] == "serve");
+            let serve = status["items"].as_array().into_iter().flatten().find(|it| it["name"] == "serve");
             serve.is_some_and(|serve| {
                 serve["refused"] == 1
                     && serve["refusals"][0].as_str().is_some_and(|it| it.starts_with("pod models/thief: "))
@@ -372,7 +372,7 @@ fn status_tells_what_nodes_enforce_and_what_is_wrong_with_a_source() {
             let reached = probe::until(PATIENCE, || {
                 let status = system.hanse(&["status", "-o", "json"]).unwrap_or_default();
                 let status: serde_json::Value = serde_json::from_str(&status).unwrap_or_default();
-                let of = |name: &str| status["clusters"].as_array()?.iter().find(|it| it["name"] == name);
+                let of = |name: &str| status["items"].as_array()?.iter().find(|it| it["name"] == name);
                 let hub = status["hubRevision"].as_u64();
                 hub.zip(of("train")).zip(of("serve")).is_some_and(|((hub, train), serve)| expected(hub, train, serve))
             });

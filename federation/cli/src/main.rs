@@ -12,8 +12,12 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{CommandFactory as _, Parser, Subcommand};
+use anyhow::Context as _;
+use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap_complete::CompleteEnv;
+use clap_complete::env::Shells;
 
+mod completion;
 mod online;
 mod output;
 mod policy;
@@ -96,7 +100,15 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    // A shell that completes a command line calls with `COMPLETE` set: see `completion`.
+    CompleteEnv::with_factory(Cli::command).var(COMPLETION_VARIABLE).complete();
+    let cli = match parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            output::usage_error(&error);
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
     let context = cli.globals.context.as_deref().filter(|path| !path.as_os_str().is_empty());
     let outcome = match cli.command {
         Command::Policy(command) => command.run(context),
@@ -119,15 +131,96 @@ fn main() -> ExitCode {
         if output::is_reader_gone(&error) {
             return ExitCode::SUCCESS;
         }
-        output::note(format_args!("hanse: {error:#}"));
+        output::error(&error, 1);
         ExitCode::FAILURE
     })
 }
 
-/// Into memory first: the generator panics when what it writes to fails.
+/// Reads the command line, and turns JSON errors on where it has `-o json`.
+fn parse() -> Result<Cli, clap::Error> {
+    let mut command = Cli::command();
+    let parsed = command.try_get_matches_from_mut(std::env::args_os()).and_then(|matches| {
+        let cli = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command));
+        cli.map(|cli| (cli, has_json_output(&matches)))
+    });
+    // A command line with an error has no matches.
+    let is_json = match &parsed {
+        Ok((_, is_json)) => *is_json,
+        Err(error) => error.use_stderr() && wants_json_output(std::env::args()),
+    };
+    if is_json {
+        output::use_json_errors();
+    }
+    parsed.map(|(cli, _)| cli)
+}
+
+fn has_json_output(matches: &ArgMatches) -> bool {
+    if let Ok(Some(mut values)) = matches.try_get_raw("output") {
+        return values.any(|value| value == "json");
+    }
+    matches.subcommand().is_some_and(|(_, matches)| has_json_output(matches))
+}
+
+/// Whether `-o json` is among the words of a command line, which may be malformed.
+fn wants_json_output(words: impl Iterator<Item = String>) -> bool {
+    let mut words = words.take_while(|word| word != "--").peekable();
+    while let Some(word) = words.next() {
+        // Short options without a value may come before: `-wo json`.
+        let short = word.strip_prefix('-').filter(|rest| !rest.starts_with('-')).and_then(|rest| rest.split_once('o'));
+        let value = match (word.strip_prefix("--output"), short) {
+            (Some(value), _) => value,
+            (None, Some((flags, value))) if flags.chars().all(|it| it == 'w') => value,
+            (None, _) => continue,
+        };
+        let is_json = match value {
+            "" => words.peek().is_some_and(|value| value == "json"),
+            value => value.strip_prefix('=').unwrap_or(value) == "json",
+        };
+        if is_json {
+            return true;
+        }
+    }
+    false
+}
+
+const COMPLETION_VARIABLE: &str = "COMPLETE";
+
+/// The script calls this program, found in `PATH`, for the candidates of each word.
 fn print_completion(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "hanse", &mut script);
+    let (shells, name) = (Shells::builtins(), shell.to_string());
+    let completer = shells.completer(&name).context("find the shell's completion script")?;
+    completer.write_registration(COMPLETION_VARIABLE, "hanse", "hanse", "hanse", &mut script)?;
     std::io::stdout().write_all(&script)?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn json_output_is_recognised_in_a_malformed_command_line() {
+        for (line, expected) in [
+            ("get -o json --no-such-option", true),
+            ("get -ojson x y z", true),
+            ("get -o=json x y z", true),
+            ("get -wo json x y z", true),
+            ("status --output json --no-such-option", true),
+            ("status --output=json --no-such-option", true),
+            ("status -o yaml --no-such-option", false),
+            ("status --no-such-option", false),
+            ("status -o", false),
+            ("policy selector --no-such-option -- -o json", false),
+            ("apply -f foo json", false),
+        ] {
+            let words = line.split(' ').map(str::to_owned);
+            assert_eq!(wants_json_output(words), expected, "{line}");
+        }
+    }
 }

@@ -56,11 +56,17 @@ fn connected<T>(context: Option<&Path>, work: impl AsyncFnOnce(Channel) -> anyho
 pub fn open(context: Option<&Path>) -> anyhow::Result<(tokio::runtime::Runtime, Channel)> {
     install_provider();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start")?;
-    let channel = runtime.block_on(connect(context))?;
+    let channel = runtime.block_on(connect(context, PATIENCE))?;
     Ok((runtime, channel))
 }
 
-async fn connect(context: Option<&Path>) -> anyhow::Result<Channel> {
+/// A connection to the first hub of the context that answers, without waiting for one that does not listen yet.
+pub async fn connect_once(context: &Path) -> anyhow::Result<Channel> {
+    install_provider();
+    connect(Some(context), Duration::ZERO).await
+}
+
+async fn connect(context: Option<&Path>, patience: Duration) -> anyhow::Result<Channel> {
     let path = context.context(
         "no hub is known: name a context file with --context FILE or HANSE_CONTEXT (`hanse-hub init` makes the \
          administrator's, `hanse user create` one for each user)",
@@ -91,7 +97,7 @@ async fn connect(context: Option<&Path>) -> anyhow::Result<Channel> {
             }
         }
         // One that was started a moment ago does not listen yet.
-        if refused && start.elapsed() < PATIENCE {
+        if refused && start.elapsed() < patience {
             if !said && start.elapsed() > Duration::from_secs(1) {
                 said = true;
                 let hubs = file.hubs.join(", ");

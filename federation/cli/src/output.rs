@@ -1,13 +1,14 @@
-//! How answers are printed.
+//! How results are printed. `README.md` of this crate documents the JSON.
 
 use std::io::Write as _;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
 use comfy_table::presets;
 use hanse_runtime::text;
-pub use hanse_runtime::text::{Stdout, note, one_line, stdout};
+pub use hanse_runtime::text::{Stdout, one_line, stdout};
 use serde::Serialize;
 
 /// `-o`.
@@ -141,12 +142,107 @@ pub fn write<T: Serialize + ?Sized>(out: &mut impl std::io::Write, format: Forma
     Ok(())
 }
 
-/// Says what was done: in words for people, as `value` for programs.
+/// The version of the objects that administration commands print, and of what JSON mode writes to standard error. It
+/// changes when a key is removed or changes its meaning; keys may be added at any time.
+pub const API_VERSION: &str = "cli.hanse.dev/v1";
+
+/// An object with its version and kind.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Versioned<'a, T: ?Sized> {
+    api_version: &'static str,
+    kind: &'static str,
+    #[serde(flatten)]
+    object: &'a T,
+}
+
+#[derive(Serialize)]
+struct Items<'a, T> {
+    items: &'a [T],
+}
+
+/// Prints one object of [`API_VERSION`].
+pub fn object<T: Serialize + ?Sized>(format: Format, kind: &'static str, object: &T) -> anyhow::Result<()> {
+    print(format, &Versioned { api_version: API_VERSION, kind, object })
+}
+
+/// Prints one object of [`API_VERSION`] with `items`.
+pub fn list<T: Serialize>(format: Format, kind: &'static str, items: &[T]) -> anyhow::Result<()> {
+    object(format, kind, &Items { items })
+}
+
+/// Reports a change: in words for people, as an object of kind `Result` for programs.
 pub fn done<T: Serialize + ?Sized>(format: Format, value: &T, words: impl std::fmt::Display) -> anyhow::Result<()> {
     match format {
         Format::Table => line(words),
-        format => print(format, value),
+        format => object(format, "Result", value),
     }
+}
+
+/// Whether standard error has JSON: one object a line, of kind `Note` or `Error`.
+static JSON_ERRORS: AtomicBool = AtomicBool::new(false);
+
+/// Makes [`note`] and [`error`] write JSON. Called once, when the command line is known.
+pub fn use_json_errors() {
+    JSON_ERRORS.store(true, Ordering::Relaxed);
+}
+
+fn has_json_errors() -> bool {
+    JSON_ERRORS.load(Ordering::Relaxed)
+}
+
+/// Writes what is worth knowing to standard error.
+pub fn note(message: impl std::fmt::Display) {
+    #[derive(Serialize)]
+    struct Note {
+        message: String,
+    }
+    match has_json_errors() {
+        true => to_standard_error("Note", &Note { message: message.to_string() }),
+        false => text::note(message),
+    }
+}
+
+/// Writes why the command fails to standard error: the last line that it writes there.
+pub fn error(error: &anyhow::Error, exit_code: u8) {
+    match has_json_errors() {
+        true => {
+            let causes = error.chain().skip(1).map(ToString::to_string).collect();
+            error_object(error.to_string(), causes, exit_code);
+        }
+        false => text::note(format_args!("hanse: {error:#}")),
+    }
+}
+
+/// Writes an error of the command line to standard error.
+pub fn usage_error(error: &clap::Error) {
+    // Where standard error is closed, the exit code remains.
+    if !has_json_errors() {
+        return drop(error.print());
+    }
+    let text = match error.kind() {
+        clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a subcommand is required".to_owned(),
+        _ => error.render().to_string(),
+    };
+    let text = text.split("\n\nUsage:").next().unwrap_or_default();
+    let text = text.strip_prefix("error: ").unwrap_or(text).trim_end();
+    error_object(text.to_owned(), Vec::new(), u8::try_from(error.exit_code()).unwrap_or(2));
+}
+
+fn error_object(error: String, causes: Vec<String>, exit_code: u8) {
+    #[derive(Serialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Error {
+        error: String,
+        causes: Vec<String>,
+        exit_code: u8,
+    }
+    to_standard_error("Error", &Error { error, causes, exit_code });
+}
+
+fn to_standard_error<T: Serialize>(kind: &'static str, object: &T) {
+    let json = serde_json::to_string(&Versioned { api_version: API_VERSION, kind, object });
+    text::note(json.expect("strings and numbers are JSON"));
 }
 
 /// The exit code of a command after its answer was printed. A reader that closed the pipe (`| head`) does not change it.

@@ -45,7 +45,7 @@ impl Audit {
         });
         let records: Vec<Record> = records.collect();
         if self.output != Format::Table {
-            output::print(self.output, &records)?;
+            output::list(self.output, "AuditRecordList", &records)?;
             return Ok(ExitCode::SUCCESS);
         }
         let mut table = output::table(["AT", "WHO", "ACTION", "OBJECT", "OUTCOME"]);

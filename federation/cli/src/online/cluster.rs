@@ -9,6 +9,7 @@ use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 
 use super::{Client, call, time, with_client};
+use crate::completion;
 use crate::output::{self, Format, ListFormat};
 
 #[derive(Debug, Subcommand)]
@@ -20,18 +21,21 @@ pub enum Command {
     },
     /// One cluster.
     Get {
+        #[arg(add = completion::clusters())]
         name: String,
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
     /// Let a cluster in that waits. Compare its key with what its operator says first: hanse cluster get NAME -o yaml.
     Accept {
+        #[arg(add = completion::clusters())]
         name: String,
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
     /// Throw a cluster out: its streams close at once, and what it published is withdrawn everywhere.
     Revoke {
+        #[arg(add = completion::clusters())]
         name: String,
         /// Why, for the audit.
         #[arg(long, default_value = "")]
@@ -99,7 +103,7 @@ impl Command {
                 let mut found = with_client(context, async |mut client| list(&mut client, &name).await)?;
                 match output {
                     Format::Table => show(found, ListFormat::Wide)?,
-                    format => output::print(format, &found.remove(0))?,
+                    format => output::object(format, "Cluster", &found.remove(0))?,
                 }
             }
             Self::Accept { name, output } => {
@@ -162,7 +166,7 @@ impl Cluster {
 
 fn show(clusters: Vec<Cluster>, format: ListFormat) -> anyhow::Result<()> {
     match (format, format.data()) {
-        (_, Some(format)) => return output::print(format, &clusters),
+        (_, Some(format)) => return output::list(format, "ClusterList", &clusters),
         (ListFormat::Name, None) => return clusters.iter().try_for_each(|it| output::line(&it.name)),
         _ => {}
     }

@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::object::{KINDS, kind_of, name_of, summary};
 use super::wait::InCluster;
 use super::{CallError, Client, call, cluster, node, status, time, with_client};
+use crate::completion;
 use crate::output::{self, Format};
 
 /// Show one object, cluster or node in full: what it says, who changed it last, and how far it is enforced where.
@@ -25,8 +26,10 @@ Examples:
   hanse describe node train/node-1 -o yaml")]
 pub struct Describe {
     /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns), MemberCluster (mc), cluster or node; or KIND/NAME.
+    #[arg(add = completion::described_kinds())]
     kind: String,
     /// The name; of a node CLUSTER/NODE.
+    #[arg(add = completion::names())]
     name: Option<String>,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -47,7 +50,7 @@ enum LastChange {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct ObjectDescription {
-    kind: &'static str,
+    object_kind: &'static str,
     name: String,
     revision: u64,
     hub_revision: u64,
@@ -152,7 +155,7 @@ async fn describe_object(client: &mut Client, kind: pb::ObjectKind, name: &str, 
     let request = pb::ObjectStatusRequest { kind: kind.into(), name: name.to_owned(), gone_at: 0 };
     let status = call(client.object_status(request)).await?;
     let description = ObjectDescription {
-        kind: kind_name,
+        object_kind: kind_name,
         name: object.name,
         revision: object.revision,
         hub_revision: status.hub_revision,
@@ -164,14 +167,14 @@ async fn describe_object(client: &mut Client, kind: pb::ObjectKind, name: &str, 
         manifest,
     };
     if format != Format::Table {
-        return output::print(format, &description);
+        return output::object(format, "ObjectDescription", &description);
     }
     description.show()
 }
 
 impl ObjectDescription {
     fn show(&self) -> anyhow::Result<()> {
-        output::field("Kind", self.kind)?;
+        output::field("Kind", self.object_kind)?;
         output::field("Name", &self.name)?;
         output::field("Revision", format_args!("{}; the hub is at {}", self.revision, self.hub_revision))?;
         if let Some(tier) = &self.tier {
@@ -221,7 +224,7 @@ async fn describe_cluster(client: &mut Client, name: &str, format: Format) -> an
     let last_change = last_change(client, format!("cluster/{name}")).await?;
     let description = ClusterDescription { cluster, status, last_change, nodes };
     if format != Format::Table {
-        return output::print(format, &description);
+        return output::object(format, "ClusterDescription", &description);
     }
     for (name, value) in description.cluster.lines() {
         output::field(name, value)?;
@@ -248,7 +251,7 @@ async fn describe_node(client: &mut Client, name: &str, format: Format) -> anyho
     let found = found.with_context(|| format!("no node {node} was reported; `hanse node list {cluster}` names all"))?;
     match format {
         Format::Table => found.describe(),
-        format => output::print(format, &found),
+        format => output::object(format, "NodeDescription", &found),
     }
 }
 

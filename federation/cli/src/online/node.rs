@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::reason::Problem;
 use super::{Client, call, with_client};
+use crate::completion;
 use crate::output::{self, ListFormat};
 
 #[derive(Debug, Subcommand)]
@@ -27,6 +28,7 @@ Examples:
   hanse describe node train/node-1")]
     List {
         /// Only the nodes of this cluster.
+        #[arg(add = completion::clusters())]
         cluster: Option<String>,
         /// Only nodes with a problem.
         #[arg(long)]
@@ -146,7 +148,7 @@ impl Command {
             list(&mut client, request).await
         })?;
         match (output, output.data()) {
-            (_, Some(format)) => output::print(format, &nodes)?,
+            (_, Some(format)) => output::list(format, "NodeList", &nodes)?,
             (ListFormat::Name, None) => {
                 nodes.iter().try_for_each(|it| output::line(format_args!("{}/{}", it.cluster, it.node)))?;
             }

@@ -17,6 +17,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{CallError, call, with_client};
+use crate::completion;
 use crate::output::{self, Format, ListFormat};
 
 /// Where `get` says at which revision of the hub an object is. `apply` takes it off, and then changes the object only if it
@@ -65,9 +66,10 @@ Examples:
   hanse get -f policies/ -o json")]
 pub struct Get {
     /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns) or MemberCluster (mc); without it, every kind.
-    #[arg(conflicts_with = "files")]
+    #[arg(conflicts_with = "files", add = completion::kinds())]
     kind: Option<String>,
     /// One object; without a name all of the kind.
+    #[arg(add = completion::names())]
     name: Option<String>,
     /// A file or a directory of manifests that name the objects, or `-`; may be given several times.
     #[arg(short, long = "filename", value_name = "FILE")]
@@ -87,8 +89,9 @@ Examples:
   hanse delete -f policies/ --ignore-not-found")]
 pub struct Delete {
     /// The kind, with a name behind it.
-    #[arg(requires = "name", required_unless_present = "files")]
+    #[arg(requires = "name", required_unless_present = "files", add = completion::kinds())]
     kind: Option<String>,
+    #[arg(add = completion::names())]
     name: Option<String>,
     /// A file or a directory of manifests that name the objects, or `-`; may be given several times.
     #[arg(short, long = "filename", value_name = "FILE", conflicts_with = "kind")]
@@ -104,14 +107,14 @@ pub struct Delete {
 const MANY: usize = 16;
 
 /// The kinds with their short names, in the order in which they are applied: what others name comes first.
-pub(super) const KINDS: [(&str, &str, pb::ObjectKind); 4] = [
+pub const KINDS: [(&str, &str, pb::ObjectKind); 4] = [
     ("MemberCluster", "mc", pb::ObjectKind::MemberCluster),
     ("Tier", "tier", pb::ObjectKind::Tier),
     ("FederatedNetworkSet", "fns", pb::ObjectKind::FederatedNetworkSet),
     ("FederatedNetworkPolicy", "fnp", pb::ObjectKind::FederatedNetworkPolicy),
 ];
 
-pub(super) fn kind_of(text: &str) -> anyhow::Result<pb::ObjectKind> {
+pub fn kind_of(text: &str) -> anyhow::Result<pb::ObjectKind> {
     let text = text.to_ascii_lowercase();
     let found = KINDS.iter().find(|(name, short, _)| {
         let name = name.to_ascii_lowercase();
@@ -122,7 +125,7 @@ pub(super) fn kind_of(text: &str) -> anyhow::Result<pb::ObjectKind> {
     found.map(|(.., kind)| *kind).with_context(|| format!("\"{text}\" is none of {names}"))
 }
 
-pub(super) fn name_of(kind: i32) -> &'static str {
+pub fn name_of(kind: i32) -> &'static str {
     KINDS.iter().find(|(.., known)| *known as i32 == kind).map_or("object", |(name, ..)| name)
 }
 
@@ -285,13 +288,18 @@ impl Outcome {
 }
 
 /// Whether one failed; of several, how many.
-fn conclude(outcomes: &[Outcome]) -> bool {
+fn conclude(format: Format, outcomes: &[Outcome]) -> bool {
     let failed = outcomes.iter().filter(|outcome| outcome.error.is_some()).count();
-    if failed > 0 && outcomes.len() > 1 {
-        output::note(format_args!(
-            "hanse: {failed} of {} failed; the rest is done",
-            output::count(outcomes.len(), "object")
-        ));
+    let error = match (failed, outcomes) {
+        (0, _) => return false,
+        (_, [only]) => anyhow::anyhow!("{}/{} failed", only.kind, only.name),
+        (failed, all) => {
+            anyhow::anyhow!("{failed} of {} failed; the rest is done", output::count(all.len(), "object"))
+        }
+    };
+    // In a table the line of the object is enough where there is one.
+    if format != Format::Table || outcomes.len() > 1 {
+        output::error(&error, 1);
     }
     failed > 0
 }
@@ -384,7 +392,7 @@ async fn follow<A>(
     if format == Format::Table && total > 1 && printed.is_ok() {
         printed = output::line(summary_of(verb, &outcomes));
     }
-    output::exit(printed, conclude(&outcomes))
+    output::exit(printed, conclude(format, &outcomes))
 }
 
 /// `3000 applied: 2990 created, 8 configured, 2 unchanged`.
@@ -501,8 +509,13 @@ impl Get {
         objects.sort_by_cached_key(|object| {
             (KINDS.iter().position(|(.., kind)| *kind as i32 == object.kind), object.name.clone())
         });
+        let found = objects.len();
         let printed = self.show(objects, one);
-        absent.iter().for_each(|text| output::note(format_args!("hanse: {text}")));
+        absent.iter().for_each(output::note);
+        if !absent.is_empty() {
+            let total = output::count(found + absent.len(), "object");
+            output::error(&anyhow::anyhow!("{} of {total} not found", absent.len()), 1);
+        }
         output::exit(printed, !absent.is_empty())
     }
 

@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use hanse_proto::federation::v1 as pb;
-use hanse_runtime::text;
 use serde::Serialize;
 
 use super::node::{self, Node};
 use super::reason::Problem;
 use super::{Client, call, time, with_client};
+use crate::completion;
 use crate::output::{self, ListFormat};
 
 /// Show cluster status: connection, age of data, agents, certificates, and what is wrong.
@@ -30,6 +30,7 @@ Examples:
   hanse node list train")]
 pub struct Status {
     /// Only this cluster.
+    #[arg(add = completion::clusters())]
     cluster: Option<String>,
     /// Exit 1 when a cluster waits, is silent, lags, or was refused something, and when no cluster has joined.
     #[arg(long)]
@@ -42,6 +43,7 @@ pub struct Status {
 #[serde(rename_all = "camelCase")]
 struct Overview {
     hub_revision: u64,
+    #[serde(rename = "items")]
     clusters: Vec<Cluster>,
 }
 
@@ -137,7 +139,7 @@ impl Status {
             with_client(context, async |mut client| read(&mut client, &cluster, details).await)?;
         let overview = Overview { hub_revision, clusters };
         let printed = match (self.output, self.output.data()) {
-            (_, Some(format)) => output::print(format, &overview),
+            (_, Some(format)) => output::object(format, "ClusterStatusList", &overview),
             (ListFormat::Name, None) => overview.clusters.iter().try_for_each(|it| output::line(&it.name)),
             (wide, None) => overview.show(wide == ListFormat::Wide),
         };
@@ -145,7 +147,7 @@ impl Status {
         let has_joined = overview.clusters.iter().any(|it| it.state != "expected");
         let all_well = has_joined && overview.clusters.iter().all(|it| it.problems.is_empty());
         if self.exit_code && !has_joined {
-            text::note("no cluster has joined: `hanse token create --cluster NAME` lets one join");
+            output::note("no cluster has joined: `hanse token create --cluster NAME` lets one join");
         }
         output::exit(printed, self.exit_code && !all_well)
     }

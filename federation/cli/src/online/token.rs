@@ -4,10 +4,12 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Subcommand;
+use hanse_identity::token::TokenKind;
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 
 use super::{call, time, with_client};
+use crate::completion;
 use crate::output::{self, Format};
 
 #[derive(Debug, Subcommand)]
@@ -19,7 +21,7 @@ pub enum Command {
     /// hanse-member run --token-file train.token.
     Create {
         /// The cluster's name.
-        #[arg(long)]
+        #[arg(long, add = completion::clusters())]
         cluster: String,
         /// How long the token is valid, in seconds.
         #[arg(long, default_value_t = 3600)]
@@ -38,6 +40,7 @@ pub enum Command {
     /// Make a token worthless. Clusters that have joined with it stay.
     Revoke {
         /// The token's id.
+        #[arg(add = completion::tokens())]
         id: String,
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
@@ -48,6 +51,9 @@ pub enum Command {
 #[serde(rename_all = "camelCase")]
 struct Token {
     id: String,
+    /// What the token begins with. The hub has no tokens of nodes: those are their member's.
+    #[serde(rename = "type")]
+    kind: &'static str,
     cluster: String,
     expires_at: String,
     #[serde(skip)]
@@ -67,7 +73,9 @@ impl Command {
                 match output {
                     // Alone on the line, so that it can go into a file.
                     Format::Table => output::line(created.token)?,
-                    format => output::print(format, &serde_json::json!({"id": created.id, "token": created.token}))?,
+                    format => {
+                        output::object(format, "Token", &serde_json::json!({"id": created.id, "token": created.token}))?
+                    }
                 }
             }
             Self::List { output } => {
@@ -79,6 +87,7 @@ impl Command {
                     .into_iter()
                     .map(|token| Token {
                         id: token.id,
+                        kind: TokenKind::Cluster.label(),
                         cluster: token.cluster,
                         expires_at: time(token.expires_at),
                         expires_seconds: token.expires_at,
@@ -88,15 +97,23 @@ impl Command {
                     })
                     .collect();
                 if output != Format::Table {
-                    output::print(output, &tokens)?;
+                    output::list(output, "TokenList", &tokens)?;
                     return Ok(ExitCode::SUCCESS);
                 }
-                let mut table = output::table(["ID", "CLUSTER", "EXPIRES", "ACCEPTS", "USED", "BY"]);
+                let mut table = output::table(["ID", "TYPE", "CLUSTER", "EXPIRES", "ACCEPTS", "USED", "BY"]);
                 for token in tokens {
                     let expires = format!("{} ({})", token.expires_at, output::left(token.expires_seconds));
                     let accepts = if token.accepts_at_once { "at once" } else { "by an operator" };
                     let used = if token.used { "yes" } else { "no" };
-                    table.add_row([token.id.as_str(), &token.cluster, &expires, accepts, used, &token.created_by]);
+                    table.add_row([
+                        token.id.as_str(),
+                        token.kind,
+                        &token.cluster,
+                        &expires,
+                        accepts,
+                        used,
+                        &token.created_by,
+                    ]);
                 }
                 match table.is_empty() {
                     true => output::line("no token is valid; `hanse token create --cluster NAME` makes one")?,

@@ -13,6 +13,7 @@ use hanse_runtime::files;
 use serde::Serialize;
 
 use super::{call, read_context, time, with_client};
+use crate::completion;
 use crate::output::{self, Format};
 
 #[derive(Debug, Subcommand)]
@@ -26,7 +27,7 @@ pub enum Command {
         name: String,
         /// viewer, author=TIER[,TIER…], operator=CLUSTER[,CLUSTER…] or administrator; `*` is every tier or cluster. May be
         /// given several times; every role includes viewing.
-        #[arg(long = "role", value_name = "ROLE", required = true)]
+        #[arg(long = "role", value_name = "ROLE", required = true, add = completion::roles())]
         roles: Vec<Role>,
         /// Where the user's files are written; made when absent, readable by its owner only.
         #[arg(long, value_name = "DIR")]
@@ -44,6 +45,7 @@ pub enum Command {
     },
     /// Take all rights from a user: open connections close at once.
     Revoke {
+        #[arg(add = completion::users())]
         name: String,
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
@@ -98,7 +100,7 @@ impl Command {
                 });
                 let users: Vec<User> = users.collect();
                 if output != Format::Table {
-                    output::print(output, &users)?;
+                    output::list(output, "UserList", &users)?;
                     return Ok(ExitCode::SUCCESS);
                 }
                 let mut table = output::table(["NAME", "ROLES", "STATE", "CERTIFICATE UNTIL"]);

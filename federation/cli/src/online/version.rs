@@ -61,7 +61,7 @@ impl Version {
                 output::line(format_args!("hub     {} (trust domain {})", hub.version, hub.trust_domain))?;
             }
             (Format::Table, None) => {}
-            (format, _) => output::print(format, &Versions { client, hub })?,
+            (format, _) => output::object(format, "Version", &Versions { client, hub })?,
         }
         failed.map_or(Ok(ExitCode::SUCCESS), Err)
     }

@@ -13,6 +13,7 @@ use super::describe::target;
 use super::object::{name_of, read};
 use super::reason::{NodeReason, of_object};
 use super::{CallError, Client, call, with_client};
+use crate::completion;
 use crate::output::{self, Format};
 
 /// How often the hub is called.
@@ -42,7 +43,7 @@ pub struct Wait {
     #[arg(long, default_value_t = 60)]
     timeout: u64,
     /// FederatedNetworkPolicies by name, or any objects as KIND/NAME.
-    #[arg(value_name = "NAME", required_unless_present_any = ["all", "files"])]
+    #[arg(value_name = "NAME", add = completion::targets(), required_unless_present_any = ["all", "files"])]
     names: Vec<String>,
     /// Every FederatedNetworkPolicy that the hub has.
     #[arg(long)]

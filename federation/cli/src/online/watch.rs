@@ -32,7 +32,7 @@ pub fn watch(context: Option<&Path>, request: &pb::GetRequest, format: ListForma
             Err(error) if CallError::is_passing(&error) && !known.is_empty() => {
                 let text = format!("{error:#}");
                 if text != said {
-                    output::note(format_args!("hanse: {text}; trying again"));
+                    output::note(format_args!("{text}; trying again"));
                     said = text;
                 }
                 std::thread::sleep(RETRY);

@@ -111,7 +111,7 @@ impl Arguments {
             let before = checked.objects.len();
             self.check(directory, &mut checked)?;
             if checked.objects.len() == before {
-                output::note(format_args!("error: {}", reading::no_manifests(directory)));
+                output::error(&anyhow::anyhow!(reading::no_manifests(directory)), 1);
                 is_empty = true;
             }
         }

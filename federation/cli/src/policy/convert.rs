@@ -108,7 +108,7 @@ impl Arguments {
             output::count(others, "object")
         ));
         if converted + refused == 0 {
-            output::note(format_args!("error: no AdminNetworkPolicy and no BaselineAdminNetworkPolicy was found"));
+            output::error(&anyhow::anyhow!("no AdminNetworkPolicy or BaselineAdminNetworkPolicy found"), 1);
         }
         let printed = output::stdout().write_all(&out).map_err(anyhow::Error::from);
         output::exit(printed, converted == 0 || refused > 0)

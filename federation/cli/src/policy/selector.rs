@@ -37,10 +37,12 @@ impl Arguments {
         let selector = match Selector::parse(&self.expression) {
             Ok(selector) => selector,
             Err(error) => {
-                output::note(format_args!("hanse: malformed selector: {error}"));
-                let (excerpt, before) = error.excerpt(&self.expression);
-                output::note(format_args!("  {excerpt}"));
-                output::note(format_args!("  {}^", " ".repeat(before)));
+                output::error(&anyhow!("malformed selector: {error}"), 2);
+                if self.output != Format::Json {
+                    let (excerpt, before) = error.excerpt(&self.expression);
+                    output::note(format_args!("  {excerpt}"));
+                    output::note(format_args!("  {}^", " ".repeat(before)));
+                }
                 return Ok(ExitCode::from(2));
             }
         };

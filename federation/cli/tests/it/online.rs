@@ -98,6 +98,23 @@ impl World {
         self.runtime.block_on(joined).expect("joined")
     }
 
+    /// Lets a cluster request to join, which waits to be accepted.
+    pub fn request(&self, token: &str, cluster: &'static str) {
+        let folder = self.folder.path().join(cluster);
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let file = folder.join("token");
+        hanse_runtime::files::write_secret(&file, token.trim().as_bytes()).expect("the token");
+        let join = [self.hub.join_address.to_string()];
+        self.runtime.spawn(async move {
+            MemberIdentity::join(&folder, cluster, &file, &join, false, &Default::default()).await
+        });
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.hanse(&["cluster", "get", cluster, "-o", "json"]).json()["state"] != "Pending" {
+            assert!(Instant::now() < deadline, "it does not wait");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     pub fn apply(&self, manifests: &str, arguments: &[&str]) -> Done {
         run(Some(&self.context), &[&["apply", "-f", "-"], arguments].concat(), manifests)
     }
@@ -283,10 +300,10 @@ fn an_author_writes_the_policies_of_their_tiers() {
     let described = run(Some(&ada), &["describe", "fnp", "p"], "");
     assert!(described.out.contains("unknown: only administrators read the audit"), "{described:?}");
     let users = world.hanse(&["user", "list", "-o", "json"]).json();
-    let hers = users.as_array().into_iter().flatten().find(|user| user["name"] == "ada").expect("ada");
+    let hers = users["items"].as_array().into_iter().flatten().find(|user| user["name"] == "ada").expect("ada");
     assert_eq!(hers["roles"][0], "author=platform");
     let audit = world.hanse(&["audit", "-o", "json"]).json();
-    let of_ada = audit.as_array().into_iter().flatten().filter(|it| it["who"] == "user/ada");
+    let of_ada = audit["items"].as_array().into_iter().flatten().filter(|it| it["who"] == "user/ada");
     let mut outcomes: Vec<bool> = of_ada.map(|it| it["outcome"] == "done").collect();
     outcomes.sort_unstable();
     assert_eq!(outcomes, [false, true], "what was refused is on record: {audit:#}");
@@ -355,7 +372,7 @@ fn tokens_and_clusters() {
     assert_eq!((token.code, token.out.lines().count(), token.err.as_str()), (Some(0), 1, ""), "alone on its line");
     let list = world.hanse(&["token", "list", "-o", "json"]);
     assert!(!list.out.contains(token.out.trim()), "a secret is shown once");
-    let id = list.json()[0]["id"].as_str().expect("an id").to_owned();
+    let id = list.json()["items"][0]["id"].as_str().expect("an id").to_owned();
     assert_eq!(world.hanse(&["token", "revoke", &id]).code, Some(0));
     let twice = world.hanse(&["token", "revoke", &id]);
     assert!(twice.code == Some(1) && twice.err.contains(&id), "{twice:?}");
@@ -383,7 +400,10 @@ fn a_cluster_that_was_revoked_joins_again_and_its_agents_still_know_it() {
     };
     let before = keys();
     let revoked = world.hanse(&["cluster", "revoke", "train", "-o", "json"]).json();
-    assert_eq!(revoked, serde_json::json!({"cluster": "train", "result": "revoked", "closed": 0}));
+    let expected = serde_json::json!({
+        "apiVersion": "cli.hanse.dev/v1", "kind": "Result", "cluster": "train", "result": "revoked", "closed": 0,
+    });
+    assert_eq!(revoked, expected);
     let accept = world.hanse(&["cluster", "accept", "train"]);
     assert!(accept.code == Some(1) && accept.err.contains("hanse-member join"), "{accept:?}");
     world.join("train");
@@ -420,15 +440,86 @@ fn a_context_that_cannot_serve_says_why() {
     assert!(revoked.code == Some(1) && revoked.err.contains("revoked"), "{revoked:?}");
 }
 
+/// The candidates for the last word of a command line, as the script of bash requests them.
+fn complete(context: Option<&Path>, words: &[&str]) -> Vec<String> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
+    command.arg("--").arg("hanse").args(words).env_remove("HANSE_CONTEXT").env("COMPLETE", "bash");
+    command.env("_CLAP_IFS", "\n").env("_CLAP_COMPLETE_INDEX", words.len().to_string());
+    if let Some(context) = context {
+        command.env("HANSE_CONTEXT", context);
+    }
+    let done = Done::from(command.output().expect("hanse starts"));
+    assert_eq!((done.code, done.err.as_str()), (Some(0), ""), "{done:?}");
+    done.out.lines().map(str::to_owned).collect()
+}
+
 #[test]
 fn completion_knows_every_command() {
-    for shell in ["bash", "zsh", "fish"] {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = run(None, &["completion", shell], "");
-        assert_eq!(script.code, Some(0), "{script:?}");
-        for command in ["apply", "scaffold", "audit", "revoke"] {
-            assert!(script.out.contains(command), "{shell} misses {command}");
+        assert!(script.code == Some(0) && script.out.contains("COMPLETE"), "{shell}: {script:?}");
+    }
+    for (words, expected) in [
+        (&[""][..], &["apply", "audit", "policy"][..]),
+        (&["policy", ""], &["scaffold", "lint"]),
+        (&["user", ""], &["create", "revoke"]),
+        (&["status", "-o", ""], &["json", "wide"]),
+        (&["get", ""], &["fnp", "tier"]),
+        (&["describe", ""], &["cluster", "node", "mc"]),
+    ] {
+        let candidates = complete(None, words);
+        for it in expected {
+            assert!(candidates.iter().any(|candidate| candidate == it), "{words:?} misses {it}: {candidates:?}");
         }
     }
+}
+
+#[test]
+fn completion_offers_names_from_the_hub() {
+    let world = World::new();
+    let manifests =
+        [TIER, &policy("web", "platform", 1), &policy("db", "platform", 1), &member("train", "10.1.0.0/16")];
+    assert_eq!(world.apply(&manifests.concat(), &[]).code, Some(0));
+    for (words, expected) in [
+        (&["get", "fnp", ""][..], &["db", "web"][..]),
+        (&["get", "fnp", "w"], &["web"]),
+        (&["delete", "tier", ""], &["platform"]),
+        (&["describe", "cluster", ""], &["train"]),
+        (&["describe", "node", ""], &[]),
+        (&["status", "t"], &["train"]),
+        (&["cluster", "revoke", "t"], &["train"]),
+        (&["token", "create", "--cluster", ""], &["train"]),
+        (&["user", "revoke", ""], &["admin"]),
+        (&["user", "create", "ada", "--role", "author=p"], &["author=platform"]),
+        (&["wait", "d"], &["db"]),
+        (&["wait", "Tier/"], &["Tier/platform"]),
+    ] {
+        let mut candidates = complete(Some(&world.context), words);
+        candidates.retain(|it| !it.starts_with('-'));
+        assert_eq!(candidates, expected, "{words:?}");
+    }
+    // The option counts before the environment.
+    let context = world.context.to_str().expect("UTF-8");
+    assert_eq!(complete(None, &["--context", context, "get", "fnp", "w"]), ["web"]);
+}
+
+#[test]
+fn completion_is_silent_and_quick_without_a_hub() {
+    let world = World::new();
+    let gone = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+    // It accepts connections, and never answers.
+    let mute = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let text = std::fs::read_to_string(&world.context).expect("the context");
+    let other = world.context.with_file_name("other.context");
+    for address in [gone, mute.local_addr().expect("its address")] {
+        std::fs::write(&other, text.replace(&world.hub.address.to_string(), &address.to_string())).expect("written");
+        let start = Instant::now();
+        assert_eq!(complete(Some(&other), &["get", "fnp", "w"]), Vec::<String>::new());
+        // Of the three seconds for which commands wait for a hub that starts, and the thirty of a call, nothing is used.
+        assert!(start.elapsed() < Duration::from_millis(2_900), "{:?}", start.elapsed());
+    }
+    assert_eq!(complete(Some(Path::new("/nonexistent/context")), &["get", "fnp", "w"]), Vec::<String>::new());
+    assert_eq!(complete(None, &["get", "fnp", "w"]), Vec::<String>::new());
 }
 
 #[test]
@@ -495,7 +586,7 @@ fn cluster_that_may_carry_every_label_is_warned_of() {
     assert!(status.out.contains("warning: prod, train: spec.grants.labels is absent (labels: any)"), "{status:?}");
     let status = world.hanse(&["status", "-o", "json"]).json();
     let warned = |name: &str| {
-        let cluster = status["clusters"].as_array().into_iter().flatten().find(|it| it["name"] == name);
+        let cluster = status["items"].as_array().into_iter().flatten().find(|it| it["name"] == name);
         cluster.expect("a cluster")["warnings"].as_array().map(Vec::len)
     };
     assert_eq!((warned("train"), warned("serve")), (Some(1), Some(0)));
@@ -512,12 +603,13 @@ fn version_is_of_the_command_and_of_its_hub() {
     assert_eq!(both, format!("client  {version}\nhub     {version} (trust domain hanse.test)\n"));
     let json = world.hanse(&["version", "-o", "json"]).json();
     let expected = serde_json::json!({
+        "apiVersion": "cli.hanse.dev/v1", "kind": "Version",
         "client": {"version": version}, "hub": {"version": version, "trustDomain": "hanse.test"},
     });
     assert_eq!(json, expected);
     assert_eq!(
         world.hanse(&["version", "--client", "-o", "json"]).json(),
-        serde_json::json!({"client": {"version": version}})
+        serde_json::json!({"apiVersion": "cli.hanse.dev/v1", "kind": "Version", "client": {"version": version}})
     );
     let gone = run(Some(Path::new("/nonexistent/context")), &["version"], "");
     assert!(gone.code == Some(1) && gone.out == format!("client  {version}\n"), "{gone:?}");

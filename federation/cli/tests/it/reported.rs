@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use crate::online::{TIER, World, member, policy};
 
 /// A cluster that has joined, and a stream on which it reports what a test wants.
-struct Reporter {
+pub struct Reporter {
     cluster: String,
     stream: UnboundedSender<pb::PublishRequest>,
     /// Of the hub's own objects that the cluster was sent last.
@@ -77,7 +77,7 @@ impl Reporter {
     }
 
     /// Reports, and waits until the hub shows it: the number of agents tells reports apart.
-    fn report(&self, world: &World, report: pb::Realisation) {
+    pub fn report(&self, world: &World, report: pb::Realisation) {
         let agents = report.agents;
         let message = Some(Message::Realisation(report.encode_to_vec().into()));
         self.stream.unbounded_send(pb::PublishRequest { message }).expect("it is read");
@@ -92,7 +92,7 @@ impl Reporter {
 fn status_of(world: &World, cluster: &str) -> Value {
     let status = world.hanse(&["status", "-o", "json"]).json();
     let of = |it: &&Value| it["name"] == cluster;
-    status["clusters"].as_array().into_iter().flatten().find(of).cloned().unwrap_or_default()
+    status["items"].as_array().into_iter().flatten().find(of).cloned().unwrap_or_default()
 }
 
 /// Clears the screen, colours, rewrites the line above, sets the title, forges a row, turns words around.
@@ -148,13 +148,13 @@ fn text_of_a_member_does_not_act_on_the_administrators_terminal() {
 }
 
 /// A report of a cluster whose nodes enforce what the hub has.
-fn in_sync(at: pb::Position, nodes: Vec<pb::NodePosition>) -> pb::Realisation {
+pub fn in_sync(at: pb::Position, nodes: Vec<pb::NodePosition>) -> pb::Realisation {
     let agents = u32::try_from(nodes.len()).expect("few");
     let received = Some(at);
     pb::Realisation { hub: Some(at), received, nodes, agents, agents_current: agents, ..pb::Realisation::default() }
 }
 
-fn node(name: &str, at: pb::Position) -> pb::NodePosition {
+pub fn node(name: &str, at: pb::Position) -> pb::NodePosition {
     let (node, agent_version) = (name.to_owned(), "0.1.0".to_owned());
     let (hub_revision, term, number) = (at.revision, 3, 7);
     pb::NodePosition { node, hub_revision, connected: true, agent_version, term, number, ..pb::NodePosition::default() }
@@ -176,7 +176,7 @@ fn silent_pods(count: u8) -> Vec<pb::UnenforcedPod> {
     (0..count).map(|it| unenforced("x", &format!("p{it}"), &Finding::Silent([10, 1, 0, it].into()))).collect()
 }
 
-fn train() -> (World, Reporter, pb::Position) {
+pub fn train() -> (World, Reporter, pb::Position) {
     let world = World::new();
     let manifests = format!("{TIER}{}{}", member("train", "10.1.0.0/16"), policy("p", "platform", 1));
     assert_eq!(world.apply(&manifests, &[]).code, Some(0));
@@ -233,7 +233,7 @@ fn nodes_are_listed_with_position_age_version_and_problem() {
     assert!(table.out.contains("p: no such set"), "{table:?}");
     assert_eq!(rows[2][..3], ["train", "node-2", "enforcing"], "{table:?}");
     let problems = world.hanse(&["node", "list", "--problems", "-o", "json"]).json();
-    let [only] = &problems.as_array().expect("a list")[..] else { panic!("{problems:#}") };
+    let [only] = &problems["items"].as_array().expect("a list")[..] else { panic!("{problems:#}") };
     assert_eq!((&only["node"], &only["agentVersion"]), (&"node-1".into(), &"0.1.0".into()));
     assert_eq!(
         only["problems"][0],
