@@ -1,11 +1,10 @@
-//! `hanse`: the command of platform teams.
+//! `hanse`: the command-line tool of platform teams.
 //!
-//! One module per group of commands. [`policy`] works offline, from directories of manifests; its `explain` and
-//! `matrix` also query the members of a federation that runs, through its hub. Every command prints a table for people, and
-//! `-o json|yaml` for programs; programs may rely on the latter and on the exit codes (0 done; 1 the answer is no, something
-//! failed or a manifest is refused; 2 the command line or an expression is malformed; `wait` says its own).
+//! Each group of commands is a module. [`policy`] reads directories of manifests; without `--cluster`, its `explain` and
+//! `matrix` query the members of a running federation through the hub. Commands print a table for people, or JSON or YAML for
+//! programs. The keys of JSON and the exit codes are contracts: see `README.md` of this crate.
 
-// What others wrote is printed by `hanse_runtime::text`, which escapes it.
+// Output may contain text from other parties. `hanse_runtime::text` escapes it.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::Write as _;
@@ -24,9 +23,11 @@ mod policy;
 
 /// Zero-trust policy for a federation of Kubernetes clusters.
 ///
-/// `hanse policy …` works on directories of manifests; everything else queries a hub, as the user of a context file.
-/// Exit codes: 0 done; 1 the answer is no, something failed, or a manifest is refused; 2 the command line or an expression
-/// is malformed.
+/// `hanse policy` reads directories of manifests and works without a hub. All other commands call a hub, as the user of a
+/// context file.
+///
+/// Exit codes: 0 success; 1 the answer is no, the command failed, or a manifest was refused; 2 the command line or an
+/// expression is malformed.
 #[derive(Debug, Parser)]
 #[command(name = "hanse", version, propagate_version = true, disable_help_subcommand = true, after_help = EXAMPLES)]
 struct Cli {
@@ -38,7 +39,7 @@ struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  export HANSE_CONTEXT=./hub/admin.context      # hanse-hub init makes it
+  export HANSE_CONTEXT=./hub/admin.context      # written by hanse-hub init
   hanse token create --cluster train > train.token
   hanse apply -f policies/ --dry-run
   hanse apply -f policies/ && hanse wait -f policies/
@@ -47,53 +48,54 @@ Examples:
   hanse node list --problems
   hanse policy lint --cluster train=manifests/train --federation policies/";
 
-/// What every command may need.
+/// Options of every command.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Globals {
-    /// The context file: hub addresses, trust domain, and the paths of CA, certificate and key.
+    /// Context file: hub addresses, and the paths of CA, certificate and key.
     #[arg(long, global = true, env = "HANSE_CONTEXT", value_name = "FILE", value_parser = context_file)]
     context: Option<PathBuf>,
 }
 
-/// Empty is as good as not set.
+/// Accepts the empty string, which counts as not set.
 fn context_file(text: &str) -> Result<PathBuf, std::convert::Infallible> {
     Ok(PathBuf::from(text))
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Evaluate policies, and check manifests.
+    /// Evaluate policies and check manifests.
     #[command(subcommand)]
     Policy(policy::Command),
-    /// Tokens with which clusters join.
+    /// Manage the tokens that clusters join with.
     #[command(subcommand)]
     Token(online::token::Command),
-    /// The clusters of the ClusterSet.
+    /// Manage the clusters of the ClusterSet.
     #[command(subcommand)]
     Cluster(online::cluster::Command),
-    /// Who may do what at the hub.
+    /// Manage users and their roles.
     #[command(subcommand)]
     User(online::user::Command),
-    /// Who changed what, and what was refused to whom; the newest first.
+    /// Show the audit log: changes and refused requests, newest first.
     Audit(online::audit::Audit),
-    /// Write objects of the federation to the hub.
     Apply(online::object::Apply),
-    /// Read objects of the federation from the hub.
     Get(online::object::Get),
-    /// Delete objects of the federation.
     Delete(online::object::Delete),
     Describe(online::describe::Describe),
     Status(online::status::Status),
-    /// The nodes of clusters.
+    /// Show the nodes of clusters.
     #[command(subcommand)]
     Node(online::node::Command),
     Wait(online::wait::Wait),
-    /// Print the version of this command, and of the hub.
     Version(online::version::Version),
     /// Print the completion script of a shell.
     ///
-    /// bash: source <(hanse completion bash). zsh: hanse completion zsh > "${fpath[1]}/_hanse".
-    /// fish: hanse completion fish > ~/.config/fish/completions/hanse.fish
+    /// The script completes commands, options, and names from the hub of HANSE_CONTEXT. Load it when a shell starts:
+    ///
+    /// bash: source <(hanse completion bash)
+    ///
+    /// zsh: source <(hanse completion zsh)
+    ///
+    /// fish: hanse completion fish | source
     Completion {
         shell: clap_complete::Shell,
     },
@@ -127,7 +129,7 @@ fn main() -> ExitCode {
         Command::Completion { shell } => print_completion(shell),
     };
     outcome.unwrap_or_else(|error| {
-        // A reader that closed the pipe (`| head`) is not a failure. Commands with a verdict handle it themselves.
+        // A reader that closes the pipe (`| head`) is not a failure. Commands with a verdict handle this themselves.
         if output::is_reader_gone(&error) {
             return ExitCode::SUCCESS;
         }

@@ -1,4 +1,4 @@
-//! Commands that ask a hub, over mutual TLS, as the user whose certificate the context file names.
+//! Commands that call a hub over mutual TLS, as the user of the context file.
 
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
@@ -27,11 +27,11 @@ pub mod version;
 pub mod wait;
 pub mod watch;
 
-/// The largest answer: all manifests of a hub with 10,000 objects of 6 KiB.
+/// The largest response: all manifests of a hub with 10,000 objects of 6 KiB.
 pub const MAX_ANSWER_BYTES: usize = 64 << 20;
-/// How long a hub that refuses connections is waited for.
+/// How long to retry while the hub refuses connections.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long one answer may take.
+/// Time limit of one call.
 const CALL_TIME: Duration = Duration::from_secs(30);
 
 pub type Client = AdministrationClient<Channel>;
@@ -52,7 +52,7 @@ fn connected<T>(context: Option<&Path>, work: impl AsyncFnOnce(Channel) -> anyho
     runtime.block_on(work(channel))
 }
 
-/// A connection to the first hub of the context that answers, and what drives it.
+/// A connection to the first hub of the context that answers, and the runtime that drives it.
 pub fn open(context: Option<&Path>) -> anyhow::Result<(tokio::runtime::Runtime, Channel)> {
     install_provider();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start")?;
@@ -68,8 +68,8 @@ pub async fn connect_once(context: &Path) -> anyhow::Result<Channel> {
 
 async fn connect(context: Option<&Path>, patience: Duration) -> anyhow::Result<Channel> {
     let path = context.context(
-        "no hub is known: name a context file with --context FILE or HANSE_CONTEXT (`hanse-hub init` makes the \
-         administrator's, `hanse user create` one for each user)",
+        "no context file: set --context FILE or HANSE_CONTEXT; `hanse-hub init` writes the administrator's context, \
+         `hanse user create` that of each user",
     )?;
     let file = read_context(path)?;
     let folder = path.parent().unwrap_or(Path::new("."));
@@ -77,12 +77,12 @@ async fn connect(context: Option<&Path>, patience: Duration) -> anyhow::Result<C
     let root = Certificate::read(&folder.join(file.ca))?;
     let domain = root.trust_domain.to_string();
     if let Some(other) = file.trust_domain.filter(|other| *other != domain) {
-        anyhow::bail!("the context {} is of the trust domain {other}, its CA of {domain}", path.display());
+        anyhow::bail!("context {}: the trust domain is {other}, but the CA belongs to {domain}", path.display());
     }
     check_time(&credentials)?;
     let trust = Trust::new(&root, |identity| *identity == Identity::Hub)?;
     let client = TlsClient::mutual(CredentialStore::new(credentials)?, &trust)?;
-    anyhow::ensure!(!file.hubs.is_empty(), "the context {} names no hub", path.display());
+    anyhow::ensure!(!file.hubs.is_empty(), "context {}: hubs is empty", path.display());
     let (start, mut said) = (Instant::now(), false);
     loop {
         let (mut tried, mut passing, mut refused) = (Vec::new(), false, true);
@@ -96,78 +96,78 @@ async fn connect(context: Option<&Path>, patience: Duration) -> anyhow::Result<C
                 }
             }
         }
-        // One that was started a moment ago does not listen yet.
+        // A hub that was started a moment ago does not listen yet.
         if refused && start.elapsed() < patience {
             if !said && start.elapsed() > Duration::from_secs(1) {
                 said = true;
                 let hubs = file.hubs.join(", ");
-                output::note(format_args!("waiting for a hub at {hubs}: connection refused"));
+                output::note(format_args!("waiting for the hub at {hubs}: connection refused"));
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         }
-        let text = format!("no hub answers: {}; its addresses are in {}", tried.join("; "), path.display());
+        let text = format!("hub unreachable: {}; the context file is {}", tried.join("; "), path.display());
         return Err(if passing { CallError::Unreachable(text).into() } else { anyhow::anyhow!(text) });
     }
 }
 
-/// A certificate out of its time is named before any hub is asked, which could say less.
+/// Reports a certificate outside its validity before connecting: the TLS alert of the hub has fewer details.
 fn check_time(credentials: &Credentials) -> anyhow::Result<()> {
     let (who, certificate) = (credentials.identity(), &credentials.certificate);
     let now = SystemTime::now();
     let clock = format!("this machine's clock says {}", rfc3339(now));
     if now < certificate.not_before {
         let from = rfc3339(certificate.not_before);
-        anyhow::bail!("the certificate of {who} is valid from {from} on, and {clock}: check this machine's clock");
+        anyhow::bail!("the certificate of {who} is not valid before {from}, and {clock}: check this machine's clock");
     }
     if certificate.not_after <= now {
         let ended = rfc3339(certificate.not_after);
         anyhow::bail!(
-            "the certificate of {who} ended at {ended}, and {clock}: check this machine's clock; where it is right, an \
-             administrator makes a new certificate with `hanse user create`"
+            "the certificate of {who} expired at {ended}, and {clock}: check this machine's clock, or have an administrator \
+             create a new certificate with `hanse user create`"
         );
     }
     Ok(())
 }
 
-/// Reads a context file. What is said of a file that is none repeats nothing of it: it may be a key.
+/// Reads a context file. The error contains nothing of a file that is not one: it may be a private key.
 fn read_context(path: &Path) -> anyhow::Result<Context> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read the context {}", path.display()))?;
     serde_yaml_ng::from_str(&text).map_err(|error| {
-        let told = error.to_string();
-        // This names a field of ours; everything else may quote the file.
-        let found = match (told.starts_with("missing field"), error.location()) {
-            (true, _) => format!("{told}: "),
+        let message = error.to_string();
+        // This message contains the name of a field only; all others may quote the file.
+        let found = match (message.starts_with("missing field"), error.location()) {
+            (true, _) => format!("{message}: "),
             (false, Some(location)) => format!("line {}: ", location.line()),
             (false, None) => String::new(),
         };
-        let wanted = "a mapping with hubs, ca, certificate and key is wanted";
-        anyhow::anyhow!("{} is no context file: {found}{wanted}", path.display())
+        let wanted = "expected a mapping with hubs, ca, certificate and key";
+        anyhow::anyhow!("{} is not a context file: {found}{wanted}", path.display())
     })
 }
 
-/// Why a call brought no answer.
+/// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// The hub says no, in its words.
+    /// The hub refused the call.
     #[error("{message}{}", advice(*code))]
     Refused { code: tonic::Code, message: String },
-    /// Another time it may answer.
+    /// The hub did not answer. A later call may succeed.
     #[error("{0}")]
     Unreachable(String),
 }
 
-/// What to do about it, where the code says that.
+/// What to do, where the code implies it.
 fn advice(code: tonic::Code) -> &'static str {
     match code {
-        tonic::Code::PermissionDenied => "; an administrator sees with `hanse user list` who has which role",
-        tonic::Code::Unimplemented => "; or the hub is older than this command",
+        tonic::Code::PermissionDenied => "; `hanse user list` shows the roles of each user",
+        tonic::Code::Unimplemented => "; the hub may be older than this command",
         _ => "",
     }
 }
 
 impl CallError {
-    /// Whether it is of a call that may succeed when it is made again.
+    /// Whether the call may succeed when it is repeated.
     pub fn is_passing(error: &anyhow::Error) -> bool {
         matches!(error.downcast_ref(), Some(Self::Unreachable(_)))
     }
@@ -176,13 +176,13 @@ impl CallError {
         matches!(error.downcast_ref(), Some(Self::Refused { code: tonic::Code::PermissionDenied, .. }))
     }
 
-    /// Whether a precondition does not hold, or what is there stands against it.
+    /// Whether a precondition failed, or the call conflicts with the state of the hub.
     pub fn is_conflict(error: &anyhow::Error) -> bool {
         matches!(error.downcast_ref(), Some(Self::Refused { code: tonic::Code::FailedPrecondition, .. }))
     }
 }
 
-/// Waits for an answer; a refusal is told in the hub's words.
+/// Waits for the response of a call, up to the time limit.
 pub async fn call<T>(answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>) -> anyhow::Result<T> {
     match tokio::time::timeout(CALL_TIME, answer).await {
         Err(_) => {
@@ -194,35 +194,35 @@ pub async fn call<T>(answer: impl Future<Output = Result<tonic::Response<T>, ton
     }
 }
 
-/// Why a call, or a stream that it began, ended without an answer, in the hub's words.
+/// Converts the status that a call or a stream ended with.
 pub fn refused(status: tonic::Status) -> anyhow::Error {
     let error = match status.code() {
-        // A service that is not there has no words for it.
+        // A server without this service sends no message.
         code @ tonic::Code::Unimplemented if status.message().is_empty() => {
-            let message = "the address takes no commands: is it where clusters join?".to_owned();
+            let message = "this address accepts no commands: it may be the address where clusters join".to_owned();
             CallError::Refused { code, message }
         }
-        code if told(&status).contains("CertificateRevoked") => {
-            let message = "the hub does not accept this user's certificate any more: it was revoked, or replaced";
+        code if message_with_causes(&status).contains("CertificateRevoked") => {
+            let message = "the hub rejected this user's certificate: it was revoked or replaced";
             CallError::Refused { code, message: message.to_owned() }
         }
-        code if told(&status).contains("CertificateExpired") => {
-            let message = "the hub finds this user's certificate expired or not yet valid, which by this machine's clock it is \
-                           not: compare the clocks of this machine and of the hub";
+        code if message_with_causes(&status).contains("CertificateExpired") => {
+            let message = "the hub rejected this user's certificate as expired or not yet valid, but by this machine's clock it is \
+                           valid: compare the clocks of this machine and of the hub";
             CallError::Refused { code, message: message.to_owned() }
         }
         tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {
-            // It was there a moment ago. An alert that says why is lost when the connection breaks while a request is written.
-            let hint = "a hub also closes the connection of a user who was revoked";
-            CallError::Unreachable(format!("the hub does not answer: {} ({hint})", told(&status)))
+            // The connection existed. A TLS alert with the reason is dropped when the connection breaks during a write.
+            let hint = "the hub also closes the connections of a revoked user";
+            CallError::Unreachable(format!("the hub does not answer: {} ({hint})", message_with_causes(&status)))
         }
         code => CallError::Refused { code, message: status.message().to_owned() },
     };
     error.into()
 }
 
-/// A status with what is behind it: a connection that the hub closed has its reason there.
-fn told(status: &tonic::Status) -> String {
+/// The message of a status with its causes, which contain the reason of a closed connection.
+fn message_with_causes(status: &tonic::Status) -> String {
     let mut text = status.message().to_owned();
     let mut source = std::error::Error::source(status);
     while let Some(cause) = source {

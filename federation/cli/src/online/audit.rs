@@ -1,4 +1,4 @@
-//! `hanse audit`: who changed what, and what was refused to whom.
+//! `hanse audit`: changes and refused requests.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -11,10 +11,10 @@ use crate::output::{self, Format};
 
 #[derive(Debug, clap::Args)]
 pub struct Audit {
-    /// How many records, the newest first.
+    /// Maximum number of records.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     limit: u32,
-    /// Only changes of this object, such as FederatedNetworkPolicy/web or cluster/train.
+    /// Only records of this object, such as FederatedNetworkPolicy/web or cluster/train.
     #[arg(long)]
     object: Option<String>,
     #[arg(short, long, value_enum, default_value_t)]

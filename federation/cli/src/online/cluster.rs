@@ -1,4 +1,4 @@
-//! `hanse cluster …`: the members of the ClusterSet.
+//! `hanse cluster`: the clusters of the ClusterSet.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,30 +14,30 @@ use crate::output::{self, Format, ListFormat};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// List every cluster that has joined, waits, or is expected. With `-o wide` also the hash of its key.
+    /// List clusters that have joined, wait for acceptance, or are expected. `-o wide` adds the hash of the key.
     List {
         #[arg(short, long, value_enum, default_value_t)]
         output: ListFormat,
     },
-    /// One cluster.
+    /// Show one cluster.
     Get {
         #[arg(add = completion::clusters())]
         name: String,
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Let a cluster in that waits. Compare its key with what its operator says first: hanse cluster get NAME -o yaml.
+    /// Accept a cluster that waits to join. First compare its key (`hanse cluster get NAME -o yaml`) with its operator.
     Accept {
         #[arg(add = completion::clusters())]
         name: String,
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Throw a cluster out: its streams close at once, and what it published is withdrawn everywhere.
+    /// Revoke a cluster. Its connections are closed at once, and its endpoints are withdrawn from all clusters.
     Revoke {
         #[arg(add = completion::clusters())]
         name: String,
-        /// Why, for the audit.
+        /// Reason, for the audit log.
         #[arg(long, default_value = "")]
         reason: String,
         #[arg(short, long, value_enum, default_value_t)]
@@ -60,7 +60,7 @@ pub struct Cluster {
     /// Why it was revoked.
     #[serde(skip_serializing_if = "String::is_empty")]
     reason: String,
-    /// SHA-256 of its public key: what its operator can compare before it is accepted.
+    /// SHA-256 of its public key, to be compared with its operator before it is accepted.
     key: String,
 }
 
@@ -125,18 +125,18 @@ impl Command {
     }
 }
 
-/// Every cluster, or the one of this name.
+/// All clusters, or the one of this name.
 pub async fn list(client: &mut Client, name: &str) -> anyhow::Result<Vec<Cluster>> {
     let listed = call(client.list_clusters(pb::ListClustersRequest { name: name.to_owned() })).await?;
     let clusters: Vec<Cluster> = listed.clusters.into_iter().map(Cluster::from).collect();
     anyhow::ensure!(
         name.is_empty() || !clusters.is_empty(),
-        "there is no cluster {name}; `hanse cluster list` names all"
+        "cluster {name} not found; `hanse cluster list` lists all"
     );
     Ok(clusters)
 }
 
-/// Fails, in words, where there is no such cluster.
+/// Fails if the cluster does not exist.
 pub async fn ensure_exists(client: &mut Client, name: &str) -> anyhow::Result<()> {
     list(client, name).await.map(drop)
 }
@@ -191,9 +191,7 @@ fn show(clusters: Vec<Cluster>, format: ListFormat) -> anyhow::Result<()> {
         table.add_row(row);
     }
     match table.is_empty() {
-        true => {
-            output::line("no cluster has joined, or is expected; `hanse token create --cluster NAME` lets one join")
-        }
+        true => output::line("no clusters; `hanse token create --cluster NAME` creates a token that one can join with"),
         false => table.print(),
     }
 }

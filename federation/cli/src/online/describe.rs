@@ -1,4 +1,4 @@
-//! `hanse describe KIND NAME`: one object, cluster or node with all that the hub knows of it.
+//! `hanse describe`: all that the hub stores about one object, cluster or node.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -16,7 +16,7 @@ use super::{CallError, Client, call, cluster, node, status, time, with_client};
 use crate::completion;
 use crate::output::{self, Format};
 
-/// Show one object, cluster or node in full: what it says, who changed it last, and how far it is enforced where.
+/// Show one object, cluster or node in detail, with its last change and where it is enforced.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -25,23 +25,23 @@ Examples:
   hanse describe cluster train
   hanse describe node train/node-1 -o yaml")]
 pub struct Describe {
-    /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns), MemberCluster (mc), cluster or node; or KIND/NAME.
+    /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns), MemberCluster (mc), cluster or node, or KIND/NAME.
     #[arg(add = completion::described_kinds())]
     kind: String,
-    /// The name; of a node CLUSTER/NODE.
+    /// Name; for a node, CLUSTER/NODE.
     #[arg(add = completion::names())]
     name: Option<String>,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
 
-/// What the audit has on the newest change of an object; in JSON an object, or why there is none.
+/// The newest change of an object in the audit log; in JSON an object, or the reason why it is not available.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 enum LastChange {
-    /// The audit keeps the newest changes only.
+    /// The audit log stores the newest changes only.
     NotOnRecord,
-    /// Only administrators read the audit.
+    /// Only administrators may read the audit log.
     NotReadable,
     #[serde(untagged)]
     Known { who: String, at: String, action: String },
@@ -54,14 +54,14 @@ struct ObjectDescription {
     name: String,
     revision: u64,
     hub_revision: u64,
-    /// Where the object is kept and changed.
+    /// Where the object is stored and changed.
     owner: &'static str,
     /// Of a policy.
     #[serde(skip_serializing_if = "Option::is_none")]
     tier: Option<TierDescription>,
     last_change: LastChange,
     clusters: Vec<InCluster>,
-    /// What its author should know though it is valid.
+    /// Advice for its author where the object is valid.
     warnings: Vec<String>,
     manifest: Value,
 }
@@ -69,7 +69,7 @@ struct ObjectDescription {
 #[derive(Debug, Serialize)]
 struct TierDescription {
     name: String,
-    /// Absent: there is no such tier.
+    /// Absent if the tier does not exist.
     #[serde(skip_serializing_if = "Option::is_none")]
     spec: Option<Value>,
 }
@@ -89,7 +89,7 @@ impl Describe {
         let (kind, name) = match (&self.name, self.kind.split_once('/')) {
             (Some(name), _) => (self.kind.as_str(), name.as_str()),
             (None, Some((kind, name))) => (kind, name),
-            (None, None) => bail!("name one: `hanse describe {} NAME`", self.kind),
+            (None, None) => bail!("the name is missing: `hanse describe {} NAME`", self.kind),
         };
         let format = self.output;
         with_client(context, async |mut client| match kind.to_ascii_lowercase().as_str() {
@@ -98,7 +98,7 @@ impl Describe {
             _ => {
                 describe_object(
                     &mut client,
-                    kind_of(kind).context("a cluster or a node can be described, too")?,
+                    kind_of(kind).context("read the kind (`cluster` and `node` are also accepted)")?,
                     name,
                     format,
                 )
@@ -110,7 +110,7 @@ impl Describe {
 }
 
 async fn last_change(client: &mut Client, object: String) -> anyhow::Result<LastChange> {
-    // Denials are on record as well, at most one of a caller in ten minutes.
+    // The audit log also records denials, at most one per caller in ten minutes.
     let request = pb::ListAuditRequest { limit: 100, object };
     let records = match call(client.list_audit(request)).await {
         Ok(listed) => listed.records,
@@ -124,10 +124,8 @@ async fn last_change(client: &mut Client, object: String) -> anyhow::Result<Last
 fn show_change(change: &LastChange) -> anyhow::Result<()> {
     match change {
         LastChange::Known { who, at, action } => output::field("Changed", format_args!("{at} by {who} ({action})")),
-        LastChange::NotOnRecord => {
-            output::field("Changed", "not among the 10,000 newest changes, which the audit keeps")
-        }
-        LastChange::NotReadable => output::field("Changed", "unknown: only administrators read the audit"),
+        LastChange::NotOnRecord => output::field("Changed", "not among the 10,000 newest changes in the audit log"),
+        LastChange::NotReadable => output::field("Changed", "unknown: only administrators may read the audit log"),
     }
 }
 
@@ -142,8 +140,8 @@ async fn describe_object(client: &mut Client, kind: pb::ObjectKind, name: &str, 
     let get = |kind: pb::ObjectKind, name: &str| pb::GetRequest { kind: kind.into(), name: name.to_owned() };
     let kind_name = name_of(kind.into());
     let found = call(client.get(get(kind, name))).await?.objects.into_iter().next();
-    let object = found.with_context(|| format!("there is no {kind_name}/{name}; `hanse get {kind_name}` names all"))?;
-    let manifest: Value = serde_json::from_slice(&object.manifest).context("understand the manifest")?;
+    let object = found.with_context(|| format!("{kind_name}/{name} not found; `hanse get {kind_name}` lists all"))?;
+    let manifest: Value = serde_json::from_slice(&object.manifest).context("read the manifest")?;
     let mut tier = None;
     if kind == pb::ObjectKind::FederatedNetworkPolicy {
         let name = manifest["spec"]["tier"].as_str().unwrap_or_default().to_owned();
@@ -176,11 +174,11 @@ impl ObjectDescription {
     fn show(&self) -> anyhow::Result<()> {
         output::field("Kind", self.object_kind)?;
         output::field("Name", &self.name)?;
-        output::field("Revision", format_args!("{}; the hub is at {}", self.revision, self.hub_revision))?;
+        output::field("Revision", format_args!("{} (hub: {})", self.revision, self.hub_revision))?;
         if let Some(tier) = &self.tier {
             let about = match &tier.spec {
                 Some(spec) => summary(&serde_json::json!({"kind": "Tier", "spec": spec})),
-                None => "not stored: the policy is not in force".to_owned(),
+                None => "does not exist: the policy is not in force".to_owned(),
             };
             output::field("Tier", format_args!("{} ({about})", tier.name))?;
         }
@@ -189,7 +187,7 @@ impl ObjectDescription {
         show_change(&self.last_change)?;
         output::line("")?;
         if self.clusters.is_empty() {
-            output::line("no cluster that enforces it has joined")?;
+            output::line("none of the clusters that must enforce it has joined")?;
         } else {
             let mut table = output::table(["CLUSTER", "STATE", "NODES", "HEARD", "WHY"]);
             for it in &self.clusters {
@@ -220,7 +218,8 @@ async fn describe_cluster(client: &mut Client, name: &str, format: Format) -> an
     let request = pb::ListNodesRequest { cluster: name.to_owned(), ..Default::default() };
     let nodes = node::list(client, request).await?;
     let status = clusters.into_iter().next();
-    let (status, cluster) = status.zip(listed.pop()).with_context(|| format!("cluster {name} left meanwhile"))?;
+    let (status, cluster) =
+        status.zip(listed.pop()).with_context(|| format!("cluster {name} was removed during the call"))?;
     let last_change = last_change(client, format!("cluster/{name}")).await?;
     let description = ClusterDescription { cluster, status, last_change, nodes };
     if format != Format::Table {
@@ -248,14 +247,14 @@ async fn describe_node(client: &mut Client, name: &str, format: Format) -> anyho
     cluster::ensure_exists(client, cluster).await?;
     let request = pb::ListNodesRequest { cluster: cluster.to_owned(), node: node.to_owned(), ..Default::default() };
     let found = node::list(client, request).await?.into_iter().next();
-    let found = found.with_context(|| format!("no node {node} was reported; `hanse node list {cluster}` names all"))?;
+    let found = found.with_context(|| format!("node {node} not found; `hanse node list {cluster}` lists all"))?;
     match format {
         Format::Table => found.describe(),
         format => output::object(format, "NodeDescription", &found),
     }
 }
 
-/// A target of a command, `KIND/NAME` or a policy's name.
+/// Reads a target: `KIND/NAME`, or the name of a policy.
 pub fn target(text: &str) -> anyhow::Result<(pb::ObjectKind, String)> {
     match text.split_once('/') {
         Some((kind, name)) => Ok((kind_of(kind)?, name.to_owned())),

@@ -1,4 +1,4 @@
-//! `hanse node …`: the nodes of clusters, as their members report them.
+//! `hanse node`: the nodes of clusters, as their members report them.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -15,11 +15,11 @@ use crate::output::{self, ListFormat};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// List the nodes of all clusters, or of one: state, position, age, agent version, and what is wrong.
+    /// List the nodes of all clusters, or of one.
     ///
-    /// STATE is `enforcing` (the newest that its member has, without a problem), `lagging`, or `unknown` while its cluster is
-    /// silent. GENERATION is the rule set in force, HUB and LOCAL are the revisions that it comes from, AGE is the time since the
-    /// agent last acknowledged something.
+    /// STATE is `enforcing` (the newest rule set is in force, without a problem), `lagging`, or `unknown` while the cluster is
+    /// silent. GENERATION is the rule set in force. HUB and LOCAL are the revisions that it was compiled from. AGE is the time
+    /// since the last acknowledgement of the agent.
     #[command(after_help = "\
 Examples:
   hanse node list
@@ -27,7 +27,7 @@ Examples:
   hanse node list -o name | grep '^train/'
   hanse describe node train/node-1")]
     List {
-        /// Only the nodes of this cluster.
+        /// Only nodes of this cluster.
         #[arg(add = completion::clusters())]
         cluster: Option<String>,
         /// Only nodes with a problem.
@@ -160,7 +160,7 @@ impl Command {
 
 pub fn show(nodes: &[Node], problems: bool, wide: bool) -> anyhow::Result<()> {
     if nodes.is_empty() {
-        let text = if problems { "no node has a problem" } else { "no node was reported" };
+        let text = if problems { "no nodes with problems" } else { "no nodes reported" };
         return output::line(text);
     }
     let mut headings = vec!["CLUSTER", "NODE", "STATE", "GENERATION", "HUB", "LOCAL", "AGE", "AGENT"];

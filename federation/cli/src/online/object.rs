@@ -1,4 +1,4 @@
-//! `hanse apply|get|delete`: the objects of the federation.
+//! `hanse apply`, `get` and `delete`: objects of the federation.
 
 use std::collections::HashMap;
 use std::io::Read as _;
@@ -20,16 +20,15 @@ use super::{CallError, call, with_client};
 use crate::completion;
 use crate::output::{self, Format, ListFormat};
 
-/// Where `get` says at which revision of the hub an object is. `apply` takes it off, and then changes the object only if it
-/// is still at that revision: what was edited meanwhile by somebody else is not overwritten.
+/// The annotation in which `get` reports the revision of an object. `apply` removes it, and changes the object only if it is
+/// still at that revision: concurrent edits are not overwritten.
 const REVISION: &str = "hanse.dev/revision";
 
-/// Write objects of the federation to the hub.
+/// Create or update objects at the hub.
 ///
-/// All manifests are checked first, and nothing is written when one is wrong. Then they are sent in batches, what others
-/// name first, and each object is written by itself: one that the hub refuses does not keep the rest out, and makes the
-/// command exit 1. Applying the same again changes nothing. A manifest from `hanse get -o yaml` is written only if the
-/// object has not changed since.
+/// The command validates all manifests first, and sends nothing if one is invalid. The hub applies each object separately: if it
+/// refuses one, the others are applied and the exit code is 1. Applying the same manifest again changes nothing. A manifest from
+/// `hanse get -o yaml` is applied only if the object has not changed since.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -38,23 +37,23 @@ Examples:
   hanse policy scaffold deny-metadata | hanse apply -f -
   hanse get fnp web -o yaml > web.yaml; $EDITOR web.yaml; hanse apply -f web.yaml")]
 pub struct Apply {
-    /// A file or a directory of manifests, or `-` for standard input; may be given several times.
+    /// File or directory of manifests, or `-` for standard input; repeatable.
     #[arg(short, long = "filename", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
-    /// Let the hub check and judge everything (roles, grants, preconditions), and change nothing.
+    /// Check everything at the hub (roles, grants, preconditions), and change nothing.
     #[arg(long)]
     dry_run: bool,
-    /// Accept policies whose tier is neither stored nor applied along. They are not in force until it is.
+    /// Accept policies whose tier does not exist. They take effect when the tier is created.
     #[arg(long)]
     allow_missing_tier: bool,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
 
-/// Read objects of the federation from the hub.
+/// Show objects of the hub.
 ///
-/// As YAML or JSON these are the manifests, which can be edited and applied again. With `--watch` what changes is printed as it
-/// changes; as YAML or JSON each change is `{type: ADDED|MODIFIED|DELETED, object: …}`.
+/// YAML and JSON contain the manifests, which can be edited and applied. With `--watch`, each change is printed as it occurs; in
+/// YAML and JSON as `{type: ADDED|MODIFIED|DELETED, object: …}`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -65,48 +64,48 @@ Examples:
   hanse get fnp --watch
   hanse get -f policies/ -o json")]
 pub struct Get {
-    /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns) or MemberCluster (mc); without it, every kind.
+    /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns) or MemberCluster (mc). Default: all kinds.
     #[arg(conflicts_with = "files", add = completion::kinds())]
     kind: Option<String>,
-    /// One object; without a name all of the kind.
+    /// Name of one object. Default: all objects of the kind.
     #[arg(add = completion::names())]
     name: Option<String>,
-    /// A file or a directory of manifests that name the objects, or `-`; may be given several times.
+    /// File or directory of manifests that name the objects, or `-` for standard input; repeatable.
     #[arg(short, long = "filename", value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Go on and print each change, until it is interrupted.
+    /// Print the objects, then each change, until interrupted.
     #[arg(short, long, conflicts_with = "files")]
     watch: bool,
     #[arg(short, long, value_enum, default_value_t)]
     output: ListFormat,
 }
 
-/// Delete objects of the federation, policies first, what they name last.
+/// Delete objects from the hub. Policies are deleted before the tiers and sets that they refer to.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   hanse delete fnp web
   hanse delete -f policies/ --ignore-not-found")]
 pub struct Delete {
-    /// The kind, with a name behind it.
+    /// Kind of the object, followed by its name.
     #[arg(requires = "name", required_unless_present = "files", add = completion::kinds())]
     kind: Option<String>,
     #[arg(add = completion::names())]
     name: Option<String>,
-    /// A file or a directory of manifests that name the objects, or `-`; may be given several times.
+    /// File or directory of manifests that name the objects, or `-` for standard input; repeatable.
     #[arg(short, long = "filename", value_name = "FILE", conflicts_with = "kind")]
     files: Vec<PathBuf>,
-    /// What is not there counts as deleted.
+    /// Treat absent objects as deleted.
     #[arg(long)]
     ignore_not_found: bool,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
 
-/// Objects that are named one by one; more are read with all others.
+/// Up to this number, objects are read one by one; otherwise all objects are read at once.
 const MANY: usize = 16;
 
-/// The kinds with their short names, in the order in which they are applied: what others name comes first.
+/// The kinds with their short names, in the order in which they are applied: referenced kinds come first.
 pub const KINDS: [(&str, &str, pb::ObjectKind); 4] = [
     ("MemberCluster", "mc", pb::ObjectKind::MemberCluster),
     ("Tier", "tier", pb::ObjectKind::Tier),
@@ -122,14 +121,14 @@ pub fn kind_of(text: &str) -> anyhow::Result<pb::ObjectKind> {
         [name.as_str(), &plural, short].contains(&text.as_str())
     });
     let names = KINDS.map(|(name, short, _)| format!("{name} ({short})")).join(", ");
-    found.map(|(.., kind)| *kind).with_context(|| format!("\"{text}\" is none of {names}"))
+    found.map(|(.., kind)| *kind).with_context(|| format!("unknown kind {text:?}: expected {names}"))
 }
 
 pub fn name_of(kind: i32) -> &'static str {
     KINDS.iter().find(|(.., known)| *known as i32 == kind).map_or("object", |(name, ..)| name)
 }
 
-/// One object of the federation as it is written.
+/// One object of the federation, from a manifest.
 pub(super) struct Written {
     order: usize,
     pub kind: pb::ObjectKind,
@@ -140,7 +139,7 @@ pub(super) struct Written {
     place: String,
 }
 
-/// Reads everything, and refuses everything when anything is wrong: half of a change is none.
+/// Reads all manifests: all or nothing.
 pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     let mut written = Vec::new();
     let mut checked = Manifests::default();
@@ -174,26 +173,28 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     let workloads = checked.workloads.iter().map(|workload| (&workload.location, &workload.reference));
     for (place, object) in skipped.chain(workloads) {
         output::note(format_args!(
-            "{}:{}: {} {} is skipped: no kind of the federation",
+            "{}:{}: {} {} skipped: not a kind of the federation",
             place.file, place.line, object.kind, object.name
         ));
     }
-    // Kinds of a cluster are read by its member, not by the hub: they are passed over, but not in silence.
+    // Kinds of a cluster are read by its member, not by the hub: they are skipped with a note.
     let (ours, others): (Vec<Manifest>, Vec<Manifest>) =
         checked.objects.into_iter().partition(|it| it.reference.api_version == hanse_api::hanse::API_VERSION);
     for manifest in others {
         let (SourceLocation { file, line }, Reference { kind, name, .. }) = (manifest.location, manifest.reference);
-        output::note(format_args!("{file}:{line}: {kind} {name} is skipped: it belongs into its cluster"));
+        output::note(format_args!(
+            "{file}:{line}: {kind} {name} skipped: it belongs to a cluster, not to the federation"
+        ));
     }
     checked.diagnostics.append(&mut checked.refused_workloads);
-    // The last would win, where everywhere else the first counts.
+    // The last one would win at the hub; everywhere else the first one wins.
     checked.diagnostics.extend(duplicates(&ours));
     if !checked.diagnostics.is_empty() {
         for it in &checked.diagnostics {
             let field = if it.field.is_empty() { String::new() } else { format!("{}: ", it.field) };
             output::note(format_args!("{}:{}: {field}{}", it.location.file, it.location.line, it.message));
         }
-        bail!("{}; nothing was changed", output::count(checked.diagnostics.len(), "error"));
+        bail!("{}; nothing was applied", output::count(checked.diagnostics.len(), "error"));
     }
     anyhow::ensure!(
         written.len() == ours.len(),
@@ -202,7 +203,7 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
         ours.len()
     );
     if let Some(large) = written.iter().find(|object| object.json.len() > MAX_MANIFEST_BYTES) {
-        bail!("{}: a manifest has at most 256 KiB; nothing was changed", large.place);
+        bail!("{}: the manifest is larger than 256 KiB; nothing was applied", large.place);
     }
     written.sort_by_key(|object| object.order);
     Ok(written)
@@ -245,7 +246,7 @@ fn take_revision(manifest: &mut Value) -> Option<u64> {
     revision.as_str()?.parse().ok()
 }
 
-/// What became of one object.
+/// The result of one object.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Outcome {
@@ -266,8 +267,8 @@ struct Outcome {
 }
 
 impl Outcome {
-    /// Says it at once: of a long list, what was done is known when the rest fails.
-    fn tell(&self, format: Format) -> anyhow::Result<()> {
+    /// Prints the result at once, so that it is visible when a later object fails.
+    fn report(&self, format: Format) -> anyhow::Result<()> {
         if format != Format::Table {
             return output::print(format, self);
         }
@@ -287,14 +288,14 @@ impl Outcome {
     }
 }
 
-/// Whether one failed; of several, how many.
+/// Reports failures, and returns whether there are any.
 fn conclude(format: Format, outcomes: &[Outcome]) -> bool {
     let failed = outcomes.iter().filter(|outcome| outcome.error.is_some()).count();
     let error = match (failed, outcomes) {
         (0, _) => return false,
         (_, [only]) => anyhow::anyhow!("{}/{} failed", only.kind, only.name),
         (failed, all) => {
-            anyhow::anyhow!("{failed} of {} failed; the rest is done", output::count(all.len(), "object"))
+            anyhow::anyhow!("{failed} of {} failed; the others are done", output::count(all.len(), "object"))
         }
     };
     // In a table the line of the object is enough where there is one.
@@ -304,11 +305,10 @@ fn conclude(format: Format, outcomes: &[Outcome]) -> bool {
     failed > 0
 }
 
-/// Of one request to the hub, which takes 1 MiB: a batch ends with the object that reaches this, and a manifest has at most
-/// 256 KiB.
+/// A batch ends with the object that reaches this size. The hub accepts requests of 1 MiB, and a manifest has at most 256 KiB.
 const BATCH_BYTES: usize = 512 << 10;
 const BATCH_OBJECTS: usize = 500;
-/// The largest manifest that the hub takes, as JSON.
+/// The largest manifest that the hub accepts, as JSON.
 const MAX_MANIFEST_BYTES: usize = 256 << 10;
 
 /// Requests in batches, by the bytes of each.
@@ -325,7 +325,7 @@ fn batches<T>(requests: impl IntoIterator<Item = T>, bytes: impl Fn(&T) -> usize
     batches
 }
 
-/// An object whose result the hub is to send.
+/// An object whose result is expected from the hub.
 struct Awaited {
     kind: &'static str,
     name: String,
@@ -353,7 +353,7 @@ impl Awaited {
         let error = anyhow::Error::from(CallError::Refused { code, message });
         let error = match self.revision {
             Some(_) if CallError::is_conflict(&error) => {
-                error.context(format!("it was read with {REVISION}: `hanse get` it again, or take that off"))
+                error.context(format!("the manifest has the annotation {REVISION}: read the object again with `hanse get`, or remove the annotation"))
             }
             _ => error,
         };
@@ -361,7 +361,7 @@ impl Awaited {
     }
 }
 
-/// Says what becomes of each object as its result arrives, and a summary at the end.
+/// Prints the result of each object as it arrives, and a summary at the end.
 async fn follow<A>(
     format: Format,
     verb: &str,
@@ -374,16 +374,16 @@ async fn follow<A>(
     let mut outcomes = Vec::with_capacity(total);
     let mut next = async |done: usize| {
         let answer = call(async { answers.message().await.map(tonic::Response::new) }).await;
-        // One bad object does not keep the rest out; a hub that is gone does.
-        let context = || format!("{verb}: {done} of {} are done, as listed", output::count(total, "object"));
+        // A refused object does not stop the others; a broken connection does.
+        let context = || format!("{verb}: {done} of {} done, as listed", output::count(total, "object"));
         answer.with_context(context)
     };
-    // What is sent to the hub does not depend on a reader who has seen enough (`| head`).
+    // A reader that closes the pipe (`| head`) does not change what is sent to the hub.
     let mut printed = Ok(());
     while let Some(answer) = next(outcomes.len()).await? {
         for outcome in outcomes_of(answer, &mut awaited) {
             if printed.is_ok() || outcome.error.is_some() {
-                printed = printed.and(outcome.tell(format));
+                printed = printed.and(outcome.report(format));
             }
             outcomes.push(outcome);
         }
@@ -408,7 +408,7 @@ fn summary_of(verb: &str, outcomes: &[Outcome]) -> String {
     let dry = if outcomes.iter().any(|outcome| outcome.dry_run) { " (dry run)" } else { "" };
     let words: Vec<String> = counts.iter().map(|(result, count)| format!("{count} {result}")).collect();
     match ["deleted", "absent"].iter().any(|deletion| counts.iter().any(|(result, _)| result == deletion)) {
-        // What was deleted says so itself.
+        // "deleted" is among the results.
         true => words.join(", "),
         false => format!("{done} {verb}{dry}: {}", words.join(", ")),
     }
@@ -417,7 +417,7 @@ fn summary_of(verb: &str, outcomes: &[Outcome]) -> String {
 impl Apply {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         let objects = read(&self.files)?;
-        anyhow::ensure!(!objects.is_empty(), "there is no object of the federation (hanse.dev) in what was given");
+        anyhow::ensure!(!objects.is_empty(), "no objects of the federation (hanse.dev) found in the manifests");
         let awaited = objects.iter().map(Awaited::from).collect();
         let dry_run = self.dry_run;
         let requests = objects.into_iter().map(|object| pb::ApplyRequest {
@@ -447,9 +447,7 @@ impl Apply {
                         place: object.place,
                     },
                     Some(Wire::Refused(refusal)) => object.refused(refusal),
-                    None => {
-                        object.failed(&anyhow::anyhow!("the hub answered in a way that this version does not know"))
-                    }
+                    None => object.failed(&anyhow::anyhow!("unknown response: the hub is newer than this command")),
                 };
                 answer.results.into_iter().zip(awaited).map(outcome).collect()
             })
@@ -471,12 +469,12 @@ impl Get {
         } else {
             let named = read(&self.files)?.into_iter().map(|object| (Some(object.kind), Some(object.name)));
             wanted.extend(named);
-            anyhow::ensure!(!wanted.is_empty(), "there is no object of the federation (hanse.dev) in what was given");
+            anyhow::ensure!(!wanted.is_empty(), "no objects of the federation (hanse.dev) found in the manifests");
         }
         let mut absent = Vec::new();
         let mut objects = with_client(context, async |mut client| {
             if wanted.len() > MANY {
-                // One answer with all is cheaper than an answer for each.
+                // One call for all objects is cheaper than a call for each.
                 let found = call(client.get(pb::GetRequest::default())).await?.objects;
                 let key = |object: &pb::Object| (object.kind(), object.name.clone());
                 let mut found: HashMap<_, _> = found.into_iter().map(|object| (key(&object), object)).collect();
@@ -485,7 +483,7 @@ impl Get {
                     let key = (kind.unwrap_or_default(), name.unwrap_or_default());
                     match found.remove(&key) {
                         Some(object) => objects.push(object),
-                        None => absent.push(format!("there is no {}/{}", name_of(key.0.into()), key.1)),
+                        None => absent.push(format!("{}/{} not found", name_of(key.0.into()), key.1)),
                     }
                 }
                 return Ok(objects);
@@ -496,7 +494,7 @@ impl Get {
                 let request = pb::GetRequest { kind: kind.into(), name: name.clone().unwrap_or_default() };
                 let found = call(client.get(request)).await?.objects;
                 if let (true, Some(name)) = (found.is_empty(), name) {
-                    absent.push(format!("there is no {}/{name}", name_of(kind.into())));
+                    absent.push(format!("{}/{name} not found", name_of(kind.into())));
                 }
                 objects.extend(found);
             }
@@ -504,7 +502,7 @@ impl Get {
         })?;
         let one = self.name.is_some();
         if let ([only], true) = (&absent[..], one) {
-            bail!("{only}; `hanse get {}` names all", self.kind.unwrap_or_default());
+            bail!("{only}; `hanse get {}` lists all", self.kind.unwrap_or_default());
         }
         objects.sort_by_cached_key(|object| {
             (KINDS.iter().position(|(.., kind)| *kind as i32 == object.kind), object.name.clone())
@@ -521,7 +519,7 @@ impl Get {
 
     fn show(&self, objects: Vec<pb::Object>, one: bool) -> anyhow::Result<()> {
         let manifest = |object: &pb::Object| -> anyhow::Result<Value> {
-            let context = || format!("understand {}/{}", name_of(object.kind), object.name);
+            let context = || format!("read {}/{}", name_of(object.kind), object.name);
             serde_json::from_slice(&object.manifest).with_context(context)
         };
         if let Some(format) = self.output.data() {
@@ -565,7 +563,7 @@ impl Get {
             table.add_row(row);
         }
         match table.is_empty() {
-            true => output::line("there is none"),
+            true => output::line("no objects found"),
             false => table.print(),
         }
     }
@@ -579,7 +577,7 @@ pub(super) fn put_revision(manifest: &mut Value, revision: u64) {
     }
 }
 
-/// What an object is about, in a few words.
+/// A summary of an object, for tables.
 pub(super) fn summary(manifest: &Value) -> String {
     let spec = &manifest["spec"];
     let text = |field: &str, otherwise: &str| match &spec[field] {
@@ -600,7 +598,7 @@ pub(super) fn summary(manifest: &Value) -> String {
             format!("tier {tier}, order {order}, {}, clusters {clusters}", output::count(rules, "rule"))
         }
         "Tier" => format!(
-            "{}, order {}, ends in {}",
+            "{}, order {}, default {}",
             text("phase", "Guard"),
             text("order", "last"),
             text("defaultAction", "Deny")
@@ -621,7 +619,7 @@ impl Delete {
         } else {
             let named = read(&self.files)?.into_iter().rev();
             objects.extend(named.map(|object| (object.kind, Awaited { revision: None, ..Awaited::from(&object) })));
-            anyhow::ensure!(!objects.is_empty(), "there is no object of the federation (hanse.dev) in what was given");
+            anyhow::ensure!(!objects.is_empty(), "no objects of the federation (hanse.dev) found in the manifests");
         }
         let request = |(kind, object): &(pb::ObjectKind, Awaited)| pb::DeleteRequest {
             kind: (*kind).into(),
@@ -644,7 +642,7 @@ impl Delete {
                         }
                         Some(Wire::Refused(refusal)) => return object.refused(refusal),
                         None => {
-                            let unknown = "the hub answered in a way that this version does not know";
+                            let unknown = "unknown response: the hub is newer than this command";
                             return object.failed(&anyhow::anyhow!(unknown));
                         }
                     };

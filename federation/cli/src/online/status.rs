@@ -1,4 +1,4 @@
-//! `hanse status`: how the ClusterSet is. Age and digests, not open sockets, say what is healthy.
+//! `hanse status`. Health is the age of data and the equality of digests, not an open socket.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,13 +14,15 @@ use super::{Client, call, time, with_client};
 use crate::completion;
 use crate::output::{self, ListFormat};
 
-/// Show cluster status: connection, age of data, agents, certificates, and what is wrong.
+/// Show cluster status: connection, age of data, agents, certificates and problems.
 ///
-/// AGE is the time since the hub last heard the cluster; `stale` when its lease has ended. ENDPOINTS are those that it publishes;
-/// ENFORCED is the hub's revision that all its nodes enforce; AGENTS how many of its agents enforce the current generation.
-/// Below the table is one line for each reason, with the node that it concerns; `-o json` and `hanse describe cluster` have all of
-/// it. With `-o wide`: REVISION is of what the cluster publishes, DIGESTS says whether what it received equals what was selected
-/// for it, REFUSED counts its objects that the hub refuses, UNENFORCED its pods that are not enforced.
+/// AGE is the time since the hub last received data from the cluster, and `stale` after its lease has ended. ENDPOINTS is the
+/// number of endpoints that the cluster publishes. ENFORCED is the hub revision that all its nodes enforce. AGENTS is the number
+/// of agents that enforce the current generation. The lines below the table are the problems, with their nodes;
+/// `hanse describe cluster` and `-o json` show all details.
+///
+/// `-o wide` adds REVISION (of the data that the cluster publishes), DIGESTS (whether the cluster has received what the hub
+/// selected for it), REFUSED (number of its objects that the hub refuses) and UNENFORCED (number of its pods without enforcement).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -32,7 +34,7 @@ pub struct Status {
     /// Only this cluster.
     #[arg(add = completion::clusters())]
     cluster: Option<String>,
-    /// Exit 1 when a cluster waits, is silent, lags, or was refused something, and when no cluster has joined.
+    /// Exit 1 if a cluster has a problem, or if no cluster has joined.
     #[arg(long)]
     exit_code: bool,
     #[arg(short, long, value_enum, default_value_t)]
@@ -54,7 +56,7 @@ pub struct Cluster {
     state: String,
     connected: bool,
     lease: String,
-    /// Since the hub last heard it.
+    /// Since the hub last received data from it.
     age_ms: Option<u64>,
     epoch: u64,
     revision: u64,
@@ -76,7 +78,7 @@ pub struct Cluster {
     problems: Vec<String>,
     /// Nodes with a problem, with all that each concerns.
     nodes: Vec<Node>,
-    /// What an operator should know though nothing is wrong.
+    /// Advice where nothing is wrong.
     warnings: Vec<String>,
 }
 
@@ -118,7 +120,7 @@ pub async fn read(client: &mut Client, cluster: &str, details: bool) -> anyhow::
     let mut clusters: Vec<Cluster> = wanted.map(|it| Cluster::new(it, revision)).collect();
     anyhow::ensure!(
         cluster.is_empty() || !clusters.is_empty(),
-        "there is no cluster {cluster}; `hanse cluster list` names all"
+        "cluster {cluster} not found; `hanse cluster list` lists all"
     );
     if details {
         let request = pb::ListNodesRequest { cluster: cluster.to_owned(), only_problems: true, ..Default::default() };
@@ -143,11 +145,11 @@ impl Status {
             (ListFormat::Name, None) => overview.clusters.iter().try_for_each(|it| output::line(&it.name)),
             (wide, None) => overview.show(wide == ListFormat::Wide),
         };
-        // One that is expected does not count; where no other has joined, nothing can be in sync.
+        // A cluster that is expected does not count: if no other has joined, nothing can be in sync.
         let has_joined = overview.clusters.iter().any(|it| it.state != "expected");
         let all_well = has_joined && overview.clusters.iter().all(|it| it.problems.is_empty());
         if self.exit_code && !has_joined {
-            output::note("no cluster has joined: `hanse token create --cluster NAME` lets one join");
+            output::note("no cluster has joined; `hanse token create --cluster NAME` creates a token for one");
         }
         output::exit(printed, self.exit_code && !all_well)
     }
@@ -159,7 +161,7 @@ impl Overview {
         let clusters = output::count(self.clusters.len(), "cluster");
         output::line(format_args!("hub at revision {}; {clusters}, {well} in sync", self.hub_revision))?;
         if self.clusters.is_empty() {
-            return output::line("`hanse token create --cluster NAME` lets a cluster join");
+            return output::line("`hanse token create --cluster NAME` creates a token that a cluster can join with");
         }
         let mut headings =
             vec!["CLUSTER", "STATE", "CONNECTED", "AGE", "ENDPOINTS", "ENFORCED", "AGENTS", "CERTIFICATE"];
@@ -204,7 +206,7 @@ impl Overview {
                 output::line(format_args!("{}: {problem}", it.name))?;
             }
         }
-        // Most clusters have the same: a line each would hide the rest.
+        // Most clusters have the same warnings: one line for all of them.
         let mut warnings: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for it in &self.clusters {
             it.warnings.iter().for_each(|text| warnings.entry(text).or_default().push(&it.name));
@@ -255,7 +257,7 @@ impl Cluster {
         ]
     }
 
-    /// What is wrong with the cluster, and not with one of its nodes.
+    /// Problems of the cluster itself, not of its nodes.
     pub fn problems(&self) -> &[String] {
         &self.problems
     }

@@ -1,4 +1,4 @@
-//! `hanse token …`: what clusters join with.
+//! `hanse token`: the tokens that clusters join with.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -14,32 +14,35 @@ use crate::output::{self, Format};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Print a token, a secret, with which one cluster joins once.
+    /// Create a single-use token for one cluster, and print it.
     ///
-    /// The secret is shown this once; the hub keeps its hash. Example:
-    /// (umask 077; hanse token create --cluster train > train.token), then give the file to
-    /// hanse-member run --token-file train.token.
+    /// The token is a secret. It is printed once; the hub stores only its hash. A cluster token begins with `hanse-join.v1`, a
+    /// node token, from `hanse-member node-token create`, with `hanse-node.v1`.
+    #[command(after_help = "\
+Examples:
+  (umask 077; hanse token create --cluster train > train.token)
+  hanse-member run --cluster train --token-file train.token …")]
     Create {
-        /// The cluster's name.
+        /// Name of the cluster.
         #[arg(long, add = completion::clusters())]
         cluster: String,
-        /// How long the token is valid, in seconds.
+        /// Validity of the token in seconds.
         #[arg(long, default_value_t = 3600)]
         seconds: u64,
-        /// The cluster waits for `hanse cluster accept` before it gets a certificate.
+        /// Issue no certificate before `hanse cluster accept`.
         #[arg(long)]
         wait_for_accept: bool,
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// The tokens that are valid; never their secrets.
+    /// List valid tokens, without their secrets.
     List {
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Make a token worthless. Clusters that have joined with it stay.
+    /// Revoke a token. A cluster that has joined with it is not affected.
     Revoke {
-        /// The token's id.
+        /// ID of the token.
         #[arg(add = completion::tokens())]
         id: String,
         #[arg(short, long, value_enum, default_value_t)]
@@ -71,7 +74,7 @@ impl Command {
                 let created =
                     with_client(context, |mut client| async move { call(client.create_token(request)).await })?;
                 match output {
-                    // Alone on the line, so that it can go into a file.
+                    // Alone on its line, to be redirected into a file.
                     Format::Table => output::line(created.token)?,
                     format => {
                         output::object(format, "Token", &serde_json::json!({"id": created.id, "token": created.token}))?
@@ -103,7 +106,7 @@ impl Command {
                 let mut table = output::table(["ID", "TYPE", "CLUSTER", "EXPIRES", "ACCEPTS", "USED", "BY"]);
                 for token in tokens {
                     let expires = format!("{} ({})", token.expires_at, output::left(token.expires_seconds));
-                    let accepts = if token.accepts_at_once { "at once" } else { "by an operator" };
+                    let accepts = if token.accepts_at_once { "at once" } else { "by operator" };
                     let used = if token.used { "yes" } else { "no" };
                     table.add_row([
                         token.id.as_str(),
@@ -116,7 +119,7 @@ impl Command {
                     ]);
                 }
                 match table.is_empty() {
-                    true => output::line("no token is valid; `hanse token create --cluster NAME` makes one")?,
+                    true => output::line("no valid tokens; `hanse token create --cluster NAME` creates one")?,
                     false => table.print()?,
                 }
             }

@@ -1,4 +1,4 @@
-//! `hanse user …`: who may do what at the hub.
+//! `hanse user`: users and their roles.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -18,32 +18,35 @@ use crate::output::{self, Format};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make a user, or give one a new key and roles.
+    /// Create a user, or replace the key and the roles of one.
     ///
-    /// The key is made on this machine and never leaves it. Writes NAME.context, NAME.key, NAME.pem and NAME.ca.pem into the
-    /// directory, which then is all that the user needs. Example, of somebody who writes the policies of two tiers:
-    /// hanse user create ada --role author=platform,security --out ./ada
+    /// The key is generated on this machine and never leaves it. The command writes NAME.context, NAME.key, NAME.pem and
+    /// NAME.ca.pem into the directory. The user needs these four files and nothing else.
+    #[command(after_help = "\
+Examples:
+  hanse user create ada --role author=platform,security --out ./ada
+  hanse user create ops --role operator=train --role viewer --out ./ops")]
     Create {
         name: String,
-        /// viewer, author=TIER[,TIER…], operator=CLUSTER[,CLUSTER…] or administrator; `*` is every tier or cluster. May be
-        /// given several times; every role includes viewing.
+        /// viewer, author=TIER[,TIER…], operator=CLUSTER[,CLUSTER…] or administrator; repeatable. `*` means all tiers or
+        /// clusters. Every role includes viewer.
         #[arg(long = "role", value_name = "ROLE", required = true, add = completion::roles())]
         roles: Vec<Role>,
-        /// Where the user's files are written; made when absent, readable by its owner only.
+        /// Directory for the user's files. It is created if absent, readable by its owner only.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
-        /// Replace files that are there.
+        /// Overwrite existing files.
         #[arg(long)]
         force: bool,
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Every user, with roles.
+    /// List users with their roles.
     List {
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Take all rights from a user: open connections close at once.
+    /// Revoke a user. Open connections are closed at once.
     Revoke {
         #[arg(add = completion::users())]
         name: String,
@@ -52,7 +55,7 @@ pub enum Command {
     },
 }
 
-/// As it is written on the command line.
+/// A role as written on the command line.
 #[derive(Debug, Clone)]
 pub struct Role(Wire);
 
@@ -67,9 +70,11 @@ impl std::str::FromStr for Role {
             ("administrator", true) => Wire::Administrator(pb::Administrator {}),
             ("author", false) => Wire::Author(pb::Author { tiers: names }),
             ("operator", false) => Wire::Operator(pb::Operator { clusters: names }),
-            ("author", true) => return Err("name the tiers: author=platform,security, or author=* for all".to_owned()),
-            ("operator", true) => return Err("name the clusters: operator=train, or operator=* for all".to_owned()),
-            ("viewer" | "administrator", false) => return Err(format!("{role} takes no names")),
+            ("author", true) => {
+                return Err("tiers are missing: author=platform,security, or author=* for all".to_owned());
+            }
+            ("operator", true) => return Err("clusters are missing: operator=train, or operator=* for all".to_owned()),
+            ("viewer" | "administrator", false) => return Err(format!("{role} has no names")),
             _ => return Err("expected viewer, author=TIER, operator=CLUSTER or administrator".to_owned()),
         }))
     }
@@ -131,14 +136,14 @@ fn create(
     force: bool,
     output: Format,
 ) -> anyhow::Result<()> {
-    let own = context.context("no hub is known: name a context file with --context FILE or HANSE_CONTEXT")?;
+    let own = context.context("no context file: set --context FILE or HANSE_CONTEXT")?;
     let own = read_context(own)?;
-    hanse_identity::Identity::user(name).with_context(|| format!("{name:?} is no user's name"))?;
+    hanse_identity::Identity::user(name).with_context(|| format!("invalid user name {name:?}"))?;
     let file = |suffix: &str| PathBuf::from(format!("{name}.{suffix}"));
     let paths = ["context", "key", "pem", "ca.pem"].map(|suffix| out.join(file(suffix)));
-    // Before anything changes at the hub: a key that is in use must not be lost.
+    // Checked before the hub changes anything: a key in use must not be overwritten.
     if let Some(there) = paths.iter().find(|path| path.exists() && !force) {
-        bail!("{} exists already: --force replaces it", there.display());
+        bail!("{} exists: use --force to overwrite it", there.display());
     }
     files::private_folder(out).with_context(|| format!("make {}", out.display()))?;
     let key = Key::generate()?;
@@ -154,14 +159,17 @@ fn create(
     credentials.certificate.write(certificate_path)?;
     let ca = std::fs::read_to_string(context.and_then(Path::parent).unwrap_or(Path::new(".")).join(&own.ca));
     let ca = Certificate::from_pem(ca.context("read the root's certificate")?.as_bytes())?;
-    anyhow::ensure!(*ca.der == *created.root, "the hub names another root than the one that this context trusts");
+    anyhow::ensure!(
+        *ca.der == *created.root,
+        "the root certificate of the hub is not the one that this context trusts"
+    );
     ca.write(ca_path)?;
     let theirs = Context { ca: file("ca.pem"), certificate: file("pem"), key: file("key"), ..own };
     let text = serde_json::to_string_pretty(&theirs)? + "\n";
     files::write_secret(context_path, text.as_bytes()).with_context(|| format!("write {}", context_path.display()))?;
     let shown = context_path.display();
     let done = serde_json::json!({"user": name, "result": "created", "context": context_path});
-    output::done(output, &done, format_args!("user {name} created; they work with"))?;
+    output::done(output, &done, format_args!("user {name} created; to use it:"))?;
     match output {
         Format::Table => ["".to_owned(), format!("  export HANSE_CONTEXT={shown}")].iter().try_for_each(output::line),
         _ => Ok(()),

@@ -1,4 +1,4 @@
-//! `hanse version`: of this command, and of the hub.
+//! `hanse version`.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::{call, with_client};
 use crate::output::{self, Format};
 
-/// Print the version of this command and, where a context file is given, of its hub.
+/// Print the version of this command and, with a context file, of the hub.
 #[derive(Debug, clap::Args)]
 pub struct Version {
     /// Do not contact a hub.
@@ -41,7 +41,7 @@ struct Hub {
 impl Version {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         let client = Client { version: env!("CARGO_PKG_VERSION") };
-        // The client's is known without a hub, and printed before anything that may fail.
+        // Printed before the call, which may fail.
         if self.output == Format::Table {
             output::line(format_args!("client  {}", client.version))?;
         }

@@ -1,4 +1,4 @@
-//! `hanse wait`: until objects are enforced on every node of every cluster that must enforce them, or are gone from there.
+//! `hanse wait`.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -16,18 +16,19 @@ use super::{CallError, Client, call, with_client};
 use crate::completion;
 use crate::output::{self, Format};
 
-/// How often the hub is called.
+/// Interval between calls.
 const POLL_EVERY: Duration = Duration::from_millis(100);
-/// How long after a hub went away it is called again.
+/// Interval between calls while the hub is unreachable.
 const RETRY: Duration = Duration::from_secs(1);
-/// How often people see who lags, after the first time.
+/// Interval between progress messages, after the first.
 const SAY_EVERY: Duration = Duration::from_secs(5);
 
-/// Wait until objects are enforced on every node of every cluster that must enforce them, or until they are gone from there.
+/// Wait until objects are enforced on all nodes, or deleted from all nodes.
 ///
-/// Exits 0 when it is so, 1 when the time is up (and says who lags), 2 when a cluster refuses an object. A hub that goes away
-/// meanwhile is called again until the time is up. A policy concerns the clusters that it names; a tier, a network set, a
-/// MemberCluster, and every object that is deleted, concerns all clusters that have joined.
+/// Policies are enforced by the clusters that they select; tiers, network sets, MemberClusters and deletions by all clusters that
+/// have joined. An unreachable hub is retried until the timeout.
+///
+/// Exit codes: 0 the condition is met; 1 timeout, with the clusters and nodes that lag; 2 a cluster refuses an object.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -39,28 +40,28 @@ Examples:
 pub struct Wait {
     #[arg(long = "for", value_enum, default_value_t = Condition::Enforced)]
     condition: Condition,
-    /// How long to wait, in seconds.
+    /// Timeout in seconds.
     #[arg(long, default_value_t = 60)]
     timeout: u64,
-    /// FederatedNetworkPolicies by name, or any objects as KIND/NAME.
+    /// Names of FederatedNetworkPolicies, or other objects as KIND/NAME.
     #[arg(value_name = "NAME", add = completion::targets(), required_unless_present_any = ["all", "files"])]
     names: Vec<String>,
-    /// Every FederatedNetworkPolicy that the hub has.
+    /// All FederatedNetworkPolicies of the hub.
     #[arg(long)]
     all: bool,
-    /// A file or a directory of manifests that name the objects, or `-`; may be given several times.
+    /// File or directory of manifests that name the objects, or `-` for standard input; repeatable.
     #[arg(short, long = "filename", value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Prints how it ended, with each cluster.
+    /// Format of the result, with each cluster.
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Condition {
-    /// Every node is at or past the object's revision, without an error that names it.
+    /// All nodes are at or past the object's revision, without an error that names it.
     Enforced,
-    /// The hub has no such object, and every node is at or past the revision at which it had none.
+    /// The object does not exist at the hub, and all nodes are at or past the revision of its deletion.
     Deleted,
 }
 
@@ -69,7 +70,7 @@ enum Condition {
 struct Target {
     kind: pb::ObjectKind,
     name: String,
-    /// The hub's revision at which it was first seen to be gone.
+    /// The hub's revision at which the object was first absent.
     gone_at: u64,
 }
 
@@ -126,7 +127,7 @@ impl Target {
         let is = |state: &str| clusters.iter().any(|it| it.state == state);
         let (state, why) = match (condition, status.revision) {
             (Condition::Enforced, 0) => {
-                let message = format!("there is no {kind}/{name}; `hanse get {kind}` names all");
+                let message = format!("{kind}/{name} not found; `hanse get {kind}` lists all");
                 return Err(CallError::Refused { code: tonic::Code::NotFound, message }.into());
             }
             (Condition::Deleted, 1..) => {
@@ -186,7 +187,7 @@ impl Wait {
         loop {
             match with_client(context, async |client| self.poll(client, &mut progress, start).await) {
                 Err(error) if CallError::is_passing(&error) && !is_up() => {
-                    // Once is no news: a policy that was just applied may not be distributed yet.
+                    // The first time is expected: a policy that was just applied may not be distributed yet.
                     let text = format!("{error:#}");
                     if again && said != text {
                         output::note(format_args!("{text}; trying again"));

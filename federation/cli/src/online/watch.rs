@@ -1,4 +1,4 @@
-//! `hanse get --watch`: objects as they are, and then as they change.
+//! `hanse get --watch`: the objects, then each change.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,15 +13,15 @@ use super::object::{name_of, put_revision, summary};
 use super::{CallError, Client, call, refused, with_client};
 use crate::output::{self, ListFormat};
 
-/// How long after a hub went away it is called again.
+/// Interval between calls while the hub is unreachable.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// What was printed last: each object with its revision.
-type Known = BTreeMap<(i32, String), pb::Object>;
+type Printed = BTreeMap<(i32, String), pb::Object>;
 
-/// Prints until it is ended. A hub that goes away is called again, and what changed meanwhile is printed then.
+/// Prints until the process ends. After a disconnect it calls the hub again, and prints what changed in between.
 pub fn watch(context: Option<&Path>, request: &pb::GetRequest, format: ListFormat) -> anyhow::Result<ExitCode> {
-    let mut known = Known::new();
+    let mut known = Printed::new();
     let mut said = String::new();
     if matches!(format, ListFormat::Table | ListFormat::Wide) {
         row("CHANGE", "KIND", "NAME", "REVISION", "WHAT")?;
@@ -46,16 +46,16 @@ async fn follow(
     mut client: Client,
     request: &pb::GetRequest,
     format: ListFormat,
-    known: &mut Known,
+    known: &mut Printed,
 ) -> anyhow::Result<ExitCode> {
     let mut stream = call(client.watch(request.clone())).await?;
-    // What was known and does not come again before the first end is gone.
+    // Objects that are not repeated before the first end of a list were deleted.
     let mut unseen = Some(known.clone());
     loop {
         let message = stream.message().await.map_err(refused)?;
         let message = message.ok_or_else(|| CallError::Unreachable("the hub ended the watch".to_owned()))?;
         for change in message.changes {
-            let object = change.object.context("a change names no object")?;
+            let object = change.object.context("a change without an object")?;
             if let Some(unseen) = &mut unseen {
                 unseen.remove(&(object.kind, object.name.clone()));
             }
@@ -69,7 +69,7 @@ async fn follow(
     }
 }
 
-fn print(known: &mut Known, object: pb::Object, deleted: bool, format: ListFormat) -> anyhow::Result<()> {
+fn print(known: &mut Printed, object: pb::Object, deleted: bool, format: ListFormat) -> anyhow::Result<()> {
     let key = (object.kind, object.name.clone());
     let change = match (known.get(&key), deleted) {
         (Some(last), false) if last.revision == object.revision => return Ok(()),
@@ -79,7 +79,7 @@ fn print(known: &mut Known, object: pb::Object, deleted: bool, format: ListForma
         (None, false) => "ADDED",
     };
     let kind = name_of(object.kind);
-    let mut manifest: Value = serde_json::from_slice(&object.manifest).context("understand a manifest")?;
+    let mut manifest: Value = serde_json::from_slice(&object.manifest).context("read a manifest")?;
     match (format, format.data()) {
         (_, Some(format)) => {
             put_revision(&mut manifest, object.revision);
@@ -95,7 +95,7 @@ fn print(known: &mut Known, object: pb::Object, deleted: bool, format: ListForma
     Ok(())
 }
 
-/// Rows come one by one: widths are those of most.
+/// Rows are printed one by one: the widths fit most names.
 fn row(change: &str, kind: &str, name: &str, revision: &str, what: &str) -> anyhow::Result<()> {
     output::line(format!("{change:<8}  {kind:<22}  {name:<32}  {revision:>8}  {what}").trim_end())
 }

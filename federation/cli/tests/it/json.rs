@@ -216,8 +216,8 @@ fn errors_are_objects_with_json_output() {
     let world = World::new();
     assert_eq!(world.apply(&format!("{TIER}{}", member("train", "10.1.0.0/16")), &[]).code, Some(0));
     for (arguments, code, expected) in [
-        (&["get", "fnp", "gone", "-o", "json"][..], 1, "there is no FederatedNetworkPolicy/gone"),
-        (&["cluster", "get", "gone", "-o", "json"], 1, "there is no cluster gone"),
+        (&["get", "fnp", "gone", "-o", "json"][..], 1, "FederatedNetworkPolicy/gone not found"),
+        (&["cluster", "get", "gone", "-o", "json"], 1, "cluster gone not found"),
         (&["status", "--no-such-option", "-o", "json"], 2, "--no-such-option"),
         (&["status", "-ojson", "--no-such-option"], 2, "--no-such-option"),
         (&["get", "-o=json", "--watch=3"], 2, "--watch"),
@@ -244,7 +244,7 @@ fn errors_are_objects_with_json_output() {
     assert_eq!(error_of(&partly)["error"], "1 of 2 objects not found");
     // The other formats have text, and help is not an error.
     for arguments in [&["get", "fnp", "gone"][..], &["get", "fnp", "gone", "-o", "yaml"]] {
-        assert!(world.hanse(arguments).err.starts_with("hanse: there is no "), "{arguments:?}");
+        assert!(world.hanse(arguments).err.starts_with("hanse: FederatedNetworkPolicy/gone not found"), "{arguments:?}");
     }
     let help = world.hanse(&["status", "-o", "json", "--help"]);
     assert!(help.code == Some(0) && help.out.contains("Usage: hanse status"), "{help:?}");
