@@ -1,4 +1,4 @@
-//! What platform teams do: the conversion module of `administration.proto`, and the rules behind it.
+//! The administration API: the conversion module of `administration.proto`, and its rules.
 
 mod convert;
 mod objects;
@@ -24,19 +24,19 @@ use crate::grants::MemberCluster;
 use crate::manifest::ObjectId;
 use crate::registration::{requested, status};
 use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
-use crate::registry::{ChangeError, Deed, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds};
+use crate::registry::{AuditAction, ChangeError, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds};
 use crate::roles::{Need, Role, allow, denial};
 use crate::status::Realisations;
 use hanse_identity::token::{Token, TokenKind};
 use observe::{MAX_WATCHERS, Wanted};
 
-/// Longest life of a token: a week.
+/// Maximum lifetime of a token: a week.
 const MAX_TOKEN_LIFE: Duration = Duration::from_secs(7 * 86_400);
-/// Tokens of one cluster that have not ended, so that a revocation can end all of them in its transaction.
+/// Maximum number of valid tokens of one cluster, so that a revocation can delete all of them in its transaction.
 const MAX_CLUSTER_TOKENS: usize = 64;
-/// Ended tokens that are deleted with the creation of one.
+/// Expired tokens that are deleted when one is created.
 const TOKENS_SWEPT: usize = 32;
-/// Longest reason of a revocation, in bytes.
+/// Maximum length of the reason of a revocation.
 const MAX_REASON_BYTES: usize = 1024;
 
 /// The service of `administration.proto`.
@@ -91,18 +91,21 @@ impl Administration {
             bound_key: None,
             created_by: who.to_string(),
         };
-        let deed = Deed::new(who, "token.create", format!("token/{} for cluster/{}", token.id, token.cluster));
+        let audited =
+            AuditAction::new(who, "token.create", format!("token/{} for cluster/{}", token.id, token.cluster));
         self.registry
-            .change(&deed, |snapshot| {
+            .change(&audited, |snapshot| {
                 permit(snapshot, who, Need::Operate(&request.cluster))?;
                 let ended = snapshot.tokens.iter().filter(|(_, t)| t.expires_at <= seconds(now));
                 let ended: Vec<_> = ended.map(|(id, _)| id.clone()).collect();
                 if snapshot.tokens.len() - ended.len() >= MAX_TOKENS {
-                    return Err(ChangeError::Limit(format!("there are {MAX_TOKENS} tokens already")));
+                    return Err(ChangeError::Limit(format!("the limit of {MAX_TOKENS} tokens is reached")));
                 }
                 if live_tokens(snapshot, &request.cluster, seconds(now)).count() >= MAX_CLUSTER_TOKENS {
                     let cluster = &request.cluster;
-                    let text = format!("there are {MAX_CLUSTER_TOKENS} tokens for {cluster} already: revoke one");
+                    let text = format!(
+                        "the limit of {MAX_CLUSTER_TOKENS} tokens for cluster {cluster} is reached: revoke one"
+                    );
                     return Err(ChangeError::Limit(text));
                 }
                 let mut transaction = Transaction::default().put(key(&["token", &token.id])?, records::encode(&record));
@@ -116,11 +119,11 @@ impl Administration {
     }
 
     async fn revoke_token(&self, who: &Identity, id: &str) -> Result<(), ChangeError> {
-        let deed = Deed::new(who, "token.revoke", format!("token/{}", clipped(id)));
-        let change = self.registry.change(&deed, |snapshot| {
+        let audited = AuditAction::new(who, "token.revoke", format!("token/{}", clipped(id)));
+        let change = self.registry.change(&audited, |snapshot| {
             let token = snapshot.tokens.get(id);
             permit(snapshot, who, token.map_or(Need::Administer, |t| Need::Operate(&t.cluster)))?;
-            token.ok_or_else(|| ChangeError::NotFound(format!("there is no token {id}")))?;
+            token.ok_or_else(|| ChangeError::NotFound(format!("token {id} not found")))?;
             Ok((Transaction::default().delete(key(&["token", id])?), ()))
         });
         change.await.map(|_| ())
@@ -134,22 +137,22 @@ impl Administration {
         name: &str,
         to: MemberState,
     ) -> Result<(), ChangeError> {
-        let deed = Deed::new(who, action, format!("cluster/{}", clipped(name)));
-        let change = self.registry.change(&deed, |snapshot| {
+        let audited = AuditAction::new(who, action, format!("cluster/{}", clipped(name)));
+        let change = self.registry.change(&audited, |snapshot| {
             permit(snapshot, who, Need::Operate(name))?;
             let member = snapshot.members.get(name).map(|m| m.record.clone());
-            let member = member.ok_or_else(|| ChangeError::NotFound(format!("no cluster has joined as {name}")))?;
+            let member = member.ok_or_else(|| ChangeError::NotFound(format!("cluster {name} has not joined")))?;
             let transaction = match (&member.state, &to) {
                 (from, to) if from == to => Transaction::default(),
                 (MemberState::Revoked { .. }, MemberState::Accepted) => {
-                    let text = "it has been revoked: let it join again, with a new token and `hanse-member join`";
+                    let text = "the cluster was revoked: join again with a new token and `hanse-member join`";
                     return Err(ChangeError::Conflict(text.to_owned()));
                 }
                 (MemberState::Revoked { .. }, _) => Transaction::default(),
                 _ => {
                     let mut transaction = Transaction::default();
                     if matches!(to, MemberState::Revoked { .. }) {
-                        // Its tokens end with it.
+                        // Its tokens are deleted with it.
                         for id in live_tokens(snapshot, name, self.registry.now_seconds()) {
                             transaction = transaction.delete(key(&["token", id])?);
                         }
@@ -163,7 +166,7 @@ impl Administration {
         change.await.map(|_| ())
     }
 
-    /// Closes the connections of this replica whose certificate is no longer admitted. Others see the store's change.
+    /// Closes the connections of this replica whose certificate is no longer admitted. Other replicas follow the store.
     fn close_refused(&self) -> u32 {
         let snapshot = self.registry.snapshot();
         let closed = self.connections.close_where(|peer| refused(&snapshot, peer));
@@ -178,7 +181,7 @@ impl Administration {
         let identity = Identity::user(&request.name).map_err(|e| Status::invalid_argument(format!("name: {e}")))?;
         let roles = request.roles.into_iter().map(convert::role_from_wire).collect::<Result<Vec<Role>, _>>()?;
         if roles.is_empty() || roles.len() > 16 {
-            return Err(Status::invalid_argument("roles: a user has 1 to 16"));
+            return Err(Status::invalid_argument("roles: expected 1 to 16"));
         }
         let requested = requested(&request.request, "request")?;
         let now = self.registry.now();
@@ -194,13 +197,13 @@ impl Administration {
     }
 
     async fn revoke_user(&self, who: &Identity, name: &str) -> Result<(), ChangeError> {
-        let deed = Deed::new(who, "user.revoke", format!("user/{}", clipped(name)));
-        let change = self.registry.change(&deed, |snapshot| {
+        let audited = AuditAction::new(who, "user.revoke", format!("user/{}", clipped(name)));
+        let change = self.registry.change(&audited, |snapshot| {
             permit(snapshot, who, Need::Administer)?;
             let user = snapshot.users.get(name);
-            let user = user.ok_or_else(|| ChangeError::NotFound(format!("there is no user {name}")))?;
+            let user = user.ok_or_else(|| ChangeError::NotFound(format!("user {name} not found")))?;
             if !other_administrator(snapshot, name) {
-                return Err(ChangeError::Conflict("no administrator would be left".to_owned()));
+                return Err(ChangeError::Conflict("this is the last administrator".to_owned()));
             }
             let record = UserRecord { revoked: true, ..UserRecord::clone(user) };
             Ok((Transaction::default().put(key(&["user", name])?, records::encode(&record)), ()))
@@ -209,10 +212,10 @@ impl Administration {
     }
 }
 
-/// Creates a user, or gives one a new key and roles.
+/// Creates a user, or replaces the key and roles of one.
 ///
 /// # Errors
-/// When `who` may not, or the store fails.
+/// When `who` lacks the role, or the store fails.
 pub async fn create_user(
     registry: &Registry,
     authority: &Authority,
@@ -229,33 +232,33 @@ pub async fn create_user(
         revoked: false,
         certificate_expires_at: seconds(now + authority.lifetimes.user),
     };
-    let deed = Deed::new(who, "user.create", format!("user/{name}"));
-    let change = registry.change(&deed, |snapshot| {
+    let audited = AuditAction::new(who, "user.create", format!("user/{name}"));
+    let change = registry.change(&audited, |snapshot| {
         permit(snapshot, who, Need::Administer)?;
         if snapshot.users.len() >= MAX_USERS && !snapshot.users.contains_key(name) {
-            return Err(ChangeError::Limit(format!("there are {MAX_USERS} users already")));
+            return Err(ChangeError::Limit(format!("the limit of {MAX_USERS} users is reached")));
         }
         if !record.roles.contains(&Role::Administrator) && !other_administrator(snapshot, name) {
-            return Err(ChangeError::Conflict("no administrator would be left".to_owned()));
+            return Err(ChangeError::Conflict("this is the last administrator".to_owned()));
         }
         Ok((Transaction::default().put(key(&["user", name])?, records::encode(&record)), ()))
     });
     change.await.map(|_| ())
 }
 
-/// The tokens of a cluster that have not ended.
+/// The valid tokens of a cluster.
 fn live_tokens<'a>(snapshot: &'a Snapshot, cluster: &'a str, now: u64) -> impl Iterator<Item = &'a Arc<str>> {
     let live = move |(_, token): &(&Arc<str>, &Arc<TokenRecord>)| token.cluster == cluster && token.expires_at > now;
     snapshot.tokens.iter().filter(live).map(|(id, _)| id)
 }
 
-/// Whether someone but `name` administers.
+/// Whether an administrator other than `name` exists.
 fn other_administrator(snapshot: &Snapshot, name: &str) -> bool {
     let others = snapshot.users.iter().filter(|(other, user)| ***other != *name && !user.revoked);
     others.into_iter().any(|(_, user)| user.roles.contains(&Role::Administrator))
 }
 
-/// Whether `who` may. The hub itself (at `init`, on its own machine) may do everything.
+/// Checks that `who` has the role that is needed. The hub itself (`init`) may do everything.
 pub(crate) fn permit(snapshot: &Snapshot, who: &Identity, need: Need<'_>) -> Result<(), ChangeError> {
     let roles = match who {
         Identity::Hub => return Ok(()),
@@ -266,7 +269,7 @@ pub(crate) fn permit(snapshot: &Snapshot, who: &Identity, need: Need<'_>) -> Res
     if allow(roles, need) { Ok(()) } else { Err(ChangeError::Denied(denial(&who.to_string(), roles, need))) }
 }
 
-/// Nets of clusters never overlap; the later is refused.
+/// CIDRs of clusters never overlap; the later one is refused.
 fn check_nets(snapshot: &Snapshot, name: &str, manifest: &[u8]) -> Result<(), ChangeError> {
     let (new, _) = MemberCluster::from_manifest(manifest).map_err(ChangeError::Invalid)?;
     for (other, cluster) in &snapshot.clusters {
@@ -281,7 +284,7 @@ fn check_nets(snapshot: &Snapshot, name: &str, manifest: &[u8]) -> Result<(), Ch
     Ok(())
 }
 
-/// Whether a connection must not go on.
+/// Whether a connection must be closed.
 pub(crate) fn refused(snapshot: &Snapshot, peer: &Peer) -> bool {
     peer.certificate.as_ref().is_some_and(|certificate| !snapshot.admits(certificate))
 }
@@ -289,13 +292,11 @@ pub(crate) fn refused(snapshot: &Snapshot, peer: &Peer) -> bool {
 pub(crate) fn caller<T>(request: &Request<T>) -> Result<Identity, Status> {
     match peer_identity(request)? {
         user @ Identity::User(_) => Ok(user.clone()),
-        other => Err(Status::permission_denied(format!(
-            "{other} is not a user: `hanse user create` makes one's certificate"
-        ))),
+        other => Err(Status::permission_denied(format!("{other} is not a user; `hanse user create` creates a user"))),
     }
 }
 
-/// What a stranger sends is not repeated at length.
+/// Limits the length of unverified input in messages.
 fn clipped(text: &str) -> String {
     text.chars().take(64).collect()
 }

@@ -1,7 +1,7 @@
-//! The ClusterSet's root on disk, and the hub's own certificate.
+//! The root authority of the ClusterSet on disk, and the certificate of the hub.
 //!
-//! `ca.key` (0600) and `ca.pem` are made once by `hanse-hub init`. The hub's leaf lives in memory: each process issues its own
-//! and replaces it two thirds through its validity.
+//! `ca.key` (0600) and `ca.pem` are written once by `hanse-hub init`. The leaf of the hub is in memory: each process issues its own
+//! and replaces it after two thirds of its validity.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -23,9 +23,9 @@ pub struct Lifetimes {
     pub leaf: Duration,
     /// Of users.
     pub user: Duration,
-    /// Of clusters' intermediates: nodes must start while the hub is away, for long.
+    /// Of the intermediates of clusters: nodes must be able to start during a long outage of the hub.
     pub intermediate: Duration,
-    /// How long after its end a member's certificate may still be renewed.
+    /// How long after its expiry a member's certificate may still be renewed.
     pub late_renewal: Duration,
 }
 
@@ -38,7 +38,7 @@ impl Default for Lifetimes {
 /// The lifetime of the root.
 const ROOT: Duration = Duration::from_secs(86_400 * 3_650);
 
-/// The root with its key, which issues everything that the hub trusts.
+/// The root with its key. It issues all certificates that the hub trusts.
 #[derive(Debug, Clone)]
 pub struct Authority {
     ca: Arc<Ca>,
@@ -46,7 +46,7 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// Makes the root in `folder`.
+    /// Creates the root in `folder`.
     ///
     /// # Errors
     /// When files cannot be written, or signing fails.
@@ -86,7 +86,7 @@ impl Authority {
         self.ca.issue_credentials(&Identity::Hub, self.lifetimes.leaf, SystemTime::now())
     }
 
-    /// Replaces the hub's leaf in `store` in time, until `stop`.
+    /// Renews the leaf of the hub in `store`, until `stop`.
     pub async fn keep_fresh(self, store: CredentialStore, stop: CancellationToken) {
         loop {
             let wait = store.current().certificate.renew_at().duration_since(SystemTime::now()).unwrap_or_default();

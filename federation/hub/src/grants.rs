@@ -1,4 +1,4 @@
-//! MemberCluster: a cluster's labels, and what it may give to the others.
+//! MemberCluster: the labels of a cluster, and what it may export.
 //!
 //! ```yaml
 //! apiVersion: hanse.dev/v1alpha1
@@ -9,8 +9,8 @@
 //!   grants:
 //!     namespaces: ["*"]                # or names; none by default
 //!     cidrs: [10.1.0.0/16]             # of its endpoints; never overlap with another cluster's
-//!     labels: {app: ["*"], stage: [inference, training]}   # keys with permitted values; absent: every key
-//!     visibleTo: {clusterSelector: "env == 'prod'"}        # absent: everybody
+//!     labels: {app: ["*"], stage: [inference, training]}   # keys with permitted values; absent: all keys
+//!     visibleTo: {clusterSelector: "env == 'prod'"}        # absent: all clusters
 //!     limits: {endpoints: 100000, labelSets: 20000, updatesPerSecond: 2000}
 //! ```
 
@@ -25,7 +25,7 @@ use hanse_policy::selector::Selector;
 use hanse_policy::tri::Tri;
 use ipnet::IpNet;
 
-/// A cluster's labels and grants. The default grants nothing.
+/// Labels and grants of a cluster. The default has no grants.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct MemberCluster {
     pub labels: Labels,
@@ -63,7 +63,7 @@ pub enum Values {
 pub struct Limits {
     pub endpoints: u64,
     pub label_sets: u64,
-    /// On the average of a minute; more are not lost, but taken later.
+    /// Average over a minute. Updates above the limit are delayed, not dropped.
     pub updates_per_second: u64,
 }
 
@@ -78,10 +78,10 @@ impl Default for Limits {
 }
 
 impl MemberCluster {
-    /// Reads a manifest (JSON), and says what its author should know though it is valid.
+    /// Reads a manifest (JSON). Returns warnings for its author, too.
     ///
     /// # Errors
-    /// What is wrong, naming the field.
+    /// The first error, with its field.
     pub fn from_manifest(manifest: &[u8]) -> Result<(Self, Vec<String>), String> {
         let manifest: hanse::MemberCluster = serde_json::from_slice(manifest).map_err(|e| e.to_string())?;
         let mut errors = Errors::default();
@@ -91,8 +91,7 @@ impl MemberCluster {
         }
         let mut warnings = Vec::new();
         if member.federated_allow_final {
-            let text =
-                "spec.federatedAllow: only the cluster's own operator can grant Final, when it joins; not used here";
+            let text = "spec.federatedAllow: ignored; the operator of the cluster grants Final when it joins";
             warnings.push(text.to_owned());
         }
         let values = |values: Option<BTreeSet<Arc<str>>>| values.map_or(Values::Any, Values::Named);
@@ -126,7 +125,7 @@ impl MemberCluster {
         self.cidrs.iter().any(|net| net.contains(&address))
     }
 
-    /// Whether an endpoint may have this label. A key outside the grant is not refused: it is unknown (see [`Self::label_grant`]).
+    /// Whether an endpoint may have this label. A key outside the grant is not refused, but unknown (see [`Self::label_grant`]).
     pub fn permits_label(&self, key: &str, value: &str) -> bool {
         if key.starts_with(RESERVED_PREFIX) {
             return false;
@@ -145,10 +144,10 @@ impl MemberCluster {
         }
     }
 
-    /// What an operator should know of these grants, naming the fields.
+    /// Warnings about these grants, with the fields.
     pub fn warnings(&self) -> Vec<String> {
-        let any = "spec.grants.labels is absent (labels: any): the cluster's endpoints may carry every label, also those that \
-                   policies of other clusters trust; list the keys that it may use, with their values";
+        let any = "spec.grants.labels is absent (labels: any): endpoints of the cluster may have any label, including labels \
+                   that policies of other clusters trust; list the permitted keys and values";
         self.label_values.is_none().then(|| any.to_owned()).into_iter().collect()
     }
 

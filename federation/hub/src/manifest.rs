@@ -77,7 +77,7 @@ pub struct Checked {
     pub warnings: Vec<String>,
 }
 
-/// Checks a manifest (JSON) whole: what is accepted here can be read by everybody of this version.
+/// Validates a manifest (JSON). Every process of this version can read an accepted manifest.
 ///
 /// # Errors
 /// What is wrong, naming the field.

@@ -1,7 +1,7 @@
-//! Questions to members, and what users learn by them: the hub holds no cluster's own policies.
+//! Queries to members, for users: the hub does not store the policies of clusters.
 //!
-//! A member attends over a stream that it opens. Its egress is asked of the source's member, ingress of the destination's;
-//! who an end is, is asked of its own. A member that does not attend is named as such: nobody answers for it.
+//! A member answers queries over a stream that it opens. The member of the source evaluates egress, that of the destination
+//! ingress; the member of each end resolves its identity. The answer names a member without a stream.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -59,30 +59,30 @@ pub struct Questions {
 
 #[derive(Debug)]
 struct Attendant {
-    /// Tells streams of one cluster apart.
+    /// Distinguishes the streams of one cluster.
     stream: u64,
     outbox: mpsc::Sender<Result<pb::Question, Status>>,
     next: u64,
     waiting: HashMap<u64, oneshot::Sender<Reply>>,
 }
 
-/// Why a member gave no answer.
+/// Why a member did not answer.
 #[derive(Debug, Clone, thiserror::Error)]
 enum AskError {
-    #[error("the member of cluster {0} does not attend here; see `hanse status`")]
+    #[error("the member of cluster {0} is not connected to this hub; see `hanse status`")]
     Absent(ClusterName),
-    #[error("the member of cluster {0} has {MAX_UNDER_WAY} questions under way: ask again later")]
+    #[error("the member of cluster {0} has {MAX_UNDER_WAY} pending queries: try again later")]
     Busy(ClusterName),
     #[error("the member of cluster {0} did not answer within {patience} s", patience = PATIENCE.as_secs())]
     Silent(ClusterName),
-    #[error("the member of cluster {0} says: {1}")]
+    #[error("the member of cluster {0} refused the query: {1}")]
     Refused(ClusterName, String),
-    #[error("the member of cluster {0} answered another question")]
+    #[error("the member of cluster {0} sent an answer that does not match the query")]
     Wrong(ClusterName),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Each call leaves the map whole, so a panic elsewhere does not make it wrong.
+    // Each critical section leaves the map consistent, also when it panics.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -131,14 +131,14 @@ impl Questions {
         }
     }
 
-    /// The cluster whose granted nets hold an address.
+    /// The cluster whose granted CIDRs contain an address.
     fn granted(&self, address: IpAddr) -> Option<ClusterName> {
         let snapshot = self.registry.snapshot();
         let holds = |cidrs: &[ipnet::IpNet]| cidrs.iter().any(|net| net.contains(&address));
         snapshot.clusters.iter().find(|(_, it)| holds(&it.grant.cidrs)).map(|(name, _)| name.clone())
     }
 
-    /// Asks each end's own cluster who it is. What cannot be asked comes back by cluster.
+    /// Resolves each end at its own cluster. Returns the errors by cluster, too.
     async fn resolve(&self, questions: &[Question]) -> (Inventory, BTreeMap<ClusterName, AskError>) {
         let mut wanted: BTreeSet<(ClusterName, WantedPod)> = BTreeSet::new();
         for question in questions {
@@ -189,7 +189,7 @@ impl Questions {
                 serde_json::from_slice(query).map_err(|error| format!("malformed query: {error}"))?;
             let nameless = |place: &Place| matches!(place, Place::Pod { cluster: None, .. });
             match nameless(&question.from) || nameless(&question.to) {
-                true => Err("cluster is missing: name the pod's cluster".to_owned()),
+                true => Err("cluster is missing".to_owned()),
                 false => Ok(question),
             }
         };
@@ -212,7 +212,7 @@ impl Questions {
         };
         let packets: Vec<Result<Query, String>> =
             questions.iter().map(|it| it.as_ref().map_err(Clone::clone).and_then(packet)).collect();
-        // What each member is asked: the numbers of the queries that have an end in its cluster.
+        // For each member, the indexes of the queries that have an end in its cluster.
         let mut asked: BTreeMap<ClusterName, Vec<usize>> = BTreeMap::new();
         for (at, packet) in packets.iter().enumerate() {
             let Ok(packet) = packet else { continue };
@@ -274,7 +274,7 @@ impl Questions {
 
     async fn list(&self, cluster: &str) -> pb::ListPodsResponse {
         let snapshot = self.registry.snapshot();
-        // One that has not joined, or was revoked, has no pods in the federation: nothing is missing without them.
+        // A cluster that has not joined, or was revoked, has no pods in the federation.
         let wanted = |(name, it): &(&ClusterName, &Arc<Cluster>)| match cluster {
             "" => it.state == ClusterState::Accepted,
             cluster => ***name == *cluster,
@@ -285,18 +285,21 @@ impl Questions {
         let mut note =
             |cluster: &ClusterName, note: String| notes.push(pb::ClusterNote { cluster: cluster.to_string(), note });
         if clusters.is_empty() && !cluster.is_empty() {
-            note(&cluster.into(), "there is no such cluster".to_owned());
+            note(&cluster.into(), "cluster not found".to_owned());
         }
         // One after the other: the answers of all at once would be 4 MiB for each of 1,000 clusters.
         for cluster in clusters {
             if pods_listed.len() >= MAX_LISTED {
-                note(&cluster, format!("not asked: {MAX_LISTED} pods are listed already; name the cluster"));
+                note(
+                    &cluster,
+                    format!("not queried: the limit of {MAX_LISTED} pods is reached; query this cluster by name"),
+                );
                 continue;
             }
             match self.pods(&cluster, Which::All(pb::AllPods {})).await {
                 Ok(pods) => {
                     if pods.truncated {
-                        note(&cluster, format!("has more than the {} pods that are told", pods.pods.len()));
+                        note(&cluster, format!("has more pods than the {} that are listed", pods.pods.len()));
                     }
                     pods_listed
                         .extend(pods.pods.into_iter().map(|pod| pb::PodInfo { cluster: cluster.to_string(), ..pod }));
@@ -307,7 +310,7 @@ impl Questions {
         pb::ListPodsResponse { pods: pods_listed, notes }
     }
 
-    /// Takes a member's answers until its stream ends.
+    /// Receives the answers of a member until its stream ends.
     async fn attended(
         self,
         cluster: ClusterName,
@@ -316,7 +319,7 @@ impl Questions {
     ) {
         let stream = {
             let mut attendants = lock(&self.attendants);
-            // The newest stream speaks for the cluster; whoever waits on an older one is told that nobody answers.
+            // The newest stream answers for the cluster; pending queries of an older one fail.
             let stream = attendants.get(&cluster).map_or(1, |earlier| earlier.stream + 1);
             let attendant = Attendant { stream, outbox, next: 0, waiting: HashMap::new() };
             attendants.insert(cluster.clone(), attendant);
@@ -329,7 +332,7 @@ impl Questions {
                 let Some(attendant) = attendant else { return Ok(()) };
                 let waiting = attendant.waiting.remove(&answer.id);
                 if let (Some(waiting), Some(answer)) = (waiting, answer.answer) {
-                    // Who asked may have given up.
+                    // The caller may have disconnected.
                     let _ = waiting.send(answer);
                 }
             }
@@ -342,7 +345,7 @@ impl Questions {
             }
         };
         if let Err(status) = ended {
-            tracing::info!(%cluster, error = status.message(), "attending ended");
+            tracing::info!(%cluster, error = status.message(), "query stream of a member ended");
         }
         let mut attendants = lock(&self.attendants);
         if attendants.get(&cluster).is_some_and(|it| it.stream == stream) {
@@ -384,7 +387,7 @@ fn endpoint(pod: &pb::PodInfo) -> (EndpointId, Endpoint) {
     (id, Endpoint { addresses, host_addresses, host_network: pod.host_network, ..Endpoint::default() })
 }
 
-/// A query as the member of `cluster` is asked it: its own ends by name, the others by address.
+/// A query for the member of `cluster`: its own ends by name, the others by address.
 fn rewritten(packet: &Query, cluster: &ClusterName) -> Bytes {
     #[derive(Serialize)]
     #[serde(rename_all = "camelCase")]
@@ -430,7 +433,7 @@ impl pb::questions_server::Questions for Questions {
 
     async fn attend(&self, request: Request<Streaming<pb::Answer>>) -> Result<Response<Self::AttendStream>, Status> {
         let Identity::Cluster(cluster) = peer_identity(&request)? else {
-            return Err(Status::permission_denied("only members attend"));
+            return Err(Status::permission_denied("only members answer queries"));
         };
         let cluster = Arc::clone(cluster);
         let (outbox, sending) = mpsc::channel(MAX_UNDER_WAY);

@@ -1,4 +1,4 @@
-//! Joining and renewing: the conversion module of `registration.proto`, and the rules behind it.
+//! Joining and renewing: the conversion module of `registration.proto`, and its rules.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,19 +19,19 @@ use tracing::{info, warn};
 use crate::authority::Authority;
 use crate::metrics::{HubMetrics, Outcome};
 use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
-use crate::registry::{ChangeError, Deed, MAX_CLUSTERS, Registry, Snapshot, key, seconds};
+use crate::registry::{AuditAction, ChangeError, MAX_CLUSTERS, Registry, Snapshot, key, seconds};
 use hanse_identity::token::{MAX_TOKEN_BYTES, Token, TokenKind};
 
-/// How soon a waiting member may ask again.
+/// Interval at which a waiting member retries.
 const RETRY: Duration = Duration::from_secs(1);
 /// Calls on the join listener from one address, with a burst of ten seconds' worth: each costs up to two signatures to verify and
 /// two to make, below a millisecond.
 const CALLS_PER_SECOND: f64 = 10.0;
-/// Of one certificate's holder. One is enough; answers may be lost.
+/// Renewals of one identity. One is enough; responses may be lost.
 const RENEWALS_IN_A_LIFETIME: f64 = 16.0;
-/// A wrong token, a wrong cluster and an unknown token get this answer, so that none tells them apart.
+/// The same message for a wrong token, a wrong cluster and an unknown token: callers must not distinguish them.
 const REFUSED: &str =
-    "the token is not valid: it is unknown, expired, revoked, or for another cluster; `hanse token create` makes one";
+    "invalid token: unknown, expired, revoked, or for another cluster; `hanse token create` creates a new one";
 
 /// The services of `registration.proto`.
 #[derive(Debug, Clone)]
@@ -39,13 +39,13 @@ pub struct Registration {
     registry: Registry,
     authority: Authority,
     metrics: HubMetrics,
-    /// Of calls by those who have shown no certificate.
+    /// Of calls without a certificate.
     rate: Arc<Mutex<RateLimit<IpAddr>>>,
-    /// Of renewals: each is written, and noted in the audit, which is bounded.
+    /// Of renewals: each is written to the store and to the audit log, which is bounded.
     renewals: Arc<Mutex<RateLimit<String>>>,
 }
 
-/// What a newcomer or a renewing party gets.
+/// The certificates that a join or a renewal returns.
 struct Issued {
     certificate: Certificate,
     intermediate: Option<Certificate>,
@@ -64,7 +64,7 @@ impl Registration {
         Self { registry, authority, metrics, rate, renewals: Arc::new(Mutex::new(renewals)) }
     }
 
-    /// A call on the join listener: connections are limited already, but one may carry many calls.
+    /// Limits calls on the join listener: connections are limited, but each may carry many calls.
     fn admit<T>(&self, request: &Request<T>) -> Result<SocketAddr, Status> {
         let address = peer(request)?.address;
         let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
@@ -83,13 +83,16 @@ impl Registration {
     ) -> Result<Joined, ChangeError> {
         let now = self.registry.now();
         let public = request.public().to_string();
-        let deed =
-            Deed { who: format!("token/{}", token.id), action: "join", object: format!("cluster/{}", token.cluster) };
+        let action = AuditAction {
+            who: format!("token/{}", token.id),
+            action: "join",
+            object: format!("cluster/{}", token.cluster),
+        };
         let root = self.authority.root().fingerprint();
         let lifetimes = self.authority.lifetimes;
         let (_, accepted) = self
             .registry
-            .change(&deed, |snapshot| {
+            .change(&action, |snapshot| {
                 let record = check_token(snapshot, token, root, now)?;
                 let mut transaction = Transaction::default();
                 match &record.bound_key {
@@ -98,24 +101,24 @@ impl Registration {
                         transaction = transaction.put(key(&["token", &token.id])?, records::encode(&bound));
                     }
                     Some(bound) if *bound == public => {}
-                    Some(_) => return Err(ChangeError::Denied("the token belongs to another key".to_owned())),
+                    Some(_) => return Err(ChangeError::Denied("the token was used with another key".to_owned())),
                 }
                 if snapshot.members.len() >= MAX_CLUSTERS && !snapshot.members.contains_key(token.cluster.as_str()) {
-                    return Err(ChangeError::Limit(format!("there are {MAX_CLUSTERS} clusters already")));
+                    return Err(ChangeError::Limit(format!("the limit of {MAX_CLUSTERS} clusters is reached")));
                 }
                 let before = snapshot.members.get(token.cluster.as_str()).map(|m| &m.record);
                 let member = match before {
-                    // The same newcomer asks again: whatever an operator has decided holds.
+                    // The same member retries: the decision of the operator stays in force.
                     Some(member) if member.token == token.id && member.key == public => member.clone(),
                     Some(member) if member.token == token.id => {
-                        let text = "the cluster has renewed its key since it joined with this token";
+                        let text = "the cluster has renewed its key after it joined with this token";
                         return Err(ChangeError::Denied(text.to_owned()));
                     }
-                    // Used once is used up: it does not bring back what a newer one has replaced.
+                    // A used token does not restore a registration that a newer token has replaced.
                     Some(_) if record.bound_key.is_some() => {
-                        return Err(ChangeError::Denied("the cluster has joined with another token since".to_owned()));
+                        return Err(ChangeError::Denied("the cluster has joined with a newer token".to_owned()));
                     }
-                    // A newer token replaces an older registration: the older key is gone from here on.
+                    // A newer token replaces the registration, including its key.
                     _ => MemberRecord {
                         key: public.clone(),
                         previous_key: None,
@@ -129,10 +132,10 @@ impl Registration {
                     MemberState::Accepted => true,
                     MemberState::Pending => false,
                     MemberState::Revoked { .. } => {
-                        return Err(ChangeError::Denied("the cluster has been revoked".to_owned()));
+                        return Err(ChangeError::Denied("the cluster was revoked".to_owned()));
                     }
                 };
-                // Its certificate's end is registered before it is issued.
+                // The expiry is recorded before the certificate is issued.
                 let expires = if accepted { seconds(now + lifetimes.leaf) } else { 0 };
                 let member = MemberRecord { certificate_expires_at: expires, ..member };
                 if before != Some(&member) {
@@ -160,26 +163,26 @@ impl Registration {
     ) -> Result<Issued, ChangeError> {
         let now = self.registry.now();
         let identity = presented.identity.clone();
-        let deed = Deed::new(&identity, "renew", identity.to_string());
+        let action = AuditAction::new(&identity, "renew", identity.to_string());
         let (new, presented_key) = (request.public().to_string(), presented.public.to_string());
-        // The keys that are registered from here on. Who shows the former key has not got the answer of its renewal: it may
-        // ask for the same once more, and for nothing else.
+        // The keys after the renewal. A caller with the previous key has not received the response of its renewal: it may
+        // repeat the same request, and nothing else.
         let keys = |key: &str| match (presented_key == key, new == key) {
             (true, true) => Ok((new.clone(), None)),
             (true, false) | (false, true) => Ok((new.clone(), Some(presented_key.clone()))),
-            (false, false) => Err(ChangeError::Denied("the key has been renewed already".to_owned())),
+            (false, false) => Err(ChangeError::Denied("the key was renewed".to_owned())),
         };
         let lifetimes = self.authority.lifetimes;
         let lifetime = match &identity {
             Identity::Cluster(_) => lifetimes.leaf,
             Identity::User(_) if intermediate.is_none() => lifetimes.user,
-            _ => return Err(ChangeError::Denied("only clusters and users renew here".to_owned())),
+            _ => return Err(ChangeError::Denied("only clusters and users can renew".to_owned())),
         };
         let certificate_expires_at = seconds(now + lifetime);
         self.registry
-            .change(&deed, |snapshot| {
+            .change(&action, |snapshot| {
                 if !snapshot.admits(presented) {
-                    return Err(ChangeError::Denied("the certificate has been revoked".to_owned()));
+                    return Err(ChangeError::Denied("the certificate was revoked".to_owned()));
                 }
                 let absent = || ChangeError::NotFound("not registered".to_owned());
                 let (path, record) = match &identity {
@@ -211,13 +214,13 @@ impl Registration {
         Ok(Issued { certificate, intermediate })
     }
 
-    /// For the key that is registered, and a certificate that ended at most so long ago. Gives a certificate for that key.
+    /// Renews an expired certificate, for a limited time, with the registered key only.
     async fn renew_late(&self, request: &RequestedKey) -> Result<Certificate, ChangeError> {
         let now = self.registry.now();
         let public = request.public().to_string();
         let lifetimes = self.authority.lifetimes;
-        // Nobody is told whether a key is unknown, revoked or too late.
-        let refused = || ChangeError::Denied("no such key may renew".to_owned());
+        // The same message for an unknown, a revoked and a late key: callers must not distinguish them.
+        let refused = || ChangeError::Denied("this key cannot renew".to_owned());
         let find = |snapshot: &Snapshot| {
             let mut members = snapshot.members.iter();
             let (name, member) = members.find(|(_, m)| m.record.key == public)?;
@@ -227,12 +230,12 @@ impl Registration {
                 member.state == MemberState::Accepted && member.certificate_expires_at != 0 && seconds(now) <= until;
             may.then(|| (name.clone(), member.clone()))
         };
-        // Strangers must not write to the audit: only who is found changes anything.
+        // Unknown callers must not write to the audit log: only a key that is found changes anything.
         let (name, _) = find(&self.registry.snapshot()).ok_or_else(refused)?;
         let identity = Identity::Cluster(name.clone());
-        let deed = Deed::new(&identity, "renew.late", identity.to_string());
+        let action = AuditAction::new(&identity, "renew.late", identity.to_string());
         self.registry
-            .change(&deed, |snapshot| {
+            .change(&action, |snapshot| {
                 let (_, member) = find(snapshot).filter(|(n, _)| *n == name).ok_or_else(refused)?;
                 let renewed = MemberRecord { certificate_expires_at: seconds(now + lifetimes.leaf), ..member };
                 Ok((Transaction::default().put(key(&["member", &name])?, records::encode(&renewed)), ()))
@@ -250,14 +253,14 @@ impl Registration {
     }
 }
 
-/// The token's record, if the token is right and has not ended.
+/// The record of the token, if its secret is correct and it has not expired.
 fn check_token(
     snapshot: &Snapshot,
     token: &Token,
     root: Fingerprint,
     now: SystemTime,
 ) -> Result<TokenRecord, ChangeError> {
-    // Not `Denied`, which is audited: guessing must not fill the audit.
+    // Not `Denied`, which is recorded: guessing must not fill the audit log.
     let refused = || ChangeError::NotFound(REFUSED.to_owned());
     let record = snapshot.tokens.get(token.id.as_str()).ok_or_else(refused)?;
     let hash = token.secret_hash().to_string();
@@ -269,7 +272,7 @@ fn check_token(
 }
 
 fn signing(error: CaError) -> ChangeError {
-    ChangeError::Invalid(format!("the certificate cannot be issued: {error}"))
+    ChangeError::Invalid(format!("issue the certificate: {error}"))
 }
 
 /// The gRPC code of a refused change.
@@ -280,10 +283,10 @@ pub(crate) fn status(error: ChangeError) -> Status {
         ChangeError::NotFound(text) => Status::not_found(text),
         ChangeError::Conflict(text) => Status::failed_precondition(text),
         ChangeError::Limit(text) => Status::resource_exhausted(text),
-        ChangeError::Busy => Status::aborted("other replicas changed the registry meanwhile: try again"),
+        ChangeError::Busy => Status::aborted("conflicting changes of other replicas: try again"),
         ChangeError::Store(error) => {
-            tracing::error!(%error, "the store failed");
-            Status::unavailable("the store failed")
+            tracing::error!(%error, "store failed");
+            Status::unavailable("store failed")
         }
     }
 }

@@ -1,8 +1,8 @@
-//! The truth of a ClusterSet, in one store, and a view of it that everybody reads.
+//! The state of a ClusterSet: one store, and a view of it in memory.
 //!
 //! Every change is decided on one [`Snapshot`] and committed only if no other change came between (the audit's counter is
-//! compared), with its audit record in the same transaction. When a change is answered, the snapshot shows it. Leases and
-//! "was heard" are outside of that order, since they carry no decision.
+//! compared), with its audit record in the same transaction. When a change returns, the snapshot includes it. Leases and
+//! "heard" entries are outside of that order: they carry no decision.
 
 pub mod records;
 mod snapshot;
@@ -28,18 +28,18 @@ use tracing::{error, info, warn};
 use records::{AuditRecord, MemberState};
 pub use snapshot::{Cluster, ClusterState, Lease, Object, Snapshot};
 
-/// Audit records kept; the oldest goes with each new one. 10,000 × about 300 bytes is 3 MiB.
+/// Audit records stored. Each new one replaces the oldest. 10,000 × about 300 bytes is 3 MiB.
 pub const MAX_AUDIT_RECORDS: u64 = 10_000;
-/// Most clusters with a registration.
+/// Maximum number of clusters with a registration.
 pub use hanse_exchange::limits::MAX_CLUSTERS;
 /// Most objects of one kind, users, and tokens that have not ended.
 pub const MAX_OBJECTS: usize = 50_000;
-/// Most bytes of all objects together: they are answered in one message of at most 64 MiB.
+/// Maximum size of all objects together: one response of at most 64 MiB contains all of them.
 pub const MAX_OBJECT_BYTES: usize = 48 << 20;
 pub const MAX_USERS: usize = 10_000;
 pub const MAX_TOKENS: usize = 10_000;
 
-/// How long a conflicting change is tried again: conflicts come from other replicas only.
+/// Attempts of a change. Only other replicas cause conflicts.
 const MAX_ATTEMPTS: usize = 32;
 
 /// Reads the wall clock; replaced by tests.
@@ -73,29 +73,29 @@ pub enum ChangeError {
     Limit(String),
     #[error("the store failed")]
     Store(#[from] StoreError),
-    #[error("other replicas changed the registry too often meanwhile")]
+    #[error("conflicting changes of other replicas: try again")]
     Busy,
 }
 
-/// The denials that are on record since a while: who may do nothing must not push what others did out of the audit. Every
-/// denial is in the log.
+/// The denials that were recorded recently. A caller without rights must not push the records of others out of the audit log.
+/// Every denial is in the process log.
 #[derive(Debug, Default)]
 struct Denials(HashMap<(String, &'static str), Instant>);
 
 impl Denials {
-    /// One caller's denials of one action are on record once in this time.
+    /// Interval between two records of the same caller and action.
     const EVERY: Duration = Duration::from_secs(600);
-    /// Callers and actions that are remembered: 4,096 × about 100 bytes.
+    /// Callers and actions in memory: 4,096 × about 100 bytes.
     const MAX: usize = 4_096;
 
-    fn is_news(&mut self, deed: &Deed, now: Instant) -> bool {
+    fn is_new(&mut self, action: &AuditAction, now: Instant) -> bool {
         self.0.retain(|_, at| now.duration_since(*at) < Self::EVERY);
-        let key = (deed.who.clone(), deed.action);
-        let news = !self.0.contains_key(&key) && self.0.len() < Self::MAX;
-        if news {
+        let key = (action.who.clone(), action.action);
+        let is_new = !self.0.contains_key(&key) && self.0.len() < Self::MAX;
+        if is_new {
             self.0.insert(key, now);
         }
-        news
+        is_new
     }
 }
 
@@ -115,7 +115,7 @@ impl Commit {
 
     fn new(snapshot: &Snapshot, at: u64) -> Result<Self, ChangeError> {
         let counter = key(&["meta", "audit"])?;
-        // No other change came between.
+        // Fails if another change was committed in between.
         let compare = match snapshot.audit_revision {
             0 => Compare::Absent(counter.clone()),
             revision => Compare::Modified(counter.clone(), revision),
@@ -124,7 +124,7 @@ impl Commit {
         Ok(Self { transaction, keys, bytes: 0, at, counter, number: snapshot.audit_number })
     }
 
-    /// Whether these changes and their audit record still fit. A transaction changes a key once.
+    /// Whether the changes and their audit record fit. A transaction changes each key at most once.
     fn fits(&self, changes: &Transaction) -> bool {
         // The audit record, the one that it replaces, and the counter.
         let parts = self.transaction.changes.len() + changes.changes.len() + 3;
@@ -141,9 +141,9 @@ impl Commit {
         self.transaction.changes.extend(changes.changes);
     }
 
-    fn audit(&mut self, deed: &Deed, outcome: String) -> Result<(), ChangeError> {
+    fn audit(&mut self, action: &AuditAction, outcome: String) -> Result<(), ChangeError> {
         self.number += 1;
-        let Deed { who, action, object } = deed.clone();
+        let AuditAction { who, action, object } = action.clone();
         let record = AuditRecord { at: self.at, who, action: action.to_owned(), object, outcome };
         let mut transaction = std::mem::take(&mut self.transaction);
         transaction = transaction.put(audit_key(self.number)?, records::encode(&record));
@@ -154,16 +154,16 @@ impl Commit {
         Ok(())
     }
 
-    /// None where nothing changes.
+    /// `None` if there are no changes.
     fn transaction(self) -> Option<Transaction> {
         let changes = !self.transaction.changes.is_empty();
         changes.then(|| self.transaction.put(self.counter, self.number.to_string()))
     }
 }
 
-/// Who does what, for the audit.
+/// A request, as the audit log records it.
 #[derive(Debug, Clone)]
-pub struct Deed {
+pub struct AuditAction {
     pub who: String,
     pub action: &'static str,
     pub object: String,
@@ -175,7 +175,7 @@ pub struct Registry {
     shared: Arc<Shared>,
 }
 
-type HeldLease = Arc<tokio::sync::Mutex<Option<LeaseId>>>;
+type LeaseSlot = Arc<tokio::sync::Mutex<Option<LeaseId>>>;
 
 struct Shared {
     store: Arc<dyn Store>,
@@ -185,12 +185,12 @@ struct Shared {
     view: watch::Sender<Arc<Snapshot>>,
     /// Orders the changes of this replica, so that they do not conflict among themselves.
     changing: tokio::sync::Mutex<()>,
-    /// Each cluster's, which is granted and renewed by one at a time: clusters make each other wait for nothing.
-    leases: Mutex<HashMap<Arc<str>, HeldLease>>,
+    /// Per cluster: grants and renewals of one lease are serialized, those of different clusters are not.
+    leases: Mutex<HashMap<Arc<str>, LeaseSlot>>,
     heard: Mutex<HashMap<Arc<str>, Instant>>,
     failed: AtomicBool,
     denied: Mutex<Denials>,
-    /// Lives as long as the handles do.
+    /// Stops following the store when the last handle is dropped.
     _following: tokio_util::sync::DropGuard,
 }
 
@@ -204,7 +204,7 @@ impl Registry {
     /// Reads the store and follows it. `lease_time` is how long a cluster may be silent before it counts as stale.
     ///
     /// # Errors
-    /// When the store fails, or holds a record that this version cannot read.
+    /// When the store fails, or contains a record that this version cannot read.
     pub async fn open(
         store: Arc<dyn Store>,
         lease_time: Duration,
@@ -224,7 +224,7 @@ impl Registry {
         let view = watch::Sender::new(Arc::new(snapshot));
         let stop = CancellationToken::new();
         let following = (store.clone(), view.clone(), stop.clone());
-        // It ends with the last handle: what is answered while the hub stops needs the view.
+        // Ends with the last handle: requests that are served during shutdown need the view.
         tokio::spawn(shutdown.supervised("view of the store", move || {
             let (store, view, stop) = following.clone();
             follow(store, view, stop)
@@ -263,12 +263,12 @@ impl Registry {
         }
     }
 
-    /// A write has failed: the store takes no more, and a new start must find out what it holds.
+    /// Whether a write has failed. The store then refuses further writes, and a restart reads its state again.
     pub fn failed(&self) -> bool {
         self.shared.failed.load(Ordering::Acquire)
     }
 
-    fn noted<T>(&self, outcome: Result<T, StoreError>) -> Result<T, ChangeError> {
+    fn checked<T>(&self, outcome: Result<T, StoreError>) -> Result<T, ChangeError> {
         if matches!(outcome, Err(StoreError::Closed | StoreError::Io(_))) {
             self.shared.failed.store(true, Ordering::Release);
         }
@@ -285,7 +285,7 @@ impl Registry {
         self.shared.view.subscribe()
     }
 
-    /// Names the store's numbering: revisions of different epochs have nothing to do with each other.
+    /// Identifies the numbering of the store: revisions of different epochs are not comparable.
     pub fn epoch(&self) -> u64 {
         self.shared.epoch
     }
@@ -303,14 +303,14 @@ impl Registry {
         seconds(self.now())
     }
 
-    /// Whether this certificate may be used now: its owner is registered with this key and has not been revoked. The
-    /// certificate itself (chain, time) is TLS's business.
+    /// Whether the owner of this certificate is registered with its key and not revoked. TLS verifies the certificate itself
+    /// (chain, validity).
     pub fn admits(&self, certificate: &Certificate) -> bool {
         self.snapshot().admits(certificate)
     }
 
-    /// A cluster was heard: its lease begins, or begins again. Cheap while the lease holds (nothing is written), so it may be
-    /// called for each message.
+    /// Begins or renews the lease of a cluster that sent a message. A renewal writes nothing, so that this may be called for each
+    /// message.
     ///
     /// # Errors
     /// When the store fails, or the cluster is not accepted.
@@ -325,57 +325,57 @@ impl Registry {
             let mut leases = self.shared.leases.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(leases.entry(name).or_default())
         };
-        let mut held = lease.lock().await;
-        if let Some(lease) = *held {
+        let mut current = lease.lock().await;
+        if let Some(lease) = *current {
             match self.shared.store.renew_lease(lease).await {
                 Ok(()) => return Ok(()),
-                Err(StoreError::NoLease(_)) => *held = None,
+                Err(StoreError::NoLease(_)) => *current = None,
                 Err(error) => return Err(error.into()),
             }
         }
-        let lease = self.noted(self.shared.store.grant_lease(self.shared.lease_time).await)?;
+        let lease = self.checked(self.shared.store.grant_lease(self.shared.lease_time).await)?;
         let live = Transaction::default()
             .put_with_lease(key(&["lease", cluster])?, Bytes::new(), lease)
             .put(key(&["heard", cluster])?, Bytes::new());
-        let outcome = self.noted(self.shared.store.commit(live).await)?;
-        *held = Some(lease);
+        let outcome = self.checked(self.shared.store.commit(live).await)?;
+        *current = Some(lease);
         if let Outcome::Committed(revision) = outcome {
             self.shown(revision).await?;
         }
-        info!(cluster, "cluster heard");
+        info!(cluster, "cluster is live");
         Ok(())
     }
 
-    /// How long ago this replica heard a cluster, by its monotonic clock.
+    /// Time since this replica received a message from a cluster, by the monotonic clock.
     pub fn silent_for(&self, cluster: &str) -> Option<Duration> {
         self.shared.heard.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).map(Instant::elapsed)
     }
 
-    /// Makes one change. `decide` is called with the newest view, possibly more than once, and returns the transaction and
-    /// what to answer. The audit record is added here.
+    /// Makes one change. `decide` is called with the newest view, possibly more than once, and returns the transaction and the
+    /// response. The audit record is added to the transaction.
     ///
     /// # Errors
     /// What `decide` returns (a denial is audited too), or the store's failure.
     pub async fn change<T>(
         &self,
-        deed: &Deed,
+        action: &AuditAction,
         mut decide: impl FnMut(&Snapshot) -> Result<(Transaction, T), ChangeError>,
     ) -> Result<(Revision, T), ChangeError> {
         let mut outcomes =
-            self.change_many(std::slice::from_ref(deed), |deed| deed, |_, snapshot| decide(snapshot)).await?;
+            self.change_many(std::slice::from_ref(action), |action| action, |_, snapshot| decide(snapshot)).await?;
         outcomes.pop().unwrap_or(Err(ChangeError::Busy))
     }
 
-    /// Makes changes in order, as many from the first on as fit into one transaction, and returns what became of these.
-    /// Each is decided as by [`Self::change`], on a view that shows those before it, and has its own audit record; one that
-    /// is refused changes nothing and does not affect the others.
+    /// Makes changes in order, as many from the first on as fit into one transaction, and returns their results. Each is decided
+    /// as by [`Self::change`], on a view that includes the earlier ones, and has its own audit record. A refused change does not
+    /// affect the others.
     ///
     /// # Errors
     /// When the store fails: then none of them was made.
     pub async fn change_many<I, T>(
         &self,
         items: &[I],
-        deed: impl Fn(&I) -> &Deed,
+        action: impl Fn(&I) -> &AuditAction,
         mut decide: impl FnMut(&I, &Snapshot) -> Result<(Transaction, T), ChangeError>,
     ) -> Result<Vec<Result<(Revision, T), ChangeError>>, ChangeError> {
         let _turn = self.shared.changing.lock().await;
@@ -389,7 +389,7 @@ impl Registry {
             let mut commit = Commit::new(&snapshot, self.now_seconds())?;
             let mut outcomes = Vec::new();
             for (index, item) in items.iter().enumerate() {
-                let deed = deed(item);
+                let action = action(item);
                 let outcome = match decide(item, &view) {
                     Ok((transaction, answer)) if transaction.changes.is_empty() => Ok((false, answer)),
                     Ok((transaction, answer)) => {
@@ -400,19 +400,19 @@ impl Registry {
                             Arc::make_mut(&mut view).preview(&transaction);
                         }
                         commit.add(transaction);
-                        commit.audit(deed, "done".to_owned())?;
+                        commit.audit(action, "done".to_owned())?;
                         Ok((true, answer))
                     }
                     Err(error @ ChangeError::Denied(_)) => {
                         if !commit.fits(&Transaction::default()) && !outcomes.is_empty() {
                             break;
                         }
-                        let is_news = *news.entry(index).or_insert_with(|| {
-                            warn!(who = deed.who, action = deed.action, object = deed.object, %error, "denied");
-                            self.shared.denied.lock().unwrap_or_else(PoisonError::into_inner).is_news(deed, now)
+                        let is_new = *news.entry(index).or_insert_with(|| {
+                            warn!(who = action.who, action = action.action, object = action.object, %error, "denied");
+                            self.shared.denied.lock().unwrap_or_else(PoisonError::into_inner).is_new(action, now)
                         });
-                        if is_news {
-                            commit.audit(deed, error.to_string())?;
+                        if is_new {
+                            commit.audit(action, error.to_string())?;
                         }
                         Err(error)
                     }
@@ -422,12 +422,12 @@ impl Registry {
             }
             let made = match commit.transaction() {
                 None => Outcome::Committed(snapshot.revision),
-                Some(transaction) => self.noted(self.shared.store.commit(transaction).await)?,
+                Some(transaction) => self.checked(self.shared.store.commit(transaction).await)?,
             };
             if let Outcome::Committed(revision) = made {
                 self.shown(revision).await?;
                 for (item, outcome) in items.iter().zip(&outcomes) {
-                    let Deed { who, action, object } = deed(item);
+                    let AuditAction { who, action, object } = action(item);
                     if matches!(outcome, Ok((true, _))) {
                         info!(who, action, object, revision, "registry changed");
                     }
@@ -470,7 +470,7 @@ impl Registry {
     }
 }
 
-/// Applies the store's events to the view. Where the store no longer holds them, it lists again.
+/// Applies the store's events to the view. Where the store has compacted them, it lists again.
 async fn follow(store: Arc<dyn Store>, view: watch::Sender<Arc<Snapshot>>, stop: CancellationToken) {
     let Ok(everything) = Prefix::new::<&str>(&[]) else { return };
     let mut backoff = Backoff::default();
@@ -481,7 +481,7 @@ async fn follow(store: Arc<dyn Store>, view: watch::Sender<Arc<Snapshot>>, stop:
             Err(StoreError::Compacted { .. }) => {
                 match store.list(&everything).await.map(|listing| Snapshot::from_listing(&listing)) {
                     Ok(Ok(snapshot)) => drop(view.send_replace(Arc::new(snapshot))),
-                    Ok(Err(error)) => error!(%error, "the store holds what cannot be read"),
+                    Ok(Err(error)) => error!(%error, "store entry cannot be read"),
                     Err(error) => error!(%error, "the store cannot be listed"),
                 }
                 if !backoff.wait(&stop).await {
@@ -507,7 +507,7 @@ async fn follow(store: Arc<dyn Store>, view: watch::Sender<Arc<Snapshot>>, stop:
             let mut snapshot = Snapshot::clone(&view.borrow());
             for event in &batch {
                 if let Err(error) = snapshot.apply(event) {
-                    error!(%error, key = %event.key, "the store holds what cannot be read");
+                    error!(%error, key = %event.key, "store entry cannot be read");
                 }
             }
             view.send_replace(Arc::new(snapshot));
@@ -531,8 +531,8 @@ async fn read_or_make_epoch(store: &dyn Store) -> Result<u64, ChangeError> {
     text.and_then(|t| t.parse().ok()).ok_or_else(|| ChangeError::Invalid("the store's epoch cannot be read".to_owned()))
 }
 
-/// Gives a store that was restored from a backup another epoch: what others hold of the hub's may be newer than it, and in
-/// the new epoch counts for nothing.
+/// Begins a new epoch in a store that was restored from a backup. Members may have newer state of the hub than the backup; the
+/// new epoch invalidates it.
 ///
 /// # Errors
 /// When the store fails.
@@ -555,7 +555,7 @@ pub(crate) fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-impl Deed {
+impl AuditAction {
     pub fn new(who: &Identity, action: &'static str, object: impl Into<String>) -> Self {
         Self { who: who.to_string(), action, object: object.into() }
     }

@@ -1,4 +1,4 @@
-//! What users may do. Checked at the API, on the record in the store: a certificate says who, never what.
+//! The roles of users, checked at the API. The certificate identifies the user; the roles are in the store.
 
 use serde::{Deserialize, Serialize};
 
@@ -44,13 +44,13 @@ impl std::fmt::Display for Role {
 }
 
 impl Need<'_> {
-    /// The least role that allows it, as `hanse user create --role` takes it. None: an administrator's.
+    /// The smallest role that allows it; `None` is administrator.
     fn least(&self) -> Option<Role> {
         match self {
             Self::View => Some(Role::Viewer),
             Self::Operate(cluster) => Some(Role::Operator { clusters: vec![(*cluster).to_owned()] }),
             Self::Write(id, tiers) => match id.kind {
-                // Without a tier there is nothing that an author's role could name.
+                // Without a tier, no author role applies.
                 Kind::FederatedNetworkPolicy if tiers.is_empty() => None,
                 Kind::FederatedNetworkPolicy => {
                     let mut tiers: Vec<String> = tiers.iter().map(|tier| (*tier).to_owned()).collect();
@@ -65,9 +65,9 @@ impl Need<'_> {
     }
 }
 
-/// What is needed and what a caller with `roles` has, in words.
+/// The message of a denial: the role that is needed, and the roles of the caller.
 pub fn denial(who: &str, roles: &[Role], need: Need<'_>) -> String {
-    /// Of a role with a thousand names the first say enough.
+    /// Maximum length of the roles in a message.
     const MAX_BYTES: usize = 400;
     let clipped = |text: String| match text.char_indices().nth(MAX_BYTES) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -244,7 +244,10 @@ fn errors_are_objects_with_json_output() {
     assert_eq!(error_of(&partly)["error"], "1 of 2 objects not found");
     // The other formats have text, and help is not an error.
     for arguments in [&["get", "fnp", "gone"][..], &["get", "fnp", "gone", "-o", "yaml"]] {
-        assert!(world.hanse(arguments).err.starts_with("hanse: FederatedNetworkPolicy/gone not found"), "{arguments:?}");
+        assert!(
+            world.hanse(arguments).err.starts_with("hanse: FederatedNetworkPolicy/gone not found"),
+            "{arguments:?}"
+        );
     }
     let help = world.hanse(&["status", "-o", "json", "--help"]);
     assert!(help.code == Some(0) && help.out.contains("Usage: hanse status"), "{help:?}");

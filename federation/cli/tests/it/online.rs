@@ -166,16 +166,19 @@ fn of_a_file_that_is_no_context_nothing_is_repeated() {
     let (file, out) = (folder.path().join("ca.key"), folder.path().join("ann"));
     let create = ["user", "create", "ann", "--role", "viewer", "--out", out.to_str().expect("UTF-8")];
     for (content, expected) in [
-        ("-----BEGIN PRIVATE KEY-----\nSECRETSECRET\n-----END PRIVATE KEY-----\n", "line 1: a mapping with hubs, ca"),
-        ("hubs: [a]\nca: SECRETSECRET: b\n", "line 2: a mapping with hubs, ca"),
-        ("# A context\nhubs: SECRETSECRET\n", "line 2: a mapping with hubs, ca"),
+        (
+            "-----BEGIN PRIVATE KEY-----\nSECRETSECRET\n-----END PRIVATE KEY-----\n",
+            "line 1: expected a mapping with hubs, ca",
+        ),
+        ("hubs: [a]\nca: SECRETSECRET: b\n", "line 2: expected a mapping with hubs, ca"),
+        ("# A context\nhubs: SECRETSECRET\n", "line 2: expected a mapping with hubs, ca"),
         ("hubs: [a]\nca: SECRETSECRET\n", "missing field `"),
     ] {
         std::fs::write(&file, content).expect("written");
         for arguments in [&["status"][..], &create] {
             let done = run(Some(&file), arguments, "");
             assert_eq!((done.code, done.out.as_str()), (Some(1), ""), "{content}: {done:?}");
-            assert!(done.err.contains("ca.key is no context file: ") && done.err.contains(expected), "{done:?}");
+            assert!(done.err.contains("ca.key is not a context file: ") && done.err.contains(expected), "{done:?}");
             assert!(!done.err.contains("SECRETSECRET"), "{done:?}");
         }
     }
@@ -213,7 +216,7 @@ fn applying_is_idempotent_and_fails_object_by_object() {
     let wrong = world.hanse(&["apply", "-f", file.to_str().expect("UTF-8")]);
     assert_eq!(wrong.code, Some(1), "{wrong:?}");
     assert!(
-        wrong.err.contains("wrong.yaml:10: spec.ingress[0].action") && wrong.err.contains("nothing was changed"),
+        wrong.err.contains("wrong.yaml:10: spec.ingress[0].action") && wrong.err.contains("nothing was applied"),
         "{wrong:?}"
     );
     assert_eq!(world.hanse(&["get", "fnp", "q"]).code, Some(1));
@@ -231,9 +234,9 @@ fn applying_is_idempotent_and_fails_object_by_object() {
     let orphan = world.apply(&policy("o", "platform", 1), &[]);
     assert!(orphan.code == Some(1) && orphan.err.contains("--allow-missing-tier"), "{orphan:?}");
     let orphan = world.apply(&policy("o", "platform", 1), &["--allow-missing-tier"]);
-    assert!(orphan.code == Some(0) && orphan.err.contains("there is no Tier platform"), "{orphan:?}");
+    assert!(orphan.code == Some(0) && orphan.err.contains("Tier platform does not exist"), "{orphan:?}");
     let absent = world.hanse(&["delete", "tier", "platform"]);
-    assert!(absent.code == Some(1) && absent.err.contains("there is no Tier/platform"), "{absent:?}");
+    assert!(absent.code == Some(1) && absent.err.contains("Tier/platform not found"), "{absent:?}");
     assert_eq!(world.hanse(&["delete", "tier", "platform", "--ignore-not-found"]).code, Some(0));
 }
 
@@ -265,10 +268,7 @@ fn what_is_read_can_be_applied_and_is_not_applied_over_somebody_elses_change() {
     std::fs::write(&file, format!("{TIER}{}", policy("gone", "platform", 1))).expect("manifests");
     let named = world.hanse(&["get", "-f", file.to_str().expect("UTF-8")]);
     assert_eq!(named.code, Some(1), "{named:?}");
-    assert!(
-        named.out.contains("platform") && named.err.contains("there is no FederatedNetworkPolicy/gone"),
-        "{named:?}"
-    );
+    assert!(named.out.contains("platform") && named.err.contains("FederatedNetworkPolicy/gone not found"), "{named:?}");
 }
 
 #[test]
@@ -298,7 +298,7 @@ fn an_author_writes_the_policies_of_their_tiers() {
     );
     assert_eq!(run(Some(&ada), &["audit"], "").code, Some(1), "only administrators");
     let described = run(Some(&ada), &["describe", "fnp", "p"], "");
-    assert!(described.out.contains("unknown: only administrators read the audit"), "{described:?}");
+    assert!(described.out.contains("unknown: only administrators may read the audit log"), "{described:?}");
     let users = world.hanse(&["user", "list", "-o", "json"]).json();
     let hers = users["items"].as_array().into_iter().flatten().find(|user| user["name"] == "ada").expect("ada");
     assert_eq!(hers["roles"][0], "author=platform");
@@ -427,7 +427,7 @@ fn a_context_that_cannot_serve_says_why() {
         let done = run(Some(&context), &["status"], "");
         assert!(done.code == Some(1) && done.err.contains(expected), "{done:?}");
     };
-    check("hanse.test", "other.test", "trust domain other.test");
+    check("hanse.test", "other.test", "the trust domain is other.test");
     let (served, join) = (world.hub.address.to_string(), world.hub.join_address.to_string());
     check(&served, &join, "where clusters join");
     let out = world.folder.path().join("ann");
@@ -536,12 +536,12 @@ fn many_objects_are_applied_in_batches_with_a_summary() {
         &dry.out[dry.out.len() - 300..]
     );
     assert!(
-        dry.err.contains("FederatedNetworkPolicy/typo failed: spec.tier: there is no Tier platfrom"),
+        dry.err.contains("FederatedNetworkPolicy/typo failed: spec.tier: Tier platfrom does not exist"),
         "{}",
         dry.err
     );
     assert!(dry.err.contains("--allow-missing-tier") && dry.err.contains("1 of 1202 objects failed"), "{}", dry.err);
-    assert!(world.hanse(&["get"]).out.contains("there is none"), "a dry run writes nothing");
+    assert!(world.hanse(&["get"]).out.contains("no objects found"), "a dry run writes nothing");
 
     let first = world.apply(&many, &[]);
     assert_eq!(first.code, Some(1), "{}", first.err);
@@ -551,7 +551,7 @@ fn many_objects_are_applied_in_batches_with_a_summary() {
     let second = world.apply(&changed, &["--allow-missing-tier"]);
     assert_eq!(second.code, Some(0), "{}", second.err);
     assert!(second.out.ends_with("1202 applied: 1 created, 1 configured, 1200 unchanged\n"), "{}", second.err);
-    assert!(second.err.contains("warning: spec.tier: there is no Tier platfrom"), "{}", second.err);
+    assert!(second.err.contains("warning: spec.tier: Tier platfrom does not exist"), "{}", second.err);
     let json = world.apply(&changed, &["-o", "json"]);
     let results: Vec<Value> = json.out.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
     assert!(results.len() == 1_202 && results.iter().all(|it| it["result"] == "unchanged"), "{}", json.err);
@@ -560,14 +560,14 @@ fn many_objects_are_applied_in_batches_with_a_summary() {
     std::fs::write(&file, format!("{changed}{}", policy("gone", "platform", 1))).expect("room");
     let file = file.to_str().expect("UTF-8");
     let got = world.hanse(&["get", "-f", file, "-o", "json"]);
-    assert!(got.code == Some(1) && got.err.contains("there is no FederatedNetworkPolicy/gone"), "{}", got.err);
+    assert!(got.code == Some(1) && got.err.contains("FederatedNetworkPolicy/gone not found"), "{}", got.err);
     assert_eq!(got.json()["items"].as_array().map(Vec::len), Some(1_202));
     let deleted = world.hanse(&["delete", "-f", file]);
     assert_eq!(deleted.code, Some(1), "{}", deleted.err);
     assert!(deleted.out.ends_with("1202 deleted, 1 failed\n"), "{}", deleted.err);
     let again = world.hanse(&["delete", "-f", file, "--ignore-not-found"]);
     assert!(again.code == Some(0) && again.out.ends_with("1203 absent\n"), "{}", again.err);
-    assert!(world.hanse(&["get"]).out.contains("there is none"));
+    assert!(world.hanse(&["get"]).out.contains("no objects found"));
 }
 
 #[test]

@@ -269,7 +269,7 @@ fn describe_shows_what_an_object_says_where_it_is_enforced_and_who_changed_it() 
     let shown = world.hanse(&["describe", "fnp", "p"]);
     assert_eq!(shown.code, Some(0), "{shown:?}");
     for expected in [
-        "platform (Guard, order 1, ends in Pass)",
+        "platform (Guard, order 1, default Pass)",
         "by user/admin (apply)",
         "  kind: FederatedNetworkPolicy",
         "1 of 2",

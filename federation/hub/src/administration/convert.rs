@@ -1,4 +1,4 @@
-//! Between the wire's types and ours.
+//! Conversion between wire types and domain types.
 
 use hanse_proto::federation::v1 as wire;
 use tonic::Status;
@@ -10,7 +10,7 @@ use crate::registry::{Cluster, ClusterState, Lease, Object};
 use crate::roles::Role;
 use crate::status::NodeState;
 
-/// Most tiers or clusters that a role names.
+/// Maximum number of tiers or clusters in a role.
 const MAX_NAMES: usize = 1_000;
 
 pub(super) fn kind_to_wire(kind: Kind) -> wire::ObjectKind {
@@ -30,7 +30,7 @@ pub(super) fn kind_from_wire(kind: i32) -> Result<Option<Kind>, Status> {
         Ok(wire::ObjectKind::FederatedNetworkSet) => Ok(Some(Kind::FederatedNetworkSet)),
         Ok(wire::ObjectKind::MemberCluster) => Ok(Some(Kind::MemberCluster)),
         Ok(wire::ObjectKind::Tier) => Ok(Some(Kind::Tier)),
-        Err(_) => Err(Status::invalid_argument(format!("kind: {kind} is not known here"))),
+        Err(_) => Err(Status::invalid_argument(format!("kind: unknown value {kind}"))),
     }
 }
 
@@ -108,7 +108,7 @@ pub(super) fn role_from_wire(role: wire::Role) -> Result<Role, Status> {
     use wire::role::Role as Wire;
     let names = |field: &str, names: Vec<String>| match names.len() {
         1..=MAX_NAMES => Ok(names),
-        _ => Err(Status::invalid_argument(format!("roles.{field}: name 1 to {MAX_NAMES}"))),
+        _ => Err(Status::invalid_argument(format!("roles.{field}: expected 1 to {MAX_NAMES} names"))),
     };
     match role.role {
         Some(Wire::Viewer(_)) => Ok(Role::Viewer),
@@ -117,7 +117,7 @@ pub(super) fn role_from_wire(role: wire::Role) -> Result<Role, Status> {
             Ok(Role::Operator { clusters: names("operator.clusters", operator.clusters)? })
         }
         Some(Wire::Administrator(_)) => Ok(Role::Administrator),
-        None => Err(Status::invalid_argument("roles: one is not known here")),
+        None => Err(Status::invalid_argument("roles: unknown role")),
     }
 }
 

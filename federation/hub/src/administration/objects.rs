@@ -17,21 +17,21 @@ use tonic::{Status, Streaming};
 use super::{Administration, check_nets, clipped, convert, permit};
 use crate::manifest::{self, Checked, Kind, ObjectId};
 use crate::registration::status;
-use crate::registry::{ChangeError, ClusterState, Deed, MAX_OBJECT_BYTES, MAX_OBJECTS, Snapshot, key};
+use crate::registry::{AuditAction, ChangeError, ClusterState, MAX_OBJECT_BYTES, MAX_OBJECTS, Snapshot, key};
 use crate::roles::Need;
 
-/// Most objects in one request of a stream.
+/// Maximum number of objects in one request of a stream.
 const MAX_BATCH: usize = 1_000;
-/// How many are read ahead of a transaction, which takes at most half as many changes as the store allows (128).
+/// Objects that are read ahead of a transaction: half as many as the store allows changes (128).
 const READ_AHEAD: usize = 64;
-/// Dry runs at the same time: each keeps what it would have written, at most 48 MiB.
+/// Concurrent dry runs. Each stores what it would have written, at most 48 MiB.
 pub(super) const MAX_DRY_RUNS: usize = 4;
-/// How long a stream may be silent.
+/// Time limit between two requests of a stream.
 const SILENCE: Duration = Duration::from_secs(30);
-/// Tiers that are named where one is missing.
+/// Tiers that the error about a missing tier names.
 const MAX_NAMED_TIERS: usize = 8;
 
-/// What is to be done to one object.
+/// The change of one object.
 enum Edit {
     Apply { checked: Checked, request: wire::ApplyRequest },
     Delete(ObjectId),
@@ -40,11 +40,11 @@ enum Edit {
 /// An edit as a caller sent it.
 pub(super) struct Sent {
     who: Identity,
-    deed: Deed,
+    action: AuditAction,
     edit: Result<Edit, String>,
 }
 
-/// What became of one object.
+/// The result of one object.
 pub(super) enum Done {
     Applied(wire::ApplyResponse),
     Deleted(wire::DeleteResponse),
@@ -65,24 +65,26 @@ pub(super) trait One: Send + 'static {
 impl One for wire::ApplyRequest {
     fn sent_by(self, who: &Identity) -> Sent {
         let checked = manifest::check(&self.manifest);
-        // What cannot be read changes nothing and leaves no record.
+        // An unreadable manifest changes nothing, and is not recorded.
         let name = checked.as_ref().map_or_else(|_| String::new(), |checked| checked.id.to_string());
         let edit = checked.map(|checked| Edit::Apply { checked, request: self });
-        Sent { who: who.clone(), deed: Deed::new(who, "apply", name), edit }
+        Sent { who: who.clone(), action: AuditAction::new(who, "apply", name), edit }
     }
 }
 
 impl One for wire::DeleteRequest {
     fn sent_by(self, who: &Identity) -> Sent {
-        let deed = Deed::new(who, "delete", clipped(&self.name));
+        let action = AuditAction::new(who, "delete", clipped(&self.name));
         let id = check_subdomain(&self.name).map_err(|error| format!("name: {error}")).and_then(|()| {
             let kind = convert::kind_from_wire(self.kind).map_err(|status| status.message().to_owned())?;
-            Ok(ObjectId { kind: kind.ok_or("kind: name one")?, name: self.name.as_str().into() })
+            Ok(ObjectId { kind: kind.ok_or("kind: missing")?, name: self.name.as_str().into() })
         });
         let who = who.clone();
         match id {
-            Ok(id) => Sent { who, deed: Deed { object: id.to_string(), ..deed }, edit: Ok(Edit::Delete(id)) },
-            Err(error) => Sent { who, deed, edit: Err(error) },
+            Ok(id) => {
+                Sent { who, action: AuditAction { object: id.to_string(), ..action }, edit: Ok(Edit::Delete(id)) }
+            }
+            Err(error) => Sent { who, action, edit: Err(error) },
         }
     }
 }
@@ -126,7 +128,7 @@ impl Batch for wire::DeleteManyRequest {
 }
 
 impl Done {
-    /// What was changed is so since `revision`; what was not says itself since when.
+    /// Sets the revision of a change. An unchanged object has the revision of its last change.
     fn at(mut self, revision: Revision) -> Self {
         let (Self::Applied(wire::ApplyResponse { revision: at, .. })
         | Self::Deleted(wire::DeleteResponse { revision: at, .. })) = &mut self;
@@ -167,18 +169,18 @@ impl Administration {
         }
     }
 
-    /// Makes as many edits, from the first on, as fit into one transaction.
+    /// Makes as many edits as fit into one transaction, from the first on.
     async fn edit(&self, sent: &[Sent]) -> Result<Vec<Result<Done, ChangeError>>, ChangeError> {
-        let outcomes = self.registry.change_many(sent, |sent| &sent.deed, Sent::decide).await?;
+        let outcomes = self.registry.change_many(sent, |sent| &sent.action, Sent::decide).await?;
         Ok(outcomes.into_iter().map(|it| it.map(|(revision, done)| done.at(revision))).collect())
     }
 
-    /// Judges an edit after those that `draft` shows, and then shows it there.
+    /// Decides an edit on `draft`, and applies it there.
     async fn judge(&self, sent: &Sent, draft: &mut Snapshot) -> Result<Done, ChangeError> {
         let (changes, done) = match sent.decide(draft) {
-            // A denial is on record, also of a dry run.
+            // Denials of dry runs are recorded, too.
             Err(ChangeError::Denied(text)) => {
-                let denied = self.registry.change::<()>(&sent.deed, |_| Err(ChangeError::Denied(text.clone())));
+                let denied = self.registry.change::<()>(&sent.action, |_| Err(ChangeError::Denied(text.clone())));
                 return Err(denied.await.err().unwrap_or(ChangeError::Denied(text)));
             }
             decided => decided?,
@@ -222,7 +224,7 @@ impl<Q: Batch> Editing<Q> {
     async fn next(&mut self) -> Result<Option<Vec<Result<Done, wire::ObjectRefusal>>>, Status> {
         while self.sent.is_empty() && self.unread.is_empty() {
             let message = tokio::time::timeout(SILENCE, self.requests.message()).await;
-            let message = message.map_err(|_| Status::deadline_exceeded("no request came for 30 seconds"))?;
+            let message = message.map_err(|_| Status::deadline_exceeded("no request within 30 seconds"))?;
             let Some(request) = message? else { return Ok(None) };
             let (ones, dry_run) = request.split();
             if ones.len() > MAX_BATCH {
@@ -244,7 +246,7 @@ impl<Q: Batch> Editing<Q> {
                 for sent in &self.sent {
                     outcomes.push(self.administration.judge(sent, draft).await);
                 }
-                // Nothing above waits where nothing is denied.
+                // Without a denial, nothing above yields.
                 tokio::task::yield_now().await;
                 outcomes
             }
@@ -260,13 +262,15 @@ impl<Q: Batch> Editing<Q> {
 
     fn draft(&self) -> Result<(Snapshot, OwnedSemaphorePermit), Status> {
         let permit = Arc::clone(&self.administration.dry_runs).try_acquire_owned();
-        let busy = |_| Status::resource_exhausted(format!("{MAX_DRY_RUNS} dry runs are under way: try again"));
+        let busy = |_| {
+            Status::resource_exhausted(format!("the limit of {MAX_DRY_RUNS} concurrent dry runs is reached: try again"))
+        };
         Ok((Snapshot::clone(&self.administration.registry.snapshot()), permit.map_err(busy)?))
     }
 }
 
 impl Sent {
-    /// Decides on what `snapshot` shows: what is to be written, and the answer.
+    /// Decides on `snapshot`: the transaction and the response.
     fn decide(&self, snapshot: &Snapshot) -> Result<(Transaction, Done), ChangeError> {
         match &self.edit {
             Err(error) => Err(ChangeError::Invalid(error.clone())),
@@ -294,38 +298,39 @@ fn decide_apply(
     use wire::apply_request::Precondition;
     match (&request.precondition, old.map(|o| o.revision)) {
         (Some(Precondition::Revision(expected)), found) if found != Some(*expected) => {
-            let found = found.map_or_else(|| "it is absent".to_owned(), |r| format!("it is at {r}"));
+            let found = found.map_or_else(|| "it does not exist".to_owned(), |r| format!("it is at {r}"));
             return Err(ChangeError::Conflict(format!("{id} is not at revision {expected}: {found}")));
         }
         (Some(Precondition::Absent(_)), Some(_)) => {
-            return Err(ChangeError::Conflict(format!("{id} exists already")));
+            return Err(ChangeError::Conflict(format!("{id} exists")));
         }
         _ => {}
     }
     let missing = tier.as_ref().filter(|tier| !has_tier(snapshot, tier));
     let mut warnings = warnings.clone();
     if let Some(tier) = missing {
-        warnings.push(format!("spec.tier: there is no Tier {tier}: until there is, this version is not in force"));
+        warnings.push(format!("spec.tier: Tier {tier} does not exist: the policy is not in force until it is created"));
     }
     if let Some(same) = old.filter(|old| old.manifest == *manifest) {
-        // What did not change is as applied since it was written.
+        // Unchanged: the revision is that of the last write.
         return Ok((Transaction::default(), done(wire::Applied::Unchanged, same.revision, warnings)));
     }
     if let Some(tier) = missing.filter(|_| !request.allow_missing_tier) {
         return Err(ChangeError::Invalid(missing_tier(snapshot, tier)));
     }
-    // The version in force would depend on a tier that no stored policy names any more, and that may be deleted.
+    // The version in force would depend on a tier that is not referenced by any stored policy, and that may be deleted.
     if let Some((tier, from)) = missing.zip(old_tier.as_ref().filter(|from| has_tier(snapshot, from))) {
-        let moved =
-            format!("spec.tier: there is no Tier {tier}: a policy that is in force in tier {from} is moved only");
+        let moved = format!(
+            "spec.tier: Tier {tier} does not exist: a policy that is in force in tier {from} can only be moved"
+        );
         return Err(ChangeError::Invalid(format!("{moved} to a tier that exists; create Tier {tier} first")));
     }
     if old.is_none() && snapshot.objects.len() >= MAX_OBJECTS {
-        return Err(ChangeError::Limit(format!("there are {MAX_OBJECTS} objects already")));
+        return Err(ChangeError::Limit(format!("the limit of {MAX_OBJECTS} objects is reached")));
     }
     let others = snapshot.object_bytes - old.map_or(0, |old| old.manifest.len());
     if others + manifest.len() > MAX_OBJECT_BYTES {
-        let text = format!("all objects together would have more than {} MiB", MAX_OBJECT_BYTES >> 20);
+        let text = format!("the limit of {} MiB for all objects together would be exceeded", MAX_OBJECT_BYTES >> 20);
         return Err(ChangeError::Limit(text));
     }
     if id.kind == Kind::MemberCluster {
@@ -340,14 +345,14 @@ fn decide_delete(snapshot: &Snapshot, who: &Identity, id: &ObjectId) -> Result<(
     let tier = old.filter(|_| id.kind == Kind::FederatedNetworkPolicy);
     let tier = tier.and_then(|o| manifest::tier_of(&o.manifest).ok());
     let tiers: Vec<&str> = tier.iter().map(|t| &**t).collect();
-    // Who may not write it is not told whether it exists.
+    // A caller without the role must not learn whether the object exists.
     permit(snapshot, who, Need::Write(id, &tiers))?;
-    old.ok_or_else(|| ChangeError::NotFound(format!("there is no {id}")))?;
+    old.ok_or_else(|| ChangeError::NotFound(format!("{id} not found")))?;
     if id.kind == Kind::Tier {
         let in_tier = |object: &Bytes| manifest::tier_of(object).is_ok_and(|tier| tier == id.name);
         let policies = snapshot.objects.iter().filter(|(of, _)| of.kind == Kind::FederatedNetworkPolicy);
         let mut policies = policies.filter(|(_, object)| in_tier(&object.manifest)).map(|(of, _)| &*of.name);
-        // Without it no new version of them would come into force.
+        // Without the tier, new versions of these policies could not take effect.
         if let Some(first) = policies.next() {
             let more = policies.count();
             let others = if more > 0 { format!(" and {more} more") } else { String::new() };
@@ -357,7 +362,7 @@ fn decide_delete(snapshot: &Snapshot, who: &Identity, id: &ObjectId) -> Result<(
     }
     let has_joined = id.kind == Kind::MemberCluster
         && snapshot.clusters.get(&*id.name).is_some_and(|cluster| cluster.state == ClusterState::Accepted);
-    let ungranted = || format!("cluster {} has joined: nothing that it publishes is granted any more", id.name);
+    let ungranted = || format!("cluster {} has joined: without a grant, none of its endpoints is distributed", id.name);
     let warnings = has_joined.then(ungranted).into_iter().collect();
     let done = Done::Deleted(wire::DeleteResponse { revision: 0, warnings });
     Ok((Transaction::default().delete(object_key(id)?), done))
@@ -370,13 +375,13 @@ fn has_tier(snapshot: &Snapshot, name: &Arc<str>) -> bool {
 fn missing_tier(snapshot: &Snapshot, tier: &str) -> String {
     let tiers: Vec<&str> = snapshot.objects.keys().filter(|id| id.kind == Kind::Tier).map(|id| &*id.name).collect();
     let stored = match tiers.len() {
-        0 => "no tier is stored".to_owned(),
-        1..=MAX_NAMED_TIERS => format!("stored tiers are {}", tiers.join(", ")),
-        more => format!("{more} other tiers are stored"),
+        0 => "no tiers exist".to_owned(),
+        1..=MAX_NAMED_TIERS => format!("existing tiers: {}", tiers.join(", ")),
+        more => format!("{more} other tiers exist"),
     };
     format!(
-        "spec.tier: there is no Tier {tier} ({stored}): apply the tier first or with the policy, or allow it to be missing \
-         (hanse apply --allow-missing-tier)"
+        "spec.tier: Tier {tier} does not exist ({stored}): apply it before or together with the policy, or use \
+         `hanse apply --allow-missing-tier`"
     )
 }
 

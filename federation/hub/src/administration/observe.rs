@@ -26,7 +26,7 @@ const PAGE_BYTES: usize = 2 << 20;
 const CHANGES_BYTES: usize = 1 << 20;
 /// Messages that wait for one watcher: 2 × about 1 MiB.
 const OUTBOX: usize = 2;
-/// Watchers of this replica. Each keeps one view of the registry, of which two that follow each other share the objects.
+/// Maximum number of watchers of this replica. Each has one view of the registry; successive views share the objects.
 pub(super) const MAX_WATCHERS: usize = 64;
 
 impl Administration {
@@ -40,7 +40,7 @@ impl Administration {
             let is_open = |peer: &&Peer| peer.identity() == Some(&identity) && !peer.closed.is_cancelled();
             let peer = peers.iter().find(is_open);
             let member = snapshot.members.get(name).map(|m| &m.record);
-            // Without a MemberCluster nothing is granted.
+            // Without a MemberCluster, there is no grant.
             let object = ObjectId { kind: Kind::MemberCluster, name: name.clone() };
             let is_granted = snapshot.objects.contains_key(&object);
             statuses.push(wire::ClusterStatus {
@@ -100,7 +100,7 @@ impl Administration {
         page
     }
 
-    /// How far an object is, or that it is gone.
+    /// Where an object, or its deletion, is enforced.
     pub(super) fn object_status(
         &self,
         snapshot: &Snapshot,
@@ -151,7 +151,7 @@ impl Wanted {
 
 pub(super) type Changes = mpsc::Receiver<Result<wire::ObjectChanges, Status>>;
 
-/// Sends what is there and then what changes, until the reader is gone. Of several changes of an object it sends the newest.
+/// Sends the objects and then their changes, until the reader disconnects. Changes of one object are coalesced.
 pub(super) fn watch_objects(
     mut view: watch::Receiver<Arc<Snapshot>>,
     wanted: Wanted,
@@ -164,9 +164,9 @@ pub(super) fn watch_objects(
         let mut sent = Arc::new(Snapshot::default());
         loop {
             let newest = Arc::clone(&view.borrow_and_update());
-            let news = difference(&sent, &newest, &wanted);
-            if !news.is_empty() || sent.revision == 0 {
-                for message in news {
+            let messages = difference(&sent, &newest, &wanted);
+            if !messages.is_empty() || sent.revision == 0 {
+                for message in messages {
                     if outbox.send(Ok(message)).await.is_err() {
                         return;
                     }
@@ -183,7 +183,7 @@ pub(super) fn watch_objects(
             }
         }
     };
-    // A defect ends this stream alone, is counted, and its reader is not left waiting.
+    // A panic ends this stream only. It is counted, and the reader receives an error.
     tokio::spawn(async move {
         if let Err(panicked) = caught("a stream of changed objects", watching).await {
             let _ = failed.send(Err(Status::internal(panicked.to_string()))).await;
@@ -192,7 +192,7 @@ pub(super) fn watch_objects(
     changes
 }
 
-/// What leads from one view to a later one.
+/// The changes between two views.
 fn difference(old: &Snapshot, new: &Snapshot, wanted: &Wanted) -> Vec<wire::ObjectChanges> {
     let kept = |of: &Snapshot, id: &ObjectId, object: &Arc<Object>| {
         of.objects.get(id).is_some_and(|other| Arc::ptr_eq(other, object) || other.revision == object.revision)

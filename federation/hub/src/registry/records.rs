@@ -1,4 +1,4 @@
-//! What stands in the store, as JSON. Fields are only added, with defaults, so that neighbouring versions read each other.
+//! The records of the store, as JSON. Fields are only added, with defaults, so that neighbouring versions are compatible.
 
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
@@ -10,7 +10,7 @@ use crate::roles::Role;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenRecord {
     pub cluster: String,
-    /// SHA-256 of the secret, in hexadecimal. The secret itself is nowhere.
+    /// SHA-256 of the secret, in hexadecimal. The secret itself is not stored.
     pub secret_hash: String,
     /// Seconds since 1970.
     pub expires_at: u64,
@@ -27,8 +27,8 @@ pub struct TokenRecord {
 pub struct MemberRecord {
     /// The hash of the registered public key.
     pub key: String,
-    /// The key of the certificate that asked for the last renewal, so that its connections outlive the change: it holds until
-    /// the next renewal or its certificate's end, and renews nothing but the answer that was lost.
+    /// The key of the certificate that requested the last renewal. It stays valid until the next renewal or the end of its
+    /// certificate, so that its connections survive the change. It may only repeat the renewal whose response was lost.
     #[serde(default)]
     pub previous_key: Option<String>,
     pub state: MemberState,
@@ -74,7 +74,7 @@ pub struct AuditRecord {
 }
 
 pub fn encode(record: &impl Serialize) -> Bytes {
-    // Our records hold strings, numbers and lists of them: this does not fail.
+    // Records consist of strings, numbers and lists, which always serialize.
     Bytes::from(serde_json::to_vec(record).expect("a record is JSON"))
 }
 

@@ -29,7 +29,7 @@ pub struct Snapshot {
     pub(crate) audit_number: u64,
     pub(crate) audit_revision: Revision,
     leases: BTreeMap<Arc<str>, Revision>,
-    /// When each cluster was first heard, or its lease last changed.
+    /// The revision at which each cluster first sent a message, or its lease last changed.
     heard: BTreeMap<Arc<str>, Revision>,
     grants: BTreeMap<Arc<str>, Arc<Stored<MemberCluster>>>,
 }
@@ -45,7 +45,7 @@ pub(crate) struct Stored<T> {
 pub struct Cluster {
     pub name: Arc<str>,
     pub state: ClusterState,
-    /// From its MemberCluster. Without one it has no labels and no grants: it exports nothing.
+    /// From its MemberCluster. Without one, the cluster has neither labels nor grants, and exports nothing.
     pub labels: Labels,
     pub grant: Arc<MemberCluster>,
     pub lease: Lease,
@@ -56,12 +56,12 @@ pub struct Cluster {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ClusterState {
-    /// There is a MemberCluster, and nobody has joined.
+    /// The MemberCluster exists, and the cluster has not joined.
     Expected,
     /// It waits for an operator.
     Pending,
     Accepted,
-    /// Withdrawn: nothing of it is true any more.
+    /// Withdrawn: all its data is invalid.
     Revoked {
         reason: Arc<str>,
     },
@@ -100,7 +100,7 @@ impl Snapshot {
                 .max(part(snapshot.leases.get(&name).copied()))
                 .max(part(snapshot.heard.get(&name).copied()));
             if let Some(cluster) = snapshot.clusters.get_mut(&name) {
-                // The end of a lease leaves no entry that says when: the newest revision is late enough.
+                // The end of a lease leaves no entry with its revision: the newest revision is late enough.
                 if cluster.lease == Lease::Stale {
                     revision = listing.revision;
                 }
@@ -140,8 +140,8 @@ impl Snapshot {
                     let grant = entry.map(|entry| {
                         let record = MemberCluster::from_manifest(&entry.value).map_or_else(
                             |error| {
-                                // Another version's: what was granted holds, and where that is not known, nothing is.
-                                tracing::error!(%error, cluster = name, "the MemberCluster cannot be read");
+                                // Written by another version: the previous grant stays in force; without one, nothing is granted.
+                                tracing::error!(%error, cluster = name, "MemberCluster cannot be read");
                                 self.grants.get(name).map(|old| old.record.clone()).unwrap_or_default()
                             },
                             |(record, _)| record,
@@ -164,7 +164,8 @@ impl Snapshot {
             ["meta", "audit"] => {
                 if let Some(entry) = entry {
                     let text = std::str::from_utf8(&entry.value).ok();
-                    self.audit_number = text.and_then(|t| t.parse().ok()).ok_or("the audit's counter is no number")?;
+                    self.audit_number =
+                        text.and_then(|t| t.parse().ok()).ok_or("the counter of the audit log is not a number")?;
                     self.audit_revision = entry.modified;
                 }
             }
@@ -187,7 +188,7 @@ impl Snapshot {
             };
             let event = Event { revision, key, entry };
             if let Err(error) = self.apply(&event) {
-                tracing::error!(%error, key = %event.key, "what is to be written cannot be read");
+                tracing::error!(%error, key = %event.key, "pending write cannot be read");
             }
         }
     }
@@ -221,7 +222,7 @@ impl Snapshot {
             federated_allow_final: member.is_some_and(|m| m.record.federated_allow_final),
             revision,
         };
-        // Renewals of certificates change nothing that others see: the revision then stays.
+        // Renewals of certificates change nothing that other clusters see: the revision stays the same.
         let same = |old: &Arc<Cluster>| Cluster { revision, ..Cluster::clone(old) } == cluster;
         if !self.clusters.get(&name).is_some_and(same) {
             self.clusters.insert(name, Arc::new(cluster));

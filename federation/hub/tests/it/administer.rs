@@ -117,7 +117,7 @@ async fn what_no_member_could_read_is_refused_with_its_field() {
         assert!(refused.message().contains(field), "{}", refused.message());
     }
     let applied = admin.apply(apply(good.into_bytes())).await.unwrap().into_inner();
-    assert!(applied.warnings[0].contains("there is no Tier platform"), "{:?}", applied.warnings);
+    assert!(applied.warnings[0].contains("Tier platform does not exist"), "{:?}", applied.warnings);
     let name = "x".repeat(100_000);
     let kind = wire::ObjectKind::FederatedNetworkPolicy;
     assert_eq!(delete(&mut admin, kind, &name).await, Some(Code::InvalidArgument), "and not kept in the audit");

@@ -1,6 +1,6 @@
 //! Federated objects, one and many: what is refused, in what order things happen, and what they leave on record.
 
-use hanse_hub::registry::{ChangeError, Clock, Deed, MAX_AUDIT_RECORDS, Registry};
+use hanse_hub::registry::{AuditAction, ChangeError, Clock, MAX_AUDIT_RECORDS, Registry};
 use hanse_proto::federation::v1 as wire;
 use hanse_store::{Key, Transaction};
 use tonic::Code;
@@ -64,7 +64,7 @@ async fn policy_of_a_missing_tier_is_refused_unless_that_is_allowed() {
     let mut admin = test.admin().await;
     let none = admin.apply(apply(policy("p", "platfrom"))).await.unwrap_err();
     assert_eq!(none.code(), Code::InvalidArgument);
-    assert!(none.message().contains("no Tier platfrom (no tier is stored)"), "{}", none.message());
+    assert!(none.message().contains("Tier platfrom does not exist (no tiers exist)"), "{}", none.message());
     admin.apply(apply(tier("platform"))).await.unwrap();
     for call in ["apply", "dry run"] {
         let refused = match call {
@@ -73,7 +73,7 @@ async fn policy_of_a_missing_tier_is_refused_unless_that_is_allowed() {
         };
         let refused = refused.unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument, "{call}");
-        assert!(refused.message().contains("stored tiers are platform"), "{call}: {}", refused.message());
+        assert!(refused.message().contains("existing tiers: platform"), "{call}: {}", refused.message());
     }
     assert_eq!(stored(&mut admin).await, ["platform"]);
     let first = admin.apply(apply(policy("p", "platform"))).await.unwrap().into_inner();
@@ -81,7 +81,9 @@ async fn policy_of_a_missing_tier_is_refused_unless_that_is_allowed() {
     assert!(admin.apply(apply(policy("p", "platfrom"))).await.is_err(), "a move into a missing tier");
     let allowed = wire::ApplyRequest { allow_missing_tier: true, ..apply(policy("q", "platfrom")) };
     let allowed = admin.apply(allowed).await.unwrap().into_inner();
-    assert!(allowed.warnings[0].contains("no Tier platfrom") && allowed.warnings[0].contains("not in force"));
+    assert!(
+        allowed.warnings[0].contains("Tier platfrom does not exist") && allowed.warnings[0].contains("not in force")
+    );
     let same = admin.apply(apply(policy("q", "platfrom"))).await.unwrap().into_inner();
     assert_eq!(same.applied(), wire::Applied::Unchanged, "what is stored is not refused when it is applied again");
 }
@@ -218,13 +220,13 @@ async fn audit_keeps_the_newest_of_many_changes() {
     let store = hanse_store::in_memory();
     let registry =
         Registry::open(store, SOON, Clock::default(), &hanse_runtime::shutdown::Shutdown::default()).await.unwrap();
-    let deeds: Vec<Deed> = (0..MAX_AUDIT_RECORDS + 500)
-        .map(|number| Deed { who: "user/ada".into(), action: "apply", object: number.to_string() })
+    let actions: Vec<AuditAction> = (0..MAX_AUDIT_RECORDS + 500)
+        .map(|number| AuditAction { who: "user/ada".into(), action: "apply", object: number.to_string() })
         .collect();
     let mut done = 0;
-    while done < deeds.len() {
+    while done < actions.len() {
         let outcomes = registry.change_many(
-            &deeds[done..],
+            &actions[done..],
             |deed| deed,
             |deed, _| {
                 if deed.object.ends_with("99") {
@@ -237,9 +239,9 @@ async fn audit_keeps_the_newest_of_many_changes() {
         done += outcomes.await.unwrap().len();
     }
     let kept = registry.audit(usize::MAX, "").await.unwrap();
-    let refused = deeds.len() as u64 / 100;
-    let newest = deeds.len() as u64 - refused;
+    let refused = actions.len() as u64 / 100;
+    let newest = actions.len() as u64 - refused;
     let numbers: Vec<u64> = kept.iter().map(|(number, _)| *number).collect();
     assert_eq!(numbers, (newest - MAX_AUDIT_RECORDS + 1..=newest).rev().collect::<Vec<_>>());
-    assert_eq!(kept[0].1.object, (deeds.len() - 2).to_string(), "the last but one: the last was refused");
+    assert_eq!(kept[0].1.object, (actions.len() - 2).to_string(), "the last but one: the last was refused");
 }
