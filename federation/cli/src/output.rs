@@ -14,7 +14,6 @@ use serde::Serialize;
 /// `-o`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Default)]
 pub enum Format {
-    /// For people.
     #[default]
     Table,
     Json,
@@ -24,19 +23,18 @@ pub enum Format {
 /// `-o` of commands that list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Default)]
 pub enum ListFormat {
-    /// For people.
     #[default]
     Table,
-    /// A table with more columns.
+    /// Table with more columns.
     Wide,
-    /// Names only, each in a line.
+    /// Names only, one per line.
     Name,
     Json,
     Yaml,
 }
 
 impl ListFormat {
-    /// The format of data; none where text is printed.
+    /// The data format; `None` for text.
     pub fn data(self) -> Option<Format> {
         match self {
             Self::Json => Some(Format::Json),
@@ -54,7 +52,7 @@ pub struct Table {
     is_continued: bool,
 }
 
-/// One cell. Whoever chose its text, it is one line of that cell and acts on nothing around it.
+/// One cell. Control characters and line breaks of its text are escaped.
 #[derive(Debug)]
 pub struct Cell(String);
 
@@ -72,7 +70,7 @@ impl<T: AsRef<str>> From<T> for Cell {
     }
 }
 
-/// A table without a heading, whose columns are at least so wide: what follows a table that was printed already.
+/// A table without a heading and with minimum widths, to continue a table that was printed before.
 pub fn continued(widths: &[u16]) -> Table {
     let rulers = widths.iter().map(|width| "-".repeat(usize::from(*width)));
     Table { is_continued: true, ..table(rulers) }
@@ -101,7 +99,7 @@ impl Table {
         self.table.row_count()
     }
 
-    /// How wide the columns are.
+    /// The widths of the columns.
     pub fn widths(&self) -> Vec<u16> {
         self.table.column_max_content_widths()
     }
@@ -134,7 +132,7 @@ pub fn write<T: Serialize + ?Sized>(out: &mut impl std::io::Write, format: Forma
     match format {
         Format::Yaml => out.write_all(text::yaml(value)?.as_bytes())?,
         Format::Json | Format::Table => {
-            // As an error of writing, so that a reader that went away is known as such.
+            // As an I/O error, so that a closed pipe is recognised.
             serde_json::to_writer(&mut *out, value).map_err(std::io::Error::from)?;
             out.write_all(b"\n")?;
         }
@@ -191,7 +189,7 @@ fn has_json_errors() -> bool {
     JSON_ERRORS.load(Ordering::Relaxed)
 }
 
-/// Writes what is worth knowing to standard error.
+/// Writes a warning or progress to standard error.
 pub fn note(message: impl std::fmt::Display) {
     #[derive(Serialize)]
     struct Note {
@@ -203,7 +201,7 @@ pub fn note(message: impl std::fmt::Display) {
     }
 }
 
-/// Writes why the command fails to standard error: the last line that it writes there.
+/// Writes the error that the command fails with, as the last line of standard error.
 pub fn error(error: &anyhow::Error, exit_code: u8) {
     match has_json_errors() {
         true => {
@@ -262,7 +260,7 @@ pub fn is_reader_gone(error: &anyhow::Error) -> bool {
     causes.into_iter().any(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// Prints a line of text; a reader that went away is an error, not a panic.
+/// Prints a line of text. A closed pipe is an error, not a panic.
 pub fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {
     text::line(text)?;
     Ok(())
@@ -273,7 +271,7 @@ pub fn field(name: &str, value: impl std::fmt::Display) -> anyhow::Result<()> {
     line(format_args!("{:<14} {value}", format!("{name}:")))
 }
 
-/// A length of time in its largest units: `0.3s`, `45s`, `5m12s`, `23h4m`, `12d`.
+/// A duration in its largest units: `0.3s`, `45s`, `5m12s`, `23h4m`, `12d`.
 pub fn length(time: Duration) -> String {
     let seconds = time.as_secs();
     match seconds {
@@ -285,7 +283,7 @@ pub fn length(time: Duration) -> String {
     }
 }
 
-/// How long until a time of the hub's clock (seconds since 1970; 0 is none), by this machine's.
+/// The time until `seconds` (since 1970; 0 is none), by this machine's clock.
 pub fn left(seconds: u64) -> String {
     if seconds == 0 {
         return "-".to_owned();
@@ -293,7 +291,7 @@ pub fn left(seconds: u64) -> String {
     let Some(at) = UNIX_EPOCH.checked_add(Duration::from_secs(seconds)) else { return "-".to_owned() };
     match at.duration_since(SystemTime::now()) {
         Ok(left) => format!("{} left", length(left)),
-        Err(error) => format!("ended {} ago", length(error.duration())),
+        Err(error) => format!("expired {} ago", length(error.duration())),
     }
 }
 

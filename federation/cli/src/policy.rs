@@ -1,4 +1,4 @@
-//! `hanse policy …`: verdicts of policies, from directories of manifests, or of a federation that runs.
+//! `hanse policy`: verdicts of policies, from directories of manifests or of a running federation.
 
 use std::process::ExitCode;
 
@@ -27,7 +27,7 @@ mod reading;
 mod scaffold;
 mod selector;
 
-// What has no sentence here has one at its arguments.
+// Commands without a description here are described at their arguments.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Check(check::Arguments),
@@ -39,7 +39,7 @@ pub enum Command {
     Lint(lint::Arguments),
     /// Render a preset for AI workloads.
     Scaffold(scaffold::Arguments),
-    /// Read a selector: its canonical form, its id, and which label sets it selects.
+    /// Parse a selector, and show which label sets it selects.
     Selector(selector::Arguments),
 }
 
@@ -59,7 +59,7 @@ impl Command {
     }
 }
 
-/// A file to be read by lines; `-` is standard input.
+/// Opens a file; `-` is standard input.
 fn open(path: &std::path::Path) -> anyhow::Result<Box<dyn std::io::BufRead>> {
     if path == std::path::Path::new("-") {
         return Ok(Box::new(std::io::stdin().lock()));
@@ -71,17 +71,17 @@ fn open(path: &std::path::Path) -> anyhow::Result<Box<dyn std::io::BufRead>> {
 /// One line of a file of JSON as a value.
 ///
 /// # Errors
-/// What is wrong, by column and field.
+/// The first error, with its column and field.
 fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_str(text).map_err(|error| {
         let column = error.column();
-        // Our reader of manifests names the field, in words.
+        // The reader of manifests reports the field, too.
         let document = document::documents(text).next().filter(|_| error.is_data()).and_then(Result::ok);
         let errors = document.and_then(|document| typed::<T>(document.root()).err());
         let message = match errors.and_then(|errors| errors.into_iter().next()) {
             Some(FieldError { path, message }) if path.is_empty() => message,
             Some(error) => error.to_string(),
-            // serde_json takes every line for the first.
+            // serde_json reports every line as the first one.
             None => {
                 let message = error.to_string();
                 let place = format!(" at line {} column {column}", error.line());
@@ -92,7 +92,7 @@ fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     })
 }
 
-/// An answer that lacks what objects say that were refused.
+/// An answer that does not include refused objects.
 #[derive(Serialize)]
 struct Incomplete<'a, T> {
     #[serde(flatten)]
@@ -100,7 +100,7 @@ struct Incomplete<'a, T> {
     incomplete: bool,
 }
 
-/// One answer as a line of JSON or a document of YAML, with `incomplete: true` where something was refused.
+/// One answer as a line of JSON or a document of YAML, with `incomplete: true` if an object was refused.
 fn write_answer(
     out: &mut impl std::io::Write,
     format: Format,

@@ -2,7 +2,7 @@
 //!
 //! Every change is decided on one [`Snapshot`] and committed only if no other change came between (the audit's counter is
 //! compared), with its audit record in the same transaction. When a change returns, the snapshot includes it. Leases and
-//! "heard" entries are outside of that order: they carry no decision.
+//! the `heard` entries are outside of that order: they carry no decision.
 
 pub mod records;
 mod snapshot;

@@ -92,7 +92,7 @@ pub async fn list(client: &mut Client, mut request: pb::ListNodesRequest) -> any
 
 impl Node {
     fn age(&self) -> String {
-        self.age_ms.map_or_else(|| "never heard".to_owned(), |age| output::length(Duration::from_millis(age)))
+        self.age_ms.map_or_else(|| "never".to_owned(), |age| output::length(Duration::from_millis(age)))
     }
 
     fn version(&self) -> &str {

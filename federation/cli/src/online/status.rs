@@ -230,9 +230,9 @@ impl Cluster {
 
     fn age(&self) -> String {
         match (self.age_ms, self.lease.as_str()) {
-            // A hub that starts knows the clusters, and not when they were heard.
-            (None, "stale") => "not heard (stale)".to_owned(),
-            (None, _) => "never heard".to_owned(),
+            // After a restart, the hub knows the clusters, but not the age of their data.
+            (None, "stale") => "unknown (stale)".to_owned(),
+            (None, _) => "never".to_owned(),
             (Some(age), "live") => output::length(Duration::from_millis(age)),
             (Some(age), lease) => format!("{} ({lease})", output::length(Duration::from_millis(age))),
         }
@@ -242,7 +242,7 @@ impl Cluster {
     pub fn lines(&self, hub_revision: u64) -> Vec<(&'static str, String)> {
         let connected = if self.connected { "yes" } else { "no" };
         vec![
-            ("Connected", format!("{connected}, last heard: {}", self.age())),
+            ("Connected", format!("{connected}, age of data: {}", self.age())),
             (
                 "Publishes",
                 format!("{}, at revision {}", output::count(self.endpoints as usize, "endpoint"), self.revision),
@@ -273,34 +273,34 @@ pub fn in_words(problem: &pb::Problem) -> String {
     format!("{node}{}", Problem::from(problem.clone()).line())
 }
 
-/// What keeps a cluster from being in sync, and what it was refused, in words.
+/// The problems of a cluster, as text.
 fn problems(it: &pb::ClusterStatus, hub_revision: u64) -> Vec<String> {
     let age = it.age_ms.map(|age| output::length(Duration::from_millis(age)));
     let mut problems = Vec::new();
     match (it.state.as_str(), it.lease.as_str()) {
         ("pending", _) => problems.push(format!("waits for `hanse cluster accept {}`", it.name)),
         ("accepted", "never heard") => {
-            problems.push("has joined and was never heard: see that hanse-member runs there".to_owned());
+            problems.push("joined, but never connected: check that hanse-member runs".to_owned());
         }
         ("accepted", "stale") => {
             let silent =
-                age.map_or_else(|| "not heard since this hub started".to_owned(), |age| format!("silent for {age}"));
-            problems.push(format!("{silent}: its endpoints count as unknown, so rules that allow them do not match"));
+                age.map_or_else(|| "no data since this hub started".to_owned(), |age| format!("silent for {age}"));
+            problems.push(format!("{silent}: its endpoints are unknown, and rules that allow them do not match"));
         }
         ("accepted", _) if !it.connected => problems.push("not connected to this hub".to_owned()),
         ("accepted", _) => {
             if it.digests_equal.is_none() {
-                problems.push("whether it received what the hub selected for it is not known".to_owned());
+                problems.push("not known whether it has received what the hub selected for it".to_owned());
             }
             if it.digests_equal == Some(false) {
-                problems.push("what it received differs from what the hub selected for it".to_owned());
+                problems.push("received data differs from what the hub selected for it".to_owned());
             }
             let behind = it.agents.saturating_sub(it.agents_current);
             if behind > 0 {
-                problems.push(format!("{behind} of its {} agents do not enforce its current generation", it.agents));
+                problems.push(format!("{behind} of {} agents do not enforce the current generation", it.agents));
             } else if it.enforced_revision < hub_revision {
                 let at = it.enforced_revision;
-                problems.push(format!("it enforces revision {at}, the hub is at {hub_revision}"));
+                problems.push(format!("enforces revision {at} of {hub_revision}"));
             }
         }
         _ => {}
@@ -314,7 +314,7 @@ fn problems(it: &pb::ClusterStatus, hub_revision: u64) -> Vec<String> {
     let unnamed = (it.problems_total as usize).saturating_sub(it.problems.len());
     if unnamed > 0 {
         problems.push(format!(
-            "and {}: see `hanse describe cluster {}`",
+            "{} not listed here: see `hanse describe cluster {}`",
             output::count(unnamed, "more problem"),
             it.name
         ));
@@ -327,7 +327,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cluster_that_was_not_heard_since_the_hub_started_is_not_called_silent_for_nothing() {
+    fn cluster_without_data_since_the_hub_started_has_no_duration_of_silence() {
         let accepted = |lease: &str, age_ms| {
             let status = pb::ClusterStatus {
                 state: "accepted".into(),
@@ -339,11 +339,11 @@ mod tests {
             (problems.first().cloned().unwrap_or_default(), Cluster::new(status, 1).age())
         };
         let (problem, age) = accepted("stale", None);
-        assert!(problem.starts_with("not heard since this hub started: "), "{problem}");
-        assert_eq!(age, "not heard (stale)");
+        assert!(problem.starts_with("no data since this hub started: "), "{problem}");
+        assert_eq!(age, "unknown (stale)");
         let (problem, age) = accepted("stale", Some(90_000));
         assert!(problem.starts_with("silent for "), "{problem}");
         assert!(age.ends_with("(stale)"), "{age}");
-        assert_eq!(accepted("never heard", None).1, "never heard");
+        assert_eq!(accepted("never heard", None).1, "never");
     }
 }

@@ -98,7 +98,7 @@ pub struct InCluster {
     /// The same, for programs.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     reasons: Vec<NodeReason>,
-    /// Since the hub last heard of the cluster.
+    /// Since the hub last received data from the cluster.
     pub age_ms: Option<u64>,
     pub nodes_enforcing: u32,
     pub nodes: u32,
@@ -110,7 +110,7 @@ impl From<pb::ObjectInCluster> for InCluster {
             Some(State::Enforced(_)) => ("enforced", (String::new(), Vec::new())),
             Some(State::Refused(reasons)) => ("refused", of_object(reasons)),
             Some(State::Lagging(reasons)) => ("lagging", of_object(reasons)),
-            None => ("lagging", ("the hub is newer: its answer is not understood".to_owned(), Vec::new())),
+            None => ("lagging", ("unknown response: the hub is newer than this command".to_owned(), Vec::new())),
         };
         let pb::ObjectInCluster { cluster, age_ms, nodes_enforcing, nodes, .. } = it;
         Self { cluster, state, why, reasons, age_ms, nodes_enforcing, nodes }
@@ -132,12 +132,12 @@ impl Target {
             }
             (Condition::Deleted, 1..) => {
                 *gone_at = 0;
-                ("lagging", "the hub still has it: `hanse delete` deletes it")
+                ("lagging", "the hub still has it: delete it with `hanse delete`")
             }
             _ if is("refused") => ("refused", ""),
             _ if is("lagging") => ("lagging", ""),
             (Condition::Enforced, _) if clusters.is_empty() => {
-                ("lagging", "a cluster: none of those that are to enforce it has joined")
+                ("lagging", "a cluster to join: it selects none that has joined")
             }
             (Condition::Enforced, _) => ("enforced", ""),
             (Condition::Deleted, 0) => ("deleted", ""),
@@ -161,7 +161,7 @@ impl Waited {
             let age = match it.age_ms {
                 Some(age) if age > 5_000 => format!(" (silent for {})", output::length(Duration::from_millis(age))),
                 Some(_) => String::new(),
-                None => " (not heard since the hub started)".to_owned(),
+                None => " (no data since the hub started)".to_owned(),
             };
             let nodes = format!("{} of {} nodes", it.nodes_enforcing, it.nodes);
             output::note(format_args!("  {}, {nodes}: {}{age}", it.cluster, it.why));

@@ -1,4 +1,4 @@
-//! `hanse policy check`: whether manifests would be accepted, offline.
+//! `hanse policy check`: validates manifests without a hub or an API server.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -17,19 +17,22 @@ use serde::Serialize;
 use super::reading::{self, DefaultNamespace};
 use crate::output::{self, Format};
 
-/// Say whether manifests would be accepted, and what is wrong with them by file and line.
+/// Validate manifests, and report errors by file and line.
 ///
-/// Says what is wrong by file and line. Policies, tiers, network sets and Hanse's own kinds are validated as an API server
-/// would. Of Namespaces, ServiceAccounts, Nodes, Pods, Services, EndpointSlices and kinds with pod templates (Deployment, Job
-/// and so on) only what verdicts depend on is: metadata, addresses, and the names, numbers and protocols of ports. Kinds that
-/// Hanse does not read are counted and skipped; those that look like a misspelt one that it reads are refused. Templates
-/// (documents with `{{`), patches that a kustomization names, and documents without a kind, such as `kustomization.yaml` or
-/// `values.yaml`, are notes: render them first. Of several objects of a cluster with one key one counts, with a note;
-/// different ones are a conflict, which makes answers of other commands incomplete. Of the federation's they are refused.
+/// Policies, tiers, network sets and the kinds of Hanse are validated completely, as by an API server. Namespaces,
+/// ServiceAccounts, Nodes, Pods, Services, EndpointSlices and kinds with pod templates (Deployment, Job and others) are validated
+/// as far as verdicts depend on them: metadata, addresses, and the names, numbers and protocols of ports. Other kinds are counted
+/// and skipped, but kinds that look like a misspelling of a known one are refused.
 ///
-/// With `-o json`, each line has a `result`: accepted, refused, skipped, template, patch or notObject. Exits 1 when an object
-/// is refused, or a directory has no manifests. Where everything is skipped, a template, a patch or not an object, a note
-/// says that nothing was checked, and the exit code is 0, or 1 with --strict.
+/// Templates (documents with `{{`), patches of a kustomization, and documents without a kind, such as `kustomization.yaml` or
+/// `values.yaml`, give a note: render them first. For duplicate objects of a cluster, the first one wins, with a note; different
+/// objects with the same key are a conflict, which makes the answers of other commands incomplete. Duplicates of objects of the
+/// federation are refused.
+///
+/// With `-o json`, each line has a `result`: accepted, refused, skipped, template, patch or notObject.
+///
+/// Exits 1 if an object is refused, or a directory has no manifests. If nothing could be validated, a note reports this, and the
+/// exit code is 0, or 1 with --strict.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -49,12 +52,12 @@ pub struct Arguments {
     output: Format,
 }
 
-/// One object, or one document that is not an object. The JSON is a contract.
+/// One object, or one document that is not an object. The JSON keys are a contract.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct ObjectLine {
     file: String,
-    /// Where the object starts.
+    /// The first line of the object.
     line: u32,
     api_version: String,
     kind: String,
@@ -81,13 +84,13 @@ enum Outcome {
     NotObject,
 }
 
-/// What was read of all directories.
+/// The results of all directories.
 #[derive(Debug, Default)]
 struct Checked {
     objects: Vec<ObjectLine>,
-    /// What is to be said and refuses nothing.
+    /// Notes, which refuse nothing.
     notes: Vec<String>,
-    /// Policies and tiers of the federation, which may be in several directories.
+    /// Policies and tiers of the federation, of all directories.
     federated: Vec<Manifest>,
 }
 
@@ -103,7 +106,7 @@ struct ErrorLine {
 impl Arguments {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         if self.directories.iter().filter(|path| *path == Path::new("-")).count() > 1 {
-            anyhow::bail!("standard input (`-`) can be read once");
+            anyhow::bail!("standard input (`-`) can be used once");
         }
         let mut checked = Checked::default();
         let mut is_empty = false;
@@ -122,7 +125,7 @@ impl Arguments {
         if nothing {
             checked
                 .notes
-                .push("note: nothing was checked: no document is an object of a kind that Hanse reads".to_owned());
+                .push("note: nothing was validated: no document is an object of a kind that Hanse reads".to_owned());
         }
         let failed = refused > 0 || is_empty || nothing && self.strict;
         output::exit(self.print(&checked), failed)
@@ -224,7 +227,7 @@ impl Arguments {
     }
 }
 
-/// `Kind namespace/name: `, as far as it is known.
+/// `Kind namespace/name: `, as far as the document has them.
 fn subject(object: &ObjectLine) -> String {
     match (&object.namespace, object.kind.is_empty()) {
         (_, true) => String::new(),

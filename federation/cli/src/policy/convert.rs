@@ -1,4 +1,4 @@
-//! `hanse policy convert`: obsolete kinds of policy into what replaced them.
+//! `hanse policy convert`: from obsolete kinds of policy to their replacement.
 
 use std::collections::{HashMap, HashSet};
 use std::io::Write as _;
@@ -19,16 +19,15 @@ use serde_json::Value;
 
 use crate::output;
 
-/// Rewrite AdminNetworkPolicy and BaselineAdminNetworkPolicy as ClusterNetworkPolicy.
+/// Convert AdminNetworkPolicy and BaselineAdminNetworkPolicy to ClusterNetworkPolicy.
 ///
-/// Reads `policy.networking.k8s.io/v1alpha1` objects and prints, for each, the v1alpha2 ClusterNetworkPolicy that means
-/// the same. An object that is malformed, or has a part without an equivalent, is not written: the field is named, and the
-/// exit code is 1.
-/// Objects of other kinds are left out and counted.
+/// Reads objects of `policy.networking.k8s.io/v1alpha1` and prints equivalent ClusterNetworkPolicies of v1alpha2. An object that
+/// is malformed, or that has a field without an equivalent, is not converted: the error names the field, and the exit code is 1.
+/// Objects of other kinds are counted and omitted.
 ///
-/// The two kinds have names of their own, ClusterNetworkPolicies share theirs: where a BaselineAdminNetworkPolicy has the name
-/// of an AdminNetworkPolicy, `-baseline` is appended to it, and a note says so. An object whose name another one of its kind,
-/// or a ClusterNetworkPolicy that was read, has already is not written.
+/// ClusterNetworkPolicies have one namespace of names for both kinds. If a BaselineAdminNetworkPolicy has the name of an
+/// AdminNetworkPolicy, `-baseline` is appended, with a note. An object is not converted if its name is in use by another one of
+/// its kind or by an existing ClusterNetworkPolicy.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -49,14 +48,14 @@ enum Format {
     Json,
 }
 
-/// What was read.
+/// The objects that were read.
 #[derive(Default)]
 struct Read {
     converted: Vec<Converted>,
     refused: usize,
-    /// Of other kinds.
+    /// Number of objects of other kinds.
     others: usize,
-    /// ClusterNetworkPolicies that were there before, by name.
+    /// Existing ClusterNetworkPolicies, by name.
     present: HashMap<String, String>,
 }
 
@@ -68,7 +67,7 @@ struct Converted {
 }
 
 impl Converted {
-    /// `None` where an API server is to generate it.
+    /// `None` if an API server generates the name.
     fn name(&self) -> Option<&str> {
         self.object["metadata"]["name"].as_str()
     }
@@ -80,7 +79,7 @@ impl Converted {
 
 impl Arguments {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        // Printed at the end, so that a closed pipe does not hide what was refused.
+        // Printed at the end, so that a closed pipe does not hide errors.
         let mut out = Vec::new();
         let mut read = Read::default();
         for path in &self.paths {
@@ -104,7 +103,7 @@ impl Arguments {
         }
         let Read { refused, others, .. } = read;
         output::note(format_args!(
-            "{converted} converted, {refused} refused, {} of other kinds left out",
+            "{converted} converted, {refused} refused, {} of other kinds omitted",
             output::count(others, "object")
         ));
         if converted + refused == 0 {
@@ -156,7 +155,7 @@ fn convert_node(file: &str, node: Node<'_>, read: &mut Read) {
         return;
     }
     let converted = to_cluster_network_policy(node).and_then(|object| {
-        // What is written is what `hanse policy check` accepts.
+        // The result must pass `hanse policy check`.
         let mut checked = Manifests::default();
         read_bytes(&Arc::from(file), object.to_string().as_bytes(), &mut checked);
         let errors: Vec<Unconvertible> = checked.diagnostics.into_iter().map(as_written).collect();
@@ -175,7 +174,7 @@ fn convert_node(file: &str, node: Node<'_>, read: &mut Read) {
     }
 }
 
-/// The objects under names that are theirs alone. Those without one are counted as refused.
+/// The objects with unique names. The others are counted as refused.
 fn with_own_names(read: &mut Read) -> Vec<Value> {
     let all = std::mem::take(&mut read.converted);
     let of_admins = all.iter().filter(|it| !it.is_baseline()).filter_map(Converted::name);
@@ -210,8 +209,8 @@ fn with_own_names(read: &mut Read) -> Vec<Value> {
     written
 }
 
-/// What is wrong with a converted object, at the field of the object that was read: its `protocols` were `ports`, of other
-/// parts. A ClusterNetworkPolicy has fewer of them.
+/// The error of a converted object, at the field of the original: its `protocols` were `ports`, with other parts. A
+/// ClusterNetworkPolicy may have fewer of them.
 fn as_written(diagnostic: Diagnostic) -> Unconvertible {
     let Diagnostic { field: path, message, .. } = diagnostic;
     match path.split_once(".protocols") {

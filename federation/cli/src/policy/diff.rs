@@ -19,22 +19,22 @@ use super::load::{ClusterSource, Loaded, Sources};
 use super::matrix::PortName;
 use crate::output::{self, Format};
 
-/// Addresses that stand for the world, where none is given: documentation ranges (RFC 5737, RFC 3849).
+/// Default addresses outside the federation: documentation ranges (RFC 5737, RFC 3849).
 const OUTSIDE: [&str; 2] = ["203.0.113.1", "2001:db8::1"];
-/// Rows of a table for people; `-o json` has all.
+/// Maximum number of rows of a table; `-o json` has all.
 const MAX_ROWS: usize = 500;
-/// Pods of one state that are named for people.
+/// Maximum number of pods of one state that the table names.
 const MAX_NAMES: usize = 10;
 
-/// Say which pairs of workloads change verdict between two states, or between enforced and staged.
+/// Show which pairs of workloads change verdict between two states of manifests, or between enforced and staged policy.
 ///
-/// Compares every pair of pods in all clusters, and of pods with the world outside, over both IP versions, every protocol and
-/// port, from source port 40,000. Pods that are alike in both states are compared and reported together.
+/// Compares all pairs of pods of all clusters, and pods with addresses outside, over both IP versions and all protocols and
+/// ports, from source port 40000. Pods that are alike in both states are reported together.
 ///
-/// Workloads that do not run are compared too, by "KIND/NAME". Where only some of the addresses that their pods may get
-/// change verdict, `condition` says which. What is in one state only, as after a new name, is not compared, but named.
+/// Workloads that do not run are included, as "KIND/NAME". If the verdict changes for some of the possible addresses of their
+/// pods only, `condition` contains these. Pods that exist in one state only, as after renaming, are listed, but not compared.
 ///
-/// Exits 1 when an object of either state was refused, with --exit-code also when a verdict changes.
+/// Exits 1 if an object of either state was refused; with --exit-code, also if a verdict changes.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 JSON, one object a line: {\"from\", \"to\", \"ipVersion\", \"protocol\", \"ports\", \"icmp\", \"before\", \"after\", \"condition\", \"egress\",
@@ -48,22 +48,22 @@ Examples:
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
-    /// Compare with these directories instead: NAME=DIR for each cluster.
+    /// The cluster in the second state, as NAME=DIR; repeatable.
     #[arg(long = "with", value_name = "NAME=DIR", required_unless_present_any = ["staged", "with_federation"])]
     with: Vec<ClusterSource>,
-    /// Compare with this directory of the federation.
+    /// The manifests of the federation in the second state.
     #[arg(long, value_name = "DIR")]
     with_federation: Option<PathBuf>,
-    /// Compare with the outcome if every staged policy were committed.
+    /// The second state is the first one with all staged policies committed.
     #[arg(long, conflicts_with_all = ["with", "with_federation"])]
     staged: bool,
-    /// Only these ports, as NUMBER or NUMBER/PROTOCOL; otherwise all, in the ranges that policies tell apart.
+    /// Only these ports, as NUMBER or NUMBER/PROTOCOL. Default: all, in ranges that policy does not distinguish.
     #[arg(long = "port", value_name = "PORT", value_delimiter = ',')]
     ports: Vec<PortName>,
-    /// Addresses that stand for the world outside.
+    /// Addresses outside the federation to compare.
     #[arg(long, value_name = "IP", default_values = OUTSIDE)]
     outside: Vec<IpAddr>,
-    /// Exit 1 when a verdict changes.
+    /// Exit 1 if a verdict changes.
     #[arg(long)]
     exit_code: bool,
     #[arg(short, long, value_enum, default_value_t)]
@@ -76,7 +76,7 @@ struct ChangeLine<'a> {
     from: Side<'a>,
     to: Side<'a>,
     ip_version: u8,
-    /// A name, a number, or `other`: every protocol that no policy names.
+    /// A name, a number, or `other`: all protocols that no policy names.
     protocol: String,
     /// The first and the last of a range of ports.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -88,12 +88,12 @@ struct ChangeLine<'a> {
     /// Only for these addresses of pods that do not run yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     condition: Option<&'a str>,
-    /// What decides in the second state.
+    /// The rule that decides in the second state.
     egress: &'a str,
     ingress: &'a str,
 }
 
-/// The last line: what is there also where nothing changes.
+/// The last line.
 #[derive(Serialize)]
 struct Closing {
     summary: Summary,
@@ -105,19 +105,19 @@ struct Summary {
     /// Pairs.
     opened: u64,
     closed: u64,
-    /// Something was refused, so that what it says is missing.
+    /// An object was refused, so that the result does not include it.
     incomplete: bool,
-    /// Pods and workloads of one state, which were not compared.
+    /// Pods and workloads that exist in one state only.
     only_before: Vec<String>,
     only_after: Vec<String>,
 }
 
-/// What is counted while changes are printed.
+/// Counts changes while they are printed.
 #[derive(Default)]
 struct Tally {
-    /// How many pairs closed and opened.
+    /// Numbers of pairs that closed and opened.
     pairs: [u64; 2],
-    /// For the last pair whether it is counted among them.
+    /// Whether the last pair is counted among them.
     counted: [bool; 2],
     last: Option<(usize, usize)>,
 }
@@ -140,7 +140,7 @@ impl Tally {
 struct IcmpLine {
     #[serde(rename = "type")]
     kind: u8,
-    /// Absent: every code that no policy names.
+    /// Absent: all codes that no policy names.
     #[serde(skip_serializing_if = "Option::is_none")]
     code: Option<u8>,
 }
@@ -152,7 +152,7 @@ enum Side<'a> {
     Address { ip: String },
 }
 
-/// A row of the table: who, by which packets, and why. Those that differ only in the source are one.
+/// A row of the table: destination, packets and reason. Changes that differ in the source only are one row.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Row {
     closed: bool,
@@ -161,11 +161,11 @@ struct Row {
     reason: String,
 }
 
-/// Rows as they come; what changes alike over both IP versions is one.
+/// Rows as they arrive; equal changes over both IP versions are one.
 #[derive(Default)]
 struct Rows {
     done: BTreeMap<Row, Vec<usize>>,
-    /// The source and destination of what is open, with the IP version of each.
+    /// The source and destination of the open rows, with the IP version of each.
     at: (usize, usize),
     open: Vec<(Row, u8)>,
 }
@@ -216,7 +216,7 @@ impl Arguments {
         if !diff.parties.iter().any(|party| matches!(party, Party::Pods { .. })) {
             let named = diff.unpaired.each_ref().map(|unpaired| some_names(unpaired));
             anyhow::bail!(
-                "no pod or workload is in both states, so nothing was compared: the first has {}; the second has {}",
+                "nothing was compared: the first has {}; the second has {}; none of them is in both states",
                 named[0],
                 named[1]
             );
@@ -321,15 +321,15 @@ fn some_names(pods: &[(&ClusterName, &EndpointId)]) -> String {
     let named: Vec<String> = pods.iter().take(MAX_NAMES).map(name).collect();
     match pods.len().saturating_sub(MAX_NAMES) {
         0 => named.join(", "),
-        more => format!("{} and {more} more; -o json names all", named.join(", ")),
+        more => format!("{} and {more} more; -o json lists all", named.join(", ")),
     }
 }
 
-/// How many pairs of pods (or of a pod and the world) a change is about.
+/// Number of pairs of pods (or of a pod and an address outside) of a change.
 fn pairs(diff: &Diff<'_>, change: &Change) -> u64 {
     let count = |party: usize| diff.parties[party].count().max(1) as u64;
     match change.from == change.to {
-        // One template stands for several pods.
+        // One template represents several pods.
         true => (count(change.from) * (count(change.from) - 1)).max(1),
         false => count(change.from) * count(change.to),
     }
@@ -346,7 +346,7 @@ fn side<'a>(party: &Party<'a>) -> Side<'a> {
     }
 }
 
-/// `cluster/namespace/name`, or what the names of several begin with and how many they are.
+/// `cluster/namespace/name`; for several pods, their common prefix and their number.
 fn title(party: &Party<'_>) -> String {
     match side(party) {
         Side::Address { ip } => format!("outside ({ip})"),
@@ -366,7 +366,7 @@ fn table(diff: &Diff<'_>, rows: BTreeMap<Row, Vec<usize>>, out: &mut impl std::i
     if rows.is_empty() {
         return Ok(());
     }
-    // What differs only in who it goes to is one row, too: a default deny closes everything for all.
+    // Changes that differ in the destination only are one row, too: a default deny closes all pairs.
     let mut merged: Vec<(Row, Vec<usize>, Vec<usize>)> = Vec::new();
     let mut known: BTreeMap<(bool, String, String, Vec<usize>), usize> = BTreeMap::new();
     for (row, froms) in rows {
@@ -403,7 +403,7 @@ fn described(packets: &[Packets]) -> String {
     for it in packets {
         let name = match it.protocol {
             None => "others".to_owned(),
-            // Each version has its own.
+            // Each IP version has its own.
             Some(58) => "ICMP".to_owned(),
             Some(number) => protocol_name(number),
         };
@@ -417,7 +417,7 @@ fn described(packets: &[Packets]) -> String {
             (None, Some((kind, Some(code)))) => format!("type {kind} code {code}"),
             (None, Some((kind, None))) => format!("type {kind}"),
         };
-        // TCP first, what has no name last.
+        // TCP first, protocols without a name last.
         let rank = match it.protocol {
             Some(6) => 0,
             Some(17) => 1,

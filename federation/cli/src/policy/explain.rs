@@ -1,4 +1,4 @@
-//! `hanse policy explain`: what policy says of packets, and why.
+//! `hanse policy explain`: the verdict of policy on packets, with the rules that decide.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, Read as _, Write as _};
@@ -13,27 +13,27 @@ use super::live;
 use super::load::Sources;
 use crate::output::{self, Format};
 
-/// Judge packets, and say which rule decided.
+/// Evaluate packets, and show which rule decides.
 ///
-/// Answers each line of the queries by one line, in the same order: from directories of manifests, or, without
-/// --cluster, by what the members know now (egress is judged by the source's member, ingress by the destination's). Exits
-/// 1 when a query has no answer, when no query has a known endpoint at either end, when there is no query, or when an object
-/// was refused.
+/// Each line of the queries has one line of output, in the same order. With --cluster, the answers come from directories of
+/// manifests. Without it, they come from the members of the running federation: the member of the source evaluates egress, that
+/// of the destination ingress.
 ///
-/// The answer is what policy says. The kernel lets pass besides, before every rule, what a node sends to its own pods.
+/// The answer is the verdict of policy. Before all policy, the kernel also allows traffic from a node to its own pods.
 ///
-/// Workloads that do not run can be queried by "KIND/NAME", offline: "deployment/web", "raycluster/train/head". Their pods'
-/// addresses are not known: where rules about nets make a difference, the verdict is `depends`, and `dependsOn` says on
-/// what. With --pod-net only addresses in these nets count.
+/// Workloads that do not run are queried as "KIND/NAME", with --cluster only: "deployment/web", "raycluster/train/head". The
+/// addresses of their pods are unknown: if rules for nets make a difference, the verdict is `depends`, and `dependsOn` explains
+/// it. --pod-net limits the possible addresses.
 ///
-/// A question to a Service, by name or by one of its addresses (cluster, external or load balancer), is answered for each of
-/// its backends, on the backend's port.
+/// A query to a Service, by name or by one of its addresses, has an answer for each backend, on the backend's port.
+///
+/// Exits 1 if a query has no answer, if no query has a known endpoint, if there are no queries, or if an object was refused.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 JSON, one object a line: {\"verdict\": \"allow|deny|depends\", \"egress\": {\"verdict\", \"trace\", \"decidedBy\"}, \"ingress\": …,
 \"staged\": …, \"form\", \"neitherEndKnown\": true, \"notRunning\": [\"CLUSTER/NAMESPACE/KIND/NAME\"], \"dependsOn\": \"…\", \"service\": {\"name\", \"headless\", \"backends\":
-[{\"to\", \"port\", \"answer\" or \"error\"}]}}, or {\"error\"}. What does not apply is left out; `decidedBy` has each step that
-decides where a verdict depends on something.
+[{\"to\", \"port\", \"answer\" or \"error\"}]}}, or {\"error\"}. Keys that do not apply are absent. `decidedBy` has each step that
+decides, where the verdict is `depends`.
 
 Examples:
   echo '{\"from\":{\"namespace\":\"shop\",\"pod\":\"deployment/web\"},\"to\":{\"namespace\":\"shop\",\"pod\":\"deployment/db\"},\"port\":5432}' |
@@ -43,26 +43,25 @@ Examples:
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
-    /// Questions, one JSON object per line; `-` is standard input. `{"from":{"cluster","namespace","pod"}|{"ip"},
+    /// Queries, one JSON object per line; `-` is standard input. `{"from":{"cluster","namespace","pod"}|{"ip"},
     /// "to":…|{"cluster","namespace","service"},"protocol":"TCP|UDP|SCTP|ICMP|ICMPv6|<number>","port":N,"sourcePort":N,"icmp":{"type","code"},
-    /// "ipVersion":4|6}`. Where they are left out, the protocol is TCP, the source port 40000, `icmp` an echo request, its
-    /// code 0, and the IP version one that both ends have.
+    /// "ipVersion":4|6}`. Defaults: protocol TCP, source port 40000, `icmp` an echo
+    /// request, its code 0, and an IP version that both ends have.
     #[arg(long, value_name = "FILE.jsonl")]
     queries: PathBuf,
-    /// Use the reference evaluator, which looks everything up anew for each question. The answers are the same.
+    /// Use the reference evaluator, which is slower and gives the same answers.
     #[arg(long, requires = "clusters")]
     reference: bool,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
 
-/// The longest line of queries that is read whole; what is cut off makes the line malformed. A query has a few hundred
-/// bytes.
+/// Maximum length of a query. A longer line is malformed. A query has a few hundred bytes.
 const MAX_LINE_BYTES: u64 = 1 << 20;
 
 /// Rows of a table that are printed together, in columns of one width: about 100 KiB.
 const BLOCK_ROWS: usize = 500;
-/// Queries that a running federation is sent together: one request.
+/// Queries in one request to a running federation.
 const LIVE_QUERIES: usize = live::BATCH;
 
 const NEITHER_END_KNOWN: &str = "neither end is a known endpoint: no policy applies";
@@ -72,12 +71,12 @@ struct ErrorLine {
     error: String,
 }
 
-/// Prints answers as they come.
+/// Prints answers as they arrive.
 struct Printer {
     output: Format,
     out: std::io::BufWriter<output::Stdout>,
     table: output::Table,
-    /// Of live answers: clusters, and Hanse's own streams there.
+    /// For live answers: clusters, with Hanse's own streams there.
     own_streams: BTreeSet<(String, String)>,
     /// Notes on verdicts of the current block, which the table refers to by number.
     notes: Vec<String>,
@@ -85,7 +84,7 @@ struct Printer {
     first_note: usize,
     /// The width of each column, once a block was printed.
     widths: Option<Vec<u16>>,
-    /// Questions, those without an answer, and those of which neither end is a known endpoint.
+    /// Numbers of queries, of those without an answer, and of those without a known endpoint.
     questions: usize,
     unanswered: usize,
     about_nothing: usize,
@@ -179,7 +178,7 @@ impl Printer {
         self.table.add_row([from, to, verdict, staged, line.egress.reason(), line.ingress.reason()]);
     }
 
-    /// Prints the rows so far with their notes, so that any number of questions can be answered.
+    /// Prints the rows so far with their notes, so that memory does not grow with the number of queries.
     fn print_block(&mut self) -> anyhow::Result<()> {
         writeln!(self.out, "{}", self.table)?;
         for (number, note) in (self.first_note..).zip(&self.notes) {
@@ -198,7 +197,7 @@ impl Printer {
                 self.print_block()?;
             }
             if !self.own_streams.is_empty() {
-                writeln!(self.out, "Before every tier, Hanse's own streams:")?;
+                writeln!(self.out, "Evaluated before all tiers, Hanse's own streams:")?;
             }
             for (cluster, stream) in &self.own_streams {
                 let line = format!("  {cluster}: {stream}");
@@ -209,7 +208,7 @@ impl Printer {
     }
 }
 
-/// A place, and whether it runs.
+/// An end of a packet, and whether it runs.
 fn title(place: &Place, not_running: &[String]) -> String {
     let place = place.to_string();
     let found = not_running.iter().find_map(|it| {
@@ -235,7 +234,7 @@ impl Arguments {
             return self.end(answered, printer, None);
         }
         if self.queries == Path::new("-") && self.sources.stdin_uses() > 0 {
-            anyhow::bail!("standard input (`-`) can be read once: give the queries or the manifests as a file");
+            anyhow::bail!("standard input (`-`) can be used once: read the queries or the manifests from a file");
         }
         let loaded = self.sources.load()?;
         printer.incomplete = loaded.is_incomplete();
@@ -256,7 +255,7 @@ impl Arguments {
         self.end(answered, printer, loaded.incomplete_line())
     }
 
-    /// Queries members, as many questions at a time as one request takes.
+    /// Queries the members, in requests of the maximum size.
     fn answer_live(
         &self,
         context: Option<&Path>,
@@ -290,7 +289,7 @@ impl Arguments {
         incomplete: Option<String>,
     ) -> anyhow::Result<ExitCode> {
         if answered.is_ok() && printer.questions == 0 {
-            anyhow::bail!("{}: no queries were read, so there is nothing to answer", self.queries.display());
+            anyhow::bail!("{}: no queries found", self.queries.display());
         }
         // Among others, such a query is marked; alone it is a mistake.
         let all_about_nothing = printer.about_nothing == printer.questions;
@@ -303,15 +302,15 @@ impl Arguments {
     }
 }
 
-/// A line of the queries, and which it is in its file.
+/// A line of the queries, with its number in the file.
 #[derive(Debug, PartialEq, Eq)]
 struct Line {
     number: usize,
     text: String,
 }
 
-/// The next line that is not blank; `number` counts all. Bytes that are no UTF-8 are replaced, so that only their own line
-/// has no answer.
+/// The next line that is not blank; `number` counts all lines. Invalid UTF-8 is replaced, so that only its own line has no
+/// answer.
 fn next_line(input: &mut impl BufRead, number: &mut usize) -> std::io::Result<Option<Line>> {
     loop {
         let mut bytes = Vec::new();

@@ -1,4 +1,4 @@
-//! Folders for `kustomize`: Hanse applies no kustomization, so it says what to run, and does not read patches as objects.
+//! Folders for `kustomize`. Hanse does not apply kustomizations: it reports the command to run, and skips patches.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use hanse_api::manifest::Manifests;
 use hanse_api::{Diagnostic, NotObject};
 
 const GROUP: &str = "kustomize.config.k8s.io";
-/// The names under which `kustomize` looks for its file.
+/// The file names of kustomizations.
 const NAMES: [&str; 3] = ["kustomization.yaml", "kustomization.yml", "Kustomization"];
 
-/// The patches that the kustomizations beside `files` name, each with the kustomization. Paths are canonical.
+/// The patches of the kustomizations beside `files`, each with its kustomization. Paths are canonical.
 pub fn patches(files: &[PathBuf]) -> BTreeMap<PathBuf, PathBuf> {
     let folders: BTreeSet<&Path> = files.iter().filter_map(|file| file.parent()).collect();
     let mut patches = BTreeMap::new();
@@ -22,7 +22,7 @@ pub fn patches(files: &[PathBuf]) -> BTreeMap<PathBuf, PathBuf> {
             if !kustomization.is_file() {
                 continue;
             }
-            // One that cannot be read names nothing; it is reported where its folder is read.
+            // An unreadable kustomization is reported when its folder is read.
             let bytes = read_file(&kustomization).unwrap_or_default();
             let text = std::str::from_utf8(&bytes).unwrap_or_default();
             for document in document::documents(text).flatten() {
@@ -37,7 +37,7 @@ pub fn patches(files: &[PathBuf]) -> BTreeMap<PathBuf, PathBuf> {
     patches
 }
 
-/// The files of patches that a kustomization names. Patches written in place have no file: they have several lines.
+/// The patch files of a kustomization. Inline patches have several lines, and are not files.
 fn named<'d>(kustomization: Node<'d>) -> Vec<&'d str> {
     let lists = ["patches", "patchesStrategicMerge", "patchesJson6902"].map(|name| kustomization.child(name));
     let items = lists.into_iter().flatten().flat_map(Node::items);
@@ -45,21 +45,21 @@ fn named<'d>(kustomization: Node<'d>) -> Vec<&'d str> {
     items.filter_map(path).filter(|path| !path.is_empty() && !path.contains('\n')).collect()
 }
 
-/// What to run instead of reading the folder of a kustomization.
+/// The command to run instead of reading the folder of a kustomization.
 fn build(kustomization: &Path) -> String {
     let folder = kustomization.parent().filter(|folder| *folder != Path::new(""));
     build_with_kustomize(folder.map_or("DIR".into(), Path::to_string_lossy))
 }
 
-/// What is said of a patch, which is not read.
+/// The diagnostic of a patch, which is not read.
 pub fn patch(file: &Path, kustomization: &Path) -> Diagnostic {
     let message = format!("a patch of {}, not an object: run {}", kustomization.display(), build(kustomization));
     Diagnostic { not_object: Some(NotObject::Patch), ..Diagnostic::of_file(file, message) }
 }
 
-/// Says of kustomizations what to run, whether they name their kind or not.
+/// Adds the command to run to the diagnostics of kustomizations.
 pub fn explain(read: &mut Manifests) {
-    let message = |file: &str| format!("a kustomization, which is not applied here: run {}", build(Path::new(file)));
+    let message = |file: &str| format!("a kustomization, which Hanse does not apply: run {}", build(Path::new(file)));
     for diagnostic in &mut read.diagnostics {
         let name = Path::new(&*diagnostic.location.file).file_name().and_then(|name| name.to_str());
         let is_without_kind = diagnostic.not_object == Some(NotObject::WithoutKind);

@@ -25,10 +25,10 @@ use hanse_policy::explain::answer;
 
 /// Find likely mistakes.
 ///
-/// Only what is certain is called shadowed or impossible. Of a cluster without pods and workloads, such as a folder of
-/// policies, checks that need them are not run, and the output says so. Exits 0 when nothing found is as severe as
-/// `--fail-on`, 1 when something is, an object was refused, or there is no policy and no pod; 2 when the command line is
-/// malformed.
+/// A rule is reported as shadowed or impossible only if that is certain. For a cluster without pods and workloads, such as a
+/// folder of policies, the checks that need them are not run; the output lists these checks.
+///
+/// Exits 1 if a finding is at least as severe as `--fail-on`, if an object was refused, or if there are neither policies nor pods.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -39,13 +39,13 @@ Examples:
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
-    /// Treat this cluster's data as stale; may be given several times.
+    /// Treat this cluster's data as stale; repeatable.
     #[arg(long, value_name = "CLUSTER")]
     stale: Vec<String>,
-    /// Ask the hub of the context which clusters' data is stale, or was never received.
+    /// Query the hub for clusters whose data is stale or was never received.
     #[arg(long)]
     ask_hub: bool,
-    /// The least severity that makes the command fail.
+    /// Exit 1 for findings of at least this severity.
     #[arg(long, value_enum, default_value = "error")]
     fail_on: Level,
     #[arg(short, long, value_enum, default_value_t)]
@@ -102,7 +102,7 @@ impl Arguments {
         }
         for name in &self.stale {
             if !loaded.inventory.clusters.contains_key(name.as_str()) {
-                bail!("--stale {name}: no cluster of this name is read");
+                bail!("--stale {name}: unknown cluster");
             }
         }
         for name in &stale {
@@ -184,10 +184,10 @@ struct NotRun {
 }
 
 impl NotRun {
-    /// `None` where every cluster has pods.
+    /// `None` if all clusters have pods.
     ///
     /// # Errors
-    /// When there are neither pods nor policies: nothing found in nothing would look like a good answer.
+    /// When there are neither pods nor policies: an empty result would look like a good one.
     fn new(loaded: &Loaded) -> anyhow::Result<Option<Self>> {
         let clusters = without_pods(&loaded.inventory);
         let clusters: Vec<String> = clusters.into_iter().map(ToString::to_string).collect();
@@ -199,16 +199,16 @@ impl NotRun {
         let layers = [&loaded.policies.federation].into_iter().chain(loaded.policies.clusters.values());
         let is_empty = loaded.without_tier.is_empty() && layers.into_iter().all(|layer| layer.policies.is_empty());
         if is_empty && clusters.len() == loaded.inventory.clusters.len() {
-            bail!("{noun} {names}: no policies, no pods and no workloads were read, so there is nothing to check");
+            bail!("{noun} {names}: no policies, pods or workloads found");
         }
         let not_run: Vec<&str> = NEEDING_PODS.iter().map(|check| check.id).collect();
         let ids = not_run.join(", ");
-        let message = format!("not run for {noun} {names}, of which no pods and no workloads were read: {ids}");
+        let message = format!("not run for {noun} {names}, without pods and workloads: {ids}");
         Ok(Some(Self { not_run, clusters, message }))
     }
 }
 
-/// The clusters whose endpoints count as unknown at the hub.
+/// The clusters whose data is stale at the hub, or was never received.
 fn reported_stale(context: Option<&Path>) -> anyhow::Result<Vec<String>> {
     let status = with_client(context, |mut client| async move { call(client.status(pb::StatusRequest {})).await })?;
     let clusters = status.clusters.into_iter().filter(|cluster| cluster.lease != "live");
@@ -241,7 +241,7 @@ impl RuleLines {
     /// Of a rule of the object that starts at `place`.
     fn line(&mut self, place: &SourceLocation, (direction, index): (Direction, u32)) -> Option<u32> {
         let objects = self.files.entry(place.file.clone()).or_insert_with(|| {
-            // What could be read before can hardly fail now; where it does, the object's own line is used.
+            // If the file has changed since it was read, the line of the object is used.
             let bytes = read_file(Path::new(&*place.file)).unwrap_or_default();
             let text = std::str::from_utf8(&bytes).unwrap_or_default();
             let mut objects = HashMap::new();
@@ -273,7 +273,7 @@ fn rules_of(node: Node<'_>, objects: &mut HashMap<u32, ObjectLines>) {
     }
 }
 
-/// Findings by severity, the worst first, and of each kind what to do once.
+/// Findings by severity, the most severe first, with the advice for each check once.
 fn print_table(lines: &[FindingLine<'_>]) -> anyhow::Result<()> {
     if lines.is_empty() {
         return output::line("nothing found");
@@ -309,7 +309,7 @@ fn print_table(lines: &[FindingLine<'_>]) -> anyhow::Result<()> {
     output::line(counts.join(", "))
 }
 
-/// What was refused, and so not judged, makes the run incomplete, which review tools show.
+/// Refused objects make the run incomplete, which review tools show.
 fn sarif(lines: &[FindingLine<'_>], refusals: &[Diagnostic], not_run: Option<&NotRun>) -> Value {
     let rules: Vec<Value> = CHECKS
         .iter()
@@ -370,7 +370,7 @@ fn location(file: &str, line: u32) -> Value {
     json!({"physicalLocation": {"artifactLocation": {"uri": uri(file)}, "region": {"startLine": line}}})
 }
 
-/// A path as a URI reference (RFC 3986): relative as it is, for the tool to resolve; what may not be in one is escaped.
+/// A path as a URI reference (RFC 3986), with reserved characters escaped. The tool resolves relative paths.
 fn uri(path: &str) -> String {
     let mut uri = if path.starts_with('/') { "file://".to_owned() } else { String::new() };
     for byte in path.bytes() {

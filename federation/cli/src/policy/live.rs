@@ -1,4 +1,4 @@
-//! Queries of a federation that runs: through the hub, to the members.
+//! Queries to the members of a running federation, through the hub.
 
 use std::path::Path;
 
@@ -12,10 +12,10 @@ use tonic::transport::Channel;
 use crate::online::{MAX_ANSWER_BYTES, call, open};
 use crate::output;
 
-/// Queries in one request; the hub accepts no more.
+/// Maximum number of queries in one request, as the hub limits it.
 pub const BATCH: usize = 64;
 
-/// One connection for many questions.
+/// One connection for many queries.
 pub struct Session {
     runtime: tokio::runtime::Runtime,
     client: InquiriesClient<Channel>,
@@ -27,31 +27,31 @@ impl Session {
         Ok(Self { runtime, client: InquiriesClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES) })
     }
 
-    /// Sends every query, and passes on the answers with their queries' places in the list, in order.
+    /// Sends the queries, and passes each answer to `take` with the index of its query, in order.
     pub fn explain(
         &mut self,
         queries: &[String],
         mut take: impl FnMut(usize, Result<AnswerLine<'_>, String>) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         for (number, batch) in queries.chunks(BATCH).enumerate() {
-            let asked = batch.iter().map(|query| query.clone().into_bytes().into()).collect();
-            let answer = self.runtime.block_on(call(self.client.explain(pb::ExplainRequest { queries: asked })))?;
-            anyhow::ensure!(answer.explanations.len() == batch.len(), "the hub left queries unanswered");
+            let sent = batch.iter().map(|query| query.clone().into_bytes().into()).collect();
+            let answer = self.runtime.block_on(call(self.client.explain(pb::ExplainRequest { queries: sent })))?;
+            anyhow::ensure!(answer.explanations.len() == batch.len(), "the hub did not answer all queries");
             for (at, explanation) in (number * BATCH..).zip(answer.explanations) {
                 match explanation.explanation {
                     Some(explanation::Explanation::Answer(json)) => {
-                        take(at, Ok(serde_json::from_slice(&json).context("understand an answer")?))?;
+                        take(at, Ok(serde_json::from_slice(&json).context("read an answer")?))?;
                     }
                     Some(explanation::Explanation::Error(error)) => take(at, Err(error))?,
-                    None => take(at, Err("the hub is newer: the answer is not understood".to_owned()))?,
+                    None => take(at, Err("unknown response: the hub is newer than this command".to_owned()))?,
                 }
             }
         }
         Ok(())
     }
 
-    /// Every pod that a member reports, and whether members could not be queried or left some out: they are named on standard
-    /// error.
+    /// All pods that members report, and whether the list is incomplete: members that did not answer, or that have too many pods,
+    /// are reported on standard error.
     pub fn pods(&mut self) -> anyhow::Result<(Vec<pb::PodInfo>, bool)> {
         let answer = self.runtime.block_on(call(self.client.list_pods(pb::ListPodsRequest::default())))?;
         for note in &answer.notes {

@@ -1,4 +1,4 @@
-//! Clusters and federation from directories of manifests.
+//! Clusters and the federation, from directories of manifests.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,23 +20,23 @@ use hanse_policy::explain::answer;
 use super::reading::{self, DefaultNamespace};
 use crate::output;
 
-/// Where to read from.
+/// The directories to read.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Sources {
-    /// A cluster: its name and the directory of its manifests (YAML or JSON, objects as an API server stores them); `-` is
-    /// standard input. May be given several times.
+    /// Cluster name and directory of its manifests (YAML or JSON, as stored by an API server); repeatable. `-` is standard
+    /// input.
     #[arg(long = "cluster", value_name = "NAME=DIR")]
     clusters: Vec<ClusterSource>,
-    /// The directory of the federation's manifests (`hanse.dev`); `-` is standard input.
+    /// Directory of the manifests of the federation (`hanse.dev`); `-` is standard input.
     #[arg(long, value_name = "DIR")]
     federation: Option<PathBuf>,
-    /// Refuse templates (documents with `{{`), patches and documents without a kind, which are notes otherwise.
+    /// Refuse templates (documents with `{{`), patches, and documents without a kind. Default: report a note.
     #[arg(long)]
     strict: bool,
     #[command(flatten)]
     namespace: DefaultNamespace,
-    /// A net in which pods get their addresses, for workloads that do not run yet; may be given several times. Pods have no
-    /// addresses of an IP version without a net. Without this option they may have any address of both.
+    /// Net of pod addresses, for workloads that do not run yet; repeatable. Pods have no addresses of an IP version without a
+    /// net. Default: any address of both versions.
     #[arg(long = "pod-net", value_name = "CIDR", value_delimiter = ',', requires = "clusters")]
     pub pod_nets: Vec<IpNet>,
 }
@@ -60,15 +60,14 @@ impl std::str::FromStr for ClusterSource {
     }
 }
 
-/// Everything that was read.
+/// The result of reading.
 #[derive(Debug, Default)]
 pub struct Loaded {
     pub policies: PolicySet,
     pub inventory: Inventory,
-    /// The errors of objects and files that were refused; each was named on standard error. With any, answers are
-    /// incomplete.
+    /// The errors of refused objects and files, which are also on standard error. If there are any, answers are incomplete.
     pub refusals: Vec<Diagnostic>,
-    /// Policies with the directions that their types leave out although they have rules of them, and the field that does.
+    /// Policies with rules for a direction that their types do not include, with the direction and the field.
     pub left_out: Vec<(PolicyId, Direction, &'static str)>,
     /// The clusters whose manifests have HostEndpoints.
     pub hosts: BTreeSet<ClusterName>,
@@ -83,10 +82,10 @@ pub struct Loaded {
 type WrittenName = (Option<ClusterName>, String, Option<String>, String);
 
 impl Sources {
-    /// Reads everything for verdicts.
+    /// Reads all directories for verdicts.
     ///
     /// # Errors
-    /// As of [`Self::load_any`], and when no cluster has an endpoint: a verdict about nothing would look like a good one.
+    /// As [`Self::load_any`], and when no cluster has an endpoint: an empty result would look like a good one.
     pub fn load(&self) -> anyhow::Result<Loaded> {
         let loaded = self.load_any()?;
         let empty: Vec<&ClusterName> =
@@ -94,24 +93,24 @@ impl Sources {
         let noun = if empty.len() == 1 { "cluster" } else { "clusters" };
         let names = empty.iter().map(|name| name.to_string()).collect::<Vec<_>>().join(", ");
         if empty.len() == loaded.inventory.clusters.len() {
-            bail!("{noun} {names}: no pods and no workloads were read, so there is nothing to answer about");
+            bail!("{noun} {names}: no pods or workloads found");
         }
         if !empty.is_empty() {
-            output::note(format_args!("note: {noun} {names}: no pods and no workloads were read"));
+            output::note(format_args!("note: {noun} {names}: no pods or workloads found"));
         }
         Ok(loaded)
     }
 
-    /// Reads everything. What is refused or skipped is named on standard error, and the rest is read all the same.
+    /// Reads all directories. Refused and skipped objects are reported on standard error; the others are read.
     ///
     /// # Errors
-    /// When a directory cannot be read, or a cluster's has no manifest.
+    /// When a directory cannot be read, or that of a cluster has no manifests.
     pub fn load_any(&self) -> anyhow::Result<Loaded> {
         if self.clusters.is_empty() {
-            bail!("no cluster is named: --cluster NAME=DIR");
+            bail!("--cluster NAME=DIR is required");
         }
         if self.stdin_uses() > 1 {
-            bail!("standard input (`-`) can be read once: give one of the sources as a directory");
+            bail!("standard input (`-`) can be used once: use a directory for the other sources");
         }
         let mut loaded = Loaded::default();
         let mut clusters = BTreeMap::new();
@@ -123,7 +122,7 @@ impl Sources {
             let declared = offline.declared.into_iter().map(|(id, ports)| ((source.name.clone(), id), ports));
             loaded.declared.extend(declared);
             if clusters.insert(source.name.clone(), offline.state).is_some() {
-                bail!("cluster {} is given twice", source.name);
+                bail!("--cluster {}: given twice", source.name);
             }
         }
         let federated = match &self.federation {
@@ -154,7 +153,7 @@ impl Sources {
         Ok(loaded)
     }
 
-    /// Pods that do not run get addresses in the given nets only, so none of an IP version without a net.
+    /// Limits the addresses of pods that do not run to the given nets: none of an IP version without a net.
     fn place_pods(&self, cluster: &mut Cluster) {
         if self.pod_nets.is_empty() {
             return;
@@ -165,19 +164,19 @@ impl Sources {
         }
     }
 
-    /// How many of the sources are standard input.
+    /// Number of sources that are standard input.
     pub fn stdin_uses(&self) -> usize {
         let clusters = self.clusters.iter().map(|source| source.directory.as_path());
         clusters.chain(self.federation.as_deref()).filter(|path| *path == Path::new("-")).count()
     }
 
-    /// Whether nothing is to be read, so that the federation that runs is meant.
+    /// Whether the running federation is to be queried, instead of directories.
     ///
     /// # Errors
-    /// When the federation's directory is named without a cluster's.
+    /// When the directory of the federation is set without that of a cluster.
     pub fn is_live(&self) -> anyhow::Result<bool> {
         if self.clusters.is_empty() && self.federation.is_some() {
-            bail!("--federation needs the clusters to go with it: --cluster NAME=DIR");
+            bail!("--federation requires --cluster NAME=DIR");
         }
         Ok(self.clusters.is_empty())
     }
@@ -185,16 +184,16 @@ impl Sources {
     /// The same, with some directories replaced.
     ///
     /// # Errors
-    /// When a cluster is not among those that are read, or is named twice.
+    /// When a cluster is not among those that are read, or is given twice.
     pub fn instead(&self, with: &[ClusterSource], federation: Option<&Path>) -> anyhow::Result<Self> {
         let mut sources = self.clone();
         for (at, source) in with.iter().enumerate() {
             if with[..at].iter().any(|known| known.name == source.name) {
-                bail!("--with names cluster {} twice", source.name);
+                bail!("--with {}: given twice", source.name);
             }
             match sources.clusters.iter_mut().find(|known| known.name == source.name) {
                 Some(known) => *known = source.clone(),
-                None => bail!("--with names cluster {}, which no --cluster names", source.name),
+                None => bail!("--with {}: no --cluster has this name", source.name),
             }
         }
         if let Some(federation) = federation {
@@ -204,7 +203,7 @@ impl Sources {
     }
 }
 
-/// Notes where the running federation sees less of a cluster than is seen here, where every cluster knows every pod.
+/// Reports pods that the grants of their cluster would not export: here, all clusters see all pods.
 fn note_grants(name: &ClusterName, member: &Member, cluster: &Cluster) {
     let pods = cluster.endpoints.iter().filter(|(id, pod)| id.kind == EndpointKind::Pod && !pod.addresses.is_empty());
     let mut withheld = pods.filter_map(|(id, pod)| Some((id, withheld(&member.grants, id, pod)?)));
@@ -212,21 +211,21 @@ fn note_grants(name: &ClusterName, member: &Member, cluster: &Cluster) {
         let count = 1 + withheld.count();
         let namespace = id.namespace.as_deref().unwrap_or_default();
         output::note(format_args!(
-            "note: MemberCluster {name} does not grant {} of its cluster ({namespace}/{}: {why}): the hub keeps them from \
-             other clusters, here they are seen",
+            "note: MemberCluster {name} does not grant {} ({namespace}/{}: {why}): the hub does not distribute them to other \
+             clusters, but this answer includes them",
             output::count(count, "pod"),
             id.name
         ));
     }
     if member.federated_allow_final {
         output::note(format_args!(
-            "note: MemberCluster {name}: federatedAllow Final counts here; the running federation takes it only from the \
-             cluster's own `hanse-member --federated-allow Final`"
+            "note: MemberCluster {name}: this answer applies federatedAllow Final; a running federation applies it only if the \
+             member was started with `--federated-allow Final`"
         ));
     }
 }
 
-/// Why the hub would keep a pod from the other clusters.
+/// Why the hub would not distribute a pod to the other clusters.
 fn withheld(grants: &Grants, id: &EndpointId, pod: &Endpoint) -> Option<String> {
     let namespace = id.namespace.as_deref().unwrap_or_default();
     if grants.namespaces.as_ref().is_some_and(|granted| !granted.contains(namespace)) {
@@ -250,7 +249,7 @@ impl Loaded {
         let mut manifests = reading::read(directory, &sources.namespace)?;
         let found = [manifests.objects.len(), manifests.workloads.len(), manifests.skipped.len()];
         if found == [0; 3] && manifests.diagnostics.is_empty() && manifests.refused_workloads.is_empty() {
-            // A federation may have no policy yet; a cluster has something.
+            // A federation may be empty; a cluster is not.
             if cluster.is_some() {
                 bail!(reading::no_manifests(directory));
             }
@@ -262,7 +261,7 @@ impl Loaded {
             .chain(&manifests.refused_workloads)
             .cloned()
             .partition(|it| reading::refuses(it, sources.strict));
-        // Refused for fields that are not known: what it may close stays closed, as where it is enforced.
+        // Refused for unknown fields: what such policies may close stays closed, as in a member.
         manifests.objects.append(&mut manifests.in_doubt);
         let [duplicates, conflicts] = rivals::settle(&mut manifests);
         self.report(&notes, false);
@@ -280,7 +279,7 @@ impl Loaded {
         for object in &manifests.objects {
             let of = &object.reference;
             let name = (cluster.cloned(), of.kind.clone(), of.namespace.clone(), of.name.clone());
-            // The first of a name counts.
+            // The first one of a name wins.
             if let Entry::Vacant(entry) = self.places.entry(name) {
                 entry.insert(object.location.clone());
                 let owner = cluster.cloned().unwrap_or_else(|| "".into());
@@ -301,25 +300,25 @@ impl Loaded {
         }
     }
 
-    /// Whether something was refused, so that what it says is missing from every answer.
+    /// Whether an object was refused, so that answers do not include it.
     pub fn is_incomplete(&self) -> bool {
         !self.refusals.is_empty()
     }
 
-    /// What a table ends with where answers are incomplete.
+    /// The last line of a table if answers are incomplete.
     pub fn incomplete_line(&self) -> Option<String> {
         let count = self.refusals.len();
         let refused = output::count(count, "error");
         self.is_incomplete()
-            .then(|| format!("incomplete: {refused} above, so some of what was written is not in this answer"))
+            .then(|| format!("incomplete: this answer does not include the refused objects ({refused} above)"))
     }
 
-    /// Where an object is written.
+    /// The location of an object.
     pub fn place_of(&self, cluster: Option<&ClusterName>, kind: &str, name: &str) -> Option<&SourceLocation> {
         self.places.get(&(cluster.cloned(), kind.to_owned(), None, name.to_owned()))
     }
 
-    /// Where a policy is written.
+    /// The location of a policy.
     pub fn place(&self, policy: &PolicyId) -> Option<&SourceLocation> {
         let (_, kind) = answer::api(policy.kind);
         let namespace = policy.namespace.as_deref().map(str::to_owned);
@@ -331,7 +330,7 @@ impl Loaded {
     }
 }
 
-/// What is wrong, without its place.
+/// The message of a diagnostic, without its location.
 pub fn described(diagnostic: &Diagnostic) -> String {
     let Diagnostic { field, message, object, .. } = diagnostic;
     let object = object.as_ref().map_or(String::new(), |object| match object.name.is_empty() {

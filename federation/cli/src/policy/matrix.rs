@@ -1,4 +1,4 @@
-//! `hanse policy matrix`: which pods may talk to which.
+//! `hanse policy matrix`: the verdict for each pair of pods.
 
 use std::cell::Cell as Shared;
 use std::collections::{BTreeSet, HashMap};
@@ -26,27 +26,26 @@ use crate::output::{self, Format};
 use hanse_policy::explain::{Place, ProtocolName, protocol_name};
 use hanse_proto::federation::v1 as pb;
 
-/// With more columns than this, what each source reaches is listed: wider tables are hard to read.
+/// With more columns than this, the table lists what each source reaches instead.
 const WIDEST: usize = 40;
-/// Lines below a table that say what verdicts depend on; `-o json` has all.
+/// Lines below a table that explain `depends`; `-o json` has all.
 const MAX_NOTES: usize = 10;
 
-/// Judge every pair of pods, on each port.
+/// Evaluate all pairs of pods, on each port.
 ///
-/// From directories of manifests, or, without --cluster, by what the members know now. Pods on the host's network and pods
-/// that ended are left out. A table shows pods that policy does not tell apart as one; JSON and YAML have every pair. The
-/// verdict is what policy says, without what the kernel lets pass besides: what a node sends to its own pods.
+/// With --cluster, the verdicts come from directories of manifests; without it, from the members of the running federation.
+/// Host-network pods and completed pods are omitted. The table groups pods that policy does not distinguish; JSON and YAML
+/// have every pair. The verdict is that of policy: the kernel also allows traffic from a node to its own pods.
 ///
-/// Workloads that do not run are judged too, offline: they are named "KIND/NAME". Their pods' addresses are not known;
-/// where rules about nets make a difference, the verdict is `depends`.
+/// With --cluster, workloads that do not run are included, as "KIND/NAME". The addresses of their pods are unknown: if rules for
+/// nets make a difference, the verdict is `depends`.
 ///
-/// Where something is missing, each line of JSON says `incomplete: true`, and the exit code is 1: an object was refused, or a
-/// cluster or a pair was not judged because its member does not answer.
+/// If an object was refused, or a member does not answer, each line of JSON has `incomplete: true`, and the exit code is 1.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 JSON, one object a line: {\"from\", \"to\", \"protocol\", \"port\", \"verdict\": \"allow|deny|depends\", \"dependsOn\": \"…\",
-\"decidedBy\": [\"…\"], \"notRunning\": [\"from\", \"to\"]}; the last three only where they apply. Exits 1 when no pod is
-selected, a pair has no answer, or an object was refused.
+\"decidedBy\": [\"…\"], \"notRunning\": [\"from\", \"to\"]}; the last three only where they apply. Exits 1 if no pod is
+selected, a pair has no verdict, or an object was refused.
 
 Examples:
   hanse policy matrix --cluster shop=manifests/
@@ -56,20 +55,20 @@ Examples:
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
-    /// A port as NUMBER or NUMBER/PROTOCOL; may be given several times. Without any, each destination is judged on the
-    /// ports that its containers declare (offline only).
+    /// Port, as NUMBER or NUMBER/PROTOCOL; repeatable. Default with --cluster: the ports that the containers of each
+    /// destination declare.
     #[arg(long = "port", value_name = "PORT", value_delimiter = ',')]
     ports: Vec<PortName>,
-    /// Only pods that this selector selects as sources (over effective labels).
+    /// Only sources that this selector selects (over effective labels).
     #[arg(long, value_name = "SELECTOR", default_value = "all()")]
     from: Selector,
-    /// Only pods that this selector selects as destinations.
+    /// Only destinations that this selector selects.
     #[arg(long, value_name = "SELECTOR", default_value = "all()")]
     to: Selector,
     /// The address family of the packets.
     #[arg(long, value_name = "4|6", value_parser = ip_version)]
     ip_version: Option<u8>,
-    /// As if every staged policy were committed.
+    /// Evaluate as if every staged policy were committed.
     #[arg(long)]
     staged: bool,
     #[arg(short, long, value_enum, default_value_t)]
@@ -80,7 +79,7 @@ fn ip_version(text: &str) -> Result<u8, &'static str> {
     match text {
         "4" => Ok(4),
         "6" => Ok(6),
-        _ => Err("it is 4 or 6"),
+        _ => Err("expected 4 or 6"),
     }
 }
 
@@ -103,7 +102,7 @@ impl std::str::FromStr for PortName {
     fn from_str(text: &str) -> Result<Self, String> {
         let (port, protocol) = text.split_once('/').unwrap_or((text, "TCP"));
         let port = port.parse::<u16>().ok().filter(|port| *port > 0);
-        let port = port.ok_or_else(|| format!("{text:?} names no port from 1 to 65535"))?;
+        let port = port.ok_or_else(|| format!("{text:?} is not a port from 1 to 65535"))?;
         let number = ProtocolName::Name(protocol.to_owned()).number().map_err(|error| error.to_string())?;
         if !has_ports(number) {
             return Err(format!("protocol {protocol} has no ports"));
@@ -125,26 +124,26 @@ struct PairLine<'a> {
     /// What decides in the cases that differ.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     decided_by: &'a [String],
-    /// Which of the ends do not run.
+    /// The ends that do not run.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     not_running: Vec<&'static str>,
 }
 
-/// One pod, or several that policy treats alike.
+/// One pod, or several that policy does not distinguish.
 struct Pod {
     place: Place,
-    /// Offline: who it is, and another one of several.
+    /// With --cluster: its identity, and another one of several.
     owner: Option<(ClusterName, EndpointId)>,
     other: Option<Box<Pod>>,
     title: String,
     addresses: Vec<IpAddr>,
-    /// It does not run: whether it has an address, which is not known, of IPv4 and of IPv6.
+    /// For workloads that do not run: whether they have an (unknown) IPv4 and IPv6 address.
     planned: [bool; 2],
-    /// What its containers declare.
+    /// The ports that its containers declare.
     ports: BTreeSet<(u8, u16)>,
 }
 
-/// What is judged for each source: a destination, and a port on it.
+/// A destination, with a port.
 struct Column<'p> {
     to: &'p Pod,
     port: PortName,
@@ -154,7 +153,7 @@ struct Column<'p> {
 enum Cell {
     Allow,
     Deny,
-    /// On what, and which rules decide.
+    /// The condition, and the rules that decide.
     Depends {
         on: String,
         decided_by: Vec<String>,
@@ -171,16 +170,19 @@ impl Cell {
     }
 }
 
-/// The verdicts of one source in every column; `None` where the two share no address family.
+/// The verdicts of one source in every column; `None` if the two have no common address family.
 type Row = Vec<Option<Cell>>;
 
 impl Arguments {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         if self.sources.is_live()? {
-            ensure!(!self.ports.is_empty(), "--port is missing: members do not report which ports containers declare");
+            ensure!(
+                !self.ports.is_empty(),
+                "--port is required without --cluster: members do not report the ports of containers"
+            );
             let mut session = live::Session::open(context)?;
             let (pods, are_missing) = session.pods()?;
-            ensure!(!pods.is_empty(), "no member reports a pod, so there is nothing to answer about");
+            ensure!(!pods.is_empty(), "no member reports a pod");
             let ends = [reported(&pods, &self.from), reported(&pods, &self.to)];
             let [sources, destinations] = self.selected(ends)?;
             let incomplete = Shared::new(are_missing);
@@ -190,7 +192,9 @@ impl Arguments {
                 Ok(row)
             });
             let line = || match incomplete.get() && self.output == Format::Table {
-                true => output::line("incomplete: some clusters or pairs, named above, are not in this answer"),
+                true => output::line(
+                    "incomplete: this answer does not include the clusters and pairs that are reported above",
+                ),
                 false => Ok(()),
             };
             return output::exit(printed.and_then(|()| line()), incomplete.get());
@@ -221,14 +225,10 @@ impl Arguments {
     /// The sources and the destinations.
     ///
     /// # Errors
-    /// When there are none: a matrix of nothing would look like one in which nothing is allowed.
+    /// When there are none: an empty matrix would look like one that allows nothing.
     fn selected(&self, ends: [Vec<Pod>; 2]) -> anyhow::Result<[Vec<Pod>; 2]> {
         for (pods, (option, selector)) in ends.iter().zip([("--from", &self.from), ("--to", &self.to)]) {
-            ensure!(
-                !pods.is_empty(),
-                "no pod with an address of its own is selected by {option}: {}",
-                selector.shown()
-            );
+            ensure!(!pods.is_empty(), "{option} selects no pod with an address of its own: {}", selector.shown());
         }
         Ok(ends)
     }
@@ -244,12 +244,12 @@ impl Arguments {
         }
         let silent = destinations.iter().filter(|to| to.ports.is_empty()).count();
         if silent == destinations.len() {
-            bail!("no destination declares a container port: name ports with --port");
+            bail!("no destination declares a container port: use --port");
         }
         if silent > 0 {
             let what = output::count(silent, "destination");
             output::note(format_args!(
-                "note: {what} without a declared container port left out; --port names ports for all"
+                "note: {what} without a declared container port omitted; use --port to include them"
             ));
         }
         let columns = destinations.iter().flat_map(|to| {
@@ -262,7 +262,7 @@ impl Arguments {
         Ok(vec![("declared ports".to_owned(), columns.collect())])
     }
 
-    /// `incomplete`: whether something is missing, as far as it is known; a row may add to it.
+    /// `incomplete`: whether the answer is known to be incomplete; a row may set it.
     fn print(
         &self,
         sources: &[Pod],
@@ -326,7 +326,7 @@ impl Arguments {
         answered(is_answered)
     }
 
-    /// The family of the packets, IPv4 or not; `None` where the two share none.
+    /// The family of the packets, IPv4 or not; `None` if the two have none in common.
     fn is_v4(&self, from: &Pod, to: &Pod) -> Option<bool> {
         let wanted = |v4: bool| self.ip_version.is_none_or(|version| (version == 4) == v4);
         let has = |pod: &Pod, v4: bool| {
@@ -356,7 +356,7 @@ impl Arguments {
             pod: pod.owner.clone(),
         };
         let Some(cases) = placement.cases(&spot(from), &spot(to), v4).filter(|cases| !cases.is_empty()) else {
-            let on = "the address: rules name more nets than are tried".to_owned();
+            let on = "the address: the rules have too many nets to try".to_owned();
             return Some(Cell::Depends { on, decided_by: Vec::new() });
         };
         let query = |source, destination| Query {
@@ -377,7 +377,7 @@ impl Arguments {
         })
     }
 
-    /// A row as the members answer it, and how many pairs had no answer; those are named on standard error.
+    /// A row as the members answer it, and the number of pairs without an answer, which are reported on standard error.
     fn query(&self, session: &mut live::Session, from: &Pod, columns: &[Column<'_>]) -> anyhow::Result<(Row, usize)> {
         let query = |Column { to, port }: &Column<'_>| {
             let version = if self.is_v4(from, to)? { 4 } else { 6 };
@@ -396,7 +396,7 @@ impl Arguments {
                 }
                 Err(error) => {
                     unanswered += 1;
-                    output::note(format_args!("hanse: {}: {error}", sent[at]));
+                    output::note(format_args!("{}: {error}", sent[at]));
                     None
                 }
             });
@@ -410,7 +410,10 @@ impl Arguments {
 /// # Errors
 /// When no pair was answered.
 fn answered(is_answered: bool) -> anyhow::Result<()> {
-    ensure!(is_answered, "no pair of pods has an answer: none share an IP version, or their members did not answer");
+    ensure!(
+        is_answered,
+        "no pair of pods has a verdict: no two pods have a common IP version, or their members did not answer"
+    );
     Ok(())
 }
 
@@ -454,7 +457,7 @@ fn read(loaded: &Loaded, selector: &Selector) -> Vec<Pod> {
     loaded.inventory.clusters.iter().flat_map(of_cluster).collect()
 }
 
-/// Those of a federation that runs, as their members report them.
+/// The pods of a running federation, as their members report them.
 fn reported(pods: &[pb::PodInfo], selector: &Selector) -> Vec<Pod> {
     let selected = |pod: &&pb::PodInfo| {
         let labels: Labels =
@@ -483,7 +486,7 @@ impl Pod {
     }
 }
 
-/// One for all that policy does not tell apart.
+/// Groups pods that policy does not distinguish.
 fn grouped(pods: Vec<Pod>, groups: &[Party<'_>]) -> Vec<Pod> {
     let mut group_of = HashMap::new();
     for (at, party) in groups.iter().enumerate() {
@@ -518,7 +521,7 @@ fn grouped(pods: Vec<Pod>, groups: &[Party<'_>]) -> Vec<Pod> {
     found.into_iter().map(one).collect()
 }
 
-/// A column's name; with the port where columns differ in it.
+/// The name of a column; with the port if columns differ in it.
 fn column_title(Column { to, port }: &Column<'_>, with_port: bool) -> String {
     if with_port { format!("{} {port}", to.title) } else { to.title.clone() }
 }
@@ -532,7 +535,7 @@ fn grid(
     ports: bool,
 ) -> anyhow::Result<()> {
     let has = |cell: &dyn Fn(&Option<Cell>) -> bool| rows.iter().flatten().any(cell);
-    let blank = if has(&Option::is_none) { "   blank: no shared address family" } else { "" };
+    let blank = if has(&Option::is_none) { "   blank: no common address family" } else { "" };
     let depends =
         if has(&|cell| matches!(cell, Some(Cell::Depends { .. }))) { "   ? depends on an address" } else { "" };
     writeln!(out, "   + allow   . deny{depends}{blank}\n")?;
@@ -557,7 +560,7 @@ fn grid(
     Ok(())
 }
 
-/// Too many for a grid: for each source what it reaches, or what it does not, whichever is shorter.
+/// For too many columns: what each source reaches, or what it does not reach, whichever is shorter.
 fn reachable(
     out: &mut impl std::io::Write,
     sources: &[Pod],
@@ -586,7 +589,7 @@ fn reachable(
     Ok(())
 }
 
-/// What verdicts depend on.
+/// Explains the verdicts `depends`.
 fn notes(out: &mut impl std::io::Write, sources: &[Pod], columns: &[Column<'_>], rows: &[Row]) -> anyhow::Result<()> {
     let mut count = 0;
     for (from, row) in sources.iter().zip(rows) {

@@ -11,11 +11,11 @@ use super::load::{Loaded, Sources};
 use crate::output::{self, Format};
 use hanse_policy::explain::answer;
 
-/// Print the tiers and policies of each cluster in the order in which they are evaluated.
+/// Show the tiers and policies of each cluster in evaluation order.
 ///
-/// One order for all kinds: federated tiers of phase Guard, the cluster's own tiers (Calico's by their order, Admin
-/// ClusterNetworkPolicies at 1,000, NetworkPolicies in `default` at 1,000,000, Baseline at 10,000,000), federated tiers of
-/// phase Baseline. What no tier decides is allowed by the pod's profile.
+/// All kinds have one order: federated tiers of phase Guard; the tiers of the cluster (Calico tiers by their order, Admin
+/// ClusterNetworkPolicies at 1,000, NetworkPolicies in tier `default` at 1,000,000, Baseline at 10,000,000); federated tiers of
+/// phase Baseline. A packet that no tier decides is allowed by the profile of the pod.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 JSON, one tier a line: {\"cluster\", \"phase\", \"tier\", \"order\", \"defaultAction\", \"missing\", \"policies\": [{\"apiVersion\", \"kind\",
@@ -40,7 +40,7 @@ struct TierLine<'a> {
     tier: &'a str,
     order: Option<f64>,
     default_action: &'static str,
-    /// Policies name the tier, and no object defines it.
+    /// Policies refer to the tier, and no object defines it.
     missing: bool,
     policies: Vec<PolicyLine<'a>>,
 }
@@ -54,9 +54,9 @@ struct PolicyLine<'a> {
     namespace: Option<&'a str>,
     name: &'a str,
     order: Option<f64>,
-    /// The fields that say which pods the policy is for, as written.
+    /// The fields that select the pods of the policy, as written.
     selector: &'a str,
-    /// What they mean, over the labels that policy sees.
+    /// The selector as it is evaluated, over effective labels.
     effective_selector: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     file: Option<&'a str>,
@@ -75,7 +75,7 @@ impl Arguments {
         let loaded = self.sources.load_any()?;
         let layers = [&loaded.policies.federation].into_iter().chain(loaded.policies.clusters.values());
         if layers.into_iter().all(|layer| layer.policies.is_empty()) {
-            anyhow::bail!("no policies were read, so there is no order");
+            anyhow::bail!("no policies found");
         }
         output::exit(self.print(&loaded), loaded.is_incomplete())
     }
@@ -102,7 +102,7 @@ impl Arguments {
                 }
                 let tier_order = if tier.missing { "no object".to_owned() } else { shown(tier.order) };
                 let named = [line.phase.to_owned(), line.tier.to_owned(), tier_order, line.default_action.to_owned()];
-                // A tier is named once, before its first policy.
+                // The tier is printed once, before its first policy.
                 let mut place = Some(named);
                 if tier.policies.is_empty() {
                     table.add_row(place.take().into_iter().flatten());

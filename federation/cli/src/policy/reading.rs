@@ -1,4 +1,4 @@
-//! Reading folders from Git: what is beside manifests there, and what is skipped.
+//! Reading folders of a repository: other files beside manifests, and skipped kinds.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,10 +11,10 @@ use hanse_api::names::is_dns_label;
 
 use super::kustomize;
 
-/// Where objects are that name no namespace.
+/// The namespace of objects without one.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct DefaultNamespace {
-    /// The namespace of objects that name none, such as those of `helm template`; `default` without it.
+    /// Namespace of objects without one, such as those of `helm template`. Default: `default`.
     #[arg(short, long = "namespace", value_name = "NAME", value_parser = namespace)]
     namespace: Option<String>,
 }
@@ -32,7 +32,7 @@ pub fn read(path: &Path, DefaultNamespace { namespace }: &DefaultNamespace) -> a
         true => read_stdin()?,
         false => {
             let mut listing = list(path)?;
-            // A file that is named itself is meant.
+            // A file that is given by name is read, even if it is a patch.
             let patches = if path.is_dir() { kustomize::patches(&listing.files) } else { BTreeMap::new() };
             let mut skipped = Vec::new();
             listing.files.retain(|file| {
@@ -53,11 +53,11 @@ pub fn read(path: &Path, DefaultNamespace { namespace }: &DefaultNamespace) -> a
     Ok(read)
 }
 
-/// What is said where nothing was read.
+/// The message for a source without manifests.
 pub fn no_manifests(path: &Path) -> String {
     match path == Path::new("-") {
-        true => "standard input: no objects were read from it".to_owned(),
-        false => format!("{}: no manifests (.yaml, .yml or .json)", path.display()),
+        true => "standard input: no objects found".to_owned(),
+        false => format!("{}: no manifests (.yaml, .yml or .json) found", path.display()),
     }
 }
 
@@ -66,8 +66,8 @@ pub fn refuses(diagnostic: &Diagnostic, strict: bool) -> bool {
     strict || diagnostic.not_object.is_none()
 }
 
-/// Lines that say which kinds are skipped, and how many objects of each. Network policy of other systems comes first: the
-/// cluster enforces it, and no answer takes it into account.
+/// Lines with the skipped kinds and the number of their objects. Network policy of other systems comes first: the cluster
+/// enforces it, and the answers do not include it.
 pub fn skipped_lines<'s>(skipped: impl Iterator<Item = &'s Skipped>) -> Vec<String> {
     let mut counts: BTreeMap<(Option<&'static str>, &str, &str), usize> = BTreeMap::new();
     for Skipped { object, .. } in skipped {
@@ -79,7 +79,9 @@ pub fn skipped_lines<'s>(skipped: impl Iterator<Item = &'s Skipped>) -> Vec<Stri
         .iter()
         .map(|((system, api, kind), count)| {
             let system = system.unwrap_or_default();
-            format!("warning: skipped {count} {kind} ({api}): network policy of {system}, which no answer here takes into account")
+            format!(
+                "warning: skipped {count} {kind} ({api}): network policy of {system}, which the answers do not include"
+            )
         })
         .collect();
     let rest: Vec<String> = rest
@@ -90,7 +92,7 @@ pub fn skipped_lines<'s>(skipped: impl Iterator<Item = &'s Skipped>) -> Vec<Stri
         })
         .collect();
     if !rest.is_empty() {
-        lines.push(format!("skipped, not kinds that Hanse reads: {}", rest.join(", ")));
+        lines.push(format!("skipped, of kinds that Hanse does not read: {}", rest.join(", ")));
     }
     lines
 }

@@ -17,11 +17,11 @@ struct Preset {
     template: &'static str,
 }
 
-/// What a parameter is where it is not given.
+/// The default of a parameter.
 #[derive(Clone, Copy)]
 enum Value {
     Usual(&'static str),
-    /// It must be; this is one.
+    /// Required; this is an example.
     Needed(&'static str),
 }
 
@@ -91,7 +91,7 @@ const PRESETS: &[Preset] = &[
     },
 ];
 
-/// Render a preset for AI workloads, as manifests to read, change and keep; without one, list them with their parameters.
+/// Render a preset for AI workloads as manifests. Without PRESET, list the presets with their parameters.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Presets that close egress leave DNS open in clusters that are not alike: kube-dns (also CoreDNS with its label) and OpenShift's
@@ -108,7 +108,7 @@ Examples:
 pub struct Arguments {
     #[arg(value_name = "PRESET")]
     preset: Option<String>,
-    /// A parameter; may be given several times.
+    /// Parameter; repeatable.
     #[arg(long = "set", value_name = "NAME=VALUE", value_parser = assignment)]
     set: Vec<(String, String)>,
 }
@@ -124,7 +124,7 @@ impl Arguments {
             let mut table = output::table(["PRESET", "PARAMETERS", "WHAT IT DOES"]);
             for preset in PRESETS {
                 let shown = preset.parameters.iter().map(|(name, value)| match value {
-                    Needed(_) => format!("{name} (needed)"),
+                    Needed(_) => format!("{name} (required)"),
                     Usual(value) => format!("{name}={value}"),
                 });
                 table.add_row([preset.name.into(), output::Cell::lines(shown), preset.about.into()]);
@@ -133,31 +133,31 @@ impl Arguments {
             return Ok(ExitCode::SUCCESS);
         };
         let preset = PRESETS.iter().find(|preset| preset.name == name);
-        let preset = preset.with_context(|| format!("no preset {name:?}; `hanse policy scaffold` lists them"))?;
+        let preset = preset.with_context(|| format!("unknown preset {name:?}; `hanse policy scaffold` lists all"))?;
         let given: BTreeMap<_, _> = self.set.into_iter().collect();
         if let Some(unknown) = given.keys().find(|name| preset.parameters.iter().all(|(known, _)| known != name)) {
-            bail!("preset {name} has no parameter {unknown:?}");
+            bail!("preset {name}: unknown parameter {unknown:?}");
         }
         for (parameter, value) in preset.parameters {
             match given.get(*parameter) {
-                Some(given) if given.is_empty() => bail!("parameter {parameter}: a value is needed"),
-                None if matches!(value, Needed(_)) => bail!("preset {name} needs --set {parameter}=…"),
+                Some(given) if given.is_empty() => bail!("parameter {parameter}: the value is empty"),
+                None if matches!(value, Needed(_)) => bail!("preset {name} requires --set {parameter}=…"),
                 _ => {}
             }
         }
-        // Each by itself, so that the error names it, and then all together.
+        // First each alone, so that the error names the parameter, then all together.
         for (parameter, value) in &given {
             if value.contains(['"', '\n']) {
-                bail!("parameter {parameter}: double quotes and line breaks are not possible here");
+                bail!("parameter {parameter}: double quotes and line breaks are not allowed");
             }
             let alone = [(parameter.clone(), value.clone())].into();
             if let Some(wrong) = wrong(&preset.render(&alone)) {
-                bail!("parameter {parameter}: {value:?} makes no manifest: {wrong}");
+                bail!("parameter {parameter}: {value:?} does not give a valid manifest: {wrong}");
             }
         }
         let rendered = preset.render(&given);
         if let Some(wrong) = wrong(&rendered) {
-            bail!("these parameters make no manifest together: {wrong}");
+            bail!("the combination of parameters does not give a valid manifest: {wrong}");
         }
         output::stdout().write_all(rendered.as_bytes())?;
         Ok(ExitCode::SUCCESS)
@@ -173,7 +173,7 @@ impl Preset {
     }
 }
 
-/// What is wrong with manifests, if anything.
+/// The first error of the manifests, if any.
 fn wrong(text: &str) -> Option<String> {
     let mut read = Manifests::default();
     read_bytes(&"-".into(), text.as_bytes(), &mut read);

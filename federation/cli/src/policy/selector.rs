@@ -12,15 +12,17 @@ use serde::Serialize;
 
 use crate::output::{self, Format};
 
-/// Exits 2 when the expression is malformed, with the column on standard error.
+/// Parse a selector, and show which label sets it selects.
+///
+/// Prints the canonical form and the ID of the selector. Exits 2 if the expression is malformed, with the column on standard error.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Label sets, one JSON object of strings per line, blank ones only after the last; `-` is standard input.
+    /// Label sets, one JSON object of strings per line, without blank lines in between; `-` is standard input.
     #[arg(long, value_name = "FILE.jsonl")]
     labels: Option<PathBuf>,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
-    /// The expression; empty selects everything.
+    /// Expression. An empty expression selects everything.
     #[arg(value_name = "EXPR", allow_hyphen_values = true)]
     expression: String,
 }
@@ -79,9 +81,9 @@ fn read_label_sets(path: &std::path::Path) -> anyhow::Result<Vec<BTreeMap<String
             blank = blank.or(Some(at + 1));
             continue;
         }
-        // Results are known by their places: one that is left out would move those after it.
+        // Results have the order of the lines: a skipped line would shift the following ones.
         if let Some(blank) = blank {
-            bail!("{}:{blank}: a blank line before a label set: write {{}} where there are no labels", path.display());
+            bail!("{}:{blank}: blank line before a label set: write {{}} for no labels", path.display());
         }
         let labels = super::from_json(text);
         sets.push(labels.map_err(|error| anyhow!("{}:{}: {error}", path.display(), at + 1))?);

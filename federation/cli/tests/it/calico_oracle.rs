@@ -27,7 +27,7 @@ use crate::oracle::Random;
 
 const ROUNDS: u64 = 600;
 const QUERIES: usize = 100;
-/// The command is asked once in so many rounds; it takes longer than all else.
+/// Rounds between two runs of the command, which take longer than all other checks.
 const COMMAND: u64 = 10;
 
 /// What of a run.

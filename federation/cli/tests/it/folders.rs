@@ -52,7 +52,7 @@ status: {phase: Running, podIP: 10.0.0.2, podIPs: [{ip: 10.0.0.2}]}
 ";
 
 #[test]
-fn what_is_beside_manifests_is_a_note() {
+fn other_files_beside_manifests_give_notes() {
     let cases = [
         ("{{- if .Values.enabled }}\napiVersion: v1\nkind: Pod\n{{- end }}\n", "template"),
         (
@@ -78,7 +78,7 @@ fn what_is_beside_manifests_is_a_note() {
 
 /// An object that is wrong stays refused, whatever its annotations say.
 #[test]
-fn what_is_meant_to_be_policy_is_not_a_note() {
+fn misspelt_policy_is_an_error() {
     for content in [
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: a, annotations: {a: '{{ b }}'}}\nspec:\n  podSelector: {}\n  ingress:\n  - ports:\n    - port: 70000\n",
         "apiVersion: networking.k8s.io/v1\nmetadata: {name: a}\nspec: {podSelector: {}}\n",
@@ -154,7 +154,7 @@ fn skipped_kinds_are_counted_and_policy_of_other_systems_is_singled_out() {
     for line in [
         "warning: skipped 1 CiliumNetworkPolicy (cilium.io/v2): network policy of Cilium",
         "warning: skipped 1 AuthorizationPolicy (security.istio.io/v1): network policy of Istio",
-        "skipped, not kinds that Hanse reads: 1 Gateway (networking.istio.io/v1), 3 ConfigMap (v1)",
+        "skipped, of kinds that Hanse does not read: 1 Gateway (networking.istio.io/v1), 3 ConfigMap (v1)",
         "1 accepted, 0 refused, 6 skipped",
     ] {
         assert!(told.lines().any(|it| it.starts_with(line)), "{line}: {told}");
@@ -176,11 +176,11 @@ fn standard_input_is_a_cluster() {
     assert!(output.status.success() && lines(&output)[0]["verdict"] == "deny", "{output:?}");
     let output = hanse(&[&arguments[..], &["-"]].concat(), &input);
     assert_eq!(output.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("can be read once"), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("can be used once"), "{output:?}");
 }
 
 #[test]
-fn nothing_is_not_answered_with_a_verdict() {
+fn empty_input_has_no_verdict() {
     let root = tempfile::tempdir().expect("temporary directory");
     let folder = |name: &str, content: &str| {
         let folder = root.path().join(name);
@@ -224,7 +224,7 @@ fn nothing_is_not_answered_with_a_verdict() {
 }
 
 #[test]
-fn an_answer_that_lacks_what_was_refused_says_so() {
+fn answer_without_refused_objects_is_marked_incomplete() {
     let root = tempfile::tempdir().expect("temporary directory");
     let broken = POLICY.replace("podSelector: {}", "podSelector: {}, ingress: 3").replace("name: p", "name: q");
     std::fs::write(root.path().join("f.yaml"), format!("{PODS}---\n{POLICY}---\n{broken}")).expect("manifests");
@@ -245,7 +245,7 @@ fn an_answer_that_lacks_what_was_refused_says_so() {
 }
 
 #[test]
-fn what_may_never_end_is_not_read() {
+fn endless_files_are_not_read() {
     let root = tempfile::tempdir().expect("temporary directory");
     std::fs::write(root.path().join("f.yaml"), POLICY).expect("manifests");
     let status = Command::new("mkfifo").arg(root.path().join("pipe.yaml")).status().expect("mkfifo runs");
@@ -308,7 +308,7 @@ fn admin_network_policies_become_cluster_network_policies() {
 }
 
 #[test]
-fn what_has_no_equivalent_is_named_and_not_written() {
+fn fields_without_an_equivalent_are_reported_and_not_converted() {
     let same = ADMIN.replace(
         "{namespaceSelector: {matchLabels: {team: blue}}, podSelector: {}}",
         "{namespaces: {sameLabels: [team]}}",

@@ -300,7 +300,7 @@ fn a_service_without_ports_is_a_source_only() {
 }
 
 #[test]
-fn what_depends_on_a_stale_cluster_is_named_at_its_line() {
+fn rules_that_depend_on_a_stale_cluster_are_reported_with_their_line() {
     let root = tempfile::tempdir().expect("temporary directory");
     let (own, far, federation) = (root.path().join("c"), root.path().join("far"), root.path().join("federation"));
     for directory in [&own, &far, &federation] {

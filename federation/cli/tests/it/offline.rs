@@ -15,7 +15,7 @@ fn text(path: &Path) -> &str {
 }
 
 #[test]
-fn a_selector_is_named_and_asked() {
+fn selector_has_a_canonical_form_and_an_id() {
     let root = tempfile::tempdir().expect("temporary directory");
     let labels = root.path().join("labels.jsonl");
     std::fs::write(&labels, "{\"a\":\"b\"}\n{}\n{\"a\":\"c\",\"x\":\"\"}\n").expect("labels");
@@ -28,7 +28,7 @@ fn a_selector_is_named_and_asked() {
 }
 
 #[test]
-fn results_are_those_of_the_lines() {
+fn results_have_the_order_of_the_lines() {
     let root = tempfile::tempdir().expect("temporary directory");
     let labels = root.path().join("labels.jsonl");
     let ask = |content: &str| {
@@ -67,15 +67,15 @@ fn a_malformed_selector_exits_2_and_names_the_column() {
 }
 
 #[test]
-fn help_says_what_a_verdict_is_without() {
+fn help_states_what_verdicts_do_not_include() {
     for command in ["explain", "matrix"] {
         let output = hanse(&["policy", command, "--help"]);
         let help = String::from_utf8_lossy(&output.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
-        assert!(help.contains("what a node sends to its own pods"), "{help}");
+        assert!(help.contains("traffic from a node to its own pods"), "{help}");
     }
     let output = hanse(&["policy", "--help"]);
     let help = String::from_utf8_lossy(&output.stdout);
-    for line in ["Judge packets, and say which rule decided", "Judge every pair of pods, on each port"] {
+    for line in ["Evaluate packets, and show which rule decides", "Evaluate all pairs of pods, on each port"] {
         assert!(help.lines().any(|it| it.ends_with(line)), "{help}");
     }
 }
@@ -291,7 +291,7 @@ fn queries_have_defaults_and_spellings() {
 }
 
 #[test]
-fn a_directory_that_cannot_be_read_is_no_empty_one() {
+fn unreadable_directory_is_an_error() {
     let missing = "/nonexistent/manifests";
     let cluster = format!("c={missing}");
     for arguments in [&["policy", "check", missing][..], &["policy", "diff", "--cluster", &cluster, "--staged"]] {
@@ -359,7 +359,7 @@ fn check_and_explain_name_a_federated_policy_whose_tier_does_not_exist() {
 }
 
 #[test]
-fn a_key_that_stands_twice_leaves_the_object_its_name() {
+fn object_with_a_duplicate_key_keeps_its_name() {
     let root = tempfile::tempdir().expect("temporary directory");
     let manifests = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: a\n  name: b\n";
     std::fs::write(root.path().join("all.yaml"), manifests).expect("manifests");
@@ -388,7 +388,7 @@ fn a_long_selector_is_shown_around_its_error() {
 }
 
 #[test]
-fn a_question_that_is_none_is_refused() {
+fn malformed_query_is_refused() {
     let root = tempfile::tempdir().expect("temporary directory");
     std::fs::write(root.path().join("world.yaml"), WORLD).expect("manifests");
     let cluster = format!("c={}", root.path().display());
@@ -453,12 +453,15 @@ fn diff_counts_a_pair_once_for_each_change() {
     let output = hanse(&["policy", "diff", "--cluster", &one, "--with", &two]);
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && stdout.ends_with("1 pairs opened, 1 closed\n"), "{output:?}");
-    // A cluster that is not read has nothing to be put in the place of.
+    // `--with` replaces a cluster that is read.
     let other = two.replacen("c=", "d=", 1);
-    for with in [&["--with", other.as_str()][..], &["--with", &two, "--with", &two]] {
+    for (with, expected) in [
+        (&["--with", other.as_str()][..], "--with d: no --cluster has this name"),
+        (&["--with", &two, "--with", &two], "--with c: given twice"),
+    ] {
         let output = hanse(&[&["policy", "diff", "--cluster", &one][..], with].concat());
         assert_eq!((output.status.code(), &*output.stdout), (Some(1), &b""[..]), "{output:?}");
-        assert!(String::from_utf8_lossy(&output.stderr).contains("--with names cluster"), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(expected), "{output:?}");
     }
 }
 
@@ -697,7 +700,7 @@ fn an_address_is_the_newest_live_pods() {
 
 /// All presets together, over two clusters of AI workloads.
 #[test]
-fn presets_mean_what_they_say() {
+fn presets_have_the_documented_effect() {
     let root = tempfile::tempdir().expect("temporary directory");
     let federation = root.path().join("federation");
     std::fs::create_dir(&federation).expect("directory");
@@ -794,7 +797,7 @@ fn presets_mean_what_they_say() {
 
 /// Where standard error is closed (`2>&1 | head`), what would be said there is dropped.
 #[test]
-fn a_closed_standard_error_ends_nothing() {
+fn closed_standard_error_does_not_stop_the_command() {
     let directory = tempfile::tempdir().expect("a directory");
     let bad = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: A}\nspec: {more: 1}\n---\n";
     std::fs::write(directory.path().join("bad.yaml"), bad.repeat(2_000)).expect("written");

@@ -1,4 +1,4 @@
-//! The commands that ask a hub, against one that runs in this process.
+//! The commands that call a hub, with a hub in this process.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -137,7 +137,7 @@ pub fn member(name: &str, cidr: &str) -> String {
 }
 
 #[test]
-fn without_a_hub_it_says_what_to_do() {
+fn missing_hub_is_reported_with_advice() {
     let missing = run(None, &["status"], "");
     assert_eq!(missing.code, Some(1), "{missing:?}");
     assert!(missing.err.contains("--context") && missing.err.contains("hanse-hub init"), "{missing:?}");
@@ -161,7 +161,7 @@ fn without_a_hub_it_says_what_to_do() {
 }
 
 #[test]
-fn of_a_file_that_is_no_context_nothing_is_repeated() {
+fn error_contains_nothing_of_a_file_that_is_not_a_context() {
     let folder = tempfile::tempdir().expect("temporary directory");
     let (file, out) = (folder.path().join("ca.key"), folder.path().join("ann"));
     let create = ["user", "create", "ann", "--role", "viewer", "--out", out.to_str().expect("UTF-8")];
@@ -241,7 +241,7 @@ fn applying_is_idempotent_and_fails_object_by_object() {
 }
 
 #[test]
-fn what_is_read_can_be_applied_and_is_not_applied_over_somebody_elses_change() {
+fn manifest_from_get_is_not_applied_over_a_concurrent_change() {
     let world = World::new();
     let original = format!("{TIER}{}{}", policy("p", "platform", 1), policy("q", "platform", 1));
     assert_eq!(world.apply(&original, &[]).code, Some(0));
@@ -316,7 +316,7 @@ fn an_author_writes_the_policies_of_their_tiers() {
 }
 
 #[test]
-fn waiting_ends_with_who_lags() {
+fn wait_reports_clusters_that_lag() {
     let world = World::new();
     let unknown = world.hanse(&["wait", "--for=enforced", "nobody"]);
     assert!(unknown.code == Some(1) && unknown.err.contains("nobody"), "{unknown:?}");
@@ -389,7 +389,7 @@ fn tokens_and_clusters() {
 }
 
 #[test]
-fn a_cluster_that_was_revoked_joins_again_and_its_agents_still_know_it() {
+fn revoked_cluster_joins_again_with_the_authority_of_its_agents() {
     let world = World::new();
     assert_eq!(world.apply(&member("train", "10.1.0.0/16"), &[]).code, Some(0));
     world.join("train");
@@ -417,7 +417,7 @@ fn a_cluster_that_was_revoked_joins_again_and_its_agents_still_know_it() {
 }
 
 #[test]
-fn a_context_that_cannot_serve_says_why() {
+fn unusable_context_is_reported_with_the_reason() {
     let world = World::new();
     let text = std::fs::read_to_string(&world.context).expect("the context");
     let check = |from: &str, to: &str, expected: &str| {
@@ -571,7 +571,7 @@ fn many_objects_are_applied_in_batches_with_a_summary() {
 }
 
 #[test]
-fn cluster_that_may_carry_every_label_is_warned_of() {
+fn grant_without_labels_gives_a_warning() {
     let world = World::new();
     let any = world.apply(&member("train", "10.1.0.0/16"), &[]);
     assert!(any.code == Some(0) && any.err.contains("warning: spec.grants.labels is absent (labels: any)"), "{any:?}");
@@ -593,7 +593,7 @@ fn cluster_that_may_carry_every_label_is_warned_of() {
 }
 
 #[test]
-fn version_is_of_the_command_and_of_its_hub() {
+fn version_shows_command_and_hub() {
     let version = env!("CARGO_PKG_VERSION");
     let alone = run(None, &["version"], "");
     assert_eq!((alone.code, alone.out), (Some(0), format!("client  {version}\n")));
@@ -616,7 +616,7 @@ fn version_is_of_the_command_and_of_its_hub() {
 }
 
 #[test]
-fn hub_that_starts_a_moment_later_is_waited_for() {
+fn command_waits_for_a_hub_that_starts() {
     let world = World::new();
     let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
     let text = std::fs::read_to_string(&world.context).expect("the context");

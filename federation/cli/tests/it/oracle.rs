@@ -241,10 +241,10 @@ fn node(random: &mut Random, at: usize) -> Value {
     })
 }
 
-/// Fields that nobody knows.
+/// Unknown fields.
 const STRANGE: [&str; 5] = ["vms", "icmp", "more", "flags", "set"];
 
-/// Whether a peer or a protocol is not understood: something is in it that nobody knows.
+/// Whether a peer or a protocol has an unknown field.
 fn is_strange(value: &Value) -> bool {
     let strange = |(name, value): (&String, &Value)| STRANGE.contains(&name.as_str()) || is_strange(value);
     value.as_object().is_some_and(|fields| fields.iter().any(strange))

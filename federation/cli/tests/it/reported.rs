@@ -76,7 +76,7 @@ impl Reporter {
         *sent.expect("in time").expect("it watches")
     }
 
-    /// Reports, and waits until the hub shows it: the number of agents tells reports apart.
+    /// Reports, and waits until the hub shows it. The number of agents distinguishes reports.
     pub fn report(&self, world: &World, report: pb::Realisation) {
         let agents = report.agents;
         let message = Some(Message::Realisation(report.encode_to_vec().into()));
@@ -100,7 +100,7 @@ const HOSTILE: &str =
     "\u{1b}[2J\u{1b}[31m\u{9b}1A\u{1b}]0;x\u{7}\r\nprod  accepted  yes\t0.1s\u{202e}evil\u{2066}\u{200b}\u{85}";
 
 #[test]
-fn text_of_a_member_does_not_act_on_the_administrators_terminal() {
+fn control_characters_of_a_member_are_escaped() {
     let world = World::new();
     let manifests = format!("{TIER}{}{}", member("evil", "10.1.0.0/16"), policy("p", "platform", 1));
     assert_eq!(world.apply(&manifests, &[]).code, Some(0));
@@ -262,7 +262,7 @@ fn nodes_are_listed_with_position_age_version_and_problem() {
 }
 
 #[test]
-fn describe_shows_what_an_object_says_where_it_is_enforced_and_who_changed_it() {
+fn describe_shows_summary_enforcement_and_last_change() {
     let (world, train, at) = train();
     let behind = pb::NodePosition { hub_revision: 1, ..node("node-2", at) };
     train.report(&world, in_sync(at, vec![node("node-1", at), behind]));
@@ -301,7 +301,7 @@ fn describe_shows_what_an_object_says_where_it_is_enforced_and_who_changed_it() 
 }
 
 #[test]
-fn wait_takes_several_objects_says_its_first_reason_at_once_and_waits_for_deletion() {
+fn wait_accepts_several_objects_reports_at_once_and_waits_for_deletion() {
     let (world, train, at) = train();
     let file = world.folder.path().join("files.yaml");
     let manifests = format!("{TIER}{}", policy("p", "platform", 1));
@@ -337,7 +337,7 @@ fn wait_takes_several_objects_says_its_first_reason_at_once_and_waits_for_deleti
 }
 
 #[test]
-fn get_watch_prints_what_is_there_and_then_each_change() {
+fn get_watch_prints_objects_and_then_each_change() {
     use std::io::BufRead as _;
     let world = World::new();
     assert_eq!(world.apply(&format!("{TIER}{}", policy("p", "platform", 1)), &[]).code, Some(0));

@@ -194,7 +194,7 @@ fn workloads_are_explained_by_kind_and_name() {
 }
 
 #[test]
-fn a_question_that_names_no_workload_says_what_is_meant() {
+fn query_for_an_unknown_workload_suggests_a_name() {
     let shop = Folder::new(SHOP);
     let host = json!({"cluster": "c", "namespace": "kube-system", "pod": "daemonset/node"});
     let answers = shop.answers(
@@ -337,14 +337,14 @@ fn a_matrix_without_ports_takes_those_that_are_declared() {
         "{told}"
     );
     assert!(told.contains("c/shop/statefulset/db (not running, replicas: 0) 5432/TCP"), "{told}");
-    assert!(told.contains("1 destination without a declared container port left out"), "{told}");
+    assert!(told.contains("1 destination without a declared container port omitted"), "{told}");
     // With --port all are asked.
     let lines = shop.lines("matrix", &["--port", "80"]);
     assert_eq!(lines.len(), 9, "{lines:#?}");
     let none =
         Folder::new("apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: a}\nspec: {template: {spec: {}}}\n");
     let output = none.hanse("matrix", &[]);
-    assert!(!output.status.success() && text(&output).contains("name ports with --port"), "{output:?}");
+    assert!(!output.status.success() && text(&output).contains("use --port"), "{output:?}");
 }
 
 #[test]

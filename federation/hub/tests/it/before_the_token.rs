@@ -1,4 +1,4 @@
-//! What can be found out before a token is presented is found out before; and what goes wrong after is no end of the token.
+//! Errors that can be detected before a token is presented do not use the token up; nor do later failures.
 
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -57,7 +57,7 @@ impl World {
         !token.bound_key.is_empty()
     }
 
-    /// It runs, and the cluster is heard.
+    /// The member runs, and the cluster is live.
     async fn joins(&self) {
         let shutdown = Shutdown::default();
         let running = tokio::spawn(process::run(self.options.clone(), shutdown.clone()));

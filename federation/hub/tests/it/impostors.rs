@@ -1,4 +1,4 @@
-//! Those who hold real keys and say that they are somebody else.
+//! Callers with valid keys that claim another identity.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -63,7 +63,7 @@ async fn is_taken_for_the_hub(client: &TlsClient, credentials: &Credentials, cha
     taken
 }
 
-/// Whether the hub's main listener serves whoever shows these.
+/// Whether the main listener of the hub accepts these credentials.
 async fn is_served(test: &TestHub, credentials: Credentials) -> bool {
     let channel = open(credentials, &test.folder.path().join("ca.pem"), &test.hub.address.to_string()).await;
     let Ok(channel) = channel else { return false };

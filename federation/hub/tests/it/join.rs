@@ -339,7 +339,7 @@ async fn who_is_connected_and_publishes_nothing_is_silent() {
     assert!(answers.message().await.unwrap().is_some(), "the stream was open all along");
 }
 
-/// What members hold may be newer than a backup; its revisions count for nothing in the epoch that then begins.
+/// Members may have newer state than a backup. The new epoch invalidates its revisions.
 #[tokio::test]
 async fn a_hub_that_was_restored_tells_everything_anew() {
     use hanse_proto::federation::v1::exchange_client::ExchangeClient;

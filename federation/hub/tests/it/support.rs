@@ -172,7 +172,7 @@ pub async fn open(credentials: Credentials, root: &Path, address: &str) -> anyho
     Ok(client.connect(address).await?.channel)
 }
 
-/// Whether the hub serves this member now: it gets an answer, which for a member is that it is no user.
+/// Whether the hub serves this member now: the response is that a member is not a user.
 pub async fn is_served(member: &MemberIdentity, address: &str) -> bool {
     let Ok(connection) = member.hub_client().unwrap().connect(address).await else { return false };
     let answer = AdministrationClient::new(connection.channel).status(wire::StatusRequest {}).await;

@@ -2,7 +2,7 @@
 //! in the reference's own steps: rules are converted, selectors and port names become sets of addresses and sockets, and a
 //! packet is matched by these alone. Each step names the file and the function that it follows.
 //!
-//! Every clause that was misread once is switched off by a [`Misreading`], to see that the packets tell the two apart.
+//! A [`Misreading`] switches off one clause that was misread before. The test checks that packets distinguish the two.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -17,7 +17,7 @@ pub type Labels = BTreeMap<String, String>;
 /// Address, protocol and port.
 pub type Socket = (IpAddr, u8, u16);
 
-/// The value over some labels; the second argument is what `all()` stands for.
+/// The value over some labels; the second argument is the value of `all()`.
 pub type Meaning = fn(&Labels, bool) -> bool;
 
 /// A pod or a network set.
@@ -35,7 +35,7 @@ pub struct State {
     pub things: Vec<Thing>,
     pub tiers: Vec<Value>,
     pub policies: Vec<Value>,
-    /// Of the service `front` of namespace `a`; 0 stands for no protocol and no port.
+    /// Of the service `front` of namespace `a`; 0 means neither protocol nor port.
     pub backends: Vec<Socket>,
     pub selectors: Vec<(String, Meaning)>,
 }
@@ -51,7 +51,7 @@ pub struct Packet {
 /// One clause read otherwise than the reference has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Misreading {
-    /// A notSelector beside a positive part is asked of every object that holds the address.
+    /// A notSelector beside a positive part is evaluated on every object that contains the address.
     NotSelectorApart,
     /// The namespace of a namespaced policy does not limit a lone notSelector.
     LoneNotSelectorUnlimited,
@@ -69,7 +69,7 @@ pub enum Misreading {
     NamespaceSelectorAdds,
     /// A rule of nets alone is limited to the namespace of a namespaced policy.
     NetsLimited,
-    /// `services` at the source asks for protocol and port.
+    /// `services` at the source matches protocol and port.
     SourceServicesBySocket,
     /// A list of nets of the other family matches nothing, instead of switching the rule off: a negated one matches all.
     ForeignNotNetsMatch,
@@ -91,10 +91,10 @@ impl Misreading {
     ];
 }
 
-/// Which part of a rule an address is asked about.
+/// The part of a rule that an address is matched with.
 type Selector<'s> = Box<dyn Fn(&Thing) -> bool + 's>;
 
-/// felix/calc/rule_scanner.go, `ParsedRule`: what an end asks for, over sets.
+/// felix/calc/rule_scanner.go, `ParsedRule`: the conditions of an end, over sets.
 #[derive(Default)]
 struct End<'s> {
     nets: Vec<&'s str>,
@@ -422,7 +422,7 @@ impl<'s> Reference<'s> {
 }
 
 /// felix/rules/policy.go, `CalculateRuleMatch` and `AppendPortMatchBlock`: numbers and names of a list are alternatives, all
-/// else must hold.
+/// else must be true.
 fn end_matches(end: &End<'_>, address: IpAddr, protocol: u8, port: u16) -> bool {
     let within = |nets: &[&str]| nets.iter().any(|net| net.parse::<IpNet>().expect("net").contains(&address));
     let in_set = |set: &Vec<IpNet>| set.iter().any(|net| net.contains(&address));

@@ -1,4 +1,4 @@
-//! Random worlds of Calico's objects, in which the clauses meet that are easily misread: network sets that hold pods'
+//! Random worlds of Calico's objects, in which the clauses meet that are easily misread: network sets that contain pods'
 //! addresses, negated selectors alone and beside positive parts in policies with and without a namespace, and port names
 //! with and without a protocol, in lists with numbers, negated, and beside selections.
 
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::reference::{Labels, Meaning, Packet, Socket, State, Thing, number};
 use crate::oracle::Random;
 
-/// What a run reads and asks.
+/// The manifests and queries of a run.
 pub struct World {
     pub state: State,
     /// Every object, as an API server has it.

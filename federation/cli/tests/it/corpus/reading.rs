@@ -1,4 +1,4 @@
-//! Reading the corpus, for every evaluator that is held to it: the files beside this one are data.
+//! Reads the corpus, for each evaluator that must agree with it. The files beside this one are data.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -41,7 +41,7 @@ pub struct Pod {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Case {
-    /// The clause that the case stands for.
+    /// The clause that the case checks.
     pub clause: String,
     /// Policies of cluster `c`.
     #[serde(default)]
