@@ -117,7 +117,7 @@ fn output<'a>(ran: &'a [Ran], command: &str) -> &'a str {
 fn readme_walk_through_ends_in_enforced() {
     sandbox::test("readme::readme_walk_through_ends_in_enforced", || {
         let clone = clone();
-        let title = "A hub, a cluster, its nodes";
+        let title = "Run a hub, a cluster and its nodes";
         let before = std::fs::read_dir(clone.path()).expect("the clone").count();
         let ran = run(clone.path(), title);
         let enforced = output(&ran, "hanse wait --for=enforced");
@@ -134,7 +134,7 @@ fn readme_walk_through_ends_in_enforced() {
 fn readme_questions_are_answered() {
     sandbox::test("readme::readme_questions_are_answered", || {
         let clone = clone();
-        let ran = run(clone.path(), "Ask what policy says");
+        let ran = run(clone.path(), "Evaluate policy");
         assert!(output(&ran, "echo ").contains("deny: end of tier platform"), "{}", output(&ran, "echo "));
         assert!(output(&ran, "hanse policy diff").contains("TCP 9443"), "{}", output(&ran, "hanse policy diff"));
     });
