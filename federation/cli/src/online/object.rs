@@ -353,7 +353,8 @@ impl Awaited {
         let error = anyhow::Error::from(CallError::Refused { code, message });
         let error = match self.revision {
             Some(_) if CallError::is_conflict(&error) => {
-                error.context(format!("the manifest has the annotation {REVISION}: read the object again with `hanse get`, or remove the annotation"))
+                let advice = "read the object again with `hanse get`, or remove the annotation";
+                error.context(format!("the manifest has the annotation {REVISION}: {advice}"))
             }
             _ => error,
         };

@@ -13,5 +13,6 @@ mod offline;
 mod online;
 mod oracle;
 mod reported;
+mod selector;
 mod storable;
 mod workloads;
