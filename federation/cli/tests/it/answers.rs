@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::folders::hanse;
+use crate::json::messages;
 use crate::online::World;
 use crate::workloads::write_queries;
 
@@ -121,7 +122,7 @@ fn nothing_selected_or_queried_is_an_error() {
         for format in ["table", "json"] {
             let output = shop.run("matrix", &[option, "app == 'gone'", other, "all()", "--port", "80", "-o", format]);
             assert_eq!((output.stdout.len(), output.status.code()), (0, Some(1)), "{output:?}");
-            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            let said = messages(&output);
             assert!(
                 said.contains(&format!("{option} selects no pod with an address of its own: app == \"gone\"")),
                 "{said}"

@@ -252,3 +252,13 @@ fn errors_are_objects_with_json_output() {
     let help = world.hanse(&["status", "-o", "json", "--help"]);
     assert!(help.code == Some(0) && help.out.contains("Usage: hanse status"), "{help:?}");
 }
+
+/// The text of notes and errors on standard error, in any format of output.
+pub fn messages(output: &std::process::Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr);
+    let message = |line: &str| match serde_json::from_str::<Value>(line) {
+        Ok(object) => object["message"].as_str().or(object["error"].as_str()).unwrap_or_default().to_owned(),
+        Err(_) => line.to_owned(),
+    };
+    text.lines().map(message).collect::<Vec<_>>().join("\n")
+}

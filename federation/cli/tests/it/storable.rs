@@ -5,6 +5,8 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
+use crate::json::messages;
+
 fn hanse(arguments: &[&str], input: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -123,8 +125,8 @@ fn objects_with_such_ports_stay_in_answers() {
         (Some(0), vec!["allow".into(), "deny".into(), "allow".into()]),
         "{output:?}"
     );
-    let told = text(&output.stderr);
-    assert!(told.contains("all.yaml:10: note: Service s: spec.ports[0].targetPort: \"8082\""), "{told}");
+    let notes = messages(&output);
+    assert!(notes.contains("all.yaml:10: note: Service s: spec.ports[0].targetPort: \"8082\""), "{notes}");
 }
 
 #[test]
