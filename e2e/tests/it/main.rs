@@ -1,6 +1,7 @@
 //! Tests of the whole.
 
 mod dependencies;
+mod english;
 mod fuzz;
 mod guards;
 mod kernel;
