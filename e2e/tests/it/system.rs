@@ -566,7 +566,7 @@ fn members_that_run_explain_what_their_manifests_say() {
         let away = probe::until(PATIENCE, || {
             let output = system.try_hanse(&explain).expect("started");
             last = String::from_utf8_lossy(&output.stdout).into_owned();
-            let named = last.lines().any(|line| line.contains("cluster serve does not attend"));
+            let named = last.lines().any(|line| line.contains("cluster serve is not connected to this hub"));
             named && last.lines().any(|line| line.contains("verdict")) && output.status.code() == Some(1)
         });
         assert!(away.is_some() && last.lines().count() == queries.len(), "{last}");
