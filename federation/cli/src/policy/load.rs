@@ -310,7 +310,7 @@ impl Loaded {
         let count = self.refusals.len();
         let refused = output::count(count, "error");
         self.is_incomplete()
-            .then(|| format!("incomplete: this answer does not include the refused objects ({refused} above)"))
+            .then(|| format!("incomplete: {refused} above; this answer does not include the refused objects"))
     }
 
     /// The location of an object.

@@ -159,7 +159,7 @@ fn files_that_a_kustomization_names_as_patches_are_not_read() {
             assert_eq!(patches.len(), 3, "{lines:#?}");
             if name != "Kustomization" {
                 let note = format!("{name}:1: note: ");
-                let run = format!("not applied here: run `kustomize build {} | hanse policy", folder.directory());
+                let run = format!("Hanse does not apply: run `kustomize build {} | hanse policy", folder.directory());
                 assert!(said.lines().any(|line| line.contains(&note) && line.contains(&run)), "{said}");
             }
             assert_eq!(folder.hanse("check", &["--strict"]).status.code(), Some(1));
