@@ -203,6 +203,9 @@ impl State {
     }
 }
 
+/// The number of entries of each chain and set.
+type Counts = BTreeMap<String, usize>;
+
 impl Nftables {
     /// Opens netlink in the network namespace of the calling thread, with checked settings.
     ///
@@ -388,7 +391,7 @@ impl Nftables {
     fn inventory(
         &mut self,
         sets: impl Iterator<Item = String>,
-    ) -> Result<(BTreeMap<String, usize>, Vec<(String, IpAddr, u64)>), Error> {
+    ) -> Result<(Counts, Vec<(String, IpAddr, u64)>), Error> {
         let table = self.config.table.clone();
         let query = Attributes::default().text(1, &table);
         let (mut counts, mut ending) = (BTreeMap::new(), Vec::new());
