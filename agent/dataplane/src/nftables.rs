@@ -388,10 +388,7 @@ impl Nftables {
 
     /// The number of rules of each chain of the table, and of elements of each set, except those with a timeout. Those are returned
     /// separately: set, address and milliseconds that are left.
-    fn inventory(
-        &mut self,
-        sets: impl Iterator<Item = String>,
-    ) -> Result<(Counts, Vec<(String, IpAddr, u64)>), Error> {
+    fn inventory(&mut self, sets: impl Iterator<Item = String>) -> Result<(Counts, Vec<(String, IpAddr, u64)>), Error> {
         let table = self.config.table.clone();
         let query = Attributes::default().text(1, &table);
         let (mut counts, mut ending) = (BTreeMap::new(), Vec::new());
