@@ -13,7 +13,6 @@ use crate::system::programs;
 const UNCLEAN: &[&str] = &[
     "ARCHITECTURE.md",
     "agent/dataplane",
-    "agent/identity",
     "agent/runtime",
     "e2e",
     "federation/api",
@@ -21,13 +20,12 @@ const UNCLEAN: &[&str] = &[
     "federation/exchange",
     "federation/hub/src/exchange",
     "federation/hub/src/status.rs",
-    "federation/hub/tests",
     "federation/member",
     "federation/policy",
     "proto",
 ];
 /// The number of findings in [`UNCLEAN`], which may only shrink.
-const UNCLEAN_FINDINGS: usize = 580;
+const UNCLEAN_FINDINGS: usize = 395;
 
 /// Programs whose help still contains listed words, each with the number of findings, which may only shrink.
 const UNCLEAN_HELP: &[(&str, usize)] = &[];

@@ -116,7 +116,7 @@ impl Publishing {
         self.batch(pb::begin::Kind::Delta(pb::Delta {}), upserts, removals)
     }
 
-    /// All refusals that stand, by id.
+    /// All current refusals, by ID.
     fn refusals(&self) -> Vec<(u64, String)> {
         let (total, list) = self.exchange.origin("train").unwrap().refusals(100);
         assert_eq!(total, list.len());
@@ -311,8 +311,8 @@ fn one_batch_of_a_cluster_is_staged_at_a_time() {
     it.exchange.publish_wire(it.id, end()).unwrap();
 }
 
-/// Two members with one cluster's files: the one whose numbering is behind learns it from its next welcome, and is not asked
-/// for the same again and again.
+/// Two members with the files of one cluster: the one whose numbering is behind learns this from its next welcome, and is not
+/// requested to repeat it.
 #[test]
 fn what_is_older_than_held_ends_the_stream() {
     let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"]})));
@@ -330,8 +330,8 @@ fn what_is_older_than_held_ends_the_stream() {
     assert_eq!(welcome.held, Some(pb::Position { epoch: 1, revision: newest }));
 }
 
-/// Two bytes of a message become a hundred times as much in memory. Publishing goes on, but nobody may read from an older report
-/// that all is well.
+/// Two bytes of a message become a hundred times as much in memory. Publishing continues, but an older report must not
+/// show the cluster as healthy.
 #[test]
 fn a_realisation_is_bounded() {
     let mut it = Publishing::new(grant(serde_json::json!({})));
@@ -365,7 +365,7 @@ fn a_realisation_is_bounded() {
     assert_eq!(it.exchange.digests_equal("train"), Some(true));
 }
 
-/// What is not named is not held.
+/// The cluster does not store an origin that its report does not list.
 #[test]
 fn an_origin_that_a_cluster_does_not_hold_makes_digests_differ() {
     let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"]})));
@@ -393,7 +393,7 @@ fn an_origin_that_a_cluster_does_not_hold_makes_digests_differ() {
     assert_eq!(it.exchange.digests_equal("serve"), Some(true));
 }
 
-/// A hub whose files are older than what a cluster holds: the stream waits, and status says so.
+/// A hub whose files are older than the state of a cluster: the stream waits, and status reports it.
 #[test]
 fn a_cluster_that_is_ahead_of_the_hub_is_named() {
     let mut it = Publishing::new(grant(serde_json::json!({})));
@@ -904,7 +904,7 @@ fn told(exchange: &mut Exchange, id: ReceiverId) -> (Vec<u64>, Vec<u64>) {
     (come, gone)
 }
 
-/// Labels that a pod does not share with others of its set, and names of its ports, are asked of each endpoint by itself.
+/// Labels that a pod does not share with others of its set, and names of its ports, are evaluated per endpoint.
 #[test]
 fn endpoints_are_selected_by_labels_of_their_own_and_by_their_ports() {
     let mut it = Publishing::new(grant(serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"]})));
