@@ -26,6 +26,8 @@ const OF_RESPONSES: usize = 256;
 const OTHER: &[(&str, usize)] = &[
     // The opening of a stream: selections of 7 MiB (85 MiB), 16,384 of the member's own and 4,096 origins.
     (".hanse.federation.v1.WatchRequest", 128),
+    // 16,384 nodes (17 MiB), 65,536 errors (55 MiB) and as many pods (30 MiB), with their texts of 4 MiB.
+    (".hanse.federation.v1.Realisation", 128),
     // 1,000 objects and 1,000 pods with a text of 512 bytes each; 2,000 flows.
     (".hanse.agent.v1.AgentToMember", 4),
     (".hanse.agent.v1.Flows", 4),

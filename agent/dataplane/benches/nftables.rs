@@ -1,4 +1,4 @@
-//! What the kernel takes: `cargo bench -p hanse-dataplane --bench nftables [-- -o json]`, as root. It runs in a network
+//! Times of the kernel: `cargo bench -p hanse-dataplane --bench nftables [-- -o json]`, as root. It runs in a network
 //! namespace of its own.
 
 use std::net::{IpAddr, Ipv4Addr};
@@ -12,7 +12,7 @@ use hanse_ruleset::{
     RuleSet, Set, SetId, Tier, TierDefault,
 };
 
-/// Repetitions of each small change; the median is told.
+/// Repetitions of each small change; the median is printed.
 const REPEATS: u32 = 500;
 
 const SHAPES: [(&str, u32, u32); 2] = [("2000-sets", 2_000, 25), ("500-rules-50000-members", 500, 100)];
@@ -53,7 +53,7 @@ fn measure(shape: &'static str, sets: u32, members: u32, json: bool) {
 type Figure = (&'static str, &'static str, f64, &'static str);
 
 fn bench(shape: &'static str, sets: u32, members: u32, figures: &mut Vec<Figure>) {
-    // As an agent has them.
+    // An agent's rules log decisions.
     let mut driver = Nftables::open(Config { flows: true, ..Config::default() }).expect("netlink");
     driver.adopt(None).expect("read");
     let mut rules = rule_set(sets, members);

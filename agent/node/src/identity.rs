@@ -133,7 +133,7 @@ impl NodeIdentity {
     /// When the certificate has expired.
     pub fn check_time(&self) -> anyhow::Result<()> {
         let not_after = self.credentials.current().certificate.not_after;
-        ensure!(SystemTime::now() < not_after, "this node's certificate ended at {}", rfc3339(not_after));
+        ensure!(SystemTime::now() < not_after, "this node's certificate expired at {}", rfc3339(not_after));
         Ok(())
     }
 
@@ -254,7 +254,7 @@ impl NodeIdentity {
     /// Enrols with a token of the member's present authority. An impostor at the member's address can cause an attempt, but learns
     /// nothing: the token is presented only to the authority that it names.
     async fn enrol_at_other_authority(&self, enrolment: &Enrolment) -> anyhow::Result<()> {
-        let why = "the member shows another authority than the one at which this node enrolled, so it was set up anew, or the \
+        let why = "the member has another authority than the one at which this node enrolled, so it was set up again, or the \
                    address is another's";
         let token = enrolment.token_file.as_deref().map(read_token);
         if let Some(Ok(token)) = token
@@ -269,7 +269,7 @@ impl NodeIdentity {
 
     /// Enrols with a node token, because of `why`.
     async fn enrol_anew(&self, enrolment: &Enrolment, why: String) -> anyhow::Result<()> {
-        let help = format!("{why}; give a new node token with --token-file, and --enrol");
+        let help = format!("{why}; set --token-file to a new node token, and --enrol");
         let (Some(address), Some(token_file)) = (&enrolment.address, &enrolment.token_file) else { bail!(help) };
         // Read each time: a new token may have been put into the file.
         let issued = match read_token(token_file) {

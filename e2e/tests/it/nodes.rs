@@ -199,7 +199,7 @@ fn a_node_is_let_in_by_the_key_that_enrolled_last() {
         world.becomes(true, true);
         world.member(&["node", "revoke", NODE]);
         world.says("the member refuses this node", 0);
-        world.says("give a new node token with --token-file", 0);
+        world.says("set --token-file to a new node token", 0);
         world.becomes(true, false);
         assert_eq!(world.listed("node")[1]["state"], "revoked");
         // A new one in the same file does, without a restart.
@@ -225,7 +225,7 @@ fn a_node_enrols_anew_at_a_member_that_was_set_up_anew() {
         system.make_token("train").expect("a token");
         system.start_member(&world.cluster, &world.cluster.directory).expect("started");
         // Nothing is presented of the token with which it enrolled at the former authority.
-        world.says("shows another authority than the one at which this node enrolled", 0);
+        world.says("has another authority than the one at which this node enrolled", 0);
         world.says("is of the former authority: put a new node token", 0);
         world.becomes(true, false);
         let why = world.status()["notInSync"].as_str().unwrap_or_default().to_owned();
@@ -264,7 +264,7 @@ fn a_node_enrols_anew_at_a_member_that_was_set_up_anew() {
         assert!(known.is_some(), "{}\n{}", stranger.log(), system.logs());
         let status = run("hanse-agent", &["status", "--data", &data.to_string_lossy()]).stdout;
         let status = String::from_utf8_lossy(&status).into_owned();
-        assert!(status.contains("see that its cluster has a Node node-9"), "{status}");
+        assert!(status.contains("check that its cluster has a Node node-9"), "{status}");
     });
 }
 
@@ -275,9 +275,9 @@ fn a_certificate_that_has_ended_is_renewed_late_or_by_a_token() {
         let fabric = Fabric::build(std::slice::from_ref(&world.cluster)).expect("the network");
         let mut system = world.join(&fabric, Some(4));
         let away = |system: &mut Deployment<'_>| {
-            let before = world.said("this node's certificate ended at");
+            let before = world.said("this node's certificate expired at");
             system.kill_member("train").expect("killed");
-            world.says("this node's certificate ended at", before);
+            world.says("this node's certificate expired at", before);
             world.becomes(true, false);
         };
         away(&mut system);

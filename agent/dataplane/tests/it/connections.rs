@@ -12,7 +12,7 @@ use crate::net::{Net, is_reset, passes};
 use crate::verdicts::{Build, addresses, from_set, rule, to_port};
 
 #[test]
-fn a_forbidden_connection_is_cut_at_both_ends() {
+fn cuts_forbidden_connections_at_both_ends() {
     for (to, listen) in [("10.1.0.3:80", "10.1.0.3:80"), ("[fd01::3]:80", "[fd01::3]:80")] {
         let mut net = Net::new();
         net.pod(2);
@@ -21,7 +21,7 @@ fn a_forbidden_connection_is_cut_at_both_ends() {
         let listener = net.listen("p3", listen);
         let open =
             |number| Build { pods: vec![2, 3], ingress: Some(vec![rule(Action::Allow)]), number, ..Build::default() };
-        // The server may send whatever it likes by itself: only what it received is forbidden.
+        // The server may open connections itself: only connections to it are forbidden.
         let closed = |number| Build {
             pods: vec![2, 3],
             ingress: Some(vec![to_port(Action::Deny, 80), rule(Action::Allow)]),
@@ -36,7 +36,7 @@ fn a_forbidden_connection_is_cut_at_both_ends() {
         assert!(!passes(&mut busy_client, &mut busy_server), "{to}: the client goes on");
         assert!(is_reset(&mut busy_client), "{to}: the client is not told");
         assert!(is_reset(&mut busy_server), "{to}: the server is not told");
-        // The idle one: the server speaks first.
+        // The idle one: the server sends first.
         assert!(!passes(&mut idle_server, &mut idle_client), "{to}: the server goes on");
         assert!(is_reset(&mut idle_server) && is_reset(&mut idle_client), "{to}: the idle connection");
         assert!(net.connect("p2", to).is_none());
@@ -46,7 +46,7 @@ fn a_forbidden_connection_is_cut_at_both_ends() {
 }
 
 #[test]
-fn a_connection_picked_up_in_the_middle_does_not_pass() {
+fn drops_connections_picked_up_in_the_middle() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -54,8 +54,8 @@ fn a_connection_picked_up_in_the_middle_does_not_pass() {
     let listener = net.listen("p3", "10.1.0.3:80");
     let (mut client, mut server) = net.pair("p2", "10.1.0.3:80", &listener);
     assert!(passes(&mut client, &mut server));
-    // What the server sends by itself is allowed, what comes to port 80 is not; and the kernel has no memory of the
-    // connection (nothing tracked it so far).
+    // Connections of the server are allowed, those to port 80 are not, and the kernel does not know the connection, which was not
+    // tracked before.
     let closed = Build {
         pods: vec![2, 3],
         ingress: Some(vec![to_port(Action::Deny, 80), rule(Action::Allow)]),
@@ -67,7 +67,7 @@ fn a_connection_picked_up_in_the_middle_does_not_pass() {
 }
 
 #[test]
-fn a_connection_to_the_node_is_cut_and_does_not_come_back_from_its_middle() {
+fn cuts_connections_to_the_node_for_good() {
     for to in ["10.1.255.1:90", "[fd01:ffff::1]:90"] {
         let mut net = Net::new();
         net.pod(2);
@@ -75,7 +75,7 @@ fn a_connection_to_the_node_is_cut_and_does_not_come_back_from_its_middle() {
         let listener = net.listen("node", to);
         let open = |number| Build { pods: vec![2], number, ..Build::default() };
         let closed = |number| Build { pods: vec![2], to_node: Some(vec![]), number, ..Build::default() };
-        // Of one of them the kernel keeps no memory (nothing tracks it so far): who began it cannot be told.
+        // The kernel does not know one of them, which was not tracked before: its client is unknown.
         let (mut lost_client, mut lost_server) = net.pair("p2", to, &listener);
         driver.apply(&open(1).rules()).expect("applied");
         let (mut client, mut server) = net.pair("p2", to, &listener);
@@ -91,7 +91,7 @@ fn a_connection_to_the_node_is_cut_and_does_not_come_back_from_its_middle() {
 }
 
 #[test]
-fn a_conversation_without_connections_is_cut_too() {
+fn cuts_udp_conversations() {
     for (client, server) in [("10.1.0.2:4000", "10.1.0.3:5000"), ("[fd01::2]:4000", "[fd01::3]:5000")] {
         let mut net = Net::new();
         net.pod(2);
@@ -106,7 +106,7 @@ fn a_conversation_without_connections_is_cut_too() {
             |ingress, number| Build { pods: vec![2, 3], ingress: Some(ingress), number, ..Build::default() }.rules();
         driver.apply(&build(vec![rule(Action::Allow)], 1)).expect("applied");
         assert!(says(&asking, &answering) && says(&answering, &asking));
-        // Pod 3 may still speak to pod 2 by itself: but not as the answer to what is forbidden.
+        // Pod 3 may still send to pod 2, but not as a reply to a forbidden packet.
         let to_server = Peer { ports: vec![PortRange { first: 5000, last: 5000 }], ..Peer::default() };
         let forbid = Rule { destination: to_server, protocol: Some(17), ..rule(Action::Deny) };
         driver.apply(&build(vec![forbid, rule(Action::Allow)], 2)).expect("applied");
@@ -115,7 +115,7 @@ fn a_conversation_without_connections_is_cut_too() {
 }
 
 #[test]
-fn a_connection_that_a_helper_expects_is_judged_by_itself() {
+fn judges_connections_that_a_helper_expects_by_themselves() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -131,7 +131,7 @@ fn a_connection_that_a_helper_expects_is_judged_by_itself() {
     };
     driver.apply(&build(&[21], 1)).expect("applied");
     let (control, _data) = (net.listen("p3", "10.1.0.3:21"), net.listen("p3", "10.1.0.3:5001"));
-    // The server tells a port, and the kernel expects a connection to it: 19 * 256 + 137.
+    // The server announces a port, and the kernel expects a connection to it: 19 * 256 + 137.
     let (mut client, mut server) = net.pair("p2", "10.1.0.3:21", &control);
     let mut tell = |text: &[u8]| {
         server.write_all(text).expect("sent");
@@ -146,11 +146,11 @@ fn a_connection_that_a_helper_expects_is_judged_by_itself() {
 }
 
 #[test]
-fn a_judgement_does_not_outlive_the_numbers_of_generations() {
+fn judges_again_when_epochs_are_reused() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
-    // Seven bits of epochs: 127 generations later the same number comes again.
+    // Seven bits of epochs: the number is reused after 127 generations.
     let mut driver = net.driver_with(Config { ct_mark_mask: 0xff00_0000, ..Config::default() });
     let listener = net.listen("p3", "10.1.0.3:80");
     let build = |list, number| Build { pods: vec![2, 3], ingress: Some(list), number, ..Build::default() }.rules();
@@ -178,7 +178,7 @@ fn allowed_connections_survive_a_thousand_generations() {
                ip daddr 10.96.0.1 tcp dport 80 dnat to 10.1.0.3:8080\n}\n}\n";
     let loaded = std::process::Command::new("ip").args(["netns", "exec", &node, "nft", nat]).output();
     assert!(loaded.is_ok_and(|it| it.status.success()), "nft of nftables makes the translation");
-    // Few epochs, so that they start again several times.
+    // Few epochs, which are reused several times.
     let mut driver = net.driver_with(Config { ct_mark_mask: 0xff00_0000, ..Config::default() });
     let generation = |number: u64| {
         let members = [format!("10.200.{}.{}", number / 250, number % 250 + 1)];
@@ -206,7 +206,7 @@ fn allowed_connections_survive_a_thousand_generations() {
 }
 
 #[test]
-fn no_packet_slips_through_while_generations_flip() {
+fn no_forbidden_packet_passes_while_generations_change() {
     let mut net = Net::new();
     for pod in [2, 3, 4] {
         net.pod(pod);

@@ -42,7 +42,7 @@ impl Random {
 const PODS: [u8; 3] = [2, 3, 4];
 const PORTS: [u16; 4] = [80, 81, 443, 8080];
 
-/// Rule sets of one run; each is asked by 34 ways times 12 packets.
+/// Rule sets of one run; each judges 12 packets on each of 34 ways.
 const ROUNDS: u64 = 30;
 const NODE: [&str; 2] = ["10.1.255.1", "fd01:ffff::1"];
 
@@ -307,7 +307,7 @@ impl Receivers {
         Self { udp: all().map(udp).collect(), tcp, icmp }
     }
 
-    /// The numbers of the probes that have come.
+    /// The numbers of the probes that have arrived.
     fn collect(&self, arrived: &mut BTreeSet<u16>) {
         let mut buffer = [0; 256];
         for socket in self.udp.values() {
@@ -315,7 +315,7 @@ impl Receivers {
                 arrived.insert(u16::from_be_bytes([buffer[0], buffer[1]]));
             }
         }
-        // Established is what counts, at the other end; here is only made room.
+        // The other end detects the connection; this makes room in the queue.
         self.tcp.iter().for_each(|listener| while listener.accept().is_ok() {});
         for (socket, header) in self.icmp.iter().zip([20, 0]) {
             while let Ok(length) = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
@@ -329,7 +329,7 @@ impl Receivers {
     }
 }
 
-/// A packet that was sent, and how to tell that it arrived.
+/// A packet that was sent, and how its arrival is detected.
 struct Probe {
     packet: Packet,
     hook: Hook,
@@ -360,7 +360,7 @@ fn send(way: &Way, numbers: &mut u16) -> Vec<Probe> {
     for port in PORTS {
         let (number, at) = (next(), SocketAddr::new(destination, port));
         let udp = UdpSocket::bind(SocketAddr::new(source, 0)).expect("bound");
-        // A denial at the node itself may be told.
+        // A denial at the node itself may return an error.
         let _ = udp.send_to(&number.to_be_bytes(), at);
         let source_port = udp.local_addr().expect("bound").port();
         let packet = Packet { source, destination, protocol: 17, source_port, destination_port: port, icmp: None };

@@ -1,4 +1,4 @@
-//! What is told of connections: once each, with the ends that began and answered them.
+//! Logged decisions: one for each connection, with its client and server.
 
 use std::io::{Read as _, Write as _};
 use std::net::IpAddr;
@@ -13,36 +13,36 @@ use hanse_ruleset::{Action, Peer, PortRange, Rule};
 use crate::net::{Net, address, ip, is_reset, nft, passes, until};
 use crate::verdicts::{Build, rule, to_port};
 
-/// The kernel gathers for half a second; after this long without anything there is nothing more.
+/// The kernel gathers packets for half a second; after this time without packets there are none.
 const QUIET: Duration = Duration::from_millis(800);
 
 struct Listener(Flows);
 
 impl Listener {
     fn new(net: &Net) -> Self {
-        // A program that another test starts just now holds what is closed here until it runs.
+        // A program that another test starts at this moment has inherited the closed socket until it runs.
         let opened = net.within("node", || until(|| Flows::open("hanse").ok()));
-        Self(opened.expect("nobody else listens"))
+        Self(opened.expect("no other listener"))
     }
 
-    /// What was told since the last call, in order of its text, and how many were lost.
+    /// The decisions since the last call, in order of their text, and the number of dropped ones.
     fn all(&mut self) -> (Vec<Decided>, u64) {
-        let (mut told, mut lost) = (Vec::new(), 0);
+        let (mut logged, mut lost) = (Vec::new(), 0);
         loop {
-            let before = told.len();
-            lost += self.0.wait(QUIET, |decided| told.push(decided)).expect("the kernel tells");
-            if told.len() == before {
-                return (told, lost);
+            let before = logged.len();
+            lost += self.0.wait(QUIET, |decided| logged.push(decided)).expect("netlink works");
+            if logged.len() == before {
+                return (logged, lost);
             }
         }
     }
 
-    fn told(&mut self) -> Vec<String> {
-        let (told, lost) = self.all();
+    fn logged(&mut self) -> Vec<String> {
+        let (logged, lost) = self.all();
         assert_eq!((lost, self.0.suppressed().expect("read")), (0, 0));
-        let mut told: Vec<String> = told.iter().map(text).collect();
-        told.sort();
-        told
+        let mut logged: Vec<String> = logged.iter().map(text).collect();
+        logged.sort();
+        logged
     }
 }
 
@@ -50,7 +50,7 @@ fn text(decided: &Decided) -> String {
     let Decided { decision, source, destination, protocol, port, source_port, icmp, at } = decided;
     let age = at.elapsed().expect("not in the future");
     assert!(age < Duration::from_secs(30), "{decided:?}: {age:?} ago");
-    // Clients have ports from which the kernel chooses, or 4000.
+    // Clients have ports that the kernel chooses, or 4000.
     assert_eq!(*source_port >= 4000, [6, 17].contains(protocol), "{decided:?}");
     let icmp = icmp.map(|(kind, code)| format!(" {kind}/{code}")).unwrap_or_default();
     format!("{decision:?} {protocol} {source} {destination} {port}{icmp}")
@@ -91,7 +91,7 @@ fn icmp(from: &str, to: &str, kind: u8, code: u8, rest: &[u8]) -> Vec<u8> {
 const ECHO: &[u8] = &[0, 7, 0, 1, 1, 2, 3, 4];
 
 #[test]
-fn what_is_allowed_is_told_once_however_many_packets_and_generations_follow() {
+fn logs_allowed_connections_once() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -109,7 +109,7 @@ fn what_is_allowed_is_told_once_however_many_packets_and_generations_follow() {
         ("p3", "10.1.0.3", "remote", "10.9.0.2:82"),
         ("p3", "fd01::3", "node", "[fd01:ffff::1]:83"),
         ("p3", "10.1.0.3", "node", "10.1.255.1:84"),
-        // A node reaches its own pods, and nobody judges that.
+        // A node reaches its own pods, which is not judged.
         ("node", "", "p3", "10.1.0.3:85"),
         ("node", "", "p2", "[fd01::2]:86"),
     ] {
@@ -119,7 +119,7 @@ fn what_is_allowed_is_told_once_however_many_packets_and_generations_follow() {
             wanted.push(format!("Allowed 6 {source} {} {}", at.ip(), at.port()));
         }
     }
-    // Nobody answers the one, and the other is a conversation.
+    // The first has no answer, the other is a conversation.
     let (silent, asking) = (net.udp("p2", "10.1.0.2:4000"), net.udp("p2", "[fd01::2]:4000"));
     let (deaf, answering) = (net.udp("p3", "10.1.0.3:5000"), net.udp("p3", "[fd01::3]:5001"));
     wanted.extend(["Allowed 17 10.1.0.2 10.1.0.3 5000", "Allowed 17 fd01::2 fd01::3 5001"].map(str::to_owned));
@@ -140,11 +140,11 @@ fn what_is_allowed_is_told_once_however_many_packets_and_generations_follow() {
         driver.apply(&open(number).rules()).expect("applied");
     }
     wanted.sort();
-    assert_eq!(listener.told(), wanted);
+    assert_eq!(listener.logged(), wanted);
 }
 
 #[test]
-fn what_is_denied_is_told_with_each_packet_that_begins_it() {
+fn logs_each_denied_first_packet() {
     let mut net = Net::new();
     for pod in [2, 3, 4] {
         net.pod(pod);
@@ -176,16 +176,16 @@ fn what_is_denied_is_told_with_each_packet_that_begins_it() {
         "Denied 6 10.1.0.4 10.9.0.2 80",
         "Denied 6 fd09::2 fd01::3 80",
     ];
-    assert_eq!(listener.told(), wanted);
+    assert_eq!(listener.logged(), wanted);
 }
 
 #[test]
-fn a_connection_that_is_cut_is_told_once_with_the_ends_that_began_it() {
+fn logs_cut_connections_once_with_client_and_server() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
     let mut driver = net.driver();
-    // The kernel tracks connections before there are rules of ours.
+    // The kernel tracks connections before there are rules.
     nft(&net, "add table inet other");
     nft(&net, "add chain inet other c { type filter hook forward priority 5; }");
     nft(&net, "add rule inet other c ct state established accept");
@@ -216,10 +216,10 @@ fn a_connection_that_is_cut_is_told_once_with_the_ends_that_began_it() {
     let (request, reply) = (icmp("10.1.0.2", "10.1.0.3", 8, 0, ECHO), icmp("10.1.0.3", "10.1.0.2", 0, 0, ECHO));
     net.raw("p2", address("10.1.0.3"), &request);
     net.raw("p3", address("10.1.0.2"), &reply);
-    assert_eq!(listener.told().len(), 6, "all are under way");
+    assert_eq!(listener.logged().len(), 6, "all are under way");
 
     driver.apply(&build(false, 2)).expect("applied");
-    // An error about a connection comes before its own next packet, which is told all the same.
+    // An error about a connection arrives before its own next packet, which is logged nevertheless.
     let inner = [&[0x45, 0, 0, 29, 0, 0, 0, 0, 63, 17, 0, 0][..], &[10, 1, 0, 2, 10, 1, 0, 3]].concat();
     let inner = [&[0; 4], &inner[..], &[0x0f, 0xa0, 0x13, 0x88, 0, 9, 0, 0, b'x']].concat();
     net.raw("p3", address("10.1.0.2"), &icmp("10.1.0.3", "10.1.0.2", 3, 3, &inner));
@@ -246,14 +246,14 @@ fn a_connection_that_is_cut_is_told_once_with_the_ends_that_began_it() {
         "Cut 6 10.1.0.3 10.1.255.1 90",
         "Cut 6 10.9.0.2 10.1.0.3 80",
         "Cut 6 fd01::2 fd01::3 80",
-        // Nobody has answered: it has not begun.
+        // Without an answer it is not open.
         "Denied 17 fd01::2 fd01::3 5001",
     ];
-    assert_eq!(listener.told(), wanted);
+    assert_eq!(listener.logged(), wanted);
 }
 
 #[test]
-fn addresses_are_those_of_who_began_and_of_who_really_answers() {
+fn logs_addresses_of_the_client_and_the_real_server() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -270,16 +270,16 @@ fn addresses_are_those_of_who_began_and_of_who_really_answers() {
     let (mut outsider, mut other) = net.pair("remote", "10.96.0.1:80", &server);
     let masked = [&answer, &other].map(|it| it.peer_addr().expect("connected").ip());
     assert!(!masked.contains(&address("10.1.0.2")) && !masked.contains(&address("10.9.0.2")), "masked: {masked:?}");
-    assert_eq!(listener.told(), ["Allowed 6 10.1.0.2 10.1.0.3 8080", "Allowed 6 10.9.0.2 10.1.0.3 8080"]);
+    assert_eq!(listener.logged(), ["Allowed 6 10.1.0.2 10.1.0.3 8080", "Allowed 6 10.9.0.2 10.1.0.3 8080"]);
     driver.apply(&build(vec![], 2)).expect("applied");
     assert!(!passes(&mut answer, &mut client) && !passes(&mut outsider, &mut other));
     assert!(net.connect("p2", "10.96.0.1:80").is_none());
     let wanted = ["Cut 6 10.1.0.2 10.1.0.3 8080", "Cut 6 10.9.0.2 10.1.0.3 8080", "Denied 6 10.1.0.2 10.1.0.3 8080"];
-    assert_eq!(listener.told(), wanted);
+    assert_eq!(listener.logged(), wanted);
 }
 
 #[test]
-fn what_a_helper_expects_is_told_as_the_connection_that_it_is() {
+fn logs_connections_that_a_helper_expects() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -309,11 +309,11 @@ fn what_a_helper_expects_is_told_as_the_connection_that_it_is() {
     }
     let wanted =
         ["Allowed 6 10.1.0.2 10.1.0.3 21", "Allowed 6 10.1.0.2 10.1.0.3 5001", "Denied 6 10.1.0.2 10.1.0.3 5001"];
-    assert_eq!(listener.told(), wanted);
+    assert_eq!(listener.logged(), wanted);
 }
 
 #[test]
-fn beyond_a_limit_verdicts_stay_and_what_is_not_told_is_counted() {
+fn rate_limits_keep_verdicts_and_count_suppressed_decisions() {
     const ALLOWED: usize = 40_000;
     const DENIED: usize = 10_000;
     let mut net = Net::new();
@@ -345,18 +345,22 @@ fn beyond_a_limit_verdicts_stay_and_what_is_not_told_is_counted() {
     let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
     let arrived: Vec<&str> = listed.split("counter packets ").skip(1).filter_map(|it| it.split(' ').next()).collect();
     assert_eq!(arrived, [ALLOWED.to_string().as_str(), "0"], "{listed}");
-    let (told, lost) = listener.all();
-    let left_out = listener.0.suppressed().expect("read");
-    let of = |decision| told.iter().filter(|it| it.decision == decision).count();
+    let (logged, lost) = listener.all();
+    let suppressed = listener.0.suppressed().expect("read");
+    let of = |decision| logged.iter().filter(|it| it.decision == decision).count();
     let (allowed, denied) = (of(Decision::Allowed), of(Decision::Denied));
     println!(
-        "{allowed} of {ALLOWED} allowed and {denied} of {DENIED} denied are told, {left_out} left out, {lost} lost"
+        "{allowed} of {ALLOWED} allowed and {denied} of {DENIED} denied are logged, {suppressed} suppressed, {lost} dropped"
     );
     assert!((10_000..ALLOWED).contains(&allowed) && (1_000..DENIED).contains(&denied), "{allowed}, {denied}");
-    let sum = (allowed + denied) as u64 + left_out + lost;
-    assert_eq!(sum, (ALLOWED + DENIED) as u64, "{allowed} and {denied} told, {left_out} left out, {lost} lost");
+    let sum = (allowed + denied) as u64 + suppressed + lost;
+    assert_eq!(
+        sum,
+        (ALLOWED + DENIED) as u64,
+        "{allowed} and {denied} logged, {suppressed} suppressed, {lost} dropped"
+    );
     assert_eq!(listener.0.suppressed().expect("read"), 0, "each is counted once");
-    // Written again, the counters begin at none; and who comes later is not told what was left out before.
+    // New rules have new counters, and a new listener ignores what was suppressed before.
     nft(&net, "flush table inet hanse");
     assert!(driver.repair().expect("repaired"));
     assert_eq!(listener.0.suppressed().expect("read"), 0);
@@ -371,7 +375,7 @@ fn beyond_a_limit_verdicts_stay_and_what_is_not_told_is_counted() {
 }
 
 #[test]
-fn a_group_has_one_listener_and_what_was_tried_leaves_nothing() {
+fn group_has_one_listener_and_the_trial_leaves_nothing() {
     let net = Net::new();
     let other = Net::new();
     let first = Listener::new(&net);
@@ -385,7 +389,7 @@ fn a_group_has_one_listener_and_what_was_tried_leaves_nothing() {
 }
 
 #[test]
-fn rules_that_tell_are_written_and_removed_as_the_agent_says() {
+fn writes_and_removes_log_rules_as_configured() {
     let net = Net::new();
     let rules = Build { pods: vec![2, 3], ingress: Some(vec![rule(Action::Allow)]), ..Build::default() }.rules();
     let of = |flows| net.driver_with(Config { flows, ..Config::default() });
@@ -401,6 +405,6 @@ fn rules_that_tell_are_written_and_removed_as_the_agent_says() {
         assert!(matches!(found, Found::Rules { whole: true, .. }), "flows {flows}: {found:?}");
         tables.push(nft(&net, "list table inet hanse"));
     }
-    let tells = |table: &String| table.contains("log-allowed") && table.contains("log group 4740");
-    assert_eq!(tables.iter().map(tells).collect::<Vec<_>>(), [false, true, false]);
+    let logs = |table: &String| table.contains("log-allowed") && table.contains("log group 4740");
+    assert_eq!(tables.iter().map(logs).collect::<Vec<_>>(), [false, true, false]);
 }

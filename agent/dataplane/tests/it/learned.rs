@@ -65,7 +65,7 @@ fn learned_address_passes_until_its_end_and_its_connections_are_cut_then() {
         assert!(began.elapsed() < SHORT * 20, "it never ends: {}", nft(&net, "list table inet hanse"));
     }
     assert!(began.elapsed() >= SHORT * 3, "{:?}", began.elapsed());
-    // The kernel ends it by itself; the next look for drift cuts connections, and there is no drift.
+    // The kernel ends it by itself; the next check for drift cuts connections, and finds no drift.
     assert!(until(|| (!driver.repair().expect("looked") && is_reset(&mut client)).then_some(())).is_some());
     assert!(!passes(&mut server, &mut client));
     assert_eq!(reaches(&net, &listeners), [false; 2]);
@@ -81,7 +81,7 @@ fn learned_addresses_are_neither_in_the_digest_nor_drift() {
     assert!(!driver.repair().expect("looked"));
     let whole = Found::Rules { generation: rules.generation, digest: rules.digest(), whole: true };
     assert_eq!(net.driver().adopt(Some(&rules)).expect("read"), whole);
-    // Drift is repaired, with what was learned.
+    // A repair writes the learned addresses as well.
     nft(&net, "flush chain inet hanse forward");
     assert!(driver.repair().expect("repaired"));
     assert_eq!(reaches(&net, &listeners), [true, false]);
@@ -104,7 +104,7 @@ fn learned_addresses_stay_while_their_set_does() {
     driver.apply(&without.rules()).expect("applied");
     driver.apply(&rules(&["10.1.0.4"], 6)).expect("applied");
     assert_eq!(reaches(&net, &listeners), [false; 2]);
-    // A set that is not there, and one of another kind, learn nothing.
+    // A set that does not exist.
     let unknown = SetId::of_meaning(&["another"]);
     assert_eq!(driver.learn(unknown, &learned(&["10.1.0.2"], LONG)).expect("nothing to do"), 1);
     assert_eq!(reaches(&net, &listeners), [false; 2]);
@@ -127,7 +127,7 @@ fn compiled_members_do_not_end_with_what_was_learned() {
 }
 
 #[test]
-fn restarted_agent_keeps_what_it_adopts_with_its_end_and_drops_the_rest() {
+fn restarted_agent_keeps_learned_addresses_only_with_the_rules_it_adopts() {
     let (net, listeners) = net();
     let mut driver = net.driver();
     let first = rules(&["10.1.0.4"], 1);
@@ -138,21 +138,21 @@ fn restarted_agent_keeps_what_it_adopts_with_its_end_and_drops_the_rest() {
     drop(driver);
     let mut driver = net.driver();
     assert!(matches!(driver.adopt(Some(&first)).expect("read"), Found::Rules { whole: true, .. }));
-    // It knows them: a compiled member that was learned does not end with it, and one that was compiled stays learned.
+    // It has read them: a learned address that is compiled does not end, and one that is no longer compiled stays until its end.
     driver.apply(&rules(&["fd01::2", "10.1.0.2"], 2)).expect("applied");
     driver.apply(&rules(&["fd01::2"], 3)).expect("applied");
     while began.elapsed() < SHORT * 2 {
         driver.repair().expect("looked");
         assert_eq!(reaches(&net, &listeners), [true; 2]);
     }
-    // An agent that does not know the rules in force writes the table anew, without what another one learned.
+    // An agent that does not know the rules in force writes a new table, without learned addresses.
     let mut driver = net.driver();
     driver.adopt(None).expect("read");
     driver.apply(&rules(&["fd01::2"], 4)).expect("applied");
     assert_eq!(reaches(&net, &listeners), [false, true]);
 }
 
-/// What is learned into a set that denies is judged as well.
+/// Also for a set that denies.
 #[test]
 fn learning_judges_connections_again() {
     let (net, listeners) = net();

@@ -22,7 +22,7 @@ fn closed() -> Build {
 }
 
 #[test]
-fn a_restarted_agent_adopts_what_it_finds() {
+fn restarted_agent_adopts_the_rules_in_force() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -46,7 +46,7 @@ fn a_restarted_agent_adopts_what_it_finds() {
     let policy = before.lines().find(|line| line.contains("chain p4-")).expect("the policy's chain");
     assert!(after.lines().any(|line| line == policy), "the chain of the policy was written again");
     assert!(net.connect("p2", "10.1.0.3:80").is_none());
-    // Without knowing what should be there, the rules stay, and the next generation replaces them whole.
+    // Rules that are not known stay, and the next generation replaces the whole table.
     drop(driver);
     let mut driver = net.driver();
     assert!(matches!(driver.adopt(None).expect("read"), Found::Rules { .. }));
@@ -56,9 +56,9 @@ fn a_restarted_agent_adopts_what_it_finds() {
     assert!(net.connect("p2", "10.1.0.3:80").is_some());
 }
 
-/// Whom the kernel trusts with any source is part of what is adopted.
+/// Interfaces that may bring any source are part of the adopted rules.
 #[test]
-fn other_uplinks_are_not_adopted() {
+fn does_not_adopt_rules_with_other_uplinks() {
     let net = Net::new();
     let rules = closed().rules();
     net.driver().apply(&rules).expect("applied");
@@ -74,7 +74,7 @@ fn other_uplinks_are_not_adopted() {
 }
 
 #[test]
-fn a_tampered_table_is_not_adopted() {
+fn does_not_adopt_a_changed_table() {
     let net = Net::new();
     let rules = closed().rules();
     net.driver().apply(&rules).expect("applied");
@@ -94,7 +94,7 @@ fn a_tampered_table_is_not_adopted() {
 }
 
 #[test]
-fn drift_is_repaired() {
+fn repairs_drift() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -112,7 +112,7 @@ fn drift_is_repaired() {
     let handles = nft(&net, "-a list chain inet hanse forward");
     let judge = handles.lines().find(|line| line.contains("jump judge4") && !line.contains("related"));
     let handle = judge.and_then(|line| line.rsplit(' ').next()).expect("a handle").to_owned();
-    // With what the damage opens; `None`: it opens nothing, and is put back all the same.
+    // With the port that the damage opens; `None`: it opens nothing, and is repaired nevertheless.
     for (damage, opens) in [
         ("flush chain inet hanse forward".to_owned(), true),
         (format!("delete rule inet hanse forward handle {handle}"), true),
@@ -134,7 +134,7 @@ fn drift_is_repaired() {
         ("delete table inet hanse".to_owned(), true),
         ("flush ruleset".to_owned(), true),
     ] {
-        // A connection of its own for each: what was judged already is not asked again.
+        // A connection of its own for each: judged connections are not judged again.
         nft(&net, &damage);
         let ends_elsewhere = damage.contains("forward accept");
         if !ends_elsewhere {
@@ -143,18 +143,18 @@ fn drift_is_repaired() {
         assert!(driver.repair().expect("repaired"), "{damage}: not seen");
         assert!(net.connect("p2", "10.1.0.3:80").is_none(), "{damage}: not repaired");
         assert_eq!(without_counts(&nft(&net, "list table inet hanse")), without_counts(&whole), "{damage}");
-        assert!(!driver.repair().expect("looked"), "{damage}: its own repair is no drift");
+        assert!(!driver.repair().expect("looked"), "{damage}: its own repair is not drift");
     }
     // A generation after the damage does not build on it.
     nft(&net, &format!("add element inet hanse {friends} {{ 10.1.0.2 }}"));
     driver.apply(&Build { number: 1, ..closed() }.rules()).expect("applied");
     assert!(net.connect("p2", "10.1.0.3:80").is_none(), "the next generation left the damage");
-    // Somebody else's table is none of ours.
+    // Tables of other programs are not changed.
     nft(&net, "add table inet other");
     assert!(!driver.repair().expect("looked"));
 }
 
-/// The table as text, without what packets and generations change in it.
+/// The table as text, without the parts that packets and generations change.
 fn without_counts(table: &str) -> String {
     let mut text = String::new();
     for line in table.lines() {
@@ -170,7 +170,7 @@ fn without_counts(table: &str) -> String {
 }
 
 #[test]
-fn what_the_kernel_refuses_is_closed_and_named_and_the_rest_applies() {
+fn closes_and_reports_refused_objects_and_applies_the_rest() {
     let mut net = Net::new();
     for pod in [2, 3, 4] {
         net.pod(pod);
@@ -182,7 +182,7 @@ fn what_the_kernel_refuses_is_closed_and_named_and_the_rest_applies() {
         |number| Build { pods: vec![2, 3, 4], ingress: Some(vec![rule(Action::Allow)]), number, ..Build::default() };
     driver.apply(&open(1).rules()).expect("applied");
     assert!(net.connect("p2", "10.1.0.3:80").is_some());
-    // A rule of more expressions than the kernel takes in one, for pod 3 alone.
+    // A rule with more expressions than the kernel accepts, for pod 3 alone.
     let wide = Rule {
         source: Peer { not_sets: vec![SetId::of_meaning(&["strangers"]); 100], ..Peer::default() },
         ..rule(Action::Allow)
@@ -194,7 +194,7 @@ fn what_the_kernel_refuses_is_closed_and_named_and_the_rest_applies() {
         rules.policies.insert(*id, policy.clone());
     }
     let three = other.endpoints.iter().find(|(id, _)| &*id.name == "p3").expect("pod 3");
-    // Where no policy of the tier decides, it passes: what is refused must deny by itself.
+    // The default of the tier is Pass: the replacement of a refused policy must deny by itself.
     let mut chain = (*other.chains[&three.1.ingress]).clone();
     chain.phases.iter_mut().flat_map(|phase| &mut phase.tiers).for_each(|tier| tier.default = TierDefault::Pass);
     let mut endpoint = (**three.1).clone();
@@ -213,7 +213,7 @@ fn what_the_kernel_refuses_is_closed_and_named_and_the_rest_applies() {
     assert!(applied.refused.iter().all(|it| !it.rejection.error.is_empty()));
     assert!(net.connect("p2", "10.1.0.3:80").is_none(), "what was refused is closed");
     assert!(net.connect("p2", "10.1.0.4:80").is_some(), "the rest applies");
-    // It stays closed, and named, in the next generation; and opens once it is gone.
+    // It stays closed and reported in the next generation, and opens when it is gone.
     rules.generation.number = 3;
     let applied = driver.apply(&Arc::new(rules)).expect("applied");
     assert_eq!(applied.refused.len(), 2);
@@ -223,7 +223,7 @@ fn what_the_kernel_refuses_is_closed_and_named_and_the_rest_applies() {
 }
 
 #[test]
-fn cleanup_leaves_nothing_and_cuts_nobody() {
+fn cleanup_removes_everything_and_cuts_no_connection() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -247,7 +247,7 @@ fn flipping(number: u64) -> Arc<RuleSet> {
     Build { pods: vec![2, 3, 4], ingress: Some(rules), sets, number, ..Build::default() }.rules()
 }
 
-/// No test of its own: the process that `a_killed_agent_lets_nothing_through` starts and kills.
+/// Not a test: the process that `killed_agent_leaves_a_complete_generation` starts and kills.
 #[test]
 fn applies_until_killed() {
     let Ok(namespace) = std::env::var("HANSE_TEST_NAMESPACE") else { return };
@@ -257,13 +257,13 @@ fn applies_until_killed() {
     driver.adopt(None).expect("read");
     for number in 1.. {
         driver.apply(&flipping(number)).expect("applied");
-        let told = std::fs::OpenOptions::new().append(true).open(std::env::var("HANSE_TEST_FILE").expect("set"));
-        std::io::Write::write_all(&mut told.expect("the file"), b".").expect("told");
+        let progress = std::fs::OpenOptions::new().append(true).open(std::env::var("HANSE_TEST_FILE").expect("set"));
+        std::io::Write::write_all(&mut progress.expect("the file"), b".").expect("written");
     }
 }
 
 #[test]
-fn a_killed_agent_lets_nothing_through() {
+fn killed_agent_leaves_a_complete_generation() {
     let mut net = Net::new();
     for pod in [2, 3, 4] {
         net.pod(pod);

@@ -1,4 +1,4 @@
-//! The driver against the real kernel: every verdict here is what packets did, in network namespaces.
+//! The driver against the real kernel: real packets in network namespaces show every verdict.
 
 mod connections;
 mod differential;

@@ -1,6 +1,6 @@
 //! A node with pods in network namespaces of their own, and probes with real sockets.
 //!
-//! Each pod hangs at the node by a veth pair with its own route; behind the node's uplink stands one remote host.
+//! Each pod is connected to the node by a veth pair with its own route; behind the node's uplink is one remote host.
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -88,7 +88,7 @@ impl Net {
         ip(&format!("-n {node} -6 route add fd01::{number} dev pod{number}"));
     }
 
-    /// Adds pods `10.1.0.N` / `fd01::N` that hang at one bridge of the node, whose filtering is on or off.
+    /// Adds pods `10.1.0.N` / `fd01::N` that are connected to one bridge of the node, whose filtering is on or off.
     pub fn bridged_pods(&mut self, numbers: &[u8], filtered: bool) {
         let node = self.name("node");
         ip(&format!("-n {node} link add br0 type bridge"));
@@ -130,7 +130,7 @@ impl Net {
         })
     }
 
-    /// The driver, in the node's namespace. Its rules tell what they decide, as an agent's do, if nobody listens either.
+    /// The driver, in the node's namespace. Its rules log decisions, as an agent's do, also without a listener.
     pub fn driver(&self) -> Nftables {
         self.driver_with(Config { flows: true, ..Config::default() })
     }
@@ -215,11 +215,11 @@ pub fn accept(listener: &TcpListener) -> Option<TcpStream> {
     })
 }
 
-/// Asks again until there is an answer, or patience ends.
-pub fn until<T>(mut ask: impl FnMut() -> Option<T>) -> Option<T> {
+/// Repeats until there is an answer, or patience ends.
+pub fn until<T>(mut attempt: impl FnMut() -> Option<T>) -> Option<T> {
     let end = Instant::now() + PATIENCE * 5;
     loop {
-        if let Some(answer) = ask() {
+        if let Some(answer) = attempt() {
             return Some(answer);
         }
         if Instant::now() > end {
@@ -237,8 +237,8 @@ pub fn passes(from: &mut TcpStream, to: &mut TcpStream) -> bool {
 /// Whether the connection is reset when it writes: the answer may take a moment. One that is merely silent is not.
 pub fn is_reset(stream: &mut TcpStream) -> bool {
     use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
-    let told = |error: &std::io::Error| [BrokenPipe, ConnectionReset].contains(&error.kind());
-    until(|| stream.write_all(b"x").err().filter(told)).is_some()
+    let is_reset = |error: &std::io::Error| [BrokenPipe, ConnectionReset].contains(&error.kind());
+    until(|| stream.write_all(b"x").err().filter(is_reset)).is_some()
 }
 
 pub fn address(text: &str) -> IpAddr {

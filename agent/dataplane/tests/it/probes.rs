@@ -1,4 +1,4 @@
-//! What a probe finds of pods: only where the hooks see their packets are they enforced.
+//! Findings of probes: pods are enforced only if the hooks see their packets.
 
 use std::collections::BTreeMap;
 
@@ -8,8 +8,7 @@ use hanse_dataplane::{Backend as _, Finding};
 use crate::net::{Net, address, ip, until};
 use crate::verdicts::Build;
 
-/// What a probe of pods 2, 3, … says, by the pods' names: asked again while it is not as wanted, since answers may take a
-/// moment.
+/// The findings of pods 2, 3, … by their names: probed again until they are as expected, since answers may take a moment.
 fn probed(net: &Net, driver: &mut Nftables, pods: &[u8], wanted: &[(&str, Finding)]) -> BTreeMap<String, Finding> {
     let rules = Build { pods: pods.to_vec(), ..Build::default() }.rules();
     let endpoints: Vec<_> = rules.endpoints.values().cloned().collect();
@@ -36,17 +35,17 @@ fn check(net: &Net, driver: &mut Nftables, pods: &[u8], wanted: &[(&str, Finding
 }
 
 #[test]
-fn a_probe_tells_pods_that_are_enforced_from_those_that_are_not() {
+fn distinguishes_enforced_pods_from_others() {
     let mut net = Net::new();
     let mut driver = net.driver();
     net.pod(2);
     driver.apply(&Build { pods: vec![2], ..Build::default() }.rules()).expect("applied");
-    // Alone on its node there is nobody to be bypassed to.
+    // A pod alone on its node has no other pod to bypass the hooks to.
     check(&net, &mut driver, &[2], &[("p2", Finding::Enforced)]);
     for pod in [3, 4, 5] {
         net.pod(pod);
     }
-    // Nobody may reach anybody: the probe needs no permission by policy.
+    // Policy denies everything: the probe passes nevertheless.
     let closed = Build { pods: vec![2, 3, 4, 5, 6], ingress: Some(vec![]), egress: Some(vec![]), ..Build::default() };
     driver.apply(&closed.rules()).expect("applied");
     net.sysctl("p3", "net.ipv4.icmp_echo_ignore_all=1");
@@ -65,9 +64,9 @@ fn a_probe_tells_pods_that_are_enforced_from_those_that_are_not() {
     check(&net, &mut driver, &[2, 3, 4, 5, 6], &wanted);
 }
 
-/// As where kube-proxy runs in that mode: it binds the addresses of services to this interface.
+/// In IPVS mode kube-proxy binds the addresses of services to this interface.
 #[test]
-fn where_services_are_balanced_by_ipvs_it_is_said() {
+fn reports_services_balanced_by_ipvs() {
     let mut net = Net::new();
     net.pod(2);
     let mut driver = net.driver();
@@ -79,7 +78,7 @@ fn where_services_are_balanced_by_ipvs_it_is_said() {
 }
 
 #[test]
-fn pods_on_a_bridge_are_enforced_only_where_it_is_filtered() {
+fn pods_on_a_bridge_are_enforced_only_if_it_is_filtered() {
     for filtered in [true, false] {
         let mut net = Net::new();
         net.bridged_pods(&[2, 3], filtered);

@@ -1,4 +1,4 @@
-//! What rules mean to packets.
+//! Verdicts of rules on packets.
 
 use std::sync::Arc;
 
@@ -134,7 +134,7 @@ fn ports_sets_and_families() {
 }
 
 #[test]
-fn a_pod_reaches_its_node_unless_another_kind_than_networkpolicy_denies_it() {
+fn pod_reaches_its_node_unless_another_kind_than_networkpolicy_denies_it() {
     let mut net = Net::new();
     net.pod(2);
     let mut driver = net.driver();
@@ -152,7 +152,7 @@ fn a_pod_reaches_its_node_unless_another_kind_than_networkpolicy_denies_it() {
 }
 
 #[test]
-fn a_new_pod_is_closed_until_its_rules_arrive() {
+fn new_pod_is_closed_until_its_rules_arrive() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -198,7 +198,7 @@ fn forged_sources_do_not_pass() {
 }
 
 #[test]
-fn an_uplink_may_bring_any_source() {
+fn uplink_may_bring_any_source() {
     let mut net = Net::new();
     net.pod(2);
     let mut driver = net.driver();
@@ -226,7 +226,7 @@ fn own_stream(port: u16) -> OwnStream {
 }
 
 #[test]
-fn an_own_stream_cannot_be_denied_in_any_hook_direction_or_family() {
+fn own_streams_cannot_be_denied_in_any_hook_direction_or_family() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -264,12 +264,12 @@ fn an_own_stream_cannot_be_denied_in_any_hook_direction_or_family() {
         assert!(passes(&mut client, &mut server) && passes(&mut server, &mut client), "{from} to {own}");
         held.push((from, own, client, server));
     }
-    // It goes on over generations, busy or not, and the server may speak first.
+    // It continues across generations, busy or not, and the server may send first.
     driver.apply(&closed(2, vec![own_stream(7443), own_stream(9)]).rules()).expect("applied");
     for (from, own, client, server) in &mut held {
         assert!(passes(server, client) && passes(client, server), "{from} to {own}: after a generation");
     }
-    // It is the list that opened them.
+    // Only the list of own streams opened them.
     driver.apply(&closed(3, vec![]).rules()).expect("applied");
     for (from, own, client, server) in &mut held {
         assert_eq!(passes(server, client), *from == "node", "{from} to {own}: without the list");
@@ -277,7 +277,7 @@ fn an_own_stream_cannot_be_denied_in_any_hook_direction_or_family() {
 }
 
 #[test]
-fn unknown_pods_pass_where_the_setting_says_so() {
+fn unknown_pods_pass_with_the_setting_allow() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -293,7 +293,7 @@ fn unknown_pods_pass_where_the_setting_says_so() {
 }
 
 #[test]
-fn a_pod_reaches_itself_through_a_service_and_its_node_whatever_policy_says() {
+fn pod_reaches_itself_through_a_service_and_its_node_regardless_of_policy() {
     let mut net = Net::new();
     net.pod(2);
     let mut driver = net.driver();
@@ -310,9 +310,9 @@ fn a_pod_reaches_itself_through_a_service_and_its_node_whatever_policy_says() {
     assert!(net.connect("remote", "10.1.0.2:80").is_none());
 }
 
-/// An address that every link has says nothing of who sends, and a group nothing of who receives.
+/// A link-local address does not identify the sender, nor a group the receivers.
 #[test]
-fn addresses_of_the_link_are_not_a_way_around() {
+fn link_local_addresses_do_not_bypass_policy() {
     // A pod and its node.
     let mut net = Net::new();
     net.pod(2);
@@ -364,9 +364,9 @@ fn addresses_of_the_link_are_not_a_way_around() {
     assert!(net.connect("p2", "[fd01::3]:80").is_some() && net.connect("p2", "10.1.0.3:80").is_some());
 }
 
-/// What is in it would come out on the node with any source.
+/// The inner packet could have any source.
 #[test]
-fn nothing_goes_into_tunnels_of_the_node() {
+fn pods_cannot_send_into_tunnels_of_the_node() {
     let mut net = Net::new();
     net.pod(2);
     let mut driver = net.driver();
@@ -395,11 +395,11 @@ fn nothing_goes_into_tunnels_of_the_node() {
 }
 
 #[test]
-fn discovery_is_not_a_way_around() {
+fn neighbour_discovery_does_not_bypass_policy() {
     let mut net = Net::new();
     net.pod(2);
     let mut driver = net.driver();
-    // A neighbour advertisement with a foreign source, to the remote host: nothing that a router passes on.
+    // A neighbour advertisement with a forged source, to the remote host: routers never forward these.
     let (from, to) = (address("fd77::1"), address("fd09::2"));
     let (std::net::IpAddr::V6(source), std::net::IpAddr::V6(target)) = (from, to) else { unreachable!() };
     let mut message = vec![136, 0, 0, 0, 0, 0, 0, 0];
@@ -415,7 +415,7 @@ fn discovery_is_not_a_way_around() {
     packet.extend(source.octets());
     packet.extend(target.octets());
     packet.extend(&message);
-    // What arrives there is counted by a table of the remote host's own.
+    // A table of the remote host counts its packets.
     let remote = net.name("remote");
     let count =
         "table ip6 seen { chain in { type filter hook prerouting priority -300; ip6 saddr fd77::1 counter; }; }";
@@ -433,19 +433,19 @@ fn discovery_is_not_a_way_around() {
     assert!(crate::net::until(|| (seen() == 1).then_some(())).is_some(), "without rules it arrives");
     driver.apply(&Build { pods: vec![2], ..Build::default() }.rules()).expect("applied");
     net.raw("p2", to, &packet);
-    // What is allowed goes the same way behind it.
+    // An allowed packet takes the same way afterwards.
     let _listener = net.listen("remote", "[fd09::2]:80");
     assert!(net.connect("p2", "[fd09::2]:80").is_some(), "the pod's own discovery works");
     assert_eq!(seen(), 1);
 }
 
 #[test]
-fn what_connection_tracking_does_not_know_passes_only_where_nothing_is_judged() {
+fn untracked_packets_pass_only_where_nothing_is_judged() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
     let mut driver = net.driver();
-    // Another table asks for no tracking.
+    // Another table disables tracking.
     let node = net.name("node");
     let table =
         "table inet other { chain pre { type filter hook prerouting priority -300; udp dport 5000 notrack; }; }";
@@ -462,7 +462,7 @@ fn what_connection_tracking_does_not_know_passes_only_where_nothing_is_judged() 
         let guarded = to_node.is_some();
         driver.apply(&Build { pods: vec![2, 3], to_node, number, ..Build::default() }.rules()).expect("applied");
         for ((from, to, at), (_, receiver)) in ways.iter().zip(&receivers) {
-            // No policy says anything against these; but none of them could be said.
+            // No policy denies these, but none could.
             let passes = *to == "node" && !guarded;
             assert_eq!(net.datagram("p2", from, receiver), passes, "{at}, guarded: {guarded}");
         }
@@ -470,7 +470,7 @@ fn what_connection_tracking_does_not_know_passes_only_where_nothing_is_judged() 
 }
 
 #[test]
-fn fragments_are_judged_as_the_packet_that_they_make() {
+fn fragments_are_judged_as_one_packet() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
@@ -497,20 +497,20 @@ fn fragments_are_judged_as_the_packet_that_they_make() {
 }
 
 #[test]
-fn errors_about_an_allowed_connection_come_back() {
+fn errors_about_allowed_connections_pass() {
     let mut net = Net::new();
     net.pod(2);
     net.pod(3);
     let mut driver = net.driver();
     let build = Build { pods: vec![2, 3], ingress: Some(vec![from_set(Action::Allow, "clients")]), ..Build::default() };
-    // Pod 2 may open to pod 3, nobody to pod 2: the error is no connection of its own.
+    // Pod 2 may open connections to pod 3, none are allowed to pod 2: the error is not a connection of its own.
     let build = Build { sets: vec![addresses("clients", &["10.1.0.2", "fd01::2"])], ..build };
     driver.apply(&build.rules()).expect("applied");
     for (from, to) in [("10.1.0.2:4000", "10.1.0.3:9"), ("[fd01::2]:4000", "[fd01::3]:9")] {
         let socket = net.udp("p2", from);
         socket.connect(to).expect("set");
-        socket.send(b"nobody listens").expect("sent");
-        let error = socket.recv(&mut [0; 16]).expect_err("nobody answers");
+        socket.send(b"no listener").expect("sent");
+        let error = socket.recv(&mut [0; 16]).expect_err("no answer");
         assert_eq!(
             error.kind(),
             std::io::ErrorKind::ConnectionRefused,

@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn every_reason_survives_the_wire_and_has_words() {
+    fn every_reason_is_read_as_written_and_has_words() {
         for it in all() {
             assert_eq!(parse_reason(reason(&it)), it);
             assert!(!Words(&it).to_string().is_empty() && !it.code().is_empty(), "{it:?}");
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_values_are_unknown_reasons_and_never_fine() {
+    fn reads_unknown_values_as_unknown_reasons() {
         assert_eq!(parse_reason(pb::Reason::default()), Reason::Unknown);
         assert_eq!(parse_failure(pb::Failure::default()), Failure::Unknown);
         assert_eq!(parse_hooks(pb::HookProblem::default()), HookProblem::Unknown);
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_are_cut() {
+    fn cuts_long_texts() {
         let long = Reason::Other("ä".repeat(40_000));
         let Reason::Other(cut) =
             parse_reason(pb::Reason { reason: Some(pb::reason::Reason::Other("ä".repeat(40_000))) })

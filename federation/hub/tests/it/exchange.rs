@@ -642,7 +642,10 @@ fn a_message_is_not_decoded_where_that_costs_too_much() {
     let mut it = Publishing::new(grant(serde_json::json!({})));
     let kept = report_of::read(&nodes);
     it.say(Request::Realisation(nodes.into()));
-    assert!(kept.nodes.is_empty() && words(&kept.problems[0]).contains("takes more than 64 MiB in memory"), "{kept:?}");
+    assert!(
+        kept.nodes.is_empty() && words(&kept.problems[0]).contains("takes more than 128 MiB in memory"),
+        "{kept:?}"
+    );
     // Empty selections of an opening of 16 MiB.
     let own = [&[10, 128, 128, 128, 8][..], &[42, 0].repeat(8 << 20)].concat();
     assert_eq!(decode::<pb::WatchRequest>(&own[..]).unwrap_err().code(), tonic::Code::ResourceExhausted);
