@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind};
 use hanse_policy::model::{
-    self, ClusterName, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, StagedAction, TierDefault, TierId,
+    self, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, StagedAction, TierDefault, TierId,
 };
 use hanse_policy::selector::{Selector, build};
 use serde::Deserialize;
@@ -17,6 +17,7 @@ use crate::label_selector::LabelSelector;
 use crate::metadata::{Metadata, check_metadata};
 use crate::names::{NAME_RULE, is_subdomain};
 use crate::network_policy::{self, EgressRule, IngressRule};
+use crate::policy::LocalPolicy;
 use crate::policy_fields::{
     TIER_NAME_RULE, check_order, check_part_name, convert_default_action, convert_types, peers_scope,
 };
@@ -210,21 +211,11 @@ fn read_kind(reference: &Reference, kind: &str, node: Node<'_>) -> Result<Option
 #[derive(Debug, Clone)]
 pub enum Converted {
     Tier(model::Tier),
-    Policy(Box<Policy>),
+    Policy(Box<LocalPolicy>),
     NetworkSet(EndpointId, Box<Endpoint>),
 }
 
 impl CalicoObject {
-    /// As the v3 object has it.
-    pub fn metadata(&self) -> &Metadata {
-        match self {
-            Self::Tier(tier) => &tier.metadata,
-            Self::Policy(_, policy) => &policy.metadata,
-            Self::StagedKubernetes(policy) => &policy.metadata,
-            Self::NetworkSet { set, .. } => &set.metadata,
-        }
-    }
-
     pub fn metadata_mut(&mut self) -> &mut Metadata {
         match self {
             Self::Tier(tier) => &mut tier.metadata,
@@ -268,23 +259,21 @@ impl CalicoObject {
     }
 
     /// What Calico enforces of a stored object is not judged as an author's is: `errors` has only what has no meaning.
-    pub fn convert(&self, cluster: &ClusterName, errors: &mut Errors) -> Converted {
+    pub fn convert(&self, errors: &mut Errors) -> Converted {
         if !self.is_stored() {
-            return self.convert_by(cluster, errors);
+            return self.convert_by(errors);
         }
         let mut of_stored = Errors::of_stored();
-        let converted = self.convert_by(cluster, &mut of_stored);
+        let converted = self.convert_by(&mut of_stored);
         errors.0.append(&mut of_stored.0);
         converted
     }
 
-    fn convert_by(&self, cluster: &ClusterName, errors: &mut Errors) -> Converted {
+    fn convert_by(&self, errors: &mut Errors) -> Converted {
         match self {
             Self::Tier(tier) => Converted::Tier(convert_tier(tier, errors)),
-            Self::Policy(kind, policy) => Converted::Policy(Box::new(convert_policy(*kind, policy, cluster, errors))),
-            Self::StagedKubernetes(policy) => {
-                Converted::Policy(Box::new(convert_staged_kubernetes(policy, cluster, errors)))
-            }
+            Self::Policy(kind, policy) => Converted::Policy(Box::new(convert_policy(*kind, policy, errors))),
+            Self::StagedKubernetes(policy) => Converted::Policy(Box::new(convert_staged_kubernetes(policy, errors))),
             Self::NetworkSet { global, set } => {
                 let path = Path::Root("spec");
                 let nets = rule::convert_set(&set.spec.nets, &path.field("nets"), errors);
@@ -352,12 +341,7 @@ pub fn convert_staged_action(text: Option<&str>, path: &Path<'_>, errors: &mut E
     }
 }
 
-fn convert_policy(
-    kind: PolicyKind,
-    policy: &Resource<PolicySpec>,
-    cluster: &ClusterName,
-    errors: &mut Errors,
-) -> Policy {
+fn convert_policy(kind: PolicyKind, policy: &Resource<PolicySpec>, errors: &mut Errors) -> LocalPolicy {
     let path = Path::Root("spec");
     let spec = &policy.spec;
     let is_global = matches!(kind, PolicyKind::CalicoGlobalNetworkPolicy | PolicyKind::StagedGlobalNetworkPolicy);
@@ -429,8 +413,8 @@ fn convert_policy(
     let egress_rules = rule::convert_rules(&spec.egress, RulesOf::Egress, context, &egress_path, errors);
     let staged_path = path.field("stagedAction");
     let tier = if spec.tier.is_empty() { "default" } else { spec.tier.as_str() };
-    Policy {
-        id: PolicyId { cluster: Some(cluster.clone()), kind, namespace, name: policy.metadata.name.as_str().into() },
+    let policy = Policy {
+        id: PolicyId { cluster: None, kind, namespace, name: policy.metadata.name.as_str().into() },
         tier: TierId { phase: Phase::Local, name: tier.into() },
         order: Order(spec.order),
         enforcers: ClusterScope::Local,
@@ -443,7 +427,8 @@ fn convert_policy(
         egress: egress.then_some(egress_rules),
         staged: is_staged.then(|| convert_staged_action(spec.staged_action.as_deref(), &staged_path, errors)),
         host_only: is_global && (spec.do_not_track || spec.pre_dnat),
-    }
+    };
+    LocalPolicy::new(policy).with_types([has.0, has.1], "types")
 }
 
 /// One part, or two with a dot between (a tier before the name), of any length that a name may have; a namespaced one also
@@ -460,11 +445,7 @@ fn check_policy_name(name: &str, is_global: bool, errors: &mut Errors) {
     }
 }
 
-fn convert_staged_kubernetes(
-    policy: &Resource<StagedKubernetesSpec>,
-    cluster: &ClusterName,
-    errors: &mut Errors,
-) -> Policy {
+fn convert_staged_kubernetes(policy: &Resource<StagedKubernetesSpec>, errors: &mut Errors) -> LocalPolicy {
     let path = Path::Root("spec");
     let StagedKubernetesSpec { pod_selector, ingress, egress, policy_types, .. } = policy.spec.clone();
     let has_no_types = policy_types.as_ref().is_some_and(Vec::is_empty);
@@ -479,11 +460,12 @@ fn convert_staged_kubernetes(
     let staged_action = policy.spec.staged_action.as_deref();
     let scope = peers_scope(&policy.metadata, errors);
     let id = PolicyId {
-        cluster: Some(cluster.clone()),
+        cluster: None,
         kind: PolicyKind::StagedKubernetesNetworkPolicy,
         namespace: Some(policy.metadata.namespace()),
         name: Arc::from(policy.metadata.name.as_str()),
     };
     let staged = convert_staged_action(staged_action, &path.field("stagedAction"), errors);
-    Policy { staged: Some(staged), ..spec.convert(id, scope, errors) }
+    let converted = Policy { staged: Some(staged), ..spec.convert(id, scope, errors) };
+    LocalPolicy::new(converted).with_types(spec.has_rules(), "policyTypes")
 }

@@ -5,16 +5,14 @@
 //! rule then matches nothing, and Deny and Pass deny whatever the rule could have covered. Not understood are fields that
 //! are not known, and label selectors that are malformed: the API's schema does not look into those.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hanse_policy::model::{
-    Action, ClusterName, ClusterScope, EntityMatch, Order, Phase, Policy, PolicyId, PolicyKind, Port, Protocol, Rule,
-    Selection, TierId,
+    Action, ClusterScope, EntityMatch, Order, Phase, Policy, PolicyId, PolicyKind, Port, Protocol, Rule, Selection,
+    TierId,
 };
-use hanse_policy::selector::Selector;
 use hanse_policy::selector::build::{self, Namespaces};
-use hanse_policy::tri::Tri;
+use hanse_policy::selector::{Expr, Selector};
 use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -22,9 +20,9 @@ use serde_json::{Map, Value};
 use crate::address::parse_net;
 use crate::decode::null_as_default;
 use crate::field::{Errors, NOT_KNOWN, Path};
-use crate::kubernetes::NodeInfo;
 use crate::label_selector::{LabelSelector, written_fields, written_peer};
 use crate::metadata::{Metadata, check_metadata};
+use crate::policy::{LocalPolicy, NodePeers};
 use crate::policy_fields::peers_scope;
 
 /// Bounds of the API's schema.
@@ -161,14 +159,26 @@ struct ProtocolMatch {
     ports: Vec<Port>,
 }
 
+/// The peer of a rule.
+#[derive(Debug, Clone)]
+enum End {
+    Match(EntityMatch),
+    /// The nodes of the cluster that a selector selects.
+    Nodes(Expr),
+}
+
+#[derive(Debug, Default)]
+struct Rules {
+    rules: Vec<Rule>,
+    node_peers: Vec<NodePeers>,
+}
+
 struct Walk<'a> {
     scope: &'a ClusterScope,
-    nodes: &'a BTreeMap<Arc<str>, NodeInfo>,
 }
 
 impl ClusterNetworkPolicy {
-    /// As `cluster`'s policy; `nodes` are that cluster's, for peers that are nodes.
-    pub fn convert(&self, cluster: &ClusterName, nodes: &BTreeMap<Arc<str>, NodeInfo>, errors: &mut Errors) -> Policy {
+    pub fn convert(&self, errors: &mut Errors) -> LocalPolicy {
         let path = Path::Root("spec");
         let spec = &self.spec;
         let tier = match spec.tier.as_str() {
@@ -184,7 +194,7 @@ impl ClusterNetworkPolicy {
         }
         check_metadata(&self.metadata, errors);
         let scope = peers_scope(&self.metadata, errors);
-        let walk = Walk { scope: &scope, nodes };
+        let walk = Walk { scope: &scope };
         let subject_path = path.field("subject");
         let subject = match (&spec.subject.namespaces, &spec.subject.pods) {
             (Some(namespaces), None) => namespaces_expr(namespaces, &subject_path.field("namespaces"), errors)
@@ -203,7 +213,7 @@ impl ClusterNetworkPolicy {
             }
             _ => {
                 errors.add(&subject_path, "must have one of namespaces and pods");
-                Selector::from(build::not(hanse_policy::selector::Expr::All))
+                Selector::from(build::not(Expr::All))
             }
         };
         let mut direction = |rules: &[RuleSpec], name: &'static str, ingress: bool| {
@@ -211,7 +221,7 @@ impl ClusterNetworkPolicy {
             if rules.len() > MAX_RULES {
                 errors.add(&path, format!("has {} rules; {MAX_RULES} are allowed", rules.len()));
             }
-            let mut converted = Vec::new();
+            let mut converted = Rules::default();
             for (index, rule) in rules.iter().enumerate() {
                 walk.rule(index, rule, ingress, &path.index(index), &mut converted, errors);
             }
@@ -219,9 +229,10 @@ impl ClusterNetworkPolicy {
             (!rules.is_empty()).then_some(converted)
         };
         let (ingress, egress) = (direction(&spec.ingress, "ingress", true), direction(&spec.egress, "egress", false));
-        Policy {
+        let (egress, node_peers) = egress.map(|it| (it.rules, it.node_peers)).unzip();
+        let policy = Policy {
             id: PolicyId {
-                cluster: Some(cluster.clone()),
+                cluster: None,
                 kind: PolicyKind::ClusterNetworkPolicy,
                 namespace: None,
                 name: self.metadata.name.as_str().into(),
@@ -230,11 +241,12 @@ impl ClusterNetworkPolicy {
             order: Order(u16::try_from(spec.priority).ok().map(f64::from)),
             enforcers: ClusterScope::Local,
             selector: subject,
-            ingress,
+            ingress: ingress.map(|it| it.rules),
             egress,
             staged: None,
             host_only: false,
-        }
+        };
+        LocalPolicy::new(policy).with_node_peers(node_peers.unwrap_or_default())
     }
 }
 
@@ -245,7 +257,7 @@ impl Walk<'_> {
         rule: &RuleSpec,
         ingress: bool,
         path: &Path<'_>,
-        converted: &mut Vec<Rule>,
+        converted: &mut Rules,
         errors: &mut Errors,
     ) {
         let action = match rule.action.as_str() {
@@ -272,7 +284,7 @@ impl Walk<'_> {
         if peers.is_empty() || peers.len() > MAX_PEERS {
             errors.add(&peers_path, format!("must have 1 to {MAX_PEERS} peers"));
         }
-        let mut ends: Vec<Part<EntityMatch>> = Vec::new();
+        let mut ends: Vec<Part<End>> = Vec::new();
         for (index, peer) in peers.iter().enumerate() {
             self.peer(peer, ingress, &peers_path.index(index), &mut ends, errors);
         }
@@ -297,7 +309,7 @@ impl Walk<'_> {
         let peer_reason = ends.iter().find_map(|end| end.as_ref().err().cloned());
         if let Some(reason) = peer_reason.filter(|_| action != Action::Allow) {
             // A peer that is not understood may be anything, and the rule denies all of it.
-            converted.push(Rule { not_understood: Some(reason.into()), ..rule_of(action, index) });
+            converted.rules.push(Rule { not_understood: Some(reason.into()), ..rule_of(action, index) });
             return;
         }
         let reasons = ends.iter().filter_map(|end| end.as_ref().err());
@@ -305,26 +317,26 @@ impl Walk<'_> {
         // What is asked for beside peers and protocols only narrows the rule.
         let reason = reasons.next().cloned().or_else(|| not_known(&rule.other, path));
         for end in &ends {
+            if let Ok(End::Nodes(selector)) = end {
+                let (first, count, selector) = (converted.rules.len(), protocols.len(), selector.clone());
+                converted.node_peers.push(NodePeers { first, count, selector });
+            }
             for protocol in &protocols {
-                let end = end.clone().unwrap_or_default();
+                let end = match end {
+                    Ok(End::Match(end)) => end.clone(),
+                    Ok(End::Nodes(_)) | Err(_) => EntityMatch::default(),
+                };
                 let protocol = protocol.clone().unwrap_or_default();
                 let (mut source, mut destination) = (EntityMatch::default(), EntityMatch::default());
                 *(if ingress { &mut source } else { &mut destination }) = end;
                 destination.ports = protocol.ports;
                 let (protocol, not_understood) = (protocol.protocol, reason.as_deref().map(Arc::from));
-                converted.push(Rule { protocol, source, destination, not_understood, ..rule_of(action, index) });
+                converted.rules.push(Rule { protocol, source, destination, not_understood, ..rule_of(action, index) });
             }
         }
     }
 
-    fn peer(
-        &self,
-        peer: &Peer,
-        ingress: bool,
-        path: &Path<'_>,
-        ends: &mut Vec<Part<EntityMatch>>,
-        errors: &mut Errors,
-    ) {
+    fn peer(&self, peer: &Peer, ingress: bool, path: &Path<'_>, ends: &mut Vec<Part<End>>, errors: &mut Errors) {
         let given = [
             peer.namespaces.is_some(),
             peer.pods.is_some(),
@@ -338,7 +350,7 @@ impl Walk<'_> {
         }
         let selected = |selector: Selector| {
             let selection = Some(Selection { clusters: self.scope.clone(), selector });
-            EntityMatch { selection, ..EntityMatch::default() }
+            End::Match(EntityMatch { selection, ..EntityMatch::default() })
         };
         if let Some(namespaces) = &peer.namespaces {
             let written = written_peer(path, &written_fields([("namespaces", Some(namespaces))]));
@@ -375,11 +387,7 @@ impl Walk<'_> {
         } else if let Some(nodes) = &peer.nodes {
             let path = path.field("nodes");
             match understood(|errors| nodes.convert(&path, errors).to_expr()) {
-                Ok(selector) => {
-                    let chosen = self.nodes.values().filter(|node| selector.evaluate(&node.labels) == Tri::Yes);
-                    let addresses = chosen.flat_map(|node| &node.addresses);
-                    self.nets(addresses.map(|address| IpNet::from(*address)).collect(), ends);
-                }
+                Ok(selector) => ends.push(Ok(End::Nodes(selector))),
                 Err(reason) => ends.push(Err(reason)),
             }
         } else if let Some(names) = &peer.domain_names {
@@ -401,10 +409,10 @@ impl Walk<'_> {
     }
 
     /// Nets of each family make a match of their own, since a rule with nets speaks of their families only.
-    fn nets(&self, nets: Vec<IpNet>, ends: &mut Vec<Part<EntityMatch>>) {
+    fn nets(&self, nets: Vec<IpNet>, ends: &mut Vec<Part<End>>) {
         let (v4, v6): (Vec<IpNet>, Vec<IpNet>) = nets.into_iter().partition(|net| matches!(net, IpNet::V4(_)));
         for nets in [v4, v6].into_iter().filter(|nets| !nets.is_empty()) {
-            ends.push(Ok(EntityMatch { nets, ..EntityMatch::default() }));
+            ends.push(Ok(End::Match(EntityMatch { nets, ..EntityMatch::default() })));
         }
     }
 }

@@ -1,19 +1,23 @@
 //! The federation's own kinds, `hanse.dev/v1alpha1`.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use hanse_policy::evaluate::Direction;
 use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant, Labels};
 use hanse_policy::model::{self, ClusterName, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, TierId};
-use hanse_policy::selector::{Expr, Selector, build};
+use hanse_policy::selector::{Selector, build};
 use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::address::parse_net;
+use crate::clusters::ClusterSelector;
 use crate::decode::null_as_default;
 use crate::field::{Errors, Path};
 use crate::metadata::{Metadata, check_labels, check_metadata};
 use crate::names::is_dns_label;
+use crate::policy::{FederatedPolicy, PeerClusters};
 use crate::policy_fields::{TIER_NAME_RULE, check_order, check_part_name, convert_default_action, convert_types};
 use crate::rule::{self, Context, RuleSpec, RulesOf};
 
@@ -177,9 +181,6 @@ pub struct Member {
     pub federated_allow_final: bool,
 }
 
-/// The labels by which clusters are selected: those of their MemberCluster, and `hanse.dev/cluster` with their name.
-pub type ClusterLabels = BTreeMap<ClusterName, Labels>;
-
 /// Label keys with this prefix are the hub's own.
 pub const RESERVED_PREFIX: &str = "hanse.dev/";
 /// Most entries in each list of a MemberCluster.
@@ -190,42 +191,18 @@ pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
 }
 
-/// The label with which each cluster can be selected by name.
-pub const CLUSTER_NAME_LABEL: &str = "hanse.dev/cluster";
-
-/// Resolves a cluster selector to names; without one, to all clusters. One that selects all of them selects their
-/// workloads by name all the same: no network set is among these.
-pub fn resolve_clusters(selector: Option<&Selector>, clusters: &ClusterLabels) -> ClusterScope {
-    selector.map_or(ClusterScope::All, |selector| ClusterScope::Named(select_clusters(selector, clusters)))
-}
-
-/// The clusters that a selector selects.
-pub fn select_clusters(selector: &Selector, clusters: &ClusterLabels) -> BTreeSet<ClusterName> {
-    let selects = |(name, labels): (&ClusterName, &Labels)| {
-        let mut labels = labels.clone();
-        labels.insert(CLUSTER_NAME_LABEL.into(), name.clone());
-        (selector.expr.evaluate(&labels) == hanse_policy::tri::Tri::Yes).then(|| name.clone())
-    };
-    clusters.iter().filter_map(selects).collect()
-}
-
 impl FederatedNetworkPolicy {
-    /// `tiers`: the phase of each federated tier. A policy of another is not in force, and its phase says nothing.
-    pub fn convert(&self, clusters: &ClusterLabels, tiers: &BTreeMap<Arc<str>, Phase>, errors: &mut Errors) -> Policy {
-        self.convert_with(&|selector| resolve_clusters(selector, clusters), tiers, errors)
-    }
-
-    /// With cluster selectors resolved by someone else: the hub, for the members.
-    pub fn convert_with(
-        &self,
-        resolve: &dyn Fn(Option<&Selector>) -> ClusterScope,
-        tiers: &BTreeMap<Arc<str>, Phase>,
-        errors: &mut Errors,
-    ) -> Policy {
+    pub fn convert(&self, errors: &mut Errors) -> FederatedPolicy {
         check_global_metadata(&self.metadata, errors);
         let path = Path::Root("spec");
         let spec = &self.spec;
-        let context = Context { namespace: None, clusters: resolve, federated: true };
+        // Of each end of each rule, in their order.
+        let selectors: RefCell<Vec<Option<Selector>>> = RefCell::default();
+        let resolve = |selector: Option<&Selector>| {
+            selectors.borrow_mut().push(selector.cloned());
+            ClusterScope::All
+        };
+        let context = Context { namespace: None, clusters: &resolve, federated: true };
         for (text, name) in [
             (&spec.cluster_selector, "clusterSelector"),
             (&spec.namespace_selector, "namespaceSelector"),
@@ -267,17 +244,16 @@ impl FederatedNetworkPolicy {
         } else if !is_dns_label(&spec.tier) {
             errors.add(&path.field("tier"), format!("\"{}\" is not a tier's name: {TIER_NAME_RULE}", spec.tier));
         }
-        let phase = tiers.get(spec.tier.as_str()).copied().unwrap_or(Phase::Guard);
-        Policy {
+        let policy = Policy {
             id: PolicyId {
                 cluster: None,
                 kind: PolicyKind::FederatedNetworkPolicy,
                 namespace: None,
                 name: self.metadata.name.as_str().into(),
             },
-            tier: TierId { phase, name: spec.tier.as_str().into() },
+            tier: TierId { phase: Phase::Guard, name: spec.tier.as_str().into() },
             order: Order(spec.order),
-            enforcers: resolve(cluster_selector.as_ref().filter(|selector| selector.expr != Expr::All)),
+            enforcers: ClusterScope::All,
             selector: Selector::from(subject).with_written(rule::written_subject([
                 ("selector", &spec.selector),
                 ("namespaceSelector", &spec.namespace_selector),
@@ -287,17 +263,33 @@ impl FederatedNetworkPolicy {
             egress: egress.then_some(egress_rules),
             staged: None,
             host_only: false,
-        }
+        };
+        let text = |text: &str| Arc::from(text);
+        let enforcers =
+            cluster_selector.map(|selector| ClusterSelector { text: text(&spec.cluster_selector), selector });
+        let peers = spec.peers(selectors.into_inner());
+        let has_rules = [!spec.ingress.is_empty(), !spec.egress.is_empty()];
+        FederatedPolicy::new(policy, enforcers, peers).with_types(has_rules, "types")
     }
 }
 
-impl FederatedNetworkPolicy {
-    /// The cluster selectors that are written in it.
-    pub fn cluster_selectors(&self) -> impl Iterator<Item = &str> {
-        let rules = self.spec.ingress.iter().chain(&self.spec.egress);
-        let ends = rules.flat_map(|rule| [&rule.source, &rule.destination]);
-        let peers = ends.filter_map(|end| end.cluster_selector.as_deref());
-        [self.spec.cluster_selector.as_str()].into_iter().filter(|text| !text.is_empty()).chain(peers)
+impl PolicySpec {
+    /// The peers that are limited to some clusters. `selectors`: of each end of each rule.
+    fn peers(&self, selectors: Vec<Option<Selector>>) -> Vec<PeerClusters> {
+        let mut selectors = selectors.into_iter();
+        let mut peers = Vec::new();
+        for (direction, rules) in [(Direction::Ingress, &self.ingress), (Direction::Egress, &self.egress)] {
+            for (rule, spec) in rules.iter().enumerate() {
+                for (is_source, end) in [(true, &spec.source), (false, &spec.destination)] {
+                    if let Some(selector) = selectors.next().flatten() {
+                        let text = end.cluster_selector.as_deref().unwrap_or_default().into();
+                        let clusters = ClusterSelector { text, selector };
+                        peers.push(PeerClusters { direction, rule, is_source, clusters });
+                    }
+                }
+            }
+        }
+        peers
     }
 }
 

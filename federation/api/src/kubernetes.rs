@@ -4,12 +4,13 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Labels, NamedPort};
+use hanse_policy::inventory::{EndpointId, EndpointKind, Labels, NamedPort};
 use serde::Deserialize;
 
 use crate::address::{parse_address, parse_block, protocol_number};
 use crate::decode::null_as_default;
 use crate::field::{Errors, Path};
+use crate::inventory::{self, NamespacedName, NodeInfo, PodPhase};
 use crate::metadata::{Metadata, check_metadata};
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -26,12 +27,22 @@ impl Namespace {
             errors.add(&path, format!("\"{}\" is not a namespace: at most 63 of a-z 0-9 -", self.metadata.name));
         }
     }
+
+    pub fn convert(self) -> inventory::Namespace {
+        inventory::Namespace { name: self.metadata.name.into(), labels: self.metadata.labels }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct ServiceAccount {
     #[serde(default)]
     pub metadata: Metadata,
+}
+
+impl ServiceAccount {
+    pub fn convert(self) -> inventory::ServiceAccount {
+        inventory::ServiceAccount { key: key_of(&self.metadata), labels: self.metadata.labels }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -42,14 +53,6 @@ pub struct Node {
     pub spec: NodeSpec,
     #[serde(default, deserialize_with = "null_as_default")]
     pub status: NodeStatus,
-}
-
-/// A node, as far as rule sets need it.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct NodeInfo {
-    pub labels: Labels,
-    pub addresses: Vec<IpAddr>,
-    pub pod_ranges: Vec<ipnet::IpNet>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -75,7 +78,7 @@ pub struct NodeAddress {
 
 impl Node {
     /// All IP addresses of the node, the order as stored.
-    pub fn addresses(&self) -> Vec<IpAddr> {
+    fn addresses(&self) -> Vec<IpAddr> {
         let mut all = Vec::new();
         for address in self.status.addresses.iter().filter_map(|entry| parse_address(&entry.address)) {
             if !all.contains(&address) {
@@ -86,7 +89,7 @@ impl Node {
     }
 
     /// Where this node's pods get their addresses.
-    pub fn pod_ranges(&self) -> Vec<ipnet::IpNet> {
+    fn pod_ranges(&self) -> Vec<ipnet::IpNet> {
         let mut all: Vec<ipnet::IpNet> = Vec::new();
         for net in self.spec.pod_cidrs.iter().chain(&self.spec.pod_cidr).filter_map(|text| parse_block(text).ok()) {
             if !all.contains(&net) {
@@ -96,10 +99,10 @@ impl Node {
         all
     }
 
-    /// The node as rule sets need it.
-    pub fn info(&self) -> NodeInfo {
-        let labels = self.metadata.labels.clone();
-        NodeInfo { labels, addresses: self.addresses(), pod_ranges: self.pod_ranges() }
+    pub fn convert(self) -> inventory::Node {
+        let (addresses, pod_ranges) = (self.addresses(), self.pod_ranges());
+        let Metadata { name, labels, .. } = self.metadata;
+        inventory::Node { name: name.into(), info: NodeInfo { labels, addresses, pod_ranges } }
     }
 
     /// Malformed metadata, and ranges and addresses that are none: without its ranges a node's new pods are not closed.
@@ -201,6 +204,14 @@ impl PodSpec {
         self.ports().filter_map(named).collect()
     }
 
+    fn converted_ports(&self) -> Vec<inventory::ContainerPort> {
+        let convert = |port: &ContainerPort| {
+            let (name, port, protocol) = (port.name.clone(), port.container_port, port.protocol_number()?);
+            Some(inventory::ContainerPort { name, protocol, port })
+        };
+        self.ports().filter_map(convert).collect()
+    }
+
     /// Protocol and number of every port, named or not.
     pub fn declared_ports(&self) -> impl Iterator<Item = (u8, u16)> {
         self.ports().filter_map(|port| Some((port.protocol_number()?, port.container_port)))
@@ -225,11 +236,32 @@ impl PodSpec {
 }
 
 impl Pod {
-    pub fn id(&self) -> EndpointId {
-        EndpointId {
-            kind: EndpointKind::Pod,
-            namespace: Some(self.metadata.namespace()),
-            name: self.metadata.name.as_str().into(),
+    pub fn convert(self) -> inventory::Pod {
+        let (service_account, ports, reported) = (self.spec.account(), self.spec.converted_ports(), self.reported());
+        let Self { metadata, spec, status } = self;
+        let phase = match status.phase.as_deref() {
+            Some("Running") => PodPhase::Running,
+            Some("Succeeded" | "Failed") => PodPhase::Ended,
+            None if status.pod_ip.is_none() && status.pod_ips.is_empty() => PodPhase::Unstored,
+            _ => PodPhase::Other,
+        };
+        let hosts = status.host_ips.iter().filter_map(|entry| entry.ip.as_ref()).chain(&status.host_ip);
+        inventory::Pod {
+            host_addresses: hosts.filter_map(|text| parse_address(text)).collect(),
+            id: EndpointId {
+                kind: EndpointKind::Pod,
+                namespace: Some(metadata.namespace()),
+                name: metadata.name.into(),
+            },
+            created: metadata.creation_timestamp,
+            controller: metadata.controller,
+            labels: metadata.labels,
+            service_account,
+            ports,
+            node: spec.node_name,
+            host_network: spec.host_network,
+            phase,
+            reported,
         }
     }
 
@@ -248,11 +280,6 @@ impl Pod {
         }
     }
 
-    /// Succeeded or failed: it owns no address any more.
-    pub fn has_ended(&self) -> bool {
-        matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed"))
-    }
-
     /// The addresses that its status names, the primary first.
     fn reported(&self) -> Vec<IpAddr> {
         let mut reported = Vec::new();
@@ -264,40 +291,6 @@ impl Pod {
             }
         }
         reported
-    }
-
-    /// The addresses that it says are its own.
-    pub fn claims(&self) -> Vec<IpAddr> {
-        if self.has_ended() || self.spec.host_network { Vec::new() } else { self.reported() }
-    }
-
-    /// As an endpoint of the inventory, if all that it claims is its own. `node_addresses`: of the pod's node, used where the
-    /// pod is on its network.
-    pub fn endpoint(&self, node_addresses: &[IpAddr]) -> Endpoint {
-        let reported = self.reported();
-        let (ended, host) = (self.has_ended(), self.spec.host_network);
-        let host_addresses = match (host && !ended, reported.is_empty()) {
-            (false, _) => Vec::new(),
-            (true, false) => reported.clone(),
-            (true, true) => {
-                let hosts = self.status.host_ips.iter().filter_map(|entry| entry.ip.as_ref());
-                let mut hosts: Vec<_> =
-                    hosts.chain(&self.status.host_ip).filter_map(|text| parse_address(text)).collect();
-                hosts.extend(node_addresses);
-                hosts
-            }
-        };
-        Endpoint {
-            labels: self.metadata.labels.clone(),
-            service_account: Some(self.spec.account()),
-            addresses: if ended || host { Vec::new() } else { reported },
-            nets: Vec::new(),
-            ports: self.spec.named_ports(),
-            node: self.spec.node_name.clone(),
-            host_network: host,
-            host_addresses,
-            planned: None,
-        }
     }
 }
 
@@ -380,13 +373,36 @@ pub enum TargetPort {
 }
 
 impl Service {
+    pub fn convert(self) -> inventory::Service {
+        let (addresses, external_addresses) = (self.addresses(), self.external_addresses());
+        let spec = self.spec;
+        let port = |port: &ServicePort| {
+            let target = port.target().map(|target| match target {
+                TargetPort::Number(number) => inventory::TargetPort::Number(*number),
+                TargetPort::Name(name) => inventory::TargetPort::Name(Arc::clone(name)),
+            });
+            let protocol = protocol_number(port.protocol.as_deref().unwrap_or("TCP"))?;
+            Some(inventory::ServicePort { name: port.name.clone(), protocol, port: port.port, target })
+        };
+        inventory::Service {
+            key: key_of(&self.metadata),
+            address: spec.cluster_ip.as_deref().and_then(parse_address),
+            headless: spec.cluster_ip.as_deref() == Some("None"),
+            addresses,
+            external_addresses,
+            external_name: spec.external_name.filter(|_| spec.kind.as_deref() == Some("ExternalName")),
+            ports: spec.ports.iter().filter_map(port).collect(),
+            selector: spec.selector,
+        }
+    }
+
     /// The addresses that it has in its cluster; a headless one has none.
-    pub fn addresses(&self) -> Vec<IpAddr> {
+    fn addresses(&self) -> Vec<IpAddr> {
         distinct(self.spec.cluster_ip.iter().chain(&self.spec.cluster_ips))
     }
 
     /// The addresses that it has for clients outside.
-    pub fn external_addresses(&self) -> Vec<IpAddr> {
+    fn external_addresses(&self) -> Vec<IpAddr> {
         let of_balancer = self.status.load_balancer.ingress.iter().filter_map(|it| it.ip.as_ref());
         let of_balancer = of_balancer.chain(&self.spec.load_balancer_ip);
         let of_balancer = of_balancer.filter(|_| self.spec.kind.as_deref() == Some("LoadBalancer"));
@@ -443,18 +459,6 @@ pub struct EndpointConditions {
     pub terminating: Option<bool>,
 }
 
-impl SliceEndpoint {
-    /// Whether packets to the service may go to it; not given means yes.
-    pub fn is_ready(&self) -> bool {
-        self.conditions.ready != Some(false)
-    }
-
-    /// Whether packets go to it where no endpoint is ready: it ends, and still serves.
-    pub fn is_last_resort(&self) -> bool {
-        self.conditions.terminating == Some(true) && self.conditions.serving != Some(false)
-    }
-}
-
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct SlicePort {
     pub name: Option<Arc<str>>,
@@ -463,10 +467,22 @@ pub struct SlicePort {
 }
 
 impl EndpointSlice {
-    /// The service that the slice belongs to.
-    pub fn service(&self) -> Option<(Arc<str>, Arc<str>)> {
-        let name = self.metadata.labels.get("kubernetes.io/service-name")?;
-        Some((self.metadata.namespace(), Arc::clone(name)))
+    pub fn convert(self) -> inventory::EndpointSlice {
+        let endpoint = |SliceEndpoint { addresses, conditions }: SliceEndpoint| inventory::SliceEndpoint {
+            addresses: addresses.iter().filter_map(|text| parse_address(text)).collect(),
+            ready: conditions.ready != Some(false),
+            last_resort: conditions.terminating == Some(true) && conditions.serving != Some(false),
+        };
+        let port = |SlicePort { name, protocol, port }: SlicePort| {
+            let protocol = protocol_number(protocol.as_deref().unwrap_or("TCP"))?;
+            Some(inventory::SlicePort { name, protocol, port })
+        };
+        let name = self.metadata.labels.get("kubernetes.io/service-name").cloned();
+        inventory::EndpointSlice {
+            service: name.map(|name| (self.metadata.namespace(), name)),
+            endpoints: self.endpoints.into_iter().map(endpoint).collect(),
+            ports: self.ports.into_iter().filter_map(port).collect(),
+        }
     }
 
     /// A slice of names has them in place of addresses.
@@ -484,26 +500,10 @@ impl EndpointSlice {
             check_protocol(port.protocol.as_deref(), &ports.index(index), errors);
         }
     }
+}
 
-    /// The address of every endpoint, ready or not: policy speaks of who belongs to the service.
-    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.addresses_of(|_| true)
-    }
-
-    /// The addresses of some endpoints.
-    pub fn addresses_of(&self, of: impl Fn(&SliceEndpoint) -> bool) -> impl Iterator<Item = IpAddr> {
-        let endpoints = self.endpoints.iter().filter(move |endpoint| of(endpoint));
-        endpoints.flat_map(|endpoint| &endpoint.addresses).filter_map(|text| parse_address(text))
-    }
-
-    /// Address, protocol number and port of every endpoint; none where the slice gives no number of a port.
-    pub fn backends(&self) -> impl Iterator<Item = (IpAddr, u8, u16)> {
-        self.addresses().flat_map(|address| {
-            self.ports.iter().filter_map(move |port| {
-                Some((address, protocol_number(port.protocol.as_deref().unwrap_or("TCP"))?, port.port?))
-            })
-        })
-    }
+fn key_of(metadata: &Metadata) -> NamespacedName {
+    (metadata.namespace(), metadata.name.as_str().into())
 }
 
 /// What is empty is not given.

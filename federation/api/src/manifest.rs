@@ -4,21 +4,13 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hanse_policy::model::Policy;
-
-use crate::calico::{self, CalicoObject};
-use crate::cluster_network_policy::ClusterNetworkPolicy;
-use crate::decode::typed;
 use crate::diagnostic::{Diagnostic, NotObject, Reference, SourceLocation};
 use crate::document::{self, FaultKind, Locator, Node, Notes, SyntaxError};
 use crate::field::FieldError;
 use crate::files::{self, Listing, ReadError};
-use crate::hanse::{self, FederatedNetworkPolicy, FederatedNetworkSet, MemberCluster, Tier};
+use crate::hanse;
 use crate::kind;
-use crate::kubernetes::{EndpointSlice, Namespace, Node as KubeNode, Pod, Service, ServiceAccount};
-use crate::metadata::Metadata;
-use crate::network_policy::NetworkPolicy;
-use crate::strict;
+use crate::object::{self, Converted, Object};
 use crate::workload::{self, Workload};
 
 /// A document of a kind that Hanse does not read.
@@ -28,101 +20,14 @@ pub struct Skipped {
     pub object: Reference,
 }
 
+/// An object of a kind that is read, converted.
 #[derive(Debug, Clone)]
 pub struct Manifest {
     pub location: SourceLocation,
     pub reference: Reference,
     pub object: Object,
-    /// The paths of fields that are not known. Only what is in doubt has any.
-    pub unknown: Vec<String>,
     /// How many fields its root, metadata and spec have: fewer than the whole object where it is a patch of it.
     pub fields: usize,
-}
-
-impl Manifest {
-    /// Makes the rules of a policy unknown that have an unknown field, and all of them where the field is elsewhere.
-    pub fn doubt(&self, policy: &mut Policy) {
-        let place = |path: &str| {
-            let (is_ingress, rest) = match path.strip_prefix("spec.ingress[") {
-                Some(rest) => (true, rest),
-                None => (false, path.strip_prefix("spec.egress[")?),
-            };
-            Some((is_ingress, rest.split_once(']')?.0.parse::<u32>().ok()?))
-        };
-        for path in &self.unknown {
-            let place = place(path);
-            for (is_ingress, rules) in [(true, &mut policy.ingress), (false, &mut policy.egress)] {
-                let rules = rules.iter_mut().flatten();
-                for rule in rules.filter(|rule| place.is_none_or(|place| place == (is_ingress, rule.index))) {
-                    rule.not_understood = Some(format!("{path} is not known").into());
-                }
-            }
-        }
-    }
-}
-
-#[derive(Debug, Clone, PartialEq)]
-pub enum Object {
-    Namespace(Namespace),
-    Node(KubeNode),
-    ServiceAccount(ServiceAccount),
-    Pod(Box<Pod>),
-    Service(Service),
-    EndpointSlice(EndpointSlice),
-    NetworkPolicy(Box<NetworkPolicy>),
-    ClusterNetworkPolicy(Box<ClusterNetworkPolicy>),
-    Calico(Box<CalicoObject>),
-    FederatedNetworkPolicy(Box<FederatedNetworkPolicy>),
-    Tier(Tier),
-    FederatedNetworkSet(FederatedNetworkSet),
-    MemberCluster(Box<MemberCluster>),
-}
-
-impl Object {
-    pub(crate) fn metadata_mut(&mut self) -> &mut Metadata {
-        match self {
-            Self::Namespace(it) => &mut it.metadata,
-            Self::Node(it) => &mut it.metadata,
-            Self::ServiceAccount(it) => &mut it.metadata,
-            Self::Pod(it) => &mut it.metadata,
-            Self::Service(it) => &mut it.metadata,
-            Self::EndpointSlice(it) => &mut it.metadata,
-            Self::NetworkPolicy(it) => &mut it.metadata,
-            Self::ClusterNetworkPolicy(it) => &mut it.metadata,
-            Self::Calico(it) => it.metadata_mut(),
-            Self::FederatedNetworkPolicy(it) => &mut it.metadata,
-            Self::Tier(it) => &mut it.metadata,
-            Self::FederatedNetworkSet(it) => &mut it.metadata,
-            Self::MemberCluster(it) => &mut it.metadata,
-        }
-    }
-
-    /// Whether its kind has a namespace; what another says of one is not looked at.
-    pub(crate) fn is_namespaced(&self) -> bool {
-        match self {
-            Self::Namespace(_)
-            | Self::Node(_)
-            | Self::ClusterNetworkPolicy(_)
-            | Self::FederatedNetworkPolicy(_)
-            | Self::Tier(_)
-            | Self::FederatedNetworkSet(_)
-            | Self::MemberCluster(_) => false,
-            Self::Calico(object) => object.is_namespaced(),
-            Self::ServiceAccount(_)
-            | Self::Pod(_)
-            | Self::Service(_)
-            | Self::EndpointSlice(_)
-            | Self::NetworkPolicy(_) => true,
-        }
-    }
-
-    pub(crate) fn is_policy(&self) -> bool {
-        match self {
-            Self::NetworkPolicy(_) | Self::ClusterNetworkPolicy(_) | Self::FederatedNetworkPolicy(_) => true,
-            Self::Calico(object) => matches!(**object, CalicoObject::Policy(..)),
-            _ => false,
-        }
-    }
 }
 
 /// What was read.
@@ -144,26 +49,22 @@ pub struct Manifests {
     pub in_doubt: Vec<Manifest>,
     /// What paths of files are taken relative to where a name is generated from them.
     pub root: PathBuf,
+    default_namespace: Option<Arc<str>>,
     /// How many names were generated from a file and a prefix, and all of them.
     generated: (HashMap<String, u32>, HashSet<String>),
 }
 
 impl Manifests {
-    /// Puts objects of namespaced kinds that name no namespace into this one, as `kubectl --namespace` does.
-    pub fn set_default_namespace(&mut self, namespace: &str) {
-        let set = |reference: &mut Reference, metadata: &mut Metadata| {
-            if reference.namespace.is_none() {
-                reference.namespace = Some(namespace.to_owned());
-                metadata.namespace = Some(namespace.into());
-            }
-        };
-        let objects = self.objects.iter_mut().chain(&mut self.in_doubt);
-        for manifest in objects.filter(|manifest| manifest.object.is_namespaced()) {
-            set(&mut manifest.reference, manifest.object.metadata_mut());
-        }
-        for workload in &mut self.workloads {
-            set(&mut workload.reference, &mut workload.metadata);
-        }
+    /// Nothing yet. Objects of namespaced kinds that name no namespace are put into this one, as `kubectl --namespace` does.
+    pub fn in_namespace(namespace: Option<&str>) -> Self {
+        Self { default_namespace: namespace.map(Arc::from), ..Self::default() }
+    }
+
+    /// The reference of an object that is accepted, with its name and its namespace.
+    fn completed(&self, reference: Reference, generated: Option<String>, is_namespaced: bool) -> Reference {
+        let default = self.default_namespace.as_deref().filter(|_| is_namespaced).map(str::to_owned);
+        let (name, namespace) = (generated.unwrap_or(reference.name), reference.namespace.or(default));
+        Reference { name, namespace, ..reference }
     }
 }
 
@@ -171,8 +72,8 @@ impl Manifests {
 ///
 /// # Errors
 /// When it cannot be read, or is larger.
-pub fn read_stdin() -> Result<Manifests, ReadError> {
-    let mut read = Manifests::default();
+pub fn read_stdin(namespace: Option<&str>) -> Result<Manifests, ReadError> {
+    let mut read = Manifests::in_namespace(namespace);
     let bytes = files::read_stdin_bytes().map_err(|source| ReadError { path: "standard input".into(), source })?;
     read_bytes(&"-".into(), &bytes, &mut read);
     Ok(read)
@@ -182,12 +83,12 @@ pub fn read_stdin() -> Result<Manifests, ReadError> {
 /// and folders are left out. What lies below and cannot be read is a diagnostic; a path that cannot be looked at itself is an
 /// error, for it is not an empty directory.
 pub fn read_dir(path: &Path) -> Result<Manifests, ReadError> {
-    Ok(read_files(path, files::list(path)?))
+    Ok(read_files(path, files::list(path)?, None))
 }
 
-/// Reads what [`files::list`] found below `path`.
-pub fn read_files(path: &Path, listing: Listing) -> Manifests {
-    let mut read = Manifests { root: path.to_owned(), ..Manifests::default() };
+/// Reads what [`files::list`] found below `path`. `namespace`: see [`Manifests::in_namespace`].
+pub fn read_files(path: &Path, listing: Listing, namespace: Option<&str>) -> Manifests {
+    let mut read = Manifests { root: path.to_owned(), ..Manifests::in_namespace(namespace) };
     for file in listing.files {
         match files::read_file(&file) {
             Ok(bytes) => read_bytes(&file.to_string_lossy().into(), &bytes, &mut read),
@@ -350,6 +251,12 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             Ok(mut workload) => {
                 read.not_storable.extend(located(std::mem::take(&mut workload.not_storable)));
                 read.notes.extend(located(workload.unread_policy.take().into_iter().collect()));
+                if let Some(namespace) =
+                    read.default_namespace.clone().filter(|_| workload.reference.namespace.is_none())
+                {
+                    workload.reference.namespace = Some(namespace.to_string());
+                    workload.metadata.namespace = Some(namespace);
+                }
                 read.workloads.push(workload);
             }
             Err(errors) => read.refused_workloads.extend(located(errors)),
@@ -358,8 +265,10 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
     }
     let generated = generated_name(node, &reference, &location, read);
     let fields = node.field_count();
-    match read_object(&reference, node, generated.as_deref()) {
-        Ok(Some(object)) => match generated {
+    let namespace = read.default_namespace.clone();
+    let defaults = object::Defaults { name: generated.as_deref(), namespace: namespace.as_ref() };
+    match read_object(&reference, node, defaults) {
+        Ok(Some(Converted { object, not_storable })) => match generated {
             Some(_) if reference.api_version == hanse::API_VERSION => {
                 let message = "cannot generate a name: objects of the federation are applied by their name".to_owned();
                 refuse(read, "metadata.generateName", message, Some(reference));
@@ -369,8 +278,9 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             }
             generated => {
                 reference.name = generated.unwrap_or(reference.name);
-                read.not_storable.extend(located(file, node, &reference, strict::errors(&object)));
-                read.objects.push(Manifest { location, reference, object, unknown: Vec::new(), fields });
+                read.not_storable.extend(located(file, node, &reference, not_storable));
+                let reference = read.completed(reference, None, object.is_namespaced());
+                read.objects.push(Manifest { location, reference, object, fields });
             }
         },
         Ok(None) => match kind::mistaken(&reference) {
@@ -382,9 +292,9 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             for error in errors {
                 refuse(read, &error.path, error.message, Some(reference.clone()));
             }
-            if let Some((object, unknown)) = in_doubt.filter(|_| generated.is_some() || !reference.name.is_empty()) {
-                reference.name = generated.unwrap_or(reference.name);
-                read.in_doubt.push(Manifest { location, reference, object, unknown, fields });
+            if let Some(object) = in_doubt.filter(|_| generated.is_some() || !reference.name.is_empty()) {
+                let reference = read.completed(reference, generated, object.is_namespaced());
+                read.in_doubt.push(Manifest { location, reference, object, fields });
             }
         }
     }
@@ -490,26 +400,30 @@ const MAX_UNKNOWN_REPORTED: usize = 20;
 /// How many a policy that is in doubt keeps; where there are more, all of its rules are in doubt.
 const MAX_UNKNOWN_FIELDS: usize = 200;
 
-/// Why an object is refused; and a policy without its unknown fields with their paths, where nothing else is wrong.
+/// Why an object is refused; and a policy without its unknown fields, where nothing else is wrong. The rules that the fields
+/// concern are unknown.
 struct Refused {
     errors: Vec<FieldError>,
-    in_doubt: Option<(Object, Vec<String>)>,
+    in_doubt: Option<Object>,
 }
 
-/// `None`: a kind that Hanse does not read. A field that is not known does not hide what else is wrong. `generated`: the name
-/// of an object that has none itself.
-fn read_object(reference: &Reference, node: Node<'_>, generated: Option<&str>) -> Result<Option<Object>, Box<Refused>> {
+/// `None`: a kind that Hanse does not read. An unknown field does not hide other errors.
+fn read_object(
+    reference: &Reference,
+    node: Node<'_>,
+    defaults: object::Defaults<'_>,
+) -> Result<Option<Converted>, Box<Refused>> {
     let notes = Notes::default();
     let strict = kind::is_strict(reference);
     // Some conversions look for unknown fields themselves. They see all of them at once: the second time they find none.
     let mut not_known: Vec<FieldError> = Vec::new();
     loop {
-        let read = read_known(reference, if strict { node.with_notes(&notes) } else { node }, generated);
+        let read = object::read(reference, if strict { node.with_notes(&notes) } else { node }, defaults);
         let unknown = notes.take_unknown(node).into_iter().filter(|field| !field.path.starts_with("metadata."));
         let unknown: Vec<FieldError> = unknown.map(|field| field.into()).collect();
         let (in_doubt, others) = match read {
             Ok(object) if unknown.is_empty() && not_known.is_empty() => return Ok(object),
-            Ok(object) => (object.filter(Object::is_policy), Vec::new()),
+            Ok(read) => (read.map(|read| read.object).filter(Object::is_policy), Vec::new()),
             Err(errors) if not_known.is_empty() && errors.iter().all(FieldError::is_of_unknown_field) => {
                 let mut locator = Locator::new(node);
                 let places: Option<Vec<u32>> = errors.iter().map(|error| locator.place_of(&error.path)).collect();
@@ -525,46 +439,16 @@ fn read_object(reference: &Reference, node: Node<'_>, generated: Option<&str>) -
             Err(errors) => (None, errors),
         };
         let mut errors: Vec<FieldError> = unknown.into_iter().chain(not_known).collect();
-        let in_doubt = in_doubt.map(|object| {
+        let in_doubt = in_doubt.map(|mut object| {
             let mut paths: Vec<String> = errors.iter().take(MAX_UNKNOWN_FIELDS).map(|it| it.path.clone()).collect();
             if errors.len() > MAX_UNKNOWN_FIELDS {
                 paths.push(format!("one of {} fields", errors.len()));
             }
-            (object, paths)
+            object.mark_unknown(&paths);
+            object
         });
         errors.truncate(MAX_UNKNOWN_REPORTED);
         errors.extend(others);
         return Err(Box::new(Refused { errors, in_doubt }));
     }
-}
-
-fn read_known(
-    reference: &Reference,
-    node: Node<'_>,
-    generated: Option<&str>,
-) -> Result<Option<Object>, Vec<FieldError>> {
-    let mut object = match (reference.api_version.as_str(), reference.kind.as_str()) {
-        ("v1", "Namespace") => Object::Namespace(typed(node)?),
-        ("v1", "Node") => Object::Node(typed(node)?),
-        ("v1", "ServiceAccount") => Object::ServiceAccount(typed(node)?),
-        ("v1", "Pod") => Object::Pod(typed(node)?),
-        ("v1", "Service") => Object::Service(typed(node)?),
-        ("discovery.k8s.io/v1", "EndpointSlice") => Object::EndpointSlice(typed(node)?),
-        ("networking.k8s.io/v1", "NetworkPolicy") => Object::NetworkPolicy(typed(node)?),
-        ("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolicy") => Object::ClusterNetworkPolicy(typed(node)?),
-        (hanse::API_VERSION, "FederatedNetworkPolicy") => Object::FederatedNetworkPolicy(typed(node)?),
-        (hanse::API_VERSION, "Tier") => Object::Tier(typed(node)?),
-        (hanse::API_VERSION, "FederatedNetworkSet") => Object::FederatedNetworkSet(typed(node)?),
-        (hanse::API_VERSION, "MemberCluster") => Object::MemberCluster(typed(node)?),
-        (calico::API_VERSION | calico::CRD_API_VERSION, kind) => match calico::read(reference, kind, node)? {
-            Some(object) => Object::Calico(Box::new(object)),
-            None => return Ok(None),
-        },
-        _ => return Ok(None),
-    };
-    if let Some(name) = generated {
-        object.metadata_mut().name = name.to_owned();
-    }
-    let errors = crate::assemble::validate(&object);
-    if errors.is_empty() { Ok(Some(object)) } else { Err(errors) }
 }

@@ -4,11 +4,10 @@
 //! in the policy's directions. Each rule becomes one model rule for every pair of a peer and a protocol.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use hanse_policy::model::{
-    Action, ClusterName, ClusterScope, EntityMatch, Order, Phase, Policy, PolicyId, PolicyKind, Port, Protocol, Rule,
-    Selection, TierId,
+    Action, ClusterScope, EntityMatch, Order, Phase, Policy, PolicyId, PolicyKind, Port, Protocol, Rule, Selection,
+    TierId,
 };
 use hanse_policy::selector::Selector;
 use hanse_policy::selector::build::{self, Namespaces};
@@ -21,6 +20,7 @@ use crate::field::{Errors, Path};
 use crate::label_selector::{LabelSelector, written_fields, written_peer};
 use crate::metadata::{Metadata, check_metadata};
 use crate::names::port_name_error;
+use crate::policy::LocalPolicy;
 use crate::policy_fields::peers_scope;
 
 /// How many blocks become one rule of the model: as many nets as a rule of Calico's may list.
@@ -102,22 +102,27 @@ pub struct PortEntry {
 }
 
 impl NetworkPolicy {
-    /// As `cluster`'s policy. Every error names its field; none means that an API server would store the object.
-    pub fn convert(&self, cluster: &ClusterName, errors: &mut Errors) -> Policy {
+    /// Every error names its field; none means that an API server would store the object.
+    pub fn convert(&self, errors: &mut Errors) -> LocalPolicy {
         let namespace = self.metadata.namespace();
         check_metadata(&self.metadata, errors);
         let scope = peers_scope(&self.metadata, errors);
         let id = PolicyId {
-            cluster: Some(Arc::clone(cluster)),
+            cluster: None,
             kind: PolicyKind::KubernetesNetworkPolicy,
             namespace: Some(namespace),
             name: self.metadata.name.as_str().into(),
         };
-        self.spec.convert(id, scope, errors)
+        LocalPolicy::new(self.spec.convert(id, scope, errors)).with_types(self.spec.has_rules(), "policyTypes")
     }
 }
 
 impl Spec {
+    /// Whether there are ingress rules, and egress rules.
+    pub fn has_rules(&self) -> [bool; 2] {
+        [!self.ingress.is_empty(), !self.egress.is_empty()]
+    }
+
     /// Also what a StagedKubernetesNetworkPolicy holds.
     pub fn convert(&self, id: PolicyId, scope: ClusterScope, errors: &mut Errors) -> Policy {
         let spec = Path::Root("spec");

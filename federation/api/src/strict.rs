@@ -7,21 +7,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::field::{Errors, FieldError, Path};
+use crate::field::{Errors, Path};
 use crate::kubernetes::{Container, PodSpec, Service, ServicePort, TargetPort, check_protocol};
-use crate::manifest::Object;
 use crate::names::{is_dns_label, port_name_error};
-
-/// What an API server refuses of an object that was read.
-pub fn errors(object: &Object) -> Vec<FieldError> {
-    let mut errors = Errors::default();
-    match object {
-        Object::Pod(pod) => check_pod(&pod.spec, &Path::Root("spec"), &mut errors),
-        Object::Service(service) => check_service(service, &mut errors),
-        _ => {}
-    }
-    errors.0
-}
 
 /// The ports of a pod, or of a pod template.
 pub fn check_pod(spec: &PodSpec, path: &Path<'_>, errors: &mut Errors) {
@@ -48,7 +36,7 @@ fn check_container(container: &Container, path: &Path<'_>, errors: &mut Errors) 
     }
 }
 
-fn check_service(service: &Service, errors: &mut Errors) {
+pub fn check_service(service: &Service, errors: &mut Errors) {
     let spec = &service.spec;
     let ports = Path::Root("spec.ports");
     let is_headless = spec.cluster_ip.as_deref() == Some("None");

@@ -270,8 +270,7 @@ pub(crate) fn permit(snapshot: &Snapshot, who: &Identity, need: Need<'_>) -> Res
 }
 
 /// CIDRs of clusters never overlap; the later one is refused.
-fn check_nets(snapshot: &Snapshot, name: &str, manifest: &[u8]) -> Result<(), ChangeError> {
-    let (new, _) = MemberCluster::from_manifest(manifest).map_err(ChangeError::Invalid)?;
+fn check_nets(snapshot: &Snapshot, name: &str, new: &MemberCluster) -> Result<(), ChangeError> {
     for (other, cluster) in &snapshot.clusters {
         if **other != *name
             && let Some((own, theirs)) = new.overlap(&cluster.grant)

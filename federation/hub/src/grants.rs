@@ -18,8 +18,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use hanse_api::field::Errors;
-use hanse_api::hanse::{self, RESERVED_PREFIX, overlap};
+use hanse_api::Object;
+use hanse_api::federated::FederatedObject;
+use hanse_api::hanse::{self, Member, RESERVED_PREFIX, overlap};
 use hanse_policy::inventory::{LabelGrant, Labels};
 use hanse_policy::selector::Selector;
 use hanse_policy::tri::Tri;
@@ -78,26 +79,13 @@ impl Default for Limits {
 }
 
 impl MemberCluster {
-    /// Reads a manifest (JSON). Returns warnings for its author, too.
-    ///
-    /// # Errors
-    /// The first error, with its field.
-    pub fn from_manifest(manifest: &[u8]) -> Result<(Self, Vec<String>), String> {
-        let manifest: hanse::MemberCluster = serde_json::from_slice(manifest).map_err(|e| e.to_string())?;
-        let mut errors = Errors::default();
-        let member = manifest.convert(&mut errors);
-        if let Some(error) = errors.0.first() {
-            return Err(error.to_string());
-        }
-        let mut warnings = Vec::new();
-        if member.federated_allow_final {
-            let text = "spec.federatedAllow: ignored; the operator of the cluster grants Final when it joins";
-            warnings.push(text.to_owned());
-        }
+    /// The grants of a MemberCluster; `None` for another object.
+    pub fn of(object: &Object) -> Option<Self> {
+        let Object::Member(member) = object else { return None };
         let values = |values: Option<BTreeSet<Arc<str>>>| values.map_or(Values::Any, Values::Named);
-        let grants = member.grants;
-        let this = Self {
-            labels: member.labels,
+        let Member { labels, grants, .. } = Member::clone(member);
+        Some(Self {
+            labels,
             namespaces: grants.namespaces.map_or(Namespaces::All, Namespaces::Named),
             cidrs: grants.cidrs,
             label_values: grants.labels.map(|keys| keys.into_iter().map(|(key, v)| (key, values(v))).collect()),
@@ -107,9 +95,16 @@ impl MemberCluster {
                 label_sets: grants.max_label_sets,
                 updates_per_second: grants.max_updates_per_second,
             },
-        };
-        warnings.extend(this.warnings());
-        Ok((this, warnings))
+        })
+    }
+
+    /// Reads the JSON of a MemberCluster.
+    ///
+    /// # Errors
+    /// What is wrong, naming the field.
+    pub fn from_manifest(manifest: &[u8]) -> Result<Self, String> {
+        let read = FederatedObject::read(manifest);
+        Self::of(read.object()?).ok_or_else(|| "kind: is not MemberCluster".to_owned())
     }
 
     /// Whether endpoints of this namespace may be exported.
@@ -170,7 +165,7 @@ mod tests {
     fn read(spec: serde_json::Value) -> Result<MemberCluster, String> {
         let (api, kind) = ("hanse.dev/v1alpha1", "MemberCluster");
         let manifest = serde_json::json!({"apiVersion": api, "kind": kind, "metadata": {"name": "a"}, "spec": spec});
-        MemberCluster::from_manifest(manifest.to_string().as_bytes()).map(|(read, _)| read)
+        MemberCluster::from_manifest(manifest.to_string().as_bytes())
     }
 
     #[test]

@@ -2,17 +2,15 @@
 
 use std::sync::Arc;
 
-use hanse_api::manifest::{Manifests, Object, read_bytes};
-use hanse_identity::spiffe::check_subdomain;
+use hanse_api::Object;
+use hanse_api::federated::FederatedObject;
+use hanse_identity::spiffe::{check_label, check_subdomain};
 use serde::Deserialize;
 
 use crate::grants::MemberCluster;
 
 /// Largest manifest, in bytes.
 pub const MAX_MANIFEST_BYTES: usize = 256 << 10;
-
-/// Errors of one manifest that are named.
-const MAX_ERRORS: usize = 8;
 
 /// The kinds of `hanse.dev/v1alpha1`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -73,6 +71,8 @@ pub struct Checked {
     pub id: ObjectId,
     /// The tier of a policy.
     pub tier: Option<Arc<str>>,
+    /// The grants of a MemberCluster.
+    pub member: Option<MemberCluster>,
     /// What its author should know though it is valid.
     pub warnings: Vec<String>,
 }
@@ -92,58 +92,41 @@ pub fn check(manifest: &[u8]) -> Result<Checked, String> {
     let kind = Kind::from_name(&head.kind)
         .ok_or_else(|| format!("kind: '{}' is not a kind of hanse.dev/v1alpha1", head.kind))?;
     check_subdomain(&head.metadata.name).map_err(|e| format!("metadata.name: {e}"))?;
+    if kind == Kind::MemberCluster {
+        check_label(&head.metadata.name).map_err(|e| format!("metadata.name: {e}"))?;
+    }
+    let read = FederatedObject::read(manifest);
+    let object = read.object()?;
     let id = ObjectId { kind, name: head.metadata.name.into() };
-    read(&id, manifest)?;
-    let mut checked = Checked { id, tier: None, warnings: Vec::new() };
-    match kind {
-        Kind::MemberCluster => {
-            hanse_identity::spiffe::check_label(&checked.id.name).map_err(|e| format!("metadata.name: {e}"))?;
-            checked.warnings = MemberCluster::from_manifest(manifest)?.1;
-        }
-        Kind::FederatedNetworkPolicy => checked.tier = Some(tier_of(manifest)?),
-        Kind::FederatedNetworkSet | Kind::Tier => {}
-    }
-    Ok(checked)
+    Ok(Checked { tier: tier_of(object), member: MemberCluster::of(object), warnings: warnings(object), id })
 }
 
-/// Reads a manifest (JSON) as members will.
-///
-/// # Errors
-/// Everything that is wrong, naming the fields.
-pub fn read(id: &ObjectId, manifest: &[u8]) -> Result<Object, String> {
-    let mut read = Manifests::default();
-    read_bytes(&Arc::from(id.to_string()), manifest, &mut read);
-    read.diagnostics.append(&mut read.refused_workloads);
-    if !read.diagnostics.is_empty() {
-        let errors = read.diagnostics.iter().take(MAX_ERRORS).map(|it| match it.field.as_str() {
-            "" => it.message.clone(),
-            field => format!("{field}: {}", it.message),
-        });
-        return Err(errors.collect::<Vec<_>>().join("; "));
-    }
-    match read.objects.pop() {
-        Some(one) if read.objects.is_empty() && read.skipped.is_empty() && read.workloads.is_empty() => Ok(one.object),
-        _ => Err("a manifest is one object".to_owned()),
+/// Warnings for the author of a valid object.
+pub fn warnings(object: &Object) -> Vec<String> {
+    let Object::Member(member) = object else { return Vec::new() };
+    let is_final = "spec.federatedAllow: ignored; the operator of the cluster grants Final when it joins";
+    let grants = MemberCluster::of(object).map(|member| member.warnings()).unwrap_or_default();
+    member.federated_allow_final.then(|| is_final.to_owned()).into_iter().chain(grants).collect()
+}
+
+/// The tier of a policy.
+pub fn tier_of(object: &Object) -> Option<Arc<str>> {
+    match object {
+        Object::FederatedPolicy(policy) => Some(Arc::clone(policy.tier())),
+        _ => None,
     }
 }
 
-/// The tier that a policy names.
-///
-/// # Errors
-/// When it names none.
-pub fn tier_of(manifest: &[u8]) -> Result<Arc<str>, String> {
+/// The tier that a policy names which this version cannot read.
+pub fn tier_in(manifest: &[u8]) -> Option<Arc<str>> {
     #[derive(Deserialize)]
     struct Policy {
         spec: Spec,
     }
     #[derive(Deserialize)]
     struct Spec {
-        #[serde(default)]
-        tier: String,
+        tier: Arc<str>,
     }
-    let policy: Policy = serde_json::from_slice(manifest).map_err(|e| format!("spec: {e}"))?;
-    if policy.spec.tier.is_empty() {
-        return Err("spec.tier: a federated policy names its tier".to_owned());
-    }
-    Ok(policy.spec.tier.into())
+    let policy: Policy = serde_json::from_slice(manifest).ok()?;
+    Some(policy.spec.tier).filter(|tier| !tier.is_empty())
 }

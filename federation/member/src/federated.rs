@@ -4,76 +4,118 @@
 //! alone. What cannot be read keeps the last version that could; a policy without one, which has fields or needs features that
 //! are not known, is taken with the rules that they concern unknown. A policy whose tier is not there is not in force.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use bytes::Bytes;
+use hanse_api::Object;
 use hanse_api::assemble::Federation;
-use hanse_api::manifest::{Manifest as Written, Manifests, Object, read_bytes};
+use hanse_api::clusters::ClusterSelector;
+use hanse_api::federated::FederatedObject;
+use hanse_api::policy::FederatedPolicy;
 use hanse_compiler::Update;
-use hanse_policy::inventory::{EndpointId, EndpointKind};
+use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind};
 use hanse_policy::model::{ClusterScope, Phase, Policy, PolicyId, PolicyKind, TierId};
-use hanse_policy::selector::Selector;
 
 use crate::exchange::model::{Manifest, ManifestKind};
+use crate::exchange::receiver::Check;
+
+/// Bytes of objects that are kept although they are not in force: the two largest batches, or 16 objects of the largest size.
+const MAX_PENDING_BYTES: usize = 4 << 20;
+
+/// Reads each version of a federated object once: when it is received, and not again when it comes into force. Clones share
+/// what they have read.
+#[derive(Debug, Clone, Default)]
+pub struct Reader(Arc<Mutex<ReadObjects>>);
+
+#[derive(Debug, Default)]
+struct ReadObjects {
+    objects: HashMap<Bytes, Arc<FederatedObject>>,
+    /// Bytes of all objects, and how many of them were in use when the others were dropped last.
+    bytes: usize,
+    used_bytes: usize,
+    /// How often an object was read.
+    reads: usize,
+}
+
+impl Check for Reader {
+    fn check(&self, kind: ManifestKind, json: &Bytes) -> Result<(), String> {
+        object_of(kind, &self.read(json)).map(drop)
+    }
+}
+
+impl Reader {
+    fn read(&self, json: &Bytes) -> Arc<FederatedObject> {
+        let mut read = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(read) = read.objects.get(json) {
+            return Arc::clone(read);
+        }
+        if read.bytes > 2 * read.used_bytes + MAX_PENDING_BYTES {
+            read.objects.retain(|_, object| Arc::strong_count(object) > 1);
+            read.used_bytes = read.objects.keys().map(Bytes::len).sum();
+            read.bytes = read.used_bytes;
+        }
+        let object = Arc::new(FederatedObject::read(json));
+        read.objects.insert(json.clone(), Arc::clone(&object));
+        read.bytes += json.len();
+        read.reads += 1;
+        object
+    }
+}
+
+fn object_of(kind: ManifestKind, read: &FederatedObject) -> Result<&Object, String> {
+    let object = read.object()?;
+    let fits = matches!(
+        (kind, object),
+        (ManifestKind::Policy, Object::FederatedPolicy(_))
+            | (ManifestKind::Tier, Object::FederatedTier(_))
+            | (ManifestKind::NetworkSet, Object::FederatedNetworkSet(..))
+    );
+    if fits { Ok(object) } else { Err("is of another kind than its key".to_owned()) }
+}
+
+/// A policy of the federation, in force or waiting for its tier.
+#[derive(Debug)]
+struct Held {
+    manifest: Manifest,
+    read: Arc<FederatedObject>,
+}
+
+impl Held {
+    /// Whether this version reads all of the policy and has all features that it needs.
+    fn is_complete(&self) -> bool {
+        self.manifest.features.is_empty() && object_of(ManifestKind::Policy, &self.read).is_ok()
+    }
+
+    fn possible(&self) -> Option<&FederatedPolicy> {
+        match self.read.possible()? {
+            Object::FederatedPolicy(policy) => Some(policy),
+            _ => None,
+        }
+    }
+}
 
 /// The federation's objects in force.
 #[derive(Debug, Default)]
 pub struct Federated {
-    policies: BTreeMap<Arc<str>, Manifest>,
+    reader: Reader,
+    policies: BTreeMap<Arc<str>, Held>,
     phases: BTreeMap<Arc<str>, Phase>,
     converted: Federation,
 }
 
-/// Whether an object can be read by this version.
-///
-/// # Errors
-/// What is wrong, with the field.
-pub fn readable(kind: ManifestKind, json: &[u8]) -> Result<(), String> {
-    read(kind, json).map(drop)
-}
-
-fn read(kind: ManifestKind, json: &[u8]) -> Result<Object, String> {
-    let mut read = read_any(json);
-    if !read.diagnostics.is_empty() {
-        let why = read.diagnostics.iter().map(|it| format!("{}: {}", it.field, it.message));
-        return Err(why.collect::<Vec<_>>().join("; "));
-    }
-    let object = read.objects.pop().map(|it| it.object);
-    let fits = matches!(
-        (kind, &object),
-        (ManifestKind::Policy, Some(Object::FederatedNetworkPolicy(_)))
-            | (ManifestKind::Tier, Some(Object::Tier(_)))
-            | (ManifestKind::NetworkSet, Some(Object::FederatedNetworkSet(_)))
-    );
-    object.filter(|_| fits).ok_or_else(|| "not of a kind that this version reads".to_owned())
-}
-
-fn read_any(json: &[u8]) -> Manifests {
-    let mut read = Manifests::default();
-    read_bytes(&"manifest".into(), json, &mut read);
-    read
-}
-
-/// Whether a policy is read as it was written.
-fn is_whole(manifest: &Manifest) -> bool {
-    manifest.features.is_empty() && read(ManifestKind::Policy, &manifest.json).is_ok()
-}
-
-/// A policy, with what of it is not known.
-fn written(manifest: &Manifest) -> Option<Written> {
-    let mut read = read_any(&manifest.json);
-    let mut written = read.objects.pop().or_else(|| read.in_doubt.pop())?;
-    written.unknown.extend(manifest.features.iter().map(|feature| format!("the feature \"{feature}\"")));
-    matches!(written.object, Object::FederatedNetworkPolicy(_)).then_some(written)
-}
-
 impl Federated {
+    /// Objects that `reader` has read are not read again.
+    pub fn new(reader: Reader) -> Self {
+        Self { reader, ..Self::default() }
+    }
+
     /// Everything in force.
     pub fn converted(&self) -> &Federation {
         &self.converted
     }
 
-    /// Takes changes that count together; `None` is: gone.
+    /// Applies changes that take effect together; `None` is a deletion.
     pub fn take(
         &mut self,
         changes: impl IntoIterator<Item = (ManifestKind, Arc<str>, Option<Manifest>)>,
@@ -81,31 +123,32 @@ impl Federated {
         let mut updates = Vec::new();
         let (mut policies, mut moved) = (BTreeSet::new(), BTreeSet::new());
         for (kind, name, manifest) in changes {
-            let object = match manifest.as_ref().map(|it| read(kind, &it.json)).transpose() {
-                Ok(object) => object,
+            let held = manifest.map(|manifest| Held { read: self.reader.read(&manifest.json), manifest });
+            let object = match held.as_ref().map(|it| object_of(kind, &it.read)).transpose() {
+                Ok(object) => object.cloned(),
                 Err(why) => {
-                    let whole = self.policies.get(&name).is_some_and(is_whole);
-                    let in_doubt =
-                        manifest.as_ref().filter(|_| kind == ManifestKind::Policy && !whole).and_then(written);
-                    if in_doubt.is_none() {
-                        tracing::error!(object = %name, why, "a federated object cannot be read; its last version holds");
+                    let is_usable = kind == ManifestKind::Policy
+                        && !self.policies.get(&name).is_some_and(Held::is_complete)
+                        && held.as_ref().is_some_and(|it| it.possible().is_some());
+                    if !is_usable {
+                        tracing::error!(object = %name, why, "federated object not readable: its last version stays in force");
                         continue;
                     }
-                    tracing::error!(object = %name, why, "a federated policy cannot be read: what is in doubt is closed");
+                    tracing::error!(object = %name, why, "federated policy not readable: rules with unknown fields fail closed");
                     None
                 }
             };
             match (kind, object) {
                 (ManifestKind::Policy, _) => {
-                    match manifest {
-                        Some(manifest) => drop(self.policies.insert(name.clone(), manifest)),
+                    match held {
+                        Some(held) => drop(self.policies.insert(name.clone(), held)),
                         None => drop(self.policies.remove(&name)),
                     }
                     policies.insert(name);
                 }
                 (ManifestKind::Tier, object) => {
                     let tier = match object {
-                        Some(Object::Tier(tier)) => Some(tier.convert(&mut Default::default())),
+                        Some(Object::FederatedTier(tier)) => Some(tier),
                         _ => None,
                     };
                     let phase = tier.as_ref().map(|tier| tier.id.phase);
@@ -126,8 +169,8 @@ impl Federated {
                         updates.push(Update::Tier(tier));
                     }
                 }
-                (ManifestKind::NetworkSet, Some(Object::FederatedNetworkSet(set))) => {
-                    let (id, endpoint) = set.convert(&mut Default::default());
+                (ManifestKind::NetworkSet, Some(Object::FederatedNetworkSet(id, set))) => {
+                    let endpoint = Endpoint::clone(&set);
                     self.converted.sets.insert(id.clone(), endpoint.clone());
                     updates.push(Update::Endpoint { cluster: None, id, endpoint });
                 }
@@ -146,7 +189,7 @@ impl Federated {
             policies.extend(self.policies.keys().filter(|name| !known.contains(name)).cloned());
         }
         for name in policies {
-            let policy = self.policies.get(&name).and_then(|manifest| self.policy(manifest));
+            let policy = self.policies.get(&name).and_then(|held| self.policy(held));
             updates.push(match policy {
                 Some(policy) => {
                     self.converted.layer.policies.insert(policy.id.clone(), policy.clone());
@@ -163,29 +206,31 @@ impl Federated {
         updates
     }
 
-    fn policy(&self, manifest: &Manifest) -> Option<Policy> {
-        let written = written(manifest)?;
-        let Object::FederatedNetworkPolicy(policy) = &written.object else { return None };
-        if !self.phases.contains_key(policy.spec.tier.as_str()) {
+    fn policy(&self, held: &Held) -> Option<Policy> {
+        let (manifest, policy) = (&held.manifest, held.possible()?);
+        if !self.phases.contains_key(policy.tier()) {
             tracing::error!(
-                policy = policy.metadata.name,
-                tier = policy.spec.tier,
-                "a federated policy is not in force: its tier does not exist"
+                policy = %policy.id().name,
+                tier = %policy.tier(),
+                "federated policy not in force: its tier does not exist"
             );
             return None;
         }
-        // The hub has resolved the selectors of clusters; everybody takes its word.
-        let resolve = |selector: Option<&Selector>| match selector {
-            None => ClusterScope::All,
-            Some(selector) => {
-                let same = |(text, _): &&(Arc<str>, _)| Selector::parse(text).is_ok_and(|it| it == *selector);
-                let names = manifest.resolved.iter().find(same).map(|(_, names)| names.clone());
-                ClusterScope::Named(names.unwrap_or_default())
+        // The hub resolves cluster selectors, so that all clusters agree.
+        let resolved = |selector: &ClusterSelector| {
+            let names = manifest.resolved.iter().find(|(text, _)| *text == selector.text).map(|(_, names)| names);
+            names.cloned().unwrap_or_default()
+        };
+        let mut policy = match &manifest.features[..] {
+            [] => policy.resolve(&resolved, &self.phases),
+            features => {
+                let mut policy = FederatedPolicy::clone(policy);
+                let unknown: Vec<String> = features.iter().map(|it| format!("the feature \"{it}\"")).collect();
+                policy.mark_unknown(&unknown);
+                policy.resolve(&resolved, &self.phases)
             }
         };
-        let mut policy = policy.convert_with(&resolve, &self.phases, &mut Default::default());
         policy.enforcers = ClusterScope::Named(manifest.enforcers.clone());
-        written.doubt(&mut policy);
         Some(policy)
     }
 }
@@ -264,8 +309,9 @@ mod tests {
         assert_eq!(federated.converted().layer.policies.len(), 1);
         let before = federated.converted().layer.clone();
         let unread = manifest("FederatedNetworkPolicy", "p", json!({"tier": "t", "newer": true}));
-        assert!(readable(ManifestKind::Policy, &unread.json).is_err_and(|why| why.contains("newer")));
-        assert!(readable(ManifestKind::Policy, &tier("Guard").json).is_err(), "another kind");
+        let reader = Reader::default();
+        assert!(reader.check(ManifestKind::Policy, &unread.json).is_err_and(|why| why.contains("newer")));
+        assert!(reader.check(ManifestKind::Policy, &tier("Guard").json).is_err(), "another kind");
         assert!(federated.take([(ManifestKind::Policy, "p".into(), Some(unread))]).is_empty());
         assert_eq!(federated.converted().layer, before);
     }

@@ -10,7 +10,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 
 use hanse_api::assemble::ClusterState;
-use hanse_api::kubernetes::NodeInfo;
+use hanse_api::inventory::NodeInfo;
 use hanse_ruleset::OwnStream;
 use ipnet::IpNet;
 

@@ -147,6 +147,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     };
     sourced.set(true);
     let world = World::new(identity.cluster().clone(), options.unknown_pods, ends(&resolver));
+    let world = world.with_reader(client.reader());
     let (live, (answering, mut requests)) = (world.live().clone(), Answering::new(world.live().clone()));
     let mut member = Member {
         world,

@@ -9,14 +9,14 @@ use std::sync::Arc;
 
 use hanse_api::Diagnostic;
 use hanse_api::assemble::{Assembly, Changed, ClusterState, Federation};
-use hanse_api::kubernetes::NodeInfo;
+use hanse_api::inventory::NodeInfo;
 use hanse_compiler::{Changes, ClusterRecord, Compiler, NodeChange, Report, Update};
 use hanse_policy::inventory::{EndpointKind, Labels, Namespace};
 use hanse_policy::model::ClusterName;
 use hanse_ruleset::{Delta, Digest, Members, NodeConfig, RuleSet, Set, SetChange, SetId, Step, UnknownPods};
 
 use crate::exchange::model::{self, Change, Lease, Position, Updates};
-use crate::federated::Federated;
+use crate::federated::{Federated, Reader};
 use crate::live::Live;
 use crate::own_streams::{Ends, OwnStreams, local_address};
 use crate::source::{News, Warned};
@@ -86,6 +86,11 @@ impl World {
             in_force: Position::default(),
             nodes: BTreeMap::new(),
         }
+    }
+
+    /// Objects of the federation that `reader` has read are not read again.
+    pub fn with_reader(self, reader: Reader) -> Self {
+        Self { federated: Federated::new(reader), ..self }
     }
 
     /// The hub's revision that policies come from.

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use hanse_api::manifest::{Manifests, Object, read_bytes};
+use hanse_api::Object;
+use hanse_api::manifest::{Manifests, read_bytes};
 use hanse_exchange::codec;
 use hanse_exchange::hub::{Exchange, PublishId, Published, ReceiverId};
 use hanse_exchange::interest::{self, Interest, Wanted, WrittenScope, WrittenSelection};
@@ -343,10 +344,10 @@ impl<'a> Fleet<'a> {
         let mut read = Manifests::default();
         read_bytes(&"policy".into(), manifest.as_bytes(), &mut read);
         assert_eq!(read.diagnostics, []);
-        let Some(Object::FederatedNetworkPolicy(written)) = read.objects.pop().map(|it| it.object) else {
+        let Some(Object::FederatedPolicy(written)) = read.objects.pop().map(|it| it.object) else {
             panic!("not a federated policy")
         };
-        let converted = written.convert_with(&|_| ClusterScope::All, &BTreeMap::new(), &mut Default::default());
+        let converted = written.among(&BTreeMap::new(), &BTreeMap::new());
         self.apply_interest(policy, interest::derive([&converted], interest::DERIVED), enforcers);
     }
 

@@ -10,12 +10,10 @@ use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Label
 use hanse_policy::model::{ClusterName, Layer, Policy, PolicyId, Tier, TierId};
 
 use super::duplicates::{diagnostic, duplicate, key_of};
-use crate::address::parse_address;
-use crate::calico::{CalicoObject, Converted};
 use crate::diagnostic::{Diagnostic, Reference};
-use crate::field::Errors;
-use crate::kubernetes::{NodeInfo, Pod, Service as KubeService};
-use crate::manifest::{Manifest, Object};
+use crate::inventory::{NamespacedName, NodeInfo, Pod};
+use crate::manifest::Manifest;
+use crate::object::Object;
 
 /// The label that the API server gives every namespace.
 pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
@@ -27,13 +25,10 @@ pub struct ClusterState {
     pub layer: Layer,
     pub nodes: BTreeMap<Arc<str>, NodeInfo>,
     /// The services that have an address of their own; of two with one address the first by namespace and name.
-    pub service_addresses: BTreeMap<IpAddr, ServiceKey>,
+    pub service_addresses: BTreeMap<IpAddr, NamespacedName>,
     /// Objects that were left out, and why.
     pub diagnostics: Vec<Diagnostic>,
 }
-
-/// Namespace and name.
-type ServiceKey = (Arc<str>, Arc<str>);
 
 /// What is new, different or gone in a [`ClusterState`].
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -42,7 +37,7 @@ pub struct Changed {
     /// Namespace and name.
     pub service_accounts: BTreeSet<(Arc<str>, Arc<str>)>,
     pub endpoints: BTreeSet<EndpointId>,
-    pub services: BTreeSet<ServiceKey>,
+    pub services: BTreeSet<NamespacedName>,
     pub nodes: BTreeSet<Arc<str>>,
     pub tiers: BTreeSet<TierId>,
     pub policies: BTreeSet<PolicyId>,
@@ -75,8 +70,8 @@ pub struct Assembly {
     /// How many endpoints each namespace has.
     inhabitants: HashMap<Arc<str>, usize>,
     /// Services that an object defines, with their addresses.
-    defined: BTreeMap<ServiceKey, Option<IpAddr>>,
-    slices: BTreeMap<ServiceKey, BTreeSet<Arc<Reference>>>,
+    defined: BTreeMap<NamespacedName, Option<IpAddr>>,
+    slices: BTreeMap<NamespacedName, BTreeSet<Arc<Reference>>>,
     /// They speak of nodes.
     cluster_policies: BTreeSet<Arc<Reference>>,
 }
@@ -227,7 +222,7 @@ impl Assembly {
         for (at, manifest) in held {
             let said = match held.first() {
                 Some((first, it)) if first != at => Some(duplicate(manifest, &it.location)),
-                _ if is_of_federation(&manifest.object) => {
+                _ if manifest.object.is_federated() => {
                     let message = "belongs to the federation: apply it at the hub, or give it with --federation";
                     Some(diagnostic(manifest, "kind", message.to_owned()))
                 }
@@ -243,14 +238,13 @@ impl Assembly {
 
     fn take_node(&mut self, turn: &Turn, changed: &mut Changed, on_moved: &mut BTreeSet<EndpointId>) {
         let Some(name) = turn.either(|object| match object {
-            Object::Node(node) => Some(node.metadata.name.as_str().into()),
+            Object::Node(node) => Some(Arc::clone(&node.name)),
             _ => None,
         }) else {
             return;
         };
-        let name: Arc<str> = name;
         let now = turn.now.as_ref().and_then(|manifest| match &manifest.object {
-            Object::Node(node) => Some(node.info()),
+            Object::Node(node) => Some(node.info.clone()),
             _ => None,
         });
         let before = self.state.nodes.get(&name);
@@ -268,12 +262,12 @@ impl Assembly {
         let mut addresses = BTreeSet::new();
         for turn in turns {
             if let Some(pod) = turn.before.as_deref().and_then(pod_of) {
-                let id = pod.id();
+                let id = pod.id.clone();
                 for address in pod.claims() {
-                    addresses.insert(address);
-                    self.claims.remove(&(address, id.clone()));
+                    addresses.insert(*address);
+                    self.claims.remove(&(*address, id.clone()));
                 }
-                if let Some(node) = pod.spec.node_name.as_ref().filter(|_| pod.spec.host_network)
+                if let Some(node) = pod.node.as_ref().filter(|_| pod.host_network)
                     && let Some(pods) = self.on_host.get_mut(node)
                 {
                     pods.remove(&id);
@@ -284,12 +278,12 @@ impl Assembly {
                 touched.insert(id);
             }
             if let Some(pod) = turn.now.as_deref().and_then(pod_of) {
-                let id = pod.id();
+                let id = pod.id.clone();
                 for address in pod.claims() {
-                    addresses.insert(address);
-                    self.claims.insert((address, id.clone()));
+                    addresses.insert(*address);
+                    self.claims.insert((*address, id.clone()));
                 }
-                if let Some(node) = pod.spec.node_name.clone().filter(|_| pod.spec.host_network) {
+                if let Some(node) = pod.node.clone().filter(|_| pod.host_network) {
                     self.on_host.entry(node).or_default().insert(id.clone());
                 }
                 touched.insert(id);
@@ -302,7 +296,7 @@ impl Assembly {
         }
         for id in touched {
             let now = self.objects.pod(&id).map(|pod| {
-                let node = pod.spec.node_name.as_ref().and_then(|node| self.state.nodes.get(node));
+                let node = pod.node.as_ref().and_then(|node| self.state.nodes.get(node));
                 let mut endpoint = pod.endpoint(node.map_or(&[], |node| &node.addresses));
                 endpoint.addresses.retain(|address| {
                     let claimants = || claimants(&self.claims, *address);
@@ -317,12 +311,7 @@ impl Assembly {
             self.put_endpoint(id, now, changed);
         }
         let sets_of = |manifest: &Option<Arc<Manifest>>| match &manifest.as_ref()?.object {
-            Object::Calico(object) if matches!(**object, CalicoObject::NetworkSet { .. }) => {
-                match object.convert(&self.name, &mut Errors::default()) {
-                    Converted::NetworkSet(id, set) => Some((id, *set)),
-                    Converted::Tier(_) | Converted::Policy(_) => None,
-                }
-            }
+            Object::NetworkSet(id, set) => Some((id.clone(), Endpoint::clone(set))),
             _ => None,
         };
         let sets: Vec<_> = turns.iter().map(|turn| (sets_of(&turn.before), sets_of(&turn.now))).collect();
@@ -357,17 +346,17 @@ impl Assembly {
         let mut touched = std::mem::take(&mut changed.namespaces);
         for turn in turns {
             touched.extend(turn.either(|object| match object {
-                Object::Namespace(it) => Some(Arc::<str>::from(it.metadata.name.as_str())),
+                Object::Namespace(it) => Some(Arc::clone(&it.name)),
                 _ => None,
             }));
             let Some(key) = turn.either(|object| match object {
-                Object::ServiceAccount(it) => Some((it.metadata.namespace(), it.metadata.name.as_str().into())),
+                Object::ServiceAccount(it) => Some(it.key.clone()),
                 _ => None,
             }) else {
                 continue;
             };
             let now = turn.now.as_ref().and_then(|manifest| match &manifest.object {
-                Object::ServiceAccount(account) => Some(account.metadata.labels.clone()),
+                Object::ServiceAccount(account) => Some(account.labels.clone()),
                 _ => None,
             });
             let accounts = &self.state.cluster.service_accounts;
@@ -384,7 +373,7 @@ impl Assembly {
                 name: name.to_string(),
             };
             let written = self.objects.first(&key).and_then(|manifest| match &manifest.object {
-                Object::Namespace(namespace) => Some(namespace.metadata.labels.clone()),
+                Object::Namespace(namespace) => Some(namespace.labels.clone()),
                 _ => None,
             });
             let labels = written.or_else(|| self.inhabitants.contains_key(&name).then(Labels::new));
@@ -404,22 +393,22 @@ impl Assembly {
         let mut redefined = false;
         for turn in turns {
             let address = |object: Option<&Object>| match object {
-                Some(Object::Service(service)) => Some(address_of(service)),
+                Some(Object::Service(service)) => Some(service.address),
                 _ => None,
             };
             redefined |= address(turn.before()) != address(turn.now());
             for (object, counts) in [(turn.before(), false), (turn.now(), true)] {
                 match object {
                     Some(Object::Service(service)) => {
-                        let key = (service.metadata.namespace(), service.metadata.name.as_str().into());
+                        let key = service.key.clone();
                         match counts {
-                            true => drop(self.defined.insert(ServiceKey::clone(&key), address_of(service))),
+                            true => drop(self.defined.insert(key.clone(), service.address)),
                             false => drop(self.defined.remove(&key)),
                         }
                         touched.insert(key);
                     }
                     Some(Object::EndpointSlice(slice)) => {
-                        let Some(key) = slice.service() else { continue };
+                        let Some(key) = slice.service.clone() else { continue };
                         let slices = self.slices.entry(key.clone()).or_default();
                         match counts {
                             true => slices.insert(Arc::clone(&turn.key)),
@@ -471,16 +460,19 @@ impl Assembly {
             for turn in turns {
                 let of_turn = if counts { &turn.now } else { &turn.before };
                 let Some(manifest) = of_turn else { continue };
-                if matches!(manifest.object, Object::ClusterNetworkPolicy(_)) {
+                if matches!(&manifest.object, Object::Policy(policy) if policy.has_node_peers()) {
                     match counts {
                         true => self.cluster_policies.insert(Arc::clone(&turn.key)),
                         false => self.cluster_policies.remove(&turn.key),
                     };
                 }
-                match self.written(manifest) {
-                    Some(Written::Tier(tier)) => drop(tiers.insert(tier.id.clone(), counts.then_some(tier))),
-                    Some(Written::Policy(it)) => drop(policies.insert(it.id.clone(), counts.then_some(*it))),
-                    None => {}
+                match &manifest.object {
+                    Object::Tier(tier) => drop(tiers.insert(tier.id.clone(), counts.then(|| tier.clone()))),
+                    Object::Policy(policy) => {
+                        let now = counts.then(|| policy.in_cluster(&self.name, &self.state.nodes));
+                        policies.insert(policy.id(&self.name), now);
+                    }
+                    _ => {}
                 }
             }
         }
@@ -495,29 +487,6 @@ impl Assembly {
             }
         }
     }
-
-    fn written(&self, manifest: &Manifest) -> Option<Written> {
-        // Errors were found when the object was read.
-        let mut errors = Errors::default();
-        let (name, nodes) = (&self.name, &self.state.nodes);
-        let mut policy = match &manifest.object {
-            Object::NetworkPolicy(policy) => Box::new(policy.convert(name, &mut errors)),
-            Object::ClusterNetworkPolicy(policy) => Box::new(policy.convert(name, nodes, &mut errors)),
-            Object::Calico(object) => match object.convert(name, &mut errors) {
-                Converted::Tier(tier) => return Some(Written::Tier(tier)),
-                Converted::Policy(policy) => policy,
-                Converted::NetworkSet(..) => return None,
-            },
-            _ => return None,
-        };
-        manifest.doubt(&mut policy);
-        Some(Written::Policy(policy))
-    }
-}
-
-enum Written {
-    Tier(Tier),
-    Policy(Box<Policy>),
 }
 
 impl Turn {
@@ -547,10 +516,6 @@ fn pod_of(manifest: &Manifest) -> Option<&Pod> {
     if let Object::Pod(pod) = &manifest.object { Some(pod) } else { None }
 }
 
-fn address_of(service: &KubeService) -> Option<IpAddr> {
-    service.spec.cluster_ip.as_deref().and_then(parse_address)
-}
-
 fn claimants(claims: &BTreeSet<(IpAddr, EndpointId)>, address: IpAddr) -> impl Iterator<Item = &EndpointId> {
     /// Before every pod.
     static LOWEST: LazyLock<EndpointId> =
@@ -562,13 +527,6 @@ fn claimants(claims: &BTreeSet<(IpAddr, EndpointId)>, address: IpAddr) -> impl I
 /// The newest pod; of equally old ones the first by name.
 fn newest<'a>(objects: &Objects, pods: impl Iterator<Item = &'a EndpointId>) -> Option<&'a EndpointId> {
     // RFC 3339 in UTC, as API servers write it, sorts as text.
-    let created = |id: &EndpointId| objects.pod(id).and_then(|pod| pod.metadata.creation_timestamp.clone());
+    let created = |id: &EndpointId| objects.pod(id).and_then(|pod| pod.created.clone());
     pods.min_by_key(|id| Reverse(created(id)))
-}
-
-fn is_of_federation(object: &Object) -> bool {
-    matches!(
-        object,
-        Object::FederatedNetworkPolicy(_) | Object::Tier(_) | Object::FederatedNetworkSet(_) | Object::MemberCluster(_)
-    )
 }

@@ -5,7 +5,7 @@ use std::collections::hash_map::Entry;
 
 use crate::calico;
 use crate::diagnostic::{Diagnostic, Reference, SourceLocation};
-use crate::manifest::{Manifest, Object};
+use crate::manifest::Manifest;
 
 /// The diagnostics of all objects whose key another one had before them, in their order.
 pub fn duplicates(objects: &[Manifest]) -> Vec<Diagnostic> {
@@ -24,11 +24,8 @@ pub(super) fn key_of(manifest: &Manifest) -> Reference {
     let is_namespaced = manifest.object.is_namespaced();
     let namespace = is_namespaced.then(|| reference.namespace.as_deref().unwrap_or("default").to_owned());
     // And one may store them under another name.
-    let name = match &manifest.object {
-        Object::Calico(object) => &object.metadata().name,
-        _ => &reference.name,
-    };
-    Reference { api_version: api_version.to_owned(), kind: reference.kind.clone(), namespace, name: name.clone() }
+    let name = manifest.object.own_name().map_or_else(|| reference.name.clone(), ToString::to_string);
+    Reference { api_version: api_version.to_owned(), kind: reference.kind.clone(), namespace, name }
 }
 
 /// The diagnostic of an object whose key another one had before it.

@@ -8,10 +8,12 @@ use hanse_policy::model::{ClusterName, ClusterScope, Layer, Phase, PolicyId, Tie
 use ipnet::IpNet;
 
 use super::duplicates::{Seen, diagnostic};
+use crate::clusters::ClusterLabels;
 use crate::diagnostic::Diagnostic;
-use crate::field::Errors;
-use crate::hanse::{ClusterLabels, FederatedNetworkPolicy, Member};
-use crate::manifest::{Manifest, Object};
+use crate::hanse::Member;
+use crate::manifest::Manifest;
+use crate::object::Object;
+use crate::policy::FederatedPolicy;
 
 /// What is written for the whole ClusterSet.
 #[derive(Debug, Clone, Default)]
@@ -31,28 +33,23 @@ pub fn assemble_federation<'a>(
 ) -> Federation {
     let mut federation = Federation::default();
     let mut seen = Seen::default();
-    let mut policies: Vec<(&Manifest, &FederatedNetworkPolicy)> = Vec::new();
-    // Errors were found when the object was read.
-    let mut errors = Errors::default();
+    let mut policies: Vec<(&Manifest, &FederatedPolicy)> = Vec::new();
     for manifest in objects {
         if let Some(twice) = seen.twice(manifest) {
             federation.diagnostics.push(twice);
             continue;
         }
         match &manifest.object {
-            Object::Tier(tier) => {
-                let tier = tier.convert(&mut errors);
-                federation.layer.tiers.insert(tier.id.clone(), tier);
+            Object::FederatedTier(tier) => {
+                federation.layer.tiers.insert(tier.id.clone(), tier.clone());
             }
-            Object::FederatedNetworkSet(set) => {
-                let (id, endpoint) = set.convert(&mut errors);
-                federation.sets.insert(id, endpoint);
+            Object::FederatedNetworkSet(id, set) => {
+                federation.sets.insert(id.clone(), Endpoint::clone(set));
             }
-            Object::MemberCluster(member) => {
-                let member = member.convert(&mut errors);
-                federation.members.insert(member.name.clone(), member);
+            Object::Member(member) => {
+                federation.members.insert(member.name.clone(), Member::clone(member));
             }
-            Object::FederatedNetworkPolicy(policy) => policies.push((manifest, policy)),
+            Object::FederatedPolicy(policy) => policies.push((manifest, policy)),
             _ => {
                 let message = "belongs to a cluster: the federation has FederatedNetworkPolicy, Tier, \
                                FederatedNetworkSet and MemberCluster";
@@ -68,7 +65,7 @@ pub fn assemble_federation<'a>(
     let phases: BTreeMap<Arc<str>, Phase> =
         federation.layer.tiers.keys().map(|tier| (tier.name.clone(), tier.phase)).collect();
     for (manifest, policy) in policies {
-        let policy = policy.convert(&labels, &phases, &mut errors);
+        let policy = policy.among(&labels, &phases);
         if !phases.contains_key(&policy.tier.name) {
             federation.diagnostics.push(without_tier(manifest, &policy.tier.name));
             federation.without_tier.push((policy.id, policy.tier));
@@ -84,15 +81,15 @@ pub fn assemble_federation<'a>(
 }
 
 /// What is said of the federated policies among `objects` whose tier is not.
-pub fn without_tiers(objects: &[Manifest]) -> Vec<Diagnostic> {
-    let tier = |manifest: &Manifest| match &manifest.object {
-        Object::Tier(tier) => Some(tier.metadata.name.clone()),
+pub fn without_tiers<'m>(objects: &'m [Manifest]) -> Vec<Diagnostic> {
+    let tier = |manifest: &'m Manifest| match &manifest.object {
+        Object::FederatedTier(tier) => Some(&tier.id.name),
         _ => None,
     };
-    let tiers: BTreeSet<String> = objects.iter().filter_map(tier).collect();
+    let tiers: BTreeSet<&Arc<str>> = objects.iter().filter_map(tier).collect();
     let missing = |manifest: &Manifest| match &manifest.object {
-        Object::FederatedNetworkPolicy(policy) if !tiers.contains(&policy.spec.tier) => {
-            Some(without_tier(manifest, &policy.spec.tier))
+        Object::FederatedPolicy(policy) if !tiers.contains(policy.tier()) => {
+            Some(without_tier(manifest, policy.tier()))
         }
         _ => None,
     };
@@ -107,12 +104,10 @@ fn without_tier(manifest: &Manifest, tier: &str) -> Diagnostic {
 /// What is said of MemberClusters with a net that overlaps with one that another was granted before it: an address belongs to
 /// one cluster.
 pub fn overlapping_grants(objects: &[Manifest]) -> Vec<Diagnostic> {
-    let mut errors = Errors::default();
     let mut granted: Vec<(IpNet, Arc<str>)> = Vec::new();
     let mut found = Vec::new();
     for manifest in objects {
-        let Object::MemberCluster(member) = &manifest.object else { continue };
-        let member = member.convert(&mut errors);
+        let Object::Member(member) = &manifest.object else { continue };
         for net in &member.grants.cidrs {
             let overlaps =
                 |(other, of): &&(IpNet, Arc<str>)| *of != member.name && (other.contains(net) || net.contains(other));
@@ -121,7 +116,7 @@ pub fn overlapping_grants(objects: &[Manifest]) -> Vec<Diagnostic> {
                 found.push(diagnostic(manifest, "spec.grants.cidrs", message));
             }
         }
-        granted.extend(member.grants.cidrs.into_iter().map(|net| (net, Arc::clone(&member.name))));
+        granted.extend(member.grants.cidrs.iter().map(|net| (*net, Arc::clone(&member.name))));
     }
     found
 }

@@ -21,11 +21,13 @@ use hanse_policy::model::ClusterName;
 
 use super::cluster::{ClusterState, NAMESPACE_NAME_LABEL, assemble_cluster};
 use super::rivals;
-use crate::address::protocol_number;
 use crate::diagnostic::SourceLocation;
-use crate::kubernetes::{EndpointSlice, Pod, Service as KubeService, SliceEndpoint, TargetPort};
-use crate::manifest::{Manifest, Manifests, Object};
+use crate::inventory::{
+    EndpointSlice, NamespacedName, Pod, PodPhase, Service as WrittenService, SliceEndpoint, TargetPort,
+};
+use crate::manifest::{Manifest, Manifests};
 use crate::names::{group, owner_name};
+use crate::object::Object;
 use crate::workload::{Template, Workload};
 
 /// A cluster as it is written down.
@@ -47,9 +49,9 @@ pub fn assemble_offline(name: &ClusterName, mut read: Manifests) -> Offline {
     let mut offline = Offline::default();
     let mut unstored = Vec::new();
     for pod in read.objects.iter().filter_map(pod) {
-        offline.declared.entry(pod.id()).or_default().extend(pod.spec.declared_ports());
-        if pod.status.phase.is_none() && pod.status.pod_ip.is_none() && pod.status.pod_ips.is_empty() {
-            unstored.push(pod.id());
+        offline.declared.entry(pod.id.clone()).or_default().extend(pod.declared_ports());
+        if pod.phase == PodPhase::Unstored {
+            unstored.push(pod.id.clone());
         }
     }
     let services = Services::new(&read.objects);
@@ -135,10 +137,10 @@ impl<'m> Workloads<'m> {
             }
         }
         let mut replaced = BTreeSet::new();
-        for pod in pods.filter(|pod| is_running(pod)) {
-            let Some(controller) = &pod.metadata.controller else { continue };
-            let namespace = pod.metadata.namespace();
-            let labels = &pod.metadata.labels;
+        for pod in pods.filter(|pod| pod.is_running()) {
+            let Some(controller) = &pod.controller else { continue };
+            let namespace = pod.id.namespace.clone().unwrap_or_default();
+            let labels = &pod.labels;
             let top =
                 self.top(&namespace, controller).or_else(|| self.by_generated_name(&namespace, controller, labels));
             if let Some(top) = top {
@@ -242,19 +244,13 @@ fn endpoint(template: &Template) -> Endpoint {
     }
 }
 
-fn is_running(pod: &Pod) -> bool {
-    !pod.has_ended() && (!pod.claims().is_empty() || pod.status.phase.as_deref() == Some("Running"))
-}
-
 fn has_all(labels: &Labels, wanted: &Labels) -> bool {
     wanted.iter().all(|(key, value)| labels.get(key) == Some(value))
 }
 
-type ServiceKey = (Arc<str>, Arc<str>);
-
 /// The services of a folder, with the slices that belong to them.
 struct Services {
-    written: BTreeMap<ServiceKey, (KubeService, Vec<EndpointSlice>)>,
+    written: BTreeMap<NamespacedName, (WrittenService, Vec<EndpointSlice>)>,
     /// Whether the folder says anything of slices: a service without any then has no running backend.
     has_slices: bool,
 }
@@ -264,14 +260,13 @@ impl Services {
         let mut this = Self { written: BTreeMap::new(), has_slices: false };
         for manifest in objects {
             if let Object::Service(service) = &manifest.object {
-                let key = (service.metadata.namespace(), service.metadata.name.as_str().into());
-                this.written.entry(key).or_insert_with(|| (service.clone(), Vec::new()));
+                this.written.entry(service.key.clone()).or_insert_with(|| (WrittenService::clone(service), Vec::new()));
             }
         }
         for manifest in objects {
             if let Object::EndpointSlice(slice) = &manifest.object {
                 this.has_slices = true;
-                if let Some((_, slices)) = slice.service().and_then(|key| this.written.get_mut(&key)) {
+                if let Some((_, slices)) = slice.service.as_ref().and_then(|key| this.written.get_mut(key)) {
                     slices.push(slice.clone());
                 }
             }
@@ -279,13 +274,13 @@ impl Services {
         this
     }
 
-    fn add_to(self, services: &mut BTreeMap<ServiceKey, Service>, endpoints: &BTreeMap<EndpointId, Endpoint>) {
+    fn add_to(self, services: &mut BTreeMap<NamespacedName, Service>, endpoints: &BTreeMap<EndpointId, Endpoint>) {
         let mut by_namespace: HashMap<&str, Vec<(&EndpointId, &Endpoint)>> = HashMap::new();
         for (id, endpoint) in endpoints.iter().filter(|(id, it)| id.kind == EndpointKind::Pod && it.is_reachable()) {
             by_namespace.entry(id.namespace.as_deref().unwrap_or_default()).or_default().push((id, endpoint));
         }
         for (key, (written, slices)) in self.written {
-            let selector = &written.spec.selector;
+            let selector = &written.selector;
             let is_selected = |(_, endpoint): &&(&EndpointId, &Endpoint)| {
                 // Of running pods the slices say it, where there are any.
                 !selector.is_empty()
@@ -302,11 +297,11 @@ impl Services {
                 }
             }
             let mut ports = Vec::new();
-            for port in &written.spec.ports {
-                let Some(protocol) = protocol_number(port.protocol.as_deref().unwrap_or("TCP")) else { continue };
+            for port in &written.ports {
+                let protocol = port.protocol;
                 let mut backends: Vec<(Backend, u16)> = from_slices(&slices, port.name.as_deref(), protocol);
                 for (id, endpoint) in &selected {
-                    let target = match port.target() {
+                    let target = match &port.target {
                         None => Some(port.port),
                         Some(TargetPort::Number(number)) => Some(*number),
                         Some(TargetPort::Name(name)) => {
@@ -326,15 +321,11 @@ impl Services {
                 ports.push(FrontPort { name: port.name.clone(), protocol, port: port.port, backends });
             }
             service.front = Some(Box::new(Front {
-                addresses: written.addresses(),
-                external_addresses: written.external_addresses(),
-                headless: written.spec.cluster_ip.as_deref() == Some("None"),
-                external_name: written
-                    .spec
-                    .external_name
-                    .clone()
-                    .filter(|_| written.spec.kind.as_deref() == Some("ExternalName")),
                 selects: !selector.is_empty(),
+                addresses: written.addresses,
+                external_addresses: written.external_addresses,
+                headless: written.headless,
+                external_name: written.external_name,
                 ports,
             }));
         }
@@ -348,8 +339,7 @@ fn from_slices(slices: &[EndpointSlice], name: Option<&str>, protocol: u8) -> Ve
         let mut backends = Vec::new();
         for slice in slices {
             for port in &slice.ports {
-                let of_protocol = protocol_number(port.protocol.as_deref().unwrap_or("TCP")) == Some(protocol);
-                if port.name.as_deref().unwrap_or_default() == name.unwrap_or_default() && of_protocol {
+                if port.name.as_deref().unwrap_or_default() == name.unwrap_or_default() && port.protocol == protocol {
                     let addresses: Vec<IpAddr> = slice.addresses_of(wanted).collect();
                     let to = |number| addresses.iter().map(move |address| (Backend::Address(*address), number));
                     backends.extend(port.port.into_iter().flat_map(to));
@@ -358,6 +348,6 @@ fn from_slices(slices: &[EndpointSlice], name: Option<&str>, protocol: u8) -> Ve
         }
         backends
     };
-    let ready = of(SliceEndpoint::is_ready);
-    if ready.is_empty() { of(SliceEndpoint::is_last_resort) } else { ready }
+    let ready = of(|endpoint| endpoint.ready);
+    if ready.is_empty() { of(|endpoint| endpoint.last_resort) } else { ready }
 }

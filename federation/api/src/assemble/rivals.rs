@@ -11,9 +11,10 @@ use std::hash::Hash;
 
 use super::duplicates::{diagnostic_of, key_of};
 use crate::diagnostic::{Diagnostic, Reference, SourceLocation};
-use crate::hanse;
+use crate::inventory::Pod;
 use crate::manifest::{Manifest, Manifests};
 use crate::names::owner_name;
+use crate::object::Object;
 use crate::workload::Workload;
 
 /// Which objects do not count, by their places in the list, and what is said of them.
@@ -114,20 +115,10 @@ pub fn build_with_kustomize(directory: impl Display) -> String {
     format!("`kustomize build {directory} | hanse policy …` with `-` in place of the directory")
 }
 
-/// Whether two objects mean the same to policy: annotations and the labels of policies do not matter.
+/// Whether two objects mean the same to policy. The time of creation does not matter.
 fn says_the_same(a: &Manifest, b: &Manifest) -> bool {
-    let bare = |manifest: &Manifest| {
-        let mut object = manifest.object.clone();
-        let is_policy = object.is_policy();
-        let metadata = object.metadata_mut();
-        // Those with a meaning begin with our group.
-        metadata.annotations.retain(|key, _| key.split('/').next() == Some(hanse::GROUP));
-        metadata.creation_timestamp = None;
-        metadata.namespace = None;
-        if is_policy {
-            metadata.labels.clear();
-        }
-        object
-    };
-    a.unknown == b.unknown && bare(a) == bare(b)
+    match (&a.object, &b.object) {
+        (Object::Pod(a), Object::Pod(b)) => **a == Pod { created: a.created.clone(), ..Pod::clone(b) },
+        (a, b) => a == b,
+    }
 }

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use hanse_api::Object;
 use hanse_api::assemble::rivals::{self, Rivals};
 use hanse_api::assemble::{overlapping_grants, without_tiers};
 use hanse_api::diagnostic::{Diagnostic, NotObject, Reference, SourceLocation};
 use hanse_api::hanse::API_VERSION;
 use hanse_api::kind::other_system;
-use hanse_api::manifest::{Manifest, Object, Skipped};
+use hanse_api::manifest::{Manifest, Skipped};
 use serde::Serialize;
 
 use super::reading::{self, DefaultNamespace};
@@ -191,7 +192,7 @@ impl Arguments {
             checked.notes.extend(noted.into_iter().chain(rest).map(note));
         }
         let is_federated =
-            |manifest: &&Manifest| matches!(manifest.object, Object::FederatedNetworkPolicy(_) | Object::Tier(_));
+            |manifest: &&Manifest| matches!(manifest.object, Object::FederatedPolicy(_) | Object::FederatedTier(_));
         checked.federated.extend(read.objects.iter().filter(is_federated).cloned());
         checked.notes.extend(reading::skipped_lines(read.skipped.iter()));
         // Several objects may start on one line.

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::bail;
-use hanse_api::assemble::{overlapping_grants, rivals, rules_left_out};
+use hanse_api::assemble::{overlapping_grants, rivals};
 use hanse_api::hanse::{Grants, Member};
 use hanse_api::manifest::Manifests;
-use hanse_api::{Diagnostic, SourceLocation, assemble_federation, assemble_offline};
+use hanse_api::{Diagnostic, Object, SourceLocation, assemble_federation, assemble_offline};
 use hanse_policy::evaluate::Direction;
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicyId, PolicySet, TierId};
@@ -282,8 +282,12 @@ impl Loaded {
             // The first one of a name wins.
             if let Entry::Vacant(entry) = self.places.entry(name) {
                 entry.insert(object.location.clone());
-                let owner = cluster.cloned().unwrap_or_else(|| "".into());
-                self.left_out.extend(rules_left_out(&object.object, &owner));
+                let (id, left_out) = match &object.object {
+                    Object::Policy(policy) => (policy.id(cluster.unwrap_or(&"".into())), policy.left_out()),
+                    Object::FederatedPolicy(policy) => (policy.id().clone(), policy.left_out()),
+                    _ => continue,
+                };
+                self.left_out.extend(left_out.iter().map(|(direction, field)| (id.clone(), *direction, *field)));
             }
         }
         Ok(manifests)

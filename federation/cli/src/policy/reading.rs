@@ -29,7 +29,7 @@ fn namespace(text: &str) -> Result<String, &'static str> {
 /// Reads a directory, a file, or standard input where `path` is `-`. Patches of kustomizations are not read.
 pub fn read(path: &Path, DefaultNamespace { namespace }: &DefaultNamespace) -> anyhow::Result<Manifests> {
     let mut read = match path == Path::new("-") {
-        true => read_stdin()?,
+        true => read_stdin(namespace.as_deref())?,
         false => {
             let mut listing = list(path)?;
             // A file that is given by name is read, even if it is a patch.
@@ -41,15 +41,12 @@ pub fn read(path: &Path, DefaultNamespace { namespace }: &DefaultNamespace) -> a
                 skipped.extend(kustomization.map(|kustomization| kustomize::patch(file, kustomization)));
                 kustomization.is_none()
             });
-            let mut read = read_files(path, listing);
+            let mut read = read_files(path, listing, namespace.as_deref());
             read.diagnostics.extend(skipped);
             read
         }
     };
     kustomize::explain(&mut read);
-    if let Some(namespace) = namespace {
-        read.set_default_namespace(namespace);
-    }
     Ok(read)
 }
 

@@ -46,8 +46,12 @@ pub struct Receiver {
     unconfirmed: bool,
 }
 
-/// Whether a manifest can be used by this version; else why not.
-pub type Check = fn(ManifestKind, &[u8]) -> Result<(), String>;
+/// Checks whether this version can read a manifest.
+pub trait Check: std::fmt::Debug + Send + Sync {
+    /// # Errors
+    /// What is wrong with the manifest, with the field.
+    fn check(&self, kind: ManifestKind, json: &Bytes) -> Result<(), String>;
+}
 
 /// Why an object cannot be used here.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -127,9 +131,9 @@ pub struct OriginStatus {
 
 impl Receiver {
     /// Without anything received. Takes only manifests that `check` does not refuse.
-    pub fn checked(check: Check) -> Self {
+    pub fn checked(check: impl Check + 'static) -> Self {
         let mut receiver = Self::default();
-        receiver.hub.check = Some(check);
+        receiver.hub.check = Some(Arc::new(check));
         receiver
     }
 

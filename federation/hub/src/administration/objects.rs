@@ -5,7 +5,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::{Stream, stream};
 use hanse_identity::Identity;
 use hanse_identity::spiffe::check_subdomain;
@@ -286,9 +285,9 @@ fn decide_apply(
     checked: &Checked,
     request: &wire::ApplyRequest,
 ) -> Result<(Transaction, Done), ChangeError> {
-    let (Checked { id, tier, warnings }, manifest) = (checked, &request.manifest);
+    let (Checked { id, tier, member, warnings }, manifest) = (checked, &request.manifest);
     let old = snapshot.objects.get(id);
-    let old_tier = old.and_then(|o| manifest::tier_of(&o.manifest).ok()).filter(|_| tier.is_some());
+    let old_tier = old.and_then(|it| it.tier()).filter(|_| tier.is_some());
     let tiers: Vec<&str> = tier.iter().chain(&old_tier).map(|t| &**t).collect();
     permit(snapshot, who, Need::Write(id, &tiers))?;
     let done = |applied: wire::Applied, revision, warnings| {
@@ -333,8 +332,8 @@ fn decide_apply(
         let text = format!("the limit of {} MiB for all objects together would be exceeded", MAX_OBJECT_BYTES >> 20);
         return Err(ChangeError::Limit(text));
     }
-    if id.kind == Kind::MemberCluster {
-        check_nets(snapshot, &id.name, manifest)?;
+    if let Some(member) = member {
+        check_nets(snapshot, &id.name, member)?;
     }
     let applied = if old.is_some() { wire::Applied::Configured } else { wire::Applied::Created };
     Ok((Transaction::default().put(object_key(id)?, manifest.clone()), done(applied, 0, warnings)))
@@ -342,16 +341,14 @@ fn decide_apply(
 
 fn decide_delete(snapshot: &Snapshot, who: &Identity, id: &ObjectId) -> Result<(Transaction, Done), ChangeError> {
     let old = snapshot.objects.get(id);
-    let tier = old.filter(|_| id.kind == Kind::FederatedNetworkPolicy);
-    let tier = tier.and_then(|o| manifest::tier_of(&o.manifest).ok());
+    let tier = old.and_then(|it| it.tier());
     let tiers: Vec<&str> = tier.iter().map(|t| &**t).collect();
     // A caller without the role must not learn whether the object exists.
     permit(snapshot, who, Need::Write(id, &tiers))?;
     old.ok_or_else(|| ChangeError::NotFound(format!("{id} not found")))?;
     if id.kind == Kind::Tier {
-        let in_tier = |object: &Bytes| manifest::tier_of(object).is_ok_and(|tier| tier == id.name);
-        let policies = snapshot.objects.iter().filter(|(of, _)| of.kind == Kind::FederatedNetworkPolicy);
-        let mut policies = policies.filter(|(_, object)| in_tier(&object.manifest)).map(|(of, _)| &*of.name);
+        let policies = snapshot.objects.iter().filter(|(_, object)| object.tier().as_ref() == Some(&id.name));
+        let mut policies = policies.map(|(of, _)| &*of.name);
         // Without the tier, new versions of these policies could not take effect.
         if let Some(first) = policies.next() {
             let more = policies.count();

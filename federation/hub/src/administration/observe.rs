@@ -125,12 +125,12 @@ impl Administration {
             }
         });
         let object = snapshot.objects.get(id);
-        let checked = object.and_then(|object| manifest::check(&object.manifest).ok());
+        let converted = object.and_then(|object| object.converted().ok());
         Ok(wire::ObjectStatusResponse {
             revision: object.map_or(0, |object| object.revision),
             clusters: clusters.collect(),
             hub_revision: snapshot.revision,
-            warnings: checked.map(|it| it.warnings).unwrap_or_default(),
+            warnings: converted.map(manifest::warnings).unwrap_or_default(),
         })
     }
 }

@@ -5,16 +5,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hanse_api::hanse::{ClusterLabels, FederatedNetworkPolicy, resolve_clusters, select_clusters};
-use hanse_api::manifest::Object;
+use hanse_api::clusters::{ClusterLabels, ClusterSelector, select_clusters};
+use hanse_api::object::Object;
+use hanse_api::policy::FederatedPolicy;
 use hanse_exchange::interest::{self, Wanted};
 use hanse_exchange::limits::EXISTING_TIER;
 use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::{ClusterName, ClusterScope, Phase};
-use hanse_policy::selector::Selector;
 
 use crate::grants::MemberCluster;
-use crate::manifest::{self, Kind, ObjectId};
+use crate::manifest::{Kind, ObjectId};
 use crate::registry::{self, Registry, Snapshot};
 use hanse_exchange::model::{
     ClusterState, FederatedManifest, Federation, Grant, Interest, Lease, ManifestKind, Position, digest_of,
@@ -59,26 +59,16 @@ pub struct Deriver {
 #[derive(Debug)]
 struct Read {
     object: Arc<registry::Object>,
-    what: What,
     /// It was read or changed since manifests were made last.
     news: bool,
 }
 
-#[derive(Debug)]
-enum What {
-    Policy(Box<FederatedNetworkPolicy>),
-    Tier(Phase),
-    NetworkSet,
-    /// By this version not.
-    Unreadable,
-}
-
 impl Read {
     /// The tier that a policy names.
-    fn tier(&self) -> Option<&str> {
-        match &self.what {
-            What::Policy(policy) => Some(&policy.spec.tier),
-            What::Tier(_) | What::NetworkSet | What::Unreadable => None,
+    fn tier(&self) -> Option<&Arc<str>> {
+        match self.object.converted() {
+            Ok(Object::FederatedPolicy(policy)) => Some(policy.tier()),
+            _ => None,
         }
     }
 }
@@ -97,8 +87,8 @@ impl Deriver {
             federation.clusters.insert(name.clone(), cluster_state(name, cluster, registry.lease_time(), &labels));
         }
         self.read_objects(snapshot);
-        let tier = |(id, read): (&ObjectId, &Read)| match read.what {
-            What::Tier(phase) => Some((id.name.clone(), phase)),
+        let tier = |(id, read): (&ObjectId, &Read)| match read.object.converted() {
+            Ok(Object::FederatedTier(tier)) => Some((id.name.clone(), tier.id.phase)),
             _ => None,
         };
         let phases: BTreeMap<Arc<str>, Phase> = self.read.iter().filter_map(tier).collect();
@@ -117,9 +107,9 @@ impl Deriver {
             made.insert(key, manifest);
         }
         // A tier that is gone stays with those that have policies in it, as these do.
-        let used: BTreeSet<&str> = self.read.values().filter_map(Read::tier).collect();
+        let used: BTreeSet<&Arc<str>> = self.read.values().filter_map(Read::tier).collect();
         for (key, old) in
-            self.made.iter().filter(|((kind, name), _)| *kind == ManifestKind::Tier && used.contains(&**name))
+            self.made.iter().filter(|((kind, name), _)| *kind == ManifestKind::Tier && used.contains(name))
         {
             made.entry(key.clone()).or_insert_with(|| Arc::clone(old));
         }
@@ -135,16 +125,10 @@ impl Deriver {
             if manifest_kind(id.kind).is_none() || self.read.get(id).is_some_and(|it| Arc::ptr_eq(&it.object, object)) {
                 continue;
             }
-            let what = match manifest::read(id, &object.manifest) {
-                Ok(Object::FederatedNetworkPolicy(policy)) => What::Policy(policy),
-                Ok(Object::Tier(tier)) => What::Tier(tier.convert(&mut Default::default()).id.phase),
-                Ok(_) => What::NetworkSet,
-                Err(error) => {
-                    tracing::error!(%error, object = %id, "the object cannot be read by this version: its enforcers keep what they had");
-                    What::Unreadable
-                }
-            };
-            self.read.insert(id.clone(), Read { object: Arc::clone(object), what, news: true });
+            if let Err(error) = object.converted() {
+                tracing::error!(%error, object = %id, "object not readable by this version: its enforcers keep the last one");
+            }
+            self.read.insert(id.clone(), Read { object: Arc::clone(object), news: true });
         }
     }
 
@@ -157,11 +141,10 @@ impl Deriver {
             features: Vec::new(),
         };
         let everybody = || self.labels.keys().cloned().collect::<BTreeSet<ClusterName>>();
-        match &read.what {
-            What::Tier(_) | What::NetworkSet => plain,
+        match read.object.converted() {
             // Leaving it out would take away what is in force. Nobody knows this feature, so that everybody refuses this
             // version by itself and keeps the last; what that needs is sent as before, or else all that it could need.
-            What::Unreadable if read.object.id.kind == Kind::FederatedNetworkPolicy => FederatedManifest {
+            Err(_) if read.object.id.kind == Kind::FederatedNetworkPolicy => FederatedManifest {
                 enforcers: old.and_then(|old| old.enforcers.clone()).or_else(|| Some(everybody())),
                 interest: old
                     .map_or_else(|| Interest::from([Arc::new(Wanted::everything())]), |old| old.interest.clone()),
@@ -169,9 +152,9 @@ impl Deriver {
                 features: vec![UNREADABLE.to_owned()],
                 ..plain
             },
-            What::Unreadable => FederatedManifest { features: vec![UNREADABLE.to_owned()], ..plain },
+            Err(_) => FederatedManifest { features: vec![UNREADABLE.to_owned()], ..plain },
             // It is not in force anywhere; where an earlier version is, that stays, and needs what it needed.
-            What::Policy(policy) if !self.phases.contains_key(policy.spec.tier.as_str()) => match old {
+            Ok(Object::FederatedPolicy(policy)) if !self.phases.contains_key(policy.tier()) => match old {
                 Some(old) => {
                     FederatedManifest { json: plain.json, features: vec![EXISTING_TIER.to_owned()], ..old.clone() }
                 }
@@ -186,19 +169,18 @@ impl Deriver {
                     ..plain
                 },
             },
-            What::Policy(policy) => self.make_policy(policy, plain),
+            Ok(Object::FederatedPolicy(policy)) => self.make_policy(policy, plain),
+            Ok(_) => plain,
         }
     }
 
-    fn make_policy(&self, policy: &FederatedNetworkPolicy, plain: FederatedManifest) -> FederatedManifest {
+    fn make_policy(&self, policy: &FederatedPolicy, plain: FederatedManifest) -> FederatedManifest {
         let mut resolved = BTreeMap::new();
-        for text in policy.cluster_selectors() {
-            if let Ok(selector) = Selector::parse(text) {
-                resolved.insert(Arc::from(text), select_clusters(&selector, &self.labels));
-            }
+        for selector in policy.cluster_selectors() {
+            resolved.insert(selector.text.clone(), select_clusters(&selector.selector, &self.labels));
         }
-        let resolve = |selector: Option<&Selector>| resolve_clusters(selector, &self.labels);
-        let converted = policy.convert_with(&resolve, &self.phases, &mut Default::default());
+        let select = |selector: &ClusterSelector| resolved.get(&selector.text).cloned().unwrap_or_default();
+        let converted = policy.resolve(&select, &self.phases);
         let enforcers = match &converted.enforcers {
             ClusterScope::Named(names) => names.clone(),
             ClusterScope::All | ClusterScope::Local => self.labels.keys().cloned().collect(),

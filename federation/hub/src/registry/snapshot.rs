@@ -1,9 +1,10 @@
 //! One consistent view of the registry.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
+use hanse_api::federated::FederatedObject;
 use hanse_identity::Identity;
 use hanse_identity::keys::Certificate;
 use hanse_policy::inventory::Labels;
@@ -11,7 +12,7 @@ use hanse_store::{Change, Entry, Event, Listing, Revision, Transaction};
 
 use super::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
 use crate::grants::MemberCluster;
-use crate::manifest::{Kind, ObjectId};
+use crate::manifest::{self, Kind, ObjectId};
 
 /// The registry as of one revision. Cheap to clone: everything in it is shared.
 #[derive(Debug, Clone, Default)]
@@ -82,6 +83,49 @@ pub struct Object {
     pub manifest: Bytes,
     /// The revision that wrote them.
     pub revision: Revision,
+    read: ReadOnce,
+}
+
+/// What the bytes say, read when it is first needed: it does not distinguish objects.
+#[derive(Debug, Clone, Default)]
+struct ReadOnce(OnceLock<Arc<FederatedObject>>);
+
+impl PartialEq for ReadOnce {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for ReadOnce {}
+
+impl Object {
+    fn new(id: ObjectId, manifest: Bytes, revision: Revision) -> Self {
+        Self { id, manifest, revision, read: ReadOnce::default() }
+    }
+
+    /// The object, read by this version.
+    ///
+    /// # Errors
+    /// What is wrong with it, or that it is of another kind than its key.
+    pub fn converted(&self) -> Result<&hanse_api::Object, &str> {
+        use hanse_api::Object::{FederatedNetworkSet, FederatedPolicy, FederatedTier, Member};
+        let object = self.read.0.get_or_init(|| Arc::new(FederatedObject::read(&self.manifest))).object()?;
+        let fits = match self.id.kind {
+            Kind::FederatedNetworkPolicy => matches!(object, FederatedPolicy(_)),
+            Kind::FederatedNetworkSet => matches!(object, FederatedNetworkSet(..)),
+            Kind::MemberCluster => matches!(object, Member(_)),
+            Kind::Tier => matches!(object, FederatedTier(_)),
+        };
+        if fits { Ok(object) } else { Err("is of another kind than its key") }
+    }
+
+    /// The tier that a policy names, also one that this version cannot read.
+    pub fn tier(&self) -> Option<Arc<str>> {
+        if self.id.kind != Kind::FederatedNetworkPolicy {
+            return None;
+        }
+        self.converted().map_or_else(|_| manifest::tier_in(&self.manifest), manifest::tier_of)
+    }
 }
 
 impl Snapshot {
@@ -136,26 +180,26 @@ impl Snapshot {
                     return Err("an object of an unknown kind".to_owned());
                 };
                 let id = ObjectId { kind, name: name.into() };
+                let object = entry.map(|it| Arc::new(Object::new(id.clone(), it.value.clone(), it.modified)));
                 if kind == Kind::MemberCluster {
-                    let grant = entry.map(|entry| {
-                        let record = MemberCluster::from_manifest(&entry.value).map_or_else(
+                    let grant = object.as_ref().map(|object| {
+                        let record = object.converted().map_or_else(
                             |error| {
                                 // Written by another version: the previous grant stays in force; without one, nothing is granted.
                                 tracing::error!(%error, cluster = name, "MemberCluster cannot be read");
                                 self.grants.get(name).map(|old| old.record.clone()).unwrap_or_default()
                             },
-                            |(record, _)| record,
+                            |object| MemberCluster::of(object).unwrap_or_default(),
                         );
                         Arc::new(Stored { record, revision: event.revision })
                     });
                     set(&mut self.grants, name, grant);
                     self.merge(name, event.revision);
                 }
-                let old = match entry {
-                    Some(e) => {
-                        let object = Object { id: id.clone(), manifest: e.value.clone(), revision: e.modified };
-                        self.object_bytes += e.value.len();
-                        self.objects.insert(id, Arc::new(object))
+                let old = match object {
+                    Some(object) => {
+                        self.object_bytes += object.manifest.len();
+                        self.objects.insert(id, object)
                     }
                     None => self.objects.remove(&id),
                 };

@@ -62,7 +62,7 @@ fn grant(grants: serde_json::Value) -> MemberCluster {
         "apiVersion": "hanse.dev/v1alpha1", "kind": "MemberCluster", "metadata": {"name": "train"},
         "spec": {"grants": grants}
     });
-    MemberCluster::from_manifest(manifest.to_string().as_bytes()).unwrap().0
+    MemberCluster::from_manifest(manifest.to_string().as_bytes()).unwrap()
 }
 
 /// A hub with one cluster of these grants, which publishes.

@@ -33,7 +33,7 @@ use tonic::{Status, Streaming};
 use super::model::Updates;
 use super::publisher::{ChangedExports, PublishSession, Publisher};
 use super::receiver::{ReceiveError, Receiver};
-use crate::federated::readable;
+use crate::federated::Reader;
 use crate::registration::MemberIdentity;
 
 /// Messages that wait for a connection: 4 × 1 MiB at most.
@@ -70,6 +70,8 @@ pub struct Client {
 struct Shared {
     data: PathBuf,
     writes: Writes,
+    /// The federated objects that were read when they were received.
+    reader: Reader,
     publisher: Mutex<Publisher>,
     /// Held while what is published is written down, and taken before `publisher`.
     storing: Mutex<()>,
@@ -125,9 +127,10 @@ impl Client {
     pub fn restore(data: &Path, writes: Writes) -> Self {
         let publisher = read(&data.join("publisher.snapshot")).and_then(|bytes| Publisher::restore(&bytes));
         let epoch = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64);
+        let reader = Reader::default();
         let receiver =
-            read(&data.join("receiver.snapshot")).and_then(|bytes| Receiver::restore_checked(&bytes, readable));
-        let mut receiver = receiver.unwrap_or_else(|| Receiver::checked(readable));
+            read(&data.join("receiver.snapshot")).and_then(|bytes| Receiver::restore_checked(&bytes, reader.clone()));
+        let mut receiver = receiver.unwrap_or_else(|| Receiver::checked(reader.clone()));
         let marked = data.join(AHEAD).exists();
         if marked {
             tracing::warn!("what was received is older than what nodes were told: it counts when the hub was heard");
@@ -136,6 +139,7 @@ impl Client {
         let shared = Shared {
             data: data.to_owned(),
             writes,
+            reader,
             // Epochs grow: a lost numbering starts behind every one that this clock has given.
             publisher: Mutex::new(publisher.unwrap_or_else(|| Publisher::new(epoch()))),
             storing: Mutex::default(),
@@ -151,6 +155,11 @@ impl Client {
             watching: Mutex::new(Watching { received: Instant::now(), has_received: false, lease: LEASE, error: None }),
         };
         Self { shared: Arc::new(shared) }
+    }
+
+    /// Reads federated objects; what was received is read already.
+    pub fn reader(&self) -> Reader {
+        self.shared.reader.clone()
     }
 
     /// Publishes to every hub and watches one, until the shutdown.

@@ -7,8 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use hanse_api::assemble::{ClusterState, assemble_cluster, assemble_federation};
-use hanse_api::hanse::{Member, select_clusters};
-use hanse_api::manifest::{Manifest as Written, Manifests, Object, read_bytes};
+use hanse_api::clusters::select_clusters;
+use hanse_api::hanse::Member;
+use hanse_api::manifest::{Manifest as Written, Manifests, read_bytes};
+use hanse_api::object::Object;
 use hanse_policy::evaluate::{End, Query, Verdict, View, evaluate};
 use hanse_policy::inventory::{EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicySet};
@@ -199,17 +201,19 @@ fn sent(
     clusters: &BTreeMap<ClusterName, ClusterState>,
 ) -> Vec<Change> {
     let labels = members.iter().map(|(name, member)| (name.clone(), member.labels.clone())).collect();
-    let is_tier =
-        |name: &str| objects.iter().any(|(_, it)| matches!(&it.object, Object::Tier(_)) && it.reference.name == name);
+    let is_tier = |name: &str| {
+        objects.iter().any(|(_, it)| matches!(&it.object, Object::FederatedTier(_)) && it.reference.name == name)
+    };
     let mut changes = Vec::new();
     for (json, written) in objects {
         let (kind, selectors, own) = match &written.object {
-            Object::FederatedNetworkPolicy(policy) if is_tier(&policy.spec.tier) => {
-                let selectors: Vec<String> = policy.cluster_selectors().map(str::to_owned).collect();
-                (ManifestKind::Policy, selectors, policy.spec.cluster_selector.clone())
+            Object::FederatedPolicy(policy) if is_tier(policy.tier()) => {
+                let selectors: Vec<String> = policy.cluster_selectors().map(|it| it.text.to_string()).collect();
+                let own = json["spec"]["clusterSelector"].as_str().unwrap_or_default().to_owned();
+                (ManifestKind::Policy, selectors, own)
             }
-            Object::Tier(_) => (ManifestKind::Tier, Vec::new(), String::new()),
-            Object::FederatedNetworkSet(_) => (ManifestKind::NetworkSet, Vec::new(), String::new()),
+            Object::FederatedTier(_) => (ManifestKind::Tier, Vec::new(), String::new()),
+            Object::FederatedNetworkSet(..) => (ManifestKind::NetworkSet, Vec::new(), String::new()),
             _ => continue,
         };
         let select = |text: &str| select_clusters(&Selector::parse(text).expect("a selector"), &labels);

@@ -34,7 +34,7 @@ pub(super) struct HubObjects {
     /// Objects that cannot be used here, and why.
     refused: BTreeMap<u64, ObjectProblem>,
     /// Reports why a manifest cannot be used here.
-    pub(super) check: Option<Check>,
+    pub(super) check: Option<Arc<dyn Check>>,
 }
 
 /// A manifest with the bytes that it was read from.
@@ -276,7 +276,10 @@ impl HubObjects {
         let usable = match manifest.features.first() {
             Some(feature) if feature == EXISTING_TIER => Err(ObjectProblem::TierMissing),
             Some(feature) => Err(ObjectProblem::FeatureUnknown(feature.clone())),
-            None => self.check.map_or(Ok(()), |check| check(key.0, &manifest.json)).map_err(ObjectProblem::Malformed),
+            None => {
+                let check = self.check.as_ref().map_or(Ok(()), |check| check.check(key.0, &manifest.json));
+                check.map_err(ObjectProblem::Malformed)
+            }
         };
         // A policy of which no version could ever be used is handed out all the same: its reader closes what it cannot judge. One
         // without a tier is not in force.

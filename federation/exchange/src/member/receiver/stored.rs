@@ -49,7 +49,7 @@ impl Receiver {
     }
 
     /// As [`Self::restore`], and takes only manifests that `check` does not refuse.
-    pub fn restore_checked(bytes: &[u8], check: Check) -> Option<Self> {
+    pub fn restore_checked(bytes: &[u8], check: impl Check + 'static) -> Option<Self> {
         Self::restore_into(bytes, Self::checked(check))
     }
 

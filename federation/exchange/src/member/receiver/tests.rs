@@ -4,9 +4,14 @@ use crate::limits::{EXISTING_TIER, MAX_HUB_OBJECT_BYTES};
 use hanse_proto::federation::v1 as pb;
 use prost::Message as _;
 
-/// Refuses what says so.
-fn check(_: ManifestKind, json: &[u8]) -> Result<(), String> {
-    if json == b"unreadable" { Err("a field is new".to_owned()) } else { Ok(()) }
+/// Refuses the text `unreadable`.
+#[derive(Debug)]
+struct Refusing;
+
+impl Check for Refusing {
+    fn check(&self, _: ManifestKind, json: &Bytes) -> Result<(), String> {
+        if json == "unreadable" { Err("a field is new".to_owned()) } else { Ok(()) }
+    }
 }
 
 fn policy(json: &'static [u8], revision: u64, features: &[&str]) -> Bytes {
@@ -48,12 +53,12 @@ fn in_force(receiver: &mut Receiver) -> Option<Option<Bytes>> {
 
 #[test]
 fn what_is_older_than_what_was_handed_out_waits_for_the_hub() {
-    let mut receiver = Receiver::checked(check);
+    let mut receiver = Receiver::checked(Refusing);
     receiver.open();
     send(&mut receiver, true, &policy(b"1", 1, &[]), 1);
     let stored = receiver.store();
     let restored = || {
-        let mut restored = Receiver::restore_checked(&stored, check).expect("whole");
+        let mut restored = Receiver::restore_checked(&stored, Refusing).expect("whole");
         restored.require_confirmation();
         assert_eq!(restored.take_updates().expect("what is held").in_force, Position::default());
         restored.open();
@@ -78,7 +83,7 @@ fn the_last_version_that_can_be_read_holds_also_across_a_restart() {
         (b"2", &["time"], "time"),
         (b"2", &[EXISTING_TIER], "its tier does not exist"),
     ] {
-        let mut receiver = Receiver::checked(check);
+        let mut receiver = Receiver::checked(Refusing);
         assert!(receiver.take_updates().is_none(), "nothing is known yet");
         receiver.open();
         send(&mut receiver, true, &policy(b"1", 1, &[]), 1);
@@ -88,7 +93,7 @@ fn the_last_version_that_can_be_read_holds_also_across_a_restart() {
         assert_eq!(in_force(&mut receiver), None, "no change");
         assert!(receiver.refused()["p"].contains(why));
 
-        let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
+        let mut restored = Receiver::restore_checked(&receiver.store(), Refusing).expect("whole");
         assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"1"))), "after a restart");
         assert!(restored.refused()["p"].contains(why), "and is still told");
         restored.open();
@@ -102,12 +107,12 @@ fn the_last_version_that_can_be_read_holds_also_across_a_restart() {
 #[test]
 fn a_policy_that_never_could_be_read_is_handed_on() {
     for (json, features) in [(&b"unreadable"[..], &[][..]), (b"2", &["time"])] {
-        let mut receiver = Receiver::checked(check);
+        let mut receiver = Receiver::checked(Refusing);
         receiver.open();
         send(&mut receiver, true, &policy(json, 1, features), 1);
         assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(json))));
         assert!(receiver.refused().contains_key("p"));
-        let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
+        let mut restored = Receiver::restore_checked(&receiver.store(), Refusing).expect("whole");
         assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(json))), "after a restart");
         assert!(restored.refused().contains_key("p"));
         // Its next version, which cannot be read either; then one that can, and one more that cannot.
@@ -123,19 +128,19 @@ fn a_policy_that_never_could_be_read_is_handed_on() {
 
 #[test]
 fn a_policy_that_never_had_a_tier_is_not_handed_on() {
-    let mut receiver = Receiver::checked(check);
+    let mut receiver = Receiver::checked(Refusing);
     receiver.open();
     send(&mut receiver, true, &policy(b"1", 1, &[EXISTING_TIER]), 1);
     assert_eq!(in_force(&mut receiver), None);
     assert!(receiver.refused()["p"].contains("tier does not exist"));
-    let mut restored = Receiver::restore_checked(&receiver.store(), check).expect("whole");
+    let mut restored = Receiver::restore_checked(&receiver.store(), Refusing).expect("whole");
     assert_eq!(in_force(&mut restored), None, "after a restart");
     restored.open();
     send(&mut restored, true, &policy(b"1", 2, &[]), 2);
     assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"1"))), "its tier is there");
     assert!(restored.refused().is_empty());
     // One that is in doubt does not give way to one without a tier.
-    let mut receiver = Receiver::checked(check);
+    let mut receiver = Receiver::checked(Refusing);
     receiver.open();
     send(&mut receiver, true, &policy(b"unreadable", 1, &[]), 1);
     assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"unreadable"))));
@@ -153,7 +158,7 @@ fn a_policy_waits_for_endpoints_whose_batch_was_not_taken() {
     };
     let position = Position { epoch: 1, revision: 1 };
     let end = |digest| WatchResponse::End { position, digest: Some(digest), view: 1 };
-    let mut receiver = Receiver::checked(check);
+    let mut receiver = Receiver::checked(Refusing);
     receiver.open();
     let interest = InterestChange { number: 1, origins: vec!["far".into()], ..InterestChange::default() };
     take(&mut receiver, WatchResponse::Interest(interest));
@@ -237,7 +242,7 @@ fn the_whole_interest_replaces_what_the_hub_could_not_read() {
 /// An object of the hub's that is too large, and one without an id: the rest of the batch counts, and so does the next one.
 #[test]
 fn an_object_that_cannot_be_read_is_refused_by_itself() {
-    let mut receiver = Receiver::checked(check);
+    let mut receiver = Receiver::checked(Refusing);
     receiver.open();
     let large = pb::ObjectUpdate { id: 9, revision: 0, features: vec!["x".repeat(MAX_HUB_OBJECT_BYTES)], body: None };
     let nameless = pb::ObjectUpdate { id: 0, revision: 1, features: Vec::new(), body: None };

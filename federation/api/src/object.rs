@@ -1,0 +1,258 @@
+//! One object of a kind that is read: decoded, validated and converted at once.
+
+use std::sync::Arc;
+
+use hanse_policy::inventory::{Endpoint, EndpointId};
+use hanse_policy::model::Tier;
+use serde::de::DeserializeOwned;
+
+use crate::calico;
+use crate::cluster_network_policy::ClusterNetworkPolicy;
+use crate::decode::typed;
+use crate::diagnostic::Reference;
+use crate::document::Node as Value;
+use crate::field::{Errors, FieldError, Path};
+use crate::hanse::{self, Member};
+use crate::inventory::{EndpointSlice, Namespace, Node, Pod, Service, ServiceAccount};
+use crate::kubernetes;
+use crate::metadata::{Metadata, check_metadata};
+use crate::network_policy::NetworkPolicy;
+use crate::policy::{FederatedPolicy, LocalPolicy};
+use crate::strict;
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Object {
+    Namespace(Namespace),
+    Node(Node),
+    ServiceAccount(ServiceAccount),
+    Pod(Box<Pod>),
+    Service(Box<Service>),
+    EndpointSlice(EndpointSlice),
+    /// A tier of the cluster.
+    Tier(Tier),
+    /// A policy of the cluster, of any kind.
+    Policy(Box<LocalPolicy>),
+    /// A network set of the cluster, with or without a namespace.
+    NetworkSet(EndpointId, Box<Endpoint>),
+    FederatedTier(Tier),
+    FederatedPolicy(Box<FederatedPolicy>),
+    FederatedNetworkSet(EndpointId, Box<Endpoint>),
+    Member(Box<Member>),
+}
+
+impl Object {
+    /// Whether its kind has a namespace. Of other kinds a namespace in the metadata is ignored.
+    pub fn is_namespaced(&self) -> bool {
+        match self {
+            Self::ServiceAccount(_) | Self::Pod(_) | Self::Service(_) | Self::EndpointSlice(_) => true,
+            Self::Policy(policy) => policy.local_id().namespace.is_some(),
+            Self::NetworkSet(id, _) => id.namespace.is_some(),
+            Self::Namespace(_)
+            | Self::Node(_)
+            | Self::Tier(_)
+            | Self::FederatedTier(_)
+            | Self::FederatedPolicy(_)
+            | Self::FederatedNetworkSet(..)
+            | Self::Member(_) => false,
+        }
+    }
+
+    /// Whether it belongs to the federation, and not to one cluster.
+    pub fn is_federated(&self) -> bool {
+        matches!(
+            self,
+            Self::FederatedTier(_) | Self::FederatedPolicy(_) | Self::FederatedNetworkSet(..) | Self::Member(_)
+        )
+    }
+
+    /// The name where it may differ from the one in the manifest: Calico stores some objects under another name.
+    pub(crate) fn own_name(&self) -> Option<&Arc<str>> {
+        match self {
+            Self::Policy(policy) => Some(&policy.local_id().name),
+            Self::Tier(tier) => Some(&tier.id.name),
+            Self::NetworkSet(id, _) => Some(&id.name),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn is_policy(&self) -> bool {
+        matches!(self, Self::Policy(_) | Self::FederatedPolicy(_))
+    }
+
+    /// Makes the rules of a policy unknown that have one of these fields.
+    pub(crate) fn mark_unknown(&mut self, paths: &[String]) {
+        match self {
+            Self::Policy(policy) => policy.mark_unknown(paths),
+            Self::FederatedPolicy(policy) => policy.mark_unknown(paths),
+            _ => {}
+        }
+    }
+}
+
+/// An object, and what API servers refuse of it although it is read.
+pub(crate) struct Converted {
+    pub object: Object,
+    pub not_storable: Vec<FieldError>,
+}
+
+/// The parts of an object's metadata that its manifest leaves to the API server or to `kubectl`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Defaults<'a> {
+    /// The name of an object that has none.
+    pub name: Option<&'a str>,
+    /// The namespace of an object of a namespaced kind that names none.
+    pub namespace: Option<&'a Arc<str>>,
+}
+
+impl Defaults<'_> {
+    fn apply(self, metadata: &mut Metadata, is_namespaced: bool) {
+        if let Some(name) = self.name {
+            name.clone_into(&mut metadata.name);
+        }
+        if let Some(namespace) = self.namespace
+            && is_namespaced
+            && metadata.namespace.as_deref().is_none_or(str::is_empty)
+        {
+            metadata.namespace = Some(Arc::clone(namespace));
+        }
+    }
+}
+
+/// Reads an object. `None`: a kind that Hanse does not read.
+pub(crate) fn read(
+    reference: &Reference,
+    node: Value<'_>,
+    defaults: Defaults<'_>,
+) -> Result<Option<Converted>, Vec<FieldError>> {
+    let read = Reader { node, defaults };
+    let (api_version, kind) = (reference.api_version.as_str(), reference.kind.as_str());
+    let object = match (api_version, kind) {
+        ("v1", "Namespace") => read.convert(|it: kubernetes::Namespace, errors| {
+            it.check(errors);
+            Object::Namespace(it.convert())
+        }),
+        ("v1", "Node") => read.convert(|it: kubernetes::Node, errors| {
+            it.check(errors);
+            Object::Node(it.convert())
+        }),
+        ("v1", "ServiceAccount") => read.convert(|it: kubernetes::ServiceAccount, errors| {
+            check_metadata(&it.metadata, errors);
+            Object::ServiceAccount(it.convert())
+        }),
+        ("v1", "Pod") => return read.pod().map(Some),
+        ("v1", "Service") => return read.service().map(Some),
+        ("discovery.k8s.io/v1", "EndpointSlice") => read.convert(|it: kubernetes::EndpointSlice, errors| {
+            it.check(errors);
+            Object::EndpointSlice(it.convert())
+        }),
+        ("networking.k8s.io/v1", "NetworkPolicy") => {
+            read.convert(|it: NetworkPolicy, errors| Object::Policy(Box::new(it.convert(errors))))
+        }
+        ("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolicy") => {
+            read.convert(|it: ClusterNetworkPolicy, errors| Object::Policy(Box::new(it.convert(errors))))
+        }
+        (hanse::API_VERSION, "FederatedNetworkPolicy") => read
+            .convert(|it: hanse::FederatedNetworkPolicy, errors| Object::FederatedPolicy(Box::new(it.convert(errors)))),
+        (hanse::API_VERSION, "Tier") => {
+            read.convert(|it: hanse::Tier, errors| Object::FederatedTier(it.convert(errors)))
+        }
+        (hanse::API_VERSION, "FederatedNetworkSet") => read.convert(|it: hanse::FederatedNetworkSet, errors| {
+            let (id, set) = it.convert(errors);
+            Object::FederatedNetworkSet(id, Box::new(set))
+        }),
+        (hanse::API_VERSION, "MemberCluster") => {
+            read.convert(|it: hanse::MemberCluster, errors| Object::Member(Box::new(it.convert(errors))))
+        }
+        (calico::API_VERSION | calico::CRD_API_VERSION, _) => match calico::read(reference, kind, node)? {
+            Some(object) => read.calico(object),
+            None => return Ok(None),
+        },
+        _ => return Ok(None),
+    };
+    Ok(Some(Converted { object: object?, not_storable: Vec::new() }))
+}
+
+/// An API type with metadata.
+trait Wire: DeserializeOwned {
+    const IS_NAMESPACED: bool;
+
+    fn metadata_mut(&mut self) -> &mut Metadata;
+}
+
+macro_rules! wire {
+    ($($kind:ty: $is_namespaced:literal),* $(,)?) => {
+        $(impl Wire for $kind {
+            const IS_NAMESPACED: bool = $is_namespaced;
+
+            fn metadata_mut(&mut self) -> &mut Metadata {
+                &mut self.metadata
+            }
+        })*
+    };
+}
+
+wire!(
+    kubernetes::Namespace: false,
+    kubernetes::Node: false,
+    kubernetes::ServiceAccount: true,
+    kubernetes::Pod: true,
+    kubernetes::Service: true,
+    kubernetes::EndpointSlice: true,
+    NetworkPolicy: true,
+    ClusterNetworkPolicy: false,
+    hanse::FederatedNetworkPolicy: false,
+    hanse::Tier: false,
+    hanse::FederatedNetworkSet: false,
+    hanse::MemberCluster: false,
+);
+
+struct Reader<'a> {
+    node: Value<'a>,
+    defaults: Defaults<'a>,
+}
+
+impl Reader<'_> {
+    fn decode<W: Wire>(&self) -> Result<W, Vec<FieldError>> {
+        let mut wire: W = typed(self.node)?;
+        self.defaults.apply(wire.metadata_mut(), W::IS_NAMESPACED);
+        Ok(wire)
+    }
+
+    fn convert<W: Wire>(&self, convert: impl FnOnce(W, &mut Errors) -> Object) -> Result<Object, Vec<FieldError>> {
+        let mut errors = Errors::default();
+        let object = convert(self.decode()?, &mut errors);
+        if errors.0.is_empty() { Ok(object) } else { Err(errors.0) }
+    }
+
+    fn pod(&self) -> Result<Converted, Vec<FieldError>> {
+        let mut not_storable = Errors::default();
+        let object = self.convert(|it: kubernetes::Pod, errors| {
+            it.check(errors);
+            strict::check_pod(&it.spec, &Path::Root("spec"), &mut not_storable);
+            Object::Pod(Box::new(it.convert()))
+        })?;
+        Ok(Converted { object, not_storable: not_storable.0 })
+    }
+
+    fn service(&self) -> Result<Converted, Vec<FieldError>> {
+        let mut not_storable = Errors::default();
+        let object = self.convert(|it: kubernetes::Service, errors| {
+            it.check(errors);
+            strict::check_service(&it, &mut not_storable);
+            Object::Service(Box::new(it.convert()))
+        })?;
+        Ok(Converted { object, not_storable: not_storable.0 })
+    }
+
+    fn calico(&self, mut object: calico::CalicoObject) -> Result<Object, Vec<FieldError>> {
+        let is_namespaced = object.is_namespaced();
+        self.defaults.apply(object.metadata_mut(), is_namespaced);
+        let mut errors = Errors::default();
+        let object = match object.convert(&mut errors) {
+            calico::Converted::Tier(tier) => Object::Tier(tier),
+            calico::Converted::Policy(policy) => Object::Policy(policy),
+            calico::Converted::NetworkSet(id, set) => Object::NetworkSet(id, set),
+        };
+        if errors.0.is_empty() { Ok(object) } else { Err(errors.0) }
+    }
+}
