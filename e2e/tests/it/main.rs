@@ -5,6 +5,7 @@ mod english;
 mod fuzz;
 mod guards;
 mod kernel;
+mod layout;
 mod manifests;
 mod metrics;
 mod network;
