@@ -126,7 +126,8 @@ impl Crate {
             }
             reached
         };
-        let reached: BTreeMap<&Module, BTreeSet<&Module>> = uses.keys().map(|module| (*module, reachable(module))).collect();
+        let reached: BTreeMap<&Module, BTreeSet<&Module>> =
+            uses.keys().map(|module| (*module, reachable(module))).collect();
         let name = |module: &Module| if module.is_empty() { "lib".to_owned() } else { module.join("/") };
         let circle = |module: &&Module| {
             let others = reached[*module].iter().filter(|other| reached[**other].contains(*module));
@@ -306,6 +307,11 @@ fn finds_a_circle_through_imports_and_re_exports() {
     assert_eq!(crate_of(&[lib, ("a.rs", parent), child, ("b.rs", "use crate::a::{A, C as D};")]), Vec::new());
     let using = "mod c;\npub struct A;\nfn f() -> usize {\n    c::f()\n}";
     assert_eq!(crate_of(&[lib, ("a.rs", using), child, ("b.rs", "")]), circle(&["a", "a/c"]));
-    let long = [("lib.rs", "mod a;\nmod b;\nmod c;"), ("a.rs", "use crate::b;\nfn f(x: b::X) {}"), ("b.rs", "fn f(x: crate::c::X) {}"), ("c.rs", "use super::{a::{X as Y}};")];
+    let long = [
+        ("lib.rs", "mod a;\nmod b;\nmod c;"),
+        ("a.rs", "use crate::b;\nfn f(x: b::X) {}"),
+        ("b.rs", "fn f(x: crate::c::X) {}"),
+        ("c.rs", "use super::{a::{X as Y}};"),
+    ];
     assert_eq!(crate_of(&long), circle(&["a", "b", "c"]));
 }

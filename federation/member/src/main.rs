@@ -304,7 +304,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
 }
 
 async fn join(args: JoinArgs) -> anyhow::Result<()> {
-    let _held = process::hold(&args.data)?;
+    let _lock = process::lock_data(&args.data)?;
     let is_final = args.federated_allow == FederatedAllow::Final;
     let shutdown = Shutdown::default();
     let stop = shutdown.token();

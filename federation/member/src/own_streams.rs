@@ -152,9 +152,8 @@ fn translated(ends: &BTreeSet<SocketAddr>, state: &ClusterState) -> BTreeSet<Soc
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
 
-    use hanse_api::assemble::Assembly;
+    use hanse_api::assemble::{Assembly, Candidates};
     use hanse_api::manifest::{Manifests, read_bytes};
 
     use super::*;
@@ -208,7 +207,9 @@ status: {phase: Running, podIP: 10.0.1.20}
         read_bytes(&"cluster.yaml".into(), CLUSTER.as_bytes(), &mut read);
         assert!(read.diagnostics.is_empty(), "{:?}", read.diagnostics);
         let mut assembly = Assembly::new("here".into());
-        assembly.update([(Path::new("cluster.yaml").into(), read.objects)]);
+        let mut candidates = Candidates::default();
+        candidates.replace_all(read.objects);
+        assembly.update(candidates.take_changes());
         let state = assembly.state();
         let ends = Ends {
             hubs: [hub.parse().expect("an address")].into(),

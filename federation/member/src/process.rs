@@ -1,6 +1,6 @@
-//! The member as a process: source in, hub streams, compiler, fan-out to agents, report back.
+//! The member as a process: it connects its source, the hub streams, the compiler, the fan-out to agents and the reports.
 //!
-//! It starts with everything else down, once the cluster has joined: from its source, and from what it last received.
+//! Once the cluster has joined, it starts while everything else is down: from its source, and from what it received last.
 
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
@@ -18,29 +18,31 @@ use hanse_runtime::metrics::Metrics as Registry;
 use hanse_runtime::monitor::{self, Page};
 use hanse_runtime::shutdown::Shutdown;
 use tokio::sync::mpsc;
+use tokio::time::{Interval, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
 
 use crate::exchange::client::Client;
 use crate::fanout::Fanout;
 use crate::flows::{self, Inbox};
+use crate::live::Live;
 use crate::metrics::{FlowMetrics, Metrics};
 use crate::own_streams::Ends;
-use crate::questions::Answering;
+use crate::questions::{Answering, StateRequest};
 use crate::registration::MemberIdentity;
 use crate::report;
 use crate::resolver::Resolver;
-use crate::source::{Directory, News, Source as _};
+use crate::source::{Changes, Directory, LastGood};
 use crate::world::World;
 
-/// How often the source is looked at: an edit is taken at the second look, and is to apply within a second.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
-const LOOK_AT_LEAST_EVERY: Duration = Duration::from_millis(250);
-/// Realisation is told when it changes, at most this often.
+/// How often the source is polled: an edit applies at the second poll, and is to apply within a second.
+const POLL_SOURCE_EVERY: Duration = Duration::from_millis(100);
+const POLL_SOURCE_AT_LEAST_EVERY: Duration = Duration::from_millis(250);
+/// The state of enforcement is reported when it changes, at most this often.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
-/// How often this process's own addresses are looked at: routes and addresses of its host may come late, and move.
-const LOOK_AT_ADDRESSES_EVERY: Duration = Duration::from_secs(10);
-
-/// How often it is looked at whether anything comes from the hub.
-const LOOK_AT_HUB_EVERY: Duration = Duration::from_secs(1);
+/// How often this process looks up its own addresses: routes and addresses of its host may appear late, and change.
+const CHECK_ADDRESSES_EVERY: Duration = Duration::from_secs(10);
+/// How often the connection to the hub is checked.
+const CHECK_HUB_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -62,100 +64,43 @@ pub struct Options {
     pub metrics_token_file: Option<PathBuf>,
 }
 
-/// Joins where needed, and runs until the shutdown.
+/// Joins the cluster if necessary, and runs until the shutdown.
 ///
 /// # Errors
 /// When the cluster cannot join, or a listener cannot be opened.
 pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let stop = shutdown.token();
-    let _held = hold(&options.data)?;
-    let (health, registry) = (Health::default(), Registry::default());
-    let (joined, sourced) = (health.condition("joined"), health.condition("source read"));
-    let (heard, watching) = (health.condition("hub heard"), health.condition("hub watched"));
-    shutdown.tell(&health);
-    let writes = Writes::new(&health);
-    if let Some(address) = options.health_listen {
-        monitor::serve(address, Page::Health(health.clone()), &shutdown).await?;
-    }
-    if let Some(address) = options.metrics_listen {
-        let page = Page::metrics(&registry, options.metrics_token_file.as_deref())?;
-        monitor::serve(address, page, &shutdown).await?;
-    }
-    let identity = match MemberIdentity::read(&options.data, &options.cluster)? {
-        Some(identity) => {
-            if options.token_file.as_deref().is_some_and(|file| identity.is_of_other_cluster_set(file)) {
-                tracing::warn!(
-                    data = %options.data.display(),
-                    "the token in --token-file is of another ClusterSet than the files in --data, and is not used: where the hub was set \
-                     up anew, join it with an empty folder as --data; nodes then enrol with new tokens"
-                );
-            }
-            identity
-        }
-        None => {
-            let token = options.token_file.as_ref().context("the cluster has not joined: --token-file is needed")?;
-            check_before_joining(&options).context("the token is not used yet")?;
-            let join = &options.join;
-            MemberIdentity::join(&options.data, &options.cluster, token, join, options.federated_allow_final, &stop)
-                .await?
-        }
-    };
-    joined.set(true);
+    let _lock = lock_data(&options.data)?;
+    let monitoring = Monitoring::start(&options, &shutdown).await?;
+    let identity = identity(&options, &stop).await?;
+    monitoring.joined.set(true);
     let resolver = Resolver::restore(&options.data, options.hubs.iter().chain(&options.join));
     let identity = identity.with_resolver(resolver.clone());
-    let (resolving, until) = (resolver.clone(), stop.clone());
-    shutdown.supervise("resolution of names", move || resolving.clone().keep_fresh(until.clone()));
-    let renewing = (identity.clone(), options.hubs.clone(), options.join.clone(), stop.clone());
-    shutdown.supervise("certificate renewal", move || {
-        let (identity, hubs, join, stop) = renewing.clone();
-        identity.keep_fresh(hubs, join, stop)
-    });
-    let fanout = Fanout::new(&options.data, options.node_lifetime)?.with_writes(writes.clone());
-    let (flows, told) = Inbox::new();
+    keep_fresh(&options, &identity, &resolver, &shutdown);
+    let fanout = Fanout::new(&options.data, options.node_lifetime)?.with_writes(monitoring.writes.clone());
+    let (inbox, flows) = Inbox::new();
     let (agents, enrolment) =
-        fanout.serve(&identity, options.agent_listen, options.enrol_listen, flows, &shutdown).await?;
+        fanout.serve(&identity, options.agent_listen, options.enrol_listen, inbox, &shutdown).await?;
     tracing::info!(cluster = options.cluster, %agents, %enrolment, "member serves");
-    let ends = |resolver: &Resolver| Ends {
-        hubs: resolver.addresses(&options.hubs),
-        joins: resolver.addresses(&options.join),
-        agents: Some(agents),
-        enrolment: Some(enrolment),
-    };
-    let client = Client::restore(&options.data, writes.clone());
-
-    let (news, mut local_news) = mpsc::channel::<News>(1);
-    let (directory, data, kept) = (options.source.clone(), options.data.clone(), writes.clone());
-    // Started again, it begins with the last good state of each file.
-    let reading = move || {
-        let mut source = Directory::new(directory.clone(), &data, kept.clone());
-        while !news.is_closed() {
-            let began = Instant::now();
-            if let Some(it) = source.look()
-                && news.blocking_send(it).is_err()
-            {
-                return;
-            }
-            // Of many files a look takes long, and is not to take a whole processor.
-            std::thread::sleep((began.elapsed() * 4).clamp(LOOK_EVERY, LOOK_AT_LEAST_EVERY));
-        }
-    };
-    shutdown.supervise_thread("source", reading).context("start the thread that reads the source")?;
-    // Until the source was read nothing is known of this cluster, and nothing is published or enforced anew.
+    let client = Client::restore(&options.data, monitoring.writes.clone());
+    let mut source = start_source(&options, &monitoring.writes, &shutdown)?;
+    // Before the source is read, nothing is known of this cluster, and nothing is published or enforced anew.
     let local = tokio::select! {
         () = stop.cancelled() => return Ok(()),
-        local = local_news.recv() => local.context("read the source")?,
+        local = source.recv() => local.context("read the source")?,
     };
-    sourced.set(true);
-    let world = World::new(identity.cluster().clone(), options.unknown_pods, ends(&resolver));
-    let world = world.with_reader(client.reader());
-    let (live, (answering, mut requests)) = (world.live().clone(), Answering::new(world.live().clone()));
+    monitoring.sourced.set(true);
+    let ends = EndsOf { options: options.clone(), resolver: resolver.clone(), agents, enrolment };
+    let world = World::new(identity.cluster().clone(), options.unknown_pods, ends.now()).with_reader(client.reader());
+    let live = world.live().clone();
+    let (answering, requests) = Answering::new(live.clone());
     let mut member = Member {
         world,
-        fanout: fanout.clone(),
+        fanout,
         client: client.clone(),
-        heard,
-        metrics: Metrics::new(&registry),
-        writes: writes.clone(),
+        hub_received: monitoring.hub_received.clone(),
+        metrics: Metrics::new(&monitoring.registry),
+        writes: monitoring.writes.clone(),
     };
     // What was received before this start counts from the first compile on.
     if let Some(updates) = client.take_updates() {
@@ -164,66 +109,131 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     member.take_local(local);
     client.start(&identity, &options.hubs, &shutdown);
     answering.start(&identity, &options.hubs, &shutdown);
-    let told = Arc::new(tokio::sync::Mutex::new(told));
-    let keeping = (told, live, options.data.clone(), FlowMetrics::new(&registry), writes.clone(), stop.clone());
-    shutdown.supervise("flow records", move || {
-        let (told, live, data, metrics, writes, stop) = keeping.clone();
-        async move { flows::keep(&mut *told.lock().await, live, data, metrics, writes, stop).await }
+    keep_flows(flows, live, &options, &monitoring, &shutdown);
+    let inputs = Inputs { source, requests, ends, watching: monitoring.watching };
+    member.run(inputs, &resolver, &stop).await
+}
+
+/// Health and metrics of the process.
+struct Monitoring {
+    registry: Registry,
+    writes: Writes,
+    joined: Condition,
+    sourced: Condition,
+    hub_received: Condition,
+    watching: Condition,
+}
+
+impl Monitoring {
+    async fn start(options: &Options, shutdown: &Shutdown) -> anyhow::Result<Self> {
+        let (health, registry) = (Health::default(), Registry::default());
+        let this = Self {
+            joined: health.condition("joined"),
+            sourced: health.condition("source read"),
+            hub_received: health.condition("hub heard"),
+            watching: health.condition("hub watched"),
+            writes: Writes::new(&health),
+            registry,
+        };
+        shutdown.tell(&health);
+        if let Some(address) = options.health_listen {
+            monitor::serve(address, Page::Health(health.clone()), shutdown).await?;
+        }
+        if let Some(address) = options.metrics_listen {
+            let page = Page::metrics(&this.registry, options.metrics_token_file.as_deref())?;
+            monitor::serve(address, page, shutdown).await?;
+        }
+        Ok(this)
+    }
+}
+
+/// The identity of the cluster: from its files, or from joining with a token.
+async fn identity(options: &Options, stop: &CancellationToken) -> anyhow::Result<MemberIdentity> {
+    if let Some(identity) = MemberIdentity::read(&options.data, &options.cluster)? {
+        if options.token_file.as_deref().is_some_and(|file| identity.is_of_other_cluster_set(file)) {
+            tracing::warn!(
+                data = %options.data.display(),
+                "token in --token-file ignored: it belongs to another ClusterSet than the files in --data. To join a hub that was set up \
+                 anew, use an empty folder as --data; nodes then enrol with new tokens"
+            );
+        }
+        return Ok(identity);
+    }
+    let token = options.token_file.as_ref().context("the cluster has not joined: --token-file is required")?;
+    check_before_joining(options).context("the token is not used yet")?;
+    let (data, cluster, join) = (&options.data, &options.cluster, &options.join);
+    Ok(MemberIdentity::join(data, cluster, token, join, options.federated_allow_final, stop).await?)
+}
+
+/// Starts the tasks that resolve the hubs' names and renew certificates.
+fn keep_fresh(options: &Options, identity: &MemberIdentity, resolver: &Resolver, shutdown: &Shutdown) {
+    let (resolving, stop) = (resolver.clone(), shutdown.token());
+    shutdown.supervise("resolution of names", move || resolving.clone().keep_fresh(stop.clone()));
+    let renewing = (identity.clone(), options.hubs.clone(), options.join.clone(), shutdown.token());
+    shutdown.supervise("certificate renewal", move || {
+        let (identity, hubs, join, stop) = renewing.clone();
+        identity.keep_fresh(hubs, join, stop)
     });
-    let (mut received, mut acknowledged, mut resolved) = (client.changes(), fanout.changes(), resolver.changes());
-    let mut written = writes.changes();
-    let mut report = tokio::time::interval(REPORT_EVERY);
-    report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut addresses = tokio::time::interval(LOOK_AT_ADDRESSES_EVERY);
-    addresses.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut watched = tokio::time::interval(LOOK_AT_HUB_EVERY);
-    watched.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let (mut reported, mut problems) = (false, Vec::new());
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            local = local_news.recv() => {
-                member.take_local(local.context("read the source")?);
-                reported = false;
+}
+
+/// Starts the thread that reads the source. When it restarts, it begins with the last good state.
+fn start_source(options: &Options, writes: &Writes, shutdown: &Shutdown) -> anyhow::Result<mpsc::Receiver<Changes>> {
+    let (sender, receiver) = mpsc::channel::<Changes>(1);
+    let (path, data, writes) = (options.source.clone(), options.data.clone(), writes.clone());
+    let read = move || {
+        let mut source = LastGood::new(Directory::new(&path), &data, writes.clone());
+        while !sender.is_closed() {
+            let began = Instant::now();
+            if let Some(changes) = source.poll()
+                && sender.blocking_send(changes).is_err()
+            {
+                return;
             }
-            changed = received.changed() => {
-                changed.context("receive")?;
-                if let Some(updates) = client.take_updates() {
-                    member.world.receive(updates);
-                    member.changed();
-                }
-                reported = false;
-            }
-            changed = acknowledged.changed() => {
-                changed.context("fan out")?;
-                reported = false;
-            }
-            changed = resolved.changed() => {
-                changed.context("resolve")?;
-                member.world.set_ends(ends(&resolver));
-                member.changed();
-            }
-            Ok(()) = written.changed() => reported = false,
-            _ = addresses.tick() => if member.world.look_at_addresses() {
-                member.changed();
-            },
-            // That nothing comes is no event.
-            _ = watched.tick() => {
-                watching.set(client.is_watching());
-                let now = client.problems();
-                reported &= now == problems;
-                problems = now;
-            }
-            Some(request) = requests.recv() => request.answer(&member.world),
-            _ = report.tick(), if !reported => {
-                member.report();
-                reported = true;
-            }
+            // Polling many files takes long, and must not use a whole processor.
+            std::thread::sleep((began.elapsed() * 4).clamp(POLL_SOURCE_EVERY, POLL_SOURCE_AT_LEAST_EVERY));
+        }
+    };
+    shutdown.supervise_thread("source", read).context("start the thread that reads the source")?;
+    Ok(receiver)
+}
+
+/// Starts the task that writes flow records.
+fn keep_flows(
+    flows: mpsc::Receiver<flows::FromNode>,
+    live: Live,
+    options: &Options,
+    monitoring: &Monitoring,
+    shutdown: &Shutdown,
+) {
+    let flows = Arc::new(tokio::sync::Mutex::new(flows));
+    let (metrics, writes) = (FlowMetrics::new(&monitoring.registry), monitoring.writes.clone());
+    let keeping = (flows, live, options.data.clone(), metrics, writes, shutdown.token());
+    shutdown.supervise("flow records", move || {
+        let (flows, live, data, metrics, writes, stop) = keeping.clone();
+        async move { flows::keep(&mut *flows.lock().await, live, data, metrics, writes, stop).await }
+    });
+}
+
+/// Where Hanse's own streams end.
+struct EndsOf {
+    options: Options,
+    resolver: Resolver,
+    agents: SocketAddr,
+    enrolment: SocketAddr,
+}
+
+impl EndsOf {
+    fn now(&self) -> Ends {
+        Ends {
+            hubs: self.resolver.addresses(&self.options.hubs),
+            joins: self.resolver.addresses(&self.options.join),
+            agents: Some(self.agents),
+            enrolment: Some(self.enrolment),
         }
     }
 }
 
-/// What a member that has joined could not run without: what is wrong is to show while the token is unused.
+/// Checks what a member needs after it has joined, so that errors appear before the token is used.
 fn check_before_joining(options: &Options) -> anyhow::Result<()> {
     let source = options.source.display();
     options.source.read_dir().with_context(|| format!("read the directory {source} (--source)"))?;
@@ -232,39 +242,104 @@ fn check_before_joining(options: &Options) -> anyhow::Result<()> {
     }
     anyhow::ensure!(
         options.agent_listen != options.enrol_listen || options.agent_listen.port() == 0,
-        "--agent-listen and --enrol-listen are both {}: name two",
+        "--agent-listen and --enrol-listen are both {}: use two addresses",
         options.agent_listen
     );
-    // As much as what joining is to leave there.
+    // As many bytes as joining writes there.
     let (path, data) = (options.data.join("written"), options.data.display());
     files::write_secret(&path, &[0; 16 << 10]).with_context(|| format!("write files in {data} (--data)"))?;
     std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
 }
 
-/// Makes the folder of the member's files where it is absent, and keeps other members from using it until the file is
-/// dropped.
+/// Creates the folder of the member's files if it does not exist, and locks it until the file is dropped.
 ///
 /// # Errors
-/// When it cannot be made, or another process holds it.
-pub fn hold(data: &Path) -> anyhow::Result<File> {
-    files::private_folder(data).with_context(|| format!("make {}", data.display()))?;
-    files::hold(&data.join("lock"), Duration::ZERO).with_context(|| format!("hold {}", data.display()))
+/// When it cannot be created, or another process has locked it.
+pub fn lock_data(data: &Path) -> anyhow::Result<File> {
+    files::private_folder(data).with_context(|| format!("create {}", data.display()))?;
+    files::hold(&data.join("lock"), Duration::ZERO).with_context(|| format!("lock {}", data.display()))
 }
 
 struct Member {
     world: World,
     fanout: Fanout,
     client: Client,
-    /// The hub was heard, by this process or by an earlier one.
-    heard: Condition,
+    /// Something was received from the hub, by this process or by an earlier one.
+    hub_received: Condition,
     metrics: Metrics,
     writes: Writes,
 }
 
+/// What a running member reacts to.
+struct Inputs {
+    source: mpsc::Receiver<Changes>,
+    requests: mpsc::Receiver<StateRequest>,
+    ends: EndsOf,
+    watching: Condition,
+}
+
+fn every(period: Duration) -> Interval {
+    let mut interval = tokio::time::interval(period);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
 impl Member {
-    /// What the source has is enforced here, published, and says what this cluster looks for in others.
-    fn take_local(&mut self, news: News) {
-        let changed = self.world.take_local(news);
+    /// Reacts to changes until `stop`.
+    async fn run(mut self, mut inputs: Inputs, resolver: &Resolver, stop: &CancellationToken) -> anyhow::Result<()> {
+        let (client, fanout) = (self.client.clone(), self.fanout.clone());
+        let (mut received, mut acknowledged, mut resolved) = (client.changes(), fanout.changes(), resolver.changes());
+        let mut written = self.writes.changes();
+        let (mut report, mut addresses) = (every(REPORT_EVERY), every(CHECK_ADDRESSES_EVERY));
+        let mut hub = every(CHECK_HUB_EVERY);
+        let (mut is_reported, mut problems) = (false, Vec::new());
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                local = inputs.source.recv() => {
+                    self.take_local(local.context("read the source")?);
+                    is_reported = false;
+                }
+                changed = received.changed() => {
+                    changed.context("receive")?;
+                    if let Some(updates) = client.take_updates() {
+                        self.world.receive(updates);
+                        self.changed();
+                    }
+                    is_reported = false;
+                }
+                changed = acknowledged.changed() => {
+                    changed.context("fan out")?;
+                    is_reported = false;
+                }
+                changed = resolved.changed() => {
+                    changed.context("resolve")?;
+                    self.world.set_ends(inputs.ends.now());
+                    self.changed();
+                }
+                Ok(()) = written.changed() => is_reported = false,
+                _ = addresses.tick() => if self.world.look_at_addresses() {
+                    self.changed();
+                },
+                // Silence is not an event.
+                _ = hub.tick() => {
+                    inputs.watching.set(client.is_watching());
+                    let now = client.problems();
+                    is_reported &= now == problems;
+                    problems = now;
+                }
+                Some(request) = inputs.requests.recv() => request.answer(&self.world),
+                _ = report.tick(), if !is_reported => {
+                    self.report();
+                    is_reported = true;
+                }
+            }
+        }
+    }
+
+    /// Enforces and publishes changes of the source, and registers the interest of this cluster's policies.
+    fn take_local(&mut self, changes: Changes) {
+        let changed = self.world.take_local(changes);
         self.changed();
         let local = self.world.local();
         self.fanout.set_source_nodes(local.nodes.iter().map(|(name, node)| (name.clone(), node.pod_ranges.clone())));
@@ -274,15 +349,15 @@ impl Member {
         }
     }
 
-    /// Something changed: compiles and hands out.
+    /// Compiles after a change, and sends the rule sets that changed to their nodes.
     fn changed(&mut self) {
         let start = Instant::now();
         let (hub, local_revision) = (self.world.hub_position(), self.world.local_revision());
         let Some(compiled) = self.world.compile() else {
-            tracing::info!("the hub has not been heard yet: nodes keep what they have, and new ones stay closed");
+            tracing::info!("nothing received from the hub yet: nodes keep their rules, and new nodes stay closed");
             return;
         };
-        self.heard.set(true);
+        self.hub_received.set(true);
         let took = start.elapsed();
         self.metrics.compiled(took);
         let nodes = compiled.changed.len();
@@ -290,7 +365,7 @@ impl Member {
         tracing::info!(hub_revision = hub.revision, local_revision, compile_us = took.as_micros(), nodes, "compiled");
     }
 
-    /// Tells the hub how far enforcement is.
+    /// Reports the state of enforcement to the hub.
     fn report(&self) {
         let nodes = self.fanout.realisation();
         let policies = self.client.with_receiver(|it| (it.refused().len(), it.waiting().0.len()));

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use hanse_api::Diagnostic;
 use hanse_api::assemble::{Assembly, Changed, ClusterState, Federation};
 use hanse_api::inventory::NodeInfo;
-use hanse_compiler::{Changes, ClusterRecord, Compiler, NodeChange, Report, Update};
+use hanse_compiler::{self as compiler, ClusterRecord, Compiler, NodeChange, Report, Update};
 use hanse_policy::inventory::{EndpointKind, Labels, Namespace};
 use hanse_policy::model::ClusterName;
 use hanse_ruleset::{Delta, Digest, Members, NodeConfig, RuleSet, Set, SetChange, SetId, Step, UnknownPods};
@@ -19,7 +19,7 @@ use crate::exchange::model::{self, Change, Lease, Position, Updates};
 use crate::federated::{Federated, Reader};
 use crate::live::Live;
 use crate::own_streams::{Ends, OwnStreams, local_address};
-use crate::source::{News, Warned};
+use crate::source::{Changes, LoggedProblems};
 
 #[derive(Debug)]
 pub struct World {
@@ -32,7 +32,7 @@ pub struct World {
     local: Assembly,
     local_revision: u64,
     problems: Vec<Diagnostic>,
-    warned: Warned,
+    logged: LoggedProblems,
     federated: Federated,
     /// The hub's position of the policies in force.
     in_force: Position,
@@ -77,7 +77,7 @@ impl World {
             local: Assembly::new(cluster.clone()),
             local_revision: 0,
             problems: Vec::new(),
-            warned: Warned::default(),
+            logged: LoggedProblems::default(),
             cluster,
             unknown_pods,
             ends,
@@ -134,12 +134,11 @@ impl World {
     }
 
     /// Applies news of the source. Returns what they changed.
-    pub fn take_local(&mut self, news: News) -> Changed {
-        let changed = self.local.update(news.parts);
+    pub fn take_local(&mut self, changes: Changes) -> Changed {
+        let changed = self.local.update(changes.objects);
         let state = Arc::clone(self.local.state());
-        (self.problems, self.local_revision) = (news.problems, news.revision);
-        self.problems.extend(state.diagnostics.iter().cloned());
-        self.warned.warn(&self.problems);
+        (self.problems, self.local_revision) = (changes.problems, changes.revision);
+        self.logged.log(&self.problems);
         for name in &changed.namespaces {
             let labels = state.cluster.namespaces.get(name).map(|it| it.labels.clone());
             self.namespace(self.cluster.clone(), name.clone(), labels);
@@ -270,7 +269,7 @@ impl World {
         let state = &mut *live.write();
         let compiler = &mut state.compiler;
         self.pending.drain(..).for_each(|update| compiler.apply(update));
-        let Changes { mut nodes } = compiler.commit();
+        let compiler::Changes { mut nodes } = compiler.commit();
         (state.hub_revision, state.local_revision) = (self.in_force.revision, self.local_revision);
         if self.in_force == Position::default() {
             return None;
@@ -393,8 +392,7 @@ mod offline;
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
+    use hanse_api::assemble::Candidates;
     use hanse_api::manifest::{Manifests, read_bytes};
     use hanse_policy::inventory::Endpoint;
     use hanse_ruleset::Digest;
@@ -414,11 +412,13 @@ mod tests {
         )
     }
 
-    fn sourced(text: &str, revision: u64) -> News {
+    /// The whole state of a source, after that of `candidates`.
+    fn sourced(candidates: &mut Candidates, text: &str, revision: u64) -> Changes {
         let mut read = Manifests::default();
         read_bytes(&"cluster.yaml".into(), text.as_bytes(), &mut read);
         assert!(read.diagnostics.is_empty(), "{:?}", read.diagnostics);
-        News { parts: vec![(Path::new("cluster.yaml").into(), read.objects)], problems: Vec::new(), revision }
+        candidates.replace_all(read.objects);
+        Changes { objects: candidates.take_changes(), problems: Vec::new(), revision }
     }
 
     fn world() -> World {
@@ -449,12 +449,12 @@ mod tests {
             format!("{NODE}{DENY}{}{}", pod_of("p", "db", "10.0.0.1"), pod_of("r", "web", "10.0.0.2")),
             format!("{NODE}{}", pod_of("p", "db", "10.0.0.3")),
         ];
-        let mut kept = world();
+        let (mut kept, mut candidates) = (world(), Candidates::default());
         let mut seen = std::collections::BTreeSet::new();
         for (revision, state) in (1..).zip(states.iter().chain(states.iter().rev())) {
-            kept.take_local(sourced(state, revision));
+            kept.take_local(sourced(&mut candidates, state, revision));
             let mut fresh = world();
-            fresh.take_local(sourced(state, revision));
+            fresh.take_local(sourced(&mut Candidates::default(), state, revision));
             assert_eq!(digest(&mut kept), digest(&mut fresh), "revision {revision}");
             assert!(kept.compile().expect("heard").changed.is_empty(), "nothing changes by itself");
             seen.insert(digest(&mut kept));
@@ -465,7 +465,7 @@ mod tests {
     #[test]
     fn compiles_nothing_for_nodes_before_the_first_message_of_the_hub() {
         let mut world = World::new("here".into(), UnknownPods::default(), Ends::default());
-        world.take_local(sourced(&format!("{NODE}{}", pod_of("p", "web", "10.0.0.1")), 1));
+        world.take_local(sourced(&mut Candidates::default(), &format!("{NODE}{}", pod_of("p", "web", "10.0.0.1")), 1));
         assert!(world.compile().is_none(), "the hub's policies may deny what local ones allow");
         world.receive(Updates { in_force: Position { epoch: 1, revision: 7 }, ..Updates::default() });
         let owner = |world: &World| world.live().read().judge().end("10.0.0.1".parse().expect("an address")).pod;
@@ -480,7 +480,11 @@ mod tests {
     #[test]
     fn a_cluster_is_first_hand_to_itself() {
         let mut world = world();
-        world.take_local(sourced(&format!("{NODE}{DENY}{}", pod_of("p", "web", "10.0.0.1")), 1));
+        world.take_local(sourced(
+            &mut Candidates::default(),
+            &format!("{NODE}{DENY}{}", pod_of("p", "web", "10.0.0.1")),
+            1,
+        ));
         let before = digest(&mut world);
         let relayed = |endpoint| Change::Endpoint { cluster: "here".into(), id: pod("a".into(), "p".into()), endpoint };
         let changes = vec![
@@ -498,11 +502,12 @@ mod tests {
         let ends = Ends { hubs: ["10.0.0.9:7443".parse().expect("an address")].into(), ..Ends::default() };
         let mut world = World::new("here".into(), UnknownPods::default(), ends);
         world.receive(Updates { in_force: Position { epoch: 1, revision: 1 }, ..Updates::default() });
+        let mut candidates = Candidates::default();
         let nodes = NODE.replace("10.0.0.0/24", "10.1.0.0/24")
             + &NODE.replace("name: 'n'", "name: m").replace("10.0.0", "10.2.0");
         for (revision, node) in [(1, "n"), (2, "m"), (3, "n")] {
             let hub = pod_of("hub", "hub", "10.0.0.9").replace("nodeName: 'n'", &format!("nodeName: '{node}'"));
-            world.take_local(sourced(&format!("{nodes}{hub}"), revision));
+            world.take_local(sourced(&mut candidates, &format!("{nodes}{hub}"), revision));
             world.compile().expect("the hub was heard");
             for name in ["n", "m"] {
                 let streams = world.nodes()[name].rules.node.own_streams.iter();

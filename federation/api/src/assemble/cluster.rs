@@ -3,13 +3,12 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Labels, Namespace, Service};
 use hanse_policy::model::{ClusterName, Layer, Policy, PolicyId, Tier, TierId};
 
-use super::duplicates::{diagnostic, duplicate, key_of};
+use super::candidates::{Candidates, ObjectChange};
 use crate::diagnostic::{Diagnostic, Reference};
 use crate::inventory::{NamespacedName, NodeInfo, Pod};
 use crate::manifest::Manifest;
@@ -42,27 +41,26 @@ pub struct Changed {
     pub tiers: BTreeSet<TierId>,
     pub policies: BTreeSet<PolicyId>,
     pub service_addresses: bool,
-    pub diagnostics: bool,
 }
 
 /// The inventory and the policies of the cluster `name`. Objects of the federation among them are left out with a
 /// diagnostic; of two objects with one key the first counts.
 pub fn assemble_cluster(name: &ClusterName, objects: impl IntoIterator<Item = Manifest>) -> ClusterState {
+    let mut candidates = Candidates::default();
+    candidates.replace_all(objects);
     let mut assembly = Assembly::new(name.clone());
-    assembly.update([(PathBuf::new().into(), objects.into_iter().collect())]);
-    Arc::unwrap_or_clone(assembly.state)
+    assembly.update(candidates.take_changes());
+    let mut state = Arc::unwrap_or_clone(assembly.state);
+    state.diagnostics = candidates.diagnostics().cloned().collect();
+    state
 }
 
-/// The objects of one cluster, and what they come to. They come in parts, such as files, each of which is replaced as a whole;
-/// parts have the order of their names.
+/// The objects of one cluster, and the state that follows from them.
 #[derive(Debug)]
 pub struct Assembly {
     name: ClusterName,
     state: Arc<ClusterState>,
-    /// The keys of each part's objects, in their order.
-    parts: HashMap<Arc<Path>, Vec<Arc<Reference>>>,
     objects: Objects,
-    diagnostics: BTreeMap<At, Diagnostic>,
     /// Which pods say that an address is theirs.
     claims: BTreeSet<(IpAddr, EndpointId)>,
     /// Pods on their node's network, by node.
@@ -76,14 +74,11 @@ pub struct Assembly {
     cluster_policies: BTreeSet<Arc<Reference>>,
 }
 
-/// A part, and a place in it.
-type At = (Arc<Path>, usize);
-
-/// The objects under each key, in the order of their places: the first counts.
+/// The object under each key.
 #[derive(Debug, Default)]
-struct Objects(HashMap<Arc<Reference>, Vec<(At, Arc<Manifest>)>>);
+struct Objects(HashMap<Arc<Reference>, Arc<Manifest>>);
 
-/// What counted under a key, and what does.
+/// The object under a key before and after a change.
 struct Turn {
     key: Arc<Reference>,
     before: Option<Arc<Manifest>>,
@@ -91,8 +86,8 @@ struct Turn {
 }
 
 impl Objects {
-    fn first(&self, key: &Reference) -> Option<&Arc<Manifest>> {
-        self.0.get(key)?.first().map(|(_, manifest)| manifest)
+    fn get(&self, key: &Reference) -> Option<&Arc<Manifest>> {
+        self.0.get(key)
     }
 
     fn pod(&self, id: &EndpointId) -> Option<&Pod> {
@@ -102,7 +97,7 @@ impl Objects {
             namespace: id.namespace.as_deref().map(str::to_owned),
             name: id.name.to_string(),
         };
-        self.first(&key).and_then(|manifest| pod_of(manifest))
+        self.get(&key).and_then(|manifest| pod_of(manifest))
     }
 }
 
@@ -111,9 +106,7 @@ impl Assembly {
         Self {
             name,
             state: Arc::default(),
-            parts: HashMap::new(),
             objects: Objects::default(),
-            diagnostics: BTreeMap::new(),
             claims: BTreeSet::new(),
             on_host: BTreeMap::new(),
             inhabitants: HashMap::new(),
@@ -134,24 +127,20 @@ impl Assembly {
         claimants().nth(1).map_or_else(|| claimants().next(), |_| newest(&self.objects, claimants()))
     }
 
-    /// Replaces what the parts hold; a part without objects is gone. The cost is that of these parts, and of what depends on
-    /// what changed in them; it grows with the logarithm of the cluster's size, but for a copy of the state while somebody else
-    /// holds it.
-    pub fn update(&mut self, parts: impl IntoIterator<Item = (Arc<Path>, Vec<Manifest>)>) -> Changed {
-        let mut before = BTreeMap::new();
-        for (part, objects) in parts {
-            self.replace(&part, objects, &mut before);
+    /// Applies changes of objects. The cost is that of these objects, and of what depends on them; it grows with the logarithm of
+    /// the cluster's size, but for a copy of the state while another owner of it exists.
+    pub fn update(&mut self, changes: impl IntoIterator<Item = ObjectChange>) -> Changed {
+        let mut turns: BTreeMap<Arc<Reference>, Turn> = BTreeMap::new();
+        for ObjectChange { key, object } in changes {
+            let before = match &object {
+                Some(object) => self.objects.0.insert(Arc::clone(&key), Arc::clone(object)),
+                None => self.objects.0.remove(&key),
+            };
+            let turn = turns.entry(Arc::clone(&key)).or_insert(Turn { key, before, now: None });
+            turn.now = object;
         }
+        let mut turns: Vec<Turn> = turns.into_values().collect();
         let mut changed = Changed::default();
-        let mut turns = Vec::new();
-        for (key, before) in before {
-            changed.diagnostics |= self.judge_duplicates(&key);
-            let now = self.objects.first(&key).cloned();
-            if now.is_none() {
-                self.objects.0.remove(&key);
-            }
-            turns.push(Turn { key, before, now });
-        }
         let mut on_moved_nodes = BTreeSet::new();
         for turn in &turns {
             self.take_node(turn, &mut changed, &mut on_moved_nodes);
@@ -160,7 +149,7 @@ impl Assembly {
             let (touched, objects) = (turns.iter().map(|turn| &turn.key).collect::<BTreeSet<_>>(), &self.objects);
             let others = self.cluster_policies.iter().filter(|key| !touched.contains(key));
             let again = |key: &Arc<Reference>| {
-                let now = objects.first(key).cloned();
+                let now = objects.get(key).cloned();
                 Turn { key: Arc::clone(key), before: now.clone(), now }
             };
             let again: Vec<Turn> = others.map(again).collect();
@@ -170,70 +159,7 @@ impl Assembly {
         self.take_namespaces(&turns, &mut changed);
         self.take_services(&turns, &mut changed);
         self.take_policies(&turns, &mut changed);
-        if changed.diagnostics {
-            let now: Vec<Diagnostic> = self.diagnostics.values().cloned().collect();
-            changed.diagnostics = now != self.state.diagnostics;
-            if changed.diagnostics {
-                Arc::make_mut(&mut self.state).diagnostics = now;
-            }
-        }
         changed
-    }
-
-    /// Replaces a part's objects. `before` notes what counted under each key that this touches.
-    fn replace(
-        &mut self,
-        part: &Arc<Path>,
-        objects: Vec<Manifest>,
-        before: &mut BTreeMap<Arc<Reference>, Option<Arc<Manifest>>>,
-    ) {
-        let mut keys = self.parts.remove(part).unwrap_or_default();
-        for (index, _) in keys.iter().enumerate() {
-            self.diagnostics.remove(&(Arc::clone(part), index));
-        }
-        keys.sort_unstable();
-        keys.dedup();
-        for key in keys {
-            let Some(held) = self.objects.0.get_mut(&key) else { continue };
-            before.entry(key).or_insert_with(|| held.first().map(|(_, manifest)| Arc::clone(manifest)));
-            held.retain(|((of, _), _)| of != part);
-        }
-        let mut keys = Vec::with_capacity(objects.len());
-        for (index, manifest) in objects.into_iter().enumerate() {
-            let key = key_of(&manifest);
-            let known = self.objects.0.get_key_value(&key).map(|(key, _)| Arc::clone(key));
-            let key = known.unwrap_or_else(|| Arc::new(key));
-            let held = self.objects.0.entry(Arc::clone(&key)).or_insert_with(|| Vec::with_capacity(1));
-            let first = || held.first().map(|(_, manifest)| Arc::clone(manifest));
-            before.entry(Arc::clone(&key)).or_insert_with(first);
-            let at = (Arc::clone(part), index);
-            held.insert(held.partition_point(|(it, _)| *it < at), (at, Arc::new(manifest)));
-            keys.push(key);
-        }
-        if !keys.is_empty() {
-            self.parts.insert(Arc::clone(part), keys);
-        }
-    }
-
-    /// Brings what is said of the objects under a key up to date; whether anything may have changed.
-    fn judge_duplicates(&mut self, key: &Reference) -> bool {
-        let mut changed = false;
-        let held = self.objects.0.get(key).map_or(&[][..], Vec::as_slice);
-        for (at, manifest) in held {
-            let said = match held.first() {
-                Some((first, it)) if first != at => Some(duplicate(manifest, &it.location)),
-                _ if manifest.object.is_federated() => {
-                    let message = "belongs to the federation: apply it at the hub, or give it with --federation";
-                    Some(diagnostic(manifest, "kind", message.to_owned()))
-                }
-                _ => None,
-            };
-            changed |= match said {
-                Some(said) => self.diagnostics.insert(at.clone(), said.clone()).is_none_or(|before| before != said),
-                None => self.diagnostics.remove(at).is_some(),
-            };
-        }
-        changed || self.diagnostics.len() != self.state.diagnostics.len()
     }
 
     fn take_node(&mut self, turn: &Turn, changed: &mut Changed, on_moved: &mut BTreeSet<EndpointId>) {
@@ -372,7 +298,7 @@ impl Assembly {
                 namespace: None,
                 name: name.to_string(),
             };
-            let written = self.objects.first(&key).and_then(|manifest| match &manifest.object {
+            let written = self.objects.get(&key).and_then(|manifest| match &manifest.object {
                 Object::Namespace(namespace) => Some(namespace.labels.clone()),
                 _ => None,
             });
@@ -427,7 +353,7 @@ impl Assembly {
             let slices = self.slices.get(&key);
             let now = (slices.is_some() || self.defined.contains_key(&key)).then(|| {
                 let mut service = Service::default();
-                for slice in slices.into_iter().flatten().filter_map(|key| self.objects.first(key)) {
+                for slice in slices.into_iter().flatten().filter_map(|key| self.objects.get(key)) {
                     if let Object::EndpointSlice(slice) = &slice.object {
                         service.addresses.extend(slice.addresses());
                         service.backends.extend(slice.backends());

@@ -14,7 +14,7 @@ pub fn duplicates(objects: &[Manifest]) -> Vec<Diagnostic> {
 }
 
 /// The key that an API server has an object under.
-pub(super) fn key_of(manifest: &Manifest) -> Reference {
+pub fn key_of(manifest: &Manifest) -> Reference {
     let reference = &manifest.reference;
     let api_version = match reference.api_version.as_str() {
         // The two API groups of Calico name the same objects.

@@ -5,8 +5,8 @@ use std::fmt::Debug;
 use std::path::Path;
 use std::sync::Arc;
 
-use hanse_api::assemble::{Assembly, Changed, ClusterState};
-use hanse_api::{Manifest, Manifests, read_bytes};
+use hanse_api::assemble::{Assembly, Candidates, Changed, ClusterState, ObjectKey, Position};
+use hanse_api::{Diagnostic, Manifest, Manifests, read_bytes};
 use proptest::prelude::*;
 
 /// Few names, nodes and addresses, so that objects meet: under one key, at one address, on one node.
@@ -82,6 +82,8 @@ fn edits() -> impl Strategy<Value = Vec<Vec<(u8, Vec<String>)>>> {
     prop::collection::vec(prop::collection::vec(part, 1..3), 1..10)
 }
 
+static NOTHING: Vec<String> = Vec::new();
+
 fn part(number: u8) -> Arc<Path> {
     Path::new(&format!("{number}.yaml")).into()
 }
@@ -108,7 +110,42 @@ fn difference(before: &ClusterState, now: &ClusterState) -> Changed {
         tiers: differing(&before.layer.tiers, &now.layer.tiers),
         policies: differing(&before.layer.policies, &now.layer.policies),
         service_addresses: before.service_addresses != now.service_addresses,
-        diagnostics: before.diagnostics != now.diagnostics,
+    }
+}
+
+/// Parts, such as files, that are replaced as a whole.
+#[derive(Default)]
+struct Parts {
+    candidates: Candidates,
+    assembly: Option<Assembly>,
+    keys: BTreeMap<u8, Vec<Arc<ObjectKey>>>,
+}
+
+impl Parts {
+    fn assembly(&mut self) -> &mut Assembly {
+        self.assembly.get_or_insert_with(|| Assembly::new("c".into()))
+    }
+
+    fn state(&mut self) -> Arc<ClusterState> {
+        Arc::clone(self.assembly().state())
+    }
+
+    fn update<'t>(&mut self, parts: impl IntoIterator<Item = (&'t u8, &'t Vec<String>)>) -> Changed {
+        for (number, texts) in parts {
+            let position = |index| Position { origin: part(*number), index };
+            for (index, key) in (0..).zip(self.keys.remove(number).unwrap_or_default()) {
+                self.candidates.remove(&position(index), &key);
+            }
+            let objects = (0..).zip(objects(&part(*number), texts));
+            let keys = objects.map(|(index, object)| self.candidates.put(position(index), object)).collect();
+            self.keys.insert(*number, keys);
+        }
+        let changes = self.candidates.take_changes();
+        self.assembly().update(changes)
+    }
+
+    fn diagnostics(&self) -> Vec<Diagnostic> {
+        self.candidates.diagnostics().cloned().collect()
     }
 }
 
@@ -117,26 +154,28 @@ fn check(edits: &[Vec<(u8, Vec<String>)>]) -> Result<(), TestCaseError> {
         prop_assert_eq!(found, wanted);
         Ok(())
     }
-    let mut edited = Assembly::new("c".into());
+    let mut edited = Parts::default();
     let mut parts: BTreeMap<u8, Vec<String>> = BTreeMap::new();
     for edit in edits {
-        let before = Arc::clone(edited.state());
-        let changed = edited.update(edit.iter().map(|(number, texts)| (part(*number), objects(&part(*number), texts))));
+        let before = edited.state();
+        let changed = edited.update(edit.iter().map(|(number, texts)| (number, texts)));
         parts.extend(edit.iter().cloned());
-        let mut fresh = Assembly::new("c".into());
+        let mut fresh = Parts::default();
         // In another order than that of their names.
-        fresh.update(parts.iter().rev().map(|(number, texts)| (part(*number), objects(&part(*number), texts))));
-        same(edited.state(), fresh.state())?;
-        same(&changed, &difference(&before, edited.state()))?;
-        let endpoints = edited.state().cluster.endpoints.iter();
-        for (id, endpoint) in endpoints {
+        fresh.update(parts.iter().rev());
+        let state = edited.state();
+        same(&state, &fresh.state())?;
+        same(&edited.diagnostics(), &fresh.diagnostics())?;
+        same(&changed, &difference(&before, &state))?;
+        for (id, endpoint) in &state.cluster.endpoints {
             for address in &endpoint.addresses {
-                same(&edited.owner(*address), &Some(id))?;
+                same(&edited.assembly().owner(*address), &Some(id))?;
             }
         }
     }
-    edited.update(parts.keys().map(|number| (part(*number), Vec::new())));
-    same(&**edited.state(), &ClusterState::default())
+    edited.update(parts.keys().map(|number| (number, &NOTHING)));
+    same(&edited.diagnostics(), &Vec::new())?;
+    same(&*edited.state(), &ClusterState::default())
 }
 
 proptest! {

@@ -489,9 +489,8 @@ impl PublishSession {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
 
-    use hanse_api::assemble::{Assembly, Changed};
+    use hanse_api::assemble::{Assembly, Candidates, Changed};
     use hanse_api::manifest::{Manifests, read_bytes};
 
     use super::*;
@@ -554,14 +553,15 @@ mod tests {
             vec![NODE.to_owned()],
             vec![q, p],
         ];
-        let mut source = Assembly::new("c".into());
+        let (mut source, mut candidates) = (Assembly::new("c".into()), Candidates::default());
         let mut kept = Publisher::new(1);
         let mut heard: BTreeMap<u64, Bytes> = BTreeMap::new();
         for state in states.iter().chain(states.iter().rev()) {
             let mut read = Manifests::default();
             read_bytes(&"c.yaml".into(), state.join("---\n").as_bytes(), &mut read);
             assert_eq!(read.diagnostics, []);
-            let changed = source.update([(Path::new("c.yaml").into(), read.objects)]);
+            candidates.replace_all(read.objects);
+            let changed = source.update(candidates.take_changes());
             let cluster = &source.state().cluster;
             let (after, news) = (kept.position().revision, kept.publish(cluster, exports(&changed)));
             let mut fresh = Publisher::new(1);

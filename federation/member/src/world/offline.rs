@@ -3,10 +3,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::path::Path;
 use std::sync::Arc;
 
-use hanse_api::assemble::{ClusterState, assemble_cluster, assemble_federation};
+use hanse_api::assemble::{Candidates, ClusterState, assemble_cluster, assemble_federation};
 use hanse_api::clusters::select_clusters;
 use hanse_api::hanse::Member;
 use hanse_api::manifest::{Manifest as Written, Manifests, read_bytes};
@@ -21,7 +20,7 @@ use serde_json::{Value, json};
 use super::World;
 use crate::exchange::model::{Change, ClusterRecord, Lease, Manifest, ManifestKind, Position, Updates};
 use crate::own_streams::Ends;
-use crate::source::News;
+use crate::source::Changes;
 
 const WORLDS: u64 = 150;
 const PACKETS: usize = 60;
@@ -284,8 +283,9 @@ fn a_member_enforces_what_offline_explain_says() {
         let mut worlds: BTreeMap<&ClusterName, World> = BTreeMap::new();
         for (name, local) in &written {
             let mut world = World::new(name.clone(), UnknownPods::default(), Ends::default());
-            let parts = vec![(Path::new("cluster.yaml").into(), read(local))];
-            world.take_local(News { parts, problems: Vec::new(), revision: 1 });
+            let mut candidates = Candidates::default();
+            candidates.replace_all(read(local));
+            world.take_local(Changes { objects: candidates.take_changes(), problems: Vec::new(), revision: 1 });
             let changes = sent(name, &objects, &offline.members, &clusters);
             world.receive(Updates { changes, in_force: Position { epoch: 1, revision: 1 } });
             world.compile().expect("the hub was heard");

@@ -1,0 +1,203 @@
+//! A directory of manifests, polled.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use hanse_api::Diagnostic;
+use hanse_api::assemble::Position;
+use hanse_api::files::{self, Listing};
+use hanse_api::manifest::{Manifests, read_bytes};
+
+use super::{Event, Known, Source};
+
+#[cfg(test)]
+mod tests;
+
+/// Reads the manifests at and below a path. A file that is removed takes its objects along. A directory without any manifest,
+/// such as the mount point of a volume that is not mounted, counts as unreadable.
+///
+/// A file counts when it looked the same twice in a row, so that a file is not read while it is written; it is gone when it was
+/// missing twice. So edits apply at the second poll.
+#[derive(Debug)]
+pub struct Directory {
+    path: Arc<Path>,
+    files: BTreeMap<Arc<Path>, File>,
+    /// What cannot be listed, and why: the directory itself, or something below it.
+    unlisted: BTreeMap<PathBuf, String>,
+    /// The directory was listed since the start.
+    is_listed: bool,
+}
+
+#[derive(Debug, Default)]
+struct File {
+    /// How it looked when it was read.
+    read: Option<Stamp>,
+    /// How it looked last, where that differs.
+    settling: Option<Stamp>,
+    is_missing: bool,
+}
+
+/// What differs when a file was written or replaced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Stamp {
+    modified: Option<SystemTime>,
+    length: u64,
+    inode: u64,
+}
+
+/// The problem of a directory without a manifest.
+const NO_MANIFESTS: &str = "has no manifests (.yaml, .yml or .json); the last version stays in force: to remove its objects, remove the \
+                            directory, or leave one manifest in the source itself, such as a Namespace";
+/// The problem of a file without a document that had objects.
+const EMPTY: &str = "is empty; the last version stays in force: remove the file to remove its objects";
+
+impl Directory {
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.into(), files: BTreeMap::new(), unlisted: BTreeMap::new(), is_listed: false }
+    }
+
+    /// Lists the directory, and reports what became unreadable, and what is readable again.
+    fn list(&mut self, known: &Known, events: &mut Vec<Event>) -> Listing {
+        let listing = files::list(&self.path);
+        let mut listing = listing.unwrap_or_else(|error| Listing { unread: vec![error], ..Listing::default() });
+        let problem = |why: &dyn std::fmt::Display| format!("cannot be read: {why}; the last version stays in force");
+        let unread = listing.unread.drain(..).map(|it| (it.path, problem(&it.source)));
+        let mut unlisted: BTreeMap<PathBuf, String> = unread.collect();
+        if !unlisted.contains_key(&*self.path) {
+            let emptied = self.emptied(&listing.files, known);
+            unlisted.extend(emptied.into_iter().map(|path| (path, NO_MANIFESTS.to_owned())));
+        }
+        let released = self.unlisted.keys().filter(|path| !unlisted.contains_key(*path));
+        events.extend(released.map(|path| Event::Release(path.as_path().into())));
+        for (path, problem) in unlisted.iter().filter(|(path, problem)| self.unlisted.get(*path) != Some(problem)) {
+            events.push(Event::Retain(path.as_path().into(), vec![Diagnostic::of_file(path, problem.clone())]));
+        }
+        self.unlisted = unlisted;
+        listing
+    }
+
+    fn is_hidden(&self, path: &Path) -> bool {
+        !self.unlisted.is_empty() && path.ancestors().any(|it| self.unlisted.contains_key(it))
+    }
+
+    /// Directories that exist and have no manifest where they had some: a volume that is not mounted, or a checkout that failed.
+    /// At the first poll, the source itself also where it never had any. `listed` is sorted.
+    fn emptied(&self, listed: &[PathBuf], known: &Known) -> BTreeSet<PathBuf> {
+        let is_missing = |path: &&Arc<Path>| listed.binary_search_by(|file| file.as_path().cmp(path)).is_err();
+        let topmost = |path: &Arc<Path>| {
+            let above = path.ancestors().skip(1).take_while(|it| it.starts_with(&self.path));
+            let without = above.take_while(|directory| {
+                let next = listed.partition_point(|file| file.as_path() < *directory);
+                listed.get(next).is_none_or(|file| !file.starts_with(directory))
+            });
+            without.filter(|directory| directory.is_dir()).last().map(Path::to_owned)
+        };
+        if !self.is_listed {
+            let source = listed.is_empty().then(|| self.path.to_path_buf());
+            let kept = known.unloaded().filter(|path| path.starts_with(&self.path));
+            return kept.filter(is_missing).filter_map(topmost).chain(source).collect();
+        }
+        // At the second poll: the only file of a directory may be about to be replaced.
+        let was_missing = |(path, file): &(&Arc<Path>, &File)| file.is_missing || self.is_hidden(path);
+        self.files.iter().filter(was_missing).map(|(path, _)| path).filter(is_missing).filter_map(topmost).collect()
+    }
+
+    /// Reports the files that are gone.
+    fn remove_missing(&mut self, listed: &[PathBuf], events: &mut Vec<Event>) {
+        let mut gone = Vec::new();
+        let hidden: BTreeSet<Arc<Path>> = self.files.keys().filter(|path| self.is_hidden(path)).cloned().collect();
+        self.files.retain(|path, file| {
+            let exists = listed.binary_search_by(|it| it.as_path().cmp(path)).is_ok() || hidden.contains(path);
+            let is_gone = !exists && std::mem::replace(&mut file.is_missing, !exists);
+            if is_gone {
+                gone.push(Event::Remove(Arc::clone(path)));
+            }
+            !is_gone
+        });
+        events.append(&mut gone);
+    }
+}
+
+impl Source for Directory {
+    fn poll(&mut self, known: &mut Known) -> Vec<Event> {
+        let mut events = Vec::new();
+        // Files that were read by an earlier process.
+        for origin in known.origins().filter(|origin| origin.starts_with(&self.path)) {
+            if !self.files.contains_key(origin) {
+                self.files.insert(Arc::clone(origin), File::default());
+            }
+        }
+        let listing = self.list(known, &mut events);
+        let everything: Arc<Path> = Path::new("").into();
+        if self.unlisted.contains_key(&*self.path) {
+            // The last good state of an earlier process is as good as one of this process.
+            if !self.is_listed && known.load(&self.path) {
+                self.is_listed = true;
+                events.push(Event::Synced(everything));
+            }
+            return events;
+        }
+        let is_first = !std::mem::replace(&mut self.is_listed, true);
+        self.remove_missing(&listing.files, &mut events);
+        for path in listing.files {
+            // It is gone by now, or the next listing says why it cannot be read.
+            let Some(stamp) = stamp(&path) else { continue };
+            let path: Arc<Path> = path.into();
+            let file = self.files.entry(Arc::clone(&path)).or_default();
+            file.is_missing = false;
+            if file.read.as_ref() == Some(&stamp) {
+                file.settling = None;
+            } else if !is_first && file.settling.as_ref() != Some(&stamp) {
+                file.settling = Some(stamp);
+            } else {
+                (file.settling, file.read) = (None, Some(stamp));
+                read(&path, known, &mut events);
+            }
+        }
+        if is_first {
+            events.push(Event::Synced(everything));
+        }
+        events
+    }
+}
+
+/// Reads one file.
+fn read(path: &Arc<Path>, known: &mut Known, events: &mut Vec<Event>) {
+    let mut read = Manifests::default();
+    let bytes = files::read_file(path);
+    match &bytes {
+        // An editor, or a copy, that was cut short.
+        Ok(bytes) if bytes.trim_ascii().is_empty() && known.has_good_objects(path) => {
+            read.diagnostics.push(Diagnostic::of_file(path, EMPTY.to_owned()));
+        }
+        Ok(bytes) => read_bytes(&path.to_string_lossy().into(), bytes, &mut read),
+        Err(error) => read.diagnostics.push(Diagnostic::of_file(path, error.to_string())),
+    }
+    let is_good = read.diagnostics.is_empty();
+    events.push(match is_good {
+        true => Event::Release(Arc::clone(path)),
+        false => Event::Retain(Arc::clone(path), read.diagnostics),
+    });
+    events.push(Event::Relist(Arc::clone(path)));
+    for (index, manifest) in (0..).zip(read.objects.into_iter().chain(read.in_doubt)) {
+        let (position, manifest) = (Position { origin: Arc::clone(path), index }, Box::new(manifest));
+        events.push(match is_good {
+            true => Event::Upsert(position, manifest),
+            false => Event::Partial(position, manifest),
+        });
+    }
+    events.push(Event::Synced(Arc::clone(path)));
+    if let Ok(text) = bytes
+        && is_good
+    {
+        events.push(Event::Keep(Arc::clone(path), text));
+    }
+}
+
+fn stamp(path: &Path) -> Option<Stamp> {
+    use std::os::unix::fs::MetadataExt as _;
+    let metadata = path.metadata().ok()?;
+    Some(Stamp { modified: metadata.modified().ok(), length: metadata.len(), inode: metadata.ino() })
+}

@@ -1,0 +1,337 @@
+use hanse_api::assemble::Assembly;
+
+use hanse_runtime::health::{Health, Writes};
+
+use super::*;
+use crate::source::LastGood;
+
+const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: a}\nstatus: {podIP: 10.0.0.1}\n";
+
+struct World {
+    folder: tempfile::TempDir,
+    source: LastGood<Directory>,
+    /// What its changes come to, which a member that starts again does not know.
+    assembly: Assembly,
+}
+
+impl World {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let source = Self::open(folder.path());
+        Self { folder, source, assembly: Assembly::new("c".into()) }
+    }
+
+    fn open(folder: &Path) -> LastGood<Directory> {
+        let directory = Directory::new(&folder.join("cluster"));
+        LastGood::new(directory, &folder.join("data"), Writes::new(&Health::default()))
+    }
+
+    /// A member that starts again on the same files.
+    fn restart(&mut self) {
+        self.source = Self::open(self.folder.path());
+        self.assembly = Assembly::new("c".into());
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join("cluster").join(name)
+    }
+
+    /// In place, as a shell does it; a file's time may stand still, so its length must differ.
+    fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.path(name), text).expect("written");
+    }
+
+    /// What is new after two looks: pods, problems.
+    fn settled(&mut self) -> Option<(Vec<String>, Vec<Diagnostic>)> {
+        assert!(self.source.poll().is_none(), "it may be half written");
+        self.look()
+    }
+
+    fn look(&mut self) -> Option<(Vec<String>, Vec<Diagnostic>)> {
+        let changes = self.source.poll()?;
+        self.assembly.update(changes.objects);
+        let state = self.assembly.state();
+        let pods = state.cluster.endpoints.keys().map(|id| id.name.to_string()).collect();
+        Some((pods, changes.problems))
+    }
+}
+
+fn pod(name: &str, address: &str) -> String {
+    POD.replace("name: p", &format!("name: {name}")).replace("10.0.0.1", address)
+}
+
+fn check(world: &mut World, pods: &[&str], problems: usize) -> Vec<Diagnostic> {
+    let (found, told) = world.settled().expect("news");
+    assert_eq!((found.iter().map(String::as_str).collect::<Vec<_>>(), told.len()), (pods.to_vec(), problems));
+    assert!(world.look().is_none() && world.look().is_none(), "no more news");
+    told
+}
+
+#[test]
+fn a_broken_file_keeps_its_last_good_state() {
+    let mut world = World::new();
+    assert!(world.look().is_none(), "a directory that cannot be read is not an empty one");
+    std::fs::create_dir(world.path("")).expect("made");
+    world.write("pod.yaml", POD);
+    assert_eq!(world.look().expect("the first look takes what is there"), (vec!["p".to_owned()], vec![]));
+    world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
+    let told = check(&mut world, &["p"], 1);
+    assert!(told[0].location.file.ends_with("pod.yaml") && told[0].location.line >= 2, "{told:?}");
+    world.write("other.yaml", &pod("q", "10.0.0.2"));
+    check(&mut world, &["p", "q"], 1);
+    let (cluster, away) = (world.path(""), world.folder.path().join("away"));
+    std::fs::rename(&cluster, &away).expect("renamed");
+    let (pods, told) = world.look().expect("the problem is news");
+    assert_eq!((pods.len(), told.len()), (2, 2), "what cannot be listed stays");
+    assert!(world.look().is_none());
+    std::fs::rename(&away, &cluster).expect("renamed");
+    assert_eq!(world.look().expect("listed again").1.len(), 1);
+    std::fs::remove_file(world.path("pod.yaml")).expect("removed");
+    check(&mut world, &["q"], 0);
+}
+
+#[test]
+fn the_last_good_state_outlives_a_restart() {
+    let mut world = World::new();
+    std::fs::create_dir(world.path("")).expect("made");
+    world.write("pod.yaml", POD);
+    let first = world.source.poll().expect("read").revision;
+    world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
+    world.restart();
+    let read = world.source.poll().expect("read");
+    assert!(read.revision > first, "revisions grow across a restart");
+    assert_eq!((read.objects.len(), read.problems.len()), (1, 1));
+    world.assembly.update(read.objects);
+    // Gone while nobody looked, and here again, broken from the start.
+    world.write("other.yaml", "apiVersion: v1\nkind: Namespace\nmetadata: {name: other}\n");
+    std::fs::remove_file(world.path("pod.yaml")).expect("removed");
+    check(&mut world, &[], 0);
+    world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
+    check(&mut world, &[], 1);
+    // What can be read of it is taken, though what is wrong with it stays the same.
+    world.write("pod.yaml", &format!("{}---\n{POD}---\napiVersion: v1\nkind: [\n", pod("p", "10.0.0.9")));
+    check(&mut world, &["p"], 2);
+    world.write(
+        "pod.yaml",
+        &format!("{}---\n{}---\napiVersion: v1\nkind: [\n", pod("p", "10.0.0.9"), pod("q", "10.0.0.1")),
+    );
+    check(&mut world, &["p", "q"], 1);
+    // A kept state that was damaged is none.
+    world.write("pod.yaml", POD);
+    check(&mut world, &["p"], 0);
+    let name = blake3::hash(world.path("pod.yaml").as_os_str().as_encoded_bytes()).to_hex();
+    let kept = world.folder.path().join("data/source").join(format!("{name}.kept"));
+    let mut bytes = std::fs::read(&kept).expect("kept");
+    // Another address, which would be read as well.
+    let last = bytes.iter().rposition(|byte| *byte == b'1').expect("10.0.0.1");
+    bytes[last] = b'2';
+    std::fs::write(&kept, bytes).expect("written");
+    world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
+    world.restart();
+    assert_eq!(world.look().expect("read").0.len(), 0);
+}
+
+/// Of a file that never was good the rest is taken, and a policy of which something is not known as far as it closes.
+#[test]
+fn a_policy_that_never_was_known_whole_closes() {
+    let policy = |spec: &str| {
+        let head = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: a}\n";
+        format!("{head}spec: {spec}\n")
+    };
+    let rules = |world: &World| {
+        let state = world.assembly.state();
+        let policies = state.layer.policies.values();
+        let rules = policies.map(|it| it.ingress.iter().flatten().map(|rule| rule.not_understood.is_some()).collect());
+        rules.collect::<Vec<Vec<bool>>>()
+    };
+    let mut world = World::new();
+    std::fs::create_dir(world.path("")).expect("made");
+    world.write("a.yaml", &format!("{POD}---\n{}", policy("{podSelector: {}, ingress: [{from: [], newer: 1}]}")));
+    let (pods, told) = world.look().expect("read");
+    assert_eq!((pods, told.len(), rules(&world)), (vec!["p".to_owned()], 1, vec![vec![true]]));
+    world.write("a.yaml", &format!("{POD}---\n{}", policy("{podSelector: {}, ingress: [{from: []}]}")));
+    check(&mut world, &["p"], 0);
+    assert_eq!(rules(&world), [[false]]);
+    // Where an earlier version is known, that is what holds; also where a slip makes another kind of it.
+    for slip in [
+        policy("{podSelector: {}, newer: 1, ingress: [{}, {}]}"),
+        policy("{podSelector: {}}").replace("NetworkPolicy", "NetworkPolcy"),
+    ] {
+        world.write("a.yaml", &format!("{POD}---\n{slip}"));
+        check(&mut world, &["p"], 1);
+        assert_eq!(rules(&world), [[false]]);
+    }
+}
+
+/// A link whose target is away stands for a mount that is: neither its files nor its neighbours are taken for gone.
+#[test]
+fn what_cannot_be_looked_at_is_not_gone() {
+    use std::os::unix::fs::symlink;
+    let mut world = World::new();
+    std::fs::create_dir_all(world.path("../volume")).expect("made");
+    world.write("a.yaml", &pod("p", "10.0.0.1"));
+    world.write("../volume/b.yaml", &pod("q", "10.0.0.2"));
+    symlink("../volume", world.path("mounted")).expect("linked");
+    symlink("../volume/b.yaml", world.path("c.yaml")).expect("linked");
+    assert_eq!(world.look().expect("read").0, ["p", "q"]);
+    let away = world.path("../away");
+    std::fs::rename(world.path("../volume"), &away).expect("renamed");
+    let (pods, told) = world.look().expect("the problems are news");
+    assert_eq!((pods, told.len()), (vec!["p".to_owned(), "q".to_owned()], 2 + 1), "both links; q is there twice");
+    assert!(world.look().is_none() && world.look().is_none());
+    // An edit beside it is taken.
+    world.write("a.yaml", &pod("r", "10.0.0.10"));
+    let (pods, _) = world.settled().expect("news");
+    assert_eq!(pods, ["q", "r"]);
+    // A restart meanwhile.
+    world.restart();
+    assert_eq!(world.look().expect("read").0, ["q", "r"]);
+    std::fs::rename(&away, world.path("../volume")).expect("renamed");
+    let (pods, told) = world.look().expect("no problem is news");
+    assert_eq!((pods, told.len()), (vec!["q".to_owned(), "r".to_owned()], 1));
+}
+
+#[test]
+fn a_start_without_the_source_begins_with_what_was_good() {
+    let mut world = World::new();
+    std::fs::create_dir(world.path("")).expect("made");
+    world.write("a.yaml", &pod("p", "10.0.0.1"));
+    world.write("b.yaml", &pod("q", "10.0.0.2"));
+    assert_eq!(world.look().expect("read").0, ["p", "q"]);
+    let (cluster, away) = (world.path(""), world.folder.path().join("away"));
+    std::fs::rename(&cluster, &away).expect("renamed");
+    world.restart();
+    let (pods, told) = world.look().expect("what was kept");
+    assert_eq!((pods, told.len()), (vec!["p".to_owned(), "q".to_owned()], 1), "{told:?}");
+    assert!(world.look().is_none());
+    std::fs::remove_file(away.join("a.yaml")).expect("removed");
+    std::fs::rename(&away, &cluster).expect("renamed");
+    assert_eq!(world.look().expect("the problem has gone").1, []);
+    let (pods, _) = world.look().expect("what is gone twice is gone");
+    assert_eq!(pods, ["q"]);
+}
+
+/// A volume that is not mounted leaves an empty directory, and so does a checkout that failed.
+#[test]
+fn a_directory_that_is_empty_keeps_what_was_read_last() {
+    let mut world = World::new();
+    std::fs::create_dir(world.path("")).expect("made");
+    assert!(world.look().is_none(), "nothing was ever read: unknown, not empty");
+    world.write("a.yaml", &pod("p", "10.0.0.1"));
+    world.write("b.yaml", &pod("q", "10.0.0.2"));
+    assert_eq!(world.look().expect("read"), (vec!["p".to_owned(), "q".to_owned()], vec![]));
+    for name in ["a.yaml", "b.yaml"] {
+        std::fs::remove_file(world.path(name)).expect("removed");
+    }
+    world.write("README.md", "of no kind that is read");
+    let (pods, told) = world.settled().expect("the problem is news");
+    assert_eq!((pods.len(), told.len()), (2, 1), "{told:?}");
+    assert!(told[0].message.contains("has no manifests"), "{told:?}");
+    assert!(world.look().is_none() && world.look().is_none());
+    world.restart();
+    let (pods, told) = world.look().expect("what was kept");
+    assert_eq!((pods.len(), told.len()), (2, 1), "{told:?}");
+    // One of them is back: the other is gone.
+    world.write("a.yaml", &pod("p", "10.0.0.1"));
+    assert_eq!(world.look().expect("the problem has gone").1, []);
+    let (pods, told) = world.look().expect("what is gone twice is gone");
+    assert_eq!((pods, told), (vec!["p".to_owned()], vec![]));
+}
+
+/// Below the source as well; one that is removed is removed.
+#[test]
+fn a_directory_below_that_is_empty_keeps_what_was_read_last() {
+    let mut world = World::new();
+    for directory in ["", "volume", "volume/deep"] {
+        std::fs::create_dir(world.path(directory)).expect("made");
+    }
+    world.write("a.yaml", &pod("p", "10.0.0.1"));
+    world.write("volume/deep/b.yaml", &pod("q", "10.0.0.2"));
+    assert_eq!(world.look().expect("read").0, ["p", "q"]);
+    std::fs::remove_dir_all(world.path("volume/deep")).expect("removed");
+    for _ in 0..2 {
+        let (pods, told) = world.settled().expect("the problem is news");
+        assert_eq!((pods, told.len()), (vec!["p".to_owned(), "q".to_owned()], 1), "{told:?}");
+        assert!(told[0].location.file.ends_with("volume"), "the topmost that is empty: {told:?}");
+        for _ in 0..4 {
+            assert!(world.look().is_none(), "and it stays so");
+        }
+        world.restart();
+        assert_eq!(world.look().expect("what was kept").1.len(), 1);
+        // What is edited beside it is taken.
+        world.write("a.yaml", &pod("p", "10.0.0.11"));
+        assert_eq!(world.settled().expect("news").0, ["p", "q"]);
+        std::fs::create_dir(world.path("volume/deep")).expect("made");
+        world.write("volume/deep/b.yaml", &pod("q", "10.0.0.22"));
+        assert_eq!(world.look().expect("the problem has gone").1, []);
+        assert!(world.look().is_some() && world.look().is_none(), "what is new in it is taken when it settled");
+        world.write("a.yaml", &pod("p", "10.0.0.1"));
+        world.settled().expect("news");
+        std::fs::remove_dir_all(world.path("volume/deep")).expect("removed");
+    }
+    std::fs::remove_dir(world.path("volume")).expect("removed");
+    assert!(world.look().is_none());
+    let (pods, told) = world.look().expect("what is gone twice is gone");
+    assert_eq!((pods, told), (vec!["p".to_owned()], vec![]));
+}
+
+/// Not brought back when the source, or another one, cannot be read later.
+#[test]
+fn what_went_while_nobody_looked_is_gone() {
+    let mut world = World::new();
+    std::fs::create_dir(world.path("")).expect("made");
+    world.write("a.yaml", &pod("p", "10.0.0.1"));
+    world.write("b.yaml", &pod("q", "10.0.0.2"));
+    assert_eq!(world.look().expect("read").0, ["p", "q"]);
+    std::fs::remove_file(world.path("a.yaml")).expect("removed");
+    world.restart();
+    assert_eq!(world.look().expect("read").0, ["q"]);
+    assert!(world.look().is_none());
+    std::fs::rename(world.path(""), world.folder.path().join("away")).expect("renamed");
+    world.restart();
+    assert_eq!(world.look().expect("what was kept").0, ["q"]);
+    let (cluster, data) = (world.folder.path().join("another"), world.folder.path().join("data"));
+    world.source = LastGood::new(Directory::new(&cluster), &data, Writes::new(&Health::default()));
+    assert!(world.look().is_none(), "nothing is known of it");
+}
+
+#[test]
+fn what_is_being_written_is_not_taken() {
+    let mut world = World::new();
+    std::fs::create_dir(world.path("")).expect("made");
+    world.write("a.yaml", &format!("{}---\n{}", pod("p", "10.0.0.1"), pod("q", "10.0.0.2")));
+    assert_eq!(world.look().expect("read").0.len(), 2);
+    // Truncated, then written part by part.
+    for text in ["", &pod("p", "10.0.0.1"), &format!("{}---\n{}", pod("p", "10.0.0.1"), pod("r", "10.0.0.22"))] {
+        world.write("a.yaml", text);
+        assert!(world.look().is_none(), "{text:?}");
+    }
+    let (pods, _) = world.look().expect("it settled");
+    assert_eq!(pods, ["p", "r"]);
+    // Moved away and written anew, as some editors save.
+    std::fs::rename(world.path("a.yaml"), world.path("a.yaml~")).expect("renamed");
+    assert!(world.look().is_none());
+    world.write("a.yaml", &format!("{}# saved\n", pod("p", "10.0.0.1")));
+    check(&mut world, &["p"], 0);
+    // An empty file is no word of its author's.
+    world.write("a.yaml", "\n");
+    check(&mut world, &["p"], 1);
+    world.restart();
+    assert_eq!(world.look().expect("read").0, ["p"]);
+}
+
+#[test]
+fn a_mounted_volume_is_swapped_as_a_whole() {
+    use std::os::unix::fs::symlink;
+    let mut world = World::new();
+    std::fs::create_dir_all(world.path("..1")).expect("made");
+    std::fs::create_dir_all(world.path("..2")).expect("made");
+    world.write("..1/a.yaml", &pod("p", "10.0.0.1"));
+    world.write("..2/a.yaml", &pod("q", "10.0.0.1"));
+    symlink("..1", world.path("..data")).expect("linked");
+    symlink("..data/a.yaml", world.path("a.yaml")).expect("linked");
+    assert_eq!(world.look().expect("read").0, ["p"]);
+    symlink("..2", world.path("..next")).expect("linked");
+    std::fs::rename(world.path("..next"), world.path("..data")).expect("swapped");
+    check(&mut world, &["q"], 0);
+}

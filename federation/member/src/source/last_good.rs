@@ -1,0 +1,266 @@
+//! Keeps what was last read well of any source, also across restarts: "cannot be read" is never taken for "empty".
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
+use std::path::Path;
+use std::sync::Arc;
+
+use hanse_api::Diagnostic;
+use hanse_api::assemble::{Candidates, ObjectKey, Position};
+use hanse_api::manifest::Manifest;
+use hanse_runtime::health::Writes;
+
+use super::kept::Kept;
+use super::{Changes, Event, LoggedProblems, Source};
+
+#[cfg(test)]
+mod tests;
+
+/// A source, with the last good state of what it cannot read.
+#[derive(Debug)]
+pub struct LastGood<S> {
+    source: S,
+    known: Known,
+    logged: LoggedProblems,
+    /// Changes were reported.
+    is_started: bool,
+}
+
+/// The objects in force, by their origins.
+#[derive(Debug)]
+pub struct Known {
+    candidates: Candidates,
+    origins: BTreeMap<Arc<Path>, Origin>,
+    /// Origins that were good before this start and were not met since.
+    unloaded: BTreeSet<Arc<Path>>,
+    /// Scopes that cannot be read.
+    retained: BTreeMap<Arc<Path>, Vec<Diagnostic>>,
+    /// When the listing of each scope began that is not synced.
+    listing: BTreeMap<Arc<Path>, u64>,
+    /// Counts events.
+    clock: u64,
+    /// Everything was synced once.
+    is_synced: bool,
+    /// The texts of origins that did not come back are to be removed.
+    sweeps: bool,
+    kept: Kept,
+}
+
+#[derive(Debug, Default)]
+struct Origin {
+    /// It was read completely, now or earlier.
+    is_good: bool,
+    /// The objects, with the time when each was sent last.
+    objects: HashMap<(Arc<ObjectKey>, u32), u64>,
+}
+
+impl<S: Source> LastGood<S> {
+    /// `data`: the folder of the member's files. `writes` reports what cannot be written there.
+    pub fn new(source: S, data: &Path, writes: Writes) -> Self {
+        let kept = Kept::open(data, writes);
+        let known = Known {
+            candidates: Candidates::default(),
+            origins: BTreeMap::new(),
+            unloaded: kept.origins().collect(),
+            retained: BTreeMap::new(),
+            listing: BTreeMap::new(),
+            clock: 0,
+            is_synced: false,
+            sweeps: false,
+            kept,
+        };
+        Self { source, known, logged: LoggedProblems::default(), is_started: false }
+    }
+
+    /// What changed since the last call. `None`: nothing, or nothing is known yet. May block.
+    pub fn poll(&mut self) -> Option<Changes> {
+        let known = &mut self.known;
+        known.kept.retry();
+        let sweeps = std::mem::take(&mut known.sweeps);
+        let events = self.source.poll(known);
+        let mut changed = false;
+        for event in events {
+            changed |= known.apply(event);
+        }
+        if sweeps {
+            known.sweep();
+        }
+        if !known.is_synced {
+            self.logged.log(&known.problems());
+            return None;
+        }
+        if !changed && self.is_started {
+            return None;
+        }
+        self.is_started = true;
+        let objects = known.candidates.take_changes();
+        Some(Changes { objects, problems: known.problems(), revision: known.kept.advance() })
+    }
+}
+
+impl Known {
+    /// The origins that have objects in force, or were read without any.
+    pub fn origins(&self) -> impl Iterator<Item = &Arc<Path>> {
+        self.origins.keys()
+    }
+
+    /// The origins that were good before this start and were not met since.
+    pub fn unloaded(&self) -> impl Iterator<Item = &Arc<Path>> {
+        self.unloaded.iter()
+    }
+
+    /// Whether an origin has objects from a complete reading.
+    pub fn has_good_objects(&mut self, origin: &Path) -> bool {
+        self.load(origin);
+        self.origins.get(origin).is_some_and(|it| it.is_good && !it.objects.is_empty())
+    }
+
+    /// Restores the last good state of what is in a scope; whether there is any.
+    pub fn load(&mut self, scope: &Path) -> bool {
+        for origin in within(&self.unloaded, scope) {
+            self.unloaded.remove(&origin);
+            let Some(objects) = self.kept.restore(&origin) else { continue };
+            for (index, manifest) in (0..).zip(objects) {
+                self.put(Position { origin: Arc::clone(&origin), index }, manifest);
+            }
+            self.origins.entry(origin).or_default().is_good = true;
+        }
+        self.origins.range::<Path, _>(from(scope)).next().is_some_and(|(origin, _)| origin.starts_with(scope))
+    }
+
+    /// Whether an event changed what is in force, or what is known to be wrong.
+    fn apply(&mut self, event: Event) -> bool {
+        self.clock += 1;
+        match event {
+            Event::Upsert(position, manifest) => {
+                self.unloaded.remove(&position.origin);
+                self.put(position, *manifest);
+                true
+            }
+            Event::Partial(position, manifest) => {
+                let is_used = !self.is_good(&position.origin);
+                if is_used {
+                    self.put(position, *manifest);
+                }
+                is_used
+            }
+            Event::Delete(position, key) => self.delete(&position, &key),
+            Event::Remove(scope) => {
+                self.remove(&scope);
+                true
+            }
+            Event::Retain(scope, problems) => {
+                self.load(&scope);
+                self.retained.insert(scope, problems.clone()).is_none_or(|before| before != problems)
+            }
+            Event::Release(scope) => self.retained.remove(&scope).is_some(),
+            Event::Relist(scope) => {
+                self.listing.insert(scope, self.clock);
+                false
+            }
+            Event::Synced(scope) => self.synced(&scope),
+            Event::Keep(origin, text) => {
+                self.unloaded.remove(&origin);
+                self.origins.entry(Arc::clone(&origin)).or_default().is_good = true;
+                self.kept.keep(origin, text);
+                true
+            }
+        }
+    }
+
+    fn is_good(&mut self, origin: &Path) -> bool {
+        self.load(origin);
+        self.origins.get(origin).is_some_and(|it| it.is_good)
+    }
+
+    fn put(&mut self, position: Position, manifest: Manifest) {
+        let (origin, index) = (Arc::clone(&position.origin), position.index);
+        let key = self.candidates.put(position, manifest);
+        self.origins.entry(origin).or_default().objects.insert((key, index), self.clock);
+    }
+
+    fn delete(&mut self, position: &Position, key: &ObjectKey) -> bool {
+        let Some(origin) = self.origins.get_mut(&position.origin) else { return false };
+        let Some(key) = self.candidates.remove(position, key) else { return false };
+        origin.objects.remove(&(key, position.index));
+        true
+    }
+
+    fn remove(&mut self, scope: &Path) {
+        for origin in within(&self.unloaded, scope) {
+            self.unloaded.remove(&origin);
+            self.kept.forget(&origin);
+        }
+        for origin in within_keys(&self.origins, scope) {
+            for (key, index) in self.origins.remove(&origin).unwrap_or_default().objects.into_keys() {
+                self.candidates.remove(&Position { origin: Arc::clone(&origin), index }, &key);
+            }
+            self.kept.forget(&origin);
+        }
+        for scope in within_keys(&self.retained, scope) {
+            self.retained.remove(&scope);
+        }
+    }
+
+    /// Deletes what was not sent since the listing of a scope began, unless it is the last good state of what cannot be read.
+    fn synced(&mut self, scope: &Arc<Path>) -> bool {
+        let mut changed = false;
+        if let Some(began) = self.listing.remove(scope) {
+            for path in within_keys(&self.origins, scope) {
+                let is_retained = self.is_retained(&path);
+                let Some(origin) = self.origins.get_mut(&path) else { continue };
+                if is_retained && origin.is_good {
+                    continue;
+                }
+                let unsent: Vec<_> = origin.objects.extract_if(|_, sent| *sent < began).collect();
+                let is_gone = origin.objects.is_empty() && !unsent.is_empty() && path != *scope;
+                changed |= !unsent.is_empty();
+                for ((key, index), _) in unsent {
+                    self.candidates.remove(&Position { origin: Arc::clone(&path), index }, &key);
+                }
+                if is_gone {
+                    self.origins.remove(&path);
+                    self.kept.forget(&path);
+                }
+            }
+        }
+        if scope.as_os_str().is_empty() {
+            changed |= !self.is_synced;
+            (self.is_synced, self.sweeps) = (true, true);
+        }
+        changed
+    }
+
+    fn is_retained(&self, origin: &Path) -> bool {
+        !self.retained.is_empty() && origin.ancestors().any(|scope| self.retained.contains_key(scope))
+    }
+
+    /// Removes the texts of origins that did not come back: they would be restored when the source cannot be read later.
+    fn sweep(&mut self) {
+        for origin in std::mem::take(&mut self.unloaded) {
+            self.kept.forget(&origin);
+        }
+    }
+
+    /// Everything that is wrong now.
+    fn problems(&self) -> Vec<Diagnostic> {
+        self.retained.values().flatten().chain(self.candidates.diagnostics()).cloned().collect()
+    }
+}
+
+fn from(scope: &Path) -> (Bound<&Path>, Bound<&Path>) {
+    (Bound::Included(scope), Bound::Unbounded)
+}
+
+/// The paths that are `scope` or below it.
+fn within(paths: &BTreeSet<Arc<Path>>, scope: &Path) -> Vec<Arc<Path>> {
+    paths.range::<Path, _>(from(scope)).take_while(|path| path.starts_with(scope)).cloned().collect()
+}
+
+fn within_keys<V>(paths: &BTreeMap<Arc<Path>, V>, scope: &Path) -> Vec<Arc<Path>> {
+    paths
+        .range::<Path, _>(from(scope))
+        .take_while(|(path, _)| path.starts_with(scope))
+        .map(|(path, _)| path.clone())
+        .collect()
+}
