@@ -189,7 +189,7 @@ impl ObjectDescription {
         if self.clusters.is_empty() {
             output::line("none of the clusters that must enforce it has joined")?;
         } else {
-            let mut table = output::table(["CLUSTER", "STATE", "NODES", "HEARD", "WHY"]);
+            let mut table = output::table(["CLUSTER", "STATE", "NODES", "LAST DATA", "WHY"]);
             for it in &self.clusters {
                 let age = it.age_ms.map(|age| output::length(Duration::from_millis(age)));
                 let nodes = format!("{} of {}", it.nodes_enforcing, it.nodes);

@@ -137,7 +137,7 @@ impl Target {
             _ if is("refused") => ("refused", ""),
             _ if is("lagging") => ("lagging", ""),
             (Condition::Enforced, _) if clusters.is_empty() => {
-                ("lagging", "a cluster to join: it selects none that has joined")
+                ("lagging", "a cluster to join: none of those that it selects has joined")
             }
             (Condition::Enforced, _) => ("enforced", ""),
             (Condition::Deleted, 0) => ("deleted", ""),
