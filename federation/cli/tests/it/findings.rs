@@ -347,22 +347,22 @@ fn rules_that_types_leave_out_are_found() {
     const EGRESS: &str = "  egress: [{action: Allow}, {action: Deny}]\n";
     const INGRESS: &str = "  ingress: [{action: Allow}]\n";
     let cases: Vec<(String, &[(&str, &str)])> = vec![
-        (kubernetes("  policyTypes: [Ingress]\n  egress: [{}]\n"), &[("egress[0]", "policyTypes leaves out Egress")]),
-        (kubernetes("  policyTypes: [Egress]\n  ingress: [{}]\n"), &[("ingress[0]", "policyTypes leaves out Ingress")]),
+        (kubernetes("  policyTypes: [Ingress]\n  egress: [{}]\n"), &[("egress[0]", "policyTypes omits Egress")]),
+        (kubernetes("  policyTypes: [Egress]\n  ingress: [{}]\n"), &[("ingress[0]", "policyTypes omits Ingress")]),
         (kubernetes("  policyTypes: [Ingress, Egress]\n  egress: [{}]\n"), &[]),
         (kubernetes("  policyTypes: [Ingress]\n  egress: []\n"), &[]),
         (kubernetes("  egress: [{}]\n"), &[]),
         (
             calico("NetworkPolicy", "name: p, namespace: app", &format!("  types: [Ingress]\n{EGRESS}")),
-            &[("egress[0]", "types leaves out Egress")],
+            &[("egress[0]", "types omits Egress")],
         ),
         (
             calico("GlobalNetworkPolicy", "name: p", &format!("  types: [Egress]\n{INGRESS}")),
-            &[("ingress[0]", "types leaves out Ingress")],
+            &[("ingress[0]", "types omits Ingress")],
         ),
         (
             calico("StagedNetworkPolicy", "name: p, namespace: app", &format!("  types: [Ingress]\n{EGRESS}")),
-            &[("egress[0]", "types leaves out Egress")],
+            &[("egress[0]", "types omits Egress")],
         ),
         (
             calico(
@@ -370,10 +370,10 @@ fn rules_that_types_leave_out_are_found() {
                 "name: p, namespace: app",
                 "  podSelector: {}\n  policyTypes: [Ingress]\n  egress: [{}]\n",
             ),
-            &[("egress[0]", "policyTypes leaves out Egress")],
+            &[("egress[0]", "policyTypes omits Egress")],
         ),
         (calico("GlobalNetworkPolicy", "name: p", EGRESS), &[]),
-        (stored(&format!("  types: [ingress]\n{EGRESS}")), &[("egress[0]", "types leaves out Egress")]),
+        (stored(&format!("  types: [ingress]\n{EGRESS}")), &[("egress[0]", "types omits Egress")]),
         // Without types a stored policy is of both directions.
         (stored(EGRESS), &[]),
     ];
@@ -568,7 +568,7 @@ fn cluster_policies_of_equal_priority_that_contradict_each_other_are_found() {
         let found = found("HN021", &manifests);
         assert_eq!(found.len(), usize::from(expected), "{title}: {found:?}");
         for (rule, message) in &found {
-            let parts = ["gress[0] of ClusterNetworkPolicy a, which has priority 7 too", "up to the implementation"];
+            let parts = ["gress[0] of ClusterNetworkPolicy a, which has the same priority 7", "to the implementation"];
             assert!(
                 rule.ends_with("gress[0]") && parts.iter().all(|part| message.contains(part)),
                 "{title}: {message}"
