@@ -54,7 +54,7 @@ fn ask(documents: &[String]) -> Vec<Answer> {
 
 /// What we refuse and Kubernetes does not; a wrong key only where a later one takes its mapping's place.
 const STRICTER: [&str; 6] = [
-    "stands twice",
+    "duplicate ",
     "after the end of the document",
     "a second document",
     "nested deeper",

@@ -22,7 +22,7 @@ pub fn parse_net(text: &str) -> Result<IpNet, String> {
     parse().ok_or_else(|| format!("\"{text}\" is not a CIDR, such as 10.9.8.0/24 or 2001:db8::/64"))
 }
 
-/// A CIDR as API servers take it in an `ipBlock` and of a node: zeros may stand before the numbers of an IPv4 address, and of the prefix.
+/// A CIDR as API servers accept it in an `ipBlock` and for a node: numbers of an IPv4 address, and the prefix, may have leading zeros.
 pub fn parse_block(text: &str) -> Result<IpNet, String> {
     let Some((address, prefix)) = text.split_once('/') else { return parse_net(text) };
     let digits = prefix.trim_start_matches('0');

@@ -121,7 +121,7 @@ pub fn read(reference: &Reference, kind: &str, node: Node<'_>) -> Result<Option<
     let Some(mut object) = read_kind(reference, kind, node)? else { return Ok(None) };
     if reference.api_version == CRD_API_VERSION {
         object.mark_as_stored().map_err(|error| {
-            let message = format!("{METADATA_ANNOTATION} does not hold metadata as JSON: {error}");
+            let message = format!("{METADATA_ANNOTATION} is not metadata in JSON: {error}");
             vec![FieldError { path: "metadata.annotations".to_owned(), message }]
         })?;
         return Ok(Some(object));
@@ -167,7 +167,7 @@ const METADATA_ANNOTATION: &str = "projectcalico.org/metadata";
 const DEFAULT_TIER_PREFIX: &str = "default.";
 
 /// Puts the v3 object's metadata in the place of the stored one's: its name, and labels and annotations over those that
-/// stand beside it (older versions store them there). Of a policy whose annotation has no name, the name is the stored
+/// are beside it (older versions store them there). Of a policy whose annotation has no name, the name is the stored
 /// one without its tier `default`.
 fn restore_metadata(metadata: &mut Metadata, is_policy: bool) -> Result<(), serde_json::Error> {
     let Some(text) = metadata.annotations.remove(METADATA_ANNOTATION) else { return Ok(()) };
@@ -335,7 +335,7 @@ pub fn convert_staged_action(text: Option<&str>, path: &Path<'_>, errors: &mut E
         Some("Learn") => StagedAction::Learn,
         Some("Ignore") => StagedAction::Ignore,
         Some(other) => {
-            errors.refuse(path, format!("\"{other}\" is none of Set, Delete, Learn, Ignore"));
+            errors.refuse(path, format!("\"{other}\" is not one of Set, Delete, Learn, Ignore"));
             StagedAction::Set
         }
     }
@@ -371,7 +371,7 @@ fn convert_policy(kind: PolicyKind, policy: &Resource<PolicySpec>, errors: &mut 
             errors.refuse(&hints_path.index(index), format!("\"{hint}\" is not AssumeNeededOnEveryNode"));
         }
     }
-    rule::refuse_twice(&spec.performance_hints, &hints_path, errors);
+    rule::refuse_duplicates(&spec.performance_hints, &hints_path, errors);
     for (text, name) in [
         (&spec.selector, "selector"),
         (&spec.namespace_selector, "namespaceSelector"),
@@ -438,7 +438,7 @@ fn check_policy_name(name: &str, is_global: bool, errors: &mut Errors) {
         let rest = ["knp.default.", "ossg.default."].iter().find_map(|prefix| name.strip_prefix(prefix));
         !is_global && rest.is_some_and(is_subdomain)
     };
-    // What is no name at all is complained of with the other metadata.
+    // An invalid name is reported with the other metadata.
     if is_subdomain(name) && name.matches('.').count() > 1 && !converted() {
         errors
             .refuse(&Path::Root("metadata.name"), "a policy is named by a-z 0-9 -, with a dot after the tier at most");
@@ -456,7 +456,7 @@ fn convert_staged_kubernetes(policy: &Resource<StagedKubernetesSpec>, errors: &m
     if has_no_types {
         errors.refuse(&types_path, "is empty: name Ingress, Egress or both, or leave it out");
     }
-    rule::refuse_twice(&spec.policy_types, &types_path, errors);
+    rule::refuse_duplicates(&spec.policy_types, &types_path, errors);
     let staged_action = policy.spec.staged_action.as_deref();
     let scope = peers_scope(&policy.metadata, errors);
     let id = PolicyId {

@@ -201,7 +201,7 @@ impl ClusterNetworkPolicy {
                 .with_written(format!("subject {}", written_fields([("namespaces", Some(namespaces))]))),
             (None, Some(pods)) => {
                 let path = subject_path.field("pods");
-                // Whom a policy is for has no reading that fails closed.
+                // The subject of a policy cannot fail closed.
                 for name in pods.other.keys() {
                     errors.add(&path.field(name), NOT_KNOWN);
                 }
@@ -265,7 +265,7 @@ impl Walk<'_> {
             "Deny" => Action::Deny,
             "Pass" => Action::Pass,
             other => {
-                errors.add(&path.field("action"), format!("\"{other}\" is none of Accept, Deny, Pass"));
+                errors.add(&path.field("action"), format!("\"{other}\" is not one of Accept, Deny, Pass"));
                 return;
             }
         };
@@ -314,7 +314,7 @@ impl Walk<'_> {
         }
         let reasons = ends.iter().filter_map(|end| end.as_ref().err());
         let mut reasons = reasons.chain(protocols.iter().filter_map(|part| part.as_ref().err()));
-        // What is asked for beside peers and protocols only narrows the rule.
+        // Unknown fields beside peers and protocols can only narrow the rule.
         let reason = reasons.next().cloned().or_else(|| not_known(&rule.other, path));
         for end in &ends {
             if let Ok(End::Nodes(selector)) = end {
@@ -377,7 +377,7 @@ impl Walk<'_> {
                     errors.add(&path.index(index), format!("longer than {MAX_NETWORK_CHARACTERS} characters"));
                 }
             }
-            refuse_doubles(networks, &path, errors);
+            refuse_duplicates(networks, &path, errors);
             let nets: Vec<IpNet> = networks
                 .iter()
                 .enumerate()
@@ -398,7 +398,7 @@ impl Walk<'_> {
             for (index, name) in names.iter().enumerate().filter(|(_, name)| !is_domain_name(name)) {
                 errors.add(&path.index(index), format!("\"{name}\" is not a domain name, such as *.example.org"));
             }
-            refuse_doubles(names, &path, errors);
+            refuse_duplicates(names, &path, errors);
             ends.push(Err("domainNames cannot be enforced yet".to_owned()));
         } else {
             match not_known(&peer.other, path) {
@@ -408,7 +408,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Nets of each family make a match of their own, since a rule with nets speaks of their families only.
+    /// Nets of each family make a match of their own, since a rule with nets matches their families only.
     fn nets(&self, nets: Vec<IpNet>, ends: &mut Vec<Part<End>>) {
         let (v4, v6): (Vec<IpNet>, Vec<IpNet>) = nets.into_iter().partition(|net| matches!(net, IpNet::V4(_)));
         for nets in [v4, v6].into_iter().filter(|nets| !nets.is_empty()) {
@@ -427,7 +427,7 @@ fn understood<T>(convert: impl FnOnce(&mut Errors) -> T) -> Part<T> {
     }
 }
 
-/// What is said of fields that this version does not know.
+/// The reason for fields that this version does not know.
 fn not_known(other: &Map<String, Value>, path: &Path<'_>) -> Option<String> {
     let names = other.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
     (!names.is_empty()).then(|| format!("{path} is not understood: {names}"))
@@ -458,14 +458,14 @@ fn rule_of(action: Action, index: usize) -> Rule {
     }
 }
 
-/// Lists that are sets have nothing twice.
-fn refuse_doubles(texts: &[String], path: &Path<'_>, errors: &mut Errors) {
+/// Lists that are sets have no duplicates.
+fn refuse_duplicates(texts: &[String], path: &Path<'_>, errors: &mut Errors) {
     for (index, text) in texts.iter().enumerate().filter(|(index, text)| texts[..*index].contains(text)) {
-        errors.add(&path.index(index), format!("\"{text}\" stands twice"));
+        errors.add(&path.index(index), format!("duplicate of \"{text}\""));
     }
 }
 
-/// Two labels or more; the first may be `*`, and a dot may stand at the end.
+/// Two labels or more; the first may be `*`, and the last may end with a dot.
 fn is_domain_name(text: &str) -> bool {
     let name = text.strip_prefix("*.").unwrap_or(text);
     let name = name.strip_suffix('.').unwrap_or(name);

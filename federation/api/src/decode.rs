@@ -30,7 +30,7 @@ where
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(untagged, expecting = "a number or a text is wanted")]
+#[serde(untagged, expecting = "expected a number or a string")]
 pub enum IntOrString {
     Int(i64),
     String(String),

@@ -3,14 +3,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
-/// The place of something; the line is one-based.
+/// A line of a file; one-based.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SourceLocation {
     pub file: Arc<str>,
     pub line: u32,
 }
 
-/// What is wrong, and where.
+/// An error, with its location.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Diagnostic {
     pub location: SourceLocation,
@@ -26,15 +26,15 @@ pub struct Diagnostic {
 }
 
 impl Diagnostic {
-    /// Of a whole file or directory.
+    /// A diagnostic of a whole file or directory.
     pub fn of_file(path: &Path, message: String) -> Self {
         let location = SourceLocation { file: path.to_string_lossy().into(), line: 1 };
         Self { location, field: String::new(), message, object: None, start: 1, not_object: None }
     }
 }
 
-/// What folders in Git hold beside manifests. An offline command may pass over it with a note; a source of a running
-/// cluster may not, for the document may have been a policy a moment ago.
+/// Documents that folders in Git contain beside manifests. An offline command may ignore them with a note. The source of a running
+/// cluster may not: the document may have been a policy a moment ago.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum NotObject {
     /// A template, such as Helm's: it has actions between `{{` and `}}` and is not an object before they are rendered.

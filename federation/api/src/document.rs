@@ -2,7 +2,7 @@
 //!
 //! A file is cut at its `---` lines first, so that one broken document leaves its neighbours whole. Grammar and scalars are
 //! those of go-yaml, which `kubectl` and API servers read with: a port of libyaml, with YAML 1.1's scalars. Where they would
-//! silently pass over something, this reader refuses it: text after the end of a document, and keys that stand twice.
+//! silently ignore something, this reader refuses it: text after the end of a document, and duplicate keys.
 //!
 //! A document is one list of [`Item`]s of 16 bytes in the order of the text, which point into it; so that hundreds of megabytes
 //! can be read in little more memory than they take themselves. A [`Node`] is a place in that list.
@@ -23,7 +23,7 @@ pub use self::tree::{
     Document, Fault, FaultKind, MAX_DEPTH, MAX_FAULTS, MAX_REPEATED_VALUES, Node, Notes, SyntaxError,
 };
 
-/// The longest text that is read: places in it have 32 bits, and a document's side text is no longer than its own.
+/// The longest text that is read: positions in it have 32 bits, and a document's side text is at most as long as its own.
 const MAX_TEXT_BYTES: usize = 1 << 30;
 
 /// The documents of a file, one after another. Empty ones are left out.
@@ -77,7 +77,7 @@ fn json_pieces(text: &str) -> Option<Vec<Piece<'_>>> {
     (depth == 0).then_some(pieces)
 }
 
-/// Cuts at lines that start with `---`, which end a document wherever they stand.
+/// Cuts at lines that start with `---`, which end a document wherever they occur.
 fn pieces(text: &str) -> Vec<Piece<'_>> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     if let Some(pieces) = json_pieces(text) {
@@ -106,7 +106,7 @@ fn parse_one<'t>(piece: &Piece<'t>) -> Result<Option<Document<'t>>, SyntaxError>
     let first_line = piece.lines_before + 1;
     let document = match json::parse(piece.text, first_line) {
         Some(document) => Some(document),
-        // Directives stand before the `---` at which the file was cut.
+        // Directives precede the `---` at which the file was cut.
         None if piece.text.lines().all(|line| line.is_empty() || line.starts_with(['#', '%'])) => None,
         None => match piece.wrong_marker {
             Some(line) => {

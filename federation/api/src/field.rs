@@ -11,7 +11,7 @@ pub struct UnknownField {
     pub known: &'static [&'static str],
 }
 
-/// What is wrong with one field; `path` is as an API server writes it, `spec.ingress[0].ports[1].port`.
+/// An error in one field; `path` is as an API server writes it, `spec.ingress[0].ports[1].port`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{path}: {message}")]
 pub struct FieldError {
@@ -19,10 +19,10 @@ pub struct FieldError {
     pub message: String,
 }
 
-/// What is said of a field that is not known, by those who look for it themselves.
+/// The message for an unknown field in conversions that check for it themselves.
 pub const NOT_KNOWN: &str = "is not known";
 
-/// How what is said of a field begins that only Calico Enterprise and Calico Cloud have.
+/// The start of the message for a field that only Calico Enterprise and Calico Cloud have.
 const ENTERPRISE_FIELD: &str = "a field of Calico Enterprise, ";
 /// These fields, each with one that the type has beside it in Calico.
 const ENTERPRISE: [(&str, &str); 5] = [
@@ -33,14 +33,14 @@ const ENTERPRISE: [(&str, &str); 5] = [
     ("dpi", "performanceHints"),
 ];
 
-/// What is said of a field of Calico Enterprise, if it is one. Another name is not suggested: nothing here means the same.
+/// The message for a field of Calico Enterprise, if it is one. Another name is not suggested: no field here has that meaning.
 fn enterprise_field(name: &str, known: &[&str]) -> Option<String> {
     let is_known = ENTERPRISE.iter().any(|(field, beside)| *field == name && known.contains(beside));
-    is_known.then(|| format!("{ENTERPRISE_FIELD}`{name}`, which Hanse does not support: nothing is opened by it"))
+    is_known.then(|| format!("{ENTERPRISE_FIELD}`{name}`, which Hanse does not support and which allows nothing"))
 }
 
 impl FieldError {
-    /// Whether nothing is wrong but that the field is not known.
+    /// Whether the only error is that the field is unknown.
     pub fn is_of_unknown_field(&self) -> bool {
         self.message == NOT_KNOWN
             || self.message.starts_with("unknown field ")
@@ -58,7 +58,7 @@ impl From<UnknownField> for FieldError {
     }
 }
 
-/// What is said of a field that is not one of those that are known.
+/// The message for an unknown field.
 pub(crate) fn unknown_field(name: &str, known: &[&str]) -> String {
     let alike = |known: &&&str| strsim::damerau_levenshtein(&known.to_lowercase(), &name.to_lowercase()) <= 2;
     let meant = known
@@ -96,20 +96,20 @@ impl Errors {
         self.1 == Origin::Storage
     }
 
-    /// An error about what the schema refuses although its meaning is clear. It is not one in a stored object, which is
-    /// in force as it is.
+    /// An error about a value that the schema refuses although its meaning is clear. A stored object is in force as it is, and has
+    /// no such errors.
     pub fn refuse(&mut self, path: &Path<'_>, message: impl Display) {
         if !self.is_stored() {
             self.add(path, message);
         }
     }
 
-    /// An error about what has no meaning.
+    /// An error about a value that has no meaning.
     pub fn add(&mut self, path: &Path<'_>, message: impl Display) {
         self.0.push(FieldError { path: path.to_string(), message: message.to_string() });
     }
 
-    /// Notes the error of a part and goes on without it.
+    /// Adds the error of a part, and continues without the part.
     pub fn note<T>(&mut self, path: &Path<'_>, result: Result<T, impl Display>) -> Option<T> {
         result.map_err(|error| self.add(path, error)).ok()
     }

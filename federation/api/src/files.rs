@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
-/// The largest file that is read: a list of 100,000 pods at 5 KiB each. Directories may hold any number of files.
+/// The largest file that is read: a list of 100,000 pods at 5 KiB each. Directories may have any number of files.
 pub const MAX_FILE_BYTES: u64 = 512 * 1024 * 1024;
 
 /// How many directories may lie between the one that is read and a file; below that, reading fails.
@@ -26,7 +26,7 @@ pub struct Listing {
     pub unread: Vec<ReadError>,
 }
 
-/// The files that [`read_dir`] would read below `path`, or `path` itself where it is no directory. Links are followed; a
+/// The files that [`read_dir`] would read below `path`, or `path` itself where it is not a directory. Links are followed; a
 /// directory is listed once, by whatever names it is reached.
 ///
 /// # Errors

@@ -125,7 +125,7 @@ pub struct Service {
     pub addresses: Vec<IpAddr>,
     /// The addresses for clients outside the cluster.
     pub external_addresses: Vec<IpAddr>,
-    /// The name that a service of the type ExternalName stands for.
+    /// The name that a service of the type ExternalName is an alias of.
     pub external_name: Option<Arc<str>>,
     pub ports: Vec<ServicePort>,
 }

@@ -58,7 +58,7 @@ const UNMISTAKABLE: [&str; 10] = [
 ];
 
 /// Systems that have network policy of their own, and the ends of their groups. Their kinds are skipped, also those that
-/// share a name with one of ours, such as Antrea's `NetworkPolicy`.
+/// share a name with one of Hanse, such as Antrea's `NetworkPolicy`.
 const OTHER_SYSTEMS: [(&str, &str); 10] = [
     ("Cilium", "cilium.io"),
     ("Antrea", "antrea.io"),
@@ -85,7 +85,7 @@ pub fn other_system(api_version: &str, kind: &str) -> Option<&'static str> {
 }
 
 /// The group and the version of an `apiVersion`; the core group is empty. A group without a version has an empty one: no
-/// version holds a dot.
+/// version contains a dot.
 fn group_and_version(api_version: &str) -> (&str, &str) {
     match api_version.rsplit_once('/') {
         Some(both) => both,

@@ -11,7 +11,7 @@ use crate::decode::null_as_default;
 use crate::field::{Errors, NOT_KNOWN, Path};
 use crate::names::{label_key_error, label_value_error};
 
-/// `other` is what this version does not know; it is complained of in the conversion, as all that is malformed.
+/// `other` has the fields that this version does not know; the conversion reports them, and everything that is malformed.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LabelSelector {
@@ -87,17 +87,17 @@ impl LabelSelector {
                 "Exists" => build::Operator::Exists,
                 "DoesNotExist" => build::Operator::DoesNotExist,
                 other => {
-                    let message = format!("\"{other}\" is none of In, NotIn, Exists, DoesNotExist");
+                    let message = format!("\"{other}\" is not one of In, NotIn, Exists, DoesNotExist");
                     errors.add(&path.field("operator"), message);
                     continue;
                 }
             };
             match operator {
                 build::Operator::In | build::Operator::NotIn if !has_values => {
-                    errors.add(&values_path, "must have a value for In and NotIn");
+                    errors.add(&values_path, "is missing: In and NotIn require a value");
                 }
                 build::Operator::Exists | build::Operator::DoesNotExist if has_values => {
-                    errors.add(&values_path, "may not have values for Exists and DoesNotExist");
+                    errors.add(&values_path, "must be absent for Exists and DoesNotExist");
                 }
                 _ => {}
             }

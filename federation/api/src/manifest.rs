@@ -38,11 +38,11 @@ pub struct Manifests {
     pub skipped: Vec<Skipped>,
     /// Objects that make pods: never part of a cluster's state, see [`crate::assemble::planned`].
     pub workloads: Vec<Workload>,
-    /// What is wrong with those that are left out.
+    /// Errors of workloads that are left out.
     pub refused_workloads: Vec<Diagnostic>,
-    /// What API servers refuse of objects that are read all the same, see [`crate::strict`].
+    /// What API servers refuse in objects that are read nevertheless, see [`crate::strict`].
     pub not_storable: Vec<Diagnostic>,
-    /// What is worth knowing of objects that are read.
+    /// Notes about objects that are read.
     pub notes: Vec<Diagnostic>,
     /// Policies that are refused for nothing but fields that are not known, without those. Where no earlier version of one is
     /// in force, this closes what it may close.
@@ -190,14 +190,14 @@ fn read_documents(file: &Arc<str>, text: &str, read: &mut Manifests) {
                 continue;
             }
         };
-        // What is wrong with an object that is not read otherwise is none of our business.
+        // Errors in an object of a foreign kind do not matter.
         let faults = document.faults.iter().map(|fault| (fault, at_line(document.root(), fault.line)));
         let mut faults =
             faults.filter(|(fault, object)| fault.kind == FaultKind::More || !kind::is_foreign(&reference(*object)));
         match faults.next() {
             Some((fault, object)) => {
                 let (line, mut message) = (fault.line, fault.kind.to_string());
-                if matches!(&fault.kind, FaultKind::Double(key) if ["apiVersion", "kind"].contains(&&**key)) {
+                if matches!(&fault.kind, FaultKind::DuplicateKey(key) if ["apiVersion", "kind"].contains(&&**key)) {
                     message.push_str("; where two objects are meant, a line `---` is missing between them");
                 }
                 refuse(read, SyntaxError { line, message }, Some(object));
@@ -234,7 +234,7 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             return refuse(
                 read,
                 field,
-                "is missing: every object names its apiVersion and kind".into(),
+                "is missing: every object has an apiVersion and a kind".into(),
                 Some(reference.clone()),
             );
         }
@@ -300,7 +300,7 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
     }
 }
 
-/// What is said of fields of an object.
+/// Diagnostics of the fields of an object.
 fn located(file: &Arc<str>, node: Node<'_>, reference: &Reference, errors: Vec<FieldError>) -> Vec<Diagnostic> {
     if errors.is_empty() {
         return Vec::new();
@@ -352,7 +352,7 @@ fn generated_name(
     }
 }
 
-/// The objects of a list; `None` where the object is no list.
+/// The objects of a list; `None` where the object is not a list.
 ///
 /// # Errors
 /// When it is called a list of a kind that is read, and is none.
@@ -397,7 +397,7 @@ fn at_line(node: Node<'_>, line: u32) -> Node<'_> {
 
 /// How many unknown fields of one object are reported.
 const MAX_UNKNOWN_REPORTED: usize = 20;
-/// How many a policy that is in doubt keeps; where there are more, all of its rules are in doubt.
+/// How many unknown fields of a policy are recorded; where there are more, all of its rules are unknown.
 const MAX_UNKNOWN_FIELDS: usize = 200;
 
 /// Why an object is refused; and a policy without its unknown fields, where nothing else is wrong. The rules that the fields

@@ -55,7 +55,7 @@ impl Metadata {
 /// All keys and values of an object's annotations together.
 pub const MAX_ANNOTATION_BYTES: usize = 256 * 1024;
 
-/// Name, namespace, labels and annotations. A name that is missing is complained of elsewhere.
+/// Checks name, namespace, labels and annotations. A missing name is reported elsewhere.
 pub fn check_metadata(metadata: &Metadata, errors: &mut Errors) {
     if !metadata.name.is_empty() && !is_subdomain(&metadata.name) {
         errors.add(&Path::Root("metadata.name"), format!("\"{}\" is not a name: {NAME_RULE}", metadata.name));

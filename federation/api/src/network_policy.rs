@@ -25,7 +25,7 @@ use crate::policy_fields::peers_scope;
 
 /// How many blocks become one rule of the model: as many nets as a rule of Calico's may list.
 const MAX_BLOCKS_OF_A_RULE: usize = crate::rule::MAX_NETS;
-/// Where NetworkPolicy stands in its tier.
+/// The order of every NetworkPolicy in its tier.
 pub const ORDER: f64 = 1_000.0;
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -123,7 +123,7 @@ impl Spec {
         [!self.ingress.is_empty(), !self.egress.is_empty()]
     }
 
-    /// Also what a StagedKubernetesNetworkPolicy holds.
+    /// Also the spec of a StagedKubernetesNetworkPolicy.
     pub fn convert(&self, id: PolicyId, scope: ClusterScope, errors: &mut Errors) -> Policy {
         let spec = Path::Root("spec");
         let namespace = id.namespace.clone().unwrap_or_default();
@@ -131,7 +131,7 @@ impl Spec {
         let mut types = (self.policy_types.is_empty(), self.policy_types.is_empty() && !self.egress.is_empty());
         let types_path = spec.field("policyTypes");
         if self.policy_types.len() > 2 {
-            errors.add(&types_path, "may not name more than two policyTypes");
+            errors.add(&types_path, "must have at most two entries");
         }
         for (index, name) in self.policy_types.iter().enumerate() {
             match name.as_str() {
@@ -183,7 +183,7 @@ impl Walk<'_> {
             return vec![EntityMatch::default()];
         }
         let mut ends: Vec<EntityMatch> = Vec::new();
-        // Blocks without exceptions are alternatives, as the nets of one end are. A rule with nets speaks of their family only.
+        // Blocks without exceptions are alternatives, as the nets of one end are. A rule with nets matches their family only.
         let mut blocks: [Option<usize>; 2] = [None; 2];
         for (index, peer) in peers.iter().enumerate() {
             let Some(end) = self.peer(peer, &path.index(index), errors) else { continue };
@@ -211,7 +211,7 @@ impl Walk<'_> {
         let selectors = peer.pod_selector.is_some() || peer.namespace_selector.is_some();
         match (&peer.ip_block, selectors) {
             (Some(_), true) => {
-                errors.add(path, "may not have both ipBlock and another peer");
+                errors.add(path, "must not have both ipBlock and a selector");
                 None
             }
             (None, false) => {

@@ -53,7 +53,7 @@ pub fn convert_types(
             }
         };
         if std::mem::replace(seen, true) {
-            errors.add(&path.index(index), format!("{name} stands twice"));
+            errors.add(&path.index(index), format!("duplicate of {name}"));
         }
     }
     of
@@ -79,7 +79,7 @@ pub fn convert_default_action(text: Option<&str>, path: &Path<'_>, errors: &mut 
 
 pub const TIER_NAME_RULE: &str = "a tier is named by at most 63 of a-z 0-9 -, without dots";
 
-/// A name of one part. One that is missing, or no name at all, is complained of with the other metadata.
+/// Checks a name of one part. A missing or invalid name is reported with the other metadata.
 pub fn check_part_name(name: &str, rule: &str, errors: &mut Errors) {
     if is_subdomain(name) && !is_dns_label(name) {
         errors.add(&Path::Root("metadata.name"), rule);

@@ -184,7 +184,10 @@ fn check_direction(rule: &RuleSpec, of: RulesOf, path: &Path<'_>, errors: &mut E
     };
     if own_end.services.is_some() {
         let path = path.field(name);
-        errors.refuse(&path.field("services"), format!("is for the peer: not for the {name} of {of:?} rules"));
+        errors.refuse(
+            &path.field("services"),
+            format!("selects the peer, and is not allowed in the {name} of {of:?} rules"),
+        );
     }
     if of == RulesOf::Egress && rule.http.is_some() {
         errors.refuse(&path.field("http"), "is for ingress rules only");
@@ -210,7 +213,7 @@ fn convert_action(text: &str, path: &Path<'_>, errors: &mut Errors) -> Option<Ac
         Some((_, action)) => return Some(*action),
         None if text.is_empty() && errors.is_stored() => return Some(Action::Allow),
         None if text.is_empty() => errors.add(path, "is missing: Allow, Deny, Pass or Log"),
-        None => errors.add(path, format!("\"{text}\" is none of Allow, Deny, Pass, Log")),
+        None => errors.add(path, format!("\"{text}\" is not one of Allow, Deny, Pass, Log")),
     }
     errors.is_stored().then_some(Action::Deny)
 }
@@ -247,7 +250,7 @@ fn convert_rule(
     let of_v4 = is_icmp(&rule.protocol) || is_icmp(&rule.not_protocol);
     let of_v6 = is_icmpv6(&rule.protocol) || is_icmpv6(&rule.not_protocol);
     if of_v4 && ip_version == Some(IpVersion::V6) || of_v6 && ip_version == Some(IpVersion::V4) {
-        errors.refuse(&path.field("ipVersion"), "does not go with a protocol of the other IP version");
+        errors.refuse(&path.field("ipVersion"), "contradicts the IP version of the protocol");
     }
     if rule.icmp.is_some() && !is_icmp(&rule.protocol) && !is_icmpv6(&rule.protocol) {
         errors.add(&path.field("icmp"), "needs the protocol ICMP or ICMPv6");
@@ -263,10 +266,10 @@ fn convert_rule(
     let http = rule.http.as_ref().and_then(|http| {
         let path = path.field("http");
         if action.is_some_and(|action| action != Action::Allow) {
-            errors.refuse(&path, "goes with the action Allow only");
+            errors.refuse(&path, "requires the action Allow");
         }
         if rule.protocol.is_some() && !is_protocol(&rule.protocol, "TCP", 6, stored) {
-            errors.refuse(&path, "goes with the protocol TCP only");
+            errors.refuse(&path, "requires the protocol TCP");
         }
         convert_http(http, &path, errors)
     });
@@ -322,7 +325,7 @@ fn convert_protocol(spec: &IntOrString, stored: bool) -> Result<Protocol, String
     }
     match text.parse::<i64>() {
         Ok(value) if text.bytes().all(|byte| byte.is_ascii_digit()) => number(value),
-        _ => Err(format!("\"{text}\" is none of TCP, UDP, ICMP, ICMPv6, SCTP, UDPLite or 1 to 255")),
+        _ => Err(format!("\"{text}\" is not one of TCP, UDP, ICMP, ICMPv6, SCTP, UDPLite or 1 to 255")),
     }
 }
 
@@ -504,7 +507,7 @@ pub fn parse_selector(text: &str) -> Result<Selector, String> {
 
 fn parse_unbounded(text: &str) -> Result<Selector, String> {
     let selector = Selector::parse(text);
-    let selector = selector.map_err(|error| format!("\"{}\" is no selector: {error}", error.excerpt(text).0))?;
+    let selector = selector.map_err(|error| format!("\"{}\" is not a selector: {error}", error.excerpt(text).0))?;
     Ok(if text.contains("//") { Selector::from(build::of_author(selector.expr)) } else { selector })
 }
 
@@ -515,11 +518,11 @@ fn is_global_alone(text: &str) -> bool {
     inside.is_some_and(|inside| inside.trim_matches(blank).is_empty())
 }
 
-/// Lists that Calico's schema calls sets hold nothing twice, as written.
-pub fn refuse_twice(texts: &[String], path: &Path<'_>, errors: &mut Errors) {
+/// Lists that Calico's schema calls sets have no duplicates, as written.
+pub fn refuse_duplicates(texts: &[String], path: &Path<'_>, errors: &mut Errors) {
     let mut seen = HashSet::new();
     for (index, text) in texts.iter().enumerate().filter(|(_, text)| !seen.insert(*text)) {
-        errors.refuse(&path.index(index), format!("\"{text}\" stands twice"));
+        errors.refuse(&path.index(index), format!("duplicate of \"{text}\""));
     }
 }
 
@@ -535,7 +538,7 @@ fn convert_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<I
     if texts.len() > MAX_NETS {
         errors.refuse(path, format!("has {} nets; {MAX_NETS} are allowed", texts.len()));
     }
-    refuse_twice(texts, path, errors);
+    refuse_duplicates(texts, path, errors);
     let parsed = texts.iter().enumerate().filter_map(|(index, text)| {
         let path = path.index(index);
         if !text.contains('/') && errors.is_stored() {
@@ -543,14 +546,14 @@ fn convert_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<I
         }
         let (net, has_host_bits) = errors.note(&path, parse_cidr(text))?;
         if has_host_bits {
-            errors.refuse(&path, format!("\"{text}\" has bits behind its prefix; {net} is meant?"));
+            errors.refuse(&path, format!("\"{text}\" has bits beyond its prefix; did you mean {net}?"));
         }
         Some(net)
     });
     parsed.collect()
 }
 
-/// A CIDR as Calico reads it, without its host bits, and whether it had any. Zeros may stand before the prefix; IPv4 that
+/// A CIDR as Calico reads it, without its host bits, and whether it had any. The prefix may have leading zeros; IPv4 that
 /// is mapped into IPv6 is IPv4 where all of the net is.
 fn parse_cidr(text: &str) -> Result<(IpNet, bool), String> {
     let parse = || {
@@ -578,20 +581,20 @@ fn convert_not_nets(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> V
         {
             errors.refuse(
                 &path.index(index),
-                format!("\"{text}\" excludes everything, so that the rule matches nothing"),
+                format!("\"{text}\" excludes every address, so that the rule matches nothing"),
             );
         }
     }
     convert_nets(texts, path, errors)
 }
 
-/// Nets of a network set: host bits are masked, and a bare address is one address. Of a stored set what is no net is no
-/// part of it.
+/// Nets of a network set: host bits are masked, and a bare address is one address. In a stored set an
+/// invalid net is ignored.
 pub fn convert_set(texts: &[String], path: &Path<'_>, errors: &mut Errors) -> Vec<IpNet> {
     if texts.len() > MAX_SET_NETS {
         errors.refuse(path, format!("has {} nets; {MAX_SET_NETS} are allowed", texts.len()));
     }
-    refuse_twice(texts, path, errors);
+    refuse_duplicates(texts, path, errors);
     let mut nets = Vec::with_capacity(texts.len());
     for (index, text) in texts.iter().enumerate() {
         if text.chars().count() > MAX_SET_NET_CHARACTERS {
@@ -651,7 +654,7 @@ fn convert_port(spec: &IntOrString, stored: bool) -> Result<Port, String> {
     let once_valid = (1..=MAX_STORED_PORT_NAME_BYTES).contains(&text.len()) && text.bytes().all(inside);
     match port_name_error(text) {
         Some(why) if !(stored && once_valid) => {
-            Err(format!("\"{text}\" is no port: a number, first:last, or a name ({why})"))
+            Err(format!("\"{text}\" is not a port: use a number, first:last, or a name ({why})"))
         }
         _ => Ok(Port::Named(text.as_str().into())),
     }
@@ -669,10 +672,10 @@ fn check_families(
     let has = |v4: bool| nets.into_iter().flatten().any(|net| matches!(net, IpNet::V4(_)) == v4);
     let (v4, v6) = (has(true), has(false));
     if v4 && v6 {
-        errors.refuse(path, "has both IPv4 and IPv6 nets; make two rules of it");
+        errors.refuse(path, "has both IPv4 and IPv6 nets; split it into two rules");
     }
     if (v4 && ip_version == Some(IpVersion::V6)) || (v6 && ip_version == Some(IpVersion::V4)) {
-        errors.refuse(&path.field("ipVersion"), "does not go with nets of the other IP version");
+        errors.refuse(&path.field("ipVersion"), "contradicts the IP version of the nets");
     }
 }
 
@@ -703,7 +706,7 @@ fn convert_http(http: &HttpSpec, path: &Path<'_>, errors: &mut Errors) -> Option
     if http.methods.len() > MAX_HTTP_METHODS {
         errors.refuse(&methods_path, format!("has {} methods; {MAX_HTTP_METHODS} are allowed", http.methods.len()));
     }
-    refuse_twice(&http.methods, &methods_path, errors);
+    refuse_duplicates(&http.methods, &methods_path, errors);
     let paths_path = path.field("paths");
     if http.paths.len() > MAX_HTTP_PATHS {
         errors.refuse(&paths_path, format!("has {} paths; {MAX_HTTP_PATHS} are allowed", http.paths.len()));
@@ -721,7 +724,7 @@ fn convert_http(http: &HttpSpec, path: &Path<'_>, errors: &mut Errors) -> Option
             }
         };
         if !text.starts_with('/') || text.contains(['?', '#', ' ']) {
-            errors.refuse(&path, "must start with / and hold neither ? nor # nor a space");
+            errors.refuse(&path, "must start with / and must not contain ?, # or a space");
         }
         if text.chars().count() > MAX_HTTP_PATH_CHARACTERS {
             errors.refuse(&path, format!("longer than {MAX_HTTP_PATH_CHARACTERS} characters"));

@@ -26,7 +26,7 @@ pub struct ObjectChange {
     pub object: Option<Arc<Manifest>>,
 }
 
-/// All objects of one cluster, with those that lose to another one.
+/// All objects of one cluster, also those that another object overrides.
 #[derive(Debug, Default)]
 pub struct Candidates {
     objects: HashMap<Arc<ObjectKey>, Vec<(Position, Arc<Manifest>)>>,

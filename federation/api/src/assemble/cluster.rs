@@ -70,7 +70,7 @@ pub struct Assembly {
     /// Services that an object defines, with their addresses.
     defined: BTreeMap<NamespacedName, Option<IpAddr>>,
     slices: BTreeMap<NamespacedName, BTreeSet<Arc<Reference>>>,
-    /// They speak of nodes.
+    /// Policies with nodes as peers.
     cluster_policies: BTreeSet<Arc<Reference>>,
 }
 
@@ -123,7 +123,7 @@ impl Assembly {
     /// Which pod owns an address.
     pub fn owner(&self, address: IpAddr) -> Option<&EndpointId> {
         let claimants = || claimants(&self.claims, address);
-        // One that stands alone owns it.
+        // A single claimant owns it.
         claimants().nth(1).map_or_else(|| claimants().next(), |_| newest(&self.objects, claimants()))
     }
 
@@ -267,7 +267,7 @@ impl Assembly {
         put(&mut Arc::make_mut(&mut self.state).cluster.endpoints, id, now, &mut changed.endpoints);
     }
 
-    /// Namespaces, those that only endpoints speak of too, and service accounts.
+    /// Namespaces, also those that only endpoints name, and service accounts.
     fn take_namespaces(&mut self, turns: &[Turn], changed: &mut Changed) {
         let mut touched = std::mem::take(&mut changed.namespaces);
         for turn in turns {

@@ -30,7 +30,7 @@ pub fn key_of(manifest: &Manifest) -> Reference {
 
 /// The diagnostic of an object whose key another one had before it.
 pub(super) fn duplicate(manifest: &Manifest, first: &SourceLocation) -> Diagnostic {
-    let message = format!("duplicate of {}:{}; the first one counts", first.file, first.line);
+    let message = format!("duplicate of {}:{}; the first one wins", first.file, first.line);
     diagnostic(manifest, "metadata.name", message)
 }
 

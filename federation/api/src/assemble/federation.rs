@@ -80,7 +80,7 @@ pub fn assemble_federation<'a>(
     federation
 }
 
-/// What is said of the federated policies among `objects` whose tier is not.
+/// Diagnostics of the federated policies among `objects` whose tier is missing.
 pub fn without_tiers<'m>(objects: &'m [Manifest]) -> Vec<Diagnostic> {
     let tier = |manifest: &'m Manifest| match &manifest.object {
         Object::FederatedTier(tier) => Some(&tier.id.name),
@@ -97,11 +97,11 @@ pub fn without_tiers<'m>(objects: &'m [Manifest]) -> Vec<Diagnostic> {
 }
 
 fn without_tier(manifest: &Manifest, tier: &str) -> Diagnostic {
-    let message = format!("no Tier \"{tier}\" is among these objects: without one the policy is not in force");
+    let message = format!("Tier \"{tier}\" is not among these objects: without it the policy is not in force");
     diagnostic(manifest, "spec.tier", message)
 }
 
-/// What is said of MemberClusters with a net that overlaps with one that another was granted before it: an address belongs to
+/// Diagnostics of MemberClusters with a net that overlaps with one that another cluster was granted earlier: an address belongs to
 /// one cluster.
 pub fn overlapping_grants(objects: &[Manifest]) -> Vec<Diagnostic> {
     let mut granted: Vec<(IpNet, Arc<str>)> = Vec::new();

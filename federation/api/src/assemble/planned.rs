@@ -4,7 +4,7 @@
 //!   no address ([`Planned`]).
 //! - A pod that no API server has stored (it has no status) is one too, under its own name.
 //! - A running pod of the same workload replaces the template's endpoint, and an object that another one of the folder
-//!   controls is no workload of its own.
+//!   controls is not a workload of its own.
 //! - Services select them, and are seen as their clients see them ([`Front`]).
 //!
 //! Members assemble by [`super::Assembly`], which knows none of this: they never enforce for these endpoints and never
@@ -150,7 +150,7 @@ impl<'m> Workloads<'m> {
                 replaced.extend(of_pod.map(|(number, _)| (top, number)));
                 continue;
             }
-            // What stands between is not in the folder: the pod has the labels that the controller of the template sets.
+            // A controller between them is not in the folder: the pod has the labels that the controller of the template sets.
             let of_namespace = identities.get(&namespace).into_iter().flatten();
             let of_pod = of_namespace.filter(|(at, it)| has_all(labels, &self.all[*at].templates[*it].identity));
             replaced.extend(of_pod);
@@ -177,7 +177,7 @@ impl<'m> Workloads<'m> {
         find(name, "batch/v1", "CronJob").filter(|_| is_time)
     }
 
-    /// An endpoint for each template that stands for itself.
+    /// An endpoint for each template that no running pod replaces.
     fn planned(self, replaced: &BTreeSet<TemplateAt>) -> Vec<PlannedEndpoint> {
         let mut taken = BTreeSet::new();
         let mut all = Vec::new();

@@ -17,7 +17,7 @@ use crate::names::owner_name;
 use crate::object::Object;
 use crate::workload::Workload;
 
-/// Which objects do not count, by their places in the list, and what is said of them.
+/// The objects that lose, by their positions in the list, with a diagnostic of each.
 #[derive(Debug, Clone, Default)]
 pub struct Rivals {
     pub left_out: BTreeSet<usize>,
@@ -27,7 +27,7 @@ pub struct Rivals {
     pub conflicts: Vec<Diagnostic>,
 }
 
-/// Leaves one object of each key. Returns what is said of the others: of duplicates, and of conflicts.
+/// Leaves one object of each key. Returns a diagnostic of each of the others: of duplicates, and of conflicts.
 pub fn settle(read: &mut Manifests) -> [Vec<Diagnostic>; 2] {
     fn retain<T>(objects: &mut Vec<T>, left_out: &BTreeSet<usize>) {
         let mut at = 0..;
@@ -91,7 +91,7 @@ fn rivals<T, K: Eq + Hash, R: Ord>(
         };
         if same(&objects[first], object) {
             rivals.left_out.insert(at);
-            rivals.duplicates.push(about(at, format!("duplicate of {}; the first one counts", place(first))));
+            rivals.duplicates.push(about(at, format!("duplicate of {}; the first one wins", place(first))));
             continue;
         }
         let (counts, out) = match fullness(object) > fullness(&objects[first]) {

@@ -270,7 +270,7 @@ impl<'t> Events<'t> {
                 self.pop();
                 return Ok((line, Event::Scalar { properties, span: None, plain: true }));
             }
-            _ => return fail(content_line, "a value is missing, or something stands where none is expected"),
+            _ => return fail(content_line, "a value is missing, or unexpected"),
         };
         self.scanner.take()?;
         Ok((line, event))

@@ -1,4 +1,4 @@
-//! Events into a document: anchors, merge keys, tags, and keys that stand twice.
+//! Events into a document: anchors, merge keys, tags, and duplicate keys.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -96,7 +96,7 @@ enum Next {
     Item,
     Key,
     Value,
-    /// The value of a key that stands twice, which is taken off again.
+    /// The value of a duplicate key, which is removed again.
     Double {
         from: usize,
     },
@@ -296,7 +296,7 @@ impl<'t> Loader<'t> {
                 if !parent.keys.add(key, self.text, side) {
                     parent.next = Next::Double { from: at };
                     let name = key.text(self.text, side).chars().take(MAX_KEY_SHOWN).collect();
-                    self.fault(key.line, FaultKind::Double(name));
+                    self.fault(key.line, FaultKind::DuplicateKey(name));
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Characters into tokens, as go-yaml's scanner (a port of libyaml's) cuts them: YAML 1.1 with its liberties.
 //!
 //! A key without `?` is recognised only at its `:`, so that tokens wait in a queue while the first of them may still turn
-//! out to be a key. Such a key ends within its line and within 1,024 characters. No text is copied that stands in the source as it
+//! out to be a key. Such a key ends within its line and within 1,024 characters. No text is copied that is in the source as it
 //! is meant: a [`Span`] points into the source, or into `side` where lines were folded or escapes resolved.
 
 use std::borrow::Cow;
@@ -69,7 +69,7 @@ pub(super) struct Token<'t> {
 #[derive(Debug, Clone, Copy, Default)]
 struct SimpleKey {
     possible: bool,
-    /// Nothing but a key can stand there.
+    /// Only a key is valid there.
     required: bool,
     /// The number of its first token.
     token: usize,
@@ -388,7 +388,7 @@ impl<'t> Scanner<'t> {
         }
     }
 
-    /// Blanks, comments and breaks. A tab is no indentation.
+    /// Blanks, comments and breaks. A tab does not indent.
     fn skip_to_token(&mut self) {
         loop {
             // A byte order mark may start a line; it has no width.
@@ -439,7 +439,7 @@ impl<'t> Scanner<'t> {
         // In a flow collection the parser complains.
         if self.flow == 0 {
             if !self.key_allowed {
-                return self.error("a list's \"-\" cannot stand here");
+                return self.error("a list's \"-\" is not allowed here");
             }
             self.roll(self.column(), None, Kind::BlockSequenceStart, self.line)?;
         }
@@ -452,7 +452,7 @@ impl<'t> Scanner<'t> {
     fn key(&mut self) -> Scanned<()> {
         if self.flow == 0 {
             if !self.key_allowed {
-                return self.error("a key cannot stand here");
+                return self.error("a key is not allowed here");
             }
             self.roll(self.column(), None, Kind::BlockMappingStart, self.line)?;
         }
@@ -473,7 +473,7 @@ impl<'t> Scanner<'t> {
         } else {
             if self.flow == 0 {
                 if !self.key_allowed {
-                    return self.error("a \": \" cannot stand here; text that contains one needs quotes");
+                    return self.error("a \": \" is not allowed here; text that contains one needs quotes");
                 }
                 self.roll(self.column(), None, Kind::BlockMappingStart, self.line)?;
             }

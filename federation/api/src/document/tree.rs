@@ -25,7 +25,7 @@ pub struct SyntaxError {
     pub message: String,
 }
 
-/// What is wrong with a part of a document whose other parts can be read: so that the object is known, and whether it matters.
+/// An error in one part of a document. The other parts can be read, so that the object, and whether the error matters, is known.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{kind}")]
 pub struct Fault {
@@ -35,13 +35,13 @@ pub struct Fault {
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FaultKind {
-    /// The first counts in the document.
-    #[error("the key \"{0}\" stands twice in one mapping")]
-    Double(String),
+    /// The first one wins.
+    #[error("duplicate key \"{0}\"; the first one wins")]
+    DuplicateKey(String),
     /// Null in the document.
-    #[error("nested deeper than {MAX_DEPTH}")]
+    #[error("nested deeper than {MAX_DEPTH} levels")]
     TooDeep,
-    /// And what was not looked at any more.
+    /// The rest was not checked.
     #[error("more than {MAX_FAULTS} errors in one document")]
     More,
 }
@@ -120,7 +120,7 @@ pub struct Node<'d> {
     pub(super) notes: Option<&'d Notes>,
 }
 
-/// What is found about the fields of an object while it is decoded.
+/// Findings about the fields of an object while it is decoded.
 #[derive(Debug, Default)]
 pub struct Notes {
     /// Fields that the type does not have: the place of each, and the fields it has.

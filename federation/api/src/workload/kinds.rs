@@ -274,7 +274,7 @@ fn job<'n>(spec: &At<'n>, name: &str) -> Vec<Found<'n>> {
     spec.child("template").map(|at| Found { identity, stopped, ..found(at) }).into_iter().collect()
 }
 
-/// The components are pod specs with further fields; a model server's container stands under the name of its framework.
+/// The components are pod specs with further fields; the field of a model server's container is the name of its framework.
 fn inference_service<'n>(spec: &At<'n>, metadata: &Metadata) -> Vec<Found<'n>> {
     let name = metadata.name.as_str();
     let component = |part: &'static str| {

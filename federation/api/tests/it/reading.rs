@@ -457,7 +457,7 @@ fn a_key_that_stands_twice_refuses_its_object() {
         .iter()
         .map(|it| {
             let object = it.object.clone().expect("it is known");
-            assert!(it.message.contains("stands twice"), "{it:?}");
+            assert!(it.message.contains("duplicate key"), "{it:?}");
             (it.start, it.location.line, object.kind, object.name)
         })
         .collect();

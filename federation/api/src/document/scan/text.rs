@@ -176,7 +176,7 @@ impl<'t> Scanner<'t> {
         Ok(())
     }
 
-    /// A backslash and what it stands for.
+    /// A backslash and its meaning.
     fn escape(&mut self, line: u32) -> Scanned<()> {
         let (character, digits) = match self.at(1) {
             b'0' => ('\0', 0),
