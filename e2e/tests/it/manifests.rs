@@ -152,7 +152,7 @@ fn generated_types_stop_at_the_codec_and_the_rims() {
     }
     let names_wire = |file: &&PathBuf| {
         let text = std::fs::read_to_string(root().join(file)).expect("a source");
-        text.contains("hanse_proto") && !may_name_the_wire(file)
+        text.contains("hanse_proto::") && !may_name_the_wire(file)
     };
     let domain: Vec<&PathBuf> = files.iter().filter(names_wire).collect();
     assert!(domain.is_empty(), "files of the domain name the wire crate: {domain:?}");

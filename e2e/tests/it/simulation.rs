@@ -55,6 +55,7 @@ fn whatever_happens_nothing_is_lost_and_no_policy_opens_a_gap() {
         ("resumed without a snapshot", 100),
         ("snapshot", 100),
         ("batch applied in parts", 1_000),
+        ("interest evaluated in parts", 1_000),
     ] {
         let seen = counts.get(what).copied().unwrap_or_default();
         assert!(seen >= least, "{what}: only {seen} times");

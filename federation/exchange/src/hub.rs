@@ -1,24 +1,21 @@
 //! The exchange without sockets and clocks: what members publish goes in, what receivers must be sent comes out.
 //!
-//! Receivers with the same interest form a class, which knows for each origin the objects that the interest selects and
-//! their digest. A receiver has, per origin, the ids that are dirty, and no queue of messages: a slow one is sent the
-//! newest state once. A batch is cut at one revision, so that what a receiver holds is always a past state of the origin.
+//! Receivers with the same interest form a class ([`classes`]). A receiver has, per origin, the ids that are dirty, and no queue of messages: a slow one is sent the
+//! newest state once. A batch is cut at one revision, so that what a receiver has is always a past state of the origin.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use hanse_policy::model::ClusterName;
 use hashbrown::HashMap;
 
 use crate::codec::object::{self, Object};
-use crate::model::{
-    ClusterState, FederatedManifest, Federation, Interest, Lease, ManifestKind, ReportedState, digest_of,
-};
-use origin::{Changes, Entry, Origin};
+use crate::model::{ClusterState, FederatedManifest, Federation, Lease, ManifestKind, ReportedState, digest_of};
+use origin::{Changes, Origin};
 use selections::Selections;
-use slots::{Bits, Slots};
 
+mod classes;
 mod derived;
 pub mod origin;
 mod publish;
@@ -26,6 +23,7 @@ pub mod selections;
 pub mod slots;
 mod watch;
 
+use classes::{ClassId, Classes, View};
 use derived::Derived;
 
 pub use publish::{PublishError, PublishId, Published};
@@ -37,29 +35,17 @@ const MAX_DIRTY: usize = 8_192;
 /// Updates of a batch that are applied at once: some 25 µs each, and meanwhile the others wait.
 const SLICE: usize = 1_000;
 
-/// Classes without receivers that are kept: who lost its stream comes back with the same interest, and a class of everything
-/// takes a look at every endpoint to make. Together they have at most so many bytes, by [`Class::bytes`], however few they are.
-const MAX_IDLE: usize = 8;
-const MAX_IDLE_BYTES: usize = 64 << 20;
-/// What a selection takes besides its text: the expression, and its places in the index.
-const SELECTION_BYTES: usize = 512;
-
 /// The exchange of one hub replica.
 #[derive(Debug)]
 pub struct Exchange {
     selections: Selections,
     origins: Vec<Option<Origin>>,
     origin_numbers: HashMap<ClusterName, usize>,
-    classes: Vec<Option<Class>>,
-    class_numbers: HashMap<Vec<u32>, usize>,
-    /// The classes without users and their bytes, the one that had some last at the end.
-    idle: VecDeque<(usize, usize)>,
+    classes: Classes,
     receivers: BTreeMap<ReceiverId, watch::Receiver>,
     publishers: BTreeMap<PublishId, publish::Publisher>,
     next_id: u64,
     hub: HubObjects,
-    /// The class of an interest that some class was made of, by its address.
-    class_of: HashMap<usize, usize>,
     derived: Derived,
     heartbeat_ms: u64,
     ready: BTreeSet<ReceiverId>,
@@ -115,34 +101,12 @@ struct HubObject {
     digest: u128,
     touched: u64,
     audience: Audience,
-    /// Who it was for before it changed last: they must be told.
+    /// Who it was for before it changed last: they must be sent the change.
     former: Audience,
 }
 
 /// Who is sent an object; none is everybody.
 type Audience = Option<BTreeSet<ClusterName>>;
-
-#[derive(Debug)]
-struct Class {
-    /// What it was made of.
-    of: Arc<Interest>,
-    numbers: Vec<u32>,
-    interest: Bits,
-    /// Of the selections' canonical forms: the same on every replica.
-    token: u64,
-    users: u32,
-    /// By the origins' numbers.
-    views: Vec<View>,
-}
-
-/// What a class holds of one origin.
-#[derive(Debug, Default)]
-struct View {
-    members: Slots,
-    digest: u128,
-    /// The snapshot's frames, while someone is being sent them.
-    snapshot: Option<Weak<Vec<Bytes>>>,
-}
 
 impl Default for Exchange {
     fn default() -> Self {
@@ -156,10 +120,7 @@ impl Exchange {
             selections: Selections::default(),
             origins: Vec::new(),
             origin_numbers: HashMap::new(),
-            classes: Vec::new(),
-            class_numbers: HashMap::new(),
-            idle: VecDeque::new(),
-            class_of: HashMap::new(),
+            classes: Classes::default(),
             receivers: BTreeMap::new(),
             publishers: BTreeMap::new(),
             next_id: 1,
@@ -180,7 +141,7 @@ impl Exchange {
         self.slice = slice.max(1);
     }
 
-    /// What welcomes say: how often a member should be heard, in milliseconds.
+    /// Sent in welcomes: how often a member should send something, in milliseconds.
     pub fn set_heartbeat(&mut self, heartbeat_ms: u64) {
         self.heartbeat_ms = heartbeat_ms;
     }
@@ -266,7 +227,7 @@ impl Exchange {
         let Some(number) = self.regranting.first().copied() else { return false };
         if let Some(origin) = self.origins[number].as_mut() {
             let (changes, done) = origin.regrant_step(&self.selections, self.slice);
-            self.tell(number, &changes);
+            self.notify_classes(number, &changes);
             if !done {
                 return true;
             }
@@ -281,9 +242,7 @@ impl Exchange {
             self.origins[number] = None;
             self.applying.remove(&number);
             self.regranting.remove(&number);
-            for class in self.classes.iter_mut().flatten() {
-                *view_of(&mut class.views, number) = View::default();
-            }
+            self.classes.forget_origin(number);
             for receiver in self.receivers.values_mut() {
                 receiver.forget_origin(number);
             }
@@ -295,7 +254,7 @@ impl Exchange {
         }
     }
 
-    /// The number of an accepted cluster's origin; made when it is heard first.
+    /// The number of an accepted cluster's origin; made when it first publishes.
     fn origin_number(&mut self, cluster: &ClusterName) -> Option<usize> {
         if let Some(number) = self.origin_numbers.get(cluster) {
             return Some(*number);
@@ -309,13 +268,13 @@ impl Exchange {
         Some(number)
     }
 
-    /// Applies the next part of an origin's batch and tells the classes.
+    /// Applies the next part of an origin's batch and updates the classes.
     fn advance(&mut self, number: usize) {
         let Some(mut applying) = self.applying.remove(&number) else { return };
         let Some(origin) = self.origins[number].as_mut() else { return };
         let (first, before) = (!origin.synced, origin.position);
         let (changes, done) = origin.step(&mut applying.batch, &self.selections, self.slice);
-        self.tell(number, &changes);
+        self.notify_classes(number, &changes);
         if !done {
             self.applying.insert(number, applying);
             return;
@@ -329,24 +288,9 @@ impl Exchange {
         self.applied(number, applying);
     }
 
-    fn tell(&mut self, number: usize, changes: &Changes) {
+    fn notify_classes(&mut self, number: usize, changes: &Changes) {
         let Some(origin) = self.origins[number].as_ref() else { return };
-        let mut dirty: HashMap<usize, Vec<u64>> = HashMap::new();
-        let candidates = origin.candidates(&changes.endpoints);
-        for (class_number, class) in self.classes.iter_mut().enumerate() {
-            let Some(class) = class else { continue };
-            let view = view_of(&mut class.views, number);
-            let fit = candidates.iter().filter(|(selection, _)| class.interest.contains(**selection));
-            let mut fit: Vec<u32> = fit.flat_map(|(_, slots)| slots).copied().collect();
-            fit.extend(view.members.of(&changes.endpoints));
-            fit.sort_unstable();
-            fit.dedup();
-            let ids = view.update(origin, changes, &fit, &class.interest, &self.selections);
-            if !ids.is_empty() {
-                view.snapshot = None;
-                dirty.insert(class_number, ids);
-            }
-        }
+        let dirty = self.classes.update(number, origin, changes, &self.selections);
         for (id, receiver) in &mut self.receivers {
             if let Some(ids) = dirty.get(&receiver.class) {
                 receiver.mark(number, ids);
@@ -358,117 +302,11 @@ impl Exchange {
         }
     }
 
-    /// The class of an interest, with one more user.
-    fn acquire_class(&mut self, interest: &Arc<Interest>) -> usize {
-        // The usual case: clusters that enforce the same policies share what these can select.
-        let address = Arc::as_ptr(interest) as usize;
-        if let Some(at) = self.class_of.get(&address).copied()
-            && let Some(class) = self.classes[at].as_mut()
-        {
-            class.users += 1;
-            self.idle.retain(|(idle, _)| *idle != at);
-            return at;
-        }
-        let mut fresh = Vec::new();
-        let mut numbers: Vec<u32> = interest
-            .iter()
-            .map(|wanted| {
-                let (number, new) = self.selections.acquire(wanted);
-                if new {
-                    fresh.push(number);
-                }
-                number
-            })
-            .collect();
-        numbers.sort_unstable();
-        for origin in self.origins.iter_mut().flatten() {
-            origin.select(&fresh, &self.selections);
-        }
-        if let Some(at) = self.class_numbers.get(&numbers).copied()
-            && let Some(class) = self.classes[at].as_mut()
-        {
-            class.users += 1;
-            self.idle.retain(|(idle, _)| *idle != at);
-            // The class holds its selections once.
-            for number in numbers {
-                self.selections.release(number);
-            }
-            return at;
-        }
-        let mut bits = Bits::default();
-        for number in &numbers {
-            bits.set(*number, true);
-        }
-        let mut hasher = blake3::Hasher::new();
-        for wanted in &**interest {
-            derived::hash(wanted, &mut hasher);
-        }
-        let mut class = Class {
-            of: Arc::clone(interest),
-            numbers: numbers.clone(),
-            interest: bits,
-            token: u64::from_le_bytes(first_eight(hasher.finalize().as_bytes())),
-            users: 1,
-            views: Vec::new(),
-        };
-        let views = self.origins.iter().map(|origin| match origin {
-            Some(origin) => View::of(origin, &class.interest, &self.selections),
-            None => View::default(),
-        });
-        class.views = views.collect();
-        let at = self.classes.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.classes.push(None);
-            self.classes.len() - 1
-        });
-        self.classes[at] = Some(class);
-        self.class_numbers.insert(numbers, at);
-        self.class_of.insert(address, at);
-        at
-    }
-
-    fn release_class(&mut self, at: usize) {
-        let Some(class) = self.classes[at].as_mut() else { return };
-        class.users -= 1;
-        if class.users > 0 {
-            return;
-        }
-        let bytes = class.bytes();
-        self.idle.push_back((at, bytes));
-        while self.idle.len() > MAX_IDLE || self.idle_bytes() > MAX_IDLE_BYTES {
-            let Some((oldest, _)) = self.idle.pop_front() else { return };
-            self.forget_class(oldest);
-        }
-    }
-
-    /// Of the classes without receivers that are kept.
-    pub fn idle_bytes(&self) -> usize {
-        self.idle.iter().map(|(_, bytes)| bytes).sum()
-    }
-
-    fn forget_class(&mut self, at: usize) {
-        let Some(class) = self.classes[at].take() else { return };
-        self.class_numbers.remove(&class.numbers);
-        self.class_of.remove(&(Arc::as_ptr(&class.of) as usize));
-        let mut released = Bits::default();
-        for number in class.numbers {
-            if self.selections.release(number) {
-                released.set(number, true);
-            }
-        }
-        for origin in self.origins.iter_mut().flatten() {
-            origin.unselect(&released);
-        }
-    }
-
-    fn class(&self, at: usize) -> &Class {
-        self.classes[at].as_ref().expect("a receiver's class is there")
-    }
-
     /// Names the interest and the grants under which a state is selected; the same on every replica.
-    fn view_token(&self, class: usize, origin: &str) -> u64 {
+    fn view_token(&self, class: ClassId, origin: &str) -> u64 {
         let grant = self.hub.federation.clusters.get(origin).map_or(0, |state| state.grant_token);
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&self.class(class).token.to_le_bytes()).update(&grant.to_le_bytes());
+        hasher.update(&self.classes.get(class).token().to_le_bytes()).update(&grant.to_le_bytes());
         u64::from_le_bytes(first_eight(hasher.finalize().as_bytes()))
     }
 
@@ -480,95 +318,6 @@ impl Exchange {
                 .clusters
                 .get(origin)
                 .is_some_and(|state| state.visible_to.as_ref().is_none_or(|visible| visible.contains(receiver)))
-    }
-}
-
-/// A class's view of an origin; origins that came after the class was made are empty.
-fn view_of(views: &mut Vec<View>, number: usize) -> &mut View {
-    if views.len() <= number {
-        views.resize_with(number + 1, View::default);
-    }
-    &mut views[number]
-}
-
-impl Class {
-    /// About how much it takes, with what is filed for it alone.
-    fn bytes(&self) -> usize {
-        let selections = self.of.iter().map(|wanted| wanted.size() + SELECTION_BYTES).sum::<usize>();
-        let views = self.views.iter().map(|view| size_of::<View>() + view.members.bytes()).sum::<usize>();
-        selections + views
-    }
-}
-
-impl View {
-    /// From nothing.
-    fn of(origin: &Origin, interest: &Bits, selections: &Selections) -> Self {
-        let mut view = Self::default();
-        for (slot, entry) in origin.slots() {
-            if origin.is_endpoint(slot) && origin.endpoint_selected(slot, interest, selections) {
-                view.members.set(slot, true);
-                view.digest = view.digest.wrapping_add(entry.digest());
-            }
-        }
-        for slot in view.members.clone().iter() {
-            for support in origin.supports_of(slot) {
-                if let Some(entry) = origin.entry(support)
-                    && !view.members.set(support, true)
-                {
-                    view.digest = view.digest.wrapping_add(entry.digest());
-                }
-            }
-        }
-        view
-    }
-
-    /// After a change of the origin; returns the ids that a receiver must be told of. `fit` has those of the changed endpoints
-    /// that were in the view, or may be now.
-    fn update(
-        &mut self,
-        origin: &Origin,
-        changes: &Changes,
-        fit: &[u32],
-        interest: &Bits,
-        selections: &Selections,
-    ) -> Vec<u64> {
-        let mut dirty = Vec::new();
-        let mut supports = self.members.of(&changes.supports);
-        for (slot, before) in fit.iter().filter_map(|slot| changes.endpoints.get_key_value(slot)) {
-            let now = origin.endpoint_selected(*slot, interest, selections);
-            let was = self.members.set(*slot, now);
-            self.account(origin, *slot, *before, was, now, &mut dirty);
-            if now {
-                supports.extend(origin.supports_of(*slot));
-            }
-        }
-        supports.sort_unstable();
-        supports.dedup();
-        for (slot, before) in supports.iter().filter_map(|slot| changes.supports.get_key_value(slot)) {
-            let now = origin.support_selected(*slot, &self.members);
-            let was = self.members.set(*slot, now);
-            self.account(origin, *slot, *before, was, now, &mut dirty);
-        }
-        dirty
-    }
-
-    fn account(
-        &mut self,
-        origin: &Origin,
-        slot: u32,
-        before: origin::Before,
-        was: bool,
-        now: bool,
-        dirty: &mut Vec<u64>,
-    ) {
-        let after = origin.entry(slot).filter(|_| now).map_or(0, Entry::digest);
-        if was {
-            self.digest = self.digest.wrapping_sub(before.digest);
-        }
-        self.digest = self.digest.wrapping_add(after);
-        if was != now || (now && before.digest != after) {
-            dirty.push(before.id);
-        }
     }
 }
 
@@ -667,7 +416,7 @@ impl HubObject {
 }
 
 impl ClusterState {
-    /// Whether nothing that others are told, or that decides what they are sent, differs.
+    /// Whether nothing that others are sent, or that decides what they are sent, differs.
     fn same(&self, other: &Self) -> bool {
         let all = |it: &Self| (it.grant_token, it.lease, it.federated_allow_final);
         all(self) == all(other)

@@ -629,7 +629,14 @@ impl<'a> Fleet<'a> {
             it.snapshots_since_open = 0;
             return true;
         };
-        let Some(response) = self.exchange.next(id) else { return false };
+        let Some(response) = self.exchange.next(id) else {
+            // It goes on with the class of its next interest.
+            let is_building = self.exchange.is_building(id);
+            if is_building {
+                self.count("interest evaluated in parts");
+            }
+            return is_building;
+        };
         let bytes = prost::Message::encode_to_vec(&codec::watch::encode_response(response));
         it.received += bytes.len();
         let response = prost::Message::decode(&bytes[..]).expect("what was encoded");

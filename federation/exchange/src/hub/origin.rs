@@ -1,13 +1,13 @@
-//! What one cluster publishes, as this hub holds it.
+//! What one cluster publishes, as this hub has it.
 //!
-//! What is accepted is a function of the published objects and the grants, not of their order: replicas that hold the same
+//! What is accepted is a function of the published objects and the grants, not of their order: replicas that have the same
 //! objects accept the same. Refused objects are kept beside (within limits), so that a wider grant or a withdrawn rival
 //! brings them back. Endpoints with the same namespace, account and label set form a *profile*: selections are judged once
 //! per profile, and per endpoint only where they name a label of its own or a port.
 //!
 //! Each entry has the revision by which it was last *touched*, by itself or by what it refers to; resuming looks for
 //! entries touched later. That is a scan of the origin's entries, skipped when nothing was touched since, which costs no memory
-//! per endpoint. Removed ids stand in a bounded list; below its floor only a snapshot helps.
+//! per endpoint. Removed ids are in a bounded list; below its floor a receiver needs a snapshot.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::BuildHasher as _;
@@ -33,7 +33,7 @@ use profiles::Profiles;
 
 /// Removed ids that are remembered per origin: 4,096 × 16 bytes is 64 KiB.
 pub const MAX_TOMBSTONES: usize = 4_096;
-/// 48 bytes: there is one for each endpoint of the ClusterSet. What can be read from its bytes is read when it is needed.
+/// 48 bytes: there is one for each endpoint of the ClusterSet. Everything else is read from its bytes when it is needed.
 #[derive(Debug)]
 pub struct Entry {
     pub id: u64,
@@ -85,7 +85,7 @@ const NAME_LABEL: &str = "kubernetes.io/metadata.name";
 /// What a batch changed, for those who follow the origin.
 #[derive(Debug, Default)]
 pub struct Changes {
-    /// By slot, with what stood there before; a slot is given to another object only after the changes are told.
+    /// By slot, with the object before; a slot is given to another object only after the changes were reported.
     pub endpoints: BTreeMap<u32, Before>,
     /// Also those whose endpoints changed.
     pub supports: BTreeMap<u32, Before>,
@@ -132,8 +132,8 @@ pub struct Origin {
     /// Slots of what does not count.
     troubled: BTreeSet<u32>,
     overflow: BTreeMap<u64, Refusal>,
-    /// The room when a snapshot was asked for last, or that it left.
-    asked: Option<Room>,
+    /// The room when a snapshot was requested last, or that it left.
+    requested: Option<Room>,
     pub unreadable: usize,
 }
 
@@ -182,7 +182,7 @@ impl Origin {
             bytes: 0,
             troubled: BTreeSet::new(),
             overflow: BTreeMap::new(),
-            asked: None,
+            requested: None,
             unreadable: 0,
         }
     }
@@ -193,6 +193,11 @@ impl Origin {
 
     fn live(&self, slot: u32) -> &Entry {
         self.entry(slot).expect("a slot that is referred to is taken")
+    }
+
+    /// One above the highest slot that is in use.
+    pub fn slot_bound(&self) -> u32 {
+        self.entries.len() as u32
     }
 
     pub fn slots(&self) -> impl Iterator<Item = (u32, &Entry)> {
@@ -227,31 +232,31 @@ impl Origin {
         !self.overflow.is_empty()
     }
 
-    /// Whether a snapshot should be asked for: of what was not kept because of a limit, so much may fit now that a snapshot is
-    /// worth its while, which is all of it or a hundredth of what is granted. It is asked for once by stream, until there is
+    /// Whether a snapshot should be requested: of what was not kept because of a limit, so much may fit now that a snapshot is
+    /// worth its while, which is all of it or a hundredth of what is granted. It is requested once per stream, until there is
     /// more room than then, or than the snapshot left: how large the refused objects are is not known.
-    pub fn asks_again(&mut self) -> bool {
-        let (room, asked) = (self.room(), self.asked);
+    pub fn requests_snapshot(&mut self) -> bool {
+        let (room, requested) = (self.room(), self.requested);
         let fits = |what: Limit, of: fn(Room) -> usize, most: usize, share: usize| {
             let lacking = self.overflow.values().filter(|why| **why == Refusal::LimitExceeded(what)).count();
             lacking > 0
                 && of(room) >= lacking.saturating_mul(share).min(1 + most / 100)
-                && asked.is_none_or(|asked| of(room) >= of(asked) + share)
+                && requested.is_none_or(|requested| of(room) >= of(requested) + share)
         };
-        let asks = !self.overflow.is_empty()
+        let requests = !self.overflow.is_empty()
             && (fits(Limit::Endpoints, |room| room.endpoints, self.grant.max_endpoints(), 1)
                 || fits(Limit::LabelSets, |room| room.label_sets, self.grant.max_label_sets(), 1)
                 || fits(Limit::OtherObjects, |room| room.others, MAX_OTHERS, 1)
                 || fits(Limit::Bytes, |room| room.bytes, kept_bytes(&*self.grant), BYTES_PER_OBJECT));
-        if asks {
-            self.asked = Some(room);
+        if requests {
+            self.requested = Some(room);
         }
-        asks
+        requests
     }
 
-    /// What was asked of a publisher that has gone may never come.
+    /// A snapshot that was requested on an earlier stream may never come.
     pub fn publisher_opens(&mut self) {
-        self.asked = None;
+        self.requested = None;
     }
 
     fn room(&self) -> Room {
@@ -278,7 +283,7 @@ impl Origin {
         (touched, removed)
     }
 
-    /// All refusals that stand: how many, and the first `max`.
+    /// All refusals: how many, and the first `max`.
     pub fn refusals(&self, max: usize) -> (usize, Vec<(u64, Refusal)>) {
         let mut total = self.overflow.len() + self.unreadable;
         let mut list: Vec<_> = self.overflow.iter().take(max).map(|(id, why)| (*id, why.clone())).collect();
@@ -287,7 +292,7 @@ impl Origin {
             let why = match entry.body {
                 Body::Endpoint { profile, .. } if !entry.visible => match &self.profiles.get(profile).problem {
                     Some(problem) => (**problem).clone(),
-                    None => self.lost_address(entry),
+                    None => self.taken_address(entry),
                 },
                 Body::Named if !entry.visible => match self.named.get(slot) {
                     Some(Named::Account { namespace, .. }) => Refusal::ReferenceMissing(*namespace),
@@ -309,8 +314,8 @@ impl Origin {
 
     /// What an object is called, for people.
     pub fn describe(&self, id: u64) -> String {
-        let held = self.slot_of(id).and_then(|slot| self.entry(slot));
-        let Some((kind, namespace, name)) = held.and_then(|entry| object::name_of(&entry.bytes)) else {
+        let object = self.slot_of(id).and_then(|slot| self.entry(slot));
+        let Some((kind, namespace, name)) = object.and_then(|entry| object::name_of(&entry.bytes)) else {
             return format!("object {id}");
         };
         // Also where the namespace itself is refused.
@@ -332,20 +337,20 @@ impl Origin {
         }
     }
 
-    fn lost_address(&self, entry: &Entry) -> Refusal {
-        let lost = endpoint_of(&entry.bytes).and_then(|e| {
+    fn taken_address(&self, entry: &Entry) -> Refusal {
+        let taken = endpoint_of(&entry.bytes).and_then(|e| {
             e.addresses.into_iter().find(|address| {
                 let owner = self.addresses.owner(*address).and_then(|slot| self.entry(slot));
                 owner.is_none_or(|owner| owner.id != entry.id)
             })
         });
-        lost.map_or(Refusal::ReferenceMissing(0), Refusal::AddressTaken)
+        taken.map_or(Refusal::ReferenceMissing(0), Refusal::AddressTaken)
     }
 
     /// Begins to apply a batch, which [`Self::step`] does.
     ///
     /// # Errors
-    /// When the batch does not follow on what is held; nothing has changed then.
+    /// When the batch does not follow the present state; nothing has changed then.
     pub fn begin(&mut self, batch: Batch, position: Position) -> Result<Applying, BatchError> {
         let same_epoch = self.synced && position.epoch == self.position.epoch;
         if self.synced && position.epoch < self.position.epoch {
@@ -365,8 +370,8 @@ impl Origin {
         Ok(batch.end(position, same_epoch))
     }
 
-    /// Applies the next part of a batch, of about `slice` updates; whether that was the last. What it changed is told, then
-    /// [`Self::settle`] must be called. Between two parts the origin is whole, and no state of its publisher's.
+    /// Applies the next part of a batch, of about `slice` updates; whether that was the last. After the changes were
+    /// reported, [`Self::settle`] must be called. Between two parts the origin is consistent, but not a state of its publisher.
     pub fn step(&mut self, batch: &mut Applying, selections: &Selections, slice: usize) -> (Changes, bool) {
         let mut left = slice;
         let revision = batch.position.revision;
@@ -411,7 +416,7 @@ impl Origin {
         }
         let changes = self.recompute(work, selections, revision);
         if done && batch.snapshot {
-            self.asked = self.asked.map(|_| self.room());
+            self.requested = self.requested.map(|_| self.room());
             // What grew by doubling is a third too large, and most origins change little afterwards.
             self.shrink();
         }
@@ -454,7 +459,7 @@ impl Origin {
     }
 
     /// Begins to judge everything again under another grant, which [`Self::regrant_step`] does. The origin's position stays;
-    /// views of other grants are told apart by their token.
+    /// views of other grants have another token.
     pub fn regrant(&mut self, grant: Arc<dyn Grant>) {
         self.label_grant = grant.label_grant();
         self.grant = grant;
@@ -462,7 +467,7 @@ impl Origin {
     }
 
     /// Judges the next `slice` objects, or profiles with about as many endpoints, under the present grant; whether those were the
-    /// last. What it changed is told, then [`Self::settle`] must be called.
+    /// last. After the changes were reported, [`Self::settle`] must be called.
     pub fn regrant_step(&mut self, selections: &Selections, slice: usize) -> (Changes, bool) {
         let Some(Regranting { slot, profile }) = self.regranting else { return (Changes::default(), true) };
         let mut work = Work::default();
@@ -574,7 +579,7 @@ impl Origin {
             _ => (others >= MAX_OTHERS).then_some(Limit::OtherObjects),
         };
         if let Some(what) = full {
-            // Only so many of these are named as well.
+            // At most this many are named.
             if self.overflow.len() < MAX_OTHERS {
                 self.overflow.insert(id, Refusal::LimitExceeded(what));
             }
@@ -802,7 +807,7 @@ impl Origin {
                 work.supports.entry(slot).or_insert_with(|| entry.before());
             }
         }
-        // A slot may have held an object of the other sort, and in another epoch an id may be an endpoint's.
+        // A slot may have had an object of the other sort, and in another epoch an id may be an endpoint's.
         work.supports.retain(|slot, _| !self.is_endpoint(*slot));
         self.last_touched = revision;
         Changes { endpoints: work.endpoints, supports: work.supports }
@@ -855,7 +860,7 @@ struct Work {
     endpoints: BTreeMap<u32, Before>,
     supports: BTreeMap<u32, Before>,
     profiles: BTreeSet<u32>,
-    /// That have lost an endpoint, and may have none.
+    /// From which an endpoint was removed, and which may have none.
     emptied: BTreeSet<u32>,
     referred: BTreeSet<u64>,
     changed_ids: HashSet<u64>,

@@ -25,7 +25,7 @@ pub(super) struct Publisher {
     cluster: ClusterName,
     epoch: Option<u64>,
     staged: Option<Batch>,
-    /// A snapshot was asked for, and until it comes everything else is dropped.
+    /// A snapshot was requested, and until it comes everything else is dropped.
     resyncing: bool,
     sent_refusals: Vec<(u64, Refusal)>,
     /// To a batch that was applied.
@@ -62,7 +62,7 @@ pub enum PublishError {
     Number { what: &'static str, number: u64 },
     #[error("unfinished batches of all clusters have more than {} MiB, this one most of it", MAX_STAGED_BYTES >> 20)]
     NoRoom,
-    #[error("what is held of the cluster is newer: does a second member publish in its name?")]
+    #[error("the hub has newer data of the cluster: a second member may publish in its name")]
     Behind,
 }
 
@@ -103,7 +103,7 @@ impl Exchange {
     /// Takes one message and returns the answers.
     ///
     /// # Errors
-    /// When the stream must be closed: the caller does not speak the protocol, or is no longer accepted.
+    /// When the stream must be closed: the caller violates the protocol, or is not accepted any more.
     pub fn publish(&mut self, id: PublishId, request: Request) -> Result<Vec<Response>, PublishError> {
         let mut published = self.publish_part(id, request)?;
         loop {
@@ -185,8 +185,8 @@ impl Exchange {
                 return self.publish_batch(id, &cluster, batch, position, digest);
             }
             Request::Report(_) => return Err(PublishError::Protocol("a report is taken by itself")),
-            // A grant may have been widened, or others of the objects have gone: what was not kept is asked for again.
-            Request::Heartbeat { .. } => match self.origin_of(&cluster).is_some_and(Origin::asks_again) {
+            // A grant may have been widened, or other objects removed: what was not kept is requested again.
+            Request::Heartbeat { .. } => match self.origin_of(&cluster).is_some_and(Origin::requests_snapshot) {
                 true => vec![Response::Resync { reason: "there is room for objects that were refused".to_owned() }],
                 false => Vec::new(),
             },
@@ -214,7 +214,7 @@ impl Exchange {
         self.publishers.values().filter_map(|it| it.staged.as_ref()).map(Batch::bytes).sum()
     }
 
-    /// Makes room: the largest of all clusters goes, which is an error where it is this one's. Its publisher begins anew.
+    /// Makes room: drops the largest batch of all clusters, which is an error where it is this one's. Its publisher starts again.
     fn drop_largest(&mut self, id: PublishId) -> Result<(), PublishError> {
         let size = |publisher: &Publisher| publisher.staged.as_ref().map_or(0, Batch::bytes);
         let largest = self.publishers.iter_mut().max_by_key(|(_, publisher)| size(publisher));
@@ -249,7 +249,7 @@ impl Exchange {
                 self.applying.insert(number, Applying { publisher: id, batch, digest });
                 self.publish_more(id)
             }
-            // An older stream of the same cluster, or a second member with its name. The next welcome says what is held.
+            // An older stream of the same cluster, or a second member with its name. The next welcome names the present position.
             Err(BatchError::OldEpoch(_) | BatchError::OldRevision(_)) => Err(PublishError::Behind),
             Err(error @ BatchError::NothingHeld) => {
                 if let Some(publisher) = self.publishers.get_mut(&id) {

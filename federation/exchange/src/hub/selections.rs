@@ -1,7 +1,7 @@
-//! Which selections an origin's label combination matches, without asking each selection.
+//! Which selections an origin's label combination matches, without evaluating each selection.
 //!
 //! A selection is filed under pairs (or keys) of which any match needs at least one; those that have no such anchor are
-//! asked always. Promises that no match is missed; does not look at single endpoints.
+//! always evaluated. No match is missed; single endpoints are not looked at.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -17,12 +17,12 @@ use crate::model::Wanted;
 
 /// Effective labels, sorted by key, and which own keys count.
 #[derive(Debug)]
-pub struct Known<'a> {
+pub struct KnownLabels<'a> {
     pub pairs: &'a [(Arc<str>, Arc<str>)],
     pub grant: &'a LabelGrant,
 }
 
-impl LabelLookup for Known<'_> {
+impl LabelLookup for KnownLabels<'_> {
     fn label(&self, key: &str) -> Label<'_> {
         if let LabelGrant::Keys(granted) = self.grant
             && own_label(key).is_some_and(|own| !granted.contains(own))
@@ -135,19 +135,19 @@ impl Selections {
         &self.slots[number as usize].as_ref().expect("a used selection is there").wanted
     }
 
-    /// Whether it names one of these keys or asks for ports, so that single endpoints must be asked.
-    pub fn asks_endpoints(&self, number: u32, own_keys: &[Arc<str>]) -> bool {
+    /// Whether it names one of these keys or ports, so that it must be evaluated for each endpoint.
+    pub fn needs_endpoints(&self, number: u32, own_keys: &[Arc<str>]) -> bool {
         let wanted = self.wanted(number);
-        let mut asks = !wanted.port_names().is_empty();
+        let mut needs = !wanted.port_names().is_empty();
         if !own_keys.is_empty() {
             let is_own = |own: &str| own_keys.iter().any(|key| &**key == own);
-            wanted.selector().expr.for_each_key(&mut |key| asks |= own_label(key).is_some_and(is_own));
+            wanted.selector().expr.for_each_key(&mut |key| needs |= own_label(key).is_some_and(is_own));
         }
-        asks
+        needs
     }
 
     /// Calls `visit` once with each selection that these labels may satisfy or that names one of `own_keys`.
-    pub fn candidates(&self, origin: &str, labels: &Known<'_>, own_keys: &[Arc<str>]) -> Vec<u32> {
+    pub fn candidates(&self, origin: &str, labels: &KnownLabels<'_>, own_keys: &[Arc<str>]) -> Vec<u32> {
         let mut found: Vec<u32> = self.unanchored.iter().copied().collect();
         for (key, value) in labels.pairs {
             if let Some(filed) = self.keys.get(key) {
@@ -167,13 +167,13 @@ impl Selections {
         }
         found.sort_unstable();
         found.dedup();
-        // The scope never names the asker: nobody is sent what is his own.
+        // A cluster is never sent its own endpoints, so that the scope is compared with other clusters only.
         found.retain(|number| self.wanted(*number).clusters().contains("", origin));
         found
     }
 
     /// Whether a selection is not certainly false.
-    pub fn may_match(&self, number: u32, labels: &Known<'_>) -> bool {
+    pub fn may_match(&self, number: u32, labels: &KnownLabels<'_>) -> bool {
         self.wanted(number).selector().evaluate(labels) != Tri::No
     }
 }
@@ -223,7 +223,7 @@ mod tests {
                         value => Some((Arc::from(*key), Arc::from(value.to_string()))),
                     })
                     .collect();
-                let known = Known { pairs: &pairs, grant: &grant };
+                let known = KnownLabels { pairs: &pairs, grant: &grant };
                 let found = table.candidates("x", &known, &[]);
                 for number in &numbers {
                     assert!(

@@ -5,23 +5,23 @@
 //! force at the receiver.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
-use crate::interest;
 use bytes::Bytes;
 use hanse_policy::model::ClusterName;
-use hashbrown::HashMap;
 
+mod batches;
+mod interests;
 mod opening;
 
-use opening::{Held, Opening};
+use interests::Unions;
+use opening::{Held, Opening, Starting};
 pub use opening::{ReadOpening, ReadRequest};
 
-use super::{Exchange, HubObjects, MAX_DIRTY, Origin};
-use crate::codec::frame;
+use super::{ClassId, Exchange, HubObjects, MAX_DIRTY, Origin};
 use crate::limits::PROTOCOL;
-use crate::message::{InterestChange, RefusedParts, WatchOpen, WatchRequest, WatchResponse as Response};
-use crate::model::{Interest, Lease, Position, Wanted};
+use crate::message::{RefusedParts, WatchOpen, WatchRequest, WatchResponse as Response};
+use crate::model::{Interest, Position};
 
 /// How far a receiver's position may fall behind while nothing of interest to it changes: half of the removals remembered.
 const MAX_LAG: u64 = super::origin::MAX_TOMBSTONES as u64 / 2;
@@ -53,10 +53,12 @@ pub struct ReceiverState {
 pub(super) struct Receiver {
     cluster: ClusterName,
     open: Option<Box<Opening>>,
-    pub(super) class: usize,
+    pub(super) class: ClassId,
     /// The class of the interest that the receiver came with, while anything resumes from it.
-    held_class: Option<usize>,
+    held_class: Option<ClassId>,
     interest: Arc<Interest>,
+    /// The next interest, while its class is being built.
+    switching: Option<Switching>,
     own: Interest,
     /// What it should be sent: of its policies and its own wishes.
     target: Arc<Interest>,
@@ -68,7 +70,7 @@ pub(super) struct Receiver {
     ahead: BTreeSet<usize>,
     /// Origins that may have something to be sent.
     pending: BTreeSet<usize>,
-    /// Origins whose completeness for the present interest is still to be told.
+    /// Origins whose completeness for the present interest is still to be sent.
     due: BTreeSet<ClusterName>,
     urgent: VecDeque<Response>,
     /// What belongs to no batch, in order.
@@ -78,10 +80,16 @@ pub(super) struct Receiver {
     /// Keeps a shared snapshot while it is sent.
     _snapshot: Option<Arc<Vec<Bytes>>>,
     acked: (u64, Position),
-    /// What it named as its interest was not read as it was written: it is told the whole of the next one.
+    /// The interest that it named could not be read as written: it is sent the whole of the next one.
     interest_widened: bool,
     /// What was not taken of its opening, and of its own interest.
     refused: [RefusedParts; 2],
+}
+
+#[derive(Debug)]
+struct Switching {
+    class: ClassId,
+    interest: Arc<Interest>,
 }
 
 #[derive(Debug, Default)]
@@ -99,7 +107,7 @@ struct Cursor {
     wants: Wants,
     dirty: BTreeSet<u64>,
     sent: u64,
-    /// The receiver holds something of it.
+    /// The receiver has something of it.
     shown: bool,
     /// An empty batch is due, to move its position.
     nudge: bool,
@@ -150,6 +158,16 @@ impl Default for Cursor {
 }
 
 impl Receiver {
+    /// A class that is being built turned out to be another one.
+    pub(super) fn replace_class(&mut self, from: ClassId, into: ClassId) {
+        let starting = self.open.as_mut().and_then(|open| open.starting.as_mut());
+        let starting = starting.into_iter().flat_map(|starting| [&mut starting.held_class, &mut starting.class]);
+        let switching = self.switching.as_mut().map(|switching| &mut switching.class);
+        for class in starting.chain(switching).filter(|class| **class == from) {
+            *class = into;
+        }
+    }
+
     pub(super) fn forget_origin(&mut self, number: usize) {
         self.cursors.remove(number);
         self.pending.remove(&number);
@@ -237,7 +255,7 @@ impl Exchange {
             let held = opening.hub.map_or(0, |held| held.revision);
             tracing::error!(
                 %cluster, held, have = now.revision,
-                "a member holds a newer state of the hub than the hub: where its files were restored, start it with --restored"
+                "a member has a newer state than the hub: if the hub's files were restored, start it with --restored"
             );
         }
         let nothing = Arc::new(Interest::new());
@@ -249,6 +267,7 @@ impl Exchange {
             open: Some(Box::new(opening)),
             class,
             held_class: None,
+            switching: None,
             interest: Arc::clone(&nothing),
             own,
             target: nothing,
@@ -275,7 +294,10 @@ impl Exchange {
     pub fn watch_close(&mut self, id: ReceiverId) {
         if let Some(receiver) = self.receivers.remove(&id) {
             self.release_class(receiver.class);
-            if let Some(class) = receiver.held_class {
+            let starting = receiver.open.and_then(|open| open.starting);
+            let starting = starting.into_iter().flat_map(|starting| [starting.held_class, starting.class]);
+            let switching = receiver.switching.map(|switching| switching.class);
+            for class in starting.chain(switching).chain(receiver.held_class) {
                 self.release_class(class);
             }
         }
@@ -304,7 +326,7 @@ impl Exchange {
                 if receiver.refused[1] != refused {
                     receiver.refused[1] = refused;
                     if receiver.open.is_none() {
-                        receiver.tell_refused();
+                        receiver.report_refused_parts();
                     }
                 }
                 self.aim(id);
@@ -336,7 +358,7 @@ impl Exchange {
         self.receivers.values().map(state).collect()
     }
 
-    /// The digest of what a receiver should hold of an origin now, once it has been sent all of it.
+    /// The digest of what a receiver should have of an origin now, once it has been sent all of it.
     pub fn expected_digest(&self, id: ReceiverId, origin: &str) -> Option<u128> {
         let receiver = self.receivers.get(&id)?;
         if origin.is_empty() {
@@ -347,11 +369,11 @@ impl Exchange {
         }
         let number = self.origin_numbers.get(origin)?;
         self.origins[*number].as_ref().filter(|origin| origin.synced && !origin.is_busy())?;
-        Some(self.class(receiver.class).views.get(*number).map_or(0, |view| view.digest))
+        Some(self.classes.get(receiver.class).view(*number).map_or(0, |view| view.digest))
     }
 
-    /// Whether what a cluster last said it holds is what it should hold, of the hub's own objects and of each origin; none
-    /// while that is not known: it has not said, or does not watch here.
+    /// Whether what a cluster reported is what it should have, of the hub's own objects and of each origin; `None`
+    /// while that is not known: it has not reported, or does not watch here.
     pub fn digests_equal(&self, cluster: &str) -> Option<bool> {
         // One that was not taken names no origin.
         let reported = self.reports.get(cluster).filter(|reported| reported.hub.is_some())?;
@@ -370,7 +392,7 @@ impl Exchange {
         Some(origins.all(equal))
     }
 
-    /// The revision of the hub that a cluster holds and that this hub has not reached, so that its stream waits.
+    /// The revision of the hub that a cluster has and that this hub has not reached, so that its stream waits.
     pub fn ahead_of_hub(&self, cluster: &str) -> Option<u64> {
         let now = self.hub.federation.position;
         let of_streams = self.receivers.values().filter(|receiver| *receiver.cluster == *cluster);
@@ -378,7 +400,7 @@ impl Exchange {
         let reported = self.reports.get(cluster);
         let positions = reported.into_iter().flat_map(|reported| [reported.hub, reported.received]).flatten();
         let ahead = of_streams.chain(positions);
-        // What a node says is not heard here: one node must not make its cluster doubt the hub.
+        // Positions of single nodes do not count here: a faulty node must not discredit the hub for its cluster.
         let ahead = ahead.filter(|at| at.epoch == now.epoch).map(|at| at.revision);
         ahead.max().filter(|at| self.hub.loaded && *at > now.revision)
     }
@@ -402,8 +424,19 @@ impl Exchange {
             if let Some(message) = receiver.notices.pop_front() {
                 return Some(message);
             }
-            if receiver.hub.first && self.has_news(id) {
-                // Origins were heard since the interest was told: the policies of this batch wait for them as well.
+            if receiver.switching.is_some() {
+                if self.finish_switch(id) {
+                    continue;
+                }
+                // The hub's own objects may need the next interest, and the first batch of them goes before any origin's. Apart from
+                // that, changes of the present interest go on.
+                if self.receivers.get(&id)?.hub.first {
+                    return None;
+                }
+                return self.next_of_origins(id).and_then(|()| self.receivers.get_mut(&id)?.flight.pop_front());
+            }
+            if receiver.hub.first && self.has_unsent_origin(id) {
+                // Origins have published since the interest was sent: the policies of this batch wait for them as well.
                 let interest = Arc::clone(&self.receivers.get(&id)?.interest);
                 self.switch(id, interest);
                 continue;
@@ -424,14 +457,28 @@ impl Exchange {
                 }
                 continue;
             }
-            // What is between two states is sent when it is at the next.
-            let number = receiver.pending.iter().copied().find(|number| !is_busy(&self.origins, *number))?;
-            receiver.pending.remove(&number);
-            self.fill_origin(id, number);
+            self.next_of_origins(id)?;
         }
     }
 
-    /// Begins to serve a receiver, once the hub's state is not older than what it holds.
+    /// Fills in a batch of the next origin that has something to be sent. What is between two states is sent when it is at the
+    /// next.
+    fn next_of_origins(&mut self, id: ReceiverId) -> Option<()> {
+        let receiver = self.receivers.get_mut(&id)?;
+        let number = receiver.pending.iter().copied().find(|number| !is_busy(&self.origins, *number))?;
+        receiver.pending.remove(&number);
+        self.fill_origin(id, number);
+        Some(())
+    }
+
+    /// Whether a receiver waits for the class of its next interest: the next call of [`Self::next`] goes on with it.
+    pub fn is_building(&self, id: ReceiverId) -> bool {
+        self.receivers.get(&id).is_some_and(|receiver| {
+            receiver.switching.is_some() || receiver.open.as_ref().is_some_and(|open| open.starting.is_some())
+        })
+    }
+
+    /// Begins to serve a receiver, once the hub's state is not older than the receiver's.
     fn start(&mut self, id: ReceiverId) -> bool {
         let Some(receiver) = self.receivers.get_mut(&id) else { return false };
         let now = self.hub.federation.position;
@@ -439,12 +486,14 @@ impl Exchange {
         if !self.hub.loaded || receiver.open.as_ref().is_none_or(|open| open.hub.is_some_and(behind)) {
             return false;
         }
+        let Some(starting) = self.build_first_classes(id) else { return false };
+        let Some(receiver) = self.receivers.get_mut(&id) else { return false };
         let Some(open) = receiver.open.take() else { return false };
         let cluster = receiver.cluster.clone();
         let heartbeat_ms = self.heartbeat_ms;
         receiver.notices.push_back(Response::Welcome { heartbeat_ms });
         if receiver.refused.iter().any(|refused| refused.total > 0) {
-            receiver.tell_refused();
+            receiver.report_refused_parts();
         }
         let hub = &mut receiver.hub;
         let digest = self.hub.digest_for(&cluster);
@@ -464,10 +513,6 @@ impl Exchange {
                 receiver.urgent.push_back(Response::Withdrawn { cluster: origin.clone() });
             }
         }
-        self.aim(id);
-        let target = self.receivers.get(&id).map(|receiver| Arc::clone(&receiver.target)).unwrap_or_default();
-        let interest = Unions::default().of(&open.interest, &target);
-        let held_class = self.acquire_class(&open.interest);
         let origins: Vec<ClusterName> = self.hub.federation.clusters.keys().cloned().collect();
         let mut cursors = Cursors::default();
         for name in origins {
@@ -477,18 +522,45 @@ impl Exchange {
             *cursors.entry(number) = Cursor { wants, shown: held.is_some(), ..Cursor::default() };
         }
         if let Some(receiver) = self.receivers.get_mut(&id) {
-            receiver.held_class = Some(held_class);
+            receiver.held_class = Some(starting.held_class);
             receiver.pending = cursors.numbers().collect();
             receiver.cursors = cursors;
         }
-        self.switch(id, interest);
+        self.switch_to(id, starting.class, starting.interest);
+        // Policies may have changed since the classes were begun.
+        self.aim(id);
+        self.retarget(id, &mut Unions::default());
         true
     }
 
-    /// Whether an origin can be sent that the receiver holds nothing newest of, and does not wait for.
-    fn has_news(&self, id: ReceiverId) -> bool {
+    /// The classes that a receiver starts with, once they are built.
+    fn build_first_classes(&mut self, id: ReceiverId) -> Option<Starting> {
+        let receiver = self.receivers.get(&id)?;
+        if receiver.open.as_ref()?.starting.is_none() {
+            let held = Arc::clone(&receiver.open.as_ref()?.interest);
+            self.aim(id);
+            let interest = Unions::default().of(&held, &self.receivers.get(&id)?.target);
+            let (held_class, class) = (self.acquire_class(&held), self.acquire_class(&interest));
+            let open = self.receivers.get_mut(&id)?.open.as_mut()?;
+            open.starting = Some(Starting { held_class, class, interest });
+        }
+        let starting = |it: &Self| it.receivers.get(&id)?.open.as_ref()?.starting.clone();
+        for class in [starting(self)?.held_class, starting(self)?.class] {
+            if !self.classes.is_built(class) {
+                self.build_class(class);
+                // One part at a time.
+                break;
+            }
+        }
+        let now = starting(self)?;
+        let is_built = self.classes.is_built(now.held_class) && self.classes.is_built(now.class);
+        is_built.then(|| self.receivers.get_mut(&id)?.open.as_mut()?.starting.take()).flatten()
+    }
+
+    /// Whether there is an origin that the receiver has not been sent in full and does not wait for.
+    fn has_unsent_origin(&self, id: ReceiverId) -> bool {
         let Some(receiver) = self.receivers.get(&id) else { return false };
-        let is_news = |(number, cursor): (usize, &Cursor)| {
+        let is_unsent = |(number, cursor): (usize, &Cursor)| {
             self.origins[number].as_ref().is_some_and(|origin| {
                 origin.synced
                     && !matches!(cursor.wants, Wants::Changes)
@@ -496,86 +568,11 @@ impl Exchange {
                     && self.sees(&receiver.cluster, &origin.name)
             })
         };
-        receiver.cursors.iter().any(is_news)
+        receiver.cursors.iter().any(is_unsent)
     }
 
-    /// Brings up to date what a receiver should be sent.
-    fn aim(&mut self, id: ReceiverId) {
-        let Some(receiver) = self.receivers.get_mut(&id) else { return };
-        let derived = self.derived.of(&receiver.cluster);
-        receiver.target = match receiver.own.is_subset(&derived) {
-            true => derived,
-            false => Arc::new(derived.union(&receiver.own).cloned().collect()),
-        };
-    }
-
-    /// Widens a receiver's interest when it lacks something, and narrows it when nothing in force needs the rest.
-    fn retarget(&mut self, id: ReceiverId, unions: &mut Unions) {
-        let Some(receiver) = self.receivers.get_mut(&id).filter(|receiver| receiver.open.is_none()) else { return };
-        let (target, interest) = (Arc::clone(&receiver.target), Arc::clone(&receiver.interest));
-        if Arc::ptr_eq(&target, &interest) {
-            return;
-        }
-        let rests = receiver.acked == (receiver.number, receiver.hub.sent)
-            && !receiver.hub.snapshot
-            && receiver.hub.dirty.is_empty();
-        if !covers(&interest, &target) {
-            self.switch(id, unions.of(&interest, &target));
-        } else if target == interest {
-            receiver.interest = target;
-        } else if rests {
-            self.switch(id, target);
-        }
-    }
-
-    /// Gives a receiver its next interest.
-    fn switch(&mut self, id: ReceiverId, interest: Arc<Interest>) {
-        let new = self.acquire_class(&interest);
-        let Some(receiver) = self.receivers.get(&id) else { return };
-        let (cluster, old) = (receiver.cluster.clone(), receiver.class);
-        let mut changed: Vec<(usize, Vec<u64>)> = Vec::new();
-        for (number, cursor) in receiver.cursors.iter() {
-            let Some(origin) = self.origins[number].as_ref() else { continue };
-            if matches!(cursor.wants, Wants::Changes) {
-                changed.push((number, differences(self, origin, number, old, new)));
-            }
-        }
-        let due: BTreeSet<ClusterName> = self
-            .hub
-            .federation
-            .clusters
-            .iter()
-            .filter(|(name, state)| {
-                self.sees(&cluster, name) && state.waits_for(self.origin(name).is_some_and(|origin| origin.synced))
-            })
-            .map(|(name, _)| name.clone())
-            .collect();
-        let numbers: Vec<usize> = due.iter().filter_map(|name| self.origin_number(name)).collect();
-        if let Some(receiver) = self.receivers.get_mut(&id) {
-            receiver.number += 1;
-            let whole = std::mem::take(&mut receiver.interest_widened);
-            let before = if whole { Arc::default() } else { Arc::clone(&receiver.interest) };
-            let notice = InterestChange {
-                number: receiver.number,
-                added: interest.difference(&before).map(|wanted| (&**wanted).into()).collect(),
-                removed: before.difference(&interest).map(|wanted| (&**wanted).into()).collect(),
-                origins: due.iter().cloned().collect(),
-                whole,
-            };
-            receiver.notices.push_back(Response::Interest(notice));
-            receiver.interest = interest;
-            receiver.class = new;
-            receiver.due = due;
-            receiver.pending.extend(numbers);
-            for (number, ids) in changed {
-                receiver.mark(number, &ids);
-            }
-        }
-        self.release_class(old);
-    }
-
-    /// The federation changed: marks what receivers must be told of it. `clusters` are those of which something is another
-    /// now, `retargeted` those whose policies can select something else.
+    /// The federation changed: marks what receivers must be sent of it. `clusters` are those of which something
+    /// changed, `retargeted` those whose policies can select something else.
     pub(super) fn federation_changed(
         &mut self,
         clusters: &[ClusterName],
@@ -599,11 +596,11 @@ impl Exchange {
             if receiver.hub.sent.epoch != self.hub.federation.position.epoch {
                 receiver.hub.snapshot = true;
             }
-            let told = changed.iter().filter(|id| {
+            let concerned = changed.iter().filter(|id| {
                 let object = self.hub.objects.get(*id);
                 object.is_none_or(|o| o.is_for(&receiver.cluster) || o.was_for(&receiver.cluster))
             });
-            receiver.hub.dirty.extend(told);
+            receiver.hub.dirty.extend(concerned);
             receiver.ahead.extend(&receiver.pending);
             receiver.pending.extend(receiver.cursors.numbers().filter(|number| origins.contains(number)));
             if restarted {
@@ -617,179 +614,6 @@ impl Exchange {
             }
             self.retarget(id, &mut unions);
         }
-    }
-
-    /// Cuts a batch of one origin at its present revision, if the receiver lacks something of it.
-    fn fill_origin(&mut self, id: ReceiverId, number: usize) {
-        let Some(mut receiver) = self.receivers.remove(&id) else { return };
-        self.fill(&mut receiver, number);
-        let resuming = receiver.cursors.iter().any(|(_, cursor)| matches!(cursor.wants, Wants::Resume(_)));
-        let done = if resuming { None } else { receiver.held_class.take() };
-        self.receivers.insert(id, receiver);
-        if let Some(class) = done {
-            self.release_class(class);
-        }
-    }
-
-    fn fill(&mut self, receiver: &mut Receiver, number: usize) {
-        let Some(origin) = self.origins[number].as_ref() else { return };
-        let name = origin.name.clone();
-        if name == receiver.cluster {
-            return;
-        }
-        let sees = self.sees(&receiver.cluster, &name);
-        let cursor = receiver.cursors.entry(number);
-        if !sees {
-            if cursor.shown {
-                *cursor = Cursor::default();
-                let end = Response::End { position: origin.position, digest: Some(0), view: 0 };
-                receiver.flight.extend([begin(Some(&name), true, 0), end]);
-            }
-            // Nothing more comes of it: nobody need wait.
-            if receiver.due.remove(&name) {
-                receiver.flight.push_back(complete(receiver.number, &name, None, 0));
-            }
-            return;
-        }
-        if !origin.synced {
-            let lease = self.hub.federation.clusters.get(&name).map(|state| state.lease);
-            if matches!(lease, Some(Lease::Stale { .. } | Lease::NeverHeard)) && receiver.due.remove(&name) {
-                receiver.flight.push_back(complete(receiver.number, &name, None, 0));
-            }
-            return;
-        }
-        let view_token = self.view_token(receiver.class, &name);
-        if let Wants::Resume(held) = &cursor.wants {
-            let position = origin.position;
-            if held.position.epoch > position.epoch
-                || (held.position.epoch == position.epoch && held.position.revision > position.revision)
-            {
-                // This replica is behind: it waits rather than going back in time.
-                return;
-            }
-            let base = [Some(receiver.class), receiver.held_class]
-                .into_iter()
-                .flatten()
-                .find(|class| self.view_token(*class, &name) == held.view);
-            let resumable = held.position.epoch == position.epoch && origin.resumable_from(held.position.revision);
-            cursor.wants = match base.filter(|_| resumable) {
-                None => Wants::Snapshot,
-                Some(base) => {
-                    let (touched, removed) = origin.since(held.position.revision);
-                    cursor.dirty.extend(touched.into_iter().filter_map(|slot| origin.entry(slot)).map(|e| e.id));
-                    cursor.dirty.extend(removed);
-                    cursor.dirty.extend(differences(self, origin, number, base, receiver.class));
-                    let digest = self.class(receiver.class).views.get(number).map_or(0, |view| view.digest);
-                    if held.digest == Some(digest) {
-                        cursor.dirty.clear();
-                    }
-                    cursor.nudge = true;
-                    Wants::Changes
-                }
-            };
-        }
-        let Some(class) = self.classes[receiver.class].as_mut() else { return };
-        let shared = class.users > 1;
-        let view = super::view_of(&mut class.views, number);
-        let snapshot = matches!(cursor.wants, Wants::Snapshot);
-        if snapshot || !cursor.dirty.is_empty() || cursor.nudge {
-            receiver.flight.push_back(begin(Some(&name), snapshot, 0));
-            let bytes = |slot| origin.entry(slot).map(|entry| &entry.bytes[..]);
-            if snapshot {
-                let frames = view.snapshot.as_ref().and_then(Weak::upgrade).unwrap_or_else(|| {
-                    let frames = Arc::new(frame::cut(view.members.iter().filter_map(bytes), &[]));
-                    if shared {
-                        self.recent.keep(Arc::clone(&frames));
-                        view.snapshot = Some(Arc::downgrade(&frames));
-                    }
-                    frames
-                });
-                receiver.flight.extend(frames.iter().cloned().map(Response::Frame));
-                receiver._snapshot = Some(frames);
-            } else {
-                let (mut upserts, mut removals) = (Vec::new(), Vec::new());
-                for id in &cursor.dirty {
-                    match origin.slot_of(*id).filter(|slot| view.members.contains(*slot)).and_then(bytes) {
-                        Some(update) => upserts.push(update),
-                        None => removals.push(*id),
-                    }
-                }
-                receiver.flight.extend(frame::cut(upserts, &removals).into_iter().map(Response::Frame));
-            }
-            let (position, digest) = (origin.position, Some(view.digest));
-            receiver.flight.push_back(Response::End { position, digest, view: view_token });
-            receiver.flight_origin = Some(name.clone());
-            let sent = origin.position.revision;
-            *cursor = Cursor { wants: Wants::Changes, dirty: BTreeSet::new(), sent, shown: true, nudge: false };
-        }
-        if receiver.due.remove(&name) {
-            receiver.flight.push_back(complete(receiver.number, &name, Some(origin.position), view_token));
-        }
-    }
-}
-
-/// Whether a receiver of an interest is sent all that another one selects.
-fn covers(interest: &Interest, other: &Interest) -> bool {
-    let everything = || interest.len() == 1 && interest.iter().all(|it| **it == Wanted::everything());
-    other.is_subset(interest) || everything()
-}
-
-/// Unions of interests, each made once: many receivers go from one to the same other.
-#[derive(Debug, Default)]
-struct Unions(HashMap<(usize, usize), Union>);
-
-#[derive(Debug)]
-struct Union {
-    /// Keep the addresses from being given again.
-    _of: [Arc<Interest>; 2],
-    both: Arc<Interest>,
-}
-
-impl Unions {
-    fn of(&mut self, a: &Arc<Interest>, b: &Arc<Interest>) -> Arc<Interest> {
-        let key = (Arc::as_ptr(a) as usize, Arc::as_ptr(b) as usize);
-        let made = self.0.entry(key).or_insert_with(|| {
-            let both = match (a.is_subset(b), b.is_subset(a)) {
-                (true, _) => Arc::clone(b),
-                (_, true) => Arc::clone(a),
-                _ => Arc::new(interest::bounded(a.union(b).cloned().collect(), interest::WHOLE)),
-            };
-            Union { _of: [Arc::clone(a), Arc::clone(b)], both }
-        });
-        Arc::clone(&made.both)
-    }
-}
-
-impl Receiver {
-    /// What of its interest is not taken as it was written, if anything.
-    fn tell_refused(&mut self) {
-        let total = self.refused.iter().map(|it| it.total).fold(0, u64::saturating_add);
-        let parts = self.refused.iter().flat_map(|it| it.parts.iter().cloned()).collect();
-        self.notices.push_back(Response::PartsRefused(RefusedParts { parts, total }));
-    }
-
-    fn fill_hub(&mut self, hub: &HubObjects) {
-        self.ahead.clear();
-        self.hub.first = false;
-        let snapshot = std::mem::take(&mut self.hub.snapshot);
-        let dirty = std::mem::take(&mut self.hub.dirty);
-        let (mut upserts, mut removals) = (Vec::new(), Vec::new());
-        if snapshot {
-            upserts.extend(hub.objects.values().filter(|o| o.is_for(&self.cluster)).map(|o| o.bytes.clone()));
-        } else {
-            for id in dirty {
-                match hub.objects.get(&id).filter(|object| object.is_for(&self.cluster)) {
-                    Some(object) => upserts.push(object.bytes.clone()),
-                    None => removals.push(id),
-                }
-            }
-        }
-        let position = hub.federation.position;
-        self.flight.push_back(begin(None, snapshot, self.number));
-        self.flight.extend(frame::cut(upserts, &removals).into_iter().map(Response::Frame));
-        let digest = Some(hub.digest_for(&self.cluster));
-        self.flight.push_back(Response::End { position, digest, view: 0 });
-        self.hub.sent = position;
     }
 }
 
@@ -806,29 +630,10 @@ fn is_busy(origins: &[Option<Origin>], number: usize) -> bool {
     origins[number].as_ref().is_some_and(Origin::is_busy)
 }
 
-/// The ids that only one of two classes selects of an origin.
-fn differences(exchange: &Exchange, origin: &super::Origin, number: usize, old: usize, new: usize) -> Vec<u64> {
-    if old == new {
-        return Vec::new();
-    }
-    let (old, new) = (exchange.class(old).views.get(number), exchange.class(new).views.get(number));
-    let has = |view: Option<&super::View>, slot| view.is_some_and(|view| view.members.contains(slot));
-    let either = [old, new].into_iter().flatten().flat_map(|view| view.members.iter());
-    let slots = either.filter(|slot| has(old, *slot) != has(new, *slot));
-    slots.filter_map(|slot| origin.entry(slot)).map(|entry| entry.id).collect()
-}
-
-fn begin(origin: Option<&ClusterName>, snapshot: bool, needs_interest: u64) -> Response {
-    Response::Begin { origin: origin.cloned(), snapshot, needs_interest }
-}
-
-fn complete(interest: u64, origin: &ClusterName, position: Option<Position>, view: u64) -> Response {
-    Response::Complete { interest, origin: origin.clone(), position, view }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Lease;
     use hanse_policy::inventory::LabelGrant;
 
     use crate::model::{ClusterState, Federation, Grant};
@@ -858,7 +663,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_that_says_nothing_to_a_receiver_moves_its_position() {
+    fn change_that_does_not_concern_a_receiver_moves_its_position() {
         let state = ClusterState {
             labels: Default::default(),
             grant: Arc::new(Everything),
@@ -877,7 +682,7 @@ mod tests {
         exchange.set_federation(federation(1));
         let open = WatchOpen { protocol: PROTOCOL, ..WatchOpen::default() };
         let id = exchange.watch_open("a".into(), open).expect("opened");
-        let told = |exchange: &mut Exchange| {
+        let sent = |exchange: &mut Exchange| {
             let all = std::iter::from_fn(|| exchange.next(id));
             let ends =
                 all.filter_map(
@@ -885,10 +690,10 @@ mod tests {
                 );
             ends.map(|position| position.revision).collect::<Vec<_>>()
         };
-        assert_eq!(told(&mut exchange), [1]);
-        assert!(told(&mut exchange).is_empty());
+        assert_eq!(sent(&mut exchange), [1]);
+        assert!(sent(&mut exchange).is_empty());
         exchange.set_federation(federation(2));
         assert!(exchange.take_ready().into_iter().any(|ready| ready == id));
-        assert_eq!(told(&mut exchange), [2]);
+        assert_eq!(sent(&mut exchange), [2]);
     }
 }

@@ -1,7 +1,7 @@
 //! What this cluster publishes: gives each object its id and revision, and each hub replica what it lacks.
 //!
 //! Numbering outlives restarts: ids and revisions are reserved in blocks on disk before they are used, so that a crash skips
-//! numbers and repeats none. Where the numbering is lost, a new epoch begins.
+//! numbers and repeats none. Without its file, a new epoch begins.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -46,7 +46,7 @@ enum Key {
 struct Published {
     id: u64,
     revision: u64,
-    /// Without id and revision: what a change is told by.
+    /// The digest without id and revision: it differs when the object changed.
     body: u128,
     bytes: Bytes,
     digest: u128,
@@ -54,7 +54,7 @@ struct Published {
 }
 
 /// Of an endpoint, the ids of its namespace, account and label set, 0 for none; of those, how many endpoints use them. What
-/// was restored is used by nobody yet.
+/// was restored has no users yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Uses {
     Uses([u64; 3]),
@@ -110,7 +110,7 @@ struct Stored {
 }
 
 impl Publisher {
-    /// A new numbering. `epoch` must be greater than those used before; the hubs tell of greater ones.
+    /// A new numbering. `epoch` must be greater than those used before; hubs report greater ones.
     pub fn new(epoch: u64) -> Self {
         Self {
             epoch,
@@ -130,7 +130,7 @@ impl Publisher {
     /// From what [`Self::store`] returned; none when it cannot be read.
     pub fn restore(bytes: &[u8]) -> Option<Self> {
         let stored = Stored::decode(bytes).ok()?;
-        // An earlier version may have followed a hub to where there are no more numbers.
+        // An earlier version may have followed a hub to the last number.
         let most = MAX_NUMBER - RESERVE;
         if stored.epoch > MAX_NUMBER || stored.reserved_revision > most || stored.reserved_id > most {
             tracing::error!(epoch = stored.epoch, "the numbers of what is published are used up: a new epoch begins");
@@ -206,7 +206,7 @@ impl Publisher {
         self.objects.len()
     }
 
-    /// The object that an id stands for, in words; for refusals.
+    /// The name of an object by its id, for messages.
     pub fn name_of(&self, id: u64) -> Option<String> {
         let (key, _) = self.objects.iter().find(|(_, object)| object.id == id)?;
         Some(match key {
@@ -237,20 +237,20 @@ impl Publisher {
             }
         }
         let first = !std::mem::replace(&mut self.filled, true);
-        // What was restored and nobody uses any more.
-        let doubtful = self.shared.keys().copied().collect();
+        // Objects that were restored and may have no users.
+        let maybe_unused = self.shared.keys().copied().collect();
         let changed =
             ChangedExports { namespaces: &namespaces, service_accounts: &service_accounts, endpoints: &endpoints };
-        let changed = self.take(cluster, changed, doubtful);
+        let changed = self.take(cluster, changed, maybe_unused);
         if first && !changed {
-            // That there is nothing is news too.
+            // An empty state is a state too.
             self.revision += 1;
         }
         first || changed
     }
 
-    /// `doubtful` are shared objects that may have no use.
-    fn take(&mut self, cluster: &Cluster, changed: ChangedExports<'_>, mut doubtful: BTreeSet<u64>) -> bool {
+    /// `maybe_unused` are shared objects that may have no users.
+    fn take(&mut self, cluster: &Cluster, changed: ChangedExports<'_>, mut maybe_unused: BTreeSet<u64>) -> bool {
         let revision = self.revision + 1;
         let before = (self.digest, self.next_id);
         for name in changed.namespaces {
@@ -261,16 +261,16 @@ impl Publisher {
         }
         for (namespace, name) in changed.service_accounts {
             let key = Key::ServiceAccount(namespace.clone(), name.clone());
-            if let Some(held) = self.objects.get(&Key::Namespace(namespace.clone()))
+            if let Some(published) = self.objects.get(&Key::Namespace(namespace.clone()))
                 && self.objects.contains_key(&key)
             {
-                self.put(key, &account_object(cluster, held.id, namespace, name), revision);
+                self.put(key, &account_object(cluster, published.id, namespace, name), revision);
             }
         }
         for id in changed.endpoints.iter().filter(|id| id.kind == EndpointKind::Pod) {
             let Some(namespace) = &id.namespace else { continue };
             let key = Key::Endpoint(namespace.clone(), id.name.clone());
-            let used = match self.objects.get(&key).map(|held| held.uses) {
+            let used = match self.objects.get(&key).map(|published| published.uses) {
                 Some(Uses::Uses(used)) => used,
                 Some(Uses::UsedBy(_)) | None => [0; 3],
             };
@@ -281,10 +281,10 @@ impl Publisher {
             }
             for id in used.into_iter().filter(|id| *id != 0) {
                 self.count_use(id, |count| count - 1);
-                doubtful.insert(id);
+                maybe_unused.insert(id);
             }
         }
-        for id in doubtful {
+        for id in maybe_unused {
             if let Some(key) = self.shared.get(&id).cloned()
                 && self.objects.get(&key).is_some_and(|it| it.uses == Uses::UsedBy(0))
             {
@@ -346,8 +346,8 @@ impl Publisher {
     }
 
     fn count_use(&mut self, id: u64, change: impl FnOnce(u32) -> u32) {
-        let held = self.shared.get(&id).and_then(|key| self.objects.get_mut(key));
-        if let Some(Published { uses: Uses::UsedBy(count), .. }) = held {
+        let published = self.shared.get(&id).and_then(|key| self.objects.get_mut(key));
+        if let Some(Published { uses: Uses::UsedBy(count), .. }) = published {
             *count = change(*count);
         }
     }
@@ -388,15 +388,15 @@ impl Publisher {
         }
     }
 
-    /// A hub holds a later numbering than this: take one that is later still. The numbers are a stranger's.
+    /// A hub has a later numbering than this publisher: takes one that is later still. The numbers come from outside.
     fn go_past(&mut self, held: Position) {
         let spent = held.revision > MAX_NUMBER - RESERVE;
         if held.epoch > self.epoch || held.epoch == self.epoch && spent {
             let Some(epoch) = held.epoch.checked_add(1).filter(|epoch| *epoch <= MAX_NUMBER) else {
                 tracing::error!(
                     held = held.epoch,
-                    "a hub holds an epoch of this cluster after which there is none: another process has published in its \
-                     name; revoke the cluster and let it join again"
+                    "a hub has the last possible epoch of this cluster: another process has published in its name; revoke the \
+                     cluster and let it join again"
                 );
                 return;
             };
@@ -538,7 +538,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changed_comes_to_the_same_as_everything() {
+    fn publishing_changes_equals_publishing_everything() {
         let (p, q) = (pod_of("p", "x", "web", "a", "10.0.0.1"), pod_of("q", "x", "web", "b", "10.0.0.2"));
         let team = |kind, team| labelled(kind, if kind == "Namespace" { "x" } else { "a" }, team);
         let states: Vec<Vec<String>> = vec![
@@ -555,7 +555,7 @@ mod tests {
         ];
         let (mut source, mut candidates) = (Assembly::new("c".into()), Candidates::default());
         let mut kept = Publisher::new(1);
-        let mut heard: BTreeMap<u64, Bytes> = BTreeMap::new();
+        let mut at_hub: BTreeMap<u64, Bytes> = BTreeMap::new();
         for state in states.iter().chain(states.iter().rev()) {
             let mut read = Manifests::default();
             read_bytes(&"c.yaml".into(), state.join("---\n").as_bytes(), &mut read);
@@ -563,25 +563,26 @@ mod tests {
             candidates.replace_all(read.objects);
             let changed = source.update(candidates.take_changes());
             let cluster = &source.state().cluster;
-            let (after, news) = (kept.position().revision, kept.publish(cluster, exports(&changed)));
+            let (after, changed) = (kept.position().revision, kept.publish(cluster, exports(&changed)));
             let mut fresh = Publisher::new(1);
             fresh.publish_all(cluster);
             assert_eq!(published(&kept), published(&fresh), "{state:?}");
-            // What a hub that heard of it all holds.
+            // What a hub that received all of it has.
             for (_, gone) in kept.tombstones.iter().filter(|(at, _)| *at > after) {
-                assert!(heard.remove(gone).is_some(), "it was heard of");
+                assert!(at_hub.remove(gone).is_some(), "the hub has it");
             }
-            heard.extend(kept.objects.values().filter(|it| it.revision > after).map(|it| (it.id, it.bytes.clone())));
-            let held: BTreeMap<u64, Bytes> = kept.objects.values().map(|it| (it.id, it.bytes.clone())).collect();
-            assert_eq!(heard, held);
-            assert_eq!(kept.digest(), held.values().fold(0, |sum: u128, it| sum.wrapping_add(digest_of(it))));
-            assert!(!news || kept.position().revision == after + 1);
+            at_hub.extend(kept.objects.values().filter(|it| it.revision > after).map(|it| (it.id, it.bytes.clone())));
+            let published_now: BTreeMap<u64, Bytes> =
+                kept.objects.values().map(|it| (it.id, it.bytes.clone())).collect();
+            assert_eq!(at_hub, published_now);
+            assert_eq!(kept.digest(), published_now.values().fold(0, |sum: u128, it| sum.wrapping_add(digest_of(it))));
+            assert!(!changed || kept.position().revision == after + 1);
             assert!(
                 !kept.publish_all(cluster) && !kept.publish(cluster, exports(&Changed::default())),
                 "nothing is new"
             );
             assert_eq!(published(&kept), published(&fresh), "however often it is counted");
-            // After a restart nothing is lost, and nothing that is gone stays.
+            // A restart drops nothing, and keeps nothing that was removed.
             let mut restored = Publisher::restore(&kept.store().0).expect("what was stored");
             assert!(
                 restored.publish_all(&Cluster::default()) && restored.objects.is_empty() && restored.shared.is_empty()
@@ -592,9 +593,9 @@ mod tests {
         }
     }
 
-    /// What a hub holds may have been published by another process in the cluster's name.
+    /// What a hub has may have been published by another process in the cluster's name.
     #[test]
-    fn numbers_of_a_stranger_leave_the_member_running() {
+    fn survives_numbers_of_another_publisher() {
         let most = MAX_NUMBER;
         for (held, epoch) in [
             ((most, 1), 3),
@@ -628,7 +629,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_sent_before_its_numbers_are_on_disk() {
+    fn sends_nothing_before_its_numbers_are_on_disk() {
         let mut publisher = Publisher::new(3);
         let mut session = PublishSession::default();
         let take = |publisher: &mut Publisher, session: &mut PublishSession, held| {

@@ -60,6 +60,9 @@ const BATCH_TIME: Duration = Duration::from_secs(900);
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 /// How often one cluster may open a watching stream, or change what it wants: a change is judged against every endpoint that it concerns.
 const OWN_EVERY: Duration = Duration::from_millis(100);
+/// After a part of the work that a new interest of a cluster makes, the cluster's next part comes so many times later than the part
+/// took: what all streams of one cluster make the hub evaluate takes at most a third of the exchange's time.
+const EVALUATION_PAUSE: u32 = 2;
 /// A lease is for seconds: hearing a cluster once in this time is enough.
 const HEARD_EVERY: Duration = Duration::from_secs(1);
 /// What keeps nodes from enforcing, of one cluster, that status names: some 200 bytes each.
@@ -93,6 +96,8 @@ struct Shared {
     /// When each cluster may next report, and change what it wants, over whichever stream.
     reports: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
     wants: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
+    /// When each cluster's interests may next be evaluated.
+    evaluations: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
 }
 
 /// What a cluster said last of what reaches it.
@@ -590,6 +595,7 @@ impl Service {
         let mut heard = tokio::time::Instant::now();
         let mut has_more = false;
         let mut next_request = heard;
+        let mut next_part = heard;
         loop {
             tokio::select! {
                 biased;
@@ -615,11 +621,20 @@ impl Service {
                 }
                 () = notify.notified(), if !has_more => has_more = true,
                 // Room first, then the message: what is newest when there is room.
-                room = outbox.reserve(), if has_more => {
+                room = async {
+                    tokio::time::sleep_until(next_part).await;
+                    outbox.reserve().await
+                }, if has_more => {
                     let room = room.map_err(|_| gone())?;
-                    match self.with(|exchange| exchange.next(id)) {
+                    let began = Instant::now();
+                    let (message, is_building) = self.with(|exchange| (exchange.next(id), exchange.is_building(id)));
+                    if is_building {
+                        let pause = BETWEEN_PARTS.max(began.elapsed() * EVALUATION_PAUSE);
+                        next_part = self.slot(cluster, |shared| &shared.evaluations, pause) + pause;
+                    }
+                    match message {
                         Some(message) => room.send(Ok(codec::watch::encode_response(message))),
-                        None => has_more = false,
+                        None => has_more = is_building,
                     }
                 }
                 _ = beat.tick() => match outbox.try_reserve() {

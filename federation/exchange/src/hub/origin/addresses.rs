@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hashbrown::HashMap;
 
-/// A claim to an address. The greatest holds: that of the endpoint which changed last by its publisher's revisions.
+/// A claim to an address. The greatest wins: that of the endpoint which changed last by its publisher's revisions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Claim {
     pub revision: u64,

@@ -17,11 +17,11 @@ const OTHER_BYTES: usize = 16 << 20;
 /// Why a batch changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BatchError {
-    #[error("epoch {0} is older than the one held")]
+    #[error("epoch {0} is older than the present one")]
     OldEpoch(u64),
-    #[error("a delta, and nothing is held that it could change")]
+    #[error("a delta without a snapshot before it")]
     NothingHeld,
-    #[error("revision {0} is not past the one held")]
+    #[error("revision {0} is older than the present one")]
     OldRevision(u64),
 }
 
@@ -103,7 +103,7 @@ pub struct Applying {
 }
 
 impl Applying {
-    /// Reads the next frame; how many updates that were, or none where there is no more.
+    /// Reads the next frame; how many updates it had. `None`: there is no other.
     pub fn read(&mut self) -> Option<usize> {
         // Each was read when it was staged.
         let frame = frame::read(&self.frames.pop_front()?).unwrap_or_default();

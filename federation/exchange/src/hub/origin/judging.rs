@@ -9,38 +9,38 @@ use hanse_policy::selector::build;
 
 use super::profiles::ProfileKey;
 use super::{Before, Body, Entry, Origin, endpoint_of};
-use crate::hub::selections::{Known, Selections};
+use crate::hub::selections::{KnownLabels, Selections};
 use crate::hub::slots::{Bits, Slots};
 use crate::model::{Pairs, Refusal};
 
-/// Up to so many new selections are each asked for each profile.
+/// Up to this many new selections are evaluated one by one for each profile.
 const FEW_SELECTIONS: usize = 8;
 
 impl Origin {
-    /// Judges new selections over every profile.
-    pub fn select(&mut self, fresh: &[u32], selections: &Selections) {
+    /// Judges new selections over these profiles. One that has been judged already stays as it is.
+    pub fn select(&mut self, fresh: &[u32], selections: &Selections, profiles: std::ops::Range<u32>) {
         let counts = |number: &u32| selections.wanted(*number).clusters().contains("", &self.name);
         let mut fresh: Vec<u32> = fresh.iter().copied().filter(counts).collect();
         fresh.sort_unstable();
         if fresh.is_empty() {
             return;
         }
-        for at in 0..self.profiles.len() as u32 {
+        for at in profiles {
             let profile = self.profiles.get(at);
             if profile.problem.is_some() || profile.endpoints.is_empty() {
                 continue;
             }
             let pairs = self.effective(profile.key, &[]);
-            let known = Known { pairs: &pairs, grant: &self.label_grant };
-            let (mut matches, mut asking) = (Vec::new(), Vec::new());
+            let known = KnownLabels { pairs: &pairs, grant: &self.label_grant };
+            let (mut matches, mut per_endpoint) = (Vec::new(), Vec::new());
             let mut judge = |number: u32| {
-                if selections.asks_endpoints(number, &profile.own_keys) {
-                    asking.push(number);
+                if selections.needs_endpoints(number, &profile.own_keys) {
+                    per_endpoint.push(number);
                 } else if selections.may_match(number, &known) {
                     matches.push(number);
                 }
             };
-            // Of many only those are asked that the labels may satisfy.
+            // Of many, only those that the labels may satisfy are evaluated.
             if fresh.len() <= FEW_SELECTIONS {
                 fresh.iter().copied().for_each(&mut judge);
             } else {
@@ -49,7 +49,7 @@ impl Origin {
             }
             let profile = self.profiles.get_mut(at);
             matches.into_iter().for_each(|number| add(&mut profile.matches, number));
-            asking.into_iter().for_each(|number| add(&mut profile.asking, number));
+            per_endpoint.into_iter().for_each(|number| add(&mut profile.per_endpoint, number));
         }
     }
 
@@ -57,7 +57,7 @@ impl Origin {
     pub fn unselect(&mut self, numbers: &Bits) {
         for profile in self.profiles.iter_mut() {
             drop_from(&mut profile.matches, numbers);
-            drop_from(&mut profile.asking, numbers);
+            drop_from(&mut profile.per_endpoint, numbers);
         }
     }
 
@@ -67,7 +67,7 @@ impl Origin {
         for slot in endpoints.keys() {
             if let Some(Entry { body: Body::Endpoint { profile, .. }, visible: true, .. }) = self.entry(*slot) {
                 let profile = self.profiles.get(*profile);
-                for selection in profile.matches.iter().chain(&profile.asking) {
+                for selection in profile.matches.iter().chain(&profile.per_endpoint) {
                     candidates.entry(*selection).or_default().push(*slot);
                 }
             }
@@ -75,7 +75,7 @@ impl Origin {
         candidates
     }
 
-    /// Whether an endpoint counts and one of the selections may hold for it.
+    /// Whether an endpoint is used and one of the selections may match it.
     pub fn endpoint_selected(&self, slot: u32, interest: &Bits, selections: &Selections) -> bool {
         let Some(Entry { body: Body::Endpoint { profile, .. }, visible: true, bytes, .. }) = self.entry(slot) else {
             return false;
@@ -84,14 +84,15 @@ impl Origin {
         if profile.matches.iter().any(|number| interest.contains(*number)) {
             return true;
         }
-        let asking: Vec<u32> = profile.asking.iter().copied().filter(|number| interest.contains(*number)).collect();
-        if asking.is_empty() {
+        let per_endpoint: Vec<u32> =
+            profile.per_endpoint.iter().copied().filter(|number| interest.contains(*number)).collect();
+        if per_endpoint.is_empty() {
             return false;
         }
         let Some(endpoint) = endpoint_of(bytes) else { return false };
         let pairs = self.effective(profile.key, &endpoint.own);
-        let known = Known { pairs: &pairs, grant: &self.label_grant };
-        asking.into_iter().any(|number| {
+        let known = KnownLabels { pairs: &pairs, grant: &self.label_grant };
+        per_endpoint.into_iter().any(|number| {
             let names = selections.wanted(number).port_names();
             (names.is_empty() || endpoint.ports.iter().any(|port| names.contains(&port.name)))
                 && selections.may_match(number, &known)
@@ -122,20 +123,21 @@ impl Origin {
         } else {
             None
         };
-        let (mut matches, mut asking) = (Vec::new(), Vec::new());
+        let (mut matches, mut per_endpoint) = (Vec::new(), Vec::new());
         if problem.is_none() && !profile.endpoints.is_empty() {
             let pairs = self.effective(profile.key, &[]);
-            let known = Known { pairs: &pairs, grant: &self.label_grant };
+            let known = KnownLabels { pairs: &pairs, grant: &self.label_grant };
             for candidate in selections.candidates(&self.name, &known, &profile.own_keys) {
-                if selections.asks_endpoints(candidate, &profile.own_keys) {
-                    asking.push(candidate);
+                if selections.needs_endpoints(candidate, &profile.own_keys) {
+                    per_endpoint.push(candidate);
                 } else if selections.may_match(candidate, &known) {
                     matches.push(candidate);
                 }
             }
         }
         let profile = self.profiles.get_mut(number);
-        (profile.problem, profile.matches, profile.asking) = (problem.map(Box::new), matches.into(), asking.into());
+        (profile.problem, profile.matches, profile.per_endpoint) =
+            (problem.map(Box::new), matches.into(), per_endpoint.into());
     }
 
     /// The effective labels of a profile's endpoint with these labels of its own, sorted by key.
@@ -166,7 +168,9 @@ impl Origin {
 }
 
 fn add(list: &mut Box<[u32]>, number: u32) {
-    *list = list.iter().copied().chain([number]).collect();
+    if !list.contains(&number) {
+        *list = list.iter().copied().chain([number]).collect();
+    }
 }
 
 fn drop_from(list: &mut Box<[u32]>, numbers: &Bits) {

@@ -20,19 +20,19 @@ pub struct Profile {
     pub endpoints: Vec<u32>,
     /// Keys of labels of their own, of its endpoints and of some that were in it.
     pub own_keys: Box<[Arc<str>]>,
-    /// With so many keys those that nobody has any more are dropped.
+    /// With this many keys, those that no endpoint has any more are dropped.
     pub most_keys: usize,
-    /// Selections that hold, or may, for all of it.
+    /// Selections that match, or may match, all of its endpoints.
     pub matches: Box<[u32]>,
-    /// Selections that each endpoint must be asked about.
-    pub asking: Box<[u32]>,
+    /// Selections that must be evaluated for each endpoint.
+    pub per_endpoint: Box<[u32]>,
     pub problem: Option<Box<Refusal>>,
 }
 
 impl Profile {
     fn new(key: ProfileKey) -> Self {
-        let (endpoints, own_keys, matches, asking) = Default::default();
-        Self { key, endpoints, own_keys, most_keys: FIRST_KEYS, matches, asking, problem: None }
+        let (endpoints, own_keys, matches, per_endpoint) = Default::default();
+        Self { key, endpoints, own_keys, most_keys: FIRST_KEYS, matches, per_endpoint, problem: None }
     }
 }
 

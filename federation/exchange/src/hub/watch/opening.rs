@@ -6,6 +6,7 @@ use std::sync::Arc;
 use hanse_policy::model::ClusterName;
 use hashbrown::HashMap;
 
+use crate::hub::ClassId;
 use crate::interest::{self, Interest};
 use crate::limits::MAX_CLUSTERS;
 use crate::message::{RefusedParts, WatchOpen, WatchRequest};
@@ -43,7 +44,8 @@ impl ReadOpening {
         let interest_widened = refused.total > held_refused;
         let mut refused_own = RefusedParts::default();
         let own = interest::read("own", open.own, interest::OWN, &mut refused_own);
-        let opening = Opening { hub: open.hub, hub_digest: open.hub_digest, held, interest: Arc::new(interest) };
+        let opening =
+            Opening { hub: open.hub, hub_digest: open.hub_digest, held, interest: Arc::new(interest), starting: None };
         Self { protocol: open.protocol, opening, own, interest_widened, refused: [refused, refused_own] }
     }
 }
@@ -80,6 +82,16 @@ pub(super) struct Opening {
     pub(super) hub: Option<Position>,
     pub(super) hub_digest: Option<u128>,
     pub(super) held: HashMap<ClusterName, Held>,
+    pub(super) interest: Arc<Interest>,
+    /// The classes that it starts with, while they are being built.
+    pub(super) starting: Option<Starting>,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Starting {
+    /// Of the interest that it was opened with, and of the first one that it is given.
+    pub(super) held_class: ClassId,
+    pub(super) class: ClassId,
     pub(super) interest: Arc<Interest>,
 }
 

@@ -1,0 +1,423 @@
+//! Classes: receivers with the same interest share what it selects.
+//!
+//! A class has, for each origin, the objects that its interest selects, and their digest. To make one, each origin is scanned:
+//! of hundreds of thousands of endpoints that takes longer than others may wait for the exchange. So a class is built in parts,
+//! and receivers stay with their former class until it is complete. While it is built, changes of an origin are applied to the
+//! slots that were scanned; the rest is scanned later, in its newest state.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Weak};
+
+use bytes::Bytes;
+use hanse_policy::slab::Slab;
+use hashbrown::HashMap;
+
+use super::Exchange;
+use super::derived;
+use super::first_eight;
+use super::origin::{Before, Changes, Entry, Origin};
+use super::selections::Selections;
+use super::slots::{Bits, Slots};
+use crate::interest::{Interest, Wanted};
+
+hanse_policy::slab_id! {
+    pub(super) struct ClassId;
+}
+
+/// Classes without receivers that are kept: a receiver whose stream ended comes back with the same interest, and a class of
+/// everything takes a scan of every endpoint to make. Together they have at most so many bytes, by [`Class::bytes`].
+const MAX_IDLE: usize = 8;
+const MAX_IDLE_BYTES: usize = 64 << 20;
+/// What a selection takes besides its text: the expression, and its places in the index.
+const SELECTION_BYTES: usize = 512;
+/// Slots that are scanned in the time that one update takes.
+const SLOTS_PER_UPDATE: usize = 16;
+
+#[derive(Debug, Default)]
+pub(super) struct Classes {
+    all: Slab<ClassId, Class>,
+    by_selections: HashMap<Vec<u32>, ClassId>,
+    /// By the address of the interest that the class was made of: clusters that enforce the same policies share it.
+    by_interest: HashMap<usize, ClassId>,
+    /// The classes without users and their bytes, the one that had some last at the end.
+    idle: VecDeque<(ClassId, usize)>,
+    /// Selections that some class which is being built has not judged over every origin yet.
+    unjudged: Bits,
+}
+
+#[derive(Debug)]
+pub(super) struct Class {
+    of: Arc<Interest>,
+    /// Of its selections; in order once all are known.
+    numbers: Vec<u32>,
+    interest: Bits,
+    /// Of the selections' canonical forms: the same on every replica.
+    token: u64,
+    users: u32,
+    /// By the origins' numbers.
+    views: Vec<View>,
+    building: Option<Box<Building>>,
+}
+
+/// How far a class is built: selections are numbered, then each origin judges the new ones and is scanned.
+#[derive(Debug)]
+struct Building {
+    rest: std::vec::IntoIter<Arc<Wanted>>,
+    hasher: blake3::Hasher,
+    is_numbered: bool,
+    /// Selections that some origin may not have judged yet.
+    unjudged: Vec<u32>,
+    origin: usize,
+    profile: u32,
+    slot: u32,
+}
+
+/// What a class selects of one origin.
+#[derive(Debug, Default)]
+pub(super) struct View {
+    pub(super) members: Slots,
+    pub(super) digest: u128,
+    /// The snapshot's frames, while someone is being sent them.
+    pub(super) snapshot: Option<Weak<Vec<Bytes>>>,
+}
+
+impl Classes {
+    pub(super) fn get(&self, id: ClassId) -> &Class {
+        &self.all[id]
+    }
+
+    pub(super) fn get_mut(&mut self, id: ClassId) -> &mut Class {
+        &mut self.all[id]
+    }
+
+    pub(super) fn is_built(&self, id: ClassId) -> bool {
+        self.all[id].building.is_none()
+    }
+
+    pub(super) fn forget_origin(&mut self, number: usize) {
+        for (_, class) in self.all.iter_mut() {
+            *class.view_mut(number) = View::default();
+        }
+    }
+
+    /// Applies changes of an origin to every view of it; returns the ids that receivers of each class must be sent.
+    pub(super) fn update(
+        &mut self,
+        number: usize,
+        origin: &Origin,
+        changes: &Changes,
+        selections: &Selections,
+    ) -> HashMap<ClassId, Vec<u64>> {
+        let mut dirty: HashMap<ClassId, Vec<u64>> = HashMap::new();
+        let candidates = origin.candidates(&changes.endpoints);
+        for (id, class) in self.all.iter_mut() {
+            let scanned = class.scanned(number);
+            if scanned == 0 {
+                continue;
+            }
+            let fit = candidates.iter().filter(|(selection, _)| class.interest.contains(**selection));
+            let mut fit: Vec<u32> = fit.flat_map(|(_, slots)| slots).copied().collect();
+            let view = view_of(&mut class.views, number);
+            fit.extend(view.members.of(&changes.endpoints));
+            // A slot that is in the view as a support may be an endpoint now.
+            fit.retain(|slot| *slot < scanned || view.members.contains(*slot));
+            fit.sort_unstable();
+            fit.dedup();
+            let ids = view.update(origin, changes, &fit, &class.interest, selections);
+            if !ids.is_empty() {
+                view.snapshot = None;
+                dirty.insert(id, ids);
+            }
+        }
+        dirty
+    }
+
+    fn idle_bytes(&self) -> usize {
+        self.idle.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    pub(super) fn add_user(&mut self, id: ClassId) {
+        self.all[id].users += 1;
+        self.idle.retain(|(idle, _)| *idle != id);
+    }
+}
+
+impl Exchange {
+    /// The class of an interest, with one more user. It may not be built yet: see [`Self::build_class`].
+    pub(super) fn acquire_class(&mut self, interest: &Arc<Interest>) -> ClassId {
+        let address = Arc::as_ptr(interest) as usize;
+        if let Some(id) = self.classes.by_interest.get(&address).copied() {
+            self.classes.add_user(id);
+            return id;
+        }
+        let building = Building {
+            rest: interest.iter().cloned().collect::<Vec<_>>().into_iter(),
+            hasher: blake3::Hasher::new(),
+            is_numbered: false,
+            unjudged: Vec::new(),
+            origin: 0,
+            profile: 0,
+            slot: 0,
+        };
+        let id = self.classes.all.insert(Class {
+            of: Arc::clone(interest),
+            numbers: Vec::new(),
+            interest: Bits::default(),
+            token: 0,
+            users: 1,
+            views: Vec::new(),
+            building: Some(Box::new(building)),
+        });
+        self.classes.by_interest.insert(address, id);
+        self.build_class(id)
+    }
+
+    /// Goes on with a class that is not built yet, for as long as a slice of updates takes. Returns the class: another one where
+    /// that has the same selections.
+    pub(super) fn build_class(&mut self, id: ClassId) -> ClassId {
+        let class = &mut self.classes.all[id];
+        let Some(mut building) = class.building.take() else { return id };
+        let mut left = self.slice;
+        while left > 0
+            && let Some(wanted) = building.rest.next()
+        {
+            derived::hash(&wanted, &mut building.hasher);
+            let (number, is_new) = self.selections.acquire(&wanted);
+            if is_new || self.classes.unjudged.contains(number) {
+                self.classes.unjudged.set(number, true);
+                building.unjudged.push(number);
+            }
+            class.numbers.push(number);
+            left -= 1;
+        }
+        if building.rest.len() == 0 && !building.is_numbered {
+            building.is_numbered = true;
+            class.numbers.sort_unstable();
+            for number in &class.numbers {
+                class.interest.set(*number, true);
+            }
+            class.token = u64::from_le_bytes(first_eight(building.hasher.finalize().as_bytes()));
+            if let Some(same) = self.classes.by_selections.get(&class.numbers).copied() {
+                class.building = Some(building);
+                return self.merge_class(id, same);
+            }
+            self.classes.by_selections.insert(class.numbers.clone(), id);
+        }
+        let class = &mut self.classes.all[id];
+        while left > 0 && building.rest.len() == 0 {
+            if building.origin >= self.origins.len() || class.numbers.is_empty() {
+                for number in &building.unjudged {
+                    self.classes.unjudged.set(*number, false);
+                }
+                return id;
+            }
+            left = left.saturating_sub(building.step(class, &mut self.origins, &self.selections, left));
+        }
+        class.building = Some(building);
+        id
+    }
+
+    /// Gives the users of a class to another one with the same selections.
+    fn merge_class(&mut self, from: ClassId, into: ClassId) -> ClassId {
+        for receiver in self.receivers.values_mut() {
+            receiver.replace_class(from, into);
+        }
+        let users = self.classes.all[from].users;
+        self.classes.add_user(into);
+        self.classes.all[into].users += users - 1;
+        self.forget_class(from);
+        into
+    }
+
+    pub(super) fn release_class(&mut self, id: ClassId) {
+        let class = &mut self.classes.all[id];
+        class.users -= 1;
+        if class.users > 0 {
+            return;
+        }
+        if class.building.is_some() {
+            self.forget_class(id);
+            return;
+        }
+        let bytes = class.bytes();
+        self.classes.idle.push_back((id, bytes));
+        while self.classes.idle.len() > MAX_IDLE || self.classes.idle_bytes() > MAX_IDLE_BYTES {
+            let Some((oldest, _)) = self.classes.idle.pop_front() else { return };
+            self.forget_class(oldest);
+        }
+    }
+
+    /// Of the classes without receivers that are kept.
+    pub fn idle_bytes(&self) -> usize {
+        self.classes.idle_bytes()
+    }
+
+    fn forget_class(&mut self, id: ClassId) {
+        let class = self.classes.all.remove(id);
+        if self.classes.by_selections.get(&class.numbers) == Some(&id) {
+            self.classes.by_selections.remove(&class.numbers);
+        }
+        let address = Arc::as_ptr(&class.of) as usize;
+        if self.classes.by_interest.get(&address) == Some(&id) {
+            self.classes.by_interest.remove(&address);
+        }
+        let mut released = Bits::default();
+        for number in class.numbers {
+            if self.selections.release(number) {
+                released.set(number, true);
+                self.classes.unjudged.set(number, false);
+            }
+        }
+        for origin in self.origins.iter_mut().flatten() {
+            origin.unselect(&released);
+        }
+    }
+}
+
+impl Building {
+    /// The next part of the present origin, of about `left` updates; returns how many.
+    fn step(
+        &mut self,
+        class: &mut Class,
+        origins: &mut [Option<Origin>],
+        selections: &Selections,
+        left: usize,
+    ) -> usize {
+        let Some(origin) = origins[self.origin].as_mut() else {
+            self.next_origin();
+            return 0;
+        };
+        let profiles = u32::try_from(origin.profile_count()).unwrap_or(u32::MAX);
+        if self.profile < profiles && !self.unjudged.is_empty() {
+            let to = self.profile.saturating_add(u32::try_from(left).unwrap_or(u32::MAX)).min(profiles);
+            origin.select(&self.unjudged, selections, self.profile..to);
+            let judged = (to - self.profile) as usize;
+            self.profile = to;
+            // The selections of the origin are looked up each time.
+            return judged + self.unjudged.len() / 64;
+        }
+        let slots = origin.slot_bound();
+        let most = u32::try_from(left.saturating_mul(SLOTS_PER_UPDATE)).unwrap_or(u32::MAX);
+        let to = self.slot.saturating_add(most).min(slots);
+        let view = view_of(&mut class.views, self.origin);
+        view.scan(origin, self.slot..to, &class.interest, selections);
+        let scanned = (to - self.slot) as usize;
+        self.slot = to;
+        if to == slots {
+            self.next_origin();
+        }
+        1 + scanned / SLOTS_PER_UPDATE
+    }
+
+    fn next_origin(&mut self) {
+        self.origin += 1;
+        (self.profile, self.slot) = (0, 0);
+    }
+}
+
+impl Class {
+    pub(super) fn token(&self) -> u64 {
+        self.token
+    }
+
+    /// More than one receiver has it.
+    pub(super) fn is_shared(&self) -> bool {
+        self.users > 1
+    }
+
+    pub(super) fn view(&self, number: usize) -> Option<&View> {
+        self.views.get(number)
+    }
+
+    /// Origins that came after the class was made have an empty view.
+    pub(super) fn view_mut(&mut self, number: usize) -> &mut View {
+        view_of(&mut self.views, number)
+    }
+
+    /// Slots of an origin below this one were scanned.
+    fn scanned(&self, number: usize) -> u32 {
+        match &self.building {
+            None => u32::MAX,
+            Some(building) if !building.is_numbered || number > building.origin => 0,
+            Some(building) if number == building.origin => building.slot,
+            Some(_) => u32::MAX,
+        }
+    }
+
+    /// About how much it takes, with what is filed for it alone.
+    fn bytes(&self) -> usize {
+        let selections = self.of.iter().map(|wanted| wanted.size() + SELECTION_BYTES).sum::<usize>();
+        let views = self.views.iter().map(|view| size_of::<View>() + view.members.bytes()).sum::<usize>();
+        selections + views
+    }
+}
+
+fn view_of(views: &mut Vec<View>, number: usize) -> &mut View {
+    if views.len() <= number {
+        views.resize_with(number + 1, View::default);
+    }
+    &mut views[number]
+}
+
+impl View {
+    /// Adds what the interest selects among these slots.
+    fn scan(&mut self, origin: &Origin, slots: std::ops::Range<u32>, interest: &Bits, selections: &Selections) {
+        for slot in slots {
+            if origin.is_endpoint(slot) && origin.endpoint_selected(slot, interest, selections) {
+                self.add(origin, slot);
+                for support in origin.supports_of(slot) {
+                    self.add(origin, support);
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, origin: &Origin, slot: u32) {
+        if let Some(entry) = origin.entry(slot)
+            && !self.members.set(slot, true)
+        {
+            self.digest = self.digest.wrapping_add(entry.digest());
+        }
+    }
+
+    /// After a change of the origin; returns the ids that a receiver must be sent. `fit` has those of the changed endpoints that
+    /// were in the view, or may be now.
+    fn update(
+        &mut self,
+        origin: &Origin,
+        changes: &Changes,
+        fit: &[u32],
+        interest: &Bits,
+        selections: &Selections,
+    ) -> Vec<u64> {
+        let mut dirty = Vec::new();
+        let mut supports = self.members.of(&changes.supports);
+        for (slot, before) in fit.iter().filter_map(|slot| changes.endpoints.get_key_value(slot)) {
+            let now = origin.endpoint_selected(*slot, interest, selections);
+            let was = self.members.set(*slot, now);
+            self.account(origin, *slot, *before, was, now, &mut dirty);
+            if now {
+                supports.extend(origin.supports_of(*slot));
+            }
+        }
+        supports.sort_unstable();
+        supports.dedup();
+        for (slot, before) in supports.iter().filter_map(|slot| changes.supports.get_key_value(slot)) {
+            let now = origin.support_selected(*slot, &self.members);
+            let was = self.members.set(*slot, now);
+            self.account(origin, *slot, *before, was, now, &mut dirty);
+        }
+        dirty
+    }
+
+    fn account(&mut self, origin: &Origin, slot: u32, before: Before, was: bool, now: bool, dirty: &mut Vec<u64>) {
+        let after = origin.entry(slot).filter(|_| now).map_or(0, Entry::digest);
+        if was {
+            self.digest = self.digest.wrapping_sub(before.digest);
+        }
+        self.digest = self.digest.wrapping_add(after);
+        if was != now || (now && before.digest != after) {
+            dirty.push(before.id);
+        }
+    }
+}

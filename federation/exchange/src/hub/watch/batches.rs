@@ -1,0 +1,163 @@
+//! Batches for a receiver: of one origin at its present revision, and of the hub's own objects.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Weak};
+
+use hanse_policy::model::ClusterName;
+
+use super::interests::differences;
+use super::{Cursor, Exchange, HubObjects, Receiver, ReceiverId, Response, Wants};
+use crate::codec::frame;
+use crate::message::RefusedParts;
+use crate::model::{Lease, Position};
+
+impl Exchange {
+    /// Cuts a batch of one origin at its present revision, if the receiver lacks something of it.
+    pub(super) fn fill_origin(&mut self, id: ReceiverId, number: usize) {
+        let Some(mut receiver) = self.receivers.remove(&id) else { return };
+        self.fill(&mut receiver, number);
+        let resuming = receiver.cursors.iter().any(|(_, cursor)| matches!(cursor.wants, Wants::Resume(_)));
+        let done = if resuming { None } else { receiver.held_class.take() };
+        self.receivers.insert(id, receiver);
+        if let Some(class) = done {
+            self.release_class(class);
+        }
+    }
+
+    pub(super) fn fill(&mut self, receiver: &mut Receiver, number: usize) {
+        let Some(origin) = self.origins[number].as_ref() else { return };
+        let name = origin.name.clone();
+        if name == receiver.cluster {
+            return;
+        }
+        let sees = self.sees(&receiver.cluster, &name);
+        let cursor = receiver.cursors.entry(number);
+        if !sees {
+            if cursor.shown {
+                *cursor = Cursor::default();
+                let end = Response::End { position: origin.position, digest: Some(0), view: 0 };
+                receiver.flight.extend([begin(Some(&name), true, 0), end]);
+            }
+            // Nothing more comes of it: no policy needs to wait.
+            if receiver.due.remove(&name) {
+                receiver.flight.push_back(complete(receiver.number, &name, None, 0));
+            }
+            return;
+        }
+        if !origin.synced {
+            let lease = self.hub.federation.clusters.get(&name).map(|state| state.lease);
+            if matches!(lease, Some(Lease::Stale { .. } | Lease::NeverHeard)) && receiver.due.remove(&name) {
+                receiver.flight.push_back(complete(receiver.number, &name, None, 0));
+            }
+            return;
+        }
+        let view_token = self.view_token(receiver.class, &name);
+        if let Wants::Resume(held) = &cursor.wants {
+            let position = origin.position;
+            if held.position.epoch > position.epoch
+                || (held.position.epoch == position.epoch && held.position.revision > position.revision)
+            {
+                // This replica is behind: it waits rather than going back in time.
+                return;
+            }
+            let base = [Some(receiver.class), receiver.held_class]
+                .into_iter()
+                .flatten()
+                .find(|class| self.view_token(*class, &name) == held.view);
+            let resumable = held.position.epoch == position.epoch && origin.resumable_from(held.position.revision);
+            cursor.wants = match base.filter(|_| resumable) {
+                None => Wants::Snapshot,
+                Some(base) => {
+                    let (touched, removed) = origin.since(held.position.revision);
+                    cursor.dirty.extend(touched.into_iter().filter_map(|slot| origin.entry(slot)).map(|e| e.id));
+                    cursor.dirty.extend(removed);
+                    cursor.dirty.extend(differences(self, origin, number, base, receiver.class));
+                    let digest = self.classes.get(receiver.class).view(number).map_or(0, |view| view.digest);
+                    if held.digest == Some(digest) {
+                        cursor.dirty.clear();
+                    }
+                    cursor.nudge = true;
+                    Wants::Changes
+                }
+            };
+        }
+        let class = self.classes.get_mut(receiver.class);
+        let shared = class.is_shared();
+        let view = class.view_mut(number);
+        let snapshot = matches!(cursor.wants, Wants::Snapshot);
+        if snapshot || !cursor.dirty.is_empty() || cursor.nudge {
+            receiver.flight.push_back(begin(Some(&name), snapshot, 0));
+            let bytes = |slot| origin.entry(slot).map(|entry| &entry.bytes[..]);
+            if snapshot {
+                let frames = view.snapshot.as_ref().and_then(Weak::upgrade).unwrap_or_else(|| {
+                    let frames = Arc::new(frame::cut(view.members.iter().filter_map(bytes), &[]));
+                    if shared {
+                        self.recent.keep(Arc::clone(&frames));
+                        view.snapshot = Some(Arc::downgrade(&frames));
+                    }
+                    frames
+                });
+                receiver.flight.extend(frames.iter().cloned().map(Response::Frame));
+                receiver._snapshot = Some(frames);
+            } else {
+                let (mut upserts, mut removals) = (Vec::new(), Vec::new());
+                for id in &cursor.dirty {
+                    match origin.slot_of(*id).filter(|slot| view.members.contains(*slot)).and_then(bytes) {
+                        Some(update) => upserts.push(update),
+                        None => removals.push(*id),
+                    }
+                }
+                receiver.flight.extend(frame::cut(upserts, &removals).into_iter().map(Response::Frame));
+            }
+            let (position, digest) = (origin.position, Some(view.digest));
+            receiver.flight.push_back(Response::End { position, digest, view: view_token });
+            receiver.flight_origin = Some(name.clone());
+            let sent = origin.position.revision;
+            *cursor = Cursor { wants: Wants::Changes, dirty: BTreeSet::new(), sent, shown: true, nudge: false };
+        }
+        if receiver.due.remove(&name) {
+            receiver.flight.push_back(complete(receiver.number, &name, Some(origin.position), view_token));
+        }
+    }
+}
+
+impl Receiver {
+    /// Sends which parts of its interest could not be read as written.
+    pub(super) fn report_refused_parts(&mut self) {
+        let total = self.refused.iter().map(|it| it.total).fold(0, u64::saturating_add);
+        let parts = self.refused.iter().flat_map(|it| it.parts.iter().cloned()).collect();
+        self.notices.push_back(Response::PartsRefused(RefusedParts { parts, total }));
+    }
+
+    pub(super) fn fill_hub(&mut self, hub: &HubObjects) {
+        self.ahead.clear();
+        self.hub.first = false;
+        let snapshot = std::mem::take(&mut self.hub.snapshot);
+        let dirty = std::mem::take(&mut self.hub.dirty);
+        let (mut upserts, mut removals) = (Vec::new(), Vec::new());
+        if snapshot {
+            upserts.extend(hub.objects.values().filter(|o| o.is_for(&self.cluster)).map(|o| o.bytes.clone()));
+        } else {
+            for id in dirty {
+                match hub.objects.get(&id).filter(|object| object.is_for(&self.cluster)) {
+                    Some(object) => upserts.push(object.bytes.clone()),
+                    None => removals.push(id),
+                }
+            }
+        }
+        let position = hub.federation.position;
+        self.flight.push_back(begin(None, snapshot, self.number));
+        self.flight.extend(frame::cut(upserts, &removals).into_iter().map(Response::Frame));
+        let digest = Some(hub.digest_for(&self.cluster));
+        self.flight.push_back(Response::End { position, digest, view: 0 });
+        self.hub.sent = position;
+    }
+}
+
+fn begin(origin: Option<&ClusterName>, snapshot: bool, needs_interest: u64) -> Response {
+    Response::Begin { origin: origin.cloned(), snapshot, needs_interest }
+}
+
+fn complete(interest: u64, origin: &ClusterName, position: Option<Position>, view: u64) -> Response {
+    Response::Complete { interest, origin: origin.clone(), position, view }
+}

@@ -1,0 +1,166 @@
+//! The interest of a receiver: it grows when the receiver lacks something, and shrinks when nothing in force needs the rest.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use hanse_policy::model::ClusterName;
+use hashbrown::HashMap;
+
+use super::{ClassId, Exchange, Origin, ReceiverId, Response, Switching, Wants};
+use crate::interest::{self, Interest};
+use crate::message::InterestChange;
+use crate::model::Wanted;
+
+impl Exchange {
+    /// Brings up to date what a receiver should be sent.
+    pub(super) fn aim(&mut self, id: ReceiverId) {
+        let Some(receiver) = self.receivers.get_mut(&id) else { return };
+        let derived = self.derived.of(&receiver.cluster);
+        receiver.target = match receiver.own.is_subset(&derived) {
+            true => derived,
+            false => Arc::new(derived.union(&receiver.own).cloned().collect()),
+        };
+    }
+
+    /// Widens a receiver's interest when it lacks something, and narrows it when nothing in force needs the rest.
+    pub(super) fn retarget(&mut self, id: ReceiverId, unions: &mut Unions) {
+        let Some(receiver) = self.receivers.get_mut(&id).filter(|receiver| receiver.open.is_none()) else { return };
+        if receiver.switching.is_some() {
+            // Looked at again when it has switched.
+            return;
+        }
+        let (target, interest) = (Arc::clone(&receiver.target), Arc::clone(&receiver.interest));
+        if Arc::ptr_eq(&target, &interest) {
+            return;
+        }
+        let rests = receiver.acked == (receiver.number, receiver.hub.sent)
+            && !receiver.hub.snapshot
+            && receiver.hub.dirty.is_empty();
+        if !covers(&interest, &target) {
+            self.switch(id, unions.of(&interest, &target));
+        } else if target == interest {
+            receiver.interest = target;
+        } else if rests {
+            self.switch(id, target);
+        }
+    }
+
+    /// Gives a receiver its next interest, at once where its class is built, or else by [`Self::finish_switch`].
+    pub(super) fn switch(&mut self, id: ReceiverId, interest: Arc<Interest>) {
+        let present = self.receivers.get(&id).filter(|receiver| Arc::ptr_eq(&receiver.interest, &interest));
+        let class = match present.map(|receiver| receiver.class) {
+            Some(class) => {
+                self.classes.add_user(class);
+                class
+            }
+            None => self.acquire_class(&interest),
+        };
+        if self.classes.is_built(class) {
+            self.switch_to(id, class, interest);
+        } else if let Some(receiver) = self.receivers.get_mut(&id) {
+            receiver.switching = Some(Switching { class, interest });
+        }
+    }
+
+    /// Goes on with the class that a receiver waits for; whether it has switched.
+    pub(super) fn finish_switch(&mut self, id: ReceiverId) -> bool {
+        let class = |it: &Self| Some(it.receivers.get(&id)?.switching.as_ref()?.class);
+        let Some(before) = class(self) else { return false };
+        self.build_class(before);
+        let Some(now) = class(self).filter(|class| self.classes.is_built(*class)) else { return false };
+        let switching = self.receivers.get_mut(&id).and_then(|receiver| receiver.switching.take());
+        if let Some(Switching { interest, .. }) = switching {
+            self.switch_to(id, now, interest);
+            self.retarget(id, &mut Unions::default());
+        }
+        true
+    }
+
+    pub(super) fn switch_to(&mut self, id: ReceiverId, new: ClassId, interest: Arc<Interest>) {
+        let Some(receiver) = self.receivers.get(&id) else { return };
+        let (cluster, old) = (receiver.cluster.clone(), receiver.class);
+        let mut changed: Vec<(usize, Vec<u64>)> = Vec::new();
+        for (number, cursor) in receiver.cursors.iter() {
+            let Some(origin) = self.origins[number].as_ref() else { continue };
+            if matches!(cursor.wants, Wants::Changes) {
+                changed.push((number, differences(self, origin, number, old, new)));
+            }
+        }
+        let due: BTreeSet<ClusterName> = self
+            .hub
+            .federation
+            .clusters
+            .iter()
+            .filter(|(name, state)| {
+                self.sees(&cluster, name) && state.waits_for(self.origin(name).is_some_and(|origin| origin.synced))
+            })
+            .map(|(name, _)| name.clone())
+            .collect();
+        let numbers: Vec<usize> = due.iter().filter_map(|name| self.origin_number(name)).collect();
+        if let Some(receiver) = self.receivers.get_mut(&id) {
+            receiver.number += 1;
+            let whole = std::mem::take(&mut receiver.interest_widened);
+            let before = if whole { Arc::default() } else { Arc::clone(&receiver.interest) };
+            let notice = InterestChange {
+                number: receiver.number,
+                added: interest.difference(&before).map(|wanted| (&**wanted).into()).collect(),
+                removed: before.difference(&interest).map(|wanted| (&**wanted).into()).collect(),
+                origins: due.iter().cloned().collect(),
+                whole,
+            };
+            receiver.notices.push_back(Response::Interest(notice));
+            receiver.interest = interest;
+            receiver.class = new;
+            receiver.due = due;
+            receiver.pending.extend(numbers);
+            for (number, ids) in changed {
+                receiver.mark(number, &ids);
+            }
+        }
+        self.release_class(old);
+    }
+}
+
+/// Whether a receiver of an interest is sent all that another one selects.
+fn covers(interest: &Interest, other: &Interest) -> bool {
+    let everything = || interest.len() == 1 && interest.iter().all(|it| **it == Wanted::everything());
+    other.is_subset(interest) || everything()
+}
+
+/// Unions of interests, each made once: many receivers go from one to the same other.
+#[derive(Debug, Default)]
+pub(super) struct Unions(HashMap<(usize, usize), Union>);
+
+#[derive(Debug)]
+struct Union {
+    /// Keep the addresses from being given again.
+    _of: [Arc<Interest>; 2],
+    both: Arc<Interest>,
+}
+
+impl Unions {
+    pub(super) fn of(&mut self, a: &Arc<Interest>, b: &Arc<Interest>) -> Arc<Interest> {
+        let key = (Arc::as_ptr(a) as usize, Arc::as_ptr(b) as usize);
+        let made = self.0.entry(key).or_insert_with(|| {
+            let both = match (a.is_subset(b), b.is_subset(a)) {
+                (true, _) => Arc::clone(b),
+                (_, true) => Arc::clone(a),
+                _ => Arc::new(interest::bounded(a.union(b).cloned().collect(), interest::WHOLE)),
+            };
+            Union { _of: [Arc::clone(a), Arc::clone(b)], both }
+        });
+        Arc::clone(&made.both)
+    }
+}
+
+/// The ids that only one of two classes selects of an origin.
+pub(super) fn differences(exchange: &Exchange, origin: &Origin, number: usize, old: ClassId, new: ClassId) -> Vec<u64> {
+    if old == new {
+        return Vec::new();
+    }
+    let (old, new) = (exchange.classes.get(old).view(number), exchange.classes.get(new).view(number));
+    let has = |view: Option<&crate::hub::View>, slot| view.is_some_and(|view| view.members.contains(slot));
+    let either = [old, new].into_iter().flatten().flat_map(|view| view.members.iter());
+    let slots = either.filter(|slot| has(old, *slot) != has(new, *slot));
+    slots.filter_map(|slot| origin.entry(slot)).map(|entry| entry.id).collect()
+}
