@@ -96,7 +96,7 @@ impl<'a> Deployment<'a> {
         Ok(())
     }
 
-    /// Lets a cluster join with a token, and its nodes enrol: member and agents run. `source` holds its manifests.
+    /// Lets a cluster join with a token, and its nodes enrol: member and agents run. `source` is the directory of its manifests.
     pub fn join(&mut self, cluster: &Cluster, source: &Path) -> anyhow::Result<()> {
         self.make_token(&cluster.name)?;
         self.start_member(cluster, source)?;

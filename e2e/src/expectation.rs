@@ -1,4 +1,4 @@
-//! What policy says, asked of `hanse policy explain` over the manifests that the cluster runs from.
+//! The verdicts of `hanse policy explain` for the manifests that the cluster runs from.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

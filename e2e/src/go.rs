@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 
 /// The program whose module is in `source`: from the cache, or built now, which downloads what it needs.
 ///
-/// The cache is `$XDG_CACHE_HOME/hanse/go` (`~/.cache` where that is not set). A program's name there tells the version of
+/// The cache is `$XDG_CACHE_HOME/hanse/go` (`~/.cache` where that is not set). The name of a program includes the version of
 /// Go and the contents of its module, so that a change of either builds another one.
 ///
 /// # Errors

@@ -106,14 +106,14 @@ impl Packet {
                 IpAddr::V6(address) => header.extend(address.octets()),
             }
         }
-        // One form serves both families: the sum does not depend on where the zeros stand.
+        // One form serves both families: the sum does not depend on the position of the zeros.
         header.extend((length as u32).to_be_bytes());
         header.extend([0, 0, 0, self.protocol]);
         header
     }
 }
 
-/// Where the checksum stands in the header behind that of IP.
+/// Offset of the checksum in the header after that of IP.
 fn checksum_place(protocol: u8) -> Option<usize> {
     match protocol {
         TCP => Some(16),
@@ -158,7 +158,7 @@ impl Sender {
         namespace.enter(|| Ok::<_, io::Error>(Self { v4: open(AddressFamily::Inet)?, v6: open(AddressFamily::Inet6)? }))
     }
 
-    /// Hands the packet to the namespace's routing; its source may be anybody's.
+    /// Hands the packet to the namespace's routing; its source may be any address.
     pub fn send(&self, packet: &Packet) -> io::Result<()> {
         let bytes = packet.bytes();
         let sent = match packet.destination {
@@ -177,7 +177,7 @@ impl Sender {
     }
 }
 
-/// Where packets end: everything that comes into a namespace is seen here, before anybody there looks at it.
+/// Sees every packet that enters a namespace, before the namespace processes it.
 #[derive(Debug)]
 pub struct Tap {
     sockets: [OwnedFd; 2],

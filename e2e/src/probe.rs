@@ -68,7 +68,7 @@ impl Listener {
                 while !stop.load(Ordering::Relaxed) {
                     if let Ok((_, from)) = udp.recv_from(&mut buffer) {
                         datagrams.fetch_add(1, Ordering::SeqCst);
-                        // No route back to a forged source is no failure.
+                        // A missing route back to a forged source is not a failure.
                         drop(udp.send_to(title.as_bytes(), from));
                     }
                 }
@@ -150,7 +150,7 @@ pub fn becomes(
             let (tell, at) = (tell.clone(), start.elapsed());
             scope.spawn(move || {
                 let as_wanted = tcp(namespace, to, title) == *wanted;
-                tell.send((at, as_wanted)).expect("the receiver outlives the scope");
+                found.send((at, as_wanted)).expect("the receiver outlives the scope");
             });
             std::thread::park_timeout(PROBE_EVERY);
             outcomes.extend(told.try_iter());

@@ -35,7 +35,7 @@ impl Process {
         self.child.id()
     }
 
-    /// Whether the log came to hold `text` in time, while the process ran.
+    /// Whether `text` appeared in the log in time, while the process ran.
     pub fn wait_for(&mut self, text: &str, deadline: Duration) -> bool {
         let mut ended = false;
         let found = probe::until(deadline, || {

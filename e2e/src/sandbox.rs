@@ -100,7 +100,7 @@ pub fn test(name: &str, body: impl FnOnce()) {
         output.status,
         String::from_utf8_lossy(&output.stderr)
     );
-    // What the test counted, for whoever wants to see it.
+    // The counts of the test.
     print!("{text}");
 }
 

@@ -1,11 +1,11 @@
 //! Bytes into every parser: selectors, manifests, and the wire.
 //!
 //! libFuzzer needs nightly Rust, so this is a fuzzer of its own. Inputs are mutated from seeds; in the place of coverage
-//! stands what a target says of an input, its [`Outcome`]: an input with a new one is kept and mutated further. A target
+//! is the [`Outcome`] of a target for an input: an input with a new one is kept and mutated further. A target
 //! panics where a promise is broken.
 //!
 //! A run of a fixed number of inputs is part of the tests. `cargo xtask fuzz TARGET --seconds N` goes on for as long as it
-//! is told, and bounds the memory too. `HANSE_SEED` is where a run starts; the same one gives the same inputs.
+//! is reported, and bounds the memory too. `HANSE_SEED` is where a run starts; the same one gives the same inputs.
 //!
 //! An input that breaks a promise is written below `target/tmp/`. It belongs into `fuzz/found/TARGET/` together with the
 //! mend: every run begins with what lies there.
@@ -48,7 +48,7 @@ trait Target {
 #[derive(Debug)]
 struct Outcome {
     accepted: bool,
-    /// How, in words; digits and what stands in quotes say nothing new.
+    /// How, in words, without digits and quoted text.
     how: String,
 }
 
@@ -98,7 +98,7 @@ fn fuzz<T: Target>() {
 type Kept = [Vec<Vec<u8>>; 2];
 
 struct Run<T> {
-    /// Of a long run: the input that is judged, since what kills the process leaves nobody to write it.
+    /// Of a long run: the input that is judged, since a killed process cannot write it.
     current: Option<std::fs::File>,
     inputs: u64,
     accepted: u64,
@@ -128,8 +128,8 @@ impl<T: Target> Run<T> {
             panic!("{}: a promise is broken by the input {}", T::NAME, path.display());
         });
         if self.current.is_some() && start.elapsed() > self.slowest.0 {
-            let told = format!("the slowest, of {} bytes, took {:?}", input.len(), start.elapsed());
-            self.slowest = (start.elapsed(), told);
+            let report = format!("the slowest, of {} bytes, took {:?}", input.len(), start.elapsed());
+            self.slowest = (start.elapsed(), report);
         }
         self.inputs += 1;
         self.accepted += u64::from(outcome.accepted);
@@ -168,7 +168,7 @@ fn without_particulars(text: &str) -> String {
     kept.take(4096).collect()
 }
 
-/// Linux tells it; elsewhere memory is not bounded by this.
+/// Linux only; on other systems memory is not bounded by this.
 fn peak_resident_kib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().strip_suffix(" kB")?.parse().ok()

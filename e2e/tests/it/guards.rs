@@ -1,4 +1,4 @@
-//! What a node holds of every pod before any policy: no forged source, and nothing for a pod that no rule set names.
+//! The guards of every pod before any policy: no forged source, and nothing for a pod that no rule set names.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -15,7 +15,7 @@ use hanse_ruleset::{Chain, ChainId, EndpointId, Generation, LocalEndpoint, NodeC
 
 use crate::network::demo;
 
-/// What a node enforces of `pods` where nobody wrote a policy: the guards, and everything else passes.
+/// The rules for `pods` without a policy: the guards, and everything else passes.
 fn without_policy(cluster: &Cluster, node: &str, pods: &[&Pod], number: u64) -> Arc<RuleSet> {
     let node = cluster.nodes.iter().find(|it| it.name == node).expect("a node of the cluster");
     let open = ChainId([1; 16]);
@@ -58,7 +58,7 @@ fn a_new_pod_is_closed_until_it_is_named_and_never_sends_from_another_address() 
             probe::tcp(inside(from), SocketAddr::new(to.addresses[family], to.port), &to.title())
         };
 
-        // Both stand on one node of prod; the rule set does not name the attacker yet.
+        // Both are on one node of prod; the rule set does not name the attacker yet.
         assert_eq!(gateway.node, attacker.node);
         let prod = clusters.iter().find(|cluster| cluster.name == "prod").expect("in the demo");
         let node = fabric.node("prod", &attacker.node).expect("built");

@@ -27,9 +27,9 @@ use serde_json::Value;
 use crate::corpus::{Corpus, Expected, question};
 use crate::worlds::{Random, query, world};
 
-/// Every pod of a cluster stands behind it.
+/// The router in front of every pod of a cluster.
 const NODE: &str = "n1";
-/// Where everybody lives who is no pod.
+/// The addresses of hosts that are not pods.
 const OUTSIDE: &str = "outside";
 /// The files of the corpus, one for each API.
 const CORPUS: [&str; 4] = ["kubernetes", "cluster", "calico", "federated"];
@@ -112,7 +112,7 @@ impl Lab {
     fn place(&self, end: &End) -> Option<(String, IpAddr)> {
         let of_pod = end.pod.as_ref().map(|(cluster, _)| (cluster.to_string(), end.address));
         let outside = (OUTSIDE.to_owned(), end.address);
-        // A host-network pod has a namespace of its own here, and is nobody's pod.
+        // A host-network pod has a namespace of its own here, and is not a pod of the node.
         let any = || self.places.keys().find(|(_, address)| *address == end.address).cloned();
         let found = of_pod.or_else(|| self.places.contains_key(&outside).then_some(outside)).or_else(any)?;
         self.places.contains_key(&found).then_some(found)
@@ -136,7 +136,7 @@ impl Lab {
             33 | 132 | 136 => false,
             _ => true,
         };
-        // What would be the answer to an earlier packet, or the same connection, is no first packet.
+        // An answer to an earlier packet, or the same connection, is not a first packet.
         let mut ends = [(query.source.address, query.source_port), (query.destination.address, query.destination_port)];
         ends.sort();
         let is_echo = matches!(query.protocol, ICMP | ICMPV6);
@@ -310,8 +310,8 @@ fn the_corpus_has_one_verdict() {
                         Expected::Deny => Verdict::Deny,
                         Expected::Error => continue,
                     };
-                    let asked: Question = serde_json::from_value(question(text)).expect("a question");
-                    let query = owners.packet(&asked).expect("it has an answer");
+                    let wanted: Question = serde_json::from_value(question(text)).expect("a question");
+                    let query = owners.packet(&wanted).expect("it has an answer");
                     let (compiled, trace) = by_rules(&rules, &query);
                     let what = || format!("{name}: {}\n  {text}\nrules {trace:#?}", case.clause);
                     assert_eq!(compiled, wanted, "{}", what());

@@ -1,4 +1,4 @@
-//! The invariants of the layout, held over the manifests (see ARCHITECTURE.md).
+//! The invariants of the layout, checked over the manifests (see ARCHITECTURE.md).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -83,7 +83,7 @@ fn the_agent_does_not_depend_on_the_federation() {
 }
 
 /// What may name the wire crate below the two roofs: the exchange's codec, and the gRPC services, clients and conversions at the
-/// rim of each process. A folder stands for all files in it.
+/// rim of each process. A directory means all files in it.
 const WIRE_RIMS: &[&str] = &[
     "federation/exchange/src/codec",
     "federation/hub/src/administration",

@@ -1,4 +1,4 @@
-//! The ground that other tests and the demo stand on: with nothing enforced, every packet arrives, unchanged.
+//! The precondition of other tests and of the demo: with nothing enforced, every packet arrives unchanged.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -36,9 +36,9 @@ fn every_pod_reaches_every_pod_in_both_families() {
             assert!(differences.is_empty(), "IPv{version}: {differences:?}");
         }
         drop(listeners);
-        // A probe that cannot tell closed from open would prove nothing.
+        // A probe that cannot distinguish closed from open would prove nothing.
         let observed = matrix::measure(&fabric, &pairs, 4);
-        assert!(observed.iter().all(|it| *it == Observed::Closed), "nobody listens any more: {observed:?}");
+        assert!(observed.iter().all(|it| *it == Observed::Closed), "no listener is left: {observed:?}");
     });
 }
 

@@ -1,4 +1,4 @@
-//! The life of a node: enrolled, restarted without anybody to ask, revoked, late, enrolled anew.
+//! The life of a node: enrolled, restarted without a member, revoked, late, enrolled anew.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -96,7 +96,7 @@ impl World {
     /// A new token for the node, where its agent looks for one.
     fn new_token(&self) {
         let token = self.member(&["node-token", "create", "--node", NODE]).stdout;
-        // The file of the first, which nobody else may read.
+        // The file of the first, readable by its owner only.
         std::fs::write(self.token(), token).expect("written");
     }
 
@@ -127,7 +127,7 @@ fn a_node_without_rules_is_closed_with_nobody_to_ask() {
         let (closed, enforced) = (log.find(closed), log.find(" enforced "));
         assert!(closed.is_some() && closed < enforced, "a new node is closed before its first rules:\n{log}");
 
-        // As after a restart of the machine, which lost the snapshot, while the member is away.
+        // As after a restart of the machine without its snapshot, while the member is away.
         system.kill_agent("train", NODE).expect("killed");
         system.kill_member("train").expect("killed");
         world.becomes(false, false);
@@ -211,7 +211,7 @@ fn a_node_is_let_in_by_the_key_that_enrolled_last() {
     });
 }
 
-/// Its folder is lost, so that it has another authority than the one at which the node enrolled.
+/// Its directory is gone, so that it has another authority than the one at which the node enrolled.
 #[test]
 fn a_node_enrols_anew_at_a_member_that_was_set_up_anew() {
     sandbox::test("nodes::a_node_enrols_anew_at_a_member_that_was_set_up_anew", || {

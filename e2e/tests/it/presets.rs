@@ -106,7 +106,7 @@ fn presets_hold_of_packets() {
             ("llama-0", "llama-1", 29500, true, "workers of one job"),
             ("other-0", "llama-0", 29500, false, "a worker of another job of the same stage"),
             ("llama-0", "other-0", 29500, false, "a worker to another job, though the stage is open"),
-            ("other-0", "loader", 9000, true, "within the stage, what nobody closed"),
+            ("other-0", "loader", 9000, true, "open within the stage: no policy closes it"),
             ("llama-of-tenant", "llama-0", 29500, false, "a worker of an equally named job of another namespace"),
             ("llama-0", "llama-of-tenant", 29500, false, "and to one"),
             ("llama-0", "coredns", 53, true, "a worker looks up a name"),
@@ -122,7 +122,7 @@ fn presets_hold_of_packets() {
             ("tuner", "registry", 8080, true, "a reader reads, from another cluster"),
             ("vllm", "registry", 8081, false, "a reader does not publish"),
             ("builder", "registry", 8080, false, "neither reader nor writer"),
-            ("registry", "vllm", 8000, false, "the registry asks nobody"),
+            ("registry", "vllm", 8000, false, "the registry opens no connections"),
             ("builder", "a named registry", OUTSIDE_PORT, true, "out to a named registry"),
             ("builder", "elsewhere", OUTSIDE_PORT, false, "and to nothing else"),
             ("loader", "a named registry", OUTSIDE_PORT, false, "nor by others"),
@@ -153,7 +153,7 @@ fn presets_hold_of_packets() {
         enforcement.apply(&fabric, &clusters, &federation).expect("applied");
         assert_eq!(measured(cases, true), Vec::<String>::new());
 
-        // Alone, and with a policy of the cluster that opens everything: the guards hold, and close nothing else.
+        // Alone, and with a policy of the cluster that opens everything: the guards apply, and close nothing else.
         for preset in ["default-deny", "stages", "model-registry"] {
             std::fs::remove_file(federation.join(format!("{preset}.yaml"))).expect("it was written");
         }
@@ -191,7 +191,7 @@ fn presets_hold_of_packets() {
             enforcement.apply(&fabric, &clusters, &federation).expect("applied");
             let cases: &[Case<'_>] = &[
                 ("tuner", "coredns", 53, true, "names can be looked up"),
-                ("tuner", "coredns", 54, false, "and nothing else asked there"),
+                ("tuner", "coredns", 54, false, "and no other port there"),
                 ("tuner", "elsewhere", OUTSIDE_PORT, false, "what is selected is closed"),
             ];
             assert_eq!(measured(cases, true), Vec::<String>::new(), "{preset}");

@@ -1,7 +1,7 @@
-//! The README's commands, read from the README and run word for word, as somebody does who pastes them one by one.
+//! The README's commands, read from the README and run word for word, as if they were pasted one by one.
 //!
 //! One thing differs: the programs are built already, so of a command that begins with `cargo build … &&` only what follows
-//! is run, in a folder whose `target/debug` holds them. A section's commands run in one shell, in a sandbox, and each must
+//! is run, in a directory whose `target/debug` contains them. A section's commands run in one shell, in a sandbox, and each must
 //! end with exit code 0 before the next begins.
 
 use std::os::unix::fs::symlink;

@@ -224,7 +224,7 @@ fn a_policy_that_arrives_before_the_endpoints_it_denies_opens_no_gap() {
                 assert!(shut.is_some(), "round {round} did not close\n{}", system.logs());
                 system.settle(&["train"]).expect("in sync");
             }
-            // They come late: a hub that has restarted holds none of a cluster whose member is away.
+            // They come late: a restarted hub has no endpoints of a cluster whose member is away.
             system.kill_member("serve").expect("killed");
             system.kill_hub().expect("killed");
             system.start_hub().expect("started");
@@ -235,7 +235,7 @@ fn a_policy_that_arrives_before_the_endpoints_it_denies_opens_no_gap() {
                 !wait.status.success() && said.contains("waits for serve")
             });
             assert!(waits.is_some(), "the policy waits for the endpoints of serve\n{}", system.logs());
-            assert!(blocked(&fabric, vllm, registry), "and the former holds");
+            assert!(blocked(&fabric, vllm, registry), "and the former stays in force");
             let serve = &world.clusters[1];
             system.start_member(serve, &serve.directory).expect("started");
             let open = probe::until(PATIENCE, || connects(&fabric, vllm, registry));
@@ -446,7 +446,7 @@ fn every_flow_has_the_enforced_and_the_staged_outcome() {
         };
         expect("train", trainer, [Some(trainer), Some(registry)], "allowed", ["allow", "allow", "allow", "deny"]);
         expect("train", vllm, [Some(vllm), Some(registry)], "allowed", ["allow", "none", "allow", "deny"]);
-        // Nothing selects the notebook, so the other cluster was never told of it.
+        // Nothing selects the notebook, so the other cluster has not received it.
         expect("train", notebook, [None, Some(registry)], "denied", ["deny", "none", "deny", "deny"]);
         // The member of the source knows what its pod may send, and nothing of what is staged elsewhere; nor does any policy of
         // its own select the registry.
@@ -470,7 +470,7 @@ fn certificates_rotate_without_losing_an_update() {
         let inside = fabric.pod(notebook).expect("built");
         let target = SocketAddr::new(registry.addresses[0], registry.port);
         let rotations = |log: &str| log.matches("certificate renewed").count();
-        // The hub renews by itself; members and agents ask for it.
+        // The hub renews by itself; members and agents request it.
         let rotated = |system: &Deployment<'_>| {
             system.all_logs().iter().skip(1).map(|log| rotations(log)).min().unwrap_or_default()
         };
@@ -482,7 +482,7 @@ fn certificates_rotate_without_losing_an_update() {
             };
             world.edit(1, from, to);
             let followed = probe::becomes(inside, target, &registry.title(), wanted, PATIENCE);
-            assert!(followed.is_some(), "update {updates} was lost\n{}", system.logs());
+            assert!(followed.is_some(), "update {updates} did not arrive\n{}", system.logs());
             updates += 1;
             assert!(updates < 200, "certificates do not rotate\n{}", system.logs());
         }

@@ -39,7 +39,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if benches.is_empty() {
         let names: Vec<&str> = BENCHES.iter().map(|bench| bench.name).collect();
         let name = arguments.bench.as_deref().context("at least one benchmark exists")?;
-        bail!("there is no benchmark {name:?}; there are {}", names.join(", "));
+        bail!("unknown benchmark {name:?}; the benchmarks are {}", names.join(", "));
     }
     for bench in benches {
         if bench.needs_root && !setup::is_root() {

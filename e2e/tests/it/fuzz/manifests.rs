@@ -182,7 +182,7 @@ fn judge(read: &Manifests) {
     });
     let question: Question = serde_json::from_value(question).expect("a question");
     let prepared = Explainer::new(&policies, &inventory);
-    // Ends of two families are no packet.
+    // Ends of two families do not make a packet.
     let Ok(answer) = prepared.explain(&question) else { return };
     let reference = Explainer::new(&policies, &inventory).by_reference(true);
     let said = reference.explain(&question).expect("it is a packet");

@@ -67,7 +67,7 @@ impl Target for Selectors {
     }
 }
 
-/// Which operators stand where, to a depth that tells kinds of expressions apart.
+/// The operators and their positions, to a depth that distinguishes kinds of expressions.
 fn shape(expr: &Expr) -> String {
     let text = format!("{expr:?}");
     let kinds =

@@ -139,25 +139,25 @@ fn interest(bytes: &[u8]) -> Result<String, String> {
 
 /// A stream of messages to an agent.
 fn rule_set(mut bytes: &[u8]) -> Result<String, String> {
-    let (mut assembler, mut told) = (Assembler::default(), Vec::new());
+    let (mut assembler, mut found) = (Assembler::default(), Vec::new());
     while !bytes.is_empty() {
         let message = agent::MemberToAgent::decode_length_delimited(&mut bytes).map_err(|_| "no message")?;
         match assembler.receive(message).map_err(|error| error.to_string())? {
             Assembled::Nothing => {}
-            Assembled::Position { .. } => told.push("position".to_owned()),
+            Assembled::Position { .. } => found.push("position".to_owned()),
             Assembled::Delta(delta) => {
                 let once = reassembled(&delta);
                 assert_eq!(reassembled(&once), once);
                 let whole = Delta { base: None, ..*delta };
-                told.push(match RuleSet::default().apply(&whole) {
+                found.push(match RuleSet::default().apply(&whole) {
                     Ok(_) => "applied".to_owned(),
                     Err(error) => error.to_string(),
                 });
             }
         }
     }
-    told.truncate(3);
-    if told.is_empty() { Err("nothing whole".to_owned()) } else { Ok(told.join(", ")) }
+    found.truncate(3);
+    if found.is_empty() { Err("nothing whole".to_owned()) } else { Ok(found.join(", ")) }
 }
 
 fn reassembled(delta: &Delta) -> Delta {

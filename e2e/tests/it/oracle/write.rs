@@ -346,7 +346,7 @@ const SPELLED: &[&str] = &[
     "10.0.0.0/8",
     "null",
 ];
-/// Marks a text that is written as it stands.
+/// Marks a text that is written verbatim.
 const RAW: char = '\u{1}';
 
 fn change(random: &mut Random, value: &mut Value, depth: usize, is_policy: bool) {
