@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
+use tracing::Instrument as _;
 
 use crate::enforcer::Enforcer;
 use crate::identity::{NodeIdentity, Rejection, is_refusal};
@@ -68,7 +69,7 @@ impl Follower {
             renewed.mark_unchanged();
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
-                ended = self.follow(&identity, member, &mut backoff) => ended,
+                ended = self.follow(&identity, member, &mut backoff).instrument(tracing::info_span!("member_stream", member)) => ended,
             };
             match ended {
                 Ok(()) => {

@@ -37,6 +37,12 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut tests = setup::cargo();
     tests.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
     steps.push(("tests", tests));
+    if in_ci {
+        // A fresh clone has no next build for which the caches of incremental compilation would be written.
+        for (_, step) in &mut steps {
+            step.env("CARGO_INCREMENTAL", "0");
+        }
+    }
     let count = steps.len();
     for (number, (name, mut command)) in (1..).zip(steps) {
         println!("== {number}/{count} {name}");

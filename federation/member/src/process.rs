@@ -351,6 +351,7 @@ impl Member {
 
     /// Compiles after a change, and sends the rule sets that changed to their nodes.
     fn changed(&mut self) {
+        let _span = tracing::info_span!("compile").entered();
         let start = Instant::now();
         let (hub, local_revision) = (self.world.hub_position(), self.world.local_revision());
         let Some(compiled) = self.world.compile() else {

@@ -26,6 +26,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument as _;
 
 use super::derive::Deriver;
 use super::progress::Report;
@@ -689,7 +690,8 @@ impl Wire for Service {
         let from = peer(&request)?.address;
         let place = Place::take(&self.shared, &cluster, |shared| &shared.publishing)?;
         let (outbox, sending) = mpsc::channel(OUTBOX);
-        tokio::spawn(self.clone().published(cluster, place, from, request.into_inner(), outbox));
+        let span = tracing::info_span!("publish_stream", %cluster);
+        tokio::spawn(self.clone().published(cluster, place, from, request.into_inner(), outbox).instrument(span));
         Ok(Response::new(Box::pin(ReceiverStream::new(sending))))
     }
 
@@ -702,7 +704,8 @@ impl Wire for Service {
         let cluster = cluster_of(&request)?;
         let place = Place::take(&self.shared, &cluster, |shared| &shared.watching)?;
         let (outbox, sending) = mpsc::channel(OUTBOX);
-        tokio::spawn(self.clone().watched(cluster, place, request.into_inner(), outbox));
+        let span = tracing::info_span!("watch_stream", %cluster);
+        tokio::spawn(self.clone().watched(cluster, place, request.into_inner(), outbox).instrument(span));
         Ok(Response::new(Box::pin(ReceiverStream::new(sending))))
     }
 }

@@ -29,6 +29,7 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
+use tracing::Instrument as _;
 
 use super::model::Updates;
 use super::publisher::{ChangedExports, PublishSession, Publisher};
@@ -364,7 +365,7 @@ impl Client {
         loop {
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
-                ended = self.publish_once(identity, hub, &mut backoff) => ended,
+                ended = self.publish_once(identity, hub, &mut backoff).instrument(tracing::info_span!("publish_stream", hub)) => ended,
             };
             if let Err(error) = ended {
                 tracing::warn!(error = format!("{error:#}"), hub, "not publishing, trying again");
@@ -458,7 +459,7 @@ impl Client {
         for hub in hubs.iter().cycle() {
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
-                ended = self.watch_once(identity, hub, &mut backoff) => ended,
+                ended = self.watch_once(identity, hub, &mut backoff).instrument(tracing::info_span!("watch_stream", hub)) => ended,
             };
             {
                 let mut receiver = lock(&self.shared.receiver);

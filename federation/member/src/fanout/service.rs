@@ -18,6 +18,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument as _;
 
 use super::nodes::Locked;
 use super::{Attached, Fanout, RulesPosition, Target, enrol};
@@ -107,7 +108,8 @@ impl wire::agents_server::Agents for Service {
         let Attached { target, number, replaced } = self.fanout.attach(&node, key, instance).await?;
         let (outbox, sending) = mpsc::channel(OUTBOX);
         let (fanout, stop) = (self.fanout.clone(), self.stop.clone());
-        tokio::spawn(async move {
+        let span = tracing::info_span!("agent_stream", %node);
+        let serving = async move {
             let stream = AgentStream {
                 node: node.clone(),
                 fanout: fanout.clone(),
@@ -127,7 +129,8 @@ impl wire::agents_server::Agents for Service {
                 tracing::info!(%node, error = status.message(), "stream of the agent ended");
             }
             fanout.detach(&node, number);
-        });
+        };
+        tokio::spawn(serving.instrument(span));
         Ok(Response::new(Box::pin(ReceiverStream::new(sending))))
     }
 }
