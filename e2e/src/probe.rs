@@ -144,19 +144,19 @@ pub fn becomes(
 ) -> Option<Duration> {
     let (start, wanted) = (Instant::now(), &wanted);
     std::thread::scope(|scope| {
-        let (tell, told) = std::sync::mpsc::channel();
+        let (sender, receiver) = std::sync::mpsc::channel();
         let mut outcomes: Vec<(Duration, bool)> = Vec::new();
         while start.elapsed() < deadline && !outcomes.iter().any(|(_, as_wanted)| *as_wanted) {
-            let (tell, at) = (tell.clone(), start.elapsed());
+            let (sender, at) = (sender.clone(), start.elapsed());
             scope.spawn(move || {
                 let as_wanted = tcp(namespace, to, title) == *wanted;
-                found.send((at, as_wanted)).expect("the receiver outlives the scope");
+                sender.send((at, as_wanted)).expect("the receiver outlives the scope");
             });
             std::thread::park_timeout(PROBE_EVERY);
-            outcomes.extend(told.try_iter());
+            outcomes.extend(receiver.try_iter());
         }
-        drop(tell);
-        outcomes.extend(told.iter());
+        drop(sender);
+        outcomes.extend(receiver.iter());
         outcomes.sort();
         let last_otherwise = outcomes.iter().rposition(|(_, as_wanted)| !as_wanted);
         outcomes.get(last_otherwise.map_or(0, |at| at + 1)).map(|(at, _)| *at)

@@ -205,6 +205,8 @@ impl State {
 
 /// The number of entries of each chain and set.
 type Counts = BTreeMap<String, usize>;
+/// Elements with a timeout: set, address and milliseconds that are left.
+type Ending = Vec<(String, IpAddr, u64)>;
 
 impl Nftables {
     /// Opens netlink in the network namespace of the calling thread, with checked settings.
@@ -386,9 +388,9 @@ impl Nftables {
         Ok(rules.iter().find_map(|rule| comment(&rule.body)))
     }
 
-    /// The number of rules of each chain of the table, and of elements of each set, except those with a timeout. Those are returned
-    /// separately: set, address and milliseconds that are left.
-    fn inventory(&mut self, sets: impl Iterator<Item = String>) -> Result<(Counts, Vec<(String, IpAddr, u64)>), Error> {
+    /// The number of rules of each chain of the table, and of elements of each set, except those with a timeout, which are returned
+    /// separately.
+    fn inventory(&mut self, sets: impl Iterator<Item = String>) -> Result<(Counts, Ending), Error> {
         let table = self.config.table.clone();
         let query = Attributes::default().text(1, &table);
         let (mut counts, mut ending) = (BTreeMap::new(), Vec::new());

@@ -310,8 +310,8 @@ fn the_corpus_has_one_verdict() {
                         Expected::Deny => Verdict::Deny,
                         Expected::Error => continue,
                     };
-                    let wanted: Question = serde_json::from_value(question(text)).expect("a question");
-                    let query = owners.packet(&wanted).expect("it has an answer");
+                    let packet: Question = serde_json::from_value(question(text)).expect("a question");
+                    let query = owners.packet(&packet).expect("it has an answer");
                     let (compiled, trace) = by_rules(&rules, &query);
                     let what = || format!("{name}: {}\n  {text}\nrules {trace:#?}", case.clause);
                     assert_eq!(compiled, wanted, "{}", what());

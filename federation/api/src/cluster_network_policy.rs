@@ -162,7 +162,7 @@ struct ProtocolMatch {
 /// The peer of a rule.
 #[derive(Debug, Clone)]
 enum End {
-    Match(EntityMatch),
+    Match(Box<EntityMatch>),
     /// The nodes of the cluster that a selector selects.
     Nodes(Expr),
 }
@@ -323,7 +323,7 @@ impl Walk<'_> {
             }
             for protocol in &protocols {
                 let end = match end {
-                    Ok(End::Match(end)) => end.clone(),
+                    Ok(End::Match(end)) => (**end).clone(),
                     Ok(End::Nodes(_)) | Err(_) => EntityMatch::default(),
                 };
                 let protocol = protocol.clone().unwrap_or_default();
@@ -350,7 +350,7 @@ impl Walk<'_> {
         }
         let selected = |selector: Selector| {
             let selection = Some(Selection { clusters: self.scope.clone(), selector });
-            End::Match(EntityMatch { selection, ..EntityMatch::default() })
+            End::Match(Box::new(EntityMatch { selection, ..EntityMatch::default() }))
         };
         if let Some(namespaces) = &peer.namespaces {
             let written = written_peer(path, &written_fields([("namespaces", Some(namespaces))]));
@@ -412,7 +412,7 @@ impl Walk<'_> {
     fn nets(&self, nets: Vec<IpNet>, ends: &mut Vec<Part<End>>) {
         let (v4, v6): (Vec<IpNet>, Vec<IpNet>) = nets.into_iter().partition(|net| matches!(net, IpNet::V4(_)));
         for nets in [v4, v6].into_iter().filter(|nets| !nets.is_empty()) {
-            ends.push(Ok(End::Match(EntityMatch { nets, ..EntityMatch::default() })));
+            ends.push(Ok(End::Match(Box::new(EntityMatch { nets, ..EntityMatch::default() }))));
         }
     }
 }

@@ -32,7 +32,7 @@ const MAX_NAMED_TIERS: usize = 8;
 
 /// The change of one object.
 enum Edit {
-    Apply { checked: Checked, request: wire::ApplyRequest },
+    Apply { checked: Box<Checked>, request: wire::ApplyRequest },
     Delete(ObjectId),
 }
 
@@ -66,7 +66,7 @@ impl One for wire::ApplyRequest {
         let checked = manifest::check(&self.manifest);
         // An unreadable manifest changes nothing, and is not recorded.
         let name = checked.as_ref().map_or_else(|_| String::new(), |checked| checked.id.to_string());
-        let edit = checked.map(|checked| Edit::Apply { checked, request: self });
+        let edit = checked.map(|checked| Edit::Apply { checked: Box::new(checked), request: self });
         Sent { who: who.clone(), action: AuditAction::new(who, "apply", name), edit }
     }
 }
