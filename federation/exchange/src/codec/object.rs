@@ -111,32 +111,45 @@ const TOO_LARGE: &str = "cluster-selectors-select-too-much";
 
 /// Reads an object. `None`: not even its id can be read.
 pub fn decode(bytes: &[u8]) -> Option<Update> {
-    let malformed = |id, why| Update { id, revision: 0, object: Err(DecodeError::Malformed(why)) };
-    if bytes.len() > MAX_HUB_OBJECT_BYTES {
-        return Some(malformed(id_of(bytes)?, format!("{} bytes, of {MAX_HUB_OBJECT_BYTES}", bytes.len())));
-    }
-    match pb::ObjectUpdate::decode(bytes) {
-        Ok(pb::ObjectUpdate { id: 0, .. }) => None,
-        Ok(update) => {
-            let object = object(update.body, update.features);
-            Some(Update { id: update.id, revision: update.revision, object })
-        }
-        Err(error) => Some(malformed(id_of(bytes)?, error.to_string())),
-    }
+    decode_within(bytes, MAX_HUB_OBJECT_BYTES, |_| Ok(()))
 }
 
 /// Reads an object that a cluster publishes: as [`decode`], with the limits of such objects.
 pub fn decode_export(bytes: &[u8]) -> Option<Update> {
-    if bytes.len() > MAX_EXPORT_BYTES {
-        let why = format!("{} bytes, of {MAX_EXPORT_BYTES}", bytes.len());
-        return Some(Update { id: id_of(bytes)?, revision: 0, object: Err(DecodeError::Malformed(why)) });
-    }
-    let update = decode(bytes)?;
+    let update = decode_within(bytes, MAX_EXPORT_BYTES, check_kind)?;
     let object = match update.revision {
         ..=limits::MAX_NUMBER => update.object.and_then(|object| check_export(&object).map(|()| object)),
         revision => Err(DecodeError::Malformed(format!("revision {revision}, of at most {}", limits::MAX_NUMBER))),
     };
     Some(Update { object, ..update })
+}
+
+fn decode_within(
+    bytes: &[u8],
+    most: usize,
+    check_kind: impl FnOnce(&Body) -> Result<(), DecodeError>,
+) -> Option<Update> {
+    let malformed = |id, why| Update { id, revision: 0, object: Err(DecodeError::Malformed(why)) };
+    if bytes.len() > most {
+        return Some(malformed(id_of(bytes)?, format!("{} bytes, of {most}", bytes.len())));
+    }
+    match pb::ObjectUpdate::decode(bytes) {
+        Ok(pb::ObjectUpdate { id: 0, .. }) => None,
+        Ok(pb::ObjectUpdate { id, revision, features, body }) => {
+            let kind = body.as_ref().map_or(Ok(()), check_kind);
+            Some(Update { id, revision, object: kind.and_then(|()| object(body, features)) })
+        }
+        Err(error) => Some(malformed(id_of(bytes)?, error.to_string())),
+    }
+}
+
+/// Whether clusters publish objects of this kind, whatever the object says.
+fn check_kind(body: &Body) -> Result<(), DecodeError> {
+    match body {
+        Body::Namespace(_) | Body::ServiceAccount(_) | Body::LabelSet(_) | Body::Endpoint(_) => Ok(()),
+        Body::Policy(_) | Body::Tier(_) | Body::NetworkSet(_) => Err(DecodeError::KindNotPublishable("policy")),
+        Body::Cluster(_) => Err(DecodeError::KindNotPublishable("clusters")),
+    }
 }
 
 /// The id alone, without reading the rest.
@@ -219,8 +232,8 @@ fn check_export(object: &Object) -> Result<(), DecodeError> {
             it.ports.iter().try_for_each(|port| check_name("ports.name", &port.name))?;
             check_pairs(&it.own, limits::MAX_OWN_LABELS)
         }
-        Object::Manifest { .. } => Err(DecodeError::KindNotPublishable("policy")),
-        Object::Cluster { .. } => Err(DecodeError::KindNotPublishable("clusters")),
+        // Refused by their kind before.
+        Object::Manifest { .. } | Object::Cluster { .. } => Ok(()),
     }
 }
 
