@@ -20,7 +20,7 @@ const KNOWN: &[(&str, &[&str])] = &[
         "cli",
         &["policy", "policy/diff", "policy/explain", "policy/lint", "policy/matrix", "policy/order", "policy/selector"],
     ),
-    ("exchange", &["hub", "hub/publish", "hub/watch"]),
+    ("exchange", &["hub", "hub/classes", "hub/publish", "hub/watch", "hub/watch/interests", "hub/watch/opening"]),
     ("exchange", &["interest", "message"]),
     ("exchange", &["member/receiver", "member/receiver/hub_objects", "member/receiver/origin"]),
     ("hub", &["administration", "administration/objects", "administration/observe"]),

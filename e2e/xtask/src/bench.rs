@@ -19,7 +19,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "hub", package: "hanse-hub", needs_root: false },
     Bench { name: "nftables", package: "hanse-dataplane", needs_root: true },
     Bench { name: "questions", package: "hanse-policy", needs_root: false },
-    Bench { name: "reading", package: "hanse-k8s-api", needs_root: false },
+    Bench { name: "reading", package: "hanse-api", needs_root: false },
 ];
 
 #[derive(Debug, clap::Args)]
