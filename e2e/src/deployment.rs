@@ -77,12 +77,12 @@ impl<'a> Deployment<'a> {
     /// Serves the ClusterSet, for the first time or again.
     pub fn start_hub(&mut self) -> anyhow::Result<()> {
         let log = self.log("hub");
-        let before = std::fs::read_to_string(&log).unwrap_or_default().matches("hub serves").count();
+        let before = std::fs::read_to_string(&log).unwrap_or_default().matches("hub is serving").count();
         let mut run = self.program("hanse-hub");
         run.args(["run", "--listen", HUB, "--join-listen", HUB_JOIN, "--data"]).arg(self.scratch.join("hub"));
         run.args(self.lifetime.iter().flat_map(|it| ["--certificate-seconds".to_owned(), it.to_string()]));
         let mut hub = Process::start(self.fabric.router(), run, &log).context("start hanse-hub")?;
-        let served = probe::until(PATIENCE, || hub.has_ended() || hub.log().matches("hub serves").count() > before);
+        let served = probe::until(PATIENCE, || hub.has_ended() || hub.log().matches("hub is serving").count() > before);
         if served.is_none() || hub.has_ended() {
             bail!("the hub does not serve:\n{}", hub.log());
         }

@@ -99,6 +99,7 @@ const WIRE_RIMS: &[&str] = &[
     "federation/member/src/questions",
     "federation/member/src/registration",
     "federation/member/src/report",
+    "federation/cli/src/completion",
     "federation/cli/src/online",
     "federation/cli/src/policy",
     "agent/node/src",

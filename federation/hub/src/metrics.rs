@@ -66,6 +66,13 @@ const STATES: [&str; 6] = ["expected", "pending", "never heard", "live", "stale"
 impl HubMetrics {
     pub fn new(metrics: &Metrics) -> Self {
         let this = Self::default();
+        // Every series exists from the start.
+        for outcome in [Outcome::ISSUED, Outcome::WAITING, Outcome::REFUSED] {
+            this.joins.get_or_create(&outcome).inc_by(0);
+        }
+        for state in STATES {
+            this.clusters.get_or_create(&Cluster { state }).set(0);
+        }
         metrics.register(|registry| {
             let hub = registry.sub_registry_with_prefix("hub");
             hub.register("connections", "Open connections of members and users", this.connections.clone());
