@@ -133,7 +133,7 @@ fn internet_checksum(bytes: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// The number that a packet (from the IP header on) carries, when it is one of ours and no answer to one.
+/// The number that a packet (from the IP header on) carries, if it was sent by this module and is not an answer.
 fn number(packet: &[u8]) -> Option<u64> {
     let (protocol, start) = match packet.first()? >> 4 {
         4 => (*packet.get(9)?, usize::from(packet[0] & 0xf) * 4),

@@ -24,7 +24,7 @@ pub enum Observed {
     Open,
     /// Nothing came back, or a reset did.
     Closed,
-    /// Somebody else answered, or the probe itself failed.
+    /// Another program answered, or the probe itself failed.
     Wrong(String),
 }
 
@@ -119,7 +119,7 @@ pub fn send_udp(namespace: &Namespace, source: IpAddr, to: SocketAddr) -> std::i
     })
 }
 
-/// Asks again until `done`, or until the time is up. Returns how long it took.
+/// Tries again until `done`, or until the time is up. Returns how long it took.
 pub fn until(deadline: Duration, mut done: impl FnMut() -> bool) -> Option<Duration> {
     let start = Instant::now();
     loop {

@@ -59,7 +59,7 @@ impl Process {
         self.child.wait()
     }
 
-    /// Asks to end, and kills after `patience`.
+    /// Requests the end, and kills after `patience`.
     pub fn stop(mut self, patience: Duration) -> std::io::Result<ExitStatus> {
         let id = i32::try_from(self.child.id()).map_err(std::io::Error::other)?;
         kill(Pid::from_raw(id), Signal::SIGTERM)?;

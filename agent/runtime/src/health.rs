@@ -46,7 +46,7 @@ impl Condition {
 }
 
 /// Which of its files a process cannot write, such as on a full disk. It goes on, but a start would begin with something older: it is
-/// not ready, and whoever watches it is to learn why. Clones share it.
+/// not ready, and its status shows the reason. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Writes {
     failing: watch::Sender<BTreeMap<&'static str, String>>,

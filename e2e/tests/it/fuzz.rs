@@ -8,7 +8,7 @@
 //! is reported, and bounds the memory too. `HANSE_SEED` is where a run starts; the same one gives the same inputs.
 //!
 //! An input that breaks a promise is written below `target/tmp/`. It belongs into `fuzz/found/TARGET/` together with the
-//! mend: every run begins with what lies there.
+//! fix: every run begins with these inputs.
 
 use std::collections::HashSet;
 use std::hash::BuildHasher as _;

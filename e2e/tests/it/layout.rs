@@ -33,7 +33,7 @@ type Module = Vec<String>;
 /// One file, with the paths in it.
 #[derive(Default)]
 struct File {
-    /// What names stand for, as absolute paths: imports.
+    /// The targets of names, as absolute paths: imports.
     imports: BTreeMap<String, Module>,
     /// Those that other modules may use from here.
     exports: BTreeMap<String, Module>,

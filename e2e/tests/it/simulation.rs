@@ -1,8 +1,8 @@
 //! Hub and members without sockets and clocks, driven from a seed: anything may happen between any two messages.
 //!
-//! At each step, of each receiver: what it holds of an origin is a past state of it; nothing is lost but by its origin's
+//! At each step, of each receiver: its copy of an origin is a past state of the origin; nothing is removed but by its origin's
 //! or the hub's word; a policy is in force only with all that it can select. At the end, when everybody is connected and
-//! nothing more is said: everybody holds exactly what the interests select, and the digests are equal.
+//! nothing more is sent: every receiver has exactly what its interest selects, and the digests are equal.
 
 mod fleet;
 

@@ -43,7 +43,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if setup::run(&mut command).is_err() {
         bail!(
             "{test} failed with the seed {seed}. The input that it names belongs into e2e/tests/it/fuzz/found/{} together \
-             with the mend",
+             with the fix",
             arguments.target
         );
     }

@@ -4,7 +4,7 @@
 //! one NetworkPolicy with 1,000,000 ipBlocks. `unknown`: a policy of 1.1 MB with 200 unknown fields.
 //!
 //! `cargo bench -p hanse-api --bench reading [-- [SHAPE…] -o json]`. Each file is read by a process of its own, whose peak
-//! of resident memory holds the file as well. A figure above its budget fails the run; the budget of time is one of CPU time,
+//! of resident memory includes the file. A figure above its budget fails the run; the budget of time is one of CPU time,
 //! which is the wall clock's where the machine has nothing else to do, since one thread reads.
 
 use std::fmt::Write as _;

@@ -1,4 +1,4 @@
-//! What the exchange tells the administration API about clusters.
+//! The state of clusters, from the exchange to the administration API.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ pub struct Realisation {
     pub epoch: u64,
     pub revision: u64,
     pub endpoints: u64,
-    /// Whether what it holds of the others equals what was selected for it; none before it has said.
+    /// Whether its copy of the others equals what was selected for it; `None` before it has reported.
     pub digests_equal: Option<bool>,
     /// The hub's revision that the rule sets of all its nodes come from, and the one that it has received.
     pub enforced_revision: Revision,

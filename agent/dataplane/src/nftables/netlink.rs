@@ -41,7 +41,7 @@ pub struct Attributes(pub Vec<u8>);
 impl Attributes {
     pub fn bytes(mut self, kind: u16, payload: &[u8]) -> Self {
         // Payloads are built here from bounded parts: names, elements in chunks.
-        let length = u16::try_from(4 + payload.len()).expect("an attribute holds less than 64 KiB");
+        let length = u16::try_from(4 + payload.len()).expect("an attribute has less than 64 KiB");
         self.0.extend(length.to_ne_bytes());
         self.0.extend(kind.to_ne_bytes());
         self.0.extend(payload);
@@ -119,7 +119,7 @@ fn push_raw(into: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, body: &[u8
 }
 
 fn push_header(into: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, body_length: usize) {
-    let length = u32::try_from(HEADER_BYTES + body_length).expect("a message holds less than 4 GiB");
+    let length = u32::try_from(HEADER_BYTES + body_length).expect("a message has less than 4 GiB");
     into.extend(length.to_ne_bytes());
     into.extend(kind.to_ne_bytes());
     into.extend(flags.to_ne_bytes());
@@ -143,7 +143,7 @@ impl<T: Clone> Batch<T> {
 
     pub fn push(&mut self, tag: T, message: u16, flags: u16, family: u8, body: &Attributes) {
         self.tags.push(tag);
-        let sequence = u32::try_from(self.tags.len()).expect("a batch holds less than 4 Gi messages");
+        let sequence = u32::try_from(self.tags.len()).expect("a batch has less than 4 Gi messages");
         // The acknowledgement of the first message is the end of the answer.
         let flags = if sequence == 1 { flags | ACK } else { flags };
         push_message(

@@ -1,4 +1,4 @@
-//! The simulated fleet: real cores, pretended wires, and the truth to hold them against.
+//! The simulated fleet: real cores, simulated connections, and the truth that they are compared with.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
@@ -121,7 +121,7 @@ struct Member {
     stalled: bool,
     received: usize,
     published: usize,
-    /// Origins of which this receiver holds something, by the hub's word.
+    /// Origins of which this receiver has endpoints, according to the hub.
     held: BTreeMap<ClusterName, Position>,
     /// Clusters that were ever hidden from it.
     hidden: BTreeSet<ClusterName>,
@@ -136,7 +136,7 @@ struct Publishing {
     applying: bool,
 }
 
-/// A version of a policy: what it can select, and what the hub held when it was applied there.
+/// A version of a policy: what it can select, and the state of the hub when it was applied.
 struct Version {
     interest: Interest,
     enforcers: BTreeSet<ClusterName>,
@@ -662,7 +662,7 @@ impl<'a> Fleet<'a> {
         true
     }
 
-    /// Hands changes on, as the member's process does, and holds the result against the truth.
+    /// Passes changes on, as the member's process does, and compares the result with the truth.
     fn take_changes(&mut self, member: usize, restored: bool) {
         let waiting = self.members[member].receiver.waiting().0;
         if !waiting.is_empty() {
@@ -742,7 +742,7 @@ impl<'a> Fleet<'a> {
         }
     }
 
-    /// What a receiver holds is what its origins were, and covers the policies that are in force.
+    /// The state of a receiver is a past state of its origins, and covers the policies that are in force.
     fn check(&mut self, member: usize) {
         let (at, it) = (&self.at, &mut self.members[member]);
         let me = &it.name;
@@ -780,7 +780,7 @@ impl<'a> Fleet<'a> {
         own.into_iter().chain(enforced.flat_map(|version| version.interest.iter().cloned())).collect()
     }
 
-    /// The pods of an origin that a receiver must hold, by the truth.
+    /// The pods of an origin that a receiver must have, by the truth.
     fn expected(&self, member: usize, origin: usize) -> BTreeSet<EndpointId> {
         let (receiver, owner) = (&self.members[member].name, &self.members[origin]);
         let Some(registered) = self.registered.get(&owner.name) else { return BTreeSet::new() };
@@ -885,7 +885,7 @@ impl<'a> Fleet<'a> {
         self.members[member].in_force.contains_key(policy)
     }
 
-    /// Whether a pod is held with this label.
+    /// Whether a receiver has a pod with this label.
     pub fn sees_label(&self, member: usize, origin: usize, pod_name: &str, key: &str, value: &str) -> bool {
         let view = self.members[member].view.clusters.get(&name(origin));
         let mut pods = view.into_iter().flat_map(|view| &view.endpoints).filter(|(id, _)| *id.name == *pod_name);

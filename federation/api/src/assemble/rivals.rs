@@ -17,7 +17,7 @@ use crate::names::owner_name;
 use crate::object::Object;
 use crate::workload::Workload;
 
-/// The objects that lose, by their positions in the list, with a diagnostic of each.
+/// The objects that are not used, by their positions in the list, each with a diagnostic.
 #[derive(Debug, Clone, Default)]
 pub struct Rivals {
     pub left_out: BTreeSet<usize>,

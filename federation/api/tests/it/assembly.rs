@@ -1,4 +1,4 @@
-//! Edits of a cluster's parts come to the same as a start from them, and are told without a gap or a surplus.
+//! Edits of a cluster's parts have the same result as a start from them, and are reported without a gap or a surplus.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;

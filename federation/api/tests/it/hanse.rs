@@ -19,7 +19,7 @@ fn refuses(kind: &str, cases: &[(&str, &str)]) {
     }
 }
 
-/// The fields mean what they mean in Calico's GlobalNetworkPolicy, and are held to the same.
+/// The fields mean what they mean in Calico's GlobalNetworkPolicy, and are validated alike.
 #[test]
 fn policies() {
     accepts(

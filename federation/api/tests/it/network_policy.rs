@@ -164,7 +164,7 @@ fn host_bits_of_a_block_are_masked() {
     assert_eq!(rule.destination.not_nets, ["10.1.2.0/24".parse().expect("a net")]);
 }
 
-/// What a field that nobody knows would limit must not be taken for unlimited.
+/// A limit in an unknown field must not be read as unlimited.
 #[test]
 fn a_field_that_is_unknown_refuses_the_policy_wherever_it_stands() {
     for (spec, field) in [

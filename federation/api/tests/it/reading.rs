@@ -255,7 +255,7 @@ fn addresses_and_ports_are_such() {
 }
 
 /// Where nothing earlier is in force, a policy closes what it may close: a rule in which a field is not known is unknown,
-/// and so is every rule where it stands elsewhere.
+/// and so is every rule where it is elsewhere.
 #[test]
 fn what_is_not_known_of_a_policy_is_in_doubt() {
     let network = "networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: a}";
@@ -465,7 +465,7 @@ fn a_key_that_stands_twice_refuses_its_object() {
     assert_eq!(told, [of(8, 13, "b"), of(19, 21, "d"), of(23, 23, "f")]);
 }
 
-/// `kubectl`'s words for a boolean are one wherever they stand without quotes.
+/// `kubectl`'s words for a boolean are booleans wherever they are without quotes.
 #[test]
 fn booleans_may_be_words() {
     let policy = |spec: &str| {

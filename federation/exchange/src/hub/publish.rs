@@ -41,7 +41,7 @@ pub(super) struct Applying {
     digest: Option<u128>,
 }
 
-/// What came of a message.
+/// The result of a message.
 #[derive(Debug)]
 pub enum Published {
     Answers(Vec<Response>),
