@@ -11,7 +11,6 @@ use crate::system::programs;
 
 /// Directories that still contain listed words. All others contain none.
 const UNCLEAN: &[&str] = &[
-    "ARCHITECTURE.md",
     "federation/compiler",
     "federation/exchange",
     "federation/hub/src/exchange",
@@ -20,7 +19,7 @@ const UNCLEAN: &[&str] = &[
     "proto",
 ];
 /// The number of findings in [`UNCLEAN`], which may only shrink.
-const UNCLEAN_FINDINGS: usize = 207;
+const UNCLEAN_FINDINGS: usize = 195;
 
 /// Programs whose help still contains listed words, each with the number of findings, which may only shrink.
 const UNCLEAN_HELP: &[(&str, usize)] = &[];
