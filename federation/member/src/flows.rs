@@ -16,7 +16,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use hanse_identity::tls::RateLimit;
 use hanse_policy::evaluate::{End, Query};
 use hanse_policy::evaluator::Judge;
 use hanse_policy::explain::{AnswerLine, has_ports, protocol_name};
@@ -25,6 +24,7 @@ use hanse_protocol::MAX_FLOWS;
 use hanse_runtime::files::private_folder;
 use hanse_runtime::health::Writes;
 use hanse_runtime::moment::rfc3339;
+use hanse_runtime::rate_limit::RateLimit;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
