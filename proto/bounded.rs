@@ -1,10 +1,10 @@
-//! What decoding a message may cost.
+//! A bound on the memory that decoding a message allocates.
 //!
-//! Two bytes on the wire are an empty element of a list, and a hundred times as much in memory. So a message is looked through
-//! before it is decoded: without allocating anything, [`cost`] adds up what decoding would allocate at most, and a message
-//! that costs more than its type may is refused. [`Codec`] does so for every message of every service.
+//! An empty element of a list takes two bytes on the wire, and a hundred times as much in memory. Before a message is decoded,
+//! [`cost`] computes an upper bound of the allocations, without allocating. A message above the limit of its type is refused.
+//! [`Codec`] does this for every message of every service.
 //!
-//! `build.rs` writes the [`Bounded`] of each message from the descriptors.
+//! `build.rs` generates the [`Bounded`] implementations from the descriptors.
 
 use std::marker::PhantomData;
 
@@ -14,29 +14,29 @@ use tonic::Status;
 use tonic::codec::{BufferSettings, DecodeBuf};
 use tonic_prost::{ProstCodec, ProstEncoder};
 
-/// A list of one element has room for four. It doubles when it is full, and while it is moved the smaller one lives as well:
-/// three times its elements.
+/// Memory per element of a list, in sizes of an element. A `Vec` of one element has a capacity of four. When it grows, its capacity
+/// doubles, and the previous buffer exists until its elements are moved: three sizes per element.
 const GROWTH: usize = 4;
-/// What the allocator may add to a text of any length.
+/// The overhead of the allocator for one allocation.
 const ALLOCATION: usize = 32;
-/// The size of a `String`; of `Bytes`, four pointers.
+/// The size of a `String` or of `Bytes`, whichever is larger.
 const TEXT: usize = 32;
-/// Groups and messages within each other: more than prost reads.
+/// The maximum nesting of groups and messages; prost refuses more.
 const MAX_DEPTH: usize = 100;
 
-/// A message whose decoding is bounded.
+/// A message with a limit for the memory that decoding allocates.
 pub trait Bounded: Message + Default {
     const SHAPE: &'static Shape;
-    /// Most bytes that decoding one may allocate.
+    /// The maximum number of bytes that decoding may allocate.
     const MAX_DECODED_BYTES: usize;
 }
 
 /// The fields of a message that allocate.
 #[derive(Debug)]
 pub struct Shape {
-    /// Of the value that it is decoded to, without what that owns.
+    /// The size of the decoded struct, without its allocations.
     pub size: usize,
-    /// By number.
+    /// By field number.
     pub fields: &'static [(u32, Field)],
 }
 
@@ -49,10 +49,10 @@ pub enum Field {
     Messages(&'static Shape),
 }
 
-/// Decodes a message that costs at most what its type may.
+/// Decodes a message if the [`cost`] is within the limit of its type.
 ///
 /// # Errors
-/// When it costs more, or is not such a message.
+/// When the cost exceeds the limit, or the bytes are not such a message.
 pub fn decode<T: Bounded>(bytes: impl Buf + AsRef<[u8]>) -> Result<T, Status> {
     let (cost, len) = (cost(T::SHAPE, bytes.as_ref()), bytes.remaining());
     if cost > T::MAX_DECODED_BYTES {
@@ -64,7 +64,7 @@ pub fn decode<T: Bounded>(bytes: impl Buf + AsRef<[u8]>) -> Result<T, Status> {
     T::decode(bytes).map_err(|error| Status::internal(error.to_string()))
 }
 
-/// At most so many bytes are allocated when `bytes` are decoded, to the first defect if there is one.
+/// An upper bound of the bytes that decoding allocates. Counts up to the first malformed field, where decoding stops.
 pub fn cost(shape: &Shape, bytes: &[u8]) -> usize {
     let mut total = shape.size;
     scan(shape, bytes, MAX_DEPTH, &mut total);
@@ -88,14 +88,14 @@ fn scan(shape: &Shape, mut bytes: &[u8], depth: usize, total: &mut usize) -> Opt
             5 => bytes = bytes.get(4..)?,
             2 => {
                 let len = usize::try_from(varint(&mut bytes)?).ok()?;
-                // A text is reserved before it is known to be there.
+                // Decoding must not allocate more than the message contains.
                 let (value, rest) = bytes.split_at_checked(len)?;
                 bytes = rest;
                 match field() {
                     None => {}
                     Some(Field::Text) => add(len + ALLOCATION),
                     Some(Field::Texts) => add(GROWTH * TEXT + len + ALLOCATION),
-                    // One of them takes a byte at least.
+                    // Packed: one number takes at least a byte.
                     Some(Field::Numbers) => add(GROWTH * size_of::<u64>() * len),
                     Some(Field::Message(shape)) => scan(shape, value, depth.checked_sub(1)?, total)?,
                     Some(Field::Messages(shape)) => {
@@ -104,7 +104,7 @@ fn scan(shape: &Shape, mut bytes: &[u8], depth: usize, total: &mut usize) -> Opt
                     }
                 }
             }
-            // The begin and the end of a group: what is between are fields again, and those count.
+            // Start and end of a group. The fields between them are counted.
             3 | 4 => {}
             _ => return None,
         }
@@ -125,7 +125,7 @@ fn varint(bytes: &mut &[u8]) -> Option<u64> {
     None
 }
 
-/// The codec of every service: encodes as prost does, and decodes what is [`Bounded`].
+/// The codec of every service: encodes like prost, and decodes [`Bounded`] messages.
 #[derive(Debug)]
 pub struct Codec<E, D>(PhantomData<fn() -> (E, D)>);
 
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn an_element_costs_what_it_takes_and_not_what_it_is_on_the_wire() {
+    fn cost_counts_memory_and_not_wire_bytes() {
         let nodes = |count| pb::Realisation { nodes: vec![pb::NodePosition::default(); count], ..Default::default() };
         assert_eq!(nodes(1_000).encode_to_vec().len(), 2_000);
         let node = GROWTH * size_of::<pb::NodePosition>();
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_costs_too_much_is_refused_before_it_is_decoded() {
+    fn refuses_expensive_messages_before_decoding() {
         // The tag of `nodes` and a length of 0.
         let empty_nodes = |count: usize| Bytes::from([26, 0].repeat(count));
         let most = pb::Realisation::MAX_DECODED_BYTES / (GROWTH * size_of::<pb::NodePosition>());

@@ -1,4 +1,6 @@
-//! The wire types of Hanse, generated from `proto/`, and the bound of what decoding costs. Nothing else lives here: each process converts them into domain types in one module and never lets them further.
+//! The wire types, generated from `proto/`, and a bound on the memory that decoding allocates.
+//!
+//! Each process converts wire types into domain types in one module, and uses only the domain types elsewhere.
 
 #![allow(clippy::all, clippy::allow_attributes, missing_debug_implementations, reason = "generated code")]
 

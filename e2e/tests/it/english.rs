@@ -16,10 +16,9 @@ const UNCLEAN: &[&str] = &[
     "federation/hub/src/exchange",
     "federation/member",
     "federation/policy",
-    "proto",
 ];
 /// The number of findings in [`UNCLEAN`], which may only shrink.
-const UNCLEAN_FINDINGS: usize = 195;
+const UNCLEAN_FINDINGS: usize = 158;
 
 /// Programs whose help still contains listed words, each with the number of findings, which may only shrink.
 const UNCLEAN_HELP: &[(&str, usize)] = &[];

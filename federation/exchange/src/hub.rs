@@ -426,7 +426,7 @@ impl ClusterState {
     }
 
     fn waits_for(&self, synced: bool) -> bool {
-        synced || self.lease != Lease::NeverHeard
+        synced || self.lease != Lease::NeverConnected
     }
 }
 

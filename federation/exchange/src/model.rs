@@ -35,7 +35,7 @@ pub trait Grant: Send + Sync + std::fmt::Debug {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lease {
     /// The hub has never received anything of the cluster.
-    NeverHeard,
+    NeverConnected,
     Live,
     /// Every selector answers unknown for its endpoints.
     Stale {

@@ -116,7 +116,7 @@ impl HubMetrics {
                 (ClusterState::Expected, _) => "expected",
                 (ClusterState::Pending, _) => "pending",
                 (ClusterState::Revoked { .. }, _) => "revoked",
-                (ClusterState::Accepted, Lease::NeverHeard) => "never heard",
+                (ClusterState::Accepted, Lease::NeverConnected) => "never heard",
                 (ClusterState::Accepted, Lease::Live) => "live",
                 (ClusterState::Accepted, Lease::Stale) => "stale",
             };

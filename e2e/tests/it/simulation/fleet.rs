@@ -232,7 +232,7 @@ impl<'a> Fleet<'a> {
             history: BTreeMap::new(),
         };
         for number in 0..MEMBERS {
-            let new = Registered { grant: Grant::default(), lease: hub::Lease::NeverHeard, visible_to: None };
+            let new = Registered { grant: Grant::default(), lease: hub::Lease::NeverConnected, visible_to: None };
             fleet.registered.insert(name(number), new);
             for namespace in NAMESPACES {
                 let labels = [("stage".into(), "prod".into())].into_iter().collect();
@@ -453,7 +453,7 @@ impl<'a> Fleet<'a> {
     fn change_lease(&mut self, member: usize) {
         let Some(it) = self.registered.get_mut(&name(member)) else { return };
         it.lease = match it.lease {
-            hub::Lease::NeverHeard => return,
+            hub::Lease::NeverConnected => return,
             hub::Lease::Live => hub::Lease::Stale { silent_ms: 30_000 },
             hub::Lease::Stale { .. } => hub::Lease::Live,
         };
@@ -495,7 +495,7 @@ impl<'a> Fleet<'a> {
     }
 
     fn come(&mut self, member: usize) {
-        let new = Registered { grant: Grant::default(), lease: hub::Lease::NeverHeard, visible_to: None };
+        let new = Registered { grant: Grant::default(), lease: hub::Lease::NeverConnected, visible_to: None };
         self.registered.insert(name(member), new);
         self.tell_federation();
         self.count("cluster came");
@@ -608,7 +608,7 @@ impl<'a> Fleet<'a> {
             }
         }
         if let Some(registered) = self.registered.get_mut(&name(member))
-            && registered.lease == hub::Lease::NeverHeard
+            && registered.lease == hub::Lease::NeverConnected
         {
             registered.lease = hub::Lease::Live;
             self.tell_federation();
@@ -824,7 +824,7 @@ impl<'a> Fleet<'a> {
             }
             self.resume(member);
         }
-        for registered in self.registered.values_mut().filter(|it| it.lease != hub::Lease::NeverHeard) {
+        for registered in self.registered.values_mut().filter(|it| it.lease != hub::Lease::NeverConnected) {
             registered.lease = hub::Lease::Live;
         }
         self.tell_federation();

@@ -329,7 +329,7 @@ fn cluster_body(name: &str, record: &ClusterRecord) -> pb::ClusterRecord {
         }),
         cidrs: record.cidrs.iter().map(|net| net.to_string()).collect(),
         lease: Some(match record.lease {
-            Lease::NeverHeard => State::NeverHeard(pb::NeverHeard {}),
+            Lease::NeverConnected => State::NeverConnected(pb::NeverConnected {}),
             Lease::Live => State::Live(pb::Live {}),
             Lease::Stale { silent_ms } => State::Stale(pb::Stale { silent_ms }),
         }),
@@ -348,7 +348,7 @@ fn cluster(it: pb::ClusterRecord) -> Result<Object, DecodeError> {
         },
         cidrs: it.cidrs.iter().map(|net| net.parse()).collect::<Result<_, _>>().map_err(|_| malformed("cidrs"))?,
         lease: match it.lease.ok_or_else(|| malformed("lease"))? {
-            record::Lease::NeverHeard(_) => Lease::NeverHeard,
+            record::Lease::NeverConnected(_) => Lease::NeverConnected,
             record::Lease::Live(_) => Lease::Live,
             record::Lease::Stale(stale) => Lease::Stale { silent_ms: stale.silent_ms },
         },

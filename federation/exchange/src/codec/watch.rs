@@ -60,7 +60,7 @@ pub fn encode_response(response: WatchResponse) -> pb::WatchResponse {
             })
         }
         WatchResponse::Complete { interest, origin, position, view } => {
-            let state = position.map_or(State::NothingHeld(pb::NothingHeld {}), |at| State::Position(at.into()));
+            let state = position.map_or(State::Unavailable(pb::Unavailable {}), |at| State::Position(at.into()));
             Response::Complete(pb::Complete { interest, origin: origin.to_string(), state: Some(state), view })
         }
         WatchResponse::Withdrawn { cluster } => Response::Withdrawn(pb::Withdrawn { cluster: cluster.to_string() }),
@@ -104,7 +104,7 @@ pub fn decode_response(response: pb::WatchResponse) -> Result<Option<WatchRespon
             origin: it.origin.into(),
             position: match it.state {
                 Some(State::Position(at)) => Some(at.into()),
-                Some(State::NothingHeld(_)) | None => None,
+                Some(State::Unavailable(_)) | None => None,
             },
             view: it.view,
         },
@@ -115,7 +115,7 @@ pub fn decode_response(response: pb::WatchResponse) -> Result<Option<WatchRespon
 }
 
 fn encode_open(open: WatchOpen) -> pb::WatchOpen {
-    let held = |it: HeldOrigin| pb::Held {
+    let held = |it: HeldOrigin| pb::ResumePoint {
         origin: it.origin.to_string(),
         position: it.position.map(Into::into),
         view: it.view,
@@ -124,7 +124,7 @@ fn encode_open(open: WatchOpen) -> pb::WatchOpen {
     pb::WatchOpen {
         protocol: open.protocol,
         hub: open.hub.map(Into::into),
-        held: open.held.into_iter().map(held).collect(),
+        origins: open.held.into_iter().map(held).collect(),
         interest: encode_selections(open.interest),
         own: encode_selections(open.own),
         hub_digest: open.hub_digest.map(digest_bytes).unwrap_or_default(),
@@ -132,7 +132,7 @@ fn encode_open(open: WatchOpen) -> pb::WatchOpen {
 }
 
 fn decode_open(open: pb::WatchOpen) -> WatchOpen {
-    let held = |it: pb::Held| HeldOrigin {
+    let held = |it: pb::ResumePoint| HeldOrigin {
         origin: it.origin.into(),
         position: it.position.map(Into::into),
         view: it.view,
@@ -141,7 +141,7 @@ fn decode_open(open: pb::WatchOpen) -> WatchOpen {
     WatchOpen {
         protocol: open.protocol,
         hub: open.hub.map(Into::into),
-        held: open.held.into_iter().map(held).collect(),
+        held: open.origins.into_iter().map(held).collect(),
         interest: decode_selections(open.interest),
         own: decode_selections(open.own),
         hub_digest: read_digest(&open.hub_digest),

@@ -45,7 +45,7 @@ pub(super) fn state_name(state: &ClusterState) -> &'static str {
 
 pub(super) fn lease_name(lease: Lease) -> &'static str {
     match lease {
-        Lease::NeverHeard => "never heard",
+        Lease::NeverConnected => "never heard",
         Lease::Live => "live",
         Lease::Stale => "stale",
     }

@@ -231,7 +231,7 @@ fn cluster_state(
         grant_token: u64::try_from(token >> 64).unwrap_or_default(),
         cidrs: cluster.grant.cidrs.clone(),
         lease: match cluster.lease {
-            registry::Lease::NeverHeard => Lease::NeverHeard,
+            registry::Lease::NeverConnected => Lease::NeverConnected,
             registry::Lease::Live => Lease::Live,
             // As long as a lease lasts it was silent when the lease ended; every replica says the same, and goes on saying it.
             registry::Lease::Stale => {

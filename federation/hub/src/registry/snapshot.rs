@@ -70,7 +70,7 @@ pub enum ClusterState {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lease {
-    NeverHeard,
+    NeverConnected,
     Live,
     Stale,
 }
@@ -253,7 +253,7 @@ impl Snapshot {
         let lease = match (self.leases.contains_key(name), self.heard.contains_key(name)) {
             (true, _) => Lease::Live,
             (false, true) => Lease::Stale,
-            (false, false) => Lease::NeverHeard,
+            (false, false) => Lease::NeverConnected,
         };
         let grant = grant.map_or_else(Default::default, |g| Arc::new(g.record.clone()));
         let name: Arc<str> = name.into();

@@ -188,7 +188,7 @@ async fn a_silent_clusters_lease_ends_and_begins_again() {
     test.member("train").await;
     let registry = &test.hub.registry;
     let lease = || registry.snapshot().clusters["train"].lease;
-    assert_eq!(lease(), Lease::NeverHeard);
+    assert_eq!(lease(), Lease::NeverConnected);
     assert!(registry.heard("nobody").await.is_err());
     registry.heard("train").await.unwrap();
     assert_eq!(lease(), Lease::Live);

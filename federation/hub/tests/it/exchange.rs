@@ -327,7 +327,7 @@ fn what_is_older_than_held_ends_the_stream() {
     assert_eq!(it.exchange.origin("train").unwrap().position, Position { epoch: 1, revision: newest });
     let answers = it.reopen();
     let [Response::Welcome(welcome)] = &answers[..] else { panic!("{answers:?}") };
-    assert_eq!(welcome.held, Some(pb::Position { epoch: 1, revision: newest }));
+    assert_eq!(welcome.position, Some(pb::Position { epoch: 1, revision: newest }));
 }
 
 /// Two bytes of a message become a hundred times as much in memory. Publishing continues, but an older report must not
@@ -520,12 +520,12 @@ fn a_part_of_an_opening_that_cannot_be_taken_does_not_end_the_stream() {
     let (pods, refused, whole) =
         sent(&mut it, pb::WatchOpen { interest: vec![too_long()], ..pb::WatchOpen::default() });
     assert_eq!((pods, refused.unwrap().0, whole), (1, 1, true));
-    let held = pb::Held { origin: "train".to_owned(), position: None, ..pb::Held::default() };
+    let origin = pb::ResumePoint { origin: "train".to_owned(), position: None, ..pb::ResumePoint::default() };
     let (pods, refused, _) = sent(
         &mut it,
-        pb::WatchOpen { held: vec![held], own: vec![selection("all()".to_owned(), 0)], ..Default::default() },
+        pb::WatchOpen { origins: vec![origin], own: vec![selection("all()".to_owned(), 0)], ..Default::default() },
     );
-    assert_eq!((pods, refused.unwrap()), (1, (1, "held[0].position: missing".to_owned())));
+    assert_eq!((pods, refused.unwrap()), (1, (1, "origins[0].position: missing".to_owned())));
 }
 
 /// What lies beyond would leave no number for the cluster's own member.
@@ -695,9 +695,9 @@ fn the_largest_interests_reports_and_pages_are_within_what_decoding_may_cost() {
     let names = |count: usize| (0..count).map(|at| format!("{at:0255}")).collect::<Vec<_>>();
     let digest = bytes::Bytes::from(vec![0; 16]);
     let position = Some(pb::Position { epoch: u64::MAX, revision: u64::MAX });
-    let held = |origin| pb::Held { origin, position, view: u64::MAX, digest: digest.clone() };
-    let held = names(4_096).into_iter().map(held).collect();
-    let open = pb::WatchOpen { protocol: 1, hub: position, held, interest: whole.clone(), own, hub_digest: digest };
+    let origin = |origin| pb::ResumePoint { origin, position, view: u64::MAX, digest: digest.clone() };
+    let origins = names(4_096).into_iter().map(origin).collect();
+    let open = pb::WatchOpen { protocol: 1, hub: position, origins, interest: whole.clone(), own, hub_digest: digest };
     let opened = check(&pb::WatchRequest { message: Some(pb::watch_request::Message::Open(open)) });
     assert!(opened > 0.5, "{opened}: the bound may be closer");
     let interest =

@@ -46,7 +46,7 @@ impl Exchange {
         }
         if !origin.synced {
             let lease = self.hub.federation.clusters.get(&name).map(|state| state.lease);
-            if matches!(lease, Some(Lease::Stale { .. } | Lease::NeverHeard)) && receiver.due.remove(&name) {
+            if matches!(lease, Some(Lease::Stale { .. } | Lease::NeverConnected)) && receiver.due.remove(&name) {
                 receiver.flight.push_back(complete(receiver.number, &name, None, 0));
             }
             return;

@@ -29,12 +29,12 @@ impl ReadOpening {
     pub fn of(open: WatchOpen) -> Self {
         let mut refused = RefusedParts::default();
         if open.held.len() > MAX_CLUSTERS {
-            refused.add(format!("held: {} origins, of {MAX_CLUSTERS}", open.held.len()));
+            refused.add(format!("origins: {}, more than the limit of {MAX_CLUSTERS}", open.held.len()));
         }
         let mut held = HashMap::new();
         for (at, it) in open.held.into_iter().take(MAX_CLUSTERS).enumerate() {
             let Some(position) = it.position else {
-                refused.add(format!("held[{at}].position: missing"));
+                refused.add(format!("origins[{at}].position: missing"));
                 continue;
             };
             held.insert(it.origin, Held { position, view: it.view, digest: it.digest });
