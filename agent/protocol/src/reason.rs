@@ -133,8 +133,45 @@ pub enum Reason {
     NotReported,
     /// Since the hub last received something of the cluster.
     ClusterSilent(Duration),
-    /// What is wrong with the exchange between member and hub, in words of the process that reports it.
-    Other(String),
+    Exchange(ExchangeProblem),
+    Unknown,
+}
+
+/// What is wrong with the exchange between member and hub.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ExchangeProblem {
+    /// The member received nothing from the hub for this time; the error of the last stream, unless a stream is open.
+    HubSilent {
+        silent: Duration,
+        error: Option<String>,
+    },
+    /// The hub rejects the selections of the cluster's own policies, and sends every endpoint instead.
+    SelectionsRejected(String),
+    /// The hub cannot read one selection, and sends more instead.
+    SelectionRejected(String),
+    /// How many selections the hub cannot read, of which not all are named.
+    SelectionsUnreadable(u64),
+    /// Objects that the member received and cannot read: of a cluster, or the hub's own.
+    ObjectsUnreadable {
+        cluster: Option<String>,
+        count: u64,
+    },
+    /// The hub discarded the cluster's report of enforcement because of its size.
+    ReportTooLarge(String),
+    /// The cluster's key is used from two addresses, so what it reports does not count.
+    ClusterKeyInUse {
+        served: String,
+        refused: String,
+    },
+    /// The cluster has this revision of the hub, which is only at the second: the hub's files are older.
+    AheadOfHub {
+        at: u64,
+        hub: u64,
+    },
+    /// The member has no watching stream to this hub.
+    NotWatching,
+    /// Since the member last received something from the hub.
+    NotReceiving(Duration),
     Unknown,
 }
 
@@ -185,8 +222,26 @@ impl Reason {
             Self::MemberBehind(_) => "MemberBehind",
             Self::NotReported => "NotReported",
             Self::ClusterSilent(_) => "ClusterSilent",
-            Self::Other(_) => "Other",
+            Self::Exchange(problem) => problem.code(),
             Self::Hooks(HookProblem::Unknown) | Self::Unknown => "Unknown",
+        }
+    }
+}
+
+impl ExchangeProblem {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::HubSilent { .. } => "HubSilent",
+            Self::SelectionsRejected(_) | Self::SelectionRejected(_) | Self::SelectionsUnreadable(_) => {
+                "SelectionRejected"
+            }
+            Self::ObjectsUnreadable { .. } => "ObjectsUnreadable",
+            Self::ReportTooLarge(_) => "ReportTooLarge",
+            Self::ClusterKeyInUse { .. } => "ClusterKeyInUse",
+            Self::AheadOfHub { .. } => "AheadOfHub",
+            Self::NotWatching => "NotWatching",
+            Self::NotReceiving(_) => "NotReceiving",
+            Self::Unknown => "Unknown",
         }
     }
 }

@@ -47,7 +47,7 @@ pub fn realisation(
         node.connected && !has_rival && at == (Some(hub.epoch), hub.revision, world.local_revision())
     };
     let agents_current = nodes.iter().filter(is_current).count();
-    let of_exchange = client.problems().into_iter().map(Reason::Other);
+    let of_exchange = client.problems().into_iter().map(Reason::Exchange);
     let of_files = failing.into_iter().map(|(file, error)| Reason::File(FileProblem { file: file.to_owned(), error }));
     let of_source = world.problems().iter().map(manifest_problem);
     let problems = of_exchange.chain(unknown_nodes(world.nodes(), reported)).chain(of_files).chain(of_source);
@@ -310,8 +310,9 @@ mod tests {
     /// What does not fit does not count as enforced.
     #[test]
     fn replaces_errors_that_do_not_fit_by_one_of_every_object() {
-        let error =
-            |name: &str| error(&Subject::FederatedPolicy(name.to_owned()), None, &Reason::Other("no".to_owned()));
+        let error = |name: &str| {
+            error(&Subject::FederatedPolicy(name.to_owned()), None, &Reason::PolicyUnreadable("no".to_owned()))
+        };
         let pod = pb::UnenforcedPod::default();
         let node = pb::NodePosition {
             errors: vec![error("a"), error("b")],

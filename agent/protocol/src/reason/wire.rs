@@ -8,7 +8,8 @@ use hanse_proto::report::v1 as pb;
 use hanse_ruleset::{ChainId, EndpointId, PolicyId, SetId};
 
 use super::{
-    Agent, Behind, Failure, FileProblem, Finding, HookProblem, Lag, MAX_TEXT_BYTES, Object, Reason, Rejection, Subject,
+    Agent, Behind, ExchangeProblem, Failure, FileProblem, Finding, HookProblem, Lag, MAX_TEXT_BYTES, Object, Reason,
+    Rejection, Subject,
 };
 
 /// Most bytes of a name: of a DNS name, and of a kind, a namespace and a name together.
@@ -235,6 +236,62 @@ fn parse_lag(of: pb::Lag) -> Lag {
     Lag { agent, behind: of.behind.map(parse_behind), failure: of.failure.map(parse_failure) }
 }
 
+fn exchange(of: &ExchangeProblem) -> pb::ExchangeProblem {
+    use pb::exchange_problem::Problem as Wire;
+    let problem = match of {
+        ExchangeProblem::HubSilent { silent, error } => {
+            let error = error.clone().map(text).unwrap_or_default();
+            Some(Wire::HubSilent(pb::HubSilent { silent_ms: milliseconds(*silent), error }))
+        }
+        ExchangeProblem::SelectionsRejected(why) => Some(Wire::SelectionsRejected(text(why.clone()))),
+        ExchangeProblem::SelectionRejected(why) => Some(Wire::SelectionRejected(text(why.clone()))),
+        ExchangeProblem::SelectionsUnreadable(count) => Some(Wire::SelectionsUnreadable(*count)),
+        ExchangeProblem::ObjectsUnreadable { cluster, count } => Some(Wire::ObjectsUnreadable(pb::UnreadableObjects {
+            cluster: cluster.clone().map(name).unwrap_or_default(),
+            count: *count,
+        })),
+        ExchangeProblem::ReportTooLarge(why) => Some(Wire::ReportTooLarge(text(why.clone()))),
+        ExchangeProblem::ClusterKeyInUse { served, refused } => {
+            Some(Wire::ClusterKeyInUse(pb::KeyInUse { served: served.clone(), refused: refused.clone() }))
+        }
+        ExchangeProblem::AheadOfHub { at, hub } => {
+            Some(Wire::AheadOfHub(behind(Behind::AheadOfHub { at: *at, hub: *hub })))
+        }
+        ExchangeProblem::NotWatching => Some(Wire::NotWatching(pb::Nothing {})),
+        ExchangeProblem::NotReceiving(age) => Some(Wire::NotReceivingMs(milliseconds(*age))),
+        ExchangeProblem::Unknown => None,
+    };
+    pb::ExchangeProblem { problem }
+}
+
+fn parse_exchange(of: pb::ExchangeProblem) -> ExchangeProblem {
+    use pb::exchange_problem::Problem as Wire;
+    match of.problem {
+        Some(Wire::HubSilent(it)) => ExchangeProblem::HubSilent {
+            silent: Duration::from_millis(it.silent_ms),
+            error: Some(it.error).filter(|error| !error.is_empty()).map(text),
+        },
+        Some(Wire::SelectionsRejected(why)) => ExchangeProblem::SelectionsRejected(text(why)),
+        Some(Wire::SelectionRejected(why)) => ExchangeProblem::SelectionRejected(text(why)),
+        Some(Wire::SelectionsUnreadable(count)) => ExchangeProblem::SelectionsUnreadable(count),
+        Some(Wire::ObjectsUnreadable(it)) => ExchangeProblem::ObjectsUnreadable {
+            cluster: Some(it.cluster).filter(|cluster| !cluster.is_empty()).map(name),
+            count: it.count,
+        },
+        Some(Wire::ReportTooLarge(why)) => ExchangeProblem::ReportTooLarge(text(why)),
+        Some(Wire::ClusterKeyInUse(it)) => {
+            ExchangeProblem::ClusterKeyInUse { served: name(it.served), refused: name(it.refused) }
+        }
+        Some(Wire::AheadOfHub(it)) => match parse_behind(it) {
+            Behind::AheadOfHub { at, hub } => ExchangeProblem::AheadOfHub { at, hub },
+            _ => ExchangeProblem::Unknown,
+        },
+        Some(Wire::NotWatching(pb::Nothing {})) => ExchangeProblem::NotWatching,
+        Some(Wire::NotReceivingMs(age)) => ExchangeProblem::NotReceiving(Duration::from_millis(age)),
+        None => ExchangeProblem::Unknown,
+    }
+}
+
 pub fn reason(of: &Reason) -> pb::Reason {
     use pb::reason::Reason as Wire;
     let reason = match of {
@@ -261,7 +318,7 @@ pub fn reason(of: &Reason) -> pb::Reason {
         Reason::MemberBehind(it) => Some(Wire::MemberBehind(behind(*it))),
         Reason::NotReported => Some(Wire::NotReported(pb::Nothing {})),
         Reason::ClusterSilent(age) => Some(Wire::ClusterSilentMs(milliseconds(*age))),
-        Reason::Other(words) => Some(Wire::Other(text(words.clone()))),
+        Reason::Exchange(it) => Some(Wire::Exchange(exchange(it))),
         Reason::Unknown => None,
     };
     pb::Reason { reason }
@@ -288,7 +345,7 @@ pub fn parse_reason(of: pb::Reason) -> Reason {
         Some(Wire::MemberBehind(it)) => Reason::MemberBehind(parse_behind(it)),
         Some(Wire::NotReported(pb::Nothing {})) => Reason::NotReported,
         Some(Wire::ClusterSilentMs(age)) => Reason::ClusterSilent(Duration::from_millis(age)),
-        Some(Wire::Other(words)) => Reason::Other(text(words)),
+        Some(Wire::Exchange(it)) => Reason::Exchange(parse_exchange(it)),
         None => Reason::Unknown,
     }
 }
@@ -370,9 +427,24 @@ mod tests {
             Reason::MemberBehind(Behind::Hub { at: 1, wanted: 2 }),
             Reason::NotReported,
             Reason::ClusterSilent(Duration::from_secs(5)),
-            Reason::Other(error),
             Reason::Unknown,
         ];
+        let exchange = [
+            ExchangeProblem::HubSilent { silent: Duration::from_secs(40), error: None },
+            ExchangeProblem::HubSilent { silent: Duration::from_secs(40), error: Some(error.clone()) },
+            ExchangeProblem::SelectionsRejected(error.clone()),
+            ExchangeProblem::SelectionRejected(error.clone()),
+            ExchangeProblem::SelectionsUnreadable(3),
+            ExchangeProblem::ObjectsUnreadable { cluster: None, count: 2 },
+            ExchangeProblem::ObjectsUnreadable { cluster: Some("train".into()), count: 2 },
+            ExchangeProblem::ReportTooLarge(error),
+            ExchangeProblem::ClusterKeyInUse { served: "192.0.2.1:1".into(), refused: "192.0.2.2:1".into() },
+            ExchangeProblem::AheadOfHub { at: 7, hub: 3 },
+            ExchangeProblem::NotWatching,
+            ExchangeProblem::NotReceiving(Duration::from_secs(30)),
+            ExchangeProblem::Unknown,
+        ];
+        let others = others.into_iter().chain(exchange.map(Reason::Exchange));
         let findings = findings.into_iter().map(Reason::Finding);
         let failures = failures.into_iter().map(Reason::Failure);
         let hooks = hooks.into_iter().map(Reason::Hooks);
@@ -418,13 +490,10 @@ mod tests {
 
     #[test]
     fn cuts_long_texts() {
-        let long = Reason::Other("ä".repeat(40_000));
-        let Reason::Other(cut) =
-            parse_reason(pb::Reason { reason: Some(pb::reason::Reason::Other("ä".repeat(40_000))) })
-        else {
-            panic!("another reason")
-        };
+        let long = "ä".repeat(40_000);
+        let read = parse_reason(pb::Reason { reason: Some(pb::reason::Reason::PolicyUnreadable(long.clone())) });
+        let Reason::PolicyUnreadable(cut) = read else { panic!("another reason") };
         assert!((500..=MAX_TEXT_BYTES).contains(&cut.len()) && cut.ends_with("ä…"), "{}", cut.len());
-        assert_eq!(reason(&long), reason(&Reason::Other(cut)));
+        assert_eq!(reason(&Reason::PolicyUnreadable(long)), reason(&Reason::PolicyUnreadable(cut)));
     }
 }

@@ -3,7 +3,9 @@
 use std::fmt::{Display, Formatter, Result};
 use std::time::Duration;
 
-use super::{Agent, Behind, Failure, FileProblem, Finding, HookProblem, Lag, Object, Reason, Rejection, Subject};
+use super::{
+    Agent, Behind, ExchangeProblem, Failure, FileProblem, Finding, HookProblem, Lag, Object, Reason, Rejection, Subject,
+};
 
 /// Displays what it refers to.
 #[derive(Debug, Clone, Copy)]
@@ -137,6 +139,49 @@ impl Display for Words<'_, Lag> {
     }
 }
 
+impl Display for Words<'_, ExchangeProblem> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        match self.0 {
+            ExchangeProblem::HubSilent { silent, error } => {
+                let why = error.as_deref().unwrap_or("the stream is open, and nothing arrives");
+                write!(f, "nothing was received from the hub for {} s: {why}", silent.as_secs())
+            }
+            ExchangeProblem::SelectionsRejected(why) => {
+                write!(f, "the hub rejects the selections of this cluster's policies, and sends every endpoint: {why}")
+            }
+            ExchangeProblem::SelectionRejected(why) => {
+                write!(f, "the hub cannot read a selection, and sends more endpoints: {why}")
+            }
+            ExchangeProblem::SelectionsUnreadable(count) => {
+                write!(f, "the hub cannot read {count} selections, and sends more endpoints")
+            }
+            ExchangeProblem::ObjectsUnreadable { cluster: None, count } => {
+                write!(f, "{count} objects that the hub sent cannot be read")
+            }
+            ExchangeProblem::ObjectsUnreadable { cluster: Some(name), count } => {
+                write!(f, "{count} objects of cluster {name} cannot be read")
+            }
+            ExchangeProblem::ReportTooLarge(why) => {
+                write!(f, "its report of enforcement is too large, and was discarded: {why}")
+            }
+            ExchangeProblem::ClusterKeyInUse { served, refused } => write!(
+                f,
+                "its key is used from two addresses, {served} (served) and {refused} (refused), so what it reports does not count: \
+                 one is a copy of the member's folder; stop it, or revoke the cluster and join it with a new token and a new \
+                 --data"
+            ),
+            ExchangeProblem::AheadOfHub { at, hub } => write!(
+                f,
+                "has revision {at} of the hub, which is at {hub}: the hub's files are older than what clusters enforce; stop the \
+                 hub and start it with --restored"
+            ),
+            ExchangeProblem::NotWatching => f.write_str("has no watching stream to this hub"),
+            ExchangeProblem::NotReceiving(age) => write!(f, "has received nothing for {} s", age.as_secs()),
+            ExchangeProblem::Unknown => f.write_str(UNKNOWN),
+        }
+    }
+}
+
 impl Display for Words<'_, Reason> {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         match self.0 {
@@ -173,7 +218,7 @@ impl Display for Words<'_, Reason> {
             Reason::MemberBehind(behind) => write!(f, "the member is {}", Words(behind)),
             Reason::NotReported => f.write_str("has not reported yet"),
             Reason::ClusterSilent(age) => write!(f, "silent for {}", age_in_words(*age)),
-            Reason::Other(text) => f.write_str(text),
+            Reason::Exchange(problem) => Words(problem).fmt(f),
             Reason::Unknown => f.write_str(UNKNOWN),
         }
     }

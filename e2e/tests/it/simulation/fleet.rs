@@ -11,7 +11,7 @@ use hanse_exchange::hub::{Exchange, PublishId, Published, ReceiverId};
 use hanse_exchange::interest::{self, Interest, Wanted, WrittenScope, WrittenSelection};
 use hanse_exchange::member::model::{Change, ClusterRecord, Position};
 use hanse_exchange::member::publisher::{ChangedExports, PublishSession, Publisher};
-use hanse_exchange::member::receiver::Receiver;
+use hanse_exchange::member::receiver::{ReceiveProblem, Receiver};
 use hanse_exchange::message::{PublishRequest, PublishResponse, WatchRequest, WatchResponse};
 use hanse_exchange::model as hub;
 use hanse_policy::inventory::{
@@ -871,7 +871,7 @@ impl<'a> Fleet<'a> {
     // For the tests of single promises.
 
     /// What a member's receiver says is wrong.
-    pub fn problems(&self, member: usize) -> Vec<String> {
+    pub fn problems(&self, member: usize) -> Vec<ReceiveProblem> {
         self.members[member].receiver.problems()
     }
 

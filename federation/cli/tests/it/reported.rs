@@ -6,7 +6,7 @@ use futures::channel::mpsc::{UnboundedSender, unbounded};
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_client::ExchangeClient;
 use hanse_proto::federation::v1::publish_request::Message;
-use hanse_protocol::reason::{Failure, Finding, HookProblem, Reason, Rejection, Subject, wire};
+use hanse_protocol::reason::{ExchangeProblem, Failure, Finding, HookProblem, Reason, Rejection, Subject, wire};
 use prost::Message as _;
 use serde_json::Value;
 use tokio::sync::watch;
@@ -120,7 +120,7 @@ fn control_characters_of_a_member_are_escaped() {
         nodes: vec![node],
         policies: vec![pb::PolicyState { policy: "p".to_owned(), state: refused }],
         agents: 1,
-        problems: vec![wire::reason(&Reason::Other(HOSTILE.to_owned()))],
+        problems: vec![wire::reason(&Reason::Exchange(ExchangeProblem::SelectionRejected(HOSTILE.to_owned())))],
         ..pb::Realisation::default()
     };
     evil.report(&world, report);

@@ -120,6 +120,19 @@ pub enum ReceiveError {
     Decode(#[from] DecodeError),
 }
 
+/// What is wrong with what a member receives, although the stream goes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ReceiveProblem {
+    /// The hub rejects the selections of this cluster's own policies, and sends every endpoint instead.
+    SelectionsRejected(String),
+    /// The hub cannot read one selection, and sends more instead.
+    SelectionRejected(String),
+    /// How many selections the hub cannot read, of which not all are named.
+    SelectionsUnreadable(u64),
+    /// Objects that cannot be read here: of a cluster, or the hub's own.
+    ObjectsUnreadable { cluster: Option<ClusterName>, count: u64 },
+}
+
 /// What was received of one origin, for status.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OriginStatus {
@@ -191,27 +204,24 @@ impl Receiver {
         self.session.as_ref().is_some_and(|session| session.welcomed)
     }
 
-    /// Parts of this cluster's interest that the hub did not take, and objects that could not be read, in words.
-    pub fn problems(&self) -> Vec<String> {
+    /// Selections of this cluster that the hub rejected, and objects that this member cannot read.
+    pub fn problems(&self) -> Vec<ReceiveProblem> {
         let mut problems = Vec::new();
-        if let Some(why) = &self.rejected {
-            problems.push(format!(
-                "the hub refuses the selections of this cluster's policies, so that it sends every endpoint: {why}"
-            ));
-        }
+        problems.extend(self.rejected.clone().map(ReceiveProblem::SelectionsRejected));
         let Some(session) = &self.session else { return problems };
         let refused = &session.refused;
-        let parts = refused.parts.iter().take(MAX_PROBLEMS);
-        problems.extend(parts.map(|part| format!("the hub cannot read a selection, so that it sends more: {part}")));
+        problems.extend(refused.parts.iter().take(MAX_PROBLEMS).cloned().map(ReceiveProblem::SelectionRejected));
         if refused.total > refused.parts.len() as u64 {
-            problems.push(format!("the hub cannot read {} selections, so that it sends more", refused.total));
+            problems.push(ReceiveProblem::SelectionsUnreadable(refused.total));
         }
         if session.unreadable > 0 {
-            problems.push(format!("{} objects that the hub sent cannot be read", session.unreadable));
+            problems.push(ReceiveProblem::ObjectsUnreadable { cluster: None, count: session.unreadable });
         }
         let unread = self.origins.iter().filter(|(_, origin)| !origin.refused.is_empty()).take(MAX_PROBLEMS);
-        problems
-            .extend(unread.map(|(name, it)| format!("{} objects of cluster {name} cannot be read", it.refused.len())));
+        problems.extend(unread.map(|(name, it)| ReceiveProblem::ObjectsUnreadable {
+            cluster: Some(name.clone()),
+            count: it.refused.len() as u64,
+        }));
         problems
     }
 

@@ -268,7 +268,7 @@ mod tests {
     }
 
     fn error(subject: Subject) -> pb::ObjectError {
-        let reason = Some(wire::reason(&Reason::Other("no".to_owned())));
+        let reason = Some(wire::reason(&Reason::PolicyUnreadable("no".to_owned())));
         pb::ObjectError { subject: Some(wire::subject(&subject)), at: None, reason }
     }
 

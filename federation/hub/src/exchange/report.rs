@@ -6,7 +6,7 @@ use hanse_exchange::limits::{MAX_CLUSTERS, MAX_NAME_BYTES, MAX_PLAIN_BYTES};
 use hanse_exchange::model::ReportedState;
 use hanse_proto::bounded;
 use hanse_proto::federation::v1 as pb;
-use hanse_protocol::reason::{Reason, wire as reasons};
+use hanse_protocol::reason::{ExchangeProblem, Reason, wire as reasons};
 
 /// Nodes of one cluster, of which each is held for status.
 const MAX_NODES: usize = 16_384;
@@ -20,7 +20,7 @@ const MAX_TEXT_BYTES: usize = 2 << 10;
 /// but then nothing is known of enforcement.
 pub fn read(bytes: &[u8]) -> pb::Realisation {
     let not_taken = |why: String| {
-        let problem = Reason::Other(format!("its report of enforcement is too large, and not taken: {why}"));
+        let problem = Reason::Exchange(ExchangeProblem::ReportTooLarge(why));
         pb::Realisation { problems: vec![reasons::reason(&problem)], ..pb::Realisation::default() }
     };
     if bytes.len() > MAX_PLAIN_BYTES {

@@ -15,7 +15,7 @@ use hanse_identity::tls::{peer, peer_identity};
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_server::Exchange as Wire;
-use hanse_protocol::reason::Reason;
+use hanse_protocol::reason::{ExchangeProblem, Reason};
 use hanse_runtime::supervisor::caught;
 use hanse_store::Revision;
 use prometheus_client::metrics::histogram::Histogram;
@@ -127,12 +127,17 @@ impl Receiving {
 
     /// Why a cluster does not count as enforcing, if it does not: what it has may be old. `watches`: it has a watching
     /// stream here.
-    fn trouble(this: Option<&Self>, watches: bool, lease: Duration, now: tokio::time::Instant) -> Option<String> {
-        let no_stream = || "has no watching stream to this hub".to_owned();
+    fn trouble(
+        this: Option<&Self>,
+        watches: bool,
+        lease: Duration,
+        now: tokio::time::Instant,
+    ) -> Option<ExchangeProblem> {
+        let no_stream = || ExchangeProblem::NotWatching;
         let Some(this) = this else { return (!watches).then(no_stream) };
         let age = this.age.unwrap_or_default().saturating_add(now.duration_since(this.said));
         if age >= lease {
-            return Some(format!("has received nothing for {} s", age.as_secs()));
+            return Some(ExchangeProblem::NotReceiving(age));
         }
         (this.age.is_none() && !watches).then(no_stream)
     }
@@ -357,16 +362,13 @@ impl Service {
     }
 
     /// Why a cluster does not count as enforcing, whatever it reports of its nodes: nothing newer may have reached it.
-    fn not_reached(&self, exchange: &Exchange, cluster: &ClusterName) -> Option<String> {
+    fn not_reached(&self, exchange: &Exchange, cluster: &ClusterName) -> Option<ExchangeProblem> {
         if let Some(conflict) = self.shared.speakers.conflict(cluster) {
             return Some(conflict);
         }
         if let Some(ahead) = exchange.ahead_of_hub(cluster) {
-            let now = exchange.federation().position.revision;
-            return Some(format!(
-                "has revision {ahead} of the hub, which is at {now}: the hub's files are older than what clusters enforce; \
-                 stop the hub and start it with --restored"
-            ));
+            let hub = exchange.federation().position.revision;
+            return Some(ExchangeProblem::AheadOfHub { at: ahead, hub });
         }
         let watches = lock(&self.shared.watching).contains_key(cluster);
         let lease = self.registry.lease_time();
@@ -740,7 +742,7 @@ impl Realisations for Service {
             }
             // Of one that is not connected that is said already.
             let not_reached = entry.connected.then(|| self.not_reached(&exchange, name)).flatten();
-            entry.problems.extend(not_reached.map(|why| Problem::new("", Reason::Other(why))));
+            entry.problems.extend(not_reached.map(|why| Problem::new("", Reason::Exchange(why))));
             if let Some(told) = self.last_report(&exchange, name) {
                 entry.received_revision = told.received.as_ref().map_or(0, |at| at.revision);
                 (entry.agents, entry.agents_current) = (told.agents, told.agents_current);
@@ -795,21 +797,22 @@ impl Realisations for Service {
         let told = |cluster: &ClusterName| (self.last_report(&exchange, cluster), self.not_reached(&exchange, cluster));
         let told: Vec<_> = clusters.iter().map(told).collect();
         drop(exchange);
-        let status = |cluster: &ClusterName, (told, not_reached): (Option<Arc<pb::Realisation>>, Option<String>)| {
-            let Some(told) = told else { return ObjectStatus::lagging(Reason::NotReported) };
-            let report = self.report(&snapshot, cluster, &told, position);
-            let status = report.object(policy, needed);
-            if report.silent {
-                let silent = self.registry.silent_for(cluster).map_or(Duration::ZERO, |since| since);
-                let why = Reasons::of_cluster(Reason::ClusterSilent(silent));
-                return ObjectStatus { state: ObjectState::Lagging(why), ..status };
-            }
-            if let Some(why) = not_reached {
-                let why = Reasons::of_cluster(Reason::Other(why));
-                return ObjectStatus { state: ObjectState::Lagging(why), ..status };
-            }
-            status
-        };
+        let status =
+            |cluster: &ClusterName, (told, not_reached): (Option<Arc<pb::Realisation>>, Option<ExchangeProblem>)| {
+                let Some(told) = told else { return ObjectStatus::lagging(Reason::NotReported) };
+                let report = self.report(&snapshot, cluster, &told, position);
+                let status = report.object(policy, needed);
+                if report.silent {
+                    let silent = self.registry.silent_for(cluster).map_or(Duration::ZERO, |since| since);
+                    let why = Reasons::of_cluster(Reason::ClusterSilent(silent));
+                    return ObjectStatus { state: ObjectState::Lagging(why), ..status };
+                }
+                if let Some(why) = not_reached {
+                    let why = Reasons::of_cluster(Reason::Exchange(why));
+                    return ObjectStatus { state: ObjectState::Lagging(why), ..status };
+                }
+                status
+            };
         Some(clusters.iter().zip(told).map(|(cluster, told)| (cluster.clone(), status(cluster, told))).collect())
     }
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use hanse_identity::instances::{Instance, Instances};
 use hanse_policy::model::ClusterName;
+use hanse_protocol::reason::ExchangeProblem;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -73,12 +74,9 @@ impl Speakers {
     }
 
     /// Why nothing that a cluster reports counts, where two processes report for it.
-    pub fn conflict(&self, cluster: &ClusterName) -> Option<String> {
+    pub fn conflict(&self, cluster: &ClusterName) -> Option<ExchangeProblem> {
         let speakers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (served, refused) = speakers.get(cluster)?.instances.rivals(Instant::now())?;
-        Some(format!(
-            "its key is used from two places, {served} (served) and {refused} (refused), so what it reports does not count: one is a copy \
-             of the member's folder; stop it, or revoke the cluster and let it join with a new token and a new --data"
-        ))
+        Some(ExchangeProblem::ClusterKeyInUse { served: served.to_string(), refused: refused.to_string() })
     }
 }

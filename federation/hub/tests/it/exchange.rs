@@ -810,7 +810,7 @@ fn unenforced(namespace: &str, name: &str) -> pb::UnenforcedPod {
 #[test]
 fn names_and_texts_of_a_report_have_bounds_each() {
     let long = "ä".repeat(40_000);
-    let other = || Some(reasons::Reason { reason: Some(reasons::reason::Reason::Other(long.clone())) });
+    let other = || Some(reasons::Reason { reason: Some(reasons::reason::Reason::PolicyUnreadable(long.clone())) });
     let subject = Some(reasons::subject::Subject::FederatedPolicy(long.clone()));
     let error = pb::ObjectError { subject: Some(reasons::Subject { subject }), at: None, reason: other() };
     let hooks = Some(reasons::hook_problem::Problem::ProbeNotSent(long.clone()));

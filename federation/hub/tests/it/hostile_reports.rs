@@ -5,6 +5,7 @@ use hanse_proto::federation::v1 as wire;
 use hanse_proto::federation::v1::exchange_client::ExchangeClient;
 use hanse_protocol::reason::wire::parse_reason;
 use hanse_protocol::reason::words::Words;
+use hanse_protocol::reason::{ExchangeProblem, Reason};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -100,8 +101,9 @@ async fn of_two_processes_with_one_key_the_first_publishes_and_the_cluster_does_
     let problems = || async {
         let status = hub.admin().await.status(wire::StatusRequest {}).await.unwrap().into_inner();
         let problems = status.clusters.into_iter().flat_map(|it| it.problems);
-        let words = problems.map(|it| parse_reason(it.reason.unwrap_or_default())).map(|it| Words(&it).to_string());
-        words.filter(|reason| reason.contains("two places")).collect::<Vec<String>>()
+        let reasons = problems.map(|it| parse_reason(it.reason.unwrap_or_default()));
+        let in_use = |it: &Reason| matches!(it, Reason::Exchange(ExchangeProblem::ClusterKeyInUse { .. }));
+        reasons.filter(in_use).map(|it| Words(&it).to_string()).collect::<Vec<String>>()
     };
     let (mut first, welcome) = Publishing::of_process(&member, &hub, 1).await;
     assert!(welcome.is_ok());

@@ -19,6 +19,7 @@ use hanse_identity::token;
 use hanse_policy::inventory::Cluster;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_client::ExchangeClient;
+use hanse_protocol::reason::ExchangeProblem;
 use hanse_runtime::files::write_atomic;
 use hanse_runtime::health::Writes;
 use hanse_runtime::retry::Backoff;
@@ -33,7 +34,7 @@ use tracing::Instrument as _;
 
 use super::model::Updates;
 use super::publisher::{ChangedExports, PublishSession, Publisher};
-use super::receiver::{ReceiveError, Receiver};
+use super::receiver::{ReceiveError, ReceiveProblem, Receiver};
 use crate::federated::Reader;
 use crate::registration::MemberIdentity;
 
@@ -121,6 +122,17 @@ const AHEAD: &str = "receiver.ahead";
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic elsewhere does not make the data wrong: each call leaves it whole.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn problem(of: ReceiveProblem) -> ExchangeProblem {
+    match of {
+        ReceiveProblem::SelectionsRejected(why) => ExchangeProblem::SelectionsRejected(why),
+        ReceiveProblem::SelectionRejected(why) => ExchangeProblem::SelectionRejected(why),
+        ReceiveProblem::SelectionsUnreadable(count) => ExchangeProblem::SelectionsUnreadable(count),
+        ReceiveProblem::ObjectsUnreadable { cluster, count } => {
+            ExchangeProblem::ObjectsUnreadable { cluster: cluster.map(|name| name.to_string()), count }
+        }
+    }
 }
 
 impl Client {
@@ -329,20 +341,19 @@ impl Client {
         watching.received.elapsed() < watching.lease
     }
 
-    /// What is wrong with what is received of the hub, in words.
-    pub fn problems(&self) -> Vec<String> {
+    /// What is wrong with what is received from the hub.
+    pub fn problems(&self) -> Vec<ExchangeProblem> {
         let mut problems = Vec::new();
         {
             let watching = lock(&self.shared.watching);
             let age = watching.received.elapsed();
             if age >= watching.lease {
-                // Rounded, so that time alone is no news.
-                let seconds = age.as_secs() / 10 * 10;
-                let why = watching.error.as_deref().unwrap_or("the stream is open, and nothing comes");
-                problems.push(format!("nothing was received from the hub for {seconds} s: {why}"));
+                // Rounded, so that time alone changes no report.
+                let silent = Duration::from_secs(age.as_secs() / 10 * 10);
+                problems.push(ExchangeProblem::HubSilent { silent, error: watching.error.clone() });
             }
         }
-        problems.extend(lock(&self.shared.receiver).problems());
+        problems.extend(lock(&self.shared.receiver).problems().into_iter().map(problem));
         problems
     }
 
@@ -767,7 +778,7 @@ mod tests {
         receive(WatchResponse::Heartbeat);
         assert_eq!(after(5), (true, 0));
         assert_eq!(after(1), (false, 1));
-        assert!(client.problems()[0].contains("nothing was received from the hub"), "{:?}", client.problems());
+        assert!(matches!(client.problems()[..], [ExchangeProblem::HubSilent { .. }]), "{:?}", client.problems());
         // Whatever the hub says.
         receive(welcome(0));
         assert_eq!(after(2), (true, 0));

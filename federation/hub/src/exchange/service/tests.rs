@@ -2,7 +2,7 @@ use hanse_exchange::message::WatchOpen;
 use hanse_runtime::shutdown::Shutdown;
 use hanse_store::{Key, Transaction, in_memory};
 
-use hanse_protocol::reason::{Agent, Behind, Lag};
+use hanse_protocol::reason::{Agent, Behind, ExchangeProblem, Lag};
 
 use super::*;
 use crate::registry::Clock;
@@ -102,7 +102,7 @@ async fn a_cluster_that_received_nothing_for_a_lease_is_shown_as_lagging() {
     tokio::time::advance(Duration::from_millis(29_999)).await;
     assert_eq!(state(), ObjectState::Enforced);
     tokio::time::advance(Duration::from_millis(1)).await;
-    let why = Reason::Other("has received nothing for 30 s".to_owned());
+    let why = Reason::Exchange(ExchangeProblem::NotReceiving(Duration::from_secs(30)));
     assert_eq!(state(), ObjectState::Lagging(Reasons::of_cluster(why.clone())));
     assert_eq!(problems()[0].reason, why);
     // What it says of the time before counts as well, and news end it.
@@ -185,7 +185,7 @@ fn a_cluster_that_receives_nothing_for_a_lease_does_not_count_as_enforcing() {
     };
     assert_eq!(trouble(say(Some(0)), true, 0), None);
     // A stream that is open and on which nothing comes.
-    assert_eq!(trouble(say(Some(30_000)), true, 0).as_deref(), Some("has received nothing for 30 s"));
+    assert_eq!(trouble(say(Some(30_000)), true, 0), Some(ExchangeProblem::NotReceiving(lease)));
     assert_eq!(trouble(say(Some(29_999)), true, 0), None);
     assert_eq!(trouble(say(Some(0)), false, 29), None, "it may watch another replica");
     assert!(trouble(say(Some(u64::MAX)), true, 1).is_some());
