@@ -14,8 +14,8 @@ use tonic::Status;
 use tonic::codec::{BufferSettings, DecodeBuf};
 use tonic_prost::{ProstCodec, ProstEncoder};
 
-/// Memory per element of a list, in sizes of an element. A `Vec` of one element has a capacity of four. It grows to twice its
-/// capacity, and the previous buffer exists until its elements are moved: three sizes per element.
+/// Memory per element of a list, in sizes of an element. A `Vec` of one element has a capacity of four. A growing `Vec` allocates twice
+/// its capacity, and keeps the previous buffer until the elements are moved: three sizes per element.
 const GROWTH: usize = 4;
 /// The overhead of the allocator for one allocation.
 const ALLOCATION: usize = 32;

@@ -249,7 +249,7 @@ impl Compiler {
         let class = slot.class.filter(|class| self.inventory.judged(*class).contains(at))?;
         let chains = *self.chains.by_class.get(&class)?;
         let id = |chain: ChainIndex| self.chains.chains[chain].id;
-        let mut addresses: Vec<_> = self.inventory.held(at).collect();
+        let mut addresses: Vec<_> = self.inventory.owned(at).collect();
         addresses.sort_unstable();
         let namespace = self.inventory.namespace_of(at).cloned().unwrap_or_default();
         let endpoint = LocalEndpoint {

@@ -667,7 +667,7 @@ impl Pool {
                     let ports = inventory.slots[at].ports.iter().filter(|_| view.takes(certain));
                     for port in ports.filter(|port| port.name == *name) {
                         let (protocol, port) = (port.protocol, port.port);
-                        all.extend(inventory.held(at).map(|address| SocketAddress { address, protocol, port }));
+                        all.extend(inventory.owned(at).map(|address| SocketAddress { address, protocol, port }));
                     }
                 });
                 let id = match selector {
@@ -685,7 +685,7 @@ impl Pool {
                         return;
                     }
                     match part {
-                        Part::Main => addresses.extend(inventory.held(at)),
+                        Part::Main => addresses.extend(inventory.owned(at)),
                         Part::Nets => {
                             for net in &inventory.slots[at].nets {
                                 *nets.entry(*net).or_default() += 1;

@@ -1,10 +1,9 @@
-//! Which packets between workloads change verdict from one state to another.
+//! Compares two states: finds the packets between workloads whose verdict changes.
 //!
-//! Pods that neither state can tell apart (labels, namespace, account, named ports, the nets and service backends that their
-//! addresses are in) form a group, and groups are compared instead of pods. A pair of groups is looked at only where what
-//! judges one of its ends differs, or where the inventories do. Ports are compared by the ranges within which no rule that
-//! judges the pair tells them apart, so that what is not named as changed has not changed: for source port 40,000, and for
-//! the protocols and ICMP types that policies name, with one of each that they do not.
+//! Groups are compared instead of pods. The pods of a group are equal for the policies of both states: labels, namespace, service
+//! account, named ports, and the nets and service backends of their addresses. A pair of groups is compared only if the policies of
+//! one end differ, or the inventories. Ports are compared in ranges that all applicable rules treat alike, so the result is
+//! complete for source port 40,000 and for the protocols and ICMP types in policies, with one example of each outside of them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -17,7 +16,7 @@ use crate::model::{ClusterName, Icmp, Layer, Policy, PolicySet, Port, Protocol, 
 use crate::placement::{Case, NetLists, Placement, Spot};
 use crate::prepared::Prepared;
 use crate::tri::Tri;
-use crate::workload::{seen, telling_keys};
+use crate::workload::{relevant_keys, seen};
 
 /// One of the two states.
 #[derive(Debug, Clone, Copy)]
@@ -30,9 +29,9 @@ pub struct State<'a> {
 /// One end of the pairs that are compared.
 #[derive(Debug, Clone)]
 pub enum Party<'a> {
-    /// Pods that exist in both states, and are alike in each.
+    /// Pods that exist in both states and are equal for the policies of each.
     Pods { cluster: &'a ClusterName, members: Vec<&'a EndpointId> },
-    /// An address without an owner.
+    /// An address without a pod.
     Address(IpAddr),
 }
 
@@ -47,7 +46,7 @@ pub struct Packets {
     pub icmp: Option<(u8, Option<u8>)>,
 }
 
-/// What changes between two parties, by their places in [`Diff::parties`], over one IP version.
+/// A change between two parties, given by their indexes in [`Diff::parties`], for one IP version.
 #[derive(Debug, Clone)]
 pub struct Change {
     pub from: usize,
@@ -55,9 +54,9 @@ pub struct Change {
     pub ip_version: u8,
     pub packets: Vec<Packets>,
     pub before: Verdict,
-    /// What is said of them in the second state. Its verdict is not `before`.
+    /// The answer in the second state. Its verdict differs from `before`.
     pub after: Answer,
-    /// Only for these addresses of pods that have none yet, in words.
+    /// For pods without an address: a description of the addresses to which the change is limited.
     pub condition: Option<String>,
 }
 
@@ -68,27 +67,27 @@ pub struct Diff<'a> {
     pub unpaired: [Vec<(&'a ClusterName, &'a EndpointId)>; 2],
     compared: Vec<Compared<'a>>,
     facts_equal: bool,
-    /// For each protocol and port to ask about; empty for all that tell.
-    asked: Vec<(u8, u16)>,
-    /// The nets in which pods get their addresses; empty where that is not known.
+    /// Compare only these protocols and ports; empty: all.
+    only_ports: Vec<(u8, u16)>,
+    /// The pod networks; empty if they are not known.
     pod_nets: Vec<IpNet>,
     states: [State<'a>; 2],
 }
 
-/// The ends of a packet in each state, and where not all addresses of an end are meant, which.
+/// The ends of a packet in each state, and a description of the addresses to which they are limited.
 type Ends = (Option<String>, [[End; 2]; 2]);
 
-/// What is known of a party.
+/// A party, prepared for comparison.
 #[derive(Debug, Default)]
 struct Compared<'a> {
-    /// Two members, or one; none of an address.
+    /// One or two members; empty for an address.
     examples: Vec<[Pod<'a>; 2]>,
     address: Option<IpAddr>,
-    /// Whether what judges ingress, and egress, differs.
+    /// Whether the policies for ingress, and for egress, differ.
     changed: [bool; 2],
-    /// Of the rules that judge ingress, and egress, in either state.
-    telling: [Telling; 2],
-    /// Named ports that rules name: protocol and number.
+    /// The criteria of the rules for ingress, and for egress, in either state.
+    criteria: [Criteria; 2],
+    /// The pod's named ports that occur in rules: protocol and number.
     ports: BTreeSet<(u8, u16)>,
 }
 
@@ -100,39 +99,39 @@ struct Pod<'a> {
     endpoint: &'a Endpoint,
 }
 
-/// What rules can tell packets apart by.
+/// Properties of packets that occur in rules.
 #[derive(Debug, Default)]
-struct Telling {
+struct Criteria {
     protocols: BTreeSet<u8>,
-    /// The first of each range within which no rule tells ports apart.
+    /// The first port of each range that all rules treat alike.
     cuts: BTreeSet<u16>,
     icmp: BTreeSet<(u8, Option<u8>)>,
 }
 
-/// Packets with one of them: protocol, destination port, ICMP type and code.
+/// Packets, and one of them: protocol, destination port, ICMP type and code.
 type Example = (Packets, u8, u16, Option<(u8, u8)>);
-/// A backend of a service: its number, the protocol and the port; without them an endpoint of it.
+/// A backend of a service: the number of the service, and protocol and port; without a port, an endpoint of the service.
 type Backend = (usize, Option<(u8, u16)>);
 
 type Chain<'a> = Vec<(&'a TierId, TierDefault, &'a Policy)>;
 
 impl<'a> Diff<'a> {
-    /// `outside` are addresses that stand for the world. `asked` limits what is compared to these protocols and ports;
-    /// empty, everything is.
-    pub fn new(before: State<'a>, after: State<'a>, outside: &[IpAddr], asked: Vec<(u8, u16)>) -> Self {
+    /// `outside`: examples of addresses outside the ClusterSet. `only_ports` limits the comparison to these protocols and ports;
+    /// empty: all.
+    pub fn new(before: State<'a>, after: State<'a>, outside: &[IpAddr], only_ports: Vec<(u8, u16)>) -> Self {
         let facts_equal = std::ptr::eq(before.inventory, after.inventory) || before.inventory == after.inventory;
         let mut diff = Self {
             parties: Vec::new(),
             unpaired: [Vec::new(), Vec::new()],
             compared: Vec::new(),
             facts_equal,
-            asked,
+            only_ports,
             pod_nets: Vec::new(),
             states: [before, after],
         };
         let states = diff.states;
         let facts = states.map(Facts::new);
-        let keys = telling_keys(states.map(|state| state.policies));
+        let keys = relevant_keys(states.map(|state| state.policies));
         let names: BTreeSet<&str> = facts.iter().flat_map(|facts| facts.port_names.iter().copied()).collect();
         let mut groups: HashMap<_, usize> = HashMap::new();
         for (cluster, owner) in &before.inventory.clusters {
@@ -185,7 +184,7 @@ impl<'a> Diff<'a> {
                 compared.changed[at] = !is_same(&chains, direction, &mut same);
                 for (chain, facts) in chains.iter().zip(&facts) {
                     for rule in chain.iter().flat_map(|(.., policy)| rules(policy, direction).unwrap_or_default()) {
-                        compared.telling[at].note(rule, facts, first.cluster);
+                        compared.criteria[at].add(rule, facts, first.cluster);
                     }
                 }
             }
@@ -228,8 +227,7 @@ impl<'a> Diff<'a> {
         Ok(())
     }
 
-    /// The ends of a packet in each state: several where the address of one is not known yet, none where there is nothing to
-    /// ask about.
+    /// The ends of a packet in each state: several if the address of a pod is not known yet, none if there is nothing to compare.
     fn ends(&self, from: usize, to: usize, ip_version: u8, placements: &[Placement<'_>; 2]) -> Vec<Ends> {
         let v4 = ip_version == 4;
         if self.compared[from].address.is_some() && self.compared[to].address.is_some() {
@@ -336,17 +334,17 @@ impl<'a> Diff<'a> {
         changes
     }
 
-    /// Packets that rules between the two can tell apart, with an example of each: protocol, port, ICMP type and code.
+    /// Classes of packets that all rules between the two parties treat alike, each with an example.
     fn packets(&self, from: usize, to: usize, ip_version: u8) -> Vec<Example> {
-        if !self.asked.is_empty() {
+        if !self.only_ports.is_empty() {
             let packet = |(protocol, port): &(u8, u16)| {
                 let ports = has_ports(*protocol).then_some((*port, *port));
                 let packets = Packets { protocol: Some(*protocol), ports, icmp: None };
                 (packets, *protocol, if ports.is_some() { *port } else { 0 }, None)
             };
-            return self.asked.iter().map(packet).collect();
+            return self.only_ports.iter().map(packet).collect();
         }
-        let (egress, ingress) = (&self.compared[from].telling[1], &self.compared[to].telling[0]);
+        let (egress, ingress) = (&self.compared[from].criteria[1], &self.compared[to].criteria[0]);
         let own_icmp = if ip_version == 4 { 1 } else { 58 };
         let mut protocols = BTreeSet::from([6, 17, 132, own_icmp]);
         protocols.extend(egress.protocols.iter().chain(&ingress.protocols));
@@ -366,10 +364,10 @@ impl<'a> Diff<'a> {
                     all.push((packets(Some((*first, last)), None), *protocol, *first, None));
                 }
             } else if *protocol == own_icmp {
-                let told: BTreeSet<_> = egress.icmp.union(&ingress.icmp).copied().collect();
-                for (kind, code) in icmp_examples(&told) {
-                    let code_named = told.contains(&(kind, Some(code))).then_some(code);
-                    let named = told.iter().any(|(of, _)| *of == kind).then_some((kind, code_named));
+                let in_rules: BTreeSet<_> = egress.icmp.union(&ingress.icmp).copied().collect();
+                for (kind, code) in icmp_examples(&in_rules) {
+                    let code_named = in_rules.contains(&(kind, Some(code))).then_some(code);
+                    let named = in_rules.iter().any(|(of, _)| *of == kind).then_some((kind, code_named));
                     all.push((packets(None, named), *protocol, 0, Some((kind, code))));
                 }
             } else {
@@ -386,7 +384,7 @@ impl<'a> Diff<'a> {
 }
 
 impl Party<'_> {
-    /// How many pods it stands for; an address stands for none.
+    /// The number of pods; 0 for an address.
     pub fn count(&self) -> usize {
         match self {
             Self::Pods { members, .. } => members.len(),
@@ -396,7 +394,7 @@ impl Party<'_> {
 }
 
 impl Packets {
-    /// Both as one, where the second goes on where the first ends.
+    /// Both as one, if `next` continues the port range.
     fn extended(&self, next: &Self) -> Option<Self> {
         let ((low, end), (start, high)) = (self.ports?, next.ports?);
         let joins = self.protocol == next.protocol && end.checked_add(1) == Some(start);
@@ -469,8 +467,8 @@ fn is_same(
     first.len() == second.len() && first.iter().zip(second).all(|(a, b)| a.0 == b.0 && a.1 == b.1 && same(a.2, b.2))
 }
 
-impl Telling {
-    fn note(&mut self, rule: &Rule, facts: &Facts<'_>, enforcer: &ClusterName) {
+impl Criteria {
+    fn add(&mut self, rule: &Rule, facts: &Facts<'_>, enforcer: &ClusterName) {
         self.protocols.extend([rule.protocol, rule.not_protocol].into_iter().flatten().map(Protocol::number));
         for port in rule.destination.ports.iter().chain(&rule.destination.not_ports) {
             if let Port::Range(first, last) = port {
@@ -492,27 +490,28 @@ impl Telling {
     }
 }
 
-/// What a state can tell pods apart by.
+/// Properties of pods that occur in the policies of a state.
 struct Facts<'a> {
     state: State<'a>,
-    /// By prefix length and family, for each net that a rule or a network set names.
+    /// The nets of rules and network sets, with a number each.
     nets: HashMap<IpNet, usize>,
+    /// The prefix lengths of the nets, for IPv4 and IPv6.
     lengths: [BTreeSet<u8>; 2],
-    /// Backends of services that rules name, by address.
+    /// Backends of services in rules, by address.
     backends: HashMap<IpAddr, BTreeSet<Backend>>,
-    /// Of those that have no address yet, by cluster and name.
+    /// Backends without an address, by cluster and name.
     planned: HashMap<(&'a ClusterName, &'a EndpointId), BTreeSet<Backend>>,
     port_names: BTreeSet<&'a str>,
     plans: BTreeMap<&'a str, Vec<(&'a Layer, &'a Policy)>>,
 }
 
-/// All that policies see of a pod, but for its cluster and namespace.
+/// The properties of a pod that affect policies, except its cluster and namespace.
 #[derive(PartialEq, Eq, Hash)]
 struct Key<'a> {
     account: Option<&'a str>,
     labels: Vec<(&'a str, Option<&'a str>)>,
     ports: Vec<(&'a str, u8, u16)>,
-    /// For each family: whether there is an address, and what it is in.
+    /// For each family: whether there is an address, and the nets and service backends that contain it.
     addresses: [Option<(Vec<usize>, Vec<Backend>)>; 2],
 }
 

@@ -365,9 +365,9 @@ impl<F: Facts> Enforcer<'_, F> {
     }
 }
 
-/// What rules need to know about the ends of a packet.
+/// The properties of the ends of a packet that rules evaluate.
 pub(crate) trait Facts {
-    /// Whether the end is one of those selected: its pod, or a network set that holds its address.
+    /// Whether the selection matches the end: its pod, or a network set that contains its address.
     fn selected(&self, enforcer: &str, selection: &Selection, end: &End) -> Tri;
     /// Whether the end is a pod of `pods` with a port of this name, number and protocol.
     fn named_port(&self, enforcer: &str, pods: &Selection, name: &str, end: &End, protocol: u8, port: u16) -> Tri;

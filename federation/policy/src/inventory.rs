@@ -169,17 +169,16 @@ pub struct Inventory {
 }
 
 impl Inventory {
-    /// Whether `selection`, in a policy that `enforcer` enforces, holds for an endpoint of `cluster`.
+    /// Whether `selection`, in a policy that `enforcer` enforces, matches an endpoint of `cluster`.
     ///
-    /// Out of scope it never does. Of a stale cluster everything in scope is unknown, and so is a label whose key the
-    /// cluster may not set. What a cluster knows first-hand is never unknown to it: of its own endpoints, `enforcer`
-    /// sees every label, stale or not, but those that a planned endpoint gets when it runs.
+    /// No if the endpoint is out of scope. Unknown for endpoints of a stale cluster, and for labels with keys that the cluster may not
+    /// set. Endpoints of `enforcer` itself are never unknown, except for labels that a planned endpoint gets at run time.
     pub fn selects(&self, enforcer: &str, selection: &Selection, cluster: &str, endpoint: &EndpointId) -> Tri {
         let found = self.clusters.get(cluster).and_then(|owner| Some((owner, owner.endpoints.get(endpoint)?)));
         found.map_or(Tri::No, |(owner, it)| selects(enforcer, selection, cluster, owner, endpoint, it))
     }
 
-    /// Whether `selection` holds for a federated network set: only one of the whole ClusterSet can.
+    /// Whether `selection` matches a federated network set. Only a selection of the whole ClusterSet can.
     pub fn selects_federated_set(&self, selection: &Selection, set: &EndpointId) -> Tri {
         match self.federated_sets.get(set) {
             Some(endpoint) if selection.clusters == ClusterScope::All => {

@@ -103,15 +103,15 @@ pub struct Policy {
     pub id: PolicyId,
     pub tier: TierId,
     pub order: Order,
-    /// Which clusters enforce it. A local policy: its own.
+    /// The clusters that enforce it. For a policy of a cluster: that cluster.
     pub enforcers: ClusterScope,
-    /// Which of the enforcing cluster's endpoints it applies to.
+    /// The endpoints of an enforcing cluster to which the policy applies.
     pub selector: Selector,
     pub ingress: Option<Vec<Rule>>,
     pub egress: Option<Vec<Rule>>,
-    /// `Some`: never acts.
+    /// If set, the policy is staged and not enforced.
     pub staged: Option<StagedAction>,
-    /// `doNotTrack` or `preDNAT`: does nothing on pods.
+    /// `doNotTrack` or `preDNAT`: no effect on pods.
     pub host_only: bool,
 }
 
@@ -174,15 +174,15 @@ pub enum HttpPath {
     Prefix(String),
 }
 
-/// What one end must be; everything given must hold.
+/// The conditions on one end of a packet. All given conditions must be satisfied.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct EntityMatch {
     pub nets: Vec<IpNet>,
     pub not_nets: Vec<IpNet>,
-    /// Some object that holds the address, a pod or a network set, is selected.
+    /// An object with the address, a pod or a network set, is selected.
     pub selection: Option<Selection>,
-    /// No object that holds the address is selected: true for addresses that no object holds. What one and the same object
-    /// must be and not be is one `selection`.
+    /// No object with the address is selected. True for addresses without an object. Conditions on a single object, positive and
+    /// negative, belong into one `selection`.
     pub not_selection: Option<Selection>,
     pub ports: Vec<Port>,
     pub not_ports: Vec<Port>,
@@ -202,7 +202,7 @@ pub struct Rule {
     pub source: EntityMatch,
     pub destination: EntityMatch,
     pub http: Option<HttpMatch>,
-    /// A part of the source rule that this version does not understand, in words: the whole match is at best unknown.
+    /// A description of a part of the source rule that this version does not support. The rule never matches with certainty.
     pub not_understood: Option<Arc<str>>,
 }
 
@@ -303,8 +303,7 @@ impl Policy {
 }
 
 impl Rule {
-    /// Why the match of this rule is at best unknown, if it is: a part was not understood, or only a gateway could judge
-    /// it.
+    /// Why this rule never matches with certainty: a part is not supported, or only a gateway can evaluate it. `None` if it can.
     pub fn unknown_because(&self) -> Option<&str> {
         let http = self.http.as_ref().map(|_| "http needs a gateway");
         self.not_understood.as_deref().or(http)
@@ -312,9 +311,8 @@ impl Rule {
 }
 
 impl EntityMatch {
-    /// The pods on which a named port of this end is looked up: those that the selection beside it selects; without one
-    /// all of the whole ClusterSet for a federated policy, and all of its own cluster for a local one. A network set has no
-    /// ports, so that one which holds a pod's address makes no difference.
+    /// The pods to which a named port of this end refers: those of the selection. Without a selection, all pods of the ClusterSet for
+    /// a federated policy, and all pods of the cluster for its own policies. Network sets have no ports, so they never count.
     pub fn named_port_pods(&self, policy: &PolicyId) -> &Selection {
         static ALL: LazyLock<Selection> = LazyLock::new(|| every_pod(ClusterScope::All));
         static LOCAL: LazyLock<Selection> = LazyLock::new(|| every_pod(ClusterScope::Local));

@@ -1,13 +1,12 @@
-//! Pods that have no address yet: which addresses policy tells apart, so that a question about such a pod is answered for
-//! every address that it may get.
+//! Verdicts for pods without an address, which cover every address that such a pod may get.
 //!
-//! What a rule says by nets of a pod without an address cannot be known. Instead of guessing, a question is asked for one
-//! address of each class that the rules which judge its ends tell apart. Where all answers agree, the address does not
-//! matter; otherwise the verdict depends on it, and no such answer is called `allow`.
+//! A rule with nets cannot be evaluated for a pod without an address. So the possible addresses are divided into classes that all
+//! applicable rules treat alike, and a query is evaluated once per class. If all verdicts agree, the address does not matter.
+//! Otherwise the verdict depends on the address, and the answer is never `allow`.
 //!
-//! A pod never gets an address of a special range (RFC 6890: "this" network, loopback, link-local, multicast, reserved),
-//! nor one that another endpoint, a service or a node has. Where it is known in which nets pods get their addresses, these
-//! are assumed, and no others: without a net of a family pods have no address of it.
+//! A pod never gets an address of a special range (RFC 6890: "this" network, loopback, link-local, multicast, reserved), nor one
+//! that another endpoint, a service or a node has. If the pod networks are known, only their addresses are assumed; pods then have
+//! no address of a family without a network.
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -22,15 +21,15 @@ use crate::inventory::{EffectiveLabels, EndpointId, EndpointKind, Inventory, sel
 use crate::model::{ClusterName, EntityMatch, PolicySet};
 use crate::tri::Tri;
 
-/// Pairs of classes that are tried for one question. Each costs an evaluation, about 20 µs: 0.3 s. Beyond, the verdict is
-/// said to depend on the address without saying how.
+/// The maximum number of pairs of classes per query, at about 20 µs each: 0.3 s. With more, the answer states only that the verdict
+/// depends on the address.
 pub const MAX_CASES: usize = 16_384;
-/// Addresses of a class that are looked at to find one that is free.
+/// The maximum number of addresses that are tried to find a free one in a class.
 const MAX_TRIES: usize = 4_096;
-/// Nets that are named in words.
+/// The maximum number of nets in a message.
 const MAX_NAMED: usize = 3;
 
-/// Where no pod's address is (RFC 6890).
+/// Ranges without pod addresses (RFC 6890).
 const SPECIAL: [&str; 10] = [
     "0.0.0.0/8",
     "127.0.0.0/8",
@@ -44,20 +43,20 @@ const SPECIAL: [&str; 10] = [
     "ff00::/8",
 ];
 
-/// One end of a packet; without an address it is a pod that has none yet.
+/// One end of a packet. Without an address, it is a pod that does not have one yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spot {
     pub address: Option<IpAddr>,
     pub pod: Option<(ClusterName, EndpointId)>,
 }
 
-/// Addresses that the rules in question do not tell apart.
+/// Addresses that all applicable rules treat alike.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AddressClass {
-    /// Empty: every address in none of the nets that rules name.
+    /// Empty: the addresses that are in no net of a rule.
     pub nets: Vec<NetWithout>,
     example: IpAddr,
-    /// Another of them, where there is one.
+    /// A second example, if there is one; otherwise equal to `example`.
     other: IpAddr,
 }
 
@@ -68,38 +67,40 @@ pub struct NetWithout {
     pub without: Vec<IpNet>,
 }
 
-/// One address for each end, and for what they stand; `None` where the address is known.
+/// A pair of addresses to evaluate.
 #[derive(Debug, Clone)]
 pub struct Case {
     pub source: End,
     pub destination: End,
+    /// The class of the source address; `None` if the address is known.
     pub from: Option<Rc<AddressClass>>,
+    /// The class of the destination address; `None` if the address is known.
     pub to: Option<Rc<AddressClass>>,
 }
 
-/// Lists of nets, each of which an address is in or not.
+/// Lists of nets as rules and network sets contain them. An address matches a list if one of its nets contains it.
 pub type NetLists = BTreeSet<Vec<IpNet>>;
 
-/// What was found of a pod in a direction: the lists at the source and at the destination.
-type Known = HashMap<(ClusterName, EndpointId, Direction), Rc<[NetLists; 2]>>;
+/// The net lists of a pod in a direction: for the source and for the destination.
+type NetListCache = HashMap<(ClusterName, EndpointId, Direction), Rc<[NetLists; 2]>>;
 
-/// Finds the addresses to ask about.
+/// Finds the addresses to evaluate for pods without an address.
 #[derive(Debug)]
 pub struct Placement<'a> {
     policies: &'a PolicySet,
     inventory: &'a Inventory,
     assumed: Vec<IpNet>,
     taken: OnceCell<HashSet<IpAddr>>,
-    lists: RefCell<Known>,
+    lists: RefCell<NetListCache>,
 }
 
 impl<'a> Placement<'a> {
-    /// `assumed`: the nets in which pods get their addresses; empty where that is not known.
+    /// `assumed`: the pod networks; empty if they are not known.
     pub fn new(policies: &'a PolicySet, inventory: &'a Inventory, assumed: &[IpNet]) -> Self {
         Self { policies, inventory, assumed: assumed.to_vec(), taken: OnceCell::new(), lists: RefCell::default() }
     }
 
-    /// What the rules that may judge `pod` in a direction, enforced or staged, tell apart at the source and the destination.
+    /// The net lists, for the source and the destination, of all rules that may apply to `pod` in a direction, enforced or staged.
     pub fn lists(&self, (cluster, pod): &(ClusterName, EndpointId), direction: Direction) -> Rc<[NetLists; 2]> {
         let key = (cluster.clone(), pod.clone(), direction);
         if let Some(known) = self.lists.borrow().get(&key) {
@@ -114,8 +115,8 @@ impl<'a> Placement<'a> {
             let enforced = policies.filter(|it| !it.host_only && it.enforcers.contains(cluster, cluster));
             for policy in enforced.filter(|policy| policy.selector.evaluate(&labels) != Tri::No) {
                 for rule in rules(policy, direction).unwrap_or_default() {
-                    note(self.inventory, cluster, &rule.source, &mut lists[0]);
-                    note(self.inventory, cluster, &rule.destination, &mut lists[1]);
+                    add_net_lists(self.inventory, cluster, &rule.source, &mut lists[0]);
+                    add_net_lists(self.inventory, cluster, &rule.destination, &mut lists[1]);
                 }
             }
         }
@@ -124,7 +125,7 @@ impl<'a> Placement<'a> {
         lists
     }
 
-    /// One case for each pair of addresses that the policies of the ends tell apart; `None` where there are too many.
+    /// One case for each pair of address classes; `None` if there are more than [`MAX_CASES`].
     pub fn cases(&self, from: &Spot, to: &Spot, v4: bool) -> Option<Vec<Case>> {
         let (mut sources, mut destinations) = (NetLists::new(), NetLists::new());
         for (pod, direction) in [(&from.pod, Direction::Egress), (&to.pod, Direction::Ingress)] {
@@ -136,7 +137,7 @@ impl<'a> Placement<'a> {
         self.cases_of(from, to, &[sources, destinations], v4)
     }
 
-    /// [`Self::cases`] where what the rules tell apart is known.
+    /// [`Self::cases`] with given net lists, for the source and the destination.
     pub fn cases_of(&self, from: &Spot, to: &Spot, lists: &[NetLists; 2], v4: bool) -> Option<Vec<Case>> {
         let classes = |spot: &Spot, lists: &NetLists| -> Vec<Option<Rc<AddressClass>>> {
             match spot.address {
@@ -154,7 +155,7 @@ impl<'a> Placement<'a> {
             let endpoint = self.inventory.clusters.get(cluster).and_then(|owner| owner.endpoints.get(pod));
             endpoint.and_then(|it| it.planned.as_ref()).is_some_and(|planned| planned.several)
         };
-        // One pod has one address; of several, these are two.
+        // A single pod has one address. If it stands for several, the ends may be two of them.
         let is_same = from.pod.is_some() && from.pod == to.pod;
         let is_one = is_same && !from.pod.as_ref().is_some_and(several);
         let mut cases = Vec::new();
@@ -181,7 +182,7 @@ impl<'a> Placement<'a> {
         Some(cases)
     }
 
-    /// Addresses that something has.
+    /// Addresses that are in use.
     fn taken(&self) -> &HashSet<IpAddr> {
         self.taken.get_or_init(|| {
             let mut taken = HashSet::new();
@@ -201,8 +202,8 @@ impl<'a> Placement<'a> {
     }
 }
 
-/// Adds what one end of a rule tells addresses apart by: its nets, and those of the network sets that it may select.
-pub fn note(inventory: &Inventory, enforcer: &str, entity: &EntityMatch, lists: &mut NetLists) {
+/// Adds the net lists of one end of a rule: its nets, and those of the network sets that it may select.
+pub fn add_net_lists(inventory: &Inventory, enforcer: &str, entity: &EntityMatch, lists: &mut NetLists) {
     let mut add = |nets: &[IpNet]| {
         if !nets.is_empty() {
             let mut nets: Vec<IpNet> = nets.iter().map(IpNet::trunc).collect();
@@ -228,16 +229,17 @@ pub fn note(inventory: &Inventory, enforcer: &str, entity: &EntityMatch, lists: 
     }
 }
 
-/// A net that some list names, or that is special or assumed, in the tree of nets.
+/// A node of the tree of nets: a net of a list, a special range or a pod network.
 struct Branch {
     net: IpNet,
     children: Vec<usize>,
-    /// For each list whether its addresses are in it, but for those of children.
+    /// For each list, whether it contains the addresses of this net outside of its children.
     in_lists: Vec<bool>,
+    /// Whether a pod can have an address here.
     is_possible: bool,
 }
 
-/// The classes of a family that none of the lists tells apart. First what is in none of the nets, if a pod may be there.
+/// The address classes of a family. If pods can have addresses outside all nets, the class of those comes first.
 fn classes(lists: &NetLists, v4: bool, assumed: &[IpNet], taken: &HashSet<IpAddr>) -> Vec<AddressClass> {
     let of_family = |net: &IpNet| matches!(net, IpNet::V4(_)) == v4;
     // Where nets of one family are assumed, pods have no addresses of the other.
@@ -257,7 +259,7 @@ fn classes(lists: &NetLists, v4: bool, assumed: &[IpNet], taken: &HashSet<IpAddr
     }
     .expect("a prefix of no bits");
     let nets: BTreeSet<IpNet> = in_lists.keys().chain(&assumed).chain(&special).copied().chain([everything]).collect();
-    // Nets sort by address, wider ones first, so that a net comes after all that it is in.
+    // Sorted by address, wider nets first: a net comes after all nets that contain it.
     let mut sorted: Vec<IpNet> = nets.into_iter().collect();
     sorted.sort_by_key(|net| (net.network(), net.prefix_len()));
     let mut tree: Vec<Branch> = Vec::with_capacity(sorted.len());
@@ -269,7 +271,7 @@ fn classes(lists: &NetLists, v4: bool, assumed: &[IpNet], taken: &HashSet<IpAddr
         let parent = above.last().map(|top| &tree[*top]);
         let mut own = parent.map_or_else(|| vec![false; lists.len()], |parent| parent.in_lists.clone());
         in_lists.get(&net).into_iter().flatten().for_each(|list| own[*list] = true);
-        // Within what is not possible, or not special, stays so.
+        // A net inherits both properties from the nets that contain it.
         let in_special = special.contains(&net) || above.iter().any(|at| special.contains(&tree[*at].net));
         let in_assumed = assumed.contains(&net) || above.iter().any(|at| assumed.contains(&tree[*at].net));
         let is_possible = in_assumed || any && !in_special;
@@ -289,7 +291,7 @@ fn classes(lists: &NetLists, v4: bool, assumed: &[IpNet], taken: &HashSet<IpAddr
         let other = free.next().unwrap_or(example);
         let named: Vec<IpNet> = children.into_iter().filter(|net| !special.contains(net)).collect();
         let nets = match branch.in_lists.contains(&true) {
-            // Nothing that is special or assumed tells by itself.
+            // Special ranges and pod networks alone do not make a class.
             true => vec![NetWithout { net: branch.net, without: named }],
             false => Vec::new(),
         };
@@ -309,7 +311,7 @@ fn classes(lists: &NetLists, v4: bool, assumed: &[IpNet], taken: &HashSet<IpAddr
     classes
 }
 
-/// The addresses of a net that none of its sorted, disjoint parts has.
+/// The addresses of a net outside of `parts`, which are sorted and disjoint.
 fn free(net: IpNet, parts: &[IpNet]) -> impl Iterator<Item = IpAddr> + use<> {
     let number = |address: IpAddr| match address {
         IpAddr::V4(it) => u128::from(u32::from(it)),
@@ -336,8 +338,8 @@ fn free(net: IpNet, parts: &[IpNet]) -> impl Iterator<Item = IpAddr> + use<> {
     })
 }
 
-/// How a verdict depends on addresses, in words: what holds of the first case, and when something else does. `verdicts`
-/// go with the cases; `None` where all are equal.
+/// A description of how the verdict depends on addresses: the verdict of the first case, and the addresses for which it differs.
+/// `verdicts` has one entry per case; `None` if all are equal.
 pub fn dependence(cases: &[Case], verdicts: &[Verdict]) -> Option<String> {
     let base = *verdicts.first()?;
     let other = *verdicts.iter().find(|verdict| **verdict != base)?;
@@ -436,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn classes_are_what_lists_tell_apart() {
+    fn classes_separate_addresses_by_lists() {
         let none = "in no net that a rule names: 1.0.0.0";
         assert_eq!(shown(&[], true, &[], &[]), [none]);
         assert_eq!(shown(&[&["10.0.0.0/8"]], true, &[], &[]), [none, "in 10.0.0.0/8: 10.0.0.0"]);
@@ -462,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn assumed_nets_are_where_pods_are() {
+    fn pods_have_addresses_of_known_pod_networks_only() {
         let nets: &[&[&str]] = &[&["10.0.0.0/8"], &["10.244.7.0/24"], &["192.0.2.0/24"]];
         assert_eq!(
             shown(nets, true, &["10.244.0.0/16"], &[]),
@@ -476,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn a_net_whose_parts_cover_it_has_no_address() {
+    fn net_covered_by_its_parts_has_no_class() {
         assert_eq!(
             shown(&[&["10.0.0.0/8"], &["10.0.0.0/9"], &["10.128.0.0/9"]], true, &["10.0.0.0/8"], &[]),
             ["in 10.0.0.0/9: 10.0.0.0", "in 10.128.0.0/9: 10.128.0.0"]

@@ -1,13 +1,13 @@
-//! The evaluator for many packets, offline: rules are evaluated by the reference's own code ([`crate::evaluate`]), over facts
-//! that are looked up in indexes and cached.
+//! The evaluator for many packets over a fixed state. Rules are evaluated by the code of the reference ([`crate::evaluate`]), with
+//! indexes and caches for selections, ports and backends.
 //!
-//! - Pods with the same cluster, namespace, account and labels form a class, labels that no selector names aside: which
-//!   policies apply to it, and which selections hold it, is found once, by labels of which they require one.
-//! - The policies of a cluster are sorted once, and their rules laid out so that most that do not match are passed over
-//!   by their outline: protocol, port, a single net, and the selections that hold the ends.
+//! - Pods with the same cluster, namespace, service account and relevant labels form a class. The policies and selections of a class
+//!   are determined once, with an index by required labels.
+//! - The policies of a cluster are sorted once. Most rules that do not match are skipped by their outline: protocol, port, a single
+//!   net, and the selections of both ends.
 //! - Network sets are found by the prefixes of their nets.
 //!
-//! It borrows what it was made of, so it never goes stale; it remembers behind `RefCell`, so it belongs to one thread.
+//! It borrows its policies and inventory, so it cannot become stale. Its caches are in `RefCell`s, so it is not `Sync`.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
@@ -30,19 +30,19 @@ use crate::tri::Tri;
 use crate::workload::SOME_VALUE;
 
 type Chain<'a> = Rc<Plain<'a>>;
-/// A cluster (the address of its name), a direction, and the policies that apply, or may.
+/// A cluster (the address of its name), a direction, and the policies that apply or may apply.
 type ChainKey = (usize, Direction, Vec<(u32, Tri)>);
-/// The selections that hold, or may hold, an end, by number; sorted. All others do not.
-type Held = Rc<[(u32, Tri)]>;
-/// A class, the network sets that hold the address, and the enforcing cluster (the address of its name).
+/// The selections that match an end or may match it, by number, sorted.
+type Matched = Rc<[(u32, Tri)]>;
+/// A class, the network sets that contain the address, and the enforcing cluster (the address of its name).
 type MemoKey = (Option<u32>, Rc<[u32]>, usize);
 type FastSet<T> = std::collections::HashSet<T, foldhash::fast::RandomState>;
 type FastMap<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
-/// What may be remembered about selections: 8 bytes for each that holds a class. 256 MiB are 100,000 classes of which each is
-/// in 300 selections; when it is full, everything is forgotten.
+/// The size limit of the cache of matching selections, with 8 bytes per match: enough for 100,000 classes with 300 selections each.
+/// When it is full, it is cleared.
 const MEMO_BYTES: usize = 256 << 20;
-/// What a class costs that no selection holds: its key, and its place in the table.
+/// The size of a cache entry without matches: key and table slot.
 const MEMO_KEY_BYTES: usize = 64;
 
 /// A set of policies and an inventory, prepared for many evaluations.
@@ -51,12 +51,12 @@ pub struct Prepared<'a> {
     inventory: &'a Inventory,
     plans: FastMap<&'a str, Plan<'a>>,
     pods: FastMap<&'a str, Pods<'a>>,
-    /// By the address of the selection in the policy set.
+    /// The number of a selection, by its address in the policy set.
     selections: FastMap<usize, u32>,
     by_number: Vec<&'a Selection>,
-    /// Selections by their numbers.
+    /// Numbers of selections by labels.
     index: LabelIndex<'a>,
-    /// The nets of rules that name one only, numbered behind the selections.
+    /// The nets of rules with a single net. Their numbers follow those of the selections.
     nets: NetTable<u32>,
     sets: NetworkSets<'a>,
     classes: RefCell<Classes<'a>>,
@@ -64,7 +64,7 @@ pub struct Prepared<'a> {
     chains: RefCell<FastMap<(u32, Direction), Chain<'a>>>,
     chains_by_content: RefCell<FastMap<ChainKey, Chain<'a>>>,
     memos: RefCell<Memos>,
-    /// For each end one bit for each selection and net, clear between questions.
+    /// For each end, one bit per selection and net. Cleared after each query.
     bits: EndBits,
 }
 
@@ -132,7 +132,7 @@ impl<'a> Prepared<'a> {
             let pod = ends[usize::from(direction == Direction::Ingress)].pod?;
             let chain = self.chain(pod, direction);
             let facts =
-                Remembered { prepared: self, query, ends: &ends, enforcer: pod.cluster, held: Default::default() };
+                CachedFacts { prepared: self, query, ends: &ends, enforcer: pod.cluster, matched: Default::default() };
             self.set_bits(&facts, chain.named);
             let names_ports = |pod: Pod<'_>| !pod.endpoint.ports.is_empty();
             let packet = PacketOutline::new(query, ends[1].pod.is_some_and(names_ports), &self.bits);
@@ -146,13 +146,13 @@ impl<'a> Prepared<'a> {
         })
     }
 
-    /// Sets the bits of the selections that hold for the ends, or may, and of the nets that contain them; only for ends of
-    /// which some rule requires one.
-    fn set_bits(&self, facts: &Remembered<'_, '_>, named: [bool; 2]) {
+    /// Sets the bits of the selections that match the ends or may match them, and of the nets that contain them. Only for ends with a
+    /// rule that requires one of these.
+    fn set_bits(&self, facts: &CachedFacts<'_, '_>, named: [bool; 2]) {
         self.bits.clear();
         let addresses = [facts.query.source.address, facts.query.destination.address];
         for end in [0, 1].into_iter().filter(|end| named[*end]) {
-            facts.held(end).iter().for_each(|(number, _)| self.bits.set(end, *number));
+            facts.matched(end).iter().for_each(|(number, _)| self.bits.set(end, *number));
             self.nets.containing(addresses[end]).for_each(|number| self.bits.set(end, number));
         }
     }
@@ -183,8 +183,8 @@ impl<'a> Prepared<'a> {
         chain
     }
 
-    /// The rules of a tier that can decide: one that does what an earlier one does, where that one matches, never comes
-    /// to it. Log rules act each time, and so do rules of which a part cannot be judged.
+    /// The rules of a tier that can decide. A rule with the conditions of an earlier rule never decides, except after Log rules and
+    /// rules with parts that cannot be evaluated.
     fn plain_rules(&self, tier: &TierView<'a>, direction: Direction) -> PlainRules<'a> {
         let mut seen = FastSet::default();
         let mut plain = PlainRules::default();
@@ -222,28 +222,28 @@ impl<'a> Prepared<'a> {
             let class = known.get();
             Some(Pod { class, cluster: pods.cluster, owner: pods.owner, id, endpoint })
         });
-        EndClass { pod, sets: self.sets.holding(end.address) }
+        EndClass { pod, sets: self.sets.containing(end.address) }
     }
 
-    /// The selections that hold an end, remembered.
-    fn held(&self, end: &EndClass<'a>, enforcer: &'a str) -> Held {
+    /// The selections that match an end, cached.
+    fn matched(&self, end: &EndClass<'a>, enforcer: &'a str) -> Matched {
         let mut memos = self.memos.borrow_mut();
         let key = (end.pod.map(|pod| pod.class), end.sets.clone(), enforcer.as_ptr() as usize);
-        if let Some(held) = memos.by_class.get(&key) {
-            return held.clone();
+        if let Some(matched) = memos.by_class.get(&key) {
+            return matched.clone();
         }
-        let held = self.evaluate_selections(end, enforcer);
-        let bytes = MEMO_KEY_BYTES + std::mem::size_of_val(&*held);
+        let matched = self.evaluate_selections(end, enforcer);
+        let bytes = MEMO_KEY_BYTES + std::mem::size_of_val(&*matched);
         if memos.bytes + bytes > MEMO_BYTES {
             *memos = Memos::default();
         }
         memos.bytes += bytes;
-        memos.by_class.insert(key, held.clone());
-        held
+        memos.by_class.insert(key, matched.clone());
+        matched
     }
 
-    /// Evaluates every selection that can hold an end.
-    fn evaluate_selections(&self, end: &EndClass<'a>, enforcer: &str) -> Held {
+    /// Evaluates every selection that can match an end.
+    fn evaluate_selections(&self, end: &EndClass<'a>, enforcer: &str) -> Matched {
         let mut found: Vec<(u32, Tri)> = Vec::new();
         let mut add = |labels: EffectiveLabels<'_>, selected: &dyn Fn(&Selection) -> Tri| {
             // Where a label may be unknown, its absence excludes nothing.
@@ -316,11 +316,11 @@ fn address_of(selection: &Selection) -> usize {
 
 #[derive(Debug, Default)]
 struct Memos {
-    by_class: FastMap<MemoKey, Held>,
+    by_class: FastMap<MemoKey, Matched>,
     bytes: usize,
 }
 
-/// All that selections see of an end.
+/// The properties of an end that selections evaluate.
 #[derive(Debug, Clone)]
 struct EndClass<'a> {
     pod: Option<Pod<'a>>,
@@ -355,36 +355,35 @@ struct PreparedPod<'a> {
 const NO_CLASS: u32 = u32::MAX;
 
 /// [`Facts`] of one query and one enforcing cluster.
-struct Remembered<'p, 'a> {
+struct CachedFacts<'p, 'a> {
     prepared: &'p Prepared<'a>,
     query: &'p Query,
     ends: &'p [EndClass<'a>; 2],
     enforcer: &'a str,
-    /// Looked up at the first use.
-    held: [OnceCell<Held>; 2],
+    /// For source and destination; filled at the first use.
+    matched: [OnceCell<Matched>; 2],
 }
 
-impl Remembered<'_, '_> {
-    /// The place of an end of the query.
-    fn place(&self, end: &End) -> usize {
+impl CachedFacts<'_, '_> {
+    /// 0 for the source of the query, 1 for the destination.
+    fn side(&self, end: &End) -> usize {
         usize::from(!std::ptr::eq(end, &self.query.source))
     }
 
-    fn held(&self, place: usize) -> &Held {
-        self.held[place].get_or_init(|| self.prepared.held(&self.ends[place], self.enforcer))
+    fn matched(&self, side: usize) -> &Matched {
+        self.matched[side].get_or_init(|| self.prepared.matched(&self.ends[side], self.enforcer))
     }
 }
 
-impl Facts for Remembered<'_, '_> {
+impl Facts for CachedFacts<'_, '_> {
     fn selected(&self, _enforcer: &str, selection: &Selection, end: &End) -> Tri {
         let number = self.prepared.selections[&address_of(selection)];
-        let held = self.held(self.place(end));
-        held.binary_search_by_key(&number, |(number, _)| *number).map_or(Tri::No, |at| held[at].1)
+        let matched = self.matched(self.side(end));
+        matched.binary_search_by_key(&number, |(number, _)| *number).map_or(Tri::No, |at| matched[at].1)
     }
 
     fn named_port(&self, enforcer: &str, pods: &Selection, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
-        let pod =
-            self.ends[self.place(end)].pod.filter(|pod| has_named_port(&pod.endpoint.ports, name, protocol, port));
+        let pod = self.ends[self.side(end)].pod.filter(|pod| has_named_port(&pod.endpoint.ports, name, protocol, port));
         pod.map_or(Tri::No, |pod| selects(enforcer, pods, pod.cluster, pod.owner, pod.id, pod.endpoint))
     }
 
@@ -412,7 +411,7 @@ struct ClassKey<'a> {
 }
 
 impl<'a> Classes<'a> {
-    fn telling(&self, endpoint: &'a Endpoint) -> Vec<(&'a str, Option<&'a str>)> {
+    fn relevant_labels(&self, endpoint: &'a Endpoint) -> Vec<(&'a str, Option<&'a str>)> {
         let pairs = endpoint.labels.iter().map(|(key, value)| (&**key, Some(&**value)));
         let unknown = endpoint.run_time_labels().map(|(key, certain)| (&**key, certain.then_some(SOME_VALUE)));
         pairs.chain(unknown).filter(|(key, _)| self.keys.contains(key)).collect()
@@ -424,7 +423,7 @@ impl<'a> Classes<'a> {
             namespace: id.namespace.as_deref(),
             account: endpoint.service_account.as_deref(),
             host_network: endpoint.host_network,
-            labels: self.telling(endpoint),
+            labels: self.relevant_labels(endpoint),
         };
         let next = self.by_key.len() as u32;
         *self.by_key.entry(key).or_insert(next)
@@ -485,19 +484,19 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Selectors by labels of which they need one to hold.
+/// Finds selectors by their required labels.
 #[derive(Debug, Default)]
 struct LabelIndex<'a> {
     by_label: FastMap<&'a str, ByValue<'a>>,
-    /// Those that may hold without any.
+    /// Selectors without a required label.
     others: Vec<u32>,
-    /// What each needs besides.
+    /// The required labels of each selector.
     sketches: Vec<Sketch>,
     hasher: foldhash::fast::RandomState,
 }
 
-/// Some of the labels that a selector needs, all of them, or all that an endpoint has: one of 256 bits for each key and for
-/// each key with its value. Where a selector's are not among the endpoint's it cannot hold.
+/// A Bloom filter over labels: one of 256 bits per key, and per key with value. A selector whose bits are not a subset of the
+/// endpoint's bits cannot match.
 #[derive(Debug, Default, Clone, Copy)]
 struct Sketch([u64; 4]);
 
@@ -511,7 +510,7 @@ impl Sketch {
     }
 }
 
-/// About how many times as expensive it is to evaluate a selector as to compare its sketch.
+/// The cost of evaluating a selector, relative to comparing its sketch.
 const SKETCHED: usize = 8;
 
 #[derive(Debug, Default)]
@@ -529,7 +528,7 @@ impl<'a> LabelIndex<'a> {
             selector.expr.for_each_key(&mut |key| *users.entry((key, None)).or_default() += 1);
             each_value(&selector.expr, &mut |key, value| *users.entry((key, Some(value))).or_default() += 1);
         }
-        // A need that is one of several is in no sketch; where it is not the one in the index, evaluation finds it out.
+        // Alternatives are not in a sketch: evaluation decides them.
         let cost = |list: &[Need<'a>]| -> usize {
             let all: usize = list.iter().map(|need| users[need]).sum();
             if list.len() == 1 { all * SKETCHED } else { all }
@@ -561,7 +560,7 @@ impl<'a> LabelIndex<'a> {
         self.hasher.hash_one((key, value))
     }
 
-    /// The selectors that can hold for labels of which none is unknown, each once.
+    /// The selectors that can match, without duplicates. No label may be unknown.
     fn candidates(&self, labels: &EffectiveLabels<'_>) -> Vec<u32> {
         let mut found = self.others.clone();
         let mut sketch = Sketch::default();
@@ -579,7 +578,7 @@ impl<'a> LabelIndex<'a> {
     }
 }
 
-/// Calls `visit` with every label value that an expression compares as a whole.
+/// Calls `visit` with every label value that an expression compares for equality.
 fn each_value<'e>(expr: &'e Expr, visit: &mut impl FnMut(&'e Arc<str>, &'e Arc<str>)) {
     match expr {
         Expr::Equal(key, value) | Expr::NotEqual(key, value) => visit(key, value),
@@ -614,7 +613,7 @@ impl<'a> NetworkSets<'a> {
         Self { all, nets, none: Rc::new([]) }
     }
 
-    fn holding(&self, address: IpAddr) -> Rc<[u32]> {
+    fn containing(&self, address: IpAddr) -> Rc<[u32]> {
         let mut found: Vec<u32> = self.nets.containing(address).collect();
         if found.is_empty() {
             return self.none.clone();

@@ -1,4 +1,4 @@
-//! Workloads: endpoints that policy treats alike, so that the answer for one is the answer for all.
+//! Workloads: groups of endpoints that policies treat alike. The verdict for one endpoint is the verdict for all.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -6,8 +6,8 @@ use crate::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Inventory};
 use crate::model::{ClusterName, PolicySet};
 use crate::selector::build;
 
-/// The label keys that some selector of these policies names, as far as they are the objects' own.
-pub fn telling_keys<'a>(policies: impl IntoIterator<Item = &'a PolicySet>) -> BTreeSet<&'a str> {
+/// The keys of own labels that occur in the selectors of these policies.
+pub fn relevant_keys<'a>(policies: impl IntoIterator<Item = &'a PolicySet>) -> BTreeSet<&'a str> {
     let mut keys = BTreeSet::new();
     let layers = policies.into_iter().flat_map(|set| [&set.federation].into_iter().chain(set.clusters.values()));
     for policy in layers.flat_map(|layer| layer.policies.values()) {
@@ -22,7 +22,7 @@ pub fn telling_keys<'a>(policies: impl IntoIterator<Item = &'a PolicySet>) -> BT
     keys
 }
 
-/// Endpoints of one cluster and namespace that every selector treats alike. Never empty.
+/// Endpoints of one cluster and namespace with the same relevant labels. Never empty.
 #[derive(Debug, Clone)]
 pub struct Workload<'a> {
     pub cluster: &'a ClusterName,
@@ -30,19 +30,18 @@ pub struct Workload<'a> {
     pub members: Vec<(&'a EndpointId, &'a Endpoint)>,
 }
 
-/// A value that no label has, for one that is not known.
+/// An invalid label value, which represents an unknown value.
 pub(crate) const SOME_VALUE: &str = "*";
 
-/// What selectors can see of an endpoint, where they name only the keys in question; [`SOME_VALUE`] where only the value is not
-/// known, none where it is not known whether there is one.
+/// The labels of an endpoint with one of `keys`. The value is [`SOME_VALUE`] if only the value is unknown, and `None` if it is unknown
+/// whether the label exists.
 pub(crate) fn seen<'a>(endpoint: &'a Endpoint, keys: &BTreeSet<&str>) -> Vec<(&'a str, Option<&'a str>)> {
     let labels = endpoint.labels.iter().map(|(key, value)| (&**key, Some(&**value)));
     let unknown = endpoint.run_time_labels().map(|(key, certain)| (&**key, certain.then_some(SOME_VALUE)));
     labels.chain(unknown).filter(|(key, _)| keys.contains(key)).collect()
 }
 
-/// The endpoints of all clusters in workloads, by cluster, in the order of their first members. Pods on the host's
-/// network, which nothing selects, are left out.
+/// The workloads of each cluster, in the order of their first members. Host-network pods are omitted: no policy selects them.
 pub fn workloads<'a>(inventory: &'a Inventory, keys: &BTreeSet<&str>) -> BTreeMap<&'a ClusterName, Vec<Workload<'a>>> {
     let mut all = BTreeMap::new();
     for (cluster, owner) in &inventory.clusters {
@@ -62,7 +61,7 @@ pub fn workloads<'a>(inventory: &'a Inventory, keys: &BTreeSet<&str>) -> BTreeMa
     all
 }
 
-/// A name for several: what all names begin with, up to a `-`, and a `*`.
+/// A name for a group: the common prefix up to a `-`, followed by `*`.
 pub fn common_name<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
     let mut names = names.into_iter();
     let Some(first) = names.next() else { return "*".to_owned() };
@@ -84,7 +83,7 @@ mod tests {
     use super::common_name;
 
     #[test]
-    fn names_of_several() {
+    fn common_name_ends_at_a_dash() {
         for (names, name) in [
             (&["web-0"][..], "web-0"),
             (&["web-0", "web-1"], "web-*"),

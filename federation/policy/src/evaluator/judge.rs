@@ -46,7 +46,7 @@ impl<'a> Judge<'a> {
 
     /// An address as an end of a packet, with the pod that owns it: of several, the local cluster's, then the first by name.
     pub fn end(&self, address: IpAddr) -> End {
-        let pod = self.inventory.holder(address).map(|slot| {
+        let pod = self.inventory.owner(address).map(|slot| {
             let cluster = &self.inventory.clusters[self.inventory.cluster_of(slot)].name;
             (cluster.clone(), self.inventory.id_of(slot))
         });

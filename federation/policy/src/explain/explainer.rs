@@ -13,7 +13,7 @@ use crate::inventory::Inventory;
 use crate::model::{ClusterName, PolicySet};
 use crate::placement::{Case, Placement, dependence};
 use crate::prepared::Prepared;
-use crate::workload::telling_keys;
+use crate::workload::relevant_keys;
 
 /// Answers questions about a set of policies and an inventory.
 #[derive(Debug)]
@@ -124,7 +124,7 @@ impl<'a> Explainer<'a> {
             enforced: Prepared::new(policies, inventory, View::Enforced),
             pending: policies.has_staged().then(|| Prepared::new(policies, inventory, View::Pending)),
             placement: Placement::new(policies, inventory, &[]),
-            keys: telling_keys([policies]),
+            keys: relevant_keys([policies]),
             reference: false,
         }
     }

@@ -1,4 +1,4 @@
-//! Who holds an address.
+//! The owner of each address. If several endpoints claim an address, one of them owns it.
 
 use std::hash::BuildHasher as _;
 use std::net::IpAddr;
@@ -11,25 +11,25 @@ use super::model::{LOCAL, SlotId};
 use crate::inventory::EndpointKind;
 
 impl IndexedInventory {
-    pub fn holder(&self, address: IpAddr) -> Option<SlotId> {
+    pub fn owner(&self, address: IpAddr) -> Option<SlotId> {
         let same = |(at, position): &(SlotId, u32)| self.slots[*at].addresses.get(*position as usize) == Some(&address);
-        self.holders.find(self.hasher.hash_one(address), same).map(|(at, _)| *at)
+        self.owners.find(self.hasher.hash_one(address), same).map(|(at, _)| *at)
     }
 
-    /// Makes an endpoint, which must have the address in its slot, its holder.
-    fn set_holder(&mut self, address: IpAddr, at: SlotId) {
+    /// Makes an endpoint the owner of an address. The address must be in its slot.
+    fn set_owner(&mut self, address: IpAddr, at: SlotId) {
         if let Some(position) = self.slots[at].addresses.iter().position(|it| *it == address) {
-            self.hold_free(address, at, position as u32);
+            self.claim_if_free(address, at, position as u32);
         }
     }
 
-    /// Makes an endpoint the holder of an address unless there is one, which is returned.
-    fn hold_free(&mut self, address: IpAddr, at: SlotId, position: u32) -> Option<SlotId> {
+    /// Makes an endpoint the owner of an address without an owner. Returns the current owner otherwise.
+    fn claim_if_free(&mut self, address: IpAddr, at: SlotId, position: u32) -> Option<SlotId> {
         let (slots, hasher) = (&self.slots, &self.hasher);
         let address_of = |(at, position): &(SlotId, u32)| slots[*at].addresses.get(*position as usize);
         let hash = |it: &(SlotId, u32)| address_of(it).map_or(0, |address| hasher.hash_one(address));
-        match self.holders.entry(hasher.hash_one(address), |it| address_of(it) == Some(&address), hash) {
-            Entry::Occupied(holder) => Some(holder.get().0),
+        match self.owners.entry(hasher.hash_one(address), |it| address_of(it) == Some(&address), hash) {
+            Entry::Occupied(owner) => Some(owner.get().0),
             Entry::Vacant(free) => {
                 free.insert((at, position));
                 None
@@ -37,29 +37,29 @@ impl IndexedInventory {
         }
     }
 
-    /// Must be called while the holder has the address in its slot.
-    fn unset_holder(&mut self, address: IpAddr) {
+    /// Removes the owner of an address. Must be called while the address is in the slot of the owner.
+    fn unset_owner(&mut self, address: IpAddr) {
         let slots = &self.slots;
         let same = |(at, position): &(SlotId, u32)| slots[*at].addresses.get(*position as usize) == Some(&address);
-        if let Ok(entry) = self.holders.find_entry(self.hasher.hash_one(address), same) {
+        if let Ok(entry) = self.owners.find_entry(self.hasher.hash_one(address), same) {
             entry.remove();
         }
     }
 
-    /// Claims what is at a position of an endpoint's slot.
+    /// Claims the address at a position of an endpoint's slot.
     pub(super) fn claim(&mut self, at: SlotId, position: usize) {
         let address = self.slots[at].addresses[position];
-        if let Some(holder) = self.hold_free(address, at, position as u32) {
-            let claimants = self.contested.entry(address).or_insert_with(|| SmallVec::from_slice(&[holder]));
+        if let Some(owner) = self.claim_if_free(address, at, position as u32) {
+            let claimants = self.contested.entry(address).or_insert_with(|| SmallVec::from_slice(&[owner]));
             claimants.push(at);
             self.settle(address);
         }
     }
 
-    /// Gives up what is still in an endpoint's slot.
+    /// Withdraws the claim of an endpoint. The address must still be in its slot.
     pub(super) fn yield_address(&mut self, address: IpAddr, at: SlotId) {
         match self.contested.get_mut(&address) {
-            None => self.unset_holder(address),
+            None => self.unset_owner(address),
             Some(claimants) => {
                 claimants.retain(|claimant| *claimant != at);
                 self.settle(address);
@@ -67,19 +67,19 @@ impl IndexedInventory {
         }
     }
 
-    /// Decides who holds a contested address.
+    /// Determines the owner of a contested address.
     fn settle(&mut self, address: IpAddr) {
         let Some(claimants) = self.contested.get(&address) else { return };
         let claimants = claimants.clone();
         let first = claimants.iter().copied().min_by(|a, b| self.precedence(*a).cmp(&self.precedence(*b)));
-        let holder = self.holder(address);
-        if first != holder {
-            for changed in [holder, first].into_iter().flatten() {
+        let owner = self.owner(address);
+        if first != owner {
+            for changed in [owner, first].into_iter().flatten() {
                 self.mark(changed);
             }
-            self.unset_holder(address);
+            self.unset_owner(address);
             if let Some(first) = first {
-                self.set_holder(address, first);
+                self.set_owner(address, first);
             }
         }
         if claimants.len() < 2 {
@@ -94,18 +94,18 @@ impl IndexedInventory {
         (context.cluster != LOCAL, cluster, context.kind, context.namespace.as_deref(), &slot.name)
     }
 
-    /// The addresses that an endpoint holds.
-    pub fn held(&self, at: SlotId) -> impl Iterator<Item = IpAddr> {
+    /// The addresses that an endpoint owns.
+    pub fn owned(&self, at: SlotId) -> impl Iterator<Item = IpAddr> {
         let slot = &self.slots[at];
         let uncontested = self.contested.is_empty();
-        slot.addresses.iter().copied().filter(move |it| uncontested || self.holder(*it) == Some(at))
+        slot.addresses.iter().copied().filter(move |it| uncontested || self.owner(*it) == Some(at))
     }
 
     /// Every endpoint that claims an address.
     pub fn claimants(&self, address: IpAddr) -> impl Iterator<Item = SlotId> {
         let contested = self.contested.get(&address);
-        let holder = self.holder(address).filter(|_| contested.is_none());
-        contested.into_iter().flatten().copied().chain(holder)
+        let owner = self.owner(address).filter(|_| contested.is_none());
+        contested.into_iter().flatten().copied().chain(owner)
     }
 
     /// The addresses that more than one endpoint claims.

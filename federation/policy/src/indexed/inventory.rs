@@ -38,9 +38,9 @@ pub struct IndexedInventory {
     pub slots: Slab<SlotId, Slot>,
     /// With the hash, so that growing does not read names.
     pub(super) slots_by_id: HashTable<(u32, SlotId)>,
-    /// The holder of each address: of several endpoints that claim it, the local cluster's, then the first by name.
-    /// As slot and position among its addresses.
-    pub(super) holders: HashTable<(SlotId, u32)>,
+    /// The owner of each address, as a slot and the position among its addresses. If several endpoints claim an address, those of the
+    /// local cluster come first, then the first by name.
+    pub(super) owners: HashTable<(SlotId, u32)>,
     /// All claimants of an address that more than one endpoint claims.
     pub(super) contested: FastMap<IpAddr, SmallVec<[SlotId; 2]>>,
     /// Network sets by their nets.
@@ -74,7 +74,7 @@ impl IndexedInventory {
             dirty_contexts: Vec::new(),
             slots: Slab::new(),
             slots_by_id: HashTable::new(),
-            holders: HashTable::new(),
+            owners: HashTable::new(),
             contested: FastMap::default(),
             by_net: NetTable::default(),
             host_addresses: FastMap::default(),
@@ -461,7 +461,7 @@ impl IndexedInventory {
 
     /// The numbers of endpoints, contexts, addresses, port names and services.
     pub fn count(&self) -> [usize; 5] {
-        let addresses = self.holders.len() + self.contested.len();
+        let addresses = self.owners.len() + self.contested.len();
         [self.slots_by_id.len(), self.contexts.len(), addresses, self.by_port.len(), self.services.len()]
     }
 }

@@ -16,7 +16,7 @@ impl IndexedInventory {
         let slot = &self.slots[at];
         let class = slot.class?;
         let cluster = self.cluster_of(at);
-        let addresses: Addresses = self.held(at).collect();
+        let addresses: Addresses = self.owned(at).collect();
         let pod = self.kind_of(at) == EndpointKind::Pod;
         Some(Contribution {
             cluster,

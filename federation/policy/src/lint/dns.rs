@@ -17,7 +17,7 @@ use crate::inventory::{Backend, Cluster, EffectiveLabels, Endpoint, EndpointId, 
 use crate::model::{ClusterName, PolicySet, Selection};
 use crate::prepared::Prepared;
 use crate::tri::Tri;
-use crate::workload::{Workload, telling_keys, workloads};
+use crate::workload::{Workload, relevant_keys, workloads};
 
 use super::check::{About, DNS_CUT, Finding};
 use super::facts::many;
@@ -146,7 +146,7 @@ pub fn cut_off(policies: &PolicySet, inventory: &Inventory) -> Vec<Finding> {
     }
     let prepared = Prepared::new(policies, &inventory, View::Enforced);
     let mut findings = Vec::new();
-    for (name, workloads) in workloads(&inventory, &telling_keys([policies])) {
+    for (name, workloads) in workloads(&inventory, &relevant_keys([policies])) {
         let servers = servers(name, &inventory.clusters[name], &workloads, cached.contains(name));
         let mut tried: Vec<&str> = servers.iter().map(|server| server.name).collect();
         tried.dedup();
@@ -216,8 +216,7 @@ struct Server {
     name: &'static str,
 }
 
-/// Every DNS server of a cluster that a pod may use; of pods that policy does not tell apart one. `may_have_cache`:
-/// beside them.
+/// The DNS servers that pods of a cluster may use, one pod per workload. `may_have_cache`: a node-local cache may exist as well.
 fn servers(cluster: &ClusterName, owner: &Cluster, workloads: &[Workload<'_>], may_have_cache: bool) -> Vec<Server> {
     let outside = |address, port, name| Server { end: End { address, pod: None }, port, name };
     let caches = NODE_LOCAL.map(|address| outside(address, DNS_PORT, NODE_CACHE));

@@ -1,33 +1,34 @@
-//! What certainly follows from what. Each function answers `true` only where it is shown; `false` says nothing.
+//! Implications between selectors and between rules. Each function returns `true` only if it can prove the result; `false` means
+//! unproven.
 //!
-//! Matching has three values, so "follows" means: in whatever world, the second is at least as true as the first (no,
-//! unknown, yes). That makes the answers hold where labels are unknown, too.
+//! Matches have three values (no < unknown < yes). "`a` implies `b`" means that `b` is at least as true as `a` for every endpoint, so
+//! the results are also valid for unknown labels.
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::model::{Action, ClusterScope, EntityMatch, Icmp, IpVersion, PolicyId, Port, Protocol, Rule, Selection};
 use crate::selector::Expr;
 
-/// Comparisons of parts in one proof; a selector has at most 1,024 characters, so about 100 parts. What takes longer is not
-/// shown.
+/// The maximum number of comparisons in one proof. A selector has at most 1,024 characters, about 100 parts. A longer proof counts as
+/// unproven.
 const MAX_STEPS: u32 = 20_000;
 
-/// Whether `b` holds wherever `a` does.
+/// Whether every endpoint that matches `a` matches `b`.
 pub fn implies(a: &Expr, b: &Expr) -> bool {
     Proof(MAX_STEPS).implies(a, b)
 }
 
-/// Whether `a` is at most as true as the negation of `b`: never both hold.
+/// Whether no endpoint matches both: `a` is at most as true as the negation of `b`.
 pub fn excludes(a: &Expr, b: &Expr) -> bool {
     Proof(MAX_STEPS).excludes(a, b)
 }
 
-/// Whether it can hold of nothing: what it asks for contradicts itself.
+/// Whether no endpoint can match, because the conditions contradict each other.
 pub fn is_contradictory(expr: &Expr) -> bool {
     Proof(MAX_STEPS).is_contradictory(expr)
 }
 
-/// With the steps that are left.
+/// The number of remaining comparisons.
 struct Proof(u32);
 
 impl Proof {
@@ -80,7 +81,7 @@ impl Proof {
     }
 
     fn excludes(&mut self, a: &Expr, b: &Expr) -> bool {
-        // The question is the same from both ends.
+        // The relation is symmetric.
         is_never(a) || is_never(b) || self.excluded_by(a, b) || self.excluded_by(b, a)
     }
 
@@ -114,12 +115,12 @@ impl Proof {
     }
 }
 
-/// Whether it holds of nothing, certainly or possibly.
+/// Whether it is false for every endpoint, and never unknown.
 fn is_never(expr: &Expr) -> bool {
     matches!(expr, Expr::Not(inner) if matches!(**inner, Expr::All | Expr::Global))
 }
 
-/// What a comparison of `key` alone says where its value is `value`.
+/// The result of an expression that compares only `key`, for the value `value`.
 fn test(expr: &Expr, key: &str, value: &str) -> Option<bool> {
     match expr {
         Expr::Has(k) => (**k == *key).then_some(true),
@@ -134,7 +135,7 @@ fn test(expr: &Expr, key: &str, value: &str) -> Option<bool> {
     }
 }
 
-/// Whether `first`, asked before `rule` of the same pod and the same cluster, decides whatever `rule` could.
+/// Whether `first`, evaluated before `rule` for the same pod and cluster, decides every packet that `rule` could decide.
 pub fn covers((first, by): (&Rule, &PolicyId), (rule, of): (&Rule, &PolicyId)) -> bool {
     if first.action == Action::Log || first.unknown_because().is_some() {
         return false;
@@ -162,7 +163,7 @@ pub fn covers((first, by): (&Rule, &PolicyId), (rule, of): (&Rule, &PolicyId)) -
         && entity_covers((&first.destination, by), (&rule.destination, of), possible)
 }
 
-/// Whether what `a` asks for is part of what `b` asks for. Without a type either means everything.
+/// Whether every message that matches `a` matches `b`. Without a type, all messages match.
 fn icmp_within(a: Icmp, b: Icmp) -> bool {
     b.kind.is_none() || a.kind == b.kind && (b.code.is_none() || a.code == b.code)
 }
@@ -306,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_from_what() {
+    fn proves_implications_between_selectors() {
         for (a, b, follows) in [
             ("a == 'x'", "all()", true),
             ("a == 'x'", "has(a)", true),
@@ -349,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_taken_together() {
+    fn adjacent_port_ranges_cover_a_wider_range() {
         let ranges = [Port::Range(10, 20), Port::Range(1, 9), Port::Range(30, 65535)];
         assert!(within_ranges(&Port::Range(1, 20), &ranges));
         assert!(within_ranges(&Port::Range(65535, 65535), &ranges));

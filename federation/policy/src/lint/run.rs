@@ -10,7 +10,7 @@ use super::{defaults, dns, pitfalls, services, shadowed, ties};
 use crate::evaluate::{Direction, order, rules};
 use crate::inventory::Inventory;
 use crate::model::{ClusterName, PolicyId, PolicySet, TierId};
-use crate::workload::{telling_keys, workloads};
+use crate::workload::{relevant_keys, workloads};
 
 /// All findings, each once, in a stable order. `hosts`: the clusters with host endpoints, which policies may select instead
 /// of pods. `without_tier`: federated policies that are not in force because their tier has no object.
@@ -20,7 +20,7 @@ pub fn lint(
     hosts: &BTreeSet<ClusterName>,
     without_tier: &[(PolicyId, TierId)],
 ) -> Vec<Finding> {
-    let workloads = workloads(inventory, &telling_keys([policies]));
+    let workloads = workloads(inventory, &relevant_keys([policies]));
     let mut findings = Vec::new();
     let layers = std::iter::once((None, &policies.federation));
     let layers = layers.chain(policies.clusters.iter().map(|(name, layer)| (Some(name.clone()), layer)));

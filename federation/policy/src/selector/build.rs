@@ -31,13 +31,12 @@ pub fn own_key(key: &str) -> Cow<'_, str> {
     if is_reserved_key(key) { format!("{OWN_PREFIX}{key}").into() } else { key.into() }
 }
 
-/// Which label of the object's own an effective label is; `None` where it is none.
+/// The key of the object's own label that becomes the effective label `key`; `None` if it is not an own label.
 pub fn own_label(key: &str) -> Option<&str> {
     if is_reserved_key(key) { None } else { Some(key.strip_prefix(OWN_PREFIX).unwrap_or(key)) }
 }
 
-/// A selector as an author wrote it: what it says of keys that no label has, and that mean something in effective
-/// labels, holds of no label.
+/// Converts a selector of an author. Keys with `//`, which effective labels use internally, are escaped so that they match no label.
 pub fn of_author(selector: Expr) -> Expr {
     map_keys(&selector, &|key| key.replace("//", "///").into(), &|expr| expr.clone())
 }
@@ -106,8 +105,7 @@ pub fn in_namespaces(selector: &Expr) -> Expr {
     })
 }
 
-/// The `namespaceSelector` of what a policy applies to, which are pods: `global()` holds for each of them there, as in any
-/// plain selector.
+/// The `namespaceSelector` of the subject of a policy. Subjects are pods, so `global()` matches each of them, as in any plain selector.
 pub fn subject_in_namespaces(selector: &Expr) -> Expr {
     prefixed(selector, NAMESPACE_PREFIX, &|_| has_namespace())
 }

@@ -1,6 +1,6 @@
 //! Which labels an expression needs to be true, for indexes that find the selectors of given labels.
 //!
-//! All of it holds for labels that are known: where a label may be unknown, its absence excludes nothing.
+//! Valid for known labels only: if a label may be unknown, its absence does not exclude a match.
 
 use std::sync::Arc;
 
@@ -81,7 +81,7 @@ mod tests {
 
     /// Over every combination of three labels: where an expression is true, one of its needs, and every other, is there.
     #[test]
-    fn what_is_true_has_what_it_needs() {
+    fn true_selector_has_its_required_labels() {
         for text in EXPRESSIONS {
             let expr = Selector::parse(text).expect("a selector").expr;
             let mut indexed = 0;

@@ -1,4 +1,4 @@
-//! The parser: one pass over the bytes with a stack of its own, so that hostile nesting costs an error and no stack.
+//! The parser: one pass over the bytes, with an explicit stack, so that deep nesting causes an error and not a stack overflow.
 
 use std::sync::Arc;
 
@@ -7,25 +7,25 @@ use super::expr::Expr;
 /// The longest label key, in bytes (Calico's limit).
 pub const MAX_LABEL_BYTES: usize = 512;
 
-/// The deepest nesting of parentheses, as written and in the canonical form, which puts each chain into its own: what is
-/// read has a canonical form that reads back. Calico's policies hold selectors of at most 1024 characters, so that no valid
-/// one comes near; evaluation recurses at most three frames a level.
+/// The maximum nesting of parentheses, as written and in the canonical form, which adds parentheses around each chain: every accepted
+/// selector has a canonical form that is accepted as well. Selectors in Calico policies have at most 1024 characters, so valid ones
+/// are far below. Evaluation recurses at most three frames per level.
 pub const MAX_NESTING: usize = 512;
 
 /// A malformed expression.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("column {column}: {message}")]
 pub struct SyntaxError {
-    /// The byte at which reading failed, counted from 1; one past the end where something is missing.
+    /// The byte at which parsing failed, counted from 1; one past the end if something is missing.
     pub column: usize,
     pub message: String,
 }
 
-/// How much of a malformed expression is shown on each side of the column.
+/// The number of characters of a malformed expression that an error shows on each side of the column.
 const SHOWN_CHARACTERS: usize = 40;
 
 impl SyntaxError {
-    /// What stands around the column in `text`, which was read, and how many characters of that stand before it.
+    /// The part of `text` around the column, and the number of its characters before the column.
     pub fn excerpt(&self, text: &str) -> (String, usize) {
         let at = text.floor_char_boundary(self.column - 1);
         let (before, after) = text.split_at(at);

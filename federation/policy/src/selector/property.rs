@@ -1,4 +1,4 @@
-//! What holds of every text, for the fuzz target and the tests: hostile input, so nothing is assumed of it.
+//! Properties of parsing that must be true for every text, for the fuzz target and the tests.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! A comparison names every packet whose verdict changes, and no other: held to the reference evaluator over all pairs.
+//! A diff contains exactly the packets whose verdict changes, compared with the reference evaluator over all pairs.
 
 use std::convert::Infallible;
 use std::net::IpAddr;
@@ -57,7 +57,7 @@ fn names(changes: &[Change], from: usize, to: usize, version: u8, query: &Query)
 }
 
 #[test]
-fn every_change_is_named_and_nothing_else() {
+fn diff_contains_exactly_the_changed_verdicts() {
     let (mut changed, mut same, mut grouped) = (0, 0, 0);
     for seed in 0..24 {
         let mut random = Random(seed);

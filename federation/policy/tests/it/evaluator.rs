@@ -1,4 +1,4 @@
-//! What holds of the evaluator whatever the policies are.
+//! Properties of the evaluators on random policies.
 
 use hanse_policy::evaluate::{Answer, Judgement, Step, Verdict, View, evaluate};
 use hanse_policy::inventory::LabelGrant;
@@ -30,7 +30,7 @@ fn each_world(mut check: impl FnMut(u64, &mut Random, World)) {
 }
 
 #[test]
-fn prepared_is_the_reference() {
+fn prepared_evaluator_equals_the_reference() {
     let (mut total, mut denied, mut judged) = (0, 0, std::collections::BTreeMap::<String, usize>::new());
     each_world(|seed, random, world| {
         for view in [View::Enforced, View::Pending] {
@@ -87,7 +87,7 @@ const CLAUSES: [&str; 21] = [
     "destination service",
 ];
 
-/// What the rules that spoke ask about.
+/// The conditions of the rules in a trace.
 fn clauses(world: &World, answer: &Answer) -> Vec<&'static str> {
     let mut found = Vec::new();
     for (judgement, egress) in [(&answer.egress, true), (&answer.ingress, false)] {
@@ -128,7 +128,7 @@ fn clauses(world: &World, answer: &Answer) -> Vec<&'static str> {
 
 /// What allows with less known allowed with more known.
 #[test]
-fn unknown_never_opens() {
+fn unknown_never_allows() {
     let mut closed = 0;
     each_world(|seed, random, mut world| {
         let queries: Vec<_> = (0..QUERIES).map(|_| query(random, &world.inventory)).collect();
@@ -155,7 +155,7 @@ fn answers(world: &World, queries: &[hanse_policy::evaluate::Query]) -> Vec<Verd
 
 /// Staged policies never act, and the pending view without them is the enforced one.
 #[test]
-fn staged_policies_never_act() {
+fn staged_policies_are_not_enforced() {
     each_world(|seed, random, world| {
         let mut without = world.policies.clone();
         let PolicySet { federation, clusters } = &mut without;
@@ -174,7 +174,7 @@ fn staged_policies_never_act() {
 
 /// The verdict is that of the last step, and of the two directions the stricter one.
 #[test]
-fn traces_say_what_decided() {
+fn trace_ends_with_the_deciding_step() {
     each_world(|seed, random, world| {
         for _ in 0..QUERIES {
             let query = query(random, &world.inventory);

@@ -9,7 +9,7 @@ use hanse_policy::model::PolicyId;
 use crate::worlds::{Random, query, world};
 
 #[test]
-fn what_is_called_shadowed_or_impossible_never_acts() {
+fn shadowed_and_impossible_rules_never_decide() {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for seed in 0..600 {
         let mut random = Random(seed);

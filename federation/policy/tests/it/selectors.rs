@@ -140,7 +140,7 @@ const VALUES: &[(&str, &str, bool)] = &[
 ];
 
 #[test]
-fn canonical_forms() {
+fn formats_selectors_in_canonical_form() {
     for (input, canonical) in CANONICAL {
         let selector = Selector::parse(input).unwrap_or_else(|error| panic!("{input:?}: {error}"));
         assert_eq!(&*selector.canonical, *canonical, "{input:?}");
@@ -148,7 +148,7 @@ fn canonical_forms() {
 }
 
 #[test]
-fn columns_of_what_is_malformed() {
+fn syntax_errors_name_the_column() {
     for (input, column) in MALFORMED {
         match Selector::parse(input) {
             Ok(selector) => panic!("{input:?} was read as {selector}"),
@@ -170,9 +170,9 @@ fn values() {
     }
 }
 
-/// Identifiers that Calico's own tests hold.
+/// Identifiers from Calico's own tests.
 #[test]
-fn identifiers() {
+fn identifiers_are_those_of_calico() {
     for (input, id) in [
         ("", "s:5y5I3VdRZfDU01O--xXAPx2yxCQQqMf0M6IWug"),
         (" (all() )", "s:5y5I3VdRZfDU01O--xXAPx2yxCQQqMf0M6IWug"),
@@ -184,7 +184,7 @@ fn identifiers() {
 }
 
 #[test]
-fn a_label_has_at_most_512_bytes() {
+fn refuses_labels_above_512_bytes() {
     for (length, accepted) in [(512, true), (513, false)] {
         let label = "a".repeat(length);
         for text in [format!("has({label})"), format!("{label} == 'x'"), format!("{label} in {{'x'}}")] {
@@ -196,7 +196,7 @@ fn a_label_has_at_most_512_bytes() {
 }
 
 #[test]
-fn hostile_nesting_is_an_error() {
+fn deep_nesting_is_an_error() {
     for depth in [MAX_NESTING - 1, MAX_NESTING, MAX_NESTING + 1, 1_000_000] {
         for open in ["(", "!("] {
             let text = format!("{}has(a){}", open.repeat(depth), ")".repeat(depth));
@@ -261,7 +261,7 @@ fn name() -> impl Strategy<Value = Arc<str>> {
     .prop_map(|text: String| text.into())
 }
 
-/// Either quote, never both: a string that holds both cannot be written.
+/// Contains one kind of quote at most: the language cannot express a string with both.
 fn value() -> impl Strategy<Value = Arc<str>> {
     prop_oneof!["[a-d]", "[ -&(-~é]{0,6}", "[ !#-~]{0,6}"].prop_map(|text: String| text.into())
 }

@@ -111,7 +111,7 @@ const CASES: &[(Action, &str, TierDefault, Verdict, Verdict)] = {
 };
 
 #[test]
-fn a_stale_clusters_endpoints_are_unknown() {
+fn endpoints_of_a_stale_cluster_are_unknown() {
     let fresh = inventory(|_| {});
     let stale = inventory(|inventory| inventory.clusters.get_mut("far").expect("far").stale = true);
     for (action, selector, default, known, unknown) in CASES {
@@ -136,7 +136,7 @@ fn negation_keeps_unknown_unknown() {
 }
 
 #[test]
-fn a_key_outside_the_grant_is_unknown_present_or_not() {
+fn label_with_a_key_outside_the_grant_is_unknown() {
     let granted = |keys: &[&str]| {
         let keys: BTreeSet<_> = keys.iter().map(|key| (*key).into()).collect();
         inventory(|inventory| {
@@ -159,7 +159,7 @@ fn a_key_outside_the_grant_is_unknown_present_or_not() {
 }
 
 #[test]
-fn a_cluster_knows_its_own_endpoints() {
+fn own_endpoints_are_never_unknown() {
     let own = inventory(|inventory| {
         let near = inventory.clusters.get_mut("near").expect("near");
         near.stale = true;
@@ -172,7 +172,7 @@ fn a_cluster_knows_its_own_endpoints() {
 }
 
 #[test]
-fn a_stale_pods_named_port_is_unknown() {
+fn named_port_of_a_stale_pod_is_unknown() {
     let source = EntityMatch { ports: vec![Port::Named("api".into())], ..EntityMatch::default() };
     let policies = federated(Phase::Baseline, TierDefault::Pass, vec![rule(Action::Deny, source)]);
     for (stale, verdict) in [(false, Verdict::Allow), (true, Verdict::Deny)] {
@@ -188,7 +188,7 @@ fn a_stale_pods_named_port_is_unknown() {
 }
 
 #[test]
-fn what_is_not_understood_is_unknown() {
+fn unsupported_rule_part_is_unknown() {
     for (action, default, verdict) in [
         (Action::Allow, TierDefault::Deny, Verdict::Deny),
         (Action::Allow, TierDefault::Pass, Verdict::Allow),
@@ -214,7 +214,7 @@ fn what_is_not_understood_is_unknown() {
 }
 
 #[test]
-fn a_federated_allow_leaves_its_phase_unless_it_is_final() {
+fn federated_allow_ends_its_phase_unless_final() {
     let mut policies = federated(Phase::Guard, TierDefault::Deny, vec![rule(Action::Allow, EntityMatch::default())]);
     // The cluster's own tier denies everything.
     let id = PolicyId {
@@ -246,7 +246,7 @@ fn a_federated_allow_leaves_its_phase_unless_it_is_final() {
 
 /// Of a policy in a tier that denies: its subject, action and source, the verdict, and that before a policy that allows.
 #[test]
-fn labels_set_at_run_time_open_nothing() {
+fn labels_set_at_run_time_never_allow() {
     let planned = |keys: &[&str]| Planned {
         lacks_family: [false; 2],
         several: true,
