@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
-use hanse_runtime::files::{hold, is_held, write_atomic};
+use hanse_runtime::files::{is_locked, lock_file, write_atomic};
 use hanse_runtime::health::Writes;
 use hanse_runtime::moment::{from_seconds, seconds};
 use ipnet::IpNet;
@@ -128,13 +128,13 @@ pub async fn keep(
 /// # Errors
 /// When another agent has the lock, or it cannot be created.
 pub fn lock(data: &Path) -> anyhow::Result<File> {
-    let locked = hold(&lock_path(data), LOCK_PATIENCE);
+    let locked = lock_file(&lock_path(data), LOCK_PATIENCE);
     locked.with_context(|| format!("lock the directory {}", data.display()))
 }
 
 /// Whether an agent runs with the directory `data`.
 pub fn runs(data: &Path) -> bool {
-    is_held(&lock_path(data))
+    is_locked(&lock_path(data))
 }
 
 fn lock_path(data: &Path) -> PathBuf {

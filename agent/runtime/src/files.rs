@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 /// Largest secret that is read, in bytes: a key or a token with room to spare.
 pub const MAX_SECRET_BYTES: u64 = 64 * 1024;
 /// How often a lock that another process has is tried again.
-const HOLD_AGAIN: Duration = Duration::from_millis(20);
+const RETRY_EVERY: Duration = Duration::from_millis(20);
 
 /// Writes `bytes` to `path` with mode 0600, atomically and durably.
 ///
@@ -54,18 +54,18 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     written
 }
 
-/// Locks `lock` against other processes, until the file is dropped or this process ends. Waits at most `patience` for another
-/// process to release it; the thread sleeps meanwhile.
+/// Locks `lock` against other processes, until the file is dropped or this process ends. Blocks the thread for at
+/// most `timeout` while another process has the lock.
 ///
 /// # Errors
-/// `WouldBlock` when another process kept it all the time; else errors of the file system.
-pub fn hold(lock: &Path, patience: Duration) -> io::Result<File> {
+/// `WouldBlock` after the timeout; otherwise errors of the file system.
+pub fn lock_file(lock: &Path, timeout: Duration) -> io::Result<File> {
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(lock)?;
     let began = Instant::now();
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(file),
-            Err(TryLockError::WouldBlock) if began.elapsed() < patience => std::thread::sleep(HOLD_AGAIN),
+            Err(TryLockError::WouldBlock) if began.elapsed() < timeout => std::thread::sleep(RETRY_EVERY),
             Err(TryLockError::WouldBlock) => {
                 return Err(io::Error::new(io::ErrorKind::WouldBlock, "another process uses it"));
             }
@@ -75,7 +75,7 @@ pub fn hold(lock: &Path, patience: Duration) -> io::Result<File> {
 }
 
 /// Whether a process has locked `lock`. The check takes the lock for a moment.
-pub fn is_held(lock: &Path) -> bool {
+pub fn is_locked(lock: &Path) -> bool {
     File::open(lock).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
@@ -114,24 +114,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lock_is_held_by_one_and_waited_for_as_long_as_is_said() {
+    fn one_process_locks_and_others_wait_until_the_timeout() {
         let folder = tempfile::tempdir().expect("a folder");
         let lock = folder.path().join("lock");
-        assert!(!is_held(&lock), "no process has locked it yet");
-        let held = hold(&lock, Duration::ZERO).expect("free");
-        assert!(is_held(&lock));
-        let error = hold(&lock, HOLD_AGAIN * 2).expect_err("it is locked");
+        assert!(!is_locked(&lock), "no process has locked it yet");
+        let locked = lock_file(&lock, Duration::ZERO).expect("free");
+        assert!(is_locked(&lock));
+        let error = lock_file(&lock, RETRY_EVERY * 2).expect_err("it is locked");
         assert_eq!((error.kind(), &*error.to_string()), (io::ErrorKind::WouldBlock, "another process uses it"));
         let waiting = std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| hold(&lock, Duration::from_secs(60)));
-            drop(held);
+            let waiting = scope.spawn(|| lock_file(&lock, Duration::from_secs(60)));
+            drop(locked);
             waiting.join().expect("no panic")
         });
-        assert!(waiting.is_ok() && is_held(&lock));
+        assert!(waiting.is_ok() && is_locked(&lock));
         drop(waiting);
-        assert!(!is_held(&lock));
+        assert!(!is_locked(&lock));
         // An error of the file is not another process.
-        let error = hold(&folder.path().join("absent/lock"), Duration::ZERO).expect_err("no folder");
+        let error = lock_file(&folder.path().join("absent/lock"), Duration::ZERO).expect_err("no folder");
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 }

@@ -24,7 +24,6 @@ const KNOWN: &[(&str, &[&str])] = &[
     ("exchange", &["interest", "message"]),
     ("exchange", &["member/receiver", "member/receiver/hub_objects", "member/receiver/origin"]),
     ("hub", &["administration", "administration/objects", "administration/observe"]),
-    ("member", &["fanout", "fanout/enrol", "fanout/service", "flows", "metrics"]),
     ("store", &["engine", "file", "lib", "watch"]),
 ];
 

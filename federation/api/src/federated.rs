@@ -12,7 +12,7 @@ const MAX_ERRORS: usize = 8;
 #[derive(Debug, Clone)]
 pub struct FederatedObject {
     object: Result<Object, String>,
-    in_doubt: Option<Object>,
+    partial: Option<Object>,
 }
 
 impl FederatedObject {
@@ -21,13 +21,13 @@ impl FederatedObject {
         let mut read = Manifests::default();
         read_bytes(&"manifest".into(), json, &mut read);
         read.diagnostics.append(&mut read.refused_workloads);
-        let in_doubt = read.in_doubt.pop().map(|it| it.object);
+        let partial = read.partial.pop().map(|it| it.object);
         if !read.diagnostics.is_empty() {
-            return Self { object: Err(errors(&read.diagnostics)), in_doubt };
+            return Self { object: Err(errors(&read.diagnostics)), partial };
         }
         let is_alone = read.objects.len() == 1 && read.skipped.is_empty() && read.workloads.is_empty();
         let object = read.objects.pop().map(|it| it.object).filter(|object| is_alone && object.is_federated());
-        Self { object: object.ok_or_else(|| "is not one object of the federation".to_owned()), in_doubt }
+        Self { object: object.ok_or_else(|| "is not one object of the federation".to_owned()), partial }
     }
 
     /// The object, read completely.
@@ -40,7 +40,7 @@ impl FederatedObject {
 
     /// The object; where only unknown fields prevent reading it, a policy whose rules with such fields are unknown.
     pub fn possible(&self) -> Option<&Object> {
-        self.object.as_ref().ok().or(self.in_doubt.as_ref())
+        self.object.as_ref().ok().or(self.partial.as_ref())
     }
 }
 

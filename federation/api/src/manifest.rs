@@ -46,7 +46,7 @@ pub struct Manifests {
     pub notes: Vec<Diagnostic>,
     /// Policies that are refused for nothing but fields that are not known, without those. Where no earlier version of one is
     /// in force, this closes what it may close.
-    pub in_doubt: Vec<Manifest>,
+    pub partial: Vec<Manifest>,
     /// What paths of files are taken relative to where a name is generated from them.
     pub root: PathBuf,
     default_namespace: Option<Arc<str>>,
@@ -288,13 +288,13 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
             None => read.skipped.push(Skipped { location, object: reference }),
         },
         Err(refused) => {
-            let Refused { errors, in_doubt } = *refused;
+            let Refused { errors, partial } = *refused;
             for error in errors {
                 refuse(read, &error.path, error.message, Some(reference.clone()));
             }
-            if let Some(object) = in_doubt.filter(|_| generated.is_some() || !reference.name.is_empty()) {
+            if let Some(object) = partial.filter(|_| generated.is_some() || !reference.name.is_empty()) {
                 let reference = read.completed(reference, generated, object.is_namespaced());
-                read.in_doubt.push(Manifest { location, reference, object, fields });
+                read.partial.push(Manifest { location, reference, object, fields });
             }
         }
     }
@@ -404,7 +404,7 @@ const MAX_UNKNOWN_FIELDS: usize = 200;
 /// concern are unknown.
 struct Refused {
     errors: Vec<FieldError>,
-    in_doubt: Option<Object>,
+    partial: Option<Object>,
 }
 
 /// `None`: a kind that Hanse does not read. An unknown field does not hide other errors.
@@ -421,7 +421,7 @@ fn read_object(
         let read = object::read(reference, if strict { node.with_notes(&notes) } else { node }, defaults);
         let unknown = notes.take_unknown(node).into_iter().filter(|field| !field.path.starts_with("metadata."));
         let unknown: Vec<FieldError> = unknown.map(|field| field.into()).collect();
-        let (in_doubt, others) = match read {
+        let (partial, others) = match read {
             Ok(object) if unknown.is_empty() && not_known.is_empty() => return Ok(object),
             Ok(read) => (read.map(|read| read.object).filter(Object::is_policy), Vec::new()),
             Err(errors) if not_known.is_empty() && errors.iter().all(FieldError::is_of_unknown_field) => {
@@ -439,7 +439,7 @@ fn read_object(
             Err(errors) => (None, errors),
         };
         let mut errors: Vec<FieldError> = unknown.into_iter().chain(not_known).collect();
-        let in_doubt = in_doubt.map(|mut object| {
+        let partial = partial.map(|mut object| {
             let mut paths: Vec<String> = errors.iter().take(MAX_UNKNOWN_FIELDS).map(|it| it.path.clone()).collect();
             if errors.len() > MAX_UNKNOWN_FIELDS {
                 paths.push(format!("one of {} fields", errors.len()));
@@ -449,6 +449,6 @@ fn read_object(
         });
         errors.truncate(MAX_UNKNOWN_REPORTED);
         errors.extend(others);
-        return Err(Box::new(Refused { errors, in_doubt }));
+        return Err(Box::new(Refused { errors, partial }));
     }
 }

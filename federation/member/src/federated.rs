@@ -1,8 +1,8 @@
-//! What the federation says, from how its authors wrote it into policy, as it changes.
+//! Converts federated objects into policies, incrementally.
 //!
-//! A change costs what it touches: a tier that moves to another phase takes its policies along, everything else stands
-//! alone. What cannot be read keeps the last version that could; a policy without one, which has fields or needs features that
-//! are not known, is taken with the rules that they concern unknown. A policy whose tier is not there is not in force.
+//! A change converts only the changed objects; a tier that moves to another phase also converts its policies. An unreadable object keeps
+//! its last readable version. A policy without one, with unknown fields or features, is used with the affected rules as unknown. A
+//! policy whose tier does not exist is not in force.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,21 +20,21 @@ use hanse_policy::model::{ClusterScope, Phase, Policy, PolicyId, PolicyKind, Tie
 use crate::exchange::model::{Manifest, ManifestKind};
 use crate::exchange::receiver::Check;
 
-/// Bytes of objects that are kept although they are not in force: the two largest batches, or 16 objects of the largest size.
+/// Cached bytes of objects that are not in force: the two largest batches, or 16 objects of the maximum size.
 const MAX_PENDING_BYTES: usize = 4 << 20;
 
-/// Reads each version of a federated object once: when it is received, and not again when it comes into force. Clones share
-/// what they have read.
+/// Reads each version of a federated object once: when it is received, and not again when it takes effect. Clones share the cache.
 #[derive(Debug, Clone, Default)]
 pub struct Reader(Arc<Mutex<ReadObjects>>);
 
 #[derive(Debug, Default)]
 struct ReadObjects {
     objects: HashMap<Bytes, Arc<FederatedObject>>,
-    /// Bytes of all objects, and how many of them were in use when the others were dropped last.
+    /// The bytes of all objects.
     bytes: usize,
+    /// The bytes of objects in use when the others were last dropped.
     used_bytes: usize,
-    /// How often an object was read.
+    /// The number of objects that were read.
     reads: usize,
 }
 
@@ -71,18 +71,18 @@ fn object_of(kind: ManifestKind, read: &FederatedObject) -> Result<&Object, Stri
             | (ManifestKind::Tier, Object::FederatedTier(_))
             | (ManifestKind::NetworkSet, Object::FederatedNetworkSet(..))
     );
-    if fits { Ok(object) } else { Err("is of another kind than its key".to_owned()) }
+    if fits { Ok(object) } else { Err("has a kind that differs from that of its key".to_owned()) }
 }
 
-/// A policy of the federation, in force or waiting for its tier.
+/// A federated policy, in force or waiting for its tier.
 #[derive(Debug)]
-struct Held {
+struct StoredPolicy {
     manifest: Manifest,
     read: Arc<FederatedObject>,
 }
 
-impl Held {
-    /// Whether this version reads all of the policy and has all features that it needs.
+impl StoredPolicy {
+    /// Whether this version of Hanse can read the whole policy and has all required features.
     fn is_complete(&self) -> bool {
         self.manifest.features.is_empty() && object_of(ManifestKind::Policy, &self.read).is_ok()
     }
@@ -95,17 +95,17 @@ impl Held {
     }
 }
 
-/// The federation's objects in force.
+/// The federated objects in force.
 #[derive(Debug, Default)]
 pub struct Federated {
     reader: Reader,
-    policies: BTreeMap<Arc<str>, Held>,
+    policies: BTreeMap<Arc<str>, StoredPolicy>,
     phases: BTreeMap<Arc<str>, Phase>,
     converted: Federation,
 }
 
 impl Federated {
-    /// Objects that `reader` has read are not read again.
+    /// Uses the cache of `reader`.
     pub fn new(reader: Reader) -> Self {
         Self { reader, ..Self::default() }
     }
@@ -123,13 +123,13 @@ impl Federated {
         let mut updates = Vec::new();
         let (mut policies, mut moved) = (BTreeSet::new(), BTreeSet::new());
         for (kind, name, manifest) in changes {
-            let held = manifest.map(|manifest| Held { read: self.reader.read(&manifest.json), manifest });
-            let object = match held.as_ref().map(|it| object_of(kind, &it.read)).transpose() {
+            let stored = manifest.map(|manifest| StoredPolicy { read: self.reader.read(&manifest.json), manifest });
+            let object = match stored.as_ref().map(|it| object_of(kind, &it.read)).transpose() {
                 Ok(object) => object.cloned(),
                 Err(why) => {
                     let is_usable = kind == ManifestKind::Policy
-                        && !self.policies.get(&name).is_some_and(Held::is_complete)
-                        && held.as_ref().is_some_and(|it| it.possible().is_some());
+                        && !self.policies.get(&name).is_some_and(StoredPolicy::is_complete)
+                        && stored.as_ref().is_some_and(|it| it.possible().is_some());
                     if !is_usable {
                         tracing::error!(object = %name, why, "federated object not readable: its last version stays in force");
                         continue;
@@ -140,8 +140,8 @@ impl Federated {
             };
             match (kind, object) {
                 (ManifestKind::Policy, _) => {
-                    match held {
-                        Some(held) => drop(self.policies.insert(name.clone(), held)),
+                    match stored {
+                        Some(stored) => drop(self.policies.insert(name.clone(), stored)),
                         None => drop(self.policies.remove(&name)),
                     }
                     policies.insert(name);
@@ -189,7 +189,7 @@ impl Federated {
             policies.extend(self.policies.keys().filter(|name| !known.contains(name)).cloned());
         }
         for name in policies {
-            let policy = self.policies.get(&name).and_then(|held| self.policy(held));
+            let policy = self.policies.get(&name).and_then(|stored| self.policy(stored));
             updates.push(match policy {
                 Some(policy) => {
                     self.converted.layer.policies.insert(policy.id.clone(), policy.clone());
@@ -206,8 +206,8 @@ impl Federated {
         updates
     }
 
-    fn policy(&self, held: &Held) -> Option<Policy> {
-        let (manifest, policy) = (&held.manifest, held.possible()?);
+    fn policy(&self, stored: &StoredPolicy) -> Option<Policy> {
+        let (manifest, policy) = (&stored.manifest, stored.possible()?);
         if !self.phases.contains_key(policy.tier()) {
             tracing::error!(
                 policy = %policy.id().name,
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_one_by_one_come_to_the_same_as_all_at_once() {
+    fn incremental_changes_equal_a_fresh_start() {
         use ManifestKind::{NetworkSet, Policy, Tier};
         let steps = [
             vec![(Policy, "p", Some(policy("a == 'b'")))],
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_keeps_its_last_version() {
+    fn unreadable_object_keeps_its_last_version() {
         let mut federated = with_tier();
         federated.take([(ManifestKind::Policy, "p".into(), Some(policy("a == 'b'")))]);
         assert_eq!(federated.converted().layer.policies.len(), 1);
@@ -316,7 +316,7 @@ mod tests {
         assert_eq!(federated.converted().layer, before);
     }
     #[test]
-    fn a_policy_that_never_could_be_read_closes() {
+    fn policy_without_a_readable_version_fails_closed() {
         let rules = |federated: &Federated| {
             let policy = federated.converted().layer.policies.values().next().expect("the policy");
             let rules = policy.ingress.iter().flatten();
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cluster_selector_of_everything_names_the_clusters() {
+    fn cluster_selector_of_all_resolves_to_names() {
         let mut federated = with_tier();
         let source = json!({"clusterSelector": "all()", "selector": "a == 'b'"});
         let spec = json!({"tier": "t", "ingress": [{"action": "Allow", "source": source}, {"action": "Deny"}]});

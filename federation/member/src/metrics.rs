@@ -107,8 +107,8 @@ impl Metrics {
         self.compile_seconds.observe(took.as_secs_f64());
     }
 
-    /// How the world and its nodes are; `policies` are refused and waiting ones.
-    pub fn tell<'a>(
+    /// Sets the gauges. The last argument: the numbers of refused and of waiting policies.
+    pub fn set<'a>(
         &self,
         world: &World,
         nodes: impl IntoIterator<Item = &'a NodeStatus>,

@@ -1,6 +1,6 @@
 //! The member as a process: it connects its source, the hub streams, the compiler, the fan-out to agents and the reports.
 //!
-//! Once the cluster has joined, it starts while everything else is down: from its source, and from what it received last.
+//! After the cluster has joined, the member starts without the hub, from its source and the last received objects.
 
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
@@ -34,14 +34,14 @@ use crate::resolver::Resolver;
 use crate::source::{Changes, Directory, LastGood};
 use crate::world::World;
 
-/// How often the source is polled: an edit applies at the second poll, and is to apply within a second.
+/// The interval between polls of the source. An edit takes effect at the second poll, and must take effect within a second.
 const POLL_SOURCE_EVERY: Duration = Duration::from_millis(100);
 const POLL_SOURCE_AT_LEAST_EVERY: Duration = Duration::from_millis(250);
-/// The state of enforcement is reported when it changes, at most this often.
+/// The minimum interval between reports to the hub. A report is sent when the enforcement status changes.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
-/// How often this process looks up its own addresses: routes and addresses of its host may appear late, and change.
+/// The interval between look-ups of this process's own addresses. Routes and addresses of the host may appear late, and change.
 const CHECK_ADDRESSES_EVERY: Duration = Duration::from_secs(10);
-/// How often the connection to the hub is checked.
+/// The interval between checks of the connection to the hub.
 const CHECK_HUB_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone)]
@@ -55,7 +55,7 @@ pub struct Options {
     pub agent_listen: SocketAddr,
     pub enrol_listen: SocketAddr,
     pub federated_allow_final: bool,
-    /// How long certificates of nodes are valid.
+    /// The lifetime of certificates of nodes.
     pub node_lifetime: Duration,
     pub unknown_pods: UnknownPods,
     pub health_listen: Option<SocketAddr>,
@@ -84,7 +84,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     tracing::info!(cluster = options.cluster, %agents, %enrolment, "member serves");
     let client = Client::restore(&options.data, monitoring.writes.clone());
     let mut source = start_source(&options, &monitoring.writes, &shutdown)?;
-    // Before the source is read, nothing is known of this cluster, and nothing is published or enforced anew.
+    // Before the source has been read, the state of the cluster is unknown, and nothing new is published or enforced.
     let local = tokio::select! {
         () = stop.cancelled() => return Ok(()),
         local = source.recv() => local.context("read the source")?,
@@ -102,7 +102,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
         metrics: Metrics::new(&monitoring.registry),
         writes: monitoring.writes.clone(),
     };
-    // What was received before this start counts from the first compile on.
+    // Objects that were received before this start are part of the first compilation.
     if let Some(updates) = client.take_updates() {
         member.world.receive(updates);
     }
@@ -130,7 +130,7 @@ impl Monitoring {
         let this = Self {
             joined: health.condition("joined"),
             sourced: health.condition("source read"),
-            hub_received: health.condition("hub heard"),
+            hub_received: health.condition("hub received"),
             watching: health.condition("hub watched"),
             writes: Writes::new(&health),
             registry,
@@ -176,7 +176,7 @@ fn keep_fresh(options: &Options, identity: &MemberIdentity, resolver: &Resolver,
     });
 }
 
-/// Starts the thread that reads the source. When it restarts, it begins with the last good state.
+/// Starts the thread that reads the source. After a restart, it continues with the last good state.
 fn start_source(options: &Options, writes: &Writes, shutdown: &Shutdown) -> anyhow::Result<mpsc::Receiver<Changes>> {
     let (sender, receiver) = mpsc::channel::<Changes>(1);
     let (path, data, writes) = (options.source.clone(), options.data.clone(), writes.clone());
@@ -214,7 +214,7 @@ fn keep_flows(
     });
 }
 
-/// Where Hanse's own streams end.
+/// Determines the ends of Hanse's own streams.
 struct EndsOf {
     options: Options,
     resolver: Resolver,
@@ -245,32 +245,32 @@ fn check_before_joining(options: &Options) -> anyhow::Result<()> {
         "--agent-listen and --enrol-listen are both {}: use two addresses",
         options.agent_listen
     );
-    // As many bytes as joining writes there.
+    // About the number of bytes that joining writes.
     let (path, data) = (options.data.join("written"), options.data.display());
     files::write_secret(&path, &[0; 16 << 10]).with_context(|| format!("write files in {data} (--data)"))?;
     std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
 }
 
-/// Creates the folder of the member's files if it does not exist, and locks it until the file is dropped.
+/// Creates the data directory if it does not exist, and locks it until the returned file is dropped.
 ///
 /// # Errors
 /// When it cannot be created, or another process has locked it.
 pub fn lock_data(data: &Path) -> anyhow::Result<File> {
     files::private_folder(data).with_context(|| format!("create {}", data.display()))?;
-    files::hold(&data.join("lock"), Duration::ZERO).with_context(|| format!("lock {}", data.display()))
+    files::lock_file(&data.join("lock"), Duration::ZERO).with_context(|| format!("lock {}", data.display()))
 }
 
 struct Member {
     world: World,
     fanout: Fanout,
     client: Client,
-    /// Something was received from the hub, by this process or by an earlier one.
+    /// Objects were received from the hub, by this process or an earlier one.
     hub_received: Condition,
     metrics: Metrics,
     writes: Writes,
 }
 
-/// What a running member reacts to.
+/// The inputs of a running member.
 struct Inputs {
     source: mpsc::Receiver<Changes>,
     requests: mpsc::Receiver<StateRequest>,
@@ -321,7 +321,7 @@ impl Member {
                 _ = addresses.tick() => if self.world.look_at_addresses() {
                     self.changed();
                 },
-                // Silence is not an event.
+                // A connection that becomes silent causes no event.
                 _ = hub.tick() => {
                     inputs.watching.set(client.is_watching());
                     let now = client.problems();
@@ -366,17 +366,18 @@ impl Member {
         tracing::info!(hub_revision = hub.revision, local_revision, compile_us = took.as_micros(), nodes, "compiled");
     }
 
-    /// Reports the state of enforcement to the hub.
+    /// Reports the enforcement status to the hub.
     fn report(&self) {
         let nodes = self.fanout.realisation();
         let policies = self.client.with_receiver(|it| (it.refused().len(), it.waiting().0.len()));
-        self.metrics.tell(&self.world, nodes.values(), policies);
+        self.metrics.set(&self.world, nodes.values(), policies);
         self.client.report(report::realisation(&self.world, &nodes, &self.client, self.writes.failing()));
     }
 }
 
-/// What a cluster's own policies look for in others. Staged ones too: their outcome is told as well. Pods are sent with their
-/// ports, and a port's name is looked up on those that the selection beside it selects, or on the cluster's own.
+/// The interest of the cluster's own policies in endpoints of other clusters. Includes staged policies, because flows contain their
+/// verdicts. Named ports need no selection of their own: endpoints include their ports, and a port name refers to the pods of the
+/// selection of the same end, or to pods of this cluster.
 fn wanted(layer: &Layer) -> Interest {
     interest::derive(layer.policies.values().filter(|policy| !policy.host_only), interest::OWN)
 }
@@ -391,7 +392,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_staged_is_asked_for_too() {
+    fn staged_policies_register_the_same_interest() {
         let text = "\
 apiVersion: projectcalico.org/v3
 kind: KIND
@@ -407,7 +408,7 @@ spec: {ingress: [{action: Deny, protocol: TCP, source: {selector: app == 'x'}, d
         let enforced = of("NetworkPolicy");
         assert!(enforced.iter().any(|it| it.selector().canonical.contains("app")), "{enforced:?}");
         assert_eq!(of("StagedNetworkPolicy"), enforced);
-        // The name of the port asks for no pods beyond the policy's own.
+        // The port name selects no further pods.
         assert!(
             enforced.iter().all(|it| it.port_names().is_empty() && *it.clusters() == ClusterScope::All),
             "{enforced:?}"
@@ -416,7 +417,7 @@ spec: {ingress: [{action: Deny, protocol: TCP, source: {selector: app == 'x'}, d
     }
 
     #[test]
-    fn own_policies_that_select_in_too_many_ways_receive_everything() {
+    fn too_large_own_interest_is_widened_to_everything() {
         let of = |policies: usize| {
             let policy = |at: usize| {
                 format!(

@@ -1,8 +1,8 @@
-//! How a member becomes one, and stays one: joining with a token, its files, and the renewal of its certificates.
+//! The identity of a member: joining with a token, its files, and the renewal of its certificates.
 //!
-//! In the data folder: `member.pem` (key and certificate, 0600), `intermediate.pem` (the cluster's own authority, 0600), `root.pem`, and
-//! `next.pem` keys while something is asked for. A key is on disk before the hub hears of it, so that a crash at any
-//! moment leaves a registered key in our hands. With these files a member starts while everything else is down.
+//! Files in the data directory: `member.pem` (key and certificate, 0600), `intermediate.pem` (the cluster's own authority, 0600),
+//! `root.pem`, and during a request `*.next.pem` with the next keys. A key is on disk before it is sent to the hub, so that a crash never
+//! loses a registered key. With these files, a member starts without the hub.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use tracing::{info, warn};
 
 use crate::resolver::Resolver;
 
-/// A call for a certificate takes at most this long.
+/// The timeout of a call for a certificate.
 const CALL_TIME: Duration = Duration::from_secs(15);
 
 /// Why a member has no identity.
@@ -36,23 +36,23 @@ pub enum RegistrationError {
     Ca(#[from] CaError),
     #[error("read the token from {0}")]
     TokenFile(PathBuf, #[source] std::io::Error),
-    #[error("{0} holds {1}")]
+    #[error("{0} does not contain a cluster token, but {1}")]
     NoToken(PathBuf, TokenError),
-    #[error("the token is for the cluster {0}, not {1}")]
+    #[error("the token is for cluster {0}, not {1}")]
     OtherCluster(String, String),
-    #[error("the files in {0} are of the cluster {1}, not {2}")]
+    #[error("the files in {0} belong to cluster {1}, not {2}")]
     OtherFiles(PathBuf, String, String),
-    #[error("the files in {0} are of another ClusterSet than the token: begin with an empty folder")]
+    #[error("the files in {0} belong to another ClusterSet than the token: use an empty directory")]
     OtherClusterSet(PathBuf),
     #[error("the hub refused: {0}")]
     Refused(String),
     #[error("the hub cannot be reached")]
     Unreachable(#[source] ClientError),
-    #[error("the hub could not answer: {0}")]
+    #[error("the hub failed: {0}")]
     Failed(String),
-    #[error("the hub issued what does not fit: {0}")]
+    #[error("the response of the hub is not usable: {0}")]
     Unfit(&'static str),
-    #[error("make {0}")]
+    #[error("create {0}")]
     Folder(PathBuf, #[source] std::io::Error),
     #[error("stopped")]
     Stopped,
@@ -70,10 +70,10 @@ pub struct MemberIdentity {
 }
 
 impl MemberIdentity {
-    /// Reads the files in `data`; none when the cluster has not joined yet.
+    /// Reads the files in `data`. `None`: the cluster has not joined yet.
     ///
     /// # Errors
-    /// When files are damaged, readable by others, or of another cluster.
+    /// When files are damaged, readable by other users, or belong to another cluster.
     pub fn read(data: &Path, cluster: &str) -> Result<Option<Self>, RegistrationError> {
         if !data.join("member.pem").exists() {
             return Ok(None);
@@ -94,19 +94,19 @@ impl MemberIdentity {
         }))
     }
 
-    /// Whether `token_file` has a token of another ClusterSet than the one that the cluster has joined.
+    /// Whether the token in `token_file` belongs to another ClusterSet than the one that the cluster has joined.
     pub fn is_of_other_cluster_set(&self, token_file: &Path) -> bool {
         let token = files::read_secret(token_file).ok();
         let token = token.and_then(|text| Token::parse(TokenKind::Cluster, std::str::from_utf8(&text).ok()?).ok());
         token.is_some_and(|token| token.root != self.root.fingerprint())
     }
 
-    /// Joins with the token in `token_file`, also a cluster that has joined before: with a new key, and its authority's old
-    /// one. Tries each of `join` in turn, and waits for acceptance, however long. The hub is recognised by
-    /// the hash in the token.
+    /// Joins with the token in `token_file`. A cluster that has joined before gets a new key, and its authority keeps the old one. Tries
+    /// the addresses in `join` in turn, and waits for acceptance without a time limit. The token contains a hash that authenticates the
+    /// hub.
     ///
     /// # Errors
-    /// When the token is refused or malformed, or `stop` came first. An unreachable hub is tried again.
+    /// When the token is refused or malformed, or `stop` is cancelled. Other failures are retried.
     pub async fn join(
         data: &Path,
         cluster: &str,
@@ -123,7 +123,7 @@ impl MemberIdentity {
         if token.cluster != cluster {
             return Err(RegistrationError::OtherCluster(token.cluster, cluster.to_owned()));
         }
-        // Before the hub hears of anything: what is there belongs to agents that know it.
+        // Before the first request: agents still depend on the existing files.
         if let Some(former) = Self::read(data, cluster)?
             && former.root.fingerprint() != token.root
         {
@@ -131,7 +131,7 @@ impl MemberIdentity {
         }
         let client = TlsClient::pinned(PinnedRoot::new(token.root, Identity::Hub))?;
         let key = Key::read_or_generate(&data.join("member.next.pem"))?;
-        // Agents know the cluster by its authority's key: a cluster that joins again keeps it.
+        // Agents pin the key of the authority, so a cluster that joins again keeps it.
         let former = data.join("intermediate.pem");
         let authority_key = match former.exists() {
             true => Credentials::read_file(&former)?.key,
@@ -146,25 +146,25 @@ impl MemberIdentity {
         };
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
         for address in join.iter().cycle() {
-            let asked = tokio::select! {
+            let response = tokio::select! {
                 () = stop.cancelled() => return Err(RegistrationError::Stopped),
-                asked = ask(&client, address, request.clone()) => asked,
+                response = request_join(&client, address, request.clone()) => response,
             };
-            let wait = match asked {
+            let wait = match response {
                 Ok(wire::join_response::State::Issued(issued)) => {
                     let root = Certificate::from_der(&issued.root)?;
                     if root.fingerprint() != token.root {
-                        return Err(RegistrationError::Unfit("its root is not the one in the token"));
+                        return Err(RegistrationError::Unfit("the root differs from the one in the token"));
                     }
                     let authority = fitting(&authority_key, &issued.intermediate, cluster, true)?;
                     let credentials = fitting(&key, &issued.certificate, cluster, false)?;
                     root.write(&data.join("root.pem"))?;
                     authority.write_file(&data.join("intermediate.pem"))?;
-                    // The last: its presence says that the cluster has joined.
+                    // Last: the presence of this file means that the cluster has joined.
                     credentials.write_file(&data.join("member.pem"))?;
                     info!(cluster, hub = address, key = %key.public(), "joined");
-                    forget_next(data);
-                    return Self::read(data, cluster)?.ok_or(RegistrationError::Unfit("its files are gone"));
+                    remove_next_keys(data);
+                    return Self::read(data, cluster)?.ok_or(RegistrationError::Unfit("the written files are missing"));
                 }
                 Ok(wire::join_response::State::Waiting(waiting)) => {
                     info!(cluster, hub = address, "waiting to be accepted: run `hanse cluster accept`");
@@ -182,14 +182,14 @@ impl MemberIdentity {
                 () = tokio::time::sleep(wait) => {}
             }
         }
-        Err(RegistrationError::Refused("no address to join at was given".to_owned()))
+        Err(RegistrationError::Refused("--join is required".to_owned()))
     }
 
     pub fn cluster(&self) -> &Arc<str> {
         &self.cluster
     }
 
-    /// The folder of the member's files.
+    /// The data directory.
     pub fn data(&self) -> &Path {
         &self.data
     }
@@ -198,17 +198,17 @@ impl MemberIdentity {
         &self.root
     }
 
-    /// What is shown to the hub. `subscribe` on it sees renewals: open the next connection then.
+    /// The credentials for connections to the hub. `subscribe` on it reports renewals, after which connections must be opened again.
     pub fn credentials(&self) -> &CredentialStore {
         &self.credentials
     }
 
-    /// The cluster's own authority: it issues the member's certificate towards agents, and the agents'.
+    /// The cluster's own authority, which issues the certificates of agents and the member's certificate for agents.
     pub fn authority(&self) -> Arc<Ca> {
         self.authority.borrow().clone()
     }
 
-    /// Finds hubs by what `resolver` knows.
+    /// Resolves hubs with `resolver`.
     pub fn with_resolver(self, resolver: Resolver) -> Self {
         Self { resolver, ..self }
     }
@@ -230,7 +230,7 @@ impl MemberIdentity {
         TlsClient::mutual(self.credentials.clone(), &trust)
     }
 
-    /// Renews the certificate in time, at one of `hubs`; where it has ended, late and at one of `join`. Returns at `stop`.
+    /// Renews the certificate before it expires, at one of `hubs`; after it has expired, at one of `join`. Returns at `stop`.
     pub async fn keep_fresh(self, hubs: Vec<String>, join: Vec<String>, stop: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
         loop {
@@ -264,21 +264,21 @@ impl MemberIdentity {
         }
     }
 
-    /// Asks for a certificate for a new key, over a connection with the present one. The intermediate is renewed along when it is due.
+    /// Requests a certificate for a new key, authenticated by the current one. Renews the intermediate as well when it is due.
     ///
     /// # Errors
-    /// When the hub cannot be reached or refuses; the present certificate stays in use.
+    /// When the hub cannot be reached or refuses. The current certificate stays in use.
     pub async fn renew(&self, address: &str) -> Result<(), RegistrationError> {
         let key = Key::read_or_generate(&self.data.join("member.next.pem"))?;
         let authority = self.authority();
         let due = authority.certificate().renew_at() <= SystemTime::now();
-        // The intermediate keeps its key: what agents pin stays true.
+        // The intermediate keeps its key, because agents pin it.
         let intermediate_request = if due { authority.credentials().key.request()? } else { Vec::new() };
         let request =
             wire::RenewRequest { request: key.request()?.into(), intermediate_request: intermediate_request.into() };
         let connection = self.connect(address).await?;
         let answer = call(&connection.peer, RenewalClient::new(connection.channel).renew(request)).await?;
-        let issued = answer.issued.ok_or(RegistrationError::Unfit("nothing"))?;
+        let issued = answer.issued.ok_or(RegistrationError::Unfit("it is empty"))?;
         let credentials = fitting(&key, &issued.certificate, &self.cluster, false)?;
         credentials.write_file(&self.data.join("member.pem"))?;
         self.credentials.replace(credentials)?;
@@ -287,21 +287,21 @@ impl MemberIdentity {
             renewed.write_file(&self.data.join("intermediate.pem"))?;
             self.authority.send_replace(Arc::new(Ca::new(renewed, false)?));
         }
-        forget_next(&self.data);
+        remove_next_keys(&self.data);
         Ok(())
     }
 
-    /// Asks for a certificate for the registered key, after the present one has ended.
+    /// Requests a certificate for the registered key after the current certificate has expired.
     ///
     /// # Errors
     /// When the hub cannot be reached or refuses.
     pub async fn renew_late(&self, address: &str) -> Result<(), RegistrationError> {
         let trust = Trust::new(&self.root, |identity| *identity == Identity::Hub)?;
         let client = TlsClient::anonymous(&trust)?;
-        // A renewal whose answer was lost has registered the next key already.
+        // If the response to a renewal was lost, the next key is already registered.
         let next = self.data.join("member.next.pem");
         let keys = [Some(self.credentials.current().key), next.exists().then(|| Key::read(&next)).transpose()?];
-        let mut refused = RegistrationError::Unfit("nothing");
+        let mut refused = RegistrationError::Unfit("it is empty");
         for key in keys.into_iter().flatten() {
             let request = wire::RenewLateRequest { request: key.request()?.into() };
             let connection = self.resolver.connect(&client, address).await;
@@ -320,21 +320,21 @@ impl MemberIdentity {
     }
 }
 
-async fn ask(
+async fn request_join(
     client: &TlsClient,
     address: &str,
     request: wire::JoinRequest,
 ) -> Result<wire::join_response::State, RegistrationError> {
     let connection = client.connect(address).await.map_err(RegistrationError::Unreachable)?;
     let answer = call(&connection.peer, RegistrationClient::new(connection.channel).join(request)).await?;
-    answer.state.ok_or(RegistrationError::Unfit("nothing"))
+    answer.state.ok_or(RegistrationError::Unfit("it is empty"))
 }
 
 async fn call<T>(
     hub: &Peer,
     answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T, RegistrationError> {
-    let late = |_| RegistrationError::Failed("it took too long".to_owned());
+    let late = |_| RegistrationError::Failed(format!("no response within {} s", CALL_TIME.as_secs()));
     match tokio::time::timeout(CALL_TIME, answer).await.map_err(late)? {
         Ok(answer) => Ok(answer.into_inner()),
         Err(status) => {
@@ -349,26 +349,28 @@ async fn call<T>(
     }
 }
 
-/// An error with what is behind it.
+/// An error with its sources.
 fn causes(error: &dyn std::error::Error) -> String {
     std::iter::successors(error.source(), |it| it.source()).fold(error.to_string(), |text, it| format!("{text}: {it}"))
 }
 
-/// The issued certificate with the key that it was asked for.
+/// The issued certificate with its key. Checks that it matches the request.
 fn fitting(key: &Key, der: &[u8], cluster: &str, authority: bool) -> Result<Credentials, RegistrationError> {
     let certificate = Certificate::from_der(der)?;
     if certificate.identity != Identity::Cluster(cluster.into()) {
-        return Err(RegistrationError::Unfit("a certificate for another identity"));
+        return Err(RegistrationError::Unfit("the certificate is for another identity"));
     }
     if certificate.is_ca != authority {
-        return Err(RegistrationError::Unfit("a leaf where an authority was asked for, or the other way round"));
+        let expected =
+            if authority { "the certificate is not an authority" } else { "the certificate is an authority" };
+        return Err(RegistrationError::Unfit(expected));
     }
     Ok(Credentials::new(key.clone(), certificate)?)
 }
 
-fn forget_next(data: &Path) {
+fn remove_next_keys(data: &Path) {
     for name in ["member.next.pem", "intermediate.next.pem"] {
-        // What stays is used for the next request, which is as good.
+        // A remaining key is used for the next request.
         let _ = std::fs::remove_file(data.join(name));
     }
 }

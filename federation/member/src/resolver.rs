@@ -1,5 +1,5 @@
-//! Where the hub's listeners are. Names are asked for again and again; the last good answer stays, on disk too, so that a
-//! member finds its hub when it cannot ask: under a policy that denies it, or when whoever answers is down.
+//! Resolves the names of hubs. Names are resolved periodically, and the last successful result is stored on disk, so that a member
+//! finds its hub when DNS is not available: when a policy denies it, or the server is down.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -12,47 +12,48 @@ use hanse_runtime::files::write_atomic;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-/// How often names are asked for.
+/// The interval between resolutions of a name.
 const EVERY: Duration = Duration::from_secs(10);
-/// How long one answer may take.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Addresses of one name that are kept.
+/// The timeout of one resolution.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// The maximum number of addresses per name.
 const MAX_ADDRESSES: usize = 16;
 
-type Known = BTreeMap<String, BTreeSet<SocketAddr>>;
+/// The addresses of each name.
+type Addresses = BTreeMap<String, BTreeSet<SocketAddr>>;
 
-/// Clones share what is known.
+/// The last known addresses of hubs. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Resolver {
     path: Option<PathBuf>,
-    known: Arc<watch::Sender<Known>>,
+    known: Arc<watch::Sender<Addresses>>,
 }
 
 impl Resolver {
-    /// Of these names, HOST:PORT, what is written in them and what was known at the last end.
+    /// Starts with the stored addresses of `names`, each HOST:PORT. A HOST that is an address needs no resolution.
     pub fn restore<'a>(data: &Path, names: impl IntoIterator<Item = &'a String>) -> Self {
         let path = data.join("resolved.json");
-        let kept = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Known>(&bytes).ok());
-        let mut kept = kept.unwrap_or_default();
+        let stored = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Addresses>(&bytes).ok());
+        let mut stored = stored.unwrap_or_default();
         let known = names.into_iter().map(|name| {
-            let written = name.parse().ok().map(|address| BTreeSet::from([address]));
-            (name.clone(), written.or_else(|| kept.remove(name)).unwrap_or_default())
+            let literal = name.parse().ok().map(|address| BTreeSet::from([address]));
+            (name.clone(), literal.or_else(|| stored.remove(name)).unwrap_or_default())
         });
         Self { path: Some(path), known: Arc::new(watch::Sender::new(known.collect())) }
     }
 
-    /// Tells when an answer differs.
-    pub fn changes(&self) -> watch::Receiver<Known> {
+    /// Notifies of changed addresses.
+    pub fn changes(&self) -> watch::Receiver<Addresses> {
         self.known.subscribe()
     }
 
-    /// What is known of these names.
+    /// The last known addresses of these names.
     pub fn addresses<'a>(&self, names: impl IntoIterator<Item = &'a String>) -> BTreeSet<SocketAddr> {
         let known = self.known.borrow();
         names.into_iter().filter_map(|name| known.get(name)).flatten().copied().collect()
     }
 
-    /// Asks until `stop`.
+    /// Resolves all names periodically, until `stop`.
     pub async fn keep_fresh(self, stop: CancellationToken) {
         let mut tick = tokio::time::interval(EVERY);
         loop {
@@ -62,10 +63,10 @@ impl Resolver {
             }
             let names: Vec<String> = self.known.borrow().keys().cloned().collect();
             for name in names.into_iter().filter(|name| name.parse::<SocketAddr>().is_err()) {
-                match tokio::time::timeout(PATIENCE, tokio::net::lookup_host(&name)).await {
+                match tokio::time::timeout(TIMEOUT, tokio::net::lookup_host(&name)).await {
                     Ok(Ok(found)) => self.take(&name, found.take(MAX_ADDRESSES).collect()),
-                    Ok(Err(error)) => tracing::debug!(name, %error, "a hub's name cannot be resolved"),
-                    Err(_) => tracing::debug!(name, "a hub's name is not resolved in time"),
+                    Ok(Err(error)) => tracing::debug!(hub = name, %error, "hub not resolved"),
+                    Err(_) => tracing::debug!(hub = name, "hub not resolved: timeout"),
                 }
             }
         }
@@ -76,24 +77,24 @@ impl Resolver {
             return;
         }
         let changed = self.known.send_if_modified(|known| {
-            let held = known.entry(name.to_owned()).or_default();
-            std::mem::replace(held, found.clone()) != found
+            let current = known.entry(name.to_owned()).or_default();
+            std::mem::replace(current, found.clone()) != found
         });
         if !changed {
             return;
         }
-        tracing::info!(name, addresses = ?found, "hub resolved");
+        tracing::info!(hub = name, addresses = ?found, "hub resolved");
         let Some(path) = &self.path else { return };
         let text = serde_json::to_vec(&*self.known.borrow()).unwrap_or_default();
         if let Err(error) = write_atomic(path, &text, 0o600) {
-            tracing::error!(%error, "resolved names cannot be kept");
+            tracing::error!(%error, "resolved addresses not stored");
         }
     }
 
-    /// Connects to the first address of `name` that can be reached.
+    /// Connects to the first reachable address of `name`.
     ///
     /// # Errors
-    /// When none can.
+    /// When none is reachable.
     pub async fn connect(&self, client: &TlsClient, name: &str) -> Result<Connection, ClientError> {
         let mut failed = None;
         let known = self.known.borrow().get(name).cloned().unwrap_or_default();
@@ -115,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_answer_stays_across_a_restart() {
+    fn keeps_last_addresses_across_restart() {
         let folder = tempfile::tempdir().expect("a folder");
         let names = ["hub.example:7443".to_owned(), "192.0.2.7:7443".to_owned()];
         let first = Resolver::restore(folder.path(), &names);

@@ -1,8 +1,7 @@
-//! Where a member reads its own cluster from.
+//! The source of a member: the objects of its own cluster.
 //!
-//! A [`Source`] reports changes of single objects, so that an edit costs what it touches. [`LastGood`] stands between any
-//! source and the rest of the member: it keeps what was last read well, also across restarts. [`Directory`] is a source of
-//! files with ordinary Kubernetes YAML.
+//! A [`Source`] reports changes of single objects, so that the cost of an edit is proportional to the change. [`LastGood`] is a layer
+//! above any source, which keeps the last good state, also across restarts. [`Directory`] is a source that reads Kubernetes YAML files.
 
 mod directory;
 mod kept;
@@ -16,46 +15,46 @@ use hanse_api::assemble::{ObjectChange, ObjectKey, Position};
 use hanse_api::{Diagnostic, Manifest};
 
 pub use self::directory::Directory;
-pub use self::last_good::{Known, LastGood};
+pub use self::last_good::{LastGood, Objects};
 
-/// A change that a source reports. Objects come from origins, such as a file or a collection of an API; a scope is an origin,
-/// or everything below a path, and the empty path is everything.
+/// A change that a source reports. Objects come from origins, such as files or collections of an API. A scope is an origin, or all
+/// origins below a path; the empty path is the whole source.
 #[derive(Debug, Clone)]
 pub enum Event {
     /// An object is new or different.
     Upsert(Position, Box<Manifest>),
-    /// An object of an origin that cannot be read completely. It is used only where the origin never could be.
+    /// An object of an origin that cannot be read completely. It is used only if the origin was never read completely.
     Partial(Position, Box<Manifest>),
-    /// An object is gone.
+    /// An object was deleted.
     Delete(Position, ObjectKey),
-    /// Everything in a scope is gone.
+    /// All objects in a scope were deleted.
     Remove(Arc<Path>),
-    /// A scope cannot be read now: its objects stay as they were read last. The problems replace earlier ones of the scope.
+    /// A scope is unreadable: its objects stay as they were last read. The problems replace earlier ones of the scope.
     Retain(Arc<Path>, Vec<Diagnostic>),
-    /// A scope can be read again.
+    /// A scope is readable again.
     Release(Arc<Path>),
-    /// All objects of a scope follow, until it is synced.
+    /// All objects of a scope follow, until [`Self::Synced`].
     Relist(Arc<Path>),
-    /// All objects of a scope were sent since it was listed. Others of it are gone, unless they are retained. Before everything
-    /// is synced once, nothing is known of the cluster, which is not an empty cluster.
+    /// All objects of a scope were sent since [`Self::Relist`]. Its other objects are deleted, unless they are retained. Until the whole
+    /// source is synced for the first time, the state of the cluster is unknown, and not empty.
     Synced(Arc<Path>),
-    /// The text from which all objects of an origin can be read again after a restart.
+    /// The text from which all objects of an origin can be restored after a restart.
     Keep(Arc<Path>, Vec<u8>),
 }
 
-/// Reports how the cluster changes.
+/// Reports changes of the cluster's objects.
 pub trait Source: Send {
-    /// What changed since the last call; at first, everything. May block. `known`: what is in force.
-    fn poll(&mut self, known: &mut Known) -> Vec<Event>;
+    /// The changes since the last call; at first, all objects. May block. `objects`: the objects in force.
+    fn poll(&mut self, objects: &mut Objects) -> Vec<Event>;
 }
 
-/// What is new in a cluster.
+/// Changes of a cluster.
 #[derive(Debug, Clone, Default)]
 pub struct Changes {
     pub objects: Vec<ObjectChange>,
-    /// Everything that is wrong now, with file and line.
+    /// All current problems, with file and line.
     pub problems: Vec<Diagnostic>,
-    /// Grows with each change, across restarts too.
+    /// Increases with each change, also across restarts.
     pub revision: u64,
 }
 
@@ -64,7 +63,7 @@ pub struct Changes {
 pub struct LoggedProblems(BTreeSet<(Arc<str>, u32, String)>);
 
 impl LoggedProblems {
-    /// `problems`: all that there are now.
+    /// `problems`: all current ones.
     pub fn log(&mut self, problems: &[Diagnostic]) {
         let key = |it: &Diagnostic| (it.location.file.clone(), it.location.line, it.message.clone());
         let before = std::mem::replace(&mut self.0, problems.iter().map(key).collect());

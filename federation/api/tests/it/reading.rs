@@ -257,7 +257,7 @@ fn addresses_and_ports_are_such() {
 /// Where nothing earlier is in force, a policy closes what it may close: a rule in which a field is not known is unknown,
 /// and so is every rule where it is elsewhere.
 #[test]
-fn what_is_not_known_of_a_policy_is_in_doubt() {
+fn policy_with_unknown_parts_is_partial() {
     let network = "networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: a}";
     let calico = "projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {name: p}";
     let cluster = "policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: p}";
@@ -294,8 +294,8 @@ fn what_is_not_known_of_a_policy_is_in_doubt() {
     ] {
         let read = read(&format!("apiVersion: {text}\n"));
         assert!(read.objects.is_empty() && !read.diagnostics.is_empty(), "{text}");
-        assert_eq!(read.in_doubt.len(), 1, "{text}: {:?}", read.diagnostics);
-        let state = assemble_cluster(&"c".into(), read.in_doubt);
+        assert_eq!(read.partial.len(), 1, "{text}: {:?}", read.diagnostics);
+        let state = assemble_cluster(&"c".into(), read.partial);
         let policy = state.layer.policies.into_values().next().expect("a policy");
         let rules = policy.ingress.into_iter().chain(policy.egress).flatten();
         let found: Vec<bool> = rules.map(|rule| rule.not_understood.is_some()).collect();
@@ -307,7 +307,7 @@ fn what_is_not_known_of_a_policy_is_in_doubt() {
         "hanse.dev/v1alpha1\nkind: FederatedNetworkSet\nmetadata: {name: s}\nspec: {nets: [], more: 1}".to_owned(),
     ] {
         let read = read(&format!("apiVersion: {text}\n"));
-        assert!(read.in_doubt.is_empty() && read.diagnostics.len() <= 2 && !read.diagnostics.is_empty(), "{text}");
+        assert!(read.partial.is_empty() && read.diagnostics.len() <= 2 && !read.diagnostics.is_empty(), "{text}");
     }
 }
 
@@ -610,9 +610,9 @@ fn many_unknown_fields_are_found_in_one_reading() {
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p}}\nspec:\n  ingress: [{{}}]\n  podSelector:\n{selector}"
     );
     let many = self::read(&text);
-    assert_eq!((many.diagnostics.len(), many.in_doubt.len()), (20, 1), "{:?}", many.diagnostics.first());
+    assert_eq!((many.diagnostics.len(), many.partial.len()), (20, 1), "{:?}", many.diagnostics.first());
     assert!(start.elapsed() < std::time::Duration::from_secs(20), "{:?}", start.elapsed());
-    let state = assemble_cluster(&"c".into(), many.in_doubt);
+    let state = assemble_cluster(&"c".into(), many.partial);
     let policy = state.layer.policies.into_values().next().expect("a policy");
     assert!(policy.ingress.into_iter().flatten().all(|rule| rule.not_understood.is_some()));
 }

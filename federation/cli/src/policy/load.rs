@@ -262,7 +262,7 @@ impl Loaded {
             .cloned()
             .partition(|it| reading::refuses(it, sources.strict));
         // Refused for unknown fields: what such policies may close stays closed, as in a member.
-        manifests.objects.append(&mut manifests.in_doubt);
+        manifests.objects.append(&mut manifests.partial);
         let [duplicates, conflicts] = rivals::settle(&mut manifests);
         self.report(&notes, false);
         self.report(&duplicates, false);

@@ -16,8 +16,8 @@ use hanse_runtime::moment::{from_seconds, seconds};
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status};
 
-use super::Fanout;
 use super::nodes::{Locked, NodeRecord, Nodes};
+use super::state::Fanout;
 use crate::registration::MemberIdentity;
 
 const FOLDER: &str = "node-tokens";
@@ -93,7 +93,7 @@ pub fn create_node_token(
     }
     let text = serde_json::to_vec(&kept).map_err(|error| NodeTokenError::Make(error.to_string()))?;
     write_atomic(&folder.join(format!("{}.json", token.id)), &text, 0o600).map_err(NodeTokenError::Write)?;
-    let known = Nodes::new(data).read_known().map(|known| known.contains_key(node));
+    let known = Nodes::new(data).read_source_nodes().map(|nodes| nodes.contains_key(node));
     Ok(Created { text: token.to_text(), id: token.id, expires_at, known })
 }
 

@@ -1,16 +1,16 @@
 //! The registered keys of nodes, and the nodes of the source.
 //!
-//! One file per node in the directory `nodes`, named by the hash of the node's name, which may be as long as a file name. A newer
-//! enrolment replaces the key. A renewal adds the requested key, and the first connection with it makes it the only one, so that a missed
-//! answer does no harm. The one before becomes a former key: an agent writes its new key to disk before it uses it, so the use of a
-//! former key means that two processes have the node's directory. Acknowledgements of the node do not count from then on, until it is
-//! revoked. A lock on the file `.lock` in the directory serialises `hanse-member node revoke` and a running member.
+//! Each node has a file in the directory `nodes`, named by the hash of the node's name. An enrolment replaces the key. A renewal adds the
+//! requested key; the first connection with it makes it the only key, so that a missed response is harmless. The previous key becomes a
+//! former key. An agent writes its new key to disk before it uses it, so the use of a former key means that two processes have a copy of
+//! the node's directory. From then on, acknowledgements of the node do not count until it is revoked. A lock on the file `.lock` in the
+//! directory serialises `hanse-member node revoke` and a running member.
 //!
-//! A running member has read all files, and looks for changed ones: checking a key waits for no file. Changes start from the file, under
-//! the lock.
+//! A running member has all files in memory and polls for changes, so that checking a key does not read a file. A change reads the file
+//! under the lock.
 //!
-//! A node without a file enrolled before keys were registered: it is accepted, and its next renewal registers its key. A node whose file
-//! cannot be read is refused.
+//! A node without a file enrolled before keys were registered: it is accepted, and its next renewal registers its key. A node with an
+//! unreadable file is refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -22,43 +22,43 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use hanse_identity::keys::Fingerprint;
-use hanse_runtime::files::{hold, private_folder, write_atomic};
+use hanse_runtime::files::{self, private_folder, write_atomic};
 use hanse_runtime::moment::{from_seconds, seconds};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 const FOLDER: &str = "nodes";
-/// What the source knew last, for those who run no source.
-const KNOWN: &str = "known-nodes.json";
-/// How long a change waits for those before it, and as long for other processes: it takes two flushes of a disk, about 10 ms.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How long after its certificate's end a node may renew it.
+/// The nodes of the source when it was last read, for commands that do not read the source.
+const SOURCE_NODES: &str = "known-nodes.json";
+/// How long a change waits for earlier ones of this process, and then for other processes. A change takes two disk flushes, about 10 ms.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long after expiry a certificate can be renewed.
 const LATE_RENEWAL: Duration = Duration::from_secs(30 * 86_400);
-/// Former keys of a node that are kept: as many as certificates of a day, renewed at two thirds, in the time of a late renewal
-/// (45). At most 4.3 KB of a node's file.
+/// The maximum number of stored former keys. One-day certificates, renewed after two thirds, take 45 keys in the time of a late renewal.
+/// At most 4.3 KB per node.
 const MAX_FORMER: usize = 64;
 
-/// What is kept of a node.
+/// The stored record of a node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeRecord {
     pub node: String,
     /// SHA-256 of the node's registered public key, hexadecimal.
     key: String,
-    /// The same of a key whose certificate was issued, and that has not been seen yet.
+    /// Likewise, of a renewed key that has not been used yet.
     next: Option<String>,
-    /// Seconds since the Unix epoch, by this machine's clock.
+    /// Seconds since the Unix epoch, by the clock of this machine.
     enrolled_at: u64,
-    /// When the last certificate ends, likewise.
+    /// When the last certificate expires, likewise.
     ends_at: u64,
     pub revoked: bool,
-    /// The same of keys that renewals have replaced since the enrolment, the newest last.
+    /// The keys that renewals have replaced since the enrolment, the newest last.
     #[serde(default)]
     former: Vec<String>,
-    /// From where the present key was used first.
+    /// The address of the first use of the current key.
     #[serde(default)]
     used_from: Option<SocketAddr>,
-    /// From where the node's present key and a former one were used.
+    /// The addresses of the uses of the current key and of a former one.
     #[serde(default)]
     pub rivals: Option<(SocketAddr, SocketAddr)>,
 }
@@ -68,7 +68,7 @@ impl NodeRecord {
         from_seconds(self.enrolled_at)
     }
 
-    /// When the node's certificate ends.
+    /// When the certificate of the node expires.
     pub fn ends_at(&self) -> SystemTime {
         from_seconds(self.ends_at)
     }
@@ -82,7 +82,7 @@ impl NodeRecord {
         !self.revoked && !self.allows(key) && self.former.contains(&key.to_string())
     }
 
-    /// `key`, for which a certificate was issued, is in use.
+    /// Makes the renewed key `key` the current one.
     fn promoted(mut self, key: &Fingerprint, from: SocketAddr) -> Self {
         let former = std::mem::replace(&mut self.key, key.to_string());
         if former != self.key {
@@ -94,19 +94,20 @@ impl NodeRecord {
     }
 }
 
-/// The folder, and what was read of it.
+/// The directory, with the records in memory.
 #[derive(Debug)]
 pub struct Nodes {
     data: PathBuf,
-    /// By the hash of the node's name. `None`: the file cannot be read.
-    records: Mutex<BTreeMap<Fingerprint, Option<Kept>>>,
-    /// To change the folder, in this process.
+    /// By the hash of the node's name. `None`: the file is unreadable.
+    records: Mutex<BTreeMap<Fingerprint, Option<ReadRecord>>>,
+    /// Serialises changes of this process.
     turn: Arc<tokio::sync::Mutex<()>>,
 }
 
+/// A record, as it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Kept {
-    /// When the file was written, and its number in the file system: a change makes another file.
+struct ReadRecord {
+    /// The modification time and inode of the file. A change creates a new file.
     file: (SystemTime, u64),
     record: NodeRecord,
 }
@@ -119,7 +120,7 @@ pub struct Locked<'a> {
 }
 
 impl Nodes {
-    /// Of which nothing was read yet.
+    /// Reads nothing; see [`Self::reload`].
     pub fn new(data: &Path) -> Self {
         Self { data: data.to_owned(), records: Mutex::default(), turn: Arc::default() }
     }
@@ -132,21 +133,21 @@ impl Nodes {
         self.folder().join(format!("{name}.json"))
     }
 
-    fn records(&self) -> MutexGuard<'_, BTreeMap<Fingerprint, Option<Kept>>> {
+    fn records(&self) -> MutexGuard<'_, BTreeMap<Fingerprint, Option<ReadRecord>>> {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for other processes, in which the thread sleeps.
+    /// Locks the directory. Blocks the thread while another process has the lock.
     ///
     /// # Errors
-    /// When the lock cannot be had, or not in time.
+    /// When the directory cannot be locked in time.
     pub fn lock(&self) -> io::Result<Locked<'_>> {
         let folder = self.folder();
         private_folder(&folder)?;
-        Ok(Locked { nodes: self, _lock: hold(&folder.join(".lock"), PATIENCE)? })
+        Ok(Locked { nodes: self, _lock: files::lock_file(&folder.join(".lock"), LOCK_TIMEOUT)? })
     }
 
-    /// Changes the folder, each in its turn, on a thread that may wait.
+    /// Changes the directory on a blocking thread, one change after the other.
     ///
     /// # Errors
     /// As [`Self::lock`].
@@ -154,20 +155,20 @@ impl Nodes {
         self: &Arc<Self>,
         change: impl FnOnce(&Locked<'_>) -> T + Send + 'static,
     ) -> io::Result<T> {
-        let turn = tokio::time::timeout(PATIENCE, Arc::clone(&self.turn).lock_owned()).await?;
+        let turn = tokio::time::timeout(LOCK_TIMEOUT, Arc::clone(&self.turn).lock_owned()).await?;
         let nodes = Arc::clone(self);
         let changing = tokio::task::spawn_blocking(move || {
-            // It completes, also if the caller is gone.
+            // Completes even if the caller is cancelled.
             let _turn = turn;
             nodes.lock().map(|locked| change(&locked))
         });
         changing.await?
     }
 
-    /// Reads the files that changed. Whether there was one that this process has not changed itself.
+    /// Reads changed files. Returns whether another process has changed one.
     ///
     /// # Errors
-    /// When the folder cannot be read. A file that cannot be is logged.
+    /// When the directory cannot be read. An unreadable file is logged.
     pub fn reload(&self) -> io::Result<bool> {
         let mut names: BTreeSet<Fingerprint> = self.records().keys().copied().collect();
         match self.folder().read_dir() {
@@ -183,8 +184,8 @@ impl Nodes {
         let mut changed = false;
         for name in names {
             let known = self.records().get(&name).cloned();
-            let now = match self.kept(&name, known.as_ref().and_then(Option::as_ref)) {
-                Ok(kept) => kept.map(Some),
+            let now = match self.read_record(&name, known.as_ref().and_then(Option::as_ref)) {
+                Ok(record) => record.map(Some),
                 Err(error) => {
                     if known != Some(None) {
                         let path = self.path(&name).display().to_string();
@@ -194,7 +195,7 @@ impl Nodes {
                 }
             };
             let mut records = self.records();
-            // What this process has changed meanwhile is newer.
+            // A change of this process in the meantime is newer.
             if now != known && records.get(&name) == known.as_ref() {
                 changed = true;
                 match now {
@@ -206,8 +207,8 @@ impl Nodes {
         Ok(changed)
     }
 
-    /// What is in the file now: what is `known`, where it is that file still.
-    fn kept(&self, name: &Fingerprint, known: Option<&Kept>) -> io::Result<Option<Kept>> {
+    /// Reads a record, unless the file is still that of `known`.
+    fn read_record(&self, name: &Fingerprint, known: Option<&ReadRecord>) -> io::Result<Option<ReadRecord>> {
         let path = self.path(name);
         let file = match file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -216,12 +217,12 @@ impl Nodes {
         if let Some(known) = known.filter(|known| known.file == file) {
             return Ok(Some(known.clone()));
         }
-        Ok(Some(Kept { file, record: serde_json::from_slice(&std::fs::read(path)?)? }))
+        Ok(Some(ReadRecord { file, record: serde_json::from_slice(&std::fs::read(path)?)? }))
     }
 
-    /// Every node of which a record was read, by name.
+    /// All readable records, sorted by name.
     pub fn list(&self) -> Vec<NodeRecord> {
-        let mut nodes: Vec<NodeRecord> = self.records().values().flatten().map(|kept| kept.record.clone()).collect();
+        let mut nodes: Vec<NodeRecord> = self.records().values().flatten().map(|it| it.record.clone()).collect();
         nodes.sort_by(|a, b| a.node.cmp(&b.node));
         nodes
     }
@@ -254,21 +255,21 @@ impl Nodes {
         records.get(&Fingerprint::of(node.as_bytes())).and_then(Option::as_ref)?.record.rivals
     }
 
-    /// Writes the nodes of the source, with the ranges of their pods.
+    /// Writes the nodes of the source, with their pod ranges.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn write_known(&self, known: &BTreeMap<Arc<str>, Vec<IpNet>>) -> io::Result<()> {
-        write_atomic(&self.data.join(KNOWN), &serde_json::to_vec(known)?, 0o600)
+    pub fn write_source_nodes(&self, nodes: &BTreeMap<Arc<str>, Vec<IpNet>>) -> io::Result<()> {
+        write_atomic(&self.data.join(SOURCE_NODES), &serde_json::to_vec(nodes)?, 0o600)
     }
 
-    /// Which nodes the source knew last; none when it was never read.
-    pub fn read_known(&self) -> Option<BTreeMap<Arc<str>, Vec<IpNet>>> {
-        serde_json::from_slice(&std::fs::read(self.data.join(KNOWN)).ok()?).ok()
+    /// The nodes of the source when it was last read; `None` if it was never read.
+    pub fn read_source_nodes(&self) -> Option<BTreeMap<Arc<str>, Vec<IpNet>>> {
+        serde_json::from_slice(&std::fs::read(self.data.join(SOURCE_NODES)).ok()?).ok()
     }
 }
 
-/// When a file was written, and its number in the file system.
+/// The modification time and the inode of a file.
 fn file(path: &Path) -> io::Result<(SystemTime, u64)> {
     let metadata = path.metadata()?;
     Ok((metadata.modified()?, metadata.ino()))
@@ -276,15 +277,15 @@ fn file(path: &Path) -> io::Result<(SystemTime, u64)> {
 
 impl Locked<'_> {
     /// # Errors
-    /// When the file cannot be read: the registered key is unknown then.
+    /// When the file cannot be read: the registered key is then unknown.
     fn read(&self, node: &str) -> io::Result<Option<NodeRecord>> {
-        Ok(self.nodes.kept(&Fingerprint::of(node.as_bytes()), None)?.map(|kept| kept.record))
+        Ok(self.nodes.read_record(&Fingerprint::of(node.as_bytes()), None)?.map(|it| it.record))
     }
 
-    /// A token has enrolled the node with `key`, whatever was before.
+    /// Registers `key` after an enrolment. Replaces an earlier record.
     ///
     /// # Errors
-    /// When it cannot be kept.
+    /// When the record cannot be written.
     pub fn enrolled(&self, node: &str, key: &Fingerprint, now: SystemTime, ends: SystemTime) -> io::Result<()> {
         self.write(NodeRecord {
             node: node.to_owned(),
@@ -304,10 +305,10 @@ impl Locked<'_> {
         Ok(self.read(node)?.is_some_and(|it| !it.revoked && it.key == key.to_string() && it.next.is_none()))
     }
 
-    /// Records the use of `key`: a renewed key is the only one from now on. False: it is not registered for the node.
+    /// Records the use of `key`: a renewed key becomes the only key. Returns false if the key is not registered for the node.
     ///
     /// # Errors
-    /// When the record cannot be read, or the change not be kept.
+    /// When the record cannot be read or written.
     pub fn promote(&self, node: &str, key: &Fingerprint, from: SocketAddr) -> io::Result<bool> {
         let Some(record) = self.read(node)? else { return Ok(true) };
         let allowed = record.allows(key);
@@ -317,7 +318,7 @@ impl Locked<'_> {
         Ok(allowed)
     }
 
-    /// Registers `next` for a renewal with `key`. False: `key` may not renew.
+    /// Registers `next` for a renewal with `key`. Returns false if `key` may not renew.
     ///
     /// # Errors
     /// As [`Self::promote`].
@@ -339,8 +340,8 @@ impl Locked<'_> {
         Ok(true)
     }
 
-    /// A key that a renewal has replaced was used again, after the newer one: one of both is a copy's. Returns from where both
-    /// were used, none where `key` is not a former one. The first two are kept.
+    /// Records the use of a former key after the newer one: two processes have a copy of the node's directory. Returns the addresses of
+    /// both, of the first such use; `None` if `key` is not a former key.
     ///
     /// # Errors
     /// As [`Self::promote`].
@@ -359,13 +360,13 @@ impl Locked<'_> {
             node,
             served = %rivals.0,
             refused = %rivals.1,
-            "a key that was renewed is used again: one of both keys is a copy's; revoke the node, and enrol it anew"
+            "a replaced key of the node is used again: one process uses a copy of the node's directory; revoke the node and enrol it again"
         );
         self.write(NodeRecord { rivals: Some(rivals), ..record })?;
         Ok(Some(rivals))
     }
 
-    /// A certificate for `key`, which is registered, after the last has ended. False: it may not.
+    /// Records a renewal with the registered key after the certificate has expired. Returns false if `key` may not renew.
     ///
     /// # Errors
     /// As [`Self::promote`].
@@ -378,17 +379,16 @@ impl Locked<'_> {
         Ok(true)
     }
 
-    /// Revokes the keys of the node until it enrols again. False: it has not enrolled since keys are kept, and the source
-    /// does not know it.
+    /// Revokes the keys of the node until it enrols again. Returns false if the node has no record and is not in the source.
     ///
     /// # Errors
-    /// When it cannot be kept. A record that cannot be read is replaced.
+    /// When the record cannot be written. An unreadable record is replaced.
     pub fn revoke(&self, node: &str) -> io::Result<bool> {
         let record = self.read(node).unwrap_or_else(|error| {
-            tracing::warn!(%error, node, "the record cannot be read, and is replaced");
+            tracing::warn!(%error, node, "record of the node not readable: it is replaced");
             None
         });
-        let known = record.is_some() || self.nodes.read_known().is_some_and(|known| known.contains_key(node));
+        let known = record.is_some() || self.nodes.read_source_nodes().is_some_and(|nodes| nodes.contains_key(node));
         let record = record.unwrap_or_else(|| NodeRecord { node: node.to_owned(), ..NodeRecord::default() });
         self.write(NodeRecord { revoked: true, former: Vec::new(), rivals: None, ..record })?;
         Ok(known)
@@ -398,7 +398,7 @@ impl Locked<'_> {
         let name = Fingerprint::of(record.node.as_bytes());
         let path = self.nodes.path(&name);
         write_atomic(&path, &serde_json::to_vec(&record)?, 0o600)?;
-        self.nodes.records().insert(name, Some(Kept { file: file(&path)?, record }));
+        self.nodes.records().insert(name, Some(ReadRecord { file: file(&path)?, record }));
         Ok(())
     }
 }
@@ -413,9 +413,9 @@ mod tests {
         ([192, 0, 2, last], 1).into()
     }
 
-    /// Whose key was renewed by another has no other way to say so than to come with the key that it has.
+    /// If a copy of the directory renews the key, the other process still uses the former key.
     #[test]
-    fn a_former_key_that_is_used_after_the_new_one_is_kept_as_a_rival_until_the_node_is_revoked() {
+    fn use_of_a_former_key_is_recorded_until_revocation() {
         let folder = tempfile::tempdir().expect("a folder");
         let nodes = Nodes::new(folder.path());
         let key = |name: &str| Fingerprint::of(name.as_bytes());
@@ -463,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn one_key_speaks_for_a_node_and_a_lost_answer_locks_nobody_out() {
+    fn one_key_is_registered_per_node_and_a_missed_answer_is_harmless() {
         let folder = tempfile::tempdir().expect("a folder");
         let nodes = Nodes::new(folder.path());
         let key = |name: &str| Fingerprint::of(name.as_bytes());
@@ -482,7 +482,7 @@ mod tests {
         }
         assert_eq!(admitted(), [true, false, true, false]);
         let is_of = |it| nodes.lock().expect("free").is_of(&node, &key(it)).expect("read");
-        assert!(!is_of("a") && !is_of("c"), "what comes late of an enrolment does not undo a renewal");
+        assert!(!is_of("a") && !is_of("c"), "a late response to an enrolment does not undo a renewal");
         assert_eq!(["a", "b", "c"].map(|it| nodes.awaits(&node, &key(it))), [false, false, true]);
         assert!(promoted("a") && !promoted("b"));
         assert_eq!(admitted(), [true, false, true, false], "the older one shows nothing of the newer");
@@ -504,7 +504,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_nobody_knows_can_be_revoked() {
+    fn unknown_node_can_be_revoked() {
         let folder = tempfile::tempdir().expect("a folder");
         let nodes = Nodes::new(folder.path());
         let key = Fingerprint::of(b"key");
@@ -519,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_process_changed_is_read_and_nothing_else() {
+    fn reload_reads_only_files_changed_by_other_processes() {
         let folder = tempfile::tempdir().expect("a folder");
         let (nodes, other) = (Nodes::new(folder.path()), Nodes::new(folder.path()));
         let key = Fingerprint::of(b"key");

@@ -20,8 +20,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 
+use super::enrol;
 use super::nodes::Locked;
-use super::{Attached, Fanout, RulesPosition, Target, enrol};
+use super::state::{Attached, Fanout, Target, not_registered};
+use super::status::RulesPosition;
 use crate::flows::Inbox;
 use crate::registration::MemberIdentity;
 
@@ -53,13 +55,6 @@ fn node_of<T>(request: &Request<T>) -> Result<(Arc<str>, Fingerprint), Status> {
         (Identity::Node { node, .. }, Some(certificate)) => Ok((Arc::clone(node), certificate.public)),
         _ => Err(Status::permission_denied("only nodes of this cluster may call this")),
     }
-}
-
-/// The answer to a node whose key is not registered.
-pub fn not_registered(node: &str) -> Status {
-    let message =
-        format!("this key is not registered for node {node}: it was revoked, or the node has enrolled again since");
-    Status::permission_denied(message)
 }
 
 #[tonic::async_trait]

@@ -1,18 +1,24 @@
 //! Agents of a member, over real connections.
 
+use std::path::Path;
+
 use hanse_identity::TrustDomain;
 use hanse_identity::ca::Ca;
-use hanse_identity::keys::{Certificate, Credentials, Key, RequestedKey};
+use hanse_identity::keys::{Certificate, Credentials, Fingerprint, Key, RequestedKey};
 use hanse_identity::tls::TlsClient;
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
 use hanse_protocol::{self, Assembled, Assembler};
 use hanse_ruleset::{NodeConfig, RuleSet};
+use ipnet::IpNet;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
+use super::nodes::Nodes;
 use super::*;
+use crate::exchange::model::Position;
+use crate::world::{Compiled, NodeRules};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 const SOON: Duration = Duration::from_secs(20);

@@ -1,4 +1,4 @@
-//! A directory of manifests, polled.
+//! Reads a directory of manifests by polling.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -10,16 +10,16 @@ use hanse_api::assemble::Position;
 use hanse_api::files::{self, Listing};
 use hanse_api::manifest::{Manifests, read_bytes};
 
-use super::{Event, Known, Source};
+use super::{Event, Objects, Source};
 
 #[cfg(test)]
 mod tests;
 
-/// Reads the manifests at and below a path. A file that is removed takes its objects along. A directory without any manifest,
-/// such as the mount point of a volume that is not mounted, counts as unreadable.
+/// Reads the manifests at and below a path. Removing a file deletes its objects. A directory without manifests, such as the mount point
+/// of a volume that is not mounted, counts as unreadable.
 ///
-/// A file counts when it looked the same twice in a row, so that a file is not read while it is written; it is gone when it was
-/// missing twice. So edits apply at the second poll.
+/// A file is read when two consecutive polls find it unchanged, so that a file is not read while it is written. It is deleted when two
+/// consecutive polls do not find it. Edits therefore take effect at the second poll.
 #[derive(Debug)]
 pub struct Directory {
     path: Arc<Path>,
@@ -59,14 +59,14 @@ impl Directory {
     }
 
     /// Lists the directory, and reports what became unreadable, and what is readable again.
-    fn list(&mut self, known: &Known, events: &mut Vec<Event>) -> Listing {
+    fn list(&mut self, objects: &Objects, events: &mut Vec<Event>) -> Listing {
         let listing = files::list(&self.path);
         let mut listing = listing.unwrap_or_else(|error| Listing { unread: vec![error], ..Listing::default() });
         let problem = |why: &dyn std::fmt::Display| format!("cannot be read: {why}; the last version stays in force");
         let unread = listing.unread.drain(..).map(|it| (it.path, problem(&it.source)));
         let mut unlisted: BTreeMap<PathBuf, String> = unread.collect();
         if !unlisted.contains_key(&*self.path) {
-            let emptied = self.emptied(&listing.files, known);
+            let emptied = self.emptied(&listing.files, objects);
             unlisted.extend(emptied.into_iter().map(|path| (path, NO_MANIFESTS.to_owned())));
         }
         let released = self.unlisted.keys().filter(|path| !unlisted.contains_key(*path));
@@ -84,7 +84,7 @@ impl Directory {
 
     /// Directories that exist and have no manifest where they had some: a volume that is not mounted, or a checkout that failed.
     /// At the first poll, the source itself also where it never had any. `listed` is sorted.
-    fn emptied(&self, listed: &[PathBuf], known: &Known) -> BTreeSet<PathBuf> {
+    fn emptied(&self, listed: &[PathBuf], objects: &Objects) -> BTreeSet<PathBuf> {
         let is_missing = |path: &&Arc<Path>| listed.binary_search_by(|file| file.as_path().cmp(path)).is_err();
         let topmost = |path: &Arc<Path>| {
             let above = path.ancestors().skip(1).take_while(|it| it.starts_with(&self.path));
@@ -96,7 +96,7 @@ impl Directory {
         };
         if !self.is_listed {
             let source = listed.is_empty().then(|| self.path.to_path_buf());
-            let kept = known.unloaded().filter(|path| path.starts_with(&self.path));
+            let kept = objects.unloaded().filter(|path| path.starts_with(&self.path));
             return kept.filter(is_missing).filter_map(topmost).chain(source).collect();
         }
         // At the second poll: the only file of a directory may be about to be replaced.
@@ -121,19 +121,19 @@ impl Directory {
 }
 
 impl Source for Directory {
-    fn poll(&mut self, known: &mut Known) -> Vec<Event> {
+    fn poll(&mut self, objects: &mut Objects) -> Vec<Event> {
         let mut events = Vec::new();
         // Files that were read by an earlier process.
-        for origin in known.origins().filter(|origin| origin.starts_with(&self.path)) {
+        for origin in objects.origins().filter(|origin| origin.starts_with(&self.path)) {
             if !self.files.contains_key(origin) {
                 self.files.insert(Arc::clone(origin), File::default());
             }
         }
-        let listing = self.list(known, &mut events);
+        let listing = self.list(objects, &mut events);
         let everything: Arc<Path> = Path::new("").into();
         if self.unlisted.contains_key(&*self.path) {
             // The last good state of an earlier process is as good as one of this process.
-            if !self.is_listed && known.load(&self.path) {
+            if !self.is_listed && objects.load(&self.path) {
                 self.is_listed = true;
                 events.push(Event::Synced(everything));
             }
@@ -153,7 +153,7 @@ impl Source for Directory {
                 file.settling = Some(stamp);
             } else {
                 (file.settling, file.read) = (None, Some(stamp));
-                read(&path, known, &mut events);
+                read(&path, objects, &mut events);
             }
         }
         if is_first {
@@ -164,12 +164,12 @@ impl Source for Directory {
 }
 
 /// Reads one file.
-fn read(path: &Arc<Path>, known: &mut Known, events: &mut Vec<Event>) {
+fn read(path: &Arc<Path>, objects: &mut Objects, events: &mut Vec<Event>) {
     let mut read = Manifests::default();
     let bytes = files::read_file(path);
     match &bytes {
         // An editor, or a copy, that was cut short.
-        Ok(bytes) if bytes.trim_ascii().is_empty() && known.has_good_objects(path) => {
+        Ok(bytes) if bytes.trim_ascii().is_empty() && objects.has_good_objects(path) => {
             read.diagnostics.push(Diagnostic::of_file(path, EMPTY.to_owned()));
         }
         Ok(bytes) => read_bytes(&path.to_string_lossy().into(), bytes, &mut read),
@@ -181,7 +181,7 @@ fn read(path: &Arc<Path>, known: &mut Known, events: &mut Vec<Event>) {
         false => Event::Retain(Arc::clone(path), read.diagnostics),
     });
     events.push(Event::Relist(Arc::clone(path)));
-    for (index, manifest) in (0..).zip(read.objects.into_iter().chain(read.in_doubt)) {
+    for (index, manifest) in (0..).zip(read.objects.into_iter().chain(read.partial)) {
         let (position, manifest) = (Position { origin: Arc::clone(path), index }, Box::new(manifest));
         events.push(match is_good {
             true => Event::Upsert(position, manifest),

@@ -1,4 +1,4 @@
-//! The last good text of each origin, on disk.
+//! Stores the last good text of each origin on disk.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,24 +10,24 @@ use hanse_runtime::files::private_folder;
 use hanse_runtime::health::Writes;
 
 const HEADER: &[u8] = b"hanse-source/2\n";
-/// When a write that failed is tried again.
+/// The interval between retries of a failed write.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
-/// How the files are named where they cannot be written.
+/// The names of the files in reports of failed writes.
 const STATES: &str = "the last good state of the source";
 const REVISION: &str = "the revision of the source";
 
-/// Texts of origins, each in a file of its own with a checksum.
+/// The texts of origins, each in a separate file with a checksum.
 #[derive(Debug)]
 pub struct Kept {
     folder: PathBuf,
     writes: Writes,
     revision: Revision,
-    /// Texts that could not be written.
+    /// Texts whose last write failed.
     unwritten: BTreeMap<Arc<Path>, (Vec<u8>, std::io::Error)>,
     retry_at: Option<Instant>,
 }
 
-/// A number that grows, across restarts too.
+/// A revision that increases, also across restarts.
 #[derive(Debug)]
 struct Revision {
     path: PathBuf,
@@ -46,7 +46,7 @@ impl Revision {
 }
 
 impl Kept {
-    /// In a folder of its own in `data`. `writes` reports what cannot be written there.
+    /// Opens the subdirectory of `data`. `writes`: reports failed writes.
     pub fn open(data: &Path, writes: Writes) -> Self {
         let folder = data.join("source");
         if let Err(error) = private_folder(&folder) {
@@ -60,7 +60,7 @@ impl Kept {
         self.folder.join(format!("{}.kept", blake3::hash(origin.as_os_str().as_encoded_bytes()).to_hex()))
     }
 
-    /// The origins that have a text.
+    /// The origins with a stored text.
     pub fn origins(&self) -> impl Iterator<Item = Arc<Path>> {
         use std::os::unix::ffi::OsStrExt as _;
         let names = self.folder.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
@@ -75,7 +75,7 @@ impl Kept {
         })
     }
 
-    /// The objects of an origin; `None` where its file is absent or damaged.
+    /// The objects of an origin; `None` if its file is missing or damaged.
     pub fn restore(&self, origin: &Path) -> Option<Vec<Manifest>> {
         let name = self.file(origin);
         let file = std::fs::read(&name).ok()?;
@@ -86,7 +86,7 @@ impl Kept {
         objects
     }
 
-    /// Keeps the text of an origin.
+    /// Stores the text of an origin.
     pub fn keep(&mut self, origin: Arc<Path>, text: Vec<u8>) {
         let body = [origin.as_os_str().as_encoded_bytes(), &[0], &text].concat();
         let file = [HEADER, blake3::hash(&body).as_bytes(), &body].concat();
@@ -106,7 +106,7 @@ impl Kept {
         }
     }
 
-    /// The next revision. One that cannot be written may occur again after a restart.
+    /// The next revision. If it cannot be written, it may be reused after a restart.
     pub fn advance(&mut self) -> u64 {
         self.revision.last = self.revision.last.saturating_add(1);
         let written = self.revision.write();
@@ -114,7 +114,7 @@ impl Kept {
         self.revision.last
     }
 
-    /// Writes again what could not be written.
+    /// Retries failed writes.
     pub fn retry(&mut self) {
         if self.retry_at.is_none_or(|at| Instant::now() < at) {
             return;
@@ -138,7 +138,7 @@ impl Kept {
     }
 }
 
-/// The objects in a file, when it is whole and of this origin.
+/// The objects in a file; `None` if it is damaged or belongs to another origin.
 fn objects_of(file: &[u8], origin: &Path) -> Option<Vec<Manifest>> {
     let (hash, body) = file.strip_prefix(HEADER)?.split_at_checked(32)?;
     let text = body.strip_prefix(origin.as_os_str().as_encoded_bytes())?.strip_prefix(&[0])?;
@@ -150,7 +150,7 @@ fn objects_of(file: &[u8], origin: &Path) -> Option<Vec<Manifest>> {
     read.diagnostics.is_empty().then_some(read.objects)
 }
 
-/// Replaces a file in one step. It is not flushed, since there may be many; its checksum shows damage after a crash.
+/// Replaces a file atomically, without flushing, since there may be many. The checksum detects damage after a crash.
 fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let temporary = path.with_extension("new");
     std::fs::write(&temporary, bytes)?;

@@ -1,4 +1,4 @@
-//! Keeps what was last read well of any source, also across restarts: "cannot be read" is never taken for "empty".
+//! Keeps the last good state of any source, also across restarts: an unreadable origin never counts as an empty one.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
@@ -16,32 +16,32 @@ use super::{Changes, Event, LoggedProblems, Source};
 #[cfg(test)]
 mod tests;
 
-/// A source, with the last good state of what it cannot read.
+/// A source, with the last good state of unreadable origins.
 #[derive(Debug)]
 pub struct LastGood<S> {
     source: S,
-    known: Known,
+    objects: Objects,
     logged: LoggedProblems,
-    /// Changes were reported.
+    /// Changes have been reported.
     is_started: bool,
 }
 
-/// The objects in force, by their origins.
+/// The objects in force, by origin.
 #[derive(Debug)]
-pub struct Known {
+pub struct Objects {
     candidates: Candidates,
     origins: BTreeMap<Arc<Path>, Origin>,
-    /// Origins that were good before this start and were not met since.
+    /// Origins with a stored state that the source has not reported since the start.
     unloaded: BTreeSet<Arc<Path>>,
-    /// Scopes that cannot be read.
+    /// Unreadable scopes.
     retained: BTreeMap<Arc<Path>, Vec<Diagnostic>>,
-    /// When the listing of each scope began that is not synced.
+    /// The start of the listing of each scope that is not synced.
     listing: BTreeMap<Arc<Path>, u64>,
-    /// Counts events.
+    /// The number of events.
     clock: u64,
-    /// Everything was synced once.
+    /// The whole source was synced at least once.
     is_synced: bool,
-    /// The texts of origins that did not come back are to be removed.
+    /// The stored states of origins that were not reported must be removed.
     sweeps: bool,
     kept: Kept,
 }
@@ -50,15 +50,15 @@ pub struct Known {
 struct Origin {
     /// It was read completely, now or earlier.
     is_good: bool,
-    /// The objects, with the time when each was sent last.
+    /// The objects, each with the value of `clock` when it was last sent.
     objects: HashMap<(Arc<ObjectKey>, u32), u64>,
 }
 
 impl<S: Source> LastGood<S> {
-    /// `data`: the folder of the member's files. `writes` reports what cannot be written there.
+    /// `data`: the data directory. `writes`: reports failed writes.
     pub fn new(source: S, data: &Path, writes: Writes) -> Self {
         let kept = Kept::open(data, writes);
-        let known = Known {
+        let objects = Objects {
             candidates: Candidates::default(),
             origins: BTreeMap::new(),
             unloaded: kept.origins().collect(),
@@ -69,53 +69,53 @@ impl<S: Source> LastGood<S> {
             sweeps: false,
             kept,
         };
-        Self { source, known, logged: LoggedProblems::default(), is_started: false }
+        Self { source, objects, logged: LoggedProblems::default(), is_started: false }
     }
 
-    /// What changed since the last call. `None`: nothing, or nothing is known yet. May block.
+    /// The changes since the last call. `None`: there are none, or the source is not synced yet. May block.
     pub fn poll(&mut self) -> Option<Changes> {
-        let known = &mut self.known;
-        known.kept.retry();
-        let sweeps = std::mem::take(&mut known.sweeps);
-        let events = self.source.poll(known);
+        let state = &mut self.objects;
+        state.kept.retry();
+        let sweeps = std::mem::take(&mut state.sweeps);
+        let events = self.source.poll(state);
         let mut changed = false;
         for event in events {
-            changed |= known.apply(event);
+            changed |= state.apply(event);
         }
         if sweeps {
-            known.sweep();
+            state.sweep();
         }
-        if !known.is_synced {
-            self.logged.log(&known.problems());
+        if !state.is_synced {
+            self.logged.log(&state.problems());
             return None;
         }
         if !changed && self.is_started {
             return None;
         }
         self.is_started = true;
-        let objects = known.candidates.take_changes();
-        Some(Changes { objects, problems: known.problems(), revision: known.kept.advance() })
+        let objects = state.candidates.take_changes();
+        Some(Changes { objects, problems: state.problems(), revision: state.kept.advance() })
     }
 }
 
-impl Known {
-    /// The origins that have objects in force, or were read without any.
+impl Objects {
+    /// The origins with objects in force, and those that were read without any.
     pub fn origins(&self) -> impl Iterator<Item = &Arc<Path>> {
         self.origins.keys()
     }
 
-    /// The origins that were good before this start and were not met since.
+    /// Origins with a stored state that the source has not reported since the start.
     pub fn unloaded(&self) -> impl Iterator<Item = &Arc<Path>> {
         self.unloaded.iter()
     }
 
-    /// Whether an origin has objects from a complete reading.
+    /// Whether an origin has objects and was read completely.
     pub fn has_good_objects(&mut self, origin: &Path) -> bool {
         self.load(origin);
         self.origins.get(origin).is_some_and(|it| it.is_good && !it.objects.is_empty())
     }
 
-    /// Restores the last good state of what is in a scope; whether there is any.
+    /// Restores the stored state of a scope. Returns whether the scope has an origin.
     pub fn load(&mut self, scope: &Path) -> bool {
         for origin in within(&self.unloaded, scope) {
             self.unloaded.remove(&origin);
@@ -128,7 +128,7 @@ impl Known {
         self.origins.range::<Path, _>(from(scope)).next().is_some_and(|(origin, _)| origin.starts_with(scope))
     }
 
-    /// Whether an event changed what is in force, or what is known to be wrong.
+    /// Applies an event. Returns whether objects in force or problems changed.
     fn apply(&mut self, event: Event) -> bool {
         self.clock += 1;
         match event {
@@ -202,7 +202,7 @@ impl Known {
         }
     }
 
-    /// Deletes what was not sent since the listing of a scope began, unless it is the last good state of what cannot be read.
+    /// Deletes the objects of a scope that were not sent since its listing started, unless they are retained.
     fn synced(&mut self, scope: &Arc<Path>) -> bool {
         let mut changed = false;
         if let Some(began) = self.listing.remove(scope) {
@@ -235,14 +235,14 @@ impl Known {
         !self.retained.is_empty() && origin.ancestors().any(|scope| self.retained.contains_key(scope))
     }
 
-    /// Removes the texts of origins that did not come back: they would be restored when the source cannot be read later.
+    /// Removes the stored states of origins that no longer exist. Otherwise they would be restored when the source is unreadable later.
     fn sweep(&mut self) {
         for origin in std::mem::take(&mut self.unloaded) {
             self.kept.forget(&origin);
         }
     }
 
-    /// Everything that is wrong now.
+    /// All current problems.
     fn problems(&self) -> Vec<Diagnostic> {
         self.retained.values().flatten().chain(self.candidates.diagnostics()).cloned().collect()
     }

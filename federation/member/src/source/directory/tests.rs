@@ -68,7 +68,7 @@ fn check(world: &mut World, pods: &[&str], problems: usize) -> Vec<Diagnostic> {
 }
 
 #[test]
-fn a_broken_file_keeps_its_last_good_state() {
+fn broken_file_keeps_its_last_good_state() {
     let mut world = World::new();
     assert!(world.look().is_none(), "a directory that cannot be read is not an empty one");
     std::fs::create_dir(world.path("")).expect("made");
@@ -91,7 +91,7 @@ fn a_broken_file_keeps_its_last_good_state() {
 }
 
 #[test]
-fn the_last_good_state_outlives_a_restart() {
+fn keeps_last_good_state_across_restart() {
     let mut world = World::new();
     std::fs::create_dir(world.path("")).expect("made");
     world.write("pod.yaml", POD);
@@ -133,7 +133,7 @@ fn the_last_good_state_outlives_a_restart() {
 
 /// Of a file that never was good the rest is taken, and a policy of which something is not known as far as it closes.
 #[test]
-fn a_policy_that_never_was_known_whole_closes() {
+fn policy_without_a_good_version_fails_closed() {
     let policy = |spec: &str| {
         let head = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: a}\n";
         format!("{head}spec: {spec}\n")
@@ -165,7 +165,7 @@ fn a_policy_that_never_was_known_whole_closes() {
 
 /// A link whose target is away stands for a mount that is: neither its files nor its neighbours are taken for gone.
 #[test]
-fn what_cannot_be_looked_at_is_not_gone() {
+fn unreadable_path_keeps_its_objects() {
     use std::os::unix::fs::symlink;
     let mut world = World::new();
     std::fs::create_dir_all(world.path("../volume")).expect("made");
@@ -192,7 +192,7 @@ fn what_cannot_be_looked_at_is_not_gone() {
 }
 
 #[test]
-fn a_start_without_the_source_begins_with_what_was_good() {
+fn start_without_source_uses_last_good_state() {
     let mut world = World::new();
     std::fs::create_dir(world.path("")).expect("made");
     world.write("a.yaml", &pod("p", "10.0.0.1"));
@@ -213,7 +213,7 @@ fn a_start_without_the_source_begins_with_what_was_good() {
 
 /// A volume that is not mounted leaves an empty directory, and so does a checkout that failed.
 #[test]
-fn a_directory_that_is_empty_keeps_what_was_read_last() {
+fn empty_source_directory_keeps_its_objects() {
     let mut world = World::new();
     std::fs::create_dir(world.path("")).expect("made");
     assert!(world.look().is_none(), "nothing was ever read: unknown, not empty");
@@ -240,7 +240,7 @@ fn a_directory_that_is_empty_keeps_what_was_read_last() {
 
 /// Below the source as well; one that is removed is removed.
 #[test]
-fn a_directory_below_that_is_empty_keeps_what_was_read_last() {
+fn empty_subdirectory_keeps_its_objects() {
     let mut world = World::new();
     for directory in ["", "volume", "volume/deep"] {
         std::fs::create_dir(world.path(directory)).expect("made");
@@ -277,7 +277,7 @@ fn a_directory_below_that_is_empty_keeps_what_was_read_last() {
 
 /// Not brought back when the source, or another one, cannot be read later.
 #[test]
-fn what_went_while_nobody_looked_is_gone() {
+fn removes_files_deleted_while_stopped() {
     let mut world = World::new();
     std::fs::create_dir(world.path("")).expect("made");
     world.write("a.yaml", &pod("p", "10.0.0.1"));
@@ -296,7 +296,7 @@ fn what_went_while_nobody_looked_is_gone() {
 }
 
 #[test]
-fn what_is_being_written_is_not_taken() {
+fn ignores_files_that_are_being_written() {
     let mut world = World::new();
     std::fs::create_dir(world.path("")).expect("made");
     world.write("a.yaml", &format!("{}---\n{}", pod("p", "10.0.0.1"), pod("q", "10.0.0.2")));
@@ -321,7 +321,7 @@ fn what_is_being_written_is_not_taken() {
 }
 
 #[test]
-fn a_mounted_volume_is_swapped_as_a_whole() {
+fn mounted_volume_is_replaced_atomically() {
     use std::os::unix::fs::symlink;
     let mut world = World::new();
     std::fs::create_dir_all(world.path("..1")).expect("made");

@@ -11,7 +11,7 @@ use super::*;
 struct Script(VecDeque<Vec<Event>>);
 
 impl Source for Script {
-    fn poll(&mut self, _: &mut Known) -> Vec<Event> {
+    fn poll(&mut self, _: &mut Objects) -> Vec<Event> {
         self.0.pop_front().unwrap_or_default()
     }
 }
