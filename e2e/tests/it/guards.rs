@@ -41,8 +41,8 @@ fn without_policy(cluster: &Cluster, node: &str, pods: &[&Pod], number: u64) -> 
 }
 
 #[test]
-fn a_new_pod_is_closed_until_it_is_named_and_never_sends_from_another_address() {
-    let name = "guards::a_new_pod_is_closed_until_it_is_named_and_never_sends_from_another_address";
+fn new_pod_is_denied_until_it_has_rules_and_cannot_spoof() {
+    let name = "guards::new_pod_is_denied_until_it_has_rules_and_cannot_spoof";
     sandbox::test(name, || {
         let clusters = demo();
         let find = |name: &str| {

@@ -283,8 +283,8 @@ fn random_worlds_have_one_verdict() {
 }
 
 #[test]
-fn the_corpus_has_one_verdict() {
-    sandbox::test("kernel::the_corpus_has_one_verdict", || {
+fn kernel_agrees_with_the_corpus() {
+    sandbox::test("kernel::kernel_agrees_with_the_corpus", || {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../federation/cli/tests/it/corpus");
         let mut counts = Counts::default();
         for name in CORPUS {

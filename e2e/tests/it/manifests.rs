@@ -120,7 +120,7 @@ fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
 
 /// The backend is chosen in one file of the agent; everything else uses the trait.
 #[test]
-fn one_file_of_the_agent_names_its_backend() {
+fn only_one_agent_file_names_the_backend() {
     fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
         for entry in directory.read_dir().expect("a directory of sources").flatten() {
             match entry.path() {

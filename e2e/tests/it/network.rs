@@ -67,8 +67,8 @@ fn without_an_agent_a_forged_source_arrives() {
 }
 
 #[test]
-fn what_is_built_is_removed() {
-    sandbox::test("network::what_is_built_is_removed", || {
+fn teardown_removes_all_namespaces() {
+    sandbox::test("network::teardown_removes_all_namespaces", || {
         let clusters = demo();
         let mut fabric = Fabric::build(&clusters).expect("the network");
         let pods: usize = clusters.iter().map(|cluster| cluster.pods.len()).sum();

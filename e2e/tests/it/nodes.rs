@@ -110,8 +110,8 @@ fn run(program: &str, arguments: &[&str]) -> Output {
 }
 
 #[test]
-fn a_node_without_rules_is_closed_with_nobody_to_ask() {
-    sandbox::test("nodes::a_node_without_rules_is_closed_with_nobody_to_ask", || {
+fn node_without_rules_denies_without_a_member() {
+    sandbox::test("nodes::node_without_rules_denies_without_a_member", || {
         let world = World::new();
         let fabric = Fabric::build(std::slice::from_ref(&world.cluster)).expect("the network");
         let (from, to) = (world.pod("trainer-1"), world.pod("registry-0"));
@@ -149,8 +149,8 @@ fn a_node_without_rules_is_closed_with_nobody_to_ask() {
 }
 
 #[test]
-fn a_node_is_let_in_by_the_key_that_enrolled_last() {
-    sandbox::test("nodes::a_node_is_let_in_by_the_key_that_enrolled_last", || {
+fn only_the_key_of_the_last_enrolment_is_accepted() {
+    sandbox::test("nodes::only_the_key_of_the_last_enrolment_is_accepted", || {
         let world = World::new();
         let fabric = Fabric::build(std::slice::from_ref(&world.cluster)).expect("the network");
         let mut system = world.join(&fabric, None);
@@ -213,8 +213,8 @@ fn a_node_is_let_in_by_the_key_that_enrolled_last() {
 
 /// Its directory is gone, so that it has another authority than the one at which the node enrolled.
 #[test]
-fn a_node_enrols_anew_at_a_member_that_was_set_up_anew() {
-    sandbox::test("nodes::a_node_enrols_anew_at_a_member_that_was_set_up_anew", || {
+fn node_enrols_again_at_a_new_member() {
+    sandbox::test("nodes::node_enrols_again_at_a_new_member", || {
         let world = World::new();
         let fabric = Fabric::build(std::slice::from_ref(&world.cluster)).expect("the network");
         let mut system = world.join(&fabric, None);
@@ -269,8 +269,8 @@ fn a_node_enrols_anew_at_a_member_that_was_set_up_anew() {
 }
 
 #[test]
-fn a_certificate_that_has_ended_is_renewed_late_or_by_a_token() {
-    sandbox::test("nodes::a_certificate_that_has_ended_is_renewed_late_or_by_a_token", || {
+fn expired_certificate_is_renewed_late_or_by_token() {
+    sandbox::test("nodes::expired_certificate_is_renewed_late_or_by_token", || {
         let world = World::new();
         let fabric = Fabric::build(std::slice::from_ref(&world.cluster)).expect("the network");
         let mut system = world.join(&fabric, Some(4));

@@ -21,7 +21,7 @@ fn seed() -> u64 {
 
 /// The seeds of runs are the printed one and those that follow it.
 #[test]
-fn whatever_happens_nothing_is_lost_and_no_policy_opens_a_gap() {
+fn random_faults_neither_drop_objects_nor_open_gaps() {
     let seed = seed();
     println!("seed {seed}");
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
@@ -29,10 +29,10 @@ fn whatever_happens_nothing_is_lost_and_no_policy_opens_a_gap() {
         let mut fleet = Fleet::new(Random(run), &mut counts);
         for step in 0..STEPS {
             fleet.at = format!("seed {run}, step {step}");
-            fleet.something_happens();
+            fleet.random_event();
         }
         fleet.at = format!("seed {run}, at rest");
-        fleet.come_to_rest();
+        fleet.settle();
     }
     println!("{counts:#?}");
     for (what, least) in [
@@ -68,32 +68,32 @@ fn large<'a>(counts: &'a mut BTreeMap<&'static str, usize>) -> Fleet<'a> {
     let mut fleet = Fleet::new(Random(1), counts);
     fleet.apply_policy("everything", "all()", &[0, 2], ClusterScope::All);
     fleet.set_pods(1, (0..2_000).map(|number| (format!("pod-{number}"), "web")));
-    fleet.come_to_rest();
+    fleet.settle();
     fleet
 }
 
 #[test]
-fn a_stream_that_resumes_is_sent_what_changed() {
+fn resumed_stream_receives_changes_only() {
     let mut counts = BTreeMap::new();
     let mut fleet = large(&mut counts);
     let whole = fleet.bytes_received(0);
     fleet.cut_watch(0);
     fleet.set_pod(1, "pod-7", "app", "db");
     fleet.remove_pod(1, "pod-8");
-    fleet.come_to_rest();
+    fleet.settle();
     let resumed = fleet.bytes_received(0) - whole;
     assert!(resumed < 2_000 && whole > 50_000, "{resumed} bytes after {whole}");
     // The publisher too goes on where it was, also at a hub that is asked anew after its own restart of the stream.
     let published = fleet.bytes_published(1);
     fleet.cut_publish(1);
     fleet.set_pod(1, "pod-9", "app", "db");
-    fleet.come_to_rest();
+    fleet.settle();
     let again = fleet.bytes_published(1) - published;
     assert!(again < 2_000, "{again} bytes published after {published}");
 }
 
 #[test]
-fn a_slow_receiver_is_sent_the_newest_once_and_makes_nobody_wait() {
+fn slow_receiver_gets_the_newest_state_once_and_delays_no_other() {
     let mut counts = BTreeMap::new();
     let mut fleet = large(&mut counts);
     fleet.stall(0);
@@ -104,15 +104,15 @@ fn a_slow_receiver_is_sent_the_newest_once_and_makes_nobody_wait() {
         fleet.pump();
     }
     assert_eq!(fleet.bytes_received(0), before.0, "it is stalled");
-    assert!(fleet.holds_all_of(2, 1), "the others went on");
+    assert!(fleet.has_all_of(2, 1), "the others went on");
     fleet.resume(0);
-    fleet.come_to_rest();
+    fleet.settle();
     let (slow, fast) = (fleet.bytes_received(0) - before.0, fleet.bytes_received(2) - before.1);
     assert!(slow * 10 < fast, "10,000 changes of 200 pods came to {slow} bytes, and to {fast} for one that kept up");
 }
 
 #[test]
-fn a_withdrawal_goes_ahead_of_everything() {
+fn withdrawal_overtakes_queued_messages() {
     let mut counts = BTreeMap::new();
     let mut fleet = large(&mut counts);
     fleet.stall(0);
@@ -123,25 +123,25 @@ fn a_withdrawal_goes_ahead_of_everything() {
     fleet.deliver_one(0);
     fleet.withdraw(1);
     fleet.deliver_one(0);
-    assert!(!fleet.holds_any_of(0, 1), "the next message after a withdrawal is the withdrawal");
+    assert!(!fleet.has_any_of(0, 1), "the next message after a withdrawal is the withdrawal");
 }
 
 #[test]
-fn a_hub_that_restarts_makes_nobody_forget_and_no_policy_come_early() {
+fn hub_restart_keeps_member_state_and_policy_order() {
     let mut counts = BTreeMap::new();
     let mut fleet = large(&mut counts);
     fleet.restart_hub();
-    fleet.start_anew(3);
+    fleet.restart_without_state(3);
     fleet.apply_policy("late", "app == 'web'", &[0, 3], ClusterScope::All);
     // Cluster 1 lives and has not published to this hub yet; the receivers are connected.
     for _ in 0..100 {
         fleet.deliver_one(0);
         fleet.deliver_one(3);
     }
-    assert!(fleet.holds_all_of(0, 1), "what it holds, it keeps");
+    assert!(fleet.has_all_of(0, 1), "what it holds, it keeps");
     assert!(!fleet.enforces(0, "late") && !fleet.enforces(3, "late"), "the policy waits for cluster 1");
     fleet.pump();
-    assert!(fleet.enforces(0, "late") && fleet.enforces(3, "late") && fleet.holds_all_of(3, 1));
+    assert!(fleet.enforces(0, "late") && fleet.enforces(3, "late") && fleet.has_all_of(3, 1));
 }
 
 /// A Guard rule with 400 names of service accounts of 58 bytes.
@@ -157,16 +157,16 @@ fn guard_of_many_accounts() -> String {
 }
 
 #[test]
-fn a_policy_that_selects_in_more_than_a_message_takes_reaches_a_member_that_reconnects() {
+fn policy_with_an_oversized_selection_reaches_a_reconnecting_member() {
     let mut counts = BTreeMap::new();
     let mut fleet = large(&mut counts);
     fleet.apply_manifest("guard", &guard_of_many_accounts(), &[0]);
-    fleet.come_to_rest();
+    fleet.settle();
     fleet.cut_watch(0);
     // All of this happens while the member is away, and after it has come back.
     fleet.set_pod(1, "pod-7", "app", "db");
     fleet.pump();
-    assert!(fleet.sees_label(0, 1, "pod-7", "app", "db"), "a relabelled pod");
+    assert!(fleet.has_label(0, 1, "pod-7", "app", "db"), "a relabelled pod");
     assert_eq!(fleet.problems(0), [], "what the hub derives it reads back");
     fleet.cut_watch(0);
     fleet.delete_policy("guard");
@@ -175,27 +175,27 @@ fn a_policy_that_selects_in_more_than_a_message_takes_reaches_a_member_that_reco
     fleet.cut_watch(0);
     fleet.withdraw(1);
     fleet.pump();
-    assert!(!fleet.holds_any_of(0, 1), "a revoked cluster");
+    assert!(!fleet.has_any_of(0, 1), "a revoked cluster");
 }
 
 #[test]
-fn a_selection_that_the_hub_cannot_read_is_widened_and_reported() {
+fn unreadable_selection_is_widened_and_reported() {
     let mut counts = BTreeMap::new();
     let mut fleet = large(&mut counts);
     // From an earlier version, of the member's own policies.
-    fleet.register_too_long(3);
+    fleet.register_oversized(3);
     for when in ["while the stream is open", "at its opening"] {
-        fleet.come_to_rest();
+        fleet.settle();
         let problems = fleet.problems(3);
         let [ReceiveProblem::SelectionRejected(part)] = &problems[..] else { panic!("{when}: {problems:?}") };
         assert!(part.contains("own[0].selector"), "{when}: {part}");
-        assert!(fleet.holds_all_of(3, 1), "{when}: everything comes in its place");
+        assert!(fleet.has_all_of(3, 1), "{when}: everything comes in its place");
         fleet.set_pod(1, "pod-7", "app", when.split(' ').next().expect("a word"));
         fleet.pump();
-        assert!(fleet.sees_label(3, 1, "pod-7", "app", when.split(' ').next().expect("a word")), "{when}");
+        assert!(fleet.has_label(3, 1, "pod-7", "app", when.split(' ').next().expect("a word")), "{when}");
         fleet.cut_watch(3);
     }
     fleet.register_nothing(3);
-    fleet.come_to_rest();
+    fleet.settle();
     assert_eq!(fleet.problems(3), []);
 }

@@ -173,8 +173,8 @@ fn nothing_is_lost_or_let_through_when_processes_are_killed() {
 
 /// Everything is denied; then all but the notebook is allowed, whose endpoint the enforcing cluster was never sent.
 #[test]
-fn a_policy_that_arrives_before_the_endpoints_it_denies_opens_no_gap() {
-    sandbox::test("system::a_policy_that_arrives_before_the_endpoints_it_denies_opens_no_gap", || {
+fn policy_before_its_endpoints_opens_no_gap() {
+    sandbox::test("system::policy_before_its_endpoints_opens_no_gap", || {
         let world = World::new();
         let fabric = Fabric::build(&world.clusters).expect("the network");
         let listeners = world.listen(&fabric);
@@ -251,8 +251,8 @@ fn a_policy_that_arrives_before_the_endpoints_it_denies_opens_no_gap() {
 
 /// A rule's selection that is longer than what a member may request: what the hub derives it reads back when a member reconnects.
 #[test]
-fn a_very_long_selection_makes_no_member_deaf_when_it_reconnects() {
-    sandbox::test("system::a_very_long_selection_makes_no_member_deaf_when_it_reconnects", || {
+fn member_with_an_oversized_selection_receives_after_reconnecting() {
+    sandbox::test("system::member_with_an_oversized_selection_receives_after_reconnecting", || {
         let world = World::new();
         let fabric = Fabric::build(&world.clusters).expect("the network");
         let _listeners = world.listen(&fabric);
@@ -323,8 +323,8 @@ fn deny_everything_is_curable_from_the_hub() {
 }
 
 #[test]
-fn what_exceeds_a_grant_is_refused_by_itself_and_seen_by_nobody() {
-    sandbox::test("system::what_exceeds_a_grant_is_refused_by_itself_and_seen_by_nobody", || {
+fn object_outside_the_grant_is_refused_and_not_distributed() {
+    sandbox::test("system::object_outside_the_grant_is_refused_and_not_distributed", || {
         let world = World::new();
         let fabric = Fabric::build(&world.clusters).expect("the network");
         let _listeners = world.listen(&fabric);
