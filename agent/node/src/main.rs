@@ -48,9 +48,9 @@ struct Cli {
 enum Command {
     /// Enrol the node if needed, and enforce its policy.
     Run(Box<RunArgs>),
-    /// Remove all rules of Hanse from the kernel. Pods are open afterwards.
+    /// Remove all rules of Hanse from the kernel. All traffic of pods is allowed afterwards.
     Cleanup(CleanupArgs),
-    /// Show what is enforced on this node.
+    /// Show the enforcement status of this node.
     Status(StatusArgs),
 }
 
@@ -71,12 +71,12 @@ struct RunArgs {
     /// File with a node token; required until the node has enrolled, and again if the member refuses the node.
     #[arg(long, value_name = "FILE", help_heading = "Member")]
     token_file: Option<PathBuf>,
-    /// Interface that leads out of the node; repeatable. Default: interfaces with a route to more than one address outside of the node's
-    /// pod ranges.
+    /// External interface of the node; repeatable. Default: interfaces with a route to more than one address outside of the node's pod
+    /// ranges.
     #[arg(long, value_name = "INTERFACE", help_heading = "Enforcement")]
     uplink: Vec<String>,
-    /// Range of the node's pods, closed until the first rules arrive; repeatable. Default: the ranges that the member sent last, at
-    /// enrolment or with rules.
+    /// Pod range of the node, whose traffic is denied until the first rules arrive; repeatable. Default: the ranges that the member last
+    /// sent, at enrolment or with rules.
     #[arg(long, value_name = "CIDR", help_heading = "Enforcement")]
     pod_range: Vec<IpNet>,
     #[command(flatten)]
@@ -100,7 +100,7 @@ struct Marks {
     /// Bits of the connection mark that Hanse uses: at least 8, contiguous.
     #[arg(long, value_name = "MASK", value_parser = parse_mask, default_value = "0xffff0000", help_heading = "Enforcement")]
     ct_mark_mask: u32,
-    /// Bits of the packet mark that Hanse uses while it judges a packet: at least 2, contiguous.
+    /// Bits of the packet mark that Hanse uses while it evaluates a packet: at least 2, contiguous.
     #[arg(long, value_name = "MASK", value_parser = parse_mask, default_value = "0x00300000", help_heading = "Enforcement")]
     packet_mark_mask: u32,
 }

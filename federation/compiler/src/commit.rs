@@ -44,7 +44,7 @@ impl Compiler {
         }
         let set_changes = self.pools.take_changes();
         for (set, _, delta) in &set_changes {
-            for profile in self.pools.held(*set).profiles.iter() {
+            for profile in self.pools.set(*set).profiles.iter() {
                 let profile = &mut self.nodes.profiles.all[profile];
                 profile.digest.add(*delta);
                 profile.nodes.iter().for_each(|node| self.nodes.dirty.insert(node));
@@ -294,16 +294,16 @@ impl Compiler {
     /// Adds changes of sets to the nodes that had these sets and still have them.
     fn add_set_changes(&mut self, set_changes: Vec<(SetIndex, SetChange, Digest)>, changes: &mut Changes) {
         for (set, change, _) in set_changes {
-            let (held, change) = (self.pools.held(set), Arc::new(change));
-            for profile in held.profiles.iter() {
+            let (stored, change) = (self.pools.set(set), Arc::new(change));
+            for profile in stored.profiles.iter() {
                 for node in self.nodes.profiles.all[profile].nodes.iter() {
                     let name = &self.inventory.nodes[node];
                     if !changes.nodes.contains_key(name) {
                         changes.nodes.insert(name.clone(), NodeChange::default());
                     }
                     let Some(NodeChange { step, .. }) = changes.nodes.get_mut(name) else { continue };
-                    if step.objects.sets_added.binary_search(&held.id).is_err() {
-                        step.set_changes.push((held.id, change.clone()));
+                    if step.objects.sets_added.binary_search(&stored.id).is_err() {
+                        step.set_changes.push((stored.id, change.clone()));
                     }
                 }
             }

@@ -203,7 +203,7 @@ impl Compiler {
         let units = profile.units.keys().map(|unit| &self.chains.units[*unit]);
         let policies = units.map(|unit| (unit.id, unit.policy.clone())).collect();
         let chains = profile.chains.iter().map(|chain| &self.chains.chains[chain]);
-        let chains = chains.map(|held| (held.id, held.chain.clone())).collect();
+        let chains = chains.map(|stored| (stored.id, stored.chain.clone())).collect();
         let sets: Vec<SetIndex> = profile.sets.keys().copied().collect();
         let sets =
             sets.into_iter().map(|set| self.pools.whole(&self.inventory, set)).map(|set| (set.id, set)).collect();

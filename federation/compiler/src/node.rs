@@ -95,7 +95,7 @@ impl Profiles {
             let mut copy = self.all[from].clone();
             copy.nodes = IdSet::default();
             for set in copy.sets.keys() {
-                pools.held_mut(*set).profiles.insert(self.all.next_id());
+                pools.set_mut(*set).profiles.insert(self.all.next_id());
             }
             self.all[from].nodes.remove(node);
             copy.nodes.insert(node);
@@ -107,18 +107,18 @@ impl Profiles {
         let mut objects = Objects::default();
         for (list, gained) in [(&step.2, true), (&step.1, false)] {
             for chain in list {
-                let held = &chains.chains[*chain];
-                let digest = Digest::of_chain(held.id);
+                let stored = &chains.chains[*chain];
+                let digest = Digest::of_chain(stored.id);
                 if gained {
                     profile.chains.insert(*chain);
                     profile.digest.add(digest);
-                    objects.chains_added.push(held.id);
+                    objects.chains_added.push(stored.id);
                 } else {
                     profile.chains.remove(*chain);
                     profile.digest.remove(digest);
-                    objects.chains_removed.push(held.id);
+                    objects.chains_removed.push(stored.id);
                 }
-                for unit in &held.units {
+                for unit in &stored.units {
                     let count = profile.units.entry(*unit).or_default();
                     touched_units.entry(*unit).or_insert(*count);
                     *count = if gained { *count + 1 } else { *count - 1 };
@@ -159,17 +159,17 @@ impl Profiles {
             if after == 0 {
                 profile.sets.remove(&set);
             }
-            let held = pools.held_mut(set);
+            let stored = pools.set_mut(set);
             match (before, after) {
                 (0, 1..) => {
-                    held.profiles.insert(to);
-                    profile.digest.add(held.digest);
-                    objects.sets_added.push(held.id);
+                    stored.profiles.insert(to);
+                    profile.digest.add(stored.digest);
+                    objects.sets_added.push(stored.id);
                 }
                 (1.., 0) => {
-                    held.profiles.remove(to);
-                    profile.digest.remove(held.digest);
-                    objects.sets_removed.push(held.id);
+                    stored.profiles.remove(to);
+                    profile.digest.remove(stored.digest);
+                    objects.sets_removed.push(stored.id);
                 }
                 _ => {}
             }
@@ -194,7 +194,7 @@ impl Profiles {
         }
         let profile = self.all.remove(index);
         for set in profile.sets.keys() {
-            pools.held_mut(*set).profiles.remove(index);
+            pools.set_mut(*set).profiles.remove(index);
         }
     }
 }

@@ -1,10 +1,9 @@
 //! The sets that rules name: the endpoints of a selector, a port name or a service, as addresses, nets and sockets.
 //!
-//! A *pool* is the endpoints of a clause: a selector in a scope, or a port name in a scope, of all pods or of those that a
-//! selector selects. It has up to two sets per
-//! part, the certain and the possible members; while these do not differ, one set serves as both. Where they differ, both
-//! get names of their own: contents may be newer than rules, and a Deny rule that still reads the old name must never see
-//! fewer members. A *set* is held while a compiled policy names it.
+//! A *pool* is the endpoints of a clause: a selector in a scope, or a port name in a scope, of all pods or of those of a selector. It has
+//! up to two sets per part: the certain and the possible members. If these are equal, one set serves as both. If they differ, both get
+//! new ids: sets may be updated before rules, and a Deny rule that still refers to the old id must never see fewer members. A *set* exists
+//! while a compiled policy refers to it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -36,7 +35,7 @@ enum Part {
     Nets,
 }
 
-/// Which members a set holds.
+/// The members of a pool that a set contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum View {
     /// All, none of them being unknown.
@@ -76,7 +75,7 @@ enum Meaning {
 }
 
 #[derive(Debug)]
-pub(crate) struct HeldSet {
+pub(crate) struct StoredSet {
     pub id: SetId,
     meaning: Meaning,
     /// Compiled policies that name it.
@@ -84,7 +83,7 @@ pub(crate) struct HeldSet {
     pub digest: Digest,
     /// All members, while none changed since the last request.
     whole: Option<Arc<Set>>,
-    /// How many network sets hold each net.
+    /// The number of network sets that contain each net.
     nets: BTreeMap<IpNet, u32>,
     /// Profiles that have it.
     pub profiles: IdSet<ProfileIndex>,
@@ -104,7 +103,7 @@ pub(crate) struct Pools {
     by_selector: FastMap<SelectorId, SmallVec<[PoolId; 2]>>,
     /// Those of port names of all pods.
     by_port: FastMap<Arc<str>, SmallVec<[PoolId; 2]>>,
-    sets: Slab<SetIndex, HeldSet>,
+    sets: Slab<SetIndex, StoredSet>,
     pub sets_by_id: FastMap<SetId, SetIndex>,
     service_sets: FastMap<(ServiceKey, bool), SetIndex>,
     /// Members that come (positive) and go, since the last commit.
@@ -184,7 +183,7 @@ impl Pools {
         self.shapes.remove(&id);
     }
 
-    /// The sets that together hold a pool's certain or possible members.
+    /// The sets that together contain the certain or the possible members of a pool.
     pub fn sets_of(&mut self, inventory: &IndexedInventory, id: PoolId, possible: bool) -> SmallVec<[SetIndex; 2]> {
         let shape = self.pools[id].shape();
         let mut sets = SmallVec::new();
@@ -208,7 +207,7 @@ impl Pools {
         }
         let meaning = Meaning::Pool { pool: id, part, view };
         let (set_id, members, nets) = pool.members(inventory, part, view);
-        let index = self.hold(set_id, meaning, members, nets);
+        let index = self.insert_set(set_id, meaning, members, nets);
         self.pools[id].sets[part as usize][view as usize] = Some(index);
         index
     }
@@ -223,14 +222,14 @@ impl Pools {
         let id = SetId::of_meaning(&["service", &service.namespace, &service.name, kind]);
         let members = service_members(inventory.service(&key.0), sockets);
         let meaning = Meaning::Service { key: key.0.clone(), sockets };
-        let index = self.hold(id, meaning, members, BTreeMap::new());
+        let index = self.insert_set(id, meaning, members, BTreeMap::new());
         self.service_sets.insert(key, index);
         index
     }
 
-    fn hold(&mut self, id: SetId, meaning: Meaning, members: Members, nets: BTreeMap<IpNet, u32>) -> SetIndex {
+    fn insert_set(&mut self, id: SetId, meaning: Meaning, members: Members, nets: BTreeMap<IpNet, u32>) -> SetIndex {
         let set = Set { id, members };
-        let held = HeldSet {
+        let stored = StoredSet {
             id,
             meaning,
             references: 0,
@@ -239,32 +238,32 @@ impl Pools {
             nets,
             profiles: IdSet::default(),
         };
-        let index = self.sets.insert(held);
+        let index = self.sets.insert(stored);
         self.sets_by_id.insert(id, index);
         index
     }
 
-    pub fn held(&self, set: SetIndex) -> &HeldSet {
+    pub fn set(&self, set: SetIndex) -> &StoredSet {
         &self.sets[set]
     }
 
-    pub fn held_mut(&mut self, set: SetIndex) -> &mut HeldSet {
+    pub fn set_mut(&mut self, set: SetIndex) -> &mut StoredSet {
         &mut self.sets[set]
     }
 
     pub fn refer(&mut self, set: SetIndex) {
-        self.held_mut(set).references += 1;
+        self.set_mut(set).references += 1;
     }
 
     pub fn release(&mut self, set: SetIndex) {
-        let held = self.held_mut(set);
-        held.references -= 1;
-        if held.references > 0 {
+        let stored = self.set_mut(set);
+        stored.references -= 1;
+        if stored.references > 0 {
             return;
         }
-        let held = self.sets.remove(set);
-        self.sets_by_id.remove(&held.id);
-        match held.meaning {
+        let stored = self.sets.remove(set);
+        self.sets_by_id.remove(&stored.id);
+        match stored.meaning {
             Meaning::Pool { pool, part, view } => {
                 // The pool may have been removed before its sets.
                 if let Some(pool) =
@@ -279,17 +278,17 @@ impl Pools {
 
     /// A set with all its members.
     pub fn whole(&mut self, inventory: &IndexedInventory, set: SetIndex) -> Arc<Set> {
-        let held = self.held(set);
-        if let Some(whole) = &held.whole {
+        let stored = self.set(set);
+        if let Some(whole) = &stored.whole {
             return whole.clone();
         }
-        let members = match &held.meaning {
+        let members = match &stored.meaning {
             Meaning::Service { key, sockets } => service_members(inventory.service(key), *sockets),
-            Meaning::Pool { part: Part::Nets, .. } => Members::Nets(held.nets.keys().copied().collect()),
+            Meaning::Pool { part: Part::Nets, .. } => Members::Nets(stored.nets.keys().copied().collect()),
             Meaning::Pool { pool, part, view } => self.pools[*pool].members(inventory, *part, *view).1,
         };
-        let whole = Arc::new(Set { id: held.id, members });
-        self.held_mut(set).whole = Some(whole.clone());
+        let whole = Arc::new(Set { id: stored.id, members });
+        self.set_mut(set).whole = Some(whole.clone());
         whole
     }
 
@@ -406,7 +405,7 @@ impl Pools {
         }
     }
 
-    /// Pools and sets that are held.
+    /// The numbers of pools and of sets.
     pub fn count(&self) -> [usize; 2] {
         [self.pools.len(), self.sets.len()]
     }
@@ -434,17 +433,17 @@ impl Pools {
         for group in pending.chunk_by(|a, b| a.0.0 == b.0.0) {
             let index = group[0].0.0;
             // A set may have been released since.
-            let Some(held) = self.sets.get_mut(index) else { continue };
+            let Some(stored) = self.sets.get_mut(index) else { continue };
             let mut add = Vec::new();
             let mut remove = Vec::new();
             for ((_, member), count) in group {
                 if let Member::Net(net) = member {
-                    let holders = held.nets.entry(*net).or_default();
+                    let holders = stored.nets.entry(*net).or_default();
                     let before = *holders;
                     *holders = holders.wrapping_add_signed(*count);
                     let after = *holders;
                     if after == 0 {
-                        held.nets.remove(net);
+                        stored.nets.remove(net);
                     }
                     match (before, after) {
                         (0, 1..) => add.push(*member),
@@ -461,11 +460,11 @@ impl Pools {
                 continue;
             }
             let mut delta = Digest::default();
-            add.iter().for_each(|member| delta.add(member.digest(held.id)));
-            remove.iter().for_each(|member| delta.remove(member.digest(held.id)));
-            held.digest.add(delta);
+            add.iter().for_each(|member| delta.add(member.digest(stored.id)));
+            remove.iter().for_each(|member| delta.remove(member.digest(stored.id)));
+            stored.digest.add(delta);
             let change = change_of(&add, &remove);
-            held.change(&change);
+            stored.change(&change);
             changes.push((index, change, delta));
         }
         changes
@@ -510,7 +509,7 @@ fn contribute_port(
     }
 }
 
-impl HeldSet {
+impl StoredSet {
     /// Updates the whole set where nothing else shares it, else drops it.
     fn change(&mut self, change: &SetChange) {
         let Some(set) = self.whole.as_mut().and_then(Arc::get_mut) else {

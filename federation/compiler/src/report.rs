@@ -15,7 +15,7 @@ pub enum Direction {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Report {
     pub policies: BTreeMap<PolicyId, PolicyReport>,
-    /// Addresses that more than one endpoint claims; the one that holds it is the local cluster's, then the first by name.
+    /// Addresses that more than one endpoint claims. The owner is the endpoint of the local cluster, then the first by name.
     pub contested: Vec<std::net::IpAddr>,
 }
 

@@ -135,7 +135,7 @@ impl Writer<'_> {
         if let Some(service) = &entity.service {
             let set = self.pools.service_set(self.inventory, service, is_destination);
             self.sets.push(set);
-            let id = self.pools.held(set).id;
+            let id = self.pools.set(set).id;
             if is_destination { peer.in_sockets.push(id) } else { peer.in_sets.push(vec![id]) }
         }
         if let Some(selection) = &entity.not_selection {
@@ -188,7 +188,7 @@ impl Writer<'_> {
     fn sets(&mut self, pool: PoolId, possible: bool) -> Vec<hanse_ruleset::SetId> {
         let sets = self.pools.sets_of(self.inventory, pool, possible);
         self.sets.extend(&sets);
-        sets.into_iter().map(|set| self.pools.held(set).id).collect()
+        sets.into_iter().map(|set| self.pools.set(set).id).collect()
     }
 
     fn is_uncertain(&mut self, rule: &Rule) -> bool {

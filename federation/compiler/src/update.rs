@@ -67,10 +67,10 @@ pub enum Update {
     RemoveNode {
         name: Arc<str>,
     },
-    /// Of the phase in its id: Local is the local cluster's, the others are the federation's.
+    /// A tier of the local cluster (phase Local) or of the federation (the other phases).
     Tier(Tier),
     RemoveTier(TierId),
-    /// Those of other clusters are not held.
+    /// Policies of other clusters are ignored.
     Policy(Policy),
     RemovePolicy(PolicyId),
 }

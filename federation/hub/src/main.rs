@@ -17,7 +17,7 @@ use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::{logging, settings, text};
 use hanse_store::StoreUrl;
 
-/// The hub of a ClusterSet: registry, trust, exchange and policy distribution.
+/// The hub of a ClusterSet: registers clusters, issues certificates, and distributes endpoints and policies.
 #[derive(Debug, Parser)]
 #[command(name = "hanse-hub", version, propagate_version = true)]
 struct Cli {
@@ -32,7 +32,7 @@ struct Cli {
 enum Command {
     /// Create a ClusterSet: its root authority, its store and the context file DATA/admin.context of the first administrator.
     Init(InitArgs),
-    /// Serve a ClusterSet.
+    /// Run the hub.
     Run(Box<RunArgs>),
 }
 
@@ -78,14 +78,15 @@ struct RunArgs {
     /// File with the bearer token that the metrics require, readable by its owner only.
     #[arg(long, value_name = "FILE", help_heading = "Observability", requires = "metrics_listen")]
     metrics_token_file: Option<PathBuf>,
-    /// Seconds without a message after which a cluster's endpoints are treated as unknown.
+    /// Lease of a cluster. When the hub has received nothing from a cluster for this number of seconds, policies treat the cluster's
+    /// endpoints as unknown.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, help_heading = "Clusters", value_parser = clap::value_parser!(u64).range(5..=86_400))]
     lease_seconds: u64,
     /// Validity of the certificates of members and of the hub, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 86_400, help_heading = "Clusters", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     certificate_seconds: u64,
-    /// Start from a restored backup. Give this option once, at the first start: members whose state is newer than the backup
-    /// then follow the hub. Repeat revocations and changes that were made after the backup.
+    /// Start from a restored backup. Use this option once, at the first start: members with newer state then follow the hub. Repeat
+    /// revocations and changes that were made after the backup.
     #[arg(long, help_heading = "Files")]
     restored: bool,
 }

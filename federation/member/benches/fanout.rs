@@ -1,10 +1,9 @@
-//! From a policy at the hub to the last of a cluster's agents, and back.
+//! Measures the time from a policy at the hub to the last agent of a cluster, and back.
 //!
-//! `fanout [SHAPE…] [-o json]`. Each shape runs in a process of its own, which holds everything: a hub with its store on
-//! disk, a member with its source on disk, and one agent for each node, all of them over TLS connections of their own. An
-//! agent takes what it is sent as `hanse-agent` does and acknowledges it. Every hundredth also applies it to a rule set and
-//! compares the digest; the others take the sender's word, for on their own nodes they would not share these processors.
-//! The kernel is not here: see `nftables`.
+//! `fanout [SHAPE…] [-o json]`. Each shape runs in a separate process with a hub and its store on disk, a member and its source on disk,
+//! and one agent per node, each with its own TLS connection. An agent decodes and acknowledges messages like `hanse-agent`. Every
+//! hundredth agent also applies them to a rule set and compares the digest. The others do not, because in a real cluster they do not
+//! share the processors of this machine. The kernel is not included: see `nftables`.
 //!
 //! - `thousand`: 1,000 nodes of 10 pods, 1,000 policies of the cluster's own.
 //! - `large`: 1,000 nodes of 100 pods, 10,000 policies of the cluster's own.
@@ -44,10 +43,10 @@ const SHAPES: &[(&str, Shape)] = &[
 ];
 /// Changes of each kind, from which the median and the 99th percentile are taken.
 const CHANGES: usize = 101;
-/// Everything is given up after this long.
+/// The timeout of each step.
 const PATIENCE: Duration = Duration::from_secs(120);
 const CLUSTER: &str = "train";
-/// Pods of one namespace, and the policies that stand on it.
+/// The number of applications, each with pods in one namespace and policies for them.
 const APPLICATIONS: usize = 20;
 
 #[derive(Debug, Clone, Copy)]

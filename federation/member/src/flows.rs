@@ -1,11 +1,11 @@
-//! Flow records: the decisions of this cluster's nodes on connections, with the verdicts of policy, in a file.
+//! Flow records: the kernel's verdicts on connections of this cluster's pods, with the verdicts of policy, in a file.
 //!
-//! Agents report decisions with addresses. Each record adds the identities of both ends and both outcomes of policy, the
-//! enforced and the staged one, as known when the flow is judged: seconds after the decision. Only directions of this
-//! cluster's pods are judged: other clusters' own policies are not known here, nor are pods there that no policy here selects.
+//! Agents report verdicts with addresses. A record adds the identities of both ends, and the verdicts of the enforced and the staged
+//! policies at the time of evaluation, seconds after the kernel's verdict. Only directions of this cluster's pods are evaluated, because
+//! the member knows neither the policies of other clusters nor the pods there that its own policies do not select.
 //!
-//! A line is a [`Record`]. Two files are kept, `flows.jsonl` and its predecessor. No part of enforcement waits for them: flows
-//! that arrive faster than they can be judged or written are dropped and counted.
+//! A line is a [`Record`]. Two files are kept, `flows.jsonl` and its predecessor. Flows are best effort: those that arrive faster than they
+//! can be evaluated or written are dropped and counted.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -33,26 +33,26 @@ use tonic::Status;
 use crate::live::{Live, State};
 use crate::metrics::FlowMetrics;
 
-/// Messages and flows that wait to be judged: of at most 16 MB.
+/// The maximum numbers of messages and of flows in the queue: at most 16 MB.
 const MAX_MESSAGES: usize = 4_096;
 const MAX_WAITING: usize = 64_000;
-/// Messages of one node in a second, and ten at once: an agent sends one every two seconds, and a few after an interruption.
+/// The rate limit per node, with a burst of ten: an agent sends a message every two seconds, and several after an interruption.
 const PER_SECOND: f64 = 1.0;
-/// The most decisions that one flow or one message counts for.
+/// The maximum count of one flow and of one message.
 const MAX_COUNT: u64 = 10_000_000;
-/// Flows are judged in batches, at least this long after the last one, and after nine times as long as that one took: a
-/// tenth of a processor at most.
+/// The minimum interval between batches. The interval is also at least nine times the duration of the last batch, so that flows use at
+/// most a tenth of a processor.
 const JUDGE_EVERY: Duration = Duration::from_secs(2);
 const REST: u32 = 9;
-/// Flows that are judged under one lock, for which compiles wait: some 3 ms.
+/// The number of flows that are evaluated under one lock, about 3 ms. Compilations wait for the lock.
 const AT_ONCE: usize = 256;
 /// Lines are written in blocks of this size.
 const WRITE_BYTES: usize = 1 << 20;
-/// The size at which the next file is begun: some 65,000 lines of about 1 KiB.
+/// The size at which a new file is started: about 65,000 lines of 1 KiB.
 const MAX_FILE_BYTES: u64 = 64 << 20;
-/// Labels of a pod that a record names.
+/// The maximum number of labels per pod in a record.
 const MAX_LABELS: usize = 32;
-/// How far a node's clock may be ahead.
+/// How far the clock of a node may be ahead.
 const MAX_AHEAD: Duration = Duration::from_secs(3_600);
 
 /// A message of a node's agent.
@@ -482,7 +482,7 @@ mod tests {
         )
     }
 
-    /// To `b` only `a` may, on port 80; staged is that `b` exchanges nothing with anybody.
+    /// Enforced: only `a` may connect to `b`, on port 80. Staged: `b` is isolated.
     const POLICIES: &str = "\
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy

@@ -55,8 +55,8 @@ enum Command {
     },
     /// Show recorded flow decisions, with the enforced and the staged verdict of policy.
     ///
-    /// A line is a group of equal decisions of one node within two seconds. Records are kept in `flows/*.jsonl` in the data directory,
-    /// one JSON object a line, and the newest 64 to 128 MiB of them are kept. `-o json` prints these lines.
+    /// A line is a group of equal decisions of one node within two seconds. `flows/*.jsonl` in the data directory contains the newest 64
+    /// to 128 MiB of records, one JSON object per line. `-o json` prints these lines.
     Flows(FlowsArgs),
     /// List and revoke enrolled nodes.
     Node {
@@ -183,7 +183,7 @@ struct JoinArgs {
     /// File with a join token.
     #[arg(long)]
     token_file: PathBuf,
-    /// What a federated Allow does in this cluster: `Pass` continues with the cluster's own tiers, `Final` allows.
+    /// Effect of an Allow of a federated policy in this cluster: `Pass` continues with the cluster's own tiers, `Final` allows.
     #[arg(long, value_enum, default_value_t = FederatedAllow::Pass)]
     federated_allow: FederatedAllow,
 }
@@ -193,8 +193,8 @@ struct RunArgs {
     /// Directory for the member's files; created if missing.
     #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
     data: PathBuf,
-    /// Directory of Kubernetes manifests that describes the cluster. If the directory, or one below it, has no manifest any
-    /// more, its last objects stay in force.
+    /// Directory of Kubernetes manifests that describes the cluster. If the directory or a subdirectory no longer has manifests, its
+    /// last objects stay in force.
     #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
     source: PathBuf,
     /// Name of the cluster in its ClusterSet.
@@ -209,7 +209,7 @@ struct RunArgs {
     /// File with a join token; needed until the cluster has joined.
     #[arg(long, value_name = "FILE", help_heading = "Hub")]
     token_file: Option<PathBuf>,
-    /// What a federated Allow does in this cluster: `Pass` continues with the cluster's own tiers, `Final` allows.
+    /// Effect of an Allow of a federated policy in this cluster: `Pass` continues with the cluster's own tiers, `Final` allows.
     #[arg(long, value_enum, default_value_t = FederatedAllow::Pass, help_heading = "Hub")]
     federated_allow: FederatedAllow,
     /// Address for agents (mutual TLS).
@@ -218,11 +218,11 @@ struct RunArgs {
     /// Address for nodes that enrol with a node token (server certificate only).
     #[arg(long, value_name = "ADDRESS", help_heading = "Nodes")]
     enrol_listen: SocketAddr,
-    /// Validity of the certificates of nodes, in seconds. They are renewed well before their end.
+    /// Validity of the certificates of nodes, in seconds. Agents renew them after two thirds of this time.
     #[arg(long, value_name = "SECONDS", default_value_t = 86_400, help_heading = "Nodes",
           value_parser = clap::value_parser!(u64).range(2..=7_776_000))]
     node_certificate_seconds: u64,
-    /// What happens to the traffic of pods whose rules have not arrived yet.
+    /// Verdict for traffic of pods without rules, such as new pods.
     #[arg(long, value_enum, default_value_t = Unknown::Deny, help_heading = "Nodes")]
     unknown_pods: Unknown,
     /// Serve health and readiness over HTTP at this address.
@@ -315,7 +315,7 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
     }
 }
 
-/// The identity of the member whose folder this is; of `cluster`, where that is given.
+/// The identity in a data directory. If `cluster` is given, it must be the identity of that cluster.
 fn identity_of(data: &Path, cluster: Option<&str>) -> anyhow::Result<MemberIdentity> {
     let file = data.join("member.pem");
     anyhow::ensure!(file.exists(), "{} is not the folder of a member that has joined", data.display());
@@ -379,7 +379,7 @@ fn print_flows(args: &FlowsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The verdicts of policy beside the decision of the kernel. The reason is that of the deciding direction.
+/// The verdicts of policy, to be printed next to the decision of the kernel. The reason is that of the deciding direction.
 fn flow_table(records: &[Record<'_>]) -> String {
     let mut table = format!(
         "{:<20}  {:<8} {:>6}  {:<40} {:<40} {:<12} {:<7} {:<7} REASON\n",

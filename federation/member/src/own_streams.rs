@@ -1,9 +1,9 @@
-//! Hanse's own streams: what must pass before every tier, so that a policy that denies everything everywhere can still be
-//! taken back at the hub.
+//! Hanse's own streams: connections that are allowed before all tiers, so that a policy that denies all traffic can still be withdrawn at
+//! the hub.
 //!
-//! The list is fixed, and bound to addresses, protocol and port. A node is given those only of which a pod of its own is an
-//! end: between hosts, and between a node and its own pods, no rule is asked. Names of the hub are resolved elsewhere
-//! ([`crate::resolver`]); an address of a service stands for its backends, for packets are judged after translation.
+//! The list is fixed, and limited to addresses, protocol and port. A node receives only streams with one of its own pods as an end:
+//! traffic between hosts, and between a node and its own pods, is not subject to rules. [`crate::resolver`] resolves the names of hubs.
+//! The address of a service is replaced by those of its backends, because rules see packets after address translation.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, UdpSocket};

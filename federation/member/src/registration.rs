@@ -1,8 +1,8 @@
 //! The identity of a member: joining with a token, its files, and the renewal of its certificates.
 //!
 //! Files in the data directory: `member.pem` (key and certificate, 0600), `intermediate.pem` (the cluster's own authority, 0600),
-//! `root.pem`, and during a request `*.next.pem` with the next keys. A key is on disk before it is sent to the hub, so that a crash never
-//! loses a registered key. With these files, a member starts without the hub.
+//! `root.pem`, and during a request `*.next.pem` with the next keys. A key is on disk before it is sent to the hub, so that a registered
+//! key survives a crash. With these files, a member starts without the hub.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The report to the hub of what nodes enforce: never more than what agents have acknowledged.
+//! The report to the hub about enforcement. It contains only what agents have acknowledged.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,19 +15,19 @@ use crate::fanout::NodeStatus;
 use crate::world::World;
 use hanse_exchange::codec::digest_bytes;
 
-/// Errors of one node in a report, of some 200 bytes each.
+/// The maximum number of errors per node, about 200 bytes each.
 const MAX_ERRORS: usize = 1_000;
-/// Refusals, and pods, that an agent reports at most; where it reports as many there may be more.
+/// The maximum number of refusals, and of pods, in a report of an agent. A report with this number may be incomplete.
 const MAX_REPORTED: usize = 1_000;
-/// Problems of the source in a report.
+/// The maximum number of problems of the source.
 const MAX_PROBLEMS: usize = 100;
-/// Clusters that a policy is reported to wait for.
+/// The maximum number of clusters per waiting policy.
 const MAX_AWAITED: usize = 10;
-/// Errors and pods of all nodes, and policies, in a report: so that it stays, with the positions of its nodes, below the 4 MiB and
-/// the 65,536 of each that a hub accepts.
+/// The limit of errors, pods and policies of all nodes. With the positions of nodes, a report stays below the limits of the hub: 4 MiB,
+/// and 65,536 of each.
 const MAX_DETAILS: Room = Room { bytes: 1 << 20, count: 32_768 };
 
-/// What the nodes of this cluster enforce. `failing`: files that the member itself cannot write.
+/// The enforcement status of this cluster. `failing`: files that the member itself cannot write.
 pub fn realisation(
     world: &World,
     reported: &BTreeMap<Arc<str>, NodeStatus>,
@@ -90,15 +90,15 @@ pub fn realisation(
     })
 }
 
-/// Nodes whose agents are connected and that the source does not have.
+/// Nodes with a connected agent that are not in the source.
 fn unknown_nodes<T>(known: &BTreeMap<Arc<str>, T>, reported: &BTreeMap<Arc<str>, NodeStatus>) -> Vec<Reason> {
-    // Before the first rules are compiled no node is known.
+    // Empty before the first compilation.
     let connected = reported.iter().filter(|(_, status)| status.connected && !known.is_empty());
     let unknown = connected.filter(|(name, _)| !known.contains_key(*name));
     unknown.map(|(name, _)| Reason::UnknownNode(name.to_string())).collect()
 }
 
-/// The room that is left in a report.
+/// The remaining space in a report.
 #[derive(Debug, Clone, Copy)]
 struct Room {
     bytes: usize,
@@ -106,7 +106,7 @@ struct Room {
 }
 
 impl Room {
-    /// Takes the room for these, if it is there.
+    /// Reserves space. Returns false if it does not suffice.
     fn take(&mut self, bytes: usize, count: usize) -> bool {
         let fits = bytes <= self.bytes && count <= self.count;
         if fits {
@@ -128,7 +128,7 @@ fn incomplete() -> pb::ObjectError {
     error(&Subject::Everything, None, &Reason::Incomplete)
 }
 
-/// Leaves out what does not fit. An error of every object replaces it: what is not reported must not count as enforced.
+/// Removes entries above the limit and replaces them with an error for all objects, so that unreported objects do not count as enforced.
 fn fit(nodes: &mut [pb::NodePosition], policies: &mut Vec<pb::PolicyState>, room: Room) {
     let mut of_nodes = room;
     for node in nodes.iter_mut() {
@@ -157,7 +157,7 @@ fn manifest_problem(problem: &Diagnostic) -> Reason {
     Reason::Manifest { file: file.to_string(), line: *line, field, message }
 }
 
-/// The state of one node. An error is reported for the federated policies that it concerns; where it concerns none, for the object.
+/// The position of one node. An error is reported for the affected federated policies, or if there are none, for the object.
 fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePosition {
     let mut errors: BTreeMap<Subject, (Option<Object>, Reason)> = BTreeMap::new();
     if status.refused.len() >= MAX_REPORTED || status.unenforced.len() >= MAX_REPORTED {
@@ -201,7 +201,7 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
         hub_revision: status.position.hub_revision,
         local_revision: status.position.local_revision,
         connected: status.connected,
-        // Rounded, so that time alone does not change the report.
+        // Rounded, so that the passage of time alone does not change the report.
         age_ms: status.acknowledged_at.map_or(u64::MAX, |at| at.elapsed().as_secs() / 10 * 10_000),
         errors: errors.iter().map(|(subject, (at, reason))| error(subject, at.as_ref(), reason)).collect(),
         hooks: status.hooks.as_ref().map(wire::hooks),
@@ -216,7 +216,7 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
     }
 }
 
-/// The federated policies that an object is part of.
+/// The federated policies that contain an object.
 fn concerned(rules: &RuleSet, object: &Object) -> BTreeSet<String> {
     match object {
         Object::Policy { name, .. } => federated(name).into_iter().collect(),
@@ -307,7 +307,7 @@ mod tests {
         assert_eq!(unknown_nodes::<()>(&BTreeMap::new(), &reported), []);
     }
 
-    /// What does not fit does not count as enforced.
+    /// Entries above the limit do not count as enforced.
     #[test]
     fn replaces_errors_that_do_not_fit_by_one_of_every_object() {
         let error = |name: &str| {
@@ -357,7 +357,7 @@ mod tests {
         check(refused(Object::Chain(chain)), &of(&["a", "ab"]));
         let set = Object::Set(SetId([0; 16]));
         check(refused(set.clone()), &[Subject::Object(set)]);
-        // An object of a kind that this version does not know may be any.
+        // An object of an unknown kind may be any object.
         check(NodeStatus { refused: vec![(None, rejection())], ..NodeStatus::default() }, &everything);
         for finding in [Finding::Pending, Finding::Silent(address), Finding::HostNetwork(address)] {
             check(found(pod("p"), finding), &[]);
@@ -369,13 +369,13 @@ mod tests {
         }
         let failed = NodeStatus { failed: Some(Failure::Unknown), ..NodeStatus::default() };
         assert!(position(&"n".into(), &failed, &rules()).failure.is_some(), "also one that this version does not know");
-        // What is acknowledged may be a copy's.
+        // The acknowledgement may come from a copy.
         let rivals = Some(([192, 0, 2, 1], 1).into()).zip(Some(([192, 0, 2, 2], 2).into()));
         check(NodeStatus { rivals, ..NodeStatus::default() }, &everything);
-        // Files that cannot be written are not errors of an object.
+        // A file that cannot be written is not an error of an object.
         let files = vec![FileProblem { file: "f".to_owned(), error: "no space".to_owned() }];
         check(NodeStatus { files, ..NodeStatus::default() }, &[]);
-        // Where something may be left out, nothing counts as enforced.
+        // If the report may be incomplete, nothing counts as enforced.
         let silent = (pod("q"), Finding::Silent(address));
         check(NodeStatus { unenforced: vec![silent; MAX_REPORTED], ..NodeStatus::default() }, &everything);
         let set = |it: usize| Object::Set(SetId::of_meaning(&[&it.to_string()]));

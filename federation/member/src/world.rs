@@ -133,7 +133,7 @@ impl World {
         &self.live
     }
 
-    /// Applies news of the source. Returns what they changed.
+    /// Applies changes of the source. Returns the changes of the cluster.
     pub fn take_local(&mut self, changes: Changes) -> Changed {
         let changed = self.local.update(changes.objects);
         let state = Arc::clone(self.local.state());

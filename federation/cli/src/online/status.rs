@@ -16,7 +16,7 @@ use crate::output::{self, ListFormat};
 
 /// Show cluster status: connection, age of data, agents, certificates and problems.
 ///
-/// AGE is the time since the hub last received data from the cluster, and `stale` after its lease has ended. ENDPOINTS is the
+/// AGE is the time since the hub last received data from the cluster, or `stale` if its lease has expired. ENDPOINTS is the
 /// number of endpoints that the cluster publishes. ENFORCED is the hub revision that all its nodes enforce. AGENTS is the number
 /// of agents that enforce the current generation. The lines below the table are the problems, with their nodes;
 /// `hanse describe cluster` and `-o json` show all details.

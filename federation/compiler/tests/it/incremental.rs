@@ -1,5 +1,5 @@
-//! After any updates, in any order and however many commits, the result is the one from nothing; and the changes that
-//! commits tell turn each rule set into the next.
+//! After any updates, in any order and with any number of commits, the result equals that of a fresh compilation. The changes of a commit
+//! turn each rule set into the next.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::worlds::{Random, World, world};
 const RUNS: u64 = 150;
 const SEED: u64 = 7_000;
 
-/// What agents hold, kept by deltas alone.
+/// The rule sets of agents, maintained with deltas only.
 #[derive(Default)]
 struct Agents(BTreeMap<Arc<str>, RuleSet>);
 
@@ -104,9 +104,9 @@ fn any_sequence_ends_as_from_nothing() {
     }
 }
 
-/// Of several endpoints that claim an address one holds it, whatever the order.
+/// The order of updates does not matter.
 #[test]
-fn a_contested_address_has_one_holder() {
+fn contested_address_has_one_owner() {
     let mut random = Random(3);
     for _ in 0..50 {
         let mut world = world(&mut random);

@@ -1,7 +1,6 @@
-//! The exchange over connections: publishes to every replica of the hub, watches one, and keeps snapshots on disk.
+//! The exchange of a member over connections: publishes to every replica of the hub, watches one, and stores snapshots on disk.
 //!
-//! State is shared under one lock that nobody waits with. A replica that cannot be reached is tried again for ever; what
-//! is held stays.
+//! No task waits for I/O while it has a lock. Connections are retried without limit; meanwhile, the last received state stays in use.
 
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -38,31 +37,31 @@ use super::receiver::{ReceiveError, ReceiveProblem, Receiver};
 use crate::federated::Reader;
 use crate::registration::MemberIdentity;
 
-/// Messages that wait for a connection: 4 × 1 MiB at most.
+/// The capacity of a stream's send queue: at most 4 × 1 MiB.
 const OUTBOX: usize = 4;
-/// How often a quiet stream says that the cluster lives.
+/// The interval between heartbeats on an idle stream.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// A stream on which nothing came for this long is given up: the hub speaks every 3 seconds.
+/// The timeout of a stream without messages. The hub sends a heartbeat every 3 seconds.
 const SILENCE: Duration = Duration::from_secs(15);
-/// When a stream that could not be opened anew is tried again, while the old one serves.
+/// The interval between attempts to replace a stream after a renewal, while the old stream continues.
 const REOPEN_AFTER: Duration = Duration::from_secs(2);
-/// The longest wait between two attempts to reach a hub.
-const RETRY_AT_LEAST: Duration = Duration::from_secs(2);
-/// How often what was received is written down, at most.
+/// The maximum interval between attempts to connect to a hub.
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(2);
+/// The minimum interval between snapshots of received objects.
 const STORE_EVERY: Duration = Duration::from_secs(1);
-/// And what is published, of which only the numbers must not be lost.
+/// The same for published objects, of which only the numbering must survive a restart.
 const STORE_PUBLISHED_EVERY: Duration = Duration::from_secs(30);
-/// When a file that could not be written is tried again.
-const WRITE_AGAIN: Duration = Duration::from_secs(2);
-/// Bytes of an error of the hub's that are kept.
+/// The interval between retries of a failed write.
+const RETRY_WRITE_AFTER: Duration = Duration::from_secs(2);
+/// The maximum size of a stored error of the hub.
 const MAX_ERROR_BYTES: usize = 512;
-/// The time of a lease before a hub has said it, and bounds of what a hub may say.
+/// The duration of a lease until the hub has sent it, and the accepted range.
 const LEASE: Duration = Duration::from_secs(30);
 const LEASE_AT_LEAST: Duration = Duration::from_secs(3);
 const LEASE_AT_MOST: Duration = Duration::from_secs(3_600);
 const HEADER: &[u8] = b"hanse-exchange/1\n";
 
-/// What the member says of itself, and hears. Clones share everything.
+/// The exchange state of a member. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -72,55 +71,55 @@ pub struct Client {
 struct Shared {
     data: PathBuf,
     writes: Writes,
-    /// The federated objects that were read when they were received.
+    /// A cache of federated objects, filled when they are received.
     reader: Reader,
     publisher: Mutex<Publisher>,
-    /// Held while what is published is written down, and taken before `publisher`.
+    /// Serialises snapshots of published objects. Locked before `publisher`.
     storing: Mutex<()>,
     receiver: Mutex<Receiver>,
-    /// Taken after `receiver` where both are.
+    /// Locked after `receiver`.
     kept: Mutex<Kept>,
-    /// Counts what there is to publish.
+    /// Counts changes to publish.
     published: watch::Sender<u64>,
-    /// Counts what was received.
+    /// Counts received changes.
     received: watch::Sender<u64>,
     own: watch::Sender<Interest>,
     realisation: watch::Sender<Option<Arc<pb::Realisation>>>,
     refusals: Mutex<Refusals>,
     watching: Mutex<Watching>,
-    /// Of this process, as hubs are sent it: a copy of the member's folder has another.
+    /// Identifies this process at hubs. A process on a copy of the data directory has another value.
     instance: [u8; 16],
 }
 
-/// How the watching stream is.
+/// The state of the Watch stream.
 #[derive(Debug)]
 struct Watching {
-    /// When something came last on a stream that the hub serves; at first, the start.
+    /// When a message last arrived on an accepted stream; initially, the start of the process.
     received: Instant,
-    /// Something has come since the start.
+    /// A message has arrived since the start.
     has_received: bool,
-    /// How long a cluster may be silent, as the hub says.
+    /// The duration of the lease, as sent by the hub.
     lease: Duration,
     /// Why the last stream ended.
     error: Option<String>,
 }
 
-/// Which of what was received is on disk, and which was handed out. While something was handed out that is not on disk, a
-/// file says so: who restarts then knows that it holds something older.
+/// Counts received changes, those on disk, and those in use. While changes are in use that are not on disk, a marker file exists: after a
+/// crash, it shows that the snapshot is older than the state that nodes enforce.
 #[derive(Debug, Default)]
 struct Kept {
     received: u64,
     stored: u64,
     handed: u64,
-    /// The file is there.
+    /// The marker file exists.
     marked: bool,
 }
 
-/// The name of that file.
+/// The name of the marker file.
 const AHEAD: &str = "receiver.ahead";
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic elsewhere does not make the data wrong: each call leaves it whole.
+    // The data is consistent after every call, also if another thread has panicked.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -136,7 +135,7 @@ fn problem(of: ReceiveProblem) -> ExchangeProblem {
 }
 
 impl Client {
-    /// Restores what was published and received before this start.
+    /// Restores the snapshots of published and received objects.
     pub fn restore(data: &Path, writes: Writes) -> Self {
         let publisher = read(&data.join("publisher.snapshot")).and_then(|bytes| Publisher::restore(&bytes));
         let epoch = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64);
@@ -146,14 +145,16 @@ impl Client {
         let mut receiver = receiver.unwrap_or_else(|| Receiver::checked(reader.clone()));
         let marked = data.join(AHEAD).exists();
         if marked {
-            tracing::warn!("what was received is older than what nodes were told: it counts when the hub was heard");
+            tracing::warn!(
+                "snapshot of received objects older than the rules of nodes: not used until the hub confirms it"
+            );
             receiver.require_confirmation();
         }
         let shared = Shared {
             data: data.to_owned(),
             writes,
             reader,
-            // Epochs grow: a lost numbering starts behind every one that this clock has given.
+            // Without a snapshot, the clock makes the epoch larger than all earlier ones.
             publisher: Mutex::new(publisher.unwrap_or_else(|| Publisher::new(epoch()))),
             storing: Mutex::default(),
             receiver: Mutex::new(receiver),
@@ -163,19 +164,19 @@ impl Client {
             own: watch::Sender::default(),
             realisation: watch::Sender::default(),
             refusals: Mutex::default(),
-            // Without randomness no connection opens either.
+            // If no randomness is available, TLS fails as well.
             instance: token::random().unwrap_or_default(),
             watching: Mutex::new(Watching { received: Instant::now(), has_received: false, lease: LEASE, error: None }),
         };
         Self { shared: Arc::new(shared) }
     }
 
-    /// Reads federated objects; what was received is read already.
+    /// The cache of federated objects.
     pub fn reader(&self) -> Reader {
         self.shared.reader.clone()
     }
 
-    /// Publishes to every hub and watches one, until the shutdown.
+    /// Publishes to all hubs and watches one, until the shutdown.
     pub fn start(&self, identity: &MemberIdentity, hubs: &[String], shutdown: &Shutdown) {
         for hub in hubs {
             let (client, identity, hub) = (self.clone(), identity.clone(), hub.clone());
@@ -203,7 +204,7 @@ impl Client {
         });
     }
 
-    /// What this cluster exports from now on, `changed` being what is new in it.
+    /// Publishes the changes of this cluster. `changed`: the changed objects of `cluster`.
     pub fn publish(&self, cluster: &Cluster, changed: &Changed) {
         let mut publisher = lock(&self.shared.publisher);
         let Changed { namespaces, service_accounts, endpoints, .. } = changed;
@@ -214,7 +215,7 @@ impl Client {
         self.shared.published.send_modify(|count| *count += 1);
     }
 
-    /// Writes down what is published: after a restart, what is not there has another id. Whether that succeeded.
+    /// Stores the published objects. After a restart, objects that are not stored get new ids. Returns whether it succeeded.
     fn store_published(&self) -> bool {
         let _one_at_a_time = lock(&self.shared.storing);
         let (bytes, reserved) = lock(&self.shared.publisher).store();
@@ -225,7 +226,7 @@ impl Client {
         written
     }
 
-    /// What a hub lacks. Numbers are on disk before anybody hears of them: a restart may not give them to something else.
+    /// The requests for changes that a hub does not have. Ids are on disk before they are sent, so that a restart does not reuse them.
     fn poll(&self, session: &mut PublishSession) -> Vec<PublishRequest> {
         if lock(&self.shared.publisher).must_store() {
             self.store_published();
@@ -233,22 +234,22 @@ impl Client {
         session.poll(&lock(&self.shared.publisher))
     }
 
-    /// What this cluster's own policies can select elsewhere.
+    /// Sets the interest of this cluster's own policies.
     pub fn want(&self, wanted: Interest) {
         self.shared.own.send_if_modified(|own| std::mem::replace(own, wanted.clone()) != wanted);
     }
 
-    /// What is told to the hub of enforcement.
+    /// Sets the enforcement status to report to hubs.
     pub fn report(&self, realisation: pb::Realisation) {
         let realisation = Some(Arc::new(realisation));
         self.shared.realisation.send_if_modified(|last| {
-            let news = *last != realisation;
+            let changed = *last != realisation;
             last.clone_from(&realisation);
-            news
+            changed
         });
     }
 
-    /// Changes since the last call; `changes` tells when to look.
+    /// Changes since the last call. `changes` notifies of new ones.
     pub fn take_updates(&self) -> Option<Updates> {
         let mut receiver = lock(&self.shared.receiver);
         let updates = receiver.take_updates()?;
@@ -262,7 +263,7 @@ impl Client {
         Some(updates)
     }
 
-    /// Takes a message of the hub; returns the answers. One of a kind that this version does not know is ignored.
+    /// Processes a message of the hub and returns the responses. A message of an unknown kind is ignored.
     fn receive(&self, message: pb::WatchResponse) -> Result<Vec<pb::WatchRequest>, ReceiveError> {
         let answers = match codec::watch::decode_response(message)? {
             Some(message) => self.take(message)?,
@@ -281,9 +282,9 @@ impl Client {
             _ => None,
         };
         let mut receiver = lock(&self.shared.receiver);
-        // The first beat of a quiet stream may end a doubt.
-        let is_news = !is_quiet || receiver.is_unconfirmed();
-        lock(&self.shared.kept).received += u64::from(is_news);
+        // The first heartbeat may confirm the restored state.
+        let is_change = !is_quiet || receiver.is_unconfirmed();
+        lock(&self.shared.kept).received += u64::from(is_change);
         let answers = receiver.take(message)?;
         let served = receiver.is_served();
         drop(receiver);
@@ -296,13 +297,13 @@ impl Client {
                 watching.lease = lease.clamp(LEASE_AT_LEAST, LEASE_AT_MOST);
             }
         }
-        if is_news {
+        if is_change {
             self.shared.received.send_modify(|count| *count += 1);
         }
         Ok(answers)
     }
 
-    /// Writes down what was received. Whether that succeeded.
+    /// Stores the received objects. Returns whether it succeeded.
     fn store_received(&self) -> bool {
         let (bytes, at) = {
             let receiver = lock(&self.shared.receiver);
@@ -315,40 +316,40 @@ impl Client {
         let mut kept = lock(&self.shared.kept);
         kept.stored = at;
         if kept.marked && kept.handed <= at && !receiver.is_unconfirmed() {
-            // Should it stay, the next start waits for the hub without need.
+            // If the marker cannot be removed, the next start waits for the hub unnecessarily.
             kept.marked = std::fs::remove_file(self.shared.data.join(AHEAD)).is_err();
         }
         true
     }
 
-    /// Tells when to look, at first at once: what came before this call is news to whom has just begun to listen.
+    /// Notifies of received changes. The first notification is immediate and covers all earlier changes.
     pub fn changes(&self) -> watch::Receiver<u64> {
         let mut changes = self.shared.received.subscribe();
         changes.mark_changed();
         changes
     }
 
-    /// What is sent on a publishing stream when there is nothing else to send.
+    /// The message for an idle Publish stream.
     fn heartbeat(&self) -> PublishRequest {
         let watching = lock(&self.shared.watching);
         let age = u64::try_from(watching.received.elapsed().as_millis()).unwrap_or(u64::MAX);
         PublishRequest::Heartbeat { received_age_ms: watching.has_received.then_some(age) }
     }
 
-    /// Whether the hub was heard within the time of a lease: what is in force here may be old otherwise.
+    /// Whether a message of the hub arrived within a lease. Otherwise the policies in force may be out of date.
     pub fn is_watching(&self) -> bool {
         let watching = lock(&self.shared.watching);
         watching.received.elapsed() < watching.lease
     }
 
-    /// What is wrong with what is received from the hub.
+    /// Problems of the connection to the hub and of received objects.
     pub fn problems(&self) -> Vec<ExchangeProblem> {
         let mut problems = Vec::new();
         {
             let watching = lock(&self.shared.watching);
             let age = watching.received.elapsed();
             if age >= watching.lease {
-                // Rounded, so that time alone changes no report.
+                // Rounded, so that the passage of time alone does not change the report.
                 let silent = Duration::from_secs(age.as_secs() / 10 * 10);
                 problems.push(ExchangeProblem::HubSilent { silent, error: watching.error.clone() });
             }
@@ -357,29 +358,29 @@ impl Client {
         problems
     }
 
-    /// Looks at what is held.
+    /// Reads the state of the receiver.
     pub fn with_receiver<T>(&self, look: impl FnOnce(&Receiver) -> T) -> T {
         look(&lock(&self.shared.receiver))
     }
 
-    /// Whether it is written.
+    /// Writes a snapshot with a checksum. Returns whether it succeeded.
     fn write(&self, name: &'static str, body: &[u8]) -> bool {
         let bytes = [HEADER, blake3::hash(body).as_bytes(), body].concat();
         let written = write_atomic(&self.shared.data.join(name), &bytes, 0o600);
-        // Without it nothing new is published when numbers run out.
+        // If this fails, new objects cannot be published when the reserved ids are used up.
         self.shared.writes.note(name, &written);
         written.is_ok()
     }
 
     async fn publish_for_ever(&self, identity: &MemberIdentity, hub: &str, stop: &CancellationToken) {
-        let mut backoff = Backoff::new(Duration::from_millis(100), RETRY_AT_LEAST);
+        let mut backoff = Backoff::new(Duration::from_millis(100), MAX_RETRY_INTERVAL);
         loop {
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
                 ended = self.publish_once(identity, hub, &mut backoff).instrument(tracing::info_span!("publish_stream", hub)) => ended,
             };
             if let Err(error) = ended {
-                tracing::warn!(error = format!("{error:#}"), hub, "not publishing, trying again");
+                tracing::warn!(error = format!("{error:#}"), hub, "publish stream ended, trying again");
             }
             if !backoff.wait(stop).await {
                 return;
@@ -407,7 +408,7 @@ impl Client {
                     let refused = matches!(answer, PublishResponse::Refusals(_));
                     session.take(&mut lock(&self.shared.publisher), answer);
                     if refused {
-                        self.tell_refusals(&session);
+                        self.log_refusals(&session);
                     }
                     continue;
                 }
@@ -420,7 +421,7 @@ impl Client {
                     }
                 }
                 _ = beat.tick() => self.heartbeat(),
-                // The next connection shows the new certificate; this one serves on until that one has resumed.
+                // After a renewal, a new connection replaces this one as soon as it is open.
                 opened = renewals.opened(hub, || self.open_publish(identity, hub)) => {
                     (outbox, answers, session) = opened;
                     realisation.mark_changed();
@@ -431,7 +432,7 @@ impl Client {
         }
     }
 
-    /// A publishing stream that the hub has answered.
+    /// Opens a Publish stream and waits for the first response.
     async fn open_publish(
         &self,
         identity: &MemberIdentity,
@@ -445,14 +446,15 @@ impl Client {
         let answers = client.publish(ReceiverStream::new(sending)).await;
         let mut answers = answers.map_err(|status| not_opened(&connection.peer, &status))?.into_inner();
         let mut session = PublishSession::default();
-        let welcome = answers.message().await.context("be welcomed")?.context("the hub closed the stream")?;
+        let welcome =
+            answers.message().await.context("read the first response")?.context("the hub closed the stream")?;
         if let Some(welcome) = codec::publish::decode_response(welcome) {
             session.take(&mut lock(&self.shared.publisher), welcome);
         }
         Ok((outbox, answers, session))
     }
 
-    fn tell_refusals(&self, session: &PublishSession) {
+    fn log_refusals(&self, session: &PublishSession) {
         let mut logged = lock(&self.shared.refusals);
         if *logged == *session.refusals() {
             return;
@@ -460,13 +462,13 @@ impl Client {
         let publisher = lock(&self.shared.publisher);
         for (id, refusal) in &session.refusals().refusals {
             let object = publisher.name_of(*id).unwrap_or_default();
-            tracing::warn!(object, id, %refusal, "the hub refuses an object of this cluster");
+            tracing::warn!(object, id, %refusal, "object of this cluster refused by the hub");
         }
         logged.clone_from(session.refusals());
     }
 
     async fn watch_for_ever(&self, identity: &MemberIdentity, hubs: &[String], stop: &CancellationToken) {
-        let mut backoff = Backoff::new(Duration::from_millis(100), RETRY_AT_LEAST);
+        let mut backoff = Backoff::new(Duration::from_millis(100), MAX_RETRY_INTERVAL);
         for hub in hubs.iter().cycle() {
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
@@ -475,14 +477,14 @@ impl Client {
             {
                 let mut receiver = lock(&self.shared.receiver);
                 receiver.disconnected();
-                // Tried again as it is written after any other end: another hub, or a newer one, may take it.
+                // After any other error, the request is sent again unchanged: another hub, or a newer version, may accept it.
                 receiver.set_rejected(ended.as_ref().err().and_then(rejected));
             }
             let error = match ended {
                 Ok(()) => "the hub closed the stream".to_owned(),
                 Err(error) => {
                     let error = clip(&format!("{error:#}"));
-                    tracing::warn!(error, hub, "not watching, trying again; what is held stays");
+                    tracing::warn!(error, hub, "watch stream ended, trying again; the received state stays in use");
                     error
                 }
             };
@@ -513,21 +515,21 @@ impl Client {
                     let request = lock(&self.shared.receiver).set_own(&wanted);
                     request.map(codec::watch::encode_request).into_iter().collect::<Vec<_>>()
                 }
-                // As when publishing, as far as the connection; the receiver then follows one stream.
+                // Only the connection is opened in advance: the receiver supports one stream at a time.
                 connection = renewals.opened(hub, || connect(identity, hub)) => {
                     (outbox, incoming) = within(self.open_watch(connection, &mut own)).await?;
                     continue;
                 }
             };
             for answer in answers {
-                // A hub that reads nothing must not keep this side from noticing.
+                // Detects a hub that does not read.
                 let sent = tokio::time::timeout(SILENCE, outbox.send(answer)).await;
-                sent.context("the hub takes no answer")?.context("answer")?;
+                sent.context("the hub does not read the stream")?.context("send a response")?;
             }
         }
     }
 
-    /// A watching stream that the hub has answered.
+    /// Opens a Watch stream and waits for the first message.
     async fn open_watch(
         &self,
         connection: Connection,
@@ -546,12 +548,12 @@ impl Client {
         let first = incoming.message().await.context("watch")?.context("the hub closed the stream")?;
         let answers = self.receive(first)?;
         for answer in answers {
-            outbox.send(answer).await.context("answer")?;
+            outbox.send(answer).await.context("send a response")?;
         }
         Ok((outbox, incoming))
     }
 
-    /// Writes down what was received, so that a start needs nobody.
+    /// Stores received objects, so that the member starts without a hub.
     async fn store_received_for_ever(&self, stop: &CancellationToken) {
         let mut received = self.changes();
         let mut written = true;
@@ -559,7 +561,7 @@ impl Client {
             tokio::select! {
                 () = stop.cancelled() => break,
                 changed = received.changed() => if changed.is_err() { break },
-                () = tokio::time::sleep(WRITE_AGAIN), if !written => {}
+                () = tokio::time::sleep(RETRY_WRITE_AFTER), if !written => {}
             }
             written = self.store_received();
             tokio::select! {
@@ -579,20 +581,20 @@ impl Client {
                 changed = published.changed() => if changed.is_err() { break },
                 () = std::future::ready(()), if !written => {}
             }
-            // The hubs are told first.
+            // Hubs receive changes before the snapshot is written.
             tokio::select! {
                 () = stop.cancelled() => break,
-                () = tokio::time::sleep(if written { STORE_PUBLISHED_EVERY } else { WRITE_AGAIN }) => {}
+                () = tokio::time::sleep(if written { STORE_PUBLISHED_EVERY } else { RETRY_WRITE_AFTER }) => {}
             }
             let client = self.clone();
-            // A panic was logged by its hook.
+            // The panic hook logs a panic.
             written = tokio::task::spawn_blocking(move || client.store_published()).await.unwrap_or(true);
         }
         self.store_published();
     }
 }
 
-/// A stream is opened within this time, or given up.
+/// Opens a stream with a timeout.
 async fn within<T>(opening: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::time::timeout(SILENCE, opening).await.context("the hub is silent")?
 }
@@ -601,14 +603,14 @@ fn not_opened(hub: &Peer, status: &Status) -> anyhow::Error {
     anyhow::anyhow!("open the stream: {}", hub.explain(status))
 }
 
-/// Why the hub does not take what was sent to it, where that is why a stream ended.
+/// The message of the hub, if a stream ended because the hub rejected a request.
 fn rejected(error: &anyhow::Error) -> Option<String> {
     let status = error.chain().find_map(|cause| cause.downcast_ref::<tonic::Status>())?;
-    // The latter for a message that is too large.
+    // `OutOfRange`: the message is too large.
     matches!(status.code(), tonic::Code::InvalidArgument | tonic::Code::OutOfRange).then(|| clip(status.message()))
 }
 
-/// As much of a text from elsewhere as is kept.
+/// Limits the size of an error.
 fn clip(text: &str) -> String {
     text[..text.floor_char_boundary(MAX_ERROR_BYTES)].to_owned()
 }
@@ -617,7 +619,7 @@ async fn connect(identity: &MemberIdentity, hub: &str) -> anyhow::Result<Connect
     Ok(identity.connect(hub).await?)
 }
 
-/// Opens a stream anew when it must show a renewed certificate.
+/// Opens a new stream after each renewal of the certificate.
 struct Renewals<'a, T> {
     changed: watch::Receiver<()>,
     again: Option<Instant>,
@@ -631,8 +633,8 @@ impl<'a, T: 'a> Renewals<'a, T> {
         Self { changed, again: None, opening: None }
     }
 
-    /// What `open` gave after the next renewal. Whoever drops the future and calls again goes on where it was, so that the
-    /// stream with the former certificate is served meanwhile.
+    /// Waits for the next renewal, then returns the result of `open`. Cancel safe: a later call continues, so that the caller can serve
+    /// the old stream meanwhile.
     async fn opened<F>(&mut self, hub: &str, open: impl Fn() -> F) -> T
     where
         F: Future<Output = anyhow::Result<T>> + Send + 'a,
@@ -649,7 +651,11 @@ impl<'a, T: 'a> Renewals<'a, T> {
                 Ok(opened) => return opened,
                 Err(error) => {
                     let error = format!("{error:#}");
-                    tracing::warn!(error, hub, "the stream with the former certificate serves on");
+                    tracing::warn!(
+                        error,
+                        hub,
+                        "stream with the renewed certificate not opened; the old stream stays in use"
+                    );
                     self.again = Some(Instant::now() + REOPEN_AFTER);
                 }
             }
@@ -670,13 +676,13 @@ impl<'a, T: 'a> Renewals<'a, T> {
     }
 }
 
-/// `None`: there is no file, or it is damaged, which is logged.
+/// Reads a snapshot. `None`: the file does not exist, or is damaged, which is logged.
 fn read(path: &Path) -> Option<Vec<u8>> {
     let bytes = std::fs::read(path).ok()?;
     let whole = bytes.strip_prefix(HEADER).and_then(|rest| rest.split_at_checked(32));
     let body = whole.filter(|(hash, body)| blake3::hash(body).as_bytes() == hash).map(|(_, body)| body.to_vec());
     if body.is_none() {
-        tracing::warn!(path = %path.display(), "the snapshot is damaged and not used");
+        tracing::warn!(path = %path.display(), "snapshot damaged: not used");
     }
     body
 }
@@ -689,8 +695,8 @@ mod tests {
 
     use super::*;
 
-    /// The hub says that it has nothing at `revision`, and that nothing more is under way.
-    fn hear(client: &Client, revision: u64) {
+    /// Receives an empty snapshot of the hub at `revision`.
+    fn receive_empty_snapshot(client: &Client, revision: u64) {
         let position = Position { epoch: 1, revision };
         for message in [
             WatchResponse::Interest(InterestChange { number: 1, ..InterestChange::default() }),
@@ -702,7 +708,7 @@ mod tests {
         }
     }
 
-    /// A member that starts on these files, and the revision that it begins with; 0 is none.
+    /// Starts a member on these files. Returns its first revision in force; 0: none.
     fn start(data: &Path) -> (Client, u64) {
         let client = Client::restore(data, Writes::new(&Health::default()));
         let begins_with = client.take_updates().map_or(Position::default(), |updates| updates.in_force);
@@ -711,7 +717,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stream_is_served_while_the_next_one_is_opened() {
+    async fn old_stream_is_served_while_the_next_one_opens() {
         let (renewed, changed) = watch::channel(());
         let mut renewals = Renewals { changed, again: None, opening: None };
         let (asked, answers) = (std::cell::Cell::new(0), mpsc::channel::<anyhow::Result<u32>>(2));
@@ -721,7 +727,7 @@ mod tests {
             let answered = answered.clone();
             async move { answered.lock().await.recv().await.expect("an answer") }
         };
-        // A message of the old stream comes each millisecond, and each drops the future.
+        // The old stream receives a message each millisecond, and each cancels the future.
         let mut messages = tokio::time::interval(Duration::from_millis(1));
         messages.tick().await;
         let mut serve = async |until: u32| -> Option<u32> {
@@ -743,18 +749,18 @@ mod tests {
         answers.0.send(Ok(7)).await.expect("sent");
         assert_eq!(serve(REOPEN_AFTER.as_millis() as u32 + 10).await, Some(7));
         assert_eq!(asked.get(), 2);
-        // A hub that says nothing does not hold it for ever.
+        // A hub that does not respond causes a timeout.
         renewed.send_replace(());
         assert_eq!(serve((SILENCE + REOPEN_AFTER).as_millis() as u32 + 10).await, None);
         assert_eq!(asked.get(), 4);
     }
 
     #[test]
-    fn a_member_that_receives_nothing_for_a_lease_is_not_watching() {
+    fn member_without_messages_for_a_lease_is_not_watching() {
         let folder = tempfile::tempdir().expect("a folder");
         let (client, _) = start(folder.path());
         let receive = |message| client.take(message).expect("the protocol");
-        // So much earlier it received what it did.
+        // Moves the time of the last message back.
         let after = |seconds| {
             let mut watching = lock(&client.shared.watching);
             watching.received =
@@ -779,7 +785,7 @@ mod tests {
         assert_eq!(after(5), (true, 0));
         assert_eq!(after(1), (false, 1));
         assert!(matches!(client.problems()[..], [ExchangeProblem::HubSilent { .. }]), "{:?}", client.problems());
-        // Whatever the hub says.
+        // The lease is limited.
         receive(welcome(0));
         assert_eq!(after(2), (true, 0));
         receive(welcome(u64::MAX));
@@ -787,48 +793,48 @@ mod tests {
     }
 
     #[test]
-    fn who_begins_to_listen_hears_of_what_came_before() {
+    fn new_subscriber_is_notified_of_earlier_changes() {
         let folder = tempfile::tempdir().expect("a folder");
         let (client, _) = start(folder.path());
-        hear(&client, 1);
+        receive_empty_snapshot(&client, 1);
         let mut changes = client.changes();
         assert!(changes.has_changed().expect("it lives"), "nothing else may come for long");
         changes.mark_unchanged();
-        hear(&client, 2);
+        receive_empty_snapshot(&client, 2);
         assert!(changes.has_changed().expect("it lives"));
     }
 
     #[test]
-    fn a_crash_goes_back_to_nothing_older_than_what_was_handed_out() {
+    fn restart_never_uses_a_state_older_than_that_of_nodes() {
         let folder = tempfile::tempdir().expect("a folder");
         let (client, begins_with) = start(folder.path());
         assert_eq!(begins_with, 0);
-        hear(&client, 1);
+        receive_empty_snapshot(&client, 1);
         client.store_received();
-        assert_eq!(client.take_updates().expect("news").in_force.revision, 1);
-        hear(&client, 2);
-        assert_eq!(start(folder.path()).1, 1, "nodes have heard of nothing newer");
-        assert_eq!(client.take_updates().expect("news").in_force.revision, 2);
-        // A crash before what was handed out is on disk; and another before the hub was heard.
+        assert_eq!(client.take_updates().expect("updates").in_force.revision, 1);
+        receive_empty_snapshot(&client, 2);
+        assert_eq!(start(folder.path()).1, 1, "nodes have nothing newer");
+        assert_eq!(client.take_updates().expect("updates").in_force.revision, 2);
+        // A crash before the state in use is on disk, and another before a message of the hub.
         for _ in 0..2 {
             let (again, begins_with) = start(folder.path());
-            assert_eq!(begins_with, 0, "what is on disk is older than what nodes were told");
+            assert_eq!(begins_with, 0, "the snapshot is older than the state of nodes");
             again.store_received();
         }
         let (again, _) = start(folder.path());
-        hear(&again, 2);
-        assert_eq!(again.take_updates().expect("the hub was heard").in_force.revision, 2);
+        receive_empty_snapshot(&again, 2);
+        assert_eq!(again.take_updates().expect("the hub has confirmed it").in_force.revision, 2);
         again.store_received();
         assert_eq!(start(folder.path()).1, 2, "all of it is on disk");
         let path = folder.path().join("receiver.snapshot");
         let mut bytes = std::fs::read(&path).expect("it is there");
         *bytes.last_mut().expect("not empty") ^= 1;
         std::fs::write(&path, bytes).expect("written");
-        assert_eq!(start(folder.path()).1, 0, "what is damaged is nothing");
+        assert_eq!(start(folder.path()).1, 0, "a damaged snapshot is not used");
     }
 
     #[test]
-    fn what_cannot_be_written_down_is_not_published() {
+    fn publishes_nothing_that_is_not_on_disk() {
         let folder = tempfile::tempdir().expect("a folder");
         let client = Client::restore(folder.path(), Writes::new(&Health::default()));
         let mut session = PublishSession::default();

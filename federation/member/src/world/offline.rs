@@ -288,7 +288,7 @@ fn a_member_enforces_what_offline_explain_says() {
             world.take_local(Changes { objects: candidates.take_changes(), problems: Vec::new(), revision: 1 });
             let changes = sent(name, &objects, &offline.members, &clusters);
             world.receive(Updates { changes, in_force: Position { epoch: 1, revision: 1 } });
-            world.compile().expect("the hub was heard");
+            world.compile().expect("the state of the hub was received");
             worlds.insert(name, world);
         }
         let pods = (0..CLUSTERS.len()).flat_map(|at| (1..4).map(move |pod| format!("10.{at}.0.{pod}")));

@@ -36,12 +36,12 @@ impl World {
         self.folder.path().join("cluster").join(name)
     }
 
-    /// In place, as a shell does it; a file's time may stand still, so its length must differ.
+    /// Writes in place, like a shell. The modification time may be equal, so the length must differ.
     fn write(&self, name: &str, text: &str) {
         std::fs::write(self.path(name), text).expect("written");
     }
 
-    /// What is new after two looks: pods, problems.
+    /// The changes after two polls: pods, problems.
     fn settled(&mut self) -> Option<(Vec<String>, Vec<Diagnostic>)> {
         assert!(self.source.poll().is_none(), "it may be half written");
         self.look()
@@ -163,7 +163,7 @@ fn policy_without_a_good_version_fails_closed() {
     }
 }
 
-/// A link whose target is away stands for a mount that is: neither its files nor its neighbours are taken for gone.
+/// A link with a missing target behaves like a failed mount: neither its files nor its neighbours count as deleted.
 #[test]
 fn unreadable_path_keeps_its_objects() {
     use std::os::unix::fs::symlink;
