@@ -20,11 +20,12 @@ const BENCHES: &[Bench] = &[
     Bench { name: "nftables", package: "hanse-dataplane", needs_root: true },
     Bench { name: "questions", package: "hanse-policy", needs_root: false },
     Bench { name: "reading", package: "hanse-api", needs_root: false },
+    Bench { name: "remote", package: "hanse-member", needs_root: false },
 ];
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Which: apply, compile, fanout, hub, nftables, questions or reading; all of them when none is named.
+    /// Which: apply, compile, fanout, hub, nftables, questions, reading or remote; all of them when none is named.
     bench: Option<String>,
     /// Only these shapes of it.
     shapes: Vec<String>,
