@@ -22,7 +22,6 @@ const KNOWN: &[(&str, &[&str])] = &[
     ),
     ("exchange", &["hub", "hub/classes", "hub/publish", "hub/watch", "hub/watch/interests", "hub/watch/opening"]),
     ("exchange", &["interest", "message"]),
-    ("exchange", &["member/receiver", "member/receiver/hub_objects", "member/receiver/origin"]),
     ("hub", &["administration", "administration/objects", "administration/observe"]),
     ("store", &["engine", "file", "lib", "watch"]),
 ];

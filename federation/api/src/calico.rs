@@ -285,7 +285,7 @@ impl CalicoObject {
                 let labels = set.metadata.labels.clone();
                 let id =
                     EndpointId { kind: EndpointKind::NetworkSet, namespace, name: set.metadata.name.as_str().into() };
-                Converted::NetworkSet(id, Box::new(Endpoint { nets, labels, ..Endpoint::default() }))
+                Converted::NetworkSet(id, Box::new(Endpoint { nets, labels: labels.into(), ..Endpoint::default() }))
             }
         }
     }

@@ -328,7 +328,7 @@ impl FederatedNetworkSet {
         check_global_metadata(&self.metadata, errors);
         let path = Path::Root("spec");
         let nets = rule::convert_set(&self.spec.nets, &path.field("nets"), errors);
-        let endpoint = Endpoint { nets, labels: self.metadata.labels.clone(), ..Endpoint::default() };
+        let endpoint = Endpoint { nets, labels: self.metadata.labels.clone().into(), ..Endpoint::default() };
         let name = self.metadata.name.as_str().into();
         (EndpointId { kind: EndpointKind::NetworkSet, namespace: None, name }, endpoint)
     }

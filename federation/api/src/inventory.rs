@@ -101,7 +101,7 @@ impl Pod {
             Some(NamedPort { name: port.name.clone()?, protocol: port.protocol, port: port.port })
         };
         Endpoint {
-            labels: self.labels.clone(),
+            labels: self.labels.clone().into(),
             service_account: Some(Arc::clone(&self.service_account)),
             addresses: self.claims().to_vec(),
             nets: Vec::new(),

@@ -299,7 +299,7 @@ fn felix(bench: &mut Bench) -> Vec<(&'static str, Toggle)> {
         Update::Endpoint {
             cluster: Some(cluster.clone()),
             id: pod(&namespaces[at % 100], &format!("pod-{at}")),
-            endpoint: Endpoint { labels, node, addresses: vec![address(at)], ..Endpoint::default() },
+            endpoint: Endpoint { labels: labels.into(), node, addresses: vec![address(at)], ..Endpoint::default() },
         }
     };
     (0..250_200).for_each(|at| bench.apply(make(at, at % 31)));
@@ -353,7 +353,7 @@ fn antrea(bench: &mut Bench, namespaces: usize, apps: usize, pods: usize) -> Vec
         cluster: Some(LOCAL.into()),
         id: pod(namespace, &format!("pod-{number}")),
         endpoint: Endpoint {
-            labels: Labels::from([("app".into(), apps_of[app].clone())]),
+            labels: [("app".into(), apps_of[app].clone())].into(),
             node: Some(nodes[number % 1_000].clone()),
             addresses: vec![address(if spare { number + 10_000_000 } else { number })],
             ..Endpoint::default()
@@ -407,7 +407,7 @@ fn antrea_one(bench: &mut Bench) -> Vec<(&'static str, Toggle)> {
         cluster: Some(LOCAL.into()),
         id: pod(&own, &format!("pod-{number}")),
         endpoint: Endpoint {
-            labels: Labels::from([("app".into(), app.into())]),
+            labels: [("app".into(), app.into())].into(),
             node: Some(nodes[number % 1_000].clone()),
             addresses: vec![address(if spare { number + 10_000_000 } else { number })],
             ..Endpoint::default()
@@ -474,7 +474,7 @@ fn fleet(bench: &mut Bench) -> Vec<(&'static str, Toggle)> {
             cluster: Some(clusters[at / 1_000].clone()),
             id: pod(&namespaces[at / 7 % 20], &format!("pod-{at}")),
             endpoint: Endpoint {
-                labels,
+                labels: labels.into(),
                 node: (at < 300).then(|| "node-0".into()),
                 addresses: vec![address(at)],
                 ..Endpoint::default()

@@ -613,7 +613,7 @@ impl Pool {
         match &self.source {
             Source::Selector(selector) => selected(*selector, &|_| true),
             Source::Port(name, Some(selector)) => {
-                selected(*selector, &|at| inventory.slots[at].ports.iter().any(|port| port.name == *name));
+                selected(*selector, &|at| inventory.slots[at].ports().iter().any(|port| port.name == *name));
             }
             Source::Port(name, None) => {
                 for at in inventory.by_port.get(name).into_iter().flat_map(IdSet::iter) {
@@ -663,7 +663,7 @@ impl Pool {
             (Source::Port(name, selector), _) => {
                 let mut all = Vec::new();
                 self.for_each(inventory, |at, certain| {
-                    let ports = inventory.slots[at].ports.iter().filter(|_| view.takes(certain));
+                    let ports = inventory.slots[at].ports().iter().filter(|_| view.takes(certain));
                     for port in ports.filter(|port| port.name == *name) {
                         let (protocol, port) = (port.protocol, port.port);
                         all.extend(inventory.owned(at).map(|address| SocketAddress { address, protocol, port }));

@@ -36,12 +36,19 @@ pub struct World {
     federated: Federated,
     /// The hub's position of the policies in force.
     in_force: Position,
-    /// What the next compile applies.
-    pending: Vec<Update>,
+    /// What the next compile applies, in this order.
+    pending: Vec<Pending>,
     live: Live,
     /// The rule sets of all nodes were returned once.
     compiled: bool,
     nodes: BTreeMap<Arc<str>, NodeRules>,
+}
+
+#[derive(Debug)]
+enum Pending {
+    Update(Box<Update>),
+    /// A batch of the hub: a snapshot has a change for every endpoint, so that it is converted one by one.
+    Received(Vec<Change>),
 }
 
 /// The rule set of one node. Generation and revisions are the sender's.
@@ -141,40 +148,40 @@ impl World {
         self.logged.log(&self.problems);
         for name in &changed.namespaces {
             let labels = state.cluster.namespaces.get(name).map(|it| it.labels.clone());
-            self.namespace(self.cluster.clone(), name.clone(), labels);
+            self.push(namespace_update(self.cluster.clone(), name.clone(), labels));
         }
         for key @ (namespace, name) in &changed.service_accounts {
             let labels = state.cluster.service_accounts.get(key).cloned();
-            self.account(self.cluster.clone(), namespace.clone(), name.clone(), labels);
+            self.push(account_update(self.cluster.clone(), namespace.clone(), name.clone(), labels));
         }
         for id in &changed.endpoints {
             let (cluster, id) = (Some(self.cluster.clone()), id.clone());
-            self.pending.push(match state.cluster.endpoints.get(&id).cloned() {
+            self.push(match state.cluster.endpoints.get(&id).cloned() {
                 Some(endpoint) => Update::Endpoint { cluster, id, endpoint },
                 None => Update::RemoveEndpoint { cluster, id },
             });
         }
         for key @ (namespace, name) in &changed.services {
             let (namespace, name) = (namespace.clone(), name.clone());
-            self.pending.push(match state.cluster.services.get(key).cloned() {
+            self.push(match state.cluster.services.get(key).cloned() {
                 Some(service) => Update::Service { namespace, name, service },
                 None => Update::RemoveService { namespace, name },
             });
         }
         for name in &changed.nodes {
             let name = name.clone();
-            self.pending.push(match state.nodes.get(&name) {
+            self.push(match state.nodes.get(&name) {
                 Some(node) => Update::Node { config: self.node(&name, node), name },
                 None => Update::RemoveNode { name },
             });
         }
         for id in &changed.tiers {
             let tier = state.layer.tiers.get(id).cloned();
-            self.pending.push(tier.map_or_else(|| Update::RemoveTier(id.clone()), Update::Tier));
+            self.push(tier.map_or_else(|| Update::RemoveTier(id.clone()), Update::Tier));
         }
         for id in &changed.policies {
             let policy = state.layer.policies.get(id).cloned();
-            self.pending.push(policy.map_or_else(|| Update::RemovePolicy(id.clone()), Update::Policy));
+            self.push(policy.map_or_else(|| Update::RemovePolicy(id.clone()), Update::Policy));
         }
         let others = !changed.nodes.is_empty()
             || changed.service_addresses
@@ -206,58 +213,25 @@ impl World {
         }
         self.own_streams = now;
         for (name, node) in &state.nodes {
-            self.pending.push(Update::Node { name: name.clone(), config: self.node(name, node) });
+            self.push(Update::Node { name: name.clone(), config: self.node(name, node) });
         }
         true
     }
 
     /// Applies changes that the hub sent as one batch.
     pub fn receive(&mut self, updates: Updates) {
-        let mut manifests = Vec::new();
-        for change in updates.changes {
-            match change {
-                Change::Manifest { kind, name, manifest } => manifests.push((kind, name, manifest)),
-                change => self.receive_one(change),
-            }
-        }
+        let Updates { mut changes, in_force } = updates;
+        let manifests = changes.extract_if(.., |change| matches!(change, Change::Manifest { .. }));
+        let manifests = manifests.filter_map(|change| match change {
+            Change::Manifest { kind, name, manifest } => Some((kind, name, manifest)),
+            _ => None,
+        });
+        let manifests: Vec<_> = manifests.collect();
+        self.pending.push(Pending::Received(changes));
         for update in self.federated.take(manifests) {
-            self.pending.push(update);
+            self.push(update);
         }
-        self.in_force = updates.in_force;
-    }
-
-    /// Applies a change of another cluster, or of this one's record.
-    fn receive_one(&mut self, change: Change) {
-        match change {
-            Change::Cluster { name, record: Some(record) } => {
-                let record = record_of(&record);
-                self.pending.push(Update::Cluster { name, record });
-            }
-            // Only the record is withdrawn; the objects of this cluster are its own.
-            Change::Cluster { name, record: None } | Change::Withdrawn { name } if name == self.cluster => {
-                self.pending.push(Update::Cluster { name, record: ClusterRecord::default() });
-            }
-            Change::Cluster { name, record: None } | Change::Withdrawn { name } => {
-                self.pending.push(Update::RemoveCluster { name });
-            }
-            Change::Namespace { cluster, name, labels } if cluster != self.cluster => {
-                self.namespace(cluster, name, labels);
-            }
-            Change::ServiceAccount { cluster, namespace, name, labels } if cluster != self.cluster => {
-                self.account(cluster, namespace, name, labels);
-            }
-            Change::Endpoint { cluster, id, endpoint } if cluster != self.cluster && id.kind == EndpointKind::Pod => {
-                let cluster = Some(cluster);
-                self.pending.push(match endpoint {
-                    Some(endpoint) => Update::Endpoint { cluster, id, endpoint },
-                    None => Update::RemoveEndpoint { cluster, id },
-                });
-            }
-            Change::Namespace { .. }
-            | Change::ServiceAccount { .. }
-            | Change::Endpoint { .. }
-            | Change::Manifest { .. } => {}
-        }
+        self.in_force = in_force;
     }
 
     /// Brings the rule set of every node up to date. Returns those that changed. The cost is that of what changed, and of a
@@ -268,7 +242,15 @@ impl World {
         let live = self.live.clone();
         let state = &mut *live.write();
         let compiler = &mut state.compiler;
-        self.pending.drain(..).for_each(|update| compiler.apply(update));
+        for pending in std::mem::take(&mut self.pending) {
+            match pending {
+                Pending::Update(update) => compiler.apply(*update),
+                Pending::Received(changes) => {
+                    let updates = changes.into_iter().filter_map(|change| update_of(change, &self.cluster));
+                    updates.for_each(|update| compiler.apply(update));
+                }
+            }
+        }
         let compiler::Changes { mut nodes } = compiler.commit();
         (state.hub_revision, state.local_revision) = (self.in_force.revision, self.local_revision);
         if self.in_force == Position::default() {
@@ -314,18 +296,8 @@ impl World {
         &self.nodes
     }
 
-    fn namespace(&mut self, cluster: ClusterName, name: Arc<str>, labels: Option<Labels>) {
-        self.pending.push(match labels {
-            Some(labels) => Update::Namespace { cluster, name, namespace: Namespace { labels } },
-            None => Update::RemoveNamespace { cluster, name },
-        });
-    }
-
-    fn account(&mut self, cluster: ClusterName, namespace: Arc<str>, name: Arc<str>, labels: Option<Labels>) {
-        self.pending.push(match labels {
-            Some(labels) => Update::ServiceAccount { cluster, namespace, name, labels },
-            None => Update::RemoveServiceAccount { cluster, namespace, name },
-        });
+    fn push(&mut self, update: Update) {
+        self.pending.push(Pending::Update(Box::new(update)));
     }
 
     fn node(&self, name: &str, node: &NodeInfo) -> NodeConfig {
@@ -335,6 +307,47 @@ impl World {
             unknown_pods: self.unknown_pods,
             own_streams: self.own_streams.on_node(name, node),
         }
+    }
+}
+
+/// A change of another cluster, or of the record of `local`; `None`: what the hub relays of `local` itself.
+fn update_of(change: Change, local: &ClusterName) -> Option<Update> {
+    Some(match change {
+        Change::Cluster { name, record: Some(record) } => Update::Cluster { name, record: record_of(&record) },
+        // Only the record is withdrawn; the objects of this cluster are its own.
+        Change::Cluster { name, record: None } | Change::Withdrawn { name } if name == *local => {
+            Update::Cluster { name, record: ClusterRecord::default() }
+        }
+        Change::Cluster { name, record: None } | Change::Withdrawn { name } => Update::RemoveCluster { name },
+        Change::Namespace { cluster, name, labels } if cluster != *local => namespace_update(cluster, name, labels),
+        Change::ServiceAccount { cluster, namespace, name, labels } if cluster != *local => {
+            account_update(cluster, namespace, name, labels)
+        }
+        Change::Endpoint { cluster, id, endpoint } if cluster != *local && id.kind == EndpointKind::Pod => {
+            let cluster = Some(cluster);
+            match endpoint {
+                Some(endpoint) => Update::Endpoint { cluster, id, endpoint },
+                None => Update::RemoveEndpoint { cluster, id },
+            }
+        }
+        Change::Namespace { .. }
+        | Change::ServiceAccount { .. }
+        | Change::Endpoint { .. }
+        | Change::Manifest { .. } => return None,
+    })
+}
+
+fn namespace_update(cluster: ClusterName, name: Arc<str>, labels: Option<Labels>) -> Update {
+    match labels {
+        Some(labels) => Update::Namespace { cluster, name, namespace: Namespace { labels } },
+        None => Update::RemoveNamespace { cluster, name },
+    }
+}
+
+fn account_update(cluster: ClusterName, namespace: Arc<str>, name: Arc<str>, labels: Option<Labels>) -> Update {
+    match labels {
+        Some(labels) => Update::ServiceAccount { cluster, namespace, name, labels },
+        None => Update::RemoveServiceAccount { cluster, namespace, name },
     }
 }
 

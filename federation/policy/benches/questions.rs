@@ -236,7 +236,7 @@ fn inventory() -> Inventory {
         for values in [10, 11, 20, 30, 40] {
             labels.insert(format!("label-{values}").into(), format!("value-{}", index % values).into());
         }
-        let endpoint = Endpoint { labels, addresses: vec![address(index)], ..Endpoint::default() };
+        let endpoint = Endpoint { labels: labels.into(), addresses: vec![address(index)], ..Endpoint::default() };
         cluster.endpoints.insert(id(index), endpoint);
     }
     Inventory { clusters: [("c".into(), cluster)].into(), ..Inventory::default() }

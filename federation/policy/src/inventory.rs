@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, LazyLock};
 
 use ipnet::IpNet;
@@ -11,6 +12,42 @@ use crate::selector::{Label, LabelLookup, build};
 use crate::tri::Tri;
 
 pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
+
+/// Labels that objects with equal labels may share. Written to, they are copied where they are shared.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SharedLabels(Arc<Labels>);
+
+impl From<Labels> for SharedLabels {
+    fn from(labels: Labels) -> Self {
+        Self(Arc::new(labels))
+    }
+}
+
+impl FromIterator<(Arc<str>, Arc<str>)> for SharedLabels {
+    fn from_iter<T: IntoIterator<Item = (Arc<str>, Arc<str>)>>(pairs: T) -> Self {
+        Labels::from_iter(pairs).into()
+    }
+}
+
+impl<const N: usize> From<[(Arc<str>, Arc<str>); N]> for SharedLabels {
+    fn from(pairs: [(Arc<str>, Arc<str>); N]) -> Self {
+        Labels::from(pairs).into()
+    }
+}
+
+impl Deref for SharedLabels {
+    type Target = Labels;
+
+    fn deref(&self) -> &Labels {
+        &self.0
+    }
+}
+
+impl DerefMut for SharedLabels {
+    fn deref_mut(&mut self) -> &mut Labels {
+        Arc::make_mut(&mut self.0)
+    }
+}
 
 /// Which label keys an origin may set. A key outside is *unknown* on its objects, not absent.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -56,7 +93,7 @@ pub struct EndpointId {
     pub name: Arc<str>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct NamedPort {
     pub name: Arc<str>,
     pub protocol: u8,
@@ -67,7 +104,7 @@ pub struct NamedPort {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Endpoint {
     /// Its own labels, as written. See [`EffectiveLabels`] for what a selector sees.
-    pub labels: Labels,
+    pub labels: SharedLabels,
     pub service_account: Option<Arc<str>>,
     /// A pod's addresses, the primary first; empty for a pod that ended, has none yet, or is on the host's network.
     pub addresses: Vec<IpAddr>,
@@ -295,7 +332,7 @@ impl EffectiveLabels<'_> {
             LabelGrant::Keys(granted) if !self.first_hand => Some(granted),
             _ => None,
         };
-        for (key, value) in &self.endpoint.labels {
+        for (key, value) in self.endpoint.labels.iter() {
             if granted.is_none_or(|granted| granted.contains(key)) {
                 visit(&build::own_key(key), value);
             }

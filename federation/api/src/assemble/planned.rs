@@ -228,7 +228,7 @@ fn title(kind: &str, name: &str, template: &Template) -> String {
 
 fn endpoint(template: &Template) -> Endpoint {
     Endpoint {
-        labels: template.labels.clone(),
+        labels: template.labels.clone().into(),
         service_account: Some(template.spec.account()),
         ports: template.spec.named_ports(),
         host_network: template.spec.host_network,

@@ -3,17 +3,17 @@
 use std::collections::BTreeMap;
 
 use hanse_compiler::{ClusterRecord, Compiler, Direction, Reason, Update};
-use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant, Labels};
+use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant};
 use hanse_policy::model::*;
 use hanse_policy::selector::Selector;
 
 fn pod(cluster: &str, name: &str, labels: &[(&str, &str)], address: &str) -> Update {
-    let labels: Labels = labels.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+    let labels = labels.iter().map(|(key, value)| ((*key).into(), (*value).into()));
     Update::Endpoint {
         cluster: Some(cluster.into()),
         id: EndpointId { kind: EndpointKind::Pod, namespace: Some("web".into()), name: name.into() },
         endpoint: Endpoint {
-            labels,
+            labels: labels.collect(),
             addresses: vec![address.parse().unwrap()],
             node: Some("n".into()),
             ..Endpoint::default()

@@ -200,8 +200,8 @@ fn object(body: Option<Body>, features: Vec<String>) -> Result<Object, DecodeErr
             service_account: it.service_account,
             label_set: it.label_set,
             own: read_pairs(it.labels),
-            addresses: it.addresses.iter().map(|bytes| address(bytes)).collect::<Result<_, _>>()?,
-            ports: it.ports.into_iter().map(decode_port).collect::<Result<_, _>>()?,
+            addresses: exactly(it.addresses.iter().map(|bytes| address(bytes)))?,
+            ports: exactly(it.ports.into_iter().map(decode_port))?,
             node: (!it.node.is_empty()).then_some(it.node),
         }),
         Some(Body::Policy(it)) => manifest(ManifestKind::Policy, it, features),
@@ -210,6 +210,15 @@ fn object(body: Option<Body>, features: Vec<String>) -> Result<Object, DecodeErr
         Some(Body::Cluster(it)) => cluster(it)?,
         None => return Err(DecodeError::Malformed("body: of no known kind".to_owned())),
     })
+}
+
+/// A list without room for more: a snapshot has two for every endpoint, and a list that grows starts with room for four.
+fn exactly<T>(items: impl ExactSizeIterator<Item = Result<T, DecodeError>>) -> Result<Vec<T>, DecodeError> {
+    let mut list = Vec::with_capacity(items.len());
+    for item in items {
+        list.push(item?);
+    }
+    Ok(list)
 }
 
 /// Whether an object of a cluster is within the limits.

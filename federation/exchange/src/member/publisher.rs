@@ -311,7 +311,8 @@ impl Publisher {
             self.use_shared(used, || account_object(cluster, namespace_id, namespace, name), revision)
         });
         let is_own = |(key, value): &(Arc<str>, Arc<str>)| OWN_KEYS.contains(&&**key) || *value == pod;
-        let (own, shared): (Labels, Labels) = endpoint.labels.clone().into_iter().partition(is_own);
+        let (own, shared): (Labels, Labels) =
+            endpoint.labels.iter().map(|(key, value)| (key.clone(), value.clone())).partition(is_own);
         let labels = pairs(&shared);
         let label_set = if shared.is_empty() {
             0

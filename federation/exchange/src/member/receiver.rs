@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use hanse_policy::model::ClusterName;
 
-use super::model::{Change, ClusterRecord, ManifestKind, Updates};
+use super::model::{Change, ClusterRecord, Updates};
 use crate::codec::{DecodeError, frame, object};
 use crate::interest::{self, Interest, Wanted, WrittenSelection};
 use crate::limits::PROTOCOL;
@@ -19,10 +19,12 @@ use crate::model::{Position, digest_of};
 
 mod hub_objects;
 mod origin;
+mod problem;
 mod stored;
 
 use hub_objects::HubObjects;
 use origin::{DigestDiffers, Origin};
+pub use problem::{Check, ObjectProblem};
 
 /// Problems of one kind that are reported.
 const MAX_PROBLEMS: usize = 32;
@@ -44,38 +46,6 @@ pub struct Receiver {
     /// Something newer than this was handed out before a crash: until the hub has confirmed the present state, the position
     /// does not count.
     unconfirmed: bool,
-}
-
-/// Checks whether this version can read a manifest.
-pub trait Check: std::fmt::Debug + Send + Sync {
-    /// # Errors
-    /// What is wrong with the manifest, with the field.
-    fn check(&self, kind: ManifestKind, json: &Bytes) -> Result<(), String>;
-}
-
-/// Why an object cannot be used here.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ObjectProblem {
-    #[error("{0}")]
-    Malformed(String),
-    #[error("this version does not know feature {0}")]
-    FeatureUnknown(String),
-    #[error("its tier does not exist: the last version with a tier stays in force, if there is one")]
-    TierMissing,
-    #[error("an object of this kind cannot come from this origin")]
-    WrongKind,
-    #[error("not an object")]
-    NotAnObject,
-}
-
-impl From<DecodeError> for ObjectProblem {
-    fn from(error: DecodeError) -> Self {
-        match error {
-            DecodeError::Malformed(why) => Self::Malformed(why),
-            DecodeError::FeatureUnknown(feature) => Self::FeatureUnknown(feature),
-            DecodeError::KindNotPublishable(_) => Self::WrongKind,
-        }
-    }
 }
 
 /// One watching stream.
@@ -106,7 +76,8 @@ struct Staging {
     origin: Option<ClusterName>,
     snapshot: bool,
     needs: u64,
-    updates: BTreeMap<u64, Option<Bytes>>,
+    /// Copies: slices would keep whole frames.
+    updates: BTreeMap<u64, Option<Box<[u8]>>>,
     /// The digests of updates whose ids cannot be read: they are refused by themselves, and the rest counts.
     unreadable: u128,
 }
@@ -298,7 +269,7 @@ impl Receiver {
                 let Some(mut staging) = session.staging.take() else { return Ok(Vec::new()) };
                 return Ok(match staging.origin.take() {
                     None => self.end_hub(staging, position, digest),
-                    Some(origin) => self.end_origin(origin, &staging, position, digest, view),
+                    Some(origin) => self.end_origin(origin, staging, position, digest, view),
                 });
             }
             WatchResponse::Interest(change) => {
@@ -368,6 +339,7 @@ impl Receiver {
 
     fn end_hub(&mut self, staging: Staging, position: Position, digest: Option<u128>) -> Vec<WatchRequest> {
         let Staging { snapshot, updates, unreadable, needs, .. } = staging;
+        let updates = updates.into_iter().map(|(id, update)| (id, update.map(Bytes::from))).collect();
         let Some(clusters) = self.hub.apply(snapshot, updates, unreadable, (position, digest, needs)) else {
             return vec![WatchRequest::Mismatch { origin: None }];
         };
@@ -383,14 +355,14 @@ impl Receiver {
     fn end_origin(
         &mut self,
         name: ClusterName,
-        staging: &Staging,
+        staging: Staging,
         position: Position,
         digest: Option<u128>,
         view: u64,
     ) -> Vec<WatchRequest> {
         let origin = self.origins.entry(name.clone()).or_default();
         let readable = digest.map(|digest| digest.wrapping_sub(staging.unreadable));
-        match origin.apply(&name, staging.snapshot, &staging.updates, readable, &mut self.changes) {
+        match origin.apply(&name, staging.snapshot, staging.updates, readable, &mut self.changes) {
             Ok(()) => {
                 origin.digest = origin.digest.wrapping_add(staging.unreadable);
                 (origin.position, origin.view) = (position, view);
@@ -445,8 +417,7 @@ impl Session {
         staging.updates.extend(frame.removals.into_iter().map(|id| (id, None)));
         for update in frame.upserts {
             match object::id_of(&update) {
-                // A copy of its own: a slice would keep the whole frame.
-                Some(id) => drop(staging.updates.insert(id, Some(Bytes::copy_from_slice(&update)))),
+                Some(id) => drop(staging.updates.insert(id, Some(Box::from(&*update)))),
                 None => {
                     let origin = staging.origin.as_deref().unwrap_or("hub");
                     tracing::error!(origin, "an object without an id is not used");

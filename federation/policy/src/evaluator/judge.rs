@@ -87,7 +87,7 @@ impl<'a> Judge<'a> {
             let pod = facts.ends[at].pod.filter(|pod| pod.cluster == LOCAL)?;
             let chain = self.chain(pod.class, direction, view);
             self.set_bits(&chain, &facts);
-            let names_ports = |pod: KnownPod| !self.inventory.slots[pod.slot].ports.is_empty();
+            let names_ports = |pod: KnownPod| !self.inventory.slots[pod.slot].ports().is_empty();
             let packet = PacketOutline::new(query, facts.ends[1].pod.is_some_and(names_ports), &self.bits);
             let local = &self.inventory.clusters[LOCAL];
             let enforcer = Enforcer {
@@ -191,7 +191,7 @@ impl Facts for KnownFacts<'_, '_> {
     fn named_port(&self, _enforcer: &str, pods: &Selection, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
         let inventory = self.judge.inventory;
         let Some(selector) = inventory.index.find(&pods.selector) else { return Tri::Unknown };
-        let named = |pod: &KnownPod| has_named_port(&inventory.slots[pod.slot].ports, name, protocol, port);
+        let named = |pod: &KnownPod| has_named_port(inventory.slots[pod.slot].ports(), name, protocol, port);
         let pod = self.end(end).pod.filter(named);
         pod.map_or(Tri::No, |pod| self.pod(pod, &pods.clusters, selector))
     }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
-use hashbrown::HashTable;
+use hashbrown::{HashSet, HashTable};
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
@@ -16,7 +16,7 @@ use super::model::{
     NodeIndex, ServiceKey, Slot, SlotId,
 };
 use super::nets::NetTable;
-use crate::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant, Labels, Service};
+use crate::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant, Labels, NamedPort, Service};
 use crate::model::{ClusterName, ClusterScope};
 use crate::selector::{Selector, build};
 use crate::slab::{Id as _, SecondaryMap, Slab};
@@ -48,6 +48,7 @@ pub struct IndexedInventory {
     /// The addresses of pods on the host's network, the primary first: their node's, which no pod owns.
     host_addresses: FastMap<SlotId, Box<[IpAddr]>>,
     pub by_port: FastMap<Arc<str>, IdSet<SlotId>>,
+    port_lists: HashSet<Arc<[NamedPort]>, RandomState>,
     pub(super) members: SecondaryMap<ClassId, Members>,
     no_members: Members,
     /// Keys that no selector named at the last refresh.
@@ -79,6 +80,7 @@ impl IndexedInventory {
             by_net: NetTable::default(),
             host_addresses: FastMap::default(),
             by_port: FastMap::default(),
+            port_lists: HashSet::default(),
             members: SecondaryMap::default(),
             no_members: Members::default(),
             newly_relevant: Vec::new(),
@@ -217,7 +219,7 @@ impl IndexedInventory {
         // The nodes of other clusters are unknown here.
         let node = endpoint.node.as_ref().filter(|_| cluster == LOCAL).map(|node| self.node(node));
         let mut own: SmallVec<[PairId; 16]> = SmallVec::new();
-        for (key, value) in &endpoint.labels {
+        for (key, value) in endpoint.labels.iter() {
             let key = self.index.key(&build::own_key(key));
             own.push(self.index.pair(key, value));
         }
@@ -238,7 +240,7 @@ impl IndexedInventory {
                     own: Box::default(),
                     addresses: Addresses::new(),
                     nets: Box::default(),
-                    ports: Box::default(),
+                    ports: None,
                     host_network: false,
                     live: true,
                     dirty: true,
@@ -255,6 +257,7 @@ impl IndexedInventory {
         for port in &endpoint.ports {
             self.by_port.entry(port.name.clone()).or_default().insert(at);
         }
+        let ports = self.shared_ports(endpoint.ports);
         // Network sets have no addresses, pods no nets, and pods on the host's network nothing.
         let holds = id.kind == EndpointKind::Pod && !endpoint.host_network;
         let mut addresses = Addresses::new();
@@ -274,7 +277,7 @@ impl IndexedInventory {
         slot.own = own.into_vec().into();
         slot.addresses = addresses;
         slot.nets = endpoint.nets.iter().filter(|_| id.kind == EndpointKind::NetworkSet).map(IpNet::trunc).collect();
-        slot.ports = endpoint.ports.into();
+        slot.ports = ports;
         slot.host_network = endpoint.host_network;
         slot.live = true;
         let nets = slot.nets.iter().copied();
@@ -329,13 +332,17 @@ impl IndexedInventory {
         std::mem::take(&mut slot.nets).iter().for_each(|net| self.by_net.remove(*net, at));
         self.host_addresses.remove(&at);
         own.iter().for_each(|pair| self.index.release(*pair));
-        for port in &ports {
+        for port in ports.iter().flat_map(|ports| ports.iter()) {
             if let Some(endpoints) = self.by_port.get_mut(&port.name) {
                 endpoints.remove(at);
                 if endpoints.is_empty() {
                     self.by_port.remove(&port.name);
                 }
             }
+        }
+        // With the one in the table.
+        if let Some(ports) = ports.filter(|ports| Arc::strong_count(ports) == 2) {
+            self.port_lists.remove(&ports);
         }
         addresses.iter().for_each(|address| self.yield_address(*address, at));
         self.slots[at].addresses.clear();
@@ -347,6 +354,18 @@ impl IndexedInventory {
         }
         let cluster = self.contexts[context].cluster;
         self.clusters[cluster].endpoints.remove(at);
+    }
+
+    fn shared_ports(&mut self, ports: Vec<NamedPort>) -> Option<Arc<[NamedPort]>> {
+        if ports.is_empty() {
+            return None;
+        }
+        if let Some(shared) = self.port_lists.get(&*ports) {
+            return Some(shared.clone());
+        }
+        let shared: Arc<[NamedPort]> = ports.into();
+        self.port_lists.insert(shared.clone());
+        Some(shared)
     }
 
     pub fn cluster_of(&self, at: SlotId) -> ClusterId {
@@ -459,10 +478,11 @@ impl IndexedInventory {
         id
     }
 
-    /// The numbers of endpoints, contexts, addresses, port names and services.
+    /// The numbers of endpoints, contexts, addresses, port names with lists of ports, and services.
     pub fn count(&self) -> [usize; 5] {
         let addresses = self.owners.len() + self.contested.len();
-        [self.slots_by_id.len(), self.contexts.len(), addresses, self.by_port.len(), self.services.len()]
+        let ports = self.by_port.len() + self.port_lists.len();
+        [self.slots_by_id.len(), self.contexts.len(), addresses, ports, self.services.len()]
     }
 }
 

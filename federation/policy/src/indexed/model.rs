@@ -28,7 +28,8 @@ pub const FEDERATION: ClusterId = ClusterId::at(0);
 /// The cluster whose view this is.
 pub const LOCAL: ClusterId = ClusterId::at(1);
 
-pub type Addresses = SmallVec<[IpAddr; 1]>;
+/// A pod has one of each family at most, with few exceptions.
+pub type Addresses = SmallVec<[IpAddr; 2]>;
 /// Namespace and name.
 pub type ServiceKey = (Arc<str>, Arc<str>);
 
@@ -104,11 +105,18 @@ pub struct Slot {
     /// All that it claims; see [`super::IndexedInventory::held`].
     pub(super) addresses: Addresses,
     pub nets: Box<[IpNet]>,
-    pub ports: Box<[NamedPort]>,
+    /// Shared by all endpoints with equal ports; `None` for none.
+    pub(super) ports: Option<Arc<[NamedPort]>>,
     pub(super) host_network: bool,
     /// Not removed; a removed one stays until the refresh.
     pub(super) live: bool,
     pub(super) dirty: bool,
+}
+
+impl Slot {
+    pub fn ports(&self) -> &[NamedPort] {
+        self.ports.as_deref().unwrap_or_default()
+    }
 }
 
 /// What an endpoint contributed to sets at the last refresh.

@@ -26,7 +26,7 @@ impl IndexedInventory {
             judged: cluster == LOCAL && pod && slot.node.is_some() && !addresses.is_empty(),
             addresses,
             nets: slot.nets.iter().copied().collect(),
-            ports: slot.ports.iter().cloned().collect(),
+            ports: slot.ports().iter().cloned().collect(),
         })
     }
 

@@ -15,7 +15,7 @@ fn inventory(change: impl FnOnce(&mut Inventory)) -> Inventory {
         let labels = Labels::from([("role".into(), if name == "gateway" { "gw" } else { "server" }.into())]);
         let ports = vec![NamedPort { name: "api".into(), protocol: 6, port: 8000 }];
         let addresses = vec![address.parse().expect("address")];
-        let endpoint = Endpoint { labels, addresses, ports, ..Endpoint::default() };
+        let endpoint = Endpoint { labels: labels.into(), addresses, ports, ..Endpoint::default() };
         let namespaces = [("ns".into(), Namespace::default())].into();
         let of = Cluster { endpoints: [(pod(name), endpoint)].into(), namespaces, ..Cluster::default() };
         inventory.clusters.insert(cluster.into(), of);

@@ -87,7 +87,7 @@ pub fn world(random: &mut Random) -> World {
     }
     if random.once_in(2) {
         let nets = vec![net(random), net(random)];
-        let set = Endpoint { labels: labels(random), nets, ..Endpoint::default() };
+        let set = Endpoint { labels: labels(random).into(), nets, ..Endpoint::default() };
         inventory.federated_sets.insert(set_id(None, "shared"), set);
     }
     let mut policies = PolicySet::default();
@@ -171,7 +171,7 @@ fn cluster(random: &mut Random, at: usize) -> Cluster {
             .collect();
         let service_account = random.some(2, |random| (random.pick(ACCOUNTS)).into());
         let endpoint = Endpoint {
-            labels: labels(random),
+            labels: labels(random).into(),
             service_account,
             addresses,
             ports,
@@ -184,7 +184,7 @@ fn cluster(random: &mut Random, at: usize) -> Cluster {
     for set in 0..random.below(3) {
         let namespace = random.some(2, |random| (random.pick(NAMESPACES)).into());
         let nets = vec![net(random), net(random)];
-        let endpoint = Endpoint { labels: labels(random), nets, ..Endpoint::default() };
+        let endpoint = Endpoint { labels: labels(random).into(), nets, ..Endpoint::default() };
         cluster.endpoints.insert(set_id(namespace, &format!("set-{set}")), endpoint);
     }
     if !random.once_in(4) {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use hanse_policy::model::ClusterName;
 
 use super::super::model::{Change, ClusterRecord, Manifest, ManifestKind};
-use super::{Check, ObjectProblem};
+use super::problem::{Check, ObjectProblem};
 use crate::codec::object::{self, Object};
 use crate::limits::EXISTING_TIER;
 use crate::model::{Position, digest_of};

@@ -8,14 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::BuildHasher as _;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use hanse_policy::inventory::{Endpoint, EndpointId, Labels};
+use hanse_policy::inventory::{Endpoint, EndpointId, Labels, SharedLabels};
 use hanse_policy::model::ClusterName;
 use hanse_policy::slab::Slab;
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 
 use super::super::model::{Change, pod};
-use super::ObjectProblem;
+use super::problem::ObjectProblem;
 use crate::codec::object::{self, EndpointObject, Object};
 use crate::model::{Position, digest_of};
 
@@ -56,7 +55,7 @@ struct Entry {
 /// A label set, which may be missing, and the endpoints that refer to it.
 #[derive(Debug, Default)]
 struct LabelSet {
-    labels: Option<Labels>,
+    labels: Option<SharedLabels>,
     users: Vec<Slot>,
 }
 
@@ -91,8 +90,8 @@ pub(super) struct DigestDiffers;
 /// What a batch touched, by the names that the inventory has.
 #[derive(Debug, Default)]
 struct Touched {
-    /// With the ids that their namespaces had.
-    endpoints: BTreeMap<EndpointId, BTreeSet<u64>>,
+    /// With the ids that their namespaces had. Not a map: a snapshot has an entry for every endpoint.
+    endpoints: Vec<(EndpointId, u64)>,
     namespaces: BTreeSet<(Arc<str>, u64)>,
     /// Namespace, name and id.
     accounts: BTreeSet<(Arc<str>, Arc<str>, u64)>,
@@ -115,48 +114,47 @@ impl Origin {
         &mut self,
         cluster: &ClusterName,
         snapshot: bool,
-        updates: &BTreeMap<u64, Option<Bytes>>,
+        updates: BTreeMap<u64, Option<Box<[u8]>>>,
         digest: Option<u128>,
         changes: &mut Vec<Change>,
     ) -> Result<(), DigestDiffers> {
         let mut after = if snapshot { 0 } else { self.digest };
-        let mut changed: Vec<(u64, &Bytes)> = Vec::new();
-        let mut removed: Vec<u64> = Vec::new();
-        for (id, update) in updates {
-            let before = self.entry(*id).map(|entry| &entry.bytes);
-            if let Some(before) = before.filter(|_| !snapshot) {
-                after = after.wrapping_sub(digest_of(before));
+        for (id, update) in &updates {
+            if let Some(before) = self.entry(*id).filter(|_| !snapshot) {
+                after = after.wrapping_sub(digest_of(&before.bytes));
             }
-            match update {
-                Some(bytes) => {
-                    after = after.wrapping_add(digest_of(bytes));
-                    if before.is_none_or(|before| **before != **bytes) {
-                        changed.push((*id, bytes));
-                    }
-                }
-                None => removed.extend(before.map(|_| *id)),
-            }
+            after = after.wrapping_add(update.as_deref().map_or(0, digest_of));
         }
         if digest.is_some_and(|digest| digest != after) {
             return Err(DigestDiffers);
         }
-        if snapshot {
-            let all = self.entries.iter().map(|(_, entry)| entry.id);
-            removed = all.filter(|id| !matches!(updates.get(id), Some(Some(_)))).collect();
-        }
+        let removed: Vec<u64> = match snapshot {
+            true => {
+                let all = self.entries.iter().map(|(_, entry)| entry.id);
+                all.filter(|id| !matches!(updates.get(id), Some(Some(_)))).collect()
+            }
+            false => {
+                let gone = updates.iter().filter(|(id, update)| update.is_none() && self.slot_of(**id).is_some());
+                gone.map(|(id, _)| *id).collect()
+            }
+        };
+        let sent = updates.into_iter().filter_map(|(id, update)| Some((id, update?)));
+        let changed: Vec<(u64, Box<[u8]>)> =
+            sent.filter(|(id, bytes)| self.entry(*id).is_none_or(|before| before.bytes != *bytes)).collect();
+        let changed_ids: Vec<u64> = changed.iter().map(|(id, _)| *id).collect();
         // Names are looked up in the former state, then in the new one: an object may have another name now.
         let mut touched = Touched::default();
-        for id in removed.iter().chain(changed.iter().map(|(id, _)| id)) {
+        for id in removed.iter().chain(&changed_ids) {
             self.touch(*id, &mut touched);
         }
-        for id in removed.iter().chain(changed.iter().map(|(id, _)| id)) {
+        for id in removed.iter().chain(&changed_ids) {
             self.remove(*id);
         }
-        for (id, bytes) in &changed {
-            self.insert(*id, bytes);
+        for (id, bytes) in changed {
+            self.insert(id, bytes);
         }
         // Objects that refer to a namespace of the same batch are found by now.
-        for (id, _) in &changed {
+        for id in &changed_ids {
             self.touch(*id, &mut touched);
         }
         for set in std::mem::take(&mut touched.label_sets) {
@@ -196,12 +194,11 @@ impl Origin {
         } else if let Some(endpoint) = endpoint_of(&entry.bytes)
             && let Some(namespace) = self.namespaces.get(&endpoint.namespace)
         {
-            let id = pod(namespace.clone(), endpoint.name.into());
-            touched.endpoints.entry(id).or_default().insert(endpoint.namespace);
+            touched.endpoints.push((pod(namespace.clone(), endpoint.name.into()), endpoint.namespace));
         }
     }
 
-    fn add_changes(&self, cluster: &ClusterName, touched: Touched, changes: &mut Vec<Change>) {
+    fn add_changes(&self, cluster: &ClusterName, mut touched: Touched, changes: &mut Vec<Change>) {
         // Labels of namespaces come before the endpoints in them; endpoints go before their namespaces.
         let mut removals = Vec::new();
         for (name, id) in touched.namespaces {
@@ -231,8 +228,11 @@ impl Origin {
             let to = if labels.is_some() { &mut *changes } else { &mut removals };
             to.push(Change::ServiceAccount { cluster: cluster.clone(), namespace, name, labels });
         }
-        for (id, namespaces) in touched.endpoints {
-            let objects = namespaces.into_iter().flat_map(|namespace| self.endpoints_named(namespace, &id.name));
+        touched.endpoints.sort_unstable();
+        touched.endpoints.dedup();
+        for same_name in touched.endpoints.chunk_by(|(a, _), (b, _)| a == b) {
+            let id = same_name[0].0.clone();
+            let objects = same_name.iter().flat_map(|(_, namespace)| self.endpoints_named(*namespace, &id.name));
             // A publisher gives one id to each name. Where one does not, the outcome does not depend on any order.
             let newest = objects.max_by_key(|(id, _)| *id).map(|(_, endpoint)| endpoint);
             let endpoint = newest.map(|endpoint| self.endpoint(endpoint));
@@ -313,14 +313,14 @@ impl Origin {
     }
 
     /// Stores an object whose id has none.
-    fn insert(&mut self, id: u64, bytes: &[u8]) {
-        let slot = self.entries.insert(Entry { id, bytes: bytes.into(), place: 0 });
-        let (entries, hasher) = (&self.entries, &self.hasher);
-        self.ids.insert_unique(hasher.hash_one(id), slot, |slot| hasher.hash_one(entries[*slot].id));
-        let object = match object::decode(bytes) {
+    fn insert(&mut self, id: u64, bytes: Box<[u8]>) {
+        let object = match object::decode(&bytes) {
             Some(update) => update.object.map_err(ObjectProblem::from),
             None => Err(ObjectProblem::NotAnObject),
         };
+        let slot = self.entries.insert(Entry { id, bytes, place: 0 });
+        let (entries, hasher) = (&self.entries, &self.hasher);
+        self.ids.insert_unique(hasher.hash_one(id), slot, |slot| hasher.hash_one(entries[*slot].id));
         match object {
             Ok(Object::Namespace { name, .. }) => drop(self.namespaces.insert(id, name)),
             Ok(Object::ServiceAccount { namespace, name, .. }) => drop(self.accounts.insert(id, (namespace, name))),

@@ -7,7 +7,8 @@ use hanse_policy::model::ClusterName;
 use prost::Message as _;
 
 use super::super::model::Change;
-use super::{Check, Receiver};
+use super::Receiver;
+use super::problem::Check;
 use crate::codec::{object, selection};
 use crate::model::Position;
 
@@ -66,10 +67,10 @@ impl Receiver {
         }
         for it in stored.origins {
             let name = ClusterName::from(it.name);
-            let staged = it.objects.into_iter().map(|bytes| Some((object::id_of(&bytes)?, Some(bytes))));
-            let staged: BTreeMap<u64, Option<Bytes>> = staged.collect::<Option<_>>()?;
+            let staged = it.objects.into_iter().map(|bytes| Some((object::id_of(&bytes)?, Some(Box::from(&*bytes)))));
+            let staged: BTreeMap<u64, Option<Box<[u8]>>> = staged.collect::<Option<_>>()?;
             let origin = receiver.origins.entry(name.clone()).or_default();
-            origin.apply(&name, true, &staged, None, &mut receiver.changes).ok()?;
+            origin.apply(&name, true, staged, None, &mut receiver.changes).ok()?;
             origin.position = Position { epoch: it.epoch, revision: it.revision };
             origin.view = it.view;
         }
