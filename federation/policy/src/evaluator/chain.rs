@@ -85,6 +85,12 @@ impl Chain {
         }
     }
 
+    /// Whether it has the same policies, in the same order.
+    pub fn has_policies_of(&self, other: &Self) -> bool {
+        self.policies.len() == other.policies.len()
+            && self.policies.iter().zip(&other.policies).all(|(a, b)| Arc::ptr_eq(a, b))
+    }
+
     pub fn rule(&self, at: usize, direction: Direction) -> Option<(&Policy, &Rule)> {
         let ChainRule { policy, rule } = self.rules[at];
         let policy = &self.policies[policy as usize];

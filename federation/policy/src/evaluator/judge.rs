@@ -74,24 +74,35 @@ impl<'a> Judge<'a> {
 
     /// What is enforced, and where something is staged, what would be if it were committed.
     pub fn explain(&self, query: &Query) -> Explanation {
-        let pending = self.evaluator.has_staged().then(|| self.evaluate(query, View::Pending));
-        Explanation::new(self.evaluate(query, View::Enforced), pending)
+        let facts = self.facts(query);
+        let enforced = self.judge(&facts, View::Enforced, None);
+        let pending = self.evaluator.has_staged().then(|| self.judge(&facts, View::Pending, Some(&enforced)));
+        Explanation::new(enforced, pending)
     }
 
     /// The same as [`crate::evaluate::evaluate`] in the directions of the local cluster's pods; `None` in others.
     pub fn evaluate(&self, query: &Query, view: View) -> Answer {
-        let facts =
-            KnownFacts { judge: self, query, ends: [self.known(&query.source), self.known(&query.destination)] };
+        self.judge(&self.facts(query), view, None)
+    }
+
+    /// `enforced`: the answer of the enforced view, which is reused in directions where no staged policy changes the chain.
+    fn judge(&self, facts: &KnownFacts<'_, '_>, view: View, enforced: Option<&Answer>) -> Answer {
+        let query = facts.query;
         answer(query, false, |_, direction| {
             let at = usize::from(direction == Direction::Ingress);
             let pod = facts.ends[at].pod.filter(|pod| pod.cluster == LOCAL)?;
             let chain = self.chain(pod.class, direction, view);
-            self.set_bits(&chain, &facts);
+            if let Some(enforced) = enforced
+                && Arc::ptr_eq(&chain, &self.chain(pod.class, direction, View::Enforced))
+            {
+                return if at == 0 { enforced.egress.clone() } else { enforced.ingress.clone() };
+            }
+            self.set_bits(&chain, facts);
             let names_ports = |pod: KnownPod| !self.inventory.slots[pod.slot].ports().is_empty();
             let packet = PacketOutline::new(query, facts.ends[1].pod.is_some_and(names_ports), &self.bits);
             let local = &self.inventory.clusters[LOCAL];
             let enforcer = Enforcer {
-                facts: &facts,
+                facts,
                 cluster: &local.name,
                 federated_allow_final: local.record.as_ref().is_some_and(|record| record.federated_allow_final),
             };
@@ -109,6 +120,10 @@ impl<'a> Judge<'a> {
             });
             Some(enforcer.judge(tiers, query))
         })
+    }
+
+    fn facts<'j>(&'j self, query: &'j Query) -> KnownFacts<'j, 'a> {
+        KnownFacts { judge: self, query, ends: [self.known(&query.source), self.known(&query.destination)] }
     }
 
     fn known(&self, end: &End) -> KnownEnd {

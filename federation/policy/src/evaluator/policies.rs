@@ -202,7 +202,14 @@ impl Evaluator {
             return chain;
         }
         // Outside the lock: other readers go on.
-        let chain = Arc::new(self.build(inventory, &key));
+        let mut chain = Arc::new(self.build(inventory, &key));
+        if key.view == View::Pending {
+            // Shared where no staged policy changes it, so that its judgement is, too.
+            let enforced = self.chain(inventory, ChainKey { view: View::Enforced, ..key.clone() });
+            if chain.has_policies_of(&enforced) {
+                chain = enforced;
+            }
+        }
         self.chains.lock().unwrap_or_else(PoisonError::into_inner).insert(key, &chain);
         chain
     }
