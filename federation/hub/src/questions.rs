@@ -15,7 +15,7 @@ use hanse_identity::Identity;
 use hanse_identity::tls::peer_identity;
 use hanse_policy::evaluate::{End, Query};
 use hanse_policy::explain::answer::Asked;
-use hanse_policy::explain::{AnswerLine, Owners, Place, Question};
+use hanse_policy::explain::{AnswerLine, Owners, QueryEnd, Question};
 use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
@@ -144,15 +144,15 @@ impl Questions {
         for question in questions {
             for (this, other) in [(&question.from, &question.to), (&question.to, &question.from)] {
                 match this {
-                    Place::Pod { cluster: Some(cluster), namespace, pod } => {
+                    QueryEnd::Pod { cluster: Some(cluster), namespace, pod } => {
                         wanted.insert((cluster.as_str().into(), WantedPod::Name(namespace.clone(), pod.clone())));
                     }
-                    Place::Pod { cluster: None, .. } | Place::Service { .. } => {}
-                    Place::Address { ip } => {
+                    QueryEnd::Pod { cluster: None, .. } | QueryEnd::Service { .. } => {}
+                    QueryEnd::Address { ip } => {
                         let Ok(address) = ip.parse::<IpAddr>() else { continue };
                         let address = address.to_canonical();
                         let beside = match other {
-                            Place::Pod { cluster: Some(cluster), .. } => Some(ClusterName::from(cluster.as_str())),
+                            QueryEnd::Pod { cluster: Some(cluster), .. } => Some(ClusterName::from(cluster.as_str())),
                             _ => None,
                         };
                         let asked = beside.into_iter().chain(self.granted(address));
@@ -187,7 +187,7 @@ impl Questions {
             }
             let question: Question =
                 serde_json::from_slice(query).map_err(|error| format!("malformed query: {error}"))?;
-            let nameless = |place: &Place| matches!(place, Place::Pod { cluster: None, .. });
+            let nameless = |place: &QueryEnd| matches!(place, QueryEnd::Pod { cluster: None, .. });
             match nameless(&question.from) || nameless(&question.to) {
                 true => Err("cluster is missing".to_owned()),
                 false => Ok(question),
@@ -200,9 +200,9 @@ impl Questions {
         let packet = |question: &Question| -> Result<Query, String> {
             for place in [&question.from, &question.to] {
                 let cluster = match place {
-                    Place::Pod { cluster, .. } => cluster.as_deref().map(ClusterName::from),
-                    Place::Service { .. } => None,
-                    Place::Address { ip } => ip.parse().ok().and_then(|it: IpAddr| self.granted(it.to_canonical())),
+                    QueryEnd::Pod { cluster, .. } => cluster.as_deref().map(ClusterName::from),
+                    QueryEnd::Service { .. } => None,
+                    QueryEnd::Address { ip } => ip.parse().ok().and_then(|it: IpAddr| self.granted(it.to_canonical())),
                 };
                 if let Some(error) = cluster.and_then(|cluster| failed.get(&cluster)) {
                     return Err(error.to_string());
@@ -392,8 +392,8 @@ fn rewritten(packet: &Query, cluster: &ClusterName) -> Bytes {
     #[derive(Serialize)]
     #[serde(rename_all = "camelCase")]
     struct Rewritten {
-        from: Place,
-        to: Place,
+        from: QueryEnd,
+        to: QueryEnd,
         protocol: u8,
         port: u16,
         source_port: u16,
@@ -408,12 +408,12 @@ fn rewritten(packet: &Query, cluster: &ClusterName) -> Bytes {
         code: u8,
     }
     let place = |end: &End| match &end.pod {
-        Some((owner, id)) if owner == cluster => Place::Pod {
+        Some((owner, id)) if owner == cluster => QueryEnd::Pod {
             cluster: Some(owner.to_string()),
             namespace: id.namespace.as_deref().unwrap_or_default().to_owned(),
             pod: id.name.to_string(),
         },
-        _ => Place::Address { ip: end.address.to_string() },
+        _ => QueryEnd::Address { ip: end.address.to_string() },
     };
     let query = Rewritten {
         from: place(&packet.source),

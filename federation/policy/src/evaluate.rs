@@ -1,15 +1,15 @@
-//! The reference evaluator: the verdict of policy on one packet, slow and obvious.
+//! The reference evaluator: the verdict of policy on one packet, written for clarity.
 //!
-//! Everything else (compiled rule sets, the kernel, [`crate::prepared`]) must agree with [`evaluate`]. It says what
-//! policy says, without the guards of the hooks: an address that no pod owns is just that, in a pod range too.
+//! All other evaluators (compiled rule sets, the kernel, [`crate::prepared`]) must agree with [`evaluate`]. It does not include the
+//! guards of the kernel hooks: an address without a pod is treated alike in pod ranges and outside of them.
 //!
 //! # Order
-//! A direction is judged by the policies that the pod's cluster enforces on it: federated tiers of phase Guard, the
-//! cluster's own tiers, federated tiers of phase Baseline, then the pod's profile, which allows (as Kubernetes does).
-//! A tier in which no policy applies to the pod in this direction is skipped with its default action.
+//! A direction is evaluated with the policies of the pod's cluster: federated tiers of phase Guard, the tiers of the cluster, federated
+//! tiers of phase Baseline, then the profile of the pod, which allows, as in Kubernetes. A tier without a policy that applies to the pod
+//! in this direction is skipped with its default action.
 //!
 //! # Unknown never opens
-//! A rule matches, does not match, or may match. Where it may: Allow does not match, Deny and Pass deny, Log is skipped.
+//! A rule matches, does not match, or may match. If it may match, Allow does not apply, Deny and Pass deny, and Log is skipped.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -21,14 +21,14 @@ use crate::model::{
 };
 use crate::tri::Tri;
 
-/// One packet: the first of a connection, between its ends after translation.
+/// One packet: the first of a connection, with the addresses after translation.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Query {
     pub source: End,
     pub destination: End,
     /// The IP protocol number.
     pub protocol: u8,
-    /// 0 where the protocol has none.
+    /// 0 if the protocol has no ports.
     pub source_port: u16,
     pub destination_port: u16,
     /// Type and code, for ICMP and ICMPv6.
@@ -39,17 +39,17 @@ pub struct Query {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct End {
     pub address: IpAddr,
-    /// The pod that owns the address; `None`: the address has no known owner.
+    /// The pod with the address; `None` if no such pod is known.
     pub pod: Option<(ClusterName, EndpointId)>,
 }
 
-/// Which policies act.
+/// The policies to evaluate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum View {
-    /// Those that are enforced.
+    /// The enforced policies.
     Enforced,
-    /// As if each staged policy were committed: `Set` enforced (in the place of the policy that it would replace),
-    /// `Delete` gone. `Learn` and `Ignore` change nothing.
+    /// The policies after committing all staged ones: `Set` replaces or adds a policy, `Delete` removes it. `Learn` and `Ignore` have no
+    /// effect.
     Pending,
 }
 
@@ -78,7 +78,7 @@ pub struct Judgement {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// A rule that matched; or a Deny or Pass rule that may match; or an Allow rule of which a part cannot be judged.
+    /// A rule that matches, a Deny or Pass rule that may match, or an Allow rule with a part that cannot be evaluated.
     Rule {
         tier: TierId,
         policy: PolicyId,
@@ -87,25 +87,24 @@ pub enum Step {
         action: Action,
         effect: Effect,
     },
-    /// No rule of the tier decided. `last` is the last of the policies that apply.
+    /// No rule of the tier decided. `last` is the last policy that applies.
     EndOfTier { tier: TierId, last: PolicyId, action: TierDefault },
     /// No tier decided.
     Profile,
-    /// A pod always reaches itself.
+    /// A pod can always reach itself.
     Itself,
 }
 
-/// What a rule did.
+/// The effect of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
-    /// As its action says.
+    /// That of its action.
     Acted,
-    /// A federated Allow, which leaves its phase to the cluster's own tiers.
+    /// A federated Allow, which ends its phase; the next phase decides.
     Left,
-    /// It may match, so it denies.
+    /// The rule may match, so it denies.
     DeniedUnknown,
-    /// An Allow that may match, but of which a part cannot be judged here (HTTP, or what is not understood): it opens
-    /// nothing.
+    /// An Allow that may match and has a part that cannot be evaluated, such as HTTP: it does not allow.
     NotEnforced,
 }
 
@@ -134,13 +133,13 @@ pub fn evaluate(policies: &PolicySet, inventory: &Inventory, query: &Query, view
     answer(query, is_of_several(inventory, query), judge)
 }
 
-/// Whether the source is of a workload of which there may be several pods, none of which runs: two addresses are two of them.
+/// Whether the source is a workload that does not run and may have several pods. Two addresses then belong to two pods.
 pub(crate) fn is_of_several(inventory: &Inventory, query: &Query) -> bool {
     let pod = query.source.pod.as_ref().and_then(|(cluster, pod)| inventory.clusters.get(cluster)?.endpoints.get(pod));
     pod.and_then(|pod| pod.planned.as_ref()).is_some_and(|planned| planned.several)
 }
 
-/// Judges both directions of `query` with `judge`, which answers `None` where an end is not a pod.
+/// Evaluates both directions of `query` with `judge`, which returns `None` if an end is not a pod.
 pub(crate) fn answer(query: &Query, of_several: bool, judge: impl Fn(&End, Direction) -> Option<Judgement>) -> Answer {
     let is_one = !of_several || query.source.address == query.destination.address;
     let (egress, ingress) = if query.source.pod.is_some() && query.source.pod == query.destination.pod && is_one {
@@ -159,7 +158,7 @@ pub(crate) struct TierView<'a> {
     pub id: &'a TierId,
     pub default: TierDefault,
     pub policies: Vec<&'a Policy>,
-    /// Those of them of which it is not known whether they select the pod.
+    /// The policies for which it is unknown whether they select the pod.
     pub uncertain: Vec<&'a Policy>,
 }
 
@@ -176,7 +175,7 @@ impl<'a> TierView<'a> {
     }
 }
 
-/// The tiers that judge `pod` in `direction`, in the order of evaluation.
+/// The tiers that apply to `pod` in `direction`, in the order of evaluation.
 fn applicable_tiers<'a>(
     policies: &'a PolicySet,
     inventory: &Inventory,
@@ -203,15 +202,14 @@ fn applicable_tiers<'a>(
     in_tiers(applying.into_iter().map(|(layer, policy)| (layer, policy, applies(policy))))
 }
 
-/// Whether a policy selects a pod of the cluster that enforces it. Of its own pods a cluster knows everything; of those that
-/// do not run, all but the labels that they get when they do. Where it is unknown the policy opens nothing, and its tier
-/// judges the pod.
+/// Whether a policy selects a pod of the enforcing cluster. Unknown only for pods that do not run, because of labels that are set at run
+/// time. If unknown, the policy does not allow, and its tier applies to the pod.
 fn applies(inventory: &Inventory, policy: &Policy, cluster: &ClusterName, pod: &EndpointId) -> Tri {
     let own = Selection { clusters: ClusterScope::Local, selector: policy.selector.clone() };
     inventory.selects(cluster, &own, cluster, pod)
 }
 
-/// A tier in its place, with its policies in theirs.
+/// A tier with its policies, in the order of evaluation.
 #[derive(Debug, Clone)]
 pub struct OrderedTier<'a> {
     pub id: &'a TierId,
@@ -300,17 +298,17 @@ pub(crate) fn rules(policy: &Policy, direction: Direction) -> Option<&[Rule]> {
     }
 }
 
-/// A tier that judges a pod in one direction.
+/// A tier that applies to a pod in one direction.
 pub(crate) struct TierRules<'p, I> {
     pub id: &'p TierId,
     pub default: TierDefault,
-    /// The last of the policies that apply.
+    /// The last policy that applies.
     pub last: &'p PolicyId,
-    /// The rules in order, without those that cannot decide, and whether their policy selects the pod.
+    /// The rules in order, without those that cannot decide, each with whether its policy selects the pod.
     pub rules: I,
 }
 
-/// The cluster that enforces policies, and what it knows.
+/// The enforcing cluster and its facts.
 pub(crate) struct Enforcer<'c, F> {
     pub facts: &'c F,
     pub cluster: &'c str,
@@ -435,7 +433,7 @@ pub(crate) fn backend(
     Tri::from(found.is_some_and(|service| is_backend(service, end.address, pod, port)))
 }
 
-/// Whether an address, or a pod of the service's cluster that has none yet, is a backend of a service.
+/// Whether an address, or a pod of the service's cluster without an address, is a backend of a service.
 pub(crate) fn is_backend(
     service: &Service,
     address: IpAddr,
@@ -481,8 +479,8 @@ fn header_matches(rule: &Rule, query: &Query, version: IpVersion) -> bool {
         && rule.not_icmp.is_none_or(|unwanted| unwanted.kind.is_none() || !icmp_matches(unwanted, query, version))
 }
 
-/// A rule is off for a family when one of its lists of nets, or of negated nets, has none of that family, or when its
-/// protocol is the *name* of the other family's ICMP.
+/// Whether a rule applies to an IP family. It does not if one of its lists of nets or negated nets has no net of the family, or if its
+/// protocol is the *name* of ICMP of the other family.
 fn is_on(rule: &Rule, version: IpVersion) -> bool {
     let of_version = |net: &ipnet::IpNet| matches!(net, ipnet::IpNet::V4(_)) == (version == IpVersion::V4);
     let lists = [&rule.source.nets, &rule.source.not_nets, &rule.destination.nets, &rule.destination.not_nets];

@@ -9,4 +9,6 @@ pub mod question;
 pub use answer::AnswerLine;
 pub use explainer::{Explained, Explainer};
 pub use explanation::Explanation;
-pub use question::{Forwarded, Owners, Packet, Place, ProtocolName, Question, QuestionError, has_ports, protocol_name};
+pub use question::{
+    Forwarded, Owners, Packet, ProtocolName, QueryEnd, Question, QuestionError, has_ports, protocol_name,
+};

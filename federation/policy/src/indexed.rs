@@ -1,12 +1,10 @@
-//! The inventory for many lookups, kept up to date change by change: endpoints by id and by address, and for each the
-//! selectors that match it.
+//! An incremental inventory with indexes: endpoints by id and by address, and the selectors that match each endpoint.
 //!
-//! It sees the ClusterSet as one cluster does, the *local* one: that cluster's labels are known first-hand, and its pods
-//! win contested addresses. An endpoint takes some 200 bytes. A change costs what it touches.
+//! It represents the view of one cluster, the *local* one: the labels of its endpoints are always known, and its pods own contested
+//! addresses. An endpoint takes about 200 bytes. The cost of a change is proportional to the change.
 //!
-//! Two steps: setters record a change, and [`IndexedInventory::refresh`] brings the classes of labels up to date and
-//! reports what each changed endpoint contributed before and contributes now. Between the two, lookups see the classes of
-//! the last refresh.
+//! A change has two steps: setters record it, and [`IndexedInventory::refresh`] updates the classes of labels and reports the previous and
+//! the new contribution of each changed endpoint. In between, lookups use the classes of the last refresh.
 
 mod addresses;
 mod id_set;

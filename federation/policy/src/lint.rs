@@ -3,8 +3,8 @@
 //! Findings cover the clusters that were read. They do not prove that policy is safe. A rule is reported as shadowed, or as
 //! one that never matches, only where [`imply`] proves it.
 //!
-//! The parts that a rule of a source object was converted into are judged together: a rule with several peers is shadowed
-//! when all of its parts are.
+//! Conversion may split a rule of a source object into several rules. They are checked together: a rule with several peers is shadowed
+//! if all of its parts are.
 
 mod check;
 mod defaults;

@@ -10,7 +10,7 @@ use crate::selector::Selector;
 /// A cluster's name in its ClusterSet: a DNS label.
 pub type ClusterName = Arc<str>;
 
-/// Which clusters' endpoints a selection looks at. Cluster selectors are resolved to names before they come here.
+/// The clusters whose endpoints a selection can match. Cluster selectors are already resolved to names.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ClusterScope {
     /// The cluster that enforces the policy.
@@ -228,7 +228,7 @@ impl PolicySet {
     }
 }
 
-/// The position of a tier in its phase: known tiers by order and name, then those that policies name but no object defines.
+/// The position of a tier in its phase: existing tiers by order and name, then tiers that policies name but that do not exist.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TierRank {
     pub missing: bool,

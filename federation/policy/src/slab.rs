@@ -1,8 +1,8 @@
-//! A slab: values under small numbers, which are reused after removal.
+//! A slab: stores values by small ids, which are reused after removal.
 //!
-//! Each slab has an id type of its own, a newtype over `u32` made with [`slab_id!`](crate::slab_id), so that an id of one
-//! slab cannot index another. An id is valid from [`Slab::insert`] to [`Slab::remove`]. Ids carry no generation: a caller
-//! that keeps an id longer must know that it may name a newer value.
+//! Each slab has its own id type, a newtype over `u32` declared with [`slab_id!`](crate::slab_id), so that an id of one slab cannot
+//! index another. An id is valid from [`Slab::insert`] to [`Slab::remove`]. Ids have no generation: an id that is kept longer may refer to
+//! a newer value.
 
 use std::fmt;
 use std::hash::Hash;
@@ -172,8 +172,8 @@ impl<I: Id, T: fmt::Debug> fmt::Debug for Slab<I, T> {
     }
 }
 
-/// Values beside those of a slab, by the same ids. It grows to the highest id that was written, and never shrinks: a value
-/// stays until it is replaced, so that the owner resets it when the id is freed.
+/// Additional values for the ids of a slab. Grows to the highest written id and never shrinks. A value stays until it is replaced: the
+/// owner must reset it when the id is freed.
 #[derive(Debug, Clone)]
 pub struct SecondaryMap<I, T> {
     values: Vec<T>,

@@ -1,4 +1,4 @@
-//! Three-valued truth: what a rule cannot know is unknown, and negation keeps it unknown (Kleene's strong logic).
+//! Three-valued logic (Kleene's strong logic): the negation of unknown is unknown.
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tri {

@@ -1,4 +1,4 @@
-//! Reasons as text for people. Nothing reads this text again.
+//! Reasons as text for people. No program parses this text.
 
 use std::fmt::{Display, Formatter, Result};
 use std::time::Duration;
@@ -7,7 +7,7 @@ use super::{
     Agent, Behind, ExchangeProblem, Failure, FileProblem, Finding, HookProblem, Lag, Object, Reason, Rejection, Subject,
 };
 
-/// Displays what it refers to.
+/// Formats a reason or an object.
 #[derive(Debug, Clone, Copy)]
 pub struct Words<'a, T>(pub &'a T);
 
@@ -45,11 +45,11 @@ impl Display for Words<'_, Finding> {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         match self.0 {
             Finding::Enforced => f.write_str("enforced"),
-            Finding::Pending => f.write_str("not proven: the probe is under way"),
+            Finding::Pending => f.write_str("not proven: the probe is in progress"),
             Finding::Silent(address) => write!(f, "not proven: {address} does not answer the probe"),
             Finding::HostNetwork(address) => write!(f, "host network: {address} is an address of the node"),
             Finding::SecondInterface(names) => {
-                write!(f, "second interface: of {names} only the one with the pod's address is judged")
+                write!(f, "second interface: policy is enforced on only one of {names}, the one with the pod's address")
             }
             Finding::Bypassed(address) => write!(
                 f,
@@ -57,7 +57,10 @@ impl Display for Words<'_, Finding> {
                  program that moves packets past them)"
             ),
             Finding::Ipvs => {
-                write!(f, "services are not judged: kube-proxy runs in IPVS mode; run it in nftables or iptables mode")
+                write!(
+                    f,
+                    "not enforced for services: kube-proxy runs in IPVS mode; run it in nftables or iptables mode"
+                )
             }
             Finding::Unknown => f.write_str(UNKNOWN),
         }
@@ -69,7 +72,7 @@ const UNKNOWN: &str = "unknown reason: the sender is a newer version";
 impl Display for Words<'_, HookProblem> {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         match self.0 {
-            HookProblem::NotProven => f.write_str("no pod has shown yet that the hooks see its packets"),
+            HookProblem::NotProven => f.write_str("enforcement is not proven yet: no pod has answered a probe"),
             HookProblem::ProbeNotSent(error) => write!(f, "the probe cannot be sent: {error}"),
             HookProblem::ProbeNotRead(error) => write!(f, "the answers to the probe cannot be read: {error}"),
             HookProblem::Unknown => f.write_str(UNKNOWN),
@@ -102,8 +105,8 @@ impl Display for Words<'_, FileProblem> {
 impl Display for Words<'_, Behind> {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         match self.0 {
-            Behind::Hub { at, wanted } => write!(f, "at revision {at} of the hub's {wanted}"),
-            Behind::Local { at, wanted } => write!(f, "at revision {at} of the cluster's own {wanted}"),
+            Behind::Hub { at, wanted } => write!(f, "at hub revision {at}, newest is {wanted}"),
+            Behind::Local { at, wanted } => write!(f, "at local revision {at}, newest is {wanted}"),
             Behind::AheadOfHub { at, hub } => write!(f, "at revision {at} of the hub, which is at {hub}"),
             Behind::OtherEpoch { at } => write!(f, "at revision {at} of the hub before it was restored"),
             Behind::Unknown => f.write_str(UNKNOWN),
@@ -162,20 +165,20 @@ impl Display for Words<'_, ExchangeProblem> {
                 write!(f, "{count} objects of cluster {name} cannot be read")
             }
             ExchangeProblem::ReportTooLarge(why) => {
-                write!(f, "its report of enforcement is too large, and was discarded: {why}")
+                write!(f, "its enforcement report is too large, and was discarded: {why}")
             }
             ExchangeProblem::ClusterKeyInUse { served, refused } => write!(
                 f,
-                "its key is used from two addresses, {served} (served) and {refused} (refused), so what it reports does not count: \
-                 one is a copy of the member's folder; stop it, or revoke the cluster and join it with a new token and a new \
-                 --data"
+                "its key is used from two addresses, {served} (served) and {refused} (refused), so its reports do not count: one \
+                 uses a copy of the member's data directory; stop it, or revoke the cluster and join it with a new token and a \
+                 new --data"
             ),
             ExchangeProblem::AheadOfHub { at, hub } => write!(
                 f,
                 "has revision {at} of the hub, which is at {hub}: the hub's files are older than what clusters enforce; stop the \
                  hub and start it with --restored"
             ),
-            ExchangeProblem::NotWatching => f.write_str("has no watching stream to this hub"),
+            ExchangeProblem::NotWatching => f.write_str("has no Watch stream to this hub"),
             ExchangeProblem::NotReceiving(age) => write!(f, "has received nothing for {} s", age.as_secs()),
             ExchangeProblem::Unknown => f.write_str(UNKNOWN),
         }
@@ -201,10 +204,10 @@ impl Display for Words<'_, Reason> {
             Reason::KeyInUse { served, refused } => write!(
                 f,
                 "its key is used from two addresses, {served} (served) and {refused} (refused), so its acknowledgements do not \
-                 count: one is a copy of the node's folder; revoke the node and enrol it again"
+                 count: one uses a copy of the node's data directory; revoke the node and enrol it again"
             ),
-            Reason::Incomplete => f.write_str("there are more errors than the report names"),
-            Reason::PodsNotNamed => f.write_str("pods are not enforced that the report does not name"),
+            Reason::Incomplete => f.write_str("there are more errors than the report lists"),
+            Reason::PodsNotNamed => f.write_str("more pods are not enforced than the report lists"),
             Reason::UnknownNode(node) => write!(
                 f,
                 "node {node}: its agent is connected, but the source has no Node of this name: check the agent's --node, and the \

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use hanse_policy::explain::{AnswerLine, Explainer, Place, Question};
+use hanse_policy::explain::{AnswerLine, Explainer, QueryEnd, Question};
 use serde::Serialize;
 
 use super::live;
@@ -112,7 +112,7 @@ impl Printer {
         self.questions += 1;
         if let (Ok(line), Some(question)) = (&mut answer, question) {
             line.neither_end_known =
-                [&question.from, &question.to].iter().all(|it| matches!(it, Place::Address { .. }))
+                [&question.from, &question.to].iter().all(|it| matches!(it, QueryEnd::Address { .. }))
                     && line.service.is_none()
                     && line.egress.verdict == "none"
                     && line.ingress.verdict == "none";
@@ -129,7 +129,7 @@ impl Printer {
 
     /// Adds the rows of one answer.
     fn add(&mut self, question: Option<&Question>, answer: Result<AnswerLine<'_>, String>) -> anyhow::Result<()> {
-        let end = |place: Option<&Place>, not_running: &[String]| {
+        let end = |place: Option<&QueryEnd>, not_running: &[String]| {
             place.map_or(String::new(), |place| title(place, not_running))
         };
         let (from, to) = (question.map(|it| &it.from), question.map(|it| &it.to));
@@ -209,7 +209,7 @@ impl Printer {
 }
 
 /// An end of a packet, and whether it runs.
-fn title(place: &Place, not_running: &[String]) -> String {
+fn title(place: &QueryEnd, not_running: &[String]) -> String {
     let place = place.to_string();
     let found = not_running.iter().find_map(|it| {
         let (name, why) = it.split_once(" (").map_or((it.as_str(), None), |(name, why)| (name, why.strip_suffix(')')));

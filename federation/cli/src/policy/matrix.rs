@@ -23,7 +23,7 @@ use serde::Serialize;
 use super::live;
 use super::load::{Loaded, Sources};
 use crate::output::{self, Format};
-use hanse_policy::explain::{Place, ProtocolName, protocol_name};
+use hanse_policy::explain::{ProtocolName, QueryEnd, protocol_name};
 use hanse_proto::federation::v1 as pb;
 
 /// With more columns than this, the table lists what each source reaches instead.
@@ -114,8 +114,8 @@ impl std::str::FromStr for PortName {
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct PairLine<'a> {
-    from: &'a Place,
-    to: &'a Place,
+    from: &'a QueryEnd,
+    to: &'a QueryEnd,
     protocol: &'a str,
     port: u16,
     verdict: &'static str,
@@ -131,7 +131,7 @@ struct PairLine<'a> {
 
 /// One pod, or several that policy does not distinguish.
 struct Pod {
-    place: Place,
+    place: QueryEnd,
     /// With --cluster: its identity, and another one of several.
     owner: Option<(ClusterName, EndpointId)>,
     other: Option<Box<Pod>>,
@@ -420,8 +420,8 @@ fn answered(is_answered: bool) -> anyhow::Result<()> {
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct LiveQuery<'a> {
-    from: &'a Place,
-    to: &'a Place,
+    from: &'a QueryEnd,
+    to: &'a QueryEnd,
     protocol: u8,
     port: u16,
     ip_version: u8,
@@ -480,7 +480,7 @@ impl Pod {
         self.planned != [false; 2]
     }
 
-    fn new(place: Place, owner: Option<(ClusterName, EndpointId)>, addresses: Vec<IpAddr>) -> Self {
+    fn new(place: QueryEnd, owner: Option<(ClusterName, EndpointId)>, addresses: Vec<IpAddr>) -> Self {
         let title = place.to_string();
         Self { place, owner, other: None, title, addresses, planned: [false; 2], ports: BTreeSet::new() }
     }
@@ -611,6 +611,6 @@ fn notes(out: &mut impl std::io::Write, sources: &[Pod], columns: &[Column<'_>],
     Ok(())
 }
 
-fn place(cluster: &str, namespace: &str, pod: &str) -> Place {
-    Place::Pod { cluster: Some(cluster.to_owned()), namespace: namespace.to_owned(), pod: pod.to_owned() }
+fn place(cluster: &str, namespace: &str, pod: &str) -> QueryEnd {
+    QueryEnd::Pod { cluster: Some(cluster.to_owned()), namespace: namespace.to_owned(), pod: pod.to_owned() }
 }

@@ -629,7 +629,7 @@ fn an_address_is_the_newest_live_pods() {
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let lines: Vec<&str> = stdout.lines().collect();
     assert!(lines[0].contains("\"verdict\":\"deny\""), "{stdout}");
-    assert!(lines[1].contains("owns no address"), "{stdout}");
+    assert!(lines[1].contains("has no address"), "{stdout}");
 }
 
 /// All presets together, over two clusters of AI workloads.

@@ -202,7 +202,9 @@ fn status_names_the_node_that_lags_and_groups_what_repeats() {
     );
     let [lags] = of("node-2")[..] else { panic!("{shown:?}") };
     assert!(
-        lags.starts_with("train: node node-2: its agent is not connected, last seen 3 m ago, at revision 1 of "),
+        lags.starts_with(
+            "train: node node-2: its agent is not connected, last seen 3 m ago, at hub revision 1, newest is "
+        ),
         "{lags}"
     );
     assert!(of("node-3").is_empty(), "{shown:?}");
@@ -273,7 +275,7 @@ fn describe_shows_summary_enforcement_and_last_change() {
         "by user/admin (apply)",
         "  kind: FederatedNetworkPolicy",
         "1 of 2",
-        "node node-2: at revision 1 of ",
+        "node node-2: at hub revision 1, newest is ",
     ] {
         assert!(shown.out.contains(expected), "{expected}: {}", shown.out);
     }

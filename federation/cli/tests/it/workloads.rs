@@ -243,7 +243,7 @@ fn a_question_to_a_service_is_answered_for_its_backends() {
         "c/shop/all is a Service without backends: its selector selects no pod",
         "c/shop/out is a Service of type ExternalName: its name is db.example.com",
         "no Service shop/gone in cluster c",
-        "shop/db is a Service: only offline, and only as the destination",
+        "shop/db is a Service, which can be queried only with --cluster",
         "a Service is named by its namespace",
     ]) {
         assert!(answer["error"].as_str().is_some_and(|error| error.contains(expected)), "{expected}: {answer}");

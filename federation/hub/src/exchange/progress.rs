@@ -319,14 +319,14 @@ mod tests {
             assert_eq!(reasons.iter().map(String::as_str).collect::<Vec<_>>(), Vec::from_iter(expected));
         };
         check(&|it| it.local_revision = 4, None);
-        check(&|_| {}, Some("at revision 0 of the cluster's own 4"));
-        check(&|it| it.hub_revision = 5, Some("at revision 5 of the hub's 7"));
+        check(&|_| {}, Some("at local revision 0, newest is 4"));
+        check(&|it| it.hub_revision = 5, Some("at hub revision 5, newest is 7"));
         let never = Lag { agent: Agent::NeverConnected, behind: None, failure: None };
         check(&|it| (it.connected, it.age_ms) = (false, u64::MAX), Some(&Words(&never).to_string()));
-        let gone = "its agent is not connected, last seen 3 m ago, at revision 5 of the hub's 7";
+        let gone = "its agent is not connected, last seen 3 m ago, at hub revision 5, newest is 7";
         check(&|it| (it.connected, it.age_ms, it.hub_revision) = (false, 120_000, 5), Some(gone));
         let failed =
-            "the newest rule set is not in force (at revision 5 of the hub's 7): the enforcer thread has ended";
+            "the newest rule set is not in force (at hub revision 5, newest is 7): the enforcer thread has ended";
         let failure = wire::failure(&Failure::EnforcerEnded);
         check(&|it| (it.hub_revision, it.failure) = (5, Some(failure.clone())), Some(failed));
         // A failure that this version does not know is one.
@@ -343,7 +343,7 @@ mod tests {
         };
         let behind = |name: &str| pb::NodePosition { hub_revision: 5, ..node(name) };
         check(vec![node("a"), node("b")], "enforced", 2);
-        check(vec![node("a"), behind("b")], "lagging: node b: at revision 5 of the hub's 7 +0", 1);
+        check(vec![node("a"), behind("b")], "lagging: node b: at hub revision 5, newest is 7 +0", 1);
         let many = ["b", "c", "d", "e", "f"].map(behind).to_vec();
         let status = of(&report(many)).object(Some("p"), 7);
         assert!(state(&status).ends_with(" +2"), "{status:?}");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::judge::Judge;
 use crate::evaluate::Query;
 use crate::explain::question::{Candidate, packet_between};
-use crate::explain::{Place, Question, QuestionError};
+use crate::explain::{QueryEnd, Question, QuestionError};
 use crate::indexed::LOCAL;
 use crate::inventory::{EndpointId, EndpointKind};
 
@@ -19,17 +19,17 @@ impl Judge<'_> {
         packet_between(question, &from, &to)?.query_of(question)
     }
 
-    fn candidate(&self, place: &Place) -> Result<Candidate, QuestionError> {
+    fn candidate(&self, place: &QueryEnd) -> Result<Candidate, QuestionError> {
         let inventory = self.inventory;
         match place {
-            Place::Address { ip } => Candidate::address(ip, |address| {
+            QueryEnd::Address { ip } => Candidate::address(ip, |address| {
                 let owner = |slot| (inventory.clusters[inventory.cluster_of(slot)].name.clone(), inventory.id_of(slot));
                 let mut owners: Vec<_> = inventory.claimants(address).map(owner).collect();
                 owners.sort_unstable();
                 owners
             }),
-            Place::Service { .. } => Err(QuestionError::Service(place.to_string())),
-            Place::Pod { cluster, namespace, pod } => {
+            QueryEnd::Service { .. } => Err(QuestionError::Service(place.to_string())),
+            QueryEnd::Pod { cluster, namespace, pod } => {
                 let only = (inventory.clusters.len() == 2).then(|| &*inventory.clusters[LOCAL].name);
                 let cluster = cluster.as_deref().or(only).ok_or(QuestionError::WhichCluster)?;
                 let known = inventory.cluster_id(cluster).ok_or_else(|| QuestionError::Cluster(cluster.to_owned()))?;

@@ -1,48 +1,47 @@
-//! Answers as they are printed.
+//! The JSON format of answers.
 
 use std::borrow::Cow;
 
-use super::question::Place;
+use super::question::QueryEnd;
 use crate::evaluate::{Answer, Effect, Judgement, Step, Verdict};
 use crate::model::{Action, Phase, PolicyId, PolicyKind, TierDefault};
 use serde::{Deserialize, Serialize};
 
-/// One line of the answers. The text is a contract: others check our verdicts by it.
+/// The answer to one query, as a line of JSON. The keys are a contract: programs rely on them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AnswerLine<'a> {
-    /// `allow` or `deny`; `depends` where it is different for different addresses of a pod that does not run yet, or for
-    /// different backends of a service.
+    /// `allow` or `deny`; `depends` if it differs between possible addresses of a pod that does not run, or between backends of a service.
     pub verdict: Cow<'a, str>,
     pub egress: DirectionLine<'a>,
     pub ingress: DirectionLine<'a>,
     pub staged: StagedLine<'a>,
-    /// Which form of the evaluator answered.
+    /// The evaluator that was used.
     pub form: Cow<'a, str>,
-    /// Who judged, of a live question.
+    /// For a live query: the members that evaluated it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub asked: Vec<Asked>,
-    /// The ends that do not run: `cluster/namespace/kind/name`, why if it is stopped, and the labels that policies name and
-    /// that are not known before it runs. Rules that depend on those open nothing.
+    /// The ends that do not run: `cluster/namespace/kind/name`, why it is stopped if it is, and the labels of policies that are unknown
+    /// before it runs. Rules that depend on these labels do not allow.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_running: Vec<String>,
-    /// What a verdict depends on, in words.
+    /// A description of what the verdict depends on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depends_on: Option<String>,
-    /// The service that the question was about: each of its backends is answered.
+    /// The service that was queried, with an answer for each backend.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<ServiceLine<'a>>,
-    /// Both ends are addresses that belong to no known endpoint, so that no policy applies: the verdict is about nothing.
+    /// Neither end is a known endpoint, so no policy applies and the verdict has no meaning.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub neither_end_known: bool,
 }
 
-/// A service, and the answers for what is behind it.
+/// A service, and the answers for its backends.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ServiceLine<'a> {
     /// `cluster/namespace/name`.
     pub name: String,
-    /// Its name resolves to the addresses of its pods, and ports are not translated.
+    /// The service is headless: its name resolves to the addresses of its pods, and ports are not translated.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub headless: bool,
     pub backends: Vec<BackendLine<'a>>,
@@ -50,8 +49,8 @@ pub struct ServiceLine<'a> {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BackendLine<'a> {
-    pub to: Place,
-    /// On the backend.
+    pub to: QueryEnd,
+    /// The port of the backend.
     pub port: u16,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answer: Option<AnswerLine<'a>>,
@@ -60,19 +59,19 @@ pub struct BackendLine<'a> {
     pub error: Option<String>,
 }
 
-/// A member that judged, and what it had compiled then.
+/// A member that evaluated a query, with the revisions that it had compiled.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Asked {
     pub cluster: String,
     pub hub_revision: u64,
     pub local_revision: u64,
-    /// Hanse's own streams in its cluster, in words.
+    /// Hanse's own streams in its cluster, as text.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub own_streams: Vec<String>,
 }
 
-/// What would be said if staged policies were committed; where none is staged, the verdict alone.
+/// The verdict if all staged policies were committed. The directions are set only if there are staged policies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StagedLine<'a> {
     pub verdict: Cow<'a, str>,
@@ -85,15 +84,15 @@ pub struct StagedLine<'a> {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DirectionLine<'a> {
-    /// `allow`, `deny`, or `none` where that end is not a pod.
+    /// `allow`, `deny`, or `none` if that end is not a pod.
     pub verdict: Cow<'a, str>,
     trace: Vec<StepLine<'a>>,
-    /// Where the verdict depends on something: the steps that decide, each once. `trace` is of the first case.
+    /// If the verdict is `depends`: the deciding steps of all cases, without duplicates. `trace` is that of the first case.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     decided_by: Vec<StepLine<'a>>,
 }
 
-/// Exactly one of `rule`, `endOfTier`, `profile`, `itself` and `ownStream` is there.
+/// Exactly one of `rule`, `endOfTier`, `profile`, `itself` and `ownStream` is set.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct StepLine<'a> {
@@ -112,13 +111,12 @@ struct StepLine<'a> {
     profile: Option<Cow<'a, str>>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     itself: bool,
-    /// One of Hanse's own streams, which come before every tier: its name.
+    /// The name of one of Hanse's own streams, which are allowed before all tiers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     own_stream: Option<Cow<'a, str>>,
     action: Cow<'a, str>,
-    /// Where the rule did something else than its action: `leave` (a federated Allow leaves to the cluster's own tiers),
-    /// `deny-unknown` (it may match, which cannot be known), or `not-enforced` (an Allow that may match, of which a part
-    /// cannot be judged here, such as HTTP: it opens nothing).
+    /// Set if the effect differs from the action: `leave` (a federated Allow ends its phase), `deny-unknown` (the rule may match), or
+    /// `not-enforced` (an Allow that may match and has a part that cannot be evaluated, such as HTTP: it does not allow).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     effect: Option<Cow<'a, str>>,
 }
@@ -126,7 +124,7 @@ struct StepLine<'a> {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct PolicyLine<'a> {
-    /// Absent: the federation's.
+    /// Absent for a federated policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cluster: Option<Cow<'a, str>>,
     api_version: Cow<'a, str>,
@@ -136,10 +134,10 @@ struct PolicyLine<'a> {
     name: Cow<'a, str>,
 }
 
-/// Rules that are named where a verdict depends on something.
+/// The maximum number of rules in the description of a verdict `depends`.
 const MAX_REASONS: usize = 3;
 
-/// The verdict where there is more than one.
+/// The verdict if cases differ.
 pub const DEPENDS: &str = "depends";
 
 impl<'a> AnswerLine<'a> {
@@ -162,8 +160,7 @@ impl<'a> AnswerLine<'a> {
         }
     }
 
-    /// Of several answers to one question, represented by the first: a verdict that is not the same in all
-    /// becomes `depends`.
+    /// Combines the answers of several cases: the first one, with `depends` for verdicts that differ.
     pub fn of_all(lines: &[Self]) -> Option<Self> {
         let mut first = lines.first()?.clone();
         let verdict = |of: &dyn Fn(&Self) -> Option<Cow<'a, str>>| -> Option<Cow<'a, str>> {

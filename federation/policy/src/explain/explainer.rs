@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::answer::{AnswerLine, BackendLine, DEPENDS, ServiceLine};
 use super::explanation::Explanation;
-use super::question::{Forwarded, Owners, Packet, Place, Question, QuestionError};
+use super::question::{Forwarded, Owners, Packet, QueryEnd, Question, QuestionError};
 use crate::evaluate::{Answer, End, Query, Verdict, View, evaluate};
 use crate::inventory::Inventory;
 use crate::model::{ClusterName, PolicySet};
@@ -164,12 +164,12 @@ impl<'a> Explainer<'a> {
     pub fn answer(&self, question: &Question) -> Result<Explained, QuestionError> {
         if let Some(forwarded) = self.owners.forwarded(question)? {
             let of_family = match &question.to {
-                Place::Address { ip } => {
+                QueryEnd::Address { ip } => {
                     ip.parse::<IpAddr>().ok().map(|it| if it.to_canonical().is_ipv4() { 4 } else { 6 })
                 }
                 _ => None,
             };
-            let answer = |(place, port): &(Place, u16)| {
+            let answer = |(place, port): &(QueryEnd, u16)| {
                 let (to, port) = (place.clone(), question.port.map(|_| *port));
                 let ip_version = question.ip_version.or(of_family);
                 self.answer_place(&Question { to, port, ip_version, ..question.clone() })

@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Question {
-    pub from: Place,
-    pub to: Place,
+    pub from: QueryEnd,
+    pub to: QueryEnd,
     /// TCP where it is left out.
     #[serde(default)]
     pub protocol: Option<ProtocolName>,
@@ -34,7 +34,7 @@ pub struct Question {
     deny_unknown_fields,
     expecting = "it is {\"ip\"}, {\"cluster\", \"namespace\", \"pod\"}, or {\"cluster\", \"namespace\", \"service\"}"
 )]
-pub enum Place {
+pub enum QueryEnd {
     Address {
         ip: String,
     },
@@ -127,7 +127,7 @@ pub fn protocol_name(number: u8) -> String {
     }
 }
 
-impl std::fmt::Display for Place {
+impl std::fmt::Display for QueryEnd {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Address { ip } => f.write_str(ip),
@@ -150,9 +150,9 @@ pub enum QuestionError {
     WhichCluster,
     #[error("no pod {1}/{2} in cluster {0}{3}")]
     Pod(String, String, String, String),
-    #[error("{0} runs on its node's network, and its node's address is not known: query it by {{\"ip\"}}")]
+    #[error("{0} is a host-network pod, and the address of its node is not known: query it by {{\"ip\"}}")]
     HostNetwork(String),
-    #[error("{0} is a Service: only offline, and only as the destination, can it be queried; query its pods")]
+    #[error("{0} is a Service, which can be queried only with --cluster and only as the destination: query its pods")]
     Service(String),
     #[error("no Service {1}/{2} in cluster {0}")]
     NoService(String, String, String),
@@ -166,7 +166,7 @@ pub enum QuestionError {
     ServicePort(String, String, String),
     #[error("{0} is a Service without backends: {1}")]
     NoBackends(String, &'static str),
-    #[error("{0} owns no address")]
+    #[error("{0} has no address")]
     NoAddress(String),
     #[error("the nets of --pod-net have no free address of IPv{0}")]
     NoFreeAddress(u8),
@@ -184,13 +184,13 @@ pub enum QuestionError {
     IpVersion,
 }
 
-/// Where an end may be: the addresses that it may use, the primary first, and their owners.
+/// The possible addresses of an end, the primary first, and their owners.
 pub(crate) struct Candidate {
     addresses: Vec<IpAddr>,
-    /// It has an address, which is not known yet: of IPv4, and of IPv6.
+    /// Whether it has an unknown IPv4 address, and an unknown IPv6 address.
     planned: [bool; 2],
     owners: Vec<(ClusterName, EndpointId)>,
-    /// The cluster that was named, whether or not a pod there owns the address.
+    /// The cluster in the query, also if no pod of it has the address.
     named: Option<ClusterName>,
 }
 
@@ -205,8 +205,7 @@ impl Candidate {
         Ok(Self { addresses: vec![address], planned: [false; 2], owners: owners(address), named: None })
     }
 
-    /// A pod that was named, with the addresses that it uses; `pod` is `None` where it does not own them. `None`: it has no
-    /// address.
+    /// A pod by name, with its addresses; `pod` is `None` if it does not own them (host network). Returns `None` without an address.
     pub fn running(cluster: ClusterName, pod: Option<EndpointId>, addresses: Vec<IpAddr>) -> Option<Self> {
         let owners = pod.into_iter().map(|pod| (cluster.clone(), pod)).collect();
         (!addresses.is_empty()).then_some(Self { addresses, planned: [false; 2], owners, named: Some(cluster) })
@@ -240,7 +239,7 @@ pub struct Packet {
 impl Packet {
     /// With the ends of its question, which must have addresses.
     pub fn query_of(&self, question: &Question) -> Result<Query, QuestionError> {
-        let end = |spot: &Spot, place: &Place| match spot.address {
+        let end = |spot: &Spot, place: &QueryEnd| match spot.address {
             Some(address) => Ok(End { address, pod: spot.pod.clone() }),
             None => Err(QuestionError::NoAddress(place.to_string())),
         };
@@ -268,7 +267,7 @@ pub struct Forwarded {
     /// Its name resolves to the addresses of its pods, and ports are not translated.
     pub headless: bool,
     /// Each backend with the port on it.
-    pub backends: Vec<(Place, u16)>,
+    pub backends: Vec<(QueryEnd, u16)>,
 }
 
 type ServiceAt<'a> = (&'a ClusterName, &'a (Arc<str>, Arc<str>), &'a Service);
@@ -326,8 +325,8 @@ impl<'a> Owners<'a> {
     /// When the service has no such port, or nothing behind it.
     pub fn forwarded(&self, question: &Question) -> Result<Option<Forwarded>, QuestionError> {
         let (cluster, key, service) = match &question.to {
-            Place::Pod { .. } => return Ok(None),
-            Place::Address { ip } => {
+            QueryEnd::Pod { .. } => return Ok(None),
+            QueryEnd::Address { ip } => {
                 let address = ip.parse::<IpAddr>().ok().map(|address| address.to_canonical());
                 let service = address.filter(|address| !self.by_address.contains_key(address));
                 match service.and_then(|address| self.services.get(&address)) {
@@ -335,7 +334,7 @@ impl<'a> Owners<'a> {
                     None => return Ok(None),
                 }
             }
-            Place::Service { cluster, namespace, service } => {
+            QueryEnd::Service { cluster, namespace, service } => {
                 self.service(cluster.as_deref(), namespace.as_deref(), service)?
             }
         };
@@ -381,8 +380,8 @@ impl<'a> Owners<'a> {
             return Err(QuestionError::NoBackends(title, why));
         }
         let place = |backend: Backend| match backend {
-            Backend::Address(address) => Place::Address { ip: address.to_string() },
-            Backend::Pod(id) => Place::Pod {
+            Backend::Address(address) => QueryEnd::Address { ip: address.to_string() },
+            Backend::Pod(id) => QueryEnd::Pod {
                 cluster: Some(cluster.to_string()),
                 namespace: id.namespace.as_deref().unwrap_or_default().to_owned(),
                 pod: id.name.to_string(),
@@ -413,8 +412,8 @@ impl<'a> Owners<'a> {
 
     /// Whether a place is a pod that does not run, or a workload; in words, with those of the labels in question that are
     /// not known before it runs.
-    pub fn not_running(&self, place: &Place, keys: &BTreeSet<&str>) -> Option<String> {
-        let Place::Pod { cluster, namespace, pod } = place else { return None };
+    pub fn not_running(&self, place: &QueryEnd, keys: &BTreeSet<&str>) -> Option<String> {
+        let QueryEnd::Pod { cluster, namespace, pod } = place else { return None };
         let (cluster, id, endpoint) = self.pod(cluster.as_deref(), namespace, pod).ok()?;
         let planned = endpoint.planned.as_ref()?;
         let stopped = planned.stopped.map(|stopped| match stopped {
@@ -431,14 +430,14 @@ impl<'a> Owners<'a> {
         Some(format!("{cluster}/{namespace}/{}{notes}", id.name))
     }
 
-    fn candidate(&self, place: &Place) -> Result<Candidate, QuestionError> {
+    fn candidate(&self, place: &QueryEnd) -> Result<Candidate, QuestionError> {
         match place {
-            Place::Address { ip } => Candidate::address(ip, |address| {
+            QueryEnd::Address { ip } => Candidate::address(ip, |address| {
                 let owners = self.by_address.get(&address).into_iter().flatten();
                 owners.map(|(cluster, id)| ((*cluster).clone(), (*id).clone())).collect()
             }),
-            Place::Service { .. } => Err(QuestionError::Service(place.to_string())),
-            Place::Pod { cluster, namespace, pod } => {
+            QueryEnd::Service { .. } => Err(QuestionError::Service(place.to_string())),
+            QueryEnd::Pod { cluster, namespace, pod } => {
                 let (cluster, id, endpoint) = self.pod(cluster.as_deref(), namespace, pod)?;
                 // A pod on the host's network has its node's addresses, which no pod owns.
                 let named = Some(cluster.clone());
@@ -521,7 +520,7 @@ pub(crate) fn packet_between(question: &Question, from: &Candidate, to: &Candida
 }
 
 /// An address that pods of several clusters own belongs to the other end's cluster, else to the first cluster.
-fn spot(place: &Place, this: &Candidate, other: &Candidate, version: u8) -> Result<Spot, QuestionError> {
+fn spot(place: &QueryEnd, this: &Candidate, other: &Candidate, version: u8) -> Result<Spot, QuestionError> {
     let family = || QuestionError::Family(place.to_string(), version);
     let address = match this.has_version(version) && this.is_planned() {
         true => None,

@@ -1,4 +1,4 @@
-//! Findings about what is decided where no rule decides.
+//! Findings about traffic that no rule decides.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

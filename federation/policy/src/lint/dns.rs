@@ -1,10 +1,9 @@
-//! Pods that a default deny cuts off from DNS: the most frequent surprise of a first policy.
+//! Finds pods that cannot reach DNS because of a default deny, the most frequent mistake with a first policy.
 //!
-//! Which DNS server a pod uses is not in its manifests, so every one that its cluster has is tried, and a pod is cut off when
-//! it reaches none of them. What a folder knows of DNS counts: pods and Services of kube-dns (also CoreDNS, which carries its
-//! label) and of OpenShift, and NodeLocal DNSCache, which answers on each node in place of the others. Only where it knows
-//! nothing of all that, each is assumed, for policy to select. A policy of the cluster that names the address of NodeLocal
-//! DNSCache says that there is one.
+//! The manifest of a pod does not contain its DNS server, so all DNS servers of the cluster are evaluated; a finding means that the pod
+//! can reach none of them. The DNS servers are the pods and Services of kube-dns (including CoreDNS, which has the same label) and of
+//! OpenShift, and NodeLocal DNSCache, which replaces the others on each node. If the manifests contain none of these, each of them is
+//! assumed. A policy of the cluster with the address of NodeLocal DNSCache means that it exists.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -1,4 +1,4 @@
-//! What all checks need to know.
+//! Facts that several checks use.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 

@@ -1,4 +1,4 @@
-//! Port names that no pod has: typing errors, mostly, and names that a container declares with another protocol.
+//! Port names that no pod has: mostly typing errors, or names that containers declare with another protocol.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

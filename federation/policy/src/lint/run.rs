@@ -1,4 +1,4 @@
-//! Running all checks.
+//! Runs all checks.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 

@@ -1,7 +1,7 @@
-//! Nets that are written for a Service, and match nothing: a packet to the cluster's address of a Service has the address
-//! and the port of a backend when policy sees it.
+//! Nets with the cluster IP of a Service. They match nothing, because policy is evaluated after the address is translated to that of a
+//! backend.
 //!
-//! NodeLocal DNSCache answers at the address of the DNS Service on the node itself, so packets to it keep that address.
+//! Exception: NodeLocal DNSCache serves the address of the DNS Service on the node itself, so packets to it keep that address.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
@@ -13,9 +13,9 @@ use crate::inventory::{Backend, Cluster, EndpointKind, Inventory, Service};
 use crate::model::{ClusterName, EntityMatch, Policy, PolicyKind};
 use crate::tri::Tri;
 
-/// Bits of an address within the widest range of which API servers give addresses to Services.
+/// The host bits of the widest range from which API servers assign addresses to Services.
 const MAX_RANGE_BITS: u8 = 20;
-/// No wider than that, and more often written for all that is private (RFC 1918).
+/// Ranges that are not wider than that, but usually mean all private addresses (RFC 1918).
 const PRIVATE: [Ipv4Net; 2] =
     [Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12), Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16)];
 pub(super) const DNS_PORT: u16 = 53;

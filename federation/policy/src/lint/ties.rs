@@ -1,5 +1,5 @@
-//! ClusterNetworkPolicies of one tier and equal priority that contradict each other. The API leaves open which of them comes
-//! first; Hanse orders them by name, and another implementation may not.
+//! ClusterNetworkPolicies of one tier with equal priority that contradict each other. The API does not define their order; Hanse sorts
+//! them by name, other implementations may not.
 
 use std::net::IpAddr;
 
