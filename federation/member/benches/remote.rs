@@ -2,8 +2,8 @@
 //!
 //! `remote [SHAPE…] [-o json]`. Each shape runs in a process of its own. The origin and the hub run in another one, which records
 //! what the hub sends, so that the resident size of the shape's process grows by the member's side alone: the receiver, the
-//! compiler with its inventory and its evaluator, and the rule set of one node. Every message is decoded as on a stream; there
-//! are no sockets.
+//! compiler with its inventory and its evaluator, and the rule set of one node. Every message is decoded as on a stream, without
+//! sockets.
 //!
 //! All 100,000 endpoints of the origin are selected by one federated policy.
 //!
