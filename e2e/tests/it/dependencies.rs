@@ -125,7 +125,7 @@ fn every_dependency_satisfies_the_policy() {
 }
 
 #[test]
-fn violations_of_the_policy_are_found() {
+fn finds_violations_of_the_dependency_policy() {
     let policy = policy();
     let good = Package {
         id: "x".to_owned(),

@@ -220,12 +220,12 @@ impl Counts {
 }
 
 #[test]
-fn random_worlds_have_one_verdict() {
+fn kernel_agrees_with_the_reference_on_random_worlds() {
     const WORLDS: u64 = 150;
     const PACKETS: usize = 200;
     // The worlds of the compiler's own run, which counts their clauses.
     let first_seed = std::env::var("HANSE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_124_u64);
-    sandbox::test("kernel::random_worlds_have_one_verdict", || {
+    sandbox::test("kernel::kernel_agrees_with_the_reference_on_random_worlds", || {
         let first = world(&mut Random(first_seed)).inventory;
         let mut pods = Vec::new();
         for (name, cluster) in &first.clusters {

@@ -315,8 +315,8 @@ fn fill(disk: &Path) -> PathBuf {
 }
 
 #[test]
-fn full_disks_of_member_and_agent_show_in_status_until_there_is_room() {
-    sandbox::test("nodes::full_disks_of_member_and_agent_show_in_status_until_there_is_room", || {
+fn full_disk_is_reported_in_status_until_resolved() {
+    sandbox::test("nodes::full_disk_is_reported_in_status_until_resolved", || {
         let world = World::new();
         let fabric = Fabric::build(std::slice::from_ref(&world.cluster)).expect("the network");
         let disks = [world.data(), world.scratch.path().join("member-train")];

@@ -46,8 +46,8 @@ fn cluster(number: u8, namespaces: &[(&str, &str)], pods: &[(&str, &str, &str, u
 type Case<'a> = (&'a str, &'a str, u16, bool, &'a str);
 
 #[test]
-fn presets_hold_of_packets() {
-    sandbox::test("presets::presets_hold_of_packets", || {
+fn presets_allow_and_deny_the_documented_packets() {
+    sandbox::test("presets::presets_allow_and_deny_the_documented_packets", || {
         let scratch = tempfile::tempdir().expect("a folder");
         let job = |name: &str| format!("batch.kubernetes.io/job-name: {name}");
         let (llama, other) = (job("llama"), job("other"));

@@ -1,8 +1,9 @@
-//! Hub and members without sockets and clocks, driven from a seed: anything may happen between any two messages.
+//! Simulates a hub and members without sockets and clocks, driven by a seed: any event may occur between two messages.
 //!
-//! At each step, of each receiver: its copy of an origin is a past state of the origin; nothing is removed but by its origin's
-//! or the hub's word; a policy is in force only with all that it can select. At the end, when everybody is connected and
-//! nothing more is sent: every receiver has exactly what its interest selects, and the digests are equal.
+//! Invariants, checked after each step for each receiver: its state of an origin is a past state of that origin; objects are removed only
+//! after a message of their origin or of the hub; a policy is in force only together with all endpoints that it can select. At the end,
+//! when all members are connected and no messages are left, every receiver has exactly the endpoints of its interest, and digests are
+//! equal.
 
 mod fleet;
 
@@ -19,7 +20,7 @@ fn seed() -> u64 {
     std::env::var("HANSE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_124)
 }
 
-/// The seeds of runs are the printed one and those that follow it.
+/// Uses the printed seed and the following ones, one per run.
 #[test]
 fn random_faults_neither_drop_objects_nor_open_gaps() {
     let seed = seed();

@@ -100,8 +100,8 @@ fn blocked(fabric: &Fabric, from: &Pod, to: &Pod) -> bool {
 }
 
 #[test]
-fn nothing_is_lost_or_let_through_when_processes_are_killed() {
-    sandbox::test("system::nothing_is_lost_or_let_through_when_processes_are_killed", || {
+fn killed_processes_neither_drop_updates_nor_open_gaps() {
+    sandbox::test("system::killed_processes_neither_drop_updates_nor_open_gaps", || {
         let world = World::new();
         let fabric = Fabric::build(&world.clusters).expect("the network");
         let listeners = world.listen(&fabric);
@@ -300,8 +300,8 @@ fn member_with_an_oversized_selection_receives_after_reconnecting() {
 }
 
 #[test]
-fn deny_everything_is_curable_from_the_hub() {
-    sandbox::test("system::deny_everything_is_curable_from_the_hub", || {
+fn deny_all_policy_can_be_withdrawn_at_the_hub() {
+    sandbox::test("system::deny_all_policy_can_be_withdrawn_at_the_hub", || {
         let world = World::new();
         let fabric = Fabric::build(&world.clusters).expect("the network");
         let _listeners = world.listen(&fabric);
@@ -362,8 +362,8 @@ fn object_outside_the_grant_is_refused_and_not_distributed() {
 }
 
 #[test]
-fn status_tells_what_nodes_enforce_and_what_is_wrong_with_a_source() {
-    sandbox::test("system::status_tells_what_nodes_enforce_and_what_is_wrong_with_a_source", || {
+fn status_reports_enforcement_and_source_problems() {
+    sandbox::test("system::status_reports_enforcement_and_source_problems", || {
         let world = World::new();
         let fabric = Fabric::build(&world.clusters).expect("the network");
         let mut system = world.join(&fabric);
@@ -398,8 +398,8 @@ fn status_tells_what_nodes_enforce_and_what_is_wrong_with_a_source() {
 
 /// What is staged denies what is enforced allows: the records of real connections say both.
 #[test]
-fn every_flow_has_the_enforced_and_the_staged_outcome() {
-    sandbox::test("system::every_flow_has_the_enforced_and_the_staged_outcome", || {
+fn flow_records_contain_enforced_and_staged_verdicts() {
+    sandbox::test("system::flow_records_contain_enforced_and_staged_verdicts", || {
         let world = World::new();
         let fabric = Fabric::build(&world.clusters).expect("the network");
         let _listeners = world.listen(&fabric);
@@ -457,8 +457,8 @@ fn every_flow_has_the_enforced_and_the_staged_outcome() {
 }
 
 #[test]
-fn certificates_rotate_without_losing_an_update() {
-    sandbox::test("system::certificates_rotate_without_losing_an_update", || {
+fn certificate_renewal_drops_no_update() {
+    sandbox::test("system::certificate_renewal_drops_no_update", || {
         const LIFETIME: u32 = 4;
         let world = World::new();
         let fabric = Fabric::build(&world.clusters).expect("the network");
@@ -505,8 +505,8 @@ fn plain(line: &str) -> serde_json::Value {
 }
 
 #[test]
-fn members_that_run_explain_what_their_manifests_say() {
-    sandbox::test("system::members_that_run_explain_what_their_manifests_say", || {
+fn live_explain_agrees_with_offline_explain() {
+    sandbox::test("system::live_explain_agrees_with_offline_explain", || {
         let world = World::new();
         let fabric = Fabric::build(&world.clusters).expect("the network");
         let mut system = world.join(&fabric);
