@@ -3,7 +3,7 @@
 //! The state is kept in memory and answers every read; the file is written before the state changes. The hub's store is
 //! small (registrations, policies, a bounded audit).
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -11,34 +11,19 @@ use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 use tracing::error;
 
+use crate::error::{StoreError, StoreFuture};
 use crate::file::File;
-use crate::watch::{History, Recent, Watch};
-use crate::{
-    Change, Compare, Entry, Event, Key, LeaseId, Listing, MAX_TRANSACTION_BYTES, MAX_TRANSACTION_PARTS,
-    MAX_VALUE_BYTES, Outcome, Prefix, Revision, Store, StoreError, StoreFuture, Transaction,
+use crate::key::{Key, Prefix};
+use crate::model::{
+    Change, Compare, Entry, Event, LeaseId, Listing, MAX_TRANSACTION_BYTES, MAX_TRANSACTION_PARTS, MAX_VALUE_BYTES,
+    Outcome, Revision, Transaction,
 };
+use crate::state::{Batch, State};
+use crate::store::Store;
+use crate::watch::{History, Recent, Watch};
 
 /// How often leases are checked for their end.
 const LEASE_TICK: Duration = Duration::from_millis(100);
-
-/// The durable state.
-#[derive(Debug, Default)]
-pub(crate) struct State {
-    pub(crate) revision: Revision,
-    pub(crate) last_lease: u64,
-    pub(crate) entries: BTreeMap<Key, Entry>,
-    pub(crate) leases: BTreeMap<LeaseId, Duration>,
-}
-
-/// The writes of one transaction.
-#[derive(Debug, Default)]
-pub(crate) struct Batch {
-    pub(crate) revision: Revision,
-    pub(crate) last_lease: u64,
-    /// The new entry of a key, or its deletion.
-    pub(crate) entries: BTreeMap<Key, Option<Entry>>,
-    pub(crate) leases: BTreeMap<LeaseId, Option<Duration>>,
-}
 
 /// A store over a file or memory. Clones share it.
 #[derive(Debug, Clone)]

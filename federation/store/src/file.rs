@@ -16,8 +16,10 @@ use redb::{
     Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageError, TableDefinition,
 };
 
-use crate::engine::{Batch, State};
-use crate::{Entry, Key, LeaseId, StoreError};
+use crate::error::StoreError;
+use crate::key::Key;
+use crate::model::{Entry, LeaseId};
+use crate::state::{Batch, State};
 
 const ENTRIES: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("entries");
 const LEASES: TableDefinition<'_, u64, u64> = TableDefinition::new("leases");

@@ -6,7 +6,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
-use crate::{Event, Prefix, Revision, StoreError, StoreFuture};
+use crate::error::{StoreError, StoreFuture};
+use crate::key::Prefix;
+use crate::model::{Event, Revision};
 
 /// Events kept: at most 16,384, with at most 64 MiB of values.
 const MAX_EVENTS: usize = 16_384;
@@ -154,7 +156,7 @@ impl Changes for Recent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Key;
+    use crate::key::Key;
 
     /// A write enters the history before `newest` includes it: a reader between the two must not return it twice.
     #[test]
