@@ -12,7 +12,7 @@ use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::administration_client::AdministrationClient;
 
-use crate::online::object::{KINDS, kind_of, name_of};
+use crate::online::kind::{KINDS, kind_of, name_of};
 use crate::online::{Client, MAX_ANSWER_BYTES, call, connect_once};
 
 /// How long a prompt may wait for a hub.

@@ -17,6 +17,8 @@ use crate::output;
 pub mod audit;
 pub mod cluster;
 pub mod describe;
+pub mod kind;
+mod manifest;
 pub mod node;
 pub mod object;
 mod reason;

@@ -2,21 +2,14 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use clap::Subcommand;
-use hanse_api::decode::typed;
-use hanse_api::document;
-use hanse_api::field::FieldError;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-
-use crate::output::{self, Format};
-
+mod answer;
 mod check;
 mod convert;
 mod diff;
 mod explain;
+mod input;
 mod kustomize;
 mod lint;
 mod live;
@@ -56,59 +49,5 @@ impl Command {
             Self::Scaffold(arguments) => arguments.run(),
             Self::Selector(arguments) => arguments.run(),
         }
-    }
-}
-
-/// Opens a file; `-` is standard input.
-fn open(path: &std::path::Path) -> anyhow::Result<Box<dyn std::io::BufRead>> {
-    if path == std::path::Path::new("-") {
-        return Ok(Box::new(std::io::stdin().lock()));
-    }
-    let file = std::fs::File::open(path).with_context(|| format!("open {}", path.display()))?;
-    Ok(Box::new(std::io::BufReader::new(file)))
-}
-
-/// One line of a file of JSON as a value.
-///
-/// # Errors
-/// The first error, with its column and field.
-fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_json::from_str(text).map_err(|error| {
-        let column = error.column();
-        // The reader of manifests reports the field, too.
-        let document = document::documents(text).next().filter(|_| error.is_data()).and_then(Result::ok);
-        let errors = document.and_then(|document| typed::<T>(document.root()).err());
-        let message = match errors.and_then(|errors| errors.into_iter().next()) {
-            Some(FieldError { path, message }) if path.is_empty() => message,
-            Some(error) => error.to_string(),
-            // serde_json reports every line as the first one.
-            None => {
-                let message = error.to_string();
-                let place = format!(" at line {} column {column}", error.line());
-                message.strip_suffix(&place).unwrap_or(&message).to_owned()
-            }
-        };
-        format!("column {column}: {message}")
-    })
-}
-
-/// An answer that does not include refused objects.
-#[derive(Serialize)]
-struct Incomplete<'a, T> {
-    #[serde(flatten)]
-    answer: &'a T,
-    incomplete: bool,
-}
-
-/// One answer as a line of JSON or a document of YAML, with `incomplete: true` if an object was refused.
-fn write_answer(
-    out: &mut impl std::io::Write,
-    format: Format,
-    incomplete: bool,
-    answer: &impl Serialize,
-) -> anyhow::Result<()> {
-    match incomplete {
-        true => output::write(out, format, &Incomplete { answer, incomplete }),
-        false => output::write(out, format, answer),
     }
 }

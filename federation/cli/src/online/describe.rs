@@ -10,7 +10,8 @@ use hanse_runtime::text;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::object::{KINDS, kind_of, name_of, summary};
+use super::kind::{kind_of, name_of};
+use super::manifest::summary;
 use super::wait::InCluster;
 use super::{CallError, Client, call, cluster, node, status, time, with_client};
 use crate::completion;
@@ -251,13 +252,5 @@ async fn describe_node(client: &mut Client, name: &str, format: Format) -> anyho
     match format {
         Format::Table => found.describe(),
         format => output::object(format, "NodeDescription", &found),
-    }
-}
-
-/// Reads a target: `KIND/NAME`, or the name of a policy.
-pub fn target(text: &str) -> anyhow::Result<(pb::ObjectKind, String)> {
-    match text.split_once('/') {
-        Some((kind, name)) => Ok((kind_of(kind)?, name.to_owned())),
-        None => Ok((KINDS[KINDS.len() - 1].2, text.to_owned())),
     }
 }

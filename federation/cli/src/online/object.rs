@@ -16,13 +16,11 @@ use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::kind::{KINDS, kind_of, name_of};
+use super::manifest::{REVISION, put_revision, summary, take_revision};
 use super::{CallError, call, with_client};
 use crate::completion;
 use crate::output::{self, Format, ListFormat};
-
-/// The annotation in which `get` reports the revision of an object. `apply` removes it, and changes the object only if it is
-/// still at that revision: concurrent edits are not overwritten.
-const REVISION: &str = "hanse.dev/revision";
 
 /// Create or update objects at the hub.
 ///
@@ -104,29 +102,6 @@ pub struct Delete {
 
 /// Up to this number, objects are read one by one; otherwise all objects are read at once.
 const MANY: usize = 16;
-
-/// The kinds with their short names, in the order in which they are applied: referenced kinds come first.
-pub const KINDS: [(&str, &str, pb::ObjectKind); 4] = [
-    ("MemberCluster", "mc", pb::ObjectKind::MemberCluster),
-    ("Tier", "tier", pb::ObjectKind::Tier),
-    ("FederatedNetworkSet", "fns", pb::ObjectKind::FederatedNetworkSet),
-    ("FederatedNetworkPolicy", "fnp", pb::ObjectKind::FederatedNetworkPolicy),
-];
-
-pub fn kind_of(text: &str) -> anyhow::Result<pb::ObjectKind> {
-    let text = text.to_ascii_lowercase();
-    let found = KINDS.iter().find(|(name, short, _)| {
-        let name = name.to_ascii_lowercase();
-        let plural = name.strip_suffix('y').map_or_else(|| format!("{name}s"), |stem| format!("{stem}ies"));
-        [name.as_str(), &plural, short].contains(&text.as_str())
-    });
-    let names = KINDS.map(|(name, short, _)| format!("{name} ({short})")).join(", ");
-    found.map(|(.., kind)| *kind).with_context(|| format!("unknown kind {text:?}: expected {names}"))
-}
-
-pub fn name_of(kind: i32) -> &'static str {
-    KINDS.iter().find(|(.., known)| *known as i32 == kind).map_or("object", |(name, ..)| name)
-}
 
 /// One object of the federation, from a manifest.
 pub(super) struct Written {
@@ -234,16 +209,6 @@ fn written_object(file: &str, node: Node<'_>) -> Option<Written> {
     let revision = take_revision(&mut value);
     let json = serde_json::to_vec(&value).ok()?;
     Some(Written { order, kind: KINDS[order].2, name, json, revision, place: format!("{file}:{}", node.line()) })
-}
-
-fn take_revision(manifest: &mut Value) -> Option<u64> {
-    let metadata = manifest.get_mut("metadata")?.as_object_mut()?;
-    let annotations = metadata.get_mut("annotations")?.as_object_mut()?;
-    let revision = annotations.shift_remove(REVISION)?;
-    if annotations.is_empty() {
-        metadata.shift_remove("annotations");
-    }
-    revision.as_str()?.parse().ok()
 }
 
 /// The result of one object.
@@ -567,46 +532,6 @@ impl Get {
             true => output::line("no objects found"),
             false => table.print(),
         }
-    }
-}
-
-pub(super) fn put_revision(manifest: &mut Value, revision: u64) {
-    let Some(metadata) = manifest.get_mut("metadata").and_then(Value::as_object_mut) else { return };
-    let annotations = metadata.entry("annotations").or_insert_with(|| serde_json::json!({}));
-    if let Some(annotations) = annotations.as_object_mut() {
-        annotations.insert(REVISION.to_owned(), revision.to_string().into());
-    }
-}
-
-/// A summary of an object, for tables.
-pub(super) fn summary(manifest: &Value) -> String {
-    let spec = &manifest["spec"];
-    let text = |field: &str, otherwise: &str| match &spec[field] {
-        Value::Null => otherwise.to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    };
-    let items = |list: &Value| list.as_array().map_or(0, Vec::len);
-    let joined = |list: &Value| {
-        let texts = list.as_array().into_iter().flatten().filter_map(Value::as_str);
-        texts.collect::<Vec<_>>().join(",")
-    };
-    match manifest["kind"].as_str().unwrap_or_default() {
-        "FederatedNetworkPolicy" => {
-            let rules = items(&spec["ingress"]) + items(&spec["egress"]);
-            let (tier, order) = (text("tier", "-"), text("order", "last"));
-            let clusters = text("clusterSelector", "all()");
-            format!("tier {tier}, order {order}, {}, clusters {clusters}", output::count(rules, "rule"))
-        }
-        "Tier" => format!(
-            "{}, order {}, default {}",
-            text("phase", "Guard"),
-            text("order", "last"),
-            text("defaultAction", "Deny")
-        ),
-        "FederatedNetworkSet" => output::count(items(&spec["nets"]), "net"),
-        "MemberCluster" => format!("cidrs {}", joined(&spec["grants"]["cidrs"])),
-        _ => String::new(),
     }
 }
 

@@ -9,8 +9,8 @@ use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::object_in_cluster::State;
 use serde::Serialize;
 
-use super::describe::target;
-use super::object::{name_of, read};
+use super::kind::{name_of, target};
+use super::object::read;
 use super::reason::{NodeReason, of_object};
 use super::{CallError, Client, call, with_client};
 use crate::completion;

@@ -9,7 +9,8 @@ use anyhow::Context as _;
 use hanse_proto::federation::v1 as pb;
 use serde_json::{Value, json};
 
-use super::object::{name_of, put_revision, summary};
+use super::kind::name_of;
+use super::manifest::{put_revision, summary};
 use super::{CallError, Client, call, refused, with_client};
 use crate::output::{self, ListFormat};
 

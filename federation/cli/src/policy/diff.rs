@@ -15,6 +15,7 @@ use hanse_policy::model::ClusterName;
 use hanse_policy::workload::common_name;
 use serde::Serialize;
 
+use super::answer::write_answer;
 use super::load::{ClusterSource, Loaded, Sources};
 use super::matrix::PortName;
 use crate::output::{self, Format};
@@ -302,7 +303,7 @@ impl Arguments {
                 egress: &egress,
                 ingress: &ingress,
             };
-            super::write_answer(out, self.output, incomplete, &line)?;
+            write_answer(out, self.output, incomplete, &line)?;
         }
         Ok(())
     }

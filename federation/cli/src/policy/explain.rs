@@ -9,6 +9,8 @@ use anyhow::Context as _;
 use hanse_policy::explain::{AnswerLine, Explainer, QueryEnd, Question};
 use serde::Serialize;
 
+use super::answer::write_answer;
+use super::input;
 use super::live;
 use super::load::Sources;
 use crate::output::{self, Format};
@@ -121,7 +123,7 @@ impl Printer {
         self.about_nothing += usize::from(answer.as_ref().is_ok_and(|line| line.neither_end_known));
         match (self.output, answer) {
             (Format::Table, answer) => self.add(question, answer)?,
-            (format, Ok(line)) => super::write_answer(&mut self.out, format, self.incomplete, &line)?,
+            (format, Ok(line)) => write_answer(&mut self.out, format, self.incomplete, &line)?,
             (format, Err(error)) => output::write(&mut self.out, format, &ErrorLine { error })?,
         }
         Ok(())
@@ -224,7 +226,7 @@ fn title(place: &QueryEnd, not_running: &[String]) -> String {
 
 impl Arguments {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        let mut input = super::open(&self.queries)?;
+        let mut input = input::open(&self.queries)?;
         let mut number = 0;
         let lines = std::iter::from_fn(|| next_line(&mut input, &mut number).transpose());
         let lines = lines.map(|line| line.with_context(|| format!("read {}", self.queries.display())));
@@ -279,7 +281,7 @@ impl Arguments {
 
     fn read(&self, line: &Line) -> Result<Question, String> {
         let malformed = |error| format!("malformed query: {}:{}: {error}", self.queries.display(), line.number);
-        super::from_json(&line.text).map_err(malformed)
+        input::from_json(&line.text).map_err(malformed)
     }
 
     fn end(

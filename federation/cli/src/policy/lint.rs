@@ -18,6 +18,7 @@ use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::answer::write_answer;
 use super::load::{Loaded, Sources, described};
 use crate::online::{call, with_client};
 use crate::output;
@@ -161,8 +162,8 @@ impl Arguments {
                 }
             };
             let (mut out, incomplete) = (output::stdout(), loaded.is_incomplete());
-            lines.iter().try_for_each(|line| super::write_answer(&mut out, format, incomplete, line))?;
-            not_run.as_ref().map_or(Ok(()), |it| super::write_answer(&mut out, format, incomplete, it))
+            lines.iter().try_for_each(|line| write_answer(&mut out, format, incomplete, line))?;
+            not_run.as_ref().map_or(Ok(()), |it| write_answer(&mut out, format, incomplete, it))
         };
         let fails = |finding: &Finding| match self.fail_on {
             Level::Note => true,

@@ -20,6 +20,7 @@ use hanse_policy::tri::Tri;
 use hanse_policy::workload::common_name;
 use serde::Serialize;
 
+use super::answer::write_answer;
 use super::live;
 use super::load::{Loaded, Sources};
 use crate::output::{self, Format};
@@ -319,7 +320,7 @@ impl Arguments {
                     decided_by,
                     not_running: ends.iter().filter(|(_, planned)| *planned).map(|(end, _)| *end).collect(),
                 };
-                super::write_answer(&mut out, self.output, incomplete.get(), &line)?;
+                write_answer(&mut out, self.output, incomplete.get(), &line)?;
             }
         }
         out.flush()?;

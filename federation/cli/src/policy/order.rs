@@ -7,6 +7,7 @@ use hanse_policy::evaluate;
 use hanse_policy::model::{Order, Policy, StagedAction};
 use serde::Serialize;
 
+use super::answer::write_answer;
 use super::load::{Loaded, Sources};
 use crate::output::{self, Format};
 use hanse_policy::explain::answer;
@@ -97,7 +98,7 @@ impl Arguments {
                     policies: tier.policies.iter().map(|policy| policy_line(policy, loaded)).collect(),
                 };
                 if self.output != Format::Table {
-                    super::write_answer(&mut out, self.output, loaded.is_incomplete(), &line)?;
+                    write_answer(&mut out, self.output, loaded.is_incomplete(), &line)?;
                     continue;
                 }
                 let tier_order = if tier.missing { "no object".to_owned() } else { shown(tier.order) };

@@ -10,6 +10,7 @@ use hanse_policy::selector::Selector;
 use hanse_policy::tri::Tri;
 use serde::Serialize;
 
+use super::input;
 use crate::output::{self, Format};
 
 /// Parse a selector, and show which label sets it selects.
@@ -72,7 +73,7 @@ impl Arguments {
 }
 
 fn read_label_sets(path: &std::path::Path) -> anyhow::Result<Vec<BTreeMap<String, String>>> {
-    let reader = super::open(path)?;
+    let reader = input::open(path)?;
     let (mut sets, mut blank) = (Vec::new(), None);
     for (at, line) in reader.lines().enumerate() {
         let line = line.with_context(|| format!("read {}", path.display()))?;
@@ -85,7 +86,7 @@ fn read_label_sets(path: &std::path::Path) -> anyhow::Result<Vec<BTreeMap<String
         if let Some(blank) = blank {
             bail!("{}:{blank}: blank line before a label set: write {{}} for no labels", path.display());
         }
-        let labels = super::from_json(text);
+        let labels = input::from_json(text);
         sets.push(labels.map_err(|error| anyhow!("{}:{}: {error}", path.display(), at + 1))?);
     }
     Ok(sets)
