@@ -13,7 +13,10 @@ use hanse_store::{Revision, Transaction};
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Status, Streaming};
 
-use super::{Administration, check_nets, clipped, convert, permit};
+use super::access::{clipped, permit};
+use super::convert;
+use super::state::{Administration, MAX_DRY_RUNS};
+use crate::grants::MemberCluster;
 use crate::manifest::{self, Checked, Kind, ObjectId};
 use crate::registration::status;
 use crate::registry::{AuditAction, ChangeError, ClusterState, MAX_OBJECT_BYTES, MAX_OBJECTS, Snapshot, key};
@@ -23,8 +26,6 @@ use crate::roles::Need;
 const MAX_BATCH: usize = 1_000;
 /// Objects that are read ahead of a transaction: half as many as the store allows changes (128).
 const READ_AHEAD: usize = 64;
-/// Concurrent dry runs. Each stores what it would have written, at most 48 MiB.
-pub(super) const MAX_DRY_RUNS: usize = 4;
 /// Time limit between two requests of a stream.
 const SILENCE: Duration = Duration::from_secs(30);
 /// Tiers that the error about a missing tier names.
@@ -384,4 +385,18 @@ fn missing_tier(snapshot: &Snapshot, tier: &str) -> String {
 
 fn object_key(id: &ObjectId) -> Result<hanse_store::Key, ChangeError> {
     key(&["object", id.kind.name(), &id.name])
+}
+
+/// CIDRs of clusters never overlap; the later one is refused.
+fn check_nets(snapshot: &Snapshot, name: &str, new: &MemberCluster) -> Result<(), ChangeError> {
+    for (other, cluster) in &snapshot.clusters {
+        if **other != *name
+            && let Some((own, theirs)) = new.overlap(&cluster.grant)
+        {
+            let text =
+                format!("spec.grants.cidrs: {own} overlaps with {theirs}, which is granted to the cluster {other}");
+            return Err(ChangeError::Conflict(text));
+        }
+    }
+    Ok(())
 }

@@ -12,7 +12,8 @@ use prost::Message as _;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tonic::Status;
 
-use super::{Administration, convert};
+use super::convert;
+use super::state::Administration;
 use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::{Object, Snapshot};
 use crate::status::{NodeProgress, ObjectState, Problem, Reasons};
@@ -26,8 +27,6 @@ const PAGE_BYTES: usize = 2 << 20;
 const CHANGES_BYTES: usize = 1 << 20;
 /// Messages that wait for one watcher: 2 × about 1 MiB.
 const OUTBOX: usize = 2;
-/// Maximum number of watchers of this replica. Each has one view of the registry; successive views share the objects.
-pub(super) const MAX_WATCHERS: usize = 64;
 
 impl Administration {
     pub(super) fn cluster_status(&self, snapshot: &Snapshot) -> Vec<wire::ClusterStatus> {
