@@ -11,21 +11,6 @@ use std::str::FromStr as _;
 
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
-/// Circles that exist today: crate and files. A circle that grows beyond its entry fails, and an entry without a circle must be
-/// removed.
-const KNOWN: &[(&str, &[&str])] = &[
-    ("cli", &["completion", "online/object", "online/watch"]),
-    ("cli", &["online/describe", "online/wait"]),
-    (
-        "cli",
-        &["policy", "policy/diff", "policy/explain", "policy/lint", "policy/matrix", "policy/order", "policy/selector"],
-    ),
-    ("exchange", &["hub", "hub/classes", "hub/publish", "hub/watch", "hub/watch/interests", "hub/watch/opening"]),
-    ("exchange", &["interest", "message"]),
-    ("hub", &["administration", "administration/objects", "administration/observe"]),
-    ("store", &["engine", "file", "lib", "watch"]),
-];
-
 type Module = Vec<String>;
 
 /// One file, with the paths in it.
@@ -272,14 +257,7 @@ fn files_of_the_federation_do_not_use_each_other_in_circles() {
         let name = entry.file_name().to_string_lossy().into_owned();
         found.extend(Crate::read(&entry.path()).circles().into_iter().map(|circle| (name.clone(), circle)));
     }
-    found.sort();
-    let within = |(name, files): &(&str, &[&str]), (of, circle): &(String, BTreeSet<String>)| {
-        of == name && circle.iter().all(|file| files.contains(&file.as_str()))
-    };
-    let new: Vec<_> = found.iter().filter(|circle| !KNOWN.iter().any(|known| within(known, circle))).collect();
-    assert!(new.is_empty(), "circles of files: {new:#?}");
-    let solved: Vec<_> = KNOWN.iter().filter(|known| !found.iter().any(|circle| within(known, circle))).collect();
-    assert!(solved.is_empty(), "remove from KNOWN: {solved:#?}");
+    assert!(found.is_empty(), "circles of files: {found:#?}");
 }
 
 #[test]

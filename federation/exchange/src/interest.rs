@@ -11,7 +11,7 @@ use std::sync::Arc;
 use hanse_policy::model::{ClusterScope, Policy, Port};
 use hanse_policy::selector::{Expr, Selector};
 
-use crate::message::RefusedParts;
+use crate::message::{RefusedParts, WrittenScope, WrittenSelection};
 
 /// Bytes of one selector, in its canonical form.
 pub const MAX_SELECTOR_BYTES: usize = 8 << 10;
@@ -95,22 +95,6 @@ impl Wanted {
         };
         self.selector.canonical.len() + clusters + texts(&self.port_names) + 24
     }
-}
-
-/// A selection as a message has it. One of another version may not be readable here; a member returns it as it came.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct WrittenSelection {
-    pub clusters: WrittenScope,
-    pub selector: String,
-    pub port_names: Vec<String>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum WrittenScope {
-    All,
-    Named(Vec<String>),
-    /// Of a kind that this version does not know.
-    Unknown,
 }
 
 impl From<&Wanted> for WrittenSelection {

@@ -3,7 +3,6 @@
 use bytes::Bytes;
 use hanse_policy::model::ClusterName;
 
-use crate::interest::WrittenSelection;
 use crate::model::{Position, Refusal};
 
 /// From a member to the hub, on a publishing stream.
@@ -75,6 +74,22 @@ pub enum WatchRequest {
         origin: Option<ClusterName>,
     },
     Heartbeat,
+}
+
+/// A selection as a message has it. One of another version may not be readable here; a member returns it as it came.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WrittenSelection {
+    pub clusters: WrittenScope,
+    pub selector: String,
+    pub port_names: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum WrittenScope {
+    All,
+    Named(Vec<String>),
+    /// Of a kind that this version does not know.
+    Unknown,
 }
 
 /// What a member has when it opens a watching stream.

@@ -86,6 +86,20 @@ pub struct ClusterState {
 }
 
 impl ClusterState {
+    /// Whether nothing that others are sent, or that decides what they are sent, differs.
+    pub(crate) fn same(&self, other: &Self) -> bool {
+        let all = |it: &Self| (it.grant_token, it.lease, it.federated_allow_final);
+        all(self) == all(other)
+            && self.labels == other.labels
+            && self.cidrs == other.cidrs
+            && self.visible_to == other.visible_to
+    }
+
+    /// Whether a receiver that selects something of it waits for it. `synced`: it has published to this replica.
+    pub(crate) fn waits_for(&self, synced: bool) -> bool {
+        synced || self.lease != Lease::NeverConnected
+    }
+
     /// As members are sent it.
     pub fn record(&self) -> ClusterRecord {
         ClusterRecord {
@@ -194,4 +208,11 @@ pub fn digest_of(bytes: &[u8]) -> u128 {
     let mut first = [0; 16];
     first.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
     u128::from_le_bytes(first)
+}
+
+/// The first 64 bits of a hash.
+pub(crate) fn first_bits(hash: &blake3::Hash) -> u64 {
+    let mut first = [0; 8];
+    first.copy_from_slice(&hash.as_bytes()[..8]);
+    u64::from_le_bytes(first)
 }

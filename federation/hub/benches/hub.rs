@@ -21,10 +21,9 @@ use std::time::Instant;
 use bytes::Bytes;
 use hanse_exchange::codec;
 use hanse_exchange::hub::{Exchange, PublishId, Published, ReadOpening, ReceiverId};
-use hanse_exchange::interest::{WrittenScope, WrittenSelection};
 use hanse_exchange::member::publisher::{PublishSession, Publisher};
 use hanse_exchange::member::receiver::Receiver;
-use hanse_exchange::message::{PublishRequest, WatchOpen, WatchRequest, WatchResponse};
+use hanse_exchange::message::{PublishRequest, WatchOpen, WatchRequest, WatchResponse, WrittenScope, WrittenSelection};
 use hanse_exchange::model::{
     ClusterState, FederatedManifest, Federation, Grant, Lease, ManifestKind, Position, Wanted,
 };

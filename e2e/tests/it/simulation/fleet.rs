@@ -9,11 +9,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use hanse_exchange::hub::{Exchange, PublishId, ReceiverId};
-use hanse_exchange::interest::{Interest, WrittenSelection};
+use hanse_exchange::interest::Interest;
 use hanse_exchange::member::model::Position;
 use hanse_exchange::member::publisher::{PublishSession, Publisher};
 use hanse_exchange::member::receiver::Receiver;
-use hanse_exchange::message::PublishRequest;
+use hanse_exchange::message::{PublishRequest, WrittenSelection};
 use hanse_exchange::model as hub;
 use hanse_policy::inventory::{Cluster, EndpointId, EndpointKind, Inventory, LabelGrant, Namespace};
 use hanse_policy::model::ClusterName;

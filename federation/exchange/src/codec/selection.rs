@@ -3,7 +3,7 @@
 use hanse_proto::federation::v1 as pb;
 use prost::Message as _;
 
-use crate::interest::{WrittenScope, WrittenSelection};
+use crate::message::{WrittenScope, WrittenSelection};
 
 pub(super) fn to_wire(it: WrittenSelection) -> pb::Selection {
     let clusters = match it.clusters {

@@ -6,8 +6,9 @@ use pb::watch_request::Message as Request;
 use pb::watch_response::Message as Response;
 
 use super::{DecodeError, digest_bytes, read_digest, required, selection};
-use crate::interest::WrittenSelection;
-use crate::message::{HeldOrigin, InterestChange, RefusedParts, WatchOpen, WatchRequest, WatchResponse};
+use crate::message::{
+    HeldOrigin, InterestChange, RefusedParts, WatchOpen, WatchRequest, WatchResponse, WrittenSelection,
+};
 
 pub fn encode_request(request: WatchRequest) -> pb::WatchRequest {
     use pb::watch_ack::What;

@@ -12,13 +12,12 @@ use bytes::Bytes;
 use hanse_policy::slab::Slab;
 use hashbrown::HashMap;
 
-use super::Exchange;
 use super::derived;
-use super::first_eight;
 use super::origin::{Before, Changes, Entry, Origin};
 use super::selections::Selections;
 use super::slots::{Bits, Slots};
 use crate::interest::{Interest, Wanted};
+use crate::model::first_bits;
 
 hanse_policy::slab_id! {
     pub(super) struct ClassId;
@@ -132,7 +131,8 @@ impl Classes {
         dirty
     }
 
-    fn idle_bytes(&self) -> usize {
+    /// Of the classes without users that are kept.
+    pub(super) fn idle_bytes(&self) -> usize {
         self.idle.iter().map(|(_, bytes)| bytes).sum()
     }
 
@@ -140,15 +140,13 @@ impl Classes {
         self.all[id].users += 1;
         self.idle.retain(|(idle, _)| *idle != id);
     }
-}
 
-impl Exchange {
-    /// The class of an interest, with one more user. It may not be built yet: see [`Self::build_class`].
-    pub(super) fn acquire_class(&mut self, interest: &Arc<Interest>) -> ClassId {
+    /// The class of an interest, with one more user, and whether it was made now and is to be built: see [`Self::build`].
+    pub(super) fn acquire(&mut self, interest: &Arc<Interest>) -> (ClassId, bool) {
         let address = Arc::as_ptr(interest) as usize;
-        if let Some(id) = self.classes.by_interest.get(&address).copied() {
-            self.classes.add_user(id);
-            return id;
+        if let Some(id) = self.by_interest.get(&address).copied() {
+            self.add_user(id);
+            return (id, false);
         }
         let building = Building {
             rest: interest.iter().cloned().collect::<Vec<_>>().into_iter(),
@@ -159,7 +157,7 @@ impl Exchange {
             profile: 0,
             slot: 0,
         };
-        let id = self.classes.all.insert(Class {
+        let id = self.all.insert(Class {
             of: Arc::clone(interest),
             numbers: Vec::new(),
             interest: Bits::default(),
@@ -168,23 +166,29 @@ impl Exchange {
             views: Vec::new(),
             building: Some(Box::new(building)),
         });
-        self.classes.by_interest.insert(address, id);
-        self.build_class(id)
+        self.by_interest.insert(address, id);
+        (id, true)
     }
 
-    /// Goes on with a class that is not built yet, for as long as a slice of updates takes. Returns the class: another one where
-    /// that has the same selections.
-    pub(super) fn build_class(&mut self, id: ClassId) -> ClassId {
-        let class = &mut self.classes.all[id];
+    /// Goes on with a class that is not built yet, for as long as `slice` updates take. Returns the class: another one, which has
+    /// the same selections and takes over the users, where there is one.
+    pub(super) fn build(
+        &mut self,
+        id: ClassId,
+        selections: &mut Selections,
+        origins: &mut [Option<Origin>],
+        slice: usize,
+    ) -> ClassId {
+        let class = &mut self.all[id];
         let Some(mut building) = class.building.take() else { return id };
-        let mut left = self.slice;
+        let mut left = slice;
         while left > 0
             && let Some(wanted) = building.rest.next()
         {
             derived::hash(&wanted, &mut building.hasher);
-            let (number, is_new) = self.selections.acquire(&wanted);
-            if is_new || self.classes.unjudged.contains(number) {
-                self.classes.unjudged.set(number, true);
+            let (number, is_new) = selections.acquire(&wanted);
+            if is_new || self.unjudged.contains(number) {
+                self.unjudged.set(number, true);
                 building.unjudged.push(number);
             }
             class.numbers.push(number);
@@ -196,81 +200,85 @@ impl Exchange {
             for number in &class.numbers {
                 class.interest.set(*number, true);
             }
-            class.token = u64::from_le_bytes(first_eight(building.hasher.finalize().as_bytes()));
-            if let Some(same) = self.classes.by_selections.get(&class.numbers).copied() {
+            class.token = first_bits(&building.hasher.finalize());
+            if let Some(same) = self.by_selections.get(&class.numbers).copied() {
                 class.building = Some(building);
-                return self.merge_class(id, same);
+                self.merge(id, same, selections, origins);
+                return same;
             }
-            self.classes.by_selections.insert(class.numbers.clone(), id);
+            self.by_selections.insert(class.numbers.clone(), id);
         }
-        let class = &mut self.classes.all[id];
         while left > 0 && building.rest.len() == 0 {
-            if building.origin >= self.origins.len() || class.numbers.is_empty() {
+            if building.origin >= origins.len() || class.numbers.is_empty() {
                 for number in &building.unjudged {
-                    self.classes.unjudged.set(*number, false);
+                    self.unjudged.set(*number, false);
                 }
                 return id;
             }
-            left = left.saturating_sub(building.step(class, &mut self.origins, &self.selections, left));
+            left = left.saturating_sub(building.step(class, origins, selections, left));
         }
         class.building = Some(building);
         id
     }
 
     /// Gives the users of a class to another one with the same selections.
-    fn merge_class(&mut self, from: ClassId, into: ClassId) -> ClassId {
-        for receiver in self.receivers.values_mut() {
-            receiver.replace_class(from, into);
-        }
-        let users = self.classes.all[from].users;
-        self.classes.add_user(into);
-        self.classes.all[into].users += users - 1;
-        self.forget_class(from);
-        into
+    fn merge(&mut self, from: ClassId, into: ClassId, selections: &mut Selections, origins: &mut [Option<Origin>]) {
+        let users = self.all[from].users;
+        self.add_user(into);
+        self.all[into].users += users - 1;
+        self.forget(from, selections, origins);
     }
 
-    pub(super) fn release_class(&mut self, id: ClassId) {
-        let class = &mut self.classes.all[id];
+    /// One user fewer.
+    pub(super) fn release(&mut self, id: ClassId, selections: &mut Selections, origins: &mut [Option<Origin>]) {
+        let class = &mut self.all[id];
         class.users -= 1;
         if class.users > 0 {
             return;
         }
         if class.building.is_some() {
-            self.forget_class(id);
+            self.forget(id, selections, origins);
             return;
         }
         let bytes = class.bytes();
-        self.classes.idle.push_back((id, bytes));
-        while self.classes.idle.len() > MAX_IDLE || self.classes.idle_bytes() > MAX_IDLE_BYTES {
-            let Some((oldest, _)) = self.classes.idle.pop_front() else { return };
-            self.forget_class(oldest);
+        self.idle.push_back((id, bytes));
+        while self.idle.len() > MAX_IDLE || self.idle_bytes() > MAX_IDLE_BYTES {
+            let Some((oldest, _)) = self.idle.pop_front() else { return };
+            self.forget(oldest, selections, origins);
         }
     }
 
-    /// Of the classes without receivers that are kept.
-    pub fn idle_bytes(&self) -> usize {
-        self.classes.idle_bytes()
-    }
-
-    fn forget_class(&mut self, id: ClassId) {
-        let class = self.classes.all.remove(id);
-        if self.classes.by_selections.get(&class.numbers) == Some(&id) {
-            self.classes.by_selections.remove(&class.numbers);
+    fn forget(&mut self, id: ClassId, selections: &mut Selections, origins: &mut [Option<Origin>]) {
+        let class = self.all.remove(id);
+        if self.by_selections.get(&class.numbers) == Some(&id) {
+            self.by_selections.remove(&class.numbers);
         }
         let address = Arc::as_ptr(&class.of) as usize;
-        if self.classes.by_interest.get(&address) == Some(&id) {
-            self.classes.by_interest.remove(&address);
+        if self.by_interest.get(&address) == Some(&id) {
+            self.by_interest.remove(&address);
         }
         let mut released = Bits::default();
         for number in class.numbers {
-            if self.selections.release(number) {
+            if selections.release(number) {
                 released.set(number, true);
-                self.classes.unjudged.set(number, false);
+                self.unjudged.set(number, false);
             }
         }
-        for origin in self.origins.iter_mut().flatten() {
+        for origin in origins.iter_mut().flatten() {
             origin.unselect(&released);
         }
+    }
+
+    /// The ids that only one of two classes selects of an origin.
+    pub(super) fn differences(&self, number: usize, origin: &Origin, old: ClassId, new: ClassId) -> Vec<u64> {
+        if old == new {
+            return Vec::new();
+        }
+        let (old, new) = (self.get(old).view(number), self.get(new).view(number));
+        let has = |view: Option<&View>, slot| view.is_some_and(|view| view.members.contains(slot));
+        let either = [old, new].into_iter().flatten().flat_map(|view| view.members.iter());
+        let slots = either.filter(|slot| has(old, *slot) != has(new, *slot));
+        slots.filter_map(|slot| origin.entry(slot)).map(|entry| entry.id).collect()
     }
 }
 

@@ -2,11 +2,12 @@
 
 use hanse_policy::model::ClusterName;
 
-use super::Exchange;
-use crate::hub::origin::{self, Batch, BatchError, Origin, StagedLimits};
+use super::exchange::Exchange;
+use super::origin::{Batch, BatchError, Origin, StagedLimits};
+use super::publisher::{Applying, PublishId, Publisher};
 use crate::limits::{MAX_NUMBER, PROTOCOL};
 use crate::message::{PublishRequest as Request, PublishResponse as Response, Refusals};
-use crate::model::{Position, Refusal, ReportedState};
+use crate::model::{Position, ReportedState};
 
 /// What is said of a frame, or of an end, where no batch is under way.
 const NO_BATCH: &str =
@@ -16,30 +17,6 @@ const NOT_OPEN: PublishError = PublishError::Protocol("the first message is not 
 const MAX_STAGED_BYTES: usize = 256 << 20;
 /// Refusals that one message names.
 const MAX_REFUSALS: usize = 256;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PublishId(u64);
-
-#[derive(Debug)]
-pub(super) struct Publisher {
-    cluster: ClusterName,
-    epoch: Option<u64>,
-    staged: Option<Batch>,
-    /// A snapshot was requested, and until it comes everything else is dropped.
-    resyncing: bool,
-    sent_refusals: Vec<(u64, Refusal)>,
-    /// To a batch that was applied.
-    answers: Option<Vec<Response>>,
-}
-
-/// A batch that is being applied.
-#[derive(Debug)]
-pub(super) struct Applying {
-    publisher: PublishId,
-    pub(super) batch: origin::Applying,
-    /// What the publisher says of all that it publishes.
-    digest: Option<u128>,
-}
 
 /// The result of a message.
 #[derive(Debug)]
@@ -228,10 +205,6 @@ impl Exchange {
         self.origin(cluster).is_some_and(|origin| origin.synced)
     }
 
-    fn origin_of(&mut self, cluster: &ClusterName) -> Option<&mut Origin> {
-        self.origin_numbers.get(cluster).and_then(|number| self.origins[*number].as_mut())
-    }
-
     fn publish_batch(
         &mut self,
         id: PublishId,
@@ -260,8 +233,28 @@ impl Exchange {
         }
     }
 
+    /// Applies the next part of an origin's batch and updates the classes.
+    fn advance(&mut self, number: usize) {
+        let Some(mut applying) = self.applying.remove(&number) else { return };
+        let Some(origin) = self.origins[number].as_mut() else { return };
+        let (first, before) = (!origin.synced, origin.position);
+        let (changes, done) = origin.step(&mut applying.batch, &self.selections, self.slice);
+        self.notify_classes(number, &changes);
+        if !done {
+            self.applying.insert(number, applying);
+            return;
+        }
+        let position = applying.batch.position;
+        let new_epoch = !first && position.epoch != before.epoch;
+        for (id, receiver) in &mut self.receivers {
+            receiver.origin_moved(number, position, first, new_epoch);
+            self.ready.insert(*id);
+        }
+        self.applied(number, applying);
+    }
+
     /// A batch was applied: its publisher is answered.
-    pub(super) fn applied(&mut self, number: usize, applying: Applying) {
+    fn applied(&mut self, number: usize, applying: Applying) {
         let Some(origin) = self.origins[number].as_ref() else { return };
         let (total, refusals) = origin.refusals(MAX_REFUSALS);
         let differs = applying.digest.is_some_and(|digest| digest != origin.digest_published());

@@ -4,30 +4,18 @@
 //! origins changed before the hub's own objects did, those, and the origins in turn. The interest shrinks only when everything that needed the larger one is out of
 //! force at the receiver.
 
-use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use bytes::Bytes;
 use hanse_policy::model::ClusterName;
 
-mod batches;
-mod interests;
-mod opening;
-
-use interests::Unions;
-use opening::{Held, Opening, Starting};
-pub use opening::{ReadOpening, ReadRequest};
-
-use super::{ClassId, Exchange, HubObjects, MAX_DIRTY, Origin};
+use super::exchange::Exchange;
+use super::interests::Unions;
+use super::opening::{ReadOpening, ReadRequest, Starting};
+use super::origin::Origin;
+use super::receiver::{Cursor, Cursors, Receiver, ReceiverId, Wants};
 use crate::limits::PROTOCOL;
-use crate::message::{RefusedParts, WatchOpen, WatchRequest, WatchResponse as Response};
+use crate::message::{WatchOpen, WatchRequest, WatchResponse as Response};
 use crate::model::{Interest, Position};
-
-/// How far a receiver's position may fall behind while nothing of interest to it changes: half of the removals remembered.
-const MAX_LAG: u64 = super::origin::MAX_TOMBSTONES as u64 / 2;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ReceiverId(u64);
 
 /// Why a watching stream is closed.
 #[derive(Debug, thiserror::Error)]
@@ -49,186 +37,6 @@ pub struct ReceiverState {
     pub in_force: Position,
 }
 
-#[derive(Debug)]
-pub(super) struct Receiver {
-    cluster: ClusterName,
-    open: Option<Box<Opening>>,
-    pub(super) class: ClassId,
-    /// The class of the interest that the receiver came with, while anything resumes from it.
-    held_class: Option<ClassId>,
-    interest: Arc<Interest>,
-    /// The next interest, while its class is being built.
-    switching: Option<Switching>,
-    own: Interest,
-    /// What it should be sent: of its policies and its own wishes.
-    target: Arc<Interest>,
-    number: u64,
-    hub: HubCursor,
-    cursors: Cursors,
-    /// Origins whose changes go before the hub's own objects: they were here when those changed, and a policy comes with all
-    /// that it selects.
-    ahead: BTreeSet<usize>,
-    /// Origins that may have something to be sent.
-    pending: BTreeSet<usize>,
-    /// Origins whose completeness for the present interest is still to be sent.
-    due: BTreeSet<ClusterName>,
-    urgent: VecDeque<Response>,
-    /// What belongs to no batch, in order.
-    notices: VecDeque<Response>,
-    flight: VecDeque<Response>,
-    flight_origin: Option<ClusterName>,
-    /// Keeps a shared snapshot while it is sent.
-    _snapshot: Option<Arc<Vec<Bytes>>>,
-    acked: (u64, Position),
-    /// The interest that it named could not be read as written: it is sent the whole of the next one.
-    interest_widened: bool,
-    /// What was not taken of its opening, and of its own interest.
-    refused: [RefusedParts; 2],
-}
-
-#[derive(Debug)]
-struct Switching {
-    class: ClassId,
-    interest: Arc<Interest>,
-}
-
-#[derive(Debug, Default)]
-struct HubCursor {
-    snapshot: bool,
-    /// The first batch of the stream is due: it goes before any origin's, as it takes back what waits at the receiver and is
-    /// not covered by the present interest.
-    first: bool,
-    dirty: BTreeSet<u64>,
-    sent: Position,
-}
-
-#[derive(Debug)]
-struct Cursor {
-    wants: Wants,
-    dirty: BTreeSet<u64>,
-    sent: u64,
-    /// The receiver has something of it.
-    shown: bool,
-    /// An empty batch is due, to move its position.
-    nudge: bool,
-}
-
-/// Cursors by the origins' numbers. There is one for each receiver and origin, so they lie side by side.
-#[derive(Debug, Default)]
-struct Cursors(Vec<Option<Cursor>>);
-
-impl Cursors {
-    fn get_mut(&mut self, number: usize) -> Option<&mut Cursor> {
-        self.0.get_mut(number)?.as_mut()
-    }
-
-    fn entry(&mut self, number: usize) -> &mut Cursor {
-        if self.0.len() <= number {
-            self.0.resize_with(number + 1, || None);
-        }
-        self.0[number].get_or_insert_default()
-    }
-
-    fn remove(&mut self, number: usize) {
-        if let Some(cursor) = self.0.get_mut(number) {
-            *cursor = None;
-        }
-    }
-
-    fn iter(&self) -> impl Iterator<Item = (usize, &Cursor)> {
-        self.0.iter().enumerate().filter_map(|(number, cursor)| Some((number, cursor.as_ref()?)))
-    }
-
-    fn numbers(&self) -> impl Iterator<Item = usize> {
-        self.iter().map(|(number, _)| number)
-    }
-}
-
-#[derive(Debug)]
-enum Wants {
-    Changes,
-    Snapshot,
-    Resume(Box<Held>),
-}
-
-impl Default for Cursor {
-    fn default() -> Self {
-        Self { wants: Wants::Snapshot, dirty: BTreeSet::new(), sent: 0, shown: false, nudge: false }
-    }
-}
-
-impl Receiver {
-    /// A class that is being built turned out to be another one.
-    pub(super) fn replace_class(&mut self, from: ClassId, into: ClassId) {
-        let starting = self.open.as_mut().and_then(|open| open.starting.as_mut());
-        let starting = starting.into_iter().flat_map(|starting| [&mut starting.held_class, &mut starting.class]);
-        let switching = self.switching.as_mut().map(|switching| &mut switching.class);
-        for class in starting.chain(switching).filter(|class| **class == from) {
-            *class = into;
-        }
-    }
-
-    pub(super) fn forget_origin(&mut self, number: usize) {
-        self.cursors.remove(number);
-        self.pending.remove(&number);
-        self.ahead.remove(&number);
-    }
-
-    pub(super) fn withdraw(&mut self, cluster: &ClusterName) {
-        if *cluster == self.cluster {
-            return;
-        }
-        if self.flight_origin.as_ref() == Some(cluster) {
-            self.flight.clear();
-            self.flight_origin = None;
-        }
-        self.due.remove(cluster);
-        // The withdrawal overtakes them.
-        for notice in &mut self.notices {
-            if let Response::Interest(interest) = notice {
-                interest.origins.retain(|origin| origin != cluster);
-            }
-        }
-        self.urgent.push_back(Response::Withdrawn { cluster: cluster.clone() });
-    }
-
-    pub(super) fn origin_moved(&mut self, number: usize, position: Position, first: bool, new_epoch: bool) {
-        if self.open.is_some() {
-            return;
-        }
-        let cursor = self.cursors.entry(number);
-        if new_epoch {
-            cursor.wants = Wants::Snapshot;
-            cursor.dirty.clear();
-        }
-        cursor.nudge |= position.revision > cursor.sent.saturating_add(MAX_LAG);
-        if first || new_epoch || cursor.nudge || matches!(cursor.wants, Wants::Resume(_)) {
-            self.pending.insert(number);
-        }
-    }
-
-    /// Something of an origin is about to change.
-    pub(super) fn await_origin(&mut self, number: usize) {
-        if self.cursors.get_mut(number).is_some() {
-            self.pending.insert(number);
-        }
-    }
-
-    pub(super) fn mark(&mut self, number: usize, ids: &[u64]) {
-        let Some(cursor) = self.cursors.get_mut(number) else { return };
-        if matches!(cursor.wants, Wants::Changes) {
-            if ids.len() <= MAX_DIRTY {
-                cursor.dirty.extend(ids);
-            }
-            if cursor.dirty.len().max(ids.len()) > MAX_DIRTY {
-                cursor.dirty.clear();
-                cursor.wants = Wants::Snapshot;
-            }
-        }
-        self.pending.insert(number);
-    }
-}
-
 impl Exchange {
     /// A cluster opened a watching stream with this first message.
     ///
@@ -243,16 +51,17 @@ impl Exchange {
     /// # Errors
     /// As [`Self::watch_open`].
     pub fn watch_opened(&mut self, cluster: ClusterName, open: ReadOpening) -> Result<ReceiverId, WatchError> {
-        let ReadOpening { protocol, opening, own, interest_widened, refused } = open;
-        if protocol != PROTOCOL {
-            return Err(WatchError::Version(protocol));
+        if open.protocol != PROTOCOL {
+            return Err(WatchError::Version(open.protocol));
         }
         if self.hub.loaded && !self.hub.federation.clusters.contains_key(&cluster) {
             return Err(WatchError::NotAccepted);
         }
         let now = self.hub.federation.position;
-        if self.hub.loaded && opening.hub.is_some_and(|held| held.epoch == now.epoch && held.revision > now.revision) {
-            let held = opening.hub.map_or(0, |held| held.revision);
+        if self.hub.loaded
+            && open.opening.hub.is_some_and(|held| held.epoch == now.epoch && held.revision > now.revision)
+        {
+            let held = open.opening.hub.map_or(0, |held| held.revision);
             tracing::error!(
                 %cluster, held, have = now.revision,
                 "a member has a newer state than the hub: if the hub's files were restored, start it with --restored"
@@ -262,30 +71,7 @@ impl Exchange {
         let class = self.acquire_class(&nothing);
         let id = ReceiverId(self.next_id);
         self.next_id += 1;
-        let receiver = Receiver {
-            cluster,
-            open: Some(Box::new(opening)),
-            class,
-            held_class: None,
-            switching: None,
-            interest: Arc::clone(&nothing),
-            own,
-            target: nothing,
-            number: 0,
-            hub: HubCursor::default(),
-            cursors: Cursors::default(),
-            ahead: BTreeSet::new(),
-            pending: BTreeSet::new(),
-            due: BTreeSet::new(),
-            urgent: VecDeque::new(),
-            notices: VecDeque::new(),
-            flight: VecDeque::new(),
-            flight_origin: None,
-            _snapshot: None,
-            acked: (0, Position::default()),
-            interest_widened,
-            refused,
-        };
+        let receiver = Receiver::new(cluster, open, class, nothing);
         self.receivers.insert(id, receiver);
         self.ready.insert(id);
         Ok(id)
@@ -414,7 +200,7 @@ impl Exchange {
                 return Some(message);
             }
             receiver.flight_origin = None;
-            receiver._snapshot = None;
+            receiver.snapshot = None;
             if receiver.open.is_some() {
                 if !self.start(id) {
                     return None;
@@ -569,60 +355,6 @@ impl Exchange {
             })
         };
         receiver.cursors.iter().any(is_unsent)
-    }
-
-    /// The federation changed: marks what receivers must be sent of it. `clusters` are those of which something
-    /// changed, `retargeted` those whose policies can select something else.
-    pub(super) fn federation_changed(
-        &mut self,
-        clusters: &[ClusterName],
-        retargeted: BTreeSet<ClusterName>,
-        restarted: bool,
-    ) {
-        let revision = self.hub.federation.position.revision;
-        let changed: Vec<u64> = self.hub.since(revision.saturating_sub(1)).collect();
-        // Their visibility or leases may have changed.
-        let origins: BTreeSet<usize> =
-            clusters.iter().filter_map(|name| self.origin_numbers.get(name)).copied().collect();
-        let mut unions = Unions::default();
-        let ids: Vec<ReceiverId> = self.receivers.keys().copied().collect();
-        for id in ids {
-            let Some(receiver) = self.receivers.get_mut(&id) else { continue };
-            if receiver.open.is_some() {
-                // It may have waited for this revision.
-                self.ready.insert(id);
-                continue;
-            }
-            if receiver.hub.sent.epoch != self.hub.federation.position.epoch {
-                receiver.hub.snapshot = true;
-            }
-            let concerned = changed.iter().filter(|id| {
-                let object = self.hub.objects.get(*id);
-                object.is_none_or(|o| o.is_for(&receiver.cluster) || o.was_for(&receiver.cluster))
-            });
-            receiver.hub.dirty.extend(concerned);
-            receiver.ahead.extend(&receiver.pending);
-            receiver.pending.extend(receiver.cursors.numbers().filter(|number| origins.contains(number)));
-            if restarted {
-                receiver.pending.extend(receiver.cursors.numbers());
-            }
-            let aims = retargeted.contains(&receiver.cluster);
-            // Its position has moved, if nothing else has.
-            self.ready.insert(id);
-            if aims {
-                self.aim(id);
-            }
-            self.retarget(id, &mut unions);
-        }
-    }
-}
-
-impl HubObjects {
-    /// Ids touched or removed after a revision.
-    fn since(&self, revision: u64) -> impl Iterator<Item = u64> + '_ {
-        let touched = self.objects.iter().filter(move |(_, o)| o.touched > revision).map(|(id, _)| *id);
-        let removed = self.tombstones.iter().filter(move |(at, _)| *at > revision).map(|(_, id)| *id);
-        touched.chain(removed)
     }
 }
 

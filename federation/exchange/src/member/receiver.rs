@@ -12,9 +12,11 @@ use hanse_policy::model::ClusterName;
 
 use super::model::{Change, ClusterRecord, Updates};
 use crate::codec::{DecodeError, frame, object};
-use crate::interest::{self, Interest, Wanted, WrittenSelection};
+use crate::interest::{self, Interest, Wanted};
 use crate::limits::PROTOCOL;
-use crate::message::{HeldOrigin, InterestChange, RefusedParts, WatchOpen, WatchRequest, WatchResponse};
+use crate::message::{
+    HeldOrigin, InterestChange, RefusedParts, WatchOpen, WatchRequest, WatchResponse, WrittenSelection,
+};
 use crate::model::{Position, digest_of};
 
 mod hub_objects;

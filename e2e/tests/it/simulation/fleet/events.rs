@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use hanse_api::Object;
 use hanse_api::manifest::{Manifests, read_bytes};
-use hanse_exchange::interest::{self, Interest, Wanted, WrittenScope, WrittenSelection};
+use hanse_exchange::interest::{self, Interest, Wanted};
+use hanse_exchange::message::{WrittenScope, WrittenSelection};
 use hanse_exchange::member::model::Position;
 use hanse_exchange::member::publisher::Publisher;
 use hanse_exchange::member::receiver::Receiver;

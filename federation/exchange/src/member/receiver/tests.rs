@@ -1,6 +1,6 @@
 use super::*;
-use crate::interest::WrittenScope;
 use crate::limits::{EXISTING_TIER, MAX_HUB_OBJECT_BYTES};
+use crate::message::WrittenScope;
 use crate::model::ManifestKind;
 use hanse_proto::federation::v1 as pb;
 use prost::Message as _;

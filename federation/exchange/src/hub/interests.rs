@@ -6,9 +6,11 @@ use std::sync::Arc;
 use hanse_policy::model::ClusterName;
 use hashbrown::HashMap;
 
-use super::{ClassId, Exchange, Origin, ReceiverId, Response, Switching, Wants};
+use super::classes::ClassId;
+use super::exchange::Exchange;
+use super::receiver::{ReceiverId, Switching, Wants};
 use crate::interest::{self, Interest};
-use crate::message::InterestChange;
+use crate::message::{InterestChange, WatchResponse as Response};
 use crate::model::Wanted;
 
 impl Exchange {
@@ -83,7 +85,7 @@ impl Exchange {
         for (number, cursor) in receiver.cursors.iter() {
             let Some(origin) = self.origins[number].as_ref() else { continue };
             if matches!(cursor.wants, Wants::Changes) {
-                changed.push((number, differences(self, origin, number, old, new)));
+                changed.push((number, self.classes.differences(number, origin, old, new)));
             }
         }
         let due: BTreeSet<ClusterName> = self
@@ -151,16 +153,4 @@ impl Unions {
         });
         Arc::clone(&made.both)
     }
-}
-
-/// The ids that only one of two classes selects of an origin.
-pub(super) fn differences(exchange: &Exchange, origin: &Origin, number: usize, old: ClassId, new: ClassId) -> Vec<u64> {
-    if old == new {
-        return Vec::new();
-    }
-    let (old, new) = (exchange.classes.get(old).view(number), exchange.classes.get(new).view(number));
-    let has = |view: Option<&crate::hub::View>, slot| view.is_some_and(|view| view.members.contains(slot));
-    let either = [old, new].into_iter().flatten().flat_map(|view| view.members.iter());
-    let slots = either.filter(|slot| has(old, *slot) != has(new, *slot));
-    slots.filter_map(|slot| origin.entry(slot)).map(|entry| entry.id).collect()
 }

@@ -1,14 +1,14 @@
-//! Batches for a receiver: of one origin at its present revision, and of the hub's own objects.
+//! Batches for a receiver, of one origin at its present revision.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Weak};
 
 use hanse_policy::model::ClusterName;
 
-use super::interests::differences;
-use super::{Cursor, Exchange, HubObjects, Receiver, ReceiverId, Response, Wants};
+use super::exchange::Exchange;
+use super::receiver::{Cursor, Receiver, ReceiverId, Wants, begin};
 use crate::codec::frame;
-use crate::message::RefusedParts;
+use crate::message::WatchResponse as Response;
 use crate::model::{Lease, Position};
 
 impl Exchange {
@@ -24,7 +24,7 @@ impl Exchange {
         }
     }
 
-    pub(super) fn fill(&mut self, receiver: &mut Receiver, number: usize) {
+    fn fill(&mut self, receiver: &mut Receiver, number: usize) {
         let Some(origin) = self.origins[number].as_ref() else { return };
         let name = origin.name.clone();
         if name == receiver.cluster {
@@ -71,7 +71,7 @@ impl Exchange {
                     let (touched, removed) = origin.since(held.position.revision);
                     cursor.dirty.extend(touched.into_iter().filter_map(|slot| origin.entry(slot)).map(|e| e.id));
                     cursor.dirty.extend(removed);
-                    cursor.dirty.extend(differences(self, origin, number, base, receiver.class));
+                    cursor.dirty.extend(self.classes.differences(number, origin, base, receiver.class));
                     let digest = self.classes.get(receiver.class).view(number).map_or(0, |view| view.digest);
                     if held.digest == Some(digest) {
                         cursor.dirty.clear();
@@ -98,7 +98,7 @@ impl Exchange {
                     frames
                 });
                 receiver.flight.extend(frames.iter().cloned().map(Response::Frame));
-                receiver._snapshot = Some(frames);
+                receiver.snapshot = Some(frames);
             } else {
                 let (mut upserts, mut removals) = (Vec::new(), Vec::new());
                 for id in &cursor.dirty {
@@ -119,43 +119,6 @@ impl Exchange {
             receiver.flight.push_back(complete(receiver.number, &name, Some(origin.position), view_token));
         }
     }
-}
-
-impl Receiver {
-    /// Sends which parts of its interest could not be read as written.
-    pub(super) fn report_refused_parts(&mut self) {
-        let total = self.refused.iter().map(|it| it.total).fold(0, u64::saturating_add);
-        let parts = self.refused.iter().flat_map(|it| it.parts.iter().cloned()).collect();
-        self.notices.push_back(Response::PartsRefused(RefusedParts { parts, total }));
-    }
-
-    pub(super) fn fill_hub(&mut self, hub: &HubObjects) {
-        self.ahead.clear();
-        self.hub.first = false;
-        let snapshot = std::mem::take(&mut self.hub.snapshot);
-        let dirty = std::mem::take(&mut self.hub.dirty);
-        let (mut upserts, mut removals) = (Vec::new(), Vec::new());
-        if snapshot {
-            upserts.extend(hub.objects.values().filter(|o| o.is_for(&self.cluster)).map(|o| o.bytes.clone()));
-        } else {
-            for id in dirty {
-                match hub.objects.get(&id).filter(|object| object.is_for(&self.cluster)) {
-                    Some(object) => upserts.push(object.bytes.clone()),
-                    None => removals.push(id),
-                }
-            }
-        }
-        let position = hub.federation.position;
-        self.flight.push_back(begin(None, snapshot, self.number));
-        self.flight.extend(frame::cut(upserts, &removals).into_iter().map(Response::Frame));
-        let digest = Some(hub.digest_for(&self.cluster));
-        self.flight.push_back(Response::End { position, digest, view: 0 });
-        self.hub.sent = position;
-    }
-}
-
-fn begin(origin: Option<&ClusterName>, snapshot: bool, needs_interest: u64) -> Response {
-    Response::Begin { origin: origin.cloned(), snapshot, needs_interest }
 }
 
 fn complete(interest: u64, origin: &ClusterName, position: Option<Position>, view: u64) -> Response {

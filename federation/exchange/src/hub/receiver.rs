@@ -1,0 +1,268 @@
+//! What one receiver has been sent, and what it is to be sent.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use hanse_policy::model::ClusterName;
+
+use super::classes::ClassId;
+use super::objects::HubObjects;
+use super::opening::{Held, Opening, ReadOpening};
+use super::origin::MAX_TOMBSTONES;
+use crate::codec::frame;
+use crate::message::{RefusedParts, WatchResponse as Response};
+use crate::model::{Interest, Position};
+
+/// Dirty ids that a receiver keeps for one origin before a snapshot is cheaper: 8,192 × about 12 bytes is 96 KiB.
+const MAX_DIRTY: usize = 8_192;
+
+/// How far a receiver's position may fall behind while nothing of interest to it changes: half of the removals remembered.
+const MAX_LAG: u64 = MAX_TOMBSTONES as u64 / 2;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ReceiverId(pub(super) u64);
+
+#[derive(Debug)]
+pub(super) struct Receiver {
+    pub(super) cluster: ClusterName,
+    pub(super) open: Option<Box<Opening>>,
+    pub(super) class: ClassId,
+    /// The class of the interest that the receiver came with, while anything resumes from it.
+    pub(super) held_class: Option<ClassId>,
+    pub(super) interest: Arc<Interest>,
+    /// The next interest, while its class is being built.
+    pub(super) switching: Option<Switching>,
+    pub(super) own: Interest,
+    /// What it should be sent: of its policies and its own wishes.
+    pub(super) target: Arc<Interest>,
+    pub(super) number: u64,
+    pub(super) hub: HubCursor,
+    pub(super) cursors: Cursors,
+    /// Origins whose changes go before the hub's own objects: they were here when those changed, and a policy comes with all
+    /// that it selects.
+    pub(super) ahead: BTreeSet<usize>,
+    /// Origins that may have something to be sent.
+    pub(super) pending: BTreeSet<usize>,
+    /// Origins whose completeness for the present interest is still to be sent.
+    pub(super) due: BTreeSet<ClusterName>,
+    pub(super) urgent: VecDeque<Response>,
+    /// What belongs to no batch, in order.
+    pub(super) notices: VecDeque<Response>,
+    pub(super) flight: VecDeque<Response>,
+    pub(super) flight_origin: Option<ClusterName>,
+    /// Keeps a shared snapshot while it is sent.
+    pub(super) snapshot: Option<Arc<Vec<Bytes>>>,
+    pub(super) acked: (u64, Position),
+    /// The interest that it named could not be read as written: it is sent the whole of the next one.
+    pub(super) interest_widened: bool,
+    /// What was not taken of its opening, and of its own interest.
+    pub(super) refused: [RefusedParts; 2],
+}
+
+#[derive(Debug)]
+pub(super) struct Switching {
+    pub(super) class: ClassId,
+    pub(super) interest: Arc<Interest>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct HubCursor {
+    pub(super) snapshot: bool,
+    /// The first batch of the stream is due: it goes before any origin's, as it takes back what waits at the receiver and is
+    /// not covered by the present interest.
+    pub(super) first: bool,
+    pub(super) dirty: BTreeSet<u64>,
+    pub(super) sent: Position,
+}
+
+#[derive(Debug)]
+pub(super) struct Cursor {
+    pub(super) wants: Wants,
+    pub(super) dirty: BTreeSet<u64>,
+    pub(super) sent: u64,
+    /// The receiver has something of it.
+    pub(super) shown: bool,
+    /// An empty batch is due, to move its position.
+    pub(super) nudge: bool,
+}
+
+/// Cursors by the origins' numbers. There is one for each receiver and origin, so they lie side by side.
+#[derive(Debug, Default)]
+pub(super) struct Cursors(Vec<Option<Cursor>>);
+
+impl Cursors {
+    pub(super) fn get_mut(&mut self, number: usize) -> Option<&mut Cursor> {
+        self.0.get_mut(number)?.as_mut()
+    }
+
+    pub(super) fn entry(&mut self, number: usize) -> &mut Cursor {
+        if self.0.len() <= number {
+            self.0.resize_with(number + 1, || None);
+        }
+        self.0[number].get_or_insert_default()
+    }
+
+    pub(super) fn remove(&mut self, number: usize) {
+        if let Some(cursor) = self.0.get_mut(number) {
+            *cursor = None;
+        }
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, &Cursor)> {
+        self.0.iter().enumerate().filter_map(|(number, cursor)| Some((number, cursor.as_ref()?)))
+    }
+
+    pub(super) fn numbers(&self) -> impl Iterator<Item = usize> {
+        self.iter().map(|(number, _)| number)
+    }
+}
+
+#[derive(Debug)]
+pub(super) enum Wants {
+    Changes,
+    Snapshot,
+    Resume(Box<Held>),
+}
+
+impl Default for Cursor {
+    fn default() -> Self {
+        Self { wants: Wants::Snapshot, dirty: BTreeSet::new(), sent: 0, shown: false, nudge: false }
+    }
+}
+
+impl Receiver {
+    pub(super) fn new(cluster: ClusterName, open: ReadOpening, class: ClassId, nothing: Arc<Interest>) -> Self {
+        let ReadOpening { opening, own, interest_widened, refused, .. } = open;
+        Self {
+            cluster,
+            open: Some(Box::new(opening)),
+            class,
+            held_class: None,
+            switching: None,
+            interest: Arc::clone(&nothing),
+            own,
+            target: nothing,
+            number: 0,
+            hub: HubCursor::default(),
+            cursors: Cursors::default(),
+            ahead: BTreeSet::new(),
+            pending: BTreeSet::new(),
+            due: BTreeSet::new(),
+            urgent: VecDeque::new(),
+            notices: VecDeque::new(),
+            flight: VecDeque::new(),
+            flight_origin: None,
+            snapshot: None,
+            acked: (0, Position::default()),
+            interest_widened,
+            refused,
+        }
+    }
+
+    /// A class that is being built turned out to be another one.
+    pub(super) fn replace_class(&mut self, from: ClassId, into: ClassId) {
+        let starting = self.open.as_mut().and_then(|open| open.starting.as_mut());
+        let starting = starting.into_iter().flat_map(|starting| [&mut starting.held_class, &mut starting.class]);
+        let switching = self.switching.as_mut().map(|switching| &mut switching.class);
+        for class in starting.chain(switching).filter(|class| **class == from) {
+            *class = into;
+        }
+    }
+
+    pub(super) fn forget_origin(&mut self, number: usize) {
+        self.cursors.remove(number);
+        self.pending.remove(&number);
+        self.ahead.remove(&number);
+    }
+
+    pub(super) fn withdraw(&mut self, cluster: &ClusterName) {
+        if *cluster == self.cluster {
+            return;
+        }
+        if self.flight_origin.as_ref() == Some(cluster) {
+            self.flight.clear();
+            self.flight_origin = None;
+        }
+        self.due.remove(cluster);
+        // The withdrawal overtakes them.
+        for notice in &mut self.notices {
+            if let Response::Interest(interest) = notice {
+                interest.origins.retain(|origin| origin != cluster);
+            }
+        }
+        self.urgent.push_back(Response::Withdrawn { cluster: cluster.clone() });
+    }
+
+    pub(super) fn origin_moved(&mut self, number: usize, position: Position, first: bool, new_epoch: bool) {
+        if self.open.is_some() {
+            return;
+        }
+        let cursor = self.cursors.entry(number);
+        if new_epoch {
+            cursor.wants = Wants::Snapshot;
+            cursor.dirty.clear();
+        }
+        cursor.nudge |= position.revision > cursor.sent.saturating_add(MAX_LAG);
+        if first || new_epoch || cursor.nudge || matches!(cursor.wants, Wants::Resume(_)) {
+            self.pending.insert(number);
+        }
+    }
+
+    /// Something of an origin is about to change.
+    pub(super) fn await_origin(&mut self, number: usize) {
+        if self.cursors.get_mut(number).is_some() {
+            self.pending.insert(number);
+        }
+    }
+
+    pub(super) fn mark(&mut self, number: usize, ids: &[u64]) {
+        let Some(cursor) = self.cursors.get_mut(number) else { return };
+        if matches!(cursor.wants, Wants::Changes) {
+            if ids.len() <= MAX_DIRTY {
+                cursor.dirty.extend(ids);
+            }
+            if cursor.dirty.len().max(ids.len()) > MAX_DIRTY {
+                cursor.dirty.clear();
+                cursor.wants = Wants::Snapshot;
+            }
+        }
+        self.pending.insert(number);
+    }
+
+    /// Sends which parts of its interest could not be read as written.
+    pub(super) fn report_refused_parts(&mut self) {
+        let total = self.refused.iter().map(|it| it.total).fold(0, u64::saturating_add);
+        let parts = self.refused.iter().flat_map(|it| it.parts.iter().cloned()).collect();
+        self.notices.push_back(Response::PartsRefused(RefusedParts { parts, total }));
+    }
+
+    pub(super) fn fill_hub(&mut self, hub: &HubObjects) {
+        self.ahead.clear();
+        self.hub.first = false;
+        let snapshot = std::mem::take(&mut self.hub.snapshot);
+        let dirty = std::mem::take(&mut self.hub.dirty);
+        let (mut upserts, mut removals) = (Vec::new(), Vec::new());
+        if snapshot {
+            upserts.extend(hub.objects.values().filter(|o| o.is_for(&self.cluster)).map(|o| o.bytes.clone()));
+        } else {
+            for id in dirty {
+                match hub.objects.get(&id).filter(|object| object.is_for(&self.cluster)) {
+                    Some(object) => upserts.push(object.bytes.clone()),
+                    None => removals.push(id),
+                }
+            }
+        }
+        let position = hub.federation.position;
+        self.flight.push_back(begin(None, snapshot, self.number));
+        self.flight.extend(frame::cut(upserts, &removals).into_iter().map(Response::Frame));
+        let digest = Some(hub.digest_for(&self.cluster));
+        self.flight.push_back(Response::End { position, digest, view: 0 });
+        self.hub.sent = position;
+    }
+}
+
+/// The beginning of a batch.
+pub(super) fn begin(origin: Option<&ClusterName>, snapshot: bool, needs_interest: u64) -> Response {
+    Response::Begin { origin: origin.cloned(), snapshot, needs_interest }
+}
