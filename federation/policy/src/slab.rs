@@ -129,6 +129,12 @@ impl<I: Id, T> Slab<I, T> {
         self.slots.iter_mut().map(Option::as_mut).enumerate().filter_map(value)
     }
 
+    /// Frees memory that is not in use.
+    pub fn shrink_to_fit(&mut self) {
+        self.slots.shrink_to_fit();
+        self.free.shrink_to_fit();
+    }
+
     /// The number of values.
     pub fn len(&self) -> usize {
         self.slots.len() - self.free.len()

@@ -295,7 +295,7 @@ impl Building {
             self.next_origin();
             return 0;
         };
-        let profiles = u32::try_from(origin.profile_count()).unwrap_or(u32::MAX);
+        let profiles = origin.profile_bound();
         if self.profile < profiles && !self.unjudged.is_empty() {
             let to = self.profile.saturating_add(u32::try_from(left).unwrap_or(u32::MAX)).min(profiles);
             origin.select(&self.unjudged, selections, self.profile..to);

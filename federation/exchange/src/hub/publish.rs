@@ -224,7 +224,7 @@ impl Exchange {
             }
             // An older stream of the same cluster, or a second member with its name. The next welcome names the present position.
             Err(BatchError::OldEpoch(_) | BatchError::OldRevision(_)) => Err(PublishError::Behind),
-            Err(error @ BatchError::NothingHeld) => {
+            Err(error @ BatchError::NoSnapshot) => {
                 if let Some(publisher) = self.publishers.get_mut(&id) {
                     publisher.resyncing = true;
                 }
@@ -258,7 +258,7 @@ impl Exchange {
         let Some(origin) = self.origins[number].as_ref() else { return };
         let (total, refusals) = origin.refusals(MAX_REFUSALS);
         let differs = applying.digest.is_some_and(|digest| digest != origin.digest_published());
-        let missing = origin.overflowed() || origin.unreadable > 0;
+        let missing = origin.is_incomplete();
         let Some(publisher) = self.publishers.get_mut(&applying.publisher) else { return };
         let mut answers = Vec::new();
         if publisher.sent_refusals != refusals {

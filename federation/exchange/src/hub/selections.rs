@@ -10,6 +10,7 @@ use hanse_policy::inventory::LabelGrant;
 use hanse_policy::selector::build::{own_key, own_label};
 use hanse_policy::selector::needs::{self, Need};
 use hanse_policy::selector::{Expr, Label, LabelLookup};
+use hanse_policy::slab::{Id as _, Slab};
 use hanse_policy::tri::Tri;
 use hashbrown::HashMap;
 
@@ -36,6 +37,10 @@ impl LabelLookup for KnownLabels<'_> {
     }
 }
 
+hanse_policy::slab_id! {
+    struct SelectionId;
+}
+
 #[derive(Debug)]
 struct Slot {
     wanted: Arc<Wanted>,
@@ -54,8 +59,7 @@ struct Filed {
 /// All selections in use, each with a number.
 #[derive(Debug, Default)]
 pub struct Selections {
-    slots: Vec<Option<Slot>>,
-    free: Vec<u32>,
+    slots: Slab<SelectionId, Slot>,
     numbers: HashMap<Arc<Wanted>, u32>,
     keys: HashMap<Arc<str>, Filed>,
     unanchored: BTreeSet<u32>,
@@ -65,15 +69,10 @@ impl Selections {
     /// One more user of a selection; true when it is new.
     pub fn acquire(&mut self, wanted: &Arc<Wanted>) -> (u32, bool) {
         if let Some(number) = self.numbers.get(wanted) {
-            let slot = self.slots[*number as usize].as_mut().expect("a numbered selection is there");
-            slot.users += 1;
+            self.slots[SelectionId::new(*number)].users += 1;
             return (*number, false);
         }
-        let number = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() as u32 - 1
-        });
-        self.slots[number as usize] = Some(Slot { wanted: wanted.clone(), users: 1 });
+        let number = self.slots.insert(Slot { wanted: wanted.clone(), users: 1 }).number();
         self.numbers.insert(wanted.clone(), number);
         let expr = &wanted.selector().expr;
         expr.for_each_key(&mut |key| {
@@ -96,14 +95,13 @@ impl Selections {
 
     /// One user fewer; true when it was the last.
     pub fn release(&mut self, number: u32) -> bool {
-        let slot = self.slots[number as usize].as_mut().expect("a released selection was acquired");
+        let slot = &mut self.slots[SelectionId::new(number)];
         slot.users -= 1;
         if slot.users > 0 {
             return false;
         }
-        let Some(Slot { wanted, .. }) = self.slots[number as usize].take() else { return false };
+        let Slot { wanted, .. } = self.slots.remove(SelectionId::new(number));
         self.numbers.remove(&wanted);
-        self.free.push(number);
         self.unanchored.remove(&number);
         // Only where it is filed: a class of thousands of selections is released under one lock.
         let expr = &wanted.selector().expr;
@@ -132,7 +130,7 @@ impl Selections {
     }
 
     pub fn wanted(&self, number: u32) -> &Arc<Wanted> {
-        &self.slots[number as usize].as_ref().expect("a used selection is there").wanted
+        &self.slots[SelectionId::new(number)].wanted
     }
 
     /// Whether it names one of these keys or ports, so that it must be evaluated for each endpoint.

@@ -883,7 +883,7 @@ fn what_has_gone_leaves_nothing_behind() {
         let gone: &[u64] = if job == 0 { &[] } else { &[99 + job] };
         it.delta(&[set, pod], gone);
         assert_eq!(it.refusals(), []);
-        sizes.push(it.exchange.origin("train").unwrap().profile_count());
+        sizes.push(it.exchange.origin("train").unwrap().profile_bound());
     }
     assert!(sizes.iter().all(|size| *size <= 2), "{sizes:?}");
 }

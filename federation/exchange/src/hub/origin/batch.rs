@@ -20,7 +20,7 @@ pub enum BatchError {
     #[error("epoch {0} is older than the present one")]
     OldEpoch(u64),
     #[error("a delta without a snapshot before it")]
-    NothingHeld,
+    NoSnapshot,
     #[error("revision {0} is older than the present one")]
     OldRevision(u64),
 }
@@ -95,7 +95,7 @@ pub struct Applying {
     /// What it says of each object, as far as it was read.
     pub updates: Updates,
     /// Slots of which it is known whether a snapshot names their objects.
-    pub scanned: usize,
+    pub scanned: u32,
     /// What of those it does not name.
     pub found: Vec<u64>,
     /// Once all of it was read.

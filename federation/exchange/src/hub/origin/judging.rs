@@ -1,5 +1,5 @@
 //! Which selections the endpoints of an origin satisfy: judged once per profile, and per endpoint only where a selection names a
-//! label of its own or a port.
+//! port or one of the endpoint's own labels.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use hanse_policy::selector::build;
 
-use super::profiles::ProfileKey;
-use super::{Before, Body, Entry, Origin, endpoint_of};
+use super::Origin;
+use super::objects::{Before, Body, Entry, endpoint_of};
+use super::profiles::{ProfileId, ProfileKey};
 use crate::hub::selections::{KnownLabels, Selections};
 use crate::hub::slots::{Bits, Slots};
 use crate::model::{Pairs, Refusal};
@@ -25,13 +26,13 @@ impl Origin {
         if fresh.is_empty() {
             return;
         }
-        for at in profiles {
-            let profile = self.profiles.get(at);
+        for number in profiles {
+            let Some((id, profile)) = self.profiles.at(number) else { continue };
             if profile.problem.is_some() || profile.endpoints.is_empty() {
                 continue;
             }
             let pairs = self.effective(profile.key, &[]);
-            let known = KnownLabels { pairs: &pairs, grant: &self.label_grant };
+            let known = KnownLabels { pairs: &pairs, grant: &self.granted.labels };
             let (mut matches, mut per_endpoint) = (Vec::new(), Vec::new());
             let mut judge = |number: u32| {
                 if selections.needs_endpoints(number, &profile.own_keys) {
@@ -47,7 +48,7 @@ impl Origin {
                 let candidates = selections.candidates(&self.name, &known, &profile.own_keys).into_iter();
                 candidates.filter(|number| fresh.binary_search(number).is_ok()).for_each(&mut judge);
             }
-            let profile = self.profiles.get_mut(at);
+            let profile = self.profiles.get_mut(id);
             matches.into_iter().for_each(|number| add(&mut profile.matches, number));
             per_endpoint.into_iter().for_each(|number| add(&mut profile.per_endpoint, number));
         }
@@ -91,7 +92,7 @@ impl Origin {
         }
         let Some(endpoint) = endpoint_of(bytes) else { return false };
         let pairs = self.effective(profile.key, &endpoint.own);
-        let known = KnownLabels { pairs: &pairs, grant: &self.label_grant };
+        let known = KnownLabels { pairs: &pairs, grant: &self.granted.labels };
         per_endpoint.into_iter().any(|number| {
             let names = selections.wanted(number).port_names();
             (names.is_empty() || endpoint.ports.iter().any(|port| names.contains(&port.name)))
@@ -99,7 +100,7 @@ impl Origin {
         })
     }
 
-    /// Whether a support object counts and one of these endpoints refers to it.
+    /// Whether a support is used and one of these endpoints refers to it.
     pub fn support_selected(&self, slot: u32, endpoints: &Slots) -> bool {
         let is_support = |entry: &&Entry| matches!(entry.body, Body::Named | Body::LabelSet);
         let Some(entry) = self.entry(slot).filter(|entry| entry.visible).filter(is_support) else { return false };
@@ -108,8 +109,8 @@ impl Origin {
     }
 
     /// Judges a profile: what is wrong with what it refers to, and which selections match it.
-    pub(super) fn judge(&mut self, number: u32, selections: &Selections) {
-        let profile = self.profiles.get(number);
+    pub(super) fn judge(&mut self, id: ProfileId, selections: &Selections) {
+        let profile = self.profiles.get(id);
         let [namespace, account, label_set] = profile.key;
         let problem = if self.namespace(namespace).is_none() {
             match self.slot_of(namespace).and_then(|slot| self.refused.get(&slot)) {
@@ -126,7 +127,7 @@ impl Origin {
         let (mut matches, mut per_endpoint) = (Vec::new(), Vec::new());
         if problem.is_none() && !profile.endpoints.is_empty() {
             let pairs = self.effective(profile.key, &[]);
-            let known = KnownLabels { pairs: &pairs, grant: &self.label_grant };
+            let known = KnownLabels { pairs: &pairs, grant: &self.granted.labels };
             for candidate in selections.candidates(&self.name, &known, &profile.own_keys) {
                 if selections.needs_endpoints(candidate, &profile.own_keys) {
                     per_endpoint.push(candidate);
@@ -135,7 +136,7 @@ impl Origin {
                 }
             }
         }
-        let profile = self.profiles.get_mut(number);
+        let profile = self.profiles.get_mut(id);
         (profile.problem, profile.matches, profile.per_endpoint) =
             (problem.map(Box::new), matches.into(), per_endpoint.into());
     }

@@ -4,9 +4,14 @@ use std::collections::BTreeSet;
 use std::hash::BuildHasher as _;
 use std::sync::Arc;
 
+use hanse_policy::slab::{Id as _, Slab};
 use hashbrown::{DefaultHashBuilder, HashTable};
 
 use crate::model::Refusal;
+
+hanse_policy::slab_id! {
+    pub struct ProfileId;
+}
 
 /// The ids of a namespace, an account and a label set; 0 where there is none.
 pub type ProfileKey = [u64; 3];
@@ -36,91 +41,85 @@ impl Profile {
     }
 }
 
-/// Profiles by number, by key and by what they refer to.
+/// Profiles by id, by key and by what they refer to.
 #[derive(Debug, Default)]
 pub struct Profiles {
-    list: Vec<Profile>,
-    /// Numbers of profiles without endpoints.
-    free: Vec<u32>,
-    /// Numbers by the profiles' keys.
-    numbers: HashTable<u32>,
+    all: Slab<ProfileId, Profile>,
+    by_key: HashTable<ProfileId>,
     hasher: DefaultHashBuilder,
-    /// Ids, and the numbers of the profiles that refer to them.
-    referring: BTreeSet<(u64, u32)>,
+    /// Ids of objects, each with a profile that refers to it.
+    referring: BTreeSet<(u64, ProfileId)>,
 }
 
 impl Profiles {
-    pub fn len(&self) -> usize {
-        self.list.len()
+    /// One above the highest number of a profile.
+    pub fn bound(&self) -> u32 {
+        self.all.bound()
     }
 
-    pub fn get(&self, number: u32) -> &Profile {
-        &self.list[number as usize]
+    /// The profile at a number, if there is one.
+    pub fn at(&self, number: u32) -> Option<(ProfileId, &Profile)> {
+        let id = ProfileId::new(number);
+        Some((id, self.all.get(id)?))
     }
 
-    pub fn get_mut(&mut self, number: u32) -> &mut Profile {
-        &mut self.list[number as usize]
+    pub fn get(&self, id: ProfileId) -> &Profile {
+        &self.all[id]
+    }
+
+    pub fn get_mut(&mut self, id: ProfileId) -> &mut Profile {
+        &mut self.all[id]
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Profile> {
-        self.list.iter()
+        self.all.iter().map(|(_, profile)| profile)
     }
 
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Profile> {
-        self.list.iter_mut()
+        self.all.iter_mut().map(|(_, profile)| profile)
     }
 
     /// The profiles that refer to an object.
-    pub fn referring(&self, id: u64) -> impl Iterator<Item = u32> + '_ {
-        self.referring.range((id, 0)..=(id, u32::MAX)).map(|(_, number)| *number)
+    pub fn referring(&self, id: u64) -> impl Iterator<Item = ProfileId> + '_ {
+        let (first, last) = (ProfileId::new(0), ProfileId::new(u32::MAX - 1));
+        self.referring.range((id, first)..=(id, last)).map(|(_, profile)| *profile)
     }
 
-    /// The number of a key's profile, and whether it was made now.
-    pub fn number(&mut self, key: ProfileKey) -> (u32, bool) {
+    /// The profile of a key, and whether it was made now.
+    pub fn of(&mut self, key: ProfileKey) -> (ProfileId, bool) {
         let hash = self.hasher.hash_one(key);
-        if let Some(number) = self.numbers.find(hash, |number| self.list[*number as usize].key == key) {
-            return (*number, false);
+        if let Some(id) = self.by_key.find(hash, |id| self.all[*id].key == key) {
+            return (*id, false);
         }
-        let number = match self.free.pop() {
-            Some(number) => {
-                self.list[number as usize] = Profile::new(key);
-                number
-            }
-            None => {
-                self.list.push(Profile::new(key));
-                self.list.len() as u32 - 1
-            }
-        };
-        let hash_of = |number: &u32| self.hasher.hash_one(self.list[*number as usize].key);
-        self.numbers.insert_unique(hash, number, hash_of);
-        self.referring.extend(key.into_iter().filter(|id| *id != 0).map(|id| (id, number)));
-        (number, true)
+        let new = self.all.insert(Profile::new(key));
+        self.by_key.insert_unique(hash, new, |id| self.hasher.hash_one(self.all[*id].key));
+        self.referring.extend(key.into_iter().filter(|id| *id != 0).map(|id| (id, new)));
+        (new, true)
     }
 
-    /// Forgets a profile if it has no endpoint any more: label sets come and go with every job.
-    pub fn forget_empty(&mut self, number: u32) -> bool {
-        let profile = &self.list[number as usize];
+    /// Removes a profile if it has no endpoint any more: label sets come and go with every job.
+    pub fn remove_empty(&mut self, id: ProfileId) -> bool {
+        let profile = &self.all[id];
         if !profile.endpoints.is_empty() {
             return false;
         }
         let key = profile.key;
-        if let Ok(found) = self.numbers.find_entry(self.hasher.hash_one(key), |it| *it == number) {
+        if let Ok(found) = self.by_key.find_entry(self.hasher.hash_one(key), |it| *it == id) {
             found.remove();
         }
-        for id in key {
-            self.referring.remove(&(id, number));
+        for referred in key {
+            self.referring.remove(&(referred, id));
         }
-        self.list[number as usize] = Profile::new(key);
-        self.free.push(number);
+        self.all.remove(id);
         true
     }
 
     pub fn shrink(&mut self) {
-        self.list.shrink_to_fit();
-        for profile in &mut self.list {
+        self.all.shrink_to_fit();
+        for (_, profile) in self.all.iter_mut() {
             profile.endpoints.shrink_to_fit();
         }
-        let list = &self.list;
-        self.numbers.shrink_to_fit(|number| self.hasher.hash_one(list[*number as usize].key));
+        let all = &self.all;
+        self.by_key.shrink_to_fit(|id| self.hasher.hash_one(all[*id].key));
     }
 }
