@@ -189,11 +189,11 @@ async fn a_silent_clusters_lease_ends_and_begins_again() {
     let registry = &test.hub.registry;
     let lease = || registry.snapshot().clusters["train"].lease;
     assert_eq!(lease(), Lease::NeverConnected);
-    assert!(registry.heard("nobody").await.is_err());
-    registry.heard("train").await.unwrap();
+    assert!(registry.renew_lease("nobody").await.is_err());
+    registry.renew_lease("train").await.unwrap();
     assert_eq!(lease(), Lease::Live);
     let revision = registry.snapshot().clusters["train"].revision;
-    registry.heard("train").await.unwrap();
+    registry.renew_lease("train").await.unwrap();
     assert_eq!(registry.snapshot().clusters["train"].revision, revision, "a renewal writes nothing");
     let status = test.admin().await.status(wire::StatusRequest {}).await.unwrap().into_inner();
     assert_eq!((status.clusters[0].lease.as_str(), status.clusters[0].age_ms.is_some()), ("live", true));
