@@ -3,16 +3,10 @@
 //! Checked are doc comments of all Rust files, string literals of several words outside tests, comments of `.proto` files,
 //! Markdown, and the help of the four programs. Code spans and code blocks are not text.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::system::programs;
-
-/// Directories that still contain listed words. All others contain none.
-const UNCLEAN: &[&str] = &["federation/exchange", "federation/hub/src/exchange"];
-/// The number of findings in [`UNCLEAN`], which may only shrink.
-const UNCLEAN_FINDINGS: usize = 18;
 
 /// Programs whose help still contains listed words, each with the number of findings, which may only shrink.
 const UNCLEAN_HELP: &[(&str, usize)] = &[];
@@ -210,15 +204,10 @@ fn is_test(path: &str) -> bool {
     ["/tests/", "/benches/"].iter().any(|folder| path.contains(folder)) || path.ends_with("/tests.rs")
 }
 
-/// The directory of [`UNCLEAN`] that a path belongs to.
-fn directory(path: &str) -> Option<&'static str> {
-    UNCLEAN.iter().copied().find(|directory| path.starts_with(directory))
-}
-
 #[test]
 fn texts_contain_no_listed_words() {
     let words = words();
-    let mut found: BTreeMap<Option<&str>, Vec<String>> = BTreeMap::new();
+    let mut found: Vec<String> = Vec::new();
     for (name, path) in files() {
         let extension = path.extension().and_then(|it| it.to_str()).unwrap_or_default();
         let pieces = match extension {
@@ -227,15 +216,9 @@ fn texts_contain_no_listed_words() {
             "proto" => proto(&read(&path)),
             _ => continue,
         };
-        found.entry(directory(&name)).or_default().extend(check(&name, &pieces, &words));
+        found.extend(check(&name, &pieces, &words));
     }
-    let clean = found.remove(&None).unwrap_or_default();
-    assert!(clean.is_empty(), "see CONTRIBUTING.md for what to write instead:\n{}", clean.join("\n"));
-    let count = |found: &Vec<String>| found.len();
-    found.iter().for_each(|(directory, found)| println!("{}: {}", directory.unwrap_or_default(), found.len()));
-    let total: usize = found.values().map(count).sum();
-    let all = found.into_values().flatten().collect::<Vec<_>>().join("\n");
-    assert!(total <= UNCLEAN_FINDINGS, "{total} findings, at most {UNCLEAN_FINDINGS}:\n{all}");
+    assert!(found.is_empty(), "see CONTRIBUTING.md for what to write instead:\n{}", found.join("\n"));
 }
 
 /// The help of a program and of all its subcommands.

@@ -1,7 +1,8 @@
 //! The exchange without sockets and clocks: what members publish goes in, what receivers must be sent comes out.
 //!
 //! Receivers with the same interest form a class ([`classes`]). A receiver has, per origin, the ids that are dirty, and no queue
-//! of messages: a slow one is sent the newest state once. A batch is cut at one revision, so that what a receiver has is always a past state of the origin.
+//! of messages: a slow one is sent the newest state once. A batch is made at one revision, so that a receiver always has a state
+//! that the origin had.
 
 mod batches;
 mod classes;

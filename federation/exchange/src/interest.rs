@@ -2,8 +2,8 @@
 //! for its own.
 //!
 //! Both sides write interests into messages that the other side must read, and the hub must read back what it has derived.
-//! So there is one derivation and one set of limits, and only selections that can be read can be made. What exceeds a limit is
-//! widened: more is sent than the policies select, and nothing that they select is missing.
+//! So there is one derivation and one set of limits, and only readable selections can be made. An interest that exceeds a limit is
+//! widened: more is sent than the policies select, and no selected endpoint is missing.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -129,7 +129,7 @@ pub fn read(field: &str, list: Vec<WrittenSelection>, limit: Size, refused: &mut
     interest
 }
 
-/// What cannot be read does not restrict the selection.
+/// A part that is not readable does not restrict the selection.
 fn read_selection(selection: WrittenSelection, problem: &mut impl FnMut(String)) -> Wanted {
     let selector = read_selector(&selection.selector).unwrap_or_else(|why| {
         problem(why);
@@ -148,7 +148,7 @@ fn read_selection(selection: WrittenSelection, problem: &mut impl FnMut(String))
         problem(why);
         port_names.clear();
     }
-    // The canonical form, which is what is sent on, may be longer than what was written.
+    // The canonical form, which is sent to members, may be longer than the written one.
     let wanted = Wanted::new(clusters, &selector, port_names);
     if wanted.selector.expr == Expr::All && selector.expr != Expr::All {
         problem(format!(

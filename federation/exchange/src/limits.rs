@@ -4,8 +4,8 @@
 
 /// Of the protocol.
 pub const PROTOCOL: u32 = 1;
-/// The greatest epoch and revision of a publisher: milliseconds since 1970 reach it in 285,000 years, and what follows a
-/// number that another has published in a cluster's name is a number as well.
+/// The greatest epoch and revision of a publisher: milliseconds since 1970 reach it in 285,000 years. A member that continues after
+/// the greatest number still has numbers left.
 pub const MAX_NUMBER: u64 = (1 << 53) - 1;
 /// Most bytes of an encoded frame.
 pub const MAX_FRAME_BYTES: usize = 1 << 20;
@@ -16,8 +16,8 @@ pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
 pub const MAX_PLAIN_BYTES: usize = 4 << 20;
 /// Most bytes of one object that a member publishes.
 pub const MAX_EXPORT_BYTES: usize = 16 << 10;
-/// Most bytes of one object of the hub's: a manifest of 256 KiB and the names of 4,096 clusters of 65 bytes each, twice. What
-/// cluster selectors select may take more.
+/// Most bytes of one object of the hub: a manifest of 256 KiB and the names of 4,096 clusters of 65 bytes each, twice. The
+/// clusters that selectors select may take more.
 pub const MAX_HUB_OBJECT_BYTES: usize = 768 << 10;
 /// Of one object that a member publishes: bytes of a name, of a label's key and value, and how many of each it may have.
 pub const MAX_NAME_BYTES: usize = 253;
@@ -30,6 +30,6 @@ pub const MAX_OWN_LABELS: usize = 64;
 pub const MAX_SHARED_LABELS: usize = 256;
 /// Most clusters of a ClusterSet.
 pub const MAX_CLUSTERS: usize = 4_096;
-/// The feature that a policy needs whose tier has no object. No version has it, so that no member takes such a version: the
-/// last one with a tier stays in force, and without one none is.
+/// The feature of a policy whose tier does not exist. No version has it, so that no member puts the policy into force: the last
+/// version with a tier stays in force, if there is one.
 pub const EXISTING_TIER: &str = "existing-tier";

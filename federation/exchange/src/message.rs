@@ -76,7 +76,7 @@ pub enum WatchRequest {
     Heartbeat,
 }
 
-/// A selection as a message has it. One of another version may not be readable here; a member returns it as it came.
+/// A selection as in a message. One of another version may not be readable here; a member returns it unchanged.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WrittenSelection {
     pub clusters: WrittenScope,
@@ -163,7 +163,7 @@ pub struct InterestChange {
     pub whole: bool,
 }
 
-/// Parts of a message that the hub could not read. Each is replaced by something wider.
+/// Parts of a message that the hub could not read. Each was replaced by something wider.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RefusedParts {
     pub total: u64,

@@ -1,4 +1,4 @@
-//! What both sides of the exchange know: positions, clusters, federated objects, refusals.
+//! The types of both sides: positions, clusters, federated objects, refusals.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -81,12 +81,12 @@ pub struct ClusterState {
     pub cidrs: Vec<IpNet>,
     pub lease: Lease,
     pub federated_allow_final: bool,
-    /// Who may see what it exports; none is everybody.
+    /// The clusters that may see its exports; `None`: all.
     pub visible_to: Option<BTreeSet<ClusterName>>,
 }
 
 impl ClusterState {
-    /// Whether nothing that others are sent, or that decides what they are sent, differs.
+    /// Whether receivers must be sent the same for both.
     pub(crate) fn same(&self, other: &Self) -> bool {
         let all = |it: &Self| (it.grant_token, it.lease, it.federated_allow_final);
         all(self) == all(other)
@@ -119,11 +119,11 @@ pub enum ManifestKind {
     NetworkSet,
 }
 
-/// A federated object with what the hub made of it.
+/// A federated object with what the hub derives from it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FederatedManifest {
     pub json: Bytes,
-    /// For a policy the clusters that enforce it; for the other kinds none, which is everybody.
+    /// For a policy the clusters that enforce it; `None` for other kinds: all.
     pub enforcers: Option<BTreeSet<ClusterName>>,
     /// What its cluster selectors select now.
     pub resolved: BTreeMap<Arc<str>, BTreeSet<ClusterName>>,
@@ -135,9 +135,9 @@ pub struct FederatedManifest {
 /// The ClusterSet's own state at one revision of the hub's store.
 #[derive(Debug, Clone, Default)]
 pub struct Federation {
-    /// Names the store's numbering.
+    /// Its epoch identifies the store.
     pub position: Position,
-    /// The accepted clusters. One that is not named here is gone.
+    /// The accepted clusters. One that is missing was removed.
     pub clusters: BTreeMap<ClusterName, ClusterState>,
     pub manifests: BTreeMap<(ManifestKind, Arc<str>), Arc<FederatedManifest>>,
 }
@@ -192,7 +192,7 @@ impl std::fmt::Display for Limit {
     }
 }
 
-/// What a cluster reports of what it has received.
+/// A cluster's report about the data that it has received.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ReportedState {
     /// The hub's position that its policies come from. `None`: the report could not be used.

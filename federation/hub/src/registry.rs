@@ -187,7 +187,7 @@ struct Shared {
     changing: tokio::sync::Mutex<()>,
     /// Per cluster: grants and renewals of one lease are serialized, those of different clusters are not.
     leases: Mutex<HashMap<Arc<str>, LeaseSlot>>,
-    heard: Mutex<HashMap<Arc<str>, Instant>>,
+    last_received: Mutex<HashMap<Arc<str>, Instant>>,
     failed: AtomicBool,
     denied: Mutex<Denials>,
     /// Stops following the store when the last handle is dropped.
@@ -238,7 +238,7 @@ impl Registry {
                 view,
                 changing: tokio::sync::Mutex::default(),
                 leases,
-                heard: Mutex::default(),
+                last_received: Mutex::default(),
                 failed: AtomicBool::new(false),
                 denied: Mutex::default(),
                 _following: stop.drop_guard(),
@@ -314,13 +314,13 @@ impl Registry {
     ///
     /// # Errors
     /// When the store fails, or the cluster is not accepted.
-    pub async fn heard(&self, cluster: &str) -> Result<(), ChangeError> {
+    pub async fn renew_lease(&self, cluster: &str) -> Result<(), ChangeError> {
         let name: Arc<str> = cluster.into();
         if !self.snapshot().members.get(cluster).is_some_and(|m| m.record.state == MemberState::Accepted) {
             return Err(ChangeError::NotFound(format!("cluster {cluster} is not accepted")));
         }
         let now = Instant::now();
-        self.shared.heard.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), now);
+        self.shared.last_received.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), now);
         let lease = {
             let mut leases = self.shared.leases.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(leases.entry(name).or_default())
@@ -348,7 +348,7 @@ impl Registry {
 
     /// Time since this replica received a message from a cluster, by the monotonic clock.
     pub fn silent_for(&self, cluster: &str) -> Option<Duration> {
-        self.shared.heard.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).map(Instant::elapsed)
+        self.shared.last_received.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).map(Instant::elapsed)
     }
 
     /// Makes one change. `decide` is called with the newest view, possibly more than once, and returns the transaction and the

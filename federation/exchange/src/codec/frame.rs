@@ -19,7 +19,7 @@ pub struct Frame {
 
 /// Cuts encoded updates and removals into frames.
 pub fn cut(upserts: impl IntoIterator<Item: AsRef<[u8]>>, removals: &[u64]) -> Vec<Bytes> {
-    // Written directly, without a copy of the updates in a `pb::Frame`: others wait while a snapshot of 300,000 objects is cut.
+    // Written directly, without a copy of the updates in a `pb::Frame`: other streams wait while a snapshot of 300,000 objects is cut.
     // A tag and a length of at most four bytes before each update; at most ten bytes for each removal, and their tag and length.
     let (mut frames, mut frame) = (Vec::new(), Vec::new());
     let mut cut = |frame: &mut Vec<u8>| {

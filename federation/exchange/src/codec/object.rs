@@ -1,4 +1,4 @@
-//! Objects: what clusters publish, and the hub's own.
+//! Objects of clusters, and the hub's own objects.
 //!
 //! The bytes of an object are its identity for digests, and the hub relays those that the member has published.
 
@@ -106,7 +106,7 @@ pub fn encode_manifest(id: u64, kind: ManifestKind, name: &str, manifest: &Feder
     update.encode_to_vec().into()
 }
 
-/// The feature that an object needs whose cluster selectors select more clusters than fit in a message.
+/// The feature of an object whose cluster selectors select more clusters than fit in a message.
 const TOO_LARGE: &str = "cluster-selectors-select-too-much";
 
 /// Reads an object. `None`: not even its id can be read.
@@ -143,7 +143,7 @@ fn decode_within(
     }
 }
 
-/// Whether clusters publish objects of this kind, whatever the object says.
+/// Whether clusters publish objects of this kind.
 fn check_kind(body: &Body) -> Result<(), DecodeError> {
     match body {
         Body::Namespace(_) | Body::ServiceAccount(_) | Body::LabelSet(_) | Body::Endpoint(_) => Ok(()),
@@ -162,7 +162,7 @@ pub fn id_of(bytes: &[u8]) -> Option<u64> {
     Id::decode(bytes).ok().map(|it| it.id).filter(|id| *id != 0)
 }
 
-/// What messages for people call an object: its kind, the id of its namespace (0 where it has none) and its name.
+/// An object's kind, the id of its namespace (0: none) and its name, for messages.
 pub fn name_of(bytes: &[u8]) -> Option<(&'static str, u64, String)> {
     if bytes.len() > MAX_EXPORT_BYTES {
         return None;

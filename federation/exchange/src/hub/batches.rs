@@ -12,12 +12,12 @@ use crate::message::WatchResponse as Response;
 use crate::model::{Lease, Position};
 
 impl Exchange {
-    /// Cuts a batch of one origin at its present revision, if the receiver lacks something of it.
+    /// Makes a batch of one origin at its present revision, if the receiver lacks something of it.
     pub(super) fn fill_origin(&mut self, id: ReceiverId, number: usize) {
         let Some(mut receiver) = self.receivers.remove(&id) else { return };
         self.fill(&mut receiver, number);
         let resuming = receiver.cursors.iter().any(|(_, cursor)| matches!(cursor.wants, Wants::Resume(_)));
-        let done = if resuming { None } else { receiver.held_class.take() };
+        let done = if resuming { None } else { receiver.opening_class.take() };
         self.receivers.insert(id, receiver);
         if let Some(class) = done {
             self.release_class(class);
@@ -38,7 +38,7 @@ impl Exchange {
                 let end = Response::End { position: origin.position, digest: Some(0), view: 0 };
                 receiver.flight.extend([begin(Some(&name), true, 0), end]);
             }
-            // Nothing more comes of it: no policy needs to wait.
+            // It sends nothing more, so that no policy waits for it.
             if receiver.due.remove(&name) {
                 receiver.flight.push_back(complete(receiver.number, &name, None, 0));
             }
@@ -52,28 +52,29 @@ impl Exchange {
             return;
         }
         let view_token = self.view_token(receiver.class, &name);
-        if let Wants::Resume(held) = &cursor.wants {
+        if let Wants::Resume(received) = &cursor.wants {
             let position = origin.position;
-            if held.position.epoch > position.epoch
-                || (held.position.epoch == position.epoch && held.position.revision > position.revision)
+            if received.position.epoch > position.epoch
+                || (received.position.epoch == position.epoch && received.position.revision > position.revision)
             {
-                // This replica is behind: it waits rather than going back in time.
+                // This replica is behind the receiver: it waits.
                 return;
             }
-            let base = [Some(receiver.class), receiver.held_class]
+            let base = [Some(receiver.class), receiver.opening_class]
                 .into_iter()
                 .flatten()
-                .find(|class| self.view_token(*class, &name) == held.view);
-            let resumable = held.position.epoch == position.epoch && origin.resumable_from(held.position.revision);
+                .find(|class| self.view_token(*class, &name) == received.view);
+            let resumable =
+                received.position.epoch == position.epoch && origin.resumable_from(received.position.revision);
             cursor.wants = match base.filter(|_| resumable) {
                 None => Wants::Snapshot,
                 Some(base) => {
-                    let (touched, removed) = origin.since(held.position.revision);
+                    let (touched, removed) = origin.since(received.position.revision);
                     cursor.dirty.extend(touched.into_iter().filter_map(|slot| origin.entry(slot)).map(|e| e.id));
                     cursor.dirty.extend(removed);
                     cursor.dirty.extend(self.classes.differences(number, origin, base, receiver.class));
                     let digest = self.classes.get(receiver.class).view(number).map_or(0, |view| view.digest);
-                    if held.digest == Some(digest) {
+                    if received.digest == Some(digest) {
                         cursor.dirty.clear();
                     }
                     cursor.nudge = true;

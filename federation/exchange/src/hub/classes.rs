@@ -1,9 +1,9 @@
 //! Classes: receivers with the same interest share what it selects.
 //!
 //! A class has, for each origin, the objects that its interest selects, and their digest. To make one, each origin is scanned:
-//! of hundreds of thousands of endpoints that takes longer than others may wait for the exchange. So a class is built in parts,
-//! and receivers stay with their former class until it is complete. While it is built, changes of an origin are applied to the
-//! slots that were scanned; the rest is scanned later, in its newest state.
+//! with hundreds of thousands of endpoints that takes longer than other streams may wait. So a class is built in parts, and
+//! receivers stay with their former class until it is complete. While it is built, changes of an origin are applied to the slots
+//! that were scanned; the rest is scanned later, in its newest state.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
@@ -23,11 +23,11 @@ hanse_policy::slab_id! {
     pub(super) struct ClassId;
 }
 
-/// Classes without receivers that are kept: a receiver whose stream ended comes back with the same interest, and a class of
-/// everything takes a scan of every endpoint to make. Together they have at most so many bytes, by [`Class::bytes`].
+/// Classes without receivers that are kept, and their size by [`Class::bytes`]: a receiver whose stream ended reconnects with the
+/// same interest, and making a class of everything takes a scan of every endpoint.
 const MAX_IDLE: usize = 8;
 const MAX_IDLE_BYTES: usize = 64 << 20;
-/// What a selection takes besides its text: the expression, and its places in the index.
+/// Memory of a selection besides its text: the expression, and its entries in the index.
 const SELECTION_BYTES: usize = 512;
 /// Slots that are scanned in the time that one update takes.
 const SLOTS_PER_UPDATE: usize = 16;
@@ -38,9 +38,9 @@ pub(super) struct Classes {
     by_selections: HashMap<Vec<u32>, ClassId>,
     /// By the address of the interest that the class was made of: clusters that enforce the same policies share it.
     by_interest: HashMap<usize, ClassId>,
-    /// The classes without users and their bytes, the one that had some last at the end.
+    /// The classes without users and their bytes; the one that was released last is at the end.
     idle: VecDeque<(ClassId, usize)>,
-    /// Selections that some class which is being built has not judged over every origin yet.
+    /// Selections of unfinished classes that some origin may not have judged yet.
     unjudged: Bits,
 }
 
@@ -76,7 +76,7 @@ struct Building {
 pub(super) struct View {
     pub(super) members: Slots,
     pub(super) digest: u128,
-    /// The snapshot's frames, while someone is being sent them.
+    /// The frames of its snapshot, while a receiver is sent them.
     pub(super) snapshot: Option<Weak<Vec<Bytes>>>,
 }
 
@@ -283,7 +283,7 @@ impl Classes {
 }
 
 impl Building {
-    /// The next part of the present origin, of about `left` updates; returns how many.
+    /// Builds the next part of the present origin, for about the time of `left` updates, and returns how many it took.
     fn step(
         &mut self,
         class: &mut Class,
@@ -352,7 +352,7 @@ impl Class {
         }
     }
 
-    /// About how much it takes, with what is filed for it alone.
+    /// Its approximate memory, with that of its selections.
     fn bytes(&self) -> usize {
         let selections = self.of.iter().map(|wanted| wanted.size() + SELECTION_BYTES).sum::<usize>();
         let views = self.views.iter().map(|view| size_of::<View>() + view.members.bytes()).sum::<usize>();
@@ -388,8 +388,8 @@ impl View {
         }
     }
 
-    /// After a change of the origin; returns the ids that a receiver must be sent. `fit` has those of the changed endpoints that
-    /// were in the view, or may be now.
+    /// Applies a change of the origin, and returns the ids that a receiver must be sent. `fit` are the changed endpoints that were in
+    /// the view, or may be now.
     fn update(
         &mut self,
         origin: &Origin,

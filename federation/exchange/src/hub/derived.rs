@@ -1,4 +1,4 @@
-//! What the policies that a cluster enforces can select elsewhere, kept up to date at the cost of what changed.
+//! What the policies that a cluster enforces can select in other clusters. An update costs what changed.
 //!
 //! Each cluster has the sum of the hashes of its policies: clusters with equal sums enforce the same, and share one
 //! interest.
@@ -17,7 +17,7 @@ type Manifests = BTreeMap<(ManifestKind, Arc<str>), Arc<FederatedManifest>>;
 /// The interests that the hub derives.
 #[derive(Debug, Default)]
 pub(super) struct Derived {
-    /// The policies that were followed last, with a hash of what each needs.
+    /// The present policies, each with a hash of its interest.
     policies: BTreeMap<Arc<str>, (Arc<FederatedManifest>, u128)>,
     sums: HashMap<ClusterName, u128>,
     interests: HashMap<u128, Arc<Interest>>,
@@ -25,13 +25,13 @@ pub(super) struct Derived {
 }
 
 impl Derived {
-    /// What a cluster must be sent. The same for clusters that enforce the same.
+    /// The interest of a cluster. Clusters that enforce the same policies share it.
     pub(super) fn of(&self, cluster: &str) -> Arc<Interest> {
         let interest = self.sums.get(cluster).and_then(|sum| self.interests.get(sum));
         Arc::clone(interest.unwrap_or(&self.nothing))
     }
 
-    /// Takes over the present policies. Returns the clusters whose interest may be another one now.
+    /// Takes over the present policies. Returns the clusters whose interest may have changed.
     pub(super) fn follow(&mut self, manifests: &Manifests) -> BTreeSet<ClusterName> {
         let of_policies = || {
             manifests

@@ -1,4 +1,4 @@
-//! The state of the exchange, and what all of its parts do with it.
+//! The state of the exchange, and the operations that its parts share.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use super::recent::RecentSnapshots;
 use super::selections::Selections;
 use crate::model::{Federation, Interest, ReportedState, first_bits};
 
-/// Updates of a batch that are applied at once: some 25 µs each, and meanwhile the others wait.
+/// Updates of a batch that are applied at once: some 25 µs each, during which all other streams wait.
 const SLICE: usize = 1_000;
 
 /// The exchange of one hub replica.
@@ -76,7 +76,7 @@ impl Exchange {
         self.slice = slice.max(1);
     }
 
-    /// Sent in welcomes: how often a member should send something, in milliseconds.
+    /// The interval in which a member should send a message, in milliseconds, as sent in welcomes.
     pub fn set_heartbeat(&mut self, heartbeat_ms: u64) {
         self.heartbeat_ms = heartbeat_ms;
     }
@@ -106,7 +106,7 @@ impl Exchange {
         }
         let state = self.hub.federation.clusters.get(cluster)?;
         let origin = Origin::new(cluster.clone(), state.grant.clone());
-        // A number is not given again while anything may still refer to it; clusters that leave are few.
+        // Numbers are not reused: receivers and classes refer to them, and few clusters leave.
         self.origins.push(Some(origin));
         let number = self.origins.len() - 1;
         self.origin_numbers.insert(cluster.clone(), number);
@@ -160,7 +160,7 @@ impl Exchange {
         self.classes.idle_bytes()
     }
 
-    /// Names the interest and the grants under which a state is selected; the same on every replica.
+    /// Identifies the interest and the grants under which a state is selected. The same on every replica.
     pub(super) fn view_token(&self, class: ClassId, origin: &str) -> u64 {
         let grant = self.hub.federation.clusters.get(origin).map_or(0, |state| state.grant_token);
         let mut hasher = blake3::Hasher::new();

@@ -10,15 +10,14 @@ use super::receiver::ReceiverId;
 use crate::model::Federation;
 
 impl Exchange {
-    /// Takes over a newer state of the hub's store: policies, clusters, grants, leases. Clusters that are gone are withdrawn
-    /// ahead of everything.
+    /// Takes over a newer state of the hub's store: policies, clusters, grants, leases. Removed clusters are withdrawn first.
     pub fn set_federation(&mut self, federation: Federation) {
         self.set_federation_part(federation);
         while self.regrant_more() {}
     }
 
-    /// As [`Self::set_federation`], without waiting until what clusters publish is judged under their new grants: nothing of
-    /// those is sent until [`Self::regrant_more`] has done so.
+    /// As [`Self::set_federation`], but does not judge published objects under new grants: [`Self::regrant_more`] does, and nothing
+    /// of those clusters is sent until then.
     pub fn set_federation_part(&mut self, federation: Federation) {
         if self.hub.loaded
             && federation.position.epoch == self.hub.federation.position.epoch
@@ -57,7 +56,7 @@ impl Exchange {
         let Some(origin) = self.origins[number].as_mut() else { return };
         origin.regrant(state.grant);
         self.regranting.insert(number);
-        // What it changes goes before the hub's own objects, as if it had come before them.
+        // Its changes precede the hub's own objects.
         for receiver in self.receivers.values_mut() {
             receiver.await_origin(number);
         }
@@ -68,7 +67,7 @@ impl Exchange {
         self.regranting.len()
     }
 
-    /// Judges the next part of what is published under another grant; whether there is more.
+    /// Judges the next part of the objects under new grants. Returns whether there is more.
     pub fn regrant_more(&mut self) -> bool {
         let Some(number) = self.regranting.first().copied() else { return false };
         if let Some(origin) = self.origins[number].as_mut() {
@@ -100,8 +99,8 @@ impl Exchange {
         }
     }
 
-    /// The federation changed: marks what receivers must be sent of it. `clusters` are those of which something
-    /// changed, `retargeted` those whose policies can select something else.
+    /// Marks the changes of the federation for receivers. `clusters` have changed; `retargeted` are those whose policies can select
+    /// other endpoints.
     fn federation_changed(&mut self, clusters: &[ClusterName], retargeted: BTreeSet<ClusterName>, restarted: bool) {
         let revision = self.hub.federation.position.revision;
         let changed: Vec<u64> = self.hub.since(revision.saturating_sub(1)).collect();
@@ -131,7 +130,7 @@ impl Exchange {
                 receiver.pending.extend(receiver.cursors.numbers());
             }
             let aims = retargeted.contains(&receiver.cluster);
-            // Its position has moved, if nothing else has.
+            // At least its position has moved.
             self.ready.insert(id);
             if aims {
                 self.aim(id);

@@ -14,7 +14,7 @@ use crate::message::{InterestChange, WatchResponse as Response};
 use crate::model::Wanted;
 
 impl Exchange {
-    /// Brings up to date what a receiver should be sent.
+    /// Updates the interest that a receiver needs.
     pub(super) fn aim(&mut self, id: ReceiverId) {
         let Some(receiver) = self.receivers.get_mut(&id) else { return };
         let derived = self.derived.of(&receiver.cluster);
@@ -28,7 +28,7 @@ impl Exchange {
     pub(super) fn retarget(&mut self, id: ReceiverId, unions: &mut Unions) {
         let Some(receiver) = self.receivers.get_mut(&id).filter(|receiver| receiver.open.is_none()) else { return };
         if receiver.switching.is_some() {
-            // Looked at again when it has switched.
+            // Repeated when it has switched.
             return;
         }
         let (target, interest) = (Arc::clone(&receiver.target), Arc::clone(&receiver.interest));
@@ -123,7 +123,7 @@ impl Exchange {
     }
 }
 
-/// Whether a receiver of an interest is sent all that another one selects.
+/// Whether an interest selects everything that another one selects.
 fn covers(interest: &Interest, other: &Interest) -> bool {
     let everything = || interest.len() == 1 && interest.iter().all(|it| **it == Wanted::everything());
     other.is_subset(interest) || everything()
@@ -135,7 +135,7 @@ pub(super) struct Unions(HashMap<(usize, usize), Union>);
 
 #[derive(Debug)]
 struct Union {
-    /// Keep the addresses from being given again.
+    /// Keep the addresses from being reused.
     _of: [Arc<Interest>; 2],
     both: Arc<Interest>,
 }

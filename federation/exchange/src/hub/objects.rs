@@ -19,7 +19,7 @@ pub(super) struct HubObjects {
     pub(super) objects: BTreeMap<u64, HubObject>,
     tombstones: VecDeque<(u64, u64)>,
     pub(super) floor: u64,
-    /// The digest of what is for everybody, and of what is for some cluster besides.
+    /// The digest of the objects for all clusters, and that of the further objects of each cluster.
     common: u128,
     digests: HashMap<ClusterName, u128>,
 }
@@ -30,11 +30,11 @@ pub(super) struct HubObject {
     digest: u128,
     touched: u64,
     audience: Audience,
-    /// Who it was for before it changed last: they must be sent the change.
+    /// Its audience before the last change: they must be sent the change.
     former: Audience,
 }
 
-/// Who is sent an object; none is everybody.
+/// The clusters that are sent an object; `None`: all.
 type Audience = Option<BTreeSet<ClusterName>>;
 
 impl HubObjects {
@@ -48,7 +48,7 @@ impl HubObjects {
             self.common = 0;
             self.digests.clear();
         }
-        // None: as it was.
+        // `None`: unchanged.
         let mut made: BTreeMap<u64, Option<(Bytes, Audience)>> = BTreeMap::new();
         for (name, state) in &federation.clusters {
             let id = id_of("cluster", name);

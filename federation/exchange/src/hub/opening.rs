@@ -1,5 +1,5 @@
-//! What a receiver sends, read. Reading selections takes much longer than others may wait, so that it is done outside the
-//! exchange's lock.
+//! Decoded messages of a receiver. Parsing selections takes much longer than other streams may wait, so that it happens outside
+//! the lock of the exchange.
 
 use std::sync::Arc;
 
@@ -18,34 +18,39 @@ pub struct ReadOpening {
     pub(super) protocol: u32,
     pub(super) opening: Opening,
     pub(super) own: Interest,
-    /// The interest that it names could not be read as it was written.
+    /// The interest in it was not readable as written.
     pub(super) interest_widened: bool,
     /// Parts of it that could not be read, and of its own interest.
     pub(super) refused: [RefusedParts; 2],
 }
 
 impl ReadOpening {
-    /// What cannot be read of the opening counts as not received, or is widened.
+    /// A part of the opening that is not readable counts as not received, or is widened.
     pub fn of(open: WatchOpen) -> Self {
         let mut refused = RefusedParts::default();
         if open.held.len() > MAX_CLUSTERS {
             refused.add(format!("origins: {}, more than the limit of {MAX_CLUSTERS}", open.held.len()));
         }
-        let mut held = HashMap::new();
+        let mut received = HashMap::new();
         for (at, it) in open.held.into_iter().take(MAX_CLUSTERS).enumerate() {
             let Some(position) = it.position else {
                 refused.add(format!("origins[{at}].position: missing"));
                 continue;
             };
-            held.insert(it.origin, Held { position, view: it.view, digest: it.digest });
+            received.insert(it.origin, Received { position, view: it.view, digest: it.digest });
         }
-        let held_refused = refused.total;
+        let refused_before = refused.total;
         let interest = interest::read("interest", open.interest, interest::WHOLE, &mut refused);
-        let interest_widened = refused.total > held_refused;
+        let interest_widened = refused.total > refused_before;
         let mut refused_own = RefusedParts::default();
         let own = interest::read("own", open.own, interest::OWN, &mut refused_own);
-        let opening =
-            Opening { hub: open.hub, hub_digest: open.hub_digest, held, interest: Arc::new(interest), starting: None };
+        let opening = Opening {
+            hub: open.hub,
+            hub_digest: open.hub_digest,
+            received,
+            interest: Arc::new(interest),
+            starting: None,
+        };
         Self { protocol: open.protocol, opening, own, interest_widened, refused: [refused, refused_own] }
     }
 }
@@ -76,12 +81,12 @@ impl ReadRequest {
     }
 }
 
-/// What a receiver opened its stream with, until the hub's state is as new as that.
+/// The opening of a receiver, until the hub's state is at least as new.
 #[derive(Debug)]
 pub(super) struct Opening {
     pub(super) hub: Option<Position>,
     pub(super) hub_digest: Option<u128>,
-    pub(super) held: HashMap<ClusterName, Held>,
+    pub(super) received: HashMap<ClusterName, Received>,
     pub(super) interest: Arc<Interest>,
     /// The classes that it starts with, while they are being built.
     pub(super) starting: Option<Starting>,
@@ -90,13 +95,13 @@ pub(super) struct Opening {
 #[derive(Debug, Clone)]
 pub(super) struct Starting {
     /// Of the interest that it was opened with, and of the first one that it is given.
-    pub(super) held_class: ClassId,
+    pub(super) opening_class: ClassId,
     pub(super) class: ClassId,
     pub(super) interest: Arc<Interest>,
 }
 
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Held {
+pub(super) struct Received {
     pub(super) position: Position,
     pub(super) view: u64,
     pub(super) digest: Option<u128>,

@@ -1,4 +1,4 @@
-//! One publishing stream: stages a batch, applies it at its end, answers with refusals and the acknowledgement.
+//! Publishing streams: a batch is staged, applied at its end, and answered with refusals and the acknowledgement.
 
 use hanse_policy::model::ClusterName;
 
@@ -9,7 +9,7 @@ use crate::limits::{MAX_NUMBER, PROTOCOL};
 use crate::message::{PublishRequest as Request, PublishResponse as Response, Refusals};
 use crate::model::{Position, ReportedState};
 
-/// What is said of a frame, or of an end, where no batch is under way.
+/// The error of a frame or an end outside a batch.
 const NO_BATCH: &str =
     "no batch has begun, another stream of the cluster has begun one since, or there was no room for it";
 const NOT_OPEN: PublishError = PublishError::Protocol("the first message is not open");
@@ -94,7 +94,7 @@ impl Exchange {
     /// Goes on with the batch that a stream has ended.
     ///
     /// # Errors
-    /// When its cluster has gone meanwhile.
+    /// When its cluster was removed meanwhile.
     pub fn publish_more(&mut self, id: PublishId) -> Result<Published, PublishError> {
         let found = self.applying.iter().find(|(_, applying)| applying.publisher == id).map(|(number, _)| *number);
         if let Some(number) = found {
@@ -133,7 +133,7 @@ impl Exchange {
             }
             _ if publisher.epoch.is_none() => return Err(NOT_OPEN),
             Request::Begin { snapshot } => {
-                // One batch of a cluster is staged at a time, whatever its streams are: the newest.
+                // Of all streams of a cluster only the newest batch is staged.
                 for other in self.publishers.values_mut().filter(|other| other.cluster == cluster) {
                     other.staged = None;
                 }
@@ -162,7 +162,7 @@ impl Exchange {
                 return self.publish_batch(id, &cluster, batch, position, digest);
             }
             Request::Report(_) => return Err(PublishError::Protocol("a report is taken by itself")),
-            // A grant may have been widened, or other objects removed: what was not kept is requested again.
+            // The grant may be wider now, or other objects were removed: objects that were not kept are requested again.
             Request::Heartbeat { .. } => match self.origin_of(&cluster).is_some_and(Origin::requests_snapshot) {
                 true => vec![Response::Resync { reason: "there is room for objects that were refused".to_owned() }],
                 false => Vec::new(),
@@ -171,7 +171,7 @@ impl Exchange {
         Ok(Published::Answers(answers))
     }
 
-    /// Takes what a cluster reports of what it has received.
+    /// Stores the report of a cluster about the data that it has received.
     ///
     /// # Errors
     /// When the stream was not opened.
@@ -191,7 +191,7 @@ impl Exchange {
         self.publishers.values().filter_map(|it| it.staged.as_ref()).map(Batch::bytes).sum()
     }
 
-    /// Makes room: drops the largest batch of all clusters, which is an error where it is this one's. Its publisher starts again.
+    /// Drops the largest staged batch of all clusters. It is an error if that is the batch of this stream, whose publisher starts again.
     fn drop_largest(&mut self, id: PublishId) -> Result<(), PublishError> {
         let size = |publisher: &Publisher| publisher.staged.as_ref().map_or(0, Batch::bytes);
         let largest = self.publishers.iter_mut().max_by_key(|(_, publisher)| size(publisher));
@@ -214,7 +214,7 @@ impl Exchange {
         digest: Option<u128>,
     ) -> Result<Published, PublishError> {
         let number = self.origin_number(cluster).ok_or(PublishError::NotAccepted)?;
-        // Another stream of the cluster's.
+        // Of another stream of the cluster.
         self.finish(number);
         let Some(origin) = self.origins[number].as_mut() else { return Err(PublishError::NotAccepted) };
         match origin.begin(batch, position) {
@@ -222,7 +222,7 @@ impl Exchange {
                 self.applying.insert(number, Applying { publisher: id, batch, digest });
                 self.publish_more(id)
             }
-            // An older stream of the same cluster, or a second member with its name. The next welcome names the present position.
+            // An older stream of the cluster, or a second member with its name. The next welcome states the present position.
             Err(BatchError::OldEpoch(_) | BatchError::OldRevision(_)) => Err(PublishError::Behind),
             Err(error @ BatchError::NoSnapshot) => {
                 if let Some(publisher) = self.publishers.get_mut(&id) {
@@ -265,7 +265,7 @@ impl Exchange {
             publisher.sent_refusals.clone_from(&refusals);
             answers.push(Response::Refusals(Refusals { refusals, total: total as u64 }));
         }
-        // With objects that could not be kept the digests cannot be equal; a snapshot would not help.
+        // If objects could not be kept, the digests differ, and a snapshot would not help.
         if differs && !missing && !applying.batch.snapshot {
             publisher.resyncing = true;
             answers.push(Response::Resync { reason: "the digests differ".to_owned() });

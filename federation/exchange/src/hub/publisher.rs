@@ -14,10 +14,10 @@ pub(super) struct Publisher {
     pub(super) cluster: ClusterName,
     pub(super) epoch: Option<u64>,
     pub(super) staged: Option<Batch>,
-    /// A snapshot was requested, and until it comes everything else is dropped.
+    /// A snapshot was requested. Until it arrives, all other batches are dropped.
     pub(super) resyncing: bool,
     pub(super) sent_refusals: Vec<(u64, Refusal)>,
-    /// To a batch that was applied.
+    /// The answers to a batch that was applied.
     pub(super) answers: Option<Vec<Response>>,
 }
 
@@ -26,6 +26,6 @@ pub(super) struct Publisher {
 pub(super) struct Applying {
     pub(super) publisher: PublishId,
     pub(super) batch: origin::Applying,
-    /// What the publisher says of all that it publishes.
+    /// The publisher's digest of all of its objects.
     pub(super) digest: Option<u128>,
 }

@@ -1,4 +1,4 @@
-//! What one receiver has been sent, and what it is to be sent.
+//! The state of one receiver: what it has been sent, and what is due.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use hanse_policy::model::ClusterName;
 
 use super::classes::ClassId;
 use super::objects::HubObjects;
-use super::opening::{Held, Opening, ReadOpening};
+use super::opening::{Opening, ReadOpening, Received};
 use super::origin::MAX_TOMBSTONES;
 use crate::codec::frame;
 use crate::message::{RefusedParts, WatchResponse as Response};
@@ -28,35 +28,35 @@ pub(super) struct Receiver {
     pub(super) cluster: ClusterName,
     pub(super) open: Option<Box<Opening>>,
     pub(super) class: ClassId,
-    /// The class of the interest that the receiver came with, while anything resumes from it.
-    pub(super) held_class: Option<ClassId>,
+    /// The class of the interest in the opening, while an origin resumes from it.
+    pub(super) opening_class: Option<ClassId>,
     pub(super) interest: Arc<Interest>,
     /// The next interest, while its class is being built.
     pub(super) switching: Option<Switching>,
     pub(super) own: Interest,
-    /// What it should be sent: of its policies and its own wishes.
+    /// The interest of its federated policies and of its own.
     pub(super) target: Arc<Interest>,
     pub(super) number: u64,
     pub(super) hub: HubCursor,
     pub(super) cursors: Cursors,
-    /// Origins whose changes go before the hub's own objects: they were here when those changed, and a policy comes with all
-    /// that it selects.
+    /// Origins whose changes precede the hub's own objects: those changes were pending when the objects changed, and a policy
+    /// follows everything that it selects.
     pub(super) ahead: BTreeSet<usize>,
     /// Origins that may have something to be sent.
     pub(super) pending: BTreeSet<usize>,
     /// Origins whose completeness for the present interest is still to be sent.
     pub(super) due: BTreeSet<ClusterName>,
     pub(super) urgent: VecDeque<Response>,
-    /// What belongs to no batch, in order.
+    /// Messages outside batches, in order.
     pub(super) notices: VecDeque<Response>,
     pub(super) flight: VecDeque<Response>,
     pub(super) flight_origin: Option<ClusterName>,
     /// Keeps a shared snapshot while it is sent.
     pub(super) snapshot: Option<Arc<Vec<Bytes>>>,
     pub(super) acked: (u64, Position),
-    /// The interest that it named could not be read as written: it is sent the whole of the next one.
+    /// The interest in the opening was not readable as written: the next one is sent as a whole.
     pub(super) interest_widened: bool,
-    /// What was not taken of its opening, and of its own interest.
+    /// The refused parts of its opening, and of its own interest.
     pub(super) refused: [RefusedParts; 2],
 }
 
@@ -69,8 +69,8 @@ pub(super) struct Switching {
 #[derive(Debug, Default)]
 pub(super) struct HubCursor {
     pub(super) snapshot: bool,
-    /// The first batch of the stream is due: it goes before any origin's, as it takes back what waits at the receiver and is
-    /// not covered by the present interest.
+    /// The first batch of the stream is due. It precedes those of origins, because it replaces objects that wait at the receiver
+    /// and that the present interest does not cover.
     pub(super) first: bool,
     pub(super) dirty: BTreeSet<u64>,
     pub(super) sent: Position,
@@ -81,13 +81,13 @@ pub(super) struct Cursor {
     pub(super) wants: Wants,
     pub(super) dirty: BTreeSet<u64>,
     pub(super) sent: u64,
-    /// The receiver has something of it.
+    /// The receiver has objects of it.
     pub(super) shown: bool,
     /// An empty batch is due, to move its position.
     pub(super) nudge: bool,
 }
 
-/// Cursors by the origins' numbers. There is one for each receiver and origin, so they lie side by side.
+/// Cursors by the origins' numbers, in one allocation: there is one for each receiver and origin.
 #[derive(Debug, Default)]
 pub(super) struct Cursors(Vec<Option<Cursor>>);
 
@@ -122,7 +122,7 @@ impl Cursors {
 pub(super) enum Wants {
     Changes,
     Snapshot,
-    Resume(Box<Held>),
+    Resume(Box<Received>),
 }
 
 impl Default for Cursor {
@@ -138,7 +138,7 @@ impl Receiver {
             cluster,
             open: Some(Box::new(opening)),
             class,
-            held_class: None,
+            opening_class: None,
             switching: None,
             interest: Arc::clone(&nothing),
             own,
@@ -160,10 +160,10 @@ impl Receiver {
         }
     }
 
-    /// A class that is being built turned out to be another one.
+    /// A class was merged into another one while it was built.
     pub(super) fn replace_class(&mut self, from: ClassId, into: ClassId) {
         let starting = self.open.as_mut().and_then(|open| open.starting.as_mut());
-        let starting = starting.into_iter().flat_map(|starting| [&mut starting.held_class, &mut starting.class]);
+        let starting = starting.into_iter().flat_map(|starting| [&mut starting.opening_class, &mut starting.class]);
         let switching = self.switching.as_mut().map(|switching| &mut switching.class);
         for class in starting.chain(switching).filter(|class| **class == from) {
             *class = into;
@@ -230,7 +230,7 @@ impl Receiver {
         self.pending.insert(number);
     }
 
-    /// Sends which parts of its interest could not be read as written.
+    /// Reports the parts of its interest that were not readable as written.
     pub(super) fn report_refused_parts(&mut self) {
         let total = self.refused.iter().map(|it| it.total).fold(0, u64::saturating_add);
         let parts = self.refused.iter().flat_map(|it| it.parts.iter().cloned()).collect();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-/// Snapshots that were encoded last: what one receiver of a class is sent, the class's next is about to be.
+/// Snapshots that were encoded last: other receivers of the class are likely to need them next.
 #[derive(Debug, Default)]
 pub(super) struct RecentSnapshots {
     kept: VecDeque<Arc<Vec<Bytes>>>,

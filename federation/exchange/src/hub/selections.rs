@@ -1,7 +1,7 @@
 //! Which selections an origin's label combination matches, without evaluating each selection.
 //!
 //! A selection is filed under pairs (or keys) of which any match needs at least one; those that have no such anchor are
-//! always evaluated. No match is missed; single endpoints are not looked at.
+//! always evaluated. No match is missed; single endpoints are not evaluated.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -144,7 +144,7 @@ impl Selections {
         needs
     }
 
-    /// Calls `visit` once with each selection that these labels may satisfy or that names one of `own_keys`.
+    /// The selections that these labels may satisfy, or that name one of `own_keys`.
     pub fn candidates(&self, origin: &str, labels: &KnownLabels<'_>, own_keys: &[Arc<str>]) -> Vec<u32> {
         let mut found: Vec<u32> = self.unanchored.iter().copied().collect();
         for (key, value) in labels.pairs {

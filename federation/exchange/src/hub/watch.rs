@@ -1,8 +1,8 @@
-//! One watching stream: what its receiver lacks, and the order in which it is sent.
+//! Watching streams: what each receiver lacks, and the order in which it is sent.
 //!
-//! Withdrawals come first, also within a batch; then the rest of the batch that is being sent; then a change of interest, what
-//! origins changed before the hub's own objects did, those, and the origins in turn. The interest shrinks only when everything that needed the larger one is out of
-//! force at the receiver.
+//! Withdrawals come first, also within a batch. Then follow the rest of the batch that is being sent, a change of interest,
+//! changes of origins that precede a change of the hub's own objects, the hub's own objects, and the origins in turn. The
+//! interest shrinks only when nothing in force at the receiver needs the larger one.
 
 use std::sync::Arc;
 
@@ -41,12 +41,12 @@ impl Exchange {
     /// A cluster opened a watching stream with this first message.
     ///
     /// # Errors
-    /// When the message does not speak the protocol, or the cluster is not accepted.
+    /// When the version of the protocol is unknown, or the cluster is not accepted.
     pub fn watch_open(&mut self, cluster: ClusterName, open: WatchOpen) -> Result<ReceiverId, WatchError> {
         self.watch_opened(cluster, ReadOpening::of(open))
     }
 
-    /// As [`Self::watch_open`], of what was read before.
+    /// As [`Self::watch_open`], with a decoded message.
     ///
     /// # Errors
     /// As [`Self::watch_open`].
@@ -59,11 +59,11 @@ impl Exchange {
         }
         let now = self.hub.federation.position;
         if self.hub.loaded
-            && open.opening.hub.is_some_and(|held| held.epoch == now.epoch && held.revision > now.revision)
+            && open.opening.hub.is_some_and(|received| received.epoch == now.epoch && received.revision > now.revision)
         {
-            let held = open.opening.hub.map_or(0, |held| held.revision);
+            let received = open.opening.hub.map_or(0, |received| received.revision);
             tracing::error!(
-                %cluster, held, have = now.revision,
+                %cluster, received, have = now.revision,
                 "a member has a newer state than the hub: if the hub's files were restored, start it with --restored"
             );
         }
@@ -81,9 +81,9 @@ impl Exchange {
         if let Some(receiver) = self.receivers.remove(&id) {
             self.release_class(receiver.class);
             let starting = receiver.open.and_then(|open| open.starting);
-            let starting = starting.into_iter().flat_map(|starting| [starting.held_class, starting.class]);
+            let starting = starting.into_iter().flat_map(|starting| [starting.opening_class, starting.class]);
             let switching = receiver.switching.map(|switching| switching.class);
-            for class in starting.chain(switching).chain(receiver.held_class) {
+            for class in starting.chain(switching).chain(receiver.opening_class) {
                 self.release_class(class);
             }
         }
@@ -93,12 +93,12 @@ impl Exchange {
     /// Takes a later message of the receiver.
     ///
     /// # Errors
-    /// When it does not speak the protocol.
+    /// When the message violates the protocol.
     pub fn watch(&mut self, id: ReceiverId, request: WatchRequest) -> Result<(), WatchError> {
         self.watch_read(id, ReadRequest::of(request))
     }
 
-    /// As [`Self::watch`], of what was read before.
+    /// As [`Self::watch`], with a decoded message.
     ///
     /// # Errors
     /// As [`Self::watch`].
@@ -144,7 +144,7 @@ impl Exchange {
         self.receivers.values().map(state).collect()
     }
 
-    /// The digest of what a receiver should have of an origin now, once it has been sent all of it.
+    /// The digest of the objects of an origin that a receiver has once everything was sent.
     pub fn expected_digest(&self, id: ReceiverId, origin: &str) -> Option<u128> {
         let receiver = self.receivers.get(&id)?;
         if origin.is_empty() {
@@ -158,27 +158,27 @@ impl Exchange {
         Some(self.classes.get(receiver.class).view(*number).map_or(0, |view| view.digest))
     }
 
-    /// Whether what a cluster reported is what it should have, of the hub's own objects and of each origin; `None`
-    /// while that is not known: it has not reported, or does not watch here.
+    /// Whether the digests that a cluster reported are those of the hub's own objects and of each origin; `None` while that is
+    /// unknown: it has not reported, or does not watch here.
     pub fn digests_equal(&self, cluster: &str) -> Option<bool> {
-        // One that was not taken names no origin.
+        // A refused report names no origin.
         let reported = self.reports.get(cluster).filter(|reported| reported.hub.is_some())?;
-        // The newest, where a renewed certificate has opened another one.
+        // The newest stream: a renewed certificate opens another one.
         let mut receivers = self.receivers.iter().rev();
         let (id, _) = receivers.find(|(_, receiver)| *receiver.cluster == *cluster && receiver.open.is_none())?;
-        // Of an origin that it does not name it has nothing. An earlier version does not name the hub's own objects.
+        // It has no objects of an origin that it does not name. Earlier versions do not name the hub's own objects.
         let named = reported.origins.keys().map(|name| &**name);
         let origins = named.chain(self.hub.federation.clusters.keys().map(|name| &**name));
         let equal = |origin: &str| {
             let expected = self.expected_digest(*id, origin);
-            // An origin that has not published yet is not known here, so nothing is said of it.
+            // The digest of an origin that has not published yet is unknown.
             expected.is_none_or(|expected| reported.origins.get(origin).unwrap_or(&Some(0)) == &Some(expected))
         };
         let mut origins = origins.filter(|origin| *origin != cluster);
         Some(origins.all(equal))
     }
 
-    /// The revision of the hub that a cluster has and that this hub has not reached, so that its stream waits.
+    /// The revision that a cluster has received from the hub and that this hub has not reached. Its stream waits.
     pub fn ahead_of_hub(&self, cluster: &str) -> Option<u64> {
         let now = self.hub.federation.position;
         let of_streams = self.receivers.values().filter(|receiver| *receiver.cluster == *cluster);
@@ -186,12 +186,12 @@ impl Exchange {
         let reported = self.reports.get(cluster);
         let positions = reported.into_iter().flat_map(|reported| [reported.hub, reported.received]).flatten();
         let ahead = of_streams.chain(positions);
-        // Positions of single nodes do not count here: a faulty node must not discredit the hub for its cluster.
+        // Positions of single nodes do not count: a faulty node must not stop the exchange of its cluster.
         let ahead = ahead.filter(|at| at.epoch == now.epoch).map(|at| at.revision);
         ahead.max().filter(|at| self.hub.loaded && *at > now.revision)
     }
 
-    /// The next message for a receiver; none when there is nothing to say now.
+    /// The next message for a receiver, if there is one.
     pub fn next(&mut self, id: ReceiverId) -> Option<Response> {
         loop {
             let receiver = self.receivers.get_mut(&id)?;
@@ -214,8 +214,8 @@ impl Exchange {
                 if self.finish_switch(id) {
                     continue;
                 }
-                // The hub's own objects may need the next interest, and the first batch of them goes before any origin's. Apart from
-                // that, changes of the present interest go on.
+                // The hub's own objects may need the next interest, and the first batch of them precedes those of origins. Otherwise
+                // changes within the present interest are sent meanwhile.
                 if self.receivers.get(&id)?.hub.first {
                     return None;
                 }
@@ -228,12 +228,12 @@ impl Exchange {
                 continue;
             }
             let receiver = self.receivers.get_mut(&id)?;
-            // A change that says nothing to this receiver moves its position all the same, in an empty batch.
+            // A change that does not concern this receiver moves its position as well, in an empty batch.
             let moved = receiver.hub.sent != self.hub.federation.position;
             if receiver.hub.snapshot || !receiver.hub.dirty.is_empty() || moved {
                 let first = receiver.ahead.first().filter(|_| !receiver.hub.first);
                 if first.is_some_and(|number| is_busy(&self.origins, *number) && receiver.pending.contains(number)) {
-                    // A policy comes after what it selects of that.
+                    // The endpoints that a policy selects precede it.
                     return None;
                 }
                 match receiver.ahead.pop_first().filter(|_| !receiver.hub.first) {
@@ -247,8 +247,7 @@ impl Exchange {
         }
     }
 
-    /// Fills in a batch of the next origin that has something to be sent. What is between two states is sent when it is at the
-    /// next.
+    /// Makes a batch of the next origin that has something to be sent. An origin that is between two states waits.
     fn next_of_origins(&mut self, id: ReceiverId) -> Option<()> {
         let receiver = self.receivers.get_mut(&id)?;
         let number = receiver.pending.iter().copied().find(|number| !is_busy(&self.origins, *number))?;
@@ -264,11 +263,11 @@ impl Exchange {
         })
     }
 
-    /// Begins to serve a receiver, once the hub's state is not older than the receiver's.
+    /// Starts a receiver, once the hub's state is not older than the receiver's.
     fn start(&mut self, id: ReceiverId) -> bool {
         let Some(receiver) = self.receivers.get_mut(&id) else { return false };
         let now = self.hub.federation.position;
-        let behind = |held: Position| held.epoch == now.epoch && held.revision > now.revision;
+        let behind = |received: Position| received.epoch == now.epoch && received.revision > now.revision;
         if !self.hub.loaded || receiver.open.as_ref().is_none_or(|open| open.hub.is_some_and(behind)) {
             return false;
         }
@@ -284,17 +283,17 @@ impl Exchange {
         let hub = &mut receiver.hub;
         let digest = self.hub.digest_for(&cluster);
         match open.hub {
-            Some(held) if held.epoch == now.epoch && open.hub_digest == Some(digest) => hub.sent = held,
-            Some(held) if held.epoch == now.epoch && held.revision >= self.hub.floor => {
-                hub.dirty = self.hub.since(held.revision).collect();
-                hub.sent = held;
+            Some(received) if received.epoch == now.epoch && open.hub_digest == Some(digest) => hub.sent = received,
+            Some(received) if received.epoch == now.epoch && received.revision >= self.hub.floor => {
+                hub.dirty = self.hub.since(received.revision).collect();
+                hub.sent = received;
                 hub.snapshot = hub.dirty.is_empty();
             }
             _ => hub.snapshot = true,
         }
         hub.first = hub.snapshot || !hub.dirty.is_empty();
         receiver.interest = Arc::clone(&open.interest);
-        for origin in open.held.keys() {
+        for origin in open.received.keys() {
             if !self.hub.federation.clusters.contains_key(origin) {
                 receiver.urgent.push_back(Response::Withdrawn { cluster: origin.clone() });
             }
@@ -303,12 +302,12 @@ impl Exchange {
         let mut cursors = Cursors::default();
         for name in origins {
             let Some(number) = self.origin_number(&name).filter(|_| name != cluster) else { continue };
-            let held = open.held.get(&name).copied();
-            let wants = held.map_or(Wants::Snapshot, |held| Wants::Resume(Box::new(held)));
-            *cursors.entry(number) = Cursor { wants, shown: held.is_some(), ..Cursor::default() };
+            let received = open.received.get(&name).copied();
+            let wants = received.map_or(Wants::Snapshot, |received| Wants::Resume(Box::new(received)));
+            *cursors.entry(number) = Cursor { wants, shown: received.is_some(), ..Cursor::default() };
         }
         if let Some(receiver) = self.receivers.get_mut(&id) {
-            receiver.held_class = Some(starting.held_class);
+            receiver.opening_class = Some(starting.opening_class);
             receiver.pending = cursors.numbers().collect();
             receiver.cursors = cursors;
         }
@@ -323,15 +322,15 @@ impl Exchange {
     fn build_first_classes(&mut self, id: ReceiverId) -> Option<Starting> {
         let receiver = self.receivers.get(&id)?;
         if receiver.open.as_ref()?.starting.is_none() {
-            let held = Arc::clone(&receiver.open.as_ref()?.interest);
+            let received = Arc::clone(&receiver.open.as_ref()?.interest);
             self.aim(id);
-            let interest = Unions::default().of(&held, &self.receivers.get(&id)?.target);
-            let (held_class, class) = (self.acquire_class(&held), self.acquire_class(&interest));
+            let interest = Unions::default().of(&received, &self.receivers.get(&id)?.target);
+            let (opening_class, class) = (self.acquire_class(&received), self.acquire_class(&interest));
             let open = self.receivers.get_mut(&id)?.open.as_mut()?;
-            open.starting = Some(Starting { held_class, class, interest });
+            open.starting = Some(Starting { opening_class, class, interest });
         }
         let starting = |it: &Self| it.receivers.get(&id)?.open.as_ref()?.starting.clone();
-        for class in [starting(self)?.held_class, starting(self)?.class] {
+        for class in [starting(self)?.opening_class, starting(self)?.class] {
             if !self.classes.is_built(class) {
                 self.build_class(class);
                 // One part at a time.
@@ -339,11 +338,11 @@ impl Exchange {
             }
         }
         let now = starting(self)?;
-        let is_built = self.classes.is_built(now.held_class) && self.classes.is_built(now.class);
+        let is_built = self.classes.is_built(now.opening_class) && self.classes.is_built(now.class);
         is_built.then(|| self.receivers.get_mut(&id)?.open.as_mut()?.starting.take()).flatten()
     }
 
-    /// Whether there is an origin that the receiver has not been sent in full and does not wait for.
+    /// Whether there is an origin that the receiver lacks and does not wait for.
     fn has_unsent_origin(&self, id: ReceiverId) -> bool {
         let Some(receiver) = self.receivers.get(&id) else { return false };
         let is_unsent = |(number, cursor): (usize, &Cursor)| {

@@ -1,4 +1,4 @@
-//! The exchange's view of the registry: clusters, and federated objects with what each makes its enforcers need.
+//! The exchange's view of the registry: clusters, and federated objects with what their enforcers must be sent.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -46,7 +46,7 @@ impl Grant for MemberCluster {
     }
 }
 
-/// Makes the exchange's view of the registry, and keeps what it has read: a change costs what it touches.
+/// Derives the exchange's view of the registry. Objects stay read, so that a change costs what it touches.
 #[derive(Debug, Default)]
 pub struct Deriver {
     read: HashMap<ObjectId, Read>,
@@ -59,8 +59,8 @@ pub struct Deriver {
 #[derive(Debug)]
 struct Read {
     object: Arc<registry::Object>,
-    /// It was read or changed since manifests were made last.
-    news: bool,
+    /// Read or changed since the manifests were made.
+    is_changed: bool,
 }
 
 impl Read {
@@ -92,7 +92,7 @@ impl Deriver {
             _ => None,
         };
         let phases: BTreeMap<Arc<str>, Phase> = self.read.iter().filter_map(tier).collect();
-        // What a policy becomes depends on these, too.
+        // Policies depend on labels and tiers as well.
         let same = labels == self.labels && phases == self.phases;
         (self.labels, self.phases) = (labels, phases);
         let mut made = BTreeMap::new();
@@ -100,20 +100,20 @@ impl Deriver {
             let Some(kind) = manifest_kind(id.kind) else { continue };
             let key = (kind, id.name.clone());
             let old = self.made.get(&key);
-            let manifest = match old.filter(|_| same && !read.news) {
+            let manifest = match old.filter(|_| same && !read.is_changed) {
                 Some(old) => Arc::clone(old),
                 None => Arc::new(self.make(read, old.map(|old| &**old))),
             };
             made.insert(key, manifest);
         }
-        // A tier that is gone stays with those that have policies in it, as these do.
+        // A deleted tier stays with the members that have policies in it: those policies stay as well.
         let used: BTreeSet<&Arc<str>> = self.read.values().filter_map(Read::tier).collect();
         for (key, old) in
             self.made.iter().filter(|((kind, name), _)| *kind == ManifestKind::Tier && used.contains(name))
         {
             made.entry(key.clone()).or_insert_with(|| Arc::clone(old));
         }
-        self.read.values_mut().for_each(|read| read.news = false);
+        self.read.values_mut().for_each(|read| read.is_changed = false);
         self.made.clone_from(&made);
         federation.manifests = made;
         federation
@@ -128,7 +128,7 @@ impl Deriver {
             if let Err(error) = object.converted() {
                 tracing::error!(%error, object = %id, "object not readable by this version: its enforcers keep the last one");
             }
-            self.read.insert(id.clone(), Read { object: Arc::clone(object), news: true });
+            self.read.insert(id.clone(), Read { object: Arc::clone(object), is_changed: true });
         }
     }
 
@@ -140,12 +140,12 @@ impl Deriver {
             interest: Interest::new(),
             features: Vec::new(),
         };
-        let everybody = || self.labels.keys().cloned().collect::<BTreeSet<ClusterName>>();
+        let all_clusters = || self.labels.keys().cloned().collect::<BTreeSet<ClusterName>>();
         match read.object.converted() {
-            // Leaving it out would take away what is in force. Nobody knows this feature, so that everybody refuses this
+            // Leaving it out would take away what is in force. Nobody knows this feature, so that all_clusters refuses this
             // version by itself and keeps the last; what that needs is sent as before, or else all that it could need.
             Err(_) if read.object.id.kind == Kind::FederatedNetworkPolicy => FederatedManifest {
-                enforcers: old.and_then(|old| old.enforcers.clone()).or_else(|| Some(everybody())),
+                enforcers: old.and_then(|old| old.enforcers.clone()).or_else(|| Some(all_clusters())),
                 interest: old
                     .map_or_else(|| Interest::from([Arc::new(Wanted::everything())]), |old| old.interest.clone()),
                 resolved: old.map(|old| old.resolved.clone()).unwrap_or_default(),
@@ -153,17 +153,16 @@ impl Deriver {
                 ..plain
             },
             Err(_) => FederatedManifest { features: vec![UNREADABLE.to_owned()], ..plain },
-            // It is not in force anywhere; where an earlier version is, that stays, and needs what it needed.
+            // This version is not in force anywhere. Where an earlier version is, it stays, and its interest with it.
             Ok(Object::FederatedPolicy(policy)) if !self.phases.contains_key(policy.tier()) => match old {
                 Some(old) => {
                     FederatedManifest { json: plain.json, features: vec![EXISTING_TIER.to_owned()], ..old.clone() }
                 }
-                // A member may have an earlier version in force, and the hub does not know which: after a restart it has not seen
-                // it, and a member that was away may have one of before a deletion, also where the hub sees the policy for the
-                // first time. Were less sent than that version needs, its Deny would open. Only the member knows what it needs,
-                // and today it registers that of its own policies alone; so it is sent everything.
+                // A member may have an earlier version in force that the hub does not know: after a restart of the hub, or because
+                // the member was away during a deletion. If the member were sent less than that version needs, its Deny would open.
+                // Only the member knows its interest, and registers only that of its own policies; so it is sent everything.
                 None => FederatedManifest {
-                    enforcers: Some(everybody()),
+                    enforcers: Some(all_clusters()),
                     interest: Interest::from([Arc::new(Wanted::everything())]),
                     features: vec![EXISTING_TIER.to_owned()],
                     ..plain
@@ -189,7 +188,7 @@ impl Deriver {
         FederatedManifest { enforcers: Some(enforcers), resolved, interest, ..plain }
     }
 
-    /// All clusters by their names are as good as all clusters, and said in less room.
+    /// Naming all clusters is the same as selecting all, which takes less space.
     fn widened(&self, wanted: Arc<Wanted>) -> Arc<Wanted> {
         match wanted.clusters() {
             ClusterScope::Named(names) if self.labels.keys().all(|name| names.contains(name)) => {
@@ -223,7 +222,7 @@ fn cluster_state(
         names.insert(name.clone());
         names
     });
-    // The grant in words is the same on every replica.
+    // The formatted grant is the same on every replica.
     let token = digest_of(format!("{:?} {visible_to:?}", cluster.grant).as_bytes());
     ClusterState {
         labels: cluster.labels.clone(),
@@ -233,7 +232,7 @@ fn cluster_state(
         lease: match cluster.lease {
             registry::Lease::NeverConnected => Lease::NeverConnected,
             registry::Lease::Live => Lease::Live,
-            // As long as a lease lasts it was silent when the lease ended; every replica says the same, and goes on saying it.
+            // A cluster was silent for the time of a lease when it ended. This is constant, and the same on every replica.
             registry::Lease::Stale => {
                 Lease::Stale { silent_ms: u64::try_from(lease_time.as_millis()).unwrap_or(u64::MAX) }
             }

@@ -17,24 +17,24 @@ const NAMED_NODES: usize = 3;
 /// A cluster's last report of enforcement.
 #[derive(Debug, Clone, Copy)]
 pub struct Report<'a> {
-    pub told: &'a pb::Realisation,
+    pub reported: &'a pb::Realisation,
     /// The position of this hub.
     pub hub: Position,
     /// Since it arrived.
     pub age: Duration,
-    /// It may no longer be true.
+    /// The cluster is silent, so that the report may be outdated.
     pub silent: bool,
 }
 
 impl Report<'_> {
-    /// What is wrong with the cluster as a whole, and with each node.
+    /// Problems of the cluster as a whole, and of each node.
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
-        let of_cluster = self.told.problems.iter().map(|it| Problem::new("", wire::parse_reason(it.clone())));
-        of_cluster.chain(self.told.nodes.iter().flat_map(|node| self.node_problems(node)))
+        let of_cluster = self.reported.problems.iter().map(|it| Problem::new("", wire::parse_reason(it.clone())));
+        of_cluster.chain(self.reported.nodes.iter().flat_map(|node| self.node_problems(node)))
     }
 
     pub fn nodes(&self) -> impl Iterator<Item = NodeProgress> {
-        self.told.nodes.iter().map(|node| {
+        self.reported.nodes.iter().map(|node| {
             let problems: Vec<Problem> = self.node_problems(node).collect();
             NodeProgress {
                 name: node.node.clone(),
@@ -87,7 +87,7 @@ impl Report<'_> {
 
     /// The hub's position that a node enforces.
     fn position_of(&self, node: &pb::NodePosition) -> Position {
-        let of_report = self.told.hub.as_ref().map_or(0, |at| at.epoch);
+        let of_report = self.reported.hub.as_ref().map_or(0, |at| at.epoch);
         Position { epoch: node.hub_epoch.unwrap_or(of_report), revision: node.hub_revision }
     }
 
@@ -100,14 +100,14 @@ impl Report<'_> {
 
     /// The revision of the hub that all of the cluster enforces, as its member and its nodes report.
     pub fn enforced_revision(&self) -> u64 {
-        let of_member = self.told.hub.as_ref().filter(|at| at.epoch == self.hub.epoch).map_or(0, |at| at.revision);
-        let of_nodes = self.told.nodes.iter().map(|node| self.revision_of(node).unwrap_or_default());
+        let of_member = self.reported.hub.as_ref().filter(|at| at.epoch == self.hub.epoch).map_or(0, |at| at.revision);
+        let of_nodes = self.reported.nodes.iter().map(|node| self.revision_of(node).unwrap_or_default());
         of_nodes.chain([of_member]).min().unwrap_or_default()
     }
 
     /// Why a node does not enforce the newest rule set of its member.
     fn lag(&self, node: &pb::NodePosition) -> Option<Lag> {
-        let of_member = self.told.hub.unwrap_or_default();
+        let of_member = self.reported.hub.unwrap_or_default();
         let (hub, local) = (self.position_of(node), node.local_revision);
         let behind = if hub.epoch == self.hub.epoch && hub.revision > self.hub.revision {
             Some(Behind::AheadOfHub { at: hub.revision, hub: self.hub.revision })
@@ -116,8 +116,8 @@ impl Report<'_> {
             Some(Behind::OtherEpoch { at: hub.revision })
         } else if hub.revision < of_member.revision {
             Some(Behind::Hub { at: hub.revision, wanted: of_member.revision })
-        } else if local < self.told.local_revision {
-            Some(Behind::Local { at: local, wanted: self.told.local_revision })
+        } else if local < self.reported.local_revision {
+            Some(Behind::Local { at: local, wanted: self.reported.local_revision })
         } else {
             None
         };
@@ -131,10 +131,10 @@ impl Report<'_> {
         lags.then_some(Lag { agent, behind, failure })
     }
 
-    /// How far an object of this name and revision is. A policy's errors are by its name.
+    /// The state of an object at this revision. Errors of a policy are found by its name.
     pub fn object(&self, policy: Option<&str>, needed: Revision) -> ObjectStatus {
         let (mut enforcing, mut refused, mut lagging) = (0_u32, Vec::new(), Vec::new());
-        for node in &self.told.nodes {
+        for node in &self.reported.nodes {
             let reason = |error: &pb::ObjectError| NodeReason {
                 node: node.node.clone(),
                 at: error.at.clone().and_then(wire::parse_object),
@@ -154,8 +154,8 @@ impl Report<'_> {
             }
         }
         // Revisions of a store before this one do not count.
-        let at = self.told.hub.as_ref().filter(|at| at.epoch == self.hub.epoch).map_or(0, |at| at.revision);
-        let of_policies = policy.and_then(|name| self.told.policies.iter().find(|it| it.policy == name));
+        let at = self.reported.hub.as_ref().filter(|at| at.epoch == self.hub.epoch).map_or(0, |at| at.revision);
+        let of_policies = policy.and_then(|name| self.reported.policies.iter().find(|it| it.policy == name));
         let state = match of_policies.and_then(|it| it.state.as_ref()) {
             Some(pb::policy_state::State::Refused(why)) => {
                 ObjectState::Refused(Reasons::of_cluster(Reason::PolicyUnreadable(why.clone())))
@@ -173,7 +173,7 @@ impl Report<'_> {
             }
             None => ObjectState::Enforced,
         };
-        let nodes = u32::try_from(self.told.nodes.len()).unwrap_or(u32::MAX);
+        let nodes = u32::try_from(self.reported.nodes.len()).unwrap_or(u32::MAX);
         ObjectStatus { state, nodes_enforcing: enforcing, nodes }
     }
 }
@@ -206,7 +206,7 @@ struct Error {
     item: Option<Subject>,
 }
 
-/// What makes two errors one problem. Findings of several pods differ in their addresses only.
+/// Errors with equal groups are one problem. Findings of several pods differ in their addresses only.
 #[derive(PartialEq, Eq, Hash)]
 enum Group {
     Pods(&'static str),
@@ -215,18 +215,18 @@ enum Group {
 
 /// One problem for each reason, in the order in which reasons appear.
 fn grouped(node: &str, all: impl Iterator<Item = Error>) -> Vec<Problem> {
-    let (mut problems, mut places): (Vec<Problem>, HashMap<Group, usize>) = Default::default();
+    let (mut problems, mut positions): (Vec<Problem>, HashMap<Group, usize>) = Default::default();
     for Error { at, reason, item } in all {
         let group = match (&at, &reason) {
             (None, Reason::Finding(_)) => Group::Pods(reason.code()),
             _ => Group::Other(at.clone(), reason.clone()),
         };
-        let place = *places.entry(group).or_insert_with(|| {
+        let position = *positions.entry(group).or_insert_with(|| {
             problems.push(Problem { at, count: 0, ..Problem::new(node, reason) });
             problems.len() - 1
         });
-        problems[place].count = problems[place].count.saturating_add(1);
-        problems[place].items.extend(item);
+        problems[position].count = problems[position].count.saturating_add(1);
+        problems[position].items.extend(item);
     }
     problems
 }
@@ -256,9 +256,9 @@ mod tests {
         pb::Realisation { hub, nodes, ..pb::Realisation::default() }
     }
 
-    fn of(told: &pb::Realisation) -> Report<'_> {
+    fn of(reported: &pb::Realisation) -> Report<'_> {
         let hub = Position { epoch: 1, revision: 7 };
-        Report { told, hub, age: Duration::from_secs(60), silent: false }
+        Report { reported, hub, age: Duration::from_secs(60), silent: false }
     }
 
     fn pod(number: u8, finding: fn(IpAddr) -> Finding) -> pb::UnenforcedPod {
@@ -296,16 +296,16 @@ mod tests {
         first.unenforced = (0..150).map(|it| pod(it, Finding::Silent)).collect();
         first.unenforced.push(pod(200, Finding::HostNetwork));
         first.unenforced_total = 160;
-        let told = report(vec![first, node("b")]);
-        let problems: Vec<Problem> = of(&told).problems().collect();
+        let reported = report(vec![first, node("b")]);
+        let problems: Vec<Problem> = of(&reported).problems().collect();
         let shape: Vec<(&str, u32, usize)> =
             problems.iter().map(|it| (it.reason.code(), it.count, it.items.len())).collect();
         assert_eq!(shape, [("NotProven", 150, 150), ("HostNetwork", 1, 1), ("PodsNotNamed", 9, 0)]);
         let first = Object::Endpoint(EndpointId { namespace: "x".into(), name: "p0".into() });
         assert_eq!((problems[0].node.as_str(), &problems[0].items[0]), ("a", &Subject::Object(first)));
-        let states: Vec<NodeState> = of(&told).nodes().map(|it| it.state).collect();
+        let states: Vec<NodeState> = of(&reported).nodes().map(|it| it.state).collect();
         assert_eq!(states, [NodeState::Lagging, NodeState::Enforcing]);
-        let silent = Report { silent: true, ..of(&told) };
+        let silent = Report { silent: true, ..of(&reported) };
         assert!(silent.nodes().all(|it| it.state == NodeState::Unknown));
     }
 
@@ -314,8 +314,8 @@ mod tests {
         let check = |change: &dyn Fn(&mut pb::NodePosition), expected: Option<&str>| {
             let mut changed = node("a");
             change(&mut changed);
-            let told = pb::Realisation { local_revision: 4, ..report(vec![changed]) };
-            let reasons: Vec<String> = of(&told).problems().map(|it| Words(&it.reason).to_string()).collect();
+            let reported = pb::Realisation { local_revision: 4, ..report(vec![changed]) };
+            let reasons: Vec<String> = of(&reported).problems().map(|it| Words(&it.reason).to_string()).collect();
             assert_eq!(reasons.iter().map(String::as_str).collect::<Vec<_>>(), Vec::from_iter(expected));
         };
         check(&|it| it.local_revision = 4, None);
@@ -337,8 +337,8 @@ mod tests {
     #[test]
     fn an_object_is_as_far_as_its_last_node() {
         let check = |nodes: Vec<pb::NodePosition>, expected: &str, enforcing: u32| {
-            let told = report(nodes);
-            let status = of(&told).object(Some("p"), 7);
+            let reported = report(nodes);
+            let status = of(&reported).object(Some("p"), 7);
             assert_eq!((state(&status).as_str(), status.nodes_enforcing), (expected, enforcing));
         };
         let behind = |name: &str| pb::NodePosition { hub_revision: 5, ..node(name) };
@@ -356,9 +356,9 @@ mod tests {
         // Nothing counts as enforced of which this version does not know what is wrong, and with what.
         let unknown = pb::NodePosition { errors: vec![pb::ObjectError::default()], ..node("b") };
         check(vec![unknown], "lagging: node b: unknown reason: the sender is a newer version +0", 0);
-        let mut told = report(vec![node("a")]);
-        told.policies = vec![pb::PolicyState { policy: "p".to_owned(), state: None }];
-        assert!(state(&of(&told).object(Some("p"), 7)).starts_with("lagging: node : unknown reason"));
+        let mut reported = report(vec![node("a")]);
+        reported.policies = vec![pb::PolicyState { policy: "p".to_owned(), state: None }];
+        assert!(state(&of(&reported).object(Some("p"), 7)).starts_with("lagging: node : unknown reason"));
         // Of another store's numbering.
         let restored = Position { epoch: 2, revision: 7 };
         let status = Report { hub: restored, ..of(&report(vec![node("a")])) }.object(None, 7);
@@ -378,14 +378,14 @@ mod tests {
             (at(Some(1), 288), Some("at revision 288 of the hub, which is at 7")),
             (at(None, u64::MAX), Some("at revision 18446744073709551615 of the hub, which is at 7")),
         ] {
-            let told = report(vec![node_at, node("b")]);
-            let problems: Vec<Problem> = of(&told).problems().collect();
+            let reported = report(vec![node_at, node("b")]);
+            let problems: Vec<Problem> = of(&reported).problems().collect();
             let named = problems.iter().map(|it| (it.node.clone(), Words(&it.reason).to_string())).collect::<Vec<_>>();
             assert_eq!(named, lag.map(|lag| ("a".to_owned(), lag.to_owned())).into_iter().collect::<Vec<_>>());
-            let status = of(&told).object(Some("p"), 7);
+            let status = of(&reported).object(Some("p"), 7);
             let expected = lag.map_or("enforced".to_owned(), |lag| format!("lagging: node a: {lag} +0"));
             assert_eq!((state(&status), status.nodes_enforcing), (expected, if lag.is_none() { 2 } else { 1 }));
-            assert_eq!(of(&told).enforced_revision(), if lag.is_none() { 7 } else { 0 });
+            assert_eq!(of(&reported).enforced_revision(), if lag.is_none() { 7 } else { 0 });
         }
     }
 }

@@ -1,5 +1,4 @@
-//! Reports of enforcement as the hub reads them: counts, names and texts have bounds each, since the hub keeps the report and shows
-//! it to administrators.
+//! Reports of enforcement. The hub keeps them and shows them to administrators, so that counts, names and texts are limited.
 
 use hanse_exchange::codec::read_digest;
 use hanse_exchange::limits::{MAX_CLUSTERS, MAX_NAME_BYTES, MAX_PLAIN_BYTES};
@@ -8,38 +7,38 @@ use hanse_proto::bounded;
 use hanse_proto::federation::v1 as pb;
 use hanse_protocol::reason::{ExchangeProblem, Reason, wire as reasons};
 
-/// Nodes of one cluster, of which each is held for status.
+/// Nodes of one cluster. Each is kept for status.
 const MAX_NODES: usize = 16_384;
-/// Errors, pods, policies or problems that one cluster tells of.
-const MAX_TOLD: usize = 65_536;
+/// Errors, pods, policies or problems in the report of one cluster, each.
+const MAX_ITEMS: usize = 65_536;
 /// Bytes of the reason why a member cannot read a policy. What is longer is cut. Texts of other reasons have the bounds of
 /// `hanse_protocol::reason`.
 const MAX_TEXT_BYTES: usize = 2 << 10;
 
-/// The report as it is kept. One that is larger than a cluster of the largest size can make it is no reason to stop publishing,
-/// but then nothing is known of enforcement.
+/// The report as it is kept. A report beyond the limits does not stop the cluster from publishing, but its enforcement is unknown
+/// then.
 pub fn read(bytes: &[u8]) -> pb::Realisation {
-    let not_taken = |why: String| {
+    let refused = |why: String| {
         let problem = Reason::Exchange(ExchangeProblem::ReportTooLarge(why));
         pb::Realisation { problems: vec![reasons::reason(&problem)], ..pb::Realisation::default() }
     };
     if bytes.len() > MAX_PLAIN_BYTES {
-        return not_taken(format!("{} bytes, of {}", bytes.len(), MAX_PLAIN_BYTES));
+        return refused(format!("{} bytes, of {}", bytes.len(), MAX_PLAIN_BYTES));
     }
-    // What is kept of it are copies: parts of the message would keep all of it.
+    // The kept parts are copies: a slice would keep the whole message.
     match bounded::decode::<pb::Realisation>(bytes) {
         Ok(mut report) => match check(&report) {
             Ok(()) => {
                 cut_texts(&mut report);
                 report
             }
-            Err(why) => not_taken(why),
+            Err(why) => refused(why),
         },
-        Err(status) => not_taken(status.message().to_owned()),
+        Err(status) => refused(status.message().to_owned()),
     }
 }
 
-/// What the exchange itself needs of a report.
+/// The part of a report that the exchange uses.
 pub fn state(report: &pb::Realisation) -> ReportedState {
     ReportedState {
         hub: report.hub.map(Into::into),
@@ -55,13 +54,13 @@ fn check(realisation: &pb::Realisation) -> Result<(), String> {
     let awaited = || realisation.policies.iter().flat_map(|policy| awaited(&policy.state));
     for (what, count, most) in [
         ("nodes", realisation.nodes.len(), MAX_NODES),
-        ("errors of nodes", of_nodes(|node| node.errors.len()), MAX_TOLD),
-        ("pods that are not enforced", of_nodes(|node| node.unenforced.len()), MAX_TOLD),
-        ("policies", realisation.policies.len(), MAX_TOLD),
-        ("clusters that policies wait for", awaited().count(), MAX_TOLD),
+        ("errors of nodes", of_nodes(|node| node.errors.len()), MAX_ITEMS),
+        ("pods that are not enforced", of_nodes(|node| node.unenforced.len()), MAX_ITEMS),
+        ("policies", realisation.policies.len(), MAX_ITEMS),
+        ("clusters that policies wait for", awaited().count(), MAX_ITEMS),
         ("origins", realisation.origins.len(), MAX_CLUSTERS),
-        ("problems", realisation.problems.len(), MAX_TOLD),
-        ("files of nodes", of_nodes(|node| node.files.len()), MAX_TOLD),
+        ("problems", realisation.problems.len(), MAX_ITEMS),
+        ("files of nodes", of_nodes(|node| node.files.len()), MAX_ITEMS),
         ("bytes of a node's name", longest(&mut realisation.nodes.iter().map(|it| &it.node)), MAX_NAME_BYTES),
         ("bytes of a policy's name", longest(&mut realisation.policies.iter().map(|it| &it.policy)), MAX_NAME_BYTES),
         ("bytes of a cluster's name", longest(&mut awaited()), MAX_NAME_BYTES),

@@ -31,7 +31,7 @@ pub struct Snapshot {
     pub(crate) audit_revision: Revision,
     leases: BTreeMap<Arc<str>, Revision>,
     /// The revision at which each cluster first sent a message, or its lease last changed.
-    heard: BTreeMap<Arc<str>, Revision>,
+    first_received: BTreeMap<Arc<str>, Revision>,
     grants: BTreeMap<Arc<str>, Arc<Stored<MemberCluster>>>,
 }
 
@@ -142,7 +142,7 @@ impl Snapshot {
             let mut revision = part(snapshot.members.get(&name).map(|m| m.revision))
                 .max(part(snapshot.grants.get(&name).map(|g| g.revision)))
                 .max(part(snapshot.leases.get(&name).copied()))
-                .max(part(snapshot.heard.get(&name).copied()));
+                .max(part(snapshot.first_received.get(&name).copied()));
             if let Some(cluster) = snapshot.clusters.get_mut(&name) {
                 // The end of a lease leaves no entry with its revision: the newest revision is late enough.
                 if cluster.lease == Lease::Stale {
@@ -172,7 +172,7 @@ impl Snapshot {
                 self.merge(name, event.revision);
             }
             ["heard", name] => {
-                set(&mut self.heard, name, entry.map(|_| event.revision));
+                set(&mut self.first_received, name, entry.map(|_| event.revision));
                 self.merge(name, event.revision);
             }
             ["object", kind, name] => {
@@ -250,7 +250,7 @@ impl Snapshot {
             Some(MemberState::Accepted) => ClusterState::Accepted,
             Some(MemberState::Revoked { reason }) => ClusterState::Revoked { reason: reason.as_str().into() },
         };
-        let lease = match (self.leases.contains_key(name), self.heard.contains_key(name)) {
+        let lease = match (self.leases.contains_key(name), self.first_received.contains_key(name)) {
             (true, _) => Lease::Live,
             (false, true) => Lease::Stale,
             (false, false) => Lease::NeverConnected,

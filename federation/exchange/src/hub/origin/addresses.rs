@@ -1,11 +1,11 @@
-//! Which endpoint of an origin owns an address: of those that claim it the newest.
+//! Which endpoint of an origin owns an address: the newest of those that claim it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hashbrown::HashMap;
 
-/// A claim to an address. The greatest wins: that of the endpoint which changed last by its publisher's revisions.
+/// A claim to an address. The greatest wins: that of the endpoint with the newest revision of its publisher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Claim {
     pub revision: u64,
@@ -18,7 +18,7 @@ pub struct Claim {
 pub struct Addresses {
     v4: HashMap<Ipv4Addr, u32>,
     v6: HashMap<Ipv6Addr, u32>,
-    /// Everybody who claims an address that more than one claims.
+    /// All claims to an address with more than one.
     contested: BTreeMap<IpAddr, BTreeSet<Claim>>,
 }
 
@@ -30,7 +30,7 @@ impl Addresses {
         }
     }
 
-    /// Takes a claim. Slots that own an address more or less by it are added to `rivals`.
+    /// Adds a claim. Slots that now own one address more, or one less by it are added to `rivals`.
     pub fn claim(
         &mut self,
         address: IpAddr,

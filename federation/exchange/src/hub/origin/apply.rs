@@ -31,7 +31,7 @@ impl Origin {
         Ok(batch.end(position, same_epoch))
     }
 
-    /// Applies the next part of a batch, of about `slice` updates; whether that was the last. After the changes were
+    /// Applies the next part of a batch, of about `slice` updates, and returns whether it was the last. After the changes were
     /// reported, [`Self::settle`] must be called. Between two parts the origin is consistent, but not a state of its publisher.
     pub fn step(&mut self, batch: &mut Applying, selections: &Selections, slice: usize) -> (Changes, bool) {
         let mut left = slice;
@@ -41,7 +41,7 @@ impl Origin {
             if left == 0 {
                 break false;
             }
-            // Much less than applying them.
+            // Reading an update costs much less than applying it.
             if let Some(read) = batch.read() {
                 left = left.saturating_sub(read / 16);
             } else if batch.removals.is_none() {

@@ -1,4 +1,4 @@
-//! What a cluster publishes at once, staged until it is complete, and how much of it is kept.
+//! Batches: staged until they are complete, then applied. Limits of what is staged and kept.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -25,7 +25,7 @@ pub enum BatchError {
     OldRevision(u64),
 }
 
-/// A batch as it is staged: frames as they came, which take no more room than their bytes.
+/// A batch as it is staged: frames as they were received, which take no more memory than their bytes.
 #[derive(Debug, Default)]
 pub struct Batch {
     pub snapshot: bool,
@@ -34,7 +34,7 @@ pub struct Batch {
     bytes: usize,
     /// Updates and removals in them.
     updates: usize,
-    /// Updates that have no readable id, or are beyond what is staged of one batch.
+    /// Updates that have no readable id, or exceed what is staged of one batch.
     pub unreadable: usize,
 }
 
@@ -63,7 +63,7 @@ impl Batch {
         }
         self.updates += updates;
         self.bytes += bytes.len();
-        // A copy of its own: a slice may keep the buffer that it was received in.
+        // Copied: a slice may keep the buffer that it was received in.
         self.frames.push(Bytes::copy_from_slice(bytes));
         Ok(())
     }
@@ -92,18 +92,18 @@ pub struct Applying {
     pub snapshot: bool,
     pub unreadable: usize,
     frames: VecDeque<Bytes>,
-    /// What it says of each object, as far as it was read.
+    /// The updates that were read.
     pub updates: Updates,
-    /// Slots of which it is known whether a snapshot names their objects.
+    /// Slots below this one were compared with a snapshot.
     pub scanned: u32,
-    /// What of those it does not name.
+    /// The ids in those slots that the snapshot does not name.
     pub found: Vec<u64>,
     /// Once all of it was read.
     pub removals: Option<Vec<u64>>,
 }
 
 impl Applying {
-    /// Reads the next frame; how many updates it had. `None`: there is no other.
+    /// Reads the next frame, and returns its number of updates. `None`: there is no other.
     pub fn read(&mut self) -> Option<usize> {
         // Each was read when it was staged.
         let frame = frame::read(&self.frames.pop_front()?).unwrap_or_default();
@@ -119,7 +119,7 @@ impl Applying {
     }
 }
 
-/// How much of one batch is staged: more than may be kept, so that what exceeds the grant is refused by name for long.
+/// How much of one batch is staged: more than may be kept, so that objects beyond the grant are refused by name.
 #[derive(Debug, Clone, Copy)]
 pub struct StagedLimits {
     pub objects: usize,

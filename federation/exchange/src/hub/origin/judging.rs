@@ -18,7 +18,7 @@ use crate::model::{Pairs, Refusal};
 const FEW_SELECTIONS: usize = 8;
 
 impl Origin {
-    /// Judges new selections over these profiles. One that has been judged already stays as it is.
+    /// Judges new selections over these profiles. One that was judged already stays unchanged.
     pub fn select(&mut self, fresh: &[u32], selections: &Selections, profiles: std::ops::Range<u32>) {
         let counts = |number: &u32| selections.wanted(*number).clusters().contains("", &self.name);
         let mut fresh: Vec<u32> = fresh.iter().copied().filter(counts).collect();
@@ -54,7 +54,7 @@ impl Origin {
         }
     }
 
-    /// Forgets selections whose numbers will be given to others: all at once, since each profile is looked at.
+    /// Removes selections whose numbers are reused. All at once, because each profile is visited.
     pub fn unselect(&mut self, numbers: &Bits) {
         for profile in self.profiles.iter_mut() {
             drop_from(&mut profile.matches, numbers);
@@ -62,7 +62,7 @@ impl Origin {
         }
     }
 
-    /// Of these endpoints those that each selection may select.
+    /// For each selection, which of these endpoints it may select.
     pub fn candidates(&self, endpoints: &BTreeMap<u32, Before>) -> BTreeMap<u32, Vec<u32>> {
         let mut candidates: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         for slot in endpoints.keys() {
@@ -108,7 +108,7 @@ impl Origin {
         profiles.flat_map(|number| &self.profiles.get(number).endpoints).any(|slot| endpoints.contains(*slot))
     }
 
-    /// Judges a profile: what is wrong with what it refers to, and which selections match it.
+    /// Judges a profile: whether the objects that it refers to are accepted, and which selections match it.
     pub(super) fn judge(&mut self, id: ProfileId, selections: &Selections) {
         let profile = self.profiles.get(id);
         let [namespace, account, label_set] = profile.key;
@@ -180,7 +180,7 @@ fn drop_from(list: &mut Box<[u32]>, numbers: &Bits) {
     }
 }
 
-/// `own_name`: where a label is seen that has the key of the name.
+/// `own_name`: the key under which a label with the key of the name is visible.
 fn prefixed(
     prefix: &str,
     own_name: Option<&str>,

@@ -23,9 +23,9 @@ const FIRST_KEYS: usize = 64;
 pub struct Profile {
     pub key: ProfileKey,
     pub endpoints: Vec<u32>,
-    /// Keys of labels of their own, of its endpoints and of some that were in it.
+    /// Keys of the own labels of its endpoints, and of some former ones.
     pub own_keys: Box<[Arc<str>]>,
-    /// With this many keys, those that no endpoint has any more are dropped.
+    /// Above this number, the keys of former endpoints are dropped.
     pub most_keys: usize,
     /// Selections that match, or may match, all of its endpoints.
     pub matches: Box<[u32]>,

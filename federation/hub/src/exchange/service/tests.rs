@@ -1,11 +1,16 @@
 use hanse_exchange::message::WatchOpen;
+use hanse_exchange::model::Position;
 use hanse_runtime::shutdown::Shutdown;
 use hanse_store::{Key, Transaction, in_memory};
 
-use hanse_protocol::reason::{Agent, Behind, ExchangeProblem, Lag};
+use hanse_protocol::reason::{Agent, Behind, ExchangeProblem, Lag, Reason};
 
 use super::*;
+use crate::exchange::admission::FRAME_TIME;
+use crate::grants::Limits;
+use crate::manifest::{Kind, ObjectId};
 use crate::registry::Clock;
+use crate::status::{ObjectState, Realisations as _, Reasons};
 
 /// Of a hub with the accepted clusters `train` and `serve`.
 async fn service() -> Service {
@@ -49,7 +54,7 @@ fn in_sync(service: &Service, nodes: &[&str]) -> (pb::Realisation, Position) {
     (pb::Realisation { hub: Some(at.into()), received: Some(at.into()), nodes, ..Default::default() }, at)
 }
 
-/// A node's word is about the node: its cluster does not doubt the hub for it.
+/// The report of one node concerns that node: its cluster does not count as ahead of the hub.
 #[tokio::test]
 async fn a_node_that_is_ahead_of_the_hub_is_named_with_its_figures() {
     let service = service().await;
@@ -66,7 +71,7 @@ async fn a_node_that_is_ahead_of_the_hub_is_named_with_its_figures() {
     assert_eq!(nodes, [true, false]);
 }
 
-/// The hub was started with `--restored`: its revisions begin anew, and a node that is away has one of before.
+/// The hub was started with `--restored`: its revisions start again, and a node that is away has one of the time before.
 #[tokio::test]
 async fn a_node_of_an_earlier_epoch_does_not_count_as_enforcing() {
     let service = service().await;
@@ -89,9 +94,9 @@ async fn a_cluster_that_received_nothing_for_a_lease_is_shown_as_lagging() {
     let service = service().await;
     let (report, at) = in_sync(&service, &["a"]);
     reported(&service, report);
-    let _publishing = Place::take(&service.shared, &"train".into(), |shared| &shared.publishing).expect("room");
+    let _publishing = StreamPermit::acquire(&service.shared.publishing, &"train".into()).expect("room");
     let say = |age_ms| {
-        let receiving = Receiving { age: Some(Duration::from_millis(age_ms)), said: tokio::time::Instant::now() };
+        let receiving = Receiving { age: Some(Duration::from_millis(age_ms)), reported: tokio::time::Instant::now() };
         lock(&service.shared.receiving).insert("train".into(), receiving);
     };
     let cluster = || ObjectId { kind: Kind::MemberCluster, name: "train".into() };
@@ -105,16 +110,16 @@ async fn a_cluster_that_received_nothing_for_a_lease_is_shown_as_lagging() {
     let why = Reason::Exchange(ExchangeProblem::NotReceiving(Duration::from_secs(30)));
     assert_eq!(state(), ObjectState::Lagging(Reasons::of_cluster(why.clone())));
     assert_eq!(problems()[0].reason, why);
-    // What it says of the time before counts as well, and news end it.
+    // The reported age counts as well, and newer data end it.
     say(30_000);
     assert_eq!(state(), ObjectState::Lagging(Reasons::of_cluster(why)));
     say(0);
     assert_eq!(state(), ObjectState::Enforced);
 }
 
-/// Who reads slowly says meanwhile that it lives, and what it has in force.
+/// Messages of a slow receiver are read while there is no room for its own.
 #[tokio::test(start_paused = true)]
-async fn a_receiver_is_heard_while_it_leaves_no_room() {
+async fn reads_messages_of_a_receiver_that_leaves_no_room() {
     let service = service().await;
     let open = || WatchOpen { protocol: 1, ..WatchOpen::default() };
     let id = service.with(|exchange| exchange.watch_open("train".into(), open())).expect("accepted");
@@ -134,10 +139,10 @@ async fn a_receiver_is_heard_while_it_leaves_no_room() {
             let ack = codec::watch::encode_request(WatchRequest::InForce { interest: 7, hub: at });
             member.send(Ok(ack)).await.expect("it is read");
             tokio::time::sleep(Duration::from_secs(1)).await;
-            let heard = service.with(|exchange| exchange.receivers()[0].interest_in_force);
+            let in_force = service.with(|exchange| exchange.receivers()[0].interest_in_force);
             let again = codec::watch::encode_request(WatchRequest::Open(open()));
             member.send(Ok(again)).await.expect("it is read");
-            heard
+            in_force
         };
         tokio::join!(tokio::time::timeout(Duration::from_secs(600), send), watch)
     };
@@ -147,7 +152,7 @@ async fn a_receiver_is_heard_while_it_leaves_no_room() {
 }
 
 #[test]
-fn a_batch_that_does_not_end_is_given_up() {
+fn a_batch_must_end_in_time() {
     let start = tokio::time::Instant::now();
     let at = |seconds| start + Duration::from_secs(seconds);
     let say = |unfinished: &mut Option<Unfinished>, message, seconds| {
@@ -167,7 +172,7 @@ fn a_batch_that_does_not_end_is_given_up() {
 }
 
 #[tokio::test]
-async fn what_comes_too_late_for_its_batch_ends_the_stream() {
+async fn a_late_part_of_a_batch_ends_the_stream() {
     let never = std::future::pending::<()>;
     let begun = tokio::time::Instant::now().checked_sub(FRAME_TIME).expect("the clock is older");
     let late = Some(Unfinished { began: begun, progress: begun });
@@ -179,21 +184,21 @@ async fn what_comes_too_late_for_its_batch_ends_the_stream() {
 #[test]
 fn a_cluster_that_receives_nothing_for_a_lease_does_not_count_as_enforcing() {
     let (lease, start) = (Duration::from_secs(30), tokio::time::Instant::now());
-    let say = |age: Option<u64>| Receiving { age: age.map(Duration::from_millis), said: start };
-    let trouble = |said: Receiving, watches, seconds| {
-        Receiving::trouble(Some(&said), watches, lease, start + Duration::from_secs(seconds))
+    let say = |age: Option<u64>| Receiving { age: age.map(Duration::from_millis), reported: start };
+    let problem = |said: Receiving, watches, seconds| {
+        Receiving::problem(Some(&said), watches, lease, start + Duration::from_secs(seconds))
     };
-    assert_eq!(trouble(say(Some(0)), true, 0), None);
-    // A stream that is open and on which nothing comes.
-    assert_eq!(trouble(say(Some(30_000)), true, 0), Some(ExchangeProblem::NotReceiving(lease)));
-    assert_eq!(trouble(say(Some(29_999)), true, 0), None);
-    assert_eq!(trouble(say(Some(0)), false, 29), None, "it may watch another replica");
-    assert!(trouble(say(Some(u64::MAX)), true, 1).is_some());
-    assert!(trouble(say(Some(0)), true, 30).is_some(), "what it said is as old");
-    // One that has received nothing since its start; one that has not spoken yet.
+    assert_eq!(problem(say(Some(0)), true, 0), None);
+    // A stream is open, and nothing arrives on it.
+    assert_eq!(problem(say(Some(30_000)), true, 0), Some(ExchangeProblem::NotReceiving(lease)));
+    assert_eq!(problem(say(Some(29_999)), true, 0), None);
+    assert_eq!(problem(say(Some(0)), false, 29), None, "it may watch another replica");
+    assert!(problem(say(Some(u64::MAX)), true, 1).is_some());
+    assert!(problem(say(Some(0)), true, 30).is_some(), "its report is as old");
+    // A cluster that has received nothing since its start; one that has not reported yet.
     for said in [Some(say(None)), None] {
-        assert_eq!(Receiving::trouble(said.as_ref(), true, lease, start), None);
-        assert!(Receiving::trouble(said.as_ref(), false, lease, start).is_some());
+        assert_eq!(Receiving::problem(said.as_ref(), true, lease, start), None);
+        assert!(Receiving::problem(said.as_ref(), false, lease, start).is_some());
     }
 }
 
@@ -207,16 +212,16 @@ fn a_member_that_restarts_within_each_lease_and_receives_nothing_does_not_count_
         Receiving::note(&mut all, &cluster, first, start);
         for seconds in [10, 20, 29] {
             Receiving::note(&mut all, &cluster, None, after(seconds));
-            assert_eq!(Receiving::trouble(all.get(&cluster), true, lease, after(seconds)), None);
+            assert_eq!(Receiving::problem(all.get(&cluster), true, lease, after(seconds)), None);
         }
-        assert!(Receiving::trouble(all.get(&cluster), true, lease, after(30)).is_some());
+        assert!(Receiving::problem(all.get(&cluster), true, lease, after(30)).is_some());
         Receiving::note(&mut all, &cluster, Some(Duration::ZERO), after(31));
-        assert_eq!(Receiving::trouble(all.get(&cluster), true, lease, after(60)), None);
+        assert_eq!(Receiving::problem(all.get(&cluster), true, lease, after(60)), None);
     }
 }
 
 #[test]
-fn updates_beyond_the_granted_rate_wait_and_are_told() {
+fn delays_updates_above_the_granted_rate() {
     let limits = Limits { endpoints: 100, label_sets: 0, updates_per_second: 10 };
     let start = tokio::time::Instant::now();
     let mut rate = Rate::full(start);

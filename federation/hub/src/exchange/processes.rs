@@ -1,4 +1,4 @@
-//! Which process publishes for a cluster: the first, where a copy of its member's folder runs beside it.
+//! Which process publishes for a cluster: the first one, if a copy of its member's folder runs as well.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -12,20 +12,20 @@ use tonic::Status;
 
 /// One entry for each cluster that has published since the start.
 #[derive(Debug, Default)]
-pub struct Speakers(Mutex<BTreeMap<ClusterName, Speaker>>);
+pub struct Processes(Mutex<BTreeMap<ClusterName, Process>>);
 
 #[derive(Debug, Default)]
-struct Speaker {
+struct Process {
     instances: Instances,
-    /// Of the process that is served, while one of its streams is open.
+    /// The token of the process that is served, while one of its streams is open.
     present: Weak<CancellationToken>,
 }
 
-/// While this is kept, a stream of the process that is served is open.
+/// A stream of the process that is served. The process is served as long as one of these exists.
 #[derive(Debug)]
-pub struct Speaking(Arc<CancellationToken>);
+pub struct ServedProcess(Arc<CancellationToken>);
 
-impl Speaking {
+impl ServedProcess {
     /// Whether another process is served instead.
     pub fn is_replaced(&self) -> bool {
         self.0.is_cancelled()
@@ -37,26 +37,26 @@ impl Speaking {
     }
 }
 
-impl Speakers {
+impl Processes {
     /// A process opens a stream to publish.
     ///
     /// # Errors
     /// `ABORTED`: another process with the same key is served.
-    pub fn speak(&self, cluster: &ClusterName, instance: Instance) -> Result<Speaking, Status> {
+    pub fn admit(&self, cluster: &ClusterName, instance: Instance) -> Result<ServedProcess, Status> {
         let now = Instant::now();
-        let mut speakers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let speaker = speakers.entry(cluster.clone()).or_default();
-        let present = speaker.present.upgrade();
-        let stays = speaker.instances.is_present(&instance);
-        let is_let_in = speaker.instances.take(instance, present.is_some(), now);
-        if let Some((served, refused)) = speaker.instances.to_warn(now) {
+        let mut processes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let process = processes.entry(cluster.clone()).or_default();
+        let present = process.present.upgrade();
+        let stays = process.instances.is_present(&instance);
+        let is_admitted = process.instances.take(instance, present.is_some(), now);
+        if let Some((served, refused)) = process.instances.to_warn(now) {
             tracing::warn!(
                 %cluster, %served, %refused,
                 "the key of a cluster's member is used from two places: one is a copy of its folder"
             );
         }
-        if !is_let_in {
-            let served = speaker.instances.served().map(|served| format!(" from {served}")).unwrap_or_default();
+        if !is_admitted {
+            let served = process.instances.served().map(|served| format!(" from {served}")).unwrap_or_default();
             return Err(Status::aborted(format!(
                 "the key of cluster {cluster} is in use{served}: one of both is a copy of the member's folder; stop it, or revoke the \
                  cluster and let it join with a new token and a new --data"
@@ -64,19 +64,19 @@ impl Speakers {
         }
         if let Some(present) = present {
             if stays {
-                return Ok(Speaking(present));
+                return Ok(ServedProcess(present));
             }
             present.cancel();
         }
-        let speaking = Arc::new(CancellationToken::new());
-        speaker.present = Arc::downgrade(&speaking);
-        Ok(Speaking(speaking))
+        let served_process = Arc::new(CancellationToken::new());
+        process.present = Arc::downgrade(&served_process);
+        Ok(ServedProcess(served_process))
     }
 
-    /// Why nothing that a cluster reports counts, where two processes report for it.
+    /// Why the reports of a cluster do not count, if two processes report for it.
     pub fn conflict(&self, cluster: &ClusterName) -> Option<ExchangeProblem> {
-        let speakers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (served, refused) = speakers.get(cluster)?.instances.rivals(Instant::now())?;
+        let processes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (served, refused) = processes.get(cluster)?.instances.rivals(Instant::now())?;
         Some(ExchangeProblem::ClusterKeyInUse { served: served.to_string(), refused: refused.to_string() })
     }
 }

@@ -1,0 +1,72 @@
+//! Whether a cluster publishes, and whether it receives.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use hanse_policy::model::ClusterName;
+use hanse_protocol::reason::ExchangeProblem;
+use tokio::time::Instant;
+
+/// What a cluster last reported about the data that it receives.
+#[derive(Debug, Clone, Copy)]
+pub struct Receiving {
+    /// The time since it received something; `None` if it has not since its start.
+    pub age: Option<Duration>,
+    pub reported: Instant,
+}
+
+impl Receiving {
+    /// Stores a report. A process that has received nothing yet does not replace what an earlier one reported: otherwise one that
+    /// restarts within each lease would always count as receiving.
+    pub fn note(
+        all: &mut BTreeMap<ClusterName, Self>,
+        cluster: &ClusterName,
+        age: Option<Duration>,
+        reported: Instant,
+    ) {
+        let now = Self { age, reported };
+        match age {
+            Some(_) => drop(all.insert(cluster.clone(), now)),
+            None => _ = all.entry(cluster.clone()).or_insert(now),
+        }
+    }
+
+    /// Why a cluster does not count as enforcing, if it does not: its data may be old. `watches`: it has a watching stream here.
+    pub fn problem(this: Option<&Self>, watches: bool, lease: Duration, now: Instant) -> Option<ExchangeProblem> {
+        let no_stream = || ExchangeProblem::NotWatching;
+        let Some(this) = this else { return (!watches).then(no_stream) };
+        let age = this.age.unwrap_or_default().saturating_add(now.duration_since(this.reported));
+        if age >= lease {
+            return Some(ExchangeProblem::NotReceiving(age));
+        }
+        (this.age.is_none() && !watches).then(no_stream)
+    }
+}
+
+/// A cluster that is connected and has not published yet.
+#[derive(Debug, Clone, Copy)]
+pub struct Unpublished {
+    since: Instant,
+    /// When a part of its first batch arrived last.
+    pub progress: Instant,
+    received: Instant,
+    /// A warning was logged.
+    pub is_logged: bool,
+}
+
+impl Unpublished {
+    pub fn new(now: Instant) -> Self {
+        Self { since: now, progress: now, received: now, is_logged: false }
+    }
+
+    /// A cluster is silent if nothing of its first batch arrives for the time of a lease, or the batch does not end within ten:
+    /// other clusters would wait for it without end.
+    pub fn is_silent(&mut self, lease: Duration, now: Instant) -> bool {
+        // Its lease had ended, so that no cluster waited for it.
+        if now.duration_since(self.received) > lease {
+            *self = Self::new(now);
+        }
+        self.received = now;
+        now.duration_since(self.progress) > lease || now.duration_since(self.since) > lease * 10
+    }
+}

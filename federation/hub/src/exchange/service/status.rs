@@ -1,0 +1,163 @@
+//! The status of clusters, nodes and objects, from the reports of enforcement.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hanse_exchange::hub::Exchange;
+use hanse_exchange::model::{ManifestKind, Position};
+use hanse_policy::model::ClusterName;
+use hanse_proto::federation::v1 as pb;
+use hanse_protocol::reason::{ExchangeProblem, Reason};
+use hanse_store::Revision;
+
+use super::Service;
+use crate::exchange::liveness::Receiving;
+use crate::exchange::mutex::lock;
+use crate::exchange::progress::Report;
+use crate::manifest::{Kind, ObjectId};
+use crate::registry::{Lease, Snapshot};
+use crate::status::{NodeProgress, ObjectState, ObjectStatus, Problem, Realisation, Realisations, Reasons};
+
+/// Problems of one cluster in its status: some 200 bytes each.
+const MAX_PROBLEMS: usize = 32;
+
+impl Realisations for Service {
+    fn clusters(&self) -> BTreeMap<Arc<str>, Realisation> {
+        let publishing = lock(&self.shared.publishing).clone();
+        let rates = lock(&self.shared.rates).clone();
+        let snapshot = self.registry.snapshot();
+        let names: Vec<ClusterName> = self.look(|exchange| exchange.federation().clusters.keys().cloned().collect());
+        let mut known: BTreeMap<Arc<str>, Realisation> = BTreeMap::new();
+        // Problems are derived from the reports after the lock is released.
+        let mut reports = Vec::new();
+        for name in &names {
+            // One lock for each: it is compared with all others, which takes seconds for thousands of clusters.
+            let exchange = lock(&self.shared.exchange);
+            let began = Instant::now();
+            let entry = known.entry(name.clone()).or_default();
+            entry.connected = publishing.get(name).is_some_and(|count| *count > 0);
+            if let Some(origin) = exchange.origin(name) {
+                let position = origin.position;
+                (entry.epoch, entry.revision) = (position.epoch, position.revision);
+                entry.endpoints = origin.endpoint_count() as u64;
+                let (total, refusals) = origin.refusals(10);
+                entry.refused = total as u64;
+                entry.refusals = refusals.into_iter().map(|(id, why)| origin.explain(id, &why)).collect();
+            }
+            let slowed = rates.get(name).and_then(|rate| rate.slowed);
+            if slowed.is_some_and(|at| at.elapsed() < Duration::from_secs(60)) {
+                let granted = snapshot.clusters.get(name).map_or(0, |it| it.grant.limits.updates_per_second);
+                entry.refusals.push(format!("more than {granted} updates per second: taken later"));
+            }
+            // The status of a cluster that is not connected states that already.
+            let not_reached = entry.connected.then(|| self.not_reached(&exchange, name)).flatten();
+            entry.problems.extend(not_reached.map(|why| Problem::new("", Reason::Exchange(why))));
+            if let Some(report) = self.last_report(&exchange, name) {
+                entry.received_revision = report.received.as_ref().map_or(0, |at| at.revision);
+                (entry.agents, entry.agents_current) = (report.agents, report.agents_current);
+                entry.digests_equal = exchange.digests_equal(name);
+                let unenforced = report.nodes.iter().map(|node| node.unenforced_total);
+                entry.unenforced = unenforced.fold(0, u32::saturating_add);
+                reports.push((name.clone(), report));
+            }
+            drop(exchange);
+            self.lock_time.observe(began.elapsed().as_secs_f64());
+        }
+        let position = self.look(|exchange| exchange.federation().position);
+        for (name, report) in reports {
+            let Some(entry) = known.get_mut(&name) else { continue };
+            let progress = self.progress(&snapshot, &name, &report, position);
+            entry.enforced_revision = progress.enforced_revision();
+            let mut problems = progress.problems();
+            entry.problems.extend(problems.by_ref().take(MAX_PROBLEMS));
+            let total = entry.problems.len() + problems.count();
+            entry.problems_total = u32::try_from(total).unwrap_or(u32::MAX);
+        }
+        known
+    }
+
+    fn nodes(&self, cluster: &str) -> Vec<NodeProgress> {
+        let (report, position) =
+            self.look(|exchange| (self.last_report(exchange, cluster), exchange.federation().position));
+        let snapshot = self.registry.snapshot();
+        let nodes = report
+            .iter()
+            .flat_map(|report| self.progress(&snapshot, cluster, report, position).nodes().collect::<Vec<_>>());
+        let mut nodes: Vec<NodeProgress> = nodes.collect();
+        nodes.sort_by(|one, other| one.name.cmp(&other.name));
+        nodes
+    }
+
+    fn object(&self, id: &ObjectId, gone_at: Revision) -> Option<BTreeMap<Arc<str>, ObjectStatus>> {
+        let snapshot = self.registry.snapshot();
+        let object = snapshot.objects.get(id);
+        let needed = object.map_or(if gone_at > 0 { gone_at } else { snapshot.revision }, |object| object.revision);
+        let policy = object.filter(|_| id.kind == Kind::FederatedNetworkPolicy).map(|_| &*id.name);
+        let exchange = lock(&self.shared.exchange);
+        let federation = exchange.federation();
+        let position = federation.position;
+        let clusters: Vec<ClusterName> = match policy {
+            Some(name) => {
+                let manifest = federation.manifests.get(&(ManifestKind::Policy, Arc::from(name)))?;
+                manifest.enforcers.iter().flatten().cloned().collect()
+            }
+            None if position.revision < needed => return None,
+            None => federation.clusters.keys().cloned().collect(),
+        };
+        let read = |cluster: &ClusterName| (self.last_report(&exchange, cluster), self.not_reached(&exchange, cluster));
+        let reports: Vec<_> = clusters.iter().map(read).collect();
+        drop(exchange);
+        let status =
+            |cluster: &ClusterName, (report, not_reached): (Option<Arc<pb::Realisation>>, Option<ExchangeProblem>)| {
+                let Some(report) = report else { return ObjectStatus::lagging(Reason::NotReported) };
+                let report = self.progress(&snapshot, cluster, &report, position);
+                let status = report.object(policy, needed);
+                if report.silent {
+                    let silent = self.registry.silent_for(cluster).map_or(Duration::ZERO, |since| since);
+                    let why = Reasons::of_cluster(Reason::ClusterSilent(silent));
+                    return ObjectStatus { state: ObjectState::Lagging(why), ..status };
+                }
+                if let Some(why) = not_reached {
+                    let why = Reasons::of_cluster(Reason::Exchange(why));
+                    return ObjectStatus { state: ObjectState::Lagging(why), ..status };
+                }
+                status
+            };
+        Some(clusters.iter().zip(reports).map(|(cluster, report)| (cluster.clone(), status(cluster, report))).collect())
+    }
+}
+
+impl Service {
+    /// Why a cluster does not count as enforcing, whatever its nodes report: it may lack newer data.
+    fn not_reached(&self, exchange: &Exchange, cluster: &ClusterName) -> Option<ExchangeProblem> {
+        if let Some(conflict) = self.shared.processes.conflict(cluster) {
+            return Some(conflict);
+        }
+        if let Some(ahead) = exchange.ahead_of_hub(cluster) {
+            let hub = exchange.federation().position.revision;
+            return Some(ExchangeProblem::AheadOfHub { at: ahead, hub });
+        }
+        let watches = lock(&self.shared.watching).contains_key(cluster);
+        let lease = self.registry.lease_time();
+        Receiving::problem(lock(&self.shared.receiving).get(cluster), watches, lease, tokio::time::Instant::now())
+    }
+
+    /// The last report of an accepted cluster.
+    fn last_report(&self, exchange: &Exchange, cluster: &str) -> Option<Arc<pb::Realisation>> {
+        let reported = lock(&self.shared.reported).get(cluster).map(|(_, report)| Arc::clone(report));
+        reported.filter(|_| exchange.has_reported(cluster))
+    }
+
+    fn progress<'a>(
+        &self,
+        snapshot: &Snapshot,
+        cluster: &str,
+        reported: &'a pb::Realisation,
+        hub: Position,
+    ) -> Report<'a> {
+        let at = lock(&self.shared.reported).get(cluster).map(|(at, _)| *at);
+        let silent = snapshot.clusters.get(cluster).is_some_and(|it| it.lease == Lease::Stale);
+        Report { reported, hub, age: at.map_or(Duration::ZERO, |at| at.elapsed()), silent }
+    }
+}
