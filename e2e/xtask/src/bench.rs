@@ -4,23 +4,22 @@ use anyhow::{Context as _, bail};
 
 use crate::setup;
 
-/// A benchmark: its name here, the package and the bench target that run it.
+/// A benchmark: the name of its target.
 struct Bench {
     name: &'static str,
-    package: &'static str,
     /// It makes a network namespace.
     needs_root: bool,
 }
 
 const BENCHES: &[Bench] = &[
-    Bench { name: "apply", package: "hanse", needs_root: false },
-    Bench { name: "compile", package: "hanse-compiler", needs_root: false },
-    Bench { name: "fanout", package: "hanse-member", needs_root: false },
-    Bench { name: "hub", package: "hanse-hub", needs_root: false },
-    Bench { name: "nftables", package: "hanse-dataplane", needs_root: true },
-    Bench { name: "questions", package: "hanse-policy", needs_root: false },
-    Bench { name: "reading", package: "hanse-api", needs_root: false },
-    Bench { name: "remote", package: "hanse-member", needs_root: false },
+    Bench { name: "apply", needs_root: false },
+    Bench { name: "compile", needs_root: false },
+    Bench { name: "fanout", needs_root: false },
+    Bench { name: "hub", needs_root: false },
+    Bench { name: "nftables", needs_root: true },
+    Bench { name: "questions", needs_root: false },
+    Bench { name: "reading", needs_root: false },
+    Bench { name: "remote", needs_root: false },
 ];
 
 #[derive(Debug, clap::Args)]
@@ -48,7 +47,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             continue;
         }
         let mut command = setup::cargo();
-        command.args(["bench", "--quiet", "--locked", "--package", bench.package, "--bench", bench.name, "--"]);
+        // With the whole workspace, so that all benchmarks share one build of every dependency.
+        command.args(["bench", "--quiet", "--locked", "--workspace", "--bench", bench.name, "--"]);
         setup::run(command.args(&arguments.shapes).args(["-o", &arguments.output]))?;
     }
     Ok(())

@@ -15,32 +15,24 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     setup::packet_tools()?;
     setup::go()?;
-    let in_ci = std::env::var_os("CI").is_some();
     let mut steps: Vec<(&str, Command)> = Vec::new();
     if !arguments.tests_only {
         let mut format = setup::cargo();
         format.args(["fmt", "--all", "--check"]);
         steps.push(("formatting", format));
-        let mut lints = setup::cargo();
-        lints.args(["clippy", "--workspace", "--all-targets", "--locked"]);
-        if in_ci {
-            // A warning does not stop work in progress; it does not get past CI.
-            lints.args(["--", "-D", "warnings"]);
-        }
-        steps.push(("lints", lints));
     }
-    // The packet tests run the project's own programs. Both are built together, so that they share one build of every
+    // The packet tests run the project's own programs. All targets are built together, so that they share one build of every
     // dependency: the programs alone would select fewer features.
     let mut build = setup::cargo();
-    build.args(["build", "--workspace", "--bins", "--tests", "--locked"]);
-    steps.push(("programs and tests", build));
+    build.args(["build", "--workspace", "--all-targets", "--locked"]);
+    steps.push(("lints, programs and tests", build));
     let mut tests = setup::cargo();
     tests.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
     steps.push(("tests", tests));
-    if in_ci {
-        // A fresh clone has no next build for which the caches of incremental compilation would be written.
+    if !arguments.tests_only {
+        // Clippy in place of the compiler: the code is checked once, for lints and for the build.
         for (_, step) in &mut steps {
-            step.env("CARGO_INCREMENTAL", "0");
+            step.env("RUSTC_WORKSPACE_WRAPPER", "clippy-driver");
         }
     }
     let count = steps.len();
