@@ -88,7 +88,7 @@ impl Fanout {
         };
         let enrolment = listen(enrolment, anonymous, limits).await?;
         let addresses = (agents.address(), enrolment.address());
-        let service = service::Service { fanout: self.clone(), identity: identity.clone(), flows, stop: stop.clone() };
+        let service = service::Service::new(self.clone(), identity.clone(), flows, stop.clone());
         let server = AgentsServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let until = stop.clone().cancelled_owned();
         let server = http2_server().add_service(server).serve_with_incoming_shutdown(agents, until);

@@ -1,7 +1,7 @@
 //! The streams of agents.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use hanse_identity::Identity;
@@ -9,9 +9,10 @@ use hanse_identity::instances::Instance;
 use hanse_identity::keys::{Fingerprint, RequestedKey};
 use hanse_identity::tls::{peer, peer_identity};
 use hanse_proto::agent::v1 as wire;
-use hanse_protocol::reason::wire as report;
+use hanse_protocol::reason::{Failure, wire as report};
 use hanse_protocol::{encode, generation, parse_digest, parse_generation};
 use hanse_ruleset::{Delta, Digest};
+use hanse_runtime::rate_limit::RateLimit;
 use hanse_runtime::supervisor::caught;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
@@ -41,12 +42,25 @@ const MAX_FILES: usize = 16;
 /// How long the first message of a stream may take, which is sent with the call.
 const HELLO_TIME: Duration = Duration::from_secs(10);
 
+/// Renewals of one node in the lifetime of a certificate. One is enough; responses may be lost.
+const RENEWALS_IN_A_LIFETIME: f64 = 16.0;
+
 #[derive(Debug)]
 pub struct Service {
-    pub fanout: Fanout,
-    pub identity: MemberIdentity,
-    pub flows: Inbox,
-    pub stop: CancellationToken,
+    fanout: Fanout,
+    identity: MemberIdentity,
+    flows: Inbox,
+    /// Each costs a signature and a write.
+    renewals: Mutex<RateLimit<Arc<str>>>,
+    stop: CancellationToken,
+}
+
+impl Service {
+    pub fn new(fanout: Fanout, identity: MemberIdentity, flows: Inbox, stop: CancellationToken) -> Self {
+        let lifetime = fanout.shared.lifetime.as_secs_f64().max(1.0);
+        let renewals = RateLimit::with_burst(RENEWALS_IN_A_LIFETIME / lifetime, RENEWALS_IN_A_LIFETIME);
+        Self { fanout, identity, flows, renewals: Mutex::new(renewals), stop }
+    }
 }
 
 /// The node that a request's certificate names, and the certificate's key.
@@ -61,6 +75,13 @@ fn node_of<T>(request: &Request<T>) -> Result<(Arc<str>, Fingerprint), Status> {
 impl wire::agents_server::Agents for Service {
     async fn renew(&self, request: Request<wire::RenewRequest>) -> Result<Response<wire::EnrolResponse>, Status> {
         let (node, own) = node_of(&request)?;
+        let now = tokio::time::Instant::now();
+        if !self.renewals.lock().unwrap_or_else(PoisonError::into_inner).allows(Arc::clone(&node), now) {
+            let most = RENEWALS_IN_A_LIFETIME;
+            return Err(Status::resource_exhausted(format!(
+                "{most} renewals in the lifetime of a certificate are enough"
+            )));
+        }
         let from = peer(&request)?.address;
         self.fanout.refuse_former(&node, own, from).await?;
         let key = RequestedKey::from_request(&request.into_inner().request)
@@ -240,20 +261,27 @@ impl AgentStream {
         };
         let hub_epoch =
             of_generation(&self.in_flight).or_else(|| of_generation(&self.acknowledged)).unwrap_or_default();
-        let position =
+        let mut position =
             RulesPosition { generation, hub_epoch, hub_revision: revisions.hub, local_revision: revisions.local };
-        let failed = ack.failure.map(report::parse_failure);
-        // An agent reports again for its last rule set when a finding changes: this is not an answer to the one in flight.
-        let of_old = failed.is_none()
-            && self
-                .acknowledged
-                .as_ref()
-                .is_some_and(|known| (known.node.digest, known.position) == (digest, position))
-            && self.in_flight.as_ref().is_none_or(|sent| sent.position != position);
-        if !of_old {
-            // If the agent has another rule set than expected: the whole one is sent, and not at once.
-            self.not_before = failed.is_some().then(|| tokio::time::Instant::now() + RETRY);
-            self.acknowledged = self.in_flight.take().filter(|sent| failed.is_none() && sent.node.digest == digest);
+        let mut failed = ack.failure.map(report::parse_failure);
+        // An agent reports again for its last rule set when a finding changes: this does not answer the one in flight.
+        let is_answer = self.in_flight.as_ref().is_some_and(|sent| sent.position == position);
+        let is_expected = match (&self.in_flight, &self.acknowledged) {
+            (Some(sent), _) if is_answer => sent.node.digest == digest,
+            (None, Some(known)) => known.node.digest == digest,
+            _ => true,
+        };
+        if !is_expected && failed.is_none() {
+            failed =
+                Some(Failure::Inconsistent(format!("the agent reports the digest {digest}, which is of other rules")));
+            position = RulesPosition::default();
+        }
+        if failed.is_some() {
+            // The whole rule set is sent, and not at once.
+            (self.in_flight, self.acknowledged) = (None, None);
+            self.not_before = Some(tokio::time::Instant::now() + RETRY);
+        } else if is_answer {
+            (self.acknowledged, self.not_before) = (self.in_flight.take(), None);
         }
         let unenforced = ack.unenforced.into_iter().take(MAX_REPORTED).map(|it| {
             (report::parse_pod(it.pod.unwrap_or_default()), report::parse_finding(it.finding.unwrap_or_default()))
@@ -293,7 +321,7 @@ async fn until(at: Option<tokio::time::Instant>) {
 
 #[cfg(test)]
 mod tests {
-    use hanse_protocol::reason::{Failure, HookProblem};
+    use hanse_protocol::reason::HookProblem;
     use hanse_ruleset::{Generation, NodeConfig, RuleSet};
     use wire::member_to_agent::Message;
 
@@ -335,10 +363,20 @@ mod tests {
         }
 
         fn ack(&mut self, target: &Target, failure: Option<Failure>, hooks: Option<HookProblem>) {
+            self.ack_digest(target, target.node.digest, failure, hooks);
+        }
+
+        fn ack_digest(
+            &mut self,
+            target: &Target,
+            digest: Digest,
+            failure: Option<Failure>,
+            hooks: Option<HookProblem>,
+        ) {
             let position = target.position;
             let ack = wire::Ack {
                 generation: Some(generation(position.generation)),
-                digest: hanse_protocol::digest(target.node.digest),
+                digest: hanse_protocol::digest(digest),
                 revisions: Some(wire::Revisions { hub: position.hub_revision, local: position.local_revision }),
                 failure: failure.as_ref().map(report::failure),
                 hooks: hooks.as_ref().map(report::hooks),
@@ -374,6 +412,28 @@ mod tests {
         assert!(sent.stream.in_flight.is_none());
         assert_eq!(sent.stream.acknowledged.as_ref().map(|it| it.node.digest), Some(second.node.digest));
         assert_eq!(sent.stream.fanout.realisation()["n"].position.hub_revision, 2);
+    }
+
+    #[tokio::test]
+    async fn acknowledgement_of_other_rules_fails_and_is_not_answered_at_once() {
+        let (first, second) = (target(1), target(2));
+        let mut sent = Sent::new().await;
+        for acknowledged_before in [false, true] {
+            sent.send(&first).await;
+            if acknowledged_before {
+                sent.ack(&first, None, None);
+                assert!(sent.stream.not_before.is_none());
+            }
+            sent.ack_digest(&first, second.node.digest, None, None);
+            let status = sent.stream.fanout.realisation()["n"].clone();
+            assert!(matches!(status.failed, Some(Failure::Inconsistent(_))), "{status:?}");
+            assert_eq!(status.position, RulesPosition::default(), "no node counts as current by it");
+            assert!(sent.stream.not_before.is_some() && sent.stream.acknowledged.is_none());
+            sent.stream.not_before = None;
+        }
+        assert_eq!(sent.send(&first).await, None, "the whole");
+        sent.ack(&first, None, None);
+        assert_eq!(sent.stream.fanout.realisation()["n"].failed, None);
     }
 
     #[tokio::test]
