@@ -202,7 +202,7 @@ fn query_for_an_unknown_workload_suggests_a_name() {
         &[],
     );
     assert_eq!(answers[0]["error"], "no pod shop/web in cluster c; did you mean deployment/web?");
-    assert!(answers[1]["error"].as_str().is_some_and(|error| error.contains("node's network")), "{answers:#?}");
+    assert!(answers[1]["error"].as_str().is_some_and(|error| error.contains("host-network pod")), "{answers:#?}");
 }
 
 #[test]
