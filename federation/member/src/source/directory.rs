@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use hanse_api::Diagnostic;
 use hanse_api::assemble::Position;
@@ -19,7 +18,8 @@ mod tests;
 /// of a volume that is not mounted, counts as unreadable.
 ///
 /// A file is read when two consecutive polls find it unchanged, so that a file is not read while it is written. It is deleted when two
-/// consecutive polls do not find it. Edits therefore take effect at the second poll.
+/// consecutive polls do not find it. Edits therefore take effect at the second poll. The first poll reads all files; where a stored text
+/// differs from the file, it stays in force until the second. A file that the system fails to read is read again at each poll.
 #[derive(Debug)]
 pub struct Directory {
     path: Arc<Path>,
@@ -39,11 +39,14 @@ struct File {
     is_missing: bool,
 }
 
-/// What differs when a file was written or replaced.
+/// What differs when a file was written or replaced. The time of the last change of status cannot be set by programs, unlike the
+/// modification time, which copies preserve.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Stamp {
-    modified: Option<SystemTime>,
+    modified: (i64, i64),
+    changed: (i64, i64),
     length: u64,
+    device: u64,
     inode: u64,
 }
 
@@ -152,8 +155,8 @@ impl Source for Directory {
             } else if !is_first && file.settling.as_ref() != Some(&stamp) {
                 file.settling = Some(stamp);
             } else {
-                (file.settling, file.read) = (None, Some(stamp));
-                read(&path, objects, &mut events);
+                let is_read = read(&path, is_first, objects, &mut events);
+                (file.settling, file.read) = if is_read { (None, Some(stamp)) } else { (Some(stamp), None) };
             }
         }
         if is_first {
@@ -163,8 +166,8 @@ impl Source for Directory {
     }
 }
 
-/// Reads one file.
-fn read(path: &Arc<Path>, objects: &mut Objects, events: &mut Vec<Event>) {
+/// Reads one file. Returns false if it must be read again at the next poll.
+fn read(path: &Arc<Path>, is_first: bool, objects: &mut Objects, events: &mut Vec<Event>) -> bool {
     let mut read = Manifests::default();
     let bytes = files::read_file(path);
     match &bytes {
@@ -173,9 +176,21 @@ fn read(path: &Arc<Path>, objects: &mut Objects, events: &mut Vec<Event>) {
             read.diagnostics.push(Diagnostic::of_file(path, EMPTY.to_owned()));
         }
         Ok(bytes) => read_bytes(&path.to_string_lossy().into(), bytes, &mut read),
+        // The file may be readable later, without a change of the file.
+        Err(error) if error.raw_os_error().is_some() => {
+            events.push(Event::Retain(Arc::clone(path), vec![Diagnostic::of_file(path, error.to_string())]));
+            return false;
+        }
         Err(error) => read.diagnostics.push(Diagnostic::of_file(path, error.to_string())),
     }
     let is_good = read.diagnostics.is_empty();
+    if let Ok(text) = &bytes
+        && is_first
+        && is_good
+        && objects.load_different(path, text)
+    {
+        return false;
+    }
     events.push(match is_good {
         true => Event::Release(Arc::clone(path)),
         false => Event::Retain(Arc::clone(path), read.diagnostics),
@@ -194,10 +209,12 @@ fn read(path: &Arc<Path>, objects: &mut Objects, events: &mut Vec<Event>) {
     {
         events.push(Event::Keep(Arc::clone(path), text));
     }
+    true
 }
 
 fn stamp(path: &Path) -> Option<Stamp> {
     use std::os::unix::fs::MetadataExt as _;
-    let metadata = path.metadata().ok()?;
-    Some(Stamp { modified: metadata.modified().ok(), length: metadata.len(), inode: metadata.ino() })
+    let it = path.metadata().ok()?;
+    let (modified, changed) = ((it.mtime(), it.mtime_nsec()), (it.ctime(), it.ctime_nsec()));
+    Some(Stamp { modified, changed, length: it.len(), device: it.dev(), inode: it.ino() })
 }

@@ -88,12 +88,15 @@ impl Kept {
 
     /// Stores the text of an origin.
     pub fn keep(&mut self, origin: Arc<Path>, text: Vec<u8>) {
-        let body = [origin.as_os_str().as_encoded_bytes(), &[0], &text].concat();
-        let file = [HEADER, blake3::hash(&body).as_bytes(), &body].concat();
-        match replace(&self.file(&origin), &file) {
+        match replace(&self.file(&origin), &file_of(&origin, &text)) {
             Ok(()) => drop(self.unwritten.remove(&origin)),
             Err(error) => drop(self.unwritten.insert(origin, (text, error))),
         }
+    }
+
+    /// Whether `text` is the stored text of an origin.
+    pub fn is_kept(&self, origin: &Path, text: &[u8]) -> bool {
+        std::fs::read(self.file(origin)).is_ok_and(|file| file == file_of(origin, text))
     }
 
     /// Removes the text of an origin.
@@ -136,6 +139,12 @@ impl Kept {
             self.retry_at.get_or_insert_with(|| Instant::now() + RETRY_AFTER);
         }
     }
+}
+
+/// The file of an origin.
+fn file_of(origin: &Path, text: &[u8]) -> Vec<u8> {
+    let body = [origin.as_os_str().as_encoded_bytes(), &[0], text].concat();
+    [HEADER, blake3::hash(&body).as_bytes(), &body].concat()
 }
 
 /// The objects in a file; `None` if it is damaged or belongs to another origin.

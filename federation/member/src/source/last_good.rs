@@ -128,6 +128,12 @@ impl Objects {
         self.origins.range::<Path, _>(from(scope)).next().is_some_and(|(origin, _)| origin.starts_with(scope))
     }
 
+    /// Restores the stored state of an origin that the source has not reported since the start, if it differs from `text`. Returns whether
+    /// it did.
+    pub fn load_different(&mut self, origin: &Path, text: &[u8]) -> bool {
+        self.unloaded.contains(origin) && !self.kept.is_kept(origin, text) && self.load(origin)
+    }
+
     /// Applies an event. Returns whether objects in force or problems changed.
     fn apply(&mut self, event: Event) -> bool {
         self.clock += 1;

@@ -335,3 +335,68 @@ fn mounted_volume_is_replaced_atomically() {
     std::fs::rename(world.path("..next"), world.path("..data")).expect("swapped");
     check(&mut world, &["q"], 0);
 }
+
+/// As `cp -p` and `rsync --inplace --times` write it.
+#[test]
+fn edit_with_the_same_size_and_modification_time_is_read() {
+    let mut world = World::new();
+    std::fs::create_dir(world.path("")).expect("made");
+    world.write("a.yaml", &pod("p", "10.0.0.1"));
+    let written = world.path("a.yaml").metadata().and_then(|it| it.modified()).expect("a time");
+    assert_eq!(world.look().expect("read").0, ["p"]);
+    world.write("a.yaml", &pod("q", "10.0.0.1"));
+    let file = std::fs::File::options().write(true).open(world.path("a.yaml")).expect("opened");
+    file.set_modified(written).expect("set");
+    check(&mut world, &["q"], 0);
+}
+
+#[test]
+fn file_that_the_system_fails_to_read_is_read_again_at_each_poll() {
+    use std::os::unix::fs::PermissionsExt as _;
+    if !nix::unistd::geteuid().is_root() {
+        // The mode does not bind root, and only root can be another user.
+        return;
+    }
+    let mut world = World::new();
+    std::fs::create_dir(world.path("")).expect("made");
+    world.write("a.yaml", &pod("p", "10.0.0.1"));
+    for path in [world.folder.path().to_owned(), world.path("")] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).expect("set");
+    }
+    std::fs::set_permissions(world.path("a.yaml"), std::fs::Permissions::from_mode(0o600)).expect("set");
+    // Another user, on a thread of its own; the file itself does not change.
+    let as_other = |world: &mut World| {
+        std::thread::scope(|scope| {
+            let polling = scope.spawn(|| {
+                nix::unistd::setfsuid(nix::unistd::Uid::from_raw(65_534));
+                world.look()
+            });
+            polling.join().expect("no panic")
+        })
+    };
+    let (pods, problems) = as_other(&mut world).expect("read");
+    assert_eq!((pods.len(), problems.len()), (0, 1), "{problems:?}");
+    assert!(as_other(&mut world).is_none(), "the same problem");
+    assert_eq!(world.look().expect("the problem has gone"), (vec!["p".to_owned()], vec![]));
+    assert!(world.look().is_none());
+}
+
+#[test]
+fn start_while_a_file_is_written_keeps_the_stored_version() {
+    let mut world = World::new();
+    std::fs::create_dir(world.path("")).expect("made");
+    let whole = format!("{}---\n{}", pod("p", "10.0.0.1"), pod("q", "10.0.0.2"));
+    world.write("a.yaml", &whole);
+    assert_eq!(world.look().expect("read").0, ["p", "q"]);
+    world.write("a.yaml", &pod("p", "10.0.0.1"));
+    world.restart();
+    assert_eq!(world.look().expect("the stored version"), (vec!["p".to_owned(), "q".to_owned()], vec![]));
+    world.write("a.yaml", &format!("{whole}---\n{}", pod("r", "10.0.0.3")));
+    check(&mut world, &["p", "q", "r"], 0);
+    // The file was edited while the member was stopped.
+    world.write("a.yaml", &pod("p", "10.0.0.1"));
+    world.restart();
+    assert_eq!(world.look().expect("the stored version").0, ["p", "q", "r"]);
+    assert_eq!(world.look().expect("the file settled"), (vec!["p".to_owned()], vec![]));
+    assert!(world.look().is_none());
+}
