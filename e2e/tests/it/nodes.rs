@@ -211,6 +211,27 @@ fn only_the_key_of_the_last_enrolment_is_accepted() {
     });
 }
 
+/// A typo in the path or in the name of a node is not taken for a revocation.
+#[test]
+fn offline_commands_fail_in_a_directory_that_is_not_of_a_joined_member() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().join("typo");
+    for command in [
+        &["node", "list"][..],
+        &["node", "revoke", "node-1"],
+        &["node-token", "list"],
+        &["node-token", "revoke", "0123456789abcdef"],
+        &["node-token", "create", "--node", "node-1", "--wait-seconds", "0"],
+        &["flows"],
+    ] {
+        let output = run("hanse-member", &[command, &["--data", &data.to_string_lossy()]].concat());
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{command:?}: {error}");
+        assert!(error.contains("typo is not the directory of a member that has joined"), "{command:?}: {error}");
+        assert!(!data.exists(), "{command:?} creates nothing");
+    }
+}
+
 /// Its directory is gone, so that it has another authority than the one at which the node enrolled.
 #[test]
 fn node_enrols_again_at_a_new_member() {

@@ -315,10 +315,21 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
     }
 }
 
+/// Fails if `data` is not the directory of a member that has joined, so that a typo in the path is not taken for an empty member.
+fn check_joined(data: &Path) -> anyhow::Result<()> {
+    anyhow::ensure!(member_file(data).exists(), "{} is not the directory of a member that has joined", data.display());
+    Ok(())
+}
+
+/// The member's certificate, the last file that a join writes.
+fn member_file(data: &Path) -> PathBuf {
+    data.join("member.pem")
+}
+
 /// The identity in a data directory. If `cluster` is given, it must be the identity of that cluster.
 fn identity_of(data: &Path, cluster: Option<&str>) -> anyhow::Result<MemberIdentity> {
-    let file = data.join("member.pem");
-    anyhow::ensure!(file.exists(), "{} is not the folder of a member that has joined", data.display());
+    check_joined(data)?;
+    let file = member_file(data);
     let own = Credentials::read_file(&file)?;
     let Identity::Cluster(own) = own.identity() else {
         anyhow::bail!("{} is not the certificate of a cluster", file.display())
@@ -326,10 +337,10 @@ fn identity_of(data: &Path, cluster: Option<&str>) -> anyhow::Result<MemberIdent
     MemberIdentity::read(data, cluster.unwrap_or(own))?.context("the files of the member are missing")
 }
 
-/// Waits at most `patience` for the member's certificate, the last file that a join writes.
+/// Waits at most `patience` for the member's certificate.
 fn wait_until_joined(data: &Path, patience: Duration) {
     const LOOK_EVERY: Duration = Duration::from_millis(50);
-    let (file, start) = (data.join("member.pem"), Instant::now());
+    let (file, start) = (member_file(data), Instant::now());
     let mut said = false;
     while !file.exists() && start.elapsed() < patience {
         if !said && start.elapsed() > Duration::from_secs(1) {
@@ -353,6 +364,7 @@ fn print(output: Output, value: &serde_json::Value) -> anyhow::Result<()> {
 }
 
 fn print_flows(args: &FlowsArgs) -> anyhow::Result<()> {
+    check_joined(&args.data)?;
     let decision = args.decision.map(|decision| match decision {
         Decision::Allowed => "allowed",
         Decision::Denied => "denied",
@@ -382,8 +394,8 @@ fn print_flows(args: &FlowsArgs) -> anyhow::Result<()> {
 /// The verdicts of policy, to be printed next to the decision of the kernel. The reason is that of the deciding direction.
 fn flow_table(records: &[Record<'_>]) -> String {
     let mut table = format!(
-        "{:<20}  {:<8} {:>6}  {:<40} {:<40} {:<12} {:<7} {:<7} REASON\n",
-        "LAST AT", "DECISION", "COUNT", "FROM", "TO", "PROTOCOL", "POLICY", "STAGED"
+        "{:<20}  {:<20} {:<8} {:>6}  {:<40} {:<40} {:<12} {:<7} {:<7} REASON\n",
+        "LAST AT", "NODE", "DECISION", "COUNT", "FROM", "TO", "PROTOCOL", "POLICY", "STAGED"
     );
     for record in records {
         let protocol = match (record.port, &record.icmp) {
@@ -398,8 +410,9 @@ fn flow_table(records: &[Record<'_>]) -> String {
         };
         let decides = if egress.verdict == *verdict { egress } else { ingress };
         let row = format!(
-            "{:<20}  {:<8} {:>6}  {:<40} {:<40} {:<12} {:<7} {:<7} {}",
+            "{:<20}  {:<20} {:<8} {:>6}  {:<40} {:<40} {:<12} {:<7} {:<7} {}",
             record.last_at,
+            record.node,
             record.decision,
             record.count,
             record.from.to_string(),
@@ -437,6 +450,7 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
             }
         }
         NodeTokenCommand::List(ListArgs { data, output }) => {
+            check_joined(&data)?;
             let tokens = list_node_tokens(&data)?;
             let state = |token: &NodeToken| match (token.is_used(), token.has_ended(SystemTime::now())) {
                 (_, true) => "ended",
@@ -456,6 +470,7 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
             }
         }
         NodeTokenCommand::Revoke { data, id } => {
+            check_joined(&data)?;
             anyhow::ensure!(
                 revoke_node_token(&data, &id)?,
                 "node token {id} does not exist: see `hanse-member node-token list`"
@@ -469,6 +484,7 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
 fn node(command: NodeCommand) -> anyhow::Result<()> {
     match command {
         NodeCommand::List(ListArgs { data, output }) => {
+            check_joined(&data)?;
             let nodes = list_nodes(&data)?;
             let state = |node: &NodeRecord| match (node.revoked, node.ends_at() < SystemTime::now()) {
                 (true, _) => "revoked",
@@ -489,15 +505,36 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
             }
         }
         NodeCommand::Revoke { data, node } => {
-            if !revoke_node(&data, &node)? {
-                text::note(format_args!(
-                    "warning: node {node} has not enrolled, and the source does not have it; it was revoked nevertheless"
-                ));
-            }
+            check_joined(&data)?;
+            revoke_node(&data, &node)?;
             text::line(format_args!(
                 "node {node} revoked; its current rules stay in its kernel, and it receives no further ones"
             ))?;
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn table_of_flows_names_the_node_that_decided() {
+        let direction = json!({"verdict": "deny", "trace": []});
+        let end = |ip| json!({"ip": ip});
+        let record = |node: &str| {
+            let record = json!({
+                "firstAt": "a", "lastAt": "2030-01-01T00:00:00Z", "judgedAt": "a", "node": node, "decision": "allowed", "count": 1,
+                "from": end("10.0.0.1"), "to": end("10.0.0.2"), "protocol": "TCP", "port": 80, "verdict": "deny",
+                "egress": direction, "ingress": direction, "staged": {"verdict": "deny"}, "form": "compiled",
+                "hubRevision": 1, "localRevision": 1,
+            });
+            serde_json::from_value::<Record<'static>>(record).expect("a record")
+        };
+        let table = flow_table(&["node-1", "node-2"].map(record));
+        let columns = table.lines().map(|line| line.split_whitespace().nth(1).unwrap_or_default().to_owned());
+        assert_eq!(columns.skip(1).collect::<Vec<_>>(), ["node-1", "node-2"], "{table}");
+        assert!(table.starts_with("LAST AT               NODE  "), "{table}");
+    }
 }

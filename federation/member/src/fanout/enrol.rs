@@ -47,6 +47,10 @@ pub enum NodeTokenError {
     Write(#[source] std::io::Error),
     #[error("read the tokens")]
     Read(#[source] std::io::Error),
+    #[error(
+        "node {0} is not known: it has no record and no token, and the source does not have it; see `hanse-member node list`"
+    )]
+    Unknown(String),
 }
 
 /// A new token.
@@ -155,16 +159,20 @@ pub fn list_nodes(data: &Path) -> Result<Vec<NodeRecord>, NodeTokenError> {
 }
 
 /// Revokes the keys and tokens of a node, which may enrol with a later token; a running member ends its stream within two seconds.
-/// Returns false if the node was not known, which is revoked nevertheless.
 ///
 /// # Errors
-/// When the name is not a node name, or the record cannot be written.
-pub fn revoke_node(data: &Path, node: &str) -> Result<bool, NodeTokenError> {
+/// When the name is not a node name, the node is not known, or the record cannot be written.
+pub fn revoke_node(data: &Path, node: &str) -> Result<(), NodeTokenError> {
     check_subdomain(node).map_err(|_| NodeTokenError::Name(node.to_owned()))?;
     let nodes = Nodes::new(data);
     let locked = nodes.lock().map_err(NodeTokenError::Write)?;
     // Before the record: if the process ends in between, no token is left that enrols a revoked node.
-    for (id, token) in read_tokens(data)? {
+    let tokens = read_tokens(data)?;
+    let has_token = tokens.iter().any(|(_, token)| token.as_ref().is_ok_and(|token| token.node == node));
+    if !has_token && !locked.is_known(node) {
+        return Err(NodeTokenError::Unknown(node.to_owned()));
+    }
+    for (id, token) in tokens {
         match token {
             Ok(token) if token.node != node => continue,
             Ok(_) => {}
@@ -379,9 +387,12 @@ mod tests {
         std::fs::write(&damaged, "no token").expect("written");
         assert!(list_node_tokens(folder.path()).is_err(), "it is damaged");
         let ids = || list_node_tokens(folder.path()).expect("read").into_iter().map(|(id, _)| id).collect::<Vec<_>>();
-        assert!(!revoke_node(folder.path(), "n").expect("revoked"), "nothing but a token is known of it");
+        let unknown = revoke_node(folder.path(), "typo").expect_err("not known");
+        assert!(matches!(unknown, NodeTokenError::Unknown(_)) && list_nodes(folder.path()).expect("read").is_empty());
+        assert!(damaged.exists(), "nothing was revoked");
+        revoke_node(folder.path(), "n").expect("its token is known");
         assert_eq!(ids(), [&*of_other.id]);
-        assert!(revoke_node(folder.path(), "n").expect("revoked"), "it is known now");
+        revoke_node(folder.path(), "n").expect("its record is known");
         assert!(matches!(revoke_node(folder.path(), "../n"), Err(NodeTokenError::Name(_))));
         // Nor if the record cannot be written.
         create("n");

@@ -379,19 +379,23 @@ impl Locked<'_> {
         Ok(true)
     }
 
-    /// Revokes the keys of the node until it enrols again. Returns false if the node has no record and is not in the source.
+    /// Whether the node has a record, readable or not, or is in the source.
+    pub fn is_known(&self, node: &str) -> bool {
+        let is_in_source = || self.nodes.read_source_nodes().is_some_and(|nodes| nodes.contains_key(node));
+        self.read(node).map_or(true, |record| record.is_some()) || is_in_source()
+    }
+
+    /// Revokes the keys of the node until it enrols again.
     ///
     /// # Errors
     /// When the record cannot be written. An unreadable record is replaced.
-    pub fn revoke(&self, node: &str) -> io::Result<bool> {
+    pub fn revoke(&self, node: &str) -> io::Result<()> {
         let record = self.read(node).unwrap_or_else(|error| {
             tracing::warn!(%error, node, "record of the node not readable: it is replaced");
             None
         });
-        let known = record.is_some() || self.nodes.read_source_nodes().is_some_and(|nodes| nodes.contains_key(node));
         let record = record.unwrap_or_else(|| NodeRecord { node: node.to_owned(), ..NodeRecord::default() });
-        self.write(NodeRecord { revoked: true, former: Vec::new(), rivals: None, ..record })?;
-        Ok(known)
+        self.write(NodeRecord { revoked: true, former: Vec::new(), rivals: None, ..record })
     }
 
     fn write(&self, record: NodeRecord) -> io::Result<()> {
@@ -497,7 +501,7 @@ mod tests {
             nodes.lock().expect("free").renew_late(&node, &key("d"), now + after, now + HOUR).expect("kept")
         };
         assert!(late(HOUR * 2) && late(LATE_RENEWAL + HOUR) && !late(LATE_RENEWAL + HOUR * 2));
-        assert!(nodes.lock().expect("free").revoke(&node).expect("kept"));
+        nodes.lock().expect("free").revoke(&node).expect("kept");
         assert_eq!(admitted(), [false; 4]);
         assert!(!late(HOUR * 2) && !promoted("d"));
         assert_eq!(nodes.list().iter().map(|it| it.revoked).collect::<Vec<_>>(), [true]);
@@ -509,7 +513,9 @@ mod tests {
         let nodes = Nodes::new(folder.path());
         let key = Fingerprint::of(b"key");
         assert!(nodes.allows("n", &key), "it enrolled before keys were kept");
-        assert!(!nodes.lock().expect("free").revoke("n").expect("kept"), "it is not known");
+        assert!(!nodes.lock().expect("free").is_known("n"));
+        nodes.lock().expect("free").revoke("n").expect("kept");
+        assert!(nodes.lock().expect("free").is_known("n"));
         assert!(!nodes.allows("n", &key));
         // Also with a damaged record.
         std::fs::write(nodes.path(&Fingerprint::of(b"n")), "no record").expect("written");
