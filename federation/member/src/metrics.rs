@@ -1,5 +1,7 @@
 //! The metrics of a member.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
@@ -80,7 +82,7 @@ impl Metrics {
             r.register("member_nodes_failed", "Nodes where the newest rule set is not in force", it.failed.clone());
             r.register(
                 "member_pods_unenforced",
-                "Pods that are not enforced, or not proven to be",
+                "Pods that are not enforced, or not proven to be; all pods of nodes without a current acknowledgement",
                 it.unenforced.clone(),
             );
             r.register(
@@ -108,22 +110,17 @@ impl Metrics {
     }
 
     /// Sets the gauges. The last argument: the numbers of refused and of waiting policies.
-    pub fn set<'a>(
-        &self,
-        world: &World,
-        nodes: impl IntoIterator<Item = &'a NodeStatus>,
-        (refused, waiting): (usize, usize),
-    ) {
+    pub fn set(&self, world: &World, nodes: &BTreeMap<Arc<str>, NodeStatus>, (refused, waiting): (usize, usize)) {
         let hub = world.hub_position();
         let newest = (hub.epoch, hub.revision, world.local_revision());
-        let (mut connected, mut current, mut failed, mut unenforced) = (0, 0, 0, 0);
-        for node in nodes {
-            let at = (node.position.hub_epoch, node.position.hub_revision, node.position.local_revision);
+        let (mut connected, mut current, mut failed) = (0, 0, 0);
+        for node in nodes.values() {
             connected += i64::from(node.connected);
-            current += i64::from(node.connected && at == newest);
+            current += i64::from(is_current(node, newest));
             failed += i64::from(node.failed.is_some());
-            unenforced += node.unenforced.len() as i64;
         }
+        let pods = world.nodes().iter().map(|(node, rules)| (nodes.get(node), rules.rules.endpoints.len()));
+        let unenforced = pods.map(|(node, pods)| unenforced(node, pods, newest) as i64).sum();
         self.nodes.set(world.nodes().len() as i64);
         self.connected.set(connected);
         self.current.set(current);
@@ -134,5 +131,43 @@ impl Metrics {
         self.hub_revision.set(newest.1);
         self.refused.set(refused as i64);
         self.waiting.set(waiting as i64);
+    }
+}
+
+/// Whether a node has acknowledged `newest`: the hub's epoch and revision, and the revision of the source.
+fn is_current(node: &NodeStatus, newest: (u64, u64, u64)) -> bool {
+    let at = node.position;
+    node.connected && (at.hub_epoch, at.hub_revision, at.local_revision) == newest
+}
+
+/// The pods of a node with `pods` pods that are not enforced, or not proven to be.
+fn unenforced(node: Option<&NodeStatus>, pods: usize, newest: (u64, u64, u64)) -> usize {
+    let counts =
+        |it: &&NodeStatus| is_current(it, newest) && it.failed.is_none() && it.hooks.is_none() && it.rivals.is_none();
+    node.filter(counts).map_or(pods, |it| it.unenforced.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use hanse_protocol::reason::{Failure, HookProblem};
+
+    use super::*;
+    use crate::fanout::RulesPosition;
+
+    #[test]
+    fn all_pods_count_as_unenforced_without_a_current_acknowledgement() {
+        let newest = (1, 2, 3);
+        let position = RulesPosition { hub_epoch: 1, hub_revision: 2, local_revision: 3, ..RulesPosition::default() };
+        let current = NodeStatus { connected: true, position, ..NodeStatus::default() };
+        let count = |node: &NodeStatus| unenforced(Some(node), 3, newest);
+        assert_eq!(count(&current), 0);
+        assert_eq!(unenforced(None, 3, newest), 3, "no agent ever connected");
+        assert_eq!(count(&NodeStatus { connected: false, ..current.clone() }), 3);
+        let behind = RulesPosition { local_revision: 2, ..position };
+        assert_eq!(count(&NodeStatus { position: behind, ..current.clone() }), 3);
+        assert_eq!(count(&NodeStatus { failed: Some(Failure::EnforcerEnded), ..current.clone() }), 3);
+        assert_eq!(count(&NodeStatus { hooks: Some(HookProblem::Unknown), ..current.clone() }), 3);
+        let rivals = Some((([192, 0, 2, 1], 1).into(), ([192, 0, 2, 2], 1).into()));
+        assert_eq!(count(&NodeStatus { rivals, ..current }), 3);
     }
 }

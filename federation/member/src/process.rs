@@ -370,7 +370,7 @@ impl Member {
     fn report(&self) {
         let nodes = self.fanout.realisation();
         let policies = self.client.with_receiver(|it| (it.refused().len(), it.waiting().0.len()));
-        self.metrics.set(&self.world, nodes.values(), policies);
+        self.metrics.set(&self.world, &nodes, policies);
         self.client.report(report::realisation(&self.world, &nodes, &self.client, self.writes.failing()));
     }
 }
