@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 
 use super::server::host_of;
 use crate::keys::Certificate;
@@ -45,7 +45,7 @@ impl Peer {
         let answered = status.source().is_none();
         match self.failure().filter(|_| !answered) {
             Some(failure) => format!("the other side closed the connection: {failure}"),
-            None => status.message().to_owned(),
+            None => answer_in_words(status),
         }
     }
 
@@ -57,6 +57,19 @@ impl Peer {
     /// The identity, where the listener requires a certificate.
     pub fn identity(&self) -> Option<&Identity> {
         self.certificate.as_ref().map(|c| &c.identity)
+    }
+}
+
+/// What a server answered. Without the called service, it sends no message.
+fn answer_in_words(status: &Status) -> String {
+    match (status.code(), status.message()) {
+        (Code::Unimplemented, "") => {
+            "this address does not serve this call: check that its port is not that of another listener, such as \
+                                      the one for joining or enrolling, and that both versions fit"
+                .to_owned()
+        }
+        (code, "") => format!("it answered {code:?} without a message"),
+        (_, message) => message.to_owned(),
     }
 }
 
@@ -475,6 +488,15 @@ mod tests {
             failure: Arc::default(),
         };
         BoundedStream::new(stream, peer, None, stalls_after)
+    }
+
+    #[tokio::test]
+    async fn answer_without_a_message_is_explained() {
+        let peer = bounded(Buffering { room: 0, taken: 0 }, Duration::ZERO).peer.clone();
+        let explain = |status: Status| peer.explain(&status);
+        assert!(explain(Status::new(Code::Unimplemented, "")).contains("another listener"));
+        assert_eq!(explain(Status::new(Code::Internal, "")), "it answered Internal without a message");
+        assert_eq!(explain(Status::new(Code::Unimplemented, "not here")), "not here");
     }
 
     async fn flush_once(stream: &mut BoundedStream<Buffering>) -> Poll<io::Result<()>> {
