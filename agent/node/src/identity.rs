@@ -306,7 +306,7 @@ async fn reach(members: &[String]) -> anyhow::Result<()> {
 }
 
 fn read_token(path: &Path) -> anyhow::Result<Token> {
-    let text = files::read_secret(path).with_context(|| format!("read {}", path.display()))?;
+    let text = files::read_provided_secret(path).with_context(|| format!("read {}", path.display()))?;
     let token = Token::parse(TokenKind::Node, std::str::from_utf8(&text).unwrap_or_default());
     token.map_err(|error| anyhow!("{}: {error}", path.display()))
 }

@@ -63,10 +63,10 @@ struct RunArgs {
     #[arg(long, help_heading = "Member")]
     node: String,
     /// Address of the cluster's member; repeatable.
-    #[arg(long, value_name = "HOST:PORT", required = true, help_heading = "Member")]
+    #[arg(long, value_name = "HOST:PORT", required = true, help_heading = "Member", value_parser = settings::host_port)]
     member: Vec<String>,
     /// Enrolment address of the member; required until the node has enrolled, and to renew an expired certificate.
-    #[arg(long, value_name = "HOST:PORT", help_heading = "Member")]
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Member", value_parser = settings::host_port)]
     enrol: Option<String>,
     /// File with a node token; required until the node has enrolled, and again if the member refuses the node.
     #[arg(long, value_name = "FILE", help_heading = "Member")]
@@ -90,7 +90,7 @@ struct RunArgs {
     /// Serve Prometheus metrics over HTTP at this address: a loopback address, unless a token is required.
     #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     metrics_listen: Option<SocketAddr>,
-    /// File with the bearer token that the metrics require, readable by its owner only.
+    /// File with the bearer token that the metrics require, readable by its owner, and at most by a group of this process.
     #[arg(long, value_name = "FILE", help_heading = "Observability", requires = "metrics_listen")]
     metrics_token_file: Option<PathBuf>,
 }
@@ -146,7 +146,7 @@ impl Marks {
 }
 
 fn main() -> ExitCode {
-    let cli: Cli = settings::parse();
+    let cli: Cli = settings::parse(&[]);
     logging::init(cli.log_format);
     let outcome = match cli.command {
         Command::Run(args) => run(*args),

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -79,17 +79,31 @@ pub fn is_locked(lock: &Path) -> bool {
     File::open(lock).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
-/// Reads a secret, refusing a file that others may read.
+/// Reads a secret, refusing a file that others than its owner may read.
 ///
 /// # Errors
 /// Those of the file system; `PermissionDenied` when group or others have any access; `InvalidData` above [`MAX_SECRET_BYTES`].
 pub fn read_secret(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
+    read_secret_if(path, |_| false, "set its mode to 0600")
+}
+
+/// As [`read_secret`], of a secret that others provide, such as a token: a group of this process may read it, as in a mounted Kubernetes
+/// Secret with an `fsGroup`.
+///
+/// # Errors
+/// As [`read_secret`].
+pub fn read_provided_secret(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
+    let admits = |it: &fs::Metadata| it.permissions().mode() & 0o077 == 0o040 && is_own_group(it.gid());
+    read_secret_if(path, admits, "set its mode to 0600, or to 0640 with a group of this process")
+}
+
+fn read_secret_if(path: &Path, admits: impl Fn(&fs::Metadata) -> bool, advice: &str) -> io::Result<Zeroizing<Vec<u8>>> {
     let mut file = File::open(path)?;
     let metadata = file.metadata()?;
-    if metadata.permissions().mode() & 0o077 != 0 {
+    if metadata.permissions().mode() & 0o077 != 0 && !admits(&metadata) {
         return Err(io::Error::new(
             io::ErrorKind::PermissionDenied,
-            format!("{} may be read by others than its owner: set its mode to 0600", path.display()),
+            format!("{} may be read by others than its owner: {advice}", path.display()),
         ));
     }
     if metadata.len() > MAX_SECRET_BYTES {
@@ -98,6 +112,11 @@ pub fn read_secret(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
     let mut bytes = Zeroizing::new(Vec::with_capacity(metadata.len() as usize));
     file.read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+fn is_own_group(group: u32) -> bool {
+    let others = || nix::unistd::getgroups().unwrap_or_default().into_iter().any(|it| it.as_raw() == group);
+    nix::unistd::getegid().as_raw() == group || others()
 }
 
 /// Creates `path` and its parents, readable by the owner only.
@@ -112,6 +131,27 @@ pub fn private_folder(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn provided_secret_may_be_read_by_a_group_of_the_process_only() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("secret");
+        fs::write(&path, "secret").expect("written");
+        let is_read = |mode| {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("set");
+            assert_eq!(read_secret(&path).is_ok(), mode & 0o077 == 0, "{mode:o}");
+            read_provided_secret(&path).is_ok()
+        };
+        assert!([0o600, 0o400, 0o640, 0o440].into_iter().all(is_read));
+        for mode in [0o660, 0o620, 0o650, 0o604, 0o644, 0o602, 0o601] {
+            assert!(!is_read(mode), "{mode:o}");
+        }
+        // Only root can give a file to another group.
+        if nix::unistd::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, None, Some(65_533)).expect("changed");
+            assert!(!is_read(0o640) && is_read(0o600));
+        }
+    }
 
     #[test]
     fn one_process_locks_and_others_wait_until_the_timeout() {

@@ -1,7 +1,7 @@
 //! The listeners for health, readiness and metrics: plain HTTP/1.1, read only.
 //!
-//! Health (`/healthz`, `/readyz`) answers with one word. Metrics (`/metrics`) need no token on a loopback address, and a
-//! bearer token elsewhere.
+//! Health (`/healthz`) answers with one word, readiness (`/readyz`) also with what the process waits for. Metrics (`/metrics`) need no
+//! token on a loopback address, and a bearer token elsewhere.
 
 use std::convert::Infallible;
 use std::io;
@@ -14,7 +14,7 @@ use aws_lc_rs::constant_time::verify_slices_are_equal;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode, header};
+use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -32,36 +32,40 @@ const MAX_CONNECTIONS: usize = 64;
 const MIN_TOKEN_BYTES: usize = 22;
 /// A connection is closed after this long, so that an idle one does not keep a place.
 const CONNECTION_LIFETIME: Duration = Duration::from_secs(10);
+const TEXT: &str = "text/plain; charset=utf-8";
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// What a listener answers.
 #[derive(Debug, Clone)]
 pub enum Page {
     /// `/healthz` and `/readyz`.
     Health(Health),
-    /// `/metrics`, with the bearer token that it requires, if any.
-    Metrics(Metrics, Option<Arc<Zeroizing<String>>>),
+    /// `/metrics`, with the file of the bearer token that it requires, if any.
+    Metrics(Metrics, Option<Arc<Path>>),
 }
 
 impl Page {
-    /// Metrics that require the token in `token_file`, if one is given.
+    /// Metrics that require the token in `token_file`, if one is given. The file is read at each request, so that it can be replaced.
     ///
     /// # Errors
     /// When the file cannot be read, others can read it, or it has no token of [`MIN_TOKEN_BYTES`].
     pub fn metrics(metrics: &Metrics, token_file: Option<&Path>) -> Result<Self, MonitorError> {
-        let token = token_file.map(|path| {
-            let failed = |error| MonitorError::Token(path.to_owned(), error);
-            let bytes = files::read_secret(path).map_err(failed)?;
-            let text =
-                std::str::from_utf8(&bytes).map_err(|e| failed(io::Error::new(io::ErrorKind::InvalidData, e)))?;
-            let token = text.trim();
-            if token.len() < MIN_TOKEN_BYTES {
-                let short = format!("the token has {} bytes, and needs at least {MIN_TOKEN_BYTES}", token.len());
-                return Err(failed(io::Error::new(io::ErrorKind::InvalidData, short)));
-            }
-            Ok(Arc::new(Zeroizing::new(token.to_owned())))
-        });
-        Ok(Self::Metrics(metrics.clone(), token.transpose()?))
+        if let Some(path) = token_file {
+            read_token(path).map_err(|error| MonitorError::Token(path.to_owned(), error))?;
+        }
+        Ok(Self::Metrics(metrics.clone(), token_file.map(Arc::from)))
     }
+}
+
+fn read_token(path: &Path) -> io::Result<Zeroizing<String>> {
+    let bytes = files::read_provided_secret(path)?;
+    let text = std::str::from_utf8(&bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    let token = text.trim();
+    if token.len() < MIN_TOKEN_BYTES {
+        let short = format!("the token has {} bytes, and needs at least {MIN_TOKEN_BYTES}", token.len());
+        return Err(io::Error::new(io::ErrorKind::InvalidData, short));
+    }
+    Ok(Zeroizing::new(token.to_owned()))
 }
 
 /// Why a listener did not start.
@@ -122,23 +126,121 @@ async fn accept(listener: Arc<TcpListener>, page: Page, stop: CancellationToken)
 }
 
 fn answer<B>(page: &Page, request: &Request<B>) -> Response<Full<Bytes>> {
-    let (status, text) = match (page, request.uri().path()) {
-        (Page::Health(_), "/healthz") => (StatusCode::OK, "ok".to_owned()),
-        (Page::Health(health), "/readyz") if health.waiting_for().is_empty() => (StatusCode::OK, "ready".to_owned()),
-        (Page::Health(_), "/readyz") => (StatusCode::SERVICE_UNAVAILABLE, "waiting".to_owned()),
-        (Page::Metrics(metrics, token), "/metrics") => match token {
-            Some(token) if !bearer_matches(request, token) => (StatusCode::UNAUTHORIZED, "token".to_owned()),
-            _ => (StatusCode::OK, metrics.encode()),
+    let text = |status, text: &str| (status, TEXT, text.to_owned());
+    let (status, kind, body) = match (page, request.uri().path()) {
+        _ if ![Method::GET, Method::HEAD].contains(request.method()) => text(StatusCode::METHOD_NOT_ALLOWED, "method"),
+        (Page::Health(_), "/healthz") => text(StatusCode::OK, "ok"),
+        (Page::Health(health), "/readyz") => match &*health.waiting_for() {
+            [] => text(StatusCode::OK, "ready"),
+            conditions => text(StatusCode::SERVICE_UNAVAILABLE, &format!("waiting for: {}\n", conditions.join(", "))),
         },
-        _ => (StatusCode::NOT_FOUND, "nothing".to_owned()),
+        (Page::Metrics(metrics, token_file), "/metrics") => match token_file.as_deref().map(|it| admits(it, request)) {
+            None | Some(Ok(true)) => (StatusCode::OK, OPEN_METRICS, metrics.encode()),
+            Some(Ok(false)) => text(StatusCode::UNAUTHORIZED, "token"),
+            Some(Err(error)) => {
+                tracing::warn!(%error, "metrics not served: the file of the token cannot be read");
+                text(StatusCode::SERVICE_UNAVAILABLE, "token file")
+            }
+        },
+        _ => text(StatusCode::NOT_FOUND, "nothing"),
     };
-    let mut response = Response::new(Full::new(Bytes::from(text)));
+    let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; charset=utf-8"));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    match status {
+        StatusCode::METHOD_NOT_ALLOWED => {
+            headers.insert(header::ALLOW, header::HeaderValue::from_static("GET, HEAD"));
+        }
+        StatusCode::UNAUTHORIZED => {
+            headers.insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+        }
+        _ => {}
+    }
     response
 }
 
-fn bearer_matches<B>(request: &Request<B>, token: &str) -> bool {
-    let value = request.headers().get(header::AUTHORIZATION).and_then(|v| v.as_bytes().strip_prefix(b"Bearer "));
-    value.is_some_and(|value| verify_slices_are_equal(value, token.as_bytes()).is_ok())
+/// Whether a request has the token. A request without one reads no file.
+fn admits<B>(token_file: &Path, request: &Request<B>) -> io::Result<bool> {
+    let header = request.headers().get(header::AUTHORIZATION).map(header::HeaderValue::as_bytes);
+    let Some((scheme, sent)) = header.and_then(|it| it.split_at_checked(b"Bearer ".len())) else { return Ok(false) };
+    if !scheme.eq_ignore_ascii_case(b"Bearer ") {
+        return Ok(false);
+    }
+    let token = read_token(token_file)?;
+    Ok(verify_slices_are_equal(sent.trim_ascii(), token.as_bytes()).is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+
+    use super::*;
+
+    /// The status, the headers and the body of a response.
+    async fn call(page: &Page, method: &str, path: &str, authorization: &str) -> (u16, header::HeaderMap, String) {
+        let mut request = Request::builder().method(method).uri(path);
+        if !authorization.is_empty() {
+            request = request.header(header::AUTHORIZATION, authorization);
+        }
+        let response = answer(page, &request.body(()).expect("a request"));
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        let body = response.into_body().collect().await.expect("a body").to_bytes();
+        (status, headers, String::from_utf8(body.to_vec()).expect("text"))
+    }
+
+    #[tokio::test]
+    async fn metrics_are_open_metrics_text_for_reading_only() {
+        let page = Page::metrics(&Metrics::default(), None).expect("a page");
+        let (status, headers, body) = call(&page, "GET", "/metrics", "").await;
+        assert_eq!((status, &headers[header::CONTENT_TYPE]), (200, &header::HeaderValue::from_static(OPEN_METRICS)));
+        assert!(body.ends_with("# EOF\n") && body.contains("\nhanse_task_panics_total{task="), "{body}");
+        assert_eq!(call(&page, "HEAD", "/metrics", "").await.0, 200);
+        for method in ["POST", "PUT", "DELETE", "OPTIONS"] {
+            let (status, headers, body) = call(&page, method, "/metrics", "").await;
+            assert_eq!(
+                (status, &headers[header::ALLOW], &*body),
+                (405, &"GET, HEAD".parse().expect("a value"), "method")
+            );
+        }
+        assert_eq!(call(&page, "GET", "/healthz", "").await.0, 404);
+    }
+
+    #[tokio::test]
+    async fn readiness_names_what_it_waits_for() {
+        let health = Health::default();
+        let (store, serving) = (health.condition("store"), health.condition("serving"));
+        let page = Page::Health(health);
+        let (status, headers, body) = call(&page, "GET", "/readyz", "").await;
+        assert_eq!((status, &*body), (503, "waiting for: store, serving\n"));
+        assert_eq!(headers[header::CONTENT_TYPE], TEXT);
+        store.set(true);
+        assert_eq!(call(&page, "GET", "/readyz", "").await.2, "waiting for: serving\n");
+        serving.set(true);
+        let (status, _, body) = call(&page, "GET", "/readyz", "").await;
+        assert_eq!((status, &*body), (200, "ready"));
+        assert_eq!(call(&page, "POST", "/readyz", "").await.0, 405);
+    }
+
+    #[tokio::test]
+    async fn token_file_can_be_replaced() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("token");
+        let [old, new] = ["a".repeat(MIN_TOKEN_BYTES), "b".repeat(MIN_TOKEN_BYTES)];
+        let write = |token: &str| files::write_secret(&path, format!("{token}\n").as_bytes()).expect("written");
+        write(&old);
+        let page = Page::metrics(&Metrics::default(), Some(&path)).expect("a page");
+        let status = async |authorization: String| call(&page, "GET", "/metrics", &authorization).await.0;
+        for (scheme, expected) in [("Bearer ", 200), ("bearer ", 200), ("BEARER  ", 200), ("Basic ", 401), ("", 401)] {
+            assert_eq!(status(format!("{scheme}{old}")).await, expected, "{scheme}");
+        }
+        let (refused, headers, _) = call(&page, "GET", "/metrics", "").await;
+        assert_eq!((refused, headers[header::WWW_AUTHENTICATE].as_bytes()), (401, &b"Bearer"[..]));
+        write(&new);
+        assert_eq!(status(format!("Bearer {old}")).await, 401);
+        assert_eq!(status(format!("Bearer {new}")).await, 200);
+        // A token that is too short admits no request.
+        write("short");
+        assert_eq!(status("Bearer short".to_owned()).await, 503);
+    }
 }

@@ -55,7 +55,13 @@ pub fn observe_panics() {
 
 /// Adds the counter to the metrics of a process.
 pub(crate) fn register(registry: &mut Registry) {
+    // A series that starts at zero shows the first panic as an increase. Tasks start theirs.
+    start_series("unnamed");
     registry.register("task_panics", "Panics, by the task that was stopped by them", PANICS.clone());
+}
+
+fn start_series(task: &str) {
+    drop(PANICS.get_or_create(&Label { task: task.to_owned() }));
 }
 
 /// How many panics of a task were counted.
@@ -85,6 +91,7 @@ fn message(payload: &dyn Any) -> &str {
 /// # Errors
 /// When it panicked.
 pub async fn caught<T>(name: &'static str, task: impl Future<Output = T>) -> Result<T, Panicked> {
+    start_series(name);
     TASK.scope(name, AssertUnwindSafe(task).catch_unwind()).await.map_err(|_| Panicked(name))
 }
 
@@ -93,6 +100,7 @@ pub async fn caught<T>(name: &'static str, task: impl Future<Output = T>) -> Res
 /// # Errors
 /// When it panicked.
 pub fn caught_here<T>(name: &'static str, task: impl FnOnce() -> T) -> Result<T, Panicked> {
+    start_series(name);
     let before = THREAD.replace(Some(name));
     let result = catch_unwind(AssertUnwindSafe(task));
     THREAD.set(before);

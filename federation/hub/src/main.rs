@@ -75,7 +75,7 @@ struct RunArgs {
     /// Serve Prometheus metrics over HTTP at this address: a loopback address, unless a token is required.
     #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     metrics_listen: Option<SocketAddr>,
-    /// File with the bearer token that the metrics require, readable by its owner only.
+    /// File with the bearer token that the metrics require, readable by its owner, and at most by a group of this process.
     #[arg(long, value_name = "FILE", help_heading = "Observability", requires = "metrics_listen")]
     metrics_token_file: Option<PathBuf>,
     /// Lease of a cluster. When the hub has received nothing from a cluster for this number of seconds, policies treat the cluster's
@@ -86,13 +86,13 @@ struct RunArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 86_400, help_heading = "Clusters", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     certificate_seconds: u64,
     /// Start from a restored backup. Use this option once, at the first start: members with newer state then follow the hub. Repeat
-    /// revocations and changes that were made after the backup.
+    /// revocations and changes that were made after the backup. It cannot be set by a variable or a file, which would repeat it.
     #[arg(long, help_heading = "Files")]
     restored: bool,
 }
 
 fn main() -> ExitCode {
-    match run(settings::parse()) {
+    match run(settings::parse(&["restored"])) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             text::note(format_args!("hanse-hub: {error:#}"));

@@ -536,10 +536,10 @@ async fn read_or_make_epoch(store: &dyn Store) -> Result<u64, ChangeError> {
 ///
 /// # Errors
 /// When the store fails.
-pub async fn begin_epoch(store: &dyn Store) -> Result<(), ChangeError> {
-    let transaction = Transaction::default().put(key(&["meta", "epoch"])?, new_epoch()?.to_string());
-    store.commit(transaction).await?;
-    Ok(())
+pub async fn begin_epoch(store: &dyn Store) -> Result<u64, ChangeError> {
+    let epoch = new_epoch()?;
+    store.commit(Transaction::default().put(key(&["meta", "epoch"])?, epoch.to_string())).await?;
+    Ok(epoch)
 }
 
 /// A key from names that have been checked already.

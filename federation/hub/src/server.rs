@@ -261,7 +261,8 @@ impl Hub {
 
         let authority = Authority::read(&options.data, options.lifetimes).context("read the root")?;
         if options.restored {
-            begin_epoch(&*store).await.context("begin a new epoch")?;
+            let epoch = begin_epoch(&*store).await.context("begin a new epoch")?;
+            tracing::warn!(epoch, "new epoch of the registry begun: start the hub without --restored the next time");
         }
         let registry =
             Registry::open(store, options.lease, options.clock, shutdown).await.context("read the registry")?;

@@ -178,7 +178,7 @@ struct JoinArgs {
     #[arg(long)]
     cluster: String,
     /// Join address of the hub; repeat it for each replica.
-    #[arg(long, value_name = "HOST:PORT", required = true)]
+    #[arg(long, value_name = "HOST:PORT", required = true, value_parser = settings::host_port)]
     join: Vec<String>,
     /// File with a join token.
     #[arg(long)]
@@ -201,10 +201,10 @@ struct RunArgs {
     #[arg(long, help_heading = "Hub")]
     cluster: String,
     /// Address of the hub; repeat it for each replica.
-    #[arg(long, value_name = "HOST:PORT", required = true, help_heading = "Hub")]
+    #[arg(long, value_name = "HOST:PORT", required = true, help_heading = "Hub", value_parser = settings::host_port)]
     hub: Vec<String>,
     /// Join address of the hub; needed until the cluster has joined, and for late renewal.
-    #[arg(long, value_name = "HOST:PORT", help_heading = "Hub")]
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Hub", value_parser = settings::host_port)]
     join: Vec<String>,
     /// File with a join token; needed until the cluster has joined.
     #[arg(long, value_name = "FILE", help_heading = "Hub")]
@@ -231,7 +231,7 @@ struct RunArgs {
     /// Serve Prometheus metrics over HTTP at this address: a loopback address, unless a token is required.
     #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     metrics_listen: Option<SocketAddr>,
-    /// File with the bearer token that the metrics require, readable by its owner only.
+    /// File with the bearer token that the metrics require, readable by its owner, and at most by a group of this process.
     #[arg(long, value_name = "FILE", help_heading = "Observability", requires = "metrics_listen")]
     metrics_token_file: Option<PathBuf>,
 }
@@ -253,7 +253,7 @@ enum Unknown {
 }
 
 fn main() -> ExitCode {
-    match run(settings::parse()) {
+    match run(settings::parse(&[])) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             text::note(format_args!("hanse-member: {error:#}"));

@@ -96,7 +96,7 @@ impl MemberIdentity {
 
     /// Whether the token in `token_file` belongs to another ClusterSet than the one that the cluster has joined.
     pub fn is_of_other_cluster_set(&self, token_file: &Path) -> bool {
-        let token = files::read_secret(token_file).ok();
+        let token = files::read_provided_secret(token_file).ok();
         let token = token.and_then(|text| Token::parse(TokenKind::Cluster, std::str::from_utf8(&text).ok()?).ok());
         token.is_some_and(|token| token.root != self.root.fingerprint())
     }
@@ -116,8 +116,8 @@ impl MemberIdentity {
         stop: &CancellationToken,
     ) -> Result<Self, RegistrationError> {
         files::private_folder(data).map_err(|e| RegistrationError::Folder(data.to_owned(), e))?;
-        let text =
-            files::read_secret(token_file).map_err(|e| RegistrationError::TokenFile(token_file.to_owned(), e))?;
+        let text = files::read_provided_secret(token_file)
+            .map_err(|e| RegistrationError::TokenFile(token_file.to_owned(), e))?;
         let token = Token::parse(TokenKind::Cluster, std::str::from_utf8(&text).unwrap_or_default())
             .map_err(|error| RegistrationError::NoToken(token_file.to_owned(), error))?;
         if token.cluster != cluster {

@@ -287,7 +287,7 @@ async fn takes_settings_from_options_then_variables_then_the_file() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let _process = Process { child, listen, join };
+    let _process = Process { child, listen: listen.clone(), join: join.clone() };
     crate::support::eventually("ready", || async { page(&health, "/readyz").await.ends_with("ready") }).await;
     let refused = page(&metrics, "/metrics").await;
     assert!(refused.starts_with("HTTP/1.1 401") && !refused.contains("hanse_"), "{refused}");
@@ -297,6 +297,13 @@ async fn takes_settings_from_options_then_variables_then_the_file() {
     let printed = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(2), "{printed}");
     assert!(printed.contains("hub.yaml: listens: unknown setting"), "{printed}");
+
+    // A restore that is repeated at each start would let an older store win.
+    let run = ["run", "--listen", &listen, "--join-listen", &join, "--data"];
+    let output = hub().args(run).arg(&data).env("HANSE_HUB_RESTORED", "true").output().unwrap();
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{printed}");
+    assert!(printed.contains("HANSE_HUB_RESTORED: --restored is only an option of the command line"), "{printed}");
 }
 
 #[tokio::test]
