@@ -82,7 +82,7 @@ pub enum Agent {
     Connected,
     /// None has connected since the member started.
     NeverConnected,
-    /// It is not connected; since its last acknowledgement.
+    /// It is not connected; since its stream ended.
     Silent(Duration),
     Unknown,
 }

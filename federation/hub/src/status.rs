@@ -64,7 +64,7 @@ pub struct NodeProgress {
     pub generation: (u64, u64),
     pub hub_revision: Revision,
     pub local_revision: u64,
-    /// Since its agent last acknowledged something.
+    /// Since its agent last acknowledged something, or its stream ended.
     pub age: Option<Duration>,
     pub agent_version: String,
     /// Pods that are not enforced.

@@ -202,7 +202,7 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
         local_revision: status.position.local_revision,
         connected: status.connected,
         // Rounded, so that the passage of time alone does not change the report.
-        age_ms: status.acknowledged_at.map_or(u64::MAX, |at| at.elapsed().as_secs() / 10 * 10_000),
+        age_ms: status.last_seen.map_or(u64::MAX, |at| at.elapsed().as_secs() / 10 * 10_000),
         errors: errors.iter().map(|(subject, (at, reason))| error(subject, at.as_ref(), reason)).collect(),
         hooks: status.hooks.as_ref().map(wire::hooks),
         unenforced: status.unenforced.iter().take(MAX_REPORTED).map(pod).collect(),

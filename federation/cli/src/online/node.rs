@@ -19,7 +19,7 @@ pub enum Command {
     ///
     /// STATE is `enforcing` (the newest rule set is in force, without a problem), `lagging`, or `unknown` while the cluster is
     /// silent. GENERATION is the rule set in force. HUB and LOCAL are the revisions that it was compiled from. AGE is the time
-    /// since the last acknowledgement of the agent.
+    /// since the last acknowledgement of the agent, or since its connection ended.
     #[command(after_help = "\
 Examples:
   hanse node list
@@ -50,7 +50,7 @@ pub struct Node {
     generation: String,
     hub_revision: u64,
     local_revision: u64,
-    /// Since its agent last acknowledged something.
+    /// Since its agent last acknowledged something, or its stream ended.
     age_ms: Option<u64>,
     agent_version: String,
     /// Pods that are not enforced.

@@ -55,7 +55,7 @@ impl Report<'_> {
         })
     }
 
-    /// Since the agent last acknowledged something.
+    /// Since the agent last acknowledged something, or its stream ended.
     fn age_of(&self, node: &pb::NodePosition) -> Option<Duration> {
         (node.age_ms != u64::MAX).then(|| self.age.saturating_add(Duration::from_millis(node.age_ms)))
     }

@@ -301,7 +301,7 @@ impl AgentStream {
             status.hooks = hooks;
             status.unenforced = unenforced;
             status.files = files;
-            status.acknowledged_at = Some(Instant::now());
+            status.last_seen = Some(Instant::now());
         });
         Ok(())
     }

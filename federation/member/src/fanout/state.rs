@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use hanse_identity::ca::CaError;
 use hanse_identity::instances::{Instance, Instances};
@@ -327,6 +327,7 @@ impl Fanout {
     pub(super) fn detach(&self, name: &str, stream: u64) {
         if let Some(node) = self.nodes().get_mut(name).filter(|node| node.stream == stream) {
             node.status.connected = false;
+            node.status.last_seen = Some(Instant::now());
         }
         self.shared.changed.send_modify(|count| *count += 1);
     }

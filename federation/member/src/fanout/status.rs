@@ -23,8 +23,8 @@ pub struct NodeStatus {
     pub unenforced: Vec<(EndpointId, Finding)>,
     /// Files that the agent cannot write.
     pub files: Vec<FileProblem>,
-    /// When the last acknowledgement arrived.
-    pub acknowledged_at: Option<Instant>,
+    /// When the last acknowledgement arrived, or the stream ended.
+    pub last_seen: Option<Instant>,
     /// The agent's version; empty if it did not send it.
     pub version: String,
     /// The addresses, served and refused, of two processes that use the key of the node, or its key and a former one. Acknowledgements

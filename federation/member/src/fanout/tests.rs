@@ -299,6 +299,20 @@ async fn reports_a_renewed_copy_of_a_nodes_directory_when_the_node_returns() {
     assert!(world.open_as(copy_key, 3).await.is_err() && rivals().is_none());
 }
 
+#[tokio::test]
+async fn agent_was_last_seen_when_its_stream_ended() {
+    let world = World::new().await;
+    let (node, key) = ("a".into(), Fingerprint::of(b"key"));
+    let first = world.fanout.attach(&node, key, instance_of_test(1)).await.expect("served");
+    let second = world.fanout.attach(&node, key, instance_of_test(1)).await.expect("served");
+    let last_seen = || world.fanout.realisation()["a"].last_seen;
+    world.fanout.detach("a", first.number);
+    assert_eq!(last_seen(), None, "the newer stream is open");
+    let before_end = std::time::Instant::now();
+    world.fanout.detach("a", second.number);
+    assert!(last_seen().is_some_and(|at| at >= before_end), "{:?}", last_seen());
+}
+
 /// An agent does not send the epoch of what it acknowledges, so within a term each generation is of one epoch.
 #[tokio::test]
 async fn restored_hub_gives_each_node_a_new_generation() {
