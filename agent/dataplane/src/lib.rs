@@ -4,7 +4,7 @@
 //! decisions come out. [`nftables::Nftables`] is one backend. See `README.md` for every chain and set.
 //!
 //! Every backend guarantees: a generation takes effect as a whole; rules stay in force when the agent stops; an agent that
-//! starts adopts the rules that it finds; an object that the kernel refuses is replaced by one that denies, is reported, and
+//! starts recognises them; an object that the kernel refuses is replaced by one that denies, is reported, and
 //! does not affect other objects.
 
 // Text of other programs is printed by `hanse_runtime::text`, which escapes it.
@@ -32,9 +32,9 @@ pub use hanse_ruleset::{Finding, Object, Refusal, Rejection};
 pub enum Found {
     /// No rules of Hanse.
     Nothing,
-    /// Rules of this generation and digest, which stay in force until others are applied. `whole`: they equal the expected ones, as far as
-    /// they are compared.
-    Rules { generation: Generation, digest: Digest, whole: bool },
+    /// Rules that were written for this generation and digest, which stay in force until others are applied. Another program may have
+    /// changed them since.
+    Rules { generation: Generation, digest: Digest },
 }
 
 /// The result of applying a generation.
@@ -64,8 +64,8 @@ pub enum Error {
 
 /// A dataplane. All calls block; each one is a transaction.
 pub trait Backend: Send {
-    /// Reads the rules that are in force. Where they equal `expected`, the rule set that should be in force, later calls change only
-    /// the difference.
+    /// Reads which rules are in force, and changes none. The next call that changes rules writes all of them in one transaction. Where the
+    /// rules in force are those of `expected`, [`Self::repair`] restores them, and addresses that the node learned are kept.
     ///
     /// # Errors
     /// [`Error::Access`].

@@ -203,11 +203,6 @@ impl State {
     }
 }
 
-/// The number of entries of each chain and set.
-type Counts = BTreeMap<String, usize>;
-/// Elements with a timeout: set, address and milliseconds that are left.
-type Ending = Vec<(String, IpAddr, u64)>;
-
 impl Nftables {
     /// Opens netlink in the network namespace of the calling thread, with checked settings.
     ///
@@ -321,10 +316,10 @@ impl Nftables {
                     return Err(Error::Access(error));
                 }
                 Err(BatchError::Refused(refused)) => {
-                    let text = |(tag, error): &(Tag, std::io::Error)| format!("{tag:?}: {error}");
-                    let reasons = refused.iter().take(3).map(text).collect::<Vec<_>>().join("; ");
-                    tracing::warn!(%reasons, "the kernel refused a batch, closing the refused objects");
-                    if !closed.add(next, refused) {
+                    let reasons = in_words(&refused);
+                    tracing::debug!(%reasons, "the kernel refused a batch, closing the refused objects");
+                    let is_of_table = refused.iter().any(|(tag, _)| *tag == Tag::Table);
+                    if is_of_table || !closed.add(next, refused) {
                         self.installed = None;
                         return Err(Error::Refused(reasons));
                     }
@@ -352,23 +347,25 @@ impl Nftables {
         Ok(recorded)
     }
 
-    /// Whether the uplinks in the kernel are those of the configuration.
-    fn has_configured_uplinks(&mut self) -> Result<bool, Error> {
-        let wanted = self.config.uplinks.iter().map(|name| render::interface_key(name)).collect();
-        Ok(self.values("uplinks")? == wanted)
-    }
-
     /// The keys of a set in the kernel.
     fn values(&mut self, set: &str) -> Result<BTreeSet<Vec<u8>>, Error> {
-        let query = Attributes::default().text(1, &self.config.table).text(2, set);
-        let dumped = self.netlink.query(GET_SET_ELEMENTS, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Access)?;
         let value = |element: &[u8]| Some(attributes(attributes(element).get(&1)?).get(&1)?.to_vec());
-        let mut values = BTreeSet::new();
-        for part in &dumped {
+        self.elements(set, value).map_err(Error::Access)
+    }
+
+    /// What `read` finds in the elements of a set in the kernel.
+    fn elements<T, C: Default + Extend<T>>(
+        &mut self,
+        set: &str,
+        read: impl Fn(&[u8]) -> Option<T>,
+    ) -> std::io::Result<C> {
+        let query = Attributes::default().text(1, &self.config.table).text(2, set);
+        let mut found = C::default();
+        for part in self.netlink.query(GET_SET_ELEMENTS, netlink::DUMP, FAMILY_INET, &query)? {
             let part = attributes(&part.body);
-            values.extend(part.get(&3).map(|list| netlink::list(list)).into_iter().flatten().filter_map(value));
+            found.extend(part.get(&3).map(|list| netlink::list(list)).into_iter().flatten().filter_map(&read));
         }
-        Ok(values)
+        Ok(found)
     }
 
     fn read_state(&mut self) -> Result<Option<State>, Error> {
@@ -388,62 +385,23 @@ impl Nftables {
         Ok(rules.iter().find_map(|rule| comment(&rule.body)))
     }
 
-    /// The number of rules of each chain of the table, and of elements of each set, except those with a timeout, which are returned
-    /// separately.
-    fn inventory(&mut self, sets: impl Iterator<Item = String>) -> Result<(Counts, Ending), Error> {
-        let table = self.config.table.clone();
-        let query = Attributes::default().text(1, &table);
-        let (mut counts, mut ending) = (BTreeMap::new(), Vec::new());
-        for rule in self.netlink.query(GET_CHAIN_RULES, netlink::DUMP, FAMILY_INET, &query).map_err(Error::Access)? {
-            let rule = attributes(&rule.body);
-            if rule.get(&1).is_some_and(|name| text_of(name) == table) {
-                let chain = rule.get(&2).map(|name| text_of(name)).unwrap_or_default();
-                *counts.entry(chain).or_default() += 1;
-            }
-        }
-        for set in sets {
-            let query = Attributes::default().text(1, &table).text(2, &set);
-            let dumped = match self.netlink.query(GET_SET_ELEMENTS, netlink::DUMP, FAMILY_INET, &query) {
-                Ok(dumped) => dumped,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(Error::Access(error)),
-            };
-            let mut count = 0;
-            for part in &dumped {
-                let part = attributes(&part.body);
-                for element in part.get(&3).map(|list| netlink::list(list)).into_iter().flatten() {
-                    match learned_element(element) {
-                        Some((address, left_ms)) => ending.push((set.clone(), address, left_ms)),
-                        None => count += 1,
-                    }
+    /// The learned members of the sets of `rules` in the kernel.
+    fn read_learned(&mut self, rules: &RuleSet) -> Result<LearnedMembers, Error> {
+        let (mut learned, now) = (LearnedMembers::default(), Instant::now());
+        for id in rules.sets.values().filter(|set| set.kind() == SetKind::Addresses).map(|set| set.id) {
+            for family in [Family::V4, Family::V6] {
+                let members: Vec<LearnedAddress> = match self.elements(&render::set_name(id, family), learned_element) {
+                    Ok(members) => members,
+                    // Another program removed it.
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                    Err(error) => return Err(Error::Access(error)),
+                };
+                if !members.is_empty() {
+                    learned.add(id, &members, now);
                 }
             }
-            counts.insert(format!("set {set}"), count);
         }
-        Ok((counts, ending))
-    }
-
-    /// The learned members in the kernel, if it has as many rules and elements as `rules` makes; else `None`.
-    fn matches(&mut self, rules: &RuleSet) -> Result<Option<LearnedMembers>, Error> {
-        let closed = Closed::default();
-        let writer = Writer::new(&self.config, None, rules, &closed);
-        let expected = writer.inventory(Epoch(1));
-        let sets: Vec<String> =
-            expected.keys().filter_map(|name| name.strip_prefix("set ")).map(str::to_owned).collect();
-        let (found, ending) = self.inventory(sets.into_iter())?;
-        if found != expected {
-            return Ok(None);
-        }
-        let (mut learned, now) = (LearnedMembers::default(), Instant::now());
-        for (set, address, left_ms) in ending {
-            let of_set = rules.sets.keys().find(|id| render::set_name(**id, Family::of(address)) == set);
-            let Some(id) = of_set else { return Ok(None) };
-            let time_to_live = Duration::from_millis(left_ms);
-            if learned.add(*id, &[LearnedAddress { address, time_to_live }], now) > 0 {
-                return Ok(None);
-            }
-        }
-        Ok(Some(learned))
+        Ok(learned)
     }
 
     /// Commits the difference to `next`; the whole table where that is refused.
@@ -460,13 +418,30 @@ impl Nftables {
     }
 }
 
-/// The address of an element that ends, and the milliseconds that are left.
-fn learned_element(element: &[u8]) -> Option<(IpAddr, u64)> {
+/// Refusals of a batch, for people.
+fn in_words(refused: &[(Tag, std::io::Error)]) -> String {
+    const NAMED: usize = 3;
+    let text = |(tag, error): &(Tag, std::io::Error)| format!("{tag}: {error}");
+    // Where the table is refused, so is everything in it.
+    if let Some(of_table) = refused.iter().find(|(tag, _)| *tag == Tag::Table) {
+        return text(of_table);
+    }
+    let mut all: Vec<String> = refused.iter().map(text).collect();
+    all.dedup();
+    let more = all.len().saturating_sub(NAMED);
+    all.truncate(NAMED);
+    all.extend((more > 0).then(|| format!("{more} more")));
+    all.join("; ")
+}
+
+/// An element that ends.
+fn learned_element(element: &[u8]) -> Option<LearnedAddress> {
     const KEY: u16 = 1;
     const EXPIRATION: u16 = 5;
     let element = attributes(element);
-    let left = u64::from_be_bytes(*element.get(&EXPIRATION)?.first_chunk()?);
-    Some((address_of(attributes(element.get(&KEY)?).get(&1)?)?, left))
+    let left_ms = u64::from_be_bytes(*element.get(&EXPIRATION)?.first_chunk()?);
+    let address = address_of(attributes(element.get(&KEY)?).get(&1)?)?;
+    Some(LearnedAddress { address, time_to_live: Duration::from_millis(left_ms) })
 }
 
 fn address_of(bytes: &[u8]) -> Option<IpAddr> {
@@ -476,29 +451,18 @@ fn address_of(bytes: &[u8]) -> Option<IpAddr> {
 
 impl Backend for Nftables {
     fn adopt(&mut self, expected: Option<&Arc<RuleSet>>) -> Result<Found, Error> {
-        if let Some(rules) = expected {
-            self.detect_uplinks(rules);
-        }
         let Some(state) = self.read_state()? else {
             // Marks of a former agent could be taken for judgements.
             conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Access)?;
             return Ok(Found::Nothing);
         };
         self.epoch = state.epoch;
-        let mut whole = false;
-        if let Some(rules) = expected
-            && rules.digest() == state.digest
-            && let Some(learned) = self.matches(rules)?
-            && self.has_configured_uplinks()?
-        {
-            let uplinks = self.config.uplinks.clone();
-            let digested = Digested::new(rules, None);
-            self.installed = Some(digested.installed(None, rules, Closed::default(), uplinks, learned.clone()));
-            self.learned = learned;
-            self.applied = Some(Arc::clone(rules));
-            whole = true;
+        if let Some(rules) = expected.filter(|rules| rules.digest() == state.digest) {
+            self.learned = self.read_learned(rules)?;
+            // Another program may have changed them while no agent ran.
+            (self.applied, self.drifted) = (Some(Arc::clone(rules)), true);
         }
-        Ok(Found::Rules { generation: state.generation, digest: state.digest, whole })
+        Ok(Found::Rules { generation: state.generation, digest: state.digest })
     }
 
     fn apply(&mut self, next: &Arc<RuleSet>) -> Result<Applied, Error> {
@@ -538,7 +502,7 @@ impl Backend for Nftables {
         match self.netlink.commit(batch) {
             Ok(()) => {}
             Err(BatchError::Io(error)) => return Err(Error::Access(error)),
-            Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),
+            Err(BatchError::Refused(refused)) => return Err(Error::Refused(in_words(&refused))),
         }
         let own = interfaces::own_addresses().map_err(Error::Access)?;
         self.probed_across.clear();
@@ -605,7 +569,7 @@ impl Backend for Nftables {
         match self.netlink.commit(batch) {
             Ok(()) => {}
             Err(BatchError::Io(error)) => return Err(Error::Access(error)),
-            Err(BatchError::Refused(refused)) => return Err(Error::Refused(format!("{refused:?}"))),
+            Err(BatchError::Refused(refused)) => return Err(Error::Refused(in_words(&refused))),
         }
         (self.installed, self.applied, self.learned) = (None, None, LearnedMembers::default());
         conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Access)

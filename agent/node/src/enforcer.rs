@@ -14,13 +14,17 @@ use ipnet::IpNet;
 use tokio::sync::{oneshot, watch};
 
 use crate::metrics::AgentMetrics;
-use crate::prober::Prober;
 pub use crate::prober::Proofs;
+use crate::prober::{Prober, in_words};
 use crate::{pod_ranges, snapshot};
 
 /// How often drift is looked for and probes have their turn, also while generations follow each other: drift is to be repaired
 /// within a second.
 const REPAIR_EVERY: Duration = Duration::from_millis(200);
+/// The longest time between two repairs that fail: drift is to be repaired within a second of when that is possible.
+const REPAIR_AGAIN: Duration = Duration::from_secs(1);
+/// A repair that fails is tried again after this many times the time that it took. So large rule sets leave time for other work.
+const REPAIR_PAUSE: u32 = 4;
 /// How much older than the rules in force the snapshot may be while generations follow each other.
 const SNAPSHOT_AGE: Duration = Duration::from_secs(1);
 /// When a file that could not be written is tried again.
@@ -103,9 +107,9 @@ impl Options {
 }
 
 impl Enforcer {
-    /// Brings the dataplane to the last known state, before any member is reached: rules that are in force stay; without any the
-    /// snapshot is applied; without one the node's pod ranges are closed: those of `options`, else those that the member sent
-    /// last.
+    /// Brings the dataplane to the last known state, before any member is reached. Rules in force with the snapshot's digest are
+    /// written again in one transaction, or reported and tried again; others stay. Without any the snapshot is applied; without one
+    /// the node's pod ranges are closed: those of `options`, else those that the member sent last.
     ///
     /// # Errors
     /// When the dataplane cannot be read, or refuses the last known state.
@@ -116,7 +120,7 @@ impl Enforcer {
             false => options.pod_ranges.clone(),
         };
         let pod_ranges = saved.as_ref().map_or(&known_ranges, |rules| &rules.node.pod_ranges).clone();
-        let Initial { in_force, refused, open } = initial(&mut *backend, saved, &known_ranges)?;
+        let Initial { in_force, refused, open, not_restored } = initial(&mut *backend, saved, &known_ranges)?;
         if open {
             tracing::warn!(
                 "no pod range of this node is known: its pods are OPEN until the first rules arrive; set --pod-range"
@@ -124,11 +128,15 @@ impl Enforcer {
         }
         let (commands, receiver) = mpsc::channel();
         let (publish, proofs) = watch::channel(Arc::default());
-        let prober = Prober::new(in_force.clone(), publish, options.metrics.clone());
+        let mut prober = Prober::new(in_force.clone(), publish, options.metrics.clone());
+        let mut repairs = Repairs::new(options.metrics.clone());
+        if let Some(error) = not_restored {
+            repairs.failed(error, Instant::now(), &mut prober);
+        }
         // A panic ends the process ([`Ended`]): its rules stay in force, and the next start adopts them.
         std::thread::Builder::new()
             .name("enforcer".to_owned())
-            .spawn(move || serve(&mut *backend, &options, &receiver, prober))
+            .spawn(move || serve(&mut *backend, &options, &receiver, prober, repairs))
             .map_err(EnforceError::Thread)?;
         let ended = Ended(proofs.clone());
         Ok(Started { enforcer: Self { commands, proofs }, in_force, refused, pod_ranges, open, ended })
@@ -168,25 +176,29 @@ struct Initial {
     in_force: Option<Arc<RuleSet>>,
     refused: Vec<Refusal>,
     open: bool,
+    /// Why the rules in force could not be written again.
+    not_restored: Option<String>,
 }
 
 /// See [`Enforcer::start`].
 fn initial(backend: &mut dyn Backend, saved: Option<Arc<RuleSet>>, known_ranges: &[IpNet]) -> Result<Initial, Error> {
     let nothing_known = saved.is_none() && known_ranges.is_empty();
     match backend.adopt(saved.as_ref())? {
-        Found::Rules { generation, digest, whole } if is_of_member(generation) => {
-            tracing::info!(term = generation.term, number = generation.number, %digest, "adopted the rules in force");
+        Found::Rules { generation, digest } if is_of_member(generation) => {
             let in_force = saved.filter(|rules| rules.digest() == digest);
-            let mut refused = Vec::new();
-            if let Some(rules) = in_force.as_ref().filter(|_| !whole) {
-                refused = backend.apply(rules)?.refused;
-                tracing::warn!("the rules in force differed from the snapshot of their digest; repaired");
-            }
-            Ok(Initial { in_force, refused, open: false })
+            let is_known = in_force.is_some();
+            tracing::info!(term = generation.term, number = generation.number, %digest, is_known, "adopted the rules in force");
+            // Another program may have changed them while no agent ran, so they are written again.
+            let (refused, not_restored) = match in_force.as_ref().map(|rules| backend.apply(rules)) {
+                Some(Ok(applied)) => (applied.refused, None),
+                Some(Err(error)) => (Vec::new(), Some(in_words(&error))),
+                None => (Vec::new(), None),
+            };
+            Ok(Initial { in_force, refused, open: false, not_restored })
         }
         // Ranges that were closed before stay closed where none is known any more.
         Found::Rules { digest, .. } if nothing_known && digest != closed(&[]).digest() => {
-            Ok(Initial { in_force: None, refused: Vec::new(), open: false })
+            Ok(Initial { in_force: None, refused: Vec::new(), open: false, not_restored: None })
         }
         Found::Rules { .. } | Found::Nothing => {
             let rules = saved.clone().unwrap_or_else(|| Arc::new(closed(known_ranges)));
@@ -196,7 +208,7 @@ fn initial(backend: &mut dyn Backend, saved: Option<Arc<RuleSet>>, known_ranges:
                 pod_ranges = rules.node.pod_ranges.len(),
                 "no rules of a member were in force; applied the last known state"
             );
-            Ok(Initial { in_force: saved, refused, open: nothing_known })
+            Ok(Initial { in_force: saved, refused, open: nothing_known, not_restored: None })
         }
     }
 }
@@ -211,7 +223,13 @@ fn is_of_member(generation: Generation) -> bool {
     generation != Generation::default()
 }
 
-fn serve(backend: &mut dyn Backend, options: &Options, commands: &mpsc::Receiver<Command>, mut prober: Prober) {
+fn serve(
+    backend: &mut dyn Backend,
+    options: &Options,
+    commands: &mpsc::Receiver<Command>,
+    mut prober: Prober,
+    mut repairs: Repairs,
+) {
     let mut files = Files::new(options);
     let mut repair_at = Instant::now() + REPAIR_EVERY;
     loop {
@@ -221,6 +239,9 @@ fn serve(backend: &mut dyn Backend, options: &Options, commands: &mpsc::Receiver
                 let start = Instant::now();
                 let applied = span.in_scope(|| backend.apply(&rules));
                 options.metrics.applied(start.elapsed(), applied.is_ok());
+                if applied.is_ok() {
+                    repairs.succeeded(&mut prober);
+                }
                 if applied.is_ok() && is_of_member(rules.generation) {
                     files.rules_changed(&rules);
                     prober.set_rules(rules);
@@ -233,21 +254,69 @@ fn serve(backend: &mut dyn Backend, options: &Options, commands: &mpsc::Receiver
             Err(mpsc::RecvTimeoutError::Disconnected) => return files.close(),
         };
         if Instant::now() >= repair_at {
-            match backend.repair() {
-                Ok(true) => {
-                    options.metrics.repaired();
-                    tracing::warn!("another program changed the rules of Hanse; repaired");
-                }
-                Ok(false) => {}
-                Err(error) => {
-                    options.metrics.repair_failed();
-                    tracing::error!(%error, "drift not repaired, trying again");
-                }
-            }
+            repairs.turn(backend, &mut prober);
             prober.turn(backend);
             repair_at = Instant::now() + REPAIR_EVERY;
         }
         files.write(prober.rules(), is_idle);
+    }
+}
+
+/// Repairs drift, and publishes when that fails. Logs changes only.
+struct Repairs {
+    metrics: AgentMetrics,
+    failing: Option<Failing>,
+}
+
+/// A repair that failed.
+struct Failing {
+    error: String,
+    again_at: Instant,
+    again_after: Duration,
+}
+
+impl Repairs {
+    fn new(metrics: AgentMetrics) -> Self {
+        Self { metrics, failing: None }
+    }
+
+    fn turn(&mut self, backend: &mut dyn Backend, prober: &mut Prober) {
+        let start = Instant::now();
+        if self.failing.as_ref().is_some_and(|failing| start < failing.again_at) {
+            return;
+        }
+        match backend.repair() {
+            Ok(repaired) => {
+                if repaired {
+                    self.metrics.repaired();
+                    tracing::warn!("another program changed the rules of Hanse; repaired");
+                }
+                self.succeeded(prober);
+            }
+            Err(error) => {
+                self.metrics.repair_failed();
+                self.failed(in_words(&error), start, prober);
+            }
+        }
+    }
+
+    fn failed(&mut self, error: String, start: Instant, prober: &mut Prober) {
+        let before = self.failing.take();
+        if before.as_ref().is_none_or(|failing| failing.error != error) {
+            tracing::error!(%error, "rules in the kernel not restored, trying again; the node does not count as enforcing");
+        }
+        let again_after = before.map_or(REPAIR_EVERY, |failing| (failing.again_after * 2).min(REPAIR_AGAIN));
+        let again_at = Instant::now() + again_after.max(start.elapsed() * REPAIR_PAUSE);
+        prober.set_not_restored(Some(error.clone()));
+        self.failing = Some(Failing { error, again_at, again_after });
+    }
+
+    /// The rules in the kernel are those of the last rule set.
+    fn succeeded(&mut self, prober: &mut Prober) {
+        if self.failing.take().is_some() {
+            tracing::info!("rules in the kernel restored");
+            prober.set_not_restored(None);
+        }
     }
 }
 

@@ -196,9 +196,9 @@ fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
     ))?;
     text::line(format_args!("pod ranges   {}", status.ranges()))?;
     let in_sync = match (status.connected, running, status.not_in_sync.as_str()) {
-        (true, ..) => "yes".to_owned(),
-        (false, true, why) if !why.is_empty() => format!("no: {why}"),
-        (false, ..) => "no".to_owned(),
+        (true, _, "") => "yes".to_owned(),
+        (_, true, why) if !why.is_empty() => format!("no: {why}"),
+        _ => "no".to_owned(),
     };
     text::line(format_args!("in sync      {in_sync}"))?;
     text::line(format_args!("as of        {} ({} s ago)", rfc3339(status.written_at()), status.age_seconds()))?;

@@ -34,6 +34,8 @@ pub struct Prober {
     rules: Option<Arc<RuleSet>>,
     probed: BTreeMap<EndpointId, Probed>,
     in_flight: Option<(Instant, Vec<Arc<LocalEndpoint>>)>,
+    /// Why the rules in the kernel cannot be restored. Nothing is probed meanwhile.
+    not_restored: Option<String>,
     proofs: watch::Sender<Arc<Proofs>>,
     metrics: AgentMetrics,
 }
@@ -47,7 +49,7 @@ struct Probed {
 
 impl Prober {
     pub fn new(rules: Option<Arc<RuleSet>>, proofs: watch::Sender<Arc<Proofs>>, metrics: AgentMetrics) -> Self {
-        Self { rules, probed: BTreeMap::new(), in_flight: None, proofs, metrics }
+        Self { rules, probed: BTreeMap::new(), in_flight: None, not_restored: None, proofs, metrics }
     }
 
     pub fn set_rules(&mut self, rules: Arc<RuleSet>) {
@@ -59,9 +61,19 @@ impl Prober {
         self.rules.as_ref()
     }
 
+    /// Publishes that the rules in the kernel cannot be restored: no pod counts as proven until they are, and it has answered again.
+    pub fn set_not_restored(&mut self, error: Option<String>) {
+        if self.not_restored != error {
+            self.probed.clear();
+            self.in_flight = None;
+            self.not_restored = error;
+            self.publish(None);
+        }
+    }
+
     /// Reads the answers that are due, and probes the pods that are due.
     pub fn turn(&mut self, backend: &mut dyn Backend) {
-        let Some(rules) = self.rules.clone() else { return };
+        let Some(rules) = self.rules.clone().filter(|_| self.not_restored.is_none()) else { return };
         let mut hooks = None;
         match self.in_flight.take() {
             Some((since, pods)) if since.elapsed() < ANSWER_TIME => {
@@ -87,7 +99,7 @@ impl Prober {
                 Err(error) => hooks = Some(HookProblem::ProbeNotSent(in_words(&error))),
             }
         }
-        self.publish(&rules, hooks);
+        self.publish(hooks);
     }
 
     fn record(&mut self, pods: &[Arc<LocalEndpoint>], mut findings: BTreeMap<EndpointId, Finding>) {
@@ -105,10 +117,13 @@ impl Prober {
         }
     }
 
-    fn publish(&self, rules: &RuleSet, hooks: Option<HookProblem>) {
+    fn publish(&self, hooks: Option<HookProblem>) {
+        let nothing = RuleSet::default();
+        let rules = self.rules.as_deref().unwrap_or(&nothing);
         let is_proven = self.probed.values().any(|probed| probed.finding == Finding::Enforced);
         let unproven = (!is_proven && !rules.endpoints.is_empty()).then_some(HookProblem::NotProven);
-        let hooks = hooks.or(unproven);
+        let not_restored = self.not_restored.clone().map(HookProblem::NotRestored);
+        let hooks = not_restored.or(hooks).or(unproven);
         let finding = |id: &EndpointId| self.probed.get(id).map_or(Finding::Pending, |probed| probed.finding.clone());
         let (ids, findings): (Vec<_>, Vec<_>) = rules.endpoints.keys().map(|id| (id.clone(), finding(id))).unzip();
         self.metrics.set_pods(&findings);
@@ -125,7 +140,7 @@ impl Prober {
 }
 
 /// An error with its cause.
-fn in_words(error: &hanse_dataplane::Error) -> String {
+pub fn in_words(error: &hanse_dataplane::Error) -> String {
     match error {
         hanse_dataplane::Error::Access(cause) => cause.to_string(),
         hanse_dataplane::Error::Refused(why) => why.clone(),

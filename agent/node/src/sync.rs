@@ -54,7 +54,7 @@ pub struct Follower {
     pub instance: [u8; 16],
     /// Files that cannot be written.
     pub writes: Writes,
-    /// True while `connected`. Keep-alives detect a silent member within 20 seconds.
+    /// True while `connected`, and the rules in the kernel are those of the rule set. Keep-alives detect a silent member within 20 seconds.
     pub in_sync: Condition,
     pub metrics: AgentMetrics,
     pub status: watch::Sender<Status>,
@@ -322,12 +322,14 @@ impl Follower {
 
     /// Publishes readiness and status.
     pub fn publish(&self) {
-        self.in_sync.set(self.connected);
-        self.metrics.set_in_sync(self.connected);
+        let proofs = self.enforcer.proofs().borrow().clone();
+        let not_restored = proofs.hooks.as_ref().filter(|it| it.rules_may_differ()).map(|it| Words(it).to_string());
+        let in_sync = self.connected && not_restored.is_none();
+        self.in_sync.set(in_sync);
+        self.metrics.set_in_sync(in_sync);
         self.metrics.set_refused(self.refused.len());
         let nothing = RuleSet::default();
         let in_force = self.in_force.as_deref().unwrap_or(&nothing);
-        let proofs = self.enforcer.proofs().borrow().clone();
         let status = Status {
             node: self.node.clone(),
             term: in_force.generation.term,
@@ -353,7 +355,10 @@ impl Follower {
             pod_ranges: self.in_force.as_ref().map_or(&self.pod_ranges, |rules| &rules.node.pod_ranges).clone(),
             open: self.in_force.as_ref().map_or(self.open, |rules| rules.node.pod_ranges.is_empty()),
             connected: self.connected,
-            not_in_sync: if self.connected { String::new() } else { self.not_in_sync.clone() },
+            not_in_sync: match self.connected {
+                true => not_restored.unwrap_or_default(),
+                false => self.not_in_sync.clone(),
+            },
             problems: self.files().iter().map(|it| Words(it).to_string()).collect(),
             // Set when it is written.
             flows: String::new(),

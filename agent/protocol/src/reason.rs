@@ -41,7 +41,16 @@ pub enum HookProblem {
     NotProven,
     ProbeNotSent(String),
     ProbeNotRead(String),
+    /// The rules in the kernel may differ from the rule set, and cannot be restored.
+    NotRestored(String),
     Unknown,
+}
+
+impl HookProblem {
+    /// Whether the rules in the kernel may differ from the rule set.
+    pub fn rules_may_differ(&self) -> bool {
+        matches!(self, Self::NotRestored(_) | Self::Unknown)
+    }
 }
 
 /// A file that a process cannot write.
@@ -204,6 +213,7 @@ impl Reason {
             Self::Failure(failure) => failure.code(),
             Self::Hooks(HookProblem::NotProven) => "HooksNotProven",
             Self::Hooks(HookProblem::ProbeNotSent(_) | HookProblem::ProbeNotRead(_)) => "ProbeFailed",
+            Self::Hooks(HookProblem::NotRestored(_)) => "RulesNotRestored",
             Self::File(_) => "FileNotWritten",
             Self::Lag(Lag { failure: Some(failure), .. }) => failure.code(),
             Self::Lag(Lag { agent: Agent::NeverConnected, .. }) => "AgentNeverConnected",

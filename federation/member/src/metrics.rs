@@ -117,7 +117,7 @@ impl Metrics {
         for node in nodes.values() {
             connected += i64::from(node.connected);
             current += i64::from(is_current(node, newest));
-            failed += i64::from(node.failed.is_some());
+            failed += i64::from(node.failed.is_some() || node.rules_may_differ());
         }
         let pods = world.nodes().iter().map(|(node, rules)| (nodes.get(node), rules.rules.endpoints.len()));
         let unenforced = pods.map(|(node, pods)| unenforced(node, pods, newest) as i64).sum();
@@ -137,7 +137,8 @@ impl Metrics {
 /// Whether a node has acknowledged `newest`: the hub's epoch and revision, and the revision of the source.
 fn is_current(node: &NodeStatus, newest: (u64, u64, u64)) -> bool {
     let at = node.position;
-    node.connected && (at.hub_epoch, at.hub_revision, at.local_revision) == newest
+    let is_newest = (at.hub_epoch, at.hub_revision, at.local_revision) == newest;
+    node.connected && is_newest && !node.rules_may_differ()
 }
 
 /// The pods of a node with `pods` pods that are not enforced, or not proven to be.

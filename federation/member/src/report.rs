@@ -42,9 +42,10 @@ pub fn realisation(
         .collect();
     let is_current = |node: &&pb::NodePosition| {
         let at = (node.hub_epoch, node.hub_revision, node.local_revision);
-        let has_rival = reported.get(node.node.as_str()).is_some_and(|status| status.rivals.is_some());
+        let status = reported.get(node.node.as_str());
+        let counts = status.is_none_or(|status| status.rivals.is_none() && !status.rules_may_differ());
         let hub = world.hub_position();
-        node.connected && !has_rival && at == (Some(hub.epoch), hub.revision, world.local_revision())
+        node.connected && counts && at == (Some(hub.epoch), hub.revision, world.local_revision())
     };
     let agents_current = nodes.iter().filter(is_current).count();
     let of_exchange = client.problems().into_iter().map(Reason::Exchange);
@@ -167,6 +168,11 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
         let reason = Reason::KeyInUse { served: served.to_string(), refused: refused.to_string() };
         errors.insert(Subject::Everything, (None, reason));
     }
+    // No object counts as enforced then, whatever the position.
+    let differing = status.hooks.as_ref().filter(|_| status.rules_may_differ());
+    if let Some(problem) = differing {
+        errors.entry(Subject::Everything).or_insert_with(|| (None, Reason::Hooks(problem.clone())));
+    }
     for (object, rejection) in &status.refused {
         let reason = Reason::Rejection(rejection.clone());
         let Some(object) = object else {
@@ -204,7 +210,7 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
         // Rounded, so that the passage of time alone does not change the report.
         age_ms: status.last_seen.map_or(u64::MAX, |at| at.elapsed().as_secs() / 10 * 10_000),
         errors: errors.iter().map(|(subject, (at, reason))| error(subject, at.as_ref(), reason)).collect(),
-        hooks: status.hooks.as_ref().map(wire::hooks),
+        hooks: status.hooks.as_ref().filter(|_| differing.is_none()).map(wire::hooks),
         unenforced: status.unenforced.iter().take(MAX_REPORTED).map(pod).collect(),
         unenforced_total: u32::try_from(status.unenforced.len()).unwrap_or(u32::MAX),
         term: status.position.generation.term,
@@ -246,7 +252,7 @@ fn federated(name: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use hanse_protocol::reason::{Failure, Rejection};
+    use hanse_protocol::reason::{Failure, HookProblem, Rejection};
     use hanse_ruleset::{Chain, LocalEndpoint, Phase, Policy, PolicyId, SetId, Tier, TierDefault};
 
     use super::*;
@@ -367,6 +373,14 @@ mod tests {
             check(found(pod("p"), finding.clone()), &of(&["a", "ab"]));
             check(found(pod("on-the-host"), finding), &[]);
         }
+        for hooks in [HookProblem::NotRestored("not permitted".to_owned()), HookProblem::Unknown] {
+            let status = NodeStatus { hooks: Some(hooks.clone()), ..NodeStatus::default() };
+            let position = position(&"n".into(), &status, &rules());
+            let reason = position.errors[0].reason.clone().map(wire::parse_reason);
+            assert_eq!((reason, position.hooks), (Some(Reason::Hooks(hooks)), None), "the problem is reported once");
+            check(status, &everything);
+        }
+        check(NodeStatus { hooks: Some(HookProblem::NotProven), ..NodeStatus::default() }, &[]);
         let failed = NodeStatus { failed: Some(Failure::Unknown), ..NodeStatus::default() };
         assert!(position(&"n".into(), &failed, &rules()).failure.is_some(), "also one that this version does not know");
         // The acknowledgement may come from a copy.

@@ -11,8 +11,8 @@ use hanse_ruleset::{ChainId, Family, PolicyId, PortRange};
 
 pub use self::hooks::{PROBE_ACROSS, PROBE_OWN, base_chains, epoch_chains, epoch_elements, log_chains};
 pub use self::sets::{
-    CLEAR_EVERY_MS, DYNAMIC, Element, INTERVAL, MAP, SetDefinition, TIMEOUT, address_bytes, endpoint_elements,
-    fixed_sets, range_elements, set_definitions, set_elements, set_name,
+    CLEAR_EVERY_MS, Element, INTERVAL, MAP, SetDefinition, TIMEOUT, address_bytes, endpoint_elements, fixed_sets,
+    range_elements, set_definitions, set_elements, set_name,
 };
 use super::Config;
 use super::expression::{Compare, Ct, Direction, Expression, Meta, R1, SetName, Verdict};

@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,7 +15,7 @@ use super::expression::{Expression, Verdict, value, verdict_data};
 use super::learned::LearnedMembers;
 use super::netlink::{Attributes, Batch, CREATE};
 use super::render::{
-    AnonymousSet, CLEAR_EVERY_MS, DYNAMIC, Element, INTERVAL, KernelChain, MAP, Render, Rule, SetDefinition, TIMEOUT,
+    AnonymousSet, CLEAR_EVERY_MS, Element, INTERVAL, KernelChain, MAP, Render, Rule, SetDefinition, TIMEOUT,
     address_bytes, base_chains, endpoint_elements, epoch_chains, epoch_elements, fixed_sets, interface_key,
     range_elements, set_definitions, set_elements, set_name,
 };
@@ -47,6 +48,20 @@ pub enum Tag {
     Chain(ChainId),
     Endpoint(EndpointId),
     Removal,
+}
+
+impl fmt::Display for Tag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Table => f.write_str("table"),
+            Self::Base => f.write_str("base of the table"),
+            Self::Set(id) => write!(f, "set {id}"),
+            Self::Policy(id) => write!(f, "policy {id}"),
+            Self::Chain(id) => write!(f, "chain {id}"),
+            Self::Endpoint(id) => write!(f, "pod {}/{}", id.namespace, id.name),
+            Self::Removal => f.write_str("removal of former objects"),
+        }
+    }
 }
 
 /// Objects that the kernel refused. Objects that deny are in force instead.
@@ -133,40 +148,6 @@ impl<'a> Writer<'a> {
         self.state_rule(state);
         self.remove();
         self.batch
-    }
-
-    /// The number of rules of each chain, and of elements of each set (`set NAME`).
-    pub fn inventory(&self, epoch: Epoch) -> BTreeMap<String, usize> {
-        let mut counts: BTreeMap<String, usize> = BTreeMap::from([("state".to_owned(), 1)]);
-        let chains = self.chains_to_write().into_iter().map(|(_, chain)| chain);
-        for chain in chains.chain(base_chains(self.config, &self.next.node)).chain(epoch_chains(self.config, epoch)) {
-            if !chain.rules.is_empty() {
-                counts.insert(chain.name, chain.rules.len());
-            }
-        }
-        let mut add = |set: String, elements: &[Element]| {
-            *counts.entry(format!("set {set}")).or_default() += kernel_count(elements);
-        };
-        for set in fixed_sets().into_iter().filter(|set| set.flags & DYNAMIC == 0) {
-            add(set.name, &[]);
-        }
-        for (set, element) in epoch_elements(self.config, epoch) {
-            add(set.to_owned(), &[element]);
-        }
-        for (set, elements) in self.fixed_elements() {
-            add(set, &elements);
-        }
-        for endpoint in self.next.endpoints.values() {
-            for (set, element) in endpoint_elements(endpoint, is_guarded(self.next, endpoint)) {
-                add(set, &[element]);
-            }
-        }
-        for set in self.next.sets.values() {
-            for family in [Family::V4, Family::V6] {
-                add(set_name(set.id, family), &set_elements(&set.members, family));
-            }
-        }
-        counts
     }
 
     fn fixed_elements(&self) -> Vec<(String, Vec<Element>)> {
@@ -584,15 +565,6 @@ fn encode_element(list: Attributes, element: &Element) -> Attributes {
         Element::Ending(bytes, left_ms) => list.nest(1, &key(bytes).u64(4, *left_ms)),
         Element::Jump(bytes, chain) => list.nest(1, &key(bytes).nest(2, &verdict_data(&Verdict::Jump(chain.clone())))),
     }
-}
-
-/// The number of elements in the kernel: an interval has a second one for its end, unless it reaches the last value.
-fn kernel_count(elements: &[Element]) -> usize {
-    let count = |element: &Element| match element {
-        Element::Interval(_, last) if successor(last).is_some() => 2,
-        _ => 1,
-    };
-    elements.iter().map(count).sum()
 }
 
 /// The next value of the same width; none after the last.

@@ -79,13 +79,13 @@ fn learned_addresses_are_neither_in_the_digest_nor_drift() {
     driver.apply(&rules).expect("applied");
     driver.learn(known(), &learned(&["10.1.0.2"], LONG)).expect("learned");
     assert!(!driver.repair().expect("looked"));
-    let whole = Found::Rules { generation: rules.generation, digest: rules.digest(), whole: true };
-    assert_eq!(net.driver().adopt(Some(&rules)).expect("read"), whole);
+    let found = Found::Rules { generation: rules.generation, digest: rules.digest() };
+    assert_eq!(net.driver().adopt(Some(&rules)).expect("read"), found);
     // A repair writes the learned addresses as well.
     nft(&net, "flush chain inet hanse forward");
     assert!(driver.repair().expect("repaired"));
     assert_eq!(reaches(&net, &listeners), [true, false]);
-    assert_eq!(net.driver().adopt(Some(&rules)).expect("read"), whole);
+    assert_eq!(net.driver().adopt(Some(&rules)).expect("read"), found);
 }
 
 #[test]
@@ -135,9 +135,13 @@ fn restarted_agent_keeps_learned_addresses_only_with_the_rules_it_adopts() {
     driver.learn(known(), &learned(&["10.1.0.2"], LONG)).expect("learned");
     driver.learn(known(), &learned(&["fd01::2"], SHORT)).expect("learned");
     let began = Instant::now();
+    let (mut client, mut server) = net.pair("p2", "10.1.0.3:80", &listeners[0]);
     drop(driver);
     let mut driver = net.driver();
-    assert!(matches!(driver.adopt(Some(&first)).expect("read"), Found::Rules { whole: true, .. }));
+    driver.adopt(Some(&first)).expect("read");
+    driver.apply(&first).expect("applied");
+    assert_eq!(reaches(&net, &listeners), [true; 2]);
+    assert!(passes(&mut client, &mut server), "connections stay");
     // It has read them: a learned address that is compiled does not end, and one that is no longer compiled stays until its end.
     driver.apply(&rules(&["fd01::2", "10.1.0.2"], 2)).expect("applied");
     driver.apply(&rules(&["fd01::2"], 3)).expect("applied");

@@ -36,10 +36,12 @@ fn restarted_agent_adopts_the_rules_in_force() {
     assert!(net.connect("p2", "10.1.0.3:80").is_none());
     let before = nft(&net, "-a list table inet hanse");
     let mut driver = net.driver();
-    let found = Found::Rules { generation: rules.generation, digest: rules.digest(), whole: true };
+    let found = Found::Rules { generation: rules.generation, digest: rules.digest() };
     assert_eq!(driver.adopt(Some(&rules)).expect("read"), found);
     assert_eq!(nft(&net, "-a list table inet hanse"), before, "adoption changes nothing");
-    // Only the difference is written: the policy's chain keeps its handle.
+    // All rules are written again, once; then only the difference: the policy's chain keeps its handle.
+    driver.apply(&rules).expect("applied");
+    let before = nft(&net, "-a list table inet hanse");
     let next = Build { pods: vec![2, 3, 4], number: 7, ..closed() }.rules();
     driver.apply(&next).expect("applied");
     let after = nft(&net, "-a list table inet hanse");
@@ -56,41 +58,53 @@ fn restarted_agent_adopts_the_rules_in_force() {
     assert!(net.connect("p2", "10.1.0.3:80").is_some());
 }
 
-/// Interfaces that may bring any source are part of the adopted rules.
+/// Interfaces that may bring any source are part of the rules.
 #[test]
-fn does_not_adopt_rules_with_other_uplinks() {
+fn restarted_agent_writes_other_uplinks() {
     let net = Net::new();
     let rules = closed().rules();
     net.driver().apply(&rules).expect("applied");
-    let other = || {
-        let config = Config { uplinks: vec!["up1".into()], flows: true, ..Config::default() };
-        net.within("node", || Nftables::open(config).expect("netlink"))
-    };
-    let mut driver = other();
-    assert!(matches!(driver.adopt(Some(&rules)).expect("read"), Found::Rules { whole: false, .. }));
-    driver.apply(&rules).expect("applied");
-    drop(driver);
-    assert!(matches!(other().adopt(Some(&rules)).expect("read"), Found::Rules { whole: true, .. }));
-}
-
-#[test]
-fn does_not_adopt_a_changed_table() {
-    let net = Net::new();
-    let rules = closed().rules();
-    net.driver().apply(&rules).expect("applied");
-    let chain = nft(&net, "list table inet hanse");
-    let name = chain
-        .lines()
-        .find(|line| line.contains("chain p4-"))
-        .and_then(|line| line.split_whitespace().nth(1))
-        .expect("a chain")
-        .to_owned();
-    nft(&net, &format!("flush chain inet hanse {name}"));
-    let mut driver = net.driver();
+    let config = Config { uplinks: vec!["up1".into()], flows: true, ..Config::default() };
+    let mut driver = net.within("node", || Nftables::open(config).expect("netlink"));
     driver.adopt(Some(&rules)).expect("read");
     driver.apply(&rules).expect("applied");
-    let chain = nft(&net, &format!("list chain inet hanse {name}"));
-    assert!(chain.contains("ct original"), "{chain}");
+    nft(&net, "get element inet hanse uplinks { up1 }");
+}
+
+/// Each change has as many rules and elements as before.
+#[test]
+fn restarted_agent_restores_changed_rules() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    let rules = closed().rules();
+    net.driver().apply(&rules).expect("applied");
+    let _listener = net.listen("p3", "10.1.0.3:80");
+    let whole = nft(&net, "list table inet hanse");
+    let handles = nft(&net, "-a list chain inet hanse forward");
+    let judge = handles.lines().find(|line| line.contains("jump judge4") && !line.contains("related"));
+    let handle = judge.and_then(|line| line.rsplit(' ').next()).expect("a handle");
+    let ingress = whole.split("10.1.0.3 : jump ").nth(1).and_then(|rest| rest.split([' ', ',']).next());
+    let accepting =
+        "delete element inet hanse ingress4 { 10.1.0.3 }; add element inet hanse ingress4 { 10.1.0.3 : accept }";
+    assert!(ingress.is_some(), "{whole}");
+    for damage in [
+        // First: the others write the rule again, with another handle.
+        format!("replace rule inet hanse forward handle {handle} accept"),
+        accepting.to_owned(),
+        "delete element inet hanse pods4 { 10.1.0.3 }; add element inet hanse pods4 { 10.9.0.3 }".to_owned(),
+        "add table inet hanse { flags dormant; }".to_owned(),
+    ] {
+        nft(&net, &damage);
+        let opens = !damage.contains("pods4");
+        assert_eq!(net.connect("p2", "10.1.0.3:80").is_some(), opens, "{damage}: what it does");
+        let mut driver = net.driver();
+        driver.adopt(Some(&rules)).expect("read");
+        assert!(driver.repair().expect("written"));
+        assert!(net.connect("p2", "10.1.0.3:80").is_none(), "{damage}: not restored");
+        assert_eq!(without_counts(&nft(&net, "list table inet hanse")), without_counts(&whole), "{damage}");
+        assert!(!driver.repair().expect("looked"), "{damage}");
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@ use hanse_dataplane::{Object, Rejection};
 use hanse_protocol::reason::HookProblem;
 use hanse_ruleset::{Digest, NodeConfig, Policy, PolicyId};
 use hanse_runtime::health::Health;
+use hanse_runtime::metrics::Metrics;
 
 use self::fake::Fake;
 use super::*;
@@ -88,6 +89,25 @@ fn agent_without_a_member_is_not_ready() {
     assert!(follower.in_sync.holds());
     follower.disconnected("the stream ended".to_owned());
     assert!(!follower.in_sync.holds() && !follower.status.borrow().connected);
+}
+
+#[test]
+fn node_whose_rules_cannot_be_restored_is_not_in_sync() {
+    let registry = Metrics::default();
+    let hooks = HookProblem::NotRestored("not permitted".to_owned());
+    let proofs = Proofs { hooks: Some(hooks.clone()), ..Proofs::default() };
+    let metrics = AgentMetrics::new(&registry);
+    let mut follower = Follower { enforcer: Enforcer::ended(proofs), metrics, ..follower() };
+    let is_in_sync = |text: &str| registry.encode().contains(&format!("hanse_agent_in_sync {text}\n"));
+    let reported = ack(follower.advance(Generation { term: 5, number: 10 }, 3, 4));
+    assert_eq!(reported.hooks, Some(report::hooks(&hooks)));
+    let status = follower.status.borrow().clone();
+    assert!(status.connected && !follower.in_sync.holds() && is_in_sync("0"));
+    assert_eq!(status.not_in_sync, "the rules in the kernel cannot be restored: not permitted");
+    follower.enforcer = Enforcer::ended(Proofs::default());
+    follower.publish();
+    assert!(follower.in_sync.holds() && is_in_sync("1"));
+    assert_eq!(follower.status.borrow().not_in_sync, "");
 }
 
 #[test]

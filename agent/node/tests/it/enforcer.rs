@@ -1,12 +1,14 @@
 //! The rules in force when an agent starts and while it runs, in a real kernel.
 
-use std::process::Command;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use hanse_agent::enforcer::{Enforcer, Options, Proofs, Started};
 use hanse_agent::metrics::AgentMetrics;
 use hanse_agent::{backend, pod_ranges, snapshot};
 use hanse_dataplane::{Backend as _, Finding, Settings};
+use hanse_protocol::reason::HookProblem;
 use hanse_ruleset::{
     Action, Chain, EndpointId, Generation, LocalEndpoint, NodeConfig, Peer, Phase, Policy, PortRange, Rule, RuleSet,
     Tier, TierDefault,
@@ -220,10 +222,12 @@ fn agent_starts_without_a_member_and_leaves_its_rules_when_killed() {
         agent.kill().and_then(|()| agent.wait()).expect("killed");
         assert!(enforced.is_some(), "start {start}: {}", node.table());
         assert_eq!(node.open(), closed, "start {start}: its rules stay");
-        // With their handles; counters count.
-        let rules: Vec<String> =
-            node.table().lines().filter(|line| !line.contains("counter")).map(str::to_owned).collect();
-        assert_eq!(*before.get_or_insert_with(|| rules.clone()), rules, "adopted rules are not changed");
+        // Without what packets and epochs change, and without handles.
+        let changes = |line: &&str| ["counter", "ct mark", "elements = { 0x"].iter().any(|part| line.contains(part));
+        let table = node.table();
+        let lines = table.lines().filter(|line| !changes(line)).filter_map(|line| line.split(" # handle").next());
+        let rules: Vec<String> = lines.map(str::to_owned).collect();
+        assert_eq!(*before.get_or_insert_with(|| rules.clone()), rules, "a start writes the same rules");
     }
 }
 
@@ -247,11 +251,21 @@ fn start_repairs_damaged_rules() {
     let (node, _listeners) = Node::new();
     node.net.driver().apply(&accepting(80, 3)).expect("applied");
     snapshot::write(&node.options().snapshot(), &accepting(80, 3)).expect("written");
-    node.nft("flush chain inet hanse forward");
-    assert_eq!(node.open(), [true; 4], "the damage is real");
-    let (_enforcer, in_force) = node.start();
-    assert_eq!(in_force, Some(accepting(80, 3)));
-    assert_eq!(node.open(), [true, false, true, false]);
+    let element =
+        "delete element inet hanse ingress4 { 10.1.0.3 }; add element inet hanse ingress4 { 10.1.0.3 : accept }";
+    let all = [true; 4];
+    for (damage, opens) in [
+        ("flush chain inet hanse forward", all),
+        ("add table inet hanse { flags dormant; }", all),
+        (element, [true, true, true, false]),
+    ] {
+        node.nft(damage);
+        assert_eq!(node.open(), opens, "{damage}: what it does");
+        let started = node.start_with(node.options());
+        assert_eq!(started.in_force, Some(accepting(80, 3)));
+        assert_eq!(node.open(), [true, false, true, false], "{damage}");
+        stop(started);
+    }
 }
 
 #[test]
@@ -267,6 +281,29 @@ fn repairs_drift_when_idle_and_with_the_next_generation() {
     node.nft("flush chain inet hanse forward");
     block_on(enforcer.apply(accepting(80, 2))).expect("applied");
     assert_eq!(node.open(), [true, false, true, false], "with the next generation");
+}
+
+/// Another program takes the table, so that the kernel denies every change of it.
+#[test]
+fn reports_rules_that_cannot_be_restored() {
+    let (node, _listeners) = Node::new();
+    let (enforcer, _) = node.start();
+    block_on(enforcer.apply(accepting(80, 1))).expect("applied");
+    let reaches =
+        |wanted: &dyn Fn(&Proofs) -> bool| until(|| wanted(&enforcer.proofs().borrow()).then_some(())).is_some();
+    assert!(reaches(&|it| *it == Proofs::default()), "{:?}", enforcer.proofs());
+    let inside = node.net.name("node");
+    let owner = Command::new("ip").args(["netns", "exec", &inside, "nft", "-i"]).stdin(Stdio::piped()).spawn();
+    let mut owner = owner.expect("nft of nftables");
+    let mut commands = owner.stdin.take().expect("piped");
+    writeln!(commands, "delete table inet hanse; add table inet hanse {{ flags owner; }}").expect("written");
+    let not_restored = HookProblem::NotRestored("table: Operation not permitted (os error 1)".to_owned());
+    assert!(reaches(&|it| it.hooks.as_ref() == Some(&not_restored)), "{:?}", enforcer.proofs());
+    // The table ends with its owner.
+    drop(commands);
+    owner.wait().expect("ended");
+    assert!(reaches(&|it| *it == Proofs::default()), "{:?}", enforcer.proofs());
+    assert_eq!(node.open(), [true, false, true, false]);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use hanse_dataplane::{Applied, Backend, Decisions, Error, Finding, Found, LearnedAddress, Object, Refusal, Rejection};
 use hanse_ruleset::{EndpointId, LocalEndpoint, PolicyId, RuleSet, SetId};
@@ -16,6 +17,8 @@ pub struct State {
     pub damaged: bool,
     /// Generation numbers of all calls of `apply`, also of those that failed.
     pub attempts: Vec<u64>,
+    /// When repairs failed.
+    pub failed_repairs: Vec<Instant>,
     /// Calls of each kind that fail from now on.
     pub failing: Failing,
     /// Policies that are refused.
@@ -74,11 +77,8 @@ impl Backend for Fake {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         step(&mut state.failing.adopt)?;
         let Some(rules) = &state.rules else { return Ok(Found::Nothing) };
-        let whole = !state.damaged && expected.is_some_and(|it| it.digest() == rules.digest());
-        if whole {
-            self.applied = expected.cloned();
-        }
-        Ok(Found::Rules { generation: rules.generation, digest: rules.digest(), whole })
+        self.applied = expected.filter(|it| it.digest() == rules.digest()).cloned();
+        Ok(Found::Rules { generation: rules.generation, digest: rules.digest() })
     }
 
     fn apply(&mut self, next: &Arc<RuleSet>) -> Result<Applied, Error> {
@@ -98,6 +98,9 @@ impl Backend for Fake {
         let Some(applied) = self.applied.clone() else { return Ok(false) };
         if !state.damaged && state.rules.is_some() {
             return Ok(false);
+        }
+        if state.failing.repair > 0 {
+            state.failed_repairs.push(Instant::now());
         }
         step(&mut state.failing.repair)?;
         (state.rules, state.damaged) = (Some(applied), false);

@@ -10,6 +10,8 @@ use hanse_dataplane::{Error, Finding};
 use hanse_protocol::reason::HookProblem;
 use hanse_ruleset::{EndpointId, RuleSet};
 use hanse_runtime::health::{Health, Writes};
+use hanse_runtime::metrics::Metrics;
+use tokio::sync::watch;
 
 use crate::enforcer::{accepting, block_on};
 use crate::fake::{Fake, refusal};
@@ -65,6 +67,23 @@ fn stop(started: Started) {
     block_on(started.ended.wait());
 }
 
+fn proofs_of(started: &Started) -> Arc<Proofs> {
+    started.enforcer.proofs().borrow().clone()
+}
+
+/// Whether `wanted` is published in time.
+fn reaches(proofs: &mut watch::Receiver<Arc<Proofs>>, wanted: &dyn Fn(&Proofs) -> bool) -> bool {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+    runtime.block_on(async {
+        let reached = tokio::time::timeout(Duration::from_secs(20), proofs.wait_for(|it| wanted(it))).await;
+        reached.is_ok_and(|it| it.is_ok())
+    })
+}
+
+fn is_not_restored(proofs: &Proofs) -> bool {
+    matches!(proofs.hooks, Some(HookProblem::NotRestored(_)))
+}
+
 fn pod(name: &str) -> EndpointId {
     EndpointId { namespace: "a".into(), name: name.into() }
 }
@@ -111,10 +130,18 @@ fn refused_policy_is_named_and_the_rest_is_in_force() {
     assert_eq!(applied.refused, [refusal(*id, &policy.name)]);
     assert_eq!(world.fake.number(), Some(1));
     stop(started);
-    // Also when the snapshot is applied at a start.
-    world.fake.state().rules = None;
-    let started = world.start();
-    assert_eq!((started.in_force, started.refused), (Some(rules.clone()), vec![refusal(*id, &policy.name)]));
+    // Also at a start: with rules in the dataplane, and without.
+    for is_empty in [false, true] {
+        if is_empty {
+            world.fake.state().rules = None;
+        }
+        let started = world.start();
+        assert_eq!(
+            (&started.in_force, &started.refused[..]),
+            (&Some(rules.clone()), &[refusal(*id, &policy.name)][..])
+        );
+        stop(started);
+    }
 }
 
 #[test]
@@ -139,10 +166,14 @@ fn damaged_rules_are_repaired_at_the_start() {
     assert_eq!(started.in_force, Some(accepting(80, 1)));
     assert!(!world.fake.state().damaged);
     stop(started);
-    // A start that cannot repair them fails, and what is in force stays.
+    // A start that cannot restore them reports that, and tries again.
     (world.fake.state().damaged, world.fake.state().failing.apply) = (true, 1);
-    assert!(world.try_start().is_err());
-    assert_eq!(world.fake.number(), Some(1));
+    world.fake.state().failing.repair = 1;
+    let started = world.start();
+    assert_eq!(started.in_force, Some(accepting(80, 1)));
+    assert!(is_not_restored(&proofs_of(&started)));
+    assert!(world.waits_for_rules(1));
+    assert!(reaches(&mut started.enforcer.proofs(), &|it| *it == Proofs::default()));
 }
 
 #[test]
@@ -177,6 +208,46 @@ fn drift_is_repaired_also_after_repairs_that_failed() {
 }
 
 #[test]
+fn failed_repair_is_published_until_the_rules_are_restored() {
+    let registry = Metrics::default();
+    let world = World::new();
+    let options = Options { metrics: AgentMetrics::new(&registry), ..world.options() };
+    let started = Enforcer::start(world.fake.backend(), options).expect("started");
+    let mut proofs = started.enforcer.proofs();
+    let mut reaches = |wanted: &dyn Fn(&Proofs) -> bool| reaches(&mut proofs, wanted);
+    let enforced = |count: u8| registry.encode().contains(&format!("hanse_agent_pods{{state=\"enforced\"}} {count}\n"));
+    let fail = || (world.fake.state().damaged, world.fake.state().failing.repair) = (true, u32::MAX);
+    block_on(started.enforcer.apply(accepting(80, 1))).expect("applied");
+    let is_proven = |it: &Proofs| *it == Proofs::default();
+    assert!(reaches(&|_| enforced(2)) && reaches(&is_proven));
+    fail();
+    assert!(reaches(&is_not_restored));
+    let pending: Vec<_> = [pod("p2"), pod("p3")].map(|pod| (pod, Finding::Pending)).into();
+    assert_eq!(Vec::from_iter(proofs_of(&started).unenforced.clone()), pending, "former proofs do not count");
+    assert!(enforced(0));
+    world.fake.state().failing.repair = 0;
+    assert!(reaches(&is_proven) && enforced(2));
+    assert!(!world.fake.state().damaged);
+    // Also by a generation.
+    fail();
+    assert!(reaches(&is_not_restored));
+    block_on(started.enforcer.apply(accepting(81, 2))).expect("applied");
+    assert!(!is_not_restored(&proofs_of(&started)));
+}
+
+#[test]
+fn repairs_that_fail_are_tried_less_often() {
+    let (world, _started) = World::enforcing();
+    (world.fake.state().damaged, world.fake.state().failing.repair) = (true, u32::MAX);
+    let attempts = || Some(world.fake.state().failed_repairs.clone()).filter(|all| all.len() >= 5);
+    let attempts = (0..10).find_map(|_| until(attempts)).expect("it is tried again");
+    let pauses: Vec<Duration> = attempts.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    for (pause, least) in pauses.iter().zip([200, 400, 800, 1000]) {
+        assert!(*pause >= Duration::from_millis(least), "{pauses:?}");
+    }
+}
+
+#[test]
 fn generation_that_arrives_while_another_fails_is_applied_after_it() {
     let (world, started) = World::enforcing();
     world.fake.state().failing.apply = 1;
@@ -198,14 +269,7 @@ fn findings_follow_the_dataplane_and_probes_that_fail_are_reported() {
     }
     let started = world.start();
     let mut proofs = started.enforcer.proofs();
-    let mut reaches = |wanted: &dyn Fn(&Proofs) -> bool| {
-        let reached = async {
-            let reached = tokio::time::timeout(Duration::from_secs(20), proofs.wait_for(|it| wanted(it))).await;
-            reached.is_ok_and(|it| it.is_ok())
-        };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
-        runtime.block_on(reached)
-    };
+    let mut reaches = |wanted: &dyn Fn(&Proofs) -> bool| reaches(&mut proofs, wanted);
     block_on(started.enforcer.apply(accepting(80, 1))).expect("applied");
     assert!(reaches(&|it| matches!(it.hooks, Some(HookProblem::ProbeNotSent(_)))));
     assert!(reaches(&|it| matches!(it.hooks, Some(HookProblem::ProbeNotRead(_)))));

@@ -167,6 +167,7 @@ pub fn hooks(of: &HookProblem) -> pb::HookProblem {
         HookProblem::NotProven => Some(Wire::NotProven(pb::Nothing {})),
         HookProblem::ProbeNotSent(error) => Some(Wire::ProbeNotSent(text(error.clone()))),
         HookProblem::ProbeNotRead(error) => Some(Wire::ProbeNotRead(text(error.clone()))),
+        HookProblem::NotRestored(error) => Some(Wire::NotRestored(text(error.clone()))),
         HookProblem::Unknown => None,
     };
     pb::HookProblem { problem }
@@ -178,6 +179,7 @@ pub fn parse_hooks(of: pb::HookProblem) -> HookProblem {
         Some(Wire::NotProven(pb::Nothing {})) => HookProblem::NotProven,
         Some(Wire::ProbeNotSent(error)) => HookProblem::ProbeNotSent(text(error)),
         Some(Wire::ProbeNotRead(error)) => HookProblem::ProbeNotRead(text(error)),
+        Some(Wire::NotRestored(error)) => HookProblem::NotRestored(text(error)),
         None => HookProblem::Unknown,
     }
 }
@@ -399,6 +401,7 @@ mod tests {
             HookProblem::NotProven,
             HookProblem::ProbeNotSent(error.clone()),
             HookProblem::ProbeNotRead(error.clone()),
+            HookProblem::NotRestored(error.clone()),
             HookProblem::Unknown,
         ];
         let behind = [

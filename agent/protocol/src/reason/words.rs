@@ -75,6 +75,7 @@ impl Display for Words<'_, HookProblem> {
             HookProblem::NotProven => f.write_str("enforcement is not proven yet: no pod has answered a probe"),
             HookProblem::ProbeNotSent(error) => write!(f, "the probe cannot be sent: {error}"),
             HookProblem::ProbeNotRead(error) => write!(f, "the answers to the probe cannot be read: {error}"),
+            HookProblem::NotRestored(error) => write!(f, "the rules in the kernel cannot be restored: {error}"),
             HookProblem::Unknown => f.write_str(UNKNOWN),
         }
     }

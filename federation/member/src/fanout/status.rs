@@ -32,6 +32,13 @@ pub struct NodeStatus {
     pub rivals: Option<(SocketAddr, SocketAddr)>,
 }
 
+impl NodeStatus {
+    /// Whether the rules in the kernel may differ from the rule set.
+    pub fn rules_may_differ(&self) -> bool {
+        self.hooks.as_ref().is_some_and(HookProblem::rules_may_differ)
+    }
+}
+
 /// The generation of a rule set, and the revisions from which it was compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RulesPosition {
