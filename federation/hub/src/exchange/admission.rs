@@ -85,6 +85,32 @@ impl Rate {
     }
 }
 
+/// The time of the exchange that the watching streams of one cluster have used, over all of them: at most one part in
+/// [`Account::SHARE`], after a burst. No use lowers the debt; only time does.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Account {
+    /// When the debt ends.
+    until: Option<Instant>,
+}
+
+impl Account {
+    const SHARE: u32 = 3;
+    /// The debt up to which no stream waits: some 30 ms of use. A batch of small changes costs some 20 µs, and a timer waits for
+    /// 1 ms at least.
+    const BURST: Duration = Duration::from_millis(100);
+
+    /// Charges what was used until now.
+    pub fn charge(&mut self, used: Duration, now: Instant) {
+        let since = now.checked_sub(used).unwrap_or(now);
+        self.until = Some(self.until.map_or(since, |until| until.max(since)) + used * Self::SHARE);
+    }
+
+    /// How long the streams must wait.
+    pub fn wait(&self, now: Instant) -> Duration {
+        self.until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now)).saturating_sub(Self::BURST)
+    }
+}
+
 /// A batch that has begun and not ended. Its staged part is kept until then.
 #[derive(Debug, Clone, Copy)]
 pub struct Unfinished {

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 
-use super::admission::{MAX_STREAMS, Rate, StreamCounts, StreamPermit, Unfinished, within};
+use super::admission::{Account, MAX_STREAMS, Rate, StreamCounts, StreamPermit, Unfinished, within};
 use super::derive::Deriver;
 use super::liveness::{Receiving, Unpublished};
 use super::mutex::lock;
@@ -54,9 +54,6 @@ const REPORT_EVERY: Duration = Duration::from_millis(100);
 /// How often one cluster may open a watching stream, or change its interest: a change is evaluated for every endpoint that it
 /// concerns.
 const OWN_EVERY: Duration = Duration::from_millis(100);
-/// The pause after a part of the work that a new interest makes, as a multiple of the part's time: the evaluations of one cluster,
-/// over all of its streams, take at most a third of the exchange's time.
-const EVALUATION_PAUSE: u32 = 2;
 /// A lease lasts for seconds: one renewal in this time is enough.
 const RENEW_EVERY: Duration = Duration::from_secs(1);
 /// The exchange of this replica. Clones share it.
@@ -86,8 +83,8 @@ struct Shared {
     /// When each cluster may next report, and change its interest, on any of its streams.
     reports: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
     interests: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
-    /// When each cluster's interests may next be evaluated.
-    evaluations: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
+    /// What the watching streams of each cluster have used of the exchange's time.
+    accounts: Mutex<BTreeMap<ClusterName, Account>>,
 }
 
 impl Service {
@@ -124,18 +121,48 @@ impl Service {
 
     /// Changes the exchange, and wakes the receivers that then have something to be sent.
     fn with<T>(&self, work: impl FnOnce(&mut Exchange) -> T) -> T {
-        let (result, ready) = {
+        self.timed(work).0
+    }
+
+    /// As [`Self::with`]; returns also how long the lock was kept.
+    fn timed<T>(&self, work: impl FnOnce(&mut Exchange) -> T) -> (T, Duration) {
+        let (result, ready, took) = {
             let mut exchange = lock(&self.shared.exchange);
             let began = Instant::now();
             let result = work(&mut exchange);
             let ready = exchange.take_ready();
             drop(exchange);
-            self.lock_time.observe(began.elapsed().as_secs_f64());
-            (result, ready)
+            (result, ready, began.elapsed())
         };
+        self.lock_time.observe(took.as_secs_f64());
         let wake = lock(&self.shared.wake);
         ready.iter().filter_map(|id| wake.get(id)).for_each(|notify| notify.notify_one());
+        (result, took)
+    }
+
+    /// As [`Self::with`], for a watching stream of a cluster. The time is charged to the cluster, with that of `prepared`, which
+    /// was needed before.
+    fn charged<T>(&self, cluster: &ClusterName, prepared: Duration, work: impl FnOnce(&mut Exchange) -> T) -> T {
+        let (result, took) = self.timed(work);
+        self.charge(cluster, prepared + took);
         result
+    }
+
+    fn charge(&self, cluster: &ClusterName, used: Duration) {
+        let mut accounts = lock(&self.shared.accounts);
+        accounts.entry(cluster.clone()).or_default().charge(used, tokio::time::Instant::now());
+    }
+
+    /// Waits until the watching streams of a cluster may use the exchange again.
+    async fn affordable(&self, cluster: &ClusterName) {
+        loop {
+            let now = tokio::time::Instant::now();
+            let wait = lock(&self.shared.accounts).get(cluster).map_or(Duration::ZERO, |account| account.wait(now));
+            if wait.is_zero() {
+                return;
+            }
+            tokio::time::sleep(wait).await;
+        }
     }
 
     /// Reads the exchange.
@@ -341,20 +368,23 @@ impl Service {
         self,
         cluster: ClusterName,
         permit: StreamPermit,
-        mut incoming: Streaming<pb::WatchRequest>,
+        mut incoming: impl Stream<Item = Result<pb::WatchRequest, Status>> + Unpin,
         outbox: mpsc::Sender<Result<pb::WatchResponse, Status>>,
     ) {
         let opened = async {
-            let first = tokio::time::timeout(OPENING_TIME, incoming.message()).await;
-            let first = first.map_err(|_| Status::deadline_exceeded("the first message took too long"))??;
+            let first = tokio::time::timeout(OPENING_TIME, incoming.next()).await;
+            let first = first.map_err(|_| Status::deadline_exceeded("the first message took too long"))?;
+            let first = first.transpose()?;
             self.renew_lease(&cluster).await?;
             let Some(WatchRequest::Open(open)) = first.and_then(codec::watch::decode_request) else {
                 return Err(Status::invalid_argument("the first message must be open"));
             };
             tokio::time::sleep_until(self.slot(&cluster, |shared| &shared.interests, OWN_EVERY)).await;
+            self.affordable(&cluster).await;
             // Decoded outside the lock.
+            let began = Instant::now();
             let open = ReadOpening::of(open);
-            let id = self.with(|exchange| exchange.watch_opened(cluster.clone(), open));
+            let id = self.charged(&cluster, began.elapsed(), |exchange| exchange.watch_opened(cluster.clone(), open));
             id.map_err(|error| Status::invalid_argument(error.to_string()))
         };
         let id = match opened.await {
@@ -374,7 +404,7 @@ impl Service {
             }
         };
         lock(&self.shared.wake).remove(&id);
-        self.with(|exchange| exchange.watch_close(id));
+        self.charged(&cluster, Duration::ZERO, |exchange| exchange.watch_close(id));
         drop(permit);
         if let Err(status) = ended {
             tracing::info!(%cluster, error = status.message(), "watching ended");
@@ -396,6 +426,8 @@ impl Service {
         let mut has_more = false;
         let mut next_request = renewed;
         let mut next_part = renewed;
+        // A request that was received and not taken yet.
+        let mut waiting: Option<WatchRequest> = None;
         loop {
             tokio::select! {
                 biased;
@@ -403,7 +435,7 @@ impl Service {
                 request = async {
                     tokio::time::sleep_until(next_request).await;
                     incoming.next().await
-                } => {
+                }, if waiting.is_none() => {
                     let Some(request) = request.transpose()? else { return Ok(()) };
                     let request = codec::watch::decode_request(request);
                     if matches!(request, Some(WatchRequest::Own(_))) {
@@ -413,24 +445,30 @@ impl Service {
                         self.renew_lease(cluster).await?;
                         renewed = tokio::time::Instant::now();
                     }
-                    // A message of a later version.
-                    let Some(request) = request else { continue };
+                    // None: a message of a later version.
+                    waiting = request.filter(|request| *request != WatchRequest::Heartbeat);
+                }
+                () = self.affordable(cluster), if waiting.is_some() => {
+                    let Some(request) = waiting.take() else { continue };
+                    // Decoded outside the lock.
+                    let began = Instant::now();
                     let request = ReadRequest::of(request);
-                    self.with(|exchange| exchange.watch_read(id, request))
+                    self.charged(cluster, began.elapsed(), |exchange| exchange.watch_read(id, request))
                         .map_err(|error| Status::invalid_argument(error.to_string()))?;
                 }
                 () = notify.notified(), if !has_more => has_more = true,
                 // The message is made when there is room for it, so that it is the newest.
                 room = async {
                     tokio::time::sleep_until(next_part).await;
-                    outbox.reserve().await
+                    let room = outbox.reserve().await;
+                    self.affordable(cluster).await;
+                    room
                 }, if has_more => {
                     let room = room.map_err(|_| gone())?;
-                    let began = Instant::now();
-                    let (message, is_building) = self.with(|exchange| (exchange.next(id), exchange.is_building(id)));
+                    let next = |exchange: &mut Exchange| (exchange.next(id), exchange.is_building(id));
+                    let (message, is_building) = self.charged(cluster, Duration::ZERO, next);
                     if is_building {
-                        let pause = BETWEEN_PARTS.max(began.elapsed() * EVALUATION_PAUSE);
-                        next_part = self.slot(cluster, |shared| &shared.evaluations, pause) + pause;
+                        next_part = tokio::time::Instant::now() + BETWEEN_PARTS;
                     }
                     match message {
                         Some(message) => room.send(Ok(codec::watch::encode_response(message))),

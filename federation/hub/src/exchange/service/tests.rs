@@ -235,3 +235,65 @@ fn delays_updates_above_the_granted_rate() {
     let slow = Limits { updates_per_second: 0, ..limits };
     assert_eq!(Rate::full(start).spend(100, slow, start), Duration::ZERO);
 }
+
+/// What the streams of a cluster used is waited for by all of them, before an opening and before each part; others are served.
+#[tokio::test(start_paused = true)]
+async fn streams_of_a_cluster_wait_for_the_time_that_it_used() {
+    let service = service().await;
+    let watch = |name: &str| {
+        let cluster = ClusterName::from(name);
+        let permit = StreamPermit::acquire(&service.shared.watching, &cluster).expect("room");
+        let (outbox, received) = mpsc::channel(OUTBOX);
+        let open = WatchRequest::Open(WatchOpen { protocol: 1, ..WatchOpen::default() });
+        let requests = tokio_stream::iter([Ok(codec::watch::encode_request(open))]);
+        let requests = Box::pin(requests.chain(tokio_stream::pending()));
+        tokio::spawn(service.clone().watched(cluster, permit, requests, outbox));
+        received
+    };
+    // The time until the next message that is not a heartbeat.
+    let next = async |received: &mut mpsc::Receiver<Result<pb::WatchResponse, Status>>| {
+        let began = tokio::time::Instant::now();
+        loop {
+            let message = received.recv().await.expect("it is open").expect("a message").message;
+            if !matches!(message, Some(pb::watch_response::Message::Heartbeat(_))) {
+                return began.elapsed();
+            }
+        }
+    };
+    // Of 60 s that 20 s of use cost, 20 s have passed, and 0.1 s are a burst.
+    let wait = Duration::from_millis(39_900);
+    let train = ClusterName::from("train");
+    service.charge(&train, Duration::from_secs(20));
+    let (mut of_train, mut of_serve) = (watch("train"), watch("serve"));
+    assert_eq!(next(&mut of_serve).await, Duration::ZERO);
+    // A cheap call of another stream does not lower the debt.
+    service.charge(&train, Duration::from_nanos(1));
+    assert!(next(&mut of_train).await >= wait);
+    // An open stream waits as well.
+    while tokio::time::timeout(HEARTBEAT / 2, next(&mut of_train)).await.is_ok() {}
+    service.charge(&train, Duration::from_secs(20));
+    service.with(|exchange| {
+        let mut newer = exchange.federation().clone();
+        newer.position.revision += 1;
+        exchange.set_federation(newer);
+    });
+    assert!(next(&mut of_train).await >= wait);
+}
+
+#[test]
+fn account_permits_one_third_of_the_time_and_a_burst() {
+    let start = tokio::time::Instant::now();
+    let at = |ms| start + Duration::from_millis(ms);
+    let used = Duration::from_millis;
+    let mut account = Account::default();
+    assert_eq!(account.wait(start), Duration::ZERO);
+    // Three streams use 10 ms each, one after the other: 90 ms are owed, which is within the burst.
+    (1..=3).for_each(|part| account.charge(used(10), at(part * 10)));
+    assert_eq!(account.wait(at(30)), Duration::ZERO);
+    account.charge(used(1_000), at(1_030));
+    assert_eq!(account.wait(at(1_030)), used(3_000 + 90 - 1_030 - 100));
+    let before = account.wait(at(1_030));
+    account.charge(Duration::ZERO, at(1_030));
+    assert_eq!(account.wait(at(1_030)), before);
+    assert_eq!(account.wait(at(1_030) + before), Duration::ZERO);
+}
