@@ -18,6 +18,7 @@ impl Exchange {
     pub(super) fn aim(&mut self, id: ReceiverId) {
         let Some(receiver) = self.receivers.get_mut(&id) else { return };
         let derived = self.derived.of(&receiver.cluster);
+        receiver.is_covered = false;
         receiver.target = match receiver.own.is_subset(&derived) {
             true => derived,
             false => Arc::new(derived.union(&receiver.own).cloned().collect()),
@@ -35,14 +36,18 @@ impl Exchange {
         if Arc::ptr_eq(&target, &interest) {
             return;
         }
-        let rests = receiver.acked == (receiver.number, receiver.hub.sent)
-            && !receiver.hub.snapshot
-            && receiver.hub.dirty.is_empty();
-        if !covers(&interest, &target) {
-            self.switch(id, unions.of(&interest, &target));
-        } else if target == interest {
-            receiver.interest = target;
-        } else if rests {
+        if !receiver.is_covered {
+            if !covers(&interest, &target) {
+                self.switch(id, unions.of(&interest, &target));
+                return;
+            }
+            receiver.is_covered = true;
+            if target == interest {
+                receiver.interest = target;
+                return;
+            }
+        }
+        if receiver.rests() {
             self.switch(id, target);
         }
     }
@@ -112,6 +117,7 @@ impl Exchange {
             };
             receiver.notices.push_back(Response::Interest(notice));
             receiver.interest = interest;
+            receiver.is_covered = false;
             receiver.class = new;
             receiver.due = due;
             receiver.pending.extend(numbers);

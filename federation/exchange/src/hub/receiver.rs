@@ -36,6 +36,8 @@ pub(super) struct Receiver {
     pub(super) own: Interest,
     /// The interest of its federated policies and of its own.
     pub(super) target: Arc<Interest>,
+    /// The interest was found to select all that the target selects, and neither has changed since.
+    pub(super) is_covered: bool,
     pub(super) number: u64,
     pub(super) hub: HubCursor,
     pub(super) cursors: Cursors,
@@ -143,6 +145,7 @@ impl Receiver {
             interest: Arc::clone(&nothing),
             own,
             target: nothing,
+            is_covered: true,
             number: 0,
             hub: HubCursor::default(),
             cursors: Cursors::default(),
@@ -158,6 +161,11 @@ impl Receiver {
             interest_widened,
             refused,
         }
+    }
+
+    /// Everything that it was sent of the hub's own objects and of interests is in force.
+    pub(super) fn rests(&self) -> bool {
+        self.acked == (self.number, self.hub.sent) && !self.hub.snapshot && self.hub.dirty.is_empty()
     }
 
     /// A class was merged into another one while it was built.

@@ -108,6 +108,7 @@ impl Exchange {
             ReadRequest::Nothing => return Ok(()),
             ReadRequest::Open => return Err(WatchError::Protocol("open comes once".to_owned())),
             ReadRequest::Own(own, refused) => {
+                let is_new = receiver.own != own;
                 receiver.own = own;
                 if receiver.refused[1] != refused {
                     receiver.refused[1] = refused;
@@ -115,21 +116,29 @@ impl Exchange {
                         receiver.report_refused_parts();
                     }
                 }
-                self.aim(id);
-            }
-            ReadRequest::InForce { interest, hub } => receiver.acked = (interest, hub),
-            ReadRequest::Mismatch { origin: None } => receiver.hub.snapshot = true,
-            ReadRequest::Mismatch { origin: Some(origin) } => {
-                if let Some(number) = self.origin_numbers.get(&origin)
-                    && let Some(cursor) = receiver.cursors.get_mut(*number)
-                {
-                    cursor.wants = Wants::Snapshot;
-                    cursor.dirty.clear();
-                    receiver.pending.insert(*number);
+                if is_new {
+                    self.aim(id);
+                    self.retarget(id, &mut Unions::default());
                 }
             }
+            ReadRequest::InForce { interest, hub } => {
+                receiver.acked = (interest, hub);
+                // Only then the interest may shrink.
+                if !receiver.rests() {
+                    return Ok(());
+                }
+                self.retarget(id, &mut Unions::default());
+            }
+            ReadRequest::Mismatch { origin: None } => receiver.hub.snapshot = true,
+            ReadRequest::Mismatch { origin: Some(origin) } => {
+                let number = self.origin_numbers.get(&origin);
+                let cursor = number.and_then(|number| Some((*number, receiver.cursors.get_mut(*number)?)));
+                let Some((number, cursor)) = cursor else { return Ok(()) };
+                cursor.wants = Wants::Snapshot;
+                cursor.dirty.clear();
+                receiver.pending.insert(number);
+            }
         }
-        self.retarget(id, &mut Unions::default());
         self.ready.insert(id);
         Ok(())
     }
@@ -393,8 +402,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn change_that_does_not_concern_a_receiver_moves_its_position() {
+    /// A hub with cluster `a`.
+    fn federation(revision: u64) -> Federation {
         let state = ClusterState {
             labels: Default::default(),
             grant: Arc::new(Everything),
@@ -404,11 +413,15 @@ mod tests {
             federated_allow_final: false,
             visible_to: None,
         };
-        let federation = |revision| Federation {
+        Federation {
             position: Position { epoch: 1, revision },
-            clusters: [("a".into(), state.clone())].into(),
+            clusters: [("a".into(), state)].into(),
             ..Federation::default()
-        };
+        }
+    }
+
+    #[test]
+    fn change_that_does_not_concern_a_receiver_moves_its_position() {
         let mut exchange = Exchange::new();
         exchange.set_federation(federation(1));
         let open = WatchOpen { protocol: PROTOCOL, ..WatchOpen::default() };
@@ -426,5 +439,24 @@ mod tests {
         exchange.set_federation(federation(2));
         assert!(exchange.take_ready().into_iter().any(|ready| ready == id));
         assert_eq!(sent(&mut exchange), [2]);
+    }
+
+    #[test]
+    fn request_that_changes_nothing_does_not_wake_the_receiver() {
+        let mut exchange = Exchange::new();
+        exchange.set_federation(federation(1));
+        let open = WatchOpen { protocol: PROTOCOL, ..WatchOpen::default() };
+        let id = exchange.watch_open("a".into(), open).expect("opened");
+        while exchange.next(id).is_some() {}
+        exchange.take_ready();
+        let at = exchange.federation().position;
+        let mut wakes = |request| {
+            exchange.watch(id, request).expect("the protocol");
+            !exchange.take_ready().is_empty()
+        };
+        assert!(!wakes(WatchRequest::InForce { interest: 7, hub: at }));
+        assert!(!wakes(WatchRequest::Mismatch { origin: Some("unknown".into()) }));
+        assert!(wakes(WatchRequest::InForce { interest: 1, hub: at }));
+        assert!(wakes(WatchRequest::Mismatch { origin: None }));
     }
 }
