@@ -5,6 +5,7 @@
 //! that the origin had.
 
 mod batches;
+mod claims;
 mod classes;
 mod derived;
 mod exchange;

@@ -16,11 +16,17 @@ impl Exchange {
     pub(super) fn fill_origin(&mut self, id: ReceiverId, number: usize) {
         let Some(mut receiver) = self.receivers.remove(&id) else { return };
         self.fill(&mut receiver, number);
-        let resuming = receiver.cursors.iter().any(|(_, cursor)| matches!(cursor.wants, Wants::Resume(_)));
-        let done = if resuming { None } else { receiver.opening_class.take() };
         self.receivers.insert(id, receiver);
-        if let Some(class) = done {
+        self.release_opening_class(id);
+    }
+
+    /// Releases the class of the interest in a receiver's opening, unless an origin still resumes from it.
+    pub(super) fn release_opening_class(&mut self, id: ReceiverId) {
+        let Some(receiver) = self.receivers.get_mut(&id) else { return };
+        let resuming = receiver.cursors.iter().any(|(_, cursor)| matches!(cursor.wants, Wants::Resume(_)));
+        if let Some(class) = receiver.opening_class.take_if(|_| !resuming) {
             self.release_class(class);
+            self.drop_claims(id);
         }
     }
 

@@ -16,13 +16,65 @@ use crate::model::Wanted;
 impl Exchange {
     /// Updates the interest that a receiver needs.
     pub(super) fn aim(&mut self, id: ReceiverId) {
-        let Some(receiver) = self.receivers.get_mut(&id) else { return };
+        let Some(receiver) = self.receivers.get(&id) else { return };
         let derived = self.derived.of(&receiver.cluster);
-        receiver.is_covered = false;
-        receiver.target = match receiver.own.is_subset(&derived) {
+        let target = match receiver.own.is_subset(&derived) {
             true => derived,
-            false => Arc::new(derived.union(&receiver.own).cloned().collect()),
+            false => self.admit(id, Arc::new(derived.union(&receiver.own).cloned().collect())),
         };
+        if let Some(receiver) = self.receivers.get_mut(&id) {
+            receiver.target = target;
+            receiver.is_covered = false;
+        }
+    }
+
+    /// Returns an interest of a receiver if its cluster may have all of it evaluated, and everything otherwise.
+    pub(super) fn admit(&mut self, id: ReceiverId, interest: Arc<Interest>) -> Arc<Interest> {
+        let Some(receiver) = self.receivers.get(&id) else { return interest };
+        let derived = self.derived.of(&receiver.cluster);
+        if Arc::ptr_eq(&derived, &interest) || is_everything(&interest) {
+            return interest;
+        }
+        let missing = receiver.claims.missing(&interest, &derived);
+        let of_cluster = self.receivers.values().filter(|other| other.cluster == receiver.cluster);
+        if !missing.is_empty() && !missing.fit(of_cluster.map(|other| &other.claims)) {
+            tracing::warn!(
+                cluster = %receiver.cluster, selections = interest.len(),
+                "cluster names too many selections that the hub did not derive: every endpoint is sent"
+            );
+            return everything();
+        }
+        if let Some(receiver) = self.receivers.get_mut(&id) {
+            receiver.claims.extend(missing);
+        }
+        interest
+    }
+
+    /// Drops claims of a receiver that no interest of it needs.
+    pub(super) fn drop_claims(&mut self, id: ReceiverId) {
+        let Some(receiver) = self.receivers.get_mut(&id) else { return };
+        if !receiver.claims.is_empty() && receiver.switching.is_none() && receiver.opening_class.is_none() {
+            let (interest, target) = (&receiver.interest, &receiver.target);
+            receiver.claims.retain(|wanted| interest.contains(wanted) || target.contains(wanted));
+        }
+    }
+
+    /// Whether a receiver keeps selections that are not needed since it has not acknowledged what replaced them.
+    pub fn keeps_replaced(&self, id: ReceiverId) -> bool {
+        self.receivers.get(&id).is_some_and(|receiver| {
+            receiver.open.is_none()
+                && receiver.switching.is_none()
+                && !Arc::ptr_eq(&receiver.interest, &receiver.target)
+                && !is_everything(&receiver.interest)
+        })
+    }
+
+    /// Sends a receiver everything instead of its interest, until it acknowledges: that costs nothing to evaluate.
+    pub fn widen(&mut self, id: ReceiverId) {
+        if self.keeps_replaced(id) {
+            self.switch(id, everything());
+            self.ready.insert(id);
+        }
     }
 
     /// Widens a receiver's interest when it lacks something, and narrows it when nothing in force needs the rest.
@@ -38,7 +90,8 @@ impl Exchange {
         }
         if !receiver.is_covered {
             if !covers(&interest, &target) {
-                self.switch(id, unions.of(&interest, &target));
+                let wider = self.admit(id, unions.of(&interest, &target));
+                self.switch(id, wider);
                 return;
             }
             receiver.is_covered = true;
@@ -126,13 +179,21 @@ impl Exchange {
             }
         }
         self.release_class(old);
+        self.drop_claims(id);
     }
 }
 
 /// Whether an interest selects everything that another one selects.
 fn covers(interest: &Interest, other: &Interest) -> bool {
-    let everything = || interest.len() == 1 && interest.iter().all(|it| **it == Wanted::everything());
-    other.is_subset(interest) || everything()
+    other.is_subset(interest) || is_everything(interest)
+}
+
+fn everything() -> Arc<Interest> {
+    Arc::new(Interest::from([Arc::new(Wanted::everything())]))
+}
+
+fn is_everything(interest: &Interest) -> bool {
+    interest.len() == 1 && interest.iter().all(|it| **it == Wanted::everything())
 }
 
 /// Unions of interests, each made once: many receivers go from one to the same other.
@@ -151,7 +212,9 @@ impl Unions {
         let key = (Arc::as_ptr(a) as usize, Arc::as_ptr(b) as usize);
         let made = self.0.entry(key).or_insert_with(|| {
             let both = match (a.is_subset(b), b.is_subset(a)) {
+                _ if is_everything(a) => Arc::clone(a),
                 (true, _) => Arc::clone(b),
+                _ if is_everything(b) => Arc::clone(b),
                 (_, true) => Arc::clone(a),
                 _ => Arc::new(interest::bounded(a.union(b).cloned().collect(), interest::WHOLE)),
             };

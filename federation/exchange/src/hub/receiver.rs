@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use hanse_policy::model::ClusterName;
 
+use super::claims::Claims;
 use super::classes::ClassId;
 use super::objects::HubObjects;
 use super::opening::{Opening, ReadOpening, Received};
@@ -34,6 +35,8 @@ pub(super) struct Receiver {
     /// The next interest, while its class is being built.
     pub(super) switching: Option<Switching>,
     pub(super) own: Interest,
+    /// What its interests need beyond what the hub derived.
+    pub(super) claims: Claims,
     /// The interest of its federated policies and of its own.
     pub(super) target: Arc<Interest>,
     /// The interest was found to select all that the target selects, and neither has changed since.
@@ -142,6 +145,7 @@ impl Receiver {
             class,
             opening_class: None,
             switching: None,
+            claims: Claims::default(),
             interest: Arc::clone(&nothing),
             own,
             target: nothing,

@@ -321,6 +321,7 @@ impl Exchange {
             receiver.cursors = cursors;
         }
         self.switch_to(id, starting.class, starting.interest);
+        self.release_opening_class(id);
         // Policies may have changed since the classes were begun.
         self.aim(id);
         self.retarget(id, &mut Unions::default());
@@ -333,6 +334,13 @@ impl Exchange {
         if receiver.open.as_ref()?.starting.is_none() {
             let received = Arc::clone(&receiver.open.as_ref()?.interest);
             self.aim(id);
+            let admitted = self.admit(id, Arc::clone(&received));
+            let receiver = self.receivers.get_mut(&id)?;
+            if !Arc::ptr_eq(&admitted, &received) {
+                receiver.interest_widened = true;
+                receiver.open.as_mut()?.interest = Arc::clone(&admitted);
+            }
+            let received = admitted;
             let interest = Unions::default().of(&received, &self.receivers.get(&id)?.target);
             let (opening_class, class) = (self.acquire_class(&received), self.acquire_class(&interest));
             let open = self.receivers.get_mut(&id)?.open.as_mut()?;
@@ -372,7 +380,10 @@ fn is_busy(origins: &[Option<Origin>], number: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+    use crate::message::{WrittenScope, WrittenSelection};
     use crate::model::Lease;
     use hanse_policy::inventory::LabelGrant;
 
@@ -458,5 +469,98 @@ mod tests {
         assert!(!wakes(WatchRequest::Mismatch { origin: Some("unknown".into()) }));
         assert!(wakes(WatchRequest::InForce { interest: 1, hub: at }));
         assert!(wakes(WatchRequest::Mismatch { origin: None }));
+    }
+
+    fn selections(texts: impl Iterator<Item = String>) -> Vec<WrittenSelection> {
+        let selection = |selector| WrittenSelection { clusters: WrittenScope::All, selector, port_names: Vec::new() };
+        texts.map(selection).collect()
+    }
+
+    /// The selectors that a receiver of `a` is sent as its interest, and whether as a whole.
+    fn interest_of(exchange: &mut Exchange, id: ReceiverId) -> (BTreeSet<String>, bool) {
+        let (mut interest, mut is_whole) = (BTreeSet::new(), false);
+        loop {
+            match exchange.next(id) {
+                Some(Response::Interest(change)) => {
+                    is_whole |= change.whole;
+                    change.removed.iter().for_each(|it| _ = interest.remove(&it.selector));
+                    interest.extend(change.added.into_iter().map(|it| it.selector));
+                }
+                Some(_) => {}
+                None if exchange.is_building(id) => {}
+                None => return (interest, is_whole),
+            }
+        }
+    }
+
+    fn everything() -> BTreeSet<String> {
+        ["all()".to_owned()].into()
+    }
+
+    #[test]
+    fn opening_with_too_many_underived_selections_is_sent_everything() {
+        for (count, is_widened) in [(32_768, false), (32_769, true)] {
+            let mut exchange = Exchange::new();
+            exchange.set_federation(federation(1));
+            let interest = selections((0..count).map(|at| format!("a == '{at}'")));
+            let open = WatchOpen { protocol: PROTOCOL, interest, ..WatchOpen::default() };
+            let id = exchange.watch_open("a".into(), open).expect("opened");
+            let (added, is_whole) = interest_of(&mut exchange, id);
+            assert_eq!((added, is_whole), (if is_widened { everything() } else { BTreeSet::new() }, is_widened));
+        }
+    }
+
+    #[test]
+    fn bounds_underived_selections_over_all_streams_of_a_cluster() {
+        let mut exchange = Exchange::new();
+        exchange.set_federation(federation(1));
+        // Nothing excludes labels from these.
+        let own = |of: std::ops::Range<u32>| selections(of.map(|at| format!("!has(a{at})")));
+        let open = |exchange: &mut Exchange, of| {
+            let open = WatchOpen { protocol: PROTOCOL, own: own(of), ..WatchOpen::default() };
+            let id = exchange.watch_open("a".into(), open).expect("opened");
+            (id, interest_of(exchange, id).0)
+        };
+        let (first, interest) = open(&mut exchange, 0..200);
+        assert_eq!(interest.len(), 200);
+        assert_eq!(open(&mut exchange, 0..200).1.len(), 200, "another stream of the same member");
+        assert_eq!(open(&mut exchange, 100..256).1.len(), 156);
+        let (fourth, interest) = open(&mut exchange, 200..257);
+        assert_eq!(interest, everything());
+        assert_eq!(exchange.receivers.values().filter(|it| it.claims.is_empty()).count(), 1);
+        // A stream that ends, or replaces what it claimed, leaves room.
+        exchange.watch(first, WatchRequest::Own(own(0..1))).expect("the protocol");
+        interest_of(&mut exchange, first);
+        let at = exchange.federation().position;
+        exchange.watch(first, WatchRequest::InForce { interest: 1, hub: at }).expect("the protocol");
+        interest_of(&mut exchange, first);
+        let ids: Vec<ReceiverId> =
+            exchange.receivers.keys().copied().filter(|id| *id != first && *id != fourth).collect();
+        ids.into_iter().for_each(|id| exchange.watch_close(id));
+        assert_eq!(open(&mut exchange, 1..256).1.len(), 255);
+    }
+
+    #[test]
+    fn receiver_that_does_not_acknowledge_is_sent_everything_instead_of_its_interest() {
+        let mut exchange = Exchange::new();
+        exchange.set_federation(federation(1));
+        let own = selections(["has(a)".to_owned()].into_iter());
+        let open = WatchOpen { protocol: PROTOCOL, own, ..WatchOpen::default() };
+        let id = exchange.watch_open("a".into(), open).expect("opened");
+        interest_of(&mut exchange, id);
+        exchange.widen(id);
+        assert_eq!(interest_of(&mut exchange, id).0, BTreeSet::new(), "it keeps nothing");
+        exchange.watch(id, WatchRequest::Own(Vec::new())).expect("the protocol");
+        assert!(exchange.keeps_replaced(id));
+        exchange.take_ready();
+        exchange.widen(id);
+        assert!(exchange.take_ready().contains(&id));
+        assert_eq!(interest_of(&mut exchange, id).0, everything());
+        assert!(!exchange.keeps_replaced(id) && exchange.receivers[&id].claims.is_empty());
+        // It shrinks once it is acknowledged.
+        let at = exchange.federation().position;
+        exchange.watch(id, WatchRequest::InForce { interest: 2, hub: at }).expect("the protocol");
+        interest_of(&mut exchange, id);
+        assert_eq!(exchange.receivers[&id].interest.len(), 0);
     }
 }

@@ -54,6 +54,8 @@ const REPORT_EVERY: Duration = Duration::from_millis(100);
 /// How often one cluster may open a watching stream, or change its interest: a change is evaluated for every endpoint that it
 /// concerns.
 const OWN_EVERY: Duration = Duration::from_millis(100);
+/// A receiver that keeps a replaced interest for this time without an acknowledgement is sent everything instead.
+const ACKNOWLEDGE_TIME: Duration = Duration::from_secs(600);
 /// A lease lasts for seconds: one renewal in this time is enough.
 const RENEW_EVERY: Duration = Duration::from_secs(1);
 /// The exchange of this replica. Clones share it.
@@ -428,6 +430,7 @@ impl Service {
         let mut next_part = renewed;
         // A request that was received and not taken yet.
         let mut waiting: Option<WatchRequest> = None;
+        let mut keeps_since: Option<tokio::time::Instant> = None;
         loop {
             tokio::select! {
                 biased;
@@ -475,14 +478,21 @@ impl Service {
                         None => has_more = is_building,
                     }
                 }
-                _ = beat.tick() => match outbox.try_reserve() {
-                    Ok(room) => {
-                        room.send(Ok(codec::watch::encode_response(WatchResponse::Heartbeat)));
+                now = beat.tick() => {
+                    let keeps_replaced = self.look(|exchange| exchange.keeps_replaced(id));
+                    keeps_since = keeps_replaced.then(|| keeps_since.unwrap_or(now));
+                    if keeps_since.is_some_and(|since| since.elapsed() > ACKNOWLEDGE_TIME) {
+                        self.charged(cluster, Duration::ZERO, |exchange| exchange.widen(id));
                     }
-                    Err(TrySendError::Closed(())) => return Err(gone()),
-                    // The messages that wait serve as heartbeats.
-                    Err(TrySendError::Full(())) => {}
-                },
+                    match outbox.try_reserve() {
+                        Ok(room) => {
+                            room.send(Ok(codec::watch::encode_response(WatchResponse::Heartbeat)));
+                        }
+                        Err(TrySendError::Closed(())) => return Err(gone()),
+                        // The messages that wait serve as heartbeats.
+                        Err(TrySendError::Full(())) => {}
+                    }
+                }
             }
         }
     }

@@ -280,6 +280,34 @@ async fn streams_of_a_cluster_wait_for_the_time_that_it_used() {
     assert!(next(&mut of_train).await >= wait);
 }
 
+/// It keeps selections in force that nothing of the hub needs, and does not acknowledge.
+#[tokio::test(start_paused = true)]
+async fn receiver_that_never_acknowledges_is_sent_everything_after_some_time() {
+    let service = service().await;
+    let has = |key: &str| pb::Selection {
+        clusters: Some(pb::selection::Clusters::All(pb::AllClusters {})),
+        selector: format!("has({key})"),
+        port_names: Vec::new(),
+    };
+    let open = pb::WatchOpen { protocol: 1, interest: vec![has("a")], ..pb::WatchOpen::default() };
+    let open = pb::WatchRequest { message: Some(pb::watch_request::Message::Open(open)) };
+    let requests = Box::pin(tokio_stream::iter([Ok(open)]).chain(tokio_stream::pending()));
+    let permit = StreamPermit::acquire(&service.shared.watching, &"train".into()).expect("room");
+    let (outbox, mut received) = mpsc::channel(OUTBOX);
+    let began = tokio::time::Instant::now();
+    tokio::spawn(service.clone().watched("train".into(), permit, requests, outbox));
+    loop {
+        let message = received.recv().await.expect("it is open").expect("a message").message;
+        if let Some(pb::watch_response::Message::Interest(change)) = message
+            && change.added.iter().any(|it| it.selector == "all()")
+        {
+            break;
+        }
+    }
+    let after = began.elapsed();
+    assert!((ACKNOWLEDGE_TIME..ACKNOWLEDGE_TIME + 3 * HEARTBEAT).contains(&after), "{after:?}");
+}
+
 #[test]
 fn account_permits_one_third_of_the_time_and_a_burst() {
     let start = tokio::time::Instant::now();
