@@ -186,7 +186,9 @@ pub fn octets(address: &IpAddr) -> Bytes {
 fn object(body: Option<Body>, features: Vec<String>) -> Result<Object, DecodeError> {
     let is_manifest = matches!(body, Some(Body::Policy(_) | Body::Tier(_) | Body::NetworkSet(_)));
     if let Some(feature) = features.first().filter(|_| !is_manifest) {
-        return Err(DecodeError::FeatureUnknown(feature.clone()));
+        // As long as a name: it is kept, and sent with each refusal.
+        let most = feature.floor_char_boundary(limits::MAX_NAME_BYTES);
+        return Err(DecodeError::FeatureUnknown(feature[..most].to_owned()));
     }
     Ok(match body {
         Some(Body::Namespace(it)) => Object::Namespace { name: it.name.into(), labels: read_pairs(it.labels) },
@@ -364,4 +366,19 @@ fn cluster(it: pb::ClusterRecord) -> Result<Object, DecodeError> {
         federated_allow_final: it.federated_allow_final,
     };
     Ok(Object::Cluster { name: it.name.into(), record })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cuts_the_name_of_an_unknown_feature() {
+        let features = vec![format!("x{}", "ä".repeat(5_000))];
+        let update = pb::ObjectUpdate { id: 1, revision: 1, features, body: None }.encode_to_vec();
+        let Some(Err(DecodeError::FeatureUnknown(name))) = decode_export(&update).map(|it| it.object) else {
+            panic!("the feature is unknown")
+        };
+        assert_eq!(name.len(), limits::MAX_NAME_BYTES);
+    }
 }

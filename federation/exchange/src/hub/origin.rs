@@ -156,6 +156,11 @@ impl Origin {
         revision >= self.history.floor && revision <= self.position.revision
     }
 
+    /// A receiver that resumes from an earlier revision may soon have to be sent a snapshot.
+    pub fn aging_revision(&self) -> u64 {
+        self.history.half()
+    }
+
     /// Slots touched, and ids removed, after a revision.
     pub fn since(&self, revision: u64) -> (Vec<u32>, Vec<u64>) {
         if self.history.last_touched <= revision {

@@ -246,9 +246,11 @@ impl Exchange {
         }
         let position = applying.batch.position;
         let new_epoch = !first && position.epoch != before.epoch;
+        let aging = self.origins[number].as_ref().map_or(0, Origin::aging_revision);
         for (id, receiver) in &mut self.receivers {
-            receiver.origin_moved(number, position, first, new_epoch);
-            self.ready.insert(*id);
+            if receiver.origin_moved(number, aging, first, new_epoch) {
+                self.ready.insert(*id);
+            }
         }
         self.applied(number, applying);
     }

@@ -10,16 +10,12 @@ use super::claims::Claims;
 use super::classes::ClassId;
 use super::objects::HubObjects;
 use super::opening::{Opening, ReadOpening, Received};
-use super::origin::MAX_TOMBSTONES;
 use crate::codec::frame;
 use crate::message::{RefusedParts, WatchResponse as Response};
 use crate::model::{Interest, Position};
 
 /// Dirty ids that a receiver keeps for one origin before a snapshot is cheaper: 8,192 × about 12 bytes is 96 KiB.
 const MAX_DIRTY: usize = 8_192;
-
-/// How far a receiver's position may fall behind while nothing of interest to it changes: half of the removals remembered.
-const MAX_LAG: u64 = MAX_TOMBSTONES as u64 / 2;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ReceiverId(pub(super) u64);
@@ -35,12 +31,12 @@ pub(super) struct Receiver {
     /// The next interest, while its class is being built.
     pub(super) switching: Option<Switching>,
     pub(super) own: Interest,
-    /// What its interests need beyond what the hub derived.
-    pub(super) claims: Claims,
     /// The interest of its federated policies and of its own.
     pub(super) target: Arc<Interest>,
     /// The interest was found to select all that the target selects, and neither has changed since.
     pub(super) is_covered: bool,
+    /// What its interests need beyond what the hub derived.
+    pub(super) claims: Claims,
     pub(super) number: u64,
     pub(super) hub: HubCursor,
     pub(super) cursors: Cursors,
@@ -145,11 +141,11 @@ impl Receiver {
             class,
             opening_class: None,
             switching: None,
-            claims: Claims::default(),
             interest: Arc::clone(&nothing),
             own,
             target: nothing,
             is_covered: true,
+            claims: Claims::default(),
             number: 0,
             hub: HubCursor::default(),
             cursors: Cursors::default(),
@@ -206,19 +202,23 @@ impl Receiver {
         self.urgent.push_back(Response::Withdrawn { cluster: cluster.clone() });
     }
 
-    pub(super) fn origin_moved(&mut self, number: usize, position: Position, first: bool, new_epoch: bool) {
+    /// An origin has a new position. `aging`: see [`super::origin::Origin::aging_revision`]. Returns whether the receiver may be
+    /// sent something of it.
+    pub(super) fn origin_moved(&mut self, number: usize, aging: u64, first: bool, new_epoch: bool) -> bool {
         if self.open.is_some() {
-            return;
+            return false;
         }
         let cursor = self.cursors.entry(number);
         if new_epoch {
             cursor.wants = Wants::Snapshot;
             cursor.dirty.clear();
         }
-        cursor.nudge |= position.revision > cursor.sent.saturating_add(MAX_LAG);
+        // Removals count, and not revisions, which are the publisher's choice: each nudge is paid by as many updates.
+        cursor.nudge |= cursor.sent < aging;
         if first || new_epoch || cursor.nudge || matches!(cursor.wants, Wants::Resume(_)) {
             self.pending.insert(number);
         }
+        self.pending.contains(&number)
     }
 
     /// Something of an origin is about to change.

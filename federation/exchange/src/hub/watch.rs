@@ -383,7 +383,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::message::{WrittenScope, WrittenSelection};
+    use crate::message::{PublishRequest, WrittenScope, WrittenSelection};
     use crate::model::Lease;
     use hanse_policy::inventory::LabelGrant;
 
@@ -562,5 +562,29 @@ mod tests {
         exchange.watch(id, WatchRequest::InForce { interest: 2, hub: at }).expect("the protocol");
         interest_of(&mut exchange, id);
         assert_eq!(exchange.receivers[&id].interest.len(), 0);
+    }
+
+    #[test]
+    fn batch_without_updates_wakes_no_receiver() {
+        let mut with_b = federation(1);
+        let state = with_b.clusters["a"].clone();
+        with_b.clusters.insert("b".into(), state);
+        let mut exchange = Exchange::new();
+        exchange.set_federation(with_b);
+        let of_b = exchange.publish_open("b".into());
+        let batch = |exchange: &mut Exchange, snapshot, revision| {
+            exchange.publish(of_b, PublishRequest::Begin { snapshot }).expect("the protocol");
+            let end = PublishRequest::End { position: Position { epoch: 1, revision }, digest: None };
+            exchange.publish(of_b, end).expect("the protocol");
+        };
+        let open = PublishRequest::Open { protocol: PROTOCOL, epoch: 1, instance: Default::default() };
+        exchange.publish(of_b, open).expect("the protocol");
+        let open = WatchOpen { protocol: PROTOCOL, ..WatchOpen::default() };
+        let id = exchange.watch_open("a".into(), open).expect("opened");
+        batch(&mut exchange, true, 1);
+        while exchange.next(id).is_some() {}
+        exchange.take_ready();
+        batch(&mut exchange, false, 1_000_000);
+        assert!(exchange.take_ready().is_empty() && exchange.next(id).is_none());
     }
 }

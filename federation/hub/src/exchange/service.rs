@@ -281,11 +281,8 @@ impl Service {
                 let now = tokio::time::Instant::now();
                 Receiving::note(&mut lock(&self.shared.receiving), cluster, age, now);
             }
-            let updates = match &request {
-                PublishRequest::Frame(bytes) => codec::frame::count(bytes),
-                _ => 0,
-            };
-            if updates > 0 {
+            let updates = cost(&request);
+            if matches!(&request, PublishRequest::Frame(bytes) if codec::frame::count(bytes) > 0) {
                 self.progresses(cluster);
             }
             let began = tokio::time::Instant::now();
@@ -509,6 +506,15 @@ async fn replaced(served: Option<&ServedProcess>) {
 /// A panic while a stream is served ends only that stream.
 async fn guarded(name: &'static str, stream: impl Future<Output = Result<(), Status>>) -> Result<(), Status> {
     caught(name, stream).await.unwrap_or_else(|panicked| Err(Status::internal(panicked.to_string())))
+}
+
+/// The updates that a message counts as. A batch costs one even if it has none.
+fn cost(request: &PublishRequest) -> usize {
+    match request {
+        PublishRequest::Frame(bytes) => codec::frame::count(bytes).max(1),
+        PublishRequest::Begin { .. } => 1,
+        _ => 0,
+    }
 }
 
 fn refused(error: PublishError) -> Status {

@@ -309,6 +309,17 @@ async fn receiver_that_never_acknowledges_is_sent_everything_after_some_time() {
 }
 
 #[test]
+fn batch_without_updates_counts_as_one() {
+    let frame = |updates: u64| {
+        let frame = pb::Frame { upserts: Vec::new(), removals: (1..=updates).collect() };
+        PublishRequest::Frame(frame.encode_to_vec().into())
+    };
+    let begin = PublishRequest::Begin { snapshot: false };
+    assert_eq!([cost(&begin), cost(&frame(0)), cost(&frame(7))], [1, 1, 7]);
+    assert_eq!(cost(&PublishRequest::Heartbeat { received_age_ms: None }), 0);
+}
+
+#[test]
 fn account_permits_one_third_of_the_time_and_a_burst() {
     let start = tokio::time::Instant::now();
     let at = |ms| start + Duration::from_millis(ms);
