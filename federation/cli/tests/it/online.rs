@@ -109,7 +109,9 @@ impl World {
             MemberIdentity::join(&folder, cluster, &file, &join, false, &Default::default()).await
         });
         let deadline = Instant::now() + Duration::from_secs(20);
-        while self.hanse(&["cluster", "get", cluster, "-o", "json"]).json()["state"] != "Pending" {
+        // Before the request arrives, the cluster is unknown.
+        let is_pending = |it: Done| it.code == Some(0) && it.json()["state"] == "Pending";
+        while !is_pending(self.hanse(&["cluster", "get", cluster, "-o", "json"])) {
             assert!(Instant::now() < deadline, "it does not wait");
             std::thread::sleep(Duration::from_millis(20));
         }
