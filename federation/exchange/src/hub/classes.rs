@@ -13,8 +13,8 @@ use hanse_policy::slab::Slab;
 use hashbrown::HashMap;
 
 use super::derived;
-use super::origin::{Before, Changes, Entry, Origin};
-use super::selections::Selections;
+use super::origin::{Before, Changes, Entry, Origin, Place};
+use super::selections::{EVALUATIONS_PER_UPDATE, Selections};
 use super::slots::{Bits, Slots};
 use crate::interest::{Interest, Wanted};
 use crate::model::first_bits;
@@ -67,7 +67,9 @@ struct Building {
     /// Selections that some origin may not have judged yet.
     unjudged: Vec<u32>,
     origin: usize,
-    profile: u32,
+    /// Those of `unjudged` that concern the present origin, until they were judged.
+    of_origin: Option<Vec<u32>>,
+    place: Option<Place>,
     slot: u32,
 }
 
@@ -108,14 +110,13 @@ impl Classes {
         selections: &Selections,
     ) -> HashMap<ClassId, Vec<u64>> {
         let mut dirty: HashMap<ClassId, Vec<u64>> = HashMap::new();
-        let candidates = origin.candidates(&changes.endpoints);
+        let candidates = origin.candidates(&changes.endpoints, selections);
         for (id, class) in self.all.iter_mut() {
             let scanned = class.scanned(number);
             if scanned == 0 {
                 continue;
             }
-            let fit = candidates.iter().filter(|(selection, _)| class.interest.contains(**selection));
-            let mut fit: Vec<u32> = fit.flat_map(|(_, slots)| slots).copied().collect();
+            let mut fit = candidates.of(&class.interest);
             let view = view_of(&mut class.views, number);
             fit.extend(view.members.of(&changes.endpoints));
             // A slot that is in the view as a support may be an endpoint now.
@@ -154,7 +155,8 @@ impl Classes {
             is_numbered: false,
             unjudged: Vec::new(),
             origin: 0,
-            profile: 0,
+            of_origin: None,
+            place: Some(Place::default()),
             slot: 0,
         };
         let id = self.all.insert(Class {
@@ -196,6 +198,7 @@ impl Classes {
         }
         if building.rest.len() == 0 && !building.is_numbered {
             building.is_numbered = true;
+            building.unjudged.sort_unstable();
             class.numbers.sort_unstable();
             for number in &class.numbers {
                 class.interest.set(*number, true);
@@ -295,31 +298,43 @@ impl Building {
             self.next_origin();
             return 0;
         };
-        let profiles = origin.profile_bound();
-        if self.profile < profiles && !self.unjudged.is_empty() {
-            let to = self.profile.saturating_add(u32::try_from(left).unwrap_or(u32::MAX)).min(profiles);
-            origin.select(&self.unjudged, selections, self.profile..to);
-            let judged = (to - self.profile) as usize;
-            self.profile = to;
-            // The selections of the origin are looked up each time.
-            return judged + self.unjudged.len() / 64;
+        let most = left.saturating_mul(EVALUATIONS_PER_UPDATE);
+        if let Some(place) = self.place {
+            let Some(fresh) = &self.of_origin else {
+                let unjudged = self.unjudged.iter().copied();
+                self.of_origin = Some(unjudged.filter(|number| selections.concerns(*number, &origin.name)).collect());
+                return self.unjudged.len() / EVALUATIONS_PER_UPDATE;
+            };
+            let (began, profiles) = (selections.evaluated(), origin.profile_bound());
+            let before = place.profile();
+            self.place = origin.select(fresh, selections, place, most);
+            let after = self.place.map_or(profiles, Place::profile);
+            let visited = if fresh.is_empty() { 0 } else { after.saturating_sub(before) as usize };
+            return visited
+                + selections.evaluated_since(began) / EVALUATIONS_PER_UPDATE
+                + usize::from(self.place.is_some());
         }
         let slots = origin.slot_bound();
-        let most = u32::try_from(left.saturating_mul(SLOTS_PER_UPDATE)).unwrap_or(u32::MAX);
-        let to = self.slot.saturating_add(most).min(slots);
         let view = view_of(&mut class.views, self.origin);
-        view.scan(origin, self.slot..to, &class.interest, selections);
-        let scanned = (to - self.slot) as usize;
-        self.slot = to;
-        if to == slots {
+        let (began, from) = (selections.evaluated(), self.slot);
+        let cost = |slot: u32| {
+            let evaluated = selections.evaluated_since(began);
+            evaluated.saturating_add((slot - from) as usize * EVALUATIONS_PER_UPDATE / SLOTS_PER_UPDATE)
+        };
+        while self.slot < slots && cost(self.slot) < most {
+            view.scan(origin, self.slot, &class.interest, selections);
+            self.slot += 1;
+        }
+        let cost = cost(self.slot);
+        if self.slot == slots {
             self.next_origin();
         }
-        1 + scanned / SLOTS_PER_UPDATE
+        1 + cost / EVALUATIONS_PER_UPDATE
     }
 
     fn next_origin(&mut self) {
         self.origin += 1;
-        (self.profile, self.slot) = (0, 0);
+        (self.of_origin, self.place, self.slot) = (None, Some(Place::default()), 0);
     }
 }
 
@@ -368,14 +383,12 @@ fn view_of(views: &mut Vec<View>, number: usize) -> &mut View {
 }
 
 impl View {
-    /// Adds what the interest selects among these slots.
-    fn scan(&mut self, origin: &Origin, slots: std::ops::Range<u32>, interest: &Bits, selections: &Selections) {
-        for slot in slots {
-            if origin.is_endpoint(slot) && origin.endpoint_selected(slot, interest, selections) {
-                self.add(origin, slot);
-                for support in origin.supports_of(slot) {
-                    self.add(origin, support);
-                }
+    /// Adds what is in a slot if the interest selects it.
+    fn scan(&mut self, origin: &Origin, slot: u32, interest: &Bits, selections: &Selections) {
+        if origin.is_endpoint(slot) && origin.endpoint_selected(slot, interest, selections) {
+            self.add(origin, slot);
+            for support in origin.supports_of(slot) {
+                self.add(origin, support);
             }
         }
     }

@@ -3,7 +3,7 @@
 //! The accepted objects depend on the published objects and the grants, not on their order: replicas that have the same objects
 //! accept the same. Refused objects are kept as well (within limits), so that a wider grant or the removal of a rival brings them
 //! back. Endpoints with the same namespace, account and label set form a *profile*: selections are judged once per profile, and
-//! per endpoint only where they name a label of its own or a port.
+//! per endpoint only where they name a label of its own or a port, or where its endpoints have too many keys of their own labels.
 //!
 //! Each entry has the revision that last *touched* it, by itself or by what it refers to; resuming finds the entries that were
 //! touched later. That is a scan of the origin's entries, skipped when nothing was touched since, and costs no memory per
@@ -35,11 +35,13 @@ pub use batch::{Applying, Batch, BatchError, StagedLimits};
 use granted::Granted;
 use history::History;
 pub use history::MAX_TOMBSTONES;
+pub use judging::Place;
 use kept::{Kept, Overflow};
 use named::Named;
 pub use objects::{Before, Entry};
 use objects::{Body, Objects, read};
 use profiles::Profiles;
+use update::Queue;
 
 /// What a batch changed, for those who follow the origin.
 #[derive(Debug, Default)]
@@ -56,14 +58,15 @@ pub struct Origin {
     pub position: Position,
     /// It has published to this replica since the replica started.
     pub synced: bool,
-    /// A batch is being applied.
-    is_applying: bool,
+    /// The revision of the batch that is being applied.
+    applying: Option<u64>,
     /// Everything is judged again under another grant.
     regranting: Option<Regranting>,
     granted: Granted,
     objects: Objects,
     named: Named,
     profiles: Profiles,
+    queue: Queue,
     addresses: Addresses,
     /// By slot.
     refused: BTreeMap<u32, Refusal>,
@@ -74,11 +77,11 @@ pub struct Origin {
     history: History,
 }
 
-/// How far everything was judged again: slots, then profiles.
+/// How far everything was judged again: slots, then profiles, once they are queued.
 #[derive(Debug, Clone, Copy, Default)]
 struct Regranting {
     slot: u32,
-    profile: u32,
+    is_queued: bool,
 }
 
 impl Origin {
@@ -87,12 +90,13 @@ impl Origin {
             name,
             position: Position::default(),
             synced: false,
-            is_applying: false,
+            applying: None,
             regranting: None,
             granted: Granted::new(grant),
             objects: Objects::default(),
             named: Named::default(),
             profiles: Profiles::default(),
+            queue: Queue::default(),
             addresses: Addresses::default(),
             refused: BTreeMap::new(),
             unused: BTreeSet::new(),
@@ -130,9 +134,9 @@ impl Origin {
         self.profiles.bound()
     }
 
-    /// The number of keys of endpoints' own labels that are judged.
+    /// The number of keys of endpoints' own labels that are judged, of profiles that do not have too many.
     pub fn own_key_count(&self) -> usize {
-        self.profiles.iter().map(|profile| profile.own_keys.len()).sum()
+        self.profiles.iter().map(|(_, profile)| profile.own_keys.few().len()).sum()
     }
 
     /// Whether some published object is not kept: because of a limit, or because it cannot be read.
@@ -172,7 +176,7 @@ impl Origin {
 
     /// Whether the origin is between two states of its publisher, or two grants, so that nothing of it is sent.
     pub fn is_busy(&self) -> bool {
-        self.is_applying || self.regranting.is_some()
+        self.applying.is_some() || self.regranting.is_some()
     }
 
     /// Frees the slots of removed objects, once the followers know.

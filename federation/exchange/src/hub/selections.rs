@@ -3,6 +3,7 @@
 //! A selection is filed under pairs (or keys) of which any match needs at least one; those that have no such anchor are
 //! always evaluated. No match is missed; single endpoints are not evaluated.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -15,6 +16,13 @@ use hanse_policy::tri::Tri;
 use hashbrown::HashMap;
 
 use crate::model::Wanted;
+
+/// Evaluations of a short selection in the time that one update takes.
+pub const EVALUATIONS_PER_UPDATE: usize = 64;
+/// Bytes of a selection that count as one more evaluation.
+const BYTES_PER_EVALUATION: usize = 128;
+/// Selections that are looked up in the time of an evaluation.
+const LOOKUPS_PER_EVALUATION: usize = 4;
 
 /// Effective labels, sorted by key, and which own keys count.
 #[derive(Debug)]
@@ -63,6 +71,8 @@ pub struct Selections {
     numbers: HashMap<Arc<Wanted>, u32>,
     keys: HashMap<Arc<str>, Filed>,
     unanchored: BTreeSet<u32>,
+    /// Evaluations so far, and work that takes as long: parts of other work end by it.
+    evaluated: Cell<usize>,
 }
 
 impl Selections {
@@ -134,45 +144,78 @@ impl Selections {
     }
 
     /// Whether it names one of these keys or ports, so that it must be evaluated for each endpoint.
-    pub fn needs_endpoints(&self, number: u32, own_keys: &[Arc<str>]) -> bool {
+    pub fn needs_endpoints(&self, number: u32, own_keys: &[(Arc<str>, u32)]) -> bool {
         let wanted = self.wanted(number);
         let mut needs = !wanted.port_names().is_empty();
         if !own_keys.is_empty() {
-            let is_own = |own: &str| own_keys.iter().any(|key| &**key == own);
+            let is_own = |own: &str| own_keys.binary_search_by(|(key, _)| (**key).cmp(own)).is_ok();
             wanted.selector().expr.for_each_key(&mut |key| needs |= own_label(key).is_some_and(is_own));
         }
         needs
     }
 
-    /// The selections that these labels may satisfy, or that name one of `own_keys`.
-    pub fn candidates(&self, origin: &str, labels: &KnownLabels<'_>, own_keys: &[Arc<str>]) -> Vec<u32> {
-        let mut found: Vec<u32> = self.unanchored.iter().copied().collect();
-        for (key, value) in labels.pairs {
-            if let Some(filed) = self.keys.get(key) {
-                found.extend(&filed.present);
-                found.extend(filed.values.get(value).into_iter().flatten());
-            }
-        }
-        for key in own_keys {
-            found.extend(self.keys.get(&*own_key(key)).into_iter().flat_map(|filed| &filed.naming));
-        }
-        if let LabelGrant::Keys(granted) = labels.grant {
-            for (key, filed) in &self.keys {
-                if own_label(key).is_some_and(|own| !granted.contains(own)) {
-                    found.extend(&filed.naming);
-                }
-            }
-        }
+    /// The selections that these labels may satisfy, or that name one of `own_keys`, in order.
+    pub fn candidates(&self, origin: &str, labels: &KnownLabels<'_>, own_keys: &[(Arc<str>, u32)]) -> Vec<u32> {
+        let own = own_keys.iter().filter_map(|(key, _)| self.keys.get(&*own_key(key)));
+        let own = own.flat_map(|filed| &filed.naming).copied();
+        let mut found: Vec<u32> = self.filed(labels).chain(own).collect();
+        self.charge((found.len() + own_keys.len()) / LOOKUPS_PER_EVALUATION);
         found.sort_unstable();
         found.dedup();
-        // A cluster is never sent its own endpoints, so that the scope is compared with other clusters only.
-        found.retain(|number| self.wanted(*number).clusters().contains("", origin));
+        found.retain(|number| self.concerns(*number, origin));
         found
+    }
+
+    /// The selections that these labels may satisfy, of any cluster; some more than once.
+    pub fn filed<'a>(&'a self, labels: &'a KnownLabels<'_>) -> impl Iterator<Item = u32> + 'a {
+        self.charge(self.lookups(labels.grant) / LOOKUPS_PER_EVALUATION);
+        let by_pair = labels.pairs.iter().filter_map(|(key, value)| {
+            let filed = self.keys.get(key)?;
+            Some(filed.present.iter().chain(filed.values.get(value).into_iter().flatten()))
+        });
+        let granted = match labels.grant {
+            LabelGrant::Keys(granted) => Some(granted),
+            LabelGrant::All => None,
+        };
+        let unknown = granted.into_iter().flat_map(|granted| {
+            let is_unknown = |key: &str| own_label(key).is_some_and(|own| !granted.contains(own));
+            self.keys.iter().filter(move |(key, _)| is_unknown(key)).flat_map(|(_, filed)| &filed.naming)
+        });
+        self.unanchored.iter().chain(by_pair.flatten()).chain(unknown).copied()
+    }
+
+    /// What each lookup visits at least, under this grant.
+    pub fn lookups(&self, grant: &LabelGrant) -> usize {
+        let keys = if matches!(grant, LabelGrant::Keys(_)) { self.keys.len() } else { 0 };
+        self.unanchored.len() + keys
+    }
+
+    /// Whether a selection is over the endpoints of this cluster.
+    pub fn concerns(&self, number: u32, origin: &str) -> bool {
+        // A cluster is never sent its own endpoints, so that the scope is compared with other clusters only.
+        self.wanted(number).clusters().contains("", origin)
     }
 
     /// Whether a selection is not certainly false.
     pub fn may_match(&self, number: u32, labels: &KnownLabels<'_>) -> bool {
-        self.wanted(number).selector().evaluate(labels) != Tri::No
+        let wanted = self.wanted(number);
+        self.charge(1 + wanted.selector().canonical.len() / BYTES_PER_EVALUATION);
+        wanted.selector().evaluate(labels) != Tri::No
+    }
+
+    /// Counts work that takes as long as this many evaluations.
+    pub fn charge(&self, evaluations: usize) {
+        self.evaluated.set(self.evaluated.get().wrapping_add(evaluations));
+    }
+
+    /// A reading of [`Self::evaluated_since`].
+    pub fn evaluated(&self) -> usize {
+        self.evaluated.get()
+    }
+
+    /// Evaluations since a reading, and work that takes as long.
+    pub fn evaluated_since(&self, reading: usize) -> usize {
+        self.evaluated.get().wrapping_sub(reading)
     }
 }
 

@@ -3,6 +3,7 @@
 mod interests;
 mod limits;
 mod objects;
+mod parts;
 mod policies;
 mod reports;
 

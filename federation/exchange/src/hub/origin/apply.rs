@@ -27,7 +27,7 @@ impl Origin {
         if batch.snapshot {
             self.overflow.clear();
         }
-        self.is_applying = true;
+        self.applying = Some(position.revision);
         Ok(batch.end(position, same_epoch))
     }
 
@@ -52,14 +52,18 @@ impl Origin {
                 if batch.same_epoch {
                     self.history.push(revision, id);
                 }
-                left -= 1;
+                let cost = self.take_cost(&mut work, selections, selections.evaluated());
+                left = left.saturating_sub(1 + cost);
             } else if let Some((id, bytes)) = batch.updates.pop_first() {
                 if let Some(bytes) = bytes {
                     self.put(id, &bytes, revision, &mut work);
-                    left -= 1;
+                    left = left.saturating_sub(1 + self.judge_attached(&mut work, selections));
                 }
             } else {
-                break true;
+                left = self.judge_queued(&mut work, selections, left);
+                if self.queue.is_empty() {
+                    break true;
+                }
             }
         };
         if done {
@@ -69,10 +73,10 @@ impl Origin {
             }
             self.position = batch.position;
             self.synced = true;
-            self.is_applying = false;
+            self.applying = None;
         }
         self.history.trim();
-        let changes = self.recompute(work, selections, revision);
+        let changes = self.recompute(work, revision);
         if done && batch.snapshot {
             self.overflow.requested = self.overflow.requested.map(|_| self.kept.room(&*self.granted.grant));
             // What grew by doubling is a third too large, and most origins change little afterwards.
@@ -122,29 +126,26 @@ impl Origin {
     /// Judges the next `slice` objects, or profiles with about as many endpoints, under the present grant; whether those were the
     /// last. After the changes were reported, [`Self::settle`] must be called.
     pub fn regrant_step(&mut self, selections: &Selections, slice: usize) -> (Changes, bool) {
-        let Some(Regranting { slot, profile }) = self.regranting else { return (Changes::default(), true) };
+        let Some(Regranting { mut slot, mut is_queued }) = self.regranting else { return (Changes::default(), true) };
         let mut work = Work::default();
-        let (slots, profiles) = (self.objects.bound(), self.profiles.bound());
-        let most = u32::try_from(slice).unwrap_or(u32::MAX);
-        let next = slot.saturating_add(most).min(slots);
-        for slot in slot..next {
+        let (mut left, slots) = (slice, self.objects.bound());
+        while left > 0 && slot < slots {
             self.put_again(slot, &mut work);
+            let cost = self.take_cost(&mut work, selections, selections.evaluated());
+            left = left.saturating_sub(1 + cost);
+            slot += 1;
         }
-        // Which selections match may depend on the grant as well: that follows when all objects are judged.
-        let mut after = profile;
-        if next == slots {
-            let mut endpoints = 0;
-            while after < profiles && endpoints < slice {
-                if let Some((id, profile)) = self.profiles.at(after) {
-                    endpoints = endpoints.saturating_add(profile.endpoints.len() + 1);
-                    work.profiles.insert(id);
-                }
-                after += 1;
-            }
+        if slot == slots && !is_queued {
+            // Which selections match may depend on the grant as well: that follows when all objects are judged.
+            self.queue.add(self.profiles.iter().map(|(id, _)| id));
+            is_queued = true;
         }
-        let done = next == slots && after >= profiles;
-        self.regranting = (!done).then_some(Regranting { slot: next, profile: after });
-        let revision = self.position.revision;
-        (self.recompute(work, selections, revision), done)
+        if is_queued {
+            self.judge_queued(&mut work, selections, left);
+        }
+        let done = is_queued && self.queue.is_empty();
+        self.regranting = (!done).then_some(Regranting { slot, is_queued });
+        let revision = self.applying.unwrap_or(self.position.revision);
+        (self.recompute(work, revision), done)
     }
 }

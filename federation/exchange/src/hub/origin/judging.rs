@@ -2,55 +2,113 @@
 //! port or one of the endpoint's own labels.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hanse_policy::selector::build;
+use hashbrown::HashMap;
 
 use super::Origin;
 use super::objects::{Before, Body, Entry, endpoint_of};
-use super::profiles::{ProfileId, ProfileKey};
-use crate::hub::selections::{KnownLabels, Selections};
+use super::profiles::{Profile, ProfileId, ProfileKey};
+use crate::hub::selections::{EVALUATIONS_PER_UPDATE, KnownLabels, Selections};
 use crate::hub::slots::{Bits, Slots};
 use crate::model::{Pairs, Refusal};
 
 /// Up to this many new selections are evaluated one by one for each profile.
 const FEW_SELECTIONS: usize = 8;
+/// Numbers that are compared with an interest in the time of an evaluation.
+const MATCHES_PER_EVALUATION: usize = 128;
+
+/// How far new selections were judged: the next profile, and the next selection over it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Place {
+    profile: u32,
+    selection: u32,
+}
+
+impl Place {
+    pub fn profile(self) -> u32 {
+        self.profile
+    }
+}
+
+/// Endpoints by the selections that may select them.
+#[derive(Debug, Default)]
+pub struct Candidates {
+    /// Those that the same selections may select.
+    groups: Vec<Vec<u32>>,
+    by_selection: BTreeMap<u32, Vec<usize>>,
+}
 
 impl Origin {
-    /// Judges new selections over these profiles. One that was judged already stays unchanged.
-    pub fn select(&mut self, fresh: &[u32], selections: &Selections, profiles: std::ops::Range<u32>) {
-        let counts = |number: &u32| selections.wanted(*number).clusters().contains("", &self.name);
-        let mut fresh: Vec<u32> = fresh.iter().copied().filter(counts).collect();
-        fresh.sort_unstable();
-        if fresh.is_empty() {
-            return;
+    /// Judges new selections, which are in order and concern this cluster, from a place on, for about as long as so many evaluations.
+    /// Returns the next place, if there is more. A selection that was judged already stays unchanged.
+    pub fn select(&mut self, fresh: &[u32], selections: &Selections, from: Place, evaluations: usize) -> Option<Place> {
+        let (began, mut visited) = (selections.evaluated(), 0_usize);
+        let Place { mut profile, mut selection } = from;
+        while profile < self.profiles.bound() && !fresh.is_empty() {
+            let spent = selections.evaluated_since(began).saturating_add(visited * EVALUATIONS_PER_UPDATE);
+            if spent >= evaluations {
+                return Some(Place { profile, selection });
+            }
+            visited += 1;
+            let rest = &fresh[fresh.partition_point(|number| *number < selection)..];
+            match self.select_of(profile, rest, selections, evaluations - spent) {
+                Some(next) => return Some(Place { profile, selection: next }),
+                None => (profile, selection) = (profile + 1, 0),
+            }
         }
-        for number in profiles {
-            let Some((id, profile)) = self.profiles.at(number) else { continue };
-            if profile.problem.is_some() || profile.endpoints.is_empty() {
-                continue;
+        None
+    }
+
+    /// Judges new selections over one profile, at least one, for about so many evaluations. Returns the next of them if it stopped.
+    fn select_of(&mut self, number: u32, fresh: &[u32], selections: &Selections, evaluations: usize) -> Option<u32> {
+        let (id, profile) = self.profiles.at(number)?;
+        if profile.problem.is_some() || profile.endpoints.is_empty() || profile.own_keys.is_many() {
+            return None;
+        }
+        let pairs = self.effective(profile.key, &[]);
+        let known = KnownLabels { pairs: &pairs, grant: &self.granted.labels };
+        // Of many, only those that the labels may satisfy are evaluated.
+        let candidates: Cow<'_, [u32]> = match fresh.len() <= FEW_SELECTIONS {
+            true => fresh.into(),
+            false => {
+                let mut candidates = selections.candidates(&self.name, &known, profile.own_keys.few());
+                candidates.retain(|number| fresh.binary_search(number).is_ok());
+                candidates.into()
             }
-            let pairs = self.effective(profile.key, &[]);
-            let known = KnownLabels { pairs: &pairs, grant: &self.granted.labels };
-            let (mut matches, mut per_endpoint) = (Vec::new(), Vec::new());
-            let mut judge = |number: u32| {
-                if selections.needs_endpoints(number, &profile.own_keys) {
-                    per_endpoint.push(number);
-                } else if selections.may_match(number, &known) {
-                    matches.push(number);
-                }
-            };
-            // Of many, only those that the labels may satisfy are evaluated.
-            if fresh.len() <= FEW_SELECTIONS {
-                fresh.iter().copied().for_each(&mut judge);
-            } else {
-                let candidates = selections.candidates(&self.name, &known, &profile.own_keys).into_iter();
-                candidates.filter(|number| fresh.binary_search(number).is_ok()).for_each(&mut judge);
+        };
+        let (mut matches, mut per_endpoint, mut next) = (Vec::new(), Vec::new(), None);
+        // The lookup is repeated in each part, so that it does not count.
+        let began = selections.evaluated();
+        for (at, candidate) in candidates.iter().copied().enumerate() {
+            if at > 0 && selections.evaluated_since(began) >= evaluations {
+                next = Some(candidate);
+                break;
             }
-            let profile = self.profiles.get_mut(id);
-            matches.into_iter().for_each(|number| add(&mut profile.matches, number));
-            per_endpoint.into_iter().for_each(|number| add(&mut profile.per_endpoint, number));
+            self.judge_one(profile, candidate, selections, &known, [&mut matches, &mut per_endpoint]);
+        }
+        let profile = self.profiles.get_mut(id);
+        add(&mut profile.matches, &matches);
+        add(&mut profile.per_endpoint, &per_endpoint);
+        next
+    }
+
+    /// Adds a selection to those that match a profile, or to those that are evaluated for each of its endpoints, or to neither.
+    fn judge_one(
+        &self,
+        profile: &Profile,
+        number: u32,
+        selections: &Selections,
+        known: &KnownLabels<'_>,
+        [matches, per_endpoint]: [&mut Vec<u32>; 2],
+    ) {
+        if selections.needs_endpoints(number, profile.own_keys.few()) {
+            selections.charge(1);
+            per_endpoint.push(number);
+        } else if selections.may_match(number, known) {
+            matches.push(number);
         }
     }
 
@@ -62,15 +120,26 @@ impl Origin {
         }
     }
 
-    /// For each selection, which of these endpoints it may select.
-    pub fn candidates(&self, endpoints: &BTreeMap<u32, Before>) -> BTreeMap<u32, Vec<u32>> {
-        let mut candidates: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    /// Which of these endpoints selections may select.
+    pub fn candidates(&self, endpoints: &BTreeMap<u32, Before>, selections: &Selections) -> Candidates {
+        let mut candidates = Candidates::default();
+        let mut groups: HashMap<ProfileId, usize> = HashMap::new();
         for slot in endpoints.keys() {
-            if let Some(Entry { body: Body::Endpoint { profile, .. }, visible: true, .. }) = self.entry(*slot) {
-                let profile = self.profiles.get(*profile);
-                for selection in profile.matches.iter().chain(&profile.per_endpoint) {
-                    candidates.entry(*selection).or_default().push(*slot);
-                }
+            let Some(Entry { body: Body::Endpoint { profile: id, .. }, visible: true, bytes, .. }) = self.entry(*slot)
+            else {
+                continue;
+            };
+            let profile = self.profiles.get(*id);
+            if profile.own_keys.is_many() {
+                let Some(endpoint) = endpoint_of(bytes) else { continue };
+                let pairs = self.effective(profile.key, &endpoint.own);
+                let known = KnownLabels { pairs: &pairs, grant: &self.granted.labels };
+                candidates.add(*slot, selections.filed(&known));
+            } else if let Some(group) = groups.get(id) {
+                candidates.groups[*group].push(*slot);
+            } else {
+                groups.insert(*id, candidates.groups.len());
+                candidates.add(*slot, profile.matches.iter().chain(&profile.per_endpoint).copied());
             }
         }
         candidates
@@ -82,22 +151,29 @@ impl Origin {
             return false;
         };
         let profile = self.profiles.get(*profile);
+        selections.charge(profile.matches.len() / MATCHES_PER_EVALUATION);
         if profile.matches.iter().any(|number| interest.contains(*number)) {
             return true;
         }
-        let per_endpoint: Vec<u32> =
-            profile.per_endpoint.iter().copied().filter(|number| interest.contains(*number)).collect();
-        if per_endpoint.is_empty() {
+        let is_many = profile.own_keys.is_many();
+        if !is_many && !profile.per_endpoint.iter().any(|number| interest.contains(*number)) {
             return false;
         }
         let Some(endpoint) = endpoint_of(bytes) else { return false };
         let pairs = self.effective(profile.key, &endpoint.own);
         let known = KnownLabels { pairs: &pairs, grant: &self.granted.labels };
-        per_endpoint.into_iter().any(|number| {
+        let selects = |number: u32| {
             let names = selections.wanted(number).port_names();
             (names.is_empty() || endpoint.ports.iter().any(|port| names.contains(&port.name)))
                 && selections.may_match(number, &known)
-        })
+        };
+        match is_many {
+            true => {
+                let mut all = selections.filed(&known).filter(|number| interest.contains(*number));
+                all.any(|number| selections.concerns(number, &self.name) && selects(number))
+            }
+            false => profile.per_endpoint.iter().any(|number| interest.contains(*number) && selects(*number)),
+        }
     }
 
     /// Whether a support is used and one of these endpoints refers to it.
@@ -125,15 +201,11 @@ impl Origin {
             None
         };
         let (mut matches, mut per_endpoint) = (Vec::new(), Vec::new());
-        if problem.is_none() && !profile.endpoints.is_empty() {
+        if problem.is_none() && !profile.endpoints.is_empty() && !profile.own_keys.is_many() {
             let pairs = self.effective(profile.key, &[]);
             let known = KnownLabels { pairs: &pairs, grant: &self.granted.labels };
-            for candidate in selections.candidates(&self.name, &known, &profile.own_keys) {
-                if selections.needs_endpoints(candidate, &profile.own_keys) {
-                    per_endpoint.push(candidate);
-                } else if selections.may_match(candidate, &known) {
-                    matches.push(candidate);
-                }
+            for candidate in selections.candidates(&self.name, &known, profile.own_keys.few()) {
+                self.judge_one(profile, candidate, selections, &known, [&mut matches, &mut per_endpoint]);
             }
         }
         let profile = self.profiles.get_mut(id);
@@ -168,9 +240,31 @@ impl Origin {
     }
 }
 
-fn add(list: &mut Box<[u32]>, number: u32) {
-    if !list.contains(&number) {
-        *list = list.iter().copied().chain([number]).collect();
+impl Candidates {
+    fn add(&mut self, slot: u32, numbers: impl Iterator<Item = u32>) {
+        let group = self.groups.len();
+        self.groups.push(vec![slot]);
+        for number in numbers {
+            self.by_selection.entry(number).or_default().push(group);
+        }
+    }
+
+    /// The endpoints that one of these selections may select, some more than once.
+    pub fn of(&self, interest: &Bits) -> Vec<u32> {
+        let fit = self.by_selection.iter().filter(|(selection, _)| interest.contains(**selection));
+        let groups: BTreeSet<usize> = fit.flat_map(|(_, groups)| groups).copied().collect();
+        groups.into_iter().flat_map(|group| &self.groups[group]).copied().collect()
+    }
+}
+
+/// Adds numbers in order to others in order.
+fn add(list: &mut Box<[u32]>, numbers: &[u32]) {
+    if !numbers.is_empty() {
+        let mut all = [&**list, numbers].concat();
+        // Stable sorting merges the two runs.
+        all.sort();
+        all.dedup();
+        *list = all.into();
     }
 }
 

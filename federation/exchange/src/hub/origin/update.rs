@@ -1,7 +1,6 @@
 //! Single objects in and out of the indices, and what follows from them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use hashbrown::HashSet;
 
@@ -10,16 +9,51 @@ use super::objects::{Before, Body, Entry, endpoint_of, read};
 use super::profiles::ProfileId;
 use super::{Changes, Origin};
 use crate::codec::object::{EndpointObject, Object};
-use crate::hub::selections::Selections;
+use crate::hub::selections::{EVALUATIONS_PER_UPDATE, Selections};
 use crate::model::{Refusal, digest_of};
+
+/// Profiles that are to be judged again, and whose endpoints are to be brought up to date: of one namespace there may be as many
+/// as a cluster has.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    profiles: BTreeSet<ProfileId>,
+    /// One that was judged, and how many of its endpoints follow.
+    current: Option<(ProfileId, usize)>,
+}
+
+impl Queue {
+    /// Adds profiles, and returns what that costs, in evaluations.
+    pub(super) fn add(&mut self, profiles: impl Iterator<Item = ProfileId>) -> usize {
+        let mut count = 0_usize;
+        self.profiles.extend(profiles.inspect(|_| count += 1));
+        count / 2
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.profiles.is_empty() && self.current.is_none()
+    }
+
+    fn contains(&self, id: ProfileId) -> bool {
+        self.profiles.contains(&id)
+    }
+
+    fn remove(&mut self, id: ProfileId) {
+        self.profiles.remove(&id);
+        self.current = self.current.filter(|(current, _)| *current != id);
+    }
+}
 
 /// What a change still has to bring up to date.
 #[derive(Debug, Default)]
 pub(super) struct Work {
     endpoints: BTreeMap<u32, Before>,
     supports: BTreeMap<u32, Before>,
-    /// To be judged again.
-    pub(super) profiles: BTreeSet<ProfileId>,
+    /// Of the endpoint that was attached last, and whether it is to be judged.
+    attached: Option<(ProfileId, bool)>,
+    /// Profiles of attached endpoints, whose selections are counted once.
+    counted: HashSet<ProfileId>,
+    /// Counted in evaluations, beside the updates themselves.
+    cost: usize,
     /// From which an endpoint was removed, and which may have none.
     emptied: BTreeSet<ProfileId>,
     /// Ids of objects that changed endpoints refer to.
@@ -47,13 +81,14 @@ impl Origin {
             Body::Endpoint { profile, position } => {
                 self.kept.endpoints -= 1;
                 work.endpoints.entry(slot).or_insert(before);
-                for address in endpoint_of(&entry.bytes).map(|e| e.addresses).unwrap_or_default() {
-                    self.addresses.release(address, entry.claim(slot), &mut work.rivals);
+                let endpoint = endpoint_of(&entry.bytes);
+                for address in endpoint.iter().flat_map(|endpoint| &endpoint.addresses) {
+                    self.addresses.release(*address, entry.claim(slot), &mut work.rivals);
                 }
                 let of = self.profiles.get_mut(profile);
-                of.endpoints.swap_remove(position as usize);
+                let own = endpoint.map(|endpoint| endpoint.own).unwrap_or_default();
                 // The last of the list has this position now.
-                if let Some(moved) = of.endpoints.get(position as usize).copied()
+                if let Some(moved) = of.remove(position, &own)
                     && let Body::Endpoint { position: of_moved, .. } = &mut self.objects.get_mut(moved).body
                 {
                     *of_moved = position;
@@ -69,7 +104,7 @@ impl Origin {
                     _ => self.named.remove(slot),
                 }
                 work.supports.entry(slot).or_insert(before);
-                work.profiles.extend(self.profiles.referring(entry.id));
+                work.cost += self.queue.add(self.profiles.referring(entry.id));
                 work.changed_ids.insert(entry.id);
             }
             Body::Refused => {
@@ -137,10 +172,10 @@ impl Origin {
             }
             Ok(Object::Endpoint(endpoint)) => {
                 self.kept.endpoints += 1;
-                let profile = self.profile(&endpoint, work);
-                let list = &mut self.profiles.get_mut(profile).endpoints;
-                list.push(slot);
-                Body::Endpoint { profile, position: list.len() as u32 - 1 }
+                let profile = self.profiles.of([endpoint.namespace, endpoint.service_account, endpoint.label_set]);
+                let (position, is_judged) = self.profiles.get_mut(profile).add(slot, &endpoint.own);
+                work.attached = Some((profile, is_judged));
+                Body::Endpoint { profile, position }
             }
         };
         match body {
@@ -151,53 +186,80 @@ impl Origin {
             }
             Body::Named | Body::LabelSet | Body::Refused => {
                 work.supports.entry(slot).or_insert(Before { id, digest: 0 });
-                work.profiles.extend(self.profiles.referring(id));
+                work.cost += self.queue.add(self.profiles.referring(id));
                 work.changed_ids.insert(id);
             }
         }
         body
     }
 
-    fn profile(&mut self, endpoint: &EndpointObject, work: &mut Work) -> ProfileId {
-        let key = [endpoint.namespace, endpoint.service_account, endpoint.label_set];
-        let (number, new) = self.profiles.of(key);
-        let profile = self.profiles.get_mut(number);
-        if new || profile.endpoints.is_empty() {
-            work.profiles.insert(number);
+    /// Judges the profile of the endpoint that was attached last, if it has changed. The selections of its other endpoints stay: one
+    /// that names a new key is evaluated for each of them, to the same result. Returns the cost of the change, in updates.
+    pub(super) fn judge_attached(&mut self, work: &mut Work, selections: &Selections) -> usize {
+        let began = selections.evaluated();
+        if let Some((id, is_judged)) = work.attached.take() {
+            // One that is queued is judged later, and all of its endpoints follow.
+            if is_judged && !self.queue.contains(id) {
+                self.judge(id, selections);
+            }
+            let (once, each) = self.endpoint_cost(id, selections);
+            work.cost += each + if work.counted.insert(id) { once } else { 0 };
         }
-        let unknown: BTreeSet<Arc<str>> =
-            endpoint.own.iter().map(|(key, _)| key.clone()).filter(|key| !profile.own_keys.contains(key)).collect();
-        if !unknown.is_empty() {
-            self.add_own_keys(number, unknown);
-            work.profiles.insert(number);
-        }
-        number
+        self.take_cost(work, selections, began)
     }
 
-    /// Each key costs time at every judgement, so those of removed endpoints are dropped when their number may have doubled.
-    fn add_own_keys(&mut self, number: ProfileId, mut keys: BTreeSet<Arc<str>>) {
-        let profile = self.profiles.get(number);
-        let mut most = profile.most_keys;
-        if profile.own_keys.len() + keys.len() <= most {
-            keys.extend(profile.own_keys.iter().cloned());
-        } else {
-            let endpoints = profile.endpoints.iter().filter_map(|slot| endpoint_of(&self.objects.live(*slot).bytes));
-            keys.extend(endpoints.flat_map(|endpoint| endpoint.own.into_iter().map(|(key, _)| key)));
-            most = most.max(2 * keys.len());
+    /// The cost of what was done since a reading of the evaluations, in updates.
+    pub(super) fn take_cost(&self, work: &mut Work, selections: &Selections, began: usize) -> usize {
+        (std::mem::take(&mut work.cost) + selections.evaluated_since(began)) / EVALUATIONS_PER_UPDATE
+    }
+
+    /// What it costs to find the classes that a profile's endpoints belong to, in evaluations: once, and for each endpoint.
+    fn endpoint_cost(&self, id: ProfileId, selections: &Selections) -> (usize, usize) {
+        let profile = self.profiles.get(id);
+        match profile.own_keys.is_many() {
+            true => (0, selections.lookups(&self.granted.labels)),
+            false => (profile.matches.len() + profile.per_endpoint.len(), profile.per_endpoint.len()),
         }
-        let profile = self.profiles.get_mut(number);
-        (profile.own_keys, profile.most_keys) = (keys.into_iter().collect(), most);
+    }
+
+    /// Judges queued profiles and brings their endpoints up to date, for about as long as `left` updates take. Returns what is left.
+    pub(super) fn judge_queued(&mut self, work: &mut Work, selections: &Selections, mut left: usize) -> usize {
+        while left > 0 {
+            let (id, rest) = match self.queue.current.take() {
+                Some(current) => current,
+                None => {
+                    let Some(id) = self.queue.profiles.pop_first() else { break };
+                    let began = selections.evaluated();
+                    self.judge(id, selections);
+                    work.cost += self.endpoint_cost(id, selections).0;
+                    left = left.saturating_sub(1 + self.take_cost(work, selections, began));
+                    (id, self.profiles.get(id).endpoints.len())
+                }
+            };
+            let each = self.endpoint_cost(id, selections).1 + EVALUATIONS_PER_UPDATE;
+            let most = left.saturating_mul(EVALUATIONS_PER_UPDATE) / each;
+            let profile = self.profiles.get(id);
+            // From the end: the last endpoint takes the position of one that is removed meanwhile.
+            let rest = rest.min(profile.endpoints.len());
+            let next = rest.saturating_sub(most.max(1));
+            for slot in &profile.endpoints[next..rest] {
+                work.endpoints.entry(*slot).or_insert_with(|| self.objects.live(*slot).before());
+            }
+            work.referred.extend(profile.key);
+            left = left.saturating_sub(((rest - next) * each).div_ceil(EVALUATIONS_PER_UPDATE));
+            self.queue.current = (next > 0).then_some((id, next));
+        }
+        left
     }
 
     /// Brings everything derived up to date, and returns what changed.
-    pub(super) fn recompute(&mut self, mut work: Work, selections: &Selections, revision: u64) -> Changes {
+    pub(super) fn recompute(&mut self, mut work: Work, revision: u64) -> Changes {
         for profile in std::mem::take(&mut work.emptied) {
             if self.profiles.remove_empty(profile) {
-                work.profiles.remove(&profile);
+                self.queue.remove(profile);
             }
         }
         self.recompute_supports(&mut work, revision);
-        self.recompute_profiles(&mut work, selections);
         self.recompute_owners(&mut work);
         for slot in work.endpoints.keys() {
             let Some(Entry { body: Body::Endpoint { profile, .. }, bytes, .. }) = self.objects.get(*slot) else {
@@ -220,13 +282,14 @@ impl Origin {
         Changes { endpoints: work.endpoints, supports: work.supports }
     }
 
-    /// Namespaces, accounts and label sets. An account is used only if its namespace is.
+    /// Namespaces, accounts and label sets. An account is used only if its namespace is. Profiles that refer to both are queued by the
+    /// namespace.
     fn recompute_supports(&mut self, work: &mut Work, revision: u64) {
         let changed = std::mem::take(&mut work.changed_ids);
         let mut accounts = BTreeSet::new();
         if !changed.is_empty() {
             let is_affected = |(slot, namespace): &(u32, u64)| {
-                changed.contains(namespace) || changed.contains(&self.objects.live(*slot).id)
+                changed.contains(namespace) && self.objects.live(*slot).visible != self.namespace(*namespace).is_some()
             };
             accounts.extend(self.named.accounts().filter(is_affected).map(|(slot, _)| slot));
         }
@@ -240,20 +303,8 @@ impl Origin {
             };
             if accounts.contains(&slot) {
                 work.supports.entry(slot).or_insert_with(|| entry.before());
-                work.profiles.extend(self.profiles.referring(entry.id));
             }
             self.show(slot, visible, revision);
-        }
-    }
-
-    fn recompute_profiles(&mut self, work: &mut Work, selections: &Selections) {
-        for id in std::mem::take(&mut work.profiles) {
-            self.judge(id, selections);
-            let profile = self.profiles.get(id);
-            for slot in &profile.endpoints {
-                work.endpoints.entry(*slot).or_insert_with(|| self.objects.live(*slot).before());
-            }
-            work.referred.extend(profile.key);
         }
     }
 
