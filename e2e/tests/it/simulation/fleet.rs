@@ -88,6 +88,8 @@ struct Member {
     view: Inventory,
     in_force: BTreeMap<Arc<str>, u64>,
     publishing: Option<Publishing>,
+    /// Closed streams, whose last batches may be applied only in part.
+    closed: Vec<PublishId>,
     watching: Option<ReceiverId>,
     stalled: bool,
     received: usize,
@@ -159,6 +161,7 @@ impl<'a> Fleet<'a> {
             view: Inventory::default(),
             in_force: BTreeMap::new(),
             publishing: None,
+            closed: Vec::new(),
             watching: None,
             stalled: false,
             received: 0,

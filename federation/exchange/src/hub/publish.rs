@@ -4,10 +4,10 @@ use hanse_policy::model::ClusterName;
 
 use super::exchange::Exchange;
 use super::origin::{Batch, BatchError, Origin, StagedLimits};
-use super::publisher::{Applying, PublishId, Publisher};
+use super::publisher::{Applying, PublishId, Publisher, Waiting};
 use crate::limits::{MAX_NUMBER, PROTOCOL};
 use crate::message::{PublishRequest as Request, PublishResponse as Response, Refusals};
-use crate::model::{Position, ReportedState};
+use crate::model::ReportedState;
 
 /// The error of a frame or an end outside a batch.
 const NO_BATCH: &str =
@@ -57,6 +57,7 @@ impl Exchange {
             cluster: cluster.clone(),
             epoch: None,
             staged: None,
+            waiting: None,
             resyncing: false,
             sent_refusals: Vec::new(),
             answers: None,
@@ -68,12 +69,8 @@ impl Exchange {
         id
     }
 
-    /// The stream ended. What was published stays.
+    /// The stream ended. What was published stays, and the rest of a batch that is being applied is for [`Self::publish_more`].
     pub fn publish_close(&mut self, id: PublishId) {
-        let unfinished = self.applying.iter().find(|(_, applying)| applying.publisher == id).map(|(number, _)| *number);
-        if let Some(number) = unfinished {
-            self.finish(number);
-        }
         self.publishers.remove(&id);
     }
 
@@ -91,25 +88,32 @@ impl Exchange {
         }
     }
 
-    /// Goes on with the batch that a stream has ended.
+    /// Goes on with the batch that a stream has ended, also after the stream was closed.
     ///
     /// # Errors
-    /// When its cluster was removed meanwhile.
+    /// When its cluster was removed meanwhile, another stream of the cluster has begun a batch since, or the stream is closed and
+    /// its batch is applied.
     pub fn publish_more(&mut self, id: PublishId) -> Result<Published, PublishError> {
-        let found = self.applying.iter().find(|(_, applying)| applying.publisher == id).map(|(number, _)| *number);
-        if let Some(number) = found {
+        let of_stream = self.applying.iter().find(|(_, applying)| applying.publisher == id).map(|(number, _)| *number);
+        // It waits for the batch of another stream of the cluster.
+        let waits_for = self.publishers.get(&id).filter(|publisher| publisher.waiting.is_some());
+        let waits_for = waits_for.and_then(|publisher| self.origin_numbers.get(&publisher.cluster).copied());
+        if let Some(number) = of_stream.or(waits_for).filter(|number| self.applying.contains_key(number)) {
             self.advance(number);
-            if self.applying.contains_key(&number) {
+            if of_stream.is_none() || self.applying.contains_key(&number) {
                 return Ok(Published::More);
             }
         }
-        let answers = self.publishers.get_mut(&id).and_then(|publisher| publisher.answers.take());
-        answers.map(Published::Answers).ok_or(PublishError::NotAccepted)
-    }
-
-    fn finish(&mut self, number: usize) {
-        while self.applying.contains_key(&number) {
-            self.advance(number);
+        let publisher = self.publishers.get_mut(&id).ok_or(PublishError::NotAccepted)?;
+        if let Some(waiting) = publisher.waiting.take() {
+            return self.publish_batch(id, waiting);
+        }
+        if let Some(answers) = publisher.answers.take() {
+            return Ok(Published::Answers(answers));
+        }
+        match self.hub.federation.clusters.contains_key(&publisher.cluster) {
+            true => Err(PublishError::Protocol(NO_BATCH)),
+            false => Err(PublishError::NotAccepted),
         }
     }
 
@@ -135,7 +139,7 @@ impl Exchange {
             Request::Begin { snapshot } => {
                 // Of all streams of a cluster only the newest batch is staged.
                 for other in self.publishers.values_mut().filter(|other| other.cluster == cluster) {
-                    other.staged = None;
+                    (other.staged, other.waiting) = (None, None);
                 }
                 let publisher = self.publishers.get_mut(&id).ok_or(PublishError::Protocol("closed"))?;
                 publisher.resyncing &= !snapshot;
@@ -159,7 +163,7 @@ impl Exchange {
                 }
                 check_number("epoch", position.epoch)?;
                 check_number("revision", position.revision)?;
-                return self.publish_batch(id, &cluster, batch, position, digest);
+                return self.publish_batch(id, Waiting { batch, position, digest });
             }
             Request::Report(_) => return Err(PublishError::Protocol("a report is taken by itself")),
             // The grant may be wider now, or other objects were removed: objects that were not kept are requested again.
@@ -186,17 +190,16 @@ impl Exchange {
         Ok(())
     }
 
-    /// Bytes of the batches that have begun and not ended.
+    /// Bytes of the batches that have begun and are not being applied.
     pub fn staged_bytes(&self) -> usize {
-        self.publishers.values().filter_map(|it| it.staged.as_ref()).map(Batch::bytes).sum()
+        self.publishers.values().map(Publisher::staged_bytes).sum()
     }
 
     /// Drops the largest staged batch of all clusters. It is an error if that is the batch of this stream, whose publisher starts again.
     fn drop_largest(&mut self, id: PublishId) -> Result<(), PublishError> {
-        let size = |publisher: &Publisher| publisher.staged.as_ref().map_or(0, Batch::bytes);
-        let largest = self.publishers.iter_mut().max_by_key(|(_, publisher)| size(publisher));
+        let largest = self.publishers.iter_mut().max_by_key(|(_, publisher)| publisher.staged_bytes());
         let Some((largest, publisher)) = largest else { return Ok(()) };
-        publisher.staged = None;
+        (publisher.staged, publisher.waiting) = (None, None);
         if *largest == id { Err(PublishError::NoRoom) } else { Ok(()) }
     }
 
@@ -205,17 +208,17 @@ impl Exchange {
         self.origin(cluster).is_some_and(|origin| origin.synced)
     }
 
-    fn publish_batch(
-        &mut self,
-        id: PublishId,
-        cluster: &ClusterName,
-        batch: Batch,
-        position: Position,
-        digest: Option<u128>,
-    ) -> Result<Published, PublishError> {
-        let number = self.origin_number(cluster).ok_or(PublishError::NotAccepted)?;
-        // Of another stream of the cluster.
-        self.finish(number);
+    fn publish_batch(&mut self, id: PublishId, ended: Waiting) -> Result<Published, PublishError> {
+        let publisher = self.publishers.get(&id).ok_or(PublishError::NotAccepted)?;
+        let cluster = publisher.cluster.clone();
+        let number = self.origin_number(&cluster).ok_or(PublishError::NotAccepted)?;
+        if self.applying.contains_key(&number) {
+            if let Some(publisher) = self.publishers.get_mut(&id) {
+                publisher.waiting = Some(ended);
+            }
+            return Ok(Published::More);
+        }
+        let Waiting { batch, position, digest } = ended;
         let Some(origin) = self.origins[number].as_mut() else { return Err(PublishError::NotAccepted) };
         match origin.begin(batch, position) {
             Ok(batch) => {

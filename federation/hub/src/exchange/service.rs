@@ -223,6 +223,10 @@ impl Service {
             ended = guarded("a publishing stream", taken) => ended,
         };
         self.with(|exchange| exchange.publish_close(id));
+        // The rest of a batch is applied in parts as well.
+        while let Ok(Published::More) = self.with(|exchange| exchange.publish_more(id)) {
+            tokio::time::sleep(BETWEEN_PARTS).await;
+        }
         drop(permit);
         if let Err(status) = ended {
             tracing::info!(%cluster, error = status.message(), "publishing ended");

@@ -110,6 +110,16 @@ impl Fleet<'_> {
             return true;
         }
         let it = &mut self.members[member];
+        let is_idle = it.publishing.as_ref().is_some_and(|stream| !stream.applying && stream.outbox.is_empty());
+        if let Some(id) = it.closed.last().copied()
+            && (is_idle || self.random.below(2) == 0)
+        {
+            match self.exchange.publish_more(id) {
+                Ok(Published::More) => self.count("rest of a closed stream applied"),
+                _ => drop(it.closed.pop()),
+            }
+            return true;
+        }
         if !self.registered.contains_key(&it.name) {
             return false;
         }

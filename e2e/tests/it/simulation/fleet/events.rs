@@ -184,6 +184,7 @@ impl Fleet<'_> {
     pub fn cut_publish(&mut self, member: usize) {
         if let Some(stream) = self.members[member].publishing.take() {
             self.exchange.publish_close(stream.id);
+            self.members[member].closed.push(stream.id);
             self.count("publish stream cut");
         }
     }
@@ -200,6 +201,7 @@ impl Fleet<'_> {
     pub fn restart_hub(&mut self) {
         for it in &mut self.members {
             (it.publishing, it.watching) = (None, None);
+            it.closed.clear();
             it.receiver.disconnected();
         }
         self.exchange = exchange();

@@ -143,3 +143,56 @@ fn applies_a_changed_namespace_to_its_endpoints_in_parts() {
     it.delta(&[(1, namespace("a", &[]))], &[]);
     assert_eq!((it.refusals(), sent_of_train(&mut it.exchange, all).0.len()), (vec![], 101));
 }
+
+#[test]
+fn applies_the_rest_of_a_batch_in_parts_after_its_stream_ended() {
+    let mut it = Publishing::new(any_grant());
+    it.delta(&[(1, namespace("a", &[]))], &[]);
+    it.exchange.set_slice(10);
+    let pods: Vec<(u64, Body)> = (1..=100).map(|at| (u64::from(at) + 10, Body::Endpoint(endpoint(at)))).collect();
+    let count = |it: &Publishing| it.exchange.origin("train").unwrap().endpoint_count();
+    let published = begin_delta(&mut it.exchange, it.id, 10, &pods);
+    assert!(matches!(published, Published::More));
+    it.exchange.publish_close(it.id);
+    assert!(count(&it) < 20, "{}", count(&it));
+    let mut more = 0;
+    while let Ok(Published::More) = it.exchange.publish_more(it.id) {
+        more += 1;
+    }
+    assert!((8..=12).contains(&more), "{more}");
+    assert_eq!(count(&it), 100);
+    assert!(it.exchange.publish_more(it.id).is_err());
+    // Another stream of the cluster waits for it, and goes on with it.
+    it.id = it.exchange.publish_open("train".into());
+    it.open();
+    let published = begin_delta(&mut it.exchange, it.id, 11, &[&[(1, namespace("b", &[]))][..], &pods].concat());
+    assert!(matches!(published, Published::More));
+    it.exchange.publish_close(it.id);
+    it.id = it.exchange.publish_open("train".into());
+    it.open();
+    let published = begin_delta(&mut it.exchange, it.id, 12, &[(111, Body::Endpoint(endpoint(101)))]);
+    let more = calls(&mut it.exchange, it.id, published);
+    assert!(more >= 9, "{more}");
+    assert_eq!((count(&it), it.exchange.origin("train").unwrap().position.revision), (101, 12));
+    // One that waits makes room for a newer one.
+    let old = it.id;
+    begin_delta(&mut it.exchange, old, 13, &[&[(1, namespace("a", &[]))][..], &pods].concat());
+    let waiting = it.exchange.publish_open("train".into());
+    let newest = it.exchange.publish_open("train".into());
+    for (id, revision) in [(waiting, 14), (newest, 15)] {
+        part(&mut it.exchange, id, Request::Open(pb::PublishOpen { protocol: 1, epoch: 1, ..Default::default() }))
+            .unwrap();
+        assert!(matches!(begin_delta(&mut it.exchange, id, revision, &[]), Published::More));
+        assert!(it.exchange.staged_bytes() < 100);
+    }
+    let dropped = loop {
+        match it.exchange.publish_more(waiting) {
+            Ok(Published::More) => {}
+            other => break other,
+        }
+    };
+    assert!(matches!(dropped, Err(PublishError::Protocol(_))), "{dropped:?}");
+    calls(&mut it.exchange, newest, Published::More);
+    assert_eq!(it.exchange.origin("train").unwrap().position.revision, 15);
+    assert!(matches!(it.exchange.publish_more(old), Ok(Published::Answers(_))));
+}
