@@ -3,7 +3,7 @@
 //! A member answers queries over a stream that it opens. The member of the source evaluates egress, that of the destination
 //! ingress; the member of each end resolves its identity. The answer names a member without a stream.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::join_all;
+use hanse_exchange::limits::MAX_ADDRESSES;
 use hanse_identity::Identity;
 use hanse_identity::tls::peer_identity;
 use hanse_policy::evaluate::{End, Query};
-use hanse_policy::explain::answer::Asked;
+use hanse_policy::explain::answer::{AnswerVerdict, Asked};
 use hanse_policy::explain::{AnswerLine, Owners, QueryEnd, Question};
 use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, Inventory};
 use hanse_policy::model::ClusterName;
@@ -42,6 +43,8 @@ const MAX_QUERIES: usize = 64;
 const MAX_QUERY_BYTES: usize = 4096;
 /// Questions that one member has at once.
 const MAX_UNDER_WAY: usize = 16;
+/// Pods in one answer, as members limit them.
+const MAX_PODS: usize = 10_000;
 /// Pods in one list, before the last cluster's: some 40 MiB.
 const MAX_LISTED: usize = 100_000;
 /// How long a member may take to answer.
@@ -79,6 +82,8 @@ enum AskError {
     Refused(ClusterName, String),
     #[error("the member of cluster {0} sent an answer that does not match the query")]
     Wrong(ClusterName),
+    #[error("the member of cluster {0} sent an answer that this version cannot read: {1}")]
+    Unreadable(ClusterName, String),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -117,8 +122,8 @@ impl Questions {
     }
 
     async fn pods(&self, cluster: &ClusterName, which: Which) -> Result<pb::Pods, AskError> {
-        match self.ask(cluster, Ask::Pods(pb::PodsQuestion { which: Some(which) })).await? {
-            Reply::Pods(pods) => Ok(pods),
+        match self.ask(cluster, Ask::Pods(pb::PodsQuestion { which: Some(which.clone()) })).await? {
+            Reply::Pods(pods) => Ok(self.requested(cluster, &which, pods)),
             _ => Err(AskError::Wrong(cluster.clone())),
         }
     }
@@ -131,11 +136,39 @@ impl Questions {
         }
     }
 
+    /// Of the pods that a member answered, those that were requested, at most one of each name, without addresses that are granted to
+    /// another cluster: a member does not decide who owns these.
+    fn requested(&self, cluster: &ClusterName, which: &Which, answered: pb::Pods) -> pb::Pods {
+        let snapshot = self.registry.snapshot();
+        let own = snapshot.clusters.get(cluster);
+        let is_own = |bytes: &Bytes| {
+            address(bytes).is_some_and(|address| {
+                own.is_some_and(|it| it.grant.permits_address(address))
+                    || snapshot.clusters.values().all(|it| !it.grant.permits_address(address))
+            })
+        };
+        let is_requested = |pod: &pb::PodInfo| match which {
+            Which::Name(name) => (&pod.namespace, &pod.name) == (&name.namespace, &name.name),
+            Which::Address(address) => !pod.host_network && pod.addresses.contains(address),
+            Which::All(_) => true,
+        };
+        let most = if matches!(which, Which::All(_)) { MAX_PODS } else { 1 };
+        let mut names = HashSet::new();
+        let pods = answered.pods.into_iter().take(most).filter_map(|mut pod| {
+            pod.addresses.truncate(MAX_ADDRESSES);
+            // A pod on the host's network has addresses of its node, which no pod owns.
+            if !pod.host_network {
+                pod.addresses.retain(is_own);
+            }
+            (is_requested(&pod) && names.insert((pod.namespace.clone(), pod.name.clone()))).then_some(pod)
+        });
+        pb::Pods { pods: pods.collect(), truncated: answered.truncated }
+    }
+
     /// The cluster whose granted CIDRs contain an address.
     fn granted(&self, address: IpAddr) -> Option<ClusterName> {
         let snapshot = self.registry.snapshot();
-        let holds = |cidrs: &[ipnet::IpNet]| cidrs.iter().any(|net| net.contains(&address));
-        snapshot.clusters.iter().find(|(_, it)| holds(&it.grant.cidrs)).map(|(name, _)| name.clone())
+        snapshot.clusters.iter().find(|(_, it)| it.grant.permits_address(address)).map(|(name, _)| name.clone())
     }
 
     /// Resolves each end at its own cluster. Returns the errors by cluster, too.
@@ -246,7 +279,7 @@ impl Questions {
         let join = |(at, packet): (usize, Result<Query, String>)| -> Result<Bytes, String> {
             let packet = packet?;
             let mut asked = Vec::new();
-            let mut side = |end: &End| -> Result<Option<AnswerLine<'_>>, String> {
+            let mut side = |end: &End, is_source: bool| -> Result<Option<AnswerLine<'_>>, String> {
                 let Some((cluster, _)) = &end.pod else { return Ok(None) };
                 let Some((explained, by)) = answers.get(&(at, cluster.clone())) else {
                     return Err(failed.get(cluster).cloned().unwrap_or(AskError::Wrong(cluster.clone())).to_string());
@@ -257,12 +290,18 @@ impl Questions {
                 match explained {
                     Explained::Error(error) => Err(AskError::Refused(cluster.clone(), error.clone()).to_string()),
                     Explained::Answer(json) => {
-                        let line = serde_json::from_slice(json);
-                        Ok(Some(line.map_err(|_| AskError::Wrong(cluster.clone()).to_string())?))
+                        let line: AnswerLine<'_> = serde_json::from_slice(json)
+                            .map_err(|error| AskError::Unreadable(cluster.clone(), error.to_string()).to_string())?;
+                        let direction = if is_source { &line.egress } else { &line.ingress };
+                        // The end is a pod, so that it has a verdict.
+                        match direction.verdict {
+                            AnswerVerdict::None => Err(AskError::Wrong(cluster.clone()).to_string()),
+                            _ => Ok(Some(line)),
+                        }
                     }
                 }
             };
-            let (source, destination) = (side(&packet.source)?, side(&packet.destination)?);
+            let (source, destination) = (side(&packet.source, true)?, side(&packet.destination, false)?);
             let line = AnswerLine { asked, ..AnswerLine::joined(source, destination) };
             serde_json::to_vec(&line).map(Bytes::from).map_err(|error| error.to_string())
         };
@@ -372,11 +411,15 @@ impl From<&WantedPod> for Which {
     }
 }
 
-fn endpoint(pod: &pb::PodInfo) -> (EndpointId, Endpoint) {
-    let address = |bytes: &Bytes| match bytes.len() {
+fn address(bytes: &Bytes) -> Option<IpAddr> {
+    let address = match bytes.len() {
         4 => <[u8; 4]>::try_from(&bytes[..]).ok().map(IpAddr::from),
         _ => <[u8; 16]>::try_from(&bytes[..]).ok().map(IpAddr::from),
     };
+    address.map(|address| address.to_canonical())
+}
+
+fn endpoint(pod: &pb::PodInfo) -> (EndpointId, Endpoint) {
     let addresses: Vec<IpAddr> = pod.addresses.iter().filter_map(address).collect();
     let (addresses, host_addresses) = if pod.host_network { (Vec::new(), addresses) } else { (addresses, Vec::new()) };
     let id = EndpointId {

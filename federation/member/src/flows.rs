@@ -18,6 +18,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use hanse_policy::evaluate::{End, Query};
 use hanse_policy::evaluator::Judge;
+use hanse_policy::explain::answer::AnswerVerdict;
 use hanse_policy::explain::{AnswerLine, has_ports, protocol_name};
 use hanse_proto::agent::v1 as wire;
 use hanse_protocol::MAX_FLOWS;
@@ -286,7 +287,7 @@ fn judge(state: &State, flows: &[(&Arc<str>, &wire::Flow)], now: SystemTime, mut
         let judged = |end| is_local(end).map(|_| line.clone());
         let mut policy = AnswerLine::joined(judged(&packet.source), judged(&packet.destination));
         if nodes.is_empty() {
-            (policy.verdict, policy.staged.verdict) = ("none".into(), "none".into());
+            (policy.verdict, policy.staged.verdict) = (AnswerVerdict::None, AnswerVerdict::None);
         }
         if let Some(record) = record((state, &judge), node, flow, &packet, policy, now) {
             show(&record);
@@ -573,8 +574,8 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
             let [record] = &judged(vec![flow(source, destination, port)])[..] else { panic!("one record") };
             let of = &record.policy;
             assert_eq!([record.from.to_string(), record.to.to_string()], ends);
-            let found = [&of.verdict, &of.egress.verdict, &of.ingress.verdict, &of.staged.verdict];
-            assert_eq!(found, verdicts, "{source} {destination}");
+            let found = [of.verdict, of.egress.verdict, of.ingress.verdict, of.staged.verdict];
+            assert_eq!(found.map(|it| it.to_string()), verdicts, "{source} {destination}");
             assert_eq!(record.would_change(), verdicts[0] != verdicts[3]);
         }
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use hanse_policy::explain::answer::AnswerVerdict;
 use hanse_policy::explain::{AnswerLine, Explainer, QueryEnd, Question};
 use serde::Serialize;
 
@@ -116,8 +117,8 @@ impl Printer {
             line.neither_end_known =
                 [&question.from, &question.to].iter().all(|it| matches!(it, QueryEnd::Address { .. }))
                     && line.service.is_none()
-                    && line.egress.verdict == "none"
-                    && line.ingress.verdict == "none";
+                    && line.egress.verdict == AnswerVerdict::None
+                    && line.ingress.verdict == AnswerVerdict::None;
         }
         self.unanswered += usize::from(answer.is_err());
         self.about_nothing += usize::from(answer.as_ref().is_ok_and(|line| line.neither_end_known));

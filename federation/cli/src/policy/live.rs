@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use anyhow::Context as _;
 use hanse_policy::explain::AnswerLine;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::explanation;
@@ -40,7 +39,8 @@ impl Session {
             for (at, explanation) in (number * BATCH..).zip(answer.explanations) {
                 match explanation.explanation {
                     Some(explanation::Explanation::Answer(json)) => {
-                        take(at, Ok(serde_json::from_slice(&json).context("read an answer")?))?;
+                        let answer = serde_json::from_slice(&json);
+                        take(at, answer.map_err(|error| format!("read the answer of the hub: {error}")))?;
                     }
                     Some(explanation::Explanation::Error(error)) => take(at, Err(error))?,
                     None => take(at, Err("unknown response: the hub is newer than this command".to_owned()))?,

@@ -24,6 +24,7 @@ use super::answer::write_answer;
 use super::live;
 use super::load::{Loaded, Sources};
 use crate::output::{self, Format};
+use hanse_policy::explain::answer::AnswerVerdict;
 use hanse_policy::explain::{ProtocolName, QueryEnd, protocol_name};
 use hanse_proto::federation::v1 as pb;
 
@@ -393,7 +394,7 @@ impl Arguments {
             verdicts.push(match line {
                 Ok(line) => {
                     let verdict = if self.staged { line.staged.verdict } else { line.verdict };
-                    Some(if verdict == "allow" { Cell::Allow } else { Cell::Deny })
+                    Some(if verdict == AnswerVerdict::Allow { Cell::Allow } else { Cell::Deny })
                 }
                 Err(error) => {
                     unanswered += 1;

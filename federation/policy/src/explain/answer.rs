@@ -1,18 +1,51 @@
 //! The JSON format of answers.
 
 use std::borrow::Cow;
+use std::fmt::{Display, Formatter};
 
 use super::question::QueryEnd;
 use crate::evaluate::{Answer, Effect, Judgement, Step, Verdict};
 use crate::model::{Action, Phase, PolicyId, PolicyKind, TierDefault};
 use serde::{Deserialize, Serialize};
 
+/// A verdict in an answer. A verdict that this version does not know cannot be read, so that it never counts as one that allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AnswerVerdict {
+    Allow,
+    Deny,
+    /// Cases differ.
+    Depends,
+    /// Of a direction whose end is not a pod.
+    None,
+}
+
+impl Display for AnswerVerdict {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+            Self::Depends => "depends",
+            Self::None => "none",
+        })
+    }
+}
+
+impl From<Verdict> for AnswerVerdict {
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Allow => Self::Allow,
+            Verdict::Deny => Self::Deny,
+        }
+    }
+}
+
 /// The answer to one query, as a line of JSON. The keys are a contract: programs rely on them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AnswerLine<'a> {
     /// `allow` or `deny`; `depends` if it differs between possible addresses of a pod that does not run, or between backends of a service.
-    pub verdict: Cow<'a, str>,
+    pub verdict: AnswerVerdict,
     pub egress: DirectionLine<'a>,
     pub ingress: DirectionLine<'a>,
     pub staged: StagedLine<'a>,
@@ -74,7 +107,7 @@ pub struct Asked {
 /// The verdict if all staged policies were committed. The directions are set only if there are staged policies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StagedLine<'a> {
-    pub verdict: Cow<'a, str>,
+    pub verdict: AnswerVerdict,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress: Option<DirectionLine<'a>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -85,7 +118,7 @@ pub struct StagedLine<'a> {
 #[serde(rename_all = "camelCase")]
 pub struct DirectionLine<'a> {
     /// `allow`, `deny`, or `none` if that end is not a pod.
-    pub verdict: Cow<'a, str>,
+    pub verdict: AnswerVerdict,
     trace: Vec<StepLine<'a>>,
     /// If the verdict is `depends`: the deciding steps of all cases, without duplicates. `trace` is that of the first case.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -137,17 +170,14 @@ struct PolicyLine<'a> {
 /// The maximum number of rules in the description of a verdict `depends`.
 const MAX_REASONS: usize = 3;
 
-/// The verdict if cases differ.
-pub const DEPENDS: &str = "depends";
-
 impl<'a> AnswerLine<'a> {
     pub fn new(enforced: &'a Answer, pending: Option<&'a Answer>, form: &'static str) -> Self {
         Self {
-            verdict: verdict(enforced.verdict).into(),
+            verdict: enforced.verdict.into(),
             egress: DirectionLine::new(enforced.egress.as_ref()),
             ingress: DirectionLine::new(enforced.ingress.as_ref()),
             staged: StagedLine {
-                verdict: verdict(pending.unwrap_or(enforced).verdict).into(),
+                verdict: pending.unwrap_or(enforced).verdict.into(),
                 egress: pending.map(|pending| DirectionLine::new(pending.egress.as_ref())),
                 ingress: pending.map(|pending| DirectionLine::new(pending.ingress.as_ref())),
             },
@@ -163,13 +193,12 @@ impl<'a> AnswerLine<'a> {
     /// Combines the answers of several cases: the first one, with `depends` for verdicts that differ.
     pub fn of_all(lines: &[Self]) -> Option<Self> {
         let mut first = lines.first()?.clone();
-        let verdict = |of: &dyn Fn(&Self) -> Option<Cow<'a, str>>| -> Option<Cow<'a, str>> {
-            let verdict = of(&lines[0])?;
-            let same = lines.iter().all(|line| of(line).as_ref() == Some(&verdict));
-            Some(if same { verdict } else { DEPENDS.into() })
+        let verdict = |of: &dyn Fn(&Self) -> AnswerVerdict| {
+            let verdict = of(&lines[0]);
+            if lines.iter().all(|line| of(line) == verdict) { verdict } else { AnswerVerdict::Depends }
         };
-        first.verdict = verdict(&|line| Some(line.verdict.clone()))?;
-        first.staged.verdict = verdict(&|line| Some(line.staged.verdict.clone()))?;
+        first.verdict = verdict(&|line| line.verdict);
+        first.staged.verdict = verdict(&|line| line.staged.verdict);
         first.egress = DirectionLine::of_all(lines.iter().map(|line| &line.egress))?;
         first.ingress = DirectionLine::of_all(lines.iter().map(|line| &line.ingress))?;
         let staged = |of: &dyn Fn(&Self) -> Option<&DirectionLine<'a>>| {
@@ -198,14 +227,18 @@ impl<'a> AnswerLine<'a> {
 
     /// Egress as the source's side judged it, ingress as the destination's did; `None` where that end is not a pod.
     pub fn joined(source: Option<Self>, destination: Option<Self>) -> Self {
-        let none = || DirectionLine { verdict: "none".into(), trace: Vec::new(), decided_by: Vec::new() };
+        let none = || DirectionLine { verdict: AnswerVerdict::None, trace: Vec::new(), decided_by: Vec::new() };
         let form = source.as_ref().or(destination.as_ref()).map_or("prepared".into(), |line| line.form.clone());
         let (egress, staged_egress) = source.map_or_else(|| (none(), None), |line| (line.egress, line.staged.egress));
         let (ingress, staged_ingress) =
             destination.map_or_else(|| (none(), None), |line| (line.ingress, line.staged.ingress));
-        let verdict = |egress: &DirectionLine<'_>, ingress: &DirectionLine<'_>| -> Cow<'a, str> {
-            let denied = [egress, ingress].iter().any(|line| line.verdict == "deny");
-            if denied { "deny".into() } else { "allow".into() }
+        let verdict = |egress: &DirectionLine<'_>, ingress: &DirectionLine<'_>| {
+            let is = |verdict| egress.verdict == verdict || ingress.verdict == verdict;
+            match (is(AnswerVerdict::Deny), is(AnswerVerdict::Depends)) {
+                (true, _) => AnswerVerdict::Deny,
+                (false, true) => AnswerVerdict::Depends,
+                (false, false) => AnswerVerdict::Allow,
+            }
         };
         let (pending_egress, pending_ingress) =
             (staged_egress.as_ref().unwrap_or(&egress), staged_ingress.as_ref().unwrap_or(&ingress));
@@ -233,15 +266,15 @@ impl<'a> AnswerLine<'a> {
 impl<'a> DirectionLine<'a> {
     fn own_stream(name: &str) -> Self {
         let step = StepLine { own_stream: Some(name.to_owned().into()), action: "Allow".into(), ..StepLine::default() };
-        Self { verdict: "allow".into(), trace: vec![step], decided_by: Vec::new() }
+        Self { verdict: AnswerVerdict::Allow, trace: vec![step], decided_by: Vec::new() }
     }
 
     fn new(judgement: Option<&'a Judgement>) -> Self {
         match judgement {
-            None => Self { verdict: "none".into(), trace: Vec::new(), decided_by: Vec::new() },
+            None => Self { verdict: AnswerVerdict::None, trace: Vec::new(), decided_by: Vec::new() },
             Some(judgement) => {
                 let trace = judgement.trace.iter().map(step).collect();
-                Self { verdict: verdict(judgement.verdict).into(), trace, decided_by: Vec::new() }
+                Self { verdict: judgement.verdict.into(), trace, decided_by: Vec::new() }
             }
         }
     }
@@ -252,10 +285,10 @@ impl<'a> DirectionLine<'a> {
         'a: 'l,
     {
         let mut first = lines.clone().next()?.clone();
-        if first.verdict != DEPENDS && lines.clone().all(|line| line.verdict == first.verdict) {
+        if first.verdict != AnswerVerdict::Depends && lines.clone().all(|line| line.verdict == first.verdict) {
             return Some(first);
         }
-        first.verdict = DEPENDS.into();
+        first.verdict = AnswerVerdict::Depends;
         first.decided_by.clear();
         for step in lines.flat_map(|line| match line.decided_by.is_empty() {
             true => line.trace.last().map_or(&[][..], std::slice::from_ref),
@@ -270,7 +303,7 @@ impl<'a> DirectionLine<'a> {
 
     /// What decided, for people.
     pub fn reason(&self) -> String {
-        if self.verdict != DEPENDS {
+        if self.verdict != AnswerVerdict::Depends {
             return self.trace.last().map_or("-".to_owned(), StepLine::reason);
         }
         let shown: Vec<String> = self.decided_by.iter().take(MAX_REASONS).map(StepLine::reason).collect();
@@ -278,7 +311,7 @@ impl<'a> DirectionLine<'a> {
             0 => String::new(),
             more => format!("; or {more} more"),
         };
-        if shown.is_empty() { DEPENDS.to_owned() } else { format!("{DEPENDS}: {}{more}", shown.join("; or ")) }
+        if shown.is_empty() { "depends".to_owned() } else { format!("depends: {}{more}", shown.join("; or ")) }
     }
 }
 
@@ -423,5 +456,45 @@ pub fn api(kind: PolicyKind) -> (&'static str, &'static str) {
         PolicyKind::StagedGlobalNetworkPolicy => ("projectcalico.org/v3", "StagedGlobalNetworkPolicy"),
         PolicyKind::StagedKubernetesNetworkPolicy => ("projectcalico.org/v3", "StagedKubernetesNetworkPolicy"),
         PolicyKind::FederatedNetworkPolicy => ("hanse.dev/v1alpha1", "FederatedNetworkPolicy"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(egress: AnswerVerdict, ingress: AnswerVerdict) -> AnswerLine<'static> {
+        let direction = |verdict| DirectionLine { verdict, trace: Vec::new(), decided_by: Vec::new() };
+        let mut line = AnswerLine::joined(None, None);
+        (line.egress, line.ingress) = (direction(egress), direction(ingress));
+        line
+    }
+
+    #[test]
+    fn joined_sides_allow_only_where_no_side_denies_or_depends() {
+        use AnswerVerdict::{Allow, Deny, Depends, None};
+        for (egress, ingress, expected) in [
+            (Allow, Allow, Allow),
+            (Allow, None, Allow),
+            (Deny, Allow, Deny),
+            (Depends, Deny, Deny),
+            (Depends, Allow, Depends),
+            (Allow, Depends, Depends),
+        ] {
+            let joined = AnswerLine::joined(Some(line(egress, None)), Some(line(None, ingress)));
+            assert_eq!((joined.verdict, joined.staged.verdict), (expected, expected), "{egress} {ingress}");
+        }
+    }
+
+    #[test]
+    fn unknown_verdict_cannot_be_read() {
+        use serde::de::value::{Error, StrDeserializer};
+        let read = |text: &str| AnswerVerdict::deserialize(StrDeserializer::<Error>::new(text));
+        for verdict in [AnswerVerdict::Allow, AnswerVerdict::Deny, AnswerVerdict::Depends, AnswerVerdict::None] {
+            assert_eq!(read(&verdict.to_string()), Ok(verdict));
+        }
+        for unknown in ["no-such-verdict", "", "Allow"] {
+            assert!(read(unknown).is_err(), "{unknown:?}");
+        }
     }
 }

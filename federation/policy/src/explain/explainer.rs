@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::answer::{AnswerLine, BackendLine, DEPENDS, ServiceLine};
+use super::answer::{AnswerLine, AnswerVerdict, BackendLine, ServiceLine};
 use super::explanation::Explanation;
 use super::question::{Forwarded, Owners, Packet, QueryEnd, Question, QuestionError};
 use crate::evaluate::{Answer, End, Query, Verdict, View, evaluate};
@@ -59,7 +59,7 @@ impl Explained {
         let line = match &self.of {
             Of::Packet(explanation) => explanation.line(),
             Of::TooMany(explanation) => AnswerLine {
-                verdict: DEPENDS.into(),
+                verdict: AnswerVerdict::Depends,
                 depends_on: Some("the address: rules name more nets than are tried".to_owned()),
                 ..explanation.line()
             },
@@ -95,11 +95,11 @@ fn of_service<'e>(forwarded: &Forwarded, backends: &'e [Result<Explained, Questi
     let answered: Vec<AnswerLine<'e>> = lines.iter().filter_map(|line| line.answer.clone()).collect();
     let mut all = AnswerLine::of_all(&answered).unwrap_or_else(|| AnswerLine::joined(None, None));
     if answered.len() < lines.len() {
-        all.verdict = DEPENDS.into();
+        all.verdict = AnswerVerdict::Depends;
     }
-    let depends_on = (all.verdict == DEPENDS).then(|| {
+    let depends_on = (all.verdict == AnswerVerdict::Depends).then(|| {
         let one = |line: &BackendLine<'_>| {
-            let said = line.answer.as_ref().map_or("no answer", |answer| &answer.verdict);
+            let said = line.answer.as_ref().map_or("no answer".to_owned(), |answer| answer.verdict.to_string());
             format!("{}:{} {said}", line.to, line.port)
         };
         let shown: Vec<String> = lines.iter().take(3).map(one).collect();
