@@ -201,6 +201,15 @@ pub fn note(message: impl std::fmt::Display) {
     }
 }
 
+/// Writes a warning or progress that has items: below it for people, in one message for programs.
+pub fn note_list(message: impl std::fmt::Display, items: &[String]) {
+    if has_json_errors() {
+        return note(format_args!("{message} {}", items.join("; ")));
+    }
+    note(message);
+    items.iter().for_each(|item| note(format_args!("  {item}")));
+}
+
 /// Writes the error that the command fails with, as the last line of standard error.
 pub fn error(error: &anyhow::Error, exit_code: u8) {
     match has_json_errors() {
@@ -222,9 +231,12 @@ pub fn usage_error(error: &clap::Error) {
         clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a subcommand is required".to_owned(),
         _ => error.render().to_string(),
     };
-    let text = text.split("\n\nUsage:").next().unwrap_or_default();
-    let text = text.strip_prefix("error: ").unwrap_or(text).trim_end();
-    error_object(text.to_owned(), Vec::new(), u8::try_from(error.exit_code()).unwrap_or(2));
+    // Without the usage and the advice for people, on one line.
+    let text = ["\n\nUsage:", "\n\nFor more information"]
+        .iter()
+        .fold(&*text, |text, end| text.split(end).next().unwrap_or(text));
+    let text = text.strip_prefix("error: ").unwrap_or(text).split_whitespace().collect::<Vec<_>>().join(" ");
+    error_object(text, Vec::new(), u8::try_from(error.exit_code()).unwrap_or(2));
 }
 
 fn error_object(error: String, causes: Vec<String>, exit_code: u8) {

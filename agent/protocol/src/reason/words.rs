@@ -109,6 +109,7 @@ impl Display for Words<'_, Behind> {
             Behind::Hub { at, wanted } => write!(f, "at hub revision {at}, newest is {wanted}"),
             Behind::Local { at, wanted } => write!(f, "at local revision {at}, newest is {wanted}"),
             Behind::AheadOfHub { at, hub } => write!(f, "at revision {at} of the hub, which is at {hub}"),
+            Behind::OtherEpoch { at: 0 } => f.write_str("has received nothing from the hub yet"),
             Behind::OtherEpoch { at } => write!(f, "at revision {at} of the hub before it was restored"),
             Behind::Unknown => f.write_str(UNKNOWN),
         }

@@ -5,6 +5,8 @@ use hanse_protocol::reason::words::{Located, Words};
 use hanse_protocol::reason::{Object, Reason, Subject, wire};
 use serde::Serialize;
 
+/// The code of [`Reason::ClusterSilent`].
+const CLUSTER_SILENT: &str = "ClusterSilent";
 /// Items of a problem that a table names.
 const FIRST: usize = 3;
 
@@ -42,6 +44,13 @@ pub struct NodeReason {
     node: String,
     code: &'static str,
     reason: String,
+}
+
+impl NodeReason {
+    /// Whether it contains how long the cluster is silent.
+    pub fn is_silence(&self) -> bool {
+        self.code == CLUSTER_SILENT
+    }
 }
 
 impl From<pb::Problem> for Problem {

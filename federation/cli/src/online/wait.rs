@@ -28,6 +28,9 @@ const SAY_EVERY: Duration = Duration::from_secs(5);
 /// Policies are enforced by the clusters that they select; tiers, network sets, MemberClusters and deletions by all clusters that
 /// have joined. An unreachable hub is retried until the timeout.
 ///
+/// A node counts by what its agent acknowledged last. An agent that is not connected counts for the time of a lease, which is 30
+/// seconds by default; after that its node lags, although its rules stay in the kernel.
+///
 /// Exit codes: 0 the condition is met; 1 timeout, with the clusters and nodes that lag; 2 a cluster refuses an object.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -156,16 +159,18 @@ impl Waited {
         if !self.why.is_empty() {
             return output::note(format_args!("{kind}/{name} {what} {}", self.why));
         }
-        output::note(format_args!("{kind}/{name} {what}"));
-        for it in self.clusters.iter().filter(|it| it.state == *state) {
+        let line = |it: &InCluster| {
             let age = match it.age_ms {
+                _ if it.reasons.iter().any(NodeReason::is_silence) => String::new(),
                 Some(age) if age > 5_000 => format!(" (silent for {})", output::length(Duration::from_millis(age))),
                 Some(_) => String::new(),
                 None => " (no data since the hub started)".to_owned(),
             };
             let nodes = format!("{} of {} nodes", it.nodes_enforcing, it.nodes);
-            output::note(format_args!("  {}, {nodes}: {}{age}", it.cluster, it.why));
-        }
+            format!("{}, {nodes}: {}{age}", it.cluster, it.why)
+        };
+        let lines = self.clusters.iter().filter(|it| it.state == *state).map(line);
+        output::note_list(format_args!("{kind}/{name} {what}"), &lines.collect::<Vec<_>>());
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Report<'a> {
     pub age: Duration,
     /// The cluster is silent, so that the report may be outdated.
     pub silent: bool,
+    /// How long an agent that is not connected counts.
+    pub lease: Duration,
 }
 
 impl Report<'_> {
@@ -58,6 +60,11 @@ impl Report<'_> {
     /// Since the agent last acknowledged something, or its stream ended.
     fn age_of(&self, node: &pb::NodePosition) -> Option<Duration> {
         (node.age_ms != u64::MAX).then(|| self.age.saturating_add(Duration::from_millis(node.age_ms)))
+    }
+
+    /// Whether an agent is not connected for longer than a lease: its rules are in the kernel, but nothing repairs them.
+    fn is_gone(&self, node: &pb::NodePosition) -> bool {
+        !node.connected && self.age_of(node).is_none_or(|age| age >= self.lease)
     }
 
     fn node_problems(&self, node: &pb::NodePosition) -> impl Iterator<Item = Problem> {
@@ -145,7 +152,7 @@ impl Report<'_> {
                 refused.push(reason(error));
             } else if let Some(error) = node.errors.iter().find(|error| is_of_everything(error)) {
                 lagging.push(reason(error));
-            } else if self.revision_of(node).is_none_or(|at| at < needed) {
+            } else if self.is_gone(node) || self.revision_of(node).is_none_or(|at| at < needed) {
                 let behind = Some(Behind::Hub { at: node.hub_revision, wanted: needed });
                 let lag = self.lag(node).unwrap_or(Lag { agent: Agent::Connected, behind, failure: None });
                 lagging.push(NodeReason { node: node.node.clone(), at: None, reason: Reason::Lag(lag) });
@@ -258,7 +265,7 @@ mod tests {
 
     fn of(reported: &pb::Realisation) -> Report<'_> {
         let hub = Position { epoch: 1, revision: 7 };
-        Report { reported, hub, age: Duration::from_secs(60), silent: false }
+        Report { reported, hub, age: Duration::from_secs(60), silent: false, lease: Duration::from_secs(90) }
     }
 
     fn pod(number: u8, finding: fn(IpAddr) -> Finding) -> pb::UnenforcedPod {
@@ -359,6 +366,13 @@ mod tests {
         let mut reported = report(vec![node("a")]);
         reported.policies = vec![pb::PolicyState { policy: "p".to_owned(), state: None }];
         assert!(state(&of(&reported).object(Some("p"), 7)).starts_with("lagging: node : unknown reason"));
+        // An agent that is not connected counts for a lease of 90 s; the report is 60 s old.
+        let gone = |age_ms| pb::NodePosition { connected: false, age_ms, ..node("b") };
+        check(vec![node("a"), gone(29_000)], "enforced", 2);
+        let lag = "lagging: node b: its agent is not connected, last seen 1 m ago +0";
+        check(vec![node("a"), gone(30_000)], lag, 1);
+        let never = Lag { agent: Agent::NeverConnected, behind: None, failure: None };
+        check(vec![node("a"), gone(u64::MAX)], &format!("lagging: node b: {} +0", Words(&never)), 1);
         // Of another store's numbering.
         let restored = Position { epoch: 2, revision: 7 };
         let status = Report { hub: restored, ..of(&report(vec![node("a")])) }.object(None, 7);
@@ -373,6 +387,7 @@ mod tests {
             (at(None, 7), None),
             (at(Some(1), 7), None),
             (at(Some(0), 7), Some("at revision 7 of the hub before it was restored")),
+            (at(Some(0), 0), Some("has received nothing from the hub yet")),
             (at(Some(9), 7), Some("at revision 7 of the hub before it was restored")),
             (at(Some(9), 288), Some("at revision 288 of the hub before it was restored")),
             (at(Some(1), 288), Some("at revision 288 of the hub, which is at 7")),

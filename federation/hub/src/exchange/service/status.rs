@@ -158,6 +158,7 @@ impl Service {
     ) -> Report<'a> {
         let at = lock(&self.shared.reported).get(cluster).map(|(at, _)| *at);
         let silent = snapshot.clusters.get(cluster).is_some_and(|it| it.lease == Lease::Stale);
-        Report { reported, hub, age: at.map_or(Duration::ZERO, |at| at.elapsed()), silent }
+        let age = at.map_or(Duration::ZERO, |at| at.elapsed());
+        Report { reported, hub, age, silent, lease: self.registry.lease_time() }
     }
 }
