@@ -441,7 +441,8 @@ impl Registry {
         Err(ChangeError::Busy)
     }
 
-    /// The newest `limit` audit records, newest first; only of `object`, where that is not empty.
+    /// The newest `limit` audit records, newest first; only of `object`, where that is not empty. A record
+    /// of `token/ID for cluster/NAME` is of both.
     ///
     /// # Errors
     /// When the store fails.
@@ -454,7 +455,7 @@ impl Registry {
             }
             if let Some(entry) = self.shared.store.read(&audit_key(number)?).await?
                 && let Ok(record) = records::decode::<AuditRecord>(&entry.value)
-                && (object.is_empty() || record.object == object)
+                && (object.is_empty() || record.object == object || record.object.split(" for ").any(|it| it == object))
             {
                 found.push((number, record));
             }

@@ -112,13 +112,14 @@ impl Describe {
 
 async fn last_change(client: &mut Client, object: String) -> anyhow::Result<LastChange> {
     // The audit log also records denials, at most one per caller in ten minutes.
-    let request = pb::ListAuditRequest { limit: 100, object };
+    let request = pb::ListAuditRequest { limit: 100, object: object.clone() };
     let records = match call(client.list_audit(request)).await {
         Ok(listed) => listed.records,
         Err(error) if CallError::is_denied(&error) => return Ok(LastChange::NotReadable),
         Err(error) => return Err(error),
     };
-    let made = records.into_iter().find(|it| it.outcome == "done");
+    // Tokens for a cluster do not change it.
+    let made = records.into_iter().find(|it| it.outcome == "done" && it.object == object);
     Ok(made.map_or(LastChange::NotOnRecord, |it| LastChange::Known { who: it.who, at: time(it.at), action: it.action }))
 }
 

@@ -66,6 +66,14 @@ async fn each_role_does_its_own_and_nothing_else() {
     assert!(has("user/author", "delete", "FederatedNetworkPolicy/s", false), "denials are on record");
     assert!(audit.iter().any(|r| r.who == "hub" && r.action == "user.create"), "the first administrator too");
     assert!(audit.is_sorted_by(|a, b| a.number > b.number));
+
+    // A token is on record by its id, and for its cluster.
+    let created = operator.create_token(token("train")).await.unwrap().into_inner();
+    for (object, expected) in [(format!("token/{}", created.id), 1), ("cluster/train".to_owned(), 2)] {
+        let request = wire::ListAuditRequest { limit: 1000, object: object.clone() };
+        let records = admin.list_audit(request).await.unwrap().into_inner().records;
+        assert_eq!(records.iter().filter(|it| it.action == "token.create").count(), expected, "{object}: {records:?}");
+    }
 }
 
 #[tokio::test]
