@@ -32,7 +32,8 @@ use crate::output;
 #[command(after_help = "\
 Examples:
   hanse policy convert policies/anp.yaml > policies/cnp.yaml
-  kubectl get adminnetworkpolicies -o yaml | hanse policy convert - | hanse policy check -")]
+  kubectl get adminnetworkpolicies -o yaml |
+    hanse policy convert - | hanse policy check -")]
 pub struct Arguments {
     /// Directories or files; `-` is standard input.
     #[arg(value_name = "DIR", required = true)]

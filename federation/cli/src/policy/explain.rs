@@ -33,15 +33,17 @@ use crate::output::{self, Format};
 /// Exits 1 if a query has no answer, if no query has a known endpoint, if there are no queries, or if an object was refused.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-JSON, one object a line: {\"verdict\": \"allow|deny|depends\", \"egress\": {\"verdict\", \"trace\", \"decidedBy\"}, \"ingress\": …,
-\"staged\": …, \"form\", \"neitherEndKnown\": true, \"notRunning\": [\"CLUSTER/NAMESPACE/KIND/NAME\"], \"dependsOn\": \"…\", \"service\": {\"name\", \"headless\", \"backends\":
-[{\"to\", \"port\", \"answer\" or \"error\"}]}}, or {\"error\"}. Keys that do not apply are absent. `decidedBy` has each step that
-decides, where the verdict is `depends`.
+JSON, one object a line: {\"verdict\": \"allow|deny|depends\", \"egress\": {\"verdict\", \"trace\", \"decidedBy\"}, \
+\"ingress\": …, \"staged\": …, \"form\", \"neitherEndKnown\": true, \"notRunning\": [\"CLUSTER/NAMESPACE/KIND/NAME\"], \
+\"dependsOn\": \"…\", \"service\": {\"name\", \"headless\", \"backends\": [{\"to\", \"port\", \"answer\" or \"error\"}]}}, or \
+{\"error\"}. Keys that do not apply are absent. `decidedBy` has each step that decides, where the verdict is `depends`.
 
 Examples:
-  echo '{\"from\":{\"namespace\":\"shop\",\"pod\":\"deployment/web\"},\"to\":{\"namespace\":\"shop\",\"pod\":\"deployment/db\"},\"port\":5432}' |
+  printf %s '{\"from\":{\"namespace\":\"shop\",\"pod\":\"deployment/web\"},' \\
+    '\"to\":{\"namespace\":\"shop\",\"pod\":\"deployment/db\"},\"port\":5432}' |
     hanse policy explain --cluster shop=manifests/ --queries -
-  echo '{\"from\":{\"namespace\":\"shop\",\"pod\":\"deployment/web\"},\"to\":{\"service\":\"shop/db\"},\"port\":5432}' |
+  printf %s '{\"from\":{\"namespace\":\"shop\",\"pod\":\"deployment/web\"},' \\
+    '\"to\":{\"service\":\"shop/db\"},\"port\":5432}' |
     hanse policy explain --cluster shop=manifests/ --queries - --pod-net 10.244.0.0/16")]
 pub struct Arguments {
     #[command(flatten)]

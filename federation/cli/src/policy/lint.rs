@@ -34,9 +34,12 @@ use hanse_policy::explain::answer;
 #[command(after_help = "\
 Examples:
   hanse policy lint --cluster train=manifests/train --federation policies/
-  hanse policy lint --cluster train=manifests/train --federation policies/ --fail-on warning -o sarif > lint.sarif
-  hanse policy lint --cluster train=a --cluster serve=b --federation policies/ --stale serve
-  hanse policy lint --cluster train=a --cluster serve=b --federation policies/ --ask-hub")]
+  hanse policy lint --cluster train=manifests/train \\
+    --federation policies/ --fail-on warning -o sarif > lint.sarif
+  hanse policy lint --cluster train=a --cluster serve=b \\
+    --federation policies/ --stale serve
+  hanse policy lint --cluster train=a --cluster serve=b \\
+    --federation policies/ --ask-hub")]
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,

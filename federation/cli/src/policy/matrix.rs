@@ -45,14 +45,16 @@ const MAX_NOTES: usize = 10;
 /// If an object was refused, or a member does not answer, each line of JSON has `incomplete: true`, and the exit code is 1.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-JSON, one object a line: {\"from\", \"to\", \"protocol\", \"port\", \"verdict\": \"allow|deny|depends\", \"dependsOn\": \"…\",
-\"decidedBy\": [\"…\"], \"notRunning\": [\"from\", \"to\"]}; the last three only where they apply. Exits 1 if no pod is
+JSON, one object a line: {\"from\", \"to\", \"protocol\", \"port\", \"verdict\": \"allow|deny|depends\", \"dependsOn\": \"…\", \
+\"decidedBy\": [\"…\"], \"notRunning\": [\"from\", \"to\"]}; the last three only where they apply. Exits 1 if no pod is \
 selected, a pair has no verdict, or an object was refused.
 
 Examples:
   hanse policy matrix --cluster shop=manifests/
-  hanse policy matrix --port 8000 --cluster train=manifests/train --federation policies/
-  hanse policy matrix --port 443,53/UDP --from \"app == 'web'\" --cluster train=manifests/train
+  hanse policy matrix --port 8000 --cluster train=manifests/train \\
+    --federation policies/
+  hanse policy matrix --port 443,53/UDP --from \"app == 'web'\" \\
+    --cluster train=manifests/train
   hanse policy matrix --port 8000 --context ./hub/admin.context -o json")]
 pub struct Arguments {
     #[command(flatten)]

@@ -19,8 +19,8 @@ use hanse_policy::explain::answer;
 /// phase Baseline. A packet that no tier decides is allowed by the profile of the pod.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-JSON, one tier a line: {\"cluster\", \"phase\", \"tier\", \"order\", \"defaultAction\", \"missing\", \"policies\": [{\"apiVersion\", \"kind\",
-\"namespace\", \"name\", \"order\", \"selector\": as written, \"effectiveSelector\": as it is evaluated, \"file\", \"line\", \"ingress\",
+JSON, one tier a line: {\"cluster\", \"phase\", \"tier\", \"order\", \"defaultAction\", \"missing\", \"policies\": [{\"apiVersion\", \"kind\", \
+\"namespace\", \"name\", \"order\", \"selector\": as written, \"effectiveSelector\": as it is evaluated, \"file\", \"line\", \"ingress\", \
 \"egress\", \"staged\", \"hostOnly\"}]}.
 
 Examples:

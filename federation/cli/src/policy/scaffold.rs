@@ -94,16 +94,19 @@ const PRESETS: &[Preset] = &[
 /// Render a preset for AI workloads as manifests. Without PRESET, list the presets with their parameters.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Presets that close egress leave DNS open in clusters that are not alike: kube-dns (also CoreDNS with its label) and OpenShift's
-DNS by their pods, NodeLocal DNSCache at the addresses of `dnsNets`, on port 53. Where kube-proxy uses iptables, NodeLocal
-DNSCache answers at the cluster address of kube-dns too: add that address of each such cluster. A DNS server with other labels
-needs a rule more in the manifests, and so do IPv6 addresses beside IPv4 ones, which do not go into one list.
+Presets that restrict egress allow DNS on port 53: to the pods of kube-dns (also CoreDNS with its label) and of OpenShift's \
+DNS, and to NodeLocal DNSCache at the addresses of `dnsNets`. Where kube-proxy uses iptables, NodeLocal DNSCache also answers \
+at the cluster address of kube-dns: add this address of each such cluster. A DNS server with other labels requires another \
+rule in the manifests. A list has addresses of one IP version: IPv6 addresses require another rule, too.
 
 Examples:
   hanse policy scaffold
-  for preset in tiers default-deny deny-metadata stages; do hanse policy scaffold $preset > policies/$preset.yaml; done
-  hanse policy scaffold default-deny --set dnsNets=169.254.20.10/32,10.96.0.10/32 > policies/default-deny.yaml
-  hanse policy scaffold gpu-collective --set namespace=jobs --set job=llama --set clusters=\"env == 'prod'\" | hanse apply -f -
+  for preset in tiers default-deny deny-metadata stages; do \\
+    hanse policy scaffold $preset > policies/$preset.yaml; done
+  hanse policy scaffold default-deny \\
+    --set dnsNets=169.254.20.10/32,10.96.0.10/32 > policies/default-deny.yaml
+  hanse policy scaffold gpu-collective --set namespace=jobs --set job=llama \\
+    --set clusters=\"env == 'prod'\" | hanse apply -f -
   hanse policy scaffold egress-registries --set nets=203.0.113.0/28,2001:db8:5::/64")]
 pub struct Arguments {
     #[arg(value_name = "PRESET")]
