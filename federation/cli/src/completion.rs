@@ -4,11 +4,11 @@
 //! the engine keeps those with the prefix that was typed. Without a context, or where no hub answers in time, there are no
 //! candidates and no message: a prompt is not the place for an error.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
+use clap_complete::engine::{ArgValueCandidates, ArgValueCompleter, CompletionCandidate};
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::administration_client::AdministrationClient;
 
@@ -62,12 +62,32 @@ pub fn kinds() -> ArgValueCandidates {
     ArgValueCandidates::new(|| KINDS.iter().map(|(_, short, _)| CompletionCandidate::new(*short)).collect())
 }
 
-/// What `hanse describe` describes.
-pub fn described_kinds() -> ArgValueCandidates {
-    ArgValueCandidates::new(|| {
+/// What `hanse describe` describes: a kind, or KIND/NAME.
+pub fn described_kinds() -> ArgValueCompleter {
+    ArgValueCompleter::new(|word: &OsStr| {
+        if let Some(names) = names_after_kind(word) {
+            return names;
+        }
         let kinds = KINDS.iter().map(|(_, short, _)| *short).chain(["cluster", "node"]);
-        kinds.map(CompletionCandidate::new).collect()
+        with_prefix(kinds.map(CompletionCandidate::new).collect(), word)
     })
+}
+
+/// The names of a kind, where the word begins with `KIND/`, as it is written.
+fn names_after_kind(word: &OsStr) -> Option<Vec<CompletionCandidate>> {
+    let (written, _) = word.to_str()?.split_once('/')?;
+    let kind = kind_of(written).ok()?;
+    let names = candidates(async |mut client| {
+        let names = object_names(&mut client, kind).await?;
+        Ok(names.into_iter().map(|name| format!("{written}/{name}")).collect())
+    });
+    Some(with_prefix(names, word))
+}
+
+fn with_prefix(mut candidates: Vec<CompletionCandidate>, word: &OsStr) -> Vec<CompletionCandidate> {
+    let word = word.as_encoded_bytes();
+    candidates.retain(|it| it.get_value().as_encoded_bytes().starts_with(word));
+    candidates
 }
 
 /// Names of the kind that the command line has before.
@@ -90,16 +110,20 @@ pub fn names() -> ArgValueCandidates {
 }
 
 /// What `hanse wait` waits for: policies by name, other objects as KIND/NAME.
-pub fn targets() -> ArgValueCandidates {
-    ArgValueCandidates::new(|| {
-        candidates(async |mut client| {
+pub fn targets() -> ArgValueCompleter {
+    ArgValueCompleter::new(|word: &OsStr| {
+        if let Some(names) = names_after_kind(word) {
+            return names;
+        }
+        let all = candidates(async |mut client| {
             let objects = call(client.get(pb::GetRequest::default())).await?.objects;
             let target = |it: pb::Object| match it.kind() {
                 pb::ObjectKind::FederatedNetworkPolicy => it.name,
                 kind => format!("{}/{}", name_of(kind.into()), it.name),
             };
             Ok(objects.into_iter().map(target).collect())
-        })
+        });
+        with_prefix(all, word)
     })
 }
 

@@ -133,8 +133,9 @@ fn main() -> ExitCode {
         if output::is_reader_gone(&error) {
             return ExitCode::SUCCESS;
         }
-        output::error(&error, 1);
-        ExitCode::FAILURE
+        let code = if error.is::<output::UsageError>() { 2 } else { 1 };
+        output::error(&error, code);
+        ExitCode::from(code)
     })
 }
 
@@ -204,6 +205,62 @@ mod tests {
     #[test]
     fn command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// The commands of `hanse` in lines of a shell, as words.
+    fn commands(lines: &str) -> Vec<Vec<String>> {
+        let (mut commands, mut word, mut quote) = (vec![Vec::new()], String::new(), None);
+        let mut characters = lines.chars().peekable();
+        while let Some(it) = characters.next() {
+            match (quote, it) {
+                (Some(open), it) if open == it => quote = None,
+                (Some(_), it) => word.push(it),
+                (None, '\'' | '"') => quote = Some(it),
+                (None, '\\') => drop(characters.next_if_eq(&'\n')),
+                (None, '#') if word.is_empty() => while characters.next_if(|it| *it != '\n').is_some() {},
+                (None, it) if it.is_whitespace() || "|&;()>".contains(it) => {
+                    if !word.is_empty() {
+                        commands.last_mut().expect("never empty").push(std::mem::take(&mut word));
+                    }
+                    // What follows `>` is the name of a file.
+                    if !matches!(it, ' ') {
+                        commands.push(Vec::new());
+                    }
+                }
+                (None, it) => word.push(it),
+            }
+        }
+        commands.iter_mut().for_each(|words| words.retain(|it| it != "do"));
+        commands.retain(|words| words.first().is_some_and(|it| it == "hanse"));
+        commands
+    }
+
+    /// Help is wrapped at 100 columns or less: an example that is wrapped is not a command any more.
+    fn check_examples(command: &clap::Command, count: &mut usize) {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        if let Some((_, examples)) = help.split_once("Examples:\n") {
+            for line in examples.lines() {
+                assert!(line.chars().count() < 90, "{}: {line}", command.get_name());
+            }
+            let commands = commands(&format!("{examples}\n"));
+            assert!(!commands.is_empty(), "{examples}");
+            for words in commands {
+                *count += 1;
+                if let Err(error) = Cli::command().try_get_matches_from(&words) {
+                    panic!("{words:?}: {error}");
+                }
+            }
+        }
+        command.get_subcommands().for_each(|command| check_examples(command, count));
+    }
+
+    #[test]
+    fn examples_of_help_are_command_lines_that_are_not_wrapped() {
+        let words = commands("  a | hanse get \\\n    \"x y\" > f && b # hanse c\n  for a in b; do hanse d; done\n");
+        assert_eq!(words, [vec!["hanse", "get", "x y"], vec!["hanse", "d"]]);
+        let mut count = 0;
+        check_examples(&Cli::command(), &mut count);
+        assert!(count > 40, "{count}");
     }
 
     #[test]

@@ -210,6 +210,11 @@ pub fn note_list(message: impl std::fmt::Display, items: &[String]) {
     items.iter().for_each(|item| note(format_args!("  {item}")));
 }
 
+/// The command line is malformed, in a way that the parser does not know. The exit code is 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
 /// Writes the error that the command fails with, as the last line of standard error.
 pub fn error(error: &anyhow::Error, exit_code: u8) {
     match has_json_errors() {

@@ -4,18 +4,18 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use hanse_proto::federation::v1 as pb;
 use hanse_runtime::text;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::kind::{kind_of, name_of};
+use super::kind::{kind_of, name_of, split};
 use super::manifest::summary;
 use super::wait::InCluster;
 use super::{CallError, Client, call, cluster, node, status, time, with_client};
 use crate::completion;
-use crate::output::{self, Format};
+use crate::output::{self, Format, UsageError};
 
 /// Show one object, cluster or node in detail, with its last change and where it is enforced.
 #[derive(Debug, clap::Args)]
@@ -85,26 +85,34 @@ struct ClusterDescription {
     nodes: Vec<node::Node>,
 }
 
+/// A kind, as the command line names it.
+#[derive(Clone, Copy)]
+enum Described {
+    Object(pb::ObjectKind),
+    Cluster,
+    Node,
+}
+
 impl Describe {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        let (kind, name) = match (&self.name, self.kind.split_once('/')) {
-            (Some(name), _) => (self.kind.as_str(), name.as_str()),
-            (None, Some((kind, name))) => (kind, name),
-            (None, None) => bail!("the name is missing: `hanse describe {} NAME`", self.kind),
+        let (kind, name) = split(&self.kind, self.name.as_deref())?;
+        let described = match kind.to_ascii_lowercase().as_str() {
+            "cluster" | "clusters" => Described::Cluster,
+            "node" | "nodes" => Described::Node,
+            _ => Described::Object(
+                kind_of(kind).map_err(|UsageError(text)| UsageError(format!("{text}, cluster, node")))?,
+            ),
         };
+        let missing = || UsageError(format!("the name is missing: `hanse describe {kind} NAME`"));
+        let name = name.ok_or_else(missing)?;
+        if matches!(described, Described::Node) && !name.contains('/') {
+            return Err(UsageError(format!("{name:?} is not CLUSTER/NODE")).into());
+        }
         let format = self.output;
-        with_client(context, async |mut client| match kind.to_ascii_lowercase().as_str() {
-            "cluster" | "clusters" => describe_cluster(&mut client, name, format).await,
-            "node" | "nodes" => describe_node(&mut client, name, format).await,
-            _ => {
-                describe_object(
-                    &mut client,
-                    kind_of(kind).context("read the kind (`cluster` and `node` are also accepted)")?,
-                    name,
-                    format,
-                )
-                .await
-            }
+        with_client(context, async |mut client| match described {
+            Described::Cluster => describe_cluster(&mut client, name, format).await,
+            Described::Node => describe_node(&mut client, name, format).await,
+            Described::Object(kind) => describe_object(&mut client, kind, name, format).await,
         })?;
         Ok(ExitCode::SUCCESS)
     }

@@ -1,6 +1,6 @@
 //! `hanse apply`, `get` and `delete`: objects of the federation.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use hanse_api::assemble::duplicates;
-use hanse_api::diagnostic::{Reference, SourceLocation};
+use hanse_api::diagnostic::{Diagnostic, Reference, SourceLocation};
 use hanse_api::document::{self, Node};
 use hanse_api::files::{MAX_FILE_BYTES, list, read_file};
 use hanse_api::manifest::{Manifest, Manifests, items, read_bytes};
@@ -16,11 +16,11 @@ use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::kind::{KINDS, kind_of, name_of};
+use super::kind::{KINDS, kind_of, name_of, split};
 use super::manifest::{REVISION, put_revision, summary, take_revision};
 use super::{CallError, call, with_client};
 use crate::completion;
-use crate::output::{self, Format, ListFormat};
+use crate::output::{self, Format, ListFormat, UsageError};
 
 /// Create or update objects at the hub.
 ///
@@ -62,7 +62,7 @@ Examples:
   hanse get fnp --watch
   hanse get -f policies/ -o json")]
 pub struct Get {
-    /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns) or MemberCluster (mc). Default: all kinds.
+    /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns) or MemberCluster (mc), or KIND/NAME. Default: all kinds.
     #[arg(conflicts_with = "files", add = completion::kinds())]
     kind: Option<String>,
     /// Name of one object. Default: all objects of the kind.
@@ -85,8 +85,8 @@ Examples:
   hanse delete fnp web
   hanse delete -f policies/ --ignore-not-found")]
 pub struct Delete {
-    /// Kind of the object, followed by its name.
-    #[arg(requires = "name", required_unless_present = "files", add = completion::kinds())]
+    /// Kind of the object, followed by its name, or KIND/NAME.
+    #[arg(required_unless_present = "files", add = completion::kinds())]
     kind: Option<String>,
     #[arg(add = completion::names())]
     name: Option<String>,
@@ -114,8 +114,8 @@ pub(super) struct Written {
     place: String,
 }
 
-/// Reads all manifests: all or nothing.
-pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
+/// Reads all manifests: all or nothing. Errors of manifests are lines of standard output for programs, by object, else notes.
+pub(super) fn read(files: &[PathBuf], format: Format) -> anyhow::Result<Vec<Written>> {
     let mut written = Vec::new();
     let mut checked = Manifests::default();
     for path in files {
@@ -165,7 +165,10 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     // The last one would win at the hub; everywhere else the first one wins.
     checked.diagnostics.extend(duplicates(&ours));
     if !checked.diagnostics.is_empty() {
-        for it in &checked.diagnostics {
+        if format != Format::Table {
+            print_refused(format, &checked.diagnostics)?;
+        }
+        for it in checked.diagnostics.iter().filter(|_| format == Format::Table) {
             let field = if it.field.is_empty() { String::new() } else { format!("{}: ", it.field) };
             output::note(format_args!("{}:{}: {field}{}", it.location.file, it.location.line, it.message));
         }
@@ -182,6 +185,44 @@ pub(super) fn read(files: &[PathBuf]) -> anyhow::Result<Vec<Written>> {
     }
     written.sort_by_key(|object| object.order);
     Ok(written)
+}
+
+/// Prints a line for each object that has errors.
+fn print_refused(format: Format, diagnostics: &[Diagnostic]) -> anyhow::Result<()> {
+    let mut refused: BTreeMap<(Arc<str>, u32, Option<Reference>), Refused> = BTreeMap::new();
+    for it in diagnostics {
+        let reference = it.object.clone();
+        let object = refused.entry((it.location.file.clone(), it.start, reference)).or_insert_with(|| Refused {
+            kind: it.object.as_ref().map(|it| it.kind.to_string()).unwrap_or_default(),
+            name: it.object.as_ref().map(|it| it.name.to_string()).unwrap_or_default(),
+            result: "failed",
+            file: it.location.file.to_string(),
+            line: it.start,
+            errors: Vec::new(),
+        });
+        let (field, message) = (it.field.clone(), it.message.clone());
+        object.errors.push(RefusedField { field, message, line: it.location.line });
+    }
+    refused.values().try_for_each(|object| output::print(format, object))
+}
+
+/// An object of a manifest that is not sent.
+#[derive(Debug, Serialize)]
+struct Refused {
+    kind: String,
+    name: String,
+    result: &'static str,
+    file: String,
+    /// The first line of the object.
+    line: u32,
+    errors: Vec<RefusedField>,
+}
+
+#[derive(Debug, Serialize)]
+struct RefusedField {
+    field: String,
+    message: String,
+    line: u32,
 }
 
 fn standard_input() -> anyhow::Result<Vec<u8>> {
@@ -382,7 +423,7 @@ fn summary_of(verb: &str, outcomes: &[Outcome]) -> String {
 
 impl Apply {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
-        let objects = read(&self.files)?;
+        let objects = read(&self.files, self.output)?;
         anyhow::ensure!(!objects.is_empty(), "no objects of the federation (hanse.dev) found in the manifests");
         let awaited = objects.iter().map(Awaited::from).collect();
         let dry_run = self.dry_run;
@@ -424,16 +465,25 @@ impl Apply {
 
 impl Get {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
+        let (kind_word, name) = match &self.kind {
+            Some(kind) => split(kind, self.name.as_deref())?,
+            None => ("", None),
+        };
+        let name = name.map(str::to_owned);
+        let kind = if kind_word.is_empty() { None } else { Some(kind_of(kind_word)?) };
         if self.watch {
-            let kind = self.kind.as_deref().map(kind_of).transpose()?.unwrap_or(pb::ObjectKind::Unspecified);
-            let request = pb::GetRequest { kind: kind.into(), name: self.name.unwrap_or_default() };
+            let request = pb::GetRequest {
+                kind: kind.unwrap_or(pb::ObjectKind::Unspecified).into(),
+                name: name.unwrap_or_default(),
+            };
             return super::watch::watch(context, &request, self.output);
         }
         let mut wanted: Vec<(Option<pb::ObjectKind>, Option<String>)> = Vec::new();
         if self.files.is_empty() {
-            wanted.push((self.kind.as_deref().map(kind_of).transpose()?, self.name.clone()));
+            wanted.push((kind, name.clone()));
         } else {
-            let named = read(&self.files)?.into_iter().map(|object| (Some(object.kind), Some(object.name)));
+            let named =
+                read(&self.files, Format::Table)?.into_iter().map(|object| (Some(object.kind), Some(object.name)));
             wanted.extend(named);
             anyhow::ensure!(!wanted.is_empty(), "no objects of the federation (hanse.dev) found in the manifests");
         }
@@ -466,9 +516,9 @@ impl Get {
             }
             Ok(objects)
         })?;
-        let one = self.name.is_some();
+        let one = name.is_some();
         if let ([only], true) = (&absent[..], one) {
-            bail!("{only}; `hanse get {}` lists all", self.kind.unwrap_or_default());
+            bail!("{only}; `hanse get {kind_word}` lists all");
         }
         objects.sort_by_cached_key(|object| {
             (KINDS.iter().position(|(.., kind)| *kind as i32 == object.kind), object.name.clone())
@@ -538,12 +588,14 @@ impl Get {
 impl Delete {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         let mut objects: Vec<(pb::ObjectKind, Awaited)> = Vec::new();
-        if let (Some(kind), Some(name)) = (&self.kind, &self.name) {
-            let kind = kind_of(kind)?;
-            let (name, place) = (name.clone(), String::new());
+        if let Some(kind) = &self.kind {
+            let (kind_word, name) = split(kind, self.name.as_deref())?;
+            let kind = kind_of(kind_word)?;
+            let missing = || UsageError(format!("the name is missing: `hanse delete {kind_word} NAME`"));
+            let (name, place) = (name.ok_or_else(missing)?.to_owned(), String::new());
             objects.push((kind, Awaited { kind: name_of(kind.into()), name, place, revision: None }));
         } else {
-            let named = read(&self.files)?.into_iter().rev();
+            let named = read(&self.files, Format::Table)?.into_iter().rev();
             objects.extend(named.map(|object| (object.kind, Awaited { revision: None, ..Awaited::from(&object) })));
             anyhow::ensure!(!objects.is_empty(), "no objects of the federation (hanse.dev) found in the manifests");
         }

@@ -8,9 +8,13 @@ use hanse_identity::token::TokenKind;
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
 
+use super::kind::label;
 use super::{call, time, with_client};
 use crate::completion;
 use crate::output::{self, Format};
+
+/// A week, the maximum of the hub.
+const MAX_SECONDS: u64 = 604_800;
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -24,10 +28,10 @@ Examples:
   hanse-member run --cluster train --token-file train.token …")]
     Create {
         /// Name of the cluster.
-        #[arg(long, add = completion::clusters())]
+        #[arg(long, value_parser = label, add = completion::clusters())]
         cluster: String,
         /// Validity of the token in seconds.
-        #[arg(long, default_value_t = 3600)]
+        #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=MAX_SECONDS))]
         seconds: u64,
         /// Issue no certificate before `hanse cluster accept`.
         #[arg(long)]

@@ -27,6 +27,7 @@ Examples:
   hanse user create ada --role author=platform,security --out ./ada
   hanse user create ops --role operator=train --role viewer --out ./ops")]
     Create {
+        #[arg(value_parser = user_name)]
         name: String,
         /// viewer, author=TIER[,TIER…], operator=CLUSTER[,CLUSTER…] or administrator; repeatable. `*` means all tiers or
         /// clusters. Every role includes viewer.
@@ -53,6 +54,11 @@ Examples:
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
+}
+
+fn user_name(text: &str) -> Result<String, String> {
+    hanse_identity::Identity::user(text).map_err(|error| error.to_string())?;
+    Ok(text.to_owned())
 }
 
 /// A role as written on the command line.

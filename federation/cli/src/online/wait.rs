@@ -184,7 +184,7 @@ impl Wait {
             targets.push(Target { kind, name, gone_at: 0 });
         }
         if !self.files.is_empty() {
-            let named = read(&self.files)?.into_iter();
+            let named = read(&self.files, Format::Table)?.into_iter();
             targets.extend(named.map(|object| Target { kind: object.kind, name: object.name, gone_at: 0 }));
         }
         let mut progress = Progress { targets, listed: !self.all, said: None };

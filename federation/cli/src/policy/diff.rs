@@ -37,20 +37,23 @@ const MAX_NAMES: usize = 10;
 ///
 /// Exits 1 if an object of either state was refused; with --exit-code, also if a verdict changes.
 #[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("second").args(["with", "with_federation", "staged"]).required(true).multiple(true))]
 #[command(after_help = "\
-JSON, one object a line: {\"from\", \"to\", \"ipVersion\", \"protocol\", \"ports\", \"icmp\", \"before\", \"after\", \"condition\", \"egress\",
-\"ingress\"}; the last line is {\"summary\": {\"opened\", \"closed\", \"incomplete\", \"onlyBefore\": [\"CLUSTER/NAMESPACE/NAME\"],
+JSON, one object a line: {\"from\", \"to\", \"ipVersion\", \"protocol\", \"ports\", \"icmp\", \"before\", \"after\", \"condition\", \"egress\", \
+\"ingress\"}; the last line is {\"summary\": {\"opened\", \"closed\", \"incomplete\", \"onlyBefore\": [\"CLUSTER/NAMESPACE/NAME\"], \
 \"onlyAfter\"}}, with the numbers of pairs.
 
 Examples:
-  hanse policy diff --cluster train=main/train --with train=branch/train --federation policies/
-  hanse policy diff --cluster train=manifests/train --federation main/ --with-federation branch/ --exit-code
+  hanse policy diff --cluster train=main/train --with train=branch/train \\
+    --federation policies/
+  hanse policy diff --cluster train=manifests/train \\
+    --federation main/ --with-federation branch/ --exit-code
   hanse policy diff --cluster train=manifests/train --staged -o json")]
 pub struct Arguments {
     #[command(flatten)]
     sources: Sources,
     /// The cluster in the second state, as NAME=DIR; repeatable.
-    #[arg(long = "with", value_name = "NAME=DIR", required_unless_present_any = ["staged", "with_federation"])]
+    #[arg(long = "with", value_name = "NAME=DIR")]
     with: Vec<ClusterSource>,
     /// The manifests of the federation in the second state.
     #[arg(long, value_name = "DIR")]
@@ -266,7 +269,10 @@ impl Arguments {
                 table(diff, rows.finish(), &mut out)?;
                 let text = match opened + closed {
                     0 => "no pair changes verdict".to_owned(),
-                    _ => format!("{opened} pairs opened, {closed} closed"),
+                    _ => format!(
+                        "{} opened, {closed} closed",
+                        output::count(usize::try_from(opened).unwrap_or(usize::MAX), "pair")
+                    ),
                 };
                 writeln!(out, "{text}")?;
             }

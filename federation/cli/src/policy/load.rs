@@ -107,7 +107,7 @@ impl Sources {
     /// When a directory cannot be read, or that of a cluster has no manifests.
     pub fn load_any(&self) -> anyhow::Result<Loaded> {
         if self.clusters.is_empty() {
-            bail!("--cluster NAME=DIR is required");
+            return Err(output::UsageError("--cluster NAME=DIR is required".to_owned()).into());
         }
         if self.stdin_uses() > 1 {
             bail!("standard input (`-`) can be used once: use a directory for the other sources");
@@ -176,7 +176,7 @@ impl Sources {
     /// When the directory of the federation is set without that of a cluster.
     pub fn is_live(&self) -> anyhow::Result<bool> {
         if self.clusters.is_empty() && self.federation.is_some() {
-            bail!("--federation requires --cluster NAME=DIR");
+            return Err(output::UsageError("--federation requires --cluster NAME=DIR".to_owned()).into());
         }
         Ok(self.clusters.is_empty())
     }

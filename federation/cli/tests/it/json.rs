@@ -108,6 +108,8 @@ fn page_documents_the_keys_of_every_output() {
     page.check("hanse apply", &apply.out);
     page.check("hanse apply", &world.apply(&policy("orphan", "none", 1), &["-o", "json"]).out);
     page.check("hanse apply", &world.apply(&policy("p", "platform", 9), &["-o", "json", "--dry-run"]).out);
+    let invalid = policy("p", "platform", 9).replace("Deny", "Dney");
+    page.check("hanse apply", &world.apply(&invalid, &["-o", "json"]).out);
     let ada = world.folder.path().join("ada").display().to_string();
     page.check("hanse user create", &out(&["user", "create", "ada", "--role", "viewer", "--out", &ada]).out);
     let token = out(&["token", "create", "--cluster", "serve"]);
@@ -224,6 +226,23 @@ fn errors_are_objects_with_json_output() {
         (&["policy", "-o", "json"], 2, "-o"),
         (&["policy", "selector", "app = web", "-o", "json"], 2, "malformed selector: column 5"),
         (&["policy", "order", "-o", "json", "--cluster", "x=/nonexistent"], 1, "/nonexistent"),
+        // Malformed command lines that the parser accepts.
+        (&["get", "fnpx", "-o", "json"], 2, "unknown kind"),
+        (&["get", "fnp/", "-o", "json"], 2, "KIND/NAME"),
+        (&["delete", "tier", "-o", "json"], 2, "the name is missing"),
+        (&["wait", "fnpx/web", "-o", "json"], 2, "unknown kind"),
+        (&["describe", "train", "-o", "json"], 2, "unknown kind"),
+        (&["describe", "fnpx", "web", "-o", "json"], 2, "cluster, node"),
+        (&["describe", "fnp", "-o", "json"], 2, "the name is missing"),
+        (&["describe", "node", "node-1", "-o", "json"], 2, "is not CLUSTER/NODE"),
+        (&["policy", "lint", "-o", "json"], 2, "--cluster NAME=DIR is required"),
+        (&["policy", "order", "-o", "json"], 2, "--cluster NAME=DIR is required"),
+        (&["policy", "diff", "--cluster", "a=b", "-o", "json"], 2, "--staged"),
+        (&["token", "create", "--cluster", "train", "--seconds", "0", "-o", "json"], 2, "--seconds"),
+        (&["token", "create", "--cluster", "Bad_Name", "-o", "json"], 2, "--cluster"),
+        (&["user", "create", "a/b", "--role", "viewer", "--out", "x", "-o", "json"], 2, "a/b"),
+        // Accepted as of `describe` and `wait`.
+        (&["get", "fnp/gone", "-o", "json"], 1, "FederatedNetworkPolicy/gone not found"),
     ] {
         let done = world.hanse(arguments);
         assert_eq!((done.code, done.out.as_str()), (Some(code), ""), "{done:?}");
@@ -231,6 +250,7 @@ fn errors_are_objects_with_json_output() {
         let causes = error["causes"].as_array().expect("a list").iter().chain([&error["error"]]);
         let text: String = causes.filter_map(Value::as_str).collect();
         assert!(text.contains(expected), "{expected}: {error}");
+        assert!(!text.contains('\n') && !text.contains("For more information"), "{error}");
         assert!(done.err.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{done:?}");
     }
     // Some of several objects fail: their lines, and an error.
@@ -242,6 +262,16 @@ fn errors_are_objects_with_json_output() {
     std::fs::write(&file, format!("{TIER}{}", policy("gone", "platform", 1))).expect("manifests");
     let partly = world.hanse(&["get", "-f", file.to_str().expect("UTF-8"), "-o", "json"]);
     assert_eq!(error_of(&partly)["error"], "1 of 2 objects not found");
+    // Errors of manifests are by object, with file, line and fields.
+    let wrong = policy("web", "platform", 1).replace("Deny", "Dney");
+    let refused = world.apply(&wrong, &["-o", "json"]);
+    assert_eq!((refused.code, refused.err.lines().count()), (Some(1), 1), "{refused:?}");
+    assert_eq!(error_of(&refused)["error"], "1 error; nothing was applied");
+    let line = refused.json();
+    assert_eq!((&line["name"], &line["result"]), (&"web".into(), &"failed".into()), "{line}");
+    assert_eq!((&line["file"], &line["line"]), (&"standard input".into(), &2.into()), "{line}");
+    assert_eq!(line["errors"][0]["field"], "spec.ingress[0].action", "{line}");
+    assert_eq!(world.hanse(&["delete", "tier/platform"]).code, Some(0));
     // The other formats have text, and help is not an error.
     for arguments in [&["get", "fnp", "gone"][..], &["get", "fnp", "gone", "-o", "yaml"]] {
         assert!(

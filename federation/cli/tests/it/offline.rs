@@ -386,7 +386,7 @@ fn diff_counts_a_pair_once_for_each_change() {
     let [one, two] = ["one", "two"].map(|name| format!("c={}", root.path().join(name).display()));
     let output = hanse(&["policy", "diff", "--cluster", &one, "--with", &two]);
     let stdout = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && stdout.ends_with("1 pairs opened, 1 closed\n"), "{output:?}");
+    assert!(output.status.success() && stdout.ends_with("1 pair opened, 1 closed\n"), "{output:?}");
     // `--with` replaces a cluster that is read.
     let other = two.replacen("c=", "d=", 1);
     for (with, expected) in [

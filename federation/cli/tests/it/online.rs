@@ -495,6 +495,8 @@ fn completion_offers_names_from_the_hub() {
         (&["user", "create", "ada", "--role", "author=p"], &["author=platform"]),
         (&["wait", "d"], &["db"]),
         (&["wait", "Tier/"], &["Tier/platform"]),
+        (&["wait", "tier/p"], &["tier/platform"]),
+        (&["describe", "tier/"], &["tier/platform"]),
     ] {
         let mut candidates = complete(Some(&world.context), words);
         candidates.retain(|it| !it.starts_with('-'));
