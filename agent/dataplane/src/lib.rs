@@ -114,7 +114,7 @@ pub trait Backend: Send {
     /// When the dataplane does not have them yet; the next change writes them.
     fn learn(&mut self, set: SetId, members: &[LearnedAddress]) -> Result<usize, Error>;
 
-    /// Removes every rule.
+    /// Removes every rule, and the connection marks that these rules gave, whatever the settings.
     ///
     /// # Errors
     /// When rules may be left.

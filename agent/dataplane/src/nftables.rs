@@ -184,12 +184,15 @@ struct State {
     generation: Generation,
     digest: Digest,
     epoch: Epoch,
+    /// The bits of connection marks that the table uses; `None`: written by a version that did not store them.
+    ct_mark_mask: Option<u32>,
 }
 
 impl State {
     fn comment(self) -> String {
         let Generation { term, number } = self.generation;
-        format!("hanse/2 {term} {number} {} {}", self.digest, self.epoch.0)
+        let mask = self.ct_mark_mask.map(|mask| format!(" {mask:#010x}")).unwrap_or_default();
+        format!("hanse/2 {term} {number} {} {}{mask}", self.digest, self.epoch.0)
     }
 
     fn parse(comment: &str) -> Option<Self> {
@@ -199,7 +202,9 @@ impl State {
         }
         let generation = Generation { term: parts.next()?.parse().ok()?, number: parts.next()?.parse().ok()? };
         let digest = Digest(u128::from_str_radix(parts.next()?, 16).ok()?);
-        Some(Self { generation, digest, epoch: Epoch(parts.next()?.parse().ok()?) })
+        let epoch = Epoch(parts.next()?.parse().ok()?);
+        let ct_mark_mask = parts.next().and_then(|mask| u32::from_str_radix(mask.strip_prefix("0x")?, 16).ok());
+        Some(Self { generation, digest, epoch, ct_mark_mask })
     }
 }
 
@@ -292,7 +297,8 @@ impl Nftables {
         let epoch = self.next_epoch()?;
         let digested = Digested::new(next, self.installed.as_ref());
         for _ in 0..MAX_ATTEMPTS {
-            let state = State { generation: next.generation, digest: digested.digest, epoch };
+            let ct_mark_mask = Some(self.config.ct_mark_mask);
+            let state = State { generation: next.generation, digest: digested.digest, epoch, ct_mark_mask };
             let before = self.installed.as_ref().filter(|_| !whole);
             let writer =
                 Writer::new(&self.config, before.map(|it| (&*it.rules, &it.closed, &it.uplinks[..])), next, &closed)
@@ -457,6 +463,13 @@ impl Backend for Nftables {
             return Ok(Found::Nothing);
         };
         self.epoch = state.epoch;
+        let (mask, former) = (self.config.ct_mark_mask, state.ct_mark_mask);
+        if let Some(former) = former.filter(|former| *former != mask) {
+            // Nothing reads the former bits any more, and those of another program could be taken for judgements.
+            for mask in [former, mask] {
+                conntrack::clear_marks(&mut self.netlink, mask, |_| true).map_err(Error::Access)?;
+            }
+        }
         if let Some(rules) = expected.filter(|rules| rules.digest() == state.digest) {
             self.learned = self.read_learned(rules)?;
             // Another program may have changed them while no agent ran.
@@ -561,6 +574,7 @@ impl Backend for Nftables {
     }
 
     fn cleanup(&mut self) -> Result<(), Error> {
+        let state = self.read_state()?;
         let mut batch = netlink::Batch::new();
         let table = Attributes::default().text(1, &self.config.table);
         // Created first: deleting a missing table would fail.
@@ -572,7 +586,10 @@ impl Backend for Nftables {
             Err(BatchError::Refused(refused)) => return Err(Error::Refused(in_words(&refused))),
         }
         (self.installed, self.applied, self.learned) = (None, None, LearnedMembers::default());
-        conntrack::clear_marks(&mut self.netlink, self.config.ct_mark_mask, |_| true).map_err(Error::Access)
+        // Without rules of Hanse, the marks are of other programs.
+        let Some(state) = state else { return Ok(()) };
+        let mask = state.ct_mark_mask.unwrap_or(self.config.ct_mark_mask);
+        conntrack::clear_marks(&mut self.netlink, mask, |_| true).map_err(Error::Access)
     }
 }
 

@@ -48,7 +48,9 @@ struct Cli {
 enum Command {
     /// Enrol the node if needed, and enforce its policy.
     Run(Box<RunArgs>),
-    /// Remove all rules of Hanse from the kernel. All traffic of pods is allowed afterwards.
+    /// Remove all rules of Hanse from the kernel, and the connection marks that they set. All traffic of pods is allowed afterwards.
+    ///
+    /// The rules in the kernel name the bits of the marks. The masks given here apply to rules of earlier versions, which do not.
     Cleanup(CleanupArgs),
     /// Show the enforcement status of this node.
     Status(StatusArgs),

@@ -252,6 +252,65 @@ fn cleanup_removes_everything_and_cuts_no_connection() {
     assert!(passes(&mut client, &mut server));
 }
 
+/// Counts packets of connections without the bits, and then sets them.
+fn marking(net: &Net, bits: &str) {
+    nft(net, "add table inet other");
+    nft(net, "add chain inet other forward { type filter hook forward priority 10; }");
+    nft(net, &format!("add rule inet other forward ct mark & {bits} == 0 counter ct mark set ct mark or {bits}"));
+}
+
+fn counted(net: &Net) -> u64 {
+    let chain = nft(net, "list chain inet other forward");
+    let count = chain.split("counter packets ").nth(1).and_then(|rest| rest.split(' ').next());
+    count.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("a count: {chain}"))
+}
+
+#[test]
+fn cleanup_clears_the_marks_of_the_table_only() {
+    const MASK: &str = "0x0000ff00";
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    // A bit of the default mask belongs to another program.
+    marking(&net, "0x40000000");
+    let config = Config { ct_mark_mask: 0x0000_ff00, ..Config::default() };
+    let open = Build { pods: vec![2, 3], ingress: Some(vec![rule(Action::Allow)]), ..Build::default() };
+    net.driver_with(config).apply(&open.rules()).expect("applied");
+    let listener = net.listen("p3", "10.1.0.3:80");
+    let (mut client, mut server) = net.pair("p2", "10.1.0.3:80", &listener);
+    assert!(passes(&mut client, &mut server) && counted(&net) == 1);
+    for rules in [true, false] {
+        net.driver().cleanup().expect("removed");
+        assert!(passes(&mut client, &mut server));
+        assert_eq!(counted(&net), 1, "its bit stays; with rules before: {rules}");
+    }
+    nft(&net, "flush chain inet other forward");
+    nft(&net, &format!("add rule inet other forward ct mark & {MASK} != 0 counter"));
+    assert!(passes(&mut client, &mut server));
+    assert_eq!(counted(&net), 0, "bits of Hanse are cleared");
+}
+
+#[test]
+fn restarted_agent_with_another_mask_clears_the_former_marks() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    let rules = Build { pods: vec![2, 3], ingress: Some(vec![rule(Action::Allow)]), ..Build::default() }.rules();
+    let with = |ct_mark_mask| net.driver_with(Config { ct_mark_mask, ..Config::default() });
+    with(0x0000_ff00).apply(&rules).expect("applied");
+    let listener = net.listen("p3", "10.1.0.3:80");
+    let (mut client, mut server) = net.pair("p2", "10.1.0.3:80", &listener);
+    assert!(passes(&mut client, &mut server));
+    let mut driver = with(0xffff_0000);
+    driver.adopt(Some(&rules)).expect("read");
+    driver.apply(&rules).expect("applied");
+    nft(&net, "add table inet other");
+    nft(&net, "add chain inet other forward { type filter hook forward priority 10; }");
+    nft(&net, "add rule inet other forward ct mark & 0x0000ff00 != 0 counter");
+    assert!(passes(&mut client, &mut server));
+    assert_eq!(counted(&net), 0);
+}
+
 /// A generation whose objects all have other names than those of the one before; only pod 2 may reach pod 3.
 fn flipping(number: u64) -> Arc<RuleSet> {
     let name = if number.is_multiple_of(2) { "even" } else { "odd" };
