@@ -27,6 +27,7 @@ mod kept;
 mod named;
 mod objects;
 mod profiles;
+mod queue;
 mod refusals;
 mod update;
 
@@ -41,7 +42,7 @@ use named::Named;
 pub use objects::{Before, Entry};
 use objects::{Body, Objects, read};
 use profiles::Profiles;
-use update::Queue;
+use queue::Queue;
 
 /// What a batch changed, for those who follow the origin.
 #[derive(Debug, Default)]

@@ -42,8 +42,8 @@ pub struct Candidates {
 }
 
 impl Origin {
-    /// Judges new selections, which are in order and concern this cluster, from a place on, for about as long as so many evaluations.
-    /// Returns the next place, if there is more. A selection that was judged already stays unchanged.
+    /// Judges new selections, which are sorted and concern this cluster, from a place on, for about this number of evaluations.
+    /// Returns the next place, if there is more. Selections that were judged before stay unchanged.
     pub fn select(&mut self, fresh: &[u32], selections: &Selections, from: Place, evaluations: usize) -> Option<Place> {
         let (began, mut visited) = (selections.evaluated(), 0_usize);
         let Place { mut profile, mut selection } = from;
@@ -62,7 +62,8 @@ impl Origin {
         None
     }
 
-    /// Judges new selections over one profile, at least one, for about so many evaluations. Returns the next of them if it stopped.
+    /// Judges new selections over one profile, at least one, for about this number of evaluations. Returns the next of them if it
+    /// stopped before the end.
     fn select_of(&mut self, number: u32, fresh: &[u32], selections: &Selections, evaluations: usize) -> Option<u32> {
         let (id, profile) = self.profiles.at(number)?;
         if profile.problem.is_some() || profile.endpoints.is_empty() || profile.own_keys.is_many() {

@@ -12,37 +12,6 @@ use crate::codec::object::{EndpointObject, Object};
 use crate::hub::selections::{EVALUATIONS_PER_UPDATE, Selections};
 use crate::model::{Refusal, digest_of};
 
-/// Profiles that are to be judged again, and whose endpoints are to be brought up to date: of one namespace there may be as many
-/// as a cluster has.
-#[derive(Debug, Default)]
-pub(super) struct Queue {
-    profiles: BTreeSet<ProfileId>,
-    /// One that was judged, and how many of its endpoints follow.
-    current: Option<(ProfileId, usize)>,
-}
-
-impl Queue {
-    /// Adds profiles, and returns what that costs, in evaluations.
-    pub(super) fn add(&mut self, profiles: impl Iterator<Item = ProfileId>) -> usize {
-        let mut count = 0_usize;
-        self.profiles.extend(profiles.inspect(|_| count += 1));
-        count / 2
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.profiles.is_empty() && self.current.is_none()
-    }
-
-    fn contains(&self, id: ProfileId) -> bool {
-        self.profiles.contains(&id)
-    }
-
-    fn remove(&mut self, id: ProfileId) {
-        self.profiles.remove(&id);
-        self.current = self.current.filter(|(current, _)| *current != id);
-    }
-}
-
 /// What a change still has to bring up to date.
 #[derive(Debug, Default)]
 pub(super) struct Work {
