@@ -1,6 +1,9 @@
 //! The exchange over gRPC. A caller's certificate identifies its cluster; [`hanse_exchange::hub`] decides what it is sent.
 //!
-//! One lock guards the state of the exchange, and no work under it waits. A receiver's stream requests the next message when its
+//! One lock guards the state of the exchange, and no work under it waits. Streams wait for it in turn and without a thread, so that
+//! administration and metrics are served also when the exchange has much to do.
+//!
+//! A receiver's stream requests the next message when its
 //! connection has room, so that a slow receiver costs its dirty ids only, and delays no other.
 
 use std::collections::{BTreeMap, HashMap};
@@ -34,6 +37,7 @@ use super::processes::{Processes, ServedProcess};
 use super::report;
 use crate::metrics::HubMetrics;
 use crate::registry::Registry;
+use crate::status::Realisation;
 use hanse_exchange::codec;
 use hanse_exchange::hub::{Exchange, PublishError, PublishId, Published, ReadOpening, ReadRequest, ReceiverId};
 use hanse_exchange::limits::MAX_PLAIN_BYTES;
@@ -70,7 +74,7 @@ pub struct Service {
 
 #[derive(Debug, Default)]
 struct Shared {
-    exchange: Mutex<Exchange>,
+    exchange: tokio::sync::Mutex<Exchange>,
     /// Wakes the stream of a receiver.
     wake: Mutex<HashMap<ReceiverId, Arc<Notify>>>,
     publishing: StreamCounts,
@@ -78,6 +82,8 @@ struct Shared {
     rates: Mutex<BTreeMap<ClusterName, Rate>>,
     /// The last report of enforcement of each cluster, and when it came.
     reported: Mutex<BTreeMap<ClusterName, (tokio::time::Instant, Arc<pb::Realisation>)>>,
+    /// The last status of all clusters: it is served while the exchange is too busy for a new one.
+    last_status: Mutex<BTreeMap<Arc<str>, Realisation>>,
     /// Clusters that are connected and have not published here yet.
     unpublished: Mutex<BTreeMap<ClusterName, Unpublished>>,
     receiving: Mutex<BTreeMap<ClusterName, Receiving>>,
@@ -91,10 +97,11 @@ struct Shared {
 
 impl Service {
     pub fn new(registry: Registry, stop: CancellationToken) -> Self {
-        let shared = Arc::<Shared>::default();
+        let mut exchange = Exchange::default();
         // Three chances within a lease.
         let heartbeat = u64::try_from(registry.lease_time().as_millis() / 3).unwrap_or(u64::MAX);
-        lock(&shared.exchange).set_heartbeat(heartbeat);
+        exchange.set_heartbeat(heartbeat);
+        let shared = Arc::new(Shared { exchange: tokio::sync::Mutex::new(exchange), ..Shared::default() });
         Self { registry, shared, stop, lock_time: HubMetrics::default().exchange_held }
     }
 
@@ -110,8 +117,8 @@ impl Service {
         loop {
             let snapshot = view.borrow_and_update().clone();
             let newest = deriver.federation(&self.registry, &snapshot);
-            self.with(|exchange| exchange.set_federation_part(newest));
-            while self.with(Exchange::regrant_more) {
+            self.with(|exchange| exchange.set_federation_part(newest)).await;
+            while self.with(Exchange::regrant_more).await {
                 tokio::time::sleep(BETWEEN_PARTS).await;
             }
             tokio::select! {
@@ -122,14 +129,14 @@ impl Service {
     }
 
     /// Changes the exchange, and wakes the receivers that then have something to be sent.
-    fn with<T>(&self, work: impl FnOnce(&mut Exchange) -> T) -> T {
-        self.timed(work).0
+    async fn with<T>(&self, work: impl FnOnce(&mut Exchange) -> T) -> T {
+        self.timed(work).await.0
     }
 
     /// As [`Self::with`]; returns also how long the lock was kept.
-    fn timed<T>(&self, work: impl FnOnce(&mut Exchange) -> T) -> (T, Duration) {
+    async fn timed<T>(&self, work: impl FnOnce(&mut Exchange) -> T) -> (T, Duration) {
         let (result, ready, took) = {
-            let mut exchange = lock(&self.shared.exchange);
+            let mut exchange = self.shared.exchange.lock().await;
             let began = Instant::now();
             let result = work(&mut exchange);
             let ready = exchange.take_ready();
@@ -144,8 +151,8 @@ impl Service {
 
     /// As [`Self::with`], for a watching stream of a cluster. The time is charged to the cluster, with that of `prepared`, which
     /// was needed before.
-    fn charged<T>(&self, cluster: &ClusterName, prepared: Duration, work: impl FnOnce(&mut Exchange) -> T) -> T {
-        let (result, took) = self.timed(work);
+    async fn charged<T>(&self, cluster: &ClusterName, prepared: Duration, work: impl FnOnce(&mut Exchange) -> T) -> T {
+        let (result, took) = self.timed(work).await;
         self.charge(cluster, prepared + took);
         result
     }
@@ -168,8 +175,8 @@ impl Service {
     }
 
     /// Reads the exchange.
-    fn look<T>(&self, at: impl FnOnce(&Exchange) -> T) -> T {
-        let exchange = lock(&self.shared.exchange);
+    async fn look<T>(&self, at: impl FnOnce(&Exchange) -> T) -> T {
+        let exchange = self.shared.exchange.lock().await;
         let began = Instant::now();
         let result = at(&exchange);
         drop(exchange);
@@ -179,15 +186,15 @@ impl Service {
 
     /// Renews the lease of a cluster that sent a message, unless it counts as silent because it does not publish.
     async fn renew_lease(&self, cluster: &ClusterName) -> Result<(), Status> {
-        if self.is_silent(cluster) {
+        if self.is_silent(cluster).await {
             return Ok(());
         }
         self.registry.renew_lease(cluster).await.map_err(|error| Status::permission_denied(error.to_string()))
     }
 
-    fn is_silent(&self, cluster: &ClusterName) -> bool {
+    async fn is_silent(&self, cluster: &ClusterName) -> bool {
         let now = tokio::time::Instant::now();
-        let published = self.look(|exchange| exchange.has_published(cluster));
+        let published = self.look(|exchange| exchange.has_published(cluster)).await;
         let mut unpublished = lock(&self.shared.unpublished);
         if published {
             unpublished.remove(cluster);
@@ -216,15 +223,15 @@ impl Service {
         mut incoming: Streaming<pb::PublishRequest>,
         outbox: mpsc::Sender<Result<pb::PublishResponse, Status>>,
     ) {
-        let id = self.with(|exchange| exchange.publish_open(cluster.clone()));
+        let id = self.with(|exchange| exchange.publish_open(cluster.clone())).await;
         let taken = self.take_published(&cluster, id, from, &mut incoming, &outbox);
         let ended = tokio::select! {
             () = self.stop.cancelled() => Ok(()),
             ended = guarded("a publishing stream", taken) => ended,
         };
-        self.with(|exchange| exchange.publish_close(id));
+        self.with(|exchange| exchange.publish_close(id)).await;
         // The rest of a batch is applied in parts as well.
-        while let Ok(Published::More) = self.with(|exchange| exchange.publish_more(id)) {
+        while let Ok(Published::More) = self.with(|exchange| exchange.publish_more(id)).await {
             tokio::time::sleep(BETWEEN_PARTS).await;
         }
         drop(permit);
@@ -277,7 +284,7 @@ impl Service {
                 }
                 // Decoded outside the lock. A report that is too large is refused, and publishing goes on.
                 let report = report::read(bytes);
-                self.take_report(cluster, id, report).map_err(refused)?;
+                self.take_report(cluster, id, report).await.map_err(refused)?;
                 continue;
             }
             if let PublishRequest::Heartbeat { received_age_ms } = &request {
@@ -291,7 +298,7 @@ impl Service {
             }
             let began = tokio::time::Instant::now();
             Unfinished::follow(&mut unfinished, &request, began);
-            let mut published = self.with(|exchange| exchange.publish_part(id, request)).map_err(refused)?;
+            let mut published = self.with(|exchange| exchange.publish_part(id, request)).await.map_err(refused)?;
             let answers = loop {
                 match published {
                     Published::Answers(answers) => break answers,
@@ -302,7 +309,7 @@ impl Service {
                             self.renew_lease(cluster).await?;
                             renewed = Some(tokio::time::Instant::now());
                         }
-                        published = self.with(|exchange| exchange.publish_more(id)).map_err(refused)?;
+                        published = self.with(|exchange| exchange.publish_more(id)).await.map_err(refused)?;
                     }
                 }
             };
@@ -387,7 +394,8 @@ impl Service {
             // Decoded outside the lock.
             let began = Instant::now();
             let open = ReadOpening::of(open);
-            let id = self.charged(&cluster, began.elapsed(), |exchange| exchange.watch_opened(cluster.clone(), open));
+            let opened = |exchange: &mut Exchange| exchange.watch_opened(cluster.clone(), open);
+            let id = self.charged(&cluster, began.elapsed(), opened).await;
             id.map_err(|error| Status::invalid_argument(error.to_string()))
         };
         let id = match opened.await {
@@ -407,7 +415,7 @@ impl Service {
             }
         };
         lock(&self.shared.wake).remove(&id);
-        self.charged(&cluster, Duration::ZERO, |exchange| exchange.watch_close(id));
+        self.charged(&cluster, Duration::ZERO, |exchange| exchange.watch_close(id)).await;
         drop(permit);
         if let Err(status) = ended {
             tracing::info!(%cluster, error = status.message(), "watching ended");
@@ -457,7 +465,7 @@ impl Service {
                     // Decoded outside the lock.
                     let began = Instant::now();
                     let request = ReadRequest::of(request);
-                    self.charged(cluster, began.elapsed(), |exchange| exchange.watch_read(id, request))
+                    self.charged(cluster, began.elapsed(), |exchange| exchange.watch_read(id, request)).await
                         .map_err(|error| Status::invalid_argument(error.to_string()))?;
                 }
                 () = notify.notified(), if !has_more => has_more = true,
@@ -470,7 +478,7 @@ impl Service {
                 }, if has_more => {
                     let room = room.map_err(|_| gone())?;
                     let next = |exchange: &mut Exchange| (exchange.next(id), exchange.is_building(id));
-                    let (message, is_building) = self.charged(cluster, Duration::ZERO, next);
+                    let (message, is_building) = self.charged(cluster, Duration::ZERO, next).await;
                     if is_building {
                         next_part = tokio::time::Instant::now() + BETWEEN_PARTS;
                     }
@@ -480,10 +488,10 @@ impl Service {
                     }
                 }
                 now = beat.tick() => {
-                    let keeps_replaced = self.look(|exchange| exchange.keeps_replaced(id));
+                    let keeps_replaced = self.look(|exchange| exchange.keeps_replaced(id)).await;
                     keeps_since = keeps_replaced.then(|| keeps_since.unwrap_or(now));
                     if keeps_since.is_some_and(|since| since.elapsed() > ACKNOWLEDGE_TIME) {
-                        self.charged(cluster, Duration::ZERO, |exchange| exchange.widen(id));
+                        self.charged(cluster, Duration::ZERO, |exchange| exchange.widen(id)).await;
                     }
                     match outbox.try_reserve() {
                         Ok(room) => {
@@ -568,9 +576,14 @@ impl Wire for Service {
 }
 
 impl Service {
-    fn take_report(&self, cluster: &ClusterName, id: PublishId, report: pb::Realisation) -> Result<(), PublishError> {
+    async fn take_report(
+        &self,
+        cluster: &ClusterName,
+        id: PublishId,
+        report: pb::Realisation,
+    ) -> Result<(), PublishError> {
         let state = report::state(&report);
-        self.with(|exchange| exchange.publish_report(id, state))?;
+        self.with(|exchange| exchange.publish_report(id, state)).await?;
         let reported = (tokio::time::Instant::now(), Arc::new(report));
         lock(&self.shared.reported).insert(cluster.clone(), reported);
         Ok(())

@@ -10,6 +10,8 @@ use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hanse_protocol::reason::{ExchangeProblem, Reason};
 use hanse_store::Revision;
+use tokio::runtime::Handle;
+use tokio::sync::MutexGuard;
 
 use super::Service;
 use crate::exchange::liveness::Receiving;
@@ -19,6 +21,8 @@ use crate::manifest::{Kind, ObjectId};
 use crate::registry::{Lease, Snapshot};
 use crate::status::{NodeProgress, ObjectState, ObjectStatus, Problem, Realisation, Realisations, Reasons};
 
+/// A status that takes longer, because the exchange is busy, is the last one instead. A caller waits for 10 seconds.
+const STATUS_TIME: Duration = Duration::from_secs(3);
 /// Problems of one cluster in its status: some 200 bytes each.
 const MAX_PROBLEMS: usize = 32;
 
@@ -27,13 +31,18 @@ impl Realisations for Service {
         let publishing = lock(&self.shared.publishing).clone();
         let rates = lock(&self.shared.rates).clone();
         let snapshot = self.registry.snapshot();
-        let names: Vec<ClusterName> = self.look(|exchange| exchange.federation().clusters.keys().cloned().collect());
+        let until = Instant::now() + STATUS_TIME;
+        let last = || lock(&self.shared.last_status).clone();
+        let Some(exchange) = self.locked_until(until) else { return last() };
+        let names: Vec<ClusterName> = exchange.federation().clusters.keys().cloned().collect();
+        let position = exchange.federation().position;
+        drop(exchange);
         let mut known: BTreeMap<Arc<str>, Realisation> = BTreeMap::new();
         // Problems are derived from the reports after the lock is released.
         let mut reports = Vec::new();
         for name in &names {
             // One lock for each: it is compared with all others, which takes seconds for thousands of clusters.
-            let exchange = lock(&self.shared.exchange);
+            let Some(exchange) = self.locked_until(until) else { return last() };
             let began = Instant::now();
             let entry = known.entry(name.clone()).or_default();
             entry.connected = publishing.get(name).is_some_and(|count| *count > 0);
@@ -64,7 +73,6 @@ impl Realisations for Service {
             drop(exchange);
             self.lock_time.observe(began.elapsed().as_secs_f64());
         }
-        let position = self.look(|exchange| exchange.federation().position);
         for (name, report) in reports {
             let Some(entry) = known.get_mut(&name) else { continue };
             let progress = self.progress(&snapshot, &name, &report, position);
@@ -74,12 +82,14 @@ impl Realisations for Service {
             let total = entry.problems.len() + problems.count();
             entry.problems_total = u32::try_from(total).unwrap_or(u32::MAX);
         }
+        lock(&self.shared.last_status).clone_from(&known);
         known
     }
 
     fn nodes(&self, cluster: &str) -> Vec<NodeProgress> {
-        let (report, position) =
-            self.look(|exchange| (self.last_report(exchange, cluster), exchange.federation().position));
+        let exchange = self.locked();
+        let (report, position) = (self.last_report(&exchange, cluster), exchange.federation().position);
+        drop(exchange);
         let snapshot = self.registry.snapshot();
         let nodes = report
             .iter()
@@ -94,7 +104,7 @@ impl Realisations for Service {
         let object = snapshot.objects.get(id);
         let needed = object.map_or(if gone_at > 0 { gone_at } else { snapshot.revision }, |object| object.revision);
         let policy = object.filter(|_| id.kind == Kind::FederatedNetworkPolicy).map(|_| &*id.name);
-        let exchange = lock(&self.shared.exchange);
+        let exchange = self.locked();
         let federation = exchange.federation();
         let position = federation.position;
         let clusters: Vec<ClusterName> = match policy {
@@ -129,6 +139,17 @@ impl Realisations for Service {
 }
 
 impl Service {
+    /// Waits for the lock of the exchange, for a limited time. The runtime's other tasks go on on another thread.
+    fn locked_until(&self, until: Instant) -> Option<MutexGuard<'_, Exchange>> {
+        let wait = || Handle::current().block_on(tokio::time::timeout_at(until.into(), self.shared.exchange.lock()));
+        self.shared.exchange.try_lock().ok().or_else(|| tokio::task::block_in_place(wait).ok())
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Exchange> {
+        let wait = || self.shared.exchange.blocking_lock();
+        self.shared.exchange.try_lock().unwrap_or_else(|_| tokio::task::block_in_place(wait))
+    }
+
     /// Why a cluster does not count as enforcing, whatever its nodes report: it may lack newer data.
     fn not_reached(&self, exchange: &Exchange, cluster: &ClusterName) -> Option<ExchangeProblem> {
         if let Some(conflict) = self.shared.processes.conflict(cluster) {

@@ -24,25 +24,26 @@ async fn service() -> Service {
     let registry = Registry::open(store, lease, Clock::default(), &Shutdown::default()).await.expect("opened");
     let service = Service::new(registry, CancellationToken::new());
     let newest = Deriver::default().federation(&service.registry, &service.registry.snapshot());
-    service.with(|exchange| exchange.set_federation(newest));
+    service.with(|exchange| exchange.set_federation(newest)).await;
     service
 }
 
 /// A publishing stream of `train`, which has reported.
-fn reported(service: &Service, report: pb::Realisation) -> PublishId {
-    let id = service.with(|exchange| {
+async fn reported(service: &Service, report: pb::Realisation) -> PublishId {
+    let open = |exchange: &mut Exchange| {
         let id = exchange.publish_open("train".into());
         let open = PublishRequest::Open { protocol: 1, epoch: 1, instance: Default::default() };
         exchange.publish(id, open).expect("the protocol");
         id
-    });
-    service.take_report(&"train".into(), id, report).expect("it is open");
+    };
+    let id = service.with(open).await;
+    service.take_report(&"train".into(), id, report).await.expect("it is open");
     id
 }
 
 /// A report of nodes that are as far as the hub, and its position.
-fn in_sync(service: &Service, nodes: &[&str]) -> (pb::Realisation, Position) {
-    let at = service.with(|exchange| exchange.federation().position);
+async fn in_sync(service: &Service, nodes: &[&str]) -> (pb::Realisation, Position) {
+    let at = service.with(|exchange| exchange.federation().position).await;
     let node = |name: &&str| pb::NodePosition {
         node: (*name).to_owned(),
         hub_revision: at.revision,
@@ -58,15 +59,15 @@ fn in_sync(service: &Service, nodes: &[&str]) -> (pb::Realisation, Position) {
 #[tokio::test]
 async fn a_node_that_is_ahead_of_the_hub_is_named_with_its_figures() {
     let service = service().await;
-    let (mut report, at) = in_sync(&service, &["a", "b"]);
+    let (mut report, at) = in_sync(&service, &["a", "b"]).await;
     report.nodes[1].hub_revision = at.revision + 1;
-    reported(&service, report);
+    reported(&service, report).await;
     let train = service.clusters().remove("train").expect("it is known");
     let named = train.problems.iter().map(|it| (it.node.as_str(), it.reason.clone())).collect::<Vec<_>>();
     let behind = Some(Behind::AheadOfHub { at: at.revision + 1, hub: at.revision });
     assert_eq!(named, [("b", Reason::Lag(Lag { agent: Agent::Connected, behind, failure: None }))]);
     assert_eq!(train.enforced_revision, 0, "of {}", at.revision);
-    assert_eq!(service.with(|exchange| exchange.ahead_of_hub("train")), None);
+    assert_eq!(service.with(|exchange| exchange.ahead_of_hub("train")).await, None);
     let nodes: Vec<bool> = service.nodes("train").iter().map(|it| it.problems.is_empty()).collect();
     assert_eq!(nodes, [true, false]);
 }
@@ -75,16 +76,16 @@ async fn a_node_that_is_ahead_of_the_hub_is_named_with_its_figures() {
 #[tokio::test]
 async fn a_node_of_an_earlier_epoch_does_not_count_as_enforcing() {
     let service = service().await;
-    let (mut report, at) = in_sync(&service, &["a", "b"]);
+    let (mut report, at) = in_sync(&service, &["a", "b"]).await;
     report.nodes[1].hub_epoch = Some(at.epoch - 1);
-    reported(&service, report.clone());
+    reported(&service, report.clone()).await;
     let train = service.clusters().remove("train").expect("it is known");
     assert_eq!(train.enforced_revision, 0);
     let behind = Some(Behind::OtherEpoch { at: at.revision });
     let lag = Reason::Lag(Lag { agent: Agent::Connected, behind, failure: None });
     assert_eq!(train.problems[0].reason, lag);
     report.nodes[1].hub_epoch = Some(at.epoch);
-    reported(&service, report);
+    reported(&service, report).await;
     assert_eq!(service.clusters()["train"].enforced_revision, at.revision);
 }
 
@@ -92,8 +93,8 @@ async fn a_node_of_an_earlier_epoch_does_not_count_as_enforcing() {
 #[tokio::test(start_paused = true)]
 async fn a_cluster_that_received_nothing_for_a_lease_is_shown_as_lagging() {
     let service = service().await;
-    let (report, at) = in_sync(&service, &["a"]);
-    reported(&service, report);
+    let (report, at) = in_sync(&service, &["a"]).await;
+    reported(&service, report).await;
     let _publishing = StreamPermit::acquire(&service.shared.publishing, &"train".into()).expect("room");
     let say = |age_ms| {
         let receiving = Receiving { age: Some(Duration::from_millis(age_ms)), reported: tokio::time::Instant::now() };
@@ -122,7 +123,7 @@ async fn a_cluster_that_received_nothing_for_a_lease_is_shown_as_lagging() {
 async fn reads_messages_of_a_receiver_that_leaves_no_room() {
     let service = service().await;
     let open = || WatchOpen { protocol: 1, ..WatchOpen::default() };
-    let id = service.with(|exchange| exchange.watch_open("train".into(), open())).expect("accepted");
+    let id = service.with(|exchange| exchange.watch_open("train".into(), open())).await.expect("accepted");
     let notify = Notify::new();
     notify.notify_one();
     let (outbox, _unread) = mpsc::channel(1);
@@ -135,11 +136,11 @@ async fn reads_messages_of_a_receiver_that_leaves_no_room() {
             // It has filled the room, and has more.
             tokio::time::sleep(Duration::from_secs(1)).await;
             assert_eq!(outbox.capacity(), 0);
-            let at = service.with(|exchange| exchange.federation().position);
+            let at = service.with(|exchange| exchange.federation().position).await;
             let ack = codec::watch::encode_request(WatchRequest::InForce { interest: 7, hub: at });
             member.send(Ok(ack)).await.expect("it is read");
             tokio::time::sleep(Duration::from_secs(1)).await;
-            let in_force = service.with(|exchange| exchange.receivers()[0].interest_in_force);
+            let in_force = service.with(|exchange| exchange.receivers()[0].interest_in_force).await;
             let again = codec::watch::encode_request(WatchRequest::Open(open()));
             member.send(Ok(again)).await.expect("it is read");
             in_force
@@ -272,12 +273,29 @@ async fn streams_of_a_cluster_wait_for_the_time_that_it_used() {
     // An open stream waits as well.
     while tokio::time::timeout(HEARTBEAT / 2, next(&mut of_train)).await.is_ok() {}
     service.charge(&train, Duration::from_secs(20));
-    service.with(|exchange| {
+    let newer = |exchange: &mut Exchange| {
         let mut newer = exchange.federation().clone();
         newer.position.revision += 1;
         exchange.set_federation(newer);
-    });
+    };
+    service.with(newer).await;
     assert!(next(&mut of_train).await >= wait);
+}
+
+/// While the exchange is busy, streams that wait for it take no thread, and the last status is served.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_is_served_while_the_exchange_is_busy() {
+    let service = service().await;
+    let last = service.clusters();
+    assert_eq!(last.len(), 2);
+    let busy = service.shared.exchange.lock().await;
+    for _ in 0..16 {
+        let waiting = service.clone();
+        tokio::spawn(async move { waiting.look(|_| ()).await });
+    }
+    let other = service.clone();
+    assert_eq!(tokio::spawn(async move { other.clusters() }).await.expect("no panic"), last);
+    drop(busy);
 }
 
 /// It keeps selections in force that nothing of the hub needs, and does not acknowledge.
