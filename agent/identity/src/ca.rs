@@ -12,11 +12,8 @@ use rcgen::{
 };
 use rustls_pki_types::CertificateDer;
 
-use crate::keys::{Certificate, Credentials, Key, KeyError, RequestedKey};
+use crate::keys::{Certificate, Credentials, EARLY_START, Key, KeyError, RequestedKey};
 use crate::spiffe::{Identity, TrustDomain};
-
-/// Validity starts this much early, so that a clock which is slow by less does not refuse a new certificate.
-pub const EARLY_START: Duration = Duration::from_secs(300);
 
 /// Why a certificate was not issued.
 #[derive(Debug, thiserror::Error)]

@@ -16,9 +16,11 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
-use crate::ca::EARLY_START;
 use crate::spiffe::{Identity, IdentityError, TrustDomain, split_uri};
 use hanse_runtime::files;
+
+/// Validity starts this much early, so that a clock which is slow by less does not refuse a new certificate.
+pub const EARLY_START: Duration = Duration::from_secs(300);
 
 /// Largest certificate or request that is parsed, in bytes. Ours are below 1 KiB.
 pub const MAX_DER_BYTES: usize = 8 * 1024;

@@ -10,7 +10,7 @@ mod enrol;
 mod nodes;
 mod service;
 mod state;
-mod status;
+pub(crate) mod status;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -10,7 +10,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 
-use crate::fanout::NodeStatus;
+use crate::fanout::status::NodeStatus;
 use crate::world::World;
 
 /// Clones share the metrics.

@@ -143,7 +143,7 @@ impl Net {
     pub fn listen(&self, short: &str, address: &str) -> TcpListener {
         let address: SocketAddr = address.parse().expect("an address");
         self.within(short, || {
-            let listener = TcpListener::bind(address).expect("bound");
+            let listener = bound(|| TcpListener::bind(address));
             listener.set_nonblocking(true).expect("set");
             listener
         })
@@ -152,7 +152,7 @@ impl Net {
     pub fn udp(&self, short: &str, address: &str) -> UdpSocket {
         let address: SocketAddr = address.parse().expect("an address");
         self.within(short, || {
-            let socket = UdpSocket::bind(address).expect("bound");
+            let socket = bound(|| UdpSocket::bind(address));
             socket.set_read_timeout(Some(PATIENCE)).expect("set");
             socket
         })
@@ -195,6 +195,15 @@ impl Net {
         drain(to);
         sender.send_to(b"probe", target).is_ok() && to.recv_from(&mut [0; 16]).is_ok()
     }
+}
+
+/// A socket of an address that may just have been closed: a child that another test starts at this moment has a copy of every open
+/// socket until it executes its program.
+fn bound<T>(bind: impl Fn() -> std::io::Result<T>) -> T {
+    let in_use = |error: &std::io::Error| error.kind() == std::io::ErrorKind::AddrInUse;
+    until(|| Some(bind()).filter(|bound| !bound.as_ref().is_err_and(in_use)))
+        .expect("the address is free")
+        .expect("bound")
 }
 
 fn first(names: &[String]) -> u8 {
