@@ -197,7 +197,7 @@ async fn a_silent_clusters_lease_ends_and_begins_again() {
     let registry = &test.hub.registry;
     let lease = || registry.snapshot().clusters["train"].lease;
     assert_eq!(lease(), Lease::NeverConnected);
-    assert!(registry.renew_lease("nobody").await.is_err());
+    assert!(registry.renew_lease("unknown").await.is_err());
     registry.renew_lease("train").await.unwrap();
     assert_eq!(lease(), Lease::Live);
     let revision = registry.snapshot().clusters["train"].revision;

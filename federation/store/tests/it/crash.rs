@@ -7,32 +7,29 @@ use hanse_store::{Key, Prefix, StoreUrl, Transaction, create, open};
 
 const PATH: &str = "HANSE_STORE_CRASH_PATH";
 
-/// Not a test by itself: the child of the one below.
-#[test]
-#[ignore = "run by keeps_every_acknowledged_transaction_after_kill_9 as its child"]
-fn child() {
-    let Ok(path) = std::env::var(PATH) else { return };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
-        let path: &std::path::Path = path.as_ref();
-        let store = if path.exists() { open(&StoreUrl::file(path)) } else { create(&StoreUrl::file(path)) }.unwrap();
-        let mut out = std::io::stdout();
-        let start = store.revision().await.unwrap();
-        for i in start.. {
-            let i = i.to_string();
-            // Two keys in one transaction: both or neither.
-            let both = Transaction::default()
-                .put(Key::new(&["a", &i]).unwrap(), i.clone())
-                .put(Key::new(&["b", &i]).unwrap(), i.clone());
-            store.commit(both).await.unwrap();
-            writeln!(out, "acknowledged {i}").unwrap();
-            out.flush().unwrap();
-        }
-    });
+/// Writes until it is killed, and prints what was acknowledged.
+async fn write_for_ever(path: &std::path::Path) {
+    let store = if path.exists() { open(&StoreUrl::file(path)) } else { create(&StoreUrl::file(path)) }.unwrap();
+    let mut out = std::io::stdout();
+    let start = store.revision().await.unwrap();
+    for i in start.. {
+        let i = i.to_string();
+        // Two keys in one transaction: both or neither.
+        let both = Transaction::default()
+            .put(Key::new(&["a", &i]).unwrap(), i.clone())
+            .put(Key::new(&["b", &i]).unwrap(), i.clone());
+        store.commit(both).await.unwrap();
+        writeln!(out, "acknowledged {i}").unwrap();
+        out.flush().unwrap();
+    }
 }
 
 #[tokio::test]
 async fn keeps_every_acknowledged_transaction_after_kill_9() {
+    // This test, run as its own child.
+    if let Ok(path) = std::env::var(PATH) {
+        return write_for_ever(path.as_ref()).await;
+    }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
     let mut acknowledged = Vec::new();
@@ -44,7 +41,12 @@ async fn keeps_every_acknowledged_transaction_after_kill_9() {
     let mut random: u64 = seed;
     for round in 0..12_usize {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "crash::child", "--ignored", "--nocapture", "--test-threads=1"])
+            .args([
+                "--exact",
+                "crash::keeps_every_acknowledged_transaction_after_kill_9",
+                "--nocapture",
+                "--test-threads=1",
+            ])
             .env(PATH, &path)
             .stdout(Stdio::piped())
             .spawn()
