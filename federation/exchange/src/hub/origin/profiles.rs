@@ -41,6 +41,8 @@ impl OwnKeys {
                     is_new = true;
                 }
                 Err(at) => {
+                    // Most profiles have one or two keys, and there may be as many profiles as endpoints.
+                    few.reserve_exact(1);
                     few.insert(at, (Arc::clone(key), 1));
                     is_new = true;
                 }
