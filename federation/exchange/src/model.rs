@@ -31,6 +31,36 @@ pub trait Grant: Send + Sync + std::fmt::Debug {
     fn max_label_sets(&self) -> usize;
 }
 
+/// Grants everything, without limits: for tests and benchmarks.
+#[derive(Debug)]
+pub struct GrantAll;
+
+impl Grant for GrantAll {
+    fn permits_namespace(&self, _: &str) -> bool {
+        true
+    }
+
+    fn permits_address(&self, _: IpAddr) -> bool {
+        true
+    }
+
+    fn permits_label(&self, _: &str, _: &str) -> bool {
+        true
+    }
+
+    fn label_grant(&self) -> LabelGrant {
+        LabelGrant::All
+    }
+
+    fn max_endpoints(&self) -> usize {
+        usize::MAX
+    }
+
+    fn max_label_sets(&self) -> usize {
+        usize::MAX
+    }
+}
+
 /// A cluster's lease. Only the hub ends one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lease {

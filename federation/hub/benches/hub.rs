@@ -13,7 +13,6 @@
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read as _, Write as _};
-use std::net::IpAddr;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,9 +24,9 @@ use hanse_exchange::member::publisher::{PublishSession, Publisher};
 use hanse_exchange::member::receiver::Receiver;
 use hanse_exchange::message::{PublishRequest, WatchOpen, WatchRequest, WatchResponse, WrittenScope, WrittenSelection};
 use hanse_exchange::model::{
-    ClusterState, FederatedManifest, Federation, Grant, Lease, ManifestKind, Position, Wanted,
+    ClusterState, FederatedManifest, Federation, GrantAll, Lease, ManifestKind, Position, Wanted,
 };
-use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, LabelGrant, Labels, NamedPort, Namespace};
+use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Labels, NamedPort, Namespace};
 use hanse_policy::model::{ClusterName, ClusterScope};
 use hanse_policy::selector::Selector;
 use hanse_proto::federation::v1 as pb;
@@ -87,31 +86,6 @@ fn run(shape: &str) {
     }
 }
 
-/// Everything is granted.
-#[derive(Debug)]
-struct Everything;
-
-impl Grant for Everything {
-    fn permits_namespace(&self, _: &str) -> bool {
-        true
-    }
-    fn permits_address(&self, _: IpAddr) -> bool {
-        true
-    }
-    fn permits_label(&self, _: &str, _: &str) -> bool {
-        true
-    }
-    fn label_grant(&self) -> LabelGrant {
-        LabelGrant::All
-    }
-    fn max_endpoints(&self) -> usize {
-        usize::MAX
-    }
-    fn max_label_sets(&self) -> usize {
-        usize::MAX
-    }
-}
-
 fn name(cluster: usize) -> ClusterName {
     format!("cluster-{cluster}").into()
 }
@@ -120,7 +94,7 @@ fn name(cluster: usize) -> ClusterName {
 fn federation(clusters: usize, selector: impl Fn(usize) -> Selector) -> Federation {
     let state = ClusterState {
         labels: Labels::new(),
-        grant: Arc::new(Everything),
+        grant: Arc::new(GrantAll),
         grant_token: 1,
         cidrs: Vec::new(),
         lease: Lease::Live,

@@ -144,9 +144,9 @@ pub trait Realisations: Send + Sync + 'static {
 
 /// Before the exchange runs, nothing is known.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct NothingKnown;
+pub struct NoRealisations;
 
-impl Realisations for NothingKnown {
+impl Realisations for NoRealisations {
     fn clusters(&self) -> BTreeMap<Arc<str>, Realisation> {
         BTreeMap::new()
     }

@@ -14,7 +14,7 @@
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,11 +27,11 @@ use hanse_exchange::interest::Wanted;
 use hanse_exchange::member::publisher::{ChangedExports, PublishSession, Publisher};
 use hanse_exchange::member::receiver::Receiver;
 use hanse_exchange::message::{PublishResponse, WatchRequest};
-use hanse_exchange::model::{ClusterState, FederatedManifest, Federation, Grant, Lease, ManifestKind, Position};
+use hanse_exchange::model::{ClusterState, FederatedManifest, Federation, GrantAll, Lease, ManifestKind, Position};
 use hanse_member::own_streams::Ends;
 use hanse_member::source::Changes;
 use hanse_member::world::World;
-use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, LabelGrant, Labels, NamedPort, Namespace};
+use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Labels, NamedPort, Namespace};
 use hanse_policy::model::{ClusterName, ClusterScope};
 use hanse_policy::selector::Selector;
 use hanse_proto::federation::v1 as pb;
@@ -290,35 +290,11 @@ impl Recorder {
     }
 }
 
-#[derive(Debug)]
-struct Everything;
-
-impl Grant for Everything {
-    fn permits_namespace(&self, _: &str) -> bool {
-        true
-    }
-    fn permits_address(&self, _: IpAddr) -> bool {
-        true
-    }
-    fn permits_label(&self, _: &str, _: &str) -> bool {
-        true
-    }
-    fn label_grant(&self) -> LabelGrant {
-        LabelGrant::All
-    }
-    fn max_endpoints(&self) -> usize {
-        usize::MAX
-    }
-    fn max_label_sets(&self) -> usize {
-        usize::MAX
-    }
-}
-
 /// The clusters `origin` and `here`, and a policy of `here` that selects every endpoint.
 fn federation() -> Federation {
     let state = ClusterState {
         labels: Labels::new(),
-        grant: Arc::new(Everything),
+        grant: Arc::new(GrantAll),
         grant_token: 1,
         cidrs: Vec::new(),
         lease: Lease::Live,

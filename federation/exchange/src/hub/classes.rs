@@ -13,7 +13,7 @@ use hanse_policy::slab::Slab;
 use hashbrown::HashMap;
 
 use super::derived;
-use super::origin::{Before, Changes, Entry, Origin, Place};
+use super::origin::{Before, Changes, Entry, JudgingCursor, Origin};
 use super::selections::{EVALUATIONS_PER_UPDATE, Selections};
 use super::slots::{Bits, Slots};
 use crate::interest::{Interest, Wanted};
@@ -69,7 +69,7 @@ struct Building {
     origin: usize,
     /// Those of `unjudged` that concern the present origin, until they were judged.
     of_origin: Option<Vec<u32>>,
-    place: Option<Place>,
+    cursor: Option<JudgingCursor>,
     slot: u32,
 }
 
@@ -156,7 +156,7 @@ impl Classes {
             unjudged: Vec::new(),
             origin: 0,
             of_origin: None,
-            place: Some(Place::default()),
+            cursor: Some(JudgingCursor::default()),
             slot: 0,
         };
         let id = self.all.insert(Class {
@@ -299,20 +299,20 @@ impl Building {
             return 0;
         };
         let most = left.saturating_mul(EVALUATIONS_PER_UPDATE);
-        if let Some(place) = self.place {
+        if let Some(cursor) = self.cursor {
             let Some(fresh) = &self.of_origin else {
                 let unjudged = self.unjudged.iter().copied();
                 self.of_origin = Some(unjudged.filter(|number| selections.concerns(*number, &origin.name)).collect());
                 return self.unjudged.len() / EVALUATIONS_PER_UPDATE;
             };
             let (began, profiles) = (selections.evaluated(), origin.profile_bound());
-            let before = place.profile();
-            self.place = origin.select(fresh, selections, place, most);
-            let after = self.place.map_or(profiles, Place::profile);
+            let before = cursor.profile();
+            self.cursor = origin.select(fresh, selections, cursor, most);
+            let after = self.cursor.map_or(profiles, JudgingCursor::profile);
             let visited = if fresh.is_empty() { 0 } else { after.saturating_sub(before) as usize };
             return visited
                 + selections.evaluated_since(began) / EVALUATIONS_PER_UPDATE
-                + usize::from(self.place.is_some());
+                + usize::from(self.cursor.is_some());
         }
         let slots = origin.slot_bound();
         let view = view_of(&mut class.views, self.origin);
@@ -334,7 +334,7 @@ impl Building {
 
     fn next_origin(&mut self) {
         self.origin += 1;
-        (self.of_origin, self.place, self.slot) = (None, Some(Place::default()), 0);
+        (self.of_origin, self.cursor, self.slot) = (None, Some(JudgingCursor::default()), 0);
     }
 }
 

@@ -36,7 +36,7 @@ pub use batch::{Applying, Batch, BatchError, StagedLimits};
 use granted::Granted;
 use history::History;
 pub use history::MAX_TOMBSTONES;
-pub use judging::Place;
+pub use judging::JudgingCursor;
 use kept::{Kept, Overflow};
 use named::Named;
 pub use objects::{Before, Entry};

@@ -384,40 +384,13 @@ mod tests {
 
     use super::*;
     use crate::message::{PublishRequest, WrittenScope, WrittenSelection};
-    use crate::model::Lease;
-    use hanse_policy::inventory::LabelGrant;
-
-    use crate::model::{ClusterState, Federation, Grant};
-
-    #[derive(Debug)]
-    struct Everything;
-
-    impl Grant for Everything {
-        fn permits_namespace(&self, _: &str) -> bool {
-            true
-        }
-        fn permits_address(&self, _: std::net::IpAddr) -> bool {
-            true
-        }
-        fn permits_label(&self, _: &str, _: &str) -> bool {
-            true
-        }
-        fn label_grant(&self) -> LabelGrant {
-            LabelGrant::All
-        }
-        fn max_endpoints(&self) -> usize {
-            usize::MAX
-        }
-        fn max_label_sets(&self) -> usize {
-            usize::MAX
-        }
-    }
+    use crate::model::{ClusterState, Federation, GrantAll, Lease};
 
     /// A hub with cluster `a`.
     fn federation(revision: u64) -> Federation {
         let state = ClusterState {
             labels: Default::default(),
-            grant: Arc::new(Everything),
+            grant: Arc::new(GrantAll),
             grant_token: 1,
             cidrs: Vec::new(),
             lease: Lease::Live,

@@ -26,14 +26,14 @@ pub struct Judge<'a> {
 
 /// An end of a packet, as the inventory knows it.
 #[derive(Debug, Default)]
-struct KnownEnd {
-    pod: Option<KnownPod>,
+struct ResolvedEnd {
+    pod: Option<ResolvedPod>,
     /// The network sets that contain the address.
     sets: SmallVec<[SlotId; 4]>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct KnownPod {
+struct ResolvedPod {
     slot: SlotId,
     cluster: ClusterId,
     class: Option<ClassId>,
@@ -86,7 +86,7 @@ impl<'a> Judge<'a> {
     }
 
     /// `enforced`: the answer of the enforced view, which is reused in directions where no staged policy changes the chain.
-    fn judge(&self, facts: &KnownFacts<'_, '_>, view: View, enforced: Option<&Answer>) -> Answer {
+    fn judge(&self, facts: &PacketFacts<'_, '_>, view: View, enforced: Option<&Answer>) -> Answer {
         let query = facts.query;
         answer(query, false, |_, direction| {
             let at = usize::from(direction == Direction::Ingress);
@@ -98,7 +98,7 @@ impl<'a> Judge<'a> {
                 return if at == 0 { enforced.egress.clone() } else { enforced.ingress.clone() };
             }
             self.set_bits(&chain, facts);
-            let names_ports = |pod: KnownPod| !self.inventory.slots[pod.slot].ports().is_empty();
+            let names_ports = |pod: ResolvedPod| !self.inventory.slots[pod.slot].ports().is_empty();
             let packet = PacketOutline::new(query, facts.ends[1].pod.is_some_and(names_ports), &self.bits);
             let local = &self.inventory.clusters[LOCAL];
             let enforcer = Enforcer {
@@ -122,17 +122,17 @@ impl<'a> Judge<'a> {
         })
     }
 
-    fn facts<'j>(&'j self, query: &'j Query) -> KnownFacts<'j, 'a> {
-        KnownFacts { judge: self, query, ends: [self.known(&query.source), self.known(&query.destination)] }
+    fn facts<'j>(&'j self, query: &'j Query) -> PacketFacts<'j, 'a> {
+        PacketFacts { judge: self, query, ends: [self.known(&query.source), self.known(&query.destination)] }
     }
 
-    fn known(&self, end: &End) -> KnownEnd {
+    fn known(&self, end: &End) -> ResolvedEnd {
         let pod = end.pod.as_ref().and_then(|(cluster, id)| {
             let cluster = self.inventory.cluster_id(cluster)?;
             let slot = self.inventory.endpoint(cluster, id)?;
-            Some(KnownPod { slot, cluster, class: self.inventory.slots[slot].class })
+            Some(ResolvedPod { slot, cluster, class: self.inventory.slots[slot].class })
         });
-        KnownEnd { pod, sets: self.inventory.sets_containing(end.address) }
+        ResolvedEnd { pod, sets: self.inventory.sets_containing(end.address) }
     }
 
     fn chain(&self, class: Option<ClassId>, direction: Direction, view: View) -> Arc<Chain> {
@@ -143,7 +143,7 @@ impl<'a> Judge<'a> {
     }
 
     /// Sets the bits of the selectors that match the ends, or may, and of the nets that contain them.
-    fn set_bits(&self, chain: &Chain, facts: &KnownFacts<'_, '_>) {
+    fn set_bits(&self, chain: &Chain, facts: &PacketFacts<'_, '_>) {
         self.bits.clear();
         let addresses = [facts.query.source.address, facts.query.destination.address];
         for (at, end) in facts.ends.iter().enumerate().filter(|(at, _)| chain.requires[*at]) {
@@ -169,18 +169,18 @@ impl<'a> Judge<'a> {
 }
 
 /// [`Facts`] of one packet.
-struct KnownFacts<'j, 'a> {
+struct PacketFacts<'j, 'a> {
     judge: &'j Judge<'a>,
     query: &'j Query,
-    ends: [KnownEnd; 2],
+    ends: [ResolvedEnd; 2],
 }
 
-impl KnownFacts<'_, '_> {
-    fn end(&self, end: &End) -> &KnownEnd {
+impl PacketFacts<'_, '_> {
+    fn end(&self, end: &End) -> &ResolvedEnd {
         &self.ends[usize::from(!std::ptr::eq(end, &self.query.source))]
     }
 
-    fn pod(&self, pod: KnownPod, scope: &ClusterScope, selector: SelectorId) -> Tri {
+    fn pod(&self, pod: ResolvedPod, scope: &ClusterScope, selector: SelectorId) -> Tri {
         match self.judge.inventory.in_scope(scope, pod.cluster) {
             true => self.judge.matches(pod.class, selector),
             false => Tri::No,
@@ -188,7 +188,7 @@ impl KnownFacts<'_, '_> {
     }
 }
 
-impl Facts for KnownFacts<'_, '_> {
+impl Facts for PacketFacts<'_, '_> {
     fn selected(&self, _enforcer: &str, selection: &Selection, end: &End) -> Tri {
         let inventory = self.judge.inventory;
         // Every selector of a stored policy is registered.
@@ -206,7 +206,7 @@ impl Facts for KnownFacts<'_, '_> {
     fn named_port(&self, _enforcer: &str, pods: &Selection, name: &str, end: &End, protocol: u8, port: u16) -> Tri {
         let inventory = self.judge.inventory;
         let Some(selector) = inventory.index.find(&pods.selector) else { return Tri::Unknown };
-        let named = |pod: &KnownPod| has_named_port(inventory.slots[pod.slot].ports(), name, protocol, port);
+        let named = |pod: &ResolvedPod| has_named_port(inventory.slots[pod.slot].ports(), name, protocol, port);
         let pod = self.end(end).pod.filter(named);
         pod.map_or(Tri::No, |pod| self.pod(pod, &pods.clusters, selector))
     }

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use smallvec::SmallVec;
 
 use super::id_set::IdSet;
-use super::matches::{ClassId, FastMap, KeyId, PairId, Place, Realm, SelectorIndex};
+use super::matches::{ClassId, FastMap, KeyId, PairId, Realm, SelectorIndex, SlotGroup};
 use super::model::{
     Addresses, ClusterId, ClusterRecord, Context, ContextId, Contribution, FEDERATION, IndexedCluster, LOCAL, Members,
     NodeIndex, ServiceKey, Slot, SlotId,
@@ -22,7 +22,7 @@ use crate::selector::{Selector, build};
 use crate::slab::{Id as _, SecondaryMap, Slab};
 
 /// Endpoints that are visited together when a key becomes relevant.
-pub(super) const PLACE: u32 = 64;
+pub(super) const GROUP_SLOTS: u32 = 64;
 
 /// See the module `indexed`.
 #[derive(Debug)]
@@ -252,7 +252,7 @@ impl IndexedInventory {
         };
         for pair in &own {
             let key = self.index.key_of(*pair);
-            self.index.note_place(key, Place::new(at.number() / PLACE));
+            self.index.note_group(key, SlotGroup::new(at.number() / GROUP_SLOTS));
         }
         for port in &endpoint.ports {
             self.by_port.entry(port.name.clone()).or_default().insert(at);

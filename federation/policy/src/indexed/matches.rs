@@ -32,8 +32,8 @@ slab_id! {
     pub struct ClassId;
     /// See [`Realm`].
     pub struct RealmId;
-    /// A place of the caller's, where labels are; see [`SelectorIndex::note_place`].
-    pub struct Place;
+    /// A group of slots of the caller; see [`SelectorIndex::note_group`].
+    pub struct SlotGroup;
 }
 
 pub type FastMap<K, V> = HashMap<K, V, RandomState>;
@@ -64,8 +64,8 @@ struct Key {
     selectors: IdSet<SelectorId>,
     /// Pairs and selectors that have it.
     references: u32,
-    /// Until it is relevant: the places of pairs that have it, see [`SelectorIndex::note_place`].
-    places: IdSet<Place>,
+    /// Until it is relevant: the groups of pairs that have it, see [`SelectorIndex::note_group`].
+    groups: IdSet<SlotGroup>,
 }
 
 /// A leaf of an expression in negation normal form.
@@ -189,7 +189,7 @@ impl SelectorIndex {
             relevant: false,
             selectors: IdSet::default(),
             references: 0,
-            places: IdSet::default(),
+            groups: IdSet::default(),
         };
         let id = self.keys.insert(key);
         self.keys_by_text.insert(shared, id);
@@ -254,19 +254,19 @@ impl SelectorIndex {
         self.keys[key].relevant
     }
 
-    /// Records that something with a pair of this key is at a place of the caller's. Places are never removed: the caller
+    /// Records that something with a pair of this key is in a group of slots. Groups are never removed: the caller
     /// checks what it finds there.
-    pub fn note_place(&mut self, key: KeyId, place: Place) {
+    pub fn note_group(&mut self, key: KeyId, group: SlotGroup) {
         let key = &mut self.keys[key];
         if !key.relevant {
-            key.places.insert(place);
+            key.groups.insert(group);
         }
     }
 
-    /// Takes the places of a key that became relevant.
-    pub fn take_places(&mut self, key: KeyId) -> IdSet<Place> {
+    /// Takes the groups of a key that became relevant.
+    pub fn take_groups(&mut self, key: KeyId) -> IdSet<SlotGroup> {
         let key = &mut self.keys[key];
-        if key.relevant { std::mem::take(&mut key.places) } else { IdSet::default() }
+        if key.relevant { std::mem::take(&mut key.groups) } else { IdSet::default() }
     }
 
     pub fn realm(&mut self, realm: &Realm) -> RealmId {

@@ -3,7 +3,7 @@
 use std::hash::BuildHasher as _;
 use std::sync::Arc;
 
-use super::inventory::{IndexedInventory, PLACE, spread};
+use super::inventory::{GROUP_SLOTS, IndexedInventory, spread};
 use super::matches::{ClassId, KeyId, Labels, PairId};
 use super::model::{Addresses, Context, ContextId, Contribution, LOCAL, SlotId};
 use crate::inventory::EndpointKind;
@@ -134,9 +134,9 @@ impl IndexedInventory {
     fn mark_newly_relevant(&mut self) {
         let newly_relevant = std::mem::take(&mut self.newly_relevant);
         for key in &newly_relevant {
-            for place in self.index.take_places(*key).iter() {
-                let first = place.number() * PLACE;
-                for at in (first..first + PLACE).map(SlotId::new) {
+            for group in self.index.take_groups(*key).iter() {
+                let first = group.number() * GROUP_SLOTS;
+                for at in (first..first + GROUP_SLOTS).map(SlotId::new) {
                     let Some(slot) = self.slots.get(at) else { continue };
                     if slot.own.iter().any(|pair| self.index.key_of(*pair) == *key) {
                         self.mark(at);

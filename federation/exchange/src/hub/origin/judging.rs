@@ -22,12 +22,12 @@ const MATCHES_PER_EVALUATION: usize = 128;
 
 /// How far new selections were judged: the next profile, and the next selection over it.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Place {
+pub struct JudgingCursor {
     profile: u32,
     selection: u32,
 }
 
-impl Place {
+impl JudgingCursor {
     pub fn profile(self) -> u32 {
         self.profile
     }
@@ -42,20 +42,26 @@ pub struct Candidates {
 }
 
 impl Origin {
-    /// Judges new selections, which are sorted and concern this cluster, from a place on, for about this number of evaluations.
-    /// Returns the next place, if there is more. Selections that were judged before stay unchanged.
-    pub fn select(&mut self, fresh: &[u32], selections: &Selections, from: Place, evaluations: usize) -> Option<Place> {
+    /// Judges new selections, which are sorted and concern this cluster, from a cursor on, for about this number of evaluations.
+    /// Returns the next cursor, if there is more. Selections that were judged before stay unchanged.
+    pub fn select(
+        &mut self,
+        fresh: &[u32],
+        selections: &Selections,
+        from: JudgingCursor,
+        evaluations: usize,
+    ) -> Option<JudgingCursor> {
         let (began, mut visited) = (selections.evaluated(), 0_usize);
-        let Place { mut profile, mut selection } = from;
+        let JudgingCursor { mut profile, mut selection } = from;
         while profile < self.profiles.bound() && !fresh.is_empty() {
             let spent = selections.evaluated_since(began).saturating_add(visited * EVALUATIONS_PER_UPDATE);
             if spent >= evaluations {
-                return Some(Place { profile, selection });
+                return Some(JudgingCursor { profile, selection });
             }
             visited += 1;
             let rest = &fresh[fresh.partition_point(|number| *number < selection)..];
             match self.select_of(profile, rest, selections, evaluations - spent) {
-                Some(next) => return Some(Place { profile, selection: next }),
+                Some(next) => return Some(JudgingCursor { profile, selection: next }),
                 None => (profile, selection) = (profile + 1, 0),
             }
         }
