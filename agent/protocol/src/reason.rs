@@ -181,6 +181,8 @@ pub enum ExchangeProblem {
     NotWatching,
     /// Since the member last received something from the hub.
     NotReceiving(Duration),
+    /// The exchange of the hub was too busy for a new status; the age of this one, unless there is none.
+    OldStatus(Option<Duration>),
     Unknown,
 }
 
@@ -251,6 +253,7 @@ impl ExchangeProblem {
             Self::AheadOfHub { .. } => "AheadOfHub",
             Self::NotWatching => "NotWatching",
             Self::NotReceiving(_) => "NotReceiving",
+            Self::OldStatus(_) => "StatusOutdated",
             Self::Unknown => "Unknown",
         }
     }

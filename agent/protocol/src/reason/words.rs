@@ -182,6 +182,10 @@ impl Display for Words<'_, ExchangeProblem> {
             ),
             ExchangeProblem::NotWatching => f.write_str("has no Watch stream to this hub"),
             ExchangeProblem::NotReceiving(age) => write!(f, "has received nothing for {} s", age.as_secs()),
+            ExchangeProblem::OldStatus(Some(age)) => {
+                write!(f, "the exchange of the hub is busy: this status is {} s old", age.as_secs())
+            }
+            ExchangeProblem::OldStatus(None) => f.write_str("the exchange of the hub is busy: no status yet"),
             ExchangeProblem::Unknown => f.write_str(UNKNOWN),
         }
     }

@@ -82,8 +82,8 @@ struct Shared {
     rates: Mutex<BTreeMap<ClusterName, Rate>>,
     /// The last report of enforcement of each cluster, and when it came.
     reported: Mutex<BTreeMap<ClusterName, (tokio::time::Instant, Arc<pb::Realisation>)>>,
-    /// The last status of all clusters: it is served while the exchange is too busy for a new one.
-    last_status: Mutex<BTreeMap<Arc<str>, Realisation>>,
+    /// The last status of each cluster, and when it was made: it is served, marked, while the exchange is too busy for a new one.
+    last_status: Mutex<BTreeMap<Arc<str>, (Instant, Realisation)>>,
     /// Clusters that are connected and have not published here yet.
     unpublished: Mutex<BTreeMap<ClusterName, Unpublished>>,
     receiving: Mutex<BTreeMap<ClusterName, Receiving>>,
@@ -231,7 +231,9 @@ impl Service {
         };
         self.with(|exchange| exchange.publish_close(id)).await;
         // The rest of a batch is applied in parts as well.
-        while let Ok(Published::More) = self.with(|exchange| exchange.publish_more(id)).await {
+        while !self.stop.is_cancelled()
+            && let Ok(Published::More) = self.with(|exchange| exchange.publish_more(id)).await
+        {
             tokio::time::sleep(BETWEEN_PARTS).await;
         }
         drop(permit);

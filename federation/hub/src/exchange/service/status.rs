@@ -21,7 +21,8 @@ use crate::manifest::{Kind, ObjectId};
 use crate::registry::{Lease, Snapshot};
 use crate::status::{NodeProgress, ObjectState, ObjectStatus, Problem, Realisation, Realisations, Reasons};
 
-/// A status that takes longer, because the exchange is busy, is the last one instead. A caller waits for 10 seconds.
+/// After this time, a cluster for which the exchange is busy has its last status, marked with its age. A caller waits for 10
+/// seconds.
 const STATUS_TIME: Duration = Duration::from_secs(3);
 /// Problems of one cluster in its status: some 200 bytes each.
 const MAX_PROBLEMS: usize = 32;
@@ -32,17 +33,22 @@ impl Realisations for Service {
         let rates = lock(&self.shared.rates).clone();
         let snapshot = self.registry.snapshot();
         let until = Instant::now() + STATUS_TIME;
-        let last = || lock(&self.shared.last_status).clone();
-        let Some(exchange) = self.locked_until(until) else { return last() };
+        let mut known: BTreeMap<Arc<str>, Realisation> = BTreeMap::new();
+        let Some(exchange) = self.locked_until(until) else {
+            return snapshot.clusters.keys().map(|name| (name.clone(), self.last_status(name))).collect();
+        };
         let names: Vec<ClusterName> = exchange.federation().clusters.keys().cloned().collect();
         let position = exchange.federation().position;
         drop(exchange);
-        let mut known: BTreeMap<Arc<str>, Realisation> = BTreeMap::new();
+        let mut last = BTreeMap::new();
         // Problems are derived from the reports after the lock is released.
         let mut reports = Vec::new();
         for name in &names {
             // One lock for each: it is compared with all others, which takes seconds for thousands of clusters.
-            let Some(exchange) = self.locked_until(until) else { return last() };
+            let Some(exchange) = self.locked_until(until) else {
+                last.insert(name.clone(), self.last_status(name));
+                continue;
+            };
             let began = Instant::now();
             let entry = known.entry(name.clone()).or_default();
             entry.connected = publishing.get(name).is_some_and(|count| *count > 0);
@@ -82,7 +88,12 @@ impl Realisations for Service {
             let total = entry.problems.len() + problems.count();
             entry.problems_total = u32::try_from(total).unwrap_or(u32::MAX);
         }
-        lock(&self.shared.last_status).clone_from(&known);
+        let mut stored = lock(&self.shared.last_status);
+        let now = Instant::now();
+        stored.retain(|name, _| last.contains_key(name));
+        stored.extend(known.iter().map(|(name, status)| (name.clone(), (now, status.clone()))));
+        drop(stored);
+        known.append(&mut last);
         known
     }
 
@@ -139,6 +150,16 @@ impl Realisations for Service {
 }
 
 impl Service {
+    /// The last status of a cluster, with its age as a problem.
+    fn last_status(&self, name: &str) -> Realisation {
+        let last = lock(&self.shared.last_status).get(name).cloned();
+        let age = last.as_ref().map(|(at, _)| at.elapsed());
+        let mut status = last.map(|(_, status)| status).unwrap_or_default();
+        status.problems.insert(0, Problem::new("", Reason::Exchange(ExchangeProblem::OldStatus(age))));
+        status.problems_total = status.problems_total.saturating_add(1);
+        status
+    }
+
     /// Waits for the lock of the exchange, for a limited time. The runtime's other tasks go on on another thread.
     fn locked_until(&self, until: Instant) -> Option<MutexGuard<'_, Exchange>> {
         let wait = || Handle::current().block_on(tokio::time::timeout_at(until.into(), self.shared.exchange.lock()));

@@ -294,7 +294,21 @@ async fn status_is_served_while_the_exchange_is_busy() {
         tokio::spawn(async move { waiting.look(|_| ()).await });
     }
     let other = service.clone();
-    assert_eq!(tokio::spawn(async move { other.clusters() }).await.expect("no panic"), last);
+    let mut served = tokio::spawn(async move { other.clusters() }).await.expect("no panic");
+    for status in served.values_mut() {
+        let problem = status.problems.remove(0);
+        assert!(matches!(problem.reason, Reason::Exchange(ExchangeProblem::OldStatus(Some(_)))), "{problem:?}");
+        status.problems_total -= 1;
+    }
+    assert_eq!(served, last);
+    lock(&service.shared.last_status).clear();
+    let other = service.clone();
+    let served = tokio::spawn(async move { other.clusters() }).await.expect("no panic");
+    let unknown = Reason::Exchange(ExchangeProblem::OldStatus(None));
+    assert!(
+        served.len() == 2 && served.values().all(|it| it.problems[0].reason == unknown && !it.connected),
+        "{served:?}"
+    );
     drop(busy);
 }
 
