@@ -7,7 +7,7 @@ use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
@@ -24,6 +24,7 @@ use zeroize::Zeroizing;
 use crate::files;
 use crate::health::Health;
 use crate::metrics::Metrics;
+use crate::rate_limit::RateLimit;
 use crate::shutdown::Shutdown;
 
 /// Connections served at once; more wait in the kernel's backlog. 64 × about 20 KiB of buffers is 1.3 MiB.
@@ -41,7 +42,40 @@ pub enum Page {
     /// `/healthz` and `/readyz`.
     Health(Health),
     /// `/metrics`, with the file of the bearer token that it requires, if any.
-    Metrics(Metrics, Option<Arc<Path>>),
+    Metrics(Metrics, Option<Arc<TokenFile>>),
+}
+
+/// The file of a bearer token.
+#[derive(Debug)]
+pub struct TokenFile {
+    path: PathBuf,
+    /// Of the warning that it cannot be read: any client can cause one.
+    warnings: Mutex<RateLimit<()>>,
+}
+
+impl TokenFile {
+    /// Whether a request has the token. A request without one reads no file.
+    fn admits<B>(&self, request: &Request<B>) -> io::Result<bool> {
+        let header = request.headers().get(header::AUTHORIZATION).map(header::HeaderValue::as_bytes);
+        let Some((scheme, sent)) = header.and_then(|it| it.split_at_checked(b"Bearer ".len())) else {
+            return Ok(false);
+        };
+        if !scheme.eq_ignore_ascii_case(b"Bearer ") {
+            return Ok(false);
+        }
+        let token = read_token(&self.path)?;
+        Ok(verify_slices_are_equal(sent.trim_ascii(), token.as_bytes()).is_ok())
+    }
+
+    /// Logs that the file cannot be read, once a minute at most. Returns whether it did.
+    fn warn(&self, error: &io::Error) -> bool {
+        let allowed =
+            self.warnings.lock().unwrap_or_else(PoisonError::into_inner).allows((), tokio::time::Instant::now());
+        if allowed {
+            tracing::warn!(%error, "metrics not served: the file of the token cannot be read");
+        }
+        allowed
+    }
 }
 
 impl Page {
@@ -53,7 +87,11 @@ impl Page {
         if let Some(path) = token_file {
             read_token(path).map_err(|error| MonitorError::Token(path.to_owned(), error))?;
         }
-        Ok(Self::Metrics(metrics.clone(), token_file.map(Arc::from)))
+        let token_file = token_file.map(|path| {
+            let warnings = Mutex::new(RateLimit::with_burst(1.0 / 60.0, 1.0));
+            Arc::new(TokenFile { path: path.to_owned(), warnings })
+        });
+        Ok(Self::Metrics(metrics.clone(), token_file))
     }
 }
 
@@ -134,14 +172,16 @@ fn answer<B>(page: &Page, request: &Request<B>) -> Response<Full<Bytes>> {
             [] => text(StatusCode::OK, "ready"),
             conditions => text(StatusCode::SERVICE_UNAVAILABLE, &format!("waiting for: {}\n", conditions.join(", "))),
         },
-        (Page::Metrics(metrics, token_file), "/metrics") => match token_file.as_deref().map(|it| admits(it, request)) {
-            None | Some(Ok(true)) => (StatusCode::OK, OPEN_METRICS, metrics.encode()),
-            Some(Ok(false)) => text(StatusCode::UNAUTHORIZED, "token"),
-            Some(Err(error)) => {
-                tracing::warn!(%error, "metrics not served: the file of the token cannot be read");
-                text(StatusCode::SERVICE_UNAVAILABLE, "token file")
+        (Page::Metrics(metrics, token_file), "/metrics") => {
+            match token_file.as_ref().map(|file| (file, file.admits(request))) {
+                None | Some((_, Ok(true))) => (StatusCode::OK, OPEN_METRICS, metrics.encode()),
+                Some((_, Ok(false))) => text(StatusCode::UNAUTHORIZED, "token"),
+                Some((file, Err(error))) => {
+                    file.warn(&error);
+                    text(StatusCode::SERVICE_UNAVAILABLE, "token file")
+                }
             }
-        },
+        }
         _ => text(StatusCode::NOT_FOUND, "nothing"),
     };
     let mut response = Response::new(Full::new(Bytes::from(body)));
@@ -158,17 +198,6 @@ fn answer<B>(page: &Page, request: &Request<B>) -> Response<Full<Bytes>> {
         _ => {}
     }
     response
-}
-
-/// Whether a request has the token. A request without one reads no file.
-fn admits<B>(token_file: &Path, request: &Request<B>) -> io::Result<bool> {
-    let header = request.headers().get(header::AUTHORIZATION).map(header::HeaderValue::as_bytes);
-    let Some((scheme, sent)) = header.and_then(|it| it.split_at_checked(b"Bearer ".len())) else { return Ok(false) };
-    if !scheme.eq_ignore_ascii_case(b"Bearer ") {
-        return Ok(false);
-    }
-    let token = read_token(token_file)?;
-    Ok(verify_slices_are_equal(sent.trim_ascii(), token.as_bytes()).is_ok())
 }
 
 #[cfg(test)]
@@ -242,5 +271,7 @@ mod tests {
         // A token that is too short admits no request.
         write("short");
         assert_eq!(status("Bearer short".to_owned()).await, 503);
+        let Page::Metrics(_, Some(file)) = &page else { panic!("another page") };
+        assert!(!file.warn(&io::ErrorKind::InvalidData.into()), "the request above has warned");
     }
 }
