@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use hanse_exchange::codec;
-use hanse_exchange::hub::{Exchange, PublishId, Published, ReadOpening, ReceiverId};
+use hanse_exchange::hub::{Exchange, Next, PublishId, Published, ReadOpening, ReceiverId};
 use hanse_exchange::member::publisher::{PublishSession, Publisher};
 use hanse_exchange::member::receiver::Receiver;
 use hanse_exchange::message::{PublishRequest, WatchOpen, WatchRequest, WatchResponse, WrittenScope, WrittenSelection};
@@ -344,31 +344,48 @@ fn held(endpoints: usize) {
         }
         println!("{way}-longest-regrant {longest} ms");
         drain(&mut exchange, watcher, &mut buffer);
-        // A receiver whose interest nobody else has: of everything, and of as many selections as a member may register.
-        let every = |at: usize| WrittenSelection {
-            clusters: WrittenScope::All,
-            selector: if at == 0 { "has(team)".to_owned() } else { format!("app == 'app-{at}'") },
-            port_names: Vec::new(),
+        // A receiver whose interest no other has: of everything, of as many selections as a member may register, and of some that
+        // are evaluated for every profile.
+        let selector = |what: &str, at: usize| match what {
+            "everything" => "has(team)".to_owned(),
+            "negated" => format!("!has(other-{at})"),
+            _ => format!("app == 'app-{at}'"),
         };
-        for (what, count) in [("everything", 1), ("many-selections", 16_384)] {
-            let own = (0..count).map(every).collect();
+        for (what, count) in [("everything", 1), ("many-selections", 16_384), ("negated", 64)] {
+            let written = |at: usize| WrittenSelection {
+                clusters: WrittenScope::All,
+                selector: selector(what, at),
+                port_names: Vec::new(),
+            };
+            let own = (0..count).map(written).collect();
             let open = WatchOpen { protocol: 1, own, ..WatchOpen::default() };
             let began = Instant::now();
             let open = ReadOpening::of(open);
             println!("{way}-{what}-read-outside {} ms", began.elapsed().as_secs_f64() * 1e3);
             let began = Instant::now();
             let id = exchange.watch_opened(name(1), open).expect("accepted");
-            let mut longest = began.elapsed().as_secs_f64() * 1e3;
+            let [mut longest, mut longest_outside] = [began.elapsed().as_secs_f64() * 1e3, 0.0];
             let whole = Instant::now();
             loop {
                 let began = Instant::now();
-                let message = exchange.next(id);
+                let next = exchange.next_step(id);
                 longest = longest.max(began.elapsed().as_secs_f64() * 1e3);
-                if message.is_some() || !exchange.is_building(id) {
-                    break;
+                match next {
+                    Next::Message(_) | Next::Nothing => break,
+                    Next::Building => {}
+                    Next::Evaluate(evaluation) => {
+                        let began = Instant::now();
+                        let evaluated = evaluation.evaluate();
+                        longest_outside = longest_outside.max(began.elapsed().as_secs_f64() * 1e3);
+                        let began = Instant::now();
+                        exchange.take_evaluated(&evaluated);
+                        longest = longest.max(began.elapsed().as_secs_f64() * 1e3);
+                    }
                 }
             }
             println!("{way}-{what}-class {} ms", whole.elapsed().as_secs_f64() * 1e3);
+            println!("{way}-{what}-longest-class-call {longest} ms");
+            println!("{way}-{what}-longest-outside {longest_outside} ms");
             loop {
                 let began = Instant::now();
                 let more = exchange.regrant_more();

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use hanse_exchange::hub::{Exchange, PublishId, ReceiverId};
+use hanse_exchange::hub::{Evaluated, Exchange, PublishId, ReceiverId};
 use hanse_exchange::interest::Interest;
 use hanse_exchange::member::model::Position;
 use hanse_exchange::member::publisher::{PublishSession, Publisher};
@@ -91,6 +91,8 @@ struct Member {
     /// Closed streams, whose last batches may be applied only in part.
     closed: Vec<PublishId>,
     watching: Option<ReceiverId>,
+    /// Evaluated for its next interest, and not taken over yet.
+    evaluated: Option<Evaluated>,
     stalled: bool,
     received: usize,
     published: usize,
@@ -163,6 +165,7 @@ impl<'a> Fleet<'a> {
             publishing: None,
             closed: Vec::new(),
             watching: None,
+            evaluated: None,
             stalled: false,
             received: 0,
             published: 0,

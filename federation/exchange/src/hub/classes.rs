@@ -1,27 +1,25 @@
 //! Classes: receivers with the same interest share what it selects.
 //!
 //! A class has, for each origin, the objects that its interest selects, and their digest. To make one, each origin is scanned:
-//! with hundreds of thousands of endpoints that takes longer than other streams may wait. So a class is built in parts, and
-//! receivers stay with their former class until it is complete. While it is built, changes of an origin are applied to the slots
-//! that were scanned; the rest is scanned later, in its newest state.
+//! with hundreds of thousands of endpoints that takes longer than other streams may wait. So a class is built in parts, of which the
+//! evaluations are made outside the exchange ([`Evaluation`]), and receivers stay with their former class until it is complete.
+//! While it is built, changes of an origin are applied to the slots that were scanned; the rest is scanned later, in its newest
+//! state.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
-use bytes::Bytes;
 use hanse_policy::slab::Slab;
 use hashbrown::HashMap;
 
 use super::derived;
-use super::origin::{Before, Changes, Entry, JudgingCursor, Origin};
+use super::evaluation::{Answers, Evaluated, Evaluation, Questions};
+use super::origin::{Changes, JudgingCursor, Origin, Selected};
 use super::selections::{EVALUATIONS_PER_UPDATE, Selections};
-use super::slots::{Bits, Slots};
+use super::slots::Bits;
+use super::views::{ClassId, View};
 use crate::interest::{Interest, Wanted};
 use crate::model::first_bits;
-
-hanse_policy::slab_id! {
-    pub(super) struct ClassId;
-}
 
 /// Classes without receivers that are kept, and their size by [`Class::bytes`]: a receiver whose stream ended reconnects with the
 /// same interest, and making a class of everything takes a scan of every endpoint.
@@ -58,28 +56,26 @@ pub(super) struct Class {
     building: Option<Box<Building>>,
 }
 
-/// How far a class is built: selections are numbered, then each origin judges the new ones and is scanned.
 #[derive(Debug)]
 struct Building {
-    rest: std::vec::IntoIter<Arc<Wanted>>,
-    hasher: blake3::Hasher,
-    is_numbered: bool,
+    stage: Stage,
+    /// Its selections by number.
+    wanted: Arc<HashMap<u32, Arc<Wanted>>>,
     /// Selections that some origin may not have judged yet.
     unjudged: Vec<u32>,
-    origin: usize,
-    /// Those of `unjudged` that concern the present origin, until they were judged.
-    of_origin: Option<Vec<u32>>,
-    cursor: Option<JudgingCursor>,
-    slot: u32,
+    /// What is to be evaluated before it is built further.
+    prepared: Option<Arc<Evaluation>>,
 }
 
-/// What a class selects of one origin.
-#[derive(Debug, Default)]
-pub(super) struct View {
-    pub(super) members: Slots,
-    pub(super) digest: u128,
-    /// The frames of its snapshot, while a receiver is sent them.
-    pub(super) snapshot: Option<Weak<Vec<Bytes>>>,
+/// How far a class is built.
+#[derive(Debug)]
+enum Stage {
+    /// Its selections are numbered.
+    Numbering { rest: std::vec::IntoIter<Arc<Wanted>>, hasher: Box<blake3::Hasher> },
+    /// Each origin judges the selections that are new to it. `of_origin`: those that concern the present one.
+    Judging { origin: usize, of_origin: Option<Vec<u32>>, cursor: JudgingCursor },
+    /// Each origin is scanned.
+    Scanning { origin: usize, slot: u32 },
 }
 
 impl Classes {
@@ -149,15 +145,12 @@ impl Classes {
             self.add_user(id);
             return (id, false);
         }
+        let rest = interest.iter().cloned().collect::<Vec<_>>().into_iter();
         let building = Building {
-            rest: interest.iter().cloned().collect::<Vec<_>>().into_iter(),
-            hasher: blake3::Hasher::new(),
-            is_numbered: false,
+            stage: Stage::Numbering { rest, hasher: Box::new(blake3::Hasher::new()) },
+            wanted: Arc::default(),
             unjudged: Vec::new(),
-            origin: 0,
-            of_origin: None,
-            cursor: Some(JudgingCursor::default()),
-            slot: 0,
+            prepared: None,
         };
         let id = self.all.insert(Class {
             of: Arc::clone(interest),
@@ -172,8 +165,8 @@ impl Classes {
         (id, true)
     }
 
-    /// Goes on with a class that is not built yet, for as long as `slice` updates take. Returns the class: another one, which has
-    /// the same selections and takes over the users, where there is one.
+    /// Goes on with a class that is not built yet, for as long as `slice` updates take, or until an evaluation of it is prepared.
+    /// Returns the class: another one, which has the same selections and takes over the users, where there is one.
     pub(super) fn build(
         &mut self,
         id: ClassId,
@@ -184,44 +177,76 @@ impl Classes {
         let class = &mut self.all[id];
         let Some(mut building) = class.building.take() else { return id };
         let mut left = slice;
-        while left > 0
-            && let Some(wanted) = building.rest.next()
-        {
-            derived::hash(&wanted, &mut building.hasher);
-            let (number, is_new) = selections.acquire(&wanted);
-            if is_new || self.unjudged.contains(number) {
-                self.unjudged.set(number, true);
-                building.unjudged.push(number);
+        if let Stage::Numbering { rest, hasher } = &mut building.stage {
+            let by_number = Arc::make_mut(&mut building.wanted);
+            while left > 0
+                && let Some(wanted) = rest.next()
+            {
+                derived::hash(&wanted, &mut *hasher);
+                let (number, is_new) = selections.acquire(&wanted);
+                if is_new || self.unjudged.contains(number) {
+                    self.unjudged.set(number, true);
+                    building.unjudged.push(number);
+                }
+                class.numbers.push(number);
+                by_number.insert(number, wanted);
+                left -= 1;
             }
-            class.numbers.push(number);
-            left -= 1;
-        }
-        if building.rest.len() == 0 && !building.is_numbered {
-            building.is_numbered = true;
+            if rest.len() > 0 {
+                class.building = Some(building);
+                return id;
+            }
             building.unjudged.sort_unstable();
             class.numbers.sort_unstable();
             for number in &class.numbers {
                 class.interest.set(*number, true);
             }
-            class.token = first_bits(&building.hasher.finalize());
+            class.token = first_bits(&hasher.finalize());
             if let Some(same) = self.by_selections.get(&class.numbers).copied() {
                 class.building = Some(building);
                 self.merge(id, same, selections, origins);
                 return same;
             }
             self.by_selections.insert(class.numbers.clone(), id);
+            building.stage = Stage::Judging { origin: 0, of_origin: None, cursor: JudgingCursor::default() };
         }
-        while left > 0 && building.rest.len() == 0 {
-            if building.origin >= origins.len() || class.numbers.is_empty() {
+        while left > 0 && building.prepared.is_none() {
+            if class.numbers.is_empty() || building.is_scanned(origins) {
                 for number in &building.unjudged {
                     self.unjudged.set(*number, false);
                 }
                 return id;
             }
-            left = left.saturating_sub(building.step(class, origins, selections, left));
+            let began = selections.evaluated();
+            let of_origins = building.prepare(class, origins, selections, left * EVALUATIONS_PER_UPDATE);
+            left = left.saturating_sub(1 + selections.evaluated_since(began) / EVALUATIONS_PER_UPDATE);
+            let evaluation = Evaluation { class: id, wanted: Arc::clone(&building.wanted), of_origins };
+            // Little is evaluated at once.
+            match evaluation.evaluations() <= slice {
+                true => class.answer(origins, &evaluation, &evaluation.answers()),
+                false => building.prepared = Some(Arc::new(evaluation)),
+            }
         }
         class.building = Some(building);
         id
+    }
+
+    /// What is to be evaluated before a class is built further, unless it is being evaluated.
+    pub(super) fn prepared(&self, id: ClassId) -> Option<Arc<Evaluation>> {
+        let prepared = self.all[id].building.as_ref()?.prepared.as_ref()?;
+        (Arc::strong_count(prepared) == 1).then(|| Arc::clone(prepared))
+    }
+
+    /// Takes over the answers of an evaluation.
+    pub(super) fn take_evaluated(&mut self, evaluated: &Evaluated, origins: &mut [Option<Origin>]) {
+        let Evaluated { of, answers } = evaluated;
+        // The number of a class that was released may have been given to another one.
+        let Some(class) = self.all.get_mut(of.class) else { return };
+        let Some(building) = class.building.as_mut() else { return };
+        if building.prepared.as_ref().is_some_and(|prepared| Arc::ptr_eq(prepared, of)) {
+            building.prepared = None;
+            class.answer(origins, of, answers);
+        }
     }
 
     /// Gives the users of a class to another one with the same selections.
@@ -286,55 +311,75 @@ impl Classes {
 }
 
 impl Building {
-    /// Builds the next part of the present origin, for about the time of `left` updates, and returns how many it took.
-    fn step(
-        &mut self,
-        class: &mut Class,
-        origins: &mut [Option<Origin>],
-        selections: &Selections,
-        left: usize,
-    ) -> usize {
-        let Some(origin) = origins[self.origin].as_mut() else {
-            self.next_origin();
-            return 0;
-        };
-        let most = left.saturating_mul(EVALUATIONS_PER_UPDATE);
-        if let Some(cursor) = self.cursor {
-            let Some(fresh) = &self.of_origin else {
-                let unjudged = self.unjudged.iter().copied();
-                self.of_origin = Some(unjudged.filter(|number| selections.concerns(*number, &origin.name)).collect());
-                return self.unjudged.len() / EVALUATIONS_PER_UPDATE;
-            };
-            let (began, profiles) = (selections.evaluated(), origin.profile_bound());
-            let before = cursor.profile();
-            self.cursor = origin.select(fresh, selections, cursor, most);
-            let after = self.cursor.map_or(profiles, JudgingCursor::profile);
-            let visited = if fresh.is_empty() { 0 } else { after.saturating_sub(before) as usize };
-            return visited
-                + selections.evaluated_since(began) / EVALUATIONS_PER_UPDATE
-                + usize::from(self.cursor.is_some());
-        }
-        let slots = origin.slot_bound();
-        let view = view_of(&mut class.views, self.origin);
-        let (began, from) = (selections.evaluated(), self.slot);
-        let cost = |slot: u32| {
-            let evaluated = selections.evaluated_since(began);
-            evaluated.saturating_add((slot - from) as usize * EVALUATIONS_PER_UPDATE / SLOTS_PER_UPDATE)
-        };
-        while self.slot < slots && cost(self.slot) < most {
-            view.scan(origin, self.slot, &class.interest, selections);
-            self.slot += 1;
-        }
-        let cost = cost(self.slot);
-        if self.slot == slots {
-            self.next_origin();
-        }
-        1 + cost / EVALUATIONS_PER_UPDATE
+    /// Each origin is scanned, and nothing is left to be evaluated.
+    fn is_scanned(&self, origins: &[Option<Origin>]) -> bool {
+        matches!(self.stage, Stage::Scanning { origin, .. } if origin >= origins.len()) && self.prepared.is_none()
     }
 
-    fn next_origin(&mut self) {
-        self.origin += 1;
-        (self.of_origin, self.cursor, self.slot) = (None, Some(JudgingCursor::default()), 0);
+    /// Goes on in the present stage for the time of about `most` evaluations, and returns what is to be evaluated.
+    fn prepare(
+        &mut self,
+        class: &mut Class,
+        origins: &[Option<Origin>],
+        selections: &Selections,
+        most: usize,
+    ) -> Vec<Questions> {
+        let (began, mut all) = (selections.evaluated(), Vec::new());
+        let left = || most.saturating_sub(selections.evaluated_since(began));
+        while left() > 0 {
+            selections.charge(1);
+            match &mut self.stage {
+                Stage::Numbering { .. } => break,
+                Stage::Judging { origin: number, .. } if *number >= origins.len() => {
+                    self.stage = Stage::Scanning { origin: 0, slot: 0 };
+                    // What is scanned depends on what was judged.
+                    break;
+                }
+                Stage::Scanning { origin: number, .. } if *number >= origins.len() => break,
+                Stage::Judging { origin: number, of_origin, cursor } => {
+                    let next = origins[*number].as_ref().and_then(|origin| {
+                        let fresh = of_origin.get_or_insert_with(|| {
+                            let unjudged = self.unjudged.iter().copied();
+                            unjudged.filter(|number| selections.concerns(*number, &origin.name)).collect()
+                        });
+                        let mut questions = Questions::new(*number, origin);
+                        let next =
+                            origin.profile_questions(fresh, selections, *cursor, left(), &mut questions.profiles);
+                        all.extend((!questions.profiles.is_empty()).then_some(questions));
+                        next
+                    });
+                    match next {
+                        Some(next) => *cursor = next,
+                        None => (*number, *of_origin, *cursor) = (*number + 1, None, JudgingCursor::default()),
+                    }
+                }
+                Stage::Scanning { origin: number, slot } => {
+                    let Some(origin) = origins[*number].as_ref() else {
+                        *number += 1;
+                        continue;
+                    };
+                    let mut questions = Questions::new(*number, origin);
+                    let view = view_of(&mut class.views, *number);
+                    while *slot < origin.slot_bound() && left() > 0 {
+                        match origin.selected(*slot, &class.interest, selections) {
+                            Selected::No => {}
+                            Selected::Yes => view.add_endpoint(origin, *slot),
+                            Selected::IfOneMatches(question) => {
+                                question.candidates().iter().for_each(|number| selections.charge_evaluation(*number));
+                                questions.endpoints.push(question);
+                            }
+                        }
+                        selections.charge(EVALUATIONS_PER_UPDATE / SLOTS_PER_UPDATE);
+                        *slot += 1;
+                    }
+                    if *slot >= origin.slot_bound() {
+                        (*number, *slot) = (*number + 1, 0);
+                    }
+                    all.extend((!questions.endpoints.is_empty()).then_some(questions));
+                }
+            }
+        }
+        all
     }
 }
 
@@ -359,11 +404,28 @@ impl Class {
 
     /// Slots of an origin below this one were scanned.
     fn scanned(&self, number: usize) -> u32 {
-        match &self.building {
+        match self.building.as_ref().map(|building| &building.stage) {
             None => u32::MAX,
-            Some(building) if !building.is_numbered || number > building.origin => 0,
-            Some(building) if number == building.origin => building.slot,
-            Some(_) => u32::MAX,
+            Some(Stage::Scanning { origin, .. }) if number < *origin => u32::MAX,
+            Some(Stage::Scanning { origin, slot }) if number == *origin => *slot,
+            Some(_) => 0,
+        }
+    }
+
+    /// Takes over the answers of an evaluation where what they depend on is unchanged.
+    fn answer(&mut self, origins: &mut [Option<Origin>], evaluation: &Evaluation, answers: &[Answers]) {
+        for (questions, answers) in evaluation.of_origins.iter().zip(answers) {
+            let Some(origin) = origins[questions.origin].as_mut() else { continue };
+            let (changed, grant) = (origin.version != questions.version, &questions.grant);
+            for (question, judged) in questions.profiles.iter().zip(&answers.profiles) {
+                origin.answer_profile(question, judged, grant, changed);
+            }
+            let view = view_of(&mut self.views, questions.origin);
+            for (question, selected) in questions.endpoints.iter().zip(&answers.endpoints) {
+                if *selected && (!changed || origin.is_unchanged(question, grant)) {
+                    view.add_endpoint(origin, question.slot());
+                }
+            }
         }
     }
 
@@ -380,65 +442,4 @@ fn view_of(views: &mut Vec<View>, number: usize) -> &mut View {
         views.resize_with(number + 1, View::default);
     }
     &mut views[number]
-}
-
-impl View {
-    /// Adds what is in a slot if the interest selects it.
-    fn scan(&mut self, origin: &Origin, slot: u32, interest: &Bits, selections: &Selections) {
-        if origin.is_endpoint(slot) && origin.endpoint_selected(slot, interest, selections) {
-            self.add(origin, slot);
-            for support in origin.supports_of(slot) {
-                self.add(origin, support);
-            }
-        }
-    }
-
-    fn add(&mut self, origin: &Origin, slot: u32) {
-        if let Some(entry) = origin.entry(slot)
-            && !self.members.set(slot, true)
-        {
-            self.digest = self.digest.wrapping_add(entry.digest());
-        }
-    }
-
-    /// Applies a change of the origin, and returns the ids that a receiver must be sent. `fit` are the changed endpoints that were in
-    /// the view, or may be now.
-    fn update(
-        &mut self,
-        origin: &Origin,
-        changes: &Changes,
-        fit: &[u32],
-        interest: &Bits,
-        selections: &Selections,
-    ) -> Vec<u64> {
-        let mut dirty = Vec::new();
-        let mut supports = self.members.of(&changes.supports);
-        for (slot, before) in fit.iter().filter_map(|slot| changes.endpoints.get_key_value(slot)) {
-            let now = origin.endpoint_selected(*slot, interest, selections);
-            let was = self.members.set(*slot, now);
-            self.account(origin, *slot, *before, was, now, &mut dirty);
-            if now {
-                supports.extend(origin.supports_of(*slot));
-            }
-        }
-        supports.sort_unstable();
-        supports.dedup();
-        for (slot, before) in supports.iter().filter_map(|slot| changes.supports.get_key_value(slot)) {
-            let now = origin.support_selected(*slot, &self.members);
-            let was = self.members.set(*slot, now);
-            self.account(origin, *slot, *before, was, now, &mut dirty);
-        }
-        dirty
-    }
-
-    fn account(&mut self, origin: &Origin, slot: u32, before: Before, was: bool, now: bool, dirty: &mut Vec<u64>) {
-        let after = origin.entry(slot).filter(|_| now).map_or(0, Entry::digest);
-        if was {
-            self.digest = self.digest.wrapping_sub(before.digest);
-        }
-        self.digest = self.digest.wrapping_add(after);
-        if was != now || (now && before.digest != after) {
-            dirty.push(before.id);
-        }
-    }
 }

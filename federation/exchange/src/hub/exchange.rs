@@ -6,14 +6,16 @@ use std::sync::Arc;
 use hanse_policy::model::ClusterName;
 use hashbrown::HashMap;
 
-use super::classes::{ClassId, Classes};
+use super::classes::Classes;
 use super::derived::Derived;
+use super::evaluation::Evaluated;
 use super::objects::HubObjects;
 use super::origin::{Changes, Origin};
 use super::publisher::{Applying, PublishId, Publisher};
 use super::receiver::{Receiver, ReceiverId};
 use super::recent::RecentSnapshots;
 use super::selections::Selections;
+use super::views::ClassId;
 use crate::model::{Federation, Interest, ReportedState, first_bits};
 
 /// Updates of a batch that are applied at once: some 25 µs each, during which all other streams wait.
@@ -149,6 +151,11 @@ impl Exchange {
             }
         }
         built
+    }
+
+    /// Takes over the answers of an evaluation that [`Self::next_step`] returned.
+    pub fn take_evaluated(&mut self, evaluated: &Evaluated) {
+        self.classes.take_evaluated(evaluated, &mut self.origins);
     }
 
     pub(super) fn release_class(&mut self, id: ClassId) {

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use hanse_policy::model::ClusterName;
 use hashbrown::HashMap;
 
-use super::classes::ClassId;
 use super::exchange::Exchange;
 use super::receiver::{ReceiverId, Switching, Wants};
+use super::views::ClassId;
 use crate::interest::{self, Interest};
 use crate::message::{InterestChange, WatchResponse as Response};
 use crate::model::Wanted;

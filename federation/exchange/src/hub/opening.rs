@@ -6,7 +6,7 @@ use std::sync::Arc;
 use hanse_policy::model::ClusterName;
 use hashbrown::HashMap;
 
-use super::classes::ClassId;
+use super::views::ClassId;
 use crate::interest::{self, Interest};
 use crate::limits::MAX_CLUSTERS;
 use crate::message::{RefusedParts, WatchOpen, WatchRequest};

@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use hanse_policy::inventory::LabelGrant;
 use hanse_policy::model::ClusterName;
 
 use crate::codec::object::Object;
@@ -27,6 +28,7 @@ mod kept;
 mod named;
 mod objects;
 mod profiles;
+mod questions;
 mod queue;
 mod refusals;
 mod update;
@@ -42,6 +44,7 @@ use named::Named;
 pub use objects::{Before, Entry};
 use objects::{Body, Objects, read};
 use profiles::Profiles;
+pub use questions::{EndpointQuestion, Judged, ProfileQuestion, Selected};
 use queue::Queue;
 
 /// What a batch changed, for those who follow the origin.
@@ -59,6 +62,8 @@ pub struct Origin {
     pub position: Position,
     /// It has published to this replica since the replica started.
     pub synced: bool,
+    /// Changes with everything that an answer to a question depends on.
+    pub version: u64,
     /// The revision of the batch that is being applied.
     applying: Option<u64>,
     /// Everything is judged again under another grant.
@@ -91,6 +96,7 @@ impl Origin {
             name,
             position: Position::default(),
             synced: false,
+            version: 0,
             applying: None,
             regranting: None,
             granted: Granted::new(grant),
@@ -196,6 +202,10 @@ impl Origin {
             _ => None,
         };
         profile.into_iter().flatten().filter_map(|id| self.slot_of(id))
+    }
+
+    pub fn label_grant(&self) -> &LabelGrant {
+        &self.granted.labels
     }
 
     fn namespace(&self, id: u64) -> Option<(&Arc<str>, &Pairs)> {

@@ -7,9 +7,9 @@ use bytes::Bytes;
 use hanse_policy::model::ClusterName;
 
 use super::claims::Claims;
-use super::classes::ClassId;
 use super::objects::HubObjects;
 use super::opening::{Opening, ReadOpening, Received};
+use super::views::ClassId;
 use crate::codec::frame;
 use crate::message::{RefusedParts, WatchResponse as Response};
 use crate::model::{Interest, Position};
@@ -166,6 +166,13 @@ impl Receiver {
     /// Everything that it was sent of the hub's own objects and of interests is in force.
     pub(super) fn rests(&self) -> bool {
         self.acked == (self.number, self.hub.sent) && !self.hub.snapshot && self.hub.dirty.is_empty()
+    }
+
+    /// The classes that it waits for.
+    pub(super) fn awaited_classes(&self) -> [Option<ClassId>; 3] {
+        let starting = self.open.as_ref().and_then(|open| open.starting.as_ref());
+        let switching = self.switching.as_ref().map(|switching| switching.class);
+        [starting.map(|starting| starting.opening_class), starting.map(|starting| starting.class), switching]
     }
 
     /// A class was merged into another one while it was built.

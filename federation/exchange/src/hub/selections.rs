@@ -24,6 +24,9 @@ const BYTES_PER_EVALUATION: usize = 128;
 /// Selections that are looked up in the time of an evaluation.
 const LOOKUPS_PER_EVALUATION: usize = 4;
 
+/// Effective labels, sorted by key.
+pub type EffectiveLabels = Vec<(Arc<str>, Arc<str>)>;
+
 /// Effective labels, sorted by key, and which own keys count.
 #[derive(Debug)]
 pub struct KnownLabels<'a> {
@@ -143,17 +146,6 @@ impl Selections {
         &self.slots[SelectionId::new(number)].wanted
     }
 
-    /// Whether it names one of these keys or ports, so that it must be evaluated for each endpoint.
-    pub fn needs_endpoints(&self, number: u32, own_keys: &[(Arc<str>, u32)]) -> bool {
-        let wanted = self.wanted(number);
-        let mut needs = !wanted.port_names().is_empty();
-        if !own_keys.is_empty() {
-            let is_own = |own: &str| own_keys.binary_search_by(|(key, _)| (**key).cmp(own)).is_ok();
-            wanted.selector().expr.for_each_key(&mut |key| needs |= own_label(key).is_some_and(is_own));
-        }
-        needs
-    }
-
     /// The selections that these labels may satisfy, or that name one of `own_keys`, in order.
     pub fn candidates(&self, origin: &str, labels: &KnownLabels<'_>, own_keys: &[(Arc<str>, u32)]) -> Vec<u32> {
         let own = own_keys.iter().filter_map(|(key, _)| self.keys.get(&*own_key(key)));
@@ -198,9 +190,13 @@ impl Selections {
 
     /// Whether a selection is not certainly false.
     pub fn may_match(&self, number: u32, labels: &KnownLabels<'_>) -> bool {
-        let wanted = self.wanted(number);
-        self.charge(1 + wanted.selector().canonical.len() / BYTES_PER_EVALUATION);
-        wanted.selector().evaluate(labels) != Tri::No
+        self.charge_evaluation(number);
+        may_match(self.wanted(number), labels)
+    }
+
+    /// Counts the evaluation of a selection, which takes longer for a long one.
+    pub fn charge_evaluation(&self, number: u32) {
+        self.charge(1 + self.wanted(number).selector().canonical.len() / BYTES_PER_EVALUATION);
     }
 
     /// Counts work that takes as long as this many evaluations.
@@ -217,6 +213,21 @@ impl Selections {
     pub fn evaluated_since(&self, reading: usize) -> usize {
         self.evaluated.get().wrapping_sub(reading)
     }
+}
+
+/// Whether a selection is not certainly false.
+pub fn may_match(wanted: &Wanted, labels: &KnownLabels<'_>) -> bool {
+    wanted.selector().evaluate(labels) != Tri::No
+}
+
+/// Whether a selection names one of these keys, or a port, so that it must be evaluated for each endpoint.
+pub fn needs_endpoints(wanted: &Wanted, own_keys: &[(Arc<str>, u32)]) -> bool {
+    let mut needs = !wanted.port_names().is_empty();
+    if !own_keys.is_empty() {
+        let is_own = |own: &str| own_keys.binary_search_by(|(key, _)| (**key).cmp(own)).is_ok();
+        wanted.selector().expr.for_each_key(&mut |key| needs |= own_label(key).is_some_and(is_own));
+    }
+    needs
 }
 
 /// Labels of which known labels must have at least one for `expr` to be true; `None` when there is no such list.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use hanse_policy::model::ClusterName;
 
+use super::evaluation::Evaluation;
 use super::exchange::Exchange;
 use super::interests::Unions;
 use super::opening::{ReadOpening, ReadRequest, Starting};
@@ -35,6 +36,17 @@ pub struct ReceiverState {
     pub interest: u64,
     pub interest_in_force: u64,
     pub in_force: Position,
+}
+
+/// What a receiver is to be sent.
+#[derive(Debug)]
+pub enum Next {
+    Message(Response),
+    /// Its next interest: the answers are for [`Exchange::take_evaluated`].
+    Evaluate(Arc<Evaluation>),
+    /// Its next interest is being evaluated: the next call of [`Exchange::next_step`] goes on with it.
+    Building,
+    Nothing,
 }
 
 impl Exchange {
@@ -200,8 +212,34 @@ impl Exchange {
         ahead.max().filter(|at| self.hub.loaded && *at > now.revision)
     }
 
-    /// The next message for a receiver, if there is one.
+    /// The next message for a receiver, if there is one. As [`Self::next_step`], with what is to be evaluated.
     pub fn next(&mut self, id: ReceiverId) -> Option<Response> {
+        match self.next_step(id) {
+            Next::Message(message) => Some(message),
+            Next::Evaluate(evaluation) => {
+                self.take_evaluated(&evaluation.evaluate());
+                None
+            }
+            Next::Building | Next::Nothing => None,
+        }
+    }
+
+    /// The next message for a receiver, or what it waits for.
+    pub fn next_step(&mut self, id: ReceiverId) -> Next {
+        if let Some(message) = self.next_message(id) {
+            return Next::Message(message);
+        }
+        if !self.is_building(id) {
+            return Next::Nothing;
+        }
+        let prepared = self.receivers.get(&id).and_then(|receiver| {
+            let classes = receiver.awaited_classes();
+            classes.into_iter().flatten().find_map(|class| self.classes.prepared(class))
+        });
+        prepared.map_or(Next::Building, Next::Evaluate)
+    }
+
+    fn next_message(&mut self, id: ReceiverId) -> Option<Response> {
         loop {
             let receiver = self.receivers.get_mut(&id)?;
             let message = receiver.urgent.pop_front().or_else(|| receiver.flight.pop_front());

@@ -85,8 +85,8 @@ impl Rate {
     }
 }
 
-/// The time of the exchange that the watching streams of one cluster have used, over all of them: at most one part in
-/// [`Account::SHARE`], after a burst. No use lowers the debt; only time does.
+/// The time that the streams of one cluster in one direction have used, over all of them: at most one part in [`Account::SHARE`],
+/// after a burst. No use lowers the debt; only time does.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Account {
     /// When the debt ends.
@@ -108,6 +108,28 @@ impl Account {
     /// How long the streams must wait.
     pub fn wait(&self, now: Instant) -> Duration {
         self.until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now)).saturating_sub(Self::BURST)
+    }
+}
+
+/// The accounts of all clusters, for one direction.
+#[derive(Debug, Default)]
+pub struct Accounts(Mutex<BTreeMap<ClusterName, Account>>);
+
+impl Accounts {
+    pub fn charge(&self, cluster: &ClusterName, used: Duration) {
+        lock(&self.0).entry(cluster.clone()).or_default().charge(used, Instant::now());
+    }
+
+    /// Waits until the streams of a cluster may use the exchange again.
+    pub async fn affordable(&self, cluster: &ClusterName) {
+        loop {
+            let now = Instant::now();
+            let wait = lock(&self.0).get(cluster).map_or(Duration::ZERO, |account| account.wait(now));
+            if wait.is_zero() {
+                return;
+            }
+            tokio::time::sleep(wait).await;
+        }
     }
 }
 

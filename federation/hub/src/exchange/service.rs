@@ -1,7 +1,8 @@
 //! The exchange over gRPC. A caller's certificate identifies its cluster; [`hanse_exchange::hub`] decides what it is sent.
 //!
 //! One lock guards the state of the exchange, and no work under it waits. Streams wait for it in turn and without a thread, so that
-//! administration and metrics are served also when the exchange has much to do.
+//! administration and metrics are served also when the exchange has much to do. New interests are evaluated outside it, and what the
+//! streams of a cluster use is charged to the cluster.
 //!
 //! A receiver's stream requests the next message when its
 //! connection has room, so that a slow receiver costs its dirty ids only, and delays no other.
@@ -29,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 
-use super::admission::{Account, MAX_STREAMS, Rate, StreamCounts, StreamPermit, Unfinished, within};
+use super::admission::{Accounts, MAX_STREAMS, Rate, StreamCounts, StreamPermit, Unfinished, within};
 use super::derive::Deriver;
 use super::liveness::{Receiving, Unpublished};
 use super::mutex::lock;
@@ -39,7 +40,7 @@ use crate::metrics::HubMetrics;
 use crate::registry::Registry;
 use crate::status::Realisation;
 use hanse_exchange::codec;
-use hanse_exchange::hub::{Exchange, PublishError, PublishId, Published, ReadOpening, ReadRequest, ReceiverId};
+use hanse_exchange::hub::{Exchange, Next, PublishError, PublishId, Published, ReadOpening, ReadRequest, ReceiverId};
 use hanse_exchange::limits::MAX_PLAIN_BYTES;
 use hanse_exchange::message::{PublishRequest, WatchRequest, WatchResponse};
 
@@ -91,8 +92,9 @@ struct Shared {
     /// When each cluster may next report, and change its interest, on any of its streams.
     reports: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
     interests: Mutex<BTreeMap<ClusterName, tokio::time::Instant>>,
-    /// What the watching streams of each cluster have used of the exchange's time.
-    accounts: Mutex<BTreeMap<ClusterName, Account>>,
+    /// What the publishing streams, and the watching streams, of each cluster have used of the exchange's time.
+    used_publishing: Accounts,
+    used_watching: Accounts,
 }
 
 impl Service {
@@ -153,25 +155,15 @@ impl Service {
     /// was needed before.
     async fn charged<T>(&self, cluster: &ClusterName, prepared: Duration, work: impl FnOnce(&mut Exchange) -> T) -> T {
         let (result, took) = self.timed(work).await;
-        self.charge(cluster, prepared + took);
+        self.shared.used_watching.charge(cluster, prepared + took);
         result
     }
 
-    fn charge(&self, cluster: &ClusterName, used: Duration) {
-        let mut accounts = lock(&self.shared.accounts);
-        accounts.entry(cluster.clone()).or_default().charge(used, tokio::time::Instant::now());
-    }
-
-    /// Waits until the watching streams of a cluster may use the exchange again.
-    async fn affordable(&self, cluster: &ClusterName) {
-        loop {
-            let now = tokio::time::Instant::now();
-            let wait = lock(&self.shared.accounts).get(cluster).map_or(Duration::ZERO, |account| account.wait(now));
-            if wait.is_zero() {
-                return;
-            }
-            tokio::time::sleep(wait).await;
-        }
+    /// As [`Self::with`], for a publishing stream of a cluster, to which the time is charged.
+    async fn publishing<T>(&self, cluster: &ClusterName, work: impl FnOnce(&mut Exchange) -> T) -> T {
+        let (result, took) = self.timed(work).await;
+        self.shared.used_publishing.charge(cluster, took);
+        result
     }
 
     /// Reads the exchange.
@@ -220,7 +212,7 @@ impl Service {
         cluster: ClusterName,
         permit: StreamPermit,
         from: SocketAddr,
-        mut incoming: Streaming<pb::PublishRequest>,
+        mut incoming: impl Stream<Item = Result<pb::PublishRequest, Status>> + Unpin,
         outbox: mpsc::Sender<Result<pb::PublishResponse, Status>>,
     ) {
         let id = self.with(|exchange| exchange.publish_open(cluster.clone())).await;
@@ -232,9 +224,10 @@ impl Service {
         self.with(|exchange| exchange.publish_close(id)).await;
         // The rest of a batch is applied in parts as well.
         while !self.stop.is_cancelled()
-            && let Ok(Published::More) = self.with(|exchange| exchange.publish_more(id)).await
+            && let Ok(Published::More) = self.publishing(&cluster, |exchange| exchange.publish_more(id)).await
         {
             tokio::time::sleep(BETWEEN_PARTS).await;
+            self.shared.used_publishing.affordable(&cluster).await;
         }
         drop(permit);
         if let Err(status) = ended {
@@ -248,7 +241,7 @@ impl Service {
         cluster: &ClusterName,
         id: PublishId,
         from: SocketAddr,
-        incoming: &mut Streaming<pb::PublishRequest>,
+        incoming: &mut (impl Stream<Item = Result<pb::PublishRequest, Status>> + Unpin),
         outbox: &mpsc::Sender<Result<pb::PublishResponse, Status>>,
     ) -> Result<(), Status> {
         let mut renewed: Option<tokio::time::Instant> = None;
@@ -259,7 +252,7 @@ impl Service {
             let next = tokio::select! {
                 biased;
                 () = replaced(served.as_ref()) => return Err(taken_over()),
-                next = within(&unfinished, incoming.message()) => next??,
+                next = within(&unfinished, incoming.next()) => next?.transpose()?,
             };
             let Some(request) = next else { return Ok(()) };
             let is_report = matches!(request.message, Some(pb::publish_request::Message::Realisation(_)));
@@ -300,18 +293,22 @@ impl Service {
             }
             let began = tokio::time::Instant::now();
             Unfinished::follow(&mut unfinished, &request, began);
-            let mut published = self.with(|exchange| exchange.publish_part(id, request)).await.map_err(refused)?;
+            self.shared.used_publishing.affordable(cluster).await;
+            let publish = |exchange: &mut Exchange| exchange.publish_part(id, request);
+            let mut published = self.publishing(cluster, publish).await.map_err(refused)?;
             let answers = loop {
                 match published {
                     Published::Answers(answers) => break answers,
                     Published::More => {
-                        // The lock is not fair: others get it in this pause.
+                        // Others get the lock in this pause.
                         tokio::time::sleep(BETWEEN_PARTS).await;
+                        self.shared.used_publishing.affordable(cluster).await;
                         if renewed.is_none_or(|it| it.elapsed() > RENEW_EVERY) {
                             self.renew_lease(cluster).await?;
                             renewed = Some(tokio::time::Instant::now());
                         }
-                        published = self.with(|exchange| exchange.publish_more(id)).await.map_err(refused)?;
+                        let publish = |exchange: &mut Exchange| exchange.publish_more(id);
+                        published = self.publishing(cluster, publish).await.map_err(refused)?;
                     }
                 }
             };
@@ -392,7 +389,7 @@ impl Service {
                 return Err(Status::invalid_argument("the first message must be open"));
             };
             tokio::time::sleep_until(self.slot(&cluster, |shared| &shared.interests, OWN_EVERY)).await;
-            self.affordable(&cluster).await;
+            self.shared.used_watching.affordable(&cluster).await;
             // Decoded outside the lock.
             let began = Instant::now();
             let open = ReadOpening::of(open);
@@ -462,7 +459,7 @@ impl Service {
                     // None: a message of a later version.
                     waiting = request.filter(|request| *request != WatchRequest::Heartbeat);
                 }
-                () = self.affordable(cluster), if waiting.is_some() => {
+                () = self.shared.used_watching.affordable(cluster), if waiting.is_some() => {
                     let Some(request) = waiting.take() else { continue };
                     // Decoded outside the lock.
                     let began = Instant::now();
@@ -475,18 +472,21 @@ impl Service {
                 room = async {
                     tokio::time::sleep_until(next_part).await;
                     let room = outbox.reserve().await;
-                    self.affordable(cluster).await;
+                    self.shared.used_watching.affordable(cluster).await;
                     room
                 }, if has_more => {
                     let room = room.map_err(|_| gone())?;
-                    let next = |exchange: &mut Exchange| (exchange.next(id), exchange.is_building(id));
-                    let (message, is_building) = self.charged(cluster, Duration::ZERO, next).await;
-                    if is_building {
-                        next_part = tokio::time::Instant::now() + BETWEEN_PARTS;
-                    }
-                    match message {
-                        Some(message) => room.send(Ok(codec::watch::encode_response(message))),
-                        None => has_more = is_building,
+                    match self.charged(cluster, Duration::ZERO, |exchange| exchange.next_step(id)).await {
+                        Next::Message(message) => room.send(Ok(codec::watch::encode_response(message))),
+                        Next::Evaluate(evaluation) => {
+                            // Outside the lock.
+                            let began = Instant::now();
+                            let evaluated = evaluation.evaluate();
+                            let take = |exchange: &mut Exchange| exchange.take_evaluated(&evaluated);
+                            self.charged(cluster, began.elapsed(), take).await;
+                        }
+                        Next::Building => next_part = tokio::time::Instant::now() + BETWEEN_PARTS,
+                        Next::Nothing => has_more = false,
                     }
                 }
                 now = beat.tick() => {

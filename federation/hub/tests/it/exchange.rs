@@ -183,7 +183,14 @@ fn words(reason: &reasons::Reason) -> String {
 fn sent_of_train(exchange: &mut Exchange, id: ReceiverId) -> (Vec<u64>, Vec<u64>) {
     use pb::watch_response::Message;
     let (mut come, mut gone, mut of_train) = (Vec::new(), Vec::new(), false);
-    while let Some(response) = exchange.next_wire(id) {
+    loop {
+        let Some(response) = exchange.next_wire(id) else {
+            // Its interest is evaluated in parts.
+            if exchange.is_building(id) {
+                continue;
+            }
+            break;
+        };
         match response.message {
             Some(Message::Begin(begin)) => of_train = begin.origin == "train",
             Some(Message::Frame(bytes)) if of_train => {

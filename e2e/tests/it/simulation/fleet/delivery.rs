@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use hanse_exchange::codec;
-use hanse_exchange::hub::Published;
+use hanse_exchange::hub::{Next, Published};
 use hanse_exchange::member::model::{Change, Position};
 use hanse_exchange::member::publisher::{ChangedExports, PublishSession, Publisher};
 use hanse_exchange::message::{PublishResponse, WatchRequest, WatchResponse};
@@ -180,13 +180,23 @@ impl Fleet<'_> {
             it.snapshots_since_open = 0;
             return true;
         };
-        let Some(response) = self.exchange.next(id) else {
-            // The hub evaluates the next interest in parts.
-            let is_building = self.exchange.is_building(id);
-            if is_building {
-                self.count("interest evaluated in parts");
+        if let Some(evaluated) = it.evaluated.take() {
+            self.exchange.take_evaluated(&evaluated);
+            return true;
+        }
+        let response = match self.exchange.next_step(id) {
+            Next::Message(response) => response,
+            // The hub evaluates the next interest in parts, while everything may change.
+            Next::Evaluate(evaluation) => {
+                it.evaluated = Some(evaluation.evaluate());
+                self.count("interest evaluated outside the exchange");
+                return true;
             }
-            return is_building;
+            Next::Building => {
+                self.count("interest evaluated in parts");
+                return true;
+            }
+            Next::Nothing => return false,
         };
         let bytes = prost::Message::encode_to_vec(&codec::watch::encode_response(response));
         it.received += bytes.len();

@@ -192,6 +192,7 @@ impl Fleet<'_> {
     pub fn cut_watch(&mut self, member: usize) {
         if let Some(id) = self.members[member].watching.take() {
             self.exchange.watch_close(id);
+            self.members[member].evaluated = None;
             self.members[member].receiver.disconnected();
             self.count("watch stream cut");
         }
@@ -200,7 +201,7 @@ impl Fleet<'_> {
     /// Restarts the hub without endpoints, which it does not store.
     pub fn restart_hub(&mut self) {
         for it in &mut self.members {
-            (it.publishing, it.watching) = (None, None);
+            (it.publishing, it.watching, it.evaluated) = (None, None, None);
             it.closed.clear();
             it.receiver.disconnected();
         }

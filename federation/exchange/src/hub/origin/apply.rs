@@ -34,6 +34,7 @@ impl Origin {
     /// Applies the next part of a batch, of about `slice` updates, and returns whether it was the last. After the changes were
     /// reported, [`Self::settle`] must be called. Between two parts the origin is consistent, but not a state of its publisher.
     pub fn step(&mut self, batch: &mut Applying, selections: &Selections, slice: usize) -> (Changes, bool) {
+        self.version += 1;
         let mut left = slice;
         let revision = batch.position.revision;
         let mut work = Work::default();
@@ -119,6 +120,7 @@ impl Origin {
     /// Begins to judge everything again under another grant, which [`Self::regrant_step`] does. The origin's position stays;
     /// views of other grants have another token.
     pub fn regrant(&mut self, grant: Arc<dyn Grant>) {
+        self.version += 1;
         self.granted = Granted::new(grant);
         self.regranting = Some(Regranting::default());
     }
@@ -127,6 +129,7 @@ impl Origin {
     /// last. After the changes were reported, [`Self::settle`] must be called.
     pub fn regrant_step(&mut self, selections: &Selections, slice: usize) -> (Changes, bool) {
         let Some(Regranting { mut slot, mut is_queued }) = self.regranting else { return (Changes::default(), true) };
+        self.version += 1;
         let mut work = Work::default();
         let (mut left, slots) = (slice, self.objects.bound());
         while left > 0 && slot < slots {

@@ -5,13 +5,15 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use hanse_policy::inventory::{LabelGrant, NamedPort};
 use hanse_policy::selector::build;
 use hashbrown::HashMap;
 
 use super::Origin;
 use super::objects::{Before, Body, Entry, endpoint_of};
-use super::profiles::{Profile, ProfileId, ProfileKey};
-use crate::hub::selections::{EVALUATIONS_PER_UPDATE, KnownLabels, Selections};
+use super::profiles::{Numbers, Profile, ProfileId, ProfileKey};
+use super::questions::{EndpointQuestion, Judged, ProfileQuestion, Selected};
+use crate::hub::selections::{EVALUATIONS_PER_UPDATE, EffectiveLabels, KnownLabels, Selections, needs_endpoints};
 use crate::hub::slots::{Bits, Slots};
 use crate::model::{Pairs, Refusal};
 
@@ -42,14 +44,15 @@ pub struct Candidates {
 }
 
 impl Origin {
-    /// Judges new selections, which are sorted and concern this cluster, from a cursor on, for about this number of evaluations.
-    /// Returns the next cursor, if there is more. Selections that were judged before stay unchanged.
-    pub fn select(
-        &mut self,
+    /// The questions of new selections, which are sorted and concern this cluster, over profiles from a cursor on, for about this
+    /// number of evaluations. Returns the next cursor, if there is more.
+    pub fn profile_questions(
+        &self,
         fresh: &[u32],
         selections: &Selections,
         from: JudgingCursor,
         evaluations: usize,
+        questions: &mut Vec<ProfileQuestion>,
     ) -> Option<JudgingCursor> {
         let (began, mut visited) = (selections.evaluated(), 0_usize);
         let JudgingCursor { mut profile, mut selection } = from;
@@ -60,7 +63,9 @@ impl Origin {
             }
             visited += 1;
             let rest = &fresh[fresh.partition_point(|number| *number < selection)..];
-            match self.select_of(profile, rest, selections, evaluations - spent) {
+            let (question, next) = self.profile_question(profile, rest, selections, evaluations - spent);
+            questions.extend(question.filter(|question| !question.candidates.is_empty()));
+            match next {
                 Some(next) => return Some(JudgingCursor { profile, selection: next }),
                 None => (profile, selection) = (profile + 1, 0),
             }
@@ -68,38 +73,104 @@ impl Origin {
         None
     }
 
-    /// Judges new selections over one profile, at least one, for about this number of evaluations. Returns the next of them if it
-    /// stopped before the end.
-    fn select_of(&mut self, number: u32, fresh: &[u32], selections: &Selections, evaluations: usize) -> Option<u32> {
-        let (id, profile) = self.profiles.at(number)?;
+    /// New selections over one profile, at least one, for about this number of evaluations, and the next of them if these are not all.
+    fn profile_question(
+        &self,
+        number: u32,
+        fresh: &[u32],
+        selections: &Selections,
+        evaluations: usize,
+    ) -> (Option<ProfileQuestion>, Option<u32>) {
+        let Some((id, profile)) = self.profiles.at(number) else { return (None, None) };
         if profile.problem.is_some() || profile.endpoints.is_empty() || profile.own_keys.is_many() {
-            return None;
+            return (None, None);
         }
-        let pairs = self.effective(profile.key, &[]);
-        let known = KnownLabels { pairs: &pairs, grant: &self.granted.labels };
+        let labels = self.effective(profile.key, &[]);
         // Of many, only those that the labels may satisfy are evaluated.
-        let candidates: Cow<'_, [u32]> = match fresh.len() <= FEW_SELECTIONS {
-            true => fresh.into(),
+        let mut candidates = match fresh.len() <= FEW_SELECTIONS {
+            true => fresh.to_vec(),
             false => {
+                let known = KnownLabels { pairs: &labels, grant: &self.granted.labels };
                 let mut candidates = selections.candidates(&self.name, &known, profile.own_keys.few());
                 candidates.retain(|number| fresh.binary_search(number).is_ok());
-                candidates.into()
+                candidates
             }
         };
-        let (mut matches, mut per_endpoint, mut next) = (Vec::new(), Vec::new(), None);
         // The lookup is repeated in each part, so that it does not count.
         let began = selections.evaluated();
-        for (at, candidate) in candidates.iter().copied().enumerate() {
-            if at > 0 && selections.evaluated_since(began) >= evaluations {
-                next = Some(candidate);
-                break;
-            }
-            self.judge_one(profile, candidate, selections, &known, [&mut matches, &mut per_endpoint]);
+        let rest = candidates.iter().enumerate().find_map(|(at, candidate)| {
+            let is_enough = at > 0 && selections.evaluated_since(began) >= evaluations;
+            selections.charge_evaluation(*candidate);
+            is_enough.then_some(at)
+        });
+        let next = rest.map(|at| candidates[at]);
+        candidates.truncate(rest.unwrap_or(candidates.len()));
+        let own_keys = profile.own_keys.few().to_vec();
+        (Some(ProfileQuestion { profile: id, labels, own_keys, candidates }), next)
+    }
+
+    /// Takes over what was found for a profile, unless what it depends on has changed: then the profile was judged again, or will be,
+    /// for these selections as well. `changed`: the origin is not as it was when the question was made.
+    pub fn answer_profile(&mut self, question: &ProfileQuestion, judged: &Judged, grant: &LabelGrant, changed: bool) {
+        let is_valid = |it: &Self| {
+            let profile = it.profiles.find(question.profile)?;
+            let has_key =
+                |(key, _): &(Arc<str>, u32)| question.own_keys.binary_search_by(|(had, _)| had.cmp(key)).is_ok();
+            let is_judged = profile.problem.is_none() && !profile.endpoints.is_empty() && !profile.own_keys.is_many();
+            let has_keys = profile.own_keys.few().iter().all(has_key);
+            let same_labels = || it.effective(profile.key, &[]) == question.labels;
+            (is_judged && has_keys && it.granted.labels == *grant && same_labels()).then_some(())
+        };
+        if changed && is_valid(self).is_none() {
+            return;
         }
-        let profile = self.profiles.get_mut(id);
-        add(&mut profile.matches, &matches);
-        add(&mut profile.per_endpoint, &per_endpoint);
-        next
+        let profile = self.profiles.get_mut(question.profile);
+        add(&mut profile.matches, &judged.matches);
+        add(&mut profile.per_endpoint, &judged.per_endpoint);
+    }
+
+    /// How an endpoint relates to an interest: see [`Selected`].
+    pub fn selected(&self, slot: u32, interest: &Bits, selections: &Selections) -> Selected {
+        let Some(entry @ Entry { body: Body::Endpoint { profile, .. }, visible: true, .. }) = self.entry(slot) else {
+            return Selected::No;
+        };
+        let profile = self.profiles.get(*profile);
+        selections.charge(profile.matches.len() / MATCHES_PER_EVALUATION);
+        if profile.matches.iter().any(|number| interest.contains(*number)) {
+            return Selected::Yes;
+        }
+        let is_many = profile.own_keys.is_many();
+        if !is_many && !profile.per_endpoint.iter().any(|number| interest.contains(*number)) {
+            return Selected::No;
+        }
+        let Some((labels, ports)) = self.labels_and_ports(entry, profile) else { return Selected::No };
+        let known = KnownLabels { pairs: &labels, grant: &self.granted.labels };
+        let mut candidates: Vec<u32> = match is_many {
+            true => selections.filed(&known).collect(),
+            false => profile.per_endpoint.to_vec(),
+        };
+        candidates.retain(|number| interest.contains(*number));
+        if is_many {
+            candidates.sort_unstable();
+            candidates.dedup();
+            candidates.retain(|number| selections.concerns(*number, &self.name));
+        }
+        Selected::IfOneMatches(EndpointQuestion { slot, labels, ports, candidates })
+    }
+
+    fn labels_and_ports(&self, entry: &Entry, profile: &Profile) -> Option<(EffectiveLabels, Vec<NamedPort>)> {
+        let endpoint = endpoint_of(&entry.bytes)?;
+        Some((self.effective(profile.key, &endpoint.own), endpoint.ports))
+    }
+
+    /// Whether an endpoint is as it was when the question was made.
+    pub fn is_unchanged(&self, question: &EndpointQuestion, grant: &LabelGrant) -> bool {
+        let Some(entry @ Entry { body: Body::Endpoint { profile, .. }, visible: true, .. }) = self.entry(question.slot)
+        else {
+            return false;
+        };
+        let now = self.labels_and_ports(entry, self.profiles.get(*profile));
+        self.granted.labels == *grant && now.is_some_and(|now| now.0 == question.labels && now.1 == question.ports)
     }
 
     /// Adds a selection to those that match a profile, or to those that are evaluated for each of its endpoints, or to neither.
@@ -111,7 +182,7 @@ impl Origin {
         known: &KnownLabels<'_>,
         [matches, per_endpoint]: [&mut Vec<u32>; 2],
     ) {
-        if selections.needs_endpoints(number, profile.own_keys.few()) {
+        if needs_endpoints(selections.wanted(number), profile.own_keys.few()) {
             selections.charge(1);
             per_endpoint.push(number);
         } else if selections.may_match(number, known) {
@@ -154,32 +225,16 @@ impl Origin {
 
     /// Whether an endpoint is used and one of the selections may match it.
     pub fn endpoint_selected(&self, slot: u32, interest: &Bits, selections: &Selections) -> bool {
-        let Some(Entry { body: Body::Endpoint { profile, .. }, visible: true, bytes, .. }) = self.entry(slot) else {
-            return false;
-        };
-        let profile = self.profiles.get(*profile);
-        selections.charge(profile.matches.len() / MATCHES_PER_EVALUATION);
-        if profile.matches.iter().any(|number| interest.contains(*number)) {
-            return true;
-        }
-        let is_many = profile.own_keys.is_many();
-        if !is_many && !profile.per_endpoint.iter().any(|number| interest.contains(*number)) {
-            return false;
-        }
-        let Some(endpoint) = endpoint_of(bytes) else { return false };
-        let pairs = self.effective(profile.key, &endpoint.own);
-        let known = KnownLabels { pairs: &pairs, grant: &self.granted.labels };
-        let selects = |number: u32| {
-            let names = selections.wanted(number).port_names();
-            (names.is_empty() || endpoint.ports.iter().any(|port| names.contains(&port.name)))
-                && selections.may_match(number, &known)
-        };
-        match is_many {
-            true => {
-                let mut all = selections.filed(&known).filter(|number| interest.contains(*number));
-                all.any(|number| selections.concerns(number, &self.name) && selects(number))
+        match self.selected(slot, interest, selections) {
+            Selected::Yes => true,
+            Selected::No => false,
+            Selected::IfOneMatches(question) => {
+                let wanted = |number: u32| {
+                    selections.charge_evaluation(number);
+                    Some(&**selections.wanted(number))
+                };
+                question.evaluate(&self.granted.labels, wanted)
             }
-            false => profile.per_endpoint.iter().any(|number| interest.contains(*number) && selects(*number)),
         }
     }
 
@@ -217,17 +272,17 @@ impl Origin {
         }
         let profile = self.profiles.get_mut(id);
         (profile.problem, profile.matches, profile.per_endpoint) =
-            (problem.map(Box::new), matches.into(), per_endpoint.into());
+            (problem.map(Box::new), Numbers::from_slice(&matches), Numbers::from_slice(&per_endpoint));
     }
 
     /// The effective labels of a profile's endpoint with these labels of its own, sorted by key.
-    fn effective(&self, key: ProfileKey, own: &[(Arc<str>, Arc<str>)]) -> Vec<(Arc<str>, Arc<str>)> {
+    fn effective(&self, key: ProfileKey, own: &[(Arc<str>, Arc<str>)]) -> EffectiveLabels {
         let [namespace, account, label_set] = key;
         let effective = |key: &Arc<str>| match build::own_key(key) {
             Cow::Borrowed(_) => key.clone(),
             Cow::Owned(key) => key.into(),
         };
-        let mut pairs: Vec<(Arc<str>, Arc<str>)> = own.iter().map(|(k, v)| (effective(k), v.clone())).collect();
+        let mut pairs: EffectiveLabels = own.iter().map(|(k, v)| (effective(k), v.clone())).collect();
         for (k, v) in self.label_set(label_set).into_iter().flatten() {
             if !own.iter().any(|(have, _)| *have == k) {
                 pairs.push((effective(&k), v));
@@ -265,30 +320,25 @@ impl Candidates {
 }
 
 /// Adds numbers in order to others in order.
-fn add(list: &mut Box<[u32]>, numbers: &[u32]) {
+fn add(list: &mut Numbers, numbers: &[u32]) {
     if !numbers.is_empty() {
         let mut all = [&**list, numbers].concat();
         // Stable sorting merges the two runs.
         all.sort();
         all.dedup();
-        *list = all.into();
+        *list = Numbers::from_slice(&all);
     }
 }
 
-fn drop_from(list: &mut Box<[u32]>, numbers: &Bits) {
+fn drop_from(list: &mut Numbers, numbers: &Bits) {
     if list.iter().any(|number| numbers.contains(*number)) {
-        *list = list.iter().copied().filter(|it| !numbers.contains(*it)).collect();
+        list.retain(|it| !numbers.contains(*it));
+        list.shrink_to_fit();
     }
 }
 
 /// `own_name`: the key under which a label with the key of the name is visible.
-fn prefixed(
-    prefix: &str,
-    own_name: Option<&str>,
-    name: &Arc<str>,
-    labels: &Pairs,
-    into: &mut Vec<(Arc<str>, Arc<str>)>,
-) {
+fn prefixed(prefix: &str, own_name: Option<&str>, name: &Arc<str>, labels: &Pairs, into: &mut EffectiveLabels) {
     into.push((format!("{prefix}{}", build::NAME).into(), name.clone()));
     for (key, value) in labels.iter() {
         let key = if &**key == build::NAME { own_name } else { Some(&**key) };

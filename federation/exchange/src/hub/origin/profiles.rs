@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use hanse_policy::slab::{Id as _, Slab};
 use hashbrown::{DefaultHashBuilder, HashTable};
+use smallvec::SmallVec;
 
 use crate::model::{Pairs, Refusal};
 
@@ -83,15 +84,18 @@ impl Default for OwnKeys {
     }
 }
 
+/// Numbers without an allocation where there are a few, as of most profiles.
+pub type Numbers = SmallVec<[u32; 4]>;
+
 #[derive(Debug)]
 pub struct Profile {
     pub key: ProfileKey,
-    pub endpoints: Vec<u32>,
+    pub endpoints: Numbers,
     pub own_keys: OwnKeys,
     /// Selections that match, or may match, all of its endpoints, in order. None where all selections are evaluated for each.
-    pub matches: Box<[u32]>,
+    pub matches: Numbers,
     /// Other selections that must be evaluated for each endpoint, in order.
-    pub per_endpoint: Box<[u32]>,
+    pub per_endpoint: Numbers,
     pub problem: Option<Box<Refusal>>,
 }
 
@@ -140,6 +144,10 @@ impl Profiles {
     pub fn at(&self, number: u32) -> Option<(ProfileId, &Profile)> {
         let id = ProfileId::new(number);
         Some((id, self.all.get(id)?))
+    }
+
+    pub fn find(&self, id: ProfileId) -> Option<&Profile> {
+        self.all.get(id)
     }
 
     pub fn get(&self, id: ProfileId) -> &Profile {

@@ -6,7 +6,7 @@ use hanse_store::{Key, Transaction, in_memory};
 use hanse_protocol::reason::{Agent, Behind, ExchangeProblem, Lag, Reason};
 
 use super::*;
-use crate::exchange::admission::FRAME_TIME;
+use crate::exchange::admission::{Account, FRAME_TIME};
 use crate::grants::Limits;
 use crate::manifest::{Kind, ObjectId};
 use crate::registry::Clock;
@@ -264,15 +264,15 @@ async fn streams_of_a_cluster_wait_for_the_time_that_it_used() {
     // Of 60 s that 20 s of use cost, 20 s have passed, and 0.1 s are a burst.
     let wait = Duration::from_millis(39_900);
     let train = ClusterName::from("train");
-    service.charge(&train, Duration::from_secs(20));
+    service.shared.used_watching.charge(&train, Duration::from_secs(20));
     let (mut of_train, mut of_serve) = (watch("train"), watch("serve"));
     assert_eq!(next(&mut of_serve).await, Duration::ZERO);
     // A cheap call of another stream does not lower the debt.
-    service.charge(&train, Duration::from_nanos(1));
+    service.shared.used_watching.charge(&train, Duration::from_nanos(1));
     assert!(next(&mut of_train).await >= wait);
     // An open stream waits as well.
     while tokio::time::timeout(HEARTBEAT / 2, next(&mut of_train)).await.is_ok() {}
-    service.charge(&train, Duration::from_secs(20));
+    service.shared.used_watching.charge(&train, Duration::from_secs(20));
     let newer = |exchange: &mut Exchange| {
         let mut newer = exchange.federation().clone();
         newer.position.revision += 1;
@@ -280,6 +280,29 @@ async fn streams_of_a_cluster_wait_for_the_time_that_it_used() {
     };
     service.with(newer).await;
     assert!(next(&mut of_train).await >= wait);
+}
+
+/// Batches that cost much keep the streams of other clusters from their turn no longer than a part of them.
+#[tokio::test(start_paused = true)]
+async fn publishing_streams_of_a_cluster_wait_for_the_time_that_it_used() {
+    let service = service().await;
+    let train = ClusterName::from("train");
+    service.shared.used_publishing.charge(&train, Duration::from_secs(20));
+    let welcomed = async |name: &str| {
+        let cluster = ClusterName::from(name);
+        let permit = StreamPermit::acquire(&service.shared.publishing, &cluster).expect("room");
+        let (outbox, mut received) = mpsc::channel(OUTBOX);
+        let open = PublishRequest::Open { protocol: 1, epoch: 1, instance: Default::default() };
+        let requests = tokio_stream::iter([Ok(codec::publish::encode_request(open))]);
+        let requests = Box::pin(requests.chain(tokio_stream::pending()));
+        let from = SocketAddr::from(([127, 0, 0, 1], 1));
+        tokio::spawn(service.clone().published(cluster, permit, from, requests, outbox));
+        let began = tokio::time::Instant::now();
+        received.recv().await.expect("it is open").expect("a welcome");
+        began.elapsed()
+    };
+    assert_eq!(welcomed("serve").await, Duration::ZERO);
+    assert!(welcomed("train").await >= Duration::from_millis(39_900));
 }
 
 /// While the exchange is busy, streams that wait for it take no thread, and the last status is served.

@@ -1,6 +1,8 @@
 //! Work that one cluster makes is done in parts, between which others are served.
 
-use hanse_exchange::hub::{PublishError, Published};
+use std::collections::BTreeMap;
+
+use hanse_exchange::hub::{Next, PublishError, Published};
 
 use super::*;
 
@@ -22,7 +24,7 @@ fn part(exchange: &mut Exchange, id: PublishId, message: Request) -> Result<Publ
     exchange.publish_part(id, codec::publish::decode_request(request).unwrap())
 }
 
-/// Sends a delta on a stream, of which nothing or the first part is applied.
+/// Sends a delta of objects of this revision on a stream, of which nothing or the first part is applied.
 fn begin_delta(exchange: &mut Exchange, id: PublishId, revision: u64, upserts: &[(u64, Body)]) -> Published {
     let update = |(id, body): &(u64, Body)| {
         let body = Some(body.clone());
@@ -195,4 +197,121 @@ fn applies_the_rest_of_a_batch_in_parts_after_its_stream_ended() {
     calls(&mut it.exchange, newest, Published::More);
     assert_eq!(it.exchange.origin("train").unwrap().position.revision, 15);
     assert!(matches!(it.exchange.publish_more(old), Ok(Published::Answers(_))));
+}
+
+/// A linear congruential generator.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+
+    /// Namespace 1, 2 or 3.
+    fn namespace(&mut self, number: u64) -> (u64, Body) {
+        let stage = format!("s-{}", self.below(3));
+        let labels = [("stage", &*stage)];
+        let count = usize::from(self.below(4) > 0);
+        (number, namespace(&format!("ns-{number}"), &labels[..count]))
+    }
+
+    /// One of 24 endpoints, in one of three namespaces and with one of four label sets.
+    fn pod(&mut self, number: u64) -> (u64, Body) {
+        let mut labels = Vec::new();
+        for key in 1..=3 {
+            if self.below(3) == 0 {
+                labels.push(pb::Pair { key: format!("k-{key}"), value: format!("v-{}", self.below(2)) });
+            }
+        }
+        let http = pb::NamedPort { name: "http".to_owned(), protocol: 6, port: 80 };
+        let ports = vec![http; self.below(2) as usize];
+        let (namespace, label_set) = (1 + self.below(3), 11 + self.below(4));
+        let pod = pb::Endpoint { namespace, label_set, labels, ports, ..endpoint(number as u8) };
+        (100 + number, Body::Endpoint(pod))
+    }
+}
+
+/// Everything that an answer depends on changes while it is evaluated: labels of namespaces and endpoints, ports, the keys of own
+/// labels, the profiles of endpoints, and grants.
+#[test]
+fn selects_the_same_if_objects_change_during_an_evaluation() {
+    let own = || {
+        let select = [
+            "pcns.stage == 's-1' && app == 'a-1'",
+            "!has(pcns.stage) || app == 'a-2'",
+            "k-1 == 'v-1' && app == 'a-0'",
+            "!has(k-2) && pcns.stage == 's-0'",
+            "has(k-3) || k-1 == 'v-0'",
+        ];
+        let port_names = vec!["http".to_owned()];
+        let with_port = pb::Selection { port_names, ..everywhere("app == 'a-3'".to_owned()) };
+        select.map(|it| everywhere(it.to_owned())).into_iter().chain([with_port]).collect::<Vec<_>>()
+    };
+    let without_keys = || {
+        grant(
+            serde_json::json!({"namespaces": ["*"], "cidrs": ["10.1.0.0/16"], "labels": {"app": ["*"], "k-1": ["*"]}}),
+        )
+    };
+    let (mut evaluated, mut changed) = (0, 0);
+    for seed in 1..=2_000_u64 {
+        let (mut random, mut it) = (Random(seed), Publishing::new(any_grant()));
+        it.exchange.set_slice(1);
+        // By ID, with their revisions.
+        let mut objects: BTreeMap<u64, (u64, Body)> = BTreeMap::new();
+        let mut publish = |it: &mut Publishing, changed: Vec<(u64, Body)>, removed: &[u64]| {
+            it.delta(&changed, removed);
+            removed.iter().for_each(|id| drop(objects.remove(id)));
+            objects.extend(changed.into_iter().map(|(id, body)| (id, (it.revision, body))));
+        };
+        let set = |at: u64| (10 + at, Body::LabelSet(pb::LabelSet { labels: pairs(&[("app", &format!("a-{at}"))]) }));
+        let mut first: Vec<(u64, Body)> = (1..=4).map(set).collect();
+        first.extend((1..=3).map(|at| random.namespace(at)));
+        first.extend((1..=24).map(|at| random.pod(at)));
+        publish(&mut it, first, &[]);
+        let id = watch(&mut it.exchange, own());
+        let mut granted = federation(any_grant(), 1);
+        loop {
+            match it.exchange.next_step(id) {
+                Next::Evaluate(evaluation) => {
+                    let answers = evaluation.evaluate();
+                    evaluated += 1;
+                    for _ in 0..random.below(3) {
+                        changed += 1;
+                        let (pod, namespace) = (1 + random.below(24), 1 + random.below(3));
+                        match random.below(8) {
+                            0 => publish(&mut it, vec![], &[100 + pod]),
+                            1 | 2 => publish(&mut it, vec![random.namespace(namespace)], &[]),
+                            3 => {
+                                let revision = granted.position.revision + 1;
+                                let grant = if revision.is_multiple_of(2) { without_keys() } else { any_grant() };
+                                granted = federation(grant, revision);
+                                it.exchange.set_federation(granted.clone());
+                            }
+                            _ => publish(&mut it, vec![random.pod(pod)], &[]),
+                        }
+                    }
+                    it.exchange.take_evaluated(&answers);
+                }
+                Next::Nothing => break,
+                Next::Message(_) | Next::Building => {}
+            }
+        }
+        // Another exchange with the same objects at rest.
+        let mut at_rest = Publishing::new(any_grant());
+        at_rest.exchange.set_federation(granted);
+        let mut objects: Vec<_> = objects.into_iter().collect();
+        objects.sort_by_key(|(_, (revision, _))| *revision);
+        for (id, (revision, body)) in objects {
+            begin_delta(&mut at_rest.exchange, at_rest.id, revision, &[(id, body)]);
+        }
+        let same = watch(&mut at_rest.exchange, own());
+        sent_of_train(&mut at_rest.exchange, same);
+        assert_eq!(
+            it.exchange.expected_digest(id, "train"),
+            at_rest.exchange.expected_digest(same, "train"),
+            "seed {seed}"
+        );
+    }
+    assert!(evaluated > 5_000 && changed > 5_000, "{evaluated} evaluations, {changed} changes");
 }
