@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::io;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -13,6 +14,8 @@ use tracing::warn;
 const PERIOD: Duration = Duration::from_secs(30);
 /// Sources that are counted separately in a period: 1,024 × about 32 bytes.
 const MAX_SOURCES: usize = 1_024;
+/// Characters of an error that are logged.
+const MAX_ERROR_CHARS: usize = 200;
 
 /// Why a connection was refused or ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,9 +38,13 @@ pub(super) enum Reason {
     MadeRoom,
     /// The system gave none.
     System,
+    /// A handshake failed, for example because of a certificate.
+    Failed,
+    /// A handshake took too long.
+    Slow,
 }
 
-const REASONS: [(Reason, &str); 9] = [
+const REASONS: [(Reason, &str); 11] = [
     (Reason::Connections, "too many connections"),
     (Reason::Address, "too many of one address"),
     (Reason::Network, "too many of one network"),
@@ -47,6 +54,8 @@ const REASONS: [(Reason, &str); 9] = [
     (Reason::CutShort, "handshake cut short to make room"),
     (Reason::MadeRoom, "ended to make room"),
     (Reason::System, "not accepted by the system"),
+    (Reason::Failed, "handshake failed"),
+    (Reason::Slow, "handshake took too long"),
 ];
 
 /// Of one listener.
@@ -65,6 +74,8 @@ struct State {
 struct Counted {
     by_reason: [u64; REASONS.len()],
     by_source: HashMap<IpAddr, u64>,
+    /// Why the last handshake failed, and of whom.
+    last_failure: Option<(IpAddr, String)>,
 }
 
 impl Refusals {
@@ -73,6 +84,16 @@ impl Refusals {
         if let Some(counted) = self.counted(reason, source, Instant::now()) {
             counted.log();
         }
+    }
+
+    /// One more handshake that failed, unless the peer only connected and closed, as checks of ports do.
+    pub(super) fn count_failed(&self, error: &io::Error, source: IpAddr) {
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            return;
+        }
+        let text = error.to_string().escape_debug().take(MAX_ERROR_CHARS).collect();
+        self.state().counted.last_failure = Some((source, text));
+        self.count(Reason::Failed, source);
     }
 
     /// Logs what is left of a period that is over.
@@ -122,11 +143,14 @@ impl Counted {
 
     fn log(&self) {
         let most = self.by_source.iter().max_by_key(|(_, count)| **count);
+        let failure = self.last_failure.as_ref();
         warn!(
             count = self.total(),
             sources = self.by_source.len(),
             most_from = most.map(|(source, _)| tracing::field::display(source)),
             reasons = %self,
+            failed_from = failure.map(|(source, _)| tracing::field::display(source)),
+            error = failure.map(|(_, error)| tracing::field::display(error)),
             period_seconds = PERIOD.as_secs(),
             "connections refused"
         );
@@ -168,6 +192,20 @@ mod tests {
         // A quiet time later the next is logged at once again.
         assert_eq!((refusals.due(), refusals.over(start + PERIOD * 9)), (None, None));
         assert!(refusals.counted(Reason::Rate, IpAddr::from([10, 0, 0, 1]), start + PERIOD * 9).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_handshake_is_counted_with_its_error() {
+        let (refusals, source) = (Refusals::default(), IpAddr::from([10, 0, 0, 1]));
+        refusals.count(Reason::Rate, source);
+        refusals.count_failed(&io::Error::from(io::ErrorKind::UnexpectedEof), source);
+        assert_eq!(refusals.due(), None, "a check of the port");
+        let error = io::Error::new(io::ErrorKind::InvalidData, format!("expired\n{}", "x".repeat(500)));
+        refusals.count_failed(&error, source);
+        let counted = refusals.over(Instant::now() + PERIOD).expect("counted");
+        assert_eq!(counted.to_string(), "handshake failed: 1");
+        let (from, error) = counted.last_failure.expect("the error");
+        assert!(from == source && error.starts_with("expired\\nxxx") && error.len() == MAX_ERROR_CHARS, "{error}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -214,8 +214,14 @@ pub async fn incoming(
                 };
                 let stream = match accepted {
                     Ok(Ok(stream)) => stream,
-                    Ok(Err(error)) => return debug!(%remote, %error, "handshake refused"),
-                    Err(_) => return debug!(%remote, "handshake took too long"),
+                    Ok(Err(error)) => {
+                        refusals.count_failed(&error, remote.ip());
+                        return debug!(%remote, %error, "handshake failed");
+                    }
+                    Err(_) => {
+                        refusals.count(Reason::Slow, remote.ip());
+                        return debug!(%remote, "handshake took too long");
+                    }
                 };
                 drop(place);
                 if let Some(peer) = describe(&stream, remote, latest) {
