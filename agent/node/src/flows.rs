@@ -132,9 +132,9 @@ fn read(
         let end = Instant::now() + WINDOW;
         while let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
             let dropped = decisions.wait(left, &mut |decided| window.add(decided))?;
-            window.lost = window.lost.saturating_add(dropped);
+            window.missed = window.missed.saturating_add(dropped);
         }
-        window.lost = window.lost.saturating_add(decisions.suppressed()?);
+        window.missed = window.missed.saturating_add(decisions.suppressed()?);
         *window = hand_over(std::mem::take(window), windows);
         backoff.reset();
     }
@@ -143,17 +143,17 @@ fn read(
 
 /// Passes on a window. Returns the next one, which starts with what was dropped where the receiver is late.
 fn hand_over(window: Window, windows: &mpsc::Sender<WindowResult>) -> Window {
-    if window.sums.is_empty() && window.lost == 0 {
+    if window.sums.is_empty() && window.missed == 0 {
         return window;
     }
     let late = windows.try_send(Ok(window.message())).err();
-    let lost = late.and_then(|error| error.into_inner().ok()).as_ref().map_or(0, decisions);
-    Window { lost, ..Window::default() }
+    let missed = late.and_then(|error| error.into_inner().ok()).as_ref().map_or(0, decisions);
+    Window { missed, ..Window::default() }
 }
 
 /// The number of decisions of a message.
 fn decisions(flows: &wire::Flows) -> u64 {
-    flows.flows.iter().map(|flow| flow.count).fold(flows.lost, u64::saturating_add)
+    flows.flows.iter().map(|flow| flow.count).fold(flows.missed, u64::saturating_add)
 }
 
 /// Windows that are not sent yet.
@@ -161,7 +161,7 @@ fn decisions(flows: &wire::Flows) -> u64 {
 struct Waiting {
     /// With the time of their arrival.
     windows: VecDeque<(tokio::time::Instant, wire::Flows)>,
-    lost: u64,
+    missed: u64,
     /// Why there are no more windows.
     ended: Option<String>,
 }
@@ -176,7 +176,7 @@ impl Waiting {
             }
         };
         self.ended = None;
-        self.lost = self.lost.saturating_add(std::mem::take(&mut window.lost));
+        self.missed = self.missed.saturating_add(std::mem::take(&mut window.missed));
         if self.windows.len() >= MAX_WAITING {
             self.drop_oldest();
         }
@@ -184,8 +184,8 @@ impl Waiting {
     }
 
     fn drop_oldest(&mut self) {
-        let lost = self.windows.pop_front().map_or(0, |(_, window)| decisions(&window));
-        self.lost = self.lost.saturating_add(lost);
+        let missed = self.windows.pop_front().map_or(0, |(_, window)| decisions(&window));
+        self.missed = self.missed.saturating_add(missed);
     }
 
     fn drop_expired(&mut self) {
@@ -196,13 +196,13 @@ impl Waiting {
 
     /// The oldest window, with the number of dropped decisions.
     fn first(&self) -> Option<wire::Flows> {
-        self.windows.front().map(|(_, window)| wire::Flows { lost: self.lost, ..window.clone() })
+        self.windows.front().map(|(_, window)| wire::Flows { missed: self.missed, ..window.clone() })
     }
 
     /// The oldest window was sent.
     fn sent(&mut self) {
         self.windows.pop_front();
-        self.lost = 0;
+        self.missed = 0;
     }
 }
 
@@ -279,7 +279,7 @@ async fn report_over(
                 }
                 continue;
             };
-            let dropped = first.lost;
+            let dropped = first.missed;
             let reported = decisions(&first).saturating_sub(dropped);
             let sent = tokio::select! {
                 () = stop.cancelled() => return,

@@ -39,12 +39,12 @@ enum Part {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum View {
     /// All, none of them being unknown.
-    Known,
+    Exact,
     Certain,
     Possible,
 }
 
-const VIEWS: [View; 3] = [View::Known, View::Certain, View::Possible];
+const VIEWS: [View; 3] = [View::Exact, View::Certain, View::Possible];
 
 #[derive(Debug)]
 struct Pool {
@@ -577,7 +577,7 @@ impl View {
     /// The set to read for the certain or the possible members, by whether they differ.
     fn of(possible: bool, differ: bool) -> Self {
         match (differ, possible) {
-            (false, _) => Self::Known,
+            (false, _) => Self::Exact,
             (true, false) => Self::Certain,
             (true, true) => Self::Possible,
         }
@@ -641,7 +641,7 @@ impl Pool {
 
     fn members(&self, inventory: &IndexedInventory, part: Part, view: View) -> (SetId, Members, BTreeMap<IpNet, u32>) {
         let which = match view {
-            View::Known => "known",
+            View::Exact => "known",
             View::Certain => "certain",
             View::Possible => "possible",
         };

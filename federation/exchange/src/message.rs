@@ -35,9 +35,9 @@ pub enum PublishRequest {
 /// From the hub to a member, on a publishing stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PublishResponse {
-    /// `held`: the last position of the cluster that this hub has.
+    /// `published`: the last position of the cluster that this hub has.
     Welcome {
-        held: Option<Position>,
+        published: Option<Position>,
         heartbeat_ms: u64,
     },
     Ack {
@@ -99,14 +99,14 @@ pub struct WatchOpen {
     /// Of the hub's own objects.
     pub hub: Option<Position>,
     pub hub_digest: Option<u128>,
-    pub held: Vec<HeldOrigin>,
+    pub received: Vec<ReceivedOrigin>,
     /// The interest that was complete last.
     pub interest: Vec<WrittenSelection>,
     pub own: Vec<WrittenSelection>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeldOrigin {
+pub struct ReceivedOrigin {
     pub origin: ClusterName,
     pub position: Option<Position>,
     pub view: u64,

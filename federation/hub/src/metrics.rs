@@ -24,7 +24,7 @@ pub struct HubMetrics {
     refused: Gauge,
     pub(crate) joins: Family<Outcome, Counter>,
     pub(crate) closed: Counter,
-    pub(crate) exchange_held: Histogram,
+    pub(crate) exchange_lock: Histogram,
 }
 
 impl Default for HubMetrics {
@@ -39,7 +39,7 @@ impl Default for HubMetrics {
             joins: Family::default(),
             closed: Counter::default(),
             // 0.1 ms to 6.5 s.
-            exchange_held: Histogram::new(exponential_buckets(0.0001, 4.0, 9)),
+            exchange_lock: Histogram::new(exponential_buckets(0.0001, 4.0, 9)),
         }
     }
 }
@@ -96,9 +96,9 @@ impl HubMetrics {
                 this.closed.clone(),
             );
             hub.register(
-                "exchange_held_seconds",
+                "exchange_lock_seconds",
                 "Time for which one piece of work kept the lock of the exchange",
-                this.exchange_held.clone(),
+                this.exchange_lock.clone(),
             );
         });
         this

@@ -220,7 +220,7 @@ impl Recorder {
         let mut exchange = Exchange::new();
         exchange.set_federation(federation());
         let (mut publisher, mut session) = (Publisher::new(1), PublishSession::default());
-        session.take(&mut publisher, PublishResponse::Welcome { held: None, heartbeat_ms: 1 });
+        session.take(&mut publisher, PublishResponse::Welcome { published: None, heartbeat_ms: 1 });
         let file = BufWriter::new(File::create(file).expect("a new file"));
         Self { file, exchange, publisher, session, inventory: inventory() }
     }

@@ -229,7 +229,7 @@ pub async fn keep(
 
 /// The number of decisions in a message.
 fn decisions(received: &FromNode) -> u64 {
-    let counts = received.flows.flows.iter().map(|flow| flow.count).chain([received.flows.lost]);
+    let counts = received.flows.flows.iter().map(|flow| flow.count).chain([received.flows.missed]);
     counts.fold(0, u64::saturating_add).min(MAX_COUNT)
 }
 
@@ -547,7 +547,7 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
     const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
     fn from_node(node: &str, flows: Vec<wire::Flow>) -> FromNode {
-        FromNode { node: node.into(), flows: wire::Flows { flows, lost: 0 }, _room: None }
+        FromNode { node: node.into(), flows: wire::Flows { flows, missed: 0 }, _room: None }
     }
 
     fn judged(flows: Vec<wire::Flow>) -> Vec<Record<'static>> {
@@ -655,7 +655,7 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
     #[tokio::test(start_paused = true)]
     async fn a_node_above_its_rate_does_not_block_others() {
         let (inbox, mut received) = Inbox::new();
-        let message = |flows: usize| wire::Flows { flows: vec![flow("10.1.0.1", "10.1.0.2", 80); flows], lost: 0 };
+        let message = |flows: usize| wire::Flows { flows: vec![flow("10.1.0.1", "10.1.0.2", 80); flows], missed: 0 };
         let take = |node: &str, flows: usize| inbox.take(node.into(), message(flows)).map_err(|status| status.code());
         let full = Err(tonic::Code::ResourceExhausted);
         assert_eq!(take("a", MAX_FLOWS + 1), Err(tonic::Code::InvalidArgument));
@@ -679,7 +679,7 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
         let folder = tempfile::tempdir().expect("a folder");
         let bad = wire::Flow { source: Vec::new().into(), ..flow("10.1.0.1", "10.1.0.2", 80) };
         let mut received = from_node("n", vec![flow("10.1.0.1", "10.1.0.2", 80), bad]);
-        received.flows.lost = 5;
+        received.flows.missed = 5;
         assert_eq!(decisions(&received), 3 + 3 + 5);
         let batch = [received];
         let written = judge_into(&mut FlowFile::new(folder.path()), &live(), &batch);

@@ -34,7 +34,7 @@ pub struct Metrics {
 #[derive(Debug, Clone, Default)]
 pub struct FlowMetrics {
     written: Counter,
-    lost: Counter,
+    missed: Counter,
 }
 
 impl FlowMetrics {
@@ -42,14 +42,14 @@ impl FlowMetrics {
         let it = Self::default();
         registry.register(|r| {
             r.register("member_flows_written", "Flow records that were written", it.written.clone());
-            r.register("member_flows_lost", "Flow decisions without a record", it.lost.clone());
+            r.register("member_flows_lost", "Flow decisions without a record", it.missed.clone());
         });
         it
     }
 
-    pub fn count(&self, written: u64, lost: u64) {
+    pub fn count(&self, written: u64, missed: u64) {
         self.written.inc_by(written);
-        self.lost.inc_by(lost);
+        self.missed.inc_by(missed);
     }
 }
 

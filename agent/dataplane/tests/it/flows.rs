@@ -27,19 +27,19 @@ impl Listener {
 
     /// The decisions since the last call, in order of their text, and the number of dropped ones.
     fn all(&mut self) -> (Vec<Decided>, u64) {
-        let (mut logged, mut lost) = (Vec::new(), 0);
+        let (mut logged, mut missed) = (Vec::new(), 0);
         loop {
             let before = logged.len();
-            lost += self.0.wait(QUIET, |decided| logged.push(decided)).expect("netlink works");
+            missed += self.0.wait(QUIET, |decided| logged.push(decided)).expect("netlink works");
             if logged.len() == before {
-                return (logged, lost);
+                return (logged, missed);
             }
         }
     }
 
     fn logged(&mut self) -> Vec<String> {
-        let (logged, lost) = self.all();
-        assert_eq!((lost, self.0.suppressed().expect("read")), (0, 0));
+        let (logged, missed) = self.all();
+        assert_eq!((missed, self.0.suppressed().expect("read")), (0, 0));
         let mut logged: Vec<String> = logged.iter().map(text).collect();
         logged.sort();
         logged
@@ -345,19 +345,19 @@ fn rate_limits_keep_verdicts_and_count_suppressed_decisions() {
     let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
     let arrived: Vec<&str> = listed.split("counter packets ").skip(1).filter_map(|it| it.split(' ').next()).collect();
     assert_eq!(arrived, [ALLOWED.to_string().as_str(), "0"], "{listed}");
-    let (logged, lost) = listener.all();
+    let (logged, missed) = listener.all();
     let suppressed = listener.0.suppressed().expect("read");
     let of = |decision| logged.iter().filter(|it| it.decision == decision).count();
     let (allowed, denied) = (of(Decision::Allowed), of(Decision::Denied));
     println!(
-        "{allowed} of {ALLOWED} allowed and {denied} of {DENIED} denied are logged, {suppressed} suppressed, {lost} dropped"
+        "{allowed} of {ALLOWED} allowed and {denied} of {DENIED} denied are logged, {suppressed} suppressed, {missed} dropped"
     );
     assert!((10_000..ALLOWED).contains(&allowed) && (1_000..DENIED).contains(&denied), "{allowed}, {denied}");
-    let sum = (allowed + denied) as u64 + suppressed + lost;
+    let sum = (allowed + denied) as u64 + suppressed + missed;
     assert_eq!(
         sum,
         (ALLOWED + DENIED) as u64,
-        "{allowed} and {denied} logged, {suppressed} suppressed, {lost} dropped"
+        "{allowed} and {denied} logged, {suppressed} suppressed, {missed} dropped"
     );
     assert_eq!(listener.0.suppressed().expect("read"), 0, "each is counted once");
     // New rules have new counters, and a new listener ignores what was suppressed before.

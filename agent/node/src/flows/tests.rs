@@ -77,7 +77,7 @@ fn window_counts_flows_beyond_its_limit() {
     // Of many sources, so that none reaches its own limit.
     let of = |port: u16| Decided { source: [10, 1, 1, (port % 100) as u8].into(), ..decided(port, 1, 1) };
     let reported = window(ports().chain(ports()).map(of));
-    assert_eq!((reported.flows.len(), reported.lost), (MAX_FLOWS, 20));
+    assert_eq!((reported.flows.len(), reported.missed), (MAX_FLOWS, 20));
     assert!(reported.flows.iter().all(|flow| flow.count == 2), "flows of the window are still counted");
     assert_eq!(decisions(&reported), 2 * (MAX_FLOWS as u64 + 10));
 }
@@ -88,7 +88,7 @@ fn source_that_scans_ports_leaves_room_for_other_flows() {
     let other = Decided { source: [10, 1, 0, 9].into(), decision: Decision::Denied, ..decided(80, 1, 1) };
     let reported = window(scan.chain([other, decided(80, 1, 1), decided(80, 1, 2)]));
     let rest = (MAX_FLOWS - MAX_OF_SOURCE) as u64;
-    assert_eq!((reported.flows.len(), reported.lost), (MAX_OF_SOURCE + 2, rest));
+    assert_eq!((reported.flows.len(), reported.missed), (MAX_OF_SOURCE + 2, rest));
     assert_eq!(decisions(&reported), MAX_FLOWS as u64 + 3);
 }
 
@@ -145,7 +145,7 @@ fn listens_again_after_an_error_and_passes_on_what_was_read_before() {
             10 => Ok(Some(81)),
             _ => {
                 while let Ok(it) = windows.try_recv() {
-                    received.push(it.map(|it| (it.flows.iter().map(|flow| flow.port).collect::<Vec<_>>(), it.lost)));
+                    received.push(it.map(|it| (it.flows.iter().map(|flow| flow.port).collect::<Vec<_>>(), it.missed)));
                 }
                 windows.close();
                 Ok(None)
@@ -157,7 +157,7 @@ fn listens_again_after_an_error_and_passes_on_what_was_read_before() {
     drop(breaking);
     assert!(received.iter().filter_map(|it| it.as_ref().err()).all(|it| it == "interrupted: broken pipe"));
     let received: Vec<_> = received.into_iter().map(Result::ok).collect();
-    let ports = |ports: &[u32], lost| Some((ports.to_vec(), lost));
+    let ports = |ports: &[u32], missed| Some((ports.to_vec(), missed));
     assert_eq!(received, [ports(&[80], 1), None, ports(&[], 0), ports(&[81], 1), None]);
     assert!((500..=1_500).contains(&pauses[0]) && pauses.len() == 11, "{pauses:?}");
     assert!(pauses[6..].iter().all(|pause| (30_000..=90_000).contains(pause)), "{pauses:?}");
@@ -220,7 +220,7 @@ impl Reporter {
     /// Time, member, port of the first flow, dropped decisions, and whether the connection is new.
     async fn call(&mut self) -> (u64, String, Option<u32>, u64, bool) {
         let (at, member, flows, is_new) = self.calls.recv().await.expect("a call");
-        (at, member, flows.flows.first().map(|flow| flow.port), flows.lost, is_new)
+        (at, member, flows.flows.first().map(|flow| flow.port), flows.missed, is_new)
     }
 
     async fn state(&mut self, wanted: &str) {
@@ -243,10 +243,10 @@ async fn busy_member_is_called_again_over_the_same_connection() {
     for port in 2..10 {
         // More windows arrive than can wait.
         reporter.send(port).await;
-        let (at, member, port, lost, is_new) = reporter.call().await;
+        let (at, member, port, missed, is_new) = reporter.call().await;
         assert_eq!((member.as_str(), is_new), ("a", false));
         // The first is sent until it is dropped, for their number or its age.
-        assert_eq!(u64::from(port.expect("one waits")), lost + 1);
+        assert_eq!(u64::from(port.expect("one waits")), missed + 1);
         pauses.push(at - last);
         last = at;
     }
@@ -280,8 +280,8 @@ async fn drops_windows_that_wait_too_long() {
     reporter.send(2).await;
     tokio::time::advance(Duration::from_secs(1)).await;
     reporter.send(3).await;
-    let (at, _, port, lost, _) = reporter.call().await;
-    assert_eq!((at / 1_000, port, lost), (60, Some(2), 1), "the first, and not yet the second");
+    let (at, _, port, missed, _) = reporter.call().await;
+    assert_eq!((at / 1_000, port, missed), (60, Some(2), 1), "the first, and not yet the second");
     assert_eq!(reporter.call().await.2, Some(3));
 }
 
@@ -313,37 +313,37 @@ async fn pauses_when_no_member_accepts_flows() {
 #[test]
 fn counts_windows_that_the_receiver_misses() {
     let (sender, mut windows) = mpsc::channel(1);
-    let collected = |lost, ports: &[u16]| {
-        let mut window = Window { lost, ..Window::default() };
+    let collected = |missed, ports: &[u16]| {
+        let mut window = Window { missed, ..Window::default() };
         ports.iter().for_each(|port| window.add(decided(*port, 1, 1)));
         window
     };
-    let over = |lost, ports: &[u16]| hand_over(collected(lost, ports), &sender).lost;
+    let over = |missed, ports: &[u16]| hand_over(collected(missed, ports), &sender).missed;
     assert_eq!(over(0, &[]), 0);
     assert!(windows.try_recv().is_err(), "empty windows are not sent");
     assert_eq!((over(1, &[80, 80, 81]), over(2, &[82, 82]), over(4, &[83])), (0, 4, 5));
     let reported = windows.try_recv().expect("the first").expect("a window");
-    assert_eq!((reported.flows.len(), reported.lost), (2, 1));
+    assert_eq!((reported.flows.len(), reported.missed), (2, 1));
     assert_eq!(over(5, &[]), 0);
-    assert_eq!(windows.try_recv().expect("the dropped ones").expect("a window").lost, 5);
+    assert_eq!(windows.try_recv().expect("the dropped ones").expect("a window").missed, 5);
 }
 
 #[test]
 fn keeps_the_newest_windows_and_counts_dropped_ones_until_they_are_reported() {
     let mut waiting = Waiting::default();
-    let numbered = |number: u16| wire::Flows { lost: 1, ..window([decided(number, 1, 1), decided(number, 1, 2)]) };
+    let numbered = |number: u16| wire::Flows { missed: 1, ..window([decided(number, 1, 1), decided(number, 1, 2)]) };
     for number in 1..=6 {
         waiting.push(Ok(numbered(number)));
     }
     // Two windows of two decisions, and one of each of six.
     let first = waiting.first().expect("some wait");
-    assert_eq!((first.flows[0].port, first.lost, waiting.windows.len()), (3, 10, MAX_WAITING));
+    assert_eq!((first.flows[0].port, first.missed, waiting.windows.len()), (3, 10, MAX_WAITING));
     assert_eq!(waiting.first(), Some(first), "it stays until it is sent");
     waiting.sent();
     let rest = std::iter::from_fn(|| {
         let first = waiting.first()?;
         waiting.sent();
-        Some((first.flows[0].port, first.lost))
+        Some((first.flows[0].port, first.missed))
     });
     assert_eq!(rest.collect::<Vec<_>>(), [(4, 0), (5, 0), (6, 0)]);
 }

@@ -37,7 +37,7 @@ pub struct Window {
     pub sums: HashMap<FlowKey, Sum>,
     /// The number of sums of each source and decision; at most one entry for each sum.
     pub of_source: HashMap<(IpAddr, Decision), usize>,
-    pub lost: u64,
+    pub missed: u64,
 }
 
 impl Window {
@@ -58,14 +58,14 @@ impl Window {
             *self.of_source.entry((source, decision)).or_default() += 1;
             self.sums.insert(key, Sum { source_port, count: 1, first_ms: at, last_ms: at });
         } else {
-            self.lost += 1;
+            self.missed += 1;
         }
     }
 
     pub fn message(self) -> wire::Flows {
         let mut sums: Vec<(FlowKey, Sum)> = self.sums.into_iter().collect();
         sums.sort_by(|(a, a_sum), (b, b_sum)| (a_sum.first_ms, a).cmp(&(b_sum.first_ms, b)));
-        wire::Flows { flows: sums.into_iter().map(|(key, sum)| flow(&key, &sum)).collect(), lost: self.lost }
+        wire::Flows { flows: sums.into_iter().map(|(key, sum)| flow(&key, &sum)).collect(), missed: self.missed }
     }
 }
 

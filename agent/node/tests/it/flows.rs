@@ -128,8 +128,8 @@ impl Member {
     }
 }
 
-fn window(port: u32, lost: u64) -> wire::Flows {
-    wire::Flows { flows: vec![wire::Flow { port, count: 1, ..wire::Flow::default() }], lost }
+fn window(port: u32, missed: u64) -> wire::Flows {
+    wire::Flows { flows: vec![wire::Flow { port, count: 1, ..wire::Flow::default() }], missed }
 }
 
 struct Reporter {
@@ -296,7 +296,7 @@ fn agent_reports_flows_unless_switched_off() {
         };
         while !all(&counts) {
             let Some((_, received)) = member.next().await else { panic!("{counts:?}") };
-            assert_eq!(received.lost, 0);
+            assert_eq!(received.missed, 0);
             for flow in received.flows {
                 *counts.entry((flow.destination.len(), flow.port, flow.decision)).or_default() += flow.count;
             }

@@ -48,8 +48,8 @@ pub fn decode_request(request: pb::PublishRequest) -> Result<PublishRequest, Dec
 
 pub fn encode_response(response: PublishResponse) -> pb::PublishResponse {
     let message = match response {
-        PublishResponse::Welcome { held, heartbeat_ms } => {
-            Response::Welcome(pb::PublishWelcome { position: held.map(Into::into), heartbeat_ms })
+        PublishResponse::Welcome { published, heartbeat_ms } => {
+            Response::Welcome(pb::PublishWelcome { position: published.map(Into::into), heartbeat_ms })
         }
         PublishResponse::Ack { position } => Response::Ack(pb::PublishAck { position: Some(position.into()) }),
         PublishResponse::Refusals(Refusals { refusals, total }) => {
@@ -65,7 +65,7 @@ pub fn encode_response(response: PublishResponse) -> pb::PublishResponse {
 pub fn decode_response(response: pb::PublishResponse) -> Option<PublishResponse> {
     Some(match response.message? {
         Response::Welcome(welcome) => {
-            PublishResponse::Welcome { held: welcome.position.map(Into::into), heartbeat_ms: welcome.heartbeat_ms }
+            PublishResponse::Welcome { published: welcome.position.map(Into::into), heartbeat_ms: welcome.heartbeat_ms }
         }
         Response::Ack(ack) => PublishResponse::Ack { position: ack.position.unwrap_or_default().into() },
         Response::Refusals(it) => PublishResponse::Refusals(Refusals {

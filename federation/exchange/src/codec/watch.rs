@@ -7,7 +7,7 @@ use pb::watch_response::Message as Response;
 
 use super::{DecodeError, digest_bytes, read_digest, required, selection};
 use crate::message::{
-    HeldOrigin, InterestChange, RefusedParts, WatchOpen, WatchRequest, WatchResponse, WrittenSelection,
+    InterestChange, ReceivedOrigin, RefusedParts, WatchOpen, WatchRequest, WatchResponse, WrittenSelection,
 };
 
 pub fn encode_request(request: WatchRequest) -> pb::WatchRequest {
@@ -116,7 +116,7 @@ pub fn decode_response(response: pb::WatchResponse) -> Result<Option<WatchRespon
 }
 
 fn encode_open(open: WatchOpen) -> pb::WatchOpen {
-    let held = |it: HeldOrigin| pb::ResumePoint {
+    let received = |it: ReceivedOrigin| pb::ResumePoint {
         origin: it.origin.to_string(),
         position: it.position.map(Into::into),
         view: it.view,
@@ -125,7 +125,7 @@ fn encode_open(open: WatchOpen) -> pb::WatchOpen {
     pb::WatchOpen {
         protocol: open.protocol,
         hub: open.hub.map(Into::into),
-        origins: open.held.into_iter().map(held).collect(),
+        origins: open.received.into_iter().map(received).collect(),
         interest: encode_selections(open.interest),
         own: encode_selections(open.own),
         hub_digest: open.hub_digest.map(digest_bytes).unwrap_or_default(),
@@ -133,7 +133,7 @@ fn encode_open(open: WatchOpen) -> pb::WatchOpen {
 }
 
 fn decode_open(open: pb::WatchOpen) -> WatchOpen {
-    let held = |it: pb::ResumePoint| HeldOrigin {
+    let received = |it: pb::ResumePoint| ReceivedOrigin {
         origin: it.origin.into(),
         position: it.position.map(Into::into),
         view: it.view,
@@ -142,7 +142,7 @@ fn decode_open(open: pb::WatchOpen) -> WatchOpen {
     WatchOpen {
         protocol: open.protocol,
         hub: open.hub.map(Into::into),
-        held: open.origins.into_iter().map(held).collect(),
+        received: open.origins.into_iter().map(received).collect(),
         interest: decode_selections(open.interest),
         own: decode_selections(open.own),
         hub_digest: read_digest(&open.hub_digest),

@@ -28,11 +28,11 @@ impl ReadOpening {
     /// A part of the opening that is not readable counts as not received, or is widened.
     pub fn of(open: WatchOpen) -> Self {
         let mut refused = RefusedParts::default();
-        if open.held.len() > MAX_CLUSTERS {
-            refused.add(format!("origins: {}, more than the limit of {MAX_CLUSTERS}", open.held.len()));
+        if open.received.len() > MAX_CLUSTERS {
+            refused.add(format!("origins: {}, more than the limit of {MAX_CLUSTERS}", open.received.len()));
         }
         let mut received = HashMap::new();
-        for (at, it) in open.held.into_iter().take(MAX_CLUSTERS).enumerate() {
+        for (at, it) in open.received.into_iter().take(MAX_CLUSTERS).enumerate() {
             let Some(position) = it.position else {
                 refused.add(format!("origins[{at}].position: missing"));
                 continue;

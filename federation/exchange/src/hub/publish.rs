@@ -132,8 +132,8 @@ impl Exchange {
                 check_number("epoch", epoch)?;
                 publisher.epoch = Some(epoch);
                 let number = self.origin_number(&cluster).ok_or(PublishError::NotAccepted)?;
-                let held = self.origins[number].as_ref().filter(|o| o.synced).map(|o| o.position);
-                vec![Response::Welcome { held, heartbeat_ms: self.heartbeat_ms }]
+                let published = self.origins[number].as_ref().filter(|o| o.synced).map(|o| o.position);
+                vec![Response::Welcome { published, heartbeat_ms: self.heartbeat_ms }]
             }
             _ if publisher.epoch.is_none() => return Err(NOT_OPEN),
             Request::Begin { snapshot } => {

@@ -390,12 +390,12 @@ impl Publisher {
     }
 
     /// A hub has a later numbering than this publisher: takes one that is later still. The numbers come from outside.
-    fn go_past(&mut self, held: Position) {
-        let spent = held.revision > MAX_NUMBER - RESERVE;
-        if held.epoch > self.epoch || held.epoch == self.epoch && spent {
-            let Some(epoch) = held.epoch.checked_add(1).filter(|epoch| *epoch <= MAX_NUMBER) else {
+    fn go_past(&mut self, published: Position) {
+        let spent = published.revision > MAX_NUMBER - RESERVE;
+        if published.epoch > self.epoch || published.epoch == self.epoch && spent {
+            let Some(epoch) = published.epoch.checked_add(1).filter(|epoch| *epoch <= MAX_NUMBER) else {
                 tracing::error!(
-                    held = held.epoch,
+                    published = published.epoch,
                     "a hub has the last possible epoch of this cluster: another process has published in its name; revoke the \
                      cluster and let it join again"
                 );
@@ -404,8 +404,8 @@ impl Publisher {
             self.epoch = epoch;
             self.reserved_revision = 0;
             self.floor = self.revision;
-        } else if held.epoch == self.epoch && held.revision > self.revision {
-            self.revision = held.revision + 1;
+        } else if published.epoch == self.epoch && published.revision > self.revision {
+            self.revision = published.revision + 1;
             self.floor = self.revision;
         }
     }
@@ -453,12 +453,13 @@ impl PublishSession {
 
     pub fn take(&mut self, publisher: &mut Publisher, response: PublishResponse) {
         match response {
-            PublishResponse::Welcome { held, .. } => {
+            PublishResponse::Welcome { published, .. } => {
                 self.welcomed = true;
-                if let Some(held) = held {
-                    publisher.go_past(held);
+                if let Some(published) = published {
+                    publisher.go_past(published);
                 }
-                self.sent = held.filter(|held| held.epoch == publisher.epoch && held.revision >= publisher.floor);
+                self.sent = published
+                    .filter(|published| published.epoch == publisher.epoch && published.revision >= publisher.floor);
             }
             PublishResponse::Refusals(refusals) => self.refusals = refusals,
             PublishResponse::Resync { .. } => self.sent = None,
@@ -598,7 +599,7 @@ mod tests {
     #[test]
     fn survives_numbers_of_another_publisher() {
         let most = MAX_NUMBER;
-        for (held, epoch) in [
+        for (published, epoch) in [
             ((most, 1), 3),
             ((u64::MAX, u64::MAX), 3),
             ((most - 1, u64::MAX), most),
@@ -608,10 +609,10 @@ mod tests {
         ] {
             let mut publisher = Publisher::new(3);
             publisher.publish_all(&Cluster::default());
-            let held = Position { epoch: held.0, revision: held.1 };
-            let welcome = PublishResponse::Welcome { held: Some(held), heartbeat_ms: 0 };
+            let published = Position { epoch: published.0, revision: published.1 };
+            let welcome = PublishResponse::Welcome { published: Some(published), heartbeat_ms: 0 };
             PublishSession::default().take(&mut publisher, welcome);
-            assert_eq!(publisher.position().epoch, epoch, "{held:?}");
+            assert_eq!(publisher.position().epoch, epoch, "{published:?}");
             let (bytes, reserved) = publisher.store();
             publisher.stored(reserved);
             let mut restored = Publisher::restore(&bytes).expect("what was stored");
@@ -633,8 +634,8 @@ mod tests {
     fn sends_nothing_before_its_numbers_are_on_disk() {
         let mut publisher = Publisher::new(3);
         let mut session = PublishSession::default();
-        let take = |publisher: &mut Publisher, session: &mut PublishSession, held| {
-            session.take(publisher, PublishResponse::Welcome { held, heartbeat_ms: 0 });
+        let take = |publisher: &mut Publisher, session: &mut PublishSession, published| {
+            session.take(publisher, PublishResponse::Welcome { published, heartbeat_ms: 0 });
         };
         take(&mut publisher, &mut session, None);
         publisher.publish_all(&Cluster::default());

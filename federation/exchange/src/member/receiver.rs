@@ -15,7 +15,7 @@ use crate::codec::{DecodeError, frame, object};
 use crate::interest::{self, Interest, Wanted};
 use crate::limits::PROTOCOL;
 use crate::message::{
-    HeldOrigin, InterestChange, RefusedParts, WatchOpen, WatchRequest, WatchResponse, WrittenSelection,
+    InterestChange, ReceivedOrigin, RefusedParts, WatchOpen, WatchRequest, WatchResponse, WrittenSelection,
 };
 use crate::model::{Position, digest_of};
 
@@ -143,7 +143,7 @@ impl Receiver {
         let bytes: usize = self.complete_interest.iter().map(size).sum();
         let wider = self.rejected.is_some() && bytes > 0 || bytes > interest::WHOLE.bytes;
         let interest = if wider { BTreeSet::from([everything()]) } else { self.complete_interest.clone() };
-        let held = self.origins.iter().map(|(name, origin)| HeldOrigin {
+        let received = self.origins.iter().map(|(name, origin)| ReceivedOrigin {
             origin: name.clone(),
             position: Some(origin.position),
             view: origin.view,
@@ -153,7 +153,7 @@ impl Receiver {
             protocol: PROTOCOL,
             hub: self.hub.position,
             hub_digest: Some(self.hub.digest),
-            held: held.collect(),
+            received: received.collect(),
             interest: interest.iter().cloned().collect(),
             own: self.own_selections(),
         };

@@ -104,12 +104,12 @@ impl Service {
         let heartbeat = u64::try_from(registry.lease_time().as_millis() / 3).unwrap_or(u64::MAX);
         exchange.set_heartbeat(heartbeat);
         let shared = Arc::new(Shared { exchange: tokio::sync::Mutex::new(exchange), ..Shared::default() });
-        Self { registry, shared, stop, lock_time: HubMetrics::default().exchange_held }
+        Self { registry, shared, stop, lock_time: HubMetrics::default().exchange_lock }
     }
 
     /// Measures into the hub's metrics.
     pub fn with_metrics(self, metrics: &HubMetrics) -> Self {
-        Self { lock_time: metrics.exchange_held.clone(), ..self }
+        Self { lock_time: metrics.exchange_lock.clone(), ..self }
     }
 
     /// Follows the registry until `stop`: policies, clusters, grants, leases.

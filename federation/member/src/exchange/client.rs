@@ -838,7 +838,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let client = Client::restore(folder.path(), Writes::new(&Health::default()));
         let mut session = PublishSession::default();
-        let welcome = PublishResponse::Welcome { held: None, heartbeat_ms: 0 };
+        let welcome = PublishResponse::Welcome { published: None, heartbeat_ms: 0 };
         session.take(&mut lock(&client.shared.publisher), welcome);
         let in_the_way = folder.path().join("publisher.snapshot");
         std::fs::create_dir(&in_the_way).expect("made");

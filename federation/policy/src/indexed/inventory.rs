@@ -92,7 +92,7 @@ impl IndexedInventory {
         };
         // The federation is not a cluster, and its name cannot be one's.
         for (id, name) in [(FEDERATION, "".into()), (LOCAL, local.clone())] {
-            let realm = this.index.realm(&Realm::Known);
+            let realm = this.index.realm(&Realm::Certain);
             let cluster = this.clusters.insert(IndexedCluster::new(name, Some(ClusterRecord::default()), realm));
             debug_assert_eq!(cluster, id);
         }
@@ -105,7 +105,7 @@ impl IndexedInventory {
         if let Some(id) = self.clusters_by_name.get(name) {
             return *id;
         }
-        let realm = self.index.realm(&Realm::Known);
+        let realm = self.index.realm(&Realm::Certain);
         let id = self.clusters.insert(IndexedCluster::new(name.clone(), None, realm));
         self.clusters_by_name.insert(name.clone(), id);
         id
@@ -136,12 +136,12 @@ impl IndexedInventory {
 
     pub fn set_record(&mut self, cluster: ClusterId, record: Option<ClusterRecord>) {
         let realm = match &record {
-            _ if cluster <= LOCAL => Realm::Known,
+            _ if cluster <= LOCAL => Realm::Certain,
             Some(record) if record.stale => Realm::Stale,
             Some(ClusterRecord { label_grant: LabelGrant::Keys(keys), .. }) => {
                 Realm::Granted(keys.iter().cloned().collect())
             }
-            _ => Realm::Known,
+            _ => Realm::Certain,
         };
         let realm = self.index.realm(&realm);
         let slot = &mut self.clusters[cluster];

@@ -41,8 +41,8 @@ pub type FastMap<K, V> = HashMap<K, V, RandomState>;
 /// What is known about labels that are absent.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Realm {
-    /// Every label is known.
-    Known,
+    /// All labels are certain.
+    Certain,
     /// Own labels with other keys than these are unknown, present or not.
     Granted(Arc<[Arc<str>]>),
     /// Every selector is unknown.
@@ -155,7 +155,7 @@ pub struct SelectorIndex {
 impl Default for SelectorIndex {
     fn default() -> Self {
         let mut realms = Slab::new();
-        realms.insert((Realm::Known, IdSet::default()));
+        realms.insert((Realm::Certain, IdSet::default()));
         Self {
             hasher: RandomState::default(),
             keys: Slab::new(),
@@ -277,7 +277,7 @@ impl SelectorIndex {
     /// Whether a realm lets an own label of this key be known.
     pub fn knows(&self, realm: RealmId, key: KeyId) -> bool {
         match &self.realms[realm].0 {
-            Realm::Known => true,
+            Realm::Certain => true,
             Realm::Stale => false,
             Realm::Granted(keys) => {
                 let own = build::own_label(&self.keys[key].text);
@@ -538,7 +538,7 @@ impl SelectorIndex {
         let mut found: Vec<SelectorId> = Vec::new();
         match &self.realms[realm].0 {
             Realm::Stale => return self.selectors_by_canonical.values().copied().collect(),
-            Realm::Known => {}
+            Realm::Certain => {}
             Realm::Granted(_) => {
                 for (key, slot) in self.keys.iter() {
                     if slot.relevant && !self.knows(realm, key) {
