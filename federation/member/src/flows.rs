@@ -53,8 +53,8 @@ const WRITE_BYTES: usize = 1 << 20;
 const MAX_FILE_BYTES: u64 = 64 << 20;
 /// The maximum number of labels per pod in a record.
 const MAX_LABELS: usize = 32;
-/// How far the clock of a node may be ahead.
-const MAX_AHEAD: Duration = Duration::from_secs(3_600);
+/// How far the times of a flow may be from the present: the error of a clock. An agent keeps flows for half a minute at most.
+const MAX_SKEW: Duration = Duration::from_secs(3_600);
 
 /// A message of a node's agent.
 #[derive(Debug)]
@@ -277,7 +277,12 @@ fn judge(state: &State, flows: &[(&Arc<str>, &wire::Flow)], now: SystemTime, mut
         let is_local = |end| judge.node_of(end);
         let nodes: Vec<Option<&Arc<str>>> =
             [&packet.source, &packet.destination].into_iter().filter_map(is_local).collect();
-        if !nodes.is_empty() && !nodes.contains(&Some(*node)) {
+        let in_ranges = |end: &End| state.is_in_ranges(node, end.address);
+        let is_here = match nodes.is_empty() {
+            true => in_ranges(&packet.source) || in_ranges(&packet.destination),
+            false => nodes.contains(&Some(*node)),
+        };
+        if !is_here {
             continue;
         }
         let explanation = judge.explain(&packet);
@@ -328,8 +333,8 @@ fn record<'a>(
         wire::Decision::Unspecified => return None,
     };
     let at = |ms| {
-        let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms));
-        rfc3339(at.filter(|at| *at < now + MAX_AHEAD).unwrap_or(now))
+        let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms)).unwrap_or(now + MAX_SKEW);
+        rfc3339(at.clamp(now.checked_sub(MAX_SKEW).unwrap_or(SystemTime::UNIX_EPOCH), now + MAX_SKEW))
     };
     let has_ports = has_ports(packet.protocol);
     Some(Record {
@@ -521,6 +526,8 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
             all.into_iter().for_each(|update| state.compiler.apply(update));
             state.compiler.commit();
             (state.hub_revision, state.local_revision) = (7, 9);
+            state.pod_ranges.insert("n".into(), vec!["10.1.0.0/24".parse().expect("a range")]);
+            state.pod_ranges.insert("without-ranges".into(), Vec::new());
         }
         live
     }
@@ -626,8 +633,9 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
         ] {
             assert_eq!(judged(vec![bad.clone(), good.clone()]).len(), 1, "{bad:?}");
         }
-        let ahead = judged(vec![wire::Flow { last_ms: u64::MAX, ..good }]);
-        assert_eq!(ahead[0].last_at, "2027-01-15T08:01:40Z", "a time far ahead is replaced by the present");
+        let wrong = &judged(vec![wire::Flow { first_ms: 1, last_ms: u64::MAX, ..good }])[0];
+        let window = (&*wrong.first_at, &*wrong.last_at);
+        assert_eq!(window, ("2027-01-15T07:01:40Z", "2027-01-15T09:01:40Z"), "times are at most an hour from now");
         let ping =
             wire::Flow { protocol: 1, port: 0, source_port: 0, icmp: icmp(8), ..flow("10.1.0.1", "10.1.0.2", 0) };
         let ping = &judged(vec![ping])[0];
@@ -645,11 +653,16 @@ spec: {selector: app == 'b', order: 1, ingress: [{action: Deny}], egress: [{acti
             let flow = flow(source, destination, 80);
             assert_eq!((count("n", flow.clone()), count("other", flow)), (1, 0), "{source} {destination}");
         }
-        assert_eq!(
-            count("other", flow("10.1.9.9", "8.8.8.8", 80)),
-            1,
-            "addresses without owners are recorded for any node"
-        );
+        for (source, destination, here) in [
+            ("10.1.0.99", "8.8.8.8", 1),
+            ("8.8.8.8", "10.1.0.99", 1),
+            ("10.1.9.9", "8.8.8.8", 0),
+            ("10.2.0.9", "8.8.8.8", 0),
+        ] {
+            let flow = flow(source, destination, 80);
+            let counts = ["n", "other", "without-ranges"].map(|node| count(node, flow.clone()));
+            assert_eq!(counts, [here, 0, 1], "{source} {destination}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

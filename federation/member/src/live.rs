@@ -4,6 +4,7 @@
 //! batch at most, since updates of the nodes' rules wait for it.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use hanse_compiler::Compiler;
@@ -25,6 +26,8 @@ pub struct State {
     pub compiler: Compiler,
     /// Hanse's own streams, by node.
     pub own_streams: BTreeMap<Arc<str>, Vec<OwnStream>>,
+    /// The ranges of pod addresses, by node.
+    pub pod_ranges: BTreeMap<Arc<str>, Vec<IpNet>>,
     pub hub_revision: u64,
     pub local_revision: u64,
 }
@@ -34,6 +37,7 @@ impl Live {
         let state = State {
             compiler: Compiler::with_evaluator(cluster),
             own_streams: BTreeMap::new(),
+            pod_ranges: BTreeMap::new(),
             hub_revision: 0,
             local_revision: 0,
         };
@@ -50,6 +54,12 @@ impl Live {
 }
 
 impl State {
+    /// Whether an address is in the ranges of the pods of a node. A node may have no ranges: its pods may have any address then.
+    pub fn is_in_ranges(&self, node: &str, address: IpAddr) -> bool {
+        let ranges = self.pod_ranges.get(node);
+        ranges.is_some_and(|ranges| ranges.is_empty() || ranges.iter().any(|range| range.contains(&address)))
+    }
+
     pub fn judge(&self) -> Judge<'_> {
         self.compiler.judge().expect("the compiler is made with an evaluator")
     }

@@ -270,6 +270,7 @@ impl World {
             if change.removed {
                 self.nodes.remove(&name);
                 state.own_streams.remove(&name);
+                state.pod_ranges.remove(&name);
                 compiled.removed.push(name);
                 continue;
             }
@@ -281,6 +282,9 @@ impl World {
                 }
                 None => NodeRules { rules: Arc::new(compiler.rule_set(&name)), digest, step: None },
             };
+            if state.pod_ranges.get(&name) != Some(&now.rules.node.pod_ranges) {
+                state.pod_ranges.insert(name.clone(), now.rules.node.pod_ranges.clone());
+            }
             match &now.rules.node.own_streams {
                 streams if streams.is_empty() => drop(state.own_streams.remove(&name)),
                 streams => drop(state.own_streams.insert(name.clone(), streams.clone())),
