@@ -356,6 +356,8 @@ fn link_local_addresses_do_not_bypass_policy() {
             to_all("p2", "[::]:4000", &group, &sockets[1]),
         ]
     };
+    // A port of a bridge forwards some time after it is up.
+    assert!(crate::net::until(|| net.connect("p2", &by_link)).is_some(), "without rules");
     assert_eq!(ways(), [true; 6], "without rules");
     driver.apply(&Build { pods: vec![2, 3], ingress: Some(vec![]), ..Build::default() }.rules()).expect("applied");
     assert_eq!(ways(), [false; 6]);
