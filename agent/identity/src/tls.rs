@@ -30,8 +30,8 @@ use tokio::sync::watch;
 
 pub use cause::Cause;
 pub use client::{ClientError, Connection, PinnedRoot, TlsClient};
-pub use connection::{Connections, Peer, peer, peer_identity};
-pub use server::{Incoming, IncomingLimits, ServerTls, host_of, http2_server, incoming};
+pub use connection::{Connections, Peer, host_of, peer, peer_identity};
+pub use server::{Incoming, IncomingLimits, ServerTls, http2_server, incoming};
 pub use verify::{Accept, Revocation, Trust};
 
 use crate::keys::{Certificate, Credentials, KeyError};

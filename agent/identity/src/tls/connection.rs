@@ -18,7 +18,6 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 use tonic::{Code, Request, Status};
 
-use super::server::host_of;
 use crate::keys::Certificate;
 use crate::spiffe::Identity;
 
@@ -443,6 +442,14 @@ impl Connected for BoundedStream<tokio_rustls::server::TlsStream<CountedSocket>>
     }
 }
 
+/// The host of an address: IPv6 hosts own whole /64 networks.
+pub fn host_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => IpAddr::from((u128::from(v6) >> 64 << 64).to_be_bytes()),
+        v4 => v4,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
@@ -488,6 +495,14 @@ mod tests {
             failure: Arc::default(),
         };
         BoundedStream::new(stream, peer, None, stalls_after)
+    }
+
+    #[test]
+    fn an_ipv6_host_is_its_network_and_a_mapped_address_is_ipv4() {
+        let host = |text: &str| host_of(text.parse().unwrap());
+        assert_eq!(host("fd00::1"), host("fd00::ffff:0:0:1"));
+        assert_ne!(host("fd00::1"), host("fd00:0:0:1::1"));
+        assert_eq!(host("::ffff:10.0.0.1"), host("10.0.0.1"));
     }
 
     #[tokio::test]

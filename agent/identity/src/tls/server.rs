@@ -20,7 +20,7 @@ use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::connection::{BoundedStream, Connections, CountedSocket, Peer, STALLED, Within};
+use super::connection::{BoundedStream, Connections, CountedSocket, Peer, STALLED, Within, host_of};
 use super::refusals::{Reason, Refusals};
 use super::{ALPN, CredentialStore, PresentedAuthority, Presents, Trust, VERSIONS, provider};
 use crate::keys::{Certificate, KeyError};
@@ -419,25 +419,9 @@ impl Drop for Handshake {
     }
 }
 
-/// The host of an address: IPv6 hosts own whole /64 networks.
-pub fn host_of(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(v6) => IpAddr::from((u128::from(v6) >> 64 << 64).to_be_bytes()),
-        v4 => v4,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_ipv6_host_is_its_network_and_a_mapped_address_is_ipv4() {
-        let host = |text: &str| host_of(text.parse().unwrap());
-        assert_eq!(host("fd00::1"), host("fd00::ffff:0:0:1"));
-        assert_ne!(host("fd00::1"), host("fd00:0:0:1::1"));
-        assert_eq!(host("::ffff:10.0.0.1"), host("10.0.0.1"));
-    }
 
     #[tokio::test(start_paused = true)]
     async fn who_has_many_handshakes_or_takes_long_makes_room() {
