@@ -26,6 +26,7 @@ use hanse_runtime::metrics::Metrics;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::monitor::{Page, serve};
 use hanse_runtime::shutdown::Shutdown;
+use hanse_runtime::text::Versioned;
 use hanse_runtime::{files, logging, settings, text};
 use ipnet::IpNet;
 use tokio::sync::watch;
@@ -180,9 +181,10 @@ fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
         let mut value = serde_json::to_value(&status)?;
         value["writtenAt"] = rfc3339(status.written_at()).into();
         value["running"] = running.into();
+        let value = Versioned::new("AgentStatus", value);
         match args.output {
             Output::Yaml => write!(text::stdout(), "{}", text::yaml(&value)?)?,
-            Output::Table | Output::Json => text::line(format_args!("{value}"))?,
+            Output::Table | Output::Json => text::line(serde_json::to_string(&value)?)?,
         }
         return Ok(());
     }

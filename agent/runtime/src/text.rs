@@ -52,6 +52,32 @@ fn escaped(text: &str, acts: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(escaped)
 }
 
+/// The version of the objects that commands print for programs. It changes when a key is removed or changes its meaning; keys may
+/// be added at any time.
+pub const API_VERSION: &str = "cli.hanse.dev/v1";
+
+/// An object with its version and kind.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Versioned<T> {
+    api_version: &'static str,
+    kind: &'static str,
+    #[serde(flatten)]
+    object: T,
+}
+
+impl<T> Versioned<T> {
+    pub fn new(kind: &'static str, object: T) -> Self {
+        Self { api_version: API_VERSION, kind, object }
+    }
+}
+
+/// A list, as the object of a [`Versioned`].
+#[derive(Debug, Serialize)]
+pub struct Items<T> {
+    pub items: T,
+}
+
 /// A YAML document. Plain text of YAML has no escapes; where some is needed the document is JSON, which is YAML.
 ///
 /// # Errors

@@ -68,7 +68,9 @@ impl World {
     fn status(&self) -> Value {
         let data = self.data();
         let output = run("hanse-agent", &["status", "-o", "json", "--data", &data.to_string_lossy()]);
-        serde_json::from_slice(&output.stdout).unwrap_or_default()
+        let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        assert!(status.is_null() || status["kind"] == "AgentStatus", "{status}");
+        status
     }
 
     /// Waits until the agent says so of itself.
@@ -90,7 +92,9 @@ impl World {
 
     /// What `hanse-member` lists.
     fn listed(&self, what: &str) -> Vec<Value> {
-        serde_json::from_slice(&self.member(&[what, "list", "-o", "json"]).stdout).expect("JSON")
+        let list: Value = serde_json::from_slice(&self.member(&[what, "list", "-o", "json"]).stdout).expect("JSON");
+        assert_eq!(list["apiVersion"], "cli.hanse.dev/v1");
+        list["items"].as_array().expect("a list").clone()
     }
 
     /// A new token for the node, where its agent looks for one.

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use clap::ValueEnum;
 use comfy_table::presets;
 use hanse_runtime::text;
+use hanse_runtime::text::{Items, Versioned};
 pub use hanse_runtime::text::{Stdout, one_line, stdout};
 use serde::Serialize;
 
@@ -140,31 +141,12 @@ pub fn write<T: Serialize + ?Sized>(out: &mut impl std::io::Write, format: Forma
     Ok(())
 }
 
-/// The version of the objects that administration commands print, and of what JSON mode writes to standard error. It
-/// changes when a key is removed or changes its meaning; keys may be added at any time.
-pub const API_VERSION: &str = "cli.hanse.dev/v1";
-
-/// An object with its version and kind.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Versioned<'a, T: ?Sized> {
-    api_version: &'static str,
-    kind: &'static str,
-    #[serde(flatten)]
-    object: &'a T,
-}
-
-#[derive(Serialize)]
-struct Items<'a, T> {
-    items: &'a [T],
-}
-
-/// Prints one object of [`API_VERSION`].
+/// Prints one object with its version and kind.
 pub fn object<T: Serialize + ?Sized>(format: Format, kind: &'static str, object: &T) -> anyhow::Result<()> {
-    print(format, &Versioned { api_version: API_VERSION, kind, object })
+    print(format, &Versioned::new(kind, object))
 }
 
-/// Prints one object of [`API_VERSION`] with `items`.
+/// Prints one object with its version and kind, and `items`.
 pub fn list<T: Serialize>(format: Format, kind: &'static str, items: &[T]) -> anyhow::Result<()> {
     object(format, kind, &Items { items })
 }
@@ -256,7 +238,7 @@ fn error_object(error: String, causes: Vec<String>, exit_code: u8) {
 }
 
 fn to_standard_error<T: Serialize>(kind: &'static str, object: &T) {
-    let json = serde_json::to_string(&Versioned { api_version: API_VERSION, kind, object });
+    let json = serde_json::to_string(&Versioned::new(kind, object));
     text::note(json.expect("strings and numbers are JSON"));
 }
 

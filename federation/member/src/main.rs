@@ -22,6 +22,7 @@ use hanse_member::registration::MemberIdentity;
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::shutdown::Shutdown;
+use hanse_runtime::text::{Items, Versioned};
 use hanse_runtime::{logging, settings, text};
 use serde_json::json;
 
@@ -355,12 +356,20 @@ fn wait_until_joined(data: &Path, patience: Duration) {
     }
 }
 
-fn print(output: Output, value: &serde_json::Value) -> anyhow::Result<()> {
+fn print(output: Output, value: &impl serde::Serialize) -> anyhow::Result<()> {
     match output {
         Output::Yaml => write!(text::stdout(), "{}", text::yaml(value)?)?,
-        Output::Table | Output::Json => text::line(format_args!("{value}"))?,
+        Output::Table | Output::Json => text::line(serde_json::to_string(value)?)?,
     }
     Ok(())
+}
+
+fn print_list(
+    output: Output,
+    kind: &'static str,
+    items: impl Iterator<Item = serde_json::Value>,
+) -> anyhow::Result<()> {
+    print(output, &Versioned::new(kind, Items { items: items.collect::<Vec<_>>() }))
 }
 
 fn print_flows(args: &FlowsArgs) -> anyhow::Result<()> {
@@ -386,7 +395,7 @@ fn print_flows(args: &FlowsArgs) -> anyhow::Result<()> {
         .with_context(|| format!("read the flows in {}", args.data.display()))?;
     match args.output {
         Output::Table => write!(text::stdout(), "{}", flow_table(&records))?,
-        output => records.iter().try_for_each(|record| print(output, &serde_json::to_value(record)?))?,
+        output => records.iter().try_for_each(|record| print(output, record))?,
     }
     Ok(())
 }
@@ -445,7 +454,8 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
                 Output::Table => text::line(format_args!("{}", created.text))?,
                 output => {
                     let ends_at = rfc3339(created.expires_at);
-                    print(output, &json!({"id": created.id, "node": node, "endsAt": ends_at, "token": created.text}))?;
+                    let token = json!({"id": created.id, "node": node, "endsAt": ends_at, "token": created.text});
+                    print(output, &Versioned::new("NodeToken", token))?;
                 }
             }
         }
@@ -466,7 +476,7 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
             } else {
                 let one =
                     |(id, node, ends_at, state)| json!({"id": id, "node": node, "endsAt": ends_at, "state": state});
-                print(output, &rows.map(one).collect())?;
+                print_list(output, "NodeTokenList", rows.map(one))?;
             }
         }
         NodeTokenCommand::Revoke { data, id } => {
@@ -501,7 +511,7 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
                 }
             } else {
                 let one = |(node, enrolled_at, ends_at, state)| json!({"node": node, "enrolledAt": enrolled_at, "certificateEndsAt": ends_at, "state": state});
-                print(output, &rows.map(one).collect())?;
+                print_list(output, "EnrolledNodeList", rows.map(one))?;
             }
         }
         NodeCommand::Revoke { data, node } => {
