@@ -1,4 +1,4 @@
-//! What the exchange costs: a whole ClusterSet's start, its memory, one change to everybody, a receiver that comes back.
+//! What the exchange costs: a whole ClusterSet's start, its memory, one change that every member is sent, and a receiver that reconnects.
 //!
 //! `hub [SHAPE…] [-o json]`. Each shape runs in a process of its own, so that its resident size is that of nothing else.
 //! Every message is encoded and decoded as on a stream; there are no sockets and no TLS. Wall time is the best of the
@@ -9,7 +9,7 @@
 //! - `tenants`: the same, and each cluster's policies select one application of 250: as many interests as clusters.
 //! - `receiver`: a member that is sent everything of `everything`: applying it, and coming back.
 //! - `held`: how long one call keeps all others waiting, of a snapshot of 300,000 endpoints: applied whole, and in parts.
-//! - `thousand`: 1,000 clusters × 1,000 endpoints, all of them selected by everybody; ten of the clusters watch.
+//! - `thousand`: 1,000 clusters × 1,000 endpoints, all of them selected by every cluster; ten of the clusters watch.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read as _, Write as _};
@@ -430,7 +430,7 @@ fn hub(clusters: usize, watchers: usize, selector: impl Fn(usize) -> Selector) {
                 exchange.publish(id, decoded(&bytes)).expect("the protocol");
             }
         });
-        // As the process does: whoever has something to be sent is asked between two publishers.
+        // As in the process, receivers are sent what is due between two publishers.
         clock.time(|| {
             for id in exchange.take_ready() {
                 sent += drain(&mut exchange, id, &mut buffer);
@@ -444,7 +444,7 @@ fn hub(clusters: usize, watchers: usize, selector: impl Fn(usize) -> Selector) {
     println!("memory-per-endpoint {} B", grown / (clusters * ENDPOINTS) as f64);
     println!("peak-resident {} MB", resident_bytes("VmHWM:") / 1e6);
 
-    // The member of the first cluster, for the single changes: what it has published is held already.
+    // The member of the first cluster, for the single changes: the hub has what it has published.
     let mut it = inventory(0);
     let mut publishing = Publishing::open(&mut exchange, 0);
     let requests = publishing.poll(&it);

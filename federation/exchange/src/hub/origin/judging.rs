@@ -112,21 +112,24 @@ impl Origin {
     /// Takes over what was found for a profile, unless what it depends on has changed: then the profile was judged again, or will be,
     /// for these selections as well. `changed`: the origin is not as it was when the question was made.
     pub fn answer_profile(&mut self, question: &ProfileQuestion, judged: &Judged, grant: &LabelGrant, changed: bool) {
-        let is_valid = |it: &Self| {
-            let profile = it.profiles.find(question.profile)?;
-            let has_key =
-                |(key, _): &(Arc<str>, u32)| question.own_keys.binary_search_by(|(had, _)| had.cmp(key)).is_ok();
-            let is_judged = profile.problem.is_none() && !profile.endpoints.is_empty() && !profile.own_keys.is_many();
-            let has_keys = profile.own_keys.few().iter().all(has_key);
-            let same_labels = || it.effective(profile.key, &[]) == question.labels;
-            (is_judged && has_keys && it.granted.labels == *grant && same_labels()).then_some(())
-        };
-        if changed && is_valid(self).is_none() {
+        if changed && !self.is_answerable(question, grant) {
             return;
         }
         let profile = self.profiles.get_mut(question.profile);
         add(&mut profile.matches, &judged.matches);
         add(&mut profile.per_endpoint, &judged.per_endpoint);
+    }
+
+    /// Whether everything that the answer depends on is as it was when the question was made.
+    fn is_answerable(&self, question: &ProfileQuestion, grant: &LabelGrant) -> bool {
+        let Some(profile) = self.profiles.find(question.profile) else { return false };
+        let had = |(key, _): &(Arc<str>, u32)| question.own_keys.binary_search_by(|(had, _)| had.cmp(key)).is_ok();
+        profile.problem.is_none()
+            && !profile.endpoints.is_empty()
+            && !profile.own_keys.is_many()
+            && profile.own_keys.few().iter().all(had)
+            && self.granted.labels == *grant
+            && self.effective(profile.key, &[]) == question.labels
     }
 
     /// How an endpoint relates to an interest: see [`Selected`].
