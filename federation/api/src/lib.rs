@@ -31,6 +31,7 @@ pub mod object;
 pub mod policy;
 pub mod policy_fields;
 pub mod rule;
+pub mod stored;
 pub mod strict;
 pub mod workload;
 

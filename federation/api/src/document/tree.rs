@@ -310,6 +310,23 @@ impl Notes {
         self.left_out.borrow_mut().insert(place);
     }
 
+    /// The value of a node without the unknown fields that were met in it.
+    pub fn known_value(&self, node: Node<'_>) -> Value {
+        let unknown = self.unknown.borrow();
+        Self::without(node, &unknown)
+    }
+
+    fn without(node: Node<'_>, unknown: &BTreeMap<u32, &'static [&'static str]>) -> Value {
+        if node.is_sequence() {
+            return Value::Array(node.items().map(|item| Self::without(item, unknown)).collect());
+        }
+        if !node.is_mapping() {
+            return node.to_value();
+        }
+        let known = node.pairs().filter(|(key, _)| !unknown.contains_key(&key.at));
+        Value::Object(known.map(|(key, value)| (key.key().to_owned(), Self::without(value, unknown))).collect())
+    }
+
     /// The unknown fields that were met, in the order of the text; they are forgotten.
     pub fn take_unknown(&self, object: Node<'_>) -> Vec<UnknownField> {
         let unknown = std::mem::take(&mut *self.unknown.borrow_mut());

@@ -1,6 +1,8 @@
-//! Stores the last good text of each origin on disk.
+//! Stores the last good text of each origin in one file.
 
 use std::collections::BTreeMap;
+use std::os::unix::ffi::OsStrExt as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,160 +10,206 @@ use std::time::{Duration, Instant};
 use hanse_api::manifest::{Manifest, Manifests, read_bytes};
 use hanse_runtime::files::private_folder;
 use hanse_runtime::health::Writes;
+use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 
-const HEADER: &[u8] = b"hanse-source/2\n";
+/// The text of each origin.
+const TEXTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("texts");
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+const REVISION: &str = "revision";
 /// The interval between retries of a failed write.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
-/// The names of the files in reports of failed writes.
-const STATES: &str = "the last good state of the source";
-const REVISION: &str = "the revision of the source";
+/// The name of the file in reports of failed writes.
+const REPORTED_AS: &str = "the last good state of the source";
+/// Page cache. Texts are read once, at the start.
+const CACHE_BYTES: usize = 4 << 20;
 
-/// The texts of origins, each in a separate file with a checksum.
+/// The texts of origins, and a revision that increases, also across restarts.
 #[derive(Debug)]
 pub struct Kept {
-    folder: PathBuf,
+    path: PathBuf,
     writes: Writes,
-    revision: Revision,
-    /// Texts whose last write failed.
-    unwritten: BTreeMap<Arc<Path>, (Vec<u8>, std::io::Error)>,
+    database: Option<Database>,
+    revision: u64,
+    /// Changes that are not written: texts, and origins to forget. Limited by the objects of the source.
+    unwritten: BTreeMap<Arc<Path>, Option<Vec<u8>>>,
+    is_revision_written: bool,
     retry_at: Option<Instant>,
 }
 
-/// A revision that increases, also across restarts.
-#[derive(Debug)]
-struct Revision {
-    path: PathBuf,
-    last: u64,
-}
-
-impl Revision {
-    fn open(path: PathBuf) -> Self {
-        let last = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
-        Self { path, last: last.unwrap_or(0) }
-    }
-
-    fn write(&self) -> std::io::Result<()> {
-        replace(&self.path, format!("{}\n", self.last).as_bytes())
-    }
-}
-
 impl Kept {
-    /// Opens the subdirectory of `data`. `writes`: reports failed writes.
+    /// Opens the file in the subdirectory `source` of `data`. A damaged file is put aside. `writes`: reports failed writes.
     pub fn open(data: &Path, writes: Writes) -> Self {
         let folder = data.join("source");
         if let Err(error) = private_folder(&folder) {
             tracing::error!(%error, path = %folder.display(), "last good states cannot be kept");
         }
-        let revision = Revision::open(folder.join("revision"));
-        Self { folder, writes, revision, unwritten: BTreeMap::new(), retry_at: None }
+        let path = folder.join("objects.redb");
+        let mut this = Self {
+            path,
+            writes,
+            database: None,
+            revision: 0,
+            unwritten: BTreeMap::new(),
+            is_revision_written: true,
+            retry_at: None,
+        };
+        match this.connect() {
+            Ok(()) => {}
+            Err(error) if is_damage(&error) => {
+                let aside = this.path.with_extension("damaged");
+                tracing::error!(%error, path = %this.path.display(), aside = %aside.display(), "last good states are unreadable, and put aside");
+                if let Err(error) = std::fs::rename(&this.path, &aside) {
+                    tracing::error!(%error, path = %this.path.display(), "the file cannot be renamed");
+                }
+                let connected = this.connect();
+                this.note(&connected);
+            }
+            Err(error) => this.note(&Err(error)),
+        }
+        this
     }
 
-    fn file(&self, origin: &Path) -> PathBuf {
-        self.folder.join(format!("{}.kept", blake3::hash(origin.as_os_str().as_encoded_bytes()).to_hex()))
+    /// Opens the file, or creates it.
+    fn connect(&mut self) -> Result<(), redb::Error> {
+        // The library panics on some damage; its state is dropped with the panic.
+        let open = || -> Result<(Database, u64), redb::Error> {
+            let mut builder = Database::builder();
+            builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
+            let database = builder.create(&self.path)?;
+            let write = database.begin_write()?;
+            write.open_table(TEXTS)?;
+            let revision = write.open_table(META)?.get(REVISION)?.map_or(0, |it| it.value());
+            write.commit()?;
+            Ok((database, revision))
+        };
+        let opened = catch_unwind(AssertUnwindSafe(open));
+        let (database, revision) =
+            opened.unwrap_or_else(|_| Err(redb::Error::Corrupted("it cannot be read".to_owned())))?;
+        self.revision = self.revision.max(revision);
+        self.database = Some(database);
+        Ok(())
     }
 
     /// The origins with a stored text.
-    pub fn origins(&self) -> impl Iterator<Item = Arc<Path>> {
-        use std::os::unix::ffi::OsStrExt as _;
-        let names = self.folder.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
-        let kept = names.filter(|name| name.extension().is_some_and(|extension| extension == "kept"));
-        kept.filter_map(|name| {
-            let file = std::fs::read(&name).ok()?;
-            let path = file.strip_prefix(HEADER).and_then(|file| file.get(32..)?.split(|byte| *byte == 0).next());
-            if path.is_none() {
-                tracing::warn!(path = %name.display(), "kept state ignored: damaged, or of an earlier version");
+    pub fn origins(&self) -> Vec<Arc<Path>> {
+        let read = |database: &Database| -> Result<Vec<Arc<Path>>, redb::Error> {
+            let texts = database.begin_read()?.open_table(TEXTS)?;
+            let mut origins = Vec::new();
+            for row in texts.iter()? {
+                let (origin, _) = row?;
+                origins.push(Path::new(std::ffi::OsStr::from_bytes(origin.value())).into());
             }
-            Some(Path::new(std::ffi::OsStr::from_bytes(path?)).into())
+            Ok(origins)
+        };
+        let origins = self.database.as_ref().map_or_else(|| Ok(Vec::new()), read);
+        origins.unwrap_or_else(|error| {
+            tracing::warn!(%error, path = %self.path.display(), "last good states cannot be listed");
+            Vec::new()
         })
     }
 
-    /// The objects of an origin; `None` if its file is missing or damaged.
-    pub fn restore(&self, origin: &Path) -> Option<Vec<Manifest>> {
-        let name = self.file(origin);
-        let file = std::fs::read(&name).ok()?;
-        let objects = objects_of(&file, origin);
-        if objects.is_none() {
-            tracing::warn!(path = %name.display(), "kept state ignored: damaged, or of an earlier version");
+    fn text(&self, origin: &Path) -> Option<Vec<u8>> {
+        if let Some(unwritten) = self.unwritten.get(origin) {
+            return unwritten.clone();
         }
-        objects
+        let read = |database: &Database| -> Result<Option<Vec<u8>>, redb::Error> {
+            let texts = database.begin_read()?.open_table(TEXTS)?;
+            Ok(texts.get(origin.as_os_str().as_bytes())?.map(|text| text.value().to_vec()))
+        };
+        let text = read(self.database.as_ref()?);
+        text.unwrap_or_else(|error| {
+            tracing::warn!(%error, origin = %origin.display(), "a last good state cannot be read");
+            None
+        })
     }
 
-    /// Stores the text of an origin.
+    /// The objects of an origin; `None` if it has no stored text.
+    pub fn restore(&self, origin: &Path) -> Option<Vec<Manifest>> {
+        let text = self.text(origin)?;
+        let mut read = Manifests::default();
+        read_bytes(&origin.to_string_lossy().into(), &text, &mut read);
+        if !read.diagnostics.is_empty() {
+            tracing::warn!(origin = %origin.display(), "a last good state is of another version, and ignored");
+        }
+        read.diagnostics.is_empty().then_some(read.objects)
+    }
+
+    /// Stores the text of an origin at the next [`Self::flush`].
     pub fn keep(&mut self, origin: Arc<Path>, text: Vec<u8>) {
-        match replace(&self.file(&origin), &file_of(&origin, &text)) {
-            Ok(()) => drop(self.unwritten.remove(&origin)),
-            Err(error) => drop(self.unwritten.insert(origin, (text, error))),
+        if !self.is_kept(&origin, &text) {
+            self.unwritten.insert(origin, Some(text));
         }
     }
 
     /// Whether `text` is the stored text of an origin.
     pub fn is_kept(&self, origin: &Path, text: &[u8]) -> bool {
-        std::fs::read(self.file(origin)).is_ok_and(|file| file == file_of(origin, text))
+        self.text(origin).is_some_and(|kept| kept == text)
     }
 
-    /// Removes the text of an origin.
-    pub fn forget(&mut self, origin: &Path) {
-        self.unwritten.remove(origin);
-        if let Err(error) = std::fs::remove_file(self.file(origin))
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::warn!(%error, origin = %origin.display(), "kept state of a removed origin cannot be deleted");
-        }
+    /// Removes the text of an origin at the next [`Self::flush`].
+    pub fn forget(&mut self, origin: &Arc<Path>) {
+        self.unwritten.insert(Arc::clone(origin), None);
     }
 
     /// The next revision. If it cannot be written, it may be reused after a restart.
     pub fn advance(&mut self) -> u64 {
-        self.revision.last = self.revision.last.saturating_add(1);
-        let written = self.revision.write();
-        self.report(&written);
-        self.revision.last
+        self.revision = self.revision.saturating_add(1);
+        self.is_revision_written = false;
+        self.revision
     }
 
-    /// Retries failed writes.
-    pub fn retry(&mut self) {
-        if self.retry_at.is_none_or(|at| Instant::now() < at) {
+    /// Writes all changes in one transaction. After a failure, it does nothing until it is time to retry.
+    pub fn flush(&mut self) {
+        let is_written = self.unwritten.is_empty() && self.is_revision_written;
+        if is_written || self.retry_at.is_some_and(|at| Instant::now() < at) {
             return;
         }
-        self.retry_at = None;
-        for (origin, (text, _)) in std::mem::take(&mut self.unwritten) {
-            self.keep(origin, text);
+        let written = match self.database {
+            Some(_) => self.write(),
+            None => self.connect().and_then(|()| self.write()),
+        };
+        if written.is_ok() {
+            self.unwritten.clear();
+            self.is_revision_written = true;
         }
-        let written = self.revision.write();
-        self.report(&written);
+        self.note(&written);
     }
 
-    fn report(&mut self, revision: &std::io::Result<()>) {
-        let failed = self.unwritten.values().next().map(|(_, error)| error);
-        let states = failed.map_or(Ok(()), |error| Err(std::io::Error::new(error.kind(), error.to_string())));
-        self.writes.note(STATES, &states);
-        self.writes.note(REVISION, revision);
-        if states.is_err() || revision.is_err() {
-            self.retry_at.get_or_insert_with(|| Instant::now() + RETRY_AFTER);
+    fn write(&self) -> Result<(), redb::Error> {
+        let Some(database) = &self.database else { return Ok(()) };
+        let write = database.begin_write()?;
+        {
+            let mut texts = write.open_table(TEXTS)?;
+            for (origin, text) in &self.unwritten {
+                let origin = origin.as_os_str().as_bytes();
+                match text {
+                    Some(text) => drop(texts.insert(origin, text.as_slice())?),
+                    None => drop(texts.remove(origin)?),
+                }
+            }
+            write.open_table(META)?.insert(REVISION, self.revision)?;
+        }
+        write.commit()?;
+        Ok(())
+    }
+
+    fn note(&mut self, written: &Result<(), redb::Error>) {
+        self.retry_at = written.is_err().then(|| Instant::now() + RETRY_AFTER);
+        let written = written.as_ref().copied().map_err(|error| std::io::Error::other(error.to_string()));
+        self.writes.note(REPORTED_AS, &written);
+        // The library refuses further transactions after a failed one: the file is opened again.
+        if written.is_err() {
+            self.database = None;
         }
     }
 }
 
-/// The file of an origin.
-fn file_of(origin: &Path, text: &[u8]) -> Vec<u8> {
-    let body = [origin.as_os_str().as_encoded_bytes(), &[0], text].concat();
-    [HEADER, blake3::hash(&body).as_bytes(), &body].concat()
-}
-
-/// The objects in a file; `None` if it is damaged or belongs to another origin.
-fn objects_of(file: &[u8], origin: &Path) -> Option<Vec<Manifest>> {
-    let (hash, body) = file.strip_prefix(HEADER)?.split_at_checked(32)?;
-    let text = body.strip_prefix(origin.as_os_str().as_encoded_bytes())?.strip_prefix(&[0])?;
-    if blake3::hash(body).as_bytes() != hash {
-        return None;
+/// Whether the file is unusable for ever, unlike one that cannot be read or written now.
+fn is_damage(error: &redb::Error) -> bool {
+    use std::io::ErrorKind::{InvalidData, UnexpectedEof};
+    match error {
+        redb::Error::Corrupted(_) | redb::Error::UpgradeRequired(_) => true,
+        redb::Error::Io(error) => matches!(error.kind(), InvalidData | UnexpectedEof),
+        _ => false,
     }
-    let mut read = Manifests::default();
-    read_bytes(&origin.to_string_lossy().into(), text, &mut read);
-    read.diagnostics.is_empty().then_some(read.objects)
-}
-
-/// Replaces a file atomically, without flushing, since there may be many. The checksum detects damage after a crash.
-fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let temporary = path.with_extension("new");
-    std::fs::write(&temporary, bytes)?;
-    std::fs::rename(&temporary, path)
 }

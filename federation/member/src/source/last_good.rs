@@ -61,7 +61,7 @@ impl<S: Source> LastGood<S> {
         let objects = Objects {
             candidates: Candidates::default(),
             origins: BTreeMap::new(),
-            unloaded: kept.origins().collect(),
+            unloaded: kept.origins().into_iter().collect(),
             retained: BTreeMap::new(),
             listing: BTreeMap::new(),
             clock: 0,
@@ -74,8 +74,13 @@ impl<S: Source> LastGood<S> {
 
     /// The changes since the last call. `None`: there are none, or the source is not synced yet. May block.
     pub fn poll(&mut self) -> Option<Changes> {
+        let changes = self.take_changes();
+        self.objects.kept.flush();
+        changes
+    }
+
+    fn take_changes(&mut self) -> Option<Changes> {
         let state = &mut self.objects;
-        state.kept.retry();
         let sweeps = std::mem::take(&mut state.sweeps);
         let events = self.source.poll(state);
         let mut changed = false;
@@ -107,6 +112,16 @@ impl Objects {
     /// Origins with a stored state that the source has not reported since the start.
     pub fn unloaded(&self) -> impl Iterator<Item = &Arc<Path>> {
         self.unloaded.iter()
+    }
+
+    /// Whether an origin was read, by this process or an earlier one, and exists.
+    pub fn has_origin(&self, origin: &Path) -> bool {
+        self.origins.contains_key(origin) || self.unloaded.contains(origin)
+    }
+
+    /// The origins at and below a scope that were read, by this process or an earlier one, and exist.
+    pub fn origins_within(&self, scope: &Path) -> BTreeSet<Arc<Path>> {
+        within_keys(&self.origins, scope).into_iter().chain(within(&self.unloaded, scope)).collect()
     }
 
     /// Whether an origin has objects and was read completely.

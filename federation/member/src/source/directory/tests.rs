@@ -9,7 +9,8 @@ const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: a}\
 
 struct World {
     folder: tempfile::TempDir,
-    source: LastGood<Directory>,
+    /// None while it is stopped: two sources cannot use one data directory.
+    source: Option<LastGood<Directory>>,
     /// What its changes come to, which a member that starts again does not know.
     assembly: Assembly,
 }
@@ -17,7 +18,7 @@ struct World {
 impl World {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let source = Self::open(folder.path());
+        let source = Some(Self::open(folder.path()));
         Self { folder, source, assembly: Assembly::new("c".into()) }
     }
 
@@ -27,8 +28,17 @@ impl World {
     }
 
     /// A member that starts again on the same files.
+    fn source(&mut self) -> &mut LastGood<Directory> {
+        self.source.as_mut().expect("it runs")
+    }
+
+    fn stop(&mut self) {
+        self.source = None;
+    }
+
     fn restart(&mut self) {
-        self.source = Self::open(self.folder.path());
+        self.stop();
+        self.source = Some(Self::open(self.folder.path()));
         self.assembly = Assembly::new("c".into());
     }
 
@@ -43,12 +53,12 @@ impl World {
 
     /// The changes after two polls: pods, problems.
     fn settled(&mut self) -> Option<(Vec<String>, Vec<Diagnostic>)> {
-        assert!(self.source.poll().is_none(), "it may be half written");
+        assert!(self.source().poll().is_none(), "it may be half written");
         self.look()
     }
 
     fn look(&mut self) -> Option<(Vec<String>, Vec<Diagnostic>)> {
-        let changes = self.source.poll()?;
+        let changes = self.source().poll()?;
         self.assembly.update(changes.objects);
         let state = self.assembly.state();
         let pods = state.cluster.endpoints.keys().map(|id| id.name.to_string()).collect();
@@ -95,10 +105,10 @@ fn keeps_last_good_state_across_restart() {
     let mut world = World::new();
     std::fs::create_dir(world.path("")).expect("made");
     world.write("pod.yaml", POD);
-    let first = world.source.poll().expect("read").revision;
+    let first = world.source().poll().expect("read").revision;
     world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
     world.restart();
-    let read = world.source.poll().expect("read");
+    let read = world.source().poll().expect("read");
     assert!(read.revision > first, "revisions grow across a restart");
     assert_eq!((read.objects.len(), read.problems.len()), (1, 1));
     world.assembly.update(read.objects);
@@ -119,12 +129,15 @@ fn keeps_last_good_state_across_restart() {
     // A kept state that was damaged is none.
     world.write("pod.yaml", POD);
     check(&mut world, &["p"], 0);
-    let name = blake3::hash(world.path("pod.yaml").as_os_str().as_encoded_bytes()).to_hex();
-    let kept = world.folder.path().join("data/source").join(format!("{name}.kept"));
+    let kept = world.folder.path().join("data/source/objects.redb");
+    world.stop();
     let mut bytes = std::fs::read(&kept).expect("kept");
     // Another address, which would be read as well.
-    let last = bytes.iter().rposition(|byte| *byte == b'1').expect("10.0.0.1");
-    bytes[last] = b'2';
+    let address = b"podIP: 10.0.0.1";
+    let places = bytes.windows(address.len()).enumerate().filter(|(_, it)| it == address).map(|(at, _)| at);
+    let places: Vec<usize> = places.collect();
+    assert!(!places.is_empty());
+    places.into_iter().for_each(|at| bytes[at + address.len() - 1] = b'2');
     std::fs::write(&kept, bytes).expect("written");
     world.write("pod.yaml", "apiVersion: v1\nkind: [\n");
     world.restart();
@@ -291,7 +304,8 @@ fn removes_files_deleted_while_stopped() {
     world.restart();
     assert_eq!(world.look().expect("what was kept").0, ["q"]);
     let (cluster, data) = (world.folder.path().join("another"), world.folder.path().join("data"));
-    world.source = LastGood::new(Directory::new(&cluster), &data, Writes::new(&Health::default()));
+    world.stop();
+    world.source = Some(LastGood::new(Directory::new(&cluster), &data, Writes::new(&Health::default())));
     assert!(world.look().is_none(), "nothing is known of it");
 }
 

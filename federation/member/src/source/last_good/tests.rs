@@ -19,7 +19,7 @@ impl Source for Script {
 /// A member with the scripted source of an API server: each pod is an origin below `pods`.
 struct World {
     folder: tempfile::TempDir,
-    source: LastGood<Script>,
+    source: Option<LastGood<Script>>,
     assembly: Assembly,
 }
 
@@ -55,19 +55,22 @@ fn list(pods: impl IntoIterator<Item = Event>) -> Vec<Event> {
 impl World {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let source = LastGood::new(Script::default(), folder.path(), Writes::new(&Health::default()));
+        let source = Some(LastGood::new(Script::default(), folder.path(), Writes::new(&Health::default())));
         Self { folder, source, assembly: Assembly::new("c".into()) }
     }
 
     fn restart(&mut self) {
-        self.source = LastGood::new(Script::default(), self.folder.path(), Writes::new(&Health::default()));
+        // Two sources cannot use one data directory.
+        self.source = None;
+        self.source = Some(LastGood::new(Script::default(), self.folder.path(), Writes::new(&Health::default())));
         self.assembly = Assembly::new("c".into());
     }
 
     /// The addresses of all pods, and the number of problems, where the batch changes anything.
     fn play(&mut self, batch: impl IntoIterator<Item = Event>) -> Option<(Vec<String>, usize)> {
-        self.source.source.0.push_back(batch.into_iter().collect());
-        let changes = self.source.poll()?;
+        let source = self.source.as_mut()?;
+        source.source.0.push_back(batch.into_iter().collect());
+        let changes = source.poll()?;
         self.assembly.update(changes.objects);
         let endpoints = self.assembly.state().cluster.endpoints.values();
         let addresses = endpoints.flat_map(|it| &it.addresses).map(ToString::to_string).collect();

@@ -1,0 +1,122 @@
+//! Objects as an API server stores and sends them.
+
+use serde_json::Value;
+
+use crate::decode::typed;
+use crate::diagnostic::Reference;
+use crate::document::{self, Node, Notes};
+use crate::kind;
+use crate::metadata::Metadata;
+use crate::object::{self, Defaults};
+
+/// What the keys of annotations that are read start with. Others are as large as users make them, and repeat the fields of the
+/// object, such as the environment of containers.
+const READ_ANNOTATIONS: [&str; 2] = ["hanse.dev/", "projectcalico.org/"];
+
+/// The JSON of an object without the fields that are not read; reading it gives the same object. `None` if `text` is not an object of
+/// a kind that is read, or cannot be read completely.
+pub fn used_fields(text: &str) -> Option<String> {
+    let mut documents = document::documents(text);
+    let document = documents.next()?.ok().filter(|document| document.faults.is_empty())?;
+    if documents.next().is_some() {
+        return None;
+    }
+    let root = document.root();
+    let text_of = |name: &str| root.child(name).and_then(Node::text).unwrap_or_default().to_owned();
+    let reference = Reference {
+        api_version: text_of("apiVersion"),
+        kind: text_of("kind"),
+        namespace: None,
+        name: root
+            .child("metadata")
+            .and_then(|it| it.child("name"))
+            .and_then(Node::text)
+            .unwrap_or_default()
+            .to_owned(),
+    };
+    let notes = Notes::default();
+    // Unknown fields of policies have a meaning: they are kept.
+    if kind::is_strict(&reference) {
+        typed::<Metadata>(root.child("metadata")?.with_notes(&notes)).ok()?;
+    } else {
+        object::read(&reference, root.with_notes(&notes), Defaults { name: None, namespace: None }).ok()??;
+    }
+    let mut value = notes.known_value(root);
+    let fields = value.as_object_mut()?;
+    for (name, text) in [("apiVersion", reference.api_version), ("kind", reference.kind)] {
+        fields.insert(name.to_owned(), Value::String(text));
+    }
+    if let Some(Value::Object(annotations)) = fields.get_mut("metadata").and_then(|it| it.get_mut("annotations")) {
+        annotations.retain(|key, _| READ_ANNOTATIONS.iter().any(|prefix| key.starts_with(prefix)));
+    }
+    Some(value.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::{Manifests, read_bytes};
+
+    fn read(text: &str) -> Manifests {
+        let mut read = Manifests::default();
+        read_bytes(&"stored".into(), text.as_bytes(), &mut read);
+        read
+    }
+
+    /// The reduced text, which must read as the same object.
+    fn reduced(text: &str) -> String {
+        let reduced = used_fields(text).expect("an object that is read");
+        let (before, after) = (read(text), read(&reduced));
+        assert_eq!(before.diagnostics, [], "{text}");
+        assert_eq!(after.diagnostics, [], "{reduced}");
+        let [before, after] = [before, after].map(|it| it.objects.into_iter().map(|it| it.object).collect::<Vec<_>>());
+        assert_eq!(before, after, "{reduced}");
+        assert_eq!(before.len(), 1);
+        reduced
+    }
+
+    #[test]
+    fn keeps_only_the_used_fields_of_a_pod() {
+        let pod = r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"p","namespace":"n","uid":"u","labels":{"a":"b"},
+            "creationTimestamp":"2026-01-01T00:00:00Z","annotations":{"kubectl.kubernetes.io/last-applied-configuration":"{}"},
+            "ownerReferences":[{"apiVersion":"apps/v1","kind":"ReplicaSet","name":"r","uid":"u","controller":true}],
+            "managedFields":[{"manager":"kubelet","fieldsV1":{"f:status":{}}}]},
+            "spec":{"nodeName":"one","serviceAccountName":"s","volumes":[{"name":"v"}],"containers":[{"name":"c","image":"i",
+            "env":[{"name":"PASSWORD","value":"secret"}],"ports":[{"name":"http","containerPort":80,"protocol":"TCP"}]}]},
+            "status":{"phase":"Running","podIP":"10.0.0.1","podIPs":[{"ip":"10.0.0.1"}],"conditions":[{"type":"Ready"}]}}"#;
+        let reduced = reduced(pod);
+        for unused in ["secret", "managedFields", "volumes", "conditions", "last-applied", "image", "\"u\""] {
+            assert!(!reduced.contains(unused), "{unused} in {reduced}");
+        }
+        for used in ["10.0.0.1", "\"http\"", "ReplicaSet", "\"one\"", "2026-01-01T00:00:00Z"] {
+            assert!(reduced.contains(used), "{used} not in {reduced}");
+        }
+    }
+
+    #[test]
+    fn keeps_all_fields_of_policies_but_not_of_their_metadata() {
+        let policy = r#"{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicy","metadata":{"name":"p","namespace":"n",
+            "managedFields":[{"manager":"kubectl"}],"annotations":{"hanse.dev/peers":"ClusterSet","other":"x"}},
+            "spec":{"podSelector":{"matchLabels":{"a":"b"}},"policyTypes":["Ingress"],"ingress":[{"ports":[{"port":"http"}]}]}}"#;
+        let reduced = reduced(policy);
+        assert!(reduced.contains("hanse.dev/peers") && reduced.contains("\"http\""), "{reduced}");
+        assert!(!reduced.contains("managedFields") && !reduced.contains("other"), "{reduced}");
+        // A field of a later version stays in the text, and is reported when it is read.
+        let later = policy.replace("\"policyTypes\"", "\"later\":1,\"policyTypes\"");
+        let reduced = used_fields(&later).expect("an object");
+        assert_eq!(read(&later).diagnostics.len(), 1);
+        assert_eq!(read(&reduced).diagnostics.len(), 1, "{reduced}");
+    }
+
+    #[test]
+    fn other_kinds_and_malformed_texts_have_no_used_fields() {
+        for text in [
+            "",
+            "{",
+            r#"{"apiVersion":"v1","kind":"Secret","metadata":{"name":"s"},"data":{"k":"dg=="}}"#,
+            r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"p"},"spec":{"containers":1}}"#,
+        ] {
+            assert_eq!(used_fields(text), None, "{text}");
+        }
+    }
+}
