@@ -24,6 +24,7 @@ use hanse_identity::tls::{CredentialStore, TlsClient, Trust, install_provider};
 use hanse_identity::{Identity, TrustDomain};
 use hanse_member::process::{self, Options};
 use hanse_member::registration::MemberIdentity;
+use hanse_member::source::Location;
 use hanse_proto::agent::v1 as agent;
 use hanse_proto::agent::v1::agents_client::AgentsClient;
 use hanse_proto::federation::v1 as pb;
@@ -123,7 +124,7 @@ async fn run(shape: Shape) -> anyhow::Result<()> {
         hubs: vec![hub.address.to_string()],
         join: vec![hub.join_address.to_string()],
         token_file: Some(data.join("token")),
-        source: source.clone(),
+        source: Location::Directory(source.clone()),
         agent_listen,
         enrol_listen: any,
         federated_allow_final: false,

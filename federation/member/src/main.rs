@@ -19,6 +19,7 @@ use hanse_member::fanout::{
 use hanse_member::flows::{self, Party, Record};
 use hanse_member::process::{self, Options};
 use hanse_member::registration::MemberIdentity;
+use hanse_member::source::{self, Access, Location};
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::shutdown::Shutdown;
@@ -64,6 +65,27 @@ enum Command {
         #[command(subcommand)]
         command: NodeCommand,
     },
+    /// Remove objects that are kept although their CustomResourceDefinition was deleted.
+    ///
+    /// When the definition of a kind of policies is deleted, the API server deletes the policies too. The member keeps them in force
+    /// until they return, or until they are forgotten here. Without arguments, the command lists them.
+    Forget(ForgetArgs),
+}
+
+#[derive(Debug, Args)]
+struct ForgetArgs {
+    /// Directory of the files of the running member.
+    #[arg(long)]
+    data: PathBuf,
+    /// Objects, as the command lists them: `globalnetworkpolicies.crd.projectcalico.org/default.deny`.
+    #[arg(value_name = "COLLECTION/[NAMESPACE/]NAME", conflicts_with = "all")]
+    objects: Vec<String>,
+    /// Forget all kept objects.
+    #[arg(long)]
+    all: bool,
+    /// Output format of the list.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -194,10 +216,16 @@ struct RunArgs {
     /// Directory for the member's files; created if missing.
     #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
     data: PathBuf,
-    /// Directory of Kubernetes manifests that describes the cluster. If the directory or a subdirectory no longer has manifests, its
-    /// last objects stay in force.
-    #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
+    /// Where the objects of the cluster are: `kubernetes` for its API server, or a directory of Kubernetes manifests (`./kubernetes` for
+    /// one of this name). If the directory or a subdirectory no longer has manifests, its last objects stay in force.
+    #[arg(long, value_name = "kubernetes|DIRECTORY", help_heading = "Source")]
     source: PathBuf,
+    /// File with the address and the credentials of the API server. Without it, the member uses the service account of its pod.
+    #[arg(long, value_name = "FILE", help_heading = "Source")]
+    kubeconfig: Option<PathBuf>,
+    /// Context of the kubeconfig file; by default its current one.
+    #[arg(long, value_name = "NAME", help_heading = "Source", requires = "kubeconfig")]
+    context: Option<String>,
     /// Name of the cluster in its ClusterSet.
     #[arg(long, help_heading = "Hub")]
     cluster: String,
@@ -272,6 +300,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Join(args) => join(args).await,
         Command::Node { command } => node(command),
         Command::Flows(args) => print_flows(&args),
+        Command::Forget(args) => forget(args),
         Command::Run(args) => {
             let shutdown = Shutdown::default();
             let options = Options {
@@ -280,7 +309,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
                 hubs: args.hub,
                 join: args.join,
                 token_file: args.token_file,
-                source: args.source,
+                source: location(args.source, args.kubeconfig, args.context)?,
                 agent_listen: args.agent_listen,
                 enrol_listen: args.enrol_listen,
                 federated_allow_final: args.federated_allow == FederatedAllow::Final,
@@ -302,6 +331,19 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             shutdown.outcome()
         }
     }
+}
+
+/// The location that `--source` names.
+fn location(source: PathBuf, kubeconfig: Option<PathBuf>, context: Option<String>) -> anyhow::Result<Location> {
+    if source.as_os_str() == "kubernetes" {
+        return Ok(Location::Kubernetes(Access { kubeconfig, context }));
+    }
+    anyhow::ensure!(
+        kubeconfig.is_none(),
+        "--kubeconfig is for --source kubernetes; the source is the directory {}",
+        source.display()
+    );
+    Ok(Location::Directory(source))
 }
 
 async fn join(args: JoinArgs) -> anyhow::Result<()> {
@@ -522,6 +564,38 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
             ))?;
         }
     }
+    Ok(())
+}
+
+fn forget(args: ForgetArgs) -> anyhow::Result<()> {
+    let ForgetArgs { data, objects, all, output } = args;
+    check_joined(&data)?;
+    let kept = source::kept_objects(&data).with_context(|| format!("read the kept objects in {}", data.display()))?;
+    let objects = match all {
+        true => kept.clone(),
+        false => {
+            if let Some(other) = objects.iter().find(|it| !kept.contains(*it)) {
+                anyhow::bail!(
+                    "{other} is not a kept object: `hanse-member forget --data {}` lists them",
+                    data.display()
+                );
+            }
+            objects
+        }
+    };
+    if objects.is_empty() && !all {
+        return match output {
+            Output::Table if kept.is_empty() => Ok(text::line("no object is kept")?),
+            Output::Table => Ok(kept.iter().try_for_each(text::line)?),
+            output => print_list(output, "KeptObjectList", kept.iter().map(|name| json!({"object": name}))),
+        };
+    }
+    let count = objects.len();
+    source::forget(&data, objects).map_err(|error| match error.kind() {
+        std::io::ErrorKind::TimedOut => anyhow::anyhow!("the member of {} does not run", data.display()),
+        _ => anyhow::Error::new(error).context("write the request"),
+    })?;
+    text::line(format_args!("{count} {} forgotten", if count == 1 { "object" } else { "objects" }))?;
     Ok(())
 }
 

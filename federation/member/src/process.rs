@@ -31,12 +31,9 @@ use crate::questions::{Answering, StateRequest};
 use crate::registration::MemberIdentity;
 use crate::report;
 use crate::resolver::Resolver;
-use crate::source::{Changes, Directory, LastGood};
+use crate::source::{Changes, LastGood, Location};
 use crate::world::World;
 
-/// The interval between polls of the source. An edit takes effect at the second poll, and must take effect within a second.
-const POLL_SOURCE_EVERY: Duration = Duration::from_millis(100);
-const POLL_SOURCE_AT_LEAST_EVERY: Duration = Duration::from_millis(250);
 /// The minimum interval between reports to the hub. A report is sent when the enforcement status changes.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 /// The interval between look-ups of this process's own addresses. Routes and addresses of the host may appear late, and change.
@@ -51,7 +48,7 @@ pub struct Options {
     pub hubs: Vec<String>,
     pub join: Vec<String>,
     pub token_file: Option<PathBuf>,
-    pub source: PathBuf,
+    pub source: Location,
     pub agent_listen: SocketAddr,
     pub enrol_listen: SocketAddr,
     pub federated_allow_final: bool,
@@ -160,7 +157,7 @@ async fn identity(options: &Options, stop: &CancellationToken) -> anyhow::Result
         return Ok(identity);
     }
     let token = options.token_file.as_ref().context("the cluster has not joined: --token-file is required")?;
-    check_before_joining(options).context("the token is not used yet")?;
+    check_before_joining(options).await.context("the token is not used yet")?;
     let (data, cluster, join) = (&options.data, &options.cluster, &options.join);
     Ok(MemberIdentity::join(data, cluster, token, join, options.federated_allow_final, stop).await?)
 }
@@ -179,9 +176,13 @@ fn keep_fresh(options: &Options, identity: &MemberIdentity, resolver: &Resolver,
 /// Starts the thread that reads the source. After a restart, it continues with the last good state.
 fn start_source(options: &Options, writes: &Writes, shutdown: &Shutdown) -> anyhow::Result<mpsc::Receiver<Changes>> {
     let (sender, receiver) = mpsc::channel::<Changes>(1);
-    let (path, data, writes) = (options.source.clone(), options.data.clone(), writes.clone());
+    let (location, data, writes) = (options.source.clone(), options.data.clone(), writes.clone());
     let read = move || {
-        let mut source = LastGood::new(Directory::new(&path), &data, writes.clone());
+        let source = match location.open(&data) {
+            Ok(source) => source,
+            Err(error) => panic!("the source cannot be opened: {error}"),
+        };
+        let mut source = LastGood::new(source, &data, writes.clone());
         while !sender.is_closed() {
             let began = Instant::now();
             if let Some(changes) = source.poll()
@@ -189,8 +190,7 @@ fn start_source(options: &Options, writes: &Writes, shutdown: &Shutdown) -> anyh
             {
                 return;
             }
-            // Polling many files takes long, and must not use a whole processor.
-            std::thread::sleep((began.elapsed() * 4).clamp(POLL_SOURCE_EVERY, POLL_SOURCE_AT_LEAST_EVERY));
+            std::thread::sleep(source.pause(began.elapsed()));
         }
     };
     shutdown.supervise_thread("source", read).context("start the thread that reads the source")?;
@@ -234,9 +234,13 @@ impl EndsOf {
 }
 
 /// Checks what a member needs after it has joined, so that errors appear before the token is used.
-fn check_before_joining(options: &Options) -> anyhow::Result<()> {
-    let source = options.source.display();
-    options.source.read_dir().with_context(|| format!("read the directory {source} (--source)"))?;
+async fn check_before_joining(options: &Options) -> anyhow::Result<()> {
+    match &options.source {
+        Location::Directory(path) => {
+            path.read_dir().with_context(|| format!("read the directory {} (--source)", path.display()))?;
+        }
+        Location::Kubernetes(access) => access.check().await.context("the API server (--source kubernetes)")?,
+    }
     for (listen, flag) in [(options.agent_listen, "--agent-listen"), (options.enrol_listen, "--enrol-listen")] {
         TcpListener::bind(listen).with_context(|| format!("listen on {listen} ({flag})"))?;
     }

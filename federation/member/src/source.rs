@@ -5,16 +5,20 @@
 
 mod directory;
 mod kept;
+mod kubernetes;
 mod last_good;
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use hanse_api::assemble::{ObjectChange, ObjectKey, Position};
+use hanse_api::manifest::{Manifests, read_bytes};
 use hanse_api::{Diagnostic, Manifest};
 
 pub use self::directory::Directory;
+pub use self::kubernetes::{Access, Kubernetes, forget, kept_objects};
 pub use self::last_good::{LastGood, Objects};
 
 /// A change that a source reports. Objects come from origins, such as files or collections of an API. A scope is an origin, or all
@@ -46,6 +50,68 @@ pub enum Event {
 pub trait Source: Send {
     /// The changes since the last call; at first, all objects. May block. `objects`: the objects in force.
     fn poll(&mut self, objects: &mut Objects) -> Vec<Event>;
+
+    /// The time until the next poll, after one that took `took`.
+    fn pause(&self, took: Duration) -> Duration;
+}
+
+impl<S: Source + ?Sized> Source for Box<S> {
+    fn poll(&mut self, objects: &mut Objects) -> Vec<Event> {
+        (**self).poll(objects)
+    }
+
+    fn pause(&self, took: Duration) -> Duration {
+        (**self).pause(took)
+    }
+}
+
+/// Where the objects of a cluster are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Location {
+    /// A directory of manifests.
+    Directory(PathBuf),
+    /// The API server of the cluster.
+    Kubernetes(Access),
+}
+
+impl Location {
+    /// The source at this location. `data`: the data directory of the member.
+    ///
+    /// # Errors
+    /// When the system refuses what the source needs.
+    pub fn open(&self, data: &Path) -> std::io::Result<Box<dyn Source>> {
+        Ok(match self {
+            Self::Directory(path) => Box::new(Directory::new(path)),
+            Self::Kubernetes(access) => Box::new(Kubernetes::new(access.clone(), data)?),
+        })
+    }
+}
+
+/// Reports the objects in a text, which may be unreadable. Returns whether it was read completely. `name`: the name of the origin in
+/// problems.
+fn read_object(origin: &Arc<Path>, name: &Arc<str>, text: &[u8], events: &mut Vec<Event>) -> bool {
+    let mut read = Manifests::default();
+    read_bytes(name, text, &mut read);
+    report(origin, read, events)
+}
+
+/// Reports what was read from an origin. Returns whether it was read completely.
+fn report(origin: &Arc<Path>, read: Manifests, events: &mut Vec<Event>) -> bool {
+    let is_good = read.diagnostics.is_empty();
+    events.push(match is_good {
+        true => Event::Release(Arc::clone(origin)),
+        false => Event::Retain(Arc::clone(origin), read.diagnostics),
+    });
+    events.push(Event::Relist(Arc::clone(origin)));
+    for (index, manifest) in (0..).zip(read.objects.into_iter().chain(read.partial)) {
+        let (position, manifest) = (Position { origin: Arc::clone(origin), index }, Box::new(manifest));
+        events.push(match is_good {
+            true => Event::Upsert(position, manifest),
+            false => Event::Partial(position, manifest),
+        });
+    }
+    events.push(Event::Synced(Arc::clone(origin)));
+    is_good
 }
 
 /// Changes of a cluster.

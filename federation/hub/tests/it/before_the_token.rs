@@ -4,6 +4,7 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 
 use hanse_member::process::{self, Options};
+use hanse_member::source::Location;
 use hanse_proto::federation::v1 as wire;
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::shutdown::Shutdown;
@@ -29,7 +30,7 @@ impl World {
             hubs: vec![hub.hub.address.to_string()],
             join: vec![hub.hub.join_address.to_string()],
             token_file: Some(token_file),
-            source,
+            source: Location::Directory(source),
             agent_listen: any,
             enrol_listen: any,
             federated_allow_final: false,
@@ -76,9 +77,11 @@ async fn a_member_that_could_not_run_keeps_its_token() {
     let world = World::new().await;
     let options = || world.options.clone();
     let missing = world.hub.folder.path().join("missing");
-    world.refused(Options { source: missing, ..options() }, &["missing (--source)", "not used yet"]).await;
+    world
+        .refused(Options { source: Location::Directory(missing), ..options() }, &["missing (--source)", "not used yet"])
+        .await;
     let file: PathBuf = world.options.token_file.clone().unwrap();
-    world.refused(Options { source: file, ..options() }, &["--source"]).await;
+    world.refused(Options { source: Location::Directory(file), ..options() }, &["--source"]).await;
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken_at = taken.local_addr().unwrap();
     world.refused(Options { agent_listen: taken_at, ..options() }, &["--agent-listen", "in use"]).await;

@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use hanse_api::Diagnostic;
-use hanse_api::assemble::Position;
 use hanse_api::files::{self, Listing};
 use hanse_api::manifest::{Manifests, read_bytes};
 
-use super::{Event, Objects, Source};
+use super::{Event, Objects, Source, report};
 
 #[cfg(test)]
 mod tests;
@@ -50,6 +50,9 @@ struct Stamp {
     inode: u64,
 }
 
+/// The interval between polls. An edit takes effect at the second poll, and must take effect within a second.
+const POLL_EVERY: Duration = Duration::from_millis(100);
+const POLL_AT_LEAST_EVERY: Duration = Duration::from_millis(250);
 /// The problem of a directory without a manifest.
 const NO_MANIFESTS: &str = "has no manifests (.yaml, .yml or .json); the last version stays in force: to remove its objects, remove the \
                             directory, or leave one manifest in the source itself, such as a Namespace";
@@ -164,6 +167,11 @@ impl Source for Directory {
         }
         events
     }
+
+    fn pause(&self, took: Duration) -> Duration {
+        // Polling many files takes long, and must not use a whole processor.
+        (took * 4).clamp(POLL_EVERY, POLL_AT_LEAST_EVERY)
+    }
 }
 
 /// Reads one file. Returns false if it must be read again at the next poll.
@@ -191,19 +199,7 @@ fn read(path: &Arc<Path>, is_first: bool, objects: &mut Objects, events: &mut Ve
     {
         return false;
     }
-    events.push(match is_good {
-        true => Event::Release(Arc::clone(path)),
-        false => Event::Retain(Arc::clone(path), read.diagnostics),
-    });
-    events.push(Event::Relist(Arc::clone(path)));
-    for (index, manifest) in (0..).zip(read.objects.into_iter().chain(read.partial)) {
-        let (position, manifest) = (Position { origin: Arc::clone(path), index }, Box::new(manifest));
-        events.push(match is_good {
-            true => Event::Upsert(position, manifest),
-            false => Event::Partial(position, manifest),
-        });
-    }
-    events.push(Event::Synced(Arc::clone(path)));
+    report(path, read, events);
     if let Ok(text) = bytes
         && is_good
     {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hanse_api::Diagnostic;
 use hanse_api::assemble::{Candidates, ObjectKey, Position};
@@ -70,6 +71,11 @@ impl<S: Source> LastGood<S> {
             kept,
         };
         Self { source, objects, logged: LoggedProblems::default(), is_started: false }
+    }
+
+    /// The time until the next poll, after one that took `took`.
+    pub fn pause(&self, took: Duration) -> Duration {
+        self.source.pause(took)
     }
 
     /// The changes since the last call. `None`: there are none, or the source is not synced yet. May block.

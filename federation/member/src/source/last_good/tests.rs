@@ -14,6 +14,10 @@ impl Source for Script {
     fn poll(&mut self, _: &mut Objects) -> Vec<Event> {
         self.0.pop_front().unwrap_or_default()
     }
+
+    fn pause(&self, _: Duration) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// A member with the scripted source of an API server: each pod is an origin below `pods`.

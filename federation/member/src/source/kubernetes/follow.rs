@@ -1,0 +1,251 @@
+//! Lists and watches one collection.
+
+use std::fmt::Debug;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
+use hanse_runtime::retry::Backoff;
+use kube::api::{ListParams, WatchEvent, WatchParams};
+use kube::core::Status;
+use kube::{Api, Resource};
+use serde::de::DeserializeOwned;
+
+/// Objects of one page of a list.
+const PAGE: u32 = 500;
+/// Seconds after which the API server ends a watch; the next one continues where it ended.
+const WATCH_SECONDS: u32 = 290;
+/// The API server sends a bookmark about once a minute. A connection without any event for longer is dead.
+const SILENCE: Duration = Duration::from_secs(90);
+/// The longest time for one page.
+const LIST_WITHIN: Duration = Duration::from_secs(60);
+const FIRST_DELAY: Duration = Duration::from_millis(200);
+const LONGEST_DELAY: Duration = Duration::from_secs(5);
+
+/// What is new in a collection.
+#[derive(Debug)]
+pub enum Step<K> {
+    /// A list begins.
+    Begin,
+    /// A part of the list.
+    Listed(Vec<K>),
+    /// The list is complete: what it did not contain does not exist.
+    End,
+    /// Added or modified.
+    Changed(K),
+    Deleted(K),
+    /// The watch runs, and has nothing new.
+    Alive,
+    Failed(Failure),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    pub message: String,
+    /// The API server does not serve the collection.
+    pub is_absent: bool,
+}
+
+/// Follows a collection for ever. Continues a broken watch at its last position, and lists again where that is no longer possible.
+pub struct Follower<K> {
+    api: Api<K>,
+    state: State<K>,
+    backoff: Backoff,
+    /// After a failure.
+    delay: Option<Duration>,
+    /// A list whose pages expired while it was read is read at once.
+    is_paged: bool,
+}
+
+enum State<K> {
+    Start,
+    Listing { next: Option<String> },
+    Listed { version: String },
+    Ready { version: String },
+    Watching { version: String, events: BoxStream<'static, kube::Result<WatchEvent<K>>> },
+}
+
+const GONE: u16 = 410;
+const NOT_FOUND: u16 = 404;
+
+impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K> {
+    pub fn new(api: Api<K>) -> Self {
+        let backoff = Backoff::new(FIRST_DELAY, LONGEST_DELAY);
+        Self { api, state: State::Start, backoff, delay: None, is_paged: true }
+    }
+
+    /// The next step. Dropping the future before it is ready loses nothing.
+    pub async fn next(&mut self) -> Step<K> {
+        loop {
+            if let Some(delay) = self.delay {
+                tokio::time::sleep(delay).await;
+                self.delay = None;
+            }
+            if let Some(step) = self.advance().await {
+                return step;
+            }
+        }
+    }
+
+    async fn advance(&mut self) -> Option<Step<K>> {
+        match &mut self.state {
+            State::Start => {
+                self.state = State::Listing { next: None };
+                Some(Step::Begin)
+            }
+            State::Listing { next } => {
+                let parameters = ListParams {
+                    limit: self.is_paged.then_some(PAGE),
+                    continue_token: next.clone(),
+                    ..ListParams::default()
+                };
+                let page = within(LIST_WITHIN, self.api.list(&parameters)).await;
+                self.take_page(page)
+            }
+            State::Listed { version } => {
+                self.state = State::Ready { version: std::mem::take(version) };
+                Some(Step::End)
+            }
+            State::Ready { version } => {
+                let parameters = WatchParams { timeout: Some(WATCH_SECONDS), ..WatchParams::default() };
+                let watch = self.api.watch(&parameters, version);
+                match within(LIST_WITHIN, watch).await {
+                    Ok(events) => {
+                        self.state = State::Watching { version: std::mem::take(version), events: events.boxed() };
+                        Some(Step::Alive)
+                    }
+                    Err(error) => self.failed(&error),
+                }
+            }
+            State::Watching { events, .. } => {
+                match tokio::time::timeout(SILENCE, events.next()).await {
+                    Ok(Some(event)) => self.take_event(event),
+                    // The watch has ended, or its connection is dead. One that ends again and again is not tried in a loop.
+                    Ok(None) | Err(_) => {
+                        self.delay = Some(self.backoff.next_delay());
+                        self.state = self.at_last_version();
+                        None
+                    }
+                }
+            }
+        }
+    }
+
+    /// A watch that starts at the last known version, or a list where there is none.
+    fn at_last_version(&mut self) -> State<K> {
+        match std::mem::replace(&mut self.state, State::Start) {
+            State::Ready { version } | State::Watching { version, .. } => State::Ready { version },
+            _ => State::Start,
+        }
+    }
+
+    fn take_page(&mut self, page: Result<kube::core::ObjectList<K>, Problem>) -> Option<Step<K>> {
+        match page {
+            Ok(page) => {
+                self.backoff.reset();
+                let text = |text: Option<String>| text.filter(|text| !text.is_empty());
+                self.state = match (text(page.metadata.continue_), text(page.metadata.resource_version)) {
+                    (Some(next), _) => State::Listing { next: Some(next) },
+                    (None, Some(version)) => State::Listed { version },
+                    (None, None) => return self.failed(&Problem::new("the list has no resource version")),
+                };
+                Some(Step::Listed(page.items))
+            }
+            Err(problem) => self.failed(&problem),
+        }
+    }
+
+    fn take_event(&mut self, event: kube::Result<WatchEvent<K>>) -> Option<Step<K>> {
+        let State::Watching { version, .. } = &mut self.state else { return None };
+        let object = match event {
+            Ok(WatchEvent::Bookmark(bookmark)) => {
+                *version = bookmark.metadata.resource_version;
+                self.backoff.reset();
+                return Some(Step::Alive);
+            }
+            Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => Ok(object),
+            Ok(WatchEvent::Deleted(object)) => Err(object),
+            Ok(WatchEvent::Error(status)) => return self.failed(&Problem::of_status(&status)),
+            Err(error) => return self.failed(&error.into()),
+        };
+        let (Ok(of) | Err(of)) = &object;
+        let Some(at) = of.meta().resource_version.clone().filter(|it| !it.is_empty()) else {
+            self.state = State::Start;
+            return self.failed(&Problem::new("an event has no resource version"));
+        };
+        *version = at;
+        self.backoff.reset();
+        Some(match object {
+            Ok(object) => Step::Changed(object),
+            Err(object) => Step::Deleted(object),
+        })
+    }
+
+    /// Continues after the delay: a watch where it was, a list from its start.
+    fn failed(&mut self, problem: &Problem) -> Option<Step<K>> {
+        let is_expired = problem.code == Some(GONE);
+        if is_expired && matches!(self.state, State::Listing { next: Some(_) }) {
+            self.is_paged = false;
+        }
+        self.state = match is_expired || problem.is_absent() {
+            true => State::Start,
+            false => self.at_last_version(),
+        };
+        self.delay = Some(self.backoff.next_delay());
+        // Normal after a long interruption: the list that follows reports how it is.
+        let failure = Failure { message: problem.message.clone(), is_absent: problem.is_absent() };
+        (!is_expired).then_some(Step::Failed(failure))
+    }
+}
+
+/// An error of the API server, or of the connection to it.
+struct Problem {
+    message: String,
+    code: Option<u16>,
+}
+
+impl Problem {
+    fn new(message: &str) -> Self {
+        Self { message: message.to_owned(), code: None }
+    }
+
+    fn of_status(status: &Status) -> Self {
+        let message = if status.message.is_empty() { &status.reason } else { &status.message };
+        Self { message: message.clone(), code: Some(status.code) }
+    }
+
+    fn is_absent(&self) -> bool {
+        self.code == Some(NOT_FOUND)
+    }
+}
+
+impl From<kube::Error> for Problem {
+    fn from(error: kube::Error) -> Self {
+        match error {
+            kube::Error::Api(status) => Self::of_status(&status),
+            error => Self { message: chain(&error), code: None },
+        }
+    }
+}
+
+/// The messages of an error and of its sources.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let message = error.to_string();
+        if !text.contains(&message) {
+            text.push_str(": ");
+            text.push_str(&message);
+        }
+        source = error.source();
+    }
+    text
+}
+
+async fn within<T>(time: Duration, call: impl Future<Output = kube::Result<T>>) -> Result<T, Problem> {
+    match tokio::time::timeout(time, call).await {
+        Ok(result) => result.map_err(Problem::from),
+        Err(_) => Err(Problem::new(&format!("no answer within {} s", time.as_secs()))),
+    }
+}

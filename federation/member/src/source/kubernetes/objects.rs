@@ -1,0 +1,264 @@
+//! Reports the objects of one collection.
+
+use std::collections::{BTreeSet, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hanse_api::stored::used_fields;
+use kube::{Api, Client};
+use tokio::sync::{mpsc, watch};
+
+use super::collection::{Collection, Raw};
+use super::definitions::{self, Definition, Definitions};
+use super::follow::{Follower, Step};
+use super::{Report, State};
+use crate::source::{Event, read_object};
+
+/// Objects that are read before other collections have their turn.
+const READ_AT_ONCE: usize = 32;
+/// The interval between attempts to find out why objects were deleted.
+const CONFIRM_AGAIN_AFTER: Duration = Duration::from_secs(2);
+/// The time after which a definition that was found changed is followed again, if its watch does not report the change.
+const FOLLOWS_WITHIN: Duration = Duration::from_secs(10);
+
+/// Follows a collection of a built-in kind.
+pub async fn follow(collection: Collection, client: Client, reports: mpsc::Sender<Report>) {
+    let origin = collection.origin();
+    let follower = Follower::new(Api::all_with(client.clone(), &collection));
+    let this = Following::new(collection, origin, client, reports);
+    // An error: the source has ended.
+    let _ended = this.run(follower, None).await;
+}
+
+/// Follows a collection while its definition exists.
+pub async fn follow_custom(
+    collection: Collection,
+    client: Client,
+    mut definitions: watch::Receiver<Definitions>,
+    reports: mpsc::Sender<Report>,
+) {
+    let name = collection.name();
+    let of = |known: &Definitions| known.as_ref().map(|it| it.get(&name).cloned().unwrap_or(Definition::Absent));
+    loop {
+        let now = of(&definitions.borrow_and_update());
+        let Some(now) = now else {
+            if definitions.changed().await.is_err() {
+                return;
+            }
+            continue;
+        };
+        if reports.send(Report::State(collection, State::Definition(now.clone()))).await.is_err() {
+            return;
+        }
+        let until_changed = definitions.wait_for(|known| of(known).as_ref() != Some(&now));
+        match &now {
+            Definition::Absent | Definition::Terminating => {
+                if until_changed.await.is_err() {
+                    return;
+                }
+            }
+            Definition::Present { uid } => {
+                let origin = scope_of(&collection, uid);
+                let follower = Follower::new(Api::all_with(client.clone(), &collection));
+                let this = Following::new(collection, origin, client.clone(), reports.clone());
+                let found = tokio::select! {
+                    changed = until_changed => match changed {
+                        Ok(_) => continue,
+                        Err(_) => return,
+                    },
+                    found = this.run(follower, Some(uid)) => found,
+                };
+                // The definition was read directly. Its watch follows soon.
+                let Ok(found) = found else { return };
+                if reports.send(Report::State(collection, State::Definition(found))).await.is_err() {
+                    return;
+                }
+                let changed = definitions.wait_for(|known| of(known).as_ref() != Some(&now));
+                if let Ok(Err(_)) = tokio::time::timeout(FOLLOWS_WITHIN, changed).await {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// The scope of the objects that exist under one definition of their kind.
+fn scope_of(collection: &Collection, uid: &str) -> Arc<Path> {
+    collection.origin().join(uid).into()
+}
+
+struct Following {
+    collection: Collection,
+    scope: Arc<Path>,
+    client: Client,
+    reports: mpsc::Sender<Report>,
+    /// Objects whose last version cannot be read.
+    unreadable: HashSet<Arc<Path>>,
+    /// Those of them that the current list has not contained yet.
+    unseen: HashSet<Arc<Path>>,
+    /// Deleted objects of which it is not known whether their definition was deleted.
+    unconfirmed: BTreeSet<Arc<Path>>,
+}
+
+/// The receiver of reports is gone.
+struct Ended;
+
+impl From<mpsc::error::SendError<Report>> for Ended {
+    fn from(_: mpsc::error::SendError<Report>) -> Self {
+        Self
+    }
+}
+
+impl Following {
+    fn new(collection: Collection, scope: Arc<Path>, client: Client, reports: mpsc::Sender<Report>) -> Self {
+        let (unreadable, unseen, unconfirmed) = (HashSet::new(), HashSet::new(), BTreeSet::new());
+        Self { collection, scope, client, reports, unreadable, unseen, unconfirmed }
+    }
+
+    fn origin(&self, object: &Raw) -> Arc<Path> {
+        let folder = object.namespace().map_or_else(|| self.scope.to_path_buf(), |it| self.scope.join(it));
+        folder.join(object.name()).into()
+    }
+
+    async fn send(&self, events: Vec<Event>) -> Result<(), Ended> {
+        Ok(self.reports.send(Report::Events(events)).await?)
+    }
+
+    async fn state(&self, state: State) -> Result<(), Ended> {
+        Ok(self.reports.send(Report::State(self.collection, state)).await?)
+    }
+
+    /// Ends when the definition of the collection is no longer `uid`, with the current one.
+    async fn run(mut self, mut follower: Follower<Raw>, uid: Option<&String>) -> Result<Definition, Ended> {
+        loop {
+            let step = tokio::select! {
+                step = follower.next() => Some(step),
+                () = tokio::time::sleep(CONFIRM_AGAIN_AFTER), if !self.unconfirmed.is_empty() => None,
+            };
+            if let Some(step) = step
+                && let Some(other) = self.take(step, uid).await?
+            {
+                return Ok(other);
+            }
+            if let Some(uid) = uid
+                && !self.unconfirmed.is_empty()
+                && let Some(other) = self.confirm_deletions(uid).await?
+            {
+                return Ok(other);
+            }
+        }
+    }
+
+    /// Returns the current definition of the collection if it is no longer `uid`.
+    async fn take(&mut self, step: Step<Raw>, uid: Option<&String>) -> Result<Option<Definition>, Ended> {
+        match step {
+            Step::Begin => {
+                self.unseen = self.unreadable.clone();
+                self.send(vec![Event::Relist(Arc::clone(&self.scope))]).await?;
+            }
+            Step::Listed(page) => {
+                for part in page.chunks(READ_AT_ONCE) {
+                    let mut events = Vec::new();
+                    part.iter().for_each(|object| self.read(object, &mut events));
+                    self.send(events).await?;
+                    tokio::task::yield_now().await;
+                }
+            }
+            Step::End => {
+                if let Some(uid) = uid
+                    && let Some(other) = self.confirm_list(uid).await?
+                {
+                    return Ok(Some(other));
+                }
+                let gone = std::mem::take(&mut self.unseen);
+                self.unreadable.retain(|origin| !gone.contains(origin));
+                self.unconfirmed.clear();
+                self.send(gone.into_iter().map(Event::Remove).collect()).await?;
+                self.state(State::Alive).await?;
+                self.send(vec![Event::Synced(Arc::clone(&self.scope))]).await?;
+                self.state(State::Listed).await?;
+            }
+            Step::Changed(object) => {
+                let mut events = Vec::new();
+                self.read(&object, &mut events);
+                self.send(events).await?;
+            }
+            Step::Deleted(object) => {
+                let origin = self.origin(&object);
+                match uid {
+                    Some(_) => drop(self.unconfirmed.insert(origin)),
+                    None => self.remove([origin]).await?,
+                }
+            }
+            Step::Alive => self.state(State::Alive).await?,
+            Step::Failed(failure) if failure.is_absent && uid.is_some() => self.state(State::NotServed).await?,
+            Step::Failed(failure) => self.state(State::Failing(failure.message)).await?,
+        }
+        Ok(None)
+    }
+
+    fn read(&mut self, object: &Raw, events: &mut Vec<Event>) {
+        let origin = self.origin(object);
+        self.unseen.remove(&origin);
+        self.unconfirmed.remove(&origin);
+        let text = object.text(&self.collection);
+        // Problems name the object as kubectl does.
+        let name = match object.namespace() {
+            Some(namespace) => format!("{}/{namespace}/{}", self.collection.name(), object.name()),
+            None => format!("{}/{}", self.collection.name(), object.name()),
+        };
+        let is_good = read_object(&origin, &name.into(), text.as_bytes(), events);
+        match is_good {
+            true => drop(self.unreadable.remove(&origin)),
+            false => drop(self.unreadable.insert(Arc::clone(&origin))),
+        }
+        if is_good && let Some(used) = used_fields(&text) {
+            events.push(Event::Keep(origin, used.into_bytes()));
+        }
+    }
+
+    async fn remove(&mut self, origins: impl IntoIterator<Item = Arc<Path>>) -> Result<(), Ended> {
+        let remove = |origin| {
+            self.unreadable.remove(&origin);
+            Event::Remove(origin)
+        };
+        let events = origins.into_iter().map(remove).collect();
+        self.send(events).await
+    }
+
+    /// Finds out whether the objects that the list does not contain were deleted (`None`), or their kind.
+    async fn confirm_list(&mut self, uid: &str) -> Result<Option<Definition>, Ended> {
+        loop {
+            match definitions::look_up(&self.client, &self.collection.name()).await {
+                Ok(found) => return Ok((!is_present(&found, uid)).then_some(found)),
+                Err(error) => self.state(unconfirmed(&error)).await?,
+            }
+            tokio::time::sleep(CONFIRM_AGAIN_AFTER).await;
+        }
+    }
+
+    /// Removes objects that were deleted, unless their kind was: then it returns the current definition.
+    async fn confirm_deletions(&mut self, uid: &str) -> Result<Option<Definition>, Ended> {
+        match definitions::look_up(&self.client, &self.collection.name()).await {
+            Ok(found) if is_present(&found, uid) => {
+                let deleted = std::mem::take(&mut self.unconfirmed);
+                self.remove(deleted).await?;
+                Ok(None)
+            }
+            Ok(found) => Ok(Some(found)),
+            Err(error) => {
+                self.state(unconfirmed(&error)).await?;
+                Ok(None)
+            }
+        }
+    }
+}
+
+fn is_present(found: &Definition, uid: &str) -> bool {
+    matches!(found, Definition::Present { uid: found } if found == uid)
+}
+
+fn unconfirmed(error: &str) -> State {
+    State::Failing(format!("deleted objects stay in force: the CustomResourceDefinition cannot be read: {error}"))
+}
