@@ -11,6 +11,7 @@ pub mod enforcement;
 pub mod expectation;
 pub mod fabric;
 pub mod go;
+pub mod kubernetes;
 pub mod matrix;
 pub mod namespace;
 pub mod packet;

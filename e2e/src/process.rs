@@ -11,6 +11,8 @@ use nix::unistd::Pid;
 use crate::namespace::Namespace;
 use crate::probe;
 
+mod spawner;
+
 /// A running program; dropped, it is killed. Both its outputs go to one log file.
 #[derive(Debug)]
 pub struct Process {
@@ -28,6 +30,14 @@ impl Process {
             SigSet::empty().thread_set_mask()?;
             command.spawn()
         })?;
+        Ok(Self { child, log: log.to_owned() })
+    }
+
+    /// As [`Self::start`], in the caller's network namespace, for programs that run outside the [`sandbox`](crate::sandbox) too:
+    /// the kernel kills this one when the caller's process ends, however it ends.
+    pub fn start_bound(command: Command, log: &Path) -> std::io::Result<Self> {
+        let output = File::options().create(true).append(true).open(log)?;
+        let child = spawner::spawn(&command, output)?;
         Ok(Self { child, log: log.to_owned() })
     }
 
@@ -51,6 +61,14 @@ impl Process {
 
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// The memory that it uses now, in bytes: its resident set.
+    pub fn memory(&self) -> std::io::Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        kilobytes.map(|kilobytes| kilobytes * 1024).ok_or_else(|| std::io::ErrorKind::InvalidData.into())
     }
 
     /// `kill -9`: no goodbye, no flush.

@@ -1,5 +1,6 @@
 //! Tests of the whole.
 
+mod clusters;
 mod dependencies;
 mod english;
 mod fuzz;

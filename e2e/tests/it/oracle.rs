@@ -4,7 +4,6 @@
 //! Kubernetes' in one way only: it refuses what Kubernetes would pass over in silence.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
@@ -35,8 +34,7 @@ fn seed() -> u64 {
 }
 
 fn ask(documents: &[String]) -> Vec<Answer> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("oracle");
-    let program = hanse_e2e::go::build(&source).unwrap_or_else(|error| panic!("{error:#}"));
+    let program = hanse_e2e::go::Program::Oracle.build().unwrap_or_else(|error| panic!("{error:#}"));
     let mut oracle = Command::new(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
     let mut input = oracle.stdin.take().expect("it is piped");
     let output = BufReader::new(oracle.stdout.take().expect("it is piped"));

