@@ -27,15 +27,38 @@ use tokio_util::sync::CancellationToken;
 
 use crate::pod_ranges;
 
+/// Some 1.5 KiB are usual.
+const MAX_SERVICE_ACCOUNT_TOKEN_BYTES: u64 = 8 * 1024;
 /// How long a member may take to accept a connection.
 const REACH_TIME: Duration = Duration::from_secs(5);
 
-/// The address and the token of enrolment.
+/// The address and the proof of enrolment.
 #[derive(Debug, Clone)]
 pub struct Enrolment {
     /// Enrolment address of the member, HOST:PORT.
     pub address: Option<String>,
-    pub token_file: Option<PathBuf>,
+    pub proof: Option<Proof>,
+}
+
+/// What identifies the node when it enrols, and the member to it.
+#[derive(Debug, Clone)]
+pub enum Proof {
+    /// The file of a node token, which names the cluster's authority.
+    NodeToken(PathBuf),
+    /// A token of the agents' service account.
+    ServiceAccount {
+        /// The token, bound to the pod of the agent. It is replaced before it expires.
+        token_file: PathBuf,
+        /// The certificate of the cluster's authority, PEM.
+        authority_file: PathBuf,
+    },
+}
+
+/// A token, and the authority to which it may be presented.
+struct Presentable {
+    token: String,
+    root: PinnedRoot,
+    authority: Fingerprint,
 }
 
 /// Why the member did not issue a certificate.
@@ -96,13 +119,18 @@ impl NodeIdentity {
     ) -> anyhow::Result<Self> {
         let address = enrolment.address.as_ref();
         let address = address.context("the node has not enrolled: set --enrol and --token-file")?;
-        let token_file = enrolment.token_file.as_ref();
-        let token_file = token_file.context("the node has not enrolled: set --token-file")?;
-        let token = read_token(token_file)?;
+        let proof = enrolment.proof.as_ref();
+        let proof =
+            proof.context("the node has not enrolled: set --token-file, or --service-account-token and --authority")?;
+        if let Proof::NodeToken(_) = proof {
+            proof.read()?;
+        }
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
         loop {
-            let presented = match reach(members).await {
-                Ok(()) => present(data, node, address, &token).await,
+            // The files of a service account appear late, and are replaced.
+            let token = async { reach(members).await.and_then(|()| proof.read()) };
+            let presented = match token.await {
+                Ok(token) => present(data, node, address, &token).await,
                 Err(error) => Err(error.into()),
             };
             match presented {
@@ -256,13 +284,16 @@ impl NodeIdentity {
     async fn enrol_at_other_authority(&self, enrolment: &Enrolment) -> anyhow::Result<()> {
         let why = "the member has another authority than the one at which this node enrolled, so it was set up again, or the \
                    address is another's";
-        let token = enrolment.token_file.as_deref().map(read_token);
-        if let Some(Ok(token)) = token
-            && token.root == self.authority()
+        let token = enrolment.proof.as_ref().map(|proof| (proof, proof.read()));
+        if let Some((proof, Ok(token))) = token
+            && token.authority == self.authority()
         {
-            bail!(
-                "{why}; the token in --token-file is of the former authority: put a new node token of this member there"
-            );
+            match proof {
+                Proof::NodeToken(_) => bail!(
+                    "{why}; the token in --token-file is of the former authority: put a new node token of this member there"
+                ),
+                Proof::ServiceAccount { .. } => bail!("{why}; the file of --authority has the former authority"),
+            }
         }
         self.enrol_anew(enrolment, why.to_owned()).await
     }
@@ -270,9 +301,9 @@ impl NodeIdentity {
     /// Enrols with a node token, because of `why`.
     async fn enrol_anew(&self, enrolment: &Enrolment, why: String) -> anyhow::Result<()> {
         let help = format!("{why}; set --token-file to a new node token, and --enrol");
-        let (Some(address), Some(token_file)) = (&enrolment.address, &enrolment.token_file) else { bail!(help) };
+        let (Some(address), Some(proof)) = (&enrolment.address, &enrolment.proof) else { bail!(help) };
         // Read each time: a new token may have been put into the file.
-        let issued = match read_token(token_file) {
+        let issued = match proof.read() {
             Ok(token) => present(&self.data, &self.node, address, &token).await,
             Err(error) => Err(error.into()),
         };
@@ -305,10 +336,38 @@ async fn reach(members: &[String]) -> anyhow::Result<()> {
     bail!("no --member can be reached, and the node token stays unused: {}", failed.join("; "))
 }
 
-fn read_token(path: &Path) -> anyhow::Result<Token> {
-    let text = files::read_provided_secret(path).with_context(|| format!("read {}", path.display()))?;
-    let token = Token::parse(TokenKind::Node, std::str::from_utf8(&text).unwrap_or_default());
-    token.map_err(|error| anyhow!("{}: {error}", path.display()))
+impl Proof {
+    /// Reads the files.
+    fn read(&self) -> anyhow::Result<Presentable> {
+        match self {
+            Self::NodeToken(path) => {
+                let text = files::read_provided_secret(path).with_context(|| format!("read {}", path.display()))?;
+                let token = Token::parse(TokenKind::Node, std::str::from_utf8(&text).unwrap_or_default());
+                let token = token.map_err(|error| anyhow!("{}: {error}", path.display()))?;
+                let member = Identity::cluster(&token.cluster).context("read the token's cluster")?;
+                let (text, authority) = (token.to_text(), token.root);
+                Ok(Presentable { token: text, root: PinnedRoot::new(authority, member), authority })
+            }
+            Self::ServiceAccount { token_file, authority_file } => {
+                let token = read_service_account_token(token_file)?;
+                let authority = Certificate::read(authority_file)
+                    .with_context(|| format!("read the cluster's authority in {}", authority_file.display()))?;
+                let fingerprint = authority.fingerprint();
+                let root = PinnedRoot::new(fingerprint, authority.identity);
+                Ok(Presentable { token, root, authority: fingerprint })
+            }
+        }
+    }
+}
+
+/// The kubelet determines the mode of the file, and the volume is the pod's own.
+fn read_service_account_token(path: &Path) -> anyhow::Result<String> {
+    let read = || {
+        ensure!(path.metadata()?.len() <= MAX_SERVICE_ACCOUNT_TOKEN_BYTES, "larger than 8 KiB");
+        anyhow::Ok(std::fs::read_to_string(path)?)
+    };
+    let text = read().with_context(|| format!("read the service-account token in {}", path.display()))?;
+    Ok(text.trim().to_owned())
 }
 
 /// Presents a token, and writes the certificate, the authority and the pod ranges of the answer.
@@ -316,12 +375,11 @@ async fn present(
     data: &Path,
     node: &str,
     address: &str,
-    token: &Token,
+    token: &Presentable,
 ) -> Result<(Credentials, Certificate), CertificateError> {
     let prepared = async {
         files::private_folder(data).with_context(|| format!("create {}", data.display()))?;
-        let member = Identity::cluster(&token.cluster).context("read the token's cluster")?;
-        let client = TlsClient::pinned(PinnedRoot::new(token.root, member)).context("trust the token's authority")?;
+        let client = TlsClient::pinned(token.root.clone()).context("trust the token's authority")?;
         // Written first: the token is bound to this key, also when the answer is missed.
         let key = Key::read_or_generate(&data.join("node.next.pem")).context("generate a key")?;
         let request = key.request().context("sign the request")?;
@@ -329,12 +387,12 @@ async fn present(
         anyhow::Ok((connection, key, request))
     };
     let (connection, key, request) = prepared.await?;
-    let request = wire::EnrolRequest { token: token.to_text(), request: request.into(), node: node.to_owned() };
+    let request = wire::EnrolRequest { token: token.token.clone(), request: request.into(), node: node.to_owned() };
     let answer =
         EnrolmentClient::new(connection.channel).enrol(request).await.map_err(CertificateError::of)?.into_inner();
     let keep = || {
         let authority = Certificate::from_der(&answer.authority)?;
-        ensure!(authority.fingerprint() == token.root, "the member's authority is not the one in the token");
+        ensure!(authority.fingerprint() == token.authority, "the member's authority is not that of the token");
         let certificate = Certificate::from_der(&answer.certificate)?;
         check_node(&certificate, node)?;
         let mut ranges = hanse_protocol::parse_nets(answer.pod_ranges.clone()).context("read the pod ranges")?;
@@ -383,7 +441,7 @@ mod tests {
         files::write_secret(&token_file, token.as_bytes()).expect("written");
         let enrolment = Enrolment {
             address: Some(enrolling.local_addr().expect("bound").to_string()),
-            token_file: Some(token_file),
+            proof: Some(Proof::NodeToken(token_file)),
         };
         let stop = CancellationToken::new();
         let (data, members) = (folder.path().join("data"), [closed.to_string()]);

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hanse_agent::enforcer::{Enforcer, Options, Started};
-use hanse_agent::identity::{Enrolment, NodeIdentity};
+use hanse_agent::identity::{Enrolment, NodeIdentity, Proof};
 use hanse_agent::metrics::AgentMetrics;
 use hanse_agent::pod_ranges;
 use hanse_agent::status::{self, Status};
@@ -74,6 +74,12 @@ struct RunArgs {
     /// File with a node token; required until the node has enrolled, and again if the member refuses the node.
     #[arg(long, value_name = "FILE", help_heading = "Member")]
     token_file: Option<PathBuf>,
+    /// File with a token of the agents' service account that is bound to the pod of this agent, in place of a node token.
+    #[arg(long, value_name = "FILE", help_heading = "Member", requires = "authority", conflicts_with = "token_file")]
+    service_account_token: Option<PathBuf>,
+    /// File with the certificate of the cluster's authority (PEM), to which alone the service-account token is presented.
+    #[arg(long, value_name = "FILE", help_heading = "Member", requires = "service_account_token")]
+    authority: Option<PathBuf>,
     /// External interface of the node; repeatable. Default: interfaces with a route to more than one address outside of the node's pod
     /// ranges.
     #[arg(long, value_name = "INTERFACE", help_heading = "Enforcement")]
@@ -282,7 +288,12 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
         let (data, statuses, flow_states, writes) = keeping.clone();
         status::keep(data, statuses, flow_states, writes)
     });
-    let (member, enrolment) = (args.member, Enrolment { address: args.enrol, token_file: args.token_file });
+    let proof = match (args.token_file, args.service_account_token, args.authority) {
+        (Some(file), ..) => Some(Proof::NodeToken(file)),
+        (None, Some(token_file), Some(authority_file)) => Some(Proof::ServiceAccount { token_file, authority_file }),
+        (None, ..) => None,
+    };
+    let (member, enrolment) = (args.member, Enrolment { address: args.enrol, proof });
     let task = shutdown.spawn("member stream", async move {
         // Without an identity there is no stream; the rules in force stay.
         let identity = match NodeIdentity::read(&data, &node)? {

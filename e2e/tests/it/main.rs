@@ -15,6 +15,7 @@ mod oracle;
 mod presets;
 mod readme;
 mod simulation;
+mod source;
 mod system;
 
 #[path = "../../../federation/cli/tests/it/corpus/reading.rs"]

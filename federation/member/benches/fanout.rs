@@ -125,6 +125,8 @@ async fn run(shape: Shape) -> anyhow::Result<()> {
         join: vec![hub.join_address.to_string()],
         token_file: Some(data.join("token")),
         source: Location::Directory(source.clone()),
+        agent_account: None,
+        authority_config_map: None,
         agent_listen,
         enrol_listen: any,
         federated_allow_final: false,

@@ -3,6 +3,7 @@
 // What others wrote is printed by `hanse_runtime::text`, which escapes it.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod api_server;
 pub mod exchange;
 pub mod fanout;
 pub mod federated;

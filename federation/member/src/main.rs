@@ -13,13 +13,14 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hanse_identity::keys::Credentials;
 use hanse_identity::{Identity, tls};
+use hanse_member::api_server::{Access, AgentAccount, ConfigMapName};
 use hanse_member::fanout::{
     NodeRecord, NodeToken, create_node_token, list_node_tokens, list_nodes, revoke_node, revoke_node_token,
 };
 use hanse_member::flows::{self, Party, Record};
 use hanse_member::process::{self, Options};
 use hanse_member::registration::MemberIdentity;
-use hanse_member::source::{self, Access, Location};
+use hanse_member::source::{self, Location};
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::shutdown::Shutdown;
@@ -251,6 +252,15 @@ struct RunArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 86_400, help_heading = "Nodes",
           value_parser = clap::value_parser!(u64).range(2..=7_776_000))]
     node_certificate_seconds: u64,
+    /// Service account of the agents: nodes enrol with its tokens that are bound to a pod, and need no node tokens.
+    #[arg(long, value_name = "NAMESPACE/NAME", help_heading = "Nodes", value_parser = namespaced)]
+    agent_service_account: Option<(String, String)>,
+    /// Audience that the service-account tokens of agents must have.
+    #[arg(long, value_name = "AUDIENCE", default_value = "hanse-member", help_heading = "Nodes")]
+    agent_audience: String,
+    /// ConfigMap in which the member keeps the certificate of the cluster's authority for agents, under `authority.pem`.
+    #[arg(long, value_name = "NAMESPACE/NAME", help_heading = "Nodes", value_parser = namespaced)]
+    authority_config_map: Option<(String, String)>,
     /// Verdict for traffic of pods without rules, such as new pods.
     #[arg(long, value_enum, default_value_t = Unknown::Deny, help_heading = "Nodes")]
     unknown_pods: Unknown,
@@ -302,14 +312,29 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Flows(args) => print_flows(&args),
         Command::Forget(args) => forget(args),
         Command::Run(args) => {
+            let args = *args;
             let shutdown = Shutdown::default();
+            let source = location(args.source, args.kubeconfig, args.context)?;
+            let needs_server = args.agent_service_account.is_some() || args.authority_config_map.is_some();
+            anyhow::ensure!(
+                !needs_server || matches!(source, Location::Kubernetes(_)),
+                "--agent-service-account and --authority-config-map are for --source kubernetes"
+            );
             let options = Options {
                 data: args.data,
                 cluster: args.cluster,
                 hubs: args.hub,
                 join: args.join,
                 token_file: args.token_file,
-                source: location(args.source, args.kubeconfig, args.context)?,
+                source,
+                agent_account: args.agent_service_account.map(|(namespace, name)| AgentAccount {
+                    namespace,
+                    name,
+                    audience: args.agent_audience,
+                }),
+                authority_config_map: args
+                    .authority_config_map
+                    .map(|(namespace, name)| ConfigMapName { namespace, name }),
                 agent_listen: args.agent_listen,
                 enrol_listen: args.enrol_listen,
                 federated_allow_final: args.federated_allow == FederatedAllow::Final,
@@ -330,6 +355,16 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             shutdown.drain(DRAIN).await;
             shutdown.outcome()
         }
+    }
+}
+
+/// Reads NAMESPACE/NAME.
+fn namespaced(text: &str) -> Result<(String, String), String> {
+    let parts = text.split_once('/').filter(|(namespace, name)| !namespace.is_empty() && !name.is_empty());
+    let (namespace, name) = parts.ok_or_else(|| format!("\"{text}\" is not NAMESPACE/NAME"))?;
+    match name.contains('/') {
+        true => Err(format!("\"{text}\" is not NAMESPACE/NAME")),
+        false => Ok((namespace.to_owned(), name.to_owned())),
     }
 }
 

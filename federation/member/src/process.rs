@@ -21,6 +21,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
+use crate::api_server::{self, AgentAccount, ConfigMapName, Reviewer};
 use crate::exchange::client::Client;
 use crate::fanout::Fanout;
 use crate::flows::{self, Inbox};
@@ -49,6 +50,10 @@ pub struct Options {
     pub join: Vec<String>,
     pub token_file: Option<PathBuf>,
     pub source: Location,
+    /// The service account of agents that enrol with its tokens.
+    pub agent_account: Option<AgentAccount>,
+    /// Where agents find the cluster's authority.
+    pub authority_config_map: Option<ConfigMapName>,
     pub agent_listen: SocketAddr,
     pub enrol_listen: SocketAddr,
     pub federated_allow_final: bool,
@@ -74,7 +79,8 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let resolver = Resolver::restore(&options.data, options.hubs.iter().chain(&options.join));
     let identity = identity.with_resolver(resolver.clone());
     keep_fresh(&options, &identity, &resolver, &shutdown);
-    let fanout = Fanout::new(&options.data, options.node_lifetime)?.with_writes(monitoring.writes.clone());
+    let fanout = Fanout::new(&options.data, options.node_lifetime)?;
+    let fanout = fanout.with_writes(monitoring.writes.clone()).with_reviewer(reviewer(&options).await?);
     let (inbox, flows) = Inbox::new();
     let (agents, enrolment) =
         fanout.serve(&identity, options.agent_listen, options.enrol_listen, inbox, &shutdown).await?;
@@ -166,11 +172,26 @@ async fn identity(options: &Options, stop: &CancellationToken) -> anyhow::Result
 fn keep_fresh(options: &Options, identity: &MemberIdentity, resolver: &Resolver, shutdown: &Shutdown) {
     let (resolving, stop) = (resolver.clone(), shutdown.token());
     shutdown.supervise("resolution of names", move || resolving.clone().keep_fresh(stop.clone()));
+    if let (Some(to), Location::Kubernetes(access)) = (&options.authority_config_map, &options.source) {
+        let keeping = (access.clone(), to.clone(), identity.clone(), shutdown.token());
+        shutdown.supervise("authority's ConfigMap", move || {
+            let (access, to, identity, stop) = keeping.clone();
+            api_server::keep_authority(access, to, identity, stop)
+        });
+    }
     let renewing = (identity.clone(), options.hubs.clone(), options.join.clone(), shutdown.token());
     shutdown.supervise("certificate renewal", move || {
         let (identity, hubs, join, stop) = renewing.clone();
         identity.keep_fresh(hubs, join, stop)
     });
+}
+
+/// Reviews the tokens of agents, if nodes enrol with them.
+async fn reviewer(options: &Options) -> anyhow::Result<Option<Reviewer>> {
+    let (Some(agents), Location::Kubernetes(access)) = (&options.agent_account, &options.source) else {
+        return Ok(None);
+    };
+    Ok(Some(Reviewer { client: access.client().await?, agents: agents.clone() }))
 }
 
 /// Starts the thread that reads the source. After a restart, it continues with the last good state.

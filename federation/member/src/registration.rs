@@ -208,6 +208,11 @@ impl MemberIdentity {
         self.authority.borrow().clone()
     }
 
+    /// The cluster's own authority, and each later one.
+    pub fn authorities(&self) -> watch::Receiver<Arc<Ca>> {
+        self.authority.subscribe()
+    }
+
     /// Resolves hubs with `resolver`.
     pub fn with_resolver(self, resolver: Resolver) -> Self {
         Self { resolver, ..self }

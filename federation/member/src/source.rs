@@ -17,8 +17,10 @@ use hanse_api::assemble::{ObjectChange, ObjectKey, Position};
 use hanse_api::manifest::{Manifests, read_bytes};
 use hanse_api::{Diagnostic, Manifest};
 
+use crate::api_server::Access;
+
 pub use self::directory::Directory;
-pub use self::kubernetes::{Access, Kubernetes, forget, kept_objects};
+pub use self::kubernetes::{Kubernetes, forget, kept_objects};
 pub use self::last_good::{LastGood, Objects};
 
 /// A change that a source reports. Objects come from origins, such as files or collections of an API. A scope is an origin, or all

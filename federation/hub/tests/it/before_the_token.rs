@@ -31,6 +31,8 @@ impl World {
             join: vec![hub.hub.join_address.to_string()],
             token_file: Some(token_file),
             source: Location::Directory(source),
+            agent_account: None,
+            authority_config_map: None,
             agent_listen: any,
             enrol_listen: any,
             federated_allow_final: false,

@@ -18,9 +18,12 @@ use tonic::{Request, Response, Status};
 
 use super::nodes::{Locked, NodeRecord, Nodes};
 use super::state::Fanout;
+use crate::api_server::ReviewError;
 use crate::registration::MemberIdentity;
 
 const FOLDER: &str = "node-tokens";
+/// Some 1.5 KiB are usual.
+const MAX_SERVICE_ACCOUNT_TOKEN_BYTES: usize = 8 * 1024;
 /// Pod ranges of one node that are sent; one of each family is usual.
 const MAX_POD_RANGES: usize = 64;
 
@@ -244,6 +247,52 @@ impl Service {
     }
 }
 
+impl Service {
+    /// The node of a service-account token.
+    async fn review(&self, request: &wire::EnrolRequest) -> Result<String, Status> {
+        let Some(reviewer) = &self.fanout.shared.reviewer else {
+            return Err(Status::permission_denied("this member accepts node tokens only, no service-account tokens"));
+        };
+        let node = reviewer.node_of(&request.token).await.map_err(|error| match error {
+            ReviewError::Refused(why) => Status::permission_denied(why),
+            ReviewError::Failed(error) => {
+                tracing::warn!(error = format!("{error:#}"), "service-account token not reviewed");
+                Status::unavailable("the member cannot review the token at its API server")
+            }
+        })?;
+        if !request.node.is_empty() && request.node != node {
+            let requested: String = request.node.chars().take(253).collect();
+            return Err(Status::failed_precondition(format!("the token is for node {node}, not for node {requested}")));
+        }
+        Ok(node)
+    }
+
+    /// Registers the key of a node that a service-account token identifies, and ends streams with another key.
+    ///
+    /// Unlike a node token, this token may be presented again: its holder can get further ones from the API server. A revoked node
+    /// therefore needs a node token.
+    fn register(&self, locked: &Locked<'_>, node: String, key: Fingerprint) -> Result<String, Status> {
+        let keep = |_| Status::internal("write the record of the node");
+        if locked.is_revoked(&node).map_err(keep)? {
+            let message = format!("node {node} was revoked: create a node token for it to enrol again");
+            return Err(Status::permission_denied(message));
+        }
+        if !locked.is_of(&node, &key).map_err(keep)? {
+            let now = SystemTime::now();
+            locked.enrolled(&node, &key, now, now + self.fanout.shared.lifetime).map_err(keep)?;
+            self.fanout.expel(Some(&node));
+        }
+        Ok(node)
+    }
+}
+
+fn is_service_account_token(token: &str) -> bool {
+    // A JSON Web Token: three parts, the first of which is the base64 of a JSON object.
+    token.starts_with("ey")
+        && token.len() <= MAX_SERVICE_ACCOUNT_TOKEN_BYTES
+        && token.bytes().filter(|byte| *byte == b'.').count() == 2
+}
+
 fn requested(request: &[u8]) -> Result<RequestedKey, Status> {
     RequestedKey::from_request(request).map_err(|error| Status::invalid_argument(format!("invalid request: {error}")))
 }
@@ -253,13 +302,24 @@ impl wire::enrolment_server::Enrolment for Service {
     async fn enrol(&self, request: Request<wire::EnrolRequest>) -> Result<Response<wire::EnrolResponse>, Status> {
         let request = request.into_inner();
         let key = requested(&request.request)?;
+        let reviewed = match is_service_account_token(&request.token) {
+            true => Some(self.review(&request).await?),
+            false => None,
+        };
         // Before the token is used: without the ranges of its pods the node would be open.
         let Some(known) = self.fanout.source_nodes(&request.node).await else {
             return Err(Status::unavailable("the member has not read its source yet"));
         };
         // One at a time, also with concurrent revocations: a token is bound once.
         let (service, public) = (self.clone(), key.public());
-        let redeemed = self.fanout.shared.keys.change(move |locked| service.redeem(locked, &request, public)).await;
+        if let Some(node) = reviewed.as_deref().filter(|node| !known.contains_key(*node)) {
+            return Err(Status::unavailable(format!("the source does not have the node {node} yet")));
+        }
+        let enrol = move |locked: &Locked<'_>| match reviewed {
+            Some(node) => service.register(locked, node, public),
+            None => service.redeem(locked, &request, public),
+        };
+        let redeemed = self.fanout.shared.keys.change(enrol).await;
         let node = redeemed.map_err(|_| Status::internal("write the token"))??;
         let answer = issue(&self.identity, &node, &key, self.fanout.shared.lifetime)?;
         let ranges = known.get(&*node);
@@ -357,6 +417,31 @@ mod tests {
         assert!(revoke_node_token(folder.path(), &id).expect("revoked"));
         assert!(redeem(&token, &mine).is_err(), "revoked");
         assert!(redeem("", &mine).is_err());
+    }
+
+    #[test]
+    fn revoked_node_does_not_enrol_with_a_service_account_token() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let identity = joined(folder.path());
+        let fanout = Fanout::new(folder.path(), Duration::from_secs(60)).expect("a fan-out");
+        let service = Service { fanout, identity: identity.clone() };
+        let register = |key: &RequestedKey| {
+            let keys = &service.fanout.shared.keys;
+            service.register(&keys.lock().expect("free"), "n".to_owned(), key.public())
+        };
+        let (first, second) = (request(), request());
+        let is_of = |key: &RequestedKey| {
+            service.fanout.shared.keys.lock().expect("free").is_of("n", &key.public()).expect("read")
+        };
+        assert!(register(&first).is_ok() && register(&first).is_ok() && is_of(&first));
+        assert!(register(&second).is_ok() && is_of(&second) && !is_of(&first), "the node was set up again");
+        revoke_node(folder.path(), "n").expect("it is known");
+        assert!(register(&second).is_err() && register(&first).is_err(), "revoked");
+        let token = create_node_token(folder.path(), &identity, "n", Duration::from_secs(60)).expect("a token").text;
+        let redeemed = wire::EnrolRequest { token, ..wire::EnrolRequest::default() };
+        let keys = &service.fanout.shared.keys;
+        assert!(service.redeem(&keys.lock().expect("free"), &redeemed, first.public()).is_ok());
+        assert!(register(&first).is_ok(), "enrolled again");
     }
 
     #[test]

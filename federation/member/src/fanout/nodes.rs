@@ -297,6 +297,14 @@ impl Locked<'_> {
         })
     }
 
+    /// Whether the node was revoked, and has not enrolled since.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn is_revoked(&self, node: &str) -> io::Result<bool> {
+        Ok(self.read(node)?.is_some_and(|it| it.revoked))
+    }
+
     /// Whether `key` is the registered key, without a pending renewal.
     ///
     /// # Errors

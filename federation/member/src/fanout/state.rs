@@ -19,6 +19,7 @@ use tonic::Status;
 
 use super::nodes::Nodes;
 use super::status::{NodeStatus, RulesPosition};
+use crate::api_server::Reviewer;
 use crate::exchange::model::Position;
 use crate::world::{Compiled, NodeRules};
 
@@ -57,6 +58,8 @@ pub(super) struct Shared {
     pub(super) keys: Arc<Nodes>,
     source: watch::Sender<SourceNodes>,
     writes: Option<Writes>,
+    /// Reviews service-account tokens, if nodes may enrol with them.
+    pub(super) reviewer: Option<Reviewer>,
     /// Counts changes of any node's status.
     changed: watch::Sender<u64>,
 }
@@ -136,9 +139,18 @@ impl Fanout {
             keys,
             source,
             writes: None,
+            reviewer: None,
             changed: watch::Sender::new(0),
         };
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Accepts service-account tokens for enrolment.
+    pub fn with_reviewer(mut self, reviewer: Option<Reviewer>) -> Self {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.reviewer = reviewer;
+        }
+        self
     }
 
     /// Reports files that cannot be written to `writes`.

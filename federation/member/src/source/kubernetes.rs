@@ -4,7 +4,6 @@
 //! uid of the definition, so that objects that have disappeared with their definition differ from deleted ones, also after a restart.
 //! They are kept until they return or are forgotten. The origin `COLLECTION` marks that the collection was listed completely.
 
-mod access;
 mod collection;
 mod definitions;
 mod follow;
@@ -17,6 +16,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hanse_api::Diagnostic;
+use hanse_runtime::retry::Backoff;
+use kube::Client;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 
@@ -24,8 +25,8 @@ use self::collection::{COLLECTIONS, Collection, DEFINITIONS};
 use self::definitions::Definition;
 use self::forgetting::Requests;
 use super::{Event, Objects, Source};
+use crate::api_server::Access;
 
-pub use self::access::Access;
 pub use self::forgetting::{forget, kept_objects};
 
 /// Reports that wait for the source; each has 32 objects at most.
@@ -350,7 +351,7 @@ impl Source for Kubernetes {
 
 /// Connects, and starts a task for each collection.
 async fn start(access: Access, reports: mpsc::Sender<Report>) {
-    let Some(client) = access.connect(&reports).await else { return };
+    let Some(client) = connect(&access, &reports).await else { return };
     let (known, definitions) = watch::channel(None);
     tokio::spawn(definitions::follow(client.clone(), known, reports.clone()));
     for collection in COLLECTIONS {
@@ -359,5 +360,20 @@ async fn start(access: Access, reports: mpsc::Sender<Report>) {
             true => tokio::spawn(objects::follow_custom(*collection, client, definitions.clone(), reports)),
             false => tokio::spawn(objects::follow(*collection, client, reports)),
         };
+    }
+}
+
+/// A client, as soon as the configuration can be read. `None`: the source has ended.
+async fn connect(access: &Access, reports: &mpsc::Sender<Report>) -> Option<Client> {
+    let mut backoff = Backoff::default();
+    loop {
+        let error = match access.client().await {
+            Ok(client) => return Some(client),
+            Err(error) => format!("{error:#}"),
+        };
+        for collection in COLLECTIONS.iter().filter(|it| !it.is_custom).chain([&DEFINITIONS]) {
+            reports.send(Report::State(*collection, State::Failing(error.clone()))).await.ok()?;
+        }
+        tokio::time::sleep(backoff.next_delay()).await;
     }
 }

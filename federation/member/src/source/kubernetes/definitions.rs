@@ -11,8 +11,9 @@ use kube::{Api, Client, ResourceExt as _};
 use tokio::sync::{mpsc, watch};
 
 use super::collection::{COLLECTIONS, DEFINITIONS};
-use super::follow::{Follower, Step, chain};
+use super::follow::{Follower, Step};
 use super::{Report, State};
+use crate::api_server::message;
 
 /// The definition of one collection.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,7 +44,7 @@ fn definition(of: &Partial) -> Definition {
 /// When the API server does not answer, or refuses.
 pub async fn look_up(client: &Client, name: &str) -> Result<Definition, String> {
     let api: Api<Partial> = Api::all(client.clone());
-    let found = api.get_opt(name).await.map_err(|error| chain(&error))?;
+    let found = api.get_opt(name).await.map_err(message)?;
     Ok(found.as_ref().map_or(Definition::Absent, definition))
 }
 

@@ -11,6 +11,8 @@ use kube::core::Status;
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 
+use crate::api_server::message;
+
 /// Objects of one page of a list.
 const PAGE: u32 = 500;
 /// Seconds after which the API server ends a watch; the next one continues where it ended.
@@ -223,24 +225,9 @@ impl From<kube::Error> for Problem {
     fn from(error: kube::Error) -> Self {
         match error {
             kube::Error::Api(status) => Self::of_status(&status),
-            error => Self { message: chain(&error), code: None },
+            error => Self { message: message(error), code: None },
         }
     }
-}
-
-/// The messages of an error and of its sources.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let message = error.to_string();
-        if !text.contains(&message) {
-            text.push_str(": ");
-            text.push_str(&message);
-        }
-        source = error.source();
-    }
-    text
 }
 
 async fn within<T>(time: Duration, call: impl Future<Output = kube::Result<T>>) -> Result<T, Problem> {

@@ -1,0 +1,418 @@
+//! The Kubernetes source of a member, against a real API server.
+
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use hanse_api::Diagnostic;
+use hanse_api::assemble::{Assembly, ClusterState};
+use hanse_e2e::kubernetes::{ApiServer, Etcd, Options, manifests, run, until};
+use hanse_member::api_server::Access;
+use hanse_member::source::{self, Kubernetes, LastGood};
+use hanse_runtime::health::{Health, Writes};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::Api;
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a member knows of its cluster.
+#[derive(Debug, Clone, Default)]
+struct View {
+    is_synced: bool,
+    state: ClusterState,
+    problems: Vec<Diagnostic>,
+}
+
+impl View {
+    fn pods(&self) -> Vec<String> {
+        self.state.cluster.endpoints.keys().map(|id| format!("{}", id.name)).collect()
+    }
+
+    fn policies(&self) -> Vec<String> {
+        self.state.layer.policies.keys().map(|id| id.name.to_string()).collect()
+    }
+
+    fn has_problem(&self, texts: &[&str]) -> bool {
+        self.problems.iter().any(|it| {
+            let text = format!("{}: {}", it.location.file, it.message);
+            texts.iter().all(|part| text.contains(part))
+        })
+    }
+}
+
+/// The source of a member, on a thread of its own as in the member.
+struct Member {
+    views: mpsc::Receiver<View>,
+    stop: mpsc::Sender<()>,
+    last: View,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Member {
+    fn start(kubeconfig: &Path, data: &Path) -> Self {
+        install_provider();
+        let (sender, views) = mpsc::channel();
+        let (stop, stopped) = mpsc::channel::<()>();
+        let access = Access { kubeconfig: Some(kubeconfig.to_owned()), context: None };
+        let data = data.to_owned();
+        let thread = std::thread::spawn(move || {
+            let source = Kubernetes::new(access, &data).expect("a source");
+            let mut source = LastGood::new(source, &data, Writes::new(&Health::default()));
+            let mut assembly = Assembly::new("c".into());
+            while !matches!(stopped.try_recv(), Ok(()) | Err(mpsc::TryRecvError::Disconnected)) {
+                if let Some(changes) = source.poll() {
+                    assembly.update(changes.objects);
+                    let state = ClusterState::clone(assembly.state());
+                    if sender.send(View { is_synced: true, state, problems: changes.problems }).is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        Self { views, stop, last: View::default(), thread: Some(thread) }
+    }
+
+    /// The newest view.
+    fn view(&mut self) -> &View {
+        while let Ok(view) = self.views.try_recv() {
+            self.last = view;
+        }
+        &self.last
+    }
+
+    async fn until(&mut self, what: &str, is: impl Fn(&View) -> bool) {
+        let found = until(PATIENCE, async || is(self.view())).await;
+        let View { is_synced, problems, .. } = &self.last;
+        assert!(
+            found.is_some(),
+            "{what}: synced {is_synced}, pods {:?}, policies {:?}, problems {problems:#?}",
+            self.last.pods(),
+            self.last.policies()
+        );
+    }
+
+    /// The condition holds, and still does after several polls.
+    async fn stays(&mut self, what: &str, is: impl Fn(&View) -> bool) {
+        self.until(what, &is).await;
+        for _ in 0..20 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert!(is(self.view()), "{what}: it does not stay so: {:#?}", self.last.problems);
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        let _ended = self.stop.send(());
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("the source does not panic");
+        }
+    }
+}
+
+fn install_provider() {
+    hanse_identity::tls::install_provider();
+}
+
+fn pod(name: &str, address: &str) -> [Value; 2] {
+    let metadata = serde_json::json!({"name": name, "namespace": "a", "labels": {"app": name}});
+    let container = serde_json::json!({
+        "name": "c", "image": "none", "env": [{"name": "PASSWORD", "value": "secret"}],
+        "ports": [{"name": "http", "containerPort": 8080}],
+    });
+    let head = serde_json::json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": metadata,
+        "spec": {"nodeName": "one", "automountServiceAccountToken": false, "containers": [container]},
+    });
+    let status = serde_json::json!({"status": {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}]}});
+    [head, status]
+}
+
+async fn create_pod(client: &kube::Client, name: &str, address: &str) {
+    use kube::api::{Patch, PatchParams, PostParams};
+    let pods: Api<k8s_openapi::api::core::v1::Pod> = Api::namespaced(client.clone(), "a");
+    let [head, status] = pod(name, address);
+    let head = serde_json::from_value(head).expect("a pod");
+    pods.create(&PostParams::default(), &head).await.expect("the pod is created");
+    pods.patch_status(name, &PatchParams::default(), &Patch::Merge(status)).await.expect("its status is set");
+}
+
+async fn delete_pod(client: &kube::Client, name: &str) {
+    let pods: Api<k8s_openapi::api::core::v1::Pod> = Api::namespaced(client.clone(), "a");
+    pods.delete(name, &kube::api::DeleteParams::default().grace_period(0)).await.expect("the pod is deleted");
+}
+
+const CLUSTER: &str = "apiVersion: v1
+kind: Namespace
+metadata: {name: a, labels: {stage: training}}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: one}
+spec: {podCIDR: 10.1.0.0/24, podCIDRs: [10.1.0.0/24]}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: default, namespace: a}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: closed, namespace: a}
+spec: {podSelector: {}, policyTypes: [Ingress]}
+";
+
+const CALICO: &str = "apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: globalnetworkpolicies.crd.projectcalico.org}
+spec:
+  group: crd.projectcalico.org
+  names: {kind: GlobalNetworkPolicy, listKind: GlobalNetworkPolicyList, plural: globalnetworkpolicies, singular: globalnetworkpolicy}
+  scope: Cluster
+  versions:
+  - name: v1
+    served: true
+    storage: true
+    schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+";
+
+fn calico_policy(name: &str) -> String {
+    format!(
+        "apiVersion: crd.projectcalico.org/v1\nkind: GlobalNetworkPolicy\nmetadata: {{name: {name}}}\n\
+         spec: {{tier: default, selector: all(), types: [Ingress], ingress: [{{action: Deny}}]}}\n"
+    )
+}
+
+const CALICO_NAME: &str = "globalnetworkpolicies.crd.projectcalico.org";
+
+/// A role with the rights of the source, and its account.
+fn role(without: &str) -> String {
+    let rules = [
+        ("''", "namespaces", "list, watch"),
+        ("''", "nodes", "list, watch"),
+        ("''", "pods", "list, watch"),
+        ("''", "services", "list, watch"),
+        ("''", "serviceaccounts", "list, watch"),
+        ("discovery.k8s.io", "endpointslices", "list, watch"),
+        ("networking.k8s.io", "networkpolicies", "list, watch"),
+        ("apiextensions.k8s.io", "customresourcedefinitions", "get, list, watch"),
+        ("crd.projectcalico.org", "globalnetworkpolicies", "list, watch"),
+    ];
+    let rule = |(group, resource, verbs): &(&str, &str, &str)| {
+        format!("- {{apiGroups: [{group}], resources: [{resource}], verbs: [{verbs}]}}\n")
+    };
+    let rules: String = rules.iter().filter(|(_, resource, _)| *resource != without).map(rule).collect();
+    format!(
+        "apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: member, namespace: default}}\n---\n\
+         apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRole\nmetadata: {{name: member}}\nrules:\n{rules}---\n\
+         apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRoleBinding\nmetadata: {{name: member}}\n\
+         roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: member}}\n\
+         subjects: [{{kind: ServiceAccount, name: member, namespace: default}}]\n"
+    )
+}
+
+struct World {
+    server: ApiServer,
+    client: kube::Client,
+    folder: tempfile::TempDir,
+    kubeconfig: std::path::PathBuf,
+}
+
+impl World {
+    async fn new(name: &str) -> Self {
+        let etcd = Etcd::start().expect("etcd starts");
+        let server = ApiServer::start(&etcd, Options::new(name)).await.expect("it is ready");
+        let client = server.client().await.expect("a client");
+        manifests::apply(&client, "test", CLUSTER).await.expect("applied");
+        manifests::apply(&client, "test", &role("")).await.expect("applied");
+        let account = server.service_account("default", "member").await.expect("a token");
+        let kubeconfig = server.write_kubeconfig("member", &account).expect("written");
+        Self { server, client, folder: tempfile::tempdir().expect("a folder"), kubeconfig }
+    }
+
+    fn member(&self) -> Member {
+        Member::start(&self.kubeconfig, self.folder.path())
+    }
+
+    async fn apply(&self, text: &str) {
+        manifests::apply(&self.client, "test", text).await.expect("applied");
+    }
+
+    async fn define_calico(&self) {
+        self.apply(CALICO).await;
+        manifests::established(&self.client, CALICO_NAME).await.expect("established");
+    }
+
+    async fn delete_definition(&self) {
+        let definitions: Api<CustomResourceDefinition> = Api::all(self.client.clone());
+        definitions.delete(CALICO_NAME, &Default::default()).await.expect("deleted");
+        let gone = until(PATIENCE, async || definitions.get_opt(CALICO_NAME).await.is_ok_and(|it| it.is_none())).await;
+        assert!(gone.is_some(), "the definition goes");
+    }
+
+    async fn delete_calico_policy(&self, name: &str) {
+        let command = self.server.kubectl().expect("kubectl");
+        let mut command = command;
+        let output = command.args(["delete", CALICO_NAME, name]).output().expect("kubectl runs");
+        assert!(output.status.success(), "{output:?}");
+    }
+}
+
+#[test]
+fn changes_of_objects_follow_the_api_server() {
+    run(async {
+        let world = World::new("source").await;
+        create_pod(&world.client, "early", "10.1.0.2").await;
+        let mut member = world.member();
+        member.until("the first list", |it| it.pods() == ["early"] && it.policies() == ["closed"]).await;
+        let view = member.view();
+        assert_eq!(view.problems, []);
+        assert!(view.state.nodes.contains_key("one") && view.state.cluster.namespaces.contains_key("a"));
+        assert!(
+            view.state.cluster.services.iter().any(|((_, name), _)| &**name == "kubernetes"),
+            "the API server's own"
+        );
+        create_pod(&world.client, "late", "10.1.0.3").await;
+        member.until("a new pod", |it| it.pods() == ["early", "late"]).await;
+        delete_pod(&world.client, "early").await;
+        member.until("a deleted pod", |it| it.pods() == ["late"]).await;
+        // What other fields contain is not stored.
+        let stored = std::fs::read(world.folder.path().join("source/objects.redb")).expect("stored");
+        let contains = |text: &str| stored.windows(text.len()).any(|it| it == text.as_bytes());
+        assert!(contains("10.1.0.3") && !contains("PASSWORD") && !contains("managedFields"));
+    });
+}
+
+#[test]
+fn interruptions_of_the_api_server_remove_nothing() {
+    run(async {
+        let mut world = World::new("interrupted").await;
+        create_pod(&world.client, "p", "10.1.0.2").await;
+        create_pod(&world.client, "q", "10.1.0.3").await;
+        let mut member = world.member();
+        let both = |it: &View| it.pods() == ["p", "q"] && it.policies() == ["closed"];
+        member.until("the first list", both).await;
+        world.server.kill().expect("killed");
+        member.stays("the objects, with a problem", |it| both(it) && it.has_problem(&["pods", "cannot be read"])).await;
+        // A member that starts meanwhile has them too.
+        drop(member);
+        let mut member = world.member();
+        member.stays("the stored objects, with a problem", |it| both(it) && it.has_problem(&["pods"])).await;
+        world.server.start_again().await.expect("ready");
+        member.until("no problem", |it| both(it) && it.problems.is_empty()).await;
+        // Changes while the member does not run, and their history is compacted.
+        drop(member);
+        delete_pod(&world.client, "p").await;
+        create_pod(&world.client, "r", "10.1.0.4").await;
+        world.server.etcd().compact().expect("compacted");
+        let mut member = world.member();
+        member.until("the current objects", |it| it.pods() == ["q", "r"] && it.problems.is_empty()).await;
+        // The position of a running member is compacted while the API server is away.
+        world.server.kill().expect("killed");
+        member.until("a problem", |it| !it.problems.is_empty()).await;
+        world.server.start_again().await.expect("ready");
+        create_pod(&world.client, "s", "10.1.0.5").await;
+        delete_pod(&world.client, "q").await;
+        world.server.etcd().compact().expect("compacted");
+        member.until("the current objects", |it| it.pods() == ["r", "s"] && it.problems.is_empty()).await;
+    });
+}
+
+#[test]
+fn objects_that_disappear_with_their_definition_stay_in_force() {
+    run(async {
+        let world = World::new("definitions").await;
+        let mut member = world.member();
+        member.until("the first list", |it| it.policies() == ["closed"]).await;
+        // The kind comes later.
+        world.define_calico().await;
+        for name in ["one", "two", "three"] {
+            world.apply(&calico_policy(name)).await;
+        }
+        let all = ["closed", "one", "three", "two"];
+        let sorted = |it: &View| {
+            let mut policies = it.policies();
+            policies.sort();
+            policies
+        };
+        member.until("policies of the new kind", |it| sorted(it) == all).await;
+        world.delete_calico_policy("three").await;
+        let rest = ["closed", "one", "two"];
+        member.until("a deleted policy", |it| sorted(it) == rest).await;
+        world.delete_definition().await;
+        let kept =
+            |it: &View| sorted(it) == rest && it.has_problem(&[CALICO_NAME, "2 objects kept in force", "was deleted"]);
+        member.stays("kept policies", kept).await;
+        // Also across a restart.
+        drop(member);
+        let mut member = world.member();
+        member.stays("kept policies", kept).await;
+        assert_eq!(
+            source::kept_objects(world.folder.path()).expect("listed"),
+            [format!("{CALICO_NAME}/one"), format!("{CALICO_NAME}/two")]
+        );
+        // The kind returns, with one of them: the other one stays.
+        world.define_calico().await;
+        world.apply(&calico_policy("one")).await;
+        let other = |it: &View| sorted(it) == rest && it.has_problem(&["1 object kept in force", "/two"]);
+        member.stays("one kept policy", other).await;
+        // The one that has returned can be deleted.
+        world.delete_calico_policy("one").await;
+        member.until("a deleted policy", |it| sorted(it) == ["closed", "two"]).await;
+        let data = world.folder.path().to_owned();
+        let forgotten = std::thread::spawn(move || source::forget(&data, vec![format!("{CALICO_NAME}/two")]));
+        forgotten.join().expect("it does not panic").expect("the member takes the request");
+        member.until("nothing kept", |it| sorted(it) == ["closed"] && it.problems.is_empty()).await;
+        assert!(source::kept_objects(world.folder.path()).expect("listed").is_empty());
+        // Also a definition that is deleted and created while the member does not run.
+        world.apply(&calico_policy("four")).await;
+        member.until("a policy", |it| sorted(it) == ["closed", "four"]).await;
+        drop(member);
+        world.delete_definition().await;
+        world.define_calico().await;
+        let mut member = world.member();
+        let kept = |it: &View| sorted(it) == ["closed", "four"] && it.has_problem(&["1 object kept in force"]);
+        member.stays("a kept policy", kept).await;
+    });
+}
+
+#[test]
+fn missing_rights_are_reported_by_name() {
+    run(async {
+        let world = World::new("rights").await;
+        world.define_calico().await;
+        world.apply(&calico_policy("one")).await;
+        create_pod(&world.client, "p", "10.1.0.2").await;
+        let complete = |it: &View| it.pods() == ["p"] && it.policies().len() == 2;
+        let mut member = world.member();
+        member.until("the first list", complete).await;
+        drop(member);
+        for resource in [
+            "namespaces",
+            "nodes",
+            "pods",
+            "services",
+            "serviceaccounts",
+            "endpointslices",
+            "networkpolicies",
+            "customresourcedefinitions",
+            "globalnetworkpolicies",
+        ] {
+            world.apply(&role(resource)).await;
+            let named = format!("cannot list resource \"{resource}\"");
+            // A member that has read the cluster before goes on with what it knows.
+            let mut member = world.member();
+            member.until(resource, |it| complete(it) && it.has_problem(&[&named])).await;
+            drop(member);
+            // A new one does not take what it may not read for nothing.
+            let fresh = tempfile::tempdir().expect("a folder");
+            let mut member = Member::start(&world.kubeconfig, fresh.path());
+            for _ in 0..20 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                assert!(!member.view().is_synced, "{resource}: {:?}", member.last);
+            }
+            world.apply(&role("")).await;
+            member.until(resource, |it| complete(it) && it.problems.is_empty()).await;
+        }
+    });
+}

@@ -1,0 +1,255 @@
+//! The API server of the member's cluster, beside the objects that the source reads.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use hanse_runtime::retry::Backoff;
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, UserInfo};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::registration::MemberIdentity;
+
+/// The longest time until the API server accepts a connection, and answers a single request.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// The interval between checks of the ConfigMap with the authority.
+const CHECK_AUTHORITY_EVERY: Duration = Duration::from_secs(60);
+/// The owner of the fields that the member writes.
+const FIELD_MANAGER: &str = "hanse-member";
+/// The key under which API servers report the node of the pod that a token is bound to.
+const NODE_CLAIM: &str = "authentication.kubernetes.io/node-name";
+/// The key of the authority's certificate in its ConfigMap.
+pub const AUTHORITY_KEY: &str = "authority.pem";
+
+/// The API server of the cluster: that of the pod in which the member runs, or that of a kubeconfig file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Access {
+    /// `None`: the service account of the pod.
+    pub kubeconfig: Option<PathBuf>,
+    /// The context in the file; `None` for its current one.
+    pub context: Option<String>,
+}
+
+impl Access {
+    /// Reads the configuration. Does not connect.
+    ///
+    /// # Errors
+    /// When the file, or what it names, cannot be read, or the process does not run in a pod.
+    pub async fn client(&self) -> anyhow::Result<Client> {
+        Client::try_from(self.config().await?).context("read the configuration for the API server")
+    }
+
+    async fn config(&self) -> anyhow::Result<Config> {
+        let mut config = match &self.kubeconfig {
+            Some(path) => {
+                let file = || format!("read {} (--kubeconfig)", path.display());
+                let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
+                let kubeconfig = Kubeconfig::read_from(path).with_context(file)?;
+                Config::from_custom_kubeconfig(kubeconfig, &options).await.with_context(file)?
+            }
+            None => Config::incluster().context(
+                "the service account of the pod: give --kubeconfig where the member does not run in a pod of its cluster",
+            )?,
+        };
+        config.connect_timeout = Some(ANSWER_WITHIN);
+        Ok(config)
+    }
+
+    /// Connects to the API server.
+    ///
+    /// # Errors
+    /// When the configuration cannot be read, or the API server does not answer, or not to this user.
+    pub async fn check(&self) -> anyhow::Result<()> {
+        answered(self.client().await?.apiserver_version()).await.map(drop)
+    }
+}
+
+/// The result of one request, within a limited time.
+async fn answered<T>(request: impl Future<Output = kube::Result<T>>) -> anyhow::Result<T> {
+    let answer = tokio::time::timeout(ANSWER_WITHIN, request).await;
+    let answer = answer.with_context(|| format!("no answer of the API server within {} s", ANSWER_WITHIN.as_secs()))?;
+    answer.map_err(|error| anyhow::anyhow!(message(error)))
+}
+
+/// What the API server answered, or why it did not, with all causes.
+pub fn message(error: kube::Error) -> String {
+    let error = match error {
+        kube::Error::Api(status) if !status.message.is_empty() => return status.message,
+        error => error,
+    };
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(error) = source {
+        let message = error.to_string();
+        if !text.contains(&message) {
+            text.push_str(": ");
+            text.push_str(&message);
+        }
+        source = error.source();
+    }
+    text
+}
+
+/// Why a service-account token does not identify a node.
+#[derive(Debug, thiserror::Error)]
+pub enum ReviewError {
+    /// Another request with this token would have the same answer.
+    #[error("{0}")]
+    Refused(String),
+    /// The API server did not answer.
+    #[error("{0:#}")]
+    Failed(anyhow::Error),
+}
+
+/// Reviews the tokens with which agents enrol.
+#[derive(Clone)]
+pub struct Reviewer {
+    pub client: Client,
+    pub agents: AgentAccount,
+}
+
+impl std::fmt::Debug for Reviewer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reviewer").field("agents", &self.agents).finish_non_exhaustive()
+    }
+}
+
+/// The service account of the agents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AgentAccount {
+    pub namespace: String,
+    pub name: String,
+    /// The audience that a token must have.
+    pub audience: String,
+}
+
+impl Reviewer {
+    /// The node of the pod that a token is bound to.
+    ///
+    /// # Errors
+    /// When the token is not a valid token of the agents' service account for the audience, or is not bound to a pod on a node; when the
+    /// API server does not answer.
+    pub async fn node_of(&self, token: &str) -> Result<String, ReviewError> {
+        let spec = TokenReviewSpec { token: token.to_owned(), audiences: Some(vec![self.agents.audience.clone()]) };
+        let review = TokenReview { spec, ..TokenReview::default() };
+        let api: Api<TokenReview> = Api::all(self.client.clone());
+        let (parameters, review) = (PostParams::default(), review);
+        let reviewed = answered(api.create(&parameters, &review)).await;
+        let status = reviewed.context("review the token").map_err(ReviewError::Failed)?.status.unwrap_or_default();
+        let user = status.user.unwrap_or_default();
+        self.check(status.authenticated == Some(true), &status.audiences.unwrap_or_default(), &user)
+            .map_err(|error| ReviewError::Refused(error.to_string()))
+    }
+
+    fn check(&self, is_authenticated: bool, audiences: &[String], user: &UserInfo) -> anyhow::Result<String> {
+        let AgentAccount { namespace, name, audience } = &self.agents;
+        ensure!(
+            is_authenticated,
+            "the API server does not accept the service-account token for the audience {audience}"
+        );
+        // An API server that does not check audiences returns none.
+        ensure!(audiences.contains(audience), "the token is not for the audience {audience}");
+        let expected = format!("system:serviceaccount:{namespace}:{name}");
+        let user_name = user.username.as_deref().unwrap_or_default();
+        ensure!(user_name == expected, "the token is of {user_name}, not of {expected}");
+        let nodes = user.extra.as_ref().and_then(|extra| extra.get(NODE_CLAIM)).map_or(&[][..], Vec::as_slice);
+        let [node] = nodes else { bail!("the token is not bound to a pod on a node") };
+        Ok(node.clone())
+    }
+}
+
+/// The namespace and name of a ConfigMap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigMapName {
+    pub namespace: String,
+    pub name: String,
+}
+
+/// Keeps the certificate of the cluster's authority in a ConfigMap, from which agents read it, until `stop`.
+pub async fn keep_authority(access: Access, to: ConfigMapName, identity: MemberIdentity, stop: CancellationToken) {
+    let mut backoff = Backoff::default();
+    let mut authorities = identity.authorities();
+    loop {
+        let pem = authorities.borrow_and_update().certificate().to_pem();
+        let wait = match write_authority(&access, &to, &pem).await {
+            Ok(()) => {
+                backoff.reset();
+                CHECK_AUTHORITY_EVERY
+            }
+            Err(error) => {
+                let (error, namespace, name) = (format!("{error:#}"), &to.namespace, &to.name);
+                tracing::warn!(
+                    error,
+                    namespace,
+                    name,
+                    "authority not written to its ConfigMap: nodes cannot enrol with it"
+                );
+                backoff.next_delay()
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = authorities.changed() => {}
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+async fn write_authority(access: &Access, to: &ConfigMapName, pem: &str) -> anyhow::Result<()> {
+    let api: Api<ConfigMap> = Api::namespaced(access.client().await?, &to.namespace);
+    let found = answered(api.get_opt(&to.name)).await?;
+    if found.is_some_and(|map| map.data.is_some_and(|data| data.get(AUTHORITY_KEY).is_some_and(|it| it == pem))) {
+        return Ok(());
+    }
+    let map = json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": to.name, "namespace": to.namespace},
+        "data": BTreeMap::from([(AUTHORITY_KEY, pem)]),
+    });
+    let parameters = PatchParams::apply(FIELD_MANAGER).force();
+    answered(api.patch(&to.name, &parameters, &Patch::Apply(map))).await?;
+    tracing::info!(namespace = to.namespace, name = to.name, "authority written to its ConfigMap");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user(name: &str, nodes: &[&str]) -> UserInfo {
+        let nodes = nodes.iter().map(|node| (*node).to_owned()).collect();
+        let extra = BTreeMap::from([(NODE_CLAIM.to_owned(), nodes)]);
+        UserInfo { username: Some(name.to_owned()), extra: Some(extra), ..UserInfo::default() }
+    }
+
+    #[tokio::test]
+    async fn token_identifies_a_node_only_with_account_audience_and_node() {
+        hanse_identity::tls::install_provider();
+        let config = Config::new("https://127.0.0.1:1".parse().expect("an address"));
+        let agents = AgentAccount {
+            namespace: "hanse".to_owned(),
+            name: "agent".to_owned(),
+            audience: "hanse-member".to_owned(),
+        };
+        let reviewer = Reviewer { client: Client::try_from(config).expect("a client"), agents };
+        let (agent, audience) = ("system:serviceaccount:hanse:agent", ["hanse-member".to_owned()]);
+        assert_eq!(reviewer.check(true, &audience, &user(agent, &["one"])).expect("accepted"), "one");
+        for (is_authenticated, audiences, user) in [
+            (false, &audience[..], user(agent, &["one"])),
+            (true, &[][..], user(agent, &["one"])),
+            (true, &["other".to_owned()][..], user(agent, &["one"])),
+            (true, &audience[..], user("system:serviceaccount:other:agent", &["one"])),
+            (true, &audience[..], user(agent, &[])),
+            (true, &audience[..], user(agent, &["one", "two"])),
+        ] {
+            assert!(reviewer.check(is_authenticated, audiences, &user).is_err(), "{audiences:?} {user:?}");
+        }
+    }
+}
