@@ -19,8 +19,8 @@ use crate::source::{Event, read_object};
 const READ_AT_ONCE: usize = 32;
 /// The interval between attempts to find out why objects were deleted.
 const CONFIRM_AGAIN_AFTER: Duration = Duration::from_secs(2);
-/// The time after which a definition that was found changed is followed again, if its watch does not report the change.
-const FOLLOWS_WITHIN: Duration = Duration::from_secs(10);
+/// The interval between look-ups of a definition that is gone, while the watch of definitions does not report it.
+const LOOK_UP_EVERY: Duration = Duration::from_secs(10);
 
 /// Follows a collection of a built-in kind.
 pub async fn follow(collection: Collection, client: Client, reports: mpsc::Sender<Report>) {
@@ -40,10 +40,13 @@ pub async fn follow_custom(
 ) {
     let name = collection.name();
     let of = |known: &Definitions| known.as_ref().map(|it| it.get(&name).cloned().unwrap_or(Definition::Absent));
+    // What was read directly, while the watch of the definitions still reports another one.
+    let mut read: Option<Definition> = None;
     loop {
-        let now = of(&definitions.borrow_and_update());
-        let Some(now) = now else {
-            if definitions.changed().await.is_err() {
+        let watched = of(&definitions.borrow_and_update());
+        let until_changed = definitions.wait_for(|known| of(known) != watched);
+        let Some(now) = read.take().or_else(|| watched.clone()) else {
+            if until_changed.await.is_err() {
                 return;
             }
             continue;
@@ -51,34 +54,27 @@ pub async fn follow_custom(
         if reports.send(Report::State(collection, State::Definition(now.clone()))).await.is_err() {
             return;
         }
-        let until_changed = definitions.wait_for(|known| of(known).as_ref() != Some(&now));
-        match &now {
-            Definition::Absent | Definition::Terminating => {
-                if until_changed.await.is_err() {
-                    return;
+        let following = async {
+            let Definition::Present { uid } = &now else {
+                if watched.as_ref() == Some(&now) {
+                    return std::future::pending().await;
                 }
-            }
-            Definition::Present { uid } => {
-                let origin = scope_of(&collection, uid);
-                let follower = Follower::new(Api::all_with(client.clone(), &collection));
-                let this = Following::new(collection, origin, client.clone(), reports.clone());
-                let found = tokio::select! {
-                    changed = until_changed => match changed {
-                        Ok(_) => continue,
-                        Err(_) => return,
-                    },
-                    found = this.run(follower, Some(uid)) => found,
-                };
-                // The definition was read directly. Its watch follows soon.
-                let Ok(found) = found else { return };
-                if reports.send(Report::State(collection, State::Definition(found))).await.is_err() {
-                    return;
-                }
-                let changed = definitions.wait_for(|known| of(known).as_ref() != Some(&now));
-                if let Ok(Err(_)) = tokio::time::timeout(FOLLOWS_WITHIN, changed).await {
-                    return;
-                }
-            }
+                // The watch does not report what was read: it may not be permitted.
+                tokio::time::sleep(LOOK_UP_EVERY).await;
+                return Ok(definitions::look_up(&client, &name).await.ok().filter(|found| *found != now));
+            };
+            let follower = Follower::new(Api::all_with(client.clone(), &collection));
+            let this = Following::new(collection, scope_of(&collection, uid), client.clone(), reports.clone());
+            this.run(follower, Some(uid)).await.map(Some)
+        };
+        tokio::select! {
+            changed = until_changed => if changed.is_err() {
+                return;
+            },
+            found = following => match found {
+                Ok(found) => read = found.or(Some(now)),
+                Err(Ended) => return,
+            },
         }
     }
 }
