@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use crate::namespace::{Namespace, NetworkError};
 use crate::world::{Cluster, Node, Pod};
@@ -22,7 +23,7 @@ pub const UPLINK: &str = "eth0";
 pub struct Fabric {
     router: Namespace,
     /// By (cluster, node).
-    nodes: BTreeMap<(String, String), Namespace>,
+    nodes: BTreeMap<(String, String), Arc<Namespace>>,
     /// By (cluster, namespace, pod).
     pods: BTreeMap<(String, String, String), Inside>,
     /// For interface names, which are short and never reused.
@@ -57,16 +58,23 @@ impl Fabric {
     }
 
     pub fn node(&self, cluster: &str, node: &str) -> Option<&Namespace> {
-        self.nodes.get(&(cluster.to_owned(), node.to_owned()))
+        self.nodes.get(&(cluster.to_owned(), node.to_owned())).map(Arc::as_ref)
+    }
+
+    /// For what outlives the borrow of the fabric, such as a node that starts its own pods.
+    pub fn shared_node(&self, cluster: &str, node: &str) -> Option<Arc<Namespace>> {
+        self.nodes.get(&(cluster.to_owned(), node.to_owned())).map(Arc::clone)
     }
 
     pub fn pod(&self, pod: &Pod) -> Option<&Namespace> {
         self.pods.get(&(pod.cluster.clone(), pod.namespace.clone(), pod.name.clone())).map(|inside| &inside.namespace)
     }
 
-    fn add_node(&mut self, cluster: &str, node: &Node) -> Result<(), NetworkError> {
+    /// Adds a node to a running world.
+    pub fn add_node(&mut self, cluster: &str, node: &Node) -> Result<(), NetworkError> {
         let inside = Namespace::create(&format!("{cluster}-{}", node.name))?;
-        let outer = self.link(&self.router, &inside, NODE_GATEWAYS, &node.addresses)?;
+        let outer = format!("hanse{}", self.links);
+        link(&self.router, &outer, &inside, NODE_GATEWAYS, &node.addresses)?;
         let mut routes = String::new();
         for range in &node.pod_ranges {
             if let Some(via) = family(&node.addresses, range.addr().is_ipv4()) {
@@ -75,7 +83,7 @@ impl Fabric {
         }
         self.router.batch(&routes)?;
         self.links += 1;
-        self.nodes.insert((cluster.to_owned(), node.name.clone()), inside);
+        self.nodes.insert((cluster.to_owned(), node.name.clone()), Arc::new(inside));
         Ok(())
     }
 
@@ -86,7 +94,8 @@ impl Fabric {
             command: format!("add pod {}", pod.title()),
             message: format!("its node {} does not exist", pod.node),
         })?;
-        let outer = self.link(node, &inside, POD_GATEWAYS, &pod.addresses)?;
+        let outer = format!("hanse{}", self.links);
+        link_pod(node, &outer, &inside, &pod.addresses)?;
         self.links += 1;
         let inside = Inside { namespace: inside, outer };
         self.pods.insert((pod.cluster.clone(), pod.namespace.clone(), pod.name.clone()), inside);
@@ -101,44 +110,51 @@ impl Fabric {
             _ => Ok(()),
         }
     }
+}
 
-    /// Joins two namespaces: `inner` gets the addresses and a default route through `outer`. Returns the name of the
-    /// outer interface.
-    fn link(
-        &self,
-        outer: &Namespace,
-        inner: &Namespace,
-        gateways: [&str; 2],
-        addresses: &[IpAddr],
-    ) -> Result<String, NetworkError> {
-        let name = format!("hanse{}", self.links);
-        let inner_name = inner.name();
-        outer.batch(&format!("link add {name} type veth peer name {UPLINK} netns {inner_name}\n"))?;
-        let [v4, v6] = gateways;
-        let (mut out, mut into) = (String::new(), String::new());
-        writeln!(out, "link set {name} up\naddr add {v4}/32 dev {name}\naddr add {v6}/64 dev {name} nodad")
-            .expect("text");
-        writeln!(into, "link set {UPLINK} up").expect("text");
-        for address in addresses {
-            match address {
-                IpAddr::V4(address) => {
-                    writeln!(into, "addr add {address}/32 dev {UPLINK}").expect("text");
-                    writeln!(out, "route add {address}/32 dev {name}").expect("text");
-                }
-                IpAddr::V6(address) => {
-                    writeln!(into, "addr add {address}/128 dev {UPLINK} nodad").expect("text");
-                    writeln!(out, "route add {address}/128 dev {name}").expect("text");
-                }
+/// Joins a pod to its node: the pod gets the addresses, and its node's interface to it the name `interface`.
+pub(crate) fn link_pod(
+    node: &Namespace,
+    interface: &str,
+    pod: &Namespace,
+    addresses: &[IpAddr],
+) -> Result<(), NetworkError> {
+    link(node, interface, pod, POD_GATEWAYS, addresses)
+}
+
+/// Joins two namespaces: `inner` gets the addresses and a default route through `outer`, whose interface is called `name`.
+fn link(
+    outer: &Namespace,
+    name: &str,
+    inner: &Namespace,
+    gateways: [&str; 2],
+    addresses: &[IpAddr],
+) -> Result<(), NetworkError> {
+    let inner_name = inner.name();
+    outer.batch(&format!("link add {name} type veth peer name {UPLINK} netns {inner_name}\n"))?;
+    let [v4, v6] = gateways;
+    let (mut out, mut into) = (String::new(), String::new());
+    writeln!(out, "link set {name} up\naddr add {v4}/32 dev {name}\naddr add {v6}/64 dev {name} nodad").expect("text");
+    writeln!(into, "link set {UPLINK} up").expect("text");
+    for address in addresses {
+        match address {
+            IpAddr::V4(address) => {
+                writeln!(into, "addr add {address}/32 dev {UPLINK}").expect("text");
+                writeln!(out, "route add {address}/32 dev {name}").expect("text");
+            }
+            IpAddr::V6(address) => {
+                writeln!(into, "addr add {address}/128 dev {UPLINK} nodad").expect("text");
+                writeln!(out, "route add {address}/128 dev {name}").expect("text");
             }
         }
-        writeln!(into, "route add default via {v4} dev {UPLINK} onlink").expect("text");
-        if addresses.iter().any(IpAddr::is_ipv6) {
-            writeln!(into, "route add default via {v6} dev {UPLINK} onlink").expect("text");
-        }
-        inner.batch(&into)?;
-        outer.batch(&out)?;
-        Ok(name)
     }
+    writeln!(into, "route add default via {v4} dev {UPLINK} onlink").expect("text");
+    if addresses.iter().any(IpAddr::is_ipv6) {
+        writeln!(into, "route add default via {v6} dev {UPLINK} onlink").expect("text");
+    }
+    inner.batch(&into)?;
+    outer.batch(&out)?;
+    Ok(())
 }
 
 fn family(addresses: &[IpAddr], v4: bool) -> Option<IpAddr> {

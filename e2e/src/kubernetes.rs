@@ -1,8 +1,8 @@
 //! Real Kubernetes control planes for tests: etcd, kube-apiserver, kube-controller-manager and kube-scheduler.
 //!
 //! An [`Etcd`](etcd::Etcd) serves any number of [`ApiServer`](server::ApiServer)s, each with objects, authority and users of its
-//! own. A [`Controllers`](controllers::Controllers) runs the controllers of one, and its scheduler where a test wants pods placed.
-//! [`manifests`] applies objects.
+//! own. A [`Controllers`](controllers::Controllers) runs the controllers of one, and its scheduler where a test wants pods placed;
+//! each [`Kubelet`](kubelet::Kubelet) is a node, on which pods are network namespaces. [`manifests`] applies objects.
 //!
 //! Programs start in the network namespace of the calling thread, end with this process, and leave nothing behind. Waiting is for
 //! conditions, with generous limits.
@@ -11,6 +11,7 @@ pub mod certificates;
 pub mod controllers;
 pub mod etcd;
 pub mod kubeconfig;
+pub mod kubelet;
 pub mod manifests;
 pub mod programs;
 mod scratch;
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 
 pub use controllers::Controllers;
 pub use etcd::Etcd;
+pub use kubelet::{Kubelet, NodeOptions};
 pub use server::{ApiServer, Options, TokenOptions};
 
 /// How often a condition is checked.

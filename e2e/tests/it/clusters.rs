@@ -9,6 +9,8 @@ use kube::Error;
 use kube::api::{Api, ListParams, WatchParams};
 use serde_json::Value;
 
+mod nodes;
+
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn config_map(name: &str) -> String {
