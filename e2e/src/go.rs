@@ -182,6 +182,36 @@ impl Program {
     }
 }
 
+/// A module that is used for the files in it.
+#[derive(Debug, Clone, Copy)]
+pub struct Module {
+    pub path: &'static str,
+    pub version: &'static str,
+    /// Its checksum, as `go.sum` writes it.
+    pub sum: &'static str,
+}
+
+impl Module {
+    /// The module's folder in Go's cache, which is not to be changed.
+    ///
+    /// # Errors
+    /// When Go is missing, the module cannot be downloaded, or it is not the one with this checksum.
+    pub fn download(&self) -> anyhow::Result<PathBuf> {
+        let module = format!("{}@{}", self.path, self.version);
+        let mut go = Command::new("go");
+        // Outside of any module, so that no `go.mod` takes part.
+        go.args(["mod", "download", "-json", &module]).env("GO111MODULE", "on").current_dir(std::env::temp_dir());
+        let output = go.output().with_context(|| format!("start go: {INSTALL}"))?;
+        let answer = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "download {module}: {} {}", errors.trim(), answer.trim());
+        let answer: serde_json::Value = serde_json::from_str(&answer).context("read the output of go mod download")?;
+        let sum = answer["Sum"].as_str().unwrap_or_default();
+        ensure!(sum == self.sum, "{module} has the checksum {sum}, not {}", self.sum);
+        Ok(answer["Dir"].as_str().context("go mod download reports no folder")?.into())
+    }
+}
+
 fn cache() -> anyhow::Result<PathBuf> {
     let from = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = from("XDG_CACHE_HOME").or_else(|| Some(from("HOME")?.join(".cache")));

@@ -9,6 +9,7 @@
 
 pub mod certificates;
 pub mod controllers;
+pub mod crds;
 pub mod etcd;
 pub mod kubeconfig;
 pub mod kubelet;

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use hanse_e2e::kubernetes::crds::{self, Calico};
 use hanse_e2e::kubernetes::{ApiServer, Controllers, Etcd, Options, kubeconfig, manifests, run, until};
 use hanse_e2e::{namespace, sandbox};
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
@@ -183,5 +184,49 @@ fn an_api_server_in_one_namespace_serves_clients_in_others() {
         assert!(
             run(async { tokio::time::timeout(Duration::from_secs(5), list()).await }).map_or(true, |it| it.is_err())
         );
+    });
+}
+
+#[test]
+fn policies_of_other_projects_can_be_stored() {
+    run(async {
+        let etcd = Etcd::start().expect("etcd starts");
+        let server = ApiServer::start(&etcd, Options::new("policies")).await.expect("it is ready");
+        let client = server.client().await.expect("a client");
+        for calico in [Calico::V3, Calico::Stored] {
+            manifests::apply(&client, "test", &calico.definitions()).await.expect("they are established");
+        }
+        manifests::apply(&client, "test", &crds::cluster_network_policies().expect("its project publishes it"))
+            .await
+            .expect("it is established");
+        // Every kind that is read, with a field that no version knows, is stored as it is written.
+        let kinds = ["NetworkPolicy", "StagedNetworkPolicy", "StagedKubernetesNetworkPolicy", "NetworkSet"];
+        let global = ["Tier", "GlobalNetworkPolicy", "StagedGlobalNetworkPolicy", "GlobalNetworkSet"];
+        for kind in kinds.into_iter().chain(global) {
+            for version in ["projectcalico.org/v3", "crd.projectcalico.org/v1"] {
+                let text = format!(
+                    "apiVersion: {version}\nkind: {kind}\nmetadata: {{name: x}}\nspec: {{order: 1.5, new: [a]}}"
+                );
+                let stored = manifests::apply(&client, "test", &text).await.expect("it is stored");
+                assert_eq!(stored[0].data["spec"], serde_json::json!({ "order": 1.5, "new": ["a"] }));
+                assert_eq!(stored[0].metadata.namespace.is_some(), kinds.contains(&kind));
+            }
+        }
+        let policy = |priority: i64| {
+            format!(
+                "apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {{name: x}}
+spec:
+  tier: Admin
+  priority: {priority}
+  subject: {{namespaces: {{}}}}
+  ingress: [{{action: Deny, from: [{{namespaces: {{}}}}]}}]
+"
+            )
+        };
+        manifests::apply(&client, "test", &policy(10)).await.expect("it is stored");
+        let error = manifests::apply(&client, "test", &policy(-1)).await.expect_err("it is validated");
+        assert!(format!("{error:#}").contains("spec.priority"), "{error:#}");
     });
 }
