@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use super::programs;
@@ -116,6 +118,26 @@ impl Etcd {
         let revision = self.revision()?;
         self.call("kv/compaction", &json!({ "revision": revision.to_string(), "physical": true }))?;
         Ok(revision)
+    }
+
+    /// The value of a key.
+    ///
+    /// # Errors
+    /// When etcd does not answer, or has no such key.
+    pub fn read(&self, key: &str) -> anyhow::Result<Vec<u8>> {
+        let answer = self.call("kv/range", &json!({ "key": STANDARD.encode(key) }))?;
+        let value = answer["kvs"][0]["value"].as_str().with_context(|| format!("etcd has no key {key}"))?;
+        STANDARD.decode(value).with_context(|| format!("read the value of {key}"))
+    }
+
+    /// Writes up to 128 keys in one transaction.
+    ///
+    /// # Errors
+    /// When etcd does not answer, or refuses.
+    pub fn write(&self, entries: &[(String, Vec<u8>)]) -> anyhow::Result<()> {
+        let put = |(key, value): &(String, Vec<u8>)| json!({ "requestPut": { "key": STANDARD.encode(key), "value": STANDARD.encode(value) } });
+        let puts: Vec<Value> = entries.iter().map(put).collect();
+        self.call("kv/txn", &json!({ "success": puts })).map(drop)
     }
 
     /// A call of etcd's gateway for JSON: <https://etcd.io/docs/v3.4/dev-guide/api_grpc_gateway/>.

@@ -16,6 +16,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "compile", needs_root: false },
     Bench { name: "fanout", needs_root: false },
     Bench { name: "hub", needs_root: false },
+    Bench { name: "kubernetes", needs_root: false },
     Bench { name: "nftables", needs_root: true },
     Bench { name: "questions", needs_root: false },
     Bench { name: "reading", needs_root: false },
@@ -24,7 +25,7 @@ const BENCHES: &[Bench] = &[
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Which: apply, compile, fanout, hub, nftables, questions, reading or remote; all of them when none is named.
+    /// Which: apply, compile, fanout, hub, kubernetes, nftables, questions, reading or remote; all of them when none is named.
     bench: Option<String>,
     /// Only these shapes of it.
     shapes: Vec<String>,

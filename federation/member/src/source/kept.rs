@@ -16,8 +16,11 @@ use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition}
 const TEXTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("texts");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const REVISION: &str = "revision";
-/// The interval between retries of a failed write.
-const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// The interval between writes, and between retries of a failed one. A process that is killed loses at most this; the source is read
+/// again anyway.
+const WRITE_EVERY: Duration = Duration::from_secs(1);
+/// Writing must not use more than this part of the time: a slow disk may take 100 ms.
+const SHARE: u32 = 10;
 /// The name of the file in reports of failed writes.
 const REPORTED_AS: &str = "the last good state of the source";
 /// Page cache. Texts are read once, at the start.
@@ -33,7 +36,8 @@ pub struct Kept {
     /// Changes that are not written: texts, and origins to forget. Limited by the objects of the source.
     unwritten: BTreeMap<Arc<Path>, Option<Vec<u8>>>,
     is_revision_written: bool,
-    retry_at: Option<Instant>,
+    /// When the next write is due.
+    write_at: Instant,
 }
 
 impl Kept {
@@ -51,7 +55,7 @@ impl Kept {
             revision: 0,
             unwritten: BTreeMap::new(),
             is_revision_written: true,
-            retry_at: None,
+            write_at: Instant::now(),
         };
         match this.connect() {
             Ok(()) => {}
@@ -158,12 +162,18 @@ impl Kept {
         self.revision
     }
 
-    /// Writes all changes in one transaction. After a failure, it does nothing until it is time to retry.
+    /// Writes all changes in one transaction, if it is time to.
     pub fn flush(&mut self) {
-        let is_written = self.unwritten.is_empty() && self.is_revision_written;
-        if is_written || self.retry_at.is_some_and(|at| Instant::now() < at) {
+        if Instant::now() >= self.write_at {
+            self.write_all();
+        }
+    }
+
+    fn write_all(&mut self) {
+        if self.unwritten.is_empty() && self.is_revision_written {
             return;
         }
+        let began = Instant::now();
         let written = match self.database {
             Some(_) => self.write(),
             None => self.connect().and_then(|()| self.write()),
@@ -172,6 +182,7 @@ impl Kept {
             self.unwritten.clear();
             self.is_revision_written = true;
         }
+        self.write_at = Instant::now() + WRITE_EVERY.max(began.elapsed() * SHARE);
         self.note(&written);
     }
 
@@ -194,13 +205,18 @@ impl Kept {
     }
 
     fn note(&mut self, written: &Result<(), redb::Error>) {
-        self.retry_at = written.is_err().then(|| Instant::now() + RETRY_AFTER);
         let written = written.as_ref().copied().map_err(|error| std::io::Error::other(error.to_string()));
         self.writes.note(REPORTED_AS, &written);
         // The library refuses further transactions after a failed one: the file is opened again.
         if written.is_err() {
             self.database = None;
         }
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.write_all();
     }
 }
 
