@@ -1,6 +1,7 @@
 //! Processes of the product, started in a namespace and watched.
 
 use std::fs::File;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -59,11 +60,24 @@ impl Process {
         matches!(self.child.try_wait(), Ok(Some(_)))
     }
 
+    /// Its exit code once it has ended; that of a shell where a signal ended it.
+    pub fn exit_code(&mut self) -> Option<i32> {
+        let status = self.child.try_wait().ok().flatten()?;
+        Some(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()))
+    }
+
+    /// Requests the end, without waiting for it.
+    pub fn terminate(&self) -> std::io::Result<()> {
+        let id = i32::try_from(self.child.id()).map_err(std::io::Error::other)?;
+        Ok(kill(Pid::from_raw(id), Signal::SIGTERM)?)
+    }
+
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// The memory that it uses now, in bytes: its resident set.
+    /// The memory that it uses now, in bytes: its resident set. Not in a [`sandbox`](crate::sandbox), where `/proc` has the numbers
+    /// of processes outside.
     pub fn memory(&self) -> std::io::Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -79,8 +93,7 @@ impl Process {
 
     /// Requests the end, and kills after `patience`.
     pub fn stop(mut self, patience: Duration) -> std::io::Result<ExitStatus> {
-        let id = i32::try_from(self.child.id()).map_err(std::io::Error::other)?;
-        kill(Pid::from_raw(id), Signal::SIGTERM)?;
+        self.terminate()?;
         if probe::until(patience, || self.has_ended()).is_none() {
             self.child.kill()?;
         }

@@ -6,7 +6,7 @@
 //! the user `system:node:NAME`, so that the node authorizer and NodeRestriction apply. It honours graceful deletion, restart
 //! policies, and objects that were there before it started.
 //!
-//! It does not enforce resources, mount volumes or run probes of its own.
+//! [`Answers`] are containers that answer on their ports; [`Programs`] runs the programs of pods.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -26,10 +26,12 @@ use crate::world;
 mod addresses;
 mod node;
 mod pods;
+mod programs;
 mod sandbox;
 mod status;
 mod workload;
 
+pub use programs::Programs;
 pub use workload::{Answers, Containers, RUN_SECONDS, STOP_SECONDS, Start, Workload, title};
 
 /// What a node is.
@@ -84,7 +86,7 @@ impl Kubelet {
         workload: Arc<dyn Workload>,
     ) -> anyhow::Result<Self> {
         let kubeconfig = server.user(&format!("system:node:{}", options.name), &["system:nodes"])?;
-        let (cluster, name) = (server.name().to_owned(), options.name.clone());
+        let (cluster, name) = ((server.name().to_owned(), server.address()), options.name.clone());
         let running = Running::default();
         let (stop, stopped) = oneshot::channel();
         let (registered, registration) = oneshot::channel::<anyhow::Result<()>>();

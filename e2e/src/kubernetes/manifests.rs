@@ -3,27 +3,31 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use hanse_api::document;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use kube::core::GroupVersionKind;
 use kube::discovery::{self, Scope};
-use serde::Deserialize as _;
 
 use super::until;
 
 /// How long the server may take to serve a new kind.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The objects of a text of YAML documents. Empty documents are left out.
+/// The objects of a text of YAML documents, read as Kubernetes reads them. Empty documents are left out.
 ///
 /// # Errors
 /// When a document is not an object.
 pub fn read(text: &str) -> anyhow::Result<Vec<DynamicObject>> {
     let mut objects = Vec::new();
-    for document in serde_yaml_ng::Deserializer::from_str(text) {
-        let value = serde_yaml_ng::Value::deserialize(document).context("read a document")?;
+    for document in document::documents(text) {
+        let document = document.map_err(|error| anyhow::anyhow!("read a document: {error}"))?;
+        if let Some(fault) = document.faults.first() {
+            bail!("read a document: {fault}");
+        }
+        let value = document.root().to_value();
         if !value.is_null() {
-            objects.push(serde_yaml_ng::from_value(value).context("read an object")?);
+            objects.push(serde_json::from_value(value).context("read an object")?);
         }
     }
     Ok(objects)

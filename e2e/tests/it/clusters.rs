@@ -11,6 +11,7 @@ use kube::api::{Api, ListParams, WatchParams};
 use serde_json::Value;
 
 mod nodes;
+mod programs;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 

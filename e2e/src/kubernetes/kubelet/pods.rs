@@ -1,6 +1,7 @@
 //! The loop of a simulated node: what the server wants of its pods, and what runs.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,7 @@ const DEFAULT_GRACE: Duration = Duration::from_secs(30);
 pub struct Pods {
     client: kube::Client,
     cluster: String,
+    server: SocketAddr,
     options: NodeOptions,
     node: Arc<Namespace>,
     workload: Arc<dyn Workload>,
@@ -56,14 +58,25 @@ struct Entry {
 impl Pods {
     pub fn new(
         client: kube::Client,
-        cluster: String,
+        (cluster, server): (String, SocketAddr),
         options: NodeOptions,
         node: Arc<Namespace>,
         workload: Arc<dyn Workload>,
         running: Running,
     ) -> Self {
         let addresses = Addresses::new(&options.pod_ranges);
-        Self { client, cluster, options, node, workload, running, addresses, entries: BTreeMap::new(), links: 0 }
+        Self {
+            client,
+            cluster,
+            server,
+            options,
+            node,
+            workload,
+            running,
+            addresses,
+            entries: BTreeMap::new(),
+            links: 0,
+        }
     }
 
     pub async fn run(mut self) {
@@ -179,10 +192,14 @@ impl Pods {
                         node: &self.options.name,
                         pod: &entry.pod,
                         network: &sandbox.network,
+                        node_network: &self.node,
                         addresses: &sandbox.addresses,
+                        node_addresses: &self.options.addresses,
                         restarts: sandbox.starts,
+                        client: &self.client,
+                        server: self.server,
                     };
-                    match self.workload.start(&start) {
+                    match self.workload.start(&start).await {
                         Ok(containers) => {
                             (sandbox.containers, sandbox.failure) = (Some(containers), None);
                             sandbox.starts += 1;

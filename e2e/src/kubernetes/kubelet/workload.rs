@@ -1,10 +1,13 @@
 //! What the containers of a simulated pod do.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use futures::FutureExt as _;
+use futures::future::{self, LocalBoxFuture};
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::namespace::Namespace;
@@ -16,23 +19,36 @@ pub const RUN_SECONDS: &str = "e2e.hanse.dev/run-seconds";
 pub const STOP_SECONDS: &str = "e2e.hanse.dev/stop-seconds";
 
 /// A pod whose network is ready.
-#[derive(Debug)]
 pub struct Start<'a> {
     pub cluster: &'a str,
     pub node: &'a str,
     pub pod: &'a Pod,
-    /// The node's, for a pod with `hostNetwork`.
-    pub network: &'a Namespace,
+    /// The pod's, which is the node's for a pod with `hostNetwork`.
+    pub network: &'a Arc<Namespace>,
+    pub node_network: &'a Arc<Namespace>,
     pub addresses: &'a [IpAddr],
+    /// The node's own.
+    pub node_addresses: &'a [IpAddr],
     /// How often the containers were started before.
     pub restarts: i32,
+    /// With the rights of the node.
+    pub client: &'a kube::Client,
+    /// Where pods reach the API server.
+    pub server: SocketAddr,
+}
+
+impl std::fmt::Debug for Start<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (pod, addresses) = (&self.pod.metadata.name, self.addresses);
+        f.debug_struct("Start").field("pod", pod).field("addresses", &addresses).finish_non_exhaustive()
+    }
 }
 
 /// Starts the containers of pods.
 pub trait Workload: Send + Sync {
     /// # Errors
     /// When a container cannot be started: the pod is not ready, and the node tries again.
-    fn start(&self, pod: &Start<'_>) -> anyhow::Result<Box<dyn Containers>>;
+    fn start<'a>(&'a self, start: &'a Start<'a>) -> LocalBoxFuture<'a, anyhow::Result<Box<dyn Containers>>>;
 }
 
 /// The containers of one pod; dropped, they are killed. No call may block for long: the node waits for it.
@@ -66,31 +82,35 @@ pub fn title(cluster: &str, namespace: &str, name: &str) -> String {
 pub struct Answers;
 
 impl Workload for Answers {
-    fn start(&self, start: &Start<'_>) -> anyhow::Result<Box<dyn Containers>> {
-        let Some(spec) = &start.pod.spec else { anyhow::bail!("the pod has no spec") };
-        let containers = spec.containers.iter().chain(spec.init_containers.iter().flatten());
-        let ports = containers.flat_map(|it| it.ports.iter().flatten()).map(|port| port.container_port);
-        let metadata = &start.pod.metadata;
-        let (namespace, name) = (metadata.namespace.as_deref(), metadata.name.as_deref());
-        let title = title(start.cluster, namespace.unwrap_or_default(), name.unwrap_or_default());
-        let mut listeners = Vec::new();
-        for port in ports.collect::<BTreeSet<i32>>() {
-            let port = u16::try_from(port).with_context(|| format!("container port {port} is not a port"))?;
-            match Listener::start(start.network, port, &title) {
-                Ok(listener) => listeners.push(listener),
-                // A program of the test, or another pod, has the node's port.
-                Err(error) if spec.host_network == Some(true) && error.kind() == std::io::ErrorKind::AddrInUse => {}
-                Err(error) => return Err(error).with_context(|| format!("listen on container port {port}")),
-            }
-        }
-        let seconds = |key: &str| metadata.annotations.as_ref()?.get(key)?.parse().ok().map(Duration::from_secs_f64);
-        Ok(Box::new(Answering {
-            _listeners: listeners,
-            end: seconds(RUN_SECONDS).map(|it| Instant::now() + it),
-            patience: seconds(STOP_SECONDS).unwrap_or_default(),
-            stopped: None,
-        }))
+    fn start<'a>(&'a self, start: &'a Start<'a>) -> LocalBoxFuture<'a, anyhow::Result<Box<dyn Containers>>> {
+        future::ready(answer(start)).boxed_local()
     }
+}
+
+fn answer(start: &Start<'_>) -> anyhow::Result<Box<dyn Containers>> {
+    let Some(spec) = &start.pod.spec else { anyhow::bail!("the pod has no spec") };
+    let containers = spec.containers.iter().chain(spec.init_containers.iter().flatten());
+    let ports = containers.flat_map(|it| it.ports.iter().flatten()).map(|port| port.container_port);
+    let metadata = &start.pod.metadata;
+    let (namespace, name) = (metadata.namespace.as_deref(), metadata.name.as_deref());
+    let title = title(start.cluster, namespace.unwrap_or_default(), name.unwrap_or_default());
+    let mut listeners = Vec::new();
+    for port in ports.collect::<BTreeSet<i32>>() {
+        let port = u16::try_from(port).with_context(|| format!("container port {port} is not a port"))?;
+        match Listener::start(start.network, port, &title) {
+            Ok(listener) => listeners.push(listener),
+            // A program of the test, or another pod, has the node's port.
+            Err(error) if spec.host_network == Some(true) && error.kind() == std::io::ErrorKind::AddrInUse => {}
+            Err(error) => return Err(error).with_context(|| format!("listen on container port {port}")),
+        }
+    }
+    let seconds = |key: &str| metadata.annotations.as_ref()?.get(key)?.parse().ok().map(Duration::from_secs_f64);
+    Ok(Box::new(Answering {
+        _listeners: listeners,
+        end: seconds(RUN_SECONDS).map(|it| Instant::now() + it),
+        patience: seconds(STOP_SECONDS).unwrap_or_default(),
+        stopped: None,
+    }))
 }
 
 struct Answering {

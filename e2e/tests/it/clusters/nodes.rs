@@ -18,7 +18,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
 use serde_json::json;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 const PORT: u16 = 8080;
 
 const WEB: &str = "apiVersion: apps/v1
@@ -62,12 +62,12 @@ fn world() -> Cluster {
 }
 
 /// A cluster with a node for each of the world, all in one thread's network namespace but for the nodes' networks.
-struct East {
-    kubelets: BTreeMap<String, Kubelet>,
-    pods: Api<Pod>,
+pub struct East {
+    pub kubelets: BTreeMap<String, Kubelet>,
+    pub pods: Api<Pod>,
     client: kube::Client,
     _controllers: Controllers,
-    server: ApiServer,
+    pub server: ApiServer,
 }
 
 impl East {
@@ -91,7 +91,7 @@ impl East {
         self.kubelets.insert(node.name.clone(), kubelet);
     }
 
-    async fn apply(&self, text: &str) {
+    pub async fn apply(&self, text: &str) {
         manifests::apply(&self.client, "test", text).await.expect("it is applied");
     }
 
@@ -122,7 +122,7 @@ impl East {
     }
 }
 
-fn is_ready(pod: &Pod) -> bool {
+pub fn is_ready(pod: &Pod) -> bool {
     let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
     conditions.into_iter().flatten().any(|it| it.type_ == "Ready" && it.status == "True")
 }
@@ -131,7 +131,7 @@ fn node_of(pod: &Pod) -> &str {
     pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).expect("it is bound")
 }
 
-fn addresses(pod: &Pod) -> Vec<IpAddr> {
+pub fn addresses(pod: &Pod) -> Vec<IpAddr> {
     let ips = pod.status.as_ref().and_then(|status| status.pod_ips.as_ref());
     ips.into_iter().flatten().map(|ip| ip.ip.parse().expect("an address")).collect()
 }
@@ -156,9 +156,17 @@ fn endpoints(slices: &[EndpointSlice]) -> BTreeSet<(IpAddr, String, bool, bool)>
 }
 
 fn test(name: &str, body: impl AsyncFnOnce(&Cluster, &Fabric, &mut East) + Send) {
-    sandbox::test(&format!("clusters::nodes::{name}"), || {
+    test_with(&format!("nodes::{name}"), Vec::new(), body);
+}
+
+/// With further nodes in the network, which `body` starts.
+pub fn test_with(name: &str, more: Vec<Node>, body: impl AsyncFnOnce(&Cluster, &Fabric, &mut East) + Send) {
+    sandbox::test(&format!("clusters::{name}"), || {
         let world = world();
-        let fabric = Fabric::build(std::slice::from_ref(&world)).expect("the network");
+        let mut fabric = Fabric::build(std::slice::from_ref(&world)).expect("the network");
+        for node in &more {
+            fabric.add_node(&world.name, node).expect("the node's network");
+        }
         let empty = namespace::list().expect("names").len();
         fabric.router().enter(|| {
             run(async {
