@@ -1,7 +1,6 @@
 //! `cargo xtask demo`: builds the programs and runs them on this machine.
 
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
 use std::process::Command;
 
 use anyhow::Context as _;
@@ -17,7 +16,7 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     setup::packet_tools()?;
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).context("find the workspace's root")?;
+    let root = setup::root()?;
     println!("building the programs (some minutes the first time)");
     let mut build = setup::cargo();
     build.current_dir(root).args(["build", "--locked", "--bins"]);
@@ -25,7 +24,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         build.args(["--package", package]);
     }
     setup::run(&mut build)?;
-    let programs = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), Into::into).join("debug");
+    let programs = setup::programs()?;
     let mut demo = Command::new(programs.join("hanse-demo"));
     demo.arg("--programs").arg(&programs).arg("--manifests").arg(root.join("e2e/demo"));
     if arguments.once {

@@ -180,7 +180,7 @@ pub fn test_with(name: &str, more: Vec<Node>, body: impl AsyncFnOnce(&Cluster, &
 
 #[test]
 fn an_applied_deployment_ends_in_packets() {
-    test("an_applied_deployment_ends_in_packets", async |world, _, east| {
+    test("an_applied_deployment_ends_in_packets", async |world, fabric, east| {
         let (start, nodes_only) = (Instant::now(), namespace::list().expect("names").len());
         east.apply(WEB).await;
         let pods = east.ready("app=web", 3).await;
@@ -225,6 +225,18 @@ fn an_applied_deployment_ends_in_packets() {
         assert_eq!(probe::tcp(&east.network(&left[0]), to, &title(gone)), Observed::Closed);
         let right = until(PATIENCE, async || endpoints(&east.slices("web").await) == expected(&left)).await;
         assert!(right.is_some(), "{:#?}", east.slices("web").await);
+
+        // Without the server pods go on; when it is back, so do controllers and nodes.
+        let to = SocketAddr::new(addresses(&left[0])[0], PORT);
+        east.server.kill().expect("it is killed");
+        assert_eq!(probe::tcp(fabric.router(), to, &title(&left[0])), Observed::Open);
+        east.server.start_again().await.expect("it is ready again");
+        let scale = Patch::Merge(json!({ "spec": { "replicas": 2 } }));
+        deployments.patch("web", &PatchParams::default(), &scale).await.expect("it is scaled");
+        let start = Instant::now();
+        let both = east.ready("app=web", 2).await;
+        println!("a pod was ready {:?} after the server was back", start.elapsed());
+        assert!(both.iter().any(|pod| pod.metadata.uid == left[0].metadata.uid), "the first pod was kept");
     });
 }
 
