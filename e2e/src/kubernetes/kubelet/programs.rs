@@ -4,6 +4,8 @@
 //! A program sees a root of its own: the machine's programs and libraries, and of other files only what the pod mounts. The mounts
 //! belong to the process; only a [`sandbox`](crate::sandbox) has the rights for them.
 //!
+//! In a user namespace, every program runs as that namespace's root, with the capabilities that its pod says.
+//!
 //! Not simulated: limits of resources, seccomp and AppArmor, `exec` and `grpc` probes (an error), and files that change while the
 //! pod runs.
 
@@ -20,6 +22,7 @@ use serde_json::Value;
 
 use super::workload::{Answers, Containers, Start, Workload};
 use crate::process::Process;
+use crate::sandbox::{self, Privilege};
 
 mod environment;
 mod probes;
@@ -176,7 +179,7 @@ impl Programs {
         if !is("privileged") {
             // As container runtimes do: settings of the kernel are not for pods.
             script.push_str(
-                "mount --bind \"$root/proc/sys\" \"$root/proc/sys\"; mount -o remount,bind,ro \"$root/proc/sys\"\n",
+                "mount --bind \"$root/proc/sys\" \"$root/proc/sys\"; mount -o remount,bind,ro,nosuid,nodev,noexec \"$root/proc/sys\"\n",
             );
         }
         let programs = quote(&self.programs.to_string_lossy());
@@ -195,20 +198,23 @@ impl Programs {
             writeln!(script, "if [ -d {source} ]; then mkdir -p {at}; else mkdir -p $(dirname {at}); touch {at}; fi")?;
             writeln!(script, "mount --bind {source} {at}")?;
             if mount["readOnly"] == true {
-                writeln!(script, "mount -o remount,bind,ro {at}")?;
+                writeln!(script, "mount -o remount,bind,ro,nosuid,nodev {at}")?;
             }
         }
         if is("readOnlyRootFilesystem") {
-            script.push_str("mount -o remount,ro \"$root\"\n");
+            script.push_str("mount -o remount,bind,ro \"$root\"\n");
         }
         let number = |key: &str| security(key).as_u64();
         let user = number("runAsUser").unwrap_or(0);
         ensure!(user != 0 || !is("runAsNonRoot"), "runAsNonRoot is set, and the user is 0");
         let group = number("runAsGroup").unwrap_or(0);
-        write!(script, "exec chroot \"$root\" setpriv --reuid={user} --regid={group}")?;
-        match pod["spec"]["securityContext"]["fsGroup"].as_u64() {
-            Some(group) => write!(script, " --groups={group}")?,
-            None => script.push_str(" --clear-groups"),
+        script.push_str("exec chroot \"$root\" setpriv");
+        if has_users() {
+            write!(script, " --reuid={user} --regid={group}")?;
+            match pod["spec"]["securityContext"]["fsGroup"].as_u64() {
+                Some(group) => write!(script, " --groups={group}")?,
+                None => script.push_str(" --clear-groups"),
+            }
         }
         if !is("privileged") {
             write!(
@@ -250,6 +256,11 @@ fn capabilities(capabilities: &Value) -> String {
         set.push_str(&name);
     }
     set
+}
+
+/// Whether programs can run as the users that their pods name. A user namespace has its own root only.
+fn has_users() -> bool {
+    sandbox::privilege() != Some(Privilege::UserNamespace)
 }
 
 /// For a shell.

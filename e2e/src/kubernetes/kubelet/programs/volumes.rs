@@ -150,7 +150,7 @@ async fn one(scratch: &Path, start: &Start<'_>, pod: &Value, volume: &Value) -> 
             (_, Some(_)) => mode.unwrap_or(default) | 0o440,
             _ => mode.unwrap_or(default),
         };
-        chown(&path, user.filter(|_| is_token && group.is_none()), group).context("give a file to the pod's user")?;
+        give(&path, user.filter(|_| is_token && group.is_none()), group)?;
         fs::set_permissions(&path, Permissions::from_mode(mode)).context("set the mode of a file")?;
     }
     Ok(directory)
@@ -207,7 +207,14 @@ fn create(directory: &Path, mode: u32, group: Option<u32>) -> anyhow::Result<()>
         return Ok(());
     }
     fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
-    chown(directory, None, group).with_context(|| format!("give {} to the pod's group", directory.display()))?;
+    give(directory, None, group)?;
     let permissions = fs::set_permissions(directory, Permissions::from_mode(mode));
     permissions.with_context(|| format!("set the mode of {}", directory.display()))
+}
+
+fn give(path: &Path, user: Option<u32>, group: Option<u32>) -> anyhow::Result<()> {
+    if !super::has_users() {
+        return Ok(());
+    }
+    chown(path, user, group).with_context(|| format!("give {} to the pod's user", path.display()))
 }
