@@ -58,7 +58,7 @@ rules:
 pub struct Options {
     /// The name of the cluster, and of its prefix in etcd.
     pub name: String,
-    /// Where it listens. An address other than loopback is also what the service `kubernetes` leads to.
+    /// Where it listens, in the network namespace in which it starts. Pods and other namespaces need an address other than loopback.
     pub address: IpAddr,
     /// Further DNS names and addresses that its certificate is for.
     pub names: Vec<String>,
@@ -203,7 +203,11 @@ impl ApiServer {
             // An agent's DaemonSet asks for capabilities.
             "--allow-privileged=true",
         ]);
-        if self.address.ip().is_loopback() {
+        let is_local = match self.address.ip() {
+            IpAddr::V4(address) => address.is_loopback() || address.is_link_local(),
+            IpAddr::V6(address) => address.is_loopback() || address.is_unicast_link_local(),
+        };
+        if is_local {
             // Endpoints with such an address are invalid.
             command.arg("--endpoint-reconciler-type=none");
         }

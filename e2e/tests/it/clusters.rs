@@ -169,12 +169,12 @@ fn an_api_server_in_one_namespace_serves_clients_in_others() {
         let far = namespace::Namespace::create("far").expect("a namespace");
         let near = namespace::Namespace::create("near").expect("a namespace");
         near.batch(
-            "link add eth0 type veth peer name eth0 netns far\nlink set eth0 up\naddr add 10.9.0.1/24 dev eth0\n",
+            "link add eth0 type veth peer name eth0 netns far\nlink set eth0 up\naddr add 169.254.9.1/24 dev eth0\n",
         )
         .expect("a link");
-        far.batch("link set eth0 up\naddr add 10.9.0.2/24 dev eth0\n").expect("a link");
+        far.batch("link set eth0 up\naddr add 169.254.9.2/24 dev eth0\n").expect("a link");
         let etcd = Etcd::start().expect("etcd starts");
-        let options = Options::new("far").listen([10, 9, 0, 2].into());
+        let options = Options::new("far").listen([169, 254, 9, 2].into());
         let server = far.enter(|| run(ApiServer::start(&etcd, options))).expect("it is ready");
         let list = async || {
             let client = server.client().await.expect("a client");

@@ -171,20 +171,20 @@ impl Pods {
         let Some(sandbox) = &mut entry.sandbox else { return Ok(false) };
         let state = match sandbox.containers.as_mut().map(|it| it.ended()) {
             Some(None) => State::Running,
-            Some(Some(success)) => {
+            Some(Some(code)) => {
                 sandbox.containers = None;
                 let policy = entry.pod.spec.as_ref().and_then(|spec| spec.restart_policy.as_deref());
-                if policy == Some("Never") || (success && policy == Some("OnFailure")) {
-                    sandbox.ended = Some(success);
-                    State::Ended { success }
+                if policy == Some("Never") || (code == 0 && policy == Some("OnFailure")) {
+                    sandbox.ended = Some(code);
+                    State::Ended { code }
                 } else {
-                    let why = if success { "the containers ended" } else { "the containers failed" };
-                    sandbox.failure = Some((Instant::now(), why.to_owned()));
-                    State::Waiting(why.to_owned())
+                    let why = format!("the containers ended with code {code}");
+                    sandbox.failure = Some((Instant::now(), why.clone()));
+                    State::Waiting(why)
                 }
             }
             None => match (sandbox.ended, &sandbox.failure) {
-                (Some(success), _) => State::Ended { success },
+                (Some(code), _) => State::Ended { code },
                 (None, Some((since, why))) if since.elapsed() < BACKOFF => State::Waiting(why.clone()),
                 _ => {
                     let start = Start {
@@ -270,7 +270,7 @@ impl Pods {
                 return Ok(false);
             }
             sandbox.containers = None;
-            self.report(entry, State::Ended { success: true }).await?;
+            self.report(entry, State::Ended { code: 0 }).await?;
             self.remove(entry);
         }
         let (namespace, name, uid) = key(&entry.pod).context("the pod has no namespace, name or UID")?;

@@ -33,6 +33,9 @@ use probes::Probes;
 /// How long all init containers of a pod may take: the node waits for them.
 const INIT_PATIENCE: Duration = Duration::from_secs(60);
 
+/// The exit code of a program that is killed.
+const KILLED: i32 = 128 + 9;
+
 /// What a container may do where its pod does not drop it.
 const DEFAULT_CAPABILITIES: [&str; 14] = [
     "chown",
@@ -98,12 +101,12 @@ impl Programs {
         for container in containers(&pod, "initContainers") {
             ensure!(container["restartPolicy"].is_null(), "a sidecar among the init containers is not simulated");
             let mut process = self.spawn(start, &pod, container, &volumes).await?;
-            let mut success = None;
+            let mut code = None;
             let ended = crate::kubernetes::until(INIT_PATIENCE, async || {
-                success = process.exit_code();
-                success.is_some()
+                code = process.exit_code();
+                code.is_some()
             });
-            if ended.await.is_none() || success != Some(0) {
+            if ended.await.is_none() || code != Some(0) {
                 bail!("init container {} did not succeed:\n{}", container["name"], process.log());
             }
         }
@@ -279,16 +282,16 @@ impl Containers for Running {
         self.probes.iter().all(Probes::is_ready)
     }
 
-    fn ended(&mut self) -> Option<bool> {
+    fn ended(&mut self) -> Option<i32> {
         if !self.probes.iter().all(Probes::is_live) {
-            return Some(false);
+            return Some(KILLED);
         }
         let codes: Vec<Option<i32>> = self.processes.iter_mut().map(Process::exit_code).collect();
         // One that fails ends its pod's others here, too: they start again together.
-        if codes.iter().any(|code| code.is_some_and(|code| code != 0)) {
-            return Some(false);
+        if let Some(failed) = codes.iter().flatten().find(|code| **code != 0) {
+            return Some(*failed);
         }
-        codes.iter().all(Option::is_some).then_some(true)
+        codes.iter().all(Option::is_some).then_some(0)
     }
 
     fn stop(&mut self) {

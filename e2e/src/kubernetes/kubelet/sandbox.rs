@@ -24,8 +24,8 @@ pub struct Sandbox {
     pub started: Timestamp,
     /// Since when containers that end too early, or do not start, wait for the next start.
     pub failure: Option<(Instant, String)>,
-    /// They ended and will not start again: whether with success.
-    pub ended: Option<bool>,
+    /// They ended with this code, and will not start again.
+    pub ended: Option<i32>,
     /// Since when the end is requested.
     pub stopping: Option<Instant>,
 }

@@ -16,7 +16,7 @@ pub enum State {
     Waiting(String),
     /// They ended, and will not start again.
     Ended {
-        success: bool,
+        code: i32,
     },
 }
 
@@ -37,7 +37,7 @@ pub fn patch(pod: &Pod, host: &[IpAddr], sandbox: &Sandbox, state: &State, ready
     .into();
     let sidecar = |container: &Container| container.restart_policy.as_deref() == Some("Always");
     let current = |container: &Container| container_status(container, state, ready, restarts, started);
-    let done = |container: &Container| container_status(container, &State::Ended { success: true }, false, 0, started);
+    let done = |container: &Container| container_status(container, &State::Ended { code: 0 }, false, 0, started);
     let statuses: Vec<Value> = containers.iter().map(current).collect();
     let init: Vec<Value> = init.iter().map(|it| if sidecar(it) { current(it) } else { done(it) }).collect();
     json!({
@@ -45,8 +45,8 @@ pub fn patch(pod: &Pod, host: &[IpAddr], sandbox: &Sandbox, state: &State, ready
         "status": {
             "phase": match state {
                 State::Running | State::Waiting(_) => "Running",
-                State::Ended { success: true } => "Succeeded",
-                State::Ended { success: false } => "Failed",
+                State::Ended { code: 0 } => "Succeeded",
+                State::Ended { .. } => "Failed",
             },
             "conditions": conditions,
             "hostIP": host.first(),
@@ -71,8 +71,8 @@ fn condition(pod: &Pod, kind: &str, status: bool, state: &State) -> Value {
     let before = before.into_iter().flatten().find(|it| it.type_ == kind && it.status == status);
     let since = before.and_then(|it| it.last_transition_time.as_ref()).map(|time| time.0);
     let reason = match state {
-        State::Ended { success: true } => Some("PodCompleted"),
-        State::Ended { success: false } => Some("PodFailed"),
+        State::Ended { code: 0 } => Some("PodCompleted"),
+        State::Ended { .. } => Some("PodFailed"),
         _ if status == "False" => Some("ContainersNotReady"),
         _ => None,
     };
@@ -85,9 +85,9 @@ fn container_status(container: &Container, state: &State, ready: bool, restarts:
     let current = match state {
         State::Running => json!({ "running": { "startedAt": started } }),
         State::Waiting(message) => json!({ "waiting": { "reason": "CrashLoopBackOff", "message": message } }),
-        State::Ended { success } => json!({ "terminated": {
-            "exitCode": i32::from(!success),
-            "reason": if *success { "Completed" } else { "Error" },
+        State::Ended { code } => json!({ "terminated": {
+            "exitCode": code,
+            "reason": if *code == 0 { "Completed" } else { "Error" },
             "startedAt": started,
             "finishedAt": seconds(Timestamp::now()),
         } }),

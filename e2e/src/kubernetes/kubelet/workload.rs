@@ -58,8 +58,8 @@ pub trait Containers: Send {
         true
     }
 
-    /// Whether they ended by themselves, and if so, with success.
-    fn ended(&mut self) -> Option<bool> {
+    /// The exit code, once they ended by themselves: of the first that failed, or 0.
+    fn ended(&mut self) -> Option<i32> {
         None
     }
 
@@ -121,8 +121,8 @@ struct Answering {
 }
 
 impl Containers for Answering {
-    fn ended(&mut self) -> Option<bool> {
-        self.end.is_some_and(|end| end <= Instant::now()).then_some(true)
+    fn ended(&mut self) -> Option<i32> {
+        self.end.is_some_and(|end| end <= Instant::now()).then_some(0)
     }
 
     fn stop(&mut self) {

@@ -183,7 +183,7 @@ the machine's files are not there
         assert_eq!(lines(&log), lines(&expected));
 
         // Root without other capabilities than its own, on the node's network and with the node's folder.
-        assert_eq!(ended(east, "agent").await, ("Failed".to_owned(), 1));
+        assert_eq!(ended(east, "agent").await, ("Failed".to_owned(), 3));
         let log = facts.log("default", "agent", "facts");
         assert!(log.contains("arguments: 3\nuser: 0:0 groups: 0"), "{log}");
         let net_admin = format!("{:016x}", 1u64 << 12);
