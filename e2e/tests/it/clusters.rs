@@ -10,6 +10,7 @@ use kube::Error;
 use kube::api::{Api, ListParams, WatchParams};
 use serde_json::Value;
 
+mod enforcement;
 mod nodes;
 mod programs;
 

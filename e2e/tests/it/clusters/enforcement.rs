@@ -1,0 +1,319 @@
+//! A member and its agents as pods of a cluster: with service accounts, roles and nothing else. What `kubectl apply` says becomes
+//! verdicts on packets.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hanse_e2e::deployment::Deployment;
+use hanse_e2e::fabric::Fabric;
+use hanse_e2e::kubernetes::kubelet::Programs;
+use hanse_e2e::kubernetes::{ApiServer, Controllers, Etcd, Kubelet, Options, kubelet, manifests, run, until};
+use hanse_e2e::namespace::Namespace;
+use hanse_e2e::probe::{self, Observed};
+use hanse_e2e::sandbox;
+use hanse_e2e::world::{Cluster, Node};
+use k8s_openapi::api::core::v1::{Node as NodeObject, Pod};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use kube::api::{Api, DeleteParams, ListParams};
+
+use super::nodes::{PATIENCE, addresses, is_ready};
+
+const PORT: u16 = 8080;
+
+/// What the member and the agents need of the cluster, and run with.
+const HANSE: &str = "apiVersion: v1
+kind: Namespace
+metadata: {name: hanse}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: hanse-member, namespace: hanse}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: hanse-agent, namespace: hanse}
+automountServiceAccountToken: false
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: hanse-member}
+rules:
+- {apiGroups: [''], resources: [namespaces, nodes, pods, services, serviceaccounts], verbs: [list, watch]}
+- {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}
+- {apiGroups: [networking.k8s.io], resources: [networkpolicies], verbs: [list, watch]}
+- {apiGroups: [apiextensions.k8s.io], resources: [customresourcedefinitions], verbs: [get, list, watch]}
+- {apiGroups: [authentication.k8s.io], resources: [tokenreviews], verbs: [create]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: hanse-member}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: hanse-member}
+subjects: [{kind: ServiceAccount, name: hanse-member, namespace: hanse}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: hanse-member, namespace: hanse}
+rules:
+- {apiGroups: [''], resources: [configmaps], verbs: [create]}
+- {apiGroups: [''], resources: [configmaps], resourceNames: [hanse-authority], verbs: [get, patch]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: hanse-member, namespace: hanse}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: hanse-member}
+subjects: [{kind: ServiceAccount, name: hanse-member, namespace: hanse}]
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: hanse-member, namespace: hanse}
+spec:
+  replicas: 1
+  strategy: {type: Recreate}
+  selector: {matchLabels: {app: hanse-member}}
+  template:
+    metadata: {labels: {app: hanse-member}}
+    spec:
+      serviceAccountName: hanse-member
+      nodeSelector: {kubernetes.io/hostname: a}
+      hostNetwork: true
+      securityContext: {runAsNonRoot: true, runAsUser: 65532, runAsGroup: 65532, fsGroup: 65532}
+      containers:
+      - name: member
+        image: hanse-member
+        args: [run, --cluster, east, --hub, HUB, --join, JOIN, --token-file, /token/token, --data, /data/member,
+               --agent-listen, '172.20.0.1:7500', --enrol-listen, '172.20.0.1:7501', --source, kubernetes,
+               --agent-service-account, hanse/hanse-agent, --authority-config-map, hanse/hanse-authority,
+               --health-listen, '172.20.0.1:7502']
+        securityContext: {readOnlyRootFilesystem: true, allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
+        readinessProbe: {httpGet: {path: /readyz, port: 7502}, periodSeconds: 1}
+        volumeMounts: [{name: data, mountPath: /data}, {name: token, mountPath: /token, readOnly: true}]
+      volumes:
+      - {name: data, emptyDir: {}}
+      - {name: token, secret: {secretName: hanse-join, defaultMode: 0440}}
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: hanse-agent, namespace: hanse}
+spec:
+  selector: {matchLabels: {app: hanse-agent}}
+  template:
+    metadata: {labels: {app: hanse-agent}}
+    spec:
+      serviceAccountName: hanse-agent
+      automountServiceAccountToken: false
+      hostNetwork: true
+      tolerations: [{operator: Exists}]
+      containers:
+      - name: agent
+        image: hanse-agent
+        args: [run, --node, $(NODE), --member, '172.20.0.1:7500', --enrol, '172.20.0.1:7501', --data, /var/lib/hanse/agent,
+               --service-account-token, /var/run/hanse/token, --authority, /etc/hanse/authority.pem]
+        env: [{name: NODE, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}]
+        securityContext: {readOnlyRootFilesystem: true, allowPrivilegeEscalation: false, capabilities: {drop: [ALL], add: [NET_ADMIN]}}
+        volumeMounts:
+        - {name: data, mountPath: /var/lib/hanse}
+        - {name: token, mountPath: /var/run/hanse, readOnly: true}
+        - {name: authority, mountPath: /etc/hanse, readOnly: true}
+      volumes:
+      - {name: data, hostPath: {path: /var/lib/hanse, type: DirectoryOrCreate}}
+      - {name: authority, configMap: {name: hanse-authority}}
+      - name: token
+        projected: {sources: [{serviceAccountToken: {audience: hanse-member, path: token, expirationSeconds: 3600}}]}
+";
+
+const WORKLOADS: &str = "apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web, namespace: default}
+spec:
+  replicas: 2
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec:
+      topologySpreadConstraints:
+      - {maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: DoNotSchedule, labelSelector: {matchLabels: {app: web}}}
+      containers: [{name: web, image: web, ports: [{name: http, containerPort: 8080}]}]
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: client, namespace: default}
+spec:
+  replicas: 1
+  selector: {matchLabels: {app: client}}
+  template:
+    metadata: {labels: {app: client}}
+    spec:
+      nodeSelector: {kubernetes.io/hostname: b}
+      containers: [{name: client, image: client, ports: [{containerPort: 8080}]}]
+";
+
+fn policy(from: &str) -> String {
+    format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: web, namespace: default}}\n\
+         spec: {{podSelector: {{matchLabels: {{app: web}}}}, policyTypes: [Ingress], ingress: [{from}]}}\n"
+    )
+}
+
+fn world() -> Cluster {
+    let node = |name: &str, number: u8| Node {
+        name: name.to_owned(),
+        addresses: vec![[172, 20, 0, number].into()],
+        pod_ranges: vec![format!("10.20.{number}.0/24").parse().expect("a range")],
+    };
+    Cluster {
+        name: "east".to_owned(),
+        directory: std::path::PathBuf::new(),
+        nodes: vec![node("a", 1), node("b", 2)],
+        pods: Vec::new(),
+    }
+}
+
+/// A cluster whose pods run.
+struct East {
+    server: ApiServer,
+    client: kube::Client,
+    kubelets: BTreeMap<String, Kubelet>,
+    programs: Programs,
+    _controllers: Controllers,
+}
+
+impl East {
+    async fn start(world: &Cluster, fabric: &Fabric, scratch: &std::path::Path) -> Self {
+        let etcd = Etcd::start().expect("etcd starts");
+        // Where every node reaches the router.
+        let options = Options::new(&world.name).listen([169, 254, 2, 1].into());
+        let server = ApiServer::start(&etcd, options).await.expect("it is ready");
+        let mut controllers = Controllers::start(&server).await.expect("they work");
+        controllers.start_scheduler(&server).expect("it starts");
+        let client = server.client().await.expect("a client");
+        let programs = Programs::new(&crate::system::programs(), scratch);
+        let mut east = Self { server, client, kubelets: BTreeMap::new(), programs, _controllers: controllers };
+        for node in &world.nodes {
+            let network = fabric.shared_node(&world.name, &node.name).expect("it is built");
+            let workload = Arc::new(east.programs.clone());
+            let kubelet = Kubelet::start_with(&east.server, network, node.into(), workload).await;
+            east.kubelets.insert(node.name.clone(), kubelet.expect("it registers"));
+        }
+        east
+    }
+
+    async fn apply(&self, text: &str) {
+        manifests::apply(&self.client, "test", text).await.expect("it is applied");
+    }
+
+    fn pods(&self, namespace: &str) -> Api<Pod> {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    async fn ready(&self, namespace: &str, label: &str, count: usize) -> Vec<Pod> {
+        let mut pods = Vec::new();
+        let all = until(PATIENCE, async || {
+            let listed = self.pods(namespace).list(&ListParams::default().labels(label)).await;
+            pods = listed.expect("a list").items;
+            pods.len() == count && pods.iter().all(is_ready)
+        });
+        if all.await.is_none() {
+            let logs: Vec<String> = pods.iter().map(|pod| self.log(pod)).collect();
+            panic!("{count} pods with {label} are ready: {pods:#?}\n{}", logs.join("\n---\n"));
+        }
+        pods
+    }
+
+    fn log(&self, pod: &Pod) -> String {
+        let (namespace, name) = (pod.metadata.namespace.as_deref(), pod.metadata.name.as_deref());
+        let container = pod.spec.as_ref().map_or("", |spec| &spec.containers[0].name);
+        self.programs.log(namespace.unwrap_or_default(), name.unwrap_or_default(), container)
+    }
+
+    fn network(&self, pod: &Pod) -> Arc<Namespace> {
+        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).expect("it is bound");
+        let name = pod.metadata.name.as_deref().expect("a name");
+        self.kubelets[node].pod("default", name).expect("it runs")
+    }
+
+    fn observe(&self, from: &Pod, to: &Pod) -> Observed {
+        let title = kubelet::title("east", "default", to.metadata.name.as_deref().expect("a name"));
+        probe::tcp(&self.network(from), SocketAddr::new(addresses(to)[0], PORT), &title)
+    }
+
+    /// Waits until packets from one pod to all others are judged so. Returns how long that took.
+    async fn until_observed(&self, from: &Pod, to: &[Pod], expected: Observed) -> Duration {
+        let start = Instant::now();
+        let is = until(PATIENCE, async || to.iter().all(|to| self.observe(from, to) == expected)).await;
+        if is.is_none() {
+            let mut hanse = self.pods("hanse").list(&ListParams::default()).await.expect("a list").items;
+            hanse.retain(|pod| pod.metadata.name.is_some());
+            let logs: Vec<String> = hanse.iter().map(|pod| self.log(pod)).collect();
+            panic!("packets are {expected:?}: {}", logs.join("\n---\n"));
+        }
+        start.elapsed()
+    }
+}
+
+#[test]
+fn applied_policies_become_verdicts() {
+    sandbox::test("clusters::enforcement::applied_policies_become_verdicts", || {
+        let world = world();
+        let fabric = Fabric::build(std::slice::from_ref(&world)).expect("the network");
+        let scratch = tempfile::tempdir_in("/run").expect("a folder");
+        let set_mode = |mode| {
+            use std::os::unix::fs::PermissionsExt;
+            std::fs::set_permissions(scratch.path(), PermissionsExt::from_mode(mode)).expect("set");
+        };
+        set_mode(0o755);
+        let system = Deployment::start(&fabric, &crate::system::programs(), scratch.path()).expect("a hub");
+        fabric.router().enter(|| {
+            run(async {
+                let mut east = East::start(&world, &fabric, scratch.path()).await;
+                let token = system.hanse(&["token", "create", "--cluster", "east"]).expect("a token");
+                east.apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: hanse}\n").await;
+                east.apply(&format!(
+                    "apiVersion: v1\nkind: Secret\nmetadata: {{name: hanse-join, namespace: hanse}}\nstringData: {{token: '{token}'}}\n"
+                ))
+                .await;
+                east.apply(&HANSE.replace("HUB", "169.254.2.1:7443").replace("JOIN", "169.254.2.1:7444")).await;
+                east.apply(WORKLOADS).await;
+                let start = Instant::now();
+                east.ready("hanse", "app=hanse-member", 1).await;
+                east.ready("hanse", "app=hanse-agent", 2).await;
+                println!("member and agents were ready after {:?}", start.elapsed());
+                let (web, client) = (east.ready("default", "app=web", 2).await, east.ready("default", "app=client", 1).await);
+                let client = &client[0];
+                // The agents have enrolled, and enforce: pods that no rule set names are closed, and these are named.
+                let enforced = until(PATIENCE, async || {
+                    let status = system.hanse(&["status", "-o", "json"]).unwrap_or_default();
+                    let status: serde_json::Value = serde_json::from_str(&status).unwrap_or_default();
+                    status["items"][0]["agentsCurrent"] == 2
+                });
+                assert!(enforced.await.is_some(), "{}", system.hanse(&["status"]).unwrap_or_default());
+                east.until_observed(client, &web, Observed::Open).await;
+                let closed = policy("");
+                east.apply(&closed).await;
+                println!("closed after {:?}", east.until_observed(client, &web, Observed::Closed).await);
+                east.apply(&policy("{from: [{podSelector: {matchLabels: {app: client}}}]}")).await;
+                println!("open after {:?}", east.until_observed(client, &web, Observed::Open).await);
+                east.apply(&policy("{from: [{podSelector: {matchLabels: {app: other}}}]}")).await;
+                east.until_observed(client, &web, Observed::Closed).await;
+                // Without the API server, and with a member that starts again meanwhile, verdicts stay.
+                east.server.kill().expect("killed");
+                assert!(web.iter().all(|to| east.observe(client, to) == Observed::Closed));
+                east.server.start_again().await.expect("ready");
+                // A new pod of the same kind is judged as the others, and never open before.
+                let deployments: Api<k8s_openapi::api::apps::v1::Deployment> = Api::namespaced(east.client.clone(), "default");
+                let scale = kube::api::Patch::Merge(serde_json::json!({"spec": {"replicas": 4}}));
+                deployments.patch("web", &Default::default(), &scale).await.expect("scaled");
+                let more = east.ready("default", "app=web", 4).await;
+                assert!(more.iter().all(|to| east.observe(client, to) == Observed::Closed));
+                // The policy is deleted.
+                let policies: Api<NetworkPolicy> = Api::namespaced(east.client.clone(), "default");
+                policies.delete("web", &DeleteParams::default()).await.expect("deleted");
+                println!("open after {:?}", east.until_observed(client, &more, Observed::Open).await);
+                // A revoked node does not enrol again with the token of its pod.
+                let nodes: Api<NodeObject> = Api::all(east.client.clone());
+                assert_eq!(nodes.list(&ListParams::default()).await.expect("a list").items.len(), 2);
+            });
+        });
+    });
+}
