@@ -304,7 +304,7 @@ fn kernel_agrees_with_the_corpus() {
                 let rules = lab.enforce(&policies, &inventory);
                 let (mut allowed, mut used) = (BTreeMap::new(), BTreeSet::new());
                 let owners = Owners::new(&inventory);
-                for (text, expected) in case.packets() {
+                for (text, expected) in case.packets(false) {
                     let wanted = match expected {
                         Expected::Allow => Verdict::Allow,
                         Expected::Deny => Verdict::Deny,
@@ -353,7 +353,7 @@ fn inhabitants(corpus: &Corpus) -> (Vec<(String, Vec<IpAddr>)>, BTreeSet<IpAddr>
             pods.push((crate::corpus::split(name).0.to_owned(), addresses));
         }
     }
-    let ends = corpus.cases.iter().flat_map(|case| case.packets()).flat_map(|(text, _)| {
+    let ends = corpus.cases.iter().flat_map(|case| case.packets(false)).flat_map(|(text, _)| {
         let question = question(text);
         let address = |ip: &str| ip.parse::<IpAddr>().ok().map(|address| address.to_canonical());
         ["from", "to"].map(|end| question[end]["ip"].as_str().and_then(address))

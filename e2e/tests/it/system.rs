@@ -453,6 +453,33 @@ fn flow_records_contain_enforced_and_staged_verdicts() {
         expect("serve", vllm, [Some(vllm), None], "allowed", ["allow", "allow", "none", "allow"]);
         let changing = system.flows("train", &["--would-change"]).expect("flows");
         assert!(!changing.is_empty() && changing.iter().all(|it| place(&it["to"]) == named(registry)), "{changing:?}");
+        // The same, staged at the hub: it changes no packet, and the records of both clusters have its verdict.
+        std::fs::remove_file(world.clusters[0].directory.join("staged.yaml")).expect("removed");
+        let manifest = world.scratch.path().join("staged.yaml");
+        let staged = "apiVersion: hanse.dev/v1alpha1\nkind: StagedFederatedNetworkPolicy\nmetadata: {name: closed}\n\
+                      spec: {tier: platform, order: 1, types: [Ingress, Egress], ingress: [{action: Deny}], egress: [{action: Deny}]}\n";
+        std::fs::write(&manifest, staged).expect("written");
+        system.hanse(&["apply", "-f", &manifest.to_string_lossy()]).expect("applied");
+        let waited = system.hanse(&["wait", "--for=enforced", "sfnp/closed"]).expect("evaluated");
+        assert!(waited.contains("StagedFederatedNetworkPolicy/closed is evaluated"), "{waited}");
+        assert!(connects(&fabric, trainer, registry) && connects(&fabric, vllm, registry), "it is not enforced");
+        for (cluster, direction, from) in [("train", "ingress", vllm), ("serve", "egress", vllm)] {
+            let decided = format!("/staged/{direction}/trace/0/policy/kind");
+            let mut found = Vec::new();
+            let of_staged = |it: &serde_json::Value| {
+                it["verdict"] == "allow"
+                    && it["staged"]["verdict"] == "deny"
+                    && it.pointer(&decided).is_some_and(|kind| kind == "StagedFederatedNetworkPolicy")
+            };
+            let reached = probe::until(PATIENCE, || {
+                assert!(connects(&fabric, from, registry), "it is not enforced");
+                found = system.flows(cluster, &["--would-change", "--decision", "allowed"]).unwrap_or_default();
+                found.iter().any(of_staged)
+            });
+            assert!(reached.is_some(), "{cluster}: {found:?}\n{}", system.logs());
+        }
+        system.hanse(&["delete", "sfnp/closed"]).expect("deleted");
+        assert!(connects(&fabric, trainer, registry));
     });
 }
 

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind};
-use hanse_policy::model::{
-    self, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, StagedAction, TierDefault, TierId,
-};
+use hanse_policy::model::{self, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, TierDefault, TierId};
 use hanse_policy::selector::{Selector, build};
 use serde::Deserialize;
 
@@ -19,7 +17,8 @@ use crate::names::{NAME_RULE, is_subdomain};
 use crate::network_policy::{self, EgressRule, IngressRule};
 use crate::policy::LocalPolicy;
 use crate::policy_fields::{
-    TIER_NAME_RULE, check_order, check_part_name, convert_default_action, convert_types, peers_scope,
+    TIER_NAME_RULE, check_order, check_part_name, convert_default_action, convert_staged_action, convert_types,
+    peers_scope,
 };
 use crate::rule::{self, Context, RuleSpec, RulesOf};
 
@@ -325,20 +324,6 @@ fn convert_tier(tier: &Resource<TierSpec>, errors: &mut Errors) -> model::Tier {
         (order, default) = (Some(*fixed), *action);
     }
     model::Tier { id, order: Order(order), default }
-}
-
-/// In a stored object an action that is not known is Set.
-pub fn convert_staged_action(text: Option<&str>, path: &Path<'_>, errors: &mut Errors) -> StagedAction {
-    match text {
-        None | Some("Set") => StagedAction::Set,
-        Some("Delete") => StagedAction::Delete,
-        Some("Learn") => StagedAction::Learn,
-        Some("Ignore") => StagedAction::Ignore,
-        Some(other) => {
-            errors.refuse(path, format!("\"{other}\" is not one of Set, Delete, Learn, Ignore"));
-            StagedAction::Set
-        }
-    }
 }
 
 fn convert_policy(kind: PolicyKind, policy: &Resource<PolicySpec>, errors: &mut Errors) -> LocalPolicy {

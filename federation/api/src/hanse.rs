@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use hanse_policy::evaluate::Direction;
 use hanse_policy::inventory::{Endpoint, EndpointId, EndpointKind, LabelGrant, Labels};
-use hanse_policy::model::{self, ClusterName, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, TierId};
+use hanse_policy::model::{
+    self, ClusterName, ClusterScope, Order, Phase, Policy, PolicyId, PolicyKind, StagedAction, TierId,
+};
 use hanse_policy::selector::{Selector, build};
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -18,7 +20,9 @@ use crate::field::{Errors, Path};
 use crate::metadata::{Metadata, check_labels, check_metadata};
 use crate::names::is_dns_label;
 use crate::policy::{FederatedPolicy, PeerClusters};
-use crate::policy_fields::{TIER_NAME_RULE, check_order, check_part_name, convert_default_action, convert_types};
+use crate::policy_fields::{
+    TIER_NAME_RULE, check_order, check_part_name, convert_default_action, convert_staged_action, convert_types,
+};
 use crate::rule::{self, Context, RuleSpec, RulesOf};
 
 pub const GROUP: &str = "hanse.dev";
@@ -47,6 +51,12 @@ macro_rules! object {
 object!(
     /// Cluster-scoped; fields mean what they mean in Calico's GlobalNetworkPolicy.
     FederatedNetworkPolicy,
+    PolicySpec
+);
+object!(
+    /// The same, not enforced: flows and commands show the verdicts as if `stagedAction` were carried out for the
+    /// FederatedNetworkPolicy of the same name.
+    StagedFederatedNetworkPolicy,
     PolicySpec
 );
 object!(
@@ -85,6 +95,8 @@ pub struct PolicySpec {
     pub ingress: Vec<RuleSpec>,
     #[serde(default, deserialize_with = "null_as_default")]
     pub egress: Vec<RuleSpec>,
+    /// StagedFederatedNetworkPolicy only: `Set` (the default), `Delete`, `Learn` or `Ignore`, as in Calico's staged kinds.
+    pub staged_action: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -193,9 +205,32 @@ pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
 
 impl FederatedNetworkPolicy {
     pub fn convert(&self, errors: &mut Errors) -> FederatedPolicy {
-        check_global_metadata(&self.metadata, errors);
+        if self.spec.staged_action.is_some() {
+            errors.add(&Path::Root("spec.stagedAction"), "is a field of StagedFederatedNetworkPolicy only");
+        }
+        self.spec.convert(PolicyKind::FederatedNetworkPolicy, &self.metadata, None, errors)
+    }
+}
+
+impl StagedFederatedNetworkPolicy {
+    pub fn convert(&self, errors: &mut Errors) -> FederatedPolicy {
+        let action =
+            convert_staged_action(self.spec.staged_action.as_deref(), &Path::Root("spec.stagedAction"), errors);
+        self.spec.convert(PolicyKind::StagedFederatedNetworkPolicy, &self.metadata, Some(action), errors)
+    }
+}
+
+impl PolicySpec {
+    fn convert(
+        &self,
+        kind: PolicyKind,
+        metadata: &Metadata,
+        staged: Option<StagedAction>,
+        errors: &mut Errors,
+    ) -> FederatedPolicy {
+        check_global_metadata(metadata, errors);
         let path = Path::Root("spec");
-        let spec = &self.spec;
+        let spec = self;
         // Of each end of each rule, in their order.
         let selectors: RefCell<Vec<Option<Selector>>> = RefCell::default();
         let resolve = |selector: Option<&Selector>| {
@@ -245,12 +280,7 @@ impl FederatedNetworkPolicy {
             errors.add(&path.field("tier"), format!("\"{}\" is not a tier's name: {TIER_NAME_RULE}", spec.tier));
         }
         let policy = Policy {
-            id: PolicyId {
-                cluster: None,
-                kind: PolicyKind::FederatedNetworkPolicy,
-                namespace: None,
-                name: self.metadata.name.as_str().into(),
-            },
+            id: PolicyId { cluster: None, kind, namespace: None, name: metadata.name.as_str().into() },
             tier: TierId { phase: Phase::Guard, name: spec.tier.as_str().into() },
             order: Order(spec.order),
             enforcers: ClusterScope::All,
@@ -261,7 +291,7 @@ impl FederatedNetworkPolicy {
             ])),
             ingress: ingress.then_some(ingress_rules),
             egress: egress.then_some(egress_rules),
-            staged: None,
+            staged,
             host_only: false,
         };
         let text = |text: &str| Arc::from(text);
@@ -271,9 +301,7 @@ impl FederatedNetworkPolicy {
         let has_rules = [!spec.ingress.is_empty(), !spec.egress.is_empty()];
         FederatedPolicy::new(policy, enforcers, peers).with_types(has_rules, "types")
     }
-}
 
-impl PolicySpec {
     /// The peers that are limited to some clusters. `selectors`: of each end of each rule.
     fn peers(&self, selectors: Vec<Option<Selector>>) -> Vec<PeerClusters> {
         let mut selectors = selectors.into_iter();

@@ -7,7 +7,7 @@ use crate::field::FieldError;
 use crate::hanse;
 
 /// Every kind that is read, but for Calico's.
-const READ: [(&str, &str); 12] = [
+const READ: [(&str, &str); 13] = [
     ("v1", "Namespace"),
     ("v1", "Node"),
     ("v1", "ServiceAccount"),
@@ -17,6 +17,7 @@ const READ: [(&str, &str); 12] = [
     ("networking.k8s.io/v1", "NetworkPolicy"),
     ("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolicy"),
     (hanse::API_VERSION, "FederatedNetworkPolicy"),
+    (hanse::API_VERSION, "StagedFederatedNetworkPolicy"),
     (hanse::API_VERSION, "Tier"),
     (hanse::API_VERSION, "FederatedNetworkSet"),
     (hanse::API_VERSION, "MemberCluster"),
@@ -44,10 +45,11 @@ const OWN_GROUPS: [&str; 2] = ["hanse.dev", "policy.networking.k8s.io"];
 
 /// Kinds that are policy by their name alone, in whatever group and version they are written: in another group than their
 /// own they are refused, since skipping one would take its policy out of force. `Tier` is a word of other groups too.
-const UNMISTAKABLE: [&str; 10] = [
+const UNMISTAKABLE: [&str; 11] = [
     "NetworkPolicy",
     "ClusterNetworkPolicy",
     "FederatedNetworkPolicy",
+    "StagedFederatedNetworkPolicy",
     "FederatedNetworkSet",
     "GlobalNetworkPolicy",
     "StagedNetworkPolicy",

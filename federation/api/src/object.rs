@@ -35,6 +35,7 @@ pub enum Object {
     /// A network set of the cluster, with or without a namespace.
     NetworkSet(EndpointId, Box<Endpoint>),
     FederatedTier(Tier),
+    /// A policy of the federation, enforced or staged.
     FederatedPolicy(Box<FederatedPolicy>),
     FederatedNetworkSet(EndpointId, Box<Endpoint>),
     Member(Box<Member>),
@@ -153,6 +154,11 @@ pub(crate) fn read(
         }
         (hanse::API_VERSION, "FederatedNetworkPolicy") => read
             .convert(|it: hanse::FederatedNetworkPolicy, errors| Object::FederatedPolicy(Box::new(it.convert(errors)))),
+        (hanse::API_VERSION, "StagedFederatedNetworkPolicy") => {
+            read.convert(|it: hanse::StagedFederatedNetworkPolicy, errors| {
+                Object::FederatedPolicy(Box::new(it.convert(errors)))
+            })
+        }
         (hanse::API_VERSION, "Tier") => {
             read.convert(|it: hanse::Tier, errors| Object::FederatedTier(it.convert(errors)))
         }
@@ -201,6 +207,7 @@ wire!(
     NetworkPolicy: true,
     ClusterNetworkPolicy: false,
     hanse::FederatedNetworkPolicy: false,
+    hanse::StagedFederatedNetworkPolicy: false,
     hanse::Tier: false,
     hanse::FederatedNetworkSet: false,
     hanse::MemberCluster: false,

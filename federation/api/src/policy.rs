@@ -140,6 +140,19 @@ impl FederatedPolicy {
         &self.policy.id
     }
 
+    /// Whether it is a StagedFederatedNetworkPolicy.
+    pub fn is_staged(&self) -> bool {
+        self.policy.staged.is_some()
+    }
+
+    /// The clusters that enforce it, among clusters with these labels.
+    pub fn enforcers(&self, clusters: &ClusterLabels) -> BTreeSet<ClusterName> {
+        match &self.enforcers {
+            Some(selector) => select_clusters(&selector.selector, clusters),
+            None => clusters.keys().cloned().collect(),
+        }
+    }
+
     /// The name of its tier.
     pub fn tier(&self) -> &Arc<str> {
         &self.policy.tier.name

@@ -1,6 +1,6 @@
 //! Fields that several kinds of policies and tiers share.
 
-use hanse_policy::model::{ClusterScope, TierDefault};
+use hanse_policy::model::{ClusterScope, StagedAction, TierDefault};
 
 use crate::field::{Errors, Path};
 use crate::metadata::Metadata;
@@ -73,6 +73,20 @@ pub fn convert_default_action(text: Option<&str>, path: &Path<'_>, errors: &mut 
         Some(other) => {
             errors.add(path, format!("\"{other}\" is neither Deny nor Pass"));
             TierDefault::Deny
+        }
+    }
+}
+
+/// In a stored object an action that is not known is Set.
+pub fn convert_staged_action(text: Option<&str>, path: &Path<'_>, errors: &mut Errors) -> StagedAction {
+    match text {
+        None | Some("Set") => StagedAction::Set,
+        Some("Delete") => StagedAction::Delete,
+        Some("Learn") => StagedAction::Learn,
+        Some("Ignore") => StagedAction::Ignore,
+        Some(other) => {
+            errors.refuse(path, format!("\"{other}\" is not one of Set, Delete, Learn, Ignore"));
+            StagedAction::Set
         }
     }
 }

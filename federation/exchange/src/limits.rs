@@ -33,3 +33,7 @@ pub const MAX_CLUSTERS: usize = 4_096;
 /// The feature of a policy whose tier does not exist. No version has it, so that no member puts the policy into force: the last
 /// version with a tier stays in force, if there is one.
 pub const EXISTING_TIER: &str = "existing-tier";
+/// The feature of a staged policy: a member that does not have it ignores the object, and enforces the same as without it.
+pub const STAGED_POLICY: &str = "staged-policy";
+/// The features that this version has.
+pub const FEATURES: [&str; 1] = [STAGED_POLICY];

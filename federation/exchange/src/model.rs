@@ -145,6 +145,8 @@ impl ClusterState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ManifestKind {
     Policy,
+    /// Evaluated for flows, not enforced.
+    StagedPolicy,
     Tier,
     NetworkSet,
 }
@@ -155,11 +157,28 @@ pub struct FederatedManifest {
     pub json: Bytes,
     /// For a policy the clusters that enforce it; `None` for other kinds: all.
     pub enforcers: Option<BTreeSet<ClusterName>>,
+    /// Other clusters that are sent it. A staged policy takes the policy that it replaces out of the staged verdicts of all clusters that
+    /// enforce that one.
+    pub also_for: BTreeSet<ClusterName>,
     /// What its cluster selectors select now.
     pub resolved: BTreeMap<Arc<str>, BTreeSet<ClusterName>>,
     /// What its enforcers must be sent before it comes into force.
     pub interest: Interest,
     pub features: Vec<String>,
+}
+
+impl ManifestKind {
+    /// Whether it is a policy, enforced or staged.
+    pub fn is_policy(self) -> bool {
+        matches!(self, Self::Policy | Self::StagedPolicy)
+    }
+}
+
+impl FederatedManifest {
+    /// The clusters that are sent it; `None`: all.
+    pub fn audience(&self) -> Option<BTreeSet<ClusterName>> {
+        self.enforcers.as_ref().map(|enforcers| enforcers.union(&self.also_for).cloned().collect())
+    }
 }
 
 /// The ClusterSet's own state at one revision of the hub's store.

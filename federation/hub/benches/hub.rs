@@ -111,6 +111,7 @@ fn federation(clusters: usize, selector: impl Fn(usize) -> Selector) -> Federati
             Arc::new(FederatedManifest {
                 json: Bytes::from_static(b"{}"),
                 enforcers: Some([].into()),
+                also_for: [].into(),
                 resolved: [].into(),
                 interest: [Arc::new(wanted)].into(),
                 features: Vec::new(),

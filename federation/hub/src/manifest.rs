@@ -18,6 +18,7 @@ pub enum Kind {
     FederatedNetworkPolicy,
     FederatedNetworkSet,
     MemberCluster,
+    StagedFederatedNetworkPolicy,
     Tier,
 }
 
@@ -29,16 +30,27 @@ pub struct ObjectId {
 }
 
 impl Kind {
-    pub const ALL: [Self; 4] =
-        [Self::FederatedNetworkPolicy, Self::FederatedNetworkSet, Self::MemberCluster, Self::Tier];
+    pub const ALL: [Self; 5] = [
+        Self::FederatedNetworkPolicy,
+        Self::FederatedNetworkSet,
+        Self::MemberCluster,
+        Self::StagedFederatedNetworkPolicy,
+        Self::Tier,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::FederatedNetworkPolicy => "FederatedNetworkPolicy",
             Self::FederatedNetworkSet => "FederatedNetworkSet",
             Self::MemberCluster => "MemberCluster",
+            Self::StagedFederatedNetworkPolicy => "StagedFederatedNetworkPolicy",
             Self::Tier => "Tier",
         }
+    }
+
+    /// Whether it is a policy, enforced or staged: in a tier, for clusters.
+    pub fn is_policy(self) -> bool {
+        matches!(self, Self::FederatedNetworkPolicy | Self::StagedFederatedNetworkPolicy)
     }
 
     pub fn from_name(name: &str) -> Option<Self> {

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use records::{AuditRecord, MemberState};
-pub use snapshot::{Cluster, ClusterState, Lease, Object, Snapshot};
+pub use snapshot::{Acceptance, Cluster, ClusterState, Lease, Object, Snapshot};
 
 /// Audit records stored. Each new one replaces the oldest. 10,000 × about 300 bytes is 3 MiB.
 pub const MAX_AUDIT_RECORDS: u64 = 10_000;

@@ -51,8 +51,8 @@ impl Need<'_> {
             Self::Operate(cluster) => Some(Role::Operator { clusters: vec![(*cluster).to_owned()] }),
             Self::Write(id, tiers) => match id.kind {
                 // Without a tier, no author role applies.
-                Kind::FederatedNetworkPolicy if tiers.is_empty() => None,
-                Kind::FederatedNetworkPolicy => {
+                _ if id.kind.is_policy() && tiers.is_empty() => None,
+                Kind::FederatedNetworkPolicy | Kind::StagedFederatedNetworkPolicy => {
                     let mut tiers: Vec<String> = tiers.iter().map(|tier| (*tier).to_owned()).collect();
                     tiers.dedup();
                     Some(Role::Author { tiers })
@@ -90,7 +90,9 @@ pub fn allow(roles: &[Role], need: Need<'_>) -> bool {
         (Role::Operator { clusters }, Need::Operate(cluster)) => within(clusters, cluster),
         // One role must allow both ends of a move between tiers.
         (Role::Author { tiers: own }, Need::Write(id, tiers)) => match id.kind {
-            Kind::FederatedNetworkPolicy => !tiers.is_empty() && tiers.iter().all(|tier| within(own, tier)),
+            Kind::FederatedNetworkPolicy | Kind::StagedFederatedNetworkPolicy => {
+                !tiers.is_empty() && tiers.iter().all(|tier| within(own, tier))
+            }
             // A set is used by policies of any tier, so only those who may write all of them may change it.
             Kind::FederatedNetworkSet => own.iter().any(|tier| tier == "*"),
             Kind::MemberCluster | Kind::Tier => false,

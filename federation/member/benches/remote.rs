@@ -12,6 +12,7 @@
 //!   changes (`receive`), and to the compiled rule set of the node (`compiled`).
 //! - `replace`: one endpoint gets another address, so that a set of 200,000 addresses changes too.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -304,7 +305,7 @@ fn federation() -> Federation {
     let manifest = |json: serde_json::Value, enforcers: Option<&[&str]>, interest| {
         let enforcers = enforcers.map(|names| names.iter().map(|name| ClusterName::from(*name)).collect());
         let (json, resolved, features) = (json.to_string().into(), Default::default(), Vec::new());
-        Arc::new(FederatedManifest { json, enforcers, resolved, interest, features })
+        Arc::new(FederatedManifest { json, enforcers, also_for: BTreeSet::new(), resolved, interest, features })
     };
     let of = |kind: &str, name: &str, spec: serde_json::Value| serde_json::json!({"apiVersion": "hanse.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec});
     let tier = of("Tier", "platform", serde_json::json!({"phase": "Guard", "order": 1}));

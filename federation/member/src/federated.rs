@@ -65,13 +65,17 @@ impl Reader {
 
 fn object_of(kind: ManifestKind, read: &FederatedObject) -> Result<&Object, String> {
     let object = read.object()?;
-    let fits = matches!(
-        (kind, object),
-        (ManifestKind::Policy, Object::FederatedPolicy(_))
-            | (ManifestKind::Tier, Object::FederatedTier(_))
-            | (ManifestKind::NetworkSet, Object::FederatedNetworkSet(..))
-    );
+    let fits = match object {
+        Object::FederatedPolicy(policy) => kind == kind_of(policy),
+        Object::FederatedTier(_) => kind == ManifestKind::Tier,
+        Object::FederatedNetworkSet(..) => kind == ManifestKind::NetworkSet,
+        _ => false,
+    };
     if fits { Ok(object) } else { Err("has a kind that differs from that of its key".to_owned()) }
+}
+
+fn kind_of(policy: &FederatedPolicy) -> ManifestKind {
+    if policy.is_staged() { ManifestKind::StagedPolicy } else { ManifestKind::Policy }
 }
 
 /// A federated policy, in force or waiting for its tier.
@@ -84,12 +88,13 @@ struct StoredPolicy {
 impl StoredPolicy {
     /// Whether this version of Hanse can read the whole policy and has all required features.
     fn is_complete(&self) -> bool {
-        self.manifest.features.is_empty() && object_of(ManifestKind::Policy, &self.read).is_ok()
+        self.manifest.features.is_empty() && self.read.object().is_ok()
     }
 
-    fn possible(&self) -> Option<&FederatedPolicy> {
+    /// The policy, if it is of this kind.
+    fn possible(&self, kind: ManifestKind) -> Option<&FederatedPolicy> {
         match self.read.possible()? {
-            Object::FederatedPolicy(policy) => Some(policy),
+            Object::FederatedPolicy(policy) if kind_of(policy) == kind => Some(policy),
             _ => None,
         }
     }
@@ -99,7 +104,8 @@ impl StoredPolicy {
 #[derive(Debug, Default)]
 pub struct Federated {
     reader: Reader,
-    policies: BTreeMap<Arc<str>, StoredPolicy>,
+    /// Enforced and staged ones.
+    policies: BTreeMap<(ManifestKind, Arc<str>), StoredPolicy>,
     phases: BTreeMap<Arc<str>, Phase>,
     converted: Federation,
 }
@@ -127,9 +133,9 @@ impl Federated {
             let object = match stored.as_ref().map(|it| object_of(kind, &it.read)).transpose() {
                 Ok(object) => object.cloned(),
                 Err(why) => {
-                    let is_usable = kind == ManifestKind::Policy
-                        && !self.policies.get(&name).is_some_and(StoredPolicy::is_complete)
-                        && stored.as_ref().is_some_and(|it| it.possible().is_some());
+                    let is_usable = kind.is_policy()
+                        && !self.policies.get(&(kind, name.clone())).is_some_and(StoredPolicy::is_complete)
+                        && stored.as_ref().is_some_and(|it| it.possible(kind).is_some());
                     if !is_usable {
                         tracing::error!(object = %name, why, "federated object not readable: its last version stays in force");
                         continue;
@@ -139,12 +145,13 @@ impl Federated {
                 }
             };
             match (kind, object) {
-                (ManifestKind::Policy, _) => {
+                (ManifestKind::Policy | ManifestKind::StagedPolicy, _) => {
+                    let key = (kind, name);
                     match stored {
-                        Some(stored) => drop(self.policies.insert(name.clone(), stored)),
-                        None => drop(self.policies.remove(&name)),
+                        Some(stored) => drop(self.policies.insert(key.clone(), stored)),
+                        None => drop(self.policies.remove(&key)),
                     }
-                    policies.insert(name);
+                    policies.insert(key);
                 }
                 (ManifestKind::Tier, object) => {
                     let tier = match object {
@@ -184,20 +191,19 @@ impl Federated {
         if !moved.is_empty() {
             let in_force = &self.converted.layer.policies;
             let along = in_force.values().filter(|policy| moved.contains(&policy.tier.name));
-            policies.extend(along.map(|policy| policy.id.name.clone()));
-            let known: BTreeSet<&Arc<str>> = in_force.keys().map(|id| &id.name).collect();
-            policies.extend(self.policies.keys().filter(|name| !known.contains(name)).cloned());
+            policies.extend(along.map(|policy| key_of(&policy.id)));
+            let known: BTreeSet<_> = in_force.keys().map(key_of).collect();
+            policies.extend(self.policies.keys().filter(|key| !known.contains(key)).cloned());
         }
-        for name in policies {
-            let policy = self.policies.get(&name).and_then(|stored| self.policy(stored));
+        for key in policies {
+            let policy = self.policies.get(&key).and_then(|stored| self.policy(key.0, stored));
             updates.push(match policy {
                 Some(policy) => {
                     self.converted.layer.policies.insert(policy.id.clone(), policy.clone());
                     Update::Policy(policy)
                 }
                 None => {
-                    let kind = PolicyKind::FederatedNetworkPolicy;
-                    let id = PolicyId { cluster: None, kind, namespace: None, name };
+                    let id = id_of(key);
                     self.converted.layer.policies.remove(&id);
                     Update::RemovePolicy(id)
                 }
@@ -206,8 +212,8 @@ impl Federated {
         updates
     }
 
-    fn policy(&self, stored: &StoredPolicy) -> Option<Policy> {
-        let (manifest, policy) = (&stored.manifest, stored.possible()?);
+    fn policy(&self, kind: ManifestKind, stored: &StoredPolicy) -> Option<Policy> {
+        let (manifest, policy) = (&stored.manifest, stored.possible(kind)?);
         if !self.phases.contains_key(policy.tier()) {
             tracing::error!(
                 policy = %policy.id().name,
@@ -235,8 +241,25 @@ impl Federated {
     }
 }
 
+fn key_of(id: &PolicyId) -> (ManifestKind, Arc<str>) {
+    let kind = match id.kind {
+        PolicyKind::StagedFederatedNetworkPolicy => ManifestKind::StagedPolicy,
+        _ => ManifestKind::Policy,
+    };
+    (kind, id.name.clone())
+}
+
+fn id_of((kind, name): (ManifestKind, Arc<str>)) -> PolicyId {
+    let kind = match kind {
+        ManifestKind::StagedPolicy => PolicyKind::StagedFederatedNetworkPolicy,
+        _ => PolicyKind::FederatedNetworkPolicy,
+    };
+    PolicyId { cluster: None, kind, namespace: None, name }
+}
+
 #[cfg(test)]
 mod tests {
+    use hanse_policy::model::StagedAction;
     use serde_json::json;
 
     use super::*;
@@ -344,6 +367,36 @@ mod tests {
         let mut federated = with_tier();
         federated.take([(ManifestKind::Policy, "p".into(), Some(whole))]);
         assert_eq!(rules(&federated), [true]);
+    }
+
+    #[test]
+    fn staged_and_enforced_policies_of_one_name_are_two_objects() {
+        let mut federated = with_tier();
+        let staged = |action: &str| {
+            let spec = json!({"tier": "t", "stagedAction": action, "types": ["Ingress"]});
+            Some(manifest("StagedFederatedNetworkPolicy", "p", spec))
+        };
+        let kinds = |federated: &Federated| {
+            let policies = federated.converted().layer.policies.values();
+            policies.map(|policy| (policy.id.kind, policy.staged)).collect::<Vec<_>>()
+        };
+        let (enforced, pending) = (PolicyKind::FederatedNetworkPolicy, PolicyKind::StagedFederatedNetworkPolicy);
+        federated.take([(ManifestKind::StagedPolicy, "p".into(), staged("Set"))]);
+        federated.take([(ManifestKind::Policy, "p".into(), Some(policy("a == 'b'")))]);
+        assert_eq!(kinds(&federated), [(enforced, None), (pending, Some(StagedAction::Set))]);
+        // A manifest of the other kind is not taken for its key's.
+        let reader = Reader::default();
+        assert!(reader.check(ManifestKind::Policy, &staged("Set").expect("a manifest").json).is_err());
+        assert!(federated.take([(ManifestKind::Policy, "p".into(), staged("Set"))]).is_empty());
+        // A tier that moves takes both along.
+        let moved = federated.take([(ManifestKind::Tier, "t".into(), Some(tier("Baseline")))]);
+        assert_eq!(moved.iter().filter(|it| matches!(it, Update::Policy(_))).count(), 2);
+        federated.take([(ManifestKind::Policy, "p".into(), None)]);
+        federated.take([(ManifestKind::StagedPolicy, "p".into(), staged("Delete"))]);
+        assert_eq!(kinds(&federated), [(pending, Some(StagedAction::Delete))]);
+        let removed = federated.take([(ManifestKind::StagedPolicy, "p".into(), None)]);
+        assert!(matches!(&removed[..], [Update::RemovePolicy(id)] if id.kind == pending), "{removed:?}");
+        assert_eq!(kinds(&federated), []);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use hanse_ruleset::{ChainId, EndpointId, RuleSet};
 use prost::Message;
 
 use crate::exchange::client::Client;
+use crate::exchange::model::ManifestKind;
 use crate::fanout::NodeStatus;
 use crate::world::World;
 use hanse_exchange::codec::digest_bytes;
@@ -56,12 +57,15 @@ pub fn realisation(
     client.with_receiver(|receiver| {
         let (policies, clusters) = receiver.waiting();
         let clusters: Vec<String> = clusters.iter().take(MAX_AWAITED).map(|name| name.to_string()).collect();
-        let waiting = policies.into_iter().map(|policy| pb::PolicyState {
+        let is_staged = |kind: ManifestKind| kind == ManifestKind::StagedPolicy;
+        let waiting = policies.into_iter().map(|(kind, policy)| pb::PolicyState {
             policy: policy.to_string(),
+            staged: is_staged(kind),
             state: Some(pb::policy_state::State::Waiting(pb::Waiting { clusters: clusters.clone() })),
         });
-        let refused = receiver.refused().into_iter().map(|(policy, why)| pb::PolicyState {
+        let refused = receiver.refused().into_iter().map(|((kind, policy), why)| pb::PolicyState {
             policy: policy.to_string(),
+            staged: is_staged(kind),
             state: Some(pb::policy_state::State::Refused(why)),
         });
         let (received, in_force) = receiver.positions();
@@ -326,7 +330,7 @@ mod tests {
             unenforced_total: 2,
             ..pb::NodePosition::default()
         };
-        let policy = pb::PolicyState { policy: "p".to_owned(), state: None };
+        let policy = pb::PolicyState { policy: "p".to_owned(), ..Default::default() };
         let fitted = |room: Room| {
             let (mut nodes, mut policies) = (vec![node.clone(), node.clone()], vec![policy.clone(); 3]);
             fit(&mut nodes, &mut policies, room);

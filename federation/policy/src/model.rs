@@ -78,6 +78,7 @@ pub enum PolicyKind {
     StagedKubernetesNetworkPolicy,
     /// hanse.dev/v1alpha1
     FederatedNetworkPolicy,
+    StagedFederatedNetworkPolicy,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -265,6 +266,7 @@ impl PolicyKind {
             Self::StagedGlobalNetworkPolicy => "StagedGlobalNetworkPolicy",
             Self::StagedKubernetesNetworkPolicy => "StagedKubernetesNetworkPolicy",
             Self::FederatedNetworkPolicy => "FederatedNetworkPolicy",
+            Self::StagedFederatedNetworkPolicy => "StagedFederatedNetworkPolicy",
         }
     }
 }
@@ -283,12 +285,14 @@ impl PolicyId {
 }
 
 impl PolicyId {
-    /// For a staged kind, the policy that it would become.
+    /// For a staged kind, the policy that it would become. Of a federated one in every cluster, also in those that only the other
+    /// of the two is for.
     pub fn commits_to(&self) -> Option<PolicyId> {
         let kind = match self.kind {
             PolicyKind::StagedNetworkPolicy => PolicyKind::CalicoNetworkPolicy,
             PolicyKind::StagedGlobalNetworkPolicy => PolicyKind::CalicoGlobalNetworkPolicy,
             PolicyKind::StagedKubernetesNetworkPolicy => PolicyKind::KubernetesNetworkPolicy,
+            PolicyKind::StagedFederatedNetworkPolicy => PolicyKind::FederatedNetworkPolicy,
             _ => return None,
         };
         Some(PolicyId { kind, ..self.clone() })

@@ -51,8 +51,8 @@ pub fn assemble_federation<'a>(
             }
             Object::FederatedPolicy(policy) => policies.push((manifest, policy)),
             _ => {
-                let message = "belongs to a cluster: the federation has FederatedNetworkPolicy, Tier, \
-                               FederatedNetworkSet and MemberCluster";
+                let message = "belongs to a cluster: the federation has FederatedNetworkPolicy, \
+                               StagedFederatedNetworkPolicy, Tier, FederatedNetworkSet and MemberCluster";
                 federation.diagnostics.push(diagnostic(manifest, "kind", message.to_owned()));
             }
         }

@@ -4,12 +4,13 @@
 use hanse_api::{Manifests, assemble_cluster, assemble_federation, read_bytes};
 use hanse_policy::model::{EntityMatch, Policy, Selection};
 
-const KINDS: [(&str, &str); 5] = [
+const KINDS: [(&str, &str); 6] = [
     ("projectcalico.org/v3", "NetworkPolicy"),
     ("projectcalico.org/v3", "GlobalNetworkPolicy"),
     ("projectcalico.org/v3", "StagedNetworkPolicy"),
     ("projectcalico.org/v3", "StagedGlobalNetworkPolicy"),
     ("hanse.dev/v1alpha1", "FederatedNetworkPolicy"),
+    ("hanse.dev/v1alpha1", "StagedFederatedNetworkPolicy"),
 ];
 
 fn policy(api_version: &str, kind: &str, spec: &str) -> Policy {
@@ -18,7 +19,7 @@ fn policy(api_version: &str, kind: &str, spec: &str) -> Policy {
         _ => "{name: p}",
     };
     let mut text = format!("apiVersion: {api_version}\nkind: {kind}\nmetadata: {metadata}\nspec: {spec}\n");
-    if kind == "FederatedNetworkPolicy" {
+    if kind.contains("Federated") {
         // Without its tier it is not in force.
         text += "---\napiVersion: hanse.dev/v1alpha1\nkind: Tier\nmetadata: {name: t}\nspec: {order: 1}\n";
     }
@@ -26,7 +27,7 @@ fn policy(api_version: &str, kind: &str, spec: &str) -> Policy {
     read_bytes(&"file.yaml".into(), text.as_bytes(), &mut read);
     assert_eq!(read.diagnostics, [], "{text}");
     let layer = match kind {
-        "FederatedNetworkPolicy" => assemble_federation(&read.objects, ["c".into()]).layer,
+        _ if kind.contains("Federated") => assemble_federation(&read.objects, ["c".into()]).layer,
         _ => assemble_cluster(&"c".into(), read.objects).layer,
     };
     layer.policies.into_values().next().expect("the policy")
@@ -43,7 +44,7 @@ fn ends(end: &str) -> Vec<(&'static str, EntityMatch)> {
     let rules = format!("[{{action: Deny, source: {end}}}, {{action: Deny, destination: {end}}}]");
     let mut all = Vec::new();
     for (api_version, kind) in KINDS {
-        let tier = if kind.starts_with("Federated") { "tier: t, " } else { "" };
+        let tier = if kind.contains("Federated") { "tier: t, " } else { "" };
         let policy = policy(api_version, kind, &format!("{{{tier}ingress: {rules}, egress: {rules}}}"));
         for rules in [policy.ingress, policy.egress] {
             let rules = rules.expect("both directions");
@@ -102,7 +103,7 @@ fn a_rule_stays_one_rule_whatever_its_ports_are_called() {
     for ports in ["ports: [dns]", "notPorts: [dns]", "ports: [dns], notPorts: [http]"] {
         for protocol in ["", "notProtocol: TCP, ", "notProtocol: ICMP, "] {
             for (api_version, kind) in KINDS {
-                let tier = if kind.starts_with("Federated") { "tier: t, " } else { "" };
+                let tier = if kind.contains("Federated") { "tier: t, " } else { "" };
                 let rule = format!("{{action: Allow, {protocol}source: {{{ports}}}, destination: {{{ports}}}}}");
                 let policy = policy(api_version, kind, &format!("{{{tier}ingress: [{rule}]}}"));
                 let rules = policy.ingress.expect("rules");

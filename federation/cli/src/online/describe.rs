@@ -26,7 +26,7 @@ Examples:
   hanse describe cluster train
   hanse describe node train/node-1 -o yaml")]
 pub struct Describe {
-    /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns), MemberCluster (mc), cluster or node, or KIND/NAME.
+    /// FederatedNetworkPolicy (fnp), StagedFederatedNetworkPolicy (sfnp), Tier, FederatedNetworkSet (fns), MemberCluster (mc), cluster or node, or KIND/NAME.
     #[arg(add = completion::described_kinds())]
     kind: String,
     /// Name; for a node, CLUSTER/NODE.
@@ -153,7 +153,7 @@ async fn describe_object(client: &mut Client, kind: pb::ObjectKind, name: &str, 
     let object = found.with_context(|| format!("{kind_name}/{name} not found; `hanse get {kind_name}` lists all"))?;
     let manifest: Value = serde_json::from_slice(&object.manifest).context("read the manifest")?;
     let mut tier = None;
-    if kind == pb::ObjectKind::FederatedNetworkPolicy {
+    if [pb::ObjectKind::FederatedNetworkPolicy, pb::ObjectKind::StagedFederatedNetworkPolicy].contains(&kind) {
         let name = manifest["spec"]["tier"].as_str().unwrap_or_default().to_owned();
         let found = call(client.get(get(pb::ObjectKind::Tier, &name))).await?.objects.into_iter().next();
         let spec =

@@ -5,11 +5,12 @@ use hanse_proto::federation::v1 as pb;
 use crate::output::UsageError;
 
 /// The kinds with their short names, in the order in which they are applied: referenced kinds come first.
-pub const KINDS: [(&str, &str, pb::ObjectKind); 4] = [
+pub const KINDS: [(&str, &str, pb::ObjectKind); 5] = [
     ("MemberCluster", "mc", pb::ObjectKind::MemberCluster),
     ("Tier", "tier", pb::ObjectKind::Tier),
     ("FederatedNetworkSet", "fns", pb::ObjectKind::FederatedNetworkSet),
     ("FederatedNetworkPolicy", "fnp", pb::ObjectKind::FederatedNetworkPolicy),
+    ("StagedFederatedNetworkPolicy", "sfnp", pb::ObjectKind::StagedFederatedNetworkPolicy),
 ];
 
 pub fn kind_of(text: &str) -> Result<pb::ObjectKind, UsageError> {

@@ -42,11 +42,15 @@ pub fn summary(manifest: &Value) -> String {
         texts.collect::<Vec<_>>().join(",")
     };
     match manifest["kind"].as_str().unwrap_or_default() {
-        "FederatedNetworkPolicy" => {
+        kind @ ("FederatedNetworkPolicy" | "StagedFederatedNetworkPolicy") => {
             let rules = items(&spec["ingress"]) + items(&spec["egress"]);
             let (tier, order) = (text("tier", "-"), text("order", "last"));
             let clusters = text("clusterSelector", "all()");
-            format!("tier {tier}, order {order}, {}, clusters {clusters}", output::count(rules, "rule"))
+            let staged = match kind {
+                "FederatedNetworkPolicy" => String::new(),
+                _ => format!("staged {}, ", text("stagedAction", "Set")),
+            };
+            format!("{staged}tier {tier}, order {order}, {}, clusters {clusters}", output::count(rules, "rule"))
         }
         "Tier" => format!(
             "{}, order {}, default {}",

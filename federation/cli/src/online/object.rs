@@ -62,7 +62,8 @@ Examples:
   hanse get fnp --watch
   hanse get -f policies/ -o json")]
 pub struct Get {
-    /// FederatedNetworkPolicy (fnp), Tier, FederatedNetworkSet (fns) or MemberCluster (mc), or KIND/NAME. Default: all kinds.
+    /// FederatedNetworkPolicy (fnp), StagedFederatedNetworkPolicy (sfnp), Tier, FederatedNetworkSet (fns) or MemberCluster (mc), or
+    /// KIND/NAME. Default: all kinds.
     #[arg(conflicts_with = "files", add = completion::kinds())]
     kind: Option<String>,
     /// Name of one object. Default: all objects of the kind.

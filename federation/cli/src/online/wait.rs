@@ -62,7 +62,8 @@ pub struct Wait {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Condition {
-    /// All nodes are at or past the object's revision, without an error that names it.
+    /// All nodes are at or past the object's revision, without an error that names it. A staged policy changes no packet; its
+    /// clusters evaluate it.
     Enforced,
     /// The object does not exist at the hub, and all nodes are at or past the revision of its deletion.
     Deleted,
@@ -257,6 +258,8 @@ impl Wait {
                     it.say(&format!("is not {wanted} after {} s: it waits for", self.timeout));
                 }
                 state => {
+                    let is_evaluated = state == "enforced" && *kind == "StagedFederatedNetworkPolicy";
+                    let state = if is_evaluated { "evaluated" } else { state };
                     output::line(format_args!(
                         "{kind}/{name} is {state}, after {:.2} s",
                         start.elapsed().as_secs_f64()

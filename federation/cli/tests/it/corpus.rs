@@ -34,12 +34,13 @@ fn check(name: &str) {
     let mut wrong = Vec::new();
     for case in &corpus.cases {
         for (query, expected, answer) in answers(&corpus, case) {
-            let said = match answer["verdict"].as_str() {
+            let verdict = if expected.is_staged { &answer["staged"]["verdict"] } else { &answer["verdict"] };
+            let said = match verdict.as_str() {
                 Some("allow") => Expected::Allow,
                 Some("deny") => Expected::Deny,
                 _ => Expected::Error,
             };
-            if said != expected {
+            if said != expected.verdict {
                 wrong.push(format!("{}\n  {query}: expected {expected:?}, was {answer}", case.clause));
             }
         }
@@ -47,8 +48,15 @@ fn check(name: &str) {
     assert!(wrong.is_empty(), "{} of {} cases:\n{}", wrong.len(), corpus.cases.len(), wrong.join("\n"));
 }
 
+#[derive(Debug)]
+struct Verdict {
+    /// As if all staged policies were committed.
+    is_staged: bool,
+    verdict: Expected,
+}
+
 /// Each query of a case with the expected verdict and the answer.
-fn answers<'c>(corpus: &Corpus, case: &'c Case) -> Vec<(&'c str, Expected, Value)> {
+fn answers<'c>(corpus: &Corpus, case: &'c Case) -> Vec<(&'c str, Verdict, Value)> {
     let root = tempfile::tempdir().expect("temporary directory");
     let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
     command.args(["policy", "explain", "-o", "json"]);
@@ -62,7 +70,10 @@ fn answers<'c>(corpus: &Corpus, case: &'c Case) -> Vec<(&'c str, Expected, Value
     std::fs::create_dir(&directory).expect("directory");
     write(&directory.join("all.yaml"), &corpus.federation(case));
     command.arg("--federation").arg(&directory);
-    let lines: Vec<String> = case.packets().map(|(query, _)| reading::question(query).to_string()).collect();
+    let enforced = case.packets(false).map(|(query, verdict)| (query, Verdict { is_staged: false, verdict }));
+    let staged = case.packets(true).map(|(query, verdict)| (query, Verdict { is_staged: true, verdict }));
+    let packets: Vec<(&str, Verdict)> = enforced.chain(staged).collect();
+    let lines: Vec<String> = packets.iter().map(|(query, _)| reading::question(query).to_string()).collect();
     let questions = root.path().join("queries.jsonl");
     std::fs::write(&questions, lines.join("\n")).expect("queries");
     let output = command.arg("--queries").arg(&questions).output().expect("hanse runs");
@@ -71,7 +82,7 @@ fn answers<'c>(corpus: &Corpus, case: &'c Case) -> Vec<(&'c str, Expected, Value
     let answers: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).expect("JSON lines")).collect();
     assert_eq!(answers.len(), lines.len(), "{}: {stderr}", case.clause);
     assert!(case.error.is_empty() == output.status.success(), "{}: {} {stderr}", case.clause, output.status);
-    case.packets().zip(answers).map(|((query, expected), answer)| (query, expected, answer)).collect()
+    packets.into_iter().zip(answers).map(|((query, expected), answer)| (query, expected, answer)).collect()
 }
 
 fn write(path: &Path, objects: &[Value]) {

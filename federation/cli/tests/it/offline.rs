@@ -516,6 +516,63 @@ fn diff_shows_what_staged_policies_would_change() {
     assert!(changes.iter().any(|change| change["protocol"] == "UDP" && change["after"] == "deny"), "{changes:#?}");
 }
 
+const STAGED_FEDERATION: &str = "\
+apiVersion: hanse.dev/v1alpha1
+kind: Tier
+metadata: {name: guard}
+spec: {phase: Guard, order: 1, defaultAction: Pass}
+---
+apiVersion: hanse.dev/v1alpha1
+kind: FederatedNetworkPolicy
+metadata: {name: server}
+spec: {tier: guard, order: 1, selector: app == 'server', types: [Ingress], ingress: [{action: Deny, protocol: UDP}]}
+---
+apiVersion: hanse.dev/v1alpha1
+kind: StagedFederatedNetworkPolicy
+metadata: {name: server}
+spec: {stagedAction: Set, tier: guard, order: 1, selector: app == 'server', types: [Ingress], ingress: [{action: Deny, protocol: SCTP}]}
+";
+
+#[test]
+fn offline_commands_read_staged_federated_policies() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let (world, federation) = (root.path().join("c"), root.path().join("federation"));
+    let (without_staged, _) =
+        WORLD.split_once("---\napiVersion: projectcalico.org/v3\nkind: Staged").expect("it is last");
+    for (directory, text) in [(&world, without_staged), (&federation, STAGED_FEDERATION)] {
+        std::fs::create_dir(directory).expect("a directory");
+        std::fs::write(directory.join("all.yaml"), text).expect("manifests");
+    }
+    let (cluster, federated) = (format!("c={}", world.display()), federation.display().to_string());
+    let lines = |arguments: &[&str]| -> Vec<Value> {
+        let output = hanse(&[arguments, &["--cluster", &cluster, "--federation", &federated, "-o", "json"]].concat());
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"))).collect()
+    };
+    let changes = lines(&["policy", "diff", "--staged"]);
+    let changed = changes.iter().filter(|it| it["summary"].is_null());
+    let changed: Vec<_> = changed.map(|it| (&it["protocol"], &it["before"], &it["after"])).collect();
+    let (udp, deny, allow) = (json!("UDP"), json!("deny"), json!("allow"));
+    assert!(!changed.is_empty() && changed.iter().all(|it| *it == (&udp, &deny, &allow)), "{changes:#?}");
+    let order = lines(&["policy", "order"]);
+    let guard = order.iter().find(|it| it["tier"] == "guard").expect("the tier");
+    let staged = guard["policies"].as_array().expect("a list").iter().map(|it| &it["staged"]).collect::<Vec<_>>();
+    assert_eq!(staged, [&Value::Null, &json!("Set")], "{guard:#}");
+    let check = hanse(&["policy", "check", &federated]);
+    assert!(check.status.success(), "{check:?}");
+    // The action is of the staged kind only, and one of four.
+    for (from, to, field) in [
+        ("stagedAction: Set", "stagedAction: Drop", "spec.stagedAction: \"Drop\" is not one of Set, Delete"),
+        ("kind: Staged", "kind: ", "spec.stagedAction: is a field of StagedFederatedNetworkPolicy only"),
+        ("kind: StagedFederatedN", "kind: StagedFederateN", "did you mean StagedFederatedNetworkPolicy"),
+    ] {
+        std::fs::write(federation.join("all.yaml"), STAGED_FEDERATION.replace(from, to)).expect("manifests");
+        let wrong = hanse(&["policy", "check", &federated]);
+        let err = String::from_utf8_lossy(&[wrong.stdout, wrong.stderr].concat()).into_owned();
+        assert!(!wrong.status.success() && err.contains(field), "{to}: {err}");
+    }
+}
+
 #[test]
 fn order_and_matrix_and_lint_answer() {
     let root = tempfile::tempdir().expect("temporary directory");

@@ -188,6 +188,39 @@ fn error_contains_nothing_of_a_file_that_is_not_a_context() {
 }
 
 #[test]
+fn staged_and_enforced_policies_of_one_name_are_two_objects() {
+    let world = World::new();
+    let staged = |action: &str| {
+        let staged = policy("p", "platform", 1).replace("FederatedN", "StagedFederatedN");
+        staged.replace("{tier", &format!("{{stagedAction: {action}, tier"))
+    };
+    let both = world.apply(&format!("{TIER}{}{}", policy("p", "platform", 1), staged("Delete")), &[]);
+    assert_eq!((both.code, both.err.as_str()), (Some(0), ""), "{both:?}");
+    assert!(both.out.contains("StagedFederatedNetworkPolicy/p created"), "{both:?}");
+    let get = |kind: &str| world.hanse(&["get", kind, "p", "-o", "json"]).json();
+    assert_eq!(get("sfnp")["spec"]["stagedAction"], "Delete");
+    assert_eq!(get("fnp")["kind"], "FederatedNetworkPolicy");
+    let listed = world.hanse(&["get", "stagedfederatednetworkpolicies"]);
+    assert!(listed.out.contains("staged Delete, tier platform, order 1, 1 rule"), "{listed:?}");
+    let described = world.hanse(&["describe", "sfnp/p"]);
+    assert!(described.out.contains("platform (Guard, order 1"), "{described:?}");
+    let wrong = world.apply(&staged("Learned"), &[]);
+    assert!(wrong.code == Some(1) && wrong.err.contains("spec.stagedAction"), "{wrong:?}");
+    // A staged policy keeps its tier.
+    assert_eq!(world.hanse(&["delete", "fnp", "p"]).code, Some(0));
+    let tier = world.hanse(&["delete", "tier", "platform"]);
+    assert!(tier.err.contains("Tier/platform is used by StagedFederatedNetworkPolicy/p:"), "{tier:?}");
+    let orphan = world.apply(&staged("Set").replace("platform", "gone"), &["--allow-missing-tier"]);
+    assert!(orphan.code == Some(1) && orphan.err.contains("can only be moved to a tier that exists"), "{orphan:?}");
+    assert_eq!(world.hanse(&["delete", "sfnp", "p"]).code, Some(0));
+    assert_eq!(world.hanse(&["get", "sfnp", "p"]).code, Some(1));
+    let orphan = world.apply(&staged("Set").replace("platform", "gone"), &["--allow-missing-tier"]);
+    assert_eq!(orphan.code, Some(0), "{orphan:?}");
+    let described = world.hanse(&["describe", "sfnp/p"]);
+    assert!(described.out.contains("warning: spec.tier: Tier gone does not exist"), "{described:?}");
+}
+
+#[test]
 fn applying_is_idempotent_and_fails_object_by_object() {
     let world = World::new();
     let first = world.apply(&format!("{TIER}{}", policy("p", "platform", 1)), &[]);

@@ -118,7 +118,7 @@ fn control_characters_of_a_member_are_escaped() {
     let refused = Some(pb::policy_state::State::Refused(HOSTILE.to_owned()));
     let report = pb::Realisation {
         nodes: vec![node],
-        policies: vec![pb::PolicyState { policy: "p".to_owned(), state: refused }],
+        policies: vec![pb::PolicyState { policy: "p".to_owned(), state: refused, ..Default::default() }],
         agents: 1,
         problems: vec![wire::reason(&Reason::Exchange(ExchangeProblem::SelectionRejected(HOSTILE.to_owned())))],
         ..pb::Realisation::default()

@@ -212,7 +212,7 @@ fn count_ends(inventory: &Inventory, query: &Query, ends: &mut Counts) {
     }
 }
 
-const CLAUSES: [&str; 31] = [
+const CLAUSES: [&str; 32] = [
     "Allow",
     "Deny",
     "Pass",
@@ -221,6 +221,7 @@ const CLAUSES: [&str; 31] = [
     "federatedAllow: Final",
     "Kubernetes",
     "staged",
+    "staged federated",
     "host only",
     "enforced elsewhere",
     "missing tier",
@@ -262,6 +263,7 @@ fn count_clauses(world: &World, clauses: &mut Counts) {
     for (owner, layer) in [(None, federation)].into_iter().chain(clusters.iter().map(|(name, it)| (Some(name), it))) {
         for policy in layer.policies.values() {
             count("staged", policy.staged.is_some());
+            count("staged federated", policy.id.kind == PolicyKind::StagedFederatedNetworkPolicy);
             count("host only", policy.host_only);
             if !policy.acts() {
                 continue;

@@ -140,11 +140,28 @@ fn finds_pods_by_address() {
 /// A staged policy that selects no pod still takes the policy that it would delete or replace out of the pending outcome.
 #[test]
 fn staging_changes_the_pending_outcome_of_the_policy_that_it_replaces() {
-    let id = |kind| PolicyId { cluster: Some("prod".into()), kind, namespace: None, name: "p".into() };
+    use PolicyKind::{CalicoGlobalNetworkPolicy, FederatedNetworkPolicy};
+    use PolicyKind::{StagedFederatedNetworkPolicy, StagedGlobalNetworkPolicy};
+    staging(Some("prod"), Phase::Local, [CalicoGlobalNetworkPolicy, StagedGlobalNetworkPolicy], &ClusterScope::Local);
+    let kinds = [FederatedNetworkPolicy, StagedFederatedNetworkPolicy];
+    for phase in [Phase::Guard, Phase::Baseline] {
+        // Also where the staged version is for other clusters only.
+        for enforcers in [ClusterScope::All, ClusterScope::Named(["other".into()].into())] {
+            staging(None, phase, kinds, &enforcers);
+        }
+    }
+}
+
+fn staging(owner: Option<&str>, phase: Phase, [enforced, staged]: [PolicyKind; 2], staged_for: &ClusterScope) {
+    let id = |kind| PolicyId { cluster: owner.map(Into::into), kind, namespace: None, name: "p".into() };
     let policy = |kind, selector: &str, staged| Policy {
-        tier: TierId { phase: Phase::Local, name: "default".into() },
+        tier: TierId { phase, name: "default".into() },
         order: Order(None),
-        enforcers: ClusterScope::Local,
+        enforcers: match (staged, owner) {
+            (Some(_), _) => staged_for.clone(),
+            (None, Some(_)) => ClusterScope::Local,
+            (None, None) => ClusterScope::All,
+        },
         selector: Selector::parse(selector).unwrap(),
         // Without rules: denied at the end of the tier.
         ingress: Some(Vec::new()),
@@ -163,12 +180,15 @@ fn staging_changes_the_pending_outcome_of_the_policy_that_it_replaces() {
     let mut world = World { inventory, policies: PolicySet::default() };
     let mut compiler = Compiler::with_evaluator("prod");
     updates(&world, &"prod".into()).into_iter().for_each(|update| compiler.apply(update));
-    let enforced = policy(PolicyKind::CalicoGlobalNetworkPolicy, "all()", None);
-    let staged = |action| policy(PolicyKind::StagedGlobalNetworkPolicy, "has(nothing)", Some(action));
-    let gone = || Err(id(PolicyKind::StagedGlobalNetworkPolicy));
+    let enforced = policy(enforced, "all()", None);
+    let pending = |action| policy(staged, "has(nothing)", Some(action));
+    let gone = || Err(id(staged));
     let mut found = Vec::new();
-    for edit in [Ok(enforced), Ok(staged(StagedAction::Delete)), gone(), Ok(staged(StagedAction::Set)), gone()] {
-        let layer = world.policies.clusters.entry("prod".into()).or_default();
+    for edit in [Ok(enforced), Ok(pending(StagedAction::Delete)), gone(), Ok(pending(StagedAction::Set)), gone()] {
+        let layer = match owner {
+            Some(name) => world.policies.clusters.entry(name.into()).or_default(),
+            None => &mut world.policies.federation,
+        };
         compiler.apply(match edit {
             Ok(policy) => {
                 layer.policies.insert(policy.id.clone(), policy.clone());

@@ -78,7 +78,7 @@ pub fn encode(id: u64, revision: u64, object: &Object) -> Vec<u8> {
         Object::Manifest { kind, name, manifest } => {
             let clusters = manifest.resolved.iter().map(|(expression, names)| (&**expression, names));
             let body = manifest_body(*kind, name, &manifest.json, manifest.enforcers.iter(), clusters);
-            let features = manifest.features.clone();
+            let features = features_of(*kind, &manifest.features);
             return pb::ObjectUpdate { id, revision, features, body: Some(body) }.encode_to_vec();
         }
         Object::Cluster { name, record } => Body::Cluster(cluster_body(name, record)),
@@ -90,7 +90,8 @@ pub fn encode(id: u64, revision: u64, object: &Object) -> Vec<u8> {
 pub fn encode_manifest(id: u64, kind: ManifestKind, name: &str, manifest: &FederatedManifest) -> Bytes {
     let clusters = manifest.resolved.iter().map(|(expression, names)| (&**expression, names));
     let body = manifest_body(kind, name, &manifest.json, manifest.enforcers.iter().flatten(), clusters);
-    let mut update = pb::ObjectUpdate { id, revision: 0, features: manifest.features.clone(), body: Some(body) };
+    let features = features_of(kind, &manifest.features);
+    let mut update = pb::ObjectUpdate { id, revision: 0, features, body: Some(body) };
     if update.encoded_len() > MAX_HUB_OBJECT_BYTES {
         // Members refuse it by its name, and fail closed.
         tracing::error!(
@@ -99,7 +100,9 @@ pub fn encode_manifest(id: u64, kind: ManifestKind, name: &str, manifest: &Feder
             "cluster selectors select too many clusters for one message"
         );
         update.features.push(TOO_LARGE.to_owned());
-        if let Some(Body::Policy(it) | Body::Tier(it) | Body::NetworkSet(it)) = &mut update.body {
+        if let Some(Body::Policy(it) | Body::StagedPolicy(it) | Body::Tier(it) | Body::NetworkSet(it)) =
+            &mut update.body
+        {
             it.clusters.clear();
         }
     }
@@ -147,7 +150,9 @@ fn decode_within(
 fn check_kind(body: &Body) -> Result<(), DecodeError> {
     match body {
         Body::Namespace(_) | Body::ServiceAccount(_) | Body::LabelSet(_) | Body::Endpoint(_) => Ok(()),
-        Body::Policy(_) | Body::Tier(_) | Body::NetworkSet(_) => Err(DecodeError::KindNotPublishable("policy")),
+        Body::Policy(_) | Body::StagedPolicy(_) | Body::Tier(_) | Body::NetworkSet(_) => {
+            Err(DecodeError::KindNotPublishable("policy"))
+        }
         Body::Cluster(_) => Err(DecodeError::KindNotPublishable("clusters")),
     }
 }
@@ -183,8 +188,10 @@ pub fn octets(address: &IpAddr) -> Bytes {
 }
 
 /// A manifest lists the features that it needs, for the receiver to judge; any other object with one cannot be used.
-fn object(body: Option<Body>, features: Vec<String>) -> Result<Object, DecodeError> {
-    let is_manifest = matches!(body, Some(Body::Policy(_) | Body::Tier(_) | Body::NetworkSet(_)));
+fn object(body: Option<Body>, mut features: Vec<String>) -> Result<Object, DecodeError> {
+    features.retain(|feature| !limits::FEATURES.contains(&feature.as_str()));
+    let is_manifest =
+        matches!(body, Some(Body::Policy(_) | Body::StagedPolicy(_) | Body::Tier(_) | Body::NetworkSet(_)));
     if let Some(feature) = features.first().filter(|_| !is_manifest) {
         // As long as a name: it is kept, and sent with each refusal.
         let most = feature.floor_char_boundary(limits::MAX_NAME_BYTES);
@@ -207,6 +214,7 @@ fn object(body: Option<Body>, features: Vec<String>) -> Result<Object, DecodeErr
             node: (!it.node.is_empty()).then_some(it.node),
         }),
         Some(Body::Policy(it)) => manifest(ManifestKind::Policy, it, features),
+        Some(Body::StagedPolicy(it)) => manifest(ManifestKind::StagedPolicy, it, features),
         Some(Body::Tier(it)) => manifest(ManifestKind::Tier, it, features),
         Some(Body::NetworkSet(it)) => manifest(ManifestKind::NetworkSet, it, features),
         Some(Body::Cluster(it)) => cluster(it)?,
@@ -317,9 +325,16 @@ fn manifest_body<'a>(
     };
     match kind {
         ManifestKind::Policy => Body::Policy(body),
+        ManifestKind::StagedPolicy => Body::StagedPolicy(body),
         ManifestKind::Tier => Body::Tier(body),
         ManifestKind::NetworkSet => Body::NetworkSet(body),
     }
+}
+
+/// The features that a manifest needs: those of its kind, and its own.
+fn features_of(kind: ManifestKind, own: &[String]) -> Vec<String> {
+    let of_kind = (kind == ManifestKind::StagedPolicy).then(|| limits::STAGED_POLICY.to_owned());
+    of_kind.into_iter().chain(own.iter().cloned()).collect()
 }
 
 fn manifest(kind: ManifestKind, it: pb::Manifest, features: Vec<String>) -> Object {

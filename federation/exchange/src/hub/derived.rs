@@ -17,8 +17,8 @@ type Manifests = BTreeMap<(ManifestKind, Arc<str>), Arc<FederatedManifest>>;
 /// The interests that the hub derives.
 #[derive(Debug, Default)]
 pub(super) struct Derived {
-    /// The present policies, each with a hash of its interest.
-    policies: BTreeMap<Arc<str>, (Arc<FederatedManifest>, u128)>,
+    /// The present policies, enforced and staged, each with a hash of its interest.
+    policies: BTreeMap<(ManifestKind, Arc<str>), (Arc<FederatedManifest>, u128)>,
     sums: HashMap<ClusterName, u128>,
     interests: HashMap<u128, Arc<Interest>>,
     nothing: Arc<Interest>,
@@ -33,11 +33,6 @@ impl Derived {
 
     /// Takes over the present policies. Returns the clusters whose interest may have changed.
     pub(super) fn follow(&mut self, manifests: &Manifests) -> BTreeSet<ClusterName> {
-        let of_policies = || {
-            manifests
-                .range((ManifestKind::Policy, Arc::from(""))..)
-                .filter(|((kind, _), _)| *kind == ManifestKind::Policy)
-        };
         let mut touched: BTreeMap<ClusterName, u128> = BTreeMap::new();
         let mut add = |manifest: &FederatedManifest, by: u128| {
             for cluster in manifest.enforcers.iter().flatten() {
@@ -46,12 +41,12 @@ impl Derived {
             }
         };
         let mut policies = BTreeMap::new();
-        for ((_, name), manifest) in of_policies() {
-            let old = self.policies.remove(name);
+        for (key, manifest) in manifests.iter().filter(|((kind, _), _)| kind.is_policy()) {
+            let old = self.policies.remove(key);
             let hash = match &old {
                 Some((old, hash)) if Arc::ptr_eq(old, manifest) => *hash,
                 _ => {
-                    let hash = hash_of(name, manifest);
+                    let hash = hash_of(key, manifest);
                     if let Some((old, hash)) = &old {
                         add(old, hash.wrapping_neg());
                     }
@@ -59,7 +54,7 @@ impl Derived {
                     hash
                 }
             };
-            policies.insert(name.clone(), (Arc::clone(manifest), hash));
+            policies.insert(key.clone(), (Arc::clone(manifest), hash));
         }
         for (old, hash) in self.policies.values() {
             add(old, hash.wrapping_neg());
@@ -88,9 +83,9 @@ impl Derived {
     }
 }
 
-fn hash_of(name: &str, manifest: &FederatedManifest) -> u128 {
+fn hash_of((kind, name): &(ManifestKind, Arc<str>), manifest: &FederatedManifest) -> u128 {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(name.as_bytes()).update(b"\n");
+    hasher.update(&[u8::from(*kind == ManifestKind::StagedPolicy)]).update(name.as_bytes()).update(b"\n");
     for wanted in &manifest.interest {
         hash(wanted, &mut hasher);
     }

@@ -63,13 +63,14 @@ impl HubObjects {
         for ((kind, name), manifest) in &federation.manifests {
             let label = match kind {
                 ManifestKind::Policy => "policy",
+                ManifestKind::StagedPolicy => "staged policy",
                 ManifestKind::Tier => "tier",
                 ManifestKind::NetworkSet => "network set",
             };
             let id = id_of(label, name);
             let same = |old: &Arc<FederatedManifest>| Arc::ptr_eq(old, manifest) && self.objects.contains_key(&id);
             let made_before = self.federation.manifests.get(&(*kind, name.clone())).is_some_and(same);
-            let new = || (object::encode_manifest(id, *kind, name, manifest), manifest.enforcers.clone());
+            let new = || (object::encode_manifest(id, *kind, name, manifest), manifest.audience());
             made.insert(id, (!made_before).then(new));
         }
         let gone: Vec<u64> = self.objects.keys().copied().filter(|id| !made.contains_key(id)).collect();

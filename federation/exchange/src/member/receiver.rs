@@ -17,7 +17,7 @@ use crate::limits::PROTOCOL;
 use crate::message::{
     InterestChange, ReceivedOrigin, RefusedParts, WatchOpen, WatchRequest, WatchResponse, WrittenSelection,
 };
-use crate::model::{Position, digest_of};
+use crate::model::{ManifestKind, Position, digest_of};
 
 mod hub_objects;
 mod origin;
@@ -304,15 +304,15 @@ impl Receiver {
         Ok(Vec::new())
     }
 
-    /// The names of policies that wait, and for which clusters.
-    pub fn waiting(&self) -> (BTreeSet<Arc<str>>, BTreeSet<ClusterName>) {
+    /// The policies that wait, enforced and staged ones, and for which clusters.
+    pub fn waiting(&self) -> (BTreeSet<(ManifestKind, Arc<str>)>, BTreeSet<ClusterName>) {
         let outstanding = self.session.as_ref().map(|session| session.outstanding.clone());
         (self.hub.waiting_policies(), outstanding.unwrap_or_default())
     }
 
     /// Federated policies that cannot be used here, and why. Their last usable versions stay in force; without one, what such a
     /// policy concerns is closed.
-    pub fn refused(&self) -> BTreeMap<Arc<str>, String> {
+    pub fn refused(&self) -> BTreeMap<(ManifestKind, Arc<str>), String> {
         self.hub.refused_policies()
     }
 

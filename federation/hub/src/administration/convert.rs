@@ -18,6 +18,7 @@ pub(super) fn kind_to_wire(kind: Kind) -> wire::ObjectKind {
         Kind::FederatedNetworkPolicy => wire::ObjectKind::FederatedNetworkPolicy,
         Kind::FederatedNetworkSet => wire::ObjectKind::FederatedNetworkSet,
         Kind::MemberCluster => wire::ObjectKind::MemberCluster,
+        Kind::StagedFederatedNetworkPolicy => wire::ObjectKind::StagedFederatedNetworkPolicy,
         Kind::Tier => wire::ObjectKind::Tier,
     }
 }
@@ -29,6 +30,7 @@ pub(super) fn kind_from_wire(kind: i32) -> Result<Option<Kind>, Status> {
         Ok(wire::ObjectKind::FederatedNetworkPolicy) => Ok(Some(Kind::FederatedNetworkPolicy)),
         Ok(wire::ObjectKind::FederatedNetworkSet) => Ok(Some(Kind::FederatedNetworkSet)),
         Ok(wire::ObjectKind::MemberCluster) => Ok(Some(Kind::MemberCluster)),
+        Ok(wire::ObjectKind::StagedFederatedNetworkPolicy) => Ok(Some(Kind::StagedFederatedNetworkPolicy)),
         Ok(wire::ObjectKind::Tier) => Ok(Some(Kind::Tier)),
         Err(_) => Err(Status::invalid_argument(format!("kind: unknown value {kind}"))),
     }

@@ -19,7 +19,9 @@ use super::state::{Administration, MAX_DRY_RUNS};
 use crate::grants::MemberCluster;
 use crate::manifest::{self, Checked, Kind, ObjectId};
 use crate::registration::status;
-use crate::registry::{AuditAction, ChangeError, ClusterState, MAX_OBJECT_BYTES, MAX_OBJECTS, Snapshot, key};
+use crate::registry::{
+    Acceptance, AuditAction, ChangeError, ClusterState, MAX_OBJECT_BYTES, MAX_OBJECTS, Snapshot, key,
+};
 use crate::roles::Need;
 
 /// Maximum number of objects in one request of a stream.
@@ -309,7 +311,7 @@ fn decide_apply(
     let missing = tier.as_ref().filter(|tier| !has_tier(snapshot, tier));
     let mut warnings = warnings.clone();
     if let Some(tier) = missing {
-        warnings.push(format!("spec.tier: Tier {tier} does not exist: the policy is not in force until it is created"));
+        warnings.push(Acceptance::TierNotFound(Arc::clone(tier)).to_string());
     }
     if let Some(same) = old.filter(|old| old.manifest == *manifest) {
         // Unchanged: the revision is that of the last write.
@@ -349,7 +351,10 @@ fn decide_delete(snapshot: &Snapshot, who: &Identity, id: &ObjectId) -> Result<(
     old.ok_or_else(|| ChangeError::NotFound(format!("{id} not found")))?;
     if id.kind == Kind::Tier {
         let policies = snapshot.objects.iter().filter(|(_, object)| object.tier().as_ref() == Some(&id.name));
-        let mut policies = policies.map(|(of, _)| &*of.name);
+        let mut policies = policies.map(|(of, _)| match of.kind {
+            Kind::FederatedNetworkPolicy => of.name.to_string(),
+            _ => of.to_string(),
+        });
         // Without the tier, new versions of these policies could not take effect.
         if let Some(first) = policies.next() {
             let more = policies.count();

@@ -15,7 +15,7 @@ use tonic::Status;
 use super::convert;
 use super::state::Administration;
 use crate::manifest::{self, Kind, ObjectId};
-use crate::registry::{Object, Snapshot};
+use crate::registry::{Acceptance, Object, Snapshot};
 use crate::status::{NodeProgress, ObjectState, Problem, Reasons};
 
 /// Items of a problem that a status names.
@@ -125,11 +125,13 @@ impl Administration {
         });
         let object = snapshot.objects.get(id);
         let converted = object.and_then(|object| object.converted().ok());
+        let acceptance = snapshot.acceptance(id).filter(|it| *it != Acceptance::Accepted);
+        let not_accepted = acceptance.map(|it| it.to_string());
         Ok(wire::ObjectStatusResponse {
             revision: object.map_or(0, |object| object.revision),
             clusters: clusters.collect(),
             hub_revision: snapshot.revision,
-            warnings: converted.map(manifest::warnings).unwrap_or_default(),
+            warnings: converted.map(manifest::warnings).into_iter().flatten().chain(not_accepted).collect(),
         })
     }
 }

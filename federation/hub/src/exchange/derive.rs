@@ -106,6 +106,7 @@ impl Deriver {
             };
             made.insert(key, manifest);
         }
+        send_where_replaced(&mut made);
         // A deleted tier stays with the members that have policies in it: those policies stay as well.
         let used: BTreeSet<&Arc<str>> = self.read.values().filter_map(Read::tier).collect();
         for (key, old) in
@@ -136,18 +137,24 @@ impl Deriver {
         let plain = FederatedManifest {
             json: read.object.manifest.clone(),
             enforcers: None,
+            also_for: BTreeSet::new(),
             resolved: BTreeMap::new(),
             interest: Interest::new(),
             features: Vec::new(),
         };
         let all_clusters = || self.labels.keys().cloned().collect::<BTreeSet<ClusterName>>();
+        // No Deny depends on a staged policy.
+        let is_staged = read.object.id.kind == Kind::StagedFederatedNetworkPolicy;
+        let everything = || match is_staged {
+            true => Interest::new(),
+            false => Interest::from([Arc::new(Wanted::everything())]),
+        };
         match read.object.converted() {
             // Leaving it out would take away what is in force. Nobody knows this feature, so that all_clusters refuses this
             // version by itself and keeps the last; what that needs is sent as before, or else all that it could need.
-            Err(_) if read.object.id.kind == Kind::FederatedNetworkPolicy => FederatedManifest {
+            Err(_) if read.object.id.kind.is_policy() => FederatedManifest {
                 enforcers: old.and_then(|old| old.enforcers.clone()).or_else(|| Some(all_clusters())),
-                interest: old
-                    .map_or_else(|| Interest::from([Arc::new(Wanted::everything())]), |old| old.interest.clone()),
+                interest: old.map_or_else(everything, |old| old.interest.clone()),
                 resolved: old.map(|old| old.resolved.clone()).unwrap_or_default(),
                 features: vec![UNREADABLE.to_owned()],
                 ..plain
@@ -163,7 +170,7 @@ impl Deriver {
                 // Only the member knows its interest, and registers only that of its own policies; so it is sent everything.
                 None => FederatedManifest {
                     enforcers: Some(all_clusters()),
-                    interest: Interest::from([Arc::new(Wanted::everything())]),
+                    interest: everything(),
                     features: vec![EXISTING_TIER.to_owned()],
                     ..plain
                 },
@@ -202,9 +209,25 @@ impl Deriver {
 /// The feature that an object needs which the hub itself could not read.
 pub const UNREADABLE: &str = "hub-cannot-read";
 
+/// Staged policies are also sent to the clusters that enforce the policies which they would replace.
+fn send_where_replaced(made: &mut BTreeMap<(ManifestKind, Arc<str>), Arc<FederatedManifest>>) {
+    let staged = made.iter().filter(|((kind, _), _)| *kind == ManifestKind::StagedPolicy);
+    let changed: Vec<_> = staged
+        .filter_map(|(key, manifest)| {
+            let replaced = made.get(&(ManifestKind::Policy, key.1.clone()));
+            let also_for = replaced.and_then(|it| it.enforcers.clone()).unwrap_or_default();
+            let changed =
+                || Arc::new(FederatedManifest { also_for: also_for.clone(), ..FederatedManifest::clone(manifest) });
+            (manifest.also_for != also_for).then(|| (key.clone(), changed()))
+        })
+        .collect();
+    made.extend(changed);
+}
+
 fn manifest_kind(kind: Kind) -> Option<ManifestKind> {
     match kind {
         Kind::FederatedNetworkPolicy => Some(ManifestKind::Policy),
+        Kind::StagedFederatedNetworkPolicy => Some(ManifestKind::StagedPolicy),
         Kind::FederatedNetworkSet => Some(ManifestKind::NetworkSet),
         Kind::Tier => Some(ManifestKind::Tier),
         Kind::MemberCluster => None,

@@ -9,7 +9,7 @@ use hanse_protocol::reason::{Agent, Behind, Lag, Object, Reason, Subject, wire};
 use hanse_store::Revision;
 
 use crate::status::{NodeProgress, NodeReason, NodeState, ObjectState, ObjectStatus, Problem, Reasons};
-use hanse_exchange::model::Position;
+use hanse_exchange::model::{ManifestKind, Position};
 
 /// Nodes whose reasons a status has; the rest is counted.
 const NAMED_NODES: usize = 3;
@@ -138,8 +138,11 @@ impl Report<'_> {
         lags.then_some(Lag { agent, behind, failure })
     }
 
-    /// The state of an object at this revision. Errors of a policy are found by its name.
-    pub fn object(&self, policy: Option<&str>, needed: Revision) -> ObjectStatus {
+    /// The state of an object at this revision. Errors of a policy are found by its kind and name. A staged policy counts as
+    /// enforced where it is evaluated.
+    pub fn object(&self, policy: Option<(ManifestKind, &str)>, needed: Revision) -> ObjectStatus {
+        // Nodes have no staged policies.
+        let enforced = policy.filter(|(kind, _)| *kind == ManifestKind::Policy).map(|(_, name)| name);
         let (mut enforcing, mut refused, mut lagging) = (0_u32, Vec::new(), Vec::new());
         for node in &self.reported.nodes {
             let reason = |error: &pb::ObjectError| NodeReason {
@@ -147,7 +150,7 @@ impl Report<'_> {
                 at: error.at.clone().and_then(wire::parse_object),
                 reason: wire::parse_reason(error.reason.clone().unwrap_or_default()),
             };
-            let of_policy = policy.and_then(|name| node.errors.iter().find(|error| is_of_policy(error, name)));
+            let of_policy = enforced.and_then(|name| node.errors.iter().find(|error| is_of_policy(error, name)));
             if let Some(error) = of_policy {
                 refused.push(reason(error));
             } else if let Some(error) = node.errors.iter().find(|error| is_of_everything(error)) {
@@ -162,7 +165,10 @@ impl Report<'_> {
         }
         // Revisions of a store before this one do not count.
         let at = self.reported.hub.as_ref().filter(|at| at.epoch == self.hub.epoch).map_or(0, |at| at.revision);
-        let of_policies = policy.and_then(|name| self.reported.policies.iter().find(|it| it.policy == name));
+        let is_of = |it: &&pb::PolicyState, (kind, name): (ManifestKind, &str)| {
+            it.policy == name && it.staged == (kind == ManifestKind::StagedPolicy)
+        };
+        let of_policies = policy.and_then(|policy| self.reported.policies.iter().find(|it| is_of(it, policy)));
         let state = match of_policies.and_then(|it| it.state.as_ref()) {
             Some(pb::policy_state::State::Refused(why)) => {
                 ObjectState::Refused(Reasons::of_cluster(Reason::PolicyUnreadable(why.clone())))
@@ -263,6 +269,11 @@ mod tests {
         pb::Realisation { hub, nodes, ..pb::Realisation::default() }
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "as a parameter is optional")]
+    fn policy(name: &str) -> Option<(ManifestKind, &str)> {
+        Some((ManifestKind::Policy, name))
+    }
+
     fn of(reported: &pb::Realisation) -> Report<'_> {
         let hub = Position { epoch: 1, revision: 7 };
         Report { reported, hub, age: Duration::from_secs(60), silent: false, lease: Duration::from_secs(90) }
@@ -345,18 +356,18 @@ mod tests {
     fn an_object_is_as_far_as_its_last_node() {
         let check = |nodes: Vec<pb::NodePosition>, expected: &str, enforcing: u32| {
             let reported = report(nodes);
-            let status = of(&reported).object(Some("p"), 7);
+            let status = of(&reported).object(policy("p"), 7);
             assert_eq!((state(&status).as_str(), status.nodes_enforcing), (expected, enforcing));
         };
         let behind = |name: &str| pb::NodePosition { hub_revision: 5, ..node(name) };
         check(vec![node("a"), node("b")], "enforced", 2);
         check(vec![node("a"), behind("b")], "lagging: node b: at hub revision 5, newest is 7 +0", 1);
         let many = ["b", "c", "d", "e", "f"].map(behind).to_vec();
-        let status = of(&report(many)).object(Some("p"), 7);
+        let status = of(&report(many)).object(policy("p"), 7);
         assert!(state(&status).ends_with(" +2"), "{status:?}");
         let refused = pb::NodePosition { errors: vec![of_policy("p")], ..node("b") };
         check(vec![behind("a"), refused.clone()], "refused: node b: no +0", 0);
-        let other = of(&report(vec![refused])).object(Some("q"), 7);
+        let other = of(&report(vec![refused])).object(policy("q"), 7);
         assert_eq!(other.state, ObjectState::Enforced);
         let any = pb::NodePosition { errors: vec![error(Subject::Everything)], ..node("b") };
         check(vec![any], "lagging: node b: no +0", 0);
@@ -364,8 +375,22 @@ mod tests {
         let unknown = pb::NodePosition { errors: vec![pb::ObjectError::default()], ..node("b") };
         check(vec![unknown], "lagging: node b: unknown reason: the sender is a newer version +0", 0);
         let mut reported = report(vec![node("a")]);
-        reported.policies = vec![pb::PolicyState { policy: "p".to_owned(), state: None }];
-        assert!(state(&of(&reported).object(Some("p"), 7)).starts_with("lagging: node : unknown reason"));
+        reported.policies = vec![pb::PolicyState { policy: "p".to_owned(), ..Default::default() }];
+        assert!(state(&of(&reported).object(policy("p"), 7)).starts_with("lagging: node : unknown reason"));
+        // A staged policy and an enforced one may have the same name.
+        let unreadable = |staged| pb::PolicyState {
+            policy: "p".to_owned(),
+            state: Some(pb::policy_state::State::Refused("new".to_owned())),
+            staged,
+        };
+        let staged = Some((ManifestKind::StagedPolicy, "p"));
+        let with_error = pb::NodePosition { errors: vec![of_policy("p")], ..node("a") };
+        let reported = pb::Realisation { policies: vec![unreadable(true)], ..report(vec![node("a")]) };
+        assert_eq!(state(&of(&reported).object(policy("p"), 7)), "enforced");
+        assert!(state(&of(&reported).object(staged, 7)).starts_with("refused"));
+        let reported = pb::Realisation { policies: vec![unreadable(false)], ..report(vec![with_error]) };
+        assert!(state(&of(&reported).object(policy("p"), 7)).starts_with("refused"));
+        assert_eq!(state(&of(&reported).object(staged, 7)), "enforced");
         // An agent that is not connected counts for a lease of 90 s; the report is 60 s old.
         let gone = |age_ms| pb::NodePosition { connected: false, age_ms, ..node("b") };
         check(vec![node("a"), gone(29_000)], "enforced", 2);
@@ -397,7 +422,7 @@ mod tests {
             let problems: Vec<Problem> = of(&reported).problems().collect();
             let named = problems.iter().map(|it| (it.node.clone(), Words(&it.reason).to_string())).collect::<Vec<_>>();
             assert_eq!(named, lag.map(|lag| ("a".to_owned(), lag.to_owned())).into_iter().collect::<Vec<_>>());
-            let status = of(&reported).object(Some("p"), 7);
+            let status = of(&reported).object(policy("p"), 7);
             let expected = lag.map_or("enforced".to_owned(), |lag| format!("lagging: node a: {lag} +0"));
             assert_eq!((state(&status), status.nodes_enforcing), (expected, if lag.is_none() { 2 } else { 1 }));
             assert_eq!(of(&reported).enforced_revision(), if lag.is_none() { 7 } else { 0 });

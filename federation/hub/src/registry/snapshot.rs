@@ -75,6 +75,39 @@ pub enum Lease {
     Stale,
 }
 
+/// Whether the last version of an object is used. Where it is not, the last good version of a policy stays in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Acceptance {
+    Accepted,
+    /// A policy whose tier does not exist.
+    TierNotFound(Arc<str>),
+    /// This version cannot read it: what is wrong, with the field.
+    Unreadable(String),
+}
+
+impl Acceptance {
+    /// Identifies the reason for programs. `None`: accepted.
+    pub fn reason(&self) -> Option<&'static str> {
+        match self {
+            Self::Accepted => None,
+            Self::TierNotFound(_) => Some("TierNotFound"),
+            Self::Unreadable(_) => Some("Unreadable"),
+        }
+    }
+}
+
+impl std::fmt::Display for Acceptance {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Accepted => f.write_str("accepted"),
+            Self::TierNotFound(tier) => {
+                write!(f, "spec.tier: Tier {tier} does not exist: the policy is not in force until it is created")
+            }
+            Self::Unreadable(why) => f.write_str(why),
+        }
+    }
+}
+
 /// A federated object as its author wrote it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Object {
@@ -111,7 +144,8 @@ impl Object {
         use hanse_api::Object::{FederatedNetworkSet, FederatedPolicy, FederatedTier, Member};
         let object = self.read.0.get_or_init(|| Arc::new(FederatedObject::read(&self.manifest))).object()?;
         let fits = match self.id.kind {
-            Kind::FederatedNetworkPolicy => matches!(object, FederatedPolicy(_)),
+            Kind::FederatedNetworkPolicy => matches!(object, FederatedPolicy(it) if !it.is_staged()),
+            Kind::StagedFederatedNetworkPolicy => matches!(object, FederatedPolicy(it) if it.is_staged()),
             Kind::FederatedNetworkSet => matches!(object, FederatedNetworkSet(..)),
             Kind::MemberCluster => matches!(object, Member(_)),
             Kind::Tier => matches!(object, FederatedTier(_)),
@@ -121,7 +155,7 @@ impl Object {
 
     /// The tier that a policy names, also one that this version cannot read.
     pub fn tier(&self) -> Option<Arc<str>> {
-        if self.id.kind != Kind::FederatedNetworkPolicy {
+        if !self.id.kind.is_policy() {
             return None;
         }
         self.converted().map_or_else(|_| manifest::tier_in(&self.manifest), manifest::tier_of)
@@ -177,7 +211,9 @@ impl Snapshot {
             }
             ["object", kind, name] => {
                 let Some(kind) = Kind::from_name(kind) else {
-                    return Err("an object of an unknown kind".to_owned());
+                    // Of a newer version: it stays in the store, and the other objects are used.
+                    tracing::warn!(kind, object = name, "object ignored: its kind is unknown to this version");
+                    return Ok(());
                 };
                 let id = ObjectId { kind, name: name.into() };
                 let object = entry.map(|it| Arc::new(Object::new(id.clone(), it.value.clone(), it.modified)));
@@ -290,6 +326,19 @@ impl Snapshot {
             }
             Identity::Node { .. } => false,
         }
+    }
+
+    /// Whether the last version of an object is used. `None`: the object does not exist.
+    pub fn acceptance(&self, id: &ObjectId) -> Option<Acceptance> {
+        let object = self.objects.get(id)?;
+        if let Err(why) = object.converted() {
+            return Some(Acceptance::Unreadable(why.to_owned()));
+        }
+        let exists = |tier: &Arc<str>| self.objects.contains_key(&ObjectId { kind: Kind::Tier, name: tier.clone() });
+        Some(match object.tier().filter(|tier| !exists(tier)) {
+            Some(tier) => Acceptance::TierNotFound(tier),
+            None => Acceptance::Accepted,
+        })
     }
 
     /// The names of the accepted clusters whose labels `matches`.

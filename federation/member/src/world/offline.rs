@@ -6,11 +6,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use hanse_api::assemble::{Candidates, ClusterState, assemble_cluster, assemble_federation};
-use hanse_api::clusters::select_clusters;
+use hanse_api::clusters::{ClusterLabels, select_clusters};
 use hanse_api::hanse::Member;
 use hanse_api::manifest::{Manifest as Written, Manifests, read_bytes};
 use hanse_api::object::Object;
-use hanse_policy::evaluate::{End, Query, Verdict, View, evaluate};
+use hanse_policy::evaluate::{End, Judgement, Query, Verdict, View, evaluate};
 use hanse_policy::inventory::{EndpointKind, Inventory};
 use hanse_policy::model::{ClusterName, PolicySet};
 use hanse_policy::selector::Selector;
@@ -178,7 +178,16 @@ fn federation(random: &mut Random) -> Vec<Value> {
             "ingress": rules(random, "source", true),
             "egress": rules(random, "destination", true),
         });
-        objects.push(object("FederatedNetworkPolicy", &format!("p{policy}"), json!({}), spec));
+        objects.push(object("FederatedNetworkPolicy", &format!("p{policy}"), json!({}), spec.clone()));
+        if random.below(2) == 0 {
+            let mut staged = spec;
+            staged["clusterSelector"] = json!(random.pick(&["", "region == 'eu'", "!has(region)"]));
+            staged["ingress"] = rules(random, "source", true);
+            staged["stagedAction"] = json!(random.pick(&["Set", "Set", "Delete", "Learn"]));
+            // Also of policies that do not exist.
+            let name = format!("p{}", if random.once_in(4) { policy + 10 } else { policy });
+            objects.push(object("StagedFederatedNetworkPolicy", &name, json!({}), staged));
+        }
     }
     objects
 }
@@ -199,7 +208,7 @@ fn sent(
     members: &BTreeMap<ClusterName, Member>,
     clusters: &BTreeMap<ClusterName, ClusterState>,
 ) -> Vec<Change> {
-    let labels = members.iter().map(|(name, member)| (name.clone(), member.labels.clone())).collect();
+    let labels: ClusterLabels = members.iter().map(|(name, member)| (name.clone(), member.labels.clone())).collect();
     let is_tier = |name: &str| {
         objects.iter().any(|(_, it)| matches!(&it.object, Object::FederatedTier(_)) && it.reference.name == name)
     };
@@ -209,7 +218,7 @@ fn sent(
             Object::FederatedPolicy(policy) if is_tier(policy.tier()) => {
                 let selectors: Vec<String> = policy.cluster_selectors().map(|it| it.text.to_string()).collect();
                 let own = json["spec"]["clusterSelector"].as_str().unwrap_or_default().to_owned();
-                (ManifestKind::Policy, selectors, own)
+                (if policy.is_staged() { ManifestKind::StagedPolicy } else { ManifestKind::Policy }, selectors, own)
             }
             Object::FederatedTier(_) => (ManifestKind::Tier, Vec::new(), String::new()),
             Object::FederatedNetworkSet(..) => (ManifestKind::NetworkSet, Vec::new(), String::new()),
@@ -222,7 +231,18 @@ fn sent(
             resolved: selectors.iter().map(|text| (Arc::from(text.as_str()), select(text))).collect(),
             features: Vec::new(),
         };
-        if kind != ManifestKind::Policy || manifest.enforcers.contains(enforcer) {
+        // A staged policy is also sent to the clusters that enforce the policy which it would replace.
+        let replaces = objects.iter().any(|(_, other)| match &other.object {
+            Object::FederatedPolicy(policy) => {
+                kind == ManifestKind::StagedPolicy
+                    && !policy.is_staged()
+                    && other.reference.name == written.reference.name
+                    && is_tier(policy.tier())
+                    && policy.enforcers(&labels).contains(enforcer)
+            }
+            _ => false,
+        });
+        if !kind.is_policy() || replaces || manifest.enforcers.contains(enforcer) {
             let name = written.reference.name.as_str().into();
             changes.push(Change::Manifest { kind, name, manifest: Some(manifest) });
         }
@@ -310,6 +330,7 @@ fn a_member_enforces_what_offline_explain_says() {
                 icmp: None,
             };
             let wanted = evaluate(&policies, &inventory, &query, View::Enforced);
+            let pending = evaluate(&policies, &inventory, &query, View::Pending);
             for (name, world) in &worlds {
                 let is_here = |end: &End| end.pod.as_ref().is_some_and(|(owner, _)| owner == *name);
                 let judged = [(&query.source, &wanted.egress), (&query.destination, &wanted.ingress)];
@@ -317,6 +338,27 @@ fn a_member_enforces_what_offline_explain_says() {
                     judged.into_iter().filter(|(end, _)| is_here(end)).filter_map(|(_, it)| it.as_ref()).collect();
                 if judged.is_empty() {
                     continue;
+                }
+                let live = world.live().read();
+                let judge = live.judge();
+                let ends = (judge.end(query.source.address), judge.end(query.destination.address));
+                let found =
+                    judge.evaluate(&Query { source: ends.0, destination: ends.1, ..query.clone() }, View::Pending);
+                for (end, expected, found, now) in [
+                    (&query.source, &pending.egress, &found.egress, &wanted.egress),
+                    (&query.destination, &pending.ingress, &found.ingress, &wanted.ingress),
+                ] {
+                    if is_here(end) {
+                        let verdict = |of: &Option<Judgement>| of.as_ref().map(|it| it.verdict);
+                        assert_eq!(
+                            verdict(found),
+                            verdict(expected),
+                            "seed {seed}, cluster {name}, staged: {query:?}\noffline {expected:#?}\nlive {found:#?}\n{}",
+                            serde_json::to_string_pretty(&federated).expect("JSON"),
+                        );
+                        *seen.entry("staged verdict differs").or_default() +=
+                            usize::from(verdict(found) != verdict(now));
+                    }
                 }
                 let denied = judged.iter().any(|it| it.verdict == Verdict::Deny);
                 let rules = &world.nodes()["n"].rules;
@@ -340,5 +382,6 @@ fn a_member_enforces_what_offline_explain_says() {
         *seen.entry("worlds with sets in some clusters only").or_default() += usize::from(sets.len() == 2);
         *seen.entry("worlds with a policy without a tier").or_default() += usize::from(!offline.diagnostics.is_empty());
     }
-    assert!(seen["denied"] > 1_000 && seen["allowed"] > 1_000 && seen.len() == 4, "{seen:?}");
+    assert!(seen["denied"] > 1_000 && seen["allowed"] > 1_000 && seen.len() == 5, "{seen:?}");
+    assert!(seen["staged verdict differs"] > 200, "{seen:?}");
 }

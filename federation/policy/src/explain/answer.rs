@@ -456,6 +456,7 @@ pub fn api(kind: PolicyKind) -> (&'static str, &'static str) {
         PolicyKind::StagedGlobalNetworkPolicy => ("projectcalico.org/v3", "StagedGlobalNetworkPolicy"),
         PolicyKind::StagedKubernetesNetworkPolicy => ("projectcalico.org/v3", "StagedKubernetesNetworkPolicy"),
         PolicyKind::FederatedNetworkPolicy => ("hanse.dev/v1alpha1", "FederatedNetworkPolicy"),
+        PolicyKind::StagedFederatedNetworkPolicy => ("hanse.dev/v1alpha1", "StagedFederatedNetworkPolicy"),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use hanse_policy::evaluate::{Answer, Judgement, Step, Verdict, View, evaluate};
 use hanse_policy::inventory::LabelGrant;
-use hanse_policy::model::PolicySet;
+use hanse_policy::model::{Policy, PolicyId, PolicyKind, PolicySet};
 use hanse_policy::prepared::Prepared;
 
 use crate::worlds::{Random, World, query, world};
@@ -32,7 +32,12 @@ fn each_world(mut check: impl FnMut(u64, &mut Random, World)) {
 #[test]
 fn prepared_evaluator_equals_the_reference() {
     let (mut total, mut denied, mut judged) = (0, 0, std::collections::BTreeMap::<String, usize>::new());
+    let mut federated_staged = 0;
     each_world(|seed, random, world| {
+        let is_staged = |policy: &Policy| policy.id.kind == PolicyKind::StagedFederatedNetworkPolicy;
+        let federated = &world.policies.federation.policies;
+        let replaces = |it: &PolicyId| it.commits_to().is_some_and(|it| federated.contains_key(&it));
+        federated_staged += federated.values().filter(|it| is_staged(it) && replaces(&it.id)).count();
         for view in [View::Enforced, View::Pending] {
             let prepared = Prepared::new(&world.policies, &world.inventory, view);
             for _ in 0..QUERIES {
@@ -57,6 +62,7 @@ fn prepared_evaluator_equals_the_reference() {
             }
         }
     });
+    assert!(federated_staged > 0, "no staged federated policy replaces another");
     println!("{total} answers, {denied} deny; {judged:#?}");
     assert!(denied * 10 >= total * 3 && denied * 10 <= total * 7, "{denied} of {total} deny");
     let missing: Vec<&str> = CLAUSES.into_iter().filter(|clause| !judged.contains_key(*clause)).collect();

@@ -95,7 +95,7 @@ pub fn world(random: &mut Random) -> World {
         add_tier(random, &mut policies.federation, Phase::Guard, name);
     }
     add_tier(random, &mut policies.federation, Phase::Baseline, "base");
-    for at in 0..random.below(5) {
+    for at in 0..random.below(6) {
         let policy = policy(random, None, at);
         policies.federation.policies.insert(policy.id.clone(), policy);
     }
@@ -224,7 +224,8 @@ fn policy(random: &mut Random, cluster: Option<ClusterName>, at: usize) -> Polic
         random.pick(&[StagedAction::Set, StagedAction::Delete, StagedAction::Learn, StagedAction::Ignore])
     });
     let kind = match (federated, staged) {
-        (true, _) => PolicyKind::FederatedNetworkPolicy,
+        (true, Some(_)) => PolicyKind::StagedFederatedNetworkPolicy,
+        (true, None) => PolicyKind::FederatedNetworkPolicy,
         (_, Some(_)) => PolicyKind::StagedGlobalNetworkPolicy,
         (_, None) if random.once_in(4) => PolicyKind::KubernetesNetworkPolicy,
         (_, None) => PolicyKind::CalicoGlobalNetworkPolicy,
@@ -236,7 +237,12 @@ fn policy(random: &mut Random, cluster: Option<ClusterName>, at: usize) -> Polic
         false => (Phase::Local, random.pick(&["default", "security", "kube-admin", "nobody-made-this"])),
     };
     // Few names, so that staged policies find what they replace.
-    let id = PolicyId { cluster, kind, namespace: None, name: format!("policy-{}", at % 4).into() };
+    let id = PolicyId {
+        cluster,
+        kind,
+        namespace: None,
+        name: format!("policy-{}", at % if federated { 2 } else { 4 }).into(),
+    };
     let scope = |random: &mut Random| match (federated, random.below(3)) {
         (false, 0 | 1) => ClusterScope::Local,
         (_, 0) => {
@@ -267,7 +273,7 @@ fn policy(random: &mut Random, cluster: Option<ClusterName>, at: usize) -> Polic
         selector: if random.once_in(2) { Selector::all() } else { selector(random) },
         ingress: rules(random),
         egress: rules(random),
-        staged: staged.filter(|_| !federated),
+        staged,
         host_only: random.once_in(15),
         id,
     }

@@ -89,6 +89,7 @@ impl Fleet<'_> {
             let manifest = hub::FederatedManifest {
                 json: number.to_string().into(),
                 enforcers: Some(version.enforcers.clone()),
+                also_for: BTreeSet::new(),
                 resolved: BTreeMap::new(),
                 interest: version.interest.clone(),
                 features: Vec::new(),

@@ -57,6 +57,18 @@ pub struct Case {
     pub deny: Vec<String>,
     #[serde(default)]
     pub error: Vec<String>,
+    /// The verdicts as if all staged policies were committed.
+    #[serde(default)]
+    pub staged: Staged,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Staged {
+    #[serde(default)]
+    pub allow: Vec<String>,
+    #[serde(default)]
+    pub deny: Vec<String>,
 }
 
 /// What a clause says of a packet.
@@ -99,9 +111,12 @@ impl Corpus {
 }
 
 impl Case {
-    /// Each packet, with what the clause says of it.
-    pub fn packets(&self) -> impl Iterator<Item = (&str, Expected)> {
-        let lists = [(&self.allow, Expected::Allow), (&self.deny, Expected::Deny), (&self.error, Expected::Error)];
+    /// Each packet, with what the clause says of it. `staged`: as if all staged policies were committed.
+    pub fn packets(&self, staged: bool) -> impl Iterator<Item = (&str, Expected)> {
+        let lists = match staged {
+            false => vec![(&self.allow, Expected::Allow), (&self.deny, Expected::Deny), (&self.error, Expected::Error)],
+            true => vec![(&self.staged.allow, Expected::Allow), (&self.staged.deny, Expected::Deny)],
+        };
         lists.into_iter().flat_map(|(list, expected)| list.iter().map(move |packet| (packet.as_str(), expected)))
     }
 }

@@ -217,17 +217,17 @@ impl HubObjects {
         moved
     }
 
-    /// The names of policies that wait.
-    pub(super) fn waiting_policies(&self) -> BTreeSet<Arc<str>> {
+    /// Policies that wait.
+    pub(super) fn waiting_policies(&self) -> BTreeSet<ManifestKey> {
         let keys = self.waiting.iter().flat_map(|waiting| waiting.changes.keys());
-        keys.filter(|(kind, _)| *kind == ManifestKind::Policy).map(|(_, name)| name.clone()).collect()
+        keys.filter(|(kind, _)| kind.is_policy()).cloned().collect()
     }
 
     /// Policies that cannot be used here, and why.
-    pub(super) fn refused_policies(&self) -> BTreeMap<Arc<str>, String> {
+    pub(super) fn refused_policies(&self) -> BTreeMap<ManifestKey, String> {
         let refused = self.refused.iter().filter_map(|(id, why)| Some((self.objects.get(id)?.key.as_ref()?, why)));
         let policy = |(key, why): (&HubKey, &ObjectProblem)| match key {
-            HubKey::Manifest((ManifestKind::Policy, name)) => Some((name.clone(), why.to_string())),
+            HubKey::Manifest(key) if key.0.is_policy() => Some((key.clone(), why.to_string())),
             HubKey::Manifest(_) | HubKey::Cluster(_) => None,
         };
         refused.filter_map(policy).collect()
@@ -290,7 +290,7 @@ impl HubObjects {
         let never_usable = last.is_none_or(is_last_refused);
         let has_tier = usable != Err(ObjectProblem::TierMissing);
         before.manifests.entry(key.clone()).or_insert_with(|| last.cloned());
-        if usable.is_ok() || key.0 == ManifestKind::Policy && never_usable && has_tier {
+        if usable.is_ok() || key.0.is_policy() && never_usable && has_tier {
             self.received.insert(key, Arc::new(ReceivedManifest { bytes: bytes.clone(), manifest }));
         }
         match usable {

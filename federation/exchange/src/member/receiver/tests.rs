@@ -1,7 +1,6 @@
 use super::*;
 use crate::limits::{EXISTING_TIER, MAX_HUB_OBJECT_BYTES};
 use crate::message::WrittenScope;
-use crate::model::ManifestKind;
 use hanse_proto::federation::v1 as pb;
 use prost::Message as _;
 
@@ -25,6 +24,10 @@ fn policy(json: &'static [u8], revision: u64, features: &[&str]) -> Bytes {
     let features = features.iter().map(|it| (*it).to_owned()).collect();
     let body = Some(pb::object_update::Body::Policy(manifest));
     pb::ObjectUpdate { id: 7, revision, features, body }.encode_to_vec().into()
+}
+
+fn p() -> (ManifestKind, Arc<str>) {
+    (ManifestKind::Policy, "p".into())
 }
 
 /// One batch of the hub's, and the interest that it needs.
@@ -92,11 +95,11 @@ fn the_last_version_that_can_be_read_holds_also_across_a_restart() {
         assert!(receiver.refused().is_empty());
         send(&mut receiver, false, &policy(json, 2, features), 2);
         assert_eq!(in_force(&mut receiver), None, "no change");
-        assert!(receiver.refused()["p"].contains(why));
+        assert!(receiver.refused()[&p()].contains(why));
 
         let mut restored = Receiver::restore_checked(&receiver.store(), Refusing).expect("whole");
         assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"1"))), "after a restart");
-        assert!(restored.refused()["p"].contains(why), "and is still told");
+        assert!(restored.refused()[&p()].contains(why), "and is still told");
         restored.open();
         send(&mut restored, true, &policy(json, 2, features), 2);
         assert_eq!(in_force(&mut restored), None, "the hub's next word takes nothing away");
@@ -112,10 +115,10 @@ fn a_policy_that_never_could_be_read_is_handed_on() {
         receiver.open();
         send(&mut receiver, true, &policy(json, 1, features), 1);
         assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(json))));
-        assert!(receiver.refused().contains_key("p"));
+        assert!(receiver.refused().contains_key(&p()));
         let mut restored = Receiver::restore_checked(&receiver.store(), Refusing).expect("whole");
         assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(json))), "after a restart");
-        assert!(restored.refused().contains_key("p"));
+        assert!(restored.refused().contains_key(&p()));
         // Its next version, which cannot be read either; then one that can, and one more that cannot.
         restored.open();
         send(&mut restored, true, &policy(json, 2, &["newer"]), 2);
@@ -127,13 +130,55 @@ fn a_policy_that_never_could_be_read_is_handed_on() {
     }
 }
 
+/// A kind of object that this version does not know, as a staged policy is to versions before it: nothing else depends on it.
+#[test]
+fn object_of_an_unknown_kind_is_refused_alone() {
+    let unknown = |id: u64| {
+        // Field 31 of the body, a manifest.
+        let features = vec!["kind-of-next-year".to_owned()];
+        let mut bytes = pb::ObjectUpdate { id, revision: 1, features, body: None }.encode_to_vec();
+        bytes.extend([0xfa, 0x01, 3, 0x0a, 1, b'p']);
+        Bytes::from(bytes)
+    };
+    let mut receiver = Receiver::checked(Refusing);
+    receiver.open();
+    let objects = [unknown(6), policy(b"1", 1, &[])];
+    let frame = frame::cut([&objects[0], &objects[1]], &[]).remove(0);
+    let position = Position { epoch: 1, revision: 1 };
+    let digest = objects.iter().fold(0_u128, |sum, it| sum.wrapping_add(digest_of(it)));
+    take(&mut receiver, interest_of(1, Vec::new()));
+    take(&mut receiver, WatchResponse::Begin { origin: None, snapshot: true, needs_interest: 1 });
+    take(&mut receiver, WatchResponse::Frame(frame));
+    take(&mut receiver, WatchResponse::End { position, digest: Some(digest), view: 0 });
+    assert_eq!(in_force(&mut receiver), Some(Some(Bytes::from_static(b"1"))));
+    assert!(receiver.refused().is_empty(), "it is no policy that this version knows");
+}
+
+#[test]
+fn staged_policy_is_received_beside_the_enforced_one() {
+    let json = Bytes::from_static(b"2");
+    let manifest =
+        crate::model::Manifest { json, enforcers: BTreeSet::new(), resolved: Vec::new(), features: Vec::new() };
+    let staged = object::Object::Manifest { kind: ManifestKind::StagedPolicy, name: "p".into(), manifest };
+    let bytes = Bytes::from(object::encode(6, 0, &staged));
+    let wire = pb::ObjectUpdate::decode(&*bytes).expect("it was encoded here");
+    assert_eq!(wire.features, ["staged-policy"], "versions without it refuse the object by this name");
+    assert_eq!(object::decode(&bytes).expect("an id").object, Ok(staged));
+    let mut receiver = Receiver::checked(Refusing);
+    receiver.open();
+    send(&mut receiver, true, &bytes, 1);
+    let changes = receiver.take_updates().expect("in force").changes;
+    let [Change::Manifest { kind: ManifestKind::StagedPolicy, .. }] = &changes[..] else { panic!("{changes:?}") };
+    assert!(receiver.refused().is_empty());
+}
+
 #[test]
 fn a_policy_that_never_had_a_tier_is_not_handed_on() {
     let mut receiver = Receiver::checked(Refusing);
     receiver.open();
     send(&mut receiver, true, &policy(b"1", 1, &[EXISTING_TIER]), 1);
     assert_eq!(in_force(&mut receiver), None);
-    assert!(receiver.refused()["p"].contains("tier does not exist"));
+    assert!(receiver.refused()[&p()].contains("tier does not exist"));
     let mut restored = Receiver::restore_checked(&receiver.store(), Refusing).expect("whole");
     assert_eq!(in_force(&mut restored), None, "after a restart");
     restored.open();

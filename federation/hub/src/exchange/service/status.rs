@@ -114,13 +114,18 @@ impl Realisations for Service {
         let snapshot = self.registry.snapshot();
         let object = snapshot.objects.get(id);
         let needed = object.map_or(if gone_at > 0 { gone_at } else { snapshot.revision }, |object| object.revision);
-        let policy = object.filter(|_| id.kind == Kind::FederatedNetworkPolicy).map(|_| &*id.name);
+        let kind = match id.kind {
+            Kind::FederatedNetworkPolicy => Some(ManifestKind::Policy),
+            Kind::StagedFederatedNetworkPolicy => Some(ManifestKind::StagedPolicy),
+            Kind::FederatedNetworkSet | Kind::MemberCluster | Kind::Tier => None,
+        };
+        let policy = object.and(kind).map(|kind| (kind, &*id.name));
         let exchange = self.locked();
         let federation = exchange.federation();
         let position = federation.position;
         let clusters: Vec<ClusterName> = match policy {
-            Some(name) => {
-                let manifest = federation.manifests.get(&(ManifestKind::Policy, Arc::from(name)))?;
+            Some((kind, name)) => {
+                let manifest = federation.manifests.get(&(kind, Arc::from(name)))?;
                 manifest.enforcers.iter().flatten().cloned().collect()
             }
             None if position.revision < needed => return None,

@@ -96,3 +96,77 @@ async fn policy_without_tier_removes_nothing_and_applies_with_its_tier() {
     assert!(gone.contains_key(&(ManifestKind::Tier, Arc::from("ghost"))));
     assert_eq!(gone[&key("new")].features, [EXISTING_TIER]);
 }
+
+/// A policy for one cluster.
+fn only_for(cluster: &str, policy: Vec<u8>) -> Vec<u8> {
+    let policy = String::from_utf8(policy).unwrap();
+    policy.replace("\"all()\"", &format!("\"hanse.dev/cluster == '{cluster}'\"")).into_bytes()
+}
+
+fn staged(tier: &str) -> Vec<u8> {
+    let policy = String::from_utf8(only_for("train", peered("p", tier))).unwrap();
+    policy.replace("FederatedNetworkPolicy", "StagedFederatedNetworkPolicy").into_bytes()
+}
+
+#[tokio::test]
+async fn staged_policy_is_sent_where_it_applies_and_where_it_replaces() {
+    let store = in_memory();
+    let commit = async |transaction: Transaction| {
+        let committed = store.commit(transaction).await.unwrap();
+        let hanse_store::Outcome::Committed(revision) = committed else { panic!("{committed:?}") };
+        revision
+    };
+    let put =
+        async |key: &[&str], value: Vec<u8>| commit(Transaction::default().put(Key::new(key).unwrap(), value)).await;
+    for cluster in ["prod", "serve", "train"] {
+        put(&["member", cluster], br#"{"key":"k","state":"accepted"}"#.to_vec()).await;
+    }
+    put(&["object", "Tier", "platform"], tier("platform")).await;
+    // Of a newer version: it changes nothing for the others.
+    put(&["object", "TierOfTiers", "x"], b"{}".to_vec()).await;
+    let registry = Registry::open(
+        store.clone(),
+        std::time::Duration::from_secs(30),
+        Clock::default(),
+        &hanse_runtime::shutdown::Shutdown::default(),
+    )
+    .await
+    .unwrap();
+    let mut deriver = Deriver::default();
+    let mut derive = async |revision: u64| {
+        eventually("the view shows it", || async { registry.snapshot().revision >= revision }).await;
+        deriver.federation(&registry, &registry.snapshot()).manifests
+    };
+    let (of_enforced, of_staged) = ((ManifestKind::Policy, "p".into()), (ManifestKind::StagedPolicy, "p".into()));
+    let audience = |it: &FederatedManifest| it.audience().into_iter().flatten().map(|it| it.to_string()).collect();
+    let object = ["object", "StagedFederatedNetworkPolicy", "p"];
+
+    let alone = derive(put(&object, staged("platform")).await).await;
+    let first: Vec<String> = audience(&alone[&of_staged]);
+    assert_eq!(first, ["train"]);
+    assert!(!alone[&of_staged].interest.is_empty(), "flows have its verdicts");
+    let of_serve = only_for("serve", peered("p", "platform"));
+    let both = derive(put(&["object", "FederatedNetworkPolicy", "p"], of_serve).await).await;
+    let joint: Vec<String> = audience(&both[&of_staged]);
+    assert_eq!(joint, ["serve", "train"]);
+    let enforced: Vec<String> = audience(&both[&of_enforced]);
+    assert_eq!(enforced, ["serve"], "the enforced one is not sent elsewhere");
+    let again = derive(registry.snapshot().revision).await;
+    assert!(Arc::ptr_eq(&again[&of_staged], &both[&of_staged]), "an unchanged policy costs nothing");
+
+    // Its tier is missing: the last version with a tier stays, and a new one needs nothing.
+    let moved = derive(put(&object, staged("ghost")).await).await;
+    assert_eq!(moved[&of_staged].features, [EXISTING_TIER]);
+    assert_eq!(moved[&of_staged].interest, both[&of_staged].interest);
+    let id = |kind| ObjectId { kind, name: "p".into() };
+    let acceptance = |kind| registry.snapshot().acceptance(&id(kind));
+    let missing = acceptance(Kind::StagedFederatedNetworkPolicy).expect("it exists");
+    assert_eq!((&missing, missing.reason()), (&Acceptance::TierNotFound("ghost".into()), Some("TierNotFound")));
+    assert_eq!(acceptance(Kind::FederatedNetworkPolicy), Some(Acceptance::Accepted));
+    assert_eq!(acceptance(Kind::Tier), None);
+    let fresh = Deriver::default().federation(&registry, &registry.snapshot()).manifests;
+    assert!(fresh[&of_staged].interest.is_empty(), "no Deny depends on a staged policy");
+
+    let gone = derive(commit(Transaction::default().delete(Key::new(&object).unwrap())).await).await;
+    assert!(!gone.contains_key(&of_staged) && gone.contains_key(&of_enforced));
+}

@@ -120,7 +120,7 @@ fn bounds_each_name_and_text_of_a_report() {
         ..pb::NodePosition::default()
     };
     let refused = Some(pb::policy_state::State::Refused(long.clone()));
-    let policy = pb::PolicyState { policy: "p".to_owned(), state: refused };
+    let policy = pb::PolicyState { policy: "p".to_owned(), state: refused, ..Default::default() };
     let whole = pb::Realisation {
         nodes: vec![node.clone()],
         policies: vec![policy],
@@ -139,8 +139,8 @@ fn bounds_each_name_and_text_of_a_report() {
     let name = "x".repeat(254);
     let named = |node: pb::NodePosition| pb::Realisation { nodes: vec![node], ..pb::Realisation::default() };
     let waiting = pb::policy_state::State::Waiting(pb::Waiting { clusters: vec![name.clone()] });
-    let waiting = pb::PolicyState { policy: "p".to_owned(), state: Some(waiting) };
-    let policy = pb::PolicyState { policy: name.clone(), state: None };
+    let waiting = pb::PolicyState { policy: "p".to_owned(), state: Some(waiting), ..Default::default() };
+    let policy = pb::PolicyState { policy: name.clone(), ..Default::default() };
     let origin = pb::OriginState { origin: name.clone(), ..pb::OriginState::default() };
     for (what, realisation) in [
         ("a node's", named(pb::NodePosition { node: name.clone(), ..node.clone() })),
