@@ -2,6 +2,7 @@
 
 mod audit;
 mod bench;
+mod crds;
 mod demo;
 mod fuzz;
 mod setup;
@@ -22,6 +23,8 @@ enum Task {
     Audit,
     /// Measure the budgets of the design: wall and CPU time, and the peak memory of a separate process.
     Bench(bench::Arguments),
+    /// Write the custom resource definitions into deploy/crds, from the types.
+    Crds(crds::Arguments),
     /// Run three clusters of AI workloads on this machine and try the connections between them.
     Demo(demo::Arguments),
     /// Run a parser on mutated inputs.
@@ -34,6 +37,7 @@ fn main() -> anyhow::Result<()> {
     match Arguments::parse().task {
         Task::Audit => audit::run(),
         Task::Bench(arguments) => bench::run(&arguments),
+        Task::Crds(arguments) => crds::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),

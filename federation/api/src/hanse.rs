@@ -17,15 +17,21 @@ use crate::address::parse_net;
 use crate::clusters::ClusterSelector;
 use crate::decode::null_as_default;
 use crate::field::{Errors, Path};
+use crate::limits::{LEASE_SECONDS, MAX_MEMBER_ENTRIES, TOKEN_SECONDS};
 use crate::metadata::{Metadata, check_labels, check_metadata};
-use crate::names::is_dns_label;
+use crate::names::{NAME_RULE, is_dns_label, is_subdomain};
 use crate::policy::{FederatedPolicy, PeerClusters};
 use crate::policy_fields::{
     TIER_NAME_RULE, check_order, check_part_name, convert_default_action, convert_staged_action, convert_types,
 };
-use crate::rule::{self, Context, RuleSpec, RulesOf};
+use crate::rule::{self, Context, RulesOf};
+
+mod spec;
+
+pub use spec::*;
 
 pub const GROUP: &str = "hanse.dev";
+pub const VERSION: &str = "v1alpha1";
 pub const API_VERSION: &str = "hanse.dev/v1alpha1";
 
 macro_rules! object {
@@ -70,97 +76,20 @@ object!(
     NetworkSetSpec
 );
 object!(
-    /// What the hub says of one cluster: its labels and its grants.
+    /// One cluster of the ClusterSet: its labels and its grants.
     MemberCluster,
     MemberClusterSpec
 );
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct PolicySpec {
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub tier: String,
-    pub order: Option<f64>,
-    /// Which clusters enforce the policy, by their labels at the hub; empty is all.
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub cluster_selector: String,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub namespace_selector: String,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub selector: String,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub service_account_selector: String,
-    pub types: Option<Vec<String>>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub ingress: Vec<RuleSpec>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub egress: Vec<RuleSpec>,
-    /// StagedFederatedNetworkPolicy only: `Set` (the default), `Delete`, `Learn` or `Ignore`, as in Calico's staged kinds.
-    pub staged_action: Option<String>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct TierSpec {
-    /// `Guard`: before the clusters' own tiers; `Baseline`: after them.
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub phase: String,
-    pub order: Option<f64>,
-    /// `Deny` (the default) or `Pass`.
-    pub default_action: Option<String>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetworkSetSpec {
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub nets: Vec<String>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct MemberClusterSpec {
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub labels: Labels,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub grants: GrantsSpec,
-    /// `Pass` (the default): a federated Allow leaves to the cluster's own tiers. `Final`: it ends.
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub federated_allow: String,
-}
-
-/// What a cluster may claim. Without namespaces or CIDRs it exports nothing.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct GrantsSpec {
-    /// Which namespaces it may export; `*` is all.
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub namespaces: Vec<String>,
-    /// Where its endpoints' addresses lie; never overlapping another cluster's.
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub cidrs: Vec<String>,
-    /// Which label keys its endpoints may carry, with the permitted values (`*`: any); absent is every key and value.
-    pub labels: Option<BTreeMap<String, Vec<String>>>,
-    /// The clusters that may see its exports; absent is all.
-    pub visible_to: Option<VisibleToSpec>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub limits: LimitsSpec,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct VisibleToSpec {
-    #[serde(default)]
-    pub cluster_selector: String,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct LimitsSpec {
-    pub endpoints: Option<u64>,
-    pub label_sets: Option<u64>,
-    pub updates_per_second: Option<u64>,
-}
+object!(
+    /// The ClusterSet, for the operator: a hub without an operator has its settings from its command line.
+    ClusterSet,
+    ClusterSetSpec
+);
+object!(
+    /// A request for a join token, for the operator.
+    ClusterJoinToken,
+    ClusterJoinTokenSpec
+);
 
 /// Label key to permitted values; `None`: any value.
 pub type LabelKeys = BTreeMap<Arc<str>, Option<BTreeSet<Arc<str>>>>;
@@ -191,12 +120,21 @@ pub struct Member {
     pub labels: Labels,
     pub grants: Grants,
     pub federated_allow_final: bool,
+    /// `None`: as the join token of the cluster states.
+    pub acceptance: Option<Acceptance>,
+}
+
+/// Whether a cluster takes part in the ClusterSet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Acceptance {
+    /// Not yet, also when it has joined.
+    Pending,
+    Accepted,
+    Revoked,
 }
 
 /// Label keys with this prefix are the hub's own.
 pub const RESERVED_PREFIX: &str = "hanse.dev/";
-/// Most entries in each list of a MemberCluster.
-const MAX_MEMBER_ENTRIES: usize = 4_096;
 
 /// Whether two nets have an address in common.
 pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
@@ -422,6 +360,18 @@ impl MemberCluster {
                 false
             }
         };
+        grants.limits.check(&grants_path.field("limits"), errors);
+        let acceptance = match self.spec.acceptance.as_str() {
+            "" => None,
+            "Pending" => Some(Acceptance::Pending),
+            "Accepted" => Some(Acceptance::Accepted),
+            "Revoked" => Some(Acceptance::Revoked),
+            other => {
+                let message = format!("\"{other}\" is not one of Pending, Accepted, Revoked");
+                errors.add(&path.field("acceptance"), message);
+                None
+            }
+        };
         Member {
             name: name.into(),
             labels: self.spec.labels.clone(),
@@ -435,7 +385,71 @@ impl MemberCluster {
                 max_updates_per_second: grants.limits.updates_per_second.unwrap_or(DEFAULT_MAX_UPDATES_PER_SECOND),
             },
             federated_allow_final,
+            acceptance,
         }
+    }
+}
+
+/// The largest number that every reader of JSON reads exactly.
+const MAX_LIMIT: u64 = (1 << 53) - 1;
+
+impl LimitsSpec {
+    fn check(&self, path: &Path<'_>, errors: &mut Errors) {
+        for (limit, name) in [
+            (self.endpoints, "endpoints"),
+            (self.label_sets, "labelSets"),
+            (self.updates_per_second, "updatesPerSecond"),
+        ] {
+            if let Some(limit) = limit.filter(|limit| *limit > MAX_LIMIT) {
+                errors.add(&path.field(name), format!("{limit} is more than {MAX_LIMIT}"));
+            }
+        }
+    }
+}
+
+fn check_seconds(seconds: Option<u64>, within: &std::ops::RangeInclusive<u64>, path: &Path<'_>, errors: &mut Errors) {
+    if let Some(seconds) = seconds.filter(|seconds| !within.contains(seconds)) {
+        errors.add(path, format!("{seconds} is not between {} and {}", within.start(), within.end()));
+    }
+}
+
+impl ClusterSet {
+    /// Checks the fields. The operator reads them.
+    pub fn check(&self, errors: &mut Errors) {
+        check_global_metadata(&self.metadata, errors);
+        let path = Path::Root("spec");
+        let domain = &self.spec.trust_domain;
+        // SPIFFE-ID, section 2.1.
+        let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b".-_".contains(&byte);
+        if domain.is_empty() {
+            errors.add(&path.field("trustDomain"), "is missing");
+        } else if domain.len() > 255 || !domain.bytes().all(allowed) {
+            let message = format!("\"{domain}\" is not a trust domain: at most 255 of a-z 0-9 . - _");
+            errors.add(&path.field("trustDomain"), message);
+        }
+        check_seconds(self.spec.lease_seconds, &LEASE_SECONDS, &path.field("leaseSeconds"), errors);
+        if let Some(defaults) = &self.spec.defaults {
+            let path = path.field("defaults");
+            defaults.limits.check(&path.field("limits"), errors);
+            check_seconds(defaults.join_token_seconds, &TOKEN_SECONDS, &path.field("joinTokenSeconds"), errors);
+        }
+    }
+}
+
+impl ClusterJoinToken {
+    /// Checks the fields. The operator reads them.
+    pub fn check(&self, errors: &mut Errors) {
+        check_global_metadata(&self.metadata, errors);
+        let path = Path::Root("spec");
+        let spec = &self.spec;
+        if !is_dns_label(&spec.cluster) {
+            let message = format!("\"{}\" is not the name of a cluster: at most 63 of a-z 0-9 -", spec.cluster);
+            errors.add(&path.field("cluster"), message);
+        }
+        if !is_subdomain(&spec.secret_name) {
+            errors.add(&path.field("secretName"), format!("\"{}\" is not a name: {NAME_RULE}", spec.secret_name));
+        }
+        check_seconds(spec.lifetime_seconds, &TOKEN_SECONDS, &path.field("lifetimeSeconds"), errors);
     }
 }
 

@@ -7,7 +7,7 @@ use crate::field::FieldError;
 use crate::hanse;
 
 /// Every kind that is read, but for Calico's.
-const READ: [(&str, &str); 13] = [
+const READ: [(&str, &str); 15] = [
     ("v1", "Namespace"),
     ("v1", "Node"),
     ("v1", "ServiceAccount"),
@@ -21,6 +21,8 @@ const READ: [(&str, &str); 13] = [
     (hanse::API_VERSION, "Tier"),
     (hanse::API_VERSION, "FederatedNetworkSet"),
     (hanse::API_VERSION, "MemberCluster"),
+    (hanse::API_VERSION, "ClusterSet"),
+    (hanse::API_VERSION, "ClusterJoinToken"),
 ];
 
 /// Those of Calico, under either of its groups.

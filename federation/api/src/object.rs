@@ -12,7 +12,7 @@ use crate::decode::typed;
 use crate::diagnostic::Reference;
 use crate::document::Node as Value;
 use crate::field::{Errors, FieldError, Path};
-use crate::hanse::{self, Member};
+use crate::hanse::{self, ClusterJoinTokenSpec, ClusterSetSpec, Member};
 use crate::inventory::{EndpointSlice, Namespace, Node, Pod, Service, ServiceAccount};
 use crate::kubernetes;
 use crate::metadata::{Metadata, check_metadata};
@@ -39,6 +39,10 @@ pub enum Object {
     FederatedPolicy(Box<FederatedPolicy>),
     FederatedNetworkSet(EndpointId, Box<Endpoint>),
     Member(Box<Member>),
+    /// For the operator.
+    ClusterSet(Box<ClusterSetSpec>),
+    /// For the operator.
+    ClusterJoinToken(Box<ClusterJoinTokenSpec>),
 }
 
 impl Object {
@@ -54,7 +58,9 @@ impl Object {
             | Self::FederatedTier(_)
             | Self::FederatedPolicy(_)
             | Self::FederatedNetworkSet(..)
-            | Self::Member(_) => false,
+            | Self::Member(_)
+            | Self::ClusterSet(_)
+            | Self::ClusterJoinToken(_) => false,
         }
     }
 
@@ -62,7 +68,12 @@ impl Object {
     pub fn is_federated(&self) -> bool {
         matches!(
             self,
-            Self::FederatedTier(_) | Self::FederatedPolicy(_) | Self::FederatedNetworkSet(..) | Self::Member(_)
+            Self::FederatedTier(_)
+                | Self::FederatedPolicy(_)
+                | Self::FederatedNetworkSet(..)
+                | Self::Member(_)
+                | Self::ClusterSet(_)
+                | Self::ClusterJoinToken(_)
         )
     }
 
@@ -169,6 +180,14 @@ pub(crate) fn read(
         (hanse::API_VERSION, "MemberCluster") => {
             read.convert(|it: hanse::MemberCluster, errors| Object::Member(Box::new(it.convert(errors))))
         }
+        (hanse::API_VERSION, "ClusterSet") => read.convert(|it: hanse::ClusterSet, errors| {
+            it.check(errors);
+            Object::ClusterSet(Box::new(it.spec))
+        }),
+        (hanse::API_VERSION, "ClusterJoinToken") => read.convert(|it: hanse::ClusterJoinToken, errors| {
+            it.check(errors);
+            Object::ClusterJoinToken(Box::new(it.spec))
+        }),
         (calico::API_VERSION | calico::CRD_API_VERSION, _) => match calico::read(reference, kind, node)? {
             Some(object) => read.calico(object),
             None => return Ok(None),
@@ -211,6 +230,8 @@ wire!(
     hanse::Tier: false,
     hanse::FederatedNetworkSet: false,
     hanse::MemberCluster: false,
+    hanse::ClusterSet: false,
+    hanse::ClusterJoinToken: false,
 );
 
 struct Reader<'a> {

@@ -4,7 +4,6 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use hanse_policy::inventory::Labels;
 use hanse_policy::model::{
     Action, ClusterScope, EntityMatch, HttpMatch, HttpPath, Icmp, IpVersion, Port, Protocol, Rule, Selection,
     ServiceMatch,
@@ -12,120 +11,17 @@ use hanse_policy::model::{
 use hanse_policy::selector::build;
 use hanse_policy::selector::{Expr, Selector};
 use ipnet::IpNet;
-use serde::Deserialize;
 
-use crate::decode::{IntOrString, null_as_default};
+use crate::decode::IntOrString;
 use crate::field::{Errors, Path};
 use crate::label_selector::written_peer;
 use crate::metadata::check_annotations;
 use crate::names::{NAME_RULE, is_subdomain, port_name_error};
 
-/// Bounds of Calico's schema.
-pub const MAX_HTTP_METHODS: usize = 20;
-pub const MAX_HTTP_PATHS: usize = 20;
-pub const MAX_HTTP_PATH_CHARACTERS: usize = 1024;
-pub const MAX_RULES: usize = 1024;
-pub const MAX_SELECTOR_CHARACTERS: usize = 1024;
-pub const MAX_NETS: usize = 256;
-/// Of a network set.
-pub const MAX_SET_NETS: usize = 100_000;
-/// The longest spelling of a net of a network set.
-pub const MAX_SET_NET_CHARACTERS: usize = 43;
-pub const MAX_PORTS: usize = 50;
-/// Of a port's name that was stored before names were checked as Kubernetes checks them.
-const MAX_STORED_PORT_NAME_BYTES: usize = 128;
+mod spec;
 
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct RuleSpec {
-    #[serde(default)]
-    pub action: String,
-    pub ip_version: Option<i64>,
-    pub protocol: Option<IntOrString>,
-    pub not_protocol: Option<IntOrString>,
-    pub icmp: Option<IcmpSpec>,
-    #[serde(rename = "notICMP")]
-    pub not_icmp: Option<IcmpSpec>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub source: EntitySpec,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub destination: EntitySpec,
-    pub http: Option<HttpSpec>,
-    /// Annotations of the rule: for people.
-    pub metadata: Option<RuleMetadata>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RuleMetadata {
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub annotations: Labels,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct IcmpSpec {
-    #[serde(rename = "type")]
-    pub kind: Option<i64>,
-    pub code: Option<i64>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct EntitySpec {
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub nets: Vec<String>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub not_nets: Vec<String>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub selector: String,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub not_selector: String,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub namespace_selector: String,
-    pub service_accounts: Option<ServiceAccountsSpec>,
-    pub services: Option<ServiceSpec>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub ports: Vec<IntOrString>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub not_ports: Vec<IntOrString>,
-    /// `hanse.dev` only: which clusters' workloads. Absent: the whole ClusterSet.
-    pub cluster_selector: Option<String>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ServiceAccountsSpec {
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub names: Vec<String>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub selector: String,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ServiceSpec {
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub name: String,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub namespace: String,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct HttpSpec {
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub methods: Vec<String>,
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub paths: Vec<HttpPathSpec>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct HttpPathSpec {
-    pub exact: Option<String>,
-    pub prefix: Option<String>,
-}
+pub use crate::limits::*;
+pub use spec::*;
 
 /// Whose rules are converted.
 #[derive(Clone, Copy)]

@@ -9,6 +9,7 @@
 
 pub mod administration;
 pub mod authority;
+pub mod custom_resources;
 pub mod exchange;
 pub mod grants;
 pub mod manifest;

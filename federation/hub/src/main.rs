@@ -1,4 +1,4 @@
-//! `hanse-hub`: makes a ClusterSet (`init`) and serves it (`run`).
+//! `hanse-hub`: makes a ClusterSet (`init`), serves it (`run`), and prints its custom resource definitions (`crds`).
 
 // Text from elsewhere is printed by `hanse_runtime::text`, which escapes it.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use hanse_hub::authority::Lifetimes;
+use hanse_hub::custom_resources::{self, Definition};
 use hanse_hub::server::{Hub, Options, default_store, init};
 use hanse_identity::{TrustDomain, tls};
 use hanse_runtime::shutdown::Shutdown;
@@ -34,6 +35,18 @@ enum Command {
     Init(InitArgs),
     /// Run the hub.
     Run(Box<RunArgs>),
+    /// Print the CustomResourceDefinitions of hanse.dev as YAML, for kubectl apply --server-side -f -.
+    Crds(CrdsArgs),
+}
+
+#[derive(Debug, Args)]
+struct CrdsArgs {
+    /// Write one file per definition into this directory instead, and remove other YAML files.
+    #[arg(long)]
+    directory: Option<PathBuf>,
+    /// Write nothing; fail if the files of the directory differ.
+    #[arg(long, requires = "directory")]
+    check: bool,
 }
 
 #[derive(Debug, Args)]
@@ -129,6 +142,14 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
             ))?;
             Ok(())
         }
+        Command::Crds(args) => match args.directory {
+            Some(directory) => custom_resources::write(&directory, args.check),
+            None => {
+                let all: anyhow::Result<Vec<String>> =
+                    custom_resources::definitions().iter().map(Definition::yaml).collect();
+                Ok(all?.join("---\n").lines().try_for_each(text::line)?)
+            }
+        },
         Command::Run(args) => {
             let args = *args;
             let shutdown = Shutdown::default();

@@ -101,8 +101,12 @@ pub fn check(manifest: &[u8]) -> Result<Checked, String> {
     if head.api_version != "hanse.dev/v1alpha1" {
         return Err(format!("apiVersion: '{}' is not hanse.dev/v1alpha1", head.api_version));
     }
-    let kind = Kind::from_name(&head.kind)
-        .ok_or_else(|| format!("kind: '{}' is not a kind of hanse.dev/v1alpha1", head.kind))?;
+    let kind = Kind::from_name(&head.kind).ok_or_else(|| match head.kind.as_str() {
+        kind @ ("ClusterSet" | "ClusterJoinToken") => {
+            format!("kind: {kind} is for the operator: apply it with kubectl to the management cluster")
+        }
+        other => format!("kind: '{other}' is not a kind of hanse.dev/v1alpha1"),
+    })?;
     check_subdomain(&head.metadata.name).map_err(|e| format!("metadata.name: {e}"))?;
     if kind == Kind::MemberCluster {
         check_label(&head.metadata.name).map_err(|e| format!("metadata.name: {e}"))?;
@@ -118,7 +122,10 @@ pub fn warnings(object: &Object) -> Vec<String> {
     let Object::Member(member) = object else { return Vec::new() };
     let is_final = "spec.federatedAllow: ignored; the operator of the cluster grants Final when it joins";
     let grants = MemberCluster::of(object).map(|member| member.warnings()).unwrap_or_default();
-    member.federated_allow_final.then(|| is_final.to_owned()).into_iter().chain(grants).collect()
+    let acceptance =
+        "spec.acceptance: ignored without an operator; use `hanse cluster accept` or `hanse cluster revoke`";
+    let ignored = [(member.federated_allow_final, is_final), (member.acceptance.is_some(), acceptance)];
+    ignored.into_iter().filter(|(given, _)| *given).map(|(_, text)| text.to_owned()).chain(grants).collect()
 }
 
 /// The tier of a policy.

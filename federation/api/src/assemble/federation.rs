@@ -50,6 +50,8 @@ pub fn assemble_federation<'a>(
                 federation.members.insert(member.name.clone(), Member::clone(member));
             }
             Object::FederatedPolicy(policy) => policies.push((manifest, policy)),
+            // They change no verdict.
+            Object::ClusterSet(_) | Object::ClusterJoinToken(_) => {}
             _ => {
                 let message = "belongs to a cluster: the federation has FederatedNetworkPolicy, \
                                StagedFederatedNetworkPolicy, Tier, FederatedNetworkSet and MemberCluster";

@@ -156,6 +156,15 @@ pub(super) fn read(files: &[PathBuf], format: Format) -> anyhow::Result<Vec<Writ
     // Kinds of a cluster are read by its member, not by the hub: they are skipped with a note.
     let (ours, others): (Vec<Manifest>, Vec<Manifest>) =
         checked.objects.into_iter().partition(|it| it.reference.api_version == hanse_api::hanse::API_VERSION);
+    // Without an operator, nothing reads them.
+    let (ours, of_operator): (Vec<Manifest>, Vec<Manifest>) =
+        ours.into_iter().partition(|it| KINDS.iter().any(|(kind, ..)| *kind == it.reference.kind));
+    for Manifest { location: SourceLocation { file, line }, reference: Reference { kind, name, .. }, .. } in of_operator
+    {
+        output::note(format_args!(
+            "{file}:{line}: {kind} {name} skipped: it is for the operator; apply it with kubectl to the management cluster"
+        ));
+    }
     for manifest in others {
         let (SourceLocation { file, line }, Reference { kind, name, .. }) = (manifest.location, manifest.reference);
         output::note(format_args!(

@@ -2,6 +2,7 @@
 
 mod administer;
 mod before_the_token;
+mod custom_resources;
 mod exchange;
 mod hostile_reports;
 mod impostors;
