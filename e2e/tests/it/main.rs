@@ -1,6 +1,7 @@
 //! Tests of the whole.
 
 mod clusters;
+mod crds;
 mod dependencies;
 mod english;
 mod fuzz;

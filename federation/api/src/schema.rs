@@ -16,6 +16,7 @@ const LABEL_VALUE: &str = "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$";
 const MAX_NET_CHARACTERS: usize = 64;
 /// Names of service accounts in a rule, and values of a label in a grant: as many as one manifest of 256 KiB can have.
 const MAX_NAMES: usize = 4_096;
+const DUPLICATES: &str = "has duplicates";
 const MAX_LIMIT: u64 = (1 << 53) - 1;
 
 /// A rule of CEL, with the field that its error names.
@@ -60,9 +61,10 @@ pub fn subject_selector(_: &mut SchemaGenerator) -> Schema {
 }
 
 pub fn types(_: &mut SchemaGenerator) -> Schema {
+    // Server-side apply fails with an internal error where a list of type `set` has duplicates.
     json_schema!({
-        "type": "array", "minItems": 1, "maxItems": 2, "x-kubernetes-list-type": "set",
-        "items": {"type": "string", "enum": ["Ingress", "Egress"]},
+        "type": "array", "minItems": 1, "maxItems": 2, "items": {"type": "string", "enum": ["Ingress", "Egress"]},
+        "x-kubernetes-validations": [validation("size(self) < 2 || self[0] != self[1]", "", DUPLICATES)],
     })
 }
 
@@ -119,8 +121,8 @@ pub fn names(_: &mut SchemaGenerator) -> Schema {
 
 pub fn http_methods(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
-        "type": "array", "maxItems": MAX_HTTP_METHODS, "x-kubernetes-list-type": "set",
-        "items": {"type": "string", "maxLength": 64},
+        "type": "array", "maxItems": MAX_HTTP_METHODS, "items": {"type": "string", "maxLength": 32},
+        "x-kubernetes-validations": [validation("self.all(one, self.exists_one(it, it == one))", "", DUPLICATES)],
     })
 }
 
