@@ -121,12 +121,12 @@ pub struct Member {
     pub grants: Grants,
     pub federated_allow_final: bool,
     /// `None`: as the join token of the cluster states.
-    pub acceptance: Option<Acceptance>,
+    pub acceptance: Option<ClusterAcceptance>,
 }
 
 /// Whether a cluster takes part in the ClusterSet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Acceptance {
+pub enum ClusterAcceptance {
     /// Not yet, also when it has joined.
     Pending,
     Accepted,
@@ -363,9 +363,9 @@ impl MemberCluster {
         grants.limits.check(&grants_path.field("limits"), errors);
         let acceptance = match self.spec.acceptance.as_str() {
             "" => None,
-            "Pending" => Some(Acceptance::Pending),
-            "Accepted" => Some(Acceptance::Accepted),
-            "Revoked" => Some(Acceptance::Revoked),
+            "Pending" => Some(ClusterAcceptance::Pending),
+            "Accepted" => Some(ClusterAcceptance::Accepted),
+            "Revoked" => Some(ClusterAcceptance::Revoked),
             other => {
                 let message = format!("\"{other}\" is not one of Pending, Accepted, Revoked");
                 errors.add(&path.field("acceptance"), message);

@@ -220,6 +220,30 @@ fn staged_and_enforced_policies_of_one_name_are_two_objects() {
     assert!(described.out.contains("warning: spec.tier: Tier gone does not exist"), "{described:?}");
 }
 
+/// A repository for a management cluster may be applied to a hub without an operator, too.
+#[test]
+fn objects_for_the_operator_are_skipped_with_a_note() {
+    let world = World::new();
+    let set = "---\napiVersion: hanse.dev/v1alpha1\nkind: ClusterSet\nmetadata: {name: default}\n\
+               spec: {trustDomain: hanse.example}\n";
+    let token = "---\napiVersion: hanse.dev/v1alpha1\nkind: ClusterJoinToken\nmetadata: {name: t}\n\
+                 spec: {cluster: train, secretName: t}\n";
+    let accepted = member("train", "10.1.0.0/16").replace("{grants", "{acceptance: Accepted, grants");
+    let applied = world.apply(&format!("{TIER}{set}{token}{accepted}"), &[]);
+    assert_eq!(applied.code, Some(0), "{applied:?}");
+    for said in [
+        "ClusterSet default skipped: it is for the operator",
+        "ClusterJoinToken t skipped: it is for the operator",
+        "spec.acceptance: ignored without an operator",
+    ] {
+        assert!(applied.err.contains(said), "{applied:?}");
+    }
+    assert!(applied.out.contains("Tier/platform created") && applied.out.contains("MemberCluster/train created"));
+    // An error in one of them is an error all the same.
+    let wrong = world.apply(&set.replace("hanse.example", "Hanse"), &[]);
+    assert!(wrong.code == Some(1) && wrong.err.contains("spec.trustDomain: \"Hanse\""), "{wrong:?}");
+}
+
 #[test]
 fn applying_is_idempotent_and_fails_object_by_object() {
     let world = World::new();

@@ -94,7 +94,9 @@ impl Fleet<'_> {
                 interest: version.interest.clone(),
                 features: Vec::new(),
             };
-            ((hub::ManifestKind::Policy, policy.clone()), Arc::new(manifest))
+            // One of them is staged, which is distributed like the others.
+            let kind = if &**policy == "c" { hub::ManifestKind::StagedPolicy } else { hub::ManifestKind::Policy };
+            ((kind, policy.clone()), Arc::new(manifest))
         };
         self.exchange.set_federation_part(hub::Federation {
             position: hub::Position { epoch: 1, revision: self.revision },
