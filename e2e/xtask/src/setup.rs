@@ -52,6 +52,18 @@ pub fn etcd() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What builds the client of etcd: the compiler of its protocol, with the standard messages.
+const PROTOCOL_PACKAGES: [&str; 2] = ["protobuf-compiler", "libprotobuf-dev"];
+
+/// Installs what the hub's store on etcd is built with, as root on Debian; elsewhere the error lists the packages.
+pub fn protocol_compiler() -> anyhow::Result<()> {
+    let messages =
+        ["/usr/include", "/usr/local/include"].map(|it| Path::new(it).join("google/protobuf/descriptor.proto"));
+    let present = [find("protoc").is_some(), messages.iter().any(|it| it.is_file())];
+    let missing: Vec<&str> = PROTOCOL_PACKAGES.into_iter().zip(present).filter(|it| !it.1).map(|it| it.0).collect();
+    if missing.is_empty() { Ok(()) } else { install(&missing) }
+}
+
 /// The oldest Go that fetches the version that a module requires.
 const MIN_GO: (u32, u32) = (1, 21);
 

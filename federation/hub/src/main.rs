@@ -54,7 +54,7 @@ struct InitArgs {
     /// Directory for the hub's files; created if missing.
     #[arg(long)]
     data: PathBuf,
-    /// Store to create, as a URL: file:PATH [default: file:DATA/hub.redb].
+    /// Store to create, as a URL: file:PATH, or etcd://HOST:PORT,…/PREFIX?SETTINGS (etcds: with TLS) [default: file:DATA/hub.redb].
     #[arg(long)]
     store: Option<StoreUrl>,
     /// SPIFFE trust domain of all identities of this ClusterSet.
@@ -73,7 +73,7 @@ struct RunArgs {
     /// Directory of the hub's files.
     #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
     data: PathBuf,
-    /// Store to open, as a URL: file:PATH [default: file:DATA/hub.redb].
+    /// Store to open, as a URL: file:PATH, or etcd://HOST:PORT,…/PREFIX?SETTINGS (etcds: with TLS) [default: file:DATA/hub.redb].
     #[arg(long, value_name = "URL", help_heading = "Files")]
     store: Option<StoreUrl>,
     /// Address for members and users (mutual TLS).

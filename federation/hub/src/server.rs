@@ -158,7 +158,7 @@ pub async fn init(
     files::write_secret(&unfinished, b"").with_context(|| format!("write {}", unfinished.display()))?;
     let now = SystemTime::now();
     let authority = Authority::create(data, trust_domain, now).context("make the root")?;
-    let store = hanse_store::create(store_url).with_context(|| format!("create the store {store_url}"))?;
+    let store = hanse_store::create(store_url).await.with_context(|| format!("create the store {store_url}"))?;
     let lease = Duration::from_secs(30);
     let registry =
         Registry::open(store, lease, Clock::default(), &Shutdown::default()).await.context("fill the store")?;
@@ -227,7 +227,7 @@ impl Hub {
             }
         }
         let restore = "restore all files of the hub from one backup, and start it once with --restored";
-        let store = match hanse_store::open(url) {
+        let store = match hanse_store::open(url).await {
             Ok(store) => store,
             // The store itself is not at fault.
             Err(error @ (StoreError::InUse | StoreError::Io(_) | StoreError::Format(_))) => {

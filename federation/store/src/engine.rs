@@ -3,7 +3,7 @@
 //! The state is kept in memory and answers every read; the file is written before the state changes. The hub's store is
 //! small (registrations, policies, a bounded audit).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -14,10 +14,8 @@ use tracing::error;
 use crate::error::{StoreError, StoreFuture};
 use crate::file::File;
 use crate::key::{Key, Prefix};
-use crate::model::{
-    Change, Compare, Entry, Event, LeaseId, Listing, MAX_TRANSACTION_BYTES, MAX_TRANSACTION_PARTS, MAX_VALUE_BYTES,
-    Outcome, Revision, Transaction,
-};
+use crate::limits::check;
+use crate::model::{Change, Compare, Entry, Event, LeaseId, Listing, Outcome, Revision, Transaction};
 use crate::state::{Batch, State};
 use crate::store::Store;
 use crate::watch::{History, Recent, Watch};
@@ -272,31 +270,14 @@ impl Store for Engine {
         })
     }
 
+    fn time_to_live(&self, lease: LeaseId) -> StoreFuture<'_, Duration> {
+        Box::pin(async move { self.shared.state().leases.get(&lease).copied().ok_or(StoreError::NoLease(lease)) })
+    }
+
     fn end_lease(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         let shared = self.shared.clone();
         Box::pin(async move { finish(async move { shared.end(lease, None).await }).await })
     }
-}
-
-fn check(transaction: &Transaction) -> Result<(), StoreError> {
-    if transaction.changes.len() > MAX_TRANSACTION_PARTS || transaction.compares.len() > MAX_TRANSACTION_PARTS {
-        return Err(StoreError::Limit("a transaction has at most 128 changes and 128 comparisons"));
-    }
-    let mut keys = HashSet::new();
-    let mut bytes = 0;
-    for change in &transaction.changes {
-        if !keys.insert(change.key()) {
-            return Err(StoreError::Limit("a transaction changes a key once"));
-        }
-        if matches!(change, Change::Put { value, .. } if value.len() > MAX_VALUE_BYTES) {
-            return Err(StoreError::Limit("a value has at most 1 MiB"));
-        }
-        bytes += change.size();
-    }
-    if bytes > MAX_TRANSACTION_BYTES {
-        return Err(StoreError::Limit("a transaction has at most 1.25 MiB"));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

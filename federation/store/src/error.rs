@@ -33,6 +33,20 @@ pub enum StoreError {
     Format(&'static str),
     #[error("the store is closed after a failed write")]
     Closed,
+    /// The store did not answer in time. A transaction may or may not have been committed.
+    #[error("the store is unavailable: {0}")]
+    Unavailable(String),
+    /// The credentials or rights do not suffice.
+    #[error("the store denies access: {0}")]
+    Denied(String),
+    #[error("the store accepts no writes: {0}")]
+    Full(String),
+    /// A file that the URL names cannot be used.
+    #[error("{0}")]
+    Settings(String),
+    /// The URL needs a feature that this build does not have.
+    #[error("this build does not support etcd: build it with the Cargo feature `etcd` (cargo build --features etcd)")]
+    Unsupported,
 }
 
 /// The future of a store operation.

@@ -1,18 +1,21 @@
-//! Revisions, compare-and-swap, prefix watch and leases over an embedded file or memory.
+//! Revisions, compare-and-swap, prefix watch and leases over an embedded file, memory or etcd.
 //!
 //! Guarantees: a committed transaction is on disk and survives `kill -9` and power loss. Transactions are applied one after
 //! the other, each with a revision of its own. A watch delivers every change once, or returns an error. The keys of a lease
 //! are deleted when it is not renewed within its time to live.
 //!
-//! [`Store`] is the only interface, and [`open`] finds the implementation by URL; errors name no library. etcd v3 fits behind
-//! it: one revision per transaction, comparisons on a key's modification revision, watches from a revision with an error
-//! below the compaction floor, leases renewed by id. The store does not interpret values. It is not for data that changes
-//! many times a second: endpoints are never stored.
+//! [`Store`] is the only interface, and [`open`] finds the implementation by URL; errors name no library. The store does not
+//! interpret values. It is not for data that changes many times a second: endpoints are never stored.
+//!
+//! The store on etcd needs the feature `etcd` of this crate; without it, its URLs are read, and cannot be opened.
 
 mod engine;
 mod error;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod file;
 mod key;
+mod limits;
 mod model;
 mod state;
 mod store;
@@ -30,32 +33,41 @@ pub use model::{
     Outcome, Revision, Transaction,
 };
 pub use store::Store;
-pub use url::{StoreUrl, StoreUrlError};
+pub use url::{EtcdUrl, StoreUrl, StoreUrlError};
 pub use watch::{Changes, Watch};
 
 /// Makes an empty store at `url`; a file is readable by its owner only. Must be called within a tokio runtime.
 ///
 /// # Errors
-/// `Exists` when there is something at `url`, `Io` when the store cannot be made.
-pub fn create(url: &StoreUrl) -> Result<Arc<dyn Store>, StoreError> {
+/// `Exists` when there is something at `url`, `Io` when the store cannot be made; on etcd, as [`open`].
+pub async fn create(url: &StoreUrl) -> Result<Arc<dyn Store>, StoreError> {
     match url {
         StoreUrl::File(path) => {
             let (file, state) = file::File::create(path)?;
             Ok(Arc::new(Engine::start(Some(file), state)))
         }
+        #[cfg(feature = "etcd")]
+        StoreUrl::Etcd(url) => Ok(Arc::new(etcd::Etcd::create(url).await?)),
+        #[cfg(not(feature = "etcd"))]
+        StoreUrl::Etcd(_) => Err(StoreError::Unsupported),
     }
 }
 
 /// Opens the store at `url`. A file is read and verified as a whole. Must be called within a tokio runtime.
 ///
 /// # Errors
-/// `Absent` when there is nothing at `url`; `InUse`, `Foreign`, `Damaged`, `Format` and `Io` as they say.
-pub fn open(url: &StoreUrl) -> Result<Arc<dyn Store>, StoreError> {
+/// `Absent` when there is nothing at `url`; `InUse`, `Foreign`, `Damaged`, `Format`, `Io`, `Unavailable`, `Denied`, `Settings` and
+/// `Unsupported` as they say.
+pub async fn open(url: &StoreUrl) -> Result<Arc<dyn Store>, StoreError> {
     match url {
         StoreUrl::File(path) => {
             let (file, state) = file::File::open(path)?;
             Ok(Arc::new(Engine::start(Some(file), state)))
         }
+        #[cfg(feature = "etcd")]
+        StoreUrl::Etcd(url) => Ok(Arc::new(etcd::Etcd::open(url).await?)),
+        #[cfg(not(feature = "etcd"))]
+        StoreUrl::Etcd(_) => Err(StoreError::Unsupported),
     }
 }
 

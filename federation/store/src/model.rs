@@ -8,12 +8,14 @@ use crate::key::Key;
 
 /// Largest value, in bytes: etcd's default request limit is 1.5 MiB, which a transaction of one value stays below.
 pub const MAX_VALUE_BYTES: usize = 1 << 20;
-/// Most operations and comparisons in a transaction, each: etcd's default.
-pub const MAX_TRANSACTION_PARTS: usize = 128;
-/// Most bytes of keys and values in a transaction.
+/// Most changes and comparisons in a transaction, each: etcd permits 128 by default, of which its store needs one itself.
+pub const MAX_TRANSACTION_PARTS: usize = 127;
+/// Most bytes of keys and values in a transaction. With the keys of 127 comparisons (1 KiB each), the prefix of 254 keys (129
+/// bytes each) and some 64 bytes around each part this is below 1.5 MiB, etcd's default.
 pub const MAX_TRANSACTION_BYTES: usize = (1 << 20) + (256 << 10);
 
-/// The number of a transaction that changed something; the first is 1. Never reused.
+/// The number of a transaction that changed something. It increases and is never reused; on etcd, transactions of other
+/// programs use numbers too.
 pub type Revision = u64;
 
 /// A lease. Never reused while its keys live.
@@ -112,7 +114,7 @@ impl Transaction {
 /// The result of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Applied and durable. The revision is unchanged where nothing changed.
+    /// Applied and durable. Where nothing changed, this is a revision that includes all earlier changes.
     Committed(Revision),
     /// A condition was false; nothing changed.
     Conflict,

@@ -1,30 +1,38 @@
 //! Where a store is, as a URL. The scheme chooses the implementation.
 
+mod etcd;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+pub use etcd::EtcdUrl;
+
 /// Where a store is.
-///
-/// `file:PATH` is one file on this machine (`file:hub/hub.redb`, `file:///var/lib/hanse/hub.redb`): everything after the
-/// scheme is the path, without percent-encoding. A path that begins with two slashes is read as a URL with an empty host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreUrl {
     /// The embedded store: one file, used by one process at a time.
+    ///
+    /// `file:PATH` is one file on this machine (`file:hub/hub.redb`, `file:///var/lib/hanse/hub.redb`): everything after the
+    /// scheme is the path, without percent-encoding. A path that begins with two slashes is read as a URL with an empty host.
     File(PathBuf),
+    /// etcd v3, used by any number of processes.
+    Etcd(Box<EtcdUrl>),
 }
 
 /// Why a text is not the URL of a store.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreUrlError {
-    #[error("a store is given as a URL: file:PATH")]
+    #[error("a store is given as a URL: file:PATH or etcds://HOST:PORT,…/PREFIX?ca=FILE")]
     NoScheme,
-    #[error("unknown store scheme {0:?}: this version supports file:PATH")]
+    #[error("unknown store scheme {0:?}: this version supports file:, etcd: (without TLS) and etcds: (with TLS)")]
     Scheme(String),
     #[error("a file: URL names a file on this machine: file:PATH or file:///PATH")]
     Host,
     #[error("the path of the store is missing: file:PATH")]
     NoPath,
+    #[error("{0}")]
+    Etcd(String),
 }
 
 impl StoreUrl {
@@ -37,6 +45,7 @@ impl StoreUrl {
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::File(path) => Some(path),
+            Self::Etcd(_) => None,
         }
     }
 }
@@ -46,7 +55,12 @@ impl FromStr for StoreUrl {
 
     fn from_str(text: &str) -> Result<Self, StoreUrlError> {
         let (scheme, rest) = text.split_once(':').ok_or(StoreUrlError::NoScheme)?;
-        if !scheme.eq_ignore_ascii_case("file") {
+        let is = |name: &str| scheme.eq_ignore_ascii_case(name);
+        if is("etcd") || is("etcds") {
+            let url = EtcdUrl::read(is("etcds"), rest).map_err(StoreUrlError::Etcd)?;
+            return Ok(Self::Etcd(Box::new(url)));
+        }
+        if !is("file") {
             return Err(StoreUrlError::Scheme(scheme.chars().take(20).collect()));
         }
         let path = match rest.strip_prefix("//") {
@@ -65,6 +79,7 @@ impl fmt::Display for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Etcd(url) => url.fmt(f),
         }
     }
 }
@@ -92,7 +107,7 @@ mod tests {
         for (text, expected) in [
             ("", StoreUrlError::NoScheme),
             ("hub/hub.redb", StoreUrlError::NoScheme),
-            ("etcd://127.0.0.1:2379", StoreUrlError::Scheme("etcd".to_owned())),
+            ("consul://127.0.0.1:8500", StoreUrlError::Scheme("consul".to_owned())),
             ("file://server/hub.redb", StoreUrlError::Host),
             ("file:", StoreUrlError::NoPath),
         ] {

@@ -102,10 +102,12 @@ impl Watch {
         Self { changes: Box::new(changes) }
     }
 
-    /// The next changes: one or more whole transactions, in order. Dropping the future drops no change.
+    /// The next changes: one or more whole transactions, in order, each in the order of its keys. Dropping the future drops no
+    /// change.
     ///
     /// # Errors
-    /// `Compacted` when this reader was too slow, `Closed` when the store is closed.
+    /// `Compacted` when this reader was too slow, `Closed` when the store is closed, `Denied` when it may no longer read. While
+    /// the store is unavailable, this waits, and continues where it was.
     pub async fn next(&mut self) -> Result<Vec<Event>, StoreError> {
         self.changes.next().await
     }

@@ -167,7 +167,9 @@ impl TlsClient {
                     .ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "the connection has ended"))
             }
         });
-        let channel = Endpoint::from_static("https://hanse.invalid")
+        // The connector below speaks TLS. With the scheme `https` here, the library would use its own TLS in builds that include it.
+        let channel = Endpoint::from_static("http://hanse.invalid")
+            .origin(Uri::from_static("https://hanse.invalid"))
             .http2_keep_alive_interval(Duration::from_secs(10))
             .keep_alive_timeout(Duration::from_secs(10))
             .keep_alive_while_idle(true)

@@ -217,7 +217,7 @@ async fn a_hub_that_cannot_start_says_why_and_what_to_do() {
     // Neither is one that something happened to a new one.
     let whole = std::fs::read(data.join("hub.redb")).unwrap();
     let empty = folder.path().join("empty.redb");
-    drop(hanse_store::create(&hanse_store::StoreUrl::file(&empty)).unwrap());
+    drop(hanse_store::create(&hanse_store::StoreUrl::file(&empty)).await.unwrap());
     let unfilled = std::fs::read(&empty).unwrap();
     let mut changed = whole.clone();
     // Something in it that a checksum covers.
@@ -344,9 +344,15 @@ async fn serves_a_store_that_is_given_by_url() {
     let output = init(&folder.path().join("other"), &store);
     assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("the store exists already"));
     assert_eq!(std::fs::read(&file).unwrap(), before);
-    let output = init(&folder.path().join("third"), "etcd://127.0.0.1:2379");
+    let output = init(&folder.path().join("third"), "consul://127.0.0.1:8500");
     let printed = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.code() == Some(2) && printed.contains("unknown store scheme \"etcd\""), "{printed}");
+    assert!(output.status.code() == Some(2) && printed.contains("unknown store scheme \"consul\""), "{printed}");
+    // Nothing listens at the port: it is one of those that a program must be given.
+    let output = init(&folder.path().join("fourth"), "etcd://127.0.0.1:1?timeout=2");
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    let expected =
+        if cfg!(feature = "etcd") { "a majority of etcd's nodes is running" } else { "with the Cargo feature `etcd`" };
+    assert!(output.status.code() == Some(1) && printed.contains(expected), "{printed}");
 }
 
 /// The answer of a monitoring page.

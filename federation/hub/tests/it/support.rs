@@ -98,7 +98,7 @@ impl TestHub {
         drop(hub);
         let store = folder.path().join("hub.redb");
         let url = hanse_store::StoreUrl::file(&store);
-        eventually("the store is closed", || async { hanse_store::open(&url).is_ok() }).await;
+        eventually("the store is closed", || async { hanse_store::open(&url).await.is_ok() }).await;
         meanwhile(&store).unwrap();
         Self::open(folder, lifetimes, lease, ahead, restored).await
     }

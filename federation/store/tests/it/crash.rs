@@ -9,7 +9,8 @@ const PATH: &str = "HANSE_STORE_CRASH_PATH";
 
 /// Writes until it is killed, and prints what was acknowledged.
 async fn write_for_ever(path: &std::path::Path) {
-    let store = if path.exists() { open(&StoreUrl::file(path)) } else { create(&StoreUrl::file(path)) }.unwrap();
+    let store = if path.exists() { open(&StoreUrl::file(path)).await } else { create(&StoreUrl::file(path)).await };
+    let store = store.unwrap();
     let mut out = std::io::stdout();
     let start = store.revision().await.unwrap();
     for i in start.. {
@@ -70,7 +71,7 @@ async fn keeps_every_acknowledged_transaction_after_kill_9() {
         acknowledged.extend(lines.map_while(Result::ok).filter_map(numbers));
         child.wait().unwrap();
     }
-    let store = open(&StoreUrl::file(&path)).unwrap();
+    let store = open(&StoreUrl::file(&path)).await.unwrap();
     for number in &acknowledged {
         let number = number.to_string();
         assert!(store.read(&Key::new(&["a", &number]).unwrap()).await.unwrap().is_some(), "{number} was acknowledged");

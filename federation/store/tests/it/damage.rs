@@ -35,7 +35,7 @@ impl World {
         let memory = Path::new("/dev/shm");
         let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
         let path = folder.path().join("store");
-        let store = create(&StoreUrl::file(&path)).unwrap();
+        let store = create(&StoreUrl::file(&path)).await.unwrap();
         let key = |number: usize| Key::new(&["object", &format!("{number:04}")]).unwrap();
         let lease = store.grant_lease(Duration::from_secs(3_600)).await.unwrap();
         for number in 0..40 {
@@ -52,7 +52,7 @@ impl World {
         drop(store);
         let deadline = std::time::Instant::now() + Duration::from_secs(20);
         // The lease task keeps the store until its next tick.
-        while open(&StoreUrl::file(&path)).is_err() {
+        while open(&StoreUrl::file(&path)).await.is_err() {
             assert!(std::time::Instant::now() < deadline, "it is not closed");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -65,7 +65,7 @@ impl World {
         // The store that was opened last may hold its file for a moment.
         let _ = std::fs::remove_file(&self.path);
         std::fs::write(&self.path, bytes).unwrap();
-        Ok(state(&*open(&StoreUrl::file(&self.path))?).await)
+        Ok(state(&*open(&StoreUrl::file(&self.path)).await?).await)
     }
 
     /// Whether it is served; then it must be what it was.
@@ -168,13 +168,13 @@ async fn refuses_files_that_are_not_stores() {
     let folder = world.path.with_file_name("folder");
     std::fs::create_dir(&folder).unwrap();
     let missing = world.path.with_file_name("missing");
-    let refused = |path: &Path| open(&StoreUrl::file(path)).unwrap_err();
-    assert!(matches!(refused(&folder), StoreError::Foreign(_)));
-    assert!(matches!(refused(&missing), StoreError::Absent) && !missing.exists(), "nothing is created");
-    assert!(matches!(create(&StoreUrl::file(&folder)), Err(StoreError::Exists)));
+    let refused = async |path: &Path| open(&StoreUrl::file(path)).await.unwrap_err();
+    assert!(matches!(refused(&folder).await, StoreError::Foreign(_)));
+    assert!(matches!(refused(&missing).await, StoreError::Absent) && !missing.exists(), "nothing is created");
+    assert!(matches!(create(&StoreUrl::file(&folder)).await, Err(StoreError::Exists)));
     std::fs::write(&world.path, &world.bytes).unwrap();
     assert!(
-        matches!(create(&StoreUrl::file(&world.path)), Err(StoreError::Exists)),
+        matches!(create(&StoreUrl::file(&world.path)).await, Err(StoreError::Exists)),
         "an existing file is not replaced"
     );
     assert_eq!(std::fs::read(&world.path).unwrap(), world.bytes);

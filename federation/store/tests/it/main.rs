@@ -2,4 +2,6 @@
 
 mod crash;
 mod damage;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod suite;

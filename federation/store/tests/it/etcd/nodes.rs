@@ -1,0 +1,214 @@
+//! Clusters of real etcd nodes on loopback. They end with the test process, also when that is killed.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use etcd_client::{Client, ConnectOptions, TlsOptions};
+use hanse_store::StoreUrl;
+use rand::Rng as _;
+
+/// Long for a machine that does much else.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// Below the ports that the kernel gives to outgoing connections, so that a restarted node finds its port free.
+const PORTS: std::ops::Range<u16> = 15_000..30_000;
+
+pub struct Nodes {
+    nodes: Vec<Node>,
+    extra: Vec<String>,
+    /// For `https`, what clients connect with.
+    tls: Option<TlsOptions>,
+    _folder: tempfile::TempDir,
+}
+
+struct Node {
+    client: u16,
+    peer: u16,
+    folder: PathBuf,
+    process: Option<Process>,
+}
+
+struct Process {
+    shell: Child,
+    /// When it is closed, the shell kills the node.
+    stdin: Option<ChildStdin>,
+    id: String,
+}
+
+impl Process {
+    fn end(&mut self, last: &[u8]) {
+        if let Some(mut stdin) = self.stdin.take() {
+            let _ = stdin.write_all(last);
+            drop(stdin);
+            let _ = self.shell.wait();
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end(b"");
+    }
+}
+
+impl Nodes {
+    /// Three nodes that have elected a leader.
+    pub async fn start() -> Self {
+        Self::start_with(&[], None).await
+    }
+
+    /// With more arguments for each node, and what clients need for TLS.
+    pub async fn start_with(extra: &[String], tls: Option<TlsOptions>) -> Self {
+        // In memory where that is possible: etcd flushes each write.
+        let memory = Path::new("/dev/shm");
+        let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
+        let nodes = (0..3).map(|number| Node {
+            client: free_port(),
+            peer: free_port(),
+            folder: folder.path().join(format!("n{number}")),
+            process: None,
+        });
+        let mut this = Self { nodes: nodes.collect(), extra: extra.to_vec(), tls, _folder: folder };
+        (0..3).for_each(|number| this.run(number));
+        this.healthy(0).await;
+        this
+    }
+
+    /// Starts a node, on what it had before.
+    pub fn run(&mut self, number: usize) {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let peers: Vec<String> =
+            (0..).zip(&self.nodes).map(|(n, it)| format!("n{n}=http://127.0.0.1:{}", it.peer)).collect();
+        let node = &mut self.nodes[number];
+        assert!(node.process.is_none(), "it runs already");
+        let (client, peer) =
+            (format!("{scheme}://127.0.0.1:{}", node.client), format!("http://127.0.0.1:{}", node.peer));
+        let (data, log) = (node.folder.display(), node.folder.with_extension("log"));
+        // The shell outlives this process for a moment only: when its input ends, it kills the node and removes its files.
+        let script = "\"$@\" >>\"$LOG\" 2>&1 </dev/null & node=$!; echo $node; read -r keep; kill -9 $node; wait; \
+                      [ -n \"$keep\" ] || { rm -rf \"$DATA\" \"$LOG\"; rmdir \"$FOLDER\"; }";
+        let mut shell = Command::new("sh")
+            .args(["-c", script, "sh", "etcd", "--name", &format!("n{number}"), "--data-dir"])
+            .arg(&node.folder)
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &peers.join(","), "--initial-cluster-state", "new"])
+            .args(&self.extra)
+            .env("LOG", &log)
+            .env("FOLDER", node.folder.parent().unwrap())
+            .env("DATA", data.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("sh runs");
+        let mut id = String::new();
+        BufReader::new(shell.stdout.take().unwrap()).read_line(&mut id).unwrap();
+        let stdin = shell.stdin.take();
+        node.process = Some(Process { shell, stdin, id: id.trim().to_owned() });
+    }
+
+    /// Kills a node with SIGKILL.
+    pub fn kill(&mut self, number: usize) {
+        let mut process = self.nodes[number].process.take().expect("it runs");
+        assert!(Command::new("kill").args(["-9", &process.id]).status().unwrap().success());
+        process.end(b"keep\n");
+    }
+
+    /// Stops a node without closing its connections (SIGSTOP), or lets it go on (SIGCONT).
+    pub fn signal(&self, number: usize, signal: &str) {
+        let process = self.nodes[number].process.as_ref().expect("it runs");
+        assert!(Command::new("kill").args([signal, &process.id]).status().unwrap().success());
+    }
+
+    pub fn hosts(&self) -> Vec<String> {
+        self.nodes.iter().map(|it| format!("127.0.0.1:{}", it.client)).collect()
+    }
+
+    /// A store of its own in this cluster.
+    pub fn url(&self) -> StoreUrl {
+        self.url_with("")
+    }
+
+    pub fn url_with(&self, settings: &str) -> StoreUrl {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let scheme = if self.tls.is_some() { "etcds" } else { "etcd" };
+        let settings = if settings.is_empty() { String::new() } else { format!("?{settings}") };
+        format!("{scheme}://{}/test/{number}{settings}", self.hosts().join(",")).parse().unwrap()
+    }
+
+    /// A client of one node, to administer it.
+    pub async fn client(&self, number: usize, user: Option<(&str, &str)>) -> Client {
+        let mut options = ConnectOptions::new().with_connect_timeout(Duration::from_secs(2));
+        if let Some((name, password)) = user {
+            options = options.with_user(name, password);
+        }
+        let mut scheme = "http";
+        if let Some(tls) = &self.tls {
+            (scheme, options) = ("https", options.with_tls(tls.clone()));
+        }
+        let address = format!("{scheme}://127.0.0.1:{}", self.nodes[number].client);
+        Client::connect([address], Some(options)).await.unwrap()
+    }
+
+    /// Waits until a node serves writes.
+    pub async fn healthy(&self, number: usize) {
+        let deadline = Instant::now() + SOON;
+        let mut client = self.client(number, None).await;
+        loop {
+            let writing = tokio::time::timeout(Duration::from_secs(3), client.put("health", "", None)).await;
+            match writing {
+                Ok(Ok(_)) => return,
+                outcome if Instant::now() > deadline => {
+                    let log = std::fs::read_to_string(self.nodes[number].folder.with_extension("log"));
+                    panic!("etcd does not serve: {outcome:?}: {}", log.unwrap_or_default());
+                }
+                _ => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    /// The node that leads, of those that run.
+    pub async fn leader(&self) -> usize {
+        let deadline = Instant::now() + SOON;
+        loop {
+            for number in (0..self.nodes.len()).filter(|it| self.nodes[*it].process.is_some()) {
+                let mut client = self.client(number, None).await;
+                let status = tokio::time::timeout(Duration::from_secs(2), client.status()).await;
+                if let Ok(Ok(status)) = status
+                    && status.header().is_some_and(|it| it.member_id() == status.leader())
+                {
+                    return number;
+                }
+            }
+            assert!(Instant::now() < deadline, "no leader");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Compacts the history up to and including `revision`.
+    pub async fn compact(&self, revision: u64) {
+        self.client(0, None).await.compact(revision.try_into().unwrap(), None).await.unwrap();
+    }
+}
+
+/// The cluster of all tests that do not damage it, started once.
+pub async fn shared() -> Arc<Nodes> {
+    static SHARED: tokio::sync::OnceCell<Arc<Nodes>> = tokio::sync::OnceCell::const_new();
+    SHARED.get_or_init(|| async { Arc::new(Nodes::start().await) }).await.clone()
+}
+
+fn free_port() -> u16 {
+    loop {
+        let port = rand::rng().random_range(PORTS);
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
