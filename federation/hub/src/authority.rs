@@ -1,6 +1,7 @@
-//! The root authority of the ClusterSet on disk, and the certificate of the hub.
+//! The root authority of the ClusterSet, and the certificate of the hub.
 //!
-//! `ca.key` (0600) and `ca.pem` are written once by `hanse-hub init`. The leaf of the hub is in memory: each process issues its own
+//! `ca.key` (0600) and `ca.pem` are written once by `hanse-hub init`, or the key is in the store, encrypted
+//! (`sealed.rs`). The leaf of the hub is in memory: each process issues its own
 //! and replaces it after two thirds of its validity.
 
 use std::path::Path;
@@ -64,6 +65,21 @@ impl Authority {
     pub fn read(folder: &Path, lifetimes: Lifetimes) -> Result<Self, CaError> {
         let credentials = Credentials::read(&folder.join("ca.key"), &folder.join("ca.pem"))?;
         Ok(Self { ca: Arc::new(Ca::new(credentials, true)?), lifetimes })
+    }
+
+    /// The root that was read elsewhere.
+    pub fn new(ca: Ca, lifetimes: Lifetimes) -> Self {
+        Self { ca: Arc::new(ca), lifetimes }
+    }
+
+    /// Creates the root, with its certificate in `folder`, and its key nowhere.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub fn create_certificate(folder: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<Self, CaError> {
+        let ca = Ca::root(trust_domain, ROOT, now)?;
+        ca.certificate().write(&folder.join("ca.pem"))?;
+        Ok(Self::new(ca, Lifetimes::default()))
     }
 
     pub fn ca(&self) -> &Ca {

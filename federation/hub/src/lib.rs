@@ -8,7 +8,9 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod administration;
+pub mod archive;
 pub mod authority;
+pub mod backup;
 pub mod custom_resources;
 pub mod exchange;
 pub mod grants;
@@ -18,5 +20,7 @@ pub mod questions;
 mod registration;
 pub mod registry;
 pub mod roles;
+pub mod sealed;
 pub mod server;
 pub mod status;
+pub mod transfer;

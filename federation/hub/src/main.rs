@@ -11,8 +11,11 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use hanse_hub::authority::Lifetimes;
+use hanse_hub::backup;
 use hanse_hub::custom_resources::{self, Definition};
-use hanse_hub::server::{Hub, Options, default_store, init};
+use hanse_hub::sealed::{self, UnlockKey};
+use hanse_hub::server::{Hub, Options, default_store, init_with};
+use hanse_hub::transfer::{self, Copied};
 use hanse_identity::{TrustDomain, tls};
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::{logging, settings, text};
@@ -37,6 +40,13 @@ enum Command {
     Run(Box<RunArgs>),
     /// Print the CustomResourceDefinitions of hanse.dev as YAML, for kubectl apply --server-side -f -.
     Crds(CrdsArgs),
+    /// Copy the store, as of one revision, to a new file that only its owner can read. The hub may run.
+    Backup(BackupArgs),
+    /// Fill a new store from a backup. Repeat the command if it was interrupted.
+    Restore(RestoreArgs),
+    /// Move the store, or the authority's key into it.
+    #[command(subcommand)]
+    Store(StoreCommand),
 }
 
 #[derive(Debug, Args)]
@@ -49,6 +59,53 @@ struct CrdsArgs {
     check: bool,
 }
 
+#[derive(Debug, Subcommand)]
+enum StoreCommand {
+    /// Copy a store to a new one, such as from a file to etcd or back, and verify the copy. Stop every hub first. The source is kept,
+    /// and no longer served. Repeat the command if it was interrupted.
+    Migrate {
+        /// Store to copy, as a URL.
+        from: StoreUrl,
+        /// Store to fill, as a URL: it must not exist, or be empty.
+        to: StoreUrl,
+    },
+    /// Put the authority's key of DATA into the store, encrypted. Afterwards a hub needs only --store and --key-file.
+    Seal {
+        /// Directory with ca.key and ca.pem.
+        #[arg(long, value_name = "DIRECTORY")]
+        data: PathBuf,
+        /// Store, as a URL [default: file:DATA/hub.redb].
+        #[arg(long, value_name = "URL")]
+        store: Option<StoreUrl>,
+        /// File with the key that encrypts the authority's key: 32 random bytes; created if missing.
+        #[arg(long, value_name = "FILE")]
+        key_file: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+struct BackupArgs {
+    /// File to create.
+    file: PathBuf,
+    /// Directory of the hub's files: ca.key and ca.pem become part of the backup.
+    #[arg(long, value_name = "DIRECTORY", required_unless_present = "store")]
+    data: Option<PathBuf>,
+    /// Store to copy, as a URL [default: file:DATA/hub.redb].
+    #[arg(long, value_name = "URL")]
+    store: Option<StoreUrl>,
+}
+
+#[derive(Debug, Args)]
+struct RestoreArgs {
+    /// Backup to read.
+    file: PathBuf,
+    /// Store to fill, as a URL: it must not exist, or be empty.
+    store: StoreUrl,
+    /// Directory for ca.key and ca.pem, if they are part of the backup; created if missing.
+    #[arg(long, value_name = "DIRECTORY")]
+    data: Option<PathBuf>,
+}
+
 #[derive(Debug, Args)]
 struct InitArgs {
     /// Directory for the hub's files; created if missing.
@@ -57,6 +114,10 @@ struct InitArgs {
     /// Store to create, as a URL: file:PATH, or etcd://HOST:PORT,…/PREFIX?SETTINGS (etcds: with TLS) [default: file:DATA/hub.redb].
     #[arg(long)]
     store: Option<StoreUrl>,
+    /// Keep the authority's key in the store only, encrypted with the key in this file: 32 random bytes; created if missing. Each
+    /// replica of the hub needs the same file.
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<PathBuf>,
     /// SPIFFE trust domain of all identities of this ClusterSet.
     #[arg(long, default_value = "hanse.local")]
     trust_domain: String,
@@ -70,9 +131,12 @@ struct InitArgs {
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// Directory of the hub's files.
-    #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
-    data: PathBuf,
+    /// Directory of the hub's files. Not needed with --store and --key-file.
+    #[arg(long, value_name = "DIRECTORY", help_heading = "Files", required_unless_present_all = ["store", "key_file"])]
+    data: Option<PathBuf>,
+    /// File with the key that unlocks the authority's key in the store, readable by its owner, and at most by a group of this process.
+    #[arg(long, value_name = "FILE", help_heading = "Files")]
+    key_file: Option<PathBuf>,
     /// Store to open, as a URL: file:PATH, or etcd://HOST:PORT,…/PREFIX?SETTINGS (etcds: with TLS) [default: file:DATA/hub.redb].
     #[arg(long, value_name = "URL", help_heading = "Files")]
     store: Option<StoreUrl>,
@@ -128,9 +192,15 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
         Command::Init(args) => {
             let trust_domain = TrustDomain::new(&args.trust_domain).context("read --trust-domain")?;
             let store = args.store.unwrap_or_else(|| default_store(&args.data));
-            init(&args.data, &store, &trust_domain, args.listen).await?;
+            let unlock = args.key_file.as_deref().map(UnlockKey::read_or_create).transpose()?;
+            let unlock = unlock.as_ref().map(|it| &it.0);
+            init_with(&args.data, &store, unlock, &trust_domain, args.listen).await?;
             let (data, listen, join_listen) = (args.data.display(), args.listen, args.join_listen);
-            let given = if store == default_store(&args.data) { String::new() } else { format!(" --store {store}") };
+            let mut given =
+                if store == default_store(&args.data) { String::new() } else { format!(" --store {}", quoted(&store)) };
+            if let Some(file) = &args.key_file {
+                given = format!("{given} --key-file {}", file.display());
+            }
             text::line(format_args!("Created ClusterSet {trust_domain} in {data}. Administer it with:"))?;
             text::line("")?;
             text::line(format_args!("  export HANSE_CONTEXT={data}/admin.context"))?;
@@ -152,6 +222,7 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
         },
         Command::Run(args) => {
             let args = *args;
+            let data = args.data.unwrap_or_default();
             let shutdown = Shutdown::default();
             let options = Options {
                 health_listen: args.health_listen,
@@ -159,8 +230,9 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
                 metrics_token_file: args.metrics_token_file,
                 lease: Duration::from_secs(args.lease_seconds),
                 restored: args.restored,
+                key_file: args.key_file,
                 lifetimes: Lifetimes { leaf: Duration::from_secs(args.certificate_seconds), ..Lifetimes::default() },
-                ..Options::new(args.data, args.listen, args.join_listen)
+                ..Options::new(data, args.listen, args.join_listen)
             };
             let options = Options { store: args.store.unwrap_or_else(|| options.store.clone()), ..options };
             Hub::start(options, &shutdown).await?;
@@ -168,5 +240,75 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
             shutdown.drain(Hub::DRAIN).await;
             shutdown.outcome()
         }
+        Command::Backup(args) => {
+            let store =
+                args.store.or_else(|| args.data.as_deref().map(default_store)).context("give --data or --store")?;
+            let made = backup::backup(&store, args.data.as_deref(), &args.file).await?;
+            let file = args.file.display();
+            text::line(format_args!(
+                "Wrote {} entries of revision {} to {file} ({} bytes).",
+                made.entries, made.revision, made.bytes
+            ))?;
+            if made.has_open_key {
+                text::line("It contains the authority's key, unencrypted: keep it as safe as ca.key.")?;
+            } else if !made.has_authority {
+                text::line("It does not contain the authority's key: back up ca.key and ca.pem, or give --data.")?;
+            }
+            Ok(())
+        }
+        Command::Restore(args) => {
+            let data = args.data.as_deref();
+            let (copied, written) = backup::restore(&args.file, &args.store, data, &mut progress).await?;
+            copied_line(copied, &args.store)?;
+            for path in written {
+                text::line(format_args!("Wrote {}.", path.display()))?;
+            }
+            text::line("Repeat revocations and changes that were made after the backup.")?;
+            Ok(())
+        }
+        Command::Store(StoreCommand::Migrate { from, to }) => {
+            let copied = transfer::migrate(&from, &to, &mut progress).await?;
+            copied_line(copied, &to)?;
+            text::line(format_args!("Serve it with --store {}. {from} is kept, and no longer served.", quoted(&to)))?;
+            Ok(())
+        }
+        Command::Store(StoreCommand::Seal { data, store, key_file }) => {
+            let url = store.unwrap_or_else(|| default_store(&data));
+            sealed::seal_folder(&data, &url, &key_file).await?;
+            let file = key_file.display();
+            text::line(format_args!("The authority's key is in {url}, encrypted with {file}. Serve it with:"))?;
+            text::line("")?;
+            text::line(format_args!(
+                "  hanse-hub run --store {} --key-file {file} --listen … --join-listen …",
+                quoted(&url)
+            ))?;
+            text::line("")?;
+            text::line(format_args!(
+                "Then keep a copy of {file} apart from the store, and delete {}.",
+                data.join("ca.key").display()
+            ))?;
+            Ok(())
+        }
     }
+}
+
+/// A URL for a shell, for which `&` and `?` have a meaning.
+fn quoted(store: &StoreUrl) -> String {
+    let text = store.to_string();
+    if text.contains(['&', '?', ' ']) { format!("'{text}'") } else { text }
+}
+
+/// Reports how far a copy is.
+fn progress(made: usize, all: usize) {
+    text::note(format_args!("{made} of {all} changes written"));
+}
+
+fn copied_line(copied: Copied, to: &StoreUrl) -> anyhow::Result<()> {
+    let entries = copied.entries;
+    if copied.was_complete {
+        text::line(format_args!("{to} was complete already: {entries} entries, verified."))?;
+    } else {
+        text::line(format_args!("Copied {entries} entries to {to}, and verified them."))?;
+    }
+    Ok(())
 }

@@ -517,7 +517,7 @@ async fn follow(store: Arc<dyn Store>, view: watch::Sender<Arc<Snapshot>>, stop:
 }
 
 /// Seconds in the upper half make a later store's epoch the greater one, where epochs are compared at all.
-fn new_epoch() -> Result<u64, ChangeError> {
+pub(crate) fn new_epoch() -> Result<u64, ChangeError> {
     let mut bytes = [0; 4];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| ChangeError::Invalid("the random generator failed".to_owned()))?;
     Ok(seconds(SystemTime::now()) << 32 | u64::from(u32::from_le_bytes(bytes)))

@@ -30,13 +30,16 @@ use tracing::{error, info, warn};
 
 use crate::administration::{Administration, create_user, refused};
 use crate::authority::{Authority, Lifetimes};
+use crate::backup;
 use crate::exchange::service::Service;
 use crate::metrics::HubMetrics;
 use crate::questions::{self, Questions};
 use crate::registration::Registration;
 use crate::registry::{Clock, Registry, begin_epoch};
 use crate::roles::Role;
+use crate::sealed::{self, UnlockKey};
 use crate::status::Realisations;
+use crate::transfer;
 use hanse_exchange::limits::MAX_MESSAGE_BYTES;
 
 /// The largest request of the administration: a manifest of 256 KiB with room.
@@ -64,8 +67,10 @@ const OBSERVED_EVERY: Duration = Duration::from_secs(2);
 /// How a hub runs.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The folder of `ca.key` and `ca.pem`.
+    /// The folder of `ca.key` and `ca.pem`; not used with a key file.
     pub data: PathBuf,
+    /// The file that unlocks the authority's key in the store.
+    pub key_file: Option<PathBuf>,
     /// The store; by default `hub.redb` in the folder.
     pub store: StoreUrl,
     pub listen: SocketAddr,
@@ -89,6 +94,7 @@ impl Options {
         Self {
             store: default_store(&data),
             data,
+            key_file: None,
             listen,
             join_listen,
             health_listen: None,
@@ -134,6 +140,20 @@ pub async fn init(
     trust_domain: &TrustDomain,
     listen: SocketAddr,
 ) -> anyhow::Result<()> {
+    init_with(data, store_url, None, trust_domain, listen).await
+}
+
+/// As [`init`]. With an unlock key, the authority's key is in the store only, encrypted.
+///
+/// # Errors
+/// As [`init`].
+pub async fn init_with(
+    data: &Path,
+    store_url: &StoreUrl,
+    unlock: Option<&UnlockKey>,
+    trust_domain: &TrustDomain,
+    listen: SocketAddr,
+) -> anyhow::Result<()> {
     let unfinished = data.join(UNFINISHED);
     let own = store_url.path().filter(|path| path.starts_with(data));
     if unfinished.exists() {
@@ -146,7 +166,7 @@ pub async fn init(
                 _ => {}
             }
         }
-    } else if data.join("ca.key").exists() || own.is_some_and(Path::exists) {
+    } else if ["ca.key", "ca.pem"].iter().any(|name| data.join(name).exists()) || own.is_some_and(Path::exists) {
         anyhow::bail!(
             "{} already contains a ClusterSet: serve it with `hanse-hub run`, or choose another folder",
             data.display()
@@ -157,8 +177,15 @@ pub async fn init(
     files::private_folder(data).with_context(|| format!("make {}", data.display()))?;
     files::write_secret(&unfinished, b"").with_context(|| format!("write {}", unfinished.display()))?;
     let now = SystemTime::now();
-    let authority = Authority::create(data, trust_domain, now).context("make the root")?;
+    let authority = match unlock {
+        None => Authority::create(data, trust_domain, now),
+        Some(_) => Authority::create_certificate(data, trust_domain, now),
+    };
+    let authority = authority.context("make the root")?;
     let store = hanse_store::create(store_url).await.with_context(|| format!("create the store {store_url}"))?;
+    if let Some(unlock) = unlock {
+        sealed::seal(&*store, authority.ca(), unlock).await.context("fill the store")?;
+    }
     let lease = Duration::from_secs(30);
     let registry =
         Registry::open(store, lease, Clock::default(), &Shutdown::default()).await.context("fill the store")?;
@@ -212,7 +239,8 @@ impl Hub {
         let file = url.path().filter(|path| path.starts_with(&options.data));
         // A missing store is not an empty one: policies and revocations would be gone.
         let authority = ["ca.key", "ca.pem"].map(|name| options.data.join(name));
-        for path in authority.iter().map(PathBuf::as_path).chain(file) {
+        let needed = authority.iter().map(PathBuf::as_path).filter(|_| options.key_file.is_none()).chain(file);
+        for path in needed {
             let name = path.file_name().unwrap_or_default().display();
             match path.try_exists() {
                 Ok(true) => {}
@@ -230,14 +258,26 @@ impl Hub {
         let store = match hanse_store::open(url).await {
             Ok(store) => store,
             // The store itself is not at fault.
-            Err(error @ (StoreError::InUse | StoreError::Io(_) | StoreError::Format(_))) => {
+            Err(
+                error @ (StoreError::InUse
+                | StoreError::Io(_)
+                | StoreError::Format(_)
+                | StoreError::Unavailable(_)
+                | StoreError::Denied(_)
+                | StoreError::Settings(_)
+                | StoreError::Unsupported),
+            ) => {
                 return Err(error).with_context(|| format!("open the store {url}"));
             }
             Err(error) => anyhow::bail!("open the store {url}: {error}: {restore}"),
         };
+        transfer::check_served(&*store).await.with_context(|| format!("open the store {url}"))?;
         // `init` creates an administrator, and the last one cannot be deleted.
         if store.list(&Prefix::new(&["user"])?).await?.entries.is_empty() {
             anyhow::bail!("open the store {url}: it was not filled by `hanse-hub init`: {restore}");
+        }
+        if let Some(path) = url.path() {
+            backup::serve(path, store.clone(), shutdown);
         }
         Self::start_with(options, store, shutdown).await
     }
@@ -259,7 +299,10 @@ impl Hub {
             monitor::serve(address, page, shutdown).await?;
         }
 
-        let authority = Authority::read(&options.data, options.lifetimes).context("read the root")?;
+        let authority = match &options.key_file {
+            None => Authority::read(&options.data, options.lifetimes).context("read the root")?,
+            Some(file) => Authority::new(sealed::unseal(&*store, file).await?, options.lifetimes),
+        };
         if options.restored {
             let epoch = begin_epoch(&*store).await.context("begin a new epoch")?;
             tracing::warn!(epoch, "new epoch of the registry begun: start the hub without --restored the next time");

@@ -3,10 +3,15 @@
 mod administer;
 mod before_the_token;
 mod custom_resources;
+#[cfg(feature = "etcd")]
+#[path = "../../../store/tests/it/etcd/nodes.rs"]
+#[expect(dead_code, reason = "the tests of the store use more of it")]
+mod etcd_nodes;
 mod exchange;
 mod hostile_reports;
 mod impostors;
 mod join;
 mod objects;
 mod process;
+mod store;
 mod support;

@@ -11,10 +11,10 @@ use hanse_proto::federation::v1 as wire;
 
 use crate::support::{Admin, SOON, apply, connect, is_served, join, open, policy};
 
-struct Process {
-    child: Child,
-    listen: String,
-    join: String,
+pub struct Process {
+    pub child: Child,
+    pub listen: String,
+    pub join: String,
 }
 
 impl Drop for Process {
@@ -25,23 +25,23 @@ impl Drop for Process {
 }
 
 /// Ports that were free a moment ago.
-fn free_ports() -> [String; 2] {
+pub fn free_ports() -> [String; 2] {
     let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
     listeners.map(|listener| listener.local_addr().unwrap().to_string())
 }
 
-fn hub() -> Command {
+pub fn hub() -> Command {
     Command::new(env!("CARGO_BIN_EXE_hanse-hub"))
 }
 
-fn initialise(data: &Path) -> [String; 2] {
+pub fn initialise(data: &Path) -> [String; 2] {
     let [listen, join] = free_ports();
     let made = hub().args(["init", "--listen", &listen, "--join-listen", &join, "--data"]).arg(data).output().unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     [listen, join]
 }
 
-fn start(data: &Path, [listen, join]: &[String; 2], log: &Path) -> Process {
+pub fn start(data: &Path, [listen, join]: &[String; 2], log: &Path) -> Process {
     let log = std::fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
     let child = hub()
         .args(["run", "--log-format", "json", "--listen", listen, "--join-listen", join, "--data"])
@@ -53,7 +53,7 @@ fn start(data: &Path, [listen, join]: &[String; 2], log: &Path) -> Process {
     Process { child, listen: listen.clone(), join: join.clone() }
 }
 
-async fn administrator(data: &Path, process: &Process) -> Admin {
+pub async fn administrator(data: &Path, process: &Process) -> Admin {
     let credentials = Credentials::read(&data.join("admin.key"), &data.join("admin.pem")).unwrap();
     let deadline = tokio::time::Instant::now() + SOON;
     while open(credentials.clone(), &data.join("ca.pem"), &process.listen).await.is_err() {

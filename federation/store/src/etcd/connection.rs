@@ -82,7 +82,7 @@ impl From<CallError> for StoreError {
 impl Connection {
     /// Replicas of the hub begin at different nodes.
     pub(super) fn new(url: EtcdUrl, first: usize) -> Self {
-        let attempt = (url.timeout / 3).max(Duration::from_secs(1));
+        let attempt = (url.timeout / 4).max(Duration::from_secs(1));
         let index = first % url.hosts.len().max(1);
         Self { url, attempt, node: Mutex::new(Node { index, generation: 0, client: None }) }
     }

@@ -8,7 +8,8 @@ use std::time::Duration;
 /// The prefix of a URL without a path.
 const DEFAULT_PREFIX: &str = "/hanse";
 const DEFAULT_PORT: u16 = 2379;
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A node that lost its leader answers reads after up to seven seconds: twice that.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Nodes in a URL: an etcd cluster has at most seven voting members, and proxies or learners beside them.
 const MAX_HOSTS: usize = 16;
 /// Longest prefix, in bytes. [`MAX_TRANSACTION_BYTES`](crate::MAX_TRANSACTION_BYTES) counts on it.
@@ -27,7 +28,7 @@ const TIMEOUTS: std::ops::RangeInclusive<u64> = 2..=60;
 /// | `cert`, `key` | files of the client certificate with its chain, and of its private key (PEM) |
 /// | `server-name` | the name in etcd's certificates, if they do not name the hosts of the URL |
 /// | `user`, `password-file` | user of etcd, and the file with its password; only with TLS or on loopback addresses |
-/// | `timeout` | seconds within which an operation succeeds or fails, with all its retries: 2 to 60, by default 10 |
+/// | `timeout` | seconds within which an operation succeeds or fails, with all its retries: 2 to 60, by default 15 |
 ///
 /// A URL contains no secret: it appears in logs and argument lists.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -229,7 +230,7 @@ mod tests {
     #[test]
     fn reads_hosts_prefix_and_settings() {
         let url = read("etcd://a").unwrap();
-        assert_eq!((url.tls, &*url.prefix, url.timeout), (false, "/hanse", Duration::from_secs(10)));
+        assert_eq!((url.tls, &*url.prefix, url.timeout), (false, "/hanse", Duration::from_secs(15)));
         assert_eq!(url.hosts, ["a:2379"]);
         let text = "etcds://e-1.local:12379,[2001:db8::1],[::1]:1/team/hanse/?ca=/c%20a&cert=c&key=k&server-name=e&user=u&\
                     password-file=/p&timeout=7";

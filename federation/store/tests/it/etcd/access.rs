@@ -3,12 +3,12 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use etcd_client::{Certificate as Pem, Client, Identity, Permission, PermissionType, TlsOptions};
+use etcd_client::{Client, ConnectOptions, Permission, PermissionType};
 use hanse_store::{StoreError, Transaction, create, open};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 
 use super::nodes::{Nodes, SOON};
-use super::{key, next, prefix, put, with};
+use super::{client, key, next, prefix, put, with};
 
 type Ca = CertifiedIssuer<'static, KeyPair>;
 
@@ -46,12 +46,8 @@ async fn tls_verifies_etcd_and_presents_a_client_certificate() {
     std::fs::write(&ca_file, ca.pem()).unwrap();
     std::fs::write(&other_file, other.pem()).unwrap();
     let (server, server_key) = issue(folder.path(), "server", &ca);
-    let (client, client_key) = issue(folder.path(), "client", &ca);
+    let (own, own_key) = issue(folder.path(), "client", &ca);
     let (stranger, stranger_key) = issue(folder.path(), "stranger", &other);
-    let text = |path: &Path| std::fs::read_to_string(path).unwrap();
-    let tls = TlsOptions::new()
-        .ca_certificate(Pem::from_pem(ca.pem()))
-        .identity(Identity::from_pem(text(&client), text(&client_key)));
     let extra = [
         "--cert-file".to_owned(),
         server.display().to_string(),
@@ -61,8 +57,8 @@ async fn tls_verifies_etcd_and_presents_a_client_certificate() {
         "--trusted-ca-file".to_owned(),
         ca_file.display().to_string(),
     ];
-    let nodes = Nodes::start_with(&extra, Some(tls)).await;
-    let settings = format!("ca={}&cert={}&key={}&timeout=3", ca_file.display(), client.display(), client_key.display());
+    let nodes = Nodes::start_with(&extra, true).await;
+    let settings = format!("ca={}&cert={}&key={}&timeout=3", ca_file.display(), own.display(), own_key.display());
     let url = nodes.url_with(&settings);
     let store = create(&url).await.unwrap();
     let revision = put(&*store, "a", "1").await;
@@ -82,11 +78,11 @@ async fn tls_verifies_etcd_and_presents_a_client_certificate() {
     // Without TLS, a node does not answer.
     let error = refused(&|it| (it.tls, it.ca, it.certificate) = (false, None, None)).await;
     assert!(matches!(error, StoreError::Unavailable(_)), "{error}");
-    let error = refused(&|it| it.ca = Some(client_key.with_extension("absent"))).await;
+    let error = refused(&|it| it.ca = Some(own_key.with_extension("absent"))).await;
     assert!(matches!(&error, StoreError::Settings(text) if text.contains("client.absent")), "{error}");
     let error = refused(&|it| it.ca = Some(std::env::current_exe().unwrap().with_file_name("nothing"))).await;
     assert!(matches!(error, StoreError::Settings(_)), "{error}");
-    std::fs::set_permissions(&client_key, std::fs::Permissions::from_mode(0o644)).unwrap();
+    std::fs::set_permissions(&own_key, std::fs::Permissions::from_mode(0o644)).unwrap();
     let error = refused(&|_| ()).await;
     assert!(
         matches!(&error, StoreError::Settings(text) if text.contains("client.key") && text.contains("0600")),
@@ -112,12 +108,12 @@ async fn a_user_authenticates_again_when_its_token_ends_or_rights_change() {
     let password = folder.path().join("password");
     secret(&password, "first password\n");
     let extra = ["--auth-token-ttl", "2", "--bcrypt-cost", "4"].map(str::to_owned);
-    let nodes = Nodes::start_with(&extra, None).await;
+    let nodes = Nodes::start_with(&extra, false).await;
     let url = nodes.url_with(&format!("user=hanse&password-file={}&timeout=8", password.display()));
     let hanse_store::StoreUrl::Etcd(parts) = &url else { panic!("{url}") };
     let error = open(&url).await.unwrap_err();
     assert!(matches!(&error, StoreError::Denied(text) if text.contains("not enabled")), "{error}");
-    administer(&mut nodes.client(0, None).await, &parts.prefix, "first password").await;
+    administer(&mut client(&nodes, 0, ConnectOptions::new()).await, &parts.prefix, "first password").await;
 
     let store = create(&url).await.unwrap();
     let first = put(&*store, "a", "1").await;
@@ -134,7 +130,7 @@ async fn a_user_authenticates_again_when_its_token_ends_or_rights_change() {
     store.commit(Transaction::default().put_with_lease(key(&["l"]), "", lease)).await.unwrap();
 
     // Any change of users or rights gives etcd's store of them a new revision.
-    let mut root = nodes.client(1, Some(("root", "root-password"))).await;
+    let mut root = client(&nodes, 1, ConnectOptions::new().with_user("root", "root-password")).await;
     root.role_add("another").await.unwrap();
     put(&*store, "c", "3").await;
 

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use etcd_client::{Client, ConnectOptions, TlsOptions};
 use hanse_store::StoreUrl;
 use rand::Rng as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// Long for a machine that does much else.
 pub const SOON: Duration = Duration::from_secs(60);
@@ -21,14 +21,15 @@ const PORTS: std::ops::Range<u16> = 15_000..30_000;
 pub struct Nodes {
     nodes: Vec<Node>,
     extra: Vec<String>,
-    /// For `https`, what clients connect with.
-    tls: Option<TlsOptions>,
+    tls: bool,
     _folder: tempfile::TempDir,
 }
 
 struct Node {
     client: u16,
     peer: u16,
+    /// Health and metrics, without TLS.
+    status: u16,
     folder: PathBuf,
     process: Option<Process>,
 }
@@ -59,29 +60,32 @@ impl Drop for Process {
 impl Nodes {
     /// Three nodes that have elected a leader.
     pub async fn start() -> Self {
-        Self::start_with(&[], None).await
+        Self::start_with(&[], false).await
     }
 
-    /// With more arguments for each node, and what clients need for TLS.
-    pub async fn start_with(extra: &[String], tls: Option<TlsOptions>) -> Self {
+    /// With more arguments for each node; with `tls`, they include the certificates.
+    pub async fn start_with(extra: &[String], tls: bool) -> Self {
         // In memory where that is possible: etcd flushes each write.
         let memory = Path::new("/dev/shm");
         let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
         let nodes = (0..3).map(|number| Node {
             client: free_port(),
             peer: free_port(),
+            status: free_port(),
             folder: folder.path().join(format!("n{number}")),
             process: None,
         });
         let mut this = Self { nodes: nodes.collect(), extra: extra.to_vec(), tls, _folder: folder };
         (0..3).for_each(|number| this.run(number));
-        this.healthy(0).await;
+        for number in 0..3 {
+            this.healthy(number).await;
+        }
         this
     }
 
     /// Starts a node, on what it had before.
     pub fn run(&mut self, number: usize) {
-        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let scheme = if self.tls { "https" } else { "http" };
         let peers: Vec<String> =
             (0..).zip(&self.nodes).map(|(n, it)| format!("n{n}=http://127.0.0.1:{}", it.peer)).collect();
         let node = &mut self.nodes[number];
@@ -97,6 +101,7 @@ impl Nodes {
             .arg(&node.folder)
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--listen-metrics-urls", &format!("http://127.0.0.1:{}", node.status)])
             .args(["--initial-cluster", &peers.join(","), "--initial-cluster-state", "new"])
             .args(&self.extra)
             .env("LOG", &log)
@@ -138,39 +143,30 @@ impl Nodes {
     pub fn url_with(&self, settings: &str) -> StoreUrl {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let scheme = if self.tls.is_some() { "etcds" } else { "etcd" };
+        let scheme = if self.tls { "etcds" } else { "etcd" };
         let settings = if settings.is_empty() { String::new() } else { format!("?{settings}") };
         format!("{scheme}://{}/test/{number}{settings}", self.hosts().join(",")).parse().unwrap()
     }
 
-    /// A client of one node, to administer it.
-    pub async fn client(&self, number: usize, user: Option<(&str, &str)>) -> Client {
-        let mut options = ConnectOptions::new().with_connect_timeout(Duration::from_secs(2));
-        if let Some((name, password)) = user {
-            options = options.with_user(name, password);
-        }
-        let mut scheme = "http";
-        if let Some(tls) = &self.tls {
-            (scheme, options) = ("https", options.with_tls(tls.clone()));
-        }
-        let address = format!("{scheme}://127.0.0.1:{}", self.nodes[number].client);
-        Client::connect([address], Some(options)).await.unwrap()
+    /// The URL of one node, for its clients.
+    pub fn address(&self, number: usize) -> String {
+        let scheme = if self.tls { "https" } else { "http" };
+        format!("{scheme}://127.0.0.1:{}", self.nodes[number].client)
     }
 
-    /// Waits until a node serves writes.
+    /// Waits until a node serves requests, with a leader.
     pub async fn healthy(&self, number: usize) {
         let deadline = Instant::now() + SOON;
-        let mut client = self.client(number, None).await;
         loop {
-            let writing = tokio::time::timeout(Duration::from_secs(3), client.put("health", "", None)).await;
-            match writing {
-                Ok(Ok(_)) => return,
-                outcome if Instant::now() > deadline => {
-                    let log = std::fs::read_to_string(self.nodes[number].folder.with_extension("log"));
-                    panic!("etcd does not serve: {outcome:?}: {}", log.unwrap_or_default());
-                }
-                _ => tokio::time::sleep(Duration::from_millis(50)).await,
+            let answer = self.page(number, "/health").await;
+            if answer.contains("\"health\":\"true\"") {
+                return;
             }
+            if Instant::now() > deadline {
+                let log = std::fs::read_to_string(self.nodes[number].folder.with_extension("log"));
+                panic!("etcd does not serve: {answer:?}: {}", log.unwrap_or_default());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
@@ -179,11 +175,7 @@ impl Nodes {
         let deadline = Instant::now() + SOON;
         loop {
             for number in (0..self.nodes.len()).filter(|it| self.nodes[*it].process.is_some()) {
-                let mut client = self.client(number, None).await;
-                let status = tokio::time::timeout(Duration::from_secs(2), client.status()).await;
-                if let Ok(Ok(status)) = status
-                    && status.header().is_some_and(|it| it.member_id() == status.leader())
-                {
+                if self.page(number, "/metrics").await.contains("\netcd_server_is_leader 1\n") {
                     return number;
                 }
             }
@@ -192,9 +184,19 @@ impl Nodes {
         }
     }
 
-    /// Compacts the history up to and including `revision`.
-    pub async fn compact(&self, revision: u64) {
-        self.client(0, None).await.compact(revision.try_into().unwrap(), None).await.unwrap();
+    /// A page of a node's status; empty if it does not answer.
+    async fn page(&self, number: usize, path: &str) -> String {
+        let address = ("127.0.0.1", self.nodes[number].status);
+        let reading = async {
+            let mut stream = tokio::net::TcpStream::connect(address).await?;
+            let request = format!("GET {path} HTTP/1.0\r\nHost: etcd\r\n\r\n");
+            stream.write_all(request.as_bytes()).await?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text).await?;
+            Ok::<_, std::io::Error>(text)
+        };
+        let answer = tokio::time::timeout(Duration::from_secs(3), reading).await;
+        answer.ok().and_then(Result::ok).unwrap_or_default()
     }
 }
 
