@@ -191,8 +191,7 @@ impl wire::administration_server::Administration for Administration {
 
     async fn status(&self, request: Request<wire::StatusRequest>) -> Result<Response<wire::StatusResponse>, Status> {
         let snapshot = self.view(&request)?;
-        let clusters = self.cluster_status(&snapshot);
-        Ok(Response::new(wire::StatusResponse { revision: snapshot.revision, clusters }))
+        Ok(Response::new(self.status(&snapshot)))
     }
 
     async fn list_nodes(

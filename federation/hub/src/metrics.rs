@@ -18,6 +18,7 @@ use crate::status::Realisation;
 pub struct HubMetrics {
     pub(crate) connections: Gauge,
     revision: Gauge,
+    pub(crate) store_unavailable: Gauge,
     clusters: Family<Cluster, Gauge>,
     publishing: Gauge,
     endpoints: Gauge,
@@ -32,6 +33,7 @@ impl Default for HubMetrics {
         Self {
             connections: Gauge::default(),
             revision: Gauge::default(),
+            store_unavailable: Gauge::default(),
             clusters: Family::default(),
             publishing: Gauge::default(),
             endpoints: Gauge::default(),
@@ -77,6 +79,8 @@ impl HubMetrics {
             let hub = registry.sub_registry_with_prefix("hub");
             hub.register("connections", "Open connections of members and users", this.connections.clone());
             hub.register("registry_revision", "Newest revision of the registry", this.revision.clone());
+            let help = "Seconds since the store last answered; 0 while it does";
+            hub.register("store_unavailable_seconds", help, this.store_unavailable.clone());
             hub.register("clusters", "Clusters, by the state of their registration and lease", this.clusters.clone());
             hub.register(
                 "publishing_clusters",

@@ -12,7 +12,7 @@ use hanse_identity::spiffe::check_label;
 use hanse_identity::tls::{host_of, peer, peer_identity};
 use hanse_proto::federation::v1 as wire;
 use hanse_runtime::rate_limit::RateLimit;
-use hanse_store::Transaction;
+use hanse_store::{StoreError, Transaction};
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use tracing::{info, warn};
@@ -285,6 +285,8 @@ pub(crate) fn status(error: ChangeError) -> Status {
         ChangeError::Conflict(text) => Status::failed_precondition(text),
         ChangeError::Limit(text) => Status::resource_exhausted(text),
         ChangeError::Busy => Status::aborted("conflicting changes of other replicas: try again"),
+        // Logged where it began; the reason contains names of hosts, and no secret.
+        ChangeError::Store(error @ StoreError::Unavailable(_)) => Status::unavailable(error.to_string()),
         ChangeError::Store(error) => {
             tracing::error!(%error, "store failed");
             Status::unavailable("store failed")

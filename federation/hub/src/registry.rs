@@ -4,6 +4,8 @@
 //! compared), with its audit record in the same transaction. When a change returns, the snapshot includes it. Leases and
 //! the `heard` entries are outside of that order: they carry no decision.
 
+mod availability;
+mod leases;
 pub mod records;
 mod snapshot;
 
@@ -12,20 +14,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
 use hanse_identity::Identity;
 use hanse_identity::keys::Certificate;
 use hanse_runtime::retry::Backoff;
 use hanse_runtime::shutdown::Shutdown;
 use hanse_store::{
-    Change, Compare, Key, LeaseId, MAX_TRANSACTION_BYTES, MAX_TRANSACTION_PARTS, Outcome, Prefix, Revision, Store,
+    Change, Compare, Key, KeyError, MAX_TRANSACTION_BYTES, MAX_TRANSACTION_PARTS, Outcome, Prefix, Revision, Store,
     StoreError, Transaction,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use records::{AuditRecord, MemberState};
+use availability::Availability;
+use records::AuditRecord;
 pub use snapshot::{Acceptance, Cluster, ClusterState, Lease, Object, Snapshot};
 
 /// Audit records stored. Each new one replaces the oldest. 10,000 × about 300 bytes is 3 MiB.
@@ -41,6 +43,9 @@ pub const MAX_TOKENS: usize = 10_000;
 
 /// Attempts of a change. Only other replicas cause conflicts.
 const MAX_ATTEMPTS: usize = 32;
+
+/// How long a change waits for the view after it was committed: a watch whose node hangs is opened again after some 12 s.
+const SHOWN_WITHIN: Duration = Duration::from_secs(30);
 
 /// Reads the wall clock; replaced by tests.
 #[derive(Clone)]
@@ -175,8 +180,6 @@ pub struct Registry {
     shared: Arc<Shared>,
 }
 
-type LeaseSlot = Arc<tokio::sync::Mutex<Option<LeaseId>>>;
-
 struct Shared {
     store: Arc<dyn Store>,
     epoch: u64,
@@ -185,8 +188,10 @@ struct Shared {
     view: watch::Sender<Arc<Snapshot>>,
     /// Orders the changes of this replica, so that they do not conflict among themselves.
     changing: tokio::sync::Mutex<()>,
-    /// Per cluster: grants and renewals of one lease are serialized, those of different clusters are not.
-    leases: Mutex<HashMap<Arc<str>, LeaseSlot>>,
+    availability: Availability,
+    /// Per cluster: grants and renewals of one lease are serialized, those of different clusters are not. The lease itself is in the
+    /// view: any replica renews it.
+    renewing: Mutex<HashMap<Arc<str>, Arc<tokio::sync::Mutex<()>>>>,
     last_received: Mutex<HashMap<Arc<str>, Instant>>,
     failed: AtomicBool,
     denied: Mutex<Denials>,
@@ -215,12 +220,6 @@ impl Registry {
         let everything = Prefix::new::<&str>(&[]).map_err(|e| ChangeError::Invalid(e.to_string()))?;
         let listing = store.list(&everything).await?;
         let snapshot = Snapshot::from_listing(&listing).map_err(ChangeError::Invalid)?;
-        let leases = listing.entries.iter().filter_map(|e| {
-            let mut segments = e.key.segments();
-            (segments.next() == Some("lease")).then_some(())?;
-            Some((Arc::from(segments.next()?), Arc::new(tokio::sync::Mutex::new(Some(e.lease?)))))
-        });
-        let leases = Mutex::new(leases.collect());
         let view = watch::Sender::new(Arc::new(snapshot));
         let stop = CancellationToken::new();
         let following = (store.clone(), view.clone(), stop.clone());
@@ -237,7 +236,8 @@ impl Registry {
                 clock,
                 view,
                 changing: tokio::sync::Mutex::default(),
-                leases,
+                availability: Availability::default(),
+                renewing: Mutex::default(),
                 last_received: Mutex::default(),
                 failed: AtomicBool::new(false),
                 denied: Mutex::default(),
@@ -272,7 +272,19 @@ impl Registry {
         if matches!(outcome, Err(StoreError::Closed | StoreError::Io(_))) {
             self.shared.failed.store(true, Ordering::Release);
         }
+        self.shared.availability.note(outcome.as_ref().err());
         Ok(outcome?)
+    }
+
+    /// For how long the store has not answered, if it does not. Changes are refused meanwhile, and all else goes on from the view.
+    pub fn unavailable_for(&self) -> Option<Duration> {
+        self.shared.availability.unavailable_for()
+    }
+
+    /// Checks whether the store answers. Each call may take as long as an operation of the store.
+    pub async fn probe(&self) {
+        // Its error is noted, and belongs to no caller.
+        let _ = self.checked(self.shared.store.revision().await);
     }
 
     /// The newest view.
@@ -309,48 +321,6 @@ impl Registry {
         self.snapshot().admits(certificate)
     }
 
-    /// Begins or renews the lease of a cluster that sent a message. A renewal writes nothing, so that this may be called for each
-    /// message.
-    ///
-    /// # Errors
-    /// When the store fails, or the cluster is not accepted.
-    pub async fn renew_lease(&self, cluster: &str) -> Result<(), ChangeError> {
-        let name: Arc<str> = cluster.into();
-        if !self.snapshot().members.get(cluster).is_some_and(|m| m.record.state == MemberState::Accepted) {
-            return Err(ChangeError::NotFound(format!("cluster {cluster} is not accepted")));
-        }
-        let now = Instant::now();
-        self.shared.last_received.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), now);
-        let lease = {
-            let mut leases = self.shared.leases.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(leases.entry(name).or_default())
-        };
-        let mut current = lease.lock().await;
-        if let Some(lease) = *current {
-            match self.shared.store.renew_lease(lease).await {
-                Ok(()) => return Ok(()),
-                Err(StoreError::NoLease(_)) => *current = None,
-                Err(error) => return Err(error.into()),
-            }
-        }
-        let lease = self.checked(self.shared.store.grant_lease(self.shared.lease_time).await)?;
-        let live = Transaction::default()
-            .put_with_lease(key(&["lease", cluster])?, Bytes::new(), lease)
-            .put(key(&["heard", cluster])?, Bytes::new());
-        let outcome = self.checked(self.shared.store.commit(live).await)?;
-        *current = Some(lease);
-        if let Outcome::Committed(revision) = outcome {
-            self.shown(revision).await?;
-        }
-        info!(cluster, "cluster is live");
-        Ok(())
-    }
-
-    /// Time since this replica received a message from a cluster, by the monotonic clock.
-    pub fn silent_for(&self, cluster: &str) -> Option<Duration> {
-        self.shared.last_received.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).map(Instant::elapsed)
-    }
-
     /// Makes one change. `decide` is called with the newest view, possibly more than once, and returns the transaction and the
     /// response. The audit record is added to the transaction.
     ///
@@ -379,6 +349,8 @@ impl Registry {
         mut decide: impl FnMut(&I, &Snapshot) -> Result<(Transaction, T), ChangeError>,
     ) -> Result<Vec<Result<(Revision, T), ChangeError>>, ChangeError> {
         let _turn = self.shared.changing.lock().await;
+        // Those that waited for their turn would wait for the store one after the other.
+        self.shared.availability.check()?;
         let now = Instant::now();
         let mut backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(200));
         // Of a denial that was new at the first attempt the record is due at the second, too.
@@ -447,13 +419,13 @@ impl Registry {
     /// # Errors
     /// When the store fails.
     pub async fn audit(&self, limit: usize, object: &str) -> Result<Vec<(u64, AuditRecord)>, ChangeError> {
-        let newest = self.snapshot().audit_number;
+        let records = self.checked(self.shared.store.list(&Prefix::new(&["audit"]).map_err(invalid)?).await)?;
         let mut found = Vec::new();
-        for number in (1..=newest).rev().take(MAX_AUDIT_RECORDS as usize) {
+        for entry in records.entries.iter().rev() {
             if found.len() >= limit {
                 break;
             }
-            if let Some(entry) = self.shared.store.read(&audit_key(number)?).await?
+            if let Ok(number) = entry.key.name().parse()
                 && let Ok(record) = records::decode::<AuditRecord>(&entry.value)
                 && (object.is_empty() || record.object == object || record.object.split(" for ").any(|it| it == object))
             {
@@ -463,10 +435,17 @@ impl Registry {
         Ok(found)
     }
 
-    /// Waits until the view shows `revision`.
+    /// Waits until the view shows `revision`, which was committed.
     async fn shown(&self, revision: Revision) -> Result<(), ChangeError> {
         let mut view = self.subscribe();
-        view.wait_for(|snapshot| snapshot.revision >= revision).await.map_err(|_| StoreError::Closed)?;
+        let shown = view.wait_for(|snapshot| snapshot.revision >= revision);
+        match tokio::time::timeout(SHOWN_WITHIN, shown).await {
+            Ok(shown) => drop(shown.map_err(|_| StoreError::Closed)?),
+            Err(_) => {
+                let text = format!("the change was made at revision {revision}, and cannot be read back yet");
+                return Err(StoreError::Unavailable(text).into());
+            }
+        }
         Ok(())
     }
 }
@@ -545,7 +524,11 @@ pub async fn begin_epoch(store: &dyn Store) -> Result<u64, ChangeError> {
 
 /// A key from names that have been checked already.
 pub(crate) fn key(segments: &[&str]) -> Result<Key, ChangeError> {
-    Key::new(segments).map_err(|e| ChangeError::Invalid(e.to_string()))
+    Key::new(segments).map_err(invalid)
+}
+
+fn invalid(error: KeyError) -> ChangeError {
+    ChangeError::Invalid(error.to_string())
 }
 
 fn audit_key(number: u64) -> Result<Key, ChangeError> {

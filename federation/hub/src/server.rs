@@ -332,6 +332,18 @@ impl Hub {
             let (registry, connections, metrics, stop) = closing.clone();
             close_refused(registry, connections, metrics, stop)
         });
+        let (probing, until) = (registry.clone(), stop.clone());
+        shutdown.supervise("store probe", move || {
+            let (registry, stop) = (probing.clone(), until.clone());
+            async move {
+                loop {
+                    tokio::select! {
+                        () = stop.cancelled() => return,
+                        () = tokio::time::sleep(OBSERVED_EVERY) => registry.probe().await,
+                    }
+                }
+            }
+        });
         let observing = (registry.clone(), Arc::clone(&realisations), writing, counted.clone(), stop.clone());
         shutdown.supervise("metrics", move || {
             let (registry, realisations, writing, metrics, stop) = observing.clone();
@@ -413,6 +425,8 @@ async fn observe(
 ) {
     loop {
         metrics.observe(&registry.snapshot(), &realisations.clusters());
+        let seconds = registry.unavailable_for().map_or(0, |it| it.as_secs().max(1));
+        metrics.store_unavailable.set(i64::try_from(seconds).unwrap_or(i64::MAX));
         if registry.failed() && writing.holds() {
             writing.set(false);
             error!("the store cannot be written: the hub accepts no changes; repair the store and restart the hub");

@@ -223,7 +223,7 @@ impl ObjectDescription {
 }
 
 async fn describe_cluster(client: &mut Client, name: &str, format: Format) -> anyhow::Result<()> {
-    let (hub_revision, clusters) = status::read(client, name, false).await?;
+    let status::Overview { hub_revision, clusters, .. } = status::read(client, name, false).await?;
     let mut listed = cluster::list(client, name).await?;
     let request = pb::ListNodesRequest { cluster: name.to_owned(), ..Default::default() };
     let nodes = node::list(client, request).await?;

@@ -34,7 +34,7 @@ pub struct Status {
     /// Only this cluster.
     #[arg(add = completion::clusters())]
     cluster: Option<String>,
-    /// Exit 1 if a cluster has a problem, or if no cluster has joined.
+    /// Exit 1 if a cluster has a problem, if no cluster has joined, or if the store of the hub does not answer.
     #[arg(long)]
     exit_code: bool,
     #[arg(short, long, value_enum, default_value_t)]
@@ -43,10 +43,13 @@ pub struct Status {
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Overview {
-    hub_revision: u64,
+pub struct Overview {
+    pub hub_revision: u64,
+    /// Since the store of the hub last answered, while it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    store_unavailable_ms: Option<u64>,
     #[serde(rename = "items")]
-    clusters: Vec<Cluster>,
+    pub clusters: Vec<Cluster>,
 }
 
 #[derive(Debug, Serialize)]
@@ -113,9 +116,9 @@ impl Cluster {
 }
 
 /// The status of every cluster, or of one; with every node that has a problem, where `details` are wanted.
-pub async fn read(client: &mut Client, cluster: &str, details: bool) -> anyhow::Result<(u64, Vec<Cluster>)> {
+pub async fn read(client: &mut Client, cluster: &str, details: bool) -> anyhow::Result<Overview> {
     let status = call(client.status(pb::StatusRequest {})).await?;
-    let revision = status.revision;
+    let (revision, store_unavailable_ms) = (status.revision, status.store_unavailable_ms);
     let wanted = status.clusters.into_iter().filter(|it| cluster.is_empty() || it.name == cluster);
     let mut clusters: Vec<Cluster> = wanted.map(|it| Cluster::new(it, revision)).collect();
     anyhow::ensure!(
@@ -130,16 +133,14 @@ pub async fn read(client: &mut Client, cluster: &str, details: bool) -> anyhow::
             (it.nodes, nodes) = (its, others);
         }
     }
-    Ok((revision, clusters))
+    Ok(Overview { hub_revision: revision, store_unavailable_ms, clusters })
 }
 
 impl Status {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         let cluster = self.cluster.unwrap_or_default();
         let details = self.output.data().is_some();
-        let (hub_revision, clusters) =
-            with_client(context, async |mut client| read(&mut client, &cluster, details).await)?;
-        let overview = Overview { hub_revision, clusters };
+        let overview = with_client(context, async |mut client| read(&mut client, &cluster, details).await)?;
         let printed = match (self.output, self.output.data()) {
             (_, Some(format)) => output::object(format, "ClusterStatusList", &overview),
             (ListFormat::Name, None) => overview.clusters.iter().try_for_each(|it| output::line(&it.name)),
@@ -147,7 +148,8 @@ impl Status {
         };
         // A cluster that is expected does not count: if no other has joined, nothing can be in sync.
         let has_joined = overview.clusters.iter().any(|it| it.state != "expected");
-        let all_well = has_joined && overview.clusters.iter().all(|it| it.problems.is_empty());
+        let is_available = overview.store_unavailable_ms.is_none();
+        let all_well = has_joined && is_available && overview.clusters.iter().all(|it| it.problems.is_empty());
         if self.exit_code && !has_joined {
             output::note("no cluster has joined; `hanse token create --cluster NAME` creates a token for one");
         }
@@ -160,6 +162,12 @@ impl Overview {
         let well = self.clusters.iter().filter(|it| it.state == "accepted" && it.problems.is_empty()).count();
         let clusters = output::count(self.clusters.len(), "cluster");
         output::line(format_args!("hub at revision {}; {clusters}, {well} in sync", self.hub_revision))?;
+        if let Some(time) = self.store_unavailable_ms {
+            let time = output::length(Duration::from_millis(time));
+            output::line(format_args!(
+                "the store of the hub has not answered for {time}: changes are refused; clusters enforce what they have"
+            ))?;
+        }
         if self.clusters.is_empty() {
             return output::line("`hanse token create --cluster NAME` creates a token that a cluster can join with");
         }

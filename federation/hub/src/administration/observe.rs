@@ -29,7 +29,16 @@ const CHANGES_BYTES: usize = 1 << 20;
 const OUTBOX: usize = 2;
 
 impl Administration {
-    pub(super) fn cluster_status(&self, snapshot: &Snapshot) -> Vec<wire::ClusterStatus> {
+    /// The state of the hub and of all clusters.
+    pub(super) fn status(&self, snapshot: &Snapshot) -> wire::StatusResponse {
+        wire::StatusResponse {
+            revision: snapshot.revision,
+            clusters: self.cluster_status(snapshot),
+            store_unavailable_ms: self.registry.unavailable_for().map(milliseconds),
+        }
+    }
+
+    fn cluster_status(&self, snapshot: &Snapshot) -> Vec<wire::ClusterStatus> {
         let mut realisations = self.realisations.clusters();
         let peers = self.connections.peers();
         let mut statuses = Vec::with_capacity(snapshot.clusters.len());

@@ -8,7 +8,7 @@ use hanse_api::federated::FederatedObject;
 use hanse_identity::Identity;
 use hanse_identity::keys::Certificate;
 use hanse_policy::inventory::Labels;
-use hanse_store::{Change, Entry, Event, Listing, Revision, Transaction};
+use hanse_store::{Change, Entry, Event, LeaseId, Listing, Revision, Transaction};
 
 use super::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
 use crate::grants::MemberCluster;
@@ -29,7 +29,8 @@ pub struct Snapshot {
     pub(crate) users: BTreeMap<Arc<str>, Arc<UserRecord>>,
     pub(crate) audit_number: u64,
     pub(crate) audit_revision: Revision,
-    leases: BTreeMap<Arc<str>, Revision>,
+    /// The revision of each cluster's lease, and its number.
+    leases: BTreeMap<Arc<str>, (Revision, Option<LeaseId>)>,
     /// The revision at which each cluster first sent a message, or its lease last changed.
     first_received: BTreeMap<Arc<str>, Revision>,
     grants: BTreeMap<Arc<str>, Arc<Stored<MemberCluster>>>,
@@ -175,7 +176,7 @@ impl Snapshot {
             let part = |of: Option<Revision>| of.unwrap_or_default();
             let mut revision = part(snapshot.members.get(&name).map(|m| m.revision))
                 .max(part(snapshot.grants.get(&name).map(|g| g.revision)))
-                .max(part(snapshot.leases.get(&name).copied()))
+                .max(part(snapshot.leases.get(&name).map(|lease| lease.0)))
                 .max(part(snapshot.first_received.get(&name).copied()));
             if let Some(cluster) = snapshot.clusters.get_mut(&name) {
                 // The end of a lease leaves no entry with its revision: the newest revision is late enough.
@@ -202,7 +203,7 @@ impl Snapshot {
             }
             ["lease", name] => {
                 // The end of a lease is a change of the cluster too.
-                set(&mut self.leases, name, entry.map(|_| event.revision));
+                set(&mut self.leases, name, entry.map(|entry| (event.revision, entry.lease)));
                 self.merge(name, event.revision);
             }
             ["heard", name] => {
@@ -339,6 +340,11 @@ impl Snapshot {
             Some(tier) => Acceptance::TierNotFound(tier),
             None => Acceptance::Accepted,
         })
+    }
+
+    /// The lease of a live cluster.
+    pub(crate) fn lease_of(&self, cluster: &str) -> Option<LeaseId> {
+        self.leases.get(cluster).and_then(|lease| lease.1)
     }
 
     /// The names of the accepted clusters whose labels `matches`.

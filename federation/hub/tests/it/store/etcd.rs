@@ -4,10 +4,16 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use hanse_member::registration::MemberIdentity;
+use hanse_proto::federation::v1 as wire;
+use hanse_proto::federation::v1::exchange_client::ExchangeClient;
+use tokio_stream::wrappers::ReceiverStream;
+use wire::publish_request::Message;
+
 use super::{fails, path, policies, succeeds, text};
 use crate::etcd_nodes as nodes;
 use crate::process::{Process, administrator, free_ports, hub, initialise, start};
-use crate::support::{SOON, apply, policy};
+use crate::support::{Admin, SOON, apply, join, policy};
 
 fn spawn(arguments: &[&str], ports: &[String; 2], log: &Path) -> Process {
     let log = std::fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
@@ -109,4 +115,145 @@ async fn replicas_need_the_url_and_the_key_file_only() {
     let secret = std::fs::read(&key_file).unwrap();
     let log = std::fs::read(&log).unwrap();
     assert!(!log.windows(16).any(|it| it == &secret[..16]) && !log.windows(11).any(|it| it == b"PRIVATE KEY"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_majority_of_etcd_members_go_on_and_status_states_since_when() {
+    let mut nodes = nodes::Nodes::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (data, log, key_file) = (at("hub"), at("log"), at("unlock.key"));
+    let (first, second) = (free_ports(), free_ports());
+    let url = nodes.url_with("timeout=3").to_string();
+    let init = ["init", "--listen", &*first[0], "--join-listen", &*first[1], "--store", &*url];
+    succeeds(&[&init[..], &["--data", path(&data), "--key-file", path(&key_file)]].concat());
+    // A lease that is short, and ends while etcd is away, if its end does not wait for etcd.
+    let arguments = ["--store", &*url, "--key-file", path(&key_file), "--lease-seconds", "5"];
+    let one = spawn(&arguments, &first, &log);
+    let two = spawn(&arguments, &second, &log);
+    let (mut a, mut b) = (administrator(&data, &one).await, administrator(&data, &two).await);
+    let request = wire::CreateTokenRequest { cluster: "train".to_owned(), lifetime_seconds: 600, accept: true };
+    let token = a.create_token(request).await.unwrap().into_inner().token;
+    let member = join(&at("train"), "train", &token, &one.join).await.unwrap();
+    let publishing = publish(&member, &one.listen).await;
+    let status = async |admin: &mut Admin| admin.status(wire::StatusRequest {}).await.unwrap().into_inner();
+    let until = async |admin: &mut Admin, what: &str, holds: &dyn Fn(&wire::StatusResponse) -> bool| {
+        let deadline = tokio::time::Instant::now() + SOON * 3;
+        loop {
+            let now = status(admin).await;
+            if holds(&now) {
+                return now;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "{what}: {now:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let is_live = |it: &wire::StatusResponse| it.clusters[0].lease == "live" && it.store_unavailable_ms.is_none();
+    until(&mut a, "live", &is_live).await;
+    until(&mut b, "live at both", &is_live).await;
+
+    nodes.kill(0);
+    nodes.kill(1);
+    for admin in [&mut a, &mut b] {
+        let seen = until(admin, "unavailable", &|it| it.store_unavailable_ms.is_some()).await;
+        assert!(seen.clusters[0].lease == "live", "{seen:?}");
+    }
+    // A change is refused at once, with the reason.
+    let began = std::time::Instant::now();
+    let refused = a.apply(apply(policy("refused", "platform"))).await.unwrap_err();
+    assert!(refused.code() == tonic::Code::Unavailable && refused.message().contains("majority"), "{refused:?}");
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    let seen = until(&mut a, "its time grows", &|it| it.store_unavailable_ms.is_some_and(|it| it > 8_000)).await;
+    assert!(seen.clusters[0].connected && seen.clusters[0].lease == "live", "the member goes on: {seen:?}");
+
+    nodes.run(0);
+    nodes.run(1);
+    for admin in [&mut a, &mut b] {
+        let seen = until(admin, "available again", &|it| it.store_unavailable_ms.is_none()).await;
+        assert!(seen.clusters[0].lease == "live", "no cluster became silent: {seen:?}");
+    }
+    a.apply(apply(policy("accepted", "platform"))).await.unwrap();
+    until(&mut b, "it is seen by the other", &|it| it.clusters[0].lease == "live").await;
+    assert!(!publishing.is_finished(), "its stream was never closed");
+}
+
+/// Each replica that receives messages of a cluster keeps it live, also one that did not begin its lease.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_stays_live_while_any_replica_receives_from_it() {
+    let nodes = nodes::shared().await;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (data, log, key_file) = (at("hub"), at("log"), at("unlock.key"));
+    let ports = [free_ports(), free_ports(), free_ports()];
+    let url = nodes.url().to_string();
+    let init = ["init", "--listen", &*ports[0][0], "--join-listen", &*ports[0][1], "--store", &*url];
+    succeeds(&[&init[..], &["--data", path(&data), "--key-file", path(&key_file)]].concat());
+    let arguments = ["--store", &*url, "--key-file", path(&key_file), "--lease-seconds", "5"];
+    let [one, two, three] = ports.each_ref().map(|ports| spawn(&arguments, ports, &log));
+    let mut admin = administrator(&data, &three).await;
+    administrator(&data, &two).await;
+    let request = wire::CreateTokenRequest { cluster: "train".to_owned(), lifetime_seconds: 600, accept: true };
+    let token = admin.create_token(request).await.unwrap().into_inner().token;
+    let member = join(&at("train"), "train", &token, &one.join).await.unwrap();
+    let lease = async |admin: &mut Admin| {
+        admin.status(wire::StatusRequest {}).await.unwrap().into_inner().clusters[0].lease.clone()
+    };
+    let until = async |admin: &mut Admin, expected: &str| {
+        let deadline = tokio::time::Instant::now() + SOON;
+        while lease(admin).await != expected {
+            assert!(tokio::time::Instant::now() < deadline, "it does not become {expected}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let stays_live = async |admin: &mut Admin| {
+        // Longer than the lease, and the second that etcd may add.
+        let end = tokio::time::Instant::now() + Duration::from_secs(9);
+        while tokio::time::Instant::now() < end {
+            assert_eq!(lease(admin).await, "live");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let first = publish(&member, &one.listen).await;
+    until(&mut admin, "live").await;
+    let second = publish(&member, &two.listen).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // The one that joined later dies: the first keeps the cluster live.
+    drop(two);
+    stays_live(&mut admin).await;
+    // The one that began the lease dies: another keeps it.
+    let third = publish(&member, &three.listen).await;
+    drop(one);
+    stays_live(&mut admin).await;
+    third.abort();
+    until(&mut admin, "stale").await;
+    assert!(first.await.is_ok() && second.await.is_ok());
+}
+
+/// A member that publishes an empty cluster, and heartbeats until it is dropped.
+async fn publish(member: &MemberIdentity, address: &str) -> tokio::task::JoinHandle<tonic::Status> {
+    let connection = member.hub_client().unwrap().connect(address).await.unwrap();
+    let (outbox, sending) = tokio::sync::mpsc::channel(8);
+    let mut client = ExchangeClient::new(connection.channel);
+    let answers = client.publish(ReceiverStream::new(sending));
+    let open = wire::PublishOpen { protocol: 1, epoch: 1, instance: vec![1; 16].into() };
+    let snapshot = Some(wire::begin::Kind::Snapshot(wire::Snapshot {}));
+    let begin = wire::Begin { origin: String::new(), kind: snapshot, needs_interest: 0 };
+    let position = Some(wire::Position { epoch: 1, revision: 1 });
+    let end = wire::End { position, digest: Default::default(), view: 0 };
+    for message in [Message::Open(open), Message::Begin(begin), Message::End(end)] {
+        outbox.send(wire::PublishRequest { message: Some(message) }).await.unwrap();
+    }
+    let mut answers = answers.await.unwrap().into_inner();
+    tokio::spawn(async move {
+        loop {
+            let beat = Message::Heartbeat(wire::Heartbeat::default());
+            let sent = outbox.send(wire::PublishRequest { message: Some(beat) }).await;
+            match tokio::time::timeout(Duration::from_millis(500), answers.message()).await {
+                Ok(Err(status)) => return status,
+                Ok(Ok(None)) => return tonic::Status::ok("it ended"),
+                Ok(Ok(Some(_))) if sent.is_ok() => tokio::time::sleep(Duration::from_millis(500)).await,
+                _ => {}
+            }
+        }
+    })
 }
