@@ -40,7 +40,7 @@ fn granted(time_to_live: Duration) -> u64 {
     seconds + seconds.div_ceil(6)
 }
 
-/// The time to live that was asked for, in whole seconds.
+/// The time to live that was requested, in whole seconds.
 fn requested(granted: u64) -> Duration {
     Duration::from_secs(granted - granted.div_ceil(7))
 }
