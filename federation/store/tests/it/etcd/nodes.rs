@@ -97,7 +97,9 @@ impl Nodes {
         let script = "\"$@\" >>\"$LOG\" 2>&1 </dev/null & node=$!; echo $node; read -r keep; kill -9 $node; wait; \
                       [ -n \"$keep\" ] || { rm -rf \"$DATA\" \"$LOG\"; rmdir \"$FOLDER\"; }";
         let mut shell = Command::new("sh")
-            .args(["-c", script, "sh", "etcd", "--name", &format!("n{number}"), "--data-dir"])
+            .args(["-c", script, "sh"])
+            .arg(program())
+            .args(["--name", &format!("n{number}"), "--data-dir"])
             .arg(&node.folder)
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
@@ -204,6 +206,12 @@ impl Nodes {
 pub async fn shared() -> Arc<Nodes> {
     static SHARED: tokio::sync::OnceCell<Arc<Nodes>> = tokio::sync::OnceCell::const_new();
     SHARED.get_or_init(|| async { Arc::new(Nodes::start().await) }).await.clone()
+}
+
+/// etcd, from where the test clusters of Kubernetes have it, or from the path.
+fn program() -> PathBuf {
+    let assets = std::env::var_os("KUBEBUILDER_ASSETS").map(|assets| Path::new(&assets).join("etcd"));
+    assets.filter(|path| path.is_file()).unwrap_or_else(|| "etcd".into())
 }
 
 fn free_port() -> u16 {
