@@ -228,7 +228,8 @@ impl Registry {
             let (store, view, stop) = following.clone();
             follow(store, view, stop)
         }));
-        Ok(Self {
+        let (marked, seen, until) = (store.clone(), view.clone(), stop.clone());
+        let this = Self {
             shared: Arc::new(Shared {
                 store,
                 epoch,
@@ -243,7 +244,12 @@ impl Registry {
                 denied: Mutex::default(),
                 _following: stop.drop_guard(),
             }),
-        })
+        };
+        this.renew_after_outage().await?;
+        tokio::spawn(shutdown.supervised("marks of silent clusters", move || {
+            Self::mark_silent(marked.clone(), seen.subscribe(), until.clone())
+        }));
+        Ok(this)
     }
 
     /// Ties the store to a ClusterSet's root, or checks that it is tied to this one.

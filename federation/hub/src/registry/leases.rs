@@ -2,17 +2,21 @@
 //!
 //! A cluster has one lease, whose number is in the view. Any replica that receives a message of the cluster renews it, so that it ends
 //! only when no replica does.
+//!
+//! etcd ends leases also while no hub runs. Such an end says nothing about the cluster: a hub that observes an end marks the cluster
+//! as silent, and a hub that starts begins the missing leases of all others again.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hanse_store::{LeaseId, Outcome, StoreError, Transaction};
-use tokio::sync::OwnedMutexGuard;
+use hanse_store::{Compare, LeaseId, Outcome, Store, StoreError, Transaction};
+use tokio::sync::{OwnedMutexGuard, watch};
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::records::MemberState;
-use super::{ChangeError, Registry, key};
+use super::{ChangeError, Registry, Snapshot, key};
 
 /// How long a stream waits for the renewal of its lease. A store that does not answer must not stop the streams of members: the
 /// renewal goes on, and a lease lasts for several of them.
@@ -67,7 +71,8 @@ impl Registry {
     async fn begin(&self, cluster: &Arc<str>, lease: LeaseId) -> Result<(), ChangeError> {
         let live = Transaction::default()
             .put_with_lease(key(&["lease", cluster])?, Bytes::new(), lease)
-            .put(key(&["heard", cluster])?, Bytes::new());
+            .put(key(&["heard", cluster])?, Bytes::new())
+            .delete(key(&["silent", cluster])?);
         let outcome = self.checked(self.shared.store.commit(live).await)?;
         if let Outcome::Committed(revision) = outcome {
             self.shown(revision).await?;
@@ -76,8 +81,57 @@ impl Registry {
         Ok(())
     }
 
+    /// Begins the leases again that have ended while no hub ran, as a store in a file does when it is opened.
+    pub(super) async fn renew_after_outage(&self) -> Result<(), ChangeError> {
+        let missing: Vec<Arc<str>> = self.snapshot().unmarked_stale().cloned().collect();
+        let count = missing.len();
+        for cluster in missing {
+            let lease = self.checked(self.shared.store.grant_lease(self.shared.lease_time).await)?;
+            let (live, silent) = (key(&["lease", &cluster])?, key(&["silent", &cluster])?);
+            // Unless another replica has begun one, or has observed the end.
+            let begin = Transaction::default()
+                .when(Compare::Absent(live.clone()))
+                .when(Compare::Absent(silent))
+                .put_with_lease(live, Bytes::new(), lease);
+            if let Outcome::Committed(revision) = self.checked(self.shared.store.commit(begin).await)? {
+                self.shown(revision).await?;
+            }
+        }
+        if count > 0 {
+            info!(clusters = count, "leases that ended while no hub ran were begun again");
+        }
+        Ok(())
+    }
+
+    /// Marks clusters whose lease ends while this hub runs, until `stop`. Every replica does so; one of them is first.
+    pub(super) async fn mark_silent(
+        store: Arc<dyn Store>,
+        mut view: watch::Receiver<Arc<Snapshot>>,
+        stop: CancellationToken,
+    ) {
+        loop {
+            let snapshot = view.borrow_and_update().clone();
+            for cluster in snapshot.unmarked_stale() {
+                if let Err(error) = mark(&*store, cluster).await {
+                    warn!(%cluster, %error, "cluster not marked as silent");
+                }
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = view.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
     /// Time since this replica received a message from a cluster, by the monotonic clock.
     pub fn silent_for(&self, cluster: &str) -> Option<Duration> {
         self.shared.last_received.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).map(Instant::elapsed)
     }
+}
+
+async fn mark(store: &dyn Store, cluster: &str) -> Result<(), ChangeError> {
+    let (live, silent) = (key(&["lease", cluster])?, key(&["silent", cluster])?);
+    let mark = Transaction::default().when(Compare::Absent(live)).when(Compare::Absent(silent.clone()));
+    store.commit(mark.put(silent, Bytes::new())).await?;
+    Ok(())
 }

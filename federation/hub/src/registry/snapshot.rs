@@ -29,6 +29,8 @@ pub struct Snapshot {
     pub(crate) users: BTreeMap<Arc<str>, Arc<UserRecord>>,
     pub(crate) audit_number: u64,
     pub(crate) audit_revision: Revision,
+    /// The clusters whose lease has ended while a hub ran.
+    silent: BTreeSet<Arc<str>>,
     /// The revision of each cluster's lease, and its number.
     leases: BTreeMap<Arc<str>, (Revision, Option<LeaseId>)>,
     /// The revision at which each cluster first sent a message, or its lease last changed.
@@ -206,6 +208,10 @@ impl Snapshot {
                 set(&mut self.leases, name, entry.map(|entry| (event.revision, entry.lease)));
                 self.merge(name, event.revision);
             }
+            ["silent", name] => match entry {
+                Some(_) => _ = self.silent.insert(name.into()),
+                None => _ = self.silent.remove(name),
+            },
             ["heard", name] => {
                 set(&mut self.first_received, name, entry.map(|_| event.revision));
                 self.merge(name, event.revision);
@@ -340,6 +346,12 @@ impl Snapshot {
             Some(tier) => Acceptance::TierNotFound(tier),
             None => Acceptance::Accepted,
         })
+    }
+
+    /// The accepted clusters that are stale, and not known to have fallen silent.
+    pub(crate) fn unmarked_stale(&self) -> impl Iterator<Item = &Arc<str>> {
+        let stale = self.clusters.values().filter(|it| it.state == ClusterState::Accepted && it.lease == Lease::Stale);
+        stale.map(|it| &it.name).filter(|name| !self.silent.contains(*name))
     }
 
     /// The lease of a live cluster.

@@ -229,6 +229,63 @@ async fn a_cluster_stays_live_while_any_replica_receives_from_it() {
     assert!(first.await.is_ok() && second.await.is_ok());
 }
 
+/// etcd ends leases also while no hub runs: that a hub was away says nothing about a cluster.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_ends_while_no_hub_runs_begins_again_with_the_next() {
+    let nodes = nodes::shared().await;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (data, log, key_file, ports) = (at("hub"), at("log"), at("unlock.key"), free_ports());
+    let url = nodes.url().to_string();
+    let init = ["init", "--listen", &*ports[0], "--join-listen", &*ports[1], "--store", &*url];
+    succeeds(&[&init[..], &["--data", path(&data), "--key-file", path(&key_file)]].concat());
+    let arguments = ["--store", &*url, "--key-file", path(&key_file), "--lease-seconds", "5"];
+    let hub = spawn(&arguments, &ports, &log);
+    let mut admin = administrator(&data, &hub).await;
+    let mut members = Vec::new();
+    for cluster in ["live", "quiet"] {
+        let request = wire::CreateTokenRequest { cluster: cluster.to_owned(), lifetime_seconds: 600, accept: true };
+        let token = admin.create_token(request).await.unwrap().into_inner().token;
+        members.push(join(&at(cluster), cluster, &token, &hub.join).await.unwrap());
+    }
+    let leases = async |admin: &mut Admin| {
+        let clusters = admin.status(wire::StatusRequest {}).await.unwrap().into_inner().clusters;
+        clusters.into_iter().map(|it| it.lease).collect::<Vec<_>>()
+    };
+    let until = async |admin: &mut Admin, expected: [&str; 2]| {
+        let deadline = tokio::time::Instant::now() + SOON;
+        loop {
+            let now = leases(admin).await;
+            if now == expected {
+                return;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "{now:?} does not become {expected:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let _live = publish(&members[0], &hub.listen).await;
+    publish(&members[1], &hub.listen).await.abort();
+    until(&mut admin, ["live", "stale"]).await;
+    let store = hanse_store::open(&url.parse().unwrap()).await.unwrap();
+    let reads = async |segments: &[&str], exists: bool| {
+        let (key, deadline) = (hanse_store::Key::new(segments).unwrap(), tokio::time::Instant::now() + SOON);
+        while store.read(&key).await.unwrap().is_some() != exists {
+            assert!(tokio::time::Instant::now() < deadline, "{key} does not become {exists}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    // The hub has noted what it has observed. One that dies before would give the cluster another lease.
+    reads(&["silent", "quiet"], true).await;
+    drop((admin, hub));
+    reads(&["lease", "live"], false).await;
+    let hub = spawn(&arguments, &ports, &log);
+    let mut admin = administrator(&data, &hub).await;
+    assert_eq!(leases(&mut admin).await, ["live", "stale"], "as when the hub ended");
+    until(&mut admin, ["stale", "stale"]).await;
+    let _live = publish(&members[0], &hub.listen).await;
+    until(&mut admin, ["live", "stale"]).await;
+}
+
 /// A member that publishes an empty cluster, and heartbeats until it is dropped.
 async fn publish(member: &MemberIdentity, address: &str) -> tokio::task::JoinHandle<tonic::Status> {
     let connection = member.hub_client().unwrap().connect(address).await.unwrap();
