@@ -10,7 +10,7 @@ pub mod records;
 mod snapshot;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -218,15 +218,21 @@ impl Registry {
     ) -> Result<Self, ChangeError> {
         let epoch = read_or_make_epoch(&*store).await?;
         let everything = Prefix::new::<&str>(&[]).map_err(|e| ChangeError::Invalid(e.to_string()))?;
-        let listing = store.list(&everything).await?;
+        let mut listing = store.list(&everything).await?;
+        if listing.entries.iter().all(|entry| entry.modified < listing.revision) {
+            // Something was deleted, or another program uses the same etcd. With an entry that is newer than that, this replica
+            // has the same revision as those that have seen each change, and members that change between them never go back.
+            store.commit(Transaction::default().put(key(&["meta", "opened"])?, epoch.to_string())).await?;
+            listing = store.list(&everything).await?;
+        }
         let snapshot = Snapshot::from_listing(&listing).map_err(ChangeError::Invalid)?;
         let view = watch::Sender::new(Arc::new(snapshot));
         let stop = CancellationToken::new();
-        let following = (store.clone(), view.clone(), stop.clone());
+        let following = (store.clone(), view.clone(), Arc::new(AtomicU64::new(listing.revision)), stop.clone());
         // Ends with the last handle: requests that are served during shutdown need the view.
         tokio::spawn(shutdown.supervised("view of the store", move || {
-            let (store, view, stop) = following.clone();
-            follow(store, view, stop)
+            let (store, view, after, stop) = following.clone();
+            follow(store, view, after, stop)
         }));
         let (marked, seen, until) = (store.clone(), view.clone(), stop.clone());
         let this = Self {
@@ -456,18 +462,30 @@ impl Registry {
     }
 }
 
-/// Applies the store's events to the view. Where the store has compacted them, it lists again.
-async fn follow(store: Arc<dyn Store>, view: watch::Sender<Arc<Snapshot>>, stop: CancellationToken) {
+/// Applies the store's events to the view. Where the store has compacted them, it lists again. `after`: the revision up to which
+/// everything was read, which is also that of changes outside of this store.
+async fn follow(
+    store: Arc<dyn Store>,
+    view: watch::Sender<Arc<Snapshot>>,
+    after: Arc<AtomicU64>,
+    stop: CancellationToken,
+) {
     let Ok(everything) = Prefix::new::<&str>(&[]) else { return };
     let mut backoff = Backoff::default();
     loop {
-        let from = view.borrow().revision;
+        let from = after.load(Ordering::Acquire);
         let mut events = match store.watch(everything.clone(), from).await {
             Ok(events) => events,
             Err(StoreError::Compacted { .. }) => {
-                match store.list(&everything).await.map(|listing| Snapshot::from_listing(&listing)) {
-                    Ok(Ok(snapshot)) => drop(view.send_replace(Arc::new(snapshot))),
-                    Ok(Err(error)) => error!(%error, "store entry cannot be read"),
+                match store.list(&everything).await.map(|listing| (listing.revision, Snapshot::from_listing(&listing)))
+                {
+                    Ok((read, Ok(mut snapshot))) => {
+                        // The newest change may have been a deletion.
+                        snapshot.revision = snapshot.revision.max(view.borrow().revision);
+                        view.send_replace(Arc::new(snapshot));
+                        after.store(read, Ordering::Release);
+                    }
+                    Ok((_, Err(error))) => error!(%error, "store entry cannot be read"),
                     Err(error) => error!(%error, "the store cannot be listed"),
                 }
                 if !backoff.wait(&stop).await {
@@ -497,7 +515,9 @@ async fn follow(store: Arc<dyn Store>, view: watch::Sender<Arc<Snapshot>>, stop:
                 }
             }
             view.send_replace(Arc::new(snapshot));
+            after.store(events.revision(), Ordering::Release);
         }
+        after.fetch_max(events.revision(), Ordering::AcqRel);
     }
 }
 

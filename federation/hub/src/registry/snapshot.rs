@@ -166,13 +166,13 @@ impl Object {
 }
 
 impl Snapshot {
+    /// Its revision is that of the newest entry, which all replicas see: that of the listing may belong to another program.
     pub(crate) fn from_listing(listing: &Listing) -> Result<Self, String> {
         let mut snapshot = Self::default();
         for entry in &listing.entries {
             let event = Event { revision: entry.modified, key: entry.key.clone(), entry: Some(entry.clone()) };
             snapshot.apply(&event).map_err(|e| format!("{}: {e}", entry.key))?;
         }
-        snapshot.revision = listing.revision;
         let names: Vec<Arc<str>> = snapshot.clusters.keys().cloned().collect();
         for name in names {
             let part = |of: Option<Revision>| of.unwrap_or_default();
@@ -183,7 +183,7 @@ impl Snapshot {
             if let Some(cluster) = snapshot.clusters.get_mut(&name) {
                 // The end of a lease leaves no entry with its revision: the newest revision is late enough.
                 if cluster.lease == Lease::Stale {
-                    revision = listing.revision;
+                    revision = snapshot.revision;
                 }
                 *cluster = Arc::new(Cluster { revision, ..Cluster::clone(cluster) });
             }

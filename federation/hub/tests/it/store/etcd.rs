@@ -85,6 +85,20 @@ async fn replicas_need_the_url_and_the_key_file_only() {
     let one = spawn(&arguments, &first, &log);
     let two = spawn(&arguments, &second, &log);
     let (mut a, mut b) = (administrator(&data, &one).await, administrator(&data, &two).await);
+    let revisions = async |a: &mut Admin, b: &mut Admin| {
+        let one = a.status(wire::StatusRequest {}).await.unwrap().into_inner().revision;
+        (one, b.status(wire::StatusRequest {}).await.unwrap().into_inner().revision)
+    };
+    // A replica that starts later is at the revision of the others, also when other programs write to the same etcd.
+    let deadline = tokio::time::Instant::now() + SOON;
+    loop {
+        let (one, two) = revisions(&mut a, &mut b).await;
+        if one == two {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "revisions {one} and {two}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     // Both write, and see what the other has written.
     for number in 0..10 {
         a.apply(apply(policy(&format!("a-{number}"), "platform"))).await.unwrap();
