@@ -100,7 +100,7 @@ impl Member {
         );
     }
 
-    /// The condition holds, and still does after several polls.
+    /// The condition is satisfied, and still is after several polls.
     async fn stays(&mut self, what: &str, is: impl Fn(&View) -> bool) {
         self.until(what, &is).await;
         for _ in 0..20 {

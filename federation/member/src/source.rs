@@ -7,9 +7,10 @@ mod directory;
 mod kept;
 mod kubernetes;
 mod last_good;
+mod location;
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,11 +18,10 @@ use hanse_api::assemble::{ObjectChange, ObjectKey, Position};
 use hanse_api::manifest::{Manifests, read_bytes};
 use hanse_api::{Diagnostic, Manifest};
 
-use crate::api_server::Access;
-
 pub use self::directory::Directory;
 pub use self::kubernetes::{Kubernetes, forget, kept_objects};
 pub use self::last_good::{LastGood, Objects};
+pub use self::location::Location;
 
 /// A change that a source reports. Objects come from origins, such as files or collections of an API. A scope is an origin, or all
 /// origins below a path; the empty path is the whole source.
@@ -64,28 +64,6 @@ impl<S: Source + ?Sized> Source for Box<S> {
 
     fn pause(&self, took: Duration) -> Duration {
         (**self).pause(took)
-    }
-}
-
-/// Where the objects of a cluster are.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Location {
-    /// A directory of manifests.
-    Directory(PathBuf),
-    /// The API server of the cluster.
-    Kubernetes(Access),
-}
-
-impl Location {
-    /// The source at this location. `data`: the data directory of the member.
-    ///
-    /// # Errors
-    /// When the system refuses what the source needs.
-    pub fn open(&self, data: &Path) -> std::io::Result<Box<dyn Source>> {
-        Ok(match self {
-            Self::Directory(path) => Box::new(Directory::new(path)),
-            Self::Kubernetes(access) => Box::new(Kubernetes::new(access.clone(), data)?),
-        })
     }
 }
 

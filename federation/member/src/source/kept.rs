@@ -16,7 +16,7 @@ use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition}
 const TEXTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("texts");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const REVISION: &str = "revision";
-/// The interval between writes, and between retries of a failed one. A process that is killed loses at most this; the source is read
+/// The interval between writes, and between retries of a failed one. A process that is killed misses at most this; the source is read
 /// again anyway.
 const WRITE_EVERY: Duration = Duration::from_secs(1);
 /// Writing must not use more than this part of the time: a slow disk may take 100 ms.

@@ -9,6 +9,7 @@ mod definitions;
 mod follow;
 mod forgetting;
 mod objects;
+mod report;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -22,8 +23,8 @@ use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 
 use self::collection::{COLLECTIONS, Collection, DEFINITIONS};
-use self::definitions::Definition;
 use self::forgetting::Requests;
+use self::report::{Definition, Report, State};
 use super::{Event, Objects, Source};
 use crate::api_server::Access;
 
@@ -39,26 +40,6 @@ const GATHER: Duration = Duration::from_millis(20);
 const MAX_EVENTS: usize = 10_000;
 /// A collection that has been read is reported as failing after this time: a restart of the API server is not a problem.
 const FAILS_AFTER: Duration = Duration::from_secs(3);
-
-/// What a task reports about a collection.
-#[derive(Debug)]
-enum Report {
-    Events(Vec<Event>),
-    State(Collection, State),
-}
-
-#[derive(Debug)]
-enum State {
-    /// A list is complete.
-    Listed,
-    /// The API server has answered.
-    Alive,
-    Failing(String),
-    /// The definition exists, but not in the version that is read.
-    NotServed,
-    /// The definition of a custom collection.
-    Definition(Definition),
-}
 
 /// Reads the objects of a cluster from its API server. Must be used outside tokio: it runs its own runtime while it is polled.
 #[derive(Debug)]

@@ -12,19 +12,8 @@ use tokio::sync::{mpsc, watch};
 
 use super::collection::{COLLECTIONS, DEFINITIONS};
 use super::follow::{Follower, Step};
-use super::{Report, State};
+use super::report::{Definition, Report, State};
 use crate::api_server::message;
-
-/// The definition of one collection.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Definition {
-    Absent,
-    /// It is being deleted, and its objects with it.
-    Terminating,
-    Present {
-        uid: String,
-    },
-}
 
 /// All definitions, by the name of the collection; `None` before they were listed.
 pub type Definitions = Option<BTreeMap<String, Definition>>;

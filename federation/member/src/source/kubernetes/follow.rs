@@ -76,7 +76,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
         Self { api, state: State::Start, backoff, delay: None, is_paged: true }
     }
 
-    /// The next step. Dropping the future before it is ready loses nothing.
+    /// The next step. Dropping the future before it is ready skips nothing.
     pub async fn next(&mut self) -> Step<K> {
         loop {
             if let Some(delay) = self.delay {

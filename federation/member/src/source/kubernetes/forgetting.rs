@@ -54,7 +54,7 @@ pub fn kept_objects(data: &Path) -> io::Result<Vec<KeptObject>> {
     Ok(read(&kept_file(data))?.unwrap_or_default().objects)
 }
 
-/// Asks the running member to forget kept objects, and waits until it has.
+/// Requests that the running member forgets kept objects, and waits until it has.
 ///
 /// # Errors
 /// `TimedOut` when no member takes the request; when the request cannot be written.

@@ -10,9 +10,9 @@ use kube::{Api, Client};
 use tokio::sync::{mpsc, watch};
 
 use super::collection::{Collection, Raw};
-use super::definitions::{self, Definition, Definitions};
+use super::definitions::{self, Definitions};
 use super::follow::{Follower, Step};
-use super::{Report, State};
+use super::report::{Definition, Report, State};
 use crate::source::{Event, read_object};
 
 /// Objects that are read before other collections have their turn.

@@ -1,0 +1,28 @@
+//! Which source a member has.
+
+use std::path::{Path, PathBuf};
+
+use super::{Directory, Kubernetes, Source};
+use crate::api_server::Access;
+
+/// Where the objects of a cluster are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Location {
+    /// A directory of manifests.
+    Directory(PathBuf),
+    /// The API server of the cluster.
+    Kubernetes(Access),
+}
+
+impl Location {
+    /// The source at this location. `data`: the data directory of the member.
+    ///
+    /// # Errors
+    /// When the system refuses what the source needs.
+    pub fn open(&self, data: &Path) -> std::io::Result<Box<dyn Source>> {
+        Ok(match self {
+            Self::Directory(path) => Box::new(Directory::new(path)),
+            Self::Kubernetes(access) => Box::new(Kubernetes::new(access.clone(), data)?),
+        })
+    }
+}
