@@ -83,8 +83,11 @@ async fn replicas_need_the_url_and_the_key_file_only() {
 
     let arguments = ["--store", &*url, "--key-file", path(&key_file)];
     let one = spawn(&arguments, &first, &log);
+    let mut a = administrator(&data, &one).await;
+    // Another program's change, which is not one of this store.
+    hanse_store::create(&nodes.url()).await.unwrap();
     let two = spawn(&arguments, &second, &log);
-    let (mut a, mut b) = (administrator(&data, &one).await, administrator(&data, &two).await);
+    let mut b = administrator(&data, &two).await;
     let revisions = async |a: &mut Admin, b: &mut Admin| {
         let one = a.status(wire::StatusRequest {}).await.unwrap().into_inner().revision;
         (one, b.status(wire::StatusRequest {}).await.unwrap().into_inner().revision)
