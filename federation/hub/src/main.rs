@@ -14,7 +14,7 @@ use hanse_hub::authority::Lifetimes;
 use hanse_hub::backup;
 use hanse_hub::custom_resources::{self, Definition};
 use hanse_hub::sealed::{self, UnlockKey};
-use hanse_hub::server::{Hub, Options, default_store, init_with};
+use hanse_hub::server::{Hub, Options, default_store, init_with, is_initialised};
 use hanse_hub::transfer::{self, Copied};
 use hanse_identity::{TrustDomain, tls};
 use hanse_runtime::shutdown::Shutdown;
@@ -127,6 +127,9 @@ struct InitArgs {
     /// Address for clusters that join.
     #[arg(long)]
     join_listen: SocketAddr,
+    /// Succeed without changes if the directory already contains a ClusterSet.
+    #[arg(long)]
+    if_missing: bool,
 }
 
 #[derive(Debug, Args)]
@@ -192,6 +195,9 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
         Command::Init(args) => {
             let trust_domain = TrustDomain::new(&args.trust_domain).context("read --trust-domain")?;
             let store = args.store.unwrap_or_else(|| default_store(&args.data));
+            if args.if_missing && is_initialised(&args.data) {
+                return Ok(text::line(format_args!("{} already contains a ClusterSet", args.data.display()))?);
+            }
             let unlock = args.key_file.as_deref().map(UnlockKey::read_or_create).transpose()?;
             let unlock = unlock.as_ref().map(|it| &it.0);
             init_with(&args.data, &store, unlock, &trust_domain, args.listen).await?;

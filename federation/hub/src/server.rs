@@ -215,6 +215,11 @@ pub async fn init_with(
     Ok(())
 }
 
+/// Whether `data` contains the root key of a ClusterSet whose [`init`] was completed.
+pub fn is_initialised(data: &Path) -> bool {
+    data.join("ca.key").exists() && !data.join(UNFINISHED).exists()
+}
+
 /// The address of a listener for clients on this machine.
 fn reachable(listen: SocketAddr) -> SocketAddr {
     let loopback = match listen {

@@ -213,6 +213,12 @@ async fn a_hub_that_cannot_start_says_why_and_what_to_do() {
     initialise(&other);
     check(&init, &data, &["already contains a ClusterSet"]);
     check(&init, folder.path(), &["is not empty"]);
+    // As the init container of a pod, which runs at each start.
+    let root = std::fs::read(data.join("ca.key")).unwrap();
+    let again = hub().args(init).args(["--if-missing", "--data"]).arg(&data).output().unwrap();
+    assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
+    assert_eq!(std::fs::read(data.join("ca.key")).unwrap(), root);
+    check(&["init", "--if-missing", "--listen", &listen, "--join-listen", &join], folder.path(), &["is not empty"]);
 
     // Neither is one that something happened to a new one.
     let whole = std::fs::read(data.join("hub.redb")).unwrap();
