@@ -1,0 +1,116 @@
+{{- define "hanse.fullname" -}}
+{{- if contains "hanse" .Release.Name }}{{ .Release.Name }}{{ else }}{{ .Release.Name }}-hanse{{ end -}}
+{{- end -}}
+
+{{/* Labels of an object; "component" is one of hub, member and agent. */}}
+{{- define "hanse.labels" -}}
+helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+{{ include "hanse.selector" . }}
+{{- end -}}
+
+{{- define "hanse.selector" -}}
+app.kubernetes.io/name: hanse
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+{{- with .component }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{- define "hanse.image" -}}
+{{ .root.Values.image.registry }}/hanse-{{ .component }}@{{ (get .root.Values .component).image.digest }}
+{{- end -}}
+
+{{/* The fields of a pod that all components share. Service links would add variables that the programs read as settings. */}}
+{{- define "hanse.pod" -}}
+{{- $values := get .root.Values .component -}}
+serviceAccountName: {{ include "hanse.fullname" .root }}-{{ .component }}
+{{- with .root.Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+- name: {{ . }}
+{{- end }}
+{{- end }}
+{{- with $values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+nodeSelector:
+  kubernetes.io/os: linux
+{{- with $values.nodeSelector }}
+{{ toYaml . | indent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations:
+{{ toYaml . }}
+{{- end }}
+{{- with $values.affinity }}
+affinity:
+{{ toYaml . | indent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* The user of the distroless images. */}}
+{{- define "hanse.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "hanse.containerSecurity" -}}
+readOnlyRootFilesystem: true
+allowPrivilegeEscalation: false
+capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{- define "hanse.metricsArguments" -}}
+{{- if .root.Values.metrics.enabled }}
+- --metrics-listen={{ .host }}:{{ .port }}
+- --metrics-token-file=/var/run/hanse-metrics/{{ .root.Values.metrics.tokenSecret.key }}
+{{- end }}
+{{- end -}}
+
+{{- define "hanse.metricsMount" -}}
+{{- if .Values.metrics.enabled }}
+- {name: metrics-token, mountPath: /var/run/hanse-metrics, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "hanse.metricsVolume" -}}
+{{- if .root.Values.metrics.enabled }}
+- name: metrics-token
+  secret:
+    secretName: {{ .root.Values.metrics.tokenSecret.name }}
+    defaultMode: {{ .mode }}
+{{- end }}
+{{- end -}}
+
+{{/* Startup may take two minutes: a large store, or a large cluster. "host" is set where health is served on loopback. */}}
+{{- define "hanse.probes" -}}
+startupProbe:
+  httpGet: {path: /healthz, port: health{{ with .host }}, host: {{ . }}{{ end }}}
+  periodSeconds: 2
+  failureThreshold: 60
+livenessProbe:
+  httpGet: {path: /healthz, port: health{{ with .host }}, host: {{ . }}{{ end }}}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+readinessProbe:
+  httpGet: {path: /readyz, port: health{{ with .host }}, host: {{ . }}{{ end }}}
+  periodSeconds: 5
+  timeoutSeconds: 5
+{{- end -}}
+
+{{- define "hanse.claim" -}}
+accessModes: [ReadWriteOnce]
+{{- if not (kindIs "invalid" .storageClassName) }}
+storageClassName: {{ .storageClassName | quote }}
+{{- end }}
+resources:
+  requests:
+    storage: {{ .size }}
+{{- end -}}
