@@ -1,0 +1,16 @@
+# The image hanse-hub. Build it at the root of the repository: docker build --file deploy/images/hub.Dockerfile .
+# For a release, give both images with their digests: --build-arg BUILD=…@sha256:… --build-arg RUNTIME=…@sha256:…
+ARG BUILD=docker.io/library/rust:1.95-trixie
+ARG RUNTIME=gcr.io/distroless/cc-debian13
+
+FROM ${BUILD} AS build
+WORKDIR /src
+COPY . .
+RUN cargo build --locked --release --bins -p hanse-hub -p hanse
+
+FROM ${RUNTIME}
+# `hanse` is there for `kubectl exec`: the image has no shell.
+COPY --from=build /src/target/release/hanse-hub /usr/local/bin/hanse-hub
+COPY --from=build /src/target/release/hanse /usr/local/bin/hanse
+USER 65532:65532
+ENTRYPOINT ["/usr/local/bin/hanse-hub"]
