@@ -1,5 +1,6 @@
 //! Tests of the whole.
 
+mod chart;
 mod clusters;
 mod crds;
 mod dependencies;

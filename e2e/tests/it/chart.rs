@@ -1,0 +1,463 @@
+//! The Helm chart: what it renders, what it refuses, and what a release leaves behind.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use hanse_e2e::go;
+use hanse_e2e::kubernetes::{ApiServer, Controllers, Etcd, Options, manifests, run, until};
+use serde::Deserialize as _;
+use serde_json::{Value, json};
+
+mod images;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const NAMESPACE: &str = "hanse";
+/// Helm takes its own version for that of a server that it does not know.
+const VERSION: &str = "v1.36.0";
+const DIGEST: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+/// Where an object of Prometheus' operator may be stored.
+const MONITORING: &str = "apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: PLURAL.monitoring.coreos.com}
+spec:
+  group: monitoring.coreos.com
+  names: {kind: KIND, plural: PLURAL}
+  scope: Namespaced
+  versions:
+  - name: v1
+    served: true
+    storage: true
+    schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+";
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace's root").to_owned()
+}
+
+fn chart() -> PathBuf {
+    root().join("deploy/chart")
+}
+
+/// Helm without a server.
+fn helm() -> Command {
+    let mut command = Command::new(go::Program::Helm.build().expect("Helm is built"));
+    let nowhere = std::env::temp_dir().join("hanse-test-helm");
+    for name in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
+        command.env(name, &nowhere);
+    }
+    command
+}
+
+/// Runs a command with a text as its input.
+fn output(command: &mut Command, input: &str) -> Output {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = command.spawn().expect("it starts");
+    process.stdin.take().expect("a pipe").write_all(input.as_bytes()).expect("it reads its input");
+    process.wait_with_output().expect("it ends")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// As [`output`], of a command that succeeds.
+fn success(command: &mut Command, input: &str) -> String {
+    let ended = output(command, input);
+    assert!(ended.status.success(), "{command:?}\n{}{}", text(&ended.stderr), text(&ended.stdout));
+    text(&ended.stdout)
+}
+
+/// Values with all components enabled.
+fn complete() -> Value {
+    json!({
+        "image": {"registry": "registry.example/hanse"},
+        "hub": {"enabled": true, "image": {"digest": DIGEST}},
+        "member": {
+            "enabled": true, "image": {"digest": DIGEST}, "cluster": "east", "hub": {"tokenSecret": {"name": "hanse-join"}},
+        },
+        "agent": {"enabled": true, "image": {"digest": DIGEST}},
+    })
+}
+
+fn set(mut values: Value, path: &str, value: Value) -> Value {
+    let mut at = &mut values;
+    for key in path.split('.') {
+        at = &mut at[key];
+    }
+    *at = value;
+    values
+}
+
+/// Sets of values, which between them render every line of the templates.
+fn value_sets() -> BTreeMap<&'static str, Value> {
+    let remote = json!(["hub.example:7443", "[2001:db8::1]:7443"]);
+    let remote = set(set(complete(), "hub.enabled", json!(false)), "member.hub.addresses", remote);
+    let remote = set(remote, "member.hub.joinAddresses", json!(["hub.example:7444"]));
+    let hub = set(set(complete(), "member.enabled", json!(false)), "agent.enabled", json!(false));
+    let mut all = complete();
+    for (path, value) in [
+        ("image.pullSecrets", json!(["registry"])),
+        ("hub.service", json!({"type": "LoadBalancer", "annotations": {"example.com/a": "b"}})),
+        ("hub.persistence", json!({"storageClassName": "", "whenDeleted": "Delete"})),
+        ("hub.nodeSelector", json!({"a": "b"})),
+        ("hub.affinity", json!({"podAntiAffinity": {}})),
+        ("hub.listenHost", json!("[::]")),
+        ("hub.resources", json!({"limits": {"cpu": 2}})),
+        ("member.hostNetwork", json!(false)),
+        ("member.persistence", json!({"enabled": false})),
+        ("member.calico", json!(false)),
+        ("member.clusterNetworkPolicies", json!(false)),
+        ("member.tolerations", json!([{"key": "a", "operator": "Exists"}])),
+        ("agent.member", json!({"host": "member.example"})),
+        ("agent.uplinks", json!(["eth0", "eth1"])),
+        ("agent.maxUnavailable", json!(3)),
+        ("metrics.enabled", json!(true)),
+        ("metrics.tokenSecret", json!({"name": "metrics"})),
+        ("metrics.from", json!([{"namespaceSelector": {"matchLabels": {"a": "b"}}}])),
+        ("metrics.serviceMonitor", json!({"enabled": true, "labels": {"release": "prometheus"}})),
+        ("metrics.prometheusRule", json!({"enabled": true, "labels": {"release": "prometheus"}})),
+    ] {
+        all = set(all, path, value);
+    }
+    BTreeMap::from([("complete", complete()), ("remote hub", remote), ("hub only", hub), ("all options", all)])
+}
+
+fn template(values: &Value) -> Command {
+    let mut command = helm();
+    command.args(["template", "hanse"]).arg(chart());
+    command.args(["--namespace", NAMESPACE, "--kube-version", VERSION, "--set-json"]);
+    // One argument for each key at the top.
+    let keys = values.as_object().expect("an object");
+    let keys: Vec<String> = keys.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    command.arg(keys[0].clone());
+    for key in &keys[1..] {
+        command.arg("--set-json").arg(key);
+    }
+    command
+}
+
+fn rendered(values: &Value) -> Vec<Value> {
+    let rendered = success(&mut template(values), "");
+    let documents = serde_yaml_ng::Deserializer::from_str(&rendered);
+    let objects = documents.map(|document| Value::deserialize(document).expect("YAML"));
+    objects.filter(|object| !object.is_null()).collect()
+}
+
+/// Name of the component, and the pod's spec, of all workloads.
+fn pods(objects: &[Value]) -> Vec<(String, &Value)> {
+    let workloads = objects.iter().filter(|it| it["spec"]["template"]["spec"].is_object());
+    workloads
+        .map(|it| {
+            let component = it["metadata"]["labels"]["app.kubernetes.io/component"].as_str().expect("a component");
+            (component.to_owned(), &it["spec"]["template"]["spec"])
+        })
+        .collect()
+}
+
+fn list<'a>(value: &'a Value, key: &str) -> impl Iterator<Item = &'a Value> {
+    value[key].as_array().into_iter().flatten()
+}
+
+#[test]
+fn lint_finds_nothing() {
+    for (name, values) in value_sets() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        serde_json::to_writer(&file, &values).expect("written");
+        let mut command = helm();
+        command.args(["lint", "--strict", "--kube-version", VERSION]).arg(chart()).arg("--values").arg(file.path());
+        println!("{name}: {}", success(&mut command, ""));
+    }
+}
+
+#[test]
+fn wrong_values_are_refused_by_name() {
+    for (path, value, named) in [
+        ("image.registry", json!(""), "/image/registry"),
+        ("image.registry", json!("registry.example/"), "/image/registry"),
+        ("image.tag", json!("latest"), "'tag'"),
+        ("hub.image.digest", json!(""), "/hub/image/digest"),
+        ("hub.image.digest", json!("latest"), "/hub/image/digest"),
+        ("member.image.digest", json!(""), "/member/image/digest"),
+        ("agent.image.digest", json!(""), "/agent/image/digest"),
+        ("hub.replicas", json!(3), "'replicas'"),
+        ("hub.leaseSeconds", json!(1), "/hub/leaseSeconds"),
+        ("hub.resources.limits.memory", json!("much"), "/hub/resources/limits/memory"),
+        ("hub.persistence.whenDeleted", json!("Maybe"), "/hub/persistence/whenDeleted"),
+        ("hub.podDisruptionBudget.maxUnavailable", json!(2), "/hub/podDisruptionBudget/maxUnavailable"),
+        ("member.cluster", json!(""), "/member/cluster"),
+        ("member.cluster", json!("East"), "/member/cluster"),
+        ("member.hub.addresses", json!(["hub.example"]), "/member/hub/addresses/0"),
+        ("member.hub.tokenSecret.name", json!(""), "/member/hub/tokenSecret/name"),
+        ("member.unknownPods", json!("deny"), "/member/unknownPods"),
+        ("agent.enabled", json!("yes"), "/agent/enabled"),
+        ("agent.maxUnavailable", json!("0%"), "/agent/maxUnavailable"),
+        ("agent.uplinks", json!(["an interface of a node"]), "/agent/uplinks/0"),
+        ("metrics.enabled", json!(true), "/metrics/tokenSecret/name"),
+        ("metrics.serviceMonitor.enabled", json!(true), "metrics.enabled"),
+        ("hub.enabled", json!(false), "member.hub.addresses"),
+        ("member.enabled", json!(false), "member.enabled"),
+    ] {
+        let refused = output(&mut template(&set(complete(), path, value.clone())), "");
+        let message = text(&refused.stderr);
+        assert!(!refused.status.success() && message.contains(named), "{path}: {value}: {message}");
+    }
+    let nothing = output(&mut template(&json!({"image": {"registry": "registry.example"}})), "");
+    assert!(text(&nothing.stderr).contains("no component is enabled"), "{}", text(&nothing.stderr));
+}
+
+/// Every value of the schema has a description, a default where it is not free, and is used.
+#[test]
+fn schema_describes_every_value() {
+    fn walk(path: &str, schema: &Value, values: &Value, templates: &str) {
+        assert!(schema["description"].as_str().is_some_and(|it| !it.is_empty()), "{path} has no description");
+        let Some(properties) = schema["properties"].as_object() else {
+            let name = path.rsplit('.').next().unwrap_or_default();
+            // Resources are rendered as a whole.
+            let is_used = path == ".global" || path.contains(".resources.") || templates.contains(&format!(".{name}"));
+            assert!(is_used, "{path} is in no template");
+            return;
+        };
+        assert_eq!(schema["additionalProperties"], json!(false), "{path} accepts unknown values");
+        let known: BTreeSet<&String> = properties.keys().collect();
+        for key in values.as_object().into_iter().flatten().map(|(key, _)| key) {
+            assert!(known.contains(key), "{path}.{key} is not in the schema");
+        }
+        for (key, property) in properties {
+            let is_optional = key == "global" || path.ends_with("limits");
+            assert!(is_optional || values.get(key).is_some(), "{path}.{key} has no default");
+            walk(&format!("{path}.{key}"), property, &values[key], templates);
+        }
+    }
+    let read = |name: &str| std::fs::read_to_string(chart().join(name)).expect("it is read");
+    let schema: Value = serde_json::from_str(&read("values.schema.json")).expect("JSON");
+    let values: Value = serde_yaml_ng::from_str(&read("values.yaml")).expect("YAML");
+    let files = std::fs::read_dir(chart().join("templates")).expect("a folder");
+    let templates: String =
+        files.map(|it| std::fs::read_to_string(it.expect("a file").path()).expect("it is read")).collect();
+    walk("", &schema, &values, &templates);
+}
+
+#[test]
+fn pods_have_the_least_privileges() {
+    for (name, values) in value_sets() {
+        let objects = rendered(&values);
+        for (component, pod) in pods(&objects) {
+            let (is_agent, is_member) = (component == "agent", component == "member");
+            let at = format!("{name}: {component}");
+            let flag = |key: &str| pod[key] == json!(true);
+            assert!(!flag("hostPID") && !flag("hostIPC"), "{at}");
+            assert!(!flag("hostNetwork") || is_agent || is_member, "{at}");
+            assert_eq!(flag("enableServiceLinks"), is_agent, "{at}: {pod}");
+            // Only the member calls the API server.
+            assert_eq!(pod["automountServiceAccountToken"] == json!(false), !is_member, "{at}");
+            assert_eq!(pod["securityContext"]["seccompProfile"], json!({"type": "RuntimeDefault"}), "{at}");
+            for volume in list(pod, "volumes").filter(|it| it["hostPath"].is_object()) {
+                assert!(is_agent && volume["hostPath"]["path"] == "/var/lib/hanse", "{at}: {volume}");
+            }
+            for container in list(pod, "initContainers").chain(list(pod, "containers")) {
+                let at = format!("{at}: {}", container["name"]);
+                let security = &container["securityContext"];
+                assert_eq!(security["capabilities"]["drop"], json!(["ALL"]), "{at}");
+                let added = if is_agent { json!(["NET_ADMIN"]) } else { Value::Null };
+                assert_eq!(security["capabilities"]["add"], added, "{at}");
+                assert_eq!(security["readOnlyRootFilesystem"], json!(true), "{at}");
+                assert_eq!(security["allowPrivilegeEscalation"], json!(false), "{at}");
+                assert!(security["privileged"].is_null() && security["runAsUser"].is_null(), "{at}");
+                let expected = if is_agent { (json!(0), Value::Null) } else { (json!(65532), json!(true)) };
+                let user = (&pod["securityContext"]["runAsUser"], &pod["securityContext"]["runAsNonRoot"]);
+                assert_eq!(user, (&expected.0, &expected.1), "{at}");
+                assert_eq!(
+                    container["image"],
+                    json!(format!("registry.example/hanse/hanse-{component}@{DIGEST}")),
+                    "{at}"
+                );
+                for (kind, key) in [("requests", "cpu"), ("requests", "memory"), ("limits", "memory")] {
+                    assert!(!container["resources"][kind][key].is_null(), "{at}: resources.{kind}.{key}");
+                }
+                for mount in list(container, "volumeMounts").filter(|it| it["readOnly"] != json!(true)) {
+                    assert_eq!(mount["name"], "data", "{at}: only the data is written");
+                }
+            }
+            for container in list(pod, "containers") {
+                check_listeners(&format!("{name}: {component}"), container);
+            }
+        }
+        let roles = objects.iter().filter(|it| it["rules"].is_array());
+        for rule in roles.flat_map(|role| list(role, "rules")) {
+            let all = ["apiGroups", "resources", "verbs"].map(|key| list(rule, key)).into_iter().flatten();
+            assert!(all.into_iter().all(|it| it != "*" && it != "secrets"), "{name}: {rule}");
+        }
+    }
+}
+
+/// The ports of a container are those of its listeners, and its probes are those of the listener of health.
+fn check_listeners(at: &str, container: &Value) {
+    let mut listeners = BTreeMap::new();
+    for argument in list(container, "args").filter_map(Value::as_str) {
+        let Some((name, address)) = argument.split_once("listen=") else { continue };
+        let (host, port) = address.rsplit_once(':').expect("HOST:PORT");
+        let name = match name.trim_start_matches('-').trim_end_matches('-') {
+            "" => "hub",
+            "agent" => "agents",
+            name => name,
+        };
+        listeners.insert(name.to_owned(), (host.to_owned(), port.parse::<u64>().expect("a port")));
+    }
+    let ports: BTreeMap<String, u64> = list(container, "ports")
+        .map(|it| (it["name"].as_str().expect("a name").to_owned(), it["containerPort"].as_u64().expect("a port")))
+        .collect();
+    assert_eq!(listeners.iter().map(|(name, it)| (name.clone(), it.1)).collect::<BTreeMap<_, _>>(), ports, "{at}");
+    for (probe, path) in [("startupProbe", "/healthz"), ("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")] {
+        let get = &container[probe]["httpGet"];
+        assert_eq!((&get["path"], &get["port"]), (&json!(path), &json!("health")), "{at}: {probe}");
+        let host = &listeners["health"].0;
+        let expected = if host == "127.0.0.1" { json!(host) } else { Value::Null };
+        assert_eq!(get["host"], expected, "{at}: {probe} reaches the listener");
+    }
+}
+
+#[test]
+fn alerts_name_metrics_that_exist() {
+    let page = std::fs::read_to_string(root().join("agent/runtime/METRICS.md")).expect("it is read");
+    let objects = rendered(&value_sets()["all options"]);
+    let rule = objects.iter().find(|it| it["kind"] == "PrometheusRule").expect("a rule");
+    let mut count = 0;
+    for alert in list(rule, "spec").chain(list(&rule["spec"], "groups")).flat_map(|group| list(group, "rules")) {
+        let expression = alert["expr"].as_str().expect("an expression");
+        let is_name = |it: char| it.is_ascii_lowercase() || it == '_';
+        for name in expression.split(|it| !is_name(it)).filter(|it| it.starts_with("hanse_")) {
+            assert!(page.contains(&format!("| `{name}` |")), "{name} of {}", alert["alert"]);
+            count += 1;
+        }
+    }
+    assert!(count >= 6, "{rule:#}");
+}
+
+/// Kind, namespace and name of every object of the server that does not come and go by itself.
+fn everything(server: &ApiServer) -> BTreeSet<String> {
+    let mut kinds = server.kubectl().expect("kubectl");
+    let kinds = success(kinds.args(["api-resources", "--verbs=list", "-o", "name"]), "");
+    let transient = ["events", "events.events.k8s.io", "leases.coordination.k8s.io", "componentstatuses"];
+    let kinds: Vec<&str> = kinds.lines().filter(|it| !transient.contains(it)).collect();
+    let mut get = server.kubectl().expect("kubectl");
+    get.args(["get", &kinds.join(","), "--all-namespaces", "--no-headers", "-o"]);
+    get.arg("custom-columns=K:.kind,NS:.metadata.namespace,N:.metadata.name");
+    let listed = success(&mut get, "");
+    let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    listed.lines().map(words).filter(|it| !it.starts_with("APIService ")).collect()
+}
+
+struct Release<'a> {
+    server: &'a ApiServer,
+}
+
+impl Release<'_> {
+    fn helm(&self, arguments: &[&str], values: Option<&Value>) -> String {
+        let mut command = self.server.helm().expect("Helm");
+        command.args(arguments).args(["--namespace", NAMESPACE]);
+        let mut input = String::new();
+        if let Some(values) = values {
+            command.arg(chart()).args(["--values", "-"]);
+            input = values.to_string();
+        }
+        success(&mut command, &input)
+    }
+
+    fn get(&self, object: &str, path: &str) -> String {
+        let mut command = self.server.kubectl().expect("kubectl");
+        command.args(["--namespace", NAMESPACE, "get", object, "-o", &format!("jsonpath={path}")]);
+        success(&mut command, "")
+    }
+
+    /// Waits until the objects of the server are those of before, and these.
+    async fn until_left(&self, before: &BTreeSet<String>, left: &[&str]) {
+        let mut more = BTreeSet::new();
+        let expected: BTreeSet<String> = left.iter().map(|it| (*it).to_owned()).collect();
+        let done = until(PATIENCE, async || {
+            more = everything(self.server).difference(before).cloned().collect();
+            more == expected
+        });
+        assert!(done.await.is_some(), "left behind: {more:#?}, expected: {expected:#?}");
+    }
+}
+
+#[test]
+fn releases_come_and_go_on_a_real_api_server() {
+    run(async {
+        let etcd = Etcd::start().expect("etcd starts");
+        let server = ApiServer::start(&etcd, Options::new("chart")).await.expect("it is ready");
+        let _controllers = Controllers::start(&server).await.expect("they work");
+        let client = server.client().await.expect("a client");
+        for (kind, plural) in [("ServiceMonitor", "servicemonitors"), ("PrometheusRule", "prometheusrules")] {
+            let definition = MONITORING.replace("KIND", kind).replace("PLURAL", plural);
+            manifests::apply(&client, "test", &definition).await.expect("it is established");
+        }
+        let namespace = format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {NAMESPACE}}}\n");
+        manifests::apply(&client, "test", &namespace).await.expect("it is applied");
+        let ready = until(PATIENCE, async || {
+            let all = everything(&server);
+            all.contains(&format!("ServiceAccount {NAMESPACE} default"))
+                && all.contains(&format!("ConfigMap {NAMESPACE} kube-root-ca.crt"))
+        });
+        assert!(ready.await.is_some(), "{:#?}", everything(&server));
+
+        for (name, values) in value_sets() {
+            let rendered = success(&mut template(&values), "");
+            let mut apply = server.kubectl().expect("kubectl");
+            apply.args(["apply", "--dry-run=server", "--validate=strict", "--namespace", NAMESPACE, "-f", "-"]);
+            let applied = success(&mut apply, &rendered);
+            println!("{name}: {} objects", applied.lines().count());
+        }
+        let before = everything(&server);
+
+        let release = Release { server: &server };
+        let notes = release.helm(&["install", "hanse"], Some(&complete()));
+        assert!(notes.contains("secret generic hanse-join") && notes.contains("member of cluster east"), "{notes}");
+        let created =
+            until(PATIENCE, async || everything(&server).contains("PersistentVolumeClaim hanse data-hanse-hub-0"));
+        assert!(created.await.is_some(), "the claim of the hub is created");
+        // The member writes this at run time: neither upgrade nor rollback removes it.
+        let mut patch = server.kubectl().expect("kubectl");
+        let authority = r#"{"data":{"authority.pem":"PEM"}}"#;
+        patch.args([
+            "--namespace",
+            NAMESPACE,
+            "patch",
+            "configmap",
+            "hanse-authority",
+            "--type=merge",
+            "-p",
+            authority,
+        ]);
+        success(&mut patch, "");
+        let memory = "{.spec.template.spec.containers[0].resources.limits.memory}";
+        assert_eq!(release.get("deployment/hanse-member", memory), "1Gi");
+        let upgraded = set(complete(), "member.resources", json!({"limits": {"memory": "2Gi"}}));
+        let upgraded = set(upgraded, "agent.enabled", json!(false));
+        release.helm(&["upgrade", "hanse"], Some(&upgraded));
+        assert_eq!(release.get("deployment/hanse-member", memory), "2Gi");
+        assert!(!everything(&server).contains("DaemonSet hanse hanse-agent"));
+        release.helm(&["rollback", "hanse", "1"], None);
+        assert_eq!(release.get("deployment/hanse-member", memory), "1Gi");
+        assert!(everything(&server).contains("DaemonSet hanse hanse-agent"));
+        assert_eq!(release.get("configmap/hanse-authority", "{.data.authority\\.pem}"), "PEM");
+
+        // Keys and state stay by default, and the next release takes them over.
+        release.helm(&["uninstall", "hanse"], None);
+        let claims = ["PersistentVolumeClaim hanse data-hanse-hub-0", "PersistentVolumeClaim hanse hanse-member"];
+        release.until_left(&before, &claims).await;
+        let delete = json!({"whenDeleted": "Delete"});
+        let values = set(set(complete(), "hub.persistence", delete.clone()), "member.persistence", delete);
+        release.helm(&["install", "hanse"], Some(&values));
+        let owned = until(PATIENCE, async || {
+            let owner = release.get("persistentvolumeclaim/data-hanse-hub-0", "{.metadata.ownerReferences[0].kind}");
+            owner == "StatefulSet"
+        });
+        assert!(owned.await.is_some(), "the claim is deleted with the StatefulSet");
+        release.helm(&["uninstall", "hanse"], None);
+        release.until_left(&before, &[]).await;
+    });
+}
