@@ -12,6 +12,7 @@ use serde::Deserialize as _;
 use serde_json::{Value, json};
 
 mod images;
+mod installed;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const NAMESPACE: &str = "hanse";

@@ -11,7 +11,7 @@ use kube::api::{Api, ListParams, WatchParams};
 use serde_json::Value;
 
 mod enforcement;
-mod nodes;
+pub mod nodes;
 mod programs;
 
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,0 +1,503 @@
+//! A release in a cluster whose pods run: with the arguments, files, service accounts and rights that the chart renders.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Instant;
+
+use hanse_e2e::fabric::Fabric;
+use hanse_e2e::kubernetes::crds::{self, Calico};
+use hanse_e2e::kubernetes::kubelet::Programs;
+use hanse_e2e::kubernetes::{
+    ApiServer, Controllers, Etcd, Kubelet, Options, kubeconfig, kubelet, manifests, run, until,
+};
+use hanse_e2e::namespace::Namespace;
+use hanse_e2e::probe::{self, Observed};
+use hanse_e2e::process::Process;
+use hanse_e2e::sandbox;
+use hanse_e2e::world::{Cluster, Node};
+use hanse_member::api_server::{AgentAccount, ReviewError, Reviewer};
+use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
+use k8s_openapi::api::core::v1::{Pod, Secret};
+use kube::api::{Api, DeleteParams, ListParams, PostParams};
+use serde_json::{Value, json};
+
+use super::{NAMESPACE, PATIENCE, Release, complete, list, rendered, set, success};
+use crate::clusters::nodes::{addresses, is_ready};
+
+const PORT: u16 = 8080;
+/// How many members run at once to find out which rights they need.
+const BATCH: usize = 12;
+
+/// Volumes without a class: no provisioner runs.
+const VOLUMES: &str = "apiVersion: v1
+kind: PersistentVolume
+metadata: {name: one}
+spec: {capacity: {storage: 1Gi}, accessModes: [ReadWriteOnce], hostPath: {path: /one}}
+---
+apiVersion: v1
+kind: PersistentVolume
+metadata: {name: two}
+spec: {capacity: {storage: 1Gi}, accessModes: [ReadWriteOnce], hostPath: {path: /two}}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: hanse}
+";
+
+const WORKLOADS: &str = "apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web, namespace: default}
+spec:
+  replicas: 2
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec:
+      topologySpreadConstraints:
+      - {maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: DoNotSchedule, labelSelector: {matchLabels: {app: web}}}
+      containers: [{name: web, image: web, ports: [{name: http, containerPort: 8080}]}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client, namespace: default, labels: {app: client}}
+spec:
+  nodeName: b
+  containers: [{name: client, image: client, ports: [{containerPort: 8080}]}]
+";
+
+const CLOSED: &str = "apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: web, namespace: default}
+spec: {podSelector: {matchLabels: {app: web}}, policyTypes: [Ingress]}
+";
+
+const OPEN_FOR_CLIENT: &str = "apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: web, namespace: default}
+spec:
+  podSelector: {matchLabels: {app: web}}
+  policyTypes: [Ingress]
+  ingress: [{from: [{podSelector: {matchLabels: {app: client}}}]}]
+";
+
+fn world() -> Cluster {
+    let node = |name: &str, number: u8| Node {
+        name: name.to_owned(),
+        addresses: vec![[172, 20, 0, number].into()],
+        pod_ranges: vec![format!("10.20.{number}.0/24").parse().expect("a range")],
+    };
+    Cluster {
+        name: "east".to_owned(),
+        directory: PathBuf::new(),
+        nodes: vec![node("a", 1), node("b", 2)],
+        pods: Vec::new(),
+    }
+}
+
+/// A cluster whose pods run the programs of the images.
+struct East<'a> {
+    server: ApiServer,
+    client: kube::Client,
+    kubelets: BTreeMap<String, Kubelet>,
+    programs: Programs,
+    scratch: &'a Path,
+    _controllers: Controllers,
+}
+
+impl<'a> East<'a> {
+    async fn start(world: &Cluster, fabric: &Fabric, scratch: &'a Path) -> Self {
+        let etcd = Etcd::start().expect("etcd starts");
+        // Where every node reaches the router.
+        let options = Options::new(&world.name).listen([169, 254, 2, 1].into());
+        let server = ApiServer::start(&etcd, options).await.expect("it is ready");
+        let mut controllers = Controllers::start(&server).await.expect("they work");
+        controllers.start_scheduler(&server).expect("it starts");
+        let client = server.client().await.expect("a client");
+        let programs = Programs::new(&crate::system::programs(), scratch);
+        let mut east = Self { server, client, kubelets: BTreeMap::new(), programs, scratch, _controllers: controllers };
+        for node in &world.nodes {
+            let network = fabric.shared_node(&world.name, &node.name).expect("it is built");
+            let workload = Arc::new(east.programs.clone());
+            let kubelet = Kubelet::start_with(&east.server, network, node.into(), workload).await;
+            east.kubelets.insert(node.name.clone(), kubelet.expect("it registers"));
+        }
+        east
+    }
+
+    async fn apply(&self, text: &str) {
+        manifests::apply(&self.client, "test", text).await.expect("it is applied");
+    }
+
+    fn kubectl(&self, arguments: &[&str], input: &str) -> String {
+        success(self.server.kubectl().expect("kubectl").args(arguments), input)
+    }
+
+    fn pods(&self, namespace: &str) -> Api<Pod> {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    async fn ready(&self, namespace: &str, label: &str, count: usize) -> Vec<Pod> {
+        let mut pods = Vec::new();
+        let all = until(PATIENCE, async || {
+            let listed = self.pods(namespace).list(&ListParams::default().labels(label)).await;
+            pods = listed.expect("a list").items;
+            pods.len() == count && pods.iter().all(is_ready)
+        });
+        assert!(all.await.is_some(), "{count} pods with {label} are ready: {pods:#?}\n{}", self.logs());
+        pods
+    }
+
+    async fn ready_component(&self, component: &str, count: usize) -> Vec<Pod> {
+        self.ready(NAMESPACE, &format!("app.kubernetes.io/component={component}"), count).await
+    }
+
+    /// Deletes a pod, and waits for the one that takes its place.
+    async fn reschedule(&self, component: &str, pod: &Pod) -> Pod {
+        let (pods, name) = (self.pods(NAMESPACE), pod.metadata.name.as_deref().expect("a name"));
+        pods.delete(name, &DeleteParams::default()).await.expect("it is deleted");
+        let gone = until(PATIENCE, async || {
+            let current = pods.get_opt(name).await.expect("an answer");
+            current.is_none_or(|it| it.metadata.uid != pod.metadata.uid)
+        });
+        assert!(gone.await.is_some(), "{name} is gone");
+        self.ready_component(component, 1).await.remove(0)
+    }
+
+    /// The end of every log.
+    fn logs(&self) -> String {
+        let mut logs = String::new();
+        for file in fs::read_dir(self.scratch.join("logs")).into_iter().flatten().flatten() {
+            let text = fs::read_to_string(file.path()).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            logs.push_str(&format!(
+                "{}:\n{}\n",
+                file.path().display(),
+                lines[lines.len().saturating_sub(12)..].join("\n")
+            ));
+        }
+        logs
+    }
+
+    fn claim(&self, name: &str) -> PathBuf {
+        self.scratch.join("claims/east").join(NAMESPACE).join(name)
+    }
+
+    fn network(&self, pod: &Pod) -> Arc<Namespace> {
+        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).expect("it is bound");
+        let (namespace, name) = (pod.metadata.namespace.as_deref(), pod.metadata.name.as_deref());
+        self.kubelets[node].pod(namespace.expect("a namespace"), name.expect("a name")).expect("it runs")
+    }
+
+    /// `hanse` of the hub's image, as with `kubectl exec` in the hub's pod.
+    fn hanse(&self, hub: &Pod, arguments: &[&str]) -> String {
+        let mut command = Command::new(crate::system::programs().join("hanse"));
+        command.arg("--context").arg(self.claim("data-hanse-hub-0").join("hub/admin.context")).args(arguments);
+        self.network(hub).enter(|| success(&mut command, ""))
+    }
+
+    fn observe(&self, from: &Pod, to: &Pod) -> Observed {
+        let title = kubelet::title("east", "default", to.metadata.name.as_deref().expect("a name"));
+        probe::tcp(&self.network(from), SocketAddr::new(addresses(to)[0], PORT), &title)
+    }
+
+    async fn until_observed(&self, from: &Pod, to: &[Pod], expected: Observed) {
+        let start = Instant::now();
+        let is = until(PATIENCE, async || to.iter().all(|to| self.observe(from, to) == expected)).await;
+        assert!(is.is_some(), "packets are {expected:?}: {}", self.logs());
+        println!("{expected:?} after {:?}", start.elapsed());
+    }
+
+    /// Whether a listener of a pod can be reached from another.
+    fn connects(&self, from: &Pod, to: &Pod, port: u16) -> bool {
+        let to = SocketAddr::new(addresses(to)[0], port);
+        self.network(from).enter(|| TcpStream::connect_timeout(&to, probe::PATIENCE).is_ok())
+    }
+}
+
+fn values(hub: Option<&Pod>) -> Value {
+    let mut values = complete();
+    for (path, value) in [
+        ("hub.persistence", json!({"storageClassName": ""})),
+        ("hub.nodeSelector", json!({"kubernetes.io/hostname": "a"})),
+        ("member.persistence", json!({"storageClassName": ""})),
+        ("member.nodeSelector", json!({"kubernetes.io/hostname": "a"})),
+        // There is no kube-proxy: agents connect to the node of the member.
+        ("agent.member", json!({"host": "172.20.0.1"})),
+    ] {
+        values = set(values, path, value);
+    }
+    let Some(hub) = hub else {
+        return set(set(values, "member.enabled", json!(false)), "agent.enabled", json!(false));
+    };
+    let address = |port: u16| json!([SocketAddr::new(addresses(hub)[0], port).to_string()]);
+    set(set(values, "member.hub.addresses", address(7443)), "member.hub.joinAddresses", address(7444))
+}
+
+#[test]
+fn installed_release_enforces_with_the_rights_of_the_chart() {
+    sandbox::test("chart::installed::installed_release_enforces_with_the_rights_of_the_chart", || {
+        let world = world();
+        let fabric = Fabric::build(std::slice::from_ref(&world)).expect("the network");
+        let scratch = tempfile::tempdir_in("/run").expect("a folder");
+        fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o755)).expect("every user may enter");
+        fabric.router().enter(|| {
+            run(async {
+                let east = East::start(&world, &fabric, scratch.path()).await;
+                let hub = installs(&east).await;
+                enforces(&east, &hub).await;
+                keeps_its_state(&east, &hub).await;
+                needs_its_rights(&east, &fabric).await;
+            });
+        });
+    });
+}
+
+/// In the order of the notes: hub, token, member and agents.
+async fn installs(east: &East<'_>) -> Pod {
+    east.apply(VOLUMES).await;
+    let (release, start) = (Release { server: &east.server }, Instant::now());
+    release.helm(&["install", "hanse"], Some(&values(None)));
+    let hub = east.ready_component("hub", 1).await.remove(0);
+    let root = || fs::read(east.claim("data-hanse-hub-0").join("hub/ca.key")).expect("the root key");
+    let before = root();
+    // A hub that is rescheduled goes on with its ClusterSet.
+    let hub = east.reschedule("hub", &hub).await;
+    assert_eq!(root(), before);
+    let token = east.hanse(&hub, &["token", "create", "--cluster", "east"]);
+    east.kubectl(
+        &["--namespace", NAMESPACE, "create", "secret", "generic", "hanse-join", "--from-file=token=/dev/stdin"],
+        token.trim(),
+    );
+    release.helm(&["upgrade", "hanse"], Some(&values(Some(&hub))));
+    east.ready_component("member", 1).await;
+    east.ready_component("agent", 2).await;
+    println!("hub, member and agents were ready after {:?}", start.elapsed());
+    hub
+}
+
+async fn enforces(east: &East<'_>, hub: &Pod) {
+    east.apply(WORKLOADS).await;
+    let web = east.ready("default", "app=web", 2).await;
+    let client = &east.ready("default", "app=client", 1).await[0];
+    east.until_observed(client, &web, Observed::Open).await;
+    east.kubectl(&["apply", "-f", "-"], CLOSED);
+    east.until_observed(client, &web, Observed::Closed).await;
+    east.kubectl(&["apply", "-f", "-"], OPEN_FOR_CLIENT);
+    east.until_observed(client, &web, Observed::Open).await;
+    east.kubectl(&["--namespace", "default", "delete", "networkpolicy", "web"], "");
+    // The chart's own policy: members and users reach the hub, and its health is for its node only.
+    let is_enforced = until(PATIENCE, async || {
+        east.connects(client, hub, 7443) && east.connects(client, hub, 7444) && !east.connects(client, hub, 7445)
+    });
+    assert!(is_enforced.await.is_some(), "{}", east.logs());
+    assert!(is_ready(&east.ready_component("hub", 1).await[0]));
+}
+
+/// A member that is rescheduled needs no new token, and its agents do not enrol again.
+async fn keeps_its_state(east: &East<'_>, hub: &Pod) {
+    let secrets: Api<Secret> = Api::namespaced(east.client.clone(), NAMESPACE);
+    secrets.delete("hanse-join", &DeleteParams::default()).await.expect("it is deleted");
+    let member = east.ready_component("member", 1).await.remove(0);
+    east.reschedule("member", &member).await;
+    let current = until(PATIENCE, async || {
+        let status: Value = serde_json::from_str(&east.hanse(hub, &["status", "-o", "json"])).unwrap_or_default();
+        status["items"][0]["agentsCurrent"] == 2
+    });
+    assert!(current.await.is_some(), "{}", east.hanse(hub, &["status"]));
+}
+
+/// Group, resource, verb, and the name where the rule is for one.
+type Right = (String, String, String, Option<String>);
+
+/// All rights of the rules of a role.
+fn rights(role: &Value) -> BTreeSet<Right> {
+    let texts = |rule: &Value, key: &str| -> Vec<String> {
+        list(rule, key).map(|it| it.as_str().expect("a text").to_owned()).collect()
+    };
+    let mut rights = BTreeSet::new();
+    for rule in list(role, "rules") {
+        let names = texts(rule, "resourceNames");
+        let names: Vec<Option<String>> =
+            if names.is_empty() { vec![None] } else { names.into_iter().map(Some).collect() };
+        for group in texts(rule, "apiGroups") {
+            for resource in texts(rule, "resources") {
+                for verb in texts(rule, "verbs") {
+                    for name in &names {
+                        rights.insert((group.clone(), resource.clone(), verb.clone(), name.clone()));
+                    }
+                }
+            }
+        }
+    }
+    rights
+}
+
+/// A role with these rights but one, and its account. A stand-in right shows when the role is in effect.
+fn without(index: usize, kind: &str, rights: &BTreeSet<Right>, missing: &Right) -> String {
+    let rules: Vec<Value> = rights
+        .iter()
+        .filter(|right| *right != missing)
+        .map(|(group, resource, verb, name)| {
+            json!({"apiGroups": [group], "resources": [resource], "verbs": [verb], "resourceNames": name.as_slice()})
+        })
+        .chain([json!({"apiGroups": ["test.example"], "resources": [kind.to_lowercase()], "verbs": ["get"]})])
+        .collect();
+    let metadata = json!({"name": format!("rights-{index}"), "namespace": NAMESPACE});
+    let reference = json!({"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": metadata["name"]});
+    let subject = json!({"kind": "ServiceAccount", "name": metadata["name"], "namespace": NAMESPACE});
+    let version = "rbac.authorization.k8s.io/v1";
+    let account = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata});
+    let mut role = json!({"apiVersion": version, "kind": kind, "metadata": metadata, "rules": rules});
+    let mut binding = json!({
+        "apiVersion": version, "kind": format!("{kind}Binding"), "metadata": metadata, "roleRef": reference,
+        "subjects": [subject],
+    });
+    if kind == "ClusterRole" {
+        for object in [&mut role, &mut binding] {
+            object["metadata"].as_object_mut().expect("an object").remove("namespace");
+        }
+    }
+    [account, role, binding].map(|it| it.to_string()).join("\n---\n")
+}
+
+/// Waits until the roles of an account are in effect.
+async fn in_effect(client: &kube::Client) {
+    for resource in ["clusterrole", "role"] {
+        let attributes = ResourceAttributes {
+            group: Some("test.example".to_owned()),
+            resource: Some(resource.to_owned()),
+            verb: Some("get".to_owned()),
+            namespace: Some(NAMESPACE.to_owned()),
+            ..ResourceAttributes::default()
+        };
+        let spec = SelfSubjectAccessReviewSpec { resource_attributes: Some(attributes), ..Default::default() };
+        let review = SelfSubjectAccessReview { spec, ..Default::default() };
+        let api: Api<SelfSubjectAccessReview> = Api::all(client.clone());
+        let allowed = until(PATIENCE, async || {
+            let reviewed = api.create(&PostParams::default(), &review).await;
+            reviewed.is_ok_and(|it| it.status.is_some_and(|status| status.allowed))
+        });
+        assert!(allowed.await.is_some(), "the roles are in effect");
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a folder");
+    for entry in fs::read_dir(from).expect("a folder") {
+        let entry = entry.expect("an entry");
+        // What the source has stored would be read again only when it changes.
+        if entry.file_name() == "source" || entry.file_name() == "flows" {
+            continue;
+        }
+        let to = to.join(entry.file_name());
+        let kind = entry.file_type().expect("a type");
+        if kind.is_dir() {
+            copy(&entry.path(), &to);
+        } else if kind.is_file() {
+            fs::copy(entry.path(), to).expect("copied");
+        }
+    }
+}
+
+/// Each right of the member's roles is taken away in turn, and the member's log names it. One that is not missed is superfluous.
+async fn needs_its_rights(east: &East<'_>, fabric: &Fabric) {
+    // The kinds that a member reads where they exist; and no authority, which each member then writes.
+    for calico in [Calico::V3, Calico::Stored] {
+        east.apply(&calico.definitions()).await;
+    }
+    east.apply(&crds::cluster_network_policies().expect("its project publishes it")).await;
+    let objects = rendered(&complete());
+    let of = |kind: &str| rights(objects.iter().find(|it| it["kind"] == kind).expect("a role"));
+    let (cluster, local) = (of("ClusterRole"), of("Role"));
+    let review = ("authentication.k8s.io".to_owned(), "tokenreviews".to_owned(), "create".to_owned(), None);
+    assert!(cluster.contains(&review));
+    east.kubectl(&["--namespace", NAMESPACE, "scale", "deployment/hanse-member", "--replicas=0"], "");
+    let stopped = until(PATIENCE, async || {
+        let label = ListParams::default().labels("app.kubernetes.io/component=member");
+        east.pods(NAMESPACE).list(&label).await.is_ok_and(|it| it.items.is_empty())
+    });
+    assert!(stopped.await.is_some(), "the member has stopped");
+    let data = east.claim("hanse-member").join("member");
+    let of_cluster: Vec<&Right> = cluster.iter().filter(|right| **right != review).collect();
+    let of_namespace: Vec<&Right> = local.iter().collect();
+    // Only members that cannot write the authority run with those of the Role: no other one writes it before them.
+    let batches = of_cluster.chunks(BATCH).chain([&of_namespace[..]]);
+    let mut count = 0;
+    let start = Instant::now();
+    for missing in batches {
+        let mut members = Vec::new();
+        let clear = r#"{"data":null}"#;
+        east.kubectl(
+            &["--namespace", NAMESPACE, "patch", "configmap", "hanse-authority", "--type=merge", "-p", clear],
+            "",
+        );
+        for missing in missing {
+            let index = count;
+            count += 1;
+            let roles = [without(index, "ClusterRole", &cluster, missing), without(index, "Role", &local, missing)];
+            east.apply(&roles.join("\n---\n")).await;
+            let name = format!("rights-{index}");
+            let account = east.server.service_account(NAMESPACE, &name).await.expect("a token");
+            in_effect(&kubeconfig::client(&account).await.expect("a client")).await;
+            let kubeconfig = east.server.write_kubeconfig(&name, &account).expect("written");
+            let (folder, log) = (east.scratch.join(&name), east.scratch.join(format!("{name}.log")));
+            copy(&data, &folder);
+            let mut command = Command::new(crate::system::programs().join("hanse-member"));
+            // No hub is needed, nor may there be two members of a cluster.
+            command.args(["run", "--cluster", "east", "--hub", "127.0.0.1:1", "--source", "kubernetes", "--data"]);
+            command.arg(&folder).arg("--kubeconfig").arg(&kubeconfig);
+            command.args(["--agent-listen", "127.0.0.1:0", "--enrol-listen", "127.0.0.1:0"]);
+            command.args(["--authority-config-map", "hanse/hanse-authority"]);
+            members.push((*missing, Process::start(fabric.router(), command, &log).expect("it starts")));
+        }
+        for (right, process) in &members {
+            let (group, resource, verb, _) = right;
+            let named = format!("cannot {verb} resource \"{resource}\" in API group \"{group}\"");
+            let log = || process.log().replace('\\', "");
+            // The client library does not always pass on why a watch is refused; then the log names the collection only.
+            let collection = match group.as_str() {
+                "" => format!("file=\"{resource}\""),
+                group => format!("file=\"{resource}.{group}\""),
+            };
+            let is_named = |line: &str| {
+                line.contains(&named)
+                    || (verb == "watch" && line.contains(&collection) && line.contains("cannot be read"))
+            };
+            let found = until(PATIENCE, async || log().lines().any(is_named)).await;
+            assert!(found.is_some(), "without it, nothing says: {named}\n{}", log());
+            let other = log()
+                .lines()
+                .find(|it| it.contains(" cannot ") && it.contains("forbidden") && !it.contains(&named))
+                .map(str::to_owned);
+            assert_eq!(other, None, "only {named} is missing");
+        }
+    }
+    println!("{} rights are needed: {:?}", count + 1, start.elapsed());
+
+    // Tokens of nodes are reviewed on their enrolment.
+    let index = count;
+    east.apply(
+        &[without(index, "ClusterRole", &cluster, &review), without(index, "Role", &local, &review)].join("\n---\n"),
+    )
+    .await;
+    let account = east.server.service_account(NAMESPACE, &format!("rights-{index}")).await.expect("a token");
+    let client = kubeconfig::client(&account).await.expect("a client");
+    in_effect(&client).await;
+    let agents = AgentAccount {
+        namespace: NAMESPACE.to_owned(),
+        name: "hanse-agent".to_owned(),
+        audience: "hanse-member".to_owned(),
+    };
+    match (Reviewer { client, agents }).node_of("token").await {
+        Err(ReviewError::Failed(error)) => {
+            let error = format!("{error:#}");
+            assert!(error.contains("cannot create resource \"tokenreviews\""), "{error}");
+        }
+        other => panic!("the review fails: {other:?}"),
+    }
+}
