@@ -31,7 +31,7 @@ use crate::clusters::nodes::{addresses, is_ready};
 
 const PORT: u16 = 8080;
 /// How many members run at once to find out which rights they need.
-const BATCH: usize = 12;
+const BATCH: usize = 27;
 
 /// Volumes without a class: no provisioner runs.
 const VOLUMES: &str = "apiVersion: v1
