@@ -25,6 +25,7 @@ use state::MAX_WATCHERS;
 
 pub(crate) use access::{caller, permit, refused};
 pub use accounts::create_user;
+pub(crate) use objects::OperatorEdit;
 pub use state::Administration;
 
 /// Maximum length of the reason of a revocation.

@@ -16,6 +16,7 @@ pub mod exchange;
 pub mod grants;
 pub mod manifest;
 pub mod metrics;
+pub mod operator;
 pub mod questions;
 mod registration;
 pub mod registry;

@@ -13,6 +13,7 @@ use clap::{Args, Parser, Subcommand};
 use hanse_hub::authority::Lifetimes;
 use hanse_hub::backup;
 use hanse_hub::custom_resources::{self, Definition};
+use hanse_hub::operator::access::Access;
 use hanse_hub::sealed::{self, UnlockKey};
 use hanse_hub::server::{Hub, Options, default_store, init_with, is_initialised};
 use hanse_hub::transfer::{self, Copied};
@@ -169,6 +170,17 @@ struct RunArgs {
     /// revocations and changes that were made after the backup. It cannot be set by a variable or a file, which would repeat it.
     #[arg(long, help_heading = "Files")]
     restored: bool,
+    /// Reconcile the custom resources of hanse.dev in the management cluster: Tier, FederatedNetworkPolicy,
+    /// StagedFederatedNetworkPolicy and FederatedNetworkSet. They are then written with kubectl, and `hanse apply` and `hanse delete`
+    /// refuse these kinds.
+    #[arg(long, help_heading = "Operator")]
+    operator: bool,
+    /// File with the address and the credentials of the management cluster. Without it, the operator uses the service account of its pod.
+    #[arg(long, value_name = "FILE", help_heading = "Operator", requires = "operator")]
+    kubeconfig: Option<PathBuf>,
+    /// Context of the kubeconfig file; by default its current one.
+    #[arg(long, value_name = "NAME", help_heading = "Operator", requires = "kubeconfig")]
+    context: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -237,6 +249,7 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
                 lease: Duration::from_secs(args.lease_seconds),
                 restored: args.restored,
                 key_file: args.key_file,
+                operator: args.operator.then_some(Access { kubeconfig: args.kubeconfig, context: args.context }),
                 lifetimes: Lifetimes { leaf: Duration::from_secs(args.certificate_seconds), ..Lifetimes::default() },
                 ..Options::new(data, args.listen, args.join_listen)
             };

@@ -33,6 +33,8 @@ use crate::authority::{Authority, Lifetimes};
 use crate::backup;
 use crate::exchange::service::Service;
 use crate::metrics::HubMetrics;
+use crate::operator::access::Access;
+use crate::operator::{self, Operator};
 use crate::questions::{self, Questions};
 use crate::registration::Registration;
 use crate::registry::{Clock, Registry, begin_epoch};
@@ -86,6 +88,8 @@ pub struct Options {
     pub clock: Clock,
     /// The files are from a backup: members may have newer state, and receive everything again.
     pub restored: bool,
+    /// The management cluster of which the operator reconciles the custom resources.
+    pub operator: Option<Access>,
 }
 
 impl Options {
@@ -104,6 +108,7 @@ impl Options {
             lifetimes: Lifetimes::default(),
             clock: Clock::default(),
             restored: false,
+            operator: None,
         }
     }
 }
@@ -356,8 +361,15 @@ impl Hub {
         });
         let questions = Questions::new(registry.clone(), stop.clone());
         let registration = Registration::new(registry.clone(), authority.clone(), counted);
-        let administration =
-            Administration::new(registry.clone(), authority.clone(), connections.clone(), realisations);
+        let mut administration =
+            Administration::new(registry.clone(), authority.clone(), connections.clone(), Arc::clone(&realisations));
+        if let Some(access) = &options.operator {
+            administration = administration.with_operator(&operator::KINDS);
+            let client = access.client().await.context("start the operator")?;
+            let operator = Operator::new(client, administration.clone(), registry.clone(), realisations);
+            let stop = stop.clone();
+            shutdown.supervise("operator", move || operator.clone().run(stop.clone()));
+        }
         let routes = Routes::builder()
             .add_service(RenewalServer::new(registration.clone()).max_decoding_message_size(MAX_JOIN_BYTES))
             .add_service(AdministrationServer::new(administration).max_decoding_message_size(MAX_REQUEST_BYTES))

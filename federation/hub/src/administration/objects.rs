@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::{Stream, stream};
 use hanse_identity::Identity;
 use hanse_identity::spiffe::check_subdomain;
@@ -32,6 +33,9 @@ const READ_AHEAD: usize = 64;
 const SILENCE: Duration = Duration::from_secs(30);
 /// Tiers that the error about a missing tier names.
 const MAX_NAMED_TIERS: usize = 8;
+
+/// The author of the operator's changes in the audit log.
+const OPERATOR: &str = "operator";
 
 /// The change of one object.
 enum Edit {
@@ -141,14 +145,53 @@ impl Done {
     }
 }
 
+/// A change that the operator makes for a custom resource.
+#[derive(Debug, Clone)]
+pub(crate) enum OperatorEdit {
+    /// The manifest. The tier of a policy need not exist.
+    Apply(Bytes),
+    Delete(ObjectId),
+}
+
 impl Administration {
+    /// Makes changes of the operator, in order: they are validated and recorded as those of a user.
+    ///
+    /// # Errors
+    /// When the store fails: then later ones were not made.
+    pub(crate) async fn operate(&self, edits: &[OperatorEdit]) -> Result<Vec<Result<(), ChangeError>>, ChangeError> {
+        let sent: Vec<Sent> = edits.iter().map(OperatorEdit::sent).collect();
+        let mut outcomes = Vec::with_capacity(sent.len());
+        while outcomes.len() < sent.len() {
+            let next = &sent[outcomes.len()..];
+            outcomes.extend(self.edit(&next[..next.len().min(READ_AHEAD)]).await?.into_iter().map(|it| it.map(drop)));
+        }
+        Ok(outcomes)
+    }
+
+    /// An edit of a user. Where custom resources are the truth, a change here would be reverted.
+    fn sent_by_user(&self, one: impl One, who: &Identity) -> Sent {
+        let mut sent = one.sent_by(who);
+        let kind = match &sent.edit {
+            Ok(Edit::Apply { checked, .. }) => Some(checked.id.kind),
+            Ok(Edit::Delete(id)) => Some(id.kind),
+            Err(_) => None,
+        };
+        if let Some(kind) = kind.filter(|kind| self.operated.contains(kind)) {
+            let kind = kind.name();
+            sent.edit = Err(format!(
+                "kind: the operator of this hub reconciles {kind}: use `kubectl apply` and `kubectl delete` with the management cluster"
+            ));
+        }
+        sent
+    }
+
     pub(super) async fn apply(
         &self,
         who: &Identity,
         request: wire::ApplyRequest,
         dry_run: bool,
     ) -> Result<wire::ApplyResponse, ChangeError> {
-        let sent = request.sent_by(who);
+        let sent = self.sent_by_user(request, who);
         let done = match dry_run {
             true => self.judge(&sent, &mut Snapshot::clone(&self.registry.snapshot())).await,
             false => self.edit(std::slice::from_ref(&sent)).await?.pop().unwrap_or(Err(ChangeError::Busy)),
@@ -164,7 +207,7 @@ impl Administration {
         who: &Identity,
         request: wire::DeleteRequest,
     ) -> Result<wire::DeleteResponse, ChangeError> {
-        let sent = request.sent_by(who);
+        let sent = self.sent_by_user(request, who);
         match self.edit(std::slice::from_ref(&sent)).await?.pop().unwrap_or(Err(ChangeError::Busy))? {
             Done::Deleted(deleted) => Ok(deleted),
             Done::Applied(_) => Err(ChangeError::Busy),
@@ -240,7 +283,7 @@ impl<Q: Batch> Editing<Q> {
         while self.sent.len() < READ_AHEAD
             && let Some(one) = self.unread.pop_front()
         {
-            self.sent.push_back(one.sent_by(&self.who));
+            self.sent.push_back(self.administration.sent_by_user(one, &self.who));
         }
         let outcomes = match &mut self.dry_run {
             Some(Some((draft, _))) => {
@@ -268,6 +311,23 @@ impl<Q: Batch> Editing<Q> {
             Status::resource_exhausted(format!("the limit of {MAX_DRY_RUNS} concurrent dry runs is reached: try again"))
         };
         Ok((Snapshot::clone(&self.administration.registry.snapshot()), permit.map_err(busy)?))
+    }
+}
+
+impl OperatorEdit {
+    fn sent(&self) -> Sent {
+        let who = Identity::Hub;
+        let sent = match self {
+            Self::Apply(manifest) => {
+                let manifest = manifest.clone();
+                wire::ApplyRequest { manifest, allow_missing_tier: true, ..wire::ApplyRequest::default() }.sent_by(&who)
+            }
+            Self::Delete(id) => {
+                let action = AuditAction::new(&who, "delete", id.to_string());
+                Sent { who, action, edit: Ok(Edit::Delete(id.clone())) }
+            }
+        };
+        Sent { action: AuditAction { who: OPERATOR.to_owned(), ..sent.action }, ..sent }
     }
 }
 

@@ -8,6 +8,7 @@ use tonic::{Request, Status};
 
 use super::access::{caller, permit};
 use crate::authority::Authority;
+use crate::manifest::Kind;
 use crate::registration::status;
 use crate::registry::{Registry, Snapshot};
 use crate::roles::Need;
@@ -27,6 +28,8 @@ pub struct Administration {
     pub(super) realisations: Arc<dyn Realisations>,
     pub(super) watchers: Arc<Semaphore>,
     pub(super) dry_runs: Arc<Semaphore>,
+    /// Kinds that only the operator writes.
+    pub(super) operated: &'static [Kind],
 }
 
 impl std::fmt::Debug for Administration {
@@ -43,7 +46,13 @@ impl Administration {
         realisations: Arc<dyn Realisations>,
     ) -> Self {
         let (watchers, dry_runs) = (Arc::new(Semaphore::new(MAX_WATCHERS)), Arc::new(Semaphore::new(MAX_DRY_RUNS)));
-        Self { registry, authority, connections, realisations, watchers, dry_runs }
+        Self { registry, authority, connections, realisations, watchers, dry_runs, operated: &[] }
+    }
+
+    /// With kinds that only the operator writes.
+    #[must_use]
+    pub fn with_operator(self, operated: &'static [Kind]) -> Self {
+        Self { operated, ..self }
     }
 
     /// The registry, for a caller who may view it.

@@ -1,0 +1,55 @@
+//! Access to the API server of the management cluster.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+
+/// The longest time until the API server accepts a connection, and answers a single request.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
+/// The API server of the management cluster: that of the pod in which the hub runs, or that of a kubeconfig file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Access {
+    /// `None`: the service account of the pod.
+    pub kubeconfig: Option<PathBuf>,
+    /// The context in the file; `None` for its current one.
+    pub context: Option<String>,
+}
+
+impl Access {
+    /// Reads the configuration. Does not connect. The default namespace of the client is that of the pod, or of the context.
+    ///
+    /// # Errors
+    /// When the file, or what it names, cannot be read, or the process does not run in a pod.
+    pub async fn client(&self) -> anyhow::Result<Client> {
+        let mut config = match &self.kubeconfig {
+            Some(path) => {
+                let file = || format!("read {} (--kubeconfig)", path.display());
+                let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
+                let kubeconfig = Kubeconfig::read_from(path).with_context(file)?;
+                Config::from_custom_kubeconfig(kubeconfig, &options).await.with_context(file)?
+            }
+            None => Config::incluster().context(
+                "the service account of the pod: give --kubeconfig where the hub does not run in a pod of its management cluster",
+            )?,
+        };
+        config.connect_timeout = Some(ANSWER_WITHIN);
+        Client::try_from(config).context("read the configuration for the API server")
+    }
+}
+
+/// The result of one request, within a limited time.
+///
+/// # Errors
+/// When the API server does not answer in time, or refuses.
+pub async fn answered<T>(request: impl Future<Output = kube::Result<T>>) -> anyhow::Result<T> {
+    let answer = tokio::time::timeout(ANSWER_WITHIN, request).await;
+    let answer = answer.with_context(|| format!("no answer of the API server within {} s", ANSWER_WITHIN.as_secs()))?;
+    answer.map_err(|error| match error {
+        kube::Error::Api(status) if !status.message.is_empty() => anyhow::anyhow!(status.message),
+        error => anyhow::Error::new(error),
+    })
+}

@@ -1,0 +1,146 @@
+//! Which of several hubs reconciles: the holder of a Lease.
+//!
+//! The holder renews the Lease every 2 s. Where it has not succeeded for 10 s, it stops to reconcile; others take the Lease over when
+//! it did not change for 15 s by their own clock. Clocks of hubs are not compared.
+
+use std::time::Duration;
+
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{ObjectMeta, PostParams};
+use kube::{Api, Client};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::access::answered;
+
+/// The name of the Lease.
+pub const LEASE: &str = "hanse-hub-operator";
+/// Without a renewal for this time, another hub takes the Lease over.
+const DURATION: Duration = Duration::from_secs(15);
+/// Without a successful renewal for this time, the holder stops.
+const RENEW_WITHIN: Duration = Duration::from_secs(10);
+const EVERY: Duration = Duration::from_secs(2);
+
+/// One candidate.
+pub struct Election {
+    api: Api<Lease>,
+    identity: String,
+    /// The version of the Lease of another holder, and since when it has not changed.
+    observed: Option<(Option<String>, Instant)>,
+}
+
+impl Election {
+    /// The Lease is in the default namespace of the client.
+    pub fn new(client: Client, identity: String) -> Self {
+        Self { api: Api::default_namespaced(client), identity, observed: None }
+    }
+
+    /// Waits until this process holds the Lease; returns since when.
+    pub async fn acquire(&mut self) -> Instant {
+        let mut failing = false;
+        loop {
+            let started = Instant::now();
+            match self.attempt().await {
+                Ok(true) => {
+                    info!(identity = self.identity, lease = LEASE, "operator is the leader");
+                    return started;
+                }
+                Ok(false) => failing = false,
+                Err(error) if !failing => {
+                    failing = true;
+                    let error = format!("{error:#}");
+                    warn!(error, lease = LEASE, "the Lease cannot be acquired: custom resources are not reconciled");
+                }
+                Err(_) => {}
+            }
+            // Two candidates do not try at the same time forever.
+            tokio::time::sleep(EVERY.mul_f64(rand::random_range(0.75..1.25))).await;
+        }
+    }
+
+    /// Renews the Lease, held since `renewed`, until it is lost.
+    pub async fn keep(&mut self, mut renewed: Instant) {
+        loop {
+            let renewal = async {
+                tokio::time::sleep(EVERY).await;
+                let started = Instant::now();
+                (started, self.attempt().await)
+            };
+            match tokio::time::timeout_at(renewed + RENEW_WITHIN, renewal).await {
+                Ok((started, Ok(true))) => renewed = started,
+                Ok((_, Ok(false))) => {
+                    return warn!(identity = self.identity, lease = LEASE, "another hub has taken the Lease");
+                }
+                Ok((_, Err(error))) => {
+                    warn!(error = format!("{error:#}"), lease = LEASE, "the Lease was not renewed");
+                }
+                Err(_) => return warn!(identity = self.identity, lease = LEASE, "the Lease was not renewed in time"),
+            }
+        }
+    }
+
+    /// Gives the Lease back, so that another hub need not wait.
+    pub async fn release(&self) {
+        let release = async {
+            let Some(mut lease) = answered(self.api.get_opt(LEASE)).await? else { return anyhow::Ok(()) };
+            let spec = lease.spec.get_or_insert_default();
+            if spec.holder_identity.as_deref() == Some(&*self.identity) {
+                spec.holder_identity = None;
+                answered(self.api.replace(LEASE, &PostParams::default(), &lease)).await?;
+            }
+            Ok(())
+        };
+        if let Err(error) = release.await {
+            warn!(error = format!("{error:#}"), lease = LEASE, "the Lease was not released");
+        }
+    }
+
+    /// Whether this process holds the Lease, taken or renewed.
+    async fn attempt(&mut self) -> anyhow::Result<bool> {
+        let now = Some(MicroTime(Timestamp::now()));
+        let Some(mut lease) = answered(self.api.get_opt(LEASE)).await? else {
+            let metadata = ObjectMeta { name: Some(LEASE.to_owned()), ..ObjectMeta::default() };
+            let spec = LeaseSpec { acquire_time: now.clone(), ..LeaseSpec::default() };
+            let lease = Lease { metadata, spec: Some(self.held(spec, now)) };
+            answered(self.api.create(&PostParams::default(), &lease)).await?;
+            return Ok(true);
+        };
+        let mut spec = lease.spec.take().unwrap_or_default();
+        let holder = spec.holder_identity.take().filter(|it| !it.is_empty());
+        if holder.as_deref() != Some(&*self.identity) {
+            if holder.is_some() {
+                let version = &lease.metadata.resource_version;
+                match &self.observed {
+                    Some((observed, since)) if observed == version => {
+                        let seconds = spec.lease_duration_seconds.and_then(|it| u64::try_from(it).ok());
+                        if since.elapsed() < seconds.map_or(DURATION, Duration::from_secs) {
+                            return Ok(false);
+                        }
+                    }
+                    _ => {
+                        self.observed = Some((version.clone(), Instant::now()));
+                        return Ok(false);
+                    }
+                }
+            }
+            spec.acquire_time.clone_from(&now);
+            spec.lease_transitions = Some(spec.lease_transitions.unwrap_or_default().saturating_add(1));
+        }
+        // Fails where another candidate was faster: the version is compared.
+        lease.spec = Some(self.held(spec, now));
+        answered(self.api.replace(LEASE, &PostParams::default(), &lease)).await?;
+        Ok(true)
+    }
+
+    fn held(&self, spec: LeaseSpec, now: Option<MicroTime>) -> LeaseSpec {
+        let seconds = i32::try_from(DURATION.as_secs()).ok();
+        LeaseSpec {
+            holder_identity: Some(self.identity.clone()),
+            lease_duration_seconds: seconds,
+            renew_time: now,
+            ..spec
+        }
+    }
+}
