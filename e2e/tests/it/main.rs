@@ -13,6 +13,7 @@ mod manifests;
 mod metrics;
 mod network;
 mod nodes;
+mod operator;
 mod oracle;
 mod presets;
 mod readme;

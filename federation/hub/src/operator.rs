@@ -10,9 +10,9 @@
 //!
 //! # Writes to the API server
 //!
-//! A status is written only when it differs, apart from ages and messages about clusters: at once when the state of a condition or the
-//! hub's answer to this version changes, otherwise at most once a minute for each object. When nothing changes, nothing is written
-//! but the Lease. What was written is read from the objects, so that a new leader does not write it again.
+//! A status is written only when it differs, apart from ages and messages about clusters: at once when the state or the reason of a
+//! condition, or the hub's answer to this version changes, otherwise at most once a minute for each object. When nothing changes,
+//! nothing is written but the Lease. What was written is read from the objects, so that a new leader does not write it again.
 
 pub mod access;
 mod election;

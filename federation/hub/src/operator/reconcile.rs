@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use bytes::Bytes;
 use futures::StreamExt as _;
+use hanse_runtime::retry::Backoff;
 use hanse_store::Revision;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -49,6 +50,12 @@ pub struct Reconciler {
     listing: HashMap<Kind, BTreeMap<ObjectId, Tracked>>,
 }
 
+enum Patched {
+    Made(Box<DynamicObject>),
+    Gone,
+    Refused(String),
+}
+
 /// One custom resource.
 struct Tracked {
     object: DynamicObject,
@@ -58,17 +65,23 @@ struct Tracked {
     /// Why the hub does not delete it, and the revision at which it was decided.
     blocked: Option<(Revision, String)>,
     written: Option<Instant>,
+    /// After the API server refused a write of this object: no write before.
+    retry: Option<(Backoff, Instant)>,
 }
 
 impl Tracked {
     fn new(kind: Kind, mut object: DynamicObject) -> Self {
         object.metadata.managed_fields = None;
         let manifest = objects::manifest(kind, &object);
-        Self { object, manifest, refused: None, blocked: None, written: None }
+        Self { object, manifest, refused: None, blocked: None, written: None, retry: None }
     }
 
     fn is_leaving(&self) -> bool {
         self.object.metadata.deletion_timestamp.is_some()
+    }
+
+    fn may_write(&self, now: Instant) -> bool {
+        self.retry.as_ref().is_none_or(|(_, at)| *at <= now)
     }
 
     fn version(&self) -> u64 {
@@ -85,7 +98,7 @@ impl Tracked {
         if old.manifest == self.manifest {
             self.refused = old.refused;
         }
-        Self { blocked: old.blocked, written: old.written, ..self }
+        Self { blocked: old.blocked, written: old.written, retry: old.retry, ..self }
     }
 }
 
@@ -143,24 +156,26 @@ impl Reconciler {
     }
 
     /// # Errors
-    /// When the API server or the store fails.
+    /// When the API server or the store fails. What does not depend on it is done.
     pub async fn pass(&mut self) -> anyhow::Result<()> {
-        self.add_finalizers().await?;
-        self.apply().await?;
-        self.delete().await?;
-        self.write_statuses().await
+        let finalizers = self.add_finalizers().await;
+        let applied = self.apply().await;
+        let deleted = self.delete().await;
+        finalizers.and(applied).and(deleted).and(self.write_statuses().await)
     }
 
     async fn add_finalizers(&mut self) -> anyhow::Result<()> {
-        let lacks = |(_, it): &(&ObjectId, &Tracked)| !it.is_leaving() && !has_finalizer(&it.object);
-        let all = KINDS.iter().flat_map(|kind| self.ready(*kind)).filter(lacks);
+        let now = Instant::now();
+        let lacks = |it: &Tracked| !it.is_leaving() && !has_finalizer(&it.object) && it.may_write(now);
+        let all = KINDS.iter().flat_map(|kind| self.ready(*kind)).filter(|(_, it)| lacks(it));
         let fields = json!({"finalizers": [FINALIZER]});
         let patches = all.map(|(id, it)| (id.clone(), applied(id.kind, &it.object, &fields), false)).collect();
-        self.patch(patches).await.map(drop)
+        self.patch(patches).await.1
     }
 
-    /// Sends server-side applies; returns which were made. An object that is gone or replaced is left to the watch.
-    async fn patch(&mut self, patches: Vec<(ObjectId, Value, bool)>) -> anyhow::Result<Vec<ObjectId>> {
+    /// Sends server-side applies; returns which were made. An object that is gone or replaced is left to the watch. One that the API
+    /// server refuses is tried again later, and does not keep the others waiting.
+    async fn patch(&mut self, patches: Vec<(ObjectId, Value, bool)>) -> (Vec<ObjectId>, anyhow::Result<()>) {
         let client = &self.client;
         let send = |(id, patch, is_status): (ObjectId, Value, bool)| async move {
             let resource = objects::resource(id.kind).context("the kind is reconciled")?;
@@ -172,32 +187,50 @@ impl Reconciler {
                     false => api.patch(&id.name, &parameters, &patch).await,
                 };
                 match patched {
-                    Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(None),
-                    patched => patched.map(Some),
+                    Ok(object) => Ok(Patched::Made(Box::new(object))),
+                    Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(Patched::Gone),
+                    Err(kube::Error::Api(status)) if (400..429).contains(&status.code) => {
+                        Ok(Patched::Refused(status.message))
+                    }
+                    Err(error) => Err(error),
                 }
             };
             let patched = answered(patching).await.with_context(|| format!("write {id} to the API server"))?;
             anyhow::Ok((id, patched))
         };
         let sent: Vec<_> = futures::stream::iter(patches).map(send).buffer_unordered(CONCURRENT).collect().await;
-        let mut made = Vec::new();
-        let mut failed = None;
+        let (mut made, mut outcome, mut refused) = (Vec::new(), Ok(()), 0);
         for result in sent {
             match result {
-                Ok((id, Some(object))) => {
+                Ok((id, Patched::Made(object))) => {
                     // Without its last finalizer, an object that is being deleted is gone.
                     if object.metadata.deletion_timestamp.is_none() || !object.finalizers().is_empty() {
-                        self.take_object(id.kind, object);
+                        self.take_object(id.kind, *object);
                     } else {
                         self.tracked.remove(&id);
                     }
+                    self.tracked.get_mut(&id).into_iter().for_each(|it| it.retry = None);
                     made.push(id);
                 }
-                Ok((_, None)) => {}
-                Err(error) => failed = Some(error),
+                Ok((_, Patched::Gone)) => {}
+                Ok((id, Patched::Refused(why))) => {
+                    refused += 1;
+                    if refused == 1 {
+                        warn!(object = %id, error = why, "the API server refuses a write of the operator");
+                    }
+                    if let Some(tracked) = self.tracked.get_mut(&id) {
+                        let first = || (Backoff::new(Duration::from_secs(1), Duration::from_secs(60)), Instant::now());
+                        let (backoff, at) = tracked.retry.get_or_insert_with(first);
+                        *at = Instant::now() + backoff.next_delay();
+                    }
+                }
+                Err(error) => outcome = Err(error),
             }
         }
-        failed.map_or(Ok(made), Err)
+        if refused > 1 {
+            warn!(refused, "the API server refuses writes of the operator");
+        }
+        (made, outcome)
     }
 
     /// Writes what differs to the store.
@@ -277,11 +310,11 @@ impl Reconciler {
                         Err(error) => return Err(error).with_context(|| format!("delete {id} from the store")),
                     }
                 }
-                if let Some(tracked) = self.tracked.get(&id) {
+                if let Some(tracked) = self.tracked.get(&id).filter(|it| it.may_write(Instant::now())) {
                     released.push((id, applied(*kind, &tracked.object, &json!({})), false));
                 }
             }
-            self.patch(released).await?;
+            self.patch(released).await.1?;
         }
         Ok(())
     }
@@ -300,7 +333,7 @@ impl Reconciler {
         let mut patches = Vec::new();
         let state = State::new(&snapshot, &*self.realisations);
         for (id, it) in KINDS.iter().flat_map(|kind| self.ready(*kind)) {
-            if !has_finalizer(&it.object) || it.is_leaving() && it.blocked.is_none() {
+            if !it.may_write(now) || !has_finalizer(&it.object) || it.is_leaving() && it.blocked.is_none() {
                 continue;
             }
             let old = it.object.data.get("status");
@@ -329,15 +362,15 @@ impl Reconciler {
             refusals.extend(refused.map(|refused| (id.clone(), refused)));
             sending.push((id, patch, true));
         }
-        let made = self.patch(sending).await;
-        for id in made.iter().flatten() {
+        let (made, outcome) = self.patch(sending).await;
+        for id in &made {
             let Some(tracked) = self.tracked.get_mut(id) else { continue };
             tracked.written = Some(now);
             if let Some((reason, message)) = refusals.remove(id) {
                 self.publish(id, reason, message).await;
             }
         }
-        made.map(drop)
+        outcome
     }
 
     /// An Event about a refusal. Where it cannot be written, the condition says the same.

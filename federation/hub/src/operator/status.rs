@@ -52,7 +52,7 @@ pub enum Difference {
     None,
     /// Counts, or reasons of clusters.
     Counts,
-    /// The state of a condition, or the answer of the hub to this version.
+    /// The state or the reason of a condition, or the answer of the hub to this version.
     Conditions,
 }
 
@@ -272,9 +272,10 @@ pub fn compare(old: Option<&Value>, new: &Value) -> Difference {
     let Some(old) = old.filter(|old| old.is_object()) else { return Difference::Conditions };
     let states = |status: &Value| -> BTreeMap<String, [Value; 4]> {
         let of = |it: &Value| {
+            // The hub's answer to this version; other messages are about clusters.
             let is_answer = it["type"] == "Accepted" || it["type"] == "Terminating";
-            let words = |field: &str| if is_answer { it[field].clone() } else { Value::Null };
-            let fields = [it["status"].clone(), it["observedGeneration"].clone(), words("reason"), words("message")];
+            let message = if is_answer { it["message"].clone() } else { Value::Null };
+            let fields = [it["status"].clone(), it["reason"].clone(), it["observedGeneration"].clone(), message];
             (it["type"].to_string(), fields)
         };
         status["conditions"].as_array().into_iter().flatten().map(of).collect()
