@@ -83,7 +83,7 @@ impl Operator {
         Self { client, administration, registry, realisations, identity }
     }
 
-    /// Reconciles whenever this hub holds the Lease, until `stop`.
+    /// Reconciles whenever this hub has the Lease, until `stop`.
     pub async fn run(self, stop: CancellationToken) {
         let mut election = Election::new(self.client.clone(), self.identity.clone());
         loop {

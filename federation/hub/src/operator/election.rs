@@ -37,7 +37,7 @@ impl Election {
         Self { api: Api::default_namespaced(client), identity, observed: None }
     }
 
-    /// Waits until this process holds the Lease; returns since when.
+    /// Waits until this process has the Lease; returns since when.
     pub async fn acquire(&mut self) -> Instant {
         let mut failing = false;
         loop {
@@ -60,7 +60,7 @@ impl Election {
         }
     }
 
-    /// Renews the Lease, held since `renewed`, until it is lost.
+    /// Renews the Lease, which was acquired or renewed at `renewed`, until another process has it.
     pub async fn keep(&mut self, mut renewed: Instant) {
         loop {
             let renewal = async {
@@ -97,7 +97,7 @@ impl Election {
         }
     }
 
-    /// Whether this process holds the Lease, taken or renewed.
+    /// Acquires or renews the Lease. False: another process has it.
     async fn attempt(&mut self) -> anyhow::Result<bool> {
         let now = Some(MicroTime(Timestamp::now()));
         let Some(mut lease) = answered(self.api.get_opt(LEASE)).await? else {
