@@ -197,8 +197,9 @@ fn an_applied_deployment_ends_in_packets() {
         for from in &pods {
             for to in pods.iter().filter(|to| to.metadata.name != from.metadata.name) {
                 for address in addresses(to) {
-                    let observed = probe::tcp(&east.network(from), SocketAddr::new(address, PORT), &title(to));
-                    assert_eq!(observed, Observed::Open, "{} to {address}", title(from));
+                    let to_pod = SocketAddr::new(address, PORT);
+                    let is_open = || probe::tcp(&east.network(from), to_pod, &title(to)) == Observed::Open;
+                    assert!(until(PATIENCE, async || is_open()).await.is_some(), "{} to {address}", title(from));
                 }
             }
         }
