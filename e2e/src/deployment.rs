@@ -38,6 +38,8 @@ pub struct Deployment<'a> {
     agents: BTreeMap<(String, String), Process>,
     /// How long certificates are valid, in seconds, where not as by default.
     lifetime: Option<u32>,
+    /// The kubeconfig of the management cluster, where the hub's operator runs.
+    management: Option<PathBuf>,
 }
 
 impl<'a> Deployment<'a> {
@@ -54,8 +56,8 @@ impl<'a> Deployment<'a> {
         lifetime: Option<u32>,
     ) -> anyhow::Result<Self> {
         let (programs, scratch) = (programs.to_owned(), scratch.to_owned());
-        let mut world =
-            Self { fabric, programs, scratch, hub: None, members: BTreeMap::new(), agents: BTreeMap::new(), lifetime };
+        let (members, agents) = (BTreeMap::new(), BTreeMap::new());
+        let mut world = Self { fabric, programs, scratch, hub: None, members, agents, lifetime, management: None };
         let mut init = world.program("hanse-hub");
         init.args(["init", "--listen", HUB, "--join-listen", HUB_JOIN, "--data"]).arg(world.scratch.join("hub"));
         let output = init.output().context("start hanse-hub init")?;
@@ -80,6 +82,8 @@ impl<'a> Deployment<'a> {
         let before = std::fs::read_to_string(&log).unwrap_or_default().matches("hub is serving").count();
         let mut run = self.program("hanse-hub");
         run.args(["run", "--listen", HUB, "--join-listen", HUB_JOIN, "--data"]).arg(self.scratch.join("hub"));
+        let management = self.management.iter();
+        run.args(management.flat_map(|it| ["--operator".as_ref(), "--kubeconfig".as_ref(), it.as_os_str()]));
         run.args(self.lifetime.iter().flat_map(|it| ["--certificate-seconds".to_owned(), it.to_string()]));
         let mut hub = Process::start(self.fabric.router(), run, &log).context("start hanse-hub")?;
         let served = probe::until(PATIENCE, || hub.has_ended() || hub.log().matches("hub is serving").count() > before);
@@ -88,6 +92,13 @@ impl<'a> Deployment<'a> {
         }
         self.hub = Some(hub);
         Ok(())
+    }
+
+    /// Serves the ClusterSet again, with an operator for the custom resources of a management cluster.
+    pub fn operate(&mut self, management: &Path) -> anyhow::Result<()> {
+        self.kill_hub()?;
+        self.management = Some(management.to_owned());
+        self.start_hub()
     }
 
     /// `kill -9`.
@@ -137,6 +148,8 @@ impl<'a> Deployment<'a> {
         run.args(["run", "--cluster", &cluster.name, "--hub", HUB, "--join", HUB_JOIN]);
         run.args(["--agent-listen", &address(AGENTS_PORT), "--enrol-listen", &address(ENROL_PORT)]);
         run.arg("--token-file").arg(self.scratch.join(format!("{}.token", cluster.name)));
+        let management = self.management.iter();
+        run.args(management.flat_map(|it| ["--operator".as_ref(), "--kubeconfig".as_ref(), it.as_os_str()]));
         run.args(self.lifetime.iter().flat_map(|it| ["--node-certificate-seconds".to_owned(), it.to_string()]));
         run.arg("--data").arg(self.member_data(&cluster.name)).arg("--source").arg(source);
         let mut member = Process::start(namespace, run, &log).context("start hanse-member")?;

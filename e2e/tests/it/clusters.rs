@@ -12,6 +12,7 @@ use serde_json::Value;
 
 mod enforcement;
 pub mod nodes;
+mod operated;
 mod programs;
 
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -156,7 +156,7 @@ fn policy(from: &str) -> String {
     )
 }
 
-fn world() -> Cluster {
+pub(super) fn world() -> Cluster {
     let node = |name: &str, number: u8| Node {
         name: name.to_owned(),
         addresses: vec![[172, 20, 0, number].into()],
@@ -171,16 +171,16 @@ fn world() -> Cluster {
 }
 
 /// A cluster whose pods run.
-struct East {
-    server: ApiServer,
-    client: kube::Client,
+pub(super) struct East {
+    pub(super) server: ApiServer,
+    pub(super) client: kube::Client,
     kubelets: BTreeMap<String, Kubelet>,
     programs: Programs,
     _controllers: Controllers,
 }
 
 impl East {
-    async fn start(world: &Cluster, fabric: &Fabric, scratch: &std::path::Path) -> Self {
+    pub(super) async fn start(world: &Cluster, fabric: &Fabric, scratch: &std::path::Path) -> Self {
         let etcd = Etcd::start().expect("etcd starts");
         // Where every node reaches the router.
         let options = Options::new(&world.name).listen([169, 254, 2, 1].into());
@@ -199,7 +199,32 @@ impl East {
         east
     }
 
-    async fn apply(&self, text: &str) {
+    /// Lets the cluster join, runs its member and agents until these enforce, and the workloads: web and client.
+    pub(super) async fn deploy(&self, system: &Deployment<'_>) -> (Vec<Pod>, Vec<Pod>) {
+        let token = system.hanse(&["token", "create", "--cluster", "east"]).expect("a token");
+        self.apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: hanse}\n").await;
+        self.apply(&format!(
+            "apiVersion: v1\nkind: Secret\nmetadata: {{name: hanse-join, namespace: hanse}}\nstringData: {{token: '{token}'}}\n"
+        ))
+        .await;
+        self.apply(&HANSE.replace("HUB", "169.254.2.1:7443").replace("JOIN", "169.254.2.1:7444")).await;
+        self.apply(WORKLOADS).await;
+        let start = Instant::now();
+        self.ready("hanse", "app=hanse-member", 1).await;
+        self.ready("hanse", "app=hanse-agent", 2).await;
+        println!("member and agents were ready after {:?}", start.elapsed());
+        let pods = (self.ready("default", "app=web", 2).await, self.ready("default", "app=client", 1).await);
+        // The agents have enrolled, and enforce: pods that no rule set names are closed, and these are named.
+        let enforced = until(PATIENCE, async || {
+            let status = system.hanse(&["status", "-o", "json"]).unwrap_or_default();
+            let status: serde_json::Value = serde_json::from_str(&status).unwrap_or_default();
+            status["items"][0]["agentsCurrent"] == 2
+        });
+        assert!(enforced.await.is_some(), "{}", system.hanse(&["status"]).unwrap_or_default());
+        pods
+    }
+
+    pub(super) async fn apply(&self, text: &str) {
         manifests::apply(&self.client, "test", text).await.expect("it is applied");
     }
 
@@ -239,7 +264,7 @@ impl East {
     }
 
     /// Waits until packets from one pod to all others are judged so. Returns how long that took.
-    async fn until_observed(&self, from: &Pod, to: &[Pod], expected: Observed) -> Duration {
+    pub(super) async fn until_observed(&self, from: &Pod, to: &[Pod], expected: Observed) -> Duration {
         let start = Instant::now();
         let is = until(PATIENCE, async || to.iter().all(|to| self.observe(from, to) == expected)).await;
         if is.is_none() {
@@ -267,27 +292,8 @@ fn applied_policies_become_verdicts() {
         fabric.router().enter(|| {
             run(async {
                 let mut east = East::start(&world, &fabric, scratch.path()).await;
-                let token = system.hanse(&["token", "create", "--cluster", "east"]).expect("a token");
-                east.apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: hanse}\n").await;
-                east.apply(&format!(
-                    "apiVersion: v1\nkind: Secret\nmetadata: {{name: hanse-join, namespace: hanse}}\nstringData: {{token: '{token}'}}\n"
-                ))
-                .await;
-                east.apply(&HANSE.replace("HUB", "169.254.2.1:7443").replace("JOIN", "169.254.2.1:7444")).await;
-                east.apply(WORKLOADS).await;
-                let start = Instant::now();
-                east.ready("hanse", "app=hanse-member", 1).await;
-                east.ready("hanse", "app=hanse-agent", 2).await;
-                println!("member and agents were ready after {:?}", start.elapsed());
-                let (web, client) = (east.ready("default", "app=web", 2).await, east.ready("default", "app=client", 1).await);
-                let client = &client[0];
-                // The agents have enrolled, and enforce: pods that no rule set names are closed, and these are named.
-                let enforced = until(PATIENCE, async || {
-                    let status = system.hanse(&["status", "-o", "json"]).unwrap_or_default();
-                    let status: serde_json::Value = serde_json::from_str(&status).unwrap_or_default();
-                    status["items"][0]["agentsCurrent"] == 2
-                });
-                assert!(enforced.await.is_some(), "{}", system.hanse(&["status"]).unwrap_or_default());
+                let (web, clients) = east.deploy(&system).await;
+                let client = &clients[0];
                 east.until_observed(client, &web, Observed::Open).await;
                 let closed = policy("");
                 east.apply(&closed).await;
@@ -301,7 +307,8 @@ fn applied_policies_become_verdicts() {
                 assert!(web.iter().all(|to| east.observe(client, to) == Observed::Closed));
                 east.server.start_again().await.expect("ready");
                 // A new pod of the same kind is judged as the others, and never open before.
-                let deployments: Api<k8s_openapi::api::apps::v1::Deployment> = Api::namespaced(east.client.clone(), "default");
+                let deployments: Api<k8s_openapi::api::apps::v1::Deployment> =
+                    Api::namespaced(east.client.clone(), "default");
                 let scale = kube::api::Patch::Merge(serde_json::json!({"spec": {"replicas": 4}}));
                 deployments.patch("web", &Default::default(), &scale).await.expect("scaled");
                 let more = east.ready("default", "app=web", 4).await;
