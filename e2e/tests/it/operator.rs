@@ -25,11 +25,46 @@ fn policy(name: &str, spec: &str) -> String {
     )
 }
 
+/// The rights that the guide names, and no others.
+const RIGHTS: &str = "apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: hanse-hub}
+rules:
+- apiGroups: [hanse.dev]
+  resources: [tiers, federatednetworkpolicies, stagedfederatednetworkpolicies, federatednetworksets]
+  verbs: [list, watch, patch]
+- apiGroups: [hanse.dev]
+  resources: [tiers/status, federatednetworkpolicies/status, stagedfederatednetworkpolicies/status, federatednetworksets/status]
+  verbs: [patch]
+- {apiGroups: [apiextensions.k8s.io], resources: [customresourcedefinitions], verbs: [get]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: hanse-hub}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: hanse-hub}
+subjects: [{kind: User, name: hanse-hub}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: hanse-hub, namespace: default}
+rules:
+- {apiGroups: [coordination.k8s.io], resources: [leases], verbs: [get, create, update]}
+- {apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: hanse-hub, namespace: default}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: hanse-hub}
+subjects: [{kind: User, name: hanse-hub}]
+";
+
 const DENY: &str = "tier: platform, selector: all(), types: [Ingress], ingress: []";
 
 /// A management cluster and a hub.
 struct World {
     server: ApiServer,
+    /// Of the operator, which has the rights that the guide names.
+    kubeconfig: PathBuf,
     folder: tempfile::TempDir,
     listen: [SocketAddr; 2],
     hub: Option<Process>,
@@ -46,9 +81,12 @@ impl World {
         for definition in custom_resources::definitions() {
             manifests::established(&client, &definition.name).await.expect("it is established");
         }
+        manifests::apply(&client, "test", RIGHTS).await.expect("it is applied");
+        let user = server.user("hanse-hub", &[]).expect("a kubeconfig");
+        let kubeconfig = server.write_kubeconfig("hub", &user).expect("it is written");
         let ports = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
         let listen = ports.map(|it| it.local_addr().expect("an address"));
-        let mut world = Self { server, folder: tempfile::tempdir().expect("a folder"), listen, hub: None };
+        let mut world = Self { server, kubeconfig, folder: tempfile::tempdir().expect("a folder"), listen, hub: None };
         let made = world.hub_command("init").output().expect("it runs");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         world.start_hub();
@@ -68,7 +106,7 @@ impl World {
 
     fn start_hub(&mut self) {
         let mut command = self.hub_command("run");
-        command.arg("--operator").arg("--kubeconfig").arg(self.server.kubeconfig());
+        command.arg("--operator").arg("--kubeconfig").arg(&self.kubeconfig);
         let before = self.hub_log().matches("hub is serving").count();
         let hub = Process::start_bound(command, &self.folder.path().join("hub.log")).expect("it starts");
         self.hub = Some(hub);
@@ -121,18 +159,22 @@ impl World {
         [field("status"), field("reason")]
     }
 
-    /// Writes to objects of `hanse.dev` and Events by the operator so far, which has no user of its own here.
+    /// What the operator wrote so far, except the Lease, which is not audited.
     fn writes(&self) -> Vec<String> {
         let audit = self.server.audit().expect("the audit log");
         let is_write = |it: &&Value| {
-            let agent = it["userAgent"].as_str().unwrap_or_default();
-            let group = it["objectRef"]["apiGroup"].as_str().unwrap_or_default();
             it["stage"] == "ResponseComplete"
-                && !agent.starts_with("kubectl")
-                && ["patch", "update", "create", "delete"].iter().any(|verb| it["verb"] == *verb)
-                && (group == "hanse.dev" || group == "events.k8s.io")
+                && it["user"]["username"] == "hanse-hub"
+                && !["get", "list", "watch"].iter().any(|verb| it["verb"] == *verb)
         };
         audit.iter().filter(is_write).map(|it| format!("{} {}", it["verb"], it["requestURI"])).collect()
+    }
+
+    /// Requests that the operator has no right to.
+    fn forbidden(&self) -> Vec<String> {
+        let audit = self.server.audit().expect("the audit log");
+        let is = |it: &&Value| it["user"]["username"] == "hanse-hub" && it["responseStatus"]["code"] == 403;
+        audit.iter().filter(is).map(|it| format!("{} {}", it["verb"], it["requestURI"])).collect()
     }
 }
 
@@ -199,6 +241,7 @@ fn custom_resources_become_objects_of_the_hub() {
         world.until("gone", || world.stored().trim().is_empty()).await;
         world.until("the tier is gone", || !world.kubectl(&["get", "tiers.hanse.dev/platform"]).0).await;
         assert!(world.hub.as_mut().is_some_and(|hub| !hub.has_ended()), "{}", world.hub_log());
+        assert_eq!(world.forbidden(), Vec::<String>::new());
     });
 }
 
