@@ -4,19 +4,25 @@
 //! of another system is uninstalled, or a chart with its definitions. Objects that disappear with their definition stay in force.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
+use futures::StreamExt as _;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::WatchParams;
 use kube::core::PartialObjectMeta;
 use kube::{Api, Client, ResourceExt as _};
 use tokio::sync::{mpsc, watch};
 
-use super::collection::{COLLECTIONS, DEFINITIONS};
+use super::collection::{COLLECTIONS, DEFINITIONS, Raw};
 use super::follow::{Follower, Step};
 use super::report::{Definition, Report, State};
 use crate::api_server::message;
 
 /// All definitions, by the name of the collection; `None` before they were listed.
 pub type Definitions = Option<BTreeMap<String, Definition>>;
+
+/// The longest time until the API server refuses.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 type Partial = PartialObjectMeta<CustomResourceDefinition>;
 
@@ -37,10 +43,25 @@ pub async fn look_up(client: &Client, name: &str) -> Result<Definition, String> 
     Ok(found.as_ref().map_or(Definition::Absent, definition))
 }
 
+/// Why the API server refuses a watch of definitions, if it does. The client cannot read the refusal of a watch of metadata, which has
+/// several lines.
+async fn refusal(client: &Client) -> Option<String> {
+    let api: Api<Raw> = Api::all_with(client.clone(), &DEFINITIONS);
+    let parameters = WatchParams { timeout: Some(1), ..WatchParams::default() };
+    let mut events = match tokio::time::timeout(ANSWER_WITHIN, api.watch(&parameters, "0")).await.ok()? {
+        Ok(events) => events.boxed(),
+        Err(error) => return Some(message(error)),
+    };
+    match tokio::time::timeout(ANSWER_WITHIN, events.next()).await.ok()?? {
+        Err(error @ kube::Error::Api(_)) => Some(message(error)),
+        Ok(_) | Err(_) => None,
+    }
+}
+
 /// Follows the definitions of the collections.
 pub async fn follow(client: Client, known: watch::Sender<Definitions>, reports: mpsc::Sender<Report>) {
     let is_read = |name: &str| COLLECTIONS.iter().any(|it| it.is_custom && it.name() == name);
-    let mut follower = Follower::<Partial>::new(Api::all(client));
+    let mut follower = Follower::<Partial>::new(Api::all(client.clone()));
     let mut listing = BTreeMap::new();
     loop {
         let state = match follower.next().await {
@@ -71,6 +92,9 @@ pub async fn follow(client: Client, known: watch::Sender<Definitions>, reports: 
                 State::Alive
             }
             Step::Changed(_) | Step::Alive => State::Alive,
+            Step::Failed(failure) if failure.is_unreadable => {
+                State::Failing(refusal(&client).await.unwrap_or(failure.message))
+            }
             Step::Failed(failure) => State::Failing(failure.message),
         };
         if reports.send(Report::State(DEFINITIONS, state)).await.is_err() {

@@ -46,6 +46,8 @@ pub struct Failure {
     pub message: String,
     /// The API server does not serve the collection.
     pub is_absent: bool,
+    /// The client could not read the answer.
+    pub is_unreadable: bool,
 }
 
 /// Follows a collection for ever. Continues a broken watch at its last position, and lists again where that is no longer possible.
@@ -195,7 +197,8 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
         };
         self.delay = Some(self.backoff.next_delay());
         // Normal after a long interruption: the list that follows reports how it is.
-        let failure = Failure { message: problem.message.clone(), is_absent: problem.is_absent() };
+        let (message, is_unreadable) = (problem.message.clone(), problem.is_unreadable);
+        let failure = Failure { message, is_absent: problem.is_absent(), is_unreadable };
         (!is_expired).then_some(Step::Failed(failure))
     }
 }
@@ -204,16 +207,17 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
 struct Problem {
     message: String,
     code: Option<u16>,
+    is_unreadable: bool,
 }
 
 impl Problem {
     fn new(message: &str) -> Self {
-        Self { message: message.to_owned(), code: None }
+        Self { message: message.to_owned(), code: None, is_unreadable: false }
     }
 
     fn of_status(status: &Status) -> Self {
         let message = if status.message.is_empty() { &status.reason } else { &status.message };
-        Self { message: message.clone(), code: Some(status.code) }
+        Self { message: message.clone(), code: Some(status.code), is_unreadable: false }
     }
 
     fn is_absent(&self) -> bool {
@@ -225,7 +229,10 @@ impl From<kube::Error> for Problem {
     fn from(error: kube::Error) -> Self {
         match error {
             kube::Error::Api(status) => Self::of_status(&status),
-            error => Self { message: message(error), code: None },
+            error => {
+                let is_unreadable = matches!(error, kube::Error::SerdeError(_));
+                Self { message: message(error), code: None, is_unreadable }
+            }
         }
     }
 }
