@@ -21,7 +21,7 @@ use futures::StreamExt as _;
 use hanse_e2e::kubernetes::{ApiServer, Etcd, Options, run};
 use hanse_exchange::member::model::Updates;
 use hanse_exchange::model::Position;
-use hanse_member::api_server::Access;
+use hanse_kubernetes::Access;
 use hanse_member::own_streams::Ends;
 use hanse_member::source::{Kubernetes, LastGood};
 use hanse_member::world::World;

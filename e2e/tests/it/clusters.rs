@@ -74,12 +74,12 @@ fn api_servers_share_an_etcd_and_nothing_else() {
         assert_eq!(status(maps(&stranger).list(&ListParams::default()).await), 401);
 
         // Health needs no credentials, everything else does.
-        let mut nobody = south.user("x", &[]).expect("a kubeconfig");
-        nobody["users"][0]["user"] = serde_json::json!({});
-        let nobody = kubeconfig::client(&nobody).await.expect("a client");
+        let mut anonymous = south.user("x", &[]).expect("a kubeconfig");
+        anonymous["users"][0]["user"] = serde_json::json!({});
+        let anonymous = kubeconfig::client(&anonymous).await.expect("a client");
         let ready = kube::core::Request::new("/readyz").list(&ListParams::default()).expect("a request");
-        assert_eq!(nobody.request_text(ready).await.expect("it answers"), "ok");
-        assert_eq!(status(maps(&nobody).list(&ListParams::default()).await), 401);
+        assert_eq!(anonymous.request_text(ready).await.expect("it answers"), "ok");
+        assert_eq!(status(maps(&anonymous).list(&ListParams::default()).await), 401);
 
         // A service account without rights is refused by name; a role gives it what it says, and no more.
         let account = south.service_account("default", "default").await.expect("a token");

@@ -9,7 +9,7 @@ use std::time::Duration;
 use hanse_api::Diagnostic;
 use hanse_api::assemble::{Assembly, ClusterState};
 use hanse_e2e::kubernetes::{ApiServer, Etcd, Options, manifests, run, until};
-use hanse_member::api_server::Access;
+use hanse_kubernetes::Access;
 use hanse_member::source::{self, Kubernetes, LastGood};
 use hanse_runtime::health::{Health, Writes};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;

@@ -14,7 +14,6 @@
 //! condition, or the hub's answer to this version changes, otherwise at most once a minute for each object. When nothing changes,
 //! nothing is written but the Lease. What was written is read from the objects, so that a new leader does not write it again.
 
-pub mod access;
 mod election;
 mod objects;
 mod reconcile;

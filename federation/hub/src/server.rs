@@ -33,7 +33,6 @@ use crate::authority::{Authority, Lifetimes};
 use crate::backup;
 use crate::exchange::service::Service;
 use crate::metrics::HubMetrics;
-use crate::operator::access::Access;
 use crate::operator::{self, Operator};
 use crate::questions::{self, Questions};
 use crate::registration::Registration;
@@ -43,6 +42,7 @@ use crate::sealed::{self, UnlockKey};
 use crate::status::Realisations;
 use crate::transfer;
 use hanse_exchange::limits::MAX_MESSAGE_BYTES;
+use hanse_kubernetes::Access;
 
 /// The largest request of the administration: a manifest of 256 KiB with room.
 const MAX_REQUEST_BYTES: usize = 1 << 20;

@@ -1,23 +1,20 @@
 //! The API server of the member's cluster, beside the objects that the source reads.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use hanse_kubernetes::{Access, answered};
 use hanse_runtime::retry::Backoff;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, UserInfo};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{Patch, PatchParams, PostParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Api, Client, Config};
+use kube::{Api, Client};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::registration::MemberIdentity;
 
-/// The longest time until the API server accepts a connection, and answers a single request.
-const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// The interval between checks of the ConfigMap with the authority.
 const CHECK_AUTHORITY_EVERY: Duration = Duration::from_secs(60);
 /// The owner of the fields that the member writes.
@@ -26,75 +23,6 @@ const FIELD_MANAGER: &str = "hanse-member";
 const NODE_CLAIM: &str = "authentication.kubernetes.io/node-name";
 /// The key of the authority's certificate in its ConfigMap.
 pub const AUTHORITY_KEY: &str = "authority.pem";
-
-/// The API server of the cluster: that of the pod in which the member runs, or that of a kubeconfig file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Access {
-    /// `None`: the service account of the pod.
-    pub kubeconfig: Option<PathBuf>,
-    /// The context in the file; `None` for its current one.
-    pub context: Option<String>,
-}
-
-impl Access {
-    /// Reads the configuration. Does not connect.
-    ///
-    /// # Errors
-    /// When the file, or what it names, cannot be read, or the process does not run in a pod.
-    pub async fn client(&self) -> anyhow::Result<Client> {
-        Client::try_from(self.config().await?).context("read the configuration for the API server")
-    }
-
-    async fn config(&self) -> anyhow::Result<Config> {
-        let mut config = match &self.kubeconfig {
-            Some(path) => {
-                let file = || format!("read {} (--kubeconfig)", path.display());
-                let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
-                let kubeconfig = Kubeconfig::read_from(path).with_context(file)?;
-                Config::from_custom_kubeconfig(kubeconfig, &options).await.with_context(file)?
-            }
-            None => Config::incluster().context(
-                "the service account of the pod: give --kubeconfig where the member does not run in a pod of its cluster",
-            )?,
-        };
-        config.connect_timeout = Some(ANSWER_WITHIN);
-        Ok(config)
-    }
-
-    /// Connects to the API server.
-    ///
-    /// # Errors
-    /// When the configuration cannot be read, or the API server does not answer, or not to this user.
-    pub async fn check(&self) -> anyhow::Result<()> {
-        answered(self.client().await?.apiserver_version()).await.map(drop)
-    }
-}
-
-/// The result of one request, within a limited time.
-async fn answered<T>(request: impl Future<Output = kube::Result<T>>) -> anyhow::Result<T> {
-    let answer = tokio::time::timeout(ANSWER_WITHIN, request).await;
-    let answer = answer.with_context(|| format!("no answer of the API server within {} s", ANSWER_WITHIN.as_secs()))?;
-    answer.map_err(|error| anyhow::anyhow!(message(error)))
-}
-
-/// What the API server answered, or why it did not, with all causes.
-pub fn message(error: kube::Error) -> String {
-    let error = match error {
-        kube::Error::Api(status) if !status.message.is_empty() => return status.message,
-        error => error,
-    };
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(&error);
-    while let Some(error) = source {
-        let message = error.to_string();
-        if !text.contains(&message) {
-            text.push_str(": ");
-            text.push_str(&message);
-        }
-        source = error.source();
-    }
-    text
-}
 
 /// Why a service-account token does not identify a node.
 #[derive(Debug, thiserror::Error)]
@@ -232,7 +160,7 @@ mod tests {
     #[tokio::test]
     async fn token_identifies_a_node_only_with_account_audience_and_node() {
         hanse_identity::tls::install_provider();
-        let config = Config::new("https://127.0.0.1:1".parse().expect("an address"));
+        let config = kube::Config::new("https://127.0.0.1:1".parse().expect("an address"));
         let agents = AgentAccount {
             namespace: "hanse".to_owned(),
             name: "agent".to_owned(),

@@ -13,7 +13,8 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hanse_identity::keys::Credentials;
 use hanse_identity::{Identity, tls};
-use hanse_member::api_server::{Access, AgentAccount, ConfigMapName};
+use hanse_kubernetes::Access;
+use hanse_member::api_server::{AgentAccount, ConfigMapName};
 use hanse_member::fanout::{
     NodeRecord, NodeToken, create_node_token, list_node_tokens, list_nodes, revoke_node, revoke_node_token,
 };

@@ -13,7 +13,7 @@ use kube::{Api, Client};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::access::answered;
+use hanse_kubernetes::answered;
 
 /// The name of the Lease.
 pub const LEASE: &str = "hanse-hub-operator";
@@ -103,7 +103,7 @@ impl Election {
         let Some(mut lease) = answered(self.api.get_opt(LEASE)).await? else {
             let metadata = ObjectMeta { name: Some(LEASE.to_owned()), ..ObjectMeta::default() };
             let spec = LeaseSpec { acquire_time: now.clone(), ..LeaseSpec::default() };
-            let lease = Lease { metadata, spec: Some(self.held(spec, now)) };
+            let lease = Lease { metadata, spec: Some(self.taken(spec, now)) };
             answered(self.api.create(&PostParams::default(), &lease)).await?;
             return Ok(true);
         };
@@ -129,12 +129,12 @@ impl Election {
             spec.lease_transitions = Some(spec.lease_transitions.unwrap_or_default().saturating_add(1));
         }
         // Fails where another candidate was faster: the version is compared.
-        lease.spec = Some(self.held(spec, now));
+        lease.spec = Some(self.taken(spec, now));
         answered(self.api.replace(LEASE, &PostParams::default(), &lease)).await?;
         Ok(true)
     }
 
-    fn held(&self, spec: LeaseSpec, now: Option<MicroTime>) -> LeaseSpec {
+    fn taken(&self, spec: LeaseSpec, now: Option<MicroTime>) -> LeaseSpec {
         let seconds = i32::try_from(DURATION.as_secs()).ok();
         LeaseSpec {
             holder_identity: Some(self.identity.clone()),

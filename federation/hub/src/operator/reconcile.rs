@@ -22,13 +22,13 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::access::answered;
 use super::objects::{self, FINALIZER, KINDS, applied, has_finalizer};
 use super::status::{Difference, Facts, Refusal, State, compare, refusal};
 use crate::administration::{Administration, OperatorEdit};
 use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::{ChangeError, Registry};
 use crate::status::Realisations;
+use hanse_kubernetes::answered;
 
 /// The owner of the fields that the operator writes.
 const FIELD_MANAGER: &str = "hanse-operator";

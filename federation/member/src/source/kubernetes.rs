@@ -26,7 +26,7 @@ use self::collection::{COLLECTIONS, Collection, DEFINITIONS};
 use self::forgetting::Requests;
 use self::report::{Definition, Report, State};
 use super::{Event, Objects, Source};
-use crate::api_server::Access;
+use hanse_kubernetes::Access;
 
 pub use self::forgetting::{forget, kept_objects};
 
@@ -124,7 +124,8 @@ impl Kubernetes {
             State::NotServed => {
                 status.is_not_served = true;
                 let message = format!(
-                    "not read: its CustomResourceDefinition does not serve the version {}; its objects are not in force",
+                    "not read: the API server does not serve the version {} of its CustomResourceDefinition; only objects that were read before \
+                     are in force",
                     of.version
                 );
                 status.report(Some(message), events);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{Directory, Kubernetes, Source};
-use crate::api_server::Access;
+use hanse_kubernetes::Access;
 
 /// Where the objects of a cluster are.
 #[derive(Debug, Clone, PartialEq, Eq)]

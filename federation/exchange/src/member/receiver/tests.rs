@@ -99,7 +99,7 @@ fn the_last_version_that_can_be_read_holds_also_across_a_restart() {
 
         let mut restored = Receiver::restore_checked(&receiver.store(), Refusing).expect("whole");
         assert_eq!(in_force(&mut restored), Some(Some(Bytes::from_static(b"1"))), "after a restart");
-        assert!(restored.refused()[&p()].contains(why), "and is still told");
+        assert!(restored.refused()[&p()].contains(why), "and is still reported");
         restored.open();
         send(&mut restored, true, &policy(json, 2, features), 2);
         assert_eq!(in_force(&mut restored), None, "the hub's next word takes nothing away");

@@ -154,11 +154,11 @@ async fn without_a_majority_of_etcd_members_go_on_and_status_states_since_when()
     let member = join(&at("train"), "train", &token, &one.join).await.unwrap();
     let publishing = publish(&member, &one.listen).await;
     let status = async |admin: &mut Admin| admin.status(wire::StatusRequest {}).await.unwrap().into_inner();
-    let until = async |admin: &mut Admin, what: &str, holds: &dyn Fn(&wire::StatusResponse) -> bool| {
+    let until = async |admin: &mut Admin, what: &str, is: &dyn Fn(&wire::StatusResponse) -> bool| {
         let deadline = tokio::time::Instant::now() + SOON * 3;
         loop {
             let now = status(admin).await;
-            if holds(&now) {
+            if is(&now) {
                 return now;
             }
             assert!(tokio::time::Instant::now() < deadline, "{what}: {now:?}");

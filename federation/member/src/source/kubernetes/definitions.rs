@@ -4,7 +4,6 @@
 //! of another system is uninstalled, or a chart with its definitions. Objects that disappear with their definition stay in force.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use futures::StreamExt as _;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -16,13 +15,10 @@ use tokio::sync::{mpsc, watch};
 use super::collection::{COLLECTIONS, DEFINITIONS, Raw};
 use super::follow::{Follower, Step};
 use super::report::{Definition, Report, State};
-use crate::api_server::message;
+use hanse_kubernetes::{ANSWER_WITHIN, message};
 
 /// All definitions, by the name of the collection; `None` before they were listed.
 pub type Definitions = Option<BTreeMap<String, Definition>>;
-
-/// The longest time until the API server refuses.
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 type Partial = PartialObjectMeta<CustomResourceDefinition>;
 

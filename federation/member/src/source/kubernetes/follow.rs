@@ -11,7 +11,7 @@ use kube::core::Status;
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 
-use crate::api_server::message;
+use hanse_kubernetes::message;
 
 /// Objects of one page of a list.
 const PAGE: u32 = 500;
@@ -78,7 +78,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
         Self { api, state: State::Start, backoff, delay: None, is_paged: true }
     }
 
-    /// The next step. Dropping the future before it is ready skips nothing.
+    /// The next step. Dropping the future before it is ready skips nothing, but begins the step again.
     pub async fn next(&mut self) -> Step<K> {
         loop {
             if let Some(delay) = self.delay {

@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hanse_api::stored::used_fields;
 use kube::{Api, Client};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 use super::collection::{Collection, Raw};
 use super::definitions::{self, Definitions};
@@ -17,6 +19,8 @@ use crate::source::{Event, read_object};
 
 /// Objects that are read before other collections have their turn.
 const READ_AT_ONCE: usize = 32;
+/// Deletions within this time are confirmed by one request.
+const CONFIRM_AFTER: Duration = Duration::from_millis(50);
 /// The interval between attempts to find out why objects were deleted.
 const CONFIRM_AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// The interval between look-ups of a definition that is gone, while the watch of definitions does not report it.
@@ -95,6 +99,8 @@ struct Following {
     unseen: HashSet<Arc<Path>>,
     /// Deleted objects of which it is not known whether their definition was deleted.
     unconfirmed: BTreeSet<Arc<Path>>,
+    /// When that is found out, for all of them at once.
+    confirm_at: Instant,
 }
 
 /// The receiver of reports is gone.
@@ -109,7 +115,7 @@ impl From<mpsc::error::SendError<Report>> for Ended {
 impl Following {
     fn new(collection: Collection, scope: Arc<Path>, client: Client, reports: mpsc::Sender<Report>) -> Self {
         let (unreadable, unseen, unconfirmed) = (HashSet::new(), HashSet::new(), BTreeSet::new());
-        Self { collection, scope, client, reports, unreadable, unseen, unconfirmed }
+        Self { collection, scope, client, reports, unreadable, unseen, unconfirmed, confirm_at: Instant::now() }
     }
 
     fn origin(&self, object: &Raw) -> Arc<Path> {
@@ -128,19 +134,21 @@ impl Following {
     /// Ends when the definition of the collection is no longer `uid`, with the current one.
     async fn run(mut self, mut follower: Follower<Raw>, uid: Option<&String>) -> Result<Definition, Ended> {
         loop {
-            let step = tokio::select! {
-                step = follower.next() => Some(step),
-                () = tokio::time::sleep(CONFIRM_AGAIN_AFTER), if !self.unconfirmed.is_empty() => None,
+            // One step, however often deletions are confirmed meanwhile: a step that were begun again each time might never end.
+            let mut next = pin!(follower.next());
+            let step = loop {
+                tokio::select! {
+                    step = &mut next => break step,
+                    () = tokio::time::sleep_until(self.confirm_at), if !self.unconfirmed.is_empty() => {
+                        if let Some(uid) = uid
+                            && let Some(other) = self.confirm_deletions(uid).await?
+                        {
+                            return Ok(other);
+                        }
+                    }
+                }
             };
-            if let Some(step) = step
-                && let Some(other) = self.take(step, uid).await?
-            {
-                return Ok(other);
-            }
-            if let Some(uid) = uid
-                && !self.unconfirmed.is_empty()
-                && let Some(other) = self.confirm_deletions(uid).await?
-            {
+            if let Some(other) = self.take(step, uid).await? {
                 return Ok(other);
             }
         }
@@ -182,11 +190,17 @@ impl Following {
             }
             Step::Deleted(object) => {
                 let origin = self.origin(&object);
-                match uid {
-                    Some(_) => drop(self.unconfirmed.insert(origin)),
-                    None => self.remove([origin]).await?,
+                if uid.is_none() {
+                    self.remove([origin]).await?;
+                } else {
+                    if self.unconfirmed.is_empty() {
+                        self.confirm_at = Instant::now() + CONFIRM_AFTER;
+                    }
+                    self.unconfirmed.insert(origin);
                 }
             }
+            // What cannot be confirmed is a problem, although the watch runs.
+            Step::Alive if !self.unconfirmed.is_empty() => {}
             Step::Alive => self.state(State::Alive).await?,
             Step::Failed(failure) if failure.is_absent && uid.is_some() => self.state(State::NotServed).await?,
             Step::Failed(failure) => self.state(State::Failing(failure.message)).await?,
@@ -240,10 +254,12 @@ impl Following {
             Ok(found) if is_present(&found, uid) => {
                 let deleted = std::mem::take(&mut self.unconfirmed);
                 self.remove(deleted).await?;
+                self.state(State::Alive).await?;
                 Ok(None)
             }
             Ok(found) => Ok(Some(found)),
             Err(error) => {
+                self.confirm_at = Instant::now() + CONFIRM_AGAIN_AFTER;
                 self.state(unconfirmed(&error)).await?;
                 Ok(None)
             }

@@ -1,4 +1,6 @@
-//! Access to the API server of the management cluster.
+//! Access to the API server of a cluster, for the hub's operator and for members.
+//!
+//! A crate of its own, so that only the programs that need it depend on the client.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,7 +12,7 @@ use kube::{Client, Config};
 /// The longest time until the API server accepts a connection, and answers a single request.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
-/// The API server of the management cluster: that of the pod in which the hub runs, or that of a kubeconfig file.
+/// The API server of the cluster: that of the pod in which the process runs, or that of a kubeconfig file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Access {
     /// `None`: the service account of the pod.
@@ -25,6 +27,10 @@ impl Access {
     /// # Errors
     /// When the file, or what it names, cannot be read, or the process does not run in a pod.
     pub async fn client(&self) -> anyhow::Result<Client> {
+        Client::try_from(self.config().await?).context("read the configuration for the API server")
+    }
+
+    async fn config(&self) -> anyhow::Result<Config> {
         let mut config = match &self.kubeconfig {
             Some(path) => {
                 let file = || format!("read {} (--kubeconfig)", path.display());
@@ -33,11 +39,19 @@ impl Access {
                 Config::from_custom_kubeconfig(kubeconfig, &options).await.with_context(file)?
             }
             None => Config::incluster().context(
-                "the service account of the pod: give --kubeconfig where the hub does not run in a pod of its management cluster",
+                "the service account of the pod: give --kubeconfig to a process that does not run in a pod of the cluster",
             )?,
         };
         config.connect_timeout = Some(ANSWER_WITHIN);
-        Client::try_from(config).context("read the configuration for the API server")
+        Ok(config)
+    }
+
+    /// Connects to the API server.
+    ///
+    /// # Errors
+    /// When the configuration cannot be read, or the API server does not answer, or not to this user.
+    pub async fn check(&self) -> anyhow::Result<()> {
+        answered(self.client().await?.apiserver_version()).await.map(drop)
     }
 }
 
@@ -48,8 +62,24 @@ impl Access {
 pub async fn answered<T>(request: impl Future<Output = kube::Result<T>>) -> anyhow::Result<T> {
     let answer = tokio::time::timeout(ANSWER_WITHIN, request).await;
     let answer = answer.with_context(|| format!("no answer of the API server within {} s", ANSWER_WITHIN.as_secs()))?;
-    answer.map_err(|error| match error {
-        kube::Error::Api(status) if !status.message.is_empty() => anyhow::anyhow!(status.message),
-        error => anyhow::Error::new(error),
-    })
+    answer.map_err(|error| anyhow::anyhow!(message(error)))
+}
+
+/// What the API server answered, or why it did not, with all causes.
+pub fn message(error: kube::Error) -> String {
+    let error = match error {
+        kube::Error::Api(status) if !status.message.is_empty() => return status.message,
+        error => error,
+    };
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(error) = source {
+        let message = error.to_string();
+        if !text.contains(&message) {
+            text.push_str(": ");
+            text.push_str(&message);
+        }
+        source = error.source();
+    }
+    text
 }
