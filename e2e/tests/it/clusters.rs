@@ -10,6 +10,7 @@ use kube::Error;
 use kube::api::{Api, ListParams, WatchParams};
 use serde_json::Value;
 
+pub mod east;
 mod enforcement;
 pub mod nodes;
 mod operated;

@@ -1,25 +1,19 @@
 //! A release in a cluster whose pods run: with the arguments, files, service accounts and rights that the chart renders.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Instant;
 
 use hanse_e2e::fabric::Fabric;
 use hanse_e2e::kubernetes::crds::{self, Calico};
-use hanse_e2e::kubernetes::kubelet::Programs;
-use hanse_e2e::kubernetes::{
-    ApiServer, Controllers, Etcd, Kubelet, Options, kubeconfig, kubelet, manifests, run, until,
-};
-use hanse_e2e::namespace::Namespace;
+use hanse_e2e::kubernetes::{kubeconfig, run, until};
 use hanse_e2e::probe::{self, Observed};
 use hanse_e2e::process::Process;
 use hanse_e2e::sandbox;
-use hanse_e2e::world::{Cluster, Node};
 use hanse_member::api_server::{AgentAccount, ReviewError, Reviewer};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use k8s_openapi::api::core::v1::{Pod, Secret};
@@ -27,9 +21,9 @@ use kube::api::{Api, DeleteParams, ListParams, PostParams};
 use serde_json::{Value, json};
 
 use super::{NAMESPACE, PATIENCE, Release, complete, list, rendered, set, success};
+use crate::clusters::east::{East, WORKLOADS, world};
 use crate::clusters::nodes::{addresses, is_ready};
 
-const PORT: u16 = 8080;
 /// How many members run at once to find out which rights they need.
 const BATCH: usize = 27;
 
@@ -49,27 +43,6 @@ kind: Namespace
 metadata: {name: hanse}
 ";
 
-const WORKLOADS: &str = "apiVersion: apps/v1
-kind: Deployment
-metadata: {name: web, namespace: default}
-spec:
-  replicas: 2
-  selector: {matchLabels: {app: web}}
-  template:
-    metadata: {labels: {app: web}}
-    spec:
-      topologySpreadConstraints:
-      - {maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: DoNotSchedule, labelSelector: {matchLabels: {app: web}}}
-      containers: [{name: web, image: web, ports: [{name: http, containerPort: 8080}]}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: client, namespace: default, labels: {app: client}}
-spec:
-  nodeName: b
-  containers: [{name: client, image: client, ports: [{containerPort: 8080}]}]
-";
-
 const CLOSED: &str = "apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata: {name: web, namespace: default}
@@ -85,71 +58,9 @@ spec:
   ingress: [{from: [{podSelector: {matchLabels: {app: client}}}]}]
 ";
 
-fn world() -> Cluster {
-    let node = |name: &str, number: u8| Node {
-        name: name.to_owned(),
-        addresses: vec![[172, 20, 0, number].into()],
-        pod_ranges: vec![format!("10.20.{number}.0/24").parse().expect("a range")],
-    };
-    Cluster {
-        name: "east".to_owned(),
-        directory: PathBuf::new(),
-        nodes: vec![node("a", 1), node("b", 2)],
-        pods: Vec::new(),
-    }
-}
-
-/// A cluster whose pods run the programs of the images.
-struct East<'a> {
-    server: ApiServer,
-    client: kube::Client,
-    kubelets: BTreeMap<String, Kubelet>,
-    programs: Programs,
-    scratch: &'a Path,
-    _controllers: Controllers,
-}
-
-impl<'a> East<'a> {
-    async fn start(world: &Cluster, fabric: &Fabric, scratch: &'a Path) -> Self {
-        let etcd = Etcd::start().expect("etcd starts");
-        // Where every node reaches the router.
-        let options = Options::new(&world.name).listen([169, 254, 2, 1].into());
-        let server = ApiServer::start(&etcd, options).await.expect("it is ready");
-        let mut controllers = Controllers::start(&server).await.expect("they work");
-        controllers.start_scheduler(&server).expect("it starts");
-        let client = server.client().await.expect("a client");
-        let programs = Programs::new(&crate::system::programs(), scratch);
-        let mut east = Self { server, client, kubelets: BTreeMap::new(), programs, scratch, _controllers: controllers };
-        for node in &world.nodes {
-            let network = fabric.shared_node(&world.name, &node.name).expect("it is built");
-            let workload = Arc::new(east.programs.clone());
-            let kubelet = Kubelet::start_with(&east.server, network, node.into(), workload).await;
-            east.kubelets.insert(node.name.clone(), kubelet.expect("it registers"));
-        }
-        east
-    }
-
-    async fn apply(&self, text: &str) {
-        manifests::apply(&self.client, "test", text).await.expect("it is applied");
-    }
-
+impl East {
     fn kubectl(&self, arguments: &[&str], input: &str) -> String {
         success(self.server.kubectl().expect("kubectl").args(arguments), input)
-    }
-
-    fn pods(&self, namespace: &str) -> Api<Pod> {
-        Api::namespaced(self.client.clone(), namespace)
-    }
-
-    async fn ready(&self, namespace: &str, label: &str, count: usize) -> Vec<Pod> {
-        let mut pods = Vec::new();
-        let all = until(PATIENCE, async || {
-            let listed = self.pods(namespace).list(&ListParams::default().labels(label)).await;
-            pods = listed.expect("a list").items;
-            pods.len() == count && pods.iter().all(is_ready)
-        });
-        assert!(all.await.is_some(), "{count} pods with {label} are ready: {pods:#?}\n{}", self.logs());
-        pods
     }
 
     async fn ready_component(&self, component: &str, count: usize) -> Vec<Pod> {
@@ -168,29 +79,8 @@ impl<'a> East<'a> {
         self.ready_component(component, 1).await.remove(0)
     }
 
-    /// The end of every log.
-    fn logs(&self) -> String {
-        let mut logs = String::new();
-        for file in fs::read_dir(self.scratch.join("logs")).into_iter().flatten().flatten() {
-            let text = fs::read_to_string(file.path()).unwrap_or_default();
-            let lines: Vec<&str> = text.lines().collect();
-            logs.push_str(&format!(
-                "{}:\n{}\n",
-                file.path().display(),
-                lines[lines.len().saturating_sub(12)..].join("\n")
-            ));
-        }
-        logs
-    }
-
     fn claim(&self, name: &str) -> PathBuf {
         self.scratch.join("claims/east").join(NAMESPACE).join(name)
-    }
-
-    fn network(&self, pod: &Pod) -> Arc<Namespace> {
-        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).expect("it is bound");
-        let (namespace, name) = (pod.metadata.namespace.as_deref(), pod.metadata.name.as_deref());
-        self.kubelets[node].pod(namespace.expect("a namespace"), name.expect("a name")).expect("it runs")
     }
 
     /// `hanse` of the hub's image, as with `kubectl exec` in the hub's pod.
@@ -198,18 +88,6 @@ impl<'a> East<'a> {
         let mut command = Command::new(crate::system::programs().join("hanse"));
         command.arg("--context").arg(self.claim("data-hanse-hub-0").join("hub/admin.context")).args(arguments);
         self.network(hub).enter(|| success(&mut command, ""))
-    }
-
-    fn observe(&self, from: &Pod, to: &Pod) -> Observed {
-        let title = kubelet::title("east", "default", to.metadata.name.as_deref().expect("a name"));
-        probe::tcp(&self.network(from), SocketAddr::new(addresses(to)[0], PORT), &title)
-    }
-
-    async fn until_observed(&self, from: &Pod, to: &[Pod], expected: Observed) {
-        let start = Instant::now();
-        let is = until(PATIENCE, async || to.iter().all(|to| self.observe(from, to) == expected)).await;
-        assert!(is.is_some(), "packets are {expected:?}: {}", self.logs());
-        println!("{expected:?} after {:?}", start.elapsed());
     }
 
     /// Whether a listener of a pod can be reached from another.
@@ -258,7 +136,7 @@ fn installed_release_enforces_with_the_rights_of_the_chart() {
 }
 
 /// In the order of the notes: hub, token, member and agents.
-async fn installs(east: &East<'_>) -> Pod {
+async fn installs(east: &East) -> Pod {
     east.apply(VOLUMES).await;
     let (release, start) = (Release { server: &east.server }, Instant::now());
     release.helm(&["install", "hanse"], Some(&values(None)));
@@ -280,7 +158,7 @@ async fn installs(east: &East<'_>) -> Pod {
     hub
 }
 
-async fn enforces(east: &East<'_>, hub: &Pod) {
+async fn enforces(east: &East, hub: &Pod) {
     east.apply(WORKLOADS).await;
     let web = east.ready("default", "app=web", 2).await;
     let client = &east.ready("default", "app=client", 1).await[0];
@@ -299,7 +177,7 @@ async fn enforces(east: &East<'_>, hub: &Pod) {
 }
 
 /// A member that is rescheduled needs no new token, and its agents do not enrol again.
-async fn keeps_its_state(east: &East<'_>, hub: &Pod) {
+async fn keeps_its_state(east: &East, hub: &Pod) {
     let secrets: Api<Secret> = Api::namespaced(east.client.clone(), NAMESPACE);
     secrets.delete("hanse-join", &DeleteParams::default()).await.expect("it is deleted");
     let member = east.ready_component("member", 1).await.remove(0);
@@ -405,7 +283,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// Each right of the member's roles is taken away in turn, and the member's log names it. One that is not missed is superfluous.
-async fn needs_its_rights(east: &East<'_>, fabric: &Fabric) {
+async fn needs_its_rights(east: &East, fabric: &Fabric) {
     // The kinds that a member reads where they exist; and no authority, which each member then writes.
     for calico in [Calico::V3, Calico::Stored] {
         east.apply(&calico.definitions()).await;

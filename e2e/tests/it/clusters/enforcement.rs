@@ -1,26 +1,19 @@
 //! A member and its agents as pods of a cluster: with service accounts, roles and nothing else. What `kubectl apply` says becomes
 //! verdicts on packets.
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use hanse_e2e::deployment::Deployment;
 use hanse_e2e::fabric::Fabric;
-use hanse_e2e::kubernetes::kubelet::Programs;
-use hanse_e2e::kubernetes::{ApiServer, Controllers, Etcd, Kubelet, Options, kubelet, manifests, run, until};
-use hanse_e2e::namespace::Namespace;
-use hanse_e2e::probe::{self, Observed};
+use hanse_e2e::kubernetes::{run, until};
+use hanse_e2e::probe::Observed;
 use hanse_e2e::sandbox;
-use hanse_e2e::world::{Cluster, Node};
-use k8s_openapi::api::core::v1::{Node as NodeObject, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
-use kube::api::{Api, DeleteParams, ListParams};
+use kube::api::{Api, DeleteParams};
 
-use super::nodes::{PATIENCE, addresses, is_ready};
-
-const PORT: u16 = 8080;
+use super::east::{East, WORKLOADS, world};
+use super::nodes::PATIENCE;
 
 /// What the member and the agents need of the cluster, and run with.
 const HANSE: &str = "apiVersion: v1
@@ -123,32 +116,6 @@ spec:
         projected: {sources: [{serviceAccountToken: {audience: hanse-member, path: token, expirationSeconds: 3600}}]}
 ";
 
-const WORKLOADS: &str = "apiVersion: apps/v1
-kind: Deployment
-metadata: {name: web, namespace: default}
-spec:
-  replicas: 2
-  selector: {matchLabels: {app: web}}
-  template:
-    metadata: {labels: {app: web}}
-    spec:
-      topologySpreadConstraints:
-      - {maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: DoNotSchedule, labelSelector: {matchLabels: {app: web}}}
-      containers: [{name: web, image: web, ports: [{name: http, containerPort: 8080}]}]
----
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: client, namespace: default}
-spec:
-  replicas: 1
-  selector: {matchLabels: {app: client}}
-  template:
-    metadata: {labels: {app: client}}
-    spec:
-      nodeSelector: {kubernetes.io/hostname: b}
-      containers: [{name: client, image: client, ports: [{containerPort: 8080}]}]
-";
-
 fn policy(from: &str) -> String {
     format!(
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: web, namespace: default}}\n\
@@ -156,49 +123,7 @@ fn policy(from: &str) -> String {
     )
 }
 
-pub(super) fn world() -> Cluster {
-    let node = |name: &str, number: u8| Node {
-        name: name.to_owned(),
-        addresses: vec![[172, 20, 0, number].into()],
-        pod_ranges: vec![format!("10.20.{number}.0/24").parse().expect("a range")],
-    };
-    Cluster {
-        name: "east".to_owned(),
-        directory: std::path::PathBuf::new(),
-        nodes: vec![node("a", 1), node("b", 2)],
-        pods: Vec::new(),
-    }
-}
-
-/// A cluster whose pods run.
-pub(super) struct East {
-    pub(super) server: ApiServer,
-    pub(super) client: kube::Client,
-    kubelets: BTreeMap<String, Kubelet>,
-    programs: Programs,
-    _controllers: Controllers,
-}
-
 impl East {
-    pub(super) async fn start(world: &Cluster, fabric: &Fabric, scratch: &std::path::Path) -> Self {
-        let etcd = Etcd::start().expect("etcd starts");
-        // Where every node reaches the router.
-        let options = Options::new(&world.name).listen([169, 254, 2, 1].into());
-        let server = ApiServer::start(&etcd, options).await.expect("it is ready");
-        let mut controllers = Controllers::start(&server).await.expect("they work");
-        controllers.start_scheduler(&server).expect("it starts");
-        let client = server.client().await.expect("a client");
-        let programs = Programs::new(&crate::system::programs(), scratch);
-        let mut east = Self { server, client, kubelets: BTreeMap::new(), programs, _controllers: controllers };
-        for node in &world.nodes {
-            let network = fabric.shared_node(&world.name, &node.name).expect("it is built");
-            let workload = Arc::new(east.programs.clone());
-            let kubelet = Kubelet::start_with(&east.server, network, node.into(), workload).await;
-            east.kubelets.insert(node.name.clone(), kubelet.expect("it registers"));
-        }
-        east
-    }
-
     /// Lets the cluster join, runs its member and agents until these enforce, and the workloads: web and client.
     pub(super) async fn deploy(&self, system: &Deployment<'_>) -> (Vec<Pod>, Vec<Pod>) {
         let token = system.hanse(&["token", "create", "--cluster", "east"]).expect("a token");
@@ -222,58 +147,6 @@ impl East {
         });
         assert!(enforced.await.is_some(), "{}", system.hanse(&["status"]).unwrap_or_default());
         pods
-    }
-
-    pub(super) async fn apply(&self, text: &str) {
-        manifests::apply(&self.client, "test", text).await.expect("it is applied");
-    }
-
-    fn pods(&self, namespace: &str) -> Api<Pod> {
-        Api::namespaced(self.client.clone(), namespace)
-    }
-
-    async fn ready(&self, namespace: &str, label: &str, count: usize) -> Vec<Pod> {
-        let mut pods = Vec::new();
-        let all = until(PATIENCE, async || {
-            let listed = self.pods(namespace).list(&ListParams::default().labels(label)).await;
-            pods = listed.expect("a list").items;
-            pods.len() == count && pods.iter().all(is_ready)
-        });
-        if all.await.is_none() {
-            let logs: Vec<String> = pods.iter().map(|pod| self.log(pod)).collect();
-            panic!("{count} pods with {label} are ready: {pods:#?}\n{}", logs.join("\n---\n"));
-        }
-        pods
-    }
-
-    fn log(&self, pod: &Pod) -> String {
-        let (namespace, name) = (pod.metadata.namespace.as_deref(), pod.metadata.name.as_deref());
-        let container = pod.spec.as_ref().map_or("", |spec| &spec.containers[0].name);
-        self.programs.log(namespace.unwrap_or_default(), name.unwrap_or_default(), container)
-    }
-
-    fn network(&self, pod: &Pod) -> Arc<Namespace> {
-        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).expect("it is bound");
-        let name = pod.metadata.name.as_deref().expect("a name");
-        self.kubelets[node].pod("default", name).expect("it runs")
-    }
-
-    fn observe(&self, from: &Pod, to: &Pod) -> Observed {
-        let title = kubelet::title("east", "default", to.metadata.name.as_deref().expect("a name"));
-        probe::tcp(&self.network(from), SocketAddr::new(addresses(to)[0], PORT), &title)
-    }
-
-    /// Waits until packets from one pod to all others are judged so. Returns how long that took.
-    pub(super) async fn until_observed(&self, from: &Pod, to: &[Pod], expected: Observed) -> Duration {
-        let start = Instant::now();
-        let is = until(PATIENCE, async || to.iter().all(|to| self.observe(from, to) == expected)).await;
-        if is.is_none() {
-            let mut hanse = self.pods("hanse").list(&ListParams::default()).await.expect("a list").items;
-            hanse.retain(|pod| pod.metadata.name.is_some());
-            let logs: Vec<String> = hanse.iter().map(|pod| self.log(pod)).collect();
-            panic!("packets are {expected:?}: {}", logs.join("\n---\n"));
-        }
-        start.elapsed()
     }
 }
 
@@ -318,8 +191,20 @@ fn applied_policies_become_verdicts() {
                 policies.delete("web", &DeleteParams::default()).await.expect("deleted");
                 println!("open after {:?}", east.until_observed(client, &more, Observed::Open).await);
                 // A revoked node does not enrol again with the token of its pod.
-                let nodes: Api<NodeObject> = Api::all(east.client.clone());
-                assert_eq!(nodes.list(&ListParams::default()).await.expect("a list").items.len(), 2);
+                let member = &east.ready("hanse", "app=hanse-member", 1).await[0];
+                let uid = member.metadata.uid.as_deref().expect("a uid");
+                let data = scratch.path().join("volumes").join(uid).join("data/member");
+                // As the user of the member, whose files they are.
+                let mut revoke = std::process::Command::new("setpriv");
+                revoke.args(["--reuid=65532", "--regid=65532", "--clear-groups"]);
+                revoke.arg(crate::system::programs().join("hanse-member"));
+                let revoked = revoke.args(["node", "revoke", "b", "--data"]).arg(&data).output().expect("it runs");
+                assert!(revoked.status.success(), "{revoked:?}");
+                let is_refused = until(PATIENCE, async || east.logs().contains("node b was revoked")).await;
+                assert!(is_refused.is_some(), "{}", east.logs());
+                let status = system.hanse(&["status", "-o", "json"]).expect("the status");
+                let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
+                assert_eq!(status["items"][0]["agentsCurrent"], 1);
             });
         });
     });

@@ -14,7 +14,7 @@ use kube::Api;
 use kube::api::Patch;
 use serde_json::{Value, json};
 
-use super::enforcement::{East, world};
+use super::east::{East, world};
 use super::nodes::PATIENCE;
 
 const POLICIES: &str = "apiVersion: hanse.dev/v1alpha1
