@@ -120,11 +120,12 @@ impl Connection {
     {
         let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(500));
         let mut authenticated = false;
-        let mut last = "no node was tried".to_owned();
+        let mut last = None;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let seconds = self.url.timeout.as_secs();
+                let last = last.unwrap_or_else(|| "no node was tried".to_owned());
                 let text = format!(
                     "no node answered within {seconds} s (last: {last}); check the network, and that a majority of etcd's \
                      nodes is running"
@@ -135,13 +136,14 @@ impl Connection {
             let current = match timeout(attempt, self.current()).await {
                 Ok(Ok(current)) => current,
                 Ok(Err(CallError::Failure(Failure::Node(text) | Failure::Busy(text)))) => {
-                    last = text;
+                    last = Some(text);
                     tokio::time::sleep(backoff.next_delay().min(left)).await;
                     continue;
                 }
                 Ok(Err(error)) => return Err(error),
                 Err(_) => {
-                    last = "a node did not accept a connection".to_owned();
+                    // The end of the operation may have cut this attempt: what a node said before says more.
+                    last.get_or_insert_with(|| "a node did not accept a connection".to_owned());
                     continue;
                 }
             };
@@ -151,8 +153,8 @@ impl Connection {
                 Err(_) => Failure::Node(format!("no answer within {:.0} s", attempt.as_secs_f64())),
             };
             match failure {
-                Failure::Node(text) => last = self.failed(current.generation, &text).await,
-                Failure::Busy(text) => last = text,
+                Failure::Node(text) => last = Some(self.failed(current.generation, &text).await),
+                Failure::Busy(text) => last = Some(text),
                 Failure::Token if !authenticated => {
                     authenticated = true;
                     self.forget(current.generation).await;
