@@ -517,6 +517,10 @@ impl Backend for Nftables {
             Err(BatchError::Io(error)) => return Err(Error::Access(error)),
             Err(BatchError::Refused(refused)) => return Err(Error::Refused(in_words(&refused))),
         }
+        // Otherwise no pod would ever answer, and the pods would be reported for it.
+        probe::check().map_err(|error| {
+            Error::Access(std::io::Error::new(error.kind(), format!("open a raw socket (capability NET_RAW): {error}")))
+        })?;
         let own = interfaces::own_addresses().map_err(Error::Access)?;
         self.probed_across.clear();
         for endpoint in endpoints {

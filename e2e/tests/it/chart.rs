@@ -262,7 +262,7 @@ fn pods_have_the_least_privileges() {
                 let at = format!("{at}: {}", container["name"]);
                 let security = &container["securityContext"];
                 assert_eq!(security["capabilities"]["drop"], json!(["ALL"]), "{at}");
-                let added = if is_agent { json!(["NET_ADMIN"]) } else { Value::Null };
+                let added = if is_agent { json!(["NET_ADMIN", "NET_RAW"]) } else { Value::Null };
                 assert_eq!(security["capabilities"]["add"], added, "{at}");
                 assert_eq!(security["readOnlyRootFilesystem"], json!(true), "{at}");
                 assert_eq!(security["allowPrivilegeEscalation"], json!(false), "{at}");

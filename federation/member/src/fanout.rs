@@ -29,7 +29,8 @@ use hanse_runtime::shutdown::Shutdown;
 use tokio_util::sync::CancellationToken;
 
 pub use enrol::{
-    Created, NodeToken, NodeTokenError, create_node_token, list_node_tokens, list_nodes, revoke_node, revoke_node_token,
+    Created, NodeToken, NodeTokenError, allow_node, create_node_token, list_node_tokens, list_nodes, revoke_node,
+    revoke_node_token,
 };
 pub use nodes::NodeRecord;
 pub use state::{Fanout, FanoutError};

@@ -16,7 +16,7 @@ use hanse_identity::{Identity, tls};
 use hanse_kubernetes::Access;
 use hanse_member::api_server::{AgentAccount, ConfigMapName};
 use hanse_member::fanout::{
-    NodeRecord, NodeToken, create_node_token, list_node_tokens, list_nodes, revoke_node, revoke_node_token,
+    NodeRecord, NodeToken, allow_node, create_node_token, list_node_tokens, list_nodes, revoke_node, revoke_node_token,
 };
 use hanse_member::flows::{self, Party, Record};
 use hanse_member::process::{self, Options};
@@ -139,6 +139,14 @@ enum NodeCommand {
     /// Revoke a node and its tokens. A running member closes the node's stream within two seconds. A new token enrols the node
     /// again.
     Revoke {
+        /// Directory of the member's files.
+        #[arg(long)]
+        data: PathBuf,
+        /// Name of the node.
+        node: String,
+    },
+    /// Let a revoked node enrol again with a token of its service account. Its former keys stay refused.
+    Allow {
         /// Directory of the member's files.
         #[arg(long)]
         data: PathBuf,
@@ -576,6 +584,7 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
             let nodes = list_nodes(&data)?;
             let state = |node: &NodeRecord| match (node.revoked, node.ends_at() < SystemTime::now()) {
                 (true, _) => "revoked",
+                _ if node.is_awaited() => "may enrol",
                 (false, true) => "certificate ended",
                 (false, false) => "enrolled",
             };
@@ -591,6 +600,11 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
                 let one = |(node, enrolled_at, ends_at, state)| json!({"node": node, "enrolledAt": enrolled_at, "certificateEndsAt": ends_at, "state": state});
                 print_list(output, "EnrolledNodeList", rows.map(one))?;
             }
+        }
+        NodeCommand::Allow { data, node } => {
+            check_joined(&data)?;
+            allow_node(&data, &node)?;
+            text::line(format_args!("node {node} may enrol again"))?;
         }
         NodeCommand::Revoke { data, node } => {
             check_joined(&data)?;

@@ -59,6 +59,15 @@ fn own_address_towards(to: IpAddr) -> io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
+/// Whether this process may send probes, which needs the capability NET_RAW.
+///
+/// # Errors
+/// Why the system refuses.
+pub fn check() -> io::Result<()> {
+    socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)?;
+    Ok(())
+}
+
 /// A raw socket of this protocol number takes whole packets, with their header.
 fn send(family: AddressFamily, packet: &[u8], to: &dyn SockaddrLike) -> io::Result<()> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;

@@ -104,7 +104,7 @@ spec:
         args: [run, --node, $(NODE), --member, '172.20.0.1:7500', --enrol, '172.20.0.1:7501', --data, /var/lib/hanse/agent,
                --service-account-token, /var/run/hanse/token, --authority, /etc/hanse/authority.pem]
         env: [{name: NODE, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}]
-        securityContext: {readOnlyRootFilesystem: true, allowPrivilegeEscalation: false, capabilities: {drop: [ALL], add: [NET_ADMIN]}}
+        securityContext: {readOnlyRootFilesystem: true, allowPrivilegeEscalation: false, capabilities: {drop: [ALL], add: [NET_ADMIN, NET_RAW]}}
         volumeMounts:
         - {name: data, mountPath: /var/lib/hanse}
         - {name: token, mountPath: /var/run/hanse, readOnly: true}

@@ -29,12 +29,23 @@ pub struct Election {
     identity: String,
     /// The version of the Lease of another holder, and since when it has not changed.
     observed: Option<(Option<String>, Instant)>,
+    /// The version that the last renewal got.
+    version: Option<u64>,
+}
+
+/// What an attempt to acquire or renew the Lease found.
+enum Attempt {
+    Acquired,
+    /// Another process has it.
+    Taken,
+    /// Versions have gone back: the API server was restored from a backup, and what was read before may not exist any more.
+    Restored,
 }
 
 impl Election {
     /// The Lease is in the default namespace of the client.
     pub fn new(client: Client, identity: String) -> Self {
-        Self { api: Api::default_namespaced(client), identity, observed: None }
+        Self { api: Api::default_namespaced(client), identity, observed: None, version: None }
     }
 
     /// Waits until this process has the Lease; returns since when.
@@ -43,11 +54,11 @@ impl Election {
         loop {
             let started = Instant::now();
             match self.attempt().await {
-                Ok(true) => {
+                Ok(Attempt::Acquired) => {
                     info!(identity = self.identity, lease = LEASE, "operator is the leader");
                     return started;
                 }
-                Ok(false) => failing = false,
+                Ok(Attempt::Taken | Attempt::Restored) => failing = false,
                 Err(error) if !failing => {
                     failing = true;
                     let error = format!("{error:#}");
@@ -69,8 +80,14 @@ impl Election {
                 (started, self.attempt().await)
             };
             match tokio::time::timeout_at(renewed + RENEW_WITHIN, renewal).await {
-                Ok((started, Ok(true))) => renewed = started,
-                Ok((_, Ok(false))) => {
+                Ok((started, Ok(Attempt::Acquired))) => renewed = started,
+                Ok((_, Ok(Attempt::Restored))) => {
+                    return warn!(
+                        lease = LEASE,
+                        "the API server was restored from a backup: all objects are read again"
+                    );
+                }
+                Ok((_, Ok(Attempt::Taken))) => {
                     return warn!(identity = self.identity, lease = LEASE, "another hub has taken the Lease");
                 }
                 Ok((_, Err(error))) => {
@@ -97,15 +114,15 @@ impl Election {
         }
     }
 
-    /// Acquires or renews the Lease. False: another process has it.
-    async fn attempt(&mut self) -> anyhow::Result<bool> {
+    /// Acquires or renews the Lease.
+    async fn attempt(&mut self) -> anyhow::Result<Attempt> {
         let now = Some(MicroTime(Timestamp::now()));
         let Some(mut lease) = answered(self.api.get_opt(LEASE)).await? else {
             let metadata = ObjectMeta { name: Some(LEASE.to_owned()), ..ObjectMeta::default() };
             let spec = LeaseSpec { acquire_time: now.clone(), ..LeaseSpec::default() };
             let lease = Lease { metadata, spec: Some(self.taken(spec, now)) };
-            answered(self.api.create(&PostParams::default(), &lease)).await?;
-            return Ok(true);
+            let created = answered(self.api.create(&PostParams::default(), &lease)).await?;
+            return Ok(self.acquired(&created));
         };
         let mut spec = lease.spec.take().unwrap_or_default();
         let holder = spec.holder_identity.take().filter(|it| !it.is_empty());
@@ -116,12 +133,12 @@ impl Election {
                     Some((observed, since)) if observed == version => {
                         let seconds = spec.lease_duration_seconds.and_then(|it| u64::try_from(it).ok());
                         if since.elapsed() < seconds.map_or(DURATION, Duration::from_secs) {
-                            return Ok(false);
+                            return Ok(Attempt::Taken);
                         }
                     }
                     _ => {
                         self.observed = Some((version.clone(), Instant::now()));
-                        return Ok(false);
+                        return Ok(Attempt::Taken);
                     }
                 }
             }
@@ -130,8 +147,14 @@ impl Election {
         }
         // Fails where another candidate was faster: the version is compared.
         lease.spec = Some(self.taken(spec, now));
-        answered(self.api.replace(LEASE, &PostParams::default(), &lease)).await?;
-        Ok(true)
+        let renewed = answered(self.api.replace(LEASE, &PostParams::default(), &lease)).await?;
+        Ok(self.acquired(&renewed))
+    }
+
+    fn acquired(&mut self, lease: &Lease) -> Attempt {
+        let version = lease.metadata.resource_version.as_deref().and_then(|it| it.parse().ok());
+        let before = std::mem::replace(&mut self.version, version);
+        if version < before { Attempt::Restored } else { Attempt::Acquired }
     }
 
     fn taken(&self, spec: LeaseSpec, now: Option<MicroTime>) -> LeaseSpec {

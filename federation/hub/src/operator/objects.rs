@@ -57,6 +57,14 @@ pub fn applied(kind: Kind, object: &DynamicObject, fields: &Value) -> Value {
     applied
 }
 
+/// A merge patch that removes the finalizer from this version of an object. Not a server-side apply: that removes only what no other
+/// manager owns, and a backup that was restored with the finalizer owns it too.
+pub fn released(object: &DynamicObject) -> Value {
+    let rest: Vec<&String> = object.finalizers().iter().filter(|it| *it != FINALIZER).collect();
+    let (uid, version) = (&object.metadata.uid, &object.metadata.resource_version);
+    json!({"metadata": {"uid": uid, "resourceVersion": version, "finalizers": rest}})
+}
+
 pub fn has_finalizer(object: &DynamicObject) -> bool {
     object.finalizers().iter().any(|it| it == FINALIZER)
 }

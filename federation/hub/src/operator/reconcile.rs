@@ -50,6 +50,15 @@ pub struct Reconciler {
     listing: HashMap<Kind, BTreeMap<ObjectId, Tracked>>,
 }
 
+enum Write {
+    /// A server-side apply of the status.
+    Status(Value),
+    /// A server-side apply of the finalizer.
+    Finalizer(Value),
+    /// A merge patch that removes the finalizer.
+    Release(Value),
+}
+
 enum Patched {
     Made(Box<DynamicObject>),
     Gone,
@@ -169,22 +178,24 @@ impl Reconciler {
         let lacks = |it: &Tracked| !it.is_leaving() && !has_finalizer(&it.object) && it.may_write(now);
         let all = KINDS.iter().flat_map(|kind| self.ready(*kind)).filter(|(_, it)| lacks(it));
         let fields = json!({"finalizers": [FINALIZER]});
-        let patches = all.map(|(id, it)| (id.clone(), applied(id.kind, &it.object, &fields), false)).collect();
+        let patches =
+            all.map(|(id, it)| (id.clone(), Write::Finalizer(applied(id.kind, &it.object, &fields)))).collect();
         self.patch(patches).await.1
     }
 
-    /// Sends server-side applies; returns which were made. An object that is gone or replaced is left to the watch. One that the API
+    /// Sends writes; returns which were made. An object that is gone or replaced is left to the watch. One that the API
     /// server refuses is tried again later, and does not keep the others waiting.
-    async fn patch(&mut self, patches: Vec<(ObjectId, Value, bool)>) -> (Vec<ObjectId>, anyhow::Result<()>) {
+    async fn patch(&mut self, patches: Vec<(ObjectId, Write)>) -> (Vec<ObjectId>, anyhow::Result<()>) {
         let client = &self.client;
-        let send = |(id, patch, is_status): (ObjectId, Value, bool)| async move {
+        let send = |(id, write): (ObjectId, Write)| async move {
             let resource = objects::resource(id.kind).context("the kind is reconciled")?;
             let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
-            let (parameters, patch) = (PatchParams::apply(FIELD_MANAGER).force(), Patch::Apply(patch));
+            let applying = PatchParams::apply(FIELD_MANAGER).force();
             let patching = async {
-                let patched = match is_status {
-                    true => api.patch_status(&id.name, &parameters, &patch).await,
-                    false => api.patch(&id.name, &parameters, &patch).await,
+                let patched = match write {
+                    Write::Status(status) => api.patch_status(&id.name, &applying, &Patch::Apply(status)).await,
+                    Write::Finalizer(fields) => api.patch(&id.name, &applying, &Patch::Apply(fields)).await,
+                    Write::Release(rest) => api.patch(&id.name, &PatchParams::default(), &Patch::Merge(rest)).await,
                 };
                 match patched {
                     Ok(object) => Ok(Patched::Made(Box::new(object))),
@@ -311,7 +322,7 @@ impl Reconciler {
                     }
                 }
                 if let Some(tracked) = self.tracked.get(&id).filter(|it| it.may_write(Instant::now())) {
-                    released.push((id, applied(*kind, &tracked.object, &json!({})), false));
+                    released.push((id, Write::Release(objects::released(&tracked.object))));
                 }
             }
             self.patch(released).await.1?;
@@ -337,7 +348,9 @@ impl Reconciler {
                 continue;
             }
             let old = it.object.data.get("status");
+            let is_stored = snapshot.objects.get(id).is_some_and(|object| object.manifest == it.manifest);
             let facts = Facts {
+                is_stored,
                 generation: it.object.metadata.generation.unwrap_or_default(),
                 refusal: it.refused.as_ref().map(|(_, refusal)| refusal),
                 blocked: it.blocked.as_ref().map(|(_, why)| why.as_str()),
@@ -360,7 +373,7 @@ impl Reconciler {
         let mut sending = Vec::new();
         for (id, patch, refused) in patches {
             refusals.extend(refused.map(|refused| (id.clone(), refused)));
-            sending.push((id, patch, true));
+            sending.push((id, Write::Status(patch)));
         }
         let (made, outcome) = self.patch(sending).await;
         for id in &made {

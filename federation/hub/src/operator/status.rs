@@ -29,6 +29,8 @@ pub struct Refusal {
 #[derive(Debug, Clone, Copy)]
 pub struct Facts<'a> {
     pub generation: i64,
+    /// The hub has stored this version, and not only an earlier one.
+    pub is_stored: bool,
     pub refusal: Option<&'a Refusal>,
     /// Why it is not deleted yet.
     pub blocked: Option<&'a str>,
@@ -93,6 +95,9 @@ impl<'a> State<'a> {
         let acceptance = self.snapshot.acceptance(id);
         let accepted = match (facts.refusal, &acceptance) {
             (Some(Refusal { reason, message }), _) => Answer::new("Accepted", false, reason, message),
+            (None, _) if !facts.is_stored => {
+                Answer::new("Accepted", false, "Pending", "the hub has not stored this version yet")
+            }
             (None, Some(Acceptance::Accepted)) => {
                 Answer::new("Accepted", true, "Accepted", "the hub uses this version")
             }

@@ -54,6 +54,8 @@ pub enum NodeTokenError {
         "node {0} is not known: it has no record and no token, and the source does not have it; see `hanse-member node list`"
     )]
     Unknown(String),
+    #[error("node {0} is not revoked: see `hanse-member node list`")]
+    NotRevoked(String),
 }
 
 /// A new token.
@@ -186,6 +188,20 @@ pub fn revoke_node(data: &Path, node: &str) -> Result<(), NodeTokenError> {
     locked.revoke(node).map_err(NodeTokenError::Write)
 }
 
+/// Ends the revocation of a node, which may then enrol with a token of its service account. Its former keys stay refused.
+///
+/// # Errors
+/// When the name is not a node name, the node is not revoked, or the record cannot be written.
+pub fn allow_node(data: &Path, node: &str) -> Result<(), NodeTokenError> {
+    check_subdomain(node).map_err(|_| NodeTokenError::Name(node.to_owned()))?;
+    let nodes = Nodes::new(data);
+    let locked = nodes.lock().map_err(NodeTokenError::Write)?;
+    match locked.allow(node).map_err(NodeTokenError::Write)? {
+        true => Ok(()),
+        false => Err(NodeTokenError::NotRevoked(node.to_owned())),
+    }
+}
+
 impl NodeToken {
     /// It can no longer be used.
     pub fn has_ended(&self, now: SystemTime) -> bool {
@@ -274,7 +290,8 @@ impl Service {
     fn register(&self, locked: &Locked<'_>, node: String, key: Fingerprint) -> Result<String, Status> {
         let keep = |_| Status::internal("write the record of the node");
         if locked.is_revoked(&node).map_err(keep)? {
-            let message = format!("node {node} was revoked: create a node token for it to enrol again");
+            let message =
+                format!("node {node} was revoked: run `hanse-member node allow {node}`, or create a node token for it");
             return Err(Status::permission_denied(message));
         }
         if !locked.is_of(&node, &key).map_err(keep)? {
@@ -437,6 +454,16 @@ mod tests {
         assert!(register(&second).is_ok() && is_of(&second) && !is_of(&first), "the node was set up again");
         revoke_node(folder.path(), "n").expect("it is known");
         assert!(register(&second).is_err() && register(&first).is_err(), "revoked");
+        allow_node(folder.path(), "n").expect("it is revoked");
+        assert!(allow_node(folder.path(), "n").is_err(), "it is not revoked any more");
+        let is_allowed = |key: &RequestedKey| {
+            let keys = service.fanout.shared.keys.lock().expect("free");
+            let (now, ends) = (SystemTime::now(), SystemTime::now() + Duration::from_secs(60));
+            keys.renew_late("n", &key.public(), now, ends).expect("read")
+        };
+        assert!(!is_allowed(&second), "the revoked key stays refused");
+        assert!(register(&second).is_ok() && is_of(&second));
+        revoke_node(folder.path(), "n").expect("it is known");
         let token = create_node_token(folder.path(), &identity, "n", Duration::from_secs(60)).expect("a token").text;
         let redeemed = wire::EnrolRequest { token, ..wire::EnrolRequest::default() };
         let keys = &service.fanout.shared.keys;

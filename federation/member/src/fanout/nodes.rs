@@ -73,6 +73,11 @@ impl NodeRecord {
         from_seconds(self.ends_at)
     }
 
+    /// It may enrol, and has no key yet.
+    pub fn is_awaited(&self) -> bool {
+        !self.revoked && self.key.is_empty()
+    }
+
     fn allows(&self, key: &Fingerprint) -> bool {
         let key = key.to_string();
         !self.revoked && (self.key == key || self.next.as_ref() == Some(&key))
@@ -404,6 +409,17 @@ impl Locked<'_> {
         });
         let record = record.unwrap_or_else(|| NodeRecord { node: node.to_owned(), ..NodeRecord::default() });
         self.write(NodeRecord { revoked: true, former: Vec::new(), rivals: None, ..record })
+    }
+
+    /// Ends the revocation of a node: it may enrol again, with a new key only. Returns false if it was not revoked.
+    ///
+    /// # Errors
+    /// When the record cannot be read or written.
+    pub fn allow(&self, node: &str) -> io::Result<bool> {
+        let Some(record) = self.read(node)?.filter(|it| it.revoked) else { return Ok(false) };
+        let (key, next) = (String::new(), None);
+        self.write(NodeRecord { revoked: false, key, next, ..record })?;
+        Ok(true)
     }
 
     fn write(&self, record: NodeRecord) -> io::Result<()> {

@@ -57,7 +57,6 @@ pub struct Kubernetes {
 struct Status {
     collection: Collection,
     is_listed: bool,
-    is_not_served: bool,
     /// `None` before it is known; always for built-in kinds.
     definition: Option<Definition>,
     failing: Option<Failing>,
@@ -114,25 +113,16 @@ impl Kubernetes {
                 events.push(Event::Keep(of.origin(), Vec::new()));
             }
             State::Alive => {
-                (status.failing, status.is_not_served) = (None, false);
+                status.failing = None;
                 status.report(None, events);
             }
             State::Failing(message) => {
                 let since = status.failing.as_ref().map_or_else(Instant::now, |it| it.since);
                 status.failing = Some(Failing { since, message });
             }
-            State::NotServed => {
-                status.is_not_served = true;
-                let message = format!(
-                    "not read: the API server does not serve the version {} of its CustomResourceDefinition; only objects that were read before \
-                     are in force",
-                    of.version
-                );
-                status.report(Some(message), events);
-            }
             State::Definition(definition) => {
                 (status.definition, status.is_changed) = (Some(definition), true);
-                (status.is_listed, status.is_not_served, status.failing) = (false, false, None);
+                (status.is_listed, status.failing) = (false, None);
                 status.report(None, events);
             }
         }
@@ -159,7 +149,7 @@ impl Kubernetes {
         let was_listed = |status: &Status| status.failing.is_some() && objects.has_origin(&status.collection.origin());
         let knows_definitions = self.collections.get(&DEFINITIONS.name()).is_some_and(was_listed);
         self.collections.values().all(|status| {
-            let is_read = status.is_listed || status.is_not_served || was_listed(status);
+            let is_read = status.is_listed || was_listed(status);
             let is_complete = match (status.collection.is_custom, &status.definition) {
                 (false, _) | (true, Some(Definition::Present { .. })) => is_read,
                 (true, Some(Definition::Absent | Definition::Terminating)) => true,
@@ -217,7 +207,6 @@ impl Status {
         Self {
             collection,
             is_listed: false,
-            is_not_served: false,
             definition: None,
             failing: None,
             retained: None,

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use super::collection::{COLLECTIONS, DEFINITIONS, Raw};
 use super::follow::{Follower, Step};
 use super::report::{Definition, Report, State};
-use hanse_kubernetes::{ANSWER_WITHIN, message};
+use hanse_kubernetes::{ANSWER_WITHIN, answered, message};
 
 /// All definitions, by the name of the collection; `None` before they were listed.
 pub type Definitions = Option<BTreeMap<String, Definition>>;
@@ -35,7 +35,7 @@ fn definition(of: &Partial) -> Definition {
 /// When the API server does not answer, or refuses.
 pub async fn look_up(client: &Client, name: &str) -> Result<Definition, String> {
     let api: Api<Partial> = Api::all(client.clone());
-    let found = api.get_opt(name).await.map_err(message)?;
+    let found = answered(api.get_opt(name)).await.map_err(|error| format!("{error:#}"))?;
     Ok(found.as_ref().map_or(Definition::Absent, definition))
 }
 

@@ -57,16 +57,39 @@ pub struct Follower<K> {
     backoff: Backoff,
     /// After a failure.
     delay: Option<Duration>,
-    /// A list whose pages expired while it was read is read at once.
+    /// A list that had expired before it was followed by a watch is read at once the next time.
     is_paged: bool,
+    /// An event or a bookmark was received since the watch began.
+    has_received: bool,
+    /// An event or a bookmark was received since the last list.
+    has_followed: bool,
 }
 
 enum State<K> {
     Start,
-    Listing { next: Option<String> },
-    Listed { version: String },
-    Ready { version: String },
-    Watching { version: String, events: BoxStream<'static, kube::Result<WatchEvent<K>>> },
+    Listing {
+        next: Option<String>,
+    },
+    Listed {
+        version: String,
+    },
+    Ready {
+        version: String,
+    },
+    Watching {
+        version: String,
+        events: BoxStream<'static, kube::Result<WatchEvent<K>>>,
+    },
+    /// A watch received nothing. Where the API server was restored from a backup, it accepts versions that it has not reached yet, and
+    /// is silent until then.
+    Doubtful {
+        version: String,
+    },
+}
+
+/// Whether `now` is an earlier version. Versions are numbers; others are not compared.
+fn is_before(now: Option<&str>, kept: &str) -> bool {
+    now.and_then(|it| it.parse::<u64>().ok()).zip(kept.parse::<u64>().ok()).is_some_and(|(now, kept)| now < kept)
 }
 
 const GONE: u16 = 410;
@@ -75,7 +98,15 @@ const NOT_FOUND: u16 = 404;
 impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K> {
     pub fn new(api: Api<K>) -> Self {
         let backoff = Backoff::new(FIRST_DELAY, LONGEST_DELAY);
-        Self { api, state: State::Start, backoff, delay: None, is_paged: true }
+        Self {
+            api,
+            state: State::Start,
+            backoff,
+            delay: None,
+            is_paged: true,
+            has_received: false,
+            has_followed: false,
+        }
     }
 
     /// The next step. Dropping the future before it is ready skips nothing, but begins the step again.
@@ -116,6 +147,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
                 match within(LIST_WITHIN, watch).await {
                     Ok(events) => {
                         self.state = State::Watching { version: std::mem::take(version), events: events.boxed() };
+                        self.has_received = false;
                         Some(Step::Alive)
                     }
                     Err(error) => self.failed(&error),
@@ -127,9 +159,25 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
                     // The watch has ended, or its connection is dead. One that ends again and again is not tried in a loop.
                     Ok(None) | Err(_) => {
                         self.delay = Some(self.backoff.next_delay());
-                        self.state = self.at_last_version();
+                        self.state = match self.at_last_version() {
+                            State::Ready { version } if !self.has_received => State::Doubtful { version },
+                            other => other,
+                        };
                         None
                     }
+                }
+            }
+            State::Doubtful { version } => {
+                let parameters = ListParams { limit: Some(1), ..ListParams::default() };
+                match within(LIST_WITHIN, self.api.list(&parameters)).await {
+                    Ok(page) => {
+                        self.state = match is_before(page.metadata.resource_version.as_deref(), version) {
+                            true => State::Start,
+                            false => State::Ready { version: std::mem::take(version) },
+                        };
+                        None
+                    }
+                    Err(problem) => self.failed(&problem),
                 }
             }
         }
@@ -138,7 +186,9 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
     /// A watch that starts at the last known version, or a list where there is none.
     fn at_last_version(&mut self) -> State<K> {
         match std::mem::replace(&mut self.state, State::Start) {
-            State::Ready { version } | State::Watching { version, .. } => State::Ready { version },
+            State::Ready { version } | State::Watching { version, .. } | State::Doubtful { version } => {
+                State::Ready { version }
+            }
             _ => State::Start,
         }
     }
@@ -146,7 +196,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
     fn take_page(&mut self, page: Result<kube::core::ObjectList<K>, Problem>) -> Option<Step<K>> {
         match page {
             Ok(page) => {
-                self.backoff.reset();
+                self.has_followed = false;
                 let text = |text: Option<String>| text.filter(|text| !text.is_empty());
                 self.state = match (text(page.metadata.continue_), text(page.metadata.resource_version)) {
                     (Some(next), _) => State::Listing { next: Some(next) },
@@ -164,6 +214,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
         let object = match event {
             Ok(WatchEvent::Bookmark(bookmark)) => {
                 *version = bookmark.metadata.resource_version;
+                (self.has_received, self.has_followed, self.is_paged) = (true, true, true);
                 self.backoff.reset();
                 return Some(Step::Alive);
             }
@@ -178,6 +229,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
             return self.failed(&Problem::new("an event has no resource version"));
         };
         *version = at;
+        (self.has_received, self.has_followed, self.is_paged) = (true, true, true);
         self.backoff.reset();
         Some(match object {
             Ok(object) => Step::Changed(object),
@@ -188,7 +240,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
     /// Continues after the delay: a watch where it was, a list from its start.
     fn failed(&mut self, problem: &Problem) -> Option<Step<K>> {
         let is_expired = problem.code == Some(GONE);
-        if is_expired && matches!(self.state, State::Listing { next: Some(_) }) {
+        if is_expired && !self.has_followed {
             self.is_paged = false;
         }
         self.state = match is_expired || problem.is_absent() {

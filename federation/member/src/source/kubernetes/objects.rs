@@ -202,7 +202,10 @@ impl Following {
             // What cannot be confirmed is a problem, although the watch runs.
             Step::Alive if !self.unconfirmed.is_empty() => {}
             Step::Alive => self.state(State::Alive).await?,
-            Step::Failed(failure) if failure.is_absent && uid.is_some() => self.state(State::NotServed).await?,
+            Step::Failed(failure) if failure.is_absent && uid.is_some() => {
+                let version = self.collection.version;
+                self.state(State::Failing(format!("the API server does not serve its version {version}"))).await?;
+            }
             Step::Failed(failure) => self.state(State::Failing(failure.message)).await?,
         }
         Ok(None)

@@ -28,8 +28,6 @@ pub enum State {
     /// The API server has answered.
     Alive,
     Failing(String),
-    /// The definition exists, but not in the version that is read.
-    NotServed,
     /// The definition of a custom collection.
     Definition(Definition),
 }
