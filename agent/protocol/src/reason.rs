@@ -125,6 +125,15 @@ pub enum Reason {
     PodsNotNamed,
     /// An agent is connected whose node the source does not have.
     UnknownNode(String),
+    /// Pods have addresses outside of the pod ranges of their nodes, and are open until their rules arrive.
+    PodsOutsideRanges {
+        /// The number of nodes with such pods.
+        nodes: u64,
+        /// One of them.
+        node: String,
+        /// The namespace and name of one such pod, with "/" between.
+        pod: String,
+    },
     /// What is wrong with a manifest of a cluster's source; the field is empty where it is not about one.
     Manifest {
         file: String,
@@ -228,6 +237,7 @@ impl Reason {
             Self::Incomplete => "ReportIncomplete",
             Self::PodsNotNamed => "PodsNotNamed",
             Self::UnknownNode(_) => "UnknownNode",
+            Self::PodsOutsideRanges { .. } => "PodsOutsideRanges",
             Self::Manifest { .. } => "ManifestInvalid",
             Self::Waiting(_) => "WaitingForEndpoints",
             Self::PolicyUnreadable(_) => "PolicyUnreadable",

@@ -1,6 +1,7 @@
 //! The API server of the member's cluster, beside the objects that the source reads.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -11,6 +12,7 @@ use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::json;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::registration::MemberIdentity;
@@ -19,8 +21,13 @@ use crate::registration::MemberIdentity;
 const CHECK_AUTHORITY_EVERY: Duration = Duration::from_secs(60);
 /// The owner of the fields that the member writes.
 const FIELD_MANAGER: &str = "hanse-member";
-/// The key under which API servers report the node of the pod that a token is bound to.
+/// The keys under which API servers report the pod that a token is bound to, and its node.
+const POD_CLAIM: &str = "authentication.kubernetes.io/pod-name";
 const NODE_CLAIM: &str = "authentication.kubernetes.io/node-name";
+/// Reviews at a time: whoever reaches the port for enrolment can cause them.
+const REVIEWS: usize = 8;
+/// How long an enrolment waits for those before it.
+const TURN_WITHIN: Duration = Duration::from_secs(10);
 /// The key of the authority's certificate in its ConfigMap.
 pub const AUTHORITY_KEY: &str = "authority.pem";
 
@@ -38,8 +45,9 @@ pub enum ReviewError {
 /// Reviews the tokens with which agents enrol.
 #[derive(Clone)]
 pub struct Reviewer {
-    pub client: Client,
-    pub agents: AgentAccount,
+    client: Client,
+    agents: AgentAccount,
+    turns: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Reviewer {
@@ -58,6 +66,10 @@ pub struct AgentAccount {
 }
 
 impl Reviewer {
+    pub fn new(client: Client, agents: AgentAccount) -> Self {
+        Self { client, agents, turns: Arc::new(Semaphore::new(REVIEWS)) }
+    }
+
     /// The node of the pod that a token is bound to.
     ///
     /// # Errors
@@ -67,7 +79,9 @@ impl Reviewer {
         let spec = TokenReviewSpec { token: token.to_owned(), audiences: Some(vec![self.agents.audience.clone()]) };
         let review = TokenReview { spec, ..TokenReview::default() };
         let api: Api<TokenReview> = Api::all(self.client.clone());
-        let (parameters, review) = (PostParams::default(), review);
+        let turn = tokio::time::timeout(TURN_WITHIN, self.turns.acquire()).await;
+        let _turn = turn.context("many nodes enrol at the same time").map_err(ReviewError::Failed)?;
+        let parameters = PostParams::default();
         let reviewed = answered(api.create(&parameters, &review)).await;
         let status = reviewed.context("review the token").map_err(ReviewError::Failed)?.status.unwrap_or_default();
         let user = status.user.unwrap_or_default();
@@ -86,8 +100,10 @@ impl Reviewer {
         let expected = format!("system:serviceaccount:{namespace}:{name}");
         let user_name = user.username.as_deref().unwrap_or_default();
         ensure!(user_name == expected, "the token is of {user_name}, not of {expected}");
-        let nodes = user.extra.as_ref().and_then(|extra| extra.get(NODE_CLAIM)).map_or(&[][..], Vec::as_slice);
-        let [node] = nodes else { bail!("the token is not bound to a pod on a node") };
+        let claim = |key| user.extra.as_ref().and_then(|extra| extra.get(key)).map_or(&[][..], Vec::as_slice);
+        let ([_], [node]) = (claim(POD_CLAIM), claim(NODE_CLAIM)) else {
+            bail!("the token is not bound to a pod on a node")
+        };
         Ok(node.clone())
     }
 }
@@ -153,7 +169,7 @@ mod tests {
 
     fn user(name: &str, nodes: &[&str]) -> UserInfo {
         let nodes = nodes.iter().map(|node| (*node).to_owned()).collect();
-        let extra = BTreeMap::from([(NODE_CLAIM.to_owned(), nodes)]);
+        let extra = [(NODE_CLAIM.to_owned(), nodes), (POD_CLAIM.to_owned(), vec!["agent-1".to_owned()])].into();
         UserInfo { username: Some(name.to_owned()), extra: Some(extra), ..UserInfo::default() }
     }
 
@@ -166,9 +182,12 @@ mod tests {
             name: "agent".to_owned(),
             audience: "hanse-member".to_owned(),
         };
-        let reviewer = Reviewer { client: Client::try_from(config).expect("a client"), agents };
+        let reviewer = Reviewer::new(Client::try_from(config).expect("a client"), agents);
         let (agent, audience) = ("system:serviceaccount:hanse:agent", ["hanse-member".to_owned()]);
         assert_eq!(reviewer.check(true, &audience, &user(agent, &["one"])).expect("accepted"), "one");
+        // A token may be bound to a node object, without a pod.
+        let mut of_node = user(agent, &["one"]);
+        of_node.extra.as_mut().expect("claims").remove(POD_CLAIM);
         for (is_authenticated, audiences, user) in [
             (false, &audience[..], user(agent, &["one"])),
             (true, &[][..], user(agent, &["one"])),
@@ -176,6 +195,7 @@ mod tests {
             (true, &audience[..], user("system:serviceaccount:other:agent", &["one"])),
             (true, &audience[..], user(agent, &[])),
             (true, &audience[..], user(agent, &["one", "two"])),
+            (true, &audience[..], of_node),
         ] {
             assert!(reviewer.check(is_authenticated, audiences, &user).is_err(), "{audiences:?} {user:?}");
         }

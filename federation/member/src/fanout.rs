@@ -97,7 +97,9 @@ impl Fanout {
         let service = enrol::Service { fanout: self.clone(), identity: identity.clone() };
         let enrol = EnrolmentServer::new(service).max_decoding_message_size(16 * 1024);
         let until = stop.clone().cancelled_owned();
-        let server = http2_server().add_service(enrol).serve_with_incoming_shutdown(enrolment, until);
+        // An agent sends one request.
+        let mut server = http2_server().max_concurrent_streams(2);
+        let server = server.add_service(enrol).serve_with_incoming_shutdown(enrolment, until);
         shutdown.essential("listener for enrolment", server);
         let (fanout, until) = (self.clone(), stop.clone());
         shutdown.supervise("revocation of nodes", move || {

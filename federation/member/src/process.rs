@@ -191,7 +191,7 @@ async fn reviewer(options: &Options) -> anyhow::Result<Option<Reviewer>> {
     let (Some(agents), Location::Kubernetes(access)) = (&options.agent_account, &options.source) else {
         return Ok(None);
     };
-    Ok(Some(Reviewer { client: access.client().await?, agents: agents.clone() }))
+    Ok(Some(Reviewer::new(access.client().await?, agents.clone())))
 }
 
 /// Starts the thread that reads the source. After a restart, it continues with the last good state.

@@ -13,11 +13,13 @@ use hanse_api::inventory::NodeInfo;
 use hanse_compiler::{self as compiler, ClusterRecord, Compiler, NodeChange, Report, Update};
 use hanse_policy::inventory::{EndpointKind, Labels, Namespace};
 use hanse_policy::model::ClusterName;
+use hanse_protocol::reason::Reason;
 use hanse_ruleset::{Delta, Digest, Members, NodeConfig, RuleSet, Set, SetChange, SetId, Step, UnknownPods};
 
 use crate::exchange::model::{self, Change, Lease, Position, Updates};
 use crate::federated::{Federated, Reader};
 use crate::live::Live;
+use crate::outside_ranges::OutsideRanges;
 use crate::own_streams::{Ends, OwnStreams, local_address};
 use crate::source::{Changes, LoggedProblems};
 
@@ -32,6 +34,7 @@ pub struct World {
     local: Assembly,
     local_revision: u64,
     problems: Vec<Diagnostic>,
+    outside_ranges: OutsideRanges,
     logged: LoggedProblems,
     federated: Federated,
     /// The hub's position of the policies in force.
@@ -84,6 +87,7 @@ impl World {
             local: Assembly::new(cluster.clone()),
             local_revision: 0,
             problems: Vec::new(),
+            outside_ranges: OutsideRanges::default(),
             logged: LoggedProblems::default(),
             cluster,
             unknown_pods,
@@ -125,6 +129,11 @@ impl World {
         &self.problems
     }
 
+    /// Pods that are not closed before their rules arrive, if there are any.
+    pub fn outside_ranges(&self) -> Option<Reason> {
+        self.outside_ranges.problem()
+    }
+
     /// The federation's policies, tiers and network sets in force.
     pub fn federation(&self) -> &Federation {
         self.federated.converted()
@@ -144,6 +153,7 @@ impl World {
     pub fn take_local(&mut self, changes: Changes) -> Changed {
         let changed = self.local.update(changes.objects);
         let state = Arc::clone(self.local.state());
+        self.outside_ranges.update(&state, &changed);
         (self.problems, self.local_revision) = (changes.problems, changes.revision);
         self.logged.log(&self.problems);
         for name in &changed.namespaces {

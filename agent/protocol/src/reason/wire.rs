@@ -311,6 +311,9 @@ pub fn reason(of: &Reason) -> pb::Reason {
         Reason::Incomplete => Some(Wire::Incomplete(pb::Nothing {})),
         Reason::PodsNotNamed => Some(Wire::PodsNotNamed(pb::Nothing {})),
         Reason::UnknownNode(node) => Some(Wire::UnknownNode(node.clone())),
+        Reason::PodsOutsideRanges { nodes, node, pod } => {
+            Some(Wire::PodsOutsideRanges(pb::PodsOutsideRanges { nodes: *nodes, node: node.clone(), pod: pod.clone() }))
+        }
         Reason::Manifest { file, line, field, message } => Some(Wire::Manifest(pb::Manifest {
             file: text(file.clone()),
             line: *line,
@@ -341,6 +344,9 @@ pub fn parse_reason(of: pb::Reason) -> Reason {
         Some(Wire::Incomplete(pb::Nothing {})) => Reason::Incomplete,
         Some(Wire::PodsNotNamed(pb::Nothing {})) => Reason::PodsNotNamed,
         Some(Wire::UnknownNode(node)) => Reason::UnknownNode(name(node)),
+        Some(Wire::PodsOutsideRanges(it)) => {
+            Reason::PodsOutsideRanges { nodes: it.nodes, node: name(it.node), pod: text(it.pod) }
+        }
         Some(Wire::Manifest(it)) => {
             Reason::Manifest { file: text(it.file), line: it.line, field: text(it.field), message: text(it.message) }
         }
@@ -426,6 +432,7 @@ mod tests {
             Reason::Incomplete,
             Reason::PodsNotNamed,
             Reason::UnknownNode("n".into()),
+            Reason::PodsOutsideRanges { nodes: 2, node: "n".into(), pod: "a/b".into() },
             Reason::Manifest { file: "a.yaml".into(), line: 3, field: "spec".into(), message: error.clone() },
             Reason::Waiting(vec!["train".into()]),
             Reason::PolicyUnreadable(error.clone()),

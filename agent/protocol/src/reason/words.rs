@@ -219,6 +219,11 @@ impl Display for Words<'_, Reason> {
                 "node {node}: its agent is connected, but the source has no Node of this name: check the agent's --node, and the \
                  source"
             ),
+            Reason::PodsOutsideRanges { nodes, node, pod } => write!(
+                f,
+                "{nodes} nodes have pods with addresses outside of the Node's podCIDRs, such as pod {pod} on {node}: new pods there \
+                 are open until their rules arrive; let the network plugin take addresses from podCIDRs"
+            ),
             Reason::Manifest { file, line, field, message } if field.is_empty() => write!(f, "{file}:{line}: {message}"),
             Reason::Manifest { file, line, field, message } => write!(f, "{file}:{line}: {field}: {message}"),
             Reason::Waiting(clusters) => write!(f, "waits for {}", clusters.join(", ")),

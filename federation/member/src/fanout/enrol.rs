@@ -285,8 +285,8 @@ impl Service {
 
     /// Registers the key of a node that a service-account token identifies, and ends streams with another key.
     ///
-    /// Unlike a node token, this token may be presented again: its holder can get further ones from the API server. A revoked node
-    /// therefore needs a node token.
+    /// Unlike a node token, this token may be presented again: its holder can get further ones from the API server. It therefore neither
+    /// ends a revocation nor a dispute, and the earlier keys become former keys, whose use begins one.
     fn register(&self, locked: &Locked<'_>, node: String, key: Fingerprint) -> Result<String, Status> {
         let keep = |_| Status::internal("write the record of the node");
         if locked.is_revoked(&node).map_err(keep)? {
@@ -294,9 +294,16 @@ impl Service {
                 format!("node {node} was revoked: run `hanse-member node allow {node}`, or create a node token for it");
             return Err(Status::permission_denied(message));
         }
+        if let Some((one, other)) = locked.rivals(&node).map_err(keep)? {
+            let message = format!(
+                "keys of node {node} are in use from {one} and {other}: revoke it, stop the process that has a copy, and run \
+                 `hanse-member node allow {node}`"
+            );
+            return Err(Status::permission_denied(message));
+        }
         if !locked.is_of(&node, &key).map_err(keep)? {
             let now = SystemTime::now();
-            locked.enrolled(&node, &key, now, now + self.fanout.shared.lifetime).map_err(keep)?;
+            locked.enrolled_again(&node, &key, now, now + self.fanout.shared.lifetime).map_err(keep)?;
             self.fanout.expel(Some(&node));
         }
         Ok(node)
@@ -317,6 +324,7 @@ fn requested(request: &[u8]) -> Result<RequestedKey, Status> {
 #[tonic::async_trait]
 impl wire::enrolment_server::Enrolment for Service {
     async fn enrol(&self, request: Request<wire::EnrolRequest>) -> Result<Response<wire::EnrolResponse>, Status> {
+        let from = peer(&request)?.address;
         let request = request.into_inner();
         let key = requested(&request.request)?;
         let reviewed = match is_service_account_token(&request.token) {
@@ -331,6 +339,9 @@ impl wire::enrolment_server::Enrolment for Service {
         let (service, public) = (self.clone(), key.public());
         if let Some(node) = reviewed.as_deref().filter(|node| !known.contains_key(*node)) {
             return Err(Status::unavailable(format!("the source does not have the node {node} yet")));
+        }
+        if let Some(node) = &reviewed {
+            self.fanout.refuse_former(node, key.public(), from).await?;
         }
         let enrol = move |locked: &Locked<'_>| match reviewed {
             Some(node) => service.register(locked, node, public),
@@ -452,6 +463,16 @@ mod tests {
         };
         assert!(register(&first).is_ok() && register(&first).is_ok() && is_of(&first));
         assert!(register(&second).is_ok() && is_of(&second) && !is_of(&first), "the node was set up again");
+        let address = |text: &str| text.parse().expect("an address");
+        let dispute = |key: &RequestedKey| {
+            let keys = service.fanout.shared.keys.lock().expect("free");
+            keys.dispute("n", &key.public(), address("192.0.2.2:1")).expect("read")
+        };
+        assert!(dispute(&second).is_none() && dispute(&first).is_some(), "another process uses the former key");
+        assert!(
+            register(&request()).is_err() && is_of(&second),
+            "this token does not settle which process is the node's"
+        );
         revoke_node(folder.path(), "n").expect("it is known");
         assert!(register(&second).is_err() && register(&first).is_err(), "revoked");
         allow_node(folder.path(), "n").expect("it is revoked");

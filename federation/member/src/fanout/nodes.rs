@@ -1,7 +1,7 @@
 //! The registered keys of nodes, and the nodes of the source.
 //!
-//! Each node has a file in the directory `nodes`, named by the hash of the node's name. An enrolment replaces the key. A renewal adds the
-//! requested key; the first connection with it makes it the only key, so that a missed response is harmless. The previous key becomes a
+//! Each node has a file in the directory `nodes`, named by the hash of the node's name. An enrolment with a node token replaces the keys;
+//! one with a token of the agents' service account makes them former keys. A renewal adds the requested key; the first connection with it makes it the only key, so that a missed response is harmless. The previous key becomes a
 //! former key. An agent writes its new key to disk before it uses it, so the use of a former key means that two processes have a copy of
 //! the node's directory. From then on, acknowledgements of the node do not count until it is revoked. A lock on the file `.lock` in the
 //! directory serialises `hanse-member node revoke` and a running member.
@@ -93,9 +93,22 @@ impl NodeRecord {
         if former != self.key {
             self.former.push(former);
         }
+        self.limit_former();
+        Self { next: None, used_from: Some(from), ..self }
+    }
+
+    /// Makes `key` the current one, which enrolled while others were registered.
+    fn enrolled_again(mut self, key: &Fingerprint, now: SystemTime, ends: SystemTime) -> Self {
+        let key = key.to_string();
+        self.former.extend([std::mem::take(&mut self.key)].into_iter().chain(self.next.take()));
+        self.former.retain(|former| !former.is_empty() && *former != key);
+        self.limit_former();
+        Self { key, used_from: None, enrolled_at: seconds(now), ends_at: seconds(ends), ..self }
+    }
+
+    fn limit_former(&mut self) {
         let excess = self.former.len().saturating_sub(MAX_FORMER);
         self.former.drain(..excess);
-        Self { next: None, used_from: Some(from), ..self }
     }
 }
 
@@ -300,6 +313,23 @@ impl Locked<'_> {
             ends_at: seconds(ends),
             ..NodeRecord::default()
         })
+    }
+
+    /// Registers `key` after an enrolment that does not end earlier ones: the keys of those become former keys.
+    ///
+    /// # Errors
+    /// When the record cannot be read or written.
+    pub fn enrolled_again(&self, node: &str, key: &Fingerprint, now: SystemTime, ends: SystemTime) -> io::Result<()> {
+        let record = self.read(node)?.unwrap_or_else(|| NodeRecord { node: node.to_owned(), ..NodeRecord::default() });
+        self.write(record.enrolled_again(key, now, ends))
+    }
+
+    /// As [`Nodes::rivals`].
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn rivals(&self, node: &str) -> io::Result<Option<(SocketAddr, SocketAddr)>> {
+        Ok(self.read(node)?.and_then(|it| it.rivals))
     }
 
     /// Whether the node was revoked, and has not enrolled since.
