@@ -45,7 +45,7 @@ impl Enforcement {
                 pod_ranges: node.pod_ranges.clone(),
                 node_addresses: node.addresses.clone(),
                 unknown_pods: UnknownPods::Deny,
-                own_streams: Vec::new(),
+                ..NodeConfig::default()
             };
             let nodes: BTreeMap<Arc<str>, NodeConfig> =
                 cluster.nodes.iter().map(|node| (node.name.as_str().into(), config(node))).collect();

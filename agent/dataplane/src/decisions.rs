@@ -33,6 +33,8 @@ pub enum Decision {
     Denied,
     /// The connection was open and is forbidden now.
     Cut,
+    /// The connection is forbidden, and passed: the node only observes.
+    Observed,
 }
 
 /// The decision of one connection; of one packet where it was denied.

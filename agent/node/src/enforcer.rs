@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use hanse_dataplane::{Applied, Backend, Error, Found, Refusal};
 use hanse_protocol::reason::Failure;
-use hanse_ruleset::{Generation, NodeConfig, RuleSet};
+use hanse_ruleset::{Enforcement, Generation, NodeConfig, RuleSet};
 use hanse_runtime::health::Writes;
 use ipnet::IpNet;
 use tokio::sync::{oneshot, watch};
@@ -325,15 +325,15 @@ struct Files<'a> {
     options: &'a Options,
     /// Rules that are not in the snapshot, and since when.
     unsaved: Option<(Instant, Arc<RuleSet>)>,
-    /// The contents of the file of pod ranges, as written by this process.
-    ranges: Vec<IpNet>,
+    /// The contents of the file of pod ranges, as written by this process. Empty: there is no file.
+    ranges: Option<Vec<IpNet>>,
     /// When a file that could not be written is tried again.
     again_at: Option<Instant>,
 }
 
 impl<'a> Files<'a> {
     fn new(options: &'a Options) -> Self {
-        Self { options, unsaved: None, ranges: Vec::new(), again_at: None }
+        Self { options, unsaved: None, ranges: None, again_at: None }
     }
 
     fn rules_changed(&mut self, rules: &Arc<RuleSet>) {
@@ -346,12 +346,22 @@ impl<'a> Files<'a> {
             return;
         }
         let mut written = true;
-        if let Some(rules) = in_force.filter(|rules| rules.node.pod_ranges != self.ranges) {
-            let result = pod_ranges::write(&self.options.data, &rules.node.pod_ranges);
+        // Those of a node that only observes are not closed at a start without rules.
+        let ranges = in_force.map(|rules| match rules.node.enforcement {
+            Enforcement::Enforce => &rules.node.pod_ranges[..],
+            Enforcement::Observe => &[],
+        });
+        if let Some(ranges) = ranges.filter(|ranges| self.ranges.as_deref() != Some(ranges)) {
+            let result = match ranges {
+                [] if in_force.is_some_and(|it| it.node.enforcement == Enforcement::Observe) => {
+                    pod_ranges::remove(&self.options.data)
+                }
+                ranges => pod_ranges::write(&self.options.data, ranges),
+            };
             self.options.writes.note("pod-ranges", &result);
             written = result.is_ok();
             if written {
-                self.ranges.clone_from(&rules.node.pod_ranges);
+                self.ranges = Some(ranges.to_vec());
             }
         }
         if let Some((_, rules)) = self.unsaved.as_ref().filter(|(since, _)| is_idle || since.elapsed() >= SNAPSHOT_AGE)

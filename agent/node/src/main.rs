@@ -205,6 +205,9 @@ fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
         status.endpoints, status.policies, status.sets
     ))?;
     text::line(format_args!("pod ranges   {}", status.ranges()))?;
+    if status.observes {
+        text::line("mode         Observe: what is denied is logged, and passes")?;
+    }
     let in_sync = match (status.connected, running, status.not_in_sync.as_str()) {
         (true, _, "") => "yes".to_owned(),
         (_, true, why) if !why.is_empty() => format!("no: {why}"),

@@ -27,6 +27,17 @@ pub fn write(data: &Path, ranges: &[IpNet]) -> io::Result<()> {
     write_atomic(&path(data), text.as_bytes(), 0o600)
 }
 
+/// Removes the ranges: a start without rules closes none.
+///
+/// # Errors
+/// Those of the file system.
+pub fn remove(data: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path(data)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Reads the ranges. Lines that cannot be read are logged and skipped.
 pub fn read(data: &Path) -> Vec<IpNet> {
     let text = match std::fs::read_to_string(path(data)) {
@@ -62,5 +73,7 @@ mod tests {
         assert_eq!(read(directory.path()), ranges, "an empty list is ignored");
         std::fs::write(path(directory.path()), "10.1.0.0/24\nfd01::/6four\n").expect("written");
         assert_eq!(read(directory.path()), ranges[..1]);
+        remove(directory.path()).and_then(|()| remove(directory.path())).expect("removed");
+        assert_eq!(read(directory.path()), []);
     }
 }

@@ -42,6 +42,9 @@ pub struct Status {
     /// The ranges of the node's pods. An address in them without rules is closed.
     #[serde(default)]
     pub pod_ranges: Vec<IpNet>,
+    /// Denied packets are logged, and pass.
+    #[serde(default)]
+    pub observes: bool,
     /// No range is known: a pod without rules is open.
     #[serde(default)]
     pub open: bool,

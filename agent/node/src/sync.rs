@@ -10,7 +10,7 @@ use hanse_proto::agent::v1::agents_client::AgentsClient;
 use hanse_protocol::reason::words::Words;
 use hanse_protocol::reason::{Failure, FileProblem, Finding, Reason, wire as report};
 use hanse_protocol::{self, Assembled, Assembler};
-use hanse_ruleset::{Delta, EndpointId, Generation, RuleSet};
+use hanse_ruleset::{Delta, EndpointId, Enforcement, Generation, RuleSet};
 use hanse_runtime::health::{Condition, Writes};
 use hanse_runtime::retry::Backoff;
 use ipnet::IpNet;
@@ -353,6 +353,7 @@ impl Follower {
                 })
                 .collect(),
             pod_ranges: self.in_force.as_ref().map_or(&self.pod_ranges, |rules| &rules.node.pod_ranges).clone(),
+            observes: self.in_force.as_ref().is_some_and(|rules| rules.node.enforcement == Enforcement::Observe),
             open: self.in_force.as_ref().map_or(self.open, |rules| rules.node.pod_ranges.is_empty()),
             connected: self.connected,
             not_in_sync: match self.connected {

@@ -53,6 +53,10 @@ pub fn parse_digest(from: &[u8]) -> Result<Digest, WireError> {
     Ok(Digest(u128::from_be_bytes(bytes)))
 }
 
+/// The feature of agents that drop nothing if the rule set says so: others would enforce it.
+const OBSERVE: &str = "observe";
+const FEATURES: [&str; 1] = [OBSERVE];
+
 /// The messages of a delta.
 pub fn encode(delta: &Delta) -> Vec<wire::MemberToAgent> {
     use wire::member_to_agent::Message;
@@ -62,7 +66,7 @@ pub fn encode(delta: &Delta) -> Vec<wire::MemberToAgent> {
         generation: Some(generation(delta.generation)),
         revisions: Some(wire::Revisions { hub: delta.hub_revision, local: delta.local_revision }),
         node: delta.node.as_ref().map(node),
-        features: Vec::new(),
+        features: delta.node.as_ref().map(features_of).unwrap_or_default(),
     };
     let mut parts = Parts::default();
     for set in &delta.sets {
@@ -211,7 +215,7 @@ impl Assembler {
         match message.message.ok_or(WireError::Missing("message"))? {
             Message::Begin(begin) => {
                 self.open = None;
-                if !begin.features.is_empty() {
+                if begin.features.iter().any(|feature| !FEATURES.contains(&&**feature)) {
                     return Err(WireError::Missing("a feature that the delta needs"));
                 }
                 let revisions = begin.revisions.unwrap_or_default();
@@ -519,7 +523,14 @@ fn node(node: &rules::NodeConfig) -> wire::Node {
         node_addresses: node.node_addresses.iter().copied().map(address).collect(),
         allow_unknown_pods: node.unknown_pods == rules::UnknownPods::Allow,
         own_streams: node.own_streams.iter().map(stream).collect(),
+        observe: node.enforcement == rules::Enforcement::Observe,
     }
+}
+
+/// The features that an agent must have for a node's settings.
+fn features_of(node: &rules::NodeConfig) -> Vec<String> {
+    let observes = node.enforcement == rules::Enforcement::Observe;
+    observes.then(|| OBSERVE.to_owned()).into_iter().collect()
 }
 
 fn parse_node(node: wire::Node) -> Result<rules::NodeConfig, WireError> {
@@ -537,6 +548,7 @@ fn parse_node(node: wire::Node) -> Result<rules::NodeConfig, WireError> {
         pod_ranges: parse_nets(node.pod_ranges)?,
         node_addresses: node.node_addresses.iter().map(|it| parse_address(it)).collect::<Result<_, _>>()?,
         unknown_pods,
+        enforcement: if node.observe { rules::Enforcement::Observe } else { rules::Enforcement::Enforce },
         own_streams: node.own_streams.into_iter().map(stream).collect::<Result<_, _>>()?,
     })
 }

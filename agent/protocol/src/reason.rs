@@ -125,6 +125,8 @@ pub enum Reason {
     PodsNotNamed,
     /// An agent is connected whose node the source does not have.
     UnknownNode(String),
+    /// The node observes: what its rules deny passes.
+    Observing,
     /// Pods have addresses outside of the pod ranges of their nodes, and are open until their rules arrive.
     PodsOutsideRanges {
         /// The number of nodes with such pods.
@@ -237,6 +239,7 @@ impl Reason {
             Self::Incomplete => "ReportIncomplete",
             Self::PodsNotNamed => "PodsNotNamed",
             Self::UnknownNode(_) => "UnknownNode",
+            Self::Observing => "Observing",
             Self::PodsOutsideRanges { .. } => "PodsOutsideRanges",
             Self::Manifest { .. } => "ManifestInvalid",
             Self::Waiting(_) => "WaitingForEndpoints",

@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::model::{
-    Chain, ChainId, LocalEndpoint, Members, NodeConfig, Peer, Policy, PolicyId, RuleSet, Set, SetId, SocketAddress,
+    Chain, ChainId, Enforcement, LocalEndpoint, Members, NodeConfig, Peer, Policy, PolicyId, RuleSet, Set, SetId,
+    SocketAddress,
 };
 
 /// A sum, modulo 2^128, of the hashes of all objects: adding and removing one are each one operation, and the order does not
@@ -77,6 +78,10 @@ impl Digest {
         for stream in &node.own_streams {
             hasher = hasher.text(&stream.name).nets(&stream.from).nets(&stream.to);
             hasher = hasher.number(stream.protocol.into()).number(stream.port.into());
+        }
+        // As before this setting existed, where it is not used.
+        if node.enforcement == Enforcement::Observe {
+            hasher = hasher.text("observe");
         }
         hasher.digest()
     }

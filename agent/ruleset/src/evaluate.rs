@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::model::{
-    Action, Chain, ChainId, Family, Icmp, LocalEndpoint, Members, Peer, PortRange, Rule, RuleSet, SetId, SocketAddress,
-    TierDefault, UnknownPods,
+    Action, Chain, ChainId, Enforcement, Family, Icmp, LocalEndpoint, Members, Peer, PortRange, Rule, RuleSet, SetId,
+    SocketAddress, TierDefault, UnknownPods,
 };
 
 /// The original direction of a connection, between its ends after translation.
@@ -48,7 +48,11 @@ pub struct Outcome {
 /// Judges a packet as a node with `rules` must.
 pub fn evaluate(rules: &RuleSet, packet: &Packet, hook: Hook) -> Outcome {
     let mut trace = Vec::new();
-    let verdict = judge(rules, packet, hook, &mut trace);
+    let mut verdict = judge(rules, packet, hook, &mut trace);
+    if verdict == Verdict::Deny && rules.node.enforcement == Enforcement::Observe {
+        trace.push("observed only".into());
+        verdict = Verdict::Allow;
+    }
     Outcome { verdict, trace }
 }
 

@@ -16,8 +16,8 @@ pub use delta::{ApplyError, Delta, Objects, SetChange, Step};
 pub use digest::Digest;
 pub use evaluate::{Hook, Outcome, Packet, Verdict, evaluate};
 pub use model::{
-    Action, Chain, ChainId, EndpointId, Family, Generation, Icmp, LocalEndpoint, Members, NodeConfig, OwnStream, Peer,
-    Phase, Policy, PolicyId, PortRange, Rule, RuleSet, Set, SetId, SetKind, SocketAddress, Tier, TierDefault,
-    UnknownPods,
+    Action, Chain, ChainId, EndpointId, Enforcement, Family, Generation, Icmp, LocalEndpoint, Members, NodeConfig,
+    OwnStream, Peer, Phase, Policy, PolicyId, PortRange, Rule, RuleSet, Set, SetId, SetKind, SocketAddress, Tier,
+    TierDefault, UnknownPods,
 };
 pub use report::{Finding, Object, Refusal, Rejection};

@@ -251,6 +251,15 @@ pub enum UnknownPods {
     Allow,
 }
 
+/// What happens to a packet that is denied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum Enforcement {
+    #[default]
+    Enforce,
+    /// It is logged, and passes.
+    Observe,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct NodeConfig {
     /// The ranges from which this node's pods get their addresses.
@@ -258,6 +267,7 @@ pub struct NodeConfig {
     /// All addresses of this node.
     pub node_addresses: Vec<IpAddr>,
     pub unknown_pods: UnknownPods,
+    pub enforcement: Enforcement,
     pub own_streams: Vec<OwnStream>,
 }
 

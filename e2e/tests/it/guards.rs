@@ -32,7 +32,7 @@ fn without_policy(cluster: &Cluster, node: &str, pods: &[&Pod], number: u64) -> 
             pod_ranges: node.pod_ranges.clone(),
             node_addresses: node.addresses.clone(),
             unknown_pods: UnknownPods::Deny,
-            own_streams: Vec::new(),
+            ..NodeConfig::default()
         },
         chains: BTreeMap::from([(open, Arc::new(Chain { phases: Vec::new(), profile_allows: true }))]),
         endpoints: pods.iter().map(endpoint).collect(),

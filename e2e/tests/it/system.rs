@@ -599,3 +599,44 @@ fn live_explain_agrees_with_offline_explain() {
         assert!(away.is_some() && last.lines().count() == queries.len(), "{last}");
     });
 }
+
+/// One node of the cluster observes, then enforces.
+#[test]
+fn node_that_observes_logs_and_lets_pass() {
+    sandbox::test("system::node_that_observes_logs_and_lets_pass", || {
+        let world = World::new();
+        let fabric = Fabric::build(&world.clusters).expect("the network");
+        let _listeners = world.listen(&fabric);
+        // The node of the registry.
+        world.edit(0, "name: node-2\n", "name: node-2\n  labels: {hanse.dev/enforcement: Observe}\n");
+        let system = world.join(&fabric);
+        let (trainer, registry, notebook) = (world.pod("trainer-0"), world.pod("registry-0"), world.pod("notebook-0"));
+        system.hanse(&["apply", "-f", &world.federation.to_string_lossy()]).expect("applied");
+        system.settle(&["train", "serve"]).expect("in sync");
+        let observed = || system.flows("train", &["--decision", "observed"]).unwrap_or_default();
+        let is_from_notebook = |it: &serde_json::Value| {
+            let ends = (&notebook.addresses, &registry.addresses);
+            (0..2).any(|family| {
+                it["from"]["ip"] == ends.0[family].to_string() && it["to"]["ip"] == ends.1[family].to_string()
+            })
+        };
+        let logged = probe::until(PATIENCE, || {
+            assert!(connects(&fabric, notebook, registry), "nothing is dropped");
+            observed().iter().any(|it| is_from_notebook(it) && it["verdict"] == "deny")
+        });
+        assert!(logged.is_some(), "{:?}\n{}", observed(), system.logs());
+        assert!(
+            system.flows("train", &["--decision", "denied"]).expect("flows").iter().all(|it| !is_from_notebook(it))
+        );
+        let policies = world.federation.to_string_lossy().into_owned();
+        let said = system.try_hanse(&["wait", "--for=enforced", "--timeout", "1", "-f", &policies]).expect("it runs");
+        let text = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert!(!said.status.success() && text.contains("node-2") && text.contains("observes"), "{text}");
+
+        world.edit(0, "enforcement: Observe", "enforcement: Enforce");
+        let closed = probe::until(PATIENCE, || blocked(&fabric, notebook, registry));
+        assert!(closed.is_some(), "{}", system.logs());
+        assert!(connects(&fabric, trainer, registry));
+        system.wait_for_policies().expect("enforced");
+    });
+}

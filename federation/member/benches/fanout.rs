@@ -30,7 +30,7 @@ use hanse_proto::agent::v1::agents_client::AgentsClient;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::administration_client::AdministrationClient;
 use hanse_protocol::{self, Assembled, Assembler};
-use hanse_ruleset::{RuleSet, UnknownPods};
+use hanse_ruleset::{Enforcement, RuleSet, UnknownPods};
 use hanse_runtime::files;
 use hanse_runtime::shutdown::Shutdown;
 use serde_json::{Value, json};
@@ -132,6 +132,7 @@ async fn run(shape: Shape) -> anyhow::Result<()> {
         federated_allow_final: false,
         node_lifetime: Duration::from_secs(86_400),
         unknown_pods: UnknownPods::Deny,
+        enforcement: Enforcement::Enforce,
         health_listen: None,
         metrics_listen: None,
         metrics_token_file: None,

@@ -24,7 +24,7 @@ const FIELD_MANAGER: &str = "hanse-member";
 /// The keys under which API servers report the pod that a token is bound to, and its node.
 const POD_CLAIM: &str = "authentication.kubernetes.io/pod-name";
 const NODE_CLAIM: &str = "authentication.kubernetes.io/node-name";
-/// Reviews at a time: whoever reaches the port for enrolment can cause them.
+/// Reviews at a time: everybody who reaches the port for enrolment can cause them.
 const REVIEWS: usize = 8;
 /// How long an enrolment waits for those before it.
 const TURN_WITHIN: Duration = Duration::from_secs(10);

@@ -114,7 +114,7 @@ pub struct Record<'a> {
     pub judged_at: String,
     /// The node that decided.
     pub node: String,
-    /// `allowed`, `denied` or `cut`.
+    /// `allowed`, `denied`, `cut`, or `observed` where policy denies and the node only observes.
     pub decision: String,
     /// The number of connections.
     pub count: u64,
@@ -330,6 +330,7 @@ fn record<'a>(
         wire::Decision::Allowed => "allowed",
         wire::Decision::Denied => "denied",
         wire::Decision::Cut => "cut",
+        wire::Decision::Observed => "observed",
         wire::Decision::Unspecified => return None,
     };
     let at = |ms| {

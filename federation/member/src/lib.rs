@@ -11,7 +11,7 @@ pub mod flows;
 pub mod live;
 pub mod metrics;
 mod outside_ranges;
-mod own_streams;
+pub mod own_streams;
 pub mod process;
 pub mod questions;
 pub mod registration;

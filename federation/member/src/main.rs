@@ -22,7 +22,7 @@ use hanse_member::flows::{self, Party, Record};
 use hanse_member::process::{self, Options};
 use hanse_member::registration::MemberIdentity;
 use hanse_member::source::{self, Location};
-use hanse_ruleset::UnknownPods;
+use hanse_ruleset::{Enforcement, UnknownPods};
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::text::{Items, Versioned};
@@ -120,6 +120,8 @@ enum Decision {
     Denied,
     /// An established connection was cut.
     Cut,
+    /// The connection passed although policy denies it: the node observes.
+    Observed,
 }
 
 #[derive(Debug, Args)]
@@ -273,6 +275,10 @@ struct RunArgs {
     /// Verdict for traffic of pods without rules, such as new pods.
     #[arg(long, value_enum, default_value_t = Unknown::Deny, help_heading = "Nodes")]
     unknown_pods: Unknown,
+    /// What happens to denied packets. Observe: they are logged as observed and pass, and no policy counts as enforced. The label
+    /// `hanse.dev/enforcement` of a Node overrides this.
+    #[arg(long, value_enum, default_value_t = EnforcementMode::Enforce, help_heading = "Nodes")]
+    enforcement: EnforcementMode,
     /// Serve health and readiness over HTTP at this address.
     #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     health_listen: Option<SocketAddr>,
@@ -290,6 +296,14 @@ enum FederatedAllow {
     Pass,
     #[value(name = "Final")]
     Final,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum EnforcementMode {
+    #[value(name = "Enforce")]
+    Enforce,
+    #[value(name = "Observe")]
+    Observe,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -351,6 +365,10 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
                 unknown_pods: match args.unknown_pods {
                     Unknown::Deny => UnknownPods::Deny,
                     Unknown::Allow => UnknownPods::Allow,
+                },
+                enforcement: match args.enforcement {
+                    EnforcementMode::Enforce => Enforcement::Enforce,
+                    EnforcementMode::Observe => Enforcement::Observe,
                 },
                 health_listen: args.health_listen,
                 metrics_listen: args.metrics_listen,
@@ -464,6 +482,7 @@ fn print_flows(args: &FlowsArgs) -> anyhow::Result<()> {
         Decision::Allowed => "allowed",
         Decision::Denied => "denied",
         Decision::Cut => "cut",
+        Decision::Observed => "observed",
     });
     let pod = match &args.pod {
         Some(pod) => Some(pod.split_once('/').context("--pod is NAMESPACE/NAME")?),

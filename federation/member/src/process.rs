@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use hanse_api::inventory::NodeInfo;
 use hanse_exchange::interest::{self, Interest};
 use hanse_policy::model::Layer;
-use hanse_ruleset::UnknownPods;
+use hanse_ruleset::{Enforcement, UnknownPods};
 use hanse_runtime::files;
 use hanse_runtime::health::{Condition, Health, Writes};
 use hanse_runtime::metrics::Metrics as Registry;
@@ -60,6 +61,8 @@ pub struct Options {
     /// The lifetime of certificates of nodes.
     pub node_lifetime: Duration,
     pub unknown_pods: UnknownPods,
+    /// Of nodes whose label does not say otherwise.
+    pub enforcement: Enforcement,
     pub health_listen: Option<SocketAddr>,
     pub metrics_listen: Option<SocketAddr>,
     /// The file of the bearer token that metrics require.
@@ -94,7 +97,8 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     };
     monitoring.sourced.set(true);
     let ends = EndsOf { options: options.clone(), resolver: resolver.clone(), agents, enrolment };
-    let world = World::new(identity.cluster().clone(), options.unknown_pods, ends.now()).with_reader(client.reader());
+    let world = World::new(identity.cluster().clone(), options.unknown_pods, ends.now());
+    let world = world.with_enforcement(options.enforcement).with_reader(client.reader());
     let live = world.live().clone();
     let (answering, requests) = Answering::new(live.clone());
     let mut member = Member {
@@ -367,7 +371,12 @@ impl Member {
         let changed = self.world.take_local(changes);
         self.changed();
         let local = self.world.local();
-        self.fanout.set_source_nodes(local.nodes.iter().map(|(name, node)| (name.clone(), node.pod_ranges.clone())));
+        // The ranges of a node that only observes are not closed while it has no rules.
+        let closed = |node: &NodeInfo| match self.world.enforcement(node) {
+            Enforcement::Enforce => node.pod_ranges.clone(),
+            Enforcement::Observe => Vec::new(),
+        };
+        self.fanout.set_source_nodes(local.nodes.iter().map(|(name, node)| (name.clone(), closed(node))));
         self.client.publish(&local.cluster, &changed);
         if !changed.policies.is_empty() {
             self.client.want(wanted(&local.layer));

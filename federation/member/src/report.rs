@@ -7,7 +7,7 @@ use hanse_api::{Diagnostic, SourceLocation};
 use hanse_policy::model::PolicyKind;
 use hanse_proto::federation::v1 as pb;
 use hanse_protocol::reason::{FileProblem, Finding, Object, Reason, Subject, wire};
-use hanse_ruleset::{ChainId, EndpointId, RuleSet};
+use hanse_ruleset::{ChainId, EndpointId, Enforcement, RuleSet};
 use prost::Message;
 
 use crate::exchange::client::Client;
@@ -172,6 +172,9 @@ fn position(name: &Arc<str>, status: &NodeStatus, rules: &RuleSet) -> pb::NodePo
     if let Some((served, refused)) = status.rivals {
         let reason = Reason::KeyInUse { served: served.to_string(), refused: refused.to_string() };
         errors.insert(Subject::Everything, (None, reason));
+    }
+    if rules.node.enforcement == Enforcement::Observe {
+        errors.entry(Subject::Everything).or_insert((None, Reason::Observing));
     }
     // No object counts as enforced then, whatever the position.
     let differing = status.hooks.as_ref().filter(|_| status.rules_may_differ());

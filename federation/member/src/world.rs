@@ -14,7 +14,9 @@ use hanse_compiler::{self as compiler, ClusterRecord, Compiler, NodeChange, Repo
 use hanse_policy::inventory::{EndpointKind, Labels, Namespace};
 use hanse_policy::model::ClusterName;
 use hanse_protocol::reason::Reason;
-use hanse_ruleset::{Delta, Digest, Members, NodeConfig, RuleSet, Set, SetChange, SetId, Step, UnknownPods};
+use hanse_ruleset::{
+    Delta, Digest, Enforcement, Members, NodeConfig, RuleSet, Set, SetChange, SetId, Step, UnknownPods,
+};
 
 use crate::exchange::model::{self, Change, Lease, Position, Updates};
 use crate::federated::{Federated, Reader};
@@ -23,10 +25,15 @@ use crate::outside_ranges::OutsideRanges;
 use crate::own_streams::{Ends, OwnStreams, local_address};
 use crate::source::{Changes, LoggedProblems};
 
+/// The label of a Node that overrides the member's setting: `Enforce` or `Observe`.
+const ENFORCEMENT_LABEL: &str = "hanse.dev/enforcement";
+
 #[derive(Debug)]
 pub struct World {
     cluster: ClusterName,
     unknown_pods: UnknownPods,
+    /// Of nodes whose label does not say otherwise.
+    enforcement: Enforcement,
     /// The endpoints of Hanse's own streams, which are allowed before every tier.
     ends: Ends,
     own_streams: OwnStreams,
@@ -91,6 +98,7 @@ impl World {
             logged: LoggedProblems::default(),
             cluster,
             unknown_pods,
+            enforcement: Enforcement::default(),
             ends,
             own_streams: OwnStreams::default(),
             federated: Federated::default(),
@@ -102,6 +110,20 @@ impl World {
     /// Objects of the federation that `reader` has read are not read again.
     pub fn with_reader(self, reader: Reader) -> Self {
         Self { federated: Federated::new(reader), ..self }
+    }
+
+    /// Sets what happens to denied packets at nodes whose label does not say otherwise.
+    pub fn with_enforcement(self, enforcement: Enforcement) -> Self {
+        Self { enforcement, ..self }
+    }
+
+    /// What happens to denied packets at a node. A label that is not understood enforces.
+    pub fn enforcement(&self, node: &NodeInfo) -> Enforcement {
+        match node.labels.get(ENFORCEMENT_LABEL).map(|value| &**value) {
+            None => self.enforcement,
+            Some("Observe") => Enforcement::Observe,
+            Some(_) => Enforcement::Enforce,
+        }
     }
 
     /// The hub's revision that policies come from.
@@ -319,6 +341,7 @@ impl World {
             pod_ranges: node.pod_ranges.clone(),
             node_addresses: node.addresses.clone(),
             unknown_pods: self.unknown_pods,
+            enforcement: self.enforcement(node),
             own_streams: self.own_streams.on_node(name, node),
         }
     }

@@ -10,6 +10,8 @@ use std::io;
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use hanse_ruleset::Enforcement;
+
 use super::netlink::{Attributes, Batch, BatchError, CREATE, DUMP, Netlink, Received, attributes, list, text_of};
 use super::render::log_chains;
 use super::write::{DELETE_TABLE, NEW_CHAIN, NEW_RULE, NEW_TABLE};
@@ -22,7 +24,10 @@ pub const ALLOWED: u16 = 4739;
 pub const DENIED: u16 = 4740;
 pub const CUT: u16 = 4741;
 pub const CUT_IN_REPLY: u16 = 4742;
-const GROUPS: [u16; 4] = [ALLOWED, DENIED, CUT, CUT_IN_REPLY];
+/// Likewise, of connections that a node which only observes would deny or cut.
+pub const OBSERVED: u16 = 4743;
+pub const OBSERVED_IN_REPLY: u16 = 4744;
+const GROUPS: [u16; 6] = [ALLOWED, DENIED, CUT, CUT_IN_REPLY, OBSERVED, OBSERVED_IN_REPLY];
 /// Bytes of each packet: an IPv6 header, 80 bytes of extensions, and ports.
 pub const COPIED_BYTES: u32 = 128;
 /// The kernel sends gathered packets when they are this old, in hundredths of a second, or this many, or this many bytes: 100 packets of
@@ -104,7 +109,7 @@ impl Flows {
     /// When netlink fails.
     pub fn suppressed(&mut self) -> io::Result<u64> {
         let mut sum = 0;
-        for (chain, last) in log_chains().iter().zip(&mut self.suppressed) {
+        for (chain, last) in log_chains(Enforcement::Enforce).iter().zip(&mut self.suppressed) {
             let query = Attributes::default().text(1, &self.table).text(2, &chain.name);
             let now = match self.rules.query(GET_CHAIN_RULES, DUMP, FAMILY_INET, &query) {
                 Ok(rules) => rules.iter().filter_map(|rule| counted(&rule.body, &self.table, &chain.name)).sum(),
@@ -176,7 +181,7 @@ fn try_rules(netlink: &mut Netlink, table: &str) -> io::Result<()> {
     let (mut batch, name) = (Batch::new(), Attributes::default().text(1, table));
     let no_set = |_: usize| (String::new(), 0);
     batch.push((), NEW_TABLE, CREATE, FAMILY_INET, &name);
-    let chains = log_chains();
+    let chains = log_chains(Enforcement::Enforce);
     for chain in &chains {
         batch.push((), NEW_CHAIN, CREATE, FAMILY_INET, &name.clone().text(3, &chain.name));
     }
@@ -289,11 +294,12 @@ impl PacketEnds {
         let decision = match group {
             ALLOWED => Decision::Allowed,
             DENIED => Decision::Denied,
+            OBSERVED | OBSERVED_IN_REPLY => Decision::Observed,
             _ => Decision::Cut,
         };
         let Self { source, destination, protocol, source_port, port, icmp } = self;
         match group {
-            CUT_IN_REPLY => Decided {
+            CUT_IN_REPLY | OBSERVED_IN_REPLY => Decided {
                 decision,
                 source: destination,
                 destination: source,

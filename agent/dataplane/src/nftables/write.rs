@@ -336,6 +336,7 @@ impl<'a> Writer<'a> {
         let all = base_chains(self.config, &self.next.node);
         match self.before {
             None => all,
+            Some((before, ..)) if before.node.enforcement != self.next.node.enforcement => all,
             Some((before, ..))
                 if before.node.own_streams == self.next.node.own_streams
                     && before.node.unknown_pods == self.next.node.unknown_pods =>

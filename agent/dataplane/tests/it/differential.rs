@@ -11,9 +11,9 @@ use nix::sys::socket::{
 
 use hanse_dataplane::Backend as _;
 use hanse_ruleset::{
-    Action, Chain, EndpointId, Family, Generation, Hook, Icmp, LocalEndpoint, Members, NodeConfig, OwnStream, Packet,
-    Peer, Phase, Policy, PortRange, Rule, RuleSet, Set, SetId, SocketAddress, Tier, TierDefault, UnknownPods, Verdict,
-    evaluate,
+    Action, Chain, EndpointId, Enforcement, Family, Generation, Hook, Icmp, LocalEndpoint, Members, NodeConfig,
+    OwnStream, Packet, Peer, Phase, Policy, PortRange, Rule, RuleSet, Set, SetId, SocketAddress, Tier, TierDefault,
+    UnknownPods, Verdict, evaluate,
 };
 
 use crate::net::{Net, address, until};
@@ -145,6 +145,7 @@ fn random_rules(random: &mut Random, number: u64, clauses: &mut BTreeMap<&'stati
         pod_ranges: vec![net("10.1.0.0/24"), net("fd01::/64")],
         node_addresses: NODE.map(address).into(),
         unknown_pods: *random.pick(&[UnknownPods::Deny, UnknownPods::Allow]),
+        enforcement: if random.one_in(8) { Enforcement::Observe } else { Enforcement::Enforce },
         ..NodeConfig::default()
     };
     if random.one_in(3) {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use hanse_dataplane::Backend as _;
 use hanse_dataplane::nftables::Config;
 use hanse_dataplane::nftables::flows::{Decided, Decision, Flows};
-use hanse_ruleset::{Action, Peer, PortRange, Rule};
+use hanse_ruleset::{Action, Enforcement, Peer, PortRange, Rule};
 
 use crate::net::{Net, address, ip, is_reset, nft, passes, until};
 use crate::verdicts::{Build, rule, to_port};
@@ -310,6 +310,40 @@ fn logs_connections_that_a_helper_expects() {
     let wanted =
         ["Allowed 6 10.1.0.2 10.1.0.3 21", "Allowed 6 10.1.0.2 10.1.0.3 5001", "Denied 6 10.1.0.2 10.1.0.3 5001"];
     assert_eq!(listener.logged(), wanted);
+}
+
+#[test]
+fn node_that_observes_logs_what_it_would_deny_once() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    let mut driver = net.driver();
+    let mut apply = |number, allow: bool, enforcement| {
+        let ingress = Some(allow.then(|| rule(Action::Allow)).into_iter().collect());
+        let build = Build { pods: vec![2, 3], ingress, enforcement, number, ..Build::default() };
+        driver.apply(&build.rules()).expect("applied");
+    };
+    let mut listener = Listener::new(&net);
+    apply(1, false, Enforcement::Observe);
+    let (mut client, mut server) = net.pair("p2", "10.1.0.3:80", &net.listen("p3", "10.1.0.3:80"));
+    for _ in 0..3 {
+        assert!(passes(&mut client, &mut server) && passes(&mut server, &mut client));
+    }
+    apply(2, false, Enforcement::Observe);
+    assert!(passes(&mut client, &mut server) && passes(&mut server, &mut client));
+    assert_eq!(listener.logged(), ["Observed 6 10.1.0.2 10.1.0.3 80"], "once, in all generations");
+    apply(3, true, Enforcement::Observe);
+    let (mut opened, mut at) = net.pair("p2", "[fd01::3]:81", &net.listen("p3", "[fd01::3]:81"));
+    assert_eq!(listener.logged(), ["Allowed 6 fd01::2 fd01::3 81"]);
+    // An open connection that is not allowed any more; its server speaks first.
+    apply(4, false, Enforcement::Observe);
+    assert!(passes(&mut at, &mut opened) && passes(&mut opened, &mut at));
+    assert_eq!(listener.logged(), ["Observed 6 fd01::2 fd01::3 81"]);
+    apply(5, false, Enforcement::Enforce);
+    assert!(!passes(&mut opened, &mut at), "it was open");
+    assert!(net.connect("p2", "10.1.0.3:80").is_none());
+    let denied: Vec<_> = listener.logged().into_iter().filter(|it| it.starts_with("Denied")).collect();
+    assert_eq!(denied, ["Denied 6 10.1.0.2 10.1.0.3 80"]);
 }
 
 #[test]

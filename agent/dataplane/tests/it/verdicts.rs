@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use hanse_dataplane::Backend as _;
 use hanse_ruleset::{
-    Action, Chain, EndpointId, Generation, LocalEndpoint, Members, NodeConfig, OwnStream, Peer, Phase, Policy,
-    PortRange, Rule, RuleSet, Set, SetId, Tier, TierDefault, UnknownPods,
+    Action, Chain, EndpointId, Enforcement, Generation, LocalEndpoint, Members, NodeConfig, OwnStream, Peer, Phase,
+    Policy, PortRange, Rule, RuleSet, Set, SetId, Tier, TierDefault, UnknownPods,
 };
 
 use crate::net::{Net, address, passes};
@@ -35,6 +35,7 @@ pub struct Build {
     pub sets: Vec<Set>,
     pub own_streams: Vec<OwnStream>,
     pub unknown_pods: UnknownPods,
+    pub enforcement: Enforcement,
     pub number: u64,
 }
 
@@ -46,6 +47,7 @@ impl Build {
                 pod_ranges: vec!["10.1.0.0/24".parse().expect("a net"), "fd01::/64".parse().expect("a net")],
                 own_streams: self.own_streams,
                 unknown_pods: self.unknown_pods,
+                enforcement: self.enforcement,
                 ..NodeConfig::default()
             },
             ..RuleSet::default()
@@ -288,6 +290,40 @@ fn unknown_pods_pass_with_the_setting_allow() {
         for (from, to) in [("p2", "10.1.0.3:80"), ("p2", "[fd01::3]:80"), ("remote", "10.1.0.3:80")] {
             let passes = unknown_pods == UnknownPods::Allow;
             assert_eq!(net.connect(from, to).is_some(), passes, "{from} to {to}, {unknown_pods:?}");
+        }
+    }
+}
+
+#[test]
+fn node_that_observes_drops_nothing_until_it_enforces() {
+    let mut net = Net::new();
+    net.pod(2);
+    net.pod(3);
+    net.pod(4);
+    let mut driver = net.driver();
+    let mut apply = |number, enforcement| {
+        // Pod 4 has no rules, as a new pod.
+        let build = Build { pods: vec![2, 3], ingress: Some(vec![]), to_node: Some(vec![]), ..Build::default() };
+        driver.apply(&Build { enforcement, number, ..build }.rules()).expect("applied");
+    };
+    let to = [("p2", "p3", "10.1.0.3:80"), ("p2", "p3", "[fd01::3]:80"), ("remote", "p3", "10.1.0.3:81")];
+    let unknown = [("p4", "p3", "10.1.0.3:82"), ("p3", "p4", "10.1.0.4:80"), ("p2", "node", "10.1.255.1:83")];
+    let ways: Vec<_> = to.into_iter().chain(unknown).collect();
+    let listeners: Vec<_> = ways.iter().map(|(_, at, address)| net.listen(at, address)).collect();
+    let mut held = Vec::new();
+    for (number, enforcement) in
+        [(1, Enforcement::Enforce), (2, Enforcement::Observe), (3, Enforcement::Observe), (4, Enforcement::Enforce)]
+    {
+        apply(number, enforcement);
+        for (client, server) in &mut held {
+            let both = passes(client, server) && passes(server, client);
+            assert_eq!(both, enforcement == Enforcement::Observe, "generation {number}: {client:?}");
+        }
+        for ((from, _, address), listener) in ways.iter().zip(&listeners) {
+            match enforcement {
+                Enforcement::Observe => held.push(net.pair(from, address, listener)),
+                Enforcement::Enforce => assert!(net.connect(from, address).is_none(), "{from} to {address}: {number}"),
+            }
         }
     }
 }

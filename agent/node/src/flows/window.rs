@@ -78,6 +78,7 @@ fn flow(key: &FlowKey, sum: &Sum) -> wire::Flow {
         Decision::Allowed => wire::Decision::Allowed,
         Decision::Denied => wire::Decision::Denied,
         Decision::Cut => wire::Decision::Cut,
+        Decision::Observed => wire::Decision::Observed,
     };
     wire::Flow {
         source: bytes(key.source),

@@ -311,6 +311,7 @@ pub fn reason(of: &Reason) -> pb::Reason {
         Reason::Incomplete => Some(Wire::Incomplete(pb::Nothing {})),
         Reason::PodsNotNamed => Some(Wire::PodsNotNamed(pb::Nothing {})),
         Reason::UnknownNode(node) => Some(Wire::UnknownNode(node.clone())),
+        Reason::Observing => Some(Wire::Observing(pb::Nothing {})),
         Reason::PodsOutsideRanges { nodes, node, pod } => {
             Some(Wire::PodsOutsideRanges(pb::PodsOutsideRanges { nodes: *nodes, node: node.clone(), pod: pod.clone() }))
         }
@@ -344,6 +345,7 @@ pub fn parse_reason(of: pb::Reason) -> Reason {
         Some(Wire::Incomplete(pb::Nothing {})) => Reason::Incomplete,
         Some(Wire::PodsNotNamed(pb::Nothing {})) => Reason::PodsNotNamed,
         Some(Wire::UnknownNode(node)) => Reason::UnknownNode(name(node)),
+        Some(Wire::Observing(pb::Nothing {})) => Reason::Observing,
         Some(Wire::PodsOutsideRanges(it)) => {
             Reason::PodsOutsideRanges { nodes: it.nodes, node: name(it.node), pod: text(it.pod) }
         }
@@ -432,6 +434,7 @@ mod tests {
             Reason::Incomplete,
             Reason::PodsNotNamed,
             Reason::UnknownNode("n".into()),
+            Reason::Observing,
             Reason::PodsOutsideRanges { nodes: 2, node: "n".into(), pod: "a/b".into() },
             Reason::Manifest { file: "a.yaml".into(), line: 3, field: "spec".into(), message: error.clone() },
             Reason::Waiting(vec!["train".into()]),

@@ -219,6 +219,7 @@ impl Display for Words<'_, Reason> {
                 "node {node}: its agent is connected, but the source has no Node of this name: check the agent's --node, and the \
                  source"
             ),
+            Reason::Observing => f.write_str("it observes: what its rules deny is logged, and passes"),
             Reason::PodsOutsideRanges { nodes, node, pod } => write!(
                 f,
                 "{nodes} nodes have pods with addresses outside of the Node's podCIDRs, such as pod {pod} on {node}: new pods there \

@@ -371,7 +371,7 @@ async fn needs_its_rights(east: &East, fabric: &Fabric) {
         name: "hanse-agent".to_owned(),
         audience: "hanse-member".to_owned(),
     };
-    match (Reviewer { client, agents }).node_of("token").await {
+    match Reviewer::new(client, agents).node_of("token").await {
         Err(ReviewError::Failed(error)) => {
             let error = format!("{error:#}");
             assert!(error.contains("cannot create resource \"tokenreviews\""), "{error}");

@@ -248,6 +248,7 @@ fn delta() -> Delta {
         pod_ranges: vec!["10.0.0.0/24".parse().expect("a net")],
         node_addresses: vec![address(254)],
         unknown_pods: UnknownPods::Deny,
+        enforcement: Enforcement::Observe,
         own_streams: vec![stream],
     };
     let mut rules = RuleSet { node, hub_revision: 3, local_revision: 4, ..RuleSet::default() };

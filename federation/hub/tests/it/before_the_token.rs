@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use hanse_member::process::{self, Options};
 use hanse_member::source::Location;
 use hanse_proto::federation::v1 as wire;
-use hanse_ruleset::UnknownPods;
+use hanse_ruleset::{Enforcement, UnknownPods};
 use hanse_runtime::shutdown::Shutdown;
 
 use crate::support::{SOON, TestHub, eventually};
@@ -38,6 +38,7 @@ impl World {
             federated_allow_final: false,
             node_lifetime: SOON,
             unknown_pods: UnknownPods::Deny,
+            enforcement: Enforcement::Enforce,
             health_listen: None,
             metrics_listen: None,
             metrics_token_file: None,

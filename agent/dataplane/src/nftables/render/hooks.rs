@@ -1,6 +1,6 @@
 //! Chains that do not depend on policy: hooks, judging, verdicts and flow logging.
 
-use hanse_ruleset::{Family, NodeConfig, PortRange, UnknownPods};
+use hanse_ruleset::{Enforcement, Family, NodeConfig, PortRange, UnknownPods};
 
 use super::sets::{Element, intervals};
 use super::{
@@ -8,7 +8,7 @@ use super::{
     compare_protocol, family_digit, goto, interface_key, jump, port_in, rule,
 };
 use crate::nftables::expression::{Compare, Ct, Direction, Expression, Meta, R1, R32, SetName, Verdict};
-use crate::nftables::flows::{ALLOWED, COPIED_BYTES, CUT, CUT_IN_REPLY, DENIED};
+use crate::nftables::flows::{ALLOWED, COPIED_BYTES, CUT, CUT_IN_REPLY, DENIED, OBSERVED, OBSERVED_IN_REPLY};
 use crate::nftables::{Config, Epoch};
 
 /// The beginning of a probe's payload, and so of its answer: with the node's address, and with the address of another pod.
@@ -112,9 +112,9 @@ pub fn base_chains(config: &Config, node: &NodeConfig) -> Vec<KernelChain> {
     const RAW: i32 = -300;
     const FILTER: i32 = 0;
     let chain = |name: &str, rules| KernelChain { name: name.into(), hook: None, rules };
-    let mut chains = verdict_chains(config);
+    let mut chains = verdict_chains(config, node.enforcement);
     if config.flows {
-        chains.extend(log_chains());
+        chains.extend(log_chains(node.enforcement));
     }
     chains.push(chain(NAMELESS, nameless()));
     for family in both() {
@@ -132,7 +132,19 @@ pub fn base_chains(config: &Config, node: &NodeConfig) -> Vec<KernelChain> {
     ] {
         chains.push(KernelChain { name: name.into(), hook: Some(("filter", hook, priority)), rules });
     }
+    if node.enforcement == Enforcement::Observe {
+        chains.iter_mut().flat_map(|chain| &mut chain.rules).for_each(let_pass);
+    }
     chains
+}
+
+/// A rule that drops or resets accepts instead.
+fn let_pass(rule: &mut Rule) {
+    for expression in &mut rule.expressions {
+        if matches!(expression, Expression::Verdict(Verdict::Drop) | Expression::TcpReset) {
+            *expression = accept();
+        }
+    }
 }
 
 /// Drops packets from or to a member of one of the fixed `sets`. A packet without a connection has only its own addresses.
@@ -416,7 +428,7 @@ pub fn epoch_elements(config: &Config, epoch: Epoch) -> [(&'static str, Element)
 }
 
 /// `short` for connections that are already judged, `allowed` and `deny` for those that are now.
-fn verdict_chains(config: &Config) -> Vec<KernelChain> {
+fn verdict_chains(config: &Config, enforcement: Enforcement) -> Vec<KernelChain> {
     let chain = |name: &str, rules: Vec<Option<Rule>>| {
         let rules = rules.into_iter().flatten().collect();
         KernelChain { name: name.into(), hook: None, rules }
@@ -453,7 +465,13 @@ fn verdict_chains(config: &Config) -> Vec<KernelChain> {
         ),
         chain(
             "deny",
-            vec![Some(rule(begun.into_iter().chain([goto("forbid")]))), logging(rule([jump(LOG_DENIED)])), drop()],
+            vec![
+                Some(rule(begun.into_iter().chain([goto("forbid")]))),
+                logging(rule([jump(LOG_DENIED)])),
+                // The packets after the first one pass too, and are not logged again.
+                (enforcement == Enforcement::Observe).then(|| rule([jump("note-dead")])),
+                drop(),
+            ],
         ),
         chain("undecided", vec![logging(rule(state_is(STATE_NEW).into_iter().chain([jump(LOG_DENIED)]))), drop()]),
         chain(
@@ -477,17 +495,22 @@ fn verdict_chains(config: &Config) -> Vec<KernelChain> {
 }
 
 /// The chains that log decisions. Verdicts do not depend on them: packets over the limit are counted and return.
-pub fn log_chains() -> [KernelChain; 3] {
+pub fn log_chains(enforcement: Enforcement) -> [KernelChain; 3] {
+    let (denied, cut_groups) = match enforcement {
+        Enforcement::Enforce => (DENIED, [CUT, CUT_IN_REPLY]),
+        Enforcement::Observe => (OBSERVED, [OBSERVED, OBSERVED_IN_REPLY]),
+    };
+
     let over =
         |per_second| rule([Expression::Over { per_second }, Expression::Counter, Expression::Verdict(Verdict::Return)]);
     let log = |group| Expression::Log { group, bytes: Some(COPIED_BYTES) };
     let cut = |direction, group| rule(direction_is(direction).into_iter().chain([log(group)]));
     // Expected by a helper, and not answered yet.
     let not_begun = rule(state_is(STATE_RELATED).into_iter().chain([goto(LOG_DENIED)]));
-    let cut_either_way = [cut(Direction::Original, CUT), cut(Direction::Reply, CUT_IN_REPLY)];
+    let cut_either_way = [cut(Direction::Original, cut_groups[0]), cut(Direction::Reply, cut_groups[1])];
     [
         (LOG_ALLOWED, vec![over(TOLD_ALLOWED), rule([log(ALLOWED)])]),
-        (LOG_DENIED, vec![over(TOLD_FORBIDDEN), rule([log(DENIED)])]),
+        (LOG_DENIED, vec![over(TOLD_FORBIDDEN), rule([log(denied)])]),
         (LOG_CUT, [not_begun, over(TOLD_FORBIDDEN)].into_iter().chain(cut_either_way).collect()),
     ]
     .map(|(name, rules)| KernelChain { name: name.into(), hook: None, rules })
