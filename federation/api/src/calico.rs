@@ -116,12 +116,21 @@ pub struct NetworkSetSpec {
 }
 
 /// `None`: a kind of Calico that says nothing about policy.
-pub fn read(reference: &Reference, kind: &str, node: Node<'_>) -> Result<Option<CalicoObject>, Vec<FieldError>> {
+/// `has_accepted_metadata`: see [`Errors::with_accepted_metadata`].
+pub fn read(
+    reference: &Reference,
+    kind: &str,
+    node: Node<'_>,
+    has_accepted_metadata: bool,
+) -> Result<Option<CalicoObject>, Vec<FieldError>> {
     let Some(mut object) = read_kind(reference, kind, node)? else { return Ok(None) };
     if reference.api_version == CRD_API_VERSION {
-        object.mark_as_stored().map_err(|error| {
+        object.mark_as_stored().or_else(|error| {
+            if has_accepted_metadata {
+                return Ok(());
+            }
             let message = format!("{METADATA_ANNOTATION} is not metadata in JSON: {error}");
-            vec![FieldError { path: "metadata.annotations".to_owned(), message }]
+            Err(vec![FieldError { path: "metadata.annotations".to_owned(), message }])
         })?;
         return Ok(Some(object));
     }
@@ -164,6 +173,11 @@ fn is_zero(name: &str, value: Node<'_>) -> bool {
 const METADATA_ANNOTATION: &str = "projectcalico.org/metadata";
 /// What the name of a policy of the tier `default` starts with where Calico stores it.
 const DEFAULT_TIER_PREFIX: &str = "default.";
+
+/// The v3 name of a stored policy whose annotation has no name.
+pub fn name_of_stored(name: &str) -> &str {
+    name.strip_prefix(DEFAULT_TIER_PREFIX).unwrap_or(name)
+}
 
 /// Puts the v3 object's metadata in the place of the stored one's: its name, and labels and annotations over those that
 /// are beside it (older versions store them there). Of a policy whose annotation has no name, the name is the stored
@@ -262,7 +276,7 @@ impl CalicoObject {
         if !self.is_stored() {
             return self.convert_by(errors);
         }
-        let mut of_stored = Errors::of_stored();
+        let mut of_stored = Errors::of_stored().with_accepted_metadata(errors.has_accepted_metadata());
         let converted = self.convert_by(&mut of_stored);
         errors.0.append(&mut of_stored.0);
         converted
@@ -277,7 +291,7 @@ impl CalicoObject {
                 let path = Path::Root("spec");
                 let nets = rule::convert_set(&set.spec.nets, &path.field("nets"), errors);
                 check_metadata(&set.metadata, errors);
-                if set.metadata.labels.contains_key(build::NAMESPACE) {
+                if set.metadata.labels.contains_key(build::NAMESPACE) && !errors.has_accepted_metadata() {
                     errors.refuse(&Path::Root("metadata.labels"), format!("\"{}\" may not be set", build::NAMESPACE));
                 }
                 let namespace = (!global).then(|| set.metadata.namespace());
@@ -424,7 +438,7 @@ fn check_policy_name(name: &str, is_global: bool, errors: &mut Errors) {
         !is_global && rest.is_some_and(is_subdomain)
     };
     // An invalid name is reported with the other metadata.
-    if is_subdomain(name) && name.matches('.').count() > 1 && !converted() {
+    if !errors.has_accepted_metadata() && is_subdomain(name) && name.matches('.').count() > 1 && !converted() {
         errors
             .refuse(&Path::Root("metadata.name"), "a policy is named by a-z 0-9 -, with a dot after the tier at most");
     }

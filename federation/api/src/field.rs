@@ -74,7 +74,7 @@ pub(crate) fn unknown_field(name: &str, known: &[&str]) -> String {
 
 /// Collects errors while a conversion walks an object.
 #[derive(Debug, Default)]
-pub struct Errors(pub Vec<FieldError>, Origin);
+pub struct Errors(pub Vec<FieldError>, Origin, bool);
 
 /// Where an object comes from, and so by which rules it is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -89,7 +89,17 @@ enum Origin {
 impl Errors {
     /// For an object as its system stores it: see [`Errors::refuse`].
     pub fn of_stored() -> Self {
-        Self(Vec::new(), Origin::Storage)
+        Self(Vec::new(), Origin::Storage, false)
+    }
+
+    /// The same collection, for an object whose metadata an API server has accepted: it is not checked again, since an object that
+    /// exists must not become unreadable because of the syntax of a name, label or annotation. `is_accepted`: whether that is so.
+    pub fn with_accepted_metadata(self, is_accepted: bool) -> Self {
+        Self(self.0, self.1, is_accepted)
+    }
+
+    pub fn has_accepted_metadata(&self) -> bool {
+        self.2
     }
 
     pub fn is_stored(&self) -> bool {

@@ -1,5 +1,7 @@
 //! Which kinds are read, and which look as if they were meant to be.
 
+use hanse_policy::model::PolicyKind;
+
 use crate::admin_network_policy;
 use crate::calico;
 use crate::diagnostic::Reference;
@@ -129,6 +131,20 @@ pub fn is_strict(reference: &Reference) -> bool {
     let (group, _) = group_and_version(&reference.api_version);
     matches!(group, "networking.k8s.io" | "policy.networking.k8s.io" | "hanse.dev")
         || [calico::API_VERSION, calico::CRD_API_VERSION].contains(&reference.api_version.as_str())
+}
+
+/// The kind of an enforced policy; `None` for other kinds, and for staged policies, which are not in force.
+pub fn enforced_policy(reference: &Reference) -> Option<PolicyKind> {
+    match (reference.api_version.as_str(), reference.kind.as_str()) {
+        ("networking.k8s.io/v1", "NetworkPolicy") => Some(PolicyKind::KubernetesNetworkPolicy),
+        ("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolicy") => Some(PolicyKind::ClusterNetworkPolicy),
+        (calico::API_VERSION | calico::CRD_API_VERSION, "NetworkPolicy") => Some(PolicyKind::CalicoNetworkPolicy),
+        (calico::API_VERSION | calico::CRD_API_VERSION, "GlobalNetworkPolicy") => {
+            Some(PolicyKind::CalicoGlobalNetworkPolicy)
+        }
+        (hanse::API_VERSION, "FederatedNetworkPolicy") => Some(PolicyKind::FederatedNetworkPolicy),
+        _ => None,
+    }
 }
 
 /// What is wrong with an object of a kind that is not read, where it seems to mean one that is: to pass it over would take

@@ -35,6 +35,7 @@ pub mod rule;
 mod schema;
 pub mod stored;
 pub mod strict;
+mod unreadable;
 pub mod workload;
 
 pub use assemble::planned::{Offline, assemble_offline};

@@ -11,6 +11,7 @@ use crate::files::{self, Listing, ReadError};
 use crate::hanse;
 use crate::kind;
 use crate::object::{self, Converted, Object};
+use crate::unreadable;
 use crate::workload::{self, Workload};
 
 /// A document of a kind that Hanse does not read.
@@ -44,12 +45,14 @@ pub struct Manifests {
     pub not_storable: Vec<Diagnostic>,
     /// Notes about objects that are read.
     pub notes: Vec<Diagnostic>,
-    /// Policies that are refused for nothing but fields that are not known, without those. Where no earlier version of one is
-    /// in force, this closes what it may close.
+    /// Policies that are refused, with what cannot be read unknown. Where no earlier version of one is in force, this closes what it
+    /// may close.
     pub partial: Vec<Manifest>,
     /// What paths of files are taken relative to where a name is generated from them.
     pub root: PathBuf,
     default_namespace: Option<Arc<str>>,
+    /// An API server has accepted the objects.
+    is_accepted: bool,
     /// How many names were generated from a file and a prefix, and all of them.
     generated: (HashMap<String, u32>, HashSet<String>),
 }
@@ -58,6 +61,11 @@ impl Manifests {
     /// Nothing yet. Objects of namespaced kinds that name no namespace are put into this one, as `kubectl --namespace` does.
     pub fn in_namespace(namespace: Option<&str>) -> Self {
         Self { default_namespace: namespace.map(Arc::from), ..Self::default() }
+    }
+
+    /// Nothing yet, of objects that an API server has accepted: the syntax of their names, labels and annotations refuses none of them.
+    pub fn of_api_server() -> Self {
+        Self { is_accepted: true, ..Self::default() }
     }
 
     /// The reference of an object that is accepted, with its name and its namespace.
@@ -266,7 +274,8 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
     let generated = generated_name(node, &reference, &location, read);
     let fields = node.field_count();
     let namespace = read.default_namespace.clone();
-    let defaults = object::Defaults { name: generated.as_deref(), namespace: namespace.as_ref() };
+    let defaults =
+        object::Defaults { name: generated.as_deref(), namespace: namespace.as_ref(), is_accepted: read.is_accepted };
     match read_object(&reference, node, defaults) {
         Ok(Some(Converted { object, not_storable })) => match generated {
             Some(_) if reference.api_version == hanse::API_VERSION => {
@@ -395,13 +404,14 @@ fn at_line(node: Node<'_>, line: u32) -> Node<'_> {
     }
 }
 
-/// How many unknown fields of one object are reported.
-const MAX_UNKNOWN_REPORTED: usize = 20;
+/// How many unknown fields of one object are reported, and how many other errors.
+const MAX_REPORTED: usize = 20;
 /// How many unknown fields of a policy are recorded; where there are more, all of its rules are unknown.
 const MAX_UNKNOWN_FIELDS: usize = 200;
+/// How many fields that cannot be decoded are left out of a policy, to find out what else it says. Each costs a reading.
+const MAX_LEFT_OUT: usize = 8;
 
-/// Why an object is refused; and a policy without its unknown fields, where nothing else is wrong. The rules that the fields
-/// concern are unknown.
+/// Why an object is refused; and a policy with what cannot be read unknown, see [`crate::unreadable`].
 struct Refused {
     errors: Vec<FieldError>,
     partial: Option<Object>,
@@ -417,38 +427,71 @@ fn read_object(
     let strict = kind::is_strict(reference);
     // Some conversions look for unknown fields themselves. They see all of them at once: the second time they find none.
     let mut not_known: Vec<FieldError> = Vec::new();
+    // Fields that cannot be decoded.
+    let mut left_out: Vec<FieldError> = Vec::new();
     loop {
         let read = object::read(reference, if strict { node.with_notes(&notes) } else { node }, defaults);
         let unknown = notes.take_unknown(node).into_iter().filter(|field| !field.path.starts_with("metadata."));
         let unknown: Vec<FieldError> = unknown.map(|field| field.into()).collect();
-        let (partial, others) = match read {
-            Ok(object) if unknown.is_empty() && not_known.is_empty() => return Ok(object),
-            Ok(read) => (read.map(|read| read.object).filter(Object::is_policy), Vec::new()),
-            Err(errors) if not_known.is_empty() && errors.iter().all(FieldError::is_of_unknown_field) => {
+        let (object, others) = match read {
+            Ok(object) if unknown.is_empty() && not_known.is_empty() && left_out.is_empty() => return Ok(object),
+            Ok(read) => (read.map(|read| read.object), Vec::new()),
+            Err(refused) => {
+                let object::Refused { errors, object } = refused;
+                let are_unknown = not_known.is_empty() && errors.iter().all(FieldError::is_of_unknown_field);
+                let is_left_out =
+                    object.is_none() && left_out.len() < MAX_LEFT_OUT && kind::enforced_policy(reference).is_some();
                 let mut locator = Locator::new(node);
-                let places: Option<Vec<u32>> = errors.iter().map(|error| locator.place_of(&error.path)).collect();
-                match places {
+                let places = (are_unknown || is_left_out)
+                    .then(|| errors.iter().map(|error| locator.place_of(&error.path)).collect::<Option<Vec<u32>>>());
+                // What was left out before and is found again cannot be left out.
+                let is_new = errors.iter().all(|error| left_out.iter().all(|it| it.path != error.path));
+                match places.flatten().filter(|_| is_new) {
                     Some(places) => {
                         places.into_iter().for_each(|place| notes.leave_out(place));
-                        not_known = errors;
+                        if are_unknown {
+                            not_known = errors
+                        } else {
+                            left_out.extend(errors)
+                        }
                         continue;
                     }
-                    None => (None, errors),
+                    None => (object, errors),
                 }
             }
-            Err(errors) => (None, errors),
         };
+        // What follows from a field that was left out is not an error of its own.
+        let is_or_contains = |path: &str, left_out: &str| {
+            left_out.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+        };
+        let follows = |error: &FieldError| left_out.iter().any(|it| is_or_contains(&error.path, &it.path));
+        let others = others.into_iter().filter(|error| !follows(error));
+        let others: Vec<FieldError> = others.collect();
+        let others: Vec<FieldError> = left_out.into_iter().chain(others).collect();
         let mut errors: Vec<FieldError> = unknown.into_iter().chain(not_known).collect();
-        let partial = partial.map(|mut object| {
-            let mut paths: Vec<String> = errors.iter().take(MAX_UNKNOWN_FIELDS).map(|it| it.path.clone()).collect();
-            if errors.len() > MAX_UNKNOWN_FIELDS {
-                paths.push(format!("one of {} fields", errors.len()));
+        let partial = match object.filter(Object::is_policy) {
+            Some(mut object) => {
+                let mut paths: Vec<String> = errors.iter().take(MAX_UNKNOWN_FIELDS).map(|it| it.path.clone()).collect();
+                if errors.len() > MAX_UNKNOWN_FIELDS {
+                    paths.push(format!("one of {} fields", errors.len()));
+                }
+                object.mark_unknown(&paths);
+                let of_subject = errors.iter().find(|error| unreadable::is_of_subject(&error.path));
+                let restricting: Vec<FieldError> = others.iter().chain(of_subject).cloned().collect();
+                object.restrict(&restricting);
+                Some(object)
             }
-            object.mark_unknown(&paths);
-            object
-        });
-        errors.truncate(MAX_UNKNOWN_REPORTED);
-        errors.extend(others);
+            None => {
+                let first = others.iter().chain(&errors).next();
+                first.and_then(|error| Object::unread_policy(reference, node, defaults, error))
+            }
+        };
+        let hidden = errors.len().saturating_sub(MAX_REPORTED) + others.len().saturating_sub(MAX_REPORTED);
+        errors.truncate(MAX_REPORTED);
+        errors.extend(others.into_iter().take(MAX_REPORTED));
+        if hidden > 0 {
+            errors.push(FieldError { path: String::new(), message: format!("and {hidden} more errors") });
+        }
         return Err(Box::new(Refused { errors, partial }));
     }
 }

@@ -57,6 +57,9 @@ pub const MAX_ANNOTATION_BYTES: usize = 256 * 1024;
 
 /// Checks name, namespace, labels and annotations. A missing name is reported elsewhere.
 pub fn check_metadata(metadata: &Metadata, errors: &mut Errors) {
+    if errors.has_accepted_metadata() {
+        return;
+    }
     if !metadata.name.is_empty() && !is_subdomain(&metadata.name) {
         errors.add(&Path::Root("metadata.name"), format!("\"{}\" is not a name: {NAME_RULE}", metadata.name));
     }
@@ -81,10 +84,11 @@ pub fn check_labels(labels: &Labels, path: &Path<'_>, errors: &mut Errors) {
     }
 }
 
-/// Keys are those of labels, in any case; values are free, and the whole is bounded.
+/// Keys are those of labels, in any case; values are free, and the whole is bounded. API servers convert keys to lower case character by
+/// character, as Go's `strings.ToLower` does: `İ` becomes `i`, and not `i` with a dot above.
 pub fn check_annotations(annotations: &Labels, path: &Path<'_>, errors: &mut Errors) {
     for key in annotations.keys() {
-        if let Some(why) = label_key_error(&key.to_lowercase()) {
+        if let Some(why) = label_key_error(&lower_case(key)) {
             errors.add(path, format!("\"{key}\": {why}"));
         }
     }
@@ -92,4 +96,8 @@ pub fn check_annotations(annotations: &Labels, path: &Path<'_>, errors: &mut Err
     if bytes > MAX_ANNOTATION_BYTES {
         errors.add(path, format!("{bytes} bytes; {MAX_ANNOTATION_BYTES} are allowed"));
     }
+}
+
+fn lower_case(text: &str) -> String {
+    text.chars().map(|character| character.to_lowercase().next().unwrap_or(character)).collect()
 }

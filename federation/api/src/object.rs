@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use hanse_policy::inventory::{Endpoint, EndpointId};
-use hanse_policy::model::Tier;
+use hanse_policy::model::{PolicyId, PolicyKind, Tier};
 use serde::de::DeserializeOwned;
 
 use crate::calico;
@@ -14,11 +14,13 @@ use crate::document::Node as Value;
 use crate::field::{Errors, FieldError, Path};
 use crate::hanse::{self, ClusterJoinTokenSpec, ClusterSetSpec, Member};
 use crate::inventory::{EndpointSlice, Namespace, Node, Pod, Service, ServiceAccount};
+use crate::kind;
 use crate::kubernetes;
 use crate::metadata::{Metadata, check_metadata};
 use crate::network_policy::NetworkPolicy;
 use crate::policy::{FederatedPolicy, LocalPolicy};
 use crate::strict;
+use crate::unreadable;
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Object {
@@ -91,6 +93,57 @@ impl Object {
         matches!(self, Self::Policy(_) | Self::FederatedPolicy(_))
     }
 
+    /// The policy that is in force of one of which nothing can be read. `None` if the object is not an enforced policy, or is one of
+    /// the federation without a readable tier.
+    pub(crate) fn unread_policy(
+        reference: &Reference,
+        node: Value<'_>,
+        defaults: Defaults<'_>,
+        why: &FieldError,
+    ) -> Option<Self> {
+        let kind = kind::enforced_policy(reference)?;
+        let name = if reference.name.is_empty() { defaults.name? } else { &reference.name };
+        let name = match reference.api_version.as_str() {
+            calico::CRD_API_VERSION => calico::name_of_stored(name),
+            _ => name,
+        };
+        let is_global = matches!(
+            kind,
+            PolicyKind::ClusterNetworkPolicy
+                | PolicyKind::CalicoGlobalNetworkPolicy
+                | PolicyKind::FederatedNetworkPolicy
+        );
+        let namespace = (!is_global).then(|| match (&reference.namespace, defaults.namespace) {
+            (Some(namespace), _) => namespace.as_str().into(),
+            (None, Some(namespace)) => Arc::clone(namespace),
+            (None, None) => "default".into(),
+        });
+        let spec = node.child("spec");
+        let tier = match spec.and_then(|spec| spec.child("tier")) {
+            None if matches!(kind, PolicyKind::CalicoNetworkPolicy | PolicyKind::CalicoGlobalNetworkPolicy) => {
+                Some("default")
+            }
+            tier => tier.and_then(Value::text).filter(|_| kind != PolicyKind::ClusterNetworkPolicy),
+        };
+        let policy = unreadable::unread(PolicyId { cluster: None, kind, namespace, name: name.into() }, tier, why);
+        Some(match kind {
+            PolicyKind::FederatedNetworkPolicy => {
+                tier.filter(|tier| !tier.is_empty())?;
+                Self::FederatedPolicy(Box::new(FederatedPolicy::new(policy, None, Vec::new())))
+            }
+            _ => Self::Policy(Box::new(LocalPolicy::new(policy))),
+        })
+    }
+
+    /// Makes unknown what errors of a policy concern.
+    pub(crate) fn restrict(&mut self, errors: &[FieldError]) {
+        match self {
+            Self::Policy(policy) => policy.restrict(errors),
+            Self::FederatedPolicy(policy) => policy.restrict(errors),
+            _ => {}
+        }
+    }
+
     /// Makes the rules of a policy unknown that have one of these fields.
     pub(crate) fn mark_unknown(&mut self, paths: &[String]) {
         match self {
@@ -114,6 +167,21 @@ pub(crate) struct Defaults<'a> {
     pub name: Option<&'a str>,
     /// The namespace of an object of a namespaced kind that names none.
     pub namespace: Option<&'a Arc<str>>,
+    /// An API server has accepted the object, see [`Errors::with_accepted_metadata`].
+    pub is_accepted: bool,
+}
+
+/// Why an object is refused, and the object as far as it was converted. Without an object, it could not be decoded.
+#[derive(Debug)]
+pub(crate) struct Refused {
+    pub errors: Vec<FieldError>,
+    pub object: Option<Object>,
+}
+
+impl From<Vec<FieldError>> for Refused {
+    fn from(errors: Vec<FieldError>) -> Self {
+        Self { errors, object: None }
+    }
 }
 
 impl Defaults<'_> {
@@ -135,7 +203,7 @@ pub(crate) fn read(
     reference: &Reference,
     node: Value<'_>,
     defaults: Defaults<'_>,
-) -> Result<Option<Converted>, Vec<FieldError>> {
+) -> Result<Option<Converted>, Refused> {
     let read = Reader { node, defaults };
     let (api_version, kind) = (reference.api_version.as_str(), reference.kind.as_str());
     let object = match (api_version, kind) {
@@ -188,10 +256,12 @@ pub(crate) fn read(
             it.check(errors);
             Object::ClusterJoinToken(Box::new(it.spec))
         }),
-        (calico::API_VERSION | calico::CRD_API_VERSION, _) => match calico::read(reference, kind, node)? {
-            Some(object) => read.calico(object),
-            None => return Ok(None),
-        },
+        (calico::API_VERSION | calico::CRD_API_VERSION, _) => {
+            match calico::read(reference, kind, node, defaults.is_accepted)? {
+                Some(object) => read.calico(object),
+                None => return Ok(None),
+            }
+        }
         _ => return Ok(None),
     };
     Ok(Some(Converted { object: object?, not_storable: Vec::new() }))
@@ -246,13 +316,13 @@ impl Reader<'_> {
         Ok(wire)
     }
 
-    fn convert<W: Wire>(&self, convert: impl FnOnce(W, &mut Errors) -> Object) -> Result<Object, Vec<FieldError>> {
-        let mut errors = Errors::default();
+    fn convert<W: Wire>(&self, convert: impl FnOnce(W, &mut Errors) -> Object) -> Result<Object, Refused> {
+        let mut errors = Errors::default().with_accepted_metadata(self.defaults.is_accepted);
         let object = convert(self.decode()?, &mut errors);
-        if errors.0.is_empty() { Ok(object) } else { Err(errors.0) }
+        if errors.0.is_empty() { Ok(object) } else { Err(Refused { errors: errors.0, object: Some(object) }) }
     }
 
-    fn pod(&self) -> Result<Converted, Vec<FieldError>> {
+    fn pod(&self) -> Result<Converted, Refused> {
         let mut not_storable = Errors::default();
         let object = self.convert(|it: kubernetes::Pod, errors| {
             it.check(errors);
@@ -262,7 +332,7 @@ impl Reader<'_> {
         Ok(Converted { object, not_storable: not_storable.0 })
     }
 
-    fn service(&self) -> Result<Converted, Vec<FieldError>> {
+    fn service(&self) -> Result<Converted, Refused> {
         let mut not_storable = Errors::default();
         let object = self.convert(|it: kubernetes::Service, errors| {
             it.check(errors);
@@ -272,15 +342,15 @@ impl Reader<'_> {
         Ok(Converted { object, not_storable: not_storable.0 })
     }
 
-    fn calico(&self, mut object: calico::CalicoObject) -> Result<Object, Vec<FieldError>> {
+    fn calico(&self, mut object: calico::CalicoObject) -> Result<Object, Refused> {
         let is_namespaced = object.is_namespaced();
         self.defaults.apply(object.metadata_mut(), is_namespaced);
-        let mut errors = Errors::default();
+        let mut errors = Errors::default().with_accepted_metadata(self.defaults.is_accepted);
         let object = match object.convert(&mut errors) {
             calico::Converted::Tier(tier) => Object::Tier(tier),
             calico::Converted::Policy(policy) => Object::Policy(policy),
             calico::Converted::NetworkSet(id, set) => Object::NetworkSet(id, set),
         };
-        if errors.0.is_empty() { Ok(object) } else { Err(errors.0) }
+        if errors.0.is_empty() { Ok(object) } else { Err(Refused { errors: errors.0, object: Some(object) }) }
     }
 }

@@ -11,7 +11,9 @@ use hanse_policy::tri::Tri;
 use ipnet::IpNet;
 
 use crate::clusters::{ClusterLabels, ClusterSelector, select_clusters};
+use crate::field::FieldError;
 use crate::inventory::NodeInfo;
+use crate::unreadable::restrict;
 
 /// A direction whose rules are without effect because the policy's types leave it out, and the field that lists the types.
 pub type LeftOut = (Direction, &'static str);
@@ -68,6 +70,14 @@ impl LocalPolicy {
 
     pub(crate) fn mark_unknown(&mut self, paths: &[String]) {
         mark_unknown(&mut self.policy, paths);
+    }
+
+    /// Makes unknown what errors concern, see [`crate::unreadable`].
+    pub(crate) fn restrict(&mut self, errors: &[FieldError]) {
+        let [_, is_egress_closed] = restrict(&mut self.policy, errors, !self.node_peers.is_empty());
+        if is_egress_closed {
+            self.node_peers.clear();
+        }
     }
 
     /// The policy in `cluster`, which has these nodes.
@@ -170,6 +180,18 @@ impl FederatedPolicy {
     /// Makes all rules unknown, for the reason that `what` is not known.
     pub fn mark_unknown(&mut self, what: &[String]) {
         mark_unknown(&mut self.policy, what);
+    }
+
+    /// Makes unknown what errors concern, see [`crate::unreadable`].
+    pub(crate) fn restrict(&mut self, errors: &[FieldError]) {
+        let [is_ingress_closed, is_egress_closed] = restrict(&mut self.policy, errors, !self.peers.is_empty());
+        self.peers.retain(|peer| match peer.direction {
+            Direction::Ingress => !is_ingress_closed,
+            Direction::Egress => !is_egress_closed,
+        });
+        if errors.iter().any(|error| error.path == "spec.clusterSelector") {
+            self.enforcers = None;
+        }
     }
 
     /// The policy among clusters with these labels. `tiers`: the phase of each federated tier. A policy of another tier is not

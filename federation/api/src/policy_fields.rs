@@ -95,7 +95,7 @@ pub const TIER_NAME_RULE: &str = "a tier is named by at most 63 of a-z 0-9 -, wi
 
 /// Checks a name of one part. A missing or invalid name is reported with the other metadata.
 pub fn check_part_name(name: &str, rule: &str, errors: &mut Errors) {
-    if is_subdomain(name) && !is_dns_label(name) {
+    if !errors.has_accepted_metadata() && is_subdomain(name) && !is_dns_label(name) {
         errors.add(&Path::Root("metadata.name"), rule);
     }
 }

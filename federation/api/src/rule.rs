@@ -151,7 +151,7 @@ fn convert_rule(
     if rule.icmp.is_some() && !is_icmp(&rule.protocol) && !is_icmpv6(&rule.protocol) {
         errors.add(&path.field("icmp"), "needs the protocol ICMP or ICMPv6");
     }
-    if let Some(metadata) = rule.metadata.as_ref().filter(|_| !stored) {
+    if let Some(metadata) = rule.metadata.as_ref().filter(|_| !stored && !errors.has_accepted_metadata()) {
         let path = path.field("metadata");
         check_annotations(&metadata.annotations, &path.field("annotations"), errors);
     }

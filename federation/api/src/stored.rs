@@ -39,7 +39,8 @@ pub fn used_fields(text: &str) -> Option<String> {
     if kind::is_strict(&reference) {
         typed::<Metadata>(root.child("metadata")?.with_notes(&notes)).ok()?;
     } else {
-        object::read(&reference, root.with_notes(&notes), Defaults { name: None, namespace: None }).ok()??;
+        object::read(&reference, root.with_notes(&notes), Defaults { name: None, namespace: None, is_accepted: true })
+            .ok()??;
     }
     let mut value = notes.known_value(root);
     let fields = value.as_object_mut()?;

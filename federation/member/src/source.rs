@@ -46,6 +46,8 @@ pub enum Event {
     Synced(Arc<Path>),
     /// The text from which all objects of an origin can be restored after a restart.
     Keep(Arc<Path>, Vec<u8>),
+    /// The same for an origin that cannot be read completely. It is used only if the origin was never read completely.
+    KeepPartial(Arc<Path>, Vec<u8>),
 }
 
 /// Reports changes of the cluster's objects.
@@ -67,10 +69,10 @@ impl<S: Source + ?Sized> Source for Box<S> {
     }
 }
 
-/// Reports the objects in a text, which may be unreadable. Returns whether it was read completely. `name`: the name of the origin in
+/// Reports the object of an API server in a text, which may be unreadable. Returns whether it was read completely. `name`: the name of the origin in
 /// problems.
 fn read_object(origin: &Arc<Path>, name: &Arc<str>, text: &[u8], events: &mut Vec<Event>) -> bool {
-    let mut read = Manifests::default();
+    let mut read = Manifests::of_api_server();
     read_bytes(name, text, &mut read);
     report(origin, read, events)
 }

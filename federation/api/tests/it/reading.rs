@@ -301,14 +301,198 @@ fn policy_with_unknown_parts_is_partial() {
         let found: Vec<bool> = rules.map(|rule| rule.not_understood.is_some()).collect();
         assert_eq!(found, unknown, "{text}");
     }
-    // What else is wrong leaves nothing to go by, and only policies have a reading that is safe.
-    for text in [
-        format!("{network}\nspec: {{podSelector: {{}}, more: 1, policyTypes: [None]}}"),
-        "hanse.dev/v1alpha1\nkind: FederatedNetworkSet\nmetadata: {name: s}\nspec: {nets: [], more: 1}".to_owned(),
+    // Only policies have a reading that is safe.
+    let set =
+        "apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkSet\nmetadata: {name: s}\nspec: {nets: [], more: 1}\n";
+    let set = read(set);
+    assert!(set.partial.is_empty() && set.diagnostics.len() == 1, "{:?}", set.diagnostics);
+}
+
+/// A policy that is refused for any other reason closes too: an error in a rule makes that rule unknown; one elsewhere makes all rules
+/// unknown, and the selected endpoints all that its kind can select.
+#[test]
+fn refused_policy_closes_what_it_may_close() {
+    let network = "networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: a}\nspec: ";
+    let calico = "projectcalico.org/v3\nkind: NetworkPolicy\nmetadata: {name: p, namespace: a}\nspec: ";
+    let global = "projectcalico.org/v3\nkind: GlobalNetworkPolicy\nmetadata: {name: p}\nspec: ";
+    let cluster = "policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: p}\nspec: ";
+    let subject = "tier: Admin, priority: 7, subject: {pods: {podSelector: {matchLabels: {app: web}}}}";
+    let web = |namespace: &str| format!("projectcalico.org/namespace == \"{namespace}\" && app == \"web\"");
+    // Each with: what it selects, its order, and of ingress and egress the rules: the first letter of the action, ? if unknown.
+    let in_a = "(projectcalico.org/orchestrator == \"k8s\" && projectcalico.org/namespace == \"a\")";
+    let any = "projectcalico.org/orchestrator == \"k8s\"";
+    let first = Some(f64::MIN);
+    let web_in_a = in_a.replace(')', " && app == \"web\")");
+    for (text, selects, order, ingress, egress) in [
+        // Errors in rules.
+        (
+            format!(
+                "{network}{{podSelector: {{matchLabels: {{app: web}}}}, ingress: [{{}}, {{ports: [{{port: 0}}]}}]}}"
+            ),
+            &*web_in_a,
+            Some(1000.0),
+            Some("A A?"),
+            None,
+        ),
+        (
+            format!("{network}{{podSelector: {{matchLabels: {{app: web}}}}, ingress: [{{from: 7}}]}}"),
+            &web_in_a,
+            Some(1000.0),
+            Some("A?"),
+            None,
+        ),
+        (
+            format!(
+                "{calico}{{selector: app == 'web', order: 3, ingress: [{{action: Deny, source: {{nets: [x, 10.0.0.0/8]}}}}, {{action: Allow}}, {{action: Audit}}]}}"
+            ),
+            &format!("({})", web("a")),
+            Some(3.0),
+            Some("D? A D?"),
+            None,
+        ),
+        (
+            format!(
+                "{global}{{selector: app == 'web', order: 3, egress: [{{action: Pass, protocol: [TCP]}}, {{action: Allow}}]}}"
+            ),
+            "app == \"web\"",
+            Some(3.0),
+            None,
+            Some("P? A"),
+        ),
+        (
+            format!(
+                "{cluster}{{{subject}, ingress: [{{action: Accept, from: [{{namespaces: {{}}}}]}}, {{action: Reject, from: [{{namespaces: {{}}}}]}}]}}"
+            ),
+            &format!("({any} && has(projectcalico.org/namespace) && app == \"web\")"),
+            Some(7.0),
+            Some("A D?"),
+            None,
+        ),
+        // Elsewhere.
+        (
+            format!("{network}{{podSelector: {{matchLabels: {{app: '-'}}}}, ingress: [{{}}]}}"),
+            in_a,
+            Some(1000.0),
+            Some("A?"),
+            None,
+        ),
+        (format!("{network}{{podSelector: {{more: 1}}, ingress: [{{}}]}}"), in_a, Some(1000.0), Some("A?"), None),
+        (format!("{network}{{podSelector: 7, ingress: [{{}}]}}"), in_a, Some(1000.0), Some("A?"), None),
+        (
+            format!(
+                "{network}{{podSelector: {{matchLabels: {{app: web}}}}, ingress: [{{}}], egress: [{{}}], policyTypes: [None]}}"
+            ),
+            &web_in_a,
+            Some(1000.0),
+            Some(""),
+            Some(""),
+        ),
+        (format!("{network}7"), in_a, Some(1000.0), Some(""), Some("")),
+        (
+            format!("{calico}{{selector: app ==, order: 3, ingress: [{{action: Allow}}]}}"),
+            "projectcalico.org/namespace == \"a\"",
+            Some(3.0),
+            Some("D?"),
+            None,
+        ),
+        (
+            format!("{global}{{selector: app == 'web', order: [], ingress: [{{action: Allow}}]}}"),
+            "app == \"web\"",
+            first,
+            Some("D?"),
+            None,
+        ),
+        (
+            format!("{global}{{selector: app == 'web', order: 3, ingress: 7}}"),
+            "app == \"web\"",
+            Some(3.0),
+            Some("D?"),
+            None,
+        ),
+        (
+            format!("{global}{{selector: app == 'web', order: 3, types: [Both], ingress: [{{action: Allow}}]}}"),
+            "app == \"web\"",
+            Some(3.0),
+            Some("D?"),
+            Some("D?"),
+        ),
+        (format!("{global}x"), "all()", first, Some("D?"), Some("D?")),
+        (
+            format!(
+                "{cluster}{{{}, ingress: [{{action: Accept, from: [{{namespaces: {{}}}}]}}]}}",
+                subject.replace("podSelector", "podsSelector")
+            ),
+            any,
+            Some(7.0),
+            Some("D?"),
+            None,
+        ),
+        (
+            format!(
+                "{cluster}{{{}, ingress: [{{action: Accept, from: [{{namespaces: {{}}}}]}}]}}",
+                subject.replace("Admin", "Other")
+            ),
+            &format!("({any} && has(projectcalico.org/namespace) && app == \"web\")"),
+            first,
+            Some("D?"),
+            None,
+        ),
+        (
+            format!("{cluster}{{priority: 1, egress: [{{action: Accept, to: [{{nodes: {{}}}}]}}]}}"),
+            any,
+            first,
+            Some("D?"),
+            Some("D?"),
+        ),
     ] {
         let read = read(&format!("apiVersion: {text}\n"));
-        assert!(read.partial.is_empty() && read.diagnostics.len() <= 2 && !read.diagnostics.is_empty(), "{text}");
+        assert!(read.objects.is_empty() && !read.diagnostics.is_empty(), "{text}");
+        assert_eq!(read.partial.len(), 1, "{text}: {:?}", read.diagnostics);
+        let state = assemble_cluster(&"c".into(), read.partial);
+        let policy = state.layer.policies.into_values().next().expect("a policy");
+        let letter = |rule: hanse_policy::model::Rule| {
+            let unknown = if rule.not_understood.is_some() { "?" } else { "" };
+            format!("{}{unknown}", &format!("{:?}", rule.action)[..1])
+        };
+        let rules =
+            |rules: Option<Vec<_>>| rules.map(|rules| rules.into_iter().map(letter).collect::<Vec<_>>().join(" "));
+        let found = (policy.selector.expr.to_string(), policy.order.0, rules(policy.ingress), rules(policy.egress));
+        assert_eq!(
+            found,
+            (selects.to_owned(), order, ingress.map(str::to_owned), egress.map(str::to_owned)),
+            "{text}: {:?}",
+            read.diagnostics
+        );
     }
+}
+
+#[test]
+fn objects_of_an_api_server_are_not_refused_for_the_syntax_of_their_metadata() {
+    // As API servers accept it: they convert keys to lower case as Go does, character by character.
+    let text = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, annotations: {İstanbul.example/K: x}}\n";
+    assert_eq!(complaints(&read(text)), Vec::<String>::new());
+    // What this version would refuse.
+    let long = "a".repeat(300);
+    let text = format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: '{long}', annotations: {{'ü ü': x}}, labels: {{'ü': 'ü'}}}}\n---\n\
+         apiVersion: crd.projectcalico.org/v1\nkind: NetworkPolicy\nmetadata: {{name: default.p, annotations: {{projectcalico.org/metadata: '['}}}}\nspec: {{}}\n---\n\
+         apiVersion: projectcalico.org/v3\nkind: NetworkSet\nmetadata: {{name: a.b.c, labels: {{projectcalico.org/namespace: x}}}}\nspec: {{}}\n"
+    );
+    assert_eq!(read(&text).objects.len(), 0);
+    let mut read = Manifests::of_api_server();
+    read_bytes(&Arc::from("file.yaml"), text.as_bytes(), &mut read);
+    assert_eq!((complaints(&read), read.objects.len()), (Vec::new(), 3));
+}
+
+#[test]
+fn errors_of_one_object_are_limited() {
+    let ports = "{port: 0}, ".repeat(1_000);
+    let text = format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p}}\nspec: {{ingress: [{{ports: [{ports}]}}]}}\n"
+    );
+    let complaints = complaints(&read(&text));
+    assert_eq!(complaints.len(), 21);
+    assert!(complaints[20].ends_with("and 980 more errors"), "{complaints:?}");
 }
 
 #[test]
@@ -603,14 +787,14 @@ fn many_unknown_fields_are_found_in_one_reading() {
     let start = std::time::Instant::now();
     let read = read(&text);
     let complaints = complaints(&read);
-    assert_eq!(complaints.len(), 21, "20 of them, and that there are too many rules");
+    assert_eq!(complaints.len(), 22, "20 of them, that there are too many rules, and how many more");
     assert!(complaints[19].starts_with("file.yaml:25 spec.ingress[19].dscp19: unknown field"), "{complaints:?}");
     let selector: String = (0..40_000).map(|at| format!("      k{at}: 1\n")).collect();
     let text = format!(
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p}}\nspec:\n  ingress: [{{}}]\n  podSelector:\n{selector}"
     );
     let many = self::read(&text);
-    assert_eq!((many.diagnostics.len(), many.partial.len()), (20, 1), "{:?}", many.diagnostics.first());
+    assert_eq!((many.diagnostics.len(), many.partial.len()), (21, 1), "{:?}", many.diagnostics.first());
     assert!(start.elapsed() < std::time::Duration::from_secs(20), "{:?}", start.elapsed());
     let state = assemble_cluster(&"c".into(), many.partial);
     let policy = state.layer.policies.into_values().next().expect("a policy");

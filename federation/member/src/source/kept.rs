@@ -40,6 +40,14 @@ pub struct Kept {
     write_at: Instant,
 }
 
+/// What was stored of an origin.
+#[derive(Debug)]
+pub struct Restored {
+    pub objects: Vec<Manifest>,
+    /// It was read completely.
+    pub is_good: bool,
+}
+
 impl Kept {
     /// Opens the file in the subdirectory `source` of `data`. A damaged file is put aside. `writes`: reports failed writes.
     pub fn open(data: &Path, writes: Writes) -> Self {
@@ -127,15 +135,18 @@ impl Kept {
         })
     }
 
-    /// The objects of an origin; `None` if it has no stored text.
-    pub fn restore(&self, origin: &Path) -> Option<Vec<Manifest>> {
+    /// The objects of an origin; `None` if it has no stored text. What cannot be read of a policy is unknown.
+    pub fn restore(&self, origin: &Path) -> Option<Restored> {
         let text = self.text(origin)?;
-        let mut read = Manifests::default();
+        // The source has accepted the text before, by its own rules.
+        let mut read = Manifests::of_api_server();
         read_bytes(&origin.to_string_lossy().into(), &text, &mut read);
-        if !read.diagnostics.is_empty() {
-            tracing::warn!(origin = %origin.display(), "a last good state is of another version, and ignored");
+        let is_good = read.diagnostics.is_empty();
+        if !is_good {
+            tracing::warn!(origin = %origin.display(), "a stored state cannot be read completely; unread parts of policies are unknown");
         }
-        read.diagnostics.is_empty().then_some(read.objects)
+        read.objects.append(&mut read.partial);
+        Some(Restored { objects: read.objects, is_good })
     }
 
     /// Stores the text of an origin at the next [`Self::flush`].

@@ -140,11 +140,11 @@ impl Objects {
     pub fn load(&mut self, scope: &Path) -> bool {
         for origin in within(&self.unloaded, scope) {
             self.unloaded.remove(&origin);
-            let Some(objects) = self.kept.restore(&origin) else { continue };
-            for (index, manifest) in (0..).zip(objects) {
+            let Some(restored) = self.kept.restore(&origin) else { continue };
+            for (index, manifest) in (0..).zip(restored.objects) {
                 self.put(Position { origin: Arc::clone(&origin), index }, manifest);
             }
-            self.origins.entry(origin).or_default().is_good = true;
+            self.origins.entry(origin).or_default().is_good = restored.is_good;
         }
         self.origins.range::<Path, _>(from(scope)).next().is_some_and(|(origin, _)| origin.starts_with(scope))
     }
@@ -191,6 +191,12 @@ impl Objects {
                 self.origins.entry(Arc::clone(&origin)).or_default().is_good = true;
                 self.kept.keep(origin, text);
                 true
+            }
+            Event::KeepPartial(origin, text) => {
+                if !self.is_good(&origin) {
+                    self.kept.keep(origin, text);
+                }
+                false
             }
         }
     }

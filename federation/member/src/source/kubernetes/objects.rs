@@ -226,8 +226,8 @@ impl Following {
             true => drop(self.unreadable.remove(&origin)),
             false => drop(self.unreadable.insert(Arc::clone(&origin))),
         }
-        if is_good && let Some(used) = used_fields(&text) {
-            events.push(Event::Keep(origin, used.into_bytes()));
+        if let Some(used) = used_fields(&text).map(String::into_bytes) {
+            events.push(if is_good { Event::Keep(origin, used) } else { Event::KeepPartial(origin, used) });
         }
     }
 

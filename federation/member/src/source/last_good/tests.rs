@@ -161,3 +161,50 @@ fn takes_a_partial_object_only_without_a_good_version() {
     world.restart();
     assert_eq!(world.play(list(partial("p", 3).into_iter().chain(partial("q", 4)))), found(&["1", "4"], 2));
 }
+
+/// A policy that was never readable is in force with what cannot be read unknown, also when the source is unreadable after a restart.
+#[test]
+fn keeps_a_partial_policy_across_restart() {
+    let origin = path("networkpolicies.networking.k8s.io/a/p");
+    let policy = |ingress: &str| {
+        let text = format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p, namespace: a}}\nspec: {{ingress: [{ingress}]}}\n"
+        );
+        let mut read = Manifests::default();
+        read_bytes(&"policy".into(), text.as_bytes(), &mut read);
+        let position = Position { origin: Arc::clone(&origin), index: 0 };
+        match (read.objects.pop(), read.partial.pop()) {
+            (Some(good), _) => vec![
+                Event::Release(Arc::clone(&origin)),
+                Event::Upsert(position, Box::new(good)),
+                Event::Keep(Arc::clone(&origin), text.into_bytes()),
+            ],
+            (None, Some(partial)) => vec![
+                Event::Retain(Arc::clone(&origin), read.diagnostics),
+                Event::Partial(position, Box::new(partial)),
+                Event::KeepPartial(Arc::clone(&origin), text.into_bytes()),
+            ],
+            (None, None) => panic!("{:?}", read.diagnostics),
+        }
+    };
+    let found = |world: &World| {
+        let policies = world.assembly.state().layer.policies.values();
+        policies
+            .flat_map(|it| it.ingress.iter().flatten())
+            .map(|rule| rule.not_understood.is_some())
+            .collect::<Vec<_>>()
+    };
+    let mut world = World::new();
+    world.play(list(policy("{from: 7}"))).expect("synced");
+    assert_eq!(found(&world), [true]);
+    world.restart();
+    world.play([retain("networkpolicies.networking.k8s.io"), Event::Synced(path(""))]).expect("restored");
+    assert_eq!(found(&world), [true]);
+    // A good version replaces it for good.
+    world.play(policy("{}")).expect("a good version");
+    world.play(policy("{from: 8}")).expect("another problem");
+    assert_eq!(found(&world), [false]);
+    world.restart();
+    world.play([retain("networkpolicies.networking.k8s.io"), Event::Synced(path(""))]).expect("restored");
+    assert_eq!(found(&world), [false]);
+}
