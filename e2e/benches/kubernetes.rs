@@ -109,7 +109,7 @@ fn member(kubeconfig: &Path, data: &Path) {
     loop {
         let Some(changes) = source.poll() else { continue };
         let objects = changes.objects.len();
-        assert!(changes.problems.is_empty(), "{:?}", changes.problems);
+        assert!(changes.problems.iter().all(|it| it.problems.is_empty()), "{:?}", changes.problems);
         let changed: Vec<String> =
             changes.objects.iter().filter_map(|it| it.object.as_ref().and_then(|it| changed_label(it))).collect();
         world.take_local(changes);

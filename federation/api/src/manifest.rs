@@ -406,6 +406,8 @@ fn at_line(node: Node<'_>, line: u32) -> Node<'_> {
 
 /// How many unknown fields of one object are reported, and how many other errors.
 const MAX_REPORTED: usize = 20;
+/// Of the message of an error, which repeats a value that may be as large as its object.
+const MAX_MESSAGE_BYTES: usize = 500;
 /// How many unknown fields of a policy are recorded; where there are more, all of its rules are unknown.
 const MAX_UNKNOWN_FIELDS: usize = 200;
 /// How many fields that cannot be decoded are left out of a policy, to find out what else it says. Each costs a reading.
@@ -489,9 +491,17 @@ fn read_object(
         let hidden = errors.len().saturating_sub(MAX_REPORTED) + others.len().saturating_sub(MAX_REPORTED);
         errors.truncate(MAX_REPORTED);
         errors.extend(others.into_iter().take(MAX_REPORTED));
+        errors.iter_mut().for_each(|error| shorten(&mut error.message));
         if hidden > 0 {
             errors.push(FieldError { path: String::new(), message: format!("and {hidden} more errors") });
         }
         return Err(Box::new(Refused { errors, partial }));
+    }
+}
+
+fn shorten(message: &mut String) {
+    if message.len() > MAX_MESSAGE_BYTES {
+        message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
+        message.push('…');
     }
 }

@@ -8,8 +8,8 @@ mod kept;
 mod kubernetes;
 mod last_good;
 mod location;
+mod problems;
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +22,7 @@ pub use self::directory::Directory;
 pub use self::kubernetes::{Kubernetes, forget, kept_objects};
 pub use self::last_good::{LastGood, Objects};
 pub use self::location::Location;
+pub use self::problems::{ProblemChange, Problems};
 
 /// A change that a source reports. Objects come from origins, such as files or collections of an API. A scope is an origin, or all
 /// origins below a path; the empty path is the whole source.
@@ -100,24 +101,8 @@ fn report(origin: &Arc<Path>, read: Manifests, events: &mut Vec<Event>) -> bool 
 #[derive(Debug, Clone, Default)]
 pub struct Changes {
     pub objects: Vec<ObjectChange>,
-    /// All current problems, with file and line.
-    pub problems: Vec<Diagnostic>,
+    /// What has changed about the problems of the source.
+    pub problems: Vec<ProblemChange>,
     /// Increases with each change, also across restarts.
     pub revision: u64,
-}
-
-/// Logs each problem once, when it appears.
-#[derive(Debug, Default)]
-pub struct LoggedProblems(BTreeSet<(Arc<str>, u32, String)>);
-
-impl LoggedProblems {
-    /// `problems`: all current ones.
-    pub fn log(&mut self, problems: &[Diagnostic]) {
-        let key = |it: &Diagnostic| (it.location.file.clone(), it.location.line, it.message.clone());
-        let before = std::mem::replace(&mut self.0, problems.iter().map(key).collect());
-        for it in problems.iter().filter(|it| !before.contains(&key(it))) {
-            let (file, line) = (&*it.location.file, it.location.line);
-            tracing::warn!(file, line, field = it.field, problem = it.message, "manifest not used as written");
-        }
-    }
 }

@@ -7,7 +7,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use hanse_api::Diagnostic;
 use hanse_api::assemble::{Assembly, Changed, ClusterState, Federation};
 use hanse_api::inventory::NodeInfo;
 use hanse_compiler::{self as compiler, ClusterRecord, Compiler, NodeChange, Report, Update};
@@ -23,7 +22,7 @@ use crate::federated::{Federated, Reader};
 use crate::live::Live;
 use crate::outside_ranges::OutsideRanges;
 use crate::own_streams::{Ends, OwnStreams, local_address};
-use crate::source::{Changes, LoggedProblems};
+use crate::source::{Changes, Problems};
 
 /// The label of a Node that overrides the member's setting: `Enforce` or `Observe`.
 const ENFORCEMENT_LABEL: &str = "hanse.dev/enforcement";
@@ -40,9 +39,8 @@ pub struct World {
     /// The cluster as its source has it.
     local: Assembly,
     local_revision: u64,
-    problems: Vec<Diagnostic>,
+    problems: Problems,
     outside_ranges: OutsideRanges,
-    logged: LoggedProblems,
     federated: Federated,
     /// The hub's position of the policies in force.
     in_force: Position,
@@ -93,9 +91,8 @@ impl World {
             compiled: false,
             local: Assembly::new(cluster.clone()),
             local_revision: 0,
-            problems: Vec::new(),
+            problems: Problems::default(),
             outside_ranges: OutsideRanges::default(),
-            logged: LoggedProblems::default(),
             cluster,
             unknown_pods,
             enforcement: Enforcement::default(),
@@ -147,7 +144,7 @@ impl World {
     }
 
     /// Problems of the source, with file and line.
-    pub fn problems(&self) -> &[Diagnostic] {
+    pub fn problems(&self) -> &Problems {
         &self.problems
     }
 
@@ -176,8 +173,8 @@ impl World {
         let changed = self.local.update(changes.objects);
         let state = Arc::clone(self.local.state());
         self.outside_ranges.update(&state, &changed);
-        (self.problems, self.local_revision) = (changes.problems, changes.revision);
-        self.logged.log(&self.problems);
+        self.problems.apply(changes.problems);
+        self.local_revision = changes.revision;
         for name in &changed.namespaces {
             let labels = state.cluster.namespaces.get(name).map(|it| it.labels.clone());
             self.push(namespace_update(self.cluster.clone(), name.clone(), labels));

@@ -33,6 +33,8 @@ pub struct Candidates {
     /// The keys that were touched since the changes were taken last.
     touched: BTreeSet<Arc<ObjectKey>>,
     diagnostics: BTreeMap<Position, Diagnostic>,
+    /// The positions whose diagnostic is new, different or gone since they were taken last.
+    changed_diagnostics: BTreeSet<Position>,
 }
 
 impl Candidates {
@@ -54,7 +56,7 @@ impl Candidates {
     pub fn replace_all(&mut self, objects: impl IntoIterator<Item = Manifest>) {
         self.touched.extend(self.objects.keys().cloned());
         self.objects.values_mut().for_each(Vec::clear);
-        self.diagnostics.clear();
+        self.changed_diagnostics.extend(std::mem::take(&mut self.diagnostics).into_keys());
         let origin: Arc<Path> = Path::new("").into();
         for (index, manifest) in (0..).zip(objects) {
             self.put(Position { origin: Arc::clone(&origin), index }, manifest);
@@ -68,7 +70,9 @@ impl Candidates {
         let candidates = self.objects.get_mut(&key)?;
         let at = candidates.binary_search_by(|(it, _)| it.cmp(position)).ok()?;
         candidates.remove(at);
-        self.diagnostics.remove(position);
+        if self.diagnostics.remove(position).is_some() {
+            self.changed_diagnostics.insert(position.clone());
+        }
         self.touched.insert(Arc::clone(&key));
         Some(key)
     }
@@ -92,6 +96,12 @@ impl Candidates {
         self.diagnostics.values()
     }
 
+    /// What is wrong with the object at each position where that has changed since the last call, like [`Self::diagnostics`].
+    pub fn take_changed_diagnostics(&mut self) -> Vec<(Position, Option<Diagnostic>)> {
+        let changed = std::mem::take(&mut self.changed_diagnostics);
+        changed.into_iter().map(|position| (position.clone(), self.diagnostics.get(&position).cloned())).collect()
+    }
+
     fn judge(&mut self, key: &ObjectKey) {
         let candidates = self.objects.get(key).map_or(&[][..], Vec::as_slice);
         for (position, manifest) in candidates {
@@ -103,6 +113,10 @@ impl Candidates {
                 }
                 _ => None,
             };
+            if self.diagnostics.get(position) == found.as_ref() {
+                continue;
+            }
+            self.changed_diagnostics.insert(position.clone());
             match found {
                 Some(found) => drop(self.diagnostics.insert(position.clone(), found)),
                 None => drop(self.diagnostics.remove(position)),

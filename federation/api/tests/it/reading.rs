@@ -493,6 +493,12 @@ fn errors_of_one_object_are_limited() {
     let complaints = complaints(&read(&text));
     assert_eq!(complaints.len(), 21);
     assert!(complaints[20].ends_with("and 980 more errors"), "{complaints:?}");
+    let policy = format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p}}\nspec: {{policyTypes: [{}]}}\n",
+        "ä".repeat(100_000)
+    );
+    let complaints = self::complaints(&read(&policy));
+    assert!(complaints.len() == 1 && complaints[0].len() < 600, "{complaints:?}");
 }
 
 #[test]

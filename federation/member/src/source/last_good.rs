@@ -12,7 +12,8 @@ use hanse_api::manifest::Manifest;
 use hanse_runtime::health::Writes;
 
 use super::kept::Kept;
-use super::{Changes, Event, LoggedProblems, Source};
+use super::problems::{ProblemChange, Scope, limited, log_new};
+use super::{Changes, Event, Source};
 
 #[cfg(test)]
 mod tests;
@@ -22,7 +23,6 @@ mod tests;
 pub struct LastGood<S> {
     source: S,
     objects: Objects,
-    logged: LoggedProblems,
     /// Changes have been reported.
     is_started: bool,
 }
@@ -35,7 +35,11 @@ pub struct Objects {
     /// Origins with a stored state that the source has not reported since the start.
     unloaded: BTreeSet<Arc<Path>>,
     /// Unreadable scopes.
-    retained: BTreeMap<Arc<Path>, Vec<Diagnostic>>,
+    retained: BTreeMap<Arc<Path>, Arc<[Diagnostic]>>,
+    /// The number of problems of these scopes.
+    problem_count: usize,
+    /// The scopes whose problems have changed since the changes were reported.
+    changed_problems: BTreeSet<Arc<Path>>,
     /// The start of the listing of each scope that is not synced.
     listing: BTreeMap<Arc<Path>, u64>,
     /// The number of events.
@@ -64,13 +68,15 @@ impl<S: Source> LastGood<S> {
             origins: BTreeMap::new(),
             unloaded: kept.origins().into_iter().collect(),
             retained: BTreeMap::new(),
+            problem_count: 0,
+            changed_problems: BTreeSet::new(),
             listing: BTreeMap::new(),
             clock: 0,
             is_synced: false,
             sweeps: false,
             kept,
         };
-        Self { source, objects, logged: LoggedProblems::default(), is_started: false }
+        Self { source, objects, is_started: false }
     }
 
     /// The time until the next poll, after one that took `took`.
@@ -97,7 +103,6 @@ impl<S: Source> LastGood<S> {
             state.sweep();
         }
         if !state.is_synced {
-            self.logged.log(&state.problems());
             return None;
         }
         if !changed && self.is_started {
@@ -105,7 +110,7 @@ impl<S: Source> LastGood<S> {
         }
         self.is_started = true;
         let objects = state.candidates.take_changes();
-        Some(Changes { objects, problems: state.problems(), revision: state.kept.advance() })
+        Some(Changes { objects, problems: state.take_problems(), revision: state.kept.advance() })
     }
 }
 
@@ -178,9 +183,9 @@ impl Objects {
             }
             Event::Retain(scope, problems) => {
                 self.load(&scope);
-                self.retained.insert(scope, problems.clone()).is_none_or(|before| before != problems)
+                self.retain(scope, problems)
             }
-            Event::Release(scope) => self.retained.remove(&scope).is_some(),
+            Event::Release(scope) => self.release(scope),
             Event::Relist(scope) => {
                 self.listing.insert(scope, self.clock);
                 false
@@ -231,8 +236,28 @@ impl Objects {
             self.kept.forget(&origin);
         }
         for scope in within_keys(&self.retained, scope) {
-            self.retained.remove(&scope);
+            self.release(scope);
         }
+    }
+
+    fn retain(&mut self, scope: Arc<Path>, problems: Vec<Diagnostic>) -> bool {
+        let problems = limited(problems, self.problem_count);
+        let before = self.retained.insert(Arc::clone(&scope), Arc::clone(&problems));
+        self.problem_count =
+            (self.problem_count + problems.len()).saturating_sub(before.as_ref().map_or(0, |it| it.len()));
+        if before.as_ref() == Some(&problems) {
+            return false;
+        }
+        log_new(before.as_deref().unwrap_or_default(), &problems);
+        self.changed_problems.insert(scope);
+        true
+    }
+
+    fn release(&mut self, scope: Arc<Path>) -> bool {
+        let Some(before) = self.retained.remove(&scope) else { return false };
+        self.problem_count = self.problem_count.saturating_sub(before.len());
+        self.changed_problems.insert(scope);
+        true
     }
 
     /// Deletes the objects of a scope that were not sent since its listing started, unless they are retained.
@@ -275,9 +300,18 @@ impl Objects {
         }
     }
 
-    /// All current problems.
-    fn problems(&self) -> Vec<Diagnostic> {
-        self.retained.values().flatten().chain(self.candidates.diagnostics()).cloned().collect()
+    /// The problems that have changed since the last call. True of the changes of objects that were taken.
+    fn take_problems(&mut self) -> Vec<ProblemChange> {
+        let of_objects = self.candidates.take_changed_diagnostics().into_iter().map(|(position, found)| {
+            let problems: Arc<[Diagnostic]> = found.into_iter().collect();
+            log_new(&[], &problems);
+            ProblemChange { scope: Scope::new(position.origin, Some(position.index)), problems }
+        });
+        let of_scopes = std::mem::take(&mut self.changed_problems).into_iter().map(|scope| {
+            let problems = self.retained.get(&scope).cloned().unwrap_or_default();
+            ProblemChange { scope: Scope::new(scope, None), problems }
+        });
+        of_objects.chain(of_scopes).collect()
     }
 }
 

@@ -3,7 +3,7 @@ use hanse_api::assemble::Assembly;
 use hanse_runtime::health::{Health, Writes};
 
 use super::*;
-use crate::source::LastGood;
+use crate::source::{LastGood, Problems};
 
 const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: a}\nstatus: {podIP: 10.0.0.1}\n";
 
@@ -13,13 +13,14 @@ struct World {
     source: Option<LastGood<Directory>>,
     /// What its changes come to, which a member that starts again does not know.
     assembly: Assembly,
+    problems: Problems,
 }
 
 impl World {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let source = Some(Self::open(folder.path()));
-        Self { folder, source, assembly: Assembly::new("c".into()) }
+        Self { folder, source, assembly: Assembly::new("c".into()), problems: Problems::default() }
     }
 
     fn open(folder: &Path) -> LastGood<Directory> {
@@ -39,7 +40,7 @@ impl World {
     fn restart(&mut self) {
         self.stop();
         self.source = Some(Self::open(self.folder.path()));
-        self.assembly = Assembly::new("c".into());
+        (self.assembly, self.problems) = (Assembly::new("c".into()), Problems::default());
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -62,7 +63,8 @@ impl World {
         self.assembly.update(changes.objects);
         let state = self.assembly.state();
         let pods = state.cluster.endpoints.keys().map(|id| id.name.to_string()).collect();
-        Some((pods, changes.problems))
+        self.problems.apply(changes.problems);
+        Some((pods, self.problems.all().cloned().collect()))
     }
 }
 

@@ -4,6 +4,7 @@ use hanse_api::assemble::{Assembly, key_of};
 use hanse_api::manifest::{Manifests, read_bytes};
 use hanse_runtime::health::Health;
 
+use super::super::problems::Problems;
 use super::*;
 
 /// A source that plays back batches of events.
@@ -25,6 +26,7 @@ struct World {
     folder: tempfile::TempDir,
     source: Option<LastGood<Script>>,
     assembly: Assembly,
+    problems: Problems,
 }
 
 fn path(text: &str) -> Arc<Path> {
@@ -60,14 +62,14 @@ impl World {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let source = Some(LastGood::new(Script::default(), folder.path(), Writes::new(&Health::default())));
-        Self { folder, source, assembly: Assembly::new("c".into()) }
+        Self { folder, source, assembly: Assembly::new("c".into()), problems: Problems::default() }
     }
 
     fn restart(&mut self) {
         // Two sources cannot use one data directory.
         self.source = None;
         self.source = Some(LastGood::new(Script::default(), self.folder.path(), Writes::new(&Health::default())));
-        self.assembly = Assembly::new("c".into());
+        (self.assembly, self.problems) = (Assembly::new("c".into()), Problems::default());
     }
 
     /// The addresses of all pods, and the number of problems, where the batch changes anything.
@@ -76,9 +78,10 @@ impl World {
         source.source.0.push_back(batch.into_iter().collect());
         let changes = source.poll()?;
         self.assembly.update(changes.objects);
+        self.problems.apply(changes.problems);
         let endpoints = self.assembly.state().cluster.endpoints.values();
         let addresses = endpoints.flat_map(|it| &it.addresses).map(ToString::to_string).collect();
-        Some((addresses, changes.problems.len()))
+        Some((addresses, self.problems.len()))
     }
 }
 
@@ -207,4 +210,35 @@ fn keeps_a_partial_policy_across_restart() {
     world.restart();
     world.play([retain("networkpolicies.networking.k8s.io"), Event::Synced(path(""))]).expect("restored");
     assert_eq!(found(&world), [false]);
+}
+
+/// With many unreadable objects, a change costs what it touches.
+#[test]
+fn reports_only_the_problems_that_have_changed() {
+    let mut world = World::new();
+    let unreadable = (0..1_000).map(|number| retain(&format!("pods/a/{number}")));
+    assert_eq!(world.play(list(unreadable)), found(&[], 1_000));
+    let source = world.source.as_mut().expect("it runs");
+    source.source.0.push_back(vec![retain("pods"), Event::Release(path("pods/a/7")), retain("pods/a/8")]);
+    let changes = source.poll().expect("problems have changed");
+    let changed: Vec<usize> = changes.problems.iter().map(|change| change.problems.len()).collect();
+    assert_eq!(changed, [1, 0], "one more, and one less");
+    world.problems.apply(changes.problems);
+    assert_eq!(world.problems.len(), 1_000);
+    let first = world.problems.most_important().next().expect("a problem");
+    assert_eq!(&*first.location.file, "pods", "those of collections come first");
+}
+
+#[test]
+fn limits_the_problems_of_one_object() {
+    let mut world = World::new();
+    let problems = |number: usize| {
+        let problem = |number| Diagnostic::of_file(Path::new("pods/a/p"), format!("problem {number}"));
+        Event::Retain(path("pods/a/p"), (0..number).map(problem).collect())
+    };
+    assert_eq!(world.play(list([problems(1_000), retain("pods/a/q")])), found(&[], 21));
+    let reported: Vec<&str> = world.problems.most_important().map(|it| it.message.as_str()).collect();
+    assert_eq!(reported, ["problem 0", "problem 1", "not readable"], "none hides those of other objects");
+    let kept = &world.source.as_ref().expect("it runs").objects.retained[&path("pods/a/p")];
+    assert_eq!(kept[19].message, "problem 19 (and 980 more problems)");
 }
