@@ -25,6 +25,11 @@ use crate::policy_fields::peers_scope;
 
 /// How many blocks become one rule of the model: as many nets as a rule of Calico's may list.
 const MAX_BLOCKS_OF_A_RULE: usize = crate::rule::MAX_NETS;
+/// Rules that one policy becomes, each with one peer and one protocol; at about 600 bytes 6 MB.
+pub const MAX_RULES: usize = 10_000;
+/// Nets and ports of these rules, each in every rule that has it; at some 24 bytes 2.4 MB. In an object of 1 MB, 25,000 peers with
+/// 50,000 ports would be 1,250,000,000.
+pub const MAX_ENTRIES: usize = 100_000;
 /// The order of every NetworkPolicy in its tier.
 pub const ORDER: f64 = 1_000.0;
 
@@ -142,11 +147,17 @@ impl Spec {
         }
         let walk = Walk { namespace: &namespace, scope: &scope };
         let (mut ingress, mut egress) = (Vec::new(), Vec::new());
+        let mut room = Room { rules: MAX_RULES, entries: MAX_ENTRIES };
         let path = spec.field("ingress");
         for (index, rule) in self.ingress.iter().enumerate() {
             let path = path.index(index);
             let peers = walk.peers(&rule.from, &path.field("from"), errors);
             let ports = convert_ports(&rule.ports, &path.field("ports"), errors);
+            if !room.take(&peers, &ports) {
+                ingress = Vec::new();
+                errors.add(&spec.field("ingress"), TOO_LARGE);
+                break;
+            }
             combine(index, peers, &ports, true, &mut ingress);
         }
         let path = spec.field("egress");
@@ -154,6 +165,11 @@ impl Spec {
             let path = path.index(index);
             let peers = walk.peers(&rule.to, &path.field("to"), errors);
             let ports = convert_ports(&rule.ports, &path.field("ports"), errors);
+            if !room.take(&peers, &ports) {
+                egress = Vec::new();
+                errors.add(&spec.field("egress"), TOO_LARGE);
+                break;
+            }
             combine(index, peers, &ports, false, &mut egress);
         }
         let own = build::kubernetes_pods(Namespaces::Named(&namespace), Some(&subject));
@@ -168,6 +184,32 @@ impl Spec {
             staged: None,
             host_only: false,
         }
+    }
+}
+
+const TOO_LARGE: &str =
+    "is too large: a policy may become 10000 rules, one for each peer and protocol, with 100000 nets and ports in all";
+
+/// What rules may still be added.
+struct Room {
+    rules: usize,
+    entries: usize,
+}
+
+impl Room {
+    /// Reserves the space of the rules that [`combine`] makes. Returns false if it does not suffice.
+    fn take(&mut self, peers: &[EntityMatch], ports: &Option<Vec<ProtocolPorts>>) -> bool {
+        let (groups, ports) = match ports {
+            None => (1, 0),
+            Some(groups) => (groups.len(), groups.iter().map(|group| group.ports.len()).sum()),
+        };
+        let nets: usize = peers.iter().map(|peer| peer.nets.len() + peer.not_nets.len()).sum();
+        let (rules, entries) = (peers.len() * groups, nets * groups + peers.len() * ports);
+        let fits = rules <= self.rules && entries <= self.entries;
+        if fits {
+            (self.rules, self.entries) = (self.rules - rules, self.entries - entries);
+        }
+        fits
     }
 }
 

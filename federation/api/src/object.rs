@@ -17,7 +17,7 @@ use crate::inventory::{EndpointSlice, Namespace, Node, Pod, Service, ServiceAcco
 use crate::kind;
 use crate::kubernetes;
 use crate::metadata::{Metadata, check_metadata};
-use crate::network_policy::NetworkPolicy;
+use crate::network_policy::{self, NetworkPolicy};
 use crate::policy::{FederatedPolicy, LocalPolicy};
 use crate::strict;
 use crate::unreadable;
@@ -125,7 +125,12 @@ impl Object {
             }
             tier => tier.and_then(Value::text).filter(|_| kind != PolicyKind::ClusterNetworkPolicy),
         };
-        let policy = unreadable::unread(PolicyId { cluster: None, kind, namespace, name: name.into() }, tier, why);
+        let (tier, order) = match kind {
+            PolicyKind::KubernetesNetworkPolicy => (Some("default"), Some(network_policy::ORDER)),
+            _ => (tier, None),
+        };
+        let policy =
+            unreadable::unread(PolicyId { cluster: None, kind, namespace, name: name.into() }, tier, order, why);
         Some(match kind {
             PolicyKind::FederatedNetworkPolicy => {
                 tier.filter(|tier| !tier.is_empty())?;

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use crate::clusters::{ClusterLabels, ClusterSelector, select_clusters};
 use crate::field::FieldError;
 use crate::inventory::NodeInfo;
-use crate::unreadable::restrict;
+use crate::unreadable::{close_rules, restrict};
 
 /// A direction whose rules are without effect because the policy's types leave it out, and the field that lists the types.
 pub type LeftOut = (Direction, &'static str);
@@ -25,6 +25,15 @@ pub struct LocalPolicy {
     policy: Policy,
     node_peers: Vec<NodePeers>,
     left_out: Vec<LeftOut>,
+}
+
+/// What the rules of a policy take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PolicySize {
+    /// At about 600 bytes.
+    pub rules: usize,
+    /// Nets and ports, at some 24 bytes.
+    pub entries: usize,
 }
 
 /// Consecutive egress rules whose destination is every node that a selector selects.
@@ -61,6 +70,27 @@ impl LocalPolicy {
 
     pub fn left_out(&self) -> &[LeftOut] {
         &self.left_out
+    }
+
+    /// What its rules take.
+    pub fn size(&self) -> PolicySize {
+        let rules = || self.policy.ingress.iter().chain(&self.policy.egress).flatten();
+        let of_end = |end: &EntityMatch| end.nets.len() + end.not_nets.len() + end.ports.len() + end.not_ports.len();
+        PolicySize {
+            rules: rules().count(),
+            entries: rules().map(|rule| of_end(&rule.source) + of_end(&rule.destination)).sum(),
+        }
+    }
+
+    /// The directions that it isolates or decides: ingress, egress.
+    pub fn directions(&self) -> [bool; 2] {
+        [self.policy.ingress.is_some(), self.policy.egress.is_some()]
+    }
+
+    /// Makes all its rules unknown, and frees them. `why`: what is wrong with the spec.
+    pub fn close(&mut self, why: &str) {
+        close_rules(&mut self.policy, &FieldError { path: "spec".to_owned(), message: why.to_owned() });
+        self.node_peers.clear();
     }
 
     /// Whether the rules depend on the nodes of the cluster.

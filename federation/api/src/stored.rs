@@ -53,6 +53,28 @@ pub fn used_fields(text: &str) -> Option<String> {
     Some(value.to_string())
 }
 
+/// The JSON of a policy of a namespace without its rules: it closes what they may close. `directions`: whether it decides ingress, and
+/// egress. `None` if `text` is not JSON.
+pub fn without_rules(text: &str, directions: [bool; 2]) -> Option<String> {
+    let mut value: Value = serde_json::from_str(text).ok()?;
+    let is_kubernetes =
+        value.get("apiVersion").and_then(Value::as_str).is_some_and(|it| it.starts_with("networking.k8s.io/"));
+    let fields = value.as_object_mut()?;
+    let spec = fields.entry("spec").or_insert_with(|| Value::Object(serde_json::Map::new())).as_object_mut()?;
+    let mut types = Vec::new();
+    for (name, direction, is_decided) in [("ingress", "Ingress", directions[0]), ("egress", "Egress", directions[1])] {
+        spec.remove(name);
+        if is_decided {
+            types.push(Value::from(direction));
+            if !is_kubernetes {
+                spec.insert(name.to_owned(), serde_json::json!([{"action": "Deny"}]));
+            }
+        }
+    }
+    spec.insert(if is_kubernetes { "policyTypes" } else { "types" }.to_owned(), types.into());
+    Some(value.to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,6 +129,36 @@ mod tests {
         let reduced = used_fields(&later).expect("an object");
         assert_eq!(read(&later).diagnostics.len(), 1);
         assert_eq!(read(&reduced).diagnostics.len(), 1, "{reduced}");
+    }
+
+    #[test]
+    fn a_policy_without_rules_closes() {
+        for (head, no_rules) in [
+            (r#""apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicy""#, 0),
+            (r#""apiVersion":"projectcalico.org/v3","kind":"NetworkPolicy""#, 1),
+            (r#""apiVersion":"crd.projectcalico.org/v1","kind":"NetworkPolicy""#, 1),
+        ] {
+            let selector =
+                if no_rules == 0 { r#""podSelector":{"matchLabels":{"a":"b"}}"# } else { r#""selector":"a == 'b'""# };
+            let rule = if no_rules == 0 { "{}" } else { r#"{"action":"Allow"}"# };
+            let text = format!(
+                r#"{{{head},"metadata":{{"name":"p","namespace":"n"}},"spec":{{{selector},"egress":[{rule},{rule}],"ingress":[]}}}}"#
+            );
+            let Some(object::Object::Policy(before)) = read(&text).objects.pop().map(|it| it.object) else {
+                panic!("{text}")
+            };
+            let closed = without_rules(&text, before.directions()).expect("JSON");
+            let read = read(&closed);
+            assert_eq!(read.diagnostics, [], "{closed}");
+            let Some(object::Object::Policy(closed)) = read.objects.into_iter().next().map(|it| it.object) else {
+                panic!("{text}")
+            };
+            assert_eq!(
+                (closed.directions(), closed.size().rules),
+                (before.directions(), no_rules * before.directions().iter().filter(|it| **it).count())
+            );
+            assert_eq!(closed.local_id(), before.local_id());
+        }
     }
 
     #[test]

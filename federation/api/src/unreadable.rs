@@ -83,18 +83,14 @@ fn everything(id: &PolicyId) -> Selector {
 }
 
 /// A policy of which nothing can be read. `tier`: its tier as far as it can be read; otherwise the first of those that always exist.
-pub fn unread(id: PolicyId, tier: Option<&str>, why: &FieldError) -> Policy {
-    let (default, order) = match id.kind {
-        PolicyKind::KubernetesNetworkPolicy | PolicyKind::StagedKubernetesNetworkPolicy => {
-            ("default", Order(Some(crate::network_policy::ORDER)))
-        }
-        _ => ("kube-admin", FIRST),
-    };
+/// `order`: that of all policies of its kind, if they have one.
+pub fn unread(id: PolicyId, tier: Option<&str>, order: Option<f64>, why: &FieldError) -> Policy {
+    let order = order.map_or(FIRST, |order| Order(Some(order)));
     let is_federated = matches!(id.kind, PolicyKind::FederatedNetworkPolicy | PolicyKind::StagedFederatedNetworkPolicy);
     let (phase, enforcers) =
         if is_federated { (Phase::Guard, ClusterScope::All) } else { (Phase::Local, ClusterScope::Local) };
     let mut policy = Policy {
-        tier: TierId { phase, name: tier.unwrap_or(default).into() },
+        tier: TierId { phase, name: tier.unwrap_or("kube-admin").into() },
         order,
         enforcers,
         selector: everything(&id),
@@ -164,6 +160,15 @@ pub fn restrict(policy: &mut Policy, errors: &[FieldError], has_positions: bool)
         }
     }
     all.map(|all| all.is_some())
+}
+
+/// Makes all rules unknown, and frees them.
+pub fn close_rules(policy: &mut Policy, error: &FieldError) {
+    let is_additive = is_additive(policy.id.kind);
+    for rules in [&mut policy.ingress, &mut policy.egress].into_iter().filter(|rules| rules.is_some()) {
+        *rules = Some(Vec::new());
+        close(rules, is_additive, error);
+    }
 }
 
 fn hides_action(error: &FieldError) -> bool {

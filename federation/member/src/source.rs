@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hanse_api::assemble::{ObjectChange, ObjectKey, Position};
-use hanse_api::manifest::{Manifests, read_bytes};
+use hanse_api::manifest::Manifests;
 use hanse_api::{Diagnostic, Manifest};
 
 pub use self::directory::Directory;
@@ -68,14 +68,6 @@ impl<S: Source + ?Sized> Source for Box<S> {
     fn pause(&self, took: Duration) -> Duration {
         (**self).pause(took)
     }
-}
-
-/// Reports the object of an API server in a text, which may be unreadable. Returns whether it was read completely. `name`: the name of the origin in
-/// problems.
-fn read_object(origin: &Arc<Path>, name: &Arc<str>, text: &[u8], events: &mut Vec<Event>) -> bool {
-    let mut read = Manifests::of_api_server();
-    read_bytes(name, text, &mut read);
-    report(origin, read, events)
 }
 
 /// Reports what was read from an origin. Returns whether it was read completely.

@@ -195,3 +195,46 @@ fn a_field_that_is_unknown_refuses_the_policy_wherever_it_stands() {
         assert!(refused.len() == 1 && refused[0].starts_with(&format!("{field}: ")), "{spec}: {refused:?}");
     }
 }
+
+/// Peers and ports are multiplied: what fits into one object must not exhaust the memory of the reader.
+#[test]
+fn refuses_what_becomes_too_large() {
+    let peers = |number: usize| vec!["{podSelector: {}}"; number].join(", ");
+    let ports = |number: usize| (1..=number).map(|it| format!("{{port: {it}}}")).collect::<Vec<_>>().join(", ");
+    let blocks: Vec<String> =
+        (0..50_000).map(|it| format!("{{ipBlock: {{cidr: 10.{}.{}.0/25}}}}", it / 256, it % 256)).collect();
+    let blocks = blocks.join(", ");
+    for (spec, fits) in [
+        (format!("{{ingress: [{{from: [{}], ports: [{}]}}]}}", peers(1_000), ports(100)), true),
+        (format!("{{ingress: [{{from: [{}], ports: [{}]}}]}}", peers(1_000), ports(101)), false),
+        (format!("{{ingress: [{{from: [{}]}}, {{from: [{}]}}]}}", peers(5_000), peers(5_000)), true),
+        (format!("{{ingress: [{{from: [{}]}}, {{from: [{}]}}]}}", peers(5_000), peers(5_001)), false),
+        // Blocks share rules, but each protocol has rules of its own.
+        (format!("{{ingress: [{{from: [{blocks}]}}], egress: [{{to: [{blocks}]}}]}}"), true),
+        (
+            format!(
+                "{{ingress: [{{from: [{blocks}]}}], egress: [{{to: [{blocks}], ports: [{{}}, {{protocol: UDP}}]}}]}}"
+            ),
+            false,
+        ),
+    ] {
+        let start = std::time::Instant::now();
+        let read = policy(&spec);
+        assert_eq!(read.is_ok(), fits, "{} bytes: {:?}", spec.len(), read.err());
+        assert!(start.elapsed() < std::time::Duration::from_secs(20), "{:?}", start.elapsed());
+        if let Err(errors) = read {
+            assert!(errors.len() == 1 && errors[0].contains(": is too large: "), "{errors:?}");
+        }
+    }
+    // 25,000 peers with 20,000 ports would be 500,000,000 of them.
+    let text = format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p, namespace: a}}\nspec: {{ingress: [{{from: [{}], ports: [{}]}}]}}\n",
+        peers(25_000),
+        ports(20_000)
+    );
+    let mut read = Manifests::of_api_server();
+    read_bytes(&Arc::from("f"), text.as_bytes(), &mut read);
+    let state = assemble_cluster(&"c".into(), read.partial);
+    let closed = state.layer.policies.into_values().next().expect("a policy");
+    assert_eq!((closed.ingress, closed.egress), (Some(Vec::new()), None), "it allows nothing");
+}

@@ -21,6 +21,11 @@ const REVISION: &str = "revision";
 const WRITE_EVERY: Duration = Duration::from_secs(1);
 /// Writing must not use more than this part of the time: a slow disk may take 100 ms.
 const SHARE: u32 = 10;
+/// Texts that wait for the next write. More are written at once.
+const MAX_UNWRITTEN_BYTES: usize = 8 << 20;
+/// Texts that wait while writes fail. Of further ones the stored version stays as it is: after a restart without the source, it is an
+/// earlier one.
+const MAX_UNWRITABLE_BYTES: usize = 64 << 20;
 /// The name of the file in reports of failed writes.
 const REPORTED_AS: &str = "the last good state of the source";
 /// Page cache. Texts are read once, at the start.
@@ -33,8 +38,10 @@ pub struct Kept {
     writes: Writes,
     database: Option<Database>,
     revision: u64,
-    /// Changes that are not written: texts, and origins to forget. Limited by the objects of the source.
+    /// Changes that are not written: texts, and origins to forget.
     unwritten: BTreeMap<Arc<Path>, Option<Vec<u8>>>,
+    /// The length of these texts.
+    unwritten_bytes: usize,
     is_revision_written: bool,
     /// When the next write is due.
     write_at: Instant,
@@ -62,6 +69,7 @@ impl Kept {
             database: None,
             revision: 0,
             unwritten: BTreeMap::new(),
+            unwritten_bytes: 0,
             is_revision_written: true,
             write_at: Instant::now(),
         };
@@ -152,7 +160,7 @@ impl Kept {
     /// Stores the text of an origin at the next [`Self::flush`].
     pub fn keep(&mut self, origin: Arc<Path>, text: Vec<u8>) {
         if !self.is_kept(&origin, &text) {
-            self.unwritten.insert(origin, Some(text));
+            self.put(origin, Some(text));
         }
     }
 
@@ -163,7 +171,24 @@ impl Kept {
 
     /// Removes the text of an origin at the next [`Self::flush`].
     pub fn forget(&mut self, origin: &Arc<Path>) {
-        self.unwritten.insert(Arc::clone(origin), None);
+        self.put(Arc::clone(origin), None);
+    }
+
+    fn put(&mut self, origin: Arc<Path>, text: Option<Vec<u8>>) {
+        let length = |text: &Option<Vec<u8>>| text.as_ref().map_or(0, Vec::len);
+        let now = length(&text);
+        if self.unwritten_bytes + now > MAX_UNWRITTEN_BYTES && now > 0 {
+            // A failed write is not tried again for each text.
+            if self.database.is_some() || Instant::now() >= self.write_at {
+                self.write_all();
+            }
+            if self.unwritten_bytes + now > MAX_UNWRITABLE_BYTES {
+                return;
+            }
+        }
+        self.unwritten_bytes += now;
+        let before = self.unwritten.insert(origin, text);
+        self.unwritten_bytes -= before.as_ref().map_or(0, length);
     }
 
     /// The next revision. If it cannot be written, it may be reused after a restart.
@@ -191,6 +216,7 @@ impl Kept {
         };
         if written.is_ok() {
             self.unwritten.clear();
+            self.unwritten_bytes = 0;
             self.is_revision_written = true;
         }
         self.write_at = Instant::now() + WRITE_EVERY.max(began.elapsed() * SHARE);
@@ -238,5 +264,44 @@ fn is_damage(error: &redb::Error) -> bool {
         redb::Error::Corrupted(_) | redb::Error::UpgradeRequired(_) => true,
         redb::Error::Io(error) => matches!(error.kind(), InvalidData | UnexpectedEof),
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hanse_runtime::health::Health;
+
+    use super::*;
+
+    fn origin(number: usize) -> Arc<Path> {
+        PathBuf::from(format!("networkpolicies.networking.k8s.io/n/{number}")).into()
+    }
+
+    #[test]
+    fn many_texts_do_not_wait_for_the_next_write() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut kept = Kept::open(folder.path(), Writes::new(&Health::default()));
+        kept.write_at = Instant::now() + Duration::from_secs(3_600);
+        for number in 0..20 {
+            kept.keep(origin(number), vec![b'x'; 1 << 20]);
+            assert!(kept.unwritten_bytes <= MAX_UNWRITTEN_BYTES);
+        }
+        kept.forget(&origin(19));
+        drop(kept);
+        let kept = Kept::open(folder.path(), Writes::new(&Health::default()));
+        assert_eq!(kept.origins().len(), 19);
+    }
+
+    #[test]
+    fn texts_that_cannot_be_written_are_limited() {
+        let folder = tempfile::tempdir().expect("a folder");
+        // A file where a directory is needed.
+        std::fs::write(folder.path().join("source"), "").expect("written");
+        let mut kept = Kept::open(folder.path(), Writes::new(&Health::default()));
+        for number in 0..100 {
+            kept.keep(origin(number), vec![b'x'; 1 << 20]);
+        }
+        let waiting: usize = kept.unwritten.values().flatten().map(Vec::len).sum();
+        assert_eq!((waiting, kept.unwritten_bytes), (MAX_UNWRITABLE_BYTES, MAX_UNWRITABLE_BYTES));
     }
 }

@@ -4,6 +4,7 @@
 //! uid of the definition, so that objects that have disappeared with their definition differ from deleted ones, also after a restart.
 //! They are kept until they return or are forgotten. The origin `COLLECTION` marks that the collection was listed completely.
 
+mod budget;
 mod collection;
 mod definitions;
 mod follow;
@@ -24,14 +25,12 @@ use tokio::sync::{mpsc, watch};
 
 use self::collection::{COLLECTIONS, Collection, DEFINITIONS};
 use self::forgetting::Requests;
-use self::report::{Definition, Report, State};
+use self::report::{Definition, Report, Reports, State};
 use super::{Event, Objects, Source};
 use hanse_kubernetes::Access;
 
 pub use self::forgetting::{forget, kept_objects};
 
-/// Reports that wait for the source; each has 32 objects at most.
-const REPORTS: usize = 64;
 /// A poll without changes takes this long.
 const WAIT: Duration = Duration::from_millis(100);
 /// Changes that follow the first one within this time belong to the same poll.
@@ -81,7 +80,7 @@ impl Kubernetes {
     /// When the runtime cannot be created.
     pub fn new(access: Access, data: &Path) -> std::io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (sender, reports) = mpsc::channel(REPORTS);
+        let (sender, reports) = Reports::new();
         runtime.spawn(start(access, sender));
         let status = |collection: &Collection| (collection.name(), Status::new(*collection));
         let collections = COLLECTIONS.iter().chain([&DEFINITIONS]).map(status).collect();
@@ -298,7 +297,7 @@ impl Source for Kubernetes {
         for report in self.receive() {
             match report {
                 Report::State(collection, state) => self.take_state(&collection, state, &mut events),
-                Report::Events(reported) => {
+                Report::Events(reported, _room) => {
                     for event in reported {
                         self.take_returned(&event, &mut events);
                         events.push(event);
@@ -321,7 +320,7 @@ impl Source for Kubernetes {
 }
 
 /// Connects, and starts a task for each collection.
-async fn start(access: Access, reports: mpsc::Sender<Report>) {
+async fn start(access: Access, reports: Reports) {
     let Some(client) = connect(&access, &reports).await else { return };
     let (known, definitions) = watch::channel(None);
     tokio::spawn(definitions::follow(client.clone(), known, reports.clone()));
@@ -335,7 +334,7 @@ async fn start(access: Access, reports: mpsc::Sender<Report>) {
 }
 
 /// A client, as soon as the configuration can be read. `None`: the source has ended.
-async fn connect(access: &Access, reports: &mpsc::Sender<Report>) -> Option<Client> {
+async fn connect(access: &Access, reports: &Reports) -> Option<Client> {
     let mut backoff = Backoff::default();
     loop {
         let error = match access.client().await {
@@ -343,7 +342,7 @@ async fn connect(access: &Access, reports: &mpsc::Sender<Report>) -> Option<Clie
             Err(error) => format!("{error:#}"),
         };
         for collection in COLLECTIONS.iter().filter(|it| !it.is_custom).chain([&DEFINITIONS]) {
-            reports.send(Report::State(*collection, State::Failing(error.clone()))).await.ok()?;
+            reports.state(*collection, State::Failing(error.clone())).await.ok()?;
         }
         tokio::time::sleep(backoff.next_delay()).await;
     }

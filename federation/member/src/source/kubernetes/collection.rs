@@ -83,6 +83,11 @@ impl Collection {
         }
     }
 
+    /// Whether its objects are policies or sets of nets, which users may make as large as an API server stores.
+    pub fn is_policy(&self) -> bool {
+        !matches!(self.group, "" | "discovery.k8s.io" | "apiextensions.k8s.io")
+    }
+
     /// The origin that marks that the collection was listed completely, and the scope of all its objects.
     pub fn origin(&self) -> Arc<Path> {
         Path::new(&self.name()).into()

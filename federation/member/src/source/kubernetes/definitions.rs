@@ -10,11 +10,11 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::api::WatchParams;
 use kube::core::PartialObjectMeta;
 use kube::{Api, Client, ResourceExt as _};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use super::collection::{COLLECTIONS, DEFINITIONS, Raw};
-use super::follow::{Follower, Step};
-use super::report::{Definition, Report, State};
+use super::follow::{Follower, PAGE, Step};
+use super::report::{Definition, Reports, State};
 use hanse_kubernetes::{ANSWER_WITHIN, answered, message};
 
 /// All definitions, by the name of the collection; `None` before they were listed.
@@ -55,9 +55,9 @@ async fn refusal(client: &Client) -> Option<String> {
 }
 
 /// Follows the definitions of the collections.
-pub async fn follow(client: Client, known: watch::Sender<Definitions>, reports: mpsc::Sender<Report>) {
+pub async fn follow(client: Client, known: watch::Sender<Definitions>, reports: Reports) {
     let is_read = |name: &str| COLLECTIONS.iter().any(|it| it.is_custom && it.name() == name);
-    let mut follower = Follower::<Partial>::new(Api::all(client.clone()));
+    let mut follower = Follower::<Partial>::new(Api::all(client.clone()), PAGE);
     let mut listing = BTreeMap::new();
     loop {
         let state = match follower.next().await {
@@ -93,7 +93,7 @@ pub async fn follow(client: Client, known: watch::Sender<Definitions>, reports: 
             }
             Step::Failed(failure) => State::Failing(failure.message),
         };
-        if reports.send(Report::State(DEFINITIONS, state)).await.is_err() {
+        if reports.state(DEFINITIONS, state).await.is_err() {
             return;
         }
     }

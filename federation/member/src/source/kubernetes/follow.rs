@@ -14,7 +14,9 @@ use serde::de::DeserializeOwned;
 use hanse_kubernetes::message;
 
 /// Objects of one page of a list.
-const PAGE: u32 = 500;
+pub const PAGE: u32 = 500;
+/// Of objects that may be as large as an API server stores, 1.5 MB each: 75 MB.
+pub const PAGE_OF_LARGE: u32 = 50;
 /// Seconds after which the API server ends a watch; the next one continues where it ended.
 const WATCH_SECONDS: u32 = 290;
 /// The API server sends a bookmark about once a minute. A connection without any event for longer is dead.
@@ -53,6 +55,8 @@ pub struct Failure {
 /// Follows a collection for ever. Continues a broken watch at its last position, and lists again where that is no longer possible.
 pub struct Follower<K> {
     api: Api<K>,
+    /// Objects of one page.
+    page: u32,
     state: State<K>,
     backoff: Backoff,
     /// After a failure.
@@ -96,10 +100,11 @@ const GONE: u16 = 410;
 const NOT_FOUND: u16 = 404;
 
 impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K> {
-    pub fn new(api: Api<K>) -> Self {
+    pub fn new(api: Api<K>, page: u32) -> Self {
         let backoff = Backoff::new(FIRST_DELAY, LONGEST_DELAY);
         Self {
             api,
+            page,
             state: State::Start,
             backoff,
             delay: None,
@@ -122,6 +127,11 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
         }
     }
 
+    /// Lists everything again, beginning with the next step.
+    pub fn list_again(&mut self) {
+        self.state = State::Start;
+    }
+
     async fn advance(&mut self) -> Option<Step<K>> {
         match &mut self.state {
             State::Start => {
@@ -130,7 +140,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
             }
             State::Listing { next } => {
                 let parameters = ListParams {
-                    limit: self.is_paged.then_some(PAGE),
+                    limit: self.is_paged.then_some(self.page),
                     continue_token: next.clone(),
                     ..ListParams::default()
                 };

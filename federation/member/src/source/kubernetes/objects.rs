@@ -6,19 +6,24 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hanse_api::stored::used_fields;
+use hanse_api::manifest::{Manifests, read_bytes};
+use hanse_api::stored::{used_fields, without_rules};
 use kube::{Api, Client};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::budget::{Budget, Checked};
 use super::collection::{Collection, Raw};
 use super::definitions::{self, Definitions};
-use super::follow::{Follower, Step};
-use super::report::{Definition, Report, State};
-use crate::source::{Event, read_object};
+use super::follow::{Follower, PAGE, PAGE_OF_LARGE, Step};
+use super::report::{Definition, Ended, Reports, State};
+use crate::source::{Event, report};
 
-/// Objects that are read before other collections have their turn.
+/// Objects that are read before other collections have their turn, and the bytes of their texts.
 const READ_AT_ONCE: usize = 32;
+const BYTES_AT_ONCE: usize = 1 << 20;
+/// The interval between lists because a policy that was refused for the size of its namespace may now fit.
+const LIST_AGAIN_AFTER: Duration = Duration::from_secs(30);
 /// Deletions within this time are confirmed by one request.
 const CONFIRM_AFTER: Duration = Duration::from_millis(50);
 /// The interval between attempts to find out why objects were deleted.
@@ -27,9 +32,9 @@ const CONFIRM_AGAIN_AFTER: Duration = Duration::from_secs(2);
 const LOOK_UP_EVERY: Duration = Duration::from_secs(10);
 
 /// Follows a collection of a built-in kind.
-pub async fn follow(collection: Collection, client: Client, reports: mpsc::Sender<Report>) {
+pub async fn follow(collection: Collection, client: Client, reports: Reports) {
     let origin = collection.origin();
-    let follower = Follower::new(Api::all_with(client.clone(), &collection));
+    let follower = Follower::new(Api::all_with(client.clone(), &collection), page_of(&collection));
     let this = Following::new(collection, origin, client, reports);
     // An error: the source has ended.
     let _ended = this.run(follower, None).await;
@@ -40,7 +45,7 @@ pub async fn follow_custom(
     collection: Collection,
     client: Client,
     mut definitions: watch::Receiver<Definitions>,
-    reports: mpsc::Sender<Report>,
+    reports: Reports,
 ) {
     let name = collection.name();
     let of = |known: &Definitions| known.as_ref().map(|it| it.get(&name).cloned().unwrap_or(Definition::Absent));
@@ -55,7 +60,7 @@ pub async fn follow_custom(
             }
             continue;
         };
-        if reports.send(Report::State(collection, State::Definition(now.clone()))).await.is_err() {
+        if reports.state(collection, State::Definition(now.clone())).await.is_err() {
             return;
         }
         let following = async {
@@ -67,7 +72,7 @@ pub async fn follow_custom(
                 tokio::time::sleep(LOOK_UP_EVERY).await;
                 return Ok(definitions::look_up(&client, &name).await.ok().filter(|found| *found != now));
             };
-            let follower = Follower::new(Api::all_with(client.clone(), &collection));
+            let follower = Follower::new(Api::all_with(client.clone(), &collection), page_of(&collection));
             let this = Following::new(collection, scope_of(&collection, uid), client.clone(), reports.clone());
             this.run(follower, Some(uid)).await.map(Some)
         };
@@ -83,6 +88,10 @@ pub async fn follow_custom(
     }
 }
 
+fn page_of(collection: &Collection) -> u32 {
+    if collection.is_policy() { PAGE_OF_LARGE } else { PAGE }
+}
+
 /// The scope of the objects that exist under one definition of their kind.
 fn scope_of(collection: &Collection, uid: &str) -> Arc<Path> {
     collection.origin().join(uid).into()
@@ -92,7 +101,7 @@ struct Following {
     collection: Collection,
     scope: Arc<Path>,
     client: Client,
-    reports: mpsc::Sender<Report>,
+    reports: Reports,
     /// Objects whose last version cannot be read.
     unreadable: HashSet<Arc<Path>>,
     /// Those of them that the current list has not contained yet.
@@ -101,21 +110,26 @@ struct Following {
     unconfirmed: BTreeSet<Arc<Path>>,
     /// When that is found out, for all of them at once.
     confirm_at: Instant,
-}
-
-/// The receiver of reports is gone.
-struct Ended;
-
-impl From<mpsc::error::SendError<Report>> for Ended {
-    fn from(_: mpsc::error::SendError<Report>) -> Self {
-        Self
-    }
+    budget: Budget,
+    /// When the collection is listed again, since a policy that was refused for its size may fit.
+    list_again_at: Option<Instant>,
 }
 
 impl Following {
-    fn new(collection: Collection, scope: Arc<Path>, client: Client, reports: mpsc::Sender<Report>) -> Self {
+    fn new(collection: Collection, scope: Arc<Path>, client: Client, reports: Reports) -> Self {
         let (unreadable, unseen, unconfirmed) = (HashSet::new(), HashSet::new(), BTreeSet::new());
-        Self { collection, scope, client, reports, unreadable, unseen, unconfirmed, confirm_at: Instant::now() }
+        Self {
+            collection,
+            scope,
+            client,
+            reports,
+            unreadable,
+            unseen,
+            unconfirmed,
+            confirm_at: Instant::now(),
+            budget: Budget::default(),
+            list_again_at: None,
+        }
     }
 
     fn origin(&self, object: &Raw) -> Arc<Path> {
@@ -124,29 +138,39 @@ impl Following {
     }
 
     async fn send(&self, events: Vec<Event>) -> Result<(), Ended> {
-        Ok(self.reports.send(Report::Events(events)).await?)
+        self.reports.events(events, 0).await
     }
 
     async fn state(&self, state: State) -> Result<(), Ended> {
-        Ok(self.reports.send(Report::State(self.collection, state)).await?)
+        self.reports.state(self.collection, state).await
     }
 
     /// Ends when the definition of the collection is no longer `uid`, with the current one.
     async fn run(mut self, mut follower: Follower<Raw>, uid: Option<&String>) -> Result<Definition, Ended> {
         loop {
             // One step, however often deletions are confirmed meanwhile: a step that were begun again each time might never end.
-            let mut next = pin!(follower.next());
-            let step = loop {
-                tokio::select! {
-                    step = &mut next => break step,
-                    () = tokio::time::sleep_until(self.confirm_at), if !self.unconfirmed.is_empty() => {
-                        if let Some(uid) = uid
-                            && let Some(other) = self.confirm_deletions(uid).await?
-                        {
-                            return Ok(other);
+            let step = {
+                let mut next = pin!(follower.next());
+                loop {
+                    tokio::select! {
+                        step = &mut next => break Some(step),
+                        () = tokio::time::sleep_until(self.list_again_at.unwrap_or_else(Instant::now)), if self.list_again_at.is_some() => {
+                            break None;
+                        }
+                        () = tokio::time::sleep_until(self.confirm_at), if !self.unconfirmed.is_empty() => {
+                            if let Some(uid) = uid
+                                && let Some(other) = self.confirm_deletions(uid).await?
+                            {
+                                return Ok(other);
+                            }
                         }
                     }
                 }
+            };
+            let Some(step) = step else {
+                self.list_again_at = None;
+                follower.list_again();
+                continue;
             };
             if let Some(other) = self.take(step, uid).await? {
                 return Ok(other);
@@ -159,13 +183,20 @@ impl Following {
         match step {
             Step::Begin => {
                 self.unseen = self.unreadable.clone();
+                self.budget = Budget::default();
                 self.send(vec![Event::Relist(Arc::clone(&self.scope))]).await?;
             }
             Step::Listed(page) => {
-                for part in page.chunks(READ_AT_ONCE) {
-                    let mut events = Vec::new();
-                    part.iter().for_each(|object| self.read(object, &mut events));
-                    self.send(events).await?;
+                let mut page = page.into_iter().peekable();
+                while page.peek().is_some() {
+                    let (mut events, mut bytes) = (Vec::new(), 0);
+                    for object in page.by_ref().take(READ_AT_ONCE) {
+                        bytes += self.read(&object, &mut events);
+                        if bytes >= BYTES_AT_ONCE {
+                            break;
+                        }
+                    }
+                    self.reports.events(events, bytes).await?;
                     tokio::task::yield_now().await;
                 }
             }
@@ -185,8 +216,8 @@ impl Following {
             }
             Step::Changed(object) => {
                 let mut events = Vec::new();
-                self.read(&object, &mut events);
-                self.send(events).await?;
+                let bytes = self.read(&object, &mut events);
+                self.reports.events(events, bytes).await?;
             }
             Step::Deleted(object) => {
                 let origin = self.origin(&object);
@@ -211,7 +242,8 @@ impl Following {
         Ok(None)
     }
 
-    fn read(&mut self, object: &Raw, events: &mut Vec<Event>) {
+    /// Returns the length of the text.
+    fn read(&mut self, object: &Raw, events: &mut Vec<Event>) -> usize {
         let origin = self.origin(object);
         self.unseen.remove(&origin);
         self.unconfirmed.remove(&origin);
@@ -221,23 +253,42 @@ impl Following {
             Some(namespace) => format!("{}/{namespace}/{}", self.collection.name(), object.name()),
             None => format!("{}/{}", self.collection.name(), object.name()),
         };
-        let is_good = read_object(&origin, &name.into(), text.as_bytes(), events);
+        let mut read = Manifests::of_api_server();
+        read_bytes(&name.as_str().into(), text.as_bytes(), &mut read);
+        let checked = self.budget.check(&origin, Path::new(&name), &mut read);
+        if checked == Checked::Frees {
+            self.list_again();
+        }
+        let is_good = report(&origin, read, events);
         match is_good {
             true => drop(self.unreadable.remove(&origin)),
             false => drop(self.unreadable.insert(Arc::clone(&origin))),
         }
-        if let Some(used) = used_fields(&text).map(String::into_bytes) {
+        let used = used_fields(&text).and_then(|used| match checked {
+            Checked::Closed(directions) => without_rules(&used, directions),
+            Checked::Fits | Checked::Frees => Some(used),
+        });
+        if let Some(used) = used.map(String::into_bytes) {
             events.push(if is_good { Event::Keep(origin, used) } else { Event::KeepPartial(origin, used) });
         }
+        text.len()
     }
 
     async fn remove(&mut self, origins: impl IntoIterator<Item = Arc<Path>>) -> Result<(), Ended> {
-        let remove = |origin| {
+        let mut events = Vec::new();
+        for origin in origins {
             self.unreadable.remove(&origin);
-            Event::Remove(origin)
-        };
-        let events = origins.into_iter().map(remove).collect();
+            let namespace = origin.parent().and_then(Path::file_name).and_then(|it| it.to_str());
+            if namespace.is_some_and(|namespace| self.budget.remove(namespace, &origin)) {
+                self.list_again();
+            }
+            events.push(Event::Remove(origin));
+        }
         self.send(events).await
+    }
+
+    fn list_again(&mut self) {
+        self.list_again_at.get_or_insert_with(|| Instant::now() + LIST_AGAIN_AFTER);
     }
 
     /// Finds out whether the objects that the list does not contain were deleted (`None`), or their kind.
