@@ -18,8 +18,8 @@ use crate::process::Process;
 use crate::world::{Cluster, Node};
 
 /// The router's address towards every node: the hub of the world serves there.
-const HUB: &str = "169.254.2.1:7443";
-const HUB_JOIN: &str = "169.254.2.1:7444";
+pub const HUB: &str = "169.254.2.1:7443";
+pub const HUB_JOIN: &str = "169.254.2.1:7444";
 const AGENTS_PORT: u16 = 7500;
 const ENROL_PORT: u16 = 7501;
 /// How long a process may take to say that it serves, and a cluster to be in sync.
@@ -148,8 +148,6 @@ impl<'a> Deployment<'a> {
         run.args(["run", "--cluster", &cluster.name, "--hub", HUB, "--join", HUB_JOIN]);
         run.args(["--agent-listen", &address(AGENTS_PORT), "--enrol-listen", &address(ENROL_PORT)]);
         run.arg("--token-file").arg(self.scratch.join(format!("{}.token", cluster.name)));
-        let management = self.management.iter();
-        run.args(management.flat_map(|it| ["--operator".as_ref(), "--kubeconfig".as_ref(), it.as_os_str()]));
         run.args(self.lifetime.iter().flat_map(|it| ["--node-certificate-seconds".to_owned(), it.to_string()]));
         run.arg("--data").arg(self.member_data(&cluster.name)).arg("--source").arg(source);
         let mut member = Process::start(namespace, run, &log).context("start hanse-member")?;

@@ -14,7 +14,9 @@ use crate::world::{Cluster, Node, Pod};
 
 /// What a node answers to its pods, and the router to its nodes.
 const POD_GATEWAYS: [&str; 2] = ["169.254.1.1", "fe80::1"];
-const NODE_GATEWAYS: [&str; 2] = ["169.254.2.1", "fe80::2"];
+const NODE_GATEWAYS: [&str; 2] = [ROUTER, "fe80::2"];
+/// The router's address towards every node.
+pub const ROUTER: &str = "169.254.2.1";
 /// A node's interface towards the router; the others lead to its pods.
 pub const UPLINK: &str = "eth0";
 

@@ -2,12 +2,14 @@
 //!
 //! An [`Etcd`](etcd::Etcd) serves any number of [`ApiServer`](server::ApiServer)s, each with objects, authority and users of its
 //! own. A [`Controllers`](controllers::Controllers) runs the controllers of one, and its scheduler where a test wants pods placed;
-//! each [`Kubelet`](kubelet::Kubelet) is a node, on which pods are network namespaces. [`manifests`] applies objects.
+//! each [`Kubelet`](kubelet::Kubelet) is a node, on which pods are network namespaces. A [`Cluster`](cluster::Cluster) is all of
+//! these. [`manifests`] applies objects.
 //!
 //! Programs start in the network namespace of the calling thread, end with this process, and leave nothing behind. Waiting is for
 //! conditions, with generous limits.
 
 pub mod certificates;
+pub mod cluster;
 pub mod controllers;
 pub mod crds;
 pub mod etcd;

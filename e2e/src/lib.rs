@@ -10,6 +10,7 @@ pub mod deployment;
 pub mod enforcement;
 pub mod expectation;
 pub mod fabric;
+pub mod federation;
 pub mod go;
 pub mod kubernetes;
 pub mod matrix;

@@ -5,6 +5,7 @@ mod clusters;
 mod crds;
 mod dependencies;
 mod english;
+mod federation;
 mod fuzz;
 mod guards;
 mod kernel;

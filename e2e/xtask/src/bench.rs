@@ -9,23 +9,27 @@ struct Bench {
     name: &'static str,
     /// It makes a network namespace.
     needs_root: bool,
+    /// It runs the programs, which are built before.
+    needs_programs: bool,
 }
 
 const BENCHES: &[Bench] = &[
-    Bench { name: "apply", needs_root: false },
-    Bench { name: "compile", needs_root: false },
-    Bench { name: "fanout", needs_root: false },
-    Bench { name: "hub", needs_root: false },
-    Bench { name: "kubernetes", needs_root: false },
-    Bench { name: "nftables", needs_root: true },
-    Bench { name: "questions", needs_root: false },
-    Bench { name: "reading", needs_root: false },
-    Bench { name: "remote", needs_root: false },
+    Bench { name: "apply", needs_root: false, needs_programs: false },
+    Bench { name: "compile", needs_root: false, needs_programs: false },
+    Bench { name: "fanout", needs_root: false, needs_programs: false },
+    Bench { name: "federation", needs_root: false, needs_programs: true },
+    Bench { name: "hub", needs_root: false, needs_programs: false },
+    Bench { name: "kubernetes", needs_root: false, needs_programs: false },
+    Bench { name: "nftables", needs_root: true, needs_programs: false },
+    Bench { name: "questions", needs_root: false, needs_programs: false },
+    Bench { name: "reading", needs_root: false, needs_programs: false },
+    Bench { name: "remote", needs_root: false, needs_programs: false },
 ];
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Which: apply, compile, fanout, hub, kubernetes, nftables, questions, reading or remote; all of them when none is named.
+    /// Which: apply, compile, fanout, federation, hub, kubernetes, nftables, questions, reading or remote; all of them when none is
+    /// named.
     bench: Option<String>,
     /// Only these shapes of it.
     shapes: Vec<String>,
@@ -46,6 +50,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         if bench.needs_root && !setup::is_root() {
             eprintln!("{} needs root (for a network namespace of its own): left out", bench.name);
             continue;
+        }
+        if bench.needs_programs {
+            setup::packet_tools()?;
+            setup::etcd()?;
+            let mut build = setup::cargo();
+            build.args(["build", "--release", "--quiet", "--locked", "--workspace", "--bins"]);
+            setup::run(&mut build)?;
         }
         let mut command = setup::cargo();
         // With the whole workspace, so that all benchmarks share one build of every dependency.
