@@ -4,8 +4,26 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 
 use crate::fabric::Fabric;
+use crate::namespace::Namespace;
 use crate::probe::{self, Observed};
 use crate::world::Pod;
+
+/// Where pods run, and what they answer.
+pub trait Network: Sync {
+    fn namespace(&self, pod: &Pod) -> Option<&Namespace>;
+
+    fn answer(&self, pod: &Pod) -> String;
+}
+
+impl Network for Fabric {
+    fn namespace(&self, pod: &Pod) -> Option<&Namespace> {
+        self.pod(pod)
+    }
+
+    fn answer(&self, pod: &Pod) -> String {
+        pod.title()
+    }
+}
 
 /// How many connections are under way at once: closed ones only wait, so more of them cost little.
 const AT_ONCE: usize = 48;
@@ -20,13 +38,13 @@ pub fn pairs(pods: &[Pod]) -> Vec<(&Pod, &Pod)> {
 }
 
 /// One TCP connection for each pair over the IP version, in the order of the pairs.
-pub fn measure(fabric: &Fabric, pairs: &[(&Pod, &Pod)], version: u8) -> Vec<Observed> {
+pub fn measure(network: &impl Network, pairs: &[(&Pod, &Pod)], version: u8) -> Vec<Observed> {
     let one = |(from, to): &(&Pod, &Pod)| {
         let address = to.addresses.iter().find(|address| address.is_ipv4() == (version == 4));
-        let (Some(namespace), Some(address)) = (fabric.pod(from), address) else {
+        let (Some(namespace), Some(address)) = (network.namespace(from), address) else {
             return Observed::Wrong("no such pod or address".to_owned());
         };
-        probe::tcp(namespace, SocketAddr::new(*address, to.port), &to.title())
+        probe::tcp(namespace, SocketAddr::new(*address, to.port), &network.answer(to))
     };
     let mut observed = Vec::with_capacity(pairs.len());
     for chunk in pairs.chunks(AT_ONCE) {

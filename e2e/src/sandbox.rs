@@ -13,6 +13,9 @@ use crate::namespace;
 /// Set inside; its value says how we came in.
 const MARK: &str = "HANSE_SANDBOX";
 
+/// Where programs keep files in memory.
+const MEMORY: &str = "/dev/shm";
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Privilege {
     /// The machine's root.
@@ -64,6 +67,20 @@ pub fn privilege() -> Option<Privilege> {
     }
 }
 
+/// A shell command that runs another one inside this sandbox, which it is in; for a user in another terminal.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn command() -> std::io::Result<String> {
+    // /proc belongs to the machine, so this is the process number as seen from outside.
+    let process = std::fs::read_link("/proc/self")?;
+    let user = match privilege() {
+        Some(Privilege::UserNamespace) => "--user --preserve-credentials ",
+        _ => "",
+    };
+    Ok(format!("nsenter --target {} {user}--net --mount", process.display()))
+}
+
 /// Inside, prepares the sandbox and returns how we came in; outside, replaces this process by itself inside.
 pub fn enter() -> Result<Privilege, SandboxError> {
     if let Some(privilege) = privilege() {
@@ -108,6 +125,10 @@ fn prepare() -> Result<(), namespace::NetworkError> {
     // Names of network namespaces are files below /run/netns: ours, in our own mount namespace.
     if !Path::new("/run/netns").join(namespace::MARKER).exists() {
         namespace::run(Command::new("mount").args(["-t", "tmpfs", "hanse", "/run"]))?;
+        // Files in memory, such as those of test clusters, are gone with the sandbox, however it ends.
+        if Path::new(MEMORY).is_dir() {
+            namespace::run(Command::new("mount").args(["-t", "tmpfs", "-o", "mode=1777", "hanse", MEMORY]))?;
+        }
         std::fs::create_dir("/run/netns").map_err(namespace::NetworkError::Io)?;
         std::fs::write(Path::new("/run/netns").join(namespace::MARKER), b"").map_err(namespace::NetworkError::Io)?;
     }

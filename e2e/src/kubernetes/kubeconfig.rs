@@ -11,6 +11,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use super::certificates::Certified;
+use super::server::ApiServer;
 
 /// What a user authenticates with.
 #[derive(Debug, Clone)]
@@ -39,6 +40,26 @@ pub fn kubeconfig(cluster: &str, url: &str, authority: &str, credentials: &Crede
         "contexts": [{ "name": cluster, "context": { "cluster": cluster, "user": "user" } }],
         "current-context": cluster,
     })
+}
+
+/// One kubeconfig with a context for the administrator of each server, named as the server. The last one is the current context.
+///
+/// # Errors
+/// When the kubeconfig of a server cannot be read.
+pub fn merged<'a>(servers: impl IntoIterator<Item = &'a ApiServer>) -> anyhow::Result<Value> {
+    let mut merged = json!({ "apiVersion": "v1", "kind": "Config", "clusters": [], "users": [], "contexts": [] });
+    for server in servers {
+        let text = std::fs::read_to_string(server.kubeconfig()).context("read a kubeconfig")?;
+        let mut one: Value = serde_json::from_str(&text).context("read a kubeconfig")?;
+        one["users"][0]["name"] = json!(server.name());
+        one["contexts"][0]["context"]["user"] = json!(server.name());
+        for key in ["clusters", "users", "contexts"] {
+            let (to, from) = (merged[key].as_array_mut(), one[key].as_array());
+            to.context("a kubeconfig has lists")?.extend(from.into_iter().flatten().cloned());
+        }
+        merged["current-context"] = json!(server.name());
+    }
+    Ok(merged)
 }
 
 /// A client of this kubeconfig. It belongs to the Tokio runtime in which it is made, and connects in the network namespace of the

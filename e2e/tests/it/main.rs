@@ -3,6 +3,7 @@
 mod chart;
 mod clusters;
 mod crds;
+mod demo;
 mod dependencies;
 mod english;
 mod federation;

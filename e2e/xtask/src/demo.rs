@@ -9,6 +9,9 @@ use crate::setup;
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
+    /// Run a management cluster and two clusters on real API servers, which are built with Go, and drive the demo with kubectl.
+    #[arg(long)]
+    kubernetes: bool,
     /// Exit after the last step. By default, on a terminal, the demo keeps running until Ctrl-C.
     #[arg(long)]
     once: bool,
@@ -16,6 +19,10 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     setup::packet_tools()?;
+    if arguments.kubernetes {
+        setup::go()?;
+        setup::etcd()?;
+    }
     let root = setup::root()?;
     println!("building the programs (some minutes the first time)");
     let mut build = setup::cargo();
@@ -25,8 +32,15 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     setup::run(&mut build)?;
     let programs = setup::programs()?;
+    if arguments.kubernetes {
+        // Here, since the demo has no network.
+        setup::run(&mut Command::new(programs.join("hanse-go-programs")))?;
+    }
     let mut demo = Command::new(programs.join("hanse-demo"));
     demo.arg("--programs").arg(&programs).arg("--manifests").arg(root.join("e2e/demo"));
+    if arguments.kubernetes {
+        demo.arg("--kubernetes");
+    }
     if arguments.once {
         demo.arg("--once");
     }

@@ -1,8 +1,10 @@
-//! The demo of `cargo xtask demo`: three clusters of AI workloads on one machine, and the packets between them.
+//! The demo of `cargo xtask demo`: clusters of AI workloads on one machine, and the packets between them. With `--kubernetes`, the
+//! clusters have real API servers.
 //!
 //! Every cell of a measured matrix is a TCP connection that was tried. It is compared with the verdict of
 //! `hanse policy explain` for the same manifests. A difference ends the demo with exit code 1.
 
+mod kubernetes;
 mod manifests;
 mod screen;
 mod story;
@@ -27,13 +29,16 @@ struct Arguments {
     /// Directory of the demo's manifests.
     #[arg(long)]
     manifests: PathBuf,
+    /// Run the clusters on real API servers.
+    #[arg(long)]
+    kubernetes: bool,
     /// Exit after the last step, also on a terminal.
     #[arg(long)]
     once: bool,
 }
 
 fn main() -> anyhow::Result<()> {
-    let Arguments { programs, manifests, once } = Arguments::parse();
+    let Arguments { programs, manifests, kubernetes, once } = Arguments::parse();
     let start = Instant::now();
     let privilege = sandbox::enter()?;
     end_on_signal()?;
@@ -42,7 +47,8 @@ fn main() -> anyhow::Result<()> {
         Privilege::Root => "Running as root, in separate namespaces.",
         Privilege::UserNamespace => "Running without root, in a separate user namespace.",
     });
-    let outcome = story::run(&screen, &programs, &manifests, once || !std::io::stdout().is_terminal());
+    let run = if kubernetes { kubernetes::run } else { story::run };
+    let outcome = run(&screen, &programs, &manifests, once || !std::io::stdout().is_terminal());
     let left = namespace::list()?;
     if !left.is_empty() {
         bail!("not removed: {}", left.join(", "));

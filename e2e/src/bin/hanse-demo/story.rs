@@ -11,7 +11,7 @@ use hanse_e2e::fabric::Fabric;
 use hanse_e2e::namespace::Namespace;
 use hanse_e2e::packet::{Packet, Sender, TCP, Tap};
 use hanse_e2e::probe::{self, Listener, Observed};
-use hanse_e2e::sandbox::{self, Privilege};
+use hanse_e2e::sandbox;
 use hanse_e2e::world::{Cluster, Pod};
 use hanse_e2e::{expectation, matrix};
 
@@ -21,7 +21,7 @@ use crate::screen::Screen;
 const CLUSTERS: [&str; 3] = ["train", "serve", "prod"];
 const MANIFEST: &str = "cluster.yaml";
 /// How long the demo waits for a forged packet, which must not arrive.
-const FORGED_PATIENCE: Duration = Duration::from_millis(300);
+pub const FORGED_PATIENCE: Duration = Duration::from_millis(300);
 
 /// Runs all steps. Returns how many measurements differed from policy.
 pub fn run(screen: &Screen, programs: &Path, manifests: &Path, once: bool) -> anyhow::Result<usize> {
@@ -41,7 +41,6 @@ pub fn run(screen: &Screen, programs: &Path, manifests: &Path, once: bool) -> an
         pairs: matrix::pairs(&pods),
         fabric: &fabric,
         world: start(screen, &fabric, programs, scratch.path())?,
-        wrong: 0,
     };
     demo.join()?;
     demo.without_policy()?;
@@ -55,7 +54,7 @@ pub fn run(screen: &Screen, programs: &Path, manifests: &Path, once: bool) -> an
     if !once {
         stay(screen, &demo.world, programs, scratch.path())?;
     }
-    Ok(demo.wrong)
+    Ok(screen.wrong())
 }
 
 /// Copies the manifests that the members read, so that the demo can edit them.
@@ -104,8 +103,6 @@ struct Demo<'a> {
     pairs: Vec<(&'a Pod, &'a Pod)>,
     fabric: &'a Fabric,
     world: Deployment<'a>,
-    /// Measurements that differed from policy.
-    wrong: usize,
 }
 
 impl<'a> Demo<'a> {
@@ -140,10 +137,10 @@ impl<'a> Demo<'a> {
         self.screen
             .title("serve/notebook-0 gets the label app=vllm in its own cluster: the registry of train opens to it");
         let (notebook, registry) = (self.pod("notebook-0")?, self.pod("registry-0")?);
-        self.claim("before: closed", !self.connects(notebook, registry, 0));
+        self.screen.claim("before: closed", !self.connects(notebook, registry, 0));
         edit(&self.manifest(1), "app: notebook", "app: vllm")?;
         let took = self.becomes(notebook, registry, Observed::Open);
-        self.claim_within(took, "it did not open", |ms| format!("open {ms} ms after the file was written"));
+        self.screen.claim_within(took, "it did not open", |ms| format!("open {ms} ms after the file was written"));
         self.world.settle(&CLUSTERS)?;
         self.measure(true, true)
     }
@@ -153,16 +150,16 @@ impl<'a> Demo<'a> {
         self.world.kill_hub()?;
         self.measure(true, false)?;
         let (trainer, other) = (self.pod("trainer-0")?, self.pod("trainer-1")?);
-        self.claim("train/trainer-0 reaches trainer-1", self.connects(trainer, other, 0));
+        self.screen.claim("train/trainer-0 reaches trainer-1", self.connects(trainer, other, 0));
         let train = self.manifest(0);
         edit_pod(&train, "trainer-0", "app: trainer", "app: retired")?;
         let took = self.becomes(trainer, other, Observed::Closed);
-        self.claim_within(took, "a new label in train changed nothing", |ms| {
+        self.screen.claim_within(took, "a new label in train changed nothing", |ms| {
             format!("labelled app=retired: closed {ms} ms after the file was written, without a hub")
         });
         edit_pod(&train, "trainer-0", "app: retired", "app: trainer")?;
         let took = self.becomes(trainer, other, Observed::Open);
-        self.claim_within(took, "labelled app=trainer again: still closed", |ms| {
+        self.screen.claim_within(took, "labelled app=trainer again: still closed", |ms| {
             format!("labelled app=trainer again: open after {ms} ms")
         });
         Ok(())
@@ -200,7 +197,7 @@ impl<'a> Demo<'a> {
                 client.title(),
                 attacker.title()
             );
-            self.claim(&text, honest && !forged);
+            self.screen.claim(&text, honest && !forged);
         }
         Ok(())
     }
@@ -210,12 +207,12 @@ impl<'a> Demo<'a> {
         let (gateway, trainer) = (self.pod("gateway-0")?, self.pod("trainer-0")?);
         for family in 0..2 {
             let closed = !self.connects(newcomer, gateway, family) && !self.connects(trainer, newcomer, family);
-            self.claim(&format!("{} is closed in both directions", newcomer.addresses[family]), closed);
+            self.screen.claim(&format!("{} is closed in both directions", newcomer.addresses[family]), closed);
         }
         let file = self.clusters[2].directory.join("newcomer.yaml");
         std::fs::write(&file, newcomer_manifest(newcomer)).context("write the manifest of the new pod")?;
         let took = self.becomes(newcomer, gateway, Observed::Open);
-        self.claim_within(took, "it did not reach the gateway", |ms| {
+        self.screen.claim_within(took, "it did not reach the gateway", |ms| {
             format!("with the label app=client it reaches the gateway {ms} ms after its manifest was written")
         });
         Ok(())
@@ -224,12 +221,12 @@ impl<'a> Demo<'a> {
     fn revoked(&mut self) -> anyhow::Result<()> {
         self.screen.title("prod is revoked: its endpoints are withdrawn from every cluster at once");
         let (gateway, vllm) = (self.pod("gateway-0")?, self.pod("vllm-0")?);
-        self.claim("before: prod/gateway-0 reaches serve/vllm-0", self.connects(gateway, vllm, 0));
+        self.screen.claim("before: prod/gateway-0 reaches serve/vllm-0", self.connects(gateway, vllm, 0));
         self.world.hanse(&["cluster", "revoke", "prod", "--reason", "the demo"])?;
         let took = self.becomes(gateway, vllm, Observed::Closed);
-        self.claim_within(took, "it stayed open", |ms| format!("closed {ms} ms after the command returned"));
+        self.screen.claim_within(took, "it stayed open", |ms| format!("closed {ms} ms after the command returned"));
         let (notebook, registry) = (self.pod("notebook-0")?, self.pod("registry-0")?);
-        self.claim("train and serve are not affected", self.connects(notebook, registry, 0));
+        self.screen.claim("train and serve are not affected", self.connects(notebook, registry, 0));
         Ok(())
     }
 
@@ -254,22 +251,8 @@ impl<'a> Demo<'a> {
                 pairs = self.pairs.len(),
             );
             self.screen.verdict(&text, &differences);
-            self.wrong += differences.len();
         }
         Ok(())
-    }
-
-    fn claim(&mut self, text: &str, is_true: bool) {
-        self.screen.claim(text, is_true);
-        self.wrong += usize::from(!is_true);
-    }
-
-    /// Claims `success`, with the milliseconds that it took, or `failure` where it did not happen.
-    fn claim_within(&mut self, took: Option<Duration>, failure: &str, success: impl FnOnce(u128) -> String) {
-        match took {
-            Some(took) => self.claim(&success(took.as_millis()), true),
-            None => self.claim(failure, false),
-        }
     }
 
     fn apply(&self, manifests: &Path) -> anyhow::Result<()> {
@@ -300,7 +283,7 @@ impl<'a> Demo<'a> {
 }
 
 /// Sends the first packet of a TCP connection, from an address that need not be the sender's.
-fn send_as(inside: &Namespace, source: IpAddr, target: SocketAddr, number: u64) -> anyhow::Result<()> {
+pub fn send_as(inside: &Namespace, source: IpAddr, target: SocketAddr, number: u64) -> anyhow::Result<()> {
     let sender = Sender::open(inside).context("open raw sockets")?;
     let (destination, destination_port, source_port) = (target.ip(), target.port(), 40_000);
     let packet = Packet { source, destination, protocol: TCP, source_port, destination_port, icmp: (0, 0), number };
@@ -309,14 +292,8 @@ fn send_as(inside: &Namespace, source: IpAddr, target: SocketAddr, number: u64) 
 
 /// Keeps everything running until Ctrl-C, which ends the process.
 fn stay(screen: &Screen, world: &Deployment<'_>, programs: &Path, scratch: &Path) -> anyhow::Result<()> {
-    // /proc belongs to the machine, so this is the process number as seen from outside.
-    let process = std::fs::read_link("/proc/self").context("read the process number")?;
-    let user = match sandbox::privilege() {
-        Some(Privilege::UserNamespace) => "--user --preserve-credentials ",
-        _ => "",
-    };
     screen.title("The clusters keep running until Ctrl-C");
-    let enter = format!("nsenter --target {} {user}--net --mount", process.display());
+    let enter = sandbox::command()?;
     let (hanse, context) = (programs.canonicalize().context("find the programs")?.join("hanse"), world.context());
     let edit = scratch.join("clusters").join(CLUSTERS[0]).join(MANIFEST);
     screen.say("  in another terminal:");
