@@ -222,7 +222,7 @@ fn texts_contain_no_listed_words() {
 }
 
 /// The help of a program and of all its subcommands.
-fn help(program: &Path, arguments: &[String], texts: &mut Vec<(String, String)>) {
+pub fn help(program: &Path, arguments: &[String], texts: &mut Vec<(String, String)>) {
     let output = Command::new(program).args(arguments).arg("--help").output().expect("the program runs");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && text.contains("Usage:"), "{arguments:?}: {output:?}");

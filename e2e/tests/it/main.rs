@@ -9,6 +9,7 @@ mod english;
 mod federation;
 mod fuzz;
 mod guards;
+mod guide;
 mod kernel;
 mod layout;
 mod manifests;

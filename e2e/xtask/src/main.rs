@@ -5,6 +5,7 @@ mod bench;
 mod crds;
 mod demo;
 mod fuzz;
+mod guide;
 mod setup;
 mod test;
 
@@ -29,6 +30,8 @@ enum Task {
     Demo(demo::Arguments),
     /// Run a parser on mutated inputs.
     Fuzz(fuzz::Arguments),
+    /// Write the reference of the guide, from the custom resource definitions and the help of the programs.
+    Guide,
     /// Check formatting and lints, and run every test.
     Test(test::Arguments),
 }
@@ -40,6 +43,7 @@ fn main() -> anyhow::Result<()> {
         Task::Crds(arguments) => crds::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
+        Task::Guide => guide::run(),
         Task::Test(arguments) => test::run(&arguments),
     }
 }
