@@ -51,7 +51,7 @@ pub fn realisation(
     let agents_current = nodes.iter().filter(is_current).count();
     let of_exchange = client.problems().into_iter().map(Reason::Exchange);
     let of_files = failing.into_iter().map(|(file, error)| Reason::File(FileProblem { file: file.to_owned(), error }));
-let of_source = world.problems().most_important().map(manifest_problem);
+    let of_source = world.problems().most_important().map(manifest_problem);
     let of_nodes = unknown_nodes(world.nodes(), reported).into_iter().chain(world.outside_ranges());
     let problems = of_exchange.chain(of_nodes).chain(of_files).chain(of_source);
     let problems = problems.take(MAX_PROBLEMS).map(|reason| wire::reason(&reason)).collect();
