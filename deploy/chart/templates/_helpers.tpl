@@ -40,9 +40,15 @@ nodeSelector:
 {{- with $values.nodeSelector }}
 {{ toYaml . | indent 2 }}
 {{- end }}
-{{- with $values.tolerations }}
+{{- if or $values.tolerations (ne .component "agent") }}
 tolerations:
+{{- if ne .component "agent" }}
+# The member removes the taint: it may not wait for that.
+- {key: hanse.dev/agent-not-ready, operator: Exists, effect: NoSchedule}
+{{- end }}
+{{- with $values.tolerations }}
 {{ toYaml . }}
+{{- end }}
 {{- end }}
 {{- with $values.affinity }}
 affinity:

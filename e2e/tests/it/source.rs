@@ -10,7 +10,7 @@ use hanse_api::Diagnostic;
 use hanse_api::assemble::{Assembly, ClusterState};
 use hanse_e2e::kubernetes::{ApiServer, Etcd, Options, manifests, run, until};
 use hanse_kubernetes::Access;
-use hanse_member::source::{self, Kubernetes, LastGood};
+use hanse_member::source::{self, Kubernetes, LastGood, Problems};
 use hanse_runtime::health::{Health, Writes};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::Api;
@@ -66,13 +66,16 @@ impl Member {
             let source = Kubernetes::new(access, &data).expect("a source");
             let mut source = LastGood::new(source, &data, Writes::new(&Health::default()));
             let mut assembly = Assembly::new("c".into());
+            let mut problems = Problems::default();
             while !matches!(stopped.try_recv(), Ok(()) | Err(mpsc::TryRecvError::Disconnected)) {
                 if is_paused.load(Ordering::Relaxed) {
                     std::thread::sleep(Duration::from_millis(10));
                 } else if let Some(changes) = source.poll() {
                     assembly.update(changes.objects);
                     let state = ClusterState::clone(assembly.state());
-                    if sender.send(View { is_synced: true, state, problems: changes.problems }).is_err() {
+                    problems.apply(changes.problems);
+                    let problems = problems.most_important().cloned().collect();
+                    if sender.send(View { is_synced: true, state, problems }).is_err() {
                         return;
                     }
                 }

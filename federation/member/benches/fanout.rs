@@ -133,6 +133,7 @@ async fn run(shape: Shape) -> anyhow::Result<()> {
         node_lifetime: Duration::from_secs(86_400),
         unknown_pods: UnknownPods::Deny,
         enforcement: Enforcement::Enforce,
+        taint_new_nodes: false,
         health_listen: None,
         metrics_listen: None,
         metrics_token_file: None,

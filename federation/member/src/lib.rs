@@ -10,6 +10,7 @@ pub mod federated;
 pub mod flows;
 pub mod live;
 pub mod metrics;
+mod node_taints;
 mod outside_ranges;
 pub mod own_streams;
 pub mod process;

@@ -279,6 +279,10 @@ struct RunArgs {
     /// `hanse.dev/enforcement` of a Node overrides this.
     #[arg(long, value_enum, default_value_t = EnforcementMode::Enforce, help_heading = "Nodes")]
     enforcement: EnforcementMode,
+    /// Give nodes that come later the taint `hanse.dev/agent-not-ready:NoSchedule` until their agents have rules (needs the right to
+    /// `patch` `nodes`).
+    #[arg(long, help_heading = "Nodes")]
+    taint_new_nodes: bool,
     /// Serve health and readiness over HTTP at this address.
     #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     health_listen: Option<SocketAddr>,
@@ -370,6 +374,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
                     EnforcementMode::Enforce => Enforcement::Enforce,
                     EnforcementMode::Observe => Enforcement::Observe,
                 },
+                taint_new_nodes: args.taint_new_nodes,
                 health_listen: args.health_listen,
                 metrics_listen: args.metrics_listen,
                 metrics_token_file: args.metrics_token_file,

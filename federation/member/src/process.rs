@@ -28,6 +28,7 @@ use crate::fanout::Fanout;
 use crate::flows::{self, Inbox};
 use crate::live::Live;
 use crate::metrics::{FlowMetrics, Metrics};
+use crate::node_taints::keep_taints;
 use crate::own_streams::Ends;
 use crate::questions::{Answering, StateRequest};
 use crate::registration::MemberIdentity;
@@ -63,6 +64,8 @@ pub struct Options {
     pub unknown_pods: UnknownPods,
     /// Of nodes whose label does not say otherwise.
     pub enforcement: Enforcement,
+    /// Nodes that come later have a taint until their agents have rules.
+    pub taint_new_nodes: bool,
     pub health_listen: Option<SocketAddr>,
     pub metrics_listen: Option<SocketAddr>,
     /// The file of the bearer token that metrics require.
@@ -88,6 +91,13 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let (agents, enrolment) =
         fanout.serve(&identity, options.agent_listen, options.enrol_listen, inbox, &shutdown).await?;
     tracing::info!(cluster = options.cluster, %agents, %enrolment, "member serves");
+    if let (true, Location::Kubernetes(access)) = (options.taint_new_nodes, &options.source) {
+        let keeping = (access.clone(), fanout.clone(), options.data.clone(), stop.clone());
+        shutdown.supervise("taints of nodes", move || {
+            let (access, fanout, data, stop) = keeping.clone();
+            keep_taints(access, fanout, data, stop)
+        });
+    }
     let client = Client::restore(&options.data, monitoring.writes.clone());
     let mut source = start_source(&options, &monitoring.writes, &shutdown)?;
     // Before the source has been read, the state of the cluster is unknown, and nothing new is published or enforced.

@@ -8,20 +8,23 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
+use futures::StreamExt as _;
 use hanse_e2e::fabric::Fabric;
 use hanse_e2e::kubernetes::crds::{self, Calico};
 use hanse_e2e::kubernetes::{kubeconfig, run, until};
 use hanse_e2e::probe::{self, Observed};
 use hanse_e2e::process::Process;
 use hanse_e2e::sandbox;
+use hanse_e2e::world::Node;
 use hanse_member::api_server::{AgentAccount, ReviewError, Reviewer};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use k8s_openapi::api::core::v1::{Pod, Secret};
-use kube::api::{Api, DeleteParams, ListParams, PostParams};
+use kube::ResourceExt as _;
+use kube::api::{Api, DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
 use serde_json::{Value, json};
 
 use super::{NAMESPACE, PATIENCE, Release, complete, list, rendered, set, success};
-use crate::clusters::east::{East, WORKLOADS, world};
+use crate::clusters::east::{East, WORKLOADS, node, world};
 use crate::clusters::nodes::{addresses, is_ready};
 
 /// How many members run at once to find out which rights they need.
@@ -119,16 +122,19 @@ fn values(hub: Option<&Pod>) -> Value {
 #[test]
 fn installed_release_enforces_with_the_rights_of_the_chart() {
     sandbox::test("chart::installed::installed_release_enforces_with_the_rights_of_the_chart", || {
-        let world = world();
-        let fabric = Fabric::build(std::slice::from_ref(&world)).expect("the network");
+        let (world, late) = (world(), node("late", 3));
+        let mut later = world.clone();
+        later.nodes.push(late.clone());
+        let fabric = Fabric::build(std::slice::from_ref(&later)).expect("the network");
         let scratch = tempfile::tempdir_in("/run").expect("a folder");
         fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o755)).expect("every user may enter");
         fabric.router().enter(|| {
             run(async {
-                let east = East::start(&world, &fabric, scratch.path()).await;
+                let mut east = East::start(&world, &fabric, scratch.path()).await;
                 let hub = installs(&east).await;
                 enforces(&east, &hub).await;
                 keeps_its_state(&east, &hub).await;
+                taints_new_nodes(&mut east, &fabric, &late).await;
                 needs_its_rights(&east, &fabric).await;
             });
         });
@@ -174,6 +180,36 @@ async fn enforces(east: &East, hub: &Pod) {
     });
     assert!(is_enforced.await.is_some(), "{}", east.logs());
     assert!(is_ready(&east.ready_component("hub", 1).await[0]));
+}
+
+/// A node that comes later has the taint until its agent has rules; those that were there never had it.
+async fn taints_new_nodes(east: &mut East, fabric: &Fabric, late: &Node) {
+    let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(east.client.clone());
+    let watched = WatchParams::default();
+    let from = nodes.list(&ListParams::default()).await.expect("nodes").metadata.resource_version.expect("a version");
+    east.add(fabric, late).await;
+    let has_taint = |node: &k8s_openapi::api::core::v1::Node| {
+        let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+        taints.into_iter().any(|taint| taint.key == "hanse.dev/agent-not-ready" && taint.effect == "NoSchedule")
+    };
+    let mut events = std::pin::pin!(nodes.watch(&watched, &from).await.expect("a watch"));
+    let (mut was_tainted, mut steps) = (false, Vec::new());
+    let settled = tokio::time::timeout(PATIENCE, async {
+        while let Some(event) = events.next().await {
+            let (WatchEvent::Added(node) | WatchEvent::Modified(node)) = event.expect("an event") else { continue };
+            if node.name_any() != late.name {
+                assert!(!has_taint(&node), "{} was there at the first start", node.name_any());
+                continue;
+            }
+            steps.push(has_taint(&node));
+            was_tainted |= has_taint(&node);
+            if was_tainted && !has_taint(&node) {
+                return;
+            }
+        }
+    });
+    assert!(settled.await.is_ok(), "tainted and then not: {steps:?}\n{}", east.logs());
+    east.ready_component("agent", 3).await;
 }
 
 /// A member that is rescheduled needs no new token, and its agents do not enrol again.
@@ -300,6 +336,11 @@ async fn needs_its_rights(east: &East, fabric: &Fabric) {
         east.pods(NAMESPACE).list(&label).await.is_ok_and(|it| it.items.is_empty())
     });
     assert!(stopped.await.is_some(), "the member has stopped");
+    // Without an agent.
+    let unready = "apiVersion: v1\nkind: Node\nmetadata: {name: unready}\n";
+    east.kubectl(&["create", "-f", "-"], unready);
+    let taint = (String::new(), "nodes".to_owned(), "patch".to_owned(), None);
+    assert!(cluster.contains(&taint));
     let data = east.claim("hanse-member").join("member");
     let of_cluster: Vec<&Right> = cluster.iter().filter(|right| **right != review).collect();
     let of_namespace: Vec<&Right> = local.iter().collect();
@@ -331,6 +372,10 @@ async fn needs_its_rights(east: &East, fabric: &Fabric) {
             command.arg(&folder).arg("--kubeconfig").arg(&kubeconfig);
             command.args(["--agent-listen", "127.0.0.1:0", "--enrol-listen", "127.0.0.1:0"]);
             command.args(["--authority-config-map", "hanse/hanse-authority"]);
+            // The others would taint the node before it.
+            if **missing == taint {
+                command.arg("--taint-new-nodes");
+            }
             members.push((*missing, Process::start(fabric.router(), command, &log).expect("it starts")));
         }
         for (right, process) in &members {

@@ -41,12 +41,15 @@ spec:
   containers: [{name: client, image: client, ports: [{containerPort: 8080}]}]
 ";
 
-pub fn world() -> Cluster {
-    let node = |name: &str, number: u8| Node {
+pub fn node(name: &str, number: u8) -> Node {
+    Node {
         name: name.to_owned(),
         addresses: vec![[172, 20, 0, number].into()],
         pod_ranges: vec![format!("10.20.{number}.0/24").parse().expect("a range")],
-    };
+    }
+}
+
+pub fn world() -> Cluster {
     Cluster {
         name: "east".to_owned(),
         directory: PathBuf::new(),
@@ -84,12 +87,17 @@ impl East {
             _controllers: controllers,
         };
         for node in &world.nodes {
-            let network = fabric.shared_node(&world.name, &node.name).expect("it is built");
-            let workload = Arc::new(east.programs.clone());
-            let kubelet = Kubelet::start_with(&east.server, network, node.into(), workload).await;
-            east.kubelets.insert(node.name.clone(), kubelet.expect("it registers"));
+            east.add(fabric, node).await;
         }
         east
+    }
+
+    /// Starts a node of the fabric.
+    pub async fn add(&mut self, fabric: &Fabric, node: &Node) {
+        let network = fabric.shared_node(self.server.name(), &node.name).expect("it is built");
+        let workload = Arc::new(self.programs.clone());
+        let kubelet = Kubelet::start_with(&self.server, network, node.into(), workload).await;
+        self.kubelets.insert(node.name.clone(), kubelet.expect("it registers"));
     }
 
     pub async fn apply(&self, text: &str) {

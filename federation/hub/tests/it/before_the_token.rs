@@ -39,6 +39,7 @@ impl World {
             node_lifetime: SOON,
             unknown_pods: UnknownPods::Deny,
             enforcement: Enforcement::Enforce,
+            taint_new_nodes: false,
             health_listen: None,
             metrics_listen: None,
             metrics_token_file: None,

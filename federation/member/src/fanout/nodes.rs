@@ -253,6 +253,11 @@ impl Nodes {
         }
     }
 
+    /// Whether the node has a record, as of the last read.
+    pub fn has_record(&self, node: &str) -> bool {
+        self.records().contains_key(&Fingerprint::of(node.as_bytes()))
+    }
+
     /// Whether a certificate for `key` was issued, and the key not seen yet: see [`Locked::promote`].
     pub fn awaits(&self, node: &str, key: &Fingerprint) -> bool {
         let records = self.records();

@@ -68,7 +68,7 @@ pub(super) type PodRanges = Arc<BTreeMap<Arc<str>, Vec<IpNet>>>;
 
 /// The nodes of the source, with their pod ranges.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct SourceNodes {
+pub struct SourceNodes {
     nodes: PodRanges,
     /// False if they are from an earlier process.
     read: bool,
@@ -223,6 +223,28 @@ impl Fanout {
             NodeStatus { rivals, ..node.status.clone() }
         };
         self.nodes().iter().map(|(name, node)| (Arc::clone(name), status(name, node))).collect()
+    }
+
+    /// The nodes of the source, and whether the agent of each has acknowledged rules. Empty until the source has been read.
+    pub fn readiness(&self) -> BTreeMap<Arc<str>, bool> {
+        let source = self.shared.source.borrow();
+        let nodes = self.nodes();
+        let is_ready = |name: &Arc<str>| {
+            let status = nodes.get(name).map(|node| &node.status);
+            status.is_some_and(|status| status.connected && status.position.generation != Generation::default())
+        };
+        let names = source.nodes.keys().filter(|_| source.read);
+        names.map(|name| (Arc::clone(name), is_ready(name))).collect()
+    }
+
+    /// Changes whenever nodes of the source are added, removed or changed.
+    pub fn source_changes(&self) -> watch::Receiver<SourceNodes> {
+        self.shared.source.subscribe()
+    }
+
+    /// Whether the node has enrolled at any time.
+    pub fn has_enrolled(&self, node: &str) -> bool {
+        self.shared.keys.has_record(node)
     }
 
     /// Changes whenever the status of a node does.
