@@ -11,6 +11,7 @@ use crate::files::{self, Listing, ReadError};
 use crate::hanse;
 use crate::kind;
 use crate::object::{self, Converted, Object};
+use crate::stored;
 use crate::unreadable;
 use crate::workload::{self, Workload};
 
@@ -53,6 +54,8 @@ pub struct Manifests {
     default_namespace: Option<Arc<str>>,
     /// An API server has accepted the objects.
     is_accepted: bool,
+    /// The text of the last such object without the fields that are not read.
+    used_fields: Option<String>,
     /// How many names were generated from a file and a prefix, and all of them.
     generated: (HashMap<String, u32>, HashSet<String>),
 }
@@ -66,6 +69,12 @@ impl Manifests {
     /// Nothing yet, of objects that an API server has accepted: the syntax of their names, labels and annotations refuses none of them.
     pub fn of_api_server() -> Self {
         Self { is_accepted: true, ..Self::default() }
+    }
+
+    /// Of the object of an API server that was read last: its JSON without the fields that are not read, from which it can be read again.
+    /// `None` if there is none, it is of a kind that is not read, or it is not a policy and cannot be read.
+    pub fn take_used_fields(&mut self) -> Option<String> {
+        self.used_fields.take()
     }
 
     /// The reference of an object that is accepted, with its name and its namespace.
@@ -276,7 +285,10 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
     let namespace = read.default_namespace.clone();
     let defaults =
         object::Defaults { name: generated.as_deref(), namespace: namespace.as_ref(), is_accepted: read.is_accepted };
-    match read_object(&reference, node, defaults) {
+    let mut used_fields = None;
+    let result = read_object(&reference, node, defaults, &mut used_fields);
+    read.used_fields = used_fields;
+    match result {
         Ok(Some(Converted { object, not_storable })) => match generated {
             Some(_) if reference.api_version == hanse::API_VERSION => {
                 let message = "cannot generate a name: objects of the federation are applied by their name".to_owned();
@@ -424,6 +436,7 @@ fn read_object(
     reference: &Reference,
     node: Node<'_>,
     defaults: object::Defaults<'_>,
+    used_fields: &mut Option<String>,
 ) -> Result<Option<Converted>, Box<Refused>> {
     let notes = Notes::default();
     let strict = kind::is_strict(reference);
@@ -432,8 +445,13 @@ fn read_object(
     // Fields that cannot be decoded.
     let mut left_out: Vec<FieldError> = Vec::new();
     loop {
-        let read = object::read(reference, if strict { node.with_notes(&notes) } else { node }, defaults);
-        let unknown = notes.take_unknown(node).into_iter().filter(|field| !field.path.starts_with("metadata."));
+        let is_noted = strict || defaults.is_accepted;
+        let read = object::read(reference, if is_noted { node.with_notes(&notes) } else { node }, defaults);
+        if defaults.is_accepted && matches!(&read, Ok(Some(_)) | Err(_)) && (read.is_ok() || strict) {
+            *used_fields = Some(stored::used_text(reference, node, &notes));
+        }
+        let unknown = if strict { notes.take_unknown(node) } else { Vec::new() };
+        let unknown = unknown.into_iter().filter(|field| !field.path.starts_with("metadata."));
         let unknown: Vec<FieldError> = unknown.map(|field| field.into()).collect();
         let (object, others) = match read {
             Ok(object) if unknown.is_empty() && not_known.is_empty() && left_out.is_empty() => return Ok(object),

@@ -1,56 +1,51 @@
 //! Objects as an API server stores and sends them.
 
+use std::fmt::Write as _;
+
 use serde_json::Value;
 
 use crate::decode::typed;
 use crate::diagnostic::Reference;
-use crate::document::{self, Node, Notes};
+use crate::document::{Node, Notes};
 use crate::kind;
 use crate::metadata::Metadata;
-use crate::object::{self, Defaults};
 
 /// What the keys of annotations that are read start with. Others are as large as users make them, and repeat the fields of the
 /// object, such as the environment of containers.
 const READ_ANNOTATIONS: [&str; 2] = ["hanse.dev/", "projectcalico.org/"];
 
-/// The JSON of an object without the fields that are not read; reading it gives the same object. `None` if `text` is not an object of
-/// a kind that is read, or cannot be read completely.
-pub fn used_fields(text: &str) -> Option<String> {
-    let mut documents = document::documents(text);
-    let document = documents.next()?.ok().filter(|document| document.faults.is_empty())?;
-    if documents.next().is_some() {
-        return None;
-    }
-    let root = document.root();
-    let text_of = |name: &str| root.child(name).and_then(Node::text).unwrap_or_default().to_owned();
-    let reference = Reference {
-        api_version: text_of("apiVersion"),
-        kind: text_of("kind"),
-        namespace: None,
-        name: root
-            .child("metadata")
-            .and_then(|it| it.child("name"))
-            .and_then(Node::text)
-            .unwrap_or_default()
-            .to_owned(),
-    };
-    let notes = Notes::default();
+/// The JSON of an object without the fields that are not read; reading it gives the same object. `notes`: of the fields that were met
+/// when the object was decoded.
+pub(crate) fn used_text(reference: &Reference, node: Node<'_>, notes: &Notes) -> String {
+    let mut text = String::with_capacity(512);
+    let _ = write!(text, r#"{{"apiVersion":{},"kind":{}"#, quoted(&reference.api_version), quoted(&reference.kind));
     // Unknown fields of policies have a meaning: they are kept.
-    if kind::is_strict(&reference) {
-        typed::<Metadata>(root.child("metadata")?.with_notes(&notes)).ok()?;
-    } else {
-        object::read(&reference, root.with_notes(&notes), Defaults { name: None, namespace: None, is_accepted: true })
-            .ok()??;
+    let of_metadata = Notes::default();
+    let is_strict = kind::is_strict(reference);
+    if is_strict && let Some(metadata) = node.child("metadata") {
+        // What cannot be decoded is kept.
+        let _decoded = typed::<Metadata>(metadata.with_notes(&of_metadata));
     }
-    let mut value = notes.known_value(root);
-    let fields = value.as_object_mut()?;
-    for (name, text) in [("apiVersion", reference.api_version), ("kind", reference.kind)] {
-        fields.insert(name.to_owned(), Value::String(text));
+    let none = Notes::default();
+    for (name, value) in notes.known_fields(node).filter(|(name, _)| !matches!(*name, "apiVersion" | "kind")) {
+        let _ = write!(text, ",{}:", quoted(name));
+        let notes = match (is_strict, name) {
+            (false, _) => notes,
+            (true, "metadata") => &of_metadata,
+            (true, _) => &none,
+        };
+        let is_read = |path: &[&str]| match path {
+            ["annotations", key] if name == "metadata" => READ_ANNOTATIONS.iter().any(|prefix| key.starts_with(prefix)),
+            _ => true,
+        };
+        notes.write_known(value, &is_read, &mut text);
     }
-    if let Some(Value::Object(annotations)) = fields.get_mut("metadata").and_then(|it| it.get_mut("annotations")) {
-        annotations.retain(|key, _| READ_ANNOTATIONS.iter().any(|prefix| key.starts_with(prefix)));
-    }
-    Some(value.to_string())
+    text.push('}');
+    text
+}
+
+fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
 }
 
 /// The JSON of a policy of a namespace without its rules: it closes what they may close. `directions`: whether it decides ingress, and
@@ -79,6 +74,13 @@ pub fn without_rules(text: &str, directions: [bool; 2]) -> Option<String> {
 mod tests {
     use super::*;
     use crate::manifest::{Manifests, read_bytes};
+    use crate::object;
+
+    fn used_fields(text: &str) -> Option<String> {
+        let mut read = Manifests::of_api_server();
+        read_bytes(&"stored".into(), text.as_bytes(), &mut read);
+        read.take_used_fields()
+    }
 
     fn read(text: &str) -> Manifests {
         let mut read = Manifests::default();

@@ -310,21 +310,58 @@ impl Notes {
         self.left_out.borrow_mut().insert(place);
     }
 
-    /// The value of a node without the unknown fields that were met in it.
-    pub fn known_value(&self, node: Node<'_>) -> Value {
-        let unknown = self.unknown.borrow();
-        Self::without(node, &unknown)
+    /// The name and the value of each field of a mapping that was not met as an unknown one.
+    pub fn known_fields<'d>(&self, node: Node<'d>) -> impl Iterator<Item = (&'d str, Node<'d>)> {
+        let known = node.pairs().filter(|(key, _)| !self.unknown.borrow().contains_key(&key.at));
+        known.map(|(key, value)| (key.key(), value))
     }
 
-    fn without(node: Node<'_>, unknown: &BTreeMap<u32, &'static [&'static str]>) -> Value {
-        if node.is_sequence() {
-            return Value::Array(node.items().map(|item| Self::without(item, unknown)).collect());
+    /// Writes the JSON of a value without the unknown fields that were met in it. `is_read`: whether the field at a path of two names at
+    /// most is written.
+    pub fn write_known(&self, node: Node<'_>, is_read: &dyn Fn(&[&str]) -> bool, text: &mut String) {
+        self.write(node, &mut Vec::new(), is_read, &self.unknown.borrow(), text);
+    }
+
+    fn write<'d>(
+        &self,
+        node: Node<'d>,
+        path: &mut Vec<&'d str>,
+        is_read: &dyn Fn(&[&str]) -> bool,
+        unknown: &BTreeMap<u32, &'static [&'static str]>,
+        text: &mut String,
+    ) {
+        if let Some(scalar) = node.scalar() {
+            text.push_str(&scalar.to_value().to_string());
+            return;
         }
-        if !node.is_mapping() {
-            return node.to_value();
+        let (open, close) = if node.is_sequence() { ('[', ']') } else { ('{', '}') };
+        text.push(open);
+        let mut separator = "";
+        for item in node.items() {
+            text.push_str(separator);
+            separator = ",";
+            // Of no interest below lists.
+            self.write(item, &mut vec![""; 2], is_read, unknown, text);
         }
-        let known = node.pairs().filter(|(key, _)| !unknown.contains_key(&key.at));
-        Value::Object(known.map(|(key, value)| (key.key().to_owned(), Self::without(value, unknown))).collect())
+        for (key, value) in node.pairs().filter(|(key, _)| !unknown.contains_key(&key.at)) {
+            let is_shallow = path.len() < 2;
+            if is_shallow {
+                path.push(key.key());
+                if !is_read(path) {
+                    path.pop();
+                    continue;
+                }
+            }
+            text.push_str(separator);
+            separator = ",";
+            text.push_str(&Value::from(key.key()).to_string());
+            text.push(':');
+            self.write(value, path, is_read, unknown, text);
+            if is_shallow {
+                path.pop();
+            }
+        }
+        text.push(close);
     }
 
     /// The unknown fields that were met, in the order of the text; they are forgotten.

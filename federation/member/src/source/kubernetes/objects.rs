@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hanse_api::manifest::{Manifests, read_bytes};
-use hanse_api::stored::{used_fields, without_rules};
+use hanse_api::stored::without_rules;
 use kube::{Api, Client};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -259,12 +259,13 @@ impl Following {
         if checked == Checked::Frees {
             self.list_again();
         }
+        let used = read.take_used_fields();
         let is_good = report(&origin, read, events);
         match is_good {
             true => drop(self.unreadable.remove(&origin)),
             false => drop(self.unreadable.insert(Arc::clone(&origin))),
         }
-        let used = used_fields(&text).and_then(|used| match checked {
+        let used = used.and_then(|used| match checked {
             Checked::Closed(directions) => without_rules(&used, directions),
             Checked::Fits | Checked::Frees => Some(used),
         });
