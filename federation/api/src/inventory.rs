@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use hanse_policy::inventory::{Endpoint, EndpointId, Labels, NamedPort};
+use hanse_policy::inventory::{Endpoint, EndpointId, Labels, NamedPort, SharedLabels};
 use ipnet::IpNet;
 
 /// A namespace and a name in it.
@@ -42,7 +42,7 @@ pub struct Pod {
     pub created: Option<Arc<str>>,
     /// The owner that controls the pod, as [`crate::names::owner_name`] names it.
     pub controller: Option<Arc<str>>,
-    pub labels: Labels,
+    pub labels: SharedLabels,
     pub service_account: Arc<str>,
     pub ports: Vec<ContainerPort>,
     pub node: Option<Arc<str>>,
@@ -101,7 +101,7 @@ impl Pod {
             Some(NamedPort { name: port.name.clone()?, protocol: port.protocol, port: port.port })
         };
         Endpoint {
-            labels: self.labels.clone().into(),
+            labels: self.labels.clone(),
             service_account: Some(Arc::clone(&self.service_account)),
             addresses: self.claims().to_vec(),
             nets: Vec::new(),

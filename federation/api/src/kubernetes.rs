@@ -255,7 +255,7 @@ impl Pod {
             },
             created: metadata.creation_timestamp,
             controller: metadata.controller,
-            labels: metadata.labels,
+            labels: metadata.labels.into(),
             service_account,
             ports,
             node: spec.node_name,

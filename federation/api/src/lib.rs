@@ -33,6 +33,7 @@ pub mod policy;
 pub mod policy_fields;
 pub mod rule;
 mod schema;
+pub mod shared;
 pub mod stored;
 pub mod strict;
 mod unreadable;

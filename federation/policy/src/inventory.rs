@@ -14,12 +14,19 @@ use crate::tri::Tri;
 pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
 
 /// Labels that objects with equal labels may share. Written to, they are copied where they are shared.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct SharedLabels(Arc<Labels>);
 
 impl From<Labels> for SharedLabels {
     fn from(labels: Labels) -> Self {
         Self(Arc::new(labels))
+    }
+}
+
+impl SharedLabels {
+    /// Whether another object shares them.
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
     }
 }
 

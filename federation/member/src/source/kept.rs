@@ -1,6 +1,7 @@
 //! Stores the last good text of each origin in one file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher as _, RandomState};
 use std::os::unix::ffi::OsStrExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -42,6 +43,9 @@ pub struct Kept {
     unwritten: BTreeMap<Arc<Path>, Option<Vec<u8>>>,
     /// The length of these texts.
     unwritten_bytes: usize,
+    /// A hash of the text of each origin, whether it is written or not: most texts that are to be kept are kept already.
+    hashes: HashMap<Arc<Path>, u64>,
+    hasher: RandomState,
     is_revision_written: bool,
     /// When the next write is due.
     write_at: Instant,
@@ -70,6 +74,8 @@ impl Kept {
             revision: 0,
             unwritten: BTreeMap::new(),
             unwritten_bytes: 0,
+            hashes: HashMap::new(),
+            hasher: RandomState::new(),
             is_revision_written: true,
             write_at: Instant::now(),
         };
@@ -86,6 +92,7 @@ impl Kept {
             }
             Err(error) => this.note(&Err(error)),
         }
+        this.read_hashes();
         this
     }
 
@@ -110,22 +117,28 @@ impl Kept {
         Ok(())
     }
 
-    /// The origins with a stored text.
-    pub fn origins(&self) -> Vec<Arc<Path>> {
-        let read = |database: &Database| -> Result<Vec<Arc<Path>>, redb::Error> {
+    /// The origins with a text.
+    pub fn origins(&self) -> impl Iterator<Item = &Arc<Path>> {
+        self.hashes.keys()
+    }
+
+    /// The hashes of stored texts.
+    fn read_hashes(&mut self) {
+        let read = |database: &Database| -> Result<HashMap<Arc<Path>, u64>, redb::Error> {
             let texts = database.begin_read()?.open_table(TEXTS)?;
-            let mut origins = Vec::new();
+            let mut hashes = HashMap::new();
             for row in texts.iter()? {
-                let (origin, _) = row?;
-                origins.push(Path::new(std::ffi::OsStr::from_bytes(origin.value())).into());
+                let (origin, text) = row?;
+                let origin = Path::new(std::ffi::OsStr::from_bytes(origin.value())).into();
+                hashes.insert(origin, self.hasher.hash_one(text.value()));
             }
-            Ok(origins)
+            Ok(hashes)
         };
-        let origins = self.database.as_ref().map_or_else(|| Ok(Vec::new()), read);
-        origins.unwrap_or_else(|error| {
+        let hashes = self.database.as_ref().map_or_else(|| Ok(HashMap::new()), read);
+        self.hashes = hashes.unwrap_or_else(|error| {
             tracing::warn!(%error, path = %self.path.display(), "last good states cannot be listed");
-            Vec::new()
-        })
+            HashMap::new()
+        });
     }
 
     fn text(&self, origin: &Path) -> Option<Vec<u8>> {
@@ -166,7 +179,7 @@ impl Kept {
 
     /// Whether `text` is the stored text of an origin.
     pub fn is_kept(&self, origin: &Path, text: &[u8]) -> bool {
-        self.text(origin).is_some_and(|kept| kept == text)
+        self.hashes.get(origin).is_some_and(|hash| *hash == self.hasher.hash_one(text))
     }
 
     /// Removes the text of an origin at the next [`Self::flush`].
@@ -185,6 +198,10 @@ impl Kept {
             if self.unwritten_bytes + now > MAX_UNWRITABLE_BYTES {
                 return;
             }
+        }
+        match &text {
+            Some(text) => drop(self.hashes.insert(Arc::clone(&origin), self.hasher.hash_one(text.as_slice()))),
+            None => drop(self.hashes.remove(&origin)),
         }
         self.unwritten_bytes += now;
         let before = self.unwritten.insert(origin, text);
@@ -289,7 +306,9 @@ mod tests {
         kept.forget(&origin(19));
         drop(kept);
         let kept = Kept::open(folder.path(), Writes::new(&Health::default()));
-        assert_eq!(kept.origins().len(), 19);
+        assert_eq!(kept.origins().count(), 19);
+        assert!(kept.is_kept(&origin(3), &vec![b'x'; 1 << 20]) && !kept.is_kept(&origin(3), b"x"));
+        assert!(!kept.is_kept(&origin(19), &vec![b'x'; 1 << 20]));
     }
 
     #[test]

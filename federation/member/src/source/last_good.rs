@@ -1,6 +1,6 @@
 //! Keeps the last good state of any source, also across restarts: an unreadable origin never counts as an empty one.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use hanse_api::Diagnostic;
 use hanse_api::assemble::{Candidates, ObjectKey, Position};
 use hanse_api::manifest::Manifest;
+use hanse_api::shared::Shared;
 use hanse_runtime::health::Writes;
 
 use super::kept::Kept;
@@ -31,6 +32,7 @@ pub struct LastGood<S> {
 #[derive(Debug)]
 pub struct Objects {
     candidates: Candidates,
+    shared: Shared,
     origins: BTreeMap<Arc<Path>, Origin>,
     /// Origins with a stored state that the source has not reported since the start.
     unloaded: BTreeSet<Arc<Path>>,
@@ -55,8 +57,40 @@ pub struct Objects {
 struct Origin {
     /// It was read completely, now or earlier.
     is_good: bool,
-    /// The objects, each with the value of `clock` when it was last sent.
-    objects: HashMap<(Arc<ObjectKey>, u32), u64>,
+    /// The objects, in their order. Most origins have one.
+    objects: Vec<Sent>,
+}
+
+#[derive(Debug)]
+struct Sent {
+    index: u32,
+    key: Arc<ObjectKey>,
+    /// The value of `clock` when it was last sent.
+    at: u64,
+}
+
+impl Origin {
+    fn find(&self, index: u32, key: &ObjectKey) -> Result<usize, usize> {
+        self.objects.binary_search_by(|it| (it.index, &*it.key).cmp(&(index, key)))
+    }
+
+    fn put(&mut self, index: u32, key: Arc<ObjectKey>, at: u64) {
+        match self.find(index, &key) {
+            Ok(found) => self.objects[found].at = at,
+            Err(place) => {
+                if self.objects.is_empty() {
+                    self.objects.reserve_exact(1);
+                }
+                self.objects.insert(place, Sent { index, key, at });
+            }
+        }
+    }
+
+    fn remove(&mut self, index: u32, key: &ObjectKey) {
+        if let Ok(found) = self.find(index, key) {
+            self.objects.remove(found);
+        }
+    }
 }
 
 impl<S: Source> LastGood<S> {
@@ -65,8 +99,9 @@ impl<S: Source> LastGood<S> {
         let kept = Kept::open(data, writes);
         let objects = Objects {
             candidates: Candidates::default(),
+            shared: Shared::default(),
             origins: BTreeMap::new(),
-            unloaded: kept.origins().into_iter().collect(),
+            unloaded: kept.origins().cloned().collect(),
             retained: BTreeMap::new(),
             problem_count: 0,
             changed_problems: BTreeSet::new(),
@@ -211,16 +246,17 @@ impl Objects {
         self.origins.get(origin).is_some_and(|it| it.is_good)
     }
 
-    fn put(&mut self, position: Position, manifest: Manifest) {
+    fn put(&mut self, position: Position, mut manifest: Manifest) {
+        self.shared.share(&mut manifest.object);
         let (origin, index) = (Arc::clone(&position.origin), position.index);
         let key = self.candidates.put(position, manifest);
-        self.origins.entry(origin).or_default().objects.insert((key, index), self.clock);
+        self.origins.entry(origin).or_default().put(index, key, self.clock);
     }
 
     fn delete(&mut self, position: &Position, key: &ObjectKey) -> bool {
         let Some(origin) = self.origins.get_mut(&position.origin) else { return false };
         let Some(key) = self.candidates.remove(position, key) else { return false };
-        origin.objects.remove(&(key, position.index));
+        origin.remove(position.index, &key);
         true
     }
 
@@ -230,7 +266,7 @@ impl Objects {
             self.kept.forget(&origin);
         }
         for origin in within_keys(&self.origins, scope) {
-            for (key, index) in self.origins.remove(&origin).unwrap_or_default().objects.into_keys() {
+            for Sent { index, key, .. } in self.origins.remove(&origin).unwrap_or_default().objects {
                 self.candidates.remove(&Position { origin: Arc::clone(&origin), index }, &key);
             }
             self.kept.forget(&origin);
@@ -270,10 +306,10 @@ impl Objects {
                 if is_retained && origin.is_good {
                     continue;
                 }
-                let unsent: Vec<_> = origin.objects.extract_if(|_, sent| *sent < began).collect();
+                let unsent: Vec<Sent> = origin.objects.extract_if(.., |sent| sent.at < began).collect();
                 let is_gone = origin.objects.is_empty() && !unsent.is_empty() && path != *scope;
                 changed |= !unsent.is_empty();
-                for ((key, index), _) in unsent {
+                for Sent { index, key, .. } in unsent {
                     self.candidates.remove(&Position { origin: Arc::clone(&path), index }, &key);
                 }
                 if is_gone {
