@@ -79,6 +79,7 @@ fn metrics_are_registered_in_the_modules_that_the_page_is_compared_with() {
         "agent/node/src/metrics.rs",
         "agent/runtime/src/supervisor.rs",
         "federation/hub/src/metrics.rs",
+        "federation/hub/src/operator/metrics.rs",
         "federation/member/src/metrics.rs",
     ];
     let (mut folders, mut found) = (vec![root().join("agent"), root().join("federation")], Vec::new());

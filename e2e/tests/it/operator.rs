@@ -11,6 +11,15 @@ use hanse_hub::custom_resources;
 use hanse_hub::operator::LEASE;
 use serde_json::{Value, json};
 
+use crate::chart;
+
+mod clusters;
+mod refusals;
+mod rights;
+mod writes;
+
+/// The user that the chart gives the hub.
+const USER: &str = "system:serviceaccount:hanse:hanse-hub";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 const TIER: &str = "apiVersion: hanse.dev/v1alpha1
@@ -25,45 +34,23 @@ fn policy(name: &str, spec: &str) -> String {
     )
 }
 
-/// The rights that the guide names, and no others.
-const RIGHTS: &str = "apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: hanse-hub}
-rules:
-- apiGroups: [hanse.dev]
-  resources: [tiers, federatednetworkpolicies, stagedfederatednetworkpolicies, federatednetworksets]
-  verbs: [list, watch, patch]
-- apiGroups: [hanse.dev]
-  resources: [tiers/status, federatednetworkpolicies/status, stagedfederatednetworkpolicies/status, federatednetworksets/status]
-  verbs: [patch]
-- {apiGroups: [apiextensions.k8s.io], resources: [customresourcedefinitions], verbs: [get]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: hanse-hub}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: hanse-hub}
-subjects: [{kind: User, name: hanse-hub}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: Role
-metadata: {name: hanse-hub, namespace: default}
-rules:
-- {apiGroups: [coordination.k8s.io], resources: [leases], verbs: [get, create, update]}
-- {apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: RoleBinding
-metadata: {name: hanse-hub, namespace: default}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: hanse-hub}
-subjects: [{kind: User, name: hanse-hub}]
-";
-
 const DENY: &str = "tier: platform, selector: all(), types: [Ingress], ingress: []";
+
+/// The service account of the hub, and its roles and bindings, as the chart renders them.
+fn of_chart() -> Vec<Value> {
+    let hub = chart::set(chart::set(chart::complete(), "member.enabled", json!(false)), "agent.enabled", json!(false));
+    let objects = chart::rendered(&chart::set(hub, "hub.operator", json!({"enabled": true})));
+    let kinds = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"];
+    let rights: Vec<Value> =
+        objects.into_iter().filter(|it| it["kind"].as_str().is_some_and(|it| kinds.contains(&it))).collect();
+    assert_eq!(rights.len(), 7, "an account, three roles and their bindings: {rights:#?}");
+    rights
+}
 
 /// A management cluster and a hub.
 struct World {
     server: ApiServer,
-    /// Of the operator, which has the rights that the guide names.
+    /// Of the operator, which has the rights of the chart.
     kubeconfig: PathBuf,
     folder: tempfile::TempDir,
     listen: [SocketAddr; 2],
@@ -72,6 +59,13 @@ struct World {
 
 impl World {
     async fn start() -> Self {
+        let mut world = Self::prepare().await;
+        world.start_hub();
+        world
+    }
+
+    /// A management cluster with the definitions and the rights of the chart, and a hub that does not run yet.
+    async fn prepare() -> Self {
         let etcd = Etcd::start().expect("etcd starts");
         let server = ApiServer::start(&etcd, Options::new("management")).await.expect("it is ready");
         let crds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds");
@@ -81,15 +75,18 @@ impl World {
         for definition in custom_resources::definitions() {
             manifests::established(&client, &definition.name).await.expect("it is established");
         }
-        manifests::apply(&client, "test", RIGHTS).await.expect("it is applied");
-        let user = server.user("hanse-hub", &[]).expect("a kubeconfig");
-        let kubeconfig = server.write_kubeconfig("hub", &user).expect("it is written");
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": chart::NAMESPACE}});
+        for object in std::iter::once(&namespace).chain(&of_chart()) {
+            manifests::apply(&client, "test", &object.to_string()).await.expect("it is applied");
+        }
+        let mut account = server.service_account(chart::NAMESPACE, "hanse-hub").await.expect("a kubeconfig");
+        account["contexts"][0]["context"]["namespace"] = json!(chart::NAMESPACE);
+        let kubeconfig = server.write_kubeconfig("hub", &account).expect("it is written");
         let ports = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
         let listen = ports.map(|it| it.local_addr().expect("an address"));
-        let mut world = Self { server, kubeconfig, folder: tempfile::tempdir().expect("a folder"), listen, hub: None };
+        let world = Self { server, kubeconfig, folder: tempfile::tempdir().expect("a folder"), listen, hub: None };
         let made = world.hub_command("init").output().expect("it runs");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        world.start_hub();
         world
     }
 
@@ -129,6 +126,17 @@ impl World {
         assert!(success, "{text}");
     }
 
+    fn hub_is_killed(&mut self) {
+        self.hub.take().expect("it runs").kill().expect("killed");
+    }
+
+    /// The API server answers.
+    fn succeed(&self, arguments: &[&str]) -> String {
+        let (success, text) = self.kubectl(arguments);
+        assert!(success, "{arguments:?}: {text}\n{}", self.hub_log());
+        text
+    }
+
     fn hanse(&self, arguments: &[&str]) -> (bool, String) {
         let mut command = Command::new(crate::system::programs().join("hanse"));
         let output = command.env("HANSE_CONTEXT", self.data().join("admin.context")).args(arguments).output();
@@ -164,7 +172,7 @@ impl World {
         let audit = self.server.audit().expect("the audit log");
         let is_write = |it: &&Value| {
             it["stage"] == "ResponseComplete"
-                && it["user"]["username"] == "hanse-hub"
+                && it["user"]["username"] == USER
                 && !["get", "list", "watch"].iter().any(|verb| it["verb"] == *verb)
         };
         audit.iter().filter(is_write).map(|it| format!("{} {}", it["verb"], it["requestURI"])).collect()
@@ -173,7 +181,7 @@ impl World {
     /// Requests that the operator has no right to.
     fn forbidden(&self) -> Vec<String> {
         let audit = self.server.audit().expect("the audit log");
-        let is = |it: &&Value| it["user"]["username"] == "hanse-hub" && it["responseStatus"]["code"] == 403;
+        let is = |it: &&Value| it["user"]["username"] == USER && it["responseStatus"]["code"] == 403;
         audit.iter().filter(is).map(|it| format!("{} {}", it["verb"], it["requestURI"])).collect()
     }
 }
@@ -272,7 +280,11 @@ fn restarts_and_definitions_lose_nothing_and_idle_writes_nothing() {
         assert!(world.stored().contains("deny") && world.stored().contains("newer"));
 
         // Passes go on every second, and write nothing. The Lease shows that they did.
-        let version = || world.kubectl(&["get", "lease", LEASE, "-o", "jsonpath={.metadata.resourceVersion}"]).1;
+        let version = || {
+            world
+                .kubectl(&["get", "lease", LEASE, "-n", chart::NAMESPACE, "-o", "jsonpath={.metadata.resourceVersion}"])
+                .1
+        };
         let settled = || world.status("tiers.hanse.dev/platform")["policies"] == 3;
         let counts_due = until(Duration::from_secs(90), async || settled()).await;
         assert!(
@@ -300,7 +312,7 @@ fn restarts_and_definitions_lose_nothing_and_idle_writes_nothing() {
 fn one_of_two_hubs_reconciles() {
     run(async {
         let mut world = World::start().await;
-        let namespace = ["-n", "default"];
+        let namespace = ["-n", chart::NAMESPACE];
         let holder = |world: &World| {
             let path = "jsonpath={.spec.holderIdentity}";
             world.kubectl(&["get", "lease", LEASE, namespace[0], namespace[1], "-o", path]).1
@@ -310,7 +322,7 @@ fn one_of_two_hubs_reconciles() {
         // Another candidate takes the Lease: the hub stops to reconcile, and does not write again until it is given back.
         let take = |name: &str| {
             let patch = json!({"spec": {"holderIdentity": name, "leaseDurationSeconds": 20}}).to_string();
-            world.kubectl(&["patch", "lease", LEASE, "--type=merge", "-p", &patch])
+            world.kubectl(&["patch", "lease", LEASE, "-n", chart::NAMESPACE, "--type=merge", "-p", &patch])
         };
         assert!(take("other").0);
         world.until("it is noticed", || world.hub_log().contains("another hub has taken the Lease")).await;

@@ -1,4 +1,4 @@
-//! `cargo xtask crds`: writes the CustomResourceDefinitions of `hanse.dev` into `deploy/crds`.
+//! `cargo xtask crds`: writes the CustomResourceDefinitions of `hanse.dev` into `deploy/crds`, and those of the chart.
 
 use std::path::Path;
 
@@ -12,12 +12,15 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let mut command = setup::cargo();
-    command.args(["run", "--quiet", "--locked", "--package", "hanse-hub", "--bin", "hanse-hub", "--"]);
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    command.args(["crds", "--directory"]).arg(root.join("deploy/crds"));
-    if arguments.check {
-        command.arg("--check");
+    for (directory, options) in [("deploy/crds", &[][..]), ("deploy/chart/files/crds", &["--helm"][..])] {
+        let mut command = setup::cargo();
+        command.args(["run", "--quiet", "--locked", "--package", "hanse-hub", "--bin", "hanse-hub", "--", "crds"]);
+        command.args(options).arg("--directory").arg(root.join(directory));
+        if arguments.check {
+            command.arg("--check");
+        }
+        setup::run(&mut command)?;
     }
-    setup::run(&mut command)
+    Ok(())
 }

@@ -24,7 +24,7 @@ enum Task {
     Audit,
     /// Measure the budgets of the design: wall and CPU time, and the peak memory of a separate process.
     Bench(bench::Arguments),
-    /// Write the custom resource definitions into deploy/crds, from the types.
+    /// Write the custom resource definitions into deploy/crds and the chart, from the types.
     Crds(crds::Arguments),
     /// Run three clusters of AI workloads on this machine and try the connections between them.
     Demo(demo::Arguments),

@@ -5,6 +5,7 @@ mod accounts;
 mod convert;
 mod objects;
 mod observe;
+mod operated;
 mod state;
 
 use std::sync::Arc;
@@ -17,8 +18,10 @@ use tracing::info;
 
 use crate::manifest::ObjectId;
 use crate::registration::status;
+use crate::registry::AuditAction;
 use crate::registry::records::MemberState;
 use crate::roles::Need;
+use access::clipped;
 use objects::Answers;
 use observe::Wanted;
 use state::MAX_WATCHERS;
@@ -78,7 +81,9 @@ impl wire::administration_server::Administration for Administration {
     ) -> Result<Response<wire::AcceptClusterResponse>, Status> {
         let who = caller(&request)?;
         let name = request.into_inner().name;
-        self.set_state(&who, "cluster.accept", &name, MemberState::Accepted).await.map_err(status)?;
+        self.check_acceptance().map_err(status)?;
+        let audited = AuditAction::new(&who, "cluster.accept", format!("cluster/{}", clipped(&name)));
+        self.set_state(&who, audited, &name, MemberState::Accepted).await.map_err(status)?;
         Ok(Response::new(wire::AcceptClusterResponse {}))
     }
 
@@ -92,7 +97,8 @@ impl wire::administration_server::Administration for Administration {
             return Err(Status::invalid_argument("reason: at most 1,024 bytes"));
         }
         let revoked = MemberState::Revoked { reason };
-        self.set_state(&who, "cluster.revoke", &name, revoked).await.map_err(status)?;
+        let audited = AuditAction::new(&who, "cluster.revoke", format!("cluster/{}", clipped(&name)));
+        self.set_state(&who, audited, &name, revoked).await.map_err(status)?;
         let closed = self.close_refused();
         info!(cluster = name, closed, "cluster revoked");
         Ok(Response::new(wire::RevokeClusterResponse { closed }))

@@ -111,10 +111,12 @@ pub struct FederatedNetworkSetSpec(#[schemars(with = "hanse::NetworkSetSpec")] p
     doc = "A cluster of the ClusterSet: its labels, what it may export, and its state.",
     printcolumn = r#"{"name":"Accepted","type":"string","jsonPath":".status.conditions[?(@.type=='Accepted')].status"}"#,
     printcolumn = r#"{"name":"Connected","type":"string","jsonPath":".status.conditions[?(@.type=='Connected')].status"}"#,
-    printcolumn = r#"{"name":"Age of Data","type":"date","jsonPath":".status.lastDataTime"}"#,
+    printcolumn = r#"{"name":"Enforcing","type":"string","jsonPath":".status.conditions[?(@.type=='Enforcing')].status"}"#,
     printcolumn = r#"{"name":"Agents","type":"string","jsonPath":".status.agents"}"#,
     printcolumn = r#"{"name":"Revision","type":"integer","jsonPath":".status.revision"}"#,
-    printcolumn = r#"{"name":"Certificate","type":"date","jsonPath":".status.certificateExpirationTime","priority":1}"#,
+    printcolumn = r#"{"name":"Silent","type":"date","jsonPath":".status.lastDataTime"}"#,
+    printcolumn = r#"{"name":"Certificate Until","type":"string","jsonPath":".status.certificateExpirationTime","priority":1}"#,
+    printcolumn = r#"{"name":"Key Exchange","type":"string","jsonPath":".status.keyExchange","priority":1}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 #[serde(transparent)]
@@ -133,6 +135,7 @@ pub struct MemberClusterSpec(#[schemars(with = "hanse::MemberClusterSpec")] pub 
     doc = "The ClusterSet of this management cluster. There is one, with the name `default`.",
     printcolumn = r#"{"name":"Trust Domain","type":"string","jsonPath":".spec.trustDomain"}"#,
     printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type=='Ready')].status"}"#,
+    printcolumn = r#"{"name":"Synchronized","type":"string","jsonPath":".status.conditions[?(@.type=='Synchronized')].status"}"#,
     printcolumn = r#"{"name":"Clusters","type":"string","jsonPath":".status.clusters"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]

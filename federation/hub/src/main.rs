@@ -58,6 +58,9 @@ struct CrdsArgs {
     /// Write nothing; fail if the files of the directory differ.
     #[arg(long, requires = "directory")]
     check: bool,
+    /// Add the annotation with which Helm keeps the definitions, and all of their objects, when a release is uninstalled.
+    #[arg(long)]
+    helm: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -170,9 +173,8 @@ struct RunArgs {
     /// revocations and changes that were made after the backup. It cannot be set by a variable or a file, which would repeat it.
     #[arg(long, help_heading = "Files")]
     restored: bool,
-    /// Reconcile the custom resources of hanse.dev in the management cluster: Tier, FederatedNetworkPolicy,
-    /// StagedFederatedNetworkPolicy and FederatedNetworkSet. They are then written with kubectl, and `hanse apply` and `hanse delete`
-    /// refuse these kinds.
+    /// Reconcile the custom resources of hanse.dev in the management cluster. They are then written with kubectl: `hanse apply`,
+    /// `hanse delete` and `hanse cluster accept` are refused.
     #[arg(long, help_heading = "Operator")]
     operator: bool,
     /// File with the address and the credentials of the management cluster. Without it, the operator uses the service account of its pod.
@@ -230,14 +232,19 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
             ))?;
             Ok(())
         }
-        Command::Crds(args) => match args.directory {
-            Some(directory) => custom_resources::write(&directory, args.check),
-            None => {
-                let all: anyhow::Result<Vec<String>> =
-                    custom_resources::definitions().iter().map(Definition::yaml).collect();
-                Ok(all?.join("---\n").lines().try_for_each(text::line)?)
+        Command::Crds(args) => {
+            let mut definitions = custom_resources::definitions();
+            if args.helm {
+                definitions = definitions.into_iter().map(Definition::kept_by_helm).collect();
             }
-        },
+            match args.directory {
+                Some(directory) => custom_resources::write(definitions, &directory, args.check),
+                None => {
+                    let all: anyhow::Result<Vec<String>> = definitions.iter().map(Definition::yaml).collect();
+                    Ok(all?.join("---\n").lines().try_for_each(text::line)?)
+                }
+            }
+        }
         Command::Run(args) => {
             let args = *args;
             let data = args.data.unwrap_or_default();

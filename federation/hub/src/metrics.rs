@@ -10,6 +10,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 
+use crate::operator::OperatorMetrics;
 use crate::registry::{ClusterState, Lease, Snapshot};
 use crate::status::Realisation;
 
@@ -26,6 +27,7 @@ pub struct HubMetrics {
     pub(crate) joins: Family<Outcome, Counter>,
     pub(crate) closed: Counter,
     pub(crate) exchange_lock: Histogram,
+    pub(crate) operator: OperatorMetrics,
 }
 
 impl Default for HubMetrics {
@@ -42,6 +44,7 @@ impl Default for HubMetrics {
             closed: Counter::default(),
             // 0.1 ms to 6.5 s.
             exchange_lock: Histogram::new(exponential_buckets(0.0001, 4.0, 9)),
+            operator: OperatorMetrics::default(),
         }
     }
 }
@@ -104,6 +107,7 @@ impl HubMetrics {
                 "Time for which one piece of work kept the lock of the exchange",
                 this.exchange_lock.clone(),
             );
+            this.operator.register(hub.sub_registry_with_prefix("operator"));
         });
         this
     }

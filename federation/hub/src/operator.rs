@@ -1,23 +1,31 @@
 //! The operator: it reconciles the custom resources of `hanse.dev` in the management cluster with the hub's store.
 //!
-//! It reconciles Tier, FederatedNetworkSet, FederatedNetworkPolicy and StagedFederatedNetworkPolicy, and writes them as `hanse apply`
-//! does: with the same validation and the same audit records, whose author is `operator`. What the hub refuses has the condition
-//! `Accepted=False` and an Event, and its last good version stays in force.
+//! Tiers, sets, policies and MemberClusters are written as `hanse apply` does: with the same validation and the same audit records, whose
+//! author is `operator`. What the hub refuses has the condition `Accepted=False` and an Event, and its last good version stays in force.
+//! The ClusterSet becomes settings of the hub, and a ClusterJoinToken a token in a Secret.
 //!
 //! Objects are deleted by their finalizer only. An incomplete list, a custom resource that disappears without its finalizer, and the
-//! deletion of a definition delete nothing: such objects stay in force until a custom resource of the same name is created and
-//! deleted. A Tier that policies name is kept, with the condition `Terminating`, until they are deleted.
+//! deletion of a definition delete nothing: such objects stay in force, and are reported as objects without a custom resource, until a
+//! custom resource of the same name is created and deleted. A Tier that policies name is kept, with the condition `Terminating`, until they
+//! are deleted.
 //!
 //! # Writes to the API server
 //!
-//! A status is written only when it differs, apart from ages and messages about clusters: at once when the state or the reason of a
-//! condition, or the hub's answer to this version changes, otherwise at most once a minute for each object. When nothing changes,
-//! nothing is written but the Lease. What was written is read from the objects, so that a new leader does not write it again.
+//! A status is written only when it differs, apart from ages and messages about clusters. [`allowance`] limits the writes of each object to
+//! one a minute, with a burst for changes of conditions. When nothing changes, nothing is written but the Lease. What was written is read
+//! from the objects, so that a new leader does not write it again.
 
+mod allowance;
+mod condition;
 mod election;
+mod members;
+mod metrics;
 mod objects;
 mod reconcile;
+mod resource;
 mod status;
+mod tracked;
+mod writer;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,14 +47,23 @@ use crate::registry::Registry;
 use crate::status::Realisations;
 use election::Election;
 pub use election::LEASE;
-pub use objects::KINDS;
+pub use metrics::OperatorMetrics;
 use reconcile::Reconciler;
+use resource::Resource;
+use writer::Writer;
+
+/// The kinds of the hub's objects that the operator reconciles.
+pub const KINDS: [Kind; 5] = Kind::ALL;
+
+/// Objects in a page of a list: at most 50 × 1.5 MiB are in memory for each kind.
+const PAGE: u32 = 50;
 
 /// Passes begin at least this often, since the progress of clusters does not notify.
 const EVERY: Duration = Duration::from_secs(1);
 /// The shortest time between two passes: a burst of events is one pass.
 const GATHER: Duration = Duration::from_millis(20);
-/// Of the time of one thread, passes take at most one in this number.
+/// Of the time of one thread, passes take at most one in this number. The time in which they wait for answers does not count: changes
+/// that arrive meanwhile must not wait for a multiple of it.
 const SHARE: u32 = 8;
 /// Delays after a failed pass, or a failed watch.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
@@ -59,6 +76,7 @@ pub struct Operator {
     registry: Registry,
     realisations: Arc<dyn Realisations>,
     identity: String,
+    metrics: OperatorMetrics,
 }
 
 impl std::fmt::Debug for Operator {
@@ -67,7 +85,8 @@ impl std::fmt::Debug for Operator {
     }
 }
 
-type Events = SelectAll<futures::stream::BoxStream<'static, (Kind, watcher::Result<watcher::Event<DynamicObject>>)>>;
+type Events =
+    SelectAll<futures::stream::BoxStream<'static, (Resource, watcher::Result<watcher::Event<DynamicObject>>)>>;
 
 impl Operator {
     pub fn new(
@@ -79,7 +98,13 @@ impl Operator {
         // The name of a pod; unique also for two hubs on one machine.
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let identity = format!("{}-{:08x}", host.trim(), rand::random::<u32>());
-        Self { client, administration, registry, realisations, identity }
+        Self { client, administration, registry, realisations, identity, metrics: OperatorMetrics::default() }
+    }
+
+    /// Counts into these metrics.
+    #[must_use]
+    pub fn with_metrics(self, metrics: &OperatorMetrics) -> Self {
+        Self { metrics: metrics.clone(), ..self }
     }
 
     /// Reconciles whenever this hub has the Lease, until `stop`.
@@ -90,41 +115,56 @@ impl Operator {
                 () = stop.cancelled() => return,
                 since = election.acquire() => since,
             };
-            tokio::select! {
+            self.metrics.leader.set(1);
+            let is_stopped = tokio::select! {
                 biased;
-                () = stop.cancelled() => return election.release().await,
+                () = stop.cancelled() => true,
                 // Whatever is being written is dropped.
-                () = election.keep(since) => {}
-                () = self.reconcile() => {}
+                () = election.keep(since) => false,
+                () = self.reconcile() => false,
+            };
+            self.metrics.leader.set(0);
+            self.metrics.queue_age.set(0);
+            if is_stopped {
+                return election.release().await;
             }
         }
     }
 
     async fn reconcile(&self) {
-        let Self { client, administration, registry, realisations, identity } = self.clone();
+        let Self { client, administration, registry, realisations, identity, metrics } = self.clone();
         let reporter = Reporter { controller: "hanse-hub".to_owned(), instance: Some(identity) };
         let mut events = watch(&client);
         let mut view = registry.subscribe();
         let recorder = Recorder::new(client.clone(), reporter);
-        let mut reconciler = Reconciler::new(client, administration, registry, realisations, recorder);
+        let writer = Writer { client, recorder, metrics: metrics.clone() };
+        let mut reconciler = Reconciler::new(writer, administration, registry, realisations);
+        // When the oldest change arrived that no pass has reconciled.
+        let mut waiting: Option<Instant> = None;
         let mut backoff = Backoff::new(RETRY.0, RETRY.1);
         let mut not_before = Instant::now();
         loop {
             tokio::select! {
-                Some((kind, event)) = events.next() => reconciler.take(kind, event),
+                Some((resource, event)) = events.next() => {
+                    waiting.get_or_insert_with(Instant::now);
+                    reconciler.take(resource, event);
+                }
                 changed = view.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep_until(not_before + EVERY) => {}
             }
             tokio::time::sleep_until(not_before).await;
-            while let Some(Some((kind, event))) = events.next().now_or_never() {
-                reconciler.take(kind, event);
+            while let Some(Some((resource, event))) = events.next().now_or_never() {
+                reconciler.take(resource, event);
             }
+            let age = waiting.map_or(0, |since| since.elapsed().as_secs());
+            metrics.queue_age.set(i64::try_from(age).unwrap_or(i64::MAX));
             view.borrow_and_update();
-            let started = Instant::now();
             let pause = match reconciler.pass().await {
                 Ok(()) => {
+                    waiting = None;
+                    metrics.queue_age.set(0);
                     backoff.reset();
-                    GATHER.max(started.elapsed() * (SHARE - 1))
+                    GATHER.max(reconciler.busy() * (SHARE - 1))
                 }
                 Err(error) => {
                     warn!(error = format!("{error:#}"), "custom resources not reconciled");
@@ -138,13 +178,13 @@ impl Operator {
 
 /// The events of all kinds, from complete lists on. Watches resume where they ended.
 fn watch(client: &Client) -> Events {
-    let of_kind = |kind: Kind| {
-        let resource = objects::resource(kind)?;
-        let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
-        let events = watcher(api, watcher::Config::default()).backoff(Delays(Backoff::new(RETRY.0, RETRY.1)));
-        Some(events.map(move |event| (kind, event)).boxed())
+    let of_kind = |resource: Resource| {
+        let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource.api());
+        let configuration = watcher::Config::default().page_size(PAGE);
+        let events = watcher(api, configuration).backoff(Delays(Backoff::new(RETRY.0, RETRY.1)));
+        events.map(move |event| (resource, event)).boxed()
     };
-    select_all(KINDS.into_iter().filter_map(of_kind))
+    select_all(Resource::ALL.map(of_kind))
 }
 
 /// Delays of a watch that fails.

@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
+use hanse_api::Object;
+use hanse_api::hanse::ClusterAcceptance;
 use hanse_identity::Identity;
 use hanse_identity::ca::CaError;
 use hanse_identity::keys::{Certificate, Fingerprint, KeyError, RequestedKey};
@@ -18,6 +20,7 @@ use tonic::{Request, Response, Status};
 use tracing::{info, warn};
 
 use crate::authority::Authority;
+use crate::manifest::{Kind, ObjectId};
 use crate::metrics::{HubMetrics, Outcome};
 use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
 use crate::registry::{AuditAction, ChangeError, MAX_CLUSTERS, Registry, Snapshot, key, seconds};
@@ -40,6 +43,8 @@ pub struct Registration {
     registry: Registry,
     authority: Authority,
     metrics: HubMetrics,
+    /// `spec.acceptance` of a MemberCluster precedes the token.
+    is_operated: bool,
     /// Of calls without a certificate.
     rate: Arc<Mutex<RateLimit<IpAddr>>>,
     /// Of renewals: each is written to the store and to the audit log, which is bounded.
@@ -62,7 +67,33 @@ impl Registration {
         let rate = Arc::new(Mutex::new(RateLimit::new(CALLS_PER_SECOND)));
         let lifetime = authority.lifetimes.leaf.as_secs_f64().max(1.0);
         let renewals = RateLimit::with_burst(RENEWALS_IN_A_LIFETIME / lifetime, RENEWALS_IN_A_LIFETIME);
-        Self { registry, authority, metrics, rate, renewals: Arc::new(Mutex::new(renewals)) }
+        let renewals = Arc::new(Mutex::new(renewals));
+        Self { registry, authority, metrics, is_operated: false, rate, renewals }
+    }
+
+    /// Where an operator runs, `spec.acceptance` of a MemberCluster decides, and the token only where that is absent.
+    #[must_use]
+    pub fn with_operator(self) -> Self {
+        Self { is_operated: true, ..self }
+    }
+
+    /// The state of a cluster that registers.
+    fn initial_state(&self, snapshot: &Snapshot, token: &TokenRecord) -> Result<MemberState, ChangeError> {
+        let id = ObjectId { kind: Kind::MemberCluster, name: token.cluster.as_str().into() };
+        let object = snapshot.objects.get(&id).filter(|_| self.is_operated);
+        let decided = object.and_then(|object| match object.converted() {
+            Ok(Object::Member(member)) => member.acceptance,
+            _ => None,
+        });
+        Ok(match decided {
+            Some(ClusterAcceptance::Accepted) => MemberState::Accepted,
+            None if token.accept => MemberState::Accepted,
+            Some(ClusterAcceptance::Pending) | None => MemberState::Pending,
+            Some(ClusterAcceptance::Revoked) => {
+                let text = "spec.acceptance of the MemberCluster is Revoked: an administrator of the ClusterSet must change it";
+                return Err(ChangeError::Denied(text.to_owned()));
+            }
+        })
     }
 
     /// Limits calls on the join listener: connections are limited, but each may carry many calls.
@@ -123,7 +154,7 @@ impl Registration {
                     _ => MemberRecord {
                         key: public.clone(),
                         previous_key: None,
-                        state: if record.accept { MemberState::Accepted } else { MemberState::Pending },
+                        state: self.initial_state(snapshot, &record)?,
                         certificate_expires_at: 0,
                         federated_allow_final: allow_final,
                         token: token.id.clone(),

@@ -314,8 +314,10 @@ impl Registry {
         self.shared.epoch
     }
 
+    /// For how long a cluster may be silent: a setting of the ClusterSet, or else of this process.
     pub fn lease_time(&self) -> Duration {
-        self.shared.lease_time
+        let set = self.shared.view.borrow().settings.as_ref().and_then(|it| it.lease_seconds);
+        set.map_or(self.shared.lease_time, Duration::from_secs)
     }
 
     pub fn now(&self) -> SystemTime {

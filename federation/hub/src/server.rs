@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use hanse_identity::context::Context;
 use hanse_identity::keys::{Credentials, Key};
 use hanse_identity::tls::{
-    Connections, CredentialStore, IncomingLimits, PresentedAuthority, ServerTls, Trust, http2_server, incoming,
+    Connections, CredentialStore, IncomingLimits, Peer, PresentedAuthority, ServerTls, Trust, http2_server, incoming,
 };
 use hanse_identity::{Identity, TrustDomain};
 use hanse_proto::federation::v1::administration_server::AdministrationServer;
@@ -360,13 +360,15 @@ impl Hub {
             observe(registry, realisations, writing, metrics, stop)
         });
         let questions = Questions::new(registry.clone(), stop.clone());
-        let registration = Registration::new(registry.clone(), authority.clone(), counted);
+        let mut registration = Registration::new(registry.clone(), authority.clone(), counted.clone());
         let mut administration =
             Administration::new(registry.clone(), authority.clone(), connections.clone(), Arc::clone(&realisations));
         if let Some(access) = &options.operator {
             administration = administration.with_operator(&operator::KINDS);
+            registration = registration.with_operator();
             let client = access.client().await.context("start the operator")?;
             let operator = Operator::new(client, administration.clone(), registry.clone(), realisations);
+            let operator = operator.with_metrics(&counted.operator);
             let stop = stop.clone();
             shutdown.supervise("operator", move || operator.clone().run(stop.clone()));
         }
@@ -415,8 +417,16 @@ impl Hub {
 /// Follows the registry: a revocation closes connections at once, on every replica.
 async fn close_refused(registry: Registry, connections: Connections, metrics: HubMetrics, stop: CancellationToken) {
     let mut view = registry.subscribe();
+    let mut lease = registry.lease_time();
     loop {
         let snapshot = view.borrow_and_update().clone();
+        let now = registry.lease_time();
+        if std::mem::replace(&mut lease, now) != now {
+            // Members take over the interval of heartbeats when they connect: with that of a longer lease, they would count as silent.
+            let is_cluster = |peer: &Peer| matches!(peer.identity(), Some(Identity::Cluster(_)));
+            let closed = connections.close_where(is_cluster);
+            info!(lease_seconds = now.as_secs(), closed, "the lease of clusters has changed: they connect again");
+        }
         let closed = connections.close_where(|peer| !peer.closed.is_cancelled() && refused(&snapshot, peer));
         if closed > 0 {
             metrics.closed.inc_by(closed as u64);

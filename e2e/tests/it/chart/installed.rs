@@ -226,10 +226,10 @@ async fn keeps_its_state(east: &East, hub: &Pod) {
 }
 
 /// Group, resource, verb, and the name where the rule is for one.
-type Right = (String, String, String, Option<String>);
+pub(crate) type Right = (String, String, String, Option<String>);
 
 /// All rights of the rules of a role.
-fn rights(role: &Value) -> BTreeSet<Right> {
+pub(crate) fn rights(role: &Value) -> BTreeSet<Right> {
     let texts = |rule: &Value, key: &str| -> Vec<String> {
         list(rule, key).map(|it| it.as_str().expect("a text").to_owned()).collect()
     };

@@ -15,7 +15,7 @@ use super::convert;
 use super::state::Administration;
 use crate::authority::Authority;
 use crate::registration::{requested, status};
-use crate::registry::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
+use crate::registry::records::{self, CustomResource, MemberRecord, MemberState, TokenRecord, UserRecord};
 use crate::registry::{AuditAction, ChangeError, MAX_TOKENS, MAX_USERS, Registry, Snapshot, key, seconds};
 use crate::roles::{Need, Role};
 
@@ -25,6 +25,12 @@ const MAX_TOKEN_LIFE: Duration = Duration::from_secs(7 * 86_400);
 const MAX_CLUSTER_TOKENS: usize = 64;
 /// Expired tokens that are deleted when one is created.
 const TOKENS_SWEPT: usize = 32;
+
+/// Who made a token.
+pub(super) struct TokenOrigin {
+    pub created_by: String,
+    pub custom_resource: Option<CustomResource>,
+}
 
 impl Administration {
     pub(super) async fn create_token(
@@ -37,30 +43,47 @@ impl Administration {
         if life.is_zero() || life > MAX_TOKEN_LIFE {
             return Err(ChangeError::Invalid("lifetime_seconds: use 1 to 604800 (a week)".to_owned()));
         }
+        let origin = TokenOrigin { created_by: who.to_string(), custom_resource: None };
+        let audit = |object| AuditAction::new(who, "token.create", object);
+        self.issue_token(&request.cluster, life, request.accept, origin, audit, |snapshot| {
+            permit(snapshot, who, Need::Operate(&request.cluster))
+        })
+        .await
+    }
+
+    /// Makes a token, where `permitted` does not refuse it.
+    pub(super) async fn issue_token(
+        &self,
+        cluster: &str,
+        life: Duration,
+        accept: bool,
+        origin: TokenOrigin,
+        audit: impl FnOnce(String) -> AuditAction,
+        permitted: impl Fn(&Snapshot) -> Result<(), ChangeError>,
+    ) -> Result<Token, ChangeError> {
         let root = self.authority.root().fingerprint();
-        let token = Token::generate(TokenKind::Cluster, &request.cluster, self.authority.trust_domain().clone(), root);
+        let token = Token::generate(TokenKind::Cluster, cluster, self.authority.trust_domain().clone(), root);
         let token = token.map_err(ChangeError::Invalid)?;
         let now = self.registry.now();
         let record = TokenRecord {
-            cluster: request.cluster.clone(),
+            cluster: cluster.to_owned(),
             secret_hash: token.secret_hash().to_string(),
             expires_at: seconds(now + life),
-            accept: request.accept,
+            accept,
             bound_key: None,
-            created_by: who.to_string(),
+            created_by: origin.created_by,
+            custom_resource: origin.custom_resource,
         };
-        let audited =
-            AuditAction::new(who, "token.create", format!("token/{} for cluster/{}", token.id, token.cluster));
+        let audited = audit(format!("token/{} for cluster/{}", token.id, token.cluster));
         self.registry
             .change(&audited, |snapshot| {
-                permit(snapshot, who, Need::Operate(&request.cluster))?;
+                permitted(snapshot)?;
                 let ended = snapshot.tokens.iter().filter(|(_, t)| t.expires_at <= seconds(now));
                 let ended: Vec<_> = ended.map(|(id, _)| id.clone()).collect();
                 if snapshot.tokens.len() - ended.len() >= MAX_TOKENS {
                     return Err(ChangeError::Limit(format!("the limit of {MAX_TOKENS} tokens is reached")));
                 }
-                if live_tokens(snapshot, &request.cluster, seconds(now)).count() >= MAX_CLUSTER_TOKENS {
-                    let cluster = &request.cluster;
+                if live_tokens(snapshot, cluster, seconds(now)).count() >= MAX_CLUSTER_TOKENS {
                     let text = format!(
                         "the limit of {MAX_CLUSTER_TOKENS} tokens for cluster {cluster} is reached: revoke one"
                     );
@@ -77,7 +100,10 @@ impl Administration {
     }
 
     pub(super) async fn revoke_token(&self, who: &Identity, id: &str) -> Result<(), ChangeError> {
-        let audited = AuditAction::new(who, "token.revoke", format!("token/{}", clipped(id)));
+        self.delete_token(who, id, AuditAction::new(who, "token.revoke", format!("token/{}", clipped(id)))).await
+    }
+
+    pub(super) async fn delete_token(&self, who: &Identity, id: &str, audited: AuditAction) -> Result<(), ChangeError> {
         let change = self.registry.change(&audited, |snapshot| {
             let token = snapshot.tokens.get(id);
             permit(snapshot, who, token.map_or(Need::Administer, |t| Need::Operate(&t.cluster)))?;
@@ -91,11 +117,10 @@ impl Administration {
     pub(super) async fn set_state(
         &self,
         who: &Identity,
-        action: &'static str,
+        audited: AuditAction,
         name: &str,
         to: MemberState,
     ) -> Result<(), ChangeError> {
-        let audited = AuditAction::new(who, action, format!("cluster/{}", clipped(name)));
         let change = self.registry.change(&audited, |snapshot| {
             permit(snapshot, who, Need::Operate(name))?;
             let member = snapshot.members.get(name).map(|m| m.record.clone());

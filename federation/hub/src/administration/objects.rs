@@ -31,16 +31,23 @@ const MAX_BATCH: usize = 1_000;
 const READ_AHEAD: usize = 64;
 /// Time limit between two requests of a stream.
 const SILENCE: Duration = Duration::from_secs(30);
+/// Tokens that are deleted with a cluster, the newest first. At most 64 are valid.
+const MAX_REMOVED_TOKENS: usize = 100;
 /// Tiers that the error about a missing tier names.
 const MAX_NAMED_TIERS: usize = 8;
 
 /// The author of the operator's changes in the audit log.
-const OPERATOR: &str = "operator";
+pub(super) const OPERATOR: &str = "operator";
 
 /// The change of one object.
 enum Edit {
-    Apply { checked: Box<Checked>, request: wire::ApplyRequest },
+    Apply {
+        checked: Box<Checked>,
+        request: wire::ApplyRequest,
+    },
     Delete(ObjectId),
+    /// The registration of a cluster, with its MemberCluster.
+    RemoveCluster(Arc<str>),
 }
 
 /// An edit as a caller sent it.
@@ -151,6 +158,8 @@ pub(crate) enum OperatorEdit {
     /// The manifest. The tier of a policy need not exist.
     Apply(Bytes),
     Delete(ObjectId),
+    /// Removes the registration of a cluster, its tokens and its MemberCluster, at once: none of them can exist without the others.
+    RemoveCluster(Arc<str>),
 }
 
 impl Administration {
@@ -174,6 +183,7 @@ impl Administration {
         let kind = match &sent.edit {
             Ok(Edit::Apply { checked, .. }) => Some(checked.id.kind),
             Ok(Edit::Delete(id)) => Some(id.kind),
+            Ok(Edit::RemoveCluster(_)) => Some(Kind::MemberCluster),
             Err(_) => None,
         };
         if let Some(kind) = kind.filter(|kind| self.operated.contains(kind)) {
@@ -326,6 +336,10 @@ impl OperatorEdit {
                 let action = AuditAction::new(&who, "delete", id.to_string());
                 Sent { who, action, edit: Ok(Edit::Delete(id.clone())) }
             }
+            Self::RemoveCluster(name) => {
+                let action = AuditAction::new(&who, "cluster.remove", format!("cluster/{name}"));
+                Sent { who, action, edit: Ok(Edit::RemoveCluster(Arc::clone(name))) }
+            }
         };
         Sent { action: AuditAction { who: OPERATOR.to_owned(), ..sent.action }, ..sent }
     }
@@ -338,6 +352,7 @@ impl Sent {
             Err(error) => Err(ChangeError::Invalid(error.clone())),
             Ok(Edit::Apply { checked, request }) => decide_apply(snapshot, &self.who, checked, request),
             Ok(Edit::Delete(id)) => decide_delete(snapshot, &self.who, id),
+            Ok(Edit::RemoveCluster(name)) => decide_remove(snapshot, &self.who, name),
         }
     }
 }
@@ -429,6 +444,28 @@ fn decide_delete(snapshot: &Snapshot, who: &Identity, id: &ObjectId) -> Result<(
     let warnings = has_joined.then(ungranted).into_iter().collect();
     let done = Done::Deleted(wire::DeleteResponse { revision: 0, warnings });
     Ok((Transaction::default().delete(object_key(id)?), done))
+}
+
+fn decide_remove(snapshot: &Snapshot, who: &Identity, name: &Arc<str>) -> Result<(Transaction, Done), ChangeError> {
+    permit(snapshot, who, Need::Operate(name))?;
+    let id = ObjectId { kind: Kind::MemberCluster, name: Arc::clone(name) };
+    let mut transaction = Transaction::default();
+    if snapshot.objects.contains_key(&id) {
+        transaction = transaction.delete(object_key(&id)?);
+    }
+    if snapshot.members.contains_key(name) {
+        // A cluster of this name that joins later has never connected.
+        for part in ["member", "lease", "heard", "silent"] {
+            transaction = transaction.delete(key(&[part, name])?);
+        }
+    }
+    // A token that the cluster has used would register it again.
+    let mut tokens: Vec<_> = snapshot.tokens.iter().filter(|(_, token)| *token.cluster == **name).collect();
+    tokens.sort_by_key(|(_, token)| std::cmp::Reverse(token.expires_at));
+    for (id, _) in tokens.into_iter().take(MAX_REMOVED_TOKENS) {
+        transaction = transaction.delete(key(&["token", id])?);
+    }
+    Ok((transaction, Done::Deleted(wire::DeleteResponse::default())))
 }
 
 fn has_tier(snapshot: &Snapshot, name: &Arc<str>) -> bool {

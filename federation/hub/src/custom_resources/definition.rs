@@ -33,6 +33,13 @@ impl Definition {
         Self { name: K::crd_name().to_owned(), object }
     }
 
+    /// With the annotation that makes Helm keep it, and all of its objects, when the release is uninstalled.
+    #[must_use]
+    pub fn kept_by_helm(mut self) -> Self {
+        self.object["metadata"]["annotations"] = json!({"helm.sh/resource-policy": "keep"});
+        self
+    }
+
     /// The name of its file.
     pub fn file(&self) -> String {
         format!("{}.yaml", self.name)
@@ -68,13 +75,13 @@ pub fn definitions() -> Vec<Definition> {
     all
 }
 
-/// Writes all definitions into a directory, one file each, and removes other YAML files. `check`: compares instead.
+/// Writes definitions into a directory, one file each, and removes other YAML files. `check`: compares instead.
 ///
 /// # Errors
 /// When a file cannot be read or written, or with `check` differs.
-pub fn write(directory: &Path, check: bool) -> anyhow::Result<()> {
+pub fn write(definitions: Vec<Definition>, directory: &Path, check: bool) -> anyhow::Result<()> {
     let mut files = BTreeMap::new();
-    for definition in definitions() {
+    for definition in definitions {
         files.insert(directory.join(definition.file()), definition.yaml()?);
     }
     let found = directory.read_dir().with_context(|| format!("read {}", directory.display()))?;

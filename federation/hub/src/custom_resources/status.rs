@@ -240,7 +240,7 @@ pub struct ClusterSetStatus {
     /// The generation of the object that the status is about.
     #[schemars(range(min = 0))]
     pub observed_generation: i64,
-    /// `Ready`: the hub uses these settings.
+    /// `Ready`: the hub uses these settings. `Synchronized`: every object of the hub has a custom resource.
     #[schemars(schema_with = "conditions")]
     pub conditions: Vec<Condition>,
     /// The number of connected clusters, of those that are accepted: `2/3`.
@@ -251,6 +251,9 @@ pub struct ClusterSetStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub root_fingerprint: Option<String>,
+    /// Objects of the hub without a custom resource, which stay in force. At most 32.
+    #[schemars(length(max = MAX_PROBLEMS), inner(length(max = 320)))]
+    pub objects_without_resource: Vec<String>,
 }
 
 /// The state of the token. It never contains the token.

@@ -97,12 +97,15 @@ struct Shared {
     used_watching: Accounts,
 }
 
+/// The time between heartbeats, in milliseconds: three chances within a lease.
+fn heartbeat(registry: &Registry) -> u64 {
+    u64::try_from(registry.lease_time().as_millis() / 3).unwrap_or(u64::MAX)
+}
+
 impl Service {
     pub fn new(registry: Registry, stop: CancellationToken) -> Self {
         let mut exchange = Exchange::default();
-        // Three chances within a lease.
-        let heartbeat = u64::try_from(registry.lease_time().as_millis() / 3).unwrap_or(u64::MAX);
-        exchange.set_heartbeat(heartbeat);
+        exchange.set_heartbeat(heartbeat(&registry));
         let shared = Arc::new(Shared { exchange: tokio::sync::Mutex::new(exchange), ..Shared::default() });
         Self { registry, shared, stop, lock_time: HubMetrics::default().exchange_lock }
     }
@@ -119,7 +122,13 @@ impl Service {
         loop {
             let snapshot = view.borrow_and_update().clone();
             let newest = deriver.federation(&self.registry, &snapshot);
-            self.with(|exchange| exchange.set_federation_part(newest)).await;
+            let heartbeat = heartbeat(&self.registry);
+            self.with(|exchange| {
+                // Of streams that are opened from now on: those of before are closed when the lease changes.
+                exchange.set_heartbeat(heartbeat);
+                exchange.set_federation_part(newest)
+            })
+            .await;
             while self.with(Exchange::regrant_more).await {
                 tokio::time::sleep(BETWEEN_PARTS).await;
             }

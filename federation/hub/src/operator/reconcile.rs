@@ -1,401 +1,408 @@
-//! What the operator does in one pass: it compares the custom resources with the hub's objects, and makes them equal.
+//! What the operator does in one pass: it compares the custom resources with the hub's state, and makes them equal.
 //!
-//! A pass takes no input, and may be repeated at any time. What failed is tried again in the next one.
+//! A pass takes no input, and may be repeated at any time. What failed is tried again in the next one. What the API server or the hub
+//! refuses of one object delays that object only.
+
+mod cluster_set;
+mod clusters;
+mod status;
+mod tokens;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use bytes::Bytes;
 use futures::StreamExt as _;
 use hanse_runtime::retry::Backoff;
-use hanse_store::Revision;
-use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{DynamicObject, Patch, PatchParams};
+use kube::api::DynamicObject;
 use kube::core::PartialObjectMeta;
-use kube::runtime::events::{Event, EventType, Recorder};
 use kube::runtime::watcher;
-use kube::{Api, Client, Resource as _, ResourceExt as _};
-use serde_json::{Value, json};
+use kube::{Api, ResourceExt as _};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::objects::{self, FINALIZER, KINDS, applied, has_finalizer};
-use super::status::{Difference, Facts, Refusal, State, compare, refusal};
+use super::condition::Refusal;
+use super::objects::Defaults;
+use super::resource::{Key, Resource};
+use super::tracked::{Pending, Refused, Tracked};
+use super::writer::{Patched, Write, Writer};
 use crate::administration::{Administration, OperatorEdit};
 use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::{ChangeError, Registry};
 use crate::status::Realisations;
 use hanse_kubernetes::answered;
 
-/// The owner of the fields that the operator writes.
-const FIELD_MANAGER: &str = "hanse-operator";
-/// The shortest time between two writes of a status of which only counts differ.
-const COUNTS_EVERY: Duration = Duration::from_secs(60);
-/// Requests to the API server at the same time.
-const CONCURRENT: usize = 8;
+/// Objects that are read again in one pass, since the hub may decide differently: 50 × at most 1.5 MiB are in memory.
+const READ_AGAIN: usize = 50;
+/// Delays after a definition could not be read.
+const UNDECIDED: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
+/// Objects without a custom resource that a status names.
+const MAX_NAMED: usize = 32;
 
 pub struct Reconciler {
-    pub client: Client,
-    pub administration: Administration,
-    pub registry: Registry,
-    pub realisations: Arc<dyn Realisations>,
-    pub recorder: Recorder,
-    tracked: BTreeMap<ObjectId, Tracked>,
+    writer: Writer,
+    administration: Administration,
+    registry: Registry,
+    realisations: Arc<dyn Realisations>,
+    tracked: BTreeMap<Key, Tracked>,
     /// Kinds that were listed as a whole.
-    listed: BTreeSet<Kind>,
+    listed: BTreeSet<Resource>,
     /// Lists that are not complete.
-    listing: HashMap<Kind, BTreeMap<ObjectId, Tracked>>,
-}
-
-enum Write {
-    /// A server-side apply of the status.
-    Status(Value),
-    /// A server-side apply of the finalizer.
-    Finalizer(Value),
-    /// A merge patch that removes the finalizer.
-    Release(Value),
-}
-
-enum Patched {
-    Made(Box<DynamicObject>),
-    Gone,
-    Refused(String),
-}
-
-/// One custom resource.
-struct Tracked {
-    object: DynamicObject,
-    manifest: Bytes,
-    /// The hub's refusal of this manifest, and the revision at which it was decided.
-    refused: Option<(Revision, Refusal)>,
-    /// Why the hub does not delete it, and the revision at which it was decided.
-    blocked: Option<(Revision, String)>,
-    written: Option<Instant>,
-    /// After the API server refused a write of this object: no write before.
-    retry: Option<(Backoff, Instant)>,
-}
-
-impl Tracked {
-    fn new(kind: Kind, mut object: DynamicObject) -> Self {
-        object.metadata.managed_fields = None;
-        let manifest = objects::manifest(kind, &object);
-        Self { object, manifest, refused: None, blocked: None, written: None, retry: None }
-    }
-
-    fn is_leaving(&self) -> bool {
-        self.object.metadata.deletion_timestamp.is_some()
-    }
-
-    fn may_write(&self, now: Instant) -> bool {
-        self.retry.as_ref().is_none_or(|(_, at)| *at <= now)
-    }
-
-    fn version(&self) -> u64 {
-        self.object.resource_version().and_then(|it| it.parse().ok()).unwrap_or_default()
-    }
-
-    /// Replaces an older version of the same object by this one, and keeps what is known of it.
-    fn follow(mut self, old: Option<Self>) -> Self {
-        let Some(old) = old.filter(|old| old.object.metadata.uid == self.object.metadata.uid) else { return self };
-        // An event from before the operator's last write.
-        if old.version() > self.version() {
-            return old;
-        }
-        if old.manifest == self.manifest {
-            self.refused = old.refused;
-        }
-        Self { blocked: old.blocked, written: old.written, retry: old.retry, ..self }
-    }
+    listing: HashMap<Resource, BTreeMap<Key, Tracked>>,
+    pending: Pending,
+    /// Those of the ClusterSet.
+    defaults: Defaults,
+    /// Kinds of which it is not known whether the definition stays: nothing is deleted before.
+    undecided: BTreeMap<Resource, (Backoff, Instant)>,
+    /// After the API server refused to create a MemberCluster: none is created before.
+    adopting: Option<(Backoff, Instant)>,
+    /// The first objects of the hub without a custom resource, and the number of all.
+    without_resource: (Vec<ObjectId>, usize),
+    /// The time that the last pass computed.
+    busy: Duration,
 }
 
 impl Reconciler {
     pub fn new(
-        client: Client,
+        writer: Writer,
         administration: Administration,
         registry: Registry,
         realisations: Arc<dyn Realisations>,
-        recorder: Recorder,
     ) -> Self {
-        let (tracked, listed, listing) = Default::default();
-        Self { client, administration, registry, realisations, recorder, tracked, listed, listing }
-    }
-
-    /// Takes what a watch reports. A list replaces the objects when it is complete.
-    pub fn take(&mut self, kind: Kind, event: Result<watcher::Event<DynamicObject>, watcher::Error>) {
-        match event {
-            Ok(watcher::Event::Apply(object)) => self.take_object(kind, object),
-            Ok(watcher::Event::Delete(object)) => {
-                let id = objects::id(kind, &object);
-                self.tracked.remove(&id);
-                if self.registry.snapshot().objects.contains_key(&id) {
-                    warn!(object = %id, "custom resource is gone without its finalizer: the object stays in force");
-                }
-            }
-            Ok(watcher::Event::Init) => drop(self.listing.insert(kind, BTreeMap::new())),
-            Ok(watcher::Event::InitApply(object)) => {
-                let listing = self.listing.entry(kind).or_default();
-                listing.insert(objects::id(kind, &object), Tracked::new(kind, object));
-            }
-            Ok(watcher::Event::InitDone) => {
-                let mut old = std::mem::take(&mut self.tracked);
-                for (id, tracked) in self.listing.remove(&kind).unwrap_or_default() {
-                    let before = old.remove(&id);
-                    self.tracked.insert(id, tracked.follow(before));
-                }
-                self.tracked.extend(old.into_iter().filter(|(id, _)| id.kind != kind));
-                self.listed.insert(kind);
-            }
-            Err(error) => warn!(kind = kind.name(), %error, "custom resources cannot be watched"),
+        Self {
+            writer,
+            administration,
+            registry,
+            realisations,
+            tracked: BTreeMap::new(),
+            listed: BTreeSet::new(),
+            listing: HashMap::new(),
+            pending: Pending::default(),
+            defaults: Defaults::default(),
+            undecided: BTreeMap::new(),
+            adopting: None,
+            without_resource: Default::default(),
+            busy: Duration::ZERO,
         }
     }
 
-    fn take_object(&mut self, kind: Kind, object: DynamicObject) {
-        let id = objects::id(kind, &object);
-        let before = self.tracked.remove(&id);
-        self.tracked.insert(id, Tracked::new(kind, object).follow(before));
+    /// Takes what a watch reports. A list replaces the objects when it is complete.
+    pub fn take(&mut self, resource: Resource, event: Result<watcher::Event<DynamicObject>, watcher::Error>) {
+        match event {
+            Ok(watcher::Event::Apply(object)) => self.take_object(resource, &object),
+            Ok(watcher::Event::Delete(object)) => {
+                let key = Key::new(resource, &object.name_any());
+                self.tracked.remove(&key);
+                if key.object().is_some_and(|id| self.registry.snapshot().objects.contains_key(&id)) {
+                    warn!(object = %key, "custom resource is gone without its finalizer: the object stays in force");
+                }
+            }
+            Ok(watcher::Event::Init) => drop(self.listing.insert(resource, BTreeMap::new())),
+            Ok(watcher::Event::InitApply(object)) => {
+                let (key, tracked) = self.track(resource, &object);
+                self.listing.entry(resource).or_default().insert(key, tracked);
+            }
+            Ok(watcher::Event::InitDone) => {
+                let mut old = std::mem::take(&mut self.tracked);
+                for (key, tracked) in self.listing.remove(&resource).unwrap_or_default() {
+                    let before = old.remove(&key);
+                    self.tracked.insert(key, tracked.follow(before));
+                }
+                self.tracked.extend(old.into_iter().filter(|(key, _)| key.resource != resource));
+                self.listed.insert(resource);
+            }
+            Err(error) => warn!(kind = resource.name(), %error, "custom resources cannot be watched"),
+        }
     }
 
-    /// Objects in the order in which they are applied. Policies wait for the list of tiers.
-    fn ready(&self, kind: Kind) -> impl Iterator<Item = (&ObjectId, &Tracked)> {
-        let is_ready = self.listed.contains(&kind) && (!kind.is_policy() || self.listed.contains(&Kind::Tier));
-        self.tracked.iter().filter(move |(id, _)| is_ready && id.kind == kind)
+    /// What is kept of an object. What the hub stores already needs no manifest.
+    fn track(&self, resource: Resource, object: &DynamicObject) -> (Key, Tracked) {
+        let key = Key::new(resource, &object.name_any());
+        let mut tracked = Tracked::new(resource, object, &self.defaults, &self.pending);
+        let snapshot = self.registry.snapshot();
+        let stored = key.object().and_then(|id| snapshot.objects.get(&id));
+        tracked.compare(stored.map(|object| (object.revision, &object.manifest)));
+        (key, tracked)
+    }
+
+    fn take_object(&mut self, resource: Resource, object: &DynamicObject) {
+        let (key, tracked) = self.track(resource, object);
+        let before = self.tracked.remove(&key);
+        self.tracked.insert(key, tracked.follow(before));
+    }
+
+    /// Whether the objects of a kind are known. Policies wait for the list of tiers, and all wait for the defaults of the ClusterSet.
+    fn is_ready(&self, resource: Resource) -> bool {
+        let needs = |needed| self.listed.contains(&needed);
+        needs(resource)
+            && needs(Resource::ClusterSet)
+            && (!resource.kind().is_some_and(Kind::is_policy) || needs(Resource::Tier))
+    }
+
+    /// Objects in the order in which they are applied.
+    fn ready(&self) -> impl Iterator<Item = (&Key, &Tracked)> {
+        let ready: Vec<Resource> = Resource::ALL.into_iter().filter(|it| self.is_ready(*it)).collect();
+        self.tracked.iter().filter(move |(key, _)| ready.contains(&key.resource))
     }
 
     /// # Errors
-    /// When the API server or the store fails. What does not depend on it is done.
+    /// When the API server or the store does not answer. What does not depend on it is done.
     pub async fn pass(&mut self) -> anyhow::Result<()> {
-        let finalizers = self.add_finalizers().await;
-        let applied = self.apply().await;
-        let deleted = self.delete().await;
-        finalizers.and(applied).and(deleted).and(self.write_statuses().await)
+        self.busy = Duration::ZERO;
+        self.compare();
+        let outcomes = [
+            self.add_finalizers().await,
+            self.configure().await,
+            self.adopt().await,
+            self.apply().await,
+            self.accept().await,
+            self.issue().await,
+            self.delete().await,
+            self.write_statuses().await,
+        ];
+        self.count();
+        outcomes.into_iter().collect()
+    }
+
+    /// The time that the last pass computed, without the time in which it waited for answers.
+    pub fn busy(&self) -> Duration {
+        self.busy
+    }
+
+    /// Compares the custom resources with the hub's objects.
+    fn compare(&mut self) {
+        let started = Instant::now();
+        self.compare_all();
+        self.busy += started.elapsed();
+    }
+
+    fn compare_all(&mut self) {
+        let snapshot = self.registry.snapshot();
+        for (key, tracked) in &mut self.tracked {
+            let stored = key.object().and_then(|id| snapshot.objects.get(&id));
+            tracked.compare(stored.map(|object| (object.revision, &object.manifest)));
+        }
+        if Resource::ALL.into_iter().any(|it| !self.is_ready(it)) {
+            return;
+        }
+        // MemberClusters are created for the clusters without one.
+        let lacks = |id: &&ObjectId| id.kind != Kind::MemberCluster && !self.tracked.contains_key(&Key::of(id));
+        let lacking: Vec<&ObjectId> = snapshot.objects.keys().filter(lacks).collect();
+        let found = (lacking.iter().take(MAX_NAMED).map(|id| (*id).clone()).collect(), lacking.len());
+        if found != self.without_resource && found.1 > 0 {
+            let first = lacking.first().map(ToString::to_string).unwrap_or_default();
+            warn!(count = found.1, first, "objects of the hub without a custom resource stay in force");
+        }
+        self.without_resource = found;
     }
 
     async fn add_finalizers(&mut self) -> anyhow::Result<()> {
         let now = Instant::now();
-        let lacks = |it: &Tracked| !it.is_leaving() && !has_finalizer(&it.object) && it.may_write(now);
-        let all = KINDS.iter().flat_map(|kind| self.ready(*kind)).filter(|(_, it)| lacks(it));
-        let fields = json!({"finalizers": [FINALIZER]});
-        let patches =
-            all.map(|(id, it)| (id.clone(), Write::Finalizer(applied(id.kind, &it.object, &fields)))).collect();
-        self.patch(patches).await.1
+        let lacks = |it: &Tracked| !it.is_leaving && !it.has_finalizer() && it.may_write(now);
+        let all = self.ready().filter(|(_, it)| lacks(it));
+        let writes = all.map(|(key, it)| (key.clone(), Write::finalizer(key, it))).collect();
+        self.send(writes).await.1
     }
 
-    /// Sends writes; returns which were made. An object that is gone or replaced is left to the watch. One that the API
-    /// server refuses is tried again later, and does not keep the others waiting.
-    async fn patch(&mut self, patches: Vec<(ObjectId, Write)>) -> (Vec<ObjectId>, anyhow::Result<()>) {
-        let client = &self.client;
-        let send = |(id, write): (ObjectId, Write)| async move {
-            let resource = objects::resource(id.kind).context("the kind is reconciled")?;
-            let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
-            let applying = PatchParams::apply(FIELD_MANAGER).force();
-            let patching = async {
-                let patched = match write {
-                    Write::Status(status) => api.patch_status(&id.name, &applying, &Patch::Apply(status)).await,
-                    Write::Finalizer(fields) => api.patch(&id.name, &applying, &Patch::Apply(fields)).await,
-                    Write::Release(rest) => api.patch(&id.name, &PatchParams::default(), &Patch::Merge(rest)).await,
-                };
-                match patched {
-                    Ok(object) => Ok(Patched::Made(Box::new(object))),
-                    Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(Patched::Gone),
-                    Err(kube::Error::Api(status)) if (400..429).contains(&status.code) => {
-                        Ok(Patched::Refused(status.message))
-                    }
-                    Err(error) => Err(error),
-                }
-            };
-            let patched = answered(patching).await.with_context(|| format!("write {id} to the API server"))?;
-            anyhow::Ok((id, patched))
-        };
-        let sent: Vec<_> = futures::stream::iter(patches).map(send).buffer_unordered(CONCURRENT).collect().await;
-        let (mut made, mut outcome, mut refused) = (Vec::new(), Ok(()), 0);
-        for result in sent {
-            match result {
-                Ok((id, Patched::Made(object))) => {
+    /// Sends writes; returns which were made. An object that is gone or replaced is left to the watch. One that the API server refuses
+    /// is tried again later, and does not keep the others waiting.
+    async fn send(&mut self, writes: Vec<(Key, Write)>) -> (Vec<Key>, anyhow::Result<()>) {
+        let (mut made, mut outcome, mut refused) = (Vec::new(), Ok(()), BTreeMap::<Resource, usize>::new());
+        for (key, patched) in self.writer.send(writes).await {
+            match patched {
+                Patched::Made(object) => {
                     // Without its last finalizer, an object that is being deleted is gone.
                     if object.metadata.deletion_timestamp.is_none() || !object.finalizers().is_empty() {
-                        self.take_object(id.kind, *object);
+                        self.take_object(key.resource, &object);
                     } else {
-                        self.tracked.remove(&id);
+                        self.tracked.remove(&key);
                     }
-                    self.tracked.get_mut(&id).into_iter().for_each(|it| it.retry = None);
-                    made.push(id);
+                    self.tracked.get_mut(&key).into_iter().for_each(Tracked::write_accepted);
+                    made.push(key);
                 }
-                Ok((_, Patched::Gone)) => {}
-                Ok((id, Patched::Refused(why))) => {
-                    refused += 1;
-                    if refused == 1 {
-                        warn!(object = %id, error = why, "the API server refuses a write of the operator");
+                Patched::Gone => {}
+                Patched::Refused(why) => {
+                    let count = refused.entry(key.resource).or_default();
+                    *count += 1;
+                    if *count == 1 {
+                        warn!(object = %key, error = why, "the API server refuses a write of the operator");
                     }
-                    if let Some(tracked) = self.tracked.get_mut(&id) {
-                        let first = || (Backoff::new(Duration::from_secs(1), Duration::from_secs(60)), Instant::now());
-                        let (backoff, at) = tracked.retry.get_or_insert_with(first);
-                        *at = Instant::now() + backoff.next_delay();
-                    }
+                    let now = Instant::now();
+                    self.tracked.get_mut(&key).into_iter().for_each(|it| it.write_refused(now));
                 }
-                Err(error) => outcome = Err(error),
+                Patched::Failed(error) => outcome = Err(error),
             }
         }
-        if refused > 1 {
-            warn!(refused, "the API server refuses writes of the operator");
+        for (resource, refused) in refused.into_iter().filter(|(_, count)| *count > 1) {
+            warn!(kind = resource.name(), refused, "the API server refuses writes of the operator");
         }
         (made, outcome)
     }
 
     /// Writes what differs to the store.
     async fn apply(&mut self) -> anyhow::Result<()> {
-        let snapshot = self.registry.snapshot();
-        let mut edits = Vec::new();
-        for (id, it) in KINDS.iter().flat_map(|kind| self.ready(*kind)) {
-            let is_stored = snapshot.objects.get(id).is_some_and(|object| object.manifest == it.manifest);
-            let is_refused = it.refused.as_ref().is_some_and(|(at, _)| *at == snapshot.revision);
+        let (revision, now) = (self.registry.snapshot().revision, Instant::now());
+        let differs = |it: &Tracked| {
+            let is_due = it.refused.as_ref().is_none_or(|refused| refused.is_due(revision, now));
             // Only with the finalizer, the deletion of an object is seen in any case.
-            if !it.is_leaving() && has_finalizer(&it.object) && !is_stored && !is_refused {
-                edits.push((id.clone(), OperatorEdit::Apply(it.manifest.clone())));
+            !it.is_leaving && it.has_finalizer() && !it.is_current() && is_due
+        };
+        let keys: Vec<Key> = self
+            .ready()
+            .filter(|(key, it)| key.object().is_some() && differs(it))
+            .map(|(key, _)| key.clone())
+            .collect();
+        let read = self.read_again(&keys).await;
+        let mut edits = Vec::new();
+        for key in keys {
+            if let Some(manifest) = self.tracked.get(&key).filter(|it| differs(it)).and_then(Tracked::manifest) {
+                edits.push((key, OperatorEdit::Apply(manifest.clone())));
             }
         }
-        let (ids, edits): (Vec<ObjectId>, Vec<OperatorEdit>) = edits.into_iter().unzip();
+        let (keys, edits): (Vec<Key>, Vec<OperatorEdit>) = edits.into_iter().unzip();
         let outcomes = self.administration.operate(&edits).await.context("write to the store")?;
-        let now = self.registry.snapshot();
-        for (id, outcome) in ids.into_iter().zip(outcomes) {
-            let Some(tracked) = self.tracked.get_mut(&id) else { continue };
-            tracked.refused = match outcome {
-                Ok(()) => None,
+        let snapshot = self.registry.snapshot();
+        for (key, outcome) in keys.into_iter().zip(outcomes) {
+            let Some((tracked, id)) = self.tracked.get_mut(&key).zip(key.object()) else { continue };
+            let manifest = tracked.manifest().cloned().unwrap_or_default();
+            tracked.forget_manifest();
+            let before = tracked.refused.take();
+            match outcome {
+                Ok(()) => {}
                 Err(error @ (ChangeError::Store(_) | ChangeError::Busy)) => {
-                    return Err(error).with_context(|| format!("write {id} to the store"));
+                    return Err(error).with_context(|| format!("write {key} to the store"));
                 }
                 Err(error) => {
-                    let tier = manifest::tier_in(&tracked.manifest).filter(|_| id.kind.is_policy());
+                    self.writer.metrics.refused("hub");
+                    let tier = manifest::tier_in(&manifest).filter(|_| id.kind.is_policy());
                     let tier = tier.map(|name| ObjectId { kind: Kind::Tier, name });
                     let reason = match error {
-                        _ if tier.is_some_and(|tier| !now.objects.contains_key(&tier)) => "TierNotFound",
+                        _ if tier.is_some_and(|tier| !snapshot.objects.contains_key(&tier)) => "TierNotFound",
                         ChangeError::Conflict(_) => "Conflict",
                         ChangeError::Limit(_) => "LimitReached",
                         _ => "Invalid",
                     };
-                    Some((now.revision, Refusal { reason, message: error.to_string() }))
-                }
-            };
-        }
-        // What the hub stores already was accepted when it was stored.
-        for (id, tracked) in &mut self.tracked {
-            if now.objects.get(id).is_some_and(|object| object.manifest == tracked.manifest) {
-                tracked.refused = None;
-            }
-        }
-        Ok(())
-    }
-
-    /// Deletes what is being deleted, policies before their tiers, and then releases it.
-    async fn delete(&mut self) -> anyhow::Result<()> {
-        for kind in KINDS.iter().rev() {
-            let now = self.registry.snapshot().revision;
-            let is_blocked = |it: &Tracked| it.blocked.as_ref().is_some_and(|(at, _)| *at == now);
-            let leaving = self.ready(*kind).filter(|(_, it)| it.is_leaving() && has_finalizer(&it.object));
-            let leaving = leaving.filter(|(_, it)| !is_blocked(it));
-            let leaving: Vec<ObjectId> = leaving.map(|(id, _)| id.clone()).collect();
-            if leaving.is_empty() {
-                continue;
-            }
-            let resource = objects::resource(*kind).context("the kind is reconciled")?;
-            let definition = format!("{}.hanse.dev", resource.plural);
-            let is_decision = self.is_served(&definition).await?;
-            let mut released = Vec::new();
-            for id in leaving {
-                let snapshot = self.registry.snapshot();
-                if !is_decision {
-                    warn!(object = %id, definition, "definition is being deleted: the object stays in force");
-                } else if snapshot.objects.contains_key(&id) {
-                    let outcome = self.administration.operate(&[OperatorEdit::Delete(id.clone())]).await?.pop();
-                    match outcome.unwrap_or(Err(ChangeError::Busy)) {
-                        Ok(()) => info!(object = %id, "object deleted with its custom resource"),
-                        Err(ChangeError::NotFound(_)) => {}
-                        Err(ChangeError::Conflict(why)) => {
-                            let at = self.registry.snapshot().revision;
-                            let tracked = self.tracked.get_mut(&id);
-                            tracked.into_iter().for_each(|it| it.blocked = Some((at, why.clone())));
-                            continue;
-                        }
-                        Err(error) => return Err(error).with_context(|| format!("delete {id} from the store")),
-                    }
-                }
-                if let Some(tracked) = self.tracked.get(&id).filter(|it| it.may_write(Instant::now())) {
-                    released.push((id, Write::Release(objects::released(&tracked.object))));
+                    let refusal = Refusal { reason, message: error.to_string() };
+                    tracked.refused =
+                        Some(Refused::new(refusal, snapshot.revision, reason == "Invalid", before, Instant::now()));
                 }
             }
-            self.patch(released).await.1?;
         }
-        Ok(())
+        self.compare();
+        read
     }
 
-    /// Whether a definition exists and stays: all objects are deleted with it, which is not the decision to delete a policy.
-    async fn is_served(&self, definition: &str) -> anyhow::Result<bool> {
-        let api: Api<PartialObjectMeta<CustomResourceDefinition>> = Api::all(self.client.clone());
-        let found = answered(api.get_opt(definition)).await;
-        let found = found.with_context(|| format!("read the CustomResourceDefinition {definition}"))?;
-        Ok(found.is_some_and(|it| it.metadata.deletion_timestamp.is_none()))
-    }
-
-    /// Writes statuses that differ: conditions at once, counts at most once in [`COUNTS_EVERY`] for each object.
-    async fn write_statuses(&mut self) -> anyhow::Result<()> {
-        let (snapshot, now) = (self.registry.snapshot(), Instant::now());
-        let mut patches = Vec::new();
-        let state = State::new(&snapshot, &*self.realisations);
-        for (id, it) in KINDS.iter().flat_map(|kind| self.ready(*kind)) {
-            if !it.may_write(now) || !has_finalizer(&it.object) || it.is_leaving() && it.blocked.is_none() {
-                continue;
-            }
-            let old = it.object.data.get("status");
-            let is_stored = snapshot.objects.get(id).is_some_and(|object| object.manifest == it.manifest);
-            let facts = Facts {
-                is_stored,
-                generation: it.object.metadata.generation.unwrap_or_default(),
-                refusal: it.refused.as_ref().map(|(_, refusal)| refusal),
-                blocked: it.blocked.as_ref().map(|(_, why)| why.as_str()),
-                nets: it.object.data["spec"]["nets"].as_array().map_or(0, Vec::len),
-            };
-            let status = state.status(id, facts, old);
-            let is_due = match compare(old, &status) {
-                Difference::None => false,
-                Difference::Counts => it.written.is_none_or(|at| now.duration_since(at) >= COUNTS_EVERY),
-                Difference::Conditions => true,
-            };
-            if is_due {
-                let refused = refusal(&status).filter(|it| old.and_then(refusal).as_ref() != Some(it));
-                let refused = refused.map(|(reason, message)| (reason.to_owned(), message.to_owned()));
-                patches.push((id.clone(), applied(id.kind, &it.object, &json!({"status": status})), refused));
-            }
-        }
-        drop(state);
-        let mut refusals: BTreeMap<ObjectId, (String, String)> = BTreeMap::new();
-        let mut sending = Vec::new();
-        for (id, patch, refused) in patches {
-            refusals.extend(refused.map(|refused| (id.clone(), refused)));
-            sending.push((id, Write::Status(patch)));
-        }
-        let (made, outcome) = self.patch(sending).await;
-        for id in &made {
-            let Some(tracked) = self.tracked.get_mut(id) else { continue };
-            tracked.written = Some(now);
-            if let Some((reason, message)) = refusals.remove(id) {
-                self.publish(id, reason, message).await;
+    /// Reads the objects again whose manifests are not kept, some of them at a time.
+    async fn read_again(&mut self, keys: &[Key]) -> anyhow::Result<()> {
+        let has_none = |key: &&Key| self.tracked.get(key).is_some_and(|it| it.manifest().is_none());
+        let keys: Vec<Key> = keys.iter().filter(has_none).take(READ_AGAIN).cloned().collect();
+        let writer = &self.writer;
+        let read = |key: Key| async move { (key.clone(), writer.read(&key).await) };
+        let answers: Vec<_> = futures::stream::iter(keys).map(read).buffer_unordered(8).collect().await;
+        let mut outcome = Ok(());
+        for (key, answer) in answers {
+            match answer {
+                Ok(Some(object)) => {
+                    let (_, read) = self.track(key.resource, &object);
+                    let before = self.tracked.remove(&key);
+                    self.tracked.insert(key, read.follow_for_decision(before));
+                }
+                // The watch reports it.
+                Ok(None) => {}
+                Err(error) => outcome = Err(error),
             }
         }
         outcome
     }
 
-    /// An Event about a refusal. Where it cannot be written, the condition says the same.
-    async fn publish(&self, id: &ObjectId, reason: String, message: String) {
-        let Some((tracked, resource)) = self.tracked.get(id).zip(objects::resource(id.kind)) else { return };
-        let reference: ObjectReference = tracked.object.object_ref(&resource);
-        // At most 1 KiB.
-        let note = message.chars().take(250).collect();
-        let event =
-            Event { type_: EventType::Warning, reason, note: Some(note), action: "Apply".to_owned(), secondary: None };
-        if let Err(error) = answered(self.recorder.publish(&event, &reference)).await {
-            warn!(object = %id, error = format!("{error:#}"), "event not written");
+    /// Deletes what is being deleted, policies before their tiers, and then releases it.
+    async fn delete(&mut self) -> anyhow::Result<()> {
+        let mut outcome = Ok(());
+        for resource in Resource::ALL.into_iter().rev() {
+            let waits = self.undecided.get(&resource).is_some_and(|(_, at)| *at > Instant::now());
+            if waits || !self.is_ready(resource) {
+                continue;
+            }
+            let at = self.registry.snapshot().revision;
+            let is_blocked = |it: &Tracked| it.blocked.as_ref().is_some_and(|(blocked, _)| *blocked == at);
+            let leaving = self
+                .tracked
+                .iter()
+                .filter(|(key, it)| key.resource == resource && it.is_leaving && it.has_finalizer() && !is_blocked(it));
+            let leaving: Vec<Key> = leaving.map(|(key, _)| key.clone()).collect();
+            if leaving.is_empty() {
+                continue;
+            }
+            let is_decision = match self.is_served(resource).await {
+                Ok(is_decision) => is_decision,
+                Err(error) => {
+                    warn!(kind = resource.name(), error = format!("{error:#}"), "deletions wait");
+                    let first = || (Backoff::new(UNDECIDED.0, UNDECIDED.1), Instant::now());
+                    let (backoff, at) = self.undecided.entry(resource).or_insert_with(first);
+                    *at = Instant::now() + backoff.next_delay();
+                    continue;
+                }
+            };
+            self.undecided.remove(&resource);
+            let mut released = Vec::new();
+            for key in leaving {
+                match self.remove(&key, is_decision).await {
+                    Ok(true) => {}
+                    Ok(false) => continue,
+                    Err(error) => {
+                        outcome = Err(error);
+                        continue;
+                    }
+                }
+                if let Some(tracked) = self.tracked.get(&key).filter(|it| it.may_write(Instant::now())) {
+                    released.push((key, Write::release(tracked)));
+                }
+            }
+            let sent = self.send(released).await.1;
+            outcome = outcome.and(sent);
         }
+        outcome
+    }
+
+    /// Removes what the hub has for a custom resource. False: it must not be released yet.
+    async fn remove(&mut self, key: &Key, is_decision: bool) -> anyhow::Result<bool> {
+        if !is_decision {
+            let definition = key.resource.definition();
+            warn!(object = %key, definition, "definition is being deleted: the object stays in force");
+            return Ok(true);
+        }
+        let edit = match (key.resource, key.object()) {
+            (Resource::ClusterSet, _) => return self.unconfigure(key).await.map(|()| true),
+            (Resource::ClusterJoinToken, _) => return self.revoke(key).await.map(|()| true),
+            (Resource::MemberCluster, _) => OperatorEdit::RemoveCluster(Arc::clone(&key.name)),
+            (_, Some(id)) if self.registry.snapshot().objects.contains_key(&id) => OperatorEdit::Delete(id),
+            _ => return Ok(true),
+        };
+        let outcome =
+            self.administration.operate(&[edit]).await.with_context(|| format!("delete {key} from the store"));
+        match outcome?.pop().unwrap_or(Err(ChangeError::Busy)) {
+            Ok(()) => {
+                info!(object = %key, "object deleted with its custom resource");
+                Ok(true)
+            }
+            Err(ChangeError::NotFound(_)) => Ok(true),
+            Err(ChangeError::Conflict(why)) => {
+                let at = self.registry.snapshot().revision;
+                self.tracked.get_mut(key).into_iter().for_each(|it| it.blocked = Some((at, why.clone())));
+                Ok(false)
+            }
+            Err(error) => Err(error).with_context(|| format!("delete {key} from the store")),
+        }
+    }
+
+    /// Whether a definition exists and stays: all objects are deleted with it, which is not the decision to delete a policy.
+    async fn is_served(&self, resource: Resource) -> anyhow::Result<bool> {
+        let api: Api<PartialObjectMeta<CustomResourceDefinition>> = Api::all(self.writer.client.clone());
+        let definition = resource.definition();
+        let found = answered(api.get_opt(&definition)).await;
+        let found = found.with_context(|| format!("read the CustomResourceDefinition {definition}"))?;
+        Ok(found.is_some_and(|it| it.metadata.deletion_timestamp.is_none()))
     }
 }

@@ -4,26 +4,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hanse_protocol::reason::words::Words;
-use hanse_store::Revision;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use k8s_openapi::jiff::Timestamp;
-use serde::Serialize;
 use serde_json::Value;
 
+use super::condition::{Answer, Refusal, Written, clipped, conditions, json};
 use crate::custom_resources::{
-    ClusterEnforcement, Condition, MAX_CLUSTERS, MAX_MESSAGE, NetworkSetStatus, PolicyStatus, StagedPolicyStatus,
-    TierStatus,
+    ClusterEnforcement, MAX_CLUSTERS, NetworkSetStatus, PolicyStatus, StagedPolicyStatus, TierStatus,
 };
 use crate::manifest::{Kind, ObjectId};
 use crate::registry::{Acceptance, Snapshot};
-use crate::status::{ObjectState, ObjectStatus, Realisations, Reasons};
-
-/// Why the hub does not accept an object.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
-    pub reason: &'static str,
-    pub message: String,
-}
+use crate::status::{ObjectState, ObjectStatus, Realisation, Realisations, Reasons};
 
 /// What is known of one custom resource.
 #[derive(Debug, Clone, Copy)]
@@ -40,72 +29,26 @@ pub struct Facts<'a> {
 
 /// The hub's state, for all objects of one pass.
 pub struct State<'a> {
-    snapshot: &'a Snapshot,
+    pub snapshot: &'a Snapshot,
     realisations: &'a dyn Realisations,
-    /// The revision that each cluster has received.
-    received: BTreeMap<Arc<str>, Revision>,
+    pub clusters: BTreeMap<Arc<str>, Realisation>,
     /// The number of policies of each tier.
     policies: BTreeMap<Arc<str>, i64>,
 }
 
-/// How a status differs from the one before.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Difference {
-    None,
-    /// Counts, or reasons of clusters.
-    Counts,
-    /// The state or the reason of a condition, or the answer of the hub to this version.
-    Conditions,
-}
-
-struct Answer {
-    kind: &'static str,
-    status: &'static str,
-    reason: String,
-    message: String,
-}
-
-impl Answer {
-    fn new(kind: &'static str, is: bool, reason: &str, message: impl Into<String>) -> Self {
-        let status = if is { "True" } else { "False" };
-        Self { kind, status, reason: reason.to_owned(), message: clipped(&message.into()) }
-    }
-}
-
-fn clipped(text: &str) -> String {
-    match text.char_indices().nth(MAX_MESSAGE - 1) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
-}
-
 impl<'a> State<'a> {
     pub fn new(snapshot: &'a Snapshot, realisations: &'a dyn Realisations) -> Self {
-        let received = realisations.clusters().into_iter().map(|(name, it)| (name, it.received_revision)).collect();
         let mut policies = BTreeMap::new();
         for tier in snapshot.objects.values().filter_map(|object| object.tier()) {
             *policies.entry(tier).or_default() += 1;
         }
-        Self { snapshot, realisations, received, policies }
+        Self { snapshot, realisations, clusters: realisations.clusters(), policies }
     }
 
     /// The status of an object. Of conditions that `old` has in the same state, the time is kept.
-    pub fn status(&self, id: &ObjectId, facts: Facts<'_>, old: Option<&Value>) -> Value {
+    pub fn status(&self, id: &ObjectId, facts: Facts<'_>, old: &Written) -> Value {
         let observed_generation = facts.generation;
-        let acceptance = self.snapshot.acceptance(id);
-        let accepted = match (facts.refusal, &acceptance) {
-            (Some(Refusal { reason, message }), _) => Answer::new("Accepted", false, reason, message),
-            (None, _) if !facts.is_stored => {
-                Answer::new("Accepted", false, "Pending", "the hub has not stored this version yet")
-            }
-            (None, Some(Acceptance::Accepted)) => {
-                Answer::new("Accepted", true, "Accepted", "the hub uses this version")
-            }
-            (None, Some(other)) => {
-                Answer::new("Accepted", false, other.reason().unwrap_or("NotAccepted"), other.to_string())
-            }
-            (None, None) => Answer::new("Accepted", false, "Pending", "the hub has not stored this version yet"),
-        };
+        let accepted = self.accepted(id, facts);
         let is_accepted = accepted.status == "True";
         let mut answers = vec![accepted];
         if let Some(why) = facts.blocked {
@@ -138,10 +81,26 @@ impl<'a> State<'a> {
                 let nets = i64::try_from(facts.nets).unwrap_or(i64::MAX);
                 json(&NetworkSetStatus { observed_generation, conditions, nets })
             }
+            // The status of a cluster is computed elsewhere.
             Kind::Tier | Kind::MemberCluster => {
                 let policies = self.policies.get(&id.name).copied().unwrap_or_default();
                 json(&TierStatus { observed_generation, conditions, policies })
             }
+        }
+    }
+
+    /// Whether the hub uses this version.
+    pub fn accepted(&self, id: &ObjectId, facts: Facts<'_>) -> Answer {
+        let acceptance = self.snapshot.acceptance(id);
+        match (facts.refusal, &acceptance) {
+            (Some(Refusal { reason, message }), _) => Answer::new("Accepted", false, reason, message),
+            (None, Some(Acceptance::Accepted)) if facts.is_stored => {
+                Answer::new("Accepted", true, "Accepted", "the hub uses this version")
+            }
+            (None, Some(other)) if facts.is_stored => {
+                Answer::new("Accepted", false, other.reason().unwrap_or("NotAccepted"), other.to_string())
+            }
+            (None, _) => Answer::new("Accepted", false, "Pending", "the hub has not stored this version yet"),
         }
     }
 
@@ -162,7 +121,7 @@ impl<'a> State<'a> {
         let has = |cluster: &Arc<str>, status: &ObjectStatus| match id.kind {
             // Evaluated, not only received.
             Kind::StagedFederatedNetworkPolicy => status.state == ObjectState::Enforced,
-            _ => self.received.get(cluster).is_some_and(|at| *at >= needed),
+            _ => self.clusters.get(cluster).is_some_and(|it| it.received_revision >= needed),
         };
         let mut missing = clusters.iter().filter(|(cluster, status)| !has(cluster, status)).map(|(cluster, _)| cluster);
         match (missing.next(), clusters.len()) {
@@ -240,74 +199,13 @@ fn of_clusters(clusters: &BTreeMap<Arc<str>, ObjectStatus>) -> Vec<ClusterEnforc
     all
 }
 
-fn conditions(answers: Vec<Answer>, generation: i64, old: Option<&Value>) -> Vec<Condition> {
-    let now = Timestamp::now();
-    let condition = |Answer { kind, status, reason, message }: Answer| {
-        let before = of_kind(old, kind).filter(|it| it["status"] == status);
-        let since = before.and_then(|it| serde_json::from_value(it["lastTransitionTime"].clone()).ok());
-        Condition {
-            kind: kind.to_owned(),
-            status: status.to_owned(),
-            observed_generation: Some(generation),
-            last_transition_time: since.unwrap_or(Time(now)),
-            reason,
-            message,
-        }
-    };
-    answers.into_iter().map(condition).collect()
-}
-
-fn of_kind<'a>(status: Option<&'a Value>, kind: &str) -> Option<&'a Value> {
-    status?.get("conditions")?.as_array()?.iter().find(|it| it["type"] == kind)
-}
-
-fn json<T: Serialize>(status: &T) -> Value {
-    serde_json::to_value(status).expect("a status is JSON")
-}
-
-/// Why the hub does not accept an object, as its status says.
-pub fn refusal(status: &Value) -> Option<(&str, &str)> {
-    let condition =
-        of_kind(Some(status), "Accepted").filter(|it| it["status"] == "False" && it["reason"] != "Pending")?;
-    Some((condition["reason"].as_str()?, condition["message"].as_str()?))
-}
-
-/// Compares two statuses. Messages about clusters contain ages, which are not a difference.
-pub fn compare(old: Option<&Value>, new: &Value) -> Difference {
-    let Some(old) = old.filter(|old| old.is_object()) else { return Difference::Conditions };
-    let states = |status: &Value| -> BTreeMap<String, [Value; 4]> {
-        let of = |it: &Value| {
-            // The hub's answer to this version; other messages are about clusters.
-            let is_answer = it["type"] == "Accepted" || it["type"] == "Terminating";
-            let message = if is_answer { it["message"].clone() } else { Value::Null };
-            let fields = [it["status"].clone(), it["reason"].clone(), it["observedGeneration"].clone(), message];
-            (it["type"].to_string(), fields)
-        };
-        status["conditions"].as_array().into_iter().flatten().map(of).collect()
-    };
-    if old["observedGeneration"] != new["observedGeneration"] || states(old) != states(new) {
-        return Difference::Conditions;
-    }
-    let without_words = |status: &Value| {
-        let mut status = status.clone();
-        for list in ["conditions", "clusters"] {
-            for item in status.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
-                let fields = item.as_object_mut().into_iter();
-                fields.for_each(|it| it.retain(|name, _| name != "message" && name != "lastTransitionTime"));
-            }
-        }
-        status.sort_all_objects();
-        status
-    };
-    if without_words(old) == without_words(new) { Difference::None } else { Difference::Counts }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use hanse_protocol::reason::Reason;
 
+    use super::super::allowance::Urgency;
     use super::*;
 
     fn status(clusters: &[(&str, ObjectState, u32)]) -> Value {
@@ -316,7 +214,7 @@ mod tests {
             (Arc::from(*name), status)
         };
         let clusters: BTreeMap<Arc<str>, ObjectStatus> = clusters.iter().map(of).collect();
-        let conditions = conditions(vec![enforced(true, Some(&clusters))], 1, None);
+        let conditions = conditions(vec![enforced(true, Some(&clusters))], 1, &Written::default());
         json(&PolicyStatus {
             observed_generation: 1,
             conditions,
@@ -333,7 +231,7 @@ mod tests {
     fn enforced_only_where_every_cluster_enforces() {
         let check = |clusters: &[(&str, ObjectState, u32)], expected: (&str, &str)| {
             let status = status(clusters);
-            let condition = of_kind(Some(&status), "Enforced").expect("a condition");
+            let condition = &status["conditions"][0];
             assert_eq!(
                 (condition["status"].as_str(), condition["reason"].as_str()),
                 (Some(expected.0), Some(expected.1))
@@ -349,12 +247,35 @@ mod tests {
     #[test]
     fn ages_are_not_a_difference() {
         let lagging = |seconds, nodes| status(&[("a", silent(seconds), nodes)]);
+        let difference = |old: &Value, new: &Value| Written::of(Some(old)).difference(&Written::of(Some(new)));
         let before = lagging(40, 0);
-        assert_eq!(compare(None, &before), Difference::Conditions);
-        assert_eq!(compare(Some(&before), &before), Difference::None);
+        let enforced = status(&[("a", ObjectState::Enforced, 3)]);
+        assert_eq!(Written::default().difference(&Written::of(Some(&before))), Some(Urgency::Condition));
+        assert_eq!(difference(&before, &before), None);
         assert_ne!(lagging(40, 0)["clusters"], lagging(99, 0)["clusters"], "the message has the age");
-        assert_eq!(compare(Some(&before), &lagging(99, 0)), Difference::None);
-        assert_eq!(compare(Some(&before), &lagging(40, 1)), Difference::Counts);
-        assert_eq!(compare(Some(&before), &status(&[("a", ObjectState::Enforced, 3)])), Difference::Conditions);
+        assert_eq!(difference(&before, &lagging(99, 0)), None);
+        assert_eq!(difference(&before, &lagging(40, 1)), Some(Urgency::Counts));
+        assert_eq!(difference(&before, &enforced), Some(Urgency::Condition));
+        assert_eq!(difference(&enforced, &before), Some(Urgency::Worse));
+    }
+
+    #[test]
+    fn version_is_pending_until_the_hub_has_stored_it() {
+        let manifest = br#"{"apiVersion":"hanse.dev/v1alpha1","kind":"Tier","metadata":{"name":"t"}}"#;
+        let id = ObjectId { kind: Kind::Tier, name: "t".into() };
+        let key = crate::registry::key(&["object", "Tier", "t"]).expect("a key");
+        let mut snapshot = Snapshot::default();
+        snapshot.preview(&hanse_store::Transaction::default().put(key, &manifest[..]));
+        let state = State::new(&snapshot, &crate::status::NoRealisations);
+        let accepted = |is_stored, refusal: Option<&Refusal>| {
+            let facts = Facts { generation: 2, is_stored, refusal, blocked: None, nets: 0 };
+            let answer = state.accepted(&id, facts);
+            (answer.status, answer.reason)
+        };
+        assert_eq!(accepted(true, None), ("True", "Accepted".to_owned()));
+        // An earlier version is stored, and the store refuses writes.
+        assert_eq!(accepted(false, None), ("False", "Pending".to_owned()));
+        let refusal = Refusal { reason: "Invalid", message: "no".to_owned() };
+        assert_eq!(accepted(false, Some(&refusal)), ("False", "Invalid".to_owned()));
     }
 }

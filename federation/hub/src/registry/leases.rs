@@ -58,19 +58,21 @@ impl Registry {
     }
 
     async fn begin_or_renew(&self, cluster: &Arc<str>) -> Result<(), ChangeError> {
-        if let Some(lease) = self.snapshot().lease_of(cluster) {
+        let time = self.lease_time();
+        let is_current = |seconds: Option<u64>| seconds.is_none_or(|it| it == time.as_secs());
+        if let Some((lease, _)) = self.snapshot().lease_of(cluster).filter(|(_, seconds)| is_current(*seconds)) {
             match self.shared.store.renew_lease(lease).await {
                 Err(StoreError::NoLease(_)) => {}
                 outcome => return self.checked(outcome),
             }
         }
-        let lease = self.checked(self.shared.store.grant_lease(self.shared.lease_time).await)?;
-        self.begin(cluster, lease).await
+        let lease = self.checked(self.shared.store.grant_lease(time).await)?;
+        self.begin(cluster, lease, time).await
     }
 
-    async fn begin(&self, cluster: &Arc<str>, lease: LeaseId) -> Result<(), ChangeError> {
+    async fn begin(&self, cluster: &Arc<str>, lease: LeaseId, time: Duration) -> Result<(), ChangeError> {
         let live = Transaction::default()
-            .put_with_lease(key(&["lease", cluster])?, Bytes::new(), lease)
+            .put_with_lease(key(&["lease", cluster])?, seconds_of(time), lease)
             .put(key(&["heard", cluster])?, Bytes::new())
             .delete(key(&["silent", cluster])?);
         let outcome = self.checked(self.shared.store.commit(live).await)?;
@@ -86,13 +88,14 @@ impl Registry {
         let missing: Vec<Arc<str>> = self.snapshot().unmarked_stale().cloned().collect();
         let count = missing.len();
         for cluster in missing {
-            let lease = self.checked(self.shared.store.grant_lease(self.shared.lease_time).await)?;
+            let time = self.lease_time();
+            let lease = self.checked(self.shared.store.grant_lease(time).await)?;
             let (live, silent) = (key(&["lease", &cluster])?, key(&["silent", &cluster])?);
             // Unless another replica has begun one, or has observed the end.
             let begin = Transaction::default()
                 .when(Compare::Absent(live.clone()))
                 .when(Compare::Absent(silent))
-                .put_with_lease(live, Bytes::new(), lease);
+                .put_with_lease(live, seconds_of(time), lease);
             if let Outcome::Committed(revision) = self.checked(self.shared.store.commit(begin).await)? {
                 self.shown(revision).await?;
             }
@@ -127,6 +130,11 @@ impl Registry {
     pub fn silent_for(&self, cluster: &str) -> Option<Duration> {
         self.shared.last_received.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).map(Instant::elapsed)
     }
+}
+
+/// The time of a lease, as the value of its entry: when the settings change, it is replaced.
+fn seconds_of(time: Duration) -> Bytes {
+    Bytes::from(time.as_secs().to_string())
 }
 
 async fn mark(store: &dyn Store, cluster: &str) -> Result<(), ChangeError> {

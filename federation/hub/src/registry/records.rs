@@ -20,6 +20,24 @@ pub struct TokenRecord {
     #[serde(default)]
     pub bound_key: Option<String>,
     pub created_by: String,
+    /// The ClusterJoinToken that requested it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub custom_resource: Option<CustomResource>,
+}
+
+/// The custom resource of a token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CustomResource {
+    pub uid: String,
+    /// The Secret was written. Otherwise, it may have been.
+    pub is_written: bool,
+}
+
+/// `meta/settings`: the settings of the ClusterSet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    #[serde(default)]
+    pub lease_seconds: Option<u64>,
 }
 
 /// `member/<cluster>`

@@ -10,7 +10,7 @@ use hanse_identity::keys::Certificate;
 use hanse_policy::inventory::Labels;
 use hanse_store::{Change, Entry, Event, LeaseId, Listing, Revision, Transaction};
 
-use super::records::{self, MemberRecord, MemberState, TokenRecord, UserRecord};
+use super::records::{self, MemberRecord, MemberState, Settings, TokenRecord, UserRecord};
 use crate::grants::MemberCluster;
 use crate::manifest::{self, Kind, ObjectId};
 
@@ -29,10 +29,12 @@ pub struct Snapshot {
     pub(crate) users: BTreeMap<Arc<str>, Arc<UserRecord>>,
     pub(crate) audit_number: u64,
     pub(crate) audit_revision: Revision,
+    /// Those of the ClusterSet, where an operator writes them.
+    pub(crate) settings: Option<Settings>,
     /// The clusters whose lease has ended while a hub ran.
     silent: BTreeSet<Arc<str>>,
-    /// The revision of each cluster's lease, and its number.
-    leases: BTreeMap<Arc<str>, (Revision, Option<LeaseId>)>,
+    /// Each cluster's lease.
+    leases: BTreeMap<Arc<str>, ClusterLease>,
     /// The revision at which each cluster first sent a message, or its lease last changed.
     first_received: BTreeMap<Arc<str>, Revision>,
     grants: BTreeMap<Arc<str>, Arc<Stored<MemberCluster>>>,
@@ -42,6 +44,15 @@ pub struct Snapshot {
 pub(crate) struct Stored<T> {
     pub(crate) record: T,
     pub(crate) revision: Revision,
+}
+
+/// The lease of a cluster.
+#[derive(Debug, Clone, Copy)]
+struct ClusterLease {
+    revision: Revision,
+    id: Option<LeaseId>,
+    /// Its time. `None`: written by an earlier version.
+    seconds: Option<u64>,
 }
 
 /// One cluster: its registration, its MemberCluster and its lease in one.
@@ -178,7 +189,7 @@ impl Snapshot {
             let part = |of: Option<Revision>| of.unwrap_or_default();
             let mut revision = part(snapshot.members.get(&name).map(|m| m.revision))
                 .max(part(snapshot.grants.get(&name).map(|g| g.revision)))
-                .max(part(snapshot.leases.get(&name).map(|lease| lease.0)))
+                .max(part(snapshot.leases.get(&name).map(|lease| lease.revision)))
                 .max(part(snapshot.first_received.get(&name).copied()));
             if let Some(cluster) = snapshot.clusters.get_mut(&name) {
                 // The end of a lease leaves no entry with its revision: the newest revision is late enough.
@@ -205,7 +216,11 @@ impl Snapshot {
             }
             ["lease", name] => {
                 // The end of a lease is a change of the cluster too.
-                set(&mut self.leases, name, entry.map(|entry| (event.revision, entry.lease)));
+                let lease = |entry: &Entry| {
+                    let seconds = std::str::from_utf8(&entry.value).ok().and_then(|it| it.parse().ok());
+                    ClusterLease { revision: event.revision, id: entry.lease, seconds }
+                };
+                set(&mut self.leases, name, entry.map(lease));
                 self.merge(name, event.revision);
             }
             ["silent", name] => match entry {
@@ -248,6 +263,7 @@ impl Snapshot {
                 };
                 self.object_bytes -= old.map_or(0, |old| old.manifest.len());
             }
+            ["meta", "settings"] => self.settings = read(entry)?,
             ["meta", "audit"] => {
                 if let Some(entry) = entry {
                     let text = std::str::from_utf8(&entry.value).ok();
@@ -354,9 +370,9 @@ impl Snapshot {
         stale.map(|it| &it.name).filter(|name| !self.silent.contains(*name))
     }
 
-    /// The lease of a live cluster.
-    pub(crate) fn lease_of(&self, cluster: &str) -> Option<LeaseId> {
-        self.leases.get(cluster).and_then(|lease| lease.1)
+    /// The lease of a live cluster, and its time in seconds, where that is known.
+    pub(crate) fn lease_of(&self, cluster: &str) -> Option<(LeaseId, Option<u64>)> {
+        self.leases.get(cluster).and_then(|lease| Some((lease.id?, lease.seconds)))
     }
 
     /// The names of the accepted clusters whose labels `matches`.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use hanse_hub::custom_resources::{definitions, write};
+use hanse_hub::custom_resources::{Definition, definitions, write};
 use hanse_hub::manifest::Kind;
 use serde_json::Value;
 
@@ -18,21 +18,23 @@ const TAKEN: &[&str] = &[
 
 #[test]
 fn files_are_up_to_date() {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/crds");
-    write(&directory, true).expect("run `cargo xtask crds`");
+    let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy");
+    write(definitions(), &deploy.join("crds"), true).expect("run `cargo xtask crds`");
+    let of_chart = definitions().into_iter().map(Definition::kept_by_helm).collect();
+    write(of_chart, &deploy.join("chart/files/crds"), true).expect("run `cargo xtask crds`");
 }
 
 #[test]
 fn check_finds_a_file_that_differs_is_missing_or_is_left_over() {
     let directory = tempfile::tempdir().expect("a directory");
-    let check = || write(directory.path(), true).map_err(|error| error.to_string());
+    let check = || write(definitions(), directory.path(), true).map_err(|error| error.to_string());
     assert!(check().is_err_and(|error| error.contains("tiers.hanse.dev.yaml")), "missing");
-    write(directory.path(), false).expect("written");
+    write(definitions(), directory.path(), false).expect("written");
     check().expect("just written");
     let left_over = directory.path().join("old.yaml");
     std::fs::write(&left_over, "a: b\n").expect("written");
     assert!(check().is_err_and(|error| error.contains("old.yaml")));
-    write(directory.path(), false).expect("written");
+    write(definitions(), directory.path(), false).expect("written");
     assert!(!left_over.exists());
     let tiers = directory.path().join("tiers.hanse.dev.yaml");
     let text = std::fs::read_to_string(&tiers).expect("read").replace("Baseline", "Basement");
