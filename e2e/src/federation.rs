@@ -122,9 +122,7 @@ impl<'a> Federation<'a> {
             "persistence": { "enabled": false },
             "nodeSelector": { "kubernetes.io/hostname": first.name },
         });
-        // There is no kube-proxy: agents connect to the node of the member.
-        let host = first.addresses.first().context("a node has an address")?;
-        let agent = json!({ "enabled": true, "image": { "digest": DIGEST }, "member": { "host": host } });
+        let agent = json!({ "enabled": true, "image": { "digest": DIGEST } });
         let mut helm = server.helm()?;
         helm.args(["install", "hanse"]).arg(deploy().join("chart")).args(["--namespace", NAMESPACE]);
         for (key, value) in [("image", json!({ "registry": "registry.example" })), ("member", member), ("agent", agent)]

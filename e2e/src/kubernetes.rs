@@ -19,6 +19,7 @@ pub mod manifests;
 pub mod programs;
 mod scratch;
 pub mod server;
+pub mod services;
 
 use std::time::{Duration, Instant};
 

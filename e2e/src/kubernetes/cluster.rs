@@ -11,6 +11,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams};
 
 use super::kubelet::{Programs, title};
+use super::services::Services;
 use super::{ApiServer, Controllers, Etcd, Kubelet, Options, manifests, until};
 use crate::fabric::Fabric;
 use crate::namespace::Namespace;
@@ -24,8 +25,9 @@ const LOG_LINES: usize = 12;
 
 /// A running cluster; dropped, all of it ends.
 pub struct Cluster {
-    /// They end before their API server, whose end they would report.
+    /// Nodes end before their API server, whose end they would report.
     kubelets: BTreeMap<String, Kubelet>,
+    _services: Services,
     pub server: ApiServer,
     /// Of the administrator.
     pub client: kube::Client,
@@ -58,15 +60,24 @@ impl Cluster {
         let mut controllers = Controllers::start(&server).await?;
         controllers.start_scheduler(&server)?;
         let client = server.client().await?;
-        let mut kubelets = BTreeMap::new();
+        let (mut kubelets, mut networks) = (BTreeMap::new(), Vec::new());
         for node in &world.nodes {
             let network = fabric.shared_node(&world.name, &node.name);
             let network = network.with_context(|| format!("node {} is not in the fabric", node.name))?;
+            networks.push(Arc::clone(&network));
             let workload = Arc::new(Programs::new(programs, scratch));
             let kubelet = Kubelet::start_with(&server, network, node.into(), workload).await?;
             kubelets.insert(node.name.clone(), kubelet);
         }
-        Ok(Self { kubelets, server, client, scratch: scratch.to_owned(), _controllers: controllers })
+        let services = Services::start(&server, networks)?;
+        Ok(Self {
+            kubelets,
+            _services: services,
+            server,
+            client,
+            scratch: scratch.to_owned(),
+            _controllers: controllers,
+        })
     }
 
     pub fn name(&self) -> &str {

@@ -8,7 +8,11 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use hanse_e2e::sandbox;
+use hanse_e2e::fabric::{Fabric, ROUTER};
+use hanse_e2e::kubernetes::cluster::{Cluster, Endpoint};
+use hanse_e2e::kubernetes::{self, ApiServer, Etcd, Options, kubeconfig};
+use hanse_e2e::probe::Observed;
+use hanse_e2e::{go, sandbox, world};
 
 use crate::system::programs;
 
@@ -62,8 +66,10 @@ fn clone() -> tempfile::TempDir {
     std::fs::create_dir_all(clone.path().join("target")).expect("a folder");
     symlink(programs(), clone.path().join("target/debug")).expect("a link");
     std::fs::create_dir_all(clone.path().join("e2e")).expect("a folder");
-    let copied = Command::new("cp").arg("-r").arg(repository.join("demo")).arg(clone.path().join("e2e")).status();
-    assert!(copied.expect("cp").success());
+    for (from, to) in [("demo", "e2e"), ("../deploy", ".")] {
+        let copied = Command::new("cp").arg("-r").arg(repository.join(from)).arg(clone.path().join(to)).status();
+        assert!(copied.expect("cp").success());
+    }
     clone
 }
 
@@ -74,8 +80,8 @@ struct Ran {
     output: String,
 }
 
-/// Runs a section's commands in one shell. Files of the test are in a folder of their own.
-fn run(clone: &Path, title: &str) -> Vec<Ran> {
+/// Runs a section's commands in one shell, with further variables. Files of the test are in a folder of their own.
+fn run(clone: &Path, title: &str, variables: &[(&str, String)]) -> Vec<Ran> {
     let commands = commands(title);
     let files = tempfile::tempdir_in("/run").expect("a folder");
     let file = |at: usize, what: &str| files.path().join(format!("{at}.{what}"));
@@ -89,7 +95,7 @@ fn run(clone: &Path, title: &str) -> Vec<Ran> {
     std::fs::write(&path, script).expect("room");
     let mut shell = Command::new("timeout");
     shell.arg(PATIENCE_SECONDS.to_string()).arg("bash").arg(&path).current_dir(clone);
-    shell.env_remove("HANSE_CONTEXT").stdin(Stdio::null()).status().expect("bash");
+    shell.env_remove("HANSE_CONTEXT").envs(variables.iter().cloned()).stdin(Stdio::null()).status().expect("bash");
     let read = |at: usize, what: &str| std::fs::read_to_string(file(at, what)).unwrap_or_default();
     let ran = commands.into_iter().enumerate().map(|(at, command)| {
         let code = read(at, "code").trim().to_owned();
@@ -119,7 +125,7 @@ fn readme_walk_through_ends_in_enforced() {
         let clone = clone();
         let title = "Run a hub, a cluster and its nodes";
         let before = std::fs::read_dir(clone.path()).expect("the clone").count();
-        let ran = run(clone.path(), title);
+        let ran = run(clone.path(), title, &[]);
         let enforced = output(&ran, "hanse wait --for=enforced");
         assert!(enforced.contains("default-deny is enforced"), "{enforced}");
         let status = output(&ran, "hanse status");
@@ -134,8 +140,104 @@ fn readme_walk_through_ends_in_enforced() {
 fn readme_questions_are_answered() {
     sandbox::test("readme::readme_questions_are_answered", || {
         let clone = clone();
-        let ran = run(clone.path(), "Evaluate policy");
+        let ran = run(clone.path(), "Evaluate policy", &[]);
         assert!(output(&ran, "echo ").contains("deny: end of tier platform"), "{}", output(&ran, "echo "));
         assert!(output(&ran, "hanse policy diff").contains("TCP 9443"), "{}", output(&ran, "hanse policy diff"));
+    });
+}
+
+/// What a test cluster has not: a provisioner of volumes.
+const VOLUME: &str = "apiVersion: v1
+kind: PersistentVolume
+metadata: {name: one}
+spec: {capacity: {storage: 1Gi}, accessModes: [ReadWriteOnce], hostPath: {path: /one}}
+";
+const DIGEST: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+/// Clusters like those of a reader, with the demo's workloads.
+async fn clusters(fabric: &Fabric, scratch: &Path) -> (ApiServer, Vec<Cluster>) {
+    let etcd = Etcd::start().expect("etcd starts");
+    let address = ROUTER.parse().expect("an address");
+    let management = ApiServer::start(&etcd, Options::new("management").listen(address));
+    let workloads = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/kubernetes");
+    let start = async |world: world::Cluster| {
+        let (scratch, programs) = (scratch.join(&world.name), programs());
+        std::fs::create_dir(&scratch).expect("a folder");
+        let cluster = Cluster::start(&etcd, address, &world, fabric, &programs, &scratch).await.expect("it starts");
+        let text = std::fs::read_to_string(workloads.join(format!("{}.yaml", world.name))).expect("the workloads");
+        cluster.apply(&format!("{VOLUME}---\n{text}")).await.expect("they are applied");
+        cluster
+    };
+    let [train, prod] = worlds();
+    let (management, train, prod) = tokio::join!(management, start(train), start(prod));
+    (management.expect("it is ready"), vec![train, prod])
+}
+
+fn worlds() -> [world::Cluster; 2] {
+    [("train", 10), ("prod", 30)].map(|(name, number): (&str, u8)| {
+        let node = |of: u8| world::Node {
+            name: format!("node-{of}"),
+            addresses: vec![[192, 168, number, of].into()],
+            pod_ranges: vec![format!("10.{number}.{of}.0/24").parse().expect("a range")],
+        };
+        world::Cluster { name: name.to_owned(), directory: "".into(), nodes: vec![node(1), node(2)], pods: Vec::new() }
+    })
+}
+
+#[test]
+fn readme_policies_are_enforced_in_two_clusters() {
+    sandbox::test("readme::readme_policies_are_enforced_in_two_clusters", || {
+        let (clone, scratch) = (clone(), tempfile::tempdir_in("/run").expect("a folder"));
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(scratch.path(), open).expect("every user may enter");
+        let fabric = Fabric::build(&worlds()).expect("the network");
+        fabric.router().enter(|| {
+            kubernetes::run(async {
+                let (management, clusters) = clusters(&fabric, scratch.path()).await;
+                let servers = clusters.iter().map(|it| &it.server).chain([&management]);
+                let config = kubeconfig::merged(servers).expect("kubeconfigs");
+                let path = scratch.path().join("kubeconfig");
+                kubeconfig::write_private(&path, &config.to_string()).expect("written");
+                let tools = [kubernetes::programs::kubernetes("kubectl"), go::Program::Helm.build()];
+                let tools =
+                    tools.map(|tool| tool.expect("it is built").parent().expect("a folder").display().to_string());
+                let file = |name: &str| scratch.path().join(name).display().to_string();
+                let variables = [
+                    ("PATH", format!("{}:{}", tools.join(":"), std::env::var("PATH").unwrap_or_default())),
+                    ("KUBECONFIG", path.display().to_string()),
+                    ("KUBECACHEDIR", file("kubectl-cache")),
+                    ("HELM_CACHE_HOME", file("helm-cache")),
+                    ("HELM_CONFIG_HOME", file("helm-config")),
+                    ("HELM_DATA_HOME", file("helm-data")),
+                    ("HUB", ROUTER.to_owned()),
+                    ("REGISTRY", "registry.example".to_owned()),
+                    ("MEMBER_DIGEST", DIGEST.to_owned()),
+                    ("AGENT_DIGEST", DIGEST.to_owned()),
+                ];
+                let ran = run(clone.path(), "Enforce a policy in two clusters", &variables);
+                let table = output(&ran, "kubectl --context management get fnp");
+                let enforced = |line: &str| line.contains("2/2") && line.contains("4/4");
+                assert!(table.lines().count() > 5 && table.lines().skip(1).all(enforced), "{table}");
+
+                // Everything goes on when the shell has ended.
+                let pod = async |cluster: usize, namespace: &str, label: &str| -> Endpoint {
+                    let count = if label == "app=trainer" { 2 } else { 1 };
+                    clusters[cluster].ready(namespace, label, count).await.expect("it runs").remove(0)
+                };
+                let (trainer, registry) =
+                    (pod(0, "training", "app=trainer").await, pod(0, "registry", "app=model-registry").await);
+                let (vllm, gateway) = (pod(1, "inference", "app=vllm").await, pod(1, "edge", "app=gateway").await);
+                for (from, to, expected) in [
+                    (&trainer, &registry, Observed::Open),
+                    (&vllm, &registry, Observed::Open),
+                    (&gateway, &vllm, Observed::Open),
+                    (&gateway, &registry, Observed::Closed),
+                    (&registry, &trainer, Observed::Closed),
+                    (&trainer, &vllm, Observed::Closed),
+                ] {
+                    assert_eq!(from.observe(to), expected, "{} to {}", from.title(), to.title());
+                }
+            });
+        });
     });
 }

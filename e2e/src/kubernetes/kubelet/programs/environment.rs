@@ -4,18 +4,26 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use anyhow::{Context as _, bail};
+use k8s_openapi::api::core::v1::Service;
 use serde_json::Value;
 
 use super::super::workload::Start;
 use super::volumes::Reader;
 
-/// The variables of a container: where the API server is, those of `envFrom`, and those of `env`, which may use earlier ones.
+/// The variables of a container: where the API server is, the links of Services, those of `envFrom`, and those of `env`, which may use
+/// earlier ones.
 pub async fn variables(start: &Start<'_>, pod: &Value, container: &Value) -> anyhow::Result<BTreeMap<String, String>> {
     let reader = Reader::new(start, pod);
     let mut variables = BTreeMap::from([
         ("KUBERNETES_SERVICE_HOST".to_owned(), start.server.ip().to_string()),
         ("KUBERNETES_SERVICE_PORT".to_owned(), start.server.port().to_string()),
     ]);
+    if pod["spec"]["enableServiceLinks"] != false {
+        // The API server is reached where it listens, without a kube-proxy.
+        let services = reader.services().await?;
+        let others = services.iter().filter(|it| it.metadata.name.as_deref() != Some("kubernetes"));
+        others.for_each(|service| link(&mut variables, service));
+    }
     let list = |key: &str| container[key].as_array().into_iter().flatten();
     for from in list("envFrom") {
         let prefix = from["prefix"].as_str().unwrap_or_default();
@@ -44,6 +52,32 @@ pub async fn variables(start: &Start<'_>, pod: &Value, container: &Value) -> any
         variables.extend(value.map(|value| (name.to_owned(), value)));
     }
     Ok(variables)
+}
+
+/// The variables of a Service, by which a pod finds it without DNS.
+fn link(variables: &mut BTreeMap<String, String>, service: &Service) {
+    let spec = service.spec.as_ref();
+    let host = spec.and_then(|it| it.cluster_ip.as_deref()).filter(|it| !it.is_empty() && *it != "None");
+    let (Some(host), Some(name)) = (host, service.metadata.name.as_deref()) else { return };
+    let upper = |text: &str| text.to_uppercase().replace('-', "_");
+    let name = upper(name);
+    variables.insert(format!("{name}_SERVICE_HOST"), host.to_owned());
+    for (at, port) in spec.into_iter().flat_map(|it| it.ports.iter().flatten()).enumerate() {
+        let number = port.port.to_string();
+        let protocol = port.protocol.as_deref().unwrap_or("TCP");
+        let url = format!("{}://{host}:{number}", protocol.to_lowercase());
+        if at == 0 {
+            variables.insert(format!("{name}_SERVICE_PORT"), number.clone());
+            variables.insert(format!("{name}_PORT"), url.clone());
+        }
+        if let Some(port) = &port.name {
+            variables.insert(format!("{name}_SERVICE_PORT_{}", upper(port)), number.clone());
+        }
+        let prefix = format!("{name}_PORT_{number}_{protocol}");
+        let parts = [("PROTO", protocol.to_lowercase()), ("PORT", number), ("ADDR", host.to_owned())];
+        variables.extend(parts.map(|(part, value)| (format!("{prefix}_{part}"), value)));
+        variables.insert(prefix, url);
+    }
 }
 
 fn one(mut values: BTreeMap<String, Vec<u8>>, reference: &Value) -> anyhow::Result<Option<String>> {

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
-use k8s_openapi::api::core::v1::{ConfigMap, Secret, ServiceAccount};
-use kube::api::{Api, PostParams};
+use k8s_openapi::api::core::v1::{ConfigMap, Secret, Service, ServiceAccount};
+use kube::api::{Api, ListParams, PostParams};
 use serde_json::Value;
 
 use super::super::workload::Start;
@@ -59,6 +59,12 @@ impl<'a> Reader<'a> {
         let text = map.data.unwrap_or_default().into_iter().map(|(key, value)| (key, value.into_bytes()));
         let binary = map.binary_data.unwrap_or_default().into_iter().map(|(key, value)| (key, value.0));
         Ok(text.chain(binary).collect())
+    }
+
+    /// The Services of the pod's namespace.
+    pub async fn services(&self) -> anyhow::Result<Vec<Service>> {
+        let services = self.api().list(&ListParams::default()).await.context("list Services")?;
+        Ok(services.items)
     }
 
     /// A token of the pod's service account that ends with the pod.
