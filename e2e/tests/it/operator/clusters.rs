@@ -118,6 +118,16 @@ fn clusters_join_are_accepted_suspended_and_removed_by_their_custom_resource() {
         for action in ["cluster.accept", "cluster.suspend", "cluster.remove"] {
             assert!(audit.contains(action), "{action}: {audit}");
         }
+        // What its MemberCluster says precedes the token, from the first moment on.
+        world.patch("mc/west", &json!({"spec": {"acceptance": "Pending"}}));
+        world.until("it is stored", || world.hanse(&["get", "mc", "west", "-o", "json"]).1.contains("Pending")).await;
+        world.apply(&token("west-1", "west", ", accept: true"));
+        world.until_is("cjt/west-1", "Issued", ["True", "Issued"]).await;
+        let _west = world.member("west", &world.token("west-1"));
+        world.until_is("mc/west", "Accepted", ["False", "AwaitingAcceptance"]).await;
+        let (_, audit) = world.hanse(&["audit", "-o", "json", "--object", "cluster/west"]);
+        assert!(audit.contains("join") && !audit.contains("cluster.suspend"), "never accepted: {audit}");
+
         // The member that runs does not register again.
         world.until("it is refused", || east.log().contains("revoked") || east.log().contains("not admitted")).await;
         assert!(!east.has_ended() && !world.kubectl(&["get", "mc/east"]).0);

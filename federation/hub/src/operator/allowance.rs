@@ -12,6 +12,8 @@ use tokio::time::Instant;
 const EVERY: Duration = Duration::from_secs(60);
 /// Writes that are saved: those of a change from its acceptance to its enforcement, with one of a cluster that lags, and one kept.
 const BURST: u32 = 5;
+/// Of these, counts use what is above this number at once; then they wait for a minute.
+const FOR_CONDITIONS: u32 = 3;
 
 /// The writes that are left to an object.
 #[derive(Debug, Clone, Copy)]
@@ -25,7 +27,7 @@ pub struct Allowance {
 /// How urgent a write is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Urgency {
-    /// Counts: once a minute.
+    /// Counts, revisions and digests.
     Counts,
     /// A condition changes.
     Condition,
@@ -58,6 +60,7 @@ impl Allowance {
     pub fn permits(&mut self, urgency: Urgency, now: Instant) -> bool {
         self.saved(now);
         match urgency {
+            Urgency::Counts if self.left > FOR_CONDITIONS => true,
             Urgency::Counts => self.left > 1 && self.written.is_none_or(|at| now.duration_since(at) >= EVERY),
             Urgency::Condition => self.left > 1,
             Urgency::Worse => self.left > 0,
@@ -97,7 +100,7 @@ mod tests {
 
     #[test]
     fn at_most_one_write_a_minute_after_a_burst() {
-        assert_eq!(writes(6, |_| Urgency::Counts), [1; 6]);
+        assert_eq!(writes(6, |_| Urgency::Counts), [2, 1, 1, 1, 1, 1]);
         assert_eq!(writes(6, |_| Urgency::Condition), [4, 1, 1, 1, 1, 1]);
         let flapping = writes(60, |second| if second % 2 == 0 { Urgency::Worse } else { Urgency::Condition });
         assert_eq!(flapping[0], BURST);

@@ -133,12 +133,14 @@ impl Reconciler {
         self.tracked.insert(key, tracked.follow(before));
     }
 
-    /// Whether the objects of a kind are known. Policies wait for the list of tiers, and all wait for the defaults of the ClusterSet.
+    /// Whether the objects of a kind are known. Policies wait for the list of tiers, and what has defaults for that of the ClusterSet.
     fn is_ready(&self, resource: Resource) -> bool {
-        let needs = |needed| self.listed.contains(&needed);
-        needs(resource)
-            && needs(Resource::ClusterSet)
-            && (!resource.kind().is_some_and(Kind::is_policy) || needs(Resource::Tier))
+        let needs = match resource {
+            Resource::FederatedNetworkPolicy | Resource::StagedFederatedNetworkPolicy => Some(Resource::Tier),
+            Resource::MemberCluster | Resource::ClusterJoinToken => Some(Resource::ClusterSet),
+            Resource::ClusterSet | Resource::Tier | Resource::FederatedNetworkSet => None,
+        };
+        self.listed.contains(&resource) && needs.is_none_or(|needed| self.listed.contains(&needed))
     }
 
     /// Objects in the order in which they are applied.
