@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::chart;
 
 mod clusters;
+mod command;
 mod refusals;
 mod rights;
 mod writes;

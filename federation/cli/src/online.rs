@@ -18,6 +18,7 @@ pub mod audit;
 pub mod cluster;
 pub mod describe;
 pub mod kind;
+mod management;
 mod manifest;
 pub mod node;
 pub mod object;

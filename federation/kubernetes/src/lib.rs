@@ -1,4 +1,4 @@
-//! Access to the API server of a cluster, for the hub's operator and for members.
+//! Access to the API server of a cluster, for the hub's operator, for members and for `hanse`.
 //!
 //! A crate of its own, so that only the programs that need it depend on the client.
 

@@ -17,6 +17,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::kind::{KINDS, kind_of, name_of, split};
+use super::management::{self, Applied, Management};
 use super::manifest::{REVISION, put_revision, summary, take_revision};
 use super::{CallError, call, with_client};
 use crate::completion;
@@ -44,6 +45,8 @@ pub struct Apply {
     /// Accept policies whose tier does not exist. They take effect when the tier is created.
     #[arg(long)]
     allow_missing_tier: bool,
+    #[command(flatten)]
+    management: Management,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -73,8 +76,10 @@ pub struct Get {
     #[arg(short, long = "filename", value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Print the objects, then each change, until interrupted.
-    #[arg(short, long, conflicts_with = "files")]
+    #[arg(short, long, conflicts_with_all = ["files", "kubeconfig"])]
     watch: bool,
+    #[command(flatten)]
+    management: Management,
     #[arg(short, long, value_enum, default_value_t)]
     output: ListFormat,
 }
@@ -97,6 +102,8 @@ pub struct Delete {
     /// Treat absent objects as deleted.
     #[arg(long)]
     ignore_not_found: bool,
+    #[command(flatten)]
+    management: Management,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -358,6 +365,11 @@ impl From<&Written> for Awaited {
 }
 
 impl Awaited {
+    fn done(self, result: &'static str, revision: Option<u64>, dry_run: bool) -> Outcome {
+        let Self { kind, name, place, .. } = self;
+        Outcome { kind, name, result, dry_run, revision, error: None, warnings: Vec::new(), place }
+    }
+
     fn failed(self, error: &anyhow::Error) -> Outcome {
         let Self { kind, name, place, .. } = self;
         let error = Some(format!("{error:#}"));
@@ -437,6 +449,9 @@ impl Apply {
         anyhow::ensure!(!objects.is_empty(), "no objects of the federation (hanse.dev) found in the manifests");
         let awaited = objects.iter().map(Awaited::from).collect();
         let dry_run = self.dry_run;
+        if let Some(access) = self.management.access() {
+            return self.apply_to(&access, objects);
+        }
         let requests = objects.into_iter().map(|object| pb::ApplyRequest {
             manifest: object.json.into(),
             precondition: object.revision.map(pb::apply_request::Precondition::Revision),
@@ -473,6 +488,48 @@ impl Apply {
     }
 }
 
+/// Reports the results of all objects, which `each` returns one by one.
+fn report_all<T>(format: Format, verb: &str, objects: Vec<T>, each: impl Fn(T) -> Outcome) -> anyhow::Result<ExitCode> {
+    let total = objects.len();
+    let (mut outcomes, mut printed) = (Vec::with_capacity(total), Ok(()));
+    for object in objects {
+        let outcome = each(object);
+        if printed.is_ok() || outcome.error.is_some() {
+            printed = printed.and(outcome.report(format));
+        }
+        outcomes.push(outcome);
+    }
+    if format == Format::Table && total > 1 && printed.is_ok() {
+        printed = output::line(summary_of(verb, &outcomes));
+    }
+    output::exit(printed, conclude(format, &outcomes))
+}
+
+impl Apply {
+    /// To the management API server.
+    fn apply_to(&self, access: &hanse_kubernetes::Access, objects: Vec<Written>) -> anyhow::Result<ExitCode> {
+        management::with(access, async |server| {
+            let mut results = Vec::with_capacity(objects.len());
+            for object in objects {
+                let applied =
+                    server.apply(object.kind, &object.name, &object.json, object.revision, self.dry_run).await;
+                results.push((Awaited::from(&object), applied));
+            }
+            report_all(self.output, "applied", results, |(object, applied)| match applied {
+                Ok((applied, revision)) => {
+                    let result = match applied {
+                        Applied::Created => "created",
+                        Applied::Configured => "configured",
+                        Applied::Unchanged => "unchanged",
+                    };
+                    object.done(result, revision, self.dry_run)
+                }
+                Err(error) => object.failed(&error),
+            })
+        })
+    }
+}
+
 impl Get {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         let (kind_word, name) = match &self.kind {
@@ -498,7 +555,45 @@ impl Get {
             anyhow::ensure!(!wanted.is_empty(), "no objects of the federation (hanse.dev) found in the manifests");
         }
         let mut absent = Vec::new();
-        let mut objects = with_client(context, async |mut client| {
+        let mut objects = if let Some(access) = self.management.access() {
+            management::with(&access, async |server| {
+                let mut objects = Vec::new();
+                for (kind, name) in &wanted {
+                    let found = server.get(*kind, name.as_deref()).await?;
+                    if let (true, Some(kind), Some(name)) = (found.is_empty(), kind, name) {
+                        absent.push(format!("{}/{name} not found", name_of((*kind).into())));
+                    }
+                    objects.extend(found);
+                }
+                Ok(objects)
+            })?
+        } else {
+            self.read_from_hub(context, wanted, &mut absent)?
+        };
+        let one = name.is_some();
+        if let ([only], true) = (&absent[..], one) {
+            bail!("{only}; `hanse get {kind_word}` lists all");
+        }
+        objects.sort_by_cached_key(|object| {
+            (KINDS.iter().position(|(.., kind)| *kind as i32 == object.kind), object.name.clone())
+        });
+        let found = objects.len();
+        let printed = self.show(objects, one);
+        absent.iter().for_each(output::note);
+        if !absent.is_empty() {
+            let total = output::count(found + absent.len(), "object");
+            output::error(&anyhow::anyhow!("{} of {total} not found", absent.len()), 1);
+        }
+        output::exit(printed, !absent.is_empty())
+    }
+
+    fn read_from_hub(
+        &self,
+        context: Option<&Path>,
+        wanted: Vec<(Option<pb::ObjectKind>, Option<String>)>,
+        absent: &mut Vec<String>,
+    ) -> anyhow::Result<Vec<pb::Object>> {
+        with_client(context, async |mut client| {
             if wanted.len() > MANY {
                 // One call for all objects is cheaper than a call for each.
                 let found = call(client.get(pb::GetRequest::default())).await?.objects;
@@ -525,22 +620,7 @@ impl Get {
                 objects.extend(found);
             }
             Ok(objects)
-        })?;
-        let one = name.is_some();
-        if let ([only], true) = (&absent[..], one) {
-            bail!("{only}; `hanse get {kind_word}` lists all");
-        }
-        objects.sort_by_cached_key(|object| {
-            (KINDS.iter().position(|(.., kind)| *kind as i32 == object.kind), object.name.clone())
-        });
-        let found = objects.len();
-        let printed = self.show(objects, one);
-        absent.iter().for_each(output::note);
-        if !absent.is_empty() {
-            let total = output::count(found + absent.len(), "object");
-            output::error(&anyhow::anyhow!("{} of {total} not found", absent.len()), 1);
-        }
-        output::exit(printed, !absent.is_empty())
+        })
     }
 
     fn show(&self, objects: Vec<pb::Object>, one: bool) -> anyhow::Result<()> {
@@ -596,6 +676,30 @@ impl Get {
 }
 
 impl Delete {
+    /// From the management API server.
+    fn delete_from(
+        &self,
+        access: &hanse_kubernetes::Access,
+        objects: Vec<(pb::ObjectKind, Awaited)>,
+    ) -> anyhow::Result<ExitCode> {
+        management::with(access, async |server| {
+            let mut results = Vec::with_capacity(objects.len());
+            for (kind, object) in objects {
+                let deleted = server.delete(kind, &object.name).await;
+                results.push((object, deleted));
+            }
+            report_all(self.output, "deleted", results, |(object, deleted)| match deleted {
+                Ok(true) => object.done("deleted", None, false),
+                Ok(false) if self.ignore_not_found => object.done("absent", None, false),
+                Ok(false) => {
+                    let error = anyhow::anyhow!("{}/{} not found", object.kind, object.name);
+                    object.failed(&error)
+                }
+                Err(error) => object.failed(&error),
+            })
+        })
+    }
+
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         let mut objects: Vec<(pb::ObjectKind, Awaited)> = Vec::new();
         if let Some(kind) = &self.kind {
@@ -608,6 +712,9 @@ impl Delete {
             let named = read(&self.files, Format::Table)?.into_iter().rev();
             objects.extend(named.map(|object| (object.kind, Awaited { revision: None, ..Awaited::from(&object) })));
             anyhow::ensure!(!objects.is_empty(), "no objects of the federation (hanse.dev) found in the manifests");
+        }
+        if let Some(access) = self.management.access() {
+            return self.delete_from(&access, objects);
         }
         let request = |(kind, object): &(pb::ObjectKind, Awaited)| pb::DeleteRequest {
             kind: (*kind).into(),

@@ -189,7 +189,8 @@ impl Administration {
         if let Some(kind) = kind.filter(|kind| self.operated.contains(kind)) {
             let kind = kind.name();
             sent.edit = Err(format!(
-                "kind: the operator of this hub reconciles {kind}: use `kubectl apply` and `kubectl delete` with the management cluster"
+                "kind: the operator of this hub reconciles {kind}: use kubectl with the management cluster, or this command with \
+                 --kubeconfig FILE"
             ));
         }
         sent
