@@ -35,6 +35,8 @@ pub use self::forgetting::{forget, kept_objects};
 const WAIT: Duration = Duration::from_millis(100);
 /// Changes that follow the first one within this time belong to the same poll.
 const GATHER: Duration = Duration::from_millis(20);
+/// The same where changes have come within this time before: a poll costs the same for one change and for many.
+const GATHER_MANY: Duration = Duration::from_millis(100);
 /// Events of one poll, about.
 const MAX_EVENTS: usize = 10_000;
 /// A collection that has been read is reported as failing after this time: a restart of the API server is not a problem.
@@ -49,6 +51,8 @@ pub struct Kubernetes {
     requests: Requests,
     /// All collections were read, or their last good state was restored.
     is_synced: bool,
+    /// When changes were received last.
+    received_at: Option<Instant>,
 }
 
 /// The state of one collection.
@@ -84,24 +88,30 @@ impl Kubernetes {
         runtime.spawn(start(access, sender));
         let status = |collection: &Collection| (collection.name(), Status::new(*collection));
         let collections = COLLECTIONS.iter().chain([&DEFINITIONS]).map(status).collect();
-        Ok(Self { runtime, reports, collections, requests: Requests::new(data), is_synced: false })
+        Ok(Self { runtime, reports, collections, requests: Requests::new(data), is_synced: false, received_at: None })
     }
 
     /// The reports of the next moment; empty if there are none.
     fn receive(&mut self) -> Vec<Report> {
         let reports = &mut self.reports;
-        self.runtime.block_on(async {
+        let is_busy = self.received_at.is_some_and(|at| at.elapsed() < GATHER_MANY);
+        let gather = if is_busy { GATHER_MANY } else { GATHER };
+        let received = self.runtime.block_on(async {
             let mut received = Vec::new();
             let Ok(Some(first)) = tokio::time::timeout(WAIT, reports.recv()).await else { return received };
             received.push(first);
-            let gathered = tokio::time::Instant::now() + GATHER;
+            let gathered = tokio::time::Instant::now() + gather;
             while received.len() < MAX_EVENTS
                 && let Ok(Some(report)) = tokio::time::timeout_at(gathered, reports.recv()).await
             {
                 received.push(report);
             }
             received
-        })
+        });
+        if !received.is_empty() {
+            self.received_at = Some(Instant::now());
+        }
+        received
     }
 
     fn take_state(&mut self, of: &Collection, state: State, events: &mut Vec<Event>) {

@@ -7,9 +7,10 @@ use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use hanse_runtime::retry::Backoff;
 use kube::api::{ListParams, WatchEvent, WatchParams};
-use kube::core::Status;
+use kube::core::{ObjectList, Status};
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
+use tokio::task::JoinSet;
 
 use hanse_kubernetes::message;
 
@@ -53,11 +54,13 @@ pub struct Failure {
 }
 
 /// Follows a collection for ever. Continues a broken watch at its last position, and lists again where that is no longer possible.
-pub struct Follower<K> {
+pub struct Follower<K: Clone> {
     api: Api<K>,
     /// Objects of one page.
     page: u32,
     state: State<K>,
+    /// The request of the next page, which the API server answers while the page before it is read.
+    ahead: JoinSet<Result<ObjectList<K>, Problem>>,
     backoff: Backoff,
     /// After a failure.
     delay: Option<Duration>,
@@ -106,6 +109,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
             api,
             page,
             state: State::Start,
+            ahead: JoinSet::new(),
             backoff,
             delay: None,
             is_paged: true,
@@ -135,16 +139,19 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
     async fn advance(&mut self) -> Option<Step<K>> {
         match &mut self.state {
             State::Start => {
+                self.ahead.abort_all();
+                self.ahead = JoinSet::new();
                 self.state = State::Listing { next: None };
                 Some(Step::Begin)
             }
             State::Listing { next } => {
-                let parameters = ListParams {
-                    limit: self.is_paged.then_some(self.page),
-                    continue_token: next.clone(),
-                    ..ListParams::default()
+                let page = match self.ahead.join_next().await {
+                    Some(Ok(page)) => page,
+                    // There is none, or it has panicked.
+                    None | Some(Err(_)) => {
+                        request(self.api.clone(), self.is_paged.then_some(self.page), next.clone()).await
+                    }
                 };
-                let page = within(LIST_WITHIN, self.api.list(&parameters)).await;
                 self.take_page(page)
             }
             State::Listed { version } => {
@@ -203,13 +210,19 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follower<K
         }
     }
 
-    fn take_page(&mut self, page: Result<kube::core::ObjectList<K>, Problem>) -> Option<Step<K>> {
+    fn take_page(&mut self, page: Result<ObjectList<K>, Problem>) -> Option<Step<K>> {
         match page {
             Ok(page) => {
                 self.has_followed = false;
                 let text = |text: Option<String>| text.filter(|text| !text.is_empty());
                 self.state = match (text(page.metadata.continue_), text(page.metadata.resource_version)) {
-                    (Some(next), _) => State::Listing { next: Some(next) },
+                    (Some(next), _) => {
+                        // Two pages of large objects would take too much memory.
+                        if self.page == PAGE {
+                            self.ahead.spawn(request(self.api.clone(), Some(PAGE), Some(next.clone())));
+                        }
+                        State::Listing { next: Some(next) }
+                    }
                     (None, Some(version)) => State::Listed { version },
                     (None, None) => return self.failed(&Problem::new("the list has no resource version")),
                 };
@@ -297,6 +310,16 @@ impl From<kube::Error> for Problem {
             }
         }
     }
+}
+
+/// A page of a list.
+async fn request<K: Clone + DeserializeOwned + Debug>(
+    api: Api<K>,
+    limit: Option<u32>,
+    continue_token: Option<String>,
+) -> Result<ObjectList<K>, Problem> {
+    let parameters = ListParams { limit, continue_token, ..ListParams::default() };
+    within(LIST_WITHIN, api.list(&parameters)).await
 }
 
 async fn within<T>(time: Duration, call: impl Future<Output = kube::Result<T>>) -> Result<T, Problem> {
