@@ -10,7 +10,7 @@ use hanse_api::Diagnostic;
 use hanse_api::assemble::{Assembly, ClusterState};
 use hanse_e2e::kubernetes::{ApiServer, Etcd, Options, manifests, run, until};
 use hanse_kubernetes::Access;
-use hanse_member::source::{self, Kubernetes, LastGood, Problems};
+use hanse_member::source::{self, Kubernetes, LastGood};
 use hanse_runtime::health::{Health, Writes};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::Api;
@@ -66,7 +66,7 @@ impl Member {
             let source = Kubernetes::new(access, &data).expect("a source");
             let mut source = LastGood::new(source, &data, Writes::new(&Health::default()));
             let mut assembly = Assembly::new("c".into());
-            let mut problems = Problems::default();
+            let mut problems = source::Problems::default();
             while !matches!(stopped.try_recv(), Ok(()) | Err(mpsc::TryRecvError::Disconnected)) {
                 if is_paused.load(Ordering::Relaxed) {
                     std::thread::sleep(Duration::from_millis(10));
@@ -297,6 +297,61 @@ fn changes_of_objects_follow_the_api_server() {
         let stored = std::fs::read(world.folder.path().join("source/objects.redb")).expect("stored");
         let contains = |text: &str| stored.windows(text.len()).any(|it| it == text.as_bytes());
         assert!(contains("10.1.0.3") && !contains("PASSWORD") && !contains("managedFields"));
+    });
+}
+
+/// An object that the API server has accepted is read, whatever the syntax of its annotations. Policies that take too much are closed.
+#[test]
+fn what_users_may_write_harms_only_their_own_namespace() {
+    run(async {
+        let mut world = World::new("users").await;
+        // 1,000 peers with 60 ports each: 60,000 of the 100,000 ports and nets of a namespace.
+        let large = |name: &str| {
+            let peers: Vec<_> =
+                (0..1_000).map(|it| format!("{{podSelector: {{matchLabels: {{app: a{it}}}}}}}")).collect();
+            let ports: Vec<_> = (1..=60).map(|it| format!("{{port: {it}}}")).collect();
+            let (peers, ports) = (peers.join(", "), ports.join(", "));
+            format!(
+                "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: a, annotations: {{İstanbul.example/K: x}}}}\n\
+                 spec: {{podSelector: {{matchLabels: {{app: web}}}}, ingress: [{{from: [{peers}], ports: [{ports}]}}]}}\n"
+            )
+        };
+        world.apply(&large("first")).await;
+        let mut member = world.member();
+        let rules = |view: &View, name: &str| {
+            let policy = view.state.layer.policies.iter().find(|(id, _)| &*id.name == name)?.1;
+            policy.ingress.as_ref().map(Vec::len)
+        };
+        member.until("the first policy", |it| rules(it, "first") == Some(1_000) && it.problems.is_empty()).await;
+        world.apply(&large("second")).await;
+        member
+            .until("the second one, closed", |it| {
+                rules(it, "second") == Some(0)
+                    && it.has_problem(&[
+                        "networkpolicies.networking.k8s.io/a/second",
+                        "is too large",
+                        "120000 nets and ports",
+                    ])
+            })
+            .await;
+        // So it is after a restart, with and without the API server.
+        drop(member);
+        let mut member = world.member();
+        let is_closed = |it: &View| rules(it, "first") == Some(1_000) && rules(it, "second") == Some(0);
+        member.until("both after a restart", |it| is_closed(it) && it.has_problem(&["is too large"])).await;
+        drop(member);
+        world.server.kill().expect("killed");
+        let mut member = world.member();
+        member.until("both without the API server", |it| is_closed(it) && it.has_problem(&["cannot be read"])).await;
+        world.server.start_again().await.expect("ready");
+        member
+            .until("both with it", |it| is_closed(it) && it.has_problem(&["is too large"]) && it.problems.len() == 1)
+            .await;
+        // It counts when the first one is gone.
+        let output =
+            world.server.kubectl().expect("kubectl").args(["delete", "networkpolicy", "-n", "a", "first"]).output();
+        assert!(output.as_ref().is_ok_and(|it| it.status.success()), "{output:?}");
+        member.until("the second one", |it| rules(it, "second") == Some(1_000) && it.problems.is_empty()).await;
     });
 }
 

@@ -23,7 +23,7 @@ use crate::source::{Event, report};
 const READ_AT_ONCE: usize = 32;
 const BYTES_AT_ONCE: usize = 1 << 20;
 /// The interval between lists because a policy that was refused for the size of its namespace may now fit.
-const LIST_AGAIN_AFTER: Duration = Duration::from_secs(30);
+const LIST_AGAIN_AFTER: Duration = Duration::from_secs(10);
 /// Deletions within this time are confirmed by one request.
 const CONFIRM_AFTER: Duration = Duration::from_millis(50);
 /// The interval between attempts to find out why objects were deleted.
