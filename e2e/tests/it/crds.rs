@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use hanse_api::federated::FederatedObject;
 use hanse_e2e::kubernetes::{ApiServer, Etcd, Options, manifests, run, until};
-use hanse_hub::custom_resources::{self, ClusterEnforcement, Condition, FederatedNetworkPolicy, PolicyStatus};
+use hanse_hub::custom_resources::{
+    self, ClusterEnforcement, Condition, FederatedNetworkPolicy, PendingChange, PolicyStatus,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::Api;
 use kube::api::{DynamicObject, ListParams, Patch, PatchParams};
@@ -202,6 +204,7 @@ fn status_is_written_apart_and_does_not_disturb_reading() {
             clusters_enforced: "0/1".to_owned(),
             nodes_enforced: "1/2".to_owned(),
             clusters: vec![cluster],
+            pending_change: Some(PendingChange { in_force: "{}".to_owned() }),
         };
         let patch =
             |status: &PolicyStatus| json!({"apiVersion": GROUP, "kind": "FederatedNetworkPolicy", "status": status});

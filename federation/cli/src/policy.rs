@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Subcommand;
 
 mod answer;
+mod approve;
 mod check;
 mod convert;
 mod diff;
@@ -23,6 +24,7 @@ mod selector;
 // Commands without a description here are described at their arguments.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    Approve(approve::Arguments),
     Check(check::Arguments),
     Convert(convert::Arguments),
     Explain(explain::Arguments),
@@ -39,6 +41,7 @@ pub enum Command {
 impl Command {
     pub fn run(self, context: Option<&std::path::Path>) -> anyhow::Result<ExitCode> {
         match self {
+            Self::Approve(arguments) => arguments.run(),
             Self::Check(arguments) => arguments.run(),
             Self::Convert(arguments) => arguments.run(),
             Self::Explain(arguments) => arguments.run(context),

@@ -3,6 +3,7 @@
 mod access;
 mod accounts;
 mod convert;
+mod governed;
 mod objects;
 mod observe;
 mod operated;
@@ -28,7 +29,8 @@ use state::MAX_WATCHERS;
 
 pub(crate) use access::{caller, permit, refused};
 pub use accounts::create_user;
-pub(crate) use objects::OperatorEdit;
+pub(crate) use governed::is_pending_stage;
+pub(crate) use objects::{OperatorEdit, Origin};
 pub use state::Administration;
 
 /// Maximum length of the reason of a revocation.
@@ -232,7 +234,10 @@ impl wire::administration_server::Administration for Administration {
             limit => limit as usize,
         };
         let records = self.registry.audit(limit, &object).await.map_err(status)?;
-        let records = records.into_iter().map(|(number, record)| convert::audit_to_wire(number, record)).collect();
+        let records = records
+            .into_iter()
+            .map(|(number, record, detail)| convert::audit_to_wire(number, record, detail))
+            .collect();
         Ok(Response::new(wire::ListAuditResponse { records }))
     }
 }

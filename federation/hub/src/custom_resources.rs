@@ -162,3 +162,51 @@ pub struct ClusterSetSpec(#[schemars(with = "hanse::ClusterSetSpec")] pub Map<St
 )]
 #[serde(transparent)]
 pub struct ClusterJoinTokenSpec(#[schemars(with = "hanse::ClusterJoinTokenSpec")] pub Map<String, Value>);
+
+/// What is approved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ApprovalAction {
+    /// A new object, or a new version.
+    Apply,
+    /// A deletion.
+    Delete,
+}
+
+/// The approval. It cannot be changed: create another one.
+#[derive(CustomResource, Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "hanse.dev",
+    version = "v1alpha1",
+    kind = "PolicyApproval",
+    plural = "policyapprovals",
+    shortname = "pa",
+    category = "hanse",
+    derive = "PartialEq",
+    doc = "An approval of one pending change in a tier with `requireApproval`. `hanse policy approve` creates it. The hub deletes it when the change is in force, or has been replaced by another one.",
+    printcolumn = r#"{"name":"Action","type":"string","jsonPath":".spec.action"}"#,
+    printcolumn = r#"{"name":"Kind","type":"string","jsonPath":".spec.kind"}"#,
+    printcolumn = r#"{"name":"Name","type":"string","jsonPath":".spec.name"}"#,
+    printcolumn = r#"{"name":"Generation","type":"integer","jsonPath":".spec.generation"}"#,
+    printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [{"rule": "self == oldSelf", "message": "cannot be changed: create another object"}]))]
+pub struct PolicyApprovalSpec {
+    /// The action that is approved.
+    pub action: ApprovalAction,
+    /// The kind of the object: FederatedNetworkPolicy or Tier.
+    #[schemars(extend("enum" = ["FederatedNetworkPolicy", "Tier"]))]
+    pub kind: String,
+    /// The name of the object.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+    /// The UID of the object.
+    #[schemars(length(min = 1, max = 64))]
+    pub uid: String,
+    /// The generation of the object that is approved.
+    #[schemars(range(min = 0))]
+    pub generation: i64,
+    /// The digest of the version that is approved, which the status of the object names; of a deletion, that of the version in force.
+    #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"))]
+    pub digest: String,
+}

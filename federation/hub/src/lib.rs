@@ -8,6 +8,7 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod administration;
+pub mod admission;
 pub mod archive;
 pub mod authority;
 pub mod backup;

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use hanse_hub::admission::{self, Address};
 use hanse_hub::authority::Lifetimes;
 use hanse_hub::backup;
 use hanse_hub::custom_resources::{self, Definition};
@@ -183,6 +184,22 @@ struct RunArgs {
     /// Context of the kubeconfig file; by default its current one.
     #[arg(long, value_name = "NAME", help_heading = "Operator", requires = "kubeconfig")]
     context: Option<String>,
+    /// Serve the admission webhook for the kinds of hanse.dev over HTTPS at this address. API servers then refuse objects that the hub
+    /// would not accept.
+    #[arg(long, value_name = "ADDRESS", help_heading = "Operator", requires_all = ["operator", "webhook_address"])]
+    webhook_listen: Option<SocketAddr>,
+    /// Service of the webhook, on port 443.
+    #[arg(long, value_name = "NAMESPACE/NAME", help_heading = "Operator", group = "webhook_address", requires = "webhook_listen", value_parser = Address::service)]
+    webhook_service: Option<Address>,
+    /// Address of the webhook for API servers, for a hub outside of their cluster: https://HOST:PORT.
+    #[arg(long, value_name = "URL", help_heading = "Operator", group = "webhook_address", requires = "webhook_listen", value_parser = Address::url)]
+    webhook_url: Option<Address>,
+    /// Existing ValidatingWebhookConfiguration that the hub keeps up to date.
+    #[arg(long, value_name = "NAME", help_heading = "Operator", default_value = admission::CONFIGURATION)]
+    webhook_configuration: String,
+    /// Validity of the certificates of the webhook, in seconds. They are replaced after two thirds of it.
+    #[arg(long, value_name = "SECONDS", default_value_t = 86_400, help_heading = "Operator", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    webhook_certificate_seconds: u64,
 }
 
 fn main() -> ExitCode {
@@ -249,6 +266,13 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
             let args = *args;
             let data = args.data.unwrap_or_default();
             let shutdown = Shutdown::default();
+            let webhook = args.webhook_listen.zip(args.webhook_service.or(args.webhook_url));
+            let webhook = webhook.map(|(listen, address)| admission::Options {
+                listen,
+                address,
+                configuration: args.webhook_configuration,
+                lifetime: Duration::from_secs(args.webhook_certificate_seconds),
+            });
             let options = Options {
                 health_listen: args.health_listen,
                 metrics_listen: args.metrics_listen,
@@ -257,6 +281,7 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
                 restored: args.restored,
                 key_file: args.key_file,
                 operator: args.operator.then_some(Access { kubeconfig: args.kubeconfig, context: args.context }),
+                webhook,
                 lifetimes: Lifetimes { leaf: Duration::from_secs(args.certificate_seconds), ..Lifetimes::default() },
                 ..Options::new(data, args.listen, args.join_listen)
             };

@@ -149,3 +149,18 @@ pub fn tier_in(manifest: &[u8]) -> Option<Arc<str>> {
     let policy: Policy = serde_json::from_slice(manifest).ok()?;
     Some(policy.spec.tier).filter(|tier| !tier.is_empty())
 }
+
+/// Whether a Tier requires approvals, also one that this version cannot read.
+pub fn requires_approval(manifest: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Tier {
+        spec: Option<Spec>,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Spec {
+        require_approval: Option<bool>,
+    }
+    let tier: Option<Tier> = serde_json::from_slice(manifest).ok();
+    tier.and_then(|tier| tier.spec).and_then(|spec| spec.require_approval).unwrap_or_default()
+}

@@ -119,6 +119,7 @@ impl Registration {
             who: format!("token/{}", token.id),
             action: "join",
             object: format!("cluster/{}", token.cluster),
+            proposed: None,
         };
         let root = self.authority.root().fingerprint();
         let lifetimes = self.authority.lifetimes;
@@ -313,7 +314,7 @@ pub(crate) fn status(error: ChangeError) -> Status {
         ChangeError::Invalid(text) => Status::invalid_argument(text),
         ChangeError::Denied(text) => Status::permission_denied(text),
         ChangeError::NotFound(text) => Status::not_found(text),
-        ChangeError::Conflict(text) => Status::failed_precondition(text),
+        ChangeError::Conflict(text) | ChangeError::Pending(text) => Status::failed_precondition(text),
         ChangeError::Limit(text) => Status::resource_exhausted(text),
         ChangeError::Busy => Status::aborted("conflicting changes of other replicas: try again"),
         // Logged where it began; the reason contains names of hosts, and no secret.

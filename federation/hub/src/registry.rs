@@ -5,6 +5,7 @@
 //! the `heard` entries are outside of that order: they carry no decision.
 
 mod availability;
+mod changes;
 mod leases;
 pub mod records;
 mod snapshot;
@@ -26,12 +27,17 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::manifest::{Kind, ObjectId};
+
 use availability::Availability;
-use records::AuditRecord;
+pub use changes::{MAX_AGE, approval_key, change_key};
+use records::{AuditDetail, AuditRecord};
 pub use snapshot::{Acceptance, Cluster, ClusterState, Lease, Object, Snapshot};
 
 /// Audit records stored. Each new one replaces the oldest. 10,000 × about 300 bytes is 3 MiB.
 pub const MAX_AUDIT_RECORDS: u64 = 10_000;
+/// Manifests in one answer about the audit log: newer records have theirs. A response has 64 MiB.
+const MAX_DETAILS_BYTES: usize = 32 << 20;
 /// Maximum number of clusters with a registration.
 pub use hanse_exchange::limits::MAX_CLUSTERS;
 /// Most objects of one kind, users, and tokens that have not ended.
@@ -76,6 +82,9 @@ pub enum ChangeError {
     Conflict(String),
     #[error("{0}")]
     Limit(String),
+    /// It waits for an approval.
+    #[error("{0}")]
+    Pending(String),
     #[error("the store failed")]
     Store(#[from] StoreError),
     #[error("conflicting changes of other replicas: try again")]
@@ -115,8 +124,9 @@ struct Commit {
 }
 
 impl Commit {
-    /// An audit record with its keys: 300 bytes of an object, 100 of a user, 1,000 of a denial's reason, and JSON around them.
-    const AUDIT_BYTES: usize = 2 << 10;
+    /// An audit record with its keys: 300 bytes of an object, 100 of a user, 1,000 of a denial's reason, and JSON around them. The
+    /// manifests of its detail as JSON text are twice as long at most.
+    const AUDIT_BYTES: usize = (2 << 10) + 4 * records::MAX_DETAIL_BYTES;
 
     fn new(snapshot: &Snapshot, at: u64) -> Result<Self, ChangeError> {
         let counter = key(&["meta", "audit"])?;
@@ -131,8 +141,8 @@ impl Commit {
 
     /// Whether the changes and their audit record fit. A transaction changes each key at most once.
     fn fits(&self, changes: &Transaction) -> bool {
-        // The audit record, the one that it replaces, and the counter.
-        let parts = self.transaction.changes.len() + changes.changes.len() + 3;
+        // The audit record with its detail, those that they replace, and the counter.
+        let parts = self.transaction.changes.len() + changes.changes.len() + 5;
         let bytes = self.bytes + changes.changes.iter().map(Change::size).sum::<usize>() + Self::AUDIT_BYTES;
         parts <= MAX_TRANSACTION_PARTS
             && bytes <= MAX_TRANSACTION_BYTES
@@ -146,14 +156,23 @@ impl Commit {
         self.transaction.changes.extend(changes.changes);
     }
 
-    fn audit(&mut self, action: &AuditAction, outcome: String) -> Result<(), ChangeError> {
+    fn audit(
+        &mut self,
+        action: &AuditAction,
+        outcome: String,
+        detail: Option<&AuditDetail>,
+    ) -> Result<(), ChangeError> {
         self.number += 1;
-        let AuditAction { who, action, object } = action.clone();
-        let record = AuditRecord { at: self.at, who, action: action.to_owned(), object, outcome };
+        let AuditAction { who, action, object, .. } = action.clone();
+        let detailed = detail.is_some();
+        let record = AuditRecord { at: self.at, who, action: action.to_owned(), object, outcome, detailed };
         let mut transaction = std::mem::take(&mut self.transaction);
         transaction = transaction.put(audit_key(self.number)?, records::encode(&record));
+        if let Some(detail) = detail {
+            transaction = transaction.put(detail_key(self.number)?, records::encode(detail));
+        }
         if let Some(oldest) = self.number.checked_sub(MAX_AUDIT_RECORDS).filter(|n| *n > 0) {
-            transaction = transaction.delete(audit_key(oldest)?);
+            transaction = transaction.delete(audit_key(oldest)?).delete(detail_key(oldest)?);
         }
         self.transaction = transaction;
         Ok(())
@@ -172,6 +191,8 @@ pub struct AuditAction {
     pub who: String,
     pub action: &'static str,
     pub object: String,
+    /// The outcome of a successful action, and the manifests that it is about, where they are not those of the transaction.
+    pub proposed: Option<Box<(String, AuditDetail)>>,
 }
 
 /// A handle on the registry. Clones share it.
@@ -382,11 +403,15 @@ impl Registry {
                         if !commit.fits(&transaction) && !outcomes.is_empty() {
                             break;
                         }
+                        let (outcome, detail) = match action.proposed.as_deref() {
+                            Some((outcome, detail)) => (outcome.clone(), Some(detail.clone())),
+                            None => ("done".to_owned(), detail(&view, &transaction)),
+                        };
                         if index + 1 < items.len() {
                             Arc::make_mut(&mut view).preview(&transaction);
                         }
                         commit.add(transaction);
-                        commit.audit(action, "done".to_owned())?;
+                        commit.audit(action, outcome, detail.as_ref())?;
                         Ok((true, answer))
                     }
                     Err(error @ ChangeError::Denied(_)) => {
@@ -398,7 +423,7 @@ impl Registry {
                             self.shared.denied.lock().unwrap_or_else(PoisonError::into_inner).is_new(action, now)
                         });
                         if is_new {
-                            commit.audit(action, error.to_string())?;
+                            commit.audit(action, error.to_string(), None)?;
                         }
                         Err(error)
                     }
@@ -413,7 +438,7 @@ impl Registry {
             if let Outcome::Committed(revision) = made {
                 self.shown(revision).await?;
                 for (item, outcome) in items.iter().zip(&outcomes) {
-                    let AuditAction { who, action, object } = action(item);
+                    let AuditAction { who, action, object, .. } = action(item);
                     if matches!(outcome, Ok((true, _))) {
                         info!(who, action, object, revision, "registry changed");
                     }
@@ -432,7 +457,7 @@ impl Registry {
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn audit(&self, limit: usize, object: &str) -> Result<Vec<(u64, AuditRecord)>, ChangeError> {
+    pub async fn audit(&self, limit: usize, object: &str) -> Result<Vec<(u64, AuditRecord, AuditDetail)>, ChangeError> {
         let records = self.checked(self.shared.store.list(&Prefix::new(&["audit"]).map_err(invalid)?).await)?;
         let mut found = Vec::new();
         for entry in records.entries.iter().rev() {
@@ -443,7 +468,17 @@ impl Registry {
                 && let Ok(record) = records::decode::<AuditRecord>(&entry.value)
                 && (object.is_empty() || record.object == object || record.object.split(" for ").any(|it| it == object))
             {
-                found.push((number, record));
+                found.push((number, record, AuditDetail::default()));
+            }
+        }
+        let mut bytes = 0;
+        for (number, record, detail) in &mut found {
+            if record.detailed
+                && bytes < MAX_DETAILS_BYTES
+                && let Some(entry) = self.checked(self.shared.store.read(&detail_key(*number)?).await)?
+            {
+                bytes += entry.value.len();
+                *detail = records::decode(&entry.value).unwrap_or_default();
             }
         }
         Ok(found)
@@ -563,12 +598,27 @@ fn audit_key(number: u64) -> Result<Key, ChangeError> {
     key(&["audit", &format!("{number:020}")])
 }
 
+fn detail_key(number: u64) -> Result<Key, ChangeError> {
+    key(&["audit-detail", &format!("{number:020}")])
+}
+
+/// The manifests before and after a change of an object.
+fn detail(view: &Snapshot, transaction: &Transaction) -> Option<AuditDetail> {
+    transaction.changes.iter().find_map(|change| {
+        let ["object", kind, name] = change.key().segments().collect::<Vec<_>>()[..] else { return None };
+        let id = ObjectId { kind: Kind::from_name(kind)?, name: name.into() };
+        let before = view.objects.get(&id).map(|object| &object.manifest[..]);
+        let after = if let Change::Put { value, .. } = change { Some(&value[..]) } else { None };
+        Some(AuditDetail::of(before, after))
+    })
+}
+
 pub(crate) fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 impl AuditAction {
     pub fn new(who: &Identity, action: &'static str, object: impl Into<String>) -> Self {
-        Self { who: who.to_string(), action, object: object.into() }
+        Self { who: who.to_string(), action, object: object.into(), proposed: None }
     }
 }

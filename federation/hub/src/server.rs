@@ -29,6 +29,7 @@ use tonic::service::Routes;
 use tracing::{error, info, warn};
 
 use crate::administration::{Administration, create_user, refused};
+use crate::admission;
 use crate::authority::{Authority, Lifetimes};
 use crate::backup;
 use crate::exchange::service::Service;
@@ -90,6 +91,8 @@ pub struct Options {
     pub restored: bool,
     /// The management cluster of which the operator reconciles the custom resources.
     pub operator: Option<Access>,
+    /// The admission webhook of the management cluster; only with the operator.
+    pub webhook: Option<admission::Options>,
 }
 
 impl Options {
@@ -109,6 +112,7 @@ impl Options {
             clock: Clock::default(),
             restored: false,
             operator: None,
+            webhook: None,
         }
     }
 }
@@ -367,6 +371,10 @@ impl Hub {
             administration = administration.with_operator(&operator::KINDS);
             registration = registration.with_operator();
             let client = access.client().await.context("start the operator")?;
+            if let Some(webhook) = options.webhook {
+                let webhook = admission::start(webhook, client.clone(), registry.clone(), shutdown).await;
+                administration = administration.with_webhook(webhook.context("start the webhook")?.state);
+            }
             let operator = Operator::new(client, administration.clone(), registry.clone(), realisations);
             let operator = operator.with_metrics(&counted.operator);
             let stop = stop.clone();

@@ -2,6 +2,8 @@
 //!
 //! A crate of its own, so that only the programs that need it depend on the client.
 
+pub mod change;
+
 use std::path::PathBuf;
 use std::time::Duration;
 

@@ -73,6 +73,10 @@ pub struct TierSpec {
     /// default) or `Pass` (continue with the next tier).
     #[schemars(extend("enum" = ["Deny", "Pass"]))]
     pub default_action: Option<String>,
+    /// Whether changes of the policies of the tier, and of the tier itself, take effect only when a user other than their author has
+    /// approved them: a user with the verb `approve` on the tier, by a PolicyApproval. It needs an operator with a webhook. Default: false.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub require_approval: bool,
 }
 
 /// The network set.

@@ -1,10 +1,11 @@
-//! `hanse audit`: changes and refused requests.
+//! `hanse audit`: changes, with the manifests before and after them, and refused requests.
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use hanse_proto::federation::v1 as pb;
 use serde::Serialize;
+use serde_json::Value;
 
 use super::{call, time, with_client};
 use crate::output::{self, Format};
@@ -29,6 +30,20 @@ struct Record {
     action: String,
     object: String,
     outcome: String,
+    /// The manifest before the change.
+    #[serde(skip_serializing_if = "Value::is_null")]
+    before: Value,
+    /// The manifest after the change.
+    #[serde(skip_serializing_if = "Value::is_null")]
+    after: Value,
+}
+
+/// A manifest as an object; as text where it was cut.
+fn manifest(text: String) -> Value {
+    match text.as_str() {
+        "" => Value::Null,
+        json => serde_json::from_str(json).unwrap_or(Value::String(text)),
+    }
 }
 
 impl Audit {
@@ -42,6 +57,8 @@ impl Audit {
             action: it.action,
             object: it.object,
             outcome: it.outcome,
+            before: manifest(it.before),
+            after: manifest(it.after),
         });
         let records: Vec<Record> = records.collect();
         if self.output != Format::Table {

@@ -5,7 +5,7 @@ use tonic::Status;
 
 use crate::grants::Namespaces;
 use crate::manifest::Kind;
-use crate::registry::records::{AuditRecord, MemberRecord, TokenRecord, UserRecord};
+use crate::registry::records::{AuditDetail, AuditRecord, MemberRecord, TokenRecord, UserRecord};
 use crate::registry::{Cluster, ClusterState, Lease, Object};
 use crate::roles::Role;
 use crate::status::NodeState;
@@ -143,7 +143,8 @@ pub(super) fn user_to_wire(name: &str, user: &UserRecord) -> wire::UserInfo {
     }
 }
 
-pub(super) fn audit_to_wire(number: u64, record: AuditRecord) -> wire::AuditRecord {
-    let AuditRecord { at, who, action, object, outcome } = record;
-    wire::AuditRecord { number, at, who, action, object, outcome }
+pub(super) fn audit_to_wire(number: u64, record: AuditRecord, detail: AuditDetail) -> wire::AuditRecord {
+    let AuditRecord { at, who, action, object, outcome, detailed: _ } = record;
+    let AuditDetail { before, after } = detail;
+    wire::AuditRecord { number, at, who, action, object, outcome, before, after }
 }

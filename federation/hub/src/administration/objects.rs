@@ -16,6 +16,7 @@ use tonic::{Status, Streaming};
 
 use super::access::{clipped, permit};
 use super::convert;
+use super::governed;
 use super::state::{Administration, MAX_DRY_RUNS};
 use crate::grants::MemberCluster;
 use crate::manifest::{self, Checked, Kind, ObjectId};
@@ -55,6 +56,8 @@ pub(super) struct Sent {
     who: Identity,
     action: AuditAction,
     edit: Result<Edit, String>,
+    /// The edit of a custom resource that this is.
+    pub(super) origin: Option<OperatorEdit>,
 }
 
 /// The result of one object.
@@ -81,7 +84,7 @@ impl One for wire::ApplyRequest {
         // An unreadable manifest changes nothing, and is not recorded.
         let name = checked.as_ref().map_or_else(|_| String::new(), |checked| checked.id.to_string());
         let edit = checked.map(|checked| Edit::Apply { checked: Box::new(checked), request: self });
-        Sent { who: who.clone(), action: AuditAction::new(who, "apply", name), edit }
+        Sent { who: who.clone(), action: AuditAction::new(who, "apply", name), edit, origin: None }
     }
 }
 
@@ -95,9 +98,10 @@ impl One for wire::DeleteRequest {
         let who = who.clone();
         match id {
             Ok(id) => {
-                Sent { who, action: AuditAction { object: id.to_string(), ..action }, edit: Ok(Edit::Delete(id)) }
+                let action = AuditAction { object: id.to_string(), ..action };
+                Sent { who, action, edit: Ok(Edit::Delete(id)), origin: None }
             }
-            Err(error) => Sent { who, action, edit: Err(error) },
+            Err(error) => Sent { who, action, edit: Err(error), origin: None },
         }
     }
 }
@@ -152,12 +156,19 @@ impl Done {
     }
 }
 
+/// A version of a custom resource.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Origin {
+    pub uid: String,
+    pub generation: i64,
+}
+
 /// A change that the operator makes for a custom resource.
 #[derive(Debug, Clone)]
 pub(crate) enum OperatorEdit {
-    /// The manifest. The tier of a policy need not exist.
-    Apply(Bytes),
-    Delete(ObjectId),
+    /// The manifest. Without a webhook, the tier of a policy need not exist.
+    Apply(Bytes, Origin),
+    Delete(ObjectId, Origin),
     /// Removes the registration of a cluster, its tokens and its MemberCluster, at once: none of them can exist without the others.
     RemoveCluster(Arc<str>),
 }
@@ -168,11 +179,23 @@ impl Administration {
     /// # Errors
     /// When the store fails: then later ones were not made.
     pub(crate) async fn operate(&self, edits: &[OperatorEdit]) -> Result<Vec<Result<(), ChangeError>>, ChangeError> {
-        let sent: Vec<Sent> = edits.iter().map(OperatorEdit::sent).collect();
+        self.find_authors(edits).await?;
+        let snapshot = self.registry.snapshot();
+        let sent = |edit: &OperatorEdit| {
+            let author = edit.id().and_then(|id| governed::authors(&snapshot, &id, edit));
+            // A policy that is stored before its tier would come into force with it, without an approval.
+            edit.sent(author.unwrap_or_else(|| OPERATOR.to_owned()), !self.has_webhook())
+        };
+        let sent: Vec<Sent> = edits.iter().map(sent).collect();
         let mut outcomes = Vec::with_capacity(sent.len());
         while outcomes.len() < sent.len() {
             let next = &sent[outcomes.len()..];
             outcomes.extend(self.edit(&next[..next.len().min(READ_AHEAD)]).await?.into_iter().map(|it| it.map(drop)));
+        }
+        for (edit, outcome) in edits.iter().zip(&outcomes) {
+            if matches!(outcome, Err(ChangeError::Pending(_))) {
+                self.propose(edit).await?;
+            }
         }
         Ok(outcomes)
     }
@@ -226,7 +249,7 @@ impl Administration {
     }
 
     /// Makes as many edits as fit into one transaction, from the first on.
-    async fn edit(&self, sent: &[Sent]) -> Result<Vec<Result<Done, ChangeError>>, ChangeError> {
+    pub(super) async fn edit(&self, sent: &[Sent]) -> Result<Vec<Result<Done, ChangeError>>, ChangeError> {
         let outcomes = self.registry.change_many(sent, |sent| &sent.action, Sent::decide).await?;
         Ok(outcomes.into_iter().map(|it| it.map(|(revision, done)| done.at(revision))).collect())
     }
@@ -326,34 +349,40 @@ impl<Q: Batch> Editing<Q> {
 }
 
 impl OperatorEdit {
-    fn sent(&self) -> Sent {
+    pub(super) fn sent(&self, author: String, allow_missing_tier: bool) -> Sent {
         let who = Identity::Hub;
         let sent = match self {
-            Self::Apply(manifest) => {
+            Self::Apply(manifest, _) => {
                 let manifest = manifest.clone();
-                wire::ApplyRequest { manifest, allow_missing_tier: true, ..wire::ApplyRequest::default() }.sent_by(&who)
+                wire::ApplyRequest { manifest, allow_missing_tier, ..wire::ApplyRequest::default() }.sent_by(&who)
             }
-            Self::Delete(id) => {
+            Self::Delete(id, _) => {
                 let action = AuditAction::new(&who, "delete", id.to_string());
-                Sent { who, action, edit: Ok(Edit::Delete(id.clone())) }
+                Sent { who, action, edit: Ok(Edit::Delete(id.clone())), origin: None }
             }
             Self::RemoveCluster(name) => {
                 let action = AuditAction::new(&who, "cluster.remove", format!("cluster/{name}"));
-                Sent { who, action, edit: Ok(Edit::RemoveCluster(Arc::clone(name))) }
+                Sent { who, action, edit: Ok(Edit::RemoveCluster(Arc::clone(name))), origin: None }
             }
         };
-        Sent { action: AuditAction { who: OPERATOR.to_owned(), ..sent.action }, ..sent }
+        Sent { action: AuditAction { who: author, ..sent.action }, origin: Some(self.clone()), ..sent }
     }
 }
 
 impl Sent {
     /// Decides on `snapshot`: the transaction and the response.
     fn decide(&self, snapshot: &Snapshot) -> Result<(Transaction, Done), ChangeError> {
-        match &self.edit {
-            Err(error) => Err(ChangeError::Invalid(error.clone())),
-            Ok(Edit::Apply { checked, request }) => decide_apply(snapshot, &self.who, checked, request),
-            Ok(Edit::Delete(id)) => decide_delete(snapshot, &self.who, id),
-            Ok(Edit::RemoveCluster(name)) => decide_remove(snapshot, &self.who, name),
+        let (id, (transaction, done)) = match &self.edit {
+            Err(error) => return Err(ChangeError::Invalid(error.clone())),
+            Ok(Edit::Apply { checked, request }) => (&checked.id, decide_apply(snapshot, &self.who, checked, request)?),
+            Ok(Edit::Delete(id)) => (id, decide_delete(snapshot, &self.who, id)?),
+            Ok(Edit::RemoveCluster(name)) => return decide_remove(snapshot, &self.who, name),
+        };
+        match &self.origin {
+            Some(edit) if !transaction.changes.is_empty() => {
+                Ok((governed::govern(snapshot, id, edit, transaction)?, done))
+            }
+            _ => Ok((transaction, done)),
         }
     }
 }
@@ -413,6 +442,10 @@ fn decide_apply(
     }
     if let Some(member) = member {
         check_nets(snapshot, &id.name, member)?;
+    }
+    if id.kind == Kind::Tier && *who != Identity::Hub && manifest::requires_approval(manifest) {
+        let text = "spec.requireApproval: a hub without an operator has no approvals: remove the field";
+        return Err(ChangeError::Invalid(text.to_owned()));
     }
     let applied = if old.is_some() { wire::Applied::Configured } else { wire::Applied::Created };
     Ok((Transaction::default().put(object_key(id)?, manifest.clone()), done(applied, 0, warnings)))

@@ -17,7 +17,7 @@ use crate::registry::records::{self, CustomResource, MemberState, Settings, Toke
 use crate::registry::{AuditAction, ChangeError, key};
 
 fn audit(action: &'static str, object: String) -> AuditAction {
-    AuditAction { who: OPERATOR.to_owned(), action, object }
+    AuditAction { who: OPERATOR.to_owned(), action, object, proposed: None }
 }
 
 impl Administration {

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use hanse_identity::tls::Connections;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tonic::{Request, Status};
 
 use super::access::{caller, permit};
+use crate::admission;
 use crate::authority::Authority;
 use crate::manifest::Kind;
 use crate::registration::status;
@@ -30,6 +31,8 @@ pub struct Administration {
     pub(super) dry_runs: Arc<Semaphore>,
     /// Kinds that only the operator writes.
     pub(super) operated: &'static [Kind],
+    /// The state of the admission webhook, if this hub has one.
+    pub(super) webhook: Option<watch::Receiver<admission::State>>,
 }
 
 impl std::fmt::Debug for Administration {
@@ -46,13 +49,28 @@ impl Administration {
         realisations: Arc<dyn Realisations>,
     ) -> Self {
         let (watchers, dry_runs) = (Arc::new(Semaphore::new(MAX_WATCHERS)), Arc::new(Semaphore::new(MAX_DRY_RUNS)));
-        Self { registry, authority, connections, realisations, watchers, dry_runs, operated: &[] }
+        Self { registry, authority, connections, realisations, watchers, dry_runs, operated: &[], webhook: None }
     }
 
     /// With kinds that only the operator writes.
     #[must_use]
     pub fn with_operator(self, operated: &'static [Kind]) -> Self {
         Self { operated, ..self }
+    }
+
+    /// With an admission webhook, which records the authors of changes.
+    #[must_use]
+    pub fn with_webhook(self, state: watch::Receiver<admission::State>) -> Self {
+        Self { webhook: Some(state), ..self }
+    }
+
+    pub(crate) fn has_webhook(&self) -> bool {
+        self.webhook.is_some()
+    }
+
+    /// The state of the admission webhook. `None`: this hub has none.
+    pub(crate) fn webhook_state(&self) -> Option<admission::State> {
+        self.webhook.as_ref().map(|state| state.borrow().clone())
     }
 
     /// The registry, for a caller who may view it.

@@ -10,7 +10,7 @@ use kube::CustomResourceExt;
 use serde_json::{Map, Value, json};
 
 use super::{
-    ClusterJoinToken, ClusterSet, FederatedNetworkPolicy, FederatedNetworkSet, MemberCluster,
+    ClusterJoinToken, ClusterSet, FederatedNetworkPolicy, FederatedNetworkSet, MemberCluster, PolicyApproval,
     StagedFederatedNetworkPolicy, Tier,
 };
 
@@ -68,6 +68,7 @@ pub fn definitions() -> Vec<Definition> {
         }),
         Definition::of::<FederatedNetworkSet>(|_| {}),
         Definition::of::<MemberCluster>(|schema| require_dns_label(schema, "a cluster")),
+        Definition::of::<PolicyApproval>(|_| {}),
         Definition::of::<StagedFederatedNetworkPolicy>(|_| {}),
         Definition::of::<Tier>(|schema| require_dns_label(schema, "a tier")),
     ];

@@ -95,7 +95,8 @@ pub struct PolicyStatus {
     #[schemars(range(min = 0))]
     pub observed_generation: i64,
     /// `Accepted`: the hub uses this version. `Distributed`: all clusters that enforce it have received it. `Enforced`: all nodes of these
-    /// clusters enforce it; false again when a cluster lags or is silent.
+    /// clusters enforce it; false again when a cluster lags or is silent. `Approved`, in a tier that requires approvals: false while this
+    /// version or the deletion waits for one.
     #[schemars(schema_with = "conditions")]
     pub conditions: Vec<Condition>,
     /// The number of clusters that enforce the policy, of those that must: `2/3`.
@@ -107,6 +108,18 @@ pub struct PolicyStatus {
     /// The clusters that must enforce the policy. At most 256, those that do not enforce it first.
     #[schemars(schema_with = "clusters")]
     pub clusters: Vec<ClusterEnforcement>,
+    /// The change that waits for an approval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pending_change: Option<PendingChange>,
+}
+
+/// A change that waits for an approval.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PendingChange {
+    /// The version in force (JSON). Empty: there is none.
+    #[schemars(length(max = 262_144))]
+    pub in_force: String,
 }
 
 /// The state of the staged policy. It is never enforced.
@@ -128,12 +141,16 @@ pub struct TierStatus {
     /// The generation of the object that the status is about.
     #[schemars(range(min = 0))]
     pub observed_generation: i64,
-    /// `Accepted`: the hub uses this version.
+    /// `Accepted`: the hub uses this version. `Admission`: API servers can use the admission webhook; otherwise they refuse changes.
+    /// `Approved`, where the tier requires approvals: false while this version or the deletion waits for one.
     #[schemars(schema_with = "conditions")]
     pub conditions: Vec<Condition>,
     /// The number of policies in the tier, staged ones included.
     #[schemars(range(min = 0))]
     pub policies: i64,
+    /// The change that waits for an approval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pending_change: Option<PendingChange>,
 }
 
 /// The state of the network set.

@@ -10,6 +10,9 @@ use serde_json::Value;
 use super::allowance::Urgency;
 use crate::custom_resources::{Condition, MAX_MESSAGE};
 
+/// The reason where a change waits for an approval.
+pub const PENDING: &str = "PendingApproval";
+
 /// Why the hub does not accept an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
@@ -68,7 +71,7 @@ impl PartialEq for Said {
 }
 
 /// Conditions whose message is part of the hub's answer.
-const ANSWERS: [&str; 4] = ["Accepted", "Issued", "Ready", "Terminating"];
+const ANSWERS: [&str; 5] = ["Accepted", "Approved", "Issued", "Ready", "Terminating"];
 
 impl Written {
     pub fn of(status: Option<&Value>) -> Self {

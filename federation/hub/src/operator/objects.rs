@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hanse_api::hanse::DefaultsSpec;
-use kube::ResourceExt as _;
+use hanse_kubernetes::change;
 use kube::api::DynamicObject;
 use serde_json::{Value, json};
 
@@ -62,14 +62,7 @@ impl Defaults {
 
 /// What `hanse apply` would send: name, labels and spec. The same object has always the same bytes.
 pub fn manifest(resource: Resource, object: &DynamicObject, defaults: &Defaults) -> Bytes {
-    let mut metadata = json!({"name": object.name_any()});
-    if let Some(labels) = object.metadata.labels.as_ref().filter(|labels| !labels.is_empty()) {
-        metadata["labels"] = json!(labels);
-    }
-    let mut manifest = json!({"apiVersion": "hanse.dev/v1alpha1", "kind": resource.name(), "metadata": metadata});
-    if let Some(spec) = object.data.get("spec") {
-        manifest["spec"] = spec.clone();
-    }
+    let mut manifest = change::object(resource.name(), object);
     if resource == Resource::MemberCluster {
         defaults.fill(&mut manifest["spec"]);
     }

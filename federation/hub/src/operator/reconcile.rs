@@ -23,12 +23,12 @@ use kube::{Api, ResourceExt as _};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::condition::Refusal;
+use super::condition::{PENDING, Refusal};
 use super::objects::Defaults;
 use super::resource::{Key, Resource};
 use super::tracked::{Pending, Refused, Tracked};
 use super::writer::{Patched, Write, Writer};
-use crate::administration::{Administration, OperatorEdit};
+use crate::administration::{Administration, OperatorEdit, is_pending_stage};
 use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::{ChangeError, Registry};
 use crate::status::Realisations;
@@ -162,6 +162,7 @@ impl Reconciler {
             self.accept().await,
             self.issue().await,
             self.delete().await,
+            self.settle().await,
             self.write_statuses().await,
         ];
         self.count();
@@ -190,8 +191,9 @@ impl Reconciler {
             return;
         }
         // MemberClusters are created for the clusters without one.
-        let lacks = |id: &&ObjectId| id.kind != Kind::MemberCluster && !self.tracked.contains_key(&Key::of(id));
-        let lacking: Vec<&ObjectId> = snapshot.objects.keys().filter(lacks).collect();
+        let lacks = |id: &ObjectId| id.kind != Kind::MemberCluster && !self.tracked.contains_key(&Key::of(id));
+        let lacking = snapshot.objects.iter().filter(|(id, it)| lacks(id) && !is_pending_stage(it));
+        let lacking: Vec<&ObjectId> = lacking.map(|(id, _)| id).collect();
         let found = (lacking.iter().take(MAX_NAMED).map(|id| (*id).clone()).collect(), lacking.len());
         if found != self.without_resource && found.1 > 0 {
             let first = lacking.first().map(ToString::to_string).unwrap_or_default();
@@ -245,9 +247,21 @@ impl Reconciler {
 
     /// Writes what differs to the store.
     async fn apply(&mut self) -> anyhow::Result<()> {
-        let (revision, now) = (self.registry.snapshot().revision, Instant::now());
+        let (snapshot, now) = (self.registry.snapshot(), Instant::now());
+        let revision = snapshot.revision;
+        let tiers = snapshot.objects.iter().filter(|(id, _)| id.kind == Kind::Tier);
+        let tiers_changed = tiers.map(|(_, tier)| tier.revision).max().unwrap_or_default();
+        let approved: BTreeSet<&str> =
+            snapshot.approvals.values().filter(|it| it.seen).map(|it| it.uid.as_str()).collect();
+        // What waits for an approval does not wait for more than that.
+        let may_be_approved = |it: &Tracked, refused: &Refused| {
+            refused.refusal.reason == PENDING
+                && refused.at != revision
+                && (approved.contains(it.uid.as_str()) || tiers_changed > refused.at)
+        };
         let differs = |it: &Tracked| {
-            let is_due = it.refused.as_ref().is_none_or(|refused| refused.is_due(revision, now));
+            let is_due = |refused: &Refused| refused.is_due(revision, now) || may_be_approved(it, refused);
+            let is_due = it.refused.as_ref().is_none_or(is_due);
             // Only with the finalizer, the deletion of an object is seen in any case.
             !it.is_leaving && it.has_finalizer() && !it.is_current() && is_due
         };
@@ -260,7 +274,8 @@ impl Reconciler {
         let mut edits = Vec::new();
         for key in keys {
             if let Some(manifest) = self.tracked.get(&key).filter(|it| differs(it)).and_then(Tracked::manifest) {
-                edits.push((key, OperatorEdit::Apply(manifest.clone())));
+                let origin = self.tracked.get(&key).map(Tracked::origin).unwrap_or_default();
+                edits.push((key, OperatorEdit::Apply(manifest.clone(), origin)));
             }
         }
         let (keys, edits): (Vec<Key>, Vec<OperatorEdit>) = edits.into_iter().unzip();
@@ -282,6 +297,7 @@ impl Reconciler {
                     let tier = tier.map(|name| ObjectId { kind: Kind::Tier, name });
                     let reason = match error {
                         _ if tier.is_some_and(|tier| !snapshot.objects.contains_key(&tier)) => "TierNotFound",
+                        ChangeError::Pending(_) => PENDING,
                         ChangeError::Conflict(_) => "Conflict",
                         ChangeError::Limit(_) => "LimitReached",
                         _ => "Invalid",
@@ -379,7 +395,9 @@ impl Reconciler {
             (Resource::ClusterSet, _) => return self.unconfigure(key).await.map(|()| true),
             (Resource::ClusterJoinToken, _) => return self.revoke(key).await.map(|()| true),
             (Resource::MemberCluster, _) => OperatorEdit::RemoveCluster(Arc::clone(&key.name)),
-            (_, Some(id)) if self.registry.snapshot().objects.contains_key(&id) => OperatorEdit::Delete(id),
+            (_, Some(id)) if self.registry.snapshot().objects.contains_key(&id) => {
+                OperatorEdit::Delete(id, self.tracked.get(key).map(Tracked::origin).unwrap_or_default())
+            }
             _ => return Ok(true),
         };
         let outcome =
@@ -390,13 +408,25 @@ impl Reconciler {
                 Ok(true)
             }
             Err(ChangeError::NotFound(_)) => Ok(true),
-            Err(ChangeError::Conflict(why)) => {
+            Err(ChangeError::Conflict(why) | ChangeError::Pending(why)) => {
                 let at = self.registry.snapshot().revision;
                 self.tracked.get_mut(key).into_iter().for_each(|it| it.blocked = Some((at, why.clone())));
                 Ok(false)
             }
             Err(error) => Err(error).with_context(|| format!("delete {key} from the store")),
         }
+    }
+
+    /// Ends what belongs to changes that do not wait for an approval any more.
+    async fn settle(&self) -> anyhow::Result<()> {
+        if Resource::ALL.into_iter().any(|it| !self.is_ready(it)) {
+            return Ok(());
+        }
+        let waits =
+            |it: &Tracked| it.refused.as_ref().is_some_and(|it| it.refusal.reason == PENDING) || it.blocked.is_some();
+        let pending = self.tracked.iter().filter(|(_, it)| waits(it));
+        let pending = pending.filter_map(|(key, it)| Some((key.object()?, it.uid.clone())));
+        self.administration.settle(&pending.collect()).await.context("end what waited for approvals")
     }
 
     /// Whether a definition exists and stays: all objects are deleted with it, which is not the decision to delete a policy.

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use hanse_protocol::reason::words::Words;
 use serde_json::Value;
 
-use super::condition::{Answer, Refusal, Written, clipped, conditions, json};
+use super::condition::{Answer, PENDING, Refusal, Written, clipped, conditions, json};
+use crate::admission::{self, approval};
 use crate::custom_resources::{
-    ClusterEnforcement, MAX_CLUSTERS, NetworkSetStatus, PolicyStatus, StagedPolicyStatus, TierStatus,
+    ClusterEnforcement, MAX_CLUSTERS, NetworkSetStatus, PendingChange, PolicyStatus, StagedPolicyStatus, TierStatus,
 };
 use crate::manifest::{Kind, ObjectId};
 use crate::registry::{Acceptance, Snapshot};
@@ -34,15 +35,17 @@ pub struct State<'a> {
     pub clusters: BTreeMap<Arc<str>, Realisation>,
     /// The number of policies of each tier.
     policies: BTreeMap<Arc<str>, i64>,
+    /// The state of the admission webhook, if there is one.
+    webhook: Option<admission::State>,
 }
 
 impl<'a> State<'a> {
-    pub fn new(snapshot: &'a Snapshot, realisations: &'a dyn Realisations) -> Self {
+    pub fn new(snapshot: &'a Snapshot, realisations: &'a dyn Realisations, webhook: Option<admission::State>) -> Self {
         let mut policies = BTreeMap::new();
         for tier in snapshot.objects.values().filter_map(|object| object.tier()) {
             *policies.entry(tier).or_default() += 1;
         }
-        Self { snapshot, realisations, clusters: realisations.clusters(), policies }
+        Self { snapshot, realisations, clusters: realisations.clusters(), policies, webhook }
     }
 
     /// The status of an object. Of conditions that `old` has in the same state, the time is kept.
@@ -51,8 +54,26 @@ impl<'a> State<'a> {
         let accepted = self.accepted(id, facts);
         let is_accepted = accepted.status == "True";
         let mut answers = vec![accepted];
+        let stored = self.snapshot.objects.get(id);
+        let in_force = stored.map(|object| &object.manifest[..]).unwrap_or_default();
+        let is_governed = !approval::tiers_of(self.snapshot, id, in_force).is_empty();
         if let Some(why) = facts.blocked {
-            answers.push(Answer::new("Terminating", true, "InUse", why));
+            let reason = if is_governed && !self.is_in_use(id) { PENDING } else { "InUse" };
+            answers.push(Answer::new("Terminating", true, reason, why));
+        }
+        let waits = facts.refusal.filter(|it| it.reason == PENDING).map(|it| it.message.as_str());
+        let waits = waits.or(facts.blocked.filter(|_| is_governed && !self.is_in_use(id)));
+        let pending = waits.map(|_| PendingChange { in_force: String::from_utf8_lossy(in_force).into_owned() });
+        match waits {
+            Some(why) => answers.push(Answer::new("Approved", false, PENDING, why)),
+            None if is_governed && is_accepted => {
+                let message = "the version in force is this one";
+                answers.push(Answer::new("Approved", true, "Approved", message));
+            }
+            None => {}
+        }
+        if let (Kind::Tier, Some(webhook)) = (id.kind, &self.webhook) {
+            answers.push(admission_of(webhook));
         }
         let clusters = if id.kind != Kind::Tier && is_accepted { self.realisations.object(id, 0) } else { None };
         if id.kind != Kind::Tier {
@@ -74,6 +95,7 @@ impl<'a> State<'a> {
                     clusters_enforced: format!("{enforcing}/{}", clusters.len()),
                     nodes_enforced: format!("{nodes_enforcing}/{nodes}"),
                     clusters: of_clusters(&clusters),
+                    pending_change: pending,
                 })
             }
             Kind::StagedFederatedNetworkPolicy => json(&StagedPolicyStatus { observed_generation, conditions }),
@@ -84,7 +106,7 @@ impl<'a> State<'a> {
             // The status of a cluster is computed elsewhere.
             Kind::Tier | Kind::MemberCluster => {
                 let policies = self.policies.get(&id.name).copied().unwrap_or_default();
-                json(&TierStatus { observed_generation, conditions, policies })
+                json(&TierStatus { observed_generation, conditions, policies, pending_change: pending })
             }
         }
     }
@@ -102,6 +124,11 @@ impl<'a> State<'a> {
             }
             (None, _) => Answer::new("Accepted", false, "Pending", "the hub has not stored this version yet"),
         }
+    }
+
+    /// Whether policies name a tier.
+    fn is_in_use(&self, id: &ObjectId) -> bool {
+        id.kind == Kind::Tier && self.policies.contains_key(&id.name)
     }
 
     fn distributed(
@@ -134,6 +161,16 @@ impl<'a> State<'a> {
                 answer(false, "ClustersLag", message)
             }
         }
+    }
+}
+
+/// Whether the webhook decides about changes of the policies of a tier.
+fn admission_of(webhook: &admission::State) -> Answer {
+    let answer = |is, reason: &str, message: &str| Answer::new("Admission", is, reason, message);
+    match webhook {
+        admission::State::Ready => answer(true, "Ready", "API servers use the admission webhook"),
+        admission::State::Unknown => answer(false, "Starting", "the admission webhook starts"),
+        admission::State::Failing { reason, message } => answer(false, reason, message),
     }
 }
 

@@ -22,6 +22,7 @@ use super::allowance::Allowance;
 use super::condition::{Refusal, Written};
 use super::objects::{self, Defaults, FINALIZER};
 use super::resource::Resource;
+use crate::administration::Origin;
 use crate::custom_resources::ClusterJoinTokenStatus;
 
 /// Manifests that wait for the hub, together: as much as the hub stores, and some.
@@ -159,6 +160,11 @@ impl Tracked {
             allowance: Allowance::default(),
             retry: None,
         }
+    }
+
+    /// The version of which it is.
+    pub fn origin(&self) -> Origin {
+        Origin { uid: self.uid.clone(), generation: self.generation }
     }
 
     pub fn has_finalizer(&self) -> bool {

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use crate::roles::Role;
 
@@ -89,6 +90,91 @@ pub struct AuditRecord {
     pub action: String,
     pub object: String,
     pub outcome: String,
+    /// The audit log has a record `audit-detail/<number>` of this change.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub detailed: bool,
+}
+
+/// `audit-detail/<number>`: the manifest before and after a change, each cut to [`MAX_DETAIL_BYTES`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditDetail {
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub before: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub after: String,
+}
+
+/// The longest manifest in the audit log: 10,000 records × 2 × 8 KiB is 160 MiB at most. Policies have 1 KiB, usually.
+pub const MAX_DETAIL_BYTES: usize = 8 << 10;
+
+impl AuditDetail {
+    /// From manifests; `None` where the object did not, or does not exist.
+    pub fn of(before: Option<&[u8]>, after: Option<&[u8]>) -> Self {
+        let cut = |manifest: Option<&[u8]>| {
+            let text = String::from_utf8_lossy(manifest.unwrap_or_default());
+            match text.len() {
+                0..=MAX_DETAIL_BYTES => text.into_owned(),
+                len => format!("{}… ({len} bytes)", &text[..text.floor_char_boundary(MAX_DETAIL_BYTES)]),
+            }
+        };
+        Self { before: cut(before), after: cut(after) }
+    }
+}
+
+/// What a change of a custom resource does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ChangeAction {
+    /// Creates or updates it.
+    Apply,
+    Delete,
+}
+
+/// `change/<uid>/<id>`: a change of a custom resource with this UID that the admission webhook allowed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeRecord {
+    /// Seconds since 1970.
+    pub at: u64,
+    /// The user that sent it, such as `kubernetes/ada`.
+    pub who: String,
+    pub action: ChangeAction,
+    /// The generation of the object with this change; of a deletion, the one before.
+    pub generation: i64,
+    /// The digest of the manifest with this change; of a deletion, the one before.
+    pub digest: String,
+    /// The audit log says that it waits for an approval.
+    #[serde(default)]
+    pub proposed: bool,
+}
+
+/// `approval/<uid>`: a PolicyApproval with this UID whose creation the admission webhook allowed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApprovalRecord {
+    /// Seconds since 1970.
+    pub at: u64,
+    /// The user that approved.
+    pub who: String,
+    /// The object, such as `FederatedNetworkPolicy/web`.
+    pub object: String,
+    /// The UID of the object.
+    pub uid: String,
+    pub action: ChangeAction,
+    pub generation: i64,
+    pub digest: String,
+    /// The PolicyApproval exists: only then the approval has an effect, and the audit log has it.
+    #[serde(default)]
+    pub seen: bool,
+}
+
+impl ChangeRecord {
+    /// The same request has always the same id.
+    pub fn id(&self) -> String {
+        let text = format!("{:?}\0{}\0{}\0{}", self.action, self.generation, self.digest, self.who);
+        Sha256::digest(text.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    pub fn is_version(&self, action: ChangeAction, generation: i64, digest: &str) -> bool {
+        self.action == action && self.generation == generation && self.digest == digest
+    }
 }
 
 pub fn encode(record: &impl Serialize) -> Bytes {

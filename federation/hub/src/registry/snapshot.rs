@@ -10,7 +10,9 @@ use hanse_identity::keys::Certificate;
 use hanse_policy::inventory::Labels;
 use hanse_store::{Change, Entry, Event, LeaseId, Listing, Revision, Transaction};
 
-use super::records::{self, MemberRecord, MemberState, Settings, TokenRecord, UserRecord};
+use super::records::{
+    self, ApprovalRecord, ChangeRecord, MemberRecord, MemberState, Settings, TokenRecord, UserRecord,
+};
 use crate::grants::MemberCluster;
 use crate::manifest::{self, Kind, ObjectId};
 
@@ -27,6 +29,10 @@ pub struct Snapshot {
     pub(crate) tokens: BTreeMap<Arc<str>, Arc<TokenRecord>>,
     pub(crate) members: BTreeMap<Arc<str>, Arc<Stored<MemberRecord>>>,
     pub(crate) users: BTreeMap<Arc<str>, Arc<UserRecord>>,
+    /// The changes of each custom resource, by its UID, that are not finished.
+    pub(crate) changes: BTreeMap<Arc<str>, BTreeMap<Arc<str>, Arc<ChangeRecord>>>,
+    /// The approvals that are not used yet, by the UID of the PolicyApproval.
+    pub(crate) approvals: BTreeMap<Arc<str>, Arc<ApprovalRecord>>,
     pub(crate) audit_number: u64,
     pub(crate) audit_revision: Revision,
     /// Those of the ClusterSet, where an operator writes them.
@@ -264,6 +270,14 @@ impl Snapshot {
                 self.object_bytes -= old.map_or(0, |old| old.manifest.len());
             }
             ["meta", "settings"] => self.settings = read(entry)?,
+            ["change", uid, id] => {
+                let of_object = self.changes.entry(uid.into()).or_default();
+                set(of_object, id, read(entry)?.map(Arc::new));
+                if of_object.is_empty() {
+                    self.changes.remove(uid);
+                }
+            }
+            ["approval", uid] => set(&mut self.approvals, uid, read(entry)?.map(Arc::new)),
             ["meta", "audit"] => {
                 if let Some(entry) = entry {
                     let text = std::str::from_utf8(&entry.value).ok();

@@ -221,7 +221,12 @@ async fn audit_keeps_the_newest_of_many_changes() {
     let registry =
         Registry::open(store, SOON, Clock::default(), &hanse_runtime::shutdown::Shutdown::default()).await.unwrap();
     let actions: Vec<AuditAction> = (0..MAX_AUDIT_RECORDS + 500)
-        .map(|number| AuditAction { who: "user/ada".into(), action: "apply", object: number.to_string() })
+        .map(|number| AuditAction {
+            who: "user/ada".into(),
+            action: "apply",
+            object: number.to_string(),
+            proposed: None,
+        })
         .collect();
     let mut done = 0;
     while done < actions.len() {
@@ -241,7 +246,7 @@ async fn audit_keeps_the_newest_of_many_changes() {
     let kept = registry.audit(usize::MAX, "").await.unwrap();
     let refused = actions.len() as u64 / 100;
     let newest = actions.len() as u64 - refused;
-    let numbers: Vec<u64> = kept.iter().map(|(number, _)| *number).collect();
+    let numbers: Vec<u64> = kept.iter().map(|(number, ..)| *number).collect();
     assert_eq!(numbers, (newest - MAX_AUDIT_RECORDS + 1..=newest).rev().collect::<Vec<_>>());
     assert_eq!(kept[0].1.object, (actions.len() - 2).to_string(), "the last but one: the last was refused");
 }

@@ -21,7 +21,7 @@ impl Reconciler {
         let now = Instant::now();
         let due: Vec<(Key, Value, Written)> = {
             let (snapshot, key_exchanges) = (self.registry.snapshot(), self.administration.key_exchanges());
-            let state = State::new(&snapshot, &*self.realisations);
+            let state = State::new(&snapshot, &*self.realisations, self.administration.webhook_state());
             let is_due = |(_, it): &(&Key, &Tracked)| {
                 it.may_write(now) && it.has_finalizer() && (!it.is_leaving || it.blocked.is_some())
             };

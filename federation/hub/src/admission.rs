@@ -1,0 +1,78 @@
+//! The admission webhook of the management cluster. API servers call it before they store an object of `hanse.dev`.
+//!
+//! It refuses what the hub would not accept, with the messages of `hanse policy check`. Its failure policy is `Fail`, and its rules name
+//! the kinds of `hanse.dev` only: without a hub, these kinds cannot be written, and all others are not affected.
+//!
+//! Users need the verb `use` on a tier (`tiers.hanse.dev`) for each change of a policy in it. The webhook records who sends a change
+//! before it allows it: the operator then knows the author, which no field of an object states, and finishes the record in the audit
+//! log. In a tier with `requireApproval`, a change takes effect when a user with the verb `approve`, who is not its author, creates a
+//! PolicyApproval for it (`approval`).
+//!
+//! Each hub has its own key and a self-signed certificate, in memory only. It adds the certificate to the CA bundle of the
+//! ValidatingWebhookConfiguration, serves it when API servers know it, and replaces it well before its end. No key is stored or shared,
+//! and any number of hubs share one configuration.
+
+mod access;
+pub mod approval;
+mod approvals;
+mod certificate;
+mod configuration;
+mod listener;
+mod review;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hanse_runtime::shutdown::Shutdown;
+use kube::Client;
+
+use approvals::Approvals;
+pub use certificate::Certificates;
+use configuration::Keeper;
+pub use configuration::{Address, AddressError, CONFIGURATION, State, webhooks};
+use review::Reviewer;
+
+use crate::registry::Registry;
+
+/// How the webhook is served.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub listen: SocketAddr,
+    /// Where API servers reach it.
+    pub address: Address,
+    /// The name of the ValidatingWebhookConfiguration, which exists.
+    pub configuration: String,
+    /// The validity of its certificates.
+    pub lifetime: Duration,
+}
+
+/// The running webhook.
+#[derive(Debug, Clone)]
+pub struct Admission {
+    /// Where it listens.
+    pub listening: SocketAddr,
+    /// Whether API servers can use it.
+    pub state: tokio::sync::watch::Receiver<State>,
+}
+
+/// Serves the webhook, and keeps its configuration in the API server, until the shutdown.
+///
+/// # Errors
+/// When the address cannot be bound, or no certificate can be made.
+pub async fn start(
+    options: Options,
+    client: Client,
+    registry: Registry,
+    shutdown: &Shutdown,
+) -> anyhow::Result<Admission> {
+    let certificates = Arc::new(Certificates::new(options.address.host(), options.lifetime)?);
+    let reviewer = Reviewer::new(client.clone(), registry.clone());
+    let listening = listener::serve(options.listen, Arc::clone(&certificates), reviewer, shutdown).await?;
+    let (approvals, stop) = (Approvals::new(client.clone(), registry), shutdown.token());
+    shutdown.supervise("approvals", move || approvals.clone().run(stop.clone()));
+    let (keeper, state) = Keeper::new(client, options.configuration, options.address, certificates);
+    let stop = shutdown.token();
+    shutdown.supervise("configuration of the webhook", move || keeper.clone().run(stop.clone()));
+    Ok(Admission { listening, state })
+}
