@@ -107,6 +107,7 @@ fn value_sets() -> BTreeMap<&'static str, Value> {
         ("hub.affinity", json!({"podAntiAffinity": {}})),
         ("hub.listenHost", json!("[::]")),
         ("hub.operator", json!({"enabled": true})),
+        ("hub.webhook", json!({"enabled": true, "from": [{"ipBlock": {"cidr": "192.0.2.1/32"}}]})),
         ("hub.resources", json!({"limits": {"cpu": 2}})),
         ("member.hostNetwork", json!(false)),
         ("member.persistence", json!({"enabled": false})),
@@ -206,6 +207,8 @@ fn wrong_values_are_refused_by_name() {
             json!({"enabled": false, "image": {"digest": DIGEST}, "operator": {"enabled": true}}),
             "hub.operator.enabled",
         ),
+        ("hub.webhook.enabled", json!(true), "hub.operator.enabled"),
+        ("hub.webhook.certificateSeconds", json!(1), "/hub/webhook/certificateSeconds"),
     ] {
         let refused = output(&mut template(&set(complete(), path, value.clone())), "");
         let message = text(&refused.stderr);
