@@ -1,5 +1,6 @@
 //! Tests of the whole.
 
+mod admission;
 mod chart;
 mod clusters;
 mod crds;

@@ -1,0 +1,168 @@
+//! Changes in a tier that requires approvals.
+
+use hanse_e2e::kubernetes::run;
+use serde_json::{Value, json};
+
+use super::{World, deny, policy, tier};
+
+const STRICT: &str = "phase: Guard, order: 100, defaultAction: Deny, requireApproval: true";
+
+fn with_order(order: u32) -> String {
+    policy("web", &format!("{}, order: {order}", deny("strict")))
+}
+
+impl World {
+    /// `hanse policy approve`, with the rights of a user.
+    fn approve(&self, user: &str, object: &str) -> (bool, String) {
+        let mut command = std::process::Command::new(crate::system::programs().join("hanse"));
+        command.args(["policy", "approve", object, "--yes", "--kubeconfig"]).arg(self.kubeconfig_of(user));
+        let output = command.output().expect("it runs");
+        (output.status.success(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    }
+
+    fn order(&self) -> Value {
+        self.in_force("fnp", "web")["spec"]["order"].clone()
+    }
+}
+
+#[test]
+fn changes_wait_for_another_user() {
+    run(async {
+        let world = World::start(86_400).await;
+        // A policy that is older than its tier does not come into force with it.
+        world.apply("ada", &policy("early", &deny("strict")));
+        world.until_condition("fnp/early", "Accepted", "False", "TierNotFound").await;
+        for (name, spec) in [("strict", STRICT), ("other", "phase: Guard, order: 200, defaultAction: Deny")] {
+            world.apply("", &tier(name, spec));
+            world.accepted(&format!("tiers.hanse.dev/{name}")).await;
+        }
+        let waits = async |object: &str| {
+            let is = || {
+                let (success, text) = world.kubectl("", &["get", object, "-o", "json"]);
+                let is_read = success && {
+                    let object: Value = serde_json::from_str(&text).expect("JSON");
+                    object["status"]["observedGeneration"] == object["metadata"]["generation"]
+                };
+                is_read && world.condition(object, "Approved")[..2] == ["False", "PendingApproval"]
+            };
+            world.until(&format!("{object} waits for an approval"), is).await;
+        };
+
+        waits("fnp/early").await;
+        assert!(world.in_force("fnp", "early").is_null());
+
+        // A new policy is not in force, but evaluated as a staged one.
+        world.apply("ada", &with_order(1));
+        waits("fnp/web").await;
+        assert!(world.in_force("fnp", "web").is_null());
+        world.until("staged", || world.in_force("sfnp", "web")["spec"]["stagedAction"] == "Set").await;
+        // Not by its author, who lacks the verb, and not by a user without it.
+        let (success, text) = world.approve("ada", "FederatedNetworkPolicy/web");
+        assert!(!success && text.contains("needs the verb \"approve\" on tiers.hanse.dev/strict"), "{text}");
+        let (success, text) = world.approve("mallory", "FederatedNetworkPolicy/web");
+        assert!(!success && text.contains("needs the verb \"approve\""), "{text}");
+        let (success, text) = world.approve("bob", "fnp/web");
+        assert!(success && text.contains("+"), "{text}\n{}", world.hub_log());
+        world.until("in force", || world.order() == 1).await;
+        world.until_condition("fnp/web", "Approved", "True", "Approved").await;
+        world.until("not staged", || world.in_force("sfnp", "web").is_null()).await;
+        world
+            .until("the approval is used", || world.kubectl("", &["get", "pa", "-o", "name"]).1.trim().is_empty())
+            .await;
+
+        // The last approved version stays enforced; the author is not an approver, also with the verb.
+        world.apply("bob", &with_order(2));
+        waits("fnp/web").await;
+        assert_eq!(world.order(), 1);
+        let (success, text) = world.approve("bob", "fnp/web");
+        assert!(!success && text.contains("is an author of the change"), "{text}");
+        // An approval of an older version has no effect: it is refused, and one that exists already is not used.
+        let old = world.kubectl("", &["get", "fnp/web", "-o", "json"]).1;
+        let old: Value = serde_json::from_str(&old).expect("JSON");
+        let lease = |holder: &str| {
+            let patch = json!({"spec": {"holderIdentity": holder, "leaseDurationSeconds": 3}}).to_string();
+            world.kubectl("", &["-n", "hanse", "patch", "lease", "hanse-hub-operator", "--type=merge", "-p", &patch])
+        };
+        assert!(lease("nobody").0);
+        world.until("the operator stops", || world.hub_log().contains("another hub has taken the Lease")).await;
+        let (success, text) = world.approve("eve", "fnp/web");
+        assert!(success, "{text}");
+        world.apply("bob", &with_order(3));
+        world
+            .until("the operator decides", || {
+                world.condition("fnp/web", "Approved")[1] == "PendingApproval"
+                    && serde_json::from_str::<Value>(&world.kubectl("", &["get", "fnp/web", "-o", "json"]).1)
+                        .is_ok_and(|it| it["status"]["observedGeneration"] == it["metadata"]["generation"])
+            })
+            .await;
+        assert_eq!(world.order(), 1);
+        let digest = hanse_kubernetes::change::digest(
+            hanse_kubernetes::change::manifest(
+                "FederatedNetworkPolicy",
+                &serde_json::from_value(old.clone()).expect("an object"),
+            )
+            .as_bytes(),
+        );
+        let stale = json!({
+            "apiVersion": "hanse.dev/v1alpha1", "kind": "PolicyApproval", "metadata": {"name": "stale"},
+            "spec": {
+                "action": "Apply", "kind": "FederatedNetworkPolicy", "name": "web", "uid": old["metadata"]["uid"],
+                "generation": old["metadata"]["generation"], "digest": digest,
+            },
+        });
+        world.apply_refused("eve", &stale.to_string(), "has changed since");
+
+        // A move out of the tier waits as well, and a deletion does.
+        let moved = policy("web", &deny("other"));
+        world.apply("", &moved);
+        waits("fnp/web").await;
+        assert_eq!(world.in_force("fnp", "web")["spec"]["tier"], "strict");
+        // The tier of the version in force counts as well.
+        world.refused("mallory", &["delete", "fnp/web"], "on tiers.hanse.dev/strict");
+        world.apply("", &with_order(4));
+        waits("fnp/web").await;
+        let (success, text) = world.approve("eve", "fnp/web");
+        assert!(success && text.contains("order"), "{text}");
+        world.until("in force", || world.order() == 4).await;
+        assert!(world.kubectl("bob", &["delete", "--wait=false", "fnp/web"]).0);
+        world.until_condition("fnp/web", "Terminating", "True", "PendingApproval").await;
+        assert_eq!(world.order(), 4);
+        world.until("staged", || world.in_force("sfnp", "web")["spec"]["stagedAction"] == "Delete").await;
+        let (success, text) = world.approve("bob", "fnp/web");
+        assert!(!success && text.contains("is an author of the change"), "{text}");
+        let (success, text) = world.approve("eve", "fnp/web");
+        assert!(success, "{text}");
+        world.until("deleted", || world.in_force("fnp", "web").is_null()).await;
+        world.until("deleted", || !world.kubectl("", &["get", "fnp/web"]).0).await;
+        world.until("not staged", || world.in_force("sfnp", "web").is_null()).await;
+
+        // What was never in force is deleted without an approval, and its staged policy with it.
+        assert!(world.kubectl("ada", &["delete", "--timeout=60s", "fnp/early"]).0, "{}", world.hub_log());
+        world.until("not staged", || world.in_force("sfnp", "early").is_null()).await;
+
+        // The tier does not become lenient by one user alone.
+        world.apply("", &tier("strict", "phase: Guard, order: 100, defaultAction: Deny"));
+        waits("tiers.hanse.dev/strict").await;
+        world.apply("ada", &with_order(5));
+        waits("fnp/web").await;
+        assert_eq!(world.in_force("tier", "strict")["spec"]["requireApproval"], true);
+        let (success, text) = world.approve("bob", "tier/strict");
+        assert!(success && text.contains("requireApproval"), "{text}");
+        world.until("in force", || world.order() == 5).await;
+
+        let records = world.audit("FederatedNetworkPolicy/web");
+        let all: Vec<String> = records
+            .iter()
+            .rev()
+            .filter(|it| it["outcome"] == "done" || it["action"] == "propose")
+            .map(|it| {
+                format!("{} {}", it["who"].as_str().unwrap_or_default(), it["action"].as_str().unwrap_or_default())
+            })
+            .collect();
+        let starts =
+            ["kubernetes/ada propose", "kubernetes/bob approve", "kubernetes/ada apply", "kubernetes/bob propose"];
+        assert_eq!(all[..4], starts, "{records:#?}");
+        assert!(all.contains(&"kubernetes/bob delete".to_owned()), "{all:?}");
+        assert_eq!(world.forbidden(), Vec::<String>::new());
+    });
+}

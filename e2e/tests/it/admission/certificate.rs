@@ -1,0 +1,78 @@
+//! The webhook's certificate, and API servers without a webhook.
+
+use hanse_e2e::kubernetes::run;
+use serde_json::{Value, json};
+
+use super::{World, deny, policy, tier};
+
+const TIER: &str = "tiers.hanse.dev/platform";
+
+#[test]
+fn nothing_opens_without_a_webhook() {
+    run(async {
+        // The certificate ends after 6 s, and is replaced after 4 s.
+        let mut world = World::start(6).await;
+        world.apply("", &tier("platform", "phase: Guard, order: 100, defaultAction: Deny"));
+        world.apply("ada", &policy("web", &deny("platform")));
+        world.accepted("fnp/web").await;
+        world.until_condition(TIER, "Admission", "True", "Ready").await;
+        let in_force = world.in_force("fnp", "web");
+        assert!(in_force.is_object());
+
+        // It rotates by itself, and no write is refused meanwhile.
+        let renewed = || world.hub_log().matches("certificate of the webhook renewed").count();
+        let before = renewed();
+        let (mut writes, mut last) = (0, 0);
+        while renewed() < before + 3 {
+            writes += 1;
+            let changed = policy("other", &format!("{}, order: {writes}", deny("platform")));
+            world.apply("ada", &changed);
+            last = writes;
+        }
+        world.until("the last write is in force", || world.in_force("fnp", "other")["spec"]["order"] == last).await;
+        println!("{writes} writes while the certificate was renewed three times");
+
+        // Without the right to make a new certificate known, the old one expires.
+        let role = "clusterrole/hanse-hub-webhook";
+        let rules = world.kubectl("", &["get", role, "-o", "jsonpath={.rules}"]).1;
+        let rules: Value = serde_json::from_str(&rules).expect("JSON");
+        let mut fewer = rules.clone();
+        let all = fewer.as_array_mut().expect("rules");
+        all.retain(|rule| rule["resources"] != json!(["validatingwebhookconfigurations"]));
+        assert_eq!(all.len(), rules.as_array().map_or(0, Vec::len) - 1);
+        let set = |rules: &Value| {
+            let patch = json!({"rules": rules}).to_string();
+            assert!(world.kubectl("", &["patch", role, "--type=merge", "-p", &patch]).0);
+        };
+        set(&fewer);
+        let changed = policy("web", &format!("{}, order: 9", deny("platform")));
+        let dry = ["delete", "--dry-run=server", "fnp/web"];
+        world.until("it has expired", || world.kubectl("ada", &dry).1.contains("certificate has expired")).await;
+        world.apply_refused("ada", &changed, "certificate has expired");
+        world.refused("ada", &["delete", "fnp/web"], "certificate has expired");
+        // Status says so, and the rest goes on: what is in force stays, other kinds are written, and the operator writes its own.
+        world.until_condition(TIER, "Admission", "False", "CertificateExpired").await;
+        let message = world.condition(TIER, "Admission")[2].clone();
+        assert!(message.contains("validatingwebhookconfigurations") && message.contains("forbidden"), "{message}");
+        assert!(world.kubectl("ada", &["create", "configmap", "other-kinds"]).0);
+        assert_eq!(world.in_force("fnp", "web"), in_force);
+        // With the right, everything converges.
+        set(&rules);
+        world.until("it is accepted again", || world.try_apply("ada", &changed).0).await;
+        world.until("it is in force", || world.in_force("fnp", "web")["spec"]["order"] == 9).await;
+        world.until_condition(TIER, "Admission", "True", "Ready").await;
+
+        // Without a hub, no policy is written; other kinds are.
+        world.hub.take().expect("it runs").kill().expect("killed");
+        let (success, text) = world.try_apply("ada", &policy("web", &deny("platform")));
+        assert!(!success && text.contains("failed calling webhook"), "{text}");
+        world.refused("ada", &["delete", "fnp/web"], "failed calling webhook");
+        world.refused("", &["delete", "fnp", "--all"], "failed calling webhook");
+        assert!(world.kubectl("ada", &["create", "configmap", "other-kinds-too"]).0);
+        // What changes no spec is not delayed.
+        assert!(world.kubectl("ada", &["annotate", "fnp/web", "x=y"]).0);
+        world.start_hub();
+        world.until("it is accepted again", || world.try_apply("ada", &policy("web", &deny("platform"))).0).await;
+        world.until("it is in force", || world.in_force("fnp", "web")["spec"] == in_force["spec"]).await;
+    });
+}

@@ -1,0 +1,108 @@
+//! What is checked before an object is stored, and what the audit log says of it.
+
+use hanse_e2e::kubernetes::run;
+use serde_json::json;
+
+use super::{World, deny, policy, tier};
+
+const FORBIDDEN: &str = "needs the verb \"use\" on tiers.hanse.dev/";
+
+#[test]
+fn only_users_of_a_tier_write_its_policies() {
+    run(async {
+        let world = World::start(86_400).await;
+        // Tiers are a matter of RBAC on the kind.
+        for name in ["platform", "other"] {
+            world.apply("", &tier(name, "phase: Guard, order: 100, defaultAction: Deny"));
+        }
+        // What would not compile is refused, with the words of `hanse policy check`; other kinds are not concerned.
+        let (_, text) = world.try_apply("ada", &policy("wrong", "tier: platform, selector: \"app ==\""));
+        assert!(text.contains("denied the request: spec.selector:"), "{text}");
+
+        world.apply("ada", &policy("web", &deny("platform")));
+        world.accepted("fnp/web").await;
+        let records = world.audit("FederatedNetworkPolicy/web");
+        assert_eq!(records.len(), 1, "{records:?}");
+        assert_eq!(
+            (&records[0]["who"], &records[0]["action"], &records[0]["outcome"]),
+            (&json!("kubernetes/ada"), &json!("apply"), &json!("done"))
+        );
+        assert_eq!(records[0]["after"]["spec"]["tier"], "platform");
+        assert!(records[0]["before"].is_null());
+
+        // Without the right: not into a tier, not out of one, and neither change nor deletion.
+        let before = world.in_force("fnp", "web");
+        world.apply_refused("mallory", &policy("new", &deny("platform")), &format!("{FORBIDDEN}platform"));
+        world.apply_refused("mallory", &policy("web", &deny("other")), &format!("{FORBIDDEN}platform"));
+        world.apply("mallory", &policy("own", &deny("other")));
+        world.apply_refused("mallory", &policy("own", &deny("platform")), &format!("{FORBIDDEN}platform"));
+        let staged = policy("web", &deny("platform")).replace("kind: Fed", "kind: StagedFed");
+        world.apply_refused("mallory", &staged, &format!("{FORBIDDEN}platform"));
+        world.refused("mallory", &["delete", "fnp/web"], &format!("{FORBIDDEN}platform"));
+        world.refused("mallory", &["delete", "fnp", "--all"], &format!("{FORBIDDEN}platform"));
+        let collection = "/apis/hanse.dev/v1alpha1/federatednetworkpolicies";
+        world.refused("mallory", &["delete", "--raw", collection], &format!("{FORBIDDEN}platform"));
+        world.refused("mallory", &["label", "fnp/web", "a=b"], &format!("{FORBIDDEN}platform"));
+        let set = "apiVersion: hanse.dev/v1alpha1\nkind: FederatedNetworkSet\nmetadata: {name: nets}\nspec: {nets: [10.0.0.0/8]}\n";
+        world.apply_refused("mallory", set, "on all tiers.hanse.dev");
+        world.apply_refused("ada", set, "on all tiers.hanse.dev");
+        world.apply("", set);
+        // With one of two tiers, the user cannot move a policy between them.
+        world.apply_refused("ada", &policy("web", &deny("other")), &format!("{FORBIDDEN}other"));
+        assert_eq!(world.in_force("fnp", "web"), before);
+        let denials = world.audit("FederatedNetworkPolicy/new");
+        assert_eq!(denials[0]["who"], "kubernetes/mallory");
+        assert!(denials[0]["outcome"].as_str().is_some_and(|it| it.contains(FORBIDDEN)), "{denials:?}");
+
+        // What another plugin refuses later, and what is not done, is not part of the log as done.
+        let refused = policy("web", &format!("{}, order: 7", deny("platform")));
+        let path = world.folder.path().join("dry.yaml");
+        std::fs::write(&path, &refused).expect("written");
+        let dry = ["apply", "--dry-run=server", "-f", path.to_str().expect("UTF-8")];
+        assert!(world.kubectl("ada", &dry).0);
+        let policies = "apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingWebhookConfiguration
+metadata: {name: zz-later}
+webhooks:
+- name: later.example.com
+  admissionReviewVersions: [v1]
+  sideEffects: None
+  failurePolicy: Fail
+  timeoutSeconds: 1
+  clientConfig: {url: 'https://127.0.0.1:1/'}
+  rules: [{apiGroups: [hanse.dev], apiVersions: ['*'], resources: [federatednetworkpolicies], operations: [UPDATE]}]
+";
+        world.apply("", policies);
+        world
+            .until("the other webhook refuses", || world.try_apply("ada", &refused).1.contains("later.example.com"))
+            .await;
+        assert!(world.kubectl("", &["delete", "validatingwebhookconfiguration", "zz-later"]).0);
+        world.until("it is gone", || world.kubectl("bob", &["annotate", "--overwrite", "fnp/web", "x=y"]).0).await;
+
+        // The author of a change is who sent it, whatever others sent before.
+        let changed = policy("web", &format!("{}, order: 5", deny("platform")));
+        world.until("changed", || world.try_apply("bob", &changed).0).await;
+        world.until("changed", || world.in_force("fnp", "web")["spec"]["order"] == 5).await;
+        assert!(world.kubectl("ada", &["delete", "--timeout=60s", "fnp/web"]).0, "{}", world.hub_log());
+        let records = world.audit("FederatedNetworkPolicy/web");
+        let all: Vec<String> = records
+            .iter()
+            .map(|it| {
+                let order = |version: &str| it[version]["spec"]["order"].to_string();
+                let who = it["who"].as_str().unwrap_or_default();
+                format!("{who} {} {} {}", it["action"], order("before"), order("after"))
+            })
+            .filter(|it| !it.contains("mallory"))
+            .collect();
+        let expected = [
+            "kubernetes/ada \"delete\" 5 null",
+            "kubernetes/bob \"apply\" null 5",
+            "kubernetes/ada \"apply\" null null",
+        ];
+        // A denial of ada, for the move.
+        let all: Vec<&str> = all.iter().map(String::as_str).filter(|it| !it.is_empty()).collect();
+        let done: Vec<&&str> = all.iter().filter(|it| expected.contains(it)).collect();
+        assert_eq!(done, expected.iter().collect::<Vec<_>>(), "{records:#?}");
+        assert_eq!(world.forbidden(), Vec::<String>::new());
+    });
+}
