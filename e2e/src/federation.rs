@@ -48,7 +48,8 @@ impl std::fmt::Debug for Federation<'_> {
 
 impl<'a> Federation<'a> {
     /// Starts everything except members and agents, which [`Self::join`] installs. Must be called in the router's namespace.
-    /// `registrations` are manifests of the MemberClusters, `programs` the folder of the project's programs.
+    /// `registrations` are manifests of the MemberClusters, and of a ClusterJoinToken for each, with its name and the Secret
+    /// `NAME-join`; `programs` is the folder of the project's programs.
     ///
     /// # Errors
     /// When a program is missing or does not serve in time.
@@ -73,10 +74,6 @@ impl<'a> Federation<'a> {
         });
         let (management, clusters) = futures::join!(management, futures::future::join_all(members));
         let (management, clusters) = (management?, clusters.into_iter().collect::<Result<Vec<_>, _>>()?);
-        let mut system = Deployment::start(fabric, programs, scratch)?;
-        let path = scratch.join("clusters.yaml");
-        fs::write(&path, registrations).context("write the manifests of clusters")?;
-        system.hanse(&["apply", "-f", &path.to_string_lossy()])?;
         let crds = deploy().join("crds");
         kubectl(&management, &["apply", "--server-side", "-f", &crds.to_string_lossy()], "")?;
         let client = management.client().await?;
@@ -85,7 +82,9 @@ impl<'a> Federation<'a> {
             let definition = file.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
             manifests::established(&client, &definition).await?;
         }
+        let mut system = Deployment::start(fabric, programs, scratch)?;
         system.operate(&management.kubeconfig())?;
+        kubectl(&management, &["apply", "-f", "-"], registrations)?;
         Ok(Self { management, client, clusters, system, worlds: worlds.to_vec() })
     }
 
@@ -108,7 +107,9 @@ impl<'a> Federation<'a> {
 
     fn install(&self, cluster: &Cluster, world: &world::Cluster) -> anyhow::Result<()> {
         let server = &cluster.server;
-        let token = self.system.hanse(&["token", "create", "--cluster", cluster.name()])?;
+        let (issued, secret) = (format!("cjt/{}", cluster.name()), format!("{}-join", cluster.name()));
+        self.kubectl(&["wait", "--for=condition=Issued", "--timeout=60s", &issued])?;
+        let token = self.kubectl(&["get", "secret", &secret, "-o", "go-template={{.data.token | base64decode}}"])?;
         kubectl(server, &["create", "namespace", NAMESPACE], "")?;
         let secret = ["create", "secret", "generic", "hanse-join", "--namespace", NAMESPACE];
         kubectl(server, &[&secret[..], &["--from-file=token=/dev/stdin"]].concat(), &token)?;

@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Changes begin at different times of a second, so that none of the periods of hub, member and agent favours them.
 const SPREAD_MS: u64 = 1_000;
 
-/// The two clusters, as the hub knows them.
+/// The two clusters, and the tokens with which they join.
 pub const REGISTRATIONS: &str = "apiVersion: hanse.dev/v1alpha1
 kind: MemberCluster
 metadata: {name: east}
@@ -28,6 +28,16 @@ apiVersion: hanse.dev/v1alpha1
 kind: MemberCluster
 metadata: {name: west}
 spec: {grants: {namespaces: ['*'], cidrs: [10.30.0.0/16]}}
+---
+apiVersion: hanse.dev/v1alpha1
+kind: ClusterJoinToken
+metadata: {name: east}
+spec: {cluster: east, secretName: east-join, accept: true}
+---
+apiVersion: hanse.dev/v1alpha1
+kind: ClusterJoinToken
+metadata: {name: west}
+spec: {cluster: west, secretName: west-join, accept: true}
 ";
 
 pub const TIER: &str = "apiVersion: hanse.dev/v1alpha1

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use hanse_e2e::fabric::{Fabric, ROUTER};
 use hanse_e2e::kubernetes::cluster::{Cluster, Endpoint};
-use hanse_e2e::kubernetes::{self, ApiServer, Etcd, Options, kubeconfig};
+use hanse_e2e::kubernetes::{self, Etcd, kubeconfig};
 use hanse_e2e::probe::Observed;
 use hanse_e2e::{go, sandbox, world};
 
@@ -155,26 +155,26 @@ spec: {capacity: {storage: 1Gi}, accessModes: [ReadWriteOnce], hostPath: {path: 
 const DIGEST: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
 /// Clusters like those of a reader, with the demo's workloads.
-async fn clusters(fabric: &Fabric, scratch: &Path) -> (ApiServer, Vec<Cluster>) {
+async fn clusters(fabric: &Fabric, scratch: &Path) -> [Cluster; 3] {
     let etcd = Etcd::start().expect("etcd starts");
     let address = ROUTER.parse().expect("an address");
-    let management = ApiServer::start(&etcd, Options::new("management").listen(address));
     let workloads = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/kubernetes");
     let start = async |world: world::Cluster| {
         let (scratch, programs) = (scratch.join(&world.name), programs());
         std::fs::create_dir(&scratch).expect("a folder");
         let cluster = Cluster::start(&etcd, address, &world, fabric, &programs, &scratch).await.expect("it starts");
-        let text = std::fs::read_to_string(workloads.join(format!("{}.yaml", world.name))).expect("the workloads");
+        // The management cluster has none.
+        let text = std::fs::read_to_string(workloads.join(format!("{}.yaml", world.name))).unwrap_or_default();
         cluster.apply(&format!("{VOLUME}---\n{text}")).await.expect("they are applied");
         cluster
     };
-    let [train, prod] = worlds();
-    let (management, train, prod) = tokio::join!(management, start(train), start(prod));
-    (management.expect("it is ready"), vec![train, prod])
+    let [train, prod, management] = worlds();
+    let (train, prod, management) = tokio::join!(start(train), start(prod), start(management));
+    [train, prod, management]
 }
 
-fn worlds() -> [world::Cluster; 2] {
-    [("train", 10), ("prod", 30)].map(|(name, number): (&str, u8)| {
+fn worlds() -> [world::Cluster; 3] {
+    [("train", 10), ("prod", 30), ("management", 40)].map(|(name, number): (&str, u8)| {
         let node = |of: u8| world::Node {
             name: format!("node-{of}"),
             addresses: vec![[192, 168, number, of].into()],
@@ -193,9 +193,8 @@ fn readme_policies_are_enforced_in_two_clusters() {
         let fabric = Fabric::build(&worlds()).expect("the network");
         fabric.router().enter(|| {
             kubernetes::run(async {
-                let (management, clusters) = clusters(&fabric, scratch.path()).await;
-                let servers = clusters.iter().map(|it| &it.server).chain([&management]);
-                let config = kubeconfig::merged(servers).expect("kubeconfigs");
+                let clusters = clusters(&fabric, scratch.path()).await;
+                let config = kubeconfig::merged(clusters.iter().map(|it| &it.server)).expect("kubeconfigs");
                 let path = scratch.path().join("kubeconfig");
                 kubeconfig::write_private(&path, &config.to_string()).expect("written");
                 let tools = [kubernetes::programs::kubernetes("kubectl"), go::Program::Helm.build()];
@@ -209,15 +208,16 @@ fn readme_policies_are_enforced_in_two_clusters() {
                     ("HELM_CACHE_HOME", file("helm-cache")),
                     ("HELM_CONFIG_HOME", file("helm-config")),
                     ("HELM_DATA_HOME", file("helm-data")),
-                    ("HUB", ROUTER.to_owned()),
                     ("REGISTRY", "registry.example".to_owned()),
+                    ("HUB_DIGEST", DIGEST.to_owned()),
                     ("MEMBER_DIGEST", DIGEST.to_owned()),
                     ("AGENT_DIGEST", DIGEST.to_owned()),
                 ];
                 let ran = run(clone.path(), "Enforce a policy in two clusters", &variables);
-                let table = output(&ran, "kubectl --context management get fnp");
-                let enforced = |line: &str| line.contains("2/2") && line.contains("4/4");
-                assert!(table.lines().count() > 5 && table.lines().skip(1).all(enforced), "{table}");
+                println!("{}", output(&ran, "kubectl --context management get mc"));
+                let table = output(&ran, "kubectl --context management get hanse");
+                let is_enforced = |line: &&str| line.contains("2/2") && line.contains("4/4");
+                assert_eq!(table.lines().filter(is_enforced).count(), 6, "{table}");
 
                 // Everything goes on when the shell has ended.
                 let pod = async |cluster: usize, namespace: &str, label: &str| -> Endpoint {

@@ -1,5 +1,5 @@
 //! The demo on real API servers: a management cluster whose custom resources are the policy, and two clusters whose pods are
-//! judged by it. Everything is done with `kubectl`, except what the operator does not reconcile.
+//! judged by it. Everything is done with `kubectl` and `helm`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -51,7 +51,6 @@ pub fn run(screen: &Screen, programs: &Path, manifests: &Path, once: bool) -> an
                 screen,
                 hanse: programs.join("hanse"),
                 policies: manifests.join("federation/policies.yaml"),
-                clusters: folder.join("clusters.yaml"),
                 scratch: scratch.path(),
                 federation,
                 pods: Vec::new(),
@@ -95,7 +94,6 @@ struct Demo<'a> {
     screen: &'a Screen,
     hanse: PathBuf,
     policies: PathBuf,
-    clusters: PathBuf,
     scratch: &'a Path,
     federation: Federation<'a>,
     pods: Vec<Endpoint>,
@@ -123,12 +121,12 @@ impl Network for Running<'_> {
 
 impl Demo<'_> {
     async fn install(&self) -> anyhow::Result<()> {
-        self.screen.title("helm install of member and agents in both clusters, with a join token each");
+        self.screen.title("kubectl apply of MemberClusters and join tokens; helm install in both clusters");
         let start = Instant::now();
         self.federation.join().await?;
         let seconds = start.elapsed().as_secs_f64();
         self.screen.say(&format!("  2 members and 4 agents are pods, and in sync after {seconds:.1} s"));
-        self.screen.quote(&self.federation.system.hanse(&["status"])?);
+        self.screen.quote(&self.federation.kubectl(&["get", "memberclusters"])?);
         Ok(())
     }
 
@@ -211,6 +209,7 @@ impl Demo<'_> {
 
     async fn without_management(&mut self) -> anyhow::Result<()> {
         self.screen.title("The management API server and the hub are killed: each cluster continues by itself");
+        let before = self.operator()?;
         self.federation.management.kill()?;
         self.federation.system.kill_hub()?;
         let trainers = self.cluster("train")?.ready("training", "app=trainer", 2).await?;
@@ -234,7 +233,16 @@ impl Demo<'_> {
         self.federation.system.start_hub()?;
         let took = self.federation.settle()?;
         self.screen.say(&format!("  started again: all members and agents in sync after {} ms", took.as_millis()));
+        // The hub was killed, and did not give its Lease back.
+        let elected = until(PATIENCE, async || self.operator().is_ok_and(|now| !now.is_empty() && now != before)).await;
+        let elected = elected.context("no operator is elected")?;
+        self.screen.say(&format!("  its operator has the Lease {:.1} s later", elected.as_secs_f64()));
         self.enforced()
+    }
+
+    /// The hub whose operator reconciles.
+    fn operator(&self) -> anyhow::Result<String> {
+        self.federation.kubectl(&["get", "lease", "hanse-hub-operator", "-o", "jsonpath={.spec.holderIdentity}"])
     }
 
     async fn forged_source(&mut self) -> anyhow::Result<()> {
@@ -264,13 +272,15 @@ impl Demo<'_> {
     }
 
     async fn revoked(&mut self) -> anyhow::Result<()> {
-        self.screen.title("prod is revoked: its endpoints are withdrawn from every cluster");
+        self.screen
+            .title("kubectl patch of MemberCluster prod: revoked, its endpoints are withdrawn from every cluster");
         let (vllm, registry, trainer) =
             (self.pod("vllm").await?, self.pod("registry").await?, self.pod("trainer").await?);
         self.screen.claim("before: prod/vllm reaches train/registry", vllm.observe(&registry) == Observed::Open);
-        self.federation.system.hanse(&["cluster", "revoke", "prod", "--reason", "the demo"])?;
+        let patch = json!({ "spec": { "acceptance": "Revoked" } }).to_string();
+        self.federation.kubectl(&["patch", "membercluster", "prod", "--type=merge", "--patch", &patch])?;
         let took = becomes(&[(&vllm, &registry)], &Observed::Closed, PATIENCE);
-        self.screen.claim_within(took, "it stayed open", |ms| format!("closed {ms} ms after the command returned"));
+        self.screen.claim_within(took, "it stayed open", |ms| format!("closed {ms} ms after kubectl returned"));
         self.screen.claim("train is not affected", trainer.observe(&registry) == Observed::Open);
         Ok(())
     }
@@ -334,7 +344,7 @@ impl Demo<'_> {
     /// Stores the objects of every API server that answers as manifests, and finds the pods.
     async fn read(&mut self) -> anyhow::Result<()> {
         const KINDS: &str = "namespaces,nodes,serviceaccounts,services,pods,networkpolicies";
-        const POLICIES: &str = "tiers.hanse.dev,federatednetworkpolicies,federatednetworksets";
+        const POLICIES: &str = "memberclusters,tiers.hanse.dev,federatednetworkpolicies,federatednetworksets";
         let objects = self.scratch.join("objects");
         let store = |name: &str, file: &str, text: &str| -> anyhow::Result<()> {
             std::fs::create_dir_all(objects.join(name)).context("create a folder for objects")?;
@@ -342,11 +352,6 @@ impl Demo<'_> {
         };
         if self.federation.management.process().is_some() {
             store("management", "policies.yaml", &self.federation.kubectl(&["get", POLICIES, "-o", "json"])?)?;
-            store(
-                "management",
-                "clusters.yaml",
-                &std::fs::read_to_string(&self.clusters).context("read the clusters")?,
-            )?;
         }
         self.pods.clear();
         for cluster in &self.federation.clusters {
@@ -408,7 +413,7 @@ contexts: management (the current one), train and prod:
   kubectl --context prod scale -n inference deployment vllm --replicas=4
   hanse status
   hanse policy matrix --port 5000              # the verdicts for the model registry, from the members
-  hanse cluster revoke prod --reason test      # withdraws its endpoints from all clusters
+  kubectl patch mc prod --type=merge -p '{{\"spec\":{{\"acceptance\":\"Pending\"}}}}'    # suspends the cluster
 a shell in the network of a pod; ip netns lists them:
   {} ip netns exec {pod} bash",
             sandbox::command()?
