@@ -38,7 +38,7 @@ impl FederatedObject {
         self.object.as_ref().map_err(String::as_str)
     }
 
-    /// The object; where only unknown fields prevent reading it, a policy whose rules with such fields are unknown.
+    /// The object; of a policy that cannot be read completely, what can be read, with the rest unknown.
     pub fn possible(&self) -> Option<&Object> {
         self.object.as_ref().ok().or(self.partial.as_ref())
     }
