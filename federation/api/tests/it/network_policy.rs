@@ -218,10 +218,8 @@ fn refuses_what_becomes_too_large() {
             false,
         ),
     ] {
-        let start = std::time::Instant::now();
         let read = policy(&spec);
         assert_eq!(read.is_ok(), fits, "{} bytes: {:?}", spec.len(), read.err());
-        assert!(start.elapsed() < std::time::Duration::from_secs(20), "{:?}", start.elapsed());
         if let Err(errors) = read {
             assert!(errors.len() == 1 && errors[0].contains(": is too large: "), "{errors:?}");
         }
